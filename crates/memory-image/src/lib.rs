@@ -1,0 +1,1 @@
+//! Read virtual-machine memory snapshots: open, apply a chain of diffs, map copy-on-write.

@@ -1,0 +1,89 @@
+//! What this machine offers the workspace's tests, and the small file systems they run on.
+//!
+//! A test that needs something a machine may lack asks [`Need::met`] first. Where the thing is missing, one
+//! line says so past the test harness's capture, and the test returns. Where it is missing but named in
+//! `MEMSNAP_REQUIRE` (comma-separated, or `all`; `cargo xtask test` sets `all` in CI), the test fails.
+
+#![forbid(unsafe_code)]
+
+#[cfg(target_os = "linux")]
+mod mounts;
+
+#[cfg(target_os = "linux")]
+pub use mounts::{ReadOnlyBind, TinyTmpfs};
+
+use std::fmt;
+use std::io::Write as _;
+
+/// The environment variable that lists the needs that must be met on this machine.
+pub const REQUIRE: &str = "MEMSNAP_REQUIRE";
+
+/// Something that a test needs and a machine may lack.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Need {
+    /// `/dev/kvm` opens for reading and writing.
+    Kvm,
+    /// The process may mount file systems and change users: effective user 0 with `CAP_SYS_ADMIN`.
+    Root,
+    /// `/dev/userfaultfd` opens: page faults of this process, kernel-mode ones too, can be handled in user space.
+    Userfaultfd,
+}
+
+impl Need {
+    /// Every need that this crate knows.
+    pub const ALL: [Self; 3] = [Self::Kvm, Self::Root, Self::Userfaultfd];
+
+    /// The name used in `MEMSNAP_REQUIRE`.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Kvm => "kvm",
+            Self::Root => "root",
+            Self::Userfaultfd => "userfaultfd",
+        }
+    }
+
+    /// Whether this machine has it, without a word.
+    #[must_use]
+    pub fn is_met(self) -> bool {
+        let opens = |path| std::fs::File::options().read(true).write(true).open(path).is_ok();
+        match self {
+            Self::Kvm => opens("/dev/kvm"),
+            Self::Userfaultfd => opens("/dev/userfaultfd"),
+            Self::Root => nix::unistd::geteuid().is_root() && can_mount(),
+        }
+    }
+
+    /// Whether this machine has it; says so on a line of its own, with the name of the asking `test`, where not.
+    ///
+    /// # Panics
+    /// Panics where the need is not met and `MEMSNAP_REQUIRE` names it.
+    #[must_use]
+    pub fn met(self, test: &str) -> bool {
+        let met = self.is_met();
+        if !met {
+            let required = std::env::var(REQUIRE).unwrap_or_default();
+            let required = required.split(',').any(|name| name == "all" || name == self.name());
+            assert!(!required, "{test}: this machine has no {self}, and {REQUIRE} demands it");
+            // Not eprintln!: the harness would keep the line of a passing test to itself.
+            let _ = writeln!(std::io::stderr(), "NOT RUN {test}: this machine has no {self}");
+        }
+        met
+    }
+}
+
+impl fmt::Display for Need {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+#[cfg(target_os = "linux")]
+fn can_mount() -> bool {
+    TinyTmpfs::new(64 * 1024).is_ok()
+}
+
+#[cfg(not(target_os = "linux"))]
+fn can_mount() -> bool {
+    true
+}
