@@ -18,7 +18,11 @@ impl<'a> HostMemory<'a> {
     /// # Safety
     /// The range must stay mapped and readable for `'a`.
     pub unsafe fn new(start: *const u8, len: usize) -> Self {
-        Self { start, len, source: PhantomData }
+        Self {
+            start,
+            len,
+            source: PhantomData,
+        }
     }
 
     /// The address of the first byte.

@@ -46,7 +46,13 @@ impl Need {
     /// Whether this machine has it, without a word.
     #[must_use]
     pub fn is_met(self) -> bool {
-        let opens = |path| std::fs::File::options().read(true).write(true).open(path).is_ok();
+        let opens = |path| {
+            std::fs::File::options()
+                .read(true)
+                .write(true)
+                .open(path)
+                .is_ok()
+        };
         match self {
             Self::Kvm => opens("/dev/kvm"),
             Self::Userfaultfd => opens("/dev/userfaultfd"),
@@ -63,10 +69,18 @@ impl Need {
         let met = self.is_met();
         if !met {
             let required = std::env::var(REQUIRE).unwrap_or_default();
-            let required = required.split(',').any(|name| name == "all" || name == self.name());
-            assert!(!required, "{test}: this machine has no {self}, and {REQUIRE} demands it");
+            let required = required
+                .split(',')
+                .any(|name| name == "all" || name == self.name());
+            assert!(
+                !required,
+                "{test}: this machine has no {self}, and {REQUIRE} demands it"
+            );
             // Not eprintln!: the harness would keep the line of a passing test to itself.
-            let _ = writeln!(std::io::stderr(), "NOT RUN {test}: this machine has no {self}");
+            let _ = writeln!(
+                std::io::stderr(),
+                "NOT RUN {test}: this machine has no {self}"
+            );
         }
         met
     }

@@ -16,7 +16,16 @@ impl TinyTmpfs {
     /// Whatever `mount(2)` says, `EPERM` without `CAP_SYS_ADMIN`.
     pub fn new(bytes: u64) -> io::Result<Self> {
         let options = format!("size={bytes},mode=0777");
-        Mounted::new(|dir| mount(Some("tmpfs"), dir, Some("tmpfs"), MsFlags::empty(), Some(options.as_str()))).map(Self)
+        Mounted::new(|dir| {
+            mount(
+                Some("tmpfs"),
+                dir,
+                Some("tmpfs"),
+                MsFlags::empty(),
+                Some(options.as_str()),
+            )
+        })
+        .map(Self)
     }
 
     /// The mounted directory.
@@ -37,9 +46,16 @@ impl ReadOnlyBind {
     /// Whatever `mount(2)` says, `EPERM` without `CAP_SYS_ADMIN`.
     pub fn of(source: &Path) -> io::Result<Self> {
         let bind = MsFlags::MS_BIND;
-        let mounted = Mounted::new(|dir| mount(Some(source), dir, None::<&str>, bind, None::<&str>))?;
+        let mounted =
+            Mounted::new(|dir| mount(Some(source), dir, None::<&str>, bind, None::<&str>))?;
         let read_only = bind | MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY;
-        mount(None::<&str>, mounted.path(), None::<&str>, read_only, None::<&str>)?;
+        mount(
+            None::<&str>,
+            mounted.path(),
+            None::<&str>,
+            read_only,
+            None::<&str>,
+        )?;
         Ok(Self(mounted))
     }
 
