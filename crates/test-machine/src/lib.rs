@@ -7,8 +7,12 @@
 #![forbid(unsafe_code)]
 
 #[cfg(target_os = "linux")]
+mod loop_mount;
+#[cfg(target_os = "linux")]
 mod mounts;
 
+#[cfg(target_os = "linux")]
+pub use loop_mount::{LoopFs, LoopMount};
 #[cfg(target_os = "linux")]
 pub use mounts::{ReadOnlyBind, TinyTmpfs};
 
@@ -27,11 +31,30 @@ pub enum Need {
     Root,
     /// `/dev/userfaultfd` opens: page faults of this process, kernel-mode ones too, can be handled in user space.
     Userfaultfd,
+    /// `strace` is installed and may trace: system calls of a child process can be made to fail.
+    Strace,
+    /// An ext4 image can be made and loop-mounted: privilege, loop devices, e2fsprogs.
+    Ext4,
+    /// An XFS image can be made and loop-mounted: privilege, loop devices, xfsprogs.
+    Xfs,
+    /// A btrfs image can be made and loop-mounted: privilege, loop devices, btrfs-progs.
+    Btrfs,
+    /// An exFAT image can be made and loop-mounted: privilege, loop devices, FUSE, exfatprogs, exfat-fuse.
+    Exfat,
 }
 
 impl Need {
     /// Every need that this crate knows.
-    pub const ALL: [Self; 3] = [Self::Kvm, Self::Root, Self::Userfaultfd];
+    pub const ALL: [Self; 8] = [
+        Self::Kvm,
+        Self::Root,
+        Self::Userfaultfd,
+        Self::Strace,
+        Self::Ext4,
+        Self::Xfs,
+        Self::Btrfs,
+        Self::Exfat,
+    ];
 
     /// The name used in `MEMSNAP_REQUIRE`.
     #[must_use]
@@ -40,6 +63,11 @@ impl Need {
             Self::Kvm => "kvm",
             Self::Root => "root",
             Self::Userfaultfd => "userfaultfd",
+            Self::Strace => "strace",
+            Self::Ext4 => "ext4",
+            Self::Xfs => "xfs",
+            Self::Btrfs => "btrfs",
+            Self::Exfat => "exfat",
         }
     }
 
@@ -56,7 +84,14 @@ impl Need {
         match self {
             Self::Kvm => opens("/dev/kvm"),
             Self::Userfaultfd => opens("/dev/userfaultfd"),
+            Self::Strace => std::process::Command::new("strace")
+                .args(["-qq", "-e", "trace=none", "true"])
+                .status()
+                .is_ok_and(|status| status.success()),
             Self::Root => nix::unistd::geteuid().is_root() && can_mount(),
+            Self::Ext4 | Self::Xfs | Self::Btrfs | Self::Exfat => {
+                Self::Root.is_met() && self.has_tools()
+            }
         }
     }
 
@@ -89,6 +124,26 @@ impl Need {
 impl fmt::Display for Need {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.name())
+    }
+}
+
+#[cfg(target_os = "linux")]
+impl Need {
+    fn has_tools(self) -> bool {
+        match self {
+            Self::Ext4 => LoopFs::Ext4.has_tools(),
+            Self::Xfs => LoopFs::Xfs.has_tools(),
+            Self::Btrfs => LoopFs::Btrfs.has_tools(),
+            Self::Exfat => LoopFs::Exfat.has_tools(),
+            _ => true,
+        }
+    }
+}
+
+#[cfg(not(target_os = "linux"))]
+impl Need {
+    fn has_tools(self) -> bool {
+        false
     }
 }
 

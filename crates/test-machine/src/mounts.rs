@@ -68,18 +68,20 @@ impl ReadOnlyBind {
 
 /// A mount point in a directory of its own; lazily unmounted, then removed.
 #[derive(Debug)]
-struct Mounted {
+pub(crate) struct Mounted {
     dir: PathBuf,
 }
 
 impl Mounted {
-    fn new(attach: impl FnOnce(&Path) -> nix::Result<()>) -> io::Result<Self> {
+    pub(crate) fn new<E: Into<io::Error>>(
+        attach: impl FnOnce(&Path) -> Result<(), E>,
+    ) -> io::Result<Self> {
         let dir = tempfile::tempdir()?;
-        attach(dir.path())?;
+        attach(dir.path()).map_err(Into::into)?;
         Ok(Self { dir: dir.keep() })
     }
 
-    fn path(&self) -> &Path {
+    pub(crate) fn path(&self) -> &Path {
         &self.dir
     }
 }

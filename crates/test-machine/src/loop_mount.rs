@@ -1,0 +1,146 @@
+//! Real file systems in an image file, mounted over a loop device.
+
+use std::fmt;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use tempfile::NamedTempFile;
+
+use crate::mounts::Mounted;
+
+/// A file system that an image can be made of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LoopFs {
+    /// ext4 by the kernel's driver (e2fsprogs).
+    Ext4,
+    /// XFS by the kernel's driver (xfsprogs).
+    Xfs,
+    /// btrfs by the kernel's driver (btrfs-progs).
+    Btrfs,
+    /// exFAT by the FUSE driver (exfatprogs, exfat-fuse): a file system that has no holes.
+    Exfat,
+}
+
+impl LoopFs {
+    /// The file system's own name, as in `mkfs.NAME`.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Ext4 => "ext4",
+            Self::Xfs => "xfs",
+            Self::Btrfs => "btrfs",
+            Self::Exfat => "exfat",
+        }
+    }
+
+    /// XFS refuses less than 300 MiB, btrfs less than 109 MiB; the image is sparse.
+    fn image_size(self) -> u64 {
+        match self {
+            Self::Xfs | Self::Btrfs => 320 << 20,
+            Self::Ext4 | Self::Exfat => 128 << 20,
+        }
+    }
+
+    fn mkfs(self) -> Command {
+        let mut mkfs = tool(&format!("mkfs.{}", self.name()));
+        match self {
+            // A block of 4 KiB, as on every disk of a usual size; small images get 1 KiB by default.
+            Self::Ext4 => mkfs.args(["-q", "-F", "-b", "4096"]),
+            Self::Xfs | Self::Btrfs => mkfs.arg("-q"),
+            Self::Exfat => &mut mkfs,
+        };
+        mkfs
+    }
+
+    fn mount(self) -> Command {
+        if self == Self::Exfat {
+            return tool("mount.exfat-fuse");
+        }
+        let mut mount = tool("mount");
+        mount.args(["-t", self.name()]);
+        mount
+    }
+
+    /// Whether the tools, loop devices and, for exFAT, FUSE are here. Privilege is another matter: `Need::Root`.
+    pub(crate) fn has_tools(self) -> bool {
+        let helper = match self {
+            Self::Exfat => "mount.exfat-fuse",
+            _ => "mount",
+        };
+        let devices = match self {
+            Self::Exfat => &["/dev/loop-control", "/dev/fuse"][..],
+            _ => &["/dev/loop-control"][..],
+        };
+        let mkfs = format!("mkfs.{}", self.name());
+        [&mkfs, helper, "losetup"]
+            .iter()
+            .all(|name| find_tool(name).is_some())
+            && devices.iter().all(|device| Path::new(device).exists())
+    }
+}
+
+impl fmt::Display for LoopFs {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// A freshly made, empty file system over a loop device; unmounted and removed with its image when dropped.
+#[derive(Debug)]
+pub struct LoopMount {
+    // Before the image: unmounted first.
+    mounted: Mounted,
+    _image: NamedTempFile,
+}
+
+impl LoopMount {
+    /// Makes a file system in a temporary image file and mounts it.
+    ///
+    /// # Errors
+    /// The output of the tool that failed (`mkfs`, `losetup` or `mount`), or that it is missing.
+    pub fn new(fs: LoopFs) -> io::Result<Self> {
+        let image = NamedTempFile::new()?;
+        image.as_file().set_len(fs.image_size())?;
+        run(fs.mkfs().arg(image.path()))?;
+        let device = run(tool("losetup").args(["--find", "--show"]).arg(image.path()))?;
+        let device = device.trim_end();
+        let mounted = Mounted::new(|dir| run(fs.mount().arg(device).arg(dir)).map(drop));
+        // Detaches now where the mount failed, else as soon as the mount is gone.
+        run(tool("losetup").args(["--detach", device]))?;
+        Ok(Self {
+            mounted: mounted?,
+            _image: image,
+        })
+    }
+
+    /// The mounted directory.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        self.mounted.path()
+    }
+}
+
+fn run(command: &mut Command) -> io::Result<String> {
+    let output = command.output()?;
+    if output.status.success() {
+        return Ok(String::from_utf8_lossy(&output.stdout).into_owned());
+    }
+    Err(io::Error::other(format!(
+        "{command:?} failed: {}",
+        String::from_utf8_lossy(&output.stderr).trim_end()
+    )))
+}
+
+fn tool(name: &str) -> Command {
+    Command::new(find_tool(name).unwrap_or_else(|| name.into()))
+}
+
+/// Looks in `PATH` and where Debian puts the tools of the administrator, which `PATH` may lack.
+pub(crate) fn find_tool(name: &str) -> Option<PathBuf> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    std::env::split_paths(&path)
+        .chain(["/usr/sbin".into(), "/sbin".into()])
+        .map(|dir| dir.join(name))
+        .find(|file| file.is_file())
+}
