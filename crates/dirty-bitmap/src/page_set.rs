@@ -1,0 +1,101 @@
+//! Marks as bit vectors, for set algebra.
+
+use bitvec::order::Lsb0;
+use bitvec::slice::BitSlice;
+use bitvec::vec::BitVec;
+
+use crate::bitmap::DirtyBitmap;
+use crate::geometry::GeometryError;
+
+/// The marks of one moment: bit `i` stands for the granule at byte offset `i * granule` from the start of the RAM.
+///
+/// # Examples
+/// Pages that both of two saves wrote:
+/// ```
+/// use dirty_bitmap::DirtyBitmap;
+///
+/// let (a, b) = (DirtyBitmap::new(0, 1 << 20, 4096)?, DirtyBitmap::new(0, 1 << 20, 4096)?);
+/// a.set_range(0x1000, 0x4000)?;
+/// b.set_range(0x3000, 0x4000)?;
+/// let both = a.page_set().bits & b.page_set().bits;
+/// assert_eq!(both.iter_ones().collect::<Vec<_>>(), [3, 4]);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct PageSet {
+    /// The size of the pages that the bits stand for, in bytes.
+    pub granule: u64,
+    /// One bit per granule of the RAM, the last one cut where the RAM ends.
+    pub bits: BitVec<u64, Lsb0>,
+}
+
+impl DirtyBitmap {
+    /// A copy of the marks, at the present granule. The marks stay.
+    #[must_use]
+    pub fn page_set(&self) -> PageSet {
+        let (_moving, shift) = self.lock();
+        // Fits a usize: so many bits are in memory.
+        let granules = self.ram_size().div_ceil(1 << shift) as usize;
+        let mut words = vec![0; granules.div_ceil(64)];
+        let table = self.table(shift);
+        for word in table.marked_words() {
+            words[word] = table.word(word);
+        }
+        let mut bits = BitVec::from_vec(words);
+        bits.truncate(granules);
+        PageSet {
+            granule: 1 << shift,
+            bits,
+        }
+    }
+
+    /// Marks every granule of `granule` bytes whose bit is set; bits past the last granule of the RAM must be clear.
+    ///
+    /// # Errors
+    /// [`PageSetError`]: nothing was marked.
+    pub fn mark_bits(&self, granule: u64, bits: &BitSlice<u64, Lsb0>) -> Result<(), PageSetError> {
+        if !granule.is_power_of_two() {
+            return Err(GeometryError::PageSizeNotPowerOfTwo { page_size: granule }.into());
+        }
+        let granules = self.ram_size().div_ceil(granule);
+        if let Some(last) = bits.last_one().filter(|last| *last as u64 >= granules) {
+            return Err(PageSetError::OutOfRange {
+                index: last as u64,
+                granules,
+            });
+        }
+        let mut rest = bits;
+        let mut done = 0;
+        while let Some(first) = rest.first_one() {
+            let len = rest[first..].leading_ones();
+            let start = (done + first) as u64 * granule;
+            let end = ((done + first + len) as u64)
+                .saturating_mul(granule)
+                .min(self.ram_size());
+            self.mark_offsets(start..end);
+            done += first + len;
+            rest = &rest[first + len..];
+        }
+        Ok(())
+    }
+}
+
+/// Bits that stand for no pages of the bitmap.
+#[derive(Clone, Debug, thiserror::Error, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum PageSetError {
+    /// The granule is 0 or not a power of two.
+    #[error(transparent)]
+    Geometry(#[from] GeometryError),
+    /// A set bit stands for a granule past the end of the RAM.
+    #[error(
+        "bit {index} is set, and the RAM has {granules} granules: the set belongs to another bitmap"
+    )]
+    OutOfRange {
+        /// The number of the last set bit.
+        index: u64,
+        /// How many granules of that size the RAM has.
+        granules: u64,
+    },
+}

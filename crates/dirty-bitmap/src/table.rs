@@ -1,0 +1,175 @@
+//! The bits of one page size, in two levels: a word has 64 pages, a summary word says which of 64 words have any.
+//!
+//! # Why no mark is lost
+//! A marker sets the page's bit and *then* makes sure of the summary's. A sweeper takes the summary word and *then* the words it
+//! names. Both touch the same words by read-modify-write, which orders them: either the sweeper's exchange finds the
+//! mark, or the marker's later operation reads from the sweeper's exchange and, acquiring it, sees everything that the
+//! sweeper did before: a summary bit that is gone again, and a newly published table.
+//!
+//! The marker never skips its read-modify-write on a word that shows the bit already set. A plain load may be served while
+//! the marker's own write to the page still sits in a store buffer: a drain in between would take the bit and copy the old page.
+//! (`tests/loom.rs` has that execution.)
+
+use std::ops::Range;
+
+use crate::geometry::GeometryError;
+use crate::sync::{AtomicU64, Ordering};
+
+const WORD_BITS: u64 = u64::BITS as u64;
+
+#[derive(Debug)]
+pub(crate) struct Table {
+    pages: u64,
+    words: Box<[AtomicU64]>,
+    summary: Box<[AtomicU64]>,
+}
+
+impl Table {
+    pub(crate) fn new(pages: u64) -> Result<Self, GeometryError> {
+        let words = pages.div_ceil(WORD_BITS);
+        Ok(Self {
+            pages,
+            words: zeroed(words)?,
+            summary: zeroed(words.div_ceil(WORD_BITS))?,
+        })
+    }
+
+    /// Marks the pages of `range`; true if any of them was clean.
+    pub(crate) fn mark(&self, range: Range<u64>) -> bool {
+        debug_assert!(range.end <= self.pages);
+        let mut was_clean = false;
+        let mut page = range.start;
+        while page < range.end {
+            let word = page / WORD_BITS;
+            let end = range.end.min((word + 1) * WORD_BITS);
+            was_clean |= self.mark_word(index(word), bits(page % WORD_BITS, end - page));
+            page = end;
+        }
+        was_clean
+    }
+
+    /// Marks the pages `bits` of a word; true if any of them was clean.
+    pub(crate) fn mark_word(&self, word: usize, bits: u64) -> bool {
+        let before = self.words[word].fetch_or(bits, Ordering::AcqRel);
+        let (summary, bit) = (&self.summary[word / 64], 1 << (word % 64));
+        if summary.load(Ordering::Acquire) & bit == 0 {
+            summary.fetch_or(bit, Ordering::AcqRel);
+        }
+        before & bits != bits
+    }
+
+    /// Takes every mark out, word by word: index of the word, its bits.
+    pub(crate) fn take(&self, mut each: impl FnMut(usize, u64)) {
+        for (s, summary) in self.summary.iter().enumerate() {
+            // An exchange, also of a word that looks empty: it is what a concurrent marker synchronises with.
+            let mut named = summary.swap(0, Ordering::AcqRel);
+            while named != 0 {
+                let word = s * 64 + named.trailing_zeros() as usize;
+                named &= named - 1;
+                let taken = self.words[word].swap(0, Ordering::AcqRel);
+                if taken != 0 {
+                    each(word, taken);
+                }
+            }
+        }
+    }
+
+    /// The bits of one word.
+    pub(crate) fn word(&self, word: usize) -> u64 {
+        self.words[word].load(Ordering::Acquire)
+    }
+
+    /// The words that may have a mark.
+    pub(crate) fn marked_words(&self) -> impl Iterator<Item = usize> {
+        let mut next = 0;
+        std::iter::from_fn(move || {
+            let word = self.next_named(next)?;
+            next = word + 1;
+            Some(word)
+        })
+    }
+
+    /// How many pages are marked.
+    pub(crate) fn count(&self) -> u64 {
+        self.marked_words()
+            .map(|word| u64::from(self.word(word).count_ones()))
+            .sum()
+    }
+
+    /// The first run of marked pages that ends after page `from`, without what precedes `from`.
+    pub(crate) fn next_run(&self, from: u64) -> Option<Range<u64>> {
+        let start = self.next_marked(from)?;
+        Some(start..self.next_clean(start))
+    }
+
+    fn next_marked(&self, from: u64) -> Option<u64> {
+        if from >= self.pages {
+            return None;
+        }
+        let first = index(from / WORD_BITS);
+        let rest = self.word(first) & (u64::MAX << (from % WORD_BITS));
+        if rest != 0 {
+            return Some(page(first, rest.trailing_zeros()));
+        }
+        let mut word = self.next_named(first + 1)?;
+        loop {
+            // A summary bit may outlive its word's marks, never the other way round.
+            let bits = self.word(word);
+            if bits != 0 {
+                return Some(page(word, bits.trailing_zeros()));
+            }
+            word = self.next_named(word + 1)?;
+        }
+    }
+
+    fn next_clean(&self, from: u64) -> u64 {
+        let first = index(from / WORD_BITS);
+        let rest = !self.word(first) & (u64::MAX << (from % WORD_BITS));
+        let (mut word, mut clean) = (first, rest);
+        while clean == 0 {
+            word += 1;
+            if word == self.words.len() {
+                return self.pages;
+            }
+            clean = !self.word(word);
+        }
+        page(word, clean.trailing_zeros()).min(self.pages)
+    }
+
+    /// The first word from `from` on that the summary names.
+    fn next_named(&self, from: usize) -> Option<usize> {
+        let mut s = from / 64;
+        let mut named = self.summary.get(s)?.load(Ordering::Acquire) & (u64::MAX << (from % 64));
+        while named == 0 {
+            s += 1;
+            named = self.summary.get(s)?.load(Ordering::Acquire);
+        }
+        Some(s * 64 + named.trailing_zeros() as usize)
+    }
+}
+
+fn zeroed(words: u64) -> Result<Box<[AtomicU64]>, GeometryError> {
+    let failed = || GeometryError::OutOfMemory {
+        bytes: words.saturating_mul(8),
+    };
+    let len = usize::try_from(words).map_err(|_| failed())?;
+    let mut zeroed = Vec::new();
+    zeroed.try_reserve_exact(len).map_err(|_| failed())?;
+    zeroed.resize_with(len, || AtomicU64::new(0));
+    Ok(zeroed.into_boxed_slice())
+}
+
+/// `count` set bits from bit `from` on; `from + count` is at most 64, `count` at least 1.
+fn bits(from: u64, count: u64) -> u64 {
+    (u64::MAX >> (WORD_BITS - count)) << from
+}
+
+/// The number of bit `bit` of `word`.
+fn page(word: usize, bit: u32) -> u64 {
+    word as u64 * WORD_BITS + u64::from(bit)
+}
+
+/// A word's number as an index: it fits, since the words are in memory.
+fn index(word: u64) -> usize {
+    word as usize
+}

@@ -1,0 +1,272 @@
+//! Every interleaving, under `RUSTFLAGS="--cfg memsnap_loom" cargo test -p dirty-bitmap --test loom --release`.
+//!
+//! Each model also counts what loom's memory model can reorder: the page that is marked is an atomic with relaxed ordering, so
+//! that a drain which takes a mark without seeing the write before it is found as well.
+//!
+//! A model with no bound on preemptions is exhaustive. Where one is set, it is named at the model.
+
+#![cfg(memsnap_loom)]
+
+use std::ops::Range;
+
+use dirty_bitmap::DirtyBitmap;
+use loom::model::Builder;
+use loom::sync::Arc;
+use loom::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use loom::thread;
+
+const PAGE: u64 = 4096;
+
+/// A guest of a few pages: their contents, and the bitmap over them.
+struct Guest {
+    pages: Vec<AtomicU64>,
+    bitmap: DirtyBitmap,
+}
+
+impl Guest {
+    fn new(pages: u64) -> Arc<Self> {
+        let bitmap = DirtyBitmap::new(0, pages * PAGE, PAGE).unwrap();
+        Arc::new(Self {
+            pages: (0..pages).map(|_| AtomicU64::new(0)).collect(),
+            bitmap,
+        })
+    }
+
+    /// Writes a page, then marks it.
+    fn write(&self, page: u64, value: u64) {
+        self.pages[page as usize].store(value, Relaxed);
+        self.bitmap.set_dirty_by_index(page).unwrap();
+    }
+
+    /// Takes the marks and copies the pages that they name.
+    fn save(&self, image: &mut [u64]) {
+        let taken = self.bitmap.drain().unwrap();
+        copy(&self.pages, &taken, image);
+    }
+
+    /// What a save of what is marked now makes of `image`.
+    fn assert_saved(&self, mut image: Vec<u64>) {
+        self.save(&mut image);
+        let pages: Vec<u64> = self.pages.iter().map(|page| page.load(Relaxed)).collect();
+        assert_eq!(
+            image, pages,
+            "a written page is neither in the image nor marked"
+        );
+    }
+}
+
+fn copy(pages: &[AtomicU64], taken: &DirtyBitmap, image: &mut [u64]) {
+    let covers = |run: &Range<u64>, page: u64| run.contains(&(page * PAGE));
+    for run in taken.runs() {
+        for page in (0..pages.len() as u64).filter(|page| covers(&run, *page)) {
+            image[page as usize] = pages[page as usize].load(Relaxed);
+        }
+    }
+}
+
+fn exhaustively(model: impl Fn() + Send + Sync + 'static) {
+    Builder::new().check(model);
+}
+
+fn with_preemptions(bound: usize, model: impl Fn() + Send + Sync + 'static) {
+    let mut builder = Builder::new();
+    builder.preemption_bound = Some(bound);
+    builder.check(model);
+}
+
+fn write_in_thread(guest: &Arc<Guest>, writes: &'static [(u64, u64)]) -> thread::JoinHandle<()> {
+    let guest = Arc::clone(guest);
+    thread::spawn(move || {
+        writes
+            .iter()
+            .for_each(|(page, value)| guest.write(*page, *value))
+    })
+}
+
+#[test]
+fn a_mark_against_a_drain() {
+    exhaustively(|| {
+        let guest = Guest::new(2);
+        let writer = write_in_thread(&guest, &[(0, 1), (1, 2)]);
+        let mut image = vec![0; 2];
+        guest.save(&mut image);
+        writer.join().unwrap();
+        guest.assert_saved(image);
+    });
+}
+
+/// What a plain load in place of the read-modify-write would lose.
+#[test]
+fn a_page_that_is_already_marked_is_written_again_against_a_drain() {
+    exhaustively(|| {
+        let guest = Guest::new(1);
+        guest.write(0, 1);
+        let writer = write_in_thread(&guest, &[(0, 2)]);
+        let mut image = vec![0];
+        guest.save(&mut image);
+        writer.join().unwrap();
+        guest.assert_saved(image);
+    });
+}
+
+#[test]
+fn two_markers_of_one_word_against_a_drain() {
+    exhaustively(|| {
+        let guest = Guest::new(2);
+        let writers = [
+            write_in_thread(&guest, &[(0, 1)]),
+            write_in_thread(&guest, &[(1, 2)]),
+        ];
+        let mut image = vec![0; 2];
+        guest.save(&mut image);
+        writers
+            .into_iter()
+            .for_each(|writer| writer.join().unwrap());
+        guest.assert_saved(image);
+    });
+}
+
+/// A mark that was complete before a drain began is in that drain, also where another marker of the same word is under way.
+#[test]
+fn a_complete_mark_is_in_the_next_drain() {
+    exhaustively(|| {
+        let guest = Guest::new(2);
+        let other = write_in_thread(&guest, &[(1, 2)]);
+        guest.write(0, 1);
+        assert!(guest.bitmap.drain().unwrap().is_dirty(0).unwrap());
+        other.join().unwrap();
+    });
+}
+
+#[test]
+fn a_mark_against_a_rebuild_to_finer_pages() {
+    exhaustively(|| {
+        let guest = Guest::new(2);
+        let writer = write_in_thread(&guest, &[(0, 1), (1, 2)]);
+        guest.bitmap.rebuild(PAGE / 2).unwrap();
+        writer.join().unwrap();
+        guest.assert_saved(vec![0; 2]);
+    });
+}
+
+#[test]
+fn a_mark_against_a_rebuild_to_coarser_pages() {
+    exhaustively(|| {
+        let guest = Guest::new(2);
+        let writer = write_in_thread(&guest, &[(0, 1), (1, 2)]);
+        guest.bitmap.rebuild(2 * PAGE).unwrap();
+        writer.join().unwrap();
+        guest.assert_saved(vec![0; 2]);
+    });
+}
+
+/// The published granule comes back to the one that a marker saw. At most 3 preemptions.
+#[test]
+fn a_mark_against_a_rebuild_there_and_back_again() {
+    with_preemptions(3, || {
+        let guest = Guest::new(2);
+        let writer = write_in_thread(&guest, &[(0, 1), (1, 2)]);
+        guest.bitmap.rebuild(2 * PAGE).unwrap();
+        guest.bitmap.rebuild(PAGE).unwrap();
+        writer.join().unwrap();
+        let set = guest.bitmap.page_set();
+        assert_eq!(set.bits.count_ones(), 2);
+        guest.assert_saved(vec![0; 2]);
+    });
+}
+
+/// More than one word in the finer table. At most 3 preemptions.
+#[test]
+fn marks_against_a_rebuild_to_a_table_of_several_words() {
+    with_preemptions(3, || {
+        let guest = Guest::new(2);
+        let writer = write_in_thread(&guest, &[(1, 1), (0, 2)]);
+        guest.bitmap.rebuild(PAGE / 64).unwrap();
+        writer.join().unwrap();
+        guest.assert_saved(vec![0; 2]);
+    });
+}
+
+/// At most 2 preemptions.
+#[test]
+fn two_markers_against_a_rebuild() {
+    with_preemptions(2, || {
+        let guest = Guest::new(2);
+        let writers = [
+            write_in_thread(&guest, &[(0, 1), (1, 2)]),
+            write_in_thread(&guest, &[(1, 3)]),
+        ];
+        guest.bitmap.rebuild(PAGE / 2).unwrap();
+        writers
+            .into_iter()
+            .for_each(|writer| writer.join().unwrap());
+        guest.assert_saved(vec![0; 2]);
+    });
+}
+
+/// At most 3 preemptions.
+#[test]
+fn a_mark_against_a_rebuild_and_a_drain() {
+    with_preemptions(3, || {
+        let guest = Guest::new(1);
+        let writer = write_in_thread(&guest, &[(0, 1)]);
+        let rebuilder = {
+            let guest = Arc::clone(&guest);
+            thread::spawn(move || guest.bitmap.rebuild(PAGE / 2).unwrap())
+        };
+        let mut image = vec![0];
+        guest.save(&mut image);
+        writer.join().unwrap();
+        rebuilder.join().unwrap();
+        guest.assert_saved(image);
+    });
+}
+
+#[test]
+fn a_mark_against_an_epoch_that_fails() {
+    exhaustively(|| {
+        let guest = Guest::new(2);
+        guest.write(0, 1);
+        let writer = write_in_thread(&guest, &[(1, 2)]);
+        drop(guest.bitmap.begin_epoch().unwrap());
+        writer.join().unwrap();
+        guest.assert_saved(vec![0; 2]);
+    });
+}
+
+/// At most 3 preemptions.
+#[test]
+fn a_failing_epoch_against_a_rebuild_and_a_mark() {
+    with_preemptions(3, || {
+        let guest = Guest::new(2);
+        guest.write(0, 1);
+        let writer = write_in_thread(&guest, &[(1, 2)]);
+        let epoch = guest.bitmap.begin_epoch().unwrap();
+        let rebuilder = {
+            let guest = Arc::clone(&guest);
+            thread::spawn(move || guest.bitmap.rebuild(2 * PAGE).unwrap())
+        };
+        drop(epoch);
+        writer.join().unwrap();
+        rebuilder.join().unwrap();
+        guest.assert_saved(vec![0; 2]);
+    });
+}
+
+#[test]
+fn two_epochs_never_overlap() {
+    exhaustively(|| {
+        let guest = Guest::new(1);
+        guest.write(0, 1);
+        let other = {
+            let guest = Arc::clone(&guest);
+            thread::spawn(move || drop(guest.bitmap.begin_epoch()))
+        };
+        if let Ok(epoch) = guest.bitmap.begin_epoch() {
+            // The other one is over, and has given back what it took; or it has not begun, and will be refused.
+            assert!(epoch.bitmap().is_dirty(0).unwrap());
+        }
+        other.join().unwrap();
+        assert!(guest.bitmap.is_dirty(0).unwrap());
+    });
+}
