@@ -46,7 +46,7 @@ pub struct DirtyBitmap {
     /// Which of the tables marks go to.
     current: AtomicU64,
     /// By the binary logarithm of their granule. Made once, never freed: a marker may hold any of them.
-    tables: [OnceLock<Table>; u64::BITS as usize],
+    tables: Box<[OnceLock<Table>]>,
     /// Held by whoever moves marks or looks for them, so that none is missed on its way between tables.
     moving: Mutex<()>,
     pub(crate) epoch_open: AtomicBool,
@@ -90,7 +90,7 @@ impl DirtyBitmap {
             ram,
             page_shift,
             current: AtomicU64::new(Published::first(shift).0),
-            tables: [const { OnceLock::new() }; u64::BITS as usize],
+            tables: (0..u64::BITS).map(|_| OnceLock::new()).collect(),
             moving: Mutex::new(()),
             epoch_open: AtomicBool::new(false),
         };

@@ -160,18 +160,30 @@ fn a_mark_against_a_rebuild_to_coarser_pages() {
     });
 }
 
-/// The published granule comes back to the one that a marker saw. At most 3 preemptions.
+/// The published granule comes back to the one that a marker saw. At most 4 preemptions.
 #[test]
 fn a_mark_against_a_rebuild_there_and_back_again() {
-    with_preemptions(3, || {
-        let guest = Guest::new(2);
-        let writer = write_in_thread(&guest, &[(0, 1), (1, 2)]);
-        guest.bitmap.rebuild(2 * PAGE).unwrap();
+    with_preemptions(4, || {
+        let guest = Guest::new(1);
+        let writer = write_in_thread(&guest, &[(0, 1)]);
+        guest.bitmap.rebuild(PAGE / 2).unwrap();
         guest.bitmap.rebuild(PAGE).unwrap();
         writer.join().unwrap();
-        let set = guest.bitmap.page_set();
-        assert_eq!(set.bits.count_ones(), 2);
-        guest.assert_saved(vec![0; 2]);
+        guest.assert_saved(vec![0]);
+    });
+}
+
+/// A mark that missed the sweep lies in a table that is out of use, and must not appear when that is used again.
+#[test]
+fn a_mark_that_came_late_does_not_come_back_after_it_was_saved() {
+    exhaustively(|| {
+        let guest = Guest::new(1);
+        let writer = write_in_thread(&guest, &[(0, 1)]);
+        guest.bitmap.rebuild(PAGE / 2).unwrap();
+        writer.join().unwrap();
+        guest.assert_saved(vec![0]);
+        guest.bitmap.rebuild(PAGE).unwrap();
+        assert!(guest.bitmap.is_clean());
     });
 }
 
