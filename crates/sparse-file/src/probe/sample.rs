@@ -1,0 +1,114 @@
+//! The file that is written to see what the file system makes of it.
+
+use std::fs::File;
+use std::io;
+use std::ops::Range;
+use std::os::unix::fs::{FileExt, MetadataExt};
+
+use nix::unistd::fsync;
+
+use super::{Punch, SeekHole};
+use crate::{Kind, Knowledge, SpaceError, allocated_bytes, extents, grow, punch_hole};
+
+/// Gaps of 8 and almost 4 MiB: macOS's APFS is said to store small gaps as zeros.
+pub(super) const LEN: u64 = 16 << 20;
+pub(super) const HALF: u64 = LEN / 2;
+/// The block of noise alone; the single byte may be stored with the metadata.
+pub(super) const WRITTEN: u64 = 64 << 10;
+/// Where the noise stands; at a multiple of every block size in use.
+pub(super) const NOISE: Range<u64> = HALF..HALF + WRITTEN;
+const BYTE_AT: u64 = 12 << 20;
+
+/// A sparse file with a block of noise and a single byte in it, synced.
+#[derive(Debug)]
+pub(super) struct Sample<'f> {
+    file: &'f File,
+}
+
+impl<'f> Sample<'f> {
+    pub(super) fn write(file: &'f File) -> io::Result<Self> {
+        grow(file, LEN).map_err(into_io)?;
+        // Within RLIMIT_FSIZE because `grow` was.
+        file.write_all_at(&noise(), NOISE.start)?;
+        file.write_all_at(&[1], BYTE_AT)?;
+        // Delayed allocation counts no block before. Not std's sync: no drive has to be flushed.
+        fsync(file)?;
+        Ok(Self { file })
+    }
+
+    pub(super) fn allocated(&self) -> io::Result<u64> {
+        allocated_bytes(self.file)
+    }
+
+    pub(super) fn preferred_block_size(&self) -> io::Result<u64> {
+        Ok(self.file.metadata()?.blksize())
+    }
+
+    pub(super) fn seek_hole(&self) -> io::Result<SeekHole> {
+        let mut listing = extents(self.file)?;
+        match listing.knowledge() {
+            Knowledge::Unsupported => return Ok(SeekHole::Unsupported),
+            Knowledge::NoHoleReported => return Ok(SeekHole::AllData),
+            Knowledge::Reported | Knowledge::CutShort => {}
+        }
+        let mut data = Vec::new();
+        for extent in listing.by_ref() {
+            let extent = extent?;
+            if extent.kind == Kind::Data {
+                data.push(extent.range);
+            }
+        }
+        let holding = |wanted: Range<u64>| {
+            data.iter()
+                .find(|data| data.start <= wanted.start && data.end >= wanted.end)
+        };
+        Ok(match (holding(NOISE), holding(BYTE_AT..BYTE_AT + 1)) {
+            (Some(_), Some(byte)) => SeekHole::Exact {
+                granularity: byte.end - byte.start,
+            },
+            _ => SeekHole::Unreliable,
+        })
+    }
+
+    /// Punches the noise out. The sample is of no further use.
+    pub(super) fn punch(&mut self) -> io::Result<Punch> {
+        fsync(self.file)?;
+        let before = self.allocated()?;
+        match punch_hole(self.file, NOISE) {
+            Ok(()) => {}
+            Err(SpaceError::Unsupported { .. }) => return Ok(Punch::Unsupported),
+            // Drivers differ in how they refuse a mode that they don't know.
+            Err(SpaceError::Io { source, .. }) if source.raw_os_error() == Some(libc::EINVAL) => {
+                return Ok(Punch::Unsupported);
+            }
+            Err(error) => return Err(into_io(error)),
+        }
+        let mut bytes = noise();
+        self.file.read_exact_at(&mut bytes, NOISE.start)?;
+        if bytes.iter().any(|byte| *byte != 0) {
+            return Ok(Punch::Unsupported);
+        }
+        fsync(self.file)?;
+        let freed = before.saturating_sub(self.allocated()?) >= WRITTEN;
+        Ok(if freed { Punch::Frees } else { Punch::Zeroes })
+    }
+}
+
+/// Bytes that no file system compresses away or stores as a hole: a xorshift generator (Marsaglia 2003).
+pub(super) fn noise() -> Vec<u8> {
+    let mut state = 0x9E37_79B9_7F4A_7C15_u64;
+    let words = (0..WRITTEN / 8).flat_map(|_| {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        state.to_ne_bytes()
+    });
+    words.collect()
+}
+
+fn into_io(error: SpaceError) -> io::Error {
+    match error {
+        SpaceError::Io { source, .. } => source,
+        error => io::Error::other(error),
+    }
+}

@@ -1,0 +1,95 @@
+//! macOS: fcntl's F_PUNCHHOLE, F_PREALLOCATE and F_NOCACHE, and statfs. Type-checked, never run.
+
+#![allow(unsafe_code)]
+
+use std::fs::File;
+use std::io;
+use std::ops::Range;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{FileExt, MetadataExt};
+
+use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, fcntl};
+use nix::sys::statfs::fstatfs;
+
+/// `F_PUNCHHOLE` refuses a range that is not of whole blocks, so the parts of blocks at both ends are written as zeros.
+pub(crate) fn punch_hole(file: &File, range: Range<u64>) -> io::Result<()> {
+    let block = u64::from(fstatfs(file)?.block_size()).max(1);
+    let start = range.start.next_multiple_of(block).min(range.end);
+    let end = (range.end - range.end % block).max(start);
+    // First, so that an unsupported call leaves the bytes alone.
+    if start < end {
+        punch_blocks(file, start..end)?;
+    }
+    write_zeros(file, range.start..start)?;
+    write_zeros(file, end..range.end)
+}
+
+#[allow(
+    clippy::cast_possible_wrap,
+    reason = "checked by the callers in space.rs"
+)]
+fn punch_blocks(file: &File, blocks: Range<u64>) -> io::Result<()> {
+    let hole = libc::fpunchhole_t {
+        fp_flags: 0,
+        reserved: 0,
+        fp_offset: blocks.start as libc::off_t,
+        fp_length: (blocks.end - blocks.start) as libc::off_t,
+    };
+    // SAFETY: F_PUNCHHOLE reads an fpunchhole_t, which `hole` is for the length of the call; `file` is borrowed, so open.
+    let result = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_PUNCHHOLE, &raw const hole) };
+    Errno::result(result)?;
+    Ok(())
+}
+
+fn write_zeros(file: &File, range: Range<u64>) -> io::Result<()> {
+    let zeros = [0; 4096];
+    let mut at = range.start;
+    while at < range.end {
+        let len = usize::try_from(range.end - at).map_or(zeros.len(), |len| len.min(zeros.len()));
+        file.write_all_at(&zeros[..len], at)?;
+        at += len as u64;
+    }
+    Ok(())
+}
+
+/// `F_PREALLOCATE`'s length is what to add behind the blocks that the file has, and it leaves the file's length alone.
+#[allow(
+    clippy::cast_possible_wrap,
+    reason = "checked by the callers in space.rs"
+)]
+pub(crate) fn reserve(file: &File, len: u64) -> io::Result<()> {
+    let metadata = file.metadata()?;
+    let owned = metadata.len().max(metadata.blocks() * 512);
+    if len > owned {
+        let mut store = libc::fstore_t {
+            fst_flags: libc::F_ALLOCATEALL,
+            fst_posmode: libc::F_PEOFPOSMODE,
+            fst_offset: 0,
+            fst_length: (len - owned) as libc::off_t,
+            fst_bytesalloc: 0,
+        };
+        fcntl(file, FcntlArg::F_PREALLOCATE(&mut store))?;
+    }
+    if len > metadata.len() {
+        file.set_len(len)?;
+    }
+    Ok(())
+}
+
+/// Turns `F_NOCACHE` on or off: macOS has no `O_DIRECT`.
+pub(crate) fn set_direct(file: &File, on: bool) -> io::Result<()> {
+    // SAFETY: F_NOCACHE takes an int by value; `file` is borrowed, so the descriptor is open.
+    let result = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_NOCACHE, libc::c_int::from(on)) };
+    Errno::result(result)?;
+    Ok(())
+}
+
+/// macOS reports no alignment.
+pub(crate) fn reported_direct_alignment(_file: &File) -> Option<(usize, usize)> {
+    None
+}
+
+pub(crate) fn file_system_name(file: &File) -> io::Result<String> {
+    Ok(fstatfs(file)?.filesystem_type_name().into())
+}

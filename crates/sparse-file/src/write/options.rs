@@ -1,0 +1,73 @@
+//! How to write.
+
+/// The way bytes get to the file.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Engine {
+    /// One `pwrite(2)` after the other on the calling thread: works on every file.
+    #[default]
+    Positioned,
+}
+
+/// Options of [`write_runs`](crate::write_runs()); the defaults are right for any file system.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct WriteOptions {
+    pub(super) engine: Engine,
+    pub(super) chunk_size: usize,
+}
+
+impl WriteOptions {
+    /// The smallest chunk: a page.
+    pub const MIN_CHUNK_SIZE: usize = 4 << 10;
+    /// The largest chunk. macOS refuses a write of 2 GiB, Linux cuts it short.
+    pub const MAX_CHUNK_SIZE: usize = 1 << 30;
+
+    /// [`Engine::Positioned`] with chunks of 1 MiB.
+    #[must_use]
+    pub const fn new() -> Self {
+        Self {
+            engine: Engine::Positioned,
+            chunk_size: 1 << 20,
+        }
+    }
+
+    /// The engine to write with.
+    #[must_use]
+    pub const fn engine(mut self, engine: Engine) -> Self {
+        self.engine = engine;
+        self
+    }
+
+    /// At most how many bytes one call writes, and how many lie between two calls of the progress function. Rounded up to a
+    /// power of two within [`MIN_CHUNK_SIZE`](Self::MIN_CHUNK_SIZE) and [`MAX_CHUNK_SIZE`](Self::MAX_CHUNK_SIZE); a chunk never
+    /// crosses a multiple of it in the file.
+    #[must_use]
+    pub fn chunk_size(mut self, bytes: usize) -> Self {
+        self.chunk_size = bytes
+            .clamp(Self::MIN_CHUNK_SIZE, Self::MAX_CHUNK_SIZE)
+            .next_power_of_two();
+        self
+    }
+}
+
+impl Default for WriteOptions {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use rstest::rstest;
+
+    use super::*;
+
+    #[rstest]
+    #[case(0, 4096)]
+    #[case(4097, 8192)]
+    #[case(1 << 20, 1 << 20)]
+    #[case(usize::MAX, 1 << 30)]
+    fn any_chunk_size_becomes_one_that_works(#[case] given: usize, #[case] used: usize) {
+        assert_eq!(WriteOptions::new().chunk_size(given).chunk_size, used);
+    }
+}
