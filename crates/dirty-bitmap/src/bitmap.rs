@@ -47,15 +47,16 @@ pub struct DirtyBitmap {
     current: AtomicU64,
     /// By the binary logarithm of their granule. Made once, never freed: a marker may hold any of them.
     tables: Box<[OnceLock<Table>]>,
-    /// Held by whoever moves marks or looks for them, so that none is missed on its way between tables.
-    moving: Mutex<()>,
+    /// What `current` says, for whoever moves marks or looks for them: one at a time, so that no mark is missed on its way
+    /// between tables.
+    moving: Mutex<Published>,
     pub(crate) epoch_open: AtomicBool,
 }
 
 /// Which table marks go to, as one word: the logarithm of its granule in the low byte, above it how often this changed.
 /// The count tells a marker of a change also when the bitmap is back at the granule that the marker saw.
-#[derive(Clone, Copy, PartialEq, Eq)]
-struct Published(u64);
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Published(u64);
 
 impl Published {
     fn first(shift: u32) -> Self {
@@ -66,7 +67,7 @@ impl Published {
         Self(((self.0 >> 8) + 1) << 8 | u64::from(shift))
     }
 
-    fn shift(self) -> u32 {
+    pub(crate) fn shift(self) -> u32 {
         (self.0 & 0xff) as u32
     }
 }
@@ -91,7 +92,7 @@ impl DirtyBitmap {
             page_shift,
             current: AtomicU64::new(Published::first(shift).0),
             tables: (0..u64::BITS).map(|_| OnceLock::new()).collect(),
-            moving: Mutex::new(()),
+            moving: Mutex::new(Published::first(shift)),
             epoch_open: AtomicBool::new(false),
         };
         bitmap.table_or_new(shift)?;
@@ -169,7 +170,8 @@ impl DirtyBitmap {
     pub fn is_dirty(&self, address: u64) -> Result<bool, OutOfRange> {
         let (offsets, verdict) = self.ram.clip(address, 1);
         verdict?;
-        let (_moving, shift) = self.lock();
+        let moving = self.lock();
+        let shift = moving.shift();
         let page = offsets.start >> shift;
         Ok(self
             .table(shift)
@@ -180,14 +182,16 @@ impl DirtyBitmap {
     /// Whether no page is marked.
     #[must_use]
     pub fn is_clean(&self) -> bool {
-        let (_moving, shift) = self.lock();
+        let moving = self.lock();
+        let shift = moving.shift();
         self.table(shift).next_run(0).is_none()
     }
 
     /// The bytes of all marked granules; the last one counts as far as the RAM goes.
     #[must_use]
     pub fn dirty_bytes(&self) -> u64 {
-        let (_moving, shift) = self.lock();
+        let moving = self.lock();
+        let shift = moving.shift();
         let table = self.table(shift);
         let last = (self.ram.size - 1) >> shift;
         let beyond = ((last + 1) << shift) - self.ram.size;
@@ -216,7 +220,8 @@ impl DirtyBitmap {
     /// # Errors
     /// [`GeometryError::OutOfMemory`]: nothing was taken.
     pub fn drain(&self) -> Result<Self, GeometryError> {
-        let (_moving, shift) = self.lock();
+        let moving = self.lock();
+        let shift = moving.shift();
         let taken = Self::with_granule(self.ram, shift, shift)?;
         let table = taken.table(shift);
         self.table(shift).take(|word, bits| {
@@ -238,7 +243,8 @@ impl DirtyBitmap {
                 other_size: other.ram.size,
             });
         }
-        let (_moving, shift) = self.lock();
+        let moving = self.lock();
+        let shift = moving.shift();
         // Marking takes no lock: a bitmap drained into itself, or two into each other, can't deadlock.
         self.table(shift)
             .take(|word, bits| self.each_run(shift, word, bits, |run| _ = other.mark_offsets(run)));
@@ -260,7 +266,8 @@ impl DirtyBitmap {
     /// [`GeometryError`]: a granule that is no power of two or larger than the RAM, or no memory; the bitmap stays as it was.
     pub fn rebuild(&self, granule: u64) -> Result<(), GeometryError> {
         let to = self.ram.shift_of(granule)?;
-        let (_moving, from) = self.lock();
+        let mut moving = self.lock();
+        let from = moving.shift();
         if from == to {
             return Ok(());
         }
@@ -268,8 +275,8 @@ impl DirtyBitmap {
         // Marks that came too late for an earlier rebuilding: whoever set them saw that, and set them again where they count.
         table.take(|_, _| ());
         // Published before the old table is swept: a marker that misses the sweep finds the new table when it looks again.
-        self.current
-            .store(self.published().next(to).0, Ordering::Release);
+        *moving = moving.next(to);
+        self.current.store(moving.0, Ordering::Release);
         self.table(from).take(|word, bits| {
             self.each_run(from, word, bits, |run| {
                 _ = table.mark(pages_touched(&run, to))
@@ -313,12 +320,10 @@ impl DirtyBitmap {
         pages.start << shift..(pages.end << shift).min(self.ram.size)
     }
 
-    /// Keeps marks from being moved; gives the logarithm of the granule that all of them are in meanwhile.
-    pub(crate) fn lock(&self) -> (MutexGuard<'_, ()>, u32) {
+    /// Keeps marks from being moved: all of them are in one table meanwhile.
+    pub(crate) fn lock(&self) -> MutexGuard<'_, Published> {
         // Nothing is left half-done by a panic in here: a move that stops leaves the rest where it was.
-        let guard = self.moving.lock().unwrap_or_else(PoisonError::into_inner);
-        let shift = self.published().shift();
-        (guard, shift)
+        self.moving.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(crate) fn table(&self, shift: u32) -> &Table {

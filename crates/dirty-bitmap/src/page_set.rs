@@ -34,7 +34,8 @@ impl DirtyBitmap {
     /// A copy of the marks, at the present granule. The marks stay.
     #[must_use]
     pub fn page_set(&self) -> PageSet {
-        let (_moving, shift) = self.lock();
+        let moving = self.lock();
+        let shift = moving.shift();
         // Fits a usize: so many bits are in memory.
         let granules = self.ram_size().div_ceil(1 << shift) as usize;
         let mut words = vec![0; granules.div_ceil(64)];

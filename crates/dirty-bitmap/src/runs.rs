@@ -36,7 +36,8 @@ impl<'a> Runs<'a> {
         if self.next >= self.bitmap.ram_size() {
             return;
         }
-        let (_moving, shift) = self.bitmap.lock();
+        let moving = self.bitmap.lock();
+        let shift = moving.shift();
         let table = self.bitmap.table(shift);
         let mut page = self.next >> shift;
         while self.found < BATCH {

@@ -160,10 +160,10 @@ fn a_mark_against_a_rebuild_to_coarser_pages() {
     });
 }
 
-/// The published granule comes back to the one that a marker saw. At most 4 preemptions.
+/// The published granule comes back to the one that a marker saw.
 #[test]
 fn a_mark_against_a_rebuild_there_and_back_again() {
-    with_preemptions(4, || {
+    exhaustively(|| {
         let guest = Guest::new(1);
         let writer = write_in_thread(&guest, &[(0, 1)]);
         guest.bitmap.rebuild(PAGE / 2).unwrap();
@@ -187,10 +187,10 @@ fn a_mark_that_came_late_does_not_come_back_after_it_was_saved() {
     });
 }
 
-/// More than one word in the finer table. At most 3 preemptions.
+/// More than one word in the finer table.
 #[test]
 fn marks_against_a_rebuild_to_a_table_of_several_words() {
-    with_preemptions(3, || {
+    exhaustively(|| {
         let guest = Guest::new(2);
         let writer = write_in_thread(&guest, &[(1, 1), (0, 2)]);
         guest.bitmap.rebuild(PAGE / 64).unwrap();
@@ -216,10 +216,9 @@ fn two_markers_against_a_rebuild() {
     });
 }
 
-/// At most 3 preemptions.
 #[test]
 fn a_mark_against_a_rebuild_and_a_drain() {
-    with_preemptions(3, || {
+    exhaustively(|| {
         let guest = Guest::new(1);
         let writer = write_in_thread(&guest, &[(0, 1)]);
         let rebuilder = {
