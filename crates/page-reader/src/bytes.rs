@@ -1,0 +1,69 @@
+//! Ordinary memory as a source: byte slices, arrays and vectors.
+
+use std::io;
+
+use crate::{HostMemory, PageReader, range};
+
+/// A guest's RAM, or an image of it, held in ordinary memory.
+///
+/// Nobody can write borrowed bytes, so this is no way to read *running* guest memory: see
+/// [`MappedMemory`](crate::MappedMemory).
+impl PageReader for [u8] {
+    fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
+        range::check(offset, buf.len(), self.len() as u64)?;
+        // In range, so the offset fits in usize.
+        let start = offset as usize;
+        buf.copy_from_slice(&self[start..start + buf.len()]);
+        Ok(())
+    }
+
+    fn host_memory(&self, offset: u64, len: usize) -> Option<HostMemory<'_>> {
+        let len = range::available(offset, len, self.len() as u64)?;
+        let start = offset as usize;
+        Some(HostMemory::from(&self[start..start + len]))
+    }
+}
+
+impl<const N: usize> PageReader for [u8; N] {
+    fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
+        self.as_slice().read_at(offset, buf)
+    }
+
+    fn host_memory(&self, offset: u64, len: usize) -> Option<HostMemory<'_>> {
+        self.as_slice().host_memory(offset, len)
+    }
+}
+
+impl PageReader for Vec<u8> {
+    fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
+        self.as_slice().read_at(offset, buf)
+    }
+
+    fn host_memory(&self, offset: u64, len: usize) -> Option<HostMemory<'_>> {
+        self.as_slice().host_memory(offset, len)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_host_memory_of_a_slice_is_the_slice_itself() {
+        let bytes = vec![7; 100];
+        let memory = bytes.host_memory(40, 1000).unwrap();
+        assert_eq!(memory.as_ptr(), &raw const bytes[40]);
+        assert_eq!(memory.len(), 60);
+    }
+
+    #[test]
+    fn a_read_past_the_end_says_how_far_the_source_reaches() {
+        let error = [0; 100].read_at(99, &mut [0; 2]).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof);
+        assert!(
+            error
+                .to_string()
+                .starts_with("2 bytes at offset 99 reach past the 100 bytes")
+        );
+    }
+}

@@ -1,0 +1,124 @@
+//! `vm-memory`'s guest memory as a source.
+
+#![allow(unsafe_code)]
+
+use std::io;
+use std::ops::Deref;
+
+use vm_memory::volatile_memory::PtrGuard;
+use vm_memory::{
+    Address, GuestAddress, GuestMemoryBackend, GuestMemoryError, GuestMemoryRegion, bitmap::MS,
+};
+
+use crate::{HostMemory, LayoutError, PageReader, RamLayout, range};
+
+/// A guest's RAM in one of `vm-memory`'s types, such as `GuestMemoryMmap`, borrowed or shared.
+///
+/// `P` is what leads to the memory: `&GuestMemoryMmap`, `Arc<GuestMemoryMmap>`, or the guard of a `GuestMemoryAtomic`,
+/// whose memory doesn't change under the reader.
+///
+/// Host addresses are handed out, except where `vm-memory` is built with its feature `xen`: memory that may be
+/// mapped for one access only has no lasting address, so there everything is read by copy.
+///
+/// # Examples
+/// ```
+/// use page_reader::{GuestMemoryReader, PageReader};
+/// use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+///
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// let ram = [(GuestAddress(0), 8192), (GuestAddress(1 << 32), 4096)];
+/// let memory = GuestMemoryMmap::<()>::from_ranges(&ram)?;
+/// memory.write_slice(b"high", GuestAddress(1 << 32))?;
+///
+/// let guest = GuestMemoryReader::new(&memory)?;
+/// assert_eq!(guest.layout().ram_size(), 12288);
+/// let mut bytes = [0; 4];
+/// guest.read_at(8192, &mut bytes)?;
+/// assert_eq!(&bytes, b"high");
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Clone, Debug)]
+pub struct GuestMemoryReader<P> {
+    memory: P,
+    layout: RamLayout,
+}
+
+impl<P> GuestMemoryReader<P>
+where
+    P: Deref,
+    P::Target: GuestMemoryBackend,
+{
+    /// The RAM of `memory`, whose regions are laid out as [`RamLayout`] does.
+    ///
+    /// # Errors
+    /// No region, or one that isn't whole pages of 4 KiB: `vm-memory` takes any size, memory slots don't.
+    pub fn new(memory: P) -> Result<Self, LayoutError> {
+        let layout = RamLayout::new(
+            memory
+                .iter()
+                .map(|region| (region.start_addr().raw_value(), region.len())),
+        )?;
+        Ok(Self { memory, layout })
+    }
+
+    /// Where the regions lie in guest-physical memory and in the memory file.
+    #[must_use]
+    pub fn layout(&self) -> &RamLayout {
+        &self.layout
+    }
+}
+
+/// `len` bytes inside one region.
+fn slice<M: GuestMemoryBackend + ?Sized>(
+    memory: &M,
+    guest_start: u64,
+    len: usize,
+) -> Result<vm_memory::VolatileSlice<'_, MS<'_, M>>, GuestMemoryError> {
+    let slice = memory.get_slice(GuestAddress(guest_start), len)?;
+    if slice.len() == len {
+        Ok(slice)
+    } else {
+        let completed = slice.len();
+        Err(GuestMemoryError::PartialBuffer {
+            expected: len,
+            completed,
+        })
+    }
+}
+
+impl<P> PageReader for GuestMemoryReader<P>
+where
+    P: Deref,
+    P::Target: GuestMemoryBackend,
+{
+    fn read_at(&self, offset: u64, mut buf: &mut [u8]) -> io::Result<()> {
+        range::check(offset, buf.len(), self.layout.ram_size())?;
+        for piece in self.layout.pieces(offset, buf.len() as u64) {
+            // No longer than buf, so it fits in usize.
+            let (now, later) = buf.split_at_mut(piece.size as usize);
+            let slice =
+                slice(&*self.memory, piece.guest_start, now.len()).map_err(io::Error::other)?;
+            let guard = slice.ptr_guard();
+            // SAFETY: a VolatileSlice is its maker's promise that this memory is there, for other than volatile
+            // access by nobody, while the slice is; the guard, which may be what maps it, outlives the copy.
+            unsafe { HostMemory::new(guard.as_ptr(), now.len()) }.copy_to(now);
+            buf = later;
+        }
+        Ok(())
+    }
+
+    fn host_memory(&self, offset: u64, len: usize) -> Option<HostMemory<'_>> {
+        // A guard that does something when dropped unmaps: its address would be gone with it.
+        if const { std::mem::needs_drop::<PtrGuard>() } {
+            return None;
+        }
+        let len = range::available(offset, len, self.layout.ram_size())?;
+        let piece = self.layout.pieces(offset, len as u64).next()?;
+        let slice = slice(&*self.memory, piece.guest_start, piece.size as usize).ok()?;
+        let start = slice.ptr_guard().as_ptr();
+        // SAFETY: as in read_at; the slice's lifetime, which its maker vouches for, is that of the borrow of `self`, and a guard
+        // that isn't dropped is an address only, good for as long as the slice.
+        Some(unsafe { HostMemory::new(start, slice.len()) })
+    }
+}
