@@ -110,17 +110,24 @@ impl<'f> Attempt<'f> {
         }
     }
 
-    /// Whether what one call writes is what one call reads, at an address and an offset that are multiples of the
-    /// alignments and of nothing larger, below [`LARGEST`].
+    /// Whether direct I/O works at an address and an offset that are multiples of the alignments and, below [`LARGEST`], of
+    /// nothing larger: for the shortest piece, and for one of many pages. The block layer of Linux 6.18 takes a piece
+    /// within one page at any address, and refuses the same address for more.
     fn works(&mut self, memory_align: usize, offset_align: usize) -> io::Result<bool> {
-        let at = NOISE.start + offset_align as u64;
-        let wanted = &self.noise[..offset_align];
-        let piece = &mut self.buffer.bytes()[memory_align..memory_align + offset_align];
+        Ok(self.comes_back(memory_align, offset_align, offset_align)?
+            && self.comes_back(memory_align, offset_align, LARGEST)?)
+    }
+
+    /// Whether what one call writes is what one call reads.
+    fn comes_back(&mut self, start: usize, offset: usize, len: usize) -> io::Result<bool> {
+        let at = NOISE.start + offset as u64;
+        let wanted = &self.noise[..len];
+        let piece = &mut self.buffer.bytes()[start..start + len];
         piece.copy_from_slice(wanted);
         let wrote = accepted(self.file.write_at(piece, at))?;
         piece.fill(0);
         let read = accepted(self.file.read_at(piece, at))?;
-        Ok(wrote == Some(offset_align) && read == Some(offset_align) && piece == wanted)
+        Ok(wrote == Some(len) && read == Some(len) && piece == wanted)
     }
 }
 

@@ -1,0 +1,243 @@
+//! Listing extents of files that are dense, sparse, reserved, or changing meanwhile.
+#![cfg(target_os = "linux")]
+
+mod support;
+
+use std::fs::File;
+use std::io::{Seek, SeekFrom};
+use std::ops::Range;
+use std::os::unix::fs::FileExt;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+
+use rstest::rstest;
+use sparse_file::{
+    Extent, Extents, Kind, Knowledge, allocated_bytes, extents, grow, punch_hole, reserve,
+};
+use support::{Fs, child_task, contents, expect_success, strace_child};
+
+const PAGE: u64 = 4096;
+/// Every second page of a file of 201 is data, and the last one is a hole.
+const PAGES: u64 = 201;
+
+fn striped(fs: Fs, test: &str) -> Option<(support::Place, File)> {
+    let place = fs.mount(test)?;
+    let file = place.file();
+    grow(&file, PAGES * PAGE).expect("grown");
+    for page in (1..PAGES).step_by(2) {
+        file.write_all_at(&[7; PAGE as usize], page * PAGE)
+            .expect("written");
+    }
+    Some((place, file))
+}
+
+/// Fails unless the extents cover `[0, len)` and neighbours differ.
+fn covering(listed: impl Iterator<Item = std::io::Result<Extent>>, len: u64) -> Vec<Extent> {
+    let listed: Vec<_> = listed.map(|extent| extent.expect("listed")).collect();
+    let mut at = 0;
+    let mut kind = None;
+    for extent in &listed {
+        assert_eq!(extent.range.start, at, "{listed:?}");
+        assert!(extent.range.end > at, "{listed:?}");
+        assert_ne!(Some(extent.kind), kind, "{listed:?}");
+        (at, kind) = (extent.range.end, Some(extent.kind));
+    }
+    assert_eq!(at, len, "{listed:?}");
+    listed
+}
+
+fn one(range: Range<u64>, kind: Kind) -> Vec<Extent> {
+    vec![Extent { range, kind }]
+}
+
+/// Callers of a SEEK_DATA that cost 25 ms on btrfs made it for each page.
+#[rstest]
+fn slow_seek_data_is_called_once_an_extent(
+    #[values(Fs::Tmpfs, Fs::Ext4, Fs::Xfs, Fs::Btrfs)] fs: Fs,
+) {
+    let Some((_place, file)) = striped(fs, "slow_seek_data_is_called_once_an_extent") else {
+        return;
+    };
+    let mut enough = extents(&file).expect("listed").limit_calls(PAGES);
+    assert_eq!(covering(enough.by_ref(), PAGES * PAGE).len() as u64, PAGES);
+    assert!(enough.are_exact());
+}
+
+#[test]
+fn a_listing_that_may_make_no_more_calls_calls_the_rest_data_and_says_so() {
+    let Some((_place, file)) = striped(Fs::Tmpfs, "a_listing_that_may_make_no_more_calls") else {
+        return;
+    };
+    let mut few: Extents<'_> = extents(&file).expect("listed").limit_calls(11);
+    let listed = covering(few.by_ref(), PAGES * PAGE);
+    assert_eq!(few.knowledge(), Knowledge::CutShort);
+    assert!(!few.are_exact());
+    assert_eq!(listed.len(), 12);
+    assert_eq!(
+        listed[11],
+        Extent {
+            range: 11 * PAGE..PAGES * PAGE,
+            kind: Kind::Data
+        }
+    );
+}
+
+/// A page map made of allocated ranges would take reserved but unwritten ones for data.
+#[rstest]
+fn posix_fallocated_ranges_are_holes_until_written(
+    #[values(Fs::Tmpfs, Fs::Ext4, Fs::Xfs, Fs::Btrfs)] fs: Fs,
+) {
+    let Some(place) = fs.mount("posix_fallocated_ranges_are_holes_until_written") else {
+        return;
+    };
+    let file = place.file();
+    let len = 256 * PAGE;
+    reserve(&file, len).expect("reserved");
+    assert_eq!(file.metadata().expect("metadata").len(), len);
+    assert!(allocated_bytes(&file).expect("allocated") >= len);
+    assert_eq!(
+        covering(extents(&file).expect("listed"), len),
+        one(0..len, Kind::Hole)
+    );
+    file.write_all_at(&[7; PAGE as usize], 9 * PAGE)
+        .expect("written");
+    let listed = covering(extents(&file).expect("listed"), len);
+    assert_eq!(
+        listed[1],
+        Extent {
+            range: 9 * PAGE..10 * PAGE,
+            kind: Kind::Data
+        }
+    );
+}
+
+#[test]
+fn a_file_system_without_holes_gives_one_data_extent_that_claims_no_knowledge() {
+    let Some((_place, file)) = striped(
+        Fs::Exfat,
+        "a_file_system_without_holes_gives_one_data_extent_that_claims_no_knowledge",
+    ) else {
+        return;
+    };
+    let mut listed = extents(&file).expect("listed");
+    assert_eq!(listed.knowledge(), Knowledge::NoHoleReported);
+    assert!(!listed.are_exact());
+    assert_eq!(
+        covering(listed.by_ref(), PAGES * PAGE),
+        one(0..PAGES * PAGE, Kind::Data)
+    );
+    assert_eq!(contents(&file)[PAGE as usize], 7);
+}
+
+/// EINVAL and EOPNOTSUPP, injected where the kernel would give them.
+#[rstest]
+#[case::einval("EINVAL")]
+#[case::eopnotsupp("EOPNOTSUPP")]
+fn a_kernel_without_seek_hole_gives_one_data_extent_that_claims_no_knowledge(#[case] errno: &str) {
+    const TEST: &str = "a_kernel_without_seek_hole_gives_one_data_extent_that_claims_no_knowledge";
+    let file = tempfile::tempfile().expect("file");
+    if child_task().is_some() {
+        grow(&file, PAGE).expect("grown");
+        let mut listed = extents(&file).expect("listed");
+        assert_eq!(listed.knowledge(), Knowledge::Unsupported);
+        return assert_eq!(covering(listed.by_ref(), PAGE), one(0..PAGE, Kind::Data));
+    }
+    if test_machine::Need::Strace.met(TEST) {
+        let number = if errno == "EINVAL" { 1 } else { 2 };
+        let case = format!("{TEST}::case_{number}_{}", errno.to_lowercase());
+        // The second lseek is the first that asks for a hole; the harness makes none.
+        let inject = format!("error={errno}:when=2");
+        let strace = strace_child("lseek", &inject, None, &case, "list");
+        expect_success(strace);
+    }
+}
+
+#[test]
+fn a_dense_file_is_one_data_extent() {
+    let file = tempfile::tempfile().expect("file");
+    file.write_all_at(&[7; 10_000], 0).expect("written");
+    assert_eq!(
+        covering(extents(&file).expect("listed"), 10_000),
+        one(0..10_000, Kind::Data)
+    );
+}
+
+#[test]
+fn an_empty_file_has_no_extents() {
+    let file = tempfile::tempfile().expect("file");
+    assert_eq!(covering(extents(&file).expect("listed"), 0), []);
+}
+
+#[test]
+fn a_pipe_is_an_error() {
+    let (pipe, _writer) = std::io::pipe().expect("pipe");
+    let file = File::from(std::os::fd::OwnedFd::from(pipe));
+    let error = extents(&file).expect_err("no file");
+    assert_eq!(error.raw_os_error(), Some(libc::ESPIPE));
+}
+
+#[test]
+fn a_file_that_shrinks_meanwhile_ends_in_a_hole() {
+    let Some((_place, file)) = striped(Fs::Tmpfs, "a_file_that_shrinks_meanwhile_ends_in_a_hole")
+    else {
+        return;
+    };
+    let mut listing = extents(&file).expect("listed");
+    let first: Vec<_> = listing.by_ref().take(20).collect();
+    file.set_len(30 * PAGE).expect("shrunk");
+    let listed = covering(first.into_iter().chain(listing), PAGES * PAGE);
+    let last = listed.last().expect("some");
+    assert_eq!(
+        *last,
+        Extent {
+            range: 30 * PAGE..PAGES * PAGE,
+            kind: Kind::Hole
+        }
+    );
+}
+
+#[test]
+fn a_file_that_grows_meanwhile_is_listed_up_to_its_old_length() {
+    let Some((_place, file)) = striped(Fs::Tmpfs, "a_file_that_grows_meanwhile") else {
+        return;
+    };
+    let mut listing = extents(&file).expect("listed");
+    let first: Vec<_> = listing.by_ref().take(20).collect();
+    file.write_all_at(&[7; 100 * PAGE as usize], PAGES * PAGE)
+        .expect("grown");
+    covering(first.into_iter().chain(listing), PAGES * PAGE);
+}
+
+#[test]
+fn a_file_that_changes_all_the_while_is_covered_and_the_listing_ends() {
+    let Some((_place, file)) = striped(Fs::Tmpfs, "a_file_that_changes_all_the_while") else {
+        return;
+    };
+    let stop = AtomicBool::new(false);
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            while !stop.load(Ordering::Relaxed) {
+                for page in 0..PAGES {
+                    file.write_all_at(&[7; PAGE as usize], page * PAGE)
+                        .expect("written");
+                    punch_hole(&file, page * PAGE..page * PAGE + PAGE).expect("punched");
+                }
+            }
+        });
+        let listed = (0..300).try_for_each(|_| {
+            std::panic::catch_unwind(|| covering(extents(&file).expect("listed"), PAGES * PAGE))
+                .map(drop)
+        });
+        stop.store(true, Ordering::Relaxed);
+        listed.expect("covered");
+    });
+}
+
+#[test]
+fn the_file_position_is_put_back() {
+    let mut file = tempfile::tempfile().expect("file");
+    grow(&file, 100 * PAGE).expect("grown");
+    file.seek(SeekFrom::Start(5)).expect("seek");
+    assert!(extents(&file).expect("listed").next().is_some());
+    assert_eq!(file.stream_position().expect("position"), 5);
+}

@@ -1,0 +1,189 @@
+//! Full disks, limits, quotas and interrupted calls, each one the kernel's own or injected into the real call.
+#![cfg(target_os = "linux")]
+
+mod support;
+
+use std::io::ErrorKind;
+use std::path::Path;
+
+use nix::sys::resource::{Resource, setrlimit};
+use rstest::rstest;
+use sparse_file::{
+    Capabilities, ProbeError, SpaceError, WriteError, WriteOptions, grow, reserve, write_runs,
+};
+use support::{Copied, child, child_task, contents, expect_success, go_on, ram, strace_child};
+use test_machine::{Need, TinyTmpfs};
+
+const LEN: u64 = 1 << 20;
+const CHUNK: usize = 64 << 10;
+
+fn options() -> WriteOptions {
+    WriteOptions::new().chunk_size(CHUNK)
+}
+
+#[test]
+fn a_disk_that_fills_up_midway_is_enospc_at_the_first_byte_that_had_no_room() {
+    if !Need::Root.met("a_disk_that_fills_up_midway_is_enospc_at_the_first_byte_that_had_no_room") {
+        return;
+    }
+    // Not a multiple of the chunk: the last write that fits in part is a short one.
+    let tmpfs = TinyTmpfs::new(300 << 10).expect("mounted");
+    let file = tempfile::tempfile_in(tmpfs.path()).expect("file");
+    let ram = ram(LEN as usize);
+    for _ in 0..2 {
+        let result = write_runs(&file, [0..LEN], ram.as_slice(), &options(), &mut go_on);
+        let Err(WriteError::Destination {
+            offset,
+            len,
+            source,
+        }) = result
+        else {
+            panic!("{result:?}");
+        };
+        assert_eq!(source.kind(), ErrorKind::StorageFull);
+        assert!((256 << 10..=300 << 10).contains(&offset), "{offset}");
+        assert!(len > 0 && len < CHUNK, "{len}");
+        assert!(contents(&file) == ram[..offset as usize]);
+        // Again from the start: what is there can be overwritten, and it ends at the same place.
+    }
+}
+
+#[test]
+fn past_rlimit_fsize_is_efbig_after_a_real_short_write_and_not_death_by_sigxfsz() {
+    const LIMIT: u64 = 100_000;
+    if child_task().is_none() {
+        return expect_success(child(
+            "past_rlimit_fsize_is_efbig_after_a_real_short_write_and_not_death_by_sigxfsz",
+            "limited",
+        ));
+    }
+    let file = tempfile::tempfile().expect("file");
+    let ram = ram(LEN as usize);
+    setrlimit(Resource::RLIMIT_FSIZE, LIMIT, LIMIT).expect("limit");
+    for offered in [true, false] {
+        let result = match offered {
+            true => write_runs(&file, [0..LEN], ram.as_slice(), &options(), &mut go_on),
+            false => write_runs(&file, [0..LEN], &Copied(&ram), &options(), &mut go_on),
+        };
+        let Err(WriteError::Destination {
+            offset,
+            len,
+            source,
+        }) = result
+        else {
+            panic!("{result:?}");
+        };
+        // In the middle of a chunk: the kernel had taken its first part.
+        assert_eq!((offset, len as u64), (LIMIT, 2 * CHUNK as u64 - LIMIT));
+        assert_eq!(source.kind(), ErrorKind::FileTooLarge);
+        assert!(contents(&file) == ram[..LIMIT as usize]);
+    }
+    // What lies below the limit can still be written, and the limit itself is allowed.
+    write_runs(&file, [0..LIMIT], ram.as_slice(), &options(), &mut go_on).expect("written");
+    grow(&file, LIMIT).expect("the limit itself");
+    let error = grow(&file, LIMIT + 1).expect_err("too large");
+    assert!(
+        matches!(error, SpaceError::Io { source, .. } if source.kind() == ErrorKind::FileTooLarge)
+    );
+    let error = reserve(&file, LIMIT + 1).expect_err("too large");
+    assert!(
+        matches!(error, SpaceError::Io { source, .. } if source.kind() == ErrorKind::FileTooLarge)
+    );
+    let error = Capabilities::probe(&std::env::temp_dir()).expect_err("too large");
+    assert!(
+        matches!(error, ProbeError::Io { source, .. } if source.kind() == ErrorKind::FileTooLarge)
+    );
+}
+
+/// Runs `test` as a child with `inject`ed failures of `pwrite64`, at least one of which must have happened.
+fn with_injected(inject: &str, test: &str, task: &str) {
+    let log = tempfile::NamedTempFile::new().expect("log");
+    expect_success(strace_child(
+        "pwrite64",
+        inject,
+        Some(log.path()),
+        test,
+        task,
+    ));
+    assert!(injected(log.path()) > 0, "strace injected nothing");
+}
+
+fn injected(log: &Path) -> usize {
+    let log = std::fs::read_to_string(log).expect("log");
+    log.lines().filter(|line| line.contains("INJECTED")).count()
+}
+
+#[rstest]
+#[case::eintr("EINTR")]
+#[case::eagain("EAGAIN")]
+fn interrupted_and_put_off_writes_are_made_again(#[case] errno: &str) {
+    const TEST: &str = "interrupted_and_put_off_writes_are_made_again";
+    if child_task().is_some() {
+        let file = tempfile::tempfile().expect("file");
+        let ram = ram(LEN as usize);
+        let written = write_runs(&file, [0..LEN], ram.as_slice(), &options(), &mut go_on);
+        assert_eq!(written.expect("written"), LEN);
+        return assert!(contents(&file) == ram);
+    }
+    if Need::Strace.met(TEST) {
+        let case = match errno {
+            "EINTR" => format!("{TEST}::case_1_eintr"),
+            _ => format!("{TEST}::case_2_eagain"),
+        };
+        // The first call, and every second one after it.
+        with_injected(&format!("error={errno}:when=1+2"), &case, "write");
+    }
+}
+
+#[rstest]
+#[case::case_enospc("ENOSPC", ErrorKind::StorageFull)]
+#[case::case_edquot("EDQUOT", ErrorKind::QuotaExceeded)]
+#[case::case_efbig("EFBIG", ErrorKind::FileTooLarge)]
+#[case::case_eio("EIO", ErrorKind::Other)]
+fn a_failed_write_is_the_destinations_error_with_its_errno_and_offset(
+    #[case] errno: &str,
+    #[case] kind: ErrorKind,
+) {
+    const TEST: &str = "a_failed_write_is_the_destinations_error_with_its_errno_and_offset";
+    if child_task().is_some() {
+        let file = tempfile::tempfile().expect("file");
+        let ram = ram(LEN as usize);
+        let result = write_runs(&file, [0..LEN], ram.as_slice(), &options(), &mut go_on);
+        let Err(WriteError::Destination {
+            offset,
+            len,
+            source,
+        }) = result
+        else {
+            panic!("{result:?}");
+        };
+        assert_eq!((offset, len), (2 * CHUNK as u64, CHUNK));
+        assert!(source.kind() == kind || source.raw_os_error() == Some(libc::EIO));
+        return assert!(contents(&file) == ram[..2 * CHUNK]);
+    }
+    if Need::Strace.met(TEST) {
+        let number = ["ENOSPC", "EDQUOT", "EFBIG", "EIO"]
+            .iter()
+            .position(|known| *known == errno)
+            .expect("a case")
+            + 1;
+        let case = format!("{TEST}::case_{number}_case_{}", errno.to_lowercase());
+        with_injected(&format!("error={errno}:when=3"), &case, "write");
+    }
+}
+
+/// One file system's hole is another's full disk: probing a disk with no room must not leave its file there.
+#[test]
+fn probing_a_full_disk_fails_with_enospc_and_leaves_nothing() {
+    if !Need::Root.met("probing_a_full_disk_fails_with_enospc_and_leaves_nothing") {
+        return;
+    }
+    let tmpfs = TinyTmpfs::new(32 << 10).expect("mounted");
+    let error = Capabilities::probe(tmpfs.path()).expect_err("no room");
+    assert!(
+        matches!(error, ProbeError::Io { source, .. } if source.kind() == ErrorKind::StorageFull)
+    );
+    assert_eq!(std::fs::read_dir(tmpfs.path()).expect("dir").count(), 0);
+    // And its space is free again.
+    std::fs::write(tmpfs.path().join("all"), [1; 32 << 10]).expect("room");
+}

@@ -1,0 +1,190 @@
+//! Probing says what was measured by hand, on each file system that can be mounted here.
+#![cfg(target_os = "linux")]
+
+mod support;
+
+use std::fs::File;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::Path;
+
+use rstest::rstest;
+use sparse_file::{AlignmentBasis, Capabilities, HoleSupport, ProbeError, Punch, SeekHole};
+use support::{Fs, child_task, expect_success, strace_child};
+
+const EXACT: SeekHole = SeekHole::Exact { granularity: 4096 };
+
+/// HFS+ and exFAT have been documented as having holes. What a driver was seen to do is what counts.
+#[rstest]
+#[case::ext4(
+    Fs::Ext4,
+    "ext2/ext3/ext4",
+    HoleSupport::Sparse,
+    EXACT,
+    Punch::Frees,
+    AlignmentBasis::Reported
+)]
+#[case::xfs(
+    Fs::Xfs,
+    "xfs",
+    HoleSupport::Sparse,
+    EXACT,
+    Punch::Frees,
+    AlignmentBasis::Reported
+)]
+#[case::btrfs(
+    Fs::Btrfs,
+    "btrfs",
+    HoleSupport::Sparse,
+    EXACT,
+    Punch::Frees,
+    AlignmentBasis::Measured
+)]
+#[case::tmpfs(
+    Fs::Tmpfs,
+    "tmpfs",
+    HoleSupport::Sparse,
+    EXACT,
+    Punch::Frees,
+    AlignmentBasis::Measured
+)]
+#[case::exfat_documented_as_having_holes(
+    Fs::Exfat,
+    "fuse",
+    HoleSupport::Dense,
+    SeekHole::AllData,
+    Punch::Unsupported,
+    AlignmentBasis::Measured
+)]
+fn a_probe_says_what_was_measured(
+    #[case] fs: Fs,
+    #[case] name: &str,
+    #[case] holes: HoleSupport,
+    #[case] seek_hole: SeekHole,
+    #[case] punch: Punch,
+    #[case] basis: AlignmentBasis,
+) {
+    let Some(place) = fs.mount("a_probe_says_what_was_measured") else {
+        return;
+    };
+    let here = Capabilities::probe(place.path()).expect("probed");
+    assert_eq!(here.file_system, name);
+    assert_eq!(here.holes, holes, "{here}");
+    assert_eq!(here.seek_hole, seek_hole, "{here}");
+    assert_eq!(here.punch, punch, "{here}");
+    assert_eq!(here.preferred_block_size, 4096, "{here}");
+    assert_eq!(
+        here.direct_io.expect("all of them take it").basis,
+        basis,
+        "{here}"
+    );
+    assert_eq!(
+        std::fs::read_dir(place.path())
+            .expect("dir")
+            .filter(|entry| {
+                // ext4's own.
+                entry
+                    .as_ref()
+                    .is_ok_and(|entry| entry.file_name() != "lost+found")
+            })
+            .count(),
+        0
+    );
+}
+
+#[rstest]
+fn direct_io_works_at_the_alignment_found(
+    #[values(Fs::Ext4, Fs::Xfs, Fs::Btrfs, Fs::Tmpfs, Fs::Exfat)] fs: Fs,
+) {
+    let Some(place) = fs.mount("direct_io_works_at_the_alignment_found") else {
+        return;
+    };
+    let direct = Capabilities::probe(place.path())
+        .expect("probed")
+        .direct_io
+        .expect("direct I/O");
+    let (memory, offset) = (direct.memory_align, direct.offset_align);
+    let file = direct_file(&place.path().join("file"));
+    let mut buffer = vec![7; 128 << 10];
+    let start = buffer.as_ptr().align_offset(64 << 10);
+    let piece = start + memory..start + memory + offset;
+    assert_eq!(
+        file.write_at(&buffer[piece.clone()], offset as u64)
+            .expect("written"),
+        offset
+    );
+    buffer.fill(0);
+    assert_eq!(
+        file.read_at(&mut buffer[piece.clone()], offset as u64)
+            .expect("read"),
+        offset
+    );
+    assert!(buffer[piece] == vec![7; offset]);
+    if direct.basis == AlignmentBasis::Reported {
+        // No coarser than needed: half of it is refused.
+        // (Of a piece of many pages: Linux 6.18 takes one within a page at any address.)
+        let half = &buffer[start + memory / 2..start + memory / 2 + (32 << 10)];
+        file.write_at(half, offset as u64)
+            .expect_err("memory at half the alignment");
+        let half = &buffer[start..start + offset / 2];
+        file.write_at(half, offset as u64)
+            .expect_err("half the length");
+    }
+}
+
+/// Kernels before 6.1 and some file systems don't tell; ext4 with its answer withheld is one of them.
+#[test]
+fn an_alignment_that_the_kernel_does_not_report_is_measured() {
+    const TEST: &str = "an_alignment_that_the_kernel_does_not_report_is_measured";
+    if let Some(dir) = child_task() {
+        let here = Capabilities::probe(Path::new(&dir)).expect("probed");
+        let direct = here.direct_io.expect("direct I/O");
+        assert_eq!(direct.basis, AlignmentBasis::Measured);
+        return assert_eq!((direct.memory_align, direct.offset_align), (4096, 4096));
+    }
+    if !test_machine::Need::Strace.met(TEST) {
+        return;
+    }
+    let Some(place) = Fs::Ext4.mount(TEST) else {
+        return;
+    };
+    let dir = place.path().to_str().expect("UTF-8");
+    expect_success(strace_child("statx", "error=ENOSYS", None, TEST, dir));
+}
+
+fn direct_file(path: &Path) -> File {
+    let mut options = File::options();
+    options
+        .read(true)
+        .write(true)
+        .create_new(true)
+        .custom_flags(libc::O_DIRECT);
+    options.open(path).expect("opens with O_DIRECT")
+}
+
+#[test]
+fn a_directory_that_is_missing_is_named() {
+    let dir = tempfile::tempdir().expect("dir");
+    let missing = dir.path().join("missing");
+    let error = Capabilities::probe(&missing).expect_err("missing");
+    assert!(matches!(&error, ProbeError::CreateFile { dir, .. } if *dir == missing));
+    assert!(error.to_string().contains("missing"), "{error}");
+}
+
+#[test]
+fn a_read_only_directory_is_an_error_of_its_own() {
+    if !test_machine::Need::Root.met("a_read_only_directory_is_an_error_of_its_own") {
+        return;
+    }
+    let dir = tempfile::tempdir().expect("dir");
+    let bind = test_machine::ReadOnlyBind::of(dir.path()).expect("bound");
+    let error = Capabilities::probe(bind.path()).expect_err("read-only");
+    assert!(matches!(error, ProbeError::CreateFile { source, .. }
+        if source.kind() == std::io::ErrorKind::ReadOnlyFilesystem));
+}
+
+#[test]
+fn the_empty_parent_of_a_bare_name_is_the_current_directory() {
+    let parent = Path::new("memory.img").parent().expect("a parent");
+    let bare = Capabilities::probe(parent).expect("probed");
+    assert_eq!(bare, Capabilities::probe(Path::new(".")).expect("probed"));
+}

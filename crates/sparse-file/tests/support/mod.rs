@@ -1,0 +1,176 @@
+//! The file systems that the tests run on, sources of bytes, and child processes of the test binary.
+
+#![allow(dead_code, unreachable_pub, reason = "each test binary uses its part")]
+
+use std::fs::File;
+use std::io;
+use std::ops::{ControlFlow, Range};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use sparse_file::{Memory, Source};
+use test_machine::{LoopFs, LoopMount, Need, TinyTmpfs};
+
+/// A file system to run on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fs {
+    /// Whatever the directory for temporary files is on.
+    TempDir,
+    Tmpfs,
+    Ext4,
+    Xfs,
+    Btrfs,
+    /// Has no holes.
+    Exfat,
+}
+
+/// A directory on it.
+pub enum Place {
+    Dir(tempfile::TempDir),
+    Tmpfs(TinyTmpfs),
+    Loop(LoopMount),
+}
+
+impl Fs {
+    /// An empty directory on it for `test`; `None`, after saying so, where this machine can't make one.
+    pub fn mount(self, test: &str) -> Option<Place> {
+        let (need, fs) = match self {
+            Self::TempDir => return Some(Place::Dir(tempfile::tempdir().expect("a directory"))),
+            Self::Tmpfs => {
+                return Need::Root
+                    .met(test)
+                    .then(|| Place::Tmpfs(TinyTmpfs::new(64 << 20).expect("tmpfs mounted")));
+            }
+            Self::Ext4 => (Need::Ext4, LoopFs::Ext4),
+            Self::Xfs => (Need::Xfs, LoopFs::Xfs),
+            Self::Btrfs => (Need::Btrfs, LoopFs::Btrfs),
+            Self::Exfat => (Need::Exfat, LoopFs::Exfat),
+        };
+        need.met(test)
+            .then(|| Place::Loop(LoopMount::new(fs).expect("image mounted")))
+    }
+}
+
+impl Place {
+    pub fn path(&self) -> &Path {
+        match self {
+            Self::Dir(dir) => dir.path(),
+            Self::Tmpfs(tmpfs) => tmpfs.path(),
+            Self::Loop(mount) => mount.path(),
+        }
+    }
+
+    pub fn file(&self) -> File {
+        tempfile::tempfile_in(self.path()).expect("a file")
+    }
+}
+
+/// `len` bytes without a zero byte, no two pages of them alike.
+pub fn ram(len: usize) -> Vec<u8> {
+    (0..len)
+        .map(|at| (at.wrapping_mul(31) ^ (at >> 12).wrapping_mul(97)) as u8 | 1)
+        .collect()
+}
+
+pub fn contents(file: &File) -> Vec<u8> {
+    let mut bytes = vec![0; file.metadata().expect("metadata").len() as usize];
+    file.read_exact_at(&mut bytes, 0).expect("read");
+    bytes
+}
+
+/// Bytes that are read, never handed out by address.
+pub struct Copied<'a>(pub &'a [u8]);
+
+impl Source for Copied<'_> {
+    fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
+        self.0.read_at(offset, buf)
+    }
+}
+
+/// Memory in mappings of 5000 bytes, every third of which has to be read: pieces smaller than a chunk, and mixed.
+pub struct Pieces<'a>(pub &'a [u8]);
+
+impl Source for Pieces<'_> {
+    fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
+        self.0.read_at(offset, buf)
+    }
+
+    fn memory_at(&self, offset: u64, len: usize) -> Option<Memory<'_>> {
+        let end = (offset / 5000 + 1) * 5000;
+        (offset / 5000 % 3 != 0)
+            .then(|| self.0.memory_at(offset, len.min((end - offset) as usize)))
+            .flatten()
+    }
+}
+
+pub fn go_on(_: u64) -> ControlFlow<()> {
+    ControlFlow::Continue(())
+}
+
+/// What `runs` cover, sorted and joined.
+pub fn union(runs: &[Range<u64>]) -> Vec<Range<u64>> {
+    let mut runs: Vec<_> = runs.iter().filter(|run| !run.is_empty()).cloned().collect();
+    runs.sort_by_key(|run| run.start);
+    let mut joined: Vec<Range<u64>> = Vec::new();
+    for run in runs {
+        match joined.last_mut() {
+            Some(last) if run.start <= last.end => last.end = last.end.max(run.end),
+            _ => joined.push(run),
+        }
+    }
+    joined
+}
+
+const CHILD: &str = "SPARSE_FILE_TEST_CHILD";
+
+/// What this process was started for by [`child`], if it was.
+pub fn child_task() -> Option<String> {
+    std::env::var(CHILD).ok()
+}
+
+/// This test binary again, running only `test`, which finds `task` in [`child_task`].
+pub fn child(test: &str, task: &str) -> Command {
+    through(Command::new(exe()), test, task)
+}
+
+/// The same under `strace` with every `call` treated as `inject` says; what was traced goes to `log`.
+pub fn strace_child(
+    call: &str,
+    inject: &str,
+    log: Option<&Path>,
+    test: &str,
+    task: &str,
+) -> Command {
+    let mut strace = Command::new("strace");
+    strace.args(["-f", "-qq", "-e"]);
+    strace.arg(format!("inject={call}:{inject}"));
+    strace
+        .arg("-o")
+        .arg(log.unwrap_or(Path::new("/dev/null")))
+        .arg(exe());
+    through(strace, test, task)
+}
+
+fn through(mut command: Command, test: &str, task: &str) -> Command {
+    command
+        .args(["--exact", test, "--nocapture", "--test-threads=1"])
+        .env(CHILD, task);
+    command
+}
+
+fn exe() -> PathBuf {
+    std::env::current_exe().expect("own path")
+}
+
+/// Runs it and fails with its output unless it ran one test well.
+pub fn expect_success(mut command: Command) {
+    let output = command.output().expect("started");
+    let stdout = String::from_utf8_lossy(&output.stdout);
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert!(
+        output.status.success() && stdout.contains("1 passed"),
+        "{:?}\n{stdout}\n{stderr}",
+        output.status
+    );
+}
