@@ -1,0 +1,122 @@
+//! Which directory and name a commit will replace.
+
+use std::ffi::{OsStr, OsString};
+use std::io;
+use std::os::unix::ffi::OsStrExt as _;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use nix::errno::Errno;
+
+use crate::directory::{Directory, Stat};
+use crate::error::OpenError;
+use crate::options::Symlinks;
+
+/// Links followed before the path is taken for a loop: Linux's own limit (`MAXSYMLINKS`).
+const MAX_LINKS: usize = 40;
+
+#[derive(Debug)]
+pub(crate) struct Destination {
+    pub(crate) dir: Arc<Directory>,
+    pub(crate) name: OsString,
+    /// As the caller gave it.
+    pub(crate) path: PathBuf,
+    pub(crate) exists: bool,
+}
+
+impl Destination {
+    pub(crate) fn resolve(path: &Path, symlinks: Symlinks) -> Result<Self, OpenError> {
+        let (parent, name) = split(path).ok_or_else(|| OpenError::NoFileName {
+            path: path.to_owned(),
+        })?;
+        let dir = Directory::open(parent).map_err(|source| OpenError::OpenDirectory {
+            path: parent_to_show(parent),
+            source,
+        })?;
+        let inspect = |source| OpenError::io("inspect", path, source);
+
+        let (mut dir, mut name) = (dir, name.to_owned());
+        for _ in 0..=MAX_LINKS {
+            let entry = dir.entry(&name).map_err(inspect)?;
+            match entry {
+                Some(link) if link.is_symlink() && symlinks == Symlinks::Follow => {
+                    if !may_follow(&link, &dir.stat) {
+                        return Err(OpenError::UntrustedSymlink {
+                            path: dir.path_of(&name),
+                            owner: link.uid,
+                        });
+                    }
+                    let target = dir.read_link(&name).map_err(inspect)?;
+                    (dir, name) = step(&dir, &target, path)?;
+                }
+                Some(other) if !other.is_file() && !other.is_symlink() => {
+                    return Err(OpenError::NotAFile {
+                        path: path.to_owned(),
+                        is_dir: other.is_dir(),
+                    });
+                }
+                entry => {
+                    return Ok(Self {
+                        dir: Arc::new(dir),
+                        name,
+                        path: path.to_owned(),
+                        exists: entry.is_some(),
+                    });
+                }
+            }
+        }
+        Err(inspect(Errno::ELOOP.into()))
+    }
+}
+
+/// Goes where a link points to, which must exist.
+fn step(dir: &Directory, target: &Path, path: &Path) -> Result<(Directory, OsString), OpenError> {
+    let dangling = || OpenError::DanglingSymlink {
+        path: path.to_owned(),
+        target: target.to_owned(),
+    };
+    let (parent, name) = split(target).ok_or_else(|| OpenError::NotAFile {
+        path: path.to_owned(),
+        is_dir: true,
+    })?;
+    let next = dir
+        .open_below(parent)
+        .map_err(|source| match source.kind() {
+            io::ErrorKind::NotFound => dangling(),
+            _ => OpenError::OpenDirectory {
+                path: parent_to_show(parent),
+                source,
+            },
+        })?;
+    match next.entry(name) {
+        Ok(Some(_)) => Ok((next, name.to_owned())),
+        Ok(None) => Err(dangling()),
+        Err(source) => Err(OpenError::io("inspect", path, source)),
+    }
+}
+
+/// Directory and file name; `None` where the path can only name a directory. (`Path` would ignore a trailing slash.)
+fn split(path: &Path) -> Option<(&Path, &OsStr)> {
+    let bytes = path.as_os_str().as_bytes();
+    if bytes.ends_with(b"/") || bytes.ends_with(b"/.") {
+        return None;
+    }
+    Some((path.parent()?, path.file_name()?))
+}
+
+fn parent_to_show(parent: &Path) -> PathBuf {
+    if parent.as_os_str().is_empty() {
+        PathBuf::from(".")
+    } else {
+        parent.to_owned()
+    }
+}
+
+/// Linux's rule for links in a directory where everybody may put some, `fs.protected_symlinks`: the kernel applies it
+/// to links that it follows itself, and these we follow by hand.
+fn may_follow(link: &Stat, dir: &Stat) -> bool {
+    const STICKY_AND_OPEN_TO_ALL: u32 = 0o1002;
+    dir.mode & STICKY_AND_OPEN_TO_ALL != STICKY_AND_OPEN_TO_ALL
+        || link.uid == nix::unistd::geteuid().as_raw()
+        || link.uid == dir.uid
+}

@@ -1,0 +1,395 @@
+//! The errors: one type per operation, each naming the path it is about.
+
+use std::fmt;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use thiserror::Error;
+
+use crate::writer::AtomicWriter;
+
+/// Why nothing was staged. The destination is as it was, and nothing was left behind.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum OpenError {
+    /// The path ends in `/`, `.` or `..`, or is empty.
+    #[error("{path:?} does not name a file: give a path that ends in a file name")]
+    NoFileName {
+        /// The path given.
+        path: PathBuf,
+    },
+    /// The destination's directory, or the staging directory, cannot be opened.
+    #[error("cannot open the directory {path:?}: it must exist and be readable and writable")]
+    OpenDirectory {
+        /// The directory.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// A directory, device, FIFO or socket stands at the destination.
+    #[error(
+        "{path:?} is {}: only a regular file can be replaced",
+        if *is_dir { "a directory" } else { "a device, FIFO or socket" }
+    )]
+    NotAFile {
+        /// The destination.
+        path: PathBuf,
+        /// Whether it is a directory.
+        is_dir: bool,
+    },
+    /// The destination is a symbolic link that leads nowhere.
+    #[error(
+        "{path:?} is a symbolic link to {target:?}, which does not exist (a disk not mounted?): \
+         create the target, or replace the link itself with `Symlinks::Replace`"
+    )]
+    DanglingSymlink {
+        /// The destination.
+        path: PathBuf,
+        /// Where the last link leads to, as the link says it.
+        target: PathBuf,
+    },
+    /// The destination is another user's symbolic link in a sticky directory open to all.
+    #[error(
+        "{path:?} is a symbolic link that user {owner} put into a directory open to all: \
+         name its target, or replace the link itself with `Symlinks::Replace`"
+    )]
+    UntrustedSymlink {
+        /// The link.
+        path: PathBuf,
+        /// The user id of the link's owner.
+        owner: u32,
+    },
+    /// The destination exists, and [`no_clobber`](crate::Options::no_clobber) was asked for.
+    #[error("{path:?} exists already, and replacing it was ruled out by `no_clobber`")]
+    AlreadyExists {
+        /// The destination.
+        path: PathBuf,
+    },
+    /// The staging directory is on another file system than the destination.
+    #[error(
+        "cannot stage in {staging_dir:?}: {dest_dir:?} is on another file system, and no rename leads there; \
+         stage in a directory of the same mount"
+    )]
+    CrossFileSystem {
+        /// The destination's directory.
+        dest_dir: PathBuf,
+        /// The staging directory.
+        staging_dir: PathBuf,
+    },
+    /// The file system can neither rename without replacing nor make hard links.
+    #[error(
+        "the file system of {path:?} cannot put a file in place without replacing: open without `no_clobber`"
+    )]
+    NoClobberUnsupported {
+        /// The destination.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// A group commit left behind in the destination's directory by a killed process could not be completed.
+    #[error("cannot complete the group commit found in the directory of {path:?}")]
+    Recover {
+        /// The destination.
+        path: PathBuf,
+        /// Why not.
+        source: RecoverError,
+    },
+    /// Any other failure of a system call.
+    #[error("cannot {operation} {path:?}")]
+    Io {
+        /// What failed, as a verb: `inspect`, say.
+        operation: &'static str,
+        /// What it failed on.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+}
+
+impl OpenError {
+    pub(crate) fn io(operation: &'static str, path: &Path, source: io::Error) -> Self {
+        Self::Io {
+            operation,
+            path: path.to_owned(),
+            source,
+        }
+    }
+}
+
+/// A staged file that could not be removed. It is dead: [`sweep`](crate::sweep), or the next writer to the same
+/// destination, removes it.
+#[derive(Debug, Error)]
+#[error("the staged file {path:?} could not be removed")]
+pub struct Leftover {
+    /// The staged file.
+    pub path: PathBuf,
+    /// Why it could not be removed.
+    pub source: io::Error,
+}
+
+/// What a failed commit was doing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum CommitStep {
+    /// Completing the group commit that a killed process left behind in the directory.
+    Recover,
+    /// Making sure that the stage's name still means the file that was written.
+    Check,
+    /// Writing and syncing the group's intent record.
+    Record,
+    /// Bringing the file's bytes to the medium.
+    Sync,
+    /// Renaming the staged file.
+    Rename,
+}
+
+impl fmt::Display for CommitStep {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Recover => "completing a group commit left behind in the directory",
+            Self::Check => "finding the staged file",
+            Self::Record => "writing the group's intent record",
+            Self::Sync => "syncing the staged file",
+            Self::Rename => "renaming the staged file",
+        })
+    }
+}
+
+/// Why [`commit`](AtomicWriter::commit) failed, by what holds now.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum CommitError {
+    /// The destination is what it was, and the staged file is gone. Open a new writer to try again.
+    ///
+    /// With `no_clobber`, a source of the kind [`AlreadyExists`](io::ErrorKind::AlreadyExists) means that the
+    /// destination came into being since the writer was opened.
+    #[error("{dest:?} was not replaced, {step} failed{}", and_left(leftover.as_ref()))]
+    NotReplaced {
+        /// The destination.
+        dest: PathBuf,
+        /// What failed.
+        step: CommitStep,
+        /// How it failed.
+        source: io::Error,
+        /// Set where the staged file could not even be removed.
+        leftover: Option<Leftover>,
+    },
+    /// The destination is the new file, whole, for every process; whether it still is after a power loss is unknown,
+    /// as the directory could not be synced. Either the old or the new file will be there, whole.
+    #[error(
+        "{dest:?} was replaced, but its directory could not be synced: \
+         a power loss may bring the old file back; commit again to be sure{}", and_left(leftover.as_ref())
+    )]
+    ReplacedDurabilityUnknown {
+        /// The destination.
+        dest: PathBuf,
+        /// Why the directory could not be synced.
+        source: io::Error,
+        /// Set where the stage's own name for the file could not be removed (`no_clobber` by `link` only).
+        leftover: Option<Leftover>,
+    },
+    /// The destination is the new file, as durable as was asked for, but the stage's own name for it could not be removed
+    /// (`no_clobber` by `link` only).
+    #[error("{dest:?} was replaced, but its staged name was left behind; sweep the directory")]
+    ReplacedStageLeft {
+        /// The destination.
+        dest: PathBuf,
+        /// What was left, and why.
+        source: Leftover,
+    },
+    /// The rename failed and so did looking for its outcome: a network file system that went away. The destination is
+    /// the old file or the new one, whole.
+    #[error(
+        "whether {dest:?} was replaced is unknown: renaming failed ({rename}) and the outcome cannot be read; \
+         look at the destination once its file system answers again"
+    )]
+    Unknown {
+        /// The destination.
+        dest: PathBuf,
+        /// What the rename said.
+        rename: io::Error,
+        /// What looking at the destination said.
+        source: io::Error,
+    },
+}
+
+fn and_left(leftover: Option<&Leftover>) -> String {
+    leftover.map_or_else(String::new, |left| {
+        format!("; {left} ({}): sweep the directory", left.source)
+    })
+}
+
+/// Why a writer was not taken into an [`AtomicGroup`](crate::AtomicGroup). Hands the writer back.
+#[derive(Debug, Error)]
+#[error("{:?} cannot join the group: {refusal}", writer.dest_path())]
+pub struct AddError {
+    /// Why.
+    pub refusal: Refusal,
+    /// The writer, as it was.
+    pub writer: Box<AtomicWriter>,
+}
+
+/// Why a writer cannot be a member of a group.
+#[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Refusal {
+    /// It is staged in another directory than the group's first member.
+    #[error("it is staged in another directory than the members; a group lives in one directory")]
+    OtherDirectory,
+    /// It is staged elsewhere than in the directory of its destination.
+    #[error("it is staged elsewhere than beside its destination; open it without `staging_dir`")]
+    StagedElsewhere,
+    /// A member has the same destination.
+    #[error("another member has the same destination")]
+    SameDestination,
+    /// It was opened with `no_clobber`.
+    #[error(
+        "a promise not to replace cannot be kept by a recovery after a crash; open it without `no_clobber`"
+    )]
+    NoClobber,
+    /// The file system has no working `flock`.
+    #[error(
+        "its file system cannot lock files, and recovery could not tell a dead group from a living one"
+    )]
+    NoLocks,
+    /// The file system keeps no inode numbers from mount to mount (FAT, exFAT), or may not (FUSE).
+    #[error(
+        "its file system may not keep inode numbers, and recovery could not recognise the staged files"
+    )]
+    NoInodeNumbers,
+}
+
+/// Why [`AtomicGroup::commit`](crate::AtomicGroup::commit) failed, by what holds now.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum GroupCommitError {
+    /// Every destination is what it was, and the staged files are gone.
+    #[error("nothing was replaced, {step} failed on {path:?}{}", leftovers.iter().map(|left| and_left(Some(left))).collect::<String>())]
+    NothingReplaced {
+        /// What failed.
+        step: CommitStep,
+        /// The destination or record that it failed on.
+        path: PathBuf,
+        /// How it failed.
+        source: io::Error,
+        /// The staged files that could not even be removed.
+        leftovers: Vec<Leftover>,
+    },
+    /// The intent record stands, but not everything was done: some destinations may be new already. The next
+    /// [`open`](AtomicWriter::open) in the directory, or [`recover`](crate::recover), replaces the others.
+    ///
+    /// Where the record itself could not be synced, a power loss before that may take it away; then every destination
+    /// is the old one.
+    #[error(
+        "the group is not all replaced yet, {path:?} failed: recovery will complete it; call `recover` on the directory"
+    )]
+    WillBeCompleted {
+        /// What it stopped at.
+        path: PathBuf,
+        /// How it failed.
+        source: io::Error,
+    },
+    /// Whether the intent record stands is unknown: renaming it failed, and so did looking for the outcome.
+    /// [`recover`](crate::recover) will complete the group or undo it; until then nothing is replaced.
+    #[error(
+        "whether the group will be replaced is unknown: publishing {record:?} failed ({rename}) and the outcome \
+         cannot be read; call `recover` once the file system answers again"
+    )]
+    Unknown {
+        /// The record.
+        record: PathBuf,
+        /// What the rename said.
+        rename: io::Error,
+        /// What looking at the record said.
+        source: io::Error,
+    },
+    /// Every destination is the new file, but the directory could not be synced. The record stays, so that after a power
+    /// loss recovery still makes them all new.
+    #[error(
+        "all was replaced, but {dir:?} could not be synced: recovery will make it durable; call `recover`"
+    )]
+    ReplacedDurabilityUnknown {
+        /// The directory.
+        dir: PathBuf,
+        /// Why it could not be synced.
+        source: io::Error,
+    },
+    /// Every destination is the new file, as durable as was asked for; only the record could not be removed for good.
+    /// Recovery will do so.
+    #[error(
+        "all was replaced, but the intent record {record:?} could not be removed; call `recover`"
+    )]
+    ReplacedRecordLeft {
+        /// The record.
+        record: PathBuf,
+        /// Why it could not be removed.
+        source: io::Error,
+    },
+}
+
+/// Why a group commit left behind by a killed process could not be completed. Nothing is guessed at: the record and
+/// the staged files it names stay.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum RecoverError {
+    /// The record is not one, or not whole, or of a version this one does not know.
+    #[error(
+        "the group's intent record {path:?} is damaged ({problem}): some files of the group may be old and some new; \
+         look at them, remove the record, then sweep the directory"
+    )]
+    Damaged {
+        /// The record.
+        path: PathBuf,
+        /// What is wrong with it.
+        problem: &'static str,
+    },
+    /// The record is another user's, in a directory where others may create files.
+    #[error(
+        "the group's intent record {path:?} belongs to user {owner}: recover as that user, or remove it if it is a plant"
+    )]
+    Untrusted {
+        /// The record.
+        path: PathBuf,
+        /// The user id of the record's owner.
+        owner: u32,
+    },
+    /// The name of a member's staged file means another file now.
+    #[error(
+        "{stage:?} is not the file that the group staged for {dest:?}, so it was not renamed: \
+         was the directory copied? Remove {record:?} once the files are as they should be"
+    )]
+    StageChanged {
+        /// The staged file.
+        stage: PathBuf,
+        /// The destination it was meant for.
+        dest: PathBuf,
+        /// The record.
+        record: PathBuf,
+    },
+    /// The record was completed or there was none, but dead stages could not be swept.
+    #[error("the group is settled, but dead stages remain")]
+    Sweep(#[from] SweepError),
+    /// A system call failed. Calling again goes on where it stopped.
+    #[error("cannot {operation} {path:?}")]
+    Io {
+        /// What failed, as a verb.
+        operation: &'static str,
+        /// What it failed on.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+}
+
+/// Why a directory could not be swept.
+#[derive(Debug, Error)]
+#[error("cannot {operation} the directory {path:?}")]
+#[non_exhaustive]
+pub struct SweepError {
+    /// What failed, as a verb.
+    pub operation: &'static str,
+    /// The directory.
+    pub path: PathBuf,
+    /// What the system said.
+    pub source: io::Error,
+}

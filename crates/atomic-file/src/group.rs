@@ -1,0 +1,291 @@
+//! Several files put in place together.
+
+use std::ffi::OsStr;
+use std::io::{self, Write as _};
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use crate::directory::Directory;
+use crate::error::{AddError, CommitStep, GroupCommitError, Leftover, Refusal};
+use crate::options::Durability;
+use crate::outcome::PublishError;
+use crate::record::{self, Member, RECORD_NAME};
+use crate::recover::{Owner, rename_member, settle};
+use crate::stage::Stage;
+use crate::sys;
+use crate::writer::AtomicWriter;
+
+/// Files of one directory that are replaced together: all new or all old, also after a crash at any point.
+///
+/// A small record of what is about to be renamed is published first, and removed when all is done. Where a crash leaves it
+/// behind, the next [`open`](AtomicWriter::open) or [`commit`](AtomicWriter::commit) in the directory, or
+/// [`recover`](crate::recover), completes the renames. What the kernel cannot offer is that *readers* see all files
+/// change in one instant: between the first rename and the last, or between a crash and the recovery, one who opens the files
+/// by name may find some new and some old. Readers who care call `recover` first, or keep an id in each file.
+///
+/// The group waits for as much as the most demanding of its members ([`Durability`]). Two groups in one directory take
+/// turns, so that they never mix.
+///
+/// # Examples
+/// ```
+/// use std::io::Write;
+/// use atomic_file::{AtomicGroup, AtomicWriter};
+/// # let dir = tempfile::tempdir()?;
+/// # let dir = dir.path();
+///
+/// let mut memory = AtomicWriter::open(dir.join("vm.mem"))?;
+/// let mut state = AtomicWriter::open(dir.join("vm.state"))?;
+/// memory.write_all(b"pages")?;
+/// state.write_all(b"registers")?;
+///
+/// let mut group = AtomicGroup::new();
+/// group.add(memory)?;
+/// group.add(state)?;
+/// group.commit()?;
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+#[derive(Debug, Default)]
+pub struct AtomicGroup {
+    members: Vec<AtomicWriter>,
+}
+
+impl AtomicGroup {
+    /// A group without members; its commit does nothing.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Adds a writer. It may have been written to already, and need not have been: it is not reachable from here.
+    ///
+    /// # Errors
+    /// [`AddError`] hands the writer back where it cannot be a member: see [`Refusal`].
+    pub fn add(&mut self, writer: AtomicWriter) -> Result<(), AddError> {
+        match self.refuse(&writer) {
+            None => {
+                self.members.push(writer);
+                Ok(())
+            }
+            Some(refusal) => Err(AddError {
+                refusal,
+                writer: Box::new(writer),
+            }),
+        }
+    }
+
+    fn refuse(&self, writer: &AtomicWriter) -> Option<Refusal> {
+        let dir = &writer.dest.dir;
+        let others = || self.members.iter().map(|member| &member.dest);
+        if writer.stage.dir().stat.id != dir.stat.id {
+            Some(Refusal::StagedElsewhere)
+        } else if others().any(|other| other.dir.stat.id != dir.stat.id) {
+            Some(Refusal::OtherDirectory)
+        } else if others().any(|other| other.name == writer.dest.name) {
+            Some(Refusal::SameDestination)
+        } else if writer.no_clobber {
+            Some(Refusal::NoClobber)
+        } else if !writer.stage.is_locked() {
+            Some(Refusal::NoLocks)
+        } else if !sys::has_lasting_inode_numbers(dir).unwrap_or(false) {
+            Some(Refusal::NoInodeNumbers)
+        } else {
+            None
+        }
+    }
+
+    /// How many members it has.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.members.len()
+    }
+
+    /// Whether it has no members.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.members.is_empty()
+    }
+
+    /// Removes every staged file.
+    ///
+    /// # Errors
+    /// The files that could not be removed.
+    pub fn discard(self) -> Result<(), Vec<Leftover>> {
+        let leftovers = discard_all(self.members);
+        if leftovers.is_empty() {
+            Ok(())
+        } else {
+            Err(leftovers)
+        }
+    }
+
+    /// Replaces every destination, or none.
+    ///
+    /// Waits while another group is being committed in the same directory.
+    ///
+    /// # Errors
+    /// [`GroupCommitError`] says which state holds now, and what will make it a final one.
+    pub fn commit(self) -> Result<(), GroupCommitError> {
+        let Some(first) = self.members.first() else {
+            return Ok(());
+        };
+        let dir = Arc::clone(&first.dest.dir);
+        let durability = self.members.iter().map(|member| member.durability).max();
+        let durability = durability.unwrap_or_default();
+        Commit {
+            record: dir.path_of(OsStr::new(RECORD_NAME)),
+            dir,
+            durability,
+            members: self.members,
+        }
+        .run()
+    }
+}
+
+fn discard_all(members: Vec<AtomicWriter>) -> Vec<Leftover> {
+    members
+        .into_iter()
+        .filter_map(|member| member.discard().err())
+        .collect()
+}
+
+/// A commit under way.
+struct Commit {
+    dir: Arc<Directory>,
+    record: PathBuf,
+    durability: Durability,
+    members: Vec<AtomicWriter>,
+}
+
+/// Why nothing was replaced: what failed, on what, and how.
+type Failure = (CommitStep, PathBuf, io::Error);
+
+impl Commit {
+    fn run(mut self) -> Result<(), GroupCommitError> {
+        let staged = self.prepare().and_then(|intents| {
+            let record = self.stage_record(&intents)?;
+            Ok((intents, record))
+        });
+        let (intents, record) = match staged {
+            Ok(staged) => staged,
+            Err(failure) => return Err(self.nothing_replaced(failure)),
+        };
+        // Held to the end: its lock says that we live, and keeps others from recovering.
+        let (record, second_name) = self.publish(record)?;
+
+        let stopped = |path, source| GroupCommitError::WillBeCompleted { path, source };
+        self.dir
+            .sync(self.durability)
+            .map_err(|source| stopped(self.record.clone(), source))?;
+        for (member, intent) in self.members.iter().zip(&intents) {
+            rename_member(&self.dir, intent).map_err(|error| {
+                let (PublishError::Not(source) | PublishError::Unknown { rename: source, .. }) =
+                    error;
+                stopped(member.dest.path.clone(), source)
+            })?;
+        }
+        self.dir.sync(self.durability).map_err(|source| {
+            GroupCommitError::ReplacedDurabilityUnknown {
+                dir: self.dir.path().to_owned(),
+                source,
+            }
+        })?;
+        let removed = self
+            .dir
+            .remove(OsStr::new(RECORD_NAME))
+            .and_then(|()| self.dir.sync(self.durability));
+        drop(record);
+        let left = |record, source| GroupCommitError::ReplacedRecordLeft { record, source };
+        removed.map_err(|source| left(self.record, source))?;
+        second_name.map_or(Ok(()), |name| Err(left(name.path, name.source)))
+    }
+
+    /// Brings every member's bytes to the medium, and then the names of their stages: a record that survives a power loss
+    /// never names a stage that does not.
+    fn prepare(&self) -> Result<Vec<Member>, Failure> {
+        let mut intents = Vec::with_capacity(self.members.len());
+        for writer in &self.members {
+            let at = |step| move |error| (step, writer.dest.path.clone(), error);
+            sys::sync(writer.file(), self.durability).map_err(at(CommitStep::Sync))?;
+            let stat = writer.stage.check().map_err(at(CommitStep::Check))?;
+            let entry = self.dir.entry(&writer.dest.name);
+            let in_the_way = entry.map_err(at(CommitStep::Check))?;
+            if in_the_way.is_some_and(|entry| entry.is_dir()) {
+                let error = io::Error::from(io::ErrorKind::IsADirectory);
+                return Err(at(CommitStep::Check)(error));
+            }
+            intents.push(Member {
+                inode: stat.id.inode,
+                size: stat.size,
+                stage: writer.stage.name().to_owned(),
+                dest: writer.dest.name.clone(),
+            });
+        }
+        Ok(intents)
+    }
+
+    fn stage_record(&self, intents: &[Member]) -> Result<Stage, Failure> {
+        let write = || {
+            let stage = Stage::create(&self.dir, OsStr::new(RECORD_NAME))?;
+            if !stage.is_locked() {
+                return Err(io::Error::from(io::ErrorKind::Unsupported));
+            }
+            stage.file().write_all(&record::encode(intents))?;
+            sys::sync(stage.file(), self.durability)?;
+            self.dir.sync(self.durability)?;
+            Ok(stage)
+        };
+        write().map_err(|error| (CommitStep::Record, self.record.clone(), error))
+    }
+
+    /// The commit point, but for the sync of the directory. From here on nothing is ours to remove.
+    fn publish(
+        &mut self,
+        mut record: Stage,
+    ) -> Result<(Stage, Option<Leftover>), GroupCommitError> {
+        loop {
+            match record.publish(&self.dir, OsStr::new(RECORD_NAME), true) {
+                Ok(second_name) => {
+                    self.leave_stages();
+                    return Ok((record, second_name));
+                }
+                Err(PublishError::Not(error)) if error.kind() == io::ErrorKind::AlreadyExists => {
+                    if let Err(error) = settle(&self.dir, Owner::WaitFor) {
+                        drop(record);
+                        let error = io::Error::other(error);
+                        let failure = (CommitStep::Recover, self.record.clone(), error);
+                        return Err(self.nothing_replaced(failure));
+                    }
+                }
+                Err(PublishError::Not(error)) => {
+                    drop(record);
+                    let failure = (CommitStep::Record, self.record.clone(), error);
+                    return Err(self.nothing_replaced(failure));
+                }
+                Err(PublishError::Unknown { rename, look }) => {
+                    record.leave();
+                    self.leave_stages();
+                    return Err(GroupCommitError::Unknown {
+                        record: self.record.clone(),
+                        rename,
+                        source: look,
+                    });
+                }
+            }
+        }
+    }
+
+    fn leave_stages(&mut self) {
+        for member in &mut self.members {
+            member.stage.leave();
+        }
+    }
+
+    fn nothing_replaced(&mut self, (step, path, source): Failure) -> GroupCommitError {
+        GroupCommitError::NothingReplaced {
+            step,
+            path,
+            source,
+            leftovers: discard_all(std::mem::take(&mut self.members)),
+        }
+    }
+}

@@ -1,0 +1,135 @@
+//! How a file is to be replaced.
+
+use std::path::{Path, PathBuf};
+
+use crate::error::OpenError;
+use crate::writer::AtomicWriter;
+
+/// What a commit waits for before it says that it is done. Ordered from weakest to strongest.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[non_exhaustive]
+pub enum Durability {
+    /// Nothing. The replacement is atomic for every process on this machine, also when this one is killed, but a power
+    /// loss or a crash of the system soon after may leave an empty or torn file.
+    None,
+    /// The file's bytes reach the medium before its new name does, so that a power loss leaves the old file whole or
+    /// the new one whole; which of the two is open for a while.
+    ///
+    /// On macOS `F_BARRIERFSYNC`. Linux has no call that orders without flushing, so there the file is synced exactly
+    /// as for [`Full`](Self::Full), and only the sync of the directory is saved.
+    Barrier,
+    /// When commit has returned, the new file is there after a power loss too.
+    ///
+    /// `fsync` of the file and of its directory; on macOS `F_FULLFSYNC`, which also empties the drive's own cache, or
+    /// `fsync` where the file system has nothing better.
+    #[default]
+    Full,
+}
+
+/// What to do where the destination is a symbolic link.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Symlinks {
+    /// Replace the file the link leads to, and leave the link: what `open(2)` would have written to.
+    ///
+    /// The default, because the other choice loses something without a word: the link of an operator who put the
+    /// files on a larger disk, and the room on the small one. A link that leads nowhere is an error, as it is most
+    /// often a disk that is not mounted. A link in a sticky directory open to all (`/tmp`) is followed only where it
+    /// belongs to this user or to the directory's owner, as Linux does with `fs.protected_symlinks`.
+    #[default]
+    Follow,
+    /// Replace the link itself, dangling or not, by a regular file; what it led to is left alone. What `rename(2)`
+    /// does, and the right choice where others may write to the directory.
+    Replace,
+}
+
+/// Options for opening an [`AtomicWriter`]; made by [`AtomicWriter::options`].
+///
+/// # Examples
+/// ```
+/// use std::io::Write;
+/// use atomic_file::{AtomicWriter, Durability};
+/// # let dir = tempfile::tempdir()?;
+/// # let dest = dir.path().join("config.toml");
+///
+/// let mut writer = AtomicWriter::options()
+///     .mode(0o644)
+///     .durability(Durability::Barrier)
+///     .no_clobber(true)
+///     .open(&dest)?;
+/// writer.write_all(b"answer = 42\n")?;
+/// writer.commit()?;
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+#[derive(Clone, Debug)]
+#[must_use]
+pub struct Options {
+    pub(crate) mode: u32,
+    pub(crate) durability: Durability,
+    pub(crate) no_clobber: bool,
+    pub(crate) staging_dir: Option<PathBuf>,
+    pub(crate) symlinks: Symlinks,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            mode: 0o600,
+            durability: Durability::default(),
+            no_clobber: false,
+            staging_dir: None,
+            symlinks: Symlinks::default(),
+        }
+    }
+}
+
+impl Options {
+    /// The permission bits of the new file, `0o600` unless told otherwise. Exactly these, whatever the umask and
+    /// whatever the replaced file had; bits above `0o7777` are ignored.
+    pub fn mode(mut self, mode: u32) -> Self {
+        self.mode = mode & 0o7777;
+        self
+    }
+
+    /// What [`commit`](AtomicWriter::commit) waits for; [`Durability::Full`] unless told otherwise.
+    pub fn durability(mut self, durability: Durability) -> Self {
+        self.durability = durability;
+        self
+    }
+
+    /// Whether to fail rather than replace a destination that exists.
+    ///
+    /// Checked when opening, and again, atomically, by the commit itself (`RENAME_NOREPLACE`, `RENAME_EXCL`, or `link`
+    /// where the file system lacks those). A file system with none of them is refused when opening, by trying.
+    pub fn no_clobber(mut self, no_clobber: bool) -> Self {
+        self.no_clobber = no_clobber;
+        self
+    }
+
+    /// Stages in `dir` rather than beside the destination.
+    ///
+    /// Both must be on one file system, or else no rename leads from one to the other. Opening compares the
+    /// two directories' devices and then really renames an empty file across, which also finds bind mounts and project
+    /// quotas: nothing is written only to be refused by the commit.
+    pub fn staging_dir(mut self, dir: impl Into<PathBuf>) -> Self {
+        self.staging_dir = Some(dir.into());
+        self
+    }
+
+    /// What to do where the destination is a symbolic link; [`Symlinks::Follow`] unless told otherwise.
+    pub fn symlinks(mut self, symlinks: Symlinks) -> Self {
+        self.symlinks = symlinks;
+        self
+    }
+
+    /// Stages a new file that is to replace, or become, `dest`.
+    ///
+    /// First completes a group commit that a killed process left behind in the directory, and removes what killed
+    /// writers to this very destination left (found by name, without listing the directory).
+    ///
+    /// # Errors
+    /// See [`OpenError`]. Nothing is left behind.
+    pub fn open(&self, dest: impl AsRef<Path>) -> Result<AtomicWriter, OpenError> {
+        AtomicWriter::open_with(dest.as_ref(), self)
+    }
+}

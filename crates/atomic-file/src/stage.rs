@@ -1,0 +1,364 @@
+//! A staged file: created, locked, moved into place or removed.
+//!
+//! # Names and locks
+//! A stage is called `.atomic-file-HASH-SLOT.stage`: HASH is the CRC-32 of the destination's name, so that the name
+//! has a fixed length whatever the destination's; SLOT counts from 0. A writer takes the first free slot, and on its
+//! way looks into the taken ones: leftovers of a destination are found without listing the directory.
+//!
+//! The living hold the `flock` of their stage from just after its creation until it is in place or removed. Two rules make
+//! this safe in the moment between creating and locking, and with slots used again:
+//!
+//! 1. A creator that got the lock looks whether the name still means its file, and takes another slot if not.
+//!    One that did not get it leaves the file to whoever holds the lock, and takes another slot.
+//! 2. A stage is unlinked only under its lock: by its owner, or by a sweeper that, *after* getting the lock, has seen that
+//!    no group record is published and then that the name still means the locked file.
+//!
+//! So a name can change its meaning only through the one who holds the lock, and a sweeper's last look stays true until
+//! it unlinks. A dead owner can publish no record any more, hence the order of a sweeper's looks.
+
+use std::ffi::{OsStr, OsString};
+use std::fs::File;
+use std::io::{self, ErrorKind};
+use std::os::unix::ffi::OsStrExt as _;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use crate::directory::{Directory, FileId, Stat, stat_of};
+use crate::error::Leftover;
+use crate::outcome::{PublishError, has_no_such_call, make_sure};
+use crate::record::RECORD_NAME;
+use crate::sys::{Lock, try_lock};
+
+const PREFIX: &str = ".atomic-file-";
+const LOCKED: &str = ".stage";
+/// For file systems without locks: nobody can tell whether the owner of such a stage lives.
+const UNLOCKED: &str = ".unlocked-stage";
+/// More writers to one destination at once than anybody means.
+const SLOTS: u64 = 4096;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum StageName {
+    Locked,
+    Unlocked,
+}
+
+/// Whether `name` is one that this module gives to stages.
+pub(crate) fn parse_name(name: &OsStr) -> Option<StageName> {
+    let rest = name.to_str()?.strip_prefix(PREFIX)?;
+    let (rest, kind) = if let Some(rest) = rest.strip_suffix(UNLOCKED) {
+        (rest, StageName::Unlocked)
+    } else {
+        (rest.strip_suffix(LOCKED)?, StageName::Locked)
+    };
+    let (hash, slot) = rest.split_once('-')?;
+    let is_hex = |text: &str| {
+        !text.is_empty()
+            && text
+                .bytes()
+                .all(|digit| matches!(digit, b'0'..=b'9' | b'a'..=b'f'))
+    };
+    (hash.len() == 8 && is_hex(hash) && slot.len() <= 16 && is_hex(slot)).then_some(kind)
+}
+
+pub(crate) fn stage_name(dest: &OsStr, slot: u64, kind: StageName) -> OsString {
+    let hash = crc32fast::hash(dest.as_bytes());
+    let suffix = match kind {
+        StageName::Locked => LOCKED,
+        StageName::Unlocked => UNLOCKED,
+    };
+    format!("{PREFIX}{hash:08x}-{slot:x}{suffix}").into()
+}
+
+/// What became of a stage that may be dead.
+#[derive(Debug)]
+pub(crate) enum Inspected {
+    Removed,
+    Gone,
+    Living,
+    Kept(io::Error),
+}
+
+/// Removes the stage `name` if its owner is dead. Never waits, and never touches a living one.
+pub(crate) fn remove_if_dead(dir: &Directory, name: &OsStr) -> Inspected {
+    let kept = |reason: &'static str| Inspected::Kept(io::Error::other(reason));
+    let attempt = || -> io::Result<Inspected> {
+        match dir.entry(name)? {
+            None => return Ok(Inspected::Gone),
+            Some(entry) if !entry.is_file() => {
+                return Ok(kept("has a stage's name, but is no regular file"));
+            }
+            Some(_) => {}
+        }
+        let file = dir.open_file(name)?;
+        match try_lock(&file)? {
+            Lock::Held => {}
+            Lock::Taken => return Ok(Inspected::Living),
+            Lock::Unsupported(error) => return Ok(Inspected::Kept(error)),
+        }
+        if dir.entry(OsStr::new(RECORD_NAME))?.is_some() {
+            return Ok(kept(
+                "a group commit is pending in the directory: call `recover`",
+            ));
+        }
+        if dir.entry(name)?.map(|entry| entry.id) != Some(stat_of(&file)?.id) {
+            return Ok(Inspected::Gone);
+        }
+        dir.remove(name)?;
+        Ok(Inspected::Removed)
+    };
+    match attempt() {
+        Ok(inspected) => inspected,
+        Err(error) if error.kind() == ErrorKind::NotFound => Inspected::Gone,
+        Err(error) => Inspected::Kept(error),
+    }
+}
+
+#[derive(Debug)]
+pub(crate) struct Stage {
+    dir: Arc<Directory>,
+    name: OsString,
+    path: PathBuf,
+    file: File,
+    id: FileId,
+    locked: bool,
+    /// Whether `name` is ours to remove.
+    named: bool,
+}
+
+impl Stage {
+    /// Stages an empty file, mode 0600, for a destination called `dest`.
+    pub(crate) fn create(dir: &Arc<Directory>, dest: &OsStr) -> io::Result<Self> {
+        let mut kind = StageName::Locked;
+        let mut slot = 0;
+        while slot < SLOTS {
+            let name = stage_name(dest, slot, kind);
+            let file = match dir.create_new(&name) {
+                Ok(file) => file,
+                Err(error) if error.kind() == ErrorKind::AlreadyExists => {
+                    let freed = kind == StageName::Locked
+                        && matches!(
+                            remove_if_dead(dir, &name),
+                            Inspected::Removed | Inspected::Gone
+                        );
+                    slot += u64::from(!freed);
+                    continue;
+                }
+                Err(error) => return Err(error),
+            };
+            // The one failure after which our file has no identity yet: it is a moment old, and its name still means it.
+            let id = stat_of(&file).inspect_err(|_| drop(dir.remove(&name)))?.id;
+            let mut stage = Self {
+                dir: Arc::clone(dir),
+                path: dir.path_of(&name),
+                name,
+                id,
+                file,
+                locked: false,
+                named: true,
+            };
+            if kind == StageName::Unlocked {
+                return Ok(stage);
+            }
+            match try_lock(&stage.file)? {
+                Lock::Held if stage.name_is_ours()? => {
+                    stage.locked = true;
+                    return Ok(stage);
+                }
+                // A sweeper was faster than our lock: what is at the name, if anything, is not ours to remove.
+                Lock::Held | Lock::Taken => stage.named = false,
+                // Dropping the stage removes it.
+                Lock::Unsupported(_) => kind = StageName::Unlocked,
+            }
+        }
+        Err(io::Error::new(
+            ErrorKind::StorageFull,
+            "every name for a stage of this destination is taken: sweep the directory",
+        ))
+    }
+
+    pub(crate) fn dir(&self) -> &Arc<Directory> {
+        &self.dir
+    }
+
+    pub(crate) fn name(&self) -> &OsStr {
+        &self.name
+    }
+
+    pub(crate) fn path(&self) -> &PathBuf {
+        &self.path
+    }
+
+    pub(crate) fn file(&self) -> &File {
+        &self.file
+    }
+
+    pub(crate) fn file_mut(&mut self) -> &mut File {
+        &mut self.file
+    }
+
+    pub(crate) fn is_locked(&self) -> bool {
+        self.locked
+    }
+
+    fn name_is_ours(&self) -> io::Result<bool> {
+        Ok(self.dir.entry(&self.name)?.map(|entry| entry.id) == Some(self.id))
+    }
+
+    /// Fails unless both the descriptor and the name still mean the file that was created.
+    pub(crate) fn check(&self) -> io::Result<Stat> {
+        let stat = stat_of(&self.file)?;
+        if stat.id != self.id {
+            return Err(io::Error::other(
+                "the writer's `File` was exchanged for another file",
+            ));
+        }
+        if !self.name_is_ours()? {
+            return Err(io::Error::new(
+                ErrorKind::NotFound,
+                "somebody removed or replaced the staged file",
+            ));
+        }
+        Ok(stat)
+    }
+
+    /// Renames the stage to `name` in `dir`, replacing what is there unless `no_clobber`.
+    ///
+    /// `Ok` means that `name` is the stage; with a [`Leftover`] where the stage's own name for it remains.
+    pub(crate) fn publish(
+        &mut self,
+        dir: &Directory,
+        name: &OsStr,
+        no_clobber: bool,
+    ) -> Result<Option<Leftover>, PublishError> {
+        if !no_clobber {
+            self.attempt(dir, name, |from, own| from.rename(own, dir, name))?;
+            self.named = false;
+            return Ok(None);
+        }
+        match self.attempt(dir, name, |from, own| from.rename_new(own, dir, name)) {
+            Ok(()) => {
+                self.named = false;
+                Ok(None)
+            }
+            Err(PublishError::Not(error)) if has_no_such_call(&error) => {
+                self.attempt(dir, name, |from, own| from.link(own, dir, name))?;
+                Ok(self.remove().err())
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    fn attempt(
+        &self,
+        dir: &Directory,
+        name: &OsStr,
+        call: impl Fn(&Directory, &OsStr) -> nix::Result<()>,
+    ) -> Result<(), PublishError> {
+        let is_there = || -> io::Result<bool> {
+            let Some(entry) = dir.entry(name)? else {
+                return Ok(false);
+            };
+            let own = stat_of(&self.file)?;
+            Ok((entry.id, entry.size) == (own.id, own.size))
+        };
+        let is_here = || self.name_is_ours().is_ok_and(|ours| ours);
+        make_sure(|| call(&self.dir, &self.name), is_there, is_here)
+    }
+
+    /// Gives up the stage's name to whoever recovers: it is not removed.
+    pub(crate) fn leave(&mut self) {
+        self.named = false;
+    }
+
+    /// Removes the stage.
+    pub(crate) fn discard(mut self) -> Result<(), Leftover> {
+        self.remove()
+    }
+
+    fn remove(&mut self) -> Result<(), Leftover> {
+        if !std::mem::take(&mut self.named) {
+            return Ok(());
+        }
+        // Not ours: somebody removed the stage, and another writer took its slot.
+        let removed = match self.name_is_ours() {
+            Ok(true) => self.dir.remove(&self.name),
+            Ok(false) => Ok(()),
+            Err(error) => Err(error),
+        };
+        removed.map_err(|source| Leftover {
+            path: self.path.clone(),
+            source,
+        })
+    }
+}
+
+impl Drop for Stage {
+    fn drop(&mut self) {
+        // Nowhere to report to: `discard` is for those who want to know, and a sweep finds what stays.
+        let _ = self.remove();
+    }
+}
+
+/// Moves an empty file from `staging` to `dest` exactly as the commit will, to learn now whether it can.
+pub(crate) fn rehearse(
+    staging: &Arc<Directory>,
+    dest: &Arc<Directory>,
+    dest_name: &OsStr,
+    no_clobber: bool,
+) -> Result<(), PublishError> {
+    use std::hash::{BuildHasher as _, Hasher as _, RandomState};
+
+    let mut probe = Stage::create(staging, dest_name).map_err(PublishError::Not)?;
+    // No slot: nothing may stand at the name, as without `no_clobber` it would be replaced.
+    let random = RandomState::new().build_hasher().finish() | SLOTS;
+    let kind = if probe.locked {
+        StageName::Locked
+    } else {
+        StageName::Unlocked
+    };
+    let name = stage_name(dest_name, random, kind);
+    let left = probe.publish(dest, &name, no_clobber)?;
+    probe.dir = Arc::clone(dest);
+    probe.path = dest.path_of(&name);
+    probe.name = name;
+    probe.named = true;
+    match left.map_or_else(|| probe.discard(), Err) {
+        Ok(()) => Ok(()),
+        Err(left) => Err(PublishError::Not(left.source)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn every_name_given_to_a_stage_is_recognised_and_short(
+            dest in proptest::collection::vec(1u8.., 1..=255),
+            slot: u64,
+            locked: bool,
+        ) {
+            let kind = if locked { StageName::Locked } else { StageName::Unlocked };
+            let name = stage_name(OsStr::from_bytes(&dest), slot, kind);
+            prop_assert_eq!(parse_name(&name), Some(kind));
+            prop_assert!(name.len() <= 64);
+        }
+    }
+
+    #[rstest::rstest]
+    #[case("")]
+    #[case("memory.bin")]
+    #[case(".atomic-file-group")]
+    #[case(".atomic-file-.stage")]
+    #[case(".atomic-file-0123456-0.stage")]
+    #[case(".atomic-file-01234567-.stage")]
+    #[case(".atomic-file-01234567-0.stage~")]
+    #[case(".atomic-file-0123456G-0.stage")]
+    #[case(".atomic-file-01234567-00000000000000000.stage")]
+    #[case("x.atomic-file-01234567-0.stage")]
+    fn any_other_name_is_not(#[case] name: &str) {
+        assert_eq!(parse_name(OsStr::new(name)), None);
+    }
+}

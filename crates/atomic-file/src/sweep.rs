@@ -1,0 +1,83 @@
+//! Removing what killed processes left.
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+use crate::directory::Directory;
+use crate::error::SweepError;
+use crate::stage::{Inspected, StageName, parse_name, remove_if_dead};
+
+/// What [`sweep`] found.
+#[derive(Debug, Default)]
+#[non_exhaustive]
+pub struct SweepReport {
+    /// Dead stages, removed.
+    pub removed: Vec<PathBuf>,
+    /// Stages whose writers live, in this process or another; not touched.
+    pub living: Vec<PathBuf>,
+    /// What has a stage's name and was kept for another reason.
+    pub kept: Vec<Kept>,
+}
+
+/// Something with a stage's name that was not removed.
+#[derive(Debug)]
+#[non_exhaustive]
+pub struct Kept {
+    /// Where it is.
+    pub path: PathBuf,
+    /// Why it was kept: no permission to open it, no locks on its file system, a group commit pending, not a file.
+    pub reason: io::Error,
+}
+
+/// Removes from `dir` the staged files of writers that were killed, and nothing else. Never waits.
+///
+/// A stage is dead if its name is a stage's and nobody holds its lock. Living writers hold it, in
+/// this process, in others, and where the file system knows such locks (NFS does) on other machines.
+/// While the record of a group commit stands in `dir`, nothing is removed: call [`recover`](crate::recover).
+///
+/// # Errors
+/// [`SweepError`] where the directory cannot be opened or listed. What stands in the way of a single file is in the report.
+///
+/// # Examples
+/// ```
+/// # let dir = tempfile::tempdir()?;
+/// let report = atomic_file::sweep(dir.path())?;
+/// assert!(report.removed.is_empty());
+/// # Ok::<(), atomic_file::SweepError>(())
+/// ```
+pub fn sweep(dir: impl AsRef<Path>) -> Result<SweepReport, SweepError> {
+    let dir = dir.as_ref();
+    let dir = Directory::open(dir).map_err(|source| SweepError {
+        operation: "open",
+        path: dir.to_owned(),
+        source,
+    })?;
+    sweep_open(&dir)
+}
+
+pub(crate) fn sweep_open(dir: &Directory) -> Result<SweepReport, SweepError> {
+    let names = dir.names().map_err(|source| SweepError {
+        operation: "list",
+        path: dir.path().to_owned(),
+        source,
+    })?;
+    let mut report = SweepReport::default();
+    for name in names {
+        let inspected = match parse_name(&name) {
+            None => continue,
+            Some(StageName::Locked) => remove_if_dead(dir, &name),
+            Some(StageName::Unlocked) => Inspected::Kept(io::Error::new(
+                io::ErrorKind::Unsupported,
+                "staged without a lock: only you can know whether its writer lives",
+            )),
+        };
+        let path = dir.path_of(&name);
+        match inspected {
+            Inspected::Removed => report.removed.push(path),
+            Inspected::Living => report.living.push(path),
+            Inspected::Kept(reason) => report.kept.push(Kept { path, reason }),
+            Inspected::Gone => {}
+        }
+    }
+    Ok(report)
+}

@@ -1,0 +1,279 @@
+//! One file, staged and put in place.
+
+use std::fs::File;
+use std::io::{self, Seek, SeekFrom, Write};
+use std::os::unix::fs::FileExt as _;
+use std::path::Path;
+use std::sync::Arc;
+
+use nix::sys::stat::{Mode, fchmod};
+
+use crate::destination::Destination;
+use crate::directory::{Directory, stat_of};
+use crate::error::{CommitError, CommitStep, Leftover, OpenError};
+use crate::options::{Durability, Options};
+use crate::outcome::{PublishError, has_no_links};
+use crate::recover::{Owner, settle};
+use crate::stage::{Stage, rehearse};
+use crate::sys;
+
+/// A new file in the making, that [`commit`](Self::commit) puts in the place of another at once and whole.
+///
+/// Until then it has a name of its own in the destination's directory. Dropping the writer, also by a panic,
+/// removes it.
+///
+/// # Examples
+/// ```
+/// use std::io::Write;
+/// use atomic_file::AtomicWriter;
+/// # let dir = tempfile::tempdir()?;
+/// # let dest = dir.path().join("memory.bin");
+///
+/// let mut writer = AtomicWriter::open(&dest)?;
+/// writer.write_all(b"header")?;
+/// writer.write_all_at(b"page", 4096)?;
+/// assert!(!dest.exists());
+/// writer.commit()?;
+/// assert_eq!(std::fs::metadata(&dest)?.len(), 4100);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+#[derive(Debug)]
+pub struct AtomicWriter {
+    pub(crate) stage: Stage,
+    pub(crate) dest: Destination,
+    pub(crate) durability: Durability,
+    pub(crate) no_clobber: bool,
+}
+
+impl AtomicWriter {
+    /// Stages a new file that is to replace, or become, `dest`, with the defaults of [`Options`].
+    ///
+    /// # Errors
+    /// See [`OpenError`]. Nothing is left behind.
+    pub fn open(dest: impl AsRef<Path>) -> Result<Self, OpenError> {
+        Self::options().open(dest)
+    }
+
+    /// What else can be chosen.
+    pub fn options() -> Options {
+        Options::default()
+    }
+
+    pub(crate) fn open_with(path: &Path, options: &Options) -> Result<Self, OpenError> {
+        let dest = Destination::resolve(path, options.symlinks)?;
+        if options.no_clobber && dest.exists {
+            return Err(OpenError::AlreadyExists {
+                path: path.to_owned(),
+            });
+        }
+        settle(&dest.dir, Owner::LeaveAlone).map_err(|source| OpenError::Recover {
+            path: path.to_owned(),
+            source,
+        })?;
+        let staging = match &options.staging_dir {
+            None => Arc::clone(&dest.dir),
+            Some(elsewhere) => open_staging(elsewhere, &dest)?,
+        };
+        let elsewhere = staging.stat.id != dest.dir.stat.id;
+        if elsewhere || options.no_clobber {
+            rehearse(&staging, &dest.dir, &dest.name, options.no_clobber)
+                .map_err(|error| explain(error, path, &dest.dir, &staging, options))?;
+        }
+        let stage = Stage::create(&staging, &dest.name)
+            .map_err(|source| OpenError::io("stage a file for", path, source))?;
+        set_mode(stage.file(), options.mode)
+            .map_err(|source| OpenError::io("set the mode of the file staged for", path, source))?;
+        Ok(Self {
+            stage,
+            dest,
+            durability: options.durability,
+            no_clobber: options.no_clobber,
+        })
+    }
+
+    /// The destination, as it was given to `open`.
+    #[must_use]
+    pub fn dest_path(&self) -> &Path {
+        &self.dest.path
+    }
+
+    /// Where the file is staged: the destination's directory as given (or where its link leads to), and the stage's name.
+    ///
+    /// A relative path stays relative. The writer itself does not use it, so changing the current directory or renaming
+    /// the destination's does no harm to it; but then this path leads elsewhere, and [`file`](Self::file) does not.
+    #[must_use]
+    pub fn temp_path(&self) -> &Path {
+        self.stage.path()
+    }
+
+    /// The staged file, open for reading and writing.
+    #[must_use]
+    pub fn file(&self) -> &File {
+        self.stage.file()
+    }
+
+    /// The staged file, open for reading and writing.
+    ///
+    /// A commit refuses to go on where another `File` was put in its place.
+    #[must_use]
+    pub fn file_mut(&mut self) -> &mut File {
+        self.stage.file_mut()
+    }
+
+    /// Writes all of `buf` at `offset` bytes from the file's start, from any thread, whatever the file's position.
+    ///
+    /// # Errors
+    /// Those of `pwrite(2)`; interrupted and short writes are gone on with. What was written before the error stays.
+    pub fn write_all_at(&self, buf: &[u8], offset: u64) -> io::Result<()> {
+        self.file().write_all_at(buf, offset)
+    }
+
+    /// Syncs the file, renames it onto the destination, and syncs the directory.
+    ///
+    /// How much of that is for [`Durability`] to say. Of several writers to one destination, the last to commit wins.
+    /// An empty file is committed like any other.
+    ///
+    /// # Errors
+    /// [`CommitError`] says which of the two files the destination is now. It is never a mixture.
+    pub fn commit(self) -> Result<(), CommitError> {
+        let Self {
+            mut stage,
+            dest,
+            durability,
+            no_clobber,
+        } = self;
+        let ready = sys::sync(stage.file(), durability)
+            .map_err(|error| (CommitStep::Sync, error))
+            .and_then(|()| stage.check().map_err(|error| (CommitStep::Check, error)))
+            // An older group, completed only after us, would replace what we commit now.
+            .and_then(|_| {
+                settle(&dest.dir, Owner::LeaveAlone)
+                    .map_err(|error| (CommitStep::Recover, io::Error::other(error)))
+            });
+        if let Err((step, source)) = ready {
+            return Err(not_replaced(stage, dest, step, source));
+        }
+        let leftover = match stage.publish(&dest.dir, &dest.name, no_clobber) {
+            Ok(leftover) => leftover,
+            Err(PublishError::Not(source)) => {
+                return Err(not_replaced(stage, dest, CommitStep::Rename, source));
+            }
+            Err(PublishError::Unknown { rename, look }) => {
+                return Err(CommitError::Unknown {
+                    dest: dest.path,
+                    rename,
+                    source: look,
+                });
+            }
+        };
+        let synced = match durability {
+            Durability::Full => dest.dir.sync(durability),
+            Durability::Barrier | Durability::None => Ok(()),
+        };
+        match (synced, leftover) {
+            (Ok(()), None) => Ok(()),
+            (Ok(()), Some(source)) => Err(CommitError::ReplacedStageLeft {
+                dest: dest.path,
+                source,
+            }),
+            (Err(source), leftover) => Err(CommitError::ReplacedDurabilityUnknown {
+                dest: dest.path,
+                source,
+                leftover,
+            }),
+        }
+    }
+
+    /// Removes the staged file. What dropping does too, but this says whether it worked.
+    ///
+    /// # Errors
+    /// [`Leftover`] names the file that could not be removed.
+    pub fn discard(self) -> Result<(), Leftover> {
+        self.stage.discard()
+    }
+}
+
+impl Write for AtomicWriter {
+    fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
+        self.file_mut().write(buf)
+    }
+
+    fn write_vectored(&mut self, bufs: &[io::IoSlice<'_>]) -> io::Result<usize> {
+        self.file_mut().write_vectored(bufs)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.file_mut().flush()
+    }
+}
+
+impl Seek for AtomicWriter {
+    fn seek(&mut self, pos: SeekFrom) -> io::Result<u64> {
+        self.file_mut().seek(pos)
+    }
+}
+
+fn open_staging(path: &Path, dest: &Destination) -> Result<Arc<Directory>, OpenError> {
+    let staging = Directory::open(path).map_err(|source| OpenError::OpenDirectory {
+        path: path.to_owned(),
+        source,
+    })?;
+    if staging.stat.id.device != dest.dir.stat.id.device {
+        return Err(cross_file_system(&dest.dir, &staging));
+    }
+    Ok(Arc::new(staging))
+}
+
+fn cross_file_system(dest: &Directory, staging: &Directory) -> OpenError {
+    OpenError::CrossFileSystem {
+        dest_dir: dest.path().to_owned(),
+        staging_dir: staging.path().to_owned(),
+    }
+}
+
+/// What a failed rehearsal means.
+fn explain(
+    error: PublishError,
+    path: &Path,
+    dest: &Directory,
+    staging: &Directory,
+    options: &Options,
+) -> OpenError {
+    let source = match error {
+        PublishError::Not(source) | PublishError::Unknown { rename: source, .. } => source,
+    };
+    if source.kind() == io::ErrorKind::CrossesDevices {
+        cross_file_system(dest, staging)
+    } else if options.no_clobber && has_no_links(&source) {
+        OpenError::NoClobberUnsupported {
+            path: path.to_owned(),
+            source,
+        }
+    } else {
+        OpenError::io("stage a file for", path, source)
+    }
+}
+
+/// Gives the file exactly these permission bits. It was created with 0600, less what the umask took.
+fn set_mode(file: &File, mode: u32) -> io::Result<()> {
+    const PERMISSIONS: u32 = 0o7777;
+    if stat_of(file)?.mode & PERMISSIONS == mode {
+        return Ok(());
+    }
+    let mode = Mode::from_bits_truncate(mode as libc::mode_t);
+    sys::retry(|| fchmod(file, mode))
+}
+
+fn not_replaced(
+    stage: Stage,
+    dest: Destination,
+    step: CommitStep,
+    source: io::Error,
+) -> CommitError {
+    CommitError::NotReplaced {
+        dest: dest.path,
+        step,
+        source,
+        leftover: stage.discard().err(),
+    }
+}
