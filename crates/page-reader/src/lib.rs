@@ -1,4 +1,117 @@
-//! Where the bytes of a guest's RAM come from: the PageReader trait, its sources, and the layout of guest-physical memory.
+//! Where the bytes of a guest's RAM come from: the [`PageReader`] trait, its sources, and the layout of
+//! guest-physical memory.
+//!
+//! Whatever saves, sends, hashes or inspects a virtual machine's memory reads it through one call,
+//! [`PageReader::read_at`], by the offset in the *memory file*: all RAM regions packed one after another. Where a
+//! source has the bytes mapped it also hands out their [host address](PageReader::host_memory), so that the kernel can
+//! write them to a file straight from guest memory, without a copy in user space.
+//!
+//! | the guest's RAM is ... | source |
+//! |---|---|
+//! | mapped in this process, vCPUs may be writing it | [`MappedMemory`] |
+//! | in `vm-memory`'s types | `GuestMemoryReader` (feature `vm-memory`) |
+//! | in a file or memfd that the guest maps shared, or an image on disk | [`FileReader`] |
+//! | in another process (Linux) | `ProcessMemory` |
+//! | in ordinary memory | `[u8]`, `Vec<u8>` |
+//! | in several of these, side by side or over one another | [`Layered`] |
+//! | anywhere else | your own `impl PageReader`: two methods, one of them optional |
+//!
+//! # Examples
+//!
+//! ## Reading a guest with an MMIO gap
+//! ```
+//! use page_reader::{FileReader, Layered, PageReader, RamLayout};
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! const MIB: u64 = 1 << 20;
+//! // 2 MiB at 0 and 1 MiB at 4 GiB, each in a file (or memfd) of its own.
+//! let layout = RamLayout::new([(0, 2 * MIB), (4096 * MIB, MIB)])?;
+//! # let file_of = |byte, size| -> std::io::Result<std::fs::File> {
+//! #     use std::io::Write;
+//! #     let mut file = tempfile::tempfile()?;
+//! #     file.write_all(&vec![byte; size as usize])?;
+//! #     Ok(file)
+//! # };
+//! # let (low, high) = (file_of(1, 2 * MIB)?, file_of(2, MIB)?);
+//! let guest = Layered::concat([
+//!     (FileReader::new(low), 2 * MIB),
+//!     (FileReader::new(high), MIB),
+//! ])?;
+//!
+//! // 8 bytes at a guest-physical address:
+//! let offset = layout.offset_of(4096 * MIB + 0x1000).ok_or("not RAM")?;
+//! let mut word = [0; 8];
+//! guest.read_at(offset, &mut word)?;
+//! assert_eq!(word, [2; 8]);
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! ## Saving a guest, without copying where that's possible
+//! ```
+//! use std::io::{self, Write};
+//! use page_reader::PageReader;
+//!
+//! /// Writes `size` bytes of RAM to `file`: from where they are, or through a buffer.
+//! fn save(guest: &dyn PageReader, size: u64, file: &mut std::fs::File) -> io::Result<()> {
+//!     let mut buf = vec![0; 1 << 20];
+//!     let mut offset = 0;
+//!     while offset < size {
+//!         let len = (size - offset).min(buf.len() as u64) as usize;
+//!         let written = match guest.host_memory(offset, len) {
+//!             // SAFETY: mapped, by HostMemory's contract, for as long as `guest` is borrowed.
+//!             Some(memory) => match unsafe { write(file, memory.as_ptr(), memory.len()) } {
+//!                 -1 => return Err(io::Error::last_os_error()),
+//!                 written => written as usize,
+//!             },
+//!             None => {
+//!                 guest.read_at(offset, &mut buf[..len])?;
+//!                 file.write(&buf[..len])?
+//!             }
+//!         };
+//!         offset += written as u64;
+//!     }
+//!     Ok(())
+//! }
+//! # unsafe fn write(file: &std::fs::File, from: *const u8, len: usize) -> isize {
+//! #     use std::os::fd::AsRawFd;
+//! #     unsafe { libc::write(file.as_raw_fd(), from.cast(), len) }
+//! # }
+//! # use std::os::unix::fs::FileExt;
+//! # let ram = vec![7; 3 << 20];
+//! # let mut file = tempfile::tempfile()?;
+//! # save(&ram, ram.len() as u64, &mut file)?;
+//! # let mut saved = vec![0; ram.len()];
+//! # file.read_exact_at(&mut saved, 0)?;
+//! # assert!(saved == ram);
+//! # Ok::<(), io::Error>(())
+//! ```
+//!
+//! # How it works
+//!
+//! - Mapped memory is copied by atomic loads of machine words, at the speed of `memcpy` once the source is out of
+//!   the caches. No Rust reference to its bytes is ever formed that claims they stay as they are: vCPUs write them.
+//! - Files are read with `pread`, repeated after `EINTR` and short reads. Their position isn't used.
+//! - Another process's memory is read with `pread` of `/proc/<pid>/mem`, opened once: it stays that process's, also
+//!   when the id is in use again.
+//! - Layouts and layers find their place by binary search; a read that crosses regions is one read for each.
+//!
+//! Every range is checked before it's touched: past the end is
+//! [`UnexpectedEof`](std::io::ErrorKind::UnexpectedEof), never a panic and never a short read.
+//!
+//! # Limitations
+//!
+//! - Nothing stops the guest: bytes read while vCPUs run are as of no one instant. Pause them, or read again what
+//!   a dirty log says has changed.
+//! - A load from a mapped file that was truncated is a SIGBUS, not an error. Seal memfds against shrinking.
+//! - `ProcessMemory` is Linux only. Everything else is for Linux and macOS.
+//!
+//! # Features
+//!
+//! None is on by default.
+//!
+//! - `serde`: [`RamLayout`] serialises as its regions, and is validated when deserialised.
+//! - `vm-memory`: `GuestMemoryReader`, over the guest memory of the `vm-memory` crate.
 
 mod bytes;
 mod file;
@@ -23,3 +136,8 @@ pub use mapped::{MappedMemory, MappedMemoryError};
 #[cfg(target_os = "linux")]
 pub use process::{ProcessMemory, ProcessMemoryError};
 pub use reader::PageReader;
+
+/// The README's example, as a test.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

@@ -1,0 +1,87 @@
+//! Guest memory is read while other threads write it, as vCPUs do.
+
+#![allow(unsafe_code)]
+
+mod common;
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+use std::thread;
+
+use common::{Mapping, PAGE};
+use page_reader::{MappedMemory, PageReader, RamLayout};
+
+const SIZE: usize = 4 * PAGE;
+const WORDS: usize = SIZE / 8;
+
+/// The words of a mapping, to write as a guest does: with single machine stores.
+fn words(memory: &Mapping) -> impl Iterator<Item = &AtomicU64> {
+    let first = memory.as_ptr().cast::<AtomicU64>();
+    // SAFETY: whole words of a mapping that the borrow keeps, page-aligned, and only ever accessed as atomics.
+    (0..WORDS).map(move |word| unsafe { &*first.add(word) })
+}
+
+/// A word whose two halves are alike: one that is torn shows.
+fn word_of(round: u32) -> u64 {
+    u64::from(round) << 32 | u64::from(round)
+}
+
+#[test]
+#[cfg(target_pointer_width = "64")]
+fn words_that_a_thread_writes_during_the_copy_are_never_torn_and_never_go_back() {
+    let memory = Mapping::shared(SIZE);
+    let layout = RamLayout::single(0, SIZE as u64).unwrap();
+    let guest = MappedMemory::new(layout, [memory.memory()]).unwrap();
+    let stop = AtomicBool::new(false);
+    let mut copies_that_raced = 0;
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            let rounds = 1..;
+            for round in rounds.take_while(|_| !stop.load(Relaxed)) {
+                for word in words(&memory) {
+                    word.store(word_of(round), Relaxed);
+                }
+            }
+        });
+        // What is copied lies in buf at another alignment than in memory, for the stores to buf to be as odd as can be.
+        let mut buf = vec![0; SIZE + 1];
+        let mut last = vec![0; WORDS];
+        while copies_that_raced < 1000 {
+            guest.read_at(0, &mut buf[1..]).unwrap();
+            let copy: Vec<u64> = buf[1..]
+                .chunks_exact(8)
+                .map(|word| u64::from_ne_bytes(word.try_into().unwrap()))
+                .collect();
+            for (word, (now, before)) in copy.iter().zip(&last).enumerate() {
+                let torn = now >> 32 != now & 0xffff_ffff;
+                if torn || now < before {
+                    stop.store(true, Relaxed);
+                    panic!("word {word} is {now:#x} after {before:#x}");
+                }
+            }
+            // Two rounds in one copy: the writer was at work while it was made.
+            copies_that_raced += usize::from(copy.iter().any(|word| *word != copy[0]));
+            last = copy;
+        }
+        stop.store(true, Relaxed);
+    });
+}
+
+#[test]
+fn several_threads_read_at_once_what_nobody_writes() {
+    let bytes = common::pattern(SIZE);
+    let memory = Mapping::private_with(&bytes);
+    let layout = RamLayout::single(0, SIZE as u64).unwrap();
+    let guest = MappedMemory::new(layout, [memory.memory()]).unwrap();
+    thread::scope(|scope| {
+        for start in 0..4_usize {
+            let (guest, bytes) = (&guest, &bytes);
+            scope.spawn(move || {
+                for _ in 0..200 {
+                    let mut buf = vec![0; SIZE - start];
+                    guest.read_at(start as u64, &mut buf).unwrap();
+                    assert!(buf == bytes[start..]);
+                }
+            });
+        }
+    });
+}
