@@ -1,4 +1,100 @@
 //! What a file system does with holes and alignment, measured; the extents of a file; positioned writes of runs.
+//!
+//! For programs that store large, mostly empty memory (a guest's RAM, a database's pages, a disk image) and want
+//! holes where a file system has them and right bytes everywhere.
+//!
+//! # Ask a file system what it does
+//!
+//! [`Capabilities::probe`] writes a small unnamed file and looks at what became of it: names of file systems and
+//! operating systems decide nothing.
+//!
+//! ```
+//! use sparse_file::{Capabilities, HoleSupport};
+//!
+//! let dir = tempfile::tempdir()?;
+//! let here = Capabilities::probe(dir.path())?;
+//! println!("{here}");
+//! if here.holes != HoleSupport::Sparse {
+//!     println!("a diff stored here takes as much space as a full dump");
+//! }
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+//!
+//! # Write the pages that changed
+//!
+//! [`write_runs`] pulls the bytes of each run from a [`Source`] and writes them at their offsets. A source that can
+//! name the [`Memory`] that holds its bytes has it written from there by the kernel, without a copy and without a Rust reference
+//! to it, so vCPUs may go on writing it. [`grow`] gives the file its length, trailing clean pages included.
+//!
+//! ```
+//! use sparse_file::{Source, WriteError, WriteOptions, grow, write_runs};
+//! use std::{io, ops::ControlFlow};
+//!
+//! /// A guest of 1 GiB that answers for its memory over some protocol.
+//! struct Remote;
+//!
+//! impl Source for Remote {
+//!     fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
+//!         buf.fill((offset >> 12) as u8);
+//!         Ok(())
+//!     }
+//! }
+//!
+//! let file = tempfile::tempfile()?;
+//! grow(&file, 1 << 30)?;
+//! let runs = [0..16384, 1 << 20..(1 << 20) + 4096];
+//! match write_runs(&file, runs, &Remote, &WriteOptions::new(), &mut |_| ControlFlow::Continue(())) {
+//!     Ok(bytes) => assert_eq!(bytes, 20480),
+//!     Err(WriteError::Source { offset, source }) => panic!("no memory at {offset}: {source}"),
+//!     Err(error) => return Err(error.into()),
+//! }
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+//!
+//! # Find the pages that are stored
+//!
+//! [`extents`] lists data and holes, and [`Extents::knowledge`] says how much that is worth: on NFS v3, say, all is
+//! data, which means nothing.
+//!
+//! # Make room, give it back
+//!
+//! [`reserve`] takes blocks in advance, [`punch_hole`] frees them, [`allocated_bytes`] counts them.
+//!
+//! # What file systems were seen to do
+//!
+//! A sparse file with a few pages in it, after `fsync`. ext4, XFS, btrfs, tmpfs and exFAT (FUSE) are held to their
+//! line by this crate's tests; the others were measured once with Linux 6.1's drivers.
+//!
+//! | file system | holes | `SEEK_HOLE` | punching | direct I/O |
+//! |---|---|---|---|---|
+//! | ext4, XFS, btrfs | yes | exact | frees | yes |
+//! | tmpfs | yes | exact | frees | accepted, without meaning |
+//! | exFAT (FUSE and kernel driver) | **none** | all data | no | yes |
+//! | HFS+ | **none** | all data | no | yes |
+//! | APFS (linux-apfs-rw 0.3.0) | unknown: `st_blocks` is 0 | all data | no | no |
+//! | NFS v3 over ext4 | as the server's | all data | no | yes |
+//! | NFS v4.2 over ext4 | as the server's | exact | frees | yes |
+//!
+//! So on exFAT and HFS+ a diff is stored dense, with the right bytes, and can't be told from its holes: keep a map of what is
+//! present beside the bytes.
+//!
+//! # How it works
+//!
+//! - Probing: `O_TMPFILE` (or create and unlink), `ftruncate`, two `pwrite`, `fsync`, then `fstat`, `lseek`, `statx`
+//!   (`STATX_DIOALIGN`), `fcntl(F_SETFL, O_DIRECT)` with aligned `pwrite` and `pread`, and `fallocate(PUNCH_HOLE)`.
+//! - Extents: one `fstat`, one `lseek` an extent.
+//! - Writing: one `getrlimit`, then one `pwrite` a chunk of at most 1 MiB, cut at multiples of 1 MiB; `EINTR`, `EAGAIN` and short
+//!   writes are gone on with.
+//! - `RLIMIT_FSIZE` is looked up before the kernel would answer with the deadly signal `SIGXFSZ`, and `EFBIG` given instead.
+//!
+//! # Limitations
+//!
+//! - Linux and macOS. The macOS side is type-checked and was never run.
+//! - Nothing here syncs for durability, and no file is replaced atomically: that is for the layer above.
+//! - A limit lowered by another thread while [`write_runs`] runs is not noticed.
+//! - The extents of a file that someone else changes are a hint.
+//!
+//! There are no cargo features.
 
 mod buffer;
 mod extents;
@@ -14,3 +110,7 @@ pub use memory::Memory;
 pub use probe::{AlignmentBasis, Capabilities, DirectIo, HoleSupport, ProbeError, Punch, SeekHole};
 pub use space::{SpaceError, allocated_bytes, grow, punch_hole, reserve};
 pub use write::{Engine, Source, WriteError, WriteOptions, write_runs};
+
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

@@ -71,15 +71,13 @@ fn the_bytes_are_those_of_a_naive_writer(
         return;
     };
     let ram = ram(LEN as usize);
-    let sources: [&dyn Fn(&File, &[Range<u64>], &WriteOptions) -> u64; 3] = [
+    let ways: [&Write<'_>; 3] = [
         &|file, runs, options| checked_write(file, runs, ram.as_slice(), options),
         &|file, runs, options| checked_write(file, runs, &Copied(&ram), options),
         &|file, runs, options| checked_write(file, runs, &Pieces(&ram), options),
     ];
     for_any_runs(24, |runs| {
-        for (options, write) in
-            every_way().flat_map(|way| sources.map(|write| (way.clone(), write)))
-        {
+        for (options, write) in every_way().flat_map(|way| ways.map(|write| (way.clone(), write))) {
             let file = place.file();
             grow(&file, LEN).expect("grown");
             let written = write(&file, &runs, &options);
@@ -93,6 +91,9 @@ fn the_bytes_are_those_of_a_naive_writer(
         }
     });
 }
+
+/// Writes the runs from one kind of source.
+type Write<'a> = dyn Fn(&File, &[Range<u64>], &WriteOptions) -> u64 + 'a;
 
 /// Writes, and checks what progress said.
 fn checked_write<S: Source + ?Sized>(

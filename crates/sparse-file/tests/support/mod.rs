@@ -98,7 +98,7 @@ impl Source for Pieces<'_> {
 
     fn memory_at(&self, offset: u64, len: usize) -> Option<Memory<'_>> {
         let end = (offset / 5000 + 1) * 5000;
-        (offset / 5000 % 3 != 0)
+        (!(offset / 5000).is_multiple_of(3))
             .then(|| self.0.memory_at(offset, len.min((end - offset) as usize)))
             .flatten()
     }
