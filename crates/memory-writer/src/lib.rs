@@ -1,1 +1,74 @@
-//! Write virtual-machine memory snapshots: full dumps and diffs of dirty pages, committed atomically.
+//! Virtual-machine memory snapshots: full dumps of a guest's RAM, and diffs of the pages dirtied since.
+//!
+//! A [`MemoryWriter`] stages a file beside its destination, writes guest memory into it at the guest's own offsets, and replaces the
+//! destination when it commits. Whatever fails before that leaves the destination as it was and nothing behind.
+//!
+//! # By task
+//! **A full snapshot and a diff:**
+//! ```
+//! use dirty_bitmap::DirtyBitmap;
+//! use memory_writer::MemoryWriter;
+//!
+//! # let dir = tempfile::tempdir()?;
+//! # let (full, diff) = (dir.path().join("full.mem"), dir.path().join("diff.mem"));
+//! let mut ram = vec![0x5a_u8; 1 << 20]; // any `PageReader`: mapped guest memory, a file, another process
+//! let dirty = DirtyBitmap::new(0x4000_0000, 1 << 20, 4096)?; // marked by the backend, or by hand
+//!
+//! let mut writer = MemoryWriter::open(&full, 1 << 20, 16384)?;
+//! writer.write_full(&ram)?;
+//! writer.commit()?;
+//!
+//! ram[5000] = 1;
+//! dirty.set_dirty(0x4000_0000 + 5000)?;
+//! let epoch = dirty.begin_epoch()?; // dropped early, it gives the marks back
+//! let mut writer = MemoryWriter::open(&diff, 1 << 20, 16384)?;
+//! assert_eq!(writer.write_diff(&ram, epoch.bitmap())?, 1);
+//! writer.commit()?;
+//! epoch.release(); // durable: only now are the marks forgotten
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+//! **A full snapshot of a running guest** (pre-copy): every write names its offset, so a later one replaces an earlier one. Write
+//! all of it while the guest runs, then, with the guest paused, what it dirtied meanwhile; commit.
+//! ```
+//! # use dirty_bitmap::DirtyBitmap;
+//! # use memory_writer::MemoryWriter;
+//! # let dir = tempfile::tempdir()?;
+//! # let dest = dir.path().join("live.mem");
+//! # let (ram, dirty) = (vec![0_u8; 1 << 20], DirtyBitmap::new(0, 1 << 20, 4096)?);
+//! # fn pause() {} fn resume() {}
+//! let mut epoch = dirty.begin_epoch()?;
+//! let mut writer = MemoryWriter::open(&dest, 1 << 20, 4096)?;
+//! writer.write_full(&ram)?; // the guest runs, and marks what it writes
+//! pause();
+//! let meanwhile = epoch.take_more()?;
+//! writer.write_diff(&ram, &meanwhile)?;
+//! resume();
+//! writer.commit()?;
+//! epoch.release();
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+//! **Memory and vCPU state as one**: [`finish`](MemoryWriter::finish) gives the staged file to an [`atomic_file::AtomicGroup`].
+//!
+//! **Progress and cancellation**, durability, file mode, staging elsewhere: [`Options`].
+//!
+//! # How it works
+//! `open` creates the stage and sets its size. A full dump is one run of bytes, a diff the bitmap's runs widened to whole pages of the
+//! file; [`sparse_file::write_runs`] writes either, from guest memory directly where the reader hands it out. `commit`
+//! is [`atomic_file`]'s: sync, rename, sync of the directory. The memory used does not depend on the RAM's size.
+//!
+//! # Limitations
+//! The file is raw: bytes at their guest offsets. In a diff, a page that is not there is a hole. On a file system without holes
+//! (HFS+, exFAT) it is a page of zeros, indistinguishable from a zeroed one: the bytes that were dirty are right all the same, but a diff is told
+//! from its zeros there only by someone who knows which pages it holds.
+
+mod error;
+mod guest;
+mod options;
+mod pages;
+mod writer;
+
+pub use atomic_file::{CommitError, Durability, OpenError, Symlinks};
+pub use error::{MemoryIoStep, RamError, SnapshotError};
+pub use options::{CancelToken, Options, Progress};
+pub use sparse_file::Engine;
+pub use writer::MemoryWriter;

@@ -1,0 +1,193 @@
+//! Why a snapshot was not taken.
+
+use std::fmt;
+use std::io;
+use std::path::PathBuf;
+
+use atomic_file::{CommitError, OpenError};
+use sparse_file::{SpaceError, WriteError};
+use thiserror::Error;
+
+/// Why a snapshot was not taken. Unless it is [`Commit`](Self::Commit), which says more, the destination is as it was.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum SnapshotError {
+    /// No memory file has this size or this page.
+    #[error("no memory file for this guest")]
+    Ram(#[from] RamError),
+    /// The file could not be staged.
+    #[error("no snapshot was begun")]
+    Open(#[from] OpenError),
+    /// Guest memory could not be read, or the staged file not be written.
+    #[error("{step} failed at offset {offset:#x} for the snapshot {dest:?}{}", step.advice(source))]
+    MemoryIo {
+        /// The snapshot's destination.
+        dest: PathBuf,
+        /// Which side failed.
+        step: MemoryIoStep,
+        /// The offset from the start of the memory file, in bytes, of the first byte that is missing.
+        offset: u64,
+        /// What the reader or the system said.
+        source: io::Error,
+    },
+    /// The bitmap covers another number of bytes than the memory file.
+    #[error(
+        "the bitmap covers {bitmap:#x} bytes, the memory file has {file:#x}: give the bitmap of this guest's RAM"
+    )]
+    BitmapSize {
+        /// The bytes that the bitmap covers.
+        bitmap: u64,
+        /// The bytes of the memory file.
+        file: u64,
+    },
+    /// The bitmap starts at another guest-physical address than [`Options::ram_start`](crate::Options::ram_start), or the bitmap before it, said.
+    #[error(
+        "the bitmap starts at {bitmap:#x}, this guest's RAM at {ram:#x}: give the bitmap of this guest's RAM"
+    )]
+    BitmapStart {
+        /// The first address that the bitmap covers.
+        bitmap: u64,
+        /// The first address of the RAM.
+        ram: u64,
+    },
+    /// The [`CancelToken`](crate::CancelToken) was used.
+    #[error("the snapshot {dest:?} was cancelled after {written} bytes of this write")]
+    Cancelled {
+        /// The snapshot's destination.
+        dest: PathBuf,
+        /// Bytes written by the call that was cancelled.
+        written: u64,
+    },
+    /// A write failed, panicked or was cancelled before, so the staged file may lack pages.
+    #[error(
+        "the snapshot {dest:?} is incomplete, an earlier write to it did not succeed: open a new writer"
+    )]
+    Incomplete {
+        /// The snapshot's destination.
+        dest: PathBuf,
+    },
+    /// Nothing was written, so there is nothing to commit.
+    #[error("the snapshot {dest:?} is empty: call write_full or write_diff first")]
+    NothingWritten {
+        /// The snapshot's destination.
+        dest: PathBuf,
+    },
+    /// The commit failed; its error says whether the destination was replaced.
+    #[error("the snapshot was not committed")]
+    Commit(#[from] CommitError),
+}
+
+/// The size of a memory file, or of its page, is impossible.
+#[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum RamError {
+    /// `ram_size` is 0.
+    #[error("the RAM has no bytes: pass the guest's RAM size as ram_size")]
+    NoRam,
+    /// No file can be that large.
+    #[error("RAM of {ram_size:#x} bytes is larger than a file can be, 2^63 - 1")]
+    TooLarge {
+        /// The size asked for, in bytes.
+        ram_size: u64,
+    },
+    /// `page_size` is 0 or not a power of two.
+    #[error("a page of {page_size} bytes: the page size must be a power of two")]
+    PageSizeNotPowerOfTwo {
+        /// The page size asked for, in bytes.
+        page_size: u64,
+    },
+    /// `page_size` is larger than the RAM.
+    #[error("a page of {page_size} bytes is larger than the RAM of {ram_size} bytes")]
+    PageLargerThanRam {
+        /// The page size asked for, in bytes.
+        page_size: u64,
+        /// The size of the RAM in bytes.
+        ram_size: u64,
+    },
+    /// `ram_size` is no multiple of `page_size`.
+    #[error(
+        "RAM of {ram_size:#x} bytes is no whole number of pages of {page_size:#x} bytes: use a smaller page"
+    )]
+    NotWholePages {
+        /// The size asked for, in bytes.
+        ram_size: u64,
+        /// The page size asked for, in bytes.
+        page_size: u64,
+    },
+}
+
+/// The step that failed in [`SnapshotError::MemoryIo`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum MemoryIoStep {
+    /// Setting the size of the staged file.
+    SetSize,
+    /// Reading guest memory.
+    Read,
+    /// Writing the staged file.
+    Write,
+}
+
+impl MemoryIoStep {
+    fn advice(self, error: &io::Error) -> &'static str {
+        match (self, error.kind()) {
+            (Self::Read, io::ErrorKind::UnexpectedEof) => {
+                ": the reader ends there, it must cover all of the RAM"
+            }
+            (Self::Write | Self::SetSize, io::ErrorKind::StorageFull) => {
+                ": make room on the file system"
+            }
+            (Self::Write | Self::SetSize, io::ErrorKind::QuotaExceeded) => {
+                ": raise the quota or make room within it"
+            }
+            (Self::Write | Self::SetSize, io::ErrorKind::FileTooLarge) => {
+                ": raise RLIMIT_FSIZE, or use a file system that takes files of this size"
+            }
+            _ => "",
+        }
+    }
+}
+
+impl fmt::Display for MemoryIoStep {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::SetSize => "setting the file's size",
+            Self::Read => "reading guest memory",
+            Self::Write => "writing",
+        })
+    }
+}
+
+impl SnapshotError {
+    pub(crate) fn from_grow(dest: PathBuf, len: u64, error: SpaceError) -> Self {
+        let source = match error {
+            SpaceError::Io { source, .. } => source,
+            other => io::Error::other(other),
+        };
+        Self::MemoryIo {
+            dest,
+            step: MemoryIoStep::SetSize,
+            offset: len,
+            source,
+        }
+    }
+
+    pub(crate) fn from_write(dest: PathBuf, error: WriteError) -> Self {
+        let (step, offset, source) = match error {
+            WriteError::Source { offset, source } => (MemoryIoStep::Read, offset, source),
+            WriteError::Destination { offset, source, .. } => (MemoryIoStep::Write, offset, source),
+            WriteError::ZeroWrite { offset, .. } => {
+                (MemoryIoStep::Write, offset, io::ErrorKind::WriteZero.into())
+            }
+            WriteError::Cancelled { written } => return Self::Cancelled { dest, written },
+            // The runs come from a bitmap that covers the file, so this is a failure of the write, whatever it is.
+            other => (MemoryIoStep::Write, 0, io::Error::other(other)),
+        };
+        Self::MemoryIo {
+            dest,
+            step,
+            offset,
+            source,
+        }
+    }
+}

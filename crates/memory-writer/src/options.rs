@@ -1,0 +1,225 @@
+//! How a snapshot is to be taken, and how it is watched meanwhile.
+
+use std::fmt;
+use std::ops::ControlFlow;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use atomic_file::{AtomicWriter, Durability, Symlinks};
+use sparse_file::{Engine, WriteOptions};
+
+use crate::error::SnapshotError;
+use crate::writer::MemoryWriter;
+
+/// How far one `write_full` or `write_diff` has come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Progress {
+    /// Bytes written so far.
+    pub bytes_done: u64,
+    /// Bytes to write in all.
+    pub bytes_total: u64,
+    /// The page of the memory file, in bytes.
+    pub page_size: u64,
+}
+
+impl Progress {
+    /// Pages of the memory file written so far, whole ones.
+    #[must_use]
+    pub fn pages_done(&self) -> u64 {
+        self.bytes_done / self.page_size
+    }
+
+    /// Pages of the memory file to write in all.
+    #[must_use]
+    pub fn pages_total(&self) -> u64 {
+        self.bytes_total / self.page_size
+    }
+}
+
+/// Ends a write from another thread: all clones are one token.
+///
+/// The write under way ends within one chunk with [`SnapshotError::Cancelled`], a later one at once; the writer
+/// then refuses to commit, and dropping it removes the staged file. A commit under way is not interrupted.
+#[derive(Clone, Debug, Default)]
+pub struct CancelToken(Arc<AtomicBool>);
+
+impl CancelToken {
+    /// A token that nothing has cancelled.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Cancels, for good.
+    pub fn cancel(&self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether anything has cancelled.
+    #[must_use]
+    pub fn is_cancelled(&self) -> bool {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+/// Options for a [`MemoryWriter`]; made by [`MemoryWriter::options`]. The defaults are those of [`MemoryWriter::open`].
+///
+/// # Examples
+/// ```
+/// use memory_writer::{CancelToken, MemoryWriter};
+///
+/// # let dir = tempfile::tempdir()?;
+/// # let dest = dir.path().join("full.mem");
+/// let (progress, seen) = std::sync::mpsc::channel();
+/// let cancel = CancelToken::new(); // clone it for the thread that may cancel
+/// let mut writer = MemoryWriter::options()
+///     .progress(move |progress_now| drop(progress.send(progress_now)))
+///     .cancel(cancel.clone())
+///     .open(&dest, 8 << 20, 4096)?;
+/// writer.write_full(&vec![7; 8 << 20])?;
+/// writer.commit()?;
+/// assert_eq!(seen.iter().last().map(|last| last.pages_done()), Some(2048));
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+#[must_use]
+pub struct Options {
+    stage: atomic_file::Options,
+    pub(crate) write: WriteOptions,
+    pub(crate) ram_start: Option<u64>,
+    pub(crate) watch: Watch,
+}
+
+/// Who is told of progress, and who may cancel.
+pub(crate) struct Watch {
+    progress: Option<Box<dyn FnMut(Progress) + Send>>,
+    cancel: CancelToken,
+}
+
+impl Watch {
+    pub(crate) fn tell(&mut self, progress: Progress) -> ControlFlow<()> {
+        if let Some(callback) = &mut self.progress {
+            callback(progress);
+        }
+        if self.cancel.is_cancelled() {
+            ControlFlow::Break(())
+        } else {
+            ControlFlow::Continue(())
+        }
+    }
+}
+
+impl Options {
+    pub(crate) fn new() -> Self {
+        Self {
+            stage: AtomicWriter::options(),
+            write: WriteOptions::new(),
+            ram_start: None,
+            watch: Watch {
+                progress: None,
+                cancel: CancelToken::new(),
+            },
+        }
+    }
+
+    /// The guest-physical address of the memory file's first byte, which every bitmap given to `write_diff` must start at.
+    /// Unless told, it is what the first bitmap says.
+    pub fn ram_start(mut self, address: u64) -> Self {
+        self.ram_start = Some(address);
+        self
+    }
+
+    /// What `commit` waits for; [`Durability::Full`] unless told otherwise.
+    pub fn durability(mut self, durability: Durability) -> Self {
+        self.stage = self.stage.durability(durability);
+        self
+    }
+
+    /// The permission bits of the snapshot, `0o600` unless told otherwise: guest memory holds secrets.
+    pub fn mode(mut self, mode: u32) -> Self {
+        self.stage = self.stage.mode(mode);
+        self
+    }
+
+    /// Whether to fail rather than replace a destination that exists; see [`atomic_file::Options::no_clobber`].
+    pub fn no_clobber(mut self, no_clobber: bool) -> Self {
+        self.stage = self.stage.no_clobber(no_clobber);
+        self
+    }
+
+    /// Stages in `dir`, which must be on the destination's file system; see [`atomic_file::Options::staging_dir`].
+    pub fn staging_dir(mut self, dir: impl Into<PathBuf>) -> Self {
+        self.stage = self.stage.staging_dir(dir);
+        self
+    }
+
+    /// What to do where the destination is a symbolic link; [`Symlinks::Follow`] unless told otherwise.
+    pub fn symlinks(mut self, symlinks: Symlinks) -> Self {
+        self.stage = self.stage.symlinks(symlinks);
+        self
+    }
+
+    /// The way bytes get to the file; the default works everywhere.
+    pub fn engine(mut self, engine: Engine) -> Self {
+        self.write = self.write.engine(engine);
+        self
+    }
+
+    /// At most how many bytes one system call writes, and so how often progress is told and cancelling heeded: 1 MiB unless told
+    /// otherwise; see [`WriteOptions::chunk_size`].
+    pub fn chunk_size(mut self, bytes: usize) -> Self {
+        self.write = self.write.chunk_size(bytes);
+        self
+    }
+
+    /// Calls `callback` on the writing thread before the first byte and after each chunk.
+    pub fn progress(mut self, callback: impl FnMut(Progress) + Send + 'static) -> Self {
+        self.watch.progress = Some(Box::new(callback));
+        self
+    }
+
+    /// Lets `token` end a write.
+    pub fn cancel(mut self, token: CancelToken) -> Self {
+        self.watch.cancel = token;
+        self
+    }
+
+    /// Stages a memory file of `ram_size` bytes in pages of `page_size` bytes, to replace `dest` or become it.
+    ///
+    /// # Errors
+    /// [`SnapshotError::Ram`] for sizes that no memory file has, [`SnapshotError::Open`] where nothing can be staged,
+    /// [`SnapshotError::MemoryIo`] where the file can't be that large. Nothing is left behind.
+    pub fn open(
+        self,
+        dest: impl AsRef<Path>,
+        ram_size: u64,
+        page_size: u64,
+    ) -> Result<MemoryWriter, SnapshotError> {
+        MemoryWriter::open_with(dest.as_ref(), ram_size, page_size, self)
+    }
+
+    pub(crate) fn stage(&self, dest: &Path) -> Result<AtomicWriter, SnapshotError> {
+        Ok(self.stage.open(dest)?)
+    }
+}
+
+impl fmt::Debug for Options {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Options")
+            .field("stage", &self.stage)
+            .field("write", &self.write)
+            .field("ram_start", &self.ram_start)
+            .field("watch", &self.watch)
+            .finish()
+    }
+}
+
+impl fmt::Debug for Watch {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Watch")
+            .field("progress", &self.progress.is_some())
+            .field("cancel", &self.cancel)
+            .finish()
+    }
+}

@@ -1,0 +1,248 @@
+//! Open, write, commit.
+
+use std::ops::Range;
+use std::path::Path;
+
+use atomic_file::AtomicWriter;
+use dirty_bitmap::DirtyBitmap;
+use page_reader::PageReader;
+use sparse_file::{WriteOptions, grow, write_runs};
+
+use crate::error::{RamError, SnapshotError};
+use crate::guest::Guest;
+use crate::options::{Options, Progress, Watch};
+use crate::pages::WholePages;
+
+/// A memory snapshot under way: staged beside its destination until [`commit`](Self::commit) puts it there.
+///
+/// Dropped without a commit, it leaves the destination as it was and nothing behind.
+///
+/// `write_full` and `write_diff` may be called in any order and as often as needed; the last write of a page counts. A write that
+/// fails, panics or is cancelled leaves a file that lacks pages, so the writer then refuses to commit.
+#[derive(Debug)]
+#[must_use = "a writer that is dropped leaves no snapshot"]
+pub struct MemoryWriter {
+    stage: AtomicWriter,
+    ram_size: u64,
+    page_size: u64,
+    ram_start: Option<u64>,
+    write: WriteOptions,
+    watch: Watch,
+    state: State,
+}
+
+/// What the staged file is worth.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum State {
+    Empty,
+    /// A write has begun and not succeeded: it is under way, or it failed, panicked or was cancelled.
+    Incomplete,
+    Whole,
+}
+
+impl MemoryWriter {
+    /// Stages a memory file of `ram_size` bytes in pages of `page_size` bytes, to replace `dest` or become it, with the
+    /// default [`Options`].
+    ///
+    /// `page_size` is a power of two, 16 KiB on Apple Silicon and 4 KiB on most other hosts; `ram_size` is a multiple of it.
+    ///
+    /// # Errors
+    /// [`SnapshotError::Ram`] for sizes that no memory file has, [`SnapshotError::Open`] where nothing can be staged,
+    /// [`SnapshotError::MemoryIo`] where the file can't be that large. Nothing is left behind.
+    pub fn open(
+        dest: impl AsRef<Path>,
+        ram_size: u64,
+        page_size: u64,
+    ) -> Result<Self, SnapshotError> {
+        Self::options().open(dest, ram_size, page_size)
+    }
+
+    /// Durability, mode, progress, cancellation and whatever else is not the default.
+    pub fn options() -> Options {
+        Options::new()
+    }
+
+    pub(crate) fn open_with(
+        dest: &Path,
+        ram_size: u64,
+        page_size: u64,
+        options: Options,
+    ) -> Result<Self, SnapshotError> {
+        check_ram(ram_size, page_size)?;
+        let stage = options.stage(dest)?;
+        grow(stage.file(), ram_size).map_err(|error| {
+            SnapshotError::from_grow(stage.dest_path().to_owned(), ram_size, error)
+        })?;
+        let Options {
+            write,
+            ram_start,
+            watch,
+            ..
+        } = options;
+        Ok(Self {
+            stage,
+            ram_size,
+            page_size,
+            ram_start,
+            write,
+            watch,
+            state: State::Empty,
+        })
+    }
+
+    /// The size of the memory file in bytes.
+    #[must_use]
+    pub fn ram_size(&self) -> u64 {
+        self.ram_size
+    }
+
+    /// The page of the memory file in bytes.
+    #[must_use]
+    pub fn page_size(&self) -> u64 {
+        self.page_size
+    }
+
+    /// Where the snapshot will be.
+    #[must_use]
+    pub fn dest_path(&self) -> &Path {
+        self.stage.dest_path()
+    }
+
+    /// Where it is staged.
+    #[must_use]
+    pub fn temp_path(&self) -> &Path {
+        self.stage.temp_path()
+    }
+
+    /// Writes all of the RAM, every byte of `[0, ram_size)`, zeros too.
+    ///
+    /// # Errors
+    /// [`SnapshotError::MemoryIo`] or [`SnapshotError::Cancelled`]; the writer can't be committed then.
+    pub fn write_full<R: PageReader + ?Sized>(&mut self, reader: &R) -> Result<(), SnapshotError> {
+        self.write_pages(reader, std::iter::once(0..self.ram_size), self.ram_size)
+            .map(drop)
+    }
+
+    /// Writes the pages that `dirty` has marks in, and returns how many pages of the memory file that were.
+    ///
+    /// The bitmap may have any page size: what it marks is widened to whole pages of the file. It stays as it is:
+    /// give an [`Epoch`](dirty_bitmap::Epoch)'s bitmap, and release the epoch once [`commit`](Self::commit) has returned.
+    /// A diff without any dirty page is a file of one hole, and can be committed.
+    ///
+    /// # Errors
+    /// [`SnapshotError::BitmapSize`] or [`SnapshotError::BitmapStart`] where the bitmap is of another RAM: nothing was
+    /// written, and the writer stays as it was. [`SnapshotError::MemoryIo`] or [`SnapshotError::Cancelled`]; the writer can't be committed then.
+    pub fn write_diff<R: PageReader + ?Sized>(
+        &mut self,
+        reader: &R,
+        dirty: &DirtyBitmap,
+    ) -> Result<u64, SnapshotError> {
+        if dirty.ram_size() != self.ram_size {
+            return Err(SnapshotError::BitmapSize {
+                bitmap: dirty.ram_size(),
+                file: self.ram_size,
+            });
+        }
+        let ram = *self.ram_start.get_or_insert(dirty.ram_start());
+        if dirty.ram_start() != ram {
+            return Err(SnapshotError::BitmapStart {
+                bitmap: dirty.ram_start(),
+                ram,
+            });
+        }
+        let pages = || WholePages::new(dirty.runs(), self.page_size);
+        let total = pages().map(|run| run.end - run.start).sum();
+        Ok(self.write_pages(reader, pages(), total)? / self.page_size)
+    }
+
+    fn write_pages<R: PageReader + ?Sized>(
+        &mut self,
+        reader: &R,
+        runs: impl Iterator<Item = Range<u64>>,
+        bytes_total: u64,
+    ) -> Result<u64, SnapshotError> {
+        if self.state == State::Incomplete {
+            return Err(self.incomplete());
+        }
+        self.state = State::Incomplete;
+        let page_size = self.page_size;
+        let watch = &mut self.watch;
+        // A bitmap that is marked meanwhile may yield more than was counted.
+        let mut tell = |bytes_done: u64| {
+            watch.tell(Progress {
+                bytes_done,
+                bytes_total: bytes_total.max(bytes_done),
+                page_size,
+            })
+        };
+        if tell(0).is_break() {
+            let dest = self.stage.dest_path().to_owned();
+            return Err(SnapshotError::Cancelled { dest, written: 0 });
+        }
+        let written = write_runs(
+            self.stage.file(),
+            runs,
+            &Guest(reader),
+            &self.write,
+            &mut tell,
+        )
+        .map_err(|error| SnapshotError::from_write(self.stage.dest_path().to_owned(), error))?;
+        self.state = State::Whole;
+        Ok(written)
+    }
+
+    /// Syncs the file, puts it at its destination, and syncs the directory: once this has returned, the snapshot is there after a power loss
+    /// too (see [`Options::durability`]).
+    ///
+    /// # Errors
+    /// [`SnapshotError::NothingWritten`] and [`SnapshotError::Incomplete`]: the destination is as it was.
+    /// [`SnapshotError::Commit`] says which of old and new is there. In all cases nothing is left behind.
+    pub fn commit(self) -> Result<(), SnapshotError> {
+        Ok(self.finish()?.commit()?)
+    }
+
+    /// The staged file, whole and ready to be committed as part of an [`atomic_file::AtomicGroup`], beside the vCPUs' state, say.
+    ///
+    /// # Errors
+    /// [`SnapshotError::NothingWritten`] and [`SnapshotError::Incomplete`]: the destination is as it was, and nothing is left behind.
+    pub fn finish(self) -> Result<AtomicWriter, SnapshotError> {
+        match self.state {
+            State::Whole => Ok(self.stage),
+            State::Incomplete => Err(self.incomplete()),
+            State::Empty => Err(SnapshotError::NothingWritten {
+                dest: self.stage.dest_path().to_owned(),
+            }),
+        }
+    }
+
+    fn incomplete(&self) -> SnapshotError {
+        SnapshotError::Incomplete {
+            dest: self.stage.dest_path().to_owned(),
+        }
+    }
+}
+
+fn check_ram(ram_size: u64, page_size: u64) -> Result<(), RamError> {
+    if ram_size == 0 {
+        return Err(RamError::NoRam);
+    }
+    if i64::try_from(ram_size).is_err() {
+        return Err(RamError::TooLarge { ram_size });
+    }
+    if !page_size.is_power_of_two() {
+        return Err(RamError::PageSizeNotPowerOfTwo { page_size });
+    }
+    if page_size > ram_size {
+        return Err(RamError::PageLargerThanRam {
+            page_size,
+            ram_size,
+        });
+    }
+    if !ram_size.is_multiple_of(page_size) {
+        return Err(RamError::NotWholePages {
+            ram_size,
+            page_size,
+        });
+    }
+    Ok(())
+}

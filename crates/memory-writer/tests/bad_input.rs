@@ -1,0 +1,372 @@
+//! Every bad input is a typed error, the old file is untouched, and nothing is left behind.
+
+mod support;
+
+use std::io;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+use dirty_bitmap::DirtyBitmap;
+use memory_writer::{MemoryIoStep, MemoryWriter, OpenError, RamError, SnapshotError};
+use rstest::rstest;
+use support::{Place, Until, assert_nothing_but, pattern};
+use test_machine::{Need, ReadOnlyBind, TinyTmpfs};
+
+const SIZE: u64 = 4 << 20;
+const PAGE: u64 = 16384;
+
+fn ram() -> Vec<u8> {
+    pattern(SIZE as usize, 0)
+}
+
+#[rstest]
+#[case::ram_of_no_bytes(0, PAGE, RamError::NoRam)]
+#[case::ram_that_is_no_whole_number_of_pages(SIZE + 4096, PAGE, RamError::NotWholePages { ram_size: SIZE + 4096, page_size: PAGE })]
+#[case::ram_of_2_63(1 << 63, PAGE, RamError::TooLarge { ram_size: 1 << 63 })]
+#[case::the_largest_number(u64::MAX, 1, RamError::TooLarge { ram_size: u64::MAX })]
+#[case::page_size_zero_returns(SIZE, 0, RamError::PageSizeNotPowerOfTwo { page_size: 0 })]
+#[case::page_no_power_of_two(SIZE, 12288, RamError::PageSizeNotPowerOfTwo { page_size: 12288 })]
+#[case::page_larger_than_ram(SIZE, 2 * SIZE, RamError::PageLargerThanRam { page_size: 2 * SIZE, ram_size: SIZE })]
+fn an_impossible_size_is_refused(
+    #[case] ram_size: u64,
+    #[case] page_size: u64,
+    #[case] expected: RamError,
+) {
+    let place = Place::new();
+    let error = MemoryWriter::open(&place.dest, ram_size, page_size).unwrap_err();
+    assert!(
+        matches!(error, SnapshotError::Ram(found) if found == expected),
+        "{error:?}"
+    );
+    place.assert_untouched();
+}
+
+#[test]
+fn a_size_that_the_file_system_cannot_have_is_refused() {
+    let place = Place::new();
+    // Below 2^63, and past what any of ext4, xfs, btrfs, tmpfs and APFS takes or can be asked for in whole pages.
+    let error = MemoryWriter::open(&place.dest, (1 << 63) - PAGE, PAGE).unwrap_err();
+    assert!(
+        matches!(
+            &error,
+            SnapshotError::MemoryIo {
+                step: MemoryIoStep::SetSize,
+                ..
+            }
+        ),
+        "{error:?}"
+    );
+    place.assert_untouched();
+}
+
+#[test]
+fn a_bitmap_of_another_range_is_refused_and_the_writer_goes_on() {
+    let place = Place::new();
+    let mut writer = MemoryWriter::open(&place.dest, SIZE, PAGE).unwrap();
+    let error = writer
+        .write_diff(&ram(), &DirtyBitmap::new(0, SIZE / 2, PAGE).unwrap())
+        .unwrap_err();
+    assert!(
+        matches!(error, SnapshotError::BitmapSize { bitmap, file } if (bitmap, file) == (SIZE / 2, SIZE)),
+        "{error}"
+    );
+    writer.write_full(&ram()).unwrap();
+    writer.commit().unwrap();
+    assert!(place.read() == ram());
+}
+
+/// `ram_start` ignored: not here.
+#[test]
+fn a_bitmap_of_another_ram_start_is_refused() {
+    let place = Place::new();
+    let at = |start| DirtyBitmap::new(start, SIZE, PAGE).unwrap();
+    let refused = |error: SnapshotError, expected: (u64, u64)| {
+        assert!(
+            matches!(error, SnapshotError::BitmapStart { bitmap, ram } if (bitmap, ram) == expected),
+            "{error}"
+        );
+    };
+    let mut writer = MemoryWriter::options()
+        .ram_start(0x8000_0000)
+        .open(&place.dest, SIZE, PAGE)
+        .unwrap();
+    refused(
+        writer.write_diff(&ram(), &at(0)).unwrap_err(),
+        (0, 0x8000_0000),
+    );
+    writer.write_diff(&ram(), &at(0x8000_0000)).unwrap();
+
+    drop(writer);
+    let mut writer = MemoryWriter::open(&place.dest, SIZE, PAGE).unwrap();
+    writer.write_diff(&ram(), &at(0x4000_0000)).unwrap();
+    refused(
+        writer.write_diff(&ram(), &at(0)).unwrap_err(),
+        (0, 0x4000_0000),
+    );
+    drop(writer);
+    place.assert_untouched();
+}
+
+#[test]
+fn commit_without_a_write_publishes_nothing() {
+    let place = Place::new();
+    let writer = MemoryWriter::open(&place.dest, SIZE, PAGE).unwrap();
+    assert!(matches!(
+        writer.commit().unwrap_err(),
+        SnapshotError::NothingWritten { .. }
+    ));
+    place.assert_untouched();
+}
+
+type Failure = fn() -> io::Error;
+
+#[rstest]
+#[case::that_fails(SIZE / 2, || io::Error::other("the guest is gone"), io::ErrorKind::Other)]
+#[case::that_is_short(SIZE - 1, || io::ErrorKind::UnexpectedEof.into(), io::ErrorKind::UnexpectedEof)]
+fn a_reader(#[case] offset: u64, #[case] then: Failure, #[case] expected: io::ErrorKind) {
+    let reader = Until {
+        ram: ram(),
+        offset,
+        then,
+    };
+    let place = Place::new();
+    let mut writer = MemoryWriter::open(&place.dest, SIZE, PAGE).unwrap();
+    let error = writer.write_full(&reader).unwrap_err();
+    let SnapshotError::MemoryIo {
+        dest,
+        step,
+        offset,
+        source,
+    } = &error
+    else {
+        panic!("{error:?}")
+    };
+    assert_eq!(
+        (dest, *step, source.kind()),
+        (&place.dest, MemoryIoStep::Read, expected)
+    );
+    assert!(
+        *offset <= reader.offset && reader.offset < offset + (1 << 20),
+        "{offset:#x}"
+    );
+    place.assert_commit_refused(writer);
+}
+
+#[test]
+fn a_reader_whose_host_memory_ends_early_is_short() {
+    let place = Place::new();
+    let mut writer = MemoryWriter::open(&place.dest, SIZE, PAGE).unwrap();
+    let error = writer
+        .write_full(&pattern(SIZE as usize - 1, 0))
+        .unwrap_err();
+    assert!(
+        matches!(
+            &error,
+            SnapshotError::MemoryIo {
+                step: MemoryIoStep::Read,
+                ..
+            }
+        ),
+        "{error:?}"
+    );
+    assert!(
+        error.to_string().contains("must cover all of the RAM"),
+        "{error}"
+    );
+    place.assert_commit_refused(writer);
+}
+
+#[test]
+fn a_reader_that_panics_midway_leaves_a_writer_that_refuses_to_commit() {
+    let place = Place::new();
+    let mut writer = MemoryWriter::open(&place.dest, SIZE, PAGE).unwrap();
+    let reader = Until {
+        ram: ram(),
+        offset: SIZE / 2,
+        then: || panic!("a bug in the reader"),
+    };
+    catch_unwind(AssertUnwindSafe(|| writer.write_full(&reader))).unwrap_err();
+    place.assert_commit_refused(writer);
+}
+
+#[test]
+fn a_panic_with_the_writer_on_the_stack_leaves_nothing_behind() {
+    let place = Place::new();
+    let save = || {
+        let mut writer = MemoryWriter::open(&place.dest, SIZE, PAGE).unwrap();
+        writer.write_full(&ram()).unwrap();
+        panic!("between write and commit");
+    };
+    catch_unwind(AssertUnwindSafe(save)).unwrap_err();
+    place.assert_untouched();
+}
+
+/// Commit succeeding after a failed write: not here, also where a later write succeeds.
+#[test]
+fn a_writer_that_saw_an_error_writes_and_commits_no_more() {
+    let place = Place::new();
+    let mut writer = MemoryWriter::open(&place.dest, SIZE, PAGE).unwrap();
+    let failing = Until {
+        ram: ram(),
+        offset: 0,
+        then: || io::Error::other("not now"),
+    };
+    writer.write_full(&failing).unwrap_err();
+    assert!(matches!(
+        writer.write_full(&ram()).unwrap_err(),
+        SnapshotError::Incomplete { .. }
+    ));
+    place.assert_commit_refused(writer);
+}
+
+#[test]
+fn a_page_that_was_dirty_when_a_save_failed_is_in_the_next_diff() {
+    let place = Place::new();
+    let dirty = DirtyBitmap::new(0, SIZE, 4096).unwrap();
+    dirty.set_dirty(5 * PAGE).unwrap();
+    let save = |reader: &dyn page_reader::PageReader| -> Result<u64, SnapshotError> {
+        let epoch = dirty.begin_epoch().unwrap();
+        let mut writer = MemoryWriter::open(&place.dest, SIZE, PAGE)?;
+        let pages = writer.write_diff(reader, epoch.bitmap())?;
+        writer.commit()?;
+        epoch.release();
+        Ok(pages)
+    };
+    save(&Until {
+        ram: ram(),
+        offset: 0,
+        then: || io::Error::other("not now"),
+    })
+    .unwrap_err();
+    dirty.set_dirty(9 * PAGE).unwrap();
+    assert_eq!(save(&ram()).unwrap(), 2);
+    assert!(dirty.is_clean());
+}
+
+#[test]
+fn a_destination_that_is_a_directory_is_refused() {
+    let place = Place::new();
+    let dir = place.path().join("guest.mem.d");
+    std::fs::create_dir(&dir).unwrap();
+    let error = MemoryWriter::open(&dir, SIZE, PAGE).unwrap_err();
+    assert!(
+        matches!(
+            error,
+            SnapshotError::Open(OpenError::NotAFile { is_dir: true, .. })
+        ),
+        "{error:?}"
+    );
+    assert_nothing_but(&dir, &[]);
+}
+
+#[test]
+fn a_destination_in_a_missing_directory_is_refused() {
+    let place = Place::new();
+    let error = MemoryWriter::open(place.path().join("missing/guest.mem"), SIZE, PAGE).unwrap_err();
+    assert!(
+        matches!(error, SnapshotError::Open(OpenError::OpenDirectory { .. })),
+        "{error:?}"
+    );
+    place.assert_untouched();
+}
+
+#[test]
+fn a_destination_that_is_a_dangling_symlink_is_refused() {
+    let place = Place::new();
+    let link = place.path().join("link.mem");
+    std::os::unix::fs::symlink("nowhere/guest.mem", &link).unwrap();
+    let error = MemoryWriter::open(&link, SIZE, PAGE).unwrap_err();
+    assert!(
+        matches!(
+            error,
+            SnapshotError::Open(OpenError::DanglingSymlink { .. })
+        ),
+        "{error:?}"
+    );
+    assert_nothing_but(place.path(), &["guest.mem", "link.mem"]);
+}
+
+#[test]
+fn a_destination_in_a_read_only_directory_is_refused() {
+    if !Need::Root.met("a_destination_in_a_read_only_directory_is_refused") {
+        return;
+    }
+    let place = Place::new();
+    let read_only = ReadOnlyBind::of(place.path()).unwrap();
+    let error = MemoryWriter::open(read_only.path().join("guest.mem"), SIZE, PAGE).unwrap_err();
+    assert!(matches!(error, SnapshotError::Open(_)), "{error:?}");
+    place.assert_untouched();
+}
+
+#[test]
+fn a_full_disk_is_an_error_that_says_so_and_the_old_snapshot_stays() {
+    if !Need::Root.met("a_full_disk_is_an_error_that_says_so_and_the_old_snapshot_stays") {
+        return;
+    }
+    let tiny = TinyTmpfs::new(SIZE / 2).unwrap();
+    let dest = tiny.path().join("guest.mem");
+    std::fs::write(&dest, support::OLD).unwrap();
+    let mut writer = MemoryWriter::open(&dest, SIZE, PAGE).unwrap();
+    let error = writer.write_full(&ram()).unwrap_err();
+    let SnapshotError::MemoryIo {
+        step: MemoryIoStep::Write,
+        offset,
+        source,
+        ..
+    } = &error
+    else {
+        panic!("{error:?}")
+    };
+    assert!(
+        source.kind() == io::ErrorKind::StorageFull && (1..SIZE / 2).contains(offset),
+        "{error:?}"
+    );
+    assert!(
+        error.to_string().ends_with("make room on the file system"),
+        "{error}"
+    );
+    writer.commit().unwrap_err();
+    assert_eq!(std::fs::read(&dest).unwrap(), support::OLD);
+    assert_nothing_but(tiny.path(), &["guest.mem"]);
+}
+
+/// In a process of its own, since the limit is the process's.
+#[test]
+fn a_file_size_limit_is_an_error_not_the_process_s_end() {
+    const DEST: &str = "MEMSNAP_TEST_DEST";
+    if let Some(dest) = std::env::var_os(DEST) {
+        use nix::sys::resource::{Resource, setrlimit};
+        setrlimit(Resource::RLIMIT_FSIZE, SIZE / 2, SIZE / 2).unwrap();
+        let error = MemoryWriter::open(dest, SIZE, PAGE).unwrap_err();
+        let SnapshotError::MemoryIo { source, .. } = &error else {
+            panic!("{error:?}")
+        };
+        assert_eq!(source.kind(), io::ErrorKind::FileTooLarge);
+        assert!(error.to_string().contains("RLIMIT_FSIZE"), "{error}");
+        return;
+    }
+    let place = Place::new();
+    let child = std::process::Command::new(std::env::current_exe().unwrap())
+        .args([
+            "--exact",
+            "a_file_size_limit_is_an_error_not_the_process_s_end",
+        ])
+        .env(DEST, &place.dest)
+        .output()
+        .unwrap();
+    assert!(child.status.success(), "{child:?}");
+    assert!(
+        String::from_utf8_lossy(&child.stdout).contains("1 passed"),
+        "{child:?}"
+    );
+    place.assert_untouched();
+}
+
+impl Place {
+    fn assert_commit_refused(&self, writer: MemoryWriter) {
+        assert!(matches!(
+            writer.commit().unwrap_err(),
+            SnapshotError::Incomplete { .. }
+        ));
+        self.assert_untouched();
+    }
+}

@@ -1,0 +1,339 @@
+//! What a full dump, a diff and any sequence of both leave in the file.
+
+mod support;
+
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::sync::mpsc;
+use std::time::Duration;
+
+use dirty_bitmap::DirtyBitmap;
+use memory_writer::{CancelToken, Durability, MemoryWriter, SnapshotError};
+use rstest::rstest;
+use support::{Place, Until, pattern};
+
+const SIZE: u64 = 4 << 20;
+const PAGE: u64 = 16384;
+const START: u64 = 0x8000_0000;
+
+fn ram(seed: u8) -> Vec<u8> {
+    pattern(SIZE as usize, seed)
+}
+
+fn bitmap(page_size: u64) -> DirtyBitmap {
+    DirtyBitmap::new(START, SIZE, page_size).unwrap()
+}
+
+/// `base` with the pages of the file that `runs` touch replaced by `ram`'s.
+fn merged(base: &[u8], ram: &[u8], runs: impl Iterator<Item = std::ops::Range<u64>>) -> Vec<u8> {
+    let mut merged = base.to_vec();
+    for run in runs {
+        let pages = (run.start / PAGE * PAGE) as usize..(run.end.div_ceil(PAGE) * PAGE) as usize;
+        merged[pages.clone()].copy_from_slice(&ram[pages]);
+    }
+    merged
+}
+
+#[test]
+fn a_full_snapshot_is_the_ram() {
+    let (place, ram) = (Place::new(), ram(1));
+    let mut writer = MemoryWriter::open(&place.dest, SIZE, PAGE).unwrap();
+    writer.write_full(&ram).unwrap();
+    assert_eq!(
+        std::fs::read(&place.dest).unwrap(),
+        support::OLD,
+        "until it commits"
+    );
+    writer.commit().unwrap();
+    assert!(place.read() == ram);
+    place.assert_nothing_else();
+}
+
+#[test]
+fn a_full_snapshot_writes_zeros_too() {
+    let place = Place::new();
+    let mut writer = MemoryWriter::open(&place.dest, SIZE, PAGE).unwrap();
+    writer.write_full(&vec![0; SIZE as usize]).unwrap();
+    writer.commit().unwrap();
+    assert!(std::fs::metadata(&place.dest).unwrap().blocks() * 512 >= SIZE);
+}
+
+#[test]
+fn full_twice_does_not_double_the_file() {
+    let place = Place::new();
+    let mut writer = MemoryWriter::open(&place.dest, SIZE, PAGE).unwrap();
+    writer.write_full(&ram(1)).unwrap();
+    writer.write_full(&ram(2)).unwrap();
+    writer.commit().unwrap();
+    assert!(place.read() == ram(2));
+}
+
+#[test]
+fn a_full_after_a_diff_is_at_the_right_offsets() {
+    let (place, dirty) = (Place::new(), bitmap(4096));
+    dirty.set_dirty(START + SIZE / 2).unwrap();
+    let mut writer = MemoryWriter::open(&place.dest, SIZE, PAGE).unwrap();
+    assert_eq!(writer.write_diff(&ram(1), &dirty).unwrap(), 1);
+    writer.write_full(&ram(2)).unwrap();
+    writer.commit().unwrap();
+    assert!(place.read() == ram(2));
+}
+
+/// Full while the guest runs, then what it dirtied meanwhile, then commit.
+#[test]
+fn a_pre_copy_snapshot_is_the_ram_at_the_pause() {
+    let (place, mut ram, dirty) = (Place::new(), ram(1), bitmap(4096));
+    let mut epoch = dirty.begin_epoch().unwrap();
+    let mut writer = MemoryWriter::open(&place.dest, SIZE, PAGE).unwrap();
+    writer.write_full(&ram).unwrap();
+    for round in 0..3 {
+        for page in [3, 400 + round, 1023] {
+            ram[page * 4096 + 17] ^= 0xff;
+            dirty.set_dirty(START + page as u64 * 4096).unwrap();
+        }
+        let meanwhile = epoch.take_more().unwrap();
+        assert_eq!(writer.write_diff(&ram, &meanwhile).unwrap(), 3);
+    }
+    writer.commit().unwrap();
+    epoch.release();
+    assert!(place.read() == ram);
+    assert!(dirty.is_clean());
+}
+
+#[test]
+fn a_diff_has_the_size_of_the_ram_and_only_the_dirty_pages() {
+    let (place, ram, dirty) = (Place::new(), ram(1), bitmap(PAGE));
+    for index in [0, 7, 8] {
+        dirty.set_dirty_by_index(index).unwrap();
+    }
+    let mut writer = MemoryWriter::open(&place.dest, SIZE, PAGE).unwrap();
+    assert_eq!(writer.write_diff(&ram, &dirty).unwrap(), 3);
+    writer.commit().unwrap();
+    assert!(place.read() == merged(&vec![0; SIZE as usize], &ram, dirty.runs()));
+    let file = std::fs::File::open(&place.dest).unwrap();
+    let extents = sparse_file::extents(&file).unwrap().map(Result::unwrap);
+    let data: Vec<_> = extents
+        .filter(|extent| extent.kind == sparse_file::Kind::Data)
+        .map(|extent| extent.range)
+        .collect();
+    assert_eq!(data, [0..PAGE, 7 * PAGE..9 * PAGE]);
+}
+
+/// A bitmap finer than the file page refused: not here, nor a coarser one.
+#[rstest]
+fn a_bitmap_of_any_page_size_makes_a_diff_of_whole_file_pages(
+    #[values(512, 4096, 16384, 65536, 1 << 21)] granule: u64,
+) {
+    let (place, ram, dirty) = (Place::new(), ram(1), bitmap(granule));
+    for address in [0, 3 * PAGE + 4095, 3 * PAGE + 5000, SIZE / 2, SIZE - 1] {
+        dirty.set_dirty(START + address).unwrap();
+    }
+    let mut writer = MemoryWriter::open(&place.dest, SIZE, PAGE).unwrap();
+    let pages = writer.write_diff(&ram, &dirty).unwrap();
+    writer.commit().unwrap();
+    let expected = if granule <= PAGE {
+        4
+    } else {
+        dirty.dirty_bytes() / PAGE
+    };
+    assert_eq!(pages, expected, "counted in pages of the file, each once");
+    assert!(place.read() == merged(&vec![0; SIZE as usize], &ram, dirty.runs()));
+}
+
+#[rstest]
+fn a_bitmap_that_was_rebuilt_makes_the_same_diff_or_a_larger_one(
+    #[values(512, 65536)] granule: u64,
+) {
+    let (place, ram, dirty) = (Place::new(), ram(1), bitmap(PAGE));
+    dirty.set_dirty(START + 5 * PAGE).unwrap();
+    dirty.rebuild(granule).unwrap();
+    let mut writer = MemoryWriter::open(&place.dest, SIZE, PAGE).unwrap();
+    assert_eq!(
+        writer.write_diff(&ram, &dirty).unwrap(),
+        granule.max(PAGE) / PAGE
+    );
+    writer.commit().unwrap();
+    assert!(place.read() == merged(&vec![0; SIZE as usize], &ram, dirty.runs()));
+}
+
+#[test]
+fn a_diff_of_a_clean_guest_is_one_hole() {
+    let place = Place::new();
+    let mut writer = MemoryWriter::open(&place.dest, SIZE, PAGE).unwrap();
+    assert_eq!(writer.write_diff(&ram(1), &bitmap(4096)).unwrap(), 0);
+    writer.commit().unwrap();
+    assert!(place.read() == vec![0; SIZE as usize]);
+}
+
+#[test]
+fn a_reader_without_host_memory_gives_the_same_bytes() {
+    let (place, dirty) = (Place::new(), bitmap(4096));
+    dirty.set_range(START + 1000, 2 << 20).unwrap();
+    let reader = Until {
+        ram: ram(3),
+        offset: SIZE,
+        then: || unreachable!("nothing is read past the end"),
+    };
+    let mut writer = MemoryWriter::options()
+        .chunk_size(4096)
+        .open(&place.dest, SIZE, PAGE)
+        .unwrap();
+    writer.write_full(&reader).unwrap();
+    writer.write_diff(&reader, &dirty).unwrap();
+    writer.commit().unwrap();
+    assert!(place.read() == ram(3));
+}
+
+#[test]
+fn a_snapshot_is_for_its_owner_only_unless_told_otherwise() {
+    let (place, ram) = (Place::new(), ram(1));
+    for (options, mode) in [
+        (MemoryWriter::options(), 0o600),
+        (MemoryWriter::options().mode(0o640), 0o640),
+    ] {
+        let mut writer = options
+            .durability(Durability::None)
+            .open(&place.dest, SIZE, PAGE)
+            .unwrap();
+        let staged = std::fs::metadata(writer.temp_path())
+            .unwrap()
+            .permissions()
+            .mode();
+        assert_eq!(staged & 0o077 & !mode, 0, "not even while it is staged");
+        writer.write_full(&ram).unwrap();
+        writer.commit().unwrap();
+        assert_eq!(
+            std::fs::metadata(&place.dest).unwrap().permissions().mode() & 0o7777,
+            mode
+        );
+    }
+}
+
+#[test]
+fn no_clobber_and_a_staging_directory_are_passed_on() {
+    let place = Place::new();
+    let error = MemoryWriter::options()
+        .no_clobber(true)
+        .open(&place.dest, SIZE, PAGE)
+        .unwrap_err();
+    assert!(matches!(error, SnapshotError::Open(_)), "{error}");
+    place.assert_untouched();
+
+    let staging = place.path().join("staging");
+    std::fs::create_dir(&staging).unwrap();
+    let writer = MemoryWriter::options()
+        .staging_dir(&staging)
+        .open(&place.dest, SIZE, PAGE)
+        .unwrap();
+    assert_eq!(writer.temp_path().parent().unwrap(), staging);
+}
+
+#[test]
+fn progress_counts_bytes_and_pages_up_to_the_total() {
+    let (place, dirty) = (Place::new(), bitmap(4096));
+    dirty.set_range(START, 2 << 20).unwrap();
+    let (send, receive) = mpsc::channel();
+    let mut writer = MemoryWriter::options()
+        .progress(move |progress| send.send(progress).unwrap())
+        .open(&place.dest, SIZE, PAGE)
+        .unwrap();
+    writer.write_diff(&ram(1), &dirty).unwrap();
+    let seen: Vec<_> = receive.try_iter().collect();
+    assert!(seen.is_sorted_by(|a, b| a.bytes_done < b.bytes_done) && seen.len() >= 3);
+    assert_eq!(
+        (
+            seen[0].bytes_done,
+            seen[0].bytes_total,
+            seen[0].pages_total()
+        ),
+        (0, 2 << 20, 128)
+    );
+    let last = seen.last().unwrap();
+    assert_eq!(
+        (last.bytes_done, last.pages_done(), last.pages_total()),
+        (2 << 20, 128, 128)
+    );
+    writer.write_full(&ram(1)).unwrap();
+    assert_eq!(
+        receive.try_iter().last().unwrap().pages_done(),
+        SIZE / PAGE,
+        "each write counts anew"
+    );
+}
+
+#[test]
+fn another_thread_cancels_a_write_under_way() {
+    let place = Place::new();
+    let (cancel, (send, receive)) = (CancelToken::new(), mpsc::sync_channel(0));
+    let mut writer = MemoryWriter::options()
+        .cancel(cancel.clone())
+        .progress(move |progress| send.send(progress).unwrap_or_default())
+        .open(&place.dest, SIZE, PAGE)
+        .unwrap();
+    let canceller = std::thread::spawn(move || {
+        // The write waits for each of its reports to be taken, so it is under way here.
+        while receive.recv().unwrap().bytes_done == 0 {}
+        cancel.cancel();
+        while receive.recv_timeout(Duration::from_secs(10)).is_ok() {}
+    });
+    let error = writer.write_full(&ram(1)).unwrap_err();
+    let SnapshotError::Cancelled { written, .. } = error else {
+        panic!("{error}")
+    };
+    assert!(0 < written && written < SIZE);
+    assert!(matches!(
+        writer.commit().unwrap_err(),
+        SnapshotError::Incomplete { .. }
+    ));
+    canceller.join().unwrap();
+    place.assert_untouched();
+}
+
+#[test]
+fn a_cancelled_token_stops_a_write_before_its_first_byte() {
+    let (place, cancel) = (Place::new(), CancelToken::new());
+    cancel.cancel();
+    let mut writer = MemoryWriter::options()
+        .cancel(cancel)
+        .open(&place.dest, SIZE, PAGE)
+        .unwrap();
+    let error = writer.write_full(&ram(1)).unwrap_err();
+    assert!(
+        matches!(error, SnapshotError::Cancelled { written: 0, .. }),
+        "{error}"
+    );
+    drop(writer);
+    place.assert_untouched();
+}
+
+#[test]
+fn memory_and_vcpu_state_are_committed_as_one() {
+    use std::io::Write as _;
+
+    let place = Place::new();
+    let state = place.path().join("guest.vcpu");
+    let mut memory = MemoryWriter::open(&place.dest, SIZE, PAGE).unwrap();
+    memory.write_full(&ram(1)).unwrap();
+    let mut vcpu = atomic_file::AtomicWriter::open(&state).unwrap();
+    vcpu.write_all(b"rip=0x1000").unwrap();
+    let mut group = atomic_file::AtomicGroup::new();
+    group.add(memory.finish().unwrap()).unwrap();
+    group.add(vcpu).unwrap();
+    group.commit().unwrap();
+    assert!(place.read() == ram(1));
+    assert_eq!(std::fs::read(&state).unwrap(), b"rip=0x1000");
+    support::assert_nothing_but(place.path(), &["guest.mem", "guest.vcpu"]);
+}
+
+#[test]
+fn two_writers_at_once_both_end_whole_and_the_last_commit_wins() {
+    let place = Place::new();
+    let mut first = MemoryWriter::open(&place.dest, SIZE, PAGE).unwrap();
+    let mut second = MemoryWriter::open(&place.dest, SIZE, PAGE).unwrap();
+    first.write_full(&ram(1)).unwrap();
+    second.write_full(&ram(2)).unwrap();
+    second.commit().unwrap();
+    assert!(place.read() == ram(2));
+    first.commit().unwrap();
+    assert!(place.read() == ram(1));
+    place.assert_nothing_else();
+}
