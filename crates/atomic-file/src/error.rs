@@ -8,7 +8,7 @@ use thiserror::Error;
 
 use crate::writer::AtomicWriter;
 
-/// Why nothing was staged. The destination is as it was, and nothing was left behind.
+/// Why nothing was staged. The destination is as it was, and nothing was left behind but what the error names.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum OpenError {
@@ -85,6 +85,14 @@ pub enum OpenError {
         path: PathBuf,
         /// What the system said.
         source: io::Error,
+    },
+    /// The empty file with which the commit was rehearsed (for `no_clobber` or `staging_dir`) could not be removed.
+    #[error("cannot remove the file with which replacing {path:?} was tried out")]
+    Leftover {
+        /// The destination.
+        path: PathBuf,
+        /// What was left, and why.
+        source: Leftover,
     },
     /// A group commit left behind in the destination's directory by a killed process could not be completed.
     #[error("cannot complete the group commit found in the directory of {path:?}")]

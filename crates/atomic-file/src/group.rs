@@ -1,7 +1,8 @@
 //! Several files put in place together.
 
 use std::ffi::OsStr;
-use std::io::{self, Write as _};
+use std::io;
+use std::os::unix::fs::FileExt as _;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -229,7 +230,7 @@ impl Commit {
             if !stage.is_locked() {
                 return Err(io::Error::from(io::ErrorKind::Unsupported));
             }
-            stage.file().write_all(&record::encode(intents))?;
+            stage.file().write_all_at(&record::encode(intents), 0)?;
             sys::sync(stage.file(), self.durability)?;
             self.dir.sync(self.durability)?;
             Ok(stage)

@@ -47,7 +47,7 @@ pub struct RecoverReport {
 /// for path in &report.completed {
 ///     eprintln!("{} is now the new one", path.display());
 /// }
-/// # Ok::<(), atomic_file::RecoverError>(())
+/// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 pub fn recover(dir: impl AsRef<Path>) -> Result<RecoverReport, RecoverError> {
     let dir = Directory::open(dir.as_ref()).map_err(|source| RecoverError::Io {

@@ -279,11 +279,11 @@ impl Stage {
         if !std::mem::take(&mut self.named) {
             return Ok(());
         }
-        // Not ours: somebody removed the stage, and another writer took its slot.
         let removed = match self.name_is_ours() {
-            Ok(true) => self.dir.remove(&self.name),
+            // Against the rules somebody removed the stage, and the slot is another writer's now.
             Ok(false) => Ok(()),
-            Err(error) => Err(error),
+            // Where the look fails, the rules are to be relied upon: we hold the lock.
+            Ok(true) | Err(_) => self.dir.remove(&self.name),
         };
         removed.map_err(|source| Leftover {
             path: self.path.clone(),
@@ -299,16 +299,25 @@ impl Drop for Stage {
     }
 }
 
+/// Why a rehearsal failed.
+#[derive(Debug)]
+pub(crate) enum RehearsalError {
+    /// The commit could not be made.
+    Failed(io::Error),
+    /// It could, but the file it was tried with stays.
+    Left(Leftover),
+}
+
 /// Moves an empty file from `staging` to `dest` exactly as the commit will, to learn now whether it can.
 pub(crate) fn rehearse(
     staging: &Arc<Directory>,
     dest: &Arc<Directory>,
     dest_name: &OsStr,
     no_clobber: bool,
-) -> Result<(), PublishError> {
+) -> Result<(), RehearsalError> {
     use std::hash::{BuildHasher as _, Hasher as _, RandomState};
 
-    let mut probe = Stage::create(staging, dest_name).map_err(PublishError::Not)?;
+    let mut probe = Stage::create(staging, dest_name).map_err(RehearsalError::Failed)?;
     // No slot: nothing may stand at the name, as without `no_clobber` it would be replaced.
     let random = RandomState::new().build_hasher().finish() | SLOTS;
     let kind = if probe.locked {
@@ -317,15 +326,20 @@ pub(crate) fn rehearse(
         StageName::Unlocked
     };
     let name = stage_name(dest_name, random, kind);
-    let left = probe.publish(dest, &name, no_clobber)?;
+    let second_name = match probe.publish(dest, &name, no_clobber) {
+        Ok(left) => left,
+        Err(PublishError::Not(error) | PublishError::Unknown { rename: error, .. }) => {
+            return Err(RehearsalError::Failed(error));
+        }
+    };
     probe.dir = Arc::clone(dest);
     probe.path = dest.path_of(&name);
     probe.name = name;
     probe.named = true;
-    match left.map_or_else(|| probe.discard(), Err) {
-        Ok(()) => Ok(()),
-        Err(left) => Err(PublishError::Not(left.source)),
-    }
+    probe
+        .discard()
+        .and(second_name.map_or(Ok(()), Err))
+        .map_err(RehearsalError::Left)
 }
 
 #[cfg(test)]

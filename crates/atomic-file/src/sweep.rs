@@ -43,7 +43,7 @@ pub struct Kept {
 /// # let dir = tempfile::tempdir()?;
 /// let report = atomic_file::sweep(dir.path())?;
 /// assert!(report.removed.is_empty());
-/// # Ok::<(), atomic_file::SweepError>(())
+/// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 pub fn sweep(dir: impl AsRef<Path>) -> Result<SweepReport, SweepError> {
     let dir = dir.as_ref();

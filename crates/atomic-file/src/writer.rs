@@ -14,7 +14,7 @@ use crate::error::{CommitError, CommitStep, Leftover, OpenError};
 use crate::options::{Durability, Options};
 use crate::outcome::{PublishError, has_no_links};
 use crate::recover::{Owner, settle};
-use crate::stage::{Stage, rehearse};
+use crate::stage::{RehearsalError, Stage, rehearse};
 use crate::sys;
 
 /// A new file in the making, that [`commit`](Self::commit) puts in the place of another at once and whole.
@@ -233,14 +233,20 @@ fn cross_file_system(dest: &Directory, staging: &Directory) -> OpenError {
 
 /// What a failed rehearsal means.
 fn explain(
-    error: PublishError,
+    error: RehearsalError,
     path: &Path,
     dest: &Directory,
     staging: &Directory,
     options: &Options,
 ) -> OpenError {
     let source = match error {
-        PublishError::Not(source) | PublishError::Unknown { rename: source, .. } => source,
+        RehearsalError::Failed(source) => source,
+        RehearsalError::Left(source) => {
+            return OpenError::Leftover {
+                path: path.to_owned(),
+                source,
+            };
+        }
     };
     if source.kind() == io::ErrorKind::CrossesDevices {
         cross_file_system(dest, staging)

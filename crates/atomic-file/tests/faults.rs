@@ -1,0 +1,441 @@
+//! Every system call of a commit made to fail, and every one made the last: by `strace`, on the real thing.
+//!
+//! A run is recorded first; then it is repeated once for each of its calls, with that very call tampered with.
+
+mod common;
+
+use std::collections::HashMap;
+use std::fs;
+use std::path::Path;
+
+use atomic_file::{AtomicWriter, recover, sweep};
+use common::{assert_names, commit, group, names, same_text};
+use rstest::rstest;
+use test_machine::Need;
+
+const FILES: [&str; 3] = ["memory", "vcpu", "devices"];
+
+/// Not a test of its own: what `common::command` runs.
+#[test]
+fn child() {
+    let Some((job, dir)) = common::job() else {
+        return;
+    };
+    let dest = dir.join("dest");
+    let elsewhere = || AtomicWriter::options().staging_dir(dir.join("staging"));
+    common::traced(&dir, || match job.as_str() {
+        "replace" => common::replace(&AtomicWriter::options().mode(0o640), &dest),
+        "no clobber" => common::replace(&AtomicWriter::options().no_clobber(true), &dest),
+        "elsewhere" => common::replace(&elsewhere(), &dest),
+        "group" => match group(&dir, &FILES, "new") {
+            Err(error) => format!("not opened: {error}"),
+            Ok(group) => common::group_state_of(group.commit()),
+        },
+        "recover" => match recover(&dir) {
+            Ok(_) => "ok".into(),
+            Err(error) => format!("{error:?}"),
+        },
+        other => panic!("no such job: {other}"),
+    });
+}
+
+const CALLS: &str = "trace=?open,openat,?fstat,?newfstatat,?fstatat64,?statx,flock,fchmod,fsync,fdatasync,?rename,\
+    renameat,renameat2,linkat,?unlink,unlinkat,write,pwrite64,read,getdents64,?fstatfs,?statfs,?lseek,close";
+
+fn strace(job: &str, dir: &Path, log: &Path, tampering: &[String]) -> Option<String> {
+    let mut args = vec!["-e", CALLS, "-o", log.to_str().expect("a plain path")];
+    args.extend(tampering.iter().flat_map(|what| ["-e", what]));
+    common::under_strace(job, dir, &args)
+}
+
+/// The calls between the marks, each with its number among the calls of its name, as `strace` counts them for `when=`:
+/// for each thread, from its start.
+fn recorded(log: &Path) -> Vec<(String, usize)> {
+    let log = fs::read_to_string(log).expect("read the trace");
+    let thread_of = |line: &str| line.split_once(' ').expect("a thread id").0.to_owned();
+    let marked = log.lines().find(|line| line.contains("mark-begin"));
+    let job = thread_of(marked.expect("a mark"));
+    let (mut own, mut others) = (HashMap::new(), HashMap::new());
+    let (mut inside, mut calls) = (false, Vec::new());
+    for line in log.lines() {
+        let Some((name, arguments)) = line[job.len()..].trim_start().split_once('(') else {
+            continue;
+        };
+        let is_own = thread_of(line) == job;
+        let counts = if is_own { &mut own } else { &mut others };
+        let count = counts
+            .entry(name)
+            .and_modify(|count| *count += 1)
+            .or_insert(1);
+        inside &= !arguments.contains("mark-end");
+        if inside && is_own {
+            calls.push((name.to_owned(), *count));
+        }
+        inside |= arguments.contains("mark-begin");
+    }
+    for (name, number) in &calls {
+        let others = others.get(name.as_str()).copied().unwrap_or(0);
+        assert!(
+            others < *number,
+            "{name} {number} would hit another thread as well"
+        );
+    }
+    assert!(
+        calls.len() > 5,
+        "the trace is not what it was taken for: {log}"
+    );
+    calls
+}
+
+/// Every call of `job`, as it runs in a directory made by `prepare`.
+fn calls_of(job: &str, prepare: &impl Fn(&Path)) -> Vec<(String, usize)> {
+    let scratch = tempfile::tempdir().unwrap();
+    let (dir, log) = (scratch.path().join("dir"), scratch.path().join("log"));
+    fs::create_dir(&dir).unwrap();
+    prepare(&dir);
+    assert_eq!(
+        strace(job, &dir, &log, &[]).as_deref(),
+        Some("ok"),
+        "untampered"
+    );
+    recorded(&log)
+}
+
+/// Runs `job` once for every one of its calls, tampered with as `how` says, and lets `check` look at the directory.
+fn tamper(
+    job: &str,
+    prepare: impl Fn(&Path),
+    how: impl Fn(&str, usize) -> Option<Vec<String>>,
+    check: impl Fn(&Path, Option<&str>, &str),
+) {
+    let mut runs = 0;
+    for (call, number) in calls_of(job, &prepare) {
+        let Some(tampering) = how(&call, number) else {
+            continue;
+        };
+        let scratch = tempfile::tempdir().unwrap();
+        let (dir, log) = (scratch.path().join("dir"), scratch.path().join("log"));
+        fs::create_dir(&dir).unwrap();
+        prepare(&dir);
+        let report = strace(job, &dir, &log, &tampering);
+        check(
+            &dir,
+            report.as_deref(),
+            &format!("{job}: {tampering:?}: {report:?}"),
+        );
+        runs += 1;
+    }
+    assert!(runs > 5, "{runs} runs are no test");
+}
+
+fn error(call: &str, number: usize, errno: &str) -> Option<Vec<String>> {
+    // A close that did not happen leaks a descriptor in a process that ends.
+    (call != "close").then(|| vec![format!("inject={call}:error={errno}:when={number}")])
+}
+
+fn kill(call: &str, number: usize) -> Option<Vec<String>> {
+    Some(vec![format!("inject={call}:signal=KILL:when={number}")])
+}
+
+fn one_old_file(dir: &Path) {
+    fs::write(dir.join("dest"), "old").unwrap();
+    fs::create_dir(dir.join("staging")).unwrap();
+}
+
+fn no_file(dir: &Path) {
+    fs::create_dir(dir.join("staging")).unwrap();
+}
+
+fn old_files(dir: &Path) {
+    for name in FILES {
+        fs::write(dir.join(name), "old").unwrap();
+    }
+}
+
+fn text(dir: &Path) -> String {
+    match fs::read_to_string(dir.join("dest")) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => "old".into(),
+        text => text.unwrap(),
+    }
+}
+
+fn assert_only_dest(dir: &Path, context: &str) {
+    let mut found = names(dir);
+    found.retain(|name| name != "dest" && name != "staging");
+    assert!(found.is_empty(), "left behind {found:?}: {context}");
+    assert!(
+        names(&dir.join("staging")).is_empty(),
+        "left behind in staging: {context}"
+    );
+}
+
+#[rstest]
+#[case::replace("replace", one_old_file as fn(&Path))]
+#[case::no_clobber("no clobber", no_file)]
+#[case::elsewhere("elsewhere", one_old_file)]
+fn whatever_call_fails_the_error_tells_the_truth_and_nothing_is_left_behind(
+    #[case] job: &str,
+    #[case] prepare: fn(&Path),
+    #[values("EIO", "ENOSPC", "ESTALE", "EDQUOT")] errno: &str,
+) {
+    const TEST: &str = "whatever_call_fails_the_error_tells_the_truth_and_nothing_is_left_behind";
+    if !Need::Strace.met(TEST) {
+        return;
+    }
+    tamper(
+        job,
+        prepare,
+        |call, number| error(call, number, errno),
+        |dir, report, context| {
+            let expected = match report.unwrap_or_else(|| panic!("it died: {context}")) {
+                "ok" | "replaced" => "new",
+                "not replaced" | "not written" => "old",
+                report if report.starts_with("not opened: Leftover") => {
+                    assert_eq!(sweep(dir).unwrap().removed.len(), 1, "{context}");
+                    "old"
+                }
+                report if report.starts_with("not opened") => "old",
+                _ => panic!("{context}"),
+            };
+            assert_eq!(text(dir), expected, "{context}");
+            assert_only_dest(dir, context);
+        },
+    );
+}
+
+/// The clean-up fails as well: then the error must say what was left.
+#[test]
+fn where_cleaning_up_fails_too_the_error_names_what_was_left() {
+    if !Need::Strace.met("where_cleaning_up_fails_too_the_error_names_what_was_left") {
+        return;
+    }
+    let how = |call: &str, number| {
+        let mut both = error(call, number, "EIO")?;
+        both.push("inject=unlinkat:error=EIO".into());
+        matches!(call, "fsync" | "renameat").then_some(both)
+    };
+    let mut seen = Vec::new();
+    for (call, number) in calls_of("replace", &one_old_file) {
+        let Some(tampering) = how(&call, number) else {
+            continue;
+        };
+        let scratch = tempfile::tempdir().unwrap();
+        one_old_file(scratch.path());
+        let log = tempfile::NamedTempFile::new().unwrap();
+        let report = strace("replace", scratch.path(), log.path(), &tampering).unwrap();
+        let left = names(scratch.path()).len() - 2;
+        assert_eq!(
+            left == 1,
+            report.ends_with(", left"),
+            "{tampering:?}: {report}"
+        );
+        seen.push(report);
+    }
+    // The file's sync, the rename, the directory's sync.
+    assert_eq!(
+        seen,
+        ["not replaced, left", "not replaced, left", "replaced"]
+    );
+}
+
+#[rstest]
+#[case::replace("replace", one_old_file as fn(&Path))]
+#[case::no_clobber("no clobber", no_file)]
+#[case::group("group", old_files)]
+fn interrupted_calls_are_made_again(#[case] job: &str, #[case] prepare: fn(&Path)) {
+    if !Need::Strace.met("interrupted_calls_are_made_again") {
+        return;
+    }
+    // Calls that POSIX lets a signal interrupt; stat and lseek are not among them.
+    let may_be = |call: &str| !(call.contains("stat") || matches!(call, "lseek" | "getdents64"));
+    let how = |call: &str, number| error(call, number, "EINTR").filter(|_| may_be(call));
+    tamper(job, prepare, how, |_, report, context| {
+        assert_eq!(report, Some("ok"), "{context}");
+    });
+}
+
+#[rstest]
+#[case::no_such_flag("EINVAL")]
+#[case::no_such_call("ENOSYS")]
+#[case::not_supported("EOPNOTSUPP")]
+fn no_clobber_falls_back_to_links(#[case] errno: &str) {
+    if !Need::Strace.met("no_clobber_falls_back_to_links") {
+        return;
+    }
+    let scratch = tempfile::tempdir().unwrap();
+    no_file(scratch.path());
+    let log = tempfile::NamedTempFile::new().unwrap();
+    let renames = format!("inject=renameat2:error={errno}");
+    let report = strace("no clobber", scratch.path(), log.path(), &[renames]);
+    assert_eq!(report.as_deref(), Some("ok"));
+    let trace = fs::read_to_string(log.path()).unwrap();
+    assert!(trace.contains("linkat("), "{trace}");
+    assert_eq!(text(scratch.path()), "new");
+    assert_only_dest(scratch.path(), "links");
+}
+
+#[rstest]
+#[case("EPERM")]
+#[case("EOPNOTSUPP")]
+fn no_clobber_is_refused_at_open_where_the_file_system_has_neither_way(#[case] errno: &str) {
+    if !Need::Strace.met("no_clobber_is_refused_at_open_where_the_file_system_has_neither_way") {
+        return;
+    }
+    let scratch = tempfile::tempdir().unwrap();
+    no_file(scratch.path());
+    let log = tempfile::NamedTempFile::new().unwrap();
+    let links = format!("inject=linkat:error={errno}");
+    let tampering = ["inject=renameat2:error=EINVAL".into(), links];
+    let report = strace("no clobber", scratch.path(), log.path(), &tampering).unwrap();
+    assert!(report.contains("NoClobberUnsupported"), "{report}");
+    assert!(
+        names(scratch.path()).len() == 1,
+        "only the empty staging directory"
+    );
+}
+
+#[rstest]
+#[case::replace("replace", one_old_file as fn(&Path))]
+#[case::no_clobber("no clobber", no_file)]
+#[case::elsewhere("elsewhere", one_old_file)]
+fn killed_at_any_call_the_file_is_old_or_new_and_the_leftover_is_swept(
+    #[case] job: &str,
+    #[case] prepare: fn(&Path),
+) {
+    const TEST: &str = "killed_at_any_call_the_file_is_old_or_new_and_the_leftover_is_swept";
+    if !Need::Strace.met(TEST) {
+        return;
+    }
+    let seen = std::cell::RefCell::new(std::collections::BTreeSet::new());
+    tamper(job, prepare, kill, |dir, report, context| {
+        assert_eq!(report, None, "it lives: {context}");
+        let now = text(dir);
+        assert!(now == "old" || now == "new", "{now}: {context}");
+        seen.borrow_mut().insert(now);
+        sweep(dir).unwrap();
+        sweep(dir.join("staging")).unwrap();
+        assert_only_dest(dir, context);
+        commit(&AtomicWriter::options(), &dir.join("dest"), b"next").unwrap();
+    });
+    assert_eq!(seen.into_inner().len(), 2, "both outcomes were seen");
+}
+
+#[rstest]
+fn whatever_call_of_a_group_fails_the_error_tells_the_truth(
+    #[values("EIO", "ENOSPC")] errno: &str,
+) {
+    if !Need::Strace.met("whatever_call_of_a_group_fails_the_error_tells_the_truth") {
+        return;
+    }
+    let seen = std::cell::RefCell::new(std::collections::BTreeSet::new());
+    tamper(
+        "group",
+        old_files,
+        |call, number| error(call, number, errno),
+        |dir, report, context| {
+            let report = report.unwrap_or_else(|| panic!("it died: {context}"));
+            let state = report.split(':').next().unwrap_or(report);
+            seen.borrow_mut().insert(state.to_owned());
+            match state {
+                "ok" => assert_eq!(same_text(dir, &FILES), "new", "{context}"),
+                "not replaced" | "not opened" => {
+                    assert_eq!(same_text(dir, &FILES), "old", "{context}")
+                }
+                "will be completed" | "replaced, record left" => {
+                    assert!(
+                        state != "will be completed" || names(dir).len() > FILES.len(),
+                        "{context}"
+                    );
+                    recover(dir).unwrap();
+                    assert_eq!(same_text(dir, &FILES), "new", "{context}");
+                }
+                _ => panic!("{context}"),
+            }
+            assert_names(dir, &FILES);
+        },
+    );
+    let seen = seen.into_inner();
+    for state in ["not replaced", "will be completed", "replaced, record left"] {
+        assert!(seen.contains(state), "no run ended {state}: {seen:?}");
+    }
+}
+
+#[test]
+fn a_group_killed_at_any_call_is_all_old_or_all_new_once_recovered() {
+    if !Need::Strace.met("a_group_killed_at_any_call_is_all_old_or_all_new_once_recovered") {
+        return;
+    }
+    let seen = std::cell::RefCell::new(Vec::new());
+    tamper("group", old_files, kill, |dir, report, context| {
+        assert_eq!(report, None, "it lives: {context}");
+        recover(dir).unwrap();
+        seen.borrow_mut().push(same_text(dir, &FILES));
+        assert_names(dir, &FILES);
+    });
+    let seen = seen.into_inner();
+    let point = seen
+        .iter()
+        .position(|text| text == "new")
+        .expect("some are new");
+    assert!(point > 0 && seen[..point].iter().all(|text| text == "old"));
+    assert!(
+        seen[point..].iter().all(|text| text == "new"),
+        "there is one commit point: {seen:?}"
+    );
+}
+
+/// A group killed when it had renamed the first of three members.
+fn half_done(dir: &Path) {
+    old_files(dir);
+    let log = tempfile::NamedTempFile::new().unwrap();
+    let kill = kill("renameat", 2).unwrap();
+    assert_eq!(strace("group", dir, log.path(), &kill), None);
+}
+
+#[test]
+fn a_recovery_killed_at_any_call_is_completed_by_the_next() {
+    if !Need::Strace.met("a_recovery_killed_at_any_call_is_completed_by_the_next") {
+        return;
+    }
+    tamper("recover", half_done, kill, |dir, report, context| {
+        assert_eq!(report, None, "it lives: {context}");
+        recover(dir).unwrap();
+        assert_eq!(same_text(dir, &FILES), "new", "{context}");
+        assert_names(dir, &FILES);
+    });
+}
+
+#[test]
+fn a_recovery_whose_calls_fail_says_so_and_is_completed_by_the_next() {
+    if !Need::Strace.met("a_recovery_whose_calls_fail_says_so_and_is_completed_by_the_next") {
+        return;
+    }
+    let how = |call: &str, number| error(call, number, "EIO");
+    tamper("recover", half_done, how, |dir, report, context| {
+        if report == Some("ok") {
+            assert_eq!(same_text(dir, &FILES), "new", "{context}");
+        }
+        recover(dir).unwrap();
+        assert_eq!(same_text(dir, &FILES), "new", "{context}");
+        assert_names(dir, &FILES);
+    });
+}
+
+#[test]
+fn a_failed_sync_is_never_tried_again_on_the_same_file() {
+    if !Need::Strace.met("a_failed_sync_is_never_tried_again_on_the_same_file") {
+        return;
+    }
+    let scratch = tempfile::tempdir().unwrap();
+    one_old_file(scratch.path());
+    let log = tempfile::NamedTempFile::new().unwrap();
+    let report = strace(
+        "replace",
+        scratch.path(),
+        log.path(),
+        &["inject=fsync:error=EIO".into()],
+    );
+    assert_eq!(report.as_deref(), Some("not replaced"));
+    let trace = fs::read_to_string(log.path()).unwrap();
+    assert_eq!(trace.matches("fsync(").count(), 1, "{trace}");
+}

@@ -1,0 +1,414 @@
+//! Replacing several files together.
+
+mod common;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use atomic_file::{
+    AtomicGroup, AtomicWriter, CommitError, CommitStep, GroupCommitError, OpenError,
+};
+use atomic_file::{RecoverError, Refusal, recover, sweep};
+use common::{assert_names, commit, group, names, same_text};
+use rstest::rstest;
+use test_machine::Need;
+
+const RECORD: &str = ".atomic-file-group";
+const FILES: [&str; 2] = ["memory", "vcpu"];
+
+/// Not a test of its own: what `common::command` runs.
+#[test]
+fn child() {
+    let Some((job, dir)) = common::job() else {
+        return;
+    };
+    match job.as_str() {
+        "commit" => common::traced(&dir, || match group(&dir, &FILES, "new") {
+            Err(error) => format!("not opened: {error}"),
+            Ok(group) => common::group_state_of(group.commit()),
+        }),
+        other => panic!("no such job: {other}"),
+    }
+}
+
+fn old_files() -> tempfile::TempDir {
+    let dir = tempfile::tempdir().unwrap();
+    for name in FILES {
+        fs::write(dir.path().join(name), "old").unwrap();
+    }
+    dir
+}
+
+/// Commits a group that is killed at its `nth` rename of a member.
+fn die_at_rename(dir: &Path, nth: usize) {
+    let kill = format!("inject=renameat:signal=KILL:when={nth}");
+    let args = ["-o", "/dev/null", "-e", &kill];
+    assert_eq!(common::under_strace("commit", dir, &args), None);
+}
+
+/// A directory in which a group was killed after it had renamed `renamed` of its two members.
+fn killed_after(renamed: usize) -> tempfile::TempDir {
+    let dir = old_files();
+    die_at_rename(dir.path(), renamed + 1);
+    let new = FILES.map(|name| fs::read(dir.path().join(name)).unwrap() == b"new");
+    assert_eq!(new.iter().filter(|new| **new).count(), renamed);
+    assert!(dir.path().join(RECORD).exists());
+    dir
+}
+
+fn stages(dir: &Path) -> Vec<PathBuf> {
+    let is_stage = |name: &std::ffi::OsString| name.to_string_lossy().ends_with(".stage");
+    names(dir)
+        .into_iter()
+        .filter(is_stage)
+        .map(|name| dir.join(name))
+        .collect()
+}
+
+#[test]
+fn a_group_replaces_all_its_files_and_leaves_nothing_else() {
+    let dir = old_files();
+    let group = group(dir.path(), &FILES, "new").unwrap();
+    assert_eq!((group.len(), group.is_empty()), (2, false));
+    assert_eq!(same_text(dir.path(), &FILES), "old");
+    group.commit().unwrap();
+    assert_eq!(same_text(dir.path(), &FILES), "new");
+    assert_names(dir.path(), &FILES);
+}
+
+#[test]
+fn a_group_of_none_does_nothing() {
+    AtomicGroup::new().commit().unwrap();
+}
+
+#[test]
+fn a_dropped_or_discarded_group_leaves_nothing() {
+    let dir = old_files();
+    drop(group(dir.path(), &FILES, "new").unwrap());
+    group(dir.path(), &FILES, "new").unwrap().discard().unwrap();
+    assert_eq!(same_text(dir.path(), &FILES), "old");
+    assert_names(dir.path(), &FILES);
+}
+
+#[rstest]
+#[case::other_directory("other", Refusal::OtherDirectory)]
+#[case::staged_elsewhere("elsewhere", Refusal::StagedElsewhere)]
+#[case::the_same_destination("same", Refusal::SameDestination)]
+#[case::no_clobber("no clobber", Refusal::NoClobber)]
+fn who_cannot_be_a_member_is_handed_back(#[case] who: &str, #[case] expected: Refusal) {
+    let dir = tempfile::tempdir().unwrap();
+    let other = dir.path().join("other");
+    fs::create_dir(&other).unwrap();
+    let mut group = AtomicGroup::new();
+    group
+        .add(AtomicWriter::open(dir.path().join("memory")).unwrap())
+        .unwrap();
+    let dest = dir.path().join("dest");
+    let options = AtomicWriter::options();
+    let writer = match who {
+        "other" => options.open(other.join("dest")),
+        "elsewhere" => options.staging_dir(&other).open(&dest),
+        "same" => options.open(dir.path().join("memory")),
+        _ => options.no_clobber(true).open(&dest),
+    };
+    let error = group.add(writer.unwrap()).unwrap_err();
+    assert_eq!(error.refusal, expected);
+    error.writer.commit().expect("it is as good as before");
+    assert_eq!(group.len(), 1);
+}
+
+#[test]
+fn a_file_system_without_lasting_inode_numbers_is_refused() {
+    if !Need::Exfat.met("a_file_system_without_lasting_inode_numbers_is_refused") {
+        return;
+    }
+    let disk = test_machine::LoopMount::new(test_machine::LoopFs::Exfat).unwrap();
+    let writer = AtomicWriter::open(disk.path().join("memory")).unwrap();
+    let error = AtomicGroup::new().add(writer).unwrap_err();
+    assert_eq!(error.refusal, Refusal::NoInodeNumbers);
+}
+
+#[test]
+fn nothing_is_replaced_where_a_directory_is_in_the_way() {
+    let dir = old_files();
+    let group = group(dir.path(), &["memory", "new"], "new").unwrap();
+    fs::create_dir(dir.path().join("new")).unwrap();
+    let error = group.commit().unwrap_err();
+    let GroupCommitError::NothingReplaced {
+        step: CommitStep::Check,
+        path,
+        ..
+    } = error
+    else {
+        panic!("{error:?}");
+    };
+    assert_eq!(path, dir.path().join("new"));
+    assert_eq!(same_text(dir.path(), &FILES), "old");
+    assert_names(dir.path(), &["memory", "new", "vcpu"]);
+}
+
+#[test]
+fn nothing_is_replaced_where_a_stage_was_exchanged() {
+    let dir = old_files();
+    let memory = AtomicWriter::open(dir.path().join("memory")).unwrap();
+    let vcpu = AtomicWriter::open(dir.path().join("vcpu")).unwrap();
+    let temp = vcpu.temp_path().to_owned();
+    let mut group = AtomicGroup::new();
+    group.add(memory).unwrap();
+    group.add(vcpu).unwrap();
+    fs::remove_file(&temp).unwrap();
+    fs::write(&temp, "forged").unwrap();
+    let error = group.commit().unwrap_err();
+    assert!(matches!(
+        error,
+        GroupCommitError::NothingReplaced {
+            step: CommitStep::Check,
+            ..
+        }
+    ));
+    assert_eq!(same_text(dir.path(), &FILES), "old");
+}
+
+#[test]
+fn racing_groups_over_the_same_files_never_mix() {
+    let dir = old_files();
+    std::thread::scope(|scope| {
+        for id in 0..4 {
+            let dir = dir.path();
+            scope.spawn(move || {
+                for round in 0..25 {
+                    let text = format!("{id} {round}");
+                    group(dir, &FILES, &text).unwrap().commit().unwrap();
+                }
+            });
+        }
+        scope.spawn(|| {
+            for _ in 0..100 {
+                recover(dir.path()).expect("recovery leaves the living alone");
+                sweep(dir.path()).unwrap();
+            }
+        });
+    });
+    same_text(dir.path(), &FILES);
+    assert_names(dir.path(), &FILES);
+}
+
+#[rstest]
+fn a_published_group_of_a_killed_process_is_completed_by_recover(#[values(0, 1)] renamed: usize) {
+    if !Need::Strace.met("a_published_group_of_a_killed_process_is_completed_by_recover") {
+        return;
+    }
+    let dir = killed_after(renamed);
+    let report = recover(dir.path()).unwrap();
+    assert_eq!(
+        (report.in_place.len(), report.completed.len()),
+        (renamed, 2 - renamed)
+    );
+    assert_eq!(same_text(dir.path(), &FILES), "new");
+    assert_names(dir.path(), &FILES);
+    let again = recover(dir.path()).unwrap();
+    assert!(again.completed.is_empty() && again.in_place.is_empty());
+}
+
+#[test]
+fn a_published_group_of_a_killed_process_is_completed_by_the_next_open() {
+    if !Need::Strace.met("a_published_group_of_a_killed_process_is_completed_by_the_next_open") {
+        return;
+    }
+    let dir = killed_after(1);
+    let writer = AtomicWriter::open(dir.path().join("third")).unwrap();
+    assert_eq!(same_text(dir.path(), &FILES), "new");
+    writer.discard().unwrap();
+    assert_names(dir.path(), &FILES);
+}
+
+#[test]
+fn a_published_group_of_a_killed_process_is_completed_by_the_next_group() {
+    if !Need::Strace.met("a_published_group_of_a_killed_process_is_completed_by_the_next_group") {
+        return;
+    }
+    let dir = old_files();
+    // Opened before the other dies, committed after.
+    let ours = group(dir.path(), &FILES, "newer").unwrap();
+    die_at_rename(dir.path(), 2);
+    ours.commit().unwrap();
+    assert_eq!(same_text(dir.path(), &FILES), "newer");
+    assert_names(dir.path(), &FILES);
+}
+
+/// Completing the group later would put its older file over the newer one.
+#[test]
+fn a_single_commit_completes_a_dead_group_first_so_that_the_later_commit_wins() {
+    const TEST: &str = "a_single_commit_completes_a_dead_group_first_so_that_the_later_commit_wins";
+    if !Need::Strace.met(TEST) {
+        return;
+    }
+    let dir = old_files();
+    let writer = AtomicWriter::open(dir.path().join("memory")).unwrap();
+    writer.write_all_at(b"newest", 0).unwrap();
+    die_at_rename(dir.path(), 1);
+    writer.commit().unwrap();
+    recover(dir.path()).unwrap();
+    assert_eq!(fs::read(dir.path().join("memory")).unwrap(), b"newest");
+    assert_eq!(fs::read(dir.path().join("vcpu")).unwrap(), b"new");
+    assert_names(dir.path(), &FILES);
+}
+
+#[test]
+fn a_sweep_spares_the_stages_of_a_published_group() {
+    if !Need::Strace.met("a_sweep_spares_the_stages_of_a_published_group") {
+        return;
+    }
+    let dir = killed_after(0);
+    let report = sweep(dir.path()).unwrap();
+    assert_eq!((report.removed.len(), report.kept.len()), (0, 2));
+    recover(dir.path()).unwrap();
+    assert_eq!(same_text(dir.path(), &FILES), "new");
+}
+
+#[test]
+fn a_recycled_stages_name_is_never_renamed() {
+    if !Need::Strace.met("a_recycled_stages_name_is_never_renamed") {
+        return;
+    }
+    let dir = killed_after(0);
+    let stage = stages(dir.path()).remove(1);
+    // The replacement comes first, lest it gets the inode number of what it replaces.
+    let other = dir.path().join("other");
+    fs::write(&other, "new").unwrap();
+    fs::rename(&other, &stage).unwrap();
+    let RecoverError::StageChanged {
+        stage: named,
+        record,
+        ..
+    } = recover(dir.path()).unwrap_err()
+    else {
+        panic!("another error");
+    };
+    assert_eq!((named, record), (stage.clone(), dir.path().join(RECORD)));
+    assert_eq!(
+        same_text(dir.path(), &FILES),
+        "old",
+        "nor is any other member"
+    );
+    assert_eq!(fs::read(&stage).unwrap(), b"new");
+}
+
+#[rstest]
+#[case::a_bit_flipped(|bytes: &mut Vec<u8>| bytes[20] ^= 1)]
+#[case::torn(|bytes: &mut Vec<u8>| bytes.truncate(30))]
+#[case::zeros(|bytes: &mut Vec<u8>| bytes.fill(0))]
+#[case::empty(|bytes: &mut Vec<u8>| bytes.clear())]
+fn a_damaged_record_is_an_error_that_names_it_and_nothing_is_guessed(
+    #[case] damage: fn(&mut Vec<u8>),
+) {
+    if !Need::Strace.met("a_damaged_record_is_an_error_that_names_it_and_nothing_is_guessed") {
+        return;
+    }
+    let dir = killed_after(1);
+    let path = dir.path().join(RECORD);
+    let mut bytes = fs::read(&path).unwrap();
+    damage(&mut bytes);
+    fs::write(&path, &bytes).unwrap();
+    let before = names(dir.path());
+
+    let is_damage = |error: &RecoverError| match error {
+        RecoverError::Damaged { path: named, .. } => *named == path,
+        _ => false,
+    };
+    let error = recover(dir.path()).unwrap_err();
+    assert!(is_damage(&error), "{error:?}");
+    let OpenError::Recover { source, .. } =
+        AtomicWriter::open(dir.path().join("memory")).unwrap_err()
+    else {
+        panic!("another error");
+    };
+    assert!(is_damage(&source), "{source:?}");
+    assert!(sweep(dir.path()).unwrap().removed.is_empty());
+    assert_eq!(names(dir.path()), before);
+
+    // As the error says: once the record is gone, the rest can be swept.
+    fs::remove_file(&path).unwrap();
+    sweep(dir.path()).unwrap();
+    assert_names(dir.path(), &FILES);
+}
+
+#[test]
+fn a_damaged_record_stops_writers_that_were_open_already() {
+    let dir = old_files();
+    let writer = AtomicWriter::open(dir.path().join("memory")).unwrap();
+    let group = group(dir.path(), &["vcpu"], "new").unwrap();
+    fs::write(dir.path().join(RECORD), "junk").unwrap();
+    let error = writer.commit().unwrap_err();
+    assert!(matches!(
+        error,
+        CommitError::NotReplaced {
+            step: CommitStep::Recover,
+            ..
+        }
+    ));
+    let error = group.commit().unwrap_err();
+    assert!(matches!(
+        error,
+        GroupCommitError::NothingReplaced {
+            step: CommitStep::Recover,
+            ..
+        }
+    ));
+    assert_eq!(same_text(dir.path(), &FILES), "old");
+    assert_names(dir.path(), &[RECORD, "memory", "vcpu"]);
+}
+
+#[rstest]
+#[case::a_directory(|path: &Path| fs::create_dir(path).unwrap())]
+#[case::a_symlink(|path: &Path| std::os::unix::fs::symlink("memory", path).unwrap())]
+fn what_is_no_file_is_no_record(#[case] plant: fn(&Path)) {
+    let dir = old_files();
+    plant(&dir.path().join(RECORD));
+    let error = recover(dir.path()).unwrap_err();
+    assert!(matches!(error, RecoverError::Damaged { .. }), "{error:?}");
+}
+
+#[test]
+fn a_strangers_record_in_a_directory_open_to_others_is_not_obeyed() {
+    use std::os::unix::fs::PermissionsExt as _;
+    const TEST: &str = "a_strangers_record_in_a_directory_open_to_others_is_not_obeyed";
+    if !(Need::Root.met(TEST) && Need::Strace.met(TEST)) {
+        return;
+    }
+    let dir = killed_after(0);
+    let record = dir.path().join(RECORD);
+    fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o1777)).unwrap();
+    std::os::unix::fs::chown(&record, Some(12345), None).unwrap();
+    let error = recover(dir.path()).unwrap_err();
+    assert!(
+        matches!(error, RecoverError::Untrusted { owner: 12345, .. }),
+        "{error:?}"
+    );
+    assert_eq!(same_text(dir.path(), &FILES), "old");
+}
+
+#[test]
+fn a_member_replaced_since_is_reported_and_not_replaced_again() {
+    if !Need::Strace.met("a_member_replaced_since_is_reported_and_not_replaced_again") {
+        return;
+    }
+    let dir = killed_after(1);
+    let newer = dir.path().join("newer");
+    fs::write(&newer, "newer").unwrap();
+    fs::rename(&newer, dir.path().join("memory")).unwrap();
+    let report = recover(dir.path()).unwrap();
+    assert_eq!(report.superseded, [dir.path().join("memory")]);
+    assert_eq!(report.completed, [dir.path().join("vcpu")]);
+    assert_eq!(fs::read(dir.path().join("memory")).unwrap(), b"newer");
+    assert_names(dir.path(), &FILES);
+}
+
+#[test]
+fn recovering_an_ordinary_directory_changes_nothing() {
+    let dir = old_files();
+    let report = recover(dir.path()).unwrap();
+    assert!(report.completed.is_empty() && report.swept.removed.is_empty() && !report.busy);
+    commit(&AtomicWriter::options(), &dir.path().join("memory"), b"new").unwrap();
+    assert_names(dir.path(), &FILES);
+}

@@ -1,0 +1,202 @@
+//! What killed writers leave, and who removes it.
+
+mod common;
+
+use std::ffi::OsStr;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use atomic_file::{AtomicWriter, sweep};
+use common::{assert_names, commit, dir_with_old, names};
+use test_machine::Need;
+
+/// Not a test of its own: what `common::command` runs.
+#[test]
+fn child() {
+    let Some((job, dir)) = common::job() else {
+        return;
+    };
+    match job.as_str() {
+        "die" => {
+            let writer = AtomicWriter::open(dir.join("dest")).expect("open");
+            writer.write_all_at(b"half", 0).expect("write");
+            nix::sys::signal::raise(nix::sys::signal::Signal::SIGKILL).expect("kill");
+        }
+        "live" => {
+            let writer = AtomicWriter::open(dir.join("dest")).expect("open");
+            println!("\nREPORT {}", writer.temp_path().display());
+            // Until the parent closes our standard input.
+            let _ = std::io::stdin().read_line(&mut String::new());
+            writer.write_all_at(b"late", 0).expect("write");
+            writer.commit().expect("commit");
+        }
+        "replace" => {
+            let options = AtomicWriter::options();
+            common::traced(&dir, || common::replace(&options, &dir.join("dest")));
+        }
+        other => panic!("no such job: {other}"),
+    }
+}
+
+/// The stage that a writer to `dir/dest` left when it was killed.
+fn dead_stage(dir: &Path) -> PathBuf {
+    let before = names(dir);
+    assert_eq!(common::report(common::command("die", dir)), None);
+    let mut new = names(dir);
+    new.retain(|name| !before.contains(name));
+    assert_eq!(new.len(), 1, "{new:?}");
+    dir.join(&new[0])
+}
+
+#[test]
+fn the_stage_of_a_killed_writer_is_removed_by_the_next_open_for_the_same_destination() {
+    let (dir, dest) = dir_with_old();
+    let dead = dead_stage(dir.path());
+    assert_eq!(fs::read(&dead).unwrap(), b"half");
+    let other = AtomicWriter::open(dir.path().join("other")).unwrap();
+    assert!(
+        dead.exists(),
+        "another destination's stages are not looked at"
+    );
+    other.discard().unwrap();
+    let writer = AtomicWriter::open(&dest).unwrap();
+    assert_eq!(writer.temp_path(), dead, "its name is free again");
+    assert_eq!(
+        writer.file().metadata().unwrap().len(),
+        0,
+        "and its bytes are gone"
+    );
+    writer.commit().unwrap();
+    assert_names(dir.path(), &["dest"]);
+}
+
+#[test]
+fn leftovers_do_not_pile_up() {
+    let (dir, _) = dir_with_old();
+    for _ in 0..3 {
+        let _ = fs::remove_file(dir.path().join("unused"));
+        assert_eq!(common::report(common::command("die", dir.path())), None);
+        assert_eq!(names(dir.path()).len(), 2);
+    }
+}
+
+#[test]
+fn a_sweep_removes_dead_stages_and_nothing_else() {
+    let (dir, dest) = dir_with_old();
+    let dead = dead_stage(dir.path());
+    fs::write(dir.path().join(".atomic-file-notes"), "mine").unwrap();
+    let living = AtomicWriter::open(dir.path().join("other")).unwrap();
+    let link = dir.path().join(".atomic-file-00000000-0.stage");
+    std::os::unix::fs::symlink(&dest, &link).unwrap();
+
+    let report = sweep(dir.path()).unwrap();
+    assert_eq!(report.removed, std::slice::from_ref(&dead));
+    assert_eq!(report.living, [living.temp_path()]);
+    assert_eq!(report.kept.len(), 1);
+    assert_eq!(report.kept[0].path, link);
+    assert!(!dead.exists());
+    living.commit().unwrap();
+    let link = link.file_name().unwrap().to_str().unwrap();
+    assert_names(dir.path(), &[".atomic-file-notes", "dest", "other", link]);
+}
+
+#[test]
+fn a_sweep_spares_living_writers_in_other_processes() {
+    use std::io::{BufRead as _, BufReader};
+    use std::process::Stdio;
+    let (dir, dest) = dir_with_old();
+    let mut command = common::command("live", dir.path());
+    let mut child = command
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+    let stage = lines
+        .by_ref()
+        .find_map(|line| Some(PathBuf::from(line.unwrap().split_once("REPORT ")?.1)))
+        .unwrap();
+    let report = sweep(dir.path()).unwrap();
+    assert_eq!(
+        (report.removed.len(), report.living),
+        (0, vec![stage.clone()])
+    );
+    commit(&AtomicWriter::options(), &dest, b"early").unwrap();
+    assert!(
+        stage.exists(),
+        "nor does another writer to the same destination touch it"
+    );
+    drop(child.stdin.take());
+    assert!(child.wait().unwrap().success());
+    assert_eq!(fs::read(&dest).unwrap(), b"late");
+    assert_names(dir.path(), &["dest"]);
+}
+
+#[test]
+fn sweepers_never_harm_writers_whatever_the_moment() {
+    let (dir, _) = dir_with_old();
+    let done = std::sync::atomic::AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let sweeper = scope.spawn(|| {
+            let mut removed = 0;
+            while !done.load(std::sync::atomic::Ordering::Relaxed) {
+                removed += sweep(dir.path()).unwrap().removed.len();
+            }
+            removed
+        });
+        let writers: Vec<_> = (0..3)
+            .map(|id| {
+                let dest = dir.path().join(if id == 0 { "dest" } else { "other" });
+                scope.spawn(move || {
+                    for _ in 0..1000 {
+                        commit(&AtomicWriter::options(), &dest, b"whole").unwrap();
+                    }
+                })
+            })
+            .collect();
+        for writer in writers {
+            writer.join().unwrap();
+        }
+        done.store(true, std::sync::atomic::Ordering::Relaxed);
+        // What it may remove is a stage caught between its creation and its lock; its writer takes another name.
+        sweeper.join().unwrap();
+    });
+    assert_names(dir.path(), &["dest", "other"]);
+}
+
+#[test]
+fn sweeping_a_missing_directory_is_an_error_that_names_it() {
+    let error = sweep("/no/such/directory").unwrap_err();
+    assert_eq!(error.path, Path::new("/no/such/directory"));
+}
+
+/// As on an NFS mount without a lock daemon.
+#[test]
+fn without_locks_writers_work_and_their_leftovers_are_kept_and_named() {
+    if !Need::Strace.met("without_locks_writers_work_and_their_leftovers_are_kept_and_named") {
+        return;
+    }
+    let (dir, dest) = dir_with_old();
+    let without_locks = |more: &[&str]| {
+        let mut args = vec!["-o", "/dev/null", "-e", "inject=flock:error=ENOLCK"];
+        args.extend(more);
+        common::under_strace("replace", dir.path(), &args)
+    };
+    assert_eq!(without_locks(&[]).as_deref(), Some("ok"));
+    assert_eq!(fs::read(&dest).unwrap(), b"new");
+    assert_names(dir.path(), &["dest"]);
+
+    assert_eq!(without_locks(&["-e", "inject=fsync:signal=KILL"]), None);
+    assert_eq!(names(dir.path()).len(), 2);
+    // A sweeper with locks cannot know whether the writer lives.
+    let report = sweep(dir.path()).unwrap();
+    assert_eq!(
+        (report.removed.len(), report.living.len(), report.kept.len()),
+        (0, 0, 1)
+    );
+    let name = report.kept[0].path.file_name().unwrap().to_str().unwrap();
+    assert!(name.ends_with(".unlocked-stage"), "{name}");
+    commit(&AtomicWriter::options(), &dest, b"newer").unwrap();
+    assert_eq!(without_locks(&[]).as_deref(), Some("ok"));
+    assert!(dir.path().join(OsStr::new(name)).exists());
+}
