@@ -1,0 +1,104 @@
+//! `/dev/kvm`, and what to do where it does not open.
+
+use std::ffi::CString;
+use std::io;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+
+use kvm_bindings::KVM_API_VERSION;
+use kvm_ioctls::Kvm;
+use thiserror::Error;
+
+/// Opens `/dev/kvm`.
+///
+/// # Errors
+/// [`OpenKvmError`] tells what the host lacks: the module, the permission, or a KVM of the stable interface.
+///
+/// # Examples
+/// ```no_run
+/// let kvm = kvm_backend::open_kvm()?;
+/// let vm = kvm.create_vm()?;
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+pub fn open_kvm() -> Result<Kvm, OpenKvmError> {
+    open_kvm_at(Path::new("/dev/kvm"))
+}
+
+/// Opens the KVM device at `device`, for a sandbox that has it elsewhere.
+///
+/// # Errors
+/// As [`open_kvm`].
+pub fn open_kvm_at(device: &Path) -> Result<Kvm, OpenKvmError> {
+    let failed = |source: io::Error| OpenKvmError::from_io(device, source);
+    let path = CString::new(device.as_os_str().as_bytes()).map_err(|error| failed(error.into()))?;
+    let kvm = Kvm::new_with_path(path).map_err(|error| failed(error.into()))?;
+    match kvm.get_api_version() {
+        version if version == KVM_API_VERSION as i32 => Ok(kvm),
+        version => Err(OpenKvmError::NotKvm {
+            device: device.into(),
+            version,
+        }),
+    }
+}
+
+/// The KVM device can't be used.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum OpenKvmError {
+    /// There is no such device.
+    #[error(
+        "there is no {}: load the kvm_intel or kvm_amd module, switch virtualization on in the firmware, \
+         or, in a virtual machine, ask its host for nested virtualization", .device.display()
+    )]
+    Missing {
+        /// The device asked for.
+        device: PathBuf,
+        /// What `open(2)` said.
+        #[source]
+        source: io::Error,
+    },
+    /// The device is there, and this user may not open it for reading and writing.
+    #[error(
+        "{} may not be opened for reading and writing: add the user to the device's group, usually `kvm`, \
+         or pass the device into the container", .device.display()
+    )]
+    NotPermitted {
+        /// The device asked for.
+        device: PathBuf,
+        /// What `open(2)` said.
+        #[source]
+        source: io::Error,
+    },
+    /// It opened, and is no KVM, or one from before Linux 2.6.22.
+    #[error("{} does not speak KVM's interface 12: it says {version}", .device.display())]
+    NotKvm {
+        /// The device asked for.
+        device: PathBuf,
+        /// The interface version it gave; -1 where it is no KVM at all.
+        version: i32,
+    },
+    /// Anything else.
+    #[error("{} can't be opened", .device.display())]
+    Io {
+        /// The device asked for.
+        device: PathBuf,
+        /// What `open(2)` said.
+        #[source]
+        source: io::Error,
+    },
+}
+
+impl OpenKvmError {
+    fn from_io(device: &Path, source: io::Error) -> Self {
+        let device = device.into();
+        match source.kind() {
+            io::ErrorKind::NotFound => Self::Missing { device, source },
+            // A device node with no driver behind it says ENXIO or ENODEV.
+            _ if matches!(source.raw_os_error(), Some(6 | 19)) => Self::Missing { device, source },
+            io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => {
+                Self::NotPermitted { device, source }
+            }
+            _ => Self::Io { device, source },
+        }
+    }
+}

@@ -1,0 +1,111 @@
+//! Reading a vCPU's state out.
+
+use std::io;
+
+use kvm_bindings::nested::KvmNestedStateBuffer;
+use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
+use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
+use thiserror::Error;
+use zerocopy::IntoBytes;
+
+use super::abi::FormatVersion;
+use super::vcpu_state::VcpuState;
+use super::{msrs, xsave};
+
+impl VcpuState {
+    /// Captures the state of `vcpu`, a vCPU of `vm`, which is not running: `KVM_RUN` has returned, and so it has for
+    /// every other vCPU (one can send another an interrupt).
+    ///
+    /// Call [`complete_io`](crate::complete_io) first: it ends the instruction that the vCPU left the guest for.
+    ///
+    /// # Errors
+    /// [`CaptureError`] names the call that KVM refused.
+    pub fn capture(kvm: &Kvm, vm: &VmFd, vcpu: &VcpuFd) -> Result<Self, CaptureError> {
+        // The order: reading mp_state lets a pending INIT or SIPI take effect, so it is first. The events are last, since
+        // other calls may still move an interrupt there (KVM_GET_LAPIC syncs posted ones).
+        let mp_state = vcpu.get_mp_state().map_err(failed("KVM_GET_MP_STATE"))?;
+        let regs = vcpu.get_regs().map_err(failed("KVM_GET_REGS"))?;
+        let sregs = vcpu.get_sregs().map_err(failed("KVM_GET_SREGS"))?;
+        let xsave = xsave::read(vm, vcpu).map_err(failed("KVM_GET_XSAVE"))?;
+        let xcrs = vcpu.get_xcrs().map_err(failed("KVM_GET_XCRS"))?;
+        let debug_regs = vcpu
+            .get_debug_regs()
+            .map_err(failed("KVM_GET_DEBUGREGS"))?;
+        let lapic = match vcpu.get_lapic() {
+            Ok(lapic) => Some(lapic),
+            Err(error) if io::Error::from(error).kind() == io::ErrorKind::InvalidInput => None,
+            Err(error) => return Err(failed("KVM_GET_LAPIC")(error)),
+        };
+        let listed = kvm
+            .get_msr_index_list()
+            .map_err(failed("KVM_GET_MSR_INDEX_LIST"))?;
+        let (msrs, unreadable_msrs) =
+            msrs::read(vcpu, listed.as_slice()).map_err(failed("KVM_GET_MSRS"))?;
+        let tsc_khz = if vm.check_extension(Cap::GetTscKhz) {
+            Some(vcpu.get_tsc_khz().map_err(failed("KVM_GET_TSC_KHZ"))?)
+        } else {
+            None
+        };
+        let nested = nested(vm, vcpu)?;
+        let cpuid = cpuid(vcpu)?;
+        let events = vcpu
+            .get_vcpu_events()
+            .map_err(failed("KVM_GET_VCPU_EVENTS"))?;
+        Ok(Self {
+            format: FormatVersion,
+            regs,
+            sregs,
+            debug_regs,
+            xcrs,
+            xsave,
+            msrs,
+            unreadable_msrs,
+            events,
+            mp_state,
+            lapic,
+            cpuid,
+            tsc_khz,
+            nested,
+        })
+    }
+}
+
+/// What CPUID was set to. KVM fills the first entries of the array and leaves the others as they are: zero.
+fn cpuid(vcpu: &VcpuFd) -> Result<Vec<kvm_cpuid_entry2>, CaptureError> {
+    let array = vcpu
+        .get_cpuid2(KVM_MAX_CPUID_ENTRIES)
+        .map_err(failed("KVM_GET_CPUID2"))?;
+    let mut entries = array.as_slice().to_vec();
+    while entries.pop_if(|entry| *entry == kvm_cpuid_entry2::default()).is_some() {}
+    Ok(entries)
+}
+
+fn nested(vm: &VmFd, vcpu: &VcpuFd) -> Result<Option<Vec<u8>>, CaptureError> {
+    if !vm.check_extension(Cap::NestedState) {
+        return Ok(None);
+    }
+    let mut buffer = KvmNestedStateBuffer::empty();
+    vcpu.nested_state(&mut buffer)
+        .map_err(failed("KVM_GET_NESTED_STATE"))?;
+    // Also with nothing behind it the header counts: it says where VMXON was executed.
+    Ok(Some(buffer.as_bytes()[..buffer.size as usize].to_vec()))
+}
+
+fn failed(call: &'static str) -> impl Fn(kvm_ioctls::Error) -> CaptureError {
+    move |error| CaptureError {
+        call,
+        source: error.into(),
+    }
+}
+
+/// A vCPU's state can't be captured.
+#[derive(Debug, Error)]
+#[error("{call} failed: the state of this vCPU can't be captured as a whole")]
+#[non_exhaustive]
+pub struct CaptureError {
+    /// The KVM call.
+    pub call: &'static str,
+    /// What KVM said.
+    #[source]
+    pub source: io::Error,
+}

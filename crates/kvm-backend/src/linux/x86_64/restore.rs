@@ -1,0 +1,214 @@
+//! Putting a vCPU's state back.
+
+use std::io;
+
+use kvm_bindings::nested::KvmNestedStateBuffer;
+use kvm_bindings::{CpuId, kvm_lapic_state};
+use kvm_ioctls::{Cap, VcpuFd, VmFd};
+use thiserror::Error;
+use zerocopy::{FromBytes, IntoBytes};
+
+use super::msrs::{self, IA32_TSC, IA32_TSC_DEADLINE};
+use super::vcpu_state::{Msr, VcpuState};
+use super::xsave;
+
+/// How far two rates of the time-stamp counter may differ and still be the same, in parts per million: KVM's own default
+/// (`tsc_tolerance_ppm`, Linux arch/x86/kvm/x86.c). Calibration at boot differs by more than nothing on one and the same machine.
+const TSC_TOLERANCE_PPM: u64 = 250;
+
+/// The local APIC's timer register: byte offset, mask bit, and the mode bits with TSC-deadline's value (Intel SDM vol. 3A, 11.5.1 and 11.5.4.1).
+const LVT_TIMER: usize = 0x320;
+const LVT_MASKED: u32 = 1 << 16;
+const LVT_MODE: u32 = 0b11 << 17;
+const LVT_TSC_DEADLINE: u32 = 0b10 << 17;
+
+/// What a restored vCPU has that the captured one had not.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[must_use = "an MSR that KVM refused may be one that the guest relies on"]
+#[non_exhaustive]
+pub struct Restored {
+    /// MSRs that KVM refused, with the values they should have: they keep what a new vCPU has.
+    pub refused_msrs: Vec<Msr>,
+    /// The TSC-deadline timer was unmasked without a deadline, and is set to fire at once.
+    ///
+    /// KVM clears the deadline when it has passed, and does not report the interrupt until it has delivered it. A timer captured in
+    /// between would never fire again, and the guest hang; one tick too many any guest survives.
+    pub timer_rearmed: bool,
+}
+
+impl VcpuState {
+    /// Gives this state to `vcpu`, a vCPU of `vm` that has never run.
+    ///
+    /// The guest's RAM must be restored first: KVM reads page-directory pointers from it, and writes a paravirtual clock into
+    /// it. [`VmState`](super::VmState) comes after all vCPUs.
+    ///
+    /// The time-stamp counter goes on from where it was captured: the time in between did not happen. vCPUs of one guest are to be restored
+    /// within a second of each other, so that KVM synchronises their counters.
+    ///
+    /// # Errors
+    /// [`RestoreError`]. The vCPU is of no use then: restore into a new one.
+    pub fn restore(&self, vm: &VmFd, vcpu: &VcpuFd) -> Result<Restored, RestoreError> {
+        // The order matters. The counter's rate is first, since KVM turns a counter's value into an offset by it.
+        self.restore_tsc_rate(vcpu)?;
+        // CPUID: what KVM accepts from here on (CR4, XCR0, MSRs) depends on it.
+        let cpuid = CpuId::from_entries(&self.cpuid).map_err(|_| RestoreError::TooManyCpuids {
+            entries: self.cpuid.len(),
+        })?;
+        vcpu.set_cpuid2(&cpuid).map_err(failed("KVM_SET_CPUID2"))?;
+        // With the APIC base: it says in which mode the local APIC's registers are to be read.
+        vcpu.set_sregs(&self.sregs)
+            .map_err(failed("KVM_SET_SREGS"))?;
+        vcpu.set_xcrs(&self.xcrs).map_err(failed("KVM_SET_XCRS"))?;
+        xsave::write(vm, vcpu, &self.xsave).map_err(failed("KVM_SET_XSAVE"))?;
+        // Drops pending exceptions, so it is before the events.
+        vcpu.set_regs(&self.regs).map_err(failed("KVM_SET_REGS"))?;
+        vcpu.set_debug_regs(&self.debug_regs)
+            .map_err(failed("KVM_SET_DEBUGREGS"))?;
+        self.restore_lapic(vcpu)?;
+        let (msrs, timer_rearmed) = self.msrs_in_order();
+        let refused_msrs = msrs::write(vcpu, &msrs).map_err(failed("KVM_SET_MSRS"))?;
+        vcpu.set_vcpu_events(&self.events)
+            .map_err(failed("KVM_SET_VCPU_EVENTS"))?;
+        // After the special registers, which make a vCPU at its reset vector runnable.
+        vcpu.set_mp_state(self.mp_state)
+            .map_err(failed("KVM_SET_MP_STATE"))?;
+        // With everything else in place: this may enter the guest's own guest.
+        self.restore_nested(vm, vcpu)?;
+        Ok(Restored {
+            refused_msrs,
+            timer_rearmed,
+        })
+    }
+
+    fn restore_tsc_rate(&self, vcpu: &VcpuFd) -> Result<(), RestoreError> {
+        let Some(captured) = self.tsc_khz else {
+            return Ok(());
+        };
+        let here = vcpu.get_tsc_khz().map_err(failed("KVM_GET_TSC_KHZ"))?;
+        if u64::from(here.abs_diff(captured)) * 1_000_000 <= u64::from(captured) * TSC_TOLERANCE_PPM
+        {
+            return Ok(());
+        }
+        vcpu.set_tsc_khz(captured)
+            .map_err(|error| RestoreError::TscRate {
+                captured,
+                here,
+                source: error.into(),
+            })
+    }
+
+    fn restore_lapic(&self, vcpu: &VcpuFd) -> Result<(), RestoreError> {
+        let in_kernel = vcpu.get_lapic().is_ok();
+        match &self.lapic {
+            Some(_) if !in_kernel => Err(RestoreError::NoLapic),
+            None if in_kernel => Err(RestoreError::LapicNotCaptured),
+            Some(lapic) => vcpu.set_lapic(lapic).map_err(failed("KVM_SET_LAPIC")),
+            None => Ok(()),
+        }
+    }
+
+    /// The MSRs with the timer's deadline last: it needs the counter, and a local APIC in TSC-deadline mode. True where the deadline is made up.
+    fn msrs_in_order(&self) -> (Vec<Msr>, bool) {
+        let (mut msrs, mut deadlines): (Vec<Msr>, Vec<Msr>) = self
+            .msrs
+            .iter()
+            .partition(|msr| msr.index != IA32_TSC_DEADLINE);
+        let now = msrs.iter().find(|msr| msr.index == IA32_TSC);
+        let lost = self.lapic.as_ref().is_some_and(waits_for_deadline)
+            && deadlines.iter().all(|deadline| deadline.value == 0);
+        let mut rearmed = false;
+        if let (true, Some(now)) = (lost, now) {
+            for deadline in &mut deadlines {
+                deadline.value = now.value;
+                rearmed = true;
+            }
+        }
+        msrs.append(&mut deadlines);
+        (msrs, rearmed)
+    }
+
+    fn restore_nested(&self, vm: &VmFd, vcpu: &VcpuFd) -> Result<(), RestoreError> {
+        let Some(state) = &self.nested else {
+            return Ok(());
+        };
+        let mut bytes = [0; size_of::<KvmNestedStateBuffer>()];
+        let fits = bytes.get_mut(..state.len()).ok_or(RestoreError::Nested)?;
+        fits.copy_from_slice(state);
+        let buffer = KvmNestedStateBuffer::read_from_bytes(bytes.as_bytes())
+            .map_err(|_| RestoreError::Nested)?;
+        if vm.check_extension(Cap::NestedState) {
+            vcpu.set_nested_state(&buffer)
+                .map_err(failed("KVM_SET_NESTED_STATE"))
+        } else {
+            Err(RestoreError::Nested)
+        }
+    }
+}
+
+/// Whether the timer fires at a deadline of the time-stamp counter, and may.
+fn waits_for_deadline(lapic: &kvm_lapic_state) -> bool {
+    let timer = u32::read_from_bytes(&lapic.regs.as_bytes()[LVT_TIMER..LVT_TIMER + 4]);
+    timer.is_ok_and(|timer| timer & (LVT_MODE | LVT_MASKED) == LVT_TSC_DEADLINE)
+}
+
+fn failed(call: &'static str) -> impl Fn(kvm_ioctls::Error) -> RestoreError {
+    move |error| RestoreError::Kvm {
+        call,
+        source: error.into(),
+    }
+}
+
+/// A vCPU's state can't be put back. The vCPU has a part of it, and is of no use.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum RestoreError {
+    /// KVM refused a part.
+    #[error(
+        "{call} failed: the vCPU must be new, never run, and this host's processor and KVM must have every feature that \
+         the captured CPUID offers"
+    )]
+    Kvm {
+        /// The KVM call.
+        call: &'static str,
+        /// What KVM said.
+        #[source]
+        source: io::Error,
+    },
+    /// The captured time-stamp counter runs at a rate that this processor can't be made to show.
+    #[error(
+        "the captured time-stamp counter runs at {captured} kHz, this host's at {here} kHz, and its processor can't scale it: \
+         restore on a host of the same rate"
+    )]
+    TscRate {
+        /// The captured rate in kHz.
+        captured: u32,
+        /// This host's rate in kHz.
+        here: u32,
+        /// What KVM said.
+        #[source]
+        source: io::Error,
+    },
+    /// More CPUID entries than KVM takes.
+    #[error("the state has {entries} CPUID entries, more than KVM takes: it was not captured from a vCPU")]
+    TooManyCpuids {
+        /// The number of entries.
+        entries: usize,
+    },
+    /// The state has a local APIC, the virtual machine none in the kernel.
+    #[error(
+        "the captured vCPU had its local APIC in the kernel: create the interrupt controller (VmFd::create_irq_chip, or a split one) \
+         before the vCPU"
+    )]
+    NoLapic,
+    /// The virtual machine has its local APICs in the kernel, and the state has none.
+    #[error(
+        "the captured vCPU had no local APIC in the kernel: restore into a virtual machine without an interrupt controller there"
+    )]
+    LapicNotCaptured,
+    /// The state has a nested hypervisor's, which this KVM does not take.
+    #[error(
+        "the captured vCPU could run guests of its own, and this KVM can't: load its module with `nested=1`, or restore \
+         on a host that has that"
+    )]
+    Nested,
+}

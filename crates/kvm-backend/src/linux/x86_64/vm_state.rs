@@ -1,0 +1,149 @@
+//! What the virtual machine itself holds: interrupt controllers, timer, clock.
+
+use std::fmt;
+use std::io;
+
+use kvm_bindings::{
+    KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, kvm_clock_data, kvm_irqchip,
+    kvm_pit_state2,
+};
+use kvm_ioctls::VmFd;
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+use zerocopy::IntoBytes;
+
+use super::abi::{self, FormatVersion};
+
+/// The chips of `KVM_CREATE_IRQCHIP`, in the order in which they are put back.
+const CHIPS: [u32; 3] = [
+    KVM_IRQCHIP_PIC_MASTER,
+    KVM_IRQCHIP_PIC_SLAVE,
+    KVM_IRQCHIP_IOAPIC,
+];
+
+/// The state of a virtual machine beside its RAM and vCPUs: what devices KVM emulates itself, and the guest's clock.
+///
+/// Like [`VcpuState`](super::VcpuState) it is data for any serde format.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[non_exhaustive]
+pub struct VmState {
+    format: FormatVersion<1>,
+    /// Both PICs and the I/O APIC; empty where they are not in the kernel.
+    pub irqchips: Vec<IrqChip>,
+    /// The timer, where it is in the kernel.
+    #[serde(with = "abi::option")]
+    pub pit: Option<kvm_pit_state2>,
+    /// The clock that kvmclock shows, in nanoseconds since the virtual machine was made, and when that was.
+    #[serde(with = "abi")]
+    pub clock: kvm_clock_data,
+}
+
+/// One interrupt controller.
+#[derive(Clone, Copy, Serialize, Deserialize)]
+pub struct IrqChip(#[serde(with = "abi")] pub kvm_irqchip);
+
+impl PartialEq for IrqChip {
+    fn eq(&self, other: &Self) -> bool {
+        self.0.as_bytes() == other.0.as_bytes()
+    }
+}
+
+impl fmt::Debug for IrqChip {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("IrqChip")
+            .field("chip_id", &self.0.chip_id)
+            .field("bytes", &&self.0.as_bytes()[size_of::<u64>()..])
+            .finish()
+    }
+}
+
+impl VmState {
+    /// Captures the state of `vm`, none of whose vCPUs is running.
+    ///
+    /// # Errors
+    /// [`VmStateError::Kvm`].
+    pub fn capture(vm: &VmFd) -> Result<Self, VmStateError> {
+        let mut irqchips = Vec::new();
+        for chip_id in CHIPS {
+            let mut chip = kvm_irqchip {
+                chip_id,
+                ..kvm_irqchip::default()
+            };
+            if exists(vm.get_irqchip(&mut chip), "KVM_GET_IRQCHIP")?.is_some() {
+                irqchips.push(IrqChip(chip));
+            }
+        }
+        Ok(Self {
+            format: FormatVersion,
+            irqchips,
+            pit: exists(vm.get_pit2(), "KVM_GET_PIT2")?,
+            clock: vm.get_clock().map_err(failed("KVM_GET_CLOCK"))?,
+        })
+    }
+
+    /// Gives this state to `vm`, whose vCPUs are restored already and have not run: an interrupt pending in the I/O APIC is delivered to a local
+    /// APIC at once.
+    ///
+    /// The clock goes on from where it was captured, as the time-stamp counter does.
+    ///
+    /// # Errors
+    /// [`VmStateError`].
+    pub fn restore(&self, vm: &VmFd) -> Result<(), VmStateError> {
+        if let Some(pit) = &self.pit {
+            exists(vm.set_pit2(pit), "KVM_SET_PIT2")?.ok_or(VmStateError::NoPit)?;
+        }
+        for IrqChip(chip) in &self.irqchips {
+            exists(vm.set_irqchip(chip), "KVM_SET_IRQCHIP")?.ok_or(VmStateError::NoIrqChip)?;
+        }
+        // Without the flags: they say what was known when it was read, and KVM_CLOCK_REALTIME would add the time since.
+        let clock = kvm_clock_data {
+            clock: self.clock.clock,
+            ..kvm_clock_data::default()
+        };
+        vm.set_clock(&clock).map_err(failed("KVM_SET_CLOCK"))
+    }
+}
+
+/// `None` where KVM says that it has no such device.
+fn exists<T>(
+    result: Result<T, kvm_ioctls::Error>,
+    call: &'static str,
+) -> Result<Option<T>, VmStateError> {
+    /// What KVM answers for a device that was not created.
+    const ENXIO: i32 = 6;
+    match result {
+        Ok(value) => Ok(Some(value)),
+        Err(error) if error.errno() == ENXIO => Ok(None),
+        Err(error) => Err(failed(call)(error)),
+    }
+}
+
+fn failed(call: &'static str) -> impl Fn(kvm_ioctls::Error) -> VmStateError {
+    move |error| VmStateError::Kvm {
+        call,
+        source: error.into(),
+    }
+}
+
+/// A virtual machine's state can't be captured or put back.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum VmStateError {
+    /// KVM refused.
+    #[error("{call} failed")]
+    Kvm {
+        /// The KVM call.
+        call: &'static str,
+        /// What KVM said.
+        #[source]
+        source: io::Error,
+    },
+    /// The state has interrupt controllers, the virtual machine none.
+    #[error(
+        "the captured virtual machine had its interrupt controllers in the kernel: call VmFd::create_irq_chip before creating vCPUs"
+    )]
+    NoIrqChip,
+    /// The state has a timer, the virtual machine none.
+    #[error("the captured virtual machine had its timer in the kernel: call VmFd::create_pit2 before restoring")]
+    NoPit,
+}

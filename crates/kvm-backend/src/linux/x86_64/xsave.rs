@@ -1,0 +1,52 @@
+//! The XSAVE area, whose size depends on the processor and on what the process may use of it.
+
+#![allow(unsafe_code)]
+
+use kvm_bindings::{Xsave, kvm_xsave};
+use kvm_ioctls::{Cap, VcpuFd, VmFd};
+use zerocopy::{FromBytes, IntoBytes};
+
+/// The size of `kvm_xsave` without what Linux 5.17 put behind it.
+const LEGACY: usize = size_of::<kvm_xsave>();
+
+/// The bytes that KVM reads and writes for a vCPU of this virtual machine.
+fn size(vm: &VmFd) -> usize {
+    LEGACY.max(vm.check_extension_int(Cap::Xsave2).max(0) as usize)
+}
+
+fn area(size: usize) -> Xsave {
+    Xsave::new((size - LEGACY).div_ceil(size_of::<u32>())).expect("an XSAVE area is some kilobytes")
+}
+
+/// The XSAVE area of a vCPU.
+pub(super) fn read(vm: &VmFd, vcpu: &VcpuFd) -> Result<Vec<u8>, kvm_ioctls::Error> {
+    let size = size(vm);
+    let mut area = area(size);
+    if vm.check_extension(Cap::Xsave2) {
+        // SAFETY: KVM writes as many bytes as KVM_CAP_XSAVE2 says for this VM, which `area` was made for.
+        unsafe { vcpu.get_xsave2(&mut area) }?;
+    } else {
+        // SAFETY: only the fixed part is replaced; the length stays.
+        unsafe { area.as_mut_fam_struct() }.xsave.region = vcpu.get_xsave()?.region;
+    }
+    let mut bytes = area.as_fam_struct_ref().xsave.region.as_bytes().to_vec();
+    bytes.extend_from_slice(area.as_slice().as_bytes());
+    bytes.truncate(size);
+    Ok(bytes)
+}
+
+/// Gives a vCPU an XSAVE area; what is missing in `bytes` is zero: state in its initial configuration.
+///
+/// More than this KVM takes are bytes of state components that it does not have. If any is in use, XSTATE_BV says so, and KVM refuses.
+pub(super) fn write(vm: &VmFd, vcpu: &VcpuFd, bytes: &[u8]) -> Result<(), kvm_ioctls::Error> {
+    let mut words = vec![0u32; size(vm).max(bytes.len()).div_ceil(size_of::<u32>())];
+    words.as_mut_bytes()[..bytes.len()].copy_from_slice(bytes);
+    let mut area = area(words.as_bytes().len());
+    let (region, extra) = words.split_at(LEGACY / size_of::<u32>());
+    area.as_mut_slice().copy_from_slice(extra);
+    let fixed = <[u32; 1024]>::read_from_bytes(region.as_bytes()).expect("split at its size");
+    // SAFETY: only the fixed part is replaced; the length stays.
+    unsafe { area.as_mut_fam_struct() }.xsave.region = fixed;
+    // SAFETY: KVM reads as many bytes as KVM_CAP_XSAVE2 says for this VM, and `area` has at least those.
+    unsafe { vcpu.set_xsave2(&area) }
+}

@@ -1,0 +1,298 @@
+//! The dirty log of real guests: exact, and without a lost page.
+#![cfg(all(target_os = "linux", target_arch = "x86_64"))]
+
+mod support;
+
+use std::collections::BTreeSet;
+use std::error::Error;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use dirty_bitmap::DirtyBitmap;
+use kvm_backend::{DirtyLog, HarvestError, Reprotect};
+use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, kvm_userspace_memory_region};
+use page_reader::PageReader;
+use rstest::rstest;
+use support::{CODE, Guest, HIGH, HIGH_SIZE, INPUT, LOW_SIZE, PAGE, Program, TABLES, offset};
+use test_machine::Need;
+
+/// Pages written in the tests, in both regions, at their borders too.
+const TOUCHED: [u64; 7] = [
+    0x20000,
+    0x21ff8,
+    0x100000,
+    LOW_SIZE - 8,
+    HIGH,
+    HIGH + 0x123450,
+    HIGH + HIGH_SIZE - 8,
+];
+
+/// A bitmap for the whole RAM, clean.
+fn bitmap(page_size: u64) -> DirtyBitmap {
+    DirtyBitmap::new(0, LOW_SIZE + HIGH_SIZE, page_size).unwrap()
+}
+
+/// The numbers of the pages marked, without those of the page tables, which the processor itself may have written.
+fn pages(bitmap: &DirtyBitmap) -> BTreeSet<u64> {
+    let tables = TABLES / PAGE..CODE / PAGE;
+    bitmap
+        .runs()
+        .flat_map(|run| run.start / PAGE..run.end.div_ceil(PAGE))
+        .filter(|page| !tables.contains(page))
+        .collect()
+}
+
+fn pages_of(addresses: &[u64]) -> BTreeSet<u64> {
+    addresses.iter().map(|a| offset(*a) / PAGE).collect()
+}
+
+#[rstest]
+fn the_log_has_exactly_the_pages_that_the_guest_wrote_in_both_slots(
+    #[values(Reprotect::WhenRead, Reprotect::WhenMarked)] reprotect: Reprotect,
+) {
+    if !Need::Kvm.met("the_log_has_exactly_the_pages_that_the_guest_wrote_in_both_slots") {
+        return;
+    }
+    let mut guest = Guest::booted(Program::Touch);
+    let log = guest.log(reprotect);
+    assert_eq!(log.reprotect(), reprotect);
+
+    guest.touch(&TOUCHED);
+    let marks = bitmap(PAGE);
+    let harvest = log.harvest(&marks).unwrap();
+    assert_eq!(pages(&marks), pages_of(&TOUCHED));
+    assert_eq!(harvest.pages * harvest.page_size, marks.dirty_bytes());
+
+    // Nothing written, nothing found; one page written again, that one found.
+    let marks = bitmap(PAGE);
+    assert_eq!(log.harvest(&marks).unwrap().pages, 0);
+    assert!(marks.is_clean());
+    guest.touch(&TOUCHED[3..4]);
+    log.harvest(&marks).unwrap();
+    assert_eq!(pages(&marks), pages_of(&TOUCHED[3..4]));
+}
+
+#[rstest]
+#[case::coarser(16384)]
+#[case::finer(512)]
+fn a_bitmap_of_another_page_size_covers_the_pages_written(#[case] page_size: u64) {
+    if !Need::Kvm.met("a_bitmap_of_another_page_size_covers_the_pages_written") {
+        return;
+    }
+    let mut guest = Guest::booted(Program::Touch);
+    let log = guest.log(Reprotect::WhenRead);
+    guest.touch(&TOUCHED);
+    let marks = bitmap(page_size);
+    log.harvest(&marks).unwrap();
+    for page in pages_of(&TOUCHED) {
+        assert!(marks.is_dirty(page * PAGE).unwrap());
+        assert!(marks.is_dirty(page * PAGE + PAGE - 1).unwrap());
+    }
+    assert!(!marks.is_dirty(0x80000).unwrap());
+}
+
+#[rstest]
+fn a_save_that_fails_keeps_its_pages_for_the_next_one(
+    #[values(Reprotect::WhenRead, Reprotect::WhenMarked)] reprotect: Reprotect,
+) {
+    if !Need::Kvm.met("a_save_that_fails_keeps_its_pages_for_the_next_one") {
+        return;
+    }
+    let mut guest = Guest::booted(Program::Touch);
+    let log = guest.log(reprotect);
+    let marks = bitmap(PAGE);
+
+    guest.touch(&TOUCHED[..3]);
+    log.harvest(&marks).unwrap();
+    let epoch = marks.begin_epoch().unwrap();
+    guest.touch(&TOUCHED[2..5]); // while the save is under way
+    drop(epoch); // the save fails
+
+    log.harvest(&marks).unwrap();
+    let epoch = marks.begin_epoch().unwrap();
+    assert_eq!(pages(epoch.bitmap()), pages_of(&TOUCHED[..5]));
+    epoch.release();
+    log.harvest(&marks).unwrap();
+    assert!(marks.is_clean());
+}
+
+#[rstest]
+fn a_harvest_that_fails_at_the_second_slot_loses_no_page(
+    #[values(Reprotect::WhenRead, Reprotect::WhenMarked)] reprotect: Reprotect,
+) {
+    if !Need::Kvm.met("a_harvest_that_fails_at_the_second_slot_loses_no_page") {
+        return;
+    }
+    let mut guest = Guest::booted(Program::Touch);
+    let log = guest.log(reprotect);
+    guest.touch(&TOUCHED[..2]);
+
+    log_high_slot(&guest, false);
+    let marks = bitmap(PAGE);
+    let error = log.harvest(&marks).unwrap_err();
+    assert!(matches!(error, HarvestError::Get { slot: 1, .. }));
+    assert!(error.source().is_some() && error.to_string().contains("slot 1"));
+    assert_eq!(pages(&marks), pages_of(&TOUCHED[..2]));
+
+    log_high_slot(&guest, true);
+    guest.touch(&TOUCHED[4..]);
+    log.harvest(&marks).unwrap();
+    let all: BTreeSet<_> = [pages_of(&TOUCHED[..2]), pages_of(&TOUCHED[4..])].concat_sets();
+    assert_eq!(pages(&marks), all);
+}
+
+trait ConcatSets {
+    fn concat_sets(self) -> BTreeSet<u64>;
+}
+
+impl ConcatSets for [BTreeSet<u64>; 2] {
+    fn concat_sets(self) -> BTreeSet<u64> {
+        self.into_iter().flatten().collect()
+    }
+}
+
+/// What a monitor might do behind the log's back.
+fn log_high_slot(guest: &Guest, on: bool) {
+    let memory = guest.ram.host_memory(LOW_SIZE, 1).unwrap();
+    let region = kvm_userspace_memory_region {
+        slot: 1,
+        flags: if on { KVM_MEM_LOG_DIRTY_PAGES } else { 0 },
+        guest_phys_addr: HIGH,
+        memory_size: HIGH_SIZE,
+        userspace_addr: memory.as_ptr().addr() as u64,
+    };
+    // SAFETY: the slot as it is registered, but for its flags.
+    #[allow(unsafe_code)]
+    unsafe { guest.vm.set_user_memory_region(region) }.unwrap();
+}
+
+#[test]
+fn a_bitmap_of_another_size_is_refused_and_the_log_keeps_its_pages() {
+    if !Need::Kvm.met("a_bitmap_of_another_size_is_refused_and_the_log_keeps_its_pages") {
+        return;
+    }
+    let mut guest = Guest::booted(Program::Touch);
+    let log = guest.log(Reprotect::WhenRead);
+    guest.touch(&TOUCHED);
+    for (start, size) in [(0, LOW_SIZE), (PAGE, LOW_SIZE + HIGH_SIZE)] {
+        let other = DirtyBitmap::new(start, size, PAGE).unwrap();
+        let error = log.harvest(&other).unwrap_err();
+        assert!(matches!(error, HarvestError::BitmapMismatch(_)));
+        assert!(error.to_string().contains("layout.ram_size()"));
+        assert!(other.is_clean());
+    }
+    let marks = bitmap(PAGE);
+    log.harvest(&marks).unwrap();
+    assert_eq!(pages(&marks), pages_of(&TOUCHED));
+}
+
+#[test]
+fn what_the_host_writes_is_marked_beside_what_the_guest_writes() {
+    if !Need::Kvm.met("what_the_host_writes_is_marked_beside_what_the_guest_writes") {
+        return;
+    }
+    let mut guest = Guest::booted(Program::Touch);
+    let log = guest.log(Reprotect::WhenRead);
+    guest.touch(&TOUCHED[..1]); // writes its list at INPUT from the host
+    guest.ram.write(HIGH + 0x1ffe, &[1; 4]).unwrap(); // across a page border
+    guest.ram.write_at(offset(0x80000), &[1]).unwrap();
+    guest.ram.mark(0x90000, 1).unwrap(); // a device wrote there
+
+    let marks = guest.ram.dirty_bitmap();
+    log.harvest(marks).unwrap();
+    let written = [TOUCHED[0], INPUT, HIGH + 0x1000, HIGH + 0x2000, 0x80000, 0x90000];
+    assert_eq!(pages(marks), pages_of(&written));
+}
+
+#[test]
+fn a_log_dropped_and_started_again_has_what_was_written_in_between() {
+    if !Need::Kvm.met("a_log_dropped_and_started_again_has_what_was_written_in_between") {
+        return;
+    }
+    let mut guest = Guest::booted(Program::Touch);
+    drop(guest.log(Reprotect::WhenRead));
+    guest.touch(&TOUCHED);
+    let log = DirtyLog::start(&guest.slots).unwrap();
+    let marks = bitmap(PAGE);
+    log.harvest(&marks).unwrap();
+    assert_eq!(pages(&marks), pages_of(&TOUCHED));
+}
+
+#[test]
+fn a_log_stopped_logs_nothing_more() {
+    if !Need::Kvm.met("a_log_stopped_logs_nothing_more") {
+        return;
+    }
+    let mut guest = Guest::booted(Program::Touch);
+    guest.log(Reprotect::WhenRead).stop().unwrap();
+    assert!(guest.vm.get_dirty_log(0, LOW_SIZE as usize).is_err());
+    guest.touch(&TOUCHED);
+    let log = guest.log(Reprotect::WhenRead);
+    let marks = bitmap(PAGE);
+    log.harvest(&marks).unwrap();
+    assert!(pages(&marks).is_empty());
+}
+
+/// A guest that writes random pages all the time, harvested meanwhile: the pages copied after each harvest, put together, must
+/// be its RAM. With `apart`, another thread takes the marks and copies, so that it may do so in the middle of a harvest.
+#[rstest]
+fn harvesting_a_running_guest_loses_no_page(
+    #[values(Reprotect::WhenRead, Reprotect::WhenMarked)] reprotect: Reprotect,
+    #[values(false, true)] apart: bool,
+) {
+    if !Need::Kvm.met("harvesting_a_running_guest_loses_no_page") {
+        return;
+    }
+    const ROUNDS: u32 = 400;
+    let mut guest = Guest::booted(Program::Scatter);
+    let log = guest.log(reprotect);
+    guest.set_regs(|regs| {
+        regs.rdi = LOW_SIZE;
+        regs.r10 = (LOW_SIZE + HIGH_SIZE) / PAGE - 32;
+        regs.r11 = HIGH - LOW_SIZE;
+        regs.rdx = INPUT;
+    });
+    let mut copy = guest.image();
+    let (vcpu, ram) = (&mut guest.vcpu, &guest.ram);
+    let marks = ram.dirty_bitmap();
+    let mut save = || {
+        let taken = marks.drain().unwrap();
+        for run in taken.runs() {
+            let bytes = &mut copy[run.start as usize..run.end as usize];
+            ram.read_at(run.start, bytes).unwrap();
+        }
+    };
+    let harvested = AtomicBool::new(false);
+    let mut pages = 0;
+    std::thread::scope(|threads| {
+        let running = threads.spawn(move || support::run(vcpu));
+        if apart {
+            let copier = threads.spawn(|| {
+                while !harvested.load(Ordering::Acquire) {
+                    save();
+                }
+            });
+            for _ in 0..ROUNDS {
+                pages += log.harvest(marks).unwrap().pages;
+            }
+            ram.write(INPUT, &[1]).unwrap();
+            running.join().unwrap();
+            harvested.store(true, Ordering::Release);
+            copier.join().unwrap();
+        } else {
+            for _ in 0..ROUNDS {
+                pages += log.harvest(marks).unwrap().pages;
+                save();
+            }
+            ram.write(INPUT, &[1]).unwrap();
+            running.join().unwrap();
+        }
+    });
+    pages += log.harvest(marks).unwrap().pages;
+    save();
+    assert!(pages > 2 * (LOW_SIZE + HIGH_SIZE) / PAGE, "{pages} pages: the guest hardly ran");
+    let lost: Vec<_> = std::iter::zip(copy.chunks(4096), guest.image().chunks(4096))
+        .enumerate()
+        .filter_map(|(page, (copied, real))| (copied != real).then_some(page))
+        .collect();
+    assert!(lost.is_empty(), "pages {lost:?} of {pages} harvested");
+}

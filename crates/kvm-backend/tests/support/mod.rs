@@ -1,0 +1,252 @@
+//! A guest small enough for a test: one vCPU at privilege level 3, RAM around a gap, and programs of a few instructions.
+
+// Every test file has its own copy of this module and uses a part of it.
+#![allow(dead_code, unreachable_pub, unsafe_code)]
+
+use std::sync::Arc;
+
+use kvm_backend::{DirtyLog, GuestRam, RamSlots, Reprotect, long_mode};
+use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
+use page_reader::{PageReader, RamLayout};
+
+pub const PAGE: u64 = 4096;
+/// RAM from 0, and from `HIGH` on.
+pub const LOW_SIZE: u64 = 4 << 20;
+pub const HIGH: u64 = 4 << 30;
+pub const HIGH_SIZE: u64 = 4 << 20;
+
+/// Where things are in RAM.
+pub const TABLES: u64 = 0x1000;
+pub const CODE: u64 = 0x10000;
+pub const STACK: u64 = 0x11000;
+pub const INPUT: u64 = 0x12000;
+
+/// The port on which a program says that it is done.
+pub const DONE: u16 = 0x80;
+
+/// A program: position-independent, no calls, entered anew or going on after its `out`.
+#[derive(Clone, Copy, Debug)]
+pub enum Program {
+    /// Increments the word at each of the rcx addresses in the list at rsi.
+    Touch,
+    /// Increments words of random pages until the word at rdx is not 0. rdi: bytes of low RAM; r10: pages in all; r11: size of the gap.
+    Scatter,
+    /// Loads 96 bytes at rsi into vector registers; then, going on, stores them at rdi.
+    Vectors,
+    /// r13 steps at a time, mixes the words of the page at rdi into rax, and rax into them.
+    Mix,
+    /// `out`s al twice, incrementing it in between.
+    TwoOuts,
+    /// `out`s rcx bytes at rsi in one string instruction, then is done.
+    StringOut,
+}
+
+core::arch::global_asm!(
+    ".pushsection .rodata",
+    "touch:",
+    "test rcx, rcx",
+    "jz 2f",
+    "mov rax, [rsi]",
+    "add rsi, 8",
+    "inc qword ptr [rax]",
+    "dec rcx",
+    "jmp touch",
+    "2: out 0x80, al",
+    "jmp touch",
+    "touch_end:",
+    "scatter:",
+    "mov rbx, 0x9e3779b97f4a7c15",
+    "2: mov rax, rbx", // xorshift 13, 7, 17
+    "shl rax, 13",
+    "xor rbx, rax",
+    "mov rax, rbx",
+    "shr rax, 7",
+    "xor rbx, rax",
+    "mov rax, rbx",
+    "shl rax, 17",
+    "xor rbx, rax",
+    "mov rax, rbx",
+    "push rdx",
+    "mul r10", // rdx: any page but the first 32
+    "lea rcx, [rdx + 32]",
+    "pop rdx",
+    "shl rcx, 12",
+    "cmp rcx, rdi",
+    "jb 3f",
+    "add rcx, r11",
+    "3: mov rax, rbx",
+    "and eax, 0xff8",
+    "inc qword ptr [rcx + rax]",
+    "cmp qword ptr [rdx], 0",
+    "je 2b",
+    "out 0x80, al",
+    "scatter_end:",
+    "vectors:",
+    "vmovdqu ymm0, [rsi]",
+    "vmovdqu ymm15, [rsi + 32]",
+    "vmovdqu xmm7, [rsi + 64]",
+    "fld qword ptr [rsi + 80]",
+    "out 0x80, al",
+    "vmovdqu [rdi], ymm0",
+    "vmovdqu [rdi + 32], ymm15",
+    "vmovdqu [rdi + 64], xmm7",
+    "fst qword ptr [rdi + 80]",
+    "out 0x80, al",
+    "vectors_end:",
+    "mix:",
+    "mov rcx, r13",
+    "2: mov rdx, 6364136223846793005",
+    "imul rax, rdx",
+    "inc rax",
+    "mov rdx, rax",
+    "shr rdx, 55",
+    "xor rax, [rdi + rdx * 8]",
+    "add [rdi + rdx * 8], rax",
+    "movq xmm1, rax",
+    "paddq xmm0, xmm1",
+    "dec rcx",
+    "jnz 2b",
+    "movq [rdi], xmm0",
+    "out 0x80, al",
+    "jmp mix",
+    "mix_end:",
+    "two_outs:",
+    "out 0x80, al",
+    "inc al",
+    "out 0x80, al",
+    "two_outs_end:",
+    "string_out:",
+    "mov dx, 0x81",
+    "rep outsb",
+    "out 0x80, al",
+    "string_out_end:",
+    ".popsection",
+);
+
+impl Program {
+    pub fn bytes(self) -> &'static [u8] {
+        macro_rules! between {
+            ($begin:ident, $end:ident) => {{
+                unsafe extern "C" {
+                    static $begin: u8;
+                    static $end: u8;
+                }
+                let (begin, end) = (&raw const $begin, &raw const $end);
+                // SAFETY: both labels are in the read-only bytes assembled above, the first before the second.
+                unsafe { std::slice::from_raw_parts(begin, end.offset_from_unsigned(begin)) }
+            }};
+        }
+        match self {
+            Self::Touch => between!(touch, touch_end),
+            Self::Scatter => between!(scatter, scatter_end),
+            Self::Vectors => between!(vectors, vectors_end),
+            Self::Mix => between!(mix, mix_end),
+            Self::TwoOuts => between!(two_outs, two_outs_end),
+            Self::StringOut => between!(string_out, string_out_end),
+        }
+    }
+}
+
+/// A virtual machine. Fields drop in order: the vCPU before its memory.
+pub struct Guest {
+    pub vcpu: VcpuFd,
+    pub slots: Arc<RamSlots>,
+    pub ram: Arc<GuestRam>,
+    pub vm: Arc<VmFd>,
+    pub kvm: Kvm,
+}
+
+impl Guest {
+    /// RAM and a vCPU in its reset state.
+    pub fn new() -> Self {
+        Self::with(|_| ())
+    }
+
+    /// The same, with something done to the virtual machine before its vCPU is created.
+    pub fn with(prepare: impl FnOnce(&VmFd)) -> Self {
+        let kvm = kvm_backend::open_kvm().unwrap();
+        let vm = Arc::new(kvm.create_vm().unwrap());
+        prepare(&vm);
+        let layout = RamLayout::new([(0, LOW_SIZE), (HIGH, HIGH_SIZE)]).unwrap();
+        let ram = Arc::new(GuestRam::new(layout).unwrap());
+        let slots = Arc::new(RamSlots::register(&vm, &ram, 0).unwrap());
+        let vcpu = vm.create_vcpu(0).unwrap();
+        Self {
+            vcpu,
+            slots,
+            ram,
+            vm,
+            kvm,
+        }
+    }
+
+    /// RAM, and a vCPU at the start of `program`.
+    pub fn booted(program: Program) -> Self {
+        let guest = Self::new();
+        guest.boot(program);
+        guest
+    }
+
+    pub fn boot(&self, program: Program) {
+        self.ram.write(CODE, program.bytes()).unwrap();
+        let start = long_mode::Start {
+            entry: CODE,
+            stack: STACK,
+            page_tables: TABLES,
+        };
+        long_mode::boot(&self.kvm, &self.ram, &self.vcpu, &start).unwrap();
+    }
+
+    /// A log, and no page in it or in the bitmap.
+    pub fn log(&self, reprotect: Reprotect) -> DirtyLog {
+        let log = DirtyLog::start_with(&self.slots, reprotect).unwrap();
+        self.ram.dirty_bitmap().drain().unwrap();
+        log
+    }
+
+    pub fn set_regs(&self, change: impl FnOnce(&mut kvm_bindings::kvm_regs)) {
+        let mut regs = self.vcpu.get_regs().unwrap();
+        change(&mut regs);
+        self.vcpu.set_regs(&regs).unwrap();
+    }
+
+    /// Runs until the program says it is done; the byte it said.
+    pub fn run(&mut self) -> u8 {
+        run(&mut self.vcpu)
+    }
+
+    /// Has the program `Touch` write to each of these addresses.
+    pub fn touch(&mut self, addresses: &[u64]) {
+        let list: Vec<u8> = addresses.iter().flat_map(|a| a.to_le_bytes()).collect();
+        assert!(list.len() as u64 <= PAGE);
+        self.ram.write(INPUT, &list).unwrap(); // This marks the page INPUT: a host write.
+        self.set_regs(|regs| {
+            regs.rip = CODE;
+            regs.rsi = INPUT;
+            regs.rcx = addresses.len() as u64;
+        });
+        self.run();
+    }
+
+    /// All of RAM.
+    pub fn image(&self) -> Vec<u8> {
+        let mut image = vec![0; self.ram.layout().ram_size() as usize];
+        self.ram.read_at(0, &mut image).unwrap();
+        image
+    }
+}
+
+pub fn run(vcpu: &mut VcpuFd) -> u8 {
+    match vcpu.run().unwrap() {
+        VcpuExit::IoOut(DONE, [byte]) => *byte,
+        other => panic!("{other:?}"),
+    }
+}
+
+/// The offset in the memory file of a guest-physical address.
+pub fn offset(guest_address: u64) -> u64 {
+    match guest_address {
+        high if high >= HIGH => high - HIGH + LOW_SIZE,
+        low => low,
+    }
+}
