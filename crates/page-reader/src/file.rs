@@ -9,9 +9,9 @@ use crate::{PageReader, range};
 
 /// A guest's RAM in a file: a memfd or file that the guest maps shared, or an image of a guest at rest.
 ///
-/// `F` is a [`File`], or a borrowed or shared one (`&File`, `Arc<File>`). Reads are positioned (`pread`), so the file's own
-/// position is neither used nor moved, and threads may read at once. Opened files are not locked: bytes that a
-/// running guest writes meanwhile come back as they are when each page is read.
+/// `F` is a [`File`], or a borrowed or shared one (`&File`, `Arc<File>`). Reads are positioned (`pread`), so the
+/// file's own position is neither used nor moved, and threads may read at once. Opened files are not locked: bytes
+/// that a running guest writes meanwhile come back as they are when each page is read.
 ///
 /// A guest that maps its file *privately* (`MAP_PRIVATE`, QEMU's `share=off`) keeps what it writes to itself: its
 /// RAM isn't in the file. Use [`MappedMemory`](crate::MappedMemory) or `ProcessMemory` there.

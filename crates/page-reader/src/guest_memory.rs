@@ -117,8 +117,8 @@ where
         let piece = self.layout.pieces(offset, len as u64).next()?;
         let slice = slice(&*self.memory, piece.guest_start, piece.size as usize).ok()?;
         let start = slice.ptr_guard().as_ptr();
-        // SAFETY: as in read_at; the slice's lifetime, which its maker vouches for, is that of the borrow of `self`, and a guard
-        // that isn't dropped is an address only, good for as long as the slice.
+        // SAFETY: as in read_at; the slice's lifetime, which its maker vouches for, is that of the borrow of `self`,
+        // and a guard that isn't dropped is an address only, good for as long as the slice.
         Some(unsafe { HostMemory::new(start, slice.len()) })
     }
 }

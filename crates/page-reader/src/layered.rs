@@ -11,7 +11,8 @@ use crate::{HostMemory, PageReader, range};
 ///   [`overlay`](Self::overlay).
 ///
 /// Host memory is handed out wherever the layer that's on top has it. All layers are of one type `R`; for sources of
-/// different types that is `&dyn PageReader`, or `Box<dyn PageReader + Send + Sync>` to share the whole between threads.
+/// different types that is `&dyn PageReader`, or `Box<dyn PageReader + Send + Sync>` to share the whole between
+/// threads.
 ///
 /// # Examples
 /// ```
@@ -179,7 +180,8 @@ impl<R> Layered<R> {
         self.spans.partition_point(|span| span.end <= offset)
     }
 
-    /// The parts of spans, in ascending order, that make up `len` bytes from `offset` on; the range is known to be inside.
+    /// The parts of spans, in ascending order, that make up `len` bytes from `offset` on; the range is known to be
+    /// inside.
     fn pieces(&self, offset: u64, len: usize) -> impl Iterator<Item = Span> {
         let end = offset + len as u64;
         self.spans[self.first_span(offset)..]

@@ -202,8 +202,8 @@ impl RamLayout {
         })
     }
 
-    /// The layout of one region: a guest without an MMIO gap in its RAM, such as most arm64 ones (QEMU's `virt` has its RAM
-    /// at 1 GiB, Firecracker at 2 GiB).
+    /// The layout of one region: a guest without an MMIO gap in its RAM, such as most arm64 ones (QEMU's `virt` has
+    /// its RAM at 1 GiB, Firecracker at 2 GiB).
     ///
     /// # Errors
     /// As [`new`](Self::new).
@@ -214,8 +214,8 @@ impl RamLayout {
     /// The layout of an x86 guest: RAM from 0 up to 3 GiB, and what doesn't fit there from 4 GiB on.
     ///
     /// The gap of 1 GiB holds 32-bit MMIO (PCI, I/O APIC, local APIC). Firecracker and Cloud Hypervisor place it so;
-    /// where it starts lower, as with some of QEMU's machines, or a second gap lies higher, as in Firecracker from 256 GiB
-    /// on, use [`new`](Self::new).
+    /// where it starts lower, as with some of QEMU's machines, or a second gap lies higher, as in Firecracker from
+    /// 256 GiB on, use [`new`](Self::new).
     ///
     /// # Errors
     /// As [`new`](Self::new).
@@ -278,7 +278,8 @@ impl RamLayout {
         Ok(self.pieces(offset, size))
     }
 
-    /// The pieces, in ascending order, of `size` bytes of the memory file from `offset` on: one for each region they touch.
+    /// The pieces, in ascending order, of `size` bytes of the memory file from `offset` on: one for each region they
+    /// touch.
     ///
     /// # Errors
     /// [`OutsideRam::File`] where the range ends past [`ram_size`](Self::ram_size).

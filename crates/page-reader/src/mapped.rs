@@ -74,7 +74,8 @@ impl<'a> MappedMemory<'a> {
     /// The guest whose RAM is laid out as `layout`, each region in the host memory at the same place of `regions`.
     ///
     /// # Errors
-    /// Not one range of host memory for each [region](RamLayout::regions), in ascending guest-physical order, of its size.
+    /// Not one range of host memory for each [region](RamLayout::regions), in ascending guest-physical order, of its
+    /// size.
     pub fn new(
         layout: RamLayout,
         regions: impl IntoIterator<Item = HostMemory<'a>>,

@@ -8,12 +8,12 @@ use crate::{FileReader, Layered, LayeredError, PageReader, range};
 
 /// A guest's RAM in the monitor's process, read from outside of it, over `/proc/<pid>/mem`.
 ///
-/// The memory is that of the process as it is when it's opened. It's never another's: if the process ends or runs another
-/// program (`exec`), reads fail, also when its process id is in use again (`process_vm_readv`, which goes by the
-/// id, would read a stranger's memory, and is only 1.2 times as fast: 7.6 against 6.3 GB/s in reads of 1 MiB).
+/// The memory is that of the process as it is when it's opened. It's never another's: if the process ends or runs
+/// another program (`exec`), reads fail, also when its process id is in use again (`process_vm_readv`, which goes by
+/// the id, would read a stranger's memory, and is only 1.2 times as fast: 7.6 against 6.3 GB/s in reads of 1 MiB).
 ///
-/// Opening needs the right to trace the process: the same user and no Yama restriction, or `CAP_SYS_PTRACE`. The process
-/// runs on; stop its vCPUs where the bytes must be of one instant. There's no host memory to hand out.
+/// Opening needs the right to trace the process: the same user and no Yama restriction, or `CAP_SYS_PTRACE`. The
+/// process runs on; stop its vCPUs where the bytes must be of one instant. There's no host memory to hand out.
 ///
 /// # Examples
 /// A guest region whose address, here of this very process, came from the monitor or `/proc/<pid>/maps`:
@@ -95,8 +95,8 @@ pub enum ProcessMemoryError {
 impl ProcessMemory {
     /// The address ranges (address of the first byte, size in bytes) of process `pid`, one after another.
     ///
-    /// They're usually the host addresses of the guest's RAM regions, in ascending guest-physical order. Whether they're
-    /// mapped shows when they're read.
+    /// They're usually the host addresses of the guest's RAM regions, in ascending guest-physical order. Whether
+    /// they're mapped shows when they're read.
     ///
     /// # Errors
     /// The process can't be opened; there's no range, an empty one, or one past any process's addresses.

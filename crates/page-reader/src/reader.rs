@@ -52,10 +52,10 @@ pub trait PageReader {
     /// The host memory that backs the bytes from `offset` on: at least 1 and at most `len` bytes of it, or
     /// `None` where the source has no such memory there.
     ///
-    /// What comes back may be shorter than `len`, at the border of two regions: ask again from where it ended. Its bytes
-    /// are those that [`read_at`](Self::read_at) would give, so the kernel can read them without a copy.
-    /// `None` isn't the end of the source: it means "use `read_at` here", and is also the answer to `len` 0 and past
-    /// the end.
+    /// What comes back may be shorter than `len`, at the border of two regions: ask again from where it ended. Its
+    /// bytes are those that [`read_at`](Self::read_at) would give, so the kernel can read them without a copy. `None`
+    /// isn't the end of the source: it means "use `read_at` here", and is also the answer to `len` 0 and past the
+    /// end.
     fn host_memory(&self, offset: u64, len: usize) -> Option<HostMemory<'_>> {
         let _ = (offset, len);
         None

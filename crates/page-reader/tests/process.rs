@@ -1,4 +1,5 @@
-//! `ProcessMemory` against a real other process, which holds its pattern, unmaps part of it, runs another program, and dies.
+//! `ProcessMemory` against a real other process, which holds its pattern, unmaps part of it, runs another program,
+//! and dies.
 
 #![cfg(target_os = "linux")]
 #![allow(unsafe_code)]
