@@ -1,0 +1,102 @@
+use rstest::rstest;
+use test_machine::Need;
+
+use super::*;
+
+fn here(tracking: Tracking, test: &str) -> bool {
+    match tracking {
+        #[cfg(target_os = "linux")]
+        Tracking::Userfaultfd => Need::Userfaultfd.met(test),
+        Tracking::Mprotect => {
+            let _ = Need::ALL;
+            true
+        }
+    }
+}
+
+fn tracked(tracking: Tracking, ram: u64) -> Embedded {
+    let mut guest = Embedded::new(Layout::of(ram), tracking).unwrap();
+    guest.track().unwrap();
+    guest
+}
+
+fn dirty(guest: &Embedded) -> Vec<Range<u64>> {
+    guest.dirty.runs().collect()
+}
+
+#[rstest]
+#[cfg_attr(target_os = "linux", case::by_userfaultfd(Tracking::Userfaultfd))]
+#[case::by_mprotect(Tracking::Mprotect)]
+fn exactly_the_pages_written_since_the_harvest_are_marked(#[case] tracking: Tracking) {
+    if !here(
+        tracking,
+        "exactly_the_pages_written_since_the_harvest_are_marked",
+    ) {
+        return;
+    }
+    let page = memory::page_size().unwrap();
+    let mut guest = tracked(tracking, 8 << 20);
+    guest.memory.store(3 * page - 8, 1);
+    guest.memory.store(3 * page, 2);
+    guest.memory.store(9 * page, 3);
+    assert_eq!(guest.memory.load(5 * page), 0);
+    assert_eq!(dirty(&guest), [2 * page..4 * page, 9 * page..10 * page]);
+
+    guest.harvest().unwrap();
+    guest.dirty.begin_epoch().unwrap().release();
+    guest.memory.store(9 * page + 8, 4);
+    assert_eq!(dirty(&guest), [9 * page..10 * page]);
+    assert_eq!(guest.memory.load(9 * page), 3);
+}
+
+#[rstest]
+#[cfg_attr(target_os = "linux", case::by_userfaultfd(Tracking::Userfaultfd))]
+#[case::by_mprotect(Tracking::Mprotect)]
+fn two_guests_of_one_process_are_tracked_apart(#[case] tracking: Tracking) {
+    if !here(tracking, "two_guests_of_one_process_are_tracked_apart") {
+        return;
+    }
+    let page = memory::page_size().unwrap();
+    let (one, other) = (tracked(tracking, 8 << 20), tracked(tracking, 8 << 20));
+    other.memory.store(page, 1);
+    one.memory.store(0, 1);
+    drop(one);
+    other.memory.store(4 * page, 1);
+    assert_eq!(dirty(&other), [page..2 * page, 4 * page..5 * page]);
+}
+
+/// Linux counts mappings (`vm.max_map_count`, 65,530 unless changed), and every second page writable is one mapping a page.
+#[cfg(target_os = "linux")]
+#[test]
+fn more_scattered_pages_than_mappings_are_marked_all_the_same() {
+    const CHILD: &str = "XTASK_TEST_MAPPINGS";
+    // A process of its own: other tests need mappings too.
+    if std::env::var_os(CHILD).is_none() {
+        let name =
+            "demo::embedded::tests::more_scattered_pages_than_mappings_are_marked_all_the_same";
+        let test = std::process::Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", name])
+            .env(CHILD, "1")
+            .output()
+            .unwrap();
+        let output = String::from_utf8_lossy(&test.stdout).into_owned();
+        assert!(
+            test.status.success() && output.contains("1 passed"),
+            "{output}"
+        );
+        return;
+    }
+    let limit = std::fs::read_to_string("/proc/sys/vm/max_map_count").unwrap();
+    let (limit, page) = (
+        limit.trim().parse::<u64>().unwrap(),
+        memory::page_size().unwrap(),
+    );
+    let guest = tracked(Tracking::Mprotect, (limit + 4096) * page);
+    for number in (0..limit + 2048).step_by(2) {
+        guest.memory.store(number * page, number);
+        assert!(
+            guest.dirty.is_dirty(number * page).unwrap(),
+            "page {number}"
+        );
+    }
+}

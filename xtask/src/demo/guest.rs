@@ -1,0 +1,152 @@
+//! What the demo asks of a guest, and which guests there are.
+
+use std::fmt;
+use std::io;
+use std::sync::Arc;
+
+use anyhow::Context;
+use clap::ValueEnum;
+use dirty_bitmap::DirtyBitmap;
+use page_reader::{HostMemory, PageReader};
+
+use super::embedded::{Embedded, Tracking};
+use super::ledger::{Layout, Verdict};
+
+/// A guest with a ledger in its RAM: a virtual machine, or a part of this process.
+///
+/// A new guest has empty memory. It either [boots](Self::boot), or becomes another guest: its memory is
+/// [written](Self::write) from that guest's snapshots and its [processor](Self::set_processor) set to that guest's.
+pub trait Guest: Send {
+    /// Loads the program and puts the processor at its start.
+    fn boot(&mut self) -> anyhow::Result<()>;
+
+    /// Works until `step` steps are done, then waits for the next order.
+    fn work_until(&mut self, step: u64) -> anyhow::Result<()>;
+
+    /// Works until at least `step` steps are done, and pauses there and then: where the guest can be stopped at any
+    /// instruction, in the middle of a step.
+    fn work_past(&mut self, step: u64) -> anyhow::Result<()> {
+        self.work_until(step)
+    }
+
+    /// Steps done.
+    fn steps(&self) -> u64;
+
+    /// Has the guest check its own ledger.
+    fn check(&mut self) -> anyhow::Result<Verdict>;
+
+    /// The guest's RAM, readable while it works.
+    fn ram(&self) -> Ram;
+
+    /// Writes to the RAM of a guest that does not work, before its writes are tracked.
+    fn write(&mut self, offset: u64, bytes: &[u8]) -> anyhow::Result<()>;
+
+    /// Where the guest's addresses have a hole, as the offset into the RAM of what follows it.
+    fn gap(&self) -> Option<u64> {
+        None
+    }
+
+    /// Begins to track writes.
+    fn track(&mut self) -> anyhow::Result<()>;
+
+    /// The pages written and [harvested](Self::harvest), by byte offset into the RAM.
+    fn dirty(&self) -> &Arc<DirtyBitmap>;
+
+    /// With the guest paused: has every page written since the last harvest marked in [`dirty`](Self::dirty), and the
+    /// next write to it tracked anew.
+    fn harvest(&mut self) -> anyhow::Result<()>;
+
+    /// With the guest [paused](Self::work_past): what its processor holds.
+    fn processor(&mut self) -> anyhow::Result<Vec<u8>>;
+
+    /// Has the processor hold what [`processor`](Self::processor) said of another guest.
+    fn set_processor(&mut self, state: &[u8]) -> anyhow::Result<()>;
+}
+
+/// A guest's RAM, shared between the guest and whoever reads it.
+#[derive(Clone)]
+pub struct Ram(Arc<dyn PageReader + Send + Sync>);
+
+impl Ram {
+    pub fn new(ram: Arc<impl PageReader + Send + Sync + 'static>) -> Self {
+        Self(ram)
+    }
+}
+
+impl PageReader for Ram {
+    fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
+        self.0.read_at(offset, buf)
+    }
+
+    fn host_memory(&self, offset: u64, len: usize) -> Option<HostMemory<'_>> {
+        self.0.host_memory(offset, len)
+    }
+}
+
+/// A way to have a guest, the best first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Kind {
+    /// A virtual machine of KVM's (Linux on x86-64): writes tracked by its dirty log
+    Kvm,
+    /// A part of this process (Linux): writes tracked by userfaultfd write-protection
+    Userfaultfd,
+    /// A part of this process (any Unix): writes tracked by mprotect and a signal handler
+    Mprotect,
+}
+
+impl Kind {
+    /// The best guest that this machine can have, and why none of the better ones.
+    pub fn best() -> (Self, Vec<String>) {
+        let mut why_not = Vec::new();
+        for kind in [Self::Kvm, Self::Userfaultfd] {
+            match kind.available() {
+                Ok(()) => return (kind, why_not),
+                Err(error) => why_not.push(format!("{error:#}")),
+            }
+        }
+        (Self::Mprotect, why_not)
+    }
+
+    /// A guest of this kind with empty memory.
+    pub fn create(self, layout: Layout) -> anyhow::Result<Box<dyn Guest>> {
+        let guest: anyhow::Result<Box<dyn Guest>> = match self {
+            #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+            Self::Kvm => super::kvm::Machine::new(layout).map(|guest| Box::new(guest) as _),
+            #[cfg(target_os = "linux")]
+            Self::Userfaultfd => {
+                Embedded::new(layout, Tracking::Userfaultfd).map(|guest| Box::new(guest) as _)
+            }
+            Self::Mprotect => {
+                Embedded::new(layout, Tracking::Mprotect).map(|guest| Box::new(guest) as _)
+            }
+            #[cfg(not(all(target_os = "linux", target_arch = "x86_64")))]
+            kind => kind.available().and_then(|()| unreachable!()),
+        };
+        guest.with_context(|| format!("there is no guest here in {self}"))
+    }
+
+    /// Whether this machine can have such a guest, or why not.
+    fn available(self) -> anyhow::Result<()> {
+        match self {
+            #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+            Self::Kvm => super::kvm::available(),
+            #[cfg(not(all(target_os = "linux", target_arch = "x86_64")))]
+            Self::Kvm => anyhow::bail!("KVM guests take Linux on x86-64"),
+            #[cfg(target_os = "linux")]
+            Self::Userfaultfd => super::embedded::open_userfaultfd().map(drop),
+            #[cfg(not(target_os = "linux"))]
+            Self::Userfaultfd => anyhow::bail!("userfaultfd takes Linux"),
+            Self::Mprotect => Ok(()),
+        }
+    }
+}
+
+impl fmt::Display for Kind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Kvm => "a KVM virtual machine (x86-64, long mode), tracked by KVM's dirty log",
+            Self::Userfaultfd => "this process, tracked by userfaultfd write-protection",
+            Self::Mprotect => "this process, tracked by mprotect and its signal",
+        })
+    }
+}

@@ -1,0 +1,92 @@
+//! What only a virtual machine has: pauses in the middle of a step, vector registers, a hole in its addresses.
+
+use test_machine::Need;
+
+use super::*;
+use crate::demo::oracle;
+
+const LAYOUT: Layout = Layout::of(8 << 20);
+
+fn machine() -> Machine {
+    let mut machine = Machine::new(LAYOUT).unwrap();
+    machine.boot().unwrap();
+    machine
+}
+
+/// A machine with the memory of another, and its vCPU's state after `change`.
+fn successor(old: &mut Machine, change: impl FnOnce(&mut VcpuState)) -> Machine {
+    let mut ram = vec![0; LAYOUT.ram as usize];
+    old.ram.read_at(0, &mut ram).unwrap();
+    let mut state: VcpuState = postcard::from_bytes(&old.processor().unwrap()).unwrap();
+    change(&mut state);
+    let mut new = Machine::new(LAYOUT).unwrap();
+    new.write(0, &ram).unwrap();
+    let state = postcard::to_stdvec(&state).unwrap();
+    new.set_processor(&state).unwrap();
+    new
+}
+
+#[test]
+fn a_machine_paused_in_the_middle_of_a_step_goes_on_as_another() {
+    if !Need::Kvm.met("a_machine_paused_in_the_middle_of_a_step_goes_on_as_another") {
+        return;
+    }
+    let mut machine = machine();
+    let mut inside = 0;
+    for round in 1..=40 {
+        machine.work_past(round * 200).unwrap();
+        let registers = machine.vcpu.get_regs().unwrap();
+        // The register counts a step when it begins, the front page when it ends.
+        inside += u32::from(registers.r14 != machine.steps());
+        machine = successor(&mut machine, |_| ());
+    }
+    assert!(inside > 0, "no pause of 40 was inside a step");
+    let goal = machine.steps() + 1000;
+    machine.work_until(goal).unwrap();
+    assert_eq!(machine.check().unwrap(), oracle::verdict(LAYOUT, goal));
+}
+
+#[test]
+fn a_machine_without_its_vector_registers_is_found_out() {
+    if !Need::Kvm.met("a_machine_without_its_vector_registers_is_found_out") {
+        return;
+    }
+    // XMM0 in an XSAVE area: Intel SDM vol. 1, table 13-1.
+    const XMM0: std::ops::Range<usize> = 160..176;
+    let mut machine = machine();
+    machine.work_past(1000).unwrap();
+    let goal = machine.steps() + 1000;
+    let mut new = successor(&mut machine, |state| state.xsave[XMM0].fill(0));
+    new.work_until(goal).unwrap();
+    let (found, expected) = (new.check().unwrap(), oracle::verdict(LAYOUT, goal));
+    assert_eq!(found.faults, 0);
+    assert_ne!(found.digest, expected.digest);
+}
+
+#[test]
+fn the_ledger_goes_on_above_a_hole_in_the_addresses() {
+    if !Need::Kvm.met("the_ledger_goes_on_above_a_hole_in_the_addresses") {
+        return;
+    }
+    // The hole in the midst of a small ledger, not of a large one at 3 GiB.
+    let regions = [(0, 5 << 20), (64 << 20, 3 << 20)];
+    let mut machine = Machine::with_regions(RamLayout::new(regions).unwrap(), LAYOUT).unwrap();
+    assert_eq!(machine.gap(), Some(5 << 20));
+    machine.boot().unwrap();
+    machine.work_until(10_000).unwrap();
+    assert_eq!(machine.check().unwrap(), oracle::verdict(LAYOUT, 10_000));
+    let mut above = vec![0; 3 << 20];
+    machine.ram.read(64 << 20, &mut above).unwrap();
+    assert!(above.iter().any(|byte| *byte != 0));
+}
+
+#[test]
+fn a_guest_that_leaves_its_ram_is_an_error() {
+    if !Need::Kvm.met("a_guest_that_leaves_its_ram_is_an_error") {
+        return;
+    }
+    let mut machine = machine();
+    machine.front().store(front::CURSOR, 1 << 40);
+    let error = machine.work_until(1000).unwrap_err().to_string();
+    assert!(error.contains("Shutdown"), "{error}");
+}

@@ -1,0 +1,254 @@
+//! `cargo xtask demo`: snapshot a running guest, restore the chain into a new one, and prove that it goes on correctly.
+
+mod embedded;
+mod guest;
+#[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+mod kvm;
+mod ledger;
+mod oracle;
+mod picture;
+mod report;
+mod snapshots;
+mod verify;
+
+#[cfg(test)]
+mod tests;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, bail};
+use indicatif::{BinaryBytes, HumanCount};
+use xshell::Shell;
+
+use guest::{Guest, Kind};
+use ledger::Layout;
+use picture::Picture;
+use report::{Progress, Snapshot};
+use snapshots::{Chain, Snapshots};
+use verify::Proof;
+
+/// Snapshot a running guest, restore it into a new one, and prove that it goes on correctly
+///
+/// A guest keeps a ledger with checksums in its RAM. A full snapshot is taken while it works, then a diff each round. The
+/// chain is restored into a new guest, whose RAM must equal the original's byte for byte; then both go on, check their
+/// ledgers, and must reach the digest of a ledger that is computed without any guest. Exit code 0 says that all of this held.
+#[derive(clap::Args)]
+pub struct Demo {
+    /// The guest's RAM, in binary units: 256M, 4G, 1.5GiB
+    #[arg(long, default_value = "256M", value_parser = ram_size)]
+    ram: u64,
+    /// Diffs to take after the full snapshot
+    #[arg(long, default_value_t = 8)]
+    rounds: u64,
+    /// Steps that the guest works in each round; a step rewrites a page
+    #[arg(long, default_value_t = 20_000, value_parser = clap::value_parser!(u64).range(1..=1 << 32))]
+    steps: u64,
+    /// What runs; the best that this machine has unless given
+    #[arg(long, value_enum)]
+    guest: Option<Kind>,
+    /// The directory for the snapshots: choose the file system to write to [default: target/demo]
+    #[arg(long)]
+    dir: Option<PathBuf>,
+    /// Keep the snapshot files
+    #[arg(long)]
+    keep: bool,
+}
+
+impl Demo {
+    pub fn run(self, sh: &Shell) -> anyhow::Result<()> {
+        let out = sh.current_dir().join("target").join("demo");
+        let kind = self.announce();
+        let dir = self.dir.as_deref().unwrap_or(&out);
+        for dir in [dir, &out] {
+            fs::create_dir_all(dir).with_context(|| format!("can't make {}", dir.display()))?;
+        }
+        let snapshots = tempfile::Builder::new()
+            .prefix("snapshots-")
+            .tempdir_in(dir)
+            .with_context(|| {
+                format!("can't make a directory for snapshots in {}", dir.display())
+            })?;
+        let plan = Plan {
+            kind,
+            layout: Layout::of(self.ram),
+            rounds: self.rounds,
+            steps: self.steps,
+            dir: snapshots.path(),
+        };
+        let progress = Progress::new();
+        let story = plan.carry_out(&progress, |_| Ok(()));
+        progress.finish();
+        if self.keep {
+            println!("snapshots kept in {}", snapshots.keep().display());
+        }
+        let story = story?;
+
+        println!("{}", report::table(&story.table));
+        println!(
+            "dirty pages of each snapshot, by place in the RAM (height: the share that is dirty)"
+        );
+        println!("{}", story.picture.text());
+        let svg = out.join("dirty-pages.svg");
+        let saved = story.picture.save(&svg);
+        saved.with_context(|| format!("can't write {}", svg.display()))?;
+        println!("the same as a picture: {}", svg.display());
+        story.close()
+    }
+
+    /// Says which guest runs, and why.
+    fn announce(&self) -> Kind {
+        let ram = BinaryBytes(self.ram);
+        if let Some(kind) = self.guest {
+            println!("guest: {kind}, {ram} of RAM (as asked for)");
+            return kind;
+        }
+        let (kind, why_not) = Kind::best();
+        let why = match why_not.as_slice() {
+            [] => "the best this machine can have".to_owned(),
+            reasons => format!("no better one: {}", reasons.join("; ")),
+        };
+        println!("guest: {kind}, {ram} of RAM ({why})");
+        kind
+    }
+}
+
+/// The size of a guest's RAM as given on the command line.
+fn ram_size(text: &str) -> Result<u64, String> {
+    let config = parse_size::Config::new().with_binary();
+    let size = config
+        .parse_size(text)
+        .map_err(|error| format!("{error}: write 256M or 4G"))?;
+    // The largest page of a machine that this runs on.
+    const MULTIPLE: u64 = 64 << 10;
+    if size < Layout::MIN_RAM {
+        return Err(format!(
+            "the ledger needs at least {}",
+            BinaryBytes(Layout::MIN_RAM)
+        ));
+    }
+    if !size.is_multiple_of(MULTIPLE) {
+        return Err(format!(
+            "{size} bytes are no multiple of {}",
+            BinaryBytes(MULTIPLE)
+        ));
+    }
+    if size > Layout::MAX_RAM {
+        return Err(format!(
+            "the demo's machine has at most {}",
+            BinaryBytes(Layout::MAX_RAM)
+        ));
+    }
+    Ok(size)
+}
+
+/// Orders in which a round's work is given, for the progress bar.
+const PARTS: u64 = 16;
+
+/// What to do, to which guest.
+struct Plan<'a> {
+    kind: Kind,
+    layout: Layout,
+    rounds: u64,
+    steps: u64,
+    dir: &'a Path,
+}
+
+/// What was done, and found.
+struct Story {
+    table: Vec<Snapshot>,
+    picture: Picture,
+    proof: Proof,
+    pages: u64,
+    ram: u64,
+}
+
+impl Plan<'_> {
+    /// The whole demo. `tamper` may spoil the chain before it is restored: the tests see to it that the proof then fails.
+    fn carry_out(
+        &self,
+        progress: &Progress,
+        tamper: impl FnOnce(&mut Chain) -> anyhow::Result<()>,
+    ) -> anyhow::Result<Story> {
+        let mut original = self.kind.create(self.layout)?;
+        original.boot()?;
+        // Before the first snapshot, enough work to have written a good part of the RAM.
+        self.work(
+            &mut *original,
+            self.steps.max(self.layout.pages / 2),
+            progress,
+            "the guest boots and works",
+        )?;
+        original.track()?;
+
+        let mut snapshots = Snapshots::new(
+            self.dir,
+            Picture::new(self.layout.ram, original.gap()),
+            progress,
+        );
+        snapshots.full(&mut *original, self.steps.div_ceil(16))?;
+        for round in 1..=self.rounds {
+            self.work(
+                &mut *original,
+                self.steps,
+                progress,
+                &format!("round {round} of {}", self.rounds),
+            )?;
+            snapshots.diff(&mut *original, round)?;
+        }
+        snapshots.settle()?;
+        tamper(&mut snapshots.chain)?;
+
+        let mut restored = self.kind.create(self.layout)?;
+        snapshots.chain.restore(&mut *restored, progress)?;
+        let different = verify::compare(&original.ram(), &restored.ram(), self.layout, progress)?;
+        let mut proof = verify::go_on(&mut *original, &mut *restored, self.layout, progress)?;
+        proof.mismatches.splice(0..0, different);
+        Ok(Story {
+            table: snapshots.table,
+            picture: snapshots.picture,
+            proof,
+            pages: self.layout.pages,
+            ram: self.layout.ram,
+        })
+    }
+
+    /// Has the guest work for `steps` steps, and leaves it paused wherever it then is.
+    fn work(
+        &self,
+        guest: &mut dyn Guest,
+        steps: u64,
+        progress: &Progress,
+        phase: &str,
+    ) -> anyhow::Result<()> {
+        let start = guest.steps();
+        progress.phase(phase, steps);
+        for part in 1..PARTS {
+            guest.work_until(start + steps * part / PARTS)?;
+            progress.at(guest.steps() - start);
+        }
+        guest.work_past(start + steps)
+    }
+}
+
+impl Story {
+    /// The closing line: what was compared and equal, or an error that says what was not.
+    fn close(self) -> anyhow::Result<()> {
+        let Proof {
+            mismatches,
+            steps,
+            digest,
+        } = self.proof;
+        if !mismatches.is_empty() {
+            bail!("not verified: {}", mismatches.join("; "));
+        }
+        println!(
+            "verified: {} of RAM restored from {} files equal the original's, byte for byte; after {} more steps both guests find all {} pages of their ledgers whole and reach the digest {digest:#018x}, as does the ledger computed without a guest",
+            BinaryBytes(self.ram),
+            self.table.len(),
+            HumanCount(steps),
+            HumanCount(self.pages),
+        );
+        Ok(())
+    }
+}

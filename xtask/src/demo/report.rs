@@ -1,0 +1,92 @@
+//! What the reader sees while the demo runs, and the table at its end.
+
+use std::time::Duration;
+
+use comfy_table::{CellAlignment, Table, presets};
+use indicatif::{BinaryBytes, HumanCount, ProgressBar, ProgressStyle};
+
+/// One progress bar for all phases, on the standard error; silent where that is no terminal.
+#[derive(Clone)]
+pub struct Progress(ProgressBar);
+
+impl Progress {
+    pub fn new() -> Self {
+        let bar = ProgressBar::new(0);
+        let template = "{msg:36} {wide_bar:.cyan} {percent:>3} %";
+        bar.set_style(ProgressStyle::with_template(template).expect("the template is well-formed"));
+        Self(bar)
+    }
+
+    /// Nobody looks.
+    #[cfg(test)]
+    pub fn hidden() -> Self {
+        Self(ProgressBar::hidden())
+    }
+
+    /// Begins a phase of `total` units of any kind.
+    pub fn phase(&self, name: impl Into<String>, total: u64) {
+        self.0.set_message(name.into());
+        self.0.set_length(total);
+        self.0.set_position(0);
+    }
+
+    /// That much of the phase is done.
+    pub fn at(&self, done: u64) {
+        self.0.set_position(done);
+    }
+
+    pub fn finish(&self) {
+        self.0.finish_and_clear();
+    }
+}
+
+/// The figures of one snapshot.
+#[derive(Debug)]
+pub struct Snapshot {
+    pub name: String,
+    /// Bytes of the guest's RAM.
+    pub ram: u64,
+    /// Pages that the guest wrote since the snapshot before; for a full one, while it was being copied.
+    pub dirty_pages: u64,
+    /// Bytes written to the memory file.
+    pub written: u64,
+    /// Bytes that the file system holds for the memory file.
+    pub allocated: u64,
+    /// How long the guest was paused.
+    pub paused: Duration,
+    /// From the start of the snapshot until it would survive a loss of power.
+    pub durable: Duration,
+}
+
+/// The table of all snapshots.
+pub fn table(snapshots: &[Snapshot]) -> String {
+    let mut table = Table::new();
+    table.load_style(presets::UTF8_FULL_CONDENSED).set_header([
+        "snapshot",
+        "RAM",
+        "dirty pages",
+        "written",
+        "allocated",
+        "guest paused",
+        "durable after",
+    ]);
+    for snapshot in snapshots {
+        table.add_row([
+            snapshot.name.clone(),
+            BinaryBytes(snapshot.ram).to_string(),
+            HumanCount(snapshot.dirty_pages).to_string(),
+            BinaryBytes(snapshot.written).to_string(),
+            BinaryBytes(snapshot.allocated).to_string(),
+            milliseconds(snapshot.paused),
+            milliseconds(snapshot.durable),
+        ]);
+    }
+    for column in table.column_iter_mut().skip(1) {
+        column.set_cell_alignment(CellAlignment::Right);
+    }
+    table.to_string()
+}
+
+fn milliseconds(duration: Duration) -> String {
+    format!("{:.1} ms", duration.as_secs_f64() * 1000.0)
+}
