@@ -10,6 +10,7 @@ use std::path::Path;
 use rstest::rstest;
 use sparse_file::{AlignmentBasis, Capabilities, HoleSupport, ProbeError, Punch, SeekHole};
 use support::{Fs, child_task, expect_success, strace_child};
+use test_machine::{LoopFs, LoopMount, Need, ReadOnlyBind};
 
 const EXACT: SeekHole = SeekHole::Exact { granularity: 4096 };
 
@@ -131,6 +132,40 @@ fn direct_io_works_at_the_alignment_found(
     }
 }
 
+#[rstest]
+#[case::ext4(Need::Ext4, LoopFs::Ext4)]
+#[case::xfs(Need::Xfs, LoopFs::Xfs)]
+fn a_disk_of_4_kib_sectors_asks_for_offsets_of_4_kib(#[case] need: Need, #[case] fs: LoopFs) {
+    if !need.met("a_disk_of_4_kib_sectors_asks_for_offsets_of_4_kib") {
+        return;
+    }
+    let mount = LoopMount::with_sectors(fs, 4096).expect("mounted");
+    let here = Capabilities::probe(mount.path()).expect("probed");
+    let direct = here.direct_io.expect("direct I/O");
+    assert_eq!((direct.memory_align, direct.offset_align), (512, 4096));
+    assert_eq!(direct.basis, AlignmentBasis::Reported);
+}
+
+/// What isn't synced may not be allocated yet.
+#[test]
+fn a_sample_that_cannot_be_synced_is_an_error_and_leaves_nothing() {
+    const TEST: &str = "a_sample_that_cannot_be_synced_is_an_error_and_leaves_nothing";
+    if let Some(dir) = child_task() {
+        let error = Capabilities::probe(Path::new(&dir)).expect_err("not synced");
+        return assert!(
+            matches!(&error, ProbeError::Io { operation: "write", source, .. }
+                if source.raw_os_error() == Some(libc::EIO)),
+            "{error:?}"
+        );
+    }
+    if Need::Strace.met(TEST) {
+        let dir = tempfile::tempdir().expect("dir");
+        let task = dir.path().to_str().expect("UTF-8");
+        expect_success(strace_child("fsync", "error=EIO", None, TEST, task));
+        assert_eq!(std::fs::read_dir(dir.path()).expect("dir").count(), 0);
+    }
+}
+
 /// Kernels before 6.1 and some file systems don't tell; ext4 with its answer withheld is one of them.
 #[test]
 fn an_alignment_that_the_kernel_does_not_report_is_measured() {
@@ -141,7 +176,7 @@ fn an_alignment_that_the_kernel_does_not_report_is_measured() {
         assert_eq!(direct.basis, AlignmentBasis::Measured);
         return assert_eq!((direct.memory_align, direct.offset_align), (4096, 4096));
     }
-    if !test_machine::Need::Strace.met(TEST) {
+    if !Need::Strace.met(TEST) {
         return;
     }
     let Some(place) = Fs::Ext4.mount(TEST) else {
@@ -172,11 +207,11 @@ fn a_directory_that_is_missing_is_named() {
 
 #[test]
 fn a_read_only_directory_is_an_error_of_its_own() {
-    if !test_machine::Need::Root.met("a_read_only_directory_is_an_error_of_its_own") {
+    if !Need::Root.met("a_read_only_directory_is_an_error_of_its_own") {
         return;
     }
     let dir = tempfile::tempdir().expect("dir");
-    let bind = test_machine::ReadOnlyBind::of(dir.path()).expect("bound");
+    let bind = ReadOnlyBind::of(dir.path()).expect("bound");
     let error = Capabilities::probe(bind.path()).expect_err("read-only");
     assert!(matches!(error, ProbeError::CreateFile { source, .. }
         if source.kind() == std::io::ErrorKind::ReadOnlyFilesystem));

@@ -95,18 +95,28 @@ pub struct LoopMount {
 }
 
 impl LoopMount {
-    /// Makes a file system in a temporary image file and mounts it.
+    /// Makes a file system in a temporary image file and mounts it, on a disk of 512-byte sectors.
     ///
     /// # Errors
     /// The output of the tool that failed (`mkfs`, `losetup` or `mount`), or that it is missing.
     pub fn new(fs: LoopFs) -> io::Result<Self> {
+        Self::with_sectors(fs, 512)
+    }
+
+    /// The same on a disk whose sectors have 512 to 4096 bytes.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new).
+    pub fn with_sectors(fs: LoopFs, bytes: u32) -> io::Result<Self> {
         let image = NamedTempFile::new()?;
         image.as_file().set_len(fs.image_size())?;
-        run(fs.mkfs().arg(image.path()))?;
-        let device = run(tool("losetup").args(["--find", "--show"]).arg(image.path()))?;
+        let device = run(tool("losetup")
+            .args(["--find", "--show", "--sector-size", &bytes.to_string()])
+            .arg(image.path()))?;
         let device = device.trim_end();
-        let mounted = Mounted::new(|dir| run(fs.mount().arg(device).arg(dir)).map(drop));
-        // Detaches now where the mount failed, else as soon as the mount is gone.
+        let mounted = run(fs.mkfs().arg(device))
+            .and_then(|_| Mounted::new(|dir| run(fs.mount().arg(device).arg(dir)).map(drop)));
+        // Detaches now where that failed, else as soon as the mount is gone.
         run(tool("losetup").args(["--detach", device]))?;
         Ok(Self {
             mounted: mounted?,

@@ -144,3 +144,24 @@ fn refused(error: &io::Error) -> bool {
         .raw_os_error()
         .is_some_and(|errno| errno == libc::EINVAL || sys::is_unsupported(errno))
 }
+
+#[cfg(all(test, target_os = "linux"))]
+mod tests {
+    use test_machine::{LoopFs, LoopMount, Need};
+
+    use super::*;
+
+    /// Linux 6.18 takes one of a single page there.
+    #[test]
+    fn an_alignment_that_does_not_suit_a_piece_of_many_pages_does_not_work() {
+        if !Need::Ext4.met("an_alignment_that_does_not_suit_a_piece_of_many_pages_does_not_work") {
+            return;
+        }
+        let mount = LoopMount::new(LoopFs::Ext4).expect("mounted");
+        let file = tempfile::tempfile_in(mount.path()).expect("file");
+        sys::set_direct(&file, true).expect("direct");
+        let mut attempt = Attempt::new(&file);
+        assert!(attempt.works(512, 512).expect("tried"));
+        assert!(!attempt.works(256, 512).expect("tried"));
+    }
+}
