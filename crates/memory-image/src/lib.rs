@@ -1,1 +1,62 @@
-//! Read virtual-machine memory snapshots: open, apply a chain of diffs, map copy-on-write.
+//! The read side of virtual-machine memory snapshots.
+//!
+//! # By task
+//! **Put a chain together** (a full image and the diffs taken after it, oldest first) and read it as one:
+//! ```
+//! use memory_image::Chain;
+//! use page_reader::PageReader;
+//! # use dirty_bitmap::DirtyBitmap;
+//! # use memory_writer::MemoryWriter;
+//! # let dir = tempfile::tempdir()?;
+//! # let (full, diff, merged) = (dir.path().join("full"), dir.path().join("diff"), dir.path().join("merged"));
+//! # let mut writer = MemoryWriter::open(&full, 1 << 20, 4096)?;
+//! # writer.write_full(&vec![1; 1 << 20])?;
+//! # writer.commit()?;
+//! # let dirty = DirtyBitmap::new(0, 1 << 20, 4096)?;
+//! # dirty.set_dirty(8192)?;
+//! # let mut writer = MemoryWriter::open(&diff, 1 << 20, 4096)?;
+//! # writer.write_diff(&vec![2; 1 << 20], &dirty)?;
+//! # writer.commit()?;
+//!
+//! let mut chain = Chain::open(&full, 4096)?;
+//! chain.push(&diff)?;
+//!
+//! let mut page = [0; 4096];
+//! chain.read_at(8192, &mut page)?; // a chain is a `PageReader`
+//! assert!(page == [2; 4096]);
+//!
+//! chain.flatten(&merged)?; // one full image, staged and committed atomically
+//! # assert_eq!(std::fs::read(&merged)?[8191..8193], [1, 2]);
+//!
+//! let mut ram = vec![0; 1 << 20]; // or a new guest's memory: see `RamTarget`
+//! chain.restore(ram.as_mut_slice())?;
+//! # assert_eq!(ram[8191..8193], [1, 2]);
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+//! **Start a guest from a full image** at once, without reading it: [`MappedImage`] maps it copy-on-write.
+//!
+//! # How pages are told from gaps
+//! A raw diff holds its pages at their offsets and nothing between: what was clean is a hole, and reads as zeros. A page of the guest that was
+//! zeroed reads as zeros too. Only the file system's holes tell the two apart, so [`Chain::push`] believes them only
+//! where [probing](sparse_file::Capabilities::probe) the diff's own directory shows that holes are kept and reported, down to the page. Otherwise,
+//! and where the file was visibly rewritten since (no hole is left, or one begins inside a page), it refuses: applying such a diff would
+//! silently put zeros over live memory, or leave stale memory where zeros belong. Whoever kept the list of pages can give it to [`Chain::push_pages`].
+//!
+//! What can't be seen: a tool that digs holes where whole pages are zero (`cp --sparse=always`, `tar -S`). Copy raw diffs with tools that keep holes as
+//! they are, and on file systems that have them.
+//!
+//! # Limitations
+//! Raw images only. On macOS probing can't vouch for APFS, which may store small gaps as zeros: give the pages.
+
+mod chain;
+mod error;
+mod flatten;
+mod map;
+mod page_set;
+mod raw;
+mod restore;
+
+pub use chain::Chain;
+pub use error::{ImageError, Unclear};
+pub use map::MappedImage;
+pub use restore::{HostRam, RamTarget};

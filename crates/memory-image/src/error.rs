@@ -1,0 +1,179 @@
+//! Why an image could not be read, merged, mapped or restored.
+
+use std::io;
+use std::path::PathBuf;
+
+use atomic_file::{CommitError, OpenError};
+use sparse_file::{ProbeError, WriteError};
+use thiserror::Error;
+
+/// Why an image could not be read, merged, mapped or restored.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum ImageError {
+    /// The image can't be opened or looked at.
+    #[error("cannot open the memory image {path:?}")]
+    Open {
+        /// The image.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// A directory, device, FIFO or socket.
+    #[error("{path:?} is not a regular file: give the path of a memory image")]
+    NotAFile {
+        /// The path given.
+        path: PathBuf,
+    },
+    /// The file has no bytes.
+    #[error("{path:?} is empty: no guest has RAM of 0 bytes")]
+    Empty {
+        /// The image.
+        path: PathBuf,
+    },
+    /// The page size is 0 or not a power of two.
+    #[error("a page of {page_size} bytes: the page size must be a power of two")]
+    PageSizeNotPowerOfTwo {
+        /// The page size given, in bytes.
+        page_size: u64,
+    },
+    /// The file is no whole number of pages: cut short, or of another page size.
+    #[error(
+        "{path:?} has {size} bytes, no whole number of {page_size}-byte pages: is it cut short?"
+    )]
+    NotWholePages {
+        /// The image.
+        path: PathBuf,
+        /// Its size in bytes.
+        size: u64,
+        /// The page size of the chain, in bytes.
+        page_size: u64,
+    },
+    /// A diff of a guest with another RAM size.
+    #[error(
+        "the diff {path:?} is of a guest with {size} bytes of RAM, its base {base:?} of one with {base_size}"
+    )]
+    SizeDiffers {
+        /// The diff.
+        path: PathBuf,
+        /// Its size in bytes.
+        size: u64,
+        /// The base image of the chain.
+        base: PathBuf,
+        /// The base's size in bytes.
+        base_size: u64,
+    },
+    /// Which pages the diff holds can't be told from the file.
+    #[error(
+        "cannot tell which pages the diff {path:?} holds: give them to Chain::push_pages, or take the diff again"
+    )]
+    UnclearDiff {
+        /// The diff.
+        path: PathBuf,
+        /// Why it can't be told.
+        #[source]
+        why: Unclear,
+    },
+    /// A run of pages that the diff can't hold.
+    #[error(
+        "{start:#x}..{end:#x} is no run of {page_size}-byte pages in an image of {size:#x} bytes"
+    )]
+    BadRun {
+        /// Where the run starts, in bytes.
+        start: u64,
+        /// Where it ends, in bytes.
+        end: u64,
+        /// The page size of the chain, in bytes.
+        page_size: u64,
+        /// The size of the image in bytes.
+        size: u64,
+    },
+    /// An image of the chain could not be read.
+    #[error(
+        "cannot read the memory image {path:?} at offset {offset:#x}: was it changed since it was opened?"
+    )]
+    Read {
+        /// The image.
+        path: PathBuf,
+        /// Where, in bytes.
+        offset: u64,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// The merged image could not be staged.
+    #[error("no merged image was begun")]
+    Stage(#[from] OpenError),
+    /// The merged image could not be written; the destination is as it was.
+    #[error("the merged image {dest:?} was not written")]
+    Write {
+        /// The destination.
+        dest: PathBuf,
+        /// What failed, and where.
+        source: WriteError,
+    },
+    /// The merged image could not be given its size; the destination is as it was.
+    #[error("the merged image {dest:?} cannot have {size} bytes")]
+    SetSize {
+        /// The destination.
+        dest: PathBuf,
+        /// The size of the chain's images in bytes.
+        size: u64,
+        /// What failed.
+        source: sparse_file::SpaceError,
+    },
+    /// The merged image was not committed; the error says whether the destination was replaced.
+    #[error("the merged image was not committed")]
+    Commit(#[from] CommitError),
+    /// The memory to restore to is smaller or larger than the image.
+    #[error(
+        "the image has {image} bytes, the memory to restore it to {target}: they must be equal"
+    )]
+    TargetSize {
+        /// The size of the chain's images in bytes.
+        image: u64,
+        /// The size of the target in bytes.
+        target: u64,
+    },
+    /// The target did not take the bytes.
+    #[error("the restored bytes cannot be put at offset {offset:#x}")]
+    Target {
+        /// Where, in bytes from the start of the memory file.
+        offset: u64,
+        /// What the target said.
+        source: io::Error,
+    },
+    /// The image can't be mapped.
+    #[error("cannot map the memory image {path:?}")]
+    Map {
+        /// The image.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+}
+
+/// Why the pages of a raw diff can't be told from the gaps between them.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum Unclear {
+    /// The directory could not be probed; it must be writable for that.
+    #[error("the file system could not be asked how it keeps holes")]
+    Probe(#[from] ProbeError),
+    /// This file system does not keep holes, or does not report them, or only larger ones than a page.
+    #[error("its file system ({file_system}) does not tell holes of {page_size} bytes from zeros")]
+    FileSystem {
+        /// What the file system calls itself.
+        file_system: String,
+        /// The page size of the chain, in bytes.
+        page_size: u64,
+    },
+    /// The file has no holes at all: all pages were dirty, or a copy filled the holes with zeros.
+    #[error("it has no holes: either every page was dirty, or a copy filled the holes with zeros")]
+    NoHoles,
+    /// A hole begins or ends inside a page, so something dug it after the diff was written.
+    #[error("a hole begins or ends inside the page at {offset:#x}: the file was rewritten since")]
+    TornPage {
+        /// Where the hole begins or ends, in bytes.
+        offset: u64,
+    },
+}

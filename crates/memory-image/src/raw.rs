@@ -1,0 +1,125 @@
+//! One raw image file.
+
+use std::fs::File;
+use std::io;
+use std::ops::Range;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+
+use sparse_file::{Capabilities, Kind, Knowledge, SeekHole, extents};
+
+use crate::error::{ImageError, Unclear};
+use crate::page_set::PageSet;
+
+#[derive(Debug)]
+pub(crate) struct RawFile {
+    pub(crate) path: PathBuf,
+    pub(crate) file: File,
+    pub(crate) size: u64,
+}
+
+impl RawFile {
+    pub(crate) fn open(path: &Path) -> Result<Self, ImageError> {
+        let failed = |source| ImageError::Open {
+            path: path.to_owned(),
+            source,
+        };
+        // O_NONBLOCK: opening a FIFO must not wait for its writer. A regular file does not care.
+        let nonblock = nix::libc::O_NONBLOCK;
+        let file = File::options()
+            .read(true)
+            .custom_flags(nonblock)
+            .open(path)
+            .map_err(failed)?;
+        let metadata = file.metadata().map_err(failed)?;
+        let path = path.to_owned();
+        if !metadata.is_file() {
+            return Err(ImageError::NotAFile { path });
+        }
+        match metadata.len() {
+            0 => Err(ImageError::Empty { path }),
+            size => Ok(Self { path, file, size }),
+        }
+    }
+
+    /// The pages of a full image that may hold anything but zeros.
+    pub(crate) fn stored_pages(&self, page_size: u64) -> Result<PageSet, ImageError> {
+        let mut pages = PageSet::empty(self.size, page_size);
+        self.each_data_extent(|data| {
+            pages.add(&data);
+            Ok(())
+        })?;
+        Ok(pages)
+    }
+
+    /// The pages that a diff holds, if its holes can be believed.
+    pub(crate) fn diff_pages(&self, page_size: u64) -> Result<PageSet, ImageError> {
+        self.check_holes_are_kept(page_size)
+            .map_err(|why| self.unclear(why))?;
+        let mut pages = PageSet::empty(self.size, page_size);
+        let knowledge = self.each_data_extent(|data| {
+            let torn = [data.start, data.end]
+                .into_iter()
+                .find(|offset| !offset.is_multiple_of(page_size));
+            if let Some(offset) = torn {
+                return Err(self.unclear(Unclear::TornPage { offset }));
+            }
+            pages.add(&data);
+            Ok(())
+        })?;
+        match knowledge {
+            Knowledge::Reported => Ok(pages),
+            _ => Err(self.unclear(Unclear::NoHoles)),
+        }
+    }
+
+    fn check_holes_are_kept(&self, page_size: u64) -> Result<(), Unclear> {
+        let dir = match self.path.parent() {
+            Some(parent) if !parent.as_os_str().is_empty() => parent,
+            _ => Path::new("."),
+        };
+        let capabilities = Capabilities::probe(dir)?;
+        match capabilities.seek_hole {
+            SeekHole::Exact { granularity }
+                if granularity <= page_size && !cfg!(target_os = "macos") =>
+            {
+                Ok(())
+            }
+            _ => Err(Unclear::FileSystem {
+                file_system: capabilities.file_system,
+                page_size,
+            }),
+        }
+    }
+
+    fn each_data_extent(
+        &self,
+        mut each: impl FnMut(Range<u64>) -> Result<(), ImageError>,
+    ) -> Result<Knowledge, ImageError> {
+        let failed = |offset, source| ImageError::Read {
+            path: self.path.clone(),
+            offset,
+            source,
+        };
+        let mut listing = extents(&self.file).map_err(|source| failed(0, source))?;
+        let mut at = 0;
+        for extent in listing.by_ref() {
+            let extent = extent.map_err(|source| failed(at, source))?;
+            if extent.range.end > self.size {
+                return Err(failed(self.size, io::Error::other("the file has grown")));
+            }
+            at = extent.range.end;
+            if extent.kind == Kind::Data {
+                each(extent.range)?;
+            }
+        }
+        Ok(listing.knowledge())
+    }
+
+    fn unclear(&self, why: Unclear) -> ImageError {
+        ImageError::UnclearDiff {
+            path: self.path.clone(),
+            why,
+        }
+    }
+}

@@ -1,0 +1,86 @@
+//! A chain's bytes into memory.
+
+mod host_ram;
+
+use std::io;
+use std::ops::Range;
+
+pub use host_ram::HostRam;
+
+use crate::chain::Chain;
+use crate::error::ImageError;
+
+/// Bytes moved at a time.
+const CHUNK: u64 = 1 << 20;
+
+/// Memory that a guest's RAM can be restored to, addressed by the offset from the start of the memory file.
+pub trait RamTarget {
+    /// The bytes that there is room for.
+    fn size(&self) -> u64;
+
+    /// Puts `bytes` at `offset`.
+    ///
+    /// # Errors
+    /// Whatever keeps the bytes from being put there.
+    fn write_at(&mut self, offset: u64, bytes: &[u8]) -> io::Result<()>;
+}
+
+impl RamTarget for [u8] {
+    fn size(&self) -> u64 {
+        self.len() as u64
+    }
+
+    fn write_at(&mut self, offset: u64, bytes: &[u8]) -> io::Result<()> {
+        let start = usize::try_from(offset).map_err(io::Error::other)?;
+        let target = self
+            .get_mut(start..)
+            .and_then(|rest| rest.get_mut(..bytes.len()));
+        target
+            .ok_or(io::ErrorKind::WriteZero)?
+            .copy_from_slice(bytes);
+        Ok(())
+    }
+}
+
+impl Chain {
+    /// Writes all of the RAM to `target`, zeros too, whatever it held.
+    ///
+    /// # Errors
+    /// [`ImageError::TargetSize`], [`ImageError::Read`] or [`ImageError::Target`]; the target may hold part of the RAM then.
+    pub fn restore<T: RamTarget + ?Sized>(&self, target: &mut T) -> Result<(), ImageError> {
+        self.restore_runs(target, std::iter::once(0..self.size()))
+    }
+
+    /// Writes what the images store to `target`, which holds nothing but zeros: memory that was just mapped, say. Zeros that are in
+    /// no image are not written, so pages that the guest never used take no memory.
+    ///
+    /// # Errors
+    /// See [`restore`](Self::restore).
+    pub fn restore_zeroed<T: RamTarget + ?Sized>(&self, target: &mut T) -> Result<(), ImageError> {
+        self.restore_runs(target, self.stored_runs())
+    }
+
+    fn restore_runs<T: RamTarget + ?Sized>(
+        &self,
+        target: &mut T,
+        runs: impl Iterator<Item = Range<u64>>,
+    ) -> Result<(), ImageError> {
+        if target.size() != self.size() {
+            return Err(ImageError::TargetSize {
+                image: self.size(),
+                target: target.size(),
+            });
+        }
+        let mut buffer = vec![0; CHUNK.min(self.size()) as usize];
+        for run in runs {
+            for offset in run.clone().step_by(CHUNK as usize) {
+                let bytes = &mut buffer[..CHUNK.min(run.end - offset) as usize];
+                self.read(offset, bytes)?;
+                target
+                    .write_at(offset, bytes)
+                    .map_err(|source| ImageError::Target { offset, source })?;
+            }
+        }
+        Ok(())
+    }
+}

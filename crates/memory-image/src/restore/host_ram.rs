@@ -1,0 +1,74 @@
+//! Mapped guest memory as a target, without a reference to it.
+
+#![allow(unsafe_code)]
+
+use std::io;
+use std::marker::PhantomData;
+use std::ptr;
+
+use super::RamTarget;
+
+/// The RAM of a guest that does not run yet, as it is mapped in this process: its regions in the order of the memory file.
+///
+/// # Examples
+/// ```
+/// use memory_image::{HostRam, RamTarget};
+///
+/// let mut low = vec![0_u8; 8192];
+/// let mut high = vec![0_u8; 4096];
+/// // SAFETY: both vectors outlive `ram`, and nothing else touches them meanwhile.
+/// let mut ram = unsafe { HostRam::new([(low.as_mut_ptr(), 8192), (high.as_mut_ptr(), 4096)]) };
+/// ram.write_at(8190, &[1, 2, 3, 4])?;
+/// drop(ram);
+/// assert_eq!((&low[8190..], &high[..2]), (&[1, 2][..], &[3, 4][..]));
+/// # Ok::<(), std::io::Error>(())
+/// ```
+#[derive(Debug)]
+pub struct HostRam<'a> {
+    regions: Vec<(*mut u8, usize)>,
+    memory: PhantomData<&'a mut ()>,
+}
+
+impl HostRam<'_> {
+    /// Names the regions: address and length in bytes of each.
+    ///
+    /// # Safety
+    /// For the lifetime of the value every region must stay mapped and writable, no two may overlap, and nothing else may read or
+    /// write them: no vCPU runs, no device is active.
+    #[must_use]
+    pub unsafe fn new(regions: impl IntoIterator<Item = (*mut u8, usize)>) -> Self {
+        Self {
+            regions: regions.into_iter().collect(),
+            memory: PhantomData,
+        }
+    }
+}
+
+impl RamTarget for HostRam<'_> {
+    fn size(&self) -> u64 {
+        self.regions.iter().map(|(_, len)| *len as u64).sum()
+    }
+
+    fn write_at(&mut self, offset: u64, bytes: &[u8]) -> io::Result<()> {
+        let (mut offset, mut bytes) = (usize::try_from(offset).map_err(io::Error::other)?, bytes);
+        for (start, len) in &self.regions {
+            if bytes.is_empty() {
+                break;
+            }
+            if offset >= *len {
+                offset -= len;
+                continue;
+            }
+            let (now, later) = bytes.split_at(bytes.len().min(len - offset));
+            // SAFETY: `offset + now.len()` is at most `len`, so the bytes written are inside a region, which the constructor's
+            // caller promised to be mapped, writable and ours alone; `now` is a shared slice, so no part of it.
+            unsafe { ptr::copy_nonoverlapping(now.as_ptr(), start.add(offset), now.len()) };
+            (offset, bytes) = (0, later);
+        }
+        if bytes.is_empty() {
+            Ok(())
+        } else {
+            Err(io::ErrorKind::WriteZero.into())
+        }
+    }
+}

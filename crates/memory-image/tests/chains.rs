@@ -1,0 +1,492 @@
+//! Chains of snapshots taken by the writer, read, merged and restored.
+
+use std::ops::{ControlFlow, Range};
+use std::os::unix::fs::{FileExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+
+use atomic_file::AtomicWriter;
+use dirty_bitmap::DirtyBitmap;
+use memory_image::{Chain, HostRam, ImageError, MappedImage, RamTarget, Unclear};
+use memory_writer::{Durability, MemoryWriter};
+use page_reader::PageReader;
+use proptest::prelude::*;
+use rstest::rstest;
+
+const SIZE: u64 = 1 << 20;
+const PAGE: u64 = 16384;
+
+/// A guest that is written to, and the snapshots taken of it.
+struct Guest {
+    dir: tempfile::TempDir,
+    ram: Vec<u8>,
+    dirty: DirtyBitmap,
+    snapshots: Vec<PathBuf>,
+}
+
+impl Guest {
+    fn new() -> Self {
+        let dirty = DirtyBitmap::new(0, SIZE, 4096).unwrap();
+        Self {
+            dir: tempfile::tempdir().unwrap(),
+            ram: vec![0; SIZE as usize],
+            dirty,
+            snapshots: Vec::new(),
+        }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    fn write(&mut self, at: u64, len: u64, value: u8) {
+        self.ram[at as usize..(at + len) as usize].fill(value);
+        self.dirty.set_range(at, len).unwrap();
+    }
+
+    fn save(&mut self) -> PathBuf {
+        let path = self.path(&format!("{}.mem", self.snapshots.len()));
+        let epoch = self.dirty.begin_epoch().unwrap();
+        let mut writer = MemoryWriter::options()
+            .durability(Durability::None)
+            .open(&path, SIZE, PAGE)
+            .unwrap();
+        if self.snapshots.is_empty() {
+            writer.write_full(&self.ram).unwrap();
+        } else {
+            writer.write_diff(&self.ram, epoch.bitmap()).unwrap();
+        }
+        writer.commit().unwrap();
+        epoch.release();
+        self.snapshots.push(path.clone());
+        path
+    }
+
+    fn chain(&self) -> Chain {
+        let mut chain = Chain::open(&self.snapshots[0], PAGE).unwrap();
+        self.snapshots[1..]
+            .iter()
+            .for_each(|diff| chain.push(diff).unwrap());
+        chain
+    }
+
+    /// Full, then three diffs; the second zeroes what the first wrote.
+    fn with_history() -> Self {
+        let mut guest = Self::new();
+        guest.write(0, SIZE / 2, 1);
+        guest.save();
+        guest.write(3 * PAGE + 100, 5000, 2);
+        guest.write(SIZE - 1, 1, 2);
+        guest.save();
+        guest.write(3 * PAGE, PAGE, 0);
+        guest.save();
+        guest.write(40 * PAGE, 2 * PAGE, 4);
+        guest.save();
+        guest
+    }
+}
+
+fn whole(reader: &impl PageReader) -> Vec<u8> {
+    let mut bytes = vec![0xee; SIZE as usize];
+    reader.read_at(0, &mut bytes).unwrap();
+    bytes
+}
+
+#[test]
+fn a_chain_reads_as_the_ram_at_its_last_snapshot() {
+    let guest = Guest::with_history();
+    let chain = guest.chain();
+    assert!(whole(&chain) == guest.ram);
+    assert_eq!(
+        (chain.len(), chain.size(), chain.page_size()),
+        (4, SIZE, PAGE)
+    );
+    assert!(
+        chain
+            .paths()
+            .eq(guest.snapshots.iter().map(PathBuf::as_path))
+    );
+}
+
+/// Also from a restart point before the last.
+#[test]
+fn every_prefix_of_a_chain_is_the_ram_at_that_time() {
+    let mut guest = Guest::new();
+    let mut history = Vec::new();
+    for round in 0..5_u8 {
+        guest.write(u64::from(round) * 3 * PAGE, 4 * PAGE, round + 1);
+        guest.save();
+        history.push(guest.ram.clone());
+    }
+    let mut chain = Chain::open(&guest.snapshots[0], PAGE).unwrap();
+    assert!(whole(&chain) == history[0]);
+    for (diff, ram) in guest.snapshots[1..].iter().zip(&history[1..]) {
+        chain.push(diff).unwrap();
+        assert!(whole(&chain) == *ram);
+    }
+}
+
+#[rstest]
+#[case(0, 1)]
+#[case(PAGE - 1, 2)]
+#[case(3 * PAGE + 99, 3 * PAGE)]
+#[case(SIZE - 1, 1)]
+#[case(SIZE, 0)]
+fn a_chain_reads_any_range(#[case] offset: u64, #[case] len: u64) {
+    let guest = Guest::with_history();
+    let mut bytes = vec![0xee; len as usize];
+    guest.chain().read_at(offset, &mut bytes).unwrap();
+    assert_eq!(bytes, guest.ram[offset as usize..(offset + len) as usize]);
+}
+
+#[rstest]
+#[case(SIZE, 1)]
+#[case(SIZE - 1, 2)]
+#[case(u64::MAX, 1)]
+fn a_read_past_the_end_is_an_error(#[case] offset: u64, #[case] len: usize) {
+    let error = Guest::with_history()
+        .chain()
+        .read_at(offset, &mut vec![0; len])
+        .unwrap_err();
+    assert_eq!(error.kind(), std::io::ErrorKind::UnexpectedEof);
+}
+
+#[test]
+fn a_flattened_chain_is_one_full_image_and_keeps_holes() {
+    let guest = Guest::with_history();
+    let flat = guest.path("flat.mem");
+    let mut told = Vec::new();
+    let written = guest
+        .chain()
+        .flatten_with(&AtomicWriter::options(), &flat, &mut |bytes| {
+            told.push(bytes);
+            ControlFlow::Continue(())
+        })
+        .unwrap();
+    assert!(std::fs::read(&flat).unwrap() == guest.ram);
+    assert_eq!(told.last(), Some(&written));
+    assert_eq!(
+        std::fs::metadata(&flat).unwrap().permissions().mode() & 0o777,
+        0o600
+    );
+    assert!(whole(&Chain::open(&flat, PAGE).unwrap()) == guest.ram);
+}
+
+#[test]
+fn what_no_image_stores_stays_a_hole_when_flattened() {
+    let guest = Guest::new();
+    let (base, flat) = (guest.path("base"), guest.path("flat"));
+    std::fs::File::create(&base).unwrap().set_len(SIZE).unwrap();
+    assert_eq!(Chain::open(&base, PAGE).unwrap().flatten(&flat).unwrap(), 0);
+    assert_eq!(std::fs::metadata(&flat).unwrap().len(), SIZE);
+}
+
+#[test]
+fn a_chain_may_be_flattened_onto_its_own_base() {
+    let guest = Guest::with_history();
+    guest.chain().flatten(&guest.snapshots[0]).unwrap();
+    assert!(std::fs::read(&guest.snapshots[0]).unwrap() == guest.ram);
+}
+
+#[test]
+fn a_cancelled_flatten_leaves_the_destination_and_nothing_behind() {
+    let guest = Guest::with_history();
+    let flat = guest.path("flat.mem");
+    std::fs::write(&flat, b"old").unwrap();
+    let before = std::fs::read_dir(guest.dir.path()).unwrap().count();
+    let cancel = &mut |_| ControlFlow::Break(());
+    let error = guest
+        .chain()
+        .flatten_with(&AtomicWriter::options(), &flat, cancel)
+        .unwrap_err();
+    assert!(matches!(error, ImageError::Write { .. }), "{error:?}");
+    assert_eq!(std::fs::read(&flat).unwrap(), b"old");
+    assert_eq!(std::fs::read_dir(guest.dir.path()).unwrap().count(), before);
+}
+
+#[test]
+fn a_restore_writes_zeros_over_whatever_was_there() {
+    let guest = Guest::with_history();
+    let mut ram = vec![0xee; SIZE as usize];
+    guest.chain().restore(ram.as_mut_slice()).unwrap();
+    assert!(ram == guest.ram);
+}
+
+#[test]
+fn a_restore_to_zeroed_memory_writes_only_what_is_stored() {
+    struct Counting(Vec<u8>, u64);
+    impl RamTarget for Counting {
+        fn size(&self) -> u64 {
+            SIZE
+        }
+        fn write_at(&mut self, offset: u64, bytes: &[u8]) -> std::io::Result<()> {
+            self.1 += bytes.len() as u64;
+            self.0.as_mut_slice().write_at(offset, bytes)
+        }
+    }
+    let mut guest = Guest::new();
+    let base = guest.path("base");
+    let file = std::fs::File::create(&base).unwrap();
+    file.set_len(SIZE).unwrap();
+    file.write_all_at(&[1; PAGE as usize], 2 * PAGE).unwrap();
+    guest.snapshots.push(base);
+    guest.write(2 * PAGE, PAGE, 1);
+    guest.write(9 * PAGE, 1, 5);
+    guest.save();
+    let mut target = Counting(vec![0; SIZE as usize], 0);
+    guest.chain().restore_zeroed(&mut target).unwrap();
+    assert!(target.0 == guest.ram);
+    assert_eq!(target.1, 2 * PAGE);
+}
+
+#[test]
+fn a_guest_of_two_regions_is_restored_in_place() {
+    let guest = Guest::with_history();
+    let split = 5 * 4096 + 1;
+    let mut ram = vec![0xee_u8; SIZE as usize];
+    let (low, high) = ram.split_at_mut(split);
+    // SAFETY: both halves live until the end of the block, and nothing else touches them in it.
+    #[allow(unsafe_code)]
+    let mut target = unsafe {
+        HostRam::new([
+            (low.as_mut_ptr(), low.len()),
+            (high.as_mut_ptr(), high.len()),
+        ])
+    };
+    assert_eq!(target.size(), SIZE);
+    guest.chain().restore(&mut target).unwrap();
+    assert!(target.write_at(SIZE - 1, &[0, 0]).is_err());
+    assert!(ram[..SIZE as usize - 1] == guest.ram[..SIZE as usize - 1]);
+}
+
+#[test]
+fn memory_of_another_size_is_not_restored_to() {
+    let mut ram = vec![7; SIZE as usize / 2];
+    let error = Guest::with_history()
+        .chain()
+        .restore(ram.as_mut_slice())
+        .unwrap_err();
+    assert!(
+        matches!(error, ImageError::TargetSize { image: SIZE, target } if target == SIZE / 2),
+        "{error:?}"
+    );
+    assert!(ram.iter().all(|byte| *byte == 7));
+}
+
+/// Overwriting the file that a guest was restored from: a commit replaces it, and the mapping keeps the old one.
+#[test]
+fn a_mapped_image_is_private_and_survives_the_next_snapshot() {
+    let mut guest = Guest::new();
+    guest.write(0, SIZE, 1);
+    let path = guest.save();
+    let mapped = MappedImage::open(&path).unwrap();
+    assert_eq!(mapped.len() as u64, SIZE);
+    assert!(whole(&mapped) == guest.ram);
+
+    // SAFETY: inside the mapping, which nothing else accesses meanwhile.
+    #[allow(unsafe_code)]
+    unsafe {
+        mapped.as_ptr().add(4096).write(99);
+    }
+    assert!(
+        std::fs::read(&path).unwrap() == guest.ram,
+        "what the guest writes is its own"
+    );
+    let mut writer = MemoryWriter::open(&path, SIZE, PAGE).unwrap();
+    writer.write_full(&mapped).unwrap();
+    writer.commit().unwrap();
+    guest.ram[4096] = 99;
+    assert!(std::fs::read(&path).unwrap() == guest.ram);
+    assert!(whole(&mapped) == guest.ram);
+    assert_eq!(mapped.host_memory(SIZE - 10, 100).unwrap().len(), 10);
+    assert!(mapped.host_memory(SIZE, 1).is_none());
+    assert!(mapped.read_at(SIZE - 1, &mut [0; 2]).is_err());
+}
+
+#[rstest]
+#[case::smaller(SIZE / 2)]
+#[case::larger(2 * SIZE)]
+fn a_diff_whose_base_is_of_another_size_is_refused(#[case] size: u64) {
+    let guest = Guest::with_history();
+    let other = guest.path("other");
+    std::fs::File::create(&other)
+        .unwrap()
+        .set_len(size)
+        .unwrap();
+    let mut chain = guest.chain();
+    let error = chain.push(&other).unwrap_err();
+    assert!(
+        matches!(&error, ImageError::SizeDiffers { path, base, .. } if (path, base) == (&other, &guest.snapshots[0])),
+        "{error:?}"
+    );
+    assert!(matches!(
+        chain.push_pages(&other, []).unwrap_err(),
+        ImageError::SizeDiffers { .. }
+    ));
+    assert!(whole(&chain) == guest.ram, "the chain stays as it was");
+}
+
+fn opened(make: impl FnOnce(&Path)) -> ImageError {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("image");
+    make(&path);
+    let error = Chain::open(&path, PAGE).unwrap_err();
+    assert!(MappedImage::open(&path).is_err() || matches!(error, ImageError::NotWholePages { .. }));
+    error
+}
+
+#[test]
+fn what_is_no_image_is_refused() {
+    assert!(matches!(opened(|_| ()), ImageError::Open { .. }));
+    assert!(matches!(
+        opened(|path| std::fs::create_dir(path).unwrap()),
+        ImageError::NotAFile { .. }
+    ));
+    assert!(matches!(
+        opened(|path| drop(std::fs::File::create(path).unwrap())),
+        ImageError::Empty { .. }
+    ));
+    assert!(matches!(
+        opened(|path| std::fs::write(path, [0; 4097]).unwrap()),
+        ImageError::NotWholePages { .. }
+    ));
+    let fifo = |path: &Path| nix::unistd::mkfifo(path, nix::sys::stat::Mode::S_IRWXU).unwrap();
+    assert!(
+        matches!(opened(fifo), ImageError::NotAFile { .. }),
+        "and a FIFO is not waited for"
+    );
+    let error = Chain::open("/", 0).unwrap_err();
+    assert!(matches!(
+        error,
+        ImageError::PageSizeNotPowerOfTwo { page_size: 0 }
+    ));
+}
+
+#[test]
+fn an_image_cut_short_since_it_was_opened_is_named_in_the_error() {
+    let guest = Guest::with_history();
+    let chain = guest.chain();
+    std::fs::File::options()
+        .write(true)
+        .open(&guest.snapshots[0])
+        .unwrap()
+        .set_len(PAGE)
+        .unwrap();
+    let error = chain.flatten(guest.path("flat")).unwrap_err();
+    let mut text = error.to_string();
+    let mut source = std::error::Error::source(&error);
+    while let Some(cause) = source {
+        text += &format!(": {cause}");
+        source = cause.source();
+    }
+    assert!(
+        text.contains("0.mem") && text.contains("at offset"),
+        "{text}"
+    );
+    let mut ram = vec![0; SIZE as usize];
+    let error = chain.restore(ram.as_mut_slice()).unwrap_err();
+    assert!(
+        matches!(&error, ImageError::Read { path, .. } if *path == guest.snapshots[0]),
+        "{error:?}"
+    );
+}
+
+fn unclear(error: ImageError) -> Unclear {
+    match error {
+        ImageError::UnclearDiff { why, .. } => why,
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn a_diff_whose_holes_were_filled_by_a_copy_is_refused_unless_its_pages_are_given() {
+    let mut guest = Guest::with_history();
+    guest.write(7 * PAGE, PAGE, 9);
+    let diff = guest.save();
+    guest.snapshots.pop();
+    std::fs::write(guest.path("dense"), std::fs::read(&diff).unwrap()).unwrap();
+    let mut chain = guest.chain();
+    assert!(matches!(
+        unclear(chain.push(guest.path("dense")).unwrap_err()),
+        Unclear::NoHoles
+    ));
+    chain
+        .push_pages(guest.path("dense"), [7 * PAGE..8 * PAGE])
+        .unwrap();
+    assert!(whole(&chain) == guest.ram);
+}
+
+#[test]
+fn a_diff_with_a_hole_dug_into_a_page_is_refused() {
+    let mut guest = Guest::with_history();
+    guest.write(7 * PAGE, 2 * PAGE, 9);
+    let diff = guest.save();
+    guest.snapshots.pop();
+    let file = std::fs::File::options().write(true).open(&diff).unwrap();
+    sparse_file::punch_hole(&file, 7 * PAGE + 4096..8 * PAGE).unwrap();
+    let why = unclear(guest.chain().push(&diff).unwrap_err());
+    assert!(
+        matches!(why, Unclear::TornPage { offset } if offset == 7 * PAGE + 4096),
+        "{why:?}"
+    );
+}
+
+#[test]
+fn a_diff_of_smaller_pages_than_the_file_system_s_holes_is_refused() {
+    let guest = Guest::with_history();
+    let mut chain = Chain::open(&guest.snapshots[0], 512).unwrap();
+    let why = unclear(chain.push(&guest.snapshots[1]).unwrap_err());
+    assert!(
+        matches!(why, Unclear::FileSystem { page_size: 512, .. }),
+        "{why:?}"
+    );
+}
+
+#[rstest]
+#[case::backwards(Range { start: 2 * PAGE, end: PAGE })]
+#[case::past_the_end(0..SIZE + PAGE)]
+#[case::not_from_a_page_on(1..PAGE)]
+#[case::not_to_a_page_s_end(0..PAGE + 1)]
+fn a_run_that_is_not_of_whole_pages_inside_the_image_is_refused(#[case] run: Range<u64>) {
+    let guest = Guest::with_history();
+    let mut chain = guest.chain();
+    let error = chain
+        .push_pages(&guest.snapshots[1], [0..PAGE, run.clone()])
+        .unwrap_err();
+    assert!(
+        matches!(error, ImageError::BadRun { start, end, .. } if (start..end) == run),
+        "{error:?}"
+    );
+    assert!(whole(&chain) == guest.ram);
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(32))]
+
+    #[test]
+    fn any_chain_reads_flattens_and_restores_to_the_ram(
+        rounds in prop::collection::vec(prop::collection::vec((0..SIZE, 1..200_000u64, any::<u8>()), 0..4), 1..6),
+    ) {
+        let mut guest = Guest::new();
+        for writes in rounds {
+            for (at, len, value) in writes {
+                guest.write(at, len.min(SIZE - at), value);
+            }
+            guest.save();
+        }
+        let mut chain = Chain::open(&guest.snapshots[0], PAGE).unwrap();
+        for diff in &guest.snapshots[1..] {
+            match chain.push(diff) {
+                Ok(()) => {}
+                // Every page was dirty.
+                Err(ImageError::UnclearDiff { why: Unclear::NoHoles, .. }) => chain.push_pages(diff, std::iter::once(0..SIZE)).unwrap(),
+                Err(error) => panic!("{error:?}"),
+            }
+        }
+        prop_assert!(whole(&chain) == guest.ram);
+        chain.flatten(guest.path("flat")).unwrap();
+        prop_assert!(std::fs::read(guest.path("flat")).unwrap() == guest.ram);
+        let mut ram = vec![0; SIZE as usize];
+        chain.restore_zeroed(ram.as_mut_slice()).unwrap();
+        prop_assert!(ram == guest.ram);
+    }
+}
