@@ -127,9 +127,9 @@ impl<'a> HostMemory<'a> {
         );
         // Why atomics: a load that races with a store is undefined where either is plain, volatile or the inside
         // of a memcpy, and defined where both are atomic (what vCPUs and devices do is machine stores, atomic per
-        // aligned word). Why words: from memory outside the caches they reach four fifths of memcpy's speed in 4 KiB
-        // pages (12 of 15 GB/s on an idle Xeon), all of it or four fifths in 1 MiB pieces (10 of 10, under load 8 of
-        // 10), and several times that of devices. Byte-wise loads reach 2 GB/s, process_vm_readv of oneself 5 to 8.
+        // aligned word). Why words: from memory outside the caches this loop reached 0.66 to 1.05 of
+        // memcpy's speed in several runs on a shared 2-core Xeon (medians of the steadiest: 8.4 of 11.2 GB/s in 4 KiB
+        // pages, 8.1 of 9.9 in 1 MiB pieces), byte-wise loads about a sixth.
         let unaligned = self.start.align_offset(WORD).min(buf.len());
         let (head, rest) = buf.split_at_mut(unaligned);
         let (words, tail) = rest.as_chunks_mut::<WORD>();

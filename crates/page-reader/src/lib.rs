@@ -89,8 +89,8 @@
 //!
 //! # How it works
 //!
-//! - Mapped memory is copied by atomic loads of machine words, at four fifths of `memcpy`'s speed or better from
-//!   memory outside the caches. No Rust reference ever claims that its bytes stay as they are: vCPUs write them.
+//! - Mapped memory is copied by atomic loads of machine words, at two thirds of `memcpy`'s speed or better, as measured
+//!   from memory outside the caches. No Rust reference ever claims that its bytes stay as they are: vCPUs write them.
 //! - Files are read with `pread`, repeated after `EINTR` and short reads. Their position isn't used.
 //! - Another process's memory is read with `pread` of `/proc/<pid>/mem`, opened once: it stays that process's, also
 //!   when the id is in use again.
