@@ -117,6 +117,7 @@ fn who_cannot_be_a_member_is_handed_back(#[case] who: &str, #[case] expected: Re
     assert_eq!(group.len(), 1);
 }
 
+#[cfg(target_os = "linux")]
 #[test]
 fn a_file_system_without_lasting_inode_numbers_is_refused() {
     if !Need::Exfat.met("a_file_system_without_lasting_inode_numbers_is_refused") {

@@ -1,0 +1,252 @@
+//! Every state that a power loss may leave, as the crate's documentation assumes of the medium, and what recovery makes of it.
+//!
+//! One real commit is traced. Then, for a power loss after each of its calls and for every subset of the names created, renamed
+//! and removed since the directory was last synced, the directory is built as it may be found, with every file that was not
+//! synced torn; and the real `recover` is let loose on it.
+
+mod common;
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::os::unix::fs::MetadataExt as _;
+use std::path::Path;
+
+use atomic_file::{AtomicWriter, recover};
+use common::{assert_names, group, same_text};
+use rstest::rstest;
+use test_machine::Need;
+
+fn files(job: &str) -> &'static [&'static str] {
+    match job {
+        "replace" => &["dest"],
+        _ => &["memory", "vcpu", "devices"],
+    }
+}
+
+/// Not a test of its own: what `common::command` runs.
+#[test]
+fn child() {
+    let Some((job, dir)) = common::job() else {
+        return;
+    };
+    common::traced(&dir, || match job.as_str() {
+        "replace" => common::replace(&AtomicWriter::options(), &dir.join("dest")),
+        _ => common::group_state_of(group(&dir, files(&job), "new").expect("open").commit()),
+    });
+}
+
+/// What a call did to the directory.
+#[derive(Clone, Debug, PartialEq)]
+enum Step {
+    Create(String),
+    SyncFile(String),
+    Rename(String, String),
+    Remove(String),
+    SyncDir,
+}
+
+fn traced_steps(job: &str) -> Vec<Step> {
+    let dir = tempfile::tempdir().unwrap();
+    let log = tempfile::NamedTempFile::new().unwrap();
+    for name in files(job) {
+        fs::write(dir.path().join(name), "old").unwrap();
+    }
+    let calls = "trace=openat,fsync,fdatasync,renameat,renameat2,linkat,unlinkat";
+    let args = ["-y", "-e", calls, "-o", log.path().to_str().unwrap()];
+    assert_eq!(
+        common::under_strace(job, dir.path(), &args).as_deref(),
+        Some("ok")
+    );
+    let log = fs::read_to_string(log.path()).unwrap();
+    let inside = log
+        .split_once("mark-begin")
+        .unwrap()
+        .1
+        .split_once("mark-end")
+        .unwrap()
+        .0;
+    inside
+        .lines()
+        .filter(|line| line.contains(" = 0") || line.contains("O_CREAT"))
+        .map(|line| step(line, dir.path()))
+        .collect()
+}
+
+fn step(line: &str, dir: &Path) -> Step {
+    let names: Vec<_> = line
+        .split('"')
+        .skip(1)
+        .step_by(2)
+        .map(str::to_owned)
+        .collect();
+    let call = line.split_once(' ').unwrap().1.trim_start();
+    match call.split_once('(').unwrap().0 {
+        "openat" => Step::Create(names[0].clone()),
+        "renameat" | "renameat2" => Step::Rename(names[0].clone(), names[1].clone()),
+        "unlinkat" => Step::Remove(names[0].clone()),
+        "fsync" => {
+            let path = call.split_once('<').unwrap().1.split_once('>').unwrap().0;
+            match Path::new(path).strip_prefix(dir).unwrap().to_str().unwrap() {
+                "" => Step::SyncDir,
+                name => Step::SyncFile(name.to_owned()),
+            }
+        }
+        other => panic!("the model does not know {other}: {line}"),
+    }
+}
+
+/// A file, by the name it was created with; `None` for the one that was there before.
+type File = Option<String>;
+
+fn apply(names: &mut BTreeMap<String, File>, step: &Step) {
+    match step {
+        Step::Create(name) => drop(names.insert(name.clone(), Some(name.clone()))),
+        Step::Rename(from, to) => {
+            if let Some(file) = names.remove(from) {
+                names.insert(to.clone(), file);
+            }
+        }
+        Step::Remove(name) => drop(names.remove(name)),
+        Step::SyncFile(_) | Step::SyncDir => {}
+    }
+}
+
+/// Every directory that may be found after a power loss that follows `steps`, with the files that are whole.
+fn states_after(steps: &[Step], files: &[&str]) -> Vec<(BTreeMap<String, File>, Vec<String>)> {
+    let synced = steps
+        .iter()
+        .rposition(|step| *step == Step::SyncDir)
+        .unwrap_or(0);
+    let (certain, open) = steps.split_at(synced);
+    let mut base: BTreeMap<_, _> = files
+        .iter()
+        .map(|name| ((*name).to_owned(), None))
+        .collect();
+    certain.iter().for_each(|step| apply(&mut base, step));
+    let open: Vec<_> = open
+        .iter()
+        .filter(|step| !matches!(step, Step::SyncFile(_) | Step::SyncDir))
+        .collect();
+    let mut whole = Vec::new();
+    for step in steps {
+        if let Step::SyncFile(name) = step {
+            whole.push(name.clone());
+        }
+    }
+    (0..1u32 << open.len())
+        .map(|subset| {
+            let mut names = base.clone();
+            let arrived = open
+                .iter()
+                .enumerate()
+                .filter(|(at, _)| subset & (1 << at) != 0);
+            arrived.for_each(|(_, step)| apply(&mut names, step));
+            (names, whole.clone())
+        })
+        .collect()
+}
+
+/// Builds the directory. The record is made anew, as it holds inode numbers: from the layout in the documentation.
+fn build(
+    dir: &Path,
+    names: &BTreeMap<String, File>,
+    whole: &[String],
+    steps: &[Step],
+    files: &[&str],
+) {
+    let aside = dir.join("aside");
+    fs::create_dir(&aside).unwrap();
+    let members: Vec<_> = steps
+        .iter()
+        .filter_map(|step| match step {
+            Step::Rename(from, to) if files.contains(&to.as_str()) => Some((from, to)),
+            _ => None,
+        })
+        .collect();
+    let mut record = b"ATOMGRP\n\x01\0\0\0".to_vec();
+    record.extend((members.len() as u32).to_le_bytes());
+    for (stage, dest) in &members {
+        let path = aside.join(stage);
+        fs::write(&path, if whole.contains(stage) { "new" } else { "n" }).unwrap();
+        record.extend(fs::metadata(&path).unwrap().ino().to_le_bytes());
+        record.extend(3u64.to_le_bytes());
+        for name in [stage, dest] {
+            record.extend((name.len() as u16).to_le_bytes());
+            record.extend(name.as_bytes());
+        }
+    }
+    record.extend(crc32fast::hash(&record).to_le_bytes());
+    for (name, file) in names {
+        let path = dir.join(name);
+        match file {
+            None => fs::write(path, "old").unwrap(),
+            Some(stage) if aside.join(stage).exists() => {
+                fs::hard_link(aside.join(stage), path).unwrap()
+            }
+            Some(stage) if whole.contains(stage) => fs::write(path, &record).unwrap(),
+            Some(_) => fs::write(path, &record[..record.len() / 2]).unwrap(),
+        }
+    }
+    fs::remove_dir_all(aside).unwrap();
+}
+
+#[rstest]
+#[case("replace", 10)]
+#[case("group", 60)]
+fn after_a_power_loss_at_any_point_all_is_old_or_all_is_new(
+    #[case] job: &str,
+    #[case] least: usize,
+) {
+    if !Need::Strace.met("after_a_power_loss_at_any_point_all_is_old_or_all_is_new") {
+        return;
+    }
+    let (steps, files) = (traced_steps(job), files(job));
+    let mut states = 0;
+    for crash in 0..=steps.len() {
+        for (names, whole) in states_after(&steps[..crash], files) {
+            let dir = tempfile::tempdir().unwrap();
+            build(dir.path(), &names, &whole, &steps, files);
+            let context = format!("after {:?} found {names:?}", &steps[..crash]);
+            recover(dir.path()).unwrap_or_else(|error| panic!("{error:?} {context}"));
+            let text = same_text(dir.path(), files);
+            assert!(text == "old" || text == "new", "{text}: {context}");
+            let committed = crash == steps.len();
+            assert!(
+                text == "new" || !committed,
+                "commit had returned: {context}"
+            );
+            assert_names(dir.path(), files);
+            states += 1;
+        }
+    }
+    assert!(states >= least, "{states} states are no proof");
+}
+
+#[test]
+fn the_model_finds_a_commit_that_does_not_sync() {
+    let rename = || Step::Rename("stage".into(), "dest".into());
+    let create = || Step::Create("stage".into());
+    let torn = |steps: &[Step]| {
+        states_after(steps, &["dest"]).iter().any(|(names, whole)| {
+            names["dest"]
+                .as_ref()
+                .is_some_and(|stage| !whole.contains(stage))
+        })
+    };
+    let old = |steps: &[Step]| {
+        states_after(steps, &["dest"])
+            .iter()
+            .any(|(names, _)| names["dest"].is_none())
+    };
+    let sync = || Step::SyncFile("stage".into());
+    assert!(
+        torn(&[create(), rename(), Step::SyncDir]),
+        "without the file's sync"
+    );
+    assert!(
+        old(&[create(), sync(), rename()]),
+        "without the directory's"
+    );
+    let good = [create(), sync(), rename(), Step::SyncDir];
+    assert!(!torn(&good) && !old(&good));
+}
