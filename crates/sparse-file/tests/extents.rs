@@ -152,6 +152,23 @@ fn a_kernel_without_seek_hole_gives_one_data_extent_that_claims_no_knowledge(#[c
     }
 }
 
+/// A driver that answers every question with the offset 0.
+#[test]
+fn a_file_system_that_never_gets_further_does_not_make_the_listing_loop_for_ever() {
+    const TEST: &str =
+        "a_file_system_that_never_gets_further_does_not_make_the_listing_loop_for_ever";
+    if child_task().is_some() {
+        let file = tempfile::tempfile().expect("file");
+        grow(&file, PAGE).expect("grown");
+        let mut listed = extents(&file).expect("listed");
+        assert_eq!(covering(listed.by_ref(), PAGE), one(0..PAGE, Kind::Data));
+        return assert_eq!(listed.knowledge(), Knowledge::CutShort);
+    }
+    if test_machine::Need::Strace.met(TEST) {
+        expect_success(strace_child("lseek", "retval=0", None, TEST, "list"));
+    }
+}
+
 #[test]
 fn a_dense_file_is_one_data_extent() {
     let file = tempfile::tempfile().expect("file");
