@@ -73,7 +73,7 @@
 //! | HFS+ | **none** | all data | no | yes |
 //! | APFS (linux-apfs-rw 0.3.0) | unknown: `st_blocks` is 0 | all data | no | no |
 //! | NFS v3 over ext4 | as the server's | all data | no | yes |
-//! | NFS v4.2 over ext4 | as the server's | exact | frees | yes |
+//! | NFS v4.2 over ext4 | as the server's | exact | yes | yes |
 //!
 //! So on exFAT and HFS+ a diff is stored dense, with the right bytes, and can't be told from its holes: keep a map of what is
 //! present beside the bytes.
