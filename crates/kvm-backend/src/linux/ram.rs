@@ -152,7 +152,10 @@ impl GuestRam {
     fn mark_piece(&self, piece: &RamRange) {
         let start = marking_base(&self.layout, &self.dirty).map(|base| base + piece.offset);
         let marked = start.is_ok_and(|start| self.dirty.set_range(start, piece.size).is_ok());
-        assert!(marked, "the bitmap covers the RAM: checked when it was taken");
+        assert!(
+            marked,
+            "the bitmap covers the RAM: checked when it was taken"
+        );
     }
 
     fn piece_memory(&self, piece: &RamRange) -> HostMemory<'_> {
@@ -222,9 +225,9 @@ impl GuestRamOptions {
             }
         };
         let memfd = match self.memfd.as_deref() {
-            Some(name) => Some(
-                sys::sealed_memfd(name, layout.ram_size()).map_err(failed("memfd_create"))?,
-            ),
+            Some(name) => {
+                Some(sys::sealed_memfd(name, layout.ram_size()).map_err(failed("memfd_create"))?)
+            }
             None => None,
         };
         let map = |region: &RamRange| {
@@ -391,7 +394,9 @@ pub enum GuestRamError {
         source: io::Error,
     },
     /// Not one host address for each region.
-    #[error("{given} host addresses for {regions} RAM regions: give one for each, in the layout's order")]
+    #[error(
+        "{given} host addresses for {regions} RAM regions: give one for each, in the layout's order"
+    )]
     AddressCount {
         /// The addresses given.
         given: usize,

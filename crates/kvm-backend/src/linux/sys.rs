@@ -81,7 +81,14 @@ impl Mapping {
         let mapped = match file {
             // SAFETY: [start, start + len) is inside the reservation made above, which nobody else knows of yet.
             Some((file, offset)) => unsafe {
-                mmap(Some(start), length, access, flags, file.as_fd(), offset as i64)
+                mmap(
+                    Some(start),
+                    length,
+                    access,
+                    flags,
+                    file.as_fd(),
+                    offset as i64,
+                )
             },
             // SAFETY: as above.
             None => unsafe { mmap_anonymous(Some(start), length, access, flags) },

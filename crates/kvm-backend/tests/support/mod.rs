@@ -20,6 +20,7 @@ pub const TABLES: u64 = 0x1000;
 pub const CODE: u64 = 0x10000;
 pub const STACK: u64 = 0x11000;
 pub const INPUT: u64 = 0x12000;
+pub const INPUT_SIZE: u64 = 0xe000;
 
 /// The port on which a program says that it is done.
 pub const DONE: u16 = 0x80;
@@ -164,10 +165,17 @@ impl Guest {
 
     /// The same, with something done to the virtual machine before its vCPU is created.
     pub fn with(prepare: impl FnOnce(&VmFd)) -> Self {
+        Self::with_ram([(0, LOW_SIZE), (HIGH, HIGH_SIZE)], prepare)
+    }
+
+    pub fn with_ram(
+        regions: impl IntoIterator<Item = (u64, u64)>,
+        prepare: impl FnOnce(&VmFd),
+    ) -> Self {
         let kvm = kvm_backend::open_kvm().unwrap();
         let vm = Arc::new(kvm.create_vm().unwrap());
         prepare(&vm);
-        let layout = RamLayout::new([(0, LOW_SIZE), (HIGH, HIGH_SIZE)]).unwrap();
+        let layout = RamLayout::new(regions).unwrap();
         let ram = Arc::new(GuestRam::new(layout).unwrap());
         let slots = Arc::new(RamSlots::register(&vm, &ram, 0).unwrap());
         let vcpu = vm.create_vcpu(0).unwrap();
@@ -187,6 +195,13 @@ impl Guest {
         guest
     }
 
+    /// A guest that has run `Touch`: what the program itself needs is mapped, and so no longer reported for being read.
+    pub fn touching() -> Self {
+        let mut guest = Self::booted(Program::Touch);
+        guest.touch(&[STACK]);
+        guest
+    }
+
     pub fn boot(&self, program: Program) {
         self.ram.write(CODE, program.bytes()).unwrap();
         let start = long_mode::Start {
@@ -200,7 +215,9 @@ impl Guest {
     /// A log, and no page in it or in the bitmap.
     pub fn log(&self, reprotect: Reprotect) -> DirtyLog {
         let log = DirtyLog::start_with(&self.slots, reprotect).unwrap();
-        self.ram.dirty_bitmap().drain().unwrap();
+        let marks = self.ram.dirty_bitmap();
+        log.harvest(marks).unwrap();
+        marks.drain().unwrap();
         log
     }
 
@@ -218,8 +235,8 @@ impl Guest {
     /// Has the program `Touch` write to each of these addresses.
     pub fn touch(&mut self, addresses: &[u64]) {
         let list: Vec<u8> = addresses.iter().flat_map(|a| a.to_le_bytes()).collect();
-        assert!(list.len() as u64 <= PAGE);
-        self.ram.write(INPUT, &list).unwrap(); // This marks the page INPUT: a host write.
+        assert!(list.len() as u64 <= INPUT_SIZE);
+        self.ram.write(INPUT, &list).unwrap(); // This marks its pages: a host write.
         self.set_regs(|regs| {
             regs.rip = CODE;
             regs.rsi = INPUT;

@@ -28,9 +28,7 @@ impl VcpuState {
         let sregs = vcpu.get_sregs().map_err(failed("KVM_GET_SREGS"))?;
         let xsave = xsave::read(vm, vcpu).map_err(failed("KVM_GET_XSAVE"))?;
         let xcrs = vcpu.get_xcrs().map_err(failed("KVM_GET_XCRS"))?;
-        let debug_regs = vcpu
-            .get_debug_regs()
-            .map_err(failed("KVM_GET_DEBUGREGS"))?;
+        let debug_regs = vcpu.get_debug_regs().map_err(failed("KVM_GET_DEBUGREGS"))?;
         let lapic = match vcpu.get_lapic() {
             Ok(lapic) => Some(lapic),
             Err(error) if io::Error::from(error).kind() == io::ErrorKind::InvalidInput => None,
@@ -76,7 +74,10 @@ fn cpuid(vcpu: &VcpuFd) -> Result<Vec<kvm_cpuid_entry2>, CaptureError> {
         .get_cpuid2(KVM_MAX_CPUID_ENTRIES)
         .map_err(failed("KVM_GET_CPUID2"))?;
     let mut entries = array.as_slice().to_vec();
-    while entries.pop_if(|entry| *entry == kvm_cpuid_entry2::default()).is_some() {}
+    while entries
+        .pop_if(|entry| *entry == kvm_cpuid_entry2::default())
+        .is_some()
+    {}
     Ok(entries)
 }
 

@@ -32,17 +32,15 @@ pub(super) fn read(
     Ok((readable, unreadable))
 }
 
-/// Writes `msrs`, in order; those that KVM refuses are returned.
-pub(super) fn write(vcpu: &VcpuFd, msrs: &[Msr]) -> Result<Vec<Msr>, kvm_ioctls::Error> {
-    let mut refused = Vec::new();
+/// Writes `msrs`, in order, around those that KVM refuses. What that comes to, [`read`] tells.
+pub(super) fn write(vcpu: &VcpuFd, msrs: &[Msr]) -> Result<(), kvm_ioctls::Error> {
     let mut rest = msrs;
     while !rest.is_empty() {
         let batch = &rest[..rest.len().min(KVM_MAX_MSR_ENTRIES)];
         let done = vcpu.set_msrs(&entries(batch.iter().map(|msr| (msr.index, msr.value))))?;
-        refused.extend(batch.get(done));
         rest = &rest[done + usize::from(done < batch.len())..];
     }
-    Ok(refused)
+    Ok(())
 }
 
 fn entries(msrs: impl Iterator<Item = (u32, u64)>) -> Msrs {

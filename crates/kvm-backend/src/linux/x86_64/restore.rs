@@ -24,11 +24,14 @@ const LVT_TSC_DEADLINE: u32 = 0b10 << 17;
 
 /// What a restored vCPU has that the captured one had not.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-#[must_use = "an MSR that KVM refused may be one that the guest relies on"]
+#[must_use = "an MSR that differs may be one that the guest relies on"]
 #[non_exhaustive]
 pub struct Restored {
-    /// MSRs that KVM refused, with the values they should have: they keep what a new vCPU has.
-    pub refused_msrs: Vec<Msr>,
+    /// MSRs that read otherwise than they were captured, with the captured values: KVM refused them, or took and ignored them
+    /// (the time-stamp counter, where it runs under another hypervisor that doesn't shift it).
+    ///
+    /// The time-stamp counter is among them where it is more than two seconds off, and a deadline that has passed is not.
+    pub differing_msrs: Vec<Msr>,
     /// The TSC-deadline timer was unmasked without a deadline, and is set to fire at once.
     ///
     /// KVM clears the deadline when it has passed, and does not report the interrupt until it has delivered it. A timer captured in
@@ -66,7 +69,8 @@ impl VcpuState {
             .map_err(failed("KVM_SET_DEBUGREGS"))?;
         self.restore_lapic(vcpu)?;
         let (msrs, timer_rearmed) = self.msrs_in_order();
-        let refused_msrs = msrs::write(vcpu, &msrs).map_err(failed("KVM_SET_MSRS"))?;
+        msrs::write(vcpu, &msrs).map_err(failed("KVM_SET_MSRS"))?;
+        let differing_msrs = differing(vcpu, &msrs)?;
         vcpu.set_vcpu_events(&self.events)
             .map_err(failed("KVM_SET_VCPU_EVENTS"))?;
         // After the special registers, which make a vCPU at its reset vector runnable.
@@ -75,7 +79,7 @@ impl VcpuState {
         // With everything else in place: this may enter the guest's own guest.
         self.restore_nested(vm, vcpu)?;
         Ok(Restored {
-            refused_msrs,
+            differing_msrs,
             timer_rearmed,
         })
     }
@@ -145,6 +149,25 @@ impl VcpuState {
     }
 }
 
+/// Those of `wanted` that `vcpu` shows otherwise.
+fn differing(vcpu: &VcpuFd, wanted: &[Msr]) -> Result<Vec<Msr>, RestoreError> {
+    let indices: Vec<_> = wanted.iter().map(|msr| msr.index).collect();
+    let (present, _) = msrs::read(vcpu, &indices).map_err(failed("KVM_GET_MSRS"))?;
+    let tsc_khz = vcpu.get_tsc_khz().map_or(u64::MAX, u64::from);
+    let as_wanted = |wanted: &Msr, present: &Msr| match wanted.index {
+        // It runs; and KVM takes writes a second apart for one, to keep vCPUs together.
+        IA32_TSC => present.value.abs_diff(wanted.value) / 2000 <= tsc_khz,
+        IA32_TSC_DEADLINE if present.value == 0 => true,
+        _ => present.value == wanted.value,
+    };
+    let mut differing = wanted.to_vec();
+    differing.retain(|wanted| {
+        let mut present = present.iter().filter(|msr| msr.index == wanted.index);
+        !present.any(|present| as_wanted(wanted, present))
+    });
+    Ok(differing)
+}
+
 /// Whether the timer fires at a deadline of the time-stamp counter, and may.
 fn waits_for_deadline(lapic: &kvm_lapic_state) -> bool {
     let timer = u32::read_from_bytes(&lapic.regs.as_bytes()[LVT_TIMER..LVT_TIMER + 4]);
@@ -189,7 +212,9 @@ pub enum RestoreError {
         source: io::Error,
     },
     /// More CPUID entries than KVM takes.
-    #[error("the state has {entries} CPUID entries, more than KVM takes: it was not captured from a vCPU")]
+    #[error(
+        "the state has {entries} CPUID entries, more than KVM takes: it was not captured from a vCPU"
+    )]
     TooManyCpuids {
         /// The number of entries.
         entries: usize,

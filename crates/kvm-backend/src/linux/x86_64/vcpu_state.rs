@@ -24,8 +24,8 @@ use super::abi::{self, FormatVersion};
 ///
 /// let state: VcpuState = postcard::from_bytes(&bytes)?; // the RAM is restored already
 /// let restored = state.restore(new_vm, new_vcpu)?;
-/// for msr in &restored.refused_msrs {
-///     eprintln!("MSR {:#x} stays as it is, not {:#x}", msr.index, msr.value);
+/// for msr in &restored.differing_msrs {
+///     eprintln!("MSR {:#x} is not {:#x}, as it was", msr.index, msr.value);
 /// }
 /// # Ok(())
 /// # }

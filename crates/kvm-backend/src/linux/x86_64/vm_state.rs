@@ -144,6 +144,8 @@ pub enum VmStateError {
     )]
     NoIrqChip,
     /// The state has a timer, the virtual machine none.
-    #[error("the captured virtual machine had its timer in the kernel: call VmFd::create_pit2 before restoring")]
+    #[error(
+        "the captured virtual machine had its timer in the kernel: call VmFd::create_pit2 before restoring"
+    )]
     NoPit,
 }
