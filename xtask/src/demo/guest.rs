@@ -23,10 +23,10 @@ pub trait Guest: Send {
     /// Works until `step` steps are done, then waits for the next order.
     fn work_until(&mut self, step: u64) -> anyhow::Result<()>;
 
-    /// Works until at least `step` steps are done, and pauses there and then: where the guest can be stopped at any
-    /// instruction, in the middle of a step.
-    fn work_past(&mut self, step: u64) -> anyhow::Result<()> {
-        self.work_until(step)
+    /// Has the guest go on without an end, and pauses it at whatever instruction it then is: in the middle of a step.
+    /// A guest that can be stopped between steps only stays where it is.
+    fn pause(&mut self) -> anyhow::Result<()> {
+        Ok(())
     }
 
     /// Steps done.
@@ -47,21 +47,29 @@ pub trait Guest: Send {
     }
 
     /// Begins to track writes.
-    fn track(&mut self) -> anyhow::Result<()>;
+    fn track(&mut self) -> anyhow::Result<Arc<dyn Tracker>>;
 
-    /// The pages written and [harvested](Self::harvest), by byte offset into the RAM.
-    fn dirty(&self) -> &Arc<DirtyBitmap>;
-
-    /// With the guest paused: has every page written since the last harvest marked in [`dirty`](Self::dirty), and the
-    /// next write to it tracked anew.
-    fn harvest(&mut self) -> anyhow::Result<()>;
-
-    /// With the guest [paused](Self::work_past): what its processor holds.
+    /// With the guest [paused](Self::pause): what its processor holds.
     fn processor(&mut self) -> anyhow::Result<Vec<u8>>;
 
     /// Has the processor hold what [`processor`](Self::processor) said of another guest.
     fn set_processor(&mut self, state: &[u8]) -> anyhow::Result<()>;
 }
+
+/// Knows which pages a guest writes. The guest may work meanwhile: no write is missed. To be dropped when the guest does not.
+pub trait Tracker: Send + Sync {
+    /// The pages written, by byte offset into the RAM.
+    fn dirty(&self) -> &Arc<DirtyBitmap>;
+
+    /// Begins a save: takes out every page written so far, and tracks the next write to it anew.
+    fn begin(&self) -> anyhow::Result<Epoch>;
+
+    /// Adds to the save what was written since, tracks the next writes anew, and says what that was.
+    fn take_more(&self, epoch: &mut Epoch) -> anyhow::Result<DirtyBitmap>;
+}
+
+/// The pages of one save: dirty again unless it becomes durable.
+pub type Epoch = dirty_bitmap::Epoch<Arc<DirtyBitmap>>;
 
 /// A guest's RAM, shared between the guest and whoever reads it.
 #[derive(Clone)]

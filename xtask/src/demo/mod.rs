@@ -8,6 +8,7 @@ mod ledger;
 mod oracle;
 mod picture;
 mod report;
+mod restore;
 mod snapshots;
 mod verify;
 
@@ -25,7 +26,8 @@ use guest::{Guest, Kind};
 use ledger::Layout;
 use picture::Picture;
 use report::{Progress, Snapshot};
-use snapshots::{Chain, Snapshots};
+use restore::Files;
+use snapshots::Snapshots;
 use verify::Proof;
 
 /// Snapshot a running guest, restore it into a new one, and prove that it goes on correctly
@@ -78,21 +80,26 @@ impl Demo {
         };
         let progress = Progress::new();
         let story = plan.carry_out(&progress, |_| Ok(()));
+        progress.phase("removing the snapshots", 0);
+        let (kept, removed) = if self.keep {
+            (Some(snapshots.keep()), Ok(()))
+        } else {
+            (None, snapshots.close())
+        };
         progress.finish();
-        if self.keep {
-            println!("snapshots kept in {}", snapshots.keep().display());
-        }
         let story = story?;
 
         println!("{}", report::table(&story.table));
-        println!(
-            "dirty pages of each snapshot, by place in the RAM (height: the share that is dirty)"
-        );
+        println!("{}", report::LEGEND);
         println!("{}", story.picture.text());
         let svg = out.join("dirty-pages.svg");
         let saved = story.picture.save(&svg);
         saved.with_context(|| format!("can't write {}", svg.display()))?;
-        println!("the same as a picture: {}", svg.display());
+        println!("the picture as SVG: {}", svg.display());
+        if let Some(kept) = kept {
+            println!("the snapshots: {}", kept.display());
+        }
+        removed.context("can't remove the snapshots")?;
         story.close()
     }
 
@@ -164,11 +171,11 @@ struct Story {
 }
 
 impl Plan<'_> {
-    /// The whole demo. `tamper` may spoil the chain before it is restored: the tests see to it that the proof then fails.
+    /// The whole demo. `tamper` may spoil the files before they are restored: the tests see to it that the proof then fails.
     fn carry_out(
         &self,
         progress: &Progress,
-        tamper: impl FnOnce(&mut Chain) -> anyhow::Result<()>,
+        tamper: impl FnOnce(&mut Files) -> anyhow::Result<()>,
     ) -> anyhow::Result<Story> {
         let mut original = self.kind.create(self.layout)?;
         original.boot()?;
@@ -179,9 +186,11 @@ impl Plan<'_> {
             progress,
             "the guest boots and works",
         )?;
-        original.track()?;
+        let tracker = original.track()?;
+        let page_size = tracker.dirty().page_size();
 
         let mut snapshots = Snapshots::new(
+            tracker,
             self.dir,
             Picture::new(self.layout.ram, original.gap()),
             progress,
@@ -197,10 +206,12 @@ impl Plan<'_> {
             snapshots.diff(&mut *original, round)?;
         }
         snapshots.settle()?;
-        tamper(&mut snapshots.chain)?;
+        tamper(&mut snapshots.files)?;
 
         let mut restored = self.kind.create(self.layout)?;
-        snapshots.chain.restore(&mut *restored, progress)?;
+        snapshots
+            .files
+            .restore(&mut *restored, page_size, progress)?;
         let different = verify::compare(&original.ram(), &restored.ram(), self.layout, progress)?;
         let mut proof = verify::go_on(&mut *original, &mut *restored, self.layout, progress)?;
         proof.mismatches.splice(0..0, different);
@@ -213,7 +224,7 @@ impl Plan<'_> {
         })
     }
 
-    /// Has the guest work for `steps` steps, and leaves it paused wherever it then is.
+    /// Has the guest work for `steps` steps.
     fn work(
         &self,
         guest: &mut dyn Guest,
@@ -223,11 +234,11 @@ impl Plan<'_> {
     ) -> anyhow::Result<()> {
         let start = guest.steps();
         progress.phase(phase, steps);
-        for part in 1..PARTS {
+        for part in 1..=PARTS {
             guest.work_until(start + steps * part / PARTS)?;
             progress.at(guest.steps() - start);
         }
-        guest.work_past(start + steps)
+        Ok(())
     }
 }
 

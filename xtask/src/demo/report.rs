@@ -58,6 +58,9 @@ pub struct Snapshot {
     pub durable: Duration,
 }
 
+/// What stands above the picture.
+pub const LEGEND: &str = "Dirty pages of each snapshot, by their place in the RAM. A cell's height grows with the share that is dirty.";
+
 /// The table of all snapshots.
 pub fn table(snapshots: &[Snapshot]) -> String {
     let mut table = Table::new();

@@ -6,75 +6,50 @@
 use std::fs;
 use std::io::Write;
 use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, anyhow};
+use anyhow::anyhow;
 use atomic_file::{AtomicGroup, AtomicWriter};
-use dirty_bitmap::{DirtyBitmap, Epoch};
+use dirty_bitmap::DirtyBitmap;
 use memory_writer::MemoryWriter;
 
-use super::guest::Guest;
+use super::guest::{Epoch, Guest, Tracker};
 use super::picture::Picture;
 use super::report::{Progress, Snapshot};
+use super::restore::{Diff, Files};
 
 /// How long a guest idles after each spell of work while it is being copied whole. One that never does dirties its RAM as fast
 /// as a disk takes it.
 const IDLE: Duration = Duration::from_millis(20);
 
-/// The files from which a guest can be brought back.
-#[derive(Debug, Default)]
-pub struct Chain {
-    /// Memory files: a full one, then diffs in the order of their making.
-    pub memory: Vec<PathBuf>,
-    /// The vCPU state at the instant of the last of them.
-    pub processor: PathBuf,
-}
-
-impl Chain {
-    /// Makes an empty guest the one that the chain was taken of.
-    pub fn restore(&self, guest: &mut dyn Guest, progress: &Progress) -> anyhow::Result<()> {
-        for path in &self.memory {
-            use std::os::unix::fs::FileExt;
-            let f = std::fs::File::open(path)?;
-            let len = f.metadata()?.len();
-            progress.phase("restoring", len);
-            let mut at = 0;
-            while at < len {
-                let Ok(s) = nix::unistd::lseek(&f, at as i64, nix::unistd::Whence::SeekData) else {
-                    break;
-                };
-                let e = nix::unistd::lseek(&f, s, nix::unistd::Whence::SeekHole)?;
-                let mut b = vec![0; (e - s) as usize];
-                f.read_exact_at(&mut b, s as u64)?;
-                guest.write(s as u64, &b)?;
-                at = e as u64;
-            }
-        }
-        guest.set_processor(&fs::read(&self.processor)?)
-    }
-}
-
 /// Takes the snapshots of one guest.
 pub struct Snapshots<'a> {
-    pub dir: &'a Path,
-    pub progress: &'a Progress,
-    pub chain: Chain,
+    tracker: Arc<dyn Tracker>,
+    dir: &'a Path,
+    progress: &'a Progress,
+    pub files: Files,
     pub table: Vec<Snapshot>,
     pub picture: Picture,
     /// The last one, on its way to the medium.
-    pub committing: Option<JoinHandle<anyhow::Result<Snapshot>>>,
+    committing: Option<JoinHandle<anyhow::Result<Snapshot>>>,
 }
 
 impl<'a> Snapshots<'a> {
-    pub fn new(dir: &'a Path, picture: Picture, progress: &'a Progress) -> Self {
+    pub fn new(
+        tracker: Arc<dyn Tracker>,
+        dir: &'a Path,
+        picture: Picture,
+        progress: &'a Progress,
+    ) -> Self {
         Self {
+            tracker,
             dir,
             progress,
-            chain: Chain::default(),
+            files: Files::default(),
             table: Vec::new(),
             picture,
             committing: None,
@@ -84,52 +59,69 @@ impl<'a> Snapshots<'a> {
     /// A full snapshot of a guest that works meanwhile, in spells of `spell` steps.
     pub fn full(&mut self, guest: &mut dyn Guest, spell: u64) -> anyhow::Result<()> {
         let started = Instant::now();
-        let ram = guest.ram();
-        let size = guest.dirty().ram_size();
-        self.progress
-            .phase("full snapshot of the working guest", size);
-        let mut writer = self.writer(guest, "full.mem")?;
+        let (ram, tracker) = (guest.ram(), Arc::clone(&self.tracker));
+        let (size, page) = (tracker.dirty().ram_size(), tracker.dirty().page_size());
+        let phase = "full snapshot of the working guest";
+        self.progress.phase(phase, size);
+        let mut writer = self.writer("full.mem")?;
 
-        // The epoch begins with what the copy is sure to have; what the guest writes from here on joins it at the end.
-        guest.harvest()?;
-        let mut epoch = Epoch::begin(Arc::clone(guest.dirty()))?;
+        // The epoch begins with what the copy is sure to have; what the guest writes from here on joins it.
+        let mut epoch = tracker.begin()?;
         let copied = AtomicBool::new(false);
-        thread::scope(|scope| {
+        let again = thread::scope(|scope| {
             let working = scope.spawn(|| {
                 while !copied.load(Ordering::Acquire) {
                     guest.work_until(guest.steps() + spell)?;
                     thread::sleep(IDLE);
                 }
-                guest.work_past(guest.steps() + 1)
+                guest.pause()
             });
-            let written = writer.write_full(&ram);
+            let mut copy = || {
+                writer.write_full(&ram)?;
+                // Again what was written meanwhile, as long as that gets less: the rest is for the pause.
+                let (mut again, mut before) = (0, size);
+                loop {
+                    let more = tracker.take_more(&mut epoch)?;
+                    let bytes = more.dirty_bytes();
+                    self.progress.phase(phase, bytes);
+                    again += writer.write_diff(&ram, &more)?;
+                    if bytes >= before / 2 {
+                        return anyhow::Ok(again);
+                    }
+                    before = bytes;
+                }
+            };
+            let again = copy();
             copied.store(true, Ordering::Release);
-            written?;
-            joined(working.join())
+            joined(working.join()).and(again)
         })?;
 
         let paused = Instant::now();
-        guest.harvest()?;
-        let meanwhile = epoch.take_more()?;
-        let more = writer.write_diff(&ram, &meanwhile)?;
+        let rest = tracker.take_more(&mut epoch)?;
+        let last = writer.write_diff(&ram, &rest)?;
         let processor = guest.processor()?;
-        let mut snapshot = self.snapshot("full", guest, &meanwhile, paused.elapsed());
-        snapshot.written = size + more * guest.dirty().page_size();
+        let mut snapshot = self.snapshot("full", epoch.bitmap(), paused.elapsed());
+        snapshot.written = size + (again + last) * page;
+        self.files.full = writer.dest_path().to_owned();
         self.commit(started, snapshot, writer, epoch, processor)
     }
 
-    /// A diff of the guest, which must be paused.
+    /// A diff of what the guest wrote since the snapshot before.
     pub fn diff(&mut self, guest: &mut dyn Guest, round: u64) -> anyhow::Result<()> {
         self.settle()?;
+        guest.pause()?;
         let started = Instant::now();
-        let mut writer = self.writer(guest, &format!("diff-{round}.mem"))?;
-        guest.harvest()?;
-        let epoch = Epoch::begin(Arc::clone(guest.dirty()))?;
+        let mut writer = self.writer(&format!("diff-{round}.mem"))?;
+        let epoch = self.tracker.begin()?;
         let pages = writer.write_diff(&guest.ram(), epoch.bitmap())?;
         let processor = guest.processor()?;
         let name = format!("diff {round}");
-        let mut snapshot = self.snapshot(&name, guest, epoch.bitmap(), started.elapsed());
-        snapshot.written = pages * guest.dirty().page_size();
+        let mut snapshot = self.snapshot(&name, epoch.bitmap(), started.elapsed());
+        snapshot.written = pages * self.tracker.dirty().page_size();
+        self.files.diffs.push(Diff {
+            path: writer.dest_path().to_owned(),
+            pages: epoch.bitmap().runs().collect(),
+        });
         self.commit(started, snapshot, writer, epoch, processor)
     }
 
@@ -141,30 +133,24 @@ impl<'a> Snapshots<'a> {
         Ok(())
     }
 
-    fn writer(&mut self, guest: &dyn Guest, name: &str) -> anyhow::Result<MemoryWriter> {
+    fn writer(&mut self, name: &str) -> anyhow::Result<MemoryWriter> {
         let path = self.dir.join(name);
-        let (size, page) = (guest.dirty().ram_size(), guest.dirty().page_size());
+        let dirty = self.tracker.dirty();
+        let (size, page) = (dirty.ram_size(), dirty.page_size());
         let progress = self.progress.clone();
         let writer = MemoryWriter::options()
             .progress(move |done| progress.at(done.bytes_done))
             .open(&path, size, page)?;
-        self.chain.memory.push(path);
         Ok(writer)
     }
 
     /// The figures so far, and the row of the picture.
-    fn snapshot(
-        &mut self,
-        name: &str,
-        guest: &dyn Guest,
-        dirty: &DirtyBitmap,
-        paused: Duration,
-    ) -> Snapshot {
+    fn snapshot(&mut self, name: &str, dirty: &DirtyBitmap, paused: Duration) -> Snapshot {
         self.picture.add(name, dirty);
         Snapshot {
             name: name.to_owned(),
             ram: dirty.ram_size(),
-            dirty_pages: dirty.dirty_bytes() / guest.dirty().page_size(),
+            dirty_pages: dirty.dirty_bytes() / dirty.page_size(),
             written: 0,
             allocated: 0,
             paused,
@@ -178,13 +164,12 @@ impl<'a> Snapshots<'a> {
         started: Instant,
         mut snapshot: Snapshot,
         writer: MemoryWriter,
-        epoch: Epoch<Arc<DirtyBitmap>>,
+        epoch: Epoch,
         processor: Vec<u8>,
     ) -> anyhow::Result<()> {
-        let memory = self.chain.memory.last().cloned();
-        let memory = memory.context("a snapshot has a memory file")?;
+        let memory = writer.dest_path().to_owned();
         let state = memory.with_extension("vcpu");
-        self.chain.processor.clone_from(&state);
+        self.files.processor.clone_from(&state);
         let commit = move || {
             let mut file = AtomicWriter::open(&state)?;
             file.write_all(&processor)?;

@@ -9,7 +9,7 @@ use test_machine::Need;
 use super::guest::{Guest, Kind};
 use super::ledger::{ENTRY, Layout, NO_PAGE, PAGE};
 use super::report::Progress;
-use super::snapshots::Chain;
+use super::restore::Files;
 use super::{Plan, Story, oracle, ram_size};
 
 const RAM: u64 = 8 << 20;
@@ -28,8 +28,8 @@ fn booted(kind: Kind, layout: Layout) -> Box<dyn Guest> {
     guest
 }
 
-/// A small demo whose chain is tampered with before it is restored.
-fn demo(kind: Kind, tamper: impl FnOnce(&mut Chain)) -> Story {
+/// A small demo whose files are tampered with before they are restored.
+fn demo(kind: Kind, tamper: impl FnOnce(&mut Files)) -> Story {
     let dir = tempfile::tempdir().unwrap();
     let plan = Plan {
         kind,
@@ -38,8 +38,8 @@ fn demo(kind: Kind, tamper: impl FnOnce(&mut Chain)) -> Story {
         steps: 500,
         dir: dir.path(),
     };
-    let tamper = |chain: &mut Chain| {
-        tamper(chain);
+    let tamper = |files: &mut Files| {
+        tamper(files);
         Ok(())
     };
     plan.carry_out(&Progress::hidden(), tamper).unwrap()
@@ -99,39 +99,39 @@ fn a_restored_guest_is_the_original_and_goes_on_like_it(
 
 #[rstest]
 #[case::a_byte_of_the_last_diff_flipped(
-    |chain: &mut Chain| {
-        let diff = open(chain.memory.last().unwrap());
+    |files: &mut Files| {
+        let diff = open(&files.diffs.last().unwrap().path);
         let byte = hot_page(&diff)[ENTRY as usize];
         diff.write_all_at(&[byte ^ 1], Layout::LEDGER + ENTRY).unwrap();
     },
     &["1 pages of the restored RAM differ", "restored guest found", "number 0 of its ledger", "restored guest's digest"]
 )]
 #[case::a_page_of_an_older_snapshot(
-    |chain: &mut Chain| {
-        let [.., older, last] = chain.memory.as_slice() else { panic!("two diffs") };
-        open(last).write_all_at(&hot_page(&open(older)), Layout::LEDGER).unwrap();
+    |files: &mut Files| {
+        let [.., older, last] = files.diffs.as_slice() else { panic!("two diffs") };
+        open(&last.path).write_all_at(&hot_page(&open(&older.path)), Layout::LEDGER).unwrap();
     },
     &["1 pages of the restored RAM differ", "restored guest found", "number 0 of its ledger", "restored guest's digest"]
 )]
 #[case::a_diff_left_out(
-    |chain: &mut Chain| drop(chain.memory.remove(1)),
+    |files: &mut Files| drop(files.diffs.remove(0)),
     &["of the restored RAM differ", "restored guest found", "restored guest's digest"]
 )]
 #[case::the_last_diff_left_out(
-    |chain: &mut Chain| drop(chain.memory.pop()),
+    |files: &mut Files| drop(files.diffs.pop()),
     &["of the restored RAM differ", "restored guest's digest"]
 )]
 #[case::diffs_in_the_wrong_order(
-    |chain: &mut Chain| chain.memory[1..].reverse(),
+    |files: &mut Files| files.diffs.reverse(),
     &["of the restored RAM differ", "restored guest's digest"]
 )]
 #[case::the_vcpu_state_of_an_older_snapshot(
-    |chain: &mut Chain| chain.processor = chain.memory[2].with_extension("vcpu"),
+    |files: &mut Files| files.processor = files.diffs[1].path.with_extension("vcpu"),
     &["restored guest's digest"]
 )]
 fn the_proof_fails_for(
     #[values(Kind::Kvm, Kind::Mprotect)] kind: Kind,
-    #[case] tamper: fn(&mut Chain),
+    #[case] tamper: fn(&mut Files),
     #[case] expected: &[&str],
 ) {
     if !here(kind, "the_proof_fails_for") {

@@ -18,7 +18,7 @@ use memory::Memory;
 #[cfg(target_os = "linux")]
 pub use uffd::open as open_userfaultfd;
 
-use super::guest::{Guest, Ram};
+use super::guest::{Epoch, Guest, Ram, Tracker};
 use super::ledger::{self, Layout, Registers, Verdict, Words};
 
 /// How writes are noticed.
@@ -29,19 +29,42 @@ pub enum Tracking {
     Mprotect,
 }
 
-/// Makes writes to a memory fault, once a page.
-trait Tracker: Send {
+/// Makes writes to a memory fault, once a page, and marks the page then.
+trait Guard: Send + Sync {
     /// Lets the next write to each page of `runs`, byte offsets, fault again.
     fn protect(&self, runs: &mut dyn Iterator<Item = Range<u64>>) -> io::Result<()>;
 }
 
+/// A guard and the marks that it sets.
+struct Watch {
+    guard: Box<dyn Guard>,
+    dirty: Arc<DirtyBitmap>,
+}
+
+impl Tracker for Watch {
+    fn dirty(&self) -> &Arc<DirtyBitmap> {
+        &self.dirty
+    }
+
+    fn begin(&self) -> anyhow::Result<Epoch> {
+        let epoch = Epoch::begin(Arc::clone(&self.dirty))?;
+        self.guard.protect(&mut epoch.bitmap().runs())?;
+        Ok(epoch)
+    }
+
+    fn take_more(&self, epoch: &mut Epoch) -> anyhow::Result<DirtyBitmap> {
+        // First the marks, then the protection, and both before the copy: a write in between is in the copy, and a
+        // later one faults.
+        let more = epoch.take_more()?;
+        self.guard.protect(&mut more.runs())?;
+        Ok(more)
+    }
+}
+
 /// A guest inside this process.
 pub struct Embedded {
-    // The tracker goes first: it unprotects the memory.
-    tracker: Option<Box<dyn Tracker>>,
     tracking: Tracking,
     memory: Arc<Memory>,
-    dirty: Arc<DirtyBitmap>,
     layout: Layout,
     registers: Registers,
 }
@@ -64,10 +87,8 @@ impl Embedded {
     pub fn new(layout: Layout, tracking: Tracking) -> anyhow::Result<Self> {
         let memory = Memory::new(layout.ram).context("no memory for the guest")?;
         Ok(Self {
-            tracker: None,
             tracking,
             memory: Arc::new(memory),
-            dirty: Arc::new(DirtyBitmap::new(0, layout.ram, memory::page_size()?)?),
             layout,
             registers: Registers::default(),
         })
@@ -82,10 +103,6 @@ impl Guest for Embedded {
 
     fn ram(&self) -> Ram {
         Ram::new(Arc::clone(&self.memory))
-    }
-
-    fn dirty(&self) -> &Arc<DirtyBitmap> {
-        &self.dirty
     }
 
     fn work_until(&mut self, step: u64) -> anyhow::Result<()> {
@@ -112,22 +129,16 @@ impl Guest for Embedded {
         Ok(())
     }
 
-    fn track(&mut self) -> anyhow::Result<()> {
-        let (memory, dirty) = (Arc::clone(&self.memory), Arc::clone(&self.dirty));
-        self.tracker = Some(match self.tracking {
+    fn track(&mut self) -> anyhow::Result<Arc<dyn Tracker>> {
+        let bitmap = DirtyBitmap::new(0, self.layout.ram, memory::page_size()?)?;
+        let (memory, dirty) = (Arc::clone(&self.memory), Arc::new(bitmap));
+        let marks = Arc::clone(&dirty);
+        let guard: Box<dyn Guard> = match self.tracking {
             #[cfg(target_os = "linux")]
-            Tracking::Userfaultfd => Box::new(uffd::Userfaultfd::new(memory, dirty)?),
-            Tracking::Mprotect => Box::new(mprotect::Mprotect::new(memory, dirty)?),
-        });
-        Ok(())
-    }
-
-    fn harvest(&mut self) -> anyhow::Result<()> {
-        // The marks are in the bitmap since the faults; what is left is to have the next writes fault again.
-        if let Some(tracker) = &self.tracker {
-            tracker.protect(&mut self.dirty.runs())?;
-        }
-        Ok(())
+            Tracking::Userfaultfd => Box::new(uffd::Userfaultfd::new(memory, marks)?),
+            Tracking::Mprotect => Box::new(mprotect::Mprotect::new(memory, marks)?),
+        };
+        Ok(Arc::new(Watch { guard, dirty }))
     }
 
     fn processor(&mut self) -> anyhow::Result<Vec<u8>> {

@@ -14,7 +14,7 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use dirty_bitmap::DirtyBitmap;
 use nix::errno::Errno;
 
-use super::Tracker;
+use super::Guard;
 use super::memory::Memory;
 
 /// The signals of a store to a protected page: SIGSEGV by POSIX, SIGBUS on macOS.
@@ -37,14 +37,14 @@ impl Mprotect {
         install_handler()?;
         let region = Box::new(Region { memory, dirty });
         let slot = occupy(&region)?;
-        let tracker = Self { region, slot };
-        let whole = 0..tracker.region.memory.len() as u64;
-        tracker.protect(&mut [whole].into_iter())?;
-        Ok(tracker)
+        let guard = Self { region, slot };
+        let whole = 0..guard.region.memory.len() as u64;
+        guard.protect(&mut [whole].into_iter())?;
+        Ok(guard)
     }
 }
 
-impl Tracker for Mprotect {
+impl Guard for Mprotect {
     fn protect(&self, runs: &mut dyn Iterator<Item = Range<u64>>) -> io::Result<()> {
         for run in runs {
             let memory = &self.region.memory;
@@ -60,10 +60,12 @@ impl Drop for Mprotect {
         // Unprotected first: a fault after the slot is free would be nobody's.
         let writable = memory.set_writable(0..memory.len(), true);
         debug_assert!(writable.is_ok());
-        SLOTS[self.slot].len.store(0, Ordering::Release);
-        SLOTS[self.slot]
-            .region
-            .store(ptr::null_mut(), Ordering::Release);
+        let slot = &SLOTS[self.slot];
+        slot.len.store(0, Ordering::SeqCst);
+        while slot.handlers.load(Ordering::SeqCst) != 0 {
+            std::thread::yield_now();
+        }
+        slot.region.store(ptr::null_mut(), Ordering::Release);
     }
 }
 
@@ -72,6 +74,8 @@ struct Slot {
     start: AtomicUsize,
     len: AtomicUsize,
     region: AtomicPtr<Region>,
+    /// Handlers that look at the slot right now: they come before they read the length, and it changes hands only without them.
+    handlers: AtomicUsize,
 }
 
 static SLOTS: [Slot; 64] = [const {
@@ -79,6 +83,7 @@ static SLOTS: [Slot; 64] = [const {
         start: AtomicUsize::new(0),
         len: AtomicUsize::new(0),
         region: AtomicPtr::new(ptr::null_mut()),
+        handlers: AtomicUsize::new(0),
     }
 }; 64];
 
@@ -98,43 +103,45 @@ fn occupy(region: &Region) -> io::Result<usize> {
     slot.start
         .store(region.memory.start() as usize, Ordering::Release);
     // Last: the handler looks at the rest only where the length says so.
-    slot.len.store(region.memory.len(), Ordering::Release);
+    slot.len.store(region.memory.len(), Ordering::SeqCst);
     Ok(index)
 }
 
-/// Marks the page of `address` and makes it writable, if it belongs to a tracked memory.
+/// Makes the page of `address` writable and marks it, if it belongs to a tracked memory.
 fn handle(address: usize) -> bool {
-    for slot in &SLOTS {
-        let len = slot.len.load(Ordering::Acquire);
+    SLOTS.iter().any(|slot| {
+        slot.handlers.fetch_add(1, Ordering::SeqCst);
+        let len = slot.len.load(Ordering::SeqCst);
         let start = slot.start.load(Ordering::Acquire);
-        // Read twice: a slot that changes hands meanwhile is not the one of this fault.
-        if address.wrapping_sub(start) >= len || slot.len.load(Ordering::Acquire) != len {
-            continue;
-        }
-        // SAFETY: the address lies in the slot's memory, so the faulting thread is inside `Memory::store` on it. It
-        // holds the memory borrowed from a guest that owns the tracker, so the region is not dropped before it returns.
-        let region = unsafe { &*slot.region.load(Ordering::Acquire) };
-        return region.open(address - start).is_ok();
-    }
-    false
+        let offset = address.wrapping_sub(start);
+        let opened = offset < len && {
+            // SAFETY: the slot has a length, and this handler was counted before it was read: whoever takes the slot back
+            // waits for the count before the region is dropped.
+            let region = unsafe { &*slot.region.load(Ordering::Acquire) };
+            region.open(offset).is_ok()
+        };
+        slot.handlers.fetch_sub(1, Ordering::SeqCst);
+        opened
+    })
 }
 
 impl Region {
-    /// Marks the page at `offset`, then makes it writable.
+    /// Makes the page at `offset` writable, then marks it: in the other order, a save could take the mark out and protect the page
+    /// in between, and the write that follows would go unseen. The writer waits meanwhile.
     fn open(&self, offset: usize) -> nix::Result<()> {
         let mut block = self.dirty.page_size() as usize;
         loop {
             let start = offset & !(block - 1);
             let end = (start + block).min(self.memory.len());
-            let marked = self.dirty.set_range(start as u64, (end - start) as u64);
-            if marked.is_err() {
-                return Err(Errno::ERANGE);
-            }
             match self.memory.set_writable(start..end, true) {
                 // Too many mappings (Linux: vm.max_map_count). A larger block is one mapping where there were many; its
                 // clean pages are marked as well, which costs bytes and loses nothing.
                 Err(Errno::ENOMEM) if end - start < self.memory.len() => block *= 8,
-                done => return done,
+                Err(errno) => return Err(errno),
+                Ok(()) => {
+                    let marked = self.dirty.set_range(start as u64, (end - start) as u64);
+                    return marked.map(drop).map_err(|_| Errno::ERANGE);
+                }
             }
         }
     }

@@ -14,14 +14,14 @@ fn here(tracking: Tracking, test: &str) -> bool {
     }
 }
 
-fn tracked(tracking: Tracking, ram: u64) -> Embedded {
+fn tracked(tracking: Tracking, ram: u64) -> (Arc<Memory>, Arc<dyn Tracker>) {
     let mut guest = Embedded::new(Layout::of(ram), tracking).unwrap();
-    guest.track().unwrap();
-    guest
+    let tracker = guest.track().unwrap();
+    (guest.memory, tracker)
 }
 
-fn dirty(guest: &Embedded) -> Vec<Range<u64>> {
-    guest.dirty.runs().collect()
+fn dirty(tracker: &Arc<dyn Tracker>) -> Vec<Range<u64>> {
+    tracker.dirty().runs().collect()
 }
 
 #[rstest]
@@ -35,18 +35,17 @@ fn exactly_the_pages_written_since_the_harvest_are_marked(#[case] tracking: Trac
         return;
     }
     let page = memory::page_size().unwrap();
-    let mut guest = tracked(tracking, 8 << 20);
-    guest.memory.store(3 * page - 8, 1);
-    guest.memory.store(3 * page, 2);
-    guest.memory.store(9 * page, 3);
-    assert_eq!(guest.memory.load(5 * page), 0);
-    assert_eq!(dirty(&guest), [2 * page..4 * page, 9 * page..10 * page]);
+    let (memory, tracker) = tracked(tracking, 8 << 20);
+    memory.store(3 * page - 8, 1);
+    memory.store(3 * page, 2);
+    memory.store(9 * page, 3);
+    assert_eq!(memory.load(5 * page), 0);
+    assert_eq!(dirty(&tracker), [2 * page..4 * page, 9 * page..10 * page]);
 
-    guest.harvest().unwrap();
-    guest.dirty.begin_epoch().unwrap().release();
-    guest.memory.store(9 * page + 8, 4);
-    assert_eq!(dirty(&guest), [9 * page..10 * page]);
-    assert_eq!(guest.memory.load(9 * page), 3);
+    tracker.begin().unwrap().release();
+    memory.store(9 * page + 8, 4);
+    assert_eq!(dirty(&tracker), [9 * page..10 * page]);
+    assert_eq!(memory.load(9 * page), 3);
 }
 
 #[rstest]
@@ -57,12 +56,13 @@ fn two_guests_of_one_process_are_tracked_apart(#[case] tracking: Tracking) {
         return;
     }
     let page = memory::page_size().unwrap();
-    let (one, other) = (tracked(tracking, 8 << 20), tracked(tracking, 8 << 20));
-    other.memory.store(page, 1);
-    one.memory.store(0, 1);
-    drop(one);
-    other.memory.store(4 * page, 1);
-    assert_eq!(dirty(&other), [page..2 * page, 4 * page..5 * page]);
+    let (one, tracker_of_one) = tracked(tracking, 8 << 20);
+    let (other, tracker) = tracked(tracking, 8 << 20);
+    other.store(page, 1);
+    one.store(0, 1);
+    drop((one, tracker_of_one));
+    other.store(4 * page, 1);
+    assert_eq!(dirty(&tracker), [page..2 * page, 4 * page..5 * page]);
 }
 
 /// Linux counts mappings (`vm.max_map_count`, 65,530 unless changed), and every second page writable is one mapping a page.
@@ -91,11 +91,11 @@ fn more_scattered_pages_than_mappings_are_marked_all_the_same() {
         limit.trim().parse::<u64>().unwrap(),
         memory::page_size().unwrap(),
     );
-    let guest = tracked(Tracking::Mprotect, (limit + 4096) * page);
+    let (memory, tracker) = tracked(Tracking::Mprotect, (limit + 4096) * page);
     for number in (0..limit + 2048).step_by(2) {
-        guest.memory.store(number * page, number);
+        memory.store(number * page, number);
         assert!(
-            guest.dirty.is_dirty(number * page).unwrap(),
+            tracker.dirty().is_dirty(number * page).unwrap(),
             "page {number}"
         );
     }

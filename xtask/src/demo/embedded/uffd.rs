@@ -15,7 +15,7 @@ use dirty_bitmap::DirtyBitmap;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
-use super::Tracker;
+use super::Guard;
 use super::memory::Memory;
 
 /// The kernel's interface: Linux `include/uapi/linux/userfaultfd.h`.
@@ -26,6 +26,7 @@ mod abi {
     pub(super) const FEATURE_WP_UNPOPULATED: u64 = 1 << 13;
     pub(super) const REGISTER_MODE_WP: u64 = 1 << 1;
     pub(super) const WRITEPROTECT_MODE_WP: u64 = 1 << 0;
+    pub(super) const WRITEPROTECT_MODE_DONTWAKE: u64 = 1 << 1;
     pub(super) const EVENT_PAGEFAULT: u8 = 0x12;
     pub(super) const PAGEFAULT_FLAG_WP: u64 = 1 << 1;
     /// `struct uffd_msg`: the event in byte 0, a page fault's flags in bytes 8..16, its address in 16..24.
@@ -47,6 +48,12 @@ mod abi {
     }
 
     #[repr(C)]
+    pub(super) struct Range {
+        pub(super) start: u64,
+        pub(super) len: u64,
+    }
+
+    #[repr(C)]
     pub(super) struct WriteProtect {
         pub(super) start: u64,
         pub(super) len: u64,
@@ -56,6 +63,7 @@ mod abi {
     nix::ioctl_write_int_bad!(new, nix::request_code_none!(0xaa, 0x00));
     nix::ioctl_readwrite!(api, 0xaa, 0x3f, Api);
     nix::ioctl_readwrite!(register, 0xaa, 0x00, Register);
+    nix::ioctl_read!(wake, 0xaa, 0x02, Range);
     nix::ioctl_readwrite!(write_protect, 0xaa, 0x06, WriteProtect);
 }
 
@@ -120,22 +128,22 @@ impl Userfaultfd {
                 let faults = Arc::clone(&faults);
                 move || faults.handle(&closed)
             })?;
-        let tracker = Self {
+        let guard = Self {
             faults,
             handler: Some(handler),
             hang_up: Some(hang_up),
         };
-        let whole = 0..tracker.faults.memory.len() as u64;
-        tracker.protect(&mut [whole].into_iter())?;
+        let whole = 0..guard.faults.memory.len() as u64;
+        guard.protect(&mut [whole].into_iter())?;
         ensure!(
-            tracker.handler.as_ref().is_some_and(|h| !h.is_finished()),
+            guard.handler.as_ref().is_some_and(|h| !h.is_finished()),
             "the userfaultfd handler ended"
         );
-        Ok(tracker)
+        Ok(guard)
     }
 }
 
-impl Tracker for Userfaultfd {
+impl Guard for Userfaultfd {
     fn protect(&self, runs: &mut dyn Iterator<Item = Range<u64>>) -> io::Result<()> {
         for run in runs {
             self.faults.set_writable(run, false)?;
@@ -189,7 +197,8 @@ impl Faults {
         }
     }
 
-    /// Marks the page that a write waits for, then lets the write go on.
+    /// Makes the page that a write waits for writable, marks it, and only then lets the write go on: were the mark first, a save could
+    /// take it out and protect the page in between, and the write that follows would go unseen.
     fn admit(&self, message: &[u8; abi::MESSAGE]) -> io::Result<()> {
         let word = |at: usize| {
             u64::from_ne_bytes(
@@ -207,8 +216,15 @@ impl Faults {
         }
         let page = self.dirty.page_size();
         let offset = address.wrapping_sub(self.memory.start() as u64) & !(page - 1);
+        self.set_writable(offset..offset + page, true)?;
         self.dirty.set_dirty(offset).map_err(io::Error::other)?;
-        self.set_writable(offset..offset + page, true)
+        let mut waiting = abi::Range {
+            start: self.memory.start() as u64 + offset,
+            len: page,
+        };
+        // SAFETY: `Range` is laid out as the kernel's struct; waking a thread that need not wait makes it look again.
+        unsafe { abi::wake(self.descriptor.as_raw_fd(), &raw mut waiting) }?;
+        Ok(())
     }
 
     fn set_writable(&self, range: Range<u64>, writable: bool) -> io::Result<()> {
@@ -218,7 +234,7 @@ impl Faults {
                 start: self.memory.start() as u64 + range.start,
                 len: range.end - range.start,
                 mode: if writable {
-                    0
+                    abi::WRITEPROTECT_MODE_DONTWAKE
                 } else {
                     abi::WRITEPROTECT_MODE_WP
                 },

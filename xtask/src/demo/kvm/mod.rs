@@ -14,7 +14,7 @@ use kvm_backend::{DirtyLog, GuestRam, RamSlots, VcpuState, long_mode};
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd};
 use page_reader::{PageReader, RamLayout};
 
-use super::guest::{Guest, Ram};
+use super::guest::{Epoch, Guest, Ram, Tracker};
 use super::ledger::{self, Layout, Verdict, Words, front};
 
 /// The port of the guest's bell.
@@ -37,7 +37,6 @@ const STACK: u64 = Layout::FRONT;
 pub struct Machine {
     kvm: Kvm,
     vcpu: VcpuFd,
-    log: Option<DirtyLog>,
     slots: Arc<RamSlots>,
     ram: Arc<GuestRam>,
     layout: Layout,
@@ -91,7 +90,6 @@ impl Machine {
         Ok(Self {
             kvm,
             vcpu,
-            log: None,
             slots,
             ram,
             layout,
@@ -131,6 +129,22 @@ impl Machine {
     }
 }
 
+impl Tracker for DirtyLog {
+    fn dirty(&self) -> &Arc<DirtyBitmap> {
+        self.slots().ram().dirty_bitmap()
+    }
+
+    fn begin(&self) -> anyhow::Result<Epoch> {
+        self.harvest(self.dirty())?;
+        Ok(Epoch::begin(Arc::clone(self.dirty()))?)
+    }
+
+    fn take_more(&self, epoch: &mut Epoch) -> anyhow::Result<DirtyBitmap> {
+        self.harvest(self.dirty())?;
+        Ok(epoch.take_more()?)
+    }
+}
+
 impl Guest for Machine {
     fn boot(&mut self) -> anyhow::Result<()> {
         let mut front = self.front();
@@ -157,11 +171,10 @@ impl Guest for Machine {
         self.run_until(ARRIVED)
     }
 
-    fn work_past(&mut self, step: u64) -> anyhow::Result<()> {
-        self.work_until(step)?;
+    fn pause(&mut self) -> anyhow::Result<()> {
         self.front().store(front::UNTIL, u64::MAX);
         // Anywhere in the next steps, a different place each time.
-        let after = Duration::from_micros(20 + step % 64);
+        let after = Duration::from_micros(20 + self.steps() % 64);
         match pause::nudged(after, || self.run())?? {
             Stop::Nudge => Ok(()),
             Stop::Bell(bell) => bail!("the guest rings {bell} on its way"),
@@ -191,20 +204,8 @@ impl Guest for Machine {
         self.ram.layout().regions().get(1).map(|high| high.offset)
     }
 
-    fn track(&mut self) -> anyhow::Result<()> {
-        self.log = Some(DirtyLog::start(&self.slots)?);
-        Ok(())
-    }
-
-    fn dirty(&self) -> &Arc<DirtyBitmap> {
-        self.ram.dirty_bitmap()
-    }
-
-    fn harvest(&mut self) -> anyhow::Result<()> {
-        if let Some(log) = &self.log {
-            log.harvest(self.ram.dirty_bitmap())?;
-        }
-        Ok(())
+    fn track(&mut self) -> anyhow::Result<Arc<dyn Tracker>> {
+        Ok(Arc::new(DirtyLog::start(&self.slots)?))
     }
 
     fn processor(&mut self) -> anyhow::Result<Vec<u8>> {

@@ -34,7 +34,8 @@ fn a_machine_paused_in_the_middle_of_a_step_goes_on_as_another() {
     let mut machine = machine();
     let mut inside = 0;
     for round in 1..=40 {
-        machine.work_past(round * 200).unwrap();
+        machine.work_until(round * 200).unwrap();
+        machine.pause().unwrap();
         let registers = machine.vcpu.get_regs().unwrap();
         // The register counts a step when it begins, the front page when it ends.
         inside += u32::from(registers.r14 != machine.steps());
@@ -54,7 +55,8 @@ fn a_machine_without_its_vector_registers_is_found_out() {
     // XMM0 in an XSAVE area: Intel SDM vol. 1, table 13-1.
     const XMM0: std::ops::Range<usize> = 160..176;
     let mut machine = machine();
-    machine.work_past(1000).unwrap();
+    machine.work_until(1000).unwrap();
+    machine.pause().unwrap();
     let goal = machine.steps() + 1000;
     let mut new = successor(&mut machine, |state| state.xsave[XMM0].fill(0));
     new.work_until(goal).unwrap();
