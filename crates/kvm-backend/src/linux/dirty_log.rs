@@ -30,11 +30,12 @@ const CLEAR_PAGES: usize = 1 << 18;
 /// A page written while it is copied may be copied torn: a later harvest has it. The last round, for an image
 /// of one instant, needs the vCPUs stopped *before* its harvest, and every device thread that writes guest memory too.
 ///
-/// With vCPUs stopped "returned from `KVM_RUN`" is enough: what the processor logged by itself (Intel's PML) KVM adds when it exits.
+/// A vCPU is stopped when `KVM_RUN` has returned: what the processor logged by itself (Intel's PML) KVM has added by then.
 ///
 /// # What is in the log
-/// The guest's writes, the processor's own to the guest's page tables (accessed and dirty bits), and KVM's (the clock page of kvmclock).
-/// Not the host's: [`GuestRam::write`](crate::GuestRam::write) marks them itself.
+/// The guest's writes, the processor's own to the guest's page tables (accessed and dirty bits), and KVM's (the page of kvmclock).
+/// A page that the guest reads for the first time may be in it too, since KVM maps it writable at once.
+/// Not the host's writes: [`GuestRam::write`](crate::GuestRam::write) marks them itself.
 #[derive(Debug)]
 pub struct DirtyLog {
     slots: Arc<RamSlots>,

@@ -90,7 +90,7 @@ pub fn page_table_bytes(layout: &RamLayout) -> Result<u64, BootError> {
 /// use kvm_ioctls::VcpuExit;
 /// use page_reader::RamLayout;
 ///
-/// # if !std::path::Path::new("/dev/kvm").exists() { return Ok(()); }
+/// # if !test_machine::Need::Kvm.met("the example of long_mode::boot") { return Ok(()); }
 /// let kvm = kvm_backend::open_kvm()?;
 /// let vm = Arc::new(kvm.create_vm()?);
 /// let ram = Arc::new(GuestRam::new(RamLayout::single(0, 1 << 20)?)?);

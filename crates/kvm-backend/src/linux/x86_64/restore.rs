@@ -45,8 +45,8 @@ impl VcpuState {
     /// The guest's RAM must be restored first: KVM reads page-directory pointers from it, and writes a paravirtual clock into
     /// it. [`VmState`](super::VmState) comes after all vCPUs.
     ///
-    /// The time-stamp counter goes on from where it was captured: the time in between did not happen. vCPUs of one guest are to be restored
-    /// within a second of each other, so that KVM synchronises their counters.
+    /// The time-stamp counter goes on from where it was captured: the time in between did not happen. Restore all vCPUs of a guest
+    /// within a second, so that KVM synchronises their counters.
     ///
     /// # Errors
     /// [`RestoreError`]. The vCPU is of no use then: restore into a new one.

@@ -1,0 +1,362 @@
+//! Guest RAM: its mappings, access from the host, memory slots.
+#![cfg(all(target_os = "linux", target_arch = "x86_64"))]
+
+mod support;
+
+use std::error::Error;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::ptr::NonNull;
+use std::sync::Arc;
+
+use dirty_bitmap::DirtyBitmap;
+use kvm_backend::{
+    GuestRam, GuestRamError, OpenKvmError, RamSlots, SlotError, open_kvm, open_kvm_at,
+};
+use kvm_ioctls::VcpuExit;
+use page_reader::{OutsideRam, PageReader, RamLayout};
+use rstest::rstest;
+use support::{DONE, Guest, HIGH, HIGH_SIZE, INPUT, LOW_SIZE, PAGE, Program};
+use test_machine::{Need, ReadOnlyBind};
+
+fn layout() -> RamLayout {
+    RamLayout::new([(0, LOW_SIZE), (HIGH, HIGH_SIZE)]).unwrap()
+}
+
+/// The line of `/proc/self/maps` whose range has `address`, or the one that ends or starts there: permissions, and what follows.
+fn mapping_of(address: usize) -> Option<String> {
+    let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+    let line = maps.lines().find(|line| {
+        let (start, end) = line.split(' ').next().unwrap().split_once('-').unwrap();
+        let number = |digits| usize::from_str_radix(digits, 16).unwrap();
+        (number(start)..number(end)).contains(&address)
+    })?;
+    Some(line.split_once(' ').unwrap().1.to_owned())
+}
+
+#[test]
+fn new_ram_is_zero_between_guard_pages_and_congruent_to_its_guest_address() {
+    let layout = RamLayout::new([(0x5000, 3 * PAGE), (HIGH, HIGH_SIZE)]).unwrap();
+    let ram = GuestRam::new(layout.clone()).unwrap();
+    for region in layout.regions() {
+        let memory = ram.host_memory(region.offset, usize::MAX).unwrap();
+        assert_eq!(memory.len() as u64, region.size);
+        let start = memory.as_ptr().addr();
+        assert_eq!(start as u64 % (2 << 20), region.guest_start % (2 << 20));
+        assert!(mapping_of(start).unwrap().starts_with("rw-s"));
+        assert!(mapping_of(start - 1).unwrap().starts_with("---p"));
+        assert!(
+            mapping_of(start + memory.len())
+                .unwrap()
+                .starts_with("---p")
+        );
+    }
+    let mut all = vec![1; layout.ram_size() as usize];
+    ram.read_at(0, &mut all).unwrap();
+    assert!(all.iter().all(|byte| *byte == 0));
+
+    let start = ram.host_memory(0, 1).unwrap().as_ptr().addr();
+    drop(ram);
+    assert!(mapping_of(start).is_none_or(|line| !line.starts_with("rw-s")));
+}
+
+#[test]
+fn bytes_written_at_any_alignment_are_read_back_by_address_offset_and_host_memory() {
+    let ram = GuestRam::new(layout()).unwrap();
+    let bytes: Vec<u8> = (1..=64).collect();
+    for start in 0..16 {
+        for len in 0..=40 {
+            let (address, offset) = (HIGH + 0x100 + start, LOW_SIZE + 0x100 + start);
+            ram.write(address - 8, &[0; 80]).unwrap();
+            ram.write(address, &bytes[..len]).unwrap();
+            let mut copy = vec![0; len];
+            ram.read(address, &mut copy).unwrap();
+            assert_eq!(copy, bytes[..len]);
+            let mut around = vec![0; len + 2];
+            ram.read_at(offset - 1, &mut around).unwrap();
+            assert_eq!(around[1..=len], bytes[..len]);
+            assert_eq!((around[0], around[len + 1]), (0, 0));
+        }
+    }
+    // Across the border of two regions, where only the memory file is contiguous.
+    ram.write_at(LOW_SIZE - 4, &bytes[..8]).unwrap();
+    let mut ends = [0; 4];
+    ram.read(HIGH, &mut ends).unwrap();
+    assert_eq!(ends, bytes[4..8]);
+    let memory = ram.host_memory(LOW_SIZE - 4, 8).unwrap();
+    assert_eq!(memory.len(), 4);
+    memory.copy_to(&mut ends);
+    assert_eq!(ends, bytes[..4]);
+}
+
+#[test]
+fn access_outside_the_ram_is_an_error_and_changes_nothing() {
+    let ram = GuestRam::new(layout()).unwrap();
+    for address in [
+        LOW_SIZE - 1,
+        LOW_SIZE,
+        HIGH - 1,
+        HIGH + HIGH_SIZE - 1,
+        u64::MAX,
+    ] {
+        let error = ram.write(address, &[1; 2]).unwrap_err();
+        assert!(matches!(error, OutsideRam::Guest { .. }), "{error}");
+        assert_eq!(ram.read(address, &mut [0; 2]).unwrap_err(), error);
+        assert_eq!(ram.mark(address, 2).unwrap_err(), error);
+    }
+    let end = LOW_SIZE + HIGH_SIZE;
+    assert!(ram.write_at(end - 1, &[1; 2]).is_err());
+    let error = ram.read_at(end - 1, &mut [0; 2]).unwrap_err();
+    assert_eq!(error.kind(), std::io::ErrorKind::UnexpectedEof);
+    assert!(ram.host_memory(end, 1).is_none() && ram.host_memory(0, 0).is_none());
+    assert!(ram.dirty_bitmap().is_clean());
+    let mut all = vec![1; end as usize];
+    ram.read_at(0, &mut all).unwrap();
+    assert!(all.iter().all(|byte| *byte == 0));
+}
+
+#[test]
+fn a_memfd_holds_the_ram_at_its_offsets_and_keeps_its_size() {
+    let ram = GuestRam::options()
+        .memfd("guest")
+        .allocate(layout())
+        .unwrap();
+    ram.write(HIGH, b"high").unwrap();
+    let file = std::fs::File::from(ram.memfd().unwrap().try_clone_to_owned().unwrap());
+    let mut bytes = [0; 4];
+    file.read_exact_at(&mut bytes, LOW_SIZE).unwrap();
+    assert_eq!(&bytes, b"high");
+    assert_eq!(file.metadata().unwrap().len(), LOW_SIZE + HIGH_SIZE);
+    // Shrunk, it would take the guest's memory away under it.
+    assert!(file.set_len(LOW_SIZE).is_err());
+    let address = ram.host_memory(0, 1).unwrap().as_ptr().addr();
+    assert!(mapping_of(address).unwrap().contains("/memfd:guest"));
+    assert!(GuestRam::new(layout()).unwrap().memfd().is_none());
+}
+
+#[test]
+fn huge_pages_are_asked_for() {
+    let ram = GuestRam::options().huge_pages().allocate(layout()).unwrap();
+    let start = ram.host_memory(0, 1).unwrap().as_ptr().addr();
+    let smaps = std::fs::read_to_string("/proc/self/smaps").unwrap();
+    let mapping = smaps.split_once(&format!("\n{start:x}-")).unwrap().1;
+    let flags = mapping
+        .lines()
+        .find(|line| line.starts_with("VmFlags"))
+        .unwrap();
+    assert!(flags.contains(" hg"), "{flags}");
+}
+
+#[test]
+fn a_bitmap_of_ones_own_is_marked_at_its_own_addresses() {
+    let layout = RamLayout::single(1 << 30, 1 << 20).unwrap();
+    for start in [0, 1 << 30] {
+        let dirty = Arc::new(DirtyBitmap::new(start, 1 << 20, 16384).unwrap());
+        let ram = GuestRam::options()
+            .dirty_bitmap(Arc::clone(&dirty))
+            .allocate(layout.clone())
+            .unwrap();
+        ram.write((1 << 30) + 0x8000, &[1]).unwrap();
+        assert_eq!(dirty.runs().collect::<Vec<_>>(), [0x8000..0xc000]);
+    }
+    for (start, size) in [(0, 1 << 21), (4096, 1 << 20)] {
+        let dirty = Arc::new(DirtyBitmap::new(start, size, 4096).unwrap());
+        let refused = GuestRam::options()
+            .dirty_bitmap(dirty)
+            .allocate(layout.clone());
+        assert!(matches!(refused, Err(GuestRamError::BitmapMismatch(_))));
+    }
+}
+
+#[test]
+fn memory_of_ones_own_is_adopted_where_it_fits() {
+    let owner = GuestRam::new(layout()).unwrap();
+    let addresses: Vec<_> = [0, LOW_SIZE]
+        .map(|offset| owner.host_memory(offset, 1).unwrap().as_ptr().cast_mut())
+        .map(|address| NonNull::new(address).unwrap())
+        .into();
+    // SAFETY: both regions' mappings, which live in `owner` until the end of the test and are accessed by atomic
+    // operations only. The addresses of the other cases are refused.
+    #[allow(unsafe_code)]
+    let adopt =
+        |addresses: &[NonNull<u8>]| unsafe { GuestRam::options().adopt(layout(), addresses) };
+
+    let adopted = adopt(&addresses).unwrap();
+    adopted.write(HIGH, b"seen by both").unwrap();
+    let mut bytes = [0; 12];
+    owner.read(HIGH, &mut bytes).unwrap();
+    assert_eq!(&bytes, b"seen by both");
+    assert!(adopted.dirty_bitmap().is_dirty(LOW_SIZE).unwrap());
+    drop(adopted);
+    owner.read(HIGH, &mut bytes).unwrap(); // still mapped
+
+    let error = adopt(&addresses[..1]).unwrap_err();
+    assert!(matches!(
+        error,
+        GuestRamError::AddressCount {
+            given: 1,
+            regions: 2
+        }
+    ));
+    let odd = addresses[1].map_addr(|address| address.checked_add(8).unwrap());
+    let error = adopt(&[addresses[0], odd]).unwrap_err();
+    assert!(matches!(error, GuestRamError::MisalignedAddress { .. }));
+}
+
+#[test]
+fn more_ram_than_the_address_space_is_an_error_that_says_so() {
+    let layout = RamLayout::single(0, 1 << 60).unwrap();
+    let dirty = Arc::new(DirtyBitmap::new(0, 1 << 52, 1 << 40).unwrap());
+    let error = GuestRam::options()
+        .dirty_bitmap(dirty)
+        .allocate(layout)
+        .unwrap_err();
+    assert!(matches!(error, GuestRamError::BitmapMismatch(_)));
+    let layout = RamLayout::single(0, 1 << 50).unwrap();
+    let dirty = Arc::new(DirtyBitmap::new(0, 1 << 50, 1 << 40).unwrap());
+    let error = GuestRam::options()
+        .dirty_bitmap(dirty)
+        .allocate(layout)
+        .unwrap_err();
+    assert!(matches!(
+        error,
+        GuestRamError::Allocate { call: "mmap", .. }
+    ));
+    assert!(error.source().is_some() && error.to_string().contains("ulimit -v"));
+}
+
+#[test]
+fn overlapping_slots_are_refused_and_those_of_the_same_call_taken_back() {
+    if !Need::Kvm.met("overlapping_slots_are_refused_and_those_of_the_same_call_taken_back") {
+        return;
+    }
+    let guest = Guest::new();
+    // The second region is free, the third is where the guest has its own.
+    let layout = RamLayout::new([(1 << 33, 1 << 20), (HIGH + PAGE, 1 << 20)]).unwrap();
+    let ram = Arc::new(GuestRam::new(layout).unwrap());
+    let error = RamSlots::register(&guest.vm, &ram, 2).unwrap_err();
+    assert!(
+        matches!(error, SlotError::Overlap { slot: 2, guest_start, .. } if guest_start == HIGH + PAGE)
+    );
+    assert!(error.to_string().contains("overlaps another slot"));
+    assert_eq!(Arc::strong_count(&ram), 1);
+
+    let layout = RamLayout::new([(1 << 32 | 1 << 30, 1 << 20), (1 << 33, 1 << 20)]).unwrap();
+    let ram = Arc::new(GuestRam::new(layout).unwrap());
+    let slots = RamSlots::register(&guest.vm, &ram, 2).unwrap();
+    let again = RamSlots::register(
+        &guest.vm,
+        &Arc::new(GuestRam::new(RamLayout::single(1 << 34, 1 << 20).unwrap()).unwrap()),
+        2,
+    );
+    assert!(matches!(again, Err(SlotError::Refused { slot: 2, .. })));
+    drop(slots);
+    assert_eq!(Arc::strong_count(&ram), 1);
+    RamSlots::register(&guest.vm, &ram, 2).unwrap();
+}
+
+#[test]
+fn a_slot_number_that_kvm_does_not_have_is_refused() {
+    if !Need::Kvm.met("a_slot_number_that_kvm_does_not_have_is_refused") {
+        return;
+    }
+    let guest = Guest::new();
+    for first in [u32::MAX, guest.kvm.get_nr_memslots() as u32 - 1] {
+        let error = RamSlots::register(&guest.vm, &guest.ram, first).unwrap_err();
+        assert!(matches!(error, SlotError::SlotNumber { .. }), "{error}");
+    }
+}
+
+#[test]
+fn a_guest_whose_slots_are_dropped_finds_no_memory_and_harms_nobody() {
+    if !Need::Kvm.met("a_guest_whose_slots_are_dropped_finds_no_memory_and_harms_nobody") {
+        return;
+    }
+    let mut guest = Guest::touching();
+    guest.touch(&[HIGH]);
+    let Guest {
+        mut vcpu,
+        slots,
+        ram,
+        vm,
+        ..
+    } = guest;
+    let address = ram.host_memory(0, 1).unwrap().as_ptr().addr();
+    drop((slots, vm));
+    assert_eq!(Arc::strong_count(&ram), 1); // the vCPU's machine lives on, without it
+    drop(ram);
+    assert!(mapping_of(address).is_none_or(|line| !line.starts_with("rw-s")));
+    // It has no instruction to fetch any more.
+    let exit = vcpu.run();
+    assert!(!matches!(exit, Ok(VcpuExit::IoOut(DONE, _))), "{exit:?}");
+}
+
+#[test]
+fn slots_registered_by_the_monitor_are_logged_and_left_to_it() {
+    if !Need::Kvm.met("slots_registered_by_the_monitor_are_logged_and_left_to_it") {
+        return;
+    }
+    let mut guest = Guest::touching();
+    // SAFETY: `guest.slots` are these very slots, and outlive what is made here.
+    #[allow(unsafe_code)]
+    let adopted = unsafe { RamSlots::adopt(&guest.vm, &guest.ram, 0) }.unwrap();
+    let log = kvm_backend::DirtyLog::start(&Arc::new(adopted)).unwrap();
+    guest.touch(&[HIGH]);
+    log.harvest(guest.ram.dirty_bitmap()).unwrap();
+    assert!(guest.ram.dirty_bitmap().is_dirty(LOW_SIZE).unwrap());
+    drop(log);
+    guest.touch(&[HIGH]); // the memory is still there
+}
+
+#[rstest]
+#[case::missing("/nonexistent/kvm", "load the kvm_intel or kvm_amd module")]
+#[case::another_device("/dev/null", "does not speak KVM's interface 12")]
+fn without_kvm_the_error_says_what_to_do(#[case] device: &str, #[case] says: &str) {
+    let error = open_kvm_at(Path::new(device)).unwrap_err();
+    let text = error.to_string();
+    assert!(text.contains(device) && text.contains(says), "{text}");
+}
+
+#[test]
+fn a_device_that_may_not_be_opened_is_a_matter_of_permission() {
+    if !Need::Root.met("a_device_that_may_not_be_opened_is_a_matter_of_permission") {
+        return;
+    }
+    let dir = std::env::temp_dir().join(format!("kvm-backend-{}", std::process::id()));
+    std::fs::create_dir(&dir).unwrap();
+    std::fs::write(dir.join("kvm"), "").unwrap();
+    let read_only = ReadOnlyBind::of(&dir).unwrap();
+    let error = open_kvm_at(&read_only.path().join("kvm")).unwrap_err();
+    assert!(
+        matches!(error, OpenKvmError::NotPermitted { .. }),
+        "{error}"
+    );
+    assert!(error.to_string().contains("group") && error.source().is_some());
+    std::fs::remove_dir_all(&dir).unwrap();
+}
+
+#[test]
+fn kvm_opens() {
+    if Need::Kvm.met("kvm_opens") {
+        open_kvm().unwrap();
+    }
+}
+
+#[test]
+fn a_host_write_is_seen_by_the_running_guest() {
+    if !Need::Kvm.met("a_host_write_is_seen_by_the_running_guest") {
+        return;
+    }
+    let mut guest = Guest::booted(Program::Scatter);
+    guest.set_regs(|regs| {
+        regs.rdi = LOW_SIZE;
+        regs.r10 = 16;
+        regs.rdx = INPUT;
+    });
+    let (vcpu, ram) = (&mut guest.vcpu, &guest.ram);
+    std::thread::scope(|threads| {
+        let running = threads.spawn(move || support::run(vcpu));
+        ram.write(INPUT, &1u64.to_le_bytes()).unwrap();
+        running.join().unwrap();
+    });
+}
