@@ -154,10 +154,9 @@ fn sweepers_never_harm_writers_whatever_the_moment() {
                 })
             })
             .collect();
-        for writer in writers {
-            writer.join().unwrap();
-        }
+        let ended: Vec<_> = writers.into_iter().map(|writer| writer.join()).collect();
         done.store(true, std::sync::atomic::Ordering::Relaxed);
+        assert!(ended.iter().all(Result::is_ok), "a writer was harmed");
         // What it may remove is a stage caught between its creation and its lock; its writer takes another name.
         sweeper.join().unwrap();
     });
