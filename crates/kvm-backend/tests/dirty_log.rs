@@ -92,6 +92,29 @@ fn a_bitmap_of_another_page_size_covers_the_pages_written(#[case] page_size: u64
     assert!(!marks.is_dirty(0x80000).unwrap());
 }
 
+/// KVM is told to protect a gibibyte at a time, and the last part has an odd number of pages.
+#[test]
+fn a_slot_of_several_gibibytes_is_logged_and_protected_to_its_end() {
+    if !Need::Kvm.met("a_slot_of_several_gibibytes_is_logged_and_protected_to_its_end") {
+        return;
+    }
+    const GIB: u64 = 1 << 30;
+    let size = 2 * GIB + 5 * PAGE;
+    let mut guest = Guest::with_ram([(0, size)], |_| ());
+    guest.boot(Program::Touch);
+    let touched = [0x20000, GIB - 8, GIB, 2 * GIB - 8, 2 * GIB, size - 8];
+    guest.touch(&touched);
+    let log = guest.log(Reprotect::WhenMarked);
+    for _ in 0..2 {
+        let marks = DirtyBitmap::new(0, size, PAGE).unwrap();
+        assert_eq!(log.harvest(&marks).unwrap().pages, 0);
+        guest.touch(&touched);
+        log.harvest(&marks).unwrap();
+        let written = touched.iter().map(|address| address / PAGE).collect();
+        assert_eq!(pages(&marks), written);
+    }
+}
+
 #[rstest]
 fn a_save_that_fails_keeps_its_pages_for_the_next_one(
     #[values(Reprotect::WhenRead, Reprotect::WhenMarked)] reprotect: Reprotect,

@@ -252,7 +252,9 @@ fn overlapping_slots_are_refused_and_those_of_the_same_call_taken_back() {
     assert!(matches!(again, Err(SlotError::Refused { slot: 2, .. })));
     drop(slots);
     assert_eq!(Arc::strong_count(&ram), 1);
-    RamSlots::register(&guest.vm, &ram, 2).unwrap();
+    // Were the slots still there, other memory could not take their place.
+    let other = Arc::new(GuestRam::new(ram.layout().clone()).unwrap());
+    RamSlots::register(&guest.vm, &other, 2).unwrap();
 }
 
 #[test]

@@ -6,7 +6,9 @@ mod support;
 use std::error::Error;
 
 use kvm_backend::{Msr, RestoreError, VcpuState, VmState, VmStateError, complete_io};
-use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, Msrs, kvm_msr_entry, kvm_pit_config};
+use kvm_bindings::{
+    KVM_MP_STATE_HALTED, KVM_PIT_SPEAKER_DUMMY, Msrs, kvm_mp_state, kvm_msr_entry, kvm_pit_config,
+};
 use kvm_ioctls::{Cap, VcpuExit, VmFd};
 use rstest::rstest;
 use support::{CODE, Guest, HIGH, INPUT, Program, run};
@@ -102,6 +104,20 @@ fn full_of_state(prepare: impl FnOnce(&VmFd)) -> Guest {
     guest
 }
 
+/// Stops a guest at a bad moment: a general protection fault on its way, in an NMI handler, and, where that can be, halted.
+fn interrupt(guest: &Guest) {
+    let mut events = guest.vcpu.get_vcpu_events().unwrap();
+    events.exception.injected = 1;
+    events.exception.nr = 13;
+    events.exception.has_error_code = 1;
+    events.nmi.masked = 1;
+    guest.vcpu.set_vcpu_events(&events).unwrap();
+    if guest.vcpu.get_lapic().is_ok() {
+        let mp_state = KVM_MP_STATE_HALTED;
+        guest.vcpu.set_mp_state(kvm_mp_state { mp_state }).unwrap();
+    }
+}
+
 #[rstest]
 #[case::postcard(through_postcard)]
 #[case::json(through_json)]
@@ -113,7 +129,13 @@ fn a_state_restored_into_a_new_machine_is_captured_there_unchanged(
         return;
     }
     let mut old = full_of_state(prepare);
+    complete_io(&mut old.vcpu, |exit| panic!("{exit:?}")).unwrap();
+    interrupt(&old);
     let state = capture(&mut old);
+    assert_eq!(
+        (state.events.exception.nr, state.events.nmi.masked),
+        (13, 1)
+    );
     for (index, value) in MSRS {
         assert!(state.msrs.contains(&Msr { index, value }), "{index:#x}");
     }
