@@ -1,3 +1,5 @@
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
 use rstest::rstest;
 use test_machine::Need;
 
@@ -98,5 +100,47 @@ fn more_scattered_pages_than_mappings_are_marked_all_the_same() {
             tracker.dirty().is_dirty(number * page).unwrap(),
             "page {number}"
         );
+    }
+}
+
+#[rstest]
+#[cfg_attr(target_os = "linux", case::by_userfaultfd(Tracking::Userfaultfd))]
+#[case::by_mprotect(Tracking::Mprotect)]
+fn copying_what_was_marked_while_it_is_written_misses_no_write(#[case] tracking: Tracking) {
+    if !here(
+        tracking,
+        "copying_what_was_marked_while_it_is_written_misses_no_write",
+    ) {
+        return;
+    }
+    const PAGES: u64 = 1000;
+    let page = memory::page_size().unwrap();
+    let (memory, tracker) = tracked(tracking, 16 << 20);
+    let mut epoch = tracker.begin().unwrap();
+    let copy: Vec<_> = (0..PAGES).map(|_| AtomicU64::new(0)).collect();
+    let mut copy_marked = || {
+        for run in tracker.take_more(&mut epoch).unwrap().runs() {
+            for number in run.start / page..run.end / page {
+                copy[number as usize].store(memory.load(number * page), Ordering::Relaxed);
+            }
+        }
+    };
+    // Each page once a round: what is missed stays missed.
+    for round in 1..=60 {
+        let done = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                (0..PAGES).for_each(|number| memory.store(number * page, round));
+                done.store(true, Ordering::Release);
+            });
+            while !done.load(Ordering::Acquire) {
+                copy_marked();
+            }
+        });
+        copy_marked();
+        let missed = copy
+            .iter()
+            .position(|word| word.load(Ordering::Relaxed) != round);
+        assert_eq!(missed, None, "round {round}");
     }
 }
