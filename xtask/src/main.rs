@@ -5,7 +5,10 @@
     reason = "nothing in a binary is reachable from outside: pub is for its other modules"
 )]
 
+mod check_macos;
 mod demo;
+mod packages;
+mod test;
 
 use std::path::Path;
 use std::process::ExitCode;
@@ -24,7 +27,9 @@ struct Xtask {
 
 #[derive(Subcommand)]
 enum Task {
+    CheckMacos(check_macos::CheckMacos),
     Demo(demo::Demo),
+    Test(test::Test),
 }
 
 fn main() -> ExitCode {
@@ -42,6 +47,8 @@ fn run(task: Task) -> anyhow::Result<()> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent();
     sh.change_dir(root.context("xtask lies in the workspace")?);
     match task {
+        Task::CheckMacos(check) => check.run(&sh),
         Task::Demo(demo) => demo.run(&sh),
+        Task::Test(test) => test.run(&sh),
     }
 }

@@ -1,0 +1,174 @@
+//! `cargo xtask test`: everything that must hold before a change goes in.
+
+use std::time::Instant;
+
+use anyhow::{Context, bail};
+use test_machine::{Need, REQUIRE};
+use xshell::{Shell, cmd};
+
+use crate::check_macos::CheckMacos;
+use crate::packages::{Install, Package};
+
+/// What the tests use beside the Rust toolchain.
+const PACKAGES: [Package; 5] = [
+    Package::new("strace", "strace"),
+    Package::new("xfsprogs", "mkfs.xfs"),
+    Package::new("btrfs-progs", "mkfs.btrfs"),
+    Package::new("exfatprogs", "mkfs.exfat"),
+    Package::new("exfat-fuse", "mount.exfat-fuse"),
+];
+
+/// Formatting, lints, docs, all tests, the models, the demo: everything that must hold
+///
+/// As root on Debian it installs what the tests use, and says so. What this machine lacks nevertheless is said before and by every test that
+/// is not run for it; with CI=true in the environment, or MEMSNAP_REQUIRE=all, such a test fails.
+#[derive(clap::Args)]
+pub struct Test {
+    #[command(flatten)]
+    install: Install,
+}
+
+impl Test {
+    pub fn run(self, sh: &Shell) -> anyhow::Result<()> {
+        let ci = sh.var_os("CI").is_some_and(|ci| ci == "true");
+        if ci && sh.var_os(REQUIRE).is_none() {
+            sh.set_var(REQUIRE, "all");
+        }
+        self.install.ensure(sh, &PACKAGES, "the tests")?;
+        for need in Need::ALL {
+            let met = if need.is_met() {
+                "yes"
+            } else {
+                "NO: tests that need it say NOT RUN"
+            };
+            println!("this machine has {need}: {met}");
+        }
+
+        let steps: [(&str, &dyn Fn() -> anyhow::Result<()>); 8] = [
+            ("formatting", &|| {
+                Ok(cmd!(sh, "cargo fmt --all --check").run()?)
+            }),
+            ("lints", &|| {
+                Ok(cmd!(
+                    sh,
+                    "cargo clippy --locked --workspace --all-targets --all-features -- -D warnings"
+                )
+                .run()?)
+            }),
+            ("documentation", &|| documentation(sh)),
+            ("the oldest compiler", &|| oldest_compiler(sh, ci)),
+            ("each crate alone", &|| each_crate_alone(sh)),
+            ("tests", &|| {
+                Ok(cmd!(sh, "cargo test --locked --workspace --all-features").run()?)
+            }),
+            ("interleavings", &|| interleavings(sh)),
+            ("the demo", &|| demos(sh)),
+        ];
+        let mut times = Vec::new();
+        let mut step = |name: &'static str, run: &dyn Fn() -> anyhow::Result<()>| {
+            println!("\n== {name}");
+            let start = Instant::now();
+            run().with_context(|| format!("{name} failed"))?;
+            times.push((name, start.elapsed()));
+            anyhow::Ok(())
+        };
+        for (name, run) in steps {
+            step(name, run)?;
+        }
+        step("macOS", &|| {
+            CheckMacos {
+                install: self.install,
+            }
+            .run(sh)
+        })?;
+
+        println!("\nall of it passed:");
+        for (name, time) in times {
+            println!("  {:>4} s  {name}", time.as_secs());
+        }
+        Ok(())
+    }
+}
+
+fn documentation(sh: &Shell) -> anyhow::Result<()> {
+    let _strict = sh.push_env("RUSTDOCFLAGS", "-D warnings");
+    Ok(cmd!(
+        sh,
+        "cargo doc --locked --workspace --all-features --no-deps"
+    )
+    .run()?)
+}
+
+/// Builds with the compiler that `rust-version` promises.
+fn oldest_compiler(sh: &Shell, ci: bool) -> anyhow::Result<()> {
+    let manifest = sh.read_file("Cargo.toml")?;
+    let oldest = manifest
+        .lines()
+        .find_map(|line| line.strip_prefix("rust-version = \"")?.strip_suffix('"'))
+        .context("Cargo.toml states no rust-version")?;
+    let this = cmd!(sh, "rustc --version").quiet().read()?;
+    if this.starts_with(&format!("rustc {oldest}.")) {
+        println!(
+            "{this} is the oldest compiler promised, {oldest}: everything else here is built with it"
+        );
+        return Ok(());
+    }
+    let toolchain = format!("{oldest}.0");
+    if cmd!(sh, "rustup run {toolchain} rustc --version")
+        .quiet()
+        .ignore_stderr()
+        .read()
+        .is_err()
+    {
+        let lacking = format!("rustup has no toolchain {toolchain}, and this is {this}");
+        if ci {
+            bail!(lacking);
+        }
+        println!("NOT RUN: {lacking}");
+        return Ok(());
+    }
+    let _dir = sh.push_env("CARGO_TARGET_DIR", "target/oldest");
+    Ok(cmd!(
+        sh,
+        "rustup run {toolchain} cargo check --locked --workspace --all-targets --all-features"
+    )
+    .run()?)
+}
+
+/// In a workspace, a crate may lean on features that another one turns on.
+fn each_crate_alone(sh: &Shell) -> anyhow::Result<()> {
+    for dir in sh.read_dir("crates")? {
+        let name = dir.file_name().context("a crate's directory has a name")?;
+        cmd!(
+            sh,
+            "cargo check --locked --package {name} --no-default-features"
+        )
+        .run()?;
+    }
+    Ok(())
+}
+
+fn interleavings(sh: &Shell) -> anyhow::Result<()> {
+    let _loom = sh.push_env("RUSTFLAGS", "--cfg memsnap_loom");
+    let _dir = sh.push_env("CARGO_TARGET_DIR", "target/loom");
+    Ok(cmd!(
+        sh,
+        "cargo test --locked --release --package dirty-bitmap --test loom"
+    )
+    .run()?)
+}
+
+/// The best guest that this machine has, small and on both sides of the MMIO gap; then the guests for machines that have no better.
+fn demos(sh: &Shell) -> anyhow::Result<()> {
+    cmd!(sh, "cargo xtask demo").run()?;
+    cmd!(sh, "cargo xtask demo --ram 4G --rounds 2").run()?;
+    if Need::Userfaultfd.is_met() {
+        cmd!(
+            sh,
+            "cargo xtask demo --guest userfaultfd --ram 64M --rounds 2"
+        )
+        .run()?;
+    }
+    cmd!(sh, "cargo xtask demo --guest mprotect --ram 64M --rounds 2").run()?;
+    Ok(())
+}
