@@ -31,6 +31,7 @@ fn child() {
     };
     common::traced(&dir, || match job.as_str() {
         "replace" => common::replace(&AtomicWriter::options(), &dir.join("dest")),
+        "recover" => recover(&dir).map_or_else(|error| format!("{error:?}"), |_| "ok".into()),
         _ => common::group_state_of(group(&dir, files(&job), "new").expect("open").commit()),
     });
 }
@@ -45,18 +46,20 @@ enum Step {
     SyncDir,
 }
 
-fn traced_steps(job: &str) -> Vec<Step> {
+/// `dir` with the old files in it.
+fn old_files(job: &str) -> tempfile::TempDir {
     let dir = tempfile::tempdir().unwrap();
-    let log = tempfile::NamedTempFile::new().unwrap();
     for name in files(job) {
         fs::write(dir.path().join(name), "old").unwrap();
     }
+    dir
+}
+
+fn traced_steps(job: &str, dir: &Path) -> Vec<Step> {
+    let log = tempfile::NamedTempFile::new().unwrap();
     let calls = "trace=openat,fsync,fdatasync,renameat,renameat2,linkat,unlinkat";
     let args = ["-y", "-e", calls, "-o", log.path().to_str().unwrap()];
-    assert_eq!(
-        common::under_strace(job, dir.path(), &args).as_deref(),
-        Some("ok")
-    );
+    assert_eq!(common::under_strace(job, dir, &args).as_deref(), Some("ok"));
     let log = fs::read_to_string(log.path()).unwrap();
     let inside = log
         .split_once("mark-begin")
@@ -68,7 +71,7 @@ fn traced_steps(job: &str) -> Vec<Step> {
     inside
         .lines()
         .filter(|line| line.contains(" = 0") || line.contains("O_CREAT"))
-        .map(|line| step(line, dir.path()))
+        .map(|line| step(line, dir))
         .collect()
 }
 
@@ -200,13 +203,19 @@ fn after_a_power_loss_at_any_point_all_is_old_or_all_is_new(
     if !Need::Strace.met("after_a_power_loss_at_any_point_all_is_old_or_all_is_new") {
         return;
     }
-    let (steps, files) = (traced_steps(job), files(job));
+    let (steps, files) = (traced_steps(job, old_files(job).path()), files(job));
     let mut states = 0;
     for crash in 0..=steps.len() {
         for (names, whole) in states_after(&steps[..crash], files) {
             let dir = tempfile::tempdir().unwrap();
             build(dir.path(), &names, &whole, &steps, files);
             let context = format!("after {:?} found {names:?}", &steps[..crash]);
+            let committed = crash == steps.len();
+            // A record that came back later would speak of a directory that has moved on.
+            assert!(
+                !committed || names.len() == files.len(),
+                "commit had returned: {context}"
+            );
             recover(dir.path()).unwrap_or_else(|error| panic!("{error:?} {context}"));
             let text = same_text(dir.path(), files);
             assert!(text == "old" || text == "new", "{text}: {context}");
@@ -249,4 +258,28 @@ fn the_model_finds_a_commit_that_does_not_sync() {
     );
     let good = [create(), sync(), rename(), Step::SyncDir];
     assert!(!torn(&good) && !old(&good));
+}
+
+#[test]
+fn a_recovery_makes_the_names_durable_before_it_removes_the_record_and_then_the_removal() {
+    const TEST: &str =
+        "a_recovery_makes_the_names_durable_before_it_removes_the_record_and_then_the_removal";
+    if !Need::Strace.met(TEST) {
+        return;
+    }
+    let dir = old_files("group");
+    let kill = [
+        "-o",
+        "/dev/null",
+        "-e",
+        "inject=renameat:signal=KILL:when=2",
+    ];
+    assert_eq!(common::under_strace("group", dir.path(), &kill), None);
+    let steps = traced_steps("recover", dir.path());
+    let [Step::Rename(_, first), Step::Rename(_, second), rest @ ..] = steps.as_slice() else {
+        panic!("{steps:?}");
+    };
+    assert_eq!((first.as_str(), second.as_str()), ("vcpu", "devices"));
+    let record = Step::Remove(".atomic-file-group".into());
+    assert_eq!(rest, [Step::SyncDir, record, Step::SyncDir]);
 }
