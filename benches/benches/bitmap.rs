@@ -1,0 +1,71 @@
+//! Marking and walking a dirty bitmap, beside squib-snapshot's.
+
+use std::hint::black_box;
+
+use benches::{Random, scattered};
+use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
+use dirty_bitmap::DirtyBitmap;
+
+const PAGE: u64 = 4096;
+
+fn mark(c: &mut Criterion) {
+    const PAGES: u64 = (1 << 30) / PAGE;
+    const MARKS: usize = 1 << 16;
+    let mut random = Random(3);
+    let addresses: Vec<u64> = (0..MARKS)
+        .map(|_| random.next_u64() % PAGES * PAGE)
+        .collect();
+    let ours = DirtyBitmap::new(0, PAGES * PAGE, PAGE).unwrap();
+    let squib = squib_snapshot::DirtyBitmap::new(0, PAGES * PAGE, PAGE).unwrap();
+
+    let mut group = c.benchmark_group("mark 1 GiB at random");
+    group.throughput(Throughput::Elements(MARKS as u64));
+    group.bench_function("dirty-bitmap", |b| {
+        b.iter(|| {
+            addresses
+                .iter()
+                .for_each(|address| _ = black_box(ours.set_dirty(*address)))
+        });
+    });
+    group.bench_function("squib-snapshot", |b| {
+        b.iter(|| {
+            addresses
+                .iter()
+                .for_each(|address| _ = black_box(squib.set_dirty(*address)))
+        });
+    });
+    group.finish();
+}
+
+fn walk(c: &mut Criterion) {
+    const RAM: u64 = 64 << 30;
+    let mut group = c.benchmark_group("walk 64 GiB");
+    group.sample_size(20);
+    for (share, dirty) in [
+        ("clean", 0),
+        ("0.01 %", RAM / PAGE / 10_000),
+        ("1 %", RAM / PAGE / 100),
+    ] {
+        let ours = DirtyBitmap::new(0, RAM, PAGE).unwrap();
+        let squib = squib_snapshot::DirtyBitmap::new(0, RAM, PAGE).unwrap();
+        for page in scattered(dirty, RAM / PAGE) {
+            ours.set_dirty_by_index(page).unwrap();
+            squib.set_dirty_by_index(page);
+        }
+        group.bench_function(BenchmarkId::new("dirty-bitmap", share), |b| {
+            b.iter(|| ours.runs().map(|run| run.end - run.start).sum::<u64>());
+        });
+        // Its walk as its own writer does it: a question a page.
+        group.bench_function(BenchmarkId::new("squib-snapshot", share), |b| {
+            b.iter(|| {
+                (0..RAM / PAGE)
+                    .filter(|page| squib.is_dirty_by_index(*page))
+                    .count()
+            });
+        });
+    }
+    group.finish();
+}
+
+criterion_group!(benches, mark, walk);
+criterion_main!(benches);
