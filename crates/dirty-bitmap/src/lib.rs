@@ -57,3 +57,7 @@ pub use epoch::{BeginEpochError, Epoch};
 pub use geometry::{DifferentRam, GeometryError, MAX_RAM_SIZE, OutOfRange};
 pub use page_set::{PageSet, PageSetError};
 pub use runs::Runs;
+
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

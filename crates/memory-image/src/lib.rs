@@ -60,3 +60,7 @@ pub use chain::Chain;
 pub use error::{ImageError, Unclear};
 pub use map::MappedImage;
 pub use restore::{HostRam, RamTarget};
+
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

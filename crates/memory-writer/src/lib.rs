@@ -72,3 +72,7 @@ pub use error::{MemoryIoStep, RamError, SnapshotError};
 pub use options::{CancelToken, Options, Progress};
 pub use sparse_file::Engine;
 pub use writer::MemoryWriter;
+
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;
