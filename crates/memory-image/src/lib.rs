@@ -46,7 +46,7 @@
 //! they are, and on file systems that have them.
 //!
 //! # Limitations
-//! Raw images only. On macOS probing can't vouch for APFS, which may store small gaps as zeros: give the pages.
+//! Raw images only.
 
 mod chain;
 mod error;

@@ -80,11 +80,7 @@ impl RawFile {
         };
         let capabilities = Capabilities::probe(dir)?;
         match capabilities.seek_hole {
-            SeekHole::Exact { granularity }
-                if granularity <= page_size && !cfg!(target_os = "macos") =>
-            {
-                Ok(())
-            }
+            SeekHole::Exact { granularity } if granularity <= page_size => Ok(()),
             _ => Err(Unclear::FileSystem {
                 file_system: capabilities.file_system,
                 page_size,

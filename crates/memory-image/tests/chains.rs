@@ -11,6 +11,7 @@ use memory_writer::{Durability, MemoryWriter};
 use page_reader::PageReader;
 use proptest::prelude::*;
 use rstest::rstest;
+use test_machine::{LoopFs, LoopMount, Need};
 
 const SIZE: u64 = 1 << 20;
 const PAGE: u64 = 16384;
@@ -439,6 +440,33 @@ fn a_diff_of_smaller_pages_than_the_file_system_s_holes_is_refused() {
         matches!(why, Unclear::FileSystem { page_size: 512, .. }),
         "{why:?}"
     );
+}
+
+#[test]
+fn a_diff_on_a_file_system_of_larger_blocks_is_refused() {
+    if !Need::Xfs16k.met("a_diff_on_a_file_system_of_larger_blocks_is_refused") {
+        return;
+    }
+    let guest = Guest::with_history();
+    let mount = LoopMount::new(LoopFs::Xfs16k).unwrap();
+    let copy = mount.path().join("diff");
+    std::fs::File::create(&copy).unwrap().set_len(SIZE).unwrap();
+    let mut chain = Chain::open(&guest.snapshots[0], 4096).unwrap();
+    let why = unclear(chain.push(&copy).unwrap_err());
+    assert!(
+        matches!(
+            why,
+            Unclear::FileSystem {
+                page_size: 4096,
+                ..
+            }
+        ),
+        "{why:?}"
+    );
+    Chain::open(&guest.snapshots[0], PAGE)
+        .unwrap()
+        .push(&copy)
+        .unwrap();
 }
 
 #[rstest]

@@ -50,7 +50,8 @@ pub enum HoleSupport {
 pub enum SeekHole {
     /// Holes and data are told apart.
     Exact {
-        /// How many bytes one written byte turns into data: the finest hole.
+        /// The finest hole in bytes: a written byte turns no more than this into data, and gaps of this size
+        /// between data are kept, small as they are.
         granularity: u64,
     },
     /// Everything is reported as data: safe, and no knowledge.
@@ -103,7 +104,7 @@ pub enum ProbeError {
 
 impl Capabilities {
     /// Finds out what the file system of `dir` does by writing, syncing, punching and reading an unnamed file of 16 MiB there,
-    /// of which some 100 KiB are written.
+    /// of which some 400 KiB are written.
     ///
     /// It costs one or two `fsync`; keep the answer for as long as the directory stays on that mount. The file has no
     /// name, or loses it at once where the file system knows no unnamed files, so it is gone in every case: after an error,

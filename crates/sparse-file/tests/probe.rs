@@ -146,6 +146,17 @@ fn a_disk_of_4_kib_sectors_asks_for_offsets_of_4_kib(#[case] need: Need, #[case]
     assert_eq!(direct.basis, AlignmentBasis::Reported);
 }
 
+/// Where a block is larger than the gaps of a diff, those gaps are stored as zeros.
+#[test]
+fn holes_finer_than_the_file_system_s_block_are_not_promised() {
+    if !Need::Xfs16k.met("holes_finer_than_the_file_system_s_block_are_not_promised") {
+        return;
+    }
+    let mount = LoopMount::new(LoopFs::Xfs16k).expect("mounted");
+    let here = Capabilities::probe(mount.path()).expect("probed");
+    assert_eq!(here.seek_hole, SeekHole::Exact { granularity: 16384 });
+}
+
 /// What isn't synced may not be allocated yet.
 #[test]
 fn a_sample_that_cannot_be_synced_is_an_error_and_leaves_nothing() {

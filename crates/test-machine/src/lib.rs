@@ -37,6 +37,8 @@ pub enum Need {
     Ext4,
     /// An XFS image can be made and loop-mounted: privilege, loop devices, xfsprogs.
     Xfs,
+    /// An XFS image in blocks of 16 KiB can be made and loop-mounted: as `Xfs`, and Linux 6.12 or newer.
+    Xfs16k,
     /// A btrfs image can be made and loop-mounted: privilege, loop devices, btrfs-progs.
     Btrfs,
     /// An exFAT image can be made and loop-mounted: privilege, loop devices, FUSE, exfatprogs, exfat-fuse.
@@ -45,13 +47,14 @@ pub enum Need {
 
 impl Need {
     /// Every need that this crate knows.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 9] = [
         Self::Kvm,
         Self::Root,
         Self::Userfaultfd,
         Self::Strace,
         Self::Ext4,
         Self::Xfs,
+        Self::Xfs16k,
         Self::Btrfs,
         Self::Exfat,
     ];
@@ -66,6 +69,7 @@ impl Need {
             Self::Strace => "strace",
             Self::Ext4 => "ext4",
             Self::Xfs => "xfs",
+            Self::Xfs16k => "xfs16k",
             Self::Btrfs => "btrfs",
             Self::Exfat => "exfat",
         }
@@ -89,7 +93,7 @@ impl Need {
                 .status()
                 .is_ok_and(|status| status.success()),
             Self::Root => nix::unistd::geteuid().is_root() && can_mount(),
-            Self::Ext4 | Self::Xfs | Self::Btrfs | Self::Exfat => {
+            Self::Ext4 | Self::Xfs | Self::Xfs16k | Self::Btrfs | Self::Exfat => {
                 Self::Root.is_met() && self.has_tools()
             }
         }
@@ -133,6 +137,7 @@ impl Need {
         match self {
             Self::Ext4 => LoopFs::Ext4.has_tools(),
             Self::Xfs => LoopFs::Xfs.has_tools(),
+            Self::Xfs16k => LoopFs::Xfs16k.has_tools() && LoopMount::new(LoopFs::Xfs16k).is_ok(),
             Self::Btrfs => LoopFs::Btrfs.has_tools(),
             Self::Exfat => LoopFs::Exfat.has_tools(),
             _ => true,

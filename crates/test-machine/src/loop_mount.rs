@@ -16,6 +16,8 @@ pub enum LoopFs {
     Ext4,
     /// XFS by the kernel's driver (xfsprogs).
     Xfs,
+    /// XFS in blocks of 16 KiB: no hole is smaller. Linux mounts it since 6.12 (xfsprogs).
+    Xfs16k,
     /// btrfs by the kernel's driver (btrfs-progs).
     Btrfs,
     /// exFAT by the FUSE driver (exfatprogs, exfat-fuse): a file system that has no holes.
@@ -28,7 +30,7 @@ impl LoopFs {
     pub fn name(self) -> &'static str {
         match self {
             Self::Ext4 => "ext4",
-            Self::Xfs => "xfs",
+            Self::Xfs | Self::Xfs16k => "xfs",
             Self::Btrfs => "btrfs",
             Self::Exfat => "exfat",
         }
@@ -37,7 +39,7 @@ impl LoopFs {
     /// XFS refuses less than 300 MiB, btrfs less than 109 MiB; the image is sparse.
     fn image_size(self) -> u64 {
         match self {
-            Self::Xfs | Self::Btrfs => 320 << 20,
+            Self::Xfs | Self::Xfs16k | Self::Btrfs => 320 << 20,
             Self::Ext4 | Self::Exfat => 128 << 20,
         }
     }
@@ -48,6 +50,7 @@ impl LoopFs {
             // A block of 4 KiB, as on every disk of a usual size; small images get 1 KiB by default.
             Self::Ext4 => mkfs.args(["-q", "-F", "-b", "4096"]),
             Self::Xfs | Self::Btrfs => mkfs.arg("-q"),
+            Self::Xfs16k => mkfs.args(["-q", "-b", "size=16384"]),
             Self::Exfat => &mut mkfs,
         };
         mkfs

@@ -10,7 +10,6 @@ use nix::unistd::fsync;
 use super::{Punch, SeekHole};
 use crate::{Kind, Knowledge, SpaceError, allocated_bytes, extents, grow, punch_hole};
 
-/// Gaps of 8 and almost 4 MiB: macOS's APFS is said to store small gaps as zeros.
 pub(super) const LEN: u64 = 16 << 20;
 pub(super) const HALF: u64 = LEN / 2;
 /// The block of noise alone; the single byte may be stored with the metadata.
@@ -18,6 +17,13 @@ pub(super) const WRITTEN: u64 = 64 << 10;
 /// Where the noise stands; at a multiple of every block size in use.
 pub(super) const NOISE: Range<u64> = HALF..HALF + WRITTEN;
 const BYTE_AT: u64 = 12 << 20;
+/// Gaps like those between the pages of a diff, with data of their size before and after each: a file system may keep large gaps
+/// and store small ones as zeros, as macOS's APFS is said to.
+const GAPS: [u64; 3] = [4 << 10, 16 << 10, 64 << 10];
+const STEPS: u64 = 4;
+const LADDERS_AT: u64 = 13 << 20;
+/// The largest gap of the sample that is none of `GAPS` is almost this.
+const LARGE_GAP: u64 = 4 << 20;
 
 /// A sparse file with a block of noise and a single byte in it, synced.
 #[derive(Debug)]
@@ -31,6 +37,12 @@ impl<'f> Sample<'f> {
         // Within RLIMIT_FSIZE because `grow` was.
         file.write_all_at(&noise(), NOISE.start)?;
         file.write_all_at(&[1], BYTE_AT)?;
+        for gap in GAPS {
+            let data = vec![1; gap as usize];
+            for step in ladder(gap) {
+                file.write_all_at(&data, step.start)?;
+            }
+        }
         // Delayed allocation counts no block before. Not std's sync: no drive has to be flushed.
         fsync(file)?;
         Ok(Self { file })
@@ -63,9 +75,18 @@ impl<'f> Sample<'f> {
                 .find(|data| data.start <= wanted.start && data.end >= wanted.end)
         };
         Ok(match (holding(NOISE), holding(BYTE_AT..BYTE_AT + 1)) {
-            (Some(_), Some(byte)) => SeekHole::Exact {
-                granularity: byte.end - byte.start,
-            },
+            (Some(_), Some(byte))
+                if GAPS
+                    .into_iter()
+                    .flat_map(ladder)
+                    .all(|step| holding(step).is_some()) =>
+            {
+                let kept = |gap: u64| ladder(gap).all(|step| data.contains(&step));
+                let finest = GAPS.into_iter().rev().take_while(|gap| kept(*gap)).last();
+                SeekHole::Exact {
+                    granularity: finest.unwrap_or(LARGE_GAP).max(byte.end - byte.start),
+                }
+            }
             _ => SeekHole::Unreliable,
         })
     }
@@ -92,6 +113,12 @@ impl<'f> Sample<'f> {
         let freed = before.saturating_sub(self.allocated()?) >= WRITTEN;
         Ok(if freed { Punch::Frees } else { Punch::Zeroes })
     }
+}
+
+/// Where the data between gaps of `gap` bytes stands: at multiples of `gap`, farther than that from all else.
+fn ladder(gap: u64) -> impl Iterator<Item = Range<u64>> {
+    let start = LADDERS_AT + 16 * gap;
+    (0..STEPS).map(move |step| start + 2 * step * gap..start + (2 * step + 1) * gap)
 }
 
 /// Bytes that no file system compresses away or stores as a hole: a xorshift generator (Marsaglia 2003).
