@@ -23,7 +23,7 @@ pub trait Guest: Send {
     /// Works until `step` steps are done, then waits for the next order.
     fn work_until(&mut self, step: u64) -> anyhow::Result<()>;
 
-    /// Has the guest go on without an end, and pauses it at whatever instruction it then is: in the middle of a step.
+    /// Has the guest go on, and pauses it at whatever instruction it then is: in the middle of a step.
     /// A guest that can be stopped between steps only stays where it is.
     fn pause(&mut self) -> anyhow::Result<()> {
         Ok(())
@@ -130,7 +130,7 @@ impl Kind {
             #[cfg(not(all(target_os = "linux", target_arch = "x86_64")))]
             kind => kind.available().and_then(|()| unreachable!()),
         };
-        guest.with_context(|| format!("there is no guest here in {self}"))
+        guest.with_context(|| format!("no guest in {self}"))
     }
 
     /// Whether this machine can have such a guest, or why not.

@@ -8,7 +8,6 @@ use std::io::Write;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
@@ -67,41 +66,40 @@ impl<'a> Snapshots<'a> {
 
         // The epoch begins with what the copy is sure to have; what the guest writes from here on joins it.
         let mut epoch = tracker.begin()?;
-        let copied = AtomicBool::new(false);
+        let progress = self.progress;
+        let mut copy = || {
+            writer.write_full(&ram)?;
+            // Again what was written meanwhile, as long as that gets less: the rest is for the pause.
+            let (mut again, mut before) = (0, size);
+            loop {
+                let more = tracker.take_more(&mut epoch)?;
+                let bytes = more.dirty_bytes();
+                progress.phase(phase, bytes);
+                again += writer.write_diff(&ram, &more)?;
+                if bytes >= before / 2 {
+                    return anyhow::Ok(again);
+                }
+                before = bytes;
+            }
+        };
         let again = thread::scope(|scope| {
-            let working = scope.spawn(|| {
-                while !copied.load(Ordering::Acquire) {
-                    guest.work_until(guest.steps() + spell)?;
-                    thread::sleep(IDLE);
+            let copying = scope.spawn(&mut copy);
+            loop {
+                guest.work_until(guest.steps() + spell)?;
+                if copying.is_finished() {
+                    return joined(copying.join());
                 }
-                guest.pause()
-            });
-            let mut copy = || {
-                writer.write_full(&ram)?;
-                // Again what was written meanwhile, as long as that gets less: the rest is for the pause.
-                let (mut again, mut before) = (0, size);
-                loop {
-                    let more = tracker.take_more(&mut epoch)?;
-                    let bytes = more.dirty_bytes();
-                    self.progress.phase(phase, bytes);
-                    again += writer.write_diff(&ram, &more)?;
-                    if bytes >= before / 2 {
-                        return anyhow::Ok(again);
-                    }
-                    before = bytes;
-                }
-            };
-            let again = copy();
-            copied.store(true, Ordering::Release);
-            joined(working.join()).and(again)
+                thread::sleep(IDLE);
+            }
         })?;
 
+        guest.pause()?;
         let paused = Instant::now();
         let rest = tracker.take_more(&mut epoch)?;
         let last = writer.write_diff(&ram, &rest)?;
         let processor = guest.processor()?;
-        let mut snapshot = self.snapshot("full", epoch.bitmap(), paused.elapsed());
-        snapshot.written = size + (again + last) * page;
+        let written = size + (again + last) * page;
+        let snapshot = self.snapshot("full", epoch.bitmap(), written, paused);
         self.files.full = writer.dest_path().to_owned();
         self.commit(started, snapshot, writer, epoch, processor)
     }
@@ -115,9 +113,9 @@ impl<'a> Snapshots<'a> {
         let epoch = self.tracker.begin()?;
         let pages = writer.write_diff(&guest.ram(), epoch.bitmap())?;
         let processor = guest.processor()?;
+        let written = pages * self.tracker.dirty().page_size();
         let name = format!("diff {round}");
-        let mut snapshot = self.snapshot(&name, epoch.bitmap(), started.elapsed());
-        snapshot.written = pages * self.tracker.dirty().page_size();
+        let snapshot = self.snapshot(&name, epoch.bitmap(), written, started);
         self.files.diffs.push(Diff {
             path: writer.dest_path().to_owned(),
             pages: epoch.bitmap().runs().collect(),
@@ -144,16 +142,22 @@ impl<'a> Snapshots<'a> {
         Ok(writer)
     }
 
-    /// The figures so far, and the row of the picture.
-    fn snapshot(&mut self, name: &str, dirty: &DirtyBitmap, paused: Duration) -> Snapshot {
+    /// The row of the picture, and of the table as far as it is known.
+    fn snapshot(
+        &mut self,
+        name: &str,
+        dirty: &DirtyBitmap,
+        written: u64,
+        paused: Instant,
+    ) -> Snapshot {
         self.picture.add(name, dirty);
         Snapshot {
             name: name.to_owned(),
             ram: dirty.ram_size(),
             dirty_pages: dirty.dirty_bytes() / dirty.page_size(),
-            written: 0,
+            written,
             allocated: 0,
-            paused,
+            paused: paused.elapsed(),
             durable: Duration::ZERO,
         }
     }

@@ -6,14 +6,12 @@ use test_machine::Need;
 use super::*;
 
 fn here(tracking: Tracking, test: &str) -> bool {
-    match tracking {
+    let need = match tracking {
         #[cfg(target_os = "linux")]
-        Tracking::Userfaultfd => Need::Userfaultfd.met(test),
-        Tracking::Mprotect => {
-            let _ = Need::ALL;
-            true
-        }
-    }
+        Tracking::Userfaultfd => Some(Need::Userfaultfd),
+        Tracking::Mprotect => None,
+    };
+    need.is_none_or(|need| need.met(test))
 }
 
 fn tracked(tracking: Tracking, ram: u64) -> (Arc<Memory>, Arc<dyn Tracker>) {

@@ -10,7 +10,7 @@ use std::os::fd::{AsFd, AsRawFd, FromRawFd};
 use std::sync::Arc;
 use std::thread::JoinHandle;
 
-use anyhow::{Context, ensure};
+use anyhow::Context;
 use dirty_bitmap::DirtyBitmap;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -135,10 +135,6 @@ impl Userfaultfd {
         };
         let whole = 0..guard.faults.memory.len() as u64;
         guard.protect(&mut [whole].into_iter())?;
-        ensure!(
-            guard.handler.as_ref().is_some_and(|h| !h.is_finished()),
-            "the userfaultfd handler ended"
-        );
         Ok(guard)
     }
 }

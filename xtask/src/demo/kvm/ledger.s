@@ -1,5 +1,5 @@
 # The guest's program: the ledger of ../ledger.rs in machine code. 64-bit, at privilege level 3, no stack frames, no
-# interrupts, no relocations. The first word of every routine's comment is what it returns.
+# interrupts, no relocations. A routine that returns something says so: `register: what`.
 #
 # Registers, from the first instruction to the last:
 #
@@ -67,8 +67,8 @@ step:
         div     rcx
         mov     [rsi + rdx*8 + {ENTRY}], r15
 
-        call    checksum                        # From here to the next line but one the page is torn:
-        mov     [rsi + {CHECKSUM}], rax         # paused in between, only the registers can mend it.
+        call    checksum                        # Until the next three stores are done the page is torn:
+        mov     [rsi + {CHECKSUM}], rax         # a guest paused before that is mended by its registers only.
         mov     [rdi], r11
         mov     [rbx + {STEPS}], r14
         ret
