@@ -5,13 +5,16 @@ mod support;
 
 use std::error::Error;
 
-use kvm_backend::{Msr, RestoreError, VcpuState, VmState, VmStateError, complete_io};
+use kvm_backend::{
+    GuestRam, Msr, RestoreError, VcpuState, VmState, VmStateError, complete_io, long_mode,
+};
 use kvm_bindings::{
     KVM_MP_STATE_HALTED, KVM_PIT_SPEAKER_DUMMY, Msrs, kvm_mp_state, kvm_msr_entry, kvm_pit_config,
 };
 use kvm_ioctls::{Cap, VcpuExit, VmFd};
+use page_reader::RamLayout;
 use rstest::rstest;
-use support::{CODE, Guest, HIGH, INPUT, Program, run};
+use support::{CODE, DONE, Guest, HIGH, INPUT, LOW_SIZE, Program, STACK, TABLES, run};
 use test_machine::Need;
 
 const IA32_TSC: u32 = 0x10;
@@ -237,38 +240,59 @@ fn an_instruction_that_left_the_guest_is_not_done_twice() {
 }
 
 #[test]
-fn completing_io_hands_over_the_exits_of_a_string_instruction() {
-    if !Need::Kvm.met("completing_io_hands_over_the_exits_of_a_string_instruction") {
+fn the_answer_to_an_in_instruction_is_in_the_state() {
+    if !Need::Kvm.met("the_answer_to_an_in_instruction_is_in_the_state") {
         return;
     }
-    let mut guest = Guest::booted(Program::StringOut);
-    // More than KVM passes in one exit.
-    let string: Vec<u8> = (0..=255).cycle().take(5000).collect();
-    guest.ram.write(INPUT, &string).unwrap();
-    guest.set_regs(|regs| {
-        regs.rsi = INPUT;
-        regs.rcx = string.len() as u64;
-    });
-    let mut said = match guest.vcpu.run().unwrap() {
-        VcpuExit::IoOut(0x81, bytes) => bytes.to_vec(),
+    let mut old = Guest::booted(Program::In);
+    match old.vcpu.run().unwrap() {
+        VcpuExit::IoIn(DONE, answer) => answer[0] = 42,
         other => panic!("{other:?}"),
-    };
-    while said.len() < string.len() {
-        complete_io(&mut guest.vcpu, |exit| match exit {
-            VcpuExit::IoOut(0x81, bytes) => said.extend_from_slice(bytes),
-            other => panic!("{other:?}"),
-        })
-        .unwrap();
-        if said.len() < string.len() {
-            match guest.vcpu.run().unwrap() {
-                VcpuExit::IoOut(0x81, bytes) => said.extend_from_slice(bytes),
-                other => panic!("{other:?}"),
-            }
-        }
     }
-    assert!(said == string);
-    complete_io(&mut guest.vcpu, |exit| panic!("{exit:?}")).unwrap();
-    guest.run();
+    let state = capture(&mut old);
+    let mut new = with_ram_of(&old, |_| ());
+    restore(&state, &new);
+    assert_eq!(new.run(), 42); // and not an `in` again
+}
+
+#[test]
+fn completing_an_instruction_of_two_exits_hands_over_the_second() {
+    if !Need::Kvm.met("completing_an_instruction_of_two_exits_hands_over_the_second") {
+        return;
+    }
+    let guest = Guest::booted(Program::WideStore);
+    // Page tables of a guest that has RAM where this one has a device.
+    let larger = GuestRam::new(RamLayout::single(0, 2 * LOW_SIZE).unwrap()).unwrap();
+    let start = long_mode::Start {
+        entry: CODE,
+        stack: STACK,
+        page_tables: TABLES,
+    };
+    long_mode::boot(&guest.kvm, &larger, &guest.vcpu, &start).unwrap();
+    let mut tables = vec![0; (CODE - TABLES) as usize];
+    larger.read(TABLES, &mut tables).unwrap();
+    guest.ram.write(TABLES, &tables).unwrap();
+
+    let device = LOW_SIZE + 0x1000;
+    guest.set_regs(|regs| regs.rdi = device);
+    let Guest {
+        mut vcpu,
+        slots: _slots,
+        ..
+    } = guest;
+    let exit = vcpu.run().unwrap();
+    assert!(
+        matches!(exit, VcpuExit::MmioWrite(at, [0, 0, 0, 0, 0, 0, 0, 0]) if at == device),
+        "{exit:?}"
+    );
+    let mut second = Vec::new();
+    complete_io(&mut vcpu, |exit| match exit {
+        VcpuExit::MmioWrite(at, bytes) => second.push((at, bytes.len())),
+        other => panic!("{other:?}"),
+    })
+    .unwrap();
+    assert_eq!(second, [(device + 8, 8)]);
+    run(&mut vcpu);
 }
 
 #[test]

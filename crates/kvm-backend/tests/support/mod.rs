@@ -38,8 +38,10 @@ pub enum Program {
     Mix,
     /// `out`s al twice, incrementing it in between.
     TwoOuts,
-    /// `out`s rcx bytes at rsi in one string instruction, then is done.
-    StringOut,
+    /// Is done with the byte that it gets `in`.
+    In,
+    /// Stores 16 bytes of zeros at rdi, then is done.
+    WideStore,
 }
 
 core::arch::global_asm!(
@@ -116,11 +118,14 @@ core::arch::global_asm!(
     "inc al",
     "out 0x80, al",
     "two_outs_end:",
-    "string_out:",
-    "mov dx, 0x81",
-    "rep outsb",
+    "in_out:",
+    "in al, 0x80",
     "out 0x80, al",
-    "string_out_end:",
+    "in_out_end:",
+    "wide_store:",
+    "movdqu [rdi], xmm0",
+    "out 0x80, al",
+    "wide_store_end:",
     ".popsection",
 );
 
@@ -143,7 +148,8 @@ impl Program {
             Self::Vectors => between!(vectors, vectors_end),
             Self::Mix => between!(mix, mix_end),
             Self::TwoOuts => between!(two_outs, two_outs_end),
-            Self::StringOut => between!(string_out, string_out_end),
+            Self::In => between!(in_out, in_out_end),
+            Self::WideStore => between!(wide_store, wide_store_end),
         }
     }
 }

@@ -237,3 +237,24 @@ pub enum RestoreError {
     )]
     Nested,
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_deadline_is_written_after_the_counter() {
+        let state = include_bytes!("../../../tests/formats/vcpu-state-1.postcard");
+        let mut state: VcpuState = postcard::from_bytes(state).unwrap();
+        let deadline = Msr {
+            index: IA32_TSC_DEADLINE,
+            value: 1,
+        };
+        state.msrs.retain(|msr| msr.index != deadline.index);
+        state.msrs.insert(0, deadline);
+        let (ordered, rearmed) = state.msrs_in_order();
+        assert_eq!(ordered.last(), Some(&deadline));
+        assert_eq!(ordered.len(), state.msrs.len());
+        assert!(!rearmed);
+    }
+}
