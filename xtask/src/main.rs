@@ -7,6 +7,7 @@
 
 mod check_macos;
 mod demo;
+mod fs_matrix;
 mod packages;
 mod test;
 
@@ -29,6 +30,7 @@ struct Xtask {
 enum Task {
     CheckMacos(check_macos::CheckMacos),
     Demo(demo::Demo),
+    FsMatrix(fs_matrix::FsMatrix),
     Test(test::Test),
 }
 
@@ -49,6 +51,7 @@ fn run(task: Task) -> anyhow::Result<()> {
     match task {
         Task::CheckMacos(check) => check.run(&sh),
         Task::Demo(demo) => demo.run(&sh),
+        Task::FsMatrix(matrix) => matrix.run(&sh),
         Task::Test(test) => test.run(&sh),
     }
 }

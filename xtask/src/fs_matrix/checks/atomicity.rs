@@ -1,0 +1,245 @@
+//! That the destination is the old file whole or the new file whole, and nothing else is touched.
+
+use std::fs;
+use std::io::ErrorKind;
+use std::os::unix::fs::symlink;
+use std::time::Duration;
+
+use anyhow::Context;
+use memory_writer::{CommitError, MemoryWriter, OpenError, SnapshotError};
+
+use super::Check;
+use crate::fs_matrix::child::{Child, PAGE};
+use crate::fs_matrix::finding::Family::Atomicity;
+use crate::fs_matrix::finding::Outcome;
+use crate::fs_matrix::ram::{Content, Stamped, content};
+use crate::fs_matrix::site::Site;
+
+pub const CHECKS: &[Check] = &[
+    Check::new(Atomicity, "replace", replace),
+    Check::new(
+        Atomicity,
+        "dropped writer leaves the old file",
+        dropped_writer,
+    ),
+    Check::new(Atomicity, "no-clobber", no_clobber),
+    Check::new(Atomicity, "symlinked destination", symlinked_destination),
+    Check::new(
+        Atomicity,
+        "symlink planted at the stage's name",
+        planted_symlink,
+    ),
+    Check::new(
+        Atomicity,
+        "staging on another file system",
+        staging_elsewhere,
+    ),
+    Check::new(Atomicity, "two writers", two_writers),
+];
+
+const RAM: u64 = 1 << 20;
+const DEST: &str = "vm.mem";
+
+fn replace(site: &Site) -> anyhow::Result<Outcome> {
+    let dest = site.path(DEST);
+    let mut seen = Vec::new();
+    for stamp in 1..=3 {
+        site.subject
+            .full(&dest, &Stamped::new(stamp, RAM), RAM, PAGE)?;
+        seen.push(content(&dest, RAM)?);
+    }
+    let left = site.leftovers(&[DEST])?;
+    Ok(Outcome::promise(
+        seen == [1, 2, 3].map(Content::Whole) && left.is_empty(),
+        "after each commit the new file whole, nothing beside it",
+        format!(
+            "{}; beside it: {left:?}",
+            seen.last().context("three commits")?
+        ),
+    ))
+}
+
+fn dropped_writer(site: &Site) -> anyhow::Result<Outcome> {
+    let dest = site.path(DEST);
+    site.subject.full(&dest, &Stamped::new(1, RAM), RAM, PAGE)?;
+    let mut writer = MemoryWriter::open(&dest, RAM, PAGE)?;
+    writer.write_full(&Stamped::new(2, RAM))?;
+    drop(writer);
+    let (found, left) = (content(&dest, RAM)?, site.leftovers(&[DEST])?);
+    Ok(Outcome::promise(
+        found == Content::Whole(1) && left.is_empty(),
+        "the old file whole, nothing beside it",
+        format!("{found}; beside it: {left:?}"),
+    ))
+}
+
+fn no_clobber(site: &Site) -> anyhow::Result<Outcome> {
+    let expected = "a new name is taken, one that exists or comes into being is refused";
+    let (dest, late) = (site.path(DEST), site.path("late.mem"));
+    let open = |dest| {
+        MemoryWriter::options()
+            .no_clobber(true)
+            .open(dest, RAM, PAGE)
+    };
+    let mut writer = match open(&dest) {
+        Ok(writer) => writer,
+        Err(SnapshotError::Open(OpenError::NoClobberUnsupported { source, .. })) => {
+            return Ok(Outcome::differs(
+                expected,
+                format!("refused when opening, as the file system has no way: {source}"),
+            ));
+        }
+        Err(error) => return Err(error.into()),
+    };
+    writer.write_full(&Stamped::new(1, RAM))?;
+    writer.commit()?;
+    let existing = matches!(
+        open(&dest),
+        Err(SnapshotError::Open(OpenError::AlreadyExists { .. }))
+    );
+    let mut writer = open(&late)?;
+    writer.write_full(&Stamped::new(2, RAM))?;
+    fs::write(&late, "first")?;
+    let lost = match writer.commit() {
+        Err(SnapshotError::Commit(CommitError::NotReplaced { source, .. })) => {
+            source.kind() == ErrorKind::AlreadyExists
+        }
+        _ => false,
+    };
+    let untouched = content(&dest, RAM)? == Content::Whole(1) && fs::read(&late)? == b"first";
+    let left = site.leftovers(&[DEST, "late.mem"])?;
+    Ok(Outcome::promise(
+        existing && lost && untouched && left.is_empty(),
+        expected,
+        format!(
+            "existing refused: {existing}, late refused: {lost}, both untouched: {untouched}; beside them: {left:?}"
+        ),
+    ))
+}
+
+fn symlinked_destination(site: &Site) -> anyhow::Result<Outcome> {
+    let expected = "the file that the link leads to is replaced, the link stays";
+    fs::create_dir(site.path("disk"))?;
+    let (link, target) = (site.path(DEST), site.path("disk/real.mem"));
+    fs::write(&target, "old")?;
+    if let Err(error) = symlink("disk/real.mem", &link) {
+        return Ok(Outcome::differs(expected, format!("no symlinks: {error}")));
+    }
+    site.subject.full(&link, &Stamped::new(1, RAM), RAM, PAGE)?;
+    let is_link = link.symlink_metadata()?.is_symlink();
+    let found = content(&target, RAM)?;
+    let left = site.leftovers(&[DEST, "disk"])?;
+    Ok(Outcome::promise(
+        is_link && found == Content::Whole(1) && left.is_empty(),
+        expected,
+        format!(
+            "{}, target: {found}; beside it: {left:?}",
+            if is_link { "a link" } else { "no link" }
+        ),
+    ))
+}
+
+fn planted_symlink(site: &Site) -> anyhow::Result<Outcome> {
+    const PRECIOUS: &[u8] = b"somebody else's file";
+    let expected = "what the link leads to is not written";
+    let (dest, victim) = (site.path(DEST), site.path("victim"));
+    fs::write(&victim, PRECIOUS)?;
+    let stage = site.subject.stage_of(&dest)?;
+    if let Err(error) = symlink("victim", &stage) {
+        return Ok(Outcome::not_run(format!("no symlinks here: {error}")));
+    }
+    let written = site.subject.full(&dest, &Stamped::new(1, RAM), RAM, PAGE);
+    let intact = fs::read(&victim)? == PRECIOUS;
+    let found = content(&dest, RAM)?;
+    let regular = dest
+        .symlink_metadata()
+        .is_ok_and(|metadata| metadata.is_file());
+    Ok(Outcome::promise(
+        intact && written.is_ok() && regular && found == Content::Whole(1),
+        expected,
+        match intact {
+            true => format!("untouched; the destination: {found}"),
+            false => "overwritten through the link".into(),
+        },
+    ))
+}
+
+fn staging_elsewhere(site: &Site) -> anyhow::Result<Outcome> {
+    let dest = site.path(DEST);
+    let open = MemoryWriter::options()
+        .staging_dir(&site.elsewhere)
+        .open(&dest, RAM, PAGE);
+    let refused = matches!(
+        open,
+        Err(SnapshotError::Open(OpenError::CrossFileSystem { .. }))
+    );
+    let (here, there) = (
+        site.leftovers(&[])?,
+        crate::fs_matrix::site::names(&site.elsewhere, &[])?,
+    );
+    let staged = there.iter().any(|name| name.contains(".stage"));
+    Ok(Outcome::promise(
+        refused && here.is_empty() && !staged,
+        "refused before any data is written, nothing left",
+        format!(
+            "{}; left here: {here:?}",
+            if refused { "refused" } else { "not refused" }
+        ),
+    ))
+}
+
+/// Two processes commit to one destination as fast as they can, while this one reads it.
+fn two_writers(site: &Site) -> anyhow::Result<Outcome> {
+    const TIMES: u32 = 15;
+    let dest = site.path(DEST);
+    site.subject.full(&dest, &Stamped::new(1, RAM), RAM, PAGE)?;
+    let mut writers = Vec::new();
+    for first in [1000, 2000] {
+        let child = Child::new(site.subject, &dest, first, RAM).times(TIMES);
+        writers.push(child.command(&[])?.spawn()?);
+    }
+    let mut seen = std::collections::BTreeSet::new();
+    let mut torn = None;
+    loop {
+        let mut running = false;
+        for writer in &mut writers {
+            running |= writer.try_wait()?.is_none();
+        }
+        // Each look opens the file anew. On NFS the file that was replaced may be gone while it is read: a look that says nothing.
+        match content(&dest, RAM) {
+            Ok(Content::Whole(stamp)) => drop(seen.insert(stamp)),
+            Ok(other) => torn = torn.or(Some(other)),
+            Err(error) if error.raw_os_error() == Some(nix::errno::Errno::ESTALE as i32) => {}
+            Err(error) => return Err(error.into()),
+        }
+        if !running {
+            break;
+        }
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    let mut failed = Vec::new();
+    for writer in writers {
+        let output = writer.wait_with_output()?;
+        if !output.status.success() {
+            failed.push(String::from_utf8_lossy(&output.stderr).trim().to_owned());
+        }
+    }
+    let last = content(&dest, RAM)?;
+    let left = site.leftovers(&[DEST])?;
+    let right = torn.is_none() && failed.is_empty() && left.is_empty();
+    let last_right = [1000, 2000]
+        .map(|first| Content::Whole(first + TIMES - 1))
+        .contains(&last);
+    Ok(Outcome::promise(
+        right && last_right,
+        format!(
+            "{} commits succeed, every look finds one of them whole, the last one stays",
+            2 * TIMES
+        ),
+        format!(
+            "{} versions seen, at the end {last}; torn: {}; failed: {failed:?}; beside it: {left:?}",
+            seen.len(),
+            torn.map_or("never".into(), |torn| torn.to_string()),
+        ),
+    ))
+}

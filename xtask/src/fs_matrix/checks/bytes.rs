@@ -1,0 +1,245 @@
+//! That the bytes in the file are those of the RAM.
+
+use std::fs::File;
+use std::ops::Range;
+use std::path::Path;
+
+use anyhow::Context;
+use dirty_bitmap::DirtyBitmap;
+use memory_image::{Chain, ImageError};
+use memory_writer::MemoryWriter;
+use page_reader::PageReader;
+
+use super::Check;
+use crate::fs_matrix::finding::Family::Bytes;
+use crate::fs_matrix::finding::Outcome;
+use crate::fs_matrix::ram::{Stamped, Zeros, content, first_difference};
+use crate::fs_matrix::site::Site;
+
+pub const CHECKS: &[Check] = &[
+    Check::new(Bytes, "full dump", full),
+    Check::new(Bytes, "diff", |site| diff(site, PAGE, PAGE, RAM)),
+    Check::new(Bytes, "diff from a coarser bitmap", |site| {
+        diff(site, 4 * PAGE, 4 * PAGE, RAM)
+    }),
+    Check::new(Bytes, "diff from a finer bitmap", |site| {
+        diff(site, PAGE / 4, PAGE / 4, RAM)
+    }),
+    Check::new(
+        Bytes,
+        "diff from a bitmap rebuilt coarser in between",
+        |site| diff(site, PAGE / 4, 4 * PAGE, RAM),
+    ),
+    Check::new(
+        Bytes,
+        "diff from a bitmap rebuilt finer in between",
+        |site| diff(site, 4 * PAGE, PAGE / 4, RAM),
+    ),
+    Check::new(Bytes, "partial last page", |site| {
+        diff(site, 4 * PAGE, 4 * PAGE, RAM + PAGE)
+    }),
+    Check::new(Bytes, "full, then what was dirtied meanwhile", pre_copy),
+    Check::new(Bytes, "chain applied", chain),
+    Check::new(Bytes, "file over 4 GiB", over_4_gib),
+];
+
+const PAGE: u64 = 16 << 10;
+const RAM: u64 = 4 << 20;
+
+fn full(site: &Site) -> anyhow::Result<Outcome> {
+    let dest = site.path("full.mem");
+    site.subject.full(&dest, &Stamped::new(1, RAM), RAM, PAGE)?;
+    let found = content(&dest, RAM)?;
+    Ok(Outcome::promise(
+        found == crate::fs_matrix::ram::Content::Whole(1),
+        format!("{RAM} bytes, the RAM's"),
+        found.to_string(),
+    ))
+}
+
+/// Addresses that are dirtied: pages alone, neighbours, a run, the last page.
+fn dirtied(size: u64) -> Vec<u64> {
+    let mut pages = vec![0, 3, 4, 5, 17, 64, 65, 130];
+    pages.push(size / PAGE - 1);
+    pages.iter().map(|page| page * PAGE + 4100).collect()
+}
+
+/// A diff from a bitmap with pages of `bitmap_page`, rebuilt to `granule` after the first half of the marks.
+fn diff(site: &Site, bitmap_page: u64, granule: u64, size: u64) -> anyhow::Result<Outcome> {
+    let dirty = DirtyBitmap::new(0x4000_0000, size, bitmap_page)?;
+    let addresses = dirtied(size);
+    let (before, after) = addresses.split_at(addresses.len() / 2);
+    for offset in before {
+        dirty.set_dirty(0x4000_0000 + offset)?;
+    }
+    dirty.rebuild(granule)?;
+    for offset in after {
+        dirty.set_dirty(0x4000_0000 + offset)?;
+    }
+    // What must be in the file, worked out page by page: a mark is as wide as the bitmap's page was when it was made.
+    let mut wanted = vec![false; (size / PAGE) as usize];
+    for (offset, width) in before
+        .iter()
+        .map(|offset| (offset, bitmap_page.max(granule)))
+        .chain(after.iter().map(|offset| (offset, granule)))
+    {
+        let start = offset / width * width;
+        for page in start / PAGE..((start + width).div_ceil(PAGE)).min(size / PAGE) {
+            wanted[page as usize] = true;
+        }
+    }
+
+    let dest = site.path("diff.mem");
+    let ram = Stamped::new(2, size);
+    let pages = site.subject.diff(&dest, &ram, &dirty, PAGE)?;
+    let count = wanted.iter().filter(|wanted| **wanted).count() as u64;
+    let expected = format!("{count} pages of {PAGE} bytes at their offsets, zeros between");
+    if let Some(wrong) = wrong_page(&dest, &ram, &wanted)? {
+        return Ok(Outcome::broken(expected, wrong));
+    }
+    Ok(Outcome::promise(
+        pages == count,
+        expected,
+        format!("{pages} pages, every byte right"),
+    ))
+}
+
+/// The first page that is not the RAM's where wanted, or not zeros elsewhere.
+fn wrong_page(dest: &Path, ram: &Stamped, wanted: &[bool]) -> anyhow::Result<Option<String>> {
+    let file = File::open(dest)?;
+    let size = file.metadata()?.len();
+    if size != ram.size {
+        return Ok(Some(format!("a file of {size} bytes")));
+    }
+    for (page, wanted) in (0..).zip(wanted) {
+        let range = page * PAGE..(page + 1) * PAGE;
+        let bytes: &dyn PageReader = if *wanted { ram } else { &Zeros };
+        if let Some(at) = first_difference(&file, range, bytes)? {
+            let what = if *wanted {
+                "a dirty page lacks its bytes"
+            } else {
+                "a clean page is not zeros"
+            };
+            return Ok(Some(format!("{what}: byte {at}, page {page}")));
+        }
+    }
+    Ok(None)
+}
+
+fn pre_copy(site: &Site) -> anyhow::Result<Outcome> {
+    let dest = site.path("live.mem");
+    let (old, new) = (Stamped::new(1, RAM), Stamped::new(2, RAM));
+    let dirty = DirtyBitmap::new(0, RAM, PAGE)?;
+    dirty.set_range(5 * PAGE, 7 * PAGE)?;
+    let mut writer = MemoryWriter::open(&dest, RAM, PAGE)?;
+    writer.write_full(&old)?;
+    writer.write_diff(&new, &dirty)?;
+    writer.commit()?;
+    let file = File::open(&dest)?;
+    let parts: [(Range<u64>, &dyn PageReader); 3] = [
+        (0..5 * PAGE, &old),
+        (5 * PAGE..12 * PAGE, &new),
+        (12 * PAGE..RAM, &old),
+    ];
+    for (range, ram) in parts {
+        if let Some(at) = first_difference(&file, range, ram)? {
+            return Ok(Outcome::broken(
+                "each page as last written",
+                format!("byte {at} differs"),
+            ));
+        }
+    }
+    Ok(Outcome::holds(
+        "each page as last written",
+        "every byte right",
+    ))
+}
+
+/// A full image and two diffs on it.
+fn chain(site: &Site) -> anyhow::Result<Outcome> {
+    let expected = "the chain's bytes are the RAM's, the diffs' pages told by the file system";
+    let base = site.path("base.mem");
+    site.subject.full(&base, &Stamped::new(1, RAM), RAM, PAGE)?;
+    let mut chain = Chain::open(&base, PAGE)?;
+    let mut unclear = None;
+    let runs = [
+        vec![0..2 * PAGE, 9 * PAGE..10 * PAGE],
+        vec![PAGE..3 * PAGE, RAM - PAGE..RAM],
+    ];
+    let mut owner = vec![1; (RAM / PAGE) as usize];
+    for (stamp, runs) in (2..).zip(runs) {
+        let dirty = DirtyBitmap::new(0, RAM, PAGE)?;
+        for run in &runs {
+            dirty.set_range(run.start, run.end - run.start)?;
+            owner[(run.start / PAGE) as usize..(run.end / PAGE) as usize].fill(stamp);
+        }
+        let diff = site.path(&format!("diff-{stamp}.mem"));
+        site.subject
+            .diff(&diff, &Stamped::new(stamp, RAM), &dirty, PAGE)?;
+        match chain.push(&diff) {
+            Ok(()) => {}
+            Err(ImageError::UnclearDiff { why, .. }) => {
+                unclear = Some(why.to_string());
+                chain.push_pages(&diff, runs)?;
+            }
+            Err(error) => return Err(error.into()),
+        }
+    }
+    let mut ram = vec![0; RAM as usize];
+    chain.restore(ram.as_mut_slice())?;
+    for (page, stamp) in (0..).zip(owner) {
+        let range = page * PAGE..(page + 1) * PAGE;
+        let wanted = Stamped::new(stamp, RAM).bytes(range.clone());
+        if ram[range.start as usize..range.end as usize] != wanted {
+            return Ok(Outcome::broken(
+                expected,
+                format!("page {page} is not that of image {stamp}"),
+            ));
+        }
+    }
+    Ok(match unclear {
+        None => Outcome::holds(expected, "every byte right"),
+        Some(why) => Outcome::differs(
+            expected,
+            format!(
+                "a diff is refused unless its pages are given ({why}); given, every byte is right"
+            ),
+        ),
+    })
+}
+
+/// Pages on both sides of the border where 32 bits end, and the last.
+fn over_4_gib(site: &Site) -> anyhow::Result<Outcome> {
+    const BORDER: u64 = 1 << 32;
+    const SIZE: u64 = BORDER + (1 << 20);
+    let dirty = DirtyBitmap::new(0, SIZE, PAGE)?;
+    let pages = [0, BORDER - PAGE, BORDER, SIZE - PAGE];
+    for page in pages {
+        dirty.set_dirty(page)?;
+    }
+    let dest = site.path("large.mem");
+    let ram = Stamped::new(3, SIZE);
+    let written = site
+        .subject
+        .diff(&dest, &ram, &dirty, PAGE)
+        .context("a diff of 4 GiB + 1 MiB")?;
+    let file = File::open(&dest)?;
+    let expected = format!("a diff of {SIZE} bytes with {} pages", pages.len());
+    let mut wrong = written != 4 || file.metadata()?.len() != SIZE;
+    for page in pages {
+        wrong |= first_difference(&file, page..page + PAGE, &ram)?.is_some();
+    }
+    // One clean page each in the middle of the file and beside the border.
+    for clean in [BORDER / 2, BORDER - 2 * PAGE, BORDER + PAGE] {
+        wrong |= first_difference(&file, clean..clean + PAGE, &Zeros)?.is_some();
+    }
+    Ok(Outcome::promise(
+        !wrong,
+        expected,
+        if wrong {
+            "wrong bytes"
+        } else {
+            "every page right"
+        },
+    ))
+}

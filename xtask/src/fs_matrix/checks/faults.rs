@@ -1,0 +1,277 @@
+//! What goes wrong outside of the library: it says so, the old file stays, nothing is left.
+
+use std::ffi::OsStr;
+use std::fs::{self, File};
+use std::io::{self, ErrorKind, Write};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::process::ExitStatusExt;
+use std::path::Path;
+
+use indicatif::BinaryBytes;
+use memory_writer::MemoryWriter;
+
+use super::Check;
+use crate::fs_matrix::child::{Child, PAGE};
+use crate::fs_matrix::finding::Family::Faults;
+use crate::fs_matrix::finding::Outcome;
+use crate::fs_matrix::ram::{Content, Stamped, content};
+use crate::fs_matrix::site::{Site, names};
+
+pub const CHECKS: &[Check] = &[
+    Check::new(Faults, "disk full in the middle", disk_full),
+    Check::new(Faults, "read-only mount", read_only),
+    Check::new(Faults, "file-size limit of the process", process_limit),
+    Check::new(
+        Faults,
+        "file-size limit of the file system",
+        file_system_limit,
+    ),
+    Check::new(Faults, "name of 255 bytes", |site| {
+        name(site, OsStr::new(&"n".repeat(255)))
+    }),
+    Check::new(Faults, "name that is not UTF-8", |site| {
+        name(site, OsStr::from_bytes(b"vm-\xff\xfe.mem"))
+    }),
+    Check::new(Faults, "unmount under an open stage", lazy_unmount),
+];
+
+const RAM: u64 = 1 << 20;
+const DEST: &str = "vm.mem";
+
+/// The kind of the system's error at the bottom of `error`.
+fn kind_of(error: &anyhow::Error) -> Option<ErrorKind> {
+    error
+        .chain()
+        .filter_map(|cause| cause.downcast_ref::<io::Error>())
+        .map(io::Error::kind)
+        .last()
+}
+
+fn disk_full(site: &Site) -> anyhow::Result<Outcome> {
+    const LARGE: u64 = 8 << 20;
+    let expected = "refused for want of room, the old file whole, nothing beside it; written once there is room";
+    let Some(small) = &site.small else {
+        return Ok(Outcome::not_run(
+            "there is no small file system of this kind to fill",
+        ));
+    };
+    let dir = tempfile::tempdir_in(small)?;
+    let (dest, ballast, spare) = (
+        dir.path().join(DEST),
+        dir.path().join("ballast"),
+        dir.path().join("spare"),
+    );
+    site.subject.full(&dest, &Stamped::new(1, RAM), RAM, PAGE)?;
+    fs::write(&spare, Stamped::new(7, LARGE / 2).bytes(0..LARGE / 2))?;
+    File::open(&spare)?.sync_all()?;
+    fill(&ballast)?;
+    // Room for half of the snapshot.
+    fs::remove_file(&spare)?;
+    File::open(dir.path())?.sync_all()?;
+
+    let failed = site
+        .subject
+        .full(&dest, &Stamped::new(2, LARGE), LARGE, PAGE);
+    let (found, left) = (content(&dest, RAM)?, names(dir.path(), &[DEST, "ballast"])?);
+    let refused = failed
+        .as_ref()
+        .err()
+        .is_some_and(|error| kind_of(error) == Some(ErrorKind::StorageFull));
+    let said = match &failed {
+        Ok(()) => "written".to_owned(),
+        Err(error) => format!("{error:#}").replace(&dir.path().display().to_string(), ""),
+    };
+    fs::remove_file(&ballast)?;
+    File::open(dir.path())?.sync_all()?;
+    site.subject
+        .full(&dest, &Stamped::new(3, LARGE), LARGE, PAGE)?;
+    let again = content(&dest, LARGE)?;
+    Ok(Outcome::promise(
+        refused && found == Content::Whole(1) && left.is_empty() && again == Content::Whole(3),
+        expected,
+        format!("{said}; {found}; beside it: {left:?}; later {again}"),
+    ))
+}
+
+/// Writes `path` until the disk is full, for good: delayed allocation included.
+fn fill(path: &Path) -> anyhow::Result<()> {
+    let mut file = File::create(path)?;
+    for size in [1 << 20, 64 << 10, 4096] {
+        let bytes = Stamped::new(5, size).bytes(0..size);
+        loop {
+            match file.write_all(&bytes).and_then(|()| file.sync_data()) {
+                Ok(()) => {}
+                Err(error) if error.kind() == ErrorKind::StorageFull => break,
+                Err(error) => return Err(error.into()),
+            }
+        }
+        // A failed write may have left the position anywhere, and the descriptor with an error to report.
+        file = File::options().append(true).open(path)?;
+    }
+    Ok(())
+}
+
+#[cfg(target_os = "linux")]
+fn read_only(site: &Site) -> anyhow::Result<Outcome> {
+    let dest = site.path(DEST);
+    site.subject.full(&dest, &Stamped::new(1, RAM), RAM, PAGE)?;
+    let view = test_machine::ReadOnlyBind::of(&site.dir)?;
+    let failed = site
+        .subject
+        .full(&view.path().join(DEST), &Stamped::new(2, RAM), RAM, PAGE);
+    drop(view);
+    let (found, left) = (content(&dest, RAM)?, site.leftovers(&[DEST])?);
+    let kind = failed.err().as_ref().and_then(kind_of);
+    Ok(Outcome::promise(
+        kind == Some(ErrorKind::ReadOnlyFilesystem)
+            && found == Content::Whole(1)
+            && left.is_empty(),
+        "refused as read-only, the old file whole",
+        format!("{kind:?}; {found}; beside it: {left:?}"),
+    ))
+}
+
+#[cfg(not(target_os = "linux"))]
+fn read_only(_: &Site) -> anyhow::Result<Outcome> {
+    Ok(Outcome::not_run(
+        "no read-only view of a directory can be mounted here",
+    ))
+}
+
+fn process_limit(site: &Site) -> anyhow::Result<Outcome> {
+    let dest = site.path(DEST);
+    site.subject.full(&dest, &Stamped::new(1, RAM), RAM, PAGE)?;
+    let child = Child::new(site.subject, &dest, 2, RAM).largest_file(RAM / 2);
+    let output = child.command(&[])?.output()?;
+    let said = String::from_utf8_lossy(&output.stderr);
+    let (found, left) = (content(&dest, RAM)?, site.leftovers(&[DEST])?);
+    let refused = output.status.signal().is_none()
+        && !output.status.success()
+        && said.contains("RLIMIT_FSIZE");
+    Ok(Outcome::promise(
+        refused && found == Content::Whole(1) && left.is_empty(),
+        "an error that names RLIMIT_FSIZE and no signal, the old file whole",
+        format!("{}; {found}; beside it: {left:?}", output.status),
+    ))
+}
+
+/// Tries huge files from the largest down, on the small file system: where there are no holes, trying one fills it.
+fn file_system_limit(site: &Site) -> anyhow::Result<Outcome> {
+    const SIZES: [u64; 6] = [
+        (1 << 63) - PAGE,
+        1 << 52,
+        1 << 44,
+        1 << 40,
+        1 << 36,
+        1 << 33,
+    ];
+    let expected = "a file that is too large is refused with advice when opened, nothing is left";
+    let Some(small) = &site.small else {
+        return Ok(Outcome::not_run(
+            "there is no small file system of this kind to try it on",
+        ));
+    };
+    let dir = tempfile::tempdir_in(small)?;
+    let dest = dir.path().join(DEST);
+    let mut refused = None;
+    for size in SIZES {
+        let opened = MemoryWriter::open(&dest, size, PAGE).map(drop);
+        let left = names(dir.path(), &[])?;
+        if !left.is_empty() {
+            return Ok(Outcome::broken(expected, format!("left behind: {left:?}")));
+        }
+        match opened {
+            Ok(()) => {
+                let limit = refused.map_or("no limit below 8 EiB".into(), |at| {
+                    format!("{} refused", BinaryBytes(at))
+                });
+                return Ok(Outcome::holds(
+                    expected,
+                    format!("{limit}, {} taken", BinaryBytes(size)),
+                ));
+            }
+            Err(error) => {
+                let error = anyhow::Error::from(error);
+                let kind = kind_of(&error);
+                if !matches!(
+                    kind,
+                    Some(
+                        ErrorKind::FileTooLarge | ErrorKind::StorageFull | ErrorKind::InvalidInput
+                    )
+                ) {
+                    return Ok(Outcome::broken(
+                        expected,
+                        format!("{size} bytes: {error:#}"),
+                    ));
+                }
+                refused = Some(size);
+            }
+        }
+    }
+    Ok(Outcome::holds(
+        expected,
+        format!(
+            "{} and more refused, as the disk has no room for them",
+            BinaryBytes(SIZES[SIZES.len() - 1])
+        ),
+    ))
+}
+
+fn name(site: &Site, name: &OsStr) -> anyhow::Result<Outcome> {
+    let expected = "a snapshot of that name, nothing beside it";
+    let dest = site.dir.join(name);
+    let written = site.subject.full(&dest, &Stamped::new(1, RAM), RAM, PAGE);
+    let left = names(&site.dir, &[&*name.to_string_lossy()])?;
+    Ok(match written {
+        Ok(_) => {
+            let found = content(&dest, RAM)?;
+            Outcome::promise(
+                found == Content::Whole(1) && left.is_empty(),
+                expected,
+                format!("{found}; beside it: {left:?}"),
+            )
+        }
+        Err(error) if left.is_empty() => {
+            let cause = error.root_cause();
+            Outcome::differs(expected, format!("refused, nothing left: {cause}"))
+        }
+        Err(error) => Outcome::broken(expected, format!("{error:#}; beside it: {left:?}")),
+    })
+}
+
+/// The path goes away while the stage is open: everything is held by descriptors.
+#[cfg(target_os = "linux")]
+fn lazy_unmount(site: &Site) -> anyhow::Result<Outcome> {
+    use nix::mount::{MntFlags, MsFlags, mount, umount2};
+
+    let point = tempfile::tempdir_in(&site.elsewhere)?;
+    let none = None::<&str>;
+    mount(Some(&site.dir), point.path(), none, MsFlags::MS_BIND, none)?;
+    let attempt = || -> anyhow::Result<()> {
+        let mut writer = MemoryWriter::open(point.path().join(DEST), RAM, PAGE)?;
+        let dirty = dirty_bitmap::DirtyBitmap::new(0, RAM, PAGE)?;
+        dirty.set_range(0, RAM / 2)?;
+        writer.write_diff(&Stamped::new(1, RAM), &dirty)?;
+        umount2(point.path(), MntFlags::MNT_DETACH)?;
+        writer.write_full(&Stamped::new(1, RAM))?;
+        Ok(writer.commit()?)
+    };
+    let committed = attempt();
+    let _ = umount2(point.path(), MntFlags::MNT_DETACH);
+    let (found, left) = (content(&site.path(DEST), RAM)?, site.leftovers(&[DEST])?);
+    Ok(Outcome::promise(
+        committed.is_ok() && found == Content::Whole(1) && left.is_empty(),
+        "the commit succeeds, as all is held by descriptors",
+        match committed {
+            Ok(()) => format!("{found}; beside it: {left:?}"),
+            Err(error) => format!("{error:#}; {found}; beside it: {left:?}"),
+        },
+    ))
+}
+
+#[cfg(not(target_os = "linux"))]
+fn lazy_unmount(_: &Site) -> anyhow::Result<Outcome> {
+    Ok(Outcome::not_run(
+        "no second view of a directory can be mounted here",
+    ))
+}

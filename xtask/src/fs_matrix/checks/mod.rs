@@ -1,0 +1,95 @@
+//! The checks: the same on every mount, on Linux, in the guest, and on macOS.
+
+mod atomicity;
+mod bytes;
+mod durability;
+mod faults;
+mod kills;
+mod nfs;
+mod space;
+
+use std::fs;
+use std::io::Write;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::time::Instant;
+
+use anyhow::Context;
+
+use super::finding::{Family, Finding, Line, Outcome};
+use super::site::Site;
+
+/// One named property.
+pub struct Check {
+    pub family: Family,
+    pub name: &'static str,
+    run: fn(&Site) -> anyhow::Result<Outcome>,
+}
+
+impl Check {
+    const fn new(
+        family: Family,
+        name: &'static str,
+        run: fn(&Site) -> anyhow::Result<Outcome>,
+    ) -> Self {
+        Self { family, name, run }
+    }
+
+    /// Runs in an empty directory. A check that can't be carried through has found something broken.
+    pub fn run(&self, site: &Site) -> Finding {
+        let start = Instant::now();
+        let outcome = catch_unwind(AssertUnwindSafe(|| (self.run)(site)))
+            .unwrap_or_else(|_| Err(anyhow::anyhow!("the check panicked")));
+        let outcome = outcome.unwrap_or_else(|error| {
+            Outcome::broken("the check runs to its end", format!("{error:#}"))
+        });
+        Finding {
+            family: self.family,
+            check: self.name.into(),
+            expected: outcome.expected,
+            seen: outcome.seen,
+            verdict: outcome.verdict,
+            milliseconds: start.elapsed().as_millis() as u64,
+        }
+    }
+}
+
+/// The checks of every mount, in the order in which they run.
+pub fn everywhere() -> impl Iterator<Item = &'static Check> {
+    [
+        bytes::CHECKS,
+        space::CHECKS,
+        atomicity::CHECKS,
+        kills::CHECKS,
+        durability::CHECKS,
+        faults::CHECKS,
+    ]
+    .into_iter()
+    .flatten()
+}
+
+/// The checks of a mount whose server can be stopped.
+pub fn with_server() -> impl Iterator<Item = &'static Check> {
+    nfs::CHECKS.iter()
+}
+
+/// Runs all checks of the site, or those with a name in `only`, and sends what they find.
+pub fn run_all(site: &mut Site, only: &[String], mut out: impl Write) -> anyhow::Result<()> {
+    let base = site.dir.clone();
+    let servers = with_server().filter(|_| site.server.is_some());
+    let wanted: Vec<_> = everywhere()
+        .chain(servers)
+        .filter(|check| only.is_empty() || only.iter().any(|name| name == check.name))
+        .collect();
+    for (n, check) in wanted.into_iter().enumerate() {
+        Line::Checking(check.name.into()).send(&mut out)?;
+        site.dir = base.join(format!("check-{n}"));
+        fs::create_dir(&site.dir)
+            .with_context(|| format!("can't make the directory {}", site.dir.display()))?;
+        let finding = check.run(site);
+        // What a failed check left may not go; the next one has a directory of its own.
+        let _ = fs::remove_dir_all(&site.dir);
+        Line::Found(finding).send(&mut out)?;
+    }
+    site.dir = base;
+    Ok(())
+}

@@ -1,0 +1,127 @@
+//! Writers in processes of their own: to be killed, traced, limited, and to race each other.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use anyhow::Context;
+use memory_writer::MemoryWriter;
+use nix::sys::resource::{Resource, setrlimit};
+use nix::sys::signal::{Signal, raise};
+
+use super::ram::Stamped;
+use super::subject::{Sabotage, Subject};
+
+/// The page of the snapshots that children write, and the bytes that one system call of theirs writes.
+pub const PAGE: u64 = 16 << 10;
+
+/// Writes snapshots, as a child of a check.
+#[derive(clap::Args, Clone, Debug)]
+pub struct Child {
+    #[arg(long)]
+    dest: PathBuf,
+    /// The version of the RAM; counts up with each snapshot.
+    #[arg(long)]
+    stamp: u32,
+    #[arg(long)]
+    size: u64,
+    /// Snapshots to write.
+    #[arg(long, default_value_t = 1)]
+    times: u32,
+    /// Dies by SIGKILL after so many bytes of the last snapshot.
+    #[arg(long)]
+    die_after: Option<u64>,
+    /// The largest file that this process may write.
+    #[arg(long)]
+    largest_file: Option<u64>,
+    #[arg(long, value_enum)]
+    sabotage: Option<Sabotage>,
+}
+
+impl Child {
+    pub fn new(subject: Subject, dest: &Path, stamp: u32, size: u64) -> Self {
+        Self {
+            dest: dest.to_owned(),
+            stamp,
+            size,
+            times: 1,
+            die_after: None,
+            largest_file: None,
+            sabotage: subject.0,
+        }
+    }
+
+    pub fn times(mut self, times: u32) -> Self {
+        self.times = times;
+        self
+    }
+
+    pub fn die_after(mut self, bytes: u64) -> Self {
+        self.die_after = Some(bytes);
+        self
+    }
+
+    pub fn largest_file(mut self, bytes: u64) -> Self {
+        self.largest_file = Some(bytes);
+        self
+    }
+
+    /// The command line that runs this child, after `wrapper` and its arguments where there is one (strace).
+    pub fn command(&self, wrapper: &[String]) -> anyhow::Result<Command> {
+        let this = std::env::current_exe().context("this program has no path")?;
+        let mut command = match wrapper {
+            [] => Command::new(this),
+            [program, arguments @ ..] => {
+                let mut command = Command::new(program);
+                command.args(arguments).arg(this);
+                command
+            }
+        };
+        command.args(["fs-matrix", "child", "--dest"]);
+        command.arg(&self.dest);
+        command.arg(format!("--stamp={}", self.stamp));
+        command.arg(format!("--size={}", self.size));
+        command.arg(format!("--times={}", self.times));
+        if let Some(bytes) = self.die_after {
+            command.arg(format!("--die-after={bytes}"));
+        }
+        if let Some(bytes) = self.largest_file {
+            command.arg(format!("--largest-file={bytes}"));
+        }
+        if let Some(sabotage) = self.sabotage {
+            let value = clap::ValueEnum::to_possible_value(&sabotage);
+            let value = value.context("every sabotage has a name")?;
+            command.arg(format!("--sabotage={}", value.get_name()));
+        }
+        command.stdin(Stdio::null()).stdout(Stdio::null());
+        command.stderr(Stdio::piped());
+        Ok(command)
+    }
+
+    pub fn run(&self) -> anyhow::Result<()> {
+        if let Some(bytes) = self.largest_file {
+            setrlimit(Resource::RLIMIT_FSIZE, bytes, bytes)?;
+        }
+        let subject = Subject(self.sabotage);
+        for n in 0..self.times {
+            let ram = Stamped::new(self.stamp + n, self.size);
+            match self.die_after {
+                Some(after) if n + 1 == self.times => self.die_writing(&ram, after)?,
+                _ => subject.full(&self.dest, &ram, self.size, PAGE)?,
+            }
+        }
+        Ok(())
+    }
+
+    fn die_writing(&self, ram: &Stamped, after: u64) -> anyhow::Result<()> {
+        let mut writer = MemoryWriter::options()
+            .chunk_size(PAGE as usize)
+            .progress(move |progress| {
+                if progress.bytes_done >= after {
+                    let _ = raise(Signal::SIGKILL);
+                }
+            })
+            .open(&self.dest, self.size, PAGE)?;
+        writer.write_full(ram)?;
+        anyhow::bail!("the RAM ended before the {after} bytes after which to die")
+    }
+}

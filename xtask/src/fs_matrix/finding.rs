@@ -1,0 +1,168 @@
+//! What a check says, and how it travels from where the checks run to where the table is made: one line of JSON each.
+
+use std::fmt;
+use std::io::{self, Write};
+
+use serde::{Deserialize, Serialize};
+
+/// What became of one property on one mount.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Verdict {
+    /// As it should be.
+    Holds,
+    /// Could not be tried here, for the reason given as seen.
+    NotRun,
+    /// The file system just lacks this; what the library does about it is right.
+    Differs,
+    /// A promise of the library fails.
+    Broken,
+}
+
+impl Verdict {
+    pub fn mark(self) -> &'static str {
+        match self {
+            Self::Holds => "✓",
+            Self::NotRun => "–",
+            Self::Differs => "≠",
+            Self::Broken => "✗",
+        }
+    }
+}
+
+impl fmt::Display for Verdict {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Holds => "holds",
+            Self::NotRun => "not run",
+            Self::Differs => "differs",
+            Self::Broken => "broken",
+        })
+    }
+}
+
+/// The columns of the table.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Family {
+    Bytes,
+    Space,
+    Atomicity,
+    Durability,
+    Faults,
+    Power,
+}
+
+impl Family {
+    pub const ALL: [Self; 6] = [
+        Self::Bytes,
+        Self::Space,
+        Self::Atomicity,
+        Self::Durability,
+        Self::Faults,
+        Self::Power,
+    ];
+
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Bytes => "bytes",
+            Self::Space => "space",
+            Self::Atomicity => "atomicity",
+            Self::Durability => "durability",
+            Self::Faults => "faults",
+            Self::Power => "power loss",
+        }
+    }
+}
+
+/// What one check was to find, and found.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Outcome {
+    pub expected: String,
+    pub seen: String,
+    pub verdict: Verdict,
+}
+
+impl Outcome {
+    fn new(verdict: Verdict, expected: impl Into<String>, seen: impl Into<String>) -> Self {
+        Self {
+            expected: expected.into(),
+            seen: seen.into(),
+            verdict,
+        }
+    }
+
+    pub fn holds(expected: impl Into<String>, seen: impl Into<String>) -> Self {
+        Self::new(Verdict::Holds, expected, seen)
+    }
+
+    pub fn differs(expected: impl Into<String>, seen: impl Into<String>) -> Self {
+        Self::new(Verdict::Differs, expected, seen)
+    }
+
+    pub fn broken(expected: impl Into<String>, seen: impl Into<String>) -> Self {
+        Self::new(Verdict::Broken, expected, seen)
+    }
+
+    pub fn not_run(why: impl Into<String>) -> Self {
+        Self::new(Verdict::NotRun, "", why)
+    }
+
+    /// Holds if `right`, and is broken if not.
+    pub fn promise(right: bool, expected: impl Into<String>, seen: impl Into<String>) -> Self {
+        let verdict = if right {
+            Verdict::Holds
+        } else {
+            Verdict::Broken
+        };
+        Self::new(verdict, expected, seen)
+    }
+
+    /// Holds if `has`; if not, the file system just lacks it.
+    pub fn property(has: bool, expected: impl Into<String>, seen: impl Into<String>) -> Self {
+        let verdict = if has {
+            Verdict::Holds
+        } else {
+            Verdict::Differs
+        };
+        Self::new(verdict, expected, seen)
+    }
+}
+
+/// An [`Outcome`] with the name of its check.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Finding {
+    pub family: Family,
+    pub check: String,
+    pub expected: String,
+    pub seen: String,
+    pub verdict: Verdict,
+    pub milliseconds: u64,
+}
+
+/// One line from where the checks run.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Line {
+    /// It is mounted; by which driver.
+    Mounted(String),
+    /// This check begins.
+    Checking(String),
+    Found(Finding),
+    /// A commit that is to survive: disk, and number.
+    Committed(String, u64),
+    /// All is done.
+    Done,
+    /// Nothing more comes, because of this.
+    Failed(String),
+}
+
+impl Line {
+    /// Writes the line at once.
+    pub fn send(&self, mut to: impl Write) -> io::Result<()> {
+        let mut line = serde_json::to_string(self)?;
+        line.push('\n');
+        to.write_all(line.as_bytes())?;
+        to.flush()
+    }
+}

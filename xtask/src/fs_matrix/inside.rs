@@ -1,0 +1,43 @@
+//! The side that does the checking: this program once more, on the mounted directory, in the guest where need be.
+
+use std::path::PathBuf;
+
+use super::checks;
+use super::finding::Line;
+use super::site::Site;
+use super::subject::{Sabotage, Subject};
+
+/// Checks a mounted directory and prints a line of JSON for each finding.
+#[derive(clap::Args, Clone, Debug)]
+pub struct Inside {
+    /// A new directory on the file system to check
+    #[arg(long)]
+    pub dir: PathBuf,
+    /// A directory on a small file system of the same kind
+    #[arg(long)]
+    pub small: Option<PathBuf>,
+    /// A directory on any other file system
+    #[arg(long)]
+    pub elsewhere: PathBuf,
+    #[arg(long, value_enum)]
+    pub sabotage: Option<Sabotage>,
+    /// Only the checks of these names
+    #[arg(long)]
+    pub check: Vec<String>,
+}
+
+impl Inside {
+    pub fn run(self) -> anyhow::Result<()> {
+        let mut site = Site {
+            dir: self.dir,
+            small: self.small,
+            elsewhere: self.elsewhere,
+            subject: Subject(self.sabotage),
+            server: None,
+        };
+        // Not locked: a panic's message goes to the standard error, and this must not wait for it.
+        let mut out = std::io::stdout();
+        checks::run_all(&mut site, &self.check, &mut out)?;
+        Ok(Line::Done.send(&mut out)?)
+    }
+}

@@ -1,0 +1,343 @@
+//! `cargo xtask fs-matrix`: what holds on which file system, found out on real mounts.
+
+mod checks;
+mod child;
+mod finding;
+mod inside;
+mod kind;
+mod mounts;
+mod nfs;
+mod process;
+mod proxy;
+mod ram;
+mod report;
+mod site;
+mod subject;
+mod trace;
+
+use std::io::IsTerminal;
+use std::path::PathBuf;
+use std::process::Command;
+use std::sync::Mutex;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, bail};
+use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
+use xshell::Shell;
+
+use crate::packages::Install;
+use child::Child;
+use finding::{Line, Verdict};
+use inside::Inside;
+use kind::{Kind, Place};
+use mounts::Mount;
+use process::{Interrupt, Process};
+use report::{MountReport, Report};
+use subject::Sabotage;
+
+/// Mount each file system for real, run the library on it, and say what holds
+///
+/// On Linux, as root: ext4, XFS, btrfs and tmpfs by this machine's kernel; APFS, HFS+, exFAT, NFS v3 and NFS v4.2 by Debian's kernel in
+/// QEMU. On macOS: APFS, HFS+, exFAT in disk images, and NFS v3. Exit code 0 says that no promise of the library is broken
+/// anywhere.
+#[derive(clap::Args)]
+#[command(args_conflicts_with_subcommands = true)]
+pub struct FsMatrix {
+    /// Only these mounts, comma-separated
+    #[arg(long, value_enum, value_delimiter = ',', value_name = "MOUNT")]
+    only: Vec<Kind>,
+    /// List the mounts and the checks, and do nothing
+    #[arg(long)]
+    list: bool,
+    /// Keep the disk images and logs under target/fs-matrix/run
+    #[arg(long)]
+    keep: bool,
+    /// Write all findings to this file
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+    /// Write the tables to this file
+    #[arg(long, value_name = "FILE")]
+    markdown: Option<PathBuf>,
+    /// Check a directory that is mounted already, under this label; again for more. Only these, unless --only names others
+    #[arg(long = "mount", value_name = "LABEL=PATH", value_parser = labelled)]
+    mounts: Vec<(String, PathBuf)>,
+    /// Only the checks of these names
+    #[arg(long, value_name = "NAME")]
+    check: Vec<String>,
+    #[command(flatten)]
+    install: Install,
+    /// Check a deliberately broken library instead: shows that the checks can fail
+    #[arg(long, value_enum, hide = true)]
+    sabotage: Option<Sabotage>,
+    #[command(subcommand)]
+    part: Option<Part>,
+}
+
+/// What this program does as a child of itself.
+#[derive(clap::Subcommand)]
+enum Part {
+    #[command(hide = true)]
+    Inside(Inside),
+    #[command(hide = true)]
+    Child(Child),
+}
+
+fn labelled(text: &str) -> Result<(String, PathBuf), String> {
+    match text.split_once('=') {
+        Some((label, path)) if !label.is_empty() && !path.is_empty() => {
+            Ok((label.into(), path.into()))
+        }
+        _ => Err("write LABEL=PATH".into()),
+    }
+}
+
+/// One mount to check.
+enum Job {
+    Here(Kind),
+    User(String, PathBuf),
+}
+
+impl Job {
+    fn label(&self) -> String {
+        match self {
+            Self::Here(kind) => kind.to_string(),
+            Self::User(label, _) => label.clone(),
+        }
+    }
+}
+
+/// The longest that one check may take, and mounting before the first.
+const PATIENCE: Duration = Duration::from_secs(150);
+
+impl FsMatrix {
+    pub fn run(self, sh: &Shell) -> anyhow::Result<()> {
+        match self.part {
+            Some(Part::Inside(inside)) => return inside.run(),
+            Some(Part::Child(child)) => return child.run(),
+            None => {}
+        }
+        if self.list {
+            list();
+            return Ok(());
+        }
+        let start = Instant::now();
+        let interrupt = Interrupt::catch()?;
+        let jobs = self.jobs()?;
+        self.install.ensure(sh, mounts::PACKAGES, "fs-matrix")?;
+        let run = Run {
+            options: &self,
+            interrupt,
+            progress: Progress::new(),
+        };
+        let mounts = run.all(jobs)?;
+        let report = Report {
+            mounts,
+            seconds: start.elapsed().as_secs(),
+        };
+        self.conclude(&report)
+    }
+
+    fn jobs(&self) -> anyhow::Result<Vec<Job>> {
+        let kinds: Vec<Kind> = match (self.only.as_slice(), self.mounts.as_slice()) {
+            ([], []) => Kind::here().collect(),
+            (only, _) => only.to_vec(),
+        };
+        if let Some(kind) = kinds.iter().find(|kind| kind.place() == Place::Nowhere) {
+            bail!("{kind} can't be mounted on this system");
+        }
+        if !kinds.is_empty() && !nix::unistd::geteuid().is_root() {
+            bail!("mounting takes root: run as root, or check your own directories with --mount");
+        }
+        let users = self.mounts.iter().cloned();
+        Ok(kinds
+            .into_iter()
+            .map(Job::Here)
+            .chain(users.map(|(label, path)| Job::User(label, path)))
+            .collect())
+    }
+
+    /// Prints and saves, and fails where something is broken or was not checked.
+    fn conclude(&self, report: &Report) -> anyhow::Result<()> {
+        print!("{}", report.text());
+        println!("\n{} mounts in {} s", report.mounts.len(), report.seconds);
+        if let Some(path) = &self.json {
+            report.save_json(path)?;
+        }
+        if let Some(path) = &self.markdown {
+            report.save_markdown(path)?;
+        }
+        let unfinished = report.failed().count();
+        match report.broken() {
+            0 if unfinished == 0 => Ok(()),
+            broken => bail!("{broken} broken, {unfinished} mounts not checked to the end"),
+        }
+    }
+}
+
+fn list() {
+    println!("mounts:");
+    for kind in Kind::here() {
+        let place = match kind.place() {
+            Place::Guest => "by Debian's kernel in QEMU",
+            _ => "by this machine's kernel",
+        };
+        println!("  {:10} {kind}, {place}", kind.name());
+    }
+    println!("checks:");
+    for check in checks::everywhere() {
+        println!("  {:11} {}", check.family.name(), check.name);
+    }
+    for check in checks::with_server() {
+        println!("  {:11} {} (NFS)", check.family.name(), check.name);
+    }
+}
+
+/// One call of the command.
+struct Run<'a> {
+    options: &'a FsMatrix,
+    interrupt: Interrupt,
+    progress: Progress,
+}
+
+impl Run<'_> {
+    /// Two at a time; the reports in the order of the jobs.
+    fn all(&self, jobs: Vec<Job>) -> anyhow::Result<Vec<MountReport>> {
+        const AT_ONCE: usize = 2;
+        let queue = Mutex::new(jobs.into_iter().enumerate());
+        let reports = Mutex::new(Vec::new());
+        let work = || {
+            loop {
+                let next = queue.lock().ok().and_then(|mut queue| queue.next());
+                let Some((place, job)) = next else { return };
+                let report = self.one(&job);
+                if let Ok(mut reports) = reports.lock() {
+                    reports.push((place, report));
+                }
+            }
+        };
+        std::thread::scope(|scope| {
+            for _ in 0..AT_ONCE {
+                scope.spawn(work);
+            }
+        });
+        self.interrupt.check()?;
+        let mut reports = reports.into_inner().unwrap_or_default();
+        reports.sort_by_key(|(place, _)| *place);
+        Ok(reports.into_iter().map(|(_, report)| report).collect())
+    }
+
+    fn one(&self, job: &Job) -> MountReport {
+        let mut report = MountReport::new(job.label());
+        let bar = self.progress.bar(&report.mount);
+        let result = self.check(job, &mut report, &bar);
+        bar.finish_and_clear();
+        if let Err(error) = result {
+            report.failed = Some(format!("{error:#}"));
+        }
+        self.progress.say(&format!(
+            "{:9} {} hold, {} differ, {} broken, {} not run{}",
+            report.mount,
+            report.count(Verdict::Holds),
+            report.count(Verdict::Differs),
+            report.count(Verdict::Broken),
+            report.count(Verdict::NotRun),
+            report
+                .failed
+                .as_ref()
+                .map_or(String::new(), |why| format!("; {why}"))
+        ));
+        report
+    }
+
+    fn check(&self, job: &Job, report: &mut MountReport, bar: &ProgressBar) -> anyhow::Result<()> {
+        self.interrupt.check()?;
+        bar.set_message("mounting");
+        let mount = match job {
+            Job::Here(kind) => mounts::mount(*kind)?,
+            Job::User(_, dir) => {
+                Mount::of_user(dir).with_context(|| format!("can't use {}", dir.display()))?
+            }
+        };
+        report.driver.clone_from(&mount.driver);
+        let mut command = Command::new(std::env::current_exe()?);
+        command.args(["fs-matrix", "inside", "--dir"]);
+        command
+            .arg(&mount.dir)
+            .arg("--elsewhere")
+            .arg(&mount.elsewhere);
+        if let Some(small) = &mount.small {
+            command.arg("--small").arg(small);
+        }
+        command.args(self.selection());
+        let process = Process::start(command, &self.interrupt)?;
+        let result = self.follow(&process, report, bar);
+        drop(process);
+        result
+    }
+
+    /// The options that the checking side gets too.
+    fn selection(&self) -> Vec<String> {
+        let sabotage = self.options.sabotage.as_ref();
+        let sabotage = sabotage.and_then(clap::ValueEnum::to_possible_value);
+        let checks = self.options.check.iter();
+        checks
+            .map(|name| format!("--check={name}"))
+            .chain(sabotage.map(|value| format!("--sabotage={}", value.get_name())))
+            .collect()
+    }
+
+    /// Takes findings until the checking side says that it is done.
+    fn follow(
+        &self,
+        process: &Process,
+        report: &mut MountReport,
+        bar: &ProgressBar,
+    ) -> anyhow::Result<()> {
+        let mut doing = "mounting".to_owned();
+        loop {
+            let line = process
+                .next(PATIENCE)
+                .with_context(|| format!("during: {doing}"))?;
+            match line {
+                None => bail!("it ended during: {doing}"),
+                Some(Line::Mounted(driver)) => report.driver = driver,
+                Some(Line::Checking(name)) => {
+                    bar.set_message(name.clone());
+                    doing = name;
+                }
+                Some(Line::Found(finding)) => {
+                    bar.inc(1);
+                    report.findings.push(finding);
+                }
+                Some(Line::Committed(..)) => {}
+                Some(Line::Done) => return Ok(()),
+                Some(Line::Failed(why)) => bail!("during: {doing}: {why}"),
+            }
+        }
+    }
+}
+
+/// One line on the terminal for each mount that is being checked; where there is no terminal, only what is said at the end of each.
+struct Progress(MultiProgress);
+
+impl Progress {
+    fn new() -> Self {
+        Self(MultiProgress::new())
+    }
+
+    fn bar(&self, name: &str) -> ProgressBar {
+        let bar = ProgressBar::new(checks::everywhere().count() as u64);
+        if std::io::stderr().is_terminal() {
+            let template = "{prefix:9} {bar:30.cyan} {pos:>3} {elapsed:>4} {msg}";
+            let style = ProgressStyle::with_template(template);
+            bar.set_style(style.expect("the template is well-formed"));
+            bar.enable_steady_tick(Duration::from_millis(200));
+        }
+        bar.set_prefix(name.to_owned());
+        self.0.add(bar)
+    }
+
+    fn say(&self, text: &str) {
+        self.0.suspend(|| eprintln!("{text}"));
+    }
+}

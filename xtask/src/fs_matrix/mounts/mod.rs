@@ -1,0 +1,69 @@
+//! "Give me a mounted directory of this kind": the one thing that differs between Linux, the guest, and macOS.
+
+#[cfg(target_os = "macos")]
+mod macos;
+#[cfg(target_os = "linux")]
+mod native;
+
+use std::any::Any;
+use std::path::{Path, PathBuf};
+
+#[cfg(target_os = "macos")]
+pub use macos::{PACKAGES, mount};
+#[cfg(target_os = "linux")]
+pub use native::{PACKAGES, mount};
+
+/// A mounted directory; unmounted when dropped.
+pub struct Mount {
+    pub dir: PathBuf,
+    pub small: Option<PathBuf>,
+    pub elsewhere: PathBuf,
+    /// Whose code runs.
+    pub driver: String,
+    /// What unmounts when it is dropped.
+    #[expect(dead_code, reason = "only to be dropped")]
+    guards: Vec<Box<dyn Any + Send>>,
+}
+
+impl Mount {
+    /// A directory that the user has mounted already: nothing of it is small enough to be filled.
+    pub fn of_user(dir: &Path) -> anyhow::Result<Self> {
+        let room = tempfile::Builder::new()
+            .prefix("fs-matrix-")
+            .tempdir_in(dir)?;
+        let (elsewhere, guard) = elsewhere()?;
+        Ok(Self {
+            dir: room.path().to_owned(),
+            small: None,
+            elsewhere,
+            driver: format!("{}, on {}", dir.display(), kernel()),
+            guards: vec![Box::new(room), guard],
+        })
+    }
+}
+
+/// A directory on a file system of its own.
+#[cfg(target_os = "linux")]
+fn elsewhere() -> anyhow::Result<(PathBuf, Box<dyn Any + Send>)> {
+    if let Ok(tmpfs) = test_machine::TinyTmpfs::new(16 << 20) {
+        return Ok((tmpfs.path().to_owned(), Box::new(tmpfs)));
+    }
+    // Who may not mount has this one.
+    let dir = tempfile::tempdir_in("/dev/shm")?;
+    Ok((dir.path().to_owned(), Box::new(dir)))
+}
+
+/// A directory on a file system of its own, as long as what is checked is an image.
+#[cfg(not(target_os = "linux"))]
+fn elsewhere() -> anyhow::Result<(PathBuf, Box<dyn Any + Send>)> {
+    let dir = tempfile::tempdir()?;
+    Ok((dir.path().to_owned(), Box::new(dir)))
+}
+
+/// The kernel that runs here, by name and release.
+pub fn kernel() -> String {
+    nix::sys::utsname::uname().map_or_else(
+        |_| "an unknown kernel".into(),
+        |name| format!("{} {}", name.sysname().display(), name.release().display()),
+    )
+}

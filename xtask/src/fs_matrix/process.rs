@@ -1,0 +1,118 @@
+//! Processes that are ended with all their children, whatever happens here, and the lines that they write.
+
+use std::io::{BufRead, BufReader};
+use std::os::unix::process::CommandExt;
+use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, bail};
+use nix::sys::signal::{Signal, killpg};
+use nix::unistd::Pid;
+use signal_hook::consts::{SIGINT, SIGTERM};
+
+use super::finding::Line;
+
+/// Whether somebody asked this process to end. Everything that waits looks here, so that guards get to clean up.
+#[derive(Clone, Default)]
+pub struct Interrupt(Arc<AtomicBool>);
+
+impl Interrupt {
+    /// From now on SIGINT and SIGTERM only set the flag; a second one ends the process at once.
+    pub fn catch() -> anyhow::Result<Self> {
+        let interrupt = Self::default();
+        for signal in [SIGINT, SIGTERM] {
+            signal_hook::flag::register_conditional_shutdown(
+                signal,
+                130,
+                Arc::clone(&interrupt.0),
+            )?;
+            signal_hook::flag::register(signal, Arc::clone(&interrupt.0))?;
+        }
+        Ok(interrupt)
+    }
+
+    pub fn check(&self) -> anyhow::Result<()> {
+        if self.0.load(Ordering::Relaxed) {
+            bail!("interrupted");
+        }
+        Ok(())
+    }
+}
+
+/// A running process whose standard output is lines of [`Line`]. Dropped, it and its process group are killed.
+pub struct Process {
+    child: Child,
+    lines: Receiver<anyhow::Result<Line>>,
+    interrupt: Interrupt,
+}
+
+/// How often a wait looks whether it was interrupted.
+const LOOK: Duration = Duration::from_millis(100);
+
+impl Process {
+    pub fn start(mut command: Command, interrupt: &Interrupt) -> anyhow::Result<Self> {
+        interrupt.check()?;
+        let mut child = command
+            .process_group(0)
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .spawn()
+            .with_context(|| format!("can't run {}", command.get_program().display()))?;
+        let stdout = child.stdout.take().context("it has a standard output")?;
+        let (send, lines) = channel();
+        thread::spawn(move || {
+            for line in BufReader::new(stdout).lines() {
+                let parsed = line.map_err(anyhow::Error::from).and_then(|line| {
+                    serde_json::from_str(&line).with_context(|| format!("not a finding: {line}"))
+                });
+                if send.send(parsed).is_err() {
+                    return;
+                }
+            }
+        });
+        Ok(Self {
+            child,
+            lines,
+            interrupt: interrupt.clone(),
+        })
+    }
+
+    /// The next line; `None` once the process has closed its output.
+    pub fn next(&self, within: Duration) -> anyhow::Result<Option<Line>> {
+        let deadline = Instant::now() + within;
+        loop {
+            self.interrupt.check()?;
+            let left = deadline.saturating_duration_since(Instant::now());
+            match self.lines.recv_timeout(left.min(LOOK)) {
+                Ok(line) => return line.map(Some),
+                Err(RecvTimeoutError::Disconnected) => return Ok(None),
+                Err(RecvTimeoutError::Timeout) if left.is_zero() => {
+                    bail!("nothing heard for {} s", within.as_secs())
+                }
+                Err(RecvTimeoutError::Timeout) => {}
+            }
+        }
+    }
+
+    /// What came until now, without waiting.
+    pub fn arrived(&self) -> impl Iterator<Item = anyhow::Result<Line>> {
+        self.lines.try_iter()
+    }
+
+    /// Ends it at once, and waits until it is gone.
+    pub fn kill(&mut self) {
+        let group = Pid::from_raw(self.child.id().cast_signed());
+        let _ = killpg(group, Signal::SIGKILL);
+        let _ = self.child.wait();
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        self.kill();
+    }
+}

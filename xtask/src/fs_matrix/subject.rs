@@ -1,0 +1,114 @@
+//! The library as the checks use it, and deliberately broken ones that the checks must catch.
+
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+use anyhow::Context;
+use dirty_bitmap::DirtyBitmap;
+use memory_writer::{Durability, MemoryWriter};
+use page_reader::PageReader;
+
+/// Which library is checked.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Subject(pub Option<Sabotage>);
+
+/// A mistake that libraries make. Each is the real library but for that mistake, so that no other check stumbles.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum Sabotage {
+    /// Renames the staged file without syncing it.
+    SkipFileSync,
+    /// Stages at a fixed name without creating the file anew, so that a symbolic link planted there is followed.
+    FollowStageSymlink,
+    /// Takes the numbers of the bitmap's pages for those of the file's.
+    IgnoreBitmapPageSize,
+}
+
+impl Subject {
+    /// Writes all of `ram`, of `size` bytes, to `dest` and commits.
+    pub fn full(
+        self,
+        dest: &Path,
+        ram: &dyn PageReader,
+        size: u64,
+        page_size: u64,
+    ) -> anyhow::Result<()> {
+        if self.0 == Some(Sabotage::FollowStageSymlink) && fixed_stage(dest).is_symlink() {
+            return through_the_link(dest, ram, size);
+        }
+        let mut writer = self.open(dest, size, page_size)?;
+        writer.write_full(ram)?;
+        self.commit(writer)
+    }
+
+    /// Writes the pages of `ram` that `dirty` marks to `dest` and commits. Returns how many.
+    pub fn diff(
+        self,
+        dest: &Path,
+        ram: &dyn PageReader,
+        dirty: &DirtyBitmap,
+        page_size: u64,
+    ) -> anyhow::Result<u64> {
+        let mut writer = self.open(dest, dirty.ram_size(), page_size)?;
+        let pages = if self.0 == Some(Sabotage::IgnoreBitmapPageSize) {
+            writer.write_diff(ram, &misread(dirty, page_size)?)?
+        } else {
+            writer.write_diff(ram, dirty)?
+        };
+        self.commit(writer)?;
+        Ok(pages)
+    }
+
+    /// Where a snapshot of `dest` will be staged: what an attacker can foresee.
+    pub fn stage_of(self, dest: &Path) -> anyhow::Result<PathBuf> {
+        if self.0 == Some(Sabotage::FollowStageSymlink) {
+            return Ok(fixed_stage(dest));
+        }
+        Ok(MemoryWriter::open(dest, 4096, 4096)?.temp_path().to_owned())
+    }
+
+    fn open(self, dest: &Path, size: u64, page_size: u64) -> anyhow::Result<MemoryWriter> {
+        let mut options = MemoryWriter::options();
+        if self.0 == Some(Sabotage::SkipFileSync) {
+            options = options.durability(Durability::None);
+        }
+        Ok(options.open(dest, size, page_size)?)
+    }
+
+    fn commit(self, writer: MemoryWriter) -> anyhow::Result<()> {
+        let dest = writer.dest_path().to_owned();
+        writer.commit()?;
+        if self.0 == Some(Sabotage::SkipFileSync) {
+            let dir = dest.parent().context("a destination in a directory")?;
+            File::open(dir)?.sync_all()?;
+        }
+        Ok(())
+    }
+}
+
+fn fixed_stage(dest: &Path) -> PathBuf {
+    dest.with_extension("tmp")
+}
+
+fn through_the_link(dest: &Path, ram: &dyn PageReader, size: u64) -> anyhow::Result<()> {
+    let stage = fixed_stage(dest);
+    let file = File::create(&stage)?;
+    let mut bytes = vec![0; size.try_into()?];
+    ram.read_at(0, &mut bytes)?;
+    file.write_all_at(&bytes, 0)?;
+    file.sync_all()?;
+    Ok(fs::rename(stage, dest)?)
+}
+
+/// What `dirty` says to somebody who counts its marks in pages of the file.
+fn misread(dirty: &DirtyBitmap, page_size: u64) -> anyhow::Result<DirtyBitmap> {
+    let wrong = DirtyBitmap::new(dirty.ram_start(), dirty.ram_size(), page_size)?;
+    let granule = dirty.granule();
+    let bits = dirty
+        .runs()
+        .flat_map(|run| run.start / granule..run.end.div_ceil(granule));
+    for bit in bits.filter(|bit| *bit < dirty.ram_size() / page_size) {
+        wrong.set_dirty_by_index(bit)?;
+    }
+    Ok(wrong)
+}
