@@ -153,6 +153,7 @@ impl Picture {
         let document = Document::new()
             .set("viewBox", (0, 0, right + 20, bottom + 30))
             .set("width", right + 20)
+            .set("style", "background: white")
             .add(all);
         svg::save(path, &document)
     }
