@@ -59,7 +59,11 @@ impl Test {
             ("the oldest compiler", &|| oldest_compiler(sh, ci)),
             ("each crate alone", &|| each_crate_alone(sh)),
             ("tests", &|| {
-                Ok(cmd!(sh, "cargo test --locked --workspace --all-features").run()?)
+                Ok(cmd!(
+                    sh,
+                    "cargo test --locked --workspace --all-features --no-fail-fast"
+                )
+                .run()?)
             }),
             ("interleavings", &|| interleavings(sh)),
             ("the demo", &|| demos(sh)),

@@ -15,11 +15,13 @@ use crate::table::Table;
 /// Marking is lock-free and takes `&self`: share the bitmap among vCPU and device threads in an
 /// [`Arc`](std::sync::Arc), or by reference. Marking allocates nothing and takes no lock, so it may be done in a signal handler.
 ///
-/// # Mark after the write
-/// A write and its mark are two steps. Whoever writes to guest memory on the host's side marks *after* writing: then a
-/// drain that takes the mark sees the write, and a drain that does not take it leaves the mark for the next one.
-/// Write-fault handlers mark before they let the write go on; they are right because a drain is followed by
-/// protecting the pages again before they are copied, so that a late write faults, and marks, once more.
+/// # Mark last
+/// Whoever writes to guest memory on the host's side writes first and marks *then*: a drain that takes the mark sees the
+/// write, and one that does not take it leaves the mark for the next.
+///
+/// A handler of write faults lifts the protection first, marks *then*, and lets the write go on last. Marking first loses a page: a
+/// drain in between takes the mark and protects what is still protected, the page is copied, and the lifted protection lets the write through
+/// unseen. Whoever drains protects again *after* draining and *before* copying, so that a later write faults, and marks, once more.
 ///
 /// # Units
 /// Addresses are guest-physical, in bytes. [`page_size`](Self::page_size) is the page that indexes count, fixed for life.
