@@ -96,9 +96,9 @@ fn a_walk_over_a_bitmap_that_is_rebuilt_meanwhile_misses_nothing_and_repeats_not
     }
 }
 
-/// A mark lost when the bitmap is swapped for a finer one between the marker's clone and its set: not here.
+/// With real threads, draining meanwhile; `tests/loom.rs` has the interleavings.
 #[test]
-fn no_mark_is_lost_while_the_bitmap_is_rebuilt_and_drained() {
+fn no_mark_is_lost_when_the_bitmap_is_swapped_for_a_finer_one() {
     const MARKERS: u64 = 4;
     const ROUNDS: u64 = 50;
     let pages = SIZE / 4096;

@@ -74,7 +74,6 @@ fn a_bitmap_of_another_range_is_refused_and_the_writer_goes_on() {
     assert!(place.read() == ram());
 }
 
-/// `ram_start` ignored: not here.
 #[test]
 fn a_bitmap_of_another_ram_start_is_refused() {
     let place = Place::new();
@@ -107,7 +106,7 @@ fn a_bitmap_of_another_ram_start_is_refused() {
 }
 
 #[test]
-fn commit_without_a_write_publishes_nothing() {
+fn open_and_commit_does_not_publish_0_bytes() {
     let place = Place::new();
     let writer = MemoryWriter::open(&place.dest, SIZE, PAGE).unwrap();
     assert!(matches!(
@@ -200,9 +199,9 @@ fn a_panic_with_the_writer_on_the_stack_leaves_nothing_behind() {
     place.assert_untouched();
 }
 
-/// Commit succeeding after a failed write: not here, also where a later write succeeds.
+/// Nor where a later write would succeed.
 #[test]
-fn a_writer_that_saw_an_error_writes_and_commits_no_more() {
+fn commit_does_not_succeed_after_a_failed_write() {
     let place = Place::new();
     let mut writer = MemoryWriter::open(&place.dest, SIZE, PAGE).unwrap();
     let failing = Until {

@@ -68,7 +68,7 @@ fn full_twice_does_not_double_the_file() {
 }
 
 #[test]
-fn a_full_after_a_diff_is_at_the_right_offsets() {
+fn diff_then_full_is_at_the_right_offsets() {
     let (place, dirty) = (Place::new(), bitmap(4096));
     dirty.set_dirty(START + SIZE / 2).unwrap();
     let mut writer = MemoryWriter::open(&place.dest, SIZE, PAGE).unwrap();
@@ -118,9 +118,8 @@ fn a_diff_has_the_size_of_the_ram_and_only_the_dirty_pages() {
     assert_eq!(data, [0..PAGE, 7 * PAGE..9 * PAGE]);
 }
 
-/// A bitmap finer than the file page refused: not here, nor a coarser one.
 #[rstest]
-fn a_bitmap_of_any_page_size_makes_a_diff_of_whole_file_pages(
+fn a_bitmap_finer_than_the_file_page_is_not_refused_nor_a_coarser_one(
     #[values(512, 4096, 16384, 65536, 1 << 21)] granule: u64,
 ) {
     let (place, ram, dirty) = (Place::new(), ram(1), bitmap(granule));
