@@ -38,6 +38,11 @@ impl Package {
 }
 
 impl Install {
+    /// Whether anything may be installed or downloaded.
+    pub fn allowed(self) -> bool {
+        !self.no_install
+    }
+
     /// Installs what is missing of `packages`, saying so, if this is a Debian machine and the caller is root. What is still missing
     /// afterwards is returned, and was said.
     pub fn ensure(

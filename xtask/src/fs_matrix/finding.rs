@@ -144,8 +144,6 @@ pub struct Finding {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Line {
-    /// It is mounted; by which driver.
-    Mounted(String),
     /// This check begins.
     Checking(String),
     Found(Finding),

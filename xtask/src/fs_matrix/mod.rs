@@ -3,6 +3,8 @@
 mod checks;
 mod child;
 mod finding;
+#[cfg(target_os = "linux")]
+mod guest;
 mod inside;
 mod kind;
 mod mounts;
@@ -80,6 +82,9 @@ enum Part {
     Inside(Inside),
     #[command(hide = true)]
     Child(Child),
+    #[cfg(target_os = "linux")]
+    #[command(hide = true)]
+    Guest(guest::inside::Guest),
 }
 
 fn labelled(text: &str) -> Result<(String, PathBuf), String> {
@@ -107,13 +112,15 @@ impl Job {
 }
 
 /// The longest that one check may take, and mounting before the first.
-const PATIENCE: Duration = Duration::from_secs(150);
+const PATIENCE: Duration = Duration::from_secs(240);
 
 impl FsMatrix {
     pub fn run(self, sh: &Shell) -> anyhow::Result<()> {
         match self.part {
             Some(Part::Inside(inside)) => return inside.run(),
             Some(Part::Child(child)) => return child.run(),
+            #[cfg(target_os = "linux")]
+            Some(Part::Guest(guest)) => return guest.run(),
             None => {}
         }
         if self.list {
@@ -123,8 +130,13 @@ impl FsMatrix {
         let start = Instant::now();
         let interrupt = Interrupt::catch()?;
         let jobs = self.jobs()?;
-        self.install.ensure(sh, mounts::PACKAGES, "fs-matrix")?;
+        let here = |job: &Job| matches!(job, Job::Here(kind) if kind.place() == Place::Here);
+        if jobs.iter().any(here) {
+            self.install.ensure(sh, mounts::PACKAGES, "fs-matrix")?;
+        }
         let run = Run {
+            #[cfg(target_os = "linux")]
+            kit: self.kit(sh, &jobs)?,
             options: &self,
             interrupt,
             progress: Progress::new(),
@@ -154,6 +166,26 @@ impl FsMatrix {
             .map(Job::Here)
             .chain(users.map(|(label, path)| Job::User(label, path)))
             .collect())
+    }
+
+    /// What guests are made of, where a job needs one.
+    #[cfg(target_os = "linux")]
+    fn kit(&self, sh: &Shell, jobs: &[Job]) -> anyhow::Result<Option<guest::Kit>> {
+        let in_guest = |job: &Job| matches!(job, Job::Here(kind) if kind.place() == Place::Guest);
+        if !jobs.iter().any(in_guest) {
+            return Ok(None);
+        }
+        let missing = self.install.ensure(sh, guest::PACKAGES, "fs-matrix")?;
+        if let Some(package) = missing.first() {
+            bail!(
+                "guests need {}, which is in the package {}",
+                package.shows,
+                package.name
+            );
+        }
+        let dir = sh.current_dir().join("target/fs-matrix");
+        let say = |what: &str| eprintln!("{what}");
+        guest::Kit::prepare(sh, &dir, self.install.allowed(), &say).map(Some)
     }
 
     /// Prints and saves, and fails where something is broken or was not checked.
@@ -194,6 +226,8 @@ fn list() {
 
 /// One call of the command.
 struct Run<'a> {
+    #[cfg(target_os = "linux")]
+    kit: Option<guest::Kit>,
     options: &'a FsMatrix,
     interrupt: Interrupt,
     progress: Progress,
@@ -252,6 +286,12 @@ impl Run<'_> {
     fn check(&self, job: &Job, report: &mut MountReport, bar: &ProgressBar) -> anyhow::Result<()> {
         self.interrupt.check()?;
         bar.set_message("mounting");
+        #[cfg(target_os = "linux")]
+        if let (Job::Here(kind), Some(kit)) = (job, &self.kit)
+            && kind.place() == Place::Guest
+        {
+            return self.check_in_guest(*kind, kit, report, bar);
+        }
         let mount = match job {
             Job::Here(kind) => mounts::mount(*kind)?,
             Job::User(_, dir) => {
@@ -273,6 +313,29 @@ impl Run<'_> {
         let result = self.follow(&process, report, bar);
         drop(process);
         result
+    }
+
+    #[cfg(target_os = "linux")]
+    fn check_in_guest(
+        &self,
+        kind: Kind,
+        kit: &guest::Kit,
+        report: &mut MountReport,
+        bar: &ProgressBar,
+    ) -> anyhow::Result<()> {
+        report.driver = kit.driver(kind);
+        let disks = guest::disks(kind, &kit.run_dir(), self.options.keep)?;
+        let mut arguments = vec!["guest".to_owned(), format!("--kind={}", kind.name())];
+        arguments.extend(self.selection());
+        let qemu = guest::boot(kit, kind.name(), &disks, &arguments, &self.interrupt)?;
+        let result = self.follow(&qemu, report, bar);
+        drop(qemu);
+        result.with_context(|| {
+            format!(
+                "the console's last lines: {}",
+                guest::console_tail(kit, kind.name())
+            )
+        })
     }
 
     /// The options that the checking side gets too.
@@ -300,7 +363,6 @@ impl Run<'_> {
                 .with_context(|| format!("during: {doing}"))?;
             match line {
                 None => bail!("it ended during: {doing}"),
-                Some(Line::Mounted(driver)) => report.driver = driver,
                 Some(Line::Checking(name)) => {
                     bar.set_message(name.clone());
                     doing = name;

@@ -98,11 +98,6 @@ impl Process {
         }
     }
 
-    /// What came until now, without waiting.
-    pub fn arrived(&self) -> impl Iterator<Item = anyhow::Result<Line>> {
-        self.lines.try_iter()
-    }
-
     /// Ends it at once, and waits until it is gone.
     pub fn kill(&mut self) {
         let group = Pid::from_raw(self.child.id().cast_signed());

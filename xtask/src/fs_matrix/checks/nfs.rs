@@ -76,6 +76,14 @@ fn lost_answer(site: &Site) -> anyhow::Result<Outcome> {
         return Ok(Outcome::not_run("there is no proxy to lose an answer"));
     };
     let dest = site.path(DEST);
+    // What a rename without the library says, to know that the trap bites.
+    let bare = site.path(".atomic-file-bare");
+    std::fs::write(&bare, "bare")?;
+    server.proxy.set(Trap::LoseAnswer(rename()));
+    let renamed = std::fs::rename(&bare, &dest);
+    let lost_bare = server.proxy.sprung();
+    let bare = renamed.map_or_else(|error| error.to_string(), |()| "success".into());
+
     site.subject.full(&dest, &Stamped::new(1, RAM), RAM, PAGE)?;
     server.proxy.set(Trap::LoseAnswer(rename()));
     let written = site.subject.full(&dest, &Stamped::new(2, RAM), RAM, PAGE);
@@ -84,8 +92,10 @@ fn lost_answer(site: &Site) -> anyhow::Result<Outcome> {
     let committed = written.is_ok();
     let said = written.map_or_else(|error| format!("{error:#}"), |()| "committed".into());
     Ok(Outcome::promise(
-        lost && committed && found == Content::Whole(2) && left.is_empty(),
+        lost && lost_bare && committed && found == Content::Whole(2) && left.is_empty(),
         "the commit finds out that the rename happened, and succeeds",
-        format!("answer lost: {lost}; {said}; {found}; beside it: {left:?}"),
+        format!(
+            "a bare rename says: {bare}; the commit, answer lost: {lost}, {said}; {found}; beside it: {left:?}"
+        ),
     ))
 }

@@ -1,0 +1,146 @@
+//! Debian's kernel in QEMU, with file systems that this machine's kernel may not have.
+//!
+//! Nothing is installed in the guest: its root is this machine's, shared read-only over 9p, with a second share laid over it that has the
+//! unpacked packages this machine lacks. What the guest finds comes back line by line through a virtio serial port.
+
+mod archive;
+pub mod inside;
+mod kit;
+
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::Context;
+
+pub use kit::{Kit, PACKAGES};
+
+use super::kind::Kind;
+use super::process::{Interrupt, Process};
+
+/// The name of the port that the guest writes its findings to.
+const PORT: &str = "findings";
+
+/// A disk image, removed when dropped unless it is to be kept.
+pub struct Disk {
+    pub path: PathBuf,
+    keep: bool,
+}
+
+impl Disk {
+    /// A sparse image of `size` bytes.
+    pub fn new(path: PathBuf, size: u64, keep: bool) -> anyhow::Result<Self> {
+        let file = File::create(&path).with_context(|| format!("can't make {}", path.display()))?;
+        file.set_len(size)?;
+        Ok(Self { path, keep })
+    }
+
+    /// Zeros that the guest writes become holes: an image never takes more than its data.
+    fn drive(&self) -> String {
+        let path = escaped(&self.path);
+        format!("file={path},format=raw,if=virtio,cache=unsafe,discard=unmap,detect-zeroes=unmap")
+    }
+}
+
+impl Drop for Disk {
+    fn drop(&mut self) {
+        if !self.keep {
+            let _ = fs::remove_file(&self.path);
+        }
+    }
+}
+
+/// A path inside of an option of QEMU's: a comma ends it unless doubled.
+pub fn escaped(path: &Path) -> String {
+    path.display().to_string().replace(',', ",,")
+}
+
+/// The disks of a mount to check: one with room for a file over 4 GiB, and a small one.
+pub fn disks(kind: Kind, dir: &Path, keep: bool) -> anyhow::Result<Vec<Disk>> {
+    let disk =
+        |size: u64, name| Disk::new(dir.join(format!("{}-{name}.img", kind.name())), size, keep);
+    // mkapfs makes nothing smaller than 512 MiB.
+    let small = if kind == Kind::Apfs { 513 } else { 64 };
+    Ok(vec![disk(6 << 30, "main")?, disk(small << 20, "small")?])
+}
+
+/// Boots a guest that runs this program with `arguments`.
+pub fn boot(
+    kit: &Kit,
+    name: &str,
+    disks: &[Disk],
+    arguments: &[String],
+    interrupt: &Interrupt,
+) -> anyhow::Result<Process> {
+    let drives = disks.iter().map(Disk::drive);
+    let drives = drives.flat_map(|drive| ["-drive".into(), drive]).collect();
+    boot_with(kit, name, drives, arguments, interrupt)
+}
+
+/// As [`boot`], with QEMU's options for the disks.
+pub fn boot_with(
+    kit: &Kit,
+    name: &str,
+    drives: Vec<String>,
+    arguments: &[String],
+    interrupt: &Interrupt,
+) -> anyhow::Result<Process> {
+    let log = kit.run_dir().join(format!("{name}.log"));
+    let share = |path: &Path, tag: &str| {
+        let path = escaped(path);
+        let options = format!(
+            "local,path={path},mount_tag={tag},security_model=none,readonly=on,multidevs=remap"
+        );
+        ["-virtfs".to_owned(), options]
+    };
+    let quoted = arguments.iter().map(|argument| format!("\"{argument}\""));
+    let quoted: Vec<_> = quoted.collect();
+    // The words after "--" are the arguments of the first process.
+    let append = format!(
+        "console=ttyS0 quiet panic=-1 mitigations=off -- fs-matrix {}",
+        quoted.join(" ")
+    );
+    // QEMU must not outlive this program, however that ends.
+    let mut qemu = Command::new("setpriv");
+    qemu.args(["--pdeathsig", "KILL", "qemu-system-x86_64"])
+        .args([
+            "-machine",
+            "q35",
+            "-accel",
+            "tcg,thread=multi",
+            "-cpu",
+            "max",
+        ])
+        .args(["-smp", "2", "-m", "1G", "-display", "none"])
+        .args(["-nodefaults", "-no-user-config", "-no-reboot"])
+        .arg("-serial")
+        .arg(format!("file:{}", log.display()))
+        .arg("-kernel")
+        .arg(kit.kernel())
+        .arg("-initrd")
+        .arg(kit.initramfs())
+        .arg("-append")
+        .arg(append)
+        .args(share(Path::new("/"), "host"))
+        .args(share(&kit.tree(), "tree"))
+        .args(["-device", "virtio-serial"])
+        .args(["-chardev", &format!("file,id={PORT},path=/dev/stdout")])
+        .args([
+            "-device",
+            &format!("virtserialport,chardev={PORT},name={PORT}"),
+        ])
+        .args(drives);
+    Process::start(qemu, interrupt)
+}
+
+/// The last lines of the guest's console, for an error's message.
+pub fn console_tail(kit: &Kit, name: &str) -> String {
+    let log = kit.run_dir().join(format!("{name}.log"));
+    let text = fs::read(log).unwrap_or_default();
+    let text = String::from_utf8_lossy(&text);
+    let lines: Vec<_> = text
+        .lines()
+        .filter(|line| !line.trim().is_empty())
+        .collect();
+    lines[lines.len().saturating_sub(8)..].join(" / ")
+}
