@@ -11,7 +11,6 @@ use memory_writer::{Durability, MemoryWriter};
 use page_reader::PageReader;
 use proptest::prelude::*;
 use rstest::rstest;
-use test_machine::{LoopFs, LoopMount, Need};
 
 const SIZE: u64 = 1 << 20;
 const PAGE: u64 = 16384;
@@ -442,8 +441,11 @@ fn a_diff_of_smaller_pages_than_the_file_system_s_holes_is_refused() {
     );
 }
 
+#[cfg(target_os = "linux")]
 #[test]
 fn a_diff_on_a_file_system_of_larger_blocks_is_refused() {
+    use test_machine::{LoopFs, LoopMount, Need};
+
     if !Need::Xfs16k.met("a_diff_on_a_file_system_of_larger_blocks_is_refused") {
         return;
     }

@@ -9,7 +9,6 @@ use dirty_bitmap::DirtyBitmap;
 use memory_writer::{MemoryIoStep, MemoryWriter, OpenError, RamError, SnapshotError};
 use rstest::rstest;
 use support::{Place, Until, assert_nothing_but, pattern};
-use test_machine::{Need, ReadOnlyBind, TinyTmpfs};
 
 const SIZE: u64 = 4 << 20;
 const PAGE: u64 = 16384;
@@ -284,8 +283,11 @@ fn a_destination_that_is_a_dangling_symlink_is_refused() {
     assert_nothing_but(place.path(), &["guest.mem", "link.mem"]);
 }
 
+#[cfg(target_os = "linux")]
 #[test]
 fn a_destination_in_a_read_only_directory_is_refused() {
+    use test_machine::{Need, ReadOnlyBind};
+
     if !Need::Root.met("a_destination_in_a_read_only_directory_is_refused") {
         return;
     }
@@ -296,8 +298,11 @@ fn a_destination_in_a_read_only_directory_is_refused() {
     place.assert_untouched();
 }
 
+#[cfg(target_os = "linux")]
 #[test]
 fn a_full_disk_is_an_error_that_says_so_and_the_old_snapshot_stays() {
+    use test_machine::{Need, TinyTmpfs};
+
     if !Need::Root.met("a_full_disk_is_an_error_that_says_so_and_the_old_snapshot_stays") {
         return;
     }
