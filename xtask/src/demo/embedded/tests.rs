@@ -1,17 +1,18 @@
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use rstest::rstest;
-use test_machine::Need;
 
 use super::*;
 
-fn here(tracking: Tracking, test: &str) -> bool {
-    let need = match tracking {
+fn here(
+    tracking: Tracking,
+    #[cfg_attr(not(target_os = "linux"), expect(unused))] test: &str,
+) -> bool {
+    match tracking {
         #[cfg(target_os = "linux")]
-        Tracking::Userfaultfd => Some(Need::Userfaultfd),
-        Tracking::Mprotect => None,
-    };
-    need.is_none_or(|need| need.met(test))
+        Tracking::Userfaultfd => test_machine::Need::Userfaultfd.met(test),
+        Tracking::Mprotect => true,
+    }
 }
 
 fn tracked(tracking: Tracking, ram: u64) -> (Arc<Memory>, Arc<dyn Tracker>) {
