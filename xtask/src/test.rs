@@ -44,7 +44,7 @@ impl Test {
             println!("this machine has {need}: {met}");
         }
 
-        let steps: [(&str, &dyn Fn() -> anyhow::Result<()>); 8] = [
+        let steps: [(&str, &dyn Fn() -> anyhow::Result<()>); 9] = [
             ("formatting", &|| {
                 Ok(cmd!(sh, "cargo fmt --all --check").run()?)
             }),
@@ -64,6 +64,9 @@ impl Test {
                     "cargo test --locked --workspace --all-features --no-fail-fast"
                 )
                 .run()?)
+            }),
+            ("benchmarks, each once", &|| {
+                Ok(cmd!(sh, "cargo bench --locked --package benches -- --test").run()?)
             }),
             ("interleavings", &|| interleavings(sh)),
             ("the demo", &|| demos(sh)),
