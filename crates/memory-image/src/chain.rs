@@ -34,7 +34,7 @@ impl Chain {
     /// Opens the full image `base`, of a guest whose snapshots are in pages of `page_size` bytes.
     ///
     /// # Errors
-    /// [`ImageError`]: no regular file with bytes in it, or no whole number of pages.
+    /// [`ImageError`]: no regular file with bytes in it, no whole number of pages, or more of them than there is memory to count.
     pub fn open(base: impl AsRef<Path>, page_size: u64) -> Result<Self, ImageError> {
         if !page_size.is_power_of_two() {
             return Err(ImageError::PageSizeNotPowerOfTwo { page_size });
@@ -80,7 +80,7 @@ impl Chain {
     ) -> Result<(), ImageError> {
         let image = self.open_diff(diff.as_ref())?;
         let (size, page_size) = (image.size, self.page_size);
-        let mut pages = PageSet::empty(size, page_size);
+        let mut pages = image.no_pages(page_size)?;
         for Range { start, end } in runs {
             if start > end
                 || end > size
@@ -126,10 +126,9 @@ impl Chain {
 
     /// The runs of pages that are stored in any of the images, ascending, in bytes. Whatever lies between them is zeros.
     pub fn stored_runs(&self) -> impl Iterator<Item = Range<u64>> + use<> {
-        let mut stored = PageSet::empty(self.size(), self.page_size);
-        self.layers
-            .iter()
-            .for_each(|layer| stored.unite(&layer.pages));
+        let (base, diffs) = self.layers.split_at(1);
+        let mut stored = base[0].pages.clone();
+        diffs.iter().for_each(|layer| stored.unite(&layer.pages));
         stored.into_runs()
     }
 

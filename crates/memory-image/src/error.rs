@@ -49,6 +49,18 @@ pub enum ImageError {
         /// The page size of the chain, in bytes.
         page_size: u64,
     },
+    /// The set of the image's pages, a bit for each, does not fit into memory: a sparse file of absurd length, or too small a page.
+    #[error(
+        "{path:?} has {size} bytes, too many {page_size}-byte pages to keep account of: is it a memory image?"
+    )]
+    TooManyPages {
+        /// The image.
+        path: PathBuf,
+        /// Its size in bytes.
+        size: u64,
+        /// The page size of the chain, in bytes.
+        page_size: u64,
+    },
     /// A diff of a guest with another RAM size.
     #[error(
         "the diff {path:?} is of a guest with {size} bytes of RAM, its base {base:?} of one with {base_size}"
@@ -167,6 +179,9 @@ pub enum Unclear {
         /// The page size of the chain, in bytes.
         page_size: u64,
     },
+    /// Another file system begins at the file itself (a bind mount of a single file), so no file beside it is on the same.
+    #[error("it is a mount of its own, so its file system cannot be asked through its directory")]
+    MountedAlone,
     /// The file has no holes at all: all pages were dirty, or a copy filled the holes with zeros.
     #[error("it has no holes: either every page was dirty, or a copy filled the holes with zeros")]
     NoHoles,

@@ -12,12 +12,17 @@ pub(crate) struct PageSet {
 }
 
 impl PageSet {
-    /// No page of an image of `size` bytes, a multiple of `page_size`.
-    pub(crate) fn empty(size: u64, page_size: u64) -> Self {
-        Self {
-            bits: BitVec::repeat(false, (size / page_size) as usize),
-            page_size,
-        }
+    /// No page of an image of `size` bytes, a multiple of `page_size`. `None` where memory has no room for so many bits: whoever
+    /// made the file chose its length, and an allocation that fails would end the process.
+    pub(crate) fn empty(size: u64, page_size: u64) -> Option<Self> {
+        let pages = usize::try_from(size / page_size).ok()?;
+        let len = pages.div_ceil(u64::BITS as usize);
+        let mut words = Vec::new();
+        words.try_reserve_exact(len).ok()?;
+        words.resize(len, 0);
+        let mut bits = BitVec::try_from_vec(words).ok()?;
+        bits.truncate(pages);
+        Some(Self { bits, page_size })
     }
 
     /// Adds the pages that `bytes`, inside the image, touch.
@@ -66,7 +71,7 @@ mod tests {
 
     #[test]
     fn sets_of_pages_are_added_taken_away_and_listed_as_runs() {
-        let mut set = PageSet::empty(200 * 4096, 4096);
+        let mut set = PageSet::empty(200 * 4096, 4096).unwrap();
         assert_eq!(set.clone().into_runs().count(), 0);
         set.add(&(5000..5000));
         set.add(&(4095..4097));
@@ -77,7 +82,7 @@ mod tests {
             [0..8192, 60 * 4096..70 * 4096, 199 * 4096..200 * 4096]
         );
 
-        let mut other = PageSet::empty(200 * 4096, 4096);
+        let mut other = PageSet::empty(200 * 4096, 4096).unwrap();
         other.add(&(62 * 4096..66 * 4096));
         other.add(&(0..4096));
         set.remove(&other);

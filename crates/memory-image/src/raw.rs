@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::io;
 use std::ops::Range;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
@@ -42,9 +43,18 @@ impl RawFile {
         }
     }
 
+    /// An empty set of this image's pages.
+    pub(crate) fn no_pages(&self, page_size: u64) -> Result<PageSet, ImageError> {
+        PageSet::empty(self.size, page_size).ok_or_else(|| ImageError::TooManyPages {
+            path: self.path.clone(),
+            size: self.size,
+            page_size,
+        })
+    }
+
     /// The pages of a full image that may hold anything but zeros.
     pub(crate) fn stored_pages(&self, page_size: u64) -> Result<PageSet, ImageError> {
-        let mut pages = PageSet::empty(self.size, page_size);
+        let mut pages = self.no_pages(page_size)?;
         self.each_data_extent(|data| {
             pages.add(&data);
             Ok(())
@@ -54,9 +64,8 @@ impl RawFile {
 
     /// The pages that a diff holds, if its holes can be believed.
     pub(crate) fn diff_pages(&self, page_size: u64) -> Result<PageSet, ImageError> {
-        self.check_holes_are_kept(page_size)
-            .map_err(|why| self.unclear(why))?;
-        let mut pages = PageSet::empty(self.size, page_size);
+        self.check_holes_are_kept(page_size)?;
+        let mut pages = self.no_pages(page_size)?;
         let knowledge = self.each_data_extent(|data| {
             let torn = [data.start, data.end]
                 .into_iter()
@@ -73,18 +82,25 @@ impl RawFile {
         }
     }
 
-    fn check_holes_are_kept(&self, page_size: u64) -> Result<(), Unclear> {
-        let dir = match self.path.parent() {
-            Some(parent) if !parent.as_os_str().is_empty() => parent,
-            _ => Path::new("."),
+    fn check_holes_are_kept(&self, page_size: u64) -> Result<(), ImageError> {
+        let failed = |source| ImageError::Open {
+            path: self.path.clone(),
+            source,
         };
-        let capabilities = Capabilities::probe(dir)?;
+        // Where the file is: a link to it may stand on another file system.
+        let path = std::fs::canonicalize(&self.path).map_err(failed)?;
+        let dir = path.parent().unwrap_or(&path);
+        if mount_of(&self.file) != mount_of(&File::open(dir).map_err(failed)?) {
+            return Err(self.unclear(Unclear::MountedAlone));
+        }
+        let capabilities =
+            Capabilities::probe(dir).map_err(|error| self.unclear(Unclear::Probe(error)))?;
         match capabilities.seek_hole {
             SeekHole::Exact { granularity } if granularity <= page_size => Ok(()),
-            _ => Err(Unclear::FileSystem {
+            _ => Err(self.unclear(Unclear::FileSystem {
                 file_system: capabilities.file_system,
                 page_size,
-            }),
+            })),
         }
     }
 
@@ -118,4 +134,14 @@ impl RawFile {
             why,
         }
     }
+}
+
+/// The mount through which `file` was opened, where the system tells; only Linux can mount a single file.
+fn mount_of(file: &File) -> Option<String> {
+    if !cfg!(target_os = "linux") {
+        return None;
+    }
+    let info = std::fs::read_to_string(format!("/proc/self/fdinfo/{}", file.as_raw_fd())).ok()?;
+    let mount = info.lines().find(|line| line.starts_with("mnt_id:"))?;
+    Some(mount.to_owned())
 }

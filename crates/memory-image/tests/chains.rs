@@ -520,3 +520,91 @@ proptest! {
         prop_assert!(ram == guest.ram);
     }
 }
+
+/// Names and mounts that only Linux has.
+#[cfg(target_os = "linux")]
+mod names_and_mounts {
+    use std::os::fd::AsRawFd as _;
+
+    use test_machine::{LoopFs, LoopMount, Need};
+
+    use super::*;
+
+    /// The file system to ask is the file's own, wherever its name stands.
+    #[rstest]
+    #[case::behind_a_link(|file: &Path, name: &Path| {
+        std::os::unix::fs::symlink(file, name).unwrap();
+        None
+    })]
+    #[case::mounted_by_itself(|file: &Path, name: &Path| {
+        std::fs::File::create(name).unwrap();
+        Some(FileMount::of(file, name))
+    })]
+    fn a_diff_whose_name_is_on_a_file_system_of_smaller_blocks_is_refused(
+        #[case] name_it: fn(&Path, &Path) -> Option<FileMount>,
+    ) {
+        if !Need::Xfs16k.met("a_diff_whose_name_is_on_a_file_system_of_smaller_blocks_is_refused") {
+            return;
+        }
+        let guest = Guest::with_history();
+        let large_blocks = LoopMount::new(LoopFs::Xfs16k).unwrap();
+        let (diff, name) = (large_blocks.path().join("diff"), guest.path("diff"));
+        let file = std::fs::File::create(&diff).unwrap();
+        file.set_len(SIZE).unwrap();
+        // One dirty page, and with it three clean ones that look like data.
+        file.write_all_at(&[9; 4096], PAGE + 4096).unwrap();
+        let _mount = name_it(&diff, &name);
+        let mut chain = Chain::open(&guest.snapshots[0], 4096).unwrap();
+        let why = unclear(chain.push(&name).unwrap_err());
+        assert!(
+            matches!(why, Unclear::FileSystem { .. } | Unclear::MountedAlone),
+            "{why:?}"
+        );
+    }
+
+    /// A file mounted over another, as container runtimes do; unmounted when dropped.
+    struct FileMount(PathBuf);
+
+    impl FileMount {
+        fn of(file: &Path, over: &Path) -> Self {
+            use nix::mount::{MsFlags, mount};
+            let none = None::<&str>;
+            mount(Some(file), over, none, MsFlags::MS_BIND, none).unwrap();
+            Self(over.to_owned())
+        }
+    }
+
+    impl Drop for FileMount {
+        fn drop(&mut self) {
+            let _ = nix::mount::umount2(&self.0, nix::mount::MntFlags::MNT_DETACH);
+        }
+    }
+
+    /// What a service manager or a sandbox hands over; nothing can be created beside that name.
+    #[test]
+    fn a_diff_may_be_given_by_its_descriptor() {
+        let guest = Guest::with_history();
+        let mut chain = Chain::open(&guest.snapshots[0], PAGE).unwrap();
+        for diff in &guest.snapshots[1..] {
+            let file = std::fs::File::open(diff).unwrap();
+            let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+            chain.push(path).unwrap();
+        }
+        assert!(whole(&chain) == guest.ram);
+    }
+
+    /// A name says nothing about the bytes behind it, and neither does a length.
+    #[test]
+    fn a_sparse_file_of_more_pages_than_memory_has_bits_is_an_error_and_no_abort() {
+        let fd =
+            nix::sys::memfd::memfd_create(c"huge", nix::sys::memfd::MFdFlags::empty()).unwrap();
+        let file = std::fs::File::from(fd);
+        file.set_len(1 << 62).unwrap();
+        let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+        let error = Chain::open(&path, 1).unwrap_err();
+        assert!(
+            matches!(error, ImageError::TooManyPages { page_size: 1, .. }),
+            "{error:?}"
+        );
+    }
+}
