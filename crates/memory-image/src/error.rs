@@ -171,7 +171,7 @@ pub enum Unclear {
     /// The directory could not be probed; it must be writable for that.
     #[error("the file system could not be asked how it keeps holes")]
     Probe(#[from] ProbeError),
-    /// This file system does not keep holes, or does not report them, or only larger ones than a page.
+    /// This file system does not keep holes, or does not report them, or only larger ones than a page, or makes holes of zeros.
     #[error("its file system ({file_system}) does not tell holes of {page_size} bytes from zeros")]
     FileSystem {
         /// What the file system calls itself.

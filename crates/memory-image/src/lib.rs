@@ -38,7 +38,8 @@
 //! # How pages are told from gaps
 //! A raw diff holds its pages at their offsets and nothing between: what was clean is a hole, and reads as zeros. A page of the guest that was
 //! zeroed reads as zeros too. Only the file system's holes tell the two apart, so [`Chain::push`] believes them only
-//! where [probing](sparse_file::Capabilities::probe) the directory that the diff is in (a symbolic link followed) shows that holes are kept and reported, down to the page. Otherwise,
+//! where [probing](sparse_file::Capabilities::probe) the directory that the diff is in (a symbolic link followed) shows that holes are kept and
+//! reported, down to the page, and that written zeros are no holes (ZFS may make them some). Otherwise,
 //! and where the file was visibly rewritten since (no hole is left, or one begins inside a page), it refuses: applying such a diff would
 //! silently put zeros over live memory, or leave stale memory where zeros belong. Whoever kept the list of pages can give it to [`Chain::push_pages`].
 //!

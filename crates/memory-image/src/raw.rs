@@ -7,7 +7,7 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
-use sparse_file::{Capabilities, Kind, Knowledge, SeekHole, extents};
+use sparse_file::{Capabilities, Kind, Knowledge, SeekHole, WrittenZeros, extents};
 
 use crate::error::{ImageError, Unclear};
 use crate::page_set::PageSet;
@@ -95,13 +95,13 @@ impl RawFile {
         }
         let capabilities =
             Capabilities::probe(dir).map_err(|error| self.unclear(Unclear::Probe(error)))?;
-        match capabilities.seek_hole {
-            SeekHole::Exact { granularity } if granularity <= page_size => Ok(()),
-            _ => Err(self.unclear(Unclear::FileSystem {
-                file_system: capabilities.file_system,
-                page_size,
-            })),
+        if tells_pages_from_gaps(&capabilities, page_size) {
+            return Ok(());
         }
+        Err(self.unclear(Unclear::FileSystem {
+            file_system: capabilities.file_system,
+            page_size,
+        }))
     }
 
     fn each_data_extent(
@@ -136,6 +136,12 @@ impl RawFile {
     }
 }
 
+/// Whether what was written, zeros too, is data, and all else a hole, down to the page.
+fn tells_pages_from_gaps(here: &Capabilities, page_size: u64) -> bool {
+    here.written_zeros == WrittenZeros::Data
+        && matches!(here.seek_hole, SeekHole::Exact { granularity } if granularity <= page_size)
+}
+
 /// The mount through which `file` was opened, where the system tells; only Linux can mount a single file.
 fn mount_of(file: &File) -> Option<String> {
     if !cfg!(target_os = "linux") {
@@ -144,4 +150,27 @@ fn mount_of(file: &File) -> Option<String> {
     let info = std::fs::read_to_string(format!("/proc/self/fdinfo/{}", file.as_raw_fd())).ok()?;
     let mount = info.lines().find(|line| line.starts_with("mnt_id:"))?;
     Some(mount.to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use rstest::rstest;
+
+    use super::*;
+
+    #[rstest]
+    #[case::holes_of_a_page(4096, WrittenZeros::Data, true)]
+    #[case::larger_holes(8192, WrittenZeros::Data, false)]
+    #[case::a_page_that_the_guest_zeroed_is_a_hole(4096, WrittenZeros::Hole, false)]
+    fn pages_are_told_from_gaps_only_where_both_keep_their_kind(
+        #[case] granularity: u64,
+        #[case] written_zeros: WrittenZeros,
+        #[case] told: bool,
+    ) {
+        let dir = tempfile::tempdir().unwrap();
+        let mut here = Capabilities::probe(dir.path()).unwrap();
+        here.seek_hole = SeekHole::Exact { granularity };
+        here.written_zeros = written_zeros;
+        assert_eq!(tells_pages_from_gaps(&here, 4096), told);
+    }
 }

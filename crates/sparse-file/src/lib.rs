@@ -80,7 +80,7 @@
 //!
 //! # How it works
 //!
-//! - Probing: `O_TMPFILE` (or create and unlink), `ftruncate`, two `pwrite`, `fsync`, then `fstat`, `lseek`, `statx`
+//! - Probing: `O_TMPFILE` (or create and unlink), `ftruncate`, some `pwrite`, `fsync`, then `fstat`, `lseek`, `statx`
 //!   (`STATX_DIOALIGN`), `fcntl(F_SETFL, O_DIRECT)` with aligned `pwrite` and `pread`, and `fallocate(PUNCH_HOLE)`.
 //! - Extents: one `fstat`, one `lseek` an extent.
 //! - Writing: one `getrlimit`, then one `pwrite` a chunk of at most 1 MiB, cut at multiples of 1 MiB; `EINTR`, `EAGAIN` and short
@@ -107,7 +107,9 @@ mod write;
 
 pub use extents::{Extent, Extents, Kind, Knowledge, extents};
 pub use memory::Memory;
-pub use probe::{AlignmentBasis, Capabilities, DirectIo, HoleSupport, ProbeError, Punch, SeekHole};
+pub use probe::{
+    AlignmentBasis, Capabilities, DirectIo, HoleSupport, ProbeError, Punch, SeekHole, WrittenZeros,
+};
 pub use space::{SpaceError, allocated_bytes, grow, punch_hole, reserve};
 pub use write::{Engine, Source, WriteError, WriteOptions, write_runs};
 

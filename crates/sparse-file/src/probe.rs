@@ -23,6 +23,8 @@ pub struct Capabilities {
     pub holes: HoleSupport,
     /// Whether `SEEK_HOLE` and `SEEK_DATA` can be believed.
     pub seek_hole: SeekHole,
+    /// Whether zeros that were written can be told from what was never written.
+    pub written_zeros: WrittenZeros,
     /// What [`punch_hole`](crate::punch_hole()) does.
     pub punch: Punch,
     /// Direct I/O (`O_DIRECT` on Linux, `F_NOCACHE` on macOS): `None` where it can't be switched on or no aligned write
@@ -62,6 +64,19 @@ pub enum SeekHole {
     Unreliable,
 }
 
+/// What `SEEK_HOLE` says of zeros that were written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum WrittenZeros {
+    /// They are data like all else.
+    Data,
+    /// They are a hole: file systems that compress may store no block of zeros (ZFS). A page of zeros that was written can't be
+    /// told here from one that was not.
+    Hole,
+    /// `SEEK_HOLE` tells nothing.
+    Unknown,
+}
+
 /// What punching a hole into data does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
@@ -97,14 +112,14 @@ pub enum ProbeError {
         dir: PathBuf,
         /// What was to be done with the temporary file.
         operation: &'static str,
-        /// `ENOSPC` where there is no room (128 KiB with holes, 16 MiB without), `EFBIG` under a small `RLIMIT_FSIZE`.
+        /// `ENOSPC` where there is no room (half a MiB with holes, 16 MiB without), `EFBIG` under a small `RLIMIT_FSIZE`.
         source: io::Error,
     },
 }
 
 impl Capabilities {
     /// Finds out what the file system of `dir` does by writing, syncing, punching and reading an unnamed file of 16 MiB there,
-    /// of which some 400 KiB are written.
+    /// of which some 460 KiB are written.
     ///
     /// It costs one or two `fsync`; keep the answer for as long as the directory stays on that mount. The file has no
     /// name, or loses it at once where the file system knows no unnamed files, so it is gone in every case: after an error,
@@ -149,6 +164,9 @@ impl Capabilities {
         let mut sample = Sample::write(&file).map_err(doing("write"))?;
         let allocated = sample.allocated().map_err(doing("examine"))?;
         let seek_hole = sample.seek_hole().map_err(doing("list the extents of"))?;
+        let written_zeros = sample
+            .written_zeros(seek_hole)
+            .map_err(doing("list the extents of"))?;
         let granularity = match seek_hole {
             SeekHole::Exact { granularity } => Some(granularity),
             _ => None,
@@ -159,6 +177,7 @@ impl Capabilities {
             file_system: sys::file_system_name(&file).map_err(doing("name the file system of"))?,
             holes: HoleSupport::judge(seek_hole, allocated),
             seek_hole,
+            written_zeros,
             punch,
             direct_io,
             preferred_block_size: sample.preferred_block_size().map_err(doing("examine"))?,
@@ -193,6 +212,9 @@ impl fmt::Display for Capabilities {
             SeekHole::AllData => f.write_str("says all data")?,
             SeekHole::Unsupported => f.write_str("unsupported")?,
             SeekHole::Unreliable => f.write_str("loses data")?,
+        }
+        if self.written_zeros == WrittenZeros::Hole {
+            f.write_str(", written zeros become holes")?;
         }
         f.write_str(match self.punch {
             Punch::Frees => ", punching frees",
@@ -243,13 +265,14 @@ mod tests {
             file_system: "xfs".into(),
             holes: HoleSupport::Sparse,
             seek_hole: EXACT,
+            written_zeros: WrittenZeros::Hole,
             punch: Punch::Frees,
             direct_io: None,
             preferred_block_size: 4096,
         };
         assert_eq!(
             capabilities.to_string(),
-            "xfs: holes, SEEK_HOLE exact to 4096, punching frees, no direct I/O, blocks of 4096"
+            "xfs: holes, SEEK_HOLE exact to 4096, written zeros become holes, punching frees, no direct I/O, blocks of 4096"
         );
     }
 }

@@ -8,7 +8,9 @@ use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
 
 use rstest::rstest;
-use sparse_file::{AlignmentBasis, Capabilities, HoleSupport, ProbeError, Punch, SeekHole};
+use sparse_file::{
+    AlignmentBasis, Capabilities, HoleSupport, ProbeError, Punch, SeekHole, WrittenZeros,
+};
 use support::{Fs, child_task, expect_success, strace_child};
 use test_machine::{LoopFs, LoopMount, Need, ReadOnlyBind};
 
@@ -71,6 +73,11 @@ fn a_probe_says_what_was_measured(
     assert_eq!(here.file_system, name);
     assert_eq!(here.holes, holes, "{here}");
     assert_eq!(here.seek_hole, seek_hole, "{here}");
+    let zeros = match seek_hole {
+        EXACT => WrittenZeros::Data,
+        _ => WrittenZeros::Unknown,
+    };
+    assert_eq!(here.written_zeros, zeros, "{here}");
     assert_eq!(here.punch, punch, "{here}");
     assert_eq!(here.preferred_block_size, 4096, "{here}");
     assert_eq!(

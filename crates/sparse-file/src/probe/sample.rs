@@ -7,8 +7,8 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 
 use nix::unistd::fsync;
 
-use super::{Punch, SeekHole};
-use crate::{Kind, Knowledge, SpaceError, allocated_bytes, extents, grow, punch_hole};
+use super::{Punch, SeekHole, WrittenZeros};
+use crate::{Extent, Kind, Knowledge, SpaceError, allocated_bytes, extents, grow, punch_hole};
 
 pub(super) const LEN: u64 = 16 << 20;
 pub(super) const HALF: u64 = LEN / 2;
@@ -17,6 +17,8 @@ pub(super) const WRITTEN: u64 = 64 << 10;
 /// Where the noise stands; at a multiple of every block size in use.
 pub(super) const NOISE: Range<u64> = HALF..HALF + WRITTEN;
 const BYTE_AT: u64 = 12 << 20;
+/// Zeros that are written like any other bytes, in blocks of their own.
+const ZEROS: Range<u64> = HALF / 2..HALF / 2 + (64 << 10);
 /// Gaps like those between the pages of a diff, with data of their size before and after each: a file system may keep large gaps
 /// and store small ones as zeros, as macOS's APFS is said to.
 const GAPS: [u64; 3] = [4 << 10, 16 << 10, 64 << 10];
@@ -25,7 +27,7 @@ const LADDERS_AT: u64 = 13 << 20;
 /// The largest gap of the sample that is none of `GAPS` is almost this.
 const LARGE_GAP: u64 = 4 << 20;
 
-/// A sparse file with a block of noise and a single byte in it, synced.
+/// A sparse file with a block of noise, a block of zeros and a single byte in it, synced.
 #[derive(Debug)]
 pub(super) struct Sample<'f> {
     file: &'f File,
@@ -37,6 +39,7 @@ impl<'f> Sample<'f> {
         // Within RLIMIT_FSIZE because `grow` was.
         file.write_all_at(&noise(), NOISE.start)?;
         file.write_all_at(&[1], BYTE_AT)?;
+        file.write_all_at(&vec![0; (ZEROS.end - ZEROS.start) as usize], ZEROS.start)?;
         for gap in GAPS {
             let data = vec![1; gap as usize];
             for step in ladder(gap) {
@@ -91,6 +94,20 @@ impl<'f> Sample<'f> {
         })
     }
 
+    /// Whether the zeros that were written are listed as data, where `seek_hole` can be believed.
+    pub(super) fn written_zeros(&self, seek_hole: SeekHole) -> io::Result<WrittenZeros> {
+        if !matches!(seek_hole, SeekHole::Exact { .. }) {
+            return Ok(WrittenZeros::Unknown);
+        }
+        for extent in extents(self.file)? {
+            let Extent { range, kind } = extent?;
+            if kind == Kind::Hole && range.start < ZEROS.end && ZEROS.start < range.end {
+                return Ok(WrittenZeros::Hole);
+            }
+        }
+        Ok(WrittenZeros::Data)
+    }
+
     /// Punches the noise out. The sample is of no further use.
     pub(super) fn punch(&mut self) -> io::Result<Punch> {
         fsync(self.file)?;
@@ -137,5 +154,36 @@ fn into_io(error: SpaceError) -> io::Error {
     match error {
         SpaceError::Io { source, .. } => source,
         error => io::Error::other(error),
+    }
+}
+
+#[cfg(all(test, target_os = "linux"))]
+mod tests {
+    use super::*;
+
+    const EXACT: SeekHole = SeekHole::Exact { granularity: 4096 };
+
+    /// As ZFS does with compression on: nothing is stored for a block of zeros.
+    #[test]
+    fn a_file_system_that_stores_no_block_of_zeros_is_found_out() {
+        let file = tempfile::tempfile().expect("a file");
+        let sample = Sample::write(&file).expect("written");
+        assert_eq!(
+            sample.written_zeros(EXACT).expect("listed"),
+            WrittenZeros::Data
+        );
+        let blocks = ZEROS.start + 16384..ZEROS.start + 32768;
+        punch_hole(&file, blocks).expect("punched");
+        assert_eq!(sample.seek_hole().expect("listed"), EXACT);
+        assert_eq!(
+            sample.written_zeros(EXACT).expect("listed"),
+            WrittenZeros::Hole
+        );
+        assert_eq!(
+            sample
+                .written_zeros(SeekHole::AllData)
+                .expect("nothing to list"),
+            WrittenZeros::Unknown
+        );
     }
 }
