@@ -11,6 +11,8 @@ use nix::errno::Errno;
 use crate::directory::{Directory, Stat};
 use crate::error::OpenError;
 use crate::options::Symlinks;
+use crate::record::RECORD_NAME;
+use crate::stage::parse_name;
 
 /// Links followed before the path is taken for a loop: Linux's own limit (`MAXSYMLINKS`).
 const MAX_LINKS: usize = 40;
@@ -53,6 +55,11 @@ impl Destination {
                     return Err(OpenError::NotAFile {
                         path: path.to_owned(),
                         is_dir: other.is_dir(),
+                    });
+                }
+                _ if name == RECORD_NAME || parse_name(&name).is_some() => {
+                    return Err(OpenError::ReservedName {
+                        path: dir.path_of(&name),
                     });
                 }
                 entry => {

@@ -18,6 +18,13 @@ pub enum OpenError {
         /// The path given.
         path: PathBuf,
     },
+    /// The name is one that this crate gives to staged files or group records: a sweep would remove what is committed there, or
+    /// a recovery read it.
+    #[error("{path:?} is a name for staged files and group records: choose another")]
+    ReservedName {
+        /// The destination, or where its link leads to.
+        path: PathBuf,
+    },
     /// The destination's directory, or the staging directory, cannot be opened.
     #[error("cannot open the directory {path:?}: it must exist and be readable and writable")]
     OpenDirectory {

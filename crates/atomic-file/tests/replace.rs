@@ -640,6 +640,25 @@ fn a_path_without_a_file_name_is_an_error(#[case] path: &str) {
     assert!(matches!(error, OpenError::NoFileName { .. }), "{error:?}");
 }
 
+/// Committed there it would be swept, or read as a record that stops every later writer.
+#[rstest]
+#[case::a_stage(".atomic-file-0123abcd-0.stage", Symlinks::Replace)]
+#[case::a_stage_without_lock(".atomic-file-0123abcd-0.unlocked-stage", Symlinks::Replace)]
+#[case::a_record(".atomic-file-group", Symlinks::Replace)]
+#[case::a_link_to_a_record("link", Symlinks::Follow)]
+fn a_name_of_the_protocols_own_is_refused(#[case] name: &str, #[case] symlinks: Symlinks) {
+    let dir = tempfile::tempdir().unwrap();
+    if name == "link" {
+        fs::write(dir.path().join(".atomic-file-group"), b"").unwrap();
+        symlink(".atomic-file-group", dir.path().join(name)).unwrap();
+    }
+    let error = AtomicWriter::options()
+        .symlinks(symlinks)
+        .open(dir.path().join(name))
+        .unwrap_err();
+    assert!(matches!(error, OpenError::ReservedName { .. }), "{error:?}");
+}
+
 #[test]
 fn a_missing_directory_is_named() {
     let dir = tempfile::tempdir().unwrap();
