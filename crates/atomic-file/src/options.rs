@@ -128,7 +128,7 @@ impl Options {
     /// writers to this very destination left (found by name, without listing the directory).
     ///
     /// # Errors
-    /// See [`OpenError`]. Nothing is left behind.
+    /// See [`OpenError`]. Nothing is left behind but what the error names.
     pub fn open(&self, dest: impl AsRef<Path>) -> Result<AtomicWriter, OpenError> {
         AtomicWriter::open_with(dest.as_ref(), self)
     }

@@ -49,7 +49,7 @@ impl AtomicWriter {
     /// Stages a new file that is to replace, or become, `dest`, with the defaults of [`Options`].
     ///
     /// # Errors
-    /// See [`OpenError`]. Nothing is left behind.
+    /// See [`OpenError`]. Nothing is left behind but what the error names.
     pub fn open(dest: impl AsRef<Path>) -> Result<Self, OpenError> {
         Self::options().open(dest)
     }

@@ -59,7 +59,7 @@
 //! # Limitations
 //! The file is raw: bytes at their guest offsets. In a diff, a page that is not there is a hole. On a file system without holes
 //! (HFS+, exFAT) it is a page of zeros, indistinguishable from a zeroed one: the bytes that were dirty are right all the same, but a diff is told
-//! from its zeros there only by someone who knows which pages it holds.
+//! from its zeros there only by someone who knows which pages it holds. The same goes for one that makes holes of zeros (ZFS with compression).
 
 mod error;
 mod guest;

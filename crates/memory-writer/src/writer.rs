@@ -196,7 +196,7 @@ impl MemoryWriter {
     ///
     /// # Errors
     /// [`SnapshotError::NothingWritten`] and [`SnapshotError::Incomplete`]: the destination is as it was.
-    /// [`SnapshotError::Commit`] says which of old and new is there. In all cases nothing is left behind.
+    /// [`SnapshotError::Commit`] says which of old and new is there. Nothing is left behind but what the error names.
     pub fn commit(self) -> Result<(), SnapshotError> {
         Ok(self.finish()?.commit()?)
     }
