@@ -260,6 +260,29 @@ fn progress_counts_bytes_and_pages_up_to_the_total() {
 }
 
 #[test]
+fn pages_marked_during_the_write_never_make_more_done_than_there_is_in_all() {
+    let (place, dirty) = (Place::new(), std::sync::Arc::new(bitmap(PAGE)));
+    dirty.set_dirty_by_index(0).unwrap();
+    let (send, receive) = mpsc::channel();
+    let marked = std::sync::Arc::clone(&dirty);
+    let mut writer = MemoryWriter::options()
+        .progress(move |progress| {
+            marked.set_dirty_by_index(200).unwrap();
+            send.send(progress).unwrap();
+        })
+        .open(&place.dest, SIZE, PAGE)
+        .unwrap();
+    assert_eq!(writer.write_diff(&ram(1), &dirty).unwrap(), 2);
+    let seen: Vec<_> = receive.try_iter().collect();
+    assert_eq!(seen[0].pages_total(), 1);
+    assert!(
+        seen.iter()
+            .all(|progress| progress.bytes_done <= progress.bytes_total),
+        "{seen:?}"
+    );
+}
+
+#[test]
 fn another_thread_cancels_a_write_under_way() {
     let place = Place::new();
     let (cancel, (send, receive)) = (CancelToken::new(), mpsc::sync_channel(0));
