@@ -174,19 +174,14 @@ impl DirtyBitmap {
         verdict?;
         let moving = self.lock();
         let shift = moving.shift();
-        let page = offsets.start >> shift;
-        Ok(self
-            .table(shift)
-            .next_run(page)
-            .is_some_and(|run| run.contains(&page)))
+        Ok(self.table(shift).is_marked(offsets.start >> shift))
     }
 
     /// Whether no page is marked.
     #[must_use]
     pub fn is_clean(&self) -> bool {
         let moving = self.lock();
-        let shift = moving.shift();
-        self.table(shift).next_run(0).is_none()
+        self.table(moving.shift()).next_marked(0).is_none()
     }
 
     /// The bytes of all marked granules; the last one counts as far as the RAM goes.
@@ -195,14 +190,14 @@ impl DirtyBitmap {
         let moving = self.lock();
         let shift = moving.shift();
         let table = self.table(shift);
-        let last = (self.ram.size - 1) >> shift;
-        let beyond = ((last + 1) << shift) - self.ram.size;
-        let cut = if table.next_run(last).is_some() {
-            beyond
-        } else {
-            0
-        };
-        (table.count() << shift) - cut
+        let mut bytes = 0;
+        // Each word is read once: what is counted and what is cut is one state, also while threads mark.
+        for word in table.marked_words() {
+            self.each_run(shift, word, table.word(word), |run| {
+                bytes += run.end - run.start;
+            });
+        }
+        bytes
     }
 
     /// The runs of marked pages, ascending, as byte offsets from the start of the RAM, as long as they can be.

@@ -79,6 +79,11 @@ impl Table {
         self.words[word].load(Ordering::Acquire)
     }
 
+    /// Whether a page is marked.
+    pub(crate) fn is_marked(&self, page: u64) -> bool {
+        self.word(index(page / WORD_BITS)) >> (page % WORD_BITS) & 1 == 1
+    }
+
     /// The words that may have a mark.
     pub(crate) fn marked_words(&self) -> impl Iterator<Item = usize> {
         let mut next = 0;
@@ -89,20 +94,14 @@ impl Table {
         })
     }
 
-    /// How many pages are marked.
-    pub(crate) fn count(&self) -> u64 {
-        self.marked_words()
-            .map(|word| u64::from(self.word(word).count_ones()))
-            .sum()
-    }
-
     /// The first run of marked pages that ends after page `from`, without what precedes `from`.
     pub(crate) fn next_run(&self, from: u64) -> Option<Range<u64>> {
         let start = self.next_marked(from)?;
         Some(start..self.next_clean(start))
     }
 
-    fn next_marked(&self, from: u64) -> Option<u64> {
+    /// The first marked page from `from` on.
+    pub(crate) fn next_marked(&self, from: u64) -> Option<u64> {
         if from >= self.pages {
             return None;
         }

@@ -139,6 +139,22 @@ fn a_complete_mark_is_in_the_next_drain() {
 }
 
 #[test]
+fn a_mark_of_the_last_page_against_a_count_of_the_dirty_bytes() {
+    exhaustively(|| {
+        // The last page is cut: counted, it is less than a page, and not yet counted, nothing.
+        let bitmap = Arc::new(DirtyBitmap::new(0, PAGE + 1, PAGE).unwrap());
+        let marker = {
+            let bitmap = Arc::clone(&bitmap);
+            thread::spawn(move || bitmap.set_dirty_by_index(1).unwrap())
+        };
+        let counted = bitmap.dirty_bytes();
+        assert!([0, 1].contains(&counted), "{counted} bytes of a page of 1");
+        marker.join().unwrap();
+        assert_eq!(bitmap.dirty_bytes(), 1);
+    });
+}
+
+#[test]
 fn a_mark_against_a_rebuild_to_finer_pages() {
     exhaustively(|| {
         let guest = Guest::new(2);
