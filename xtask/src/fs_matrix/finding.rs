@@ -147,8 +147,12 @@ pub enum Line {
     /// This check begins.
     Checking(String),
     Found(Finding),
-    /// A commit that is to survive: disk, and number.
-    Committed(String, u64),
+    /// What a loss of power left on this disk: the version, if one is there whole, and what there is.
+    Recovered(String, Option<u32>, String),
+    /// This disk has a new, empty file system.
+    Remade(String),
+    /// This disk has this version, and is to keep it.
+    Committed(String, u32),
     /// All is done.
     Done,
     /// Nothing more comes, because of this.

@@ -33,6 +33,7 @@ impl Inside {
             small: self.small,
             elsewhere: self.elsewhere,
             subject: Subject(self.sabotage),
+            #[cfg(target_os = "linux")]
             server: None,
         };
         // Not locked: a panic's message goes to the standard error, and this must not wait for it.

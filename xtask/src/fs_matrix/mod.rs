@@ -8,8 +8,12 @@ mod guest;
 mod inside;
 mod kind;
 mod mounts;
+#[cfg(target_os = "linux")]
 mod nfs;
+#[cfg(target_os = "linux")]
+mod power;
 mod process;
+#[cfg(target_os = "linux")]
 mod proxy;
 mod ram;
 mod report;
@@ -29,7 +33,7 @@ use xshell::Shell;
 
 use crate::packages::Install;
 use child::Child;
-use finding::{Line, Verdict};
+use finding::{Finding, Line, Verdict};
 use inside::Inside;
 use kind::{Kind, Place};
 use mounts::Mount;
@@ -68,6 +72,9 @@ pub struct FsMatrix {
     check: Vec<String>,
     #[command(flatten)]
     install: Install,
+    /// How often the power is lost (Linux); 0 for not at all
+    #[arg(long, default_value_t = 20)]
+    cuts: u32,
     /// Check a deliberately broken library instead: shows that the checks can fail
     #[arg(long, value_enum, hide = true)]
     sabotage: Option<Sabotage>,
@@ -85,6 +92,9 @@ enum Part {
     #[cfg(target_os = "linux")]
     #[command(hide = true)]
     Guest(guest::inside::Guest),
+    #[cfg(target_os = "linux")]
+    #[command(hide = true)]
+    Power(power::inside::Power),
 }
 
 fn labelled(text: &str) -> Result<(String, PathBuf), String> {
@@ -100,6 +110,8 @@ fn labelled(text: &str) -> Result<(String, PathBuf), String> {
 enum Job {
     Here(Kind),
     User(String, PathBuf),
+    #[cfg(target_os = "linux")]
+    PowerLoss(Vec<Kind>),
 }
 
 impl Job {
@@ -107,6 +119,8 @@ impl Job {
         match self {
             Self::Here(kind) => kind.to_string(),
             Self::User(label, _) => label.clone(),
+            #[cfg(target_os = "linux")]
+            Self::PowerLoss(_) => "power".into(),
         }
     }
 }
@@ -121,6 +135,8 @@ impl FsMatrix {
             Some(Part::Child(child)) => return child.run(),
             #[cfg(target_os = "linux")]
             Some(Part::Guest(guest)) => return guest.run(),
+            #[cfg(target_os = "linux")]
+            Some(Part::Power(power)) => return power.run(),
             None => {}
         }
         if self.list {
@@ -140,6 +156,7 @@ impl FsMatrix {
             options: &self,
             interrupt,
             progress: Progress::new(),
+            after_power_loss: Mutex::default(),
         };
         let mounts = run.all(jobs)?;
         let report = Report {
@@ -161,17 +178,34 @@ impl FsMatrix {
             bail!("mounting takes root: run as root, or check your own directories with --mount");
         }
         let users = self.mounts.iter().cloned();
-        Ok(kinds
-            .into_iter()
-            .map(Job::Here)
-            .chain(users.map(|(label, path)| Job::User(label, path)))
-            .collect())
+        let mut jobs = Vec::new();
+        #[cfg(target_os = "linux")]
+        jobs.extend(self.power_loss(&kinds));
+        jobs.extend(kinds.into_iter().map(Job::Here));
+        jobs.extend(users.map(|(label, path)| Job::User(label, path)));
+        Ok(jobs)
+    }
+
+    /// The longest job, so the first to begin.
+    #[cfg(target_os = "linux")]
+    fn power_loss(&self, kinds: &[Kind]) -> Option<Job> {
+        let wanted = self.check.is_empty() || self.check.iter().any(|name| name == power::CHECK);
+        let kinds: Vec<_> = kinds
+            .iter()
+            .copied()
+            .filter(|kind| power::applies(*kind))
+            .collect();
+        (wanted && self.cuts > 0 && !kinds.is_empty()).then_some(Job::PowerLoss(kinds))
     }
 
     /// What guests are made of, where a job needs one.
     #[cfg(target_os = "linux")]
     fn kit(&self, sh: &Shell, jobs: &[Job]) -> anyhow::Result<Option<guest::Kit>> {
-        let in_guest = |job: &Job| matches!(job, Job::Here(kind) if kind.place() == Place::Guest);
+        let in_guest = |job: &Job| match job {
+            Job::Here(kind) => kind.place() == Place::Guest,
+            Job::PowerLoss(_) => true,
+            Job::User(..) => false,
+        };
         if !jobs.iter().any(in_guest) {
             return Ok(None);
         }
@@ -231,6 +265,8 @@ struct Run<'a> {
     options: &'a FsMatrix,
     interrupt: Interrupt,
     progress: Progress,
+    /// What became of each kind when the power went.
+    after_power_loss: Mutex<Vec<(Kind, Finding)>>,
 }
 
 impl Run<'_> {
@@ -255,9 +291,25 @@ impl Run<'_> {
             }
         });
         self.interrupt.check()?;
-        let mut reports = reports.into_inner().unwrap_or_default();
+        let mut reports: Vec<(usize, MountReport)> = reports.into_inner().unwrap_or_default();
         reports.sort_by_key(|(place, _)| *place);
-        Ok(reports.into_iter().map(|(_, report)| report).collect())
+        let mut reports: Vec<_> = reports.into_iter().map(|(_, report)| report).collect();
+        for (kind, finding) in self
+            .after_power_loss
+            .lock()
+            .into_iter()
+            .flat_map(|mut all| std::mem::take(&mut *all))
+        {
+            let label = kind.to_string();
+            let of_kind = reports.iter_mut().find(|report| report.mount == label);
+            of_kind
+                .context("a report of each kind")?
+                .findings
+                .push(finding);
+        }
+        // The power's own report has no findings left, and is of use only if it says why.
+        reports.retain(|report| !report.findings.is_empty() || report.failed.is_some());
+        Ok(reports)
     }
 
     fn one(&self, job: &Job) -> MountReport {
@@ -267,6 +319,9 @@ impl Run<'_> {
         bar.finish_and_clear();
         if let Err(error) = result {
             report.failed = Some(format!("{error:#}"));
+        }
+        if report.findings.is_empty() && report.failed.is_none() {
+            return report;
         }
         self.progress.say(&format!(
             "{:9} {} hold, {} differ, {} broken, {} not run{}",
@@ -287,6 +342,10 @@ impl Run<'_> {
         self.interrupt.check()?;
         bar.set_message("mounting");
         #[cfg(target_os = "linux")]
+        if let (Job::PowerLoss(kinds), Some(kit)) = (job, &self.kit) {
+            return self.lose_power(kinds, kit, bar);
+        }
+        #[cfg(target_os = "linux")]
         if let (Job::Here(kind), Some(kit)) = (job, &self.kit)
             && kind.place() == Place::Guest
         {
@@ -297,6 +356,8 @@ impl Run<'_> {
             Job::User(_, dir) => {
                 Mount::of_user(dir).with_context(|| format!("can't use {}", dir.display()))?
             }
+            #[cfg(target_os = "linux")]
+            Job::PowerLoss(_) => bail!("there is no guest to take the power from"),
         };
         report.driver.clone_from(&mount.driver);
         let mut command = Command::new(std::env::current_exe()?);
@@ -338,6 +399,30 @@ impl Run<'_> {
         })
     }
 
+    #[cfg(target_os = "linux")]
+    fn lose_power(
+        &self,
+        kinds: &[Kind],
+        kit: &guest::Kit,
+        bar: &ProgressBar,
+    ) -> anyhow::Result<()> {
+        let sabotage = self.options.sabotage.as_ref();
+        let sabotage = sabotage.and_then(clap::ValueEnum::to_possible_value);
+        let sabotage = sabotage.map(|value| format!("--sabotage={}", value.get_name()));
+        let power = power::PowerLoss {
+            kit,
+            interrupt: &self.interrupt,
+            cuts: self.options.cuts,
+            keep: self.options.keep,
+            options: sabotage.into_iter().collect(),
+        };
+        let mut findings = power.run(kinds, bar)?;
+        if let Ok(mut all) = self.after_power_loss.lock() {
+            all.append(&mut findings);
+        }
+        Ok(())
+    }
+
     /// The options that the checking side gets too.
     fn selection(&self) -> Vec<String> {
         let sabotage = self.options.sabotage.as_ref();
@@ -371,7 +456,7 @@ impl Run<'_> {
                     bar.inc(1);
                     report.findings.push(finding);
                 }
-                Some(Line::Committed(..)) => {}
+                Some(Line::Recovered(..) | Line::Remade(_) | Line::Committed(..)) => {}
                 Some(Line::Done) => return Ok(()),
                 Some(Line::Failed(why)) => bail!("during: {doing}: {why}"),
             }

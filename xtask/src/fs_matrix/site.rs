@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Context;
 
+#[cfg(target_os = "linux")]
 use super::nfs::Server;
 use super::subject::Subject;
 
@@ -19,12 +20,20 @@ pub struct Site {
     /// The library, or a deliberately broken one.
     pub subject: Subject,
     /// The NFS server behind the mount, if this process may stop and start it.
+    #[cfg(target_os = "linux")]
     pub server: Option<Server>,
 }
 
 impl Site {
     pub fn path(&self, name: &str) -> PathBuf {
         self.dir.join(name)
+    }
+
+    pub fn has_server(&self) -> bool {
+        #[cfg(target_os = "linux")]
+        return self.server.is_some();
+        #[cfg(not(target_os = "linux"))]
+        false
     }
 
     /// The names in the directory, sorted, but for those in `but`. NFS keeps removed files that are still open under names of its own.

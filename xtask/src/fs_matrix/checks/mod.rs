@@ -5,6 +5,7 @@ mod bytes;
 mod durability;
 mod faults;
 mod kills;
+#[cfg(target_os = "linux")]
 mod nfs;
 mod space;
 
@@ -68,14 +69,17 @@ pub fn everywhere() -> impl Iterator<Item = &'static Check> {
 }
 
 /// The checks of a mount whose server can be stopped.
-pub fn with_server() -> impl Iterator<Item = &'static Check> {
-    nfs::CHECKS.iter()
+pub fn with_server() -> &'static [Check] {
+    #[cfg(target_os = "linux")]
+    return nfs::CHECKS;
+    #[cfg(not(target_os = "linux"))]
+    &[]
 }
 
 /// Runs all checks of the site, or those with a name in `only`, and sends what they find.
 pub fn run_all(site: &mut Site, only: &[String], mut out: impl Write) -> anyhow::Result<()> {
     let base = site.dir.clone();
-    let servers = with_server().filter(|_| site.server.is_some());
+    let servers = with_server().iter().filter(|_| site.has_server());
     let wanted: Vec<_> = everywhere()
         .chain(servers)
         .filter(|check| only.is_empty() || only.iter().any(|name| name == check.name))

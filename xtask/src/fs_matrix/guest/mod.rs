@@ -35,6 +35,11 @@ impl Disk {
         Ok(Self { path, keep })
     }
 
+    /// An image that is there already.
+    pub fn existing(path: PathBuf, keep: bool) -> Self {
+        Self { path, keep }
+    }
+
     /// Zeros that the guest writes become holes: an image never takes more than its data.
     fn drive(&self) -> String {
         let path = escaped(&self.path);
