@@ -1,20 +1,25 @@
 //! `cargo xtask demo` as its user meets it.
 
 use std::fs;
+use std::io::{BufRead, BufReader};
 use std::path::Path;
-use std::process::{Command, Output};
+use std::process::{Command, Output, Stdio};
 
 use rstest::rstest;
 
 /// The command line, with a small guest that every machine has; files go to `dir`.
-fn demo(dir: &Path, more: &[&str]) -> Output {
-    Command::new(env!("CARGO_BIN_EXE_xtask"))
+fn command(dir: &Path, more: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_xtask"));
+    command
         .args(["demo", "--guest", "mprotect", "--ram", "8M"])
         .args(["--rounds", "2", "--steps", "300", "--dir"])
         .arg(dir)
-        .args(more)
-        .output()
-        .unwrap()
+        .args(more);
+    command
+}
+
+fn demo(dir: &Path, more: &[&str]) -> Output {
+    command(dir, more).output().unwrap()
 }
 
 fn lines(output: &[u8]) -> Vec<String> {
@@ -41,6 +46,26 @@ fn the_first_line_names_the_guest_and_the_last_says_verified() {
     assert!(
         output.stderr.is_empty(),
         "no progress bar where nobody looks: {output:?}"
+    );
+}
+
+#[test]
+fn a_reader_who_leaves_after_the_first_line_does_not_end_the_demo() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut demo = command(dir.path(), &[])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut first = String::new();
+    let mut reader = BufReader::new(demo.stdout.take().unwrap());
+    reader.read_line(&mut first).unwrap();
+    assert!(first.starts_with("guest: "), "{first}");
+    drop(reader);
+    let output = demo.wait_with_output().unwrap();
+    assert!(
+        output.status.success() && output.stderr.is_empty(),
+        "{output:?}"
     );
 }
 

@@ -25,7 +25,7 @@ use xshell::Shell;
 use guest::{Guest, Kind};
 use ledger::Layout;
 use picture::Picture;
-use report::{Progress, Snapshot};
+use report::{Progress, Snapshot, say};
 use restore::Files;
 use snapshots::Snapshots;
 use verify::Proof;
@@ -60,7 +60,7 @@ pub struct Demo {
 impl Demo {
     pub fn run(self, sh: &Shell) -> anyhow::Result<()> {
         let out = sh.current_dir().join("target").join("demo");
-        let kind = self.announce();
+        let kind = self.announce()?;
         let dir = self.dir.as_deref().unwrap_or(&out);
         for dir in [dir, &out] {
             fs::create_dir_all(dir).with_context(|| format!("can't make {}", dir.display()))?;
@@ -89,34 +89,34 @@ impl Demo {
         progress.finish();
         let story = story?;
 
-        println!("{}", report::table(&story.table));
-        println!("{}", report::LEGEND);
-        println!("{}", story.picture.text());
+        say(report::table(&story.table))?;
+        say(report::LEGEND)?;
+        say(story.picture.text())?;
         let svg = out.join("dirty-pages.svg");
         let saved = story.picture.save(&svg);
         saved.with_context(|| format!("can't write {}", svg.display()))?;
-        println!("the picture as SVG: {}", svg.display());
+        say(format_args!("the picture as SVG: {}", svg.display()))?;
         if let Some(kept) = kept {
-            println!("the snapshots: {}", kept.display());
+            say(format_args!("the snapshots: {}", kept.display()))?;
         }
         removed.context("can't remove the snapshots")?;
         story.close()
     }
 
     /// Says which guest runs, and why.
-    fn announce(&self) -> Kind {
+    fn announce(&self) -> anyhow::Result<Kind> {
         let ram = BinaryBytes(self.ram);
         if let Some(kind) = self.guest {
-            println!("guest: {kind}, {ram} of RAM (as asked for)");
-            return kind;
+            say(format_args!("guest: {kind}, {ram} of RAM (as asked for)"))?;
+            return Ok(kind);
         }
         let (kind, why_not) = Kind::best();
         let why = match why_not.as_slice() {
             [] => "the best this machine can have".to_owned(),
             reasons => format!("no better one: {}", reasons.join("; ")),
         };
-        println!("guest: {kind}, {ram} of RAM ({why})");
-        kind
+        say(format_args!("guest: {kind}, {ram} of RAM ({why})"))?;
+        Ok(kind)
     }
 }
 
@@ -253,13 +253,13 @@ impl Story {
         if !mismatches.is_empty() {
             bail!("not verified: {}", mismatches.join("; "));
         }
-        println!(
+        say(format_args!(
             "verified: {} of RAM restored from {} files equal the original's, byte for byte; after {} more steps both guests find all {} pages of their ledgers whole and reach the digest {digest:#018x}, as does the ledger computed without a guest",
             BinaryBytes(self.ram),
             self.table.len(),
             HumanCount(steps),
             HumanCount(self.pages),
-        );
+        ))?;
         Ok(())
     }
 }

@@ -1,5 +1,7 @@
 //! What the reader sees while the demo runs, and the table at its end.
 
+use std::fmt::Display;
+use std::io::{self, ErrorKind, Write};
 use std::time::Duration;
 
 use comfy_table::{CellAlignment, Table, presets};
@@ -37,6 +39,14 @@ impl Progress {
 
     pub fn finish(&self) {
         self.0.finish_and_clear();
+    }
+}
+
+/// Prints a line. Whoever closed the pipe has read enough (`| head`): the exit code tells them the rest.
+pub fn say(line: impl Display) -> io::Result<()> {
+    match writeln!(io::stdout(), "{line}") {
+        Err(error) if error.kind() == ErrorKind::BrokenPipe => Ok(()),
+        printed => printed,
     }
 }
 

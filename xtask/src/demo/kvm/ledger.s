@@ -11,6 +11,10 @@
 #
 # The host sets rbx and rsp; everything else begins as 0.
 
+# Global: the compiler may put this text and what refers to it into different objects.
+        .globl  ledger_program, ledger_program_end
+        .hidden ledger_program, ledger_program_end
+
 ledger_program:
         mov     r8,  [rbx + {GAP_START}]
         mov     r9,  [rbx + {GAP_SIZE}]
