@@ -44,8 +44,13 @@ pub enum Program {
     WideStore,
 }
 
+// Global symbols: the compiler may put this text and what refers to it into different objects.
 core::arch::global_asm!(
     ".pushsection .rodata",
+    ".irp program, touch, scatter, vectors, mix, two_outs, in_out, wide_store",
+    ".globl \\program, \\program\\()_end",
+    ".hidden \\program, \\program\\()_end",
+    ".endr",
     "touch:",
     "test rcx, rcx",
     "jz 2f",
