@@ -42,7 +42,8 @@ use crate::HostMemory;
 pub trait PageReader {
     /// Fills all of `buf` with the bytes from `offset` on, or fails. Any offset, any length, no alignment.
     ///
-    /// After an error `buf` may hold anything. A range of no bytes at or before the end of the source succeeds.
+    /// After an error `buf` may hold anything. A range of no bytes at or before the end of the source succeeds; past the end
+    /// it succeeds or is an [`UnexpectedEof`](io::ErrorKind::UnexpectedEof): where a file ends only a read tells.
     ///
     /// # Errors
     /// [`UnexpectedEof`](io::ErrorKind::UnexpectedEof) where the range ends past the source (`offset` plus

@@ -89,6 +89,15 @@ fn ends_where_the_bytes_end(source: &(impl PageReader + ?Sized), len: usize) {
             );
         }
     }
+    for offset in [end + 1, i64::MAX as u64 + 1, u64::MAX] {
+        if let Err(error) = source.read_at(offset, &mut []) {
+            assert_eq!(
+                error.kind(),
+                ErrorKind::UnexpectedEof,
+                "nothing at {offset}"
+            );
+        }
+    }
     for offset in [0, 1, end, end + 1, u64::MAX] {
         assert!(
             source.host_memory(offset, 0).is_none(),
