@@ -190,7 +190,11 @@ extern "C" fn on_fault(
 ) {
     // SAFETY: with SA_SIGINFO the kernel passes a valid siginfo, whose address field these two signals fill.
     let address = unsafe { (*info).si_addr() } as usize;
-    if handle(address) {
+    // Whoever was interrupted may be about to look at theirs.
+    let errno = Errno::last_raw();
+    let handled = handle(address);
+    Errno::set_raw(errno);
+    if handled {
         return;
     }
     let previous = PREVIOUS.get().map(|previous| {

@@ -94,7 +94,10 @@ fn more_scattered_pages_than_mappings_are_marked_all_the_same() {
     );
     let (memory, tracker) = tracked(Tracking::Mprotect, (limit + 4096) * page);
     for number in (0..limit + 2048).step_by(2) {
+        nix::errno::Errno::set_raw(77);
         memory.store(number * page, number);
+        let errno = nix::errno::Errno::last_raw();
+        assert_eq!(errno, 77, "page {number}: the handler leaves errno alone");
         assert!(
             tracker.dirty().is_dirty(number * page).unwrap(),
             "page {number}"
