@@ -82,12 +82,7 @@ impl Test {
         for (name, run) in steps {
             step(name, run)?;
         }
-        step("macOS", &|| {
-            CheckMacos {
-                install: self.install,
-            }
-            .run(sh)
-        })?;
+        step("macOS", &|| macos(sh, self.install, ci))?;
 
         println!("\nall of it passed:");
         for (name, time) in times {
@@ -151,6 +146,17 @@ fn each_crate_alone(sh: &Shell) -> anyhow::Result<()> {
             "cargo check --locked --package {name} --no-default-features"
         )
         .run()?;
+    }
+    Ok(())
+}
+
+fn macos(sh: &Shell, install: Install, ci: bool) -> anyhow::Result<()> {
+    let check = CheckMacos { install };
+    if ci {
+        return check.run(sh);
+    }
+    if !check.check(sh)? {
+        println!("NOT RUN: this machine can't check for macOS (cargo xtask check-macos --help)");
     }
     Ok(())
 }
