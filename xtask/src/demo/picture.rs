@@ -11,6 +11,9 @@ use svg::node::element::{Group, Line, Rectangle, Text, Title};
 const SLICES: usize = 512;
 const PER_CELL: usize = 8;
 
+/// The dirty shares that the SVG explains the colours of.
+const SCALE: [f64; 4] = [0.01, 0.1, 0.5, 1.0];
+
 /// The dirty pages of all snapshots of a guest.
 #[derive(Debug)]
 pub struct Picture {
@@ -103,7 +106,7 @@ impl Picture {
             .set("font-family", "sans-serif")
             .set("font-size", 12)
             .add(text(
-                "Dirty pages of each snapshot".into(),
+                "Dirty pages of each snapshot, by their place in the RAM. The colour is the share that is dirty:".into(),
                 LEFT,
                 24,
                 "start",
@@ -115,6 +118,13 @@ impl Picture {
                 bottom + 18,
                 "end",
             ));
+        for (number, share) in SCALE.into_iter().enumerate() {
+            let x = right - (SCALE.len() - number) * 64;
+            let swatch = Rectangle::new().set("x", x).set("y", 15).set("width", 16);
+            all = all
+                .add(swatch.set("height", 10).set("fill", colour(share)))
+                .add(text(format!("{:.0} %", share * 100.0), x + 22, 24, "start"));
+        }
         for (number, row) in self.rows.iter().enumerate() {
             let y = TOP + number * ROW;
             let rectangle = |x: usize, width: usize, fill: String| {
@@ -215,5 +225,8 @@ mod tests {
         );
         assert!(content.contains("round 1") && content.contains("hole"));
         assert!(content.contains("% dirty"));
+        for share in SCALE {
+            assert!(content.contains(&colour(share)), "{share} is explained");
+        }
     }
 }
