@@ -3,7 +3,7 @@
 use std::io;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use page_reader::PageReader;
 
@@ -22,6 +22,8 @@ pub struct Chain {
     page_size: u64,
     /// The base first. No page is in two layers: the newest that holds it has it.
     layers: Vec<Layer>,
+    /// Directories whose holes were found to be worth believing: each is probed once.
+    believed: Vec<PathBuf>,
 }
 
 #[derive(Debug)]
@@ -51,6 +53,7 @@ impl Chain {
         Ok(Self {
             page_size,
             layers: vec![Layer { image, pages }],
+            believed: Vec::new(),
         })
     }
 
@@ -62,16 +65,16 @@ impl Chain {
     /// another guest; what [`open`](Self::open) gives. The chain stays as it was.
     pub fn push(&mut self, diff: impl AsRef<Path>) -> Result<(), ImageError> {
         let image = self.open_diff(diff.as_ref())?;
-        let pages = image.diff_pages(self.page_size)?;
+        let pages = image.diff_pages(self.page_size, &mut self.believed)?;
         self.add(Layer { image, pages });
         Ok(())
     }
 
-    /// Adds the raw diff that was taken next, which holds the pages `runs` (ranges of bytes, multiples of the page), whatever its holes
-    /// say. `once(0..size)` is a diff of every page.
+    /// Adds the raw diff that was taken next, which holds the pages that `runs` (ranges of bytes) touch, whatever its holes
+    /// say: the runs of the bitmap that it was written from, say. `once(0..size)` is a diff of every page.
     ///
     /// # Errors
-    /// [`ImageError::BadRun`] for a run that is not of whole pages inside the image; otherwise as [`push`](Self::push). The chain stays
+    /// [`ImageError::BadRun`] for a run that is not inside the image; otherwise as [`push`](Self::push). The chain stays
     /// as it was.
     pub fn push_pages(
         &mut self,
@@ -79,20 +82,11 @@ impl Chain {
         runs: impl IntoIterator<Item = Range<u64>>,
     ) -> Result<(), ImageError> {
         let image = self.open_diff(diff.as_ref())?;
-        let (size, page_size) = (image.size, self.page_size);
-        let mut pages = image.no_pages(page_size)?;
+        let size = image.size;
+        let mut pages = image.no_pages(self.page_size)?;
         for Range { start, end } in runs {
-            if start > end
-                || end > size
-                || !start.is_multiple_of(page_size)
-                || !end.is_multiple_of(page_size)
-            {
-                return Err(ImageError::BadRun {
-                    start,
-                    end,
-                    page_size,
-                    size,
-                });
+            if start > end || end > size {
+                return Err(ImageError::BadRun { start, end, size });
             }
             pages.add(&(start..end));
         }

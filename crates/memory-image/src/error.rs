@@ -87,16 +87,12 @@ pub enum ImageError {
         why: Unclear,
     },
     /// A run of pages that the diff can't hold.
-    #[error(
-        "{start:#x}..{end:#x} is no run of {page_size}-byte pages in an image of {size:#x} bytes"
-    )]
+    #[error("{start:#x}..{end:#x} is no range of an image of {size:#x} bytes")]
     BadRun {
         /// Where the run starts, in bytes.
         start: u64,
         /// Where it ends, in bytes.
         end: u64,
-        /// The page size of the chain, in bytes.
-        page_size: u64,
         /// The size of the image in bytes.
         size: u64,
     },

@@ -62,9 +62,13 @@ impl RawFile {
         Ok(pages)
     }
 
-    /// The pages that a diff holds, if its holes can be believed.
-    pub(crate) fn diff_pages(&self, page_size: u64) -> Result<PageSet, ImageError> {
-        self.check_holes_are_kept(page_size)?;
+    /// The pages that a diff holds, if its holes can be believed. Directories in `believed` were probed before.
+    pub(crate) fn diff_pages(
+        &self,
+        page_size: u64,
+        believed: &mut Vec<PathBuf>,
+    ) -> Result<PageSet, ImageError> {
+        self.check_holes_are_kept(page_size, believed)?;
         let mut pages = self.no_pages(page_size)?;
         let knowledge = self.each_data_extent(|data| {
             let torn = [data.start, data.end]
@@ -82,7 +86,11 @@ impl RawFile {
         }
     }
 
-    fn check_holes_are_kept(&self, page_size: u64) -> Result<(), ImageError> {
+    fn check_holes_are_kept(
+        &self,
+        page_size: u64,
+        believed: &mut Vec<PathBuf>,
+    ) -> Result<(), ImageError> {
         let failed = |source| ImageError::Open {
             path: self.path.clone(),
             source,
@@ -93,9 +101,13 @@ impl RawFile {
         if mount_of(&self.file) != mount_of(&File::open(dir).map_err(failed)?) {
             return Err(self.unclear(Unclear::MountedAlone));
         }
+        if believed.iter().any(|before| before == dir) {
+            return Ok(());
+        }
         let capabilities =
             Capabilities::probe(dir).map_err(|error| self.unclear(Unclear::Probe(error)))?;
         if tells_pages_from_gaps(&capabilities, page_size) {
+            believed.push(dir.to_owned());
             return Ok(());
         }
         Err(self.unclear(Unclear::FileSystem {
