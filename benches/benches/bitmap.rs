@@ -3,7 +3,7 @@
 use std::hint::black_box;
 
 use benches::{Random, scattered};
-use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
+use criterion::{BatchSize, BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use dirty_bitmap::DirtyBitmap;
 
 const PAGE: u64 = 4096;
@@ -20,20 +20,25 @@ fn mark(c: &mut Criterion) {
 
     let mut group = c.benchmark_group("mark 1 GiB at random");
     group.throughput(Throughput::Elements(MARKS as u64));
-    group.bench_function("dirty-bitmap", |b| {
-        b.iter(|| {
-            addresses
-                .iter()
-                .for_each(|address| _ = black_box(ours.set_dirty(*address)))
-        });
+    let mark_ours = || {
+        addresses
+            .iter()
+            .for_each(|address| _ = black_box(ours.set_dirty(*address)))
+    };
+    let mark_squib = || {
+        addresses
+            .iter()
+            .for_each(|address| _ = black_box(squib.set_dirty(*address)))
+    };
+    let each = BatchSize::PerIteration;
+    group.bench_function("clean pages/dirty-bitmap", |b| {
+        b.iter_batched(|| drop(ours.drain()), |()| mark_ours(), each);
     });
-    group.bench_function("squib-snapshot", |b| {
-        b.iter(|| {
-            addresses
-                .iter()
-                .for_each(|address| _ = black_box(squib.set_dirty(*address)))
-        });
+    group.bench_function("clean pages/squib-snapshot", |b| {
+        b.iter_batched(|| drop(squib.drain()), |()| mark_squib(), each);
     });
+    group.bench_function("dirty pages/dirty-bitmap", |b| b.iter(mark_ours));
+    group.bench_function("dirty pages/squib-snapshot", |b| b.iter(mark_squib));
     group.finish();
 }
 

@@ -67,7 +67,7 @@ impl<B: Deref<Target = DirtyBitmap>> Epoch<B> {
         }
     }
 
-    /// All marks that this epoch has taken so far.
+    /// All marks that this epoch has taken so far, to be looked at: what is drained from it is not given back.
     #[must_use]
     pub fn bitmap(&self) -> &DirtyBitmap {
         &self.taken
