@@ -17,28 +17,24 @@ mod process;
 mod proxy;
 mod ram;
 mod report;
+mod run;
 mod site;
 mod subject;
 mod trace;
 
-use std::io::IsTerminal;
 use std::path::PathBuf;
-use std::process::Command;
-use std::sync::Mutex;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use anyhow::{Context, bail};
-use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
+use anyhow::bail;
 use xshell::Shell;
 
 use crate::packages::Install;
 use child::Child;
-use finding::{Finding, Line, Verdict};
 use inside::Inside;
 use kind::{Kind, Place};
-use mounts::Mount;
-use process::{Interrupt, Process};
-use report::{MountReport, Report};
+use process::Interrupt;
+use report::Report;
+use run::{Job, Run};
 use subject::Sabotage;
 
 /// Mount each file system for real, run the library on it, and say what holds
@@ -106,28 +102,6 @@ fn labelled(text: &str) -> Result<(String, PathBuf), String> {
     }
 }
 
-/// One mount to check.
-enum Job {
-    Here(Kind),
-    User(String, PathBuf),
-    #[cfg(target_os = "linux")]
-    PowerLoss(Vec<Kind>),
-}
-
-impl Job {
-    fn label(&self) -> String {
-        match self {
-            Self::Here(kind) => kind.to_string(),
-            Self::User(label, _) => label.clone(),
-            #[cfg(target_os = "linux")]
-            Self::PowerLoss(_) => "power".into(),
-        }
-    }
-}
-
-/// The longest that one check may take, and mounting before the first.
-const PATIENCE: Duration = Duration::from_secs(240);
-
 impl FsMatrix {
     pub fn run(self, sh: &Shell) -> anyhow::Result<()> {
         match self.part {
@@ -150,14 +124,12 @@ impl FsMatrix {
         if jobs.iter().any(here) {
             self.install.ensure(sh, mounts::PACKAGES, "fs-matrix")?;
         }
-        let run = Run {
-            #[cfg(target_os = "linux")]
-            kit: self.kit(sh, &jobs)?,
-            options: &self,
+        let run = Run::new(
+            &self,
             interrupt,
-            progress: Progress::new(),
-            after_power_loss: Mutex::default(),
-        };
+            #[cfg(target_os = "linux")]
+            self.kit(sh, &jobs)?,
+        );
         let mounts = run.all(jobs)?;
         let report = Report {
             mounts,
@@ -255,236 +227,5 @@ fn list() {
     }
     for check in checks::with_server() {
         println!("  {:11} {} (NFS)", check.family.name(), check.name);
-    }
-}
-
-/// One call of the command.
-struct Run<'a> {
-    #[cfg(target_os = "linux")]
-    kit: Option<guest::Kit>,
-    options: &'a FsMatrix,
-    interrupt: Interrupt,
-    progress: Progress,
-    /// What became of each kind when the power went.
-    after_power_loss: Mutex<Vec<(Kind, Finding)>>,
-}
-
-impl Run<'_> {
-    /// Two at a time; the reports in the order of the jobs.
-    fn all(&self, jobs: Vec<Job>) -> anyhow::Result<Vec<MountReport>> {
-        const AT_ONCE: usize = 2;
-        let queue = Mutex::new(jobs.into_iter().enumerate());
-        let reports = Mutex::new(Vec::new());
-        let work = || {
-            loop {
-                let next = queue.lock().ok().and_then(|mut queue| queue.next());
-                let Some((place, job)) = next else { return };
-                let report = self.one(&job);
-                if let Ok(mut reports) = reports.lock() {
-                    reports.push((place, report));
-                }
-            }
-        };
-        std::thread::scope(|scope| {
-            for _ in 0..AT_ONCE {
-                scope.spawn(work);
-            }
-        });
-        self.interrupt.check()?;
-        let mut reports: Vec<(usize, MountReport)> = reports.into_inner().unwrap_or_default();
-        reports.sort_by_key(|(place, _)| *place);
-        let mut reports: Vec<_> = reports.into_iter().map(|(_, report)| report).collect();
-        for (kind, finding) in self
-            .after_power_loss
-            .lock()
-            .into_iter()
-            .flat_map(|mut all| std::mem::take(&mut *all))
-        {
-            let label = kind.to_string();
-            let of_kind = reports.iter_mut().find(|report| report.mount == label);
-            of_kind
-                .context("a report of each kind")?
-                .findings
-                .push(finding);
-        }
-        // The power's own report has no findings left, and is of use only if it says why.
-        reports.retain(|report| !report.findings.is_empty() || report.failed.is_some());
-        Ok(reports)
-    }
-
-    fn one(&self, job: &Job) -> MountReport {
-        let mut report = MountReport::new(job.label());
-        let bar = self.progress.bar(&report.mount);
-        let result = self.check(job, &mut report, &bar);
-        bar.finish_and_clear();
-        if let Err(error) = result {
-            report.failed = Some(format!("{error:#}"));
-        }
-        if report.findings.is_empty() && report.failed.is_none() {
-            return report;
-        }
-        self.progress.say(&format!(
-            "{:9} {} hold, {} differ, {} broken, {} not run{}",
-            report.mount,
-            report.count(Verdict::Holds),
-            report.count(Verdict::Differs),
-            report.count(Verdict::Broken),
-            report.count(Verdict::NotRun),
-            report
-                .failed
-                .as_ref()
-                .map_or(String::new(), |why| format!("; {why}"))
-        ));
-        report
-    }
-
-    fn check(&self, job: &Job, report: &mut MountReport, bar: &ProgressBar) -> anyhow::Result<()> {
-        self.interrupt.check()?;
-        bar.set_message("mounting");
-        #[cfg(target_os = "linux")]
-        if let (Job::PowerLoss(kinds), Some(kit)) = (job, &self.kit) {
-            return self.lose_power(kinds, kit, bar);
-        }
-        #[cfg(target_os = "linux")]
-        if let (Job::Here(kind), Some(kit)) = (job, &self.kit)
-            && kind.place() == Place::Guest
-        {
-            return self.check_in_guest(*kind, kit, report, bar);
-        }
-        let mount = match job {
-            Job::Here(kind) => mounts::mount(*kind)?,
-            Job::User(_, dir) => {
-                Mount::of_user(dir).with_context(|| format!("can't use {}", dir.display()))?
-            }
-            #[cfg(target_os = "linux")]
-            Job::PowerLoss(_) => bail!("there is no guest to take the power from"),
-        };
-        report.driver.clone_from(&mount.driver);
-        let mut command = Command::new(std::env::current_exe()?);
-        command.args(["fs-matrix", "inside", "--dir"]);
-        command
-            .arg(&mount.dir)
-            .arg("--elsewhere")
-            .arg(&mount.elsewhere);
-        if let Some(small) = &mount.small {
-            command.arg("--small").arg(small);
-        }
-        command.args(self.selection());
-        let process = Process::start(command, &self.interrupt)?;
-        let result = self.follow(&process, report, bar);
-        drop(process);
-        result
-    }
-
-    #[cfg(target_os = "linux")]
-    fn check_in_guest(
-        &self,
-        kind: Kind,
-        kit: &guest::Kit,
-        report: &mut MountReport,
-        bar: &ProgressBar,
-    ) -> anyhow::Result<()> {
-        report.driver = kit.driver(kind);
-        let disks = guest::disks(kind, &kit.run_dir(), self.options.keep)?;
-        let mut arguments = vec!["guest".to_owned(), format!("--kind={}", kind.name())];
-        arguments.extend(self.selection());
-        let qemu = guest::boot(kit, kind.name(), &disks, &arguments, &self.interrupt)?;
-        let result = self.follow(&qemu, report, bar);
-        drop(qemu);
-        result.with_context(|| {
-            format!(
-                "the console's last lines: {}",
-                guest::console_tail(kit, kind.name())
-            )
-        })
-    }
-
-    #[cfg(target_os = "linux")]
-    fn lose_power(
-        &self,
-        kinds: &[Kind],
-        kit: &guest::Kit,
-        bar: &ProgressBar,
-    ) -> anyhow::Result<()> {
-        let sabotage = self.options.sabotage.as_ref();
-        let sabotage = sabotage.and_then(clap::ValueEnum::to_possible_value);
-        let sabotage = sabotage.map(|value| format!("--sabotage={}", value.get_name()));
-        let power = power::PowerLoss {
-            kit,
-            interrupt: &self.interrupt,
-            cuts: self.options.cuts,
-            keep: self.options.keep,
-            options: sabotage.into_iter().collect(),
-        };
-        let mut findings = power.run(kinds, bar)?;
-        if let Ok(mut all) = self.after_power_loss.lock() {
-            all.append(&mut findings);
-        }
-        Ok(())
-    }
-
-    /// The options that the checking side gets too.
-    fn selection(&self) -> Vec<String> {
-        let sabotage = self.options.sabotage.as_ref();
-        let sabotage = sabotage.and_then(clap::ValueEnum::to_possible_value);
-        let checks = self.options.check.iter();
-        checks
-            .map(|name| format!("--check={name}"))
-            .chain(sabotage.map(|value| format!("--sabotage={}", value.get_name())))
-            .collect()
-    }
-
-    /// Takes findings until the checking side says that it is done.
-    fn follow(
-        &self,
-        process: &Process,
-        report: &mut MountReport,
-        bar: &ProgressBar,
-    ) -> anyhow::Result<()> {
-        let mut doing = "mounting".to_owned();
-        loop {
-            let line = process
-                .next(PATIENCE)
-                .with_context(|| format!("during: {doing}"))?;
-            match line {
-                None => bail!("it ended during: {doing}"),
-                Some(Line::Checking(name)) => {
-                    bar.set_message(name.clone());
-                    doing = name;
-                }
-                Some(Line::Found(finding)) => {
-                    bar.inc(1);
-                    report.findings.push(finding);
-                }
-                Some(Line::Recovered(..) | Line::Remade(_) | Line::Committed(..)) => {}
-                Some(Line::Done) => return Ok(()),
-                Some(Line::Failed(why)) => bail!("during: {doing}: {why}"),
-            }
-        }
-    }
-}
-
-/// One line on the terminal for each mount that is being checked; where there is no terminal, only what is said at the end of each.
-struct Progress(MultiProgress);
-
-impl Progress {
-    fn new() -> Self {
-        Self(MultiProgress::new())
-    }
-
-    fn bar(&self, name: &str) -> ProgressBar {
-        let bar = ProgressBar::new(checks::everywhere().count() as u64);
-        if std::io::stderr().is_terminal() {
-            let template = "{prefix:9} {bar:30.cyan} {pos:>3} {elapsed:>4} {msg}";
-            let style = ProgressStyle::with_template(template);
-            bar.set_style(style.expect("the template is well-formed"));
-            bar.enable_steady_tick(Duration::from_millis(200));
-        }
-        bar.set_prefix(name.to_owned());
-        self.0.add(bar)
-    }
-
-    fn say(&self, text: &str) {
-        self.0.suspend(|| eprintln!("{text}"));
     }
 }

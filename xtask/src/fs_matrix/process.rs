@@ -111,3 +111,55 @@ impl Drop for Process {
         self.kill();
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use nix::errno::Errno;
+    use nix::sys::signal::kill;
+
+    use super::*;
+
+    fn shell(script: &str) -> Command {
+        let mut shell = Command::new("sh");
+        shell.args(["-c", script]);
+        shell
+    }
+
+    #[test]
+    fn a_process_that_says_nothing_is_given_up() {
+        let process = Process::start(shell("sleep 300"), &Interrupt::default()).expect("a shell");
+        let error = process
+            .next(Duration::from_millis(50))
+            .expect_err("no line");
+        assert!(error.to_string().contains("nothing heard"), "{error}");
+    }
+
+    #[test]
+    fn a_wait_ends_when_it_is_interrupted() {
+        let interrupt = Interrupt::default();
+        let process = Process::start(shell("sleep 300"), &interrupt).expect("a shell");
+        interrupt.0.store(true, Ordering::Relaxed);
+        let error = process
+            .next(Duration::from_secs(300))
+            .expect_err("interrupted");
+        assert_eq!(error.to_string(), "interrupted");
+    }
+
+    #[test]
+    fn a_dropped_process_takes_its_children_with_it() {
+        let script = "sleep 300 & echo \"{\\\"failed\\\":\\\"$!\\\"}\"; wait";
+        let process = Process::start(shell(script), &Interrupt::default()).expect("a shell");
+        let line = process.next(Duration::from_secs(30)).expect("a line");
+        let Some(Line::Failed(pid)) = line else {
+            panic!("{line:?}")
+        };
+        let child = Pid::from_raw(pid.parse().expect("a process id"));
+        assert_eq!(kill(child, None), Ok(()));
+        drop(process);
+        let start = Instant::now();
+        while kill(child, None) != Err(Errno::ESRCH) {
+            assert!(start.elapsed() < Duration::from_secs(10), "it lives on");
+            thread::sleep(Duration::from_millis(10));
+        }
+    }
+}
