@@ -130,7 +130,12 @@ impl DirtyBitmap {
     /// # Errors
     /// [`OutOfRange`]: nothing is marked.
     pub fn set_dirty(&self, address: u64) -> Result<bool, OutOfRange> {
-        self.set_range(address, 1)
+        // Below the start, it wraps to an offset past the end.
+        let offset = address.wrapping_sub(self.ram.start);
+        if offset >= self.ram.size {
+            return Err(self.ram.out_of_range(address, address.saturating_add(1)));
+        }
+        Ok(self.mark(|table, shift| table.mark_page(offset >> shift)))
     }
 
     /// Marks page number `index`, counted from the start of the RAM in [`page_size`](Self::page_size)s, whatever the granule is now. True if any of it
@@ -284,11 +289,17 @@ impl DirtyBitmap {
 
     /// Marks the granules that `offsets`, not empty and inside the RAM, touch. True if any of them was clean.
     pub(crate) fn mark_offsets(&self, offsets: Range<u64>) -> bool {
+        self.mark(|table, shift| table.mark(pages_touched(&offsets, shift)))
+    }
+
+    /// Has `set` mark in the table that marks go to, of granules of 1 << shift bytes, until that is still the one. True if `set` ever was.
+    #[inline]
+    fn mark(&self, set: impl Fn(&Table, u32) -> bool) -> bool {
         let mut was_clean = false;
         let mut published = self.published();
         loop {
             let shift = published.shift();
-            was_clean |= self.table(shift).mark(pages_touched(&offsets, shift));
+            was_clean |= set(self.table(shift), shift);
             // Rebuilt since: the mark may have come after the sweep of the table it went to.
             let now = self.published();
             if now == published {

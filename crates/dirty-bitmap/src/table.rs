@@ -34,6 +34,13 @@ impl Table {
         })
     }
 
+    /// Marks one page; true if it was clean.
+    #[inline]
+    pub(crate) fn mark_page(&self, page: u64) -> bool {
+        debug_assert!(page < self.pages);
+        self.mark_word(index(page / WORD_BITS), 1 << (page % WORD_BITS))
+    }
+
     /// Marks the pages of `range`; true if any of them was clean.
     pub(crate) fn mark(&self, range: Range<u64>) -> bool {
         debug_assert!(range.end <= self.pages);
@@ -49,6 +56,7 @@ impl Table {
     }
 
     /// Marks the pages `bits` of a word; true if any of them was clean.
+    #[inline]
     pub(crate) fn mark_word(&self, word: usize, bits: u64) -> bool {
         let before = self.words[word].fetch_or(bits, Ordering::AcqRel);
         let (summary, bit) = (&self.summary[word / 64], 1 << (word % 64));
