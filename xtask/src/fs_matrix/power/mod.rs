@@ -172,7 +172,7 @@ impl PowerLoss<'_> {
         loop {
             let within = match cut_at {
                 None => PATIENCE,
-                Some(at) => Instant::now().max(at) - Instant::now(),
+                Some(at) => at.saturating_duration_since(Instant::now()),
             };
             let line = match qemu.next(within) {
                 Ok(line) => line,
@@ -200,7 +200,8 @@ impl PowerLoss<'_> {
         }
         qemu.kill();
         // What it had acknowledged before it died counts, seen here only now or not.
-        while let Some(line) = qemu.next(PATIENCE)? {
+        // Half a line acknowledges nothing.
+        while let Ok(Some(line)) = qemu.next(PATIENCE) {
             take(states, line, cache_before)?;
         }
         for (state, (log, _run)) in states.iter_mut().zip(&logs) {
