@@ -168,7 +168,7 @@ impl PowerLoss<'_> {
         let mut qemu = guest::boot_with(self.kit, "power", drives, &arguments, self.interrupt)?;
         let cache_before = Cache::of_cut(round.saturating_sub(1));
         let mut waiting: Vec<Kind> = states.iter().map(|state| state.kind).collect();
-        let mut cut_at = None;
+        let mut cut_at: Option<Instant> = None;
         loop {
             let within = match cut_at {
                 None => PATIENCE,
