@@ -40,7 +40,11 @@ pub fn run(program: &str, arguments: &[&str]) -> anyhow::Result<()> {
         bail!(
             "{program} {}: {}",
             arguments.join(" "),
-            String::from_utf8_lossy(&output.stderr).trim()
+            // What follows a program's first line is advice.
+            String::from_utf8_lossy(&output.stderr)
+                .lines()
+                .next()
+                .unwrap_or_default()
         );
     }
     Ok(())

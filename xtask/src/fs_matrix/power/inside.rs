@@ -20,9 +20,9 @@ pub struct Power {
     /// One for each disk, in the order of the disks
     #[arg(long, value_enum)]
     kind: Vec<Kind>,
-    /// Nothing was on the disks before
-    #[arg(long)]
-    first: bool,
+    /// Nothing worth looking at is on the disks of these kinds
+    #[arg(long, value_enum)]
+    new: Vec<Kind>,
     #[arg(long, value_enum)]
     sabotage: Option<Sabotage>,
 }
@@ -49,7 +49,7 @@ impl Power {
         let name = || kind.name().to_owned();
         let mut stamp = 1;
         let mut mounted = false;
-        if !self.first {
+        if !self.new.contains(&kind) {
             let found = recovered(kind, disk, &point);
             let whole = match &found {
                 Ok(Content::Whole(stamp)) => Some(*stamp),

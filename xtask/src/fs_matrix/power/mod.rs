@@ -44,6 +44,9 @@ fn promises(kind: Kind) -> bool {
     matches!(kind, Kind::Ext4 | Kind::Xfs | Kind::Btrfs)
 }
 
+/// A driver that has not come so far as a commit for this long, while others commit, has crashed.
+const STUCK: Duration = Duration::from_secs(25);
+
 /// What is known of one disk.
 struct State {
     kind: Kind,
@@ -51,6 +54,8 @@ struct State {
     image: Disk,
     /// The last commit that was acknowledged, if any was since the file system was made.
     acknowledged: Option<u32>,
+    /// Whether the next guest is to make the file system anew, as the last one did not come back from looking at it.
+    anew: bool,
     commits: u64,
     /// Of the cuts by which kind of disk.
     after: BTreeMap<Cache, Tally>,
@@ -117,6 +122,7 @@ impl PowerLoss<'_> {
                 kind,
                 image: Disk::new(path, size, self.keep)?,
                 acknowledged: None,
+                anew: true,
                 commits: 0,
                 after: BTreeMap::new(),
                 flushed: 0,
@@ -162,18 +168,26 @@ impl PowerLoss<'_> {
                 .map(|state| format!("--kind={}", state.kind.name())),
         );
         arguments.extend(self.options.iter().cloned());
-        if round == 0 {
-            arguments.push("--first".into());
-        }
+        let anew = states.iter().filter(|state| state.anew);
+        arguments.extend(anew.map(|state| format!("--new={}", state.kind.name())));
         let mut qemu = guest::boot_with(self.kit, "power", drives, &arguments, self.interrupt)?;
         let cache_before = Cache::of_cut(round.saturating_sub(1));
         let mut waiting: Vec<Kind> = states.iter().map(|state| state.kind).collect();
+        let mut looked: Vec<Kind> = states
+            .iter()
+            .filter(|state| state.anew)
+            .map(|state| state.kind)
+            .collect();
         let mut cut_at: Option<Instant> = None;
+        let mut progress = Instant::now();
         loop {
             let within = match cut_at {
                 None => PATIENCE,
                 Some(at) => at.saturating_duration_since(Instant::now()),
             };
+            if cut_at.is_none() && progress.elapsed() > STUCK && waiting.len() < states.len() {
+                break;
+            }
             let line = match qemu.next(within) {
                 Ok(line) => line,
                 Err(_) if cut_at.is_some_and(|at| Instant::now() >= at) => break,
@@ -188,7 +202,18 @@ impl PowerLoss<'_> {
                     guest::console_tail(self.kit, "power")
                 )
             };
+            if let Line::Recovered(name, ..) = &line {
+                looked.extend(
+                    states
+                        .iter()
+                        .map(|state| state.kind)
+                        .filter(|kind| kind.name() == name),
+                );
+            }
             if let Some(kind) = take(states, line, cache_before)? {
+                if waiting.contains(&kind) {
+                    progress = Instant::now();
+                }
                 waiting.retain(|waiting| *waiting != kind);
                 if waiting.is_empty() && cut_at.is_none() {
                     cut_at = Some(Instant::now() + delay);
@@ -203,6 +228,14 @@ impl PowerLoss<'_> {
         // Half a line acknowledges nothing.
         while let Ok(Some(line)) = qemu.next(PATIENCE) {
             take(states, line, cache_before)?;
+        }
+        for state in states.iter_mut() {
+            state.anew = waiting.contains(&state.kind);
+            if !looked.contains(&state.kind) {
+                let tally = state.after.entry(cache_before).or_default();
+                let what = "the driver does not come back from mounting it".into();
+                *tally.lost.entry(what).or_default() += 1;
+            }
         }
         for (state, (log, _run)) in states.iter_mut().zip(&logs) {
             let cut = log::cut_power(&state.image.path, &log.path, Cache::of_cut(round))?;
