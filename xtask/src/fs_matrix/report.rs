@@ -127,12 +127,11 @@ impl Report {
     }
 
     pub fn save_json(&self, path: &Path) -> anyhow::Result<()> {
-        let json = serde_json::to_string_pretty(self)? + "\n";
-        fs::write(path, json).with_context(|| format!("can't write {}", path.display()))
+        save(path, &(serde_json::to_string_pretty(self)? + "\n"))
     }
 
     pub fn save_markdown(&self, path: &Path) -> anyhow::Result<()> {
-        fs::write(path, self.markdown()).with_context(|| format!("can't write {}", path.display()))
+        save(path, &self.markdown())
     }
 
     fn markdown(&self) -> String {
@@ -207,6 +206,13 @@ impl Report {
         }
         page
     }
+}
+
+fn save(path: &Path, text: &str) -> anyhow::Result<()> {
+    let dir = path.parent().unwrap_or(Path::new(""));
+    fs::create_dir_all(dir)
+        .and_then(|()| fs::write(path, text))
+        .with_context(|| format!("can't write {}", path.display()))
 }
 
 const INTRODUCTION: &str = "# What holds on which file system

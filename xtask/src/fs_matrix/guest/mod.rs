@@ -139,6 +139,13 @@ pub fn boot_with(
     Process::start(qemu, interrupt)
 }
 
+/// Whether the guest's kernel complained of itself on the console: a thread of this program is gone then, the others go on.
+pub fn has_crashed(kit: &Kit, name: &str) -> bool {
+    let log = kit.run_dir().join(format!("{name}.log"));
+    let text = fs::read(log).unwrap_or_default();
+    String::from_utf8_lossy(&text).contains("Oops: ")
+}
+
 /// The last lines of the guest's console, for an error's message.
 pub fn console_tail(kit: &Kit, name: &str) -> String {
     let log = kit.run_dir().join(format!("{name}.log"));

@@ -104,6 +104,10 @@ fn read(log: &File) -> anyhow::Result<Vec<Entry>> {
         word.copy_from_slice(&head[at..at + 8]);
         u64::from_le_bytes(word)
     };
+    if head == [0; 28] {
+        // Not even its head was written: the disk was given nothing.
+        return Ok(Vec::new());
+    }
     if word(0) != MAGIC {
         bail!("not a log of writes");
     }
@@ -203,6 +207,13 @@ mod tests {
         let keeping = apply(&entries, &mut |_| Fate::Kept, &write).expect("applied");
         assert_eq!((keeping.flushed, keeping.kept), (1, 1));
         assert_eq!(done.take(), [(2048, 1024), (3072, 512)]);
+    }
+
+    #[test]
+    fn a_log_of_a_disk_that_was_given_nothing_is_empty() {
+        let file = tempfile::tempfile().expect("a file");
+        file.set_len(1 << 20).expect("grown");
+        assert_eq!(read(&file).expect("a log"), []);
     }
 
     #[test]

@@ -44,8 +44,10 @@ fn promises(kind: Kind) -> bool {
     matches!(kind, Kind::Ext4 | Kind::Xfs | Kind::Btrfs)
 }
 
-/// A driver that has not come so far as a commit for this long, while others commit, has crashed.
-const STUCK: Duration = Duration::from_secs(25);
+/// A driver that has not come so far as a commit for this long, while others commit, has crashed; and once the console says that
+/// something has.
+const STUCK: Duration = Duration::from_secs(40);
+const STUCK_AFTER_OOPS: Duration = Duration::from_secs(4);
 
 /// What is known of one disk.
 struct State {
@@ -144,6 +146,14 @@ impl PowerLoss<'_> {
         Ok(states.iter().map(finding).collect())
     }
 
+    fn patience_with_driver(&self) -> Duration {
+        if guest::has_crashed(self.kit, "power") {
+            STUCK_AFTER_OOPS
+        } else {
+            STUCK
+        }
+    }
+
     fn path(&self, kind: Kind, what: &str) -> PathBuf {
         let name = format!("power-{}-{what}.img", kind.name());
         self.kit.run_dir().join(name)
@@ -185,7 +195,8 @@ impl PowerLoss<'_> {
                 None => PATIENCE,
                 Some(at) => at.saturating_duration_since(Instant::now()),
             };
-            if cut_at.is_none() && progress.elapsed() > STUCK && waiting.len() < states.len() {
+            let others = waiting.len() < states.len();
+            if cut_at.is_none() && others && progress.elapsed() > self.patience_with_driver() {
                 break;
             }
             let line = match qemu.next(within) {
