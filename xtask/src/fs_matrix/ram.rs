@@ -100,8 +100,8 @@ pub fn first_difference(
     range: Range<u64>,
     ram: &dyn PageReader,
 ) -> io::Result<Option<u64>> {
-    let mut found = vec![0; CHUNK];
-    let mut wanted = vec![0; CHUNK];
+    let chunk = (range.end - range.start).min(CHUNK as u64) as usize;
+    let (mut found, mut wanted) = (vec![0; chunk], vec![0; chunk]);
     let mut at = range.start;
     while at < range.end {
         let len = (range.end - at).min(CHUNK as u64) as usize;
