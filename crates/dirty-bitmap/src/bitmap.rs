@@ -85,13 +85,13 @@ impl DirtyBitmap {
     /// the RAM; no memory for the bits.
     pub fn new(ram_start: u64, ram_size: u64, page_size: u64) -> Result<Self, GeometryError> {
         let ram = Ram::new(ram_start, ram_size, page_size)?;
-        Self::with_granule(ram, page_size.trailing_zeros(), page_size.trailing_zeros())
+        Self::clean(ram, page_size.trailing_zeros())
     }
 
-    fn with_granule(ram: Ram, page_shift: u32, shift: u32) -> Result<Self, GeometryError> {
+    fn clean(ram: Ram, shift: u32) -> Result<Self, GeometryError> {
         let bitmap = Self {
             ram,
-            page_shift,
+            page_shift: shift,
             current: AtomicU64::new(Published::first(shift).0),
             tables: (0..u64::BITS).map(|_| OnceLock::new()).collect(),
             moving: Mutex::new(Published::first(shift)),
@@ -224,7 +224,7 @@ impl DirtyBitmap {
     pub fn drain(&self) -> Result<Self, GeometryError> {
         let moving = self.lock();
         let shift = moving.shift();
-        let taken = Self::with_granule(self.ram, shift, shift)?;
+        let taken = Self::clean(self.ram, shift)?;
         let table = taken.table(shift);
         self.table(shift).take(|word, bits| {
             table.mark_word(word, bits);
