@@ -103,18 +103,29 @@ impl LoopMount {
     /// # Errors
     /// The output of the tool that failed (`mkfs`, `losetup` or `mount`), or that it is missing.
     pub fn new(fs: LoopFs) -> io::Result<Self> {
-        Self::with_sectors(fs, 512)
+        Self::on_image(fs, NamedTempFile::new()?)
     }
 
-    /// The same on a disk whose sectors have 512 to 4096 bytes.
+    /// The same in a file that the caller made, and may have told to stay.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new).
+    pub fn on_image(fs: LoopFs, image: NamedTempFile) -> io::Result<Self> {
+        Self::made(fs, image, 512)
+    }
+
+    /// The same as [`new`](Self::new) on a disk whose sectors have 512 to 4096 bytes.
     ///
     /// # Errors
     /// As [`new`](Self::new).
     pub fn with_sectors(fs: LoopFs, bytes: u32) -> io::Result<Self> {
-        let image = NamedTempFile::new()?;
+        Self::made(fs, NamedTempFile::new()?, bytes)
+    }
+
+    fn made(fs: LoopFs, image: NamedTempFile, sectors: u32) -> io::Result<Self> {
         image.as_file().set_len(fs.image_size())?;
         let device = run(tool("losetup")
-            .args(["--find", "--show", "--sector-size", &bytes.to_string()])
+            .args(["--find", "--show", "--sector-size", &sectors.to_string()])
             .arg(image.path()))?;
         let device = device.trim_end();
         let mounted = run(fs.mkfs().arg(device))
@@ -131,6 +142,12 @@ impl LoopMount {
     #[must_use]
     pub fn path(&self) -> &Path {
         self.mounted.path()
+    }
+}
+
+impl AsRef<Path> for LoopMount {
+    fn as_ref(&self) -> &Path {
+        self.path()
     }
 }
 

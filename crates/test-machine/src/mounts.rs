@@ -35,6 +35,12 @@ impl TinyTmpfs {
     }
 }
 
+impl AsRef<Path> for TinyTmpfs {
+    fn as_ref(&self) -> &Path {
+        self.path()
+    }
+}
+
 /// A read-only view of a directory: what a permission bit cannot do to root.
 #[derive(Debug)]
 pub struct ReadOnlyBind(Mounted);

@@ -25,7 +25,7 @@ mod trace;
 use std::path::PathBuf;
 use std::time::Instant;
 
-use anyhow::bail;
+use anyhow::{Context, bail};
 use xshell::Shell;
 
 use crate::packages::Install;
@@ -123,6 +123,8 @@ impl FsMatrix {
         let here = |job: &Job| matches!(job, Job::Here(kind) if kind.place() == Place::Here);
         if jobs.iter().any(here) {
             self.install.ensure(sh, mounts::PACKAGES, "fs-matrix")?;
+            #[cfg(target_os = "linux")]
+            mounts::keep_private().context("can't mount anything")?;
         }
         let run = Run::new(
             &self,
@@ -228,4 +230,10 @@ fn list() {
     for check in checks::with_server() {
         println!("  {:11} {} (NFS)", check.family.name(), check.name);
     }
+    #[cfg(target_os = "linux")]
+    println!(
+        "  {:11} {} (file systems on a disk)",
+        finding::Family::Power.name(),
+        power::CHECK
+    );
 }

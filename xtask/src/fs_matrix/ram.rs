@@ -78,11 +78,15 @@ impl fmt::Display for Content {
 
 /// Reads all of `path`.
 pub fn content(path: &Path, size: u64) -> io::Result<Content> {
-    let file = match File::open(path) {
-        Ok(file) => file,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Content::Missing),
-        Err(error) => return Err(error),
-    };
+    match File::open(path) {
+        Ok(file) => content_of(&file, size),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Content::Missing),
+        Err(error) => Err(error),
+    }
+}
+
+/// Reads all of an open file.
+pub fn content_of(file: &File, size: u64) -> io::Result<Content> {
     let found = file.metadata()?.len();
     if found != size {
         return Ok(Content::WrongSize(found));
@@ -90,7 +94,7 @@ pub fn content(path: &Path, size: u64) -> io::Result<Content> {
     let mut first = [0; WORD as usize];
     file.read_exact_at(&mut first, 0)?;
     let stamp = (u64::from_le_bytes(first) >> 32) as u32;
-    let differs = first_difference(&file, 0..size, &Stamped::new(stamp, size))?;
+    let differs = first_difference(file, 0..size, &Stamped::new(stamp, size))?;
     Ok(differs.map_or(Content::Whole(stamp), |at| Content::Torn { at }))
 }
 

@@ -13,7 +13,7 @@ use super::finding::{Finding, Line, Verdict};
 use super::kind::Kind;
 #[cfg(target_os = "linux")]
 use super::kind::Place;
-use super::mounts::{self, Mount};
+use super::mounts::{self, Images, Mount};
 use super::process::{Interrupt, Process};
 use super::report::MountReport;
 use super::{FsMatrix, checks};
@@ -47,6 +47,7 @@ pub struct Run<'a> {
     #[cfg(target_os = "linux")]
     kit: Option<guest::Kit>,
     options: &'a FsMatrix,
+    images: Images,
     interrupt: Interrupt,
     progress: Progress,
     /// What became of each kind when the power went.
@@ -63,6 +64,10 @@ impl<'a> Run<'a> {
             #[cfg(target_os = "linux")]
             kit,
             options,
+            images: Images {
+                dir: PathBuf::from("target/fs-matrix/run"),
+                keep: options.keep,
+            },
             interrupt,
             progress: Progress::new(),
             after_power_loss: Mutex::default(),
@@ -151,7 +156,7 @@ impl<'a> Run<'a> {
             return self.check_in_guest(*kind, kit, report, bar);
         }
         let mount = match job {
-            Job::Here(kind) => mounts::mount(*kind)?,
+            Job::Here(kind) => mounts::mount(*kind, &self.images)?,
             Job::User(_, dir) => {
                 Mount::of_user(dir).with_context(|| format!("can't use {}", dir.display()))?
             }

@@ -2,20 +2,20 @@
 
 use std::ffi::OsStr;
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 
 use anyhow::{Context, bail};
-use tempfile::TempDir;
+use tempfile::{NamedTempFile, TempDir};
 
-use super::{Mount, elsewhere, kernel};
+use super::{Images, Mount, elsewhere, kernel};
 use crate::fs_matrix::kind::Kind;
 use crate::packages::Package;
 
 /// macOS has all of it on board.
 pub const PACKAGES: &[Package] = &[];
 
-pub fn mount(kind: Kind) -> anyhow::Result<Mount> {
+pub fn mount(kind: Kind, images: &Images) -> anyhow::Result<Mount> {
     let fs = match kind {
         Kind::Apfs => "APFS",
         Kind::ApfsCase => "Case-sensitive APFS",
@@ -24,11 +24,14 @@ pub fn mount(kind: Kind) -> anyhow::Result<Mount> {
         Kind::Nfs3 => return nfs(),
         _ => bail!("{kind} can't be mounted on macOS"),
     };
-    let (main, small) = (Image::new(fs, "8g")?, Image::new(fs, "64m")?);
+    let (main, small) = (
+        Image::new(images, fs, "8g")?,
+        Image::new(images, fs, "64m")?,
+    );
     let (elsewhere, guard) = elsewhere()?;
     Ok(Mount {
-        dir: main.point.clone(),
-        small: Some(small.point.clone()),
+        dir: main.point.path().to_owned(),
+        small: Some(small.point.path().to_owned()),
         elsewhere,
         driver: kernel(),
         guards: vec![Box::new(main), Box::new(small), guard],
@@ -37,19 +40,17 @@ pub fn mount(kind: Kind) -> anyhow::Result<Mount> {
 
 /// An attached sparse disk image; detached when dropped.
 struct Image {
-    point: PathBuf,
-    _dir: TempDir,
+    point: TempDir,
+    _image: NamedTempFile,
 }
 
 impl Image {
-    fn new(fs: &str, size: &str) -> anyhow::Result<Self> {
-        let dir = tempfile::tempdir()?;
-        let image = dir.path().join("disk.sparseimage");
-        let point = dir.path().join("mounted");
-        fs::create_dir(&point)?;
+    fn new(images: &Images, fs: &str, size: &str) -> anyhow::Result<Self> {
+        let (image, point) = (images.file(fs)?, tempfile::tempdir()?);
         let create = [
             "create",
             "-quiet",
+            "-ov",
             "-type",
             "SPARSE",
             "-volname",
@@ -58,19 +59,22 @@ impl Image {
         run(Command::new("hdiutil")
             .args(create)
             .args(["-size", size, "-fs", fs])
-            .arg(&image))?;
+            .arg(image.path()))?;
         run(Command::new("hdiutil")
             .args(["attach", "-quiet", "-nobrowse", "-mountpoint"])
-            .arg(&point)
-            .arg(&image))?;
-        Ok(Self { point, _dir: dir })
+            .arg(point.path())
+            .arg(image.path()))?;
+        Ok(Self {
+            point,
+            _image: image,
+        })
     }
 }
 
 impl Drop for Image {
     fn drop(&mut self) {
         let detach = [OsStr::new("detach"), OsStr::new("-force")];
-        let _ = run(Command::new("hdiutil").args(detach).arg(&self.point));
+        let _ = run(Command::new("hdiutil").args(detach).arg(self.point.path()));
     }
 }
 

@@ -8,10 +8,12 @@ mod native;
 use std::any::Any;
 use std::path::{Path, PathBuf};
 
+use tempfile::NamedTempFile;
+
 #[cfg(target_os = "macos")]
 pub use macos::{PACKAGES, mount};
 #[cfg(target_os = "linux")]
-pub use native::{PACKAGES, mount};
+pub use native::{PACKAGES, keep_private, mount};
 
 /// A mounted directory; unmounted when dropped.
 pub struct Mount {
@@ -23,6 +25,24 @@ pub struct Mount {
     /// What unmounts when it is dropped.
     #[expect(dead_code, reason = "only to be dropped")]
     guards: Vec<Box<dyn Any + Send>>,
+}
+
+/// Where disk images are made, and whether they stay.
+pub struct Images {
+    pub dir: PathBuf,
+    pub keep: bool,
+}
+
+impl Images {
+    /// A new, empty image file.
+    fn file(&self, name: &str) -> anyhow::Result<NamedTempFile> {
+        std::fs::create_dir_all(&self.dir)?;
+        let mut options = tempfile::Builder::new();
+        options.prefix(name).suffix(".img");
+        let mut file = options.tempfile_in(&self.dir)?;
+        file.disable_cleanup(self.keep);
+        Ok(file)
+    }
 }
 
 impl Mount {

@@ -1,9 +1,13 @@
 //! Linux: what this machine's own kernel mounts.
 
+use std::path::Path;
+
 use anyhow::{Context, bail};
+use nix::mount::MsFlags;
+use nix::sched::{CloneFlags, unshare};
 use test_machine::{LoopFs, LoopMount, TinyTmpfs};
 
-use super::{Mount, elsewhere, kernel};
+use super::{Images, Mount, elsewhere, kernel};
 use crate::fs_matrix::kind::Kind;
 use crate::packages::Package;
 
@@ -15,33 +19,35 @@ pub const PACKAGES: &[Package] = &[
     Package::new("strace", "strace"),
 ];
 
-pub fn mount(kind: Kind) -> anyhow::Result<Mount> {
+/// Whatever is mounted from here on is this process's and its children's, and goes with them, also when they are killed. To be called
+/// before the first thread is started.
+pub fn keep_private() -> nix::Result<()> {
+    unshare(CloneFlags::CLONE_NEWNS)?;
+    let private = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
+    nix::mount::mount(None::<&str>, "/", None::<&str>, private, None::<&str>)
+}
+
+pub fn mount(kind: Kind, images: &Images) -> anyhow::Result<Mount> {
     let fs = match kind {
         Kind::Ext4 => LoopFs::Ext4,
         Kind::Xfs => LoopFs::Xfs,
         Kind::Btrfs => LoopFs::Btrfs,
-        Kind::Tmpfs => return tmpfs(),
+        Kind::Tmpfs => return of(TinyTmpfs::new(512 << 20)?, TinyTmpfs::new(24 << 20)?),
         _ => bail!("{kind} is mounted in the guest"),
     };
-    let image = || LoopMount::new(fs).with_context(|| format!("can't mount {kind}"));
-    let (main, small) = (image()?, image()?);
-    let (elsewhere, guard) = elsewhere()?;
-    Ok(Mount {
-        dir: main.path().to_owned(),
-        small: Some(small.path().to_owned()),
-        elsewhere,
-        driver: kernel(),
-        guards: vec![Box::new(main), Box::new(small), guard],
-    })
+    let image = |name| {
+        let image = images.file(&format!("{}-{name}", kind.name()))?;
+        LoopMount::on_image(fs, image).with_context(|| format!("can't mount {kind}"))
+    };
+    of(image("main")?, image("small")?)
 }
 
-fn tmpfs() -> anyhow::Result<Mount> {
-    let (main, small) = (TinyTmpfs::new(512 << 20)?, TinyTmpfs::new(24 << 20)?);
-    // A tmpfs is another file system to a second tmpfs.
+/// The mounts to check and to fill up, and one that is another file system to both.
+fn of<M: AsRef<Path> + Send + 'static>(main: M, small: M) -> anyhow::Result<Mount> {
     let (elsewhere, guard) = elsewhere()?;
     Ok(Mount {
-        dir: main.path().to_owned(),
-        small: Some(small.path().to_owned()),
+        dir: main.as_ref().to_owned(),
+        small: Some(small.as_ref().to_owned()),
         elsewhere,
         driver: kernel(),
         guards: vec![Box::new(main), Box::new(small), guard],
