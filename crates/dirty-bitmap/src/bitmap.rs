@@ -130,11 +130,7 @@ impl DirtyBitmap {
     /// # Errors
     /// [`OutOfRange`]: nothing is marked.
     pub fn set_dirty(&self, address: u64) -> Result<bool, OutOfRange> {
-        // Below the start, it wraps to an offset past the end.
-        let offset = address.wrapping_sub(self.ram.start);
-        if offset >= self.ram.size {
-            return Err(self.ram.out_of_range(address, address.saturating_add(1)));
-        }
+        let offset = self.offset_of(address)?;
         Ok(self.mark(|table, shift| table.mark_page(offset >> shift)))
     }
 
@@ -285,6 +281,17 @@ impl DirtyBitmap {
             });
         });
         Ok(())
+    }
+
+    /// The offset of a guest-physical address from the start of the RAM.
+    #[inline]
+    pub(crate) fn offset_of(&self, address: u64) -> Result<u64, OutOfRange> {
+        // Below the start, it wraps to an offset past the end.
+        let offset = address.wrapping_sub(self.ram.start);
+        if offset >= self.ram.size {
+            return Err(self.ram.out_of_range(address, address.saturating_add(1)));
+        }
+        Ok(offset)
     }
 
     /// Marks the granules that `offsets`, not empty and inside the RAM, touch. True if any of them was clean.

@@ -43,20 +43,28 @@
 #![forbid(unsafe_code)]
 
 mod bitmap;
+mod blocks;
 mod dirty_log;
 mod epoch;
 mod geometry;
 mod page_set;
+mod policy;
+mod protection;
 mod runs;
 mod sync;
 mod table;
+mod tracker;
 
 pub use bitmap::DirtyBitmap;
+pub use blocks::BLOCK_SIZE;
 pub use dirty_log::DirtyLogError;
 pub use epoch::{BeginEpochError, Epoch};
 pub use geometry::{DifferentRam, GeometryError, MAX_RAM_SIZE, OutOfRange};
 pub use page_set::{PageSet, PageSetError};
+pub use policy::{Costs, Policy};
+pub use protection::WriteProtection;
 pub use runs::Runs;
+pub use tracker::{ArmError, FaultError, TrackerError, WriteTracker};
 
 #[cfg(doctest)]
 #[doc = include_str!("../README.md")]

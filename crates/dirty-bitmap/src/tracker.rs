@@ -1,0 +1,318 @@
+//! Tracking by write faults: what each opens, what is protected again, and in which order.
+
+use std::error::Error;
+use std::fmt;
+use std::ops::Range;
+use std::sync::Arc;
+
+use thiserror::Error;
+
+use crate::bitmap::DirtyBitmap;
+use crate::blocks::{BLOCK_SIZE, Blocks};
+use crate::epoch::{BeginEpochError, Epoch};
+use crate::geometry::{GeometryError, OutOfRange};
+use crate::policy::Policy;
+use crate::protection::WriteProtection;
+
+/// Clean pages between two runs that are protected along with them, in place of a second call. They are protected already, so
+/// this changes nothing but the time: walking them takes as long as one call.
+const BRIDGED_PAGES: u64 = 16;
+
+/// Knows what a guest writes by write-protecting its memory, and opens as much at a fault as pays.
+///
+/// Where writes are noticed by faults (Apple's Hypervisor framework, userfaultfd, `mprotect`), granularity decides everything: opened page by page,
+/// the guest waits for every page it writes; opened in large blocks, a diff writes what is clean. So every block of
+/// [2 MiB](crate::BLOCK_SIZE) goes its own way, by its [`Policy`], and changes it at any checkpoint.
+///
+/// Marks never move for that. The bitmap has a bit for each page all the time; a fault marks *just what it opened*, one page or 512. A choice that a
+/// concurrent checkpoint has overtaken is a worse choice, never a lost page.
+///
+/// # Order
+/// A fault is answered by lifting the protection, *then* marking, *then* letting the vCPU go on
+/// ([`on_write_fault`](Self::on_write_fault), and its caller). A checkpoint takes the marks, *then* protects what they cover
+/// ([`arm`](Self::arm)), *then* the pages are copied. Either the checkpoint sees the mark and its protection makes the next write
+/// fault again, or it does not, and the mark stays for the next. (Marking first loses a page: see
+/// [`DirtyBitmap`](DirtyBitmap#mark-last).)
+///
+/// All calls may come from all threads at once, also while the bitmap is [rebuilt](DirtyBitmap::rebuild).
+///
+/// # Memory
+/// 16 bytes for each 2 MiB of RAM, beside the bitmap.
+///
+/// # Examples
+/// ```
+/// use std::{convert::Infallible, ops::Range, sync::Arc};
+///
+/// use dirty_bitmap::{DirtyBitmap, Policy, WriteProtection, WriteTracker};
+///
+/// struct Stage2; // of a hypervisor
+/// impl WriteProtection for Stage2 {
+///     type Error = Infallible;
+///     fn protect(&self, range: Range<u64>) -> Result<(), Infallible> { Ok(()) }
+///     fn lift(&self, range: Range<u64>) -> Result<(), Infallible> { Ok(()) }
+/// }
+/// # fn write_full() -> std::io::Result<()> { Ok(()) }
+/// # fn write_diff(_: &DirtyBitmap) -> std::io::Result<()> { Ok(()) }
+///
+/// let bitmap = Arc::new(DirtyBitmap::new(0x8000_0000, 64 << 20, 16 << 10)?);
+/// let tracker = WriteTracker::new(bitmap, Policy::default())?;
+///
+/// // Until it is protected, nothing is known to be clean: the first checkpoint has all of it.
+/// let epoch = tracker.arm(&Stage2)?;
+/// write_full()?;
+/// epoch.release();
+///
+/// // A vCPU's write faults: on return the page is open and marked, and the vCPU may go on.
+/// tracker.on_write_fault(0x8012_3456, &Stage2)?;
+/// // What the host writes never faults: written, then marked.
+/// tracker.bitmap().set_range(0x8000_0000, 512)?;
+///
+/// let epoch = tracker.arm(&Stage2)?;
+/// write_diff(epoch.bitmap())?; // had this failed, its marks would be back
+/// epoch.release();
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+pub struct WriteTracker {
+    bitmap: Arc<DirtyBitmap>,
+    blocks: Blocks,
+}
+
+impl WriteTracker {
+    /// Tracks the RAM of `bitmap`, in pages of its page size, which must be what the platform can protect. All of the RAM is marked:
+    /// nothing is protected yet, so nothing is known to be clean.
+    ///
+    /// # Errors
+    /// [`TrackerError`]: RAM that is no whole number of pages, or pages larger than a [block](BLOCK_SIZE). Nothing was marked.
+    pub fn new(bitmap: Arc<DirtyBitmap>, policy: Policy) -> Result<Self, TrackerError> {
+        let (ram_start, ram_size) = (bitmap.ram_start(), bitmap.ram_size());
+        let page_size = bitmap.page_size();
+        if page_size > BLOCK_SIZE {
+            return Err(TrackerError::PageLargerThanBlock { page_size });
+        }
+        if !ram_start.is_multiple_of(page_size) || !ram_size.is_multiple_of(page_size) {
+            return Err(TrackerError::NotAligned {
+                ram_start,
+                ram_size,
+                page_size,
+            });
+        }
+        let blocks = Blocks::new(ram_size.div_ceil(BLOCK_SIZE), page_size, policy)
+            .map_err(TrackerError::OutOfMemory)?;
+        bitmap.mark_offsets(0..ram_size);
+        Ok(Self { bitmap, blocks })
+    }
+
+    /// Where the marks are, and where the host's own writes are to be marked.
+    #[must_use]
+    pub fn bitmap(&self) -> &Arc<DirtyBitmap> {
+        &self.bitmap
+    }
+
+    /// How many blocks the next fault opens whole, as things stand.
+    #[must_use]
+    pub fn whole_blocks(&self) -> u64 {
+        self.blocks.whole()
+    }
+
+    /// Answers a write fault at `address`: lifts the protection of its page or its block, then marks what was lifted, and says what that
+    /// was. Only then may the write go on.
+    ///
+    /// Where a platform refuses a page (Linux allows so many mappings only), the block is opened instead, and last all of the RAM.
+    ///
+    /// # Errors
+    /// [`FaultError`]: outside the RAM, or nothing could be opened. What may be open is marked all the same; the write must not go on.
+    pub fn on_write_fault<P: WriteProtection>(
+        &self,
+        address: u64,
+        protection: &P,
+    ) -> Result<Range<u64>, FaultError<P::Error>> {
+        let offset = self
+            .bitmap
+            .offset_of(address)
+            .map_err(FaultError::OutOfRange)?;
+        let start = self.bitmap.ram_start();
+        let end = start + self.bitmap.ram_size();
+        let page_size = self.bitmap.page_size();
+        let around = |size: u64| {
+            let from = offset - offset % size;
+            start + from..end.min(start + from + size)
+        };
+        let (page, block) = (around(page_size), around(BLOCK_SIZE));
+        let in_block = (page.start - block.start) / page_size;
+        let whole = self.blocks.on_fault(
+            (offset / BLOCK_SIZE) as usize,
+            u32::try_from(in_block).unwrap_or(u32::MAX),
+        );
+        let open = |range: Range<u64>| {
+            let lifted = protection.lift(range.clone());
+            // Also where that failed: part of it may be open.
+            self.bitmap
+                .mark_offsets(range.start - start..range.end - start);
+            match lifted {
+                Ok(()) => Ok(range),
+                Err(source) => Err(FaultError::Lift { range, source }),
+            }
+        };
+        open(if whole { block.clone() } else { page }).or_else(|refused| {
+            let wider = open(block).or_else(|_| open(start..end));
+            wider.map_err(|_| refused)
+        })
+    }
+
+    /// A checkpoint: takes all marks into an epoch, protects what they cover, and decides what faults open from here on. On return, every page
+    /// of the epoch may be copied: a write to it faults, and marks it for the next.
+    ///
+    /// vCPUs may run. For an image of one moment they must not, until the pages are copied.
+    ///
+    /// # Errors
+    /// [`ArmError`]: a save is under way, or the protection failed. All marks are back.
+    pub fn arm<P: WriteProtection>(
+        &self,
+        protection: &P,
+    ) -> Result<Epoch<Arc<DirtyBitmap>>, ArmError<P::Error>> {
+        let epoch = Epoch::begin(Arc::clone(&self.bitmap)).map_err(ArmError::Epoch)?;
+        self.end_interval(epoch.bitmap(), protection)?;
+        Ok(epoch)
+    }
+
+    /// Adds to the epoch of a save under way what was marked since, protects it, and returns just that (pre-copy: the guest runs while most of
+    /// it is saved, and is paused for the rest).
+    ///
+    /// # Errors
+    /// [`ArmError`]. What is not protected is marked, for the next epoch too.
+    pub fn arm_more<P: WriteProtection>(
+        &self,
+        epoch: &mut Epoch<Arc<DirtyBitmap>>,
+        protection: &P,
+    ) -> Result<DirtyBitmap, ArmError<P::Error>> {
+        let more = epoch.take_more().map_err(ArmError::OutOfMemory)?;
+        if let Err(error) = self.end_interval(&more, protection) {
+            for run in more.runs() {
+                self.bitmap.mark_offsets(run);
+            }
+            return Err(error);
+        }
+        Ok(more)
+    }
+
+    /// Protects what was `taken`, and looks at each block of it.
+    fn end_interval<P: WriteProtection>(
+        &self,
+        taken: &DirtyBitmap,
+        protection: &P,
+    ) -> Result<(), ArmError<P::Error>> {
+        let start = self.bitmap.ram_start();
+        let page_size = self.bitmap.page_size();
+        let mut dirty = (0, 0);
+        let mut pending: Option<Range<u64>> = None;
+        let protect = |range: Range<u64>| {
+            let range = start + range.start..start + range.end;
+            let Err(source) = protection.protect(range.clone()) else {
+                return Ok(());
+            };
+            // Too many pieces, perhaps: all of the RAM is one.
+            let all = start..start + self.bitmap.ram_size();
+            let retried = protection.protect(all);
+            retried.map_err(|_| ArmError::Protect { range, source })
+        };
+        for run in taken.runs() {
+            let mut at = run.start;
+            while at < run.end {
+                let block = at / BLOCK_SIZE;
+                let end = run.end.min((block + 1) * BLOCK_SIZE);
+                if block != dirty.0 {
+                    self.blocks.on_checkpoint(dirty.0 as usize, dirty.1);
+                    dirty = (block, 0);
+                }
+                dirty.1 += u32::try_from((end - at) / page_size).unwrap_or(u32::MAX);
+                at = end;
+            }
+            pending = Some(match pending {
+                Some(before) if run.start - before.end <= BRIDGED_PAGES * page_size => {
+                    before.start..run.end
+                }
+                Some(before) => {
+                    protect(before)?;
+                    run
+                }
+                None => run,
+            });
+        }
+        self.blocks.on_checkpoint(dirty.0 as usize, dirty.1);
+        pending.map_or(Ok(()), protect)
+    }
+}
+
+impl fmt::Debug for WriteTracker {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("WriteTracker")
+            .field("bitmap", &self.bitmap)
+            .field("whole_blocks", &self.whole_blocks())
+            .finish_non_exhaustive()
+    }
+}
+
+/// RAM that can't be tracked by write faults. Nothing was marked.
+#[derive(Clone, Debug, Error, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum TrackerError {
+    /// A page is larger than a [block](BLOCK_SIZE).
+    #[error("a page of {page_size} bytes: writes are tracked in pages of at most {BLOCK_SIZE}")]
+    PageLargerThanBlock {
+        /// The bitmap's page size in bytes.
+        page_size: u64,
+    },
+    /// The RAM does not begin or does not end with a page.
+    #[error(
+        "RAM of {ram_size:#x} bytes from {ram_start:#x} on is no whole number of pages of {page_size} bytes: \
+         what can't be protected can't be tracked"
+    )]
+    NotAligned {
+        /// The first address of the RAM.
+        ram_start: u64,
+        /// Its size in bytes.
+        ram_size: u64,
+        /// The bitmap's page size in bytes.
+        page_size: u64,
+    },
+    /// The host has no memory for what is kept of each block.
+    #[error("writes can't be tracked")]
+    OutOfMemory(#[source] GeometryError),
+}
+
+/// A write fault that could not be answered: the write must not go on.
+#[derive(Clone, Debug, Error, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum FaultError<E: Error + 'static> {
+    /// The address is not tracked.
+    #[error("a write fault outside the tracked RAM: it is another device's")]
+    OutOfRange(#[source] OutOfRange),
+    /// The protection could not be lifted. What may be open nevertheless is marked.
+    #[error("can't lift the write protection of {:#x}..{:#x}", range.start, range.end)]
+    Lift {
+        /// The addresses that were to be opened.
+        range: Range<u64>,
+        /// What the platform says.
+        source: E,
+    },
+}
+
+/// A checkpoint that could not be made.
+#[derive(Clone, Debug, Error, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum ArmError<E: Error + 'static> {
+    /// No epoch could begin. No mark was taken.
+    #[error("no checkpoint can begin")]
+    Epoch(#[source] BeginEpochError),
+    /// There is no memory for what was marked since. No mark was taken.
+    #[error("no memory for the marks of a checkpoint")]
+    OutOfMemory(#[source] GeometryError),
+    /// The protection failed, and of all the RAM too. What it was for is marked.
+    #[error("can't write-protect {:#x}..{:#x} again: its pages stay dirty", range.start, range.end)]
+    Protect {
+        /// The addresses that were to be protected.
+        range: Range<u64>,
+        /// What the platform says.
+        source: E,
+    },
+}
