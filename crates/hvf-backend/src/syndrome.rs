@@ -1,0 +1,1 @@
+//! What a guest was doing when it left: the exception syndrome.

@@ -1,0 +1,1 @@
+//! Answers the write faults of a guest.
