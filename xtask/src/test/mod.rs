@@ -1,5 +1,7 @@
 //! `cargo xtask test`: everything that must hold before a change goes in.
 
+mod interleavings;
+
 use std::time::Instant;
 
 use anyhow::{Context, bail};
@@ -26,6 +28,9 @@ const PACKAGES: [Package; 5] = [
 pub struct Test {
     #[command(flatten)]
     install: Install,
+    /// Only the steps of these names, as the list at the end has them: "interleavings", say
+    #[arg(long, value_name = "STEP")]
+    only: Vec<String>,
 }
 
 impl Test {
@@ -44,7 +49,7 @@ impl Test {
             println!("this machine has {need}: {met}");
         }
 
-        let steps: [(&str, &dyn Fn() -> anyhow::Result<()>); 9] = [
+        let steps: [(&str, &dyn Fn() -> anyhow::Result<()>); 10] = [
             ("formatting", &|| {
                 Ok(cmd!(sh, "cargo fmt --all --check").run()?)
             }),
@@ -68,21 +73,29 @@ impl Test {
             ("benchmarks, each once", &|| {
                 Ok(cmd!(sh, "cargo bench --locked --package benches -- --test").run()?)
             }),
-            ("interleavings", &|| interleavings(sh)),
+            ("interleavings", &|| interleavings::run(sh)),
             ("the demo", &|| demos(sh)),
+            ("macOS", &|| macos(sh, self.install, ci)),
         ];
+        let names: Vec<&str> = steps.iter().map(|(name, _)| *name).collect();
+        if let Some(unknown) = self
+            .only
+            .iter()
+            .find(|name| !names.contains(&name.as_str()))
+        {
+            bail!(
+                "no step is called {unknown}; there are: {}",
+                names.join(", ")
+            );
+        }
+        let wanted = |name: &str| self.only.is_empty() || self.only.iter().any(|only| only == name);
         let mut times = Vec::new();
-        let mut step = |name: &'static str, run: &dyn Fn() -> anyhow::Result<()>| {
+        for (name, run) in steps.into_iter().filter(|(name, _)| wanted(name)) {
             println!("\n== {name}");
             let start = Instant::now();
             run().with_context(|| format!("{name} failed"))?;
             times.push((name, start.elapsed()));
-            anyhow::Ok(())
-        };
-        for (name, run) in steps {
-            step(name, run)?;
         }
-        step("macOS", &|| macos(sh, self.install, ci))?;
 
         println!("\nall of it passed:");
         for (name, time) in times {
@@ -159,16 +172,6 @@ fn macos(sh: &Shell, install: Install, ci: bool) -> anyhow::Result<()> {
         println!("NOT RUN: this machine can't check for macOS (cargo xtask check-macos --help)");
     }
     Ok(())
-}
-
-fn interleavings(sh: &Shell) -> anyhow::Result<()> {
-    let _loom = sh.push_env("RUSTFLAGS", "--cfg memsnap_loom");
-    let _dir = sh.push_env("CARGO_TARGET_DIR", "target/loom");
-    Ok(cmd!(
-        sh,
-        "cargo test --locked --release --package dirty-bitmap --test loom"
-    )
-    .run()?)
 }
 
 /// The best guest that this machine has, small and, optimised, on both sides of the MMIO gap; then the guests for machines that
