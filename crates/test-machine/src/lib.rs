@@ -1,15 +1,14 @@
-//! What this machine offers the workspace's tests, and the small file systems they run on.
+//! What this machine offers the workspace's tests: the small file systems they run on, and memory whose writes fault.
 //!
 //! A test that needs something a machine may lack asks [`Need::met`] first. Where the thing is missing, one
 //! line says so past the test harness's capture, and the test returns. Where it is missing but named in
 //! `MEMSNAP_REQUIRE` (comma-separated, or `all`; `cargo xtask test` sets `all` in CI), the test fails.
 
-#![forbid(unsafe_code)]
-
 #[cfg(target_os = "linux")]
 mod loop_mount;
 #[cfg(target_os = "linux")]
 mod mounts;
+pub mod tracked;
 
 #[cfg(target_os = "linux")]
 pub use loop_mount::{LoopFs, LoopMount};

@@ -141,7 +141,10 @@ impl Kind {
             #[cfg(not(all(target_os = "linux", target_arch = "x86_64")))]
             Self::Kvm => anyhow::bail!("KVM guests take Linux on x86-64"),
             #[cfg(target_os = "linux")]
-            Self::Userfaultfd => super::embedded::open_userfaultfd().map(drop),
+            Self::Userfaultfd => {
+                test_machine::tracked::open_userfaultfd()?;
+                Ok(())
+            }
             #[cfg(not(target_os = "linux"))]
             Self::Userfaultfd => anyhow::bail!("userfaultfd takes Linux"),
             Self::Mprotect => Ok(()),

@@ -1,22 +1,17 @@
 //! Guests for machines without a hypervisor: the ledger runs as a part of this process, on memory whose writes are tracked by
 //! real page faults.
 
-mod memory;
-mod mprotect;
 #[cfg(test)]
 mod tests;
-#[cfg(target_os = "linux")]
-mod uffd;
 
 use std::io;
-use std::ops::Range;
 use std::sync::Arc;
 
 use anyhow::Context;
-use dirty_bitmap::DirtyBitmap;
-use memory::Memory;
+use dirty_bitmap::{DirtyBitmap, Policy, WriteTracker};
 #[cfg(target_os = "linux")]
-pub use uffd::open as open_userfaultfd;
+use test_machine::tracked::Userfaultfd;
+use test_machine::tracked::{FaultHandler, Memory, Mprotect, PageFaults, page_size};
 
 use super::guest::{Epoch, Guest, Ram, Tracker};
 use super::ledger::{self, Layout, Registers, Verdict, Words};
@@ -29,35 +24,46 @@ pub enum Tracking {
     Mprotect,
 }
 
-/// Makes writes to a memory fault, once a page, and marks the page then.
-trait Guard: Send + Sync {
-    /// Lets the next write to each page of `runs`, byte offsets, fault again.
-    fn protect(&self, runs: &mut dyn Iterator<Item = Range<u64>>) -> io::Result<()>;
+/// A tracker, and the protection whose faults it is told of.
+struct Watch<P> {
+    tracker: Arc<WriteTracker>,
+    protection: P,
+    _handler: FaultHandler,
 }
 
-/// A guard and the marks that it sets.
-struct Watch {
-    guard: Box<dyn Guard>,
-    dirty: Arc<DirtyBitmap>,
+impl<P: PageFaults> Watch<P> {
+    /// Protects the first `ram` bytes, page by page.
+    fn new(ram: u64, protection: P) -> anyhow::Result<Self> {
+        let bitmap = DirtyBitmap::new(0, ram, page_size()?)?;
+        let tracker = Arc::new(WriteTracker::new(Arc::new(bitmap), Policy::Pages)?);
+        let handler = protection.answer({
+            let (tracker, protection) = (Arc::clone(&tracker), protection.clone());
+            move |offset| {
+                let opened = tracker.on_write_fault(offset, &protection);
+                opened.map(drop).map_err(io::Error::other)
+            }
+        })?;
+        // What was written before is no diff's: the first snapshot is a full one.
+        tracker.arm(&protection)?.release();
+        Ok(Self {
+            tracker,
+            protection,
+            _handler: handler,
+        })
+    }
 }
 
-impl Tracker for Watch {
+impl<P: PageFaults> Tracker for Watch<P> {
     fn dirty(&self) -> &Arc<DirtyBitmap> {
-        &self.dirty
+        self.tracker.bitmap()
     }
 
     fn begin(&self) -> anyhow::Result<Epoch> {
-        let epoch = Epoch::begin(Arc::clone(&self.dirty))?;
-        self.guard.protect(&mut epoch.bitmap().runs())?;
-        Ok(epoch)
+        Ok(self.tracker.arm(&self.protection)?)
     }
 
     fn take_more(&self, epoch: &mut Epoch) -> anyhow::Result<DirtyBitmap> {
-        // First the marks, then the protection, and both before the copy: a write in between is in the copy, and a
-        // later one faults.
-        let more = epoch.take_more()?;
-        self.guard.protect(&mut more.runs())?;
-        Ok(more)
+        Ok(self.tracker.arm_more(epoch, &self.protection)?)
     }
 }
 
@@ -130,15 +136,14 @@ impl Guest for Embedded {
     }
 
     fn track(&mut self) -> anyhow::Result<Arc<dyn Tracker>> {
-        let bitmap = DirtyBitmap::new(0, self.layout.ram, memory::page_size()?)?;
-        let (memory, dirty) = (Arc::clone(&self.memory), Arc::new(bitmap));
-        let marks = Arc::clone(&dirty);
-        let guard: Box<dyn Guard> = match self.tracking {
+        let ram = self.layout.ram;
+        Ok(match self.tracking {
             #[cfg(target_os = "linux")]
-            Tracking::Userfaultfd => Box::new(uffd::Userfaultfd::new(memory, marks)?),
-            Tracking::Mprotect => Box::new(mprotect::Mprotect::new(memory, marks)?),
-        };
-        Ok(Arc::new(Watch { guard, dirty }))
+            Tracking::Userfaultfd => {
+                Arc::new(Watch::new(ram, Userfaultfd::new(&self.memory, ram, 1)?)?)
+            }
+            Tracking::Mprotect => Arc::new(Watch::new(ram, Mprotect::new(&self.memory))?),
+        })
     }
 
     fn processor(&mut self) -> anyhow::Result<Vec<u8>> {

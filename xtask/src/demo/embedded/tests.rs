@@ -1,3 +1,4 @@
+use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use rstest::rstest;
@@ -35,7 +36,7 @@ fn exactly_the_pages_written_since_the_harvest_are_marked(#[case] tracking: Trac
     ) {
         return;
     }
-    let page = memory::page_size().unwrap();
+    let page = page_size().unwrap();
     let (memory, tracker) = tracked(tracking, 8 << 20);
     memory.store(3 * page - 8, 1);
     memory.store(3 * page, 2);
@@ -56,7 +57,7 @@ fn two_guests_of_one_process_are_tracked_apart(#[case] tracking: Tracking) {
     if !here(tracking, "two_guests_of_one_process_are_tracked_apart") {
         return;
     }
-    let page = memory::page_size().unwrap();
+    let page = page_size().unwrap();
     let (one, tracker_of_one) = tracked(tracking, 8 << 20);
     let (other, tracker) = tracked(tracking, 8 << 20);
     other.store(page, 1);
@@ -88,10 +89,7 @@ fn more_scattered_pages_than_mappings_are_marked_all_the_same() {
         return;
     }
     let limit = std::fs::read_to_string("/proc/sys/vm/max_map_count").unwrap();
-    let (limit, page) = (
-        limit.trim().parse::<u64>().unwrap(),
-        memory::page_size().unwrap(),
-    );
+    let (limit, page) = (limit.trim().parse::<u64>().unwrap(), page_size().unwrap());
     let (memory, tracker) = tracked(Tracking::Mprotect, (limit + 4096) * page);
     for number in (0..limit + 2048).step_by(2) {
         nix::errno::Errno::set_raw(77);
@@ -116,7 +114,7 @@ fn copying_what_was_marked_while_it_is_written_misses_no_write(#[case] tracking:
         return;
     }
     const PAGES: u64 = 1000;
-    let page = memory::page_size().unwrap();
+    let page = page_size().unwrap();
     let (memory, tracker) = tracked(tracking, 16 << 20);
     let mut epoch = tracker.begin().unwrap();
     let copy: Vec<_> = (0..PAGES).map(|_| AtomicU64::new(0)).collect();

@@ -1,7 +1,6 @@
-//! Writes tracked by `mprotect`: a store to a protected page raises a signal, whose handler marks the page and makes
-//! it writable. Works on every Unix.
+//! Write protection by `mprotect`: a store to a protected page raises a signal, in whose handler the callback runs. Works on every Unix.
 //!
-//! The handler does what a signal handler may: it reads atomics, marks (lock-free, without allocating), and calls `mprotect`.
+//! The handler does what a signal handler may: it reads atomics, and calls back what is bound to do no more.
 
 #![allow(unsafe_code)]
 
@@ -11,54 +10,73 @@ use std::ptr;
 use std::sync::atomic::{AtomicPtr, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
-use dirty_bitmap::DirtyBitmap;
+use dirty_bitmap::WriteProtection;
 use nix::errno::Errno;
 
-use super::Guard;
-use super::memory::Memory;
+use super::{FaultHandler, Memory, OnWrite, PageFaults};
 
 /// The signals of a store to a protected page: SIGSEGV by POSIX, SIGBUS on macOS.
 const SIGNALS: [libc::c_int; 2] = [libc::SIGSEGV, libc::SIGBUS];
 
-/// Tracks the writes to one [`Memory`].
+/// Protects a [`Memory`] by `mprotect`.
+#[derive(Clone, Debug)]
 pub struct Mprotect {
-    region: Box<Region>,
-    slot: usize,
+    memory: Arc<Memory>,
+}
+
+impl Mprotect {
+    /// Nothing is protected yet.
+    #[must_use]
+    pub fn new(memory: &Arc<Memory>) -> Self {
+        Self {
+            memory: Arc::clone(memory),
+        }
+    }
+}
+
+impl WriteProtection for Mprotect {
+    type Error = io::Error;
+
+    fn protect(&self, range: Range<u64>) -> io::Result<()> {
+        Ok(self.memory.set_writable(range, false)?)
+    }
+
+    /// Linux refuses where the process would have too many mappings (`vm.max_map_count`).
+    fn lift(&self, range: Range<u64>) -> io::Result<()> {
+        Ok(self.memory.set_writable(range, true)?)
+    }
+}
+
+impl PageFaults for Mprotect {
+    fn answer(
+        &self,
+        on_write: impl Fn(u64) -> io::Result<()> + Send + Sync + 'static,
+    ) -> io::Result<FaultHandler> {
+        install_handler()?;
+        let region = Box::new(Region {
+            memory: Arc::clone(&self.memory),
+            on_write: Box::new(on_write),
+        });
+        let slot = occupy(&region)?;
+        Ok(FaultHandler::new(Occupied { region, slot }))
+    }
 }
 
 struct Region {
     memory: Arc<Memory>,
-    dirty: Arc<DirtyBitmap>,
+    on_write: OnWrite,
 }
 
-impl Mprotect {
-    /// Protects all of `memory`; from now on `dirty` says what is written.
-    pub fn new(memory: Arc<Memory>, dirty: Arc<DirtyBitmap>) -> io::Result<Self> {
-        install_handler()?;
-        let region = Box::new(Region { memory, dirty });
-        let slot = occupy(&region)?;
-        let guard = Self { region, slot };
-        let whole = 0..guard.region.memory.len() as u64;
-        guard.protect(&mut [whole].into_iter())?;
-        Ok(guard)
-    }
+struct Occupied {
+    region: Box<Region>,
+    slot: usize,
 }
 
-impl Guard for Mprotect {
-    fn protect(&self, runs: &mut dyn Iterator<Item = Range<u64>>) -> io::Result<()> {
-        for run in runs {
-            let memory = &self.region.memory;
-            memory.set_writable(run.start as usize..run.end as usize, false)?;
-        }
-        Ok(())
-    }
-}
-
-impl Drop for Mprotect {
+impl Drop for Occupied {
     fn drop(&mut self) {
         let memory = &self.region.memory;
         // Unprotected first: a fault after the slot is free would be nobody's.
-        let writable = memory.set_writable(0..memory.len(), true);
+        let writable = memory.set_writable(0..memory.len() as u64, true);
         debug_assert!(writable.is_ok());
         let slot = &SLOTS[self.slot];
         slot.len.store(0, Ordering::SeqCst);
@@ -96,7 +114,7 @@ fn occupy(region: &Region) -> io::Result<usize> {
     let index = SLOTS
         .iter()
         .position(is_free)
-        .ok_or_else(|| io::Error::other("too many tracked guests in one process"))?;
+        .ok_or_else(|| io::Error::other("too many tracked memories in one process"))?;
     let slot = &SLOTS[index];
     slot.region
         .store(ptr::from_ref(region).cast_mut(), Ordering::Release);
@@ -107,7 +125,7 @@ fn occupy(region: &Region) -> io::Result<usize> {
     Ok(index)
 }
 
-/// Makes the page of `address` writable and marks it, if it belongs to a tracked memory.
+/// Calls back for `address`, if it belongs to a tracked memory.
 fn handle(address: usize) -> bool {
     SLOTS.iter().any(|slot| {
         slot.handlers.fetch_add(1, Ordering::SeqCst);
@@ -118,33 +136,11 @@ fn handle(address: usize) -> bool {
             // SAFETY: the slot has a length, and this handler was counted before it was read: whoever takes the slot back
             // waits for the count before the region is dropped.
             let region = unsafe { &*slot.region.load(Ordering::Acquire) };
-            region.open(offset).is_ok()
+            (region.on_write)(offset as u64).is_ok()
         };
         slot.handlers.fetch_sub(1, Ordering::SeqCst);
         opened
     })
-}
-
-impl Region {
-    /// Makes the page at `offset` writable, then marks it: in the other order, a save could take the mark out and protect the page
-    /// in between, and the write that follows would go unseen. The writer waits meanwhile.
-    fn open(&self, offset: usize) -> nix::Result<()> {
-        let mut block = self.dirty.page_size() as usize;
-        loop {
-            let start = offset & !(block - 1);
-            let end = (start + block).min(self.memory.len());
-            match self.memory.set_writable(start..end, true) {
-                // Too many mappings (Linux: vm.max_map_count). A larger block is one mapping where there were many; its
-                // clean pages are marked as well, which costs bytes and loses nothing.
-                Err(Errno::ENOMEM) if end - start < self.memory.len() => block *= 8,
-                Err(errno) => return Err(errno),
-                Ok(()) => {
-                    let marked = self.dirty.set_range(start as u64, (end - start) as u64);
-                    return marked.map(drop).map_err(|_| Errno::ERANGE);
-                }
-            }
-        }
-    }
 }
 
 type Handler = extern "C" fn(libc::c_int, *mut libc::siginfo_t, *mut libc::c_void);

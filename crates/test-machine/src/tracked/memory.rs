@@ -1,19 +1,20 @@
-//! Anonymous memory of this process, used as an embedded guest's RAM. No reference ever covers it.
+//! Memory mapped in this process, used as a guest's RAM. No reference ever covers it.
 
 #![allow(unsafe_code)]
 
+use std::fs::File;
 use std::io;
 use std::num::NonZeroUsize;
 use std::ops::Range;
 use std::ptr::NonNull;
 
-use nix::sys::mman::{MapFlags, ProtFlags, mmap_anonymous, mprotect, munmap};
+use nix::sys::mman::{MapFlags, ProtFlags, mmap, mmap_anonymous, mprotect, munmap};
 #[cfg(target_os = "linux")]
 use nix::sys::mman::{MmapAdvise, madvise};
 use nix::unistd::{SysconfVar, sysconf};
 use page_reader::{HostMemory, PageReader};
 
-/// A private anonymous mapping.
+/// A mapping of this process, readable and, but for its write protection, writable.
 #[derive(Debug)]
 pub struct Memory {
     start: NonNull<u8>,
@@ -27,45 +28,76 @@ unsafe impl Sync for Memory {}
 
 impl Memory {
     /// Maps `len` bytes of zeros.
+    ///
+    /// # Errors
+    /// What `mmap` says; [`InvalidInput`](io::ErrorKind::InvalidInput) for a `len` of 0.
     pub fn new(len: u64) -> io::Result<Self> {
-        let size = usize::try_from(len).ok().and_then(NonZeroUsize::new);
-        let size = size.ok_or(io::ErrorKind::InvalidInput)?;
-        let access = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
+        let size = size(len)?;
         let kind = MapFlags::MAP_PRIVATE | MapFlags::MAP_NORESERVE;
         // SAFETY: a new mapping at an address of the kernel's choice replaces none.
-        let start = unsafe { mmap_anonymous(None, size, access, kind)? }.cast();
-        let memory = Self {
-            start,
-            len: size.get(),
-        };
-        #[cfg(target_os = "linux")]
-        // SAFETY: the range is the mapping made above. Pages are tracked singly, so the kernel needn't make huge ones.
-        // Kernels without huge pages refuse, which is as good.
-        let _ = unsafe { madvise(start.cast(), memory.len, MmapAdvise::MADV_NOHUGEPAGE) };
-        Ok(memory)
+        let start = unsafe { mmap_anonymous(None, size, READ_WRITE, kind)? };
+        Ok(Self::in_small_pages(start.cast(), size))
     }
 
-    pub fn start(&self) -> *mut u8 {
+    /// Maps the first `len` bytes of `file`, which must stay as long. What is written to the file by its descriptor appears in the memory and never
+    /// faults: as a hypervisor's host writes to its guest.
+    ///
+    /// # Errors
+    /// What `mmap` says; [`InvalidInput`](io::ErrorKind::InvalidInput) for a `len` of 0 or past the file's end.
+    pub fn of_file(file: &File, len: u64) -> io::Result<Self> {
+        let size = size(len)?;
+        if file.metadata()?.len() < len {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        // SAFETY: as above. The file is at least as long; that it stays so is asked of the caller, and a load past its end would be
+        // a signal, not another object's bytes.
+        let start = unsafe { mmap(None, size, READ_WRITE, MapFlags::MAP_SHARED, file, 0)? };
+        Ok(Self::in_small_pages(start.cast(), size))
+    }
+
+    fn in_small_pages(start: NonNull<u8>, len: NonZeroUsize) -> Self {
+        let len = len.get();
+        #[cfg(target_os = "linux")]
+        // SAFETY: the range is a mapping just made. Pages are tracked singly, so the kernel needn't make huge ones.
+        // Kernels without huge pages refuse, which is as good.
+        let _ = unsafe { madvise(start.cast(), len, MmapAdvise::MADV_NOHUGEPAGE) };
+        Self { start, len }
+    }
+
+    pub(super) fn start(&self) -> *mut u8 {
         self.start.as_ptr()
     }
 
+    /// Bytes, at least 1.
+    #[must_use]
+    #[allow(clippy::len_without_is_empty)]
     pub fn len(&self) -> usize {
         self.len
     }
 
-    /// The word at `offset`, which must be aligned to it.
+    /// The word at `offset`.
+    ///
+    /// # Panics
+    /// At an offset that isn't a multiple of 8 inside the memory.
+    #[must_use]
     pub fn load(&self, offset: u64) -> u64 {
         // SAFETY: `word` keeps the address inside the mapping, which is readable for its whole life, and aligned.
         unsafe { self.word(offset).read_volatile() }
     }
 
-    /// Replaces the word at `offset`. A page protected by a tracker faults, is marked and becomes writable.
+    /// Replaces the word at `offset`. Where it is protected, this faults.
+    ///
+    /// # Panics
+    /// As [`load`](Self::load).
     pub fn store(&self, offset: u64, word: u64) {
-        // SAFETY: as for `load`; a tracker makes the page writable in its fault handler before the store is repeated.
+        // SAFETY: as for `load`; a protected page is made writable in the fault handler before the store is repeated.
         unsafe { self.word(offset).write_volatile(word) }
     }
 
     /// Copies `bytes` to `offset`.
+    ///
+    /// # Panics
+    /// Where they don't fit.
     pub fn write(&self, offset: u64, bytes: &[u8]) {
         let inside = offset.checked_add(bytes.len() as u64);
         assert!(inside.is_some_and(|end| end <= self.len as u64));
@@ -77,17 +109,17 @@ impl Memory {
     }
 
     /// Makes a range of whole pages writable or not.
-    pub fn set_writable(&self, range: Range<usize>, writable: bool) -> nix::Result<()> {
-        assert!(range.start <= range.end && range.end <= self.len);
+    pub(super) fn set_writable(&self, range: Range<u64>, writable: bool) -> nix::Result<()> {
+        assert!(range.start <= range.end && range.end <= self.len as u64);
         let access = if writable {
-            ProtFlags::PROT_READ | ProtFlags::PROT_WRITE
+            READ_WRITE
         } else {
             ProtFlags::PROT_READ
         };
         // SAFETY: checked above to be inside the mapping, to which no reference exists; it stays readable.
         unsafe {
-            let start = self.start.add(range.start);
-            mprotect(start.cast(), range.len(), access)
+            let start = self.start.add(range.start as usize);
+            mprotect(start.cast(), (range.end - range.start) as usize, access)
         }
     }
 
@@ -95,12 +127,19 @@ impl Memory {
         let fits = offset.is_multiple_of(8) && offset < self.len as u64;
         assert!(
             fits,
-            "offset {offset:#x} in an embedded guest's RAM of {:#x} bytes",
+            "no word at offset {offset:#x} of a memory of {:#x} bytes",
             self.len
         );
         // SAFETY: just checked to be inside the mapping.
         unsafe { self.start.add(offset as usize) }.as_ptr().cast()
     }
+}
+
+const READ_WRITE: ProtFlags = ProtFlags::PROT_READ.union(ProtFlags::PROT_WRITE);
+
+fn size(len: u64) -> io::Result<NonZeroUsize> {
+    let size = usize::try_from(len).ok().and_then(NonZeroUsize::new);
+    size.ok_or_else(|| io::ErrorKind::InvalidInput.into())
 }
 
 impl PageReader for Memory {
@@ -121,6 +160,9 @@ impl PageReader for Memory {
 }
 
 /// The bytes of a page of this machine.
+///
+/// # Errors
+/// Where the system doesn't tell.
 pub fn page_size() -> io::Result<u64> {
     let size = sysconf(SysconfVar::PAGE_SIZE)?.and_then(|size| u64::try_from(size).ok());
     size.ok_or_else(|| io::Error::other("this machine does not tell its page size"))
@@ -128,7 +170,7 @@ pub fn page_size() -> io::Result<u64> {
 
 impl Drop for Memory {
     fn drop(&mut self) {
-        // SAFETY: the mapping made by `new`; whoever could access it holds a borrow of `self`.
+        // SAFETY: the mapping made by `new` or `of_file`; whoever could access it holds a borrow of `self`.
         let unmapped = unsafe { munmap(self.start.cast(), self.len) };
         debug_assert!(unmapped.is_ok());
     }
