@@ -1,0 +1,56 @@
+//! What the framework says when it refuses.
+
+use applevisor::error::HypervisorError;
+use applevisor_sys::{hv_error_t, hv_return_t};
+use thiserror::Error;
+
+/// A call that the framework refused.
+#[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
+#[error("{call}: {} ({:#x})", self.name(), self.code)]
+#[non_exhaustive]
+pub struct HvError {
+    /// The call, by its name in C.
+    pub call: &'static str,
+    /// The framework's code (`hv_return_t`).
+    pub code: i32,
+}
+
+/// The framework's codes and their names, `Hypervisor/hv_error.h`.
+const NAMES: [(hv_error_t, &str); 9] = [
+    (hv_error_t::HV_ERROR, "HV_ERROR"),
+    (hv_error_t::HV_BUSY, "HV_BUSY"),
+    (hv_error_t::HV_BAD_ARGUMENT, "HV_BAD_ARGUMENT"),
+    (hv_error_t::HV_ILLEGAL_GUEST_STATE, "HV_ILLEGAL_GUEST_STATE"),
+    (hv_error_t::HV_NO_RESOURCES, "HV_NO_RESOURCES"),
+    (hv_error_t::HV_NO_DEVICE, "HV_NO_DEVICE"),
+    (hv_error_t::HV_DENIED, "HV_DENIED"),
+    (hv_error_t::HV_FAULT, "HV_FAULT"),
+    (hv_error_t::HV_UNSUPPORTED, "HV_UNSUPPORTED"),
+];
+
+impl HvError {
+    /// The result of a call that returned `code`.
+    pub(crate) fn check(call: &'static str, code: hv_return_t) -> Result<(), Self> {
+        match code {
+            0 => Ok(()),
+            code => Err(Self { call, code }),
+        }
+    }
+
+    /// For the calls that are made through `applevisor`.
+    pub(crate) fn of(call: &'static str) -> impl Fn(HypervisorError) -> Self {
+        move |error| Self {
+            call,
+            code: error.into(),
+        }
+    }
+
+    pub(crate) fn is(&self, error: hv_error_t) -> bool {
+        self.code == error as hv_return_t
+    }
+
+    fn name(&self) -> &'static str {
+        let known = NAMES.iter().find(|(error, _)| self.is(*error));
+        known.map_or("an error of no known name", |(_, name)| name)
+    }
+}
