@@ -216,6 +216,8 @@ impl WriteTracker {
             retried.map_err(|_| ArmError::Protect { range, source })
         };
         for run in taken.runs() {
+            // The bitmap may have been rebuilt finer than what can be protected.
+            let run = run.start / page_size * page_size..run.end.next_multiple_of(page_size);
             let mut at = run.start;
             while at < run.end {
                 let block = at / BLOCK_SIZE;
@@ -227,10 +229,9 @@ impl WriteTracker {
                 dirty.1 += u32::try_from((end - at) / page_size).unwrap_or(u32::MAX);
                 at = end;
             }
+            let near = |before: &Range<u64>| run.start <= before.end + BRIDGED_PAGES * page_size;
             pending = Some(match pending {
-                Some(before) if run.start - before.end <= BRIDGED_PAGES * page_size => {
-                    before.start..run.end
-                }
+                Some(before) if near(&before) => before.start..run.end,
                 Some(before) => {
                     protect(before)?;
                     run

@@ -1,0 +1,177 @@
+//! A tracker beside an oracle that knows of every write: what was saved, and what is still marked, is all that was written.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread;
+
+use crate::machine::Machine;
+use dirty_bitmap::{BLOCK_SIZE, Policy, WriteTracker};
+use proptest::prelude::*;
+use rstest::rstest;
+
+const PAGES: u64 = 20;
+const PAGE: u64 = BLOCK_SIZE / 8;
+
+#[derive(Clone, Debug)]
+enum Step {
+    Write(u64),
+    HostWrite(u64),
+    /// A save, with writes between its two halves, that fails or not; after so many calls the platform refuses.
+    Save {
+        meanwhile: Vec<u64>,
+        fails: bool,
+        patience: u64,
+    },
+    Rebuild(u32),
+}
+
+fn steps() -> impl Strategy<Value = Vec<Step>> {
+    let patience = prop_oneof![3 => Just(u64::MAX), 1 => 0u64..3];
+    let save = (
+        prop::collection::vec(0..PAGES, 0..4),
+        any::<bool>(),
+        patience,
+    );
+    let step = prop_oneof![
+        6 => (0..PAGES).prop_map(Step::Write),
+        1 => (0..PAGES).prop_map(Step::HostWrite),
+        2 => save.prop_map(|(meanwhile, fails, patience)| Step::Save { meanwhile, fails, patience }),
+        1 => (10u32..22).prop_map(Step::Rebuild),
+    ];
+    prop::collection::vec(step, 1..60)
+}
+
+fn policies() -> impl Strategy<Value = Policy> {
+    prop_oneof![
+        Just(Policy::Pages),
+        Just(Policy::Blocks),
+        (0u32..5).prop_map(Policy::FaultLimit),
+        Just(Policy::default()),
+    ]
+}
+
+/// Saves what is marked, and what is written meanwhile; on failure the image stays as it was.
+fn save(
+    machine: &Machine,
+    tracker: &WriteTracker,
+    image: &mut Vec<u64>,
+    mut meanwhile: impl FnMut(),
+    fails: bool,
+) -> Option<()> {
+    let mut next = image.clone();
+    let mut epoch = tracker.arm(machine).ok()?;
+    machine.copy(epoch.bitmap(), &mut next);
+    meanwhile();
+    let more = tracker.arm_more(&mut epoch, machine).ok()?;
+    machine.copy(&more, &mut next);
+    if fails {
+        return None;
+    }
+    *image = next;
+    epoch.release();
+    Some(())
+}
+
+proptest! {
+    #[test]
+    fn what_is_written_is_in_the_next_successful_save(policy in policies(), steps in steps()) {
+        let machine = Machine::new(3 * BLOCK_SIZE, PAGES, PAGE);
+        let tracker = machine.tracked(policy);
+        let mut image = vec![0; PAGES as usize];
+        let stamp = AtomicU64::new(0);
+        let next = || stamp.fetch_add(1, Ordering::Relaxed) + 1;
+        for step in steps {
+            match step {
+                Step::Write(page) => _ = machine.write(&tracker, page, next()),
+                Step::HostWrite(page) => machine.host_write(&tracker, page, next()),
+                Step::Rebuild(shift) => tracker.bitmap().rebuild(1 << shift).unwrap(),
+                Step::Save { meanwhile, fails, patience } => {
+                    machine.patience.store(patience, Ordering::SeqCst);
+                    let writes = || {
+                        machine.patience.store(u64::MAX, Ordering::SeqCst);
+                        for page in &meanwhile {
+                            machine.write(&tracker, *page, next());
+                        }
+                        machine.patience.store(patience, Ordering::SeqCst);
+                    };
+                    let saved = save(&machine, &tracker, &mut image, writes, fails);
+                    machine.patience.store(u64::MAX, Ordering::SeqCst);
+                    // Nobody writes now: a save that succeeded has everything.
+                    if saved.is_some() {
+                        prop_assert_eq!(&image, &machine.words());
+                    }
+                }
+            }
+        }
+        prop_assert!(save(&machine, &tracker, &mut image, || (), false).is_some());
+        prop_assert_eq!(image, machine.words());
+    }
+}
+
+/// Eight vCPUs write, one thread rebuilds the bitmap back and forth, and saves go on meanwhile, every third of them failing.
+#[rstest]
+fn eight_threads_write_while_saves_and_rebuilding_go_on(
+    #[values(
+        Policy::Pages,
+        Policy::Blocks,
+        Policy::FaultLimit(3),
+        Policy::default()
+    )]
+    policy: Policy,
+) {
+    const PAGES: u64 = 4 * 512;
+    const WRITES: u64 = 20_000;
+    const SAVES: u64 = 30;
+    let machine = Machine::new(0, PAGES, 4096);
+    let tracker = machine.tracked(policy);
+    let mut image = vec![0; PAGES as usize];
+    let (done, saves) = (AtomicBool::new(false), AtomicU64::new(0));
+    thread::scope(|scope| {
+        let vcpus: Vec<_> = (0..8u64)
+            .map(|vcpu| {
+                let (machine, tracker, saves) = (&machine, &tracker, &saves);
+                scope.spawn(move || {
+                    let mut random = vcpu + 1;
+                    for count in 0u64.. {
+                        if count >= WRITES && saves.load(Ordering::Relaxed) >= SAVES {
+                            break;
+                        }
+                        // Xorshift (Marsaglia 2003); half of the writes go to a few hot pages.
+                        random ^= random << 13;
+                        random ^= random >> 7;
+                        random ^= random << 17;
+                        let span = if random & 1 << 40 == 0 { PAGES } else { 24 };
+                        let word = vcpu << 32 | count;
+                        match random & 0xff << 50 {
+                            0 => machine.host_write(tracker, random % span, word),
+                            _ => _ = machine.write(tracker, random % span, word),
+                        }
+                    }
+                })
+            })
+            .collect();
+        let rebuilder = scope.spawn(|| {
+            while !done.load(Ordering::Relaxed) {
+                for granule in [1 << 14, 1 << 21, 1 << 12] {
+                    tracker.bitmap().rebuild(granule).unwrap();
+                    thread::yield_now();
+                }
+            }
+        });
+        let mut round = 0;
+        while vcpus.iter().any(|vcpu| !vcpu.is_finished()) {
+            round += 1;
+            let saved = save(
+                &machine,
+                &tracker,
+                &mut image,
+                thread::yield_now,
+                round % 3 == 0,
+            );
+            saves.fetch_add(saved.is_some().into(), Ordering::Relaxed);
+        }
+        done.store(true, Ordering::Relaxed);
+        rebuilder.join().unwrap();
+    });
+    save(&machine, &tracker, &mut image, || (), false).unwrap();
+    assert!(image == machine.words(), "a page is missing");
+}
