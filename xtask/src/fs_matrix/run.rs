@@ -74,9 +74,9 @@ impl<'a> Run<'a> {
         }
     }
 
-    /// Two at a time; the reports in the order of the jobs.
+    /// Three at a time, of which one waits as a rule, for a server or a sync; the reports in the order of the jobs.
     pub fn all(&self, jobs: Vec<Job>) -> anyhow::Result<Vec<MountReport>> {
-        const AT_ONCE: usize = 2;
+        const AT_ONCE: usize = 3;
         let queue = Mutex::new(jobs.into_iter().enumerate());
         let reports = Mutex::new(Vec::new());
         let work = || {
