@@ -11,3 +11,5 @@ pub use exit::{Exception, Exit};
 #[cfg(all(target_os = "macos", target_arch = "aarch64"))]
 pub use macos::*;
 pub use state::{Encoding, GicState, SystemRegister, VcpuState, VirtualTimer};
+pub use syndrome::Access;
+pub use tracker::{Answer, ArmError, FaultError, InGuest, Stage2Tracker, TrackError};
