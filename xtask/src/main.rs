@@ -5,6 +5,7 @@
     reason = "nothing in a binary is reachable from outside: pub is for its other modules"
 )]
 
+mod adaptive;
 mod check_macos;
 mod demo;
 mod fs_matrix;
@@ -28,6 +29,7 @@ struct Xtask {
 
 #[derive(Subcommand)]
 enum Task {
+    Adaptive(adaptive::Adaptive),
     CheckMacos(check_macos::CheckMacos),
     Demo(demo::Demo),
     FsMatrix(fs_matrix::FsMatrix),
@@ -49,6 +51,7 @@ fn run(task: Task) -> anyhow::Result<()> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent();
     sh.change_dir(root.context("xtask lies in the workspace")?);
     match task {
+        Task::Adaptive(adaptive) => adaptive.run(&sh),
         Task::CheckMacos(check) => check.run(&sh),
         Task::Demo(demo) => demo.run(&sh),
         Task::FsMatrix(matrix) => matrix.run(&sh),

@@ -3,7 +3,8 @@
 //! All of it is a hint: it decides how much a fault opens, and what was opened is marked whatever it was. So hints need no order among
 //! threads, and are plain atomics also under loom.
 
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
+use std::ops::Range;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 use crate::geometry::GeometryError;
 use crate::policy::Policy;
@@ -12,13 +13,17 @@ use crate::policy::Policy;
 /// granule).
 pub const BLOCK_SIZE: u64 = 2 << 20;
 
-/// How many of the checkpoints at which a block was written may pass, at most, before it is looked at in pages again.
-const LONGEST_TRUST: u8 = 6;
+/// A sample is one of so many parts of a block.
+const PARTS: u32 = 16;
+/// Once a block has shown as often in turn that opening it whole pays, its first fault opens it.
+const FULL_TRUST: u8 = 4;
+/// With full trust, a sample is taken at one of so many checkpoints.
+const SAMPLE_EVERY: u8 = 8;
 
 pub(crate) struct Blocks {
     policy: Policy,
     pages_per_block: u32,
-    /// Time of a fault, and of writing a page.
+    /// Nanoseconds of a fault, and of writing a page.
     fault: i64,
     page: i64,
     all: Box<[Block]>,
@@ -26,36 +31,73 @@ pub(crate) struct Blocks {
 
 #[derive(Default)]
 struct Block {
-    /// Since the last checkpoint: how many faults, and whether one opened the whole block.
-    seen: AtomicU32,
+    /// [`Seen`] since the last checkpoint.
+    seen: AtomicU64,
     plan: AtomicU64,
 }
 
-const OPENED_WHOLE: u32 = 1 << 31;
+/// How much of its block a fault opens.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Opening {
+    Page,
+    Block,
+    /// The block without these pages of it, whose faults are a sample of what is written.
+    AllBut(Range<u32>),
+}
+
+/// What happened in a block: faults in the low 24 bits, of them those in the sample's pages in the next 24.
+#[derive(Clone, Copy, Debug)]
+struct Seen(u64);
+
+impl Seen {
+    const FAULT: u64 = 1;
+    const IN_SAMPLE: u64 = 1 << 24;
+    const OPENED: u64 = 1 << 62;
+    const SAMPLED: u64 = 1 << 63;
+
+    fn faults(self) -> u32 {
+        (self.0 & 0xff_ffff) as u32
+    }
+
+    fn in_sample(self) -> u32 {
+        (self.0 >> 24 & 0xff_ffff) as u32
+    }
+
+    fn opened(self) -> bool {
+        self.0 & Self::OPENED != 0
+    }
+
+    fn sampled(self) -> bool {
+        self.0 & Self::SAMPLED != 0
+    }
+}
 
 /// What is to be done with a block, and why, in one word.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Plan {
-    /// The next fault opens the whole block.
+    /// Opening it whole pays.
     whole: bool,
-    /// It was seen in pages at least once.
+    /// It was seen at least once, or a part of it.
     known: bool,
-    /// As often it is opened whole before it is looked at in pages: two to the power of this.
+    /// As often in turn it was seen to pay.
     trust: u8,
-    /// As often still.
-    left: u8,
+    /// As many checkpoints still until a sample is due.
+    sample_in: u8,
+    /// Which part the next sample is.
+    part: u8,
     /// What opening it whole would have saved at a checkpoint, in nanoseconds: a moving average.
     gain: i32,
 }
 
 impl Plan {
     fn of(word: u64) -> Self {
-        let [flags, trust, left, _, gain @ ..] = word.to_le_bytes();
+        let [flags, trust, sample_in, part, gain @ ..] = word.to_le_bytes();
         Self {
             whole: flags & 1 != 0,
             known: flags & 2 != 0,
             trust,
-            left,
+            sample_in,
+            part,
             gain: i32::from_le_bytes(gain),
         }
     }
@@ -63,12 +105,48 @@ impl Plan {
     fn word(self) -> u64 {
         let flags = u8::from(self.whole) | u8::from(self.known) << 1;
         let [a, b, c, d] = self.gain.to_le_bytes();
-        u64::from_le_bytes([flags, self.trust, self.left, 0, a, b, c, d])
+        u64::from_le_bytes([flags, self.trust, self.sample_in, self.part, a, b, c, d])
+    }
+
+    /// After a checkpoint at which opening it whole would have saved `gain`.
+    fn learnt(self, gain: i32) -> Self {
+        let average = match self.known {
+            true => self.gain + (gain - self.gain) / 4,
+            false => gain,
+        };
+        let trust = match gain > 0 {
+            true => FULL_TRUST.min(self.trust + 1),
+            false => 0,
+        };
+        Self {
+            whole: average > 0,
+            known: true,
+            trust,
+            sample_in: if trust == FULL_TRUST {
+                SAMPLE_EVERY - 1
+            } else {
+                0
+            },
+            // Odd, so that all parts have their turn.
+            part: (self.part + 5) % PARTS as u8,
+            gain: average,
+        }
+    }
+
+    /// After a checkpoint that showed nothing.
+    fn unseen(self) -> Self {
+        Self {
+            // Opened by its neighbour's example: worth a try by itself.
+            whole: self.whole || !self.known,
+            known: true,
+            sample_in: self.sample_in.saturating_sub(1),
+            ..self
+        }
     }
 }
 
 impl Blocks {
-    /// `pages_per_block` is at least 1.
+    /// For RAM of `count` blocks, in pages that divide a block.
     pub(crate) fn new(count: u64, page_size: u64, policy: Policy) -> Result<Self, GeometryError> {
         let failed = || GeometryError::OutOfMemory {
             bytes: count.saturating_mul(size_of::<Block>() as u64),
@@ -84,33 +162,63 @@ impl Blocks {
         let (fault, page) = costs.in_nanos(page_size);
         Ok(Self {
             policy,
-            pages_per_block: u32::try_from(BLOCK_SIZE / page_size).unwrap_or(u32::MAX),
+            pages_per_block: (BLOCK_SIZE / page_size) as u32,
             fault,
             page,
             all: all.into_boxed_slice(),
         })
     }
 
-    /// A fault in page `page` of `block`: whether it opens the whole block.
-    pub(crate) fn on_fault(&self, block: usize, page: u32) -> bool {
+    /// A fault in page `page` of `block`: how much it opens.
+    pub(crate) fn on_fault(&self, block: usize, page: u32) -> Opening {
         let Block { seen, plan } = &self.all[block];
-        let whole = match self.policy {
-            Policy::Pages => false,
-            Policy::Blocks => true,
-            Policy::FaultLimit(limit) => {
-                Plan::of(plan.load(Relaxed)).whole || seen.load(Relaxed) >= limit
+        let so_far = Seen(seen.load(Relaxed));
+        let open = |as_what| {
+            seen.fetch_or(as_what, Relaxed);
+        };
+        match self.policy {
+            Policy::Blocks => {
+                open(Seen::OPENED);
+                Opening::Block
+            }
+            Policy::FaultLimit(limit) if so_far.faults() >= limit => {
+                open(Seen::OPENED);
+                Opening::Block
+            }
+            Policy::Pages | Policy::FaultLimit(_) => {
+                seen.fetch_add(Seen::FAULT, Relaxed);
+                Opening::Page
             }
             Policy::Cost(_) => {
                 let plan = Plan::of(plan.load(Relaxed));
-                plan.whole || !plan.known && self.is_swept(block, page)
+                let sample = self.sample(plan);
+                // What has just shown to be written all over is opened by few faults, or by one.
+                let due = so_far.faults() + 1 >= (self.pages_per_block / 8) >> plan.trust;
+                if !so_far.opened() && self.is_swept(block, page) {
+                    open(Seen::OPENED);
+                    Opening::Block
+                } else if sample.contains(&page) {
+                    seen.fetch_add(Seen::FAULT | Seen::IN_SAMPLE, Relaxed);
+                    Opening::Page
+                } else if so_far.opened() || !plan.whole || !due {
+                    seen.fetch_add(Seen::FAULT, Relaxed);
+                    Opening::Page
+                } else if plan.sample_in > 0 {
+                    open(Seen::OPENED);
+                    Opening::Block
+                } else {
+                    open(Seen::OPENED | Seen::SAMPLED);
+                    Opening::AllBut(sample)
+                }
             }
-        };
-        if whole {
-            seen.fetch_or(OPENED_WHOLE, Relaxed);
-        } else {
-            seen.fetch_add(1, Relaxed);
         }
-        whole
+    }
+
+    /// The pages of a block that its next sample is of.
+    fn sample(&self, plan: Plan) -> Range<u32> {
+        let len = self.pages_per_block / PARTS;
+        let start = u32::from(plan.part) * len;
+        start..start + len
     }
 
     /// Whether somebody who writes all memory in turn, up or down, has just come into the block from its neighbour.
@@ -121,87 +229,47 @@ impl Blocks {
     }
 
     fn is_full(&self, block: usize) -> bool {
-        let block = self.all.get(block);
-        block.is_some_and(|block| block.seen.load(Relaxed) >= self.pages_per_block)
+        self.all.get(block).is_some_and(|block| {
+            let seen = Seen(block.seen.load(Relaxed));
+            seen.opened() || seen.faults() >= self.pages_per_block
+        })
     }
 
     /// A checkpoint took `dirty` pages out of `block`: what happens to it next.
     pub(crate) fn on_checkpoint(&self, block: usize, dirty: u32) {
         let Block { seen, plan } = &self.all[block];
-        let seen = seen.swap(0, Relaxed);
-        // Not a fault: the first checkpoint of all, or the host wrote it. Nothing is known of the guest.
-        if seen == 0 {
+        let seen = Seen(seen.swap(0, Relaxed));
+        // No fault: the first checkpoint of all, or the host wrote it. Nothing is known of the guest.
+        if seen.0 == 0 || !matches!(self.policy, Policy::Cost(_)) {
             return;
         }
         let now = Plan::of(plan.load(Relaxed));
-        let next = match self.policy {
-            Policy::Pages | Policy::Blocks => return,
-            _ if seen & OPENED_WHOLE != 0 && now.whole => now.trusted_once_more(),
-            Policy::FaultLimit(_) if seen & OPENED_WHOLE != 0 => {
-                now.opened_whole_from_now_on(LONGEST_TRUST)
+        let pages = self.pages_per_block;
+        let next = match (seen.opened(), seen.sampled()) {
+            (false, _) => now.learnt(self.gain(seen.faults(), dirty)),
+            (true, true) => {
+                let written = pages.min(seen.in_sample() * PARTS);
+                now.learnt(self.gain(written, written))
             }
-            Policy::FaultLimit(_) => Plan::default(),
-            // By the neighbour's example: now it is looked at by itself.
-            Policy::Cost(_) if seen & OPENED_WHOLE != 0 => Plan { known: true, ..now },
-            Policy::Cost(_) => {
-                let clean = i64::from(self.pages_per_block.saturating_sub(dirty));
-                let gain = i64::from(seen) * self.fault - (self.fault + clean * self.page);
-                now.learnt(gain.clamp(i32::MIN.into(), i32::MAX.into()) as i32)
-            }
+            (true, false) => now.unseen(),
         };
         plan.store(next.word(), Relaxed);
     }
 
-    /// The blocks that the next fault opens whole.
+    /// What opening a block whole saves where it costs `faults` in pages, and `dirty` of its pages are to be written anyway.
+    fn gain(&self, faults: u32, dirty: u32) -> i32 {
+        let clean = self.pages_per_block.saturating_sub(dirty);
+        let gain = (i64::from(faults) - 1) * self.fault - i64::from(clean) * self.page;
+        // A quarter of the range: differences fit, too.
+        gain.clamp((i32::MIN / 4).into(), (i32::MAX / 4).into()) as i32
+    }
+
+    /// The blocks that are opened whole as soon as they are written all over again.
     pub(crate) fn whole(&self) -> u64 {
         let whole = |block: &&Block| Plan::of(block.plan.load(Relaxed)).whole;
         match self.policy {
             Policy::Blocks => self.all.len() as u64,
             _ => self.all.iter().filter(whole).count() as u64,
-        }
-    }
-}
-
-impl Plan {
-    fn opened_whole_from_now_on(self, trust: u8) -> Self {
-        Self {
-            whole: true,
-            trust,
-            left: 1 << trust,
-            ..self
-        }
-    }
-
-    fn trusted_once_more(self) -> Self {
-        let left = self.left.saturating_sub(1);
-        // None left: the next checkpoint's faults are counted in pages, and tell whether it was right.
-        Self {
-            whole: left > 0,
-            left,
-            ..self
-        }
-    }
-
-    fn learnt(self, gain: i32) -> Self {
-        let average = match self.known {
-            true => self.gain + (gain - self.gain) / 4,
-            false => gain,
-        };
-        let trust = match gain > 0 {
-            true => LONGEST_TRUST.min(self.trust + 1),
-            false => 0,
-        };
-        let plan = Self {
-            known: true,
-            gain: average,
-            trust,
-            whole: false,
-            left: 0,
-        };
-        if average > 0 {
-            plan.opened_whole_from_now_on(trust)
-        } else {
-            plan
         }
     }
 }

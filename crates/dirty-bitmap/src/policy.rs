@@ -10,8 +10,7 @@ pub enum Policy {
     Pages,
     /// Always the block: the fewest faults, the largest diffs.
     Blocks,
-    /// The page, until a block has taken this many faults between two checkpoints: the rest of it is opened at once, and at the next
-    /// checkpoints it opens whole. Looked at in pages again after a while.
+    /// The page, until a block has taken this many faults since the last checkpoint: the next opens the rest of it.
     FaultLimit(u32),
     /// Whatever costs less, by what each block was seen to do.
     Cost(Costs),
@@ -52,17 +51,20 @@ pub struct Costs {
 }
 
 impl Default for Costs {
-    /// 4.9 microseconds for a stage-2 fault through the Hypervisor framework (told by others, on Apple silicon), 625 microseconds for
-    /// a MiB (1,600 MiB/s: direct writes to the virtio disk that this crate was developed on).
+    /// [`Costs::DEFAULT`].
     fn default() -> Self {
-        Self {
-            fault: Duration::from_nanos(4_900),
-            mebibyte: Duration::from_micros(625),
-        }
+        Self::DEFAULT
     }
 }
 
 impl Costs {
+    /// 4.9 microseconds for a stage-2 fault through the Hypervisor framework (told by others, on Apple silicon), 625 microseconds for
+    /// a MiB (1,600 MiB/s: direct writes to the virtio disk that this crate was developed on).
+    pub const DEFAULT: Self = Self {
+        fault: Duration::from_nanos(4_900),
+        mebibyte: Duration::from_micros(625),
+    };
+
     /// Times `fault`, which makes one write to a protected page, and `write`, which writes to where snapshots go and says how many bytes;
     /// the medians of several calls of each.
     ///

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use thiserror::Error;
 
 use crate::bitmap::DirtyBitmap;
-use crate::blocks::{BLOCK_SIZE, Blocks};
+use crate::blocks::{BLOCK_SIZE, Blocks, Opening};
 use crate::epoch::{BeginEpochError, Epoch};
 use crate::geometry::{GeometryError, OutOfRange};
 use crate::policy::Policy;
@@ -108,14 +108,14 @@ impl WriteTracker {
         &self.bitmap
     }
 
-    /// How many blocks the next fault opens whole, as things stand.
+    /// How many blocks are written all over so often that they are opened whole, as things stand.
     #[must_use]
     pub fn whole_blocks(&self) -> u64 {
         self.blocks.whole()
     }
 
-    /// Answers a write fault at `address`: lifts the protection of its page or its block, then marks what was lifted, and says what that
-    /// was. Only then may the write go on.
+    /// Answers a write fault at `address`: lifts the protection of its page or of more of its block, then marks what was lifted, and says
+    /// what of that is around the address. Only then may the write go on.
     ///
     /// Where a platform refuses a page (Linux allows so many mappings only), the block is opened instead, and last all of the RAM.
     ///
@@ -138,11 +138,6 @@ impl WriteTracker {
             start + from..end.min(start + from + size)
         };
         let (page, block) = (around(page_size), around(BLOCK_SIZE));
-        let in_block = (page.start - block.start) / page_size;
-        let whole = self.blocks.on_fault(
-            (offset / BLOCK_SIZE) as usize,
-            u32::try_from(in_block).unwrap_or(u32::MAX),
-        );
         let open = |range: Range<u64>| {
             let lifted = protection.lift(range.clone());
             // Also where that failed: part of it may be open.
@@ -153,7 +148,28 @@ impl WriteTracker {
                 Err(source) => Err(FaultError::Lift { range, source }),
             }
         };
-        open(if whole { block.clone() } else { page }).or_else(|refused| {
+        let in_block = (page.start - block.start) / page_size;
+        let opening = self
+            .blocks
+            .on_fault((offset / BLOCK_SIZE) as usize, in_block as u32);
+        let opened = match opening {
+            Opening::Page => open(page),
+            Opening::Block => open(block.clone()),
+            Opening::AllBut(sample) => {
+                let at = |page: u32| block.end.min(block.start + u64::from(page) * page_size);
+                let (before, after) = (block.start..at(sample.start), at(sample.end)..block.end);
+                let (here, there) = match before.contains(&page.start) {
+                    true => (before, after),
+                    false => (after, before),
+                };
+                // The other side is opened ahead: what fails there fails again where somebody waits for it.
+                if !there.is_empty() {
+                    let _ = open(there);
+                }
+                open(here)
+            }
+        };
+        opened.or_else(|refused| {
             let wider = open(block).or_else(|_| open(start..end));
             wider.map_err(|_| refused)
         })
