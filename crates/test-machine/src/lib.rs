@@ -42,11 +42,15 @@ pub enum Need {
     Btrfs,
     /// An exFAT image can be made and loop-mounted: privilege, loop devices, FUSE, exfatprogs, exfat-fuse.
     Exfat,
+    /// A Mac of Apple silicon runs virtual machines for processes: `kern.hv_support` is 1.
+    Hypervisor,
+    /// A program for arm64 can be assembled and emulated: LLVM's tools, QEMU.
+    Aarch64,
 }
 
 impl Need {
     /// Every need that this crate knows.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 11] = [
         Self::Kvm,
         Self::Root,
         Self::Userfaultfd,
@@ -56,6 +60,8 @@ impl Need {
         Self::Xfs16k,
         Self::Btrfs,
         Self::Exfat,
+        Self::Hypervisor,
+        Self::Aarch64,
     ];
 
     /// The name used in `MEMSNAP_REQUIRE`.
@@ -71,6 +77,8 @@ impl Need {
             Self::Xfs16k => "xfs16k",
             Self::Btrfs => "btrfs",
             Self::Exfat => "exfat",
+            Self::Hypervisor => "hypervisor",
+            Self::Aarch64 => "aarch64",
         }
     }
 
@@ -87,6 +95,20 @@ impl Need {
         match self {
             Self::Kvm => opens("/dev/kvm"),
             Self::Userfaultfd => opens("/dev/userfaultfd"),
+            // In a virtual machine of its own, macOS has none; nor has any other system.
+            Self::Hypervisor => std::process::Command::new("sysctl")
+                .args(["-n", "kern.hv_support"])
+                .stderr(std::process::Stdio::null())
+                .output()
+                .is_ok_and(|output| output.stdout == b"1\n" && cfg!(target_arch = "aarch64")),
+            Self::Aarch64 => ["llvm-mc", "llvm-objcopy", "qemu-system-aarch64"]
+                .iter()
+                .all(|tool| {
+                    std::process::Command::new(tool)
+                        .arg("--version")
+                        .output()
+                        .is_ok_and(|output| output.status.success())
+                }),
             Self::Strace => std::process::Command::new("strace")
                 .args(["-qq", "-e", "trace=none", "true"])
                 .status()

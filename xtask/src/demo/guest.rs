@@ -96,6 +96,8 @@ impl PageReader for Ram {
 pub enum Kind {
     /// A virtual machine of KVM's (Linux on x86-64): writes tracked by its dirty log
     Kvm,
+    /// A virtual machine of Apple's Hypervisor framework (macOS on Apple silicon): writes tracked by stage-2 protection
+    Hvf,
     /// A part of this process (Linux): writes tracked by userfaultfd write-protection
     Userfaultfd,
     /// A part of this process (any Unix): writes tracked by mprotect and a signal handler
@@ -106,7 +108,7 @@ impl Kind {
     /// The best guest that this machine can have, and why none of the better ones.
     pub fn best() -> (Self, Vec<String>) {
         let mut why_not = Vec::new();
-        for kind in [Self::Kvm, Self::Userfaultfd] {
+        for kind in [Self::Kvm, Self::Hvf, Self::Userfaultfd] {
             match kind.available() {
                 Ok(()) => return (kind, why_not),
                 Err(error) => why_not.push(format!("{error:#}")),
@@ -120,6 +122,8 @@ impl Kind {
         let guest: anyhow::Result<Box<dyn Guest>> = match self {
             #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
             Self::Kvm => super::kvm::Machine::new(layout).map(|guest| Box::new(guest) as _),
+            #[cfg(all(target_os = "macos", target_arch = "aarch64"))]
+            Self::Hvf => super::hvf::Machine::new(layout).map(|guest| Box::new(guest) as _),
             #[cfg(target_os = "linux")]
             Self::Userfaultfd => {
                 Embedded::new(layout, Tracking::Userfaultfd).map(|guest| Box::new(guest) as _)
@@ -127,7 +131,7 @@ impl Kind {
             Self::Mprotect => {
                 Embedded::new(layout, Tracking::Mprotect).map(|guest| Box::new(guest) as _)
             }
-            #[cfg(not(all(target_os = "linux", target_arch = "x86_64")))]
+            // Those of other machines; no machine has all.
             kind => kind.available().and_then(|()| unreachable!()),
         };
         guest.with_context(|| format!("no guest in {self}"))
@@ -140,6 +144,10 @@ impl Kind {
             Self::Kvm => super::kvm::available(),
             #[cfg(not(all(target_os = "linux", target_arch = "x86_64")))]
             Self::Kvm => anyhow::bail!("KVM guests take Linux on x86-64"),
+            #[cfg(all(target_os = "macos", target_arch = "aarch64"))]
+            Self::Hvf => super::hvf::available(),
+            #[cfg(not(all(target_os = "macos", target_arch = "aarch64")))]
+            Self::Hvf => anyhow::bail!("the Hypervisor framework takes macOS on Apple silicon"),
             #[cfg(target_os = "linux")]
             Self::Userfaultfd => {
                 test_machine::tracked::open_userfaultfd()?;
@@ -156,6 +164,9 @@ impl fmt::Display for Kind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Kvm => "a KVM virtual machine (x86-64, long mode), tracked by KVM's dirty log",
+            Self::Hvf => {
+                "a virtual machine of the Hypervisor framework (arm64), tracked by stage-2 write protection"
+            }
             Self::Userfaultfd => "this process, tracked by userfaultfd write-protection",
             Self::Mprotect => "this process, tracked by mprotect and its signal",
         })

@@ -14,9 +14,17 @@ use super::{Plan, Story, oracle, ram_size};
 
 const RAM: u64 = 8 << 20;
 
+/// The virtual machine of this system.
+const MACHINE: Kind = if cfg!(target_os = "macos") {
+    Kind::Hvf
+} else {
+    Kind::Kvm
+};
+
 fn here(kind: Kind, test: &str) -> bool {
     match kind {
         Kind::Kvm => Need::Kvm.met(test),
+        Kind::Hvf => Need::Hypervisor.met(test),
         Kind::Userfaultfd => Need::Userfaultfd.met(test),
         Kind::Mprotect => true,
     }
@@ -58,7 +66,7 @@ fn open(path: &std::path::Path) -> File {
 
 #[rstest]
 fn every_guest_agrees_with_the_oracle(
-    #[values(Kind::Kvm, Kind::Userfaultfd, Kind::Mprotect)] kind: Kind,
+    #[values(MACHINE, Kind::Userfaultfd, Kind::Mprotect)] kind: Kind,
     #[values(0, 1, 10_000)] steps: u64,
 ) {
     if !here(kind, "every_guest_agrees_with_the_oracle") {
@@ -75,7 +83,7 @@ fn every_guest_agrees_with_the_oracle(
 
 #[rstest]
 fn a_restored_guest_is_the_original_and_goes_on_like_it(
-    #[values(Kind::Kvm, Kind::Userfaultfd, Kind::Mprotect)] kind: Kind,
+    #[values(MACHINE, Kind::Userfaultfd, Kind::Mprotect)] kind: Kind,
 ) {
     if !here(kind, "a_restored_guest_is_the_original_and_goes_on_like_it") {
         return;
@@ -130,7 +138,7 @@ fn a_restored_guest_is_the_original_and_goes_on_like_it(
     &["restored guest's digest"]
 )]
 fn the_proof_fails_for(
-    #[values(Kind::Kvm, Kind::Mprotect)] kind: Kind,
+    #[values(MACHINE, Kind::Mprotect)] kind: Kind,
     #[case] tamper: fn(&mut Files),
     #[case] expected: &[&str],
 ) {
@@ -149,7 +157,7 @@ fn the_proof_fails_for(
 
 #[rstest]
 fn a_guest_notices_a_page_that_is_not_what_it_wrote(
-    #[values(Kind::Kvm, Kind::Userfaultfd, Kind::Mprotect)] kind: Kind,
+    #[values(MACHINE, Kind::Userfaultfd, Kind::Mprotect)] kind: Kind,
 ) {
     if !here(kind, "a_guest_notices_a_page_that_is_not_what_it_wrote") {
         return;

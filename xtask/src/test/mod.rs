@@ -12,12 +12,14 @@ use crate::check_macos::CheckMacos;
 use crate::packages::{Install, Package};
 
 /// What the tests use beside the Rust toolchain.
-const PACKAGES: [Package; 5] = [
+const PACKAGES: [Package; 7] = [
     Package::new("strace", "strace"),
     Package::new("xfsprogs", "mkfs.xfs"),
     Package::new("btrfs-progs", "mkfs.btrfs"),
     Package::new("exfatprogs", "mkfs.exfat"),
     Package::new("exfat-fuse", "mount.exfat-fuse"),
+    Package::new("llvm", "llvm-mc"),
+    Package::new("qemu-system-arm", "qemu-system-aarch64"),
 ];
 
 /// Formatting, lints, docs, all tests, the models, the demo: everything that must hold

@@ -1,0 +1,100 @@
+//! The guest's program: a blob to be copied to any address of the guest.
+
+use super::{ARRIVED, CHECKED};
+use crate::demo::ledger::{self, Layout, front};
+
+/// The offset of a word in the front page, from its offset in the RAM.
+const fn in_front(word: u64) -> u64 {
+    word - Layout::FRONT
+}
+
+/// Hands the numbers that `ledger_aarch64.s` names to `$macro`, after `$first`.
+macro_rules! with_numbers {
+    ($macro:ident!($($first:tt)*)) => {
+        $macro! {
+            $($first)*
+            ARRIVED = ARRIVED,
+            CHECKED = CHECKED,
+            FRONT = Layout::FRONT,
+            LEDGER = Layout::LEDGER,
+            UNTIL = in_front(front::UNTIL),
+            ORDER = in_front(front::ORDER),
+            GAP_START = in_front(front::GAP_START),
+            GAP_SIZE = in_front(front::GAP_SIZE),
+            PAGES = in_front(front::PAGES),
+            RANDOM = in_front(front::RANDOM),
+            CURSOR = in_front(front::CURSOR),
+            ROAMER = in_front(front::ROAMER),
+            STEPS = in_front(front::STEPS),
+            FAULTS = in_front(front::FAULTS),
+            FIRST_FAULT = in_front(front::FIRST_FAULT),
+            DIGEST = in_front(front::DIGEST),
+            NUMBER = ledger::NUMBER,
+            VERSION = ledger::VERSION,
+            ENTRY = ledger::ENTRY,
+            ENTRIES = ledger::ENTRIES,
+            CHECKSUM = ledger::CHECKSUM,
+            HOT = ledger::HOT,
+            JUMP = ledger::JUMP,
+            GOLDEN = ledger::GOLDEN,
+            NO_PAGE = ledger::NO_PAGE,
+        }
+    };
+}
+
+#[cfg(all(target_os = "macos", target_arch = "aarch64"))]
+pub use assembled::bytes;
+
+/// Assembled into this binary.
+#[cfg(all(target_os = "macos", target_arch = "aarch64"))]
+mod assembled {
+    #![allow(unsafe_code)]
+
+    use super::*;
+
+    macro_rules! assemble {
+        ($($name:ident = $value:expr,)*) => {
+            std::arch::global_asm!(
+                ".pushsection __TEXT,__const",
+                ".p2align 3",
+                ".globl _ledger_program",
+                ".private_extern _ledger_program",
+                "_ledger_program:",
+                // One label for all of it: what comes after another label the linker may move.
+                ".quad Lledger_end - Lledger_start",
+                "Lledger_start:",
+                include_str!("ledger_aarch64.s"),
+                "Lledger_end:",
+                ".popsection",
+                $($name = const $value,)*
+            );
+        };
+    }
+    with_numbers!(assemble!());
+
+    unsafe extern "C" {
+        /// The length in bytes, and then the program.
+        #[link_name = "ledger_program"]
+        static LENGTH: u64;
+    }
+
+    /// The program's bytes; its first one is its entry.
+    pub fn bytes() -> &'static [u8] {
+        let length = &raw const LENGTH;
+        // SAFETY: the word above, aligned and read-only, and behind it as many bytes as it says, read-only too.
+        unsafe { std::slice::from_raw_parts(length.add(1).cast(), length.read() as usize) }
+    }
+}
+
+/// The source with the numbers in place, for an assembler.
+#[cfg(test)]
+pub fn source() -> String {
+    let mut source = include_str!("ledger_aarch64.s").to_owned();
+    macro_rules! replace {
+        ($($name:ident = $value:expr,)*) => {
+            $(source = source.replace(concat!("{", stringify!($name), "}"), &($value).to_string());)*
+        };
+    }
+    with_numbers!(replace!());
+    source
+}

@@ -1,0 +1,309 @@
+//! The guest's program, assembled and run by an emulator of the same processor: a real MMU, the same first instruction, the same memory.
+
+use std::fmt::Write as _;
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use page_reader::RamLayout;
+use rstest::rstest;
+use test_machine::Need;
+
+use super::*;
+use crate::demo::ledger::{self, Layout, PAGE, Registers, WORD, Words, front};
+use crate::demo::oracle;
+
+const LAYOUT: Layout = Layout::of(8 << 20);
+
+/// QEMU's `virt` has its RAM from here on, and places the device tree there; the guest's lies higher.
+const QEMU_RAM: u64 = 1 << 30;
+
+/// Where the stand-in for the host lies, above all of the guest.
+const HOST: u64 = start::LOW + (256 << 20);
+/// Bytes of QEMU's RAM: its file has holes where nothing is written.
+const QEMU_RAM_SIZE: u64 = HOST + (1 << 20) - QEMU_RAM;
+
+/// What the stand-in tells: the syndromes of the exits, one after another.
+const SYNDROMES: u64 = HOST + 0x8000;
+
+/// A program of the emulated machine's higher exception level, which does what the host does: gives the processor its first state, hears the
+/// guest's bell, orders the ledger checked, and switches the machine off at the second bell, or at whatever else.
+fn host_program(state: &hvf_backend::VcpuState) -> String {
+    let mut text = String::from(
+        "        mov     x0, #(1 << 31)          // HCR_EL2.RW: the guest is AArch64
+        msr     hcr_el2, x0
+        mov     x0, #0x33ff             // CPTR_EL2: vector registers don't trap
+        msr     cptr_el2, x0
+        adr     x0, vectors
+        msr     vbar_el2, x0
+",
+    );
+    // Labels of ordinary literals: `mov` takes 16 bits at a time.
+    let load = |text: &mut String, register: &str, value: u64| {
+        writeln!(text, "ldr {register}, ={value:#x}").unwrap();
+    };
+    for register in &state.system {
+        load(&mut text, "x0", register.value);
+        writeln!(text, "msr {}, x0", register.register).unwrap();
+    }
+    load(&mut text, "x0", state.cpsr);
+    text.push_str("msr spsr_el2, x0\n");
+    load(&mut text, "x0", state.pc);
+    text.push_str("msr elr_el2, x0\n");
+    load(&mut text, "x15", SYNDROMES);
+    for (number, value) in state
+        .x
+        .iter()
+        .enumerate()
+        .filter(|(number, _)| *number != 15)
+    {
+        load(&mut text, &format!("x{number}"), *value);
+    }
+    let (order, front) = (front::ORDER - Layout::FRONT, start::LOW + Layout::FRONT);
+    write!(
+        text,
+        "       eret
+        .p2align 11
+vectors:
+        .org    vectors + 0x400         // From AArch64 at a lower level.
+        mrs     x0, esr_el2
+        str     x0, [x15], #8
+        ldr     x1, ={arrived:#x}
+        cmp     x0, x1
+        b.ne    off
+        mov     x1, #1
+        ldr     x2, ={front:#x}
+        str     x1, [x2, #{order}]
+        eret
+        .org    vectors + 0x480         // An interrupt: there is none.
+off:    ldr     x0, =0x84000008         // PSCI SYSTEM_OFF
+        smc     #0
+        b       off
+",
+        arrived = bell(ARRIVED),
+    )
+    .unwrap();
+    text
+}
+
+/// The syndrome of an `hvc`: class 0x16, a 32-bit instruction, the number.
+fn bell(number: u16) -> u64 {
+    0x16 << 26 | 1 << 25 | u64::from(number)
+}
+
+/// The machine code of `source`.
+fn assembled(source: &str, dir: &Path, name: &str) -> Vec<u8> {
+    let file = |extension| dir.join(name).with_extension(extension);
+    let (text, object, binary) = (file("s"), file("o"), file("bin"));
+    fs::write(&text, source).unwrap();
+    run(Command::new("llvm-mc")
+        .args(["-triple=aarch64-none-elf", "-filetype=obj", "-o"])
+        .args([&object, &text]));
+    run(Command::new("llvm-objcopy")
+        .args(["-O", "binary", "--only-section=.text"])
+        .args([&object, &binary]));
+    fs::read(binary).unwrap()
+}
+
+fn run(command: &mut Command) {
+    let output = command.output().unwrap();
+    assert!(output.status.success(), "{command:?}: {output:?}");
+}
+
+/// The guest's RAM in the file of QEMU's.
+struct Ram<'a> {
+    file: &'a File,
+    regions: &'a RamLayout,
+}
+
+impl Ram<'_> {
+    fn place(&self, offset: u64) -> u64 {
+        self.regions.guest_address_of(offset).unwrap() - QEMU_RAM
+    }
+
+    fn write(&self, offset: u64, bytes: &[u8]) {
+        self.file.write_all_at(bytes, self.place(offset)).unwrap();
+    }
+
+    fn page(&self, offset: u64) -> Vec<u8> {
+        let mut page = vec![0; PAGE as usize];
+        self.file
+            .read_exact_at(&mut page, self.place(offset))
+            .unwrap();
+        page
+    }
+}
+
+impl Words for Ram<'_> {
+    fn load(&self, offset: u64) -> u64 {
+        let mut word = [0; 8];
+        self.file
+            .read_exact_at(&mut word, self.place(offset))
+            .unwrap();
+        u64::from_le_bytes(word)
+    }
+
+    fn store(&mut self, offset: u64, word: u64) {
+        self.write(offset, &word.to_le_bytes());
+    }
+}
+
+/// The ledger without any guest.
+struct Model(Vec<u8>);
+
+impl Words for Model {
+    fn load(&self, offset: u64) -> u64 {
+        let at = offset as usize;
+        u64::from_le_bytes(self.0[at..at + WORD as usize].try_into().unwrap())
+    }
+
+    fn store(&mut self, offset: u64, word: u64) {
+        let at = offset as usize;
+        self.0[at..at + WORD as usize].copy_from_slice(&word.to_le_bytes());
+    }
+}
+
+/// Runs the guest's program for so many steps, and a check, after `spoil`. The syndromes of its exits, and its RAM.
+fn emulate(
+    regions: &RamLayout,
+    steps: u64,
+    spoil: impl FnOnce(&mut Ram<'_>),
+    inspect: impl FnOnce(&Ram<'_>),
+) -> [u64; 2] {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("ram");
+    let mut options = File::options();
+    let file = options
+        .read(true)
+        .write(true)
+        .create_new(true)
+        .open(&path)
+        .unwrap();
+    file.set_len(QEMU_RAM_SIZE).unwrap();
+
+    let mut ram = Ram {
+        file: &file,
+        regions,
+    };
+    ledger::prepare(&mut ram, LAYOUT);
+    ram.store(front::UNTIL, steps);
+    if let [low, high] = regions.regions() {
+        ram.store(front::GAP_START, low.offset_end());
+        ram.store(front::GAP_SIZE, high.guest_start - low.guest_end());
+    }
+    let program = assembled(&program::source(), dir.path(), "ledger");
+    ram.write(start::PROGRAM, &program);
+    ram.write(start::PAGE_TABLE, &start::page_table());
+    let host = assembled(&host_program(&start::state(regions)), dir.path(), "host");
+    file.write_all_at(&host, HOST - QEMU_RAM).unwrap();
+    spoil(&mut ram);
+
+    let mut qemu = Command::new("qemu-system-aarch64")
+        .args(["-M", "virt,virtualization=on,memory-backend=ram"])
+        .args(["-cpu", "cortex-a57", "-accel", "tcg", "-nodefaults"])
+        .args(["-display", "none"])
+        .arg("-m")
+        .arg(format!("{}M", QEMU_RAM_SIZE >> 20))
+        .arg("-object")
+        .arg(format!(
+            "memory-backend-file,id=ram,size={QEMU_RAM_SIZE},share=on,mem-path={}",
+            path.display()
+        ))
+        .arg("-device")
+        .arg(format!("loader,addr={HOST:#x},cpu-num=0"))
+        .stdin(Stdio::null())
+        .spawn()
+        .unwrap();
+    let deadline = Instant::now() + Duration::from_secs(120);
+    let status = loop {
+        match qemu.try_wait().unwrap() {
+            Some(status) => break Some(status),
+            None if Instant::now() > deadline => {
+                qemu.kill().unwrap();
+                qemu.wait().unwrap();
+                break None;
+            }
+            None => std::thread::sleep(Duration::from_millis(10)),
+        }
+    };
+    assert!(
+        status.is_some_and(|status| status.success()),
+        "the machine did not switch itself off: {status:?}"
+    );
+    inspect(&ram);
+    let mut syndromes = [0; 2];
+    for (number, syndrome) in syndromes.iter_mut().enumerate() {
+        let mut word = [0; 8];
+        let at = SYNDROMES - QEMU_RAM + number as u64 * WORD;
+        file.read_exact_at(&mut word, at).unwrap();
+        *syndrome = u64::from_le_bytes(word);
+    }
+    syndromes
+}
+
+#[rstest]
+#[case::in_one_piece(&[(start::LOW, 8 << 20)], 20_000)]
+#[case::on_both_sides_of_a_hole(&[(start::LOW, 5 << 20), (start::LOW + (64 << 20), 3 << 20)], 20_000)]
+#[case::that_is_empty(&[(start::LOW, 8 << 20)], 0)]
+fn the_program_for_arm64_keeps_the_very_ledger(#[case] ram: &[(u64, u64)], #[case] steps: u64) {
+    if !Need::Aarch64.met("the_program_for_arm64_keeps_the_very_ledger") {
+        return;
+    }
+    let regions = RamLayout::new(ram.iter().copied()).unwrap();
+    let mut model = Model(vec![0; LAYOUT.ram as usize]);
+    let mut registers = Registers::default();
+    ledger::prepare(&mut model, LAYOUT);
+    while registers.step < steps {
+        ledger::step(&mut model, LAYOUT, &mut registers);
+    }
+    let verdict = ledger::check(&mut model, LAYOUT, registers);
+    assert_eq!(verdict, oracle::verdict(LAYOUT, steps));
+
+    let inspect = |ram: &Ram<'_>| {
+        assert_eq!(ledger::verdict(ram), verdict);
+        for word in [front::RANDOM, front::CURSOR, front::ROAMER, front::STEPS] {
+            assert_eq!(ram.load(word), model.load(word), "{word:#x}");
+        }
+        for offset in (Layout::LEDGER..LAYOUT.ram).step_by(PAGE as usize) {
+            let at = offset as usize;
+            assert!(
+                ram.page(offset) == model.0[at..at + PAGE as usize],
+                "the page at {offset:#x} differs"
+            );
+        }
+    };
+    let syndromes = emulate(&regions, steps, |_| (), inspect);
+    assert_eq!(syndromes, [bell(ARRIVED), bell(CHECKED)], "{syndromes:#x?}");
+}
+
+#[test]
+fn the_program_for_arm64_notices_a_page_that_is_not_what_it_wrote() {
+    if !Need::Aarch64.met("the_program_for_arm64_notices_a_page_that_is_not_what_it_wrote") {
+        return;
+    }
+    let regions = RamLayout::single(start::LOW, LAYOUT.ram).unwrap();
+    // A page that no step of these few writes, so that only the check looks at it.
+    let spoil = |ram: &mut Ram<'_>| ram.store(LAYOUT.page(LAYOUT.pages - 3) + ledger::ENTRY, 1);
+    let inspect = |ram: &Ram<'_>| {
+        let verdict = ledger::verdict(ram);
+        assert_eq!((verdict.faults, verdict.first_fault), (1, LAYOUT.pages - 3));
+    };
+    let syndromes = emulate(&regions, 10, spoil, inspect);
+    assert_eq!(syndromes, [bell(ARRIVED), bell(CHECKED)], "{syndromes:#x?}");
+}
+
+#[rstest]
+#[case::small(64 << 20, &[(start::LOW, 64 << 20)])]
+#[case::with_a_hole(5 << 30, &[(start::LOW, 2 << 30), (8 << 30, 3 << 30)])]
+fn large_ram_has_a_hole_in_its_addresses(#[case] size: u64, #[case] expected: &[(u64, u64)]) {
+    let regions = start::regions(size).unwrap();
+    assert_eq!(regions, RamLayout::new(expected.iter().copied()).unwrap());
+}
+
+#[test]
+fn the_largest_ram_is_within_what_the_page_table_translates() {
+    let regions = start::regions(Layout::MAX_RAM).unwrap();
+    assert!(regions.regions()[1].guest_end() <= 512 << 30);
+}
