@@ -48,13 +48,19 @@ pub struct Row {
 }
 
 impl Row {
-    /// As many times the cost of the best other policy.
-    pub fn ratio(&self) -> f64 {
+    /// The total of the best policy but the adaptive one.
+    pub fn best_other(&self) -> Duration {
         let others = self.costs.iter().enumerate();
         let others = others.filter(|(at, _)| *at != ADAPTIVE);
         let best = others.map(|(_, cost)| cost.total()).min();
-        let best = best.unwrap_or_default().max(Duration::from_nanos(1));
-        self.costs[ADAPTIVE].total().div_duration_f64(best)
+        best.expect("there are others")
+    }
+
+    /// The adaptive policy's total, as many times the best other one's.
+    pub fn ratio(&self) -> f64 {
+        self.costs[ADAPTIVE]
+            .total()
+            .div_duration_f64(self.best_other())
     }
 }
 
