@@ -1,5 +1,6 @@
 //! Snapshot guests of Apple's Hypervisor framework: guest RAM as a page source, dirty tracking by stage-2 write protection, vCPU state.
 
+pub mod el1;
 mod exit;
 #[cfg(all(target_os = "macos", target_arch = "aarch64"))]
 mod macos;

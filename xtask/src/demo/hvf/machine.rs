@@ -181,7 +181,7 @@ impl Guest for Machine {
         self.place.ram.write_at(start::PROGRAM, program::bytes())?;
         self.place
             .ram
-            .write_at(start::PAGE_TABLE, &start::page_table())?;
+            .write_at(start::PAGE_TABLE, &hvf_backend::el1::page_table())?;
         self.processor = start::state(&regions);
         Ok(())
     }

@@ -9,6 +9,8 @@ use anyhow::Context;
 use dirty_bitmap::{Policy, WriteProtection};
 use hvf_backend::{GuestRam, ProtectError, Stage2, Stage2Tracker, Vm};
 
+use super::start;
+
 /// Who has the virtual machine. Held while its vCPU runs.
 static SEAT: Mutex<Weak<Place>> = Mutex::new(Weak::new());
 
@@ -83,15 +85,9 @@ impl Place {
 
     /// A virtual machine with as many address bits as the RAM needs.
     fn machine(&self) -> anyhow::Result<Vm> {
-        let end = self
-            .ram
-            .layout()
-            .regions()
-            .last()
-            .map(|last| last.guest_end());
-        match end {
-            Some(end) if end > 1 << 36 => Vm::options().address_bits(40).create(),
-            _ => Vm::new(),
+        match start::address_bits(self.ram.layout()) {
+            36 => Vm::new(),
+            more => Vm::options().address_bits(more).create(),
         }
         .context("no virtual machine")
     }

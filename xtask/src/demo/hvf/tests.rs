@@ -195,7 +195,7 @@ fn emulate(
     }
     let program = assembled(&program::source(), dir.path(), "ledger");
     ram.write(start::PROGRAM, &program);
-    ram.write(start::PAGE_TABLE, &start::page_table());
+    ram.write(start::PAGE_TABLE, &hvf_backend::el1::page_table());
     let host = assembled(&host_program(&start::state(regions)), dir.path(), "host");
     file.write_all_at(&host, HOST - QEMU_RAM).unwrap();
     spoil(&mut ram);

@@ -1,0 +1,341 @@
+//! Against the real framework, on a Mac of Apple silicon.
+#![cfg(all(target_os = "macos", target_arch = "aarch64"))]
+
+use std::path::Path;
+use std::process::{Command, Output};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::Duration;
+
+use dirty_bitmap::{DirtyBitmap, Policy, WriteProtection};
+use hvf_backend::el1::{self, Start};
+use hvf_backend::{
+    Access, Answer, CreateVmError, Exit, GuestRam, MapError, PAGE_SIZE, Register, Stage2,
+    Stage2Tracker, SysReg, Vcpu, VcpuState, Vm,
+};
+use page_reader::{PageReader, RamLayout};
+use test_machine::Need;
+
+const RAM: u64 = 0x8000_0000;
+const SIZE: u64 = 8 << 20;
+const PROGRAM: u64 = RAM + PAGE_SIZE;
+const DATA: u64 = RAM + (4 << 20);
+const HVC: u64 = 0x16;
+
+/// A process has one virtual machine: tests that make one take turns.
+fn hypervisor(test: &str) -> Option<MutexGuard<'static, ()>> {
+    static TURN: Mutex<()> = Mutex::new(());
+    Need::Hypervisor
+        .met(test)
+        .then(|| TURN.lock().unwrap_or_else(PoisonError::into_inner))
+}
+
+fn layout() -> RamLayout {
+    RamLayout::single(RAM, SIZE).unwrap()
+}
+
+/// A machine with the program in its RAM, and a vCPU at its start.
+fn machine(code: &[u32]) -> (Vm, Stage2, Vcpu) {
+    let vm = Vm::new().unwrap();
+    let ram = Arc::new(GuestRam::new(layout()).unwrap());
+    ram.write(RAM, &el1::page_table()).unwrap();
+    let code: Vec<u8> = code.iter().copied().flat_map(u32::to_le_bytes).collect();
+    ram.write(PROGRAM, &code).unwrap();
+    let stage2 = Stage2::map(&vm, &ram).unwrap();
+    let vcpu = vm.create_vcpu().unwrap();
+    let start = Start {
+        entry: PROGRAM,
+        page_table: RAM,
+        address_bits: 36,
+    };
+    let restored = start.state().restore(&vcpu, 0).unwrap();
+    assert_eq!(restored.differing, []);
+    (vm, stage2, vcpu)
+}
+
+/// `str x0, [x1]; hvc #0; b .-8`
+const STORE: [u32; 3] = [0xf900_0020, 0xd400_0002, 0x17ff_fffe];
+
+fn is_hvc(exit: Exit) -> bool {
+    matches!(exit, Exit::Exception(exception) if exception.syndrome >> 26 & 0x3f == HVC)
+}
+
+#[test]
+fn what_the_guest_writes_the_host_reads_and_the_other_way_round() {
+    let Some(_turn) = hypervisor("what_the_guest_writes_the_host_reads_and_the_other_way_round")
+    else {
+        return;
+    };
+    // ldr x0, [x1]; add x0, x0, #1; str x0, [x1]; hvc #0
+    let (_vm, stage2, mut vcpu) = machine(&[0xf940_0020, 0x9100_0400, 0xf900_0020, 0xd400_0002]);
+    stage2.ram().write(DATA, &41_u64.to_le_bytes()).unwrap();
+    vcpu.set_register(Register::X1, DATA).unwrap();
+    assert!(is_hvc(vcpu.run().unwrap()));
+    let mut word = [0; 8];
+    stage2.ram().read_at(DATA - RAM, &mut word).unwrap();
+    assert_eq!(u64::from_le_bytes(word), 42);
+}
+
+#[test]
+fn a_protected_page_stops_a_write_until_the_protection_is_lifted() {
+    let Some(_turn) = hypervisor("a_protected_page_stops_a_write_until_the_protection_is_lifted")
+    else {
+        return;
+    };
+    let (_vm, stage2, mut vcpu) = machine(&STORE);
+    let page = DATA - RAM..DATA - RAM + PAGE_SIZE;
+    stage2.protect(page.clone()).unwrap();
+    stage2.protect(page.clone()).unwrap(); // changes nothing
+    vcpu.set_register(Register::X0, 7).unwrap();
+    vcpu.set_register(Register::X1, DATA + 8).unwrap();
+    for _ in 0..2 {
+        let Exit::Exception(exception) = vcpu.run().unwrap() else {
+            panic!("no exception");
+        };
+        assert_eq!(Access::of(exception.syndrome), Some(Access::Write));
+        assert_eq!(exception.physical_address, DATA + 8);
+        // The instruction is to be tried again.
+        assert_eq!(vcpu.register(Register::PC).unwrap(), PROGRAM);
+    }
+    stage2.lift(page).unwrap();
+    assert!(is_hvc(vcpu.run().unwrap()));
+    let mut word = [0; 8];
+    stage2.ram().read_at(DATA - RAM + 8, &mut word).unwrap();
+    assert_eq!(u64::from_le_bytes(word), 7);
+}
+
+#[test]
+fn the_tracker_has_each_page_that_the_guest_wrote_and_no_other() {
+    let Some(_turn) = hypervisor("the_tracker_has_each_page_that_the_guest_wrote_and_no_other")
+    else {
+        return;
+    };
+    let (_vm, stage2, mut vcpu) = machine(&STORE);
+    let bitmap = Arc::clone(stage2.ram().dirty_bitmap());
+    let tracker = Stage2Tracker::new(layout(), &bitmap, Policy::Pages, stage2).unwrap();
+    tracker.arm().unwrap().release();
+    let written: Vec<u64> = (0..16).map(|n| DATA - RAM + n * n * PAGE_SIZE).collect();
+    let written: Vec<u64> = written
+        .into_iter()
+        .filter(|offset| *offset < SIZE)
+        .collect();
+    for offset in &written {
+        vcpu.set_register(Register::X1, RAM + offset).unwrap();
+        loop {
+            let exit = vcpu.run().unwrap();
+            if tracker.handle_exit(&exit).unwrap() == Answer::NotOurs {
+                assert!(is_hvc(exit), "{exit:x?}");
+                break;
+            }
+        }
+    }
+    let epoch = tracker.arm().unwrap();
+    let pages: Vec<u64> = (0..SIZE)
+        .step_by(PAGE_SIZE as usize)
+        .filter(|offset| epoch.bitmap().is_dirty(*offset).unwrap())
+        .collect();
+    assert_eq!(pages, written);
+}
+
+#[test]
+fn a_vcpu_goes_on_as_another_with_its_vector_registers() {
+    let Some(_turn) = hypervisor("a_vcpu_goes_on_as_another_with_its_vector_registers") else {
+        return;
+    };
+    // add v0.2d, v0.2d, v0.2d; hvc #0; b .-8
+    let (vm, _stage2, mut vcpu) = machine(&[0x4ee0_8400, 0xd400_0002, 0x17ff_fffe]);
+    let mut state = VcpuState::capture(&vcpu).unwrap();
+    for (number, q) in state.q.iter_mut().enumerate() {
+        *q = (0x1111_u128 << 96) | (number as u128 + 1);
+    }
+    for (number, x) in state.x.iter_mut().enumerate() {
+        *x = 0x100 + number as u64;
+    }
+    let restored = state
+        .restore(&vcpu, state.vtimer.resuming_offset())
+        .unwrap();
+    assert_eq!(restored.differing, []);
+    assert!(is_hvc(vcpu.run().unwrap()));
+    let captured = VcpuState::capture(&vcpu).unwrap();
+    assert_eq!(captured.q[0], state.q[0] * 2);
+    assert_eq!(captured.q[1..], state.q[1..]);
+    assert_eq!(captured.x, state.x);
+    drop(vcpu);
+
+    let mut vcpu = vm.create_vcpu().unwrap();
+    let restored = captured
+        .restore(&vcpu, captured.vtimer.resuming_offset())
+        .unwrap();
+    assert_eq!(restored.differing, []);
+    let again = VcpuState::capture(&vcpu).unwrap();
+    let without_clock = |state: &VcpuState| {
+        let mut state = state.clone();
+        state.vtimer.counter = 0;
+        state
+    };
+    assert_eq!(without_clock(&again), without_clock(&captured));
+    assert!(again.vtimer.counter >= captured.vtimer.counter);
+    assert!(is_hvc(vcpu.run().unwrap()));
+    assert_eq!(VcpuState::capture(&vcpu).unwrap().q[0], state.q[0] * 4);
+}
+
+#[test]
+fn system_registers_come_back() {
+    let Some(_turn) = hypervisor("system_registers_come_back") else {
+        return;
+    };
+    let (vm, _stage2, vcpu) = machine(&STORE);
+    vcpu.set_system_register(SysReg::TPIDR_EL1, 0x1234).unwrap();
+    vcpu.set_system_register(SysReg::VBAR_EL1, 0x8000_0800)
+        .unwrap();
+    let state = VcpuState::capture(&vcpu).unwrap();
+    drop(vcpu);
+    let vcpu = vm.create_vcpu().unwrap();
+    let restored = state.restore(&vcpu, 0).unwrap();
+    assert_eq!(restored.differing, []);
+    assert_eq!(vcpu.system_register(SysReg::TPIDR_EL1).unwrap(), 0x1234);
+    assert_eq!(vcpu.system_register(SysReg::VBAR_EL1).unwrap(), 0x8000_0800);
+}
+
+#[test]
+fn another_thread_makes_a_vcpu_leave_its_guest() {
+    let Some(_turn) = hypervisor("another_thread_makes_a_vcpu_leave_its_guest") else {
+        return;
+    };
+    let (_vm, _stage2, mut vcpu) = machine(&[0x1400_0000]); // b .
+    let canceller = vcpu.canceller();
+    let thread = thread::spawn(move || {
+        thread::sleep(Duration::from_millis(20));
+        canceller.cancel().unwrap();
+        canceller
+    });
+    assert_eq!(vcpu.run().unwrap(), Exit::Canceled);
+    let canceller = thread.join().unwrap();
+    drop(vcpu);
+    canceller.cancel().unwrap(); // of a vCPU that is no more: nothing
+}
+
+#[test]
+fn a_second_machine_in_one_process_is_an_error_that_says_what_to_do() {
+    let Some(_turn) =
+        hypervisor("a_second_machine_in_one_process_is_an_error_that_says_what_to_do")
+    else {
+        return;
+    };
+    let vm = Vm::new().unwrap();
+    let error = Vm::new().unwrap_err();
+    assert!(matches!(error, CreateVmError::Exists(_)), "{error:?}");
+    assert!(error.to_string().contains("process of its own"), "{error}");
+    drop(vm);
+    Vm::new().unwrap();
+}
+
+#[test]
+fn ram_that_overlaps_other_ram_is_refused_and_nothing_of_it_stays() {
+    let Some(_turn) = hypervisor("ram_that_overlaps_other_ram_is_refused_and_nothing_of_it_stays")
+    else {
+        return;
+    };
+    let (vm, _stage2, _vcpu) = machine(&STORE);
+    let regions = [(RAM - SIZE, SIZE), (RAM, SIZE)];
+    let other = Arc::new(GuestRam::new(RamLayout::new(regions).unwrap()).unwrap());
+    let error = Stage2::map(&vm, &other).unwrap_err();
+    assert!(
+        matches!(
+            error,
+            MapError::Refused {
+                guest_start: RAM,
+                ..
+            }
+        ),
+        "{error:?}"
+    );
+    let lower = Arc::new(GuestRam::new(RamLayout::single(RAM - SIZE, SIZE).unwrap()).unwrap());
+    Stage2::map(&vm, &lower).unwrap();
+}
+
+#[test]
+fn pages_smaller_than_those_of_stage_2_are_refused() {
+    let Some(_turn) = hypervisor("pages_smaller_than_those_of_stage_2_are_refused") else {
+        return;
+    };
+    let vm = Vm::new().unwrap();
+    let bitmap = Arc::new(DirtyBitmap::new(0, SIZE, 4096).unwrap());
+    let ram = Arc::new(GuestRam::with_dirty_bitmap(layout(), bitmap).unwrap());
+    let error = Stage2::map(&vm, &ram).unwrap_err();
+    assert!(
+        matches!(
+            error,
+            MapError::PageBelowGranule {
+                page_size: 4096,
+                ..
+            }
+        ),
+        "{error:?}"
+    );
+}
+
+#[cfg(feature = "macos-15")]
+#[test]
+fn the_interrupt_controller_comes_back() {
+    let Some(_turn) = hypervisor("the_interrupt_controller_comes_back") else {
+        return;
+    };
+    let place = hvf_backend::GicPlace {
+        distributor: 0x800_0000,
+        redistributors: 0x1000_0000,
+    };
+    let new = || {
+        let vm = Vm::options().gic(place).create().unwrap();
+        let vcpu = vm.create_vcpu().unwrap();
+        vcpu.set_system_register(SysReg::MPIDR_EL1, 0x8000_0000)
+            .unwrap();
+        (vcpu, vm)
+    };
+    let (vcpu, vm) = new();
+    let (gic, state) = (
+        vm.capture_gic().unwrap(),
+        VcpuState::capture(&vcpu).unwrap(),
+    );
+    assert!(!gic.data().is_empty() && !state.gic_cpu.is_empty());
+    drop((vcpu, vm));
+    let (vcpu, vm) = new();
+    vm.restore_gic(&gic).unwrap();
+    let _ = state.restore(&vcpu, 0).unwrap();
+    assert_eq!(VcpuState::capture(&vcpu).unwrap().gic_cpu, state.gic_cpu);
+}
+
+/// Set for the copy of this program that is not entitled.
+const NOT_ENTITLED: &str = "HVF_BACKEND_TEST_NOT_ENTITLED";
+
+#[test]
+fn a_program_without_the_entitlement_is_told_how_to_get_it() {
+    if std::env::var_os(NOT_ENTITLED).is_some() {
+        println!("{}", Vm::new().unwrap_err());
+        return;
+    }
+    let test = "a_program_without_the_entitlement_is_told_how_to_get_it";
+    if !Need::Hypervisor.met(test) {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let copy = dir.path().join("not-entitled");
+    std::fs::copy(std::env::current_exe().unwrap(), &copy).unwrap();
+    // An unsigned program does not run at all on Apple silicon.
+    run(
+        Path::new("codesign"),
+        &["--sign", "-", "--force"],
+        Some(&copy),
+    );
+    let output = run(&copy, &["--exact", test, "--nocapture"], None);
+    let said = String::from_utf8_lossy(&output.stdout);
+    assert!(said.contains("com.apple.security.hypervisor"), "{said}");
+}
+
+fn run(program: &Path, arguments: &[&str], file: Option<&Path>) -> Output {
+    let mut command = Command::new(program);
+    command.args(arguments).args(file).env(NOT_ENTITLED, "1");
+    let output = command.output().unwrap();
+    assert!(output.status.success(), "{command:?}: {output:?}");
+    output
+}
