@@ -69,6 +69,6 @@ impl Start {
 pub fn page_table() -> Vec<u8> {
     // Arm ARM, VMSAv8-64 block descriptors: valid, a block, attributes 0 of MAIR_EL1, EL1 may read and write, inner shareable, accessed.
     const BLOCK: u64 = 0b01 | 0b11 << 8 | 1 << 10;
-    let entries = (0..512).map(|number| number * GIB | BLOCK);
+    let entries = (0..512).map(|number| (number * GIB) | BLOCK);
     entries.flat_map(u64::to_le_bytes).collect()
 }
