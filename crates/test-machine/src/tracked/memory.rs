@@ -8,6 +8,8 @@ use std::num::NonZeroUsize;
 use std::ops::Range;
 use std::ptr::NonNull;
 
+#[cfg(target_os = "linux")]
+use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, mmap_anonymous, mprotect, munmap};
 #[cfg(target_os = "linux")]
 use nix::sys::mman::{MmapAdvise, madvise};
@@ -39,20 +41,22 @@ impl Memory {
         Ok(Self::in_small_pages(start.cast(), size))
     }
 
-    /// Maps the first `len` bytes of `file`, which must stay as long. What is written to the file by its descriptor appears in the memory and never
-    /// faults: as a hypervisor's host writes to its guest.
+    /// Maps a new file of `len` bytes. What is written to the file by its descriptor appears in the memory and never faults: as a
+    /// hypervisor's host writes to its guest.
     ///
     /// # Errors
-    /// What `mmap` says; [`InvalidInput`](io::ErrorKind::InvalidInput) for a `len` of 0 or past the file's end.
-    pub fn of_file(file: &File, len: u64) -> io::Result<Self> {
+    /// As [`new`](Self::new), and what the making of the file says.
+    pub fn shared(len: u64) -> io::Result<(Self, File)> {
         let size = size(len)?;
-        if file.metadata()?.len() < len {
-            return Err(io::ErrorKind::InvalidInput.into());
-        }
-        // SAFETY: as above. The file is at least as long; that it stays so is asked of the caller, and a load past its end would be
-        // a signal, not another object's bytes.
-        let start = unsafe { mmap(None, size, READ_WRITE, MapFlags::MAP_SHARED, file, 0)? };
-        Ok(Self::in_small_pages(start.cast(), size))
+        #[cfg(target_os = "linux")]
+        let file = File::from(memfd_create(c"memory", MFdFlags::MFD_CLOEXEC)?);
+        #[cfg(not(target_os = "linux"))]
+        let file = tempfile::tempfile()?;
+        file.set_len(len)?;
+        // SAFETY: as above. The file is as long, and nobody else has it yet; whoever truncates it makes loads past its end fail, not
+        // reach other objects.
+        let start = unsafe { mmap(None, size, READ_WRITE, MapFlags::MAP_SHARED, &file, 0)? };
+        Ok((Self::in_small_pages(start.cast(), size), file))
     }
 
     fn in_small_pages(start: NonNull<u8>, len: NonZeroUsize) -> Self {
@@ -170,7 +174,7 @@ pub fn page_size() -> io::Result<u64> {
 
 impl Drop for Memory {
     fn drop(&mut self) {
-        // SAFETY: the mapping made by `new` or `of_file`; whoever could access it holds a borrow of `self`.
+        // SAFETY: the mapping made by `new` or `shared`; whoever could access it holds a borrow of `self`.
         let unmapped = unsafe { munmap(self.start.cast(), self.len) };
         debug_assert!(unmapped.is_ok());
     }

@@ -1,0 +1,99 @@
+//! A protection that can be told to fail, or to take its time.
+
+use std::io;
+use std::ops::Range;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering::SeqCst};
+use std::thread;
+
+use dirty_bitmap::WriteProtection;
+
+/// Passes everything on. Called in signal handlers too, so it has atomics only.
+pub struct Protection {
+    inner: Box<dyn WriteProtection<Error = io::Error> + Send + Sync>,
+    /// As many calls are yet to fail, half-way.
+    pub refuse_protect: AtomicU32,
+    pub refuse_lift: AtomicU32,
+    pub hold: Hold,
+}
+
+/// Keeps the next lift from returning: what it was for is open then, and not marked.
+#[derive(Default)]
+pub struct Hold {
+    next: AtomicBool,
+    held: AtomicBool,
+    go: AtomicBool,
+}
+
+impl Protection {
+    pub fn new(inner: impl WriteProtection<Error = io::Error> + Send + Sync + 'static) -> Self {
+        Self {
+            inner: Box::new(inner),
+            refuse_protect: AtomicU32::new(0),
+            refuse_lift: AtomicU32::new(0),
+            hold: Hold::default(),
+        }
+    }
+}
+
+impl Hold {
+    pub fn next_lift(&self) {
+        self.next.store(true, SeqCst);
+    }
+
+    pub fn wait_until_held(&self) {
+        while !self.held.load(SeqCst) {
+            thread::yield_now();
+        }
+    }
+
+    pub fn let_go(&self) {
+        self.go.store(true, SeqCst);
+    }
+
+    fn pass(&self) {
+        if self.next.swap(false, SeqCst) {
+            self.held.store(true, SeqCst);
+            while !self.go.load(SeqCst) {
+                thread::yield_now();
+            }
+        }
+    }
+}
+
+/// The part of the range that is dealt with, and how it ends.
+fn half_way(refuse: &AtomicU32, range: Range<u64>) -> (Range<u64>, io::Result<()>) {
+    let refused = refuse.fetch_update(SeqCst, SeqCst, |left| left.checked_sub(1));
+    if refused.is_err() {
+        return (range, Ok(()));
+    }
+    // A multiple of any page size that the tests have.
+    let middle = range.start + (range.end - range.start) / 2 / 0x4000 * 0x4000;
+    let failed = io::Error::from(io::ErrorKind::OutOfMemory);
+    (range.start..middle, Err(failed))
+}
+
+impl WriteProtection for Protection {
+    type Error = io::Error;
+
+    fn protect(&self, range: Range<u64>) -> io::Result<()> {
+        let (range, end) = half_way(&self.refuse_protect, range);
+        // Others run here: a step in the wrong order shows.
+        thread::yield_now();
+        if !range.is_empty() {
+            self.inner.protect(range)?;
+        }
+        thread::yield_now();
+        end
+    }
+
+    fn lift(&self, range: Range<u64>) -> io::Result<()> {
+        let (range, end) = half_way(&self.refuse_lift, range);
+        thread::yield_now();
+        if !range.is_empty() {
+            self.inner.lift(range)?;
+        }
+        self.hold.pass();
+        thread::yield_now();
+        end
+    }
+}
