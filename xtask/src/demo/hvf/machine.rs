@@ -105,6 +105,12 @@ impl Machine {
     }
 }
 
+impl Drop for Machine {
+    fn drop(&mut self) {
+        self.place.leave();
+    }
+}
+
 /// Runs the vCPU, and answers its write faults, until it stops for another reason.
 fn run(place: &Place, vcpu: &mut Vcpu) -> anyhow::Result<Stop> {
     let tracker = place.tracker.get();

@@ -83,6 +83,13 @@ impl Place {
         Ok(Seat { vm, _taken: taken })
     }
 
+    /// Gives the virtual machine back, if this guest has it.
+    pub fn leave(&self) {
+        // Waits for whoever is taking it: otherwise they would find no guest in it, and the machine still there.
+        let _seat = lock(&SEAT);
+        drop(lock(&self.stage.0).take());
+    }
+
     /// A virtual machine with as many address bits as the RAM needs.
     fn machine(&self) -> anyhow::Result<Vm> {
         match start::address_bits(self.ram.layout()) {
