@@ -182,7 +182,7 @@ impl DirtyBitmap {
     #[must_use]
     pub fn is_clean(&self) -> bool {
         let moving = self.lock();
-        self.table(moving.shift()).next_marked(0).is_none()
+        self.table(moving.shift()).is_clean()
     }
 
     /// The bytes of all marked granules; the last one counts as far as the RAM goes.

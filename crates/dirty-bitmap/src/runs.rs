@@ -1,7 +1,7 @@
 //! Iteration over runs of marked pages.
 
 use std::iter::FusedIterator;
-use std::ops::Range;
+use std::ops::{ControlFlow, Range};
 
 use crate::bitmap::DirtyBitmap;
 
@@ -38,20 +38,21 @@ impl<'a> Runs<'a> {
         }
         let moving = self.bitmap.lock();
         let shift = moving.shift();
-        let table = self.bitmap.table(shift);
-        let mut page = self.next >> shift;
-        while self.found < BATCH {
-            let Some(run) = table.next_run(page) else {
-                self.next = self.bitmap.ram_size();
-                return;
-            };
-            page = run.end;
+        let from = self.next >> shift;
+        let reported = self.next;
+        // Unless the batch fills up first.
+        self.next = self.bitmap.ram_size();
+        self.bitmap.table(shift).runs(from, |run| {
             let offsets = self.bitmap.offsets_of(run, shift);
-            // Made coarser between two batches: the page around `next` was reported up to there.
-            self.batch[self.found] = (offsets.start.max(self.next), offsets.end);
-            self.next = offsets.end;
+            // Made coarser between two batches: the page around was reported up to there.
+            self.batch[self.found] = (offsets.start.max(reported), offsets.end);
             self.found += 1;
-        }
+            if self.found < BATCH {
+                return ControlFlow::Continue(());
+            }
+            self.next = offsets.end;
+            ControlFlow::Break(())
+        });
     }
 }
 

@@ -10,7 +10,7 @@
 //! the marker's own write to the page still sits in a store buffer: a drain in between would take the bit and copy the old page.
 //! (`tests/loom.rs` has that execution.)
 
-use std::ops::Range;
+use std::ops::{ControlFlow, Range};
 
 use crate::geometry::GeometryError;
 use crate::sync::{AtomicU64, Ordering};
@@ -102,45 +102,48 @@ impl Table {
         })
     }
 
-    /// The first run of marked pages that ends after page `from`, without what precedes `from`.
-    pub(crate) fn next_run(&self, from: u64) -> Option<Range<u64>> {
-        let start = self.next_marked(from)?;
-        Some(start..self.next_clean(start))
-    }
-
-    /// The first marked page from `from` on.
-    pub(crate) fn next_marked(&self, from: u64) -> Option<u64> {
+    /// Calls `each` with the runs of marked pages from page `from` on, ascending, as long as it says so.
+    pub(crate) fn runs(&self, from: u64, mut each: impl FnMut(Range<u64>) -> ControlFlow<()>) {
         if from >= self.pages {
-            return None;
+            return;
         }
-        let first = index(from / WORD_BITS);
-        let rest = self.word(first) & (u64::MAX << (from % WORD_BITS));
-        if rest != 0 {
-            return Some(page(first, rest.trailing_zeros()));
-        }
-        let mut word = self.next_named(first + 1)?;
+        let mut at = index(from / WORD_BITS);
+        let mut bits = self.word(at) & (u64::MAX << (from % WORD_BITS));
         loop {
             // A summary bit may outlive its word's marks, never the other way round.
-            let bits = self.word(word);
-            if bits != 0 {
-                return Some(page(word, bits.trailing_zeros()));
+            while bits == 0 {
+                let Some(named) = self.next_named(at + 1) else {
+                    return;
+                };
+                at = named;
+                bits = self.word(at);
             }
-            word = self.next_named(word + 1)?;
+            let start = page(at, bits.trailing_zeros());
+            // The lowest mark added: it carries through the whole run.
+            let (mut after, mut carry) = bits.overflowing_add(bits & bits.wrapping_neg());
+            after &= bits;
+            while carry {
+                at += 1;
+                if at == self.words.len() {
+                    _ = each(start..self.pages);
+                    return;
+                }
+                bits = self.word(at);
+                (after, carry) = bits.overflowing_add(1);
+                after &= bits;
+            }
+            let run = bits ^ after;
+            let end = page(at, u64::BITS - run.leading_zeros());
+            bits = after;
+            if each(start..end.min(self.pages)).is_break() {
+                return;
+            }
         }
     }
 
-    fn next_clean(&self, from: u64) -> u64 {
-        let first = index(from / WORD_BITS);
-        let rest = !self.word(first) & (u64::MAX << (from % WORD_BITS));
-        let (mut word, mut clean) = (first, rest);
-        while clean == 0 {
-            word += 1;
-            if word == self.words.len() {
-                return self.pages;
-            }
-            clean = !self.word(word);
-        }
-        page(word, clean.trailing_zeros()).min(self.pages)
+    /// Whether no page is marked.
+    pub(crate) fn is_clean(&self) -> bool {
+        !self.marked_words().any(|word| self.word(word) != 0)
     }
 
     /// The first word from `from` on that the summary names.
