@@ -198,6 +198,20 @@ mod tests {
     }
 
     #[test]
+    fn files_of_format_1_stay_readable() {
+        let binary = include_bytes!("../tests/formats/vcpu-state-1.postcard");
+        assert_eq!(
+            postcard::from_bytes::<VcpuState>(binary).unwrap(),
+            every_field_set()
+        );
+        let readable = include_str!("../tests/formats/vcpu-state-1.json");
+        assert_eq!(
+            serde_json::from_str::<VcpuState>(readable).unwrap(),
+            every_field_set()
+        );
+    }
+
+    #[test]
     fn state_of_another_format_is_an_error_that_says_so() {
         // The format stands first.
         let state = serde_json::to_string(&every_field_set()).unwrap();
