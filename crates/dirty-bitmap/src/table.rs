@@ -104,39 +104,49 @@ impl Table {
 
     /// Calls `each` with the runs of marked pages from page `from` on, ascending, as long as it says so.
     pub(crate) fn runs(&self, from: u64, mut each: impl FnMut(Range<u64>) -> ControlFlow<()>) {
-        if from >= self.pages {
-            return;
-        }
-        let mut at = index(from / WORD_BITS);
-        let mut bits = self.word(at) & (u64::MAX << (from % WORD_BITS));
-        loop {
-            // A summary bit may outlive its word's marks, never the other way round.
-            while bits == 0 {
-                let Some(named) = self.next_named(at + 1) else {
-                    return;
-                };
-                at = named;
-                bits = self.word(at);
+        let mut first = index(from / WORD_BITS);
+        let mut mask = u64::MAX << (from % WORD_BITS);
+        // Words that are looked at next, of which the first only where `mask` says.
+        while let Some(at) = self.next_named(first) {
+            if at != first {
+                mask = u64::MAX;
             }
-            let start = page(at, bits.trailing_zeros());
-            // The lowest mark added: it carries through the whole run.
-            let (mut after, mut carry) = bits.overflowing_add(bits & bits.wrapping_neg());
-            after &= bits;
-            while carry {
-                at += 1;
-                if at == self.words.len() {
-                    _ = each(start..self.pages);
-                    return;
+            let mut named = self.named(at / 64) & (u64::MAX << (at % 64));
+            let base = at / 64 * 64;
+            first = base + 64;
+            while named != 0 {
+                let mut at = base + named.trailing_zeros() as usize;
+                named &= named - 1;
+                // A summary bit may outlive its word's marks, never the other way round.
+                let mut bits = self.word(at) & mask;
+                mask = u64::MAX;
+                while bits != 0 {
+                    let start = page(at, bits.trailing_zeros());
+                    // The lowest mark added: it carries through the whole run.
+                    let (sum, mut carry) = bits.overflowing_add(bits & bits.wrapping_neg());
+                    let mut after = sum & bits;
+                    while carry && at + 1 < self.words.len() {
+                        at += 1;
+                        bits = self.word(at);
+                        (after, carry) = bits.overflowing_add(1);
+                        after &= bits;
+                        // What of this word follows the run is looked at now, and not again.
+                        if at < base + 64 {
+                            named &= !(1 << (at % 64));
+                        } else {
+                            named = 0;
+                            first = at + 1;
+                        }
+                    }
+                    let end = match carry {
+                        true => self.pages,
+                        false => page(at, u64::BITS - (bits ^ after).leading_zeros()),
+                    };
+                    bits = after;
+                    if each(start..end).is_break() {
+                        return;
+                    }
                 }
-                bits = self.word(at);
-                (after, carry) = bits.overflowing_add(1);
-                after &= bits;
-            }
-            let run = bits ^ after;
-            let end = page(at, u64::BITS - run.leading_zeros());
-            bits = after;
-            if each(start..end.min(self.pages)).is_break() {
-                return;
             }
         }
     }
@@ -149,12 +159,20 @@ impl Table {
     /// The first word from `from` on that the summary names.
     fn next_named(&self, from: usize) -> Option<usize> {
         let mut s = from / 64;
-        let mut named = self.summary.get(s)?.load(Ordering::Acquire) & (u64::MAX << (from % 64));
+        if s >= self.summary.len() {
+            return None;
+        }
+        let mut named = self.named(s) & (u64::MAX << (from % 64));
         while named == 0 {
             s += 1;
             named = self.summary.get(s)?.load(Ordering::Acquire);
         }
         Some(s * 64 + named.trailing_zeros() as usize)
+    }
+
+    /// Which of 64 words may have a mark.
+    fn named(&self, s: usize) -> u64 {
+        self.summary[s].load(Ordering::Acquire)
     }
 }
 
