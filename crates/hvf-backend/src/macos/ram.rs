@@ -99,7 +99,8 @@ impl GuestRam {
                 regions: layout.regions().len(),
             });
         }
-        let aligned = |address: &&NonNull<u8>| address.addr().get() as u64 % PAGE_SIZE == 0;
+        let aligned =
+            |address: &&NonNull<u8>| (address.addr().get() as u64).is_multiple_of(PAGE_SIZE);
         if let Some(misaligned) = host_addresses.iter().find(|address| !aligned(address)) {
             return Err(GuestRamError::MisalignedAddress {
                 address: misaligned.addr().get(),
