@@ -133,8 +133,12 @@ impl Machine {
         image
     }
 
+    pub fn offset_of(&self, guest_address: u64) -> u64 {
+        self.layout().offset_of(guest_address).unwrap()
+    }
+
     pub fn is_dirty(&self, guest_address: u64) -> bool {
-        let offset = self.layout().offset_of(guest_address).unwrap();
+        let offset = self.offset_of(guest_address);
         self.bitmap().is_dirty(offset).unwrap()
     }
 }

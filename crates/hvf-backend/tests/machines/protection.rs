@@ -2,7 +2,7 @@
 
 use std::io;
 use std::ops::Range;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering::SeqCst};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::SeqCst};
 use std::thread;
 
 use dirty_bitmap::WriteProtection;
@@ -13,13 +13,16 @@ pub struct Protection {
     /// As many calls are yet to fail, half-way.
     pub refuse_protect: AtomicU32,
     pub refuse_lift: AtomicU32,
-    pub hold: Hold,
+    pub hold_protect: Hold,
+    pub hold_lift: Hold,
 }
 
-/// Keeps the next lift from returning: what it was for is open then, and not marked.
+/// Keeps one call from returning, when it has done its work.
 #[derive(Default)]
 pub struct Hold {
-    next: AtomicBool,
+    /// The call to be held is the next that has this offset.
+    offset: AtomicU64,
+    wanted: AtomicBool,
     held: AtomicBool,
     go: AtomicBool,
 }
@@ -30,14 +33,16 @@ impl Protection {
             inner: Box::new(inner),
             refuse_protect: AtomicU32::new(0),
             refuse_lift: AtomicU32::new(0),
-            hold: Hold::default(),
+            hold_protect: Hold::default(),
+            hold_lift: Hold::default(),
         }
     }
 }
 
 impl Hold {
-    pub fn next_lift(&self) {
-        self.next.store(true, SeqCst);
+    pub fn next_call_for(&self, offset: u64) {
+        self.offset.store(offset, SeqCst);
+        self.wanted.store(true, SeqCst);
     }
 
     pub fn wait_until_held(&self) {
@@ -50,8 +55,8 @@ impl Hold {
         self.go.store(true, SeqCst);
     }
 
-    fn pass(&self) {
-        if self.next.swap(false, SeqCst) {
+    fn pass(&self, range: &Range<u64>) {
+        if range.contains(&self.offset.load(SeqCst)) && self.wanted.swap(false, SeqCst) {
             self.held.store(true, SeqCst);
             while !self.go.load(SeqCst) {
                 thread::yield_now();
@@ -80,8 +85,9 @@ impl WriteProtection for Protection {
         // Others run here: a step in the wrong order shows.
         thread::yield_now();
         if !range.is_empty() {
-            self.inner.protect(range)?;
+            self.inner.protect(range.clone())?;
         }
+        self.hold_protect.pass(&range);
         thread::yield_now();
         end
     }
@@ -90,9 +96,9 @@ impl WriteProtection for Protection {
         let (range, end) = half_way(&self.refuse_lift, range);
         thread::yield_now();
         if !range.is_empty() {
-            self.inner.lift(range)?;
+            self.inner.lift(range.clone())?;
         }
-        self.hold.pass();
+        self.hold_lift.pass(&range);
         thread::yield_now();
         end
     }
