@@ -47,8 +47,10 @@ pub struct DirtyBitmap {
     page_shift: u32,
     /// Which of the tables marks go to.
     current: AtomicU64,
-    /// By the binary logarithm of their granule. Made once, never freed: a marker may hold any of them.
-    tables: Box<[OnceLock<Table>]>,
+    /// The table of the page size, one step nearer for marks than those of other granules.
+    pages: Table,
+    /// The others, by the binary logarithm of their granule. Made once, never freed: a marker may hold any of them.
+    rebuilt: Box<[OnceLock<Table>]>,
     /// What `current` says, for whoever moves marks or looks for them: one at a time, so that no mark is missed on its way
     /// between tables.
     moving: Mutex<Published>,
@@ -89,16 +91,15 @@ impl DirtyBitmap {
     }
 
     fn clean(ram: Ram, shift: u32) -> Result<Self, GeometryError> {
-        let bitmap = Self {
+        Ok(Self {
             ram,
             page_shift: shift,
             current: AtomicU64::new(Published::first(shift).0),
-            tables: (0..u64::BITS).map(|_| OnceLock::new()).collect(),
+            pages: Table::new(ram.pages(shift))?,
+            rebuilt: (0..u64::BITS).map(|_| OnceLock::new()).collect(),
             moving: Mutex::new(Published::first(shift)),
             epoch_open: AtomicBool::new(false),
-        };
-        bitmap.table_or_new(shift)?;
-        Ok(bitmap)
+        })
     }
 
     /// The first guest-physical address covered.
@@ -302,12 +303,22 @@ impl DirtyBitmap {
     /// Has `set` mark in the table that marks go to, of granules of 1 << shift bytes, until that is still the one. True if `set` ever was.
     #[inline]
     fn mark(&self, set: impl Fn(&Table, u32) -> bool) -> bool {
+        let published = self.published();
+        let was_clean = set(self.table(published.shift()), published.shift());
+        // Rebuilt since: the mark may have come after the sweep of the table it went to.
+        let now = self.published();
+        if now == published {
+            return was_clean;
+        }
+        self.mark_again(now, set) | was_clean
+    }
+
+    /// [`mark`](Self::mark), once more where marks go to now.
+    #[cold]
+    fn mark_again(&self, mut published: Published, set: impl Fn(&Table, u32) -> bool) -> bool {
         let mut was_clean = false;
-        let mut published = self.published();
         loop {
-            let shift = published.shift();
-            was_clean |= set(self.table(shift), shift);
-            // Rebuilt since: the mark may have come after the sweep of the table it went to.
+            was_clean |= set(self.table(published.shift()), published.shift());
             let now = self.published();
             if now == published {
                 return was_clean;
@@ -341,17 +352,21 @@ impl DirtyBitmap {
         self.moving.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    #[inline]
     pub(crate) fn table(&self, shift: u32) -> &Table {
-        self.tables[shift as usize]
+        if shift == self.page_shift {
+            return &self.pages;
+        }
+        self.rebuilt[shift as usize]
             .get()
             .expect("a table is made before it is published")
     }
 
     fn table_or_new(&self, shift: u32) -> Result<&Table, GeometryError> {
-        let slot = &self.tables[shift as usize];
-        if slot.get().is_none() {
-            let table = Table::new(((self.ram.size - 1) >> shift) + 1)?;
-            // Only the holder of the lock makes tables, or whoever makes the bitmap.
+        let slot = &self.rebuilt[shift as usize];
+        if shift != self.page_shift && slot.get().is_none() {
+            let table = Table::new(self.ram.pages(shift))?;
+            // Only the holder of the lock makes tables.
             let made = slot.set(table);
             debug_assert!(made.is_ok());
         }

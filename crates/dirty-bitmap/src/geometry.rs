@@ -48,6 +48,11 @@ impl Ram {
         Ok(page_size.trailing_zeros())
     }
 
+    /// The pages of `1 << shift` bytes that cover this RAM.
+    pub(crate) fn pages(self, shift: u32) -> u64 {
+        ((self.size - 1) >> shift) + 1
+    }
+
     /// The part of `[address, address + len)` inside this RAM as offsets from its start, and whether that is all of it.
     pub(crate) fn clip(self, address: u64, len: u64) -> (Range<u64>, Result<(), OutOfRange>) {
         let end = address.saturating_add(len);

@@ -20,8 +20,9 @@ const MUTANTS: [Mutant; 7] = [
     Mutant {
         what: "a marker does not look again after marking",
         file: "bitmap.rs",
-        right: "            let now = self.published();",
-        wrong: "            let now = published;",
+        right: "        // Rebuilt since: the mark may have come after the sweep of the table it went to.
+        let now = self.published();",
+        wrong: "        let now = published;",
         model: "a_mark_against_a_rebuild_to_finer_pages",
     },
     Mutant {
