@@ -25,7 +25,9 @@ mod trace;
 use std::path::PathBuf;
 use std::time::Instant;
 
-use anyhow::{Context, bail};
+#[cfg(target_os = "linux")]
+use anyhow::Context;
+use anyhow::bail;
 use xshell::Shell;
 
 use crate::packages::Install;
@@ -124,7 +126,7 @@ impl FsMatrix {
         if jobs.iter().any(here) {
             self.install.ensure(sh, mounts::PACKAGES, "fs-matrix")?;
             #[cfg(target_os = "linux")]
-            mounts::keep_private().context("can't mount anything")?;
+            mounts::keep_private()?;
         }
         let run = Run::new(
             &self,
