@@ -25,8 +25,6 @@ mod trace;
 use std::path::PathBuf;
 use std::time::Instant;
 
-#[cfg(target_os = "linux")]
-use anyhow::Context;
 use anyhow::bail;
 use xshell::Shell;
 
