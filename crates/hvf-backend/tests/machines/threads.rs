@@ -8,7 +8,7 @@ use dirty_bitmap::Policy;
 use page_reader::RamLayout;
 #[cfg(target_os = "linux")]
 use test_machine::tracked::Userfaultfd;
-use test_machine::tracked::{Memory, Mprotect, PageFaults};
+use test_machine::tracked::{Memory, Mprotect, PageFaults, page_size as host_page_size};
 
 use super::{Guest, HIGH, HIGH_SIZE, LOW_SIZE, Machine, Protection, Tracker, new_tracker, tell};
 
@@ -40,6 +40,8 @@ impl Threads {
     }
 
     fn tracked_by(self, protection: impl PageFaults, page_size: u64, policy: Policy) -> Machine {
+        // No smaller than what this machine protects.
+        let page_size = page_size.max(host_page_size().unwrap());
         let regions = [(0, LOW_SIZE), (HIGH, HIGH_SIZE)];
         let by = Protection::new(protection.clone());
         let tracker = new_tracker(regions, page_size, policy, by);
