@@ -29,6 +29,10 @@ pub(crate) struct Stat {
     pub(crate) size: u64,
     pub(crate) mode: u32,
     pub(crate) uid: u32,
+    pub(crate) gid: u32,
+    pub(crate) links: u64,
+    /// In bytes.
+    pub(crate) allocated: u64,
 }
 
 impl Stat {
@@ -61,6 +65,10 @@ impl From<FileStat> for Stat {
             size: stat.st_size as u64,
             mode: stat.st_mode as u32,
             uid: stat.st_uid as u32,
+            gid: stat.st_gid as u32,
+            links: stat.st_nlink as u64,
+            // In units of 512 bytes, whatever the block size of the file system.
+            allocated: (stat.st_blocks as u64).saturating_mul(512),
         }
     }
 }
@@ -152,10 +160,12 @@ impl Directory {
     /// Opens the file at `name`, to lock it and to read it. For writing where that is allowed: NFS asks for it
     /// before it locks.
     pub(crate) fn open_file(&self, name: &OsStr) -> io::Result<File> {
-        let open = |mode| retry(|| openat(self, name, OPEN_FILE | mode, Mode::empty()));
-        open(OFlag::O_RDWR)
-            .or_else(|_| open(OFlag::O_RDONLY))
-            .map(File::from)
+        self.open_for(OFlag::O_RDWR, name)
+            .or_else(|_| self.open_for(OFlag::O_RDONLY, name))
+    }
+
+    pub(crate) fn open_for(&self, access: OFlag, name: &OsStr) -> io::Result<File> {
+        retry(|| openat(self, name, OPEN_FILE | access, Mode::empty())).map(File::from)
     }
 
     /// One attempt: whether an interrupted or failed rename happened is for the caller to find out.
@@ -166,6 +176,11 @@ impl Directory {
     /// As [`rename`](Self::rename), but never replaces: `EEXIST`.
     pub(crate) fn rename_new(&self, from: &OsStr, to: &Self, name: &OsStr) -> nix::Result<()> {
         sys::rename_new(self, &c_string(from)?, to, &c_string(name)?)
+    }
+
+    /// One attempt, as with [`rename`](Self::rename). Both names exist before and after, or nothing changes.
+    pub(crate) fn exchange(&self, one: &OsStr, other: &OsStr) -> nix::Result<()> {
+        sys::exchange(self, &c_string(one)?, &c_string(other)?)
     }
 
     /// One attempt, as with [`rename`](Self::rename). `EEXIST` where `name` exists.

@@ -162,6 +162,7 @@ mod options;
 mod outcome;
 mod record;
 mod recover;
+mod spare;
 mod stage;
 mod sweep;
 mod sys;

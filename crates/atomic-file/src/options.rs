@@ -69,6 +69,7 @@ pub struct Options {
     pub(crate) no_clobber: bool,
     pub(crate) staging_dir: Option<PathBuf>,
     pub(crate) symlinks: Symlinks,
+    pub(crate) recycle: Option<u64>,
 }
 
 impl Default for Options {
@@ -79,6 +80,7 @@ impl Default for Options {
             no_clobber: false,
             staging_dir: None,
             symlinks: Symlinks::default(),
+            recycle: None,
         }
     }
 }
@@ -119,6 +121,46 @@ impl Options {
     /// What to do where the destination is a symbolic link; [`Symlinks::Follow`] unless told otherwise.
     pub fn symlinks(mut self, symlinks: Symlinks) -> Self {
         self.symlinks = symlinks;
+        self
+    }
+
+    /// Keeps the file that [`commit`](AtomicWriter::commit) replaces, to be the stage of the next writer to the same destination:
+    /// blocks that are overwritten need be neither freed nor found. For large files replaced again and again.
+    ///
+    /// **Such a stage has its old bytes**: see [`AtomicWriter::recycled`], which says whether it does.
+    ///
+    /// One file is kept per destination, beside it, and only if it has at most `max_bytes` bytes allocated. The next writer
+    /// with this option takes it, the next without removes it, and so does [`sweep`](crate::sweep()).
+    ///
+    /// Nobody sees a file change that they have open or mapped, or know by another name: it is kept and taken only
+    /// if it has one name and the kernel grants a lease on it, which it does where nobody else has it open. Nor is one that a new
+    /// file would not be like: of another owner or group, or with extended attributes. In all these cases, and
+    /// - on another file system than ext4, XFS, btrfs and tmpfs, or another system than Linux,
+    /// - with a weaker durability than [`Full`](Durability::Full), as the old file must not be what a power loss brings back,
+    /// - with a [`staging_dir`](Self::staging_dir) elsewhere than beside the destination, and in a group's commit,
+    ///
+    /// the old file goes as it would without this option, which is no error.
+    ///
+    /// # Examples
+    /// ```
+    /// use atomic_file::AtomicWriter;
+    /// # let dir = tempfile::tempdir()?;
+    /// # let dest = dir.path().join("vm.mem");
+    ///
+    /// for save in 1..=3 {
+    ///     let writer = AtomicWriter::options().recycle(1 << 30).open(&dest)?;
+    ///     if writer.recycled() {
+    ///         println!("save {save} overwrites what save {} wrote", save - 2);
+    ///     }
+    ///     writer.file().set_len(8192)?;
+    ///     writer.write_all_at(&[save; 8192], 0)?; // all of it
+    ///     writer.commit()?;
+    /// }
+    /// assert_eq!(std::fs::read(&dest)?, [3; 8192]);
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    pub fn recycle(mut self, max_bytes: u64) -> Self {
+        self.recycle = Some(max_bytes);
         self
     }
 

@@ -33,6 +33,8 @@ const PREFIX: &str = ".atomic-file-";
 const LOCKED: &str = ".stage";
 /// For file systems without locks: nobody can tell whether the owner of such a stage lives.
 const UNLOCKED: &str = ".unlocked-stage";
+/// One per destination, so without a slot: see `spare.rs`.
+const SPARE: &str = ".spare";
 /// More writers to one destination at once than anybody means.
 const SLOTS: u64 = 4096;
 
@@ -40,33 +42,42 @@ const SLOTS: u64 = 4096;
 pub(crate) enum StageName {
     Locked,
     Unlocked,
+    Spare,
 }
 
-/// Whether `name` is one that this module gives to stages.
+/// Whether `name` is one that this module gives to stages and spares.
 pub(crate) fn parse_name(name: &OsStr) -> Option<StageName> {
     let rest = name.to_str()?.strip_prefix(PREFIX)?;
-    let (rest, kind) = if let Some(rest) = rest.strip_suffix(UNLOCKED) {
-        (rest, StageName::Unlocked)
-    } else {
-        (rest.strip_suffix(LOCKED)?, StageName::Locked)
-    };
-    let (hash, slot) = rest.split_once('-')?;
     let is_hex = |text: &str| {
         !text.is_empty()
             && text
                 .bytes()
                 .all(|digit| matches!(digit, b'0'..=b'9' | b'a'..=b'f'))
     };
+    if let Some(hash) = rest.strip_suffix(SPARE) {
+        return (hash.len() == 8 && is_hex(hash)).then_some(StageName::Spare);
+    }
+    let (rest, kind) = if let Some(rest) = rest.strip_suffix(UNLOCKED) {
+        (rest, StageName::Unlocked)
+    } else {
+        (rest.strip_suffix(LOCKED)?, StageName::Locked)
+    };
+    let (hash, slot) = rest.split_once('-')?;
     (hash.len() == 8 && is_hex(hash) && slot.len() <= 16 && is_hex(slot)).then_some(kind)
 }
 
 pub(crate) fn stage_name(dest: &OsStr, slot: u64, kind: StageName) -> OsString {
     let hash = crc32fast::hash(dest.as_bytes());
-    let suffix = match kind {
-        StageName::Locked => LOCKED,
-        StageName::Unlocked => UNLOCKED,
-    };
-    format!("{PREFIX}{hash:08x}-{slot:x}{suffix}").into()
+    match kind {
+        StageName::Locked => format!("{PREFIX}{hash:08x}-{slot:x}{LOCKED}"),
+        StageName::Unlocked => format!("{PREFIX}{hash:08x}-{slot:x}{UNLOCKED}"),
+        StageName::Spare => format!("{PREFIX}{hash:08x}{SPARE}"),
+    }
+    .into()
+}
+
+pub(crate) fn spare_name(dest: &OsStr) -> OsString {
+    stage_name(dest, 0, StageName::Spare)
 }
 
 /// What became of a stage that may be dead.
@@ -113,6 +124,21 @@ pub(crate) fn remove_if_dead(dir: &Directory, name: &OsStr) -> Inspected {
     }
 }
 
+/// Whether a taken name is free now, because its owner was dead or has just finished.
+fn is_freed(dir: &Directory, name: &OsStr) -> bool {
+    matches!(
+        remove_if_dead(dir, name),
+        Inspected::Removed | Inspected::Gone
+    )
+}
+
+fn no_slot() -> io::Error {
+    io::Error::new(
+        ErrorKind::StorageFull,
+        "every name for a stage of this destination is taken: sweep the directory",
+    )
+}
+
 #[derive(Debug)]
 pub(crate) struct Stage {
     dir: Arc<Directory>,
@@ -135,11 +161,7 @@ impl Stage {
             let file = match dir.create_new(&name) {
                 Ok(file) => file,
                 Err(error) if error.kind() == ErrorKind::AlreadyExists => {
-                    let freed = kind == StageName::Locked
-                        && matches!(
-                            remove_if_dead(dir, &name),
-                            Inspected::Removed | Inspected::Gone
-                        );
+                    let freed = kind == StageName::Locked && is_freed(dir, &name);
                     slot += u64::from(!freed);
                     continue;
                 }
@@ -170,10 +192,92 @@ impl Stage {
                 Lock::Unsupported(_) => kind = StageName::Unlocked,
             }
         }
-        Err(io::Error::new(
-            ErrorKind::StorageFull,
-            "every name for a stage of this destination is taken: sweep the directory",
-        ))
+        Err(no_slot())
+    }
+
+    /// Locks a file that is there already, opened by `name`, as if it were a stage; `None` where somebody else holds the lock or
+    /// the name means another file by now. Its name stays until [`own_name`](Self::own_name) makes it this stage's own.
+    pub(crate) fn adopt(
+        dir: &Arc<Directory>,
+        name: &OsStr,
+        file: File,
+    ) -> io::Result<Option<Self>> {
+        if !matches!(try_lock(&file)?, Lock::Held) {
+            return Ok(None);
+        }
+        let stage = Self {
+            dir: Arc::clone(dir),
+            path: dir.path_of(name),
+            name: name.to_owned(),
+            id: stat_of(&file)?.id,
+            file,
+            locked: true,
+            named: false,
+        };
+        Ok(stage.name_is_ours()?.then_some(stage))
+    }
+
+    /// From here on dropping removes the file's name.
+    pub(crate) fn own_name(&mut self) {
+        self.named = true;
+    }
+
+    /// Renames the stage within its directory, to the first free slot of `dest`.
+    pub(crate) fn move_to_slot(&mut self, dest: &OsStr) -> io::Result<()> {
+        let mut slot = 0;
+        while slot < SLOTS {
+            let name = stage_name(dest, slot, StageName::Locked);
+            match self.move_to(&name) {
+                Err(error) if error.kind() == ErrorKind::AlreadyExists => {
+                    slot += u64::from(!is_freed(&self.dir, &name));
+                }
+                result => return result,
+            }
+        }
+        Err(no_slot())
+    }
+
+    /// Renames the stage within its directory, to `name`, which must be free.
+    pub(crate) fn move_to(&mut self, name: &OsStr) -> io::Result<()> {
+        let dir = Arc::clone(&self.dir);
+        self.attempt(&dir, name, |from, own| from.rename_new(own, &dir, name))
+            .map_err(|error| match error {
+                PublishError::Not(error) | PublishError::Unknown { rename: error, .. } => error,
+            })?;
+        self.path = dir.path_of(name);
+        self.name = name.to_owned();
+        Ok(())
+    }
+
+    /// Exchanges the stage with `old`, which is in the same directory: `old` takes over the stage's name and is returned as its owner. The
+    /// staged file is in place then, and its descriptor and lock are given up.
+    ///
+    /// The name may mean another file than `old` where somebody replaced that in the last moment;
+    /// [`has_name`](Self::has_name) tells.
+    pub(crate) fn exchange(&mut self, mut old: Self) -> Result<Self, PublishError> {
+        let (dir, dest) = (Arc::clone(&self.dir), old.name.clone());
+        self.attempt(&dir, &dest, |_, own| dir.exchange(own, &dest))?;
+        self.named = false;
+        // rename(2) would have refused a directory that came there in the last moment.
+        if let Ok(Some(there)) = dir.entry(&self.name)
+            && there.is_dir()
+        {
+            let is_dir = || io::Error::from(ErrorKind::IsADirectory);
+            return Err(match dir.exchange(&self.name, &dest) {
+                Ok(()) => {
+                    self.named = true;
+                    PublishError::Not(is_dir())
+                }
+                Err(errno) => PublishError::Unknown {
+                    rename: is_dir(),
+                    look: errno.into(),
+                },
+            });
+        }
+        old.path.clone_from(&self.path);
+        old.name.clone_from(&self.name);
+        old.named = true;
+        Ok(old)
     }
 
     pub(crate) fn dir(&self) -> &Arc<Directory> {
@@ -198,6 +302,11 @@ impl Stage {
 
     pub(crate) fn is_locked(&self) -> bool {
         self.locked
+    }
+
+    /// Whether the stage's name still means its file.
+    pub(crate) fn has_name(&self) -> bool {
+        self.name_is_ours().is_ok_and(|ours| ours)
     }
 
     fn name_is_ours(&self) -> io::Result<bool> {
@@ -261,8 +370,7 @@ impl Stage {
             let own = stat_of(&self.file)?;
             Ok((entry.id, entry.size) == (own.id, own.size))
         };
-        let is_here = || self.name_is_ours().is_ok_and(|ours| ours);
-        make_sure(|| call(&self.dir, &self.name), is_there, is_here)
+        make_sure(|| call(&self.dir, &self.name), is_there, || self.has_name())
     }
 
     /// Gives up the stage's name to whoever recovers: it is not removed.
@@ -352,9 +460,10 @@ mod tests {
         fn every_name_given_to_a_stage_is_recognised_and_short(
             dest in proptest::collection::vec(1u8.., 1..=255),
             slot: u64,
-            locked: bool,
+            kind in prop_oneof![
+                Just(StageName::Locked), Just(StageName::Unlocked), Just(StageName::Spare),
+            ],
         ) {
-            let kind = if locked { StageName::Locked } else { StageName::Unlocked };
             let name = stage_name(OsStr::from_bytes(&dest), slot, kind);
             prop_assert_eq!(parse_name(&name), Some(kind));
             prop_assert!(name.len() <= 64);
@@ -372,6 +481,9 @@ mod tests {
     #[case(".atomic-file-0123456G-0.stage")]
     #[case(".atomic-file-01234567-00000000000000000.stage")]
     #[case("x.atomic-file-01234567-0.stage")]
+    #[case(".atomic-file-0123456.spare")]
+    #[case(".atomic-file-0123456G.spare")]
+    #[case(".atomic-file-01234567-0.spare")]
     fn any_other_name_is_not(#[case] name: &str) {
         assert_eq!(parse_name(OsStr::new(name)), None);
     }

@@ -15,6 +15,9 @@ pub struct SweepReport {
     pub removed: Vec<PathBuf>,
     /// Stages whose writers live, in this process or another; not touched.
     pub living: Vec<PathBuf>,
+    /// Files kept for [recycling](crate::Options::recycle), removed: no writer was killed, and the next will
+    /// write a new file.
+    pub spares: Vec<PathBuf>,
     /// What has a stage's name and was kept for another reason.
     pub kept: Vec<Kept>,
 }
@@ -29,7 +32,8 @@ pub struct Kept {
     pub reason: io::Error,
 }
 
-/// Removes from `dir` the staged files of writers that were killed, and nothing else. Never waits.
+/// Removes from `dir` the staged files of writers that were killed, and the spares of those that recycle, and nothing else.
+/// Never waits.
 ///
 /// A stage is dead if its name is a stage's and nobody holds its lock. Living writers hold it, in
 /// this process, in others, and where the file system knows such locks (NFS does) on other machines.
@@ -63,16 +67,19 @@ pub(crate) fn sweep_open(dir: &Directory) -> Result<SweepReport, SweepError> {
     })?;
     let mut report = SweepReport::default();
     for name in names {
-        let inspected = match parse_name(&name) {
-            None => continue,
-            Some(StageName::Locked) => remove_if_dead(dir, &name),
-            Some(StageName::Unlocked) => Inspected::Kept(io::Error::new(
+        let Some(kind) = parse_name(&name) else {
+            continue;
+        };
+        let inspected = match kind {
+            StageName::Locked | StageName::Spare => remove_if_dead(dir, &name),
+            StageName::Unlocked => Inspected::Kept(io::Error::new(
                 io::ErrorKind::Unsupported,
                 "staged without a lock: only you can know whether its writer lives",
             )),
         };
         let path = dir.path_of(&name);
         match inspected {
+            Inspected::Removed if kind == StageName::Spare => report.spares.push(path),
             Inspected::Removed => report.removed.push(path),
             Inspected::Living => report.living.push(path),
             Inspected::Kept(reason) => report.kept.push(Kept { path, reason }),

@@ -6,14 +6,13 @@ use std::os::unix::fs::FileExt as _;
 use std::path::Path;
 use std::sync::Arc;
 
-use nix::sys::stat::{Mode, fchmod};
-
 use crate::destination::Destination;
-use crate::directory::{Directory, stat_of};
+use crate::directory::Directory;
 use crate::error::{CommitError, CommitStep, Leftover, OpenError};
 use crate::options::{Durability, Options};
 use crate::outcome::{PublishError, has_no_links};
 use crate::recover::{Owner, settle};
+use crate::spare;
 use crate::stage::{RehearsalError, Stage, rehearse};
 use crate::sys;
 
@@ -43,6 +42,9 @@ pub struct AtomicWriter {
     pub(crate) dest: Destination,
     pub(crate) durability: Durability,
     pub(crate) no_clobber: bool,
+    /// At most how many bytes of the replaced file are kept as a spare.
+    recycle: Option<u64>,
+    recycled: bool,
 }
 
 impl AtomicWriter {
@@ -79,15 +81,27 @@ impl AtomicWriter {
             rehearse(&staging, &dest.dir, &dest.name, options.no_clobber)
                 .map_err(|error| explain(error, path, &dest.dir, &staging, options))?;
         }
-        let stage = Stage::create(&staging, &dest.name)
+        let recycle = options.recycle.filter(|_| !elsewhere);
+        let spare = match recycle {
+            Some(max_bytes) => spare::take(&dest.dir, &dest.name, max_bytes, options.mode),
+            None => {
+                spare::remove(&dest.dir, &dest.name);
+                None
+            }
+        };
+        let recycled = spare.is_some();
+        let stage = spare
+            .map_or_else(|| Stage::create(&staging, &dest.name), Ok)
             .map_err(|source| OpenError::io("stage a file for", path, source))?;
-        set_mode(stage.file(), options.mode)
+        sys::set_mode(stage.file(), options.mode)
             .map_err(|source| OpenError::io("set the mode of the file staged for", path, source))?;
         Ok(Self {
             stage,
             dest,
             durability: options.durability,
             no_clobber: options.no_clobber,
+            recycle,
+            recycled,
         })
     }
 
@@ -104,6 +118,16 @@ impl AtomicWriter {
     #[must_use]
     pub fn temp_path(&self) -> &Path {
         self.stage.path()
+    }
+
+    /// Whether the staged file is one that was replaced earlier and has that one's length and bytes still, on request of
+    /// [`Options::recycle`].
+    ///
+    /// Then whoever writes must set the length, and overwrite or wipe all the rest: what is left of the old bytes would be committed
+    /// with the new. Else the staged file is new, and empty.
+    #[must_use]
+    pub fn recycled(&self) -> bool {
+        self.recycled
     }
 
     /// The staged file, open for reading and writing.
@@ -141,6 +165,8 @@ impl AtomicWriter {
             dest,
             durability,
             no_clobber,
+            recycle,
+            recycled: _,
         } = self;
         let ready = sys::sync(stage.file(), durability)
             .map_err(|error| (CommitStep::Sync, error))
@@ -153,8 +179,12 @@ impl AtomicWriter {
         if let Err((step, source)) = ready {
             return Err(not_replaced(stage, dest, step, source));
         }
-        let leftover = match stage.publish(&dest.dir, &dest.name, no_clobber) {
-            Ok(leftover) => leftover,
+        // Only a directory that is synced keeps the old file from coming back as the destination once it is overwritten.
+        let old = recycle
+            .filter(|_| durability == Durability::Full && !no_clobber)
+            .and_then(|max_bytes| spare::lock_old(&dest.dir, &dest.name, max_bytes));
+        let replaced = match publish(&mut stage, &dest, no_clobber, old) {
+            Ok(replaced) => replaced,
             Err(PublishError::Not(source)) => {
                 return Err(not_replaced(stage, dest, CommitStep::Rename, source));
             }
@@ -166,9 +196,16 @@ impl AtomicWriter {
                 });
             }
         };
+        // Its lock has no more to say, and would be in the way of one who replaces the file in turn.
+        drop(stage);
         let synced = match durability {
             Durability::Full => dest.dir.sync(durability),
             Durability::Barrier | Durability::None => Ok(()),
+        };
+        let leftover = match replaced {
+            Replaced::Removed(leftover) => leftover,
+            Replaced::Exchanged(old) if synced.is_ok() => spare::keep(old, &dest.name).err(),
+            Replaced::Exchanged(old) => spare::remove_replaced(old).err(),
         };
         match (synced, leftover) {
             (Ok(()), None) => Ok(()),
@@ -191,6 +228,34 @@ impl AtomicWriter {
     pub fn discard(self) -> Result<(), Leftover> {
         self.stage.discard()
     }
+}
+
+/// What became of the old file.
+enum Replaced {
+    /// Its name is gone; the stage's may have been left.
+    Removed(Option<Leftover>),
+    /// It has the stage's name.
+    Exchanged(Stage),
+}
+
+/// Puts the stage in place, in exchange for `old` where that is given and the file system can.
+fn publish(
+    stage: &mut Stage,
+    dest: &Destination,
+    no_clobber: bool,
+    old: Option<Stage>,
+) -> Result<Replaced, PublishError> {
+    if let Some(old) = old {
+        match stage.exchange(old) {
+            Ok(old) => return Ok(Replaced::Exchanged(old)),
+            // Nothing has changed: rename, and let that have the last word.
+            Err(PublishError::Not(_)) => {}
+            Err(unknown @ PublishError::Unknown { .. }) => return Err(unknown),
+        }
+    }
+    stage
+        .publish(&dest.dir, &dest.name, no_clobber)
+        .map(Replaced::Removed)
 }
 
 impl Write for AtomicWriter {
@@ -258,16 +323,6 @@ fn explain(
     } else {
         OpenError::io("stage a file for", path, source)
     }
-}
-
-/// Gives the file exactly these permission bits. It was created with 0600, less what the umask took.
-fn set_mode(file: &File, mode: u32) -> io::Result<()> {
-    const PERMISSIONS: u32 = 0o7777;
-    if stat_of(file)?.mode & PERMISSIONS == mode {
-        return Ok(());
-    }
-    let mode = Mode::from_bits_truncate(mode as libc::mode_t);
-    sys::retry(|| fchmod(file, mode))
 }
 
 fn not_replaced(

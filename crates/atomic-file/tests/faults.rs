@@ -13,6 +13,9 @@ use common::{assert_names, commit, group, names, same_text};
 use rstest::rstest;
 use test_machine::Need;
 
+/// What a spare may hold; more than these tests write.
+const MAX: u64 = 1 << 20;
+
 const FILES: [&str; 3] = ["memory", "vcpu", "devices"];
 
 /// Not a test of its own: what `common::command` runs.
@@ -27,6 +30,7 @@ fn child() {
         "replace" => common::replace(&AtomicWriter::options().mode(0o640), &dest),
         "no clobber" => common::replace(&AtomicWriter::options().no_clobber(true), &dest),
         "elsewhere" => common::replace(&elsewhere(), &dest),
+        "recycle" => common::replace(&AtomicWriter::options().recycle(MAX), &dest),
         "group" => match group(&dir, &FILES, "new") {
             Err(error) => format!("not opened: {error}"),
             Ok(group) => common::group_state_of(group.commit()),
@@ -40,7 +44,8 @@ fn child() {
 }
 
 const CALLS: &str = "trace=?open,openat,?fstat,?newfstatat,?fstatat64,?statx,flock,fchmod,fsync,fdatasync,?rename,\
-    renameat,renameat2,linkat,?unlink,unlinkat,write,pwrite64,read,getdents64,?fstatfs,?statfs,?lseek,close";
+    renameat,renameat2,linkat,?unlink,unlinkat,write,pwrite64,read,getdents64,?fstatfs,?statfs,?lseek,close,\
+    fcntl,flistxattr,ftruncate";
 
 fn strace(job: &str, dir: &Path, log: &Path, tampering: &[String]) -> Option<String> {
     let mut args = vec!["-e", CALLS, "-o", log.to_str().expect("a plain path")];
@@ -142,6 +147,14 @@ fn one_old_file(dir: &Path) {
     fs::create_dir(dir.join("staging")).unwrap();
 }
 
+/// The spare of `dest`.
+const SPARE: &str = ".atomic-file-88662993.spare";
+
+fn old_file_and_spare(dir: &Path) {
+    one_old_file(dir);
+    fs::write(dir.join(SPARE), "older").unwrap();
+}
+
 fn no_file(dir: &Path) {
     fs::create_dir(dir.join("staging")).unwrap();
 }
@@ -161,7 +174,8 @@ fn text(dir: &Path) -> String {
 
 fn assert_only_dest(dir: &Path, context: &str) {
     let mut found = names(dir);
-    found.retain(|name| name != "dest" && name != "staging");
+    // A spare is not left behind: it is one, and the next writer's.
+    found.retain(|name| name != "dest" && name != "staging" && name != SPARE);
     assert!(found.is_empty(), "left behind {found:?}: {context}");
     assert!(
         names(&dir.join("staging")).is_empty(),
@@ -173,6 +187,7 @@ fn assert_only_dest(dir: &Path, context: &str) {
 #[case::replace("replace", one_old_file as fn(&Path))]
 #[case::no_clobber("no clobber", no_file)]
 #[case::elsewhere("elsewhere", one_old_file)]
+#[case::recycle("recycle", old_file_and_spare)]
 fn whatever_call_fails_the_error_tells_the_truth_and_nothing_is_left_behind(
     #[case] job: &str,
     #[case] prepare: fn(&Path),
@@ -242,6 +257,7 @@ fn where_cleaning_up_fails_too_the_error_names_what_was_left() {
 #[case::replace("replace", one_old_file as fn(&Path))]
 #[case::no_clobber("no clobber", no_file)]
 #[case::group("group", old_files)]
+#[case::recycle("recycle", old_file_and_spare)]
 fn interrupted_calls_are_made_again(#[case] job: &str, #[case] prepare: fn(&Path)) {
     if !Need::Strace.met("interrupted_calls_are_made_again") {
         return;
@@ -249,8 +265,9 @@ fn interrupted_calls_are_made_again(#[case] job: &str, #[case] prepare: fn(&Path
     // Calls that POSIX lets a signal interrupt; stat and lseek are not among them.
     let may_be = |call: &str| !(call.contains("stat") || matches!(call, "lseek" | "getdents64"));
     let how = |call: &str, number| error(call, number, "EINTR").filter(|_| may_be(call));
-    tamper(job, prepare, how, |_, report, context| {
+    tamper(job, prepare, how, |dir, report, context| {
         assert_eq!(report, Some("ok"), "{context}");
+        assert_eq!(dir.join(SPARE).exists(), job == "recycle", "{context}");
     });
 }
 
@@ -298,6 +315,7 @@ fn no_clobber_is_refused_at_open_where_the_file_system_has_neither_way(#[case] e
 #[case::replace("replace", one_old_file as fn(&Path))]
 #[case::no_clobber("no clobber", no_file)]
 #[case::elsewhere("elsewhere", one_old_file)]
+#[case::recycle("recycle", old_file_and_spare)]
 fn killed_at_any_call_the_file_is_old_or_new_and_the_leftover_is_swept(
     #[case] job: &str,
     #[case] prepare: fn(&Path),
@@ -318,6 +336,32 @@ fn killed_at_any_call_the_file_is_old_or_new_and_the_leftover_is_swept(
         commit(&AtomicWriter::options(), &dir.join("dest"), b"next").unwrap();
     });
     assert_eq!(seen.into_inner().len(), 2, "both outcomes were seen");
+}
+
+#[test]
+fn killed_at_any_call_a_recycling_writer_is_followed_by_another_without_a_sweep() {
+    const TEST: &str =
+        "killed_at_any_call_a_recycling_writer_is_followed_by_another_without_a_sweep";
+    if !Need::Strace.met(TEST) {
+        return;
+    }
+    tamper(
+        "recycle",
+        old_file_and_spare,
+        kill,
+        |dir, report, context| {
+            assert_eq!(report, None, "it lives: {context}");
+            for text in ["next", "one more", "last"] {
+                let writer = AtomicWriter::options().recycle(MAX).open(dir.join("dest"));
+                let writer = writer.unwrap();
+                writer.file().set_len(text.len() as u64).unwrap();
+                writer.write_all_at(text.as_bytes(), 0).unwrap();
+                writer.commit().unwrap();
+                assert_eq!(self::text(dir), text, "{context}");
+                assert_only_dest(dir, context);
+            }
+        },
+    );
 }
 
 #[rstest]
@@ -438,4 +482,52 @@ fn a_failed_sync_is_never_tried_again_on_the_same_file() {
     assert_eq!(report.as_deref(), Some("not replaced"));
     let trace = fs::read_to_string(log.path()).unwrap();
     assert_eq!(trace.matches("fsync(").count(), 1, "{trace}");
+}
+
+/// What becomes of what somebody puts in the destination's place between the last look and the exchange.
+#[rstest]
+#[case::another_file(|dest: &Path| fs::write(dest, "theirs").unwrap(), "ok")]
+#[case::a_link(|dest: &Path| std::os::unix::fs::symlink("elsewhere", dest).unwrap(), "ok")]
+#[case::nothing(|_: &Path| (), "ok")]
+#[case::a_directory(|dest: &Path| fs::create_dir(dest).unwrap(), "not replaced")]
+fn what_replaces_the_destination_in_the_last_moment_is_replaced_as_by_a_rename(
+    #[case] replace: fn(&Path),
+    #[case] expected: &str,
+) {
+    const TEST: &str =
+        "what_replaces_the_destination_in_the_last_moment_is_replaced_as_by_a_rename";
+    if !Need::Strace.met(TEST) {
+        return;
+    }
+    let (dir, dest) = common::dir_with_old();
+    let log = tempfile::NamedTempFile::new().unwrap();
+    let report = std::thread::scope(|scope| {
+        let child = scope.spawn(|| {
+            let log = log.path().to_str().unwrap();
+            let delay = "inject=renameat2:delay_enter=3s:when=1";
+            let args = ["-o", log, "-e", "trace=renameat2", "-e", delay];
+            common::under_strace("recycle", dir.path(), &args)
+        });
+        let is_written = || {
+            let mut staged = names(dir.path());
+            staged.retain(|name| name != "dest");
+            staged
+                .iter()
+                .any(|name| fs::read(dir.path().join(name)).is_ok_and(|text| text == b"new"))
+        };
+        while !is_written() && !child.is_finished() {
+            std::thread::sleep(std::time::Duration::from_millis(10));
+        }
+        // By now it looks at the destination's lock, and begins the exchange.
+        std::thread::sleep(std::time::Duration::from_secs(1));
+        fs::remove_file(&dest).unwrap();
+        replace(&dest);
+        child.join().unwrap()
+    });
+    assert_eq!(report.as_deref(), Some(expected));
+    let trace = fs::read_to_string(log.path()).unwrap();
+    assert!(trace.contains("RENAME_EXCHANGE"), "{trace}");
+    assert_names(dir.path(), &["dest"]);
+    assert_eq!(dest.is_dir(), expected != "ok");
+    assert!(dest.is_dir() || fs::read(&dest).unwrap() == b"new");
 }

@@ -128,11 +128,19 @@ pub(crate) fn state_of(result: Result<(), CommitError>) -> String {
     }
 }
 
+/// Writes all that the file is to hold, over what a recycled one holds.
+pub(crate) fn write_whole(writer: &AtomicWriter, bytes: &[u8]) -> std::io::Result<()> {
+    if writer.recycled() {
+        writer.file().set_len(bytes.len() as u64)?;
+    }
+    writer.write_all_at(bytes, 0)
+}
+
 /// Opens, writes `new`, commits.
 pub(crate) fn replace(options: &Options, dest: &Path) -> String {
     match options.open(dest) {
         Err(error) => format!("not opened: {error:?}"),
-        Ok(writer) => match writer.write_all_at(b"new", 0) {
+        Ok(writer) => match write_whole(&writer, b"new") {
             Err(_) => "not written".into(),
             Ok(()) => state_of(writer.commit()),
         },

@@ -1,0 +1,131 @@
+//! The spare: a file that a commit replaced, kept to be the next stage of the same destination.
+//!
+//! There is at most one per destination, as it has a name without a slot, `.atomic-file-HASH.spare`, HASH as in a stage's.
+//! Whoever takes it may overwrite it at once. Three rules make this safe:
+//!
+//! 1. A file gets that name only after the sync of the directory that made its replacement durable: no power loss can
+//!    bring it back as the destination. Until then it stands under the stage's name, for which the new file was
+//!    exchanged, and whoever finds it there takes it for a dead stage and removes it.
+//! 2. The name is given without replacing, taken (renamed to a stage's name) and removed only under the file's lock, once it
+//!    was seen to mean the locked file. So is the destination's own file before it is exchanged, that nobody takes
+//!    it for dead and the name for free in between.
+//! 3. It is taken only where it has no other name and nobody else has it open or mapped, which the kernel proves by
+//!    granting a lease. Its mode is set before that look: one who might not open the new file can't do so after.
+//!
+//! A file that a group's record may still name is never exchanged: a recovery would take it for a stage of that group.
+
+use std::ffi::OsStr;
+use std::io;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::unistd::{getegid, geteuid};
+
+use crate::directory::{Directory, stat_of};
+use crate::error::Leftover;
+use crate::record::RECORD_NAME;
+use crate::stage::{Inspected, Stage, remove_if_dead, spare_name};
+use crate::sys::{self, retry};
+
+/// Makes the spare of `dest`, if there is one and it can be used, a stage with this mode. It has its old bytes and length.
+///
+/// One that can't be used is removed, unless it is another taker's by now, or no file at all.
+pub(crate) fn take(dir: &Arc<Directory>, dest: &OsStr, max_bytes: u64, mode: u32) -> Option<Stage> {
+    let mut spare = adopt(dir, &spare_name(dest), OFlag::O_RDWR).ok()??;
+    spare.own_name();
+    let ready = || -> io::Result<bool> {
+        // O_NONBLOCK, which opening asked for, is no matter of `write`, but one of io_uring.
+        retry(|| fcntl(spare.file(), FcntlArg::F_SETFL(OFlag::empty())))?;
+        Ok(is_like_new(&spare, max_bytes)? && {
+            sys::set_mode(spare.file(), mode)?;
+            sys::has_only_us(spare.file())? && stat_of(spare.file())?.links == 1
+        })
+    };
+    // Whatever stands in the way, dropping removes the spare, and a new file will do.
+    (ready().is_ok_and(|ready| ready) && spare.move_to_slot(dest).is_ok()).then_some(spare)
+}
+
+/// Locks the file that `dest` means, to be exchanged; `None` where it can't become a spare.
+pub(crate) fn lock_old(dir: &Arc<Directory>, dest: &OsStr, max_bytes: u64) -> Option<Stage> {
+    let lock = || -> io::Result<Option<Stage>> {
+        if !sys::counts_openers(dir)? {
+            return Ok(None);
+        }
+        let Some(old) = adopt(dir, dest, OFlag::O_RDONLY)? else {
+            return Ok(None);
+        };
+        // After the file was seen in place: if a group put it there, its record stands until it has no more to say.
+        let usable = is_like_new(&old, max_bytes)? && dir.entry(OsStr::new(RECORD_NAME))?.is_none();
+        Ok(usable.then_some(old))
+    };
+    lock().ok()?
+}
+
+/// Makes what a commit replaced the spare of `dest`, or removes it.
+///
+/// Only once the directory is synced, so that it can't come back as the destination.
+pub(crate) fn keep(mut old: Stage, dest: &OsStr) -> Result<(), Leftover> {
+    if !old.has_name() {
+        return remove_replaced(old);
+    }
+    // That its next writer can open it, and nobody who could not read the destination.
+    let private = sys::set_mode(old.file(), 0o600);
+    let unused = private.and_then(|()| sys::has_only_us(old.file()));
+    if unused.is_ok_and(|unused| unused) && old.move_to(&spare_name(dest)).is_ok() {
+        old.leave();
+    }
+    old.discard()
+}
+
+/// Removes what a commit replaced: the file that was locked, or what somebody put in its place in the last moment.
+pub(crate) fn remove_replaced(old: Stage) -> Result<(), Leftover> {
+    if old.has_name() {
+        return old.discard();
+    }
+    let (dir, name) = (old.dir(), old.name());
+    let removed = match dir.entry(name) {
+        // A link, say: nobody else will remove it, and so nobody else can have the name.
+        Ok(Some(entry)) if !entry.is_file() => dir.remove(name),
+        Ok(_) => match remove_if_dead(dir, name) {
+            // Somebody's stage by now, or a file that its writer has not let go of; the next one will remove it.
+            Inspected::Removed | Inspected::Gone | Inspected::Living => Ok(()),
+            Inspected::Kept(error) => Err(error),
+        },
+        Err(error) => Err(error),
+    };
+    let path: PathBuf = old.path().clone();
+    removed.map_err(|source| Leftover { path, source })
+}
+
+/// Removes the spare of `dest`, for a writer who does not recycle.
+pub(crate) fn remove(dir: &Directory, dest: &OsStr) {
+    // Somebody else's, or no file: not what this writer has to do with.
+    let _: Inspected = remove_if_dead(dir, &spare_name(dest));
+}
+
+fn adopt(dir: &Arc<Directory>, name: &OsStr, access: OFlag) -> io::Result<Option<Stage>> {
+    match dir.entry(name)? {
+        Some(entry) if entry.is_file() => Stage::adopt(dir, name, dir.open_for(access, name)?),
+        _ => Ok(None),
+    }
+}
+
+/// Whether the file is what a new one would be, but for its bytes, length and mode, and is not larger than `max_bytes`.
+fn is_like_new(stage: &Stage, max_bytes: u64) -> io::Result<bool> {
+    /// On a directory: what is created in it gets its group.
+    const SET_GROUP_ID: u32 = 0o2000;
+    let dir = stage.dir();
+    let file = stat_of(stage.file())?;
+    let gid = if dir.stat.mode & SET_GROUP_ID == 0 {
+        getegid().as_raw()
+    } else {
+        dir.stat.gid
+    };
+    Ok(file.is_file()
+        && file.links == 1
+        && file.allocated <= max_bytes
+        && (file.uid, file.gid) == (geteuid().as_raw(), gid)
+        && sys::counts_openers(stage.file())?
+        && !sys::has_attributes(stage.file())?)
+}

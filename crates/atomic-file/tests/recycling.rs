@@ -1,0 +1,620 @@
+//! The replaced file as the next stage: who gets it, and who must never notice.
+#![cfg(target_os = "linux")]
+
+mod common;
+
+use std::fs::{self, File};
+use std::os::fd::AsRawFd as _;
+use std::os::unix::fs::{FileExt as _, MetadataExt as _, symlink};
+use std::path::{Path, PathBuf};
+
+use atomic_file::{AtomicGroup, AtomicWriter, Durability, Options, sweep};
+use common::{assert_names, names, same_text};
+use rstest::rstest;
+use test_machine::{LoopFs, LoopMount, Need, TinyTmpfs};
+
+const MIB: u64 = 1 << 20;
+const SIZE: usize = 64 << 10;
+
+fn recycling() -> Options {
+    AtomicWriter::options().recycle(MIB)
+}
+
+/// A child that a test starts has, until its `exec`, whatever another had open a moment ago: no lease is granted then.
+fn one_at_a_time() -> std::sync::MutexGuard<'static, ()> {
+    static TURN: std::sync::Mutex<()> = std::sync::Mutex::new(());
+    TURN.lock()
+        .unwrap_or_else(std::sync::PoisonError::into_inner)
+}
+
+fn inode(path: &Path) -> u64 {
+    fs::metadata(path).unwrap().ino()
+}
+
+fn spares(dir: &Path) -> Vec<PathBuf> {
+    let mut spares = names(dir);
+    spares.retain(|name| name.to_str().unwrap().ends_with(".spare"));
+    spares.iter().map(|name| dir.join(name)).collect()
+}
+
+/// Writes a whole file of `byte`; whether its stage was recycled.
+fn save(options: &Options, dest: &Path, byte: u8) -> bool {
+    let writer = options.open(dest).unwrap();
+    let recycled = writer.recycled();
+    assert_eq!(recycled, writer.file().metadata().unwrap().len() > 0);
+    writer.file().set_len(SIZE as u64).unwrap();
+    writer.write_all_at(&[byte; SIZE], 0).unwrap();
+    writer.commit().unwrap();
+    assert_eq!(fs::read(dest).unwrap(), [byte; SIZE]);
+    recycled
+}
+
+/// A directory where `dest` holds 2s, and its spare 1s.
+fn with_spare() -> (tempfile::TempDir, PathBuf, PathBuf) {
+    let dir = tempfile::tempdir().unwrap();
+    let dest = dir.path().join("dest");
+    assert!(!save(&recycling(), &dest, 1));
+    assert_names(dir.path(), &["dest"]);
+    assert!(!save(&recycling(), &dest, 2));
+    let spares = spares(dir.path());
+    assert_eq!(spares.len(), 1);
+    assert_eq!(names(dir.path()).len(), 2);
+    assert_eq!(fs::read(&spares[0]).unwrap(), [1; SIZE]);
+    (dir, dest, spares[0].clone())
+}
+
+/// Not a test of its own: what `common::command` runs.
+#[test]
+fn child() {
+    let Some((job, dir)) = common::job() else {
+        return;
+    };
+    assert_eq!(job, "race");
+    for _ in 0..50 {
+        save_any(&dir.join("dest"), std::process::id() as u8);
+    }
+    println!("\nREPORT raced");
+}
+
+#[test]
+fn two_files_take_turns() {
+    let _turn = one_at_a_time();
+    let (dir, dest, spare) = with_spare();
+    let inodes = [inode(&spare), inode(&dest)];
+    for turn in 0..6 {
+        let writer = recycling().open(&dest).unwrap();
+        assert!(writer.recycled());
+        assert!(spares(dir.path()).is_empty(), "it is the stage now");
+        assert_eq!(inode(writer.temp_path()), inodes[turn % 2]);
+        assert_eq!(fs::read(&dest).unwrap(), [turn as u8 + 2; SIZE], "the old");
+        writer.write_all_at(&[turn as u8 + 3; SIZE], 0).unwrap();
+        writer.commit().unwrap();
+        assert_eq!(fs::read(&dest).unwrap(), [turn as u8 + 3; SIZE]);
+        assert_eq!(inode(&dest), inodes[turn % 2]);
+        assert_eq!(spares(dir.path()), std::slice::from_ref(&spare));
+        assert_eq!(names(dir.path()).len(), 2);
+    }
+}
+
+#[test]
+fn a_recycled_stage_can_be_written_at_once_by_io_uring_too() {
+    let _turn = one_at_a_time();
+    let (_dir, dest, _) = with_spare();
+    let writer = recycling().open(&dest).unwrap();
+    assert!(writer.recycled());
+    let flags = nix::fcntl::fcntl(writer.file(), nix::fcntl::FcntlArg::F_GETFL).unwrap();
+    assert_eq!(
+        flags & libc::O_NONBLOCK,
+        0,
+        "or each write fails with EAGAIN"
+    );
+    assert_eq!(flags & libc::O_ACCMODE, libc::O_RDWR);
+    let flags = nix::fcntl::fcntl(writer.file(), nix::fcntl::FcntlArg::F_GETFD).unwrap();
+    assert_ne!(flags & libc::FD_CLOEXEC, 0);
+    // Nor may a lease be left: whoever opened the file again, for direct I/O, say, would wait for it.
+    let again = format!("/proc/self/fd/{}", writer.file().as_raw_fd());
+    let again = File::options().write(true).open(again).unwrap();
+    again.write_all_at(&[3; SIZE], 0).unwrap();
+    writer.commit().unwrap();
+    assert_eq!(fs::read(&dest).unwrap(), [3; SIZE]);
+}
+
+/// A way of having a file and looking at its bytes later.
+type Hold = fn(&Path) -> Box<dyn Fn() -> Vec<u8>>;
+
+fn open(path: &Path) -> Box<dyn Fn() -> Vec<u8>> {
+    let file = File::open(path).unwrap();
+    Box::new(move || {
+        let mut bytes = vec![0; SIZE];
+        file.read_exact_at(&mut bytes, 0).unwrap();
+        bytes
+    })
+}
+
+fn open_to_write(path: &Path) -> Box<dyn Fn() -> Vec<u8>> {
+    let file = File::options().read(true).write(true).open(path).unwrap();
+    Box::new(move || {
+        let mut bytes = vec![0; SIZE];
+        file.read_exact_at(&mut bytes, 0).unwrap();
+        bytes
+    })
+}
+
+fn second_name(path: &Path) -> Box<dyn Fn() -> Vec<u8>> {
+    let elsewhere = tempfile::tempdir_in(path.parent().unwrap()).unwrap();
+    let link = elsewhere.path().join("link");
+    fs::hard_link(path, &link).unwrap();
+    Box::new(move || {
+        assert!(elsewhere.path().exists());
+        fs::read(&link).unwrap()
+    })
+}
+
+/// As a VM restored from it has it: mapped, and the descriptor closed.
+fn map(path: &Path) -> Box<dyn Fn() -> Vec<u8>> {
+    let map = Map::new(&File::open(path).unwrap());
+    Box::new(move || map.bytes())
+}
+
+#[allow(unsafe_code, reason = "a mapping is what is tested")]
+mod mapping {
+    use super::*;
+
+    pub(crate) struct Map(std::ptr::NonNull<std::ffi::c_void>);
+
+    impl Map {
+        pub(crate) fn new(file: &File) -> Self {
+            let length = std::num::NonZero::new(SIZE).unwrap();
+            let (prot, flags) = (
+                nix::sys::mman::ProtFlags::PROT_READ,
+                nix::sys::mman::MapFlags::MAP_PRIVATE,
+            );
+            // SAFETY: a new mapping at an address of the kernel's choice.
+            Self(unsafe { nix::sys::mman::mmap(None, length, prot, flags, file, 0) }.unwrap())
+        }
+
+        pub(crate) fn bytes(&self) -> Vec<u8> {
+            let mut bytes = vec![0; SIZE];
+            // SAFETY: the mapping has SIZE readable bytes until it is dropped, and `bytes` as many; they don't overlap.
+            unsafe {
+                std::ptr::copy_nonoverlapping(self.0.as_ptr().cast(), bytes.as_mut_ptr(), SIZE);
+            }
+            bytes
+        }
+    }
+
+    impl Drop for Map {
+        fn drop(&mut self) {
+            // SAFETY: it was mapped with this length, and nothing borrows from it.
+            unsafe { nix::sys::mman::munmap(self.0, SIZE) }.unwrap();
+        }
+    }
+}
+use mapping::Map;
+
+#[rstest]
+#[case::open(open as Hold)]
+#[case::open_to_write(open_to_write)]
+#[case::mapped(map)]
+#[case::hard_linked(second_name)]
+fn who_has_the_old_file_keeps_its_bytes(#[case] hold: Hold) {
+    let _turn = one_at_a_time();
+    let dir = tempfile::tempdir().unwrap();
+    let dest = dir.path().join("dest");
+    save(&recycling(), &dest, 1);
+    let held = hold(&dest);
+    save(&recycling(), &dest, 2);
+    assert!(spares(dir.path()).is_empty(), "it was not kept");
+    assert!(!save(&recycling(), &dest, 3));
+    assert_eq!(held(), [1; SIZE]);
+    assert!(save(&recycling(), &dest, 4), "the one of 2s");
+    assert_eq!(held(), [1; SIZE]);
+}
+
+#[rstest]
+#[case::open(open as Hold)]
+#[case::open_to_write(open_to_write)]
+#[case::mapped(map)]
+#[case::hard_linked(second_name)]
+fn who_has_the_spare_keeps_its_bytes(#[case] hold: Hold) {
+    let _turn = one_at_a_time();
+    let (dir, dest, spare) = with_spare();
+    let held = hold(&spare);
+    assert!(!save(&recycling(), &dest, 3));
+    assert_eq!(held(), [1; SIZE]);
+    assert!(save(&recycling(), &dest, 4), "the one of 2s");
+    assert_eq!(held(), [1; SIZE]);
+    assert_eq!(spares(dir.path()).len(), 1);
+}
+
+/// All that a lease rests on, on each file system that is believed: whoever has the file open or mapped is counted.
+#[rstest]
+#[case::ext4(Need::Ext4, LoopFs::Ext4)]
+#[case::xfs(Need::Xfs, LoopFs::Xfs)]
+#[case::btrfs(Need::Btrfs, LoopFs::Btrfs)]
+fn on_a_disk_files_are_recycled_unless_somebody_has_them(#[case] need: Need, #[case] fs: LoopFs) {
+    let _turn = one_at_a_time();
+    if need.met("on_a_disk_files_are_recycled_unless_somebody_has_them") {
+        let mount = LoopMount::new(fs).unwrap();
+        recycles_unless_held(mount.path());
+    }
+}
+
+#[test]
+fn on_tmpfs_files_are_recycled_unless_somebody_has_them() {
+    let _turn = one_at_a_time();
+    if Need::Root.met("on_tmpfs_files_are_recycled_unless_somebody_has_them") {
+        let tmpfs = TinyTmpfs::new(MIB).unwrap();
+        recycles_unless_held(tmpfs.path());
+    }
+}
+
+fn recycles_unless_held(dir: &Path) {
+    let dest = dir.join("dest");
+    save(&recycling(), &dest, 1);
+    save(&recycling(), &dest, 2);
+    assert!(save(&recycling(), &dest, 3));
+    for hold in [open as Hold, open_to_write, map, second_name] {
+        let held = hold(&dest);
+        save(&recycling(), &dest, 4);
+        save(&recycling(), &dest, 5);
+        save(&recycling(), &dest, 6);
+        assert_eq!(held(), [3; SIZE]);
+        drop(held);
+        save(&recycling(), &dest, 3);
+        assert!(save(&recycling(), &dest, 3));
+    }
+}
+
+#[test]
+fn on_a_file_system_without_exchange_a_commit_is_an_ordinary_one() {
+    let _turn = one_at_a_time();
+    if !Need::Exfat.met("on_a_file_system_without_exchange_a_commit_is_an_ordinary_one") {
+        return;
+    }
+    let mount = LoopMount::new(LoopFs::Exfat).unwrap();
+    // It has no modes either: what it gives every file.
+    let any = mount.path().join("any");
+    fs::write(&any, "").unwrap();
+    let mode = fs::metadata(&any).unwrap().mode();
+    fs::remove_file(&any).unwrap();
+    let dest = mount.path().join("dest");
+    for turn in 1..4 {
+        assert!(!save(
+            &recycling().mode(mode).durability(Durability::Full),
+            &dest,
+            turn
+        ));
+        assert_names(mount.path(), &["dest"]);
+    }
+}
+
+#[test]
+fn a_stacked_file_system_that_hides_mappings_is_not_believed() {
+    let _turn = one_at_a_time();
+    if !Need::Root.met("a_stacked_file_system_that_hides_mappings_is_not_believed") {
+        return;
+    }
+    let below = TinyTmpfs::new(8 * MIB).unwrap();
+    for name in ["lower", "upper", "work", "merged"] {
+        fs::create_dir(below.path().join(name)).unwrap();
+    }
+    let merged = below.path().join("merged");
+    let at = |name| below.path().join(name).display().to_string();
+    let options = format!(
+        "lowerdir={},upperdir={},workdir={}",
+        at("lower"),
+        at("upper"),
+        at("work")
+    );
+    let mounted = nix::mount::mount(
+        Some("overlay"),
+        &merged,
+        Some("overlay"),
+        nix::mount::MsFlags::empty(),
+        Some(options.as_str()),
+    );
+    mounted.expect("mount");
+    let dest = merged.join("dest");
+    save(&recycling(), &dest, 1);
+    let held = map(&dest);
+    save(&recycling(), &dest, 2);
+    save(&recycling(), &dest, 3);
+    let (seen, left) = (held(), names(&merged));
+    drop(held);
+    nix::mount::umount(&merged).unwrap();
+    assert_eq!(seen, [1; SIZE]);
+    assert_eq!(left, ["dest"]);
+}
+
+#[test]
+fn a_spare_holds_no_more_than_was_allowed() {
+    let _turn = one_at_a_time();
+    let dir = tempfile::tempdir().unwrap();
+    let dest = dir.path().join("dest");
+    let small = AtomicWriter::options().recycle(SIZE as u64 / 2);
+    save(&small, &dest, 1);
+    save(&small, &dest, 2);
+    assert_names(dir.path(), &["dest"]);
+    save(&recycling(), &dest, 3);
+    assert_eq!(spares(dir.path()).len(), 1);
+    assert!(!save(&small, &dest, 4), "more than this one wants");
+    assert_names(dir.path(), &["dest"]);
+
+    // A hole holds nothing.
+    let writer = small.open(&dest).unwrap();
+    writer.file().set_len(1 << 30).unwrap();
+    writer.commit().unwrap();
+    save(&small, &dest, 5);
+    assert_eq!(fs::metadata(&spares(dir.path())[0]).unwrap().len(), 1 << 30);
+    assert!(save(&small, &dest, 6));
+}
+
+#[test]
+fn a_writer_that_does_not_recycle_removes_the_spare() {
+    let _turn = one_at_a_time();
+    let (dir, dest, _) = with_spare();
+    let writer = AtomicWriter::open(&dest).unwrap();
+    assert!(!writer.recycled());
+    assert!(spares(dir.path()).is_empty());
+    writer.commit().unwrap();
+    assert_names(dir.path(), &["dest"]);
+}
+
+#[test]
+fn another_destinations_spare_is_not_touched() {
+    let _turn = one_at_a_time();
+    let (dir, dest, spare) = with_spare();
+    let other = dir.path().join("other");
+    assert!(!save(&recycling(), &other, 7));
+    assert!(!save(&recycling(), &other, 8));
+    assert!(!save(&AtomicWriter::options(), &other, 9));
+    assert_eq!(fs::read(&spare).unwrap(), [1; SIZE]);
+    assert!(save(&recycling(), &dest, 3));
+}
+
+#[rstest]
+#[case::barrier(Durability::Barrier)]
+#[case::none(Durability::None)]
+fn where_the_directory_is_not_synced_the_old_file_is_not_kept(#[case] durability: Durability) {
+    let _turn = one_at_a_time();
+    let (dir, dest, _) = with_spare();
+    let weak = recycling().durability(durability);
+    assert!(save(&weak, &dest, 3), "what a full commit kept may be used");
+    assert_names(dir.path(), &["dest"]);
+    assert!(!save(&weak, &dest, 4));
+    assert_names(dir.path(), &["dest"]);
+}
+
+#[test]
+fn with_a_staging_directory_nothing_is_recycled() {
+    let _turn = one_at_a_time();
+    let (dir, dest, _) = with_spare();
+    let staging = tempfile::tempdir_in(dir.path()).unwrap();
+    let elsewhere = recycling().staging_dir(staging.path());
+    assert!(!save(&elsewhere, &dest, 3));
+    assert!(!save(&elsewhere, &dest, 4));
+    assert!(names(staging.path()).is_empty());
+    assert!(spares(dir.path()).is_empty());
+}
+
+#[rstest]
+#[case::wider(0o600, 0o644)]
+#[case::narrower(0o644, 0o600)]
+#[case::not_even_for_its_owner(0o000, 0o440)]
+fn the_mode_is_set_anew_and_the_spare_is_its_owners_alone(#[case] first: u32, #[case] second: u32) {
+    let _turn = one_at_a_time();
+    let dir = tempfile::tempdir().unwrap();
+    let dest = dir.path().join("dest");
+    let mode = |path: &Path| fs::metadata(path).unwrap().mode() & 0o7777;
+    for mode in [first, first, second] {
+        let writer = recycling().mode(mode).open(&dest).unwrap();
+        writer.write_all_at(&[mode as u8; SIZE], 0).unwrap();
+        writer.commit().unwrap();
+    }
+    assert_eq!(mode(&dest), second);
+    for spare in spares(dir.path()) {
+        assert_eq!(mode(&spare), 0o600);
+    }
+    let writer = recycling().mode(0o604).open(&dest).unwrap();
+    assert_eq!(mode(writer.temp_path()), 0o604);
+    assert!(writer.recycled() || !nix::unistd::geteuid().is_root());
+}
+
+#[test]
+fn a_link_at_the_spares_name_is_not_followed() {
+    let _turn = one_at_a_time();
+    let (dir, dest, spare) = with_spare();
+    let victim = dir.path().join("victim");
+    fs::rename(&spare, &victim).unwrap();
+    symlink("victim", &spare).unwrap();
+    assert!(!save(&recycling(), &dest, 3));
+    assert!(!save(&recycling(), &dest, 4));
+    assert_eq!(fs::read(&victim).unwrap(), [1; SIZE]);
+    assert_eq!(names(dir.path()).len(), 3, "nor is anything kept beside it");
+}
+
+#[test]
+fn a_file_that_a_new_one_would_not_be_like_is_not_used() {
+    let _turn = one_at_a_time();
+    if !Need::Root.met("a_file_that_a_new_one_would_not_be_like_is_not_used") {
+        return;
+    }
+    let of_user = |path: &Path| std::os::unix::fs::chown(path, Some(12345), None).unwrap();
+    let of_group = |path: &Path| std::os::unix::fs::chown(path, None, Some(12345)).unwrap();
+    let attribute = |path: &Path| {
+        let done = std::process::Command::new("setfattr")
+            .args(["-n", "user.note", "-v", "mine"])
+            .arg(path)
+            .status();
+        // Not on every machine; python3 is.
+        if done.is_err() {
+            let script = "import os, sys; os.setxattr(sys.argv[1], 'user.note', b'mine')";
+            let done = std::process::Command::new("python3")
+                .args(["-c", script])
+                .arg(path)
+                .status();
+            assert!(done.unwrap().success());
+        }
+    };
+    for alter in [&of_user as &dyn Fn(&Path), &of_group, &attribute] {
+        let (dir, dest, spare) = with_spare();
+        alter(&spare);
+        assert!(!save(&recycling(), &dest, 3));
+        alter(&dest);
+        assert!(save(&recycling(), &dest, 4));
+        assert_names(dir.path(), &["dest"]);
+    }
+}
+
+#[test]
+fn an_access_list_of_the_old_file_does_not_pass_to_the_new() {
+    let _turn = one_at_a_time();
+    let (dir, dest, _) = with_spare();
+    // Version 2; owner, user 12345, group, mask, others: all may read.
+    let script = "import os, struct, sys\n\
+        entries = [(1, 6, -1), (2, 4, 12345), (4, 0, -1), (16, 4, -1), (32, 0, -1)]\n\
+        acl = struct.pack('<I', 2) + b''.join(struct.pack('<HHi', *entry) for entry in entries)\n\
+        os.setxattr(sys.argv[1], 'system.posix_acl_access', acl)";
+    let done = std::process::Command::new("python3")
+        .args(["-c", script])
+        .arg(&dest)
+        .status();
+    assert!(done.unwrap().success());
+    save(&recycling(), &dest, 3);
+    assert_names(dir.path(), &["dest"]);
+}
+
+#[test]
+fn no_clobber_takes_a_spare_and_leaves_none() {
+    let _turn = one_at_a_time();
+    let (dir, dest, _) = with_spare();
+    let options = recycling().no_clobber(true);
+    assert!(options.open(&dest).is_err());
+    assert_eq!(spares(dir.path()).len(), 1, "what failed took nothing");
+    fs::remove_file(&dest).unwrap();
+    assert!(save(&options, &dest, 3));
+    assert_names(dir.path(), &["dest"]);
+}
+
+#[test]
+fn a_group_takes_recycled_stages_and_leaves_no_spare() {
+    let _turn = one_at_a_time();
+    let (dir, dest, _) = with_spare();
+    let memory = recycling().open(&dest).unwrap();
+    assert!(memory.recycled());
+    let state = recycling().open(dir.path().join("state")).unwrap();
+    let mut group = AtomicGroup::new();
+    for member in [memory, state] {
+        member.file().set_len(3).unwrap();
+        member.write_all_at(b"new", 0).unwrap();
+        group.add(member).unwrap();
+    }
+    group.commit().unwrap();
+    assert_eq!(same_text(dir.path(), &["dest", "state"]), "new");
+    assert_names(dir.path(), &["dest", "state"]);
+}
+
+#[test]
+fn a_dropped_or_discarded_stage_is_gone() {
+    let _turn = one_at_a_time();
+    let (dir, dest, _) = with_spare();
+    drop(recycling().open(&dest).unwrap());
+    assert_names(dir.path(), &["dest"]);
+    let (dir, dest, _) = with_spare();
+    recycling().open(&dest).unwrap().discard().unwrap();
+    assert_names(dir.path(), &["dest"]);
+    assert_eq!(fs::read(&dest).unwrap(), [2; SIZE]);
+}
+
+#[test]
+fn a_spare_is_swept_but_was_not_left_behind() {
+    let _turn = one_at_a_time();
+    let (dir, dest, spare) = with_spare();
+    let stage = recycling().open(dir.path().join("other")).unwrap();
+    let report = sweep(dir.path()).unwrap();
+    assert_eq!(report.spares, [spare]);
+    assert!(report.removed.is_empty() && report.kept.is_empty());
+    assert_eq!(report.living, [stage.temp_path()]);
+    drop(stage);
+    assert_names(dir.path(), &["dest"]);
+    assert!(!save(&recycling(), &dest, 3));
+}
+
+#[test]
+fn of_two_writers_one_gets_the_spare_and_one_is_left() {
+    let _turn = one_at_a_time();
+    let (dir, dest, _) = with_spare();
+    let first = recycling().open(&dest).unwrap();
+    let second = recycling().open(&dest).unwrap();
+    assert!(first.recycled() && !second.recycled());
+    for (writer, byte) in [(first, 3), (second, 4)] {
+        writer.write_all_at(&[byte; SIZE], 0).unwrap();
+        writer.commit().unwrap();
+        assert_eq!(fs::read(&dest).unwrap(), [byte; SIZE]);
+        assert_eq!(spares(dir.path()).len(), 1);
+    }
+    assert_eq!(names(dir.path()).len(), 2);
+    assert_eq!(
+        fs::read(&spares(dir.path())[0]).unwrap(),
+        [2; SIZE],
+        "the first"
+    );
+}
+
+fn save_any(dest: &Path, byte: u8) {
+    let options = match byte % 3 {
+        0 => AtomicWriter::options(),
+        _ => recycling(),
+    };
+    let writer = options.open(dest).unwrap();
+    writer.file().set_len(SIZE as u64).unwrap();
+    writer.write_all_at(&[byte; SIZE], 0).unwrap();
+    writer.commit().unwrap();
+}
+
+#[test]
+fn racing_writers_and_sweepers_never_show_a_torn_file_nor_pile_up_spares() {
+    let _turn = one_at_a_time();
+    let (dir, dest, _) = with_spare();
+    let done = std::sync::atomic::AtomicBool::new(false);
+    let is_done = || done.load(std::sync::atomic::Ordering::Relaxed);
+    std::thread::scope(|scope| {
+        let reader = scope.spawn(|| {
+            let mut seen = std::collections::BTreeSet::new();
+            while !is_done() {
+                let bytes = fs::read(&dest).unwrap();
+                assert_eq!(bytes, [bytes[0]; SIZE], "torn");
+                seen.insert(bytes[0]);
+            }
+            seen.len()
+        });
+        let sweeper = scope.spawn(|| {
+            while !is_done() {
+                sweep(dir.path()).unwrap();
+                std::thread::sleep(std::time::Duration::from_millis(5));
+            }
+        });
+        let writers: Vec<_> = (1..4)
+            .map(|id| {
+                scope.spawn({
+                    let dest = &dest;
+                    move || (0..100).for_each(|_| save_any(dest, id))
+                })
+            })
+            .collect();
+        let child = common::report(common::command("race", dir.path()));
+        let ended: Vec<_> = writers.into_iter().map(|writer| writer.join()).collect();
+        done.store(true, std::sync::atomic::Ordering::Relaxed);
+        assert!(ended.iter().all(Result::is_ok), "a writer was harmed");
+        assert_eq!(child.as_deref(), Some("raced"));
+        sweeper.join().unwrap();
+        assert!(reader.join().unwrap() > 1);
+    });
+    let report = sweep(dir.path()).unwrap();
+    assert!(
+        report.removed.is_empty() && report.spares.len() <= 1,
+        "{report:?}"
+    );
+    assert_names(dir.path(), &["dest"]);
+}
