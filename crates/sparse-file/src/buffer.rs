@@ -1,7 +1,9 @@
 //! A page-aligned buffer without unsafe code.
 
+use crate::Memory;
+
 /// As large as any page or direct-I/O alignment in use (64 KiB pages on arm64).
-const ALIGNMENT: usize = 64 << 10;
+pub(crate) const ALIGNMENT: usize = 64 << 10;
 
 /// Bytes whose first one stands at a multiple of 64 KiB.
 #[derive(Debug)]
@@ -21,6 +23,11 @@ impl AlignedBuffer {
     /// All bytes from the aligned one on: `len` of them, and at most 64 KiB more.
     pub(crate) fn bytes(&mut self) -> &mut [u8] {
         &mut self.bytes[self.start..]
+    }
+
+    /// The first `len` bytes from the aligned one on, for the kernel to read.
+    pub(crate) fn memory(&self, len: usize) -> Memory<'_> {
+        Memory::from(&self.bytes[self.start..][..len])
     }
 }
 

@@ -28,6 +28,11 @@ impl SizeLimit {
         self.allow(offset < self.0)
     }
 
+    /// The largest offset up to which bytes may be written.
+    pub(crate) fn end(self) -> u64 {
+        self.0
+    }
+
     /// `EFBIG` where growing a file to `len` bytes would raise the signal.
     pub(crate) fn allow_len(self, len: u64) -> io::Result<()> {
         self.allow(len <= self.0)

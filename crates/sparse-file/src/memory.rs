@@ -18,6 +18,13 @@ pub struct Memory<'a> {
     source: PhantomData<&'a ()>,
 }
 
+// SAFETY: an address and a length; what `new` was promised, that the range stays mapped for `'a`, holds on every thread, and
+// that the bytes may change under whoever reads them is part of it.
+unsafe impl Send for Memory<'_> {}
+
+// SAFETY: as for `Send`; no method changes anything.
+unsafe impl Sync for Memory<'_> {}
+
 impl<'a> Memory<'a> {
     /// Names `len` bytes from `start` on.
     ///

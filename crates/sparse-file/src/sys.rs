@@ -1,5 +1,7 @@
 //! The calls that differ by platform. Lengths and offsets have been checked to fit `off_t`.
 
+use nix::unistd::{SysconfVar, sysconf};
+
 #[cfg(target_os = "linux")]
 mod linux;
 #[cfg(target_os = "macos")]
@@ -7,12 +9,23 @@ mod macos;
 
 #[cfg(target_os = "linux")]
 pub(crate) use linux::{
-    file_system_name, punch_hole, reported_direct_alignment, reserve, set_direct,
+    file_system_name, punch_hole, reopen_direct, reported_direct_alignment, reserve, set_direct,
 };
 #[cfg(target_os = "macos")]
 pub(crate) use macos::{
-    file_system_name, punch_hole, reported_direct_alignment, reserve, set_direct,
+    Uncached, file_system_name, punch_hole, reopen_direct, reported_direct_alignment, reserve,
+    set_direct,
 };
+
+/// Of the processor, in bytes.
+pub(crate) fn page_size() -> usize {
+    // 4096 where it is not told, which POSIX doesn't allow.
+    sysconf(SysconfVar::PAGE_SIZE)
+        .ok()
+        .flatten()
+        .and_then(|size| usize::try_from(size).ok())
+        .unwrap_or(4096)
+}
 
 /// Whether an error number says that the file system or the kernel has no such operation.
 pub(crate) fn is_unsupported(errno: i32) -> bool {

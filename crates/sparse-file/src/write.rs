@@ -1,8 +1,15 @@
 //! Writing ranges of a source to the same ranges of a file.
 
+mod auto;
 mod chunks;
 mod options;
+mod pipeline;
 mod positioned;
+mod progress;
+mod target;
+mod threads;
+#[cfg_attr(not(target_os = "linux"), path = "write/no_uring.rs")]
+mod uring;
 
 use std::fs::File;
 use std::io;
@@ -11,7 +18,9 @@ use std::ops::{ControlFlow, Range};
 pub use options::{Engine, WriteOptions};
 
 use crate::Memory;
+use crate::limit::SizeLimit;
 use chunks::Chunks;
+use progress::Progress;
 
 /// Where the bytes come from, addressed by their offset in the file.
 pub trait Source {
@@ -88,6 +97,17 @@ pub enum WriteError {
         /// How many bytes were to be written there.
         len: usize,
     },
+    /// The engine that was asked for can't be had here. Nothing was written.
+    #[error(
+        "cannot write by {engine:?} here: choose Engine::Auto, which takes the best that there is"
+    )]
+    Engine {
+        /// The engine.
+        engine: Engine,
+        /// For io_uring `ENOSYS` where the kernel has none, `EPERM` or `EACCES` where it is forbidden (`kernel.io_uring_disabled`,
+        /// seccomp); for threads `EAGAIN` where the process may have no more.
+        source: io::Error,
+    },
     /// The progress function said [`ControlFlow::Break`].
     #[error("cancelled after {written} bytes")]
     Cancelled {
@@ -114,18 +134,21 @@ fn advice(error: &io::Error) -> &'static str {
 /// before it is written together with it. The file grows with the writes but not beyond the last: [`grow`](crate::grow())
 /// it first to its final size.
 ///
-/// Short writes are continued, `EINTR` and `EAGAIN` retried. Memory use is one chunk, and none where the source
-/// hands out its own memory. `progress` gets the bytes written so far after each chunk;
-/// [`ControlFlow::Break`] ends the call with [`WriteError::Cancelled`].
+/// Short writes are continued, `EINTR` and `EAGAIN` retried. Memory use is bounded whatever the runs: none where the source
+/// hands out its own memory, else one chunk or, with requests in flight, at most 16 MiB. `progress` gets the bytes written so
+/// far after each piece of at most a chunk; [`ControlFlow::Break`] ends the call with [`WriteError::Cancelled`] once what was in
+/// flight is written.
 ///
 /// The source is called on this thread alone, and when the call returns or unwinds nothing is in flight: whatever
-/// the [`Engine`], no borrow of the source outlives it. The bytes are in the page cache then; a sync is the caller's.
+/// the [`Engine`], no borrow of the source outlives it. The bytes are in the page cache or with the device then; a sync is the
+/// caller's.
 ///
 /// Returns the bytes written; bytes of runs that overlap without standing next to each other count as often as they
 /// are written.
 ///
 /// # Errors
-/// [`WriteError`]. The file then holds the new bytes in some of the runs and may hold half a chunk in one.
+/// [`WriteError`]; of several failures in flight the one at the lowest offset. The file then holds the new bytes in some of the
+/// runs and may hold parts of chunks.
 ///
 /// # Examples
 /// ```
@@ -150,8 +173,41 @@ pub fn write_runs<S: Source + ?Sized>(
     options: &WriteOptions,
     progress: &mut dyn FnMut(u64) -> ControlFlow<()>,
 ) -> Result<u64, WriteError> {
-    let chunks = Chunks::new(runs.into_iter(), options.chunk_size);
+    let job = Job {
+        file,
+        limit: SizeLimit::of(file).map_err(|source| WriteError::Destination {
+            offset: 0,
+            len: 0,
+            source,
+        })?,
+        chunks: Chunks::new(runs.into_iter(), options.chunk_size),
+        chunk_size: options.chunk_size,
+        source,
+        progress: Progress::new(progress),
+    };
     match options.engine {
-        Engine::Positioned => positioned::write(file, chunks, source, options.chunk_size, progress),
+        Engine::Auto => auto::write(job),
+        Engine::Positioned => positioned::write(job),
+        Engine::Threads => threads::write(job),
+        Engine::IoUring => uring::write(job),
     }
+}
+
+/// What is to be written, whichever engine does it.
+struct Job<'a, 'm, I, S: ?Sized> {
+    file: &'a File,
+    limit: SizeLimit,
+    chunks: I,
+    chunk_size: usize,
+    source: &'m S,
+    progress: Progress<'a>,
+}
+
+/// Chunks as an engine gets them.
+trait Pieces: Iterator<Item = Result<Range<u64>, WriteError>> {}
+
+impl<I: Iterator<Item = Result<Range<u64>, WriteError>>> Pieces for I {}
+
+fn unavailable(engine: Engine) -> impl Fn(io::Error) -> WriteError {
+    move |source| WriteError::Engine { engine, source }
 }

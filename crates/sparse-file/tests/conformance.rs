@@ -15,9 +15,14 @@ use sparse_file::{
     Capabilities, Engine, Extent, HoleSupport, Kind, Source, WriteError, WriteOptions,
     allocated_bytes, extents, grow, write_runs,
 };
-use support::{Copied, Fs, Pieces, contents, go_on, ram, union};
+use support::{Copied, Fs, Pieces, Shifted, contents, go_on, ram, union};
 
-const ENGINES: [Engine; 1] = [Engine::Positioned];
+const ENGINES: [Engine; 4] = [
+    Engine::Auto,
+    Engine::Positioned,
+    Engine::Threads,
+    Engine::IoUring,
+];
 
 const PAGE: u64 = 4096;
 /// With a partial page at the end.
@@ -71,8 +76,15 @@ fn the_bytes_are_those_of_a_naive_writer(
         return;
     };
     let ram = ram(LEN as usize);
-    let ways: [&Write<'_>; 3] = [
-        &|file, runs, options| checked_write(file, runs, ram.as_slice(), options),
+    let (aligned, sectors, odd) = (
+        Shifted::new(&ram, 0),
+        Shifted::new(&ram, 512),
+        Shifted::new(&ram, 1),
+    );
+    let ways: [&Write<'_>; 5] = [
+        &|file, runs, options| checked_write(file, runs, &*aligned, options),
+        &|file, runs, options| checked_write(file, runs, &*sectors, options),
+        &|file, runs, options| checked_write(file, runs, &*odd, options),
         &|file, runs, options| checked_write(file, runs, &Copied(&ram), options),
         &|file, runs, options| checked_write(file, runs, &Pieces(&ram), options),
     ];
@@ -279,13 +291,13 @@ fn a_source_that_panics_midway_leaves_nothing_in_flight() {
 }
 
 #[test]
-fn a_break_cancels_after_the_chunk_in_hand() {
-    let ram = ram(LEN as usize);
+fn a_break_cancels_after_the_chunk_in_hand_and_counts_all_that_was_in_flight() {
+    let ram = Shifted::new(&ram(LEN as usize), 0);
     for engine in ENGINES {
         let options = WriteOptions::new().engine(engine).chunk_size(16 << 10);
         let file = tempfile::tempfile().expect("file");
         let mut calls = 0;
-        let result = write_runs(&file, [0..LEN], ram.as_slice(), &options, &mut |_| {
+        let result = write_runs(&file, [0..LEN], &*ram, &options, &mut |_| {
             calls += 1;
             if calls == 3 {
                 ControlFlow::Break(())
@@ -293,11 +305,38 @@ fn a_break_cancels_after_the_chunk_in_hand() {
                 ControlFlow::Continue(())
             }
         });
-        assert!(
-            matches!(result, Err(WriteError::Cancelled { written: 49152 })),
-            "{result:?}"
-        );
-        assert!(contents(&file) == ram[..48 << 10]);
+        let Err(WriteError::Cancelled { written }) = result else {
+            panic!("{engine:?}: {result:?}");
+        };
+        assert_eq!(calls, 3, "{engine:?}");
+        if engine == Engine::Positioned {
+            assert_eq!(written, 48 << 10);
+        }
+        // No byte of the source is zero.
+        let stored = contents(&file).iter().filter(|byte| **byte != 0).count();
+        assert_eq!(stored as u64, written, "{engine:?}");
+    }
+}
+
+#[test]
+fn a_progress_function_that_panics_leaves_nothing_in_flight() {
+    let ram = Shifted::new(&ram(LEN as usize), 0);
+    for engine in ENGINES {
+        let options = WriteOptions::new().engine(engine).chunk_size(16 << 10);
+        let file = tempfile::tempfile().expect("file");
+        grow(&file, LEN).expect("grown");
+        let write = || {
+            write_runs(&file, [0..LEN], &*ram, &options, &mut |_| {
+                panic!("no progress")
+            })
+        };
+        catch_unwind(AssertUnwindSafe(write)).expect_err("panics");
+        let before = contents(&file);
+        std::thread::sleep(std::time::Duration::from_millis(20));
+        assert!(contents(&file) == before, "{engine:?}");
+        // The file is as good as before.
+        write_runs(&file, [0..LEN], &*ram, &options, &mut go_on).expect("written");
+        assert!(contents(&file) == *ram);
     }
 }
 

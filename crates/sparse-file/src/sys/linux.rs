@@ -2,11 +2,12 @@
 
 #![allow(unsafe_code)]
 
-use std::fs::File;
+use std::fs::{File, OpenOptions};
 use std::io;
 use std::mem::MaybeUninit;
 use std::ops::Range;
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, FcntlArg, OFlag, fallocate, fcntl};
@@ -44,6 +45,32 @@ pub(crate) fn set_direct(file: &File, on: bool) -> io::Result<()> {
     flags.set(OFlag::O_DIRECT, on);
     fcntl(file, FcntlArg::F_SETFL(flags))?;
     Ok(())
+}
+
+/// A second open file description of the regular file behind `file`, for writing past the page cache.
+///
+/// It takes over no more than `file` may do: one that is not open for writing, or for appending only, is refused.
+pub(crate) fn reopen_direct(file: &File) -> io::Result<File> {
+    let metadata = file.metadata()?;
+    let flags = OFlag::from_bits_retain(fcntl(file, FcntlArg::F_GETFL)?);
+    if !metadata.is_file()
+        || flags & OFlag::O_ACCMODE == OFlag::O_RDONLY
+        || flags.intersects(OFlag::O_APPEND | OFlag::O_PATH)
+    {
+        return Err(Errno::EINVAL.into());
+    }
+    let kept = flags & (OFlag::O_SYNC | OFlag::O_DSYNC);
+    let direct = OpenOptions::new()
+        .write(true)
+        .custom_flags((kept | OFlag::O_DIRECT).bits())
+        .open(format!("/proc/self/fd/{}", file.as_raw_fd()))?;
+    let reopened = direct.metadata()?;
+    // What is mounted at /proc may be something else.
+    if (reopened.dev(), reopened.ino()) == (metadata.dev(), metadata.ino()) {
+        Ok(direct)
+    } else {
+        Err(Errno::ESTALE.into())
+    }
 }
 
 /// Memory and offset alignment of direct I/O in bytes by `STATX_DIOALIGN` (Linux 6.1): `(0, 0)` says that the file has no

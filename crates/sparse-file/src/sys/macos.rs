@@ -85,6 +85,29 @@ pub(crate) fn set_direct(file: &File, on: bool) -> io::Result<()> {
     Ok(())
 }
 
+/// `F_NOCACHE` on a file for as long as this lives. It can't be asked for beforehand, so it is off afterwards.
+#[derive(Debug)]
+pub(crate) struct Uncached<'f>(&'f File);
+
+impl<'f> Uncached<'f> {
+    /// A hint: a file that doesn't take it is written as it is.
+    pub(crate) fn new(file: &'f File) -> Self {
+        let _ = set_direct(file, true);
+        Self(file)
+    }
+}
+
+impl Drop for Uncached<'_> {
+    fn drop(&mut self) {
+        let _ = set_direct(self.0, false);
+    }
+}
+
+/// macOS has no second open file description of a file but by its path.
+pub(crate) fn reopen_direct(_file: &File) -> io::Result<File> {
+    Err(Errno::ENOTSUP.into())
+}
+
 /// macOS reports no alignment.
 pub(crate) fn reported_direct_alignment(_file: &File) -> Option<(usize, usize)> {
     None

@@ -1,12 +1,27 @@
 //! How to write.
 
-/// The way bytes get to the file.
+/// The way bytes get to the file. All give the same bytes; they differ in speed, and in what is left in the page cache.
+///
+/// [`Threads`](Self::Threads) and [`IoUring`](Self::IoUring) write whole, aligned blocks past the page cache where the file takes
+/// direct I/O, straight from the memory of a source that hands it out. What is left goes through the page cache: the parts of
+/// blocks at the ends of a run, a run that the file system refuses, and all of a file that has no direct I/O. A direct write to a
+/// file opened for appending, or not reachable as `/proc/self/fd/N`, can't be had either.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Engine {
-    /// One `pwrite(2)` after the other on the calling thread: works on every file.
+    /// The best that there is, and never an error that another engine would not give.
+    ///
+    /// On Linux, for a file that takes direct I/O, [`IoUring`](Self::IoUring), or [`Threads`](Self::Threads) where no ring can
+    /// be made (old kernels, containers that forbid it, memory limits). Else, and for small jobs,
+    /// [`Positioned`](Self::Positioned). On macOS always that, with `F_NOCACHE` while a large job is written.
     #[default]
+    Auto,
+    /// One `pwrite(2)` after the other on the calling thread: works on every file.
     Positioned,
+    /// 8 threads for the length of the call, one `pwrite(2)` after the other in each.
+    Threads,
+    /// A ring of `io_uring(7)` for the length of the call, with at most 64 requests of together 32 MiB in flight. Linux.
+    IoUring,
 }
 
 /// Options of [`write_runs`](crate::write_runs()); the defaults are right for any file system.
@@ -22,11 +37,11 @@ impl WriteOptions {
     /// The largest chunk. macOS refuses a write of 2 GiB, Linux cuts it short.
     pub const MAX_CHUNK_SIZE: usize = 1 << 30;
 
-    /// [`Engine::Positioned`] with chunks of 1 MiB.
+    /// [`Engine::Auto`] with chunks of 1 MiB.
     #[must_use]
     pub const fn new() -> Self {
         Self {
-            engine: Engine::Positioned,
+            engine: Engine::Auto,
             chunk_size: 1 << 20,
         }
     }

@@ -2,88 +2,108 @@
 
 use std::fs::File;
 use std::io;
-use std::ops::{ControlFlow, Range};
-use std::thread;
-use std::time::Duration;
+use std::ops::Range;
 
-use super::{Source, WriteError};
+use super::progress::Progress;
+use super::{Job, Pieces, Source, WriteError};
 use crate::Memory;
 use crate::buffer::AlignedBuffer;
 use crate::limit::SizeLimit;
 
-/// How long a file that isn't ready is left alone; the progress function is asked each time, so a wait can be cancelled.
-const NOT_READY_PAUSE: Duration = Duration::from_millis(1);
-
-/// Memory is handed to the kernel as it is: that took 0.7 to 0.8 of the time of a copy through the buffer (256 MiB in chunks of
-/// 1 MiB, buffered, on ext4 and tmpfs; `examples/copy_or_direct.rs`).
-pub(super) fn write<S: Source + ?Sized>(
-    file: &File,
-    chunks: impl Iterator<Item = Result<Range<u64>, WriteError>>,
-    source: &S,
-    chunk_size: usize,
-    progress: &mut dyn FnMut(u64) -> ControlFlow<()>,
+pub(super) fn write<I: Pieces, S: Source + ?Sized>(
+    mut job: Job<'_, '_, I, S>,
 ) -> Result<u64, WriteError> {
-    let mut buffer = None;
-    let mut written = 0;
-    let mut limit = None;
-    for chunk in chunks {
+    let mut positioned = Positioned::new(job.file, job.limit, job.chunk_size);
+    for chunk in job.chunks {
         let chunk = chunk?;
-        let limit = match limit {
-            Some(limit) => limit,
-            None => *limit.insert(size_limit(file, &chunk)?),
-        };
-        let mut at = chunk.start;
-        while at < chunk.end {
+        let len = chunk.end - chunk.start;
+        positioned.write(job.source, chunk, &mut job.progress)?;
+        job.progress.wrote(len)?;
+    }
+    Ok(job.progress.written())
+}
+
+/// Writes on the calling thread, through the page cache unless the file was opened otherwise.
+#[derive(Debug)]
+pub(super) struct Positioned<'f> {
+    file: &'f File,
+    limit: SizeLimit,
+    chunk_size: usize,
+    buffer: Option<AlignedBuffer>,
+}
+
+impl<'f> Positioned<'f> {
+    pub(super) fn new(file: &'f File, limit: SizeLimit, chunk_size: usize) -> Self {
+        Self {
+            file,
+            limit,
+            chunk_size,
+            buffer: None,
+        }
+    }
+
+    /// Writes `range`, at most a chunk of it. Memory is handed to the kernel as it is: that took 0.7 to 0.8 of the time of a
+    /// copy through the buffer (256 MiB in chunks of 1 MiB, buffered, on ext4 and tmpfs; `examples/copy_or_direct.rs`).
+    pub(super) fn write<S: Source + ?Sized>(
+        &mut self,
+        source: &S,
+        range: Range<u64>,
+        progress: &mut Progress<'_>,
+    ) -> Result<(), WriteError> {
+        let mut at = range.start;
+        while at < range.end {
             #[allow(clippy::cast_possible_truncation, reason = "at most one chunk")]
-            let left = (chunk.end - at) as usize;
+            let left = (range.end - at) as usize;
             let memory = match source.memory_at(at, left) {
                 Some(memory) if !memory.is_empty() => memory.first(left),
                 _ => {
-                    let buffer = buffer.get_or_insert_with(|| AlignedBuffer::new(chunk_size));
-                    read(source, at, &mut buffer.bytes()[..left])?
+                    let buffer = self
+                        .buffer
+                        .get_or_insert_with(|| AlignedBuffer::new(self.chunk_size));
+                    read(source, at, &mut buffer.bytes()[..left])?;
+                    buffer.memory(left)
                 }
             };
-            let sink = |memory: Memory<'_>, offset| {
-                limit.allow_write_at(offset)?;
-                memory.write_at(file, offset)
-            };
-            let wait = || {
-                thread::sleep(NOT_READY_PAUSE);
-                go_on(progress, written)
-            };
-            write_all(sink, wait, memory, at)?;
+            write_memory(self.file, self.limit, memory, at, progress)?;
             at += memory.len() as u64;
         }
-        written += chunk.end - chunk.start;
-        go_on(progress, written)?;
+        Ok(())
     }
-    Ok(written)
-}
 
-fn go_on(progress: &mut dyn FnMut(u64) -> ControlFlow<()>, written: u64) -> Result<(), WriteError> {
-    match progress(written) {
-        ControlFlow::Continue(()) => Ok(()),
-        ControlFlow::Break(()) => Err(WriteError::Cancelled { written }),
+    /// Writes what other ways left of `memory`.
+    pub(super) fn finish(
+        &self,
+        memory: Memory<'_>,
+        offset: u64,
+        progress: &mut Progress<'_>,
+    ) -> Result<(), WriteError> {
+        write_memory(self.file, self.limit, memory, offset, progress)
     }
 }
 
-fn size_limit(file: &File, first: &Range<u64>) -> Result<SizeLimit, WriteError> {
-    SizeLimit::of(file).map_err(|source| WriteError::Destination {
-        offset: first.start,
-        len: 0,
-        source,
-    })
+fn write_memory(
+    file: &File,
+    limit: SizeLimit,
+    memory: Memory<'_>,
+    offset: u64,
+    progress: &mut Progress<'_>,
+) -> Result<(), WriteError> {
+    let sink = |memory: Memory<'_>, offset| {
+        limit.allow_write_at(offset)?;
+        memory.write_at(file, offset)
+    };
+    write_all(sink, || progress.wait(), memory, offset)
 }
 
-fn read<'b, S: Source + ?Sized>(
+/// Fills `buffer` with the source's bytes from `offset` on.
+pub(super) fn read<S: Source + ?Sized>(
     source: &S,
     offset: u64,
-    buffer: &'b mut [u8],
-) -> Result<Memory<'b>, WriteError> {
-    match source.read_at(offset, buffer) {
-        Ok(()) => Ok(Memory::from(&*buffer)),
-        Err(source) => Err(WriteError::Source { offset, source }),
-    }
+    buffer: &mut [u8],
+) -> Result<(), WriteError> {
+    source
+        .read_at(offset, buffer)
+        .map_err(|source| WriteError::Source { offset, source })
 }
 
 /// Calls `sink` until all of `memory` is at `offset`, and `wait` before asking a sink again that was not ready.

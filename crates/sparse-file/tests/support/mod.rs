@@ -88,6 +88,35 @@ impl Source for Copied<'_> {
     }
 }
 
+/// The bytes, the first of them `shift` bytes past an address that suits all direct I/O.
+pub struct Shifted {
+    bytes: Vec<u8>,
+    range: Range<usize>,
+}
+
+impl Shifted {
+    const ALIGNMENT: usize = 64 << 10;
+
+    pub fn new(bytes: &[u8], shift: usize) -> Self {
+        let mut moved = vec![0; bytes.len() + Self::ALIGNMENT + shift];
+        let start = moved.as_ptr().align_offset(Self::ALIGNMENT) + shift;
+        let range = start..start + bytes.len();
+        moved[range.clone()].copy_from_slice(bytes);
+        Self {
+            bytes: moved,
+            range,
+        }
+    }
+}
+
+impl std::ops::Deref for Shifted {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        &self.bytes[self.range.clone()]
+    }
+}
+
 /// Memory in mappings of 5000 bytes, every third of which has to be read: pieces smaller than a chunk, and mixed.
 pub struct Pieces<'a>(pub &'a [u8]);
 

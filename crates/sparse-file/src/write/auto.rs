@@ -1,0 +1,60 @@
+//! The engine that suits the file, the job and the machine.
+
+use super::{Job, Pieces, Source, WriteError, positioned};
+
+/// Bytes up to which a job goes through the page cache: starting a ring would take longer than it saves.
+const SMALL: u64 = 256 << 10;
+
+pub(super) fn write<I: Pieces, S: Source + ?Sized>(
+    mut job: Job<'_, '_, I, S>,
+) -> Result<u64, WriteError> {
+    let mut bytes = 0;
+    let mut seen = Vec::new();
+    while bytes <= SMALL
+        && let Some(chunk) = job.chunks.next()
+    {
+        bytes += chunk.as_ref().map_or(0, |chunk| chunk.end - chunk.start);
+        seen.push(chunk);
+    }
+    let job = Job {
+        file: job.file,
+        limit: job.limit,
+        chunks: seen.into_iter().chain(job.chunks),
+        chunk_size: job.chunk_size,
+        source: job.source,
+        progress: job.progress,
+    };
+    if bytes <= SMALL {
+        positioned::write(job)
+    } else {
+        large(job)
+    }
+}
+
+#[cfg(target_os = "linux")]
+fn large<I: Pieces, S: Source + ?Sized>(job: Job<'_, '_, I, S>) -> Result<u64, WriteError> {
+    use std::thread;
+
+    use super::pipeline;
+    use super::target::Target;
+    use super::threads::Pool;
+    use super::uring::Ring;
+
+    let Some(target) = Target::direct(job.file) else {
+        return positioned::write(job);
+    };
+    match Ring::new(&target.file) {
+        Ok(ring) => pipeline::write(ring, target.alignment, job),
+        Err(_) => thread::scope(|scope| match Pool::start(scope, &target.file) {
+            Ok(pool) => pipeline::write(pool, target.alignment, job),
+            Err(_) => positioned::write(job),
+        }),
+    }
+}
+
+/// macOS writes a file under a lock of its own, so threads would wait for each other; what pays is to leave the page cache alone.
+#[cfg(not(target_os = "linux"))]
+fn large<I: Pieces, S: Source + ?Sized>(job: Job<'_, '_, I, S>) -> Result<u64, WriteError> {
+    let _uncached = crate::sys::Uncached::new(job.file);
+    positioned::write(job)
+}

@@ -1,0 +1,12 @@
+//! io_uring where the system has none.
+
+use std::io;
+
+use super::{Engine, Job, Pieces, Source, WriteError, unavailable};
+
+pub(super) fn write<I: Pieces, S: Source + ?Sized>(
+    _: Job<'_, '_, I, S>,
+) -> Result<u64, WriteError> {
+    let missing = io::Error::from_raw_os_error(libc::ENOSYS);
+    Err(unavailable(Engine::IoUring)(missing))
+}

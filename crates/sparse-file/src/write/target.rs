@@ -1,0 +1,134 @@
+//! The file as direct I/O sees it.
+
+use std::fs::File;
+use std::io;
+use std::ops::Range;
+use std::os::unix::fs::MetadataExt;
+
+use crate::{Memory, sys};
+
+/// No file system in use keeps data in larger blocks; network file systems name the size of their transfers.
+const LARGEST_BLOCK: usize = 64 << 10;
+
+/// A descriptor to write whole blocks to.
+#[derive(Debug)]
+pub(super) struct Target {
+    pub(super) file: File,
+    pub(super) alignment: Alignment,
+}
+
+impl Target {
+    /// Past the page cache where that can be had, else through it.
+    pub(super) fn of(file: &File) -> io::Result<Self> {
+        Self::direct(file).map_or_else(|| Self::cached(file), Ok)
+    }
+
+    /// Past the page cache; `None` where that can't be had.
+    pub(super) fn direct(file: &File) -> Option<Self> {
+        let direct = sys::reopen_direct(file).ok()?;
+        let reported = sys::reported_direct_alignment(&direct);
+        // What is written directly must share no page of the page cache and no block of the file system with what is not.
+        let page = sys::page_size();
+        let block = usize::try_from(file.metadata().ok()?.blksize())
+            .ok()
+            .filter(|block| block.is_power_of_two() && *block <= LARGEST_BLOCK)
+            .map_or(page, |block| block.max(page));
+        let (memory, offset) = reported.unwrap_or((block, block));
+        let usable = |align: usize| align.is_power_of_two() && align <= LARGEST_BLOCK;
+        (usable(memory) && usable(offset)).then_some(Self {
+            file: direct,
+            alignment: Alignment {
+                memory,
+                block: block.max(offset),
+            },
+        })
+    }
+
+    /// Through the page cache, where all alignments will do.
+    fn cached(file: &File) -> io::Result<Self> {
+        Ok(Self {
+            file: file.try_clone()?,
+            alignment: Alignment {
+                memory: 1,
+                block: 1,
+            },
+        })
+    }
+}
+
+/// Powers of two, in bytes.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Alignment {
+    /// Of addresses.
+    memory: usize,
+    /// Of offsets and lengths.
+    block: usize,
+}
+
+impl Alignment {
+    /// The whole blocks in `range`; empty, but within it, if there are none.
+    pub(super) fn blocks_in(self, range: Range<u64>) -> Range<u64> {
+        let start = self.up(range.start).min(range.end);
+        start..self.down(range.end).max(start)
+    }
+
+    /// The blocks of which `range` has a part.
+    pub(super) fn blocks_around(self, range: &Range<u64>) -> Range<u64> {
+        self.down(range.start)..self.up(range.end)
+    }
+
+    /// As much from the start of `memory` as can be written directly.
+    pub(super) fn suitable(self, memory: Memory<'_>) -> Option<Memory<'_>> {
+        let blocks = memory.first(memory.len() - memory.len() % self.block);
+        (!blocks.is_empty() && blocks.as_ptr().addr().is_multiple_of(self.memory)).then_some(blocks)
+    }
+
+    fn down(self, offset: u64) -> u64 {
+        offset - offset % self.block as u64
+    }
+
+    /// Offsets are below 2^63, so nothing overflows.
+    fn up(self, offset: u64) -> u64 {
+        offset.next_multiple_of(self.block as u64)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use rstest::rstest;
+
+    use super::*;
+
+    const SECTORS: Alignment = Alignment {
+        memory: 512,
+        block: 4096,
+    };
+
+    #[rstest]
+    #[case::whole_blocks(4096..12288, 4096..12288)]
+    #[case::a_head_and_a_tail(4095..12289, 4096..12288)]
+    #[case::part_of_one_block(100..200, 200..200)]
+    #[case::parts_of_two(100..4196, 4096..4096)]
+    #[case::nothing(4096..4096, 4096..4096)]
+    #[case::the_last_block_there_is(i64::MAX as u64 - 5000..i64::MAX as u64, (1 << 63) - 4096..(1 << 63) - 4096)]
+    fn a_range_is_cut_at_whole_blocks(#[case] range: Range<u64>, #[case] blocks: Range<u64>) {
+        let cut = SECTORS.blocks_in(range.clone());
+        let (head, tail) = (range.start..cut.start, cut.end..range.end);
+        assert!(head.start <= head.end && cut.start <= cut.end && tail.start <= tail.end);
+        if !blocks.is_empty() {
+            assert_eq!(cut, blocks);
+        }
+        assert!(cut.is_empty() || cut.start % 4096 == 0 && cut.end % 4096 == 0);
+    }
+
+    #[test]
+    fn memory_suits_in_whole_blocks_from_an_aligned_address_on() {
+        let buffer = crate::buffer::AlignedBuffer::new(16384);
+        let memory = buffer.memory(10_000);
+        let len = |memory| SECTORS.suitable(memory).map(Memory::len);
+        assert_eq!(len(memory), Some(8192));
+        assert_eq!(len(memory.after(512)), Some(8192));
+        assert_eq!(len(memory.after(1)), None);
+        assert_eq!(len(memory.first(4095)), None);
+    }
+}
