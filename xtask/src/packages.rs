@@ -39,7 +39,6 @@ impl Package {
 
 impl Install {
     /// Whether anything may be installed or downloaded.
-    #[cfg(target_os = "linux")]
     pub fn allowed(self) -> bool {
         !self.no_install
     }

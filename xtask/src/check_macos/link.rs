@@ -1,0 +1,301 @@
+//! Executables for macOS, linked on any system by the linker in the Python package `ziglang`, and checked.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, ensure};
+use serde_json::Value;
+use xshell::{PushEnv, Shell, cmd};
+
+use super::mach_o::{self, HYPERVISOR, MacOs};
+use super::{TARGET, Toolchain};
+use crate::packages::{Install, Package};
+
+/// One version, so that an upgrade is a change like any other.
+const ZIG: &str = "0.17.1";
+
+/// What is linked, and the oldest macOS that it must start on.
+const LINKED: [(&str, MacOs); 3] = [
+    ("--package hvf-backend --examples", MacOs(11, 0)),
+    (
+        "--package hvf-backend --examples --all-features",
+        MacOs(26, 0),
+    ),
+    // The demo's guest has more than 64 GiB of addresses, which macOS 13 brought.
+    ("--package xtask --bins", MacOs(13, 0)),
+];
+
+/// The linker that cargo is told of. There is no file before there is something to link.
+pub fn env<'sh>(sh: &'sh Shell, dir: &Path) -> Vec<PushEnv<'sh>> {
+    if cfg!(target_os = "macos") {
+        return Vec::new();
+    }
+    vec![
+        sh.push_env("CARGO_TARGET_AARCH64_APPLE_DARWIN_LINKER", linker(dir)),
+        // Without it, rustc asks Xcode.
+        sh.push_env("SDKROOT", sdk(dir)),
+        sh.push_env("ZIG_GLOBAL_CACHE_DIR", dir.join("zig-cache")),
+        sh.push_env("ZIG_LOCAL_CACHE_DIR", dir.join("zig-cache")),
+    ]
+}
+
+fn linker(dir: &Path) -> PathBuf {
+    dir.join("link-for-macos.sh")
+}
+
+fn sdk(dir: &Path) -> PathBuf {
+    dir.join("sdk")
+}
+
+/// Links and checks, or says what is missing: false.
+pub fn link(
+    sh: &Shell,
+    toolchain: Toolchain,
+    install: Install,
+    dir: &Path,
+) -> anyhow::Result<bool> {
+    let since = framework(sh)?;
+    let built_for = oldest_macos(sh)?;
+    if !cfg!(target_os = "macos") {
+        let Some(zig) = zig(sh, install, dir)? else {
+            return Ok(false);
+        };
+        write_sdk(sh, &sdk(dir), since.keys())?;
+        write_linker(sh, dir, &zig, built_for)?;
+    }
+    for (what, oldest) in LINKED {
+        let linked = executables(sh, toolchain, what)?;
+        ensure!(!linked.is_empty(), "cargo build {what} linked nothing");
+        for path in linked {
+            let name = path.display();
+            let found = mach_o::check(&sh.read_binary_file(&path)?, &since)
+                .with_context(|| format!("{name} is no program for macOS"))?;
+            ensure!(
+                found.built_for == built_for,
+                "{name} says that it is for {}, and rustc builds for {built_for}",
+                found.built_for
+            );
+            ensure!(
+                found.calls_need <= oldest,
+                "{name} must start on {oldest}, and calls what came with {}",
+                found.calls_need
+            );
+            println!(
+                "{name}: an executable for arm64, {} functions of the hypervisor framework, all in {oldest}; signed ad hoc (the entitlement \
+                 is added by cargo's runner on the Mac)",
+                found.calls
+            );
+        }
+    }
+    Ok(true)
+}
+
+/// Builds, and returns the paths of what came out.
+fn executables(sh: &Shell, toolchain: Toolchain, what: &str) -> anyhow::Result<Vec<PathBuf>> {
+    let what = what.split(' ');
+    let messages = toolchain
+        .cargo(sh, "build")
+        .args(["--locked", "--message-format=json-render-diagnostics"])
+        .args(what)
+        .read()?;
+    let mut paths = Vec::new();
+    for message in messages.lines() {
+        let message: Value = serde_json::from_str(message)?;
+        if let Some(path) = message["executable"].as_str() {
+            paths.push(path.into());
+        }
+    }
+    Ok(paths)
+}
+
+/// The functions of the hypervisor framework and the macOS that each came with, as `applevisor-sys` declares them: Apple's stub of the framework
+/// comes with Xcode only.
+fn framework(sh: &Shell) -> anyhow::Result<BTreeMap<String, MacOs>> {
+    let metadata = cmd!(
+        sh,
+        "cargo metadata --locked --format-version 1 --filter-platform {TARGET}"
+    );
+    let metadata: Value = serde_json::from_str(&metadata.quiet().read()?)?;
+    let manifest = metadata["packages"]
+        .as_array()
+        .into_iter()
+        .flatten()
+        .find(|package| package["name"] == "applevisor-sys")
+        .and_then(|package| package["manifest_path"].as_str())
+        .context("nothing depends on applevisor-sys")?;
+    let source = sh.read_file(Path::new(manifest).with_file_name("src/lib.rs"))?;
+    let functions = declared(&source);
+    ensure!(!functions.is_empty(), "no function found beside {manifest}");
+    Ok(functions)
+}
+
+/// `pub fn hv_…`, each below the feature that it takes, if it takes one.
+fn declared(source: &str) -> BTreeMap<String, MacOs> {
+    // The first for Apple silicon.
+    const FIRST: MacOs = MacOs(11, 0);
+    let mut functions = BTreeMap::new();
+    let mut since = FIRST;
+    for line in source.lines().map(str::trim) {
+        if let Some(version) = line
+            .strip_prefix("#[cfg(feature = \"macos-")
+            .and_then(|rest| rest.strip_suffix("\")]")?.split_once('-'))
+            .and_then(|(major, minor)| Some(MacOs(major.parse().ok()?, minor.parse().ok()?)))
+        {
+            since = version;
+        } else if !line.starts_with("#[") && !line.starts_with("//") {
+            if let Some((name, _)) = line
+                .strip_prefix("pub fn ")
+                .and_then(|rest| rest.split_once('('))
+                .filter(|(name, _)| name.starts_with("hv_"))
+            {
+                functions.insert(name.to_owned(), since);
+            }
+            since = FIRST;
+        }
+    }
+    functions
+}
+
+/// What `LC_BUILD_VERSION` will say.
+fn oldest_macos(sh: &Shell) -> anyhow::Result<MacOs> {
+    let said = cmd!(sh, "rustc --print deployment-target --target {TARGET}")
+        .quiet()
+        .read()?;
+    said.split_once('=')
+        .and_then(|(_, version)| version.split_once('.'))
+        .and_then(|(major, minor)| Some(MacOs(major.parse().ok()?, minor.parse().ok()?)))
+        .with_context(|| format!("rustc --print deployment-target says {said:?}"))
+}
+
+/// Stubs of the two libraries that the linker has none of.
+fn write_sdk<'a>(
+    sh: &Shell,
+    sdk: &Path,
+    functions: impl Iterator<Item = &'a String>,
+) -> anyhow::Result<()> {
+    let symbols: Vec<String> = functions.map(|name| format!("_{name}")).collect();
+    let exports = format!(
+        "exports:\n  - targets: [ arm64-macos ]\n    symbols: [ {} ]\n",
+        symbols.join(", ")
+    );
+    sh.write_file(
+        sdk.join("System/Library/Frameworks/Hypervisor.framework/Hypervisor.tbd"),
+        stub(HYPERVISOR, &exports),
+    )?;
+    // The libc crate asks for it, and nothing of it is called.
+    sh.write_file(
+        sdk.join("usr/lib/libiconv.tbd"),
+        stub("/usr/lib/libiconv.2.dylib", ""),
+    )?;
+    Ok(())
+}
+
+fn stub(name: &str, exports: &str) -> String {
+    format!(
+        "--- !tapi-tbd\ntbd-version: 4\ntargets: [ arm64-macos ]\ninstall-name: '{name}'\n{exports}...\n"
+    )
+}
+
+/// `zig cc` goes by its own option where a macOS toolchain goes by rustc's `-mmacosx-version-min`.
+fn write_linker(sh: &Shell, dir: &Path, zig: &Path, oldest: MacOs) -> anyhow::Result<()> {
+    let (zig, sdk, MacOs(major, minor)) = (zig.display(), sdk(dir), oldest);
+    let sdk = sdk.display();
+    let script = linker(dir);
+    sh.write_file(
+        &script,
+        format!(
+            "#!/bin/sh\n\
+             exec '{zig}' cc -target aarch64-macos.{major}.{minor} \
+             -F'{sdk}/System/Library/Frameworks' -L'{sdk}/usr/lib' \"$@\"\n"
+        ),
+    )?;
+    cmd!(sh, "chmod +x {script}").quiet().run()?;
+    Ok(())
+}
+
+/// The linker, downloaded where it is missing and may be.
+fn zig(sh: &Shell, install: Install, dir: &Path) -> anyhow::Result<Option<PathBuf>> {
+    let home = dir.join(format!("ziglang-{ZIG}"));
+    let zig = home.join("ziglang/zig");
+    if sh.path_exists(&zig) {
+        return Ok(Some(zig));
+    }
+    if !install.allowed() {
+        println!("missing for check-macos: ziglang {ZIG} (without --no-install, it is downloaded)");
+        return Ok(None);
+    }
+    let Some(python) = python_with_pip(sh, install)? else {
+        return Ok(None);
+    };
+    println!(
+        "downloading for check-macos: the Python package ziglang {ZIG}, into {}",
+        dir.display()
+    );
+    // What was cut off half-way is begun anew.
+    let unfinished = tempfile::tempdir_in(dir)?;
+    let (wheels, unpacked) = (
+        unfinished.path().join("wheels"),
+        unfinished.path().join("all"),
+    );
+    cmd!(
+        sh,
+        "{python} -m pip download --quiet --disable-pip-version-check --no-deps --only-binary=:all: --dest {wheels} ziglang=={ZIG}"
+    )
+    .quiet()
+    .run()
+    .context("the Python package ziglang can't be downloaded")?;
+    for wheel in sh.read_dir(&wheels)? {
+        cmd!(sh, "{python} -m zipfile -e {wheel} {unpacked}")
+            .quiet()
+            .run()?;
+    }
+    let program = unpacked.join("ziglang/zig");
+    cmd!(sh, "chmod +x {program}").quiet().run()?;
+    std::fs::rename(&unpacked, &home)?;
+    Ok(Some(zig))
+}
+
+/// A Python that has pip: the one in use, or Debian's.
+fn python_with_pip(sh: &Shell, install: Install) -> anyhow::Result<Option<&'static str>> {
+    let find = || {
+        ["python3", "/usr/bin/python3"].into_iter().find(|python| {
+            let pip = cmd!(sh, "{python} -m pip --version");
+            pip.quiet().ignore_stdout().ignore_stderr().run().is_ok()
+        })
+    };
+    if let Some(python) = find() {
+        return Ok(Some(python));
+    }
+    let missing = install.ensure(sh, &[Package::new("python3-pip", "pip3")], "check-macos")?;
+    Ok(if missing.is_empty() { find() } else { None })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_function_came_with_the_macos_of_the_feature_above_it() {
+        let source = "
+            #[cfg(feature = \"macos-26-0\")]
+            pub enum hv_granule_t {}
+            /// Words.
+            pub fn hv_vm_create() -> i32;
+            /// Words.
+            #[cfg(feature = \"macos-12-1\")]
+            pub fn hv_vm_allocate(
+                len: usize,
+            ) -> i32;
+            pub fn other();
+            pub fn hv_vm_map() -> i32;";
+        let found: Vec<_> = declared(source).into_iter().collect();
+        assert_eq!(
+            found,
+            [
+                ("hv_vm_allocate".to_owned(), MacOs(12, 1)),
+                ("hv_vm_create".to_owned(), MacOs(11, 0)),
+                ("hv_vm_map".to_owned(), MacOs(11, 0)),
+            ]
+        );
+    }
+}

@@ -1,0 +1,167 @@
+//! `cargo xtask check-macos`: lint every crate for Apple silicon, and link what uses the hypervisor, also on Linux.
+
+mod link;
+mod mach_o;
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, bail};
+use xshell::{Cmd, PushEnv, Shell, cmd};
+
+use crate::packages::{Install, Package};
+
+const TARGET: &str = "aarch64-apple-darwin";
+
+/// Apart from the host's: Debian's compiler and the toolchain's don't share.
+const TARGET_DIR: &str = "target/macos";
+
+/// A compiler and its lints that come with the standard library's source, so that it can be built for a target that is not installed.
+const PACKAGES: [Package; 4] = [
+    Package::new("rustc-web", "/var/lib/dpkg/info/rustc-web.list"),
+    Package::new("cargo-web", "/var/lib/dpkg/info/cargo-web.list"),
+    Package::new("rust-web-clippy", "/var/lib/dpkg/info/rust-web-clippy.list"),
+    Package::new("rust-web-src", "/var/lib/dpkg/info/rust-web-src.list"),
+];
+
+/// Nothing is run: speed is the compiler's own, not the program's.
+const UNOPTIMISED: [&str; 6] = [
+    "--config",
+    "profile.dev.opt-level=0",
+    "--config",
+    "profile.dev.debug=false",
+    "--config",
+    "profile.dev.package.\"*\".opt-level=0",
+];
+
+/// Lint everything for aarch64-apple-darwin, and link what uses the hypervisor
+///
+/// Lints (clippy, warnings are errors) every crate, test, example and task for Apple silicon. Links hvf-backend's examples and xtask into
+/// Mach-O executables, and checks what macOS will ask of them: load commands, oldest macOS, functions of the framework, signature.
+///
+/// It takes the target in this toolchain (`rustup target add aarch64-apple-darwin`), or as root Debian's packages of a Rust toolchain with
+/// the standard library's source. To link, on a system other than macOS, it takes Python and its pip, and downloads the package ziglang, a
+/// linker with stubs of macOS's libraries (100 MB), into target/macos. Each piece that is missing is said, and what is NOT RUN for it; with
+/// CI=true in the environment that is an error.
+#[derive(clap::Args)]
+pub struct CheckMacos {
+    #[command(flatten)]
+    pub install: Install,
+    /// Lint the crate of this Cargo.toml in place of this workspace, and link nothing
+    #[arg(long, value_name = "CARGO_TOML")]
+    pub manifest_path: Option<PathBuf>,
+}
+
+/// What this machine was able to check.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Checked {
+    Nothing,
+    Lints,
+    All,
+}
+
+impl CheckMacos {
+    pub fn run(self, sh: &Shell) -> anyhow::Result<()> {
+        let ci = sh.var_os("CI").is_some_and(|ci| ci == "true");
+        match self.check(sh)? {
+            Checked::Nothing => bail!(
+                "nothing can be checked for macOS: run `rustup target add {TARGET}`, or see cargo xtask check-macos --help"
+            ),
+            Checked::Lints if ci => bail!("CI=true, and nothing could be linked for macOS"),
+            Checked::Lints | Checked::All => Ok(()),
+        }
+    }
+
+    /// Checks what can be on this machine, and says what can't.
+    pub fn check(self, sh: &Shell) -> anyhow::Result<Checked> {
+        let Some(toolchain) = Toolchain::find(sh, self.install)? else {
+            println!("NOT RUN: this machine can't check for macOS");
+            return Ok(Checked::Nothing);
+        };
+        let dir = sh.current_dir().join(TARGET_DIR);
+        sh.create_dir(&dir)?;
+        let _env = toolchain.env(sh, &dir);
+        if let Some(manifest) = self.manifest_path {
+            // The shell works in the workspace, the caller may stand elsewhere.
+            toolchain.lint(sh, Some(&std::path::absolute(manifest)?))?;
+            return Ok(Checked::All);
+        }
+        toolchain.lint(sh, None)?;
+        if link::link(sh, toolchain, self.install, &dir)? {
+            Ok(Checked::All)
+        } else {
+            println!("NOT RUN: this machine can't link for macOS");
+            Ok(Checked::Lints)
+        }
+    }
+}
+
+/// What compiles for macOS on this machine.
+#[derive(Clone, Copy)]
+enum Toolchain {
+    /// The one in use, with the target's standard library.
+    Installed,
+    /// Debian's, which builds the standard library.
+    Debian,
+}
+
+impl Toolchain {
+    fn find(sh: &Shell, install: Install) -> anyhow::Result<Option<Self>> {
+        let libraries = cmd!(sh, "rustc --print target-libdir --target {TARGET}").quiet();
+        if sh.path_exists(libraries.read()?) {
+            return Ok(Some(Self::Installed));
+        }
+        match install.ensure(sh, &PACKAGES, "check-macos") {
+            Ok(missing) => Ok(missing.is_empty().then_some(Self::Debian)),
+            Err(error) => {
+                // Debian has them, Ubuntu has not.
+                println!("{error:#}");
+                Ok(None)
+            }
+        }
+    }
+
+    /// For every command alike: the linker, too, is a reason for cargo to build the standard library again.
+    fn env<'sh>(self, sh: &'sh Shell, dir: &Path) -> Vec<PushEnv<'sh>> {
+        let mut env = vec![
+            sh.push_env("RUSTFLAGS", "-Dwarnings"),
+            sh.push_env("CARGO_TARGET_DIR", dir),
+        ];
+        env.extend(link::env(sh, dir));
+        if matches!(self, Self::Debian) {
+            // Debian's cargo takes unstable options only when told that it is a bootstrap.
+            env.extend([
+                sh.push_env("CARGO", "/usr/bin/cargo"),
+                sh.push_env("RUSTC", "/usr/bin/rustc"),
+                sh.push_env("RUSTC_BOOTSTRAP", "1"),
+            ]);
+        }
+        env
+    }
+
+    fn cargo<'sh>(self, sh: &'sh Shell, command: &str) -> Cmd<'sh> {
+        let cargo = match self {
+            Self::Installed => cmd!(sh, "cargo {command}"),
+            // By their paths: cargo looks for its subcommands in rustup's directory first.
+            Self::Debian if command == "clippy" => cmd!(sh, "/usr/bin/cargo-clippy clippy"),
+            Self::Debian => cmd!(sh, "/usr/bin/cargo {command}"),
+        };
+        let cargo = cargo.args(["--target", TARGET]).args(UNOPTIMISED);
+        match self {
+            Self::Installed => cargo,
+            Self::Debian => cargo.arg("-Zbuild-std=std,panic_unwind"),
+        }
+    }
+
+    fn lint(self, sh: &Shell, manifest: Option<&Path>) -> anyhow::Result<()> {
+        let lint = self
+            .cargo(sh, "clippy")
+            // Every mistake at once.
+            .args(["--all-targets", "--all-features", "--keep-going"]);
+        let lint = match manifest {
+            Some(manifest) => lint.arg("--manifest-path").arg(manifest),
+            // No benchmark runs on a Mac yet: its peers are measured against Linux's own interfaces.
+            None => lint.args(["--workspace", "--exclude", "benches", "--locked"]),
+        };
+        lint.run().context("the code is not right for macOS")
+    }
+}
