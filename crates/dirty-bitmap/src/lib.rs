@@ -27,6 +27,9 @@
 //! **Change the page size** while the guest runs: [`rebuild`](DirtyBitmap::rebuild), finer or coarser. Coarse pages mean few write faults where
 //! tracking costs a fault, fine ones mean small diffs.
 //!
+//! **Track by write faults**, where writes are noticed by protecting memory: a [`WriteTracker`] answers faults and protects again at
+//! checkpoints, over any [`WriteProtection`]; for each 2 MiB it opens pages or the whole block, by a [`Policy`].
+//!
 //! **Calculate** with sets of pages: [`page_set`](DirtyBitmap::page_set) gives a `bitvec`, [`mark_bits`](DirtyBitmap::mark_bits) takes one.
 //!
 //! # How it works
@@ -34,7 +37,8 @@
 //! its bit, then looks at that word again, and sets the bit in the new table too if it changed. The rebuilder publishes
 //! first, then sweeps the old table. Every bit is set and taken by a read-modify-write, so either the sweep takes the mark
 //! or the marker sees the change. A summary word says which of 64 words have marks, so that a walk over a mostly clean terabyte
-//! reads half a megabyte. `tests/loom.rs` checks marking against draining, rebuilding and epochs in every interleaving that loom can tell apart.
+//! reads half a megabyte. `tests/loom.rs` and
+//! `tests/loom_tracker.rs` check marking against draining, rebuilding, epochs and write faults in every interleaving that loom can tell apart.
 //!
 //! # Limitations
 //! One range of addresses: where RAM has holes, let the bitmap cover offsets in the memory file. Draining, rebuilding and
