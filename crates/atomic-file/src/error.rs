@@ -200,11 +200,12 @@ pub enum CommitError {
         dest: PathBuf,
         /// Why the directory could not be synced.
         source: io::Error,
-        /// Set where the stage's own name for the file could not be removed (`no_clobber` by `link` only).
+        /// Set where the stage's name could not be removed: `no_clobber` by `link` leaves it to the new file, recycling to the
+        /// old one.
         leftover: Option<Leftover>,
     },
-    /// The destination is the new file, as durable as was asked for, but the stage's own name for it could not be removed
-    /// (`no_clobber` by `link` only).
+    /// The destination is the new file, as durable as was asked for, but the stage's name could not be removed: `no_clobber` by
+    /// `link` leaves it to the new file, recycling to the old one.
     #[error("{dest:?} was replaced, but its staged name was left behind; sweep the directory")]
     ReplacedStageLeft {
         /// The destination.

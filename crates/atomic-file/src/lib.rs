@@ -63,6 +63,7 @@
 //! openat(AT_FDCWD, "vm", O_DIRECTORY|O_CLOEXEC)     = 3   held: all below is relative to it
 //! newfstatat(3, "vm.mem", AT_SYMLINK_NOFOLLOW)            a file, or nothing; a link is followed by hand
 //! newfstatat(3, ".atomic-file-group")               ENOENT: no group commit was interrupted here
+//! newfstatat(3, ".atomic-file-2670fefa.spare")      ENOENT: nobody recycles here
 //! openat(3, ".atomic-file-2670fefa-0.stage", O_RDWR|O_CREAT|O_EXCL|O_NOFOLLOW|O_CLOEXEC, 0600) = 4
 //! flock(4, LOCK_EX|LOCK_NB)                               its owner lives
 //! newfstatat(3, ".atomic-file-2670fefa-0.stage")          and is not taken for dead before it locked
@@ -91,6 +92,29 @@
 //!
 //! Where a file system has no such locks (an NFS mount without its daemon), stages get another name, and nobody ever
 //! removes one but its own writer.
+//!
+//! ## Recycling
+//!
+//! With [`Options::recycle`] `open` takes the file that the commit before last had written, if it is there and nobody
+//! has it, and the commit keeps the file that it replaces:
+//! ```text
+//! openat(3, ".atomic-file-2670fefa.spare", O_RDWR|O_NOFOLLOW|O_CLOEXEC) = 4
+//! flock(4, LOCK_EX|LOCK_NB)                               no other taker; then, is it still what the name means?
+//! fstat(4), fstatfs(4), flistxattr(4)                     one name, our own, no attributes, on a file system that counts openers
+//! fchmod(4, 0600)                                         from here on nobody can open it who might not open the new file,
+//! fcntl(4, F_SETLEASE, F_WRLCK), F_UNLCK                  and nobody has it open, or mapped, who could before
+//! renameat2(3, ".atomic-file-2670fefa.spare", 3, ".atomic-file-2670fefa-0.stage", RENAME_NOREPLACE)
+//! pwrite64(4, ...) ...
+//! fsync(4)
+//! openat(3, "vm.mem", O_RDONLY|O_NOFOLLOW|O_CLOEXEC) = 5  the old file, locked and looked at in the same way
+//! renameat2(3, ".atomic-file-2670fefa-0.stage", 3, "vm.mem", RENAME_EXCHANGE)
+//! fsync(3)                                                the old file will never be "vm.mem" again
+//! fchmod(5, 0600); fcntl(5, F_SETLEASE, F_WRLCK), F_UNLCK somebody has it: then it is removed
+//! renameat2(3, ".atomic-file-2670fefa-0.stage", 3, ".atomic-file-2670fefa.spare", RENAME_NOREPLACE)
+//! ```
+//! The spare's name is a promise: it is given only after the sync of the directory, so whoever finds a file there, in whatever
+//! process and after whatever crash, may overwrite it at once. Under a stage's name the old file is a dead stage, and removed like one.
+//! The protocol is written down in the source, `src/spare.rs`.
 //!
 //! ## Groups
 //!
@@ -127,6 +151,9 @@
 //! | rename | old or new, whole | the stage if old |
 //! | sync of the directory: `commit` returns | **new** | nothing |
 //!
+//! With [`Options::recycle`] the rename is an exchange, so that after it the old file may be found under the stage's name; and once
+//! the directory is synced, as the spare. Both are known to [`sweep`] and to the next writer.
+//!
 //! With [`Barrier`](Durability::Barrier) the commit ends one row earlier; with [`None`](Durability::None) neither sync takes
 //! place, and after a power loss (not after a kill) the destination may be empty or torn.
 //!
@@ -148,6 +175,9 @@
 //! - Groups need locks, and inode numbers that outlive a mount: FAT, exFAT and FUSE file systems are
 //!   [refused](Refusal). A file system that cannot sync a directory reports so at every commit with
 //!   [`Full`](Durability::Full); choose a weaker durability there.
+//! - A lease cannot tell of one who, in the middle of `open(2)`, has looked the destination's name up and not opened the file
+//!   yet, and stays there from before one recycling commit until the next writer has taken the spare; of an NFS client that was
+//!   given the file by this machine; of what `sendfile` and `splice` have under way. These may see new bytes in the old file.
 //! - Readers see a group's files change one after another.
 //!
 //! # Features

@@ -13,6 +13,9 @@
 //! 2. A stage is unlinked only under its lock: by its owner, or by a sweeper that, *after* getting the lock, has seen that
 //!    no group record is published and then that the name still means the locked file.
 //!
+//! What a commit [exchanged](Stage::exchange) for its stage stands under the stage's name, locked by that commit; `spare.rs` tells what
+//! becomes of it.
+//!
 //! So a name can change its meaning only through the one who holds the lock, and a sweeper's last look stays true until
 //! it unlinks. A dead owner can publish no record any more, hence the order of a sweeper's looks.
 

@@ -531,3 +531,40 @@ fn what_replaces_the_destination_in_the_last_moment_is_replaced_as_by_a_rename(
     assert_eq!(dest.is_dir(), expected != "ok");
     assert!(dest.is_dir() || fs::read(&dest).unwrap() == b"new");
 }
+
+/// By default a holder is killed by the signal that tells of somebody who wants to open the file.
+#[test]
+fn one_who_opens_the_spare_in_the_moment_of_the_lease_kills_nobody() {
+    const TEST: &str = "one_who_opens_the_spare_in_the_moment_of_the_lease_kills_nobody";
+    if !Need::Strace.met(TEST) {
+        return;
+    }
+    let calls = calls_of("recycle", &old_file_and_spare);
+    let mut fcntls = calls.iter().filter(|(call, _)| call == "fcntl");
+    // F_SETFL, F_SETSIG, F_SETLEASE.
+    let lease = fcntls.nth(2).expect("a lease").1;
+    let dir = tempfile::tempdir().unwrap();
+    old_file_and_spare(dir.path());
+    let spare = dir.path().join(SPARE);
+    let inode = std::os::unix::fs::MetadataExt::ino(&fs::metadata(&spare).unwrap());
+    let is_leased = || {
+        let locks = fs::read_to_string("/proc/locks").unwrap();
+        let of_spare = |line: &str| line.contains("LEASE") && line.contains(&format!(":{inode} "));
+        locks.lines().any(of_spare)
+    };
+    let (report, opened) = std::thread::scope(|scope| {
+        let child = scope.spawn(|| {
+            let log = tempfile::NamedTempFile::new().unwrap();
+            let delay = format!("inject=fcntl:delay_exit=2s:when={lease}");
+            strace("recycle", dir.path(), log.path(), &[delay])
+        });
+        while !is_leased() && !child.is_finished() {
+            std::thread::sleep(std::time::Duration::from_millis(10));
+        }
+        let opened = fs::File::open(&spare);
+        (child.join().unwrap(), opened)
+    });
+    assert!(opened.is_ok(), "it was there, and leased: {opened:?}");
+    assert_eq!(report.as_deref(), Some("ok"));
+    assert_eq!(text(dir.path()), "new");
+}

@@ -618,3 +618,17 @@ fn racing_writers_and_sweepers_never_show_a_torn_file_nor_pile_up_spares() {
     );
     assert_names(dir.path(), &["dest"]);
 }
+
+/// A recovery would take it for the stage of that group, should it stand under that name again.
+#[test]
+fn a_file_that_a_groups_record_may_name_is_not_kept() {
+    let _turn = one_at_a_time();
+    let (dir, dest, _) = with_spare();
+    let path = dir.path().join(".atomic-file-group");
+    let record = File::create(&path).unwrap();
+    record.lock().unwrap();
+    assert!(save(&recycling(), &dest, 3), "its owner lives");
+    assert!(spares(dir.path()).is_empty());
+    fs::remove_file(&path).unwrap();
+    assert_names(dir.path(), &["dest"]);
+}
