@@ -76,8 +76,7 @@ pub fn check(bytes: &[u8], since: &BTreeMap<String, MacOs>) -> anyhow::Result<Ex
             _ => {}
         }
     }
-    let built_for =
-        built_for.context("no LC_BUILD_VERSION: dyld takes it for a program of 2018")?;
+    let built_for = built_for.context("no LC_BUILD_VERSION: nothing says which macOS it is for")?;
     let entry = entry.context("no LC_MAIN: it has no entry point")?;
     ensure!(
         signed,
@@ -129,4 +128,167 @@ pub fn check(bytes: &[u8], since: &BTreeMap<String, MacOs>) -> anyhow::Result<Ex
         calls_need,
         calls,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rstest::rstest;
+
+    const CODE: u32 = 0x1000;
+    const SYMBOLS: u32 = 0x1010;
+    const NAMES: u32 = 0x1020;
+    const SIGNATURE: u32 = 0x1100;
+
+    /// The least that passes, by parts to spoil. Numbers are those of Apple's `mach-o/loader.h`, `nlist.h` and `cs_blobs.h`.
+    struct Parts {
+        cpu: u32,
+        kind: u32,
+        platform: u32,
+        entry: u32,
+        commands: Vec<u32>,
+        libraries: Vec<&'static str>,
+        function: &'static str,
+        signature_flags: u32,
+    }
+
+    const MAIN: u32 = 0x8000_0028;
+    const BUILD_VERSION: u32 = 0x32;
+    const SIGNED: u32 = 0x1d;
+    const EXTRA_LIBRARY: &str = "/opt/homebrew/lib/libzstd.dylib";
+
+    impl Parts {
+        fn whole() -> Self {
+            Self {
+                cpu: 0x0100_000c,
+                kind: 2,
+                platform: 1,
+                entry: CODE,
+                commands: vec![0x19, 2, MAIN, BUILD_VERSION, SIGNED],
+                libraries: vec![HYPERVISOR, SYSTEM],
+                function: "_hv_vm_map",
+                signature_flags: 2,
+            }
+        }
+
+        fn file(&self) -> Vec<u8> {
+            let mut commands: Vec<Vec<u8>> =
+                self.commands.iter().map(|id| self.body(*id)).collect();
+            for library in &self.libraries {
+                let mut body = words(&[0xc, 0, 24, 0, 0, 0]);
+                body.extend(library.bytes());
+                body.push(0);
+                commands.push(body);
+            }
+            for body in &mut commands {
+                body.resize(body.len().next_multiple_of(8), 0);
+                let len = u32::try_from(body.len()).expect("small").to_le_bytes();
+                body[4..8].copy_from_slice(&len);
+            }
+            let number = u32::try_from(commands.len()).expect("few");
+            let commands = commands.concat();
+            let len = u32::try_from(commands.len()).expect("small");
+            // Two-level names: each import says its library.
+            let mut file = words(&[0xfeed_facf, self.cpu, 0, self.kind, number, len, 0x80, 0]);
+            file.extend(commands);
+            file.resize(SYMBOLS as usize, 0);
+            // An undefined external symbol of the first library.
+            file.extend(words(&[1, 0x0100_0001, 0, 0]));
+            file.resize(NAMES as usize + 1, 0);
+            file.extend(self.function.bytes());
+            file.resize(SIGNATURE as usize, 0);
+            let directory = [
+                0xfade_0c02,
+                44,
+                0x2_0001,
+                self.signature_flags,
+                44,
+                44,
+                0,
+                0,
+                0,
+                0,
+                0,
+            ];
+            for word in [0xfade_0cc0, 64, 1, 0, 20].into_iter().chain(directory) {
+                file.extend(u32::to_be_bytes(word));
+            }
+            file
+        }
+
+        fn body(&self, id: u32) -> Vec<u8> {
+            match id {
+                0x19 => {
+                    let mut body = [words(&[id, 0]), name("__TEXT")].concat();
+                    body.extend(words(&[0, 0, 0x2000, 0, 0, 0, 0x2000, 0, 5, 5, 1, 0]));
+                    body.extend([name("__text"), name("__TEXT")].concat());
+                    body.extend(words(&[CODE, 0, 16, 0, CODE, 0, 0, 0, 0, 0, 0, 0]));
+                    body
+                }
+                2 => words(&[id, 0, SYMBOLS, 1, NAMES, 0x40]),
+                MAIN => words(&[id, 0, self.entry, 0, 0, 0]),
+                BUILD_VERSION => words(&[id, 0, self.platform, 11 << 16, 11 << 16, 0]),
+                _ => words(&[id, 0, SIGNATURE, 64]),
+            }
+        }
+    }
+
+    fn words(words: &[u32]) -> Vec<u8> {
+        words.iter().flat_map(|word| word.to_le_bytes()).collect()
+    }
+
+    fn name(name: &str) -> Vec<u8> {
+        let mut bytes = name.as_bytes().to_vec();
+        bytes.resize(16, 0);
+        bytes
+    }
+
+    fn checked(parts: &Parts) -> anyhow::Result<Executable> {
+        let since = [("hv_vm_map", MacOs(11, 0)), ("hv_gic_create", MacOs(15, 0))];
+        let since = since.map(|(name, since)| (name.to_owned(), since));
+        check(&parts.file(), &since.into())
+    }
+
+    #[rstest]
+    #[case("_hv_vm_map", MacOs(11, 0))]
+    #[case("_hv_gic_create", MacOs(15, 0))]
+    fn an_executable_needs_the_macos_of_the_newest_function_that_it_calls(
+        #[case] function: &'static str,
+        #[case] calls_need: MacOs,
+    ) {
+        let parts = Parts {
+            function,
+            ..Parts::whole()
+        };
+        let found = Executable {
+            built_for: MacOs(11, 0),
+            calls_need,
+            calls: 1,
+        };
+        assert_eq!(checked(&parts).expect("it passes"), found);
+    }
+
+    #[rstest]
+    #[case::another_processor("not for arm64", |parts: &mut Parts| parts.cpu = 0x0100_0007)]
+    #[case::a_library("not an executable", |parts: &mut Parts| parts.kind = 6)]
+    #[case::for_a_phone("not for macOS", |parts: &mut Parts| parts.platform = 2)]
+    #[case::no_version("no LC_BUILD_VERSION", |parts: &mut Parts| parts.commands.retain(|id| *id != BUILD_VERSION))]
+    #[case::no_entry("no LC_MAIN", |parts: &mut Parts| parts.commands.retain(|id| *id != MAIN))]
+    #[case::entry_in_data("outside its code", |parts: &mut Parts| parts.entry = NAMES)]
+    #[case::unsigned("no ad hoc signature", |parts: &mut Parts| parts.commands.retain(|id| *id != SIGNED))]
+    #[case::signed_otherwise("no ad hoc signature", |parts: &mut Parts| parts.signature_flags = 0)]
+    #[case::without_the_system("doesn't load /usr/lib/libSystem", |parts: &mut Parts| parts.libraries.truncate(1))]
+    #[case::without_the_framework("doesn't load /System", |parts: &mut Parts| parts.libraries = vec![SYSTEM])]
+    #[case::a_library_of_this_machine("not macOS's", |parts: &mut Parts| parts.libraries.push(EXTRA_LIBRARY))]
+    #[case::an_unknown_function("no function of the framework", |parts: &mut Parts| parts.function = "_hv_vm_mop")]
+    #[case::nothing_called("calls nothing", |parts: &mut Parts| parts.libraries.swap(0, 1))]
+    fn what_macos_would_not_start_is_refused_with_the_reason(
+        #[case] reason: &str,
+        #[case] spoil: fn(&mut Parts),
+    ) {
+        let mut parts = Parts::whole();
+        spoil(&mut parts);
+        let said = format!("{:#}", checked(&parts).expect_err("it is refused"));
+        assert!(said.contains(reason), "{said}");
+    }
 }
