@@ -118,7 +118,7 @@ mod tests {
         if !blocks.is_empty() {
             assert_eq!(cut, blocks);
         }
-        assert!(cut.is_empty() || cut.start % 4096 == 0 && cut.end % 4096 == 0);
+        assert!(cut.is_empty() || cut.start.is_multiple_of(4096) && cut.end.is_multiple_of(4096));
     }
 
     #[test]
