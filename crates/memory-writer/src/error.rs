@@ -8,6 +8,8 @@ use atomic_file::{CommitError, OpenError};
 use sparse_file::{SpaceError, WriteError};
 use thiserror::Error;
 
+use crate::unwritten::WipeError;
+
 /// Why a snapshot was not taken. Unless it is [`Commit`](Self::Commit), which says more, the destination is as it was.
 #[derive(Debug, Error)]
 #[non_exhaustive]
@@ -126,6 +128,8 @@ pub enum MemoryIoStep {
     Read,
     /// Writing the staged file.
     Write,
+    /// Wiping what a recycled file held before and was not written; see [`Options::recycle`](crate::Options::recycle).
+    Wipe,
 }
 
 impl MemoryIoStep {
@@ -134,10 +138,10 @@ impl MemoryIoStep {
             (Self::Read, io::ErrorKind::UnexpectedEof) => {
                 ": the reader ends there, it must cover all of the RAM"
             }
-            (Self::Write | Self::SetSize, io::ErrorKind::StorageFull) => {
+            (Self::Write | Self::SetSize | Self::Wipe, io::ErrorKind::StorageFull) => {
                 ": make room on the file system"
             }
-            (Self::Write | Self::SetSize, io::ErrorKind::QuotaExceeded) => {
+            (Self::Write | Self::SetSize | Self::Wipe, io::ErrorKind::QuotaExceeded) => {
                 ": raise the quota or make room within it"
             }
             (Self::Write | Self::SetSize, io::ErrorKind::FileTooLarge) => {
@@ -154,6 +158,7 @@ impl fmt::Display for MemoryIoStep {
             Self::SetSize => "setting the file's size",
             Self::Read => "reading guest memory",
             Self::Write => "writing",
+            Self::Wipe => "wiping the bytes of an older snapshot",
         })
     }
 }
@@ -168,6 +173,22 @@ impl SnapshotError {
             dest,
             step: MemoryIoStep::SetSize,
             offset: len,
+            source,
+        }
+    }
+
+    pub(crate) fn from_wipe(dest: PathBuf, error: WipeError) -> Self {
+        let (offset, source) = match error {
+            WipeError::Punch(range, source) => (range.start, source),
+            WipeError::Zero(error) => match Self::from_write(dest.clone(), error) {
+                Self::MemoryIo { offset, source, .. } => (offset, source),
+                other => return other,
+            },
+        };
+        Self::MemoryIo {
+            dest,
+            step: MemoryIoStep::Wipe,
+            offset,
             source,
         }
     }

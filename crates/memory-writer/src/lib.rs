@@ -49,12 +49,17 @@
 //! ```
 //! **Memory and vCPU state as one**: [`finish`](MemoryWriter::finish) gives the staged file to an [`atomic_file::AtomicGroup`].
 //!
+//! **A snapshot that replaces the one before, again and again**: [`Options::recycle`] overwrites the blocks of the last but one.
+//!
 //! **Progress and cancellation**, durability, file mode, staging elsewhere: [`Options`].
 //!
 //! # How it works
 //! `open` creates the stage and sets its size. A full dump is one run of bytes, a diff the bitmap's runs widened to whole pages of the
 //! file; [`sparse_file::write_runs`] writes either, from guest memory directly where the reader hands it out. `commit`
 //! is [`atomic_file`]'s: sync, rename, sync of the directory. The memory used does not depend on the RAM's size.
+//!
+//! A recycled stage has the bytes of an older snapshot. What of it was not written is punched out before the commit, and a bit per page
+//! says what that is.
 //!
 //! # Limitations
 //! The file is raw: bytes at their guest offsets. In a diff, a page that is not there is a hole. On a file system without holes
@@ -65,6 +70,7 @@ mod error;
 mod guest;
 mod options;
 mod pages;
+mod unwritten;
 mod writer;
 
 pub use atomic_file::{CommitError, Durability, OpenError, Symlinks};

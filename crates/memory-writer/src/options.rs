@@ -40,7 +40,7 @@ impl Progress {
 
 /// Ends a write from another thread: all clones are one token.
 ///
-/// The write under way ends within one chunk with [`SnapshotError::Cancelled`], a later one at once; the writer
+/// The write under way ends once the chunks in flight are done, with [`SnapshotError::Cancelled`], a later one at once; the writer
 /// then refuses to commit, and dropping it removes the staged file. A commit under way is not interrupted.
 #[derive(Clone, Debug, Default)]
 pub struct CancelToken(Arc<AtomicBool>);
@@ -157,6 +157,17 @@ impl Options {
     /// What to do where the destination is a symbolic link; [`Symlinks::Follow`] unless told otherwise.
     pub fn symlinks(mut self, symlinks: Symlinks) -> Self {
         self.stage = self.stage.symlinks(symlinks);
+        self
+    }
+
+    /// Overwrites the snapshot that the last commit replaced, if it has at most `max_bytes` bytes allocated and nobody has it: see
+    /// [`atomic_file::Options::recycle`], which tells when it can't be had; then the file is a new one, which is no error.
+    ///
+    /// Faster where a large snapshot is replaced again and again, at the price of twice its space. The old bytes never show: what is not
+    /// written is wiped by `commit`, or [`finish`](MemoryWriter::finish), and a diff is as sparse as in a new file. Takes
+    /// memory of a bit per page.
+    pub fn recycle(mut self, max_bytes: u64) -> Self {
+        self.stage = self.stage.recycle(max_bytes);
         self
     }
 

@@ -1,17 +1,19 @@
 //! Open, write, commit.
 
+use std::fs::File;
 use std::ops::Range;
 use std::path::Path;
 
 use atomic_file::AtomicWriter;
 use dirty_bitmap::DirtyBitmap;
 use page_reader::PageReader;
-use sparse_file::{WriteOptions, grow, write_runs};
+use sparse_file::{SpaceError, WriteOptions, grow, write_runs};
 
 use crate::error::{RamError, SnapshotError};
 use crate::guest::Guest;
 use crate::options::{Options, Progress, Watch};
 use crate::pages::WholePages;
+use crate::unwritten::Unwritten;
 
 /// A memory snapshot under way: staged beside its destination until [`commit`](Self::commit) puts it there.
 ///
@@ -29,6 +31,8 @@ pub struct MemoryWriter {
     write: WriteOptions,
     watch: Watch,
     state: State,
+    /// In a recycled stage, what is to be wiped before it is committed.
+    unwritten: Option<Unwritten>,
 }
 
 /// What the staged file is worth.
@@ -70,9 +74,12 @@ impl MemoryWriter {
     ) -> Result<Self, SnapshotError> {
         check_ram(ram_size, page_size)?;
         let stage = options.stage(dest)?;
-        grow(stage.file(), ram_size).map_err(|error| {
+        resize(stage.file(), ram_size).map_err(|error| {
             SnapshotError::from_grow(stage.dest_path().to_owned(), ram_size, error)
         })?;
+        let unwritten = stage
+            .recycled()
+            .then(|| Unwritten::all(ram_size, page_size));
         let Options {
             write,
             ram_start,
@@ -87,6 +94,7 @@ impl MemoryWriter {
             write,
             watch,
             state: State::Empty,
+            unwritten,
         })
     }
 
@@ -112,6 +120,12 @@ impl MemoryWriter {
     #[must_use]
     pub fn temp_path(&self) -> &Path {
         self.stage.temp_path()
+    }
+
+    /// Whether the staged file is an older snapshot's, on request of [`Options::recycle`].
+    #[must_use]
+    pub fn recycled(&self) -> bool {
+        self.stage.recycled()
     }
 
     /// Writes all of the RAM, every byte of `[0, ram_size)`, zeros too.
@@ -179,6 +193,12 @@ impl MemoryWriter {
             let dest = self.stage.dest_path().to_owned();
             return Err(SnapshotError::Cancelled { dest, written: 0 });
         }
+        let unwritten = &mut self.unwritten;
+        let runs = runs.inspect(|run| {
+            if let Some(unwritten) = unwritten {
+                unwritten.remove(run);
+            }
+        });
         let written = write_runs(
             self.stage.file(),
             runs,
@@ -195,7 +215,8 @@ impl MemoryWriter {
     /// too (see [`Options::durability`]).
     ///
     /// # Errors
-    /// [`SnapshotError::NothingWritten`] and [`SnapshotError::Incomplete`]: the destination is as it was.
+    /// [`SnapshotError::NothingWritten`], [`SnapshotError::Incomplete`] and [`SnapshotError::MemoryIo`] (a recycled file could not
+    /// be wiped): the destination is as it was.
     /// [`SnapshotError::Commit`] says which of old and new is there. Nothing is left behind but what the error names.
     pub fn commit(self) -> Result<(), SnapshotError> {
         Ok(self.finish()?.commit()?)
@@ -204,10 +225,20 @@ impl MemoryWriter {
     /// The staged file, whole and ready to be committed as part of an [`atomic_file::AtomicGroup`], beside the vCPUs' state, say.
     ///
     /// # Errors
-    /// [`SnapshotError::NothingWritten`] and [`SnapshotError::Incomplete`]: the destination is as it was, and nothing is left behind.
+    /// [`SnapshotError::NothingWritten`], [`SnapshotError::Incomplete`] and [`SnapshotError::MemoryIo`] (a recycled file could not
+    /// be wiped): the destination is as it was, and nothing is left behind.
     pub fn finish(self) -> Result<AtomicWriter, SnapshotError> {
         match self.state {
-            State::Whole => Ok(self.stage),
+            State::Whole => {
+                if let Some(unwritten) = &self.unwritten {
+                    unwritten
+                        .wipe(self.stage.file(), &self.write)
+                        .map_err(|error| {
+                            SnapshotError::from_wipe(self.stage.dest_path().to_owned(), error)
+                        })?;
+                }
+                Ok(self.stage)
+            }
             State::Incomplete => Err(self.incomplete()),
             State::Empty => Err(SnapshotError::NothingWritten {
                 dest: self.stage.dest_path().to_owned(),
@@ -220,6 +251,22 @@ impl MemoryWriter {
             dest: self.stage.dest_path().to_owned(),
         }
     }
+}
+
+/// A new file is grown; a recycled one may be longer.
+fn resize(file: &File, len: u64) -> Result<(), SpaceError> {
+    let shrink = || {
+        if file.metadata()?.len() > len {
+            file.set_len(len)?;
+        }
+        Ok(())
+    };
+    shrink().map_err(|source| SpaceError::Io {
+        operation: "shrink the file",
+        range: 0..len,
+        source,
+    })?;
+    grow(file, len)
 }
 
 fn check_ram(ram_size: u64, page_size: u64) -> Result<(), RamError> {

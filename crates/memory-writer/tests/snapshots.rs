@@ -289,6 +289,8 @@ fn another_thread_cancels_a_write_under_way() {
     let mut writer = MemoryWriter::options()
         .cancel(cancel.clone())
         .progress(move |progress| send.send(progress).unwrap_or_default())
+        // Far more chunks than are ever in flight at once.
+        .chunk_size(4096)
         .open(&place.dest, SIZE, PAGE)
         .unwrap();
     let canceller = std::thread::spawn(move || {

@@ -1,0 +1,328 @@
+//! A recycled file is told from a new one by nothing but its inode number.
+#![cfg(target_os = "linux")]
+
+mod support;
+
+use std::fs::File;
+use std::ops::Range;
+use std::os::unix::fs::MetadataExt as _;
+use std::path::Path;
+use std::process::Command;
+
+use dirty_bitmap::DirtyBitmap;
+use memory_writer::{MemoryIoStep, MemoryWriter, Options, SnapshotError};
+use proptest::prelude::*;
+use rstest::rstest;
+use sparse_file::Kind;
+use support::{Until, pattern};
+use test_machine::{LoopFs, LoopMount, Need, TinyTmpfs};
+
+const SIZE: u64 = 1 << 20;
+
+fn recycling() -> Options {
+    MemoryWriter::options().recycle(1 << 30)
+}
+
+fn data(path: &Path) -> Vec<Range<u64>> {
+    let file = File::open(path).unwrap();
+    let extents = sparse_file::extents(&file).unwrap();
+    extents
+        .map(Result::unwrap)
+        .filter(|extent| extent.kind == Kind::Data)
+        .map(|extent| extent.range)
+        .collect()
+}
+
+fn dirty(size: u64, page: u64, pages: &[u64]) -> DirtyBitmap {
+    let dirty = DirtyBitmap::new(0, size, page).unwrap();
+    for page in pages {
+        dirty.set_dirty_by_index(*page).unwrap();
+    }
+    dirty
+}
+
+fn full(options: Options, dest: &Path, ram: &[u8]) -> bool {
+    let mut writer = options.open(dest, ram.len() as u64, 4096).unwrap();
+    let recycled = writer.recycled();
+    writer.write_full(ram).unwrap();
+    writer.commit().unwrap();
+    assert!(std::fs::read(dest).unwrap() == ram);
+    recycled
+}
+
+/// A spare that is full of old bytes.
+fn with_spare(dest: &Path, size: u64) {
+    for seed in [1, 2] {
+        full(recycling(), dest, &pattern(size as usize, seed));
+    }
+}
+
+/// A child that a test starts has, until its `exec`, what another had open a moment ago: nothing is recycled then.
+fn one_at_a_time() -> std::sync::MutexGuard<'static, ()> {
+    static TURN: std::sync::Mutex<()> = std::sync::Mutex::new(());
+    TURN.lock()
+        .unwrap_or_else(std::sync::PoisonError::into_inner)
+}
+
+fn assert_like_a_new_one(dir: &Path, old: u64, page: u64, pages: &[u64]) {
+    let (dest, fresh) = (dir.join("recycled"), dir.join("new"));
+    let ram = pattern(SIZE as usize, 3);
+    with_spare(&dest, old);
+    for (options, path) in [(recycling(), &dest), (MemoryWriter::options(), &fresh)] {
+        let mut writer = options.open(path, SIZE, page).unwrap();
+        assert_eq!(writer.recycled(), *path == dest);
+        writer.write_diff(&ram, &dirty(SIZE, page, pages)).unwrap();
+        writer.commit().unwrap();
+    }
+    assert!(std::fs::read(&dest).unwrap() == std::fs::read(&fresh).unwrap());
+    assert_eq!(data(&dest), data(&fresh));
+    let allocated = |path| std::fs::metadata(path).unwrap().blocks() * 512;
+    // The tree of extents may have grown and shrunk another way.
+    assert!(allocated(&dest).abs_diff(allocated(&fresh)) <= 64 << 10);
+    std::fs::remove_file(fresh).unwrap();
+}
+
+fn assert_all_like_new_ones(dir: &Path) {
+    for page in [512, 4096, 16384] {
+        let last = SIZE / page - 1;
+        let every_other: Vec<_> = (0..last).step_by(2).collect();
+        let all: Vec<_> = (0..=last).collect();
+        for pages in [
+            &[] as &[_],
+            &[0],
+            &[last],
+            &[3, 4, 9, last],
+            &every_other,
+            &all,
+        ] {
+            assert_like_a_new_one(dir, SIZE, page, pages);
+        }
+    }
+    for old in [SIZE / 4, SIZE * 2] {
+        assert_like_a_new_one(dir, old, 4096, &[0, 5]);
+    }
+}
+
+#[rstest]
+#[case::ext4(Need::Ext4, LoopFs::Ext4)]
+#[case::xfs(Need::Xfs, LoopFs::Xfs)]
+#[case::btrfs(Need::Btrfs, LoopFs::Btrfs)]
+fn a_recycled_diff_is_a_new_one_byte_for_byte_and_hole_for_hole(
+    #[case] need: Need,
+    #[case] fs: LoopFs,
+) {
+    let _turn = one_at_a_time();
+    if need.met("a_recycled_diff_is_a_new_one_byte_for_byte_and_hole_for_hole") {
+        let mount = LoopMount::new(fs).unwrap();
+        assert_all_like_new_ones(mount.path());
+    }
+}
+
+#[test]
+fn a_recycled_diff_on_tmpfs_is_a_new_one_byte_for_byte_and_hole_for_hole() {
+    let _turn = one_at_a_time();
+    if Need::Root.met("a_recycled_diff_on_tmpfs_is_a_new_one_byte_for_byte_and_hole_for_hole") {
+        let tmpfs = TinyTmpfs::new(16 << 20).unwrap();
+        assert_all_like_new_ones(tmpfs.path());
+    }
+}
+
+#[test]
+fn full_snapshots_take_turns_in_two_files() {
+    let _turn = one_at_a_time();
+    let dir = tempfile::tempdir().unwrap();
+    let dest = dir.path().join("mem");
+    let mut inodes = Vec::new();
+    for seed in 0..6 {
+        let recycled = full(recycling(), &dest, &pattern(SIZE as usize, seed));
+        assert_eq!(recycled, seed >= 2);
+        inodes.push(std::fs::metadata(&dest).unwrap().ino());
+    }
+    assert!(
+        inodes
+            .windows(3)
+            .all(|three| three[0] == three[2] && three[0] != three[1])
+    );
+}
+
+#[test]
+fn a_failed_snapshot_in_a_recycled_file_leaves_the_old_one() {
+    let _turn = one_at_a_time();
+    let dir = tempfile::tempdir().unwrap();
+    let dest = dir.path().join("mem");
+    with_spare(&dest, SIZE);
+    let mut writer = recycling().open(&dest, SIZE, 4096).unwrap();
+    assert!(writer.recycled());
+    let reader = Until {
+        ram: pattern(SIZE as usize, 3),
+        offset: SIZE / 2,
+        then: || std::io::Error::other("planted"),
+    };
+    writer.write_full(&reader).unwrap_err();
+    assert!(matches!(
+        writer.commit(),
+        Err(SnapshotError::Incomplete { .. })
+    ));
+    assert!(std::fs::read(&dest).unwrap() == pattern(SIZE as usize, 2));
+    support::assert_nothing_but(dir.path(), &["mem"]);
+}
+
+#[test]
+fn a_recycled_file_is_wiped_before_it_joins_a_group() {
+    let _turn = one_at_a_time();
+    let dir = tempfile::tempdir().unwrap();
+    let dest = dir.path().join("mem");
+    with_spare(&dest, SIZE);
+    let mut writer = recycling().open(&dest, SIZE, 4096).unwrap();
+    assert!(writer.recycled());
+    writer
+        .write_diff(&pattern(SIZE as usize, 3), &dirty(SIZE, 4096, &[7]))
+        .unwrap();
+    let mut group = atomic_file::AtomicGroup::new();
+    group.add(writer.finish().unwrap()).unwrap();
+    group.commit().unwrap();
+    assert_eq!(data(&dest), [7 * 4096..8 * 4096]);
+}
+
+/// Not a test of its own: what `under_strace` runs.
+#[test]
+fn child() {
+    let Some(dir) = std::env::var_os(DIR) else {
+        return;
+    };
+    let mut writer = recycling()
+        .open(Path::new(&dir).join("mem"), SIZE, 4096)
+        .unwrap();
+    assert!(writer.recycled());
+    writer
+        .write_diff(&pattern(SIZE as usize, 3), &dirty(SIZE, 4096, &[7]))
+        .unwrap();
+    let report = match writer.commit() {
+        Ok(()) => "committed".to_owned(),
+        Err(SnapshotError::MemoryIo {
+            step: MemoryIoStep::Wipe,
+            offset,
+            source,
+            ..
+        }) => {
+            format!("not wiped at {offset}: {:?}", source.raw_os_error())
+        }
+        Err(other) => format!("{other:?}"),
+    };
+    println!("\nREPORT {report}");
+}
+
+const DIR: &str = "MEMORY_WRITER_TEST_DIR";
+
+fn under_strace(dir: &Path, tampering: &str) -> String {
+    let mut strace = Command::new("strace");
+    strace.args([
+        "-f",
+        "-qq",
+        "-o",
+        "/dev/null",
+        "-e",
+        "trace=fallocate",
+        "-e",
+        tampering,
+    ]);
+    strace.arg(std::env::current_exe().unwrap());
+    strace.args(["--exact", "child", "--nocapture", "--test-threads=1"]);
+    let output = strace.env(DIR, dir).output().unwrap();
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    let report = text
+        .lines()
+        .find_map(|line| Some(line.split_once("REPORT ")?.1.to_owned()));
+    report.unwrap_or_else(|| panic!("{text}\n{}", String::from_utf8_lossy(&output.stderr)))
+}
+
+#[test]
+fn where_holes_cannot_be_punched_what_was_not_written_is_zeros() {
+    let _turn = one_at_a_time();
+    if !Need::Strace.met("where_holes_cannot_be_punched_what_was_not_written_is_zeros") {
+        return;
+    }
+    // Also where punching fails only the second time.
+    for when in ["1+", "2+"] {
+        let dir = tempfile::tempdir().unwrap();
+        let dest = dir.path().join("mem");
+        with_spare(&dest, SIZE);
+        let punching = format!("inject=fallocate:error=EOPNOTSUPP:when={when}");
+        assert_eq!(under_strace(dir.path(), &punching), "committed");
+        let mut expected = vec![0; SIZE as usize];
+        let page = 7 * 4096..8 * 4096;
+        expected[page.clone()].copy_from_slice(&pattern(SIZE as usize, 3)[page]);
+        assert!(std::fs::read(&dest).unwrap() == expected);
+    }
+}
+
+#[test]
+fn what_cannot_be_wiped_is_not_committed() {
+    let _turn = one_at_a_time();
+    if !Need::Strace.met("what_cannot_be_wiped_is_not_committed") {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let dest = dir.path().join("mem");
+    with_spare(&dest, SIZE);
+    let report = under_strace(dir.path(), "inject=fallocate:error=EIO:when=2+");
+    assert_eq!(report, format!("not wiped at {}: Some({})", 8 * 4096, 5));
+    assert!(std::fs::read(&dest).unwrap() == pattern(SIZE as usize, 2));
+    support::assert_nothing_but(dir.path(), &["mem"]);
+}
+
+/// One snapshot: its size and page, and the writes that make it.
+#[derive(Clone, Debug)]
+struct Save {
+    pages: u64,
+    page: u64,
+    writes: Vec<Option<Vec<u64>>>,
+}
+
+fn save() -> impl Strategy<Value = Save> {
+    let page = prop::sample::select(vec![512, 1024, 4096, 8192]);
+    (1..40_u64, page).prop_flat_map(|(pages, page)| {
+        let diff = prop::collection::vec(0..pages, 0..12);
+        let writes = prop::collection::vec(prop::option::weighted(0.8, diff), 1..4);
+        writes.prop_map(move |writes| Save {
+            pages,
+            page,
+            writes,
+        })
+    })
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(24))]
+
+    #[test]
+    fn no_old_byte_ever_shows(saves in prop::collection::vec(save(), 3..8)) {
+        let _turn = one_at_a_time();
+        let dir = tempfile::tempdir().unwrap();
+        let dest = dir.path().join("mem");
+        for (turn, save) in saves.iter().enumerate() {
+            let size = save.pages * save.page;
+            let mut writer = recycling().open(&dest, size, save.page).unwrap();
+            prop_assert_eq!(writer.recycled(), turn >= 2);
+            let mut expected = vec![0; size as usize];
+            for (round, write) in save.writes.iter().enumerate() {
+                let ram: Vec<_> = pattern(size as usize, (turn * 5 + round) as u8);
+                match write {
+                    None => {
+                        writer.write_full(&ram).unwrap();
+                        expected.clone_from(&ram);
+                    }
+                    Some(pages) => {
+                        writer.write_diff(&ram, &dirty(size, save.page, pages)).unwrap();
+                        for page in pages {
+                            let bytes = (page * save.page) as usize..((page + 1) * save.page) as usize;
+                            expected[bytes.clone()].copy_from_slice(&ram[bytes]);
+                        }
+                    }
+                }
+            }
+            writer.commit().unwrap();
+            prop_assert!(std::fs::read(&dest).unwrap() == expected);
+        }
+    }
+}
