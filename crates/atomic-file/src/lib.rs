@@ -192,6 +192,7 @@ mod options;
 mod outcome;
 mod record;
 mod recover;
+mod rehearsal;
 mod spare;
 mod stage;
 mod sweep;

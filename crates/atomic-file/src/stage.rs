@@ -39,7 +39,7 @@ const UNLOCKED: &str = ".unlocked-stage";
 /// One per destination, so without a slot: see `spare.rs`.
 const SPARE: &str = ".spare";
 /// More writers to one destination at once than anybody means.
-const SLOTS: u64 = 4096;
+pub(crate) const SLOTS: u64 = 4096;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum StageName {
@@ -376,6 +376,14 @@ impl Stage {
         make_sure(|| call(&self.dir, &self.name), is_there, || self.has_name())
     }
 
+    /// After it was moved to `name` in `dir`, makes that the stage's own name again.
+    pub(crate) fn stands_at(&mut self, dir: &Arc<Directory>, name: OsString) {
+        self.dir = Arc::clone(dir);
+        self.path = dir.path_of(&name);
+        self.name = name;
+        self.named = true;
+    }
+
     /// Gives up the stage's name to whoever recovers: it is not removed.
     pub(crate) fn leave(&mut self) {
         self.named = false;
@@ -408,49 +416,6 @@ impl Drop for Stage {
         // Nowhere to report to: `discard` is for those who want to know, and a sweep finds what stays.
         let _ = self.remove();
     }
-}
-
-/// Why a rehearsal failed.
-#[derive(Debug)]
-pub(crate) enum RehearsalError {
-    /// The commit could not be made.
-    Failed(io::Error),
-    /// It could, but the file it was tried with stays.
-    Left(Leftover),
-}
-
-/// Moves an empty file from `staging` to `dest` exactly as the commit will, to learn now whether it can.
-pub(crate) fn rehearse(
-    staging: &Arc<Directory>,
-    dest: &Arc<Directory>,
-    dest_name: &OsStr,
-    no_clobber: bool,
-) -> Result<(), RehearsalError> {
-    use std::hash::{BuildHasher as _, Hasher as _, RandomState};
-
-    let mut probe = Stage::create(staging, dest_name).map_err(RehearsalError::Failed)?;
-    // No slot: nothing may stand at the name, as without `no_clobber` it would be replaced.
-    let random = RandomState::new().build_hasher().finish() | SLOTS;
-    let kind = if probe.locked {
-        StageName::Locked
-    } else {
-        StageName::Unlocked
-    };
-    let name = stage_name(dest_name, random, kind);
-    let second_name = match probe.publish(dest, &name, no_clobber) {
-        Ok(left) => left,
-        Err(PublishError::Not(error) | PublishError::Unknown { rename: error, .. }) => {
-            return Err(RehearsalError::Failed(error));
-        }
-    };
-    probe.dir = Arc::clone(dest);
-    probe.path = dest.path_of(&name);
-    probe.name = name;
-    probe.named = true;
-    probe
-        .discard()
-        .and(second_name.map_or(Ok(()), Err))
-        .map_err(RehearsalError::Left)
 }
 
 #[cfg(test)]

@@ -12,8 +12,9 @@ use crate::error::{CommitError, CommitStep, Leftover, OpenError};
 use crate::options::{Durability, Options};
 use crate::outcome::{PublishError, has_no_links};
 use crate::recover::{Owner, settle};
+use crate::rehearsal::{RehearsalError, rehearse};
 use crate::spare;
-use crate::stage::{RehearsalError, Stage, rehearse};
+use crate::stage::Stage;
 use crate::sys;
 
 /// A new file in the making, that [`commit`](Self::commit) puts in the place of another at once and whole.
