@@ -1,4 +1,5 @@
-//! What a file system does with holes and alignment, measured; the extents of a file; positioned writes of runs.
+//! What a file system does with holes and alignment, measured; the extents of a file; runs of memory written at the device's
+//! speed.
 //!
 //! For programs that store large, mostly empty memory (a guest's RAM, a database's pages, a disk image) and want
 //! holes where a file system has them and right bytes everywhere.
@@ -51,6 +52,36 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 //!
+//! ## Which engine writes
+//!
+//! [`Engine::Auto`] looks at the job, the file and the machine; each engine can be chosen by hand, and all give the same bytes.
+//!
+//! | on | taken | what it does |
+//! |---|---|---|
+//! | Linux, the file takes direct I/O | [`Engine::IoUring`] | up to 64 requests (32 MiB) in flight, straight from the source's memory to the device |
+//! | the same, io_uring missing or forbidden (old kernels, `kernel.io_uring_disabled`, seccomp in containers) | [`Engine::Threads`] | 8 threads with direct `pwrite` for ranges of 256 KiB and more, the page cache for the rest |
+//! | no direct I/O, jobs up to 1 MiB, no threads to be had | [`Engine::Positioned`] | one `pwrite` after the other, through the page cache |
+//! | macOS | [`Engine::Positioned`] | the same, with `F_NOCACHE` for jobs of more than 1 MiB |
+//!
+//! Direct I/O wants whole aligned blocks. What is not goes another way, range by range and never the whole file: parts of blocks
+//! at both ends of a run, and what the file system refuses, through the page cache; memory at an address that doesn't suit,
+//! through aligned buffers. A block is never written both ways at once.
+//!
+//! ```
+//! use sparse_file::{Engine, WriteError, WriteOptions, write_runs};
+//! use std::ops::ControlFlow;
+//!
+//! let ram = vec![7; 4 << 20];
+//! let file = tempfile::tempfile()?;
+//! let ring = WriteOptions::new().engine(Engine::IoUring);
+//! match write_runs(&file, [0..4 << 20], ram.as_slice(), &ring, &mut |_| ControlFlow::Continue(())) {
+//!     Ok(bytes) => assert_eq!(bytes, 4 << 20),
+//!     Err(WriteError::Engine { engine, source }) => println!("{engine:?}: {source}"),
+//!     Err(error) => return Err(error.into()),
+//! }
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+//!
 //! # Find the pages that are stored
 //!
 //! [`extents`] lists data and holes, and [`Extents::knowledge`] says how much that is worth: on NFS v3, say, all is
@@ -83,8 +114,11 @@
 //! - Probing: `O_TMPFILE` (or create and unlink), `ftruncate`, some `pwrite`, `fsync`, then `fstat`, `lseek`, `statx`
 //!   (`STATX_DIOALIGN`), `fcntl(F_SETFL, O_DIRECT)` with aligned `pwrite` and `pread`, and `fallocate(PUNCH_HOLE)`.
 //! - Extents: one `fstat`, one `lseek` an extent.
-//! - Writing: one `getrlimit`, then one `pwrite` a chunk of at most 1 MiB, cut at multiples of 1 MiB; `EINTR`, `EAGAIN` and short
-//!   writes are gone on with.
+//! - Writing, positioned: one `getrlimit`, then one `pwrite` a chunk of at most 1 MiB, cut at multiples of 1 MiB; `EINTR`, `EAGAIN`
+//!   and short writes are gone on with.
+//! - Writing, with requests in flight: `open` of `/proc/self/fd/N` with `O_DIRECT`, `statx(STATX_DIOALIGN)`, then `io_uring_setup`
+//!   and one `io_uring_enter` for some requests of at most 1 MiB, or `clone3` and `pwrite`. A request that comes back
+//!   short, interrupted or refused is finished by `pwrite` through the page cache.
 //! - `RLIMIT_FSIZE` is looked up before the kernel would answer with the deadly signal `SIGXFSZ`, and `EFBIG` given instead.
 //!
 //! # Limitations
@@ -92,6 +126,9 @@
 //! - Linux and macOS. The macOS side is type-checked and was never run.
 //! - Nothing here syncs for durability, and no file is replaced atomically: that is for the layer above.
 //! - A limit lowered by another thread while [`write_runs`] runs is not noticed.
+//! - Direct I/O needs a descriptor of its own: a file that is open for appending, may not be opened again for writing, or can't be
+//!   reached at `/proc/self/fd` is written through the page cache.
+//! - macOS doesn't tell whether a file had `F_NOCACHE`: after [`write_runs`] it has not.
 //! - The extents of a file that someone else changes are a hint.
 //!
 //! There are no cargo features.

@@ -41,7 +41,8 @@ fn any_runs() -> impl Strategy<Value = Vec<Range<u64>>> {
     let pages = (0..=256u64, 0..20u64)
         .prop_map(|(start, len)| start * PAGE..((start + len) * PAGE).clamp(start * PAGE, LEN));
     let to_the_end = (0..=LEN).prop_map(|start| start..LEN);
-    let run = prop_oneof![4 => odd, 6 => pages, 1 => to_the_end];
+    let long = (0..=LEN, 64 * PAGE..=LEN).prop_map(|(start, len)| start..(start + len).min(LEN));
+    let run = prop_oneof![4 => odd, 6 => pages, 1 => long, 1 => to_the_end];
     prop::collection::vec(run, 0..24)
 }
 

@@ -9,8 +9,15 @@ use std::ptr;
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::thread;
 
-use sparse_file::{Memory, Source, WriteError, WriteOptions, write_runs};
+use sparse_file::{Engine, Memory, Source, WriteError, WriteOptions, write_runs};
 use support::{contents, go_on};
+
+const ENGINES: [Engine; 4] = [
+    Engine::Auto,
+    Engine::Positioned,
+    Engine::Threads,
+    Engine::IoUring,
+];
 
 const PAGE: usize = 4096;
 const LEN: usize = 256 * PAGE;
@@ -81,9 +88,9 @@ fn memory_that_a_vcpu_writes_meanwhile_is_written_as_it_is_at_some_moment() {
             }
         });
         let all = 0..LEN as u64;
-        for _ in 0..20 {
-            write_runs(&file, [all.clone()], &ram, &WriteOptions::new(), &mut go_on)
-                .expect("written");
+        for engine in ENGINES.into_iter().cycle().take(40) {
+            let options = WriteOptions::new().engine(engine);
+            write_runs(&file, [all.clone()], &ram, &options, &mut go_on).expect("written");
         }
         stop.store(true, Ordering::Relaxed);
     });
@@ -97,14 +104,17 @@ fn memory_that_cannot_be_read_is_the_sources_error_at_its_very_page() {
     let ram = Mapping::new();
     (0..LEN).for_each(|at| ram.store(at, 1));
     ram.forbid(100);
-    let file = tempfile::tempfile().expect("file");
-    let all = 0..LEN as u64;
-    let result = write_runs(&file, [all], &ram, &WriteOptions::new(), &mut go_on);
-    let Err(WriteError::Source { offset, source }) = result else {
-        panic!("{result:?}");
-    };
-    assert_eq!(offset, 100 * PAGE as u64);
-    assert_eq!(source.raw_os_error(), Some(libc::EFAULT));
-    // The kernel wrote short up to there, and that was kept.
-    assert!(contents(&file) == vec![1; 100 * PAGE]);
+    for engine in ENGINES {
+        let file = tempfile::tempfile().expect("file");
+        let all = 0..LEN as u64;
+        let options = WriteOptions::new().engine(engine);
+        let result = write_runs(&file, [all], &ram, &options, &mut go_on);
+        let Err(WriteError::Source { offset, source }) = result else {
+            panic!("{engine:?}: {result:?}");
+        };
+        assert_eq!(offset, 100 * PAGE as u64, "{engine:?}");
+        assert_eq!(source.raw_os_error(), Some(libc::EFAULT));
+        // The kernel wrote short up to there, and that was kept.
+        assert!(contents(&file) == vec![1; 100 * PAGE]);
+    }
 }

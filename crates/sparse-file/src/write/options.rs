@@ -18,7 +18,8 @@ pub enum Engine {
     Auto,
     /// One `pwrite(2)` after the other on the calling thread: works on every file.
     Positioned,
-    /// 8 threads for the length of the call, one `pwrite(2)` after the other in each.
+    /// 8 threads for the length of the call, one `pwrite(2)` after the other in each, for ranges of 256 KiB and more; smaller ones
+    /// go through the page cache, as the threads would wait for each other.
     Threads,
     /// A ring of `io_uring(7)` for the length of the call, with at most 64 requests of together 32 MiB in flight. Linux.
     IoUring,

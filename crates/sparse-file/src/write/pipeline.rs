@@ -50,6 +50,8 @@ impl Request<'_> {
 pub(super) trait Queue<'m> {
     /// How many requests it takes without giving one back.
     const DEPTH: usize;
+    /// Bytes below which a range is not worth a request, and better off in the page cache.
+    const SMALLEST: u64;
 
     /// Takes a request to write all its bytes at its offset.
     fn submit(&mut self, request: Request<'m>);
@@ -133,7 +135,10 @@ impl<'m, Q: Queue<'m>> Pipeline<'_, Q> {
         chunk: Range<u64>,
     ) -> Result<(), WriteError> {
         let end = chunk.end.min(self.limit.end()).max(chunk.start);
-        let blocks = self.alignment.blocks_in(chunk.start..end);
+        let mut blocks = self.alignment.blocks_in(chunk.start..end);
+        if blocks.end - blocks.start < Q::SMALLEST {
+            blocks = end..end;
+        }
         self.cached(source, chunk.start..blocks.start)?;
         self.direct(source, blocks.clone())?;
         self.cached(source, blocks.end..end)?;
@@ -290,3 +295,6 @@ impl Buffers {
         })
     }
 }
+
+#[cfg(all(test, target_os = "linux"))]
+mod tests;

@@ -86,6 +86,7 @@ impl<'f> Ring<'f, '_> {
 
 impl<'m> Queue<'m> for Ring<'_, 'm> {
     const DEPTH: usize = ENTRIES as usize;
+    const SMALLEST: u64 = 0;
 
     fn submit(&mut self, request: Request<'m>) {
         let slot = self.free.pop().expect("no more than DEPTH at a time");

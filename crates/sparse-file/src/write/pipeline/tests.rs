@@ -1,0 +1,260 @@
+//! Completions that a kernel gives rarely, put between a pipeline and real queues that write to a real file.
+
+use std::cell::RefCell;
+use std::collections::VecDeque;
+use std::ops::ControlFlow;
+use std::thread;
+
+use rstest::rstest;
+
+use super::super::chunks::Chunks;
+use super::super::target::Target;
+use super::super::threads::Pool;
+use super::super::uring::Ring;
+use super::*;
+
+#[derive(Clone, Copy, Debug)]
+enum Way {
+    Ring,
+    Threads,
+}
+
+/// What becomes of a request.
+#[derive(Clone, Copy, Debug)]
+enum Step {
+    Whole,
+    /// So many bytes of it are written.
+    Short(usize),
+    /// Nothing is.
+    Error(i32),
+}
+
+/// What was in flight.
+#[derive(Debug, Default)]
+struct Log {
+    submitted: usize,
+    in_flight: Vec<Range<u64>>,
+    copied: usize,
+    most: usize,
+    most_bytes: u64,
+    most_copied: usize,
+}
+
+/// A queue that follows `script`, and `real` after its end. What the script decides completes last, or when it is three
+/// requests.
+struct Scripted<'t, 'm, Q> {
+    real: Q,
+    file: &'t std::fs::File,
+    script: VecDeque<Step>,
+    decided: VecDeque<(Request<'m>, io::Result<usize>)>,
+    log: &'t RefCell<Log>,
+}
+
+fn range(request: &Request<'_>) -> Range<u64> {
+    request.offset..request.offset + request.memory().len() as u64
+}
+
+fn copied(request: &Request<'_>) -> usize {
+    match &request.bytes {
+        Bytes::Source(_) => 0,
+        Bytes::Copy { .. } => 1,
+    }
+}
+
+impl<'m, Q: Queue<'m>> Queue<'m> for Scripted<'_, 'm, Q> {
+    const DEPTH: usize = Q::DEPTH;
+    const SMALLEST: u64 = 0;
+
+    fn submit(&mut self, request: Request<'m>) {
+        let mut log = self.log.borrow_mut();
+        let blocks = range(&request);
+        let meets = |other: &Range<u64>| other.start < blocks.end && blocks.start < other.end;
+        assert!(
+            !log.in_flight.iter().any(meets),
+            "{blocks:?} twice: {log:?}"
+        );
+        log.in_flight.push(blocks);
+        log.submitted += 1;
+        log.copied += copied(&request);
+        log.most = log.most.max(log.in_flight.len());
+        log.most_copied = log.most_copied.max(log.copied);
+        let bytes = log.in_flight.iter().map(|one| one.end - one.start).sum();
+        log.most_bytes = log.most_bytes.max(bytes);
+        let result = match self.script.pop_front() {
+            None | Some(Step::Whole) => return self.real.submit(request),
+            Some(Step::Short(len)) => {
+                let part = request.memory().first(len);
+                part.write_at(self.file, request.offset)
+            }
+            Some(Step::Error(errno)) => Err(io::Error::from_raw_os_error(errno)),
+        };
+        self.decided.push_back((request, result));
+    }
+
+    fn complete(&mut self) -> Option<(Request<'m>, io::Result<usize>)> {
+        let done = match self.decided.len() {
+            3.. => self.decided.pop_front(),
+            _ => self.real.complete().or_else(|| self.decided.pop_front()),
+        }?;
+        let mut log = self.log.borrow_mut();
+        log.in_flight.retain(|one| one.start != done.0.offset);
+        log.copied -= copied(&done.0);
+        Some(done)
+    }
+}
+
+const CHUNK: usize = 16 << 10;
+
+/// No byte is zero, and no two chunks are alike.
+fn ram(len: usize) -> AlignedBuffer {
+    let mut ram = AlignedBuffer::new(len);
+    for (at, byte) in ram.bytes().iter_mut().enumerate() {
+        *byte = (at.wrapping_mul(31) ^ (at >> 12).wrapping_mul(97)) as u8 | 1;
+    }
+    ram
+}
+
+/// Bytes that have to be copied.
+struct Copied<'a>(&'a [u8]);
+
+impl Source for Copied<'_> {
+    fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
+        self.0.read_at(offset, buf)
+    }
+}
+
+fn through<S: Source + ?Sized>(
+    way: Way,
+    script: &[Step],
+    runs: &[Range<u64>],
+    chunk_size: usize,
+    source: &S,
+) -> (Vec<u8>, Result<u64, WriteError>, Log) {
+    let file = tempfile::tempfile().expect("temporary file");
+    let target = Target::of(&file).expect("a target");
+    let log = RefCell::default();
+    let mut report = |_| ControlFlow::Continue(());
+    let job = Job {
+        file: &file,
+        limit: SizeLimit::of(&file).expect("limit"),
+        chunks: Chunks::new(runs.iter().cloned(), chunk_size),
+        chunk_size,
+        source,
+        progress: Progress::new(&mut report),
+    };
+    macro_rules! scripted {
+        ($real:expr) => {
+            Scripted {
+                real: $real,
+                file: &file,
+                script: script.iter().copied().collect(),
+                decided: VecDeque::new(),
+                log: &log,
+            }
+        };
+    }
+    let result = match way {
+        Way::Ring => {
+            let ring = Ring::new(&target.file).expect("a ring");
+            super::write(scripted!(ring), target.alignment, job)
+        }
+        Way::Threads => thread::scope(|scope| {
+            let pool = Pool::start(scope, &target.file).expect("threads");
+            super::write(scripted!(pool), target.alignment, job)
+        }),
+    };
+    let mut stored = vec![0; file.metadata().expect("metadata").len() as usize];
+    std::os::unix::fs::FileExt::read_exact_at(&file, &mut stored, 0).expect("read");
+    (stored, result, log.into_inner())
+}
+
+const LEN: usize = 40 * CHUNK;
+
+#[rstest]
+#[case::short(&[Step::Short(1), Step::Short(4096), Step::Whole, Step::Short(CHUNK - 1)])]
+#[case::nothing_taken(&[Step::Short(0), Step::Whole, Step::Short(0)])]
+#[case::interrupted(&[Step::Error(libc::EINTR), Step::Whole, Step::Error(libc::EINTR)])]
+#[case::cancelled_by_the_kernel(&[Step::Error(libc::ECANCELED)])]
+#[case::not_ready(&[Step::Error(libc::EAGAIN), Step::Error(libc::EAGAIN)])]
+#[case::refused_by_the_file_system(&[Step::Whole, Step::Error(libc::EINVAL), Step::Error(libc::EOPNOTSUPP)])]
+#[case::unreadable_for_direct_io(&[Step::Error(libc::EFAULT)])]
+fn what_the_kernel_left_of_a_request_is_written_after_all(
+    #[values(Way::Ring, Way::Threads)] way: Way,
+    #[case] script: &[Step],
+    #[values(true, false)] in_place: bool,
+) {
+    let mut ram = ram(LEN);
+    let ram = &ram.bytes()[..LEN];
+    let all = [0..LEN as u64];
+    let (stored, result, log) = match in_place {
+        true => through(way, script, &all, CHUNK, ram),
+        false => through(way, script, &all, CHUNK, &Copied(ram)),
+    };
+    assert_eq!(result.expect("written"), LEN as u64);
+    assert!(stored == ram);
+    assert_eq!(log.submitted, LEN / CHUNK);
+}
+
+#[rstest]
+fn of_several_failures_in_flight_the_lowest_is_reported_and_nothing_more_is_begun(
+    #[values(Way::Ring, Way::Threads)] way: Way,
+    #[values(libc::ENOSPC, libc::EDQUOT, libc::EIO, libc::EFBIG)] errno: i32,
+) {
+    let mut ram = ram(160 * CHUNK);
+    let ram = &ram.bytes()[..160 * CHUNK];
+    // The end first, so that the first to fail, chunk 153, is not the lowest.
+    let (middle, end) = (150 * CHUNK as u64, 160 * CHUNK as u64);
+    let runs = [middle..end, 0..middle];
+    let mut script = [Step::Whole; 16];
+    for failing in [3, 12, 15] {
+        script[failing] = Step::Error(errno);
+    }
+    let (stored, result, log) = through(way, &script, &runs, CHUNK, ram);
+    let Err(WriteError::Destination {
+        offset,
+        len,
+        source,
+    }) = result
+    else {
+        panic!("{result:?}");
+    };
+    assert_eq!(source.raw_os_error(), Some(errno));
+    assert_eq!(len, CHUNK);
+    assert_eq!(offset, 2 * CHUNK as u64);
+    assert!(log.in_flight.is_empty() && log.submitted < 100, "{log:?}");
+    // What was in flight is written, each byte once.
+    let written = stored.iter().filter(|byte| **byte != 0).count();
+    assert_eq!(written, (log.submitted - 3) * CHUNK);
+}
+
+/// [`Scripted`] checks each request against those in flight.
+#[rstest]
+fn two_writes_to_one_block_are_never_in_flight_at_once(
+    #[values(Way::Ring, Way::Threads)] way: Way,
+) {
+    let mut ram = ram(LEN);
+    let ram = &ram.bytes()[..LEN];
+    let runs: Vec<_> = (0..200u64)
+        .map(|n| n * 7919 % (LEN as u64 - 9000))
+        .map(|start| start..start + 9000)
+        .chain([0..LEN as u64, 0..LEN as u64])
+        .collect();
+    let (stored, result, _) = through(way, &[], &runs, CHUNK, ram);
+    result.expect("written");
+    assert!(stored == ram);
+}
+
+#[rstest]
+fn what_is_in_flight_is_bounded(#[values(Way::Ring, Way::Threads)] way: Way) {
+    let mut ram = ram(64 << 20);
+    let ram = &ram.bytes()[..64 << 20];
+    let (stored, result, log) = through(way, &[], &[0..64 << 20], 64 << 20, ram);
+    result.expect("written");
+    assert!(stored == ram);
+    assert!(log.most > 1 && log.most_bytes <= IN_FLIGHT, "{log:?}");
+    let (stored, result, log) = through(way, &[], &[0..64 << 20], 1 << 20, &Copied(ram));
+    result.expect("written");
+    assert!(stored == ram);
+    let buffers = log.most_copied * (REQUEST + ALIGNMENT);
+    assert!(log.most_copied > 1 && buffers <= BUFFERS, "{log:?}");
+}
