@@ -3,9 +3,11 @@
 use std::borrow::Borrow;
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 
-use crate::{PageReader, range};
+use crate::populated::unknown;
+use crate::{PageReader, PopulatedRanges, range};
 
 /// A guest's RAM in a file: a memfd or file that the guest maps shared, or an image of a guest at rest.
 ///
@@ -81,6 +83,30 @@ impl<F: Borrow<File>> PageReader for FileReader<F> {
             kind @ io::ErrorKind::UnexpectedEof => io::Error::new(kind, ShortFile { end, len }),
             _ => error,
         })
+    }
+
+    /// What the file system says is data (`SEEK_DATA`, which on tmpfs and in a memfd is what was touched), by a descriptor of its
+    /// own: the file's position stays.
+    #[cfg(target_os = "linux")]
+    fn populated(&self, range: Range<u64>) -> PopulatedRanges<'_> {
+        let size = self.size.min(u64::MAX - self.start);
+        let (inside, past) = (
+            range.start..range.end.min(size),
+            range.start.max(size)..range.end,
+        );
+        if inside.is_empty() {
+            return Box::new(unknown(past));
+        }
+        let start = self.start;
+        let data = crate::sys::data(self.file.borrow(), start + inside.start..start + inside.end);
+        let data = data.map(move |data| data.start - start..data.end - start);
+        Box::new(data.chain(unknown(past)))
+    }
+
+    /// `SEEK_DATA` is not to be relied on here: tar and coreutils distrust that of APFS, and so does this crate.
+    #[cfg(not(target_os = "linux"))]
+    fn populated(&self, range: Range<u64>) -> PopulatedRanges<'_> {
+        Box::new(unknown(range))
     }
 }
 

@@ -8,6 +8,8 @@ use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering::Relaxed};
 
 /// The bytes of a machine word, the unit in which guest memory is loaded.
 const WORD: usize = size_of::<usize>();
+/// How many words are loaded before it's asked whether any is not zero.
+const BLOCK: usize = 32;
 
 /// A range of this process's memory that stays readable for `'a` and may change at any moment.
 ///
@@ -154,6 +156,51 @@ impl<'a> HostMemory<'a> {
             }
         }
     }
+
+    /// Whether every byte is zero, each as it is when it's loaded: others may be writing them.
+    ///
+    /// Goes no further than a few words past the first byte that isn't zero. Memory that was never touched is touched by this:
+    /// [`PageReader::populated`](crate::PageReader::populated) says where that can be saved.
+    ///
+    /// # Examples
+    /// ```
+    /// use page_reader::HostMemory;
+    ///
+    /// let mut page = vec![0; 4096];
+    /// assert!(HostMemory::from(&page[..]).is_zero());
+    /// page[4095] = 1;
+    /// assert!(!HostMemory::from(&page[..]).is_zero());
+    /// ```
+    #[must_use]
+    pub fn is_zero(self) -> bool {
+        let (head, rest) = self.split_at(self.start.align_offset(WORD).min(self.len));
+        let (blocks, rest) = rest.split_at(rest.len - rest.len % (BLOCK * WORD));
+        let (words, tail) = rest.split_at(rest.len - rest.len % WORD);
+        let block = |at: usize| (0..BLOCK).fold(0, |any, word| any | blocks.word(at + word * WORD));
+        (0..head.len).all(|at| head.byte(at) == 0)
+            && (0..blocks.len)
+                .step_by(BLOCK * WORD)
+                .all(|at| block(at) == 0)
+            && (0..words.len).step_by(WORD).all(|at| words.word(at) == 0)
+            && (0..tail.len).all(|at| tail.byte(at) == 0)
+    }
+
+    /// The byte at `at`.
+    fn byte(self, at: usize) -> u8 {
+        debug_assert!(at < self.len);
+        // SAFETY: `at` is in the range (the callers go through it), which `new` promises mapped, free of `&mut` and of plain
+        // writers; the reference to an atomic lives for this load, and may also touch read-only memory, as in `copy_to`.
+        unsafe { (*self.start.wrapping_add(at).cast::<AtomicU8>()).load(Relaxed) }
+    }
+
+    /// The word that starts at `at`, where the address is aligned.
+    fn word(self, at: usize) -> usize {
+        debug_assert!(at < self.len && self.len - at >= WORD);
+        let word = self.start.wrapping_add(at).cast::<AtomicUsize>();
+        debug_assert!(word.is_aligned());
+        // SAFETY: as for a byte; the callers go through whole words from an aligned address on.
+        unsafe { (*word).load(Relaxed) }
+    }
 }
 
 /// Ordinary memory is host memory that nobody writes.
@@ -179,6 +226,31 @@ mod tests {
                     .slice(start..end)
                     .copy_to(&mut copy);
                 assert_eq!(copy, bytes[start..end], "{start}..{end}");
+            }
+        }
+    }
+
+    #[test]
+    fn one_byte_anywhere_around_words_and_blocks_is_not_zero() {
+        let mut bytes = vec![0; 3 * BLOCK * WORD];
+        for start in 0..=WORD {
+            for len in (0..=2 * WORD).chain(BLOCK * WORD - 1..=BLOCK * WORD + 2 * WORD) {
+                let range = start..start + len;
+                // What stands outside doesn't count.
+                bytes.fill(1);
+                bytes[range.clone()].fill(0);
+                assert!(
+                    HostMemory::from(&bytes[range.clone()]).is_zero(),
+                    "{range:?}"
+                );
+                for at in range.clone() {
+                    bytes[at] = 0x80;
+                    assert!(
+                        !HostMemory::from(&bytes[range.clone()]).is_zero(),
+                        "{at} of {range:?}"
+                    );
+                    bytes[at] = 0;
+                }
             }
         }
     }

@@ -1,8 +1,10 @@
 //! Sources laid beside and over one another.
 
 use std::io;
+use std::ops::Range;
 
-use crate::{HostMemory, PageReader, range};
+use crate::populated::unknown;
+use crate::{HostMemory, PageReader, PopulatedRanges, range};
 
 /// One source made of several: parts one after another, and overlays on top, of which the later wins.
 ///
@@ -183,10 +185,14 @@ impl<R> Layered<R> {
     /// The parts of spans, in ascending order, that make up `len` bytes from `offset` on; the range is known to be
     /// inside.
     fn pieces(&self, offset: u64, len: usize) -> impl Iterator<Item = Span> {
-        let end = offset + len as u64;
-        self.spans[self.first_span(offset)..]
+        self.pieces_between(offset, offset + len as u64)
+    }
+
+    /// The parts of spans, in ascending order, from `start` to `end`.
+    fn pieces_between(&self, start: u64, end: u64) -> impl Iterator<Item = Span> {
+        self.spans[self.first_span(start)..]
             .iter()
-            .map_while(move |span| span.between(offset, end))
+            .map_while(move |span| span.between(start, end))
     }
 }
 
@@ -207,6 +213,18 @@ impl<R: PageReader> PageReader for Layered<R> {
         let piece = self.pieces(offset, len).next()?;
         let len = (piece.end - piece.start) as usize;
         self.sources[piece.source].host_memory(piece.source_start, len)
+    }
+
+    fn populated(&self, range: Range<u64>) -> PopulatedRanges<'_> {
+        let pieces = self.pieces_between(range.start, range.end);
+        let inside = pieces.flat_map(|piece| {
+            let first = piece.source_start;
+            let asked = first..first + (piece.end - piece.start);
+            let found = self.sources[piece.source].populated(asked);
+            let offset_of = move |at: u64| piece.start + (at - first);
+            found.map(move |found| offset_of(found.start)..offset_of(found.end))
+        });
+        Box::new(inside.chain(unknown(range.start.max(self.size())..range.end)))
     }
 }
 

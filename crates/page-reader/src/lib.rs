@@ -14,7 +14,7 @@
 //! | in another process (Linux) | `ProcessMemory` |
 //! | in ordinary memory | `[u8]`, `Vec<u8>` |
 //! | in several of these, side by side or over one another | [`Layered`] |
-//! | anywhere else | your own `impl PageReader`: two methods, one of them optional |
+//! | anywhere else | your own `impl PageReader`: one method, and two that may be left out |
 //!
 //! # Examples
 //!
@@ -96,6 +96,10 @@
 //!   when the id is in use again.
 //! - Layouts and layers find their place by binary search; a read that crosses regions is one read for each.
 //!
+//! - Which RAM was never touched is asked of the kernel, not read: `/proc/self/smaps` says what kind of memory it is, then `PAGEMAP_SCAN`
+//!   (Linux 6.7; before that the entries of `/proc/self/pagemap`) or, for files and shared memory, `lseek(SEEK_DATA)` says where
+//!   there are pages. `mincore` isn't used: to it a page that was swapped out is one that isn't there.
+//!
 //! Every range is checked before it's touched: past the end is
 //! [`UnexpectedEof`](std::io::ErrorKind::UnexpectedEof), never a panic and never a short read.
 //!
@@ -104,6 +108,7 @@
 //! - Nothing stops the guest: bytes read while vCPUs run are as of no one instant. Pause them, or read again what
 //!   a dirty log says has changed.
 //! - A load from a mapped file that was truncated is a SIGBUS, not an error. Seal memfds against shrinking.
+//! - What [`populated`](PageReader::populated) says of a file is as right as its file system's `SEEK_DATA`.
 //! - `ProcessMemory` is Linux only. Everything else is for Linux and macOS.
 //!
 //! # Features
@@ -121,10 +126,13 @@ mod host_memory;
 mod layered;
 mod layout;
 mod mapped;
+mod populated;
 #[cfg(target_os = "linux")]
 mod process;
 mod range;
 mod reader;
+#[cfg(target_os = "linux")]
+mod sys;
 
 pub use file::FileReader;
 #[cfg(feature = "vm-memory")]
@@ -133,6 +141,7 @@ pub use host_memory::HostMemory;
 pub use layered::{Layered, LayeredError};
 pub use layout::{LayoutError, OutsideRam, RamLayout, RamRange};
 pub use mapped::{MappedMemory, MappedMemoryError};
+pub use populated::PopulatedRanges;
 #[cfg(target_os = "linux")]
 pub use process::{ProcessMemory, ProcessMemoryError};
 pub use reader::PageReader;

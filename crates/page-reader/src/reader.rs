@@ -1,9 +1,11 @@
 //! The trait, and its implementations for pointers to readers.
 
 use std::io;
+use std::ops::Range;
 use std::sync::Arc;
 
-use crate::HostMemory;
+use crate::populated::in_host_memory;
+use crate::{HostMemory, PopulatedRanges};
 
 /// A source of a guest's RAM, addressed by the byte offset from the start of the memory file.
 ///
@@ -61,6 +63,46 @@ pub trait PageReader {
         let _ = (offset, len);
         None
     }
+
+    /// The parts of `range` (byte offsets) that may hold anything but zeros, found without reading them.
+    ///
+    /// For whoever can leave zeros out: RAM that a guest never touched takes no time to save, and saving it doesn't
+    /// make the host find memory for it. The ranges are ascending, within `range`, not empty, and don't overlap; they start and end
+    /// wherever the source can tell, which needn't be at a page. The answer is on the safe side: *whatever is in none of
+    /// them reads as zeros*, while what is in one may be zeros too. A source that can't tell, or fails to find out, gives all
+    /// of `range`, and so does one for what lies past its end: that is for [`read_at`](Self::read_at) to say.
+    ///
+    /// Ranges are found as the iterator is asked for them: each is of some moment between this call and the one that gives it, or passes
+    /// it by. What a running guest writes after that moment isn't in the answer, just as it isn't in what was read before
+    /// it. So begin to track writes first, then ask and save, then save what was dirtied meanwhile.
+    ///
+    /// Provided: host memory is asked of the kernel, on Linux. A page of private anonymous memory is populated if it's in
+    /// memory or swapped out, unless it's the shared zero page that reading makes; one of memory that is
+    /// shared, as a memfd is, if its file has it, whoever wrote it, where the process may open that file (it has a descriptor of it, or
+    /// `CAP_CHECKPOINT_RESTORE`). All may be in anything else: memory that userfaultfd fills on first touch, privately mapped files,
+    /// huge pages of hugetlbfs, devices. All may be where there's no host memory, and on macOS.
+    ///
+    /// # Examples
+    /// ```
+    /// use page_reader::{FileReader, PageReader};
+    /// use std::os::unix::fs::FileExt;
+    ///
+    /// let ram = tempfile::tempfile()?; // of 1 GiB, of which one page was written
+    /// ram.set_len(1 << 30)?;
+    /// ram.write_all_at(&[7; 4096], 64 << 20)?;
+    ///
+    /// let populated: u64 = FileReader::new(&ram)
+    ///     .populated(0..1 << 30)
+    ///     .map(|range| range.end - range.start)
+    ///     .sum();
+    /// # if cfg!(target_os = "linux") {
+    /// assert!(populated <= 64 << 10);
+    /// # }
+    /// # Ok::<(), std::io::Error>(())
+    /// ```
+    fn populated(&self, range: Range<u64>) -> PopulatedRanges<'_> {
+        in_host_memory(|offset, len| self.host_memory(offset, len), range)
+    }
 }
 
 /// Every method is forwarded, the provided ones too: a default used here would hide what the source can do.
@@ -73,6 +115,10 @@ macro_rules! forward_to_the_reader_behind {
 
             fn host_memory(&self, offset: u64, len: usize) -> Option<HostMemory<'_>> {
                 (**self).host_memory(offset, len)
+            }
+
+            fn populated(&self, range: Range<u64>) -> PopulatedRanges<'_> {
+                (**self).populated(range)
             }
         }
     )*};

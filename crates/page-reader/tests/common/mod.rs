@@ -3,12 +3,21 @@
 #![allow(dead_code, unsafe_code)] // each test binary uses its part
 
 use std::num::NonZeroUsize;
+use std::ops::Range;
+#[cfg(target_os = "linux")]
+use std::os::fd::BorrowedFd;
 use std::ptr::NonNull;
 
-use nix::sys::mman::{MapFlags, ProtFlags, mmap_anonymous, munmap};
+use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap_anonymous, munmap};
 use page_reader::HostMemory;
 
+#[cfg(target_os = "linux")]
+pub(crate) mod uffd;
+
 pub(crate) const PAGE: usize = 4096;
+
+/// Large mappings are of address space only.
+const NO_RESERVE: MapFlags = MapFlags::MAP_NORESERVE;
 
 /// Bytes of which no two neighbouring pages, and no two words of a page, are alike.
 pub(crate) fn pattern(len: usize) -> Vec<u8> {
@@ -24,6 +33,10 @@ pub(crate) struct Mapping {
 }
 
 impl Mapping {
+    pub(crate) fn private(len: usize) -> Self {
+        Self::new(len, MapFlags::MAP_PRIVATE | NO_RESERVE)
+    }
+
     pub(crate) fn shared(len: usize) -> Self {
         Self::new(len, MapFlags::MAP_SHARED)
     }
@@ -51,6 +64,55 @@ impl Mapping {
         unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), self.as_ptr(), bytes.len()) }
     }
 
+    #[cfg(target_os = "linux")]
+    pub(crate) fn of_file(file: BorrowedFd<'_>, len: usize, shared: bool) -> Self {
+        let flags = if shared {
+            MapFlags::MAP_SHARED
+        } else {
+            MapFlags::MAP_PRIVATE
+        };
+        let protection = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
+        let length = NonZeroUsize::new(len).unwrap();
+        // SAFETY: a new mapping, where the kernel likes.
+        let start = unsafe { nix::sys::mman::mmap(None, length, protection, flags, file, 0) };
+        Self {
+            start: start.unwrap(),
+            len,
+        }
+    }
+
+    pub(crate) fn write_at(&self, offset: usize, bytes: &[u8]) {
+        assert!(offset + bytes.len() <= self.len);
+        let to = self.as_ptr().wrapping_add(offset);
+        // SAFETY: as for `write`.
+        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), to, bytes.len()) }
+    }
+
+    pub(crate) fn advise(&self, range: Range<usize>, advice: MmapAdvise) -> nix::Result<()> {
+        assert!(range.start <= range.end && range.end <= self.len);
+        let start = self.start.as_ptr().wrapping_byte_add(range.start);
+        // SAFETY: inside the mapping, of which nothing is borrowed but as memory that may change.
+        unsafe { madvise(NonNull::new(start).unwrap(), range.len(), advice) }
+    }
+
+    /// Bytes of it that are in this process's page tables.
+    #[cfg(target_os = "linux")]
+    pub(crate) fn resident(&self) -> u64 {
+        let smaps = std::fs::read_to_string("/proc/self/smaps").unwrap();
+        let header = format!("{:x}-", self.address());
+        let mapping = smaps.lines().skip_while(|line| !line.starts_with(&header));
+        let rss = mapping
+            .filter_map(|line| line.strip_prefix("Rss:"))
+            .next()
+            .unwrap();
+        rss.trim()
+            .strip_suffix(" kB")
+            .unwrap()
+            .parse::<u64>()
+            .unwrap()
+            << 10
+    }
+
     pub(crate) fn as_ptr(&self) -> *mut u8 {
         self.start.as_ptr().cast()
     }
@@ -72,5 +134,42 @@ impl Drop for Mapping {
     fn drop(&mut self) {
         // SAFETY: the mapping is this value's own, and no borrow of it is left.
         unsafe { munmap(self.start, self.len) }.unwrap();
+    }
+}
+
+/// A swap file in use.
+#[cfg(target_os = "linux")]
+pub(crate) struct Swap {
+    path: std::ffi::CString,
+    _dir: tempfile::TempDir,
+}
+
+#[cfg(target_os = "linux")]
+impl Swap {
+    /// `None` where the file system takes no swap files.
+    pub(crate) fn on(len: usize) -> Option<Self> {
+        use std::os::unix::ffi::OsStrExt;
+
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("swap");
+        let mut file = vec![0; len];
+        // A swap header: version and last page after the boot block, the magic at the end of the page.
+        file[1024..1028].copy_from_slice(&1_u32.to_ne_bytes());
+        file[1028..1032].copy_from_slice(&((len / PAGE - 1) as u32).to_ne_bytes());
+        file[PAGE - 10..PAGE].copy_from_slice(b"SWAPSPACE2");
+        std::fs::write(&path, &file).unwrap();
+        std::fs::File::open(&path).unwrap().sync_all().unwrap();
+        let path = std::ffi::CString::new(path.as_os_str().as_bytes()).unwrap();
+        // SAFETY: a C string.
+        (unsafe { libc::swapon(path.as_ptr(), 0) } == 0).then_some(Self { path, _dir: dir })
+    }
+}
+
+#[cfg(target_os = "linux")]
+impl Drop for Swap {
+    fn drop(&mut self) {
+        // SAFETY: a C string.
+        let off = unsafe { libc::swapoff(self.path.as_ptr()) };
+        assert_eq!(off, 0, "{}", std::io::Error::last_os_error());
     }
 }

@@ -1,0 +1,61 @@
+//! Which ranges of a source may hold anything but zeros.
+
+use std::ops::Range;
+
+use crate::HostMemory;
+
+/// What [`PageReader::populated`](crate::PageReader::populated) gives: ranges of byte offsets, ascending, none of them empty, no
+/// two of them overlapping. One may start where the one before ends.
+pub type PopulatedRanges<'a> = Box<dyn Iterator<Item = Range<u64>> + 'a>;
+
+/// All of `range`, of which nothing is known; nothing where it is empty.
+pub(crate) fn unknown(range: Range<u64>) -> impl Iterator<Item = Range<u64>> {
+    Some(range).filter(|range| !range.is_empty()).into_iter()
+}
+
+/// What the kernel knows of the memory that `host_memory` hands out for `range`. From where it hands out none, nothing is known.
+#[cfg(target_os = "linux")]
+pub(crate) fn in_host_memory<'a>(
+    host_memory: impl Fn(u64, usize) -> Option<HostMemory<'a>> + 'a,
+    range: Range<u64>,
+) -> PopulatedRanges<'a> {
+    use std::iter;
+
+    use crate::sys::AddressSpace;
+
+    let mut left = range;
+    let pieces = iter::from_fn(move || {
+        if left.is_empty() {
+            return None;
+        }
+        let offset = left.start;
+        let len = usize::try_from(left.end - offset).unwrap_or(usize::MAX);
+        let memory = host_memory(offset, len).filter(|memory| !memory.is_empty());
+        left.start = memory.map_or(left.end, |memory| offset + memory.len() as u64);
+        Some((offset..left.start, memory))
+    });
+    let mut space = None;
+    Box::new(
+        pieces.flat_map(move |(piece, memory)| -> PopulatedRanges<'a> {
+            let Some(memory) = memory else {
+                return Box::new(unknown(piece));
+            };
+            let start = memory.as_ptr().addr() as u64;
+            let populated = space
+                .get_or_insert_with(AddressSpace::of_this_process)
+                .populated(start..start + memory.len() as u64);
+            let offset_of = move |address: u64| piece.start + (address - start);
+            Box::new(populated.map(move |found| offset_of(found.start)..offset_of(found.end)))
+        }),
+    )
+}
+
+/// macOS has no call that tells a page that was swapped out or compressed from one that never was.
+#[cfg(not(target_os = "linux"))]
+pub(crate) fn in_host_memory<'a>(
+    host_memory: impl Fn(u64, usize) -> Option<HostMemory<'a>> + 'a,
+    range: Range<u64>,
+) -> PopulatedRanges<'a> {
+    drop(host_memory);
+    Box::new(unknown(range))
+}

@@ -1,0 +1,260 @@
+//! `/proc/self/pagemap`: the pages of private anonymous memory that were ever written.
+
+#![allow(unsafe_code)]
+
+use std::fs::File;
+use std::io;
+use std::ops::Range;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileExt;
+use std::rc::Rc;
+use std::vec;
+
+use nix::unistd::{SysconfVar, sysconf};
+
+/// Ranges in one answer of the kernel: 6 KiB.
+const REGIONS: usize = 256;
+/// Entries in one read: 4 KiB, of 2 MiB in small pages.
+const ENTRIES: usize = 512;
+
+/// The addresses of populated pages: those in memory, but not the zero page, and those swapped out.
+#[derive(Debug)]
+pub(super) struct Scan {
+    pagemap: Rc<File>,
+    within: Range<u64>,
+    page_size: u64,
+    /// Whole pages, still to be asked for.
+    left: Range<u64>,
+    found: vec::IntoIter<Range<u64>>,
+    ask: fn(&File, Range<u64>, u64) -> io::Result<Answer>,
+}
+
+/// What was found, and up to where.
+type Answer = (Vec<Range<u64>>, u64);
+
+impl Scan {
+    /// `within`, bytes, is in private anonymous mappings.
+    pub(super) fn new(pagemap: Rc<File>, within: Range<u64>) -> Self {
+        Self::by(by_scan, pagemap, within)
+    }
+
+    fn by(
+        ask: fn(&File, Range<u64>, u64) -> io::Result<Answer>,
+        pagemap: Rc<File>,
+        within: Range<u64>,
+    ) -> Self {
+        let page_size = page_size();
+        let left = within.start - within.start % page_size..within.end.next_multiple_of(page_size);
+        Self {
+            pagemap,
+            within,
+            page_size,
+            left,
+            found: Vec::new().into_iter(),
+            ask,
+        }
+    }
+}
+
+impl Iterator for Scan {
+    type Item = Range<u64>;
+
+    fn next(&mut self) -> Option<Range<u64>> {
+        loop {
+            if let Some(found) = self.found.next() {
+                return Some(found.start.max(self.within.start)..found.end.min(self.within.end));
+            }
+            if self.left.is_empty() {
+                return None;
+            }
+            let answer = (self.ask)(&self.pagemap, self.left.clone(), self.page_size);
+            let (found, end) = answer
+                .and_then(sensible(&self.left))
+                .or_else(|_| {
+                    self.ask = by_entries;
+                    by_entries(&self.pagemap, self.left.clone(), self.page_size)
+                        .and_then(sensible(&self.left))
+                })
+                .unwrap_or_else(|_| (vec![self.left.clone()], self.left.end));
+            self.found = found.into_iter();
+            self.left.start = end;
+        }
+    }
+}
+
+/// Ends within what was asked for, and later than it starts.
+fn sensible(asked: &Range<u64>) -> impl Fn(Answer) -> io::Result<Answer> {
+    move |(found, end)| {
+        let inside = found
+            .iter()
+            .all(|one| asked.start <= one.start && one.start < one.end && one.end <= end);
+        if asked.start < end && end <= asked.end && inside {
+            Ok((found, end))
+        } else {
+            Err(io::ErrorKind::InvalidData.into())
+        }
+    }
+}
+
+/// `PAGEMAP_SCAN` (Linux 6.7): empty page tables are passed over whole.
+fn by_scan(pagemap: &File, asked: Range<u64>, _: u64) -> io::Result<Answer> {
+    let mut regions = [ioctl::Region::default(); REGIONS];
+    let mut scan = ioctl::Scan {
+        size: size_of::<ioctl::Scan>() as u64,
+        start: asked.start,
+        end: asked.end,
+        vec: regions.as_mut_ptr().expose_provenance() as u64,
+        vec_len: REGIONS as u64,
+        category_mask: ioctl::ZERO_PAGE,
+        category_inverted: ioctl::ZERO_PAGE,
+        category_anyof_mask: ioctl::PRESENT | ioctl::SWAPPED,
+        return_mask: ioctl::PRESENT | ioctl::SWAPPED,
+        ..Default::default()
+    };
+    // SAFETY: the kernel reads and writes the structure, which is laid out as its own (asserted below) and says its size, and writes
+    // at most `vec_len` regions to `vec`: the array, which has as many, of integers only, and lives. No flag is set that would
+    // write-protect anything.
+    let found = unsafe { ioctl::pagemap_scan(pagemap.as_raw_fd(), &raw mut scan) }?;
+    let found = usize::try_from(found).map_or(0, |found| found.min(REGIONS));
+    let regions = regions[..found].iter();
+    Ok((
+        regions.map(|region| region.start..region.end).collect(),
+        scan.walk_end,
+    ))
+}
+
+/// One 64-bit entry a page, on every kernel; the zero page can't be told from others.
+fn by_entries(pagemap: &File, asked: Range<u64>, page_size: u64) -> io::Result<Answer> {
+    /// Bits 62 and 63: swapped, present. From `Documentation/admin-guide/mm/pagemap.rst`.
+    const POPULATED: u64 = 0b11 << 62;
+
+    let pages = ((asked.end - asked.start) / page_size).min(ENTRIES as u64);
+    let mut bytes = [0; ENTRIES * 8];
+    let bytes = &mut bytes[..pages as usize * 8];
+    pagemap.read_exact_at(bytes, asked.start / page_size * 8)?;
+    let mut found = Vec::<Range<u64>>::new();
+    let mut address = asked.start;
+    for entry in bytes.as_chunks().0 {
+        let end = address + page_size;
+        if u64::from_ne_bytes(*entry) & POPULATED != 0 {
+            match found.last_mut() {
+                Some(last) if last.end == address => last.end = end,
+                _ => found.push(address..end),
+            }
+        }
+        address = end;
+    }
+    Ok((found, address))
+}
+
+fn page_size() -> u64 {
+    match sysconf(SysconfVar::PAGE_SIZE) {
+        Ok(Some(size)) => size as u64,
+        other => unreachable!("POSIX has PAGE_SIZE on every system, not {other:?}"),
+    }
+}
+
+/// From Linux `include/uapi/linux/fs.h`.
+mod ioctl {
+    pub(super) const PRESENT: u64 = 1 << 3;
+    pub(super) const SWAPPED: u64 = 1 << 4;
+    pub(super) const ZERO_PAGE: u64 = 1 << 5;
+
+    /// `struct page_region`
+    #[derive(Clone, Copy, Debug, Default)]
+    #[repr(C)]
+    pub(super) struct Region {
+        pub(super) start: u64,
+        pub(super) end: u64,
+        pub(super) categories: u64,
+    }
+
+    /// `struct pm_scan_arg`
+    #[derive(Clone, Copy, Debug, Default)]
+    #[repr(C)]
+    pub(super) struct Scan {
+        pub(super) size: u64,
+        pub(super) flags: u64,
+        pub(super) start: u64,
+        pub(super) end: u64,
+        pub(super) walk_end: u64,
+        pub(super) vec: u64,
+        pub(super) vec_len: u64,
+        pub(super) max_pages: u64,
+        pub(super) category_inverted: u64,
+        pub(super) category_mask: u64,
+        pub(super) category_anyof_mask: u64,
+        pub(super) return_mask: u64,
+    }
+
+    const _: () = assert!(size_of::<Region>() == 24 && size_of::<Scan>() == 96);
+
+    // _IOWR('f', 16, struct pm_scan_arg)
+    nix::ioctl_readwrite!(pagemap_scan, b'f', 16, Scan);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap_anonymous, munmap};
+    use rstest::rstest;
+
+    const PAGES: u64 = 3000;
+
+    fn never(_: &File, _: Range<u64>, _: u64) -> io::Result<Answer> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
+
+    fn without_end(_: &File, asked: Range<u64>, _: u64) -> io::Result<Answer> {
+        Ok((Vec::new(), asked.start))
+    }
+
+    /// More ranges than one answer holds, and answers in the middle of a range.
+    #[rstest]
+    #[case::by_scan(by_scan)]
+    #[case::by_entries(by_entries)]
+    #[case::without_the_call(never)]
+    #[case::with_a_call_that_does_not_get_on(without_end)]
+    fn exactly_the_pages_written_are_found(
+        #[case] ask: fn(&File, Range<u64>, u64) -> io::Result<Answer>,
+        #[values(0, 100)] inward: u64,
+    ) {
+        let page = page_size();
+        let len = ((PAGES * page) as usize).try_into().unwrap();
+        // SAFETY: a new mapping, unmapped below, to which no reference is made.
+        let start = unsafe {
+            let flags = MapFlags::MAP_PRIVATE | MapFlags::MAP_NORESERVE;
+            let access = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
+            let start = mmap_anonymous(None, len, access, flags).unwrap();
+            let _ = madvise(start, len.get(), MmapAdvise::MADV_NOHUGEPAGE);
+            start
+        };
+        let written = |index: &u64| index % 3 == 0 || (1000..2000).contains(index);
+        let base = start.addr().get() as u64;
+        for index in (0..PAGES).filter(written) {
+            // SAFETY: inside the mapping.
+            unsafe { start.cast::<u8>().add((index * page) as usize).write(1) };
+        }
+        let pagemap = Rc::new(File::open("/proc/self/pagemap").unwrap());
+        let within = base + inward..base + PAGES * page - inward;
+        let mut found = vec![false; PAGES as usize];
+        let mut before = within.start;
+        for range in Scan::by(ask, pagemap, within.clone()) {
+            assert!(before <= range.start && range.start < range.end && range.end <= within.end);
+            before = range.end;
+            let first = (range.start - base) / page;
+            found[first as usize..(range.end - base).div_ceil(page) as usize].fill(true);
+        }
+        let expected: Vec<_> = (0..PAGES).map(|index| written(&index)).collect();
+        assert!(found == expected);
+        // SAFETY: the mapping made above.
+        unsafe { munmap(start, len.get()) }.unwrap();
+    }
+
+    #[test]
+    fn where_the_page_map_cannot_be_read_everything_may_be_populated() {
+        let pagemap = Rc::new(File::open("/dev/null").unwrap());
+        let found: Vec<_> = Scan::new(pagemap, 4096 + 5..65536 - 3).collect();
+        assert_eq!(found, [4096 + 5..65536 - 3]);
+    }
+}

@@ -1,0 +1,167 @@
+//! `/proc/self/smaps`: the mappings of a process, and the flags that say what a page that isn't there means.
+
+use std::fs::File;
+use std::io::{self, BufRead, BufReader};
+use std::ops::Range;
+
+/// One mapping.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Area {
+    pub(super) addresses: Range<u64>,
+    pub(super) backing: Backing,
+    /// Device and inode of the file, both 0 where there is none.
+    pub(super) device: u64,
+    pub(super) inode: u64,
+}
+
+/// Where a page comes from that is touched for the first time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Backing {
+    /// A page of zeros.
+    Anonymous,
+    /// The file, which shared anonymous memory has too; its position of the first address, in bytes.
+    SharedFile { offset: u64 },
+    /// Something else.
+    Unknown,
+}
+
+/// Flags of mappings whose missing pages are neither zeros nor the file's: filled by userfaultfd (um, ui: the reason to read smaps, as
+/// no other file says it), of a device (pf, io, mm), of huge pages (ht), made by the kernel (de). From `Documentation/filesystems/proc.rst`.
+const UNUSUAL: [&[u8]; 7] = [b"um", b"ui", b"pf", b"io", b"mm", b"ht", b"de"];
+
+pub(super) fn read(path: &str) -> io::Result<Vec<Area>> {
+    parse(BufReader::with_capacity(64 << 10, File::open(path)?))
+}
+
+fn parse(mut smaps: impl BufRead) -> io::Result<Vec<Area>> {
+    let mut areas = Vec::<Area>::new();
+    // What the mapping is unless its flags, which come last, say that it's unusual.
+    let mut usual = Backing::Unknown;
+    let mut line = Vec::new();
+    while smaps.read_until(b'\n', &mut line)? > 0 {
+        if line
+            .first()
+            .is_some_and(|first| !first.is_ascii_uppercase())
+        {
+            let (area, backing) = header(&line).ok_or(io::ErrorKind::InvalidData)?;
+            // Mappings may change between two parts of the file.
+            let ascending = areas
+                .last()
+                .is_none_or(|before| before.addresses.end <= area.addresses.start);
+            if !ascending {
+                return Err(io::ErrorKind::InvalidData.into());
+            }
+            areas.push(area);
+            usual = backing;
+        } else if let Some(flags) = line.strip_prefix(b"VmFlags:")
+            && let Some(area) = areas.last_mut()
+            && !words(flags).any(|flag| UNUSUAL.contains(&flag))
+        {
+            area.backing = usual;
+        }
+        line.clear();
+    }
+    Ok(areas)
+}
+
+/// `start-end perms offset major:minor inode   name`
+fn header(line: &[u8]) -> Option<(Area, Backing)> {
+    let mut words = words(line).map(|word| str::from_utf8(word).unwrap_or_default());
+    let hex = |number: &str| u64::from_str_radix(number, 16).ok();
+    let (start, end) = words.next()?.split_once('-')?;
+    let shared = words.next()?.as_bytes().get(3)? == &b's';
+    let offset = hex(words.next()?)?;
+    let (major, minor) = words.next()?.split_once(':')?;
+    let device = nix::sys::stat::makedev(hex(major)?, hex(minor)?);
+    let inode = words.next()?.parse().ok()?;
+    let area = Area {
+        addresses: hex(start)?..hex(end)?,
+        backing: Backing::Unknown,
+        device,
+        inode,
+    };
+    let backing = match (shared, inode, device) {
+        (false, 0, 0) => Backing::Anonymous,
+        // A private mapping of a file shows the file's pages, and the process's own over them.
+        (false, ..) | (true, 0, _) => Backing::Unknown,
+        (true, ..) => Backing::SharedFile { offset },
+    };
+    Some((area, backing))
+}
+
+fn words(line: &[u8]) -> impl Iterator<Item = &[u8]> {
+    line.split(u8::is_ascii_whitespace)
+        .filter(|word| !word.is_empty())
+}
+
+#[cfg(test)]
+mod tests {
+    use rstest::rstest;
+
+    use super::*;
+
+    fn backing(header: &str, flags: &str) -> Backing {
+        let smaps = format!("{header}\nSize:   4 kB\nRss:    0 kB\nVmFlags: {flags} \n");
+        let [area] = &parse(smaps.as_bytes()).unwrap()[..] else {
+            panic!("one mapping in {smaps}")
+        };
+        assert_eq!(area.addresses, 0x7f00_0000_1000..0x7f00_0000_2000);
+        area.backing
+    }
+
+    const ANONYMOUS: &str = "7f0000001000-7f0000002000 rw-p 00000000 00:00 0 ";
+    const SHARED: &str =
+        "7f0000001000-7f0000002000 rw-s 00003000 00:01 4711   /memfd:a b\\012VmFlags (deleted)";
+
+    #[rstest]
+    #[case::anonymous(ANONYMOUS, "rd wr mr mw me ac", Backing::Anonymous)]
+    #[case::write_protected_by_userfaultfd(ANONYMOUS, "rd wr mr mw me uw ac", Backing::Anonymous)]
+    #[case::filled_by_userfaultfd_on_first_touch(
+        ANONYMOUS,
+        "rd wr mr mw me um ac",
+        Backing::Unknown
+    )]
+    #[case::of_the_kernel(ANONYMOUS, "rd mr pf io de dd", Backing::Unknown)]
+    #[case::shared(SHARED, "rd wr sh mr mw me ms", Backing::SharedFile { offset: 0x3000 })]
+    #[case::shared_and_filled_on_first_touch(SHARED, "rd wr sh um", Backing::Unknown)]
+    #[case::shared_and_mapped_on_first_touch(SHARED, "rd wr sh ui", Backing::Unknown)]
+    #[case::huge_pages(SHARED, "rd wr sh mr mw me ms ht", Backing::Unknown)]
+    #[case::a_file_mapped_privately(
+        "7f0000001000-7f0000002000 rw-p 00000000 fe:00 4711  /image",
+        "rd wr mr mw me",
+        Backing::Unknown
+    )]
+    fn what_a_page_that_is_not_there_means(
+        #[case] header: &str,
+        #[case] flags: &str,
+        #[case] expected: Backing,
+    ) {
+        assert_eq!(backing(header, flags), expected);
+    }
+
+    #[test]
+    fn a_mapping_whose_flags_are_not_told_is_unknown() {
+        let smaps = format!("{ANONYMOUS}\nSize:   4 kB\n");
+        assert_eq!(
+            parse(smaps.as_bytes()).unwrap()[0].backing,
+            Backing::Unknown
+        );
+    }
+
+    #[rstest]
+    #[case::no_mapping("7f0000001000 rw-p\n")]
+    #[case::mappings_that_changed_meanwhile(
+        "2000-3000 rw-p 00000000 00:00 0 \n1000-2000 rw-p 00000000 00:00 0 \n"
+    )]
+    fn what_makes_no_sense_is_refused_as_a_whole(#[case] smaps: &str) {
+        assert!(parse(smaps.as_bytes()).is_err());
+    }
+
+    #[test]
+    fn the_mappings_of_this_process_are_understood() {
+        let areas = read("/proc/self/smaps").unwrap();
+        let here = &raw const areas as u64;
+        let stack = areas.iter().find(|area| area.addresses.contains(&here));
+        assert_eq!(stack.unwrap().backing, Backing::Anonymous);
+    }
+}

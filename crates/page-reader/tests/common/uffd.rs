@@ -1,0 +1,53 @@
+//! Memory whose missing pages are somebody else's to fill.
+
+use std::fs::File;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+
+use super::Mapping;
+
+/// `struct uffdio_api`, from Linux `include/uapi/linux/userfaultfd.h`.
+#[repr(C)]
+pub(crate) struct Api {
+    api: u64,
+    features: u64,
+    ioctls: u64,
+}
+
+/// `struct uffdio_register`
+#[repr(C)]
+pub(crate) struct Register {
+    start: u64,
+    len: u64,
+    mode: u64,
+    ioctls: u64,
+}
+
+mod ioctl {
+    nix::ioctl_none!(new, 0xaa, 0x00);
+    nix::ioctl_readwrite!(api, 0xaa, 0x3f, super::Api);
+    nix::ioctl_readwrite!(register, 0xaa, 0x00, super::Register);
+}
+
+/// Registers the first `len` bytes, until what is returned is dropped. Nothing answers their faults.
+pub(crate) fn register_missing(mapping: &Mapping, len: usize) -> OwnedFd {
+    let device = File::open("/dev/userfaultfd").unwrap();
+    let mut api = Api {
+        api: 0xaa,
+        features: 0,
+        ioctls: 0,
+    };
+    let mut register = Register {
+        start: mapping.address(),
+        len: len as u64,
+        mode: 1,
+        ioctls: 0,
+    };
+    // SAFETY: USERFAULTFD_IOC_NEW gives a descriptor that is nobody else's; the others read and write structures of their own. No access to
+    // the range is made while it's registered.
+    unsafe {
+        let fault = OwnedFd::from_raw_fd(ioctl::new(device.as_raw_fd()).unwrap());
+        ioctl::api(fault.as_raw_fd(), &raw mut api).unwrap();
+        ioctl::register(fault.as_raw_fd(), &raw mut register).unwrap();
+        fault
+    }
+}
