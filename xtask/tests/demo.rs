@@ -115,7 +115,7 @@ fn snapshots_are_removed_unless_kept() {
 #[case::part_of_a_page(&["--ram", "8388609"], "no multiple of 64.00 KiB")]
 #[case::no_number(&["--ram", "much"], "write 256M or 4G")]
 #[case::no_steps(&["--steps", "0"], "0 is not in")]
-#[case::an_unknown_guest(&["--guest", "xen"], "possible values: kvm, userfaultfd, mprotect")]
+#[case::an_unknown_guest(&["--guest", "xen"], "possible values: kvm, hvf, userfaultfd, mprotect")]
 fn a_bad_argument_is_named(#[case] arguments: &[&str], #[case] why: &str) {
     let output = Command::new(env!("CARGO_BIN_EXE_xtask"))
         .arg("demo")
