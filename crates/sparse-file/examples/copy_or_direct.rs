@@ -7,7 +7,7 @@ use std::ops::ControlFlow;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use sparse_file::{Source, WriteOptions, grow, write_runs};
+use sparse_file::{Engine, Source, WriteOptions, grow, write_runs};
 
 /// The same bytes, but none of their addresses.
 struct Copied<'a>(&'a [u8]);
@@ -31,7 +31,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         grow(&file, ram.len() as u64)?;
         let start = Instant::now();
         let all = std::iter::once(0..ram.len() as u64);
-        write_runs(&file, all, source, &WriteOptions::new(), &mut |_| {
+        let options = WriteOptions::new().engine(Engine::Positioned);
+        write_runs(&file, all, source, &options, &mut |_| {
             ControlFlow::Continue(())
         })?;
         Ok(start.elapsed())
