@@ -51,6 +51,8 @@
 //!
 //! **A snapshot that replaces the one before, again and again**: [`Options::recycle`] overwrites the blocks of the last but one.
 //!
+//! **A guest that used little of its RAM**: [`Options::skip_untouched`] and [`Options::skip_zeros`] make a full dump of it sparse, and fast.
+//!
 //! **Progress and cancellation**, durability, file mode, staging elsewhere: [`Options`].
 //!
 //! # How it works
@@ -61,6 +63,9 @@
 //! A recycled stage has the bytes of an older snapshot. What of it was not written is punched out before the commit, and a bit per page
 //! says what that is.
 //!
+//! What a full dump skips is left as the hole that it is in a new file. If the writer has written to the file before, or it is
+//! a recycled one, the same bit per page keeps account of it.
+//!
 //! # Limitations
 //! The file is raw: bytes at their guest offsets. In a diff, a page that is not there is a hole. On a file system without holes
 //! (HFS+, exFAT) it is a page of zeros, indistinguishable from a zeroed one: the bytes that were dirty are right all the same, but a diff is told
@@ -68,6 +73,8 @@
 
 mod error;
 mod guest;
+mod meter;
+mod needed;
 mod options;
 mod pages;
 mod unwritten;

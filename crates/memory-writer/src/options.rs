@@ -10,15 +10,16 @@ use atomic_file::{AtomicWriter, Durability, Symlinks};
 use sparse_file::{Engine, WriteOptions};
 
 use crate::error::SnapshotError;
+use crate::needed::Skip;
 use crate::writer::MemoryWriter;
 
 /// How far one `write_full` or `write_diff` has come.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Progress {
-    /// Bytes written so far.
+    /// Bytes written so far, or [skipped](Options::skip_zeros).
     pub bytes_done: u64,
-    /// Bytes to write in all.
+    /// Bytes to write or skip in all.
     pub bytes_total: u64,
     /// The page of the memory file, in bytes.
     pub page_size: u64,
@@ -87,6 +88,7 @@ impl CancelToken {
 pub struct Options {
     stage: atomic_file::Options,
     pub(crate) write: WriteOptions,
+    pub(crate) skip: Skip,
     pub(crate) ram_start: Option<u64>,
     pub(crate) watch: Watch,
 }
@@ -115,6 +117,7 @@ impl Options {
         Self {
             stage: AtomicWriter::options(),
             write: WriteOptions::new(),
+            skip: Skip::default(),
             ram_start: None,
             watch: Watch {
                 progress: None,
@@ -171,6 +174,46 @@ impl Options {
         self
     }
 
+    /// Leaves zeros out of full dumps: they are holes, or whatever stands for zeros on the file system, and read back the same.
+    ///
+    /// All of the RAM is read by this process to find them, at the speed of its memory, and runs of less than 32 KiB are written with what is
+    /// around them, as leaving them out takes longer. Looking at RAM that was never touched makes the host find memory for some
+    /// of it: combine it with [`skip_untouched`](Self::skip_untouched). What a reader doesn't hand out as memory is read twice, unless it
+    /// is zero.
+    ///
+    /// For [`write_full`](MemoryWriter::write_full) only. A diff records a page that became zero as written: left out, it
+    /// would be taken for one that did not change.
+    pub fn skip_zeros(mut self, skip: bool) -> Self {
+        self.skip.zeros = skip;
+        self
+    }
+
+    /// Leaves out of full dumps, without reading it, the RAM that the reader knows that nobody wrote; see
+    /// [`PageReader::populated`](page_reader::PageReader::populated), which says of which RAM that is known. It reads back as the same zeros.
+    ///
+    /// For [`write_full`](MemoryWriter::write_full) only. The writes of a guest that runs meanwhile must be tracked since before it
+    /// is called, as always.
+    ///
+    /// # Examples
+    /// ```
+    /// use memory_writer::MemoryWriter;
+    /// # let dir = tempfile::tempdir()?;
+    /// # let dest = dir.path().join("full.mem");
+    /// let ram = vec![0; 64 << 20]; // allocated, and never touched
+    /// let mut writer = MemoryWriter::options()
+    ///     .skip_untouched(true)
+    ///     .skip_zeros(true)
+    ///     .open(&dest, 64 << 20, 4096)?;
+    /// writer.write_full(&ram)?;
+    /// writer.commit()?;
+    /// assert_eq!(std::fs::metadata(&dest)?.len(), 64 << 20);
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    pub fn skip_untouched(mut self, skip: bool) -> Self {
+        self.skip.untouched = skip;
+        self
+    }
+
     /// The way bytes get to the file; the default works everywhere.
     pub fn engine(mut self, engine: Engine) -> Self {
         self.write = self.write.engine(engine);
@@ -220,6 +263,7 @@ impl fmt::Debug for Options {
         f.debug_struct("Options")
             .field("stage", &self.stage)
             .field("write", &self.write)
+            .field("skip", &self.skip)
             .field("ram_start", &self.ram_start)
             .field("watch", &self.watch)
             .finish()

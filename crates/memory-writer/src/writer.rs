@@ -11,7 +11,9 @@ use sparse_file::{SpaceError, WriteOptions, grow, write_runs};
 
 use crate::error::{RamError, SnapshotError};
 use crate::guest::Guest;
-use crate::options::{Options, Progress, Watch};
+use crate::meter::Meter;
+use crate::needed::{Needed, Skip};
+use crate::options::{Options, Watch};
 use crate::pages::WholePages;
 use crate::unwritten::Unwritten;
 
@@ -29,9 +31,10 @@ pub struct MemoryWriter {
     page_size: u64,
     ram_start: Option<u64>,
     write: WriteOptions,
+    skip: Skip,
     watch: Watch,
     state: State,
-    /// In a recycled stage, what is to be wiped before it is committed.
+    /// What is to be wiped before the file is committed: in a recycled stage, and where a full dump left out what had been written.
     unwritten: Option<Unwritten>,
 }
 
@@ -82,6 +85,7 @@ impl MemoryWriter {
             .then(|| Unwritten::all(ram_size, page_size));
         let Options {
             write,
+            skip,
             ram_start,
             watch,
             ..
@@ -92,6 +96,7 @@ impl MemoryWriter {
             page_size,
             ram_start,
             write,
+            skip,
             watch,
             state: State::Empty,
             unwritten,
@@ -128,13 +133,29 @@ impl MemoryWriter {
         self.stage.recycled()
     }
 
-    /// Writes all of the RAM, every byte of `[0, ram_size)`, zeros too.
+    /// Writes all of the RAM, every byte of `[0, ram_size)`, zeros too unless [`Options::skip_zeros`] or
+    /// [`Options::skip_untouched`] leave them out.
     ///
     /// # Errors
     /// [`SnapshotError::MemoryIo`] or [`SnapshotError::Cancelled`]; the writer can't be committed then.
     pub fn write_full<R: PageReader + ?Sized>(&mut self, reader: &R) -> Result<(), SnapshotError> {
-        self.write_pages(reader, std::iter::once(0..self.ram_size), self.ram_size)
-            .map(drop)
+        let written_before = self.state != State::Empty;
+        self.begin()?;
+        let (stage, write, skip) = (&self.stage, &self.write, self.skip);
+        let meter = Meter::new(&mut self.watch, self.page_size, self.ram_size);
+        if skip.anything() {
+            if written_before {
+                // Where this leaves out zeros, nothing may be left of that.
+                self.unwritten = Some(Unwritten::all(self.ram_size, self.page_size));
+            }
+            let needed = Needed::new(reader, skip, self.ram_size, self.page_size, &meter);
+            write_pages(stage, write, &mut self.unwritten, reader, needed, &meter)?;
+        } else {
+            let all = std::iter::once(0..self.ram_size);
+            write_pages(stage, write, &mut self.unwritten, reader, all, &meter)?;
+        }
+        self.state = State::Whole;
+        Ok(())
     }
 
     /// Writes the pages that `dirty` has marks in, and returns how many pages of the memory file that were.
@@ -164,51 +185,23 @@ impl MemoryWriter {
                 ram,
             });
         }
+        self.begin()?;
+        let (stage, write) = (&self.stage, &self.write);
         let pages = || WholePages::new(dirty.runs(), self.page_size);
         let total = pages().map(|run| run.end - run.start).sum();
-        Ok(self.write_pages(reader, pages(), total)? / self.page_size)
+        let meter = Meter::new(&mut self.watch, self.page_size, total);
+        let written = write_pages(stage, write, &mut self.unwritten, reader, pages(), &meter)?;
+        self.state = State::Whole;
+        Ok(written / self.page_size)
     }
 
-    fn write_pages<R: PageReader + ?Sized>(
-        &mut self,
-        reader: &R,
-        runs: impl Iterator<Item = Range<u64>>,
-        bytes_total: u64,
-    ) -> Result<u64, SnapshotError> {
+    /// Whatever ends the write from here on but its success leaves the writer incomplete.
+    fn begin(&mut self) -> Result<(), SnapshotError> {
         if self.state == State::Incomplete {
             return Err(self.incomplete());
         }
         self.state = State::Incomplete;
-        let page_size = self.page_size;
-        let watch = &mut self.watch;
-        // A bitmap that is marked meanwhile may yield more than was counted.
-        let mut tell = |bytes_done: u64| {
-            watch.tell(Progress {
-                bytes_done,
-                bytes_total: bytes_total.max(bytes_done),
-                page_size,
-            })
-        };
-        if tell(0).is_break() {
-            let dest = self.stage.dest_path().to_owned();
-            return Err(SnapshotError::Cancelled { dest, written: 0 });
-        }
-        let unwritten = &mut self.unwritten;
-        let runs = runs.inspect(|run| {
-            if let Some(unwritten) = unwritten {
-                unwritten.remove(run);
-            }
-        });
-        let written = write_runs(
-            self.stage.file(),
-            runs,
-            &Guest(reader),
-            &self.write,
-            &mut tell,
-        )
-        .map_err(|error| SnapshotError::from_write(self.stage.dest_path().to_owned(), error))?;
-        self.state = State::Whole;
-        Ok(written)
+        Ok(())
     }
 
     /// Syncs the file, puts it at its destination, and syncs the directory: once this has returned, the snapshot is there after a power loss
@@ -251,6 +244,38 @@ impl MemoryWriter {
             dest: self.stage.dest_path().to_owned(),
         }
     }
+}
+
+fn write_pages<R: PageReader + ?Sized>(
+    stage: &AtomicWriter,
+    options: &WriteOptions,
+    unwritten: &mut Option<Unwritten>,
+    reader: &R,
+    runs: impl Iterator<Item = Range<u64>>,
+    meter: &Meter<'_>,
+) -> Result<u64, SnapshotError> {
+    let dest = || stage.dest_path().to_owned();
+    let cancelled = |written| SnapshotError::Cancelled {
+        dest: dest(),
+        written,
+    };
+    if meter.wrote(0).is_break() {
+        return Err(cancelled(0));
+    }
+    let runs = runs.inspect(|run| {
+        if let Some(unwritten) = unwritten {
+            unwritten.remove(run);
+        }
+    });
+    let (file, source) = (stage.file(), Guest(reader));
+    let written = write_runs(file, runs, &source, options, &mut |bytes| {
+        meter.wrote(bytes)
+    })
+    .map_err(|error| SnapshotError::from_write(dest(), error))?;
+    if meter.cancelled() {
+        return Err(cancelled(written));
+    }
+    Ok(written)
 }
 
 /// A new file is grown; a recycled one may be longer.

@@ -229,7 +229,7 @@ mod tests {
             let _ = madvise(start, len.get(), MmapAdvise::MADV_NOHUGEPAGE);
             start
         };
-        let written = |index: &u64| index % 3 == 0 || (1000..2000).contains(index);
+        let written = |index: &u64| index.is_multiple_of(3) || (1000..2000).contains(index);
         let base = start.addr().get() as u64;
         for index in (0..PAGES).filter(written) {
             // SAFETY: inside the mapping.

@@ -1,0 +1,191 @@
+//! The parts of the RAM that a full dump can't leave out, found while it is being written.
+
+use std::ops::{ControlFlow, Range};
+
+use page_reader::{HostMemory, PageReader, PopulatedRanges};
+
+use crate::meter::Meter;
+use crate::pages::WholePages;
+
+/// What a full dump may leave out, where it reads as zeros without being written.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Skip {
+    /// Pages of zeros, found by reading them.
+    pub(crate) zeros: bool,
+    /// What the reader knows that nobody wrote.
+    pub(crate) untouched: bool,
+}
+
+impl Skip {
+    pub(crate) fn anything(self) -> bool {
+        self.zeros || self.untouched
+    }
+}
+
+/// Fewer bytes of zeros than this are written with what is around them: an extent more in the file takes longer.
+const WORTH: u64 = 32 << 10;
+/// Zeros are looked for in pages of at least so many bytes: those of hosts, and the blocks of most file systems.
+const SMALLEST_PAGE: u64 = 4 << 10;
+/// Runs end where a multiple of this does, so that what was just looked at is written before more is.
+const STRETCH: u64 = 1 << 20;
+/// Bytes read at a time from a reader that hands out no memory.
+const WINDOW: u64 = 256 << 10;
+
+/// Runs of whole pages, ascending. What is between them may be left out.
+pub(crate) struct Needed<'a, 'w, R: ?Sized> {
+    reader: &'a R,
+    zeros: bool,
+    page_size: u64,
+    ram_size: u64,
+    /// What may hold anything but zeros, beyond `left`.
+    populated: WholePages<PopulatedRanges<'a>>,
+    /// What is left of the range in hand, to be looked at.
+    left: Range<u64>,
+    /// What was found and not given out yet. Empty, it is where the last run ended.
+    run: Range<u64>,
+    /// Up to where the meter knows.
+    counted: u64,
+    window: Window,
+    meter: &'a Meter<'w>,
+}
+
+impl<'a, 'w, R: PageReader + ?Sized> Needed<'a, 'w, R> {
+    /// `ram_size` is a multiple of `page_size`, which is a power of two.
+    pub(crate) fn new(
+        reader: &'a R,
+        skip: Skip,
+        ram_size: u64,
+        page_size: u64,
+        meter: &'a Meter<'w>,
+    ) -> Self {
+        let page_size = page_size.max(SMALLEST_PAGE);
+        let populated: PopulatedRanges<'a> = if skip.untouched {
+            // A reader may be anybody's.
+            let within = move |range: &Range<u64>| range.start < range.end && range.end <= ram_size;
+            Box::new(reader.populated(0..ram_size).filter(within))
+        } else {
+            Box::new(std::iter::once(0..ram_size))
+        };
+        Self {
+            reader,
+            zeros: skip.zeros,
+            page_size,
+            ram_size,
+            populated: WholePages::new(populated, page_size),
+            left: 0..0,
+            run: 0..0,
+            counted: 0,
+            window: Window::default(),
+            meter,
+        }
+    }
+
+    /// What is next to be looked at, all of which is needed or not.
+    fn part(&self) -> Range<u64> {
+        let Range { start, end } = self.left;
+        let step = if self.zeros { self.page_size } else { STRETCH };
+        start..(start / step + 1).saturating_mul(step).min(end)
+    }
+
+    fn is_zero(&mut self, range: Range<u64>) -> bool {
+        let mut at = range.start;
+        while at < range.end {
+            let Some(memory) = self.reader.host_memory(at, (range.end - at) as usize) else {
+                let last = self.left.end;
+                return self.window.is_zero(self.reader, at..range.end, last);
+            };
+            if !memory.is_zero() {
+                return false;
+            }
+            at += memory.len() as u64;
+        }
+        true
+    }
+
+    fn take_run(&mut self) -> Range<u64> {
+        let run = self.run.clone();
+        self.run.start = run.end;
+        run
+    }
+
+    /// Everything between the last run and `end` is left out.
+    fn left_out(&mut self, end: u64) -> ControlFlow<()> {
+        let bytes = end - self.counted.max(self.run.end).min(end);
+        self.counted = end;
+        self.meter.left_out(bytes)
+    }
+}
+
+impl<R: PageReader + ?Sized> Iterator for Needed<'_, '_, R> {
+    type Item = Range<u64>;
+
+    /// Ends early once the meter says so.
+    fn next(&mut self) -> Option<Range<u64>> {
+        loop {
+            if self.left.is_empty() {
+                match self.populated.next() {
+                    Some(range) => self.left = range.start..range.end.min(self.ram_size),
+                    None if self.run.is_empty() => {
+                        let _ = self.left_out(self.ram_size);
+                        return None;
+                    }
+                    None => return Some(self.take_run()),
+                }
+            }
+            let worth = self.left.start - self.run.end >= WORTH;
+            if worth && !self.run.is_empty() {
+                return Some(self.take_run());
+            }
+            let part = self.part();
+            let skipped = self.zeros && self.is_zero(part.clone());
+            self.left.start = part.end;
+            if skipped {
+                let stretch = part.end.is_multiple_of(STRETCH);
+                if worth && stretch && self.left_out(part.end).is_break() {
+                    return None;
+                }
+                continue;
+            }
+            if worth {
+                if self.left_out(part.start).is_break() {
+                    return None;
+                }
+                self.run.start = part.start;
+            }
+            self.run.end = part.end;
+            if part.end.is_multiple_of(STRETCH) {
+                return Some(self.take_run());
+            }
+        }
+    }
+}
+
+/// Bytes read ahead from a reader that hands out no memory. They are looked at and read again if they are to be written.
+#[derive(Default)]
+struct Window {
+    start: u64,
+    bytes: Vec<u8>,
+}
+
+impl Window {
+    /// Bytes that can't be read are not zero: writing them will tell why. Reads no further than `last`.
+    fn is_zero<R: PageReader + ?Sized>(
+        &mut self,
+        reader: &R,
+        range: Range<u64>,
+        last: u64,
+    ) -> bool {
+        let end = self.start + self.bytes.len() as u64;
+        if range.start < self.start || end < range.end {
+            let len = (last - range.start).min(WINDOW.max(range.end - range.start));
+            self.start = range.start;
+            self.bytes.resize(len as usize, 0);
+            if reader.read_at(range.start, &mut self.bytes).is_err() {
+                self.bytes.clear();
+                return false;
+            }
+        }
+        let within = (range.start - self.start) as usize..(range.end - self.start) as usize;
+        HostMemory::from(&self.bytes[within]).is_zero()
+    }
+}
