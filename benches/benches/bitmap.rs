@@ -2,7 +2,7 @@
 
 use std::hint::black_box;
 
-use benches::{Random, scattered};
+use benches::Random;
 use criterion::{BatchSize, BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use dirty_bitmap::DirtyBitmap;
 
@@ -43,17 +43,20 @@ fn mark(c: &mut Criterion) {
 }
 
 fn walk(c: &mut Criterion) {
-    const RAM: u64 = 64 << 30;
-    let mut group = c.benchmark_group("walk 64 GiB");
-    group.sample_size(20);
+    const RAM: u64 = 1 << 40;
+    let mut group = c.benchmark_group("walk 1 TiB");
+    group.sample_size(10);
     for (share, dirty) in [
         ("clean", 0),
         ("0.01 %", RAM / PAGE / 10_000),
         ("1 %", RAM / PAGE / 100),
+        ("50 %", RAM / PAGE / 2),
     ] {
         let ours = DirtyBitmap::new(0, RAM, PAGE).unwrap();
         let squib = squib_snapshot::DirtyBitmap::new(0, RAM, PAGE).unwrap();
-        for page in scattered(dirty, RAM / PAGE) {
+        let mut random = Random(4);
+        for _ in 0..dirty {
+            let page = random.next_u64() % (RAM / PAGE);
             ours.set_dirty_by_index(page).unwrap();
             squib.set_dirty_by_index(page);
         }

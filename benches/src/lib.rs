@@ -1,8 +1,10 @@
-//! What the benchmarks share: where they write, and what they write.
+//! What the benchmarks share: where they write, what they find, and random numbers.
 
 #![forbid(unsafe_code)]
 
-use std::path::PathBuf;
+pub mod report;
+
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
 use sparse_file::Capabilities;
@@ -16,11 +18,21 @@ pub const DIR: &str = "MEMSNAP_BENCH_DIR";
 /// The directory can't be made, or it is on tmpfs: writing to memory measures no disk.
 pub fn place() -> anyhow::Result<(tempfile::TempDir, String)> {
     let target = || PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../target"));
-    let parent = std::env::var_os(DIR).map_or_else(target, PathBuf::from);
-    std::fs::create_dir_all(&parent).with_context(|| format!("{parent:?}"))?;
-    let file_system = Capabilities::probe(&parent)?.file_system;
+    place_in(&std::env::var_os(DIR).map_or_else(target, PathBuf::from))
+}
+
+/// The same in `parent`.
+///
+/// # Errors
+/// As [`place`].
+pub fn place_in(parent: &Path) -> anyhow::Result<(tempfile::TempDir, String)> {
+    std::fs::create_dir_all(parent).with_context(|| format!("{}", parent.display()))?;
+    let file_system = Capabilities::probe(parent)?.file_system;
     if file_system == "tmpfs" {
-        bail!("{parent:?} is on tmpfs: set {DIR} to a directory on the disk to be measured");
+        bail!(
+            "{} is on tmpfs: choose a directory on the disk to be measured",
+            parent.display()
+        );
     }
     Ok((tempfile::tempdir_in(parent)?, file_system))
 }
@@ -37,15 +49,6 @@ impl Random {
         let mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
         mixed ^ (mixed >> 31)
     }
-}
-
-/// A guest's RAM of `size` bytes, a multiple of 8, all of it touched and none of it compressible.
-#[must_use]
-pub fn ram(size: usize) -> Vec<u8> {
-    let mut random = Random(1);
-    (0..size / 8)
-        .flat_map(|_| random.next_u64().to_ne_bytes())
-        .collect()
 }
 
 /// `count` different numbers below `below`, in no order.

@@ -6,6 +6,8 @@
 )]
 
 mod adaptive;
+mod bench;
+mod chart;
 mod check_macos;
 mod demo;
 mod fs_matrix;
@@ -30,6 +32,7 @@ struct Xtask {
 #[derive(Subcommand)]
 enum Task {
     Adaptive(adaptive::Adaptive),
+    Bench(bench::Bench),
     CheckMacos(check_macos::CheckMacos),
     Demo(demo::Demo),
     FsMatrix(fs_matrix::FsMatrix),
@@ -52,6 +55,7 @@ fn run(task: Task) -> anyhow::Result<()> {
     sh.change_dir(root.context("xtask lies in the workspace")?);
     match task {
         Task::Adaptive(adaptive) => adaptive.run(&sh),
+        Task::Bench(bench) => bench.run(&sh),
         Task::CheckMacos(check) => check.run(&sh),
         Task::Demo(demo) => demo.run(&sh),
         Task::FsMatrix(matrix) => matrix.run(&sh),

@@ -2,7 +2,6 @@
 //!
 //! The tracker is the real one; only the memory is simulated: a set of protected pages.
 
-mod chart;
 #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
 mod record;
 mod report;

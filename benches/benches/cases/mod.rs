@@ -1,0 +1,201 @@
+//! What is measured: the same work done by us, by peers, and by a writer that does nothing else.
+
+pub mod ram;
+pub mod raw;
+
+use std::fs::{self, File};
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+
+use benches::scattered;
+use dirty_bitmap::DirtyBitmap;
+use memory_writer::{MemoryWriter, Options};
+use vm_memory::{Bytes, GuestAddress};
+
+use ram::{Content, Ram};
+
+/// Names of contenders.
+pub const OURS: &str = "memsnap";
+pub const SQUIB: &str = "squib-snapshot";
+pub const VM_MEMORY: &str = "vm-memory";
+pub const LIMIT: &str = "raw limit";
+
+/// What stands at the destination before each run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Before {
+    Nothing,
+    /// What this contender wrote the last time.
+    ThePrevious,
+}
+
+/// A snapshot of some pages, by several contenders.
+pub struct Case<'a> {
+    pub name: String,
+    pub group: &'static str,
+    pub bytes: u64,
+    pub before: Before,
+    pub contenders: Vec<Contender<'a>>,
+}
+
+pub struct Contender<'a> {
+    pub name: &'static str,
+    pub run: Box<dyn Fn(&Path) + 'a>,
+}
+
+fn contender<'a>(name: &'static str, run: impl Fn(&Path) + 'a) -> Contender<'a> {
+    Contender {
+        name,
+        run: Box::new(run),
+    }
+}
+
+impl Case<'_> {
+    /// Where a contender writes to, made ready.
+    pub fn destination(&self, place: &Path, contender: usize) -> PathBuf {
+        let dir = place.join(contender.to_string());
+        if self.before == Before::Nothing {
+            let _ = fs::remove_dir_all(&dir);
+        }
+        fs::create_dir_all(&dir).unwrap();
+        dir.join("guest.mem")
+    }
+}
+
+/// Which pages a guest wrote.
+#[derive(Clone, Copy, Debug)]
+pub enum Pattern {
+    /// In runs of 64 pages.
+    Clustered,
+    Random,
+}
+
+/// Both bitmaps of the same dirty pages, and their runs.
+pub struct Dirty {
+    pub ours: DirtyBitmap,
+    pub squib: squib_snapshot::DirtyBitmap,
+    pub runs: Vec<Range<u64>>,
+    pub page: u64,
+}
+
+impl Dirty {
+    /// One in `one_in` pages of `page` bytes.
+    pub fn new(size: u64, page: u64, one_in: u64, pattern: Pattern) -> Self {
+        let (pages, count) = (size / page, size / page / one_in);
+        const CLUSTER: u64 = 64;
+        let dirty: Vec<u64> = match pattern {
+            Pattern::Random => scattered(count, pages),
+            Pattern::Clustered => scattered(count.div_ceil(CLUSTER), pages / CLUSTER)
+                .into_iter()
+                .flat_map(|cluster| cluster * CLUSTER..(cluster + 1) * CLUSTER)
+                .collect(),
+        };
+        let ours = DirtyBitmap::new(0, size, page).unwrap();
+        let squib = squib_snapshot::DirtyBitmap::new(0, size, page).unwrap();
+        for page in dirty {
+            ours.set_dirty_by_index(page).unwrap();
+            squib.set_dirty_by_index(page);
+        }
+        let runs = ours.runs().collect();
+        Self {
+            ours,
+            squib,
+            runs,
+            page,
+        }
+    }
+}
+
+const FILE_PAGE: u64 = 16 << 10;
+
+/// A full dump: `options` are ours.
+pub fn full<'a>(ram: &'a Ram, name: &str, options: fn() -> Options) -> Case<'a> {
+    let size = ram.size;
+    Case {
+        name: name.into(),
+        group: "full",
+        bytes: size,
+        before: Before::Nothing,
+        contenders: vec![
+            contender(OURS, move |dest| {
+                let mut writer = options().open(dest, size, FILE_PAGE).unwrap();
+                writer.write_full(&ram.reader()).unwrap();
+                writer.commit().unwrap();
+            }),
+            contender(SQUIB, move |dest| {
+                let mut writer = squib_snapshot::MemoryWriter::open(dest, size, FILE_PAGE).unwrap();
+                writer.write_full(ram).unwrap();
+                writer.commit().unwrap();
+            }),
+            contender(VM_MEMORY, move |dest| {
+                let stage = dest.with_extension("stage");
+                let file = File::create(&stage).unwrap();
+                ram.memory
+                    .write_all_volatile_to(GuestAddress(0), &mut &file, size as usize)
+                    .unwrap();
+                durable(&file, &stage, dest);
+            }),
+            contender(LIMIT, move |dest| {
+                raw::fresh(dest, size, &[0..size], &ram.reader());
+            }),
+        ],
+    }
+}
+
+/// A full dump over the one before, whose file ours writes to again.
+pub fn recycled<'a>(ram: &'a Ram, name: &str) -> Case<'a> {
+    let size = ram.size;
+    let mut case = full(ram, name, || MemoryWriter::options().recycle(u64::MAX));
+    case.before = Before::ThePrevious;
+    case.contenders.retain(|contender| contender.name != LIMIT);
+    case.contenders.push(contender(LIMIT, move |dest| {
+        if dest.exists() {
+            raw::overwrite(dest, &[0..size], &ram.reader());
+        } else {
+            raw::fresh(dest, size, &[0..size], &ram.reader());
+        }
+    }));
+    case
+}
+
+/// A diff in the raw layout.
+pub fn diff<'a>(ram: &'a Ram, dirty: &'a Dirty, name: &str) -> Case<'a> {
+    let (size, page) = (ram.size, dirty.page);
+    Case {
+        name: name.into(),
+        group: "diff",
+        bytes: dirty.ours.dirty_bytes(),
+        before: Before::Nothing,
+        contenders: vec![
+            contender(OURS, move |dest| {
+                let mut writer = MemoryWriter::open(dest, size, page).unwrap();
+                writer.write_diff(&ram.reader(), &dirty.ours).unwrap();
+                writer.commit().unwrap();
+            }),
+            contender(SQUIB, move |dest| {
+                let mut writer = squib_snapshot::MemoryWriter::open(dest, size, page).unwrap();
+                writer.write_diff(ram, &dirty.squib).unwrap();
+                writer.commit().unwrap();
+            }),
+            contender(LIMIT, move |dest| {
+                raw::fresh(dest, size, &dirty.runs, &ram.reader());
+            }),
+        ],
+    }
+}
+
+fn durable(file: &File, stage: &Path, dest: &Path) {
+    file.sync_all().unwrap();
+    fs::rename(stage, dest).unwrap();
+    let dir = File::open(dest.parent().unwrap()).unwrap();
+    dir.sync_all().unwrap();
+}
+
+/// The RAM of each full dump.
+pub fn rams(size: u64) -> [(&'static str, Ram); 4] {
+    [
+        ("random bytes", Ram::new(size, Content::Random)),
+        ("half zero", Ram::new(size, Content::Zero(50))),
+        ("95 % zero", Ram::new(size, Content::Zero(95))),
+        ("95 % never touched", Ram::new(size, Content::Untouched(95))),
+    ]
+}

@@ -1,0 +1,64 @@
+//! A guest's RAM in one region, as every contender reads it.
+
+use std::io;
+
+use benches::Random;
+use page_reader::GuestMemoryReader;
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+
+pub struct Ram {
+    pub memory: GuestMemoryMmap,
+    pub size: u64,
+}
+
+/// What a guest left in its pages of 4 KiB.
+#[derive(Clone, Copy, Debug)]
+pub enum Content {
+    Random,
+    /// Of 100 pages so many are zeros that were written; the others are random.
+    Zero(u64),
+    /// The same, but those pages were never touched.
+    Untouched(u64),
+}
+
+const PAGE: u64 = 4096;
+
+impl Ram {
+    pub fn new(size: u64, content: Content) -> Self {
+        let range = (GuestAddress(0), usize::try_from(size).unwrap());
+        let memory = GuestMemoryMmap::from_ranges(&[range]).unwrap();
+        let mut random = Random(1);
+        let mut page = vec![0; PAGE as usize];
+        let zeros = vec![0; PAGE as usize];
+        for at in (0..size).step_by(PAGE as usize) {
+            let (share, touch) = match content {
+                Content::Random => (0, true),
+                Content::Zero(share) => (share, true),
+                Content::Untouched(share) => (share, false),
+            };
+            // In stretches of 64 pages, as guests have them.
+            let empty = Random(at / PAGE / 64).next_u64() % 100 < share;
+            if !empty {
+                for word in page.chunks_exact_mut(8) {
+                    word.copy_from_slice(&random.next_u64().to_ne_bytes());
+                }
+                memory.write_slice(&page, GuestAddress(at)).unwrap();
+            } else if touch {
+                memory.write_slice(&zeros, GuestAddress(at)).unwrap();
+            }
+        }
+        Self { memory, size }
+    }
+
+    pub fn reader(&self) -> GuestMemoryReader<&GuestMemoryMmap> {
+        GuestMemoryReader::new(&self.memory).unwrap()
+    }
+}
+
+/// The same for squib-snapshot.
+impl squib_snapshot::PageReader for Ram {
+    fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
+        let read = self.memory.read_slice(buf, GuestAddress(offset));
+        read.map_err(io::Error::other)
+    }
+}

@@ -1,0 +1,81 @@
+//! The limit: the same bytes at the same offsets by a bare io_uring writer with direct I/O, made durable and renamed like a
+//! snapshot. It checks nothing that a snapshot must.
+
+#![allow(unsafe_code)]
+
+use std::fs::{self, File};
+use std::ops::Range;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
+
+use io_uring::{IoUring, opcode, types::Fd};
+use page_reader::PageReader;
+
+const PIECE: usize = 1 << 20;
+const IN_FLIGHT: u32 = 32;
+
+/// Writes `runs` of `ram` to a new file, syncs it, and renames it to `dest`.
+pub fn fresh(dest: &Path, size: u64, runs: &[Range<u64>], ram: &dyn PageReader) {
+    let stage = dest.with_extension("raw");
+    let file = open(&stage, true);
+    file.set_len(size).unwrap();
+    write(&file, runs, ram);
+    file.sync_all().unwrap();
+    fs::rename(&stage, dest).unwrap();
+    File::open(dest.parent().unwrap())
+        .unwrap()
+        .sync_all()
+        .unwrap();
+}
+
+/// Overwrites the file that is there, and syncs it.
+pub fn overwrite(dest: &Path, runs: &[Range<u64>], ram: &dyn PageReader) {
+    let file = open(dest, false);
+    write(&file, runs, ram);
+    file.sync_all().unwrap();
+}
+
+fn open(path: &Path, create: bool) -> File {
+    let mut options = File::options();
+    options
+        .write(true)
+        .create(create)
+        .custom_flags(libc::O_DIRECT);
+    options.open(path).unwrap()
+}
+
+fn write(file: &File, runs: &[Range<u64>], ram: &dyn PageReader) {
+    let mut ring = IoUring::new(IN_FLIGHT).unwrap();
+    let mut flying = 0;
+    for run in runs {
+        let mut at = run.start;
+        while at < run.end {
+            let len = (run.end - at).min(PIECE as u64 - at % PIECE as u64) as usize;
+            let memory = ram.host_memory(at, len).unwrap();
+            let write =
+                opcode::Write::new(Fd(file.as_raw_fd()), memory.as_ptr(), memory.len() as u32);
+            let entry = write.offset(at).build().user_data(memory.len() as u64);
+            if flying == IN_FLIGHT {
+                reap(&mut ring, &mut flying, 1);
+            }
+            // SAFETY: the memory is the guest's and the file open until `reap` has seen all of what is submitted.
+            unsafe { ring.submission().push(&entry).unwrap() };
+            flying += 1;
+            if flying % 8 == 0 {
+                ring.submit().unwrap();
+            }
+            at += memory.len() as u64;
+        }
+    }
+    let all = flying as usize;
+    reap(&mut ring, &mut flying, all);
+}
+
+fn reap(ring: &mut IoUring, flying: &mut u32, at_least: usize) {
+    ring.submit_and_wait(at_least).unwrap();
+    for done in ring.completion() {
+        assert_eq!(i64::from(done.result()), done.user_data() as i64);
+        *flying -= 1;
+    }
+}
