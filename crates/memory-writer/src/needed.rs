@@ -60,9 +60,9 @@ impl<'a, 'w, R: PageReader + ?Sized> Needed<'a, 'w, R> {
     ) -> Self {
         let page_size = page_size.max(SMALLEST_PAGE);
         let populated: PopulatedRanges<'a> = if skip.untouched {
-            // A reader may be anybody's.
-            let within = move |range: &Range<u64>| range.start < range.end && range.end <= ram_size;
-            Box::new(reader.populated(0..ram_size).filter(within))
+            let within =
+                move |range: Range<u64>| range.start.min(ram_size)..range.end.min(ram_size);
+            Box::new(reader.populated(0..ram_size).map(within))
         } else {
             Box::new(std::iter::once(0..ram_size))
         };
@@ -124,7 +124,11 @@ impl<R: PageReader + ?Sized> Iterator for Needed<'_, '_, R> {
         loop {
             if self.left.is_empty() {
                 match self.populated.next() {
-                    Some(range) => self.left = range.start..range.end.min(self.ram_size),
+                    // The last page may be smaller. A reader that goes back breaks its contract, and must do no more harm.
+                    Some(range) => {
+                        self.left = range.start.max(self.run.end)..range.end.min(self.ram_size);
+                        continue;
+                    }
                     None if self.run.is_empty() => {
                         let _ = self.left_out(self.ram_size);
                         return None;

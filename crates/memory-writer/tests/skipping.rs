@@ -1,0 +1,384 @@
+//! What a full dump leaves out reads back as the same zeros, whatever was in the file before.
+
+mod support;
+
+use std::io;
+use std::ops::Range;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+use std::sync::mpsc;
+
+use dirty_bitmap::DirtyBitmap;
+use memory_writer::{CancelToken, Durability, MemoryIoStep, MemoryWriter, Options, SnapshotError};
+use page_reader::{PageReader, PopulatedRanges};
+use proptest::prelude::*;
+use rstest::rstest;
+use support::{Place, Until, pattern};
+use test_machine::tracked::Memory;
+
+const KIB: u64 = 1 << 10;
+const SIZE: u64 = 4 << 20;
+const PAGE: u64 = 4096;
+
+fn skipping() -> Options {
+    MemoryWriter::options()
+        .skip_zeros(true)
+        .skip_untouched(true)
+}
+
+/// At most so many bytes of blocks, and those of a map of them.
+fn assert_takes_at_most(path: &Path, bytes: u64) {
+    let allocated = allocated(path);
+    // Other systems may store a small hole as zeros.
+    assert!(
+        cfg!(not(target_os = "linux")) || allocated <= bytes + 64 * KIB,
+        "{allocated}"
+    );
+}
+
+fn allocated(path: &Path) -> u64 {
+    std::fs::metadata(path).unwrap().blocks() * 512
+}
+
+/// RAM of zeros but for `data`.
+fn sparse(data: &[Range<u64>]) -> Vec<u8> {
+    let mut ram = vec![0; SIZE as usize];
+    for range in data {
+        let range = range.start as usize..range.end as usize;
+        ram[range.clone()].copy_from_slice(&pattern(range.len(), 9));
+        ram[range.start] = 1;
+    }
+    ram
+}
+
+fn without_memory(ram: &[u8]) -> impl PageReader + use<> {
+    Until {
+        ram: ram.to_vec(),
+        offset: ram.len() as u64,
+        then: || unreachable!("nothing is read past the end"),
+    }
+}
+
+fn dump(options: Options, dest: &Path, reader: &(impl PageReader + ?Sized), page: u64) {
+    let mut writer = options.open(dest, SIZE, page).unwrap();
+    writer.write_full(reader).unwrap();
+    writer.commit().unwrap();
+}
+
+#[rstest]
+fn zeros_that_are_skipped_take_no_blocks(
+    #[values(512, 4096, 16384)] page: u64,
+    #[values(true, false)] memory: bool,
+) {
+    let place = Place::new();
+    let ram = sparse(&[0..1, 512 * KIB..768 * KIB, SIZE - 1..SIZE]);
+    let options = || MemoryWriter::options().skip_zeros(true);
+    if memory {
+        dump(options(), &place.dest, &ram, page);
+    } else {
+        dump(options(), &place.dest, &without_memory(&ram), page);
+    }
+    assert!(place.read() == ram);
+    assert_takes_at_most(&place.dest, (256 + 2 * 16) * KIB);
+}
+
+#[test]
+fn nothing_is_skipped_unless_asked_for() {
+    let place = Place::new();
+    dump(MemoryWriter::options(), &place.dest, &sparse(&[]), PAGE);
+    assert!(allocated(&place.dest) >= SIZE);
+}
+
+#[rstest]
+#[case::zeros(MemoryWriter::options().skip_zeros(true))]
+#[case::untouched(MemoryWriter::options().skip_untouched(true))]
+#[case::both(skipping())]
+fn a_guest_of_zeros_is_a_hole(#[case] options: Options) {
+    let (place, ram) = (Place::new(), Memory::new(SIZE).unwrap());
+    dump(options, &place.dest, &ram, PAGE);
+    assert!(place.read() == sparse(&[]));
+    assert_takes_at_most(&place.dest, 0);
+}
+
+/// Every other page: skipping them would take longer than writing them.
+#[test]
+fn short_runs_of_zeros_are_written_with_what_is_around_them() {
+    let place = Place::new();
+    let pages: Vec<_> = (0..SIZE / PAGE / 2)
+        .map(|at| at * 2 * PAGE..(at * 2 + 1) * PAGE)
+        .collect();
+    let ram = sparse(&pages);
+    dump(
+        MemoryWriter::options().skip_zeros(true),
+        &place.dest,
+        &ram,
+        PAGE,
+    );
+    assert!(place.read() == ram);
+    assert!(allocated(&place.dest) >= SIZE - 32 * KIB);
+}
+
+#[test]
+fn a_page_that_became_zero_is_in_the_diff() {
+    let (place, dirty) = (Place::new(), DirtyBitmap::new(0, SIZE, PAGE).unwrap());
+    dirty.set_range(0, 256 * KIB).unwrap();
+    let mut writer = skipping().open(&place.dest, SIZE, PAGE).unwrap();
+    assert_eq!(writer.write_diff(&sparse(&[]), &dirty).unwrap(), 64);
+    writer.commit().unwrap();
+    assert!(allocated(&place.dest) >= 256 * KIB);
+}
+
+#[test]
+fn what_was_written_before_and_is_zero_now_is_zero_in_the_file() {
+    let (place, dirty) = (Place::new(), DirtyBitmap::new(0, SIZE, PAGE).unwrap());
+    dirty.set_range(0, 256 * KIB).unwrap();
+    for diff in [true, false] {
+        let mut writer = skipping().open(&place.dest, SIZE, PAGE).unwrap();
+        let old = pattern(SIZE as usize, 1);
+        if diff {
+            writer.write_diff(&old, &dirty).unwrap();
+        } else {
+            writer.write_full(&old).unwrap();
+        }
+        let ram = sparse(&[1024 * KIB..1100 * KIB]);
+        writer.write_full(&ram).unwrap();
+        writer.commit().unwrap();
+        assert!(place.read() == ram);
+        assert_takes_at_most(&place.dest, 76 * KIB);
+    }
+}
+
+#[test]
+fn what_of_a_recycled_file_is_skipped_is_zero() {
+    let place = Place::new();
+    let options = || skipping().recycle(1 << 30);
+    for seed in 1..=2 {
+        dump(options(), &place.dest, &pattern(SIZE as usize, seed), PAGE);
+    }
+    let ram = sparse(&[1024 * KIB..1100 * KIB]);
+    dump(options(), &place.dest, &ram, PAGE);
+    assert!(place.read() == ram);
+}
+
+#[rstest]
+fn bytes_that_cannot_be_read_are_not_taken_for_zeros(#[values(0, 5 * PAGE, 3 << 20)] offset: u64) {
+    let place = Place::new();
+    let reader = Until {
+        ram: sparse(&[]),
+        offset,
+        then: || io::Error::other("planted"),
+    };
+    let mut writer = skipping().open(&place.dest, SIZE, PAGE).unwrap();
+    let error = writer.write_full(&reader).unwrap_err();
+    let SnapshotError::MemoryIo {
+        step: MemoryIoStep::Read,
+        offset: missing,
+        ..
+    } = error
+    else {
+        panic!("{error}")
+    };
+    assert!(missing <= offset && offset < missing + (1 << 20));
+    drop(writer);
+    place.assert_untouched();
+}
+
+/// Nothing but what `populated` says.
+struct Knows<'a>(&'a [u8], Vec<Range<u64>>);
+
+impl PageReader for Knows<'_> {
+    fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
+        let known = self.1.iter().any(|range| {
+            // With what is close around.
+            range.start.saturating_sub(64 * KIB) <= offset
+                && offset < range.end.saturating_add(64 * KIB)
+        });
+        assert!(known, "{offset} is read");
+        self.0.read_at(offset, buf)
+    }
+
+    fn populated(&self, range: Range<u64>) -> PopulatedRanges<'_> {
+        assert_eq!(range, 0..SIZE);
+        Box::new(self.1.clone().into_iter())
+    }
+}
+
+#[rstest]
+#[case::nothing(vec![])]
+#[case::everything(vec![0..SIZE])]
+#[case::more_than_there_is(vec![0..u64::MAX])]
+#[case::bytes(vec![4097..4098, 4098..4099, 1 << 20..(1 << 20) + 1, SIZE - 1..SIZE])]
+#[case::past_the_end(vec![SIZE..SIZE + 5])]
+fn only_what_may_be_populated_is_read(
+    #[case] ranges: Vec<Range<u64>>,
+    #[values(true, false)] zeros: bool,
+    #[values(512, 16384)] page: u64,
+) {
+    let place = Place::new();
+    let within: Vec<_> = ranges
+        .iter()
+        .map(|one| one.start.min(SIZE)..one.end.min(SIZE))
+        .collect();
+    let ram = sparse(
+        &within
+            .into_iter()
+            .filter(|one| !one.is_empty())
+            .collect::<Vec<_>>(),
+    );
+    let options = MemoryWriter::options()
+        .skip_untouched(true)
+        .skip_zeros(zeros);
+    dump(options, &place.dest, &Knows(&ram, ranges), page);
+    assert!(place.read() == ram);
+}
+
+#[rstest]
+#[case::zeros_at_the_end(&[0..64 * KIB])]
+#[case::zeros_first(&[SIZE - 64 * KIB..SIZE])]
+#[case::nothing_but_zeros(&[])]
+#[case::some(&[KIB..2 * KIB, 300 * KIB..600 * KIB, 3 << 20..(3 << 20) + 1])]
+fn progress_ends_at_the_total(#[case] data: &[Range<u64>]) {
+    let place = Place::new();
+    let (send, receive) = mpsc::channel();
+    let options = skipping().progress(move |progress| send.send(progress).unwrap());
+    dump(options, &place.dest, &sparse(data), PAGE);
+    let seen: Vec<_> = receive.try_iter().collect();
+    assert!(
+        seen.is_sorted_by(|a, b| a.bytes_done < b.bytes_done),
+        "{seen:?}"
+    );
+    assert!(seen.iter().all(|progress| progress.bytes_total == SIZE));
+    assert_eq!(seen.last().unwrap().bytes_done, SIZE);
+}
+
+#[test]
+fn looking_for_something_in_zeros_can_be_cancelled() {
+    let (place, cancel) = (Place::new(), CancelToken::new());
+    let token = cancel.clone();
+    let mut writer = MemoryWriter::options()
+        .skip_zeros(true)
+        .cancel(cancel)
+        .progress(move |progress| {
+            if progress.bytes_done > 0 {
+                assert!(progress.bytes_done < SIZE);
+                token.cancel();
+            }
+        })
+        .open(&place.dest, SIZE, PAGE)
+        .unwrap();
+    let error = writer.write_full(&sparse(&[])).unwrap_err();
+    assert!(
+        matches!(error, SnapshotError::Cancelled { written: 0, .. }),
+        "{error}"
+    );
+    assert!(matches!(
+        writer.commit().unwrap_err(),
+        SnapshotError::Incomplete { .. }
+    ));
+    place.assert_untouched();
+}
+
+#[derive(Clone, Debug)]
+enum Step {
+    Guest { first: u64, pages: u64, value: u8 },
+    Full,
+    Diff,
+}
+
+fn step(pages: u64) -> impl Strategy<Value = Step> {
+    prop_oneof![
+        4 => (0..pages, 1..40_u64, prop::sample::select(vec![0, 0, 1, 2]))
+            .prop_map(|(first, pages, value)| Step::Guest { first, pages, value }),
+        2 => Just(Step::Full),
+        2 => Just(Step::Diff),
+    ]
+}
+
+#[derive(Clone, Debug)]
+struct Save {
+    zeros: bool,
+    untouched: bool,
+    recycle: bool,
+    memory: bool,
+    page: u64,
+    steps: Vec<Step>,
+}
+
+const PAGES: u64 = 320;
+
+fn save() -> impl Strategy<Value = Save> {
+    let page = prop::sample::select(vec![512, 4096, 16384, 65536]);
+    let steps = prop::collection::vec(step(PAGES), 1..12);
+    (any::<[bool; 4]>(), page, steps).prop_map(
+        |([zeros, untouched, recycle, memory], page, steps)| Save {
+            zeros,
+            untouched,
+            recycle,
+            memory,
+            page,
+            steps,
+        },
+    )
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(96))]
+
+    /// The file is the oracle's, after any writes in any order, in new files and recycled ones.
+    #[test]
+    fn what_is_skipped_reads_as_zeros(saves in prop::collection::vec(save(), 1..5)) {
+        let dir = tempfile::tempdir().unwrap();
+        let dest = dir.path().join("mem");
+        let size = PAGES * PAGE;
+        for save in saves {
+            // A guest that starts untouched, and a copy of what it has.
+            let guest = Memory::new(size).unwrap();
+            let mut ram = vec![0_u8; size as usize];
+            let dirty = DirtyBitmap::new(0, size, PAGE).unwrap();
+            let mut options = MemoryWriter::options()
+                .skip_zeros(save.zeros)
+                .skip_untouched(save.untouched);
+            options = match save.recycle {
+                true => options.recycle(1 << 30),
+                false => options.durability(Durability::None),
+            };
+            let mut writer = options.open(&dest, size, save.page).unwrap();
+            let mut expected = vec![0_u8; size as usize];
+            let mut written = false;
+            for step in save.steps {
+                match step {
+                    Step::Guest { first, pages, value } => {
+                        let range = first * PAGE..(first + pages).min(PAGES) * PAGE;
+                        let bytes = vec![value; (range.end - range.start) as usize];
+                        guest.write(range.start, &bytes);
+                        ram[range.start as usize..range.end as usize].copy_from_slice(&bytes);
+                        dirty.set_range(range.start, range.end - range.start).unwrap();
+                    }
+                    Step::Full => {
+                        if save.memory {
+                            writer.write_full(&guest).unwrap();
+                        } else {
+                            writer.write_full(&without_memory(&ram)).unwrap();
+                        }
+                        written = true;
+                        expected.clone_from(&ram);
+                    }
+                    Step::Diff => {
+                        writer.write_diff(&guest, &dirty).unwrap();
+                        written = true;
+                        for run in dirty.runs() {
+                            let page = save.page;
+                            let whole = (run.start / page * page) as usize
+                                ..(run.end.next_multiple_of(page) as usize).min(ram.len());
+                            expected[whole.clone()].copy_from_slice(&ram[whole]);
+                        }
+                    }
+                }
+            }
+            if written {
+                writer.commit().unwrap();
+                prop_assert!(std::fs::read(&dest).unwrap() == expected);
+            }
+        }
+    }
+}
