@@ -188,7 +188,21 @@ impl PageReader for GuestRam {
 
 impl GuestRamOptions {
     /// Backs the RAM by one memory file of this name (shown in `/proc/self/maps`), for other processes to map: vhost-user
-    /// devices, a page server. It is sealed: its size stays.
+    /// devices, a page server. It is sealed: its size stays. It also lets a process without privileges find out which pages nobody
+    /// ever touched ([`populated`](PageReader::populated)), which of other shared memory takes `CAP_CHECKPOINT_RESTORE`.
+    ///
+    /// # Examples
+    /// ```
+    /// use kvm_backend::GuestRam;
+    /// use page_reader::{PageReader, RamLayout};
+    ///
+    /// let layout = RamLayout::new([(0, 4 << 20), (1 << 32, 4 << 20)])?;
+    /// let ram = GuestRam::options().memfd("ram").allocate(layout)?;
+    /// ram.write(1 << 32, b"kernel")?;
+    /// let first = ram.populated(0..8 << 20).next();
+    /// assert_eq!(first.map(|range| range.start), Some(4 << 20)); // nothing in the low region
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     pub fn memfd(mut self, name: impl Into<String>) -> Self {
         self.memfd = Some(name.into());
         self
