@@ -52,7 +52,11 @@ fn fulls(c: &mut Criterion) {
             &full(&ram, name, || MemoryWriter::options().skip_zeros(true)),
         );
     }
-    let skip = || MemoryWriter::options().skip_untouched(true);
+    let skip = || {
+        MemoryWriter::options()
+            .skip_zeros(true)
+            .skip_untouched(true)
+    };
     run(c, &full(&untouched.1, untouched.0, skip));
     run(c, &recycled(&random.1, "random bytes, over the previous"));
 }

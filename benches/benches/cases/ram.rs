@@ -31,13 +31,13 @@ impl Ram {
         let mut page = vec![0; PAGE as usize];
         let zeros = vec![0; PAGE as usize];
         for at in (0..size).step_by(PAGE as usize) {
-            let (share, touch) = match content {
-                Content::Random => (0, true),
-                Content::Zero(share) => (share, true),
-                Content::Untouched(share) => (share, false),
+            // Zeros in stretches of 64 pages. What a guest touches takes a huge page at a time, so what it does not comes in those.
+            let (share, stretch, touch) = match content {
+                Content::Random => (0, 1, true),
+                Content::Zero(share) => (share, 64, true),
+                Content::Untouched(share) => (share, 512, false),
             };
-            // In stretches of 64 pages, as guests have them.
-            let empty = Random(at / PAGE / 64).next_u64() % 100 < share;
+            let empty = Random(at / PAGE / stretch).next_u64() % 100 < share;
             if !empty {
                 for word in page.chunks_exact_mut(8) {
                     word.copy_from_slice(&random.next_u64().to_ne_bytes());
