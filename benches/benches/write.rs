@@ -11,7 +11,7 @@ mod cases;
 use atomic_file::{AtomicWriter, Durability};
 use benches::place;
 use cases::ram::{Content, Ram};
-use cases::{Case, Dirty, Pattern, diff, full, rams, recycled};
+use cases::{Case, Dirty, Pattern, diff, full, recycled};
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use memory_image::Chain;
 use memory_writer::MemoryWriter;
@@ -41,6 +41,16 @@ fn run(c: &mut Criterion, case: &Case<'_>) {
         });
     }
     group.finish();
+}
+
+/// The RAM of each full dump.
+fn rams(size: u64) -> [(&'static str, Ram); 4] {
+    [
+        ("random bytes", Ram::new(size, Content::Random)),
+        ("half zero", Ram::new(size, Content::Zero(50))),
+        ("95 % zero", Ram::new(size, Content::Zero(95))),
+        ("95 % never touched", Ram::new(size, Content::Untouched(95))),
+    ]
 }
 
 fn fulls(c: &mut Criterion) {

@@ -12,7 +12,7 @@ use dirty_bitmap::DirtyBitmap;
 use memory_writer::{MemoryWriter, Options};
 use vm_memory::{Bytes, GuestAddress};
 
-use ram::{Content, Ram};
+use ram::Ram;
 
 /// Names of contenders.
 pub const OURS: &str = "memsnap";
@@ -188,14 +188,4 @@ fn durable(file: &File, stage: &Path, dest: &Path) {
     fs::rename(stage, dest).unwrap();
     let dir = File::open(dest.parent().unwrap()).unwrap();
     dir.sync_all().unwrap();
-}
-
-/// The RAM of each full dump.
-pub fn rams(size: u64) -> [(&'static str, Ram); 4] {
-    [
-        ("random bytes", Ram::new(size, Content::Random)),
-        ("half zero", Ram::new(size, Content::Zero(50))),
-        ("95 % zero", Ram::new(size, Content::Zero(95))),
-        ("95 % never touched", Ram::new(size, Content::Untouched(95))),
-    ]
 }
