@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 use crate::geometry::GeometryError;
 use crate::policy::Policy;
+use crate::table::defaults;
 
 /// The bytes of a block, 2 MiB: what one entry of a level-2 table maps, on x86-64 (4 KiB pages) as in stage 2 on Arm (4 KiB
 /// granule).
@@ -148,13 +149,6 @@ impl Plan {
 impl Blocks {
     /// For RAM of `count` blocks, in pages that divide a block.
     pub(crate) fn new(count: u64, page_size: u64, policy: Policy) -> Result<Self, GeometryError> {
-        let failed = || GeometryError::OutOfMemory {
-            bytes: count.saturating_mul(size_of::<Block>() as u64),
-        };
-        let len = usize::try_from(count).map_err(|_| failed())?;
-        let mut all = Vec::new();
-        all.try_reserve_exact(len).map_err(|_| failed())?;
-        all.resize_with(len, Block::default);
         let costs = match policy {
             Policy::Cost(costs) => costs,
             _ => Default::default(),
@@ -165,7 +159,7 @@ impl Blocks {
             pages_per_block: (BLOCK_SIZE / page_size) as u32,
             fault,
             page,
-            all: all.into_boxed_slice(),
+            all: defaults(count)?,
         })
     }
 

@@ -29,8 +29,8 @@ impl Table {
         let words = pages.div_ceil(WORD_BITS);
         Ok(Self {
             pages,
-            words: zeroed(words)?,
-            summary: zeroed(words.div_ceil(WORD_BITS))?,
+            words: defaults(words)?,
+            summary: defaults(words.div_ceil(WORD_BITS))?,
         })
     }
 
@@ -176,15 +176,16 @@ impl Table {
     }
 }
 
-fn zeroed(words: u64) -> Result<Box<[AtomicU64]>, GeometryError> {
+/// `count` defaults, or why there is no memory for them.
+pub(crate) fn defaults<T: Default>(count: u64) -> Result<Box<[T]>, GeometryError> {
     let failed = || GeometryError::OutOfMemory {
-        bytes: words.saturating_mul(8),
+        bytes: count.saturating_mul(size_of::<T>() as u64),
     };
-    let len = usize::try_from(words).map_err(|_| failed())?;
-    let mut zeroed = Vec::new();
-    zeroed.try_reserve_exact(len).map_err(|_| failed())?;
-    zeroed.resize_with(len, || AtomicU64::new(0));
-    Ok(zeroed.into_boxed_slice())
+    let len = usize::try_from(count).map_err(|_| failed())?;
+    let mut all = Vec::new();
+    all.try_reserve_exact(len).map_err(|_| failed())?;
+    all.resize_with(len, T::default);
+    Ok(all.into_boxed_slice())
 }
 
 /// `count` set bits from bit `from` on; `from + count` is at most 64, `count` at least 1.
