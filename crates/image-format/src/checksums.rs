@@ -13,6 +13,29 @@ pub const CHUNK_SIZE: u64 = 1 << 20;
 /// A BLAKE3 hash.
 pub type Checksum = [u8; 32];
 
+/// The checksum of one chunk, from its present bytes in ascending order.
+#[derive(Clone, Debug, Default)]
+pub struct ChunkSum(blake3::Hasher);
+
+impl ChunkSum {
+    /// Of no bytes so far.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// `bytes` follow.
+    pub fn update(&mut self, bytes: &[u8]) {
+        self.0.update(bytes);
+    }
+
+    /// The sum of all bytes.
+    #[must_use]
+    pub fn finish(&self) -> Checksum {
+        self.0.finalize().into()
+    }
+}
+
 /// The checksums of an image that is being written.
 ///
 /// Fed in ascending order, as a dump goes, it is done when the dump is. Where bytes come late or a second time (a page written again,
@@ -34,7 +57,7 @@ struct Current {
     chunk: usize,
     /// The guest offset from which on bytes may follow.
     next: u64,
-    hasher: blake3::Hasher,
+    sum: ChunkSum,
 }
 
 impl Checksums {
@@ -73,7 +96,7 @@ impl Checksums {
                 if offset < current.next {
                     self.stale.set(chunk, true);
                 }
-                current.hasher.update(bytes);
+                current.sum.update(bytes);
                 current.next = end;
             }
             _ => {
@@ -81,12 +104,12 @@ impl Checksums {
                 if self.present.replace(chunk, true) {
                     self.stale.set(chunk, true);
                 }
-                let mut hasher = blake3::Hasher::new();
-                hasher.update(bytes);
+                let mut sum = ChunkSum::new();
+                sum.update(bytes);
                 self.current = Some(Current {
                     chunk,
                     next: end,
-                    hasher,
+                    sum,
                 });
             }
         }
@@ -94,7 +117,7 @@ impl Checksums {
 
     fn end_chunk(&mut self) {
         if let Some(current) = self.current.take() {
-            self.sums[current.chunk] = current.hasher.finalize().into();
+            self.sums[current.chunk] = current.sum.finish();
         }
     }
 

@@ -94,7 +94,7 @@ mod id;
 mod read;
 mod write;
 
-pub use checksums::{CHUNK_SIZE, Checksum, Checksums};
+pub use checksums::{CHUNK_SIZE, Checksum, Checksums, ChunkSum};
 pub use error::{FooterError, Invalid};
 pub use footer::{Chunk, Footer, Kind, Placement, Run, Stored};
 pub use id::{ImageId, ParseIdError};

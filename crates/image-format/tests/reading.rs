@@ -187,7 +187,7 @@ fn numbers_at_their_extremes_are_refused_though_the_checksum_is_right(
 #[case::stored_twice(|f: &mut Footer| f.runs[2].stored = Stored::At(0), Invalid::Packing { expected: 2 * PAGE, offset: 0 })]
 #[case::a_gap(|f: &mut Footer| f.runs[3].stored = Stored::At(64 * PAGE), Invalid::Packing { expected: 4 * PAGE, offset: 64 * PAGE })]
 #[case::a_sum_too_many(|f: &mut Footer| f.checksums.push([0; 32]), Invalid::Checksums { checksums: 4, chunks: 3 })]
-#[case::a_sum_too_few(|f: &mut Footer| drop(f.checksums.pop()), Invalid::Checksums { checksums: 2, chunks: 3 })]
+#[case::a_sum_too_few(|f: &mut Footer| f.checksums.truncate(2), Invalid::Checksums { checksums: 2, chunks: 3 })]
 #[case::full_with_gaps(|f: &mut Footer| f.kind = Kind::Full, Invalid::Order { index: 0 })]
 #[case::no_ram(|f: &mut Footer| f.ram_size = 0, Invalid::Sizes { ram_size: 0, page_size: PAGE })]
 #[case::a_crooked_page(|f: &mut Footer| f.page_size = 3000, Invalid::Sizes { ram_size: RAM, page_size: 3000 })]

@@ -5,9 +5,11 @@ use std::io;
 use std::path::PathBuf;
 
 use atomic_file::{CommitError, OpenError};
+use image_format::FooterError;
 use sparse_file::{SpaceError, WriteError};
 use thiserror::Error;
 
+use crate::sealing::SealError;
 use crate::unwritten::WipeError;
 
 /// Why a snapshot was not taken. Unless it is [`Commit`](Self::Commit), which says more, the destination is as it was.
@@ -27,7 +29,7 @@ pub enum SnapshotError {
         dest: PathBuf,
         /// Which side failed.
         step: MemoryIoStep,
-        /// The offset from the start of the memory file, in bytes, of the first byte that is missing.
+        /// The offset in the file, in bytes, of the first byte that is missing; reading guest memory, its offset in the RAM.
         offset: u64,
         /// What the reader or the system said.
         source: io::Error,
@@ -73,6 +75,36 @@ pub enum SnapshotError {
     NothingWritten {
         /// The snapshot's destination.
         dest: PathBuf,
+    },
+    /// There are no random numbers for the snapshot's id.
+    #[error("no id can be made for the snapshot {dest:?}: give one to Seal::id")]
+    Id {
+        /// The snapshot's destination.
+        dest: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// [`Seal::parent`](crate::Seal::parent) was given, and all of the RAM written: a full snapshot stands on no other.
+    #[error("the snapshot {dest:?} is to be full, and names a parent: name none")]
+    FullWithParent {
+        /// The snapshot's destination.
+        dest: PathBuf,
+    },
+    /// Metadata was given for a raw snapshot.
+    #[error(
+        "the snapshot {dest:?} is raw and has no place for metadata: choose Layout::Sealed or Layout::Packed"
+    )]
+    NotSealed {
+        /// The snapshot's destination.
+        dest: PathBuf,
+    },
+    /// The footer could not be written.
+    #[error("the snapshot {dest:?} could not be sealed")]
+    Seal {
+        /// The snapshot's destination.
+        dest: PathBuf,
+        /// What of the footer doesn't fit, or what the system said.
+        source: FooterError,
     },
     /// The commit failed; its error says whether the destination was replaced.
     #[error("the snapshot was not committed")]
@@ -130,6 +162,8 @@ pub enum MemoryIoStep {
     Write,
     /// Wiping what a recycled file held before and was not written; see [`Options::recycle`](crate::Options::recycle).
     Wipe,
+    /// Reading back what was written in several passes, for its checksum.
+    ReadBack,
 }
 
 impl MemoryIoStep {
@@ -159,6 +193,7 @@ impl fmt::Display for MemoryIoStep {
             Self::Read => "reading guest memory",
             Self::Write => "writing",
             Self::Wipe => "wiping the bytes of an older snapshot",
+            Self::ReadBack => "reading back what was written",
         })
     }
 }
@@ -190,6 +225,18 @@ impl SnapshotError {
             step: MemoryIoStep::Wipe,
             offset,
             source,
+        }
+    }
+
+    pub(crate) fn from_seal(dest: PathBuf, error: SealError) -> Self {
+        match error {
+            SealError::Footer(source) => Self::Seal { dest, source },
+            SealError::ReadBack(offset, source) => Self::MemoryIo {
+                dest,
+                step: MemoryIoStep::ReadBack,
+                offset,
+                source,
+            },
         }
     }
 

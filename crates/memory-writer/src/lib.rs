@@ -47,7 +47,9 @@
 //! epoch.release();
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
-//! **Memory and vCPU state as one**: [`finish`](MemoryWriter::finish) gives the staged file to an [`atomic_file::AtomicGroup`].
+//! **A snapshot that can't be misread**, checksummed, with an id and its parent's: [`Options::layout`] and [`Seal`].
+//!
+//! **Memory and vCPU state as one**: put the state into the image ([`MemoryWriter::set_metadata`]), or keep it beside: [`finish`](MemoryWriter::finish) gives the staged file to an [`atomic_file::AtomicGroup`].
 //!
 //! **A snapshot that replaces the one before, again and again**: [`Options::recycle`] overwrites the blocks of the last but one.
 //!
@@ -66,22 +68,32 @@
 //! What a full dump skips is left as the hole that it is in a new file. If the writer has written to the file before, or it is
 //! a recycled one, the same bit per page keeps account of it.
 //!
+//! A sealed or packed image's bytes are copied once, summed and written from the copy, so a sum is of what is in the file whatever the guest does
+//! meanwhile. Chunks that are written in more than one pass are read back for their sum before the commit.
+//!
 //! # Limitations
-//! The file is raw: bytes at their guest offsets. In a diff, a page that is not there is a hole. On a file system without holes
+//! The default layout is raw: bytes at their guest offsets. In a raw diff, a page that is not there is a hole. On a file system without holes
 //! (HFS+, exFAT) it is a page of zeros, indistinguishable from a zeroed one: the bytes that were dirty are right all the same, but a diff is told
 //! from its zeros there only by someone who knows which pages it holds. The same goes for one that makes holes of zeros (ZFS with compression).
+//! Sealed and packed layouts say which pages they hold, everywhere.
 
 mod error;
 mod guest;
+mod layout;
 mod meter;
 mod needed;
 mod options;
 mod pages;
+mod placing;
+mod sealing;
+mod sink;
 mod unwritten;
 mod writer;
 
 pub use atomic_file::{CommitError, Durability, OpenError, Symlinks};
 pub use error::{MemoryIoStep, RamError, SnapshotError};
+pub use image_format::{FooterError, ImageId};
+pub use layout::{Layout, Seal};
 pub use options::{CancelToken, Options, Progress};
 pub use sparse_file::Engine;
 pub use writer::MemoryWriter;

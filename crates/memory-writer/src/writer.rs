@@ -1,20 +1,22 @@
 //! Open, write, commit.
 
 use std::fs::File;
-use std::ops::Range;
 use std::path::Path;
 
 use atomic_file::AtomicWriter;
 use dirty_bitmap::DirtyBitmap;
+use image_format::{ImageId, Placement};
 use page_reader::PageReader;
-use sparse_file::{SpaceError, WriteOptions, grow, write_runs};
+use sparse_file::{SpaceError, WriteOptions, grow};
 
 use crate::error::{RamError, SnapshotError};
-use crate::guest::Guest;
+use crate::layout::Layout;
 use crate::meter::Meter;
 use crate::needed::{Needed, Skip};
 use crate::options::{Options, Watch};
 use crate::pages::WholePages;
+use crate::sealing::Sealing;
+use crate::sink::Sink;
 use crate::unwritten::Unwritten;
 
 /// A memory snapshot under way: staged beside its destination until [`commit`](Self::commit) puts it there.
@@ -36,6 +38,8 @@ pub struct MemoryWriter {
     state: State,
     /// What is to be wiped before the file is committed: in a recycled stage, and where a full dump left out what had been written.
     unwritten: Option<Unwritten>,
+    /// What the footer is to say, if the file gets one.
+    sealing: Option<Sealing>,
 }
 
 /// What the staged file is worth.
@@ -77,19 +81,32 @@ impl MemoryWriter {
     ) -> Result<Self, SnapshotError> {
         check_ram(ram_size, page_size)?;
         let stage = options.stage(dest)?;
-        resize(stage.file(), ram_size).map_err(|error| {
-            SnapshotError::from_grow(stage.dest_path().to_owned(), ram_size, error)
-        })?;
-        let unwritten = stage
-            .recycled()
-            .then(|| Unwritten::all(ram_size, page_size));
         let Options {
             write,
             skip,
+            layout,
             ram_start,
             watch,
             ..
         } = options;
+        let (placement, seal) = match layout {
+            Layout::Raw => (Placement::InPlace, None),
+            Layout::Sealed(seal) => (Placement::InPlace, Some(seal)),
+            Layout::Packed(seal) => (Placement::Packed, Some(seal)),
+        };
+        let sealing = seal.map(|seal| Sealing::new(seal, placement, ram_size));
+        let sealing = sealing.transpose().map_err(|source| SnapshotError::Id {
+            dest: stage.dest_path().to_owned(),
+            source,
+        })?;
+        if placement == Placement::InPlace {
+            resize(stage.file(), ram_size).map_err(|error| {
+                SnapshotError::from_grow(stage.dest_path().to_owned(), ram_size, error)
+            })?;
+        }
+        // Packed pages leave no gaps.
+        let unwritten = (stage.recycled() && placement == Placement::InPlace)
+            .then(|| Unwritten::all(ram_size, page_size));
         Ok(Self {
             stage,
             ram_size,
@@ -100,6 +117,7 @@ impl MemoryWriter {
             watch,
             state: State::Empty,
             unwritten,
+            sealing,
         })
     }
 
@@ -133,26 +151,62 @@ impl MemoryWriter {
         self.stage.recycled()
     }
 
+    /// The id of the snapshot, which a diff on top of it names as its parent; `None` for a raw one.
+    #[must_use]
+    pub fn image_id(&self) -> Option<ImageId> {
+        self.sealing.as_ref().map(|sealing| sealing.id)
+    }
+
+    /// Keeps `bytes` with the snapshot in place of [`Seal::metadata`](crate::Seal::metadata): the vCPUs' state, as it is once they are paused.
+    ///
+    /// # Errors
+    /// [`SnapshotError::NotSealed`]: a raw file has no place for them.
+    pub fn set_metadata(&mut self, bytes: impl Into<Vec<u8>>) -> Result<(), SnapshotError> {
+        match &mut self.sealing {
+            Some(sealing) => {
+                sealing.metadata = bytes.into();
+                Ok(())
+            }
+            None => Err(SnapshotError::NotSealed {
+                dest: self.stage.dest_path().to_owned(),
+            }),
+        }
+    }
+
     /// Writes all of the RAM, every byte of `[0, ram_size)`, zeros too unless [`Options::skip_zeros`] or
     /// [`Options::skip_untouched`] leave them out.
     ///
     /// # Errors
-    /// [`SnapshotError::MemoryIo`] or [`SnapshotError::Cancelled`]; the writer can't be committed then.
+    /// [`SnapshotError::FullWithParent`]: nothing was written. [`SnapshotError::MemoryIo`] or [`SnapshotError::Cancelled`]; the writer
+    /// can't be committed then.
     pub fn write_full<R: PageReader + ?Sized>(&mut self, reader: &R) -> Result<(), SnapshotError> {
+        if self
+            .sealing
+            .as_ref()
+            .is_some_and(|seal| seal.parent().is_some())
+        {
+            return Err(SnapshotError::FullWithParent {
+                dest: self.stage.dest_path().to_owned(),
+            });
+        }
         let written_before = self.state != State::Empty;
         self.begin()?;
-        let (stage, write, skip) = (&self.stage, &self.write, self.skip);
-        let meter = Meter::new(&mut self.watch, self.page_size, self.ram_size);
+        if let Some(sealing) = &mut self.sealing {
+            sealing.begin_full();
+        }
+        if self.skip.anything() && written_before && self.in_place() {
+            // Where this leaves out zeros, nothing may be left of that.
+            self.unwritten = Some(Unwritten::all(self.ram_size, self.page_size));
+        }
+        let (ram_size, page_size) = (self.ram_size, self.page_size);
+        let skip = self.skip;
+        let (sink, watch) = self.sink();
+        let meter = Meter::new(watch, page_size, ram_size);
         if skip.anything() {
-            if written_before {
-                // Where this leaves out zeros, nothing may be left of that.
-                self.unwritten = Some(Unwritten::all(self.ram_size, self.page_size));
-            }
-            let needed = Needed::new(reader, skip, self.ram_size, self.page_size, &meter);
-            write_pages(stage, write, &mut self.unwritten, reader, needed, &meter)?;
+            let needed = Needed::new(reader, skip, ram_size, page_size, &meter);
+            sink.write(reader, needed, ram_size, &meter)?;
         } else {
-            let all = std::iter::once(0..self.ram_size);
-            write_pages(stage, write, &mut self.unwritten, reader, all, &meter)?;
+            sink.write(reader, std::iter::once(0..ram_size), ram_size, &meter)?;
         }
         self.state = State::Whole;
         Ok(())
@@ -186,13 +240,25 @@ impl MemoryWriter {
             });
         }
         self.begin()?;
-        let (stage, write) = (&self.stage, &self.write);
-        let pages = || WholePages::new(dirty.runs(), self.page_size);
+        let page_size = self.page_size;
+        let pages = || WholePages::new(dirty.runs(), page_size);
         let total = pages().map(|run| run.end - run.start).sum();
-        let meter = Meter::new(&mut self.watch, self.page_size, total);
-        let written = write_pages(stage, write, &mut self.unwritten, reader, pages(), &meter)?;
+        let (sink, watch) = self.sink();
+        let meter = Meter::new(watch, page_size, total);
+        let written = sink.write(reader, pages(), total, &meter)?;
         self.state = State::Whole;
-        Ok(written / self.page_size)
+        Ok(written / page_size)
+    }
+
+    /// Where a write goes, and who watches it.
+    fn sink(&mut self) -> (Sink<'_>, &mut Watch) {
+        let sink = Sink {
+            stage: &self.stage,
+            options: &self.write,
+            unwritten: &mut self.unwritten,
+            sealing: &mut self.sealing,
+        };
+        (sink, &mut self.watch)
     }
 
     /// Whatever ends the write from here on but its success leaves the writer incomplete.
@@ -208,8 +274,8 @@ impl MemoryWriter {
     /// too (see [`Options::durability`]).
     ///
     /// # Errors
-    /// [`SnapshotError::NothingWritten`], [`SnapshotError::Incomplete`] and [`SnapshotError::MemoryIo`] (a recycled file could not
-    /// be wiped): the destination is as it was.
+    /// [`SnapshotError::NothingWritten`], [`SnapshotError::Incomplete`], [`SnapshotError::MemoryIo`] (a recycled file could not
+    /// be wiped) and [`SnapshotError::Seal`]: the destination is as it was.
     /// [`SnapshotError::Commit`] says which of old and new is there. Nothing is left behind but what the error names.
     pub fn commit(self) -> Result<(), SnapshotError> {
         Ok(self.finish()?.commit()?)
@@ -218,25 +284,33 @@ impl MemoryWriter {
     /// The staged file, whole and ready to be committed as part of an [`atomic_file::AtomicGroup`], beside the vCPUs' state, say.
     ///
     /// # Errors
-    /// [`SnapshotError::NothingWritten`], [`SnapshotError::Incomplete`] and [`SnapshotError::MemoryIo`] (a recycled file could not
-    /// be wiped): the destination is as it was, and nothing is left behind.
+    /// [`SnapshotError::NothingWritten`], [`SnapshotError::Incomplete`], [`SnapshotError::MemoryIo`] (a recycled file could not
+    /// be wiped) and [`SnapshotError::Seal`]: the destination is as it was, and nothing is left behind.
     pub fn finish(self) -> Result<AtomicWriter, SnapshotError> {
+        let dest = || self.stage.dest_path().to_owned();
         match self.state {
-            State::Whole => {
-                if let Some(unwritten) = &self.unwritten {
-                    unwritten
-                        .wipe(self.stage.file(), &self.write)
-                        .map_err(|error| {
-                            SnapshotError::from_wipe(self.stage.dest_path().to_owned(), error)
-                        })?;
-                }
-                Ok(self.stage)
-            }
-            State::Incomplete => Err(self.incomplete()),
-            State::Empty => Err(SnapshotError::NothingWritten {
-                dest: self.stage.dest_path().to_owned(),
-            }),
+            State::Whole => {}
+            State::Incomplete => return Err(self.incomplete()),
+            State::Empty => return Err(SnapshotError::NothingWritten { dest: dest() }),
         }
+        let file = self.stage.file();
+        if let Some(unwritten) = &self.unwritten {
+            unwritten
+                .wipe(file, &self.write)
+                .map_err(|error| SnapshotError::from_wipe(dest(), error))?;
+        }
+        if let Some(sealing) = self.sealing {
+            sealing
+                .seal(file, self.page_size, self.ram_start.unwrap_or(0))
+                .map_err(|error| SnapshotError::from_seal(dest(), error))?;
+        }
+        Ok(self.stage)
+    }
+
+    fn in_place(&self) -> bool {
+        self.sealing
+            .as_ref()
+            .is_none_or(|sealing| sealing.map.placement() == Placement::InPlace)
     }
 
     fn incomplete(&self) -> SnapshotError {
@@ -244,38 +318,6 @@ impl MemoryWriter {
             dest: self.stage.dest_path().to_owned(),
         }
     }
-}
-
-fn write_pages<R: PageReader + ?Sized>(
-    stage: &AtomicWriter,
-    options: &WriteOptions,
-    unwritten: &mut Option<Unwritten>,
-    reader: &R,
-    runs: impl Iterator<Item = Range<u64>>,
-    meter: &Meter<'_>,
-) -> Result<u64, SnapshotError> {
-    let dest = || stage.dest_path().to_owned();
-    let cancelled = |written| SnapshotError::Cancelled {
-        dest: dest(),
-        written,
-    };
-    if meter.wrote(0).is_break() {
-        return Err(cancelled(0));
-    }
-    let runs = runs.inspect(|run| {
-        if let Some(unwritten) = unwritten {
-            unwritten.remove(run);
-        }
-    });
-    let (file, source) = (stage.file(), Guest(reader));
-    let written = write_runs(file, runs, &source, options, &mut |bytes| {
-        meter.wrote(bytes)
-    })
-    .map_err(|error| SnapshotError::from_write(dest(), error))?;
-    if meter.cancelled() {
-        return Err(cancelled(written));
-    }
-    Ok(written)
 }
 
 /// A new file is grown; a recycled one may be longer.

@@ -1,0 +1,68 @@
+//! One write of runs of pages to the staged file.
+
+use std::ops::Range;
+
+use atomic_file::AtomicWriter;
+use page_reader::PageReader;
+use sparse_file::{WriteError, WriteOptions, write_runs};
+
+use crate::error::SnapshotError;
+use crate::guest::Guest;
+use crate::meter::Meter;
+use crate::placing::Pass;
+use crate::sealing::Sealing;
+use crate::unwritten::Unwritten;
+
+/// Where the pages go, and who keeps account of them.
+pub(crate) struct Sink<'w> {
+    pub(crate) stage: &'w AtomicWriter,
+    pub(crate) options: &'w WriteOptions,
+    pub(crate) unwritten: &'w mut Option<Unwritten>,
+    pub(crate) sealing: &'w mut Option<Sealing>,
+}
+
+impl Sink<'_> {
+    /// Writes `runs` of whole pages, together at most `total` bytes unless they are marked meanwhile, and returns how many bytes those were.
+    pub(crate) fn write<R: PageReader + ?Sized>(
+        self,
+        reader: &R,
+        runs: impl Iterator<Item = Range<u64>>,
+        total: u64,
+        meter: &Meter<'_>,
+    ) -> Result<u64, SnapshotError> {
+        let dest = || self.stage.dest_path().to_owned();
+        let cancelled = |written| SnapshotError::Cancelled {
+            dest: dest(),
+            written,
+        };
+        if meter.wrote(0).is_break() {
+            return Err(cancelled(0));
+        }
+        let runs = runs.inspect(|run| {
+            if let Some(unwritten) = self.unwritten {
+                unwritten.remove(run);
+            }
+        });
+        let (file, options) = (self.stage.file(), self.options);
+        let progress = &mut |bytes| meter.wrote(bytes);
+        let written = match self.sealing {
+            None => write_runs(file, runs, &Guest(reader), options, progress),
+            Some(sealing) => {
+                let Sealing { map, checksums, .. } = sealing;
+                let pass = Pass::new(reader, file, map, checksums, total);
+                let mut written = write_runs(file, pass.file_runs(runs), &pass, options, progress);
+                if let Err(WriteError::Source { offset, .. }) = &mut written {
+                    *offset = pass.guest_offset(*offset);
+                }
+                let placed = pass.finish();
+                placed.into_map(map);
+                written
+            }
+        };
+        let written = written.map_err(|error| SnapshotError::from_write(dest(), error))?;
+        if meter.cancelled() {
+            return Err(cancelled(written));
+        }
+        Ok(written)
+    }
+}

@@ -1,0 +1,345 @@
+//! Sealed and packed snapshots: what their footers say is what was written, and what was written sums to what they say.
+
+mod support;
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+
+use dirty_bitmap::DirtyBitmap;
+use image_format::{ChunkSum, Footer, Kind, Placement, Stored};
+use memory_writer::{
+    Durability, FooterError, ImageId, Layout, MemoryIoStep, MemoryWriter, Options, Seal,
+    SnapshotError,
+};
+use proptest::prelude::*;
+use rstest::rstest;
+use support::{Place, Until, pattern};
+
+const PAGE: u64 = 4096;
+
+type Make = fn(Seal) -> Layout;
+
+/// What the image at `path` makes of `ram`, after every sum in it was found right.
+fn applied(path: &Path, mut ram: Vec<u8>) -> (Footer, Vec<u8>) {
+    let file = File::open(path).unwrap();
+    let footer = Footer::read(&file).expect("it is sealed");
+    for chunk in footer.chunks() {
+        let mut sum = ChunkSum::new();
+        for (range, at) in chunk.pieces() {
+            let bytes = &mut ram[range.start as usize..range.end as usize];
+            file.read_exact_at(bytes, at).unwrap();
+            sum.update(bytes);
+        }
+        assert_eq!(sum.finish(), chunk.checksum, "chunk {}", chunk.number);
+    }
+    for run in &footer.runs {
+        if run.stored == Stored::Zeros {
+            ram[run.start as usize..run.range().end as usize].fill(0);
+        }
+    }
+    (footer, ram)
+}
+
+fn options(layout: Layout) -> Options {
+    MemoryWriter::options().layout(layout)
+}
+
+fn dirty(size: u64, pages: &[u64]) -> DirtyBitmap {
+    let dirty = DirtyBitmap::new(0, size, PAGE).unwrap();
+    for page in pages {
+        dirty.set_dirty_by_index(*page).unwrap();
+    }
+    dirty
+}
+
+#[rstest]
+#[case::sealed(Layout::Sealed, Placement::InPlace)]
+#[case::packed(Layout::Packed, Placement::Packed)]
+fn a_full_snapshot_says_that_it_has_every_page(#[case] make: Make, #[case] placement: Placement) {
+    let place = Place::new();
+    let ram = pattern(3 << 20, 1);
+    let mut writer = options(make(Seal::new()))
+        .open(&place.dest, 3 << 20, PAGE)
+        .unwrap();
+    let id = writer.image_id().expect("it is sealed");
+    writer.write_full(&ram).unwrap();
+    writer.commit().unwrap();
+
+    let (footer, restored) = applied(&place.dest, vec![0xaa; 3 << 20]);
+    assert_eq!(
+        (footer.id, footer.kind, footer.placement),
+        (id, Kind::Full, placement)
+    );
+    assert_eq!(footer.regions, [0..3 << 20]);
+    assert!(restored == ram);
+    assert!(
+        place.read()[..3 << 20] == ram,
+        "the first bytes map as those of a raw file"
+    );
+    place.assert_nothing_else();
+}
+
+#[rstest]
+#[case::sealed(Layout::Sealed)]
+#[case::packed(Layout::Packed)]
+fn a_diff_tells_a_page_of_zeros_from_a_clean_one(#[case] make: Make) {
+    let place = Place::new();
+    let size = 4 << 20;
+    let mut ram = pattern(size as usize, 2);
+    let before = ram.clone();
+    ram[8192..12288].fill(0);
+    ram[1 << 20..(1 << 20) + 4096].fill(7);
+    let parent = ImageId::from_bytes([4; 16]);
+    let seal = Seal::new()
+        .parent(parent)
+        .regions([0..1 << 20, 1 << 32..(1 << 32) + (3 << 20)])
+        .metadata(b"vcpu".to_vec());
+    let mut writer = options(make(seal)).open(&place.dest, size, PAGE).unwrap();
+    assert_eq!(writer.write_diff(&ram, &dirty(size, &[2, 256])).unwrap(), 2);
+    writer.commit().unwrap();
+
+    let (footer, restored) = applied(&place.dest, before);
+    assert_eq!(footer.parent(), Some(parent));
+    assert_eq!(footer.metadata, b"vcpu");
+    assert_eq!(footer.regions[1].start, 1 << 32);
+    assert_eq!(footer.present_bytes(), 2 * PAGE);
+    assert!(restored == ram);
+    if footer.placement == Placement::Packed {
+        assert_eq!(footer.data_len(), 2 * PAGE);
+        assert!(
+            place.read().len() < 4 * PAGE as usize,
+            "two pages and a footer"
+        );
+    }
+}
+
+#[rstest]
+#[case::sealed(Layout::Sealed)]
+#[case::packed(Layout::Packed)]
+fn a_diff_of_nothing_is_a_footer(#[case] make: Make) {
+    let place = Place::new();
+    let mut writer = options(make(Seal::new()))
+        .open(&place.dest, 1 << 20, PAGE)
+        .unwrap();
+    writer
+        .write_diff(&vec![0; 1 << 20], &dirty(1 << 20, &[]))
+        .unwrap();
+    writer.commit().unwrap();
+    let (footer, _) = applied(&place.dest, Vec::new());
+    assert_eq!((footer.runs.len(), footer.checksums.len()), (0, 0));
+}
+
+#[rstest]
+#[case::sealed(Layout::Sealed)]
+#[case::packed(Layout::Packed)]
+fn what_a_full_dump_leaves_out_is_zeros_in_its_map(#[case] make: Make) {
+    let place = Place::new();
+    let size = 4 << 20;
+    let mut ram = vec![0; size as usize];
+    ram[1 << 20..(1 << 20) + 100].fill(5);
+    let mut writer = options(make(Seal::new()))
+        .skip_zeros(true)
+        .open(&place.dest, size, PAGE)
+        .unwrap();
+    // What is written before, and zero by the time of the full dump, is zeros afterwards.
+    writer
+        .write_diff(&pattern(size as usize, 9), &dirty(size, &[900]))
+        .unwrap();
+    writer.write_full(&ram).unwrap();
+    writer.commit().unwrap();
+    let (footer, restored) = applied(&place.dest, vec![0xaa; size as usize]);
+    assert_eq!(footer.kind, Kind::Full);
+    assert!(
+        footer.zero_bytes() > size - (64 << 10),
+        "{} are zero",
+        footer.zero_bytes()
+    );
+    assert!(restored == ram);
+}
+
+#[test]
+fn a_recycled_packed_stage_shows_nothing_of_what_it_was() {
+    let place = Place::new();
+    let size = 4 << 20;
+    let save = |ram: &Vec<u8>, pages: &[u64]| {
+        let mut writer = options(Layout::Packed(Seal::new()))
+            .recycle(1 << 30)
+            .open(&place.dest, size, PAGE)
+            .unwrap();
+        writer.write_diff(ram, &dirty(size, pages)).unwrap();
+        writer.commit().unwrap();
+    };
+    let secret = vec![0x55; size as usize];
+    save(&secret, &(0..1000).collect::<Vec<_>>());
+    save(&secret, &(0..1000).collect::<Vec<_>>());
+    let ram = pattern(size as usize, 3);
+    save(&ram, &[1, 500]);
+    let bytes = place.read();
+    assert!(bytes.len() < 4 * PAGE as usize);
+    assert!(!bytes.windows(16).any(|window| window == [0x55; 16]));
+    let (_, restored) = applied(&place.dest, vec![0; size as usize]);
+    assert!(restored[PAGE as usize..2 * PAGE as usize] == ram[PAGE as usize..2 * PAGE as usize]);
+}
+
+#[test]
+fn bytes_are_summed_as_they_are_written_even_if_the_guest_writes_meanwhile() {
+    /// RAM that is different each time that it is read.
+    struct Running(std::cell::Cell<u8>);
+    impl page_reader::PageReader for Running {
+        fn read_at(&self, _: u64, buf: &mut [u8]) -> io::Result<()> {
+            self.0.set(self.0.get().wrapping_add(1));
+            buf.fill(self.0.get());
+            Ok(())
+        }
+    }
+    let place = Place::new();
+    let mut writer = options(Layout::Sealed(Seal::new()))
+        .open(&place.dest, 8 << 20, PAGE)
+        .unwrap();
+    let running = Running(std::cell::Cell::new(0));
+    writer.write_full(&running).unwrap();
+    writer
+        .write_diff(&running, &dirty(8 << 20, &[0, 3, 700]))
+        .unwrap();
+    writer.commit().unwrap();
+    applied(&place.dest, vec![0; 8 << 20]);
+}
+
+#[test]
+fn what_does_not_fit_a_seal_is_refused() {
+    let place = Place::new();
+    let open = |layout| options(layout).open(&place.dest, 1 << 20, PAGE).unwrap();
+    let ram = vec![0; 1 << 20];
+
+    let parent = Seal::new().parent(ImageId::from_bytes([1; 16]));
+    let mut writer = open(Layout::Sealed(parent));
+    let error = writer
+        .write_full(&ram)
+        .expect_err("a full snapshot has no parent");
+    assert!(matches!(error, SnapshotError::FullWithParent { .. }));
+    drop(writer);
+
+    let mut writer = open(Layout::Raw);
+    assert_eq!(writer.image_id(), None);
+    let error = writer
+        .set_metadata(b"state".to_vec())
+        .expect_err("no place for it");
+    assert!(matches!(error, SnapshotError::NotSealed { .. }));
+    drop(writer);
+
+    let mut writer = open(Layout::Packed(Seal::new().regions([0..4096])));
+    writer.write_full(&ram).unwrap();
+    let error = writer.commit().expect_err("regions of another RAM");
+    assert!(matches!(
+        error,
+        SnapshotError::Seal {
+            source: FooterError::Invalid(_),
+            ..
+        }
+    ));
+    place.assert_untouched();
+}
+
+#[test]
+fn a_reader_that_fails_is_named_by_the_offset_in_ram_also_where_pages_are_packed() {
+    let place = Place::new();
+    let reader = Until {
+        ram: vec![1; 1 << 20],
+        offset: 200 * PAGE,
+        then: || io::Error::other("planted"),
+    };
+    let mut writer = options(Layout::Packed(Seal::new()))
+        .open(&place.dest, 1 << 20, PAGE)
+        .unwrap();
+    let error = writer
+        .write_diff(&reader, &dirty(1 << 20, &[10, 220]))
+        .expect_err("it fails");
+    let SnapshotError::MemoryIo {
+        step: MemoryIoStep::Read,
+        offset,
+        ..
+    } = error
+    else {
+        panic!("{error:?}");
+    };
+    // What is gathered for one request fails as one.
+    assert_eq!(offset, 10 * PAGE);
+    assert!(matches!(
+        writer.commit(),
+        Err(SnapshotError::Incomplete { .. })
+    ));
+    place.assert_untouched();
+}
+
+#[derive(Clone, Debug)]
+enum Step {
+    Write { at: u64, len: u64, value: u8 },
+    Full,
+    Diff,
+}
+
+fn steps(size: u64) -> impl Strategy<Value = Vec<Step>> {
+    let step = prop_oneof![
+        6 => (0..size, 1..30_000u64, any::<u8>()).prop_map(|(at, len, value)| Step::Write { at, len, value }),
+        1 => Just(Step::Full),
+        3 => Just(Step::Diff),
+    ];
+    prop::collection::vec(step, 1..20)
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(96))]
+
+    #[test]
+    fn any_sequence_of_writes_of_one_snapshot_restores_to_what_was_written_last(
+        (size, steps) in (1..800u64).prop_flat_map(|pages| (Just(pages * PAGE), steps(pages * PAGE))),
+        packed in any::<bool>(),
+        skip in any::<bool>(),
+    ) {
+        let dir = tempfile::tempdir().unwrap();
+        let dest = dir.path().join("mem");
+        let layout = if packed { Layout::Packed(Seal::new()) } else { Layout::Sealed(Seal::new()) };
+        let mut writer = options(layout)
+            .durability(Durability::None)
+            .skip_zeros(skip)
+            .open(&dest, size, PAGE)
+            .unwrap();
+        let (mut ram, base) = (vec![0_u8; size as usize], vec![0x77_u8; size as usize]);
+        let mut expected = base.clone();
+        let dirty = DirtyBitmap::new(0, size, PAGE).unwrap();
+        let (mut saved, mut full) = (false, false);
+        for step in steps {
+            match step {
+                Step::Write { at, len, value } => {
+                    let end = (at + len).min(size);
+                    ram[at as usize..end as usize].fill(value);
+                    dirty.set_range(at, end - at).unwrap();
+                }
+                Step::Full => {
+                    writer.write_full(&ram).unwrap();
+                    expected.clone_from(&ram);
+                    (saved, full) = (true, true);
+                }
+                Step::Diff => {
+                    let taken = dirty.drain().unwrap();
+                    writer.write_diff(&ram, &taken).unwrap();
+                    for run in taken.runs() {
+                        let run = run.start as usize..run.end as usize;
+                        expected[run.clone()].copy_from_slice(&ram[run]);
+                    }
+                    saved = true;
+                }
+            }
+        }
+        if !saved {
+            prop_assert!(writer.commit().is_err());
+            return Ok(());
+        }
+        writer.commit().unwrap();
+        let (footer, restored) = applied(&dest, base);
+        prop_assert_eq!(footer.kind == Kind::Full, full);
+        prop_assert!(restored == expected);
+    }
+}
