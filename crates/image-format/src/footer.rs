@@ -173,6 +173,13 @@ impl Footer {
         run.range().contains(&offset).then_some(run)
     }
 
+    /// The first run that starts after the guest offset `offset`.
+    #[must_use]
+    pub fn run_after(&self, offset: u64) -> Option<&Run> {
+        let after = self.runs.partition_point(|run| run.start <= offset);
+        self.runs.get(after)
+    }
+
     /// The chunks that have present bytes, ascending, each with its checksum.
     pub fn chunks(&self) -> impl Iterator<Item = Chunk<'_>> {
         let mut sums = self.checksums.iter();

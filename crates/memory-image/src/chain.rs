@@ -2,33 +2,38 @@
 
 use std::io;
 use std::ops::Range;
-use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-use page_reader::PageReader;
+use image_format::ImageId;
+use page_reader::{PageReader, PopulatedRanges};
 
-use crate::error::ImageError;
+use crate::error::{ImageError, Unclear};
+use crate::image::Image;
 use crate::page_set::PageSet;
-use crate::raw::RawFile;
 
-/// A full raw image and the diffs taken after it, oldest first: the guest's RAM as it was at the last of them.
+/// A full image and the diffs taken after it, oldest first: the guest's RAM as it was at the last of them. Or diffs alone, to be made one.
 ///
 /// The images are opened and looked through once; their bytes are read when asked for. They must not change while the
 /// chain is open. A snapshot that is *replaced* by a commit does no harm: the chain goes on reading the old file.
 ///
-/// Memory: one bit per page and image.
+/// Sealed images are checked to follow each other: a diff that names another parent than the id below it is refused. What the
+/// bytes sum to is for [`Image::verify`].
+///
+/// Memory: one bit per page and image, and a sealed image's footer.
 #[derive(Debug)]
 pub struct Chain {
     page_size: u64,
-    /// The base first. No page is in two layers: the newest that holds it has it.
-    layers: Vec<Layer>,
+    full: bool,
+    /// The oldest first. No page is in two layers: the newest that holds it has it.
+    pub(crate) layers: Vec<Layer>,
     /// Directories whose holes were found to be worth believing: each is probed once.
     believed: Vec<PathBuf>,
 }
 
 #[derive(Debug)]
-struct Layer {
-    image: RawFile,
+pub(crate) struct Layer {
+    pub(crate) image: Image,
+    /// The pages that it speaks for, but the zeros of a full image.
     pages: PageSet,
 }
 
@@ -36,38 +41,110 @@ impl Chain {
     /// Opens the full image `base`, of a guest whose snapshots are in pages of `page_size` bytes.
     ///
     /// # Errors
-    /// [`ImageError`]: no regular file with bytes in it, no whole number of pages, or more of them than there is memory to count.
+    /// [`ImageError`]: what [`Image::open`] gives, a diff, no whole number of pages, or more of them than there is memory to count.
     pub fn open(base: impl AsRef<Path>, page_size: u64) -> Result<Self, ImageError> {
+        let chain = Self::empty(page_size, true)?;
+        chain.begun(Image::open(base)?)
+    }
+
+    /// With its first image.
+    fn begun(mut self, image: Image) -> Result<Self, ImageError> {
+        if self.full && image.is_diff() {
+            return Err(ImageError::NotFull { path: image.path });
+        }
+        self.check_pages(&image)?;
+        let mut pages = match (&image.footer, self.full) {
+            (None, true) => image.stored_pages(self.page_size)?,
+            _ => self.pages_of_diff(&image)?,
+        };
+        if self.full {
+            // What no layer has is zeros.
+            image.zero_runs().for_each(|zeros| pages.clear(&zeros));
+        }
+        self.add(Layer { image, pages });
+        Ok(self)
+    }
+
+    /// Opens images that are all sealed or packed, oldest first, in the smallest of their page sizes: a full one and diffs, or diffs alone.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open) and [`push`](Self::push); [`ImageError::NoImages`] for none.
+    pub fn open_sealed<P: AsRef<Path>>(
+        paths: impl IntoIterator<Item = P>,
+    ) -> Result<Self, ImageError> {
+        let images = paths.into_iter().map(Image::open_sealed);
+        let images = images.collect::<Result<Vec<_>, _>>()?;
+        let page_sizes = images
+            .iter()
+            .filter_map(|image| Some(image.footer()?.page_size));
+        let page_size = page_sizes.min().ok_or(ImageError::NoImages)?;
+        let mut images = images.into_iter();
+        let oldest = images.next().ok_or(ImageError::NoImages)?;
+        let mut chain = Self::empty(page_size, !oldest.is_diff())?.begun(oldest)?;
+        for image in images {
+            chain.push_image(image)?;
+        }
+        Ok(chain)
+    }
+
+    /// Opens the diff `oldest`, to be put together with the diffs taken after it into one. Pages that none of them holds are not known, and not
+    /// zeros.
+    ///
+    /// # Errors
+    /// As [`push`](Self::push).
+    pub fn open_diff(oldest: impl AsRef<Path>, page_size: u64) -> Result<Self, ImageError> {
+        let chain = Self::empty(page_size, false)?;
+        chain.begun(Image::open(oldest)?)
+    }
+
+    fn empty(page_size: u64, full: bool) -> Result<Self, ImageError> {
         if !page_size.is_power_of_two() {
             return Err(ImageError::PageSizeNotPowerOfTwo { page_size });
         }
-        let image = RawFile::open(base.as_ref())?;
-        if !image.size.is_multiple_of(page_size) {
-            return Err(ImageError::NotWholePages {
-                path: image.path,
-                size: image.size,
-                page_size,
-            });
-        }
-        let pages = image.stored_pages(page_size)?;
         Ok(Self {
             page_size,
-            layers: vec![Layer { image, pages }],
+            full,
+            layers: Vec::new(),
             believed: Vec::new(),
         })
     }
 
-    /// Adds the raw diff that was taken next. Its pages are what its file system does not report as holes, where it can be believed
+    /// Adds the diff that was taken next. A sealed one says which pages it holds, and that it was taken on top of the newest image here. The pages of
+    /// a raw one are what its file system does not report as holes, where it can be believed
     /// (see the [crate's page](crate#how-pages-are-told-from-gaps)).
     ///
     /// # Errors
-    /// [`ImageError::UnclearDiff`] where it can't be told which pages the diff holds; [`ImageError::SizeDiffers`] for a diff of
+    /// [`ImageError::Link`] for a sealed diff that doesn't follow the newest image; [`ImageError::UnclearDiff`] where it can't be told which
+    /// pages the diff holds; [`ImageError::SizeDiffers`] or [`ImageError::RegionsDiffer`] for a diff of
     /// another guest; what [`open`](Self::open) gives. The chain stays as it was.
     pub fn push(&mut self, diff: impl AsRef<Path>) -> Result<(), ImageError> {
-        let image = self.open_diff(diff.as_ref())?;
-        let pages = image.diff_pages(self.page_size, &mut self.believed)?;
+        self.push_image(Image::open(diff)?)
+    }
+
+    pub(crate) fn push_image(&mut self, image: Image) -> Result<(), ImageError> {
+        self.check_follows(&image)?;
+        let pages = self.pages_of_diff(&image)?;
         self.add(Layer { image, pages });
         Ok(())
+    }
+
+    /// Adds the raw diff that was taken next, and takes its holes for what is clean, whether they can be believed or not. Says why they can't:
+    /// whoever goes on knows that clean and zero pages of the diff may have been taken for each other.
+    ///
+    /// # Errors
+    /// As [`push`](Self::push), but no [`ImageError::UnclearDiff`].
+    pub fn push_by_holes(&mut self, diff: impl AsRef<Path>) -> Result<Option<Unclear>, ImageError> {
+        let image = Image::open(diff)?;
+        self.check_follows(&image)?;
+        let (pages, unclear) = match self.pages_of_diff(&image) {
+            Ok(pages) => (pages, None),
+            Err(ImageError::UnclearDiff { why, .. }) => {
+                (image.stored_pages(self.page_size)?, Some(why))
+            }
+            Err(error) => return Err(error),
+        };
+        self.add(Layer { image, pages });
+        Ok(unclear)
     }
 
     /// Adds the raw diff that was taken next, which holds the pages that `runs` (ranges of bytes) touch, whatever its holes
@@ -81,7 +158,8 @@ impl Chain {
         diff: impl AsRef<Path>,
         runs: impl IntoIterator<Item = Range<u64>>,
     ) -> Result<(), ImageError> {
-        let image = self.open_diff(diff.as_ref())?;
+        let image = Image::open(diff)?;
+        self.check_follows(&image)?;
         let size = image.size;
         let mut pages = image.no_pages(self.page_size)?;
         for Range { start, end } in runs {
@@ -94,10 +172,29 @@ impl Chain {
         Ok(())
     }
 
+    fn pages_of_diff(&mut self, image: &Image) -> Result<PageSet, ImageError> {
+        match &image.footer {
+            None => image.diff_pages(self.page_size, &mut self.believed),
+            Some(_) => image.footer_pages(self.page_size),
+        }
+    }
+
     /// The size of the guest's RAM in bytes.
     #[must_use]
     pub fn size(&self) -> u64 {
         self.base().size
+    }
+
+    /// Whether it has a full base, and so all of the RAM.
+    #[must_use]
+    pub fn is_full(&self) -> bool {
+        self.full
+    }
+
+    /// The id of the state that the chain stands for: its newest image's, if that is sealed.
+    #[must_use]
+    pub fn id(&self) -> Option<ImageId> {
+        self.layers.last().and_then(|layer| layer.image.id())
     }
 
     /// The page of the images in bytes.
@@ -115,33 +212,44 @@ impl Chain {
 
     /// The paths of the images, the base first.
     pub fn paths(&self) -> impl Iterator<Item = &Path> {
-        self.layers.iter().map(|layer| layer.image.path.as_path())
+        self.images().map(Image::path)
     }
 
-    /// The runs of pages that are stored in any of the images, ascending, in bytes. Whatever lies between them is zeros.
+    /// The images, the base first.
+    pub fn images(&self) -> impl Iterator<Item = &Image> {
+        self.layers.iter().map(|layer| &layer.image)
+    }
+
+    /// The runs of pages that any of the images speaks for, ascending, in bytes. Whatever lies between them is zeros; in a chain of diffs, clean.
+    pub fn known_runs(&self) -> impl Iterator<Item = Range<u64>> + use<> {
+        self.known_pages().into_runs()
+    }
+
+    /// The runs of pages that are stored in any of the images, ascending, in bytes. Whatever lies between them is zeros, or, in a chain of diffs,
+    /// may be clean.
     pub fn stored_runs(&self) -> impl Iterator<Item = Range<u64>> + use<> {
-        let (base, diffs) = self.layers.split_at(1);
-        let mut stored = base[0].pages.clone();
-        diffs.iter().for_each(|layer| stored.unite(&layer.pages));
+        let mut stored = self.known_pages();
+        for layer in &self.layers {
+            for zeros in layer.image.zero_runs() {
+                // Zeros of this image, unless a newer one has the page.
+                layer
+                    .pages
+                    .runs_within(&zeros)
+                    .for_each(|run| stored.clear(&run));
+            }
+        }
         stored.into_runs()
     }
 
-    fn base(&self) -> &RawFile {
-        &self.layers[0].image
+    fn known_pages(&self) -> PageSet {
+        let (base, diffs) = self.layers.split_at(1);
+        let mut known = base[0].pages.clone();
+        diffs.iter().for_each(|layer| known.unite(&layer.pages));
+        known
     }
 
-    fn open_diff(&self, path: &Path) -> Result<RawFile, ImageError> {
-        let (image, base) = (RawFile::open(path)?, self.base());
-        if image.size != base.size {
-            let (path, size) = (image.path, image.size);
-            return Err(ImageError::SizeDiffers {
-                path,
-                size,
-                base: base.path.clone(),
-                base_size: base.size,
-            });
-        }
-        Ok(image)
+    pub(crate) fn base(&self) -> &Image {
+        &self.layers[0].image
     }
 
     fn add(&mut self, newest: Layer) {
@@ -151,8 +259,8 @@ impl Chain {
         self.layers.push(newest);
     }
 
-    /// The image that has the page at `offset`, and where its run of pages ends, no later than `end`. `None` is zeros.
-    fn owner(&self, offset: u64, end: u64) -> (Option<&RawFile>, u64) {
+    /// The layer that has the page at `offset`, and where its run of pages ends, no later than `end`. `None` is zeros.
+    pub(crate) fn owner(&self, offset: u64, end: u64) -> (Option<usize>, u64) {
         let owner_of = |offset| {
             self.layers
                 .iter()
@@ -163,7 +271,7 @@ impl Chain {
         while next < end && owner_of(next) == owner {
             next += self.page_size;
         }
-        (owner.map(|layer| &self.layers[layer].image), next.min(end))
+        (owner, next.min(end))
     }
 
     /// Fills `buf` from `offset` on; the error names the image.
@@ -175,16 +283,7 @@ impl Chain {
             let (piece, later) = rest.split_at_mut((next - at) as usize);
             match owner {
                 None => piece.fill(0),
-                Some(image) => {
-                    image
-                        .file
-                        .read_exact_at(piece, at)
-                        .map_err(|source| ImageError::Read {
-                            path: image.path.clone(),
-                            offset: at,
-                            source,
-                        })?
-                }
+                Some(layer) => self.layers[layer].image.read(at, piece)?,
             }
             (at, rest) = (next, later);
         }
@@ -205,5 +304,18 @@ impl PageReader for Chain {
             ImageError::Read { ref source, .. } => io::Error::new(source.kind(), error),
             other => io::Error::other(other),
         })
+    }
+
+    /// What is stored; in a chain of diffs, all.
+    fn populated(&self, range: Range<u64>) -> PopulatedRanges<'_> {
+        if !self.full {
+            return Box::new(std::iter::once(range).filter(|range| !range.is_empty()));
+        }
+        // What lies past the end, a read tells.
+        let past = self.size().max(range.start)..range.end;
+        let past = std::iter::once(past).filter(|past| !past.is_empty());
+        let within = move |run: Range<u64>| run.start.max(range.start)..run.end.min(range.end);
+        let stored = self.stored_runs().map(within).filter(|run| !run.is_empty());
+        Box::new(stored.chain(past))
     }
 }

@@ -3,8 +3,9 @@
 use std::io;
 use std::path::PathBuf;
 
-use atomic_file::{CommitError, OpenError};
-use sparse_file::{ProbeError, WriteError};
+use image_format::{FooterError, ImageId};
+use memory_writer::SnapshotError;
+use sparse_file::ProbeError;
 use thiserror::Error;
 
 /// Why an image could not be read, merged, mapped or restored.
@@ -75,9 +76,63 @@ pub enum ImageError {
         /// The base's size in bytes.
         base_size: u64,
     },
+    /// The footer of a sealed image can't be used, or the image has none and should.
+    #[error("the memory image {path:?} can't be used as a sealed one")]
+    Footer {
+        /// The image.
+        path: PathBuf,
+        /// What is wrong with it.
+        source: FooterError,
+    },
+    /// A diff where all of the RAM is needed.
+    #[error("{path:?} is a diff: begin with the full image that it was taken after")]
+    NotFull {
+        /// The diff.
+        path: PathBuf,
+    },
+    /// An image whose pages are not at their offsets can't be mapped as it is.
+    #[error("{path:?} is packed: convert it, or map it as a chain")]
+    Packed {
+        /// The image.
+        path: PathBuf,
+    },
+    /// No image was named.
+    #[error("there are no images: name at least one")]
+    NoImages,
+    /// A sealed image in smaller pages than the chain's.
+    #[error(
+        "{path:?} has pages of {image} bytes, the chain of {chain}: open the chain with the smallest"
+    )]
+    PageSizeDiffers {
+        /// The image.
+        path: PathBuf,
+        /// Its page size in bytes.
+        image: u64,
+        /// The chain's, in bytes.
+        chain: u64,
+    },
+    /// A diff of a guest with other address ranges.
+    #[error("{path:?} is of a guest whose RAM is at other addresses than that of {base:?}")]
+    RegionsDiffer {
+        /// The diff.
+        path: PathBuf,
+        /// The base image of the chain.
+        base: PathBuf,
+    },
+    /// A diff that was not taken after the newest image.
+    #[error("the diff {path:?} does not follow {newest:?}")]
+    Link {
+        /// The diff.
+        path: PathBuf,
+        /// The image that it should follow.
+        newest: PathBuf,
+        /// Why it doesn't.
+        #[source]
+        why: Link,
+    },
     /// Which pages the diff holds can't be told from the file.
     #[error(
-        "cannot tell which pages the diff {path:?} holds: give them to Chain::push_pages, or take the diff again"
+        "cannot tell which pages the diff {path:?} holds: give them to Chain::push_pages, or take it again, sealed"
     )]
     UnclearDiff {
         /// The diff.
@@ -108,30 +163,12 @@ pub enum ImageError {
         /// What the system said.
         source: io::Error,
     },
-    /// The merged image could not be staged.
-    #[error("no merged image was begun")]
-    Stage(#[from] OpenError),
-    /// The merged image could not be written; the destination is as it was.
-    #[error("the merged image {dest:?} was not written")]
-    Write {
-        /// The destination.
-        dest: PathBuf,
-        /// What failed, and where.
-        source: WriteError,
-    },
-    /// The merged image could not be given its size; the destination is as it was.
-    #[error("the merged image {dest:?} cannot have {size} bytes")]
-    SetSize {
-        /// The destination.
-        dest: PathBuf,
-        /// The size of the chain's images in bytes.
-        size: u64,
-        /// What failed.
-        source: sparse_file::SpaceError,
-    },
-    /// The merged image was not committed; the error says whether the destination was replaced.
-    #[error("the merged image was not committed")]
-    Commit(#[from] CommitError),
+    /// The images could not be written as one.
+    #[error("the images were not merged")]
+    Merge(#[from] SnapshotError),
+    /// The progress function said [`ControlFlow::Break`](std::ops::ControlFlow::Break).
+    #[error("cancelled")]
+    Cancelled,
     /// The memory to restore to is smaller or larger than the image.
     #[error(
         "the image has {image} bytes, the memory to restore it to {target}: they must be equal"
@@ -158,6 +195,47 @@ pub enum ImageError {
         /// What the system said.
         source: io::Error,
     },
+}
+
+/// Why a diff does not follow the newest image of a chain.
+#[derive(Clone, Debug, Error, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Link {
+    /// It is in the chain already.
+    #[error("it is in the chain already: name each image once")]
+    Repeated,
+    /// It is a full image.
+    #[error("it is a full image: begin a chain with it")]
+    Full,
+    /// It was taken after an older one.
+    #[error(
+        "it was taken after {parent:?}: put the images in the order in which they were taken, and none of another branch"
+    )]
+    Reordered {
+        /// The image that it was taken after.
+        parent: PathBuf,
+    },
+    /// Its parent is not here.
+    #[error(
+        "it was taken after the image {parent}, which is not in the chain, and not after {newest}: is one missing, or was it taken anew?"
+    )]
+    Missing {
+        /// The parent that it names.
+        parent: ImageId,
+        /// The id of the newest image of the chain.
+        newest: ImageId,
+    },
+    /// It names a parent, and the newest image is raw and has no id.
+    #[error(
+        "it was taken after the image {parent}, and a raw image has no id to tell whether it is that one: seal it"
+    )]
+    OnRaw {
+        /// The parent that it names.
+        parent: ImageId,
+    },
+    /// It names no parent, and the newest image has an id.
+    #[error("it names no parent: give the id of the image before to Seal::parent when taking it")]
+    NoParent,
 }
 
 /// Why the pages of a raw diff can't be told from the gaps between them.

@@ -33,6 +33,11 @@
 //! # assert_eq!(ram[8191..8193], [1, 2]);
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
+//! **Sealed and packed images** ([`image_format`]) say themselves which pages they hold, and whose diffs they are: [`Chain::open_sealed`] takes them all at
+//! once and refuses what doesn't follow, [`Image::verify`] finds bit rot and truncation, [`Chain::merge`] writes a chain in any layout.
+//!
+//! **Find out what changed** between two states: [`compare`].
+//!
 //! **Start a guest from a full image** at once, without reading it: [`MappedImage`] maps it copy-on-write.
 //!
 //! # How pages are told from gaps
@@ -43,24 +48,34 @@
 //! and where the file was visibly rewritten since (no hole is left, or one begins inside a page), it refuses: applying such a diff would
 //! silently put zeros over live memory, or leave stale memory where zeros belong. Whoever kept the list of pages can give it to [`Chain::push_pages`].
 //!
-//! What can't be seen: a tool that digs holes where whole pages are zero (`cp --sparse=always`, `tar -S`). Copy raw diffs with tools that keep holes as
+//! What can't be seen in a raw diff: a tool that digs holes where whole pages are zero (`cp --sparse=always`, `tar -S`). Copy raw diffs with tools that keep holes as
 //! they are, and on file systems that have them.
 //!
+//! Sealed and packed images have none of these doubts: their footers say it, on every file system and after every copy.
+//!
 //! # Limitations
-//! Raw images only.
+//! Reading a chain doesn't check what its bytes sum to: [`Image::verify`] does.
 
 mod chain;
+mod compare;
 mod error;
-mod flatten;
+mod image;
+mod link;
 mod map;
+mod merge;
 mod page_set;
 mod raw;
 mod restore;
+mod verify;
 
 pub use chain::Chain;
-pub use error::{ImageError, Unclear};
+pub use compare::{CompareError, compare};
+pub use error::{ImageError, Link, Unclear};
+pub use image::Image;
+pub use image_format::{Footer, FooterError, ImageId};
 pub use map::MappedImage;
 pub use restore::{HostRam, RamTarget};
+pub use verify::{Damage, Verified};
 
 #[cfg(doctest)]
 #[doc = include_str!("../README.md")]

@@ -12,9 +12,9 @@ use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
 use page_reader::{HostMemory, PageReader};
 
 use crate::error::ImageError;
-use crate::raw::RawFile;
+use crate::image::Image;
 
-/// A full raw image mapped copy-on-write (`MAP_PRIVATE`): RAM for a guest that starts at once and reads its pages when it touches
+/// A full image, raw or sealed, mapped copy-on-write (`MAP_PRIVATE`): RAM for a guest that starts at once and reads its pages when it touches
 /// them. What the guest writes stays its own; the file never changes.
 ///
 /// The RAM is one range of host memory in the order of the memory file. A guest of several regions takes each
@@ -53,9 +53,16 @@ impl MappedImage {
     /// Maps the full image at `path`, readable and writable.
     ///
     /// # Errors
-    /// [`ImageError::Open`], [`ImageError::NotAFile`], [`ImageError::Empty`] or [`ImageError::Map`].
+    /// [`ImageError::NotFull`] for a diff, [`ImageError::Packed`] for an image whose pages are not at their offsets, [`ImageError::Map`],
+    /// and what [`Image::open`] gives.
     pub fn open(path: impl AsRef<Path>) -> Result<Self, ImageError> {
-        let image = RawFile::open(path.as_ref())?;
+        let image = Image::open(path)?;
+        if image.is_diff() {
+            return Err(ImageError::NotFull { path: image.path });
+        }
+        if !image.in_place() {
+            return Err(ImageError::Packed { path: image.path });
+        }
         let failed = |source| ImageError::Map {
             path: image.path.clone(),
             source,
@@ -85,7 +92,7 @@ impl MappedImage {
         self.start.as_ptr().cast()
     }
 
-    /// The size in bytes: the file's when it was mapped.
+    /// The size of the RAM in bytes: a raw file's when it was mapped.
     #[must_use]
     #[expect(clippy::len_without_is_empty, reason = "a mapping is never empty")]
     pub fn len(&self) -> usize {

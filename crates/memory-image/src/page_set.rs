@@ -33,6 +33,12 @@ impl PageSet {
         }
     }
 
+    /// Takes away the pages that `bytes`, of whole pages inside the image, are.
+    pub(crate) fn clear(&mut self, bytes: &Range<u64>) {
+        let pages = bytes.start / self.page_size..bytes.end / self.page_size;
+        self.bits[pages.start as usize..pages.end as usize].fill(false);
+    }
+
     /// Takes away every page of `other`, a set of an image of the same size.
     pub(crate) fn remove(&mut self, other: &Self) {
         for (mine, theirs) in self
@@ -58,10 +64,32 @@ impl PageSet {
     pub(crate) fn into_runs(self) -> impl Iterator<Item = Range<u64>> {
         let mut from = 0;
         std::iter::from_fn(move || {
-            let start = from + self.bits[from..].first_one()?;
-            from = start + self.bits[start..].leading_ones();
-            Some(start as u64 * self.page_size..from as u64 * self.page_size)
+            let run = self.run_from(from..self.bits.len())?;
+            from = run.end;
+            Some(self.bytes(&run))
         })
+    }
+
+    /// The runs of pages in the set that lie in `bytes`, of whole pages inside the image.
+    pub(crate) fn runs_within(&self, bytes: &Range<u64>) -> impl Iterator<Item = Range<u64>> {
+        let page = |offset| (offset / self.page_size) as usize;
+        let mut left = page(bytes.start)..page(bytes.end);
+        std::iter::from_fn(move || {
+            let run = self.run_from(left.clone())?;
+            left.start = run.end;
+            Some(self.bytes(&run))
+        })
+    }
+
+    fn run_from(&self, pages: Range<usize>) -> Option<Range<usize>> {
+        let bits = &self.bits[pages.clone()];
+        let start = bits.first_one()?;
+        let end = start + bits[start..].leading_ones();
+        Some(pages.start + start..pages.start + end)
+    }
+
+    fn bytes(&self, pages: &Range<usize>) -> Range<u64> {
+        pages.start as u64 * self.page_size..pages.end as u64 * self.page_size
     }
 }
 

@@ -1,55 +1,21 @@
-//! One raw image file.
+//! What the holes of a raw image say.
 
 use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::OpenOptionsExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use sparse_file::{Capabilities, Kind, Knowledge, SeekHole, WrittenZeros, extents};
 
 use crate::error::{ImageError, Unclear};
+use crate::image::Image;
 use crate::page_set::PageSet;
 
-#[derive(Debug)]
-pub(crate) struct RawFile {
-    pub(crate) path: PathBuf,
-    pub(crate) file: File,
-    pub(crate) size: u64,
-}
-
-impl RawFile {
-    pub(crate) fn open(path: &Path) -> Result<Self, ImageError> {
-        let failed = |source| ImageError::Open {
-            path: path.to_owned(),
-            source,
-        };
-        // O_NONBLOCK: opening a FIFO must not wait for its writer. A regular file does not care.
-        let nonblock = nix::libc::O_NONBLOCK;
-        let file = File::options()
-            .read(true)
-            .custom_flags(nonblock)
-            .open(path)
-            .map_err(failed)?;
-        let metadata = file.metadata().map_err(failed)?;
-        let path = path.to_owned();
-        if !metadata.is_file() {
-            return Err(ImageError::NotAFile { path });
-        }
-        match metadata.len() {
-            0 => Err(ImageError::Empty { path }),
-            size => Ok(Self { path, file, size }),
-        }
-    }
-
+impl Image {
     /// An empty set of this image's pages.
     pub(crate) fn no_pages(&self, page_size: u64) -> Result<PageSet, ImageError> {
-        PageSet::empty(self.size, page_size).ok_or_else(|| ImageError::TooManyPages {
-            path: self.path.clone(),
-            size: self.size,
-            page_size,
-        })
+        PageSet::empty(self.size, page_size).ok_or_else(|| self.too_many_pages(page_size))
     }
 
     /// The pages of a full image that may hold anything but zeros.
@@ -69,6 +35,10 @@ impl RawFile {
         believed: &mut Vec<PathBuf>,
     ) -> Result<PageSet, ImageError> {
         self.check_holes_are_kept(page_size, believed)?;
+        self.pages_by_holes(page_size)
+    }
+
+    fn pages_by_holes(&self, page_size: u64) -> Result<PageSet, ImageError> {
         let mut pages = self.no_pages(page_size)?;
         let knowledge = self.each_data_extent(|data| {
             let torn = [data.start, data.end]
@@ -120,11 +90,7 @@ impl RawFile {
         &self,
         mut each: impl FnMut(Range<u64>) -> Result<(), ImageError>,
     ) -> Result<Knowledge, ImageError> {
-        let failed = |offset, source| ImageError::Read {
-            path: self.path.clone(),
-            offset,
-            source,
-        };
+        let failed = |offset, source| self.read_error(offset, source);
         let mut listing = extents(&self.file).map_err(|source| failed(0, source))?;
         let mut at = 0;
         for extent in listing.by_ref() {

@@ -46,7 +46,7 @@ impl Chain {
     /// Writes all of the RAM to `target`, zeros too, whatever it held.
     ///
     /// # Errors
-    /// [`ImageError::TargetSize`], [`ImageError::Read`] or [`ImageError::Target`]; the target may hold part of the RAM then.
+    /// [`ImageError::NotFull`], [`ImageError::TargetSize`], [`ImageError::Read`] or [`ImageError::Target`]; the target may hold part of the RAM then.
     pub fn restore<T: RamTarget + ?Sized>(&self, target: &mut T) -> Result<(), ImageError> {
         self.restore_runs(target, std::iter::once(0..self.size()))
     }
@@ -65,6 +65,7 @@ impl Chain {
         target: &mut T,
         runs: impl Iterator<Item = Range<u64>>,
     ) -> Result<(), ImageError> {
+        self.check_full()?;
         if target.size() != self.size() {
             return Err(ImageError::TargetSize {
                 image: self.size(),

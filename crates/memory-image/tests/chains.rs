@@ -1,13 +1,12 @@
 //! Chains of snapshots taken by the writer, read, merged and restored.
 
-use std::ops::{ControlFlow, Range};
+use std::ops::Range;
 use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
-use atomic_file::AtomicWriter;
 use dirty_bitmap::DirtyBitmap;
 use memory_image::{Chain, HostRam, ImageError, MappedImage, RamTarget, Unclear};
-use memory_writer::{Durability, MemoryWriter};
+use memory_writer::{CancelToken, Durability, MemoryWriter, SnapshotError};
 use page_reader::PageReader;
 use proptest::prelude::*;
 use rstest::rstest;
@@ -154,16 +153,12 @@ fn a_read_past_the_end_is_an_error(#[case] offset: u64, #[case] len: usize) {
 fn a_flattened_chain_is_one_full_image_and_keeps_holes() {
     let guest = Guest::with_history();
     let flat = guest.path("flat.mem");
-    let mut told = Vec::new();
-    let written = guest
-        .chain()
-        .flatten_with(&AtomicWriter::options(), &flat, &mut |bytes| {
-            told.push(bytes);
-            ControlFlow::Continue(())
-        })
-        .unwrap();
+    let (progress, told) = std::sync::mpsc::channel();
+    let options = MemoryWriter::options().progress(move |now| progress.send(now).unwrap());
+    guest.chain().merge(options, &flat).unwrap();
     assert!(std::fs::read(&flat).unwrap() == guest.ram);
-    assert_eq!(told.last(), Some(&written));
+    let last = told.iter().last().unwrap();
+    assert_eq!((last.bytes_done, last.bytes_total), (SIZE, SIZE));
     assert_eq!(
         std::fs::metadata(&flat).unwrap().permissions().mode() & 0o777,
         0o600
@@ -193,12 +188,20 @@ fn a_cancelled_flatten_leaves_the_destination_and_nothing_behind() {
     let flat = guest.path("flat.mem");
     std::fs::write(&flat, b"old").unwrap();
     let before = std::fs::read_dir(guest.dir.path()).unwrap().count();
-    let cancel = &mut |_| ControlFlow::Break(());
+    let cancel = CancelToken::new();
+    cancel.cancel();
     let error = guest
         .chain()
-        .flatten_with(&AtomicWriter::options(), &flat, cancel)
+        .merge(MemoryWriter::options().cancel(cancel), &flat)
         .unwrap_err();
-    assert!(matches!(error, ImageError::Write { .. }), "{error:?}");
+    let cancelled = SnapshotError::Cancelled {
+        dest: flat.clone(),
+        written: 0,
+    };
+    assert!(
+        matches!(&error, ImageError::Merge(why) if why.to_string() == cancelled.to_string()),
+        "{error:?}"
+    );
     assert_eq!(std::fs::read(&flat).unwrap(), b"old");
     assert_eq!(std::fs::read_dir(guest.dir.path()).unwrap().count(), before);
 }
@@ -475,11 +478,10 @@ fn a_diff_on_a_file_system_of_larger_blocks_is_refused() {
 #[case::backwards(Range { start: 2 * PAGE, end: PAGE })]
 #[case::past_the_end(0..SIZE + PAGE)]
 fn a_run_that_is_not_inside_the_image_is_refused(#[case] run: Range<u64>) {
-    let guest = Guest::with_history();
+    let mut guest = Guest::with_history();
     let mut chain = guest.chain();
-    let error = chain
-        .push_pages(&guest.snapshots[1], [0..PAGE, run.clone()])
-        .unwrap_err();
+    let next = guest.save();
+    let error = chain.push_pages(&next, [0..PAGE, run.clone()]).unwrap_err();
     assert!(
         matches!(error, ImageError::BadRun { start, end, .. } if (start..end) == run),
         "{error:?}"

@@ -1,0 +1,189 @@
+//! One image: raw, sealed or packed.
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use image_format::{Footer, FooterError, ImageId, Kind, Placement, Stored};
+
+use crate::error::ImageError;
+
+/// A memory image that was opened and, if it is sealed, whose [`Footer`] was read and found consistent. Its pages are read when they are asked
+/// for, and checked by [`verify`](Self::verify).
+///
+/// # Examples
+/// ```
+/// use memory_image::Image;
+/// # use memory_writer::{Layout, MemoryWriter, Seal};
+/// # let dir = tempfile::tempdir()?;
+/// # let path = dir.path().join("full.mem");
+/// # let mut writer = MemoryWriter::options().layout(Layout::Sealed(Seal::new())).open(&path, 1 << 20, 4096)?;
+/// # writer.write_full(&vec![1; 1 << 20])?;
+/// # writer.commit()?;
+///
+/// let image = Image::open(&path)?;
+/// match image.footer() {
+///     Some(footer) => println!("{}, {} bytes present", footer.id, footer.present_bytes()),
+///     None => println!("raw, {} bytes of RAM", image.ram_size()),
+/// }
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+#[derive(Debug)]
+pub struct Image {
+    pub(crate) path: PathBuf,
+    pub(crate) file: File,
+    pub(crate) size: u64,
+    pub(crate) footer: Option<Footer>,
+    /// Device and inode.
+    pub(crate) identity: (u64, u64),
+}
+
+impl Image {
+    /// Opens the image at `path`; one without a footer is taken for a raw one.
+    ///
+    /// # Errors
+    /// [`ImageError`]: no regular file with bytes in it, or a footer that is damaged or of a later version.
+    pub fn open(path: impl AsRef<Path>) -> Result<Self, ImageError> {
+        let path = path.as_ref().to_owned();
+        let failed = |source| ImageError::Open {
+            path: path.clone(),
+            source,
+        };
+        // O_NONBLOCK: opening a FIFO must not wait for its writer. A regular file does not care.
+        let nonblock = nix::libc::O_NONBLOCK;
+        let file = File::options()
+            .read(true)
+            .custom_flags(nonblock)
+            .open(&path)
+            .map_err(failed)?;
+        let metadata = file.metadata().map_err(failed)?;
+        if !metadata.is_file() {
+            return Err(ImageError::NotAFile { path });
+        }
+        if metadata.len() == 0 {
+            return Err(ImageError::Empty { path });
+        }
+        let footer = Footer::find(&file).map_err(|source| ImageError::Footer {
+            path: path.clone(),
+            source,
+        })?;
+        let size = footer.as_ref().map_or(metadata.len(), |it| it.ram_size);
+        let identity = (metadata.dev(), metadata.ino());
+        Ok(Self {
+            path,
+            file,
+            size,
+            footer,
+            identity,
+        })
+    }
+
+    /// Opens the image at `path`, which must be sealed or packed.
+    ///
+    /// # Errors
+    /// [`ImageError::Footer`] with [`FooterError::NotSealed`] for a raw one; otherwise as [`open`](Self::open).
+    pub fn open_sealed(path: impl AsRef<Path>) -> Result<Self, ImageError> {
+        let image = Self::open(path)?;
+        match image.footer {
+            Some(_) => Ok(image),
+            None => Err(ImageError::Footer {
+                path: image.path,
+                source: FooterError::NotSealed,
+            }),
+        }
+    }
+
+    /// Where it was opened.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The size of the guest's RAM in bytes; a raw image is as large.
+    #[must_use]
+    pub fn ram_size(&self) -> u64 {
+        self.size
+    }
+
+    /// What its footer says; `None` for a raw image.
+    #[must_use]
+    pub fn footer(&self) -> Option<&Footer> {
+        self.footer.as_ref()
+    }
+
+    /// The id of the state that it stands for; `None` for a raw image.
+    #[must_use]
+    pub fn id(&self) -> Option<ImageId> {
+        self.footer.as_ref().map(|footer| footer.id)
+    }
+
+    /// Whether it is known to be a diff: a raw one doesn't say.
+    #[must_use]
+    pub fn is_diff(&self) -> bool {
+        self.footer
+            .as_ref()
+            .is_some_and(|footer| footer.kind != Kind::Full)
+    }
+
+    /// Whether the first bytes of the file are the RAM's, as far as they are present.
+    pub(crate) fn in_place(&self) -> bool {
+        self.footer
+            .as_ref()
+            .is_none_or(|footer| footer.placement == Placement::InPlace)
+    }
+
+    /// Fills `buf` with the RAM's bytes from `offset` on. Of pages that the image doesn't hold, they are of no meaning.
+    pub(crate) fn read(&self, offset: u64, buf: &mut [u8]) -> Result<(), ImageError> {
+        let Some(footer) = &self.footer else {
+            return self.read_file(offset, buf);
+        };
+        let (mut at, mut rest) = (offset, buf);
+        while !rest.is_empty() {
+            let (stored, end) = match footer.run_at(at) {
+                Some(run) => (run.stored_at(at), run.range().end),
+                None => (
+                    None,
+                    footer.run_after(at).map_or(self.size, |run| run.start),
+                ),
+            };
+            let len = usize::try_from(end - at).map_or(rest.len(), |len| len.min(rest.len()));
+            let (piece, later) = rest.split_at_mut(len);
+            match stored {
+                Some(stored) => self.read_file(stored, piece)?,
+                None => piece.fill(0),
+            }
+            (at, rest) = (at + len as u64, later);
+        }
+        Ok(())
+    }
+
+    pub(crate) fn read_file(&self, offset: u64, buf: &mut [u8]) -> Result<(), ImageError> {
+        self.file
+            .read_exact_at(buf, offset)
+            .map_err(|source| self.read_error(offset, source))
+    }
+
+    pub(crate) fn read_error(&self, offset: u64, source: io::Error) -> ImageError {
+        ImageError::Read {
+            path: self.path.clone(),
+            offset,
+            source,
+        }
+    }
+
+    pub(crate) fn too_many_pages(&self, page_size: u64) -> ImageError {
+        ImageError::TooManyPages {
+            path: self.path.clone(),
+            size: self.size,
+            page_size,
+        }
+    }
+
+    /// The runs of RAM that its footer says are zeros.
+    pub(crate) fn zero_runs(&self) -> impl Iterator<Item = std::ops::Range<u64>> {
+        let runs = self.footer.iter().flat_map(|footer| &footer.runs);
+        runs.filter(|run| run.stored == Stored::Zeros)
+            .map(|run| run.range())
+    }
+}

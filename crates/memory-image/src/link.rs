@@ -1,0 +1,118 @@
+//! Whether an image follows the ones below it.
+
+use image_format::ImageId;
+
+use crate::chain::Chain;
+use crate::error::{ImageError, Link};
+use crate::image::Image;
+use crate::page_set::PageSet;
+
+impl Chain {
+    /// Whether `image` may be of a chain with pages of this size.
+    pub(crate) fn check_pages(&self, image: &Image) -> Result<(), ImageError> {
+        let (path, page_size) = (image.path.clone(), self.page_size());
+        match &image.footer {
+            Some(footer) if !footer.page_size.is_multiple_of(page_size) => {
+                Err(ImageError::PageSizeDiffers {
+                    path,
+                    image: footer.page_size,
+                    chain: page_size,
+                })
+            }
+            None if !image.size.is_multiple_of(page_size) => Err(ImageError::NotWholePages {
+                path,
+                size: image.size,
+                page_size,
+            }),
+            _ => Ok(()),
+        }
+    }
+
+    /// Whether the chain has all of the RAM.
+    pub(crate) fn check_full(&self) -> Result<(), ImageError> {
+        if self.is_full() {
+            return Ok(());
+        }
+        let path = self.base().path.clone();
+        Err(ImageError::NotFull { path })
+    }
+
+    /// Whether `image` is the diff taken after the newest here.
+    pub(crate) fn check_follows(&self, image: &Image) -> Result<(), ImageError> {
+        let base = self.base();
+        let path = || image.path.clone();
+        if image.size != base.size {
+            return Err(ImageError::SizeDiffers {
+                path: path(),
+                size: image.size,
+                base: base.path.clone(),
+                base_size: base.size,
+            });
+        }
+        self.check_pages(image)?;
+        let regions = |image: &Image| image.footer().map(|footer| footer.regions.clone());
+        if let (Some(theirs), Some(ours)) = (regions(image), self.images().find_map(regions))
+            && theirs != ours
+        {
+            return Err(ImageError::RegionsDiffer {
+                path: path(),
+                base: base.path.clone(),
+            });
+        }
+        self.check_link(image).map_err(|why| ImageError::Link {
+            path: path(),
+            newest: self.newest().path.clone(),
+            why,
+        })
+    }
+
+    fn check_link(&self, image: &Image) -> Result<(), Link> {
+        let repeated = |other: &Image| {
+            let same_id = image.id().is_some() && image.id() == other.id();
+            same_id || image.identity == other.identity
+        };
+        if self.images().any(repeated) {
+            return Err(Link::Repeated);
+        }
+        let Some(footer) = image.footer() else {
+            // A raw diff names nobody.
+            return Ok(());
+        };
+        if !image.is_diff() {
+            return Err(Link::Full);
+        }
+        match (footer.parent(), self.newest().id()) {
+            (None, None) => Ok(()),
+            (Some(parent), Some(newest)) if parent == newest => Ok(()),
+            (None, Some(_)) => Err(Link::NoParent),
+            (Some(parent), newest) => Err(self.elsewhere(parent, newest)),
+        }
+    }
+
+    /// Where the parent is that isn't the newest.
+    fn elsewhere(&self, parent: ImageId, newest: Option<ImageId>) -> Link {
+        let below = self.images().find(|image| image.id() == Some(parent));
+        match (below, newest) {
+            (Some(image), _) => Link::Reordered {
+                parent: image.path.clone(),
+            },
+            (None, Some(newest)) => Link::Missing { parent, newest },
+            (None, None) => Link::OnRaw { parent },
+        }
+    }
+
+    fn newest(&self) -> &Image {
+        self.images().last().expect("there is always a base")
+    }
+}
+
+impl Image {
+    /// The pages that its footer speaks for.
+    pub(crate) fn footer_pages(&self, page_size: u64) -> Result<PageSet, ImageError> {
+        let mut pages = self.no_pages(page_size)?;
+        for run in self.footer.iter().flat_map(|footer| &footer.runs) {
+            pages.add(&run.range());
+        }
+        Ok(pages)
+    }
+}

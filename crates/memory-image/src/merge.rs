@@ -1,0 +1,91 @@
+//! A chain as one image.
+
+use std::path::Path;
+
+use dirty_bitmap::DirtyBitmap;
+use memory_writer::{MemoryWriter, Options, Seal};
+
+use crate::chain::Chain;
+use crate::error::ImageError;
+
+impl Chain {
+    /// Writes the chain as one full raw image, staged beside `dest` and committed durably with mode 0600; what none of the images
+    /// stores stays a hole, unless it is shorter than 32 KiB. `dest` may be one of the chain's own images. Returns the bytes of the pages that the images store.
+    ///
+    /// # Errors
+    /// [`ImageError::NotFull`] for a chain of diffs; [`ImageError::Merge`], which says what `dest` is. Nothing is left behind.
+    pub fn flatten(&self, dest: impl AsRef<Path>) -> Result<u64, ImageError> {
+        self.check_full()?;
+        self.merge(MemoryWriter::options(), dest)
+    }
+
+    /// Writes the chain as one image, as `options` say: its layout, durability, progress. A chain with a full base becomes a full image, a chain of
+    /// diffs one diff. `dest` may be one of the chain's own images. Returns the bytes of the pages that the images store.
+    ///
+    /// # Errors
+    /// [`ImageError::Merge`], which says what `dest` is. Nothing is left behind.
+    ///
+    /// # Examples
+    /// ```
+    /// use memory_image::Chain;
+    /// use memory_writer::{Layout, MemoryWriter};
+    /// # use memory_writer::Seal;
+    /// # let dir = tempfile::tempdir()?;
+    /// # let (full, merged) = (dir.path().join("full"), dir.path().join("merged"));
+    /// # let mut writer = MemoryWriter::options().layout(Layout::Sealed(Seal::new())).open(&full, 1 << 20, 4096)?;
+    /// # writer.write_full(&vec![1; 1 << 20])?;
+    /// # writer.commit()?;
+    /// # let diff = full.clone();
+    ///
+    /// let chain = Chain::open_sealed([&full])?; // and its diffs
+    /// // The seal of the merged image says that it stands for the same state as the last diff.
+    /// let options = MemoryWriter::options().layout(Layout::Packed(chain.seal()));
+    /// chain.merge(options, &merged)?;
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    pub fn merge(&self, options: Options, dest: impl AsRef<Path>) -> Result<u64, ImageError> {
+        let (size, page_size) = (self.size(), self.page_size());
+        if self.is_full() {
+            let mut writer = options.skip_untouched(true).open(dest, size, page_size)?;
+            writer.write_full(self)?;
+            writer.commit()?;
+            return Ok(self.stored_runs().map(|run| run.end - run.start).sum());
+        }
+        let pages = self.known_bitmap()?;
+        let mut writer = options.ram_start(0).open(dest, size, page_size)?;
+        let written = writer.write_diff(self, &pages)?;
+        writer.commit()?;
+        Ok(written * page_size)
+    }
+
+    /// The seal of an image that stands for the same state as this chain: its id, its parent if it is a chain of diffs, its regions, and
+    /// the metadata of its newest image.
+    pub fn seal(&self) -> Seal {
+        let newest = self.images().last().and_then(|image| image.footer());
+        let mut seal = Seal::new();
+        if let Some(footer) = newest {
+            seal = seal
+                .id(footer.id)
+                .regions(footer.regions.iter().cloned())
+                .metadata(footer.metadata.clone());
+        }
+        let oldest = self.images().next().and_then(|image| image.footer());
+        match oldest.and_then(|footer| footer.parent()) {
+            Some(parent) => seal.parent(parent),
+            None => seal,
+        }
+    }
+
+    /// The pages that any of the images speaks for.
+    fn known_bitmap(&self) -> Result<DirtyBitmap, ImageError> {
+        let (size, page_size) = (self.size(), self.page_size());
+        let pages = DirtyBitmap::new(0, size, page_size)
+            .map_err(|_| self.base().too_many_pages(page_size))?;
+        for run in self.known_runs() {
+            pages
+                .set_range(run.start, run.end - run.start)
+                .expect("a chain's runs are inside its RAM");
+        }
+        Ok(pages)
+    }
+}
