@@ -47,44 +47,11 @@
 //!
 //! **Check a chunk**: [`Footer::chunks`] names every chunk that has bytes in the file, with the sum that they must have.
 //!
-//! # Layout
-//! All integers are little-endian; the footer stands after the last byte of the pages, which is a multiple of the page size.
-//!
-//! | bytes | what |
-//! |---|---|
-//! | 8 | `memsnap` and a zero byte |
-//! | 4 | version: 1 |
-//! | 1 | placement: 0 in place, 1 packed |
-//! | 1 | kind: 0 full, 1 diff |
-//! | 1 | 1 if a parent is named, else 0 |
-//! | 1 | zero |
-//! | 16 | id |
-//! | 16 | the parent's id, or zeros |
-//! | 8 | RAM size in bytes |
-//! | 8 | page size in bytes, a power of two |
-//! | 8 | number of regions |
-//! | 8 | number of runs |
-//! | 8 | number of checksums |
-//! | 8 | length of the metadata in bytes |
-//! | 16 a region | guest-physical address, size in bytes |
-//! | 24 a run | guest offset, length in bytes, offset in the file (all bits set for zeros) |
-//! | 32 a checksum | BLAKE3 of the chunk's present bytes in ascending order |
-//! | n | metadata |
-//! | then, the last 64: 32 | BLAKE3 of everything in the footer before |
-//! | 8 | offset of the footer in the file |
-//! | 8 | its length without these last 64 bytes |
-//! | 4 | version: 1 |
-//! | 4 | zero |
-//! | 8 | `memsnap` and a byte of all bits set |
-//!
-//! Runs are ascending, of whole pages, and don't overlap; those that are present fill the file's bytes before the footer without gap or overlap
-//! if it is packed, and are where they are in RAM if not. A full image has every page in a run. A checksum stands for each chunk that has a present
-//! byte, ascending.
-//!
 //! # Limitations
 //! The reader keeps runs and checksums in memory: 24 bytes a run, 32 bytes a MiB of RAM. It takes no more of them than the file proves to
 //! have, and refuses a footer of more than [`MAX_FOOTER`] bytes.
 
+#![doc = include_str!("../FORMAT.md")]
 #![forbid(unsafe_code)]
 
 mod checksums;

@@ -25,13 +25,15 @@ const LINKED: [(&str, MacOs); 3] = [
     ("--package xtask --bins", MacOs(13, 0)),
 ];
 
-/// The linker that cargo is told of. There is no file before there is something to link.
+/// The linker and the C compiler that cargo is told of: crates bring some C.
 pub fn env<'sh>(sh: &'sh Shell, dir: &Path) -> Vec<PushEnv<'sh>> {
     if cfg!(target_os = "macos") {
         return Vec::new();
     }
     vec![
         sh.push_env("CARGO_TARGET_AARCH64_APPLE_DARWIN_LINKER", linker(dir)),
+        sh.push_env("CC_aarch64_apple_darwin", compiler(dir)),
+        sh.push_env("AR_aarch64_apple_darwin", archiver(dir)),
         // Without it, rustc asks Xcode.
         sh.push_env("SDKROOT", sdk(dir)),
         sh.push_env("ZIG_GLOBAL_CACHE_DIR", dir.join("zig-cache")),
@@ -43,26 +45,35 @@ fn linker(dir: &Path) -> PathBuf {
     dir.join("link-for-macos.sh")
 }
 
+fn compiler(dir: &Path) -> PathBuf {
+    dir.join("compile-c-for-macos.sh")
+}
+
+fn archiver(dir: &Path) -> PathBuf {
+    dir.join("archive-for-macos.sh")
+}
+
 fn sdk(dir: &Path) -> PathBuf {
     dir.join("sdk")
 }
 
-/// Links and checks, or says what is missing: false.
-pub fn link(
-    sh: &Shell,
-    toolchain: Toolchain,
-    install: Install,
-    dir: &Path,
-) -> anyhow::Result<bool> {
+/// Makes what compiles and links ready, or says what is missing: false.
+pub fn prepare(sh: &Shell, install: Install, dir: &Path) -> anyhow::Result<bool> {
+    if cfg!(target_os = "macos") {
+        return Ok(true);
+    }
+    let Some(zig) = zig(sh, install, dir)? else {
+        return Ok(false);
+    };
+    write_sdk(sh, &sdk(dir), framework(sh)?.keys())?;
+    write_tools(sh, dir, &zig, oldest_macos(sh)?)?;
+    Ok(true)
+}
+
+/// Links and checks.
+pub fn link(sh: &Shell, toolchain: Toolchain) -> anyhow::Result<()> {
     let since = framework(sh)?;
     let built_for = oldest_macos(sh)?;
-    if !cfg!(target_os = "macos") {
-        let Some(zig) = zig(sh, install, dir)? else {
-            return Ok(false);
-        };
-        write_sdk(sh, &sdk(dir), since.keys())?;
-        write_linker(sh, dir, &zig, built_for)?;
-    }
     for (what, oldest) in LINKED {
         let linked = executables(sh, toolchain, what)?;
         ensure!(!linked.is_empty(), "cargo build {what} linked nothing");
@@ -87,7 +98,7 @@ pub fn link(
             );
         }
     }
-    Ok(true)
+    Ok(())
 }
 
 /// Builds, and returns the paths of what came out.
@@ -196,20 +207,35 @@ fn stub(name: &str, exports: &str) -> String {
     )
 }
 
-/// `zig cc` goes by its own option where a macOS toolchain goes by rustc's `-mmacosx-version-min`.
-fn write_linker(sh: &Shell, dir: &Path, zig: &Path, oldest: MacOs) -> anyhow::Result<()> {
+/// `zig cc` goes by its own option where a macOS toolchain goes by `-mmacosx-version-min`, `--target` or `-arch`.
+fn write_tools(sh: &Shell, dir: &Path, zig: &Path, oldest: MacOs) -> anyhow::Result<()> {
     let (zig, sdk, MacOs(major, minor)) = (zig.display(), sdk(dir), oldest);
     let sdk = sdk.display();
-    let script = linker(dir);
-    sh.write_file(
-        &script,
-        format!(
-            "#!/bin/sh\n\
-             exec '{zig}' cc -target aarch64-macos.{major}.{minor} \
-             -F'{sdk}/System/Library/Frameworks' -L'{sdk}/usr/lib' \"$@\"\n"
+    let cc = format!("'{zig}' cc -target aarch64-macos.{major}.{minor}");
+    let tools = [
+        (
+            linker(dir),
+            format!("exec {cc} -F'{sdk}/System/Library/Frameworks' -L'{sdk}/usr/lib' \"$@\""),
         ),
-    )?;
-    cmd!(sh, "chmod +x {script}").quiet().run()?;
+        (
+            compiler(dir),
+            format!(
+                "for word do\n\
+                 shift\n\
+                 case $word in\n\
+                 --target=* | -mmacosx-version-min=* | -arch | arm64) ;;\n\
+                 *) set -- \"$@\" \"$word\" ;;\n\
+                 esac\n\
+                 done\n\
+                 exec {cc} \"$@\""
+            ),
+        ),
+        (archiver(dir), format!("exec '{zig}' ar \"$@\"")),
+    ];
+    for (path, script) in tools {
+        sh.write_file(&path, format!("#!/bin/sh\n{script}\n"))?;
+        cmd!(sh, "chmod +x {path}").quiet().run()?;
+    }
     Ok(())
 }
 
