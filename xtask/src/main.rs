@@ -11,6 +11,7 @@ mod chart;
 mod check_macos;
 mod demo;
 mod fs_matrix;
+mod fuzz;
 mod packages;
 mod test;
 
@@ -36,6 +37,7 @@ enum Task {
     CheckMacos(check_macos::CheckMacos),
     Demo(demo::Demo),
     FsMatrix(fs_matrix::FsMatrix),
+    Fuzz(fuzz::Fuzz),
     Test(test::Test),
 }
 
@@ -59,6 +61,7 @@ fn run(task: Task) -> anyhow::Result<()> {
         Task::CheckMacos(check) => check.run(&sh),
         Task::Demo(demo) => demo.run(&sh),
         Task::FsMatrix(matrix) => matrix.run(&sh),
+        Task::Fuzz(fuzz) => fuzz.run(&sh),
         Task::Test(test) => test.run(&sh),
     }
 }

@@ -241,6 +241,16 @@ impl Chain {
         stored.into_runs()
     }
 
+    /// The runs of pages that images above the base speak for.
+    pub(crate) fn newer_runs(&self) -> impl Iterator<Item = Range<u64>> + use<> {
+        let newer = self.layers[1..].iter().map(|layer| layer.pages.clone());
+        let newer = newer.reduce(|mut all, pages| {
+            all.unite(&pages);
+            all
+        });
+        newer.into_iter().flat_map(PageSet::into_runs)
+    }
+
     fn known_pages(&self) -> PageSet {
         let (base, diffs) = self.layers.split_at(1);
         let mut known = base[0].pages.clone();

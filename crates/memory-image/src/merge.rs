@@ -1,5 +1,6 @@
 //! A chain as one image.
 
+use std::ops::Range;
 use std::path::Path;
 
 use dirty_bitmap::DirtyBitmap;
@@ -46,12 +47,19 @@ impl Chain {
     pub fn merge(&self, options: Options, dest: impl AsRef<Path>) -> Result<u64, ImageError> {
         let (size, page_size) = (self.size(), self.page_size());
         if self.is_full() {
-            let mut writer = options.skip_untouched(true).open(dest, size, page_size)?;
-            writer.write_full(self)?;
+            let options = options.ram_start(0).skip_untouched(true);
+            let mut writer = options.open(dest, size, page_size)?;
+            let base = self.base();
+            // Of a raw base, only what newer images have is written, if its blocks can be had.
+            if base.footer.is_none() && writer.share_full(&base.file)? {
+                writer.write_diff(self, &self.bitmap(self.newer_runs())?)?;
+            } else {
+                writer.write_full(self)?;
+            }
             writer.commit()?;
             return Ok(self.stored_runs().map(|run| run.end - run.start).sum());
         }
-        let pages = self.known_bitmap()?;
+        let pages = self.bitmap(self.known_runs())?;
         let mut writer = options.ram_start(0).open(dest, size, page_size)?;
         let written = writer.write_diff(self, &pages)?;
         writer.commit()?;
@@ -76,12 +84,11 @@ impl Chain {
         }
     }
 
-    /// The pages that any of the images speaks for.
-    fn known_bitmap(&self) -> Result<DirtyBitmap, ImageError> {
+    fn bitmap(&self, runs: impl Iterator<Item = Range<u64>>) -> Result<DirtyBitmap, ImageError> {
         let (size, page_size) = (self.size(), self.page_size());
         let pages = DirtyBitmap::new(0, size, page_size)
             .map_err(|_| self.base().too_many_pages(page_size))?;
-        for run in self.known_runs() {
+        for run in runs {
             pages
                 .set_range(run.start, run.end - run.start)
                 .expect("a chain's runs are inside its RAM");

@@ -621,3 +621,40 @@ mod names_and_mounts {
         );
     }
 }
+
+#[cfg(target_os = "linux")]
+#[test]
+fn a_chain_flattened_where_files_share_blocks_takes_room_for_its_diffs_alone() {
+    use test_machine::{LoopFs, LoopMount, Need};
+
+    if !Need::Xfs.met("a_chain_flattened_where_files_share_blocks_takes_room_for_its_diffs_alone") {
+        return;
+    }
+    let mount = LoopMount::new(LoopFs::Xfs).unwrap();
+    let path = |name: &str| mount.path().join(name);
+    let free = || {
+        nix::unistd::sync();
+        let space = nix::sys::statvfs::statvfs(mount.path()).unwrap();
+        space.blocks_available() as u64 * space.fragment_size() as u64
+    };
+    let size = 32 << 20;
+    let mut ram: Vec<u8> = (0..size).map(|at| (at / 512 % 251) as u8).collect();
+    let mut writer = MemoryWriter::open(path("base"), size, PAGE).unwrap();
+    writer.write_full(&ram).unwrap();
+    writer.commit().unwrap();
+    let dirty = DirtyBitmap::new(0, size, PAGE).unwrap();
+    ram[5 * PAGE as usize..6 * PAGE as usize].fill(0);
+    dirty.set_dirty(5 * PAGE).unwrap();
+    ram[size as usize - 1] = 7;
+    dirty.set_dirty(size - 1).unwrap();
+    let mut writer = MemoryWriter::open(path("diff"), size, PAGE).unwrap();
+    writer.write_diff(&ram, &dirty).unwrap();
+    writer.commit().unwrap();
+
+    let mut chain = Chain::open(path("base"), PAGE).unwrap();
+    chain.push(path("diff")).unwrap();
+    let before = free();
+    chain.flatten(path("flat")).unwrap();
+    assert!(before - free() < 4 << 20, "took {} bytes", before - free());
+    assert!(std::fs::read(path("flat")).unwrap() == ram);
+}

@@ -200,15 +200,20 @@ impl fmt::Display for MemoryIoStep {
 
 impl SnapshotError {
     pub(crate) fn from_grow(dest: PathBuf, len: u64, error: SpaceError) -> Self {
-        let source = match error {
-            SpaceError::Io { source, .. } => source,
-            other => io::Error::other(other),
-        };
         Self::MemoryIo {
             dest,
             step: MemoryIoStep::SetSize,
             offset: len,
-            source,
+            source: io_error(error),
+        }
+    }
+
+    pub(crate) fn from_share(dest: PathBuf, error: SpaceError) -> Self {
+        Self::MemoryIo {
+            dest,
+            step: MemoryIoStep::Write,
+            offset: 0,
+            source: io_error(error),
         }
     }
 
@@ -257,5 +262,12 @@ impl SnapshotError {
             offset,
             source,
         }
+    }
+}
+
+fn io_error(error: SpaceError) -> io::Error {
+    match error {
+        SpaceError::Io { source, .. } => source,
+        other => io::Error::other(other),
     }
 }

@@ -7,7 +7,7 @@ use atomic_file::AtomicWriter;
 use dirty_bitmap::DirtyBitmap;
 use image_format::{ImageId, Placement};
 use page_reader::PageReader;
-use sparse_file::{SpaceError, WriteOptions, grow};
+use sparse_file::{SpaceError, WriteOptions, grow, share_blocks};
 
 use crate::error::{RamError, SnapshotError};
 use crate::layout::Layout;
@@ -210,6 +210,34 @@ impl MemoryWriter {
         }
         self.state = State::Whole;
         Ok(())
+    }
+
+    /// Makes the snapshot all of a raw image, whose blocks it shares until a page is written: no time and no space, where
+    /// [the file system can](sparse_file::share_blocks). Returns false, and has written nothing, where it can't, and for a layout that is not raw: then
+    /// [write](Self::write_full) the image's bytes.
+    ///
+    /// # Errors
+    /// [`SnapshotError::MemoryIo`]; the writer can't be committed then.
+    pub fn share_full(&mut self, image: &File) -> Result<bool, SnapshotError> {
+        if self.sealing.is_some() {
+            return Ok(false);
+        }
+        let before = self.state;
+        self.begin()?;
+        match share_blocks(image, self.stage.file(), self.ram_size) {
+            Ok(()) => {}
+            Err(SpaceError::Unsupported { .. }) => {
+                self.state = before;
+                return Ok(false);
+            }
+            Err(error) => {
+                let dest = self.stage.dest_path().to_owned();
+                return Err(SnapshotError::from_share(dest, error));
+            }
+        }
+        self.unwritten = None;
+        self.state = State::Whole;
+        Ok(true)
     }
 
     /// Writes the pages that `dirty` has marks in, and returns how many pages of the memory file that were.

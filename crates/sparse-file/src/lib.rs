@@ -89,7 +89,7 @@
 //!
 //! # Make room, give it back
 //!
-//! [`reserve`] takes blocks in advance, [`punch_hole`] frees them, [`allocated_bytes`] counts them.
+//! [`reserve`] takes blocks in advance, [`punch_hole`] frees them, [`share_blocks`] takes another file's (reflink), [`allocated_bytes`] counts them.
 //!
 //! # What file systems were seen to do
 //!
@@ -147,7 +147,7 @@ pub use memory::Memory;
 pub use probe::{
     AlignmentBasis, Capabilities, DirectIo, HoleSupport, ProbeError, Punch, SeekHole, WrittenZeros,
 };
-pub use space::{SpaceError, allocated_bytes, grow, punch_hole, reserve};
+pub use space::{SpaceError, allocated_bytes, grow, punch_hole, reserve, share_blocks};
 pub use write::{Engine, Source, WriteError, WriteOptions, write_runs};
 
 #[cfg(doctest)]

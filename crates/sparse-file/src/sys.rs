@@ -10,11 +10,12 @@ mod macos;
 #[cfg(target_os = "linux")]
 pub(crate) use linux::{
     file_system_name, punch_hole, reopen_direct, reported_direct_alignment, reserve, set_direct,
+    share_blocks,
 };
 #[cfg(target_os = "macos")]
 pub(crate) use macos::{
     Uncached, file_system_name, punch_hole, reopen_direct, reported_direct_alignment, reserve,
-    set_direct,
+    set_direct, share_blocks,
 };
 
 /// Of the processor, in bytes.

@@ -9,7 +9,7 @@ use std::ops::Range;
 use std::os::unix::fs::FileExt;
 
 use rstest::rstest;
-use sparse_file::{SpaceError, allocated_bytes, grow, punch_hole, reserve};
+use sparse_file::{SpaceError, allocated_bytes, grow, punch_hole, reserve, share_blocks};
 use support::{Fs, contents, ram};
 
 #[rstest]
@@ -107,5 +107,43 @@ fn reserving_more_than_there_is_says_so() {
     let error = reserve(&file, 1 << 20).expect_err("no room");
     assert!(
         matches!(error, SpaceError::Io { source, .. } if source.kind() == ErrorKind::StorageFull)
+    );
+}
+
+#[rstest]
+#[case::btrfs(Fs::Btrfs, true)]
+#[case::xfs(Fs::Xfs, true)]
+#[case::ext4(Fs::Ext4, false)]
+#[case::tmpfs(Fs::Tmpfs, false)]
+fn shared_blocks_are_the_same_bytes_until_one_file_is_written_to(
+    #[case] fs: Fs,
+    #[case] can: bool,
+) {
+    let Some(place) = fs.mount("shared_blocks_are_the_same_bytes_until_one_file_is_written_to")
+    else {
+        return;
+    };
+    let (from, to) = (place.file(), place.file());
+    let bytes = ram(64 << 10);
+    from.write_all_at(&bytes, 0).expect("written");
+    from.write_all_at(b"behind", 64 << 10).expect("written");
+    let shared = share_blocks(&from, &to, 64 << 10);
+    if !can {
+        assert!(
+            matches!(shared, Err(SpaceError::Unsupported { .. })),
+            "{shared:?}"
+        );
+        assert_eq!(to.metadata().expect("metadata").len(), 0);
+        return;
+    }
+    shared.expect("shared");
+    assert!(contents(&to) == bytes);
+    to.write_all_at(&[9; 10], 5000).expect("written");
+    assert!(contents(&from)[..64 << 10] == bytes);
+    assert!(contents(&to)[..5000] == bytes[..5000] && contents(&to)[5000] == 9);
+    let odd = share_blocks(&from, &to, 100);
+    assert!(
+        matches!(odd, Err(SpaceError::Unsupported { .. })),
+        "{odd:?}"
     );
 }

@@ -39,6 +39,23 @@ fn fallocate_range(file: &File, mode: FallocateFlags, range: Range<u64>) -> io::
     }
 }
 
+/// `FICLONERANGE`. What can't be shared is [unsupported](super::is_unsupported), for whatever reason.
+pub(crate) fn share_blocks(from: &File, to: &File, len: u64) -> io::Result<()> {
+    let range = libc::file_clone_range {
+        src_fd: from.as_raw_fd().into(),
+        src_offset: 0,
+        src_length: len,
+        dest_offset: 0,
+    };
+    // SAFETY: FICLONERANGE reads a file_clone_range, which `range` is for the length of the call; both files are borrowed, so open.
+    let result = unsafe { libc::ioctl(to.as_raw_fd(), libc::FICLONERANGE, &raw const range) };
+    match Errno::result(result) {
+        // Of another file system; of odd length; files of different kinds (compressed, encrypted) on one.
+        Err(Errno::EXDEV | Errno::EINVAL | Errno::EPERM) => Err(Errno::EOPNOTSUPP.into()),
+        result => Ok(result.map(drop)?),
+    }
+}
+
 /// Turns `O_DIRECT` on or off; `EINVAL` where the file system has none.
 pub(crate) fn set_direct(file: &File, on: bool) -> io::Result<()> {
     let mut flags = OFlag::from_bits_retain(fcntl(file, FcntlArg::F_GETFL)?);

@@ -1,0 +1,138 @@
+//! `cargo xtask fuzz`: feed the readers whatever libFuzzer thinks of.
+
+use std::path::Path;
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+use xshell::{Shell, cmd};
+
+use crate::packages::{Install, Package};
+
+const PACKAGES: [Package; 1] = [Package::new("g++", "g++")];
+
+/// What cargo-fuzz gives rustc, for coverage of edges and comparisons, and the address sanitizer.
+const FLAGS: &str = "--cfg fuzzing -Zsanitizer=address -Ccodegen-units=1 -Cpasses=sancov-module \
+    -Cllvm-args=-sanitizer-coverage-level=4 -Cllvm-args=-sanitizer-coverage-inline-8bit-counters \
+    -Cllvm-args=-sanitizer-coverage-pc-table -Cllvm-args=-sanitizer-coverage-trace-compares";
+
+/// For a target that is named, flags don't reach build scripts, which the sanitizer would stop.
+const TARGET: &str = "x86_64-unknown-linux-gnu";
+
+/// Feed image footers, chains, dirty logs and RAM layouts with whatever libFuzzer thinks of
+///
+/// Begins with the inputs in fuzz/corpus; what it finds beyond goes to target/fuzz/corpus. An input that breaks a target is kept in
+/// target/fuzz, and named. Linux on x86-64.
+#[derive(clap::Args)]
+pub struct Fuzz {
+    #[command(flatten)]
+    install: Install,
+    /// Only these targets
+    targets: Vec<String>,
+    /// How long each runs
+    #[arg(long, value_name = "SECONDS", default_value_t = 60)]
+    seconds: u64,
+    /// Take what was found into fuzz/corpus, as few inputs as cover all of it
+    #[arg(long)]
+    keep: bool,
+}
+
+impl Fuzz {
+    /// All targets, for a short time.
+    pub fn smoke(install: Install, time: Duration) -> Self {
+        Self {
+            install,
+            targets: Vec::new(),
+            seconds: time.as_secs(),
+            keep: false,
+        }
+    }
+
+    pub fn run(self, sh: &Shell) -> anyhow::Result<()> {
+        self.install.ensure(sh, &PACKAGES, "libFuzzer")?;
+        let manifest = "fuzz/Cargo.toml";
+        {
+            // The sanitizer is in every toolchain; the flag for it is not stable.
+            let _bootstrap = sh.push_env("RUSTC_BOOTSTRAP", "1");
+            let _flags = sh.push_env("RUSTFLAGS", FLAGS);
+            cmd!(
+                sh,
+                "cargo build --locked --release --manifest-path {manifest} --target {TARGET} --target-dir target/fuzz"
+            )
+            .run()?;
+        }
+        let mut targets = names(sh)?;
+        if let Some(unknown) = self.targets.iter().find(|name| !targets.contains(name)) {
+            bail!(
+                "no target is called {unknown}; there are: {}",
+                targets.join(", ")
+            );
+        }
+        if !self.targets.is_empty() {
+            targets = self.targets.clone();
+        }
+        for name in targets {
+            self.fuzz(sh, &name)?;
+        }
+        Ok(())
+    }
+
+    fn fuzz(&self, sh: &Shell, name: &str) -> anyhow::Result<()> {
+        let program = format!("target/fuzz/{TARGET}/release/{name}");
+        let (found, kept) = (
+            format!("target/fuzz/corpus/{name}"),
+            format!("fuzz/corpus/{name}"),
+        );
+        sh.create_dir(&found)?;
+        sh.create_dir(&kept)?;
+        let time = format!("-max_total_time={}", self.seconds);
+        let broken = format!("-artifact_prefix=target/fuzz/{name}-");
+        let output = cmd!(
+            sh,
+            "{program} {found} {kept} {time} {broken} -max_len=8192 -rss_limit_mb=1024 -timeout=10 -print_final_stats=1"
+        )
+        .ignore_status()
+        .output()?;
+        let said = String::from_utf8_lossy(&output.stderr);
+        if !output.status.success() {
+            bail!("{name} was broken; its input is named below\n{said}");
+        }
+        let runs = said
+            .lines()
+            .find_map(|line| line.strip_prefix("stat::number_of_executed_units:"))
+            .context("libFuzzer says how many inputs it ran")?;
+        println!(
+            "{name}: {} inputs in {} s, nothing found",
+            runs.trim(),
+            self.seconds
+        );
+        if self.keep {
+            let merged = format!("target/fuzz/merged-{name}");
+            sh.remove_path(&merged)?;
+            sh.create_dir(&merged)?;
+            cmd!(
+                sh,
+                "{program} -merge=1 -max_len=8192 {merged} {kept} {found}"
+            )
+            .quiet()
+            .ignore_stderr()
+            .run()?;
+            sh.remove_path(&kept)?;
+            sh.create_dir(&kept)?;
+            for input in sh.read_dir(&merged)? {
+                let file = input.file_name().context("an input has a name")?;
+                sh.copy_file(&input, Path::new(&kept).join(file))?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The targets, by their files.
+fn names(sh: &Shell) -> anyhow::Result<Vec<String>> {
+    let mut names = Vec::new();
+    for path in sh.read_dir("fuzz/targets")? {
+        let stem = path.file_stem().context("a target has a name")?;
+        names.push(stem.to_string_lossy().replace('_', "-"));
+    }
+    Ok(names)
+}
