@@ -2,6 +2,7 @@
 
 #![forbid(unsafe_code)]
 
+pub mod fio;
 pub mod report;
 
 use std::path::{Path, PathBuf};

@@ -6,6 +6,7 @@ pub mod raw;
 use std::fs::{self, File};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use benches::scattered;
 use dirty_bitmap::DirtyBitmap;
@@ -39,13 +40,18 @@ pub struct Case<'a> {
 
 pub struct Contender<'a> {
     pub name: &'static str,
-    pub run: Box<dyn Fn(&Path) + 'a>,
+    /// Writes to a path, and says what that took.
+    pub run: Box<dyn Fn(&Path) -> Duration + 'a>,
 }
 
-fn contender<'a>(name: &'static str, run: impl Fn(&Path) + 'a) -> Contender<'a> {
+pub fn contender<'a>(name: &'static str, run: impl Fn(&Path) + 'a) -> Contender<'a> {
     Contender {
         name,
-        run: Box::new(run),
+        run: Box::new(move |dest| {
+            let start = Instant::now();
+            run(dest);
+            start.elapsed()
+        }),
     }
 }
 
