@@ -1,9 +1,11 @@
 //! What Linux knows of pages that were never written. Where it doesn't tell, all of them may have been.
 
 mod file;
+mod mappings;
 mod pagemap;
-mod smaps;
+mod userfaultfd;
 
+use std::cell::OnceCell;
 use std::fs::File;
 use std::io;
 use std::iter;
@@ -15,12 +17,18 @@ pub(crate) use file::data;
 
 use crate::populated::{PopulatedRanges, unknown};
 use file::{DataRanges, own_file};
+use mappings::{Area, Backing};
+use nix::unistd::{SysconfVar, sysconf};
 use pagemap::Scan;
-use smaps::{Area, Backing};
+use userfaultfd::Userfaultfd;
 
 /// The mappings of this process, as they were when it was asked.
-#[derive(Clone, Debug)]
-pub(crate) struct AddressSpace(Rc<Known>);
+#[derive(Debug)]
+pub(crate) struct AddressSpace {
+    /// Right for mappings that userfaultfd leaves alone.
+    quick: Option<(Userfaultfd, Rc<Known>)>,
+    thorough: OnceCell<Rc<Known>>,
+}
 
 #[derive(Debug, Default)]
 struct Known {
@@ -34,28 +42,64 @@ impl AddressSpace {
     ///
     /// Nothing is kept open or remembered from one question to the next: a child after `fork` would be told of its parent.
     pub(crate) fn of_this_process() -> Self {
-        let known = || -> io::Result<Known> {
-            Ok(Known {
-                pagemap: Some(Rc::new(File::open("/proc/self/pagemap")?)),
-                areas: smaps::read("/proc/self/smaps")?,
-            })
+        let quick = || {
+            let userfaultfd = Userfaultfd::that_tells()?;
+            Some((userfaultfd, Known::by(mappings::without_flags).ok()?))
         };
-        Self(Rc::new(known().unwrap_or_default()))
+        Self {
+            quick: quick(),
+            thorough: OnceCell::new(),
+        }
     }
 
     /// The addresses in `range` that may hold anything but zeros.
     pub(crate) fn populated(&self, range: Range<u64>) -> PopulatedRanges<'static> {
-        let Self(known) = self.clone();
+        let known = match &self.quick {
+            Some((userfaultfd, known))
+                if known
+                    .areas_in(&range)
+                    .all(|area| userfaultfd.leaves_alone(area.addresses.start)) =>
+            {
+                known
+            }
+            _ => self
+                .thorough
+                .get_or_init(|| Known::by(mappings::with_flags).unwrap_or_default()),
+        };
+        Rc::clone(known).populated(range)
+    }
+}
+
+impl Known {
+    fn by(mappings: fn() -> io::Result<Vec<Area>>) -> io::Result<Rc<Self>> {
+        Ok(Rc::new(Self {
+            pagemap: Some(Rc::new(File::open("/proc/self/pagemap")?)),
+            areas: mappings()?,
+        }))
+    }
+
+    fn areas_in(&self, range: &Range<u64>) -> impl Iterator<Item = &Area> {
+        let end = range.end;
+        self.areas[self.first_after(range.start)..]
+            .iter()
+            .take_while(move |area| area.addresses.start < end)
+    }
+
+    /// The first mapping that doesn't end at `address` or before.
+    fn first_after(&self, address: u64) -> usize {
+        self.areas
+            .partition_point(|area| area.addresses.end <= address)
+    }
+
+    fn populated(self: Rc<Self>, range: Range<u64>) -> PopulatedRanges<'static> {
         let mut left = range;
-        let mut next = known
-            .areas
-            .partition_point(|area| area.addresses.end <= left.start);
+        let mut next = self.first_after(left.start);
         Box::new(
             iter::from_fn(move || {
                 if left.is_empty() {
                     return None;
                 }
-                let area = known.areas.get(next);
+                let area = self.areas.get(next);
                 let area = area.filter(|area| area.addresses.start < left.end);
                 // Up to the next mapping there is nothing that can be read, which a read will tell.
                 let (end, inside) = match area {
@@ -68,14 +112,12 @@ impl AddressSpace {
                 };
                 let part = left.start..end;
                 left.start = end;
-                Some(known.populated_in(inside, part))
+                Some(self.populated_in(inside, part))
             })
             .flatten(),
         )
     }
-}
 
-impl Known {
     /// `part` is within `area`, or of no mapping.
     fn populated_in(&self, area: Option<&Area>, part: Range<u64>) -> PopulatedRanges<'static> {
         let Some(area) = area else {
@@ -104,4 +146,11 @@ fn is_behind(file: &File, area: &Area) -> bool {
     file.metadata().is_ok_and(|metadata| {
         metadata.is_file() && (metadata.dev(), metadata.ino()) == (area.device, area.inode)
     })
+}
+
+fn page_size() -> u64 {
+    match sysconf(SysconfVar::PAGE_SIZE) {
+        Ok(Some(size)) => size as u64,
+        other => unreachable!("POSIX has PAGE_SIZE on every system, not {other:?}"),
+    }
 }

@@ -252,14 +252,23 @@ fn all_of_a_memfd_of_huge_pages_may_be_populated() {
     );
 }
 
-/// A guest restored lazily: a missing page is not zeros, it is what the handler will put there.
 #[test]
-fn all_of_what_userfaultfd_fills_on_first_touch_may_be_populated() {
+fn all_of_mapped_huge_pages_may_be_populated() {
+    let memfd = memfd(MFdFlags::MFD_HUGETLB);
+    let mapping = Mapping::of_file(memfd.as_fd(), SIZE as usize, true);
+    assert_eq!(count(&populated(&guest(&mapping), SIZE)), PAGES as usize);
+}
+
+/// A guest restored lazily: a missing page is not zeros, it is what the handler will put there. Nor does asking put anything there.
+#[rstest]
+fn all_of_what_userfaultfd_fills_on_first_touch_may_be_populated(
+    #[values(Flags::Private, Flags::Shared)] flags: Flags,
+) {
     let name = "all_of_what_userfaultfd_fills_on_first_touch_may_be_populated";
-    if !Need::Userfaultfd.met(name) {
+    if !Need::Userfaultfd.met(name) || !may_open_mappings(name, flags) {
         return;
     }
-    let mapping = untouched(Flags::Private);
+    let mapping = untouched(flags);
     let fault = common::uffd::register_missing(&mapping, SIZE as usize / 2);
     let pages = populated(&guest(&mapping), SIZE);
     assert_eq!(count(&pages[..PAGES as usize / 2]), PAGES as usize / 2);

@@ -11,7 +11,7 @@ use nix::fcntl::OFlag;
 use nix::unistd::{Whence, lseek};
 
 use super::is_behind;
-use super::smaps::Area;
+use super::mappings::Area;
 use crate::populated::{PopulatedRanges, unknown};
 
 /// The parts of `range`, positions in `file`, that may hold anything but zeros. What is past its end may.

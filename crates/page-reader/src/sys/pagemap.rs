@@ -10,7 +10,7 @@ use std::os::unix::fs::FileExt;
 use std::rc::Rc;
 use std::vec;
 
-use nix::unistd::{SysconfVar, sysconf};
+use super::page_size;
 
 /// Ranges in one answer of the kernel: 6 KiB.
 const REGIONS: usize = 256;
@@ -145,13 +145,6 @@ fn by_entries(pagemap: &File, asked: Range<u64>, page_size: u64) -> io::Result<A
         address = end;
     }
     Ok((found, address))
-}
-
-fn page_size() -> u64 {
-    match sysconf(SysconfVar::PAGE_SIZE) {
-        Ok(Some(size)) => size as u64,
-        other => unreachable!("POSIX has PAGE_SIZE on every system, not {other:?}"),
-    }
 }
 
 /// From Linux `include/uapi/linux/fs.h`.

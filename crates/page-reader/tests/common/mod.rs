@@ -66,11 +66,12 @@ impl Mapping {
 
     #[cfg(target_os = "linux")]
     pub(crate) fn of_file(file: BorrowedFd<'_>, len: usize, shared: bool) -> Self {
-        let flags = if shared {
+        let kind = if shared {
             MapFlags::MAP_SHARED
         } else {
             MapFlags::MAP_PRIVATE
         };
+        let flags = kind | NO_RESERVE;
         let protection = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
         let length = NonZeroUsize::new(len).unwrap();
         // SAFETY: a new mapping, where the kernel likes.

@@ -22,23 +22,46 @@ pub(crate) struct Register {
     ioctls: u64,
 }
 
+/// `struct uffdio_range`
+#[repr(C)]
+pub(crate) struct Range {
+    start: u64,
+    len: u64,
+}
+
 mod ioctl {
     nix::ioctl_none!(new, 0xaa, 0x00);
     nix::ioctl_readwrite!(api, 0xaa, 0x3f, super::Api);
     nix::ioctl_readwrite!(register, 0xaa, 0x00, super::Register);
+    nix::ioctl_read!(unregister, 0xaa, 0x01, super::Range);
 }
 
-/// Registers the first `len` bytes, until what is returned is dropped. Nothing answers their faults.
-pub(crate) fn register_missing(mapping: &Mapping, len: usize) -> OwnedFd {
+/// Memory registered for missing pages, until this is dropped.
+pub(crate) struct Registered {
+    fault: OwnedFd,
+    range: Range,
+}
+
+/// By more than closing: a child that another test has just forked may have the descriptor too.
+impl Drop for Registered {
+    fn drop(&mut self) {
+        // SAFETY: the kernel reads the structure.
+        unsafe { ioctl::unregister(self.fault.as_raw_fd(), &raw mut self.range) }.unwrap();
+    }
+}
+
+/// Registers the first `len` bytes. Nothing answers their faults.
+pub(crate) fn register_missing(mapping: &Mapping, len: usize) -> Registered {
     let device = File::open("/dev/userfaultfd").unwrap();
     let mut api = Api {
         api: 0xaa,
         features: 0,
         ioctls: 0,
     };
+    let (start, len) = (mapping.address(), len as u64);
     let mut register = Register {
-        start: mapping.address(),
-        len: len as u64,
+        start,
+        len,
         mode: 1,
         ioctls: 0,
     };
@@ -48,6 +71,7 @@ pub(crate) fn register_missing(mapping: &Mapping, len: usize) -> OwnedFd {
         let fault = OwnedFd::from_raw_fd(ioctl::new(device.as_raw_fd()).unwrap());
         ioctl::api(fault.as_raw_fd(), &raw mut api).unwrap();
         ioctl::register(fault.as_raw_fd(), &raw mut register).unwrap();
-        fault
+        let range = Range { start, len };
+        Registered { fault, range }
     }
 }
