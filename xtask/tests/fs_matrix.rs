@@ -45,6 +45,12 @@ fn broken(dir: &Path, arguments: &[&str]) -> (Vec<String>, bool) {
     "diff from a bitmap rebuilt finer in between",
     "partial last page",
 ])]
+#[case::skips_partial_blocks("skip-partial-blocks", &[
+    "written by io_uring",
+    "written by threads",
+    "written by positioned writes",
+    "written by the engine that is chosen",
+])]
 fn a_broken_library_is_caught_by_the_check_named_for_it_and_by_no_other(
     #[case] sabotage: &str,
     #[case] caught_by: &[&str],

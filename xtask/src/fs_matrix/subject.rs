@@ -1,6 +1,7 @@
 //! The library as the checks use it, and deliberately broken ones that the checks must catch.
 
 use std::fs::{self, File};
+use std::ops::{ControlFlow, Range};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
@@ -8,6 +9,7 @@ use anyhow::Context;
 use dirty_bitmap::DirtyBitmap;
 use memory_writer::{Durability, MemoryWriter};
 use page_reader::PageReader;
+use sparse_file::{Source, WriteError, WriteOptions, write_runs};
 
 /// Which library is checked.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -22,6 +24,8 @@ pub enum Sabotage {
     FollowStageSymlink,
     /// Takes the numbers of the bitmap's pages for those of the file's.
     IgnoreBitmapPageSize,
+    /// Writes the blocks of a run, and not what is left beside them at its ends.
+    SkipPartialBlocks,
 }
 
 impl Subject {
@@ -59,6 +63,24 @@ impl Subject {
         Ok(pages)
     }
 
+    /// Writes `runs` of `source` to `file`.
+    pub fn runs(
+        self,
+        file: &File,
+        runs: &[Range<u64>],
+        source: &dyn Source,
+        options: &WriteOptions,
+    ) -> Result<u64, WriteError> {
+        let runs = runs.iter().cloned().map(|run| match self.0 {
+            Some(Sabotage::SkipPartialBlocks) => {
+                run.start.next_multiple_of(BLOCK)..run.end / BLOCK * BLOCK
+            }
+            _ => run,
+        });
+        let go_on = &mut |_| ControlFlow::Continue(());
+        write_runs(file, runs, source, options, go_on)
+    }
+
     /// Where a snapshot of `dest` will be staged: what an attacker can foresee.
     pub fn stage_of(self, dest: &Path) -> anyhow::Result<PathBuf> {
         if self.0 == Some(Sabotage::FollowStageSymlink) {
@@ -85,6 +107,9 @@ impl Subject {
         Ok(())
     }
 }
+
+/// Of a disk that direct I/O writes to.
+const BLOCK: u64 = 4096;
 
 fn fixed_stage(dest: &Path) -> PathBuf {
     dest.with_extension("tmp")

@@ -3,6 +3,7 @@
 mod atomicity;
 mod bytes;
 mod durability;
+mod engines;
 mod faults;
 mod kills;
 #[cfg(target_os = "linux")]
@@ -58,6 +59,7 @@ impl Check {
 pub fn everywhere() -> impl Iterator<Item = &'static Check> {
     [
         bytes::CHECKS,
+        engines::CHECKS,
         space::CHECKS,
         atomicity::CHECKS,
         kills::CHECKS,
