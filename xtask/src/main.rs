@@ -12,6 +12,7 @@ mod check_macos;
 mod demo;
 mod fs_matrix;
 mod fuzz;
+mod interrupt;
 mod packages;
 mod test;
 

@@ -4,7 +4,10 @@ use std::fs;
 use std::io::{BufRead, BufReader};
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
+use std::time::Duration;
 
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use rstest::rstest;
 
 /// The command line, with a small guest that every machine has; files go to `dir`.
@@ -108,6 +111,33 @@ fn snapshots_are_removed_unless_kept() {
         "full.vcpu",
     ];
     assert_eq!(files, expected);
+}
+
+#[test]
+fn an_interrupted_demo_leaves_nothing_behind() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut demo = Command::new(env!("CARGO_BIN_EXE_xtask"))
+        .args(["demo", "--guest", "mprotect", "--ram", "8M"])
+        .args(["--rounds", "1000000", "--steps", "300", "--dir"])
+        .arg(dir.path())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let files = || {
+        let snapshots = fs::read_dir(dir.path()).unwrap().next()?.unwrap().path();
+        Some(fs::read_dir(snapshots).ok()?.count())
+    };
+    while files().is_none_or(|files| files < 4) {
+        assert!(demo.try_wait().unwrap().is_none(), "it goes on for hours");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    let pid = Pid::from_raw(demo.id().cast_signed());
+    kill(pid, Signal::SIGINT).unwrap();
+    let output = demo.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    assert_eq!(lines(&output.stderr), ["error: interrupted"]);
+    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
 }
 
 #[rstest]

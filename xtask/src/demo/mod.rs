@@ -32,6 +32,8 @@ use restore::Files;
 use snapshots::Snapshots;
 use verify::Proof;
 
+use crate::interrupt::Interrupt;
+
 /// Snapshot a running guest, restore it into a new one, and prove that it goes on correctly
 ///
 /// A guest keeps a ledger with checksums in its RAM. A full snapshot is taken while it works, then a diff each round. The
@@ -61,6 +63,7 @@ pub struct Demo {
 
 impl Demo {
     pub fn run(self, sh: &Shell) -> anyhow::Result<()> {
+        let interrupt = Interrupt::catch()?;
         let out = sh.current_dir().join("target").join("demo");
         let kind = self.announce()?;
         let dir = self.dir.as_deref().unwrap_or(&out);
@@ -80,7 +83,7 @@ impl Demo {
             steps: self.steps,
             dir: snapshots.path(),
         };
-        let progress = Progress::new();
+        let progress = Progress::new(interrupt);
         let story = plan.carry_out(&progress, |_| Ok(()));
         progress.phase("removing the snapshots", 0);
         let (kept, removed) = if self.keep {
@@ -89,6 +92,8 @@ impl Demo {
             (None, snapshots.close())
         };
         progress.finish();
+        // Whatever that made of what was under way.
+        progress.interrupted()?;
         let story = story?;
 
         say(report::table(&story.table))?;
@@ -151,8 +156,8 @@ fn ram_size(text: &str) -> Result<u64, String> {
     Ok(size)
 }
 
-/// Orders in which a round's work is given, for the progress bar.
-const PARTS: u64 = 16;
+/// Steps that a guest works before anybody looks: for the progress bar, and for who wants to end.
+const SPELL: u64 = 1 << 12;
 
 /// What to do, to which guest.
 struct Plan<'a> {
@@ -236,9 +241,9 @@ impl Plan<'_> {
     ) -> anyhow::Result<()> {
         let start = guest.steps();
         progress.phase(phase, steps);
-        for part in 1..=PARTS {
-            guest.work_until(start + steps * part / PARTS)?;
-            progress.at(guest.steps() - start);
+        while guest.steps() < start + steps {
+            guest.work_until((guest.steps() + SPELL).min(start + steps))?;
+            progress.at(guest.steps() - start)?;
         }
         Ok(())
     }

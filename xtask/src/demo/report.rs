@@ -7,38 +7,53 @@ use std::time::Duration;
 use comfy_table::{CellAlignment, Table, presets};
 use indicatif::{BinaryBytes, HumanCount, ProgressBar, ProgressStyle};
 
-/// One progress bar for all phases, on the standard error; silent where that is no terminal.
+use crate::interrupt::Interrupt;
+
+/// One progress bar for all phases, on the standard error; silent where that is no terminal. Whoever tells it of progress is told where
+/// somebody wants to go on no further.
 #[derive(Clone)]
-pub struct Progress(ProgressBar);
+pub struct Progress {
+    bar: ProgressBar,
+    interrupt: Interrupt,
+}
 
 impl Progress {
-    pub fn new() -> Self {
+    pub fn new(interrupt: Interrupt) -> Self {
         let bar = ProgressBar::new(0);
         let template = "{msg:36} {wide_bar:.cyan} {percent:>3} %";
         bar.set_style(ProgressStyle::with_template(template).expect("the template is well-formed"));
-        Self(bar)
+        Self { bar, interrupt }
     }
 
     /// Nobody looks.
     #[cfg(test)]
     pub fn hidden() -> Self {
-        Self(ProgressBar::hidden())
+        Self {
+            bar: ProgressBar::hidden(),
+            interrupt: Interrupt::default(),
+        }
     }
 
     /// Begins a phase of `total` units of any kind.
     pub fn phase(&self, name: impl Into<String>, total: u64) {
-        self.0.set_message(name.into());
-        self.0.set_length(total);
-        self.0.set_position(0);
+        self.bar.set_message(name.into());
+        self.bar.set_length(total);
+        self.bar.set_position(0);
     }
 
-    /// That much of the phase is done.
-    pub fn at(&self, done: u64) {
-        self.0.set_position(done);
+    /// That much of the phase is done. An error if it's to be broken off.
+    pub fn at(&self, done: u64) -> anyhow::Result<()> {
+        self.bar.set_position(done);
+        self.interrupted()
+    }
+
+    /// An error if somebody asked to end.
+    pub fn interrupted(&self) -> anyhow::Result<()> {
+        self.interrupt.check()
     }
 
     pub fn finish(&self) {
-        self.0.finish_and_clear();
+        self.bar.finish_and_clear();
     }
 }
 

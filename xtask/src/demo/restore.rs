@@ -72,7 +72,7 @@ impl RamTarget for NewGuest<'_> {
     }
 
     fn write_at(&mut self, offset: u64, bytes: &[u8]) -> io::Result<()> {
-        self.progress.at(offset);
+        self.progress.at(offset).map_err(io::Error::other)?;
         self.guest.write(offset, bytes).map_err(io::Error::other)
     }
 }

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use anyhow::anyhow;
 use atomic_file::{AtomicGroup, AtomicWriter};
 use dirty_bitmap::DirtyBitmap;
-use memory_writer::MemoryWriter;
+use memory_writer::{CancelToken, MemoryWriter};
 
 use super::guest::{Epoch, Guest, Tracker};
 use super::picture::Picture;
@@ -136,8 +136,14 @@ impl<'a> Snapshots<'a> {
         let dirty = self.tracker.dirty();
         let (size, page) = (dirty.ram_size(), dirty.page_size());
         let progress = self.progress.clone();
+        let cancel = CancelToken::new();
         let writer = MemoryWriter::options()
-            .progress(move |done| progress.at(done.bytes_done))
+            .cancel(cancel.clone())
+            .progress(move |done| {
+                if progress.at(done.bytes_done).is_err() {
+                    cancel.cancel();
+                }
+            })
             .open(&path, size, page)?;
         Ok(writer)
     }

@@ -4,6 +4,7 @@ use std::thread;
 
 use page_reader::PageReader;
 
+use super::SPELL;
 use super::guest::{Guest, Ram};
 use super::ledger::{Layout, NO_PAGE, PAGE, Verdict};
 use super::oracle;
@@ -46,7 +47,7 @@ pub fn compare(
                 first.get_or_insert(start + number as u64 * PAGE);
             }
         }
-        progress.at(start);
+        progress.at(start)?;
     }
     let differs = |first| {
         format!(
@@ -67,9 +68,9 @@ pub fn go_on(
     let goal = 2 * done;
     progress.phase("both guests go on, and check themselves", 0);
     let (original, restored, oracle) = thread::scope(|scope| {
-        let original = scope.spawn(|| finish(original, goal));
+        let original = scope.spawn(|| finish(original, goal, progress));
         let oracle = scope.spawn(|| oracle::verdict(layout, goal));
-        let restored = finish(restored, goal);
+        let restored = finish(restored, goal, progress);
         (
             joined(original.join()),
             restored,
@@ -94,8 +95,11 @@ pub fn go_on(
     })
 }
 
-fn finish(guest: &mut dyn Guest, goal: u64) -> anyhow::Result<Verdict> {
-    guest.work_until(goal)?;
+fn finish(guest: &mut dyn Guest, goal: u64, progress: &Progress) -> anyhow::Result<Verdict> {
+    while guest.steps() < goal {
+        guest.work_until(goal.min(guest.steps() + SPELL))?;
+        progress.interrupted()?;
+    }
     guest.check()
 }
 

@@ -28,11 +28,11 @@ use std::time::Instant;
 use anyhow::bail;
 use xshell::Shell;
 
+use crate::interrupt::Interrupt;
 use crate::packages::Install;
 use child::Child;
 use inside::Inside;
 use kind::{Kind, Place};
-use process::Interrupt;
 use report::Report;
 use run::{Job, Run};
 use subject::Sabotage;

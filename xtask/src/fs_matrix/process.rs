@@ -3,8 +3,6 @@
 use std::io::{BufRead, BufReader};
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, Stdio};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -12,36 +10,9 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, bail};
 use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
-use signal_hook::consts::{SIGINT, SIGTERM};
 
 use super::finding::Line;
-
-/// Whether somebody asked this process to end. Everything that waits looks here, so that guards get to clean up.
-#[derive(Clone, Default)]
-pub struct Interrupt(Arc<AtomicBool>);
-
-impl Interrupt {
-    /// From now on SIGINT and SIGTERM only set the flag; a second one ends the process at once.
-    pub fn catch() -> anyhow::Result<Self> {
-        let interrupt = Self::default();
-        for signal in [SIGINT, SIGTERM] {
-            signal_hook::flag::register_conditional_shutdown(
-                signal,
-                130,
-                Arc::clone(&interrupt.0),
-            )?;
-            signal_hook::flag::register(signal, Arc::clone(&interrupt.0))?;
-        }
-        Ok(interrupt)
-    }
-
-    pub fn check(&self) -> anyhow::Result<()> {
-        if self.0.load(Ordering::Relaxed) {
-            bail!("interrupted");
-        }
-        Ok(())
-    }
-}
+use crate::interrupt::Interrupt;
 
 /// A running process whose standard output is lines of [`Line`]. Dropped, it and its process group are killed.
 pub struct Process {
@@ -138,7 +109,7 @@ mod tests {
     fn a_wait_ends_when_it_is_interrupted() {
         let interrupt = Interrupt::default();
         let process = Process::start(shell("sleep 300"), &interrupt).expect("a shell");
-        interrupt.0.store(true, Ordering::Relaxed);
+        interrupt.ask();
         let error = process
             .next(Duration::from_secs(300))
             .expect_err("interrupted");

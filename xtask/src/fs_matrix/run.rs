@@ -14,11 +14,12 @@ use super::kind::Kind;
 #[cfg(target_os = "linux")]
 use super::kind::Place;
 use super::mounts::{self, Images, Mount};
-use super::process::{Interrupt, Process};
+use super::process::Process;
 use super::report::MountReport;
 use super::{FsMatrix, checks};
 #[cfg(target_os = "linux")]
 use super::{guest, power};
+use crate::interrupt::Interrupt;
 
 /// One mount to check.
 pub enum Job {

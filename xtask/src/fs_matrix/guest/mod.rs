@@ -17,7 +17,8 @@ use anyhow::Context;
 pub use kit::{Kit, PACKAGES};
 
 use super::kind::Kind;
-use super::process::{Interrupt, Process};
+use super::process::Process;
+use crate::interrupt::Interrupt;
 
 /// The name of the port that the guest writes its findings to.
 const PORT: &str = "findings";

@@ -18,7 +18,7 @@ use indicatif::ProgressBar;
 use super::finding::{Family, Finding, Line, Outcome};
 use super::guest::{self, Disk, Kit};
 use super::kind::Kind;
-use super::process::Interrupt;
+use crate::interrupt::Interrupt;
 
 /// The check's name.
 pub const CHECK: &str = "power lost in a commit loop";
