@@ -12,8 +12,8 @@ use std::path::Path;
 use io_uring::{IoUring, opcode, types::Fd};
 use page_reader::PageReader;
 
-const PIECE: usize = 1 << 20;
-const IN_FLIGHT: u32 = 32;
+pub const PIECE: usize = 1 << 20;
+pub const IN_FLIGHT: u32 = 32;
 
 /// Writes `runs` of `ram` to a new file, syncs it, and renames it to `dest`.
 pub fn fresh(dest: &Path, size: u64, runs: &[Range<u64>], ram: &dyn PageReader) {
@@ -36,7 +36,8 @@ pub fn overwrite(dest: &Path, runs: &[Range<u64>], ram: &dyn PageReader) {
     file.sync_all().unwrap();
 }
 
-fn open(path: &Path, create: bool) -> File {
+/// Opens for direct writes.
+pub fn open(path: &Path, create: bool) -> File {
     let mut options = File::options();
     options
         .write(true)
@@ -45,7 +46,8 @@ fn open(path: &Path, create: bool) -> File {
     options.open(path).unwrap()
 }
 
-fn write(file: &File, runs: &[Range<u64>], ram: &dyn PageReader) {
+/// Writes `runs` of `ram` to their offsets.
+pub fn write(file: &File, runs: &[Range<u64>], ram: &dyn PageReader) {
     let mut ring = IoUring::new(IN_FLIGHT).unwrap();
     let mut flying = 0;
     for run in runs {

@@ -7,10 +7,12 @@
     reason = "what a benchmark shares with another is in a module"
 )]
 
+mod bare;
 mod bitmap;
 #[path = "../cases/mod.rs"]
 mod cases;
 mod growth;
+mod images;
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -71,6 +73,7 @@ fn main() -> anyhow::Result<()> {
     comparison.report.machine = machine(&file_system);
     comparison.full();
     comparison.diff();
+    comparison.images();
     comparison.bitmap();
     comparison.memory();
     comparison.growth();

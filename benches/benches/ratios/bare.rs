@@ -1,0 +1,93 @@
+//! The limits of packed images and of reading: the same bytes, and nothing checked.
+
+#![allow(unsafe_code)]
+
+use std::fs::{self, File};
+use std::ops::Range;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
+
+use io_uring::{IoUring, opcode, types::Fd};
+use page_reader::PageReader;
+
+use crate::cases::raw::{IN_FLIGHT, PIECE, open, write};
+
+/// Writes `runs` of `ram` one after another to a new file, syncs it, and renames it to `dest`.
+pub fn packed(dest: &Path, runs: &[Range<u64>], ram: &dyn PageReader) {
+    let stage = dest.with_extension("raw");
+    let file = open(&stage, true);
+    pack(&file, runs, ram);
+    file.sync_all().unwrap();
+    fs::rename(&stage, dest).unwrap();
+    File::open(dest.parent().unwrap())
+        .unwrap()
+        .sync_all()
+        .unwrap();
+}
+
+/// The same over the file that is there.
+pub fn packed_over(dest: &Path, runs: &[Range<u64>], ram: &dyn PageReader) {
+    let file = open(dest, false);
+    pack(&file, runs, ram);
+    file.sync_all().unwrap();
+}
+
+fn pack(file: &File, runs: &[Range<u64>], ram: &dyn PageReader) {
+    let len: u64 = runs.iter().map(|run| run.end - run.start).sum();
+    let mut bytes = vec![0; len as usize + 4096];
+    let start = bytes.as_ptr().align_offset(4096);
+    let packed = &mut bytes[start..][..len as usize];
+    let mut at = 0;
+    for run in runs {
+        let len = (run.end - run.start) as usize;
+        let memory = ram.host_memory(run.start, len).unwrap();
+        memory.copy_to(&mut packed[at..at + len]);
+        at += len;
+    }
+    if file.metadata().unwrap().len() < len {
+        file.set_len(len).unwrap();
+    }
+    write(file, &[0..len], &&*packed);
+}
+
+/// Reads all of a file past the page cache, as fast as it comes.
+pub fn read(path: &Path) {
+    let mut options = File::options();
+    let file = options
+        .read(true)
+        .custom_flags(libc::O_DIRECT)
+        .open(path)
+        .unwrap();
+    let len = file.metadata().unwrap().len();
+    let buffers: Vec<Vec<u8>> = (0..IN_FLIGHT).map(|_| vec![0; 2 * PIECE]).collect();
+    let mut ring = IoUring::new(IN_FLIGHT).unwrap();
+    let mut free: Vec<u64> = (0..u64::from(IN_FLIGHT)).collect();
+    let mut at = 0;
+    while at < len || free.len() < buffers.len() {
+        while at < len
+            && let Some(number) = free.pop()
+        {
+            let buffer = &buffers[number as usize];
+            let start = buffer.as_ptr().align_offset(4096);
+            let read = opcode::Read::new(
+                Fd(file.as_raw_fd()),
+                buffer[start..].as_ptr().cast_mut(),
+                PIECE as u32,
+            );
+            // SAFETY: the buffer is the kernel's until its completion was seen, and Rust looks at none of its bytes; the loop ends
+            // once nothing is in flight.
+            unsafe {
+                ring.submission()
+                    .push(&read.offset(at).build().user_data(number))
+                    .unwrap();
+            }
+            at += PIECE as u64;
+        }
+        ring.submit_and_wait(1).unwrap();
+        for done in ring.completion() {
+            assert!(done.result() > 0);
+            free.push(done.user_data());
+        }
+    }
+}

@@ -1,0 +1,190 @@
+//! Sealed and packed images: written, verified, merged.
+
+use std::fs::File;
+use std::ops::ControlFlow;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use memory_image::{Chain, Image};
+use memory_writer::{Layout, MemoryWriter, Options, Seal};
+
+use crate::cases::SQUIB;
+use crate::cases::ram::{Content, Ram};
+use crate::cases::{
+    Before, Case, Contender, Dirty, LIMIT, OURS, Pattern, contender, diff, full, raw,
+};
+use crate::{Comparison, bare};
+
+/// Ours, without a footer.
+const RAW_LAYOUT: &str = "raw layout";
+/// Reads the same bytes past the page cache, and looks at none.
+const READER: &str = "bare reader";
+
+const PAGE: u64 = 4096;
+
+fn packed() -> Options {
+    MemoryWriter::options().layout(Layout::Packed(Seal::new()))
+}
+
+fn sealed() -> Options {
+    MemoryWriter::options().layout(Layout::Sealed(Seal::new()))
+}
+
+impl Comparison<'_> {
+    pub fn images(&mut self) {
+        let ram = Ram::new(self.gib, Content::Random);
+        let dirty = Dirty::new(ram.size, PAGE, 100, Pattern::Random);
+        let name = "diff 1 % of 1 GiB, 4 KiB random, packed";
+        let case = packed_diff(&ram, &dirty, name, Before::Nothing);
+        self.run(&case, &[(SQUIB, 4.0), (LIMIT, 0.85)]);
+        let name = "diff 1 % of 1 GiB, 4 KiB random, packed over the previous";
+        let case = packed_diff(&ram, &dirty, name, Before::ThePrevious);
+        self.run(&case, &[(SQUIB, 6.0), (LIMIT, 0.85)]);
+        for (what, options) in [("sealed", sealed as fn() -> Options), ("packed", packed)] {
+            let name = format!("full 1 GiB, random bytes, {what}");
+            let mut case = full(&ram, &name, options);
+            let mut plain = full(&ram, &name, MemoryWriter::options)
+                .contenders
+                .remove(0);
+            plain.name = RAW_LAYOUT;
+            case.contenders
+                .retain(|contender| contender.name == OURS || contender.name == SQUIB);
+            case.contenders.push(plain);
+            self.run(&case, &[(RAW_LAYOUT, 1.0 / 1.1)]);
+        }
+        self.verify(&ram);
+        self.merge(&ram);
+    }
+
+    fn verify(&mut self, ram: &Ram) {
+        let path = self.place.join("sealed.mem");
+        write(&path, sealed(), ram, None);
+        let verify = |path: &Path| {
+            let image = Image::open_sealed(path).unwrap();
+            let found = image.verify(&|_, _| ControlFlow::Continue(())).unwrap();
+            assert!(found.is_whole());
+        };
+        let timed = |run: &dyn Fn(&Path)| {
+            forget(&path);
+            let start = Instant::now();
+            run(&path);
+            start.elapsed()
+        };
+        let case = Case {
+            name: "verify a sealed image of 1 GiB, not in the page cache".into(),
+            group: "read",
+            bytes: ram.size,
+            before: Before::Nothing,
+            contenders: vec![
+                timed_contender(OURS, |_| timed(&verify)),
+                timed_contender(READER, |_| timed(&bare::read)),
+            ],
+        };
+        self.run(&case, &[(READER, 0.8)]);
+        let name = "verify a sealed image in the page cache";
+        if self.wants(name) {
+            verify(&path);
+            let start = Instant::now();
+            verify(&path);
+            let speed = ram.size as f64 / start.elapsed().as_secs_f64() / 1e9;
+            let cores = std::thread::available_parallelism().map_or(1, usize::from);
+            self.figure(
+                name,
+                format!("{speed:.1} GB/s by {cores} cores"),
+                "3 GB/s a core, or the device's",
+            );
+        }
+        std::fs::remove_file(&path).unwrap();
+    }
+
+    /// Ten diffs onto their base.
+    fn merge(&mut self, ram: &Ram) {
+        let path = |number: u64| self.place.join(format!("{number}.mem"));
+        let mut paths = vec![path(0)];
+        let mut parent = write(&path(0), packed(), ram, None);
+        for number in 1..=10 {
+            let dirty = Dirty::new(ram.size, PAGE, 100, Pattern::Random);
+            let layout = Layout::Packed(Seal::new().parent(parent));
+            let options = MemoryWriter::options().layout(layout);
+            parent = write(&path(number), options, ram, Some(&dirty));
+            paths.push(path(number));
+        }
+        let merged = |options: Options, dest: &Path, paths: &[PathBuf]| {
+            let chain = Chain::open_sealed(paths).unwrap();
+            chain.merge(options, dest).unwrap();
+        };
+        let case = Case {
+            name: "merge 10 diffs of 1 % onto 1 GiB, to a raw image".into(),
+            group: "read",
+            bytes: ram.size,
+            before: Before::Nothing,
+            contenders: vec![
+                contender(OURS, |dest| merged(MemoryWriter::options(), dest, &paths)),
+                contender(LIMIT, |dest| {
+                    raw::fresh(dest, ram.size, &[0..ram.size], &ram.reader())
+                }),
+            ],
+        };
+        self.run(&case, &[(LIMIT, 0.85)]);
+        drop(case);
+        for path in paths {
+            std::fs::remove_file(path).unwrap();
+        }
+    }
+}
+
+fn packed_diff<'a>(ram: &'a Ram, dirty: &'a Dirty, name: &str, before: Before) -> Case<'a> {
+    let mut case = diff(ram, dirty, name);
+    case.before = before;
+    let size = ram.size;
+    case.contenders.retain(|contender| contender.name == SQUIB);
+    let ours = contender(OURS, move |dest| {
+        let options = match before {
+            Before::Nothing => packed(),
+            Before::ThePrevious => packed().recycle(u64::MAX),
+        };
+        let mut writer = options.open(dest, size, PAGE).unwrap();
+        writer.write_diff(&ram.reader(), &dirty.ours).unwrap();
+        writer.commit().unwrap();
+    });
+    case.contenders.insert(0, ours);
+    case.contenders.push(contender(LIMIT, move |dest| {
+        if before == Before::ThePrevious && dest.exists() {
+            bare::packed_over(dest, &dirty.runs, &ram.reader());
+        } else {
+            bare::packed(dest, &dirty.runs, &ram.reader());
+        }
+    }));
+    case
+}
+
+fn write(
+    path: &Path,
+    options: Options,
+    ram: &Ram,
+    dirty: Option<&Dirty>,
+) -> memory_writer::ImageId {
+    let mut writer = options.open(path, ram.size, PAGE).unwrap();
+    let id = writer.image_id().unwrap();
+    match dirty {
+        None => writer.write_full(&ram.reader()).unwrap(),
+        Some(dirty) => _ = writer.write_diff(&ram.reader(), &dirty.ours).unwrap(),
+    }
+    writer.commit().unwrap();
+    id
+}
+
+fn timed_contender<'a>(name: &'static str, run: impl Fn(&Path) -> Duration + 'a) -> Contender<'a> {
+    Contender {
+        name,
+        run: Box::new(run),
+    }
+}
+
+/// Out of the page cache.
+fn forget(path: &Path) {
+    let file = File::open(path).unwrap();
+    file.sync_all().unwrap();
+    let advice = nix::fcntl::PosixFadviseAdvice::POSIX_FADV_DONTNEED;
+    nix::fcntl::posix_fadvise(&file, 0, 0, advice).unwrap();
+}
