@@ -5,6 +5,7 @@ mod bytes;
 mod durability;
 mod engines;
 mod faults;
+mod images;
 mod kills;
 #[cfg(target_os = "linux")]
 mod nfs;
@@ -60,6 +61,7 @@ pub fn everywhere() -> impl Iterator<Item = &'static Check> {
     [
         bytes::CHECKS,
         engines::CHECKS,
+        images::CHECKS,
         space::CHECKS,
         atomicity::CHECKS,
         kills::CHECKS,

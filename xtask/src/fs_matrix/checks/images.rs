@@ -1,0 +1,175 @@
+//! That sealed and packed images mean the same after every copy, and raw ones don't.
+
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+use anyhow::Context;
+use dirty_bitmap::DirtyBitmap;
+use memory_image::{Chain, Image, ImageError, ImageId};
+use memory_writer::{Layout, MemoryWriter, Seal};
+
+use super::Check;
+use crate::fs_matrix::finding::Family::Bytes;
+use crate::fs_matrix::finding::Outcome;
+use crate::fs_matrix::ram::Stamped;
+use crate::fs_matrix::site::Site;
+
+pub const CHECKS: &[Check] = &[
+    Check::new(
+        Bytes,
+        "sealed chain, made here and carried over here",
+        |site| carried(site, Layout::Sealed),
+    ),
+    Check::new(
+        Bytes,
+        "packed chain, made here and carried over here",
+        |site| carried(site, Layout::Packed),
+    ),
+    Check::new(Bytes, "raw chain carried over here", raw),
+];
+
+const PAGE: u64 = 16 << 10;
+const RAM: u64 = 4 << 20;
+
+/// A full image and a diff with a page that became zero, and the RAM that they stand for.
+struct Made {
+    paths: [PathBuf; 2],
+    ram: Vec<u8>,
+}
+
+fn make(dir: &Path, layout: impl Fn(Seal) -> Layout) -> anyhow::Result<Made> {
+    fs::create_dir_all(dir)?;
+    let paths = [dir.join("full.mem"), dir.join("diff.mem")];
+    let mut ram = Stamped::new(1, RAM).bytes(0..RAM);
+    let mut parent: Option<ImageId> = None;
+    for path in &paths {
+        let seal = parent.map_or_else(Seal::new, |parent| Seal::new().parent(parent));
+        let options = MemoryWriter::options().layout(layout(seal));
+        let mut writer = options.open(path, RAM, PAGE)?;
+        let first = path == &paths[0];
+        parent = writer.image_id();
+        if first {
+            writer.write_full(&ram)?;
+        } else {
+            let dirty = DirtyBitmap::new(0, RAM, PAGE)?;
+            for page in [3, 4, 17, 200] {
+                let bytes = page * PAGE..(page + 1) * PAGE;
+                let fill = if page == 4 { 0 } else { page as u8 };
+                ram[bytes.start as usize..bytes.end as usize].fill(fill);
+                dirty.set_dirty(bytes.start)?;
+            }
+            writer.write_diff(&ram, &dirty)?;
+        }
+        writer.commit()?;
+    }
+    Ok(Made { paths, ram })
+}
+
+/// As tools copy: with a hole wherever there are zeros, or with none.
+#[derive(Clone, Copy, PartialEq)]
+enum Copying {
+    DigsHoles,
+    FillsHoles,
+}
+
+fn copy(from: &Path, to: &Path, how: Copying) -> anyhow::Result<()> {
+    const BLOCK: u64 = 4096;
+    let bytes = fs::read(from)?;
+    let copy = File::create(to).with_context(|| format!("can't copy to {}", to.display()))?;
+    copy.set_len(bytes.len() as u64)?;
+    for (block, at) in bytes
+        .chunks(BLOCK as usize)
+        .zip((0..).step_by(BLOCK as usize))
+    {
+        if how == Copying::FillsHoles || block.iter().any(|byte| *byte != 0) {
+            copy.write_all_at(block, at)?;
+        }
+    }
+    Ok(copy.sync_all()?)
+}
+
+/// Made elsewhere, copied to this mount and back; how the first copy does it, the second does otherwise.
+fn carry(site: &Site, made: &Made, first: Copying) -> anyhow::Result<[PathBuf; 2]> {
+    let (here, back) = (site.path("carried"), site.elsewhere.join("back"));
+    let second = match first {
+        Copying::DigsHoles => Copying::FillsHoles,
+        Copying::FillsHoles => Copying::DigsHoles,
+    };
+    fs::create_dir_all(&here)?;
+    fs::create_dir_all(&back)?;
+    let mut paths = made.paths.clone();
+    for path in &mut paths {
+        let name = path.file_name().context("an image has a name")?;
+        let (there, again) = (here.join(name), back.join(name));
+        copy(path, &there, first)?;
+        copy(&there, &again, second)?;
+        *path = again;
+    }
+    Ok(paths)
+}
+
+fn carried(site: &Site, layout: fn(Seal) -> Layout) -> anyhow::Result<Outcome> {
+    let expected =
+        "verified, and the RAM's bytes: where made, and after copies that dig holes and fill them";
+    let wrong = |paths: &[PathBuf], ram: &[u8]| -> anyhow::Result<bool> {
+        for path in paths {
+            let found =
+                Image::open_sealed(path)?.verify(&|_, _| std::ops::ControlFlow::Continue(()))?;
+            if !found.is_whole() {
+                return Ok(true);
+            }
+        }
+        let mut restored = vec![0; RAM as usize];
+        Chain::open_sealed(paths)?.restore(restored.as_mut_slice())?;
+        Ok(restored != ram)
+    };
+    let here = make(&site.path("made"), layout)?;
+    if wrong(&here.paths, &here.ram)? {
+        return Ok(Outcome::broken(expected, "wrong where made"));
+    }
+    let elsewhere = make(&site.elsewhere.join("made"), layout)?;
+    for how in [Copying::DigsHoles, Copying::FillsHoles] {
+        let paths = carry(site, &elsewhere, how)?;
+        if wrong(&paths, &elsewhere.ram)? {
+            return Ok(Outcome::broken(expected, "wrong after being carried over"));
+        }
+    }
+    Ok(Outcome::holds(
+        expected,
+        "every byte right, six images verified",
+    ))
+}
+
+/// What the others are for.
+fn raw(site: &Site) -> anyhow::Result<Outcome> {
+    let expected = "the RAM's bytes after copies that dig holes and fill them";
+    let made = make(&site.elsewhere.join("raw"), |_| Layout::Raw)?;
+    let mut seen = Vec::new();
+    for (how, what) in [
+        (Copying::DigsHoles, "holes dug, then filled"),
+        (Copying::FillsHoles, "holes filled, then dug"),
+    ] {
+        let [full, diff] = carry(site, &made, how)?;
+        let mut chain = Chain::open(full, PAGE)?;
+        match chain.push(diff) {
+            Err(ImageError::UnclearDiff { why, .. }) => {
+                seen.push(format!("{what}: refused ({why})"))
+            }
+            Err(error) => return Err(error.into()),
+            Ok(()) => {
+                let mut restored = vec![0; RAM as usize];
+                chain.restore(restored.as_mut_slice())?;
+                if restored != made.ram {
+                    seen.push(format!("{what}: a page of zeros is taken for a clean one"));
+                }
+            }
+        }
+    }
+    Ok(if seen.is_empty() {
+        Outcome::holds(expected, "every byte right")
+    } else {
+        seen.push("seal images that are copied".into());
+        Outcome::differs(expected, seen.join("; "))
+    })
+}
