@@ -24,11 +24,14 @@ const PACKAGES: [Package; 4] = [
 ];
 
 /// Nothing is run: speed is the compiler's own, not the program's.
-const UNOPTIMISED: [&str; 6] = [
+const UNOPTIMISED: [&str; 8] = [
     "--config",
     "profile.dev.opt-level=0",
     "--config",
     "profile.dev.debug=false",
+    // Without debug information cargo strips that of the standard library, with a tool that Debian's rustc comes without.
+    "--config",
+    "profile.dev.strip=\"none\"",
     "--config",
     "profile.dev.package.\"*\".opt-level=0",
 ];
