@@ -13,7 +13,10 @@ mod demo;
 mod fs_matrix;
 mod fuzz;
 mod interrupt;
+#[cfg(target_os = "linux")]
+mod linux_guest;
 mod packages;
+mod process;
 mod test;
 
 use std::path::Path;

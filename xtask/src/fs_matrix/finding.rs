@@ -2,8 +2,12 @@
 
 use std::fmt;
 use std::io::{self, Write};
+use std::time::Duration;
 
+use anyhow::Context;
 use serde::{Deserialize, Serialize};
+
+use crate::process::Process;
 
 /// What became of one property on one mount.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -160,6 +164,15 @@ pub enum Line {
 }
 
 impl Line {
+    /// The next that `process` says; `None` once it has closed its output.
+    pub fn next(process: &Process, within: Duration) -> anyhow::Result<Option<Self>> {
+        let text = process.next(within)?;
+        let parse = |text: String| {
+            serde_json::from_str(&text).with_context(|| format!("not a finding: {}", text.trim()))
+        };
+        text.map(parse).transpose()
+    }
+
     /// Writes the line at once.
     pub fn send(&self, mut to: impl Write) -> io::Result<()> {
         let mut line = serde_json::to_string(self)?;

@@ -12,7 +12,6 @@ mod mounts;
 mod nfs;
 #[cfg(target_os = "linux")]
 mod power;
-mod process;
 #[cfg(target_os = "linux")]
 mod proxy;
 mod ram;
@@ -30,6 +29,7 @@ use xshell::Shell;
 
 use crate::interrupt::Interrupt;
 use crate::packages::Install;
+use crate::process::Interrupt;
 use child::Child;
 use inside::Inside;
 use kind::{Kind, Place};

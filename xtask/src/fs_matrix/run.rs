@@ -2,7 +2,7 @@
 
 use std::io::IsTerminal;
 use std::path::PathBuf;
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::sync::Mutex;
 use std::time::Duration;
 
@@ -14,12 +14,12 @@ use super::kind::Kind;
 #[cfg(target_os = "linux")]
 use super::kind::Place;
 use super::mounts::{self, Images, Mount};
-use super::process::Process;
 use super::report::MountReport;
 use super::{FsMatrix, checks};
 #[cfg(target_os = "linux")]
 use super::{guest, power};
 use crate::interrupt::Interrupt;
+use crate::process::Process;
 
 /// One mount to check.
 pub enum Job {
@@ -168,6 +168,7 @@ impl<'a> Run<'a> {
         let mut command = Command::new(std::env::current_exe()?);
         command.args(["fs-matrix", "inside", "--dir"]);
         command
+            .stdin(Stdio::null())
             .arg(&mount.dir)
             .arg("--elsewhere")
             .arg(&mount.elsewhere);
@@ -248,9 +249,7 @@ impl<'a> Run<'a> {
     ) -> anyhow::Result<()> {
         let mut doing = "mounting".to_owned();
         loop {
-            let line = process
-                .next(PATIENCE)
-                .with_context(|| format!("during: {doing}"))?;
+            let line = Line::next(process, PATIENCE).with_context(|| format!("during: {doing}"))?;
             match line {
                 None => bail!("it ended during: {doing}"),
                 Some(Line::Checking(name)) => {

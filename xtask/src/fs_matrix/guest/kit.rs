@@ -7,9 +7,10 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, bail};
 use xshell::Shell;
 
-use super::archive::Archive;
 use super::unpack;
 use crate::fs_matrix::kind::Kind;
+use crate::linux_guest::archive::Archive;
+use crate::linux_guest::debian::{only_entry, only_entry_with};
 use crate::packages::Package;
 
 /// What this machine needs to run guests and to build a kernel module.
@@ -63,10 +64,10 @@ impl Kit {
             unpack::make(sh, dir, say)?;
             fs::write(&ready, EDITION)?;
         }
-        let release = unpack::only_entry(&dir.join("kernel/lib/modules"))?;
-        let apfs = unpack::only_entry_with(&dir.join("kernel/usr/src"), "linux-apfs-rw-")?;
+        let release = only_entry(&dir.join("kernel/lib/modules"))?;
+        let apfs = only_entry_with(&dir.join("kernel/usr/src"), "linux-apfs-rw-")?;
         let image = format!("linux-image-{release}_");
-        let debian = unpack::only_entry_with(&dir.join("packages"), &image)?;
+        let debian = only_entry_with(&dir.join("packages"), &image)?;
         let debian = debian.trim_start_matches(&image);
         let kit = Self {
             debian: debian.split('_').next().unwrap_or_default().to_owned(),

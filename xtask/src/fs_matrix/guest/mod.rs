@@ -3,22 +3,21 @@
 //! Nothing is installed in the guest: its root is this machine's, shared read-only over 9p, with a second share laid over it that has the
 //! unpacked packages this machine lacks. What the guest finds comes back line by line through a virtio serial port.
 
-mod archive;
 pub mod inside;
 mod kit;
 mod unpack;
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
-use std::process::Command;
 
 use anyhow::Context;
 
 pub use kit::{Kit, PACKAGES};
 
 use super::kind::Kind;
-use super::process::Process;
 use crate::interrupt::Interrupt;
+use crate::linux_guest::{escaped, qemu};
+use crate::process::Process;
 
 /// The name of the port that the guest writes its findings to.
 const PORT: &str = "findings";
@@ -55,11 +54,6 @@ impl Drop for Disk {
             let _ = fs::remove_file(&self.path);
         }
     }
-}
-
-/// A path inside of an option of QEMU's: a comma ends it unless doubled.
-pub fn escaped(path: &Path) -> String {
-    path.display().to_string().replace(',', ",,")
 }
 
 /// The disks of a mount to check: one with room for a file over 4 GiB, and a small one.
@@ -107,19 +101,8 @@ pub fn boot_with(
         "console=ttyS0 quiet panic=-1 mitigations=off no_timer_check cryptomgr.notests -- fs-matrix {}",
         quoted.join(" ")
     );
-    // QEMU must not outlive this program, however that ends.
-    let mut qemu = Command::new("setpriv");
-    qemu.args(["--pdeathsig", "KILL", "qemu-system-x86_64"])
-        .args([
-            "-machine",
-            "q35",
-            "-accel",
-            "tcg,thread=multi",
-            "-cpu",
-            "max",
-        ])
-        .args(["-smp", "2", "-m", "1G", "-display", "none"])
-        .args(["-nodefaults", "-no-user-config", "-no-reboot"])
+    let mut qemu = qemu();
+    qemu.args(["-machine", "q35", "-cpu", "max", "-m", "1G"])
         .arg("-serial")
         .arg(format!("file:{}", log.display()))
         .arg("-kernel")

@@ -19,6 +19,7 @@ use super::finding::{Family, Finding, Line, Outcome};
 use super::guest::{self, Disk, Kit};
 use super::kind::Kind;
 use crate::interrupt::Interrupt;
+use crate::linux_guest::escaped;
 
 /// The check's name.
 pub const CHECK: &str = "power lost in a commit loop";
@@ -201,7 +202,7 @@ impl PowerLoss<'_> {
             if cut_at.is_none() && others && progress.elapsed() > self.patience_with(&waiting) {
                 break;
             }
-            let line = match qemu.next(within) {
+            let line = match Line::next(&qemu, within) {
                 Ok(line) => line,
                 Err(_) if cut_at.is_some_and(|at| Instant::now() >= at) => break,
                 Err(error) => {
@@ -239,7 +240,7 @@ impl PowerLoss<'_> {
         qemu.kill();
         // What it had acknowledged before it died counts, seen here only now or not.
         // Half a line acknowledges nothing.
-        while let Ok(Some(line)) = qemu.next(PATIENCE) {
+        while let Ok(Some(line)) = Line::next(&qemu, PATIENCE) {
             take(states, line, cache_before)?;
         }
         for state in states.iter_mut() {
@@ -346,7 +347,7 @@ fn of<'s>(states: &'s mut [State], name: &str) -> anyhow::Result<&'s mut State> 
 fn logged_drive(kind: Kind, image: &Path, log: &Path) -> [String; 8] {
     let name = kind.name();
     let file = |node: String, path: &Path| {
-        let path = guest::escaped(path);
+        let path = escaped(path);
         format!("driver=file,node-name={node},filename={path},cache.no-flush=on")
     };
     [

@@ -1,6 +1,6 @@
 //! Processes that are ended with all their children, whatever happens here, and the lines that they write.
 
-use std::io::{BufRead, BufReader};
+use std::io::{self, BufRead, BufReader};
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
@@ -11,13 +11,12 @@ use anyhow::{Context, bail};
 use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
 
-use super::finding::Line;
 use crate::interrupt::Interrupt;
 
-/// A running process whose standard output is lines of [`Line`]. Dropped, it and its process group are killed.
+/// A running process and the lines of its standard output. Dropped, it and its process group are killed.
 pub struct Process {
     child: Child,
-    lines: Receiver<anyhow::Result<Line>>,
+    lines: Receiver<io::Result<String>>,
     interrupt: Interrupt,
 }
 
@@ -25,22 +24,21 @@ pub struct Process {
 const LOOK: Duration = Duration::from_millis(100);
 
 impl Process {
+    /// Its standard input is what `command` says.
     pub fn start(mut command: Command, interrupt: &Interrupt) -> anyhow::Result<Self> {
         interrupt.check()?;
         let mut child = command
             .process_group(0)
-            .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .spawn()
             .with_context(|| format!("can't run {}", command.get_program().display()))?;
         let stdout = child.stdout.take().context("it has a standard output")?;
         let (send, lines) = channel();
         thread::spawn(move || {
-            for line in BufReader::new(stdout).lines() {
-                let parsed = line.map_err(anyhow::Error::from).and_then(|line| {
-                    serde_json::from_str(&line).with_context(|| format!("not a finding: {line}"))
-                });
-                if send.send(parsed).is_err() {
+            let mut stdout = BufReader::new(stdout);
+            while let Some(line) = next_line(&mut stdout).transpose() {
+                let failed = line.is_err();
+                if send.send(line).is_err() || failed {
                     return;
                 }
             }
@@ -52,14 +50,14 @@ impl Process {
         })
     }
 
-    /// The next line; `None` once the process has closed its output.
-    pub fn next(&self, within: Duration) -> anyhow::Result<Option<Line>> {
+    /// The next line with its end, which the last may lack; `None` once the process has closed its output.
+    pub fn next(&self, within: Duration) -> anyhow::Result<Option<String>> {
         let deadline = Instant::now() + within;
         loop {
             self.interrupt.check()?;
             let left = deadline.saturating_duration_since(Instant::now());
             match self.lines.recv_timeout(left.min(LOOK)) {
-                Ok(line) => return line.map(Some),
+                Ok(line) => return Ok(Some(line?)),
                 Err(RecvTimeoutError::Disconnected) => return Ok(None),
                 Err(RecvTimeoutError::Timeout) if left.is_zero() => {
                     bail!("nothing heard for {} s", within.as_secs())
@@ -81,6 +79,12 @@ impl Drop for Process {
     fn drop(&mut self) {
         self.kill();
     }
+}
+
+fn next_line(from: &mut impl BufRead) -> io::Result<Option<String>> {
+    let mut line = Vec::new();
+    from.read_until(b'\n', &mut line)?;
+    Ok((!line.is_empty()).then(|| String::from_utf8_lossy(&line).into_owned()))
 }
 
 #[cfg(test)]
@@ -106,6 +110,16 @@ mod tests {
     }
 
     #[test]
+    fn lines_come_with_their_ends_and_the_last_as_it_is() {
+        let process = Process::start(shell("printf 'one\\ntw'"), &Interrupt::default());
+        let process = process.expect("a shell");
+        let next = || process.next(Duration::from_secs(30)).expect("no error");
+        assert_eq!(next().as_deref(), Some("one\n"));
+        assert_eq!(next().as_deref(), Some("tw"));
+        assert_eq!(next(), None);
+    }
+
+    #[test]
     fn a_wait_ends_when_it_is_interrupted() {
         let interrupt = Interrupt::default();
         let process = Process::start(shell("sleep 300"), &interrupt).expect("a shell");
@@ -118,13 +132,11 @@ mod tests {
 
     #[test]
     fn a_dropped_process_takes_its_children_with_it() {
-        let script = "sleep 300 & echo \"{\\\"failed\\\":\\\"$!\\\"}\"; wait";
+        let script = "sleep 300 & echo $!; wait";
         let process = Process::start(shell(script), &Interrupt::default()).expect("a shell");
         let line = process.next(Duration::from_secs(30)).expect("a line");
-        let Some(Line::Failed(pid)) = line else {
-            panic!("{line:?}")
-        };
-        let child = Pid::from_raw(pid.parse().expect("a process id"));
+        let pid = line.expect("an output that is open").trim().parse();
+        let child = Pid::from_raw(pid.expect("a process id"));
         assert_eq!(kill(child, None), Ok(()));
         drop(process);
         let start = Instant::now();
