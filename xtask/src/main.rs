@@ -17,6 +17,8 @@ mod interrupt;
 mod linux_guest;
 mod packages;
 mod process;
+#[cfg(target_os = "linux")]
+mod qemu_e2e;
 mod test;
 
 use std::path::Path;
@@ -42,6 +44,8 @@ enum Task {
     Demo(demo::Demo),
     FsMatrix(fs_matrix::FsMatrix),
     Fuzz(fuzz::Fuzz),
+    #[cfg(target_os = "linux")]
+    QemuE2e(qemu_e2e::QemuE2e),
     Test(test::Test),
 }
 
@@ -66,6 +70,8 @@ fn run(task: Task) -> anyhow::Result<()> {
         Task::Demo(demo) => demo.run(&sh),
         Task::FsMatrix(matrix) => matrix.run(&sh),
         Task::Fuzz(fuzz) => fuzz.run(&sh),
+        #[cfg(target_os = "linux")]
+        Task::QemuE2e(e2e) => e2e.run(&sh),
         Task::Test(test) => test.run(&sh),
     }
 }

@@ -1,0 +1,173 @@
+//! `cargo xtask qemu-e2e`: somebody else's monitor, a real Linux in it, and snapshots of the file that its RAM is.
+
+mod console;
+mod guest;
+mod proof;
+mod qmp;
+mod tool;
+
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, bail};
+use indicatif::{BinaryBytes, HumanCount};
+use xshell::Shell;
+
+use crate::packages::Install;
+use crate::process::Interrupt;
+use guest::{Guest, Kit, RAM, Room};
+use proof::Proof;
+use tool::{PAGE, Tool};
+
+/// Snapshot a Linux guest in QEMU, restore the chain into another QEMU, and prove that it goes on correctly
+///
+/// QEMU emulates a machine whose RAM is a file. In it, Debian's kernel runs a loop that writes files of random bytes to a tmpfs and checks
+/// the files of earlier rounds. A full snapshot and two diffs of the RAM are taken with this workspace, while QEMU saves the
+/// devices. The chain is merged and restored, and a second QEMU goes on from it: its rounds must follow the last snapshot's, and find all files
+/// whole. Then the same with one page spoilt, and with the last diff left out: that must be found. Exit code 0 says that all of this held.
+///
+/// On Debian, for x86-64: installs QEMU where it is missing (as root), and downloads Debian's kernel.
+#[derive(clap::Args)]
+pub struct QemuE2e {
+    /// Keep the RAM, the snapshots and what the consoles said
+    #[arg(long)]
+    keep: bool,
+    #[command(flatten)]
+    install: Install,
+}
+
+/// Rounds before the first snapshot: by then the guest has begun to remove old files.
+const BEFORE: u64 = 15;
+/// Rounds between snapshots.
+const BETWEEN: u64 = 6;
+const DIFFS: usize = 2;
+
+impl QemuE2e {
+    pub fn run(self, sh: &Shell) -> anyhow::Result<()> {
+        let missing = self.install.ensure(sh, guest::PACKAGES, "qemu-e2e")?;
+        if let Some(package) = missing.first() {
+            bail!(
+                "guests need {}, which is in the package {}",
+                package.shows,
+                package.name
+            );
+        }
+        let interrupt = Interrupt::catch()?;
+        let home = sh.current_dir().join("target/qemu-e2e");
+        let kit = Kit::prepare(sh, &home, self.install.allowed())?;
+        let dir = tempfile::Builder::new()
+            .prefix("run-")
+            .tempdir_in(&home)
+            .with_context(|| format!("can't make a directory in {}", home.display()))?;
+        let room = Room {
+            kit: &kit,
+            dir: dir.path(),
+            interrupt: &interrupt,
+        };
+        let done = prove(&room);
+        if self.keep {
+            println!("kept: {}", dir.keep().display());
+        } else {
+            dir.close().context("can't remove the snapshots")?;
+        }
+        done
+    }
+}
+
+fn prove(room: &Room<'_>) -> anyhow::Result<()> {
+    let start = Instant::now();
+    let mut guest = room.boot("ram")?;
+    println!(
+        "guest: Debian's Linux {} in QEMU {}, 2 emulated CPUs, {} of RAM in a file",
+        room.kit.release,
+        guest.qmp.version,
+        BinaryBytes(RAM)
+    );
+    let mut snapshots = Snapshots {
+        room,
+        chain: Vec::new(),
+    };
+    guest.work(BEFORE)?;
+    snapshots.take(&mut guest)?;
+    for _ in 0..DIFFS {
+        guest.go_on()?;
+        guest.work(BETWEEN)?;
+        snapshots.take(&mut guest)?;
+    }
+    // Paused as it was, it leaves in its file the RAM that the last snapshot is of.
+    let place = guest.kill()?;
+    let proof = Proof {
+        room,
+        chain: snapshots.chain,
+        devices: devices(DIFFS),
+        place,
+    };
+    proof.carry_out()?;
+    println!("all of it in {:.0} s", start.elapsed().as_secs_f64());
+    Ok(())
+}
+
+/// The file for the devices of a snapshot, by its place in the chain.
+fn devices(snapshot: usize) -> String {
+    format!("{}.devices", name(snapshot))
+}
+
+fn name(snapshot: usize) -> String {
+    match snapshot {
+        0 => "full".into(),
+        diff => format!("diff-{diff}"),
+    }
+}
+
+/// The snapshots taken of one guest, the full one first.
+struct Snapshots<'a> {
+    room: &'a Room<'a>,
+    chain: Vec<PathBuf>,
+}
+
+impl Snapshots<'_> {
+    /// Pauses the guest, takes the next snapshot, and leaves it paused.
+    fn take(&mut self, guest: &mut Guest) -> anyhow::Result<()> {
+        let snapshot = self.chain.len();
+        let (ram, out) = (
+            self.room.file("ram"),
+            self.room.file(&format!("{}.mem", name(snapshot))),
+        );
+        let start = Instant::now();
+        guest.pause()?;
+        guest.save_devices(&devices(snapshot))?;
+        let pages = if self.chain.is_empty() {
+            Tool.full(&ram, &out)?;
+            RAM / PAGE
+        } else {
+            Tool.diff(&ram, &paths(&self.chain), &out)?
+        };
+        let (state, written) = (self.room.file(&devices(snapshot)), allocated(&out)?);
+        println!(
+            "{:6} after round {:2}: {:>6} pages in {}, devices in {}, taken in {}",
+            name(snapshot),
+            guest.round(),
+            HumanCount(pages).to_string(),
+            BinaryBytes(written),
+            BinaryBytes(fs::metadata(state)?.len()),
+            seconds(start.elapsed()),
+        );
+        self.chain.push(out);
+        Ok(())
+    }
+}
+
+fn paths(chain: &[PathBuf]) -> Vec<&Path> {
+    chain.iter().map(PathBuf::as_path).collect()
+}
+
+/// The bytes that the file system holds for a file.
+fn allocated(path: &Path) -> anyhow::Result<u64> {
+    Ok(fs::metadata(path)?.blocks() * 512)
+}
+
+fn seconds(time: Duration) -> String {
+    format!("{:.2} s", time.as_secs_f64())
+}

@@ -1,0 +1,137 @@
+//! That a second QEMU goes on where the first one stopped, and that a snapshot that is not right would not pass for one that is.
+
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, bail};
+
+use super::console::{Fault, Place};
+use super::guest::Room;
+use super::tool::{PAGE, Tool};
+use super::{name, paths, seconds};
+
+/// Rounds that a restored guest must work.
+const AFTER: u64 = 15;
+
+/// How long a guest that is to fail may be silent until it counts as dead: many times what a round takes.
+const DEAD: Duration = Duration::from_secs(15);
+
+/// A guest that was killed, and all that is left of it.
+pub struct Proof<'a> {
+    pub room: &'a Room<'a>,
+    pub chain: Vec<PathBuf>,
+    /// The devices as the last snapshot has them.
+    pub devices: String,
+    pub place: Place,
+}
+
+impl Proof<'_> {
+    pub fn carry_out(&self) -> anyhow::Result<()> {
+        let chain = paths(&self.chain);
+        let start = Instant::now();
+        Tool.verify(&chain)?;
+        let ram = self.restore("restored", &chain)?;
+        if let Some(page) = first_difference(&self.room.file("ram"), &ram)? {
+            bail!("not proven: page {page} of the restored RAM is not as the guest left it");
+        }
+        println!(
+            "{} files merged and restored in {}: the RAM is as the guest left it, byte for byte",
+            chain.len(),
+            seconds(start.elapsed())
+        );
+        let last = self.goes_on("restored")?;
+        let first = self.place.round + 1;
+        println!("restored: a second QEMU works rounds {first} to {last}, all files ok");
+        self.spoilt_page_is_found(&chain)?;
+        self.missing_diff_is_found(&chain)?;
+        println!(
+            "proven: a Linux guest in QEMU, restored from a full snapshot and {} diffs into another QEMU, goes on in the round it was in \
+             and finds every file whole; with one page spoilt, or a diff left out, it does not",
+            chain.len() - 1
+        );
+        Ok(())
+    }
+
+    /// Merges `chain` and makes a RAM file of it.
+    fn restore(&self, ram: &str, chain: &[&Path]) -> anyhow::Result<PathBuf> {
+        let image = self.room.file(&format!("{ram}.mem"));
+        Tool.merge(chain, &image)?;
+        let ram = self.room.file(ram);
+        Tool.restore(&image, &ram)?;
+        Ok(ram)
+    }
+
+    fn goes_on(&self, ram: &str) -> anyhow::Result<u64> {
+        let mut guest = self
+            .room
+            .bring_back(ram, &self.devices, self.place.clone())?;
+        guest.work(AFTER)
+    }
+
+    /// What is wrong with a guest that can't be right.
+    fn fault(&self, ram: &str) -> anyhow::Result<Fault> {
+        let mut guest = self
+            .room
+            .bring_back(ram, &self.devices, self.place.clone())?;
+        match guest.watch(AFTER, DEAD)? {
+            Err(fault) => Ok(fault),
+            Ok(_) => bail!("not proven: the guest with {ram} goes on all the same"),
+        }
+    }
+
+    fn spoilt_page_is_found(&self, chain: &[&Path]) -> anyhow::Result<()> {
+        let ram = self.restore("spoilt", chain)?;
+        let page = spoil(&ram, self.place.round)?;
+        match self.fault("spoilt")? {
+            fault @ Fault::Broken(_) => println!("page {page} spoilt: found out, {fault}"),
+            fault => bail!("not proven: page {page} of a file was spoilt, but {fault}"),
+        }
+        Ok(())
+    }
+
+    fn missing_diff_is_found(&self, chain: &[&Path]) -> anyhow::Result<()> {
+        let (_, older) = chain.split_last().context("a chain has a last image")?;
+        self.restore("left-out", older)?;
+        let fault = self.fault("left-out")?;
+        println!("{} left out: found out, {fault}", name(older.len()));
+        Ok(())
+    }
+}
+
+/// Flips a byte of the page that begins the first file of `round`; returns which page that is.
+fn spoil(ram: &Path, round: u64) -> anyhow::Result<u64> {
+    let mark = format!("memsnap round {round} part 1\n");
+    let bytes = fs::read(ram)?;
+    let pages = (0..).zip(bytes.chunks(PAGE as usize));
+    let found: Vec<u64> = pages
+        .filter(|(_, bytes)| bytes.starts_with(mark.as_bytes()))
+        .map(|(page, _)| page)
+        .collect();
+    let [page] = found[..] else {
+        bail!(
+            "{} pages of the guest's RAM begin with {mark:?}, not one",
+            found.len()
+        );
+    };
+    let at = page * PAGE + PAGE / 2;
+    let flipped = [bytes[at as usize] ^ 1];
+    File::options()
+        .write(true)
+        .open(ram)?
+        .write_all_at(&flipped, at)?;
+    Ok(page)
+}
+
+/// The first page in which two files differ.
+fn first_difference(one: &Path, other: &Path) -> anyhow::Result<Option<u64>> {
+    let (one, other) = (fs::read(one)?, fs::read(other)?);
+    if one.len() != other.len() {
+        bail!("{} bytes of RAM became {}", one.len(), other.len());
+    }
+    let mut pages = one.chunks(PAGE as usize).zip(other.chunks(PAGE as usize));
+    Ok(pages
+        .position(|(one, other)| one != other)
+        .map(|page| page as u64))
+}
