@@ -46,11 +46,13 @@ pub enum Need {
     Hypervisor,
     /// A program for arm64 can be assembled and emulated: LLVM's tools, QEMU.
     Aarch64,
+    /// A Linux guest for x86-64 can be emulated: QEMU, and a Debian of the same kind to download the kernel from.
+    LinuxGuest,
 }
 
 impl Need {
     /// Every need that this crate knows.
-    pub const ALL: [Self; 11] = [
+    pub const ALL: [Self; 12] = [
         Self::Kvm,
         Self::Root,
         Self::Userfaultfd,
@@ -62,6 +64,7 @@ impl Need {
         Self::Exfat,
         Self::Hypervisor,
         Self::Aarch64,
+        Self::LinuxGuest,
     ];
 
     /// The name used in `MEMSNAP_REQUIRE`.
@@ -79,6 +82,7 @@ impl Need {
             Self::Exfat => "exfat",
             Self::Hypervisor => "hypervisor",
             Self::Aarch64 => "aarch64",
+            Self::LinuxGuest => "linux-guest",
         }
     }
 
@@ -101,14 +105,13 @@ impl Need {
                 .stderr(std::process::Stdio::null())
                 .output()
                 .is_ok_and(|output| output.stdout == b"1\n" && cfg!(target_arch = "aarch64")),
-            Self::Aarch64 => ["llvm-mc", "llvm-objcopy", "qemu-system-aarch64"]
-                .iter()
-                .all(|tool| {
-                    std::process::Command::new(tool)
-                        .arg("--version")
-                        .output()
-                        .is_ok_and(|output| output.status.success())
-                }),
+            Self::Aarch64 => run(&["llvm-mc", "llvm-objcopy", "qemu-system-aarch64"]),
+            Self::LinuxGuest => {
+                let system = std::fs::read_to_string("/etc/os-release").unwrap_or_default();
+                cfg!(target_arch = "x86_64")
+                    && system.lines().any(|line| line == "ID=debian")
+                    && run(&["qemu-system-x86_64", "apt-get", "dpkg-deb"])
+            }
             Self::Strace => std::process::Command::new("strace")
                 .args(["-qq", "-e", "trace=none", "true"])
                 .status()
@@ -150,6 +153,16 @@ impl fmt::Display for Need {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.name())
     }
+}
+
+/// Whether all the tools are there.
+fn run(tools: &[&str]) -> bool {
+    tools.iter().all(|tool| {
+        std::process::Command::new(tool)
+            .arg("--version")
+            .output()
+            .is_ok_and(|output| output.status.success())
+    })
 }
 
 #[cfg(target_os = "linux")]

@@ -29,7 +29,6 @@ use xshell::Shell;
 
 use crate::interrupt::Interrupt;
 use crate::packages::Install;
-use crate::process::Interrupt;
 use child::Child;
 use inside::Inside;
 use kind::{Kind, Place};

@@ -14,11 +14,12 @@ use xshell::Shell;
 
 use super::console::{Console, Fault, Place};
 use super::qmp::Qmp;
+use crate::interrupt::Interrupt;
 use crate::linux_guest::archive::Archive;
 use crate::linux_guest::debian::{download, only_entry_with, unpack_package};
 use crate::linux_guest::qemu;
 use crate::packages::Package;
-use crate::process::{Interrupt, Process};
+use crate::process::Process;
 
 /// What this machine needs to run guests.
 pub const PACKAGES: &[Package] = &[Package::new("qemu-system-x86", "qemu-system-x86_64")];
@@ -259,5 +260,19 @@ impl Guest {
             }
         }
         Ok(self.console.place())
+    }
+}
+
+#[cfg(all(test, target_arch = "x86_64"))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_not_there_is_not_downloaded_where_that_is_forbidden() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let sh = Shell::new().expect("a shell");
+        let error = Kit::prepare(&sh, dir.path(), false).err();
+        let error = error.expect("no kernel").to_string();
+        assert!(error.contains("--no-install forbids"), "{error}");
     }
 }

@@ -13,7 +13,7 @@ use super::tool::{PAGE, Tool};
 use super::{name, paths, seconds};
 
 /// Rounds that a restored guest must work.
-const AFTER: u64 = 15;
+const AFTER: u64 = 8;
 
 /// How long a guest that is to fail may be silent until it counts as dead: many times what a round takes.
 const DEAD: Duration = Duration::from_secs(15);
@@ -45,13 +45,7 @@ impl Proof<'_> {
         let first = self.place.round + 1;
         println!("restored: a second QEMU works rounds {first} to {last}, all files ok");
         self.spoilt_page_is_found(&chain)?;
-        self.missing_diff_is_found(&chain)?;
-        println!(
-            "proven: a Linux guest in QEMU, restored from a full snapshot and {} diffs into another QEMU, goes on in the round it was in \
-             and finds every file whole; with one page spoilt, or a diff left out, it does not",
-            chain.len() - 1
-        );
-        Ok(())
+        self.missing_diff_is_found(&chain)
     }
 
     /// Merges `chain` and makes a RAM file of it.
@@ -134,4 +128,45 @@ fn first_difference(one: &Path, other: &Path) -> anyhow::Result<Option<u64>> {
     Ok(pages
         .position(|(one, other)| one != other)
         .map(|page| page as u64))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// RAM of four pages, the third of which begins a file of round 7.
+    fn ram(dir: &Path) -> PathBuf {
+        let mut bytes = vec![0; 4 * PAGE as usize];
+        let mark = b"memsnap round 7 part 1\n";
+        bytes[2 * PAGE as usize..][..mark.len()].copy_from_slice(mark);
+        let path = dir.join("ram");
+        fs::write(&path, bytes).expect("a file");
+        path
+    }
+
+    #[test]
+    fn one_page_is_spoilt_and_is_the_first_difference() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let (ram, copy) = (ram(dir.path()), dir.path().join("copy"));
+        fs::copy(&ram, &copy).expect("a copy");
+        assert_eq!(first_difference(&ram, &copy).expect("two files"), None);
+        assert_eq!(spoil(&copy, 7).expect("a page"), 2);
+        assert_eq!(first_difference(&ram, &copy).expect("two files"), Some(2));
+    }
+
+    #[test]
+    fn nothing_is_spoilt_where_no_page_is_known_to_be_a_files() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let error = spoil(&ram(dir.path()), 70).expect_err("there is none");
+        assert!(error.to_string().starts_with("0 pages"), "{error}");
+    }
+
+    #[test]
+    fn ram_of_another_size_is_an_error() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let (ram, short) = (ram(dir.path()), dir.path().join("short"));
+        fs::write(&short, [0; PAGE as usize]).expect("a file");
+        let error = first_difference(&ram, &short).expect_err("it is shorter");
+        assert_eq!(error.to_string(), "16384 bytes of RAM became 4096");
+    }
 }

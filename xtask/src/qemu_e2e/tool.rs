@@ -109,3 +109,50 @@ impl RamTarget for RamFile {
         self.file.write_all_at(bytes, offset)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+
+    #[test]
+    fn a_restored_chain_is_the_ram_and_a_diff_is_what_changed() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let path = |name: &str| dir.path().join(name);
+        let [ram, full, diff, merged, back] = ["ram", "full", "diff", "merged", "back"].map(path);
+        let file = File::create(&ram).expect("a file");
+        file.set_len(4 * CHUNK as u64).expect("room");
+        file.write_all_at(&[1; 3 * PAGE as usize], PAGE)
+            .expect("room");
+        Tool.full(&ram, &full).expect("a full image");
+
+        // One page changes, one becomes zeros, one that nobody had touched is in another chunk.
+        file.write_all_at(&[2], PAGE + 5).expect("room");
+        file.write_all_at(&[0; PAGE as usize], 2 * PAGE)
+            .expect("room");
+        file.write_all_at(&[3], 3 * CHUNK as u64).expect("room");
+        assert_eq!(Tool.diff(&ram, &[&full], &diff).expect("a diff"), 3);
+
+        Tool.verify(&[&full, &diff]).expect("a chain");
+        Tool.merge(&[&full, &diff], &merged).expect("an image");
+        Tool.restore(&merged, &back).expect("RAM");
+        assert!(fs::read(&ram).expect("RAM") == fs::read(&back).expect("RAM"));
+        assert_eq!(
+            Tool.diff(&ram, &[&full, &diff], &path("none"))
+                .expect("a diff"),
+            0
+        );
+    }
+
+    #[test]
+    fn ram_that_is_there_already_is_not_written_over() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let (image, ram) = (dir.path().join("image"), dir.path().join("ram"));
+        fs::write(&image, [1; PAGE as usize]).expect("a file");
+        fs::write(&ram, "a guest's").expect("a file");
+        let error = Tool.restore(&image, &ram).expect_err("it is there");
+        assert!(error.to_string().contains("can't make"), "{error:#}");
+        assert_eq!(fs::read(&ram).expect("RAM"), b"a guest's");
+    }
+}

@@ -12,7 +12,7 @@ use crate::check_macos::CheckMacos;
 use crate::packages::{Install, Package};
 
 /// What the tests use beside the Rust toolchain.
-const PACKAGES: [Package; 7] = [
+const PACKAGES: [Package; 8] = [
     Package::new("strace", "strace"),
     Package::new("xfsprogs", "mkfs.xfs"),
     Package::new("btrfs-progs", "mkfs.btrfs"),
@@ -20,6 +20,7 @@ const PACKAGES: [Package; 7] = [
     Package::new("exfat-fuse", "mount.exfat-fuse"),
     Package::new("llvm", "llvm-mc"),
     Package::new("qemu-system-arm", "qemu-system-aarch64"),
+    Package::new("qemu-system-x86", "qemu-system-x86_64"),
 ];
 
 /// Formatting, lints, docs, all tests, the models, the demo: everything that must hold
@@ -51,7 +52,7 @@ impl Test {
             println!("this machine has {need}: {met}");
         }
 
-        let steps: [(&str, &dyn Fn() -> anyhow::Result<()>); 10] = [
+        let steps: [(&str, &dyn Fn() -> anyhow::Result<()>); 11] = [
             ("formatting", &|| {
                 Ok(cmd!(sh, "cargo fmt --all --check").run()?)
             }),
@@ -79,6 +80,7 @@ impl Test {
             }),
             ("interleavings", &|| interleavings::run(sh)),
             ("the demo", &|| demos(sh)),
+            ("a guest in QEMU", &|| guest_in_qemu(sh, ci)),
         ];
         let names: Vec<&str> = steps.iter().map(|(name, _)| *name).collect();
         if let Some(unknown) = self
@@ -195,5 +197,18 @@ fn demos(sh: &Shell) -> anyhow::Result<()> {
         .run()?;
     }
     cmd!(sh, "cargo xtask demo --guest mprotect --ram 64M --rounds 2").run()?;
+    Ok(())
+}
+
+fn guest_in_qemu(sh: &Shell, ci: bool) -> anyhow::Result<()> {
+    let need = Need::LinuxGuest;
+    if need.is_met() {
+        return Ok(cmd!(sh, "cargo xtask qemu-e2e").run()?);
+    }
+    let lacking = format!("this machine has no {need}: that takes QEMU, and Debian for x86-64");
+    if ci {
+        bail!(lacking);
+    }
+    println!("NOT RUN: {lacking}");
     Ok(())
 }
