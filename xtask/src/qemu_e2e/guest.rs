@@ -34,8 +34,8 @@ const EDITION: &str = "1";
 pub const RAM: u64 = 256 << 20;
 const RAM_OPTION: &str = "256M";
 
-/// The longest that a guest may take for a round or to save its devices, booting before included: some hundred times what it takes.
-pub const PATIENCE: Duration = Duration::from_secs(120);
+/// The longest that a guest may take for a round, booting before included, or to save its devices. A boot takes 4 s on an idle machine.
+pub const PATIENCE: Duration = Duration::from_secs(240);
 
 /// What guests are made of.
 pub struct Kit {

@@ -8,14 +8,14 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, bail};
 
 use super::console::{Fault, Place};
-use super::guest::Room;
+use super::guest::{PATIENCE, Room};
 use super::tool::{PAGE, Tool};
 use super::{name, paths, seconds};
 
 /// Rounds that a restored guest must work.
 const AFTER: u64 = 8;
 
-/// How long a guest that is to fail may be silent until it counts as dead: many times what a round takes.
+/// How long a guest without its last diff may be silent until it counts as dead: many times what a round takes.
 const DEAD: Duration = Duration::from_secs(15);
 
 /// A guest that was killed, and all that is left of it.
@@ -64,12 +64,12 @@ impl Proof<'_> {
         guest.work(AFTER)
     }
 
-    /// What is wrong with a guest that can't be right.
-    fn fault(&self, ram: &str) -> anyhow::Result<Fault> {
+    /// What is wrong with a guest that can't be right, each of whose rounds may take as long as `within`.
+    fn fault(&self, ram: &str, within: Duration) -> anyhow::Result<Fault> {
         let mut guest = self
             .room
             .bring_back(ram, &self.devices, self.place.clone())?;
-        match guest.watch(AFTER, DEAD)? {
+        match guest.watch(AFTER, within)? {
             Err(fault) => Ok(fault),
             Ok(_) => bail!("not proven: the guest with {ram} goes on all the same"),
         }
@@ -78,7 +78,7 @@ impl Proof<'_> {
     fn spoilt_page_is_found(&self, chain: &[&Path]) -> anyhow::Result<()> {
         let ram = self.restore("spoilt", chain)?;
         let page = spoil(&ram, self.place.round)?;
-        match self.fault("spoilt")? {
+        match self.fault("spoilt", PATIENCE)? {
             fault @ Fault::Broken(_) => println!("page {page} spoilt: found out, {fault}"),
             fault => bail!("not proven: page {page} of a file was spoilt, but {fault}"),
         }
@@ -88,7 +88,7 @@ impl Proof<'_> {
     fn missing_diff_is_found(&self, chain: &[&Path]) -> anyhow::Result<()> {
         let (_, older) = chain.split_last().context("a chain has a last image")?;
         self.restore("left-out", older)?;
-        let fault = self.fault("left-out")?;
+        let fault = self.fault("left-out", DEAD)?;
         println!("{} left out: found out, {fault}", name(older.len()));
         Ok(())
     }
