@@ -64,6 +64,12 @@ impl<F: Borrow<File>> FileReader<F> {
     pub const fn range(file: F, start: u64, size: u64) -> Self {
         Self { file, start, size }
     }
+
+    /// The file's byte at offset 0.
+    #[cfg(target_os = "linux")]
+    pub(crate) const fn start(&self) -> u64 {
+        self.start
+    }
 }
 
 impl<F: Borrow<File>> PageReader for FileReader<F> {

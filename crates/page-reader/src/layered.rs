@@ -194,6 +194,23 @@ impl<R> Layered<R> {
             .iter()
             .map_while(move |span| span.between(start, end))
     }
+
+    /// What `ask` finds in each source, of the range given with it.
+    pub(crate) fn populated_by<'a>(
+        &'a self,
+        range: Range<u64>,
+        ask: impl Fn(&'a R, Range<u64>) -> PopulatedRanges<'a> + 'a,
+    ) -> PopulatedRanges<'a> {
+        let pieces = self.pieces_between(range.start, range.end);
+        let inside = pieces.flat_map(move |piece| {
+            let first = piece.source_start;
+            let asked = first..first + (piece.end - piece.start);
+            let found = ask(&self.sources[piece.source], asked);
+            let offset_of = move |at: u64| piece.start + (at - first);
+            found.map(move |found| offset_of(found.start)..offset_of(found.end))
+        });
+        Box::new(inside.chain(unknown(range.start.max(self.size())..range.end)))
+    }
 }
 
 impl<R: PageReader> PageReader for Layered<R> {
@@ -216,15 +233,7 @@ impl<R: PageReader> PageReader for Layered<R> {
     }
 
     fn populated(&self, range: Range<u64>) -> PopulatedRanges<'_> {
-        let pieces = self.pieces_between(range.start, range.end);
-        let inside = pieces.flat_map(|piece| {
-            let first = piece.source_start;
-            let asked = first..first + (piece.end - piece.start);
-            let found = self.sources[piece.source].populated(asked);
-            let offset_of = move |at: u64| piece.start + (at - first);
-            found.map(move |found| offset_of(found.start)..offset_of(found.end))
-        });
-        Box::new(inside.chain(unknown(range.start.max(self.size())..range.end)))
+        self.populated_by(range, R::populated)
     }
 }
 

@@ -146,7 +146,10 @@ pub use layout::{LayoutError, OutsideRam, RamLayout, RamRange};
 pub use mapped::{MappedMemory, MappedMemoryError};
 pub use populated::PopulatedRanges;
 #[cfg(target_os = "linux")]
-pub use process::{ProcessMemory, ProcessMemoryError};
+pub use process::{
+    Permissions, ProcessMaps, ProcessMapsError, ProcessMemory, ProcessMemoryError, ProcessRegion,
+    ProcessStopError, StoppedProcess,
+};
 pub use reader::PageReader;
 
 /// The README's example, as a test.

@@ -1,10 +1,21 @@
 //! The memory of another process. Linux only: elsewhere the module isn't there.
 
+mod maps;
+mod stop;
+
 use std::fs::File;
 use std::io;
+use std::ops::Range;
+use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
-use crate::{FileReader, Layered, LayeredError, PageReader, range};
+use nix::errno::Errno;
+
+pub use maps::{Permissions, ProcessMaps, ProcessMapsError, ProcessRegion};
+pub use stop::{ProcessStopError, StoppedProcess};
+
+use crate::sys::{AddressSpace, MemoryFiles};
+use crate::{FileReader, Layered, LayeredError, PageReader, PopulatedRanges, range};
 
 /// A guest's RAM in the monitor's process, read from outside of it, over `/proc/<pid>/mem`.
 ///
@@ -13,10 +24,16 @@ use crate::{FileReader, Layered, LayeredError, PageReader, range};
 /// the id, would read a stranger's memory, and is only 1.2 times as fast: 7.6 against 6.3 GB/s in reads of 1 MiB).
 ///
 /// Opening needs the right to trace the process: the same user and no Yama restriction, or `CAP_SYS_PTRACE`. The
-/// process runs on; stop its vCPUs where the bytes must be of one instant. There's no host memory to hand out.
+/// process runs on; where the bytes must be of one instant, stop it first ([`StoppedProcess`]). There's no host memory to hand out.
+///
+/// Reading RAM that was never touched makes the other process pay for it: a page of memory where it's shared, page tables
+/// where it's private. Ask [`populated`](PageReader::populated), which touches nothing, and leave out what isn't. It knows what it knows
+/// of this process's memory, by the other one's page map and files: nothing is taken for empty that was swapped out, maps a file
+/// privately or is of huge pages or a device. Memory that userfaultfd fills on first touch (a guest that is being restored) can't be
+/// read where it isn't filled yet: that's [`Unreadable`](ProcessMemoryError::Unreadable), not zeros.
 ///
 /// # Examples
-/// A guest region whose address, here of this very process, came from the monitor or `/proc/<pid>/maps`:
+/// A guest region whose address, here of this very process, came from the monitor or from [`ProcessMaps`]:
 /// ```
 /// use page_reader::{PageReader, ProcessMemory};
 ///
@@ -33,6 +50,8 @@ use crate::{FileReader, Layered, LayeredError, PageReader, range};
 pub struct ProcessMemory {
     pid: u32,
     memory: Layered<FileReader<Arc<File>>>,
+    /// Not to be had everywhere: then all may be populated.
+    files: Option<Arc<MemoryFiles>>,
 }
 
 /// Why another process's memory can't be read.
@@ -99,13 +118,18 @@ impl ProcessMemory {
     /// they're mapped shows when they're read.
     ///
     /// # Errors
-    /// The process can't be opened; there's no range, an empty one, or one past any process's addresses.
+    /// The process can't be opened, or ends meanwhile; there's no range, an empty one, or one past any process's addresses.
     pub fn open(
         pid: u32,
         ranges: impl IntoIterator<Item = (u64, u64)>,
     ) -> Result<Self, ProcessMemoryError> {
         let memory = File::open(format!("/proc/{pid}/mem"))
             .map_err(|source| ProcessMemoryError::Open { pid, source })?;
+        let files = MemoryFiles::open(format!("/proc/{pid}")).ok();
+        // There still, so that what was opened after it is of the same program.
+        if is_gone(&memory) {
+            return Err(ProcessMemoryError::Gone { pid });
+        }
         let memory = Arc::new(memory);
         let parts: Vec<_> = ranges
             .into_iter()
@@ -119,7 +143,11 @@ impl ProcessMemory {
             .collect::<Result<_, _>>()?;
         let memory =
             Layered::concat(parts).map_err(|source| ProcessMemoryError::Ranges { pid, source })?;
-        Ok(Self { pid, memory })
+        Ok(Self {
+            pid,
+            memory,
+            files: files.map(Arc::new),
+        })
     }
 
     /// The process.
@@ -147,4 +175,26 @@ impl PageReader for ProcessMemory {
             io::Error::other(error)
         })
     }
+
+    fn populated(&self, range: Range<u64>) -> PopulatedRanges<'_> {
+        let space = self
+            .files
+            .as_ref()
+            .map_or_else(AddressSpace::unknown, |files| AddressSpace::of(files));
+        self.memory.populated_by(range, move |part, asked| {
+            let address = part.start();
+            let found = space.populated(address + asked.start..address + asked.end);
+            Box::new(found.map(move |found| found.start - address..found.end - address))
+        })
+    }
+}
+
+/// Address 0 isn't mapped, which is an error while there is any memory, and the end of the file later.
+fn is_gone(mem: &File) -> bool {
+    matches!(mem.read_at(&mut [0], 0), Ok(0))
+}
+
+/// What `/proc` says of a process that has ended, by path or by a file that's open.
+fn is_not_there(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::NotFound || error.raw_os_error() == Some(Errno::ESRCH as i32)
 }

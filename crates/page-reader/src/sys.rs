@@ -3,6 +3,7 @@
 mod file;
 mod mappings;
 mod pagemap;
+pub(crate) mod ptrace;
 mod userfaultfd;
 
 use std::cell::OnceCell;
@@ -12,29 +13,65 @@ use std::iter;
 use std::ops::Range;
 use std::os::unix::fs::MetadataExt;
 use std::rc::Rc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 pub(crate) use file::data;
 
 use crate::populated::{PopulatedRanges, unknown};
-use file::{DataRanges, own_file};
+use file::{DataRanges, file_behind};
 use mappings::{Area, Backing};
 use nix::unistd::{SysconfVar, sysconf};
 use pagemap::Scan;
 use userfaultfd::Userfaultfd;
 
-/// The mappings of this process, as they were when it was asked.
+/// The files in which the kernel tells of a process's memory. Once open they're of the program that ran then, never of another:
+/// when that's gone, they have nothing more to tell.
+#[derive(Debug)]
+pub(crate) struct MemoryFiles {
+    /// `/proc/<pid>`
+    process: String,
+    /// One reader at a time: its position is moved.
+    smaps: Mutex<File>,
+    pagemap: Arc<File>,
+}
+
+impl MemoryFiles {
+    /// Of `process`, a directory in `/proc`.
+    pub(crate) fn open(process: String) -> io::Result<Self> {
+        Ok(Self {
+            smaps: Mutex::new(File::open(format!("{process}/smaps"))?),
+            pagemap: Arc::new(File::open(format!("{process}/pagemap"))?),
+            process,
+        })
+    }
+
+    fn known(&self) -> io::Result<Known> {
+        let smaps = self.smaps.lock().unwrap_or_else(PoisonError::into_inner);
+        Ok(Known {
+            process: self.process.clone(),
+            areas: mappings::with_flags(&smaps)?,
+            pagemap: Some(Arc::clone(&self.pagemap)),
+        })
+    }
+}
+
+const SELF: &str = "/proc/self";
+
+/// The mappings of a process, as they were when it was asked.
 #[derive(Debug)]
 pub(crate) struct AddressSpace {
-    /// Right for mappings that userfaultfd leaves alone.
+    /// Of this process, and right for mappings that userfaultfd leaves alone.
     quick: Option<(Userfaultfd, Rc<Known>)>,
+    /// Made when it is needed, for this process.
     thorough: OnceCell<Rc<Known>>,
 }
 
 #[derive(Debug, Default)]
 struct Known {
+    process: String,
     /// Ascending.
     areas: Vec<Area>,
-    pagemap: Option<Rc<File>>,
+    pagemap: Option<Arc<File>>,
 }
 
 impl AddressSpace {
@@ -44,11 +81,28 @@ impl AddressSpace {
     pub(crate) fn of_this_process() -> Self {
         let quick = || {
             let userfaultfd = Userfaultfd::that_tells()?;
-            Some((userfaultfd, Known::by(mappings::without_flags).ok()?))
+            Some((userfaultfd, Known::quick().ok()?))
         };
         Self {
             quick: quick(),
             thorough: OnceCell::new(),
+        }
+    }
+
+    /// One of which nothing is known where the process has ended or runs another program.
+    pub(crate) fn of(files: &MemoryFiles) -> Self {
+        Self::with(files.known().unwrap_or_default())
+    }
+
+    /// One of which nothing is known.
+    pub(crate) fn unknown() -> Self {
+        Self::with(Known::default())
+    }
+
+    fn with(known: Known) -> Self {
+        Self {
+            quick: None,
+            thorough: OnceCell::from(Rc::new(known)),
         }
     }
 
@@ -64,18 +118,23 @@ impl AddressSpace {
             }
             _ => self
                 .thorough
-                .get_or_init(|| Known::by(mappings::with_flags).unwrap_or_default()),
+                .get_or_init(|| Rc::new(Known::thorough().unwrap_or_default())),
         };
         Rc::clone(known).populated(range)
     }
 }
 
 impl Known {
-    fn by(mappings: fn() -> io::Result<Vec<Area>>) -> io::Result<Rc<Self>> {
+    fn quick() -> io::Result<Rc<Self>> {
         Ok(Rc::new(Self {
-            pagemap: Some(Rc::new(File::open("/proc/self/pagemap")?)),
-            areas: mappings()?,
+            process: SELF.into(),
+            pagemap: Some(Arc::new(File::open(format!("{SELF}/pagemap"))?)),
+            areas: mappings::without_flags()?,
         }))
+    }
+
+    fn thorough() -> io::Result<Self> {
+        MemoryFiles::open(SELF.into())?.known()
     }
 
     fn areas_in(&self, range: &Range<u64>) -> impl Iterator<Item = &Area> {
@@ -124,8 +183,8 @@ impl Known {
             return Box::new(unknown(part));
         };
         match (area.backing, &self.pagemap) {
-            (Backing::Anonymous, Some(pagemap)) => Box::new(Scan::new(Rc::clone(pagemap), part)),
-            (Backing::SharedFile { offset }, _) => match own_file(area) {
+            (Backing::Anonymous, Some(pagemap)) => Box::new(Scan::new(Arc::clone(pagemap), part)),
+            (Backing::SharedFile { offset }, _) => match file_behind(area, &self.process) {
                 Some(file) => {
                     // A mapping starts at a page of its file, and both are below 2^63.
                     let (address, offset) = (area.addresses.start, offset);

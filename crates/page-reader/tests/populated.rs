@@ -5,7 +5,7 @@
 
 mod common;
 
-use std::fs::{self, File};
+use std::fs::File;
 use std::ops::Range;
 use std::os::fd::AsFd;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
@@ -212,15 +212,8 @@ fn an_unprivileged_process_finds_the_pages_of_a_memfd_that_it_has_open() {
         return;
     }
     use std::os::unix::process::CommandExt;
-    // Where another user can run it.
-    let dir = tempfile::tempdir().unwrap();
-    let program = dir.path().join("test");
-    fs::copy(std::env::current_exe().unwrap(), &program).unwrap();
-    for path in [dir.path(), &program] {
-        let all = std::os::unix::fs::PermissionsExt::from_mode(0o755);
-        fs::set_permissions(path, all).unwrap();
-    }
-    let output = Command::new(&program)
+    let program = common::for_anyone();
+    let output = Command::new(program.path())
         .args(["--exact", NAME])
         .env(INSIDE, "1")
         .current_dir("/")

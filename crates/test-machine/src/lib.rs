@@ -32,6 +32,8 @@ pub enum Need {
     Userfaultfd,
     /// `strace` is installed and may trace: system calls of a child process can be made to fail.
     Strace,
+    /// A process may trace its children (ptrace): neither Yama nor a sandbox forbids it.
+    Ptrace,
     /// An ext4 image can be made and loop-mounted: privilege, loop devices, e2fsprogs.
     Ext4,
     /// An XFS image can be made and loop-mounted: privilege, loop devices, xfsprogs.
@@ -52,11 +54,12 @@ pub enum Need {
 
 impl Need {
     /// Every need that this crate knows.
-    pub const ALL: [Self; 12] = [
+    pub const ALL: [Self; 13] = [
         Self::Kvm,
         Self::Root,
         Self::Userfaultfd,
         Self::Strace,
+        Self::Ptrace,
         Self::Ext4,
         Self::Xfs,
         Self::Xfs16k,
@@ -75,6 +78,7 @@ impl Need {
             Self::Root => "root",
             Self::Userfaultfd => "userfaultfd",
             Self::Strace => "strace",
+            Self::Ptrace => "ptrace",
             Self::Ext4 => "ext4",
             Self::Xfs => "xfs",
             Self::Xfs16k => "xfs16k",
@@ -116,6 +120,7 @@ impl Need {
                 .args(["-qq", "-e", "trace=none", "true"])
                 .status()
                 .is_ok_and(|status| status.success()),
+            Self::Ptrace => can_trace(),
             Self::Root => nix::unistd::geteuid().is_root() && can_mount(),
             Self::Ext4 | Self::Xfs | Self::Xfs16k | Self::Btrfs | Self::Exfat => {
                 Self::Root.is_met() && self.has_tools()
@@ -184,6 +189,25 @@ impl Need {
     fn has_tools(self) -> bool {
         false
     }
+}
+
+#[cfg(target_os = "linux")]
+fn can_trace() -> bool {
+    use nix::sys::ptrace;
+
+    let Ok(mut child) = std::process::Command::new("sleep").arg("60").spawn() else {
+        return false;
+    };
+    let id = nix::unistd::Pid::from_raw(child.id().cast_signed());
+    let seized = ptrace::seize(id, ptrace::Options::empty());
+    let _ = child.kill();
+    let _ = child.wait();
+    seized.is_ok()
+}
+
+#[cfg(not(target_os = "linux"))]
+fn can_trace() -> bool {
+    false
 }
 
 #[cfg(target_os = "linux")]

@@ -38,16 +38,16 @@ fn reopen(file: &File) -> io::Result<File> {
     }
 }
 
-/// The file that a shared mapping shows: by way of the mapping, which takes `CAP_CHECKPOINT_RESTORE`, or of a descriptor that
-/// this process still has of it.
-pub(super) fn own_file(area: &Area) -> Option<File> {
+/// The file that a shared mapping of `process` shows: by way of the mapping, which takes `CAP_CHECKPOINT_RESTORE`, or of a descriptor
+/// that the process still has of it. Where the process is another by now, its files aren't the one behind `area`.
+pub(super) fn file_behind(area: &Area, process: &str) -> Option<File> {
     let Range { start, end } = area.addresses;
-    let of_mapping = open(&format!("/proc/self/map_files/{start:x}-{end:x}"));
+    let of_mapping = open(&format!("{process}/map_files/{start:x}-{end:x}"));
     of_mapping
         .ok()
         .filter(|file| is_behind(file, area))
         .or_else(|| {
-            let descriptors = fs::read_dir("/proc/self/fd").ok()?;
+            let descriptors = fs::read_dir(format!("{process}/fd")).ok()?;
             descriptors.flatten().find_map(|descriptor| {
                 let path = descriptor.path();
                 let metadata = fs::metadata(&path).ok()?;

@@ -1,9 +1,11 @@
-//! The mappings of a process, and what a page that isn't there means: by `/proc/self/maps`, or with flags by `/proc/self/smaps`.
+//! The mappings of a process, and what a page that isn't there means: by `/proc/self/maps`, or with flags by `/proc/<pid>/smaps`.
 
 use std::fs::File;
-use std::io::{self, BufRead, BufReader};
+use std::io::{self, BufRead, BufReader, Seek};
 use std::mem;
 use std::ops::Range;
+
+use crate::process::ProcessRegion;
 
 /// One mapping.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -30,18 +32,19 @@ pub(super) enum Backing {
 /// no other file says it), of a device (pf, io, mm), of huge pages (ht), made by the kernel (de). From `Documentation/filesystems/proc.rst`.
 const UNUSUAL: [&[u8]; 7] = [b"um", b"ui", b"pf", b"io", b"mm", b"ht", b"de"];
 
-/// Soon had. What userfaultfd fills looks like any other.
+/// Of this process, and soon had. What userfaultfd fills looks like any other.
 pub(super) fn without_flags() -> io::Result<Vec<Area>> {
-    parse(open("/proc/self/maps")?, false)
+    parse(buffered(&File::open("/proc/self/maps")?), false)
 }
 
 /// The kernel looks at every page of the process for it.
-pub(super) fn with_flags() -> io::Result<Vec<Area>> {
-    parse(open("/proc/self/smaps")?, true)
+pub(super) fn with_flags(mut smaps: &File) -> io::Result<Vec<Area>> {
+    smaps.rewind()?;
+    parse(buffered(smaps), true)
 }
 
-fn open(path: &str) -> io::Result<impl BufRead> {
-    Ok(BufReader::with_capacity(64 << 10, File::open(path)?))
+fn buffered(file: &File) -> impl BufRead {
+    BufReader::with_capacity(64 << 10, file)
 }
 
 fn parse(mut mappings: impl BufRead, flags_follow: bool) -> io::Result<Vec<Area>> {
@@ -77,31 +80,27 @@ fn parse(mut mappings: impl BufRead, flags_follow: bool) -> io::Result<Vec<Area>
     Ok(areas)
 }
 
-/// `start-end perms offset major:minor inode   name`
 fn header(line: &[u8]) -> Option<Area> {
-    let mut words = words(line).map(|word| str::from_utf8(word).unwrap_or_default());
-    let hex = |number: &str| u64::from_str_radix(number, 16).ok();
-    let (start, end) = words.next()?.split_once('-')?;
-    let shared = words.next()?.as_bytes().get(3)? == &b's';
-    let offset = hex(words.next()?)?;
-    let (major, minor) = words.next()?.split_once(':')?;
-    let device = nix::sys::stat::makedev(hex(major)?, hex(minor)?);
-    let inode = words.next()?.parse().ok()?;
+    let region = ProcessRegion::parse(line.strip_suffix(b"\n")?)?;
+    let (major, minor) = region.device;
+    let device = nix::sys::stat::makedev(major.into(), minor.into());
     // Another name without a file is of the kernel's making: vdso, vvar.
+    let name = &region.name[..];
     let of_the_process =
-        |name: &str| ["", "[heap]", "[stack]"].contains(&name) || name.starts_with("[anon:");
-    let name = words.next().unwrap_or_default();
-    let backing = match (shared, inode, device) {
-        (false, 0, 0) if of_the_process(name) => Backing::Anonymous,
+        [&b""[..], b"[heap]", b"[stack]"].contains(&name) || name.starts_with(b"[anon:");
+    let backing = match (region.permissions.shared, region.inode, device) {
+        (false, 0, 0) if of_the_process => Backing::Anonymous,
         // A private mapping of a file shows the file's pages, and the process's own over them.
         (false, ..) | (true, 0, _) => Backing::Unknown,
-        (true, ..) => Backing::SharedFile { offset },
+        (true, ..) => Backing::SharedFile {
+            offset: region.offset,
+        },
     };
     Some(Area {
-        addresses: hex(start)?..hex(end)?,
+        addresses: region.addresses,
         backing,
         device,
-        inode,
+        inode: region.inode,
     })
 }
 
@@ -192,7 +191,8 @@ mod tests {
     #[test]
     fn without_flags_the_mappings_of_this_process_are_what_they_are_with_them() {
         let agree = || {
-            let (quick, thorough) = (without_flags().unwrap(), with_flags().unwrap());
+            let smaps = File::open("/proc/self/smaps").unwrap();
+            let (quick, thorough) = (without_flags().unwrap(), with_flags(&smaps).unwrap());
             let here = &raw const quick as u64;
             let stack = quick.iter().find(|area| area.addresses.contains(&here));
             assert_eq!(stack.unwrap().backing, Backing::Anonymous);

@@ -174,3 +174,30 @@ impl Drop for Swap {
         assert_eq!(off, 0, "{}", std::io::Error::last_os_error());
     }
 }
+
+/// This program where any user can run it, until it's dropped.
+#[cfg(target_os = "linux")]
+pub(crate) fn for_anyone() -> Program {
+    use std::os::unix::fs::PermissionsExt;
+
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("test");
+    std::fs::copy(std::env::current_exe().unwrap(), &path).unwrap();
+    for path in [dir.path(), &path] {
+        std::fs::set_permissions(path, PermissionsExt::from_mode(0o755)).unwrap();
+    }
+    Program { path, _dir: dir }
+}
+
+#[cfg(target_os = "linux")]
+pub(crate) struct Program {
+    path: std::path::PathBuf,
+    _dir: tempfile::TempDir,
+}
+
+#[cfg(target_os = "linux")]
+impl Program {
+    pub(crate) fn path(&self) -> &std::path::Path {
+        &self.path
+    }
+}
