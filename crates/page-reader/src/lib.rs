@@ -11,7 +11,7 @@
 //! | mapped in this process, vCPUs may be writing it | [`MappedMemory`] |
 //! | in `vm-memory`'s types | `GuestMemoryReader` (feature `vm-memory`) |
 //! | in a file or memfd that the guest maps shared, or an image on disk | [`FileReader`] |
-//! | in another process (Linux) | `ProcessMemory` |
+//! | in another process (Linux) | `ProcessMemory`; `ProcessMaps` finds it there, `StoppedProcess` stops the process |
 //! | in ordinary memory | `[u8]`, `Vec<u8>` |
 //! | in several of these, side by side or over one another | [`Layered`] |
 //! | anywhere else | your own `impl PageReader`: one method, and two that may be left out |
@@ -93,26 +93,27 @@
 //!   from memory outside the caches. No Rust reference ever claims that its bytes stay as they are: vCPUs write them.
 //! - Files are read with `pread`, repeated after `EINTR` and short reads. Their position isn't used.
 //! - Another process's memory is read with `pread` of `/proc/<pid>/mem`, opened once: it stays that process's, also
-//!   when the id is in use again.
+//!   when the id is in use again. It's stopped by `PTRACE_SEIZE` and `PTRACE_INTERRUPT` of every thread, from a thread of its own: when
+//!   that ends, or is killed with its process, the kernel lets all of them go on.
 //! - Layouts and layers find their place by binary search; a read that crosses regions is one read for each.
 //!
-//! - Which RAM was never touched is asked of the kernel, not read: `/proc/self/maps` says what kind of memory it is, then `PAGEMAP_SCAN`
+//! - Which RAM was never touched is asked of the kernel, not read: `/proc/self/maps` (of another process, `smaps`) says what kind of memory it is, then `PAGEMAP_SCAN`
 //!   (Linux 6.7; before that the entries of `/proc/self/pagemap`) or, for files and shared memory, `lseek(SEEK_DATA)` says where
 //!   there are pages. `mincore` isn't used: to it a page that was swapped out is one that isn't there. That userfaultfd has none of the
 //!   memory is asked of a userfaultfd of one's own, in 0.1 ms; where it has some, or `userfaultfd(2)` may not be called, by
-//!   `/proc/self/smaps`, for which the kernel looks at every page of the process (14 to 30 ms a GiB in small pages).
+//!   `smaps`, for which the kernel looks at every page of the process (14 to 30 ms a GiB in small pages).
 //!
 //! Every range is checked before it's touched: past the end is
 //! [`UnexpectedEof`](std::io::ErrorKind::UnexpectedEof), never a panic and never a short read.
 //!
 //! # Limitations
 //!
-//! - Nothing stops the guest: bytes read while vCPUs run are as of no one instant. Pause them, or read again what
-//!   a dirty log says has changed.
+//! - Reading doesn't stop the guest: bytes read while vCPUs run are as of no one instant. Pause them, stop the other process, or read
+//!   again what a dirty log says has changed.
 //! - A load from a mapped file that was truncated is a SIGBUS, not an error. Seal memfds against shrinking.
 //! - What [`populated`](PageReader::populated) says of a file is as right as its file system's `SEEK_DATA`. Of memory it calls
 //!   `userfaultfd(2)`: a seccomp filter may refuse that, but should not kill for it.
-//! - `ProcessMemory` is Linux only. Everything else is for Linux and macOS.
+//! - `ProcessMemory`, `ProcessMaps` and `StoppedProcess` are Linux only. Everything else is for Linux and macOS.
 //!
 //! # Features
 //!

@@ -80,7 +80,8 @@ pub trait PageReader {
     /// memory or swapped out, unless it's the shared zero page that reading makes; one of memory that is
     /// shared, as a memfd is, if its file has it, whoever wrote it, where the process may open that file (it has a descriptor of it, or
     /// `CAP_CHECKPOINT_RESTORE`). All may be in anything else: memory that userfaultfd fills on first touch, privately mapped files,
-    /// huge pages of hugetlbfs, devices. All may be where there's no host memory, and on macOS.
+    /// huge pages of hugetlbfs, devices. All may be where there's no host memory, and on macOS. `ProcessMemory` asks the same of another
+    /// process's memory.
     ///
     /// # Examples
     /// ```

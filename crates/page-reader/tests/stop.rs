@@ -32,7 +32,7 @@ const THREADS: usize = 4;
 /// Counts of threads come first.
 const SIGNALS: usize = THREADS;
 const CHILD: usize = THREADS + 1;
-const WAITING: usize = THREADS + 2;
+const ROLE_THREAD: usize = THREADS + 2;
 
 /// Counters that processes share.
 struct Counts {
@@ -105,6 +105,8 @@ fn a_role() {
             thread::spawn(count(index));
         }
     };
+    let this_thread = nix::unistd::gettid().as_raw() as u64;
+    counts.get(ROLE_THREAD).store(this_thread, SeqCst);
     match role.as_str() {
         "counts" => {
             count_signals(counts);
@@ -121,8 +123,6 @@ fn a_role() {
         }
         "waits for a child to run a program" => {
             start_threads();
-            let waiting = nix::unistd::gettid().as_raw() as u64;
-            counts.get(WAITING).store(waiting, SeqCst);
             let flags = libc::CLONE_VFORK | libc::SIGCHLD;
             // SAFETY: a fork, but for the parent's waiting; the child makes system calls only, and touches the counter.
             let child = unsafe { libc::syscall(libc::SYS_clone, flags, 0, 0, 0, 0) };
@@ -137,6 +137,7 @@ fn a_role() {
             panic!("{}", playing(&role, &path).exec());
         }
         "stops its child" => {
+            #[expect(clippy::zombie_processes, reason = "it's to outlive this process")]
             let child = playing("counts", &path).spawn().unwrap();
             counts.go_on([0; THREADS]);
             let stopped = StoppedProcess::stop(child.id(), PATIENCE).unwrap();
@@ -319,7 +320,11 @@ fn a_process_whose_first_thread_has_ended_is_stopped() {
     need!(Ptrace, "a_process_whose_first_thread_has_ended_is_stopped");
     let target = Target::that("has no first thread");
     wait_until("it has ended", || states(target.pid()).contains('Z'));
-    let stopped = target.stop();
+    // By the id of another.
+    let thread = target.counts.get(ROLE_THREAD).load(SeqCst) as u32;
+    assert_ne!(thread, target.pid());
+    let stopped = StoppedProcess::stop(thread, Duration::MAX).unwrap();
+    assert_eq!(stopped.pid(), target.pid());
     assert_eq!(stopped.threads(), THREADS + 1);
     target.stands_still();
     drop(stopped);
@@ -468,7 +473,10 @@ fn a_thread_that_does_not_stop_in_time_is_named_and_the_process_runs_on() {
     assert!(start.elapsed() >= within);
     match error {
         ProcessStopError::Unresponsive { thread, .. } => {
-            assert_eq!(u64::from(thread), target.counts.get(WAITING).load(SeqCst));
+            assert_eq!(
+                u64::from(thread),
+                target.counts.get(ROLE_THREAD).load(SeqCst)
+            );
         }
         other => panic!("{other}"),
     }

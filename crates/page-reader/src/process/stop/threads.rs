@@ -1,0 +1,251 @@
+//! The threads of a process, all of them stopped: the part of it that runs on the thread that traces.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::unistd::Pid;
+
+use super::{ProcessStopError, TRIES};
+use crate::process::is_not_there;
+use crate::sys::ptrace;
+
+/// The threads of a process, as the thread that traces them knows them.
+pub(super) struct Threads {
+    pid: u32,
+    /// Its id is the process's.
+    pub(super) first: Pid,
+    within: Duration,
+    deadline: Instant,
+    known: BTreeMap<Pid, Known>,
+    /// All that were ever traced.
+    pub(super) shared: Arc<Mutex<Vec<Pid>>>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Known {
+    Traced(ptrace::Thread),
+    /// Ended before it could be traced. Its id may be a new thread's next.
+    Ended,
+}
+
+impl Threads {
+    pub(super) fn of(pid: u32, within: Duration) -> Self {
+        Self {
+            pid,
+            first: Pid::from_raw(pid.cast_signed()),
+            within,
+            deadline: Instant::now() + within,
+            known: BTreeMap::new(),
+            shared: Arc::default(),
+        }
+    }
+
+    fn shared(&self) -> MutexGuard<'_, Vec<Pid>> {
+        self.shared.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Stops all of them, and says how many that are.
+    ///
+    /// Threads that run make new ones meanwhile. When a list is taken while all that are known stand still and nothing in it is new, there's none
+    /// left that could.
+    pub(super) fn stop(&mut self) -> Result<usize, ProcessStopError> {
+        loop {
+            let found_new = self.trace_all()?;
+            let (stopped, lost_some) = self.wait_for_all()?;
+            match (stopped, found_new || lost_some) {
+                (_, true) if self.deadline <= Instant::now() => {
+                    return Err(self.unresponsive(self.first));
+                }
+                (_, true) => {}
+                (0, false) => return Err(ProcessStopError::Gone { pid: self.pid }),
+                (stopped, false) => return Ok(stopped),
+            }
+        }
+    }
+
+    /// Whether there was a new one.
+    fn trace_all(&mut self) -> Result<bool, ProcessStopError> {
+        let mut found_new = false;
+        for thread in self.list()? {
+            let known = self.known.get(&thread).copied();
+            if matches!(known, Some(Known::Traced(_))) {
+                continue;
+            }
+            let now = self.trace(thread)?;
+            found_new |= known != Some(now);
+            self.known.insert(thread, now);
+        }
+        Ok(found_new)
+    }
+
+    fn list(&self) -> Result<Vec<Pid>, ProcessStopError> {
+        let pid = self.pid;
+        let list = || -> io::Result<Vec<_>> {
+            let mut threads = Vec::new();
+            for entry in fs::read_dir(format!("/proc/{pid}/task"))? {
+                let name = entry?.file_name();
+                let thread = name.to_str().and_then(|name| name.parse().ok());
+                threads.extend(thread.map(Pid::from_raw));
+            }
+            Ok(threads)
+        };
+        list().map_err(failed(pid, "listing its threads"))
+    }
+
+    fn trace(&self, thread: Pid) -> Result<Known, ProcessStopError> {
+        let pid = self.pid;
+        for _ in 0..TRIES {
+            match ptrace::seize(thread) {
+                Ok(()) => {
+                    self.shared().push(thread);
+                    // Fails where it's about to end, which is told then.
+                    let _ = ptrace::interrupt(thread);
+                    return Ok(Known::Traced(ptrace::Thread::Runs));
+                }
+                Err(Errno::ESRCH) => return Ok(Known::Ended),
+                // It has ended, is traced already, or may not be.
+                Err(Errno::EPERM) => match status(pid, Some(thread)) {
+                    Ok(status) if status.has_ended => return Ok(Known::Ended),
+                    Ok(Status { tracer: 0, .. }) => {}
+                    Ok(Status { tracer, .. }) => {
+                        return Err(ProcessStopError::Traced { pid, tracer });
+                    }
+                    Err(ProcessStopError::Gone { .. }) => return Ok(Known::Ended),
+                    Err(error) => return Err(error),
+                },
+                Err(errno) => return Err(failed(pid, "PTRACE_SEIZE")(errno.into())),
+            }
+        }
+        let scope = fs::read_to_string("/proc/sys/kernel/yama/ptrace_scope").ok();
+        let yama = scope.and_then(|scope| scope.trim().parse().ok());
+        Err(ProcessStopError::NotPermitted { pid, yama })
+    }
+
+    /// How many stand still, and whether one isn't traced any more.
+    fn wait_for_all(&mut self) -> Result<(usize, bool), ProcessStopError> {
+        let mut pause = Duration::from_micros(20);
+        let mut lost_some = false;
+        loop {
+            let (mut stopped, mut running) = (0, None);
+            for thread in self.traced() {
+                let state = self.look_at(thread)?;
+                match state {
+                    Some(ptrace::Thread::Runs) => running = Some(thread),
+                    Some(ptrace::Thread::Stopped { .. }) => stopped += 1,
+                    Some(ptrace::Thread::Ended) | None => {}
+                }
+                lost_some |= state.is_none();
+                match state {
+                    Some(state) => self.known.insert(thread, Known::Traced(state)),
+                    None => self.known.remove(&thread),
+                };
+            }
+            match running {
+                None => return Ok((stopped, lost_some)),
+                Some(thread) if self.deadline <= Instant::now() => {
+                    return Err(self.unresponsive(thread));
+                }
+                Some(_) => {
+                    thread::sleep(pause);
+                    pause = (pause * 2).min(Duration::from_millis(5));
+                }
+            }
+        }
+    }
+
+    fn unresponsive(&self, thread: Pid) -> ProcessStopError {
+        ProcessStopError::Unresponsive {
+            pid: self.pid,
+            thread: thread.as_raw().cast_unsigned(),
+            within: self.within,
+        }
+    }
+
+    fn traced(&self) -> Vec<Pid> {
+        let traced =
+            |(thread, known): (&Pid, &Known)| matches!(known, Known::Traced(_)).then_some(*thread);
+        self.known.iter().filter_map(traced).collect()
+    }
+
+    /// `None` where it isn't traced any more.
+    fn look_at(&self, thread: Pid) -> Result<Option<ptrace::Thread>, ProcessStopError> {
+        match ptrace::state(thread) {
+            // A thread that runs another program waits until all others are forgotten, and takes on the id of the first.
+            Ok(ptrace::Thread::Ended) if thread != self.first => {
+                let _ = ptrace::forget_ended(thread);
+                Ok(None)
+            }
+            // The end of the first isn't told before the others ended; and where the process is a child of this one, another that takes
+            // its place isn't told from it.
+            Ok(ptrace::Thread::Runs) if thread == self.first => Ok(match status(self.pid, None) {
+                Ok(status) if status.has_ended => Some(ptrace::Thread::Ended),
+                Ok(Status { tracer: 0, .. }) => None,
+                _ => Some(ptrace::Thread::Runs),
+            }),
+            Ok(state) => Ok(Some(state)),
+            Err(Errno::ECHILD) => Ok(None),
+            Err(errno) => Err(failed(self.pid, "waitid")(errno.into())),
+        }
+    }
+
+    /// Those that aren't stopped, or can't be let go for they were killed, the kernel lets go when this thread ends.
+    pub(super) fn let_go(&self) {
+        for (thread, known) in &self.known {
+            if let Known::Traced(ptrace::Thread::Stopped { signal }) = known {
+                let _ = ptrace::detach(*thread, *signal);
+            }
+        }
+    }
+}
+
+/// What `/proc` says of a thread.
+pub(super) struct Status {
+    /// The process it is of.
+    pub(super) group: u32,
+    has_ended: bool,
+    /// 0 for none.
+    tracer: u32,
+}
+
+/// Of a process, or of one of its threads.
+pub(super) fn status(pid: u32, thread: Option<Pid>) -> Result<Status, ProcessStopError> {
+    let path = match thread {
+        None => format!("/proc/{pid}/status"),
+        Some(thread) => format!("/proc/{pid}/task/{thread}/status"),
+    };
+    let text = fs::read(path).map_err(failed(pid, "reading its status"))?;
+    // The name, on the first line, is whatever the process likes, but has no line feed.
+    let text = String::from_utf8_lossy(&text);
+    let value = |key: &str| {
+        let line = text.lines().find_map(|line| line.strip_prefix(key));
+        line.map_or("", str::trim)
+    };
+    let number = |key| value(key).parse().unwrap_or(0);
+    Ok(Status {
+        group: number("Tgid:"),
+        has_ended: value("State:").starts_with(['Z', 'X']),
+        tracer: number("TracerPid:"),
+    })
+}
+
+pub(super) fn failed(
+    pid: u32,
+    operation: &'static str,
+) -> impl FnOnce(io::Error) -> ProcessStopError {
+    move |source| {
+        if is_not_there(&source) {
+            ProcessStopError::Gone { pid }
+        } else {
+            ProcessStopError::System {
+                pid,
+                operation,
+                source,
+            }
+        }
+    }
+}
