@@ -54,7 +54,19 @@ fn apply(image: &OnDisk, ram: &mut [u8]) {
     }
 }
 
-fuzz_target!(|bodies: Vec<&[u8]>| {
+/// Bodies, each after its length in two bytes.
+fn split(mut bytes: &[u8]) -> Vec<&[u8]> {
+    let mut bodies = Vec::new();
+    while let Some((len, rest)) = bytes.split_first_chunk() {
+        let (body, rest) = rest.split_at(rest.len().min(u16::from_le_bytes(*len).into()));
+        bodies.push(body);
+        bytes = rest;
+    }
+    bodies
+}
+
+fuzz_target!(|bytes: &[u8]| {
+    let bodies = split(bytes);
     let images: Vec<_> = bodies
         .iter()
         .take(4)

@@ -2,13 +2,14 @@
 
 mod interleavings;
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 use test_machine::{Need, REQUIRE};
 use xshell::{Shell, cmd};
 
 use crate::check_macos::CheckMacos;
+use crate::fuzz::Fuzz;
 use crate::packages::{Install, Package};
 
 /// What the tests use beside the Rust toolchain.
@@ -52,9 +53,10 @@ impl Test {
             println!("this machine has {need}: {met}");
         }
 
-        let steps: [(&str, &dyn Fn() -> anyhow::Result<()>); 11] = [
+        let steps: [(&str, &dyn Fn() -> anyhow::Result<()>); 12] = [
             ("formatting", &|| {
-                Ok(cmd!(sh, "cargo fmt --all --check").run()?)
+                cmd!(sh, "cargo fmt --all --check").run()?;
+                Ok(cmd!(sh, "cargo fmt --manifest-path fuzz/Cargo.toml --check").run()?)
             }),
             ("lints", &|| {
                 Ok(cmd!(
@@ -79,6 +81,7 @@ impl Test {
                 Ok(cmd!(sh, "cargo bench --locked --package benches -- --test").run()?)
             }),
             ("interleavings", &|| interleavings::run(sh)),
+            ("fuzzing, for a moment", &|| fuzzing(sh, self.install)),
             ("the demo", &|| demos(sh)),
             ("a guest in QEMU", &|| guest_in_qemu(sh, ci)),
         ];
@@ -178,6 +181,14 @@ fn macos(sh: &Shell, install: Install, ci: bool) -> anyhow::Result<()> {
     }
     check.check(sh)?;
     Ok(())
+}
+
+fn fuzzing(sh: &Shell, install: Install) -> anyhow::Result<()> {
+    if cfg!(not(all(target_os = "linux", target_arch = "x86_64"))) {
+        println!("NOT RUN: fuzzing is for Linux on x86-64");
+        return Ok(());
+    }
+    Fuzz::smoke(install, Duration::from_secs(10)).run(sh)
 }
 
 /// The best guest that this machine has, small and, optimised, on both sides of the MMIO gap; then the guests for machines that
