@@ -1,5 +1,7 @@
 //! A full image and the diffs taken after it, read as one.
 
+pub(crate) mod segments;
+
 use std::io;
 use std::ops::Range;
 use std::path::{Path, PathBuf};

@@ -187,6 +187,14 @@ pub enum ImageError {
         /// What the target said.
         source: io::Error,
     },
+    /// There is no address space for the guest's RAM.
+    #[error("cannot reserve {size} bytes of address space for the guest's RAM")]
+    Reserve {
+        /// The size of the RAM in bytes.
+        size: u64,
+        /// What the system said.
+        source: io::Error,
+    },
     /// The image can't be mapped.
     #[error("cannot map the memory image {path:?}")]
     Map {

@@ -135,18 +135,9 @@ impl Image {
 
     /// Fills `buf` with the RAM's bytes from `offset` on. Of pages that the image doesn't hold, they are of no meaning.
     pub(crate) fn read(&self, offset: u64, buf: &mut [u8]) -> Result<(), ImageError> {
-        let Some(footer) = &self.footer else {
-            return self.read_file(offset, buf);
-        };
         let (mut at, mut rest) = (offset, buf);
         while !rest.is_empty() {
-            let (stored, end) = match footer.run_at(at) {
-                Some(run) => (run.stored_at(at), run.range().end),
-                None => (
-                    None,
-                    footer.run_after(at).map_or(self.size, |run| run.start),
-                ),
-            };
+            let (stored, end) = self.place(at);
             let len = usize::try_from(end - at).map_or(rest.len(), |len| len.min(rest.len()));
             let (piece, later) = rest.split_at_mut(len);
             match stored {
@@ -156,6 +147,20 @@ impl Image {
             (at, rest) = (at + len as u64, later);
         }
         Ok(())
+    }
+
+    /// Where in the file the RAM's bytes from `offset` on are, if they are there, and up to which offset in RAM that goes on.
+    pub(crate) fn place(&self, offset: u64) -> (Option<u64>, u64) {
+        let Some(footer) = &self.footer else {
+            return (Some(offset), u64::MAX);
+        };
+        match footer.run_at(offset) {
+            Some(run) => (run.stored_at(offset), run.range().end),
+            None => (
+                None,
+                footer.run_after(offset).map_or(self.size, |run| run.start),
+            ),
+        }
     }
 
     pub(crate) fn read_file(&self, offset: u64, buf: &mut [u8]) -> Result<(), ImageError> {

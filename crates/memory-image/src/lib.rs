@@ -38,7 +38,8 @@
 //!
 //! **Find out what changed** between two states: [`compare`].
 //!
-//! **Start a guest from a full image** at once, without reading it: [`MappedImage`] maps it copy-on-write.
+//! **Start a guest at once**, without reading or merging what it starts from: [`MappedImage`] maps a full image copy-on-write, [`MappedChain`]
+//! the longest runs of a chain's images, and copies the others.
 //!
 //! # How pages are told from gaps
 //! A raw diff holds its pages at their offsets and nothing between: what was clean is a hole, and reads as zeros. A page of the guest that was
@@ -73,7 +74,7 @@ pub use compare::{CompareError, compare};
 pub use error::{ImageError, Link, Unclear};
 pub use image::Image;
 pub use image_format::{Footer, FooterError, ImageId};
-pub use map::MappedImage;
+pub use map::{MappedChain, MappedChainOptions, MappedImage};
 pub use restore::{HostRam, RamTarget};
 pub use verify::{Damage, Verified};
 

@@ -1,15 +1,15 @@
-//! A full image as guest memory, without reading it.
+//! Images as guest memory, without reading them.
 
-#![allow(unsafe_code)]
+mod chain;
+mod region;
 
-use std::ffi::c_void;
 use std::io;
-use std::num::NonZeroUsize;
 use std::path::Path;
-use std::ptr::NonNull;
 
-use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
 use page_reader::{HostMemory, PageReader};
+
+pub use chain::{MappedChain, MappedChainOptions};
+pub(crate) use region::{Region, host_page};
 
 use crate::error::ImageError;
 use crate::image::Image;
@@ -40,14 +40,8 @@ use crate::image::Image;
 /// ```
 #[derive(Debug)]
 pub struct MappedImage {
-    start: NonNull<c_void>,
-    len: NonZeroUsize,
+    ram: Region,
 }
-
-// SAFETY: the mapping belongs to no thread; `munmap` may be called from any.
-unsafe impl Send for MappedImage {}
-// SAFETY: through `&self` an address is handed out and bytes are copied by `HostMemory::copy_to`, which bears any concurrent writer.
-unsafe impl Sync for MappedImage {}
 
 impl MappedImage {
     /// Maps the full image at `path`, readable and writable.
@@ -63,73 +57,35 @@ impl MappedImage {
         if !image.in_place() {
             return Err(ImageError::Packed { path: image.path });
         }
-        let failed = |source| ImageError::Map {
-            path: image.path.clone(),
+        let ram = Region::of_file(&image.file, image.size);
+        let ram = ram.map_err(|source| ImageError::Map {
+            path: image.path,
             source,
-        };
-        let len = usize::try_from(image.size).ok().and_then(NonZeroUsize::new);
-        let len = len.ok_or_else(|| failed(io::ErrorKind::OutOfMemory.into()))?;
-        // Private pages are reserved when they are written: a guest rarely writes all of its RAM.
-        let flags = MapFlags::MAP_PRIVATE | MapFlags::MAP_NORESERVE;
-        // SAFETY: no address is asked for, so the kernel picks a range that nothing else uses.
-        let start = unsafe {
-            mmap(
-                None,
-                len,
-                ProtFlags::PROT_READ | ProtFlags::PROT_WRITE,
-                flags,
-                &image.file,
-                0,
-            )
-        }
-        .map_err(|errno| failed(errno.into()))?;
-        Ok(Self { start, len })
+        })?;
+        Ok(Self { ram })
     }
 
     /// The address of the first byte, aligned to the host's page. Valid for reads and writes as long as this value lives.
     #[must_use]
     pub fn as_ptr(&self) -> *mut u8 {
-        self.start.as_ptr().cast()
+        self.ram.as_ptr()
     }
 
     /// The size of the RAM in bytes: a raw file's when it was mapped.
     #[must_use]
     #[expect(clippy::len_without_is_empty, reason = "a mapping is never empty")]
     pub fn len(&self) -> usize {
-        self.len.get()
-    }
-
-    fn memory(&self, offset: u64) -> Option<HostMemory<'_>> {
-        // SAFETY: the mapping is readable from `start` on for `len` bytes, and stays until `self` drops.
-        let all = unsafe { HostMemory::new(self.as_ptr(), self.len()) };
-        let start = usize::try_from(offset)
-            .ok()
-            .filter(|start| *start <= self.len())?;
-        Some(all.slice(start..self.len()))
-    }
-}
-
-impl Drop for MappedImage {
-    fn drop(&mut self) {
-        // SAFETY: exactly what `mmap` returned; borrows of it ended with `self`. Failing would take an address that is not page-aligned.
-        let _ = unsafe { munmap(self.start, self.len.get()) };
+        self.ram.len()
     }
 }
 
 /// The RAM as the guest has it now: the image, and what was written since.
 impl PageReader for MappedImage {
     fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
-        let memory = self
-            .memory(offset)
-            .filter(|memory| memory.len() >= buf.len());
-        let memory = memory.ok_or(io::ErrorKind::UnexpectedEof)?;
-        memory.slice(0..buf.len()).copy_to(buf);
-        Ok(())
+        self.ram.read_at(offset, buf)
     }
 
     fn host_memory(&self, offset: u64, len: usize) -> Option<HostMemory<'_>> {
-        let memory = self.memory(offset)?;
-        let memory = memory.slice(0..len.min(memory.len()));
-        Some(memory).filter(|memory| !memory.is_empty())
+        self.ram.host_memory(offset, len)
     }
 }

@@ -60,7 +60,8 @@ impl Chain {
         self.restore_runs(target, self.stored_runs())
     }
 
-    fn restore_runs<T: RamTarget + ?Sized>(
+    /// Writes `runs` of the RAM to `target`, which is as large as the RAM.
+    pub(crate) fn restore_runs<T: RamTarget + ?Sized>(
         &self,
         target: &mut T,
         runs: impl Iterator<Item = Range<u64>>,

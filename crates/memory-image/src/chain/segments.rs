@@ -1,0 +1,168 @@
+//! Where the chain's bytes stand: runs of one image each, and zeros between.
+
+use std::ops::Range;
+
+use super::{Chain, Layer};
+use crate::image::Image;
+
+/// A run of the guest's RAM that is all in one image, contiguous there too, or all zeros.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Segment {
+    /// Offsets in the guest's RAM, in bytes.
+    pub(crate) range: Range<u64>,
+    pub(crate) source: Source,
+}
+
+/// Where the bytes of a segment are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Source {
+    /// In a layer's file, from this offset on.
+    Stored { layer: usize, offset: u64 },
+    /// Zeros, since no layer has the pages.
+    Nowhere,
+    /// Zeros, since a diff says so, whatever older layers have.
+    Zeroed,
+}
+
+impl Chain {
+    /// The segments of `within`, which ends no later than the RAM: ascending, without gaps, each as long as it can be.
+    pub(crate) fn segments(&self, within: Range<u64>) -> impl Iterator<Item = Segment> {
+        let mut pieces: Vec<_> = (0..)
+            .zip(&self.layers)
+            .map(|(number, layer)| {
+                let runs = layer.pages.runs_in(within.clone());
+                runs.flat_map(move |run| layer.pieces(number, run))
+                    .peekable()
+            })
+            .collect();
+        let Range { start: mut at, end } = within;
+        std::iter::from_fn(move || {
+            if at == end {
+                return None;
+            }
+            // No page is in two layers, so what begins first ends before anything else begins.
+            let first = pieces
+                .iter_mut()
+                .enumerate()
+                .filter_map(|(layer, pieces)| Some((pieces.peek()?.range.start, layer)))
+                .min();
+            let nowhere = |range| Segment {
+                range,
+                source: Source::Nowhere,
+            };
+            let segment = match first {
+                Some((start, layer)) if start == at => pieces[layer].next()?,
+                Some((start, _)) => nowhere(at..start),
+                None => nowhere(at..end),
+            };
+            at = segment.range.end;
+            Some(segment)
+        })
+    }
+
+    /// The image of a layer.
+    pub(crate) fn image(&self, layer: usize) -> &Image {
+        &self.layers[layer].image
+    }
+}
+
+impl Layer {
+    /// A run of this layer's pages, cut where its bytes go on elsewhere in the file.
+    fn pieces(&self, layer: usize, run: Range<u64>) -> impl Iterator<Item = Segment> {
+        let mut at = run.start;
+        std::iter::from_fn(move || {
+            if at == run.end {
+                return None;
+            }
+            let (stored, end) = self.image.place(at);
+            let range = at..end.min(run.end);
+            at = range.end;
+            let source = match stored {
+                Some(offset) => Source::Stored { layer, offset },
+                None => Source::Zeroed,
+            };
+            Some(Segment { range, source })
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+    use std::os::unix::fs::FileExt;
+
+    use super::*;
+
+    const PAGE: u64 = 4096;
+
+    /// A base whose pages 2 to 8 are stored, of 12.
+    fn chain(dir: &tempfile::TempDir) -> Chain {
+        let file = |name: &str, stored: Range<u64>| {
+            let path = dir.path().join(name);
+            let file = File::create(&path).unwrap();
+            file.set_len(12 * PAGE).unwrap();
+            let bytes = vec![1; ((stored.end - stored.start) * PAGE) as usize];
+            file.write_all_at(&bytes, stored.start * PAGE).unwrap();
+            path
+        };
+        let mut chain = Chain::open(file("base", 2..8), PAGE).unwrap();
+        for (name, pages) in [("first", 4..6), ("second", 5..7)] {
+            let bytes = pages.start * PAGE..pages.end * PAGE;
+            chain.push_pages(file(name, pages), [bytes]).unwrap();
+        }
+        chain
+    }
+
+    #[test]
+    fn segments_cover_the_ram_and_name_the_newest_image() {
+        let dir = tempfile::tempdir().unwrap();
+        let expected = [
+            (0..2, None),
+            (2..4, Some(0)),
+            (4..5, Some(1)),
+            (5..7, Some(2)),
+            (7..8, Some(0)),
+            (8..12, None),
+        ];
+        let expected = expected.map(|(pages, layer): (Range<u64>, _)| Segment {
+            range: pages.start * PAGE..pages.end * PAGE,
+            source: match layer {
+                Some(layer) => Source::Stored {
+                    layer,
+                    offset: pages.start * PAGE,
+                },
+                None => Source::Nowhere,
+            },
+        });
+        let chain = chain(&dir);
+        assert!(chain.segments(0..12 * PAGE).eq(expected));
+    }
+
+    #[test]
+    fn segments_are_clipped_to_the_bytes_asked_for() {
+        let dir = tempfile::tempdir().unwrap();
+        let chain = chain(&dir);
+        let within = 3 * PAGE + 100..4 * PAGE + 1;
+        let segments: Vec<_> = chain.segments(within.clone()).collect();
+        assert_eq!(
+            segments,
+            [
+                Segment {
+                    range: within.start..4 * PAGE,
+                    source: Source::Stored {
+                        layer: 0,
+                        offset: within.start
+                    }
+                },
+                Segment {
+                    range: 4 * PAGE..within.end,
+                    source: Source::Stored {
+                        layer: 1,
+                        offset: 4 * PAGE
+                    }
+                },
+            ]
+        );
+        assert_eq!(chain.segments(PAGE..PAGE).count(), 0);
+    }
+}

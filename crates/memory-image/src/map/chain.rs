@@ -1,0 +1,282 @@
+//! A chain as guest memory, without merging or reading it.
+
+use std::cmp::Reverse;
+use std::collections::BinaryHeap;
+use std::io;
+use std::ops::Range;
+
+use page_reader::{HostMemory, PageReader};
+
+use super::{Region, host_page};
+use crate::chain::Chain;
+use crate::chain::segments::{Segment, Source};
+use crate::error::ImageError;
+
+/// A chain mapped copy-on-write (`MAP_PRIVATE`) as one range of host memory: RAM for a guest that starts at once and reads its pages
+/// when it touches them. What the guest writes stays its own; the files never change.
+///
+/// The longest runs of pages are mapped, each from its own image, and short ones copied when the chain is mapped: a process has no
+/// more than so many mappings (`vm.max_map_count`, 65,530 by default on Linux). What is under them in older images is mapped as if they weren't there,
+/// so a base takes one mapping. Each run takes some 10 us, mapped or copied; this suits a chain whose diffs are clustered,
+/// or few. Where a chain is scattered, [`copied`](Self::copied) shows it.
+///
+/// The files must not be cut short while they are mapped: touching a page that is gone is a `SIGBUS`. Replacing one by a
+/// commit is no harm, because the mapping keeps the old file. The chain itself isn't needed any more.
+///
+/// # Examples
+/// ```
+/// use memory_image::{Chain, MappedChain};
+/// use page_reader::PageReader;
+/// # let dir = tempfile::tempdir()?;
+/// # let (full, diff) = (dir.path().join("full.mem"), dir.path().join("diff.mem"));
+/// # std::fs::write(&full, vec![7; 1 << 20])?;
+/// # std::fs::write(&diff, vec![8; 1 << 20])?;
+///
+/// let mut chain = Chain::open(&full, 4096)?;
+/// chain.push_pages(&diff, [65536..131072])?;
+/// let ram = MappedChain::open(&chain)?;
+/// println!("a guest of {} bytes at {:p}, {} of them copied", ram.len(), ram.as_ptr(), ram.copied());
+/// let mut bytes = [0; 2];
+/// ram.read_at(65535, &mut bytes)?; // what a running guest has there now
+/// assert_eq!(bytes, [7, 8]);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+#[derive(Debug)]
+pub struct MappedChain {
+    ram: Region,
+    mapped: u64,
+    copied: u64,
+}
+
+/// How a chain is mapped: [`MappedChain::options`].
+#[derive(Clone, Debug)]
+#[must_use = "options do nothing until `map`"]
+pub struct MappedChainOptions {
+    max_mappings: usize,
+}
+
+impl MappedChain {
+    /// Maps the chain, readable and writable.
+    ///
+    /// # Errors
+    /// See [`MappedChainOptions::map`].
+    pub fn open(chain: &Chain) -> Result<Self, ImageError> {
+        Self::options().map(chain)
+    }
+
+    /// Says how a chain is to be mapped.
+    pub fn options() -> MappedChainOptions {
+        MappedChainOptions {
+            max_mappings: 16_384,
+        }
+    }
+
+    /// The address of the first byte, aligned to the host's page. Valid for reads and writes as long as this value lives.
+    #[must_use]
+    pub fn as_ptr(&self) -> *mut u8 {
+        self.ram.as_ptr()
+    }
+
+    /// The size of the RAM in bytes.
+    #[must_use]
+    #[expect(clippy::len_without_is_empty, reason = "a mapping is never empty")]
+    pub fn len(&self) -> usize {
+        self.ram.len()
+    }
+
+    /// How many bytes of the RAM were mapped from the images' files.
+    #[must_use]
+    pub fn mapped(&self) -> u64 {
+        self.mapped
+    }
+
+    /// How many bytes of the RAM were copied. What was neither mapped nor copied is zeros.
+    #[must_use]
+    pub fn copied(&self) -> u64 {
+        self.copied
+    }
+}
+
+impl MappedChainOptions {
+    /// The most mappings that the RAM may take of those the process can have; 16,384 if not given. With 1 everything is copied.
+    pub fn max_mappings(mut self, mappings: usize) -> Self {
+        self.max_mappings = mappings;
+        self
+    }
+
+    /// Maps the chain, readable and writable.
+    ///
+    /// # Errors
+    /// [`ImageError::NotFull`] for a chain of diffs; [`ImageError::Reserve`] where there is no address space for the RAM; [`ImageError::Map`], also for an image that was cut short since
+    /// it was opened; [`ImageError::Read`] for what is copied.
+    pub fn map(&self, chain: &Chain) -> Result<MappedChain, ImageError> {
+        chain.check_full()?;
+        let (size, page) = (chain.size(), host_page());
+        let ram = Region::zeros(size).map_err(|source| ImageError::Reserve { size, source })?;
+        let plan = Plan::new(chain, page, self.max_mappings);
+        let mut ram = plan.map_over(ram, chain, page)?;
+
+        let (mut stored, mut copied) = (0, 0);
+        let copies = chain
+            .segments(0..size)
+            .inspect(|segment| {
+                if matches!(segment.source, Source::Stored { .. }) {
+                    stored += len(&segment.range);
+                }
+            })
+            .flat_map(|segment| plan.uncovered(&segment, page))
+            .inspect(|range| copied += len(range));
+        // A copy over mapped pages has the kernel read these first: at least not their neighbours too.
+        let advised = |advised: io::Result<()>| {
+            advised.map_err(|source| ImageError::Reserve { size, source })
+        };
+        advised(ram.read_single_pages(true))?;
+        chain.restore_runs(&mut ram.as_target(size), copies)?;
+        advised(ram.read_single_pages(false))?;
+        Ok(MappedChain {
+            ram,
+            mapped: stored - copied,
+            copied,
+        })
+    }
+}
+
+/// The RAM as the guest has it now: the images, and what was written since.
+impl PageReader for MappedChain {
+    fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
+        self.ram.read_at(offset, buf)
+    }
+
+    fn host_memory(&self, offset: u64, len: usize) -> Option<HostMemory<'_>> {
+        self.ram.host_memory(offset, len)
+    }
+}
+
+/// Segments of one layer that one mapping shows, as they have the same distance to each other in the RAM and in the file. Between them is nothing
+/// but pages of newer layers, which come over it; and in a base that is not packed, zeros, which its file has in their place.
+///
+/// Ordered by what mapping it saves from being copied.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct Span {
+    own: u64,
+    layer: usize,
+    start: u64,
+    end: u64,
+    /// Where `start` is in the layer's file.
+    offset: u64,
+}
+
+impl Span {
+    /// The part of it in whole pages of the host; empty where the file has the bytes at other places of a page.
+    fn whole_pages(&self, page: u64) -> Range<u64> {
+        let start = self.start.next_multiple_of(page);
+        let end = self.end - self.end % page;
+        let aligned = self.start % page == self.offset % page;
+        start..if aligned { end.max(start) } else { start }
+    }
+}
+
+/// What to map, the oldest layer first.
+struct Plan {
+    spans: Vec<Span>,
+}
+
+impl Plan {
+    fn new(chain: &Chain, page: u64, max_mappings: usize) -> Self {
+        // Each mapping may cut another one in two.
+        let most = max_mappings.saturating_sub(1) / 2;
+        let mut longest = BinaryHeap::new();
+        each_span(chain, |span| {
+            if !span.whole_pages(page).is_empty() {
+                longest.push(Reverse(span));
+                if longest.len() > most {
+                    longest.pop();
+                }
+            }
+        });
+        let mut spans: Vec<_> = longest.into_iter().map(|Reverse(span)| span).collect();
+        spans.sort_unstable_by_key(|span| (span.layer, span.start));
+        Self { spans }
+    }
+
+    fn map_over(&self, mut ram: Region, chain: &Chain, page: u64) -> Result<Region, ImageError> {
+        for span in &self.spans {
+            let image = chain.image(span.layer);
+            let failed = |source| ImageError::Map {
+                path: image.path.clone(),
+                source,
+            };
+            let range = span.whole_pages(page);
+            let offset = span.offset + (range.start - span.start);
+            let file_size = image.file.metadata().map_err(failed)?.len();
+            if file_size < offset + len(&range) {
+                let cut = "it was cut short since it was opened";
+                return Err(failed(io::Error::new(io::ErrorKind::UnexpectedEof, cut)));
+            }
+            ram = ram.map_over(range, &image.file, offset).map_err(failed)?;
+        }
+        Ok(ram)
+    }
+
+    /// What of a segment no mapping shows: all of it, or what is at its ends.
+    fn uncovered(&self, segment: &Segment, page: u64) -> impl Iterator<Item = Range<u64>> + use<> {
+        let Range { start, end } = segment.range;
+        let shown = match segment.source {
+            Source::Nowhere | Source::Zeroed => start..end,
+            Source::Stored { layer, .. } => {
+                let after = self
+                    .spans
+                    .partition_point(|span| (span.layer, span.start) <= (layer, start));
+                let span = self.spans[..after].last();
+                let span = span.filter(|span| span.layer == layer && end <= span.end);
+                span.map_or(start..start, |span| span.whole_pages(page))
+            }
+        };
+        let (head, tail) = (shown.start.clamp(start, end), shown.end.clamp(start, end));
+        [start..head, tail..end]
+            .into_iter()
+            .filter(|part| !part.is_empty())
+    }
+}
+
+/// Calls back for every span of the chain, each as long as it can be.
+fn each_span(chain: &Chain, mut each: impl FnMut(Span)) {
+    let mut open: Vec<Option<Span>> = vec![None; chain.len()];
+    for Segment { range, source } in chain.segments(0..chain.size()) {
+        // Nothing goes on across what only an older layer has, or only the base as zeros; and nothing beneath zeros of a diff.
+        let ended = match source {
+            Source::Stored { layer, .. } => layer + 1,
+            Source::Nowhere => 1,
+            Source::Zeroed => 0,
+        };
+        open[ended..]
+            .iter_mut()
+            .filter_map(Option::take)
+            .for_each(&mut each);
+        let Source::Stored { layer, offset } = source else {
+            continue;
+        };
+        match &mut open[layer] {
+            Some(span) if offset.wrapping_sub(span.offset) == range.start - span.start => {
+                span.own += len(&range);
+                span.end = range.end;
+            }
+            other => {
+                let Range { start, end } = range;
+                let span = Span {
+                    own: end - start,
+                    layer,
+                    start,
+                    end,
+                    offset,
+                };
+                other.replace(span).into_iter().for_each(&mut each);
+            }
+        }
+    }
+    open.into_iter().flatten().for_each(each);
+}
+
+fn len(range: &Range<u64>) -> u64 {
+    range.end - range.start
+}
