@@ -195,6 +195,21 @@ pub enum ImageError {
         /// What the system said.
         source: io::Error,
     },
+    /// The RAM can't be filled as it is touched, or no longer.
+    #[cfg(target_os = "linux")]
+    #[error("the guest's RAM cannot be filled as it is touched")]
+    Userfaultfd(#[from] crate::UserfaultfdError),
+    /// A working set of another guest.
+    #[cfg(target_os = "linux")]
+    #[error(
+        "the working set is of a guest with {working_set} bytes of RAM, the image of one with {image}"
+    )]
+    WorkingSetSize {
+        /// The size of the chain's images in bytes.
+        image: u64,
+        /// The size of the RAM that the working set was recorded of, in bytes.
+        working_set: u64,
+    },
     /// The image can't be mapped.
     #[error("cannot map the memory image {path:?}")]
     Map {

@@ -38,8 +38,15 @@
 //!
 //! **Find out what changed** between two states: [`compare`].
 //!
-//! **Start a guest at once**, without reading or merging what it starts from: [`MappedImage`] maps a full image copy-on-write, [`MappedChain`]
-//! the longest runs of a chain's images, and copies the others.
+//! **Start a guest at once**, without reading or merging what it starts from. What it writes stays its own:
+//!
+//! | from | | how long until it runs |
+//! |---|---|---|
+//! | a full image | [`MappedImage`] maps it copy-on-write | one `mmap` |
+//! | a chain | [`MappedChain`] maps the longest runs of its images, and copies the others | grows with the runs: about 10 us each |
+//! | a chain, on Linux | `LazyRam` reads pages as they are touched (userfaultfd), the rest meanwhile; first what a `WorkingSet` says | below a millisecond |
+//!
+//! A monitor with mappings of its own has them filled by `LazyRamOptions::adopt`. `examples/lazy_restore.rs` does all of it.
 //!
 //! # How pages are told from gaps
 //! A raw diff holds its pages at their offsets and nothing between: what was clean is a hole, and reads as zeros. A page of the guest that was
@@ -53,6 +60,12 @@
 //! they are, and on file systems that have them.
 //!
 //! Sealed and packed images have none of these doubts: their footers say it, on every file system and after every copy.
+//!
+//! # How guests start, as system calls
+//! | | |
+//! |---|---|
+//! | `MappedChain` | `mmap` of anonymous memory, then `MAP_PRIVATE`, `MAP_FIXED` of files over it, the oldest first; `pread` of what is copied |
+//! | `LazyRam` | `userfaultfd`, or `USERFAULTFD_IOC_NEW` of `/dev/userfaultfd`; `UFFDIO_REGISTER` of anonymous memory; for each fault `pread` and `UFFDIO_COPY`, or `UFFDIO_ZEROPAGE`, or `UFFDIO_POISON` (Linux 6.6); at the end `UFFDIO_UNREGISTER` and `UFFDIO_WAKE` |
 //!
 //! # Limitations
 //! Reading a chain doesn't check what its bytes sum to: [`Image::verify`] does.
@@ -68,6 +81,8 @@ mod page_set;
 mod raw;
 mod restore;
 mod verify;
+#[cfg(target_os = "linux")]
+mod working_set;
 
 pub use chain::Chain;
 pub use compare::{CompareError, compare};
@@ -75,8 +90,12 @@ pub use error::{ImageError, Link, Unclear};
 pub use image::Image;
 pub use image_format::{Footer, FooterError, ImageId};
 pub use map::{MappedChain, MappedChainOptions, MappedImage};
+#[cfg(target_os = "linux")]
+pub use restore::lazy::{LazyRam, LazyRamOptions, Progress, UserfaultfdError};
 pub use restore::{HostRam, RamTarget};
 pub use verify::{Damage, Verified};
+#[cfg(target_os = "linux")]
+pub use working_set::{WorkingSet, WorkingSetError};
 
 #[cfg(doctest)]
 #[doc = include_str!("../README.md")]

@@ -1,6 +1,8 @@
 //! A chain's bytes into memory.
 
 mod host_ram;
+#[cfg(target_os = "linux")]
+pub(crate) mod lazy;
 
 use std::io;
 use std::ops::Range;

@@ -18,7 +18,7 @@ use crate::error::ImageError;
 /// The longest runs of pages are mapped, each from its own image, and short ones copied when the chain is mapped: a process has no
 /// more than so many mappings (`vm.max_map_count`, 65,530 by default on Linux). What is under them in older images is mapped as if they weren't there,
 /// so a base takes one mapping. Each run takes some 10 us, mapped or copied; this suits a chain whose diffs are clustered,
-/// or few. Where a chain is scattered, [`copied`](Self::copied) shows it.
+/// or few. Where a chain is scattered, [`copied`](Self::copied) shows it, and on Linux `LazyRam` starts as fast as ever.
 ///
 /// The files must not be cut short while they are mapped: touching a page that is gone is a `SIGBUS`. Replacing one by a
 /// commit is no harm, because the mapping keeps the old file. The chain itself isn't needed any more.

@@ -1,0 +1,103 @@
+//! Which pages have been filled: a bit a page, set by several threads.
+
+use std::ops::Range;
+use std::sync::atomic::AtomicU64;
+use std::sync::atomic::Ordering::{Acquire, Release};
+
+const BITS: u64 = u64::BITS as u64;
+
+#[derive(Debug)]
+pub(crate) struct Present {
+    words: Vec<AtomicU64>,
+    page: u64,
+}
+
+impl Present {
+    /// No page of `len` bytes, whole pages.
+    pub(crate) fn none(len: u64, page: u64) -> Self {
+        let words = (len / page).div_ceil(BITS);
+        Self {
+            words: (0..words).map(|_| AtomicU64::new(0)).collect(),
+            page,
+        }
+    }
+
+    /// Adds a range of whole pages, after they were filled. Returns how many bytes of it are new.
+    pub(crate) fn add(&self, bytes: Range<u64>) -> u64 {
+        let (mut at, end) = (bytes.start / self.page, bytes.end / self.page);
+        let mut new = 0;
+        while at < end {
+            let next = end.min((at / BITS + 1) * BITS);
+            let mask = u64::MAX >> (BITS - (next - at)) << (at % BITS);
+            // Release: who finds the page here finds it filled.
+            let before = self.words[(at / BITS) as usize].fetch_or(mask, Release);
+            new += (mask & !before).count_ones();
+            at = next;
+        }
+        u64::from(new) * self.page
+    }
+
+    pub(crate) fn contains(&self, offset: u64) -> bool {
+        let page = offset / self.page;
+        self.words[(page / BITS) as usize].load(Acquire) >> (page % BITS) & 1 == 1
+    }
+
+    /// The first run in a range of whole pages that was not filled yet.
+    pub(crate) fn first_missing(&self, bytes: Range<u64>) -> Option<Range<u64>> {
+        let (from, end) = (bytes.start / self.page, bytes.end / self.page);
+        let start = self.find(from, end, 0);
+        let stop = self.find(start, end, u64::MAX);
+        (start < stop).then(|| start * self.page..stop * self.page)
+    }
+
+    /// The first page from `at` on whose bit is as those of `wanted`, or else `end`.
+    fn find(&self, mut at: u64, end: u64, wanted: u64) -> u64 {
+        while at < end {
+            let word = self.words[(at / BITS) as usize].load(Acquire);
+            let found = !(word ^ wanted) >> (at % BITS);
+            if found != 0 {
+                return end.min(at + u64::from(found.trailing_zeros()));
+            }
+            at = (at / BITS + 1) * BITS;
+        }
+        end
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const PAGE: u64 = 4096;
+    const PAGES: u64 = 200;
+
+    proptest! {
+        #[test]
+        fn missing_runs_are_what_was_not_added(
+            added in prop::collection::vec((0..PAGES, 0..100_u64), 0..10),
+            asked in (0..PAGES, 0..=PAGES),
+        ) {
+            let present = Present::none(PAGES * PAGE, PAGE);
+            let mut oracle = vec![false; PAGES as usize];
+            for (start, len) in added {
+                let end = PAGES.min(start + len);
+                let pages = &mut oracle[start as usize..end as usize];
+                let new = pages.iter().filter(|page| !**page).count() as u64;
+                pages.fill(true);
+                prop_assert_eq!(present.add(start * PAGE..end * PAGE), new * PAGE);
+            }
+            for page in 0..PAGES {
+                prop_assert_eq!(present.contains(page * PAGE + 17), oracle[page as usize]);
+            }
+            let (start, end) = (asked.0, asked.0.max(asked.1));
+            let first = (start..end).find(|page| !oracle[*page as usize]);
+            let expected = first.map(|first| {
+                let stop = (first..end).find(|page| oracle[*page as usize]);
+                first * PAGE..stop.unwrap_or(end) * PAGE
+            });
+            prop_assert_eq!(present.first_missing(start * PAGE..end * PAGE), expected);
+        }
+    }
+}

@@ -1,0 +1,110 @@
+//! A KVM guest on RAM that is filled as it touches it.
+#![cfg(all(target_os = "linux", target_arch = "x86_64"))]
+#![allow(unsafe_code)]
+
+mod common;
+
+use std::ptr::NonNull;
+use std::sync::Arc;
+
+use common::{Images, whole};
+use kvm_backend::{GuestRam, RamSlots, long_mode, open_kvm};
+use kvm_ioctls::VcpuExit;
+use memory_image::{LazyRam, LazyRamOptions, MappedChain};
+use page_reader::RamLayout;
+use rstest::rstest;
+use test_machine::Need;
+
+const MIB: u64 = 1 << 20;
+const SIZE: u64 = 32 * MIB;
+const PAGE: u64 = 4096;
+
+/// Where things are in RAM, which is zeros below what is summed: the processor takes its task state from the lowest bytes.
+const TABLES: u64 = 0x1000;
+const CODE: u64 = 0x10000;
+const STACK: u64 = 0x12000;
+const FROM: u64 = MIB;
+
+/// Adds up the words from rsi on, rcx of them, and stores the sum in the place of the last.
+const SUM: [u8; 20] = [
+    0x31, 0xc0, // xor eax, eax
+    0x48, 0x03, 0x06, // add rax, [rsi]
+    0x48, 0x83, 0xc6, 0x08, // add rsi, 8
+    0x48, 0xff, 0xc9, // dec rcx
+    0x75, 0xf4, // jnz to the add
+    0x48, 0x89, 0x46, 0xf8, // mov [rsi - 8], rax
+    0xe6, 0x80, // out 0x80, al
+];
+
+fn images() -> Images {
+    Images::new(SIZE, PAGE)
+        .with([256..3000, 4000..8192])
+        .with((13..400).map(|i| 20 * i..20 * i + 1))
+        .with([900..1100, 3500..3600])
+}
+
+/// Runs a guest whose RAM is at `memory`. Returns its sum.
+fn sum(memory: *mut u8) -> u64 {
+    let kvm = open_kvm().unwrap();
+    let vm = Arc::new(kvm.create_vm().unwrap());
+    let layout = RamLayout::single(0, SIZE).unwrap();
+    // SAFETY: the memory outlives this function, and nothing holds a reference to it.
+    let ram = unsafe { GuestRam::options().adopt(layout, &[NonNull::new(memory).unwrap()]) };
+    let ram = Arc::new(ram.unwrap());
+    let _slots = RamSlots::register(&vm, &ram, 0).unwrap();
+    let mut vcpu = vm.create_vcpu(0).unwrap();
+    ram.write(CODE, &SUM).unwrap();
+    let start = long_mode::Start {
+        entry: CODE,
+        stack: STACK,
+        page_tables: TABLES,
+    };
+    long_mode::boot(&kvm, &ram, &vcpu, &start).unwrap();
+    let mut regs = vcpu.get_regs().unwrap();
+    (regs.rsi, regs.rcx) = (FROM, (SIZE - FROM) / 8);
+    vcpu.set_regs(&regs).unwrap();
+    match vcpu.run().unwrap() {
+        VcpuExit::IoOut(0x80, _) => {}
+        other => panic!("{other:?}"),
+    }
+    vcpu.get_regs().unwrap().rax
+}
+
+fn expected(images: &Images) -> u64 {
+    let words = images.ram[FROM as usize..].as_chunks::<8>().0;
+    let words = words.iter().map(|word| u64::from_le_bytes(*word));
+    words.fold(0, u64::wrapping_add)
+}
+
+#[rstest]
+#[case::ahead(LazyRam::options())]
+#[case::on_demand(LazyRam::options().prefetch(false))]
+fn a_vcpu_finds_the_images_bytes_in_pages_that_it_waits_for(#[case] options: LazyRamOptions) {
+    let test = "a_vcpu_finds_the_images_bytes_in_pages_that_it_waits_for";
+    if !Need::Userfaultfd.met(test) || !Need::Kvm.met(test) {
+        return;
+    }
+    let mut images = images();
+    let ram = options.start(images.chain()).unwrap();
+    let sum = sum(ram.as_ptr());
+    assert_eq!(sum, expected(&images));
+    ram.wait().unwrap();
+    // What the guest wrote is not undone.
+    images.ram[SIZE as usize - 8..].copy_from_slice(&sum.to_le_bytes());
+    assert!(whole(&ram, SIZE as usize)[FROM as usize..] == images.ram[FROM as usize..]);
+}
+
+#[test]
+fn a_vcpu_finds_the_images_bytes_in_a_mapped_chain() {
+    if !Need::Kvm.met("a_vcpu_finds_the_images_bytes_in_a_mapped_chain") {
+        return;
+    }
+    let images = images();
+    let before = std::fs::read(images.path(0)).unwrap();
+    let ram = MappedChain::options()
+        .max_mappings(100)
+        .map(&images.chain())
+        .unwrap();
+    assert_eq!(sum(ram.as_ptr()), expected(&images));
+    assert!(std::fs::read(images.path(0)).unwrap() == before);
+}

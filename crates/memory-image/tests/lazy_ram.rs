@@ -1,0 +1,508 @@
+//! RAM that is filled as it is touched: by threads and by system calls, while all else is read ahead.
+#![cfg(target_os = "linux")]
+#![allow(unsafe_code)]
+
+mod common;
+
+use std::io::{self, Read, Write};
+use std::sync::Arc;
+use std::time::Duration;
+
+use common::{Images, whole};
+use memory_image::{
+    Chain, ImageError, LazyRam, LazyRamOptions, UserfaultfdError, WorkingSet, WorkingSetError,
+};
+use nix::libc;
+use page_reader::PageReader;
+use proptest::prelude::*;
+use rstest::rstest;
+use test_machine::Need;
+
+const PAGE: u64 = 4096;
+const MIB: u64 = 1 << 20;
+
+/// A base with holes, and two diffs: 16 MiB.
+fn full_and_two_diffs() -> Images {
+    Images::new(16 * MIB, PAGE)
+        .with([0..1000, 1500..3000, 3500..4096])
+        .with((0..400).map(|i| 10 * i..10 * i + 1))
+        .with([900..1100, 2000..2003, 3200..3300])
+}
+
+fn on_demand() -> LazyRamOptions {
+    LazyRam::options().prefetch(false)
+}
+
+/// Reads a page as a system call does: through a pipe, so that what can't be read is an error and no signal.
+fn page(ram: &LazyRam, offset: u64) -> io::Result<Vec<u8>> {
+    page_at(ram.as_ptr().wrapping_add(offset as usize))
+}
+
+fn page_at(address: *const u8) -> io::Result<Vec<u8>> {
+    let (mut read, write) = io::pipe()?;
+    let fd = std::os::fd::AsRawFd::as_raw_fd(&write);
+    // SAFETY: the kernel reads the page, and says so where it can't.
+    let written = unsafe { libc::write(fd, address.cast(), PAGE as usize) };
+    nix::errno::Errno::result(written)?;
+    drop(write);
+    let mut bytes = Vec::new();
+    read.read_to_end(&mut bytes)?;
+    Ok(bytes)
+}
+
+fn assert_unreadable(page: io::Result<Vec<u8>>) {
+    assert_eq!(page.unwrap_err().raw_os_error(), Some(libc::EFAULT));
+}
+
+/// Pseudo-random numbers (xorshift).
+fn random(seed: u64) -> impl Iterator<Item = u64> {
+    std::iter::successors(Some(seed | 1), |x| {
+        let x = x ^ (x << 13);
+        let x = x ^ (x >> 7);
+        Some(x ^ (x << 17))
+    })
+}
+
+#[rstest]
+#[case::ahead(LazyRam::options())]
+#[case::on_demand(on_demand())]
+#[case::a_page_a_fault(on_demand().fault_around(1))]
+#[case::many_pages_a_fault(on_demand().fault_around(MIB + 1))]
+fn threads_that_touch_pages_at_random_find_the_images_bytes(#[case] options: LazyRamOptions) {
+    if !Need::Userfaultfd.met("threads_that_touch_pages_at_random_find_the_images_bytes") {
+        return;
+    }
+    let images = full_and_two_diffs();
+    let ram = options.start(images.chain()).unwrap();
+    std::thread::scope(|scope| {
+        for seed in 1..=4 {
+            let (ram, images) = (&ram, &images);
+            scope.spawn(move || {
+                for offset in random(seed * 0x1234_5678_9abc).take(2000) {
+                    let offset = offset % (ram.len() as u64 - 100);
+                    let mut bytes = [0xee; 100];
+                    ram.read_at(offset, &mut bytes).unwrap();
+                    assert!(bytes == images.ram[offset as usize..][..100], "{offset:#x}");
+                }
+            });
+        }
+    });
+    ram.wait().unwrap();
+    assert!(whole(&ram, ram.len()) == images.ram);
+    assert_eq!(whole(&ram, ram.len()), whole(&images.chain(), ram.len()));
+    let progress = ram.progress();
+    assert_eq!(progress.loaded, progress.stored);
+}
+
+#[test]
+fn writes_are_the_guest_s_own_and_reading_ahead_does_not_undo_them() {
+    if !Need::Userfaultfd.met("writes_are_the_guest_s_own_and_reading_ahead_does_not_undo_them") {
+        return;
+    }
+    let mut images = full_and_two_diffs();
+    let before = std::fs::read(images.path(0)).unwrap();
+    let ram = LazyRam::options().start(images.chain()).unwrap();
+    for offset in (0..ram.len()).rev().step_by(3 * PAGE as usize) {
+        // SAFETY: inside the memory, which nothing else accesses meanwhile.
+        unsafe { ram.as_ptr().add(offset).write(99) };
+        images.ram[offset] = 99;
+    }
+    ram.wait().unwrap();
+    assert!(whole(&ram, ram.len()) == images.ram);
+    assert!(std::fs::read(images.path(0)).unwrap() == before);
+}
+
+#[test]
+fn once_all_is_in_the_memory_is_as_any_other() {
+    if !Need::Userfaultfd.met("once_all_is_in_the_memory_is_as_any_other") {
+        return;
+    }
+    let images = full_and_two_diffs();
+    let ram = LazyRam::options().start(images.chain()).unwrap();
+    let address = ram.as_ptr().addr();
+    ram.wait().unwrap();
+    let faults = ram.progress().faults;
+    images.cut(0, 0);
+    // Zeros are in no image: these pages were never put there.
+    assert!(whole(&ram, ram.len()) == images.ram);
+    assert_eq!(ram.progress().faults, faults);
+    assert!(!flags(address).contains(&"um".to_owned()));
+    assert!(!flags(address).contains(&"dc".to_owned()));
+    assert!(ram.error().is_none());
+}
+
+/// To a child, what is missing would be zeros.
+#[test]
+fn a_forked_child_does_not_have_memory_that_is_not_all_in() {
+    if !Need::Userfaultfd.met("a_forked_child_does_not_have_memory_that_is_not_all_in") {
+        return;
+    }
+    let ram = on_demand().start(full_and_two_diffs().chain()).unwrap();
+    assert!(flags(ram.as_ptr().addr()).contains(&"dc".to_owned()));
+}
+
+/// What the kernel says of a mapping: proc_pid_smaps(5), VmFlags.
+fn flags(address: usize) -> Vec<String> {
+    let smaps = std::fs::read_to_string("/proc/self/smaps").unwrap();
+    let mut lines = smaps.lines();
+    let holds = |line: &&str| {
+        let range = line
+            .split_whitespace()
+            .next()
+            .and_then(|r| r.split_once('-'));
+        range.is_some_and(|(start, end)| {
+            let number = |text| usize::from_str_radix(text, 16).unwrap_or(0);
+            (number(start)..number(end)).contains(&address)
+        })
+    };
+    lines.find(holds).unwrap();
+    let flags = lines
+        .find_map(|line| line.strip_prefix("VmFlags:"))
+        .unwrap();
+    flags.split_whitespace().map(str::to_owned).collect()
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(24))]
+
+    /// Also of pages smaller than the host's, and where the RAM ends inside one of those.
+    #[test]
+    fn any_chain_comes_out_right(
+        page in prop::sample::select(vec![512, 4096, 16384_u64]),
+        pages in 1..300_u64,
+        layers in prop::collection::vec(prop::collection::vec((0..300_u64, 1..60_u64), 0..12), 1..4),
+        touched in prop::collection::vec(any::<prop::sample::Index>(), 0..20),
+        prefetch in any::<bool>(),
+        record in any::<bool>(),
+    ) {
+        if !Need::Userfaultfd.met("any_chain_comes_out_right") {
+            return Ok(());
+        }
+        let mut images = Images::new(pages * page, page);
+        for runs in layers {
+            images = images.with(runs.into_iter().map(|(start, len)| start.min(pages)..pages.min(start + len)));
+        }
+        let options = LazyRam::options().prefetch(prefetch).record(record);
+        let ram = options.start(images.chain()).unwrap();
+        for index in touched {
+            let offset = index.index(ram.len());
+            let mut byte = [0];
+            ram.read_at(offset as u64, &mut byte).unwrap();
+            prop_assert_eq!(byte[0], images.ram[offset]);
+        }
+        ram.wait().unwrap();
+        prop_assert!(whole(&ram, ram.len()) == images.ram);
+        prop_assert!(ram.read_at(ram.len() as u64, &mut [0]).is_err());
+        prop_assert!(ram.host_memory(ram.len() as u64, 1).is_none());
+    }
+}
+
+#[test]
+fn a_page_that_cannot_be_read_is_an_error_and_never_zeros() {
+    if !Need::Userfaultfd.met("a_page_that_cannot_be_read_is_an_error_and_never_zeros") {
+        return;
+    }
+    let images = Images::new(MIB, PAGE).with([0..256]);
+    let ram = on_demand().start(images.chain()).unwrap();
+    // In the middle of what one fault would bring in.
+    images.cut(0, 35 * PAGE);
+    assert!(page(&ram, 34 * PAGE).unwrap() == images.ram[34 * PAGE as usize..][..4096]);
+    assert!(ram.error().is_none(), "its neighbours matter to nobody yet");
+    for _ in 0..2 {
+        assert_unreadable(page(&ram, 35 * PAGE));
+    }
+    let error = ram.error().unwrap();
+    assert!(
+        matches!(error, ImageError::Read { path, offset, .. } if path == images.path(0) && *offset == 35 * PAGE),
+        "{error:?}"
+    );
+    assert!(ram.wait().is_err());
+    assert_unreadable(page(&ram, 200 * PAGE));
+    assert!(page(&ram, 3 * PAGE).unwrap() == images.ram[3 * PAGE as usize..][..4096]);
+}
+
+#[test]
+fn an_image_that_cannot_be_read_ahead_is_reported_and_the_rest_of_it_is_no_zeros() {
+    if !Need::Userfaultfd
+        .met("an_image_that_cannot_be_read_ahead_is_reported_and_the_rest_of_it_is_no_zeros")
+    {
+        return;
+    }
+    let images = full_and_two_diffs();
+    let chain = images.chain();
+    images.cut(2, 2000 * PAGE);
+    let ram = LazyRam::options().start(chain).unwrap();
+    let error = ram.wait().unwrap_err();
+    assert!(
+        matches!(&*error, ImageError::Read { path, .. } if path == images.path(2)),
+        "{error:?}"
+    );
+    assert_unreadable(page(&ram, 2001 * PAGE));
+    assert_unreadable(page(&ram, 3299 * PAGE));
+    for other in [1000, 2003, 3100, 4095] {
+        assert!(page(&ram, other * PAGE).unwrap() == images.ram[(other * PAGE) as usize..][..4096]);
+    }
+}
+
+/// Pages mapped by a monitor: a guest's two regions, one of a memory file.
+struct Regions([(*mut u8, usize); 2]);
+
+impl Regions {
+    fn new(low: u64, high: u64) -> Self {
+        use nix::sys::{memfd, mman};
+        let file = memfd::memfd_create(c"ram", memfd::MFdFlags::empty()).unwrap();
+        nix::unistd::ftruncate(&file, high as i64).unwrap();
+        let length = |len: u64| std::num::NonZeroUsize::new(len as usize).unwrap();
+        let protection = mman::ProtFlags::PROT_READ | mman::ProtFlags::PROT_WRITE;
+        // SAFETY: the kernel picks both addresses.
+        let (low_start, high_start) = unsafe {
+            let private = mman::MapFlags::MAP_PRIVATE;
+            let low = mman::mmap_anonymous(None, length(low), protection, private);
+            let shared = mman::MapFlags::MAP_SHARED;
+            let high = mman::mmap(None, length(high), protection, shared, &file, 0);
+            (low.unwrap(), high.unwrap())
+        };
+        let region = |start: std::ptr::NonNull<libc::c_void>, len| (start.as_ptr().cast(), len);
+        Self([
+            region(low_start, low as usize),
+            region(high_start, high as usize),
+        ])
+    }
+
+    fn adopt(&self, options: LazyRamOptions, chain: Chain) -> Result<LazyRam, ImageError> {
+        // SAFETY: both are unmapped after whoever fills them; only system calls and `read_at` read them.
+        unsafe { options.adopt(chain, self.0) }
+    }
+}
+
+impl Drop for Regions {
+    fn drop(&mut self) {
+        for (start, len) in self.0 {
+            // SAFETY: mapped by `new`; nobody fills it any more.
+            unsafe { nix::sys::mman::munmap(std::ptr::NonNull::new(start).unwrap().cast(), len) }
+                .unwrap();
+        }
+    }
+}
+
+#[rstest]
+#[case::ahead(LazyRam::options())]
+#[case::on_demand(on_demand())]
+fn a_monitor_s_own_regions_are_filled(#[case] options: LazyRamOptions) {
+    if !Need::Userfaultfd.met("a_monitor_s_own_regions_are_filled") {
+        return;
+    }
+    let images = full_and_two_diffs();
+    let regions = Regions::new(5 * MIB + 4096, 11 * MIB - 4096);
+    let ram = regions.adopt(options, images.chain()).unwrap();
+    assert_eq!(ram.as_ptr(), regions.0[0].0);
+    assert!(whole(&ram, ram.len()) == images.ram);
+    ram.wait().unwrap();
+    drop(ram);
+    let last = regions.0[1].0.wrapping_add(11 * MIB as usize - 8192);
+    assert!(page_at(last).unwrap() == images.ram[16 * MIB as usize - 4096..]);
+}
+
+#[test]
+fn a_monitor_s_memory_that_is_not_all_in_is_inaccessible_once_nobody_fills_it() {
+    if !Need::Userfaultfd
+        .met("a_monitor_s_memory_that_is_not_all_in_is_inaccessible_once_nobody_fills_it")
+    {
+        return;
+    }
+    let images = full_and_two_diffs();
+    let regions = Regions::new(5 * MIB, 11 * MIB);
+    let ram = regions.adopt(on_demand(), images.chain()).unwrap();
+    page(&ram, 0).unwrap();
+    drop(ram);
+    for (start, _) in regions.0 {
+        assert_unreadable(page_at(start));
+    }
+}
+
+#[test]
+fn memory_that_cannot_be_filled_is_refused_and_stays_as_it_was() {
+    if !Need::Userfaultfd.met("memory_that_cannot_be_filled_is_refused_and_stays_as_it_was") {
+        return;
+    }
+    let images = full_and_two_diffs();
+    let regions = Regions::new(5 * MIB, 10 * MIB);
+    let error = regions.adopt(on_demand(), images.chain()).unwrap_err();
+    assert!(
+        matches!(error, ImageError::TargetSize { target, .. } if target == 15 * MIB),
+        "{error:?}"
+    );
+
+    let regions = Regions::new(5 * MIB, 11 * MIB);
+    let _first = regions.adopt(on_demand(), images.chain()).unwrap();
+    let error = regions.adopt(on_demand(), images.chain()).unwrap_err();
+    assert!(
+        matches!(
+            error,
+            ImageError::Userfaultfd(UserfaultfdError::Register { .. })
+        ),
+        "{error:?}"
+    );
+    assert!(page_at(regions.0[1].0).unwrap() == images.ram[5 * MIB as usize..][..4096]);
+}
+
+#[test]
+fn it_may_be_dropped_at_any_moment() {
+    if !Need::Userfaultfd.met("it_may_be_dropped_at_any_moment") {
+        return;
+    }
+    let images = full_and_two_diffs();
+    let chain = Arc::new(images.chain());
+    for round in 0..100 {
+        let ram = LazyRam::options().start(Arc::clone(&chain)).unwrap();
+        if round % 2 == 0 {
+            page(&ram, (round * 40) * PAGE).unwrap();
+        }
+        std::thread::sleep(Duration::from_micros(round * 50));
+    }
+}
+
+#[test]
+fn what_was_recorded_and_read_first_does_not_fault_again() {
+    if !Need::Userfaultfd.met("what_was_recorded_and_read_first_does_not_fault_again") {
+        return;
+    }
+    let images = full_and_two_diffs();
+    let chain = Arc::new(images.chain());
+    let touch = |ram: &LazyRam| {
+        // Stored, and zeros; 7 and 8 one after the other.
+        for number in [3000, 7, 8, 1200, 905, 7, 4000, 20] {
+            let start = (number * PAGE) as usize;
+            assert!(page(ram, number * PAGE).unwrap() == images.ram[start..][..4096]);
+        }
+        ram.progress().faults
+    };
+    let ram = LazyRam::options()
+        .record(true)
+        .start(Arc::clone(&chain))
+        .unwrap();
+    assert_eq!(touch(&ram), 7);
+    let recorded = ram.recorded();
+    let expected = [3000..3001, 7..9, 1200..1201, 905..906, 4000..4001, 20..21];
+    let expected = expected.map(|pages| pages.start * PAGE..pages.end * PAGE);
+    assert!(recorded.runs().eq(expected), "{recorded:?}");
+    ram.wait().unwrap();
+    assert_eq!(ram.recorded(), recorded, "what nobody touched is not in it");
+
+    let file = images.dir().join("set");
+    recorded.save(&file).unwrap();
+    let ram = LazyRam::options()
+        .working_set(WorkingSet::load(&file).unwrap())
+        .start(Arc::clone(&chain))
+        .unwrap();
+    // As a monitor does that would rather start a little later than fault. Two of the pages are zeros, and not the last.
+    while ram.progress().loaded < 5 * PAGE {
+        std::thread::yield_now();
+    }
+    assert_eq!(touch(&ram), 0);
+    ram.wait().unwrap();
+    assert!(whole(&ram, ram.len()) == images.ram);
+}
+
+#[test]
+fn a_working_set_of_another_guest_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let other = Images::new(2 * MIB, PAGE).with([0..1]);
+    if !Need::Userfaultfd.met("a_working_set_of_another_guest_is_refused") {
+        return;
+    }
+    let recorded = LazyRam::options().start(other.chain()).unwrap().recorded();
+    let error = LazyRam::options()
+        .working_set(recorded.clone())
+        .start(full_and_two_diffs().chain())
+        .unwrap_err();
+    assert!(
+        matches!(error, ImageError::WorkingSetSize { working_set, .. } if working_set == 2 * MIB),
+        "{error:?}"
+    );
+    let unwritable = dir.path().join("none").join("set");
+    assert!(matches!(
+        recorded.save(unwritable).unwrap_err(),
+        WorkingSetError::Stage(_)
+    ));
+}
+
+/// In a thread whose credentials are its own: those of the process stay.
+fn in_thread<T: Send>(change: fn(), work: impl FnOnce() -> T + Send) -> T {
+    std::thread::scope(|scope| {
+        let thread = scope.spawn(|| {
+            change();
+            work()
+        });
+        thread.join().unwrap()
+    })
+}
+
+#[test]
+fn where_userfaultfd_is_not_permitted_the_error_says_what_to_do() {
+    let test = "where_userfaultfd_is_not_permitted_the_error_says_what_to_do";
+    if !Need::Root.met(test) || unprivileged() {
+        return;
+    }
+    let chain = full_and_two_diffs().chain();
+    let nobody = || {
+        // SAFETY: the call takes no address, and changes this thread only: no libc around it tells the others.
+        let changed = unsafe { libc::syscall(libc::SYS_setresuid, 65534, 65534, 65534) };
+        assert_eq!(changed, 0);
+    };
+    let error = in_thread(nobody, || on_demand().start(chain)).unwrap_err();
+    let ImageError::Userfaultfd(why @ UserfaultfdError::NotPermitted(_)) = error else {
+        panic!("{error:?}");
+    };
+    assert!(why.to_string().contains("/dev/userfaultfd"), "{why}");
+}
+
+#[test]
+fn without_privilege_the_device_is_enough() {
+    let test = "without_privilege_the_device_is_enough";
+    if !Need::Root.met(test) || !Need::Userfaultfd.met(test) {
+        return;
+    }
+    let images = full_and_two_diffs();
+    let no_capabilities = || {
+        // capset(2): version 3, this thread; two sets of effective, permitted and inheritable capabilities, all empty.
+        let (header, none) = ([0x2008_0522_u32, 0], [0_u32; 6]);
+        // SAFETY: both are laid out as the kernel's structs and outlive the call, which changes this thread only.
+        let changed = unsafe { libc::syscall(libc::SYS_capset, header.as_ptr(), none.as_ptr()) };
+        assert_eq!(changed, 0);
+    };
+    let ram = in_thread(no_capabilities, || on_demand().start(images.chain())).unwrap();
+    assert!(page(&ram, 0).unwrap() == images.ram[..4096]);
+}
+
+/// Whether anybody may use userfaultfd here.
+fn unprivileged() -> bool {
+    let path = "/proc/sys/vm/unprivileged_userfaultfd";
+    let open = std::fs::read_to_string(path).is_ok_and(|text| text.trim() == "1");
+    if open {
+        let line = b"NOT RUN: on this machine userfaultfd is permitted to anybody\n";
+        io::stderr().write_all(line).unwrap();
+    }
+    open
+}
+
+/// Under Linux with locks per mapping, whoever faults while the memory is being unregistered may sleep on, unless woken after it.
+#[test]
+fn no_access_waits_for_ever_while_the_last_page_comes_in() {
+    if !Need::Userfaultfd.met("no_access_waits_for_ever_while_the_last_page_comes_in") {
+        return;
+    }
+    let (done, finished) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        let chain = Arc::new(Images::new(MIB, PAGE).with([0..1]).chain());
+        for _ in 0..3000 {
+            let ram = LazyRam::options().start(Arc::clone(&chain)).unwrap();
+            for offset in (0..ram.len() as u64).step_by(4096) {
+                ram.read_at(offset, &mut [0]).unwrap();
+            }
+        }
+        done.send(()).unwrap();
+    });
+    // The thread would never end: so the test can't wait for it.
+    finished.recv_timeout(Duration::from_secs(120)).unwrap();
+}
