@@ -9,7 +9,8 @@ use std::process::Command;
 use dirty_bitmap::DirtyBitmap;
 use image_format::{Checksums, Footer, Kind, Placement, Run};
 use memory_image::{
-    Chain, Damage, FooterError, Image, ImageError, ImageId, Link, MappedImage, Verified, compare,
+    Chain, Damage, FooterError, Image, ImageError, ImageId, Link, MappedChain, MappedImage,
+    Verified, compare,
 };
 use memory_writer::{Durability, Layout, MemoryWriter, Options, Seal};
 use page_reader::PageReader;
@@ -129,6 +130,7 @@ fn a_chain_reads_and_restores_as_the_ram_at_its_last_snapshot(#[case] make: Make
     let mut ram = vec![0; SIZE as usize];
     chain.restore_zeroed(ram.as_mut_slice()).unwrap();
     assert!(ram == guest.ram);
+    assert_starts_as(&chain, &guest.ram);
     let mut odd = [0; 9000];
     chain.read_at(3 * PAGE - 1, &mut odd).unwrap();
     assert!(odd == guest.ram[3 * PAGE as usize - 1..][..9000]);
@@ -153,6 +155,27 @@ fn layouts_may_be_mixed_in_one_chain_and_raw_diffs_put_on_top() {
     chain.push(&guest.snapshots[3]).unwrap();
     assert!(whole(&chain) == guest.ram);
     assert_eq!(chain.id(), None, "a raw image names no state");
+}
+
+/// A guest that starts from the chain without its being merged has this RAM.
+fn assert_starts_as(chain: &Chain, ram: &[u8]) {
+    for most in [1, 5, 16_384] {
+        let mapped = MappedChain::options()
+            .max_mappings(most)
+            .map(chain)
+            .unwrap();
+        assert!(whole(&mapped) == ram, "at most {most} mappings");
+    }
+    #[cfg(target_os = "linux")]
+    if test_machine::Need::Userfaultfd.met("a sealed chain in LazyRam") {
+        let paths: Vec<_> = chain.paths().collect();
+        let lazy = memory_image::LazyRam::options()
+            .start(Chain::open_sealed(paths).unwrap())
+            .unwrap();
+        assert!(whole(&lazy) == ram);
+        lazy.wait().unwrap();
+        assert!(whole(&lazy) == ram);
+    }
 }
 
 /// A footer written by hand: pages 1 and 2 zero, page 5 present.
