@@ -1,0 +1,149 @@
+//! Arguments that several verbs have.
+
+use std::ops::Range;
+use std::path::PathBuf;
+
+use anyhow::Context;
+use clap::{Args, ValueEnum};
+use memory_writer::Seal;
+use serde::Serialize;
+
+/// How the pages stand in a file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Layout {
+    /// Pages at their guest offsets, nothing else
+    Raw,
+    /// The same, and a footer: ids, map, checksums
+    Sealed,
+    /// The footer, and pages one after another
+    Packed,
+}
+
+impl Layout {
+    pub fn with(self, seal: Seal) -> memory_writer::Layout {
+        match self {
+            Self::Raw => memory_writer::Layout::Raw,
+            Self::Sealed => memory_writer::Layout::Sealed(seal),
+            Self::Packed => memory_writer::Layout::Packed(seal),
+        }
+    }
+}
+
+/// What raw images don't say themselves.
+#[derive(Clone, Debug, Default, Args)]
+pub struct RawImages {
+    /// The page of raw images, 4 KiB unless told: 16KiB, say
+    #[arg(long, value_name = "SIZE", value_parser = page_size)]
+    pub page_size: Option<u64>,
+    /// Take the holes of raw diffs for clean pages, also where the file system can't be believed
+    #[arg(long)]
+    pub trust_holes: bool,
+}
+
+/// Where an image goes.
+#[derive(Clone, Debug, Args)]
+pub struct Output {
+    /// The file to write; it appears once it is whole
+    #[arg(id = "output", short = 'o', long, value_name = "FILE")]
+    pub path: PathBuf,
+    /// Replace the output if it exists
+    #[arg(long)]
+    pub force: bool,
+}
+
+/// What the image is to say beside its pages.
+#[derive(Clone, Debug, Default, Args)]
+pub struct Extras {
+    /// Keep the bytes of this file with the image: the vCPUs' state, say
+    #[arg(long, value_name = "FILE")]
+    pub metadata: Option<PathBuf>,
+    /// A range of guest-physical addresses that the RAM has, as ADDRESS:SIZE (0x100000000:2GiB); repeat it in ascending order
+    #[arg(long, value_name = "ADDRESS:SIZE", value_parser = region)]
+    pub region_at: Vec<Range<u64>>,
+}
+
+impl Extras {
+    /// `seal` with what was given here.
+    pub fn add_to(&self, mut seal: Seal) -> anyhow::Result<Seal> {
+        if let Some(path) = &self.metadata {
+            let bytes = std::fs::read(path);
+            let bytes = bytes.with_context(|| format!("cannot read the metadata {path:?}"))?;
+            seal = seal.metadata(bytes);
+        }
+        if !self.region_at.is_empty() {
+            seal = seal.regions(self.region_at.iter().cloned());
+        }
+        Ok(seal)
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.metadata.is_none() && self.region_at.is_empty()
+    }
+}
+
+/// `4096`, `16KiB`, `1.5 GiB`; K, M and G are powers of 1024.
+pub fn size(text: &str) -> Result<u64, String> {
+    parse_size::Config::new()
+        .with_binary()
+        .parse_size(text)
+        .map_err(|error| format!("{error}: give bytes, or a size such as 16KiB or 1.5GiB"))
+}
+
+pub fn page_size(text: &str) -> Result<u64, String> {
+    match size(text)? {
+        size if size.is_power_of_two() => Ok(size),
+        size => Err(format!("{size} bytes: a page's size is a power of two")),
+    }
+}
+
+/// Decimal, or hexadecimal after `0x`.
+pub fn address(text: &str) -> Result<u64, String> {
+    let number = match text.strip_prefix("0x") {
+        Some(digits) => u64::from_str_radix(digits, 16),
+        None => text.parse(),
+    };
+    number.map_err(|error| format!("{text}: {error}"))
+}
+
+fn region(text: &str) -> Result<Range<u64>, String> {
+    let (start, len) = text
+        .split_once(':')
+        .ok_or("give ADDRESS:SIZE, such as 0x100000000:2GiB")?;
+    let (start, len) = (address(start)?, size(len)?);
+    let end = start.checked_add(len).filter(|_| len > 0);
+    Ok(start..end.ok_or("the range is empty, or ends past the address space")?)
+}
+
+#[cfg(test)]
+mod tests {
+    use rstest::rstest;
+
+    use super::*;
+
+    #[rstest]
+    #[case::bytes("4096", Some(4096))]
+    #[case::iec("16 KiB", Some(16384))]
+    #[case::short("16K", Some(16384))]
+    #[case::fraction("1.5GiB", Some(1536 << 20))]
+    #[case::no_number("many", None)]
+    fn sizes_are_read_as_people_write_them(#[case] text: &str, #[case] bytes: Option<u64>) {
+        assert_eq!(size(text).ok(), bytes);
+    }
+
+    #[rstest]
+    #[case::hexadecimal("0x100000000:2GiB", Some(4 << 30..6 << 30))]
+    #[case::decimal("0:4096", Some(0..4096))]
+    #[case::empty("0:0", None)]
+    #[case::past_the_end("0xfffffffffffff000:8192", None)]
+    #[case::half("0x1000", None)]
+    fn regions_are_an_address_and_a_size(#[case] text: &str, #[case] range: Option<Range<u64>>) {
+        assert_eq!(region(text).ok(), range);
+    }
+
+    #[test]
+    fn a_page_is_a_power_of_two() {
+        assert_eq!(page_size("16K"), Ok(16384));
+        assert!(page_size("5000").unwrap_err().contains("power of two"));
+    }
+}

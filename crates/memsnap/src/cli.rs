@@ -1,0 +1,72 @@
+//! The command line: what `--help` and the man pages say.
+
+use clap::{Parser, Subcommand};
+
+use crate::Verdict;
+use crate::session::Session;
+use crate::verbs::{completions, convert, diff, full, info, man, merge, restore, verify};
+
+/// Snapshots of virtual-machine memory: look at them, check them, put them together, take them and bring them back.
+///
+/// A snapshot is a file: a full image holds all of a guest's RAM, a diff the pages that changed since. A full image and its diffs,
+/// oldest first, are a chain. Files are raw (bytes at their guest offsets), sealed (the same, and a footer with ids, a map and
+/// checksums) or packed (the footer, and only the pages that are there).
+#[derive(Debug, Parser)]
+#[command(name = "memsnap", version, after_long_help = AFTER, max_term_width = 100)]
+pub struct Cli {
+    /// Say nothing but errors, warnings and what was asked for; no progress bar
+    #[arg(short, long, global = true)]
+    pub quiet: bool,
+    #[command(subcommand)]
+    pub verb: Verb,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Verb {
+    Info(info::InfoArgs),
+    Verify(verify::Verify),
+    Full(full::Full),
+    Diff(diff::Diff),
+    Merge(merge::Merge),
+    Convert(convert::Convert),
+    Restore(restore::Restore),
+    Man(man::Man),
+    Completions(completions::Completions),
+}
+
+impl Verb {
+    pub fn run(&self, session: &Session) -> anyhow::Result<Verdict> {
+        match self {
+            Self::Info(info) => info.run(),
+            Self::Verify(verify) => verify.run(session),
+            Self::Full(full) => full.run(session),
+            Self::Diff(diff) => diff.run(session),
+            Self::Merge(merge) => merge.run(session),
+            Self::Convert(convert) => convert.run(session),
+            Self::Restore(restore) => restore.run(session),
+            Self::Man(man) => man.run(session),
+            Self::Completions(completions) => completions.run(),
+        }
+    }
+}
+
+const AFTER: &str = "\
+A tour:
+  memsnap full /dev/shm/ram -o full.mem              take a full image of paused RAM
+  memsnap diff full.mem /dev/shm/ram -o d1.mem       later: the pages that changed since
+  memsnap info full.mem d1.mem                       what the files are
+  memsnap verify full.mem d1.mem                     whether they are whole and follow each other
+  memsnap merge full.mem d1.mem -o new.mem           one full image of both
+  memsnap convert full.mem -o - --zstd | ssh host memsnap convert - --zstd -o full.mem
+  memsnap restore full.mem d1.mem -o /dev/shm/ram2   the RAM as it was, for a new guest
+
+Exit status:
+  0    done; the check came out well
+  1    the check failed: damaged, not linked, different, or no image that can be checked
+  2    wrong usage: nothing was read or written
+  3    anything else: an I/O error, no permission, no room
+  130  interrupted by SIGINT or SIGTERM
+
+Whatever the exit status but 0, an output that was named is as it was before: files are staged beside it and put in place when \
+they are whole and on the disk. Restoring into RAM that exists is the exception: it is emptied. A second signal ends memsnap at \
+once; what it had staged is removed by the next one that writes there.";

@@ -1,0 +1,142 @@
+//! What the tool itself refuses, and which exit code a failure has.
+
+use std::path::PathBuf;
+
+use memory_image::{CompareError, ImageError};
+use memory_writer::SnapshotError;
+use thiserror::Error;
+
+/// The answer is no: damaged, not linked, different.
+pub const NEGATIVE: u8 = 1;
+/// The command line asks for what can't be.
+const USAGE: u8 = 2;
+/// Everything else.
+const FAILED: u8 = 3;
+/// By SIGINT or SIGTERM.
+pub const INTERRUPTED: u8 = 130;
+
+/// What the tool itself refuses.
+#[derive(Debug, Error)]
+pub enum Failure {
+    #[error("{path:?} exists: name another file, or add --force to replace it")]
+    OutputExists { path: PathBuf },
+    #[error("the output {path:?} is one of the inputs: name another file")]
+    OutputIsInput { path: PathBuf },
+    #[error("{path:?} would replace one of its inputs: name another file, or say --in-place")]
+    MergeOntoInput { path: PathBuf },
+    #[error("`-` is a stream, which is always compressed: add --zstd")]
+    StreamNotCompressed,
+    #[error("--zstd is for streams: name `-` as input or output")]
+    NoStream,
+    #[error("a stream is packed: leave out --layout, or say --layout packed")]
+    StreamLayout,
+    #[error("the stream would go to the terminal: redirect it to a file or a pipe")]
+    StreamToTerminal,
+    #[error(
+        "{path:?} is a raw image, and a raw image has no parent, id or metadata: choose --layout sealed or packed"
+    )]
+    RawHasNoSeal { path: PathBuf },
+    #[error(
+        "a diff in larger pages would hold bytes that it doesn't know: choose no page larger than {page_size}, or merge it first"
+    )]
+    DiffInLargerPages { page_size: u64 },
+    #[error("{path:?} is a sealed memory image, not RAM: use `memsnap convert`")]
+    RamIsImage { path: PathBuf },
+    #[error("{path:?} is not a regular file or memfd: give the file that the guest's RAM is in")]
+    NotRam { path: PathBuf },
+    #[error(
+        "{path:?} changed its size from {before} to {now} bytes while it was read: stop whoever resizes it, and try again"
+    )]
+    RamResized {
+        path: PathBuf,
+        before: u64,
+        now: u64,
+    },
+    #[error("the two states have {old} and {new} bytes of RAM: they are of different guests")]
+    OtherGuest { old: u64, new: u64 },
+    #[error("both states have the id {id}: they are the same one")]
+    SameState { id: memory_image::ImageId },
+    #[error("the new state is not named: give it last, after the old one, or with --to")]
+    NoNewState,
+    #[error(
+        "{path:?} is damaged in {found} places: `memsnap verify` lists them; take it again, or go on with --no-verify"
+    )]
+    Damaged { path: PathBuf, found: u64 },
+    #[error("the stream is damaged in {found} places: send it again")]
+    StreamDamaged { found: u64 },
+    #[error(
+        "the stream is cut short, or not one that `memsnap convert --zstd` wrote: send it again"
+    )]
+    StreamBroken { source: std::io::Error },
+    #[error("the image has {image} bytes of RAM, {path:?} has {target}: they must be equal")]
+    TargetSize {
+        path: PathBuf,
+        image: u64,
+        target: u64,
+    },
+    #[error("{path:?} is not empty: add --force to overwrite it in place")]
+    TargetInUse { path: PathBuf },
+    #[error("interrupted: {left}")]
+    Interrupted { left: &'static str },
+}
+
+impl Failure {
+    fn exit_code(&self) -> u8 {
+        match self {
+            Self::OutputExists { .. }
+            | Self::OutputIsInput { .. }
+            | Self::MergeOntoInput { .. }
+            | Self::StreamNotCompressed
+            | Self::NoStream
+            | Self::StreamLayout
+            | Self::StreamToTerminal
+            | Self::RawHasNoSeal { .. }
+            | Self::DiffInLargerPages { .. }
+            | Self::RamIsImage { .. }
+            | Self::NoNewState
+            | Self::TargetInUse { .. } => USAGE,
+            Self::OtherGuest { .. }
+            | Self::SameState { .. }
+            | Self::Damaged { .. }
+            | Self::StreamDamaged { .. }
+            | Self::StreamBroken { .. }
+            | Self::TargetSize { .. } => NEGATIVE,
+            Self::NotRam { .. } | Self::RamResized { .. } => FAILED,
+            Self::Interrupted { .. } => INTERRUPTED,
+        }
+    }
+}
+
+/// The exit code of a verb that ended with `error`: the first cause that has one says it.
+pub fn exit_code(error: &anyhow::Error) -> u8 {
+    error.chain().find_map(code_of).unwrap_or(FAILED)
+}
+
+fn code_of(cause: &(dyn std::error::Error + 'static)) -> Option<u8> {
+    if let Some(failure) = cause.downcast_ref::<Failure>() {
+        return Some(failure.exit_code());
+    }
+    if let Some(SnapshotError::Cancelled { .. }) = cause.downcast_ref() {
+        return Some(INTERRUPTED);
+    }
+    if let Some(CompareError::Cancelled { .. }) = cause.downcast_ref() {
+        return Some(INTERRUPTED);
+    }
+    match cause.downcast_ref()? {
+        ImageError::Cancelled => Some(INTERRUPTED),
+        // What an image is, or isn't.
+        ImageError::Empty { .. }
+        | ImageError::NotWholePages { .. }
+        | ImageError::SizeDiffers { .. }
+        | ImageError::NotFull { .. }
+        | ImageError::PageSizeDiffers { .. }
+        | ImageError::RegionsDiffer { .. }
+        | ImageError::Link { .. }
+        | ImageError::UnclearDiff { .. } => Some(NEGATIVE),
+        ImageError::Footer { source, .. } => match source {
+            image_format::FooterError::Io { .. } => Some(FAILED),
+            _ => Some(NEGATIVE),
+        },
+        _ => None,
+    }
+}

@@ -1,0 +1,73 @@
+//! An image, staged and committed.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::Context;
+use dirty_bitmap::DirtyBitmap;
+use memory_image::{Chain, Image};
+use memory_writer::{MemoryWriter, OpenError, Options, SnapshotError};
+
+use crate::args::Output;
+use crate::failure::Failure;
+use crate::input;
+use crate::session::Session;
+use crate::verbs::info::Info;
+
+/// Refuses an output that exists, or is an input, before anything is read.
+pub fn check_output(output: &Output, inputs: &[PathBuf]) -> Result<(), Failure> {
+    let path = output.path.clone();
+    if input::is_one_of(&path, inputs) {
+        return Err(Failure::OutputIsInput { path });
+    }
+    if !output.force && path.symlink_metadata().is_ok() {
+        return Err(Failure::OutputExists { path });
+    }
+    Ok(())
+}
+
+/// Stages a file of `ram_size` bytes of RAM at the output.
+pub fn stage(
+    output: &Output,
+    options: Options,
+    ram_size: u64,
+    page_size: u64,
+) -> anyhow::Result<MemoryWriter> {
+    let options = options.no_clobber(!output.force);
+    match options.open(&output.path, ram_size, page_size) {
+        Ok(writer) => Ok(writer),
+        Err(SnapshotError::Open(OpenError::AlreadyExists { path })) => {
+            Err(Failure::OutputExists { path }.into())
+        }
+        Err(error @ SnapshotError::Open(OpenError::NoClobberUnsupported { .. })) => {
+            Err(error).context("this file system can't promise to replace nothing: add --force")
+        }
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// Writes all that `chain` holds.
+pub fn write_chain(writer: &mut MemoryWriter, chain: &Chain) -> anyhow::Result<()> {
+    if chain.is_full() {
+        writer.write_full(chain)?;
+        return Ok(());
+    }
+    let pages = DirtyBitmap::new(0, chain.size(), chain.page_size())?;
+    for run in chain.known_runs() {
+        pages.set_range(run.start, run.end - run.start)?;
+    }
+    writer.write_diff(chain, &pages)?;
+    Ok(())
+}
+
+/// Puts the image in place, unless a signal came before, and says what it is.
+pub fn commit(session: &Session, writer: MemoryWriter) -> anyhow::Result<()> {
+    session.check("nothing was written")?;
+    let path = writer.dest_path().to_owned();
+    writer.commit()?;
+    describe(session, &path)
+}
+
+fn describe(session: &Session, path: &Path) -> anyhow::Result<()> {
+    let info = Info::of(&Image::open(path)?)?;
+    session.say(&format!("{}: {}", path.display(), info.summary()))
+}

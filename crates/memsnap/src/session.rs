@@ -1,0 +1,88 @@
+//! What every verb has at hand: progress, signals, warnings.
+
+use std::ops::ControlFlow;
+
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressFinish, ProgressStyle};
+use memory_writer::{MemoryWriter, Options};
+
+use crate::failure::Failure;
+use crate::interrupt::Interrupt;
+use crate::print;
+
+#[derive(Debug)]
+pub struct Session {
+    quiet: bool,
+    interrupt: Interrupt,
+}
+
+impl Session {
+    pub fn begin(quiet: bool) -> anyhow::Result<Self> {
+        let interrupt = Interrupt::listen()?;
+        Ok(Self { quiet, interrupt })
+    }
+
+    /// A bar on stderr, if that is a terminal.
+    pub fn bar(&self, what: &str) -> ProgressBar {
+        let target = match self.quiet {
+            true => ProgressDrawTarget::hidden(),
+            false => ProgressDrawTarget::stderr(),
+        };
+        let style = "{msg} {wide_bar} {binary_bytes}/{binary_total_bytes}, {binary_bytes_per_sec}";
+        let style = ProgressStyle::with_template(style).expect("a template of known parts");
+        ProgressBar::with_draw_target(Some(0), target)
+            .with_style(style)
+            .with_message(what.to_owned())
+            .with_finish(ProgressFinish::AndClear)
+    }
+
+    /// A writer's options, with a bar, that a signal cancels. From now on signals clean up first.
+    pub fn options(&self, what: &str) -> Options {
+        let bar = self.bar(what);
+        MemoryWriter::options()
+            .cancel(self.interrupt.hold())
+            .progress(move |progress| {
+                bar.set_length(progress.bytes_total);
+                bar.set_position(progress.bytes_done);
+            })
+    }
+
+    /// From now on, signals don't end the process: whoever calls this asks [`Self::check`] now and then.
+    pub fn hold(&self) {
+        self.interrupt.hold();
+    }
+
+    /// What progress functions return.
+    pub fn flow(&self) -> ControlFlow<()> {
+        match self.interrupt.is_cancelled() {
+            true => ControlFlow::Break(()),
+            false => ControlFlow::Continue(()),
+        }
+    }
+
+    /// From now on, signals end the process again; an error if one has come.
+    pub fn release(&self) -> Result<(), Failure> {
+        self.interrupt.release();
+        self.check("nothing was written")
+    }
+
+    /// An error once a signal has come, after which there is what `left` says.
+    pub fn check(&self, left: &'static str) -> Result<(), Failure> {
+        match self.interrupt.is_cancelled() {
+            true => Err(Failure::Interrupted { left }),
+            false => Ok(()),
+        }
+    }
+
+    /// Something to know that is no failure.
+    pub fn warn(&self, text: &str) {
+        print::complain(&format!("warning: {text}"));
+    }
+
+    /// What was done: to stdout, unless quiet.
+    pub fn say(&self, text: &str) -> anyhow::Result<()> {
+        match self.quiet {
+            true => Ok(()),
+            false => print::line(text),
+        }
+    }
+}

@@ -1,0 +1,11 @@
+//! One file a verb.
+
+pub mod completions;
+pub mod convert;
+pub mod diff;
+pub mod full;
+pub mod info;
+pub mod man;
+pub mod merge;
+pub mod restore;
+pub mod verify;

@@ -1,0 +1,27 @@
+//! `memsnap completions`: what shells complete.
+
+use clap::{Args, CommandFactory};
+use clap_complete::Shell;
+
+use crate::Verdict;
+use crate::cli::Cli;
+use crate::print;
+
+/// Print what a shell needs to complete commands
+#[derive(Debug, Args)]
+#[command(
+    after_help = "Example:\n  memsnap completions bash > ~/.local/share/bash-completion/completions/memsnap"
+)]
+pub struct Completions {
+    /// The shell
+    shell: Shell,
+}
+
+impl Completions {
+    pub fn run(&self) -> anyhow::Result<Verdict> {
+        let mut script = Vec::new();
+        clap_complete::generate(self.shell, &mut Cli::command(), "memsnap", &mut script);
+        print::line(String::from_utf8_lossy(&script).trim_end())?;
+        Ok(Verdict::Good)
+    }
+}

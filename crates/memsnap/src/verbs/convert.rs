@@ -1,0 +1,185 @@
+//! `memsnap convert`: the same image in another layout, or on its way to elsewhere.
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+
+use anyhow::Context;
+use clap::Args;
+use memory_image::{Chain, Image};
+use memory_writer::{MemoryWriter, Options};
+
+use crate::Verdict;
+use crate::args::{Extras, Layout, Output, RawImages};
+use crate::failure::Failure;
+use crate::session::Session;
+use crate::stream::{self, Received, is_stream};
+use crate::verbs::merge::layout_of_first;
+use crate::{input, save};
+
+/// Write an image in another layout, or as a stream
+///
+/// The result has the same pages, id, parent, regions and metadata. A raw image has none of these, and gets a new id.
+///
+/// With --zstd, `-` stands for stdin or stdout: the bytes of a packed image, compressed. What comes in is checked before the output
+/// appears.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  \
+    memsnap convert full.mem -o full.raw --layout raw\n  \
+    memsnap convert old.raw -o old.mem --layout sealed\n  \
+    memsnap convert full.mem -o - --zstd | ssh host memsnap convert - --zstd -o full.mem\n  \
+    memsnap convert d1.raw --raw-diff --parent old.mem -o d1.mem --layout packed")]
+pub struct Convert {
+    /// The image; `-` for a stream on stdin
+    #[arg(value_name = "FILE")]
+    input: PathBuf,
+    #[command(flatten)]
+    output: Output,
+    /// How the pages stand in the result; as in the image unless told
+    #[arg(long)]
+    layout: Option<Layout>,
+    /// `-` is a compressed stream
+    #[arg(long)]
+    zstd: bool,
+    /// The page of the result; the image's unless told
+    #[arg(long, value_name = "SIZE", value_parser = crate::args::page_size)]
+    page_size: Option<u64>,
+    /// The image is raw, and a diff
+    #[arg(long)]
+    raw_diff: bool,
+    /// The sealed or packed image that the raw diff was taken after
+    #[arg(long, value_name = "FILE", requires = "raw_diff")]
+    parent: Option<PathBuf>,
+    /// Take the holes of the raw diff for clean pages, also where the file system can't be believed
+    #[arg(long)]
+    trust_holes: bool,
+    /// Don't compare the image with its checksums first
+    #[arg(long)]
+    no_verify: bool,
+    #[command(flatten)]
+    extras: Extras,
+}
+
+impl Convert {
+    pub fn run(&self, session: &Session) -> anyhow::Result<Verdict> {
+        self.check()?;
+        if !is_stream(&self.input) {
+            let chain = self.open(session, &self.input)?;
+            if !self.no_verify {
+                input::check_sums(session, chain.images())?;
+            }
+            return self.convert(session, &chain);
+        }
+        let received = Received::from_stdin(session, &self.dir())?;
+        let from_stdin = || "the image that came by stdin is not usable";
+        let image = Image::open_sealed(received.path()).with_context(from_stdin)?;
+        let found = input::sum(session, &image).with_context(from_stdin)?.found;
+        if found > 0 {
+            return Err(Failure::StreamDamaged { found }.into());
+        }
+        self.convert(session, &self.open(session, &received.path())?)
+    }
+
+    fn check(&self) -> Result<(), Failure> {
+        let streams = [&self.input, &self.output.path].map(|path| is_stream(path));
+        match (streams.contains(&true), self.zstd) {
+            (true, false) => return Err(Failure::StreamNotCompressed),
+            (false, true) => return Err(Failure::NoStream),
+            _ => {}
+        }
+        if streams[1] {
+            if self.layout.is_some_and(|layout| layout != Layout::Packed) {
+                return Err(Failure::StreamLayout);
+            }
+            return stream::check_stdout();
+        }
+        if self.layout == Some(Layout::Raw) && !(self.extras.is_empty() && self.parent.is_none()) {
+            let path = self.output.path.clone();
+            return Err(Failure::RawHasNoSeal { path });
+        }
+        save::check_output(&self.output, std::slice::from_ref(&self.input))
+    }
+
+    /// Where there is room for the image while it is checked or packed.
+    fn dir(&self) -> PathBuf {
+        if is_stream(&self.output.path) {
+            return std::env::temp_dir();
+        }
+        let dir = self.output.path.parent().unwrap_or(Path::new(""));
+        match dir.as_os_str().is_empty() {
+            true => PathBuf::from("."),
+            false => dir.to_owned(),
+        }
+    }
+
+    /// The image alone, in pages that both it and the result have whole.
+    fn open(&self, session: &Session, path: &Path) -> anyhow::Result<Chain> {
+        let image = Image::open(path)?;
+        let page_size = match (image.footer(), self.page_size) {
+            (Some(footer), Some(asked)) if image.is_diff() && asked > footer.page_size => {
+                let page_size = footer.page_size;
+                return Err(Failure::DiffInLargerPages { page_size }.into());
+            }
+            (Some(footer), Some(asked)) => Some(asked.min(footer.page_size)),
+            (_, asked) => asked,
+        };
+        let raw = RawImages {
+            page_size,
+            trust_holes: self.trust_holes,
+        };
+        let files = [path.to_owned()];
+        match self.raw_diff {
+            true => input::diffs(session, &files, &raw),
+            false => input::chain(session, &files, &raw),
+        }
+    }
+
+    fn convert(&self, session: &Session, chain: &Chain) -> anyhow::Result<Verdict> {
+        let page_size = self.page_size.unwrap_or(chain.page_size());
+        let layout = self.layout.unwrap_or_else(|| layout_of_first(chain));
+        if is_stream(&self.output.path) {
+            let packed = match self.is_as_wanted(chain) {
+                true => File::open(&self.input)?,
+                false => self.packed(session, chain, page_size)?,
+            };
+            stream::to_stdout(session, packed)?;
+            return Ok(Verdict::Good);
+        }
+        let options = self.options(session, chain, layout)?;
+        let mut writer = save::stage(&self.output, options, chain.size(), page_size)?;
+        save::write_chain(&mut writer, chain)?;
+        save::commit(session, writer)?;
+        Ok(Verdict::Good)
+    }
+
+    fn options(&self, session: &Session, chain: &Chain, layout: Layout) -> anyhow::Result<Options> {
+        let mut seal = self.extras.add_to(chain.seal())?;
+        if let Some(path) = &self.parent {
+            let parent = Image::open_sealed(path)?;
+            seal = seal.parent(parent.id().expect("a sealed image has an id"));
+        }
+        Ok(session
+            .options("converting")
+            .layout(layout.with(seal))
+            .skip_untouched(true)
+            .ram_start(0))
+    }
+
+    /// Whether the image's file is what is to be sent.
+    fn is_as_wanted(&self, chain: &Chain) -> bool {
+        let same_pages = self.page_size.is_none() && self.extras.is_empty();
+        same_pages && !is_stream(&self.input) && layout_of_first(chain) == Layout::Packed
+    }
+
+    /// The image, packed, in a file without a name.
+    fn packed(&self, session: &Session, chain: &Chain, page_size: u64) -> anyhow::Result<File> {
+        let options = self.options(session, chain, Layout::Packed)?;
+        let dest = self.dir().join("memsnap-stream");
+        let mut writer: MemoryWriter = options.open(dest, chain.size(), page_size)?;
+        save::write_chain(&mut writer, chain)?;
+        let stage = writer.finish()?;
+        let file = stage.file().try_clone()?;
+        stage.discard()?;
+        session.release()?;
+        Ok(file)
+    }
+}

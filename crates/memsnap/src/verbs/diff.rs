@@ -1,0 +1,269 @@
+//! `memsnap diff`: what changed between two states.
+
+use std::path::PathBuf;
+
+use anyhow::Context;
+use clap::Args;
+use dirty_bitmap::DirtyBitmap;
+use memory_image::{Chain, Image, ImageError, compare};
+use memory_writer::{ImageId, Seal};
+use page_reader::PageReader;
+use serde::Serialize;
+
+use crate::Verdict;
+use crate::args::{Extras, Layout, Output, RawImages};
+use crate::failure::Failure;
+use crate::print::{self, count, size};
+use crate::ram::RamFile;
+use crate::session::Session;
+use crate::{input, save};
+
+/// Take a diff: the pages of a new state of the RAM that differ from an old one
+///
+/// The old state comes first: a full image, or one and its diffs, oldest first. The new state comes last: a full image; a diff on top of the old
+/// ones; or the RAM itself, a file or memfd as for `memsnap full` (pause the guest meanwhile). With --to, all files before are the old
+/// state, and the new one may be a chain of its own.
+///
+/// The diff names the old state as its parent, and has the id of the new one; RAM gets a new id. Without --output nothing is
+/// written, and the exit status is 1 if the states differ.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  \
+    memsnap diff full.mem /dev/shm/guest -o d1.mem\n  \
+    memsnap diff full.mem d1.mem /dev/shm/guest -o d2.mem\n  \
+    memsnap diff yesterday.mem today.mem -o day.mem\n  \
+    memsnap diff full.mem d1.mem d2.mem --to full.mem --to d1.mem -o back.mem\n  \
+    memsnap diff a.mem b.mem")]
+pub struct Diff {
+    /// The old state's images, oldest first, and then, without --to, the new state
+    #[arg(required = true, value_name = "FILE")]
+    files: Vec<PathBuf>,
+    /// The new state: RAM, or an image; repeat it for a chain, oldest first
+    #[arg(long, value_name = "FILE")]
+    to: Vec<PathBuf>,
+    /// The diff to write; it appears once it is whole
+    #[arg(short, long, value_name = "FILE")]
+    output: Option<PathBuf>,
+    /// Replace the output if it exists
+    #[arg(long, requires = "output")]
+    force: bool,
+    /// How the pages stand in the diff
+    #[arg(long, default_value = "packed")]
+    layout: Layout,
+    /// Don't compare the new state's images with their checksums first
+    #[arg(long)]
+    no_verify: bool,
+    /// What differs, as JSON: sizes and offsets in bytes
+    #[arg(long, conflicts_with = "output")]
+    json: bool,
+    #[command(flatten)]
+    raw: RawImages,
+    #[command(flatten)]
+    extras: Extras,
+}
+
+impl Diff {
+    pub fn run(&self, session: &Session) -> anyhow::Result<Verdict> {
+        let (old, new) = self.states()?;
+        let output = self.output.as_ref().map(|path| Output {
+            path: path.clone(),
+            force: self.force,
+        });
+        if let Some(output) = &output {
+            let inputs: Vec<_> = old.iter().chain(&new).cloned().collect();
+            save::check_output(output, &inputs)?;
+            if self.layout == Layout::Raw && !self.extras.is_empty() {
+                let path = output.path.clone();
+                return Err(Failure::RawHasNoSeal { path }.into());
+            }
+        }
+        let new = New::open(session, old, &new, &self.raw)?;
+        let old = input::chain(session, old, &self.raw)?;
+        if !old.is_full() {
+            let path = self.files[0].clone();
+            return Err(ImageError::NotFull { path }.into());
+        }
+        let state = (old.size(), new.size());
+        if state.0 != state.1 {
+            let (old, new) = state;
+            return Err(Failure::OtherGuest { old, new }.into());
+        }
+        if let (New::Images(images), false) = (&new, self.no_verify) {
+            input::check_sums(session, images.images())?;
+        }
+        let changed = self.changed(session, &old, &new)?;
+        match &output {
+            None => self.tell(&changed),
+            Some(output) => self.save(session, output, &old, &new, &changed),
+        }
+    }
+
+    /// The files of the old state, and of the new one.
+    fn states(&self) -> Result<(&[PathBuf], Vec<PathBuf>), Failure> {
+        if !self.to.is_empty() {
+            return Ok((&self.files, self.to.clone()));
+        }
+        match self.files.split_last() {
+            Some((new, old)) if !old.is_empty() => Ok((old, vec![new.clone()])),
+            _ => Err(Failure::NoNewState),
+        }
+    }
+
+    fn changed(&self, session: &Session, old: &Chain, new: &New) -> anyhow::Result<DirtyBitmap> {
+        let bar = session.bar("comparing");
+        bar.set_length(old.size());
+        let page_size = self.raw.page_size.unwrap_or(old.page_size());
+        let mut progress = |done| {
+            bar.set_position(done);
+            session.flow()
+        };
+        let compared = compare(old, &new.reader(), old.size(), page_size, &mut progress);
+        compared.context("the two states can't be compared")
+    }
+
+    fn tell(&self, changed: &DirtyBitmap) -> anyhow::Result<Verdict> {
+        let found = Difference::of(changed);
+        if self.json {
+            print::json(&found)?;
+        } else if found.pages == 0 {
+            print::line("the same")?;
+        } else {
+            let (pages, runs) = (
+                count(found.pages, "page"),
+                count(found.runs.len() as u64, "run"),
+            );
+            let bytes = size(found.bytes);
+            print::line(&format!("{pages} differ: {bytes} in {runs}"))?;
+        }
+        Ok(Verdict::of(found.pages == 0))
+    }
+
+    fn save(
+        &self,
+        session: &Session,
+        output: &Output,
+        old: &Chain,
+        new: &New,
+        changed: &DirtyBitmap,
+    ) -> anyhow::Result<Verdict> {
+        let mut seal = new.seal();
+        if let Some(parent) = old.id() {
+            if new.id() == Some(parent) {
+                return Err(Failure::SameState { id: parent }.into());
+            }
+            seal = seal.parent(parent);
+        } else {
+            session.warn(
+                "the old state is raw and has no id: nothing will tell whether the diff fits on it",
+            );
+        }
+        let regions = old.images().find_map(Image::footer);
+        if let (Some(footer), New::Ram(_)) = (regions, new) {
+            seal = seal.regions(footer.regions.iter().cloned());
+        }
+        let seal = self.extras.add_to(seal)?;
+        let options = session
+            .options("saving")
+            .layout(self.layout.with(seal))
+            .ram_start(0);
+        let mut writer = save::stage(output, options, old.size(), changed.page_size())?;
+        writer.write_diff(&new.reader(), changed)?;
+        new.check()?;
+        save::commit(session, writer)?;
+        Ok(Verdict::Good)
+    }
+}
+
+/// The new state.
+enum New {
+    Ram(RamFile),
+    Images(Chain),
+}
+
+impl New {
+    fn open(
+        session: &Session,
+        old: &[PathBuf],
+        new: &[PathBuf],
+        raw: &RawImages,
+    ) -> anyhow::Result<Self> {
+        let first = RamFile::find(&new[0])?;
+        match (first, new) {
+            (Some(ram), [_]) => Ok(Self::Ram(ram)),
+            (_, [diff]) if Image::open(diff)?.is_diff() => {
+                let files = [old, new].concat();
+                Ok(Self::Images(input::chain(session, &files, raw)?))
+            }
+            _ => {
+                let chain = input::chain(session, new, raw)?;
+                Ok(Self::Images(chain))
+            }
+        }
+    }
+
+    fn size(&self) -> u64 {
+        match self {
+            Self::Ram(ram) => ram.size(),
+            Self::Images(chain) => chain.size(),
+        }
+    }
+
+    fn reader(&self) -> Box<dyn PageReader + '_> {
+        match self {
+            Self::Ram(ram) => Box::new(ram.reader()),
+            Self::Images(chain) => Box::new(chain),
+        }
+    }
+
+    fn id(&self) -> Option<ImageId> {
+        match self {
+            Self::Ram(_) => None,
+            Self::Images(chain) => chain.id(),
+        }
+    }
+
+    /// The new state's, and nobody's child yet.
+    fn seal(&self) -> Seal {
+        match self {
+            Self::Ram(_) => Seal::new(),
+            Self::Images(chain) => chain.seal(),
+        }
+    }
+
+    fn check(&self) -> anyhow::Result<()> {
+        match self {
+            Self::Ram(ram) => ram.check_size(),
+            Self::Images(_) => Ok(()),
+        }
+    }
+}
+
+#[derive(Debug, Serialize)]
+struct Difference {
+    page_bytes: u64,
+    pages: u64,
+    bytes: u64,
+    runs: Vec<Run>,
+}
+
+#[derive(Debug, Serialize)]
+struct Run {
+    offset: u64,
+    bytes: u64,
+}
+
+impl Difference {
+    fn of(changed: &DirtyBitmap) -> Self {
+        let runs = changed.runs().map(|run| Run {
+            offset: run.start,
+            bytes: run.end - run.start,
+        });
+        let runs: Vec<_> = runs.collect();
+        let bytes = runs.iter().map(|run| run.bytes).sum();
+        Self {
+            page_bytes: changed.page_size(),
+            pages: bytes / changed.page_size(),
+            bytes,
+            runs,
+        }
+    }
+}

@@ -1,0 +1,64 @@
+//! `memsnap full`: all of a guest's RAM.
+
+use std::path::PathBuf;
+
+use clap::Args;
+use memory_writer::Seal;
+
+use crate::Verdict;
+use crate::args::{Extras, Layout, Output};
+use crate::failure::Failure;
+use crate::ram::{self, RamFile};
+use crate::save;
+use crate::session::Session;
+
+/// Take a full image of a guest's RAM
+///
+/// The RAM is a file that the guest maps shared (QEMU: -object memory-backend-file,share=on; a file in /dev/shm), or a memfd of a running
+/// monitor, as /proc/PID/fd/N. Pause the guest meanwhile: bytes that it changes are saved as they are when each is read. RAM that is zero or
+/// was never touched takes no room.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  \
+    memsnap full /dev/shm/guest -o full.mem\n  \
+    memsnap full /proc/4242/fd/17 -o full.mem --layout sealed --metadata vcpus.bin")]
+pub struct Full {
+    /// The file or memfd that the guest's RAM is in
+    #[arg(value_name = "RAMFILE")]
+    ram: PathBuf,
+    #[command(flatten)]
+    output: Output,
+    /// How the pages stand in the image
+    #[arg(long, default_value = "packed")]
+    layout: Layout,
+    /// The page of the image; the host's unless told
+    #[arg(long, value_name = "SIZE", value_parser = crate::args::page_size)]
+    page_size: Option<u64>,
+    /// Write zeros and untouched RAM too
+    #[arg(long)]
+    keep_zeros: bool,
+    #[command(flatten)]
+    extras: Extras,
+}
+
+impl Full {
+    pub fn run(&self, session: &Session) -> anyhow::Result<Verdict> {
+        save::check_output(&self.output, std::slice::from_ref(&self.ram))?;
+        if self.layout == Layout::Raw && !self.extras.is_empty() {
+            let path = self.output.path.clone();
+            return Err(Failure::RawHasNoSeal { path }.into());
+        }
+        let ram = RamFile::open(&self.ram)?;
+        let page_size = self.page_size.unwrap_or_else(ram::host_page);
+        let seal = self.extras.add_to(Seal::new())?;
+        let options = session
+            .options("saving")
+            .layout(self.layout.with(seal))
+            .skip_zeros(!self.keep_zeros)
+            .skip_untouched(!self.keep_zeros);
+        let mut writer = save::stage(&self.output, options, ram.size(), page_size)?;
+        writer.write_full(&ram.reader())?;
+        ram.check_size()?;
+        save::commit(session, writer)?;
+        Ok(Verdict::Good)
+    }
+}

@@ -1,0 +1,100 @@
+//! `memsnap merge`: a chain as one image.
+
+use std::path::PathBuf;
+
+use clap::{ArgGroup, Args};
+use image_format::Placement;
+
+use crate::Verdict;
+use crate::args::{Layout, Output, RawImages};
+use crate::failure::Failure;
+use crate::session::Session;
+use crate::{input, save};
+
+/// Make one image of a full image and its diffs, or one diff of diffs
+///
+/// The result stands for the same state as the last file, and has its id: the next diff fits on it.
+#[derive(Debug, Args)]
+#[command(
+    group = ArgGroup::new("where").required(true).args(["output", "in_place"]),
+    after_help = "Examples:\n  \
+        memsnap merge full.mem d1.mem d2.mem -o new.mem\n  \
+        memsnap merge d1.mem d2.mem -o both.mem\n  \
+        memsnap merge --in-place full.mem d1.mem"
+)]
+pub struct Merge {
+    /// Images, oldest first
+    #[arg(required = true, value_name = "FILE")]
+    files: Vec<PathBuf>,
+    /// The file to write; it appears once it is whole
+    #[arg(short, long, value_name = "FILE")]
+    output: Option<PathBuf>,
+    /// Replace the first file by the result
+    ///
+    /// At every instant, also after a crash, the old file is there whole, or the new one.
+    #[arg(long)]
+    in_place: bool,
+    /// Replace the output if it exists
+    #[arg(long, requires = "output")]
+    force: bool,
+    /// How the pages stand in the result; that of the first file unless told
+    #[arg(long)]
+    layout: Option<Layout>,
+    /// The files are raw, and all of them diffs
+    #[arg(long)]
+    raw_diffs: bool,
+    /// Don't compare the files with their checksums first
+    #[arg(long)]
+    no_verify: bool,
+    #[command(flatten)]
+    raw: RawImages,
+}
+
+impl Merge {
+    pub fn run(&self, session: &Session) -> anyhow::Result<Verdict> {
+        let output = self.checked_output()?;
+        let chain = match self.raw_diffs {
+            true => input::diffs(session, &self.files, &self.raw)?,
+            false => input::chain(session, &self.files, &self.raw)?,
+        };
+        if !self.no_verify {
+            input::check_sums(session, chain.images())?;
+        }
+        let layout = self.layout.unwrap_or_else(|| layout_of_first(&chain));
+        let options = session
+            .options("merging")
+            .layout(layout.with(chain.seal()))
+            .skip_untouched(true)
+            .ram_start(0);
+        let mut writer = save::stage(&output, options, chain.size(), chain.page_size())?;
+        save::write_chain(&mut writer, &chain)?;
+        save::commit(session, writer)?;
+        Ok(Verdict::Good)
+    }
+
+    fn checked_output(&self) -> Result<Output, Failure> {
+        let Some(path) = &self.output else {
+            let path = self.files[0].clone();
+            return Ok(Output { path, force: true });
+        };
+        if input::is_one_of(path, &self.files) {
+            let path = path.clone();
+            return Err(Failure::MergeOntoInput { path });
+        }
+        let output = Output {
+            path: path.clone(),
+            force: self.force,
+        };
+        save::check_output(&output, &[])?;
+        Ok(output)
+    }
+}
+
+pub fn layout_of_first(chain: &memory_image::Chain) -> Layout {
+    let footer = chain.images().next().and_then(|image| image.footer());
+    match footer.map(|footer| footer.placement) {
+        None => Layout::Raw,
+        Some(Placement::InPlace) => Layout::Sealed,
+        Some(Placement::Packed) => Layout::Packed,
+    }
+}
