@@ -4,7 +4,9 @@ use clap::{Parser, Subcommand};
 
 use crate::Verdict;
 use crate::session::Session;
-use crate::verbs::{completions, convert, diff, full, info, man, merge, restore, verify};
+use crate::verbs::{
+    completions, convert, demo, diff, full, info, man, map, merge, restore, verify,
+};
 
 /// Snapshots of virtual-machine memory: look at them, check them, put them together, take them and bring them back.
 ///
@@ -25,11 +27,13 @@ pub struct Cli {
 pub enum Verb {
     Info(info::InfoArgs),
     Verify(verify::Verify),
+    Map(map::Map),
     Full(full::Full),
     Diff(diff::Diff),
     Merge(merge::Merge),
     Convert(convert::Convert),
     Restore(restore::Restore),
+    Demo(demo::Demo),
     Man(man::Man),
     Completions(completions::Completions),
 }
@@ -39,11 +43,13 @@ impl Verb {
         match self {
             Self::Info(info) => info.run(),
             Self::Verify(verify) => verify.run(session),
+            Self::Map(map) => map.run(session),
             Self::Full(full) => full.run(session),
             Self::Diff(diff) => diff.run(session),
             Self::Merge(merge) => merge.run(session),
             Self::Convert(convert) => convert.run(session),
             Self::Restore(restore) => restore.run(session),
+            Self::Demo(demo) => demo.run(session),
             Self::Man(man) => man.run(session),
             Self::Completions(completions) => completions.run(),
         }
@@ -52,10 +58,12 @@ impl Verb {
 
 const AFTER: &str = "\
 A tour:
+  memsnap demo                                       all of it on a small guest that is made up
   memsnap full /dev/shm/ram -o full.mem              take a full image of paused RAM
   memsnap diff full.mem /dev/shm/ram -o d1.mem       later: the pages that changed since
   memsnap info full.mem d1.mem                       what the files are
   memsnap verify full.mem d1.mem                     whether they are whole and follow each other
+  memsnap map full.mem d1.mem                        which pages each holds
   memsnap merge full.mem d1.mem -o new.mem           one full image of both
   memsnap convert full.mem -o - --zstd | ssh host memsnap convert - --zstd -o full.mem
   memsnap restore full.mem d1.mem -o /dev/shm/ram2   the RAM as it was, for a new guest

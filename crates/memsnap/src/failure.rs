@@ -76,6 +76,8 @@ pub enum Failure {
     },
     #[error("{path:?} is not empty: add --force to overwrite it in place")]
     TargetInUse { path: PathBuf },
+    #[error("{path:?} is no picture that can be drawn: let its name end in .svg or .png")]
+    NoSuchPicture { path: PathBuf },
     #[error("interrupted: {left}")]
     Interrupted { left: &'static str },
 }
@@ -94,6 +96,7 @@ impl Failure {
             | Self::DiffInLargerPages { .. }
             | Self::RamIsImage { .. }
             | Self::NoNewState
+            | Self::NoSuchPicture { .. }
             | Self::TargetInUse { .. } => USAGE,
             Self::OtherGuest { .. }
             | Self::SameState { .. }

@@ -2,10 +2,12 @@
 
 pub mod completions;
 pub mod convert;
+pub mod demo;
 pub mod diff;
 pub mod full;
 pub mod info;
 pub mod man;
+pub mod map;
 pub mod merge;
 pub mod restore;
 pub mod verify;

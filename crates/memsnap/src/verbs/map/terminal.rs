@@ -1,0 +1,87 @@
+//! The map as text.
+
+use console::{Term, style};
+
+use crate::verbs::map::PageMap;
+use crate::verbs::map::cells::{Cell, Picture, visible};
+
+/// The most lines of one image.
+const LINES: u64 = 16;
+/// Columns where there is no terminal.
+const COLUMNS: usize = 80;
+/// How full a cell is.
+const LEVELS: [char; 9] = [' ', '▁', '▂', '▃', '▄', '▅', '▆', '▇', '█'];
+/// The same as colours, from pale yellow to red, of the 256 that terminals have.
+const COLOURS: [u8; 9] = [230, 229, 222, 216, 215, 209, 203, 197, 196];
+const ZERO: char = '·';
+/// A steel blue.
+const ZERO_COLOUR: u8 = 67;
+
+pub(super) fn text(maps: &[PageMap], width: Option<usize>) -> String {
+    let terminal = || Term::stdout().size_checked();
+    let width = width.or_else(|| Some(terminal()?.1.into()));
+    let picture = fit(maps, width.unwrap_or(COLUMNS));
+    let margin = margin(&picture);
+    let mut text = String::new();
+    for line in &picture.lines {
+        let cells = row(&line.cells);
+        let blank = " ".repeat(picture.columns() - line.cells.len());
+        text += &format!("{:>margin$} │{cells}{blank}│\n", line.label);
+    }
+    let zero = style(ZERO).color256(ZERO_COLOUR);
+    let levels = LEVELS.iter().zip(COLOURS).skip(1);
+    let levels: String = levels
+        .map(|(level, colour)| style(level).color256(colour).to_string())
+        .collect();
+    text + &format!(
+        "{:margin$}  {}\n{:margin$}  {} a page to all present, {zero} zero (raw: a hole), blank clean",
+        "",
+        picture.title(),
+        "",
+        levels
+    )
+}
+
+/// As many cells as there is room for beside the labels.
+fn fit(maps: &[PageMap], width: usize) -> Picture {
+    let picture = |columns: usize| match maps {
+        // A power of two, so that lines begin at round numbers.
+        [one] => Picture::of_one(one, 1 << columns.ilog2(), LINES),
+        several => Picture::of_several(several, columns as u64),
+    };
+    let room = |margin: usize| width.saturating_sub(margin + 3).max(8);
+    // The labels depend on the cells, but their width hardly does.
+    let labels = margin(&picture(room(10)));
+    picture(room(labels))
+}
+
+fn margin(picture: &Picture) -> usize {
+    let labels = picture.lines.iter().map(|line| line.label.chars().count());
+    labels.max().unwrap_or(0)
+}
+
+/// How a cell looks: as full as it is present, or a mark for zeros.
+fn glyph(cell: &Cell) -> (char, Option<u8>) {
+    if cell.present > 0.0 {
+        // Rounded up: one page of a terabyte shows.
+        let level = (visible(cell.present) * 8.0).ceil() as usize;
+        return (LEVELS[level], Some(COLOURS[level]));
+    }
+    match cell.zero > 0.0 {
+        true => (ZERO, Some(ZERO_COLOUR)),
+        false => (' ', None),
+    }
+}
+
+fn row(cells: &[Cell]) -> String {
+    let glyphs: Vec<_> = cells.iter().map(glyph).collect();
+    let same_colour = glyphs.chunk_by(|a, b| a.1 == b.1);
+    let piece = |same: &[(char, Option<u8>)]| {
+        let text: String = same.iter().map(|(glyph, _)| glyph).collect();
+        match same[0].1 {
+            Some(colour) => style(text).color256(colour).to_string(),
+            None => text,
+        }
+    };
+    same_colour.map(piece).collect()
+}
