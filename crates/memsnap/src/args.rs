@@ -8,6 +8,10 @@ use clap::{Args, ValueEnum};
 use memory_writer::Seal;
 use serde::Serialize;
 
+#[cfg(target_os = "linux")]
+use crate::process::{ProcessRam, Region};
+use crate::ram::Ram;
+
 /// How the pages stand in a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize)]
 #[serde(rename_all = "lowercase")]
@@ -59,7 +63,7 @@ pub struct Extras {
     #[arg(long, value_name = "FILE")]
     pub metadata: Option<PathBuf>,
     /// A range of guest-physical addresses that the RAM has, as ADDRESS:SIZE (0x100000000:2GiB); repeat it in ascending order
-    #[arg(long, value_name = "ADDRESS:SIZE", value_parser = region)]
+    #[arg(long, value_name = "ADDRESS:SIZE", value_parser = range)]
     pub region_at: Vec<Range<u64>>,
 }
 
@@ -79,6 +83,47 @@ impl Extras {
 
     pub fn is_empty(&self) -> bool {
         self.metadata.is_none() && self.region_at.is_empty()
+    }
+}
+
+/// RAM in the memory of a process.
+#[derive(Clone, Debug, Default, Args)]
+pub struct InProcess {
+    /// The process whose memory the guest's RAM is in: it is stopped meanwhile, by ptrace
+    #[cfg(target_os = "linux")]
+    #[arg(long)]
+    pub pid: Option<u32>,
+    /// Where in the process: a mapping's name or a part of it, an address in it, or ADDRESS:SIZE; repeat it for RAM in several
+    #[cfg(target_os = "linux")]
+    #[arg(long, value_name = "NAME|ADDRESS", requires = "pid", value_parser = Region::parse)]
+    pub region: Vec<Region>,
+    /// Don't stop the process: its guest is paused
+    #[cfg(target_os = "linux")]
+    #[arg(long, requires = "pid")]
+    pub live: bool,
+}
+
+#[cfg(target_os = "linux")]
+impl InProcess {
+    pub fn is_given(&self) -> bool {
+        self.pid.is_some()
+    }
+
+    pub fn open(&self) -> anyhow::Result<Option<Ram>> {
+        let open = |pid| ProcessRam::open(pid, &self.region, self.live);
+        Ok(self.pid.map(open).transpose()?.map(Ram::Process))
+    }
+}
+
+/// Other systems have no such thing.
+#[cfg(not(target_os = "linux"))]
+impl InProcess {
+    pub fn is_given(&self) -> bool {
+        false
+    }
+
+    pub fn open(&self) -> anyhow::Result<Option<Ram>> {
+        Ok(None)
     }
 }
 
@@ -106,7 +151,8 @@ pub fn address(text: &str) -> Result<u64, String> {
     number.map_err(|error| format!("{text}: {error}"))
 }
 
-fn region(text: &str) -> Result<Range<u64>, String> {
+/// `0x100000000:2GiB`: an address and a size.
+pub fn range(text: &str) -> Result<Range<u64>, String> {
     let (start, len) = text
         .split_once(':')
         .ok_or("give ADDRESS:SIZE, such as 0x100000000:2GiB")?;
@@ -137,8 +183,8 @@ mod tests {
     #[case::empty("0:0", None)]
     #[case::past_the_end("0xfffffffffffff000:8192", None)]
     #[case::half("0x1000", None)]
-    fn regions_are_an_address_and_a_size(#[case] text: &str, #[case] range: Option<Range<u64>>) {
-        assert_eq!(region(text).ok(), range);
+    fn regions_are_an_address_and_a_size(#[case] text: &str, #[case] is: Option<Range<u64>>) {
+        assert_eq!(range(text).ok(), is);
     }
 
     #[test]

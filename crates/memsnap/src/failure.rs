@@ -52,11 +52,21 @@ pub enum Failure {
         before: u64,
         now: u64,
     },
+    #[cfg(target_os = "linux")]
+    #[error("process {pid} has nothing mapped at {address:#x}: see /proc/{pid}/maps")]
+    NothingMapped { pid: u32, address: u64 },
+    #[cfg(target_os = "linux")]
+    #[error(
+        "where the RAM is in process {pid} is not said: add --region; its largest mappings are:{proposed}"
+    )]
+    NoRegion { pid: u32, proposed: String },
+    #[error("name the guest's RAM, once: its file, or a process by --pid")]
+    NoRam,
     #[error("the two states have {old} and {new} bytes of RAM: they are of different guests")]
     OtherGuest { old: u64, new: u64 },
     #[error("both states have the id {id}: they are the same one")]
     SameState { id: memory_image::ImageId },
-    #[error("the new state is not named: give it last, after the old one, or with --to")]
+    #[error("name the new state, once: last, after the old one; or by --to, or by --pid")]
     NoNewState,
     #[error(
         "{path:?} is damaged in {found} places: `memsnap verify` lists them; take it again, or go on with --no-verify"
@@ -96,6 +106,7 @@ impl Failure {
             | Self::DiffInLargerPages { .. }
             | Self::RamIsImage { .. }
             | Self::NoNewState
+            | Self::NoRam
             | Self::NoSuchPicture { .. }
             | Self::TargetInUse { .. } => USAGE,
             Self::OtherGuest { .. }
@@ -105,6 +116,10 @@ impl Failure {
             | Self::StreamBroken { .. }
             | Self::TargetSize { .. } => NEGATIVE,
             Self::NotRam { .. } | Self::RamResized { .. } => FAILED,
+            #[cfg(target_os = "linux")]
+            Self::NothingMapped { .. } => FAILED,
+            #[cfg(target_os = "linux")]
+            Self::NoRegion { .. } => USAGE,
             Self::Interrupted { .. } => INTERRUPTED,
         }
     }

@@ -19,6 +19,16 @@ pub fn chain(session: &Session, files: &[PathBuf], raw: &RawImages) -> anyhow::R
     open(session, files, raw, Image::open(first)?.is_diff())
 }
 
+/// The same with all of the RAM.
+pub fn full_chain(session: &Session, files: &[PathBuf], raw: &RawImages) -> anyhow::Result<Chain> {
+    let chain = chain(session, files, raw)?;
+    if chain.is_full() {
+        return Ok(chain);
+    }
+    let path = files[0].clone();
+    Err(ImageError::NotFull { path }.into())
+}
+
 /// The same of diffs, also where they are raw and don't say so.
 pub fn diffs(session: &Session, files: &[PathBuf], raw: &RawImages) -> anyhow::Result<Chain> {
     open(session, files, raw, true)

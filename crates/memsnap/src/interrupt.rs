@@ -1,4 +1,4 @@
-//! SIGINT and SIGTERM.
+//! Signals: SIGINT and SIGTERM.
 //!
 //! As long as nothing is staged, a signal ends the process at once. While something is, the first one cancels the work, whose staged file
 //! is removed on the way out; a second one ends the process anyway, and what is staged is left for the next writer to find and remove.
@@ -9,7 +9,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 
 use memory_writer::CancelToken;
-use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::consts::{SIGINT, SIGTERM, SIGXFSZ};
+use signal_hook::flag;
 use signal_hook::iterator::Signals;
 
 use crate::failure::INTERRUPTED;
@@ -37,6 +38,8 @@ impl Interrupt {
             work: Arc::new(Mutex::new(Work::Reading)),
             cancel: CancelToken::new(),
         };
+        // Otherwise deadly: writing past RLIMIT_FSIZE is to be the error EFBIG.
+        flag::register(SIGXFSZ, Arc::default())?;
         let mut signals = Signals::new([SIGINT, SIGTERM])?;
         let listener = interrupt.clone();
         thread::Builder::new().spawn(move || {

@@ -11,6 +11,8 @@ mod failure;
 mod input;
 mod interrupt;
 mod print;
+#[cfg(target_os = "linux")]
+mod process;
 mod ram;
 mod save;
 mod session;

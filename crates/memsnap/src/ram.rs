@@ -11,8 +11,44 @@ use nix::unistd::{SysconfVar, sysconf};
 use page_reader::{FileReader, PageReader};
 
 use crate::failure::Failure;
+#[cfg(target_os = "linux")]
+use crate::process::ProcessRam;
 
-/// A guest's RAM in a file or memfd, whose size must stay.
+/// A guest's RAM.
+pub enum Ram {
+    File(RamFile),
+    #[cfg(target_os = "linux")]
+    Process(ProcessRam),
+}
+
+impl Ram {
+    pub fn size(&self) -> u64 {
+        match self {
+            Self::File(ram) => ram.size,
+            #[cfg(target_os = "linux")]
+            Self::Process(ram) => ram.size(),
+        }
+    }
+
+    pub fn reader(&self) -> Box<dyn PageReader + '_> {
+        match self {
+            Self::File(ram) => Box::new(FileReader::range(&ram.file, 0, ram.size)),
+            #[cfg(target_os = "linux")]
+            Self::Process(ram) => Box::new(ram.reader()),
+        }
+    }
+
+    /// Whether it is still all there: what is gone would have been taken for untouched.
+    pub fn check(&self) -> anyhow::Result<()> {
+        match self {
+            Self::File(ram) => ram.check(),
+            #[cfg(target_os = "linux")]
+            Self::Process(ram) => ram.check(),
+        }
+    }
+}
+
+/// RAM in a file or memfd, whose size must stay.
 #[derive(Debug)]
 pub struct RamFile {
     path: PathBuf,
@@ -47,16 +83,7 @@ impl RamFile {
         Ok(Some(Self { path, file, size }))
     }
 
-    pub fn size(&self) -> u64 {
-        self.size
-    }
-
-    pub fn reader(&self) -> impl PageReader {
-        FileReader::range(&self.file, 0, self.size)
-    }
-
-    /// Whether it is as large as it was: what was cut off reads as if it had never been touched.
-    pub fn check_size(&self) -> anyhow::Result<()> {
+    fn check(&self) -> anyhow::Result<()> {
         let now = self.file.metadata()?.len();
         if now == self.size {
             return Ok(());

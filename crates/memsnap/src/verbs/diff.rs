@@ -5,24 +5,24 @@ use std::path::PathBuf;
 use anyhow::Context;
 use clap::Args;
 use dirty_bitmap::DirtyBitmap;
-use memory_image::{Chain, Image, ImageError, compare};
+use memory_image::{Chain, Image, compare};
 use memory_writer::{ImageId, Seal};
 use page_reader::PageReader;
 use serde::Serialize;
 
 use crate::Verdict;
-use crate::args::{Extras, Layout, Output, RawImages};
+use crate::args::{Extras, InProcess, Layout, Output, RawImages};
 use crate::failure::Failure;
 use crate::print::{self, count, size};
-use crate::ram::RamFile;
+use crate::ram::{Ram, RamFile};
 use crate::session::Session;
 use crate::{input, save};
 
 /// Take a diff: the pages of a new state of the RAM that differ from an old one
 ///
 /// The old state comes first: a full image, or one and its diffs, oldest first. The new state comes last: a full image; a diff on top of the old
-/// ones; or the RAM itself, a file or memfd as for `memsnap full` (pause the guest meanwhile). With --to, all files before are the old
-/// state, and the new one may be a chain of its own.
+/// ones; or the RAM itself, a file or memfd as for `memsnap full` (pause the guest meanwhile). With --to or --pid, all files before are the old
+/// state; with --to, the new one may be a chain of its own.
 ///
 /// The diff names the old state as its parent, and has the id of the new one; RAM gets a new id. Without --output nothing is
 /// written, and the exit status is 1 if the states differ.
@@ -32,6 +32,7 @@ use crate::{input, save};
     memsnap diff full.mem d1.mem /dev/shm/guest -o d2.mem\n  \
     memsnap diff yesterday.mem today.mem -o day.mem\n  \
     memsnap diff full.mem d1.mem d2.mem --to full.mem --to d1.mem -o back.mem\n  \
+    memsnap diff full.mem --pid 4242 --region /memfd:ram -o d1.mem\n  \
     memsnap diff a.mem b.mem")]
 pub struct Diff {
     /// The old state's images, oldest first, and then, without --to, the new state
@@ -40,6 +41,8 @@ pub struct Diff {
     /// The new state: RAM, or an image; repeat it for a chain, oldest first
     #[arg(long, value_name = "FILE")]
     to: Vec<PathBuf>,
+    #[command(flatten)]
+    process: InProcess,
     /// The diff to write; it appears once it is whole
     #[arg(short, long, value_name = "FILE")]
     output: Option<PathBuf>,
@@ -63,28 +66,27 @@ pub struct Diff {
 
 impl Diff {
     pub fn run(&self, session: &Session) -> anyhow::Result<Verdict> {
-        let (old, new) = self.states()?;
+        let (old_files, new_files) = self.states()?;
         let output = self.output.as_ref().map(|path| Output {
             path: path.clone(),
             force: self.force,
         });
         if let Some(output) = &output {
-            let inputs: Vec<_> = old.iter().chain(&new).cloned().collect();
+            let inputs: Vec<_> = old_files.iter().chain(&new_files).cloned().collect();
             save::check_output(output, &inputs)?;
             if self.layout == Layout::Raw && !self.extras.is_empty() {
                 let path = output.path.clone();
                 return Err(Failure::RawHasNoSeal { path }.into());
             }
         }
-        let new = New::open(session, old, &new, &self.raw)?;
-        let old = input::chain(session, old, &self.raw)?;
-        if !old.is_full() {
-            let path = self.files[0].clone();
-            return Err(ImageError::NotFull { path }.into());
-        }
-        let state = (old.size(), new.size());
-        if state.0 != state.1 {
-            let (old, new) = state;
+        let old = input::full_chain(session, old_files, &self.raw)?;
+        // Last, as it may stop a process.
+        let new = match self.process.open()? {
+            Some(ram) => New::Ram(ram),
+            None => New::open(session, old_files, &new_files, &self.raw)?,
+        };
+        if old.size() != new.size() {
+            let (old, new) = (old.size(), new.size());
             return Err(Failure::OtherGuest { old, new }.into());
         }
         if let (New::Images(images), false) = (&new, self.no_verify) {
@@ -93,17 +95,20 @@ impl Diff {
         let changed = self.changed(session, &old, &new)?;
         match &output {
             None => self.tell(&changed),
-            Some(output) => self.save(session, output, &old, &new, &changed),
+            Some(output) => self.save(session, output, &old, new, &changed),
         }
     }
 
     /// The files of the old state, and of the new one.
     fn states(&self) -> Result<(&[PathBuf], Vec<PathBuf>), Failure> {
-        if !self.to.is_empty() {
-            return Ok((&self.files, self.to.clone()));
-        }
-        match self.files.split_last() {
-            Some((new, old)) if !old.is_empty() => Ok((old, vec![new.clone()])),
+        match (
+            self.process.is_given(),
+            &self.to[..],
+            self.files.split_last(),
+        ) {
+            (true, [], _) => Ok((&self.files, Vec::new())),
+            (false, to @ [_, ..], _) => Ok((&self.files, to.to_vec())),
+            (false, [], Some((new, old))) if !old.is_empty() => Ok((old, vec![new.clone()])),
             _ => Err(Failure::NoNewState),
         }
     }
@@ -142,7 +147,7 @@ impl Diff {
         session: &Session,
         output: &Output,
         old: &Chain,
-        new: &New,
+        new: New,
         changed: &DirtyBitmap,
     ) -> anyhow::Result<Verdict> {
         let mut seal = new.seal();
@@ -157,7 +162,7 @@ impl Diff {
             );
         }
         let regions = old.images().find_map(Image::footer);
-        if let (Some(footer), New::Ram(_)) = (regions, new) {
+        if let (Some(footer), New::Ram(_)) = (regions, &new) {
             seal = seal.regions(footer.regions.iter().cloned());
         }
         let seal = self.extras.add_to(seal)?;
@@ -168,6 +173,8 @@ impl Diff {
         let mut writer = save::stage(output, options, old.size(), changed.page_size())?;
         writer.write_diff(&new.reader(), changed)?;
         new.check()?;
+        // A process that was stopped goes on.
+        drop(new);
         save::commit(session, writer)?;
         Ok(Verdict::Good)
     }
@@ -175,7 +182,7 @@ impl Diff {
 
 /// The new state.
 enum New {
-    Ram(RamFile),
+    Ram(Ram),
     Images(Chain),
 }
 
@@ -188,13 +195,13 @@ impl New {
     ) -> anyhow::Result<Self> {
         let first = RamFile::find(&new[0])?;
         match (first, new) {
-            (Some(ram), [_]) => Ok(Self::Ram(ram)),
+            (Some(ram), [_]) => Ok(Self::Ram(Ram::File(ram))),
             (_, [diff]) if Image::open(diff)?.is_diff() => {
                 let files = [old, new].concat();
-                Ok(Self::Images(input::chain(session, &files, raw)?))
+                Ok(Self::Images(input::full_chain(session, &files, raw)?))
             }
             _ => {
-                let chain = input::chain(session, new, raw)?;
+                let chain = input::full_chain(session, new, raw)?;
                 Ok(Self::Images(chain))
             }
         }
@@ -209,7 +216,7 @@ impl New {
 
     fn reader(&self) -> Box<dyn PageReader + '_> {
         match self {
-            Self::Ram(ram) => Box::new(ram.reader()),
+            Self::Ram(ram) => ram.reader(),
             Self::Images(chain) => Box::new(chain),
         }
     }
@@ -231,7 +238,7 @@ impl New {
 
     fn check(&self) -> anyhow::Result<()> {
         match self {
-            Self::Ram(ram) => ram.check_size(),
+            Self::Ram(ram) => ram.check(),
             Self::Images(_) => Ok(()),
         }
     }

@@ -6,25 +6,28 @@ use clap::Args;
 use memory_writer::Seal;
 
 use crate::Verdict;
-use crate::args::{Extras, Layout, Output};
+use crate::args::{Extras, InProcess, Layout, Output};
 use crate::failure::Failure;
-use crate::ram::{self, RamFile};
+use crate::ram::{self, Ram, RamFile};
 use crate::save;
 use crate::session::Session;
 
 /// Take a full image of a guest's RAM
 ///
 /// The RAM is a file that the guest maps shared (QEMU: -object memory-backend-file,share=on; a file in /dev/shm), or a memfd of a running
-/// monitor, as /proc/PID/fd/N. Pause the guest meanwhile: bytes that it changes are saved as they are when each is read. RAM that is zero or
-/// was never touched takes no room.
+/// monitor, as /proc/PID/fd/N; or, on Linux, mappings of a process. Pause the guest meanwhile: bytes that it changes are saved as they are when each is
+/// read. RAM that is zero or was never touched takes no room.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  \
     memsnap full /dev/shm/guest -o full.mem\n  \
-    memsnap full /proc/4242/fd/17 -o full.mem --layout sealed --metadata vcpus.bin")]
+    memsnap full /proc/4242/fd/17 -o full.mem --layout sealed --metadata vcpus.bin\n  \
+    memsnap full --pid 4242 --region /memfd:ram -o full.mem")]
 pub struct Full {
     /// The file or memfd that the guest's RAM is in
     #[arg(value_name = "RAMFILE")]
-    ram: PathBuf,
+    ram: Option<PathBuf>,
+    #[command(flatten)]
+    process: InProcess,
     #[command(flatten)]
     output: Output,
     /// How the pages stand in the image
@@ -42,12 +45,12 @@ pub struct Full {
 
 impl Full {
     pub fn run(&self, session: &Session) -> anyhow::Result<Verdict> {
-        save::check_output(&self.output, std::slice::from_ref(&self.ram))?;
+        save::check_output(&self.output, self.ram.as_slice())?;
         if self.layout == Layout::Raw && !self.extras.is_empty() {
             let path = self.output.path.clone();
             return Err(Failure::RawHasNoSeal { path }.into());
         }
-        let ram = RamFile::open(&self.ram)?;
+        let ram = self.open()?;
         let page_size = self.page_size.unwrap_or_else(ram::host_page);
         let seal = self.extras.add_to(Seal::new())?;
         let options = session
@@ -57,8 +60,18 @@ impl Full {
             .skip_untouched(!self.keep_zeros);
         let mut writer = save::stage(&self.output, options, ram.size(), page_size)?;
         writer.write_full(&ram.reader())?;
-        ram.check_size()?;
+        ram.check()?;
+        // A process that was stopped goes on.
+        drop(ram);
         save::commit(session, writer)?;
         Ok(Verdict::Good)
+    }
+
+    fn open(&self) -> anyhow::Result<Ram> {
+        match (&self.ram, self.process.is_given()) {
+            (Some(path), false) => Ok(Ram::File(RamFile::open(path)?)),
+            (None, _) => self.process.open()?.ok_or(Failure::NoRam.into()),
+            _ => Err(Failure::NoRam.into()),
+        }
     }
 }

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use anyhow::Context;
 use clap::Args;
 use indicatif::ProgressBar;
-use memory_image::{Chain, ImageError, RamTarget};
+use memory_image::{Chain, RamTarget};
 use page_reader::{FileReader, PageReader};
 use sparse_file::{Source, SpaceError, WriteOptions, punch_hole, write_runs};
 
@@ -50,11 +50,7 @@ impl Restore {
             let path = self.output.clone();
             return Err(Failure::OutputIsInput { path }.into());
         }
-        let chain = input::chain(session, &self.files, &self.raw)?;
-        if !chain.is_full() {
-            let path = self.files[0].clone();
-            return Err(ImageError::NotFull { path }.into());
-        }
+        let chain = input::full_chain(session, &self.files, &self.raw)?;
         if self.verify {
             input::check_sums(session, chain.images())?;
         }

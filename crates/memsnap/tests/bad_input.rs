@@ -1,0 +1,272 @@
+//! What the tool refuses, with which exit code, and that it leaves everything as it was.
+
+mod support;
+
+use std::fs::{self, File, Permissions};
+use std::io;
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::process::CommandExt;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use rstest::rstest;
+use support::{Ended, MEMSNAP, PAGE, RAM, Work, noise};
+use test_machine::Need;
+
+#[rstest]
+#[case::nothing_named("merge -o out", "required")]
+#[case::no_place("merge full.mem d1.mem", "--output")]
+#[case::two_places("merge full.mem d1.mem -o out --in-place", "cannot be used with")]
+#[case::no_layout("convert full.mem -o out --layout tar", "possible values")]
+#[case::page_of_no_power("full ram -o out --page-size 5000", "power of two")]
+#[case::no_size("full ram -o out --page-size huge", "give bytes")]
+#[case::no_new_state("diff full.mem -o out", "name the new state")]
+#[case::an_image_is_no_ram("full full.mem -o out", "use `memsnap convert`")]
+#[case::raw_with_metadata("full ram -o out --layout raw --metadata vcpus", "--layout sealed")]
+#[case::stream_not_compressed("convert full.mem -o -", "add --zstd")]
+#[case::no_stream("convert full.mem -o out --zstd", "name `-`")]
+#[case::stream_of_other_layout("convert full.mem -o - --zstd --layout raw", "packed")]
+#[case::picture_of_no_kind("map full.mem -o map.gif", ".svg or .png")]
+#[case::output_is_there("full ram -o d1.mem", "--force")]
+#[case::picture_is_there("map full.mem -o there.svg", "--force")]
+#[case::full_onto_the_ram("full ram -o ram --force", "one of the inputs")]
+#[case::merged_onto_an_input("merge full.mem d1.mem -o full.mem", "--in-place")]
+#[case::merged_onto_the_last("merge full.mem d1.mem -o d1.mem --force", "--in-place")]
+#[case::converted_onto_itself("convert full.mem -o ./full.mem --force", "one of the inputs")]
+#[case::onto_a_link_to_it("convert full.mem -o link --force", "one of the inputs")]
+#[case::diff_onto_the_old("diff full.mem ram -o full.mem --force", "one of the inputs")]
+#[case::restored_onto_an_image("restore full.mem d1.mem -o d1.mem --force", "one of the inputs")]
+#[case::ram_in_use("restore full.mem -o ram", "--force")]
+fn wrong_usage_is_refused_before_anything_is_written(#[case] command: &str, #[case] says: &str) {
+    let work = Work::with_chain();
+    fs::write(work.path("there.svg"), "").unwrap();
+    std::os::unix::fs::symlink("full.mem", work.path("link")).unwrap();
+    work.fails(command, 2, &[says]);
+}
+
+#[rstest]
+#[case::missing("full.mem d2.mem", &["d2.mem", "not in the chain"])]
+#[case::reordered("full.mem d2.mem d1.mem", &["d2.mem", "not in the chain"])]
+#[case::repeated("full.mem d1.mem d1.mem", &["d1.mem", "name each image once"])]
+#[case::late("full.mem d1.mem other.mem", &["other.mem", "not in the chain"])]
+#[case::two_full("full.mem full2.mem", &["full2.mem", "is a full image"])]
+#[case::another_guest("full.mem small.mem", &["small.mem", "bytes of RAM"])]
+#[case::other_addresses("full.mem moved.mem", &["moved.mem", "other addresses"])]
+#[case::onto_raw("ram d1.mem", &["d1.mem", "raw image has no id"])]
+#[case::diff_first("d1.mem full.mem", &["full.mem", "is a full image"])]
+fn a_chain_that_is_none_is_refused_by_every_verb(#[case] files: &str, #[case] says: &[&str]) {
+    let work = Work::with_chain();
+    work.good("full ram -o full2.mem");
+    work.good("diff full2.mem first -o other.mem");
+    work.create("small", RAM / 2);
+    work.good("full small -o small.mem");
+    work.good("full first -o moved-full.mem --region-at 0x40000000:8MiB");
+    work.good("diff moved-full.mem ram -o moved.mem");
+    work.fails(&format!("merge {files} -o out"), 1, says);
+    work.fails(&format!("restore {files} -o out"), 1, says);
+    let found = work.run(&format!("verify {files} --allow-raw"));
+    assert_eq!(found.code, Some(1), "{found:?}");
+    assert!(
+        says.iter().all(|word| found.out.contains(word)),
+        "{found:?}"
+    );
+    assert!(found.out.contains("NOT LINKED"), "{found:?}");
+}
+
+#[rstest]
+#[case::diff_alone("restore d1.mem -o out", 1, &["d1.mem", "is a diff"])]
+#[case::old_state_is_a_diff("diff d1.mem ram -o out", 1, &["d1.mem", "is a diff"])]
+#[case::new_state_is_a_diff("diff full.mem --to d1.mem --to d2.mem -o out", 1, &["d1.mem", "is a diff"])]
+#[case::raw_where_sealed_is_demanded("convert full.raw --raw-diff --parent ram -o out --layout sealed", 1, &["ram", "not sealed"])]
+#[case::other_size("diff full.mem small -o out", 1, &["of different guests"])]
+#[case::target_of_other_size("restore full.mem -o small", 1, &["small", "must be equal"])]
+#[case::maps_of_two_guests("map full.mem small", 1, &["of different guests"])]
+#[case::same_state("diff full.mem full.mem -o out", 1, &["the same one"])]
+#[case::no_file("info none.mem", 3, &["none.mem", "No such file"])]
+#[case::no_directory("full ram -o none/out", 3, &["none", "No such file"])]
+#[case::a_directory("full . -o out", 3, &["not a regular file"])]
+#[case::a_device("info /dev/null", 3, &["/dev/null", "not a regular file"])]
+#[case::empty("info empty", 1, &["empty"])]
+#[case::no_whole_pages("full odd -o out", 3, &["whole number of pages"])]
+#[case::no_pages("restore odd -o out", 1, &["odd", "cut short"])]
+#[case::metadata_missing("full ram -o out --metadata none", 3, &["metadata", "none"])]
+fn other_bad_input_is_named(#[case] command: &str, #[case] code: i32, #[case] says: &[&str]) {
+    let work = Work::with_chain();
+    work.good("full ram -o full.raw --layout raw");
+    work.create("small", RAM / 2);
+    work.create("empty", 0);
+    work.create("odd", RAM + 5);
+    work.fails(command, code, says);
+}
+
+#[rstest]
+#[case::merged("merge full.mem d1.mem -o out")]
+#[case::merged_in_place("merge --in-place full.mem d1.mem")]
+#[case::converted("convert full.mem -o out --layout raw")]
+#[case::sent("convert full.mem -o - --zstd")]
+#[case::the_new_state("diff other.mem full.mem -o out")]
+#[case::restored("restore --verify full.mem d1.mem -o out")]
+fn damage_does_not_get_checksums_that_call_it_right(#[case] command: &str) {
+    let work = Work::with_chain();
+    work.good("full ram -o other.mem");
+    work.rot("full.mem", 5000);
+    work.fails(command, 1, &["full.mem", "damaged", "memsnap verify"]);
+}
+
+#[test]
+fn an_image_that_was_cut_short_is_no_image() {
+    let work = Work::with_chain();
+    let bytes = work.read("d1.mem");
+    fs::write(work.path("d1.mem"), &bytes[..bytes.len() - 1]).unwrap();
+    let found = work.run("verify full.mem d1.mem");
+    assert_eq!(found.code, Some(1));
+    assert!(found.out.contains("its end was cut off"), "{found:?}");
+    work.fails("merge full.mem d1.mem -o out", 1, &["d1.mem"]);
+}
+
+/// Resizes the RAM once the stage is there, and so while it is read.
+#[rstest]
+#[case::grows(64 << 20)]
+#[case::shrinks(-(64 << 20))]
+fn ram_that_changes_its_size_meanwhile_is_an_error(#[case] by: i64) {
+    const SIZE: u64 = 256 << 20;
+    let work = Work::empty();
+    let ram = work.create("ram", SIZE);
+    let block = noise(1, 1 << 20);
+    for offset in (0..SIZE / 2).step_by(1 << 20) {
+        std::os::unix::fs::FileExt::write_all_at(&ram, &block, offset).unwrap();
+    }
+    let mut command = work.command("full ram -o out");
+    let child = command
+        .stdout(std::process::Stdio::piped())
+        .stderr(std::process::Stdio::piped());
+    let child = child.spawn().unwrap();
+    let start = Instant::now();
+    while work.files().len() < 2 {
+        assert!(start.elapsed() < Duration::from_secs(30), "no stage");
+    }
+    ram.set_len(SIZE.checked_add_signed(by).unwrap()).unwrap();
+    let output = child.wait_with_output().unwrap();
+    let error = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(3), "{error}");
+    assert!(error.contains("changed its size"), "{error}");
+    assert_eq!(work.files(), ["ram"]);
+}
+
+#[rstest]
+#[case::full("full ../ram -o out")]
+#[case::raw("full ../ram -o out --layout raw --keep-zeros")]
+#[case::merged("merge ../full.mem ../d1.mem -o out")]
+#[case::restored("restore ../full.mem -o out")]
+#[case::received("convert ../sealed.mem -o out --layout packed")]
+fn a_full_disk_is_an_error_that_says_so_and_leaves_nothing(#[case] command: &str) {
+    if !Need::Root.met("a_full_disk_is_an_error_that_says_so_and_leaves_nothing") {
+        return;
+    }
+    let work = Work::with_chain();
+    work.good("convert full.mem -o sealed.mem --layout sealed");
+    let disk = test_machine::TinyTmpfs::new(128 << 10).unwrap();
+    let command = command.replace("../", &format!("{}/", work.path("").display()));
+    let mut command = work.command(&command);
+    let ended = Ended::of(command.current_dir(disk.path()));
+    ended.fails(3, &["make room"]);
+    assert_eq!(support::list(disk.path()), [""; 0]);
+}
+
+#[rstest]
+#[case::pages(8)]
+#[case::footer(460)]
+fn a_limit_of_the_file_size_is_an_error_and_no_signal(#[case] kib: u64) {
+    let work = Work::with_ram();
+    let script = format!("ulimit -f {}; exec {MEMSNAP} full ram -o out", kib * 2);
+    let mut shell = Command::new("sh");
+    // POSIX counts in blocks of 512 bytes; bash does so when it is called sh.
+    shell.args(["-c", &script]).current_dir(work.path(""));
+    Ended::of(&mut shell).fails(3, &["out", "File too large"]);
+    assert_eq!(work.files(), ["ram"]);
+}
+
+#[test]
+fn without_permission_the_error_names_the_file() {
+    if !Need::Root.met("without_permission_the_error_names_the_file") {
+        return;
+    }
+    let work = Work::with_chain();
+    // Where anybody may run it. By `cp`, so that no child of another test has it open for writing: it would be busy.
+    let copied = Command::new("cp")
+        .args([MEMSNAP, "memsnap"])
+        .current_dir(work.path(""))
+        .status();
+    assert!(copied.unwrap().success());
+    fs::set_permissions(work.path(""), Permissions::from_mode(0o755)).unwrap();
+    let nobody = |arguments: &str| {
+        let mut command = Command::new(work.path("memsnap"));
+        command
+            .args(arguments.split(' '))
+            .current_dir(work.path(""));
+        Ended::of(command.uid(65534).gid(65534))
+    };
+    nobody("info full.mem").fails(3, &["full.mem", "Permission denied"]);
+    fs::set_permissions(work.path("full.mem"), Permissions::from_mode(0o644)).unwrap();
+    nobody("info full.mem").good();
+    nobody("verify full.mem").good();
+    nobody("convert full.mem -o out").fails(3, &["cannot stage", "Permission denied"]);
+    // RAM that may be read, and not be written.
+    let before = work.read("ram");
+    nobody("restore full.mem -o ram --force").fails(3, &["ram", "Permission denied"]);
+    assert!(work.read("ram") == before);
+}
+
+#[rstest]
+#[case::info("info full.mem", 0)]
+#[case::map("map full.mem", 0)]
+#[case::help("--help", 0)]
+#[case::verified("verify full.mem", 0)]
+#[case::damaged("verify rotten.mem", 1)]
+#[case::different("diff full.mem ram", 1)]
+#[case::written("full ram -o out", 0)]
+#[case::stream("convert full.mem -o - --zstd", 3)]
+fn a_reader_that_went_away_is_no_panic_and_changes_no_answer(
+    #[case] command: &str,
+    #[case] code: i32,
+) {
+    let work = Work::with_chain();
+    work.copy("full.mem", "rotten.mem");
+    work.rot("rotten.mem", 5000);
+    let (reader, writer) = io::pipe().unwrap();
+    drop(reader);
+    let child = work
+        .command(command)
+        .stdout(writer)
+        .stderr(std::process::Stdio::piped())
+        .spawn();
+    let output = child.unwrap().wait_with_output().unwrap();
+    let error = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(code), "{error}");
+    assert!(!error.contains("panicked"), "{error}");
+}
+
+#[test]
+fn a_full_stdout_is_an_error() {
+    let work = Work::with_ram();
+    let full = File::options().write(true).open("/dev/full");
+    let Ok(full) = full else { return };
+    let mut command = work.command("info ram");
+    let status = command
+        .stdout(full)
+        .stderr(std::process::Stdio::null())
+        .status();
+    assert_eq!(status.unwrap().code(), Some(3));
+}
+
+#[test]
+fn the_page_of_a_process_is_the_smallest_that_ram_may_end_with() {
+    let work = Work::empty();
+    work.create("ram", RAM + PAGE);
+    work.good("full ram -o full.mem --page-size 4KiB");
+    work.fails(
+        "full ram -o out --page-size 8KiB",
+        3,
+        &["whole number of pages", "smaller page"],
+    );
+}

@@ -1,0 +1,200 @@
+//! RAM in the memory of another process.
+
+#![cfg(target_os = "linux")]
+#![allow(unsafe_code)]
+
+mod support;
+
+use std::fs;
+use std::io::Read;
+use std::num::NonZeroUsize;
+use std::process::{Child, Command, Stdio};
+
+use nix::sys::memfd::{MFdFlags, memfd_create};
+use nix::sys::mman::{MapFlags, ProtFlags, mmap};
+use support::{Ended, PAGE, RAM, Work};
+use test_machine::Need;
+
+/// The file whose bytes the other process has as its guest's RAM.
+const ROLE: &str = "MEMSNAP_TEST_RAM";
+
+/// No test: what the other process does here. Maps a memfd with the bytes, says where, and waits to be killed.
+#[test]
+fn a_monitor() {
+    let Some(path) = std::env::var_os(ROLE) else {
+        return;
+    };
+    let ram = fs::read(path).unwrap();
+    let fd = memfd_create("guest-ram", MFdFlags::empty()).unwrap();
+    nix::unistd::ftruncate(&fd, RAM as i64).unwrap();
+    let (len, flags) = (NonZeroUsize::new(ram.len()).unwrap(), MapFlags::MAP_SHARED);
+    let protection = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
+    // SAFETY: a new mapping, where the kernel likes.
+    let start = unsafe { mmap(None, len, protection, flags, &fd, 0) }.unwrap();
+    for (number, page) in ram.chunks(PAGE as usize).enumerate() {
+        if page.iter().any(|byte| *byte != 0) {
+            let to = start.as_ptr().wrapping_byte_add(number * PAGE as usize);
+            // SAFETY: inside the mapping, which nobody else has.
+            unsafe { std::ptr::copy_nonoverlapping(page.as_ptr(), to.cast(), page.len()) };
+        }
+    }
+    println!("\nRAM AT {:#x}", start.as_ptr().addr());
+    loop {
+        std::thread::park();
+    }
+}
+
+/// Ended when this is dropped.
+struct Monitor {
+    child: Child,
+    address: String,
+}
+
+impl Monitor {
+    fn with(work: &Work, name: &str) -> Self {
+        let mut child = Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "a_monitor", "--nocapture"])
+            .env(ROLE, work.path(name))
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut said = String::new();
+        let stdout = child.stdout.as_mut().unwrap();
+        while !said.ends_with('\n') || !said.contains("RAM AT") {
+            let mut byte = [0];
+            stdout.read_exact(&mut byte).unwrap();
+            said.push(byte[0].into());
+        }
+        let address = said.trim_end().rsplit(' ').next().unwrap().to_owned();
+        Self { child, address }
+    }
+
+    fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    fn state(&self) -> String {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.pid())).unwrap();
+        let state = status.lines().find_map(|line| line.strip_prefix("State:"));
+        state.unwrap().trim().to_owned()
+    }
+}
+
+impl Drop for Monitor {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+#[test]
+fn ram_is_captured_from_a_process_by_name_address_or_range() {
+    if !Need::Ptrace.met("ram_is_captured_from_a_process_by_name_address_or_range") {
+        return;
+    }
+    let work = Work::with_chain();
+    let monitor = Monitor::with(&work, "ram");
+    let (pid, address) = (monitor.pid(), &monitor.address);
+    for (number, region) in [
+        "/memfd:guest-ram".to_owned(),
+        "guest-ram".to_owned(),
+        address.clone(),
+        format!("{address}:8MiB"),
+    ]
+    .iter()
+    .enumerate()
+    {
+        work.good(&format!(
+            "full --pid {pid} --region {region} -o {number}.mem"
+        ));
+        work.good(&format!("diff {number}.mem ram"));
+    }
+    // Untouched RAM was not touched, nor saved.
+    let info = work.good("info 0.mem full.mem --json").json();
+    assert!(info[0]["present"]["bytes"].as_u64() <= Some(120 * PAGE));
+    // It goes on.
+    assert!(monitor.state().starts_with('S'), "{}", monitor.state());
+
+    work.good(&format!(
+        "full --pid {pid} --region guest-ram --live -o live.mem"
+    ));
+    work.good("diff live.mem ram");
+}
+
+#[test]
+fn a_diff_is_captured_from_a_process() {
+    if !Need::Ptrace.met("a_diff_is_captured_from_a_process") {
+        return;
+    }
+    let work = Work::with_chain();
+    let monitor = Monitor::with(&work, "ram");
+    let pid = monitor.pid();
+    work.good(&format!(
+        "diff full.mem d1.mem --pid {pid} --region guest-ram -o mine.mem"
+    ));
+    work.good("verify full.mem d1.mem mine.mem");
+    let info = work.good("info mine.mem d2.mem --json").json();
+    assert_eq!(info[0]["present"], info[1]["present"]);
+    work.good("restore full.mem d1.mem mine.mem -o out");
+    work.assert_same("out", "ram");
+}
+
+#[test]
+fn what_is_not_there_is_named_and_the_process_goes_on() {
+    if !Need::Ptrace.met("what_is_not_there_is_named_and_the_process_goes_on") {
+        return;
+    }
+    let work = Work::with_chain();
+    let monitor = Monitor::with(&work, "ram");
+    let pid = monitor.pid();
+    let full = format!("full --pid {pid} -o out");
+    work.fails(&full, 2, &["--region", "guest-ram"]);
+    work.fails(
+        &format!("{full} --region other-ram"),
+        3,
+        &["other-ram", "guest-ram"],
+    );
+    work.fails(
+        &format!("{full} --region 0x1000"),
+        3,
+        &["0x1000", "nothing mapped"],
+    );
+    work.fails(
+        &format!("{full} --region 0x1000:1MiB"),
+        3,
+        &["isn't mapped"],
+    );
+    work.fails(&format!("{full} ram"), 2, &["once"]);
+    work.fails("full -o out", 2, &["name the guest's RAM"]);
+    work.fails("full ram --region guest-ram -o out", 2, &["--pid"]);
+    let diff = format!("diff full.mem --to ram --pid {pid} --region guest-ram -o out");
+    work.fails(&diff, 2, &["once"]);
+    assert!(monitor.state().starts_with('S'), "{}", monitor.state());
+    // The id of a process that has ended, and isn't anybody's.
+    drop(monitor);
+    work.fails(&full, 3, &["isn't there"]);
+}
+
+#[test]
+fn who_may_not_trace_is_told_what_it_takes() {
+    use std::os::unix::fs::PermissionsExt;
+    use std::os::unix::process::CommandExt;
+
+    let test = "who_may_not_trace_is_told_what_it_takes";
+    if !Need::Root.met(test) || !Need::Ptrace.met(test) {
+        return;
+    }
+    let work = Work::with_ram();
+    let monitor = Monitor::with(&work, "ram");
+    let copied = Command::new("cp")
+        .args([support::MEMSNAP, "memsnap"])
+        .current_dir(work.path(""))
+        .status();
+    assert!(copied.unwrap().success());
+    fs::set_permissions(work.path(""), fs::Permissions::from_mode(0o777)).unwrap();
+    let mut command = Command::new(work.path("memsnap"));
+    let full = format!("full --pid {} --region guest-ram -o out", monitor.pid());
+    command.args(full.split(' ')).current_dir(work.path(""));
+    Ended::of(command.uid(65534).gid(65534)).fails(3, &["may not trace", "CAP_SYS_PTRACE"]);
+    assert_eq!(work.files(), ["memsnap", "ram"]);
+}

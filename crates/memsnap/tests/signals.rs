@@ -1,0 +1,245 @@
+//! SIGINT and SIGTERM at any moment of a verb: it has done all, or nothing.
+
+mod support;
+
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::unix::process::ExitStatusExt;
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use rstest::rstest;
+use support::{MEMSNAP, Work, noise};
+
+/// Sparse, and with enough in it that work on it takes a while.
+const SIZE: u64 = 4 << 30;
+const DATA: u64 = 128 << 20;
+
+/// When the signal comes.
+#[derive(Clone, Copy, Debug)]
+enum Moment {
+    After(Duration),
+    /// As soon as there is a file more than before.
+    Staged,
+}
+
+const MOMENTS: [Moment; 7] = [
+    Moment::After(Duration::ZERO),
+    Moment::After(Duration::from_millis(3)),
+    Moment::After(Duration::from_millis(10)),
+    Moment::After(Duration::from_millis(30)),
+    Moment::After(Duration::from_millis(100)),
+    Moment::Staged,
+    Moment::After(Duration::from_secs(60)),
+];
+
+/// `ram`, `full.mem` of what it was before, `d1.mem`.
+fn large() -> Work {
+    let work = Work::empty();
+    let ram = work.create("ram", SIZE);
+    let fill = |seed: u64| {
+        let block = noise(seed, 1 << 20);
+        for number in 0..DATA >> 20 {
+            ram.write_all_at(&block, number * (24 << 20)).unwrap();
+            ram.write_all_at(&number.to_le_bytes(), number * (24 << 20))
+                .unwrap();
+        }
+    };
+    fill(1);
+    work.good("full ram -o full.mem");
+    fill(2);
+    work.good("diff full.mem ram -o d1.mem");
+    work
+}
+
+fn signal(child: &Child, signal: Signal) {
+    // It may have ended: it is not waited for yet, so its id is still its own.
+    kill(Pid::from_raw(child.id().cast_signed()), signal).unwrap();
+}
+
+/// Signals at `moment`, and waits for the end.
+fn interrupted(work: &Work, command: &mut Command, moment: Moment, with: Signal) -> ExitStatus {
+    let before = work.files().len();
+    let mut child = command
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    let start = Instant::now();
+    let due = |ended: bool| match moment {
+        _ if ended => true,
+        Moment::After(delay) => start.elapsed() >= delay,
+        Moment::Staged => work.files().len() > before,
+    };
+    while !due(child.try_wait().unwrap().is_some()) {
+        sleep(Duration::from_micros(200));
+    }
+    if child.try_wait().unwrap().is_none() {
+        signal(&child, with);
+    }
+    child.wait().unwrap()
+}
+
+/// Ended by the tool itself, or before it had begun to listen.
+fn was_interrupted(status: ExitStatus, with: Signal) -> bool {
+    status.code() == Some(130) || status.signal() == Some(with as i32)
+}
+
+#[rstest]
+#[case::full("full ram -o out", Signal::SIGINT)]
+#[case::full_by_sigterm("full ram -o out --layout sealed", Signal::SIGTERM)]
+#[case::diff("diff full.mem ram -o out", Signal::SIGINT)]
+#[case::merge("merge full.mem d1.mem -o out", Signal::SIGINT)]
+#[case::convert("convert full.mem -o out --layout sealed", Signal::SIGTERM)]
+#[case::restore("restore full.mem d1.mem -o out", Signal::SIGINT)]
+fn a_signal_leaves_all_or_nothing(#[case] command: &str, #[case] with: Signal) {
+    let work = large();
+    let before = work.files();
+    let mut stopped = 0;
+    for moment in MOMENTS {
+        let status = interrupted(&work, &mut work.command(command), moment, with);
+        if work.files() == before {
+            assert!(was_interrupted(status, with), "{moment:?}: {status:?}");
+            stopped += usize::from(status.code() == Some(130));
+            continue;
+        }
+        assert_eq!(status.code(), Some(0), "{moment:?}");
+        let is = match command.starts_with("restore") {
+            true => "diff full.mem d1.mem out",
+            false => "verify out",
+        };
+        work.good(is);
+        std::fs::remove_file(work.path("out")).unwrap();
+        assert_eq!(work.files(), before, "{moment:?}");
+    }
+    assert!(stopped > 0, "no signal was in time");
+}
+
+#[test]
+fn a_merge_in_place_leaves_the_old_base_or_the_new_one() {
+    let work = large();
+    let before = work.files();
+    let old = work.good("info full.mem --json").json()[0]["id"].clone();
+    for moment in MOMENTS {
+        let mut command = work.command("merge --in-place full.mem d1.mem");
+        let status = interrupted(&work, &mut command, moment, Signal::SIGINT);
+        assert_eq!(work.files(), before, "{moment:?}");
+        work.good("verify full.mem");
+        let id = work.good("info full.mem --json").json()[0]["id"].clone();
+        if status.code() == Some(0) {
+            assert_ne!(id, old);
+            return work.good("diff full.mem ram").out.truncate(0);
+        }
+        assert!(
+            was_interrupted(status, Signal::SIGINT),
+            "{moment:?}: {status:?}"
+        );
+        assert_eq!(id, old);
+    }
+    panic!("the last one had time");
+}
+
+#[test]
+fn a_restore_in_place_leaves_all_of_the_ram_or_none() {
+    let work = large();
+    let target = work.create("target", SIZE);
+    for moment in MOMENTS {
+        let mut command = work.command("restore full.mem d1.mem -o target --force");
+        let status = interrupted(&work, &mut command, moment, Signal::SIGINT);
+        if status.code() == Some(0) {
+            work.good("diff full.mem d1.mem target");
+        } else {
+            assert!(
+                was_interrupted(status, Signal::SIGINT),
+                "{moment:?}: {status:?}"
+            );
+            // A file system may keep a block or two for its own.
+            assert!(target.metadata().unwrap().blocks() < 100, "{moment:?}");
+        }
+        sparse_file::punch_hole(&target, 0..SIZE).unwrap();
+    }
+}
+
+#[test]
+fn a_stream_that_stalls_is_interrupted_and_leaves_nothing() {
+    let work = Work::with_chain();
+    let before = work.files();
+    let mut command = work.command("convert - --zstd -o out");
+    // Nobody writes to it.
+    let mut child = command
+        .stdin(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    sleep(Duration::from_millis(200));
+    signal(&child, Signal::SIGINT);
+    let stdin = child.stdin.take();
+    let status = child.wait().unwrap();
+    drop(stdin);
+    assert_eq!(status.code(), Some(130));
+    assert_eq!(work.files(), before);
+}
+
+#[rstest]
+#[case::verify("verify full.mem")]
+#[case::compare("diff full.mem ram")]
+#[case::send("convert full.mem -o - --zstd")]
+#[case::pack_and_send("convert ram -o - --zstd")]
+fn a_verb_that_only_reads_ends_at_once(#[case] command: &str) {
+    let work = large();
+    let before = work.files();
+    for moment in MOMENTS {
+        let mut command = work.command(command);
+        let command = command.env("TMPDIR", work.path(""));
+        let status = interrupted(&work, command, moment, Signal::SIGINT);
+        let ended = matches!(status.code(), Some(0 | 1));
+        assert!(
+            ended || was_interrupted(status, Signal::SIGINT),
+            "{moment:?}: {status:?}"
+        );
+        assert_eq!(work.files(), before, "{moment:?}");
+    }
+}
+
+#[test]
+fn the_demo_removes_its_directory() {
+    let work = Work::empty();
+    for moment in MOMENTS {
+        let mut command = Command::new(MEMSNAP);
+        let command = command.arg("demo").env("TMPDIR", work.path(""));
+        interrupted(&work, command, moment, Signal::SIGINT);
+        assert_eq!(work.files(), [""; 0], "{moment:?}");
+    }
+}
+
+/// The first signal is being heeded; whoever can't wait sends another.
+#[test]
+fn what_a_second_signal_leaves_the_next_writer_removes() {
+    let work = large();
+    let before = work.files();
+    for _ in 0..20 {
+        let mut command = work.command("full ram -o out");
+        let mut child = command
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        while work.files() == before {
+            assert!(
+                child.try_wait().unwrap().is_none(),
+                "it ended without a stage"
+            );
+        }
+        signal(&child, Signal::SIGINT);
+        signal(&child, Signal::SIGTERM);
+        assert_eq!(child.wait().unwrap().code(), Some(130));
+        if work.files() != before {
+            break;
+        }
+    }
+    work.good("full ram -o out");
+    std::fs::remove_file(work.path("out")).unwrap();
+    assert_eq!(work.files(), before);
+}
