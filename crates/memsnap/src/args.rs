@@ -1,13 +1,17 @@
 //! Arguments that several verbs have.
 
+use std::fs::File;
+use std::io::Read;
 use std::ops::Range;
 use std::path::PathBuf;
 
 use anyhow::Context;
 use clap::{Args, ValueEnum};
+use image_format::Footer;
 use memory_writer::Seal;
 use serde::Serialize;
 
+use crate::failure::Failure;
 #[cfg(target_os = "linux")]
 use crate::process::{ProcessRam, Region};
 use crate::ram::Ram;
@@ -68,14 +72,32 @@ pub struct Extras {
 }
 
 impl Extras {
-    /// `seal` with what was given here.
-    pub fn add_to(&self, mut seal: Seal) -> anyhow::Result<Seal> {
+    /// `seal` with what was given here, which is of `ram_bytes` bytes of RAM.
+    pub fn add_to(&self, mut seal: Seal, ram_bytes: u64) -> anyhow::Result<Seal> {
         if let Some(path) = &self.metadata {
-            let bytes = std::fs::read(path);
-            let bytes = bytes.with_context(|| format!("cannot read the metadata {path:?}"))?;
+            let failed = || format!("cannot read the metadata {path:?}");
+            let file = File::open(path).with_context(failed)?;
+            let mut bytes = Vec::new();
+            let most = Footer::MAX_METADATA as u64;
+            file.take(most + 1)
+                .read_to_end(&mut bytes)
+                .with_context(failed)?;
+            if bytes.len() as u64 > most {
+                let path = path.clone();
+                return Err(Failure::TooMuchMetadata { path }.into());
+            }
             seal = seal.metadata(bytes);
         }
         if !self.region_at.is_empty() {
+            let sizes = self
+                .region_at
+                .iter()
+                .map(|region| region.end - region.start);
+            let sum: u128 = sizes.map(u128::from).sum();
+            let ascending = self.region_at.is_sorted_by(|a, b| a.end <= b.start);
+            if !ascending || sum != ram_bytes.into() {
+                return Err(Failure::NoLayout { ram_bytes, sum }.into());
+            }
             seal = seal.regions(self.region_at.iter().cloned());
         }
         Ok(seal)

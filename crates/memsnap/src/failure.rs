@@ -40,6 +40,16 @@ pub enum Failure {
         "a diff in larger pages would hold bytes that it doesn't know: choose no page larger than {page_size}, or merge it first"
     )]
     DiffInLargerPages { page_size: u64 },
+    #[error(
+        "{path:?} has more than 16 MiB: metadata is kept in memory, so keep this beside the image"
+    )]
+    TooMuchMetadata { path: PathBuf },
+    #[error(
+        "the regions have {sum} bytes in all, the RAM has {ram_bytes}: give all of them, ascending and apart"
+    )]
+    NoLayout { ram_bytes: u64, sum: u128 },
+    #[error("{path:?} is empty: no guest has RAM of 0 bytes")]
+    NoBytes { path: PathBuf },
     #[error("{path:?} is a sealed memory image, not RAM: use `memsnap convert`")]
     RamIsImage { path: PathBuf },
     #[error("{path:?} is not a regular file or memfd: give the file that the guest's RAM is in")]
@@ -105,6 +115,8 @@ impl Failure {
             | Self::RawHasNoSeal { .. }
             | Self::DiffInLargerPages { .. }
             | Self::RamIsImage { .. }
+            | Self::TooMuchMetadata { .. }
+            | Self::NoLayout { .. }
             | Self::NoNewState
             | Self::NoRam
             | Self::NoSuchPicture { .. }
@@ -115,7 +127,7 @@ impl Failure {
             | Self::StreamDamaged { .. }
             | Self::StreamBroken { .. }
             | Self::TargetSize { .. } => NEGATIVE,
-            Self::NotRam { .. } | Self::RamResized { .. } => FAILED,
+            Self::NotRam { .. } | Self::NoBytes { .. } | Self::RamResized { .. } => FAILED,
             #[cfg(target_os = "linux")]
             Self::NothingMapped { .. } => FAILED,
             #[cfg(target_os = "linux")]

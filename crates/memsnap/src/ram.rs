@@ -80,6 +80,9 @@ impl RamFile {
             return Ok(None);
         }
         let size = metadata.len();
+        if size == 0 {
+            return Err(Failure::NoBytes { path }.into());
+        }
         Ok(Some(Self { path, file, size }))
     }
 

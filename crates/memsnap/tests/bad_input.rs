@@ -2,7 +2,7 @@
 
 mod support;
 
-use std::fs::{self, File, Permissions};
+use std::fs::{self, Permissions};
 use std::io;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::CommandExt;
@@ -23,6 +23,13 @@ use test_machine::Need;
 #[case::no_new_state("diff full.mem -o out", "name the new state")]
 #[case::an_image_is_no_ram("full full.mem -o out", "use `memsnap convert`")]
 #[case::raw_with_metadata("full ram -o out --layout raw --metadata vcpus", "--layout sealed")]
+#[case::too_much_metadata("full ram -o out --metadata huge", "16 MiB")]
+#[case::regions_of_other_ram("full ram -o out --region-at 0:4MiB", "4194304 bytes")]
+#[case::regions_that_overlap("full ram -o out --region-at 0:4MiB --region-at 4096:4MiB", "apart")]
+#[case::regions_in_disorder(
+    "full ram -o out --region-at 8388608:4MiB --region-at 0:4MiB",
+    "ascending"
+)]
 #[case::stream_not_compressed("convert full.mem -o -", "add --zstd")]
 #[case::no_stream("convert full.mem -o out --zstd", "name `-`")]
 #[case::stream_of_other_layout("convert full.mem -o - --zstd --layout raw", "packed")]
@@ -40,6 +47,7 @@ use test_machine::Need;
 fn wrong_usage_is_refused_before_anything_is_written(#[case] command: &str, #[case] says: &str) {
     let work = Work::with_chain();
     fs::write(work.path("there.svg"), "").unwrap();
+    work.create("huge", (16 << 20) + 1);
     std::os::unix::fs::symlink("full.mem", work.path("link")).unwrap();
     work.fails(command, 2, &[says]);
 }
@@ -87,6 +95,7 @@ fn a_chain_that_is_none_is_refused_by_every_verb(#[case] files: &str, #[case] sa
 #[case::a_directory("full . -o out", 3, &["not a regular file"])]
 #[case::a_device("info /dev/null", 3, &["/dev/null", "not a regular file"])]
 #[case::empty("info empty", 1, &["empty"])]
+#[case::empty_ram("full empty -o out", 3, &["empty"])]
 #[case::no_whole_pages("full odd -o out", 3, &["whole number of pages"])]
 #[case::no_pages("restore odd -o out", 1, &["odd", "cut short"])]
 #[case::metadata_missing("full ram -o out --metadata none", 3, &["metadata", "none"])]
@@ -153,6 +162,7 @@ fn ram_that_changes_its_size_meanwhile_is_an_error(#[case] by: i64) {
     assert_eq!(work.files(), ["ram"]);
 }
 
+#[cfg(target_os = "linux")]
 #[rstest]
 #[case::full("full ../ram -o out")]
 #[case::raw("full ../ram -o out --layout raw --keep-zeros")]
@@ -246,11 +256,11 @@ fn a_reader_that_went_away_is_no_panic_and_changes_no_answer(
     assert!(!error.contains("panicked"), "{error}");
 }
 
+#[cfg(target_os = "linux")]
 #[test]
 fn a_full_stdout_is_an_error() {
     let work = Work::with_ram();
-    let full = File::options().write(true).open("/dev/full");
-    let Ok(full) = full else { return };
+    let full = fs::File::options().write(true).open("/dev/full").unwrap();
     let mut command = work.command("info ram");
     let status = command
         .stdout(full)
@@ -260,7 +270,7 @@ fn a_full_stdout_is_an_error() {
 }
 
 #[test]
-fn the_page_of_a_process_is_the_smallest_that_ram_may_end_with() {
+fn ram_that_is_no_whole_number_of_pages_takes_smaller_ones() {
     let work = Work::empty();
     work.create("ram", RAM + PAGE);
     work.good("full ram -o full.mem --page-size 4KiB");

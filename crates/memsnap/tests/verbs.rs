@@ -309,7 +309,7 @@ fn the_demo_is_as_it_should_be_and_leaves_nothing() {
         "{demo:?}"
     );
     assert_eq!(work.files(), [""; 0]);
-    work.good("-q demo --keep kept");
+    work.good("demo --keep kept");
     assert!(support::list(&work.path("kept")).contains(&"merged.mem".to_owned()));
 }
 

@@ -152,7 +152,7 @@ impl Convert {
     }
 
     fn options(&self, session: &Session, chain: &Chain, layout: Layout) -> anyhow::Result<Options> {
-        let mut seal = self.extras.add_to(chain.seal())?;
+        let mut seal = self.extras.add_to(chain.seal(), chain.size())?;
         if let Some(path) = &self.parent {
             let parent = Image::open_sealed(path)?;
             seal = seal.parent(parent.id().expect("a sealed image has an id"));

@@ -165,7 +165,7 @@ impl Diff {
         if let (Some(footer), New::Ram(_)) = (regions, &new) {
             seal = seal.regions(footer.regions.iter().cloned());
         }
-        let seal = self.extras.add_to(seal)?;
+        let seal = self.extras.add_to(seal, old.size())?;
         let options = session
             .options("saving")
             .layout(self.layout.with(seal))

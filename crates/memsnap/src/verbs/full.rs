@@ -52,7 +52,7 @@ impl Full {
         }
         let ram = self.open()?;
         let page_size = self.page_size.unwrap_or_else(ram::host_page);
-        let seal = self.extras.add_to(Seal::new())?;
+        let seal = self.extras.add_to(Seal::new(), ram.size())?;
         let options = session
             .options("saving")
             .layout(self.layout.with(seal))
