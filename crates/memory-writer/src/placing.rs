@@ -7,7 +7,7 @@ use std::ops::Range;
 
 use image_format::{Checksums, Placement};
 use page_reader::PageReader;
-use sparse_file::Source;
+use sparse_file::{Source, grow};
 
 /// A packed file grows by so many bytes at a time: direct writes within its size are faster than those that extend it.
 const GROWTH: u64 = 64 << 20;
@@ -207,9 +207,7 @@ impl<'p, R: PageReader + ?Sized> Pass<'p, R> {
         if end > self.grown.get() {
             let len = self.most.min(end + GROWTH).max(end);
             // A file that can't be so large says so when it is written.
-            if self.file.metadata().is_ok_and(|file| file.len() < len) {
-                let _ = self.file.set_len(len);
-            }
+            let _ = grow(self.file, len);
             self.grown.set(len);
         }
     }

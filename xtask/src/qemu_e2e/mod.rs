@@ -12,21 +12,21 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
-use indicatif::{BinaryBytes, HumanCount};
+use indicatif::BinaryBytes;
 use xshell::Shell;
 
 use crate::interrupt::Interrupt;
 use crate::packages::Install;
 use guest::{Guest, Kit, RAM, Room};
 use proof::Proof;
-use tool::{PAGE, Tool};
+use tool::{LAYOUTS, Memsnap, Tool};
 
 /// Snapshot a Linux guest in QEMU, restore the chain into another QEMU, and prove that it goes on correctly
 ///
 /// QEMU emulates a machine whose RAM is a file. In it, Debian's kernel runs a loop that writes files of random bytes to a tmpfs and checks
-/// the files of earlier rounds. A full snapshot and two diffs of the RAM are taken with this workspace, while QEMU saves the
-/// devices. The chain is merged and restored, and a second QEMU goes on from it: its rounds must follow the last snapshot's, and find all files
-/// whole. Then the same with one page spoilt, and with the last diff left out: that must be found. Exit code 0 says that all of this held.
+/// the files of earlier rounds. Raw, sealed and packed, a full snapshot and two diffs of the RAM are taken with `memsnap`, while QEMU saves the
+/// devices. Each chain is verified, merged and restored, and a second QEMU goes on from it: its rounds must follow the last snapshot's, and find all
+/// files whole. Then the same with one page spoilt, and with the last diff left out: that must be found. Exit code 0 says that all of this held.
 ///
 /// On Debian, for x86-64: installs QEMU where it is missing (as root), and downloads Debian's kernel.
 #[derive(clap::Args)]
@@ -60,6 +60,7 @@ impl QemuE2e {
         let interrupt = Interrupt::catch()?;
         let home = sh.current_dir().join("target/qemu-e2e");
         let kit = Kit::prepare(sh, &home, self.install.allowed())?;
+        let memsnap = Memsnap::build(sh)?;
         let place = self.dir.as_deref().unwrap_or(&home);
         let dir = tempfile::Builder::new()
             .prefix("run-")
@@ -70,7 +71,7 @@ impl QemuE2e {
             dir: dir.path(),
             interrupt: &interrupt,
         };
-        let done = prove(&room);
+        let done = prove(&room, &memsnap);
         if self.keep {
             println!("kept: {}", dir.keep().display());
         } else {
@@ -80,7 +81,7 @@ impl QemuE2e {
     }
 }
 
-fn prove(room: &Room<'_>) -> anyhow::Result<()> {
+fn prove(room: &Room<'_>, memsnap: &Memsnap) -> anyhow::Result<()> {
     let start = Instant::now();
     let mut guest = room.boot("ram")?;
     println!(
@@ -89,9 +90,16 @@ fn prove(room: &Room<'_>) -> anyhow::Result<()> {
         guest.qmp.version,
         BinaryBytes(RAM)
     );
+    let chain = |layout| Chain {
+        tool: Tool {
+            memsnap: memsnap.clone(),
+            layout,
+        },
+        files: Vec::new(),
+    };
     let mut snapshots = Snapshots {
         room,
-        chain: Vec::new(),
+        chains: LAYOUTS.map(chain),
     };
     guest.work(BEFORE)?;
     snapshots.take(&mut guest)?;
@@ -104,15 +112,16 @@ fn prove(room: &Room<'_>) -> anyhow::Result<()> {
     let place = guest.kill()?;
     let proof = Proof {
         room,
-        chain: snapshots.chain,
+        chains: snapshots.chains,
         devices: devices(DIFFS),
         place,
     };
     proof.carry_out()?;
     println!(
         "proven in {:.0} s: a Linux guest in QEMU, restored from a full snapshot and {DIFFS} diffs into another QEMU, goes on in the round it \
-         was in and finds every file whole; with one page spoilt, or the last diff left out, it does not",
-        start.elapsed().as_secs_f64()
+         was in and finds every file whole, in the layouts {}; with one page spoilt, or the last diff left out, it does not",
+        start.elapsed().as_secs_f64(),
+        LAYOUTS.join(", "),
     );
     Ok(())
 }
@@ -129,40 +138,48 @@ fn name(snapshot: usize) -> String {
     }
 }
 
-/// The snapshots taken of one guest, the full one first.
+/// Snapshots of one guest in one layout, the full one first.
+pub struct Chain {
+    tool: Tool,
+    files: Vec<PathBuf>,
+}
+
+/// The snapshots taken of one guest.
 struct Snapshots<'a> {
     room: &'a Room<'a>,
-    chain: Vec<PathBuf>,
+    chains: [Chain; LAYOUTS.len()],
 }
 
 impl Snapshots<'_> {
-    /// Pauses the guest, takes the next snapshot, and leaves it paused.
+    /// Pauses the guest, takes the next snapshot in every layout, and leaves it paused.
     fn take(&mut self, guest: &mut Guest) -> anyhow::Result<()> {
-        let snapshot = self.chain.len();
-        let (ram, out) = (
-            self.room.file("ram"),
-            self.room.file(&format!("{}.mem", name(snapshot))),
-        );
-        let start = Instant::now();
+        let ram = self.room.file("ram");
         guest.pause()?;
+        let snapshot = self.chains[0].files.len();
         guest.save_devices(&devices(snapshot))?;
-        let pages = if self.chain.is_empty() {
-            Tool.full(&ram, &out)?;
-            RAM / PAGE
-        } else {
-            Tool.diff(&ram, &paths(&self.chain), &out)?
-        };
-        let (state, written) = (self.room.file(&devices(snapshot)), allocated(&out)?);
+        let mut taken = Vec::new();
+        for Chain { tool, files } in &mut self.chains {
+            let out = self
+                .room
+                .file(&format!("{}.{}", name(snapshot), tool.layout));
+            let start = Instant::now();
+            if files.is_empty() {
+                tool.full(&ram, &out)?;
+            } else {
+                tool.diff(&paths(files), &ram, &out)?;
+            }
+            let (bytes, time) = (BinaryBytes(allocated(&out)?), seconds(start.elapsed()));
+            taken.push(format!("{} {bytes} in {time}", tool.layout));
+            files.push(out);
+        }
+        let state = fs::metadata(self.room.file(&devices(snapshot)))?.len();
         println!(
-            "{:6} after round {:2}: {:>6} pages in {}, devices in {}, taken in {}",
+            "{:6} after round {:2}: {}; devices in {}",
             name(snapshot),
             guest.round(),
-            HumanCount(pages).to_string(),
-            BinaryBytes(written),
-            BinaryBytes(fs::metadata(state)?.len()),
-            seconds(start.elapsed()),
+            taken.join(", "),
+            BinaryBytes(state),
         );
-        self.chain.push(out);
         Ok(())
     }
 }

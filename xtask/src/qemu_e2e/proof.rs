@@ -9,8 +9,8 @@ use anyhow::{Context, bail};
 
 use super::console::{Fault, Place};
 use super::guest::{PATIENCE, Room};
-use super::tool::{PAGE, Tool};
-use super::{name, paths, seconds};
+use super::tool::{LAYOUTS, PAGE, Tool};
+use super::{Chain, name, paths, seconds};
 
 /// Rounds that a restored guest must work.
 const AFTER: u64 = 8;
@@ -21,7 +21,8 @@ const DEAD: Duration = Duration::from_secs(15);
 /// A guest that was killed, and all that is left of it.
 pub struct Proof<'a> {
     pub room: &'a Room<'a>,
-    pub chain: Vec<PathBuf>,
+    /// In each layout.
+    pub chains: [Chain; LAYOUTS.len()],
     /// The devices as the last snapshot has them.
     pub devices: String,
     pub place: Place,
@@ -29,31 +30,42 @@ pub struct Proof<'a> {
 
 impl Proof<'_> {
     pub fn carry_out(&self) -> anyhow::Result<()> {
-        let chain = paths(&self.chain);
+        for chain in &self.chains {
+            self.restored_guest_goes_on(chain)?;
+        }
+        let newest = self.chains.last().context("there are layouts")?;
+        self.spoilt_page_is_found(newest)?;
+        self.missing_diff_is_found(newest)
+    }
+
+    fn restored_guest_goes_on(&self, Chain { tool, files }: &Chain) -> anyhow::Result<()> {
+        let (chain, layout) = (paths(files), tool.layout);
         let start = Instant::now();
-        Tool.verify(&chain)?;
-        let ram = self.restore("restored", &chain)?;
+        tool.verify(&chain)?;
+        let name = format!("restored-{layout}");
+        let ram = self.restore(&name, tool, &chain)?;
         if let Some(page) = first_difference(&self.room.file("ram"), &ram)? {
-            bail!("not proven: page {page} of the restored RAM is not as the guest left it");
+            bail!(
+                "not proven: page {page} of the restored RAM is not as the guest left it ({layout})"
+            );
         }
         println!(
-            "{} files merged and restored in {}: the RAM is as the guest left it, byte for byte",
+            "{layout}: {} files verified, merged and restored in {}: the RAM is as the guest left it, byte for byte",
             chain.len(),
             seconds(start.elapsed())
         );
-        let last = self.goes_on("restored")?;
+        let last = self.goes_on(&name)?;
         let first = self.place.round + 1;
-        println!("restored: a second QEMU works rounds {first} to {last}, all files ok");
-        self.spoilt_page_is_found(&chain)?;
-        self.missing_diff_is_found(&chain)
+        println!("{layout}: a second QEMU works rounds {first} to {last}, all files ok");
+        Ok(fs::remove_file(ram)?)
     }
 
     /// Merges `chain` and makes a RAM file of it.
-    fn restore(&self, ram: &str, chain: &[&Path]) -> anyhow::Result<PathBuf> {
+    fn restore(&self, ram: &str, tool: &Tool, chain: &[&Path]) -> anyhow::Result<PathBuf> {
         let image = self.room.file(&format!("{ram}.mem"));
-        Tool.merge(chain, &image)?;
+        tool.merge(chain, &image)?;
         let ram = self.room.file(ram);
-        Tool.restore(&image, &ram)?;
+        tool.restore(&image, &ram)?;
         Ok(ram)
     }
 
@@ -75,8 +87,8 @@ impl Proof<'_> {
         }
     }
 
-    fn spoilt_page_is_found(&self, chain: &[&Path]) -> anyhow::Result<()> {
-        let ram = self.restore("spoilt", chain)?;
+    fn spoilt_page_is_found(&self, Chain { tool, files }: &Chain) -> anyhow::Result<()> {
+        let ram = self.restore("spoilt", tool, &paths(files))?;
         let page = spoil(&ram, self.place.round)?;
         match self.fault("spoilt", PATIENCE)? {
             fault @ Fault::Broken(_) => println!("page {page} spoilt: found out, {fault}"),
@@ -85,9 +97,9 @@ impl Proof<'_> {
         Ok(())
     }
 
-    fn missing_diff_is_found(&self, chain: &[&Path]) -> anyhow::Result<()> {
-        let (_, older) = chain.split_last().context("a chain has a last image")?;
-        self.restore("left-out", older)?;
+    fn missing_diff_is_found(&self, Chain { tool, files }: &Chain) -> anyhow::Result<()> {
+        let (_, older) = files.split_last().context("a chain has a last image")?;
+        self.restore("left-out", tool, &paths(older))?;
         let fault = self.fault("left-out", DEAD)?;
         println!("{} left out: found out, {fault}", name(older.len()));
         Ok(())

@@ -1,158 +1,84 @@
-//! The one place where snapshots are taken, checked and restored: what an operator does with the file of a guest's RAM.
+//! The one place where snapshots are taken, checked and restored: by the command-line tool, as an operator would.
 
-use std::fs::File;
-use std::io;
-use std::os::unix::fs::FileExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::process::Command;
 
-use anyhow::Context;
-use dirty_bitmap::DirtyBitmap;
-use memory_image::{Chain, RamTarget};
-use memory_writer::MemoryWriter;
-use page_reader::{FileReader, PageReader};
+use anyhow::{Context, bail};
+use xshell::{Shell, cmd};
 
 /// The guest's page, and the memory files', in bytes.
 pub const PAGE: u64 = 4096;
 
-/// Bytes read at a time.
-const CHUNK: usize = 1 << 20;
+pub const LAYOUTS: [&str; 3] = ["raw", "sealed", "packed"];
 
-/// Snapshots of the RAM of a guest that is paused, raw.
-pub struct Tool;
+/// `memsnap`, built.
+#[derive(Clone, Debug)]
+pub struct Memsnap(PathBuf);
+
+impl Memsnap {
+    pub fn build(sh: &Shell) -> anyhow::Result<Self> {
+        cmd!(sh, "cargo build --quiet --locked --package memsnap").run()?;
+        let target = sh.var_os("CARGO_TARGET_DIR").unwrap_or("target".into());
+        Ok(Self(sh.current_dir().join(target).join("debug/memsnap")))
+    }
+}
+
+/// Snapshots of the RAM of a guest that is paused, in one layout.
+#[derive(Clone, Debug)]
+pub struct Tool {
+    pub memsnap: Memsnap,
+    pub layout: &'static str,
+}
 
 impl Tool {
     /// Writes all of the file `ram` to `out`.
     pub fn full(&self, ram: &Path, out: &Path) -> anyhow::Result<()> {
-        let (ram, size) = open(ram)?;
-        let options = MemoryWriter::options().skip_untouched(true);
-        let mut writer = options.skip_zeros(true).open(out, size, PAGE)?;
-        writer.write_full(&ram)?;
-        Ok(writer.commit()?)
+        let mut command = self.command("full");
+        command.arg(ram).arg("-o").arg(out);
+        run(command.args(["--layout", self.layout]))
     }
 
-    /// Writes to `out` what in the file `ram` is not as it was at the end of `chain`; returns how many pages that are.
-    pub fn diff(&self, ram: &Path, chain: &[&Path], out: &Path) -> anyhow::Result<u64> {
-        let (ram, size) = open(ram)?;
-        let before = chained(chain)?;
-        let dirty = DirtyBitmap::new(0, size, PAGE)?;
-        let (mut now, mut then) = (vec![0; CHUNK], vec![0; CHUNK]);
-        for start in (0..size).step_by(CHUNK) {
-            ram.read_at(start, &mut now)?;
-            before.read_at(start, &mut then)?;
-            let pages = now.chunks(PAGE as usize).zip(then.chunks(PAGE as usize));
-            for (address, (now, then)) in (start..).step_by(PAGE as usize).zip(pages) {
-                if now != then {
-                    dirty.set_dirty(address)?;
-                }
-            }
-        }
-        let mut writer = MemoryWriter::open(out, size, PAGE)?;
-        let pages = writer.write_diff(&ram, &dirty)?;
-        writer.commit()?;
-        Ok(pages)
+    /// Writes to `out` what in the file `ram` is not as it was at the end of `chain`.
+    pub fn diff(&self, chain: &[&Path], ram: &Path, out: &Path) -> anyhow::Result<()> {
+        let mut command = self.command("diff");
+        command.args(chain).arg(ram).arg("-o").arg(out);
+        run(command.args(["--layout", self.layout]))
     }
 
-    /// Whether `chain` can be told apart page by page and read to the end.
+    /// Whether the images are whole and follow each other, as far as this layout can tell.
     pub fn verify(&self, chain: &[&Path]) -> anyhow::Result<()> {
-        let chain = chained(chain)?;
-        let mut bytes = vec![0; CHUNK];
-        for start in (0..chain.size()).step_by(CHUNK) {
-            chain.read_at(start, &mut bytes)?;
+        let mut command = self.command("verify");
+        command.args(chain);
+        if self.layout == "raw" {
+            command.arg("--allow-raw");
         }
-        Ok(())
+        run(&mut command)
     }
 
     /// Writes `chain` as one full image to `out`.
     pub fn merge(&self, chain: &[&Path], out: &Path) -> anyhow::Result<()> {
-        chained(chain)?.flatten(out)?;
-        Ok(())
+        let mut command = self.command("merge");
+        run(command.args(chain).arg("-o").arg(out))
     }
 
     /// Makes the file `ram` out of a full image.
     pub fn restore(&self, image: &Path, ram: &Path) -> anyhow::Result<()> {
-        let image = Chain::open(image, PAGE)?;
-        let file =
-            File::create_new(ram).with_context(|| format!("can't make {}", ram.display()))?;
-        file.set_len(image.size())?;
-        let size = image.size();
-        Ok(image.restore_zeroed(&mut RamFile { file, size })?)
+        let mut command = self.command("restore");
+        run(command.arg(image).arg("-o").arg(ram))
+    }
+
+    fn command(&self, verb: &str) -> Command {
+        let mut command = Command::new(&self.memsnap.0);
+        command.args([verb, "--quiet"]);
+        command
     }
 }
 
-fn open(ram: &Path) -> anyhow::Result<(FileReader, u64)> {
-    let file = File::open(ram).with_context(|| format!("can't open {}", ram.display()))?;
-    let size = file.metadata()?.len();
-    Ok((FileReader::new(file), size))
-}
-
-fn chained(paths: &[&Path]) -> anyhow::Result<Chain> {
-    let (full, diffs) = paths.split_first().context("a chain has a full image")?;
-    let mut chain = Chain::open(full, PAGE)?;
-    for diff in diffs {
-        chain.push(diff)?;
+fn run(command: &mut Command) -> anyhow::Result<()> {
+    let output = command.output().context("can't run memsnap")?;
+    if output.status.success() {
+        return Ok(());
     }
-    Ok(chain)
-}
-
-/// A new file for the RAM of a guest.
-struct RamFile {
-    file: File,
-    size: u64,
-}
-
-impl RamTarget for RamFile {
-    fn size(&self) -> u64 {
-        self.size
-    }
-
-    fn write_at(&mut self, offset: u64, bytes: &[u8]) -> io::Result<()> {
-        self.file.write_all_at(bytes, offset)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use std::fs;
-
-    use super::*;
-
-    #[test]
-    fn a_restored_chain_is_the_ram_and_a_diff_is_what_changed() {
-        let dir = tempfile::tempdir().expect("a directory");
-        let path = |name: &str| dir.path().join(name);
-        let [ram, full, diff, merged, back] = ["ram", "full", "diff", "merged", "back"].map(path);
-        let file = File::create(&ram).expect("a file");
-        file.set_len(4 * CHUNK as u64).expect("room");
-        file.write_all_at(&[1; 3 * PAGE as usize], PAGE)
-            .expect("room");
-        Tool.full(&ram, &full).expect("a full image");
-
-        // One page changes, one becomes zeros, one that nobody had touched is in another chunk.
-        file.write_all_at(&[2], PAGE + 5).expect("room");
-        file.write_all_at(&[0; PAGE as usize], 2 * PAGE)
-            .expect("room");
-        file.write_all_at(&[3], 3 * CHUNK as u64).expect("room");
-        assert_eq!(Tool.diff(&ram, &[&full], &diff).expect("a diff"), 3);
-
-        Tool.verify(&[&full, &diff]).expect("a chain");
-        Tool.merge(&[&full, &diff], &merged).expect("an image");
-        Tool.restore(&merged, &back).expect("RAM");
-        assert!(fs::read(&ram).expect("RAM") == fs::read(&back).expect("RAM"));
-        assert_eq!(
-            Tool.diff(&ram, &[&full, &diff], &path("none"))
-                .expect("a diff"),
-            0
-        );
-    }
-
-    #[test]
-    fn ram_that_is_there_already_is_not_written_over() {
-        let dir = tempfile::tempdir().expect("a directory");
-        let (image, ram) = (dir.path().join("image"), dir.path().join("ram"));
-        fs::write(&image, [1; PAGE as usize]).expect("a file");
-        fs::write(&ram, "a guest's").expect("a file");
-        let error = Tool.restore(&image, &ram).expect_err("it is there");
-        assert!(error.to_string().contains("can't make"), "{error:#}");
-        assert_eq!(fs::read(&ram).expect("RAM"), b"a guest's");
-    }
+    let said = String::from_utf8_lossy(&output.stderr);
+    bail!("{command:?} ended with {}: {}", output.status, said.trim())
 }
