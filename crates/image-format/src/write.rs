@@ -19,7 +19,16 @@ pub(crate) const TRAILER: u64 = 64;
 pub(crate) const NOWHERE: u64 = u64::MAX;
 
 impl Footer {
+    /// How long the file is with the footer, in bytes.
+    #[must_use]
+    pub fn file_len(&self) -> u64 {
+        self.data_len() + self.body_len() + TRAILER
+    }
+
     /// Writes the footer to where the pages end in `file`, and cuts off what lies behind. Returns the length of the file.
+    ///
+    /// Where `RLIMIT_FSIZE` may be lower than [`file_len`](Self::file_len), grow the file first by something that heeds it: writing past the limit is a
+    /// deadly signal.
     ///
     /// # Errors
     /// [`FooterError::Invalid`] and [`FooterError::TooLarge`], before anything is written; [`FooterError::Io`].

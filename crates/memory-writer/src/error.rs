@@ -236,6 +236,7 @@ impl SnapshotError {
     pub(crate) fn from_seal(dest: PathBuf, error: SealError) -> Self {
         match error {
             SealError::Footer(source) => Self::Seal { dest, source },
+            SealError::Grow(len, error) => Self::from_grow(dest, len, error),
             SealError::ReadBack(offset, source) => Self::MemoryIo {
                 dest,
                 step: MemoryIoStep::ReadBack,

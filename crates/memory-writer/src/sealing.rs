@@ -7,6 +7,8 @@ use std::os::unix::fs::FileExt;
 
 use image_format::{Checksums, ChunkSum, Footer, FooterError, ImageId, Kind, Placement, Run};
 
+use sparse_file::{SpaceError, grow};
+
 use crate::layout::Seal;
 use crate::placing::{Extent, Map};
 
@@ -14,6 +16,8 @@ use crate::placing::{Extent, Map};
 pub(crate) enum SealError {
     /// At this offset of the file.
     ReadBack(u64, io::Error),
+    /// To this size.
+    Grow(u64, SpaceError),
     Footer(FooterError),
 }
 
@@ -79,6 +83,8 @@ impl Sealing {
             checksums: self.checksums.finish(),
             metadata: self.metadata,
         };
+        let len = footer.file_len();
+        grow(file, len).map_err(|error| SealError::Grow(len, error))?;
         footer.write(file).map_err(SealError::Footer)?;
         Ok(())
     }

@@ -6,7 +6,7 @@ use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use dirty_bitmap::DirtyBitmap;
-use memory_writer::{MemoryIoStep, MemoryWriter, OpenError, RamError, SnapshotError};
+use memory_writer::{Layout, MemoryIoStep, MemoryWriter, OpenError, RamError, Seal, SnapshotError};
 use rstest::rstest;
 use support::{Place, Until, assert_nothing_but, pattern};
 
@@ -346,6 +346,24 @@ fn a_file_size_limit_is_an_error_not_the_process_s_end() {
         };
         assert_eq!(source.kind(), io::ErrorKind::FileTooLarge);
         assert!(error.to_string().contains("RLIMIT_FSIZE"), "{error}");
+
+        // A packed file meets it while it grows, a sealed one when its footer is written.
+        let dest = std::env::var_os(DEST).unwrap();
+        let ram = vec![1; SIZE as usize];
+        let full = |layout, size| {
+            let options = MemoryWriter::options().layout(layout);
+            let mut writer = options.open(&dest, size, PAGE)?;
+            writer.write_full(&ram[..size as usize])?;
+            writer.commit()
+        };
+        for (layout, size) in [
+            (Layout::Packed(Seal::new()), SIZE),
+            (Layout::Packed(Seal::new()), SIZE / 2),
+            (Layout::Sealed(Seal::new()), SIZE / 2),
+        ] {
+            let error = full(layout, size).unwrap_err();
+            assert!(error.to_string().contains("RLIMIT_FSIZE"), "{error}");
+        }
         return;
     }
     let place = Place::new();
