@@ -5,8 +5,9 @@ use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use memory_image::{Chain, Image};
+use memory_image::{Chain, Image, LazyRam, MappedChain};
 use memory_writer::{Layout, MemoryWriter, Options, Seal};
+use page_reader::PageReader;
 
 use crate::cases::SQUIB;
 use crate::cases::ram::{Content, Ram};
@@ -56,6 +57,52 @@ impl Comparison<'_> {
         self.merge(&ram);
     }
 
+    /// How soon a guest of 32 GiB has its first page, from ten diffs on a base of which little was touched.
+    pub fn start(&mut self) {
+        let name = "first page of a guest of 32 GiB from a chain of 11";
+        if !self.wants(name) {
+            return;
+        }
+        let ram = Ram::new(32 * self.gib, Content::Untouched(97));
+        let paths = self.chain(&ram, 1000, Pattern::Clustered);
+        let first_page = |start: &dyn Fn(Chain) -> Box<dyn PageReader>| {
+            let mut times: Vec<f64> = (0..self.rounds)
+                .map(|_| {
+                    let chain = Chain::open_sealed(&paths).unwrap();
+                    let begun = Instant::now();
+                    let guest = start(chain);
+                    guest.read_at(0, &mut [0; PAGE as usize]).unwrap();
+                    begun.elapsed().as_secs_f64() * 1e3
+                })
+                .collect();
+            times.sort_unstable_by(f64::total_cmp);
+            times[times.len() / 2]
+        };
+        let mapped = first_page(&|chain| Box::new(MappedChain::open(&chain).unwrap()));
+        let lazy = first_page(&|chain| Box::new(LazyRam::options().start(chain).unwrap()));
+        let value = format!("mapped {mapped:.1} ms, filled lazily {lazy:.1} ms");
+        self.figure(name, value, "at most 50 ms");
+        for path in paths {
+            std::fs::remove_file(path).unwrap();
+        }
+    }
+
+    /// A packed full image and ten packed diffs of one in `one_in` pages.
+    fn chain(&self, ram: &Ram, one_in: u64, pattern: Pattern) -> Vec<PathBuf> {
+        let path = |number: u64| self.place.join(format!("{number}.mem"));
+        let mut paths = vec![path(0)];
+        let mut parent = write(&path(0), packed().skip_untouched(true), ram, None);
+        for number in 1..=10 {
+            // Other pages each time.
+            let dirty = Dirty::new(ram.size, PAGE, one_in + number, pattern);
+            let layout = Layout::Packed(Seal::new().parent(parent));
+            let options = MemoryWriter::options().layout(layout);
+            parent = write(&path(number), options, ram, Some(&dirty));
+            paths.push(path(number));
+        }
+        paths
+    }
+
     fn verify(&mut self, ram: &Ram) {
         let path = self.place.join("sealed.mem");
         write(&path, sealed(), ram, None);
@@ -99,16 +146,7 @@ impl Comparison<'_> {
 
     /// Ten diffs onto their base.
     fn merge(&mut self, ram: &Ram) {
-        let path = |number: u64| self.place.join(format!("{number}.mem"));
-        let mut paths = vec![path(0)];
-        let mut parent = write(&path(0), packed(), ram, None);
-        for number in 1..=10 {
-            let dirty = Dirty::new(ram.size, PAGE, 100, Pattern::Random);
-            let layout = Layout::Packed(Seal::new().parent(parent));
-            let options = MemoryWriter::options().layout(layout);
-            parent = write(&path(number), options, ram, Some(&dirty));
-            paths.push(path(number));
-        }
+        let paths = self.chain(ram, 100, Pattern::Random);
         let merged = |options: Options, dest: &Path, paths: &[PathBuf]| {
             let chain = Chain::open_sealed(paths).unwrap();
             chain.merge(options, dest).unwrap();

@@ -74,6 +74,7 @@ fn main() -> anyhow::Result<()> {
     comparison.full();
     comparison.diff();
     comparison.images();
+    comparison.start();
     comparison.bitmap();
     comparison.memory();
     comparison.growth();
