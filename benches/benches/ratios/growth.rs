@@ -88,7 +88,7 @@ impl Comparison<'_> {
 }
 
 /// Bytes of this process that are in memory.
-fn resident() -> u64 {
+pub fn resident() -> u64 {
     let statm = fs::read_to_string("/proc/self/statm").unwrap_or_default();
     let pages = statm
         .split(' ')

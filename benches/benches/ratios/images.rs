@@ -3,6 +3,8 @@
 use std::fs::File;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use memory_image::{Chain, Image, LazyRam, MappedChain};
@@ -14,6 +16,7 @@ use crate::cases::ram::{Content, Ram};
 use crate::cases::{
     Before, Case, Contender, Dirty, LIMIT, OURS, Pattern, contender, diff, full, raw,
 };
+use crate::growth::resident;
 use crate::{Comparison, bare};
 
 /// Ours, without a footer.
@@ -165,6 +168,21 @@ impl Comparison<'_> {
         };
         self.run(&case, &[(LIMIT, 0.85)]);
         drop(case);
+        let name = "memory of merging 10 diffs onto 1 GiB";
+        if self.wants(name) {
+            let before = resident();
+            let peak = Arc::new(AtomicU64::new(0));
+            let seen = Arc::clone(&peak);
+            let options = MemoryWriter::options().progress(move |_| {
+                seen.fetch_max(resident(), Ordering::Relaxed);
+            });
+            let dest = self.place.join("merged.mem");
+            merged(options, &dest, &paths);
+            std::fs::remove_file(dest).unwrap();
+            let more = peak.load(Ordering::Relaxed).saturating_sub(before);
+            let more = more as f64 / f64::from(1 << 20);
+            self.figure(name, format!("{more:.1} MiB"), "at most 64 MiB");
+        }
         for path in paths {
             std::fs::remove_file(path).unwrap();
         }
