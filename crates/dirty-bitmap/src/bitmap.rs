@@ -130,6 +130,7 @@ impl DirtyBitmap {
     ///
     /// # Errors
     /// [`OutOfRange`]: nothing is marked.
+    #[inline]
     pub fn set_dirty(&self, address: u64) -> Result<bool, OutOfRange> {
         let offset = self.offset_of(address)?;
         Ok(self.mark(|table, shift| table.mark_page(offset >> shift)))
@@ -373,6 +374,7 @@ impl DirtyBitmap {
         Ok(self.table(shift))
     }
 
+    #[inline]
     fn published(&self) -> Published {
         Published(self.current.load(Ordering::Acquire))
     }

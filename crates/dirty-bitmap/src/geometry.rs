@@ -69,6 +69,7 @@ impl Ram {
         (from - self.start..to - self.start, verdict)
     }
 
+    #[cold]
     pub(crate) fn out_of_range(self, start: u64, end: u64) -> OutOfRange {
         OutOfRange {
             start,

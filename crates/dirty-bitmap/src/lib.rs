@@ -49,6 +49,7 @@
 mod bitmap;
 mod blocks;
 mod dirty_log;
+mod edges;
 mod epoch;
 mod geometry;
 mod page_set;

@@ -1,12 +1,10 @@
 //! Iteration over runs of marked pages.
 
 use std::iter::FusedIterator;
-use std::ops::{ControlFlow, Range};
+use std::ops::Range;
 
 use crate::bitmap::DirtyBitmap;
-
-/// Runs looked up under one lock: few enough to be cheap to hold, enough that the lock does not show.
-const BATCH: usize = 64;
+use crate::edges::Edges;
 
 /// The runs of marked pages as byte offsets from the start of the RAM: see [`DirtyBitmap::runs`].
 #[derive(Debug)]
@@ -14,9 +12,9 @@ pub struct Runs<'a> {
     bitmap: &'a DirtyBitmap,
     /// Where the next batch begins, in bytes, so that it stays right when the granule changes.
     next: u64,
-    batch: [(u64, u64); BATCH],
+    /// What was looked up under one lock, in bytes.
+    batch: Edges,
     taken: usize,
-    found: usize,
 }
 
 impl<'a> Runs<'a> {
@@ -24,47 +22,49 @@ impl<'a> Runs<'a> {
         Self {
             bitmap,
             next: 0,
-            batch: [(0, 0); BATCH],
+            batch: Edges::none(),
             taken: 0,
-            found: 0,
         }
     }
 
+    #[inline(never)]
     fn refill(&mut self) {
-        self.taken = 0;
-        self.found = 0;
-        if self.next >= self.bitmap.ram_size() {
+        let ram_size = self.bitmap.ram_size();
+        if self.next >= ram_size {
             return;
         }
+        self.taken = 0;
+        let open = self.batch.keep_open();
         let moving = self.bitmap.lock();
         let shift = moving.shift();
-        let from = self.next >> shift;
-        let reported = self.next;
-        // Unless the batch fills up first.
-        self.next = self.bitmap.ram_size();
-        self.bitmap.table(shift).runs(from, |run| {
-            let offsets = self.bitmap.offsets_of(run, shift);
-            // Made coarser between two batches: the page around was reported up to there.
-            self.batch[self.found] = (offsets.start.max(reported), offsets.end);
-            self.found += 1;
-            if self.found < BATCH {
-                return ControlFlow::Continue(());
-            }
-            self.next = offsets.end;
-            ControlFlow::Break(())
-        });
+        let table = self.bitmap.table(shift);
+        let rest = table.edges(self.next >> shift, open, &mut self.batch);
+        drop(moving);
+
+        let new = &mut self.batch.all_mut()[usize::from(open)..];
+        new.iter_mut().for_each(|edge| *edge <<= shift);
+        // Made coarser between two batches: the page around was looked at up to there.
+        if let Some(first) = new.first_mut() {
+            *first = self.next.max(*first);
+        }
+        if let Some(last) = new.last_mut() {
+            *last = ram_size.min(*last);
+        }
+        self.next = rest.map_or(ram_size, |page| page << shift);
     }
 }
 
 impl Iterator for Runs<'_> {
     type Item = Range<u64>;
 
+    #[inline]
     fn next(&mut self) -> Option<Range<u64>> {
-        if self.taken == self.found {
+        // The start of a run alone is none yet.
+        if self.taken + 1 >= self.batch.all().len() {
             self.refill();
         }
-        let (start, end) = *self.batch[..self.found].get(self.taken)?;
-        self.taken += 1;
+        let [start, end] = *self.batch.all().get(self.taken..)?.first_chunk()?;
+        self.taken += 2;
         Some(start..end)
     }
 }

@@ -10,8 +10,9 @@
 //! the marker's own write to the page still sits in a store buffer: a drain in between would take the bit and copy the old page.
 //! (`tests/loom.rs` has that execution.)
 
-use std::ops::{ControlFlow, Range};
+use std::ops::Range;
 
+use crate::edges::Edges;
 use crate::geometry::GeometryError;
 use crate::sync::{AtomicU64, Ordering};
 
@@ -96,59 +97,46 @@ impl Table {
     pub(crate) fn marked_words(&self) -> impl Iterator<Item = usize> {
         let mut next = 0;
         std::iter::from_fn(move || {
-            let word = self.next_named(next)?;
+            let (s, named) = self.next_named(next / 64, u64::MAX << (next % 64))?;
+            let word = s * 64 + named.trailing_zeros() as usize;
             next = word + 1;
             Some(word)
         })
     }
 
-    /// Calls `each` with the runs of marked pages from page `from` on, ascending, as long as it says so.
-    pub(crate) fn runs(&self, from: u64, mut each: impl FnMut(Range<u64>) -> ControlFlow<()>) {
-        let mut first = index(from / WORD_BITS);
+    /// Adds where runs of marked pages begin and end, from page `from` on, as far as there is room; where it ran out, says at which page
+    /// to go on. With a run `open` that reaches up to page `from`, the first edge is its end.
+    pub(crate) fn edges(&self, from: u64, open: bool, edges: &mut Edges) -> Option<u64> {
+        let mut next = index(from / WORD_BITS);
+        // The first word counts from `from` on only, and what is before its first page is the open run.
         let mut mask = u64::MAX << (from % WORD_BITS);
-        // Words that are looked at next, of which the first only where `mask` says.
-        while let Some(at) = self.next_named(first) {
-            if at != first {
-                mask = u64::MAX;
-            }
-            let mut named = self.named(at / 64) & (u64::MAX << (at % 64));
-            let base = at / 64 * 64;
-            first = base + 64;
+        let mut carry = u64::from(open) << (from % WORD_BITS);
+        let mut group = self.next_named(next / 64, u64::MAX << (next % 64));
+        while let Some((s, mut named)) = group {
             while named != 0 {
-                let mut at = base + named.trailing_zeros() as usize;
+                let word = s * 64 + named.trailing_zeros() as usize;
+                if carry != 0 && word != next {
+                    edges.push(first_page(next));
+                    carry = 0;
+                }
+                if !edges.has_room() {
+                    return Some(first_page(word));
+                }
                 named &= named - 1;
                 // A summary bit may outlive its word's marks, never the other way round.
-                let mut bits = self.word(at) & mask;
+                let bits = self.word(word) & mask;
+                // An edge is where a page differs from the one before.
+                edges.push_word(first_page(word), bits ^ (bits << 1 | carry));
+                carry = bits >> 63;
                 mask = u64::MAX;
-                while bits != 0 {
-                    let start = page(at, bits.trailing_zeros());
-                    // The lowest mark added: it carries through the whole run.
-                    let (sum, mut carry) = bits.overflowing_add(bits & bits.wrapping_neg());
-                    let mut after = sum & bits;
-                    while carry && at + 1 < self.words.len() {
-                        at += 1;
-                        bits = self.word(at);
-                        (after, carry) = bits.overflowing_add(1);
-                        after &= bits;
-                        // What of this word follows the run is looked at now, and not again.
-                        if at < base + 64 {
-                            named &= !(1 << (at % 64));
-                        } else {
-                            named = 0;
-                            first = at + 1;
-                        }
-                    }
-                    let end = match carry {
-                        true => self.pages,
-                        false => page(at, u64::BITS - (bits ^ after).leading_zeros()),
-                    };
-                    bits = after;
-                    if each(start..end).is_break() {
-                        return;
-                    }
-                }
+                next = word + 1;
             }
+            group = self.next_named(s + 1, u64::MAX);
         }
+        if carry != 0 {
+            edges.push(first_page(next));
+        }
+        None
     }
 
     /// Whether no page is marked.
@@ -156,23 +144,23 @@ impl Table {
         !self.marked_words().any(|word| self.word(word) != 0)
     }
 
-    /// The first word from `from` on that the summary names.
-    fn next_named(&self, from: usize) -> Option<usize> {
-        let mut s = from / 64;
-        if s >= self.summary.len() {
-            return None;
-        }
-        let mut named = self.named(s) & (u64::MAX << (from % 64));
+    /// The first summary word from `s` on that names any word, and what it names; summary word `s` counts only where `mask` says.
+    #[inline]
+    fn next_named(&self, mut s: usize, mask: u64) -> Option<(usize, u64)> {
+        let load = |summary: &AtomicU64| summary.load(Ordering::Acquire);
+        let mut named = load(self.summary.get(s)?) & mask;
         while named == 0 {
             s += 1;
-            named = self.summary.get(s)?.load(Ordering::Acquire);
+            // Where little is marked, this is what a walk is: several at a time.
+            while s.is_multiple_of(8)
+                && let Some(eight) = self.summary.get(s..s + 8)
+                && eight.iter().fold(0, |any, summary| any | load(summary)) == 0
+            {
+                s += 8;
+            }
+            named = load(self.summary.get(s)?);
         }
-        Some(s * 64 + named.trailing_zeros() as usize)
-    }
-
-    /// Which of 64 words may have a mark.
-    fn named(&self, s: usize) -> u64 {
-        self.summary[s].load(Ordering::Acquire)
+        Some((s, named))
     }
 }
 
@@ -193,9 +181,9 @@ fn bits(from: u64, count: u64) -> u64 {
     (u64::MAX >> (WORD_BITS - count)) << from
 }
 
-/// The number of bit `bit` of `word`.
-fn page(word: usize, bit: u32) -> u64 {
-    word as u64 * WORD_BITS + u64::from(bit)
+/// The number of a word's first page.
+fn first_page(word: usize) -> u64 {
+    word as u64 * WORD_BITS
 }
 
 /// A word's number as an index: it fits, since the words are in memory.

@@ -7,10 +7,12 @@
 
 #![cfg(memsnap_loom)]
 
+mod interleavings;
+
 use std::ops::Range;
 
 use dirty_bitmap::DirtyBitmap;
-use loom::model::Builder;
+use interleavings::{exhaustively, with_preemptions};
 use loom::sync::Arc;
 use loom::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use loom::thread;
@@ -62,16 +64,6 @@ fn copy(pages: &[AtomicU64], taken: &DirtyBitmap, image: &mut [u64]) {
             image[page as usize] = pages[page as usize].load(Relaxed);
         }
     }
-}
-
-fn exhaustively(model: impl Fn() + Send + Sync + 'static) {
-    Builder::new().check(model);
-}
-
-fn with_preemptions(bound: usize, model: impl Fn() + Send + Sync + 'static) {
-    let mut builder = Builder::new();
-    builder.preemption_bound = Some(bound);
-    builder.check(model);
 }
 
 fn write_in_thread(guest: &Arc<Guest>, writes: &'static [(u64, u64)]) -> thread::JoinHandle<()> {

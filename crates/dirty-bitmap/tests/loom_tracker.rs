@@ -9,13 +9,15 @@
 
 #![cfg(memsnap_loom)]
 
+mod interleavings;
+
 use std::io;
 use std::ops::Range;
 // Loom's own can't be shared with a bitmap inside; this one only counts, which no interleaving depends on.
 use std::sync::Arc;
 
 use dirty_bitmap::{BLOCK_SIZE, DirtyBitmap, Policy, WriteProtection, WriteTracker};
-use loom::model::Builder;
+use interleavings::{exhaustively, with_preemptions};
 use loom::sync::Mutex;
 use loom::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use loom::thread;
@@ -125,16 +127,6 @@ impl Guest {
     }
 }
 
-fn exhaustively(model: impl Fn() + Send + Sync + 'static) {
-    Builder::new().check(model);
-}
-
-fn with_preemptions(bound: usize, model: impl Fn() + Send + Sync + 'static) {
-    let mut builder = Builder::new();
-    builder.preemption_bound = Some(bound);
-    builder.check(model);
-}
-
 #[test]
 fn a_fault_against_a_checkpoint() {
     exhaustively(|| {
@@ -147,7 +139,6 @@ fn a_fault_against_a_checkpoint() {
     });
 }
 
-/// At most 3 preemptions.
 #[test]
 fn a_page_that_is_written_again_against_two_checkpoints() {
     exhaustively(|| {
@@ -161,7 +152,7 @@ fn a_page_that_is_written_again_against_two_checkpoints() {
     });
 }
 
-/// At most 3 preemptions.
+/// At most 4 preemptions.
 #[test]
 fn two_faults_on_one_page_against_a_checkpoint() {
     with_preemptions(4, || {
@@ -174,7 +165,7 @@ fn two_faults_on_one_page_against_a_checkpoint() {
     });
 }
 
-/// At most 2 preemptions.
+/// At most 4 preemptions.
 #[test]
 fn two_faults_on_one_block_that_opens_whole_against_a_checkpoint() {
     with_preemptions(4, || {
@@ -188,7 +179,7 @@ fn two_faults_on_one_block_that_opens_whole_against_a_checkpoint() {
 }
 
 /// The first fault opens its page, the second the rest of the block; the checkpoint changes the block's granularity back and
-/// forth. At most 2 preemptions.
+/// forth. At most 3 preemptions.
 #[test]
 fn faults_on_a_block_whose_granularity_changes_against_two_checkpoints() {
     with_preemptions(3, || {
@@ -202,7 +193,6 @@ fn faults_on_a_block_whose_granularity_changes_against_two_checkpoints() {
     });
 }
 
-/// At most 3 preemptions.
 #[test]
 fn a_fault_against_more_of_the_same_save() {
     exhaustively(|| {
@@ -222,7 +212,6 @@ fn a_fault_against_more_of_the_same_save() {
     });
 }
 
-/// At most 3 preemptions.
 #[test]
 fn a_fault_against_a_checkpoint_whose_protection_fails_half_way() {
     exhaustively(|| {
@@ -238,7 +227,7 @@ fn a_fault_against_a_checkpoint_whose_protection_fails_half_way() {
     });
 }
 
-/// A fault's mark goes to a table that is being left. At most 2 preemptions.
+/// A fault's mark goes to a table that is being left. At most 4 preemptions.
 #[test]
 fn a_fault_against_a_rebuild_and_a_checkpoint() {
     with_preemptions(4, || {

@@ -136,6 +136,27 @@ fn more_runs_than_one_batch_come_in_order() {
     assert_eq!(runs(&bitmap), expected);
 }
 
+#[rstest]
+fn a_run_is_whole_wherever_a_batch_ends(#[values(0, 1)] first: u64) {
+    let bitmap = DirtyBitmap::new(0, 4096 * 2000, 4096).unwrap();
+    for before in 0..300 {
+        // Every other page, then many in turn.
+        let mut pages: Vec<_> = (0..before)
+            .map(|i| first + 2 * i..first + 2 * i + 1)
+            .collect();
+        pages.push(first + 2 * before..first + 2 * before + 1300);
+        let expected: Vec<_> = pages
+            .iter()
+            .map(|run| run.start * 4096..run.end * 4096)
+            .collect();
+        for run in &expected {
+            bitmap.set_range(run.start, run.end - run.start).unwrap();
+        }
+        assert_eq!(runs(&bitmap), expected);
+        bitmap.drain().unwrap();
+    }
+}
+
 #[test]
 fn a_bitmap_may_be_drained_while_its_runs_are_walked() {
     let bitmap = bitmap();
