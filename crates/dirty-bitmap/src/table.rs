@@ -107,11 +107,11 @@ impl Table {
     /// Adds where runs of marked pages begin and end, from page `from` on, as far as there is room; where it ran out, says at which page
     /// to go on. With a run `open` that reaches up to page `from`, the first edge is its end.
     pub(crate) fn edges(&self, from: u64, open: bool, edges: &mut Edges) -> Option<u64> {
-        let mut next = index(from / WORD_BITS);
-        // The first word counts from `from` on only, and what is before its first page is the open run.
-        let mut mask = u64::MAX << (from % WORD_BITS);
-        let mut carry = u64::from(open) << (from % WORD_BITS);
-        let mut group = self.next_named(next / 64, u64::MAX << (next % 64));
+        let (first, skipped) = (index(from / WORD_BITS), from % WORD_BITS);
+        let mut group = self.next_named(first / 64, u64::MAX << (first % 64));
+        let mut next = first;
+        // Where a run reaches up to the next word, the bit of that word that goes on with it.
+        let mut carry = u64::from(open) << skipped;
         while let Some((s, mut named)) = group {
             while named != 0 {
                 let word = s * 64 + named.trailing_zeros() as usize;
@@ -124,11 +124,13 @@ impl Table {
                 }
                 named &= named - 1;
                 // A summary bit may outlive its word's marks, never the other way round.
-                let bits = self.word(word) & mask;
+                let mut bits = self.word(word);
+                if word == first {
+                    bits &= u64::MAX << skipped;
+                }
                 // An edge is where a page differs from the one before.
                 edges.push_word(first_page(word), bits ^ (bits << 1 | carry));
                 carry = bits >> 63;
-                mask = u64::MAX;
                 next = word + 1;
             }
             group = self.next_named(s + 1, u64::MAX);

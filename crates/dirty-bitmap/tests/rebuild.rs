@@ -137,6 +137,18 @@ fn a_run_under_way_ends_where_it_was_looked_at_when_the_bitmap_is_drained(#[case
     assert_eq!(walk.collect::<Vec<_>>(), expected[1..]);
 }
 
+#[test]
+fn what_is_marked_ahead_of_a_walk_is_found_after_a_drain_and_a_rebuild() {
+    let (bitmap, _) = marked_for_a_long_walk();
+    let mut walk = bitmap.runs();
+    walk.next();
+    bitmap.drain().unwrap();
+    // The walk goes on inside a word that has no mark now; the mark is in the word after.
+    bitmap.rebuild(65536).unwrap();
+    bitmap.set_dirty(64 * 65536).unwrap();
+    assert_eq!(walk.last(), Some(64 * 65536..65 * 65536));
+}
+
 /// With real threads, draining meanwhile; `tests/loom.rs` has the interleavings.
 #[test]
 fn no_mark_is_lost_when_the_bitmap_is_swapped_for_a_finer_one() {
