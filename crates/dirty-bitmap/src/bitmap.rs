@@ -195,7 +195,7 @@ impl DirtyBitmap {
         let table = self.table(shift);
         let mut bytes = 0;
         // Each word is read once: what is counted and what is cut is one state, also while threads mark.
-        for word in table.marked_words() {
+        for word in table.marked_words(0) {
             self.each_run(shift, word, table.word(word), |run| {
                 bytes += run.end - run.start;
             });

@@ -1,7 +1,7 @@
 //! Where runs of set bits begin and end.
 
 /// How many edges are kept: few enough that a lock is not held for long, enough that taking it does not show.
-const CAPACITY: usize = 256;
+const CAPACITY: usize = 512;
 /// Edges written at once, whether or not there are so many. It divides 64: never more than a word can have.
 const AT_ONCE: usize = 4;
 /// One a bit, and the end of a run where the next word is clear.

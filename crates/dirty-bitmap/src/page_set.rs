@@ -40,7 +40,7 @@ impl DirtyBitmap {
         let granules = self.ram_size().div_ceil(1 << shift) as usize;
         let mut words = vec![0; granules.div_ceil(64)];
         let table = self.table(shift);
-        for word in table.marked_words() {
+        for word in table.marked_words(0) {
             words[word] = table.word(word);
         }
         let mut bits = BitVec::from_vec(words);

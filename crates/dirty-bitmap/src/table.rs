@@ -17,6 +17,8 @@ use crate::geometry::GeometryError;
 use crate::sync::{AtomicU64, Ordering};
 
 const WORD_BITS: u64 = u64::BITS as u64;
+/// Words that a walk loads at once.
+const AHEAD: usize = 16;
 
 #[derive(Debug)]
 pub(crate) struct Table {
@@ -93,13 +95,26 @@ impl Table {
         self.word(index(page / WORD_BITS)) >> (page % WORD_BITS) & 1 == 1
     }
 
-    /// The words that may have a mark.
-    pub(crate) fn marked_words(&self) -> impl Iterator<Item = usize> {
-        let mut next = 0;
+    /// The words from `first` on that may have a mark: a summary bit may outlive its word's marks, never the other way round.
+    #[inline]
+    pub(crate) fn marked_words(&self, first: usize) -> impl Iterator<Item = usize> {
+        let load = |summary: &AtomicU64| summary.load(Ordering::Acquire);
+        let mut s = first / 64;
+        let mut named = self.summary.get(s).map_or(0, load) & (u64::MAX << (first % 64));
         std::iter::from_fn(move || {
-            let (s, named) = self.next_named(next / 64, u64::MAX << (next % 64))?;
+            while named == 0 {
+                s += 1;
+                // Where little is marked, this is what a walk is: several at a time.
+                while s.is_multiple_of(8)
+                    && let Some(eight) = self.summary.get(s..s + 8)
+                    && eight.iter().fold(0, |any, summary| any | load(summary)) == 0
+                {
+                    s += 8;
+                }
+                named = load(self.summary.get(s)?);
+            }
             let word = s * 64 + named.trailing_zeros() as usize;
-            next = word + 1;
+            named &= named - 1;
             Some(word)
         })
     }
@@ -108,13 +123,22 @@ impl Table {
     /// to go on. With a run `open` that reaches up to page `from`, the first edge is its end.
     pub(crate) fn edges(&self, from: u64, open: bool, edges: &mut Edges) -> Option<u64> {
         let (first, skipped) = (index(from / WORD_BITS), from % WORD_BITS);
-        let mut group = self.next_named(first / 64, u64::MAX << (first % 64));
+        let mut words = self.marked_words(first);
         let mut next = first;
         // Where a run reaches up to the next word, the bit of that word that goes on with it.
         let mut carry = u64::from(open) << skipped;
-        while let Some((s, mut named)) = group {
-            while named != 0 {
-                let word = s * 64 + named.trailing_zeros() as usize;
+        loop {
+            // Loaded before any of them is looked at: where they are far apart, they are waited for together.
+            let mut ahead = [(0, 0); AHEAD];
+            let mut count = 0;
+            for (place, word) in ahead.iter_mut().zip(&mut words) {
+                *place = (word, self.word(word));
+                count += 1;
+            }
+            if ahead[0].0 == first {
+                ahead[0].1 &= u64::MAX << skipped;
+            }
+            for &(word, bits) in &ahead[..count] {
                 if carry != 0 && word != next {
                     edges.push(first_page(next));
                     carry = 0;
@@ -122,18 +146,14 @@ impl Table {
                 if !edges.has_room() {
                     return Some(first_page(word));
                 }
-                named &= named - 1;
-                // A summary bit may outlive its word's marks, never the other way round.
-                let mut bits = self.word(word);
-                if word == first {
-                    bits &= u64::MAX << skipped;
-                }
                 // An edge is where a page differs from the one before.
                 edges.push_word(first_page(word), bits ^ (bits << 1 | carry));
                 carry = bits >> 63;
                 next = word + 1;
             }
-            group = self.next_named(s + 1, u64::MAX);
+            if count < AHEAD {
+                break;
+            }
         }
         if carry != 0 {
             edges.push(first_page(next));
@@ -143,26 +163,7 @@ impl Table {
 
     /// Whether no page is marked.
     pub(crate) fn is_clean(&self) -> bool {
-        !self.marked_words().any(|word| self.word(word) != 0)
-    }
-
-    /// The first summary word from `s` on that names any word, and what it names; summary word `s` counts only where `mask` says.
-    #[inline]
-    fn next_named(&self, mut s: usize, mask: u64) -> Option<(usize, u64)> {
-        let load = |summary: &AtomicU64| summary.load(Ordering::Acquire);
-        let mut named = load(self.summary.get(s)?) & mask;
-        while named == 0 {
-            s += 1;
-            // Where little is marked, this is what a walk is: several at a time.
-            while s.is_multiple_of(8)
-                && let Some(eight) = self.summary.get(s..s + 8)
-                && eight.iter().fold(0, |any, summary| any | load(summary)) == 0
-            {
-                s += 8;
-            }
-            named = load(self.summary.get(s)?);
-        }
-        Some((s, named))
+        !self.marked_words(0).any(|word| self.word(word) != 0)
     }
 }
 

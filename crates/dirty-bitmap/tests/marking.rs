@@ -129,10 +129,28 @@ fn runs_are_as_long_as_they_can_be_across_words_and_summary_words() {
 }
 
 #[test]
+fn marks_far_apart_are_found() {
+    // A summary word has 4096 pages; eight of them are looked at as one, and the last five one by one.
+    let groups = 61;
+    let bitmap = DirtyBitmap::new(0, groups * 4096 * 4096, 4096).unwrap();
+    let pages = (0..groups).map(|group| group * 4096 + 67 * group % 4096);
+    let expected: Vec<_> = pages.map(|page| page * 4096..(page + 1) * 4096).collect();
+    for run in &expected {
+        bitmap.set_dirty(run.start).unwrap();
+        assert_eq!(runs(&bitmap.drain().unwrap()), std::slice::from_ref(run));
+    }
+    for run in &expected {
+        bitmap.set_dirty(run.start).unwrap();
+    }
+    assert_eq!(runs(&bitmap), expected);
+    assert_eq!(bitmap.dirty_bytes(), groups * 4096);
+}
+
+#[test]
 fn more_runs_than_one_batch_come_in_order() {
-    let bitmap = bitmap();
-    (0..128).for_each(|i| _ = bitmap.set_dirty_by_index(2 * i).unwrap());
-    let expected: Vec<_> = (0..128).map(|i| i * 8192..i * 8192 + 4096).collect();
+    let bitmap = DirtyBitmap::new(0, 4 << 20, 4096).unwrap();
+    (0..512).for_each(|i| _ = bitmap.set_dirty_by_index(2 * i).unwrap());
+    let expected: Vec<_> = (0..512).map(|i| i * 8192..i * 8192 + 4096).collect();
     assert_eq!(runs(&bitmap), expected);
 }
 
@@ -159,14 +177,14 @@ fn a_run_is_whole_wherever_a_batch_ends(#[values(0, 1)] first: u64) {
 
 #[test]
 fn a_bitmap_may_be_drained_while_its_runs_are_walked() {
-    let bitmap = bitmap();
-    (0..128).for_each(|i| _ = bitmap.set_dirty_by_index(2 * i).unwrap());
+    let bitmap = DirtyBitmap::new(0, 4 << 20, 4096).unwrap();
+    (0..512).for_each(|i| _ = bitmap.set_dirty_by_index(2 * i).unwrap());
     let mut walk = bitmap.runs();
     assert_eq!(walk.next(), Some(0..4096));
     let drained = bitmap.drain().unwrap();
-    assert_eq!(runs(&drained).len(), 128);
+    assert_eq!(runs(&drained).len(), 512);
     assert!(
-        walk.count() < 127,
+        walk.count() < 511,
         "what the drain took before it was looked up is gone"
     );
 }

@@ -81,15 +81,15 @@ fn an_impossible_granule_is_refused_and_changes_nothing() {
 
 #[test]
 fn a_walk_over_a_bitmap_that_is_rebuilt_meanwhile_misses_nothing_and_repeats_nothing() {
-    let bitmap = DirtyBitmap::new(0, SIZE, 4096).unwrap();
-    (0..128).for_each(|i| _ = bitmap.set_dirty_by_index(2 * i).unwrap());
+    let bitmap = DirtyBitmap::new(0, 4 << 20, 4096).unwrap();
+    (0..512).for_each(|i| _ = bitmap.set_dirty_by_index(2 * i).unwrap());
     let mut walk = bitmap.runs();
     let mut seen: Vec<_> = walk.by_ref().take(64).collect();
     // One page, that the first batch ends in.
-    bitmap.rebuild(SIZE).unwrap();
+    bitmap.rebuild(4 << 20).unwrap();
     seen.extend(walk);
     assert!(seen.is_sorted_by(|a, b| a.end <= b.start));
-    for page in 0..128 {
+    for page in 0..512 {
         assert!(
             seen.iter().any(|run| run.contains(&(page * 8192))),
             "page {page}"
@@ -100,12 +100,12 @@ fn a_walk_over_a_bitmap_that_is_rebuilt_meanwhile_misses_nothing_and_repeats_not
 /// Every other page, then many in turn, in which the first batch of a walk ends.
 fn marked_for_a_long_walk() -> (DirtyBitmap, Vec<std::ops::Range<u64>>) {
     let bitmap = DirtyBitmap::new(0, 8 << 20, 4096).unwrap();
-    (0..127).for_each(|i| _ = bitmap.set_dirty_by_index(2 * i + 1).unwrap());
-    bitmap.set_range(255 * 4096, 745 * 4096).unwrap();
+    (0..255).for_each(|i| _ = bitmap.set_dirty_by_index(2 * i + 1).unwrap());
+    bitmap.set_range(511 * 4096, 989 * 4096).unwrap();
     let runs = runs(&bitmap);
     assert_eq!(
-        (runs.len(), runs[127].clone()),
-        (128, 255 * 4096..1000 * 4096)
+        (runs.len(), runs[255].clone()),
+        (256, 511 * 4096..1500 * 4096)
     );
     (bitmap, runs)
 }
@@ -119,7 +119,7 @@ fn a_run_under_way_goes_on_when_the_bitmap_is_rebuilt(#[case] granule: u64) {
     let mut walk = bitmap.runs();
     assert_eq!(walk.next(), Some(expected[0].clone()));
     bitmap.rebuild(granule).unwrap();
-    expected[127].end = expected[127].end.next_multiple_of(granule);
+    expected[255].end = expected[255].end.next_multiple_of(granule);
     assert_eq!(walk.collect::<Vec<_>>(), expected[1..]);
 }
 
@@ -133,7 +133,7 @@ fn a_run_under_way_ends_where_it_was_looked_at_when_the_bitmap_is_drained(#[case
     assert_eq!(walk.next(), Some(expected[0].clone()));
     bitmap.drain().unwrap();
     bitmap.rebuild(granule).unwrap();
-    expected[127].end = 256 * 4096;
+    expected[255].end = 512 * 4096;
     assert_eq!(walk.collect::<Vec<_>>(), expected[1..]);
 }
 
