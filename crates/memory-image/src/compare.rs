@@ -1,7 +1,11 @@
 //! Which pages of two sources differ.
 
 use std::io;
+use std::num::NonZeroUsize;
 use std::ops::{ControlFlow, Range};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, PoisonError};
+use std::thread;
 
 use dirty_bitmap::{DirtyBitmap, GeometryError};
 use page_reader::{PageReader, PopulatedRanges};
@@ -9,6 +13,8 @@ use thiserror::Error;
 
 /// Bytes of each source that are compared at a time, and between two calls of the progress function.
 const STRETCH: u64 = 1 << 20;
+/// Memory is not faster than a few of them.
+const THREADS: usize = 8;
 
 /// Why two sources could not be compared.
 #[derive(Debug, Error)]
@@ -38,7 +44,8 @@ pub enum CompareError {
 /// Marks the pages of `newer` that differ from `older`, two states of the same `ram_size` bytes of RAM, in pages of `page_size` bytes: what a diff has to
 /// hold. The bitmap starts at 0.
 ///
-/// What [neither source has](PageReader::populated) is not read. `progress` is told the bytes that are done, and may cancel.
+/// What [neither source has](PageReader::populated) is not read. `progress` is told the bytes that are done, and may cancel; it is called from several
+/// threads, one at a time. As many threads as the machine has processors read, at most 8.
 ///
 /// # Errors
 /// [`CompareError`].
@@ -51,46 +58,97 @@ pub enum CompareError {
 ///
 /// let (older, mut newer) = (vec![0; 1 << 20], vec![0; 1 << 20]);
 /// newer[8195] = 1;
-/// let changed = compare(&older, &newer, 1 << 20, 4096, &mut |_| ControlFlow::Continue(()))?;
+/// let changed = compare(&older, &newer, 1 << 20, 4096, &|_| ControlFlow::Continue(()))?;
 /// assert_eq!(changed.runs().collect::<Vec<_>>(), [8192..12288]);
 /// # Ok::<(), memory_image::CompareError>(())
 /// ```
-pub fn compare<A: PageReader + ?Sized, B: PageReader + ?Sized>(
+pub fn compare<A, B>(
     older: &A,
     newer: &B,
     ram_size: u64,
     page_size: u64,
-    progress: &mut dyn FnMut(u64) -> ControlFlow<()>,
-) -> Result<DirtyBitmap, CompareError> {
+    progress: &(dyn Fn(u64) -> ControlFlow<()> + Sync),
+) -> Result<DirtyBitmap, CompareError>
+where
+    A: PageReader + Sync + ?Sized,
+    B: PageReader + Sync + ?Sized,
+{
     let changed = DirtyBitmap::new(0, ram_size, page_size)?;
-    let (mut before, mut after) = (Vec::new(), Vec::new());
+    let stretch = |start: u64| start..ram_size.min(start.saturating_add(STRETCH));
     let mut ranges =
         [older.populated(0..ram_size), newer.populated(0..ram_size)].map(Populated::new);
-    // Pages larger than a stretch are compared piece by piece.
-    for start in (0..ram_size).step_by(STRETCH as usize) {
-        let stretch = start..ram_size.min(start + STRETCH);
-        let populated = ranges.each_mut().map(|source| source.reaches(&stretch));
-        if populated != [false, false] {
-            let len = (stretch.end - stretch.start) as usize;
-            before.resize(len, 0);
-            after.resize(len, 0);
-            let failed = |which| {
-                move |source| CompareError::Read {
-                    which,
-                    offset: start,
-                    source,
-                }
-            };
-            older.read_at(start, &mut before).map_err(failed("older"))?;
-            newer.read_at(start, &mut after).map_err(failed("newer"))?;
-            mark(&changed, page_size, start, &before, &after);
+    let starts: Vec<u64> = (0..ram_size)
+        .step_by(STRETCH as usize)
+        .filter(|start| {
+            let reaches = ranges.each_mut().map(|it| it.reaches(&stretch(*start)));
+            reaches != [false, false]
+        })
+        .collect();
+    let read: u64 = starts
+        .iter()
+        .map(|start| stretch(*start))
+        .map(|it| it.end - it.start)
+        .sum();
+    // What neither has is done.
+    let state = Mutex::new((ram_size - read, None));
+    let next = AtomicUsize::new(0);
+    let work = || {
+        let (mut before, mut after) = (Vec::new(), Vec::new());
+        while let Some(start) = starts.get(next.fetch_add(1, Ordering::Relaxed)) {
+            let range = stretch(*start);
+            let read = read_both(older, newer, &range, &mut before, &mut after);
+            if read.is_ok() {
+                mark(&changed, page_size, *start, &before, &after);
+            }
+            let mut state = state.lock().unwrap_or_else(PoisonError::into_inner);
+            let (compared, failed) = &mut *state;
+            *compared += range.end - range.start;
+            let cancelled = progress(*compared)
+                .is_break()
+                .then_some(CompareError::Cancelled {
+                    compared: *compared,
+                });
+            if failed.is_none() {
+                *failed = read.err().or(cancelled);
+            }
+            if failed.is_some() {
+                return;
+            }
         }
-        if progress(stretch.end).is_break() {
-            let compared = stretch.end;
-            return Err(CompareError::Cancelled { compared });
+    };
+    let threads = thread::available_parallelism().map_or(1, NonZeroUsize::get);
+    thread::scope(|scope| {
+        for _ in 1..threads.min(THREADS) {
+            // Fewer threads take longer, and that is all.
+            let _ = thread::Builder::new().spawn_scoped(scope, work);
         }
+        work();
+    });
+    match state.into_inner().unwrap_or_else(PoisonError::into_inner) {
+        (_, Some(error)) => Err(error),
+        (_, None) => Ok(changed),
     }
-    Ok(changed)
+}
+
+fn read_both<A: PageReader + ?Sized, B: PageReader + ?Sized>(
+    older: &A,
+    newer: &B,
+    range: &Range<u64>,
+    before: &mut Vec<u8>,
+    after: &mut Vec<u8>,
+) -> Result<(), CompareError> {
+    let (offset, len) = (range.start, (range.end - range.start) as usize);
+    let failed = |which| {
+        move |source| CompareError::Read {
+            which,
+            offset,
+            source,
+        }
+    };
+    before.resize(len, 0);
+    after.resize(len, 0);
+    older.read_at(offset, before).map_err(failed("older"))?;
+    newer.read_at(offset, after).map_err(failed("newer"))
 }
 
 fn mark(changed: &DirtyBitmap, page_size: u64, start: u64, before: &[u8], after: &[u8]) {

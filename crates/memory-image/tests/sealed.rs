@@ -9,8 +9,8 @@ use std::process::Command;
 use dirty_bitmap::DirtyBitmap;
 use image_format::{Checksums, Footer, Kind, Placement, Run};
 use memory_image::{
-    Chain, Damage, FooterError, Image, ImageError, ImageId, Link, MappedChain, MappedImage,
-    Verified, compare,
+    Chain, CompareError, Damage, FooterError, Image, ImageError, ImageId, Link, MappedChain,
+    MappedImage, Verified, compare,
 };
 use memory_writer::{Durability, Layout, MemoryWriter, Options, Seal};
 use page_reader::PageReader;
@@ -593,7 +593,7 @@ fn comparing_two_chains_gives_the_pages_of_a_diff() {
     let guest = Guest::with_history(Layout::Packed);
     let older = Chain::open_sealed(&guest.snapshots[..2]).unwrap();
     let newer = guest.chain();
-    let go_on = &mut |_| ControlFlow::Continue(());
+    let go_on = &|_| ControlFlow::Continue(());
     let changed = compare(&older, &newer, SIZE, PAGE, go_on).unwrap();
     let runs: Vec<_> = changed.runs().collect();
     assert_eq!(
@@ -609,6 +609,34 @@ fn comparing_two_chains_gives_the_pages_of_a_diff() {
             .unwrap()
             .is_clean()
     );
+}
+
+#[test]
+fn comparing_tells_progress_can_be_cancelled_and_names_what_cannot_be_read() {
+    let guest = Guest::with_history(Layout::Packed);
+    let chain = guest.chain();
+    let seen = std::sync::Mutex::new(Vec::new());
+    compare(&guest.ram, &chain, SIZE, PAGE, &|done| {
+        seen.lock().unwrap().push(done);
+        ControlFlow::Continue(())
+    })
+    .unwrap();
+    let seen = seen.into_inner().unwrap();
+    assert!(seen.is_sorted() && seen.last() == Some(&SIZE), "{seen:?}");
+    let error = compare(&guest.ram, &chain, SIZE, PAGE, &|_| ControlFlow::Break(())).unwrap_err();
+    assert!(matches!(error, CompareError::Cancelled { .. }), "{error:?}");
+    let short = &guest.ram[..2 << 20];
+    let go_on = &|_| ControlFlow::Continue(());
+    let error = compare(&chain, &short, SIZE, PAGE, go_on).unwrap_err();
+    let CompareError::Read {
+        which: "newer",
+        offset,
+        ..
+    } = error
+    else {
+        panic!("{error:?}");
+    };
+    assert_eq!(offset, 2 << 20);
 }
 
 proptest! {
@@ -651,7 +679,7 @@ proptest! {
         prop_assert_eq!(again.id(), chain.id());
 
         let before = &states[split];
-        let go_on = &mut |_| ControlFlow::Continue(());
+        let go_on = &|_| ControlFlow::Continue(());
         let changed = compare(before, &chain, SIZE, PAGE, go_on).unwrap();
         for page in 0..SIZE / PAGE {
             let bytes = (page * PAGE) as usize..((page + 1) * PAGE) as usize;

@@ -93,7 +93,7 @@ impl ProcessRam {
             .sum()
     }
 
-    pub fn reader(&self) -> &impl PageReader {
+    pub fn reader(&self) -> &(impl PageReader + Sync) {
         &self.memory
     }
 

@@ -30,7 +30,7 @@ impl Ram {
         }
     }
 
-    pub fn reader(&self) -> Box<dyn PageReader + '_> {
+    pub fn reader(&self) -> Box<dyn PageReader + Sync + '_> {
         match self {
             Self::File(ram) => Box::new(FileReader::range(&ram.file, 0, ram.size)),
             #[cfg(target_os = "linux")]

@@ -117,11 +117,11 @@ impl Diff {
         let bar = session.bar("comparing");
         bar.set_length(old.size());
         let page_size = self.raw.page_size.unwrap_or(old.page_size());
-        let mut progress = |done| {
+        let progress = |done| {
             bar.set_position(done);
             session.flow()
         };
-        let compared = compare(old, &new.reader(), old.size(), page_size, &mut progress);
+        let compared = compare(old, &new.reader(), old.size(), page_size, &progress);
         compared.context("the two states can't be compared")
     }
 
@@ -214,7 +214,7 @@ impl New {
         }
     }
 
-    fn reader(&self) -> Box<dyn PageReader + '_> {
+    fn reader(&self) -> Box<dyn PageReader + Sync + '_> {
         match self {
             Self::Ram(ram) => ram.reader(),
             Self::Images(chain) => Box::new(chain),
