@@ -26,7 +26,6 @@ impl Interrupt {
     }
 
     /// As a signal does.
-    #[cfg(test)]
     pub fn ask(&self) {
         self.0.store(true, Ordering::Relaxed);
     }

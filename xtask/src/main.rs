@@ -9,6 +9,8 @@ mod adaptive;
 mod bench;
 mod chart;
 mod check_macos;
+#[cfg(target_os = "linux")]
+mod crash;
 mod demo;
 mod fs_matrix;
 mod fuzz;
@@ -19,7 +21,10 @@ mod packages;
 mod process;
 #[cfg(target_os = "linux")]
 mod qemu_e2e;
+mod ram;
 mod test;
+#[cfg(target_os = "linux")]
+mod write_log;
 
 use std::path::Path;
 use std::process::ExitCode;
@@ -41,6 +46,8 @@ enum Task {
     Adaptive(adaptive::Adaptive),
     Bench(bench::Bench),
     CheckMacos(check_macos::CheckMacos),
+    #[cfg(target_os = "linux")]
+    Crash(crash::Crash),
     Demo(demo::Demo),
     FsMatrix(fs_matrix::FsMatrix),
     Fuzz(fuzz::Fuzz),
@@ -67,6 +74,8 @@ fn run(task: Task) -> anyhow::Result<()> {
         Task::Adaptive(adaptive) => adaptive.run(&sh),
         Task::Bench(bench) => bench.run(&sh),
         Task::CheckMacos(check) => check.run(&sh),
+        #[cfg(target_os = "linux")]
+        Task::Crash(crash) => crash.run(&sh),
         Task::Demo(demo) => demo.run(&sh),
         Task::FsMatrix(matrix) => matrix.run(&sh),
         Task::Fuzz(fuzz) => fuzz.run(&sh),

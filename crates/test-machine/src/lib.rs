@@ -50,11 +50,13 @@ pub enum Need {
     Aarch64,
     /// A Linux guest for x86-64 can be emulated: QEMU, and a Debian of the same kind to download the kernel from.
     LinuxGuest,
+    /// A disk whose every write is logged can be mounted: privilege, loop devices, FUSE, QEMU's storage daemon.
+    LoggedDisk,
 }
 
 impl Need {
     /// Every need that this crate knows.
-    pub const ALL: [Self; 13] = [
+    pub const ALL: [Self; 14] = [
         Self::Kvm,
         Self::Root,
         Self::Userfaultfd,
@@ -68,6 +70,7 @@ impl Need {
         Self::Hypervisor,
         Self::Aarch64,
         Self::LinuxGuest,
+        Self::LoggedDisk,
     ];
 
     /// The name used in `MEMSNAP_REQUIRE`.
@@ -87,6 +90,7 @@ impl Need {
             Self::Hypervisor => "hypervisor",
             Self::Aarch64 => "aarch64",
             Self::LinuxGuest => "linux-guest",
+            Self::LoggedDisk => "logged-disk",
         }
     }
 
@@ -115,6 +119,12 @@ impl Need {
                 cfg!(target_arch = "x86_64")
                     && system.lines().any(|line| line == "ID=debian")
                     && run(&["qemu-system-x86_64", "apt-get", "dpkg-deb"])
+            }
+            Self::LoggedDisk => {
+                Self::Root.is_met()
+                    && opens("/dev/fuse")
+                    && opens("/dev/loop-control")
+                    && run(&["qemu-storage-daemon", "losetup", "setpriv"])
             }
             Self::Strace => std::process::Command::new("strace")
                 .args(["-qq", "-e", "trace=none", "true"])

@@ -8,8 +8,8 @@ use memory_writer::MemoryWriter;
 use nix::sys::resource::{Resource, setrlimit};
 use nix::sys::signal::{Signal, raise};
 
-use super::ram::Stamped;
 use super::subject::{Sabotage, Subject};
+use crate::ram::Stamped;
 
 /// The page of the snapshots that children write, and the bytes that one system call of theirs writes.
 pub const PAGE: u64 = 16 << 10;

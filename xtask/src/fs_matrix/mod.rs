@@ -1,24 +1,23 @@
 //! `cargo xtask fs-matrix`: what holds on which file system, found out on real mounts.
 
 mod checks;
-mod child;
+pub mod child;
 mod finding;
 #[cfg(target_os = "linux")]
 mod guest;
 mod inside;
 mod kind;
-mod mounts;
+pub mod mounts;
 #[cfg(target_os = "linux")]
 mod nfs;
 #[cfg(target_os = "linux")]
 mod power;
 #[cfg(target_os = "linux")]
 mod proxy;
-mod ram;
 mod report;
 mod run;
-mod site;
-mod subject;
+pub mod site;
+pub mod subject;
 mod trace;
 
 use std::path::PathBuf;

@@ -14,8 +14,8 @@ use super::Check;
 use crate::fs_matrix::child::{Child, PAGE};
 use crate::fs_matrix::finding::Family::Atomicity;
 use crate::fs_matrix::finding::Outcome;
-use crate::fs_matrix::ram::{Content, Stamped, content, content_of};
 use crate::fs_matrix::site::Site;
+use crate::ram::{Content, Stamped, content, content_of};
 
 pub const CHECKS: &[Check] = &[
     Check::new(Atomicity, "replace", replace),

@@ -13,8 +13,8 @@ use page_reader::PageReader;
 use super::Check;
 use crate::fs_matrix::finding::Family::Bytes;
 use crate::fs_matrix::finding::Outcome;
-use crate::fs_matrix::ram::{Stamped, Zeros, content, first_difference};
 use crate::fs_matrix::site::Site;
+use crate::ram::{Stamped, Zeros, content, first_difference};
 
 pub const CHECKS: &[Check] = &[
     Check::new(Bytes, "full dump", full),
@@ -51,7 +51,7 @@ fn full(site: &Site) -> anyhow::Result<Outcome> {
     site.subject.full(&dest, &Stamped::new(1, RAM), RAM, PAGE)?;
     let found = content(&dest, RAM)?;
     Ok(Outcome::promise(
-        found == crate::fs_matrix::ram::Content::Whole(1),
+        found == crate::ram::Content::Whole(1),
         format!("{RAM} bytes, the RAM's"),
         found.to_string(),
     ))

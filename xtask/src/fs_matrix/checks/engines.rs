@@ -10,9 +10,9 @@ use sparse_file::{Capabilities, Engine, Source, WriteError, WriteOptions, grow};
 use super::Check;
 use crate::fs_matrix::finding::Family::Bytes;
 use crate::fs_matrix::finding::Outcome;
-use crate::fs_matrix::ram::{Stamped, first_difference};
 use crate::fs_matrix::site::Site;
 use crate::fs_matrix::subject::Subject;
+use crate::ram::{Stamped, first_difference};
 
 pub const CHECKS: &[Check] = &[
     Check::new(Bytes, "written by io_uring", |site| {

@@ -14,8 +14,8 @@ use super::Check;
 use crate::fs_matrix::child::{Child, PAGE};
 use crate::fs_matrix::finding::Family::Faults;
 use crate::fs_matrix::finding::Outcome;
-use crate::fs_matrix::ram::{Content, Stamped, content};
 use crate::fs_matrix::site::{Site, names};
+use crate::ram::{Content, Stamped, content};
 
 pub const CHECKS: &[Check] = &[
     Check::new(Faults, "read-only mount", read_only),

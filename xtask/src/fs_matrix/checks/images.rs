@@ -12,8 +12,8 @@ use memory_writer::{Layout, MemoryWriter, Seal};
 use super::Check;
 use crate::fs_matrix::finding::Family::Bytes;
 use crate::fs_matrix::finding::Outcome;
-use crate::fs_matrix::ram::Stamped;
 use crate::fs_matrix::site::Site;
+use crate::ram::Stamped;
 
 pub const CHECKS: &[Check] = &[
     Check::new(

@@ -6,9 +6,9 @@ use super::Check;
 use crate::fs_matrix::child::{Child, PAGE};
 use crate::fs_matrix::finding::Family::Atomicity;
 use crate::fs_matrix::finding::Outcome;
-use crate::fs_matrix::ram::{Content, Stamped, content};
 use crate::fs_matrix::site::Site;
 use crate::fs_matrix::trace;
+use crate::ram::{Content, Stamped, content};
 
 pub const CHECKS: &[Check] = &[
     Check::new(Atomicity, "writer killed while writing", while_writing),

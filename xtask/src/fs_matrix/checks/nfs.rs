@@ -9,8 +9,8 @@ use crate::fs_matrix::finding::Family::Faults;
 use crate::fs_matrix::finding::Outcome;
 use crate::fs_matrix::nfs;
 use crate::fs_matrix::proxy::Trap;
-use crate::fs_matrix::ram::{Content, Stamped, content};
 use crate::fs_matrix::site::Site;
+use crate::ram::{Content, Stamped, content};
 
 /// Only for sites with a server of their own.
 pub const CHECKS: &[Check] = &[

@@ -14,8 +14,8 @@ use sparse_file::{Capabilities, HoleSupport, Punch, SeekHole, SpaceError, punch_
 use super::Check;
 use crate::fs_matrix::finding::Family::Space;
 use crate::fs_matrix::finding::Outcome;
-use crate::fs_matrix::ram::{Stamped, Zeros, first_difference};
 use crate::fs_matrix::site::Site;
+use crate::ram::{Stamped, Zeros, first_difference};
 
 pub const CHECKS: &[Check] = &[
     Check::new(Space, "logical extent", logical_extent),

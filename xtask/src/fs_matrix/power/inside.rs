@@ -8,8 +8,8 @@ use crate::fs_matrix::child::PAGE;
 use crate::fs_matrix::finding::Line;
 use crate::fs_matrix::guest::inside::{findings, make, mount, unmount};
 use crate::fs_matrix::kind::Kind;
-use crate::fs_matrix::ram::{Content, Stamped, content};
 use crate::fs_matrix::subject::{Sabotage, Subject};
+use crate::ram::{Content, Stamped, content};
 
 /// The bytes of each snapshot.
 const RAM: u64 = 8 * PAGE;

@@ -4,8 +4,8 @@
 //! page cache is gone; then each disk loses a random part of the writes that no flush had followed, as one with a volatile cache would. The next
 //! guest mounts what is left, says what the destination is, and commits on until it is killed in turn.
 
+mod cut;
 pub mod inside;
-mod log;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -20,6 +20,7 @@ use super::guest::{self, Disk, Kit};
 use super::kind::Kind;
 use crate::interrupt::Interrupt;
 use crate::linux_guest::escaped;
+use crate::write_log::Random;
 
 /// The check's name.
 pub const CHECK: &str = "power lost in a commit loop";
@@ -132,7 +133,7 @@ impl PowerLoss<'_> {
                 dropped: 0,
             });
         }
-        let mut random = log::Random::new();
+        let mut random = Random::new();
         bar.set_length(u64::from(self.cuts) + 1);
         for round in 0..=self.cuts {
             bar.set_message(format!("cut {round} of {}", self.cuts));
@@ -252,7 +253,7 @@ impl PowerLoss<'_> {
             }
         }
         for (state, (log, _run)) in states.iter_mut().zip(&logs) {
-            let cut = log::cut_power(&state.image.path, &log.path, Cache::of_cut(round))?;
+            let cut = cut::cut_power(&state.image.path, &log.path, Cache::of_cut(round))?;
             state.dropped += cut.dropped + cut.torn;
             state.flushed += cut.flushed;
         }

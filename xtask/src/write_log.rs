@@ -1,15 +1,12 @@
-//! What a disk had been given when the power went: the log of QEMU's `blklogwrites`, in the format of Linux's dm-log-writes
-//! (`Documentation/admin-guide/device-mapper/log-writes.rst`, `drivers/md/dm-log-writes.c`).
+//! What a disk was given, and what it may have of it when the power goes: the log of QEMU's `blklogwrites`, in the format of Linux's
+//! dm-log-writes (`Documentation/admin-guide/device-mapper/log-writes.rst`, `drivers/md/dm-log-writes.c`).
 
 use std::fs::File;
 use std::hash::{BuildHasher, Hasher, RandomState};
 use std::io;
 use std::os::unix::fs::FileExt;
-use std::path::Path;
 
-use anyhow::{Context, bail};
-
-use super::Cache;
+use anyhow::bail;
 
 const MAGIC: u64 = 0x006a_7366_7773_6872;
 const FLUSH: u64 = 1;
@@ -17,9 +14,19 @@ const DISCARD: u64 = 4;
 
 /// One thing that the disk was told.
 #[derive(Clone, Debug, PartialEq, Eq)]
-enum Entry {
+pub enum Entry {
     Write { offset: u64, bytes: Vec<u8> },
     Flush,
+}
+
+impl Entry {
+    /// How many blocks it writes, at least one.
+    pub fn blocks(&self) -> u64 {
+        match self {
+            Self::Write { bytes, .. } => (bytes.len() as u64).div_ceil(BLOCK).max(1),
+            Self::Flush => 1,
+        }
+    }
 }
 
 /// What became of the writes that no flush had followed.
@@ -31,35 +38,21 @@ pub struct Cut {
     pub dropped: usize,
 }
 
-/// Brings `image` from the state it had when logging began to one in which a loss of power may leave it: all writes before the last flush;
-/// and of the later ones all, if there is no cache, or else of each by itself all, the first 4 KiB blocks, or nothing. A disk with a
-/// volatile cache promises no more.
-pub fn cut_power(image: &Path, log: &Path, cache: Cache) -> anyhow::Result<Cut> {
-    let entries = read(&File::open(log)?).with_context(|| format!("in {}", log.display()))?;
-    let image = File::options().write(true).open(image)?;
-    let mut random = Random::new();
-    let mut fate = |blocks| match (cache, random.below(4)) {
-        (Cache::None, _) | (_, 3) => Fate::Kept,
-        (_, 2) => Fate::Torn(random.below(blocks)),
-        _ => Fate::Dropped,
-    };
-    let write = |offset, bytes: &[u8]| image.write_all_at(bytes, offset);
-    Ok(apply(&entries, &mut fate, &write)?)
-}
-
 /// Of a write that no flush has followed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Fate {
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Fate {
     Kept,
     /// Only so many blocks of it got there.
     Torn(u64),
     Dropped,
 }
 
-const BLOCK: u64 = 4096;
+/// What a disk writes whole or not at all.
+pub const BLOCK: u64 = 4096;
 
-/// Asks `fate` about each write after the last flush, giving it the write's blocks.
-fn apply(
+/// Writes what a disk with a volatile cache may have after `entries`: all before the last flush, as such a disk promises no more, and
+/// of each later write what `fate` says, which is given its blocks.
+pub fn apply(
     entries: &[Entry],
     fate: &mut dyn FnMut(u64) -> Fate,
     write: &dyn Fn(u64, &[u8]) -> io::Result<()>,
@@ -74,8 +67,7 @@ fn apply(
             cut.flushed += 1;
             bytes.len()
         } else {
-            let blocks = (bytes.len() as u64).div_ceil(BLOCK).max(1);
-            match fate(blocks) {
+            match fate(entry.blocks()) {
                 Fate::Dropped | Fate::Torn(0) => {
                     cut.dropped += 1;
                     0
@@ -96,7 +88,7 @@ fn apply(
 }
 
 /// The entries of a log whose writer was killed: the last ones may be missing.
-fn read(log: &File) -> anyhow::Result<Vec<Entry>> {
+pub fn read(log: &File) -> anyhow::Result<Vec<Entry>> {
     let mut head = [0; 28];
     log.read_exact_at(&mut head, 0)?;
     let word = |at: usize| {
@@ -150,12 +142,28 @@ fn read(log: &File) -> anyhow::Result<Vec<Entry>> {
     Ok(entries)
 }
 
-/// A small generator, seeded by the system.
+/// A small generator.
 pub struct Random(u64);
 
 impl Random {
+    /// Seeded by the system.
     pub fn new() -> Self {
-        Self(RandomState::new().build_hasher().finish() | 1)
+        Self::seeded(RandomState::new().build_hasher().finish())
+    }
+
+    /// One that always gives the same.
+    pub fn seeded(seed: u64) -> Self {
+        // Of neighbouring seeds, such as counts, the first numbers must not be alike; and zero would stay zero.
+        Self((seed ^ 0x9e37_79b9_7f4a_7c15).wrapping_mul(0xbf58_476d_1ce4_e5b9) | 1)
+    }
+
+    /// What becomes of a write of so many blocks that no flush has followed.
+    pub fn fate(&mut self, blocks: u64) -> Fate {
+        match self.below(4) {
+            3 => Fate::Kept,
+            2 => Fate::Torn(self.below(blocks)),
+            _ => Fate::Dropped,
+        }
     }
 
     /// A number below `end`, by xorshift (Marsaglia 2003).

@@ -1,0 +1,115 @@
+//! What must hold when the power is back.
+
+use std::fmt;
+use std::path::Path;
+
+use atomic_file::AtomicWriter;
+
+use crate::fs_matrix::site::names;
+use crate::ram::{Content, content};
+
+/// What a crash must not do.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Fault {
+    /// What had been there, or was promised to be, is not, or can't be got at.
+    Lost(String),
+    /// Neither the old nor the new: parts of both, or of something else.
+    Torn(String),
+    /// Left behind, where nobody removes it.
+    Left(String),
+}
+
+impl Fault {
+    /// The same, and in which phase of the scenario it was found.
+    pub fn when(self, phase: &str) -> Self {
+        let say = |what| format!("{phase}: {what}");
+        match self {
+            Self::Lost(what) => Self::Lost(say(what)),
+            Self::Torn(what) => Self::Torn(say(what)),
+            Self::Left(what) => Self::Left(say(what)),
+        }
+    }
+}
+
+impl fmt::Display for Fault {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Lost(what) => write!(f, "lost: {what}"),
+            Self::Torn(what) => write!(f, "torn: {what}"),
+            Self::Left(what) => write!(f, "left behind: {what}"),
+        }
+    }
+}
+
+/// A thing that fails when the power is back is lost.
+pub fn lost<E: fmt::Display>(what: &str) -> impl Fn(E) -> Fault + '_ {
+    move |error| Fault::Lost(format!("{what}: {error:#}"))
+}
+
+/// Who clears up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Tidying {
+    /// `atomic_file::recover`, which sweeps.
+    Recover,
+    /// The next writers to the same destinations.
+    NextWriter,
+}
+
+/// A directory as a crash left it.
+pub struct Aftermath<'a> {
+    pub dir: &'a Path,
+    /// The commits that had returned.
+    pub returned: usize,
+    pub tidying: Tidying,
+}
+
+impl Aftermath<'_> {
+    /// Of versions that are committed one after the other, `first` being there before: the last that returned, or the next.
+    pub fn allowed(&self, first: u32, last: u32) -> Vec<u32> {
+        let returned = last.min(first + self.returned as u32);
+        (returned..=last.min(returned + 1)).collect()
+    }
+
+    /// The version that a file is whole of.
+    pub fn version(&self, name: &str, size: u64, allowed: &[u32]) -> Result<u32, Fault> {
+        let expected = || format!("{name}, expected of {allowed:?}");
+        match content(&self.dir.join(name), size) {
+            Ok(Content::Whole(version)) if allowed.contains(&version) => Ok(version),
+            Ok(found @ (Content::Whole(_) | Content::Missing)) => {
+                Err(Fault::Lost(format!("{}: {found}", expected())))
+            }
+            Ok(found) => Err(Fault::Torn(format!("{}: {found}", expected()))),
+            Err(error) => Err(Fault::Lost(format!("{}: {error}", expected()))),
+        }
+    }
+
+    pub fn exists(&self, name: &str) -> bool {
+        self.dir.join(name).exists()
+    }
+
+    /// Opens writers, all at once, and drops them.
+    pub fn next_writers(&self, destinations: &[&str]) -> Result<(), Fault> {
+        let open = |name| AtomicWriter::open(self.dir.join(name));
+        let writers = destinations.iter().map(open).collect::<Result<Vec<_>, _>>();
+        writers.map(drop).map_err(lost("can't open a writer"))
+    }
+
+    /// Clears up. Nothing but the destinations and `others` may be there then. A destination that had several writers at once is named as
+    /// often: the next writer looks for no more leftovers than stand in its way.
+    pub fn tidy(&self, destinations: &[&str], others: &[&str]) -> Result<(), Fault> {
+        match self.tidying {
+            Tidying::Recover => {
+                atomic_file::recover(self.dir).map_err(lost("can't recover"))?;
+            }
+            Tidying::NextWriter => self.next_writers(destinations)?,
+        }
+        let belong = [destinations, others].concat();
+        let mut left = names(self.dir, &belong).map_err(lost("can't list the directory"))?;
+        // FUSE keeps removed files that are still open under names of its own.
+        left.retain(|name| !name.starts_with(".fuse_hidden"));
+        if left.is_empty() {
+            return Ok(());
+        }
+        Err(Fault::Left(format!("{left:?}, by {:?}", self.tidying)))
+    }
+}

@@ -1,0 +1,193 @@
+//! File systems on loop devices: made, mounted, and gone when the guards drop.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, bail};
+use nix::errno::Errno;
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use test_machine::Need;
+
+/// A file system and the options that it is mounted with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum FileSystem {
+    Ext4,
+    /// ext4 that does not write a file's data out because it was renamed over another
+    #[value(name = "ext4-noauto_da_alloc")]
+    Ext4NoAutoDaAlloc,
+    /// ext4 that journals names before the data they lead to
+    #[value(name = "ext4-writeback")]
+    Ext4Writeback,
+    Xfs,
+    Btrfs,
+    /// By the FUSE driver. It has no journal, and a rename on it is not atomic
+    Exfat,
+}
+
+impl FileSystem {
+    pub const ALL: [Self; 6] = [
+        Self::Ext4,
+        Self::Ext4NoAutoDaAlloc,
+        Self::Ext4Writeback,
+        Self::Xfs,
+        Self::Btrfs,
+        Self::Exfat,
+    ];
+
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Ext4 => "ext4",
+            Self::Ext4NoAutoDaAlloc => "ext4-noauto_da_alloc",
+            Self::Ext4Writeback => "ext4-writeback",
+            Self::Xfs => "xfs",
+            Self::Btrfs => "btrfs",
+            Self::Exfat => "exfat",
+        }
+    }
+
+    pub fn need(self) -> Need {
+        match self {
+            Self::Ext4 | Self::Ext4NoAutoDaAlloc | Self::Ext4Writeback => Need::Ext4,
+            Self::Xfs => Need::Xfs,
+            Self::Btrfs => Need::Btrfs,
+            Self::Exfat => Need::Exfat,
+        }
+    }
+
+    /// Whether it promises what the library builds on: that what was synced stays, and that a rename is atomic over a loss of power.
+    pub fn promises(self) -> bool {
+        self != Self::Exfat
+    }
+
+    /// The smallest that their tools make, and their drivers mount, with room for the scenarios.
+    pub fn size(self) -> u64 {
+        match self {
+            Self::Xfs => 320 << 20,
+            Self::Btrfs => 128 << 20,
+            _ => 64 << 20,
+        }
+    }
+
+    fn kernel_name(self) -> &'static str {
+        match self {
+            Self::Ext4 | Self::Ext4NoAutoDaAlloc | Self::Ext4Writeback => "ext4",
+            Self::Xfs => "xfs",
+            Self::Btrfs => "btrfs",
+            Self::Exfat => "exfat",
+        }
+    }
+
+    fn options(self) -> &'static str {
+        match self {
+            Self::Ext4NoAutoDaAlloc => "noauto_da_alloc",
+            Self::Ext4Writeback => "data=writeback",
+            _ => "",
+        }
+    }
+
+    pub fn make(self, device: &Loop) -> anyhow::Result<()> {
+        let mut mkfs = Command::new(format!("mkfs.{}", self.kernel_name()));
+        match self.kernel_name() {
+            // Nothing that the driver would do later, of itself.
+            "ext4" => mkfs
+                .args(["-q", "-F", "-b", "4096"])
+                .args(["-E", "lazy_itable_init=0,lazy_journal_init=0"]),
+            "exfat" => &mut mkfs,
+            _ => mkfs.arg("-q"),
+        };
+        run(mkfs.arg(&device.device)).map(drop)
+    }
+}
+
+/// A loop device over the first bytes of a file; detached when dropped.
+pub struct Loop {
+    device: String,
+}
+
+impl Loop {
+    pub fn over(file: &Path, bytes: u64) -> anyhow::Result<Self> {
+        let device = run(Command::new("losetup")
+            .args(["--find", "--show", "--sizelimit", &bytes.to_string()])
+            .arg(file))?;
+        Ok(Self {
+            device: device.trim_end().into(),
+        })
+    }
+}
+
+impl Drop for Loop {
+    fn drop(&mut self) {
+        let _ = run(Command::new("losetup").args(["--detach", &self.device]));
+    }
+}
+
+/// For a file system that is busy.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// A file system mounted on a directory.
+pub struct Mounted {
+    dir: PathBuf,
+}
+
+impl Mounted {
+    pub fn new(fs: FileSystem, device: &Loop, dir: &Path) -> anyhow::Result<Self> {
+        if fs == FileSystem::Exfat {
+            run(Command::new("mount.exfat-fuse")
+                .arg(&device.device)
+                .arg(dir))?;
+        } else {
+            mount(
+                Some(device.device.as_str()),
+                dir,
+                Some(fs.kernel_name()),
+                MsFlags::empty(),
+                Some(fs.options()),
+            )?;
+        }
+        Ok(Self {
+            dir: dir.to_owned(),
+        })
+    }
+
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// Returns when the driver has let go of the device: another file system may be put there.
+    pub fn unmount(self) -> anyhow::Result<()> {
+        let start = Instant::now();
+        loop {
+            match umount2(&self.dir, MntFlags::empty()) {
+                // FUSE closes files a moment after whoever had them open.
+                Err(Errno::EBUSY) if start.elapsed() < PATIENCE => {
+                    thread::sleep(Duration::from_millis(2));
+                }
+                result => {
+                    result.with_context(|| format!("can't unmount {}", self.dir.display()))?;
+                    std::mem::forget(self);
+                    return Ok(());
+                }
+            }
+        }
+    }
+}
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        let _ = umount2(&self.dir, MntFlags::MNT_DETACH);
+    }
+}
+
+fn run(command: &mut Command) -> anyhow::Result<String> {
+    let name = command.get_program().display().to_string();
+    let output = command
+        .output()
+        .with_context(|| format!("can't run {name}"))?;
+    if !output.status.success() {
+        let said = String::from_utf8_lossy(&output.stderr);
+        bail!("{name} failed: {}", said.trim_end());
+    }
+    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+}

@@ -1,0 +1,241 @@
+//! Commits of files, and of memory as it is.
+
+use std::os::unix::process::ExitStatusExt;
+use std::path::Path;
+use std::thread;
+
+use anyhow::{Context, bail, ensure};
+use atomic_file::{AtomicGroup, AtomicWriter, CommitError};
+use memory_writer::MemoryWriter;
+use nix::libc::SIGKILL;
+
+use super::Scenario;
+use crate::crash::check::{Aftermath, Fault, Tidying};
+use crate::fs_matrix::child::{Child, PAGE};
+use crate::fs_matrix::site::names;
+use crate::fs_matrix::subject::Subject;
+use crate::ram::Stamped;
+
+pub const RAM: u64 = 1 << 20;
+pub const DEST: &str = "vm.mem";
+
+/// A commit over an existing file.
+pub const REPLACE: Scenario = Scenario {
+    name: "replace",
+    prepare: |dir| file(dir, 1),
+    act: |dir, returned| {
+        file(dir, 2)?;
+        returned()
+    },
+    check: |after| replaced(after, 1, 2),
+};
+
+/// A commit where no file was.
+pub const FIRST: Scenario = Scenario {
+    name: "first",
+    prepare: |_| Ok(()),
+    act: |dir, returned| {
+        file(dir, 1)?;
+        returned()
+    },
+    check: |after| came_to_be(after, 1),
+};
+
+/// Two writers that must not replace anything, and the second comes too late.
+pub const NO_CLOBBER: Scenario = Scenario {
+    name: "no-clobber",
+    prepare: |_| Ok(()),
+    act: |dir, returned| {
+        let open = || {
+            let options = AtomicWriter::options().no_clobber(true);
+            options.open(dir.join(DEST))
+        };
+        let (first, second) = (open()?, open()?);
+        first.write_all_at(&Stamped::new(1, RAM).bytes(0..RAM), 0)?;
+        second.write_all_at(&Stamped::new(2, RAM).bytes(0..RAM), 0)?;
+        first.commit()?;
+        returned()?;
+        match second.commit() {
+            Err(CommitError::NotReplaced { .. }) => Ok(()),
+            other => bail!("a second commit that must not replace the first: {other:?}"),
+        }
+    },
+    check: |after| came_to_be(after, 2),
+};
+
+const STATE: &str = "vm.state";
+const STATE_SIZE: u64 = 64 << 10;
+
+/// Two files that change together, twice.
+pub const GROUP: Scenario = Scenario {
+    name: "group",
+    prepare: |dir| group(dir, 1),
+    act: |dir, returned| {
+        for stamp in [2, 3] {
+            group(dir, stamp)?;
+            returned()?;
+        }
+        Ok(())
+    },
+    check: |after| {
+        if after.tidying == Tidying::NextWriter {
+            // It completes the group. The stage of a record that was never published is for sweepers, or the next group.
+            after.next_writers(&[DEST])?;
+        }
+        let recovered = Aftermath {
+            tidying: Tidying::Recover,
+            ..*after
+        };
+        recovered.tidy(&[DEST, STATE], &[])?;
+        let memory = after.version(DEST, RAM, &after.allowed(1, 3))?;
+        let state = after.version(STATE, STATE_SIZE, &after.allowed(1, 3))?;
+        if memory == state {
+            return Ok(());
+        }
+        Err(Fault::Torn(format!(
+            "a group with one file of version {memory} and one of version {state}"
+        )))
+    },
+};
+
+/// Full dumps of memory over one another.
+pub const FULL: Scenario = Scenario {
+    name: "full",
+    prepare: |dir| full(dir, 1),
+    act: |dir, returned| {
+        for stamp in [2, 3] {
+            full(dir, stamp)?;
+            returned()?;
+        }
+        Ok(())
+    },
+    check: |after| replaced(after, 1, 3),
+};
+
+/// Dumps that are written over the file that the last commit replaced.
+pub const RECYCLE: Scenario = Scenario {
+    name: "recycle",
+    prepare: |dir| {
+        recycling(dir, 1)?;
+        recycling(dir, 2).map(drop)
+    },
+    act: |dir, returned| {
+        // exFAT has no leases, so there every file is a new one. Here one may be too: a process that somebody
+        // starts has all files open for a moment.
+        let is_spare = |name: &String| name.ends_with(".spare");
+        let spare = names(dir, &[])?.iter().any(is_spare);
+        let mut recycled = false;
+        for stamp in 3..=5 {
+            recycled |= recycling(dir, stamp)?;
+            returned()?;
+        }
+        ensure!(recycled == spare, "recycled: {recycled}, spare: {spare}");
+        Ok(())
+    },
+    check: |after| replaced(after, 2, 5),
+};
+
+/// A writer is killed, and the next one finds its stage.
+pub const STALE_STAGE: Scenario = Scenario {
+    name: "stale-stage",
+    prepare: |dir| full(dir, 1),
+    act: |dir, returned| {
+        let child = Child::new(Subject(None), &dir.join(DEST), 2, RAM).die_after(RAM / 2);
+        let output = child.command(&[])?.output()?;
+        ensure!(
+            output.status.signal() == Some(SIGKILL),
+            "the writer that is to die: {}",
+            output.status
+        );
+        full(dir, 2)?;
+        returned()
+    },
+    check: |after| replaced(after, 1, 2),
+};
+
+/// Two writers at once, twice.
+pub const TWO_WRITERS: Scenario = Scenario {
+    name: "two-writers",
+    prepare: |dir| full(dir, 1),
+    act: |dir, returned| {
+        for stamps in [[2, 3], [4, 5]] {
+            thread::scope(|scope| {
+                let writer = |stamp| {
+                    scope.spawn(move || {
+                        full(dir, stamp)?;
+                        returned()
+                    })
+                };
+                let writers = stamps.map(writer);
+                let mut done = writers.into_iter().map(|writer| writer.join());
+                done.try_for_each(|writer| writer.expect("no panic"))
+            })?;
+        }
+        Ok(())
+    },
+    check: |after| {
+        let allowed: &[u32] = match after.returned {
+            0 => &[1, 2, 3],
+            1 => &[2, 3],
+            2 => &[2, 3, 4, 5],
+            _ => &[4, 5],
+        };
+        one_of(after, allowed, 2)
+    },
+};
+
+/// Commits a version of a file by hand.
+fn file(dir: &Path, stamp: u32) -> anyhow::Result<()> {
+    const CHUNK: u64 = 256 << 10;
+    let writer = AtomicWriter::open(dir.join(DEST))?;
+    for at in (0..RAM).step_by(CHUNK as usize) {
+        let bytes = Stamped::new(stamp, RAM).bytes(at..at + CHUNK);
+        writer.write_all_at(&bytes, at)?;
+    }
+    Ok(writer.commit()?)
+}
+
+fn group(dir: &Path, stamp: u32) -> anyhow::Result<()> {
+    let mut group = AtomicGroup::new();
+    for (name, size) in [(DEST, RAM), (STATE, STATE_SIZE)] {
+        let writer = AtomicWriter::open(dir.join(name))?;
+        writer.write_all_at(&Stamped::new(stamp, size).bytes(0..size), 0)?;
+        group.add(writer)?;
+    }
+    Ok(group.commit()?)
+}
+
+fn full(dir: &Path, stamp: u32) -> anyhow::Result<()> {
+    let dest = dir.join(DEST);
+    Subject(None).full(&dest, &Stamped::new(stamp, RAM), RAM, PAGE)
+}
+
+/// Whether the stage was the file that an earlier commit had replaced.
+fn recycling(dir: &Path, stamp: u32) -> anyhow::Result<bool> {
+    let options = MemoryWriter::options().recycle(RAM * 2);
+    let mut writer = options.open(dir.join(DEST), RAM, PAGE)?;
+    let recycled = writer.recycled();
+    writer.write_full(&Stamped::new(stamp, RAM))?;
+    writer.commit().context("a commit that recycles")?;
+    Ok(recycled)
+}
+
+/// Versions up to `last` were committed one after the other over `first`.
+fn replaced(after: &Aftermath, first: u32, last: u32) -> Result<(), Fault> {
+    one_of(after, &after.allowed(first, last), 1)
+}
+
+/// The file is whole, and of the same version when all is cleared up after so many writers at once.
+fn one_of(after: &Aftermath, allowed: &[u32], at_once: usize) -> Result<(), Fault> {
+    let found = after.version(DEST, RAM, allowed)?;
+    after.tidy(&vec![DEST; at_once], &[])?;
+    after.version(DEST, RAM, &[found]).map(drop)
+}
+
+/// Version 1 is there, or nothing yet.
+fn came_to_be(after: &Aftermath, at_once: usize) -> Result<(), Fault> {
+    if after.returned == 0 && !after.exists(DEST) {
+        return after.tidy(&vec![DEST; at_once], &[]);
+    }
+    one_of(after, &[1], at_once)
+}

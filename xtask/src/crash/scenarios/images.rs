@@ -1,0 +1,217 @@
+//! Commits of images that make a chain.
+
+use std::ops::ControlFlow;
+use std::path::{Path, PathBuf};
+
+use anyhow::Context;
+use dirty_bitmap::DirtyBitmap;
+use memory_image::{Chain, Image, ImageError, ImageId};
+use memory_writer::{Layout, MemoryWriter, Seal};
+
+use super::commits::RAM;
+use super::{Returned, Scenario};
+use crate::crash::check::{Aftermath, Fault, lost};
+use crate::fs_matrix::child::PAGE;
+use crate::ram::Stamped;
+
+const FULL: &str = "full.mem";
+const DIFF_NAME: &str = "diff.mem";
+const NEXT: &str = "next.mem";
+/// A diff has each page whose number is its version's, modulo this.
+const EVERY: u64 = 7;
+
+/// A raw diff over another.
+pub const DIFF: Scenario = Scenario {
+    name: "diff",
+    prepare: |dir| {
+        write_full(&dir.join(FULL), 1, Layout::Raw)?;
+        write_diff(&dir.join(DIFF_NAME), 2, Layout::Raw)
+    },
+    act: |dir, returned| {
+        for stamp in [3, 4] {
+            write_diff(&dir.join(DIFF_NAME), stamp, Layout::Raw)?;
+            returned()?;
+        }
+        Ok(())
+    },
+    check: |after| {
+        raw_chain(after, &after.allowed(2, 4))?;
+        after.tidy(&[DIFF_NAME], &[FULL])
+    },
+};
+
+/// A sealed diff over another, then a new full image beside them.
+pub const SEALED: Scenario = Scenario {
+    name: "sealed",
+    prepare: |dir| prepare(dir, Layout::Sealed),
+    act: |dir, returned| act(dir, returned, Layout::Sealed),
+    check: sealed_chain,
+};
+
+/// The same, packed.
+pub const PACKED: Scenario = Scenario {
+    name: "packed",
+    prepare: |dir| prepare(dir, Layout::Packed),
+    act: |dir, returned| act(dir, returned, Layout::Packed),
+    check: sealed_chain,
+};
+
+/// A chain merged onto its own base.
+pub const MERGE: Scenario = Scenario {
+    name: "merge",
+    prepare: |dir| {
+        write_full(&dir.join(FULL), 1, Layout::Raw)?;
+        write_diff(&dir.join(DIFF_NAME), 2, Layout::Raw)
+    },
+    act: |dir, returned| {
+        let mut chain = Chain::open(dir.join(FULL), PAGE)?;
+        // Its holes can't be believed everywhere.
+        chain.push_pages(dir.join(DIFF_NAME), dirty(2)?.runs())?;
+        chain.flatten(dir.join(FULL))?;
+        returned()
+    },
+    check: |after| {
+        let base = std::fs::read(after.dir.join(FULL)).map_err(lost("the merged image"))?;
+        if base == ram(1) && after.returned > 0 {
+            return Err(Fault::Lost("a merge that had returned".into()));
+        }
+        if ![ram(1), ram_after_diff(2)].contains(&base) {
+            return Err(Fault::Torn("neither the base nor the merged image".into()));
+        }
+        raw_chain(after, &[2])?;
+        after.tidy(&[FULL], &[DIFF_NAME])
+    },
+};
+
+fn prepare(dir: &Path, layout: fn(Seal) -> Layout) -> anyhow::Result<()> {
+    let parent = write_full(&dir.join(FULL), 1, layout(Seal::new()))?;
+    let seal = Seal::new().parent(parent.context("it is sealed")?);
+    write_diff(&dir.join(DIFF_NAME), 2, layout(seal))
+}
+
+fn act(dir: &Path, returned: Returned, layout: fn(Seal) -> Layout) -> anyhow::Result<()> {
+    let parent = Image::open_sealed(dir.join(FULL))?.id();
+    let seal = Seal::new().parent(parent.context("it is sealed")?);
+    write_diff(&dir.join(DIFF_NAME), 3, layout(seal))?;
+    returned()?;
+    write_full(&dir.join(NEXT), 4, layout(Seal::new()))?;
+    returned()
+}
+
+fn write_full(dest: &Path, stamp: u32, layout: Layout) -> anyhow::Result<Option<ImageId>> {
+    let mut writer = MemoryWriter::options()
+        .layout(layout)
+        .open(dest, RAM, PAGE)?;
+    let id = writer.image_id();
+    writer.write_full(&Stamped::new(stamp, RAM))?;
+    writer.commit()?;
+    Ok(id)
+}
+
+fn write_diff(dest: &Path, stamp: u32, layout: Layout) -> anyhow::Result<()> {
+    let mut writer = MemoryWriter::options()
+        .layout(layout)
+        .open(dest, RAM, PAGE)?;
+    writer.write_diff(&Stamped::new(stamp, RAM), &dirty(stamp)?)?;
+    Ok(writer.commit()?)
+}
+
+/// The pages that a diff of this version has.
+fn dirty(stamp: u32) -> anyhow::Result<DirtyBitmap> {
+    let dirty = DirtyBitmap::new(0, RAM, PAGE)?;
+    for page in (u64::from(stamp)..RAM / PAGE).step_by(EVERY as usize) {
+        dirty.set_dirty_by_index(page)?;
+    }
+    Ok(dirty)
+}
+
+fn ram(stamp: u32) -> Vec<u8> {
+    Stamped::new(stamp, RAM).bytes(0..RAM)
+}
+
+/// Version 1 with the pages of a diff.
+fn ram_after_diff(stamp: u32) -> Vec<u8> {
+    let (mut bytes, newer) = (ram(1), ram(stamp));
+    for run in dirty(stamp).expect("a bitmap").runs() {
+        let run = run.start as usize..run.end as usize;
+        bytes[run.clone()].copy_from_slice(&newer[run]);
+    }
+    bytes
+}
+
+/// The full image and a diff of one of these versions.
+fn raw_chain(after: &Aftermath, allowed: &[u32]) -> Result<(), Fault> {
+    let mut chain = Chain::open(after.dir.join(FULL), PAGE).map_err(lost("the full image"))?;
+    match chain.push(after.dir.join(DIFF_NAME)) {
+        Ok(()) => restored(&chain, allowed),
+        // Told by its bytes alone, then: zeros where it has no page.
+        Err(ImageError::UnclearDiff { .. }) => {
+            let bytes = std::fs::read(after.dir.join(DIFF_NAME)).map_err(lost("the diff"))?;
+            let is = |stamp: &u32| {
+                let (bytes, full) = (bytes.iter(), ram_after_diff(*stamp));
+                bytes
+                    .zip(full.iter().zip(ram(1)))
+                    .all(|(byte, (new, old))| *byte == *new || (*byte == 0 && *new == old))
+            };
+            match allowed.iter().any(is) {
+                true => Ok(()),
+                false => Err(Fault::Torn(format!("the diff is none of {allowed:?}"))),
+            }
+        }
+        Err(error) => Err(lost("the diff")(error)),
+    }
+}
+
+fn sealed_chain(after: &Aftermath) -> Result<(), Fault> {
+    let (full, diff, next) = (
+        after.dir.join(FULL),
+        after.dir.join(DIFF_NAME),
+        after.dir.join(NEXT),
+    );
+    verified(&[&full, &diff])?;
+    let chain = Chain::open_sealed([full, diff]).map_err(lost("the chain"))?;
+    restored(&chain, &after.allowed(2, 3))?;
+    if next.exists() {
+        verified(&[&next])?;
+        let chain = Chain::open_sealed([next]).map_err(lost("the new image"))?;
+        same(&chain, |bytes| bytes == ram(4))?;
+    } else if after.returned == 2 {
+        return Err(Fault::Lost("the new full image".into()));
+    }
+    drop(chain);
+    after.tidy(&[DIFF_NAME, NEXT], &[FULL])
+}
+
+/// Every checksum is right.
+fn verified(paths: &[&PathBuf]) -> Result<(), Fault> {
+    for path in paths {
+        let image = Image::open_sealed(path).map_err(lost("a sealed image"))?;
+        let found = image
+            .verify(&|_, _| ControlFlow::Continue(()))
+            .map_err(lost("a sealed image"))?;
+        if let Some(damage) = found.damages.first() {
+            return Err(Fault::Torn(format!("{}: {damage:?}", path.display())));
+        }
+    }
+    Ok(())
+}
+
+/// The chain is version 1 with the pages of one of these diffs.
+fn restored(chain: &Chain, allowed: &[u32]) -> Result<(), Fault> {
+    same(chain, |bytes| {
+        allowed.iter().any(|stamp| bytes == ram_after_diff(*stamp))
+    })
+}
+
+fn same(chain: &Chain, right: impl Fn(&[u8]) -> bool) -> Result<(), Fault> {
+    let mut bytes = vec![0; RAM as usize];
+    chain
+        .restore(bytes.as_mut_slice())
+        .map_err(lost("what a chain stands for"))?;
+    match right(&bytes) {
+        true => Ok(()),
+        false => Err(Fault::Torn(
+            "a chain does not stand for its versions".into(),
+        )),
+    }
+}

@@ -1,0 +1,81 @@
+//! Commits that lack a step, which must be found, and one that lacks none, which must not.
+
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::thread;
+use std::time::Duration;
+
+use super::Scenario;
+use super::commits::{DEST, RAM};
+use crate::crash::check::{Aftermath, Fault};
+use crate::ram::Stamped;
+
+/// Nothing is left out: the states must not blame it.
+pub const CONTROL: Scenario = Scenario {
+    name: "by-hand",
+    prepare: |dir| commit(dir, 1, &[Step::FileSync, Step::Rename, Step::DirectorySync]),
+    act: |dir, returned| {
+        commit(dir, 2, &[Step::FileSync, Step::Rename, Step::DirectorySync])?;
+        returned()
+    },
+    check,
+};
+
+pub const ALL: &[Scenario] = &[
+    Scenario {
+        name: "no-file-sync",
+        act: |dir, returned| {
+            commit(dir, 2, &[Step::Rename, Step::DirectorySync])?;
+            returned()
+        },
+        ..CONTROL
+    },
+    Scenario {
+        name: "rename-before-sync",
+        act: |dir, returned| {
+            commit(dir, 2, &[Step::Rename, Step::FileSync, Step::DirectorySync])?;
+            returned()
+        },
+        ..CONTROL
+    },
+    Scenario {
+        name: "no-directory-sync",
+        act: |dir, returned| {
+            commit(dir, 2, &[Step::FileSync, Step::Rename])?;
+            returned()
+        },
+        ..CONTROL
+    },
+];
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Step {
+    FileSync,
+    Rename,
+    DirectorySync,
+}
+
+/// Long enough that a neighbour syncs in between.
+const PAUSE: Duration = Duration::from_millis(30);
+
+fn commit(dir: &Path, stamp: u32, steps: &[Step]) -> anyhow::Result<()> {
+    let stage = dir.join("vm.tmp");
+    let file = File::create(&stage)?;
+    file.write_all_at(&Stamped::new(stamp, RAM).bytes(0..RAM), 0)?;
+    for (n, step) in steps.iter().enumerate() {
+        if n > 0 {
+            thread::sleep(PAUSE);
+        }
+        match step {
+            Step::FileSync => file.sync_all()?,
+            Step::Rename => fs::rename(&stage, dir.join(DEST))?,
+            Step::DirectorySync => File::open(dir)?.sync_all()?,
+        }
+    }
+    Ok(())
+}
+
+fn check(after: &Aftermath) -> Result<(), Fault> {
+    after.version(DEST, RAM, &after.allowed(1, 2)).map(drop)
+}
