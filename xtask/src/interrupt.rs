@@ -26,6 +26,7 @@ impl Interrupt {
     }
 
     /// As a signal does.
+    #[cfg(any(test, target_os = "linux"))]
     pub fn ask(&self) {
         self.0.store(true, Ordering::Relaxed);
     }

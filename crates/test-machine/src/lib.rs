@@ -11,7 +11,7 @@ mod mounts;
 pub mod tracked;
 
 #[cfg(target_os = "linux")]
-pub use loop_mount::{LoopFs, LoopMount};
+pub use loop_mount::{LoopFs, LoopMount, tool};
 #[cfg(target_os = "linux")]
 pub use mounts::{ReadOnlyBind, TinyTmpfs};
 

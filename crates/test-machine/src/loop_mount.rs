@@ -162,7 +162,9 @@ fn run(command: &mut Command) -> io::Result<String> {
     )))
 }
 
-fn tool(name: &str) -> Command {
+/// A command of the administrator's, wherever Debian puts it.
+#[must_use]
+pub fn tool(name: &str) -> Command {
     Command::new(find_tool(name).unwrap_or_else(|| name.into()))
 }
 

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, bail};
 use nix::errno::Errno;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
-use test_machine::Need;
+use test_machine::{Need, tool};
 
 /// A file system and the options that it is mounted with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -88,7 +88,7 @@ impl FileSystem {
     }
 
     pub fn make(self, device: &Loop) -> anyhow::Result<()> {
-        let mut mkfs = Command::new(format!("mkfs.{}", self.kernel_name()));
+        let mut mkfs = tool(&format!("mkfs.{}", self.kernel_name()));
         match self.kernel_name() {
             // Nothing that the driver would do later, of itself.
             "ext4" => mkfs
@@ -108,7 +108,7 @@ pub struct Loop {
 
 impl Loop {
     pub fn over(file: &Path, bytes: u64) -> anyhow::Result<Self> {
-        let device = run(Command::new("losetup")
+        let device = run(tool("losetup")
             .args(["--find", "--show", "--sizelimit", &bytes.to_string()])
             .arg(file))?;
         Ok(Self {
@@ -119,7 +119,7 @@ impl Loop {
 
 impl Drop for Loop {
     fn drop(&mut self) {
-        let _ = run(Command::new("losetup").args(["--detach", &self.device]));
+        let _ = run(tool("losetup").args(["--detach", &self.device]));
     }
 }
 
@@ -134,9 +134,7 @@ pub struct Mounted {
 impl Mounted {
     pub fn new(fs: FileSystem, device: &Loop, dir: &Path) -> anyhow::Result<Self> {
         if fs == FileSystem::Exfat {
-            run(Command::new("mount.exfat-fuse")
-                .arg(&device.device)
-                .arg(dir))?;
+            run(tool("mount.exfat-fuse").arg(&device.device).arg(dir))?;
         } else {
             mount(
                 Some(device.device.as_str()),

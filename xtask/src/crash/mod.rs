@@ -126,6 +126,10 @@ impl Crash {
                 file_systems.push(fs);
             }
         }
+        if !file_systems.iter().any(|fs| REVEALING.contains(fs)) {
+            let on = REVEALING.map(FileSystem::name).join(", ");
+            ensure!(self.mutant.is_empty(), "mutants are looked for on {on}");
+        }
         let interrupt = Interrupt::catch()?;
         keep_private()?;
         // Goes with this process, whatever ends it.

@@ -83,6 +83,9 @@ impl Report {
         let scenarios = || self.done.iter().filter(|done| !done.mutant);
         for fs in &self.file_systems {
             let sum = Sum::of(scenarios().filter(|done| done.fs == *fs));
+            if sum.states == 0 {
+                continue;
+            }
             match fs.promises() {
                 true => println!("{}: {}", fs.name(), sum.text()),
                 false => println!(

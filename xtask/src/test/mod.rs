@@ -13,7 +13,7 @@ use crate::fuzz::Fuzz;
 use crate::packages::{Install, Package};
 
 /// What the tests use beside the Rust toolchain.
-const PACKAGES: [Package; 8] = [
+const PACKAGES: [Package; 9] = [
     Package::new("strace", "strace"),
     Package::new("xfsprogs", "mkfs.xfs"),
     Package::new("btrfs-progs", "mkfs.btrfs"),
@@ -22,6 +22,7 @@ const PACKAGES: [Package; 8] = [
     Package::new("llvm", "llvm-mc"),
     Package::new("qemu-system-arm", "qemu-system-aarch64"),
     Package::new("qemu-system-x86", "qemu-system-x86_64"),
+    Package::new("qemu-system-common", "qemu-storage-daemon"),
 ];
 
 /// Formatting, lints, docs, all tests, the models, the demo: everything that must hold

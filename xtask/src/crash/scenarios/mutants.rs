@@ -9,6 +9,8 @@ use std::time::Duration;
 use super::Scenario;
 use super::commits::{DEST, RAM};
 use crate::crash::check::{Aftermath, Fault};
+use crate::fs_matrix::child::PAGE;
+use crate::fs_matrix::subject::{Sabotage, Subject};
 use crate::ram::Stamped;
 
 /// Nothing is left out: the states must not blame it.
@@ -43,6 +45,16 @@ pub const ALL: &[Scenario] = &[
         name: "no-directory-sync",
         act: |dir, returned| {
             commit(dir, 2, &[Step::FileSync, Step::Rename])?;
+            returned()
+        },
+        ..CONTROL
+    },
+    // The library itself, told not to sync; the directory is.
+    Scenario {
+        name: "durability-none",
+        act: |dir, returned| {
+            let library = Subject(Some(Sabotage::SkipFileSync));
+            library.full(&dir.join(DEST), &Stamped::new(2, RAM), RAM, PAGE)?;
             returned()
         },
         ..CONTROL
