@@ -113,3 +113,60 @@ impl Aftermath<'_> {
         Err(Fault::Left(format!("{left:?}, by {:?}", self.tidying)))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+    use crate::ram::Stamped;
+
+    const SIZE: u64 = 64 << 10;
+
+    fn after(dir: &Path, returned: usize) -> Aftermath<'_> {
+        let tidying = Tidying::Recover;
+        Aftermath {
+            dir,
+            returned,
+            tidying,
+        }
+    }
+
+    #[test]
+    fn before_a_commit_returns_old_and_new_are_right_and_then_the_new_one_alone() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let allowed = |returned| after(dir.path(), returned).allowed(1, 3);
+        assert_eq!(allowed(0), [1, 2]);
+        assert_eq!(allowed(1), [2, 3]);
+        assert_eq!(allowed(2), [3]);
+    }
+
+    #[test]
+    fn what_is_old_or_missing_is_lost_and_what_is_of_two_versions_torn() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let after = after(dir.path(), 1);
+        let look = || after.version("vm.mem", SIZE, &[2]);
+        let write = |bytes: &[u8]| fs::write(dir.path().join("vm.mem"), bytes).expect("written");
+        assert!(matches!(look(), Err(Fault::Lost(_))));
+        write(&Stamped::new(1, SIZE).bytes(0..SIZE));
+        assert!(matches!(look(), Err(Fault::Lost(_))));
+        let mut bytes = Stamped::new(2, SIZE).bytes(0..SIZE);
+        write(&bytes);
+        assert_eq!(look(), Ok(2));
+        bytes[4096..8192].fill(0);
+        write(&bytes);
+        assert!(matches!(look(), Err(Fault::Torn(_))));
+        write(&bytes[..4096]);
+        assert!(matches!(look(), Err(Fault::Torn(_))));
+    }
+
+    #[test]
+    fn what_no_sweep_removes_is_left_behind() {
+        let dir = tempfile::tempdir().expect("a directory");
+        fs::write(dir.path().join("vm.mem.tmp"), "").expect("written");
+        let tidy = after(dir.path(), 0).tidy(&["vm.mem"], &[]);
+        assert!(matches!(tidy, Err(Fault::Left(_))));
+        let tidy = after(dir.path(), 0).tidy(&["vm.mem"], &["vm.mem.tmp"]);
+        assert_eq!(tidy, Ok(()));
+    }
+}

@@ -233,3 +233,27 @@ fn file(node: &str, path: &Path) -> String {
         escaped(path)
     )
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_base_has_all_that_is_not_zero_and_nothing_else() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let (path, copy) = (dir.path().join("disk"), dir.path().join("copy"));
+        let file = File::create(&path).expect("a file");
+        file.set_len(1 << 20).expect("grown");
+        file.write_all_at(&[0; 256 << 10], 0).expect("written");
+        file.write_all_at(b"superblock", 1024).expect("written");
+        // The last piece is a short one.
+        file.write_all_at(b"end", (1 << 20) - 3).expect("written");
+        let base = Base::of(&path).expect("read");
+        let kept: usize = base.runs.iter().map(|(_, bytes)| bytes.len()).sum();
+        assert!((13..256 << 10).contains(&kept), "{kept}");
+        let made = File::create(&copy).expect("a file");
+        made.set_len(base.size).expect("grown");
+        base.write_to(&made).expect("written");
+        assert_eq!(fs::read(copy).expect("read"), fs::read(path).expect("read"));
+    }
+}
