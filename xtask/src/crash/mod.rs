@@ -104,8 +104,11 @@ fn known_mutant(name: &str) -> Result<String, String> {
 
 /// Mutants are scenarios too, if asked for: ones that fail.
 fn scenario(name: &str) -> Option<&'static Scenario> {
-    let mut all = scenarios::ALL.iter().chain(mutants::ALL);
-    all.find(|scenario| scenario.name == name)
+    let mutants = mutants::ALL.iter().chain([&mutants::CONTROL]);
+    scenarios::ALL
+        .iter()
+        .chain(mutants)
+        .find(|scenario| scenario.name == name)
 }
 
 impl Crash {
@@ -209,7 +212,9 @@ fn runs_here(need: Need, what: &str, ci: bool) -> anyhow::Result<bool> {
         return Ok(true);
     }
     ensure!(!ci, "{what}: this machine has no {need}, and CI demands it");
-    println!("NOT RUN {what}: this machine has no {need}");
+    println!(
+        "NOT RUN {what}: this machine has no {need} (that takes root, loop devices, FUSE and the tools)"
+    );
     Ok(false)
 }
 
@@ -245,13 +250,11 @@ fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 fn list() {
-    println!("scenarios:");
-    for scenario in scenarios::ALL {
-        println!("  {}", scenario.name);
-    }
-    println!("mutants:");
-    for mutant in mutants::ALL {
-        println!("  {}", mutant.name);
+    for (title, all) in [("scenarios", scenarios::ALL), ("mutants", mutants::ALL)] {
+        println!("{title}:");
+        for scenario in all {
+            println!("  {:18} {}", scenario.name, scenario.about);
+        }
     }
     println!("file systems:");
     for fs in FileSystem::ALL {

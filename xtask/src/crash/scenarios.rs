@@ -11,6 +11,7 @@ use super::check::{Aftermath, Fault};
 /// Something done in an empty directory of a disk. Small, as every write of it is a state to check.
 pub struct Scenario {
     pub name: &'static str,
+    pub about: &'static str,
     /// Before the power may go.
     pub prepare: fn(&Path) -> anyhow::Result<()>,
     /// Calls what it is given after every commit that returned.

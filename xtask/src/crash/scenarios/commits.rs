@@ -19,9 +19,9 @@ use crate::ram::Stamped;
 pub const RAM: u64 = 1 << 20;
 pub const DEST: &str = "vm.mem";
 
-/// A commit over an existing file.
 pub const REPLACE: Scenario = Scenario {
     name: "replace",
+    about: "a commit over an existing file",
     prepare: |dir| file(dir, 1),
     act: |dir, returned| {
         file(dir, 2)?;
@@ -30,9 +30,9 @@ pub const REPLACE: Scenario = Scenario {
     check: |after| replaced(after, 1, 2),
 };
 
-/// A commit where no file was.
 pub const FIRST: Scenario = Scenario {
     name: "first",
+    about: "a commit where no file was",
     prepare: |_| Ok(()),
     act: |dir, returned| {
         file(dir, 1)?;
@@ -41,9 +41,9 @@ pub const FIRST: Scenario = Scenario {
     check: |after| came_to_be(after, 1),
 };
 
-/// Two writers that must not replace anything, and the second comes too late.
 pub const NO_CLOBBER: Scenario = Scenario {
     name: "no-clobber",
+    about: "two writers that must not replace anything, and the second comes too late",
     prepare: |_| Ok(()),
     act: |dir, returned| {
         let open = || {
@@ -66,9 +66,9 @@ pub const NO_CLOBBER: Scenario = Scenario {
 const STATE: &str = "vm.state";
 const STATE_SIZE: u64 = 64 << 10;
 
-/// Two files that change together, twice.
 pub const GROUP: Scenario = Scenario {
     name: "group",
+    about: "two files that change together, twice",
     prepare: |dir| group(dir, 1),
     act: |dir, returned| {
         for stamp in [2, 3] {
@@ -98,9 +98,9 @@ pub const GROUP: Scenario = Scenario {
     },
 };
 
-/// Full dumps of memory over one another.
 pub const FULL: Scenario = Scenario {
     name: "full",
+    about: "full dumps of memory over one another",
     prepare: |dir| full(dir, 1),
     act: |dir, returned| {
         for stamp in [2, 3] {
@@ -112,9 +112,9 @@ pub const FULL: Scenario = Scenario {
     check: |after| replaced(after, 1, 3),
 };
 
-/// Dumps that are written over the file that the last commit replaced.
 pub const RECYCLE: Scenario = Scenario {
     name: "recycle",
+    about: "dumps that are written over the file that the last commit replaced",
     prepare: |dir| {
         recycling(dir, 1)?;
         recycling(dir, 2).map(drop)
@@ -135,9 +135,9 @@ pub const RECYCLE: Scenario = Scenario {
     check: |after| replaced(after, 2, 5),
 };
 
-/// A writer is killed, and the next one finds its stage.
 pub const STALE_STAGE: Scenario = Scenario {
     name: "stale-stage",
+    about: "a writer is killed, and the next one finds its stage",
     prepare: |dir| full(dir, 1),
     act: |dir, returned| {
         let child = Child::new(Subject(None), &dir.join(DEST), 2, RAM).die_after(RAM / 2);
@@ -153,9 +153,9 @@ pub const STALE_STAGE: Scenario = Scenario {
     check: |after| replaced(after, 1, 2),
 };
 
-/// Two writers at once, twice.
 pub const TWO_WRITERS: Scenario = Scenario {
     name: "two-writers",
+    about: "two writers at once, twice",
     prepare: |dir| full(dir, 1),
     act: |dir, returned| {
         for stamps in [[2, 3], [4, 5]] {

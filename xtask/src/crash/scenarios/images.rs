@@ -20,9 +20,9 @@ const NEXT: &str = "next.mem";
 /// A diff has each page whose number is its version's, modulo this.
 const EVERY: u64 = 7;
 
-/// A raw diff over another.
 pub const DIFF: Scenario = Scenario {
     name: "diff",
+    about: "a raw diff over another",
     prepare: |dir| {
         write_full(&dir.join(FULL), 1, Layout::Raw)?;
         write_diff(&dir.join(DIFF_NAME), 2, Layout::Raw)
@@ -40,25 +40,25 @@ pub const DIFF: Scenario = Scenario {
     },
 };
 
-/// A sealed diff over another, then a new full image beside them.
 pub const SEALED: Scenario = Scenario {
     name: "sealed",
+    about: "a sealed diff over another, then a new full image beside them",
     prepare: |dir| prepare(dir, Layout::Sealed),
     act: |dir, returned| act(dir, returned, Layout::Sealed),
     check: sealed_chain,
 };
 
-/// The same, packed.
 pub const PACKED: Scenario = Scenario {
     name: "packed",
+    about: "a packed diff over another, then a new full image beside them",
     prepare: |dir| prepare(dir, Layout::Packed),
     act: |dir, returned| act(dir, returned, Layout::Packed),
     check: sealed_chain,
 };
 
-/// A chain merged onto its own base.
 pub const MERGE: Scenario = Scenario {
     name: "merge",
+    about: "a chain merged onto its own base",
     prepare: |dir| {
         write_full(&dir.join(FULL), 1, Layout::Raw)?;
         write_diff(&dir.join(DIFF_NAME), 2, Layout::Raw)
@@ -131,7 +131,11 @@ fn ram(stamp: u32) -> Vec<u8> {
 
 /// Version 1 with the pages of a diff.
 fn ram_after_diff(stamp: u32) -> Vec<u8> {
-    let (mut bytes, newer) = (ram(1), ram(stamp));
+    with_diff(ram(1), stamp)
+}
+
+fn with_diff(mut bytes: Vec<u8>, stamp: u32) -> Vec<u8> {
+    let newer = ram(stamp);
     for run in dirty(stamp).expect("a bitmap").runs() {
         let run = run.start as usize..run.end as usize;
         bytes[run.clone()].copy_from_slice(&newer[run]);
@@ -147,12 +151,7 @@ fn raw_chain(after: &Aftermath, allowed: &[u32]) -> Result<(), Fault> {
         // Told by its bytes alone, then: zeros where it has no page.
         Err(ImageError::UnclearDiff { .. }) => {
             let bytes = std::fs::read(after.dir.join(DIFF_NAME)).map_err(lost("the diff"))?;
-            let is = |stamp: &u32| {
-                let (bytes, full) = (bytes.iter(), ram_after_diff(*stamp));
-                bytes
-                    .zip(full.iter().zip(ram(1)))
-                    .all(|(byte, (new, old))| *byte == *new || (*byte == 0 && *new == old))
-            };
+            let is = |stamp: &u32| bytes == with_diff(vec![0; RAM as usize], *stamp);
             match allowed.iter().any(is) {
                 true => Ok(()),
                 false => Err(Fault::Torn(format!("the diff is none of {allowed:?}"))),
@@ -174,7 +173,9 @@ fn sealed_chain(after: &Aftermath) -> Result<(), Fault> {
     if next.exists() {
         verified(&[&next])?;
         let chain = Chain::open_sealed([next]).map_err(lost("the new image"))?;
-        same(&chain, |bytes| bytes == ram(4))?;
+        if bytes_of(&chain)? != ram(4) {
+            return Err(Fault::Torn("the new image".into()));
+        }
     } else if after.returned == 2 {
         return Err(Fault::Lost("the new full image".into()));
     }
@@ -198,20 +199,21 @@ fn verified(paths: &[&PathBuf]) -> Result<(), Fault> {
 
 /// The chain is version 1 with the pages of one of these diffs.
 fn restored(chain: &Chain, allowed: &[u32]) -> Result<(), Fault> {
-    same(chain, |bytes| {
-        allowed.iter().any(|stamp| bytes == ram_after_diff(*stamp))
+    let bytes = bytes_of(chain)?;
+    let is = |stamp: &u32| bytes == ram_after_diff(*stamp);
+    if allowed.iter().any(is) {
+        return Ok(());
+    }
+    Err(match (2..=4).find(is) {
+        Some(found) => Fault::Lost(format!("a chain of version {found}, not of {allowed:?}")),
+        None => Fault::Torn("a chain of no version".into()),
     })
 }
 
-fn same(chain: &Chain, right: impl Fn(&[u8]) -> bool) -> Result<(), Fault> {
+fn bytes_of(chain: &Chain) -> Result<Vec<u8>, Fault> {
     let mut bytes = vec![0; RAM as usize];
     chain
         .restore(bytes.as_mut_slice())
         .map_err(lost("what a chain stands for"))?;
-    match right(&bytes) {
-        true => Ok(()),
-        false => Err(Fault::Torn(
-            "a chain does not stand for its versions".into(),
-        )),
-    }
+    Ok(bytes)
 }

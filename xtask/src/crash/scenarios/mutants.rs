@@ -13,9 +13,9 @@ use crate::fs_matrix::child::PAGE;
 use crate::fs_matrix::subject::{Sabotage, Subject};
 use crate::ram::Stamped;
 
-/// Nothing is left out: the states must not blame it.
 pub const CONTROL: Scenario = Scenario {
     name: "by-hand",
+    about: "nothing is left out: the states must not blame it",
     prepare: |dir| commit(dir, 1, &[Step::FileSync, Step::Rename, Step::DirectorySync]),
     act: |dir, returned| {
         commit(dir, 2, &[Step::FileSync, Step::Rename, Step::DirectorySync])?;
@@ -27,6 +27,7 @@ pub const CONTROL: Scenario = Scenario {
 pub const ALL: &[Scenario] = &[
     Scenario {
         name: "no-file-sync",
+        about: "the file is renamed without a sync",
         act: |dir, returned| {
             commit(dir, 2, &[Step::Rename, Step::DirectorySync])?;
             returned()
@@ -35,6 +36,7 @@ pub const ALL: &[Scenario] = &[
     },
     Scenario {
         name: "rename-before-sync",
+        about: "the file is synced when it has the name already",
         act: |dir, returned| {
             commit(dir, 2, &[Step::Rename, Step::FileSync, Step::DirectorySync])?;
             returned()
@@ -43,15 +45,16 @@ pub const ALL: &[Scenario] = &[
     },
     Scenario {
         name: "no-directory-sync",
+        about: "the name is not synced",
         act: |dir, returned| {
             commit(dir, 2, &[Step::FileSync, Step::Rename])?;
             returned()
         },
         ..CONTROL
     },
-    // The library itself, told not to sync; the directory is.
     Scenario {
         name: "durability-none",
+        about: "the library itself, told not to sync the file",
         act: |dir, returned| {
             let library = Subject(Some(Sabotage::SkipFileSync));
             library.full(&dir.join(DEST), &Stamped::new(2, RAM), RAM, PAGE)?;
