@@ -42,27 +42,20 @@ const MUTANTS: [Mutant; 7] = [
     Mutant {
         what: "a page that shows as marked is not marked again",
         file: "table.rs",
-        right: "        let before = self.words[word].fetch_or(bits, Ordering::AcqRel);",
-        wrong: "        let before = self.words[word].load(Ordering::Acquire);
-        if before & bits == bits {
+        right: "        let was_clean = self.words[word].fetch_or(bits, Ordering::AcqRel) & bits != bits;",
+        wrong: "        if self.words[word].load(Ordering::Acquire) & bits == bits {
             return false;
         }
-        let before = self.words[word].fetch_or(bits, Ordering::AcqRel);",
+        let was_clean = self.words[word].fetch_or(bits, Ordering::AcqRel) & bits != bits;",
         model: "a_page_that_is_already_marked_is_written_again_against_a_drain",
     },
     Mutant {
         what: "the summary is marked before the page",
         file: "table.rs",
-        right: "        let before = self.words[word].fetch_or(bits, Ordering::AcqRel);
-        let (summary, bit) = (&self.summary[word / 64], 1 << (word % 64));
-        if summary.load(Ordering::Acquire) & bit == 0 {
-            summary.fetch_or(bit, Ordering::AcqRel);
-        }",
-        wrong: "        let (summary, bit) = (&self.summary[word / 64], 1 << (word % 64));
-        if summary.load(Ordering::Acquire) & bit == 0 {
-            summary.fetch_or(bit, Ordering::AcqRel);
-        }
-        let before = self.words[word].fetch_or(bits, Ordering::AcqRel);",
+        right: "        let was_clean = self.words[word].fetch_or(bits, Ordering::AcqRel) & bits != bits;
+        name(&self.summary, word, was_clean)",
+        wrong: "        name(&self.summary, word, false);
+        self.words[word].fetch_or(bits, Ordering::AcqRel) & bits != bits",
         model: "a_mark_against_a_drain",
     },
     Mutant {
