@@ -8,6 +8,7 @@ use anyhow::Context;
 use dirty_bitmap::DirtyBitmap;
 use memory_image::{Chain, Image, ImageError, ImageId};
 use memory_writer::{Layout, MemoryWriter, Seal};
+use tempfile::TempDir;
 
 use super::Check;
 use crate::fs_matrix::finding::Family::Bytes;
@@ -30,7 +31,7 @@ pub const CHECKS: &[Check] = &[
 ];
 
 const PAGE: u64 = 16 << 10;
-const RAM: u64 = 4 << 20;
+const RAM: u64 = 2 << 20;
 
 /// A full image and a diff with a page that became zero, and the RAM that they stand for.
 struct Made {
@@ -39,7 +40,6 @@ struct Made {
 }
 
 fn make(dir: &Path, layout: impl Fn(Seal) -> Layout) -> anyhow::Result<Made> {
-    fs::create_dir_all(dir)?;
     let paths = [dir.join("full.mem"), dir.join("diff.mem")];
     let mut ram = Stamped::new(1, RAM).bytes(0..RAM);
     let mut parent: Option<ImageId> = None;
@@ -53,7 +53,7 @@ fn make(dir: &Path, layout: impl Fn(Seal) -> Layout) -> anyhow::Result<Made> {
             writer.write_full(&ram)?;
         } else {
             let dirty = DirtyBitmap::new(0, RAM, PAGE)?;
-            for page in [3, 4, 17, 200] {
+            for page in [3, 4, 17, 100] {
                 let bytes = page * PAGE..(page + 1) * PAGE;
                 let fill = if page == 4 { 0 } else { page as u8 };
                 ram[bytes.start as usize..bytes.end as usize].fill(fill);
@@ -64,6 +64,11 @@ fn make(dir: &Path, layout: impl Fn(Seal) -> Layout) -> anyhow::Result<Made> {
         writer.commit()?;
     }
     Ok(Made { paths, ram })
+}
+
+/// A directory elsewhere, which has little space.
+fn room(site: &Site) -> anyhow::Result<TempDir> {
+    Ok(tempfile::tempdir_in(&site.elsewhere)?)
 }
 
 /// As tools copy: with a hole wherever there are zeros, or with none.
@@ -89,15 +94,14 @@ fn copy(from: &Path, to: &Path, how: Copying) -> anyhow::Result<()> {
     Ok(copy.sync_all()?)
 }
 
-/// Made elsewhere, copied to this mount and back; how the first copy does it, the second does otherwise.
-fn carry(site: &Site, made: &Made, first: Copying) -> anyhow::Result<[PathBuf; 2]> {
-    let (here, back) = (site.path("carried"), site.elsewhere.join("back"));
+/// Copied from elsewhere to this mount and back to `back`; how the first copy does it, the second does otherwise.
+fn carry(site: &Site, made: &Made, back: &Path, first: Copying) -> anyhow::Result<[PathBuf; 2]> {
+    let here = site.path("carried");
     let second = match first {
         Copying::DigsHoles => Copying::FillsHoles,
         Copying::FillsHoles => Copying::DigsHoles,
     };
     fs::create_dir_all(&here)?;
-    fs::create_dir_all(&back)?;
     let mut paths = made.paths.clone();
     for path in &mut paths {
         let name = path.file_name().context("an image has a name")?;
@@ -124,13 +128,14 @@ fn carried(site: &Site, layout: fn(Seal) -> Layout) -> anyhow::Result<Outcome> {
         Chain::open_sealed(paths)?.restore(restored.as_mut_slice())?;
         Ok(restored != ram)
     };
-    let here = make(&site.path("made"), layout)?;
+    let here = make(&site.dir, layout)?;
     if wrong(&here.paths, &here.ram)? {
         return Ok(Outcome::broken(expected, "wrong where made"));
     }
-    let elsewhere = make(&site.elsewhere.join("made"), layout)?;
+    let (dir, back) = (room(site)?, room(site)?);
+    let elsewhere = make(dir.path(), layout)?;
     for how in [Copying::DigsHoles, Copying::FillsHoles] {
-        let paths = carry(site, &elsewhere, how)?;
+        let paths = carry(site, &elsewhere, back.path(), how)?;
         if wrong(&paths, &elsewhere.ram)? {
             return Ok(Outcome::broken(expected, "wrong after being carried over"));
         }
@@ -144,13 +149,14 @@ fn carried(site: &Site, layout: fn(Seal) -> Layout) -> anyhow::Result<Outcome> {
 /// What the others are for.
 fn raw(site: &Site) -> anyhow::Result<Outcome> {
     let expected = "the RAM's bytes after copies that dig holes and fill them";
-    let made = make(&site.elsewhere.join("raw"), |_| Layout::Raw)?;
+    let (dir, back) = (room(site)?, room(site)?);
+    let made = make(dir.path(), |_| Layout::Raw)?;
     let mut seen = Vec::new();
     for (how, what) in [
         (Copying::DigsHoles, "holes dug, then filled"),
         (Copying::FillsHoles, "holes filled, then dug"),
     ] {
-        let [full, diff] = carry(site, &made, how)?;
+        let [full, diff] = carry(site, &made, back.path(), how)?;
         let mut chain = Chain::open(full, PAGE)?;
         match chain.push(diff) {
             Err(ImageError::UnclearDiff { why, .. }) => {
