@@ -118,7 +118,14 @@ impl Guest for Vm {
             vcpu.set_regs(&regs).unwrap();
             loop {
                 let in_guest = tracker.enter();
-                match vcpu.run().unwrap() {
+                let exit = match vcpu.run() {
+                    // While it waits for a fault to be answered, the kernel may wake it for other work.
+                    Err(error) if io::Error::from(error).kind() == io::ErrorKind::Interrupted => {
+                        continue;
+                    }
+                    exit => exit.unwrap(),
+                };
+                match exit {
                     VcpuExit::IoOut(DONE, _) => break,
                     // A write to a read-only slot: KVM leaves it to the monitor, and goes on behind it.
                     VcpuExit::MmioWrite(address, data) => {
