@@ -17,7 +17,9 @@ pub struct Memsnap(PathBuf);
 
 impl Memsnap {
     pub fn build(sh: &Shell) -> anyhow::Result<Self> {
-        cmd!(sh, "cargo build --quiet --locked --package memsnap").run()?;
+        cmd!(sh, "cargo build --quiet --locked --package memsnap")
+            .quiet()
+            .run()?;
         let target = sh.var_os("CARGO_TARGET_DIR").unwrap_or("target".into());
         Ok(Self(sh.current_dir().join(target).join("debug/memsnap")))
     }
