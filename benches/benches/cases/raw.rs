@@ -17,10 +17,22 @@ pub const IN_FLIGHT: u32 = 32;
 
 /// Writes `runs` of `ram` to a new file, syncs it, and renames it to `dest`.
 pub fn fresh(dest: &Path, size: u64, runs: &[Range<u64>], ram: &dyn PageReader) {
+    replace(dest, |file| {
+        file.set_len(size).unwrap();
+        write(file, runs, ram);
+    });
+}
+
+/// Overwrites the file that is there, and syncs it.
+pub fn overwrite(dest: &Path, runs: &[Range<u64>], ram: &dyn PageReader) {
+    change(dest, |file| write(file, runs, ram));
+}
+
+/// Has `fill` write a new file, syncs it, and renames it to `dest`.
+pub fn replace(dest: &Path, fill: impl FnOnce(&File)) {
     let stage = dest.with_extension("raw");
     let file = open(&stage, true);
-    file.set_len(size).unwrap();
-    write(&file, runs, ram);
+    fill(&file);
     file.sync_all().unwrap();
     fs::rename(&stage, dest).unwrap();
     File::open(dest.parent().unwrap())
@@ -29,15 +41,15 @@ pub fn fresh(dest: &Path, size: u64, runs: &[Range<u64>], ram: &dyn PageReader) 
         .unwrap();
 }
 
-/// Overwrites the file that is there, and syncs it.
-pub fn overwrite(dest: &Path, runs: &[Range<u64>], ram: &dyn PageReader) {
+/// Has `fill` write to the file that is there, and syncs it.
+pub fn change(dest: &Path, fill: impl FnOnce(&File)) {
     let file = open(dest, false);
-    write(&file, runs, ram);
+    fill(&file);
     file.sync_all().unwrap();
 }
 
 /// Opens for direct writes.
-pub fn open(path: &Path, create: bool) -> File {
+fn open(path: &Path, create: bool) -> File {
     let mut options = File::options();
     options
         .write(true)

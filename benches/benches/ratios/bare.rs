@@ -2,7 +2,7 @@
 
 #![allow(unsafe_code)]
 
-use std::fs::{self, File};
+use std::fs::File;
 use std::ops::Range;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::OpenOptionsExt;
@@ -11,26 +11,16 @@ use std::path::Path;
 use io_uring::{IoUring, opcode, types::Fd};
 use page_reader::PageReader;
 
-use crate::cases::raw::{IN_FLIGHT, PIECE, open, write};
+use crate::cases::raw::{IN_FLIGHT, PIECE, change, replace, write};
 
 /// Writes `runs` of `ram` one after another to a new file, syncs it, and renames it to `dest`.
 pub fn packed(dest: &Path, runs: &[Range<u64>], ram: &dyn PageReader) {
-    let stage = dest.with_extension("raw");
-    let file = open(&stage, true);
-    pack(&file, runs, ram);
-    file.sync_all().unwrap();
-    fs::rename(&stage, dest).unwrap();
-    File::open(dest.parent().unwrap())
-        .unwrap()
-        .sync_all()
-        .unwrap();
+    replace(dest, |file| pack(file, runs, ram));
 }
 
 /// The same over the file that is there.
 pub fn packed_over(dest: &Path, runs: &[Range<u64>], ram: &dyn PageReader) {
-    let file = open(dest, false);
-    pack(&file, runs, ram);
-    file.sync_all().unwrap();
+    change(dest, |file| pack(file, runs, ram));
 }
 
 fn pack(file: &File, runs: &[Range<u64>], ram: &dyn PageReader) {

@@ -111,17 +111,22 @@ struct Body<R> {
 impl<R: FnMut(&mut [u8], u64) -> io::Result<()>> Body<R> {
     fn take<const N: usize>(&mut self) -> Result<[u8; N], FooterError> {
         let mut bytes = [0; N];
-        let mut filled = 0;
-        while filled < N {
+        self.take_into(&mut bytes)?;
+        Ok(bytes)
+    }
+
+    fn take_into(&mut self, mut bytes: &mut [u8]) -> Result<(), FooterError> {
+        while !bytes.is_empty() {
             if self.taken == self.buffer.len() {
                 self.fill()?;
             }
             let from = &self.buffer[self.taken..];
-            let now = from.len().min(N - filled);
-            bytes[filled..filled + now].copy_from_slice(&from[..now]);
-            (filled, self.taken) = (filled + now, self.taken + now);
+            let (now, later) = bytes.split_at_mut(from.len().min(bytes.len()));
+            now.copy_from_slice(&from[..now.len()]);
+            self.taken += now.len();
+            bytes = later;
         }
-        Ok(bytes)
+        Ok(())
     }
 
     fn fill(&mut self) -> Result<(), FooterError> {
@@ -217,10 +222,9 @@ impl<R: FnMut(&mut [u8], u64) -> io::Result<()>> Body<R> {
                 .checksums
                 .push(self.take::<{ size_of::<Checksum>() }>()?);
         }
-        for _ in 0..metadata {
-            let [byte] = self.take()?;
-            footer.metadata.push(byte);
-        }
+        // At most 16 MiB.
+        footer.metadata.resize(metadata as usize, 0);
+        self.take_into(&mut footer.metadata)?;
         Ok(footer)
     }
 

@@ -236,7 +236,7 @@ impl Chain {
                 // Zeros of this image, unless a newer one has the page.
                 layer
                     .pages
-                    .runs_within(&zeros)
+                    .runs_in(zeros)
                     .for_each(|run| stored.clear(&run));
             }
         }

@@ -60,19 +60,6 @@ impl PageSet {
         self.bits[(offset / self.page_size) as usize]
     }
 
-    /// The parts of `within`, bytes of the image, that are in pages of the set: ascending, each as long as it can be.
-    pub(crate) fn runs_in(&self, within: Range<u64>) -> impl Iterator<Item = Range<u64>> {
-        let first = (within.start / self.page_size) as usize;
-        let bits = &self.bits[first..within.end.div_ceil(self.page_size) as usize];
-        let offset = move |page: usize| (first + page) as u64 * self.page_size;
-        let mut from = 0;
-        std::iter::from_fn(move || {
-            let start = from + bits[from..].first_one()?;
-            from = start + bits[start..].leading_ones();
-            Some(offset(start).max(within.start)..offset(from).min(within.end))
-        })
-    }
-
     /// The runs of pages in the set, ascending, in bytes.
     pub(crate) fn into_runs(self) -> impl Iterator<Item = Range<u64>> {
         let mut from = 0;
@@ -83,14 +70,15 @@ impl PageSet {
         })
     }
 
-    /// The runs of pages in the set that lie in `bytes`, of whole pages inside the image.
-    pub(crate) fn runs_within(&self, bytes: &Range<u64>) -> impl Iterator<Item = Range<u64>> {
-        let page = |offset| (offset / self.page_size) as usize;
-        let mut left = page(bytes.start)..page(bytes.end);
+    /// The parts of `within`, bytes of the image, that are in pages of the set: ascending, each as long as it can be.
+    pub(crate) fn runs_in(&self, within: Range<u64>) -> impl Iterator<Item = Range<u64>> {
+        let page = self.page_size;
+        let mut left = (within.start / page) as usize..within.end.div_ceil(page) as usize;
         std::iter::from_fn(move || {
             let run = self.run_from(left.clone())?;
             left.start = run.end;
-            Some(self.bytes(&run))
+            let bytes = self.bytes(&run);
+            Some(bytes.start.max(within.start)..bytes.end.min(within.end))
         })
     }
 
