@@ -45,25 +45,31 @@ impl Chain {
     /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
     pub fn merge(&self, options: Options, dest: impl AsRef<Path>) -> Result<u64, ImageError> {
-        let (size, page_size) = (self.size(), self.page_size());
-        if self.is_full() {
-            let options = options.ram_start(0).skip_untouched(true);
-            let mut writer = options.open(dest, size, page_size)?;
-            let base = self.base();
-            // Of a raw base, only what newer images have is written, if its blocks can be had.
-            if base.footer.is_none() && writer.share_full(&base.file)? {
-                writer.write_diff(self, &self.bitmap(self.newer_runs())?)?;
-            } else {
-                writer.write_full(self)?;
-            }
-            writer.commit()?;
-            return Ok(self.stored_runs().map(|run| run.end - run.start).sum());
-        }
-        let pages = self.bitmap(self.known_runs())?;
-        let mut writer = options.ram_start(0).open(dest, size, page_size)?;
-        let written = writer.write_diff(self, &pages)?;
+        let options = options.ram_start(0).skip_untouched(true);
+        let mut writer = options.open(dest, self.size(), self.page_size())?;
+        let bytes = self.write_to(&mut writer)?;
         writer.commit()?;
-        Ok(written * page_size)
+        Ok(bytes)
+    }
+
+    /// Writes all that the chain holds by a writer that was just opened, for RAM of [`size`](Self::size) bytes from address 0 on: what
+    /// [`merge`](Self::merge) does before it commits. Returns the bytes of the pages that the images store.
+    ///
+    /// # Errors
+    /// [`ImageError::Merge`]; the writer can't be committed then.
+    pub fn write_to(&self, writer: &mut MemoryWriter) -> Result<u64, ImageError> {
+        if !self.is_full() {
+            let pages = writer.write_diff(self, &self.bitmap(self.known_runs())?)?;
+            return Ok(pages * writer.page_size());
+        }
+        let base = self.base();
+        // Of a raw base, only what newer images have is written, if its blocks can be had.
+        if base.footer.is_none() && writer.share_full(&base.file)? {
+            writer.write_diff(self, &self.bitmap(self.newer_runs())?)?;
+        } else {
+            writer.write_full(self)?;
+        }
+        Ok(self.stored_runs().map(|run| run.end - run.start).sum())
     }
 
     /// The seal of an image that stands for the same state as this chain: its id, its parent if it is a chain of diffs, its regions, and

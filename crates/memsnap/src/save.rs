@@ -3,8 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::Context;
-use dirty_bitmap::DirtyBitmap;
-use memory_image::{Chain, Image};
+use memory_image::{Chain, Image, ImageError};
 use memory_writer::{MemoryWriter, OpenError, Options, SnapshotError};
 
 use crate::args::Output;
@@ -47,16 +46,11 @@ pub fn stage(
 
 /// Writes all that `chain` holds.
 pub fn write_chain(writer: &mut MemoryWriter, chain: &Chain) -> anyhow::Result<()> {
-    if chain.is_full() {
-        writer.write_full(chain)?;
-        return Ok(());
+    match chain.write_to(writer) {
+        Ok(_) => Ok(()),
+        Err(ImageError::Merge(why)) => Err(why.into()),
+        Err(other) => Err(other.into()),
     }
-    let pages = DirtyBitmap::new(0, chain.size(), chain.page_size())?;
-    for run in chain.known_runs() {
-        pages.set_range(run.start, run.end - run.start)?;
-    }
-    writer.write_diff(chain, &pages)?;
-    Ok(())
 }
 
 /// Puts the image in place, unless a signal came before, and says what it is.
