@@ -25,7 +25,7 @@
 //! # #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {
 //! use std::sync::Arc;
-//! use kvm_backend::{DirtyLog, GuestRam, RamSlots, VcpuState, complete_io, long_mode, open_kvm};
+//! use kvm_backend::{DirtyLog, GuestRam, RamSlots, VcpuState, complete_io, create_vm, long_mode, open_kvm};
 //! use kvm_ioctls::VcpuExit;
 //! use page_reader::{PageReader, RamLayout};
 //!
@@ -33,7 +33,7 @@
 //! let kvm = open_kvm()?;
 //! let layout = RamLayout::single(0, 2 << 20)?;
 //! let new_vm = || -> Result<_, Box<dyn std::error::Error>> {
-//!     let vm = Arc::new(kvm.create_vm()?);
+//!     let vm = Arc::new(create_vm(&kvm)?);
 //!     let ram = Arc::new(GuestRam::new(layout.clone())?);
 //!     let slots = Arc::new(RamSlots::register(&vm, &ram, 0)?);
 //!     let vcpu = vm.create_vcpu(0)?;

@@ -111,7 +111,7 @@ fn a_stack_may_end_where_the_ram_ends() {
         return;
     }
     let kvm = open_kvm().unwrap();
-    let vm = Arc::new(kvm.create_vm().unwrap());
+    let vm = Arc::new(kvm_backend::create_vm(&kvm).unwrap());
     let ram = Arc::new(GuestRam::new(RamLayout::single(0, 1 << 20).unwrap()).unwrap());
     let _slots = RamSlots::register(&vm, &ram, 0).unwrap();
     let mut vcpu = vm.create_vcpu(0).unwrap();

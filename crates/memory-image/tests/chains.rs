@@ -655,6 +655,8 @@ fn a_chain_flattened_where_files_share_blocks_takes_room_for_its_diffs_alone() {
     chain.push(path("diff")).unwrap();
     let before = free();
     chain.flatten(path("flat")).unwrap();
-    assert!(before - free() < 4 << 20, "took {} bytes", before - free());
+    // XFS may give back meanwhile what it had allocated ahead of the earlier files.
+    let took = before.saturating_sub(free());
+    assert!(took < 4 << 20, "took {took} bytes");
     assert!(std::fs::read(path("flat")).unwrap() == ram);
 }

@@ -47,7 +47,7 @@ fn images() -> Images {
 /// Runs a guest whose RAM is at `memory`. Returns its sum.
 fn sum(memory: *mut u8) -> u64 {
     let kvm = open_kvm().unwrap();
-    let vm = Arc::new(kvm.create_vm().unwrap());
+    let vm = Arc::new(kvm_backend::create_vm(&kvm).unwrap());
     let layout = RamLayout::single(0, SIZE).unwrap();
     // SAFETY: the memory outlives this function, and nothing holds a reference to it.
     let ram = unsafe { GuestRam::options().adopt(layout, &[NonNull::new(memory).unwrap()]) };

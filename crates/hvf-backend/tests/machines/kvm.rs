@@ -66,7 +66,7 @@ pub(super) fn by_read_only_slots(page_size: u64, policy: Policy) -> Machine {
 
 fn new_vm(regions: [(u64, u64); 2]) -> (Kvm, Arc<VmFd>, Arc<GuestRam>) {
     let kvm = open_kvm().unwrap();
-    let vm = Arc::new(kvm.create_vm().unwrap());
+    let vm = Arc::new(kvm_backend::create_vm(&kvm).unwrap());
     let layout = RamLayout::new(regions).unwrap();
     let ram = GuestRam::options().memfd("guest").allocate(layout);
     (kvm, vm, Arc::new(ram.unwrap()))

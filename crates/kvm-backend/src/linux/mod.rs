@@ -11,7 +11,7 @@ mod x86_64;
 
 pub use complete_io::complete_io;
 pub use dirty_log::{DirtyLog, Harvest, HarvestError, Reprotect, StartError};
-pub use open::{OpenKvmError, open_kvm, open_kvm_at};
+pub use open::{OpenKvmError, create_vm, open_kvm, open_kvm_at};
 pub use ram::{BitmapMismatch, GuestRam, GuestRamError, GuestRamOptions};
 pub use slots::{RamSlots, SlotError};
 #[cfg(target_arch = "x86_64")]

@@ -6,7 +6,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use kvm_bindings::KVM_API_VERSION;
-use kvm_ioctls::Kvm;
+use kvm_ioctls::{Kvm, VmFd};
 use thiserror::Error;
 
 /// Opens `/dev/kvm`.
@@ -17,7 +17,7 @@ use thiserror::Error;
 /// # Examples
 /// ```no_run
 /// let kvm = kvm_backend::open_kvm()?;
-/// let vm = kvm.create_vm()?;
+/// let vm = kvm_backend::create_vm(&kvm)?;
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 pub fn open_kvm() -> Result<Kvm, OpenKvmError> {
@@ -38,6 +38,28 @@ pub fn open_kvm_at(device: &Path) -> Result<Kvm, OpenKvmError> {
             device: device.into(),
             version,
         }),
+    }
+}
+
+/// Creates a virtual machine of the host's default type, whatever interrupts the call.
+///
+/// `KVM_CREATE_VM` ends with `EINTR` where the kernel has work for the calling thread: a signal, or, without any signal, the end of a request
+/// that it had given to io_uring. A thread that has just saved a guest and creates the next one meets that now and then. QEMU asks again for the same reason.
+///
+/// # Errors
+/// Whatever `KVM_CREATE_VM` says, other than `EINTR`.
+///
+/// # Examples
+/// ```no_run
+/// let vm = kvm_backend::create_vm(&kvm_backend::open_kvm()?)?;
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+pub fn create_vm(kvm: &Kvm) -> io::Result<VmFd> {
+    loop {
+        match kvm.create_vm().map_err(io::Error::from) {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            done => return done,
+        }
     }
 }
 

@@ -27,7 +27,7 @@ use super::ram::GuestRam;
 /// use kvm_backend::{DirtyLog, GuestRam, RamSlots};
 /// use page_reader::RamLayout;
 ///
-/// let vm = Arc::new(kvm_backend::open_kvm()?.create_vm()?);
+/// let vm = Arc::new(kvm_backend::create_vm(&kvm_backend::open_kvm()?)?);
 /// let ram = Arc::new(GuestRam::new(RamLayout::x86_with_gap(4 << 30)?)?);
 /// let slots = Arc::new(RamSlots::register(&vm, &ram, 0)?); // slots 0 and 1
 /// let log = DirtyLog::start(&slots)?;

@@ -184,7 +184,7 @@ impl Guest {
         prepare: impl FnOnce(&VmFd),
     ) -> Self {
         let kvm = kvm_backend::open_kvm().unwrap();
-        let vm = Arc::new(kvm.create_vm().unwrap());
+        let vm = Arc::new(kvm_backend::create_vm(&kvm).unwrap());
         prepare(&vm);
         let layout = RamLayout::new(regions).unwrap();
         let ram = Arc::new(GuestRam::new(layout).unwrap());

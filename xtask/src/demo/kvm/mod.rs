@@ -72,9 +72,8 @@ impl Words for Access<'_> {
 
 /// Whether this machine has KVM, or why not.
 pub fn available() -> anyhow::Result<()> {
-    kvm_backend::open_kvm()?
-        .create_vm()
-        .context("KVM makes no virtual machine")?;
+    let kvm = kvm_backend::open_kvm()?;
+    kvm_backend::create_vm(&kvm).context("KVM makes no virtual machine")?;
     Ok(())
 }
 
@@ -86,7 +85,7 @@ impl Machine {
 
     fn with_regions(regions: RamLayout, layout: Layout) -> anyhow::Result<Self> {
         let kvm = kvm_backend::open_kvm()?;
-        let vm = Arc::new(kvm.create_vm()?);
+        let vm = Arc::new(kvm_backend::create_vm(&kvm)?);
         let ram = Arc::new(GuestRam::new(regions)?);
         let slots = Arc::new(RamSlots::register(&vm, &ram, 0)?);
         let vcpu = vm.create_vcpu(0)?;

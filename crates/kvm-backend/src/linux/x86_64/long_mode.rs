@@ -92,7 +92,7 @@ pub fn page_table_bytes(layout: &RamLayout) -> Result<u64, BootError> {
 ///
 /// # if !test_machine::Need::Kvm.met("the example of long_mode::boot") { return Ok(()); }
 /// let kvm = kvm_backend::open_kvm()?;
-/// let vm = Arc::new(kvm.create_vm()?);
+/// let vm = Arc::new(kvm_backend::create_vm(&kvm)?);
 /// let ram = Arc::new(GuestRam::new(RamLayout::single(0, 1 << 20)?)?);
 /// let _slots = RamSlots::register(&vm, &ram, 0)?;
 /// let mut vcpu = vm.create_vcpu(0)?;

@@ -67,7 +67,7 @@ mod tests {
         if !Need::Kvm.met("msrs_that_kvm_does_not_read_are_named_and_those_behind_them_read") {
             return;
         }
-        let vm = crate::open_kvm().unwrap().create_vm().unwrap();
+        let vm = crate::create_vm(&crate::open_kvm().unwrap()).unwrap();
         let vcpu = vm.create_vcpu(0).unwrap();
         let (pat, none) = (0x277, 0x4b56_4dff);
         // More than one batch, with refusals at its border and at the end.
