@@ -8,7 +8,7 @@ use std::sync::{Mutex, PoisonError};
 use std::thread;
 
 use dirty_bitmap::{DirtyBitmap, GeometryError};
-use page_reader::{PageReader, PopulatedRanges};
+use page_reader::{PageReader, PopulatedRanges, SecretBuffer};
 use thiserror::Error;
 
 /// Bytes of each source that are compared at a time, and between two calls of the progress function.
@@ -93,12 +93,14 @@ where
     let state = Mutex::new((ram_size - read, None));
     let next = AtomicUsize::new(0);
     let work = || {
-        let (mut before, mut after) = (Vec::new(), Vec::new());
+        let (mut before, mut after) = (SecretBuffer::new(), SecretBuffer::new());
         while let Some(start) = starts.get(next.fetch_add(1, Ordering::Relaxed)) {
             let range = stretch(*start);
-            let read = read_both(older, newer, &range, &mut before, &mut after);
+            let len = (range.end - range.start) as usize;
+            let (before, after) = (before.sized(len), after.sized(len));
+            let read = read_both(older, newer, *start, before, after);
             if read.is_ok() {
-                mark(&changed, page_size, *start, &before, &after);
+                mark(&changed, page_size, *start, before, after);
             }
             let mut state = state.lock().unwrap_or_else(PoisonError::into_inner);
             let (compared, failed) = &mut *state;
@@ -133,11 +135,10 @@ where
 fn read_both<A: PageReader + ?Sized, B: PageReader + ?Sized>(
     older: &A,
     newer: &B,
-    range: &Range<u64>,
-    before: &mut Vec<u8>,
-    after: &mut Vec<u8>,
+    offset: u64,
+    before: &mut [u8],
+    after: &mut [u8],
 ) -> Result<(), CompareError> {
-    let (offset, len) = (range.start, (range.end - range.start) as usize);
     let failed = |which| {
         move |source| CompareError::Read {
             which,
@@ -145,8 +146,6 @@ fn read_both<A: PageReader + ?Sized, B: PageReader + ?Sized>(
             source,
         }
     };
-    before.resize(len, 0);
-    after.resize(len, 0);
     older.read_at(offset, before).map_err(failed("older"))?;
     newer.read_at(offset, after).map_err(failed("newer"))
 }

@@ -7,6 +7,8 @@ pub(crate) mod lazy;
 use std::io;
 use std::ops::Range;
 
+use page_reader::SecretBuffer;
+
 pub use host_ram::HostRam;
 
 use crate::chain::Chain;
@@ -75,10 +77,10 @@ impl Chain {
                 target: target.size(),
             });
         }
-        let mut buffer = vec![0; CHUNK.min(self.size()) as usize];
+        let mut buffer = SecretBuffer::new();
         for run in runs {
             for offset in run.clone().step_by(CHUNK as usize) {
-                let bytes = &mut buffer[..CHUNK.min(run.end - offset) as usize];
+                let bytes = buffer.sized(CHUNK.min(run.end - offset) as usize);
                 self.read(offset, bytes)?;
                 target
                     .write_at(offset, bytes)

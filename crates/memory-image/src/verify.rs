@@ -6,7 +6,7 @@ use std::sync::{Mutex, PoisonError};
 use std::thread;
 
 use image_format::{Chunk, ChunkSum, Footer};
-use page_reader::HostMemory;
+use page_reader::{HostMemory, SecretBuffer};
 use sparse_file::{Kind, extents};
 
 use crate::error::ImageError;
@@ -122,7 +122,7 @@ impl Image {
         let state = Mutex::new(State::default());
         let threads = thread::available_parallelism().map_or(1, NonZeroUsize::get);
         let work_on = || {
-            let mut buffer = Vec::new();
+            let mut buffer = SecretBuffer::new();
             loop {
                 let next = work.lock().unwrap_or_else(PoisonError::into_inner).next();
                 let Some(next) = next else { return };
@@ -182,7 +182,7 @@ impl Image {
         Ok(gaps)
     }
 
-    fn look_at(&self, work: &Work<'_>, buffer: &mut Vec<u8>) -> Result<Look, ImageError> {
+    fn look_at(&self, work: &Work<'_>, buffer: &mut SecretBuffer) -> Result<Look, ImageError> {
         match work {
             Work::Chunk(chunk) => {
                 let mut sum = ChunkSum::new();
@@ -190,9 +190,9 @@ impl Image {
                 for (range, offset) in chunk.pieces() {
                     let len = range.end - range.start;
                     // Within a chunk, so no more than 1 MiB.
-                    buffer.resize(len as usize, 0);
-                    self.read_file(offset, buffer)?;
-                    sum.update(buffer);
+                    let stored = buffer.sized(len as usize);
+                    self.read_file(offset, stored)?;
+                    sum.update(stored);
                     bytes += len;
                     first.get_or_insert(offset);
                 }
@@ -208,11 +208,11 @@ impl Image {
                 })
             }
             Work::Gap(range) => {
-                buffer.resize((range.end - range.start) as usize, 0);
-                self.read_file(range.start, buffer)?;
-                let at = match HostMemory::from(&buffer[..]).is_zero() {
+                let gap = buffer.sized((range.end - range.start) as usize);
+                self.read_file(range.start, gap)?;
+                let at = match HostMemory::from(&gap[..]).is_zero() {
                     true => None,
-                    false => buffer.iter().position(|byte| *byte != 0),
+                    false => gap.iter().position(|byte| *byte != 0),
                 };
                 Ok(Look {
                     chunk: false,

@@ -2,7 +2,7 @@
 
 use std::ops::{ControlFlow, Range};
 
-use page_reader::{HostMemory, PageReader, PopulatedRanges};
+use page_reader::{HostMemory, PageReader, PopulatedRanges, SecretBuffer};
 
 use crate::meter::Meter;
 use crate::pages::WholePages;
@@ -167,8 +167,8 @@ impl<R: PageReader + ?Sized> Iterator for Needed<'_, '_, R> {
 /// Bytes read ahead from a reader that hands out no memory. They are looked at and read again if they are to be written.
 #[derive(Default)]
 struct Window {
-    start: u64,
-    bytes: Vec<u8>,
+    range: Range<u64>,
+    buffer: SecretBuffer,
 }
 
 impl Window {
@@ -179,17 +179,18 @@ impl Window {
         range: Range<u64>,
         last: u64,
     ) -> bool {
-        let end = self.start + self.bytes.len() as u64;
-        if range.start < self.start || end < range.end {
+        if range.start < self.range.start || self.range.end < range.end {
             let len = (last - range.start).min(WINDOW.max(range.end - range.start));
-            self.start = range.start;
-            self.bytes.resize(len as usize, 0);
-            if reader.read_at(range.start, &mut self.bytes).is_err() {
-                self.bytes.clear();
+            self.range = 0..0;
+            if reader
+                .read_at(range.start, self.buffer.sized(len as usize))
+                .is_err()
+            {
                 return false;
             }
+            self.range = range.start..range.start + len;
         }
-        let within = (range.start - self.start) as usize..(range.end - self.start) as usize;
-        HostMemory::from(&self.bytes[within]).is_zero()
+        let bytes = self.buffer.sized((range.end - self.range.start) as usize);
+        HostMemory::from(&bytes[(range.start - self.range.start) as usize..]).is_zero()
     }
 }

@@ -7,6 +7,7 @@ use std::os::unix::fs::FileExt;
 
 use image_format::{Checksums, ChunkSum, Footer, FooterError, ImageId, Kind, Placement, Run};
 
+use page_reader::SecretBuffer;
 use sparse_file::{SpaceError, grow};
 
 use crate::layout::Seal;
@@ -92,7 +93,7 @@ impl Sealing {
     /// Sums chunks that were written in several passes, from the file.
     fn refresh(&mut self, file: &File) -> Result<(), SealError> {
         let stale: Vec<_> = self.checksums.stale().collect();
-        let mut buffer = Vec::new();
+        let mut buffer = SecretBuffer::new();
         for chunk in stale {
             let mut sum = ChunkSum::new();
             for Extent {
@@ -100,10 +101,10 @@ impl Sealing {
             } in self.map.within(&chunk)
             {
                 // Within a chunk, so no more than 1 MiB.
-                buffer.resize(len as usize, 0);
-                file.read_exact_at(&mut buffer, offset)
+                let bytes = buffer.sized(len as usize);
+                file.read_exact_at(bytes, offset)
                     .map_err(|error| SealError::ReadBack(offset, error))?;
-                sum.update(&buffer);
+                sum.update(bytes);
             }
             self.checksums.replace(chunk.start, sum.finish());
         }

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::thread;
 
 use anyhow::Context;
+use page_reader::SecretBuffer;
 use zstd::stream::{read::Decoder, write::Encoder};
 
 use crate::failure::Failure;
@@ -38,9 +39,10 @@ impl Received {
         let mut file = tempfile::tempfile_in(dir).with_context(spool)?;
         let mut stream = Decoder::new(io::stdin().lock())?;
         let bar = session.bar("receiving");
-        let mut piece = vec![0; PIECE];
+        let mut buffer = SecretBuffer::new();
+        let piece = buffer.sized(PIECE);
         loop {
-            let len = match stream.read(&mut piece) {
+            let len = match stream.read(piece) {
                 Ok(0) => return Ok(Self { file }),
                 Ok(len) => len,
                 Err(error) if error.raw_os_error().is_some() => {
@@ -79,9 +81,10 @@ pub fn to_stdout(session: &Session, mut image: File) -> anyhow::Result<()> {
         stream.set_pledged_src_size(Some(len))?;
         let threads = thread::available_parallelism().map_or(1, NonZeroUsize::get);
         stream.multithread(threads as u32)?;
-        let mut piece = vec![0; PIECE];
+        let mut buffer = SecretBuffer::new();
+        let piece = buffer.sized(PIECE);
         loop {
-            match image.read(&mut piece)? {
+            match image.read(piece)? {
                 0 => return stream.finish()?.flush(),
                 len => {
                     stream.write_all(&piece[..len])?;

@@ -135,6 +135,7 @@ mod populated;
 mod process;
 mod range;
 mod reader;
+mod secret;
 #[cfg(target_os = "linux")]
 mod sys;
 
@@ -152,6 +153,7 @@ pub use process::{
     ProcessStopError, StoppedProcess,
 };
 pub use reader::PageReader;
+pub use secret::SecretBuffer;
 
 /// The README's example, as a test.
 #[cfg(doctest)]

@@ -1,21 +1,23 @@
 //! A page-aligned buffer without unsafe code.
 
+use zeroize::Zeroizing;
+
 use crate::Memory;
 
 /// As large as any page or direct-I/O alignment in use (64 KiB pages on arm64).
 pub(crate) const ALIGNMENT: usize = 64 << 10;
 
-/// Bytes whose first one stands at a multiple of 64 KiB.
+/// Bytes whose first one stands at a multiple of 64 KiB, wiped when it is dropped: guest memory passes through.
 #[derive(Debug)]
 pub(crate) struct AlignedBuffer {
-    bytes: Vec<u8>,
+    bytes: Zeroizing<Vec<u8>>,
     start: usize,
 }
 
 impl AlignedBuffer {
     /// `len` zero bytes.
     pub(crate) fn new(len: usize) -> Self {
-        let bytes = vec![0; len + ALIGNMENT];
+        let bytes = Zeroizing::new(vec![0; len + ALIGNMENT]);
         let start = bytes.as_ptr().align_offset(ALIGNMENT);
         Self { bytes, start }
     }

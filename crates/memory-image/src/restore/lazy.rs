@@ -14,7 +14,7 @@ use std::thread::JoinHandle;
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use page_reader::{HostMemory, PageReader};
+use page_reader::{HostMemory, PageReader, SecretBuffer};
 
 use crate::error::ImageError;
 use crate::map::Region;
@@ -196,7 +196,7 @@ impl PageReader for LazyRam {
 /// Until `closed` hangs up.
 fn answer_faults(filler: &Filler, closed: &PipeReader) -> Result<(), ImageError> {
     let failed = |error| ImageError::from(UserfaultfdError::Wait(error));
-    let mut buffer = Vec::new();
+    let mut buffer = SecretBuffer::new();
     loop {
         let mut ready = [
             PollFd::new(filler.fault.as_fd(), PollFlags::POLLIN),

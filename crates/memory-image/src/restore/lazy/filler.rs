@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use nix::errno::Errno;
+use page_reader::SecretBuffer;
 
 use super::memory::Memory;
 use super::present::Present;
@@ -69,7 +70,7 @@ impl Filler {
     ///
     /// # Errors
     /// Neither can be done.
-    pub(crate) fn answer(&self, address: u64, buffer: &mut Vec<u8>) -> Result<(), ImageError> {
+    pub(crate) fn answer(&self, address: u64, buffer: &mut SecretBuffer) -> Result<(), ImageError> {
         self.faults.fetch_add(1, Ordering::Relaxed);
         // A foreign address can't be: only the regions are registered.
         let Some(page) = self.memory.offset_of(address) else {
@@ -96,7 +97,7 @@ impl Filler {
         }
     }
 
-    fn fill_around(&self, page: &Range<u64>, buffer: &mut Vec<u8>) -> Result<(), ImageError> {
+    fn fill_around(&self, page: &Range<u64>, buffer: &mut SecretBuffer) -> Result<(), ImageError> {
         let start = page.start - page.start % self.around;
         let around = start..self.clip(start + self.around);
         let in_page = |range: &Range<u64>| range.contains(&page.start);
@@ -122,9 +123,9 @@ impl Filler {
         }
     }
 
-    fn fill_page(&self, page: &Range<u64>, buffer: &mut Vec<u8>) -> Result<(), ImageError> {
-        self.read(page, buffer)?;
-        self.put(page, buffer)
+    fn fill_page(&self, page: &Range<u64>, buffer: &mut SecretBuffer) -> Result<(), ImageError> {
+        let bytes = self.read(page, buffer)?;
+        self.put(page, bytes)
     }
 
     /// Brings in everything; nobody waits for it but [`wait`](super::LazyRam::wait).
@@ -141,7 +142,7 @@ impl Filler {
 
     fn fill_working_set(&self) -> Result<(), ImageError> {
         let runs: Vec<_> = self.working_set.iter().flat_map(WorkingSet::runs).collect();
-        let mut buffer = Vec::new();
+        let mut buffer = SecretBuffer::new();
         for runs in runs.chunks(RUNS_AHEAD).take_while(|_| !self.stopped()) {
             runs.iter().for_each(|run| self.will_need(run.clone()));
             for run in runs {
@@ -160,7 +161,7 @@ impl Filler {
     }
 
     fn fill_stored(&self) -> Result<(), ImageError> {
-        let mut buffer = Vec::new();
+        let mut buffer = SecretBuffer::new();
         let mut told = 0;
         let stored = self.stored_pages(0..self.memory.len());
         for run in stored.take_while(|_| !self.stopped()) {
@@ -215,22 +216,27 @@ impl Filler {
     }
 
     /// Reads what is missing of the range and puts it into memory.
-    fn load(&self, pages: Range<u64>, buffer: &mut Vec<u8>) -> Result<(), ImageError> {
+    fn load(&self, pages: Range<u64>, buffer: &mut SecretBuffer) -> Result<(), ImageError> {
         let mut rest = pages;
         while let Some(missing) = self.present.first_missing(rest.clone()) {
             rest.start = missing.end;
-            self.read(&missing, buffer)?;
-            self.put(&missing, buffer)?;
+            let bytes = self.read(&missing, buffer)?;
+            self.put(&missing, bytes)?;
         }
         Ok(())
     }
 
-    fn read(&self, pages: &Range<u64>, buffer: &mut Vec<u8>) -> Result<(), ImageError> {
-        buffer.resize((pages.end - pages.start) as usize, 0);
+    fn read<'b>(
+        &self,
+        pages: &Range<u64>,
+        buffer: &'b mut SecretBuffer,
+    ) -> Result<&'b [u8], ImageError> {
+        let bytes = buffer.sized((pages.end - pages.start) as usize);
         let (stored, past_the_ram) =
-            buffer.split_at_mut((self.clip(pages.end) - pages.start) as usize);
+            bytes.split_at_mut((self.clip(pages.end) - pages.start) as usize);
         past_the_ram.fill(0);
-        self.chain.read(pages.start, stored)
+        self.chain.read(pages.start, stored)?;
+        Ok(bytes)
     }
 
     fn put(&self, pages: &Range<u64>, bytes: &[u8]) -> Result<(), ImageError> {

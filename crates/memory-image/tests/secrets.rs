@@ -1,0 +1,158 @@
+//! What passes through this process on the way to a file, or from one, does not stay in its memory.
+#![cfg(target_os = "linux")]
+
+use std::fs::File;
+use std::io;
+use std::ops::ControlFlow;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+use dirty_bitmap::DirtyBitmap;
+use memory_image::{Chain, Image, ImageId, LazyRam, RamTarget, compare};
+use memory_writer::{Durability, Engine, Layout, MemoryWriter, Seal};
+use nix::sched::{CpuSet, sched_setaffinity};
+use nix::unistd::Pid;
+use page_reader::{PageReader, ProcessMaps, SecretBuffer};
+use test_machine::Need;
+
+const PAGE: u64 = 4096;
+const SIZE: u64 = 4 << 20;
+/// Every so many bytes of the guest's RAM.
+const SECRET: u64 = 16;
+
+/// The secret is nowhere in this process but where somebody read it to.
+fn secret(at: u64) -> u8 {
+    (at % SECRET) as u8 ^ 0xa5
+}
+
+/// A guest whose RAM is full of it, in another process, say: nothing but bytes can be had.
+struct Guest;
+
+impl PageReader for Guest {
+    fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
+        for (at, byte) in (offset..).zip(buf) {
+            *byte = secret(at);
+        }
+        Ok(())
+    }
+}
+
+/// Where it is brought back to.
+struct Elsewhere;
+
+impl RamTarget for Elsewhere {
+    fn size(&self) -> u64 {
+        SIZE
+    }
+
+    fn write_at(&mut self, _: u64, _: &[u8]) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// Where in this process's memory the secret is. Not looked at is this thread's stack: the frames of functions that have returned are
+/// the compiler's, and BLAKE3's.
+fn found() -> Vec<u64> {
+    let here = 0_u8;
+    let on_stack = (&raw const here) as u64;
+    let memory = File::open("/proc/self/mem").unwrap();
+    let mut buffer = SecretBuffer::new();
+    let own = buffer.sized(1 << 20).as_ptr_range();
+    let own = own.start as u64..own.end as u64;
+    let mut found = Vec::new();
+    for region in ProcessMaps::of(std::process::id()).unwrap().regions() {
+        let range = region.addresses.clone();
+        if !region.permissions.write || range.contains(&on_stack) {
+            continue;
+        }
+        for start in range.clone().step_by(1 << 20) {
+            let bytes = buffer.sized((range.end - start).min(1 << 20) as usize);
+            // Not all that is mapped can be read.
+            if memory.read_exact_at(bytes, start).is_err() {
+                continue;
+            }
+            let is_secret = |from: usize| {
+                let window = bytes.get(from..from + SECRET as usize);
+                window.is_some_and(|window| (0..).zip(window).all(|(at, byte)| *byte == secret(at)))
+            };
+            let firsts = bytes
+                .iter()
+                .enumerate()
+                .filter(|(_, byte)| **byte == secret(0));
+            let places = firsts
+                .filter(|(at, _)| is_secret(*at))
+                .map(|(at, _)| start + at as u64);
+            found.extend(places.filter(|at| !own.contains(at)).take(1));
+        }
+    }
+    found
+}
+
+/// A full image and a diff of a few pages.
+fn saved(dir: &Path, engine: Engine, layout: fn(Seal) -> Layout) -> [PathBuf; 2] {
+    let [full, diff] = ["full", "diff"].map(|name| dir.join(name));
+    let options = |seal| {
+        let options = MemoryWriter::options().engine(engine).skip_zeros(true);
+        options.layout(layout(seal)).durability(Durability::None)
+    };
+    let id = ImageId::random().unwrap();
+    let mut writer = options(Seal::new().id(id)).open(&full, SIZE, PAGE).unwrap();
+    writer.write_full(&Guest).unwrap();
+    writer.commit().unwrap();
+    let dirty = DirtyBitmap::new(0, SIZE, PAGE).unwrap();
+    for at in (0..SIZE).step_by(5 * PAGE as usize) {
+        dirty.set_dirty(at).unwrap();
+    }
+    let mut writer = options(Seal::new().parent(id))
+        .open(&diff, SIZE, PAGE)
+        .unwrap();
+    writer.write_diff(&Guest, &dirty).unwrap();
+    // A second time, so that what was summed is read back.
+    writer.write_diff(&Guest, &dirty).unwrap();
+    writer.commit().unwrap();
+    [full, diff]
+}
+
+fn brought_back([full, diff]: [PathBuf; 2]) {
+    Image::open(&diff)
+        .unwrap()
+        .verify(&|_, _| ControlFlow::Continue(()))
+        .unwrap();
+    let chain = Chain::open_sealed([&full, &diff]).unwrap();
+    chain.restore(&mut Elsewhere).unwrap();
+    compare(&Guest, &chain, SIZE, PAGE, &|_| ControlFlow::Continue(())).unwrap();
+    chain
+        .merge(MemoryWriter::options(), full.with_extension("merged"))
+        .unwrap();
+    if Need::Userfaultfd.met("brought_back") {
+        let ram = LazyRam::options().start(chain).unwrap();
+        ram.wait().unwrap();
+    }
+}
+
+#[test]
+fn no_buffer_keeps_what_was_saved_or_brought_back() {
+    // One processor, so that this thread does all the summing.
+    let mut one = CpuSet::new();
+    one.set(0).unwrap();
+    sched_setaffinity(Pid::from_raw(0), &one).unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    for engine in [Engine::Auto, Engine::Threads, Engine::Positioned] {
+        for (name, layout) in [
+            ("sealed", Layout::Sealed as fn(Seal) -> Layout),
+            ("packed", Layout::Packed),
+        ] {
+            let files = saved(dir.path(), engine, layout);
+            let now = found();
+            assert!(now.is_empty(), "{engine:?}, {name}, saved: {now:x?}");
+            brought_back(files);
+            let now = found();
+            assert!(now.is_empty(), "{engine:?}, {name}, brought back: {now:x?}");
+        }
+    }
+    // That it would have been found.
+    let mut kept = vec![0; 64 << 10];
+    Guest.read_at(0, &mut kept).unwrap();
+    assert_ne!(found(), [0; 0]);
+    drop(kept);
+}
