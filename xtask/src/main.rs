@@ -7,6 +7,7 @@
 
 mod adaptive;
 mod bench;
+mod cargo_tool;
 mod chart;
 mod check_macos;
 #[cfg(target_os = "linux")]
@@ -17,6 +18,7 @@ mod fuzz;
 mod interrupt;
 #[cfg(target_os = "linux")]
 mod linux_guest;
+mod mutants;
 mod packages;
 mod process;
 #[cfg(target_os = "linux")]
@@ -51,6 +53,7 @@ enum Task {
     Demo(demo::Demo),
     FsMatrix(fs_matrix::FsMatrix),
     Fuzz(fuzz::Fuzz),
+    Mutants(mutants::Mutants),
     #[cfg(target_os = "linux")]
     QemuE2e(qemu_e2e::QemuE2e),
     Test(test::Test),
@@ -79,6 +82,7 @@ fn run(task: Task) -> anyhow::Result<()> {
         Task::Demo(demo) => demo.run(&sh),
         Task::FsMatrix(matrix) => matrix.run(&sh),
         Task::Fuzz(fuzz) => fuzz.run(&sh),
+        Task::Mutants(mutants) => mutants.run(&sh),
         #[cfg(target_os = "linux")]
         Task::QemuE2e(e2e) => e2e.run(&sh),
         Task::Test(test) => test.run(&sh),

@@ -127,3 +127,38 @@ fn may_follow(link: &Stat, dir: &Stat) -> bool {
         || link.uid == nix::unistd::geteuid().as_raw()
         || link.uid == dir.uid
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::directory::Directory;
+
+    #[rstest::rstest]
+    #[case::anybodys_in_a_directory_of_ones_own(0o755, 1, 2, true)]
+    #[case::ones_own_in_a_directory_open_to_all(0o1777, 0, 2, true)]
+    #[case::the_directorys_owners(0o1777, 2, 2, true)]
+    #[case::a_strangers(0o1777, 1, 2, false)]
+    #[case::a_strangers_where_names_are_anybodys_to_change(0o777, 1, 2, true)]
+    #[case::a_strangers_where_not_all_may_write(0o1775, 1, 2, true)]
+    fn links_are_followed_as_the_kernel_does(
+        #[case] mode: u32,
+        #[case] link_of: u32,
+        #[case] dir_of: u32,
+        #[case] followed: bool,
+    ) {
+        let here = Directory::open(Path::new("/")).unwrap().stat;
+        let me = nix::unistd::geteuid().as_raw();
+        // Three users: this one, and two that it is not.
+        let uid = |number: u32| me.wrapping_add(number);
+        let link = Stat {
+            uid: uid(link_of),
+            ..here
+        };
+        let dir = Stat {
+            mode,
+            uid: uid(dir_of),
+            ..here
+        };
+        assert_eq!(may_follow(&link, &dir), followed);
+    }
+}

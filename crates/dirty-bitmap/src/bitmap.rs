@@ -396,3 +396,33 @@ impl fmt::Debug for DirtyBitmap {
             .finish()
     }
 }
+
+#[cfg(all(test, not(memsnap_loom)))]
+mod tests {
+    use std::cell::Cell;
+
+    use super::*;
+
+    #[test]
+    fn a_table_that_is_published_again_is_told_from_what_it_was_before() {
+        let first = Published::first(12);
+        let again = first.next(14).next(12);
+        assert_eq!(again.shift(), first.shift());
+        assert_ne!(again, first);
+        assert_ne!(again, again.next(14).next(12));
+    }
+
+    #[test]
+    fn a_page_marked_first_while_the_bitmap_is_rebuilt_was_clean_whichever_table_says_so() {
+        let bitmap = DirtyBitmap::new(0, 1 << 20, 4096).unwrap();
+        let times = Cell::new(0);
+        let was_clean = bitmap.mark(|_, _| {
+            times.set(times.get() + 1);
+            if times.get() == 1 {
+                bitmap.rebuild(8192).unwrap();
+            }
+            times.get() == 1
+        });
+        assert_eq!((was_clean, times.get()), (true, 2));
+    }
+}

@@ -267,3 +267,32 @@ impl Blocks {
         }
     }
 }
+
+#[cfg(all(test, not(memsnap_loom)))]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn a_plan_is_a_word_and_back(
+            whole: bool, known: bool, trust: u8, sample_in: u8, part: u8, gain: i32,
+        ) {
+            let plan = Plan { whole, known, trust, sample_in, part, gain };
+            let back = Plan::of(plan.word());
+            prop_assert_eq!((back.whole, back.known), (whole, known));
+            prop_assert_eq!((back.trust, back.sample_in, back.part), (trust, sample_in, part));
+            prop_assert_eq!(back.gain, gain);
+        }
+    }
+
+    #[test]
+    fn a_block_opened_by_its_neighbours_example_is_tried_by_itself() {
+        let fresh = Plan::of(0).unseen();
+        assert!(fresh.whole && fresh.known);
+        let tried = fresh.learnt(-1000);
+        assert!(!tried.whole);
+        assert!(!tried.unseen().whole, "it has shown that it does not pay");
+    }
+}

@@ -161,3 +161,16 @@ pub struct DifferentRam {
     /// Its size in bytes.
     pub other_size: u64,
 }
+
+#[cfg(all(test, not(memsnap_loom)))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pages_cover_the_ram_and_no_more() {
+        let pages = |size| Ram::new(0, size, 4096).unwrap().pages(12);
+        assert_eq!(pages(4096), 1);
+        assert_eq!(pages(8192), 2);
+        assert_eq!(pages(8193), 3);
+    }
+}

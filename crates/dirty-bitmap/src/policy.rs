@@ -108,3 +108,22 @@ fn median<E>(times: usize, mut once: impl FnMut() -> Result<Duration, E>) -> Res
     all.sort_unstable();
     Ok(all[times / 2])
 }
+
+#[cfg(all(test, not(memsnap_loom)))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn costs_are_taken_as_they_are_up_to_an_hour() {
+        let seconds = |fault, mebibyte| Costs {
+            fault: Duration::from_secs(fault),
+            mebibyte: Duration::from_secs(mebibyte),
+        };
+        assert_eq!(
+            seconds(90, 4).in_nanos(1 << 18),
+            (90_000_000_000, 1_000_000_000)
+        );
+        let hour = 3_600_000_000_000;
+        assert_eq!(seconds(u64::MAX, u64::MAX).in_nanos(1 << 40), (hour, hour));
+    }
+}

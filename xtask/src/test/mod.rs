@@ -8,6 +8,7 @@ use anyhow::{Context, bail};
 use test_machine::{Need, REQUIRE};
 use xshell::{Shell, cmd};
 
+use crate::cargo_tool::CargoTool;
 use crate::check_macos::CheckMacos;
 use crate::fuzz::Fuzz;
 use crate::packages::{Install, Package};
@@ -24,6 +25,11 @@ const PACKAGES: [Package; 9] = [
     Package::new("qemu-system-x86", "qemu-system-x86_64"),
     Package::new("qemu-system-common", "qemu-storage-daemon"),
 ];
+
+const CARGO_DENY: CargoTool = CargoTool {
+    name: "cargo-deny",
+    version: "0.20.2",
+};
 
 /// Formatting, lints, docs, all tests, the models, the demo: everything that must hold
 ///
@@ -54,7 +60,7 @@ impl Test {
             println!("this machine has {need}: {met}");
         }
 
-        let steps: [(&str, &dyn Fn() -> anyhow::Result<()>); 12] = [
+        let steps: [(&str, &dyn Fn() -> anyhow::Result<()>); 13] = [
             ("formatting", &|| {
                 cmd!(sh, "cargo fmt --all --check").run()?;
                 Ok(cmd!(sh, "cargo fmt --manifest-path fuzz/Cargo.toml --check").run()?)
@@ -67,6 +73,7 @@ impl Test {
                 .run()?)
             }),
             ("documentation", &|| documentation(sh)),
+            ("dependencies", &|| dependencies(sh, self.install, ci)),
             ("the oldest compiler", &|| oldest_compiler(sh, ci)),
             ("each crate alone", &|| each_crate_alone(sh)),
             // Before the tests: one of them sees what it finds of code that is broken.
@@ -121,6 +128,18 @@ fn documentation(sh: &Shell) -> anyhow::Result<()> {
         "cargo doc --locked --workspace --all-features --no-deps"
     )
     .run()?)
+}
+
+/// Licences, bans and sources, as deny.toml has them.
+fn dependencies(sh: &Shell, install: Install, ci: bool) -> anyhow::Result<()> {
+    match CARGO_DENY.ensure(sh, install, "the dependencies")? {
+        Some(deny) => Ok(cmd!(sh, "{deny} check licenses bans sources").run()?),
+        None if ci => bail!("CI demands cargo-deny"),
+        None => {
+            println!("NOT RUN: there is no cargo-deny");
+            Ok(())
+        }
+    }
 }
 
 /// Builds with the compiler that `rust-version` promises.

@@ -17,7 +17,11 @@ pub(crate) struct Place {
 
 impl Place {
     pub(crate) fn new() -> Self {
-        let dir = tempfile::tempdir().unwrap();
+        Self::on(&std::env::temp_dir())
+    }
+
+    pub(crate) fn on(mount: &Path) -> Self {
+        let dir = tempfile::tempdir_in(mount).unwrap();
         let dest = dir.path().join("guest.mem");
         std::fs::write(&dest, OLD).unwrap();
         Self { dir, dest }
