@@ -120,12 +120,13 @@ fn parent_to_show(parent: &Path) -> PathBuf {
 }
 
 /// Linux's rule for links in a directory where everybody may put some, `fs.protected_symlinks`: the kernel applies it
-/// to links that it follows itself, and these we follow by hand.
+/// to links that it follows itself, and these we follow by hand. Stricter, as the directory need not be a sticky one: where it is not, anybody
+/// may exchange a link after we have seen whose it is, so that none is followed.
 fn may_follow(link: &Stat, dir: &Stat) -> bool {
-    const STICKY_AND_OPEN_TO_ALL: u32 = 0o1002;
-    dir.mode & STICKY_AND_OPEN_TO_ALL != STICKY_AND_OPEN_TO_ALL
-        || link.uid == nix::unistd::geteuid().as_raw()
-        || link.uid == dir.uid
+    const OPEN_TO_ALL: u32 = 0o2;
+    const STICKY: u32 = 0o1000;
+    let trusted = || link.uid == nix::unistd::geteuid().as_raw() || link.uid == dir.uid;
+    dir.mode & OPEN_TO_ALL == 0 || (dir.mode & STICKY != 0 && trusted())
 }
 
 #[cfg(test)]
@@ -138,9 +139,9 @@ mod tests {
     #[case::ones_own_in_a_directory_open_to_all(0o1777, 0, 2, true)]
     #[case::the_directorys_owners(0o1777, 2, 2, true)]
     #[case::a_strangers(0o1777, 1, 2, false)]
-    #[case::a_strangers_where_names_are_anybodys_to_change(0o777, 1, 2, true)]
+    #[case::ones_own_where_names_are_anybodys_to_change(0o777, 0, 0, false)]
     #[case::a_strangers_where_not_all_may_write(0o1775, 1, 2, true)]
-    fn links_are_followed_as_the_kernel_does(
+    fn only_links_that_no_stranger_can_have_put_there_are_followed(
         #[case] mode: u32,
         #[case] link_of: u32,
         #[case] dir_of: u32,

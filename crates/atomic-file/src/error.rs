@@ -55,9 +55,9 @@ pub enum OpenError {
         /// Where the last link leads to, as the link says it.
         target: PathBuf,
     },
-    /// The destination is another user's symbolic link in a sticky directory open to all.
+    /// The destination is a symbolic link in a directory open to all, and one that a stranger may have put there.
     #[error(
-        "{path:?} is a symbolic link that user {owner} put into a directory open to all: \
+        "{path:?} is a symbolic link of user {owner}, in a directory where anybody may put some: \
          name its target, or replace the link itself with `Symlinks::Replace`"
     )]
     UntrustedSymlink {

@@ -34,8 +34,8 @@ pub enum Symlinks {
     ///
     /// The default, because the other choice loses something without a word: the link of an operator who put the
     /// files on a larger disk, and the room on the small one. A link that leads nowhere is an error, as it is most
-    /// often a disk that is not mounted. A link in a sticky directory open to all (`/tmp`) is followed only where it
-    /// belongs to this user or to the directory's owner, as Linux does with `fs.protected_symlinks`.
+    /// often a disk that is not mounted. A link in a directory open to all is followed only where that is a
+    /// sticky one (`/tmp`) and the link belongs to this user or to the directory's owner, as with Linux's `fs.protected_symlinks`.
     #[default]
     Follow,
     /// Replace the link itself, dangling or not, by a regular file; what it led to is left alone. What `rename(2)`
