@@ -4,9 +4,11 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
+use indicatif::HumanCount;
 use xshell::{Shell, cmd};
 
 use crate::packages::{Install, Package};
+use crate::recorded::Record;
 
 const PACKAGES: [Package; 1] = [Package::new("g++", "g++")];
 
@@ -26,6 +28,8 @@ const TARGET: &str = "x86_64-unknown-linux-gnu";
 pub struct Fuzz {
     #[command(flatten)]
     install: Install,
+    #[command(flatten)]
+    record: Record,
     /// Only these targets
     targets: Vec<String>,
     /// How long each runs
@@ -41,6 +45,7 @@ impl Fuzz {
     pub fn smoke(install: Install, time: Duration) -> Self {
         Self {
             install,
+            record: Record::default(),
             targets: Vec::new(),
             seconds: time.as_secs(),
             keep: false,
@@ -70,13 +75,21 @@ impl Fuzz {
         if !self.targets.is_empty() {
             targets = self.targets.clone();
         }
-        for name in targets {
-            self.fuzz(sh, &name)?;
+        let mut inputs = 0;
+        for name in &targets {
+            inputs += self.fuzz(sh, name)?;
         }
-        Ok(())
+        let said = format!(
+            "{} inputs in {} targets, nothing found",
+            HumanCount(inputs),
+            targets.len()
+        );
+        let how = format!("{} s each", self.seconds);
+        self.record.conclude(sh, "cargo xtask fuzz", &said, &how)
     }
 
-    fn fuzz(&self, sh: &Shell, name: &str) -> anyhow::Result<()> {
+    /// How many inputs were run.
+    fn fuzz(&self, sh: &Shell, name: &str) -> anyhow::Result<u64> {
         let program = format!("target/fuzz/{TARGET}/release/{name}");
         let (found, kept) = (
             format!("target/fuzz/corpus/{name}"),
@@ -100,9 +113,10 @@ impl Fuzz {
             .lines()
             .find_map(|line| line.strip_prefix("stat::number_of_executed_units:"))
             .context("libFuzzer says how many inputs it ran")?;
+        let runs: u64 = runs.trim().parse().context("libFuzzer gives a number")?;
         println!(
             "{name}: {} inputs in {} s, nothing found",
-            runs.trim(),
+            HumanCount(runs),
             self.seconds
         );
         if self.keep {
@@ -123,7 +137,7 @@ impl Fuzz {
                 sh.copy_file(&input, Path::new(&kept).join(file))?;
             }
         }
-        Ok(())
+        Ok(runs)
     }
 }
 

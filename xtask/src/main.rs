@@ -24,6 +24,7 @@ mod process;
 #[cfg(target_os = "linux")]
 mod qemu_e2e;
 mod ram;
+mod recorded;
 mod test;
 #[cfg(target_os = "linux")]
 mod write_log;

@@ -11,6 +11,7 @@ use xshell::{Shell, cmd};
 
 use crate::cargo_tool::CargoTool;
 use crate::packages::Install;
+use crate::recorded::Record;
 
 const TOOL: CargoTool = CargoTool {
     name: "cargo-mutants",
@@ -37,6 +38,8 @@ const GOAL: usize = 90;
 pub struct Mutants {
     #[command(flatten)]
     install: Install,
+    #[command(flatten)]
+    record: Record,
     /// Only these crates, comma-separated
     #[arg(long, value_delimiter = ',', value_name = "CRATE", value_parser = CRATES)]
     only: Vec<String>,
@@ -103,7 +106,9 @@ impl Mutants {
             }
             all += outcomes;
         }
-        println!("{}", all.line("mutants"));
+        let how = format!("part {}", self.shard);
+        self.record
+            .conclude(sh, "cargo xtask mutants", &all.line("all"), &how)?;
         ensure!(all.tested() > 0, "no mutant was tested");
         ensure!(
             below.is_empty(),

@@ -24,6 +24,7 @@ use xshell::Shell;
 use crate::fs_matrix::mounts::keep_private;
 use crate::interrupt::Interrupt;
 use crate::packages::{Install, Package};
+use crate::recorded::Record;
 use disk::FileSystem;
 use job::{Done, Job, Settings};
 use kept::Kept;
@@ -76,6 +77,8 @@ pub struct Crash {
     list: bool,
     #[command(flatten)]
     install: Install,
+    #[command(flatten)]
+    record: Record,
 }
 
 /// Where the mutants must be found, on one at least: the others hide some mistakes.
@@ -156,7 +159,7 @@ impl Crash {
             file_systems,
             time: start.elapsed(),
         }
-        .conclude()
+        .conclude(sh, self.record, settings.seed)
     }
 
     fn jobs(&self, file_systems: &[FileSystem]) -> VecDeque<Job> {

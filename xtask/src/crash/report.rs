@@ -4,10 +4,12 @@ use std::time::Duration;
 
 use anyhow::bail;
 use indicatif::HumanCount;
+use xshell::Shell;
 
 use super::disk::FileSystem;
 use super::job::Done;
 use super::scenarios::mutants;
+use crate::recorded::Record;
 
 pub struct Report {
     pub done: Vec<Done>,
@@ -77,7 +79,7 @@ pub fn line(done: &Done) {
 
 impl Report {
     /// Prints the sums, and fails where a state or a mutant says so.
-    pub fn conclude(&self) -> anyhow::Result<()> {
+    pub fn conclude(&self, sh: &Shell, record: Record, seed: u64) -> anyhow::Result<()> {
         println!();
         let missed = self.mutants();
         let scenarios = || self.done.iter().filter(|done| !done.mutant);
@@ -96,8 +98,9 @@ impl Report {
             }
         }
         let sum = Sum::of(scenarios().filter(|done| done.fs.promises()));
+        let how = format!("seed {seed}, {} s", self.time.as_secs());
         println!("in {} s", self.time.as_secs());
-        println!("{}", sum.text());
+        record.conclude(sh, "cargo xtask crash", &sum.text(), &how)?;
         if sum.lost + sum.torn + sum.left > 0 {
             bail!("a loss of power does harm");
         }
