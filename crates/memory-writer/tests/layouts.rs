@@ -91,8 +91,9 @@ fn a_diff_tells_a_page_of_zeros_from_a_clean_one(#[case] make: Make) {
     let before = ram.clone();
     ram[8192..12288].fill(0);
     ram[1 << 20..(1 << 20) + 4096].fill(7);
-    let parent = ImageId::from_bytes([4; 16]);
+    let [id, parent] = [3, 4].map(|byte| ImageId::from_bytes([byte; 16]));
     let seal = Seal::new()
+        .id(id)
         .parent(parent)
         .regions([0..1 << 20, 1 << 32..(1 << 32) + (3 << 20)])
         .metadata(b"vcpu".to_vec());
@@ -101,7 +102,7 @@ fn a_diff_tells_a_page_of_zeros_from_a_clean_one(#[case] make: Make) {
     writer.commit().unwrap();
 
     let (footer, restored) = applied(&place.dest, before);
-    assert_eq!(footer.parent(), Some(parent));
+    assert_eq!((footer.id, footer.parent()), (id, Some(parent)));
     assert_eq!(footer.metadata, b"vcpu");
     assert_eq!(footer.regions[1].start, 1 << 32);
     assert_eq!(footer.present_bytes(), 2 * PAGE);
