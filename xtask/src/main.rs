@@ -13,6 +13,8 @@ mod check_macos;
 #[cfg(target_os = "linux")]
 mod crash;
 mod demo;
+#[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+mod faults;
 mod fs_matrix;
 mod fuzz;
 mod interrupt;
@@ -52,6 +54,8 @@ enum Task {
     #[cfg(target_os = "linux")]
     Crash(crash::Crash),
     Demo(demo::Demo),
+    #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+    Faults(faults::Faults),
     FsMatrix(fs_matrix::FsMatrix),
     Fuzz(fuzz::Fuzz),
     Mutants(mutants::Mutants),
@@ -81,6 +85,8 @@ fn run(task: Task) -> anyhow::Result<()> {
         #[cfg(target_os = "linux")]
         Task::Crash(crash) => crash.run(&sh),
         Task::Demo(demo) => demo.run(&sh),
+        #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+        Task::Faults(faults) => faults.run(&sh),
         Task::FsMatrix(matrix) => matrix.run(&sh),
         Task::Fuzz(fuzz) => fuzz.run(&sh),
         Task::Mutants(mutants) => mutants.run(&sh),

@@ -207,10 +207,9 @@ impl Directory {
     /// Every name in the directory, in the file system's order.
     pub(crate) fn names(&self) -> io::Result<Vec<OsString>> {
         // Through "." and not a duplicate: a descriptor of its own has a position of its own.
-        let mut dir = retry(|| nix::dir::Dir::openat(self, ".", OPEN_DIR, Mode::empty()))?;
-        dir.iter()
-            .map(|entry| Ok(os_string(entry?.file_name())))
-            .collect()
+        let dir = retry(|| openat(self, ".", OPEN_DIR, Mode::empty()))?;
+        let names = sys::names(dir)?;
+        Ok(names.iter().map(|name| os_string(name)).collect())
     }
 }
 

@@ -131,8 +131,8 @@ impl OpenError {
     }
 }
 
-/// A staged file that could not be removed. It is dead: [`sweep`](crate::sweep), or the next writer to the same
-/// destination, removes it.
+/// A staged file that could not be removed. It is dead: [`sweep`](crate::sweep) removes it, and so does the next writer to the same
+/// destination, unless it is the empty file of a rehearsal ([`OpenError::Leftover`]).
 #[derive(Debug, Error)]
 #[error("the staged file {path:?} could not be removed")]
 pub struct Leftover {

@@ -168,7 +168,11 @@ impl Stage {
                     slot += u64::from(!freed);
                     continue;
                 }
-                Err(error) => return Err(error),
+                Err(error) => {
+                    // Over NFS the answer may have been lost, and the file be there. Whoever sweeps it takes it for a dead one.
+                    let _: Inspected = remove_if_dead(dir, &name);
+                    return Err(error);
+                }
             };
             // The one failure after which our file has no identity yet: it is a moment old, and its name still means it.
             let id = stat_of(&file).inspect_err(|_| drop(dir.remove(&name)))?.id;
@@ -353,7 +357,9 @@ impl Stage {
                 Ok(None)
             }
             Err(PublishError::Not(error)) if has_no_such_call(&error) => {
-                self.attempt(dir, name, |from, own| from.link(own, dir, name))?;
+                let link = || self.dir.link(&self.name, dir, name);
+                // The stage's own name stays in any case, and tells nothing.
+                make_sure(link, || self.is_at(dir, name), || false)?;
                 Ok(self.remove().err())
             }
             Err(error) => Err(error),
@@ -366,14 +372,16 @@ impl Stage {
         name: &OsStr,
         call: impl Fn(&Directory, &OsStr) -> nix::Result<()>,
     ) -> Result<(), PublishError> {
-        let is_there = || -> io::Result<bool> {
-            let Some(entry) = dir.entry(name)? else {
-                return Ok(false);
-            };
-            let own = stat_of(&self.file)?;
-            Ok((entry.id, entry.size) == (own.id, own.size))
+        let moved = || call(&self.dir, &self.name);
+        make_sure(moved, || self.is_at(dir, name), || self.has_name())
+    }
+
+    fn is_at(&self, dir: &Directory, name: &OsStr) -> io::Result<bool> {
+        let Some(entry) = dir.entry(name)? else {
+            return Ok(false);
         };
-        make_sure(|| call(&self.dir, &self.name), is_there, || self.has_name())
+        let own = stat_of(&self.file)?;
+        Ok((entry.id, entry.size) == (own.id, own.size))
     }
 
     /// After it was moved to `name` in `dir`, makes that the stage's own name again.

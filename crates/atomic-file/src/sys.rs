@@ -2,10 +2,11 @@
 
 #![allow(unsafe_code)]
 
-use std::ffi::CStr;
+use std::ffi::{CStr, CString};
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::{AsFd, AsRawFd, IntoRawFd as _, OwnedFd};
+use std::ptr::NonNull;
 
 use nix::errno::Errno;
 use nix::sys::stat::{Mode, fchmod};
@@ -80,6 +81,46 @@ fn where_unsupported(
             weaker()
         }
         result => result,
+    }
+}
+
+/// Every name in a directory, in the file system's order.
+///
+/// nix's `Dir` loses the descriptor where `fdopendir` fails, which over NFS it can: it asks the server about the directory.
+pub(crate) fn names(dir: OwnedFd) -> io::Result<Vec<CString>> {
+    #[cfg(not(any(target_os = "linux", target_os = "android")))]
+    use libc::readdir;
+    #[cfg(any(target_os = "linux", target_os = "android"))]
+    use libc::readdir64 as readdir;
+
+    struct Listing(NonNull<libc::DIR>);
+
+    impl Drop for Listing {
+        fn drop(&mut self) {
+            // SAFETY: fdopendir(3) gave the stream, and nobody uses it any more.
+            unsafe { libc::closedir(self.0.as_ptr()) };
+        }
+    }
+
+    // SAFETY: fdopendir(3) takes a descriptor, which `dir` keeps open; only where it succeeds the stream owns it.
+    let stream = unsafe { libc::fdopendir(dir.as_raw_fd()) };
+    let listing = Listing(NonNull::new(stream).ok_or_else(io::Error::last_os_error)?);
+    let _: libc::c_int = dir.into_raw_fd();
+    let mut names = Vec::new();
+    loop {
+        Errno::clear();
+        // SAFETY: the stream is open, and no other thread has it.
+        let entry = unsafe { readdir(listing.0.as_ptr()) };
+        if entry.is_null() {
+            return match Errno::last_raw() {
+                0 => Ok(names),
+                errno => Err(io::Error::from_raw_os_error(errno)),
+            };
+        }
+        // SAFETY: readdir(3) gave an entry, whose name ends in NUL, and which stays as it is until the stream is read again. The
+        // entry may be shorter than its type, so no reference is made to it.
+        let name = unsafe { CStr::from_ptr((&raw const (*entry).d_name).cast()) };
+        names.push(name.to_owned());
     }
 }
 

@@ -123,11 +123,9 @@ fn tamper(
         fs::create_dir(&dir).unwrap();
         prepare(&dir);
         let report = strace(job, &dir, &log, &tampering);
-        check(
-            &dir,
-            report.as_deref(),
-            &format!("{job}: {tampering:?}: {report:?}"),
-        );
+        let context = format!("{job}: {tampering:?}: {report:?}");
+        assert!(!context.contains("stays open"), "{context}");
+        check(&dir, report.as_deref(), &context);
         runs += 1;
     }
     assert!(runs > 5, "{runs} runs are no test");
@@ -289,6 +287,34 @@ fn no_clobber_falls_back_to_links(#[case] errno: &str) {
     assert!(trace.contains("linkat("), "{trace}");
     assert_eq!(text(scratch.path()), "new");
     assert_only_dest(scratch.path(), "links");
+}
+
+/// The stage keeps its name when it is linked, so that the name can't tell whether it was.
+#[test]
+fn whether_a_link_was_made_is_unknown_where_its_outcome_cannot_be_read() {
+    const TEST: &str = "whether_a_link_was_made_is_unknown_where_its_outcome_cannot_be_read";
+    if !Need::Strace.met(TEST) {
+        return;
+    }
+    let scratch = tempfile::tempdir().unwrap();
+    let log = scratch.path().join("log");
+    let run = |name: &str, tampering: &[String]| {
+        let dir = scratch.path().join(name);
+        fs::create_dir(&dir).unwrap();
+        no_file(&dir);
+        strace("no clobber", &dir, &log, tampering)
+    };
+    // The first link is the rehearsal's.
+    let mut tampering: Vec<String> = vec![
+        "inject=renameat2:error=EINVAL".into(),
+        "inject=linkat:error=EIO:when=2".into(),
+    ];
+    assert_eq!(run("looked", &tampering).as_deref(), Some("not replaced"));
+    let calls = recorded(&log);
+    let failed = calls.iter().position(|call| *call == ("linkat".into(), 2));
+    let (look, number) = &calls[failed.expect("a second link") + 1];
+    tampering.push(format!("inject={look}:error=EIO:when={number}"));
+    assert_eq!(run("not looked", &tampering).as_deref(), Some("unknown"));
 }
 
 #[rstest]

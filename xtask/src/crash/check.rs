@@ -55,19 +55,42 @@ pub enum Tidying {
     NextWriter,
 }
 
-/// A directory as a crash left it.
+/// What became of the commit after those that had returned.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Next {
+    /// Nobody lived to tell.
+    Unknown,
+    /// It said that nothing was replaced.
+    Not,
+    /// It said that all was replaced.
+    Done,
+}
+
+/// A directory as a crash or a failure left it.
+#[derive(Clone, Copy)]
 pub struct Aftermath<'a> {
     pub dir: &'a Path,
     /// The commits that had returned.
     pub returned: usize,
+    pub next: Next,
     pub tidying: Tidying,
 }
 
 impl Aftermath<'_> {
-    /// Of versions that are committed one after the other, `first` being there before: the last that returned, or the next.
+    /// The commits that have been made for certain.
+    pub fn least(&self) -> usize {
+        self.returned + usize::from(self.next == Next::Done)
+    }
+
+    /// The commits that may have been made.
+    pub fn most(&self) -> usize {
+        self.returned + usize::from(self.next != Next::Not)
+    }
+
+    /// Of versions that are committed one after the other, `first` being there before, those that may be there now.
     pub fn allowed(&self, first: u32, last: u32) -> Vec<u32> {
-        let returned = last.min(first + self.returned as u32);
-        (returned..=last.min(returned + 1)).collect()
+        let after = |commits| last.min(first + commits as u32);
+        (after(self.least())..=after(self.most())).collect()
     }
 
     /// The version that a file is whole of.
@@ -124,11 +147,11 @@ mod tests {
     const SIZE: u64 = 64 << 10;
 
     fn after(dir: &Path, returned: usize) -> Aftermath<'_> {
-        let tidying = Tidying::Recover;
         Aftermath {
             dir,
             returned,
-            tidying,
+            next: Next::Unknown,
+            tidying: Tidying::Recover,
         }
     }
 
@@ -139,6 +162,18 @@ mod tests {
         assert_eq!(allowed(0), [1, 2]);
         assert_eq!(allowed(1), [2, 3]);
         assert_eq!(allowed(2), [3]);
+    }
+
+    #[test]
+    fn what_a_commit_said_leaves_one_right_version() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let said = |next| Aftermath {
+            next,
+            ..after(dir.path(), 1)
+        };
+        assert_eq!(said(Next::Not).allowed(1, 3), [2]);
+        assert_eq!(said(Next::Done).allowed(1, 3), [3]);
+        assert_eq!(said(Next::Unknown).allowed(1, 3), [2, 3]);
     }
 
     #[test]

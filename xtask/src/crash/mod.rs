@@ -1,13 +1,13 @@
 //! `cargo xtask crash`: what a loss of power at any moment leaves on real file systems.
 
-mod check;
+pub mod check;
 mod disk;
 mod job;
 mod kept;
 mod record;
 mod replay;
 mod report;
-mod scenarios;
+pub mod scenarios;
 mod states;
 
 use std::collections::VecDeque;

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use anyhow::Context;
 use nix::fcntl::{FallocateFlags, fallocate};
 
-use super::check::{Aftermath, Fault, Tidying};
+use super::check::{Aftermath, Fault, Next, Tidying};
 use super::disk::{FileSystem, Loop, Mounted};
 use super::record::{PHASES, Recording};
 use super::scenarios::Scenario;
@@ -71,6 +71,7 @@ impl<'a> Replay<'a> {
             let after = Aftermath {
                 dir: &self.point.join(phase),
                 returned,
+                next: Next::Unknown,
                 tidying,
             };
             (self.scenario.check)(&after).map_err(|fault| fault.when(phase))?;

@@ -1,10 +1,13 @@
 //! What is done to a disk whose power then goes, and what must be there after.
 
-mod commits;
-mod images;
+pub mod commits;
+pub mod images;
 pub mod mutants;
 
 use std::path::Path;
+use std::sync::Arc;
+
+use dirty_bitmap::DirtyBitmap;
 
 use super::check::{Aftermath, Fault};
 
@@ -14,13 +17,25 @@ pub struct Scenario {
     pub about: &'static str,
     /// Before the power may go.
     pub prepare: fn(&Path) -> anyhow::Result<()>,
-    /// Calls what it is given after every commit that returned.
-    pub act: fn(&Path, Returned) -> anyhow::Result<()>,
+    /// Tells what it is given of every commit that returned.
+    pub act: fn(&Path, &dyn Witness) -> anyhow::Result<()>,
     pub check: fn(&Aftermath) -> Result<(), Fault>,
 }
 
-/// To be told of a commit that returned.
-pub type Returned<'a> = &'a (dyn Fn() -> anyhow::Result<()> + Sync);
+/// Who watches what is done.
+pub trait Witness: Sync {
+    /// A commit returned.
+    fn returned(&self) -> anyhow::Result<()>;
+
+    /// The next commit is to take these marks, all that there are.
+    fn saving(&self, _marks: &Arc<DirtyBitmap>) {}
+}
+
+impl<F: Fn() -> anyhow::Result<()> + Sync> Witness for F {
+    fn returned(&self) -> anyhow::Result<()> {
+        self()
+    }
+}
 
 pub const ALL: &[Scenario] = &[
     commits::REPLACE,

@@ -90,6 +90,10 @@ pub(crate) fn report(mut command: Command) -> Option<String> {
     report
 }
 
+fn open_descriptors() -> usize {
+    names(Path::new("/proc/self/fd")).len()
+}
+
 /// Runs `job` between two marks in a trace, and reports what it returned.
 pub(crate) fn traced(dir: &Path, job: impl FnOnce() -> String) {
     let mark = |name: &str| {
@@ -109,9 +113,13 @@ pub(crate) fn traced(dir: &Path, job: impl FnOnce() -> String) {
         (&null).write_all(b"x").expect("write");
         let _ = (&null).read(&mut [0]).expect("read");
     }
+    let open = open_descriptors();
     mark("mark-begin");
-    let report = job();
+    let mut report = job();
     mark("mark-end");
+    if open_descriptors() != open {
+        report.push_str(", a descriptor stays open");
+    }
     println!("\nREPORT {report}");
 }
 

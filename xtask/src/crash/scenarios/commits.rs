@@ -1,5 +1,6 @@
 //! Commits of files, and of memory as it is.
 
+use std::io;
 use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 use std::thread;
@@ -23,9 +24,9 @@ pub const REPLACE: Scenario = Scenario {
     name: "replace",
     about: "a commit over an existing file",
     prepare: |dir| file(dir, 1),
-    act: |dir, returned| {
+    act: |dir, witness| {
         file(dir, 2)?;
-        returned()
+        witness.returned()
     },
     check: |after| replaced(after, 1, 2),
 };
@@ -34,9 +35,9 @@ pub const FIRST: Scenario = Scenario {
     name: "first",
     about: "a commit where no file was",
     prepare: |_| Ok(()),
-    act: |dir, returned| {
+    act: |dir, witness| {
         file(dir, 1)?;
-        returned()
+        witness.returned()
     },
     check: |after| came_to_be(after, 1),
 };
@@ -45,7 +46,7 @@ pub const NO_CLOBBER: Scenario = Scenario {
     name: "no-clobber",
     about: "two writers that must not replace anything, and the second comes too late",
     prepare: |_| Ok(()),
-    act: |dir, returned| {
+    act: |dir, witness| {
         let open = || {
             let options = AtomicWriter::options().no_clobber(true);
             options.open(dir.join(DEST))
@@ -54,13 +55,28 @@ pub const NO_CLOBBER: Scenario = Scenario {
         first.write_all_at(&Stamped::new(1, RAM).bytes(0..RAM), 0)?;
         second.write_all_at(&Stamped::new(2, RAM).bytes(0..RAM), 0)?;
         first.commit()?;
-        returned()?;
+        witness.returned()?;
         match second.commit() {
-            Err(CommitError::NotReplaced { .. }) => Ok(()),
-            other => bail!("a second commit that must not replace the first: {other:?}"),
+            Err(CommitError::NotReplaced { source, .. })
+                if source.kind() == io::ErrorKind::AlreadyExists =>
+            {
+                Ok(())
+            }
+            Err(unexpected) => Err(unexpected.into()),
+            Ok(()) => bail!("a second commit that must not replace the first"),
         }
     },
-    check: |after| came_to_be(after, 2),
+    check: |after| {
+        if after.tidying == Tidying::NextWriter {
+            // What a rehearsal left has a name that only sweepers find.
+            after.next_writers(&[DEST; 2])?;
+        }
+        let recovered = Aftermath {
+            tidying: Tidying::Recover,
+            ..*after
+        };
+        came_to_be(&recovered, 2)
+    },
 };
 
 const STATE: &str = "vm.state";
@@ -70,10 +86,10 @@ pub const GROUP: Scenario = Scenario {
     name: "group",
     about: "two files that change together, twice",
     prepare: |dir| group(dir, 1),
-    act: |dir, returned| {
+    act: |dir, witness| {
         for stamp in [2, 3] {
             group(dir, stamp)?;
-            returned()?;
+            witness.returned()?;
         }
         Ok(())
     },
@@ -102,10 +118,10 @@ pub const FULL: Scenario = Scenario {
     name: "full",
     about: "full dumps of memory over one another",
     prepare: |dir| full(dir, 1),
-    act: |dir, returned| {
+    act: |dir, witness| {
         for stamp in [2, 3] {
             full(dir, stamp)?;
-            returned()?;
+            witness.returned()?;
         }
         Ok(())
     },
@@ -119,7 +135,7 @@ pub const RECYCLE: Scenario = Scenario {
         recycling(dir, 1)?;
         recycling(dir, 2).map(drop)
     },
-    act: |dir, returned| {
+    act: |dir, witness| {
         // exFAT has no leases, so there every file is a new one. Here one may be too: a process that somebody
         // starts has all files open for a moment.
         let is_spare = |name: &String| name.ends_with(".spare");
@@ -127,7 +143,7 @@ pub const RECYCLE: Scenario = Scenario {
         let mut recycled = false;
         for stamp in 3..=5 {
             recycled |= recycling(dir, stamp)?;
-            returned()?;
+            witness.returned()?;
         }
         ensure!(recycled == spare, "recycled: {recycled}, spare: {spare}");
         Ok(())
@@ -139,16 +155,10 @@ pub const STALE_STAGE: Scenario = Scenario {
     name: "stale-stage",
     about: "a writer is killed, and the next one finds its stage",
     prepare: |dir| full(dir, 1),
-    act: |dir, returned| {
-        let child = Child::new(Subject(None), &dir.join(DEST), 2, RAM).die_after(RAM / 2);
-        let output = child.command(&[])?.output()?;
-        ensure!(
-            output.status.signal() == Some(SIGKILL),
-            "the writer that is to die: {}",
-            output.status
-        );
+    act: |dir, witness| {
+        die_writing(dir)?;
         full(dir, 2)?;
-        returned()
+        witness.returned()
     },
     check: |after| replaced(after, 1, 2),
 };
@@ -157,13 +167,13 @@ pub const TWO_WRITERS: Scenario = Scenario {
     name: "two-writers",
     about: "two writers at once, twice",
     prepare: |dir| full(dir, 1),
-    act: |dir, returned| {
+    act: |dir, witness| {
         for stamps in [[2, 3], [4, 5]] {
             thread::scope(|scope| {
                 let writer = |stamp| {
                     scope.spawn(move || {
                         full(dir, stamp)?;
-                        returned()
+                        witness.returned()
                     })
                 };
                 let writers = stamps.map(writer);
@@ -195,7 +205,7 @@ fn file(dir: &Path, stamp: u32) -> anyhow::Result<()> {
     Ok(writer.commit()?)
 }
 
-fn group(dir: &Path, stamp: u32) -> anyhow::Result<()> {
+pub fn group(dir: &Path, stamp: u32) -> anyhow::Result<()> {
     let mut group = AtomicGroup::new();
     for (name, size) in [(DEST, RAM), (STATE, STATE_SIZE)] {
         let writer = AtomicWriter::open(dir.join(name))?;
@@ -205,13 +215,22 @@ fn group(dir: &Path, stamp: u32) -> anyhow::Result<()> {
     Ok(group.commit()?)
 }
 
-fn full(dir: &Path, stamp: u32) -> anyhow::Result<()> {
+/// A writer in the middle of its work is killed.
+pub fn die_writing(dir: &Path) -> anyhow::Result<()> {
+    let child = Child::new(Subject(None), &dir.join(DEST), 2, RAM).die_after(RAM / 2);
+    let status = child.command(&[])?.output()?.status;
+    let killed = status.signal() == Some(SIGKILL);
+    ensure!(killed, "the writer that is to die: {status}");
+    Ok(())
+}
+
+pub fn full(dir: &Path, stamp: u32) -> anyhow::Result<()> {
     let dest = dir.join(DEST);
     Subject(None).full(&dest, &Stamped::new(stamp, RAM), RAM, PAGE)
 }
 
 /// Whether the stage was the file that an earlier commit had replaced.
-fn recycling(dir: &Path, stamp: u32) -> anyhow::Result<bool> {
+pub fn recycling(dir: &Path, stamp: u32) -> anyhow::Result<bool> {
     let options = MemoryWriter::options().recycle(RAM * 2);
     let mut writer = options.open(dir.join(DEST), RAM, PAGE)?;
     let recycled = writer.recycled();
@@ -221,7 +240,7 @@ fn recycling(dir: &Path, stamp: u32) -> anyhow::Result<bool> {
 }
 
 /// Versions up to `last` were committed one after the other over `first`.
-fn replaced(after: &Aftermath, first: u32, last: u32) -> Result<(), Fault> {
+pub fn replaced(after: &Aftermath, first: u32, last: u32) -> Result<(), Fault> {
     one_of(after, &after.allowed(first, last), 1)
 }
 
@@ -234,8 +253,11 @@ fn one_of(after: &Aftermath, allowed: &[u32], at_once: usize) -> Result<(), Faul
 
 /// Version 1 is there, or nothing yet.
 fn came_to_be(after: &Aftermath, at_once: usize) -> Result<(), Fault> {
-    if after.returned == 0 && !after.exists(DEST) {
-        return after.tidy(&vec![DEST; at_once], &[]);
+    if after.exists(DEST) && after.most() == 0 {
+        return Err(Fault::Lost("that there was no file".into()));
     }
-    one_of(after, &[1], at_once)
+    if after.exists(DEST) || after.least() > 0 {
+        return one_of(after, &[1], at_once);
+    }
+    after.tidy(&vec![DEST; at_once], &[])
 }

@@ -2,6 +2,7 @@
 
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use anyhow::Context;
 use dirty_bitmap::DirtyBitmap;
@@ -9,7 +10,7 @@ use memory_image::{Chain, Image, ImageError, ImageId};
 use memory_writer::{Layout, MemoryWriter, Seal};
 
 use super::commits::RAM;
-use super::{Returned, Scenario};
+use super::{Scenario, Witness};
 use crate::crash::check::{Aftermath, Fault, lost};
 use crate::fs_matrix::child::PAGE;
 use crate::ram::Stamped;
@@ -25,12 +26,12 @@ pub const DIFF: Scenario = Scenario {
     about: "a raw diff over another",
     prepare: |dir| {
         write_full(&dir.join(FULL), 1, Layout::Raw)?;
-        write_diff(&dir.join(DIFF_NAME), 2, Layout::Raw)
+        write_diff(&dir.join(DIFF_NAME), 2, Layout::Raw, UNSEEN)
     },
-    act: |dir, returned| {
+    act: |dir, witness| {
         for stamp in [3, 4] {
-            write_diff(&dir.join(DIFF_NAME), stamp, Layout::Raw)?;
-            returned()?;
+            write_diff(&dir.join(DIFF_NAME), stamp, Layout::Raw, witness)?;
+            witness.returned()?;
         }
         Ok(())
     },
@@ -44,7 +45,7 @@ pub const SEALED: Scenario = Scenario {
     name: "sealed",
     about: "a sealed diff over another, then a new full image beside them",
     prepare: |dir| prepare(dir, Layout::Sealed),
-    act: |dir, returned| act(dir, returned, Layout::Sealed),
+    act: |dir, witness| act(dir, witness, Layout::Sealed),
     check: sealed_chain,
 };
 
@@ -52,7 +53,7 @@ pub const PACKED: Scenario = Scenario {
     name: "packed",
     about: "a packed diff over another, then a new full image beside them",
     prepare: |dir| prepare(dir, Layout::Packed),
-    act: |dir, returned| act(dir, returned, Layout::Packed),
+    act: |dir, witness| act(dir, witness, Layout::Packed),
     check: sealed_chain,
 };
 
@@ -61,19 +62,22 @@ pub const MERGE: Scenario = Scenario {
     about: "a chain merged onto its own base",
     prepare: |dir| {
         write_full(&dir.join(FULL), 1, Layout::Raw)?;
-        write_diff(&dir.join(DIFF_NAME), 2, Layout::Raw)
+        write_diff(&dir.join(DIFF_NAME), 2, Layout::Raw, UNSEEN)
     },
-    act: |dir, returned| {
+    act: |dir, witness| {
         let mut chain = Chain::open(dir.join(FULL), PAGE)?;
         // Its holes can't be believed everywhere.
         chain.push_pages(dir.join(DIFF_NAME), dirty(2)?.runs())?;
         chain.flatten(dir.join(FULL))?;
-        returned()
+        witness.returned()
     },
     check: |after| {
         let base = std::fs::read(after.dir.join(FULL)).map_err(lost("the merged image"))?;
-        if base == ram(1) && after.returned > 0 {
-            return Err(Fault::Lost("a merge that had returned".into()));
+        if base == ram(1) && after.least() > 0 {
+            return Err(Fault::Lost("a merge that had succeeded".into()));
+        }
+        if base != ram(1) && after.most() == 0 {
+            return Err(Fault::Lost("the base, by a merge that had failed".into()));
         }
         if ![ram(1), ram_after_diff(2)].contains(&base) {
             return Err(Fault::Torn("neither the base nor the merged image".into()));
@@ -83,19 +87,24 @@ pub const MERGE: Scenario = Scenario {
     },
 };
 
+/// The sealed or packed images that were prepared.
+pub fn chain_in(dir: &Path) -> [PathBuf; 2] {
+    [dir.join(FULL), dir.join(DIFF_NAME)]
+}
+
 fn prepare(dir: &Path, layout: fn(Seal) -> Layout) -> anyhow::Result<()> {
     let parent = write_full(&dir.join(FULL), 1, layout(Seal::new()))?;
     let seal = Seal::new().parent(parent.context("it is sealed")?);
-    write_diff(&dir.join(DIFF_NAME), 2, layout(seal))
+    write_diff(&dir.join(DIFF_NAME), 2, layout(seal), UNSEEN)
 }
 
-fn act(dir: &Path, returned: Returned, layout: fn(Seal) -> Layout) -> anyhow::Result<()> {
+fn act(dir: &Path, witness: &dyn Witness, layout: fn(Seal) -> Layout) -> anyhow::Result<()> {
     let parent = Image::open_sealed(dir.join(FULL))?.id();
     let seal = Seal::new().parent(parent.context("it is sealed")?);
-    write_diff(&dir.join(DIFF_NAME), 3, layout(seal))?;
-    returned()?;
+    write_diff(&dir.join(DIFF_NAME), 3, layout(seal), witness)?;
+    witness.returned()?;
     write_full(&dir.join(NEXT), 4, layout(Seal::new()))?;
-    returned()
+    witness.returned()
 }
 
 fn write_full(dest: &Path, stamp: u32, layout: Layout) -> anyhow::Result<Option<ImageId>> {
@@ -108,12 +117,25 @@ fn write_full(dest: &Path, stamp: u32, layout: Layout) -> anyhow::Result<Option<
     Ok(id)
 }
 
-fn write_diff(dest: &Path, stamp: u32, layout: Layout) -> anyhow::Result<()> {
+/// Nobody watches what is prepared.
+const UNSEEN: &dyn Witness = &|| Ok(());
+
+fn write_diff(
+    dest: &Path,
+    stamp: u32,
+    layout: Layout,
+    witness: &dyn Witness,
+) -> anyhow::Result<()> {
+    let live = Arc::new(dirty(stamp)?);
+    witness.saving(&live);
+    let epoch = live.begin_epoch()?;
     let mut writer = MemoryWriter::options()
         .layout(layout)
         .open(dest, RAM, PAGE)?;
-    writer.write_diff(&Stamped::new(stamp, RAM), &dirty(stamp)?)?;
-    Ok(writer.commit()?)
+    writer.write_diff(&Stamped::new(stamp, RAM), epoch.bitmap())?;
+    writer.commit()?;
+    epoch.release();
+    Ok(())
 }
 
 /// The pages that a diff of this version has.
@@ -130,7 +152,7 @@ fn ram(stamp: u32) -> Vec<u8> {
 }
 
 /// Version 1 with the pages of a diff.
-fn ram_after_diff(stamp: u32) -> Vec<u8> {
+pub fn ram_after_diff(stamp: u32) -> Vec<u8> {
     with_diff(ram(1), stamp)
 }
 
@@ -176,7 +198,10 @@ fn sealed_chain(after: &Aftermath) -> Result<(), Fault> {
         if bytes_of(&chain)? != ram(4) {
             return Err(Fault::Torn("the new image".into()));
         }
-    } else if after.returned == 2 {
+        if after.most() < 2 {
+            return Err(Fault::Lost("that there was no new full image".into()));
+        }
+    } else if after.least() == 2 {
         return Err(Fault::Lost("the new full image".into()));
     }
     drop(chain);

@@ -17,9 +17,9 @@ pub const CONTROL: Scenario = Scenario {
     name: "by-hand",
     about: "nothing is left out: the states must not blame it",
     prepare: |dir| commit(dir, 1, &[Step::FileSync, Step::Rename, Step::DirectorySync]),
-    act: |dir, returned| {
+    act: |dir, witness| {
         commit(dir, 2, &[Step::FileSync, Step::Rename, Step::DirectorySync])?;
-        returned()
+        witness.returned()
     },
     check,
 };
@@ -28,37 +28,37 @@ pub const ALL: &[Scenario] = &[
     Scenario {
         name: "no-file-sync",
         about: "the file is renamed without a sync",
-        act: |dir, returned| {
+        act: |dir, witness| {
             commit(dir, 2, &[Step::Rename, Step::DirectorySync])?;
-            returned()
+            witness.returned()
         },
         ..CONTROL
     },
     Scenario {
         name: "rename-before-sync",
         about: "the file is synced when it has the name already",
-        act: |dir, returned| {
+        act: |dir, witness| {
             commit(dir, 2, &[Step::Rename, Step::FileSync, Step::DirectorySync])?;
-            returned()
+            witness.returned()
         },
         ..CONTROL
     },
     Scenario {
         name: "no-directory-sync",
         about: "the name is not synced",
-        act: |dir, returned| {
+        act: |dir, witness| {
             commit(dir, 2, &[Step::FileSync, Step::Rename])?;
-            returned()
+            witness.returned()
         },
         ..CONTROL
     },
     Scenario {
         name: "durability-none",
         about: "the library itself, told not to sync the file",
-        act: |dir, returned| {
+        act: |dir, witness| {
             let library = Subject(Some(Sabotage::SkipFileSync));
             library.full(&dir.join(DEST), &Stamped::new(2, RAM), RAM, PAGE)?;
-            returned()
+            witness.returned()
         },
         ..CONTROL
     },

@@ -1,0 +1,195 @@
+//! Whether what a run left, and what it said, is right.
+
+use std::fmt;
+use std::path::Path;
+
+use super::child::{Report, Save};
+use super::fault::{Fault, How};
+use super::said::NextSaid;
+use super::tracer::{End, Trace};
+use crate::crash::check::{self, Aftermath, Next, Tidying};
+use crate::crash::scenarios::Scenario;
+use crate::fs_matrix::site::names;
+
+/// What must not be.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Harm {
+    /// Something that had been there, or a mark.
+    Lost(String),
+    Torn(String),
+    /// A stage that nobody tells of or removes, or something that the process still holds.
+    Leaked(String),
+    /// What was said is not so; or nothing was said at all.
+    Untrue(String),
+}
+
+impl fmt::Display for Harm {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Lost(what) => write!(f, "lost: {what}"),
+            Self::Torn(what) => write!(f, "torn: {what}"),
+            Self::Leaked(what) => write!(f, "leaked: {what}"),
+            Self::Untrue(what) => write!(f, "untrue: {what}"),
+        }
+    }
+}
+
+impl From<check::Fault> for Harm {
+    fn from(fault: check::Fault) -> Self {
+        match fault {
+            check::Fault::Lost(what) => Self::Lost(what),
+            check::Fault::Torn(what) => Self::Torn(what),
+            check::Fault::Left(what) => Self::Leaked(what),
+        }
+    }
+}
+
+/// A run that is over.
+pub struct Run<'a> {
+    pub scenario: &'a Scenario,
+    pub fault: Option<&'a Fault>,
+    pub dir: &'a Path,
+    /// What the directory held before.
+    pub before: &'a [String],
+    pub trace: &'a Trace,
+    /// What the child wrote, unless it died before.
+    pub report: Option<Report>,
+    /// The end of what it wrote to its standard error.
+    pub stderr: String,
+    pub tidying: Tidying,
+}
+
+impl Run<'_> {
+    pub fn judge(&self) -> Result<(), Harm> {
+        match (self.trace.end, &self.report) {
+            (End::Hung, _) => Err(Harm::Untrue("it does not end".into())),
+            (End::Killed(_), _) if self.fault.is_some_and(Fault::kills) => {
+                self.check(Next::Unknown).map_err(Harm::from)
+            }
+            (End::Exited(0), Some(report)) => self.judge_report(report),
+            (end, _) => Err(Harm::Untrue(format!("{end:?}: {}", self.stderr.trim()))),
+        }
+    }
+
+    fn judge_report(&self, report: &Report) -> Result<(), Harm> {
+        let said = &report.said;
+        let text = &said.text;
+        if said.next == NextSaid::Strange {
+            return Err(Harm::Untrue(format!("no error of the library: {text}")));
+        }
+        if said.next == NextSaid::All && self.fault.is_some_and(fails_a_sync) {
+            return Err(Harm::Untrue(
+                "a sync failed, and it said that all is well".into(),
+            ));
+        }
+        report.saves.iter().try_for_each(judge_save)?;
+        if let Some(held) = report.held.iter().find(|held| !self.is_the_faults(held)) {
+            return Err(Harm::Leaked(format!("{held}, after: {text}")));
+        }
+        if !said.left && !self.fault.is_some_and(fails_clearing_up) {
+            self.nothing_left(text)?;
+        }
+        let Err(harm) = self.check(said.next()) else {
+            return Ok(());
+        };
+        // What is whole and right, but not as it was said to be.
+        match self.check(Next::Unknown) {
+            Ok(()) => Err(Harm::Untrue(format!("{harm}, after: {text}"))),
+            Err(_) => Err(harm.when(text).into()),
+        }
+    }
+
+    fn check(&self, next: Next) -> Result<(), check::Fault> {
+        (self.scenario.check)(&Aftermath {
+            dir: self.dir,
+            returned: self.trace.returned,
+            next,
+            tidying: self.tidying,
+        })
+    }
+
+    /// A spare is not left: it is the next writer's.
+    fn nothing_left(&self, text: &str) -> Result<(), Harm> {
+        let before: Vec<_> = self.before.iter().map(String::as_str).collect();
+        let mut left = names(self.dir, &before).map_err(check::lost("can't list the directory"))?;
+        left.retain(|name| name.starts_with(".atomic-file-") && !name.ends_with(".spare"));
+        match left.is_empty() {
+            true => Ok(()),
+            false => Err(Harm::Leaked(format!("{left:?}, after: {text}"))),
+        }
+    }
+
+    /// Of a file that was made, and said not to be, nobody but the kernel knows the descriptor.
+    fn is_the_faults(&self, held: &str) -> bool {
+        let at = self.fault.and_then(Fault::at);
+        let made = at.is_some_and(|at| at.kind.name == "creat" && matches!(at.how, How::Lost(_)));
+        made && held.starts_with("descriptor of")
+    }
+}
+
+/// Whether a sync says that it failed, other than by having been interrupted, when it is made again.
+fn fails_a_sync(fault: &Fault) -> bool {
+    use nix::errno::Errno::EINTR;
+    fault.at().is_some_and(|at| {
+        let fails = matches!(at.how, How::Error(errno) | How::Lost(errno) if errno != EINTR);
+        at.kind.is_sync() && fails
+    })
+}
+
+/// Whether it is the removal of a stage itself that fails: where a writer is dropped there is nobody to tell.
+fn fails_clearing_up(fault: &Fault) -> bool {
+    matches!(fault, Fault::Twice(..)) || fault.at().is_some_and(|at| at.kind.removes())
+}
+
+fn judge_save(save: &Save) -> Result<(), Harm> {
+    if !save.returned && save.after != save.before {
+        let (before, after) = (&save.before, &save.after);
+        return Err(Harm::Lost(format!(
+            "marks: {before:x?} were set, {after:x?} are"
+        )));
+    }
+    if save.returned && !save.after.is_empty() {
+        let after = &save.after;
+        return Err(Harm::Untrue(format!(
+            "{after:x?} are saved and still marked"
+        )));
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn fault(text: &str) -> Fault {
+        text.parse().expect("a fault")
+    }
+
+    #[test]
+    fn a_sync_that_failed_must_be_told_and_one_that_was_interrupted_is_made_again() {
+        assert!(fails_a_sync(&fault("fsync#1:EIO")));
+        assert!(fails_a_sync(&fault("fsync#2:lost:EIO")));
+        assert!(!fails_a_sync(&fault("fsync#1:EINTR")));
+        assert!(!fails_a_sync(&fault("fsync#1:kill")));
+        assert!(!fails_a_sync(&fault("pwrite64#1:EIO")));
+    }
+
+    #[test]
+    fn marks_of_a_save_that_failed_are_all_there_and_of_one_that_returned_none() {
+        let save = |before: &[Range], after: &[Range], returned| {
+            judge_save(&Save {
+                before: before.to_vec(),
+                after: after.to_vec(),
+                returned,
+            })
+        };
+        type Range = std::ops::Range<u64>;
+        assert_eq!(save(&[0..4, 8..12], &[0..4, 8..12], false), Ok(()));
+        assert_eq!(save(&[0..4], &[], true), Ok(()));
+        assert!(matches!(
+            save(&[0..4, 8..12], &[0..4], false),
+            Err(Harm::Lost(_))
+        ));
+        assert!(matches!(save(&[0..4], &[0..4], true), Err(Harm::Untrue(_))));
+    }
+}

@@ -1,0 +1,180 @@
+//! `cargo xtask faults`: what becomes of everything when any one system call goes wrong.
+
+mod calls;
+mod child;
+mod fault;
+mod job;
+mod judge;
+mod mutants;
+mod report;
+mod said;
+mod scenarios;
+mod tracer;
+
+use std::hash::{BuildHasher, RandomState};
+use std::time::Instant;
+
+use anyhow::{Context, bail, ensure};
+use test_machine::{Need, TinyTmpfs};
+use xshell::Shell;
+
+use crate::fs_matrix::mounts::keep_private;
+use crate::interrupt::Interrupt;
+use child::Child;
+use fault::Fault;
+use job::{Settings, again};
+use report::Report;
+use scenarios::Case;
+
+/// Make every system call of every scenario go wrong, once in each way it can
+///
+/// Carries out the scenarios of `cargo xtask crash`, and some more, in a child process that is traced. Then once more for each of its
+/// calls and each error that the call can give: the call fails; or it does what it was asked for and its answer is lost; or it does a part; or the
+/// process is killed there; or, after the first failure, a second one comes while the writer clears up. And with file systems that fill up and limits
+/// that are reached at any byte. After each, what is on disk must be whole and what the returned error says, no mark may be lost, and nothing
+/// held or left behind. At the end, libraries with a mistake show that this finds what it is for. Exit code 0 says that no fault did any
+/// harm, and that each of those was found out.
+///
+/// On Linux on x86-64.
+#[derive(clap::Args)]
+#[command(args_conflicts_with_subcommands = true)]
+pub struct Faults {
+    /// Only these scenarios, comma-separated, and no mutants
+    #[arg(long, value_delimiter = ',', value_name = "SCENARIO", value_parser = known)]
+    only: Vec<String>,
+    /// Only this fault, as it was printed; with one --only
+    #[arg(long, value_name = "FAULT")]
+    fault: Option<Fault>,
+    /// At most so many faults of each scenario, chosen by --seed
+    #[arg(long, value_name = "NUMBER", value_parser = clap::value_parser!(u32).range(1..))]
+    sample: Option<u32>,
+    /// What faults are chosen by [default: another one each time]
+    #[arg(long)]
+    seed: Option<u64>,
+    /// List the scenarios, the mutants and how each call can fail, and do nothing
+    #[arg(long)]
+    list: bool,
+    #[command(subcommand)]
+    part: Option<Part>,
+}
+
+/// What this program does as a child of itself.
+#[derive(clap::Subcommand)]
+enum Part {
+    #[command(hide = true)]
+    Child(Child),
+}
+
+fn known(name: &str) -> Result<String, String> {
+    match scenarios::named(name) {
+        Some(_) => Ok(name.into()),
+        None => Err("--list lists the scenarios".into()),
+    }
+}
+
+impl Faults {
+    pub fn run(self, sh: &Shell) -> anyhow::Result<()> {
+        if let Some(Part::Child(child)) = &self.part {
+            return child.run();
+        }
+        if self.list {
+            list();
+            return Ok(());
+        }
+        let ci = sh.var_os("CI").is_some_and(|ci| ci == "true");
+        if !Need::Ptrace.is_met() {
+            ensure!(
+                !ci,
+                "faults: this machine has no {}, and CI demands it",
+                Need::Ptrace
+            );
+            println!("NOT RUN faults: this machine has no {}", Need::Ptrace);
+            return Ok(());
+        }
+        let mounts = Need::Root.is_met();
+        if mounts {
+            keep_private()?;
+        } else {
+            ensure!(
+                !ci,
+                "full disks: this machine has no {}, and CI demands it",
+                Need::Root
+            );
+            println!("NOT RUN full disks: this machine has no {}", Need::Root);
+        }
+        let interrupt = Interrupt::catch()?;
+        let memory = mounts.then(|| TinyTmpfs::new(1 << 30)).transpose();
+        let memory = memory.context("a tmpfs for the files")?;
+        let on_disk = tempfile::tempdir()?;
+        let settings = Settings {
+            room: memory.as_ref().map_or(on_disk.path(), TinyTmpfs::path),
+            seed: self.seed.unwrap_or_else(|| RandomState::new().hash_one(0)),
+            sample: self.sample.map(|sample| sample as usize),
+            mounts,
+            interrupt: &interrupt,
+        };
+        let named: Vec<_> = self
+            .only
+            .iter()
+            .filter_map(|name| scenarios::named(name))
+            .collect();
+        if let Some(fault) = &self.fault {
+            let [case] = named.as_slice() else {
+                bail!("--fault takes one scenario: --only SCENARIO");
+            };
+            again(case, fault, &settings)?;
+            println!("no harm");
+            return Ok(());
+        }
+        if settings.sample.is_some() {
+            println!("seed {}", settings.seed);
+        }
+        self.all(&named, &settings)
+    }
+
+    fn all(&self, named: &[&'static Case], settings: &Settings) -> anyhow::Result<()> {
+        let start = Instant::now();
+        let mut report = Report {
+            done: Vec::new(),
+            mutants: Vec::new(),
+            time: start.elapsed(),
+        };
+        let wanted = |_: &&Case| named.is_empty();
+        let control = std::iter::once(&mutants::CONTROL);
+        let all = scenarios::ALL.iter().chain(control).filter(wanted);
+        for case in named.iter().copied().chain(all) {
+            let done = job::run(case, settings, false)?;
+            report::line(&done);
+            report.done.push(done);
+        }
+        // Of their few calls every one counts.
+        let whole = Settings {
+            sample: None,
+            ..*settings
+        };
+        for case in mutants::ALL.iter().filter(wanted) {
+            let done = job::run(case, &whole, true)?;
+            report::mutant_line(&done);
+            report.mutants.push(done);
+        }
+        report.time = start.elapsed();
+        report.conclude()
+    }
+}
+
+fn list() {
+    for (title, all) in [("scenarios", scenarios::ALL), ("mutants", mutants::ALL)] {
+        println!("{title}:");
+        for case in all {
+            println!("  {:18} {}", case.scenario.name, case.scenario.about);
+        }
+    }
+    println!("calls, what they fail with, and with what although they were done:");
+    for kind in calls::KINDS {
+        println!("  {:18} {:?} {:?}", kind.name, kind.errors, kind.lost);
+    }
+    println!("left out:");
+    for (number, why) in calls::LEFT_OUT {
+        println!("  {number:<18} {why}");
+    }
+}
