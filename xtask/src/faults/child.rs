@@ -205,12 +205,16 @@ fn is_listing(path: &Path) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use memory_image::MappedImage;
+
     use super::*;
 
     #[test]
     fn a_descriptor_a_thread_and_a_mapping_that_are_held_are_named() {
         let before = Held::now().expect("held");
         let file = tempfile::NamedTempFile::new().expect("a file");
+        file.as_file().set_len(4096).expect("a page");
+        let image = MappedImage::open(file.path()).expect("a mapping");
         let path = file.path().display().to_string();
         let (end, ended) = std::sync::mpsc::channel::<()>();
         let thread = thread::Builder::new().name("lingers".into());
@@ -220,12 +224,11 @@ mod tests {
         while !more().contains(&"thread lingers".into()) {
             assert!(start.elapsed() < Duration::from_secs(10), "{:?}", more());
         }
-        assert!(
-            more().contains(&format!("descriptor of {path}")),
-            "{:?}",
-            more()
-        );
-        drop((end, file));
+        for what in ["descriptor", "mapping"] {
+            let held = format!("{what} of {path}");
+            assert!(more().contains(&held), "{held}: {:?}", more());
+        }
+        drop((end, image, file));
         let _ = thread.join().expect("no panic");
         let is_ours = |what: &String| what.contains("lingers") || what.contains(&path);
         while more().iter().any(is_ours) {
