@@ -211,6 +211,18 @@ pub static KINDS: &[Kind] = &[
         libc::SYS_io_uring_enter,
         &[EINTR, EAGAIN, EBUSY],
     ),
+    // No call, but it fails like one: a write that was handed to the kernel by io_uring.
+    Kind {
+        lost: &[EIO],
+        short: true,
+        ..kind(
+            "completion",
+            -1,
+            &[
+                EIO, ENOSPC, EDQUOT, EINTR, EAGAIN, ESTALE, EFBIG, ECANCELED, EINVAL, EOPNOTSUPP,
+            ],
+        )
+    },
     kind("clone3", libc::SYS_clone3, &[EAGAIN, ENOMEM]),
 ];
 

@@ -42,6 +42,8 @@ pub struct Settings<'a> {
 pub struct Done {
     pub case: &'static Case,
     pub calls: usize,
+    /// Whether the completions of an io_uring could not be seen.
+    pub blind: bool,
     /// Faults that happened.
     pub faults: Vec<Fault>,
     /// Whose call did not come.
@@ -59,12 +61,13 @@ enum Outcome {
 /// All that can go wrong in a scenario; with `mutant`, up to the first harm.
 pub fn run(case: &'static Case, settings: &Settings, mutant: bool) -> anyhow::Result<Done> {
     let start = Instant::now();
-    let calls = record(case, settings)?;
+    let (calls, blind) = record(case, settings)?;
     let faults = plan(case, &calls, settings);
     let next = AtomicUsize::new(0);
     let done = Mutex::new(Done {
         case,
         calls: calls.len(),
+        blind,
         faults: Vec::new(),
         not_met: 0,
         harms: Vec::new(),
@@ -123,7 +126,7 @@ pub fn again(case: &Case, fault: &Fault, settings: &Settings) -> anyhow::Result<
 }
 
 /// The calls of a run in which nothing goes wrong.
-fn record(case: &Case, settings: &Settings) -> anyhow::Result<Vec<Call>> {
+fn record(case: &Case, settings: &Settings) -> anyhow::Result<(Vec<Call>, bool)> {
     let scratch = tempfile::tempdir_in(settings.room)?;
     let dir = scratch.path().join("dir");
     fs::create_dir(&dir)?;
@@ -135,7 +138,7 @@ fn record(case: &Case, settings: &Settings) -> anyhow::Result<Vec<Call>> {
         "{}: it fails by itself: {said:?} {stderr}",
         case.scenario.name
     );
-    Ok(trace.calls)
+    Ok((trace.calls, trace.blind))
 }
 
 /// Lists of faults, each of which goes on until one's call does not come.

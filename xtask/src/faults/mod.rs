@@ -7,6 +7,7 @@ mod job;
 mod judge;
 mod mutants;
 mod report;
+mod ring;
 mod said;
 mod scenarios;
 mod tracer;

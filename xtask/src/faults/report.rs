@@ -71,6 +71,11 @@ pub fn line(done: &Done) {
         sum.harms(),
         done.time.as_secs_f64()
     );
+    if done.blind {
+        println!(
+            "  NOT RUN: completions of io_uring, whose rings this kernel does not show (before Linux 6.10)"
+        );
+    }
     /// So that one mistake does not fill the screen.
     const SHOWN: usize = 10;
     for (fault, harm) in done.harms.iter().take(SHOWN) {

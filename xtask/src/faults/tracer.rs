@@ -4,6 +4,7 @@
 //! commit that returned. All three are calls that do nothing else, so nothing of the tracing shows in what is traced.
 
 use std::collections::{BTreeSet, HashMap};
+use std::io;
 use std::os::unix::process::CommandExt as _;
 use std::process::Command;
 use std::sync::mpsc::{RecvTimeoutError, channel};
@@ -20,6 +21,7 @@ use nix::unistd::Pid;
 
 use super::calls::{Class, Kind};
 use super::fault::{Fault, How};
+use super::ring::Ring;
 
 /// A call that could have failed.
 #[derive(Clone, Copy, Debug)]
@@ -58,6 +60,8 @@ pub struct Trace {
     pub met: bool,
     /// Numbers of calls that are in no table.
     pub unknown: BTreeSet<i64>,
+    /// Whether there was an io_uring, and the kernel does not show it.
+    pub blind: bool,
 }
 
 /// In the child: from here on it is traced, until [`pause`] is called a second time.
@@ -105,7 +109,9 @@ pub fn trace(
             returned: 0,
             met: false,
             unknown: BTreeSet::new(),
+            blind: false,
         },
+        ring: None,
     };
     let (ended, end) = channel::<()>();
     let (followed, late) = thread::scope(|scope| {
@@ -154,12 +160,15 @@ struct Tracer<'a> {
     hit: bool,
     /// Calls since then that could have said `EIO`.
     since: u32,
+    ring: Option<Ring>,
     trace: Trace,
 }
 
 /// A call under way.
 #[derive(Clone, Copy)]
 struct Inside {
+    number: i64,
+    arguments: [u64; 6],
     call: Option<usize>,
     /// What is to be said of it.
     answer: Option<Answer>,
@@ -222,6 +231,7 @@ impl Tracer<'_> {
         let inside = match inside {
             Some(inside) => {
                 self.leave(pid, registers, inside)?;
+                self.watch_ring(pid, registers, inside);
                 None
             }
             None => Some(self.enter(pid, registers)?),
@@ -246,7 +256,17 @@ impl Tracer<'_> {
 
     fn enter(&mut self, pid: Pid, registers: Registers) -> nix::Result<Inside> {
         let number = registers.orig_rax.cast_signed();
+        let arguments = [
+            registers.rdi,
+            registers.rsi,
+            registers.rdx,
+            registers.r10,
+            registers.r8,
+            registers.r9,
+        ];
         let mut inside = Inside {
+            number,
+            arguments,
             call: None,
             answer: None,
         };
@@ -256,14 +276,6 @@ impl Tracer<'_> {
         if number == libc::SYS_kill && registers.rsi == 0 {
             self.trace.returned += 1;
         }
-        let arguments = [
-            registers.rdi,
-            registers.rsi,
-            registers.rdx,
-            registers.r10,
-            registers.r8,
-            registers.r9,
-        ];
         let kind = match Class::of(number, arguments) {
             Class::Fails(kind) => kind,
             Class::LeftOut => return Ok(inside),
@@ -272,22 +284,77 @@ impl Tracer<'_> {
                 return Ok(inside);
             }
         };
+        let (call, how) = self.count(kind, arguments[2]);
+        inside.call = Some(call);
+        let lacks = self.lacks.filter(|(name, _)| *name == kind.name);
+        if let Some(how) = how.or(lacks.map(|(_, errno)| How::Error(errno))) {
+            inside.answer = self.tamper(pid, registers, how)?;
+        }
+        if number == libc::SYS_io_uring_enter {
+            self.submit()?;
+        }
+        Ok(inside)
+    }
+
+    /// One more call, its number among all, and what goes wrong with it.
+    fn count(&mut self, kind: &'static Kind, asked: u64) -> (usize, Option<How>) {
         let nth = self.counts.entry(kind.name).or_default();
         *nth += 1;
         let call = Call {
             kind,
             nth: *nth,
-            asked: arguments[2],
+            asked,
             result: 0,
         };
-        inside.call = Some(self.trace.calls.len());
         self.trace.calls.push(call);
-        let lacks = self.lacks.filter(|(name, _)| *name == kind.name);
-        let lacks = lacks.map(|(_, errno)| How::Error(errno));
-        if let Some(how) = self.due(&call).or(lacks) {
-            inside.answer = self.tamper(pid, registers, how)?;
+        (self.trace.calls.len() - 1, self.due(&call))
+    }
+
+    /// The requests of a ring are about to be handed over.
+    fn submit(&mut self) -> nix::Result<()> {
+        for (entry, bytes) in self.of_ring(Ring::submitting).unwrap_or_default() {
+            let (call, how) = self.count(Ring::kind(), bytes);
+            self.of_ring(|ring| ring.submit(entry, call, how));
+            if how == Some(How::Kill) {
+                kill(self.first, Signal::SIGKILL)?;
+            }
         }
-        Ok(inside)
+        Ok(())
+    }
+
+    /// What a call that is over means to a ring, and what has completed meanwhile.
+    fn watch_ring(&mut self, pid: Pid, registers: Registers, inside: Inside) {
+        let Inside {
+            number, arguments, ..
+        } = inside;
+        let result = registers.rax;
+        match number {
+            libc::SYS_io_uring_setup if result.cast_signed() >= 0 => {
+                self.ring = Ring::set_up(pid, result, arguments[1]).ok();
+                self.trace.blind |= self.ring.is_none();
+            }
+            libc::SYS_mmap if self.ring.as_ref().is_some_and(|ring| ring.is(arguments[4])) => {
+                if let Some(ring) = &mut self.ring {
+                    ring.mapped(arguments[5], result);
+                }
+            }
+            libc::SYS_close if self.ring.as_ref().is_some_and(|ring| ring.is(arguments[0])) => {
+                self.ring = None;
+            }
+            _ => {}
+        }
+        for (call, result) in self.of_ring(Ring::completing).unwrap_or_default() {
+            self.trace.calls[call].result = result;
+        }
+    }
+
+    fn of_ring<T>(&mut self, act: impl FnOnce(&mut Ring) -> io::Result<T>) -> Option<T> {
+        let done = act(self.ring.as_mut()?);
+        if done.is_err() {
+            self.ring = None;
+            self.trace.blind = true;
+        }
+        done.ok()
     }
 
     /// What goes wrong with this call.
