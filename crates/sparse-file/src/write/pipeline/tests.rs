@@ -227,6 +227,58 @@ fn of_several_failures_in_flight_the_lowest_is_reported_and_nothing_more_is_begu
     assert_eq!(written, (log.submitted - 3) * CHUNK);
 }
 
+/// Every completion of a write of eight requests goes wrong once, in every way that there is.
+#[rstest]
+fn whichever_completion_goes_wrong_nothing_is_taken_for_written_that_is_not(
+    #[values(Way::Ring, Way::Threads)] way: Way,
+    #[values(true, false)] in_place: bool,
+) {
+    use libc::{
+        EAGAIN, ECANCELED, EDQUOT, EFAULT, EFBIG, EINTR, EINVAL, EIO, ENOSPC, EOPNOTSUPP, ESTALE,
+    };
+    const REQUESTS: usize = 8;
+    const SECTOR: usize = 512;
+    const LEN: usize = REQUESTS * CHUNK;
+    let mut ram = ram(LEN);
+    let ram = &ram.bytes()[..LEN];
+    let at = |number: usize, step| {
+        let mut script = vec![Step::Whole; number];
+        script.push(step);
+        let all = [0..LEN as u64];
+        match in_place {
+            true => through(way, &script, &all, CHUNK, ram),
+            false => through(way, &script, &all, CHUNK, &Copied(ram)),
+        }
+    };
+    let retried = [EINTR, EAGAIN, ECANCELED, EINVAL, EOPNOTSUPP, EFAULT].map(Step::Error);
+    let short = (0..CHUNK).step_by(SECTOR).map(Step::Short);
+    let odd = [1, SECTOR - 1, CHUNK - 1].map(Step::Short);
+    let mended: Vec<_> = retried.into_iter().chain(short).chain(odd).collect();
+    for number in 0..REQUESTS {
+        for step in &mended {
+            let (stored, result, _) = at(number, *step);
+            assert_eq!(result.expect("written"), LEN as u64, "{number}: {step:?}");
+            assert!(stored == ram, "{number}: {step:?}");
+        }
+        for errno in [EIO, ENOSPC, EDQUOT, ESTALE, EFBIG] {
+            let (stored, result, log) = at(number, Step::Error(errno));
+            let Err(WriteError::Destination {
+                offset,
+                len,
+                source,
+            }) = result
+            else {
+                panic!("{number}, {errno}: {result:?}");
+            };
+            assert_eq!(source.raw_os_error(), Some(errno));
+            assert_eq!((offset, len), ((number * CHUNK) as u64, CHUNK), "{errno}");
+            assert!(log.in_flight.is_empty(), "{number}, {errno}: {log:?}");
+            let offset = offset as usize;
+            assert!(stored[..offset] == ram[..offset], "{number}, {errno}");
+        }
+    }
+}
+
 /// [`Scripted`] checks each request against those in flight.
 #[rstest]
 fn two_writes_to_one_block_are_never_in_flight_at_once(
