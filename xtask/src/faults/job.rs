@@ -53,7 +53,8 @@ pub struct Done {
 }
 
 enum Outcome {
-    Right,
+    /// What it said.
+    Right(String),
     NotMet,
     Wrong(Harm),
 }
@@ -87,7 +88,7 @@ pub fn run(case: &'static Case, settings: &Settings, mutant: bool) -> anyhow::Re
                 match outcome {
                     Outcome::NotMet if matches!(fault, Fault::Twice(..)) => break,
                     Outcome::NotMet => done.not_met += 1,
-                    Outcome::Right => done.faults.push(*fault),
+                    Outcome::Right(_) => done.faults.push(*fault),
                     Outcome::Wrong(harm) => {
                         done.faults.push(*fault);
                         done.harms.push((*fault, harm));
@@ -113,16 +114,17 @@ pub fn run(case: &'static Case, settings: &Settings, mutant: bool) -> anyhow::Re
     Ok(done)
 }
 
-/// One fault of a scenario, by itself.
-pub fn again(case: &Case, fault: &Fault, settings: &Settings) -> anyhow::Result<()> {
+/// One fault of a scenario, by itself, cleared up in each way. What the scenario ended with.
+pub fn again(case: &Case, fault: &Fault, settings: &Settings) -> anyhow::Result<String> {
+    let mut said = String::new();
     for number in 0..2 {
         match once(case, fault, number, settings)? {
-            Outcome::Right => {}
+            Outcome::Right(text) => said = text,
             Outcome::NotMet => bail!("the call did not come"),
             Outcome::Wrong(harm) => bail!("{harm}"),
         }
     }
-    Ok(())
+    Ok(said)
 }
 
 /// The calls of a run in which nothing goes wrong.
@@ -202,6 +204,8 @@ fn once(case: &Case, fault: &Fault, number: usize, settings: &Settings) -> anyho
     if fault.at().is_some() && !trace.met && trace.end == End::Exited(0) {
         return Ok(Outcome::NotMet);
     }
+    let said = report.as_ref().map(|report| report.said.text.clone());
+    let said = said.unwrap_or_else(|| format!("{:?}", trace.end));
     let run = Run {
         scenario: &case.scenario,
         fault: Some(fault),
@@ -215,7 +219,10 @@ fn once(case: &Case, fault: &Fault, number: usize, settings: &Settings) -> anyho
             _ => Tidying::NextWriter,
         },
     };
-    Ok(run.judge().map_or_else(Outcome::Wrong, |()| Outcome::Right))
+    Ok(match run.judge() {
+        Ok(()) => Outcome::Right(said),
+        Err(harm) => Outcome::Wrong(harm),
+    })
 }
 
 /// Carries the scenario out in `dir`.

@@ -13,6 +13,7 @@ mod scenarios;
 mod tracer;
 
 use std::hash::{BuildHasher, RandomState};
+use std::path::PathBuf;
 use std::time::Instant;
 
 use anyhow::{Context, bail, ensure};
@@ -52,6 +53,9 @@ pub struct Faults {
     /// What faults are chosen by [default: another one each time]
     #[arg(long)]
     seed: Option<u64>,
+    /// In this directory, whatever its file system is [default: a tmpfs for root]
+    #[arg(long, value_name = "DIRECTORY")]
+    dir: Option<PathBuf>,
     /// List the scenarios, the mutants and how each call can fail, and do nothing
     #[arg(long)]
     list: bool,
@@ -104,11 +108,14 @@ impl Faults {
             println!("NOT RUN full disks: this machine has no {}", Need::Root);
         }
         let interrupt = Interrupt::catch()?;
-        let memory = mounts.then(|| TinyTmpfs::new(1 << 30)).transpose();
-        let memory = memory.context("a tmpfs for the files")?;
-        let on_disk = tempfile::tempdir()?;
+        let memory = match &self.dir {
+            None if mounts => Some(TinyTmpfs::new(1 << 30).context("a tmpfs for the files")?),
+            _ => None,
+        };
+        let chosen = self.dir.clone().unwrap_or_else(std::env::temp_dir);
+        let room = tempfile::tempdir_in(memory.as_ref().map_or(&*chosen, TinyTmpfs::path))?;
         let settings = Settings {
-            room: memory.as_ref().map_or(on_disk.path(), TinyTmpfs::path),
+            room: room.path(),
             seed: self.seed.unwrap_or_else(|| RandomState::new().hash_one(0)),
             sample: self.sample.map(|sample| sample as usize),
             mounts,
@@ -123,8 +130,7 @@ impl Faults {
             let [case] = named.as_slice() else {
                 bail!("--fault takes one scenario: --only SCENARIO");
             };
-            again(case, fault, &settings)?;
-            println!("no harm");
+            println!("no harm; it said: {}", again(case, fault, &settings)?);
             return Ok(());
         }
         if settings.sample.is_some() {
