@@ -50,6 +50,8 @@ pub struct Save {
     pub after: Vec<Range<u64>>,
     /// Whether its commit returned.
     pub returned: bool,
+    /// Whether the next save can take the marks.
+    pub again: bool,
 }
 
 impl Child {
@@ -139,6 +141,7 @@ impl Eyes {
             before: seen.before.clone(),
             after: seen.marks.runs().collect(),
             returned: seen.returned,
+            again: seen.marks.begin_epoch().is_ok(),
         };
         self.seen().iter().map(save).collect()
     }

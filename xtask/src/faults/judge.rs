@@ -142,6 +142,9 @@ fn fails_clearing_up(fault: &Fault) -> bool {
 }
 
 fn judge_save(save: &Save) -> Result<(), Harm> {
+    if !save.again {
+        return Err(Harm::Leaked("the epoch of a save that is over".into()));
+    }
     if !save.returned && save.after != save.before {
         let (before, after) = (&save.before, &save.after);
         return Err(Harm::Lost(format!(
@@ -181,6 +184,7 @@ mod tests {
                 before: before.to_vec(),
                 after: after.to_vec(),
                 returned,
+                again: true,
             })
         };
         type Range = std::ops::Range<u64>;
