@@ -27,6 +27,8 @@ mod process;
 mod qemu_e2e;
 mod ram;
 mod recorded;
+#[cfg(target_os = "linux")]
+mod soak;
 mod test;
 #[cfg(target_os = "linux")]
 mod write_log;
@@ -61,6 +63,8 @@ enum Task {
     Mutants(mutants::Mutants),
     #[cfg(target_os = "linux")]
     QemuE2e(qemu_e2e::QemuE2e),
+    #[cfg(target_os = "linux")]
+    Soak(soak::Soak),
     Test(test::Test),
 }
 
@@ -92,6 +96,8 @@ fn run(task: Task) -> anyhow::Result<()> {
         Task::Mutants(mutants) => mutants.run(&sh),
         #[cfg(target_os = "linux")]
         Task::QemuE2e(e2e) => e2e.run(&sh),
+        #[cfg(target_os = "linux")]
+        Task::Soak(soak) => soak.run(&sh),
         Task::Test(test) => test.run(&sh),
     }
 }

@@ -1,11 +1,11 @@
 //! `cargo xtask demo`: snapshot a running guest, restore the chain into a new one, and prove that it goes on correctly.
 
-mod embedded;
+pub mod embedded;
 pub mod guest;
 #[cfg(any(test, all(target_os = "macos", target_arch = "aarch64")))]
 mod hvf;
 #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
-mod kvm;
+pub mod kvm;
 pub mod ledger;
 mod oracle;
 mod picture;

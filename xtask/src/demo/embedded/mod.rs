@@ -25,17 +25,17 @@ pub enum Tracking {
 }
 
 /// A tracker, and the protection whose faults it is told of.
-struct Watch<P> {
+pub struct Watch<P> {
     tracker: Arc<WriteTracker>,
     protection: P,
     _handler: FaultHandler,
 }
 
 impl<P: PageFaults> Watch<P> {
-    /// Protects the first `ram` bytes, page by page.
-    fn new(ram: u64, protection: P) -> anyhow::Result<Self> {
-        let bitmap = DirtyBitmap::new(0, ram, page_size()?)?;
-        let tracker = Arc::new(WriteTracker::new(Arc::new(bitmap), Policy::Pages)?);
+    /// Protects the first `ram` bytes, in pages of `page` bytes.
+    pub fn new(ram: u64, page: u64, policy: Policy, protection: P) -> anyhow::Result<Self> {
+        let bitmap = DirtyBitmap::new(0, ram, page)?;
+        let tracker = Arc::new(WriteTracker::new(Arc::new(bitmap), policy)?);
         let handler = protection.answer({
             let (tracker, protection) = (Arc::clone(&tracker), protection.clone());
             move |offset| {
@@ -136,13 +136,17 @@ impl Guest for Embedded {
     }
 
     fn track(&mut self) -> anyhow::Result<Arc<dyn Tracker>> {
-        let ram = self.layout.ram;
+        let (ram, page, policy) = (self.layout.ram, page_size()?, Policy::Pages);
         Ok(match self.tracking {
             #[cfg(target_os = "linux")]
             Tracking::Userfaultfd => {
-                Arc::new(Watch::new(ram, Userfaultfd::new(&self.memory, ram, 1)?)?)
+                let protection = Userfaultfd::new(&self.memory, ram, 1)?;
+                Arc::new(Watch::new(ram, page, policy, protection)?)
             }
-            Tracking::Mprotect => Arc::new(Watch::new(ram, Mprotect::new(&self.memory))?),
+            Tracking::Mprotect => {
+                let protection = Mprotect::new(&self.memory);
+                Arc::new(Watch::new(ram, page, policy, protection)?)
+            }
         })
     }
 

@@ -83,7 +83,8 @@ impl Machine {
         Self::with_regions(RamLayout::x86_with_gap(layout.ram)?, layout)
     }
 
-    fn with_regions(regions: RamLayout, layout: Layout) -> anyhow::Result<Self> {
+    /// A machine with empty memory in these regions, the lowest of which has the first 2 MiB.
+    pub fn with_regions(regions: RamLayout, layout: Layout) -> anyhow::Result<Self> {
         let kvm = kvm_backend::open_kvm()?;
         let vm = Arc::new(kvm_backend::create_vm(&kvm)?);
         let ram = Arc::new(GuestRam::new(regions)?);

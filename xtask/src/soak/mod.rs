@@ -1,0 +1,261 @@
+//! `cargo xtask soak`: guests are saved, and things go wrong, for as long as one likes.
+
+mod chain;
+mod child;
+mod embedded;
+mod life;
+mod plan;
+mod save;
+mod shadow;
+mod subject;
+mod tally;
+
+use std::fs;
+use std::io::IsTerminal;
+use std::path::PathBuf;
+use std::str::FromStr;
+use std::sync::Mutex;
+use std::sync::PoisonError;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, anyhow, ensure};
+use clap::ValueEnum;
+use test_machine::Need;
+use xshell::Shell;
+
+use crate::demo::guest::Kind;
+use crate::fs_matrix::mounts::keep_private;
+use crate::interrupt::Interrupt;
+use crate::write_log::Random;
+use life::Life;
+use plan::Means;
+use tally::{Held, Tally};
+
+/// Save guests again and again while things go wrong, and compare everything that was saved
+///
+/// Several guests run at a time: KVM's virtual machines, and threads of this process whose writes userfaultfd or mprotect tracks. Each is saved in
+/// ways chosen by lot: full or as a diff, stopped or while it runs, in any layout, page size, engine and durability. A third of the saves has something go wrong: cancelled,
+/// unreadable, out of space, in the way, killed. After each, the images are verified, the RAM is had back from them in one of six ways, and compared with a copy that was
+/// taken while the guest stood still. After a failure the next save is a diff: no mark may be lost. Once a minute, with no guest alive, descriptors, threads and
+/// mappings are counted.
+///
+/// The first difference ends it, keeps the files, and says the seed, the guest and the round. The same seed makes the same choices; how far the
+/// threads come in the meantime is up to the machine. Disk: at most 12 files of 16 MiB for each guest.
+#[derive(clap::Args)]
+pub struct Soak {
+    /// For how long, in minutes: 60, 0.5
+    #[arg(long, default_value_t = 60.0)]
+    minutes: f64,
+    /// What everything is chosen by [default: another one each time]
+    #[arg(long)]
+    seed: Option<u64>,
+    /// The directory for the images: choose the file system to write to [default: target/soak]
+    #[arg(long)]
+    dir: Option<PathBuf>,
+    /// Guests at a time
+    #[arg(long, default_value_t = 6, value_parser = clap::value_parser!(u64).range(1..=64))]
+    guests: u64,
+    /// Only this guest's life, as a failure names it: with its seed
+    #[arg(long, value_name = "GUEST.LIFE", requires = "seed")]
+    only: Option<One>,
+    /// Make a mistake on purpose, to see it found
+    #[arg(long, value_enum)]
+    plant: Option<Defect>,
+    /// What another process is to save
+    #[arg(long, hide = true)]
+    child: Option<PathBuf>,
+}
+
+/// A mistake that must be found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Defect {
+    /// A save forgets one of its marks
+    MarkDropped,
+    /// A byte of an image changes once it is committed
+    PageFlipped,
+    /// The marks of a save are released, and then it fails
+    ReleasedEarly,
+    /// A file stays open when a guest is gone
+    FileKept,
+}
+
+/// One life of one guest.
+#[derive(Clone, Copy, Debug)]
+struct One {
+    guest: u64,
+    life: u64,
+}
+
+impl FromStr for One {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let numbers = text.split_once('.');
+        let numbers =
+            numbers.and_then(|(guest, life)| Some((guest.parse().ok()?, life.parse().ok()?)));
+        let (guest, life) = numbers.ok_or("two numbers, as in 3.17")?;
+        Ok(Self { guest, life })
+    }
+}
+
+/// What all guests share.
+struct Settings {
+    seed: u64,
+    dir: PathBuf,
+    kinds: Vec<Kind>,
+    means: Means,
+    /// What other processes run.
+    program: Option<PathBuf>,
+    plant: Option<Defect>,
+    tally: Tally,
+    interrupt: Interrupt,
+}
+
+impl Settings {
+    /// Numbers for what has this number.
+    fn random(&self, of: &[u64]) -> Random {
+        let mixed = of.iter().fold(self.seed, |mixed, number| {
+            (mixed.rotate_left(23) ^ (number + 1)).wrapping_mul(0x9e37_79b9_7f4a_7c15)
+        });
+        Random::seeded(mixed)
+    }
+}
+
+/// How long guests come and go before what is held is counted.
+const SHIFT: Duration = Duration::from_secs(60);
+
+impl Soak {
+    pub fn run(self, sh: &Shell) -> anyhow::Result<()> {
+        if let Some(order) = &self.child {
+            return child::save(order);
+        }
+        let interrupt = Interrupt::catch()?;
+        let root = Need::Root.is_met();
+        if root {
+            keep_private()?;
+        }
+        let dir = self.dir.clone();
+        let dir = dir.unwrap_or_else(|| sh.current_dir().join("target/soak"));
+        fs::create_dir_all(&dir).with_context(|| format!("can't make {}", dir.display()))?;
+        let files = tempfile::Builder::new().prefix("soak-").tempdir_in(&dir)?;
+        let settings = Settings {
+            seed: self.seed.unwrap_or_else(|| Random::new().below(u64::MAX)),
+            dir: std::path::absolute(files.path())?,
+            kinds: kinds(),
+            means: Means { root, child: true },
+            program: Some(std::env::current_exe()?),
+            plant: self.plant,
+            tally: Tally::default(),
+            interrupt,
+        };
+        println!("seed {}", settings.seed);
+        let soaked = self.soak(&settings);
+        println!("faults: {}", settings.tally.faults);
+        println!("restores: {}", settings.tally.restores);
+        println!("{}", settings.tally);
+        if let Err(error) = soaked {
+            println!("the files: {}", files.keep().display());
+            return Err(error);
+        }
+        settings.interrupt.check()
+    }
+
+    /// Guests come and go for as long as was asked for, in shifts of a minute.
+    fn soak(&self, settings: &Settings) -> anyhow::Result<()> {
+        let minutes = self.minutes;
+        ensure!((0.0..=1e6).contains(&minutes), "{minutes} minutes");
+        let start = Instant::now();
+        let end = start + Duration::from_secs_f64(60.0 * minutes);
+        if let Some(One { guest, life }) = self.only {
+            return Life::live(settings, guest, life, end)
+                .inspect_err(|error| settings.tally.failed(error));
+        }
+        let mut lives = vec![0; self.guests as usize];
+        let mut first = None;
+        // The first shift is short: what is held after it is what later ones are compared with.
+        let mut shift = SHIFT.min((end - start) / 3);
+        let quiet = !std::io::stdout().is_terminal();
+        while Instant::now() < end && settings.interrupt.check().is_ok() {
+            work(
+                settings,
+                &mut lives,
+                end.min(Instant::now() + shift),
+                start,
+                quiet,
+            )?;
+            let held = match first {
+                None => *first.insert(Held::now()?),
+                Some(first) => Held::check(first)?,
+            };
+            println!(
+                "{:>5} s: {}; {held}",
+                start.elapsed().as_secs(),
+                settings.tally
+            );
+            shift = SHIFT;
+        }
+        Ok(())
+    }
+}
+
+/// The kinds of guests that this machine has.
+fn kinds() -> Vec<Kind> {
+    let mut kinds = vec![Kind::Mprotect];
+    for (need, kind) in [
+        (Need::Userfaultfd, Kind::Userfaultfd),
+        (Need::Kvm, Kind::Kvm),
+    ] {
+        if need.is_met() {
+            kinds.push(kind);
+        } else {
+            println!("NOT RUN with {kind}: this machine has no {need}");
+        }
+    }
+    kinds
+}
+
+/// Every guest, one life after another, until that time or the first failure.
+fn work(
+    settings: &Settings,
+    lives: &mut [u64],
+    until: Instant,
+    start: Instant,
+    quiet: bool,
+) -> anyhow::Result<()> {
+    let failure = Mutex::new(None);
+    let failure = &failure;
+    let failed = || failure.lock().unwrap_or_else(PoisonError::into_inner);
+    thread::scope(|scope| {
+        let mut guests = Vec::new();
+        for (guest, life) in lives.iter_mut().enumerate() {
+            guests.push(scope.spawn(move || {
+                while Instant::now() < until
+                    && settings.interrupt.check().is_ok()
+                    && failed().is_none()
+                {
+                    if let Err(error) = Life::live(settings, guest as u64, *life, until) {
+                        settings.tally.failed(&error);
+                        failed().get_or_insert(error);
+                    }
+                    *life += 1;
+                }
+            }));
+        }
+        let mut said = Instant::now();
+        while guests.iter().any(|guest| !guest.is_finished()) {
+            thread::sleep(Duration::from_millis(100));
+            if !quiet && said.elapsed() > Duration::from_secs(10) {
+                println!("{:>5} s: {}", start.elapsed().as_secs(), settings.tally);
+                said = Instant::now();
+            }
+        }
+        guests.into_iter().try_for_each(|guest| {
+            guest
+                .join()
+                .map_err(|_| anyhow!("a guest's thread panicked"))
+        })
+    })?;
+    let error = failed().take();
+    error.map_or(Ok(()), Err)
+}
