@@ -12,10 +12,11 @@ mod tally;
 
 use std::fs;
 use std::io::IsTerminal;
+use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
+use std::process::Command;
 use std::str::FromStr;
-use std::sync::Mutex;
-use std::sync::PoisonError;
+use std::sync::{Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -125,10 +126,20 @@ impl Settings {
 /// How long guests come and go before what is held is counted.
 const SHIFT: Duration = Duration::from_secs(60);
 
+/// glibc keeps the large pieces of memory that it gets back, more of them as time goes by, and leaks would not show. Told from which size on,
+/// it returns them.
+const MAPPED_FROM: (&str, &str) = ("MALLOC_MMAP_THRESHOLD_", "262144");
+
 impl Soak {
     pub fn run(self, sh: &Shell) -> anyhow::Result<()> {
         if let Some(order) = &self.child {
             return child::save(order);
+        }
+        let (name, from) = MAPPED_FROM;
+        if std::env::var_os(name).is_none() {
+            let mut again = Command::new(std::env::current_exe()?);
+            again.args(std::env::args_os().skip(1)).env(name, from);
+            return Err(again.exec()).context("can't begin anew");
         }
         let interrupt = Interrupt::catch()?;
         let root = Need::Root.is_met();
@@ -243,8 +254,17 @@ fn work(
             }));
         }
         let mut said = Instant::now();
+        // What hangs would hang for ever, and nobody would be told.
+        let patience = until + Duration::from_secs(300);
         while guests.iter().any(|guest| !guest.is_finished()) {
             thread::sleep(Duration::from_millis(100));
+            if Instant::now() > patience {
+                let hang = guests.iter().map(|guest| !guest.is_finished());
+                let hang: Vec<_> = hang.enumerate().filter(|(_, hangs)| *hangs).collect();
+                eprintln!("error: guests hang: {hang:?} (seed {})", settings.seed);
+                // With a core, where those are kept.
+                std::process::abort();
+            }
             if !quiet && said.elapsed() > Duration::from_secs(10) {
                 println!("{:>5} s: {}", start.elapsed().as_secs(), settings.tally);
                 said = Instant::now();

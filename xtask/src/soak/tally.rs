@@ -99,7 +99,7 @@ pub struct Held {
 
 /// What the allocator may keep more of, once it is warm, than at the first count.
 const MORE_MAPPINGS: usize = 64;
-const MORE_RESIDENT: u64 = 192;
+const MORE_RESIDENT: u64 = 64;
 
 impl Held {
     pub fn now() -> anyhow::Result<Self> {
