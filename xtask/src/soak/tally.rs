@@ -97,8 +97,9 @@ pub struct Held {
     pub resident: u64,
 }
 
-/// What the allocator may keep more of, once it is warm, than at the first count.
-const MORE_MAPPINGS: usize = 64;
+/// What glibc may keep more of than at the first count: stacks of threads that ended, and its arenas.
+const MORE_MAPPINGS: usize = 256;
+/// In MiB.
 const MORE_RESIDENT: u64 = 64;
 
 impl Held {
