@@ -1,14 +1,36 @@
-//! The models of `dirty-bitmap` under loom, and that they can fail: each step of the protocols, left out or out of order, is found by the
-//! model named for it.
+//! The models of `dirty-bitmap` and `hvf-backend` under loom, and that they can fail: each step of the protocols, left out or out of order, is
+//! found by the model named for it.
 
 use anyhow::{Context, bail, ensure};
 use xshell::{Shell, cmd};
 
 const LOOM: &str = "--cfg memsnap_loom";
 
-/// One line of the crate, made wrong.
+/// A crate with models, and the targets that have them.
+#[derive(Debug)]
+struct Modelled {
+    name: &'static str,
+    targets: &'static [&'static str],
+    /// What is in the names of the models alone.
+    filter: &'static str,
+}
+
+const DIRTY_BITMAP: Modelled = Modelled {
+    name: "dirty-bitmap",
+    targets: &["--test", "loom", "--test", "loom_tracker"],
+    filter: "",
+};
+
+const HVF_BACKEND: Modelled = Modelled {
+    name: "hvf-backend",
+    targets: &["--lib"],
+    filter: "interleavings",
+};
+
+/// One line of a crate, made wrong.
 struct Mutant {
     what: &'static str,
+    of: Modelled,
     file: &'static str,
     right: &'static str,
     wrong: &'static str,
@@ -16,9 +38,10 @@ struct Mutant {
     model: &'static str,
 }
 
-const MUTANTS: [Mutant; 7] = [
+const MUTANTS: [Mutant; 10] = [
     Mutant {
         what: "a marker does not look again after marking",
+        of: DIRTY_BITMAP,
         file: "bitmap.rs",
         right: "        // Rebuilt since: the mark may have come after the sweep of the table it went to.
         let now = self.published();",
@@ -27,6 +50,7 @@ const MUTANTS: [Mutant; 7] = [
     },
     Mutant {
         what: "a marker looks again without ordering",
+        of: DIRTY_BITMAP,
         file: "bitmap.rs",
         right: "Published(self.current.load(Ordering::Acquire))",
         wrong: "Published(self.current.load(Ordering::Relaxed))",
@@ -34,6 +58,7 @@ const MUTANTS: [Mutant; 7] = [
     },
     Mutant {
         what: "what is published has no count",
+        of: DIRTY_BITMAP,
         file: "bitmap.rs",
         right: "Self(((self.0 >> 8) + 1) << 8 | u64::from(shift))",
         wrong: "Self(u64::from(shift))",
@@ -41,6 +66,7 @@ const MUTANTS: [Mutant; 7] = [
     },
     Mutant {
         what: "a page that shows as marked is not marked again",
+        of: DIRTY_BITMAP,
         file: "table.rs",
         right: "        let was_clean = self.words[word].fetch_or(bits, Ordering::AcqRel) & bits != bits;",
         wrong: "        if self.words[word].load(Ordering::Acquire) & bits == bits {
@@ -51,6 +77,7 @@ const MUTANTS: [Mutant; 7] = [
     },
     Mutant {
         what: "the summary is marked before the page",
+        of: DIRTY_BITMAP,
         file: "table.rs",
         right: "        let was_clean = self.words[word].fetch_or(bits, Ordering::AcqRel) & bits != bits;
         name(&self.summary, word, was_clean)",
@@ -60,6 +87,7 @@ const MUTANTS: [Mutant; 7] = [
     },
     Mutant {
         what: "a fault marks before it lifts the protection",
+        of: DIRTY_BITMAP,
         file: "tracker.rs",
         right: "            let lifted = protection.lift(range.clone());",
         wrong: "            self.bitmap
@@ -72,6 +100,7 @@ const MUTANTS: [Mutant; 7] = [
     },
     Mutant {
         what: "a checkpoint protects before it takes the marks",
+        of: DIRTY_BITMAP,
         file: "tracker.rs",
         right:
             "        let epoch = Epoch::begin(Arc::clone(&self.bitmap)).map_err(ArmError::Epoch)?;
@@ -80,17 +109,48 @@ const MUTANTS: [Mutant; 7] = [
         let epoch = Epoch::begin(Arc::clone(&self.bitmap)).map_err(ArmError::Epoch)?;",
         model: "a_fault_against_a_checkpoint",
     },
+    Mutant {
+        what: "a vCPU leaves the guest without ordering",
+        of: HVF_BACKEND,
+        file: "tracker/vcpus.rs",
+        right: "self.0.0.fetch_sub(1, Ordering::Release);",
+        wrong: "self.0.0.fetch_sub(1, Ordering::Relaxed);",
+        model: "tracker::vcpus::interleavings::a_vcpu_against_two_checkpoints",
+    },
+    Mutant {
+        what: "a checkpoint lets vCPUs in without ordering",
+        of: HVF_BACKEND,
+        file: "tracker/vcpus.rs",
+        right: "self.0.0.store(0, Ordering::Release);",
+        wrong: "self.0.0.store(0, Ordering::Relaxed);",
+        model: "tracker::vcpus::interleavings::a_vcpu_against_two_checkpoints",
+    },
+    Mutant {
+        what: "a checkpoint stops a guest that another has stopped",
+        of: HVF_BACKEND,
+        file: "tracker/vcpus.rs",
+        right: "                Err(CLOSED) => yield_now(),",
+        wrong: "                Err(CLOSED) => return Ok(Stopped(self)),",
+        model: "tracker::vcpus::interleavings::checkpoints_of_two_threads",
+    },
 ];
 
 pub fn run(sh: &Shell) -> anyhow::Result<()> {
     let _loom = sh.push_env("RUSTFLAGS", LOOM);
     {
         let _dir = sh.push_env("CARGO_TARGET_DIR", "target/loom");
-        cmd!(
-            sh,
-            "cargo test --locked --release --package dirty-bitmap --test loom --test loom_tracker"
-        )
-        .run()?;
+        for Modelled {
+            name,
+            targets,
+            filter,
+        } in [DIRTY_BITMAP, HVF_BACKEND]
+        {
+            cmd!(
+                sh,
+                "cargo test --locked --release --package {name} {targets...} -- {filter}"
+            )
+            .run()?;
+        }
     }
     let copy = Copy::make(sh)?;
     for mutant in &MUTANTS {
@@ -101,7 +161,7 @@ pub fn run(sh: &Shell) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The crate, in a workspace of its own, to be spoilt.
+/// The crates, in a workspace of their own, to be spoilt.
 struct Copy<'a> {
     sh: &'a Shell,
     /// Given back by dropping.
@@ -112,10 +172,9 @@ impl<'a> Copy<'a> {
     fn make(sh: &'a Shell) -> anyhow::Result<Self> {
         let to = "target/loom/mutants";
         sh.remove_path(to)?;
-        sh.create_dir(format!("{to}/crates"))?;
-        cmd!(sh, "cp -R crates/dirty-bitmap {to}/crates/")
-            .quiet()
-            .run()?;
+        sh.create_dir(to)?;
+        // The documents that the crates include, too.
+        cmd!(sh, "cp -R crates docs {to}/").quiet().run()?;
         sh.copy_file("Cargo.lock", to)?;
         let manifest = sh.read_file("Cargo.toml")?;
         let members = r#"members = ["crates/*", "xtask", "benches"]"#;
@@ -131,7 +190,8 @@ impl<'a> Copy<'a> {
     /// Has the mutant's model fail, and nothing else stop it.
     fn kill(&self, mutant: &Mutant) -> anyhow::Result<()> {
         let (sh, model) = (self.sh, mutant.model);
-        let file = format!("crates/dirty-bitmap/src/{}", mutant.file);
+        let Modelled { name, targets, .. } = mutant.of;
+        let file = format!("crates/{name}/src/{}", mutant.file);
         let right = sh.read_file(&file)?;
         ensure!(
             right.matches(mutant.right).count() == 1,
@@ -139,22 +199,26 @@ impl<'a> Copy<'a> {
         );
         sh.write_file(&file, right.replace(mutant.right, mutant.wrong))?;
         let _dir = sh.push_env("CARGO_TARGET_DIR", "..");
-        let test = "--quiet --release --package dirty-bitmap --test loom --test loom_tracker";
-        let test = || test.split(' ');
-        let build = test();
-        cmd!(sh, "cargo test {build...} --no-run")
+        let test = || {
+            cmd!(
+                sh,
+                "cargo test --quiet --release --package {name} {targets...}"
+            )
+        };
+        test()
+            .arg("--no-run")
             .quiet()
             .ignore_stderr()
             .run()
             .context("it does not build")?;
-        let test = test();
-        let survived = cmd!(sh, "cargo test {test...} --no-fail-fast -- --exact {model}")
+        let survived = test()
+            .args(["--no-fail-fast", "--", "--exact", model])
             .quiet()
             .ignore_status()
             .ignore_stderr()
             .read()?;
         sh.write_file(&file, right)?;
-        // One test of that name, in one of the two files.
+        // One test of that name, in one of the targets.
         if !survived.contains("0 passed; 1 failed") {
             bail!("{model} does not find it:\n{survived}");
         }

@@ -1,6 +1,13 @@
 //! Who is in the guest: many vCPUs, or one checkpoint.
 
+#[cfg(memsnap_loom)]
+use loom::sync::atomic::{AtomicU32, Ordering};
+#[cfg(memsnap_loom)]
+use loom::thread::yield_now;
+#[cfg(not(memsnap_loom))]
 use std::sync::atomic::{AtomicU32, Ordering};
+#[cfg(not(memsnap_loom))]
+use std::thread::yield_now;
 
 /// Set while a checkpoint keeps vCPUs out; the bits below count those that are in.
 const CLOSED: u32 = 1 << 31;
@@ -26,7 +33,7 @@ impl Vcpus {
         loop {
             if seen & CLOSED != 0 {
                 // For as long as it takes to protect what is dirty: milliseconds, and only if a monitor lets a vCPU go too early.
-                std::thread::yield_now();
+                yield_now();
                 seen = self.0.load(Ordering::Relaxed);
                 continue;
             }
@@ -48,7 +55,7 @@ impl Vcpus {
             let (success, failure) = (Ordering::Acquire, Ordering::Relaxed);
             match self.0.compare_exchange(0, CLOSED, success, failure) {
                 Ok(_) => return Ok(Stopped(self)),
-                Err(CLOSED) => std::thread::yield_now(),
+                Err(CLOSED) => yield_now(),
                 Err(running) => return Err(running),
             }
         }
@@ -67,7 +74,7 @@ impl Drop for Stopped<'_> {
     }
 }
 
-#[cfg(test)]
+#[cfg(all(test, not(memsnap_loom)))]
 mod tests {
     use std::sync::atomic::AtomicU64;
 
@@ -113,5 +120,78 @@ mod tests {
             stops
         });
         assert!(stops > 0);
+    }
+}
+
+/// Every interleaving, under `RUSTFLAGS="--cfg memsnap_loom" cargo test -p hvf-backend --lib --release interleavings`.
+#[cfg(all(test, memsnap_loom))]
+mod interleavings {
+    use std::sync::Arc;
+
+    use loom::sync::atomic::AtomicU64;
+    use loom::thread;
+
+    use super::*;
+
+    /// What one side must see from its first look to its last as the other left it.
+    #[derive(Default)]
+    struct Guest {
+        vcpus: Vcpus,
+        written: AtomicU64,
+        protected: AtomicU64,
+    }
+
+    impl Guest {
+        fn vcpu(self: &Arc<Self>, value: u64) -> thread::JoinHandle<()> {
+            let guest = Arc::clone(self);
+            thread::spawn(move || {
+                let _in_guest = guest.vcpus.enter();
+                let protected = guest.protected.load(Ordering::Relaxed);
+                guest.written.store(value, Ordering::Relaxed);
+                let still = guest.protected.load(Ordering::Relaxed);
+                assert_eq!(still, protected, "a checkpoint comes between");
+            })
+        }
+
+        fn checkpoint(&self, value: u64) {
+            if let Ok(_stopped) = self.vcpus.stop() {
+                let written = self.written.load(Ordering::Relaxed);
+                self.protected.store(value, Ordering::Relaxed);
+                let still = self.written.load(Ordering::Relaxed);
+                assert_eq!(still, written, "a vCPU comes between");
+            }
+        }
+    }
+
+    #[test]
+    fn a_vcpu_against_two_checkpoints() {
+        loom::model(|| {
+            let guest = Arc::new(Guest::default());
+            let vcpu = guest.vcpu(1);
+            guest.checkpoint(1);
+            guest.checkpoint(2);
+            vcpu.join().unwrap();
+        });
+    }
+
+    /// Two threads that wait for a third never end in a model: here one waits at most.
+    #[test]
+    fn checkpoints_of_two_threads() {
+        loom::model(|| {
+            let guest = Arc::new(Guest::default());
+            let add = |guest: &Guest| {
+                let _stopped = guest.vcpus.stop().ok().expect("no vCPU is there");
+                let protected = guest.protected.load(Ordering::Relaxed);
+                guest.protected.store(protected + 1, Ordering::Relaxed);
+            };
+            let other = {
+                let guest = Arc::clone(&guest);
+                thread::spawn(move || add(&guest))
+            };
+            add(&guest);
+            other.join().unwrap();
+            let added = guest.protected.load(Ordering::Relaxed);
+            assert_eq!(added, 2, "two checkpoints at once");
+        });
     }
 }
