@@ -12,6 +12,7 @@ mod chart;
 mod check_macos;
 #[cfg(target_os = "linux")]
 mod crash;
+mod debian_rust;
 mod demo;
 #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
 mod faults;
@@ -27,6 +28,8 @@ mod process;
 mod qemu_e2e;
 mod ram;
 mod recorded;
+#[cfg(target_os = "linux")]
+mod sanitize;
 #[cfg(target_os = "linux")]
 mod soak;
 mod test;
@@ -64,6 +67,8 @@ enum Task {
     #[cfg(target_os = "linux")]
     QemuE2e(qemu_e2e::QemuE2e),
     #[cfg(target_os = "linux")]
+    Sanitize(sanitize::Sanitize),
+    #[cfg(target_os = "linux")]
     Soak(soak::Soak),
     Test(test::Test),
 }
@@ -96,6 +101,8 @@ fn run(task: Task) -> anyhow::Result<()> {
         Task::Mutants(mutants) => mutants.run(&sh),
         #[cfg(target_os = "linux")]
         Task::QemuE2e(e2e) => e2e.run(&sh),
+        #[cfg(target_os = "linux")]
+        Task::Sanitize(sanitize) => sanitize.run(&sh),
         #[cfg(target_os = "linux")]
         Task::Soak(soak) => soak.run(&sh),
         Task::Test(test) => test.run(&sh),

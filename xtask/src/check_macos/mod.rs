@@ -8,20 +8,13 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, bail};
 use xshell::{Cmd, PushEnv, Shell, cmd};
 
-use crate::packages::{Install, Package};
+use crate::debian_rust;
+use crate::packages::Install;
 
 const TARGET: &str = "aarch64-apple-darwin";
 
 /// Apart from the host's: Debian's compiler and the toolchain's don't share.
 const TARGET_DIR: &str = "target/macos";
-
-/// A compiler and its lints that come with the standard library's source, so that it can be built for a target that is not installed.
-const PACKAGES: [Package; 4] = [
-    Package::new("rustc-web", "/var/lib/dpkg/info/rustc-web.list"),
-    Package::new("cargo-web", "/var/lib/dpkg/info/cargo-web.list"),
-    Package::new("rust-web-clippy", "/var/lib/dpkg/info/rust-web-clippy.list"),
-    Package::new("rust-web-src", "/var/lib/dpkg/info/rust-web-src.list"),
-];
 
 /// Nothing is run: speed is the compiler's own, not the program's.
 const UNOPTIMISED: [&str; 8] = [
@@ -102,7 +95,7 @@ impl Toolchain {
         if sh.path_exists(libraries.read()?) {
             return Ok(Some(Self::Installed));
         }
-        match install.ensure(sh, &PACKAGES, "check-macos") {
+        match install.ensure(sh, &debian_rust::PACKAGES, "check-macos") {
             Ok(missing) => Ok(missing.is_empty().then_some(Self::Debian)),
             Err(error) => {
                 // Debian has them, Ubuntu has not.
@@ -120,12 +113,7 @@ impl Toolchain {
         ];
         env.extend(link::env(sh, dir));
         if matches!(self, Self::Debian) {
-            // Debian's cargo takes unstable options only when told that it is a bootstrap.
-            env.extend([
-                sh.push_env("CARGO", "/usr/bin/cargo"),
-                sh.push_env("RUSTC", "/usr/bin/rustc"),
-                sh.push_env("RUSTC_BOOTSTRAP", "1"),
-            ]);
+            env.extend(debian_rust::env(sh));
         }
         env
     }
@@ -135,7 +123,10 @@ impl Toolchain {
             Self::Installed => cmd!(sh, "cargo {command}"),
             // By their paths: cargo looks for its subcommands in rustup's directory first.
             Self::Debian if command == "clippy" => cmd!(sh, "/usr/bin/cargo-clippy clippy"),
-            Self::Debian => cmd!(sh, "/usr/bin/cargo {command}"),
+            Self::Debian => {
+                let cargo = debian_rust::CARGO;
+                cmd!(sh, "{cargo} {command}")
+            }
         };
         let cargo = cargo.args(["--target", TARGET]).args(UNOPTIMISED);
         match self {

@@ -7,6 +7,7 @@ use std::io;
 use std::num::NonZeroUsize;
 use std::ops::Range;
 use std::ptr::NonNull;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 #[cfg(target_os = "linux")]
 use nix::sys::memfd::{MFdFlags, memfd_create};
@@ -23,7 +24,7 @@ pub struct Memory {
     len: usize,
 }
 
-// SAFETY: a mapping belongs to the process, not to a thread, and is accessed by volatile loads and stores only.
+// SAFETY: a mapping belongs to the process, not to a thread, and is accessed by atomic loads and stores only.
 unsafe impl Send for Memory {}
 // SAFETY: as above; what a racing load sees is one word or the other, as of any guest's memory.
 unsafe impl Sync for Memory {}
@@ -86,7 +87,7 @@ impl Memory {
     #[must_use]
     pub fn load(&self, offset: u64) -> u64 {
         // SAFETY: `word` keeps the address inside the mapping, which is readable for its whole life, and aligned.
-        unsafe { self.word(offset).read_volatile() }
+        unsafe { AtomicU64::from_ptr(self.word(offset)) }.load(Ordering::Relaxed)
     }
 
     /// Replaces the word at `offset`. Where it is protected, this faults.
@@ -95,7 +96,7 @@ impl Memory {
     /// As [`load`](Self::load).
     pub fn store(&self, offset: u64, word: u64) {
         // SAFETY: as for `load`; a protected page is made writable in the fault handler before the store is repeated.
-        unsafe { self.word(offset).write_volatile(word) }
+        unsafe { AtomicU64::from_ptr(self.word(offset)) }.store(word, Ordering::Relaxed);
     }
 
     /// Copies `bytes` to `offset`.
@@ -157,7 +158,7 @@ impl PageReader for Memory {
     fn host_memory(&self, offset: u64, len: usize) -> Option<HostMemory<'_>> {
         let offset = usize::try_from(offset).ok()?;
         let len = len.min(self.len.checked_sub(offset)?);
-        // SAFETY: inside the mapping, by the line above; it is readable as long as `self` lives, and written by volatile
+        // SAFETY: inside the mapping, by the line above; it is readable as long as `self` lives, and written by atomic
         // stores only.
         (len > 0).then(|| unsafe { HostMemory::new(self.start.as_ptr().add(offset), len) })
     }

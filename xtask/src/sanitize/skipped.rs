@@ -1,0 +1,44 @@
+//! Tests that a sanitizer can't follow, or that show it nothing, by name.
+
+use super::Sanitizer;
+
+pub struct Skipped {
+    /// By this one; by none where there is none.
+    pub sanitizer: Option<Sanitizer>,
+    /// The crate.
+    pub of: &'static str,
+    /// What its name contains.
+    pub test: &'static str,
+    pub why: &'static str,
+}
+
+/// The same code on each.
+const KERNELS: &str =
+    "what a file system does is the kernel's, and not watched: tmpfs has the same threads";
+
+pub const SKIPPED: &[Skipped] = &[
+    Skipped {
+        sanitizer: None,
+        of: "sparse-file",
+        test: "Fs__Ext4",
+        why: KERNELS,
+    },
+    Skipped {
+        sanitizer: None,
+        of: "sparse-file",
+        test: "Fs__Xfs",
+        why: KERNELS,
+    },
+    Skipped {
+        sanitizer: None,
+        of: "sparse-file",
+        test: "Fs__Btrfs",
+        why: KERNELS,
+    },
+    Skipped {
+        sanitizer: None,
+        of: "sparse-file",
+        test: "Fs__Exfat",
+        why: KERNELS,
+    },
+];
