@@ -31,6 +31,8 @@ fn faults(arguments: &[&str]) -> (Output, String) {
 #[case::not_renamed("full", "renameat#1:EIO", "was not replaced")]
 #[case::renamed_and_denied("full", "renameat#1:lost:EIO", "it said: ok")]
 #[case::and_not_looked_at("full", "renameat#1:lost:EIO+1", "whether")]
+#[case::made_and_denied("replace", "creat#1:lost:EIO", "cannot stage a file")]
+#[case::linked_and_denied("no-clobber-link", "linkat#3:lost:EIO+1", "whether")]
 #[case::replaced(
     "full",
     "fsync#2:EIO",
