@@ -18,6 +18,12 @@ const KERNELS: &str =
 
 pub const SKIPPED: &[Skipped] = &[
     Skipped {
+        sanitizer: Some(Sanitizer::Thread),
+        of: "sparse-file",
+        test: "the_bytes_are_those_of_a_naive_writer",
+        why: "the naive writer goes byte by byte, for minutes, on one thread; the others write by every engine, too",
+    },
+    Skipped {
         sanitizer: None,
         of: "sparse-file",
         test: "Fs__Ext4",
