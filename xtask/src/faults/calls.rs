@@ -227,39 +227,64 @@ pub static KINDS: &[Kind] = &[
 ];
 
 /// Calls that reach no file, so that no fault of theirs is one of storage.
-pub const LEFT_OUT: &[(c_long, &str)] = &[
+pub const LEFT_OUT: &[(&str, c_long, &str)] = &[
     (
+        "mmap",
         libc::SYS_mmap,
         "memory: where it ends, Rust ends the process",
     ),
-    (libc::SYS_munmap, "fails only for part of a mapping"),
-    (libc::SYS_mremap, "memory"),
-    (libc::SYS_mprotect, "memory"),
-    (libc::SYS_madvise, "advice"),
-    (libc::SYS_brk, "memory"),
-    (libc::SYS_futex, "threads wait"),
-    (libc::SYS_sched_yield, "threads wait"),
-    (libc::SYS_clock_nanosleep, "threads wait"),
-    (libc::SYS_poll, "waits for random numbers"),
-    (libc::SYS_fcntl, "a descriptor's flags"),
-    (libc::SYS_restart_syscall, "threads wait"),
-    (libc::SYS_rseq, "a thread starts"),
-    (libc::SYS_set_robust_list, "a thread starts"),
-    (libc::SYS_sigaltstack, "a thread starts"),
-    (libc::SYS_rt_sigprocmask, "a thread starts"),
-    (libc::SYS_prctl, "a thread starts: its name"),
-    (libc::SYS_exit, "a thread ends"),
-    (libc::SYS_gettid, "about the process itself"),
-    (libc::SYS_getpid, "about the process itself"),
-    (libc::SYS_geteuid, "about the process itself"),
-    (libc::SYS_getegid, "about the process itself"),
-    (libc::SYS_rt_sigaction, "a signal is handled"),
-    (libc::SYS_rt_sigreturn, "a signal was handled"),
-    (libc::SYS_prlimit64, "about the process itself"),
-    (libc::SYS_sched_getaffinity, "about the process itself"),
-    (libc::SYS_tgkill, "marks of this program"),
-    (libc::SYS_kill, "marks of this program"),
-    (libc::SYS_exit_group, "the process ends"),
+    (
+        "munmap",
+        libc::SYS_munmap,
+        "fails only for part of a mapping",
+    ),
+    ("mremap", libc::SYS_mremap, "memory"),
+    ("mprotect", libc::SYS_mprotect, "memory"),
+    ("madvise", libc::SYS_madvise, "advice"),
+    ("brk", libc::SYS_brk, "memory"),
+    ("futex", libc::SYS_futex, "threads wait"),
+    ("sched_yield", libc::SYS_sched_yield, "threads wait"),
+    ("clock_nanosleep", libc::SYS_clock_nanosleep, "threads wait"),
+    ("poll", libc::SYS_poll, "waits for random numbers"),
+    ("fcntl", libc::SYS_fcntl, "a descriptor's flags"),
+    ("restart_syscall", libc::SYS_restart_syscall, "threads wait"),
+    ("rseq", libc::SYS_rseq, "a thread starts"),
+    (
+        "set_robust_list",
+        libc::SYS_set_robust_list,
+        "a thread starts",
+    ),
+    ("sigaltstack", libc::SYS_sigaltstack, "a thread starts"),
+    (
+        "rt_sigprocmask",
+        libc::SYS_rt_sigprocmask,
+        "a thread starts",
+    ),
+    ("prctl", libc::SYS_prctl, "a thread starts: its name"),
+    ("exit", libc::SYS_exit, "a thread ends"),
+    ("gettid", libc::SYS_gettid, "about the process itself"),
+    ("getpid", libc::SYS_getpid, "about the process itself"),
+    ("geteuid", libc::SYS_geteuid, "about the process itself"),
+    ("getegid", libc::SYS_getegid, "about the process itself"),
+    (
+        "rt_sigaction",
+        libc::SYS_rt_sigaction,
+        "a signal is handled",
+    ),
+    (
+        "rt_sigreturn",
+        libc::SYS_rt_sigreturn,
+        "a signal was handled",
+    ),
+    ("prlimit64", libc::SYS_prlimit64, "about the process itself"),
+    (
+        "sched_getaffinity",
+        libc::SYS_sched_getaffinity,
+        "about the process itself",
+    ),
+    ("tgkill", libc::SYS_tgkill, "marks of this program"),
+    ("kill", libc::SYS_kill, "marks of this program"),
+    ("exit_group", libc::SYS_exit_group, "the process ends"),
 ];
 
 /// What a call is.
@@ -277,7 +302,7 @@ impl Class {
         if let Some(kind) = KINDS.iter().find(fits) {
             return Self::Fails(kind);
         }
-        match LEFT_OUT.iter().any(|(left_out, _)| *left_out == number) {
+        match LEFT_OUT.iter().any(|(_, left_out, _)| *left_out == number) {
             true => Self::LeftOut,
             false => Self::Unknown,
         }

@@ -183,7 +183,7 @@ impl Held {
 
     /// What there is more of by now. Threads, and rings of the kernel, take a moment to go.
     fn still_held(&self) -> anyhow::Result<Vec<String>> {
-        const PATIENCE: Duration = Duration::from_secs(2);
+        const PATIENCE: Duration = Duration::from_secs(10);
         let goes = |what: &String| what.starts_with("thread") || what.contains("[io_uring]");
         let end = Instant::now() + PATIENCE;
         loop {

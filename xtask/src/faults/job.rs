@@ -207,7 +207,7 @@ fn once(case: &Case, fault: &Fault, number: usize, settings: &Settings) -> anyho
     let said = report.as_ref().map(|report| report.said.text.clone());
     let said = said.unwrap_or_else(|| format!("{:?}", trace.end));
     let run = Run {
-        scenario: &case.scenario,
+        case,
         fault: Some(fault),
         dir: &dir,
         before: &before,

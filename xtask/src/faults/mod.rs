@@ -181,7 +181,7 @@ fn list() {
         println!("  {:18} {:?} {:?}", kind.name, kind.errors, kind.lost);
     }
     println!("left out:");
-    for (number, why) in calls::LEFT_OUT {
-        println!("  {number:<18} {why}");
+    for (name, _, why) in calls::LEFT_OUT {
+        println!("  {name:18} {why}");
     }
 }
