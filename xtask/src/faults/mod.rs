@@ -22,6 +22,7 @@ use xshell::Shell;
 
 use crate::fs_matrix::mounts::keep_private;
 use crate::interrupt::Interrupt;
+use crate::recorded::Record;
 use child::Child;
 use fault::Fault;
 use job::{Settings, again};
@@ -59,6 +60,8 @@ pub struct Faults {
     /// List the scenarios, the mutants and how each call can fail, and do nothing
     #[arg(long)]
     list: bool,
+    #[command(flatten)]
+    record: Record,
     #[command(subcommand)]
     part: Option<Part>,
 }
@@ -136,10 +139,10 @@ impl Faults {
         if settings.sample.is_some() {
             println!("seed {}", settings.seed);
         }
-        self.all(&named, &settings)
+        self.all(sh, &named, &settings)
     }
 
-    fn all(&self, named: &[&'static Case], settings: &Settings) -> anyhow::Result<()> {
+    fn all(&self, sh: &Shell, named: &[&'static Case], settings: &Settings) -> anyhow::Result<()> {
         let start = Instant::now();
         let mut report = Report {
             done: Vec::new(),
@@ -165,7 +168,11 @@ impl Faults {
             report.mutants.push(done);
         }
         report.time = start.elapsed();
-        report.conclude()
+        let chosen = match settings.sample {
+            None => "all".into(),
+            Some(sample) => format!("at most {sample} of each scenario, seed {}", settings.seed),
+        };
+        report.conclude(sh, self.record, &chosen)
     }
 }
 

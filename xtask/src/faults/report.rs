@@ -6,10 +6,12 @@ use std::time::Duration;
 use anyhow::bail;
 use comfy_table::{CellAlignment, Table, presets};
 use indicatif::HumanCount;
+use xshell::Shell;
 
 use super::fault::{Fault, How};
 use super::job::Done;
 use super::judge::Harm;
+use crate::recorded::Record;
 
 pub struct Report {
     pub done: Vec<Done>,
@@ -102,16 +104,18 @@ pub fn mutant_line(done: &Done) {
 
 impl Report {
     /// Prints the table and the sum, and fails where a fault or a mutant says so.
-    pub fn conclude(&self) -> anyhow::Result<()> {
+    pub fn conclude(&self, sh: &Shell, record: Record, chosen: &str) -> anyhow::Result<()> {
         println!("{}", self.table());
         let sum = Sum::of(&self.done);
         println!("in {} s", self.time.as_secs());
-        println!(
+        let said = format!(
             "{} faults in {} scenarios, {}",
             HumanCount(sum.faults as u64),
             self.done.len(),
             sum.harms()
         );
+        let how = format!("{chosen}, {} s", self.time.as_secs());
+        record.conclude(sh, "cargo xtask faults", &said, &how)?;
         if self.done.iter().any(|done| !done.harms.is_empty()) {
             bail!("a fault does harm");
         }

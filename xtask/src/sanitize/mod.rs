@@ -10,6 +10,7 @@ use xshell::{Cmd, PushEnv, Shell, cmd};
 
 use crate::debian_rust;
 use crate::packages::{Install, Package};
+use crate::recorded::Record;
 use skipped::SKIPPED;
 
 /// What names the functions of a report, and the sanitizer's own library with a linker that knows it.
@@ -64,6 +65,8 @@ const CRATES: [(&str, &[&str]); 7] = [
 pub struct Sanitize {
     #[command(flatten)]
     install: Install,
+    #[command(flatten)]
+    record: Record,
     /// Only this one
     #[arg(value_enum)]
     sanitizer: Option<Sanitizer>,
@@ -107,8 +110,12 @@ impl Sanitize {
                 closing.push(self.run_with(sh, sanitizer)?);
             }
         }
-        closing.iter().for_each(|line| println!("{line}"));
-        Ok(())
+        let of = match self.only.as_slice() {
+            [] => "all of it".into(),
+            crates => crates.join(", "),
+        };
+        let said = closing.join("; ");
+        self.record.conclude(sh, "cargo xtask sanitize", &said, &of)
     }
 
     fn run_with(&self, sh: &Shell, sanitizer: Sanitizer) -> anyhow::Result<String> {

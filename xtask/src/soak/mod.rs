@@ -28,6 +28,7 @@ use xshell::Shell;
 use crate::demo::guest::Kind;
 use crate::fs_matrix::mounts::keep_private;
 use crate::interrupt::Interrupt;
+use crate::recorded::Record;
 use crate::write_log::Random;
 use life::Life;
 use plan::Means;
@@ -63,6 +64,8 @@ pub struct Soak {
     /// Make a mistake on purpose, to see it found
     #[arg(long, value_enum)]
     plant: Option<Defect>,
+    #[command(flatten)]
+    record: Record,
     /// What another process is to save
     #[arg(long, hide = true)]
     child: Option<PathBuf>,
@@ -164,7 +167,9 @@ impl Soak {
         let soaked = self.soak(&settings);
         println!("faults: {}", settings.tally.faults);
         println!("restores: {}", settings.tally.restores);
-        println!("{}", settings.tally);
+        let how = format!("seed {}, {} minutes", settings.seed, self.minutes);
+        let said = settings.tally.to_string();
+        self.record.conclude(sh, "cargo xtask soak", &said, &how)?;
         if let Err(error) = soaked {
             println!("the files: {}", files.keep().display());
             return Err(error);
