@@ -17,6 +17,7 @@ enum Step {
     Diff,
     PreCopy { at: u64, value: u8 },
     FailedDiff { from: u64 },
+    FailedCommit,
 }
 
 fn step(size: u64) -> impl Strategy<Value = Step> {
@@ -27,6 +28,7 @@ fn step(size: u64) -> impl Strategy<Value = Step> {
         3 => Just(Step::Diff),
         1 => (0..size, any::<u8>()).prop_map(|(at, value)| Step::PreCopy { at, value }),
         1 => (0..size).prop_map(|from| Step::FailedDiff { from }),
+        1 => Just(Step::FailedCommit),
     ]
 }
 
@@ -75,6 +77,16 @@ proptest! {
                     if writer.write_diff(&reader, epoch.bitmap()).is_err() {
                         prop_assert!(writer.commit().is_err());
                     }
+                    continue;
+                }
+                Step::FailedCommit => {
+                    let epoch = dirty.begin_epoch().unwrap();
+                    let mut writer = open("taken");
+                    writer.write_diff(&ram, epoch.bitmap()).unwrap();
+                    let taken = dir.path().join("taken");
+                    std::fs::create_dir(&taken).unwrap();
+                    prop_assert!(writer.commit().is_err());
+                    std::fs::remove_dir(&taken).unwrap();
                     continue;
                 }
                 Step::Full => {
