@@ -167,14 +167,19 @@ impl Soak {
         let soaked = self.soak(&settings);
         println!("faults: {}", settings.tally.faults);
         println!("restores: {}", settings.tally.restores);
-        let how = format!("seed {}, {} minutes", settings.seed, self.minutes);
         let said = settings.tally.to_string();
-        self.record.conclude(sh, "cargo xtask soak", &said, &how)?;
         if let Err(error) = soaked {
+            println!("{said}");
             println!("the files: {}", files.keep().display());
             return Err(error);
         }
-        settings.interrupt.check()
+        // What was cut short is said, and not kept.
+        settings
+            .interrupt
+            .check()
+            .inspect_err(|_| println!("{said}"))?;
+        let how = format!("seed {}, {} minutes", settings.seed, self.minutes);
+        self.record.conclude(sh, "cargo xtask soak", &said, &how)
     }
 
     /// Guests come and go for as long as was asked for, in shifts of a minute.
