@@ -14,6 +14,9 @@ use super::{ProcessStopError, TRIES};
 use crate::process::is_not_there;
 use crate::sys::ptrace;
 
+/// Until it is looked again, at first.
+const SOON: Duration = Duration::from_micros(20);
+
 /// The threads of a process, as the thread that traces them knows them.
 pub(super) struct Threads {
     pid: u32,
@@ -51,36 +54,38 @@ impl Threads {
 
     /// Stops all of them, and says how many that are.
     ///
-    /// Threads that run make new ones meanwhile. When a list is taken while all that are known stand still and nothing in it is new, there's none
-    /// left that could.
+    /// Threads that run make new ones meanwhile. When a list is taken while all that are known stand still, with all in it that the kernel counts, and
+    /// nothing in it is new or about to vanish, there's none left that could.
     pub(super) fn stop(&mut self) -> Result<usize, ProcessStopError> {
         loop {
-            let found_new = self.trace_all()?;
+            let in_flux = self.trace_all()?;
             let (stopped, lost_some) = self.wait_for_all()?;
-            match (stopped, found_new || lost_some) {
+            match (stopped, in_flux || lost_some) {
                 (_, true) if self.deadline <= Instant::now() => {
                     return Err(self.unresponsive(self.first));
                 }
-                (_, true) => {}
+                (_, true) => thread::sleep(SOON),
                 (0, false) => return Err(ProcessStopError::Gone { pid: self.pid }),
                 (stopped, false) => return Ok(stopped),
             }
         }
     }
 
-    /// Whether there was a new one.
+    /// Whether there may be others: where there was a new one, or one that ends, or fewer than there are. The kernel's list breaks off at a thread that
+    /// vanishes while it is taken, whatever comes after, and may have that thread or not. (Only the first stays for as long as there are others.)
     fn trace_all(&mut self) -> Result<bool, ProcessStopError> {
-        let mut found_new = false;
-        for thread in self.list()? {
+        let list = self.list()?;
+        let mut in_flux = status(self.pid, None)?.threads != list.len();
+        for thread in list {
             let known = self.known.get(&thread).copied();
             if matches!(known, Some(Known::Traced(_))) {
                 continue;
             }
             let now = self.trace(thread)?;
-            found_new |= known != Some(now);
+            in_flux |= known != Some(now) || (now == Known::Ended && thread != self.first);
             self.known.insert(thread, now);
         }
-        Ok(found_new)
+        Ok(in_flux)
     }
 
     fn list(&self) -> Result<Vec<Pid>, ProcessStopError> {
@@ -128,7 +133,7 @@ impl Threads {
 
     /// How many stand still, and whether one isn't traced any more.
     fn wait_for_all(&mut self) -> Result<(usize, bool), ProcessStopError> {
-        let mut pause = Duration::from_micros(20);
+        let mut pause = SOON;
         let mut lost_some = false;
         loop {
             let (mut stopped, mut running) = (0, None);
@@ -210,6 +215,8 @@ pub(super) struct Status {
     has_ended: bool,
     /// 0 for none.
     tracer: u32,
+    /// That its process has, those included that have ended and were not waited for.
+    threads: usize,
 }
 
 /// Of a process, or of one of its threads.
@@ -230,6 +237,7 @@ pub(super) fn status(pid: u32, thread: Option<Pid>) -> Result<Status, ProcessSto
         group: number("Tgid:"),
         has_ended: value("State:").starts_with(['Z', 'X']),
         tracer: number("TracerPid:"),
+        threads: number("Threads:") as usize,
     })
 }
 
