@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Context;
 use image_format::Footer;
+use memory_writer::SnapshotError;
 use nix::fcntl::OFlag;
 use nix::unistd::{SysconfVar, sysconf};
 use page_reader::{FileReader, PageReader};
@@ -44,6 +45,15 @@ impl Ram {
             Self::File(ram) => ram.check(),
             #[cfg(target_os = "linux")]
             Self::Process(ram) => ram.check(),
+        }
+    }
+
+    /// Why it could not be saved: of a file that was resized that tells more than that it ends too early.
+    pub fn explain(&self, error: SnapshotError) -> anyhow::Error {
+        match self {
+            Self::File(ram) => ram.check().err().unwrap_or_else(|| error.into()),
+            #[cfg(target_os = "linux")]
+            Self::Process(_) => error.into(),
         }
     }
 }

@@ -208,8 +208,9 @@ fn untouched() -> Mapping {
     mapping
 }
 
-fn memfd() -> File {
-    let memfd = File::from(memfd_create("ram of it", MFdFlags::MFD_CLOEXEC).unwrap());
+/// A child has what other tests have mapped in this process too: hence a name of its own.
+fn memfd(name: &str) -> File {
+    let memfd = File::from(memfd_create(name, MFdFlags::MFD_CLOEXEC).unwrap());
     memfd.set_len((PAGES * PAGE) as u64).unwrap();
     memfd
 }
@@ -273,7 +274,12 @@ fn pages_of_shared_memory_are_populated_where_its_file_has_them(#[values(true, f
     if !open && !Need::Root.met("pages of shared memory whose file is closed") {
         return;
     }
-    let memfd = memfd();
+    let name = if open {
+        "ram of it"
+    } else {
+        "ram whose file is closed"
+    };
+    let memfd = memfd(name);
     let mapping = Mapping::of_file(memfd.as_fd(), PAGES * PAGE, true);
     memfd.write_all_at(b"!", 9 * PAGE as u64).unwrap();
     let close = || {
@@ -293,7 +299,7 @@ fn pages_of_shared_memory_are_populated_where_its_file_has_them(#[values(true, f
     assert_eq!(memfd.metadata().unwrap().blocks(), blocks);
 
     let maps = ProcessMaps::of(child.pid()).unwrap();
-    let region = maps.named("/memfd:ram of it").unwrap();
+    let region = maps.named(format!("/memfd:{name}")).unwrap();
     assert_eq!(region.addresses.start, mapping.address());
     assert_eq!(region.size(), (PAGES * PAGE) as u64);
     assert!(region.permissions.shared && region.inode == memfd.metadata().unwrap().ino());
@@ -302,7 +308,7 @@ fn pages_of_shared_memory_are_populated_where_its_file_has_them(#[values(true, f
 
 #[test]
 fn all_of_a_file_that_the_other_process_maps_privately_may_be_populated() {
-    let memfd = memfd();
+    let memfd = memfd("ram of its own");
     let mapping = Mapping::of_file(memfd.as_fd(), PAGES * PAGE, false);
     // SAFETY: nothing is done.
     let child = unsafe { Child::that(|| ()) };

@@ -6,7 +6,7 @@ use anyhow::Context;
 use clap::Args;
 use dirty_bitmap::DirtyBitmap;
 use memory_image::{Chain, Image, compare};
-use memory_writer::{ImageId, Seal};
+use memory_writer::{ImageId, Seal, SnapshotError};
 use page_reader::PageReader;
 use serde::Serialize;
 
@@ -171,7 +171,8 @@ impl Diff {
             .layout(self.layout.with(seal))
             .ram_start(0);
         let mut writer = save::stage(output, options, old.size(), changed.page_size())?;
-        writer.write_diff(&new.reader(), changed)?;
+        let written = writer.write_diff(&new.reader(), changed);
+        written.map_err(|error| new.explain(error))?;
         new.check()?;
         // A process that was stopped goes on.
         drop(new);
@@ -240,6 +241,13 @@ impl New {
         match self {
             Self::Ram(ram) => ram.check(),
             Self::Images(_) => Ok(()),
+        }
+    }
+
+    fn explain(&self, error: SnapshotError) -> anyhow::Error {
+        match self {
+            Self::Ram(ram) => ram.explain(error),
+            Self::Images(_) => error.into(),
         }
     }
 }

@@ -59,7 +59,8 @@ impl Full {
             .skip_zeros(!self.keep_zeros)
             .skip_untouched(!self.keep_zeros);
         let mut writer = save::stage(&self.output, options, ram.size(), page_size)?;
-        writer.write_full(&ram.reader())?;
+        let written = writer.write_full(&ram.reader());
+        written.map_err(|error| ram.explain(error))?;
         ram.check()?;
         // A process that was stopped goes on.
         drop(ram);
