@@ -26,11 +26,13 @@ impl CargoTool {
         let Self { name, version } = self;
         let root = sh.current_dir().join("target/tools");
         let own = root.join("bin").join(name);
-        for program in [own.clone(), name.into()] {
-            let asked = cmd!(sh, "{program} --version").quiet().ignore_stderr();
-            if asked.ignore_stdout().run().is_ok() {
-                return Ok(Some(program));
-            }
+        let path = sh.var_os("PATH").unwrap_or_default();
+        let places = std::env::split_paths(&path).map(|dir| dir.join(name));
+        if let Some(program) = places
+            .chain([own.clone()])
+            .find(|program| program.is_file())
+        {
+            return Ok(Some(program));
         }
         if !install.allowed() {
             println!("missing for {why}: {name} (without --no-install it is built)");
