@@ -95,10 +95,10 @@ impl Mutants {
             bail!("nothing was tested");
         };
         let (mut all, mut below) = (Outcomes::default(), Vec::new());
-        for name in CRATES {
-            if !self.only.is_empty() && !self.only.iter().any(|only| only == name) {
-                continue;
-            }
+        let wanted =
+            |name: &&str| self.only.is_empty() || self.only.iter().any(|only| only == name);
+        let crates: Vec<_> = CRATES.into_iter().filter(wanted).collect();
+        for &name in &crates {
             let outcomes = self.of(sh, &tool, name)?;
             println!("{}", outcomes.line(name));
             if outcomes.percent() < GOAL {
@@ -106,7 +106,7 @@ impl Mutants {
             }
             all += outcomes;
         }
-        let how = format!("part {}", self.shard);
+        let how = format!("part {} of {}", self.shard, crates.join(", "));
         self.record
             .conclude(sh, "cargo xtask mutants", &all.line("all"), &how)?;
         ensure!(all.tested() > 0, "no mutant was tested");
