@@ -78,9 +78,10 @@ impl Chain {
             });
         }
         let mut buffer = SecretBuffer::new();
+        let buffer = buffer.sized(CHUNK.min(self.size()) as usize);
         for run in runs {
             for offset in run.clone().step_by(CHUNK as usize) {
-                let bytes = buffer.sized(CHUNK.min(run.end - offset) as usize);
+                let bytes = &mut buffer[..CHUNK.min(run.end - offset) as usize];
                 self.read(offset, bytes)?;
                 target
                     .write_at(offset, bytes)
