@@ -122,13 +122,13 @@ impl Crash {
         }
         let ci = sh.var_os("CI").is_some_and(|ci| ci == "true");
         self.install.ensure(sh, PACKAGES, "crash")?;
-        if !runs_here(Need::LoggedDisk, "crash", ci)? {
+        if !runs_here(Need::LoggedDisk, "crash", TAKES, ci)? {
             return Ok(());
         }
         let mut file_systems = Vec::new();
         for fs in FileSystem::ALL {
             let wanted = self.fs.is_empty() || self.fs.contains(&fs);
-            if wanted && runs_here(fs.need(), fs.name(), ci)? {
+            if wanted && runs_here(fs.need(), fs.name(), TAKES, ci)? {
                 file_systems.push(fs);
             }
         }
@@ -209,15 +209,16 @@ impl Crash {
     }
 }
 
+/// What the needs of this task take.
+const TAKES: &str = " (that takes root, loop devices, FUSE and the tools)";
+
 /// Whether there is what it takes; says so where not, and fails in CI.
-fn runs_here(need: Need, what: &str, ci: bool) -> anyhow::Result<bool> {
+pub fn runs_here(need: Need, what: &str, takes: &str, ci: bool) -> anyhow::Result<bool> {
     if need.is_met() {
         return Ok(true);
     }
     ensure!(!ci, "{what}: this machine has no {need}, and CI demands it");
-    println!(
-        "NOT RUN {what}: this machine has no {need} (that takes root, loop devices, FUSE and the tools)"
-    );
+    println!("NOT RUN {what}: this machine has no {need}{takes}");
     Ok(false)
 }
 

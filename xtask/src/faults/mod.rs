@@ -16,10 +16,11 @@ use std::hash::{BuildHasher, RandomState};
 use std::path::PathBuf;
 use std::time::Instant;
 
-use anyhow::{Context, bail, ensure};
+use anyhow::{Context, bail};
 use test_machine::{Need, TinyTmpfs};
 use xshell::Shell;
 
+use crate::crash::runs_here;
 use crate::fs_matrix::mounts::keep_private;
 use crate::interrupt::Interrupt;
 use crate::recorded::Record;
@@ -90,25 +91,12 @@ impl Faults {
             return Ok(());
         }
         let ci = sh.var_os("CI").is_some_and(|ci| ci == "true");
-        if !Need::Ptrace.is_met() {
-            ensure!(
-                !ci,
-                "faults: this machine has no {}, and CI demands it",
-                Need::Ptrace
-            );
-            println!("NOT RUN faults: this machine has no {}", Need::Ptrace);
+        if !runs_here(Need::Ptrace, "faults", "", ci)? {
             return Ok(());
         }
-        let mounts = Need::Root.is_met();
+        let mounts = runs_here(Need::Root, "full disks", "", ci)?;
         if mounts {
             keep_private()?;
-        } else {
-            ensure!(
-                !ci,
-                "full disks: this machine has no {}, and CI demands it",
-                Need::Root
-            );
-            println!("NOT RUN full disks: this machine has no {}", Need::Root);
         }
         let interrupt = Interrupt::catch()?;
         let memory = match &self.dir {
