@@ -391,6 +391,7 @@ fn a_page_that_does_not_open_alone_opens_with_its_block(
     let protection = machine.tracker.protection();
     protection.refuse_lift.store(1, SeqCst);
     machine.write_pages(0, [HIGH + 0x3000]);
+    protection.wait_until_marked();
     let block = machine.offset_of(HIGH) / BLOCK_SIZE * BLOCK_SIZE;
     let end = (block + BLOCK_SIZE).min(machine.layout().ram_size());
     for offset in (block..end).step_by(4096) {
@@ -416,16 +417,18 @@ fn a_fault_opens_a_block_on_both_sides_of_a_gap(
         return;
     };
     let mut images = saved_whole(&machine);
+    let protection = machine.tracker.protection();
     let (last, first) = (LOW_SIZE - 4096, HIGH);
     machine.write_pages(0, [last]);
+    protection.wait_until_marked();
     let half = BLOCK_SIZE / 2;
     assert!(machine.is_dirty(first), "the same block");
     assert!(machine.is_dirty(first + half - 1) && !machine.is_dirty(first + half));
     assert!(machine.is_dirty(last - half + 4096) && !machine.is_dirty(last - half));
     // It is open there too: this takes no fault.
-    machine.tracker.protection().refuse_lift.store(9, SeqCst);
+    protection.refuse_lift.store(9, SeqCst);
     machine.write_pages(1, [first]);
-    assert_eq!(machine.tracker.protection().refuse_lift.swap(0, SeqCst), 9);
+    assert_eq!(protection.refuse_lift.swap(0, SeqCst), 9);
     let epoch = arm(&machine).unwrap();
     images.save(&machine, epoch);
     images.assert_same_as(&machine, "then");
@@ -488,6 +491,7 @@ fn what_is_written_as_soon_as_it_is_protected_is_marked_again(
         hold.let_go();
         checkpoint.join().unwrap()
     });
+    machine.tracker.protection().wait_until_marked();
     assert!(machine.is_dirty(page), "it is open");
     images.save(&machine, epoch);
     machine.write_pages(2, [page]);

@@ -9,6 +9,7 @@ mod threads;
 
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::Ordering::SeqCst;
 
 use dirty_bitmap::{DirtyBitmap, Policy};
 use hvf_backend::{Answer, Exception, Exit, Stage2Tracker};
@@ -156,7 +157,11 @@ pub fn store_fault(physical_address: u64) -> Exit {
 fn tell(tracker: &Tracker, offset: u64) -> io::Result<()> {
     let address = tracker.layout().guest_address_of(offset);
     let exit = store_fault(address.ok_or(io::ErrorKind::InvalidInput)?);
-    match tracker.handle_exit(&exit) {
+    let faults = &tracker.protection().faults;
+    faults.fetch_add(1, SeqCst);
+    let answer = tracker.handle_exit(&exit);
+    faults.fetch_sub(1, SeqCst);
+    match answer {
         Ok(Answer::Handled) => Ok(()),
         other => Err(io::Error::other(format!("{other:?}"))),
     }

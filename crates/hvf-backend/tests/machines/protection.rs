@@ -15,6 +15,8 @@ pub struct Protection {
     pub refuse_lift: AtomicU32,
     pub hold_protect: Hold,
     pub hold_lift: Hold,
+    /// Faults that somebody deals with right now.
+    pub faults: AtomicU32,
 }
 
 /// Keeps one call from returning, when it has done its work.
@@ -35,6 +37,14 @@ impl Protection {
             refuse_lift: AtomicU32::new(0),
             hold_protect: Hold::default(),
             hold_lift: Hold::default(),
+            faults: AtomicU32::new(0),
+        }
+    }
+
+    /// Waits until faults whose writes went on are marked: by userfaultfd, lifting wakes the writer, and marking comes after it.
+    pub fn wait_until_marked(&self) {
+        while self.faults.load(SeqCst) != 0 {
+            thread::yield_now();
         }
     }
 }
