@@ -29,6 +29,8 @@ struct Guest {
     contents: Vec<AtomicU64>,
     protected: Vec<Mutex<bool>>,
     tracker: WriteTracker,
+    /// Opens a block at every fault, whatever the other does.
+    whole: WriteTracker,
 }
 
 /// The guest's memory, that a call fails on which protects this page.
@@ -67,14 +69,15 @@ impl Guest {
         let guest = Self {
             contents: (0..pages).map(|_| AtomicU64::new(0)).collect(),
             protected: (0..pages).map(|_| Mutex::new(false)).collect(),
-            tracker: WriteTracker::new(bitmap, policy).unwrap(),
+            tracker: WriteTracker::new(Arc::clone(&bitmap), policy).unwrap(),
+            whole: WriteTracker::new(bitmap, Policy::Blocks).unwrap(),
         };
         guest.tracker.arm(&Mmu(&guest, None)).unwrap().release();
         Arc::new(guest)
     }
 
     /// A vCPU's write: it faults until it finds the page open.
-    fn write(&self, page: u64, value: u64) {
+    fn write(&self, tracker: &WriteTracker, page: u64, value: u64) {
         loop {
             {
                 let protected = self.protected[page as usize].lock().unwrap();
@@ -83,17 +86,24 @@ impl Guest {
                     return;
                 }
             }
-            self.tracker
-                .on_write_fault(page * PAGE, &Mmu(self, None))
-                .unwrap();
+            let fault = tracker.on_write_fault(page * PAGE, &Mmu(self, None));
+            fault.unwrap();
         }
     }
 
     fn vcpu(self: &Arc<Self>, writes: &'static [(u64, u64)]) -> thread::JoinHandle<()> {
+        self.vcpu_by(|guest| &guest.tracker, writes)
+    }
+
+    fn vcpu_by(
+        self: &Arc<Self>,
+        tracker: fn(&Self) -> &WriteTracker,
+        writes: &'static [(u64, u64)],
+    ) -> thread::JoinHandle<()> {
         let guest = Arc::clone(self);
         thread::spawn(move || {
             for (page, value) in writes {
-                guest.write(*page, *value);
+                guest.write(tracker(&guest), *page, *value);
             }
         })
     }
@@ -189,6 +199,24 @@ fn faults_on_a_block_whose_granularity_changes_against_two_checkpoints() {
         guest.save(&mut image);
         guest.save(&mut image);
         vcpu.join().unwrap();
+        guest.assert_saved(image);
+    });
+}
+
+/// What a policy knows of a block is a hint, read without order: whatever it says, no page is lost. One vCPU's faults open their page, the
+/// other's the block. At most 4 preemptions.
+#[test]
+fn faults_on_a_block_that_open_as_much_as_each_likes_against_two_checkpoints() {
+    with_preemptions(4, || {
+        let guest = Guest::new(2, Policy::Pages);
+        let vcpus = [
+            guest.vcpu(&[(0, 1), (1, 2)]),
+            guest.vcpu_by(|guest| &guest.whole, &[(1, 3)]),
+        ];
+        let mut image = vec![0; 2];
+        guest.save(&mut image);
+        guest.save(&mut image);
+        vcpus.into_iter().for_each(|vcpu| vcpu.join().unwrap());
         guest.assert_saved(image);
     });
 }
