@@ -71,10 +71,8 @@ impl Chain {
     ///
     /// # Errors
     /// As [`open`](Self::open) and [`push`](Self::push); [`ImageError::NoImages`] for none.
-    pub fn open_sealed<P: AsRef<Path>>(
-        paths: impl IntoIterator<Item = P>,
-    ) -> Result<Self, ImageError> {
-        let images = paths.into_iter().map(Image::open_sealed);
+    pub fn open_sealed<P: AsRef<Path>>(paths: &[P]) -> Result<Self, ImageError> {
+        let images = paths.iter().map(Image::open_sealed);
         let images = images.collect::<Result<Vec<_>, _>>()?;
         let page_sizes = images
             .iter()

@@ -38,7 +38,7 @@ impl Chain {
     /// # writer.commit()?;
     /// # let diff = full.clone();
     ///
-    /// let chain = Chain::open_sealed([&full])?; // and its diffs
+    /// let chain = Chain::open_sealed(&[&full])?; // and its diffs
     /// // The seal of the merged image says that it stands for the same state as the last diff.
     /// let options = MemoryWriter::options().layout(Layout::Packed(chain.seal()));
     /// chain.merge(options, &merged)?;

@@ -170,7 +170,7 @@ fn assert_starts_as(chain: &Chain, ram: &[u8]) {
     if test_machine::Need::Userfaultfd.met("a sealed chain in LazyRam") {
         let paths: Vec<_> = chain.paths().collect();
         let lazy = memory_image::LazyRam::options()
-            .start(Chain::open_sealed(paths).unwrap())
+            .start(Chain::open_sealed(&paths).unwrap())
             .unwrap();
         assert!(whole(&lazy) == ram);
         lazy.wait().unwrap();
@@ -285,7 +285,7 @@ fn diffs_merge_to_one_diff_that_stands_for_all(#[case] make: Make) {
         "pages 3, 4, 40, 41, 255, 256, 767"
     );
 
-    let mut chain = Chain::open_sealed([&guest.snapshots[0], &merged]).unwrap();
+    let mut chain = Chain::open_sealed(&[&guest.snapshots[0], &merged]).unwrap();
     assert!(whole(&chain) == guest.ram);
     guest.write(99 * PAGE, 10, 7);
     chain.push(guest.save(Layout::Packed)).unwrap();
@@ -373,7 +373,7 @@ fn images_of_other_guests_are_refused() {
         "{error:?}"
     );
     // Told both at once, the chain has the smaller pages.
-    let chain = Chain::open_sealed(guest.snapshots.iter().chain([&other])).unwrap();
+    let chain = Chain::open_sealed(&[&guest.snapshots[..], &[other]].concat()).unwrap();
     assert_eq!(chain.page_size(), 2048);
     assert!(whole(&chain) == guest.ram);
 }
@@ -400,7 +400,7 @@ fn a_raw_file_is_no_sealed_image_and_a_diff_no_base() {
         Err(ImageError::NotFull { .. })
     ));
     assert!(matches!(
-        Chain::open_sealed::<&Path>([]),
+        Chain::open_sealed::<&Path>(&[]),
         Err(ImageError::NoImages)
     ));
 }
@@ -673,8 +673,8 @@ proptest! {
         let seal = part.seal();
         part.merge(options(if packed { Layout::Packed(seal) } else { Layout::Sealed(seal) }), &merged).unwrap();
         prop_assert!(verify(&merged).unwrap().is_whole());
-        let paths = guest.snapshots[..split].iter().chain([&merged]);
-        let again = Chain::open_sealed(paths).unwrap();
+        let paths = [&guest.snapshots[..split], &[merged]].concat();
+        let again = Chain::open_sealed(&paths).unwrap();
         prop_assert!(whole(&again) == guest.ram);
         prop_assert_eq!(again.id(), chain.id());
 

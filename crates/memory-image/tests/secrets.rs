@@ -118,7 +118,7 @@ fn brought_back([full, diff]: [PathBuf; 2]) {
         .unwrap()
         .verify(&|_, _| ControlFlow::Continue(()))
         .unwrap();
-    let chain = Chain::open_sealed([&full, &diff]).unwrap();
+    let chain = Chain::open_sealed(&[&full, &diff]).unwrap();
     chain.restore(&mut Elsewhere).unwrap();
     compare(&Guest, &chain, SIZE, PAGE, &|_| ControlFlow::Continue(())).unwrap();
     chain

@@ -207,7 +207,7 @@ const RESTORE: Scenario = Scenario {
     name: "restore",
     about: "a packed chain is read into a new guest's RAM",
     act: |dir, _| {
-        let chain = Chain::open_sealed(images::chain_in(dir))?;
+        let chain = Chain::open_sealed(&images::chain_in(dir))?;
         let mut ram = vec![0; RAM as usize];
         chain.restore(ram.as_mut_slice())?;
         ensure!(ram == images::ram_after_diff(2), "it restored other bytes");

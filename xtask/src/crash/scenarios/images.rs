@@ -190,11 +190,11 @@ fn sealed_chain(after: &Aftermath) -> Result<(), Fault> {
         after.dir.join(NEXT),
     );
     verified(&[&full, &diff])?;
-    let chain = Chain::open_sealed([full, diff]).map_err(lost("the chain"))?;
+    let chain = Chain::open_sealed(&[full, diff]).map_err(lost("the chain"))?;
     restored(&chain, &after.allowed(2, 3))?;
     if next.exists() {
         verified(&[&next])?;
-        let chain = Chain::open_sealed([next]).map_err(lost("the new image"))?;
+        let chain = Chain::open_sealed(&[next]).map_err(lost("the new image"))?;
         if bytes_of(&chain)? != ram(4) {
             return Err(Fault::Torn("the new image".into()));
         }
