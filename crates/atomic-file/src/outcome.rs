@@ -109,4 +109,20 @@ mod tests {
         assert!(make_sure(call, || Ok(happened), || !happened).is_ok());
         assert_eq!(made.get(), calls);
     }
+
+    #[rstest]
+    #[case(Errno::EINVAL, true, true)]
+    #[case(Errno::ENOSYS, true, true)]
+    #[case(Errno::ENOTSUP, true, true)]
+    #[case(Errno::EPERM, false, true)]
+    #[case(Errno::EIO, false, false)]
+    fn a_file_system_that_lacks_a_call_is_told_from_one_that_fails(
+        #[case] errno: Errno,
+        #[case] no_such_call: bool,
+        #[case] no_links: bool,
+    ) {
+        let error = io::Error::from(errno);
+        assert_eq!(has_no_such_call(&error), no_such_call);
+        assert_eq!(has_no_links(&error), no_links);
+    }
 }

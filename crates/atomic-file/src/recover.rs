@@ -232,3 +232,41 @@ fn finish(dir: &Directory) -> io::Result<()> {
     dir.remove(OsStr::new(RECORD_NAME))?;
     dir.sync(Durability::Full)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::fs::{self, Permissions};
+    use std::io::Seek;
+    use std::os::unix::fs::PermissionsExt;
+
+    use super::*;
+    use rstest::rstest;
+
+    #[rstest]
+    #[case(0o700, false)]
+    #[case(0o755, false)]
+    #[case(0o775, true)]
+    #[case(0o757, true)]
+    #[case(0o1777, true)]
+    fn a_record_is_somebody_elses_only_where_others_may_write(
+        #[case] mode: u32,
+        #[case] others: bool,
+    ) {
+        let dir = tempfile::tempdir().unwrap();
+        fs::set_permissions(dir.path(), Permissions::from_mode(mode)).unwrap();
+        let dir = Directory::open(dir.path()).unwrap();
+        assert_eq!(others_may_create(&dir), others);
+    }
+
+    #[test]
+    fn a_record_that_no_group_can_have_is_not_read_to_its_end() {
+        const LIMIT: u64 = 16 << 20;
+        let file = tempfile::tempfile().unwrap();
+        for (len, too_long) in [(LIMIT, false), (LIMIT + 1, true), (1 << 40, true)] {
+            file.set_len(len).unwrap();
+            (&file).rewind().unwrap();
+            let problem = read(&file).unwrap().unwrap_err();
+            assert_eq!(problem == "too long", too_long, "{len}: {problem}");
+        }
+    }
+}

@@ -35,6 +35,17 @@ fn child() {
             Err(error) => format!("not opened: {error}"),
             Ok(group) => common::group_state_of(group.commit()),
         },
+        "discard" => match AtomicWriter::open(&dest).expect("open").discard() {
+            Ok(()) => "ok".into(),
+            Err(leftover) => format!("left {:?}", [leftover.path]),
+        },
+        "discard group" => match group(&dir, &FILES, "new").expect("a group").discard() {
+            Ok(()) => "ok".into(),
+            Err(left) => format!(
+                "left {:?}",
+                Vec::from_iter(left.iter().map(|left| &left.path))
+            ),
+        },
         "recover" => match recover(&dir) {
             Ok(_) => "ok".into(),
             Err(error) => format!("{error:?}"),
@@ -249,6 +260,28 @@ fn where_cleaning_up_fails_too_the_error_names_what_was_left() {
         seen,
         ["not replaced, left", "not replaced, left", "replaced"]
     );
+}
+
+#[rstest]
+#[case("discard", 1)]
+#[case("discard group", FILES.len())]
+fn what_a_discard_can_not_remove_it_names(#[case] job: &str, #[case] count: usize) {
+    if !Need::Strace.met("what_a_discard_can_not_remove_it_names") {
+        return;
+    }
+    let scratch = tempfile::tempdir().unwrap();
+    let (dir, log) = (scratch.path().join("dir"), scratch.path().join("log"));
+    fs::create_dir(&dir).unwrap();
+    assert_eq!(strace(job, &dir, &log, &[]).as_deref(), Some("ok"));
+    assert_names(&dir, &[]);
+    let fault = "inject=unlinkat:error=EIO".into();
+    let report = strace(job, &dir, &log, &[fault]).unwrap();
+    let left = names(&dir);
+    assert_eq!(left.len(), count, "{report}");
+    for name in left {
+        let path = format!("{:?}", dir.join(name));
+        assert!(report.contains(&path), "{path} is not in: {report}");
+    }
 }
 
 #[rstest]

@@ -191,6 +191,27 @@ impl<'a> Run<'a> {
         bar: &ProgressBar,
     ) -> anyhow::Result<()> {
         report.driver = kit.driver(kind);
+        let result = self.boot_and_follow(kind, kit, report, bar);
+        // A driver under development may take its kernel down, which says nothing of what was to be checked. Twice would.
+        if result.is_err() && guest::has_panicked(kit, kind.name()) {
+            let why = guest::console_tail(kit, kind.name());
+            self.progress
+                .say(&format!("{kind}: the guest's kernel panicked, and is begun once more; the console's last lines: {why}"));
+            report.findings.clear();
+            bar.set_position(0);
+            return self.boot_and_follow(kind, kit, report, bar);
+        }
+        result
+    }
+
+    #[cfg(target_os = "linux")]
+    fn boot_and_follow(
+        &self,
+        kind: Kind,
+        kit: &guest::Kit,
+        report: &mut MountReport,
+        bar: &ProgressBar,
+    ) -> anyhow::Result<()> {
         let disks = guest::disks(kind, &kit.run_dir(), self.options.keep)?;
         let mut arguments = vec!["guest".to_owned(), format!("--kind={}", kind.name())];
         arguments.extend(self.selection());

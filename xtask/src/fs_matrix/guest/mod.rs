@@ -125,16 +125,23 @@ pub fn boot_with(
 
 /// Whether the guest's kernel complained of itself on the console: a thread of this program is gone then, the others go on.
 pub fn has_crashed(kit: &Kit, name: &str) -> bool {
+    console(kit, name).contains("Oops: ")
+}
+
+/// Whether the guest's kernel gave up: nothing goes on.
+pub fn has_panicked(kit: &Kit, name: &str) -> bool {
+    console(kit, name).contains("Kernel panic")
+}
+
+fn console(kit: &Kit, name: &str) -> String {
     let log = kit.run_dir().join(format!("{name}.log"));
     let text = fs::read(log).unwrap_or_default();
-    String::from_utf8_lossy(&text).contains("Oops: ")
+    String::from_utf8_lossy(&text).into_owned()
 }
 
 /// The last lines of the guest's console, for an error's message.
 pub fn console_tail(kit: &Kit, name: &str) -> String {
-    let log = kit.run_dir().join(format!("{name}.log"));
-    let text = fs::read(log).unwrap_or_default();
-    let text = String::from_utf8_lossy(&text);
+    let text = console(kit, name);
     let lines: Vec<_> = text
         .lines()
         .filter(|line| !line.trim().is_empty())
