@@ -1,0 +1,136 @@
+//! As Linux has it, and Android.
+
+#![allow(unsafe_code)]
+
+use std::ffi::CStr;
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+
+use nix::errno::Errno;
+
+use super::retry;
+use crate::options::Durability;
+
+/// Waits until what `fd` holds is on the medium: there is no weaker call that orders anything.
+pub(super) fn flush(fd: BorrowedFd<'_>, _: Durability) -> io::Result<()> {
+    retry(|| nix::unistd::fsync(fd))
+}
+
+/// Renames without replacing: `EEXIST` where `to` exists.
+///
+/// One attempt, not repeated on `EINTR`: whether an interrupted rename happened is for the caller to find out.
+pub(crate) fn rename_new(
+    from_dir: impl AsFd,
+    from: &CStr,
+    to_dir: impl AsFd,
+    to: &CStr,
+) -> nix::Result<()> {
+    renameat2(from_dir, from, to_dir, to, libc::RENAME_NOREPLACE)
+}
+
+/// Exchanges what two names in `dir` mean, at once. One attempt, as with [`rename_new`].
+pub(crate) fn exchange(dir: impl AsFd, one: &CStr, other: &CStr) -> nix::Result<()> {
+    renameat2(&dir, one, &dir, other, libc::RENAME_EXCHANGE)
+}
+
+fn renameat2(
+    from_dir: impl AsFd,
+    from: &CStr,
+    to_dir: impl AsFd,
+    to: &CStr,
+    flags: libc::c_uint,
+) -> nix::Result<()> {
+    // By number: not every libc that Rust supports on Linux wraps it.
+    // SAFETY: renameat2(2) reads the two paths, which `CStr` guarantees to be NUL-terminated and alive here,
+    // and takes two descriptors, which `AsFd` guarantees to be open for the length of the call.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_renameat2,
+            from_dir.as_fd().as_raw_fd(),
+            from.as_ptr(),
+            to_dir.as_fd().as_raw_fd(),
+            to.as_ptr(),
+            flags,
+        )
+    };
+    Errno::result(result).map(drop)
+}
+
+/// Whether the file system under `fd` gives files the same inode number after it is mounted again.
+///
+/// FAT and exFAT store none and make them up as they go, and so may whatever serves a FUSE mount.
+pub(crate) fn has_lasting_inode_numbers(fd: impl AsFd) -> io::Result<bool> {
+    /// `EXFAT_SUPER_MAGIC` of Linux's `include/uapi/linux/magic.h`; libc has no constant for it.
+    const EXFAT: u32 = 0x2011_BAB0;
+    const MSDOS: u32 = libc::MSDOS_SUPER_MAGIC as u32;
+    const FUSE: u32 = libc::FUSE_SUPER_MAGIC as u32;
+    Ok(!matches!(magic_of(fd)?, EXFAT | MSDOS | FUSE))
+}
+
+/// The number that tells which file system it is.
+fn magic_of(fd: impl AsFd) -> io::Result<u32> {
+    let fd = fd.as_fd();
+    let statfs = retry(|| nix::sys::statfs::fstatfs(fd))?;
+    // Magic numbers are 32 bits wide; the field's own width and sign differ between architectures.
+    Ok(statfs.filesystem_type().0 as u32)
+}
+
+/// Whether the kernel counts everybody who has a file of this file system open or mapped, so that
+/// [`has_only_us`] can be believed. A list of those that the tests of this crate run on.
+///
+/// A stacked one (overlayfs, FUSE) maps files of the one below in place of its own, and a network one knows
+/// nothing of other machines.
+pub(crate) fn counts_openers(fd: impl AsFd) -> io::Result<bool> {
+    const EXT: u32 = libc::EXT4_SUPER_MAGIC as u32;
+    const XFS: u32 = libc::XFS_SUPER_MAGIC as u32;
+    const BTRFS: u32 = libc::BTRFS_SUPER_MAGIC as u32;
+    const TMPFS: u32 = libc::TMPFS_MAGIC as u32;
+    Ok(matches!(magic_of(fd)?, EXT | XFS | BTRFS | TMPFS))
+}
+
+/// Whether nobody but `file` itself has that file open or mapped.
+///
+/// The kernel grants a write lease only then. It is given back at once: what matters is that it was granted, and one who
+/// opens the file meanwhile, this process too, would have to wait for it.
+pub(crate) fn has_only_us(file: &File) -> io::Result<bool> {
+    /// Linux's `include/uapi/asm-generic/fcntl.h`; libc has no constant for it.
+    const F_SETSIG: libc::c_int = 10;
+    let fd = file.as_raw_fd();
+    // One who opens the file in the moment between makes the kernel send the holder a signal, by default SIGIO, which kills.
+    // Nothing is done about SIGURG by default, and who handles it is used to its coming for nothing.
+    let lease = |command, argument: libc::c_int| {
+        retry(|| {
+            // SAFETY: F_SETSIG and F_SETLEASE take an integer each, and no memory; `file` is borrowed, so open.
+            Errno::result(unsafe { libc::fcntl(fd, command, argument) })
+        })
+    };
+    lease(F_SETSIG, libc::SIGURG)?;
+    match lease(libc::F_SETLEASE, libc::c_int::from(libc::F_WRLCK)) {
+        Ok(_) => lease(libc::F_SETLEASE, libc::c_int::from(libc::F_UNLCK)).map(|_| true),
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
+/// Whether `file` has extended attributes that a new file would not have, an access control list among them.
+pub(crate) fn has_attributes(file: &File) -> io::Result<bool> {
+    let mut names = [0_u8; 1024];
+    let listed = retry(|| {
+        // SAFETY: flistxattr(2) writes at most `names.len()` bytes to `names`, which outlives the call; `file` is borrowed,
+        // so open.
+        Errno::result(unsafe {
+            libc::flistxattr(file.as_raw_fd(), names.as_mut_ptr().cast(), names.len())
+        })
+    });
+    let length = match listed {
+        Ok(length) => usize::try_from(length).unwrap_or(0),
+        Err(error) if error.raw_os_error() == Some(libc::ENOTSUP) => 0,
+        Err(error) if error.raw_os_error() == Some(libc::ERANGE) => return Ok(true),
+        Err(error) => return Err(error),
+    };
+    // Security modules label every file, new ones too.
+    Ok(names[..length]
+        .split(|byte| *byte == 0)
+        .any(|name| !name.is_empty() && !name.starts_with(b"security.")))
+}

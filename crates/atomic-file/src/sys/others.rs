@@ -1,0 +1,98 @@
+//! As all others have it, Apple's systems first of all.
+
+#![allow(unsafe_code)]
+
+use std::ffi::CStr;
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+
+use nix::errno::Errno;
+
+use super::retry;
+use crate::options::Durability;
+
+/// Waits until what `fd` holds is on the medium, or cannot be overtaken by later writes.
+#[cfg(target_vendor = "apple")]
+pub(super) fn flush(fd: BorrowedFd<'_>, durability: Durability) -> io::Result<()> {
+    use super::where_unsupported;
+    use nix::fcntl::{FcntlArg, fcntl};
+    let full = || {
+        let flushed = retry(|| fcntl(fd, FcntlArg::F_FULLFSYNC).map(drop));
+        where_unsupported(flushed, || retry(|| nix::unistd::fsync(fd)))
+    };
+    if durability == Durability::Full {
+        return full();
+    }
+    where_unsupported(
+        retry(|| fcntl(fd, FcntlArg::F_BARRIERFSYNC).map(drop)),
+        full,
+    )
+}
+
+/// Waits until what `fd` holds is on the medium.
+#[cfg(not(target_vendor = "apple"))]
+pub(super) fn flush(fd: BorrowedFd<'_>, _: Durability) -> io::Result<()> {
+    retry(|| nix::unistd::fsync(fd))
+}
+
+/// Renames without replacing: `EEXIST` where `to` exists.
+///
+/// One attempt, not repeated on `EINTR`: whether an interrupted rename happened is for the caller to find out.
+#[cfg(target_vendor = "apple")]
+pub(crate) fn rename_new(
+    from_dir: impl AsFd,
+    from: &CStr,
+    to_dir: impl AsFd,
+    to: &CStr,
+) -> nix::Result<()> {
+    use std::os::fd::AsRawFd;
+    // SAFETY: renameatx_np(2) reads the two paths, which `CStr` guarantees to be NUL-terminated and alive here,
+    // and takes two descriptors, which `AsFd` guarantees to be open for the length of the call.
+    let result = unsafe {
+        libc::renameatx_np(
+            from_dir.as_fd().as_raw_fd(),
+            from.as_ptr(),
+            to_dir.as_fd().as_raw_fd(),
+            to.as_ptr(),
+            libc::RENAME_EXCL,
+        )
+    };
+    Errno::result(result).map(drop)
+}
+
+/// Renames without replacing: nowhere else is there such a call, and `link` does it.
+#[cfg(not(target_vendor = "apple"))]
+pub(crate) fn rename_new(_: impl AsFd, _: &CStr, _: impl AsFd, _: &CStr) -> nix::Result<()> {
+    Err(Errno::ENOTSUP)
+}
+
+/// Without leases (see [`has_only_us`]) nothing is ever exchanged.
+pub(crate) fn exchange(_: impl AsFd, _: &CStr, _: &CStr) -> nix::Result<()> {
+    Err(Errno::ENOTSUP)
+}
+
+/// Whether the file system under `fd` gives files the same inode number after it is mounted again.
+///
+/// FAT and exFAT store none and make them up as they go, and so may whatever serves a FUSE mount.
+pub(crate) fn has_lasting_inode_numbers(fd: impl AsFd) -> io::Result<bool> {
+    let fd = fd.as_fd();
+    let statfs = retry(|| nix::sys::statfs::fstatfs(fd))?;
+    let name = statfs.filesystem_type_name();
+    Ok(!matches!(name, "exfat" | "msdos" | "msdosfs") && !name.contains("fuse"))
+}
+
+/// There are no leases.
+pub(crate) fn counts_openers(_: impl AsFd) -> io::Result<bool> {
+    Ok(false)
+}
+
+/// There are no leases: nobody can tell.
+pub(crate) fn has_only_us(_: &File) -> io::Result<bool> {
+    Ok(false)
+}
+
+/// Nothing is recycled there.
+pub(crate) fn has_attributes(_: &File) -> io::Result<bool> {
+    Ok(true)
+}
