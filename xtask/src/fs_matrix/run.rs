@@ -193,10 +193,12 @@ impl<'a> Run<'a> {
         report.driver = kit.driver(kind);
         let result = self.boot_and_follow(kind, kit, report, bar);
         // A driver under development may take its kernel down, which says nothing of what was to be checked. Twice would.
-        if result.is_err() && guest::has_panicked(kit, kind.name()) {
-            let why = guest::console_tail(kit, kind.name());
-            self.progress
-                .say(&format!("{kind}: the guest's kernel panicked, and is begun once more; the console's last lines: {why}"));
+        if result.is_err()
+            && let Some(why) = guest::panic_of(kit, kind.name())
+        {
+            self.progress.say(&format!(
+                "{kind}: the guest's kernel panicked, and is begun once more: {why}"
+            ));
             report.findings.clear();
             bar.set_position(0);
             return self.boot_and_follow(kind, kit, report, bar);

@@ -211,15 +211,11 @@ fn fuzzing(sh: &Shell, install: Install) -> anyhow::Result<()> {
     Fuzz::smoke(install, Duration::from_secs(10)).run(sh)
 }
 
-/// The best guest that this machine has, small and, optimised, on both sides of the MMIO gap; then the guests for machines that
+/// The best guest that this machine has, small and, larger, on both sides of the MMIO gap; then the guests for machines that
 /// have no better.
 fn demos(sh: &Shell) -> anyhow::Result<()> {
     cmd!(sh, "cargo xtask demo").run()?;
-    cmd!(
-        sh,
-        "cargo run --locked --quiet --release --package xtask -- demo --ram 4G --rounds 2"
-    )
-    .run()?;
+    cmd!(sh, "cargo xtask demo --ram 4G --rounds 2").run()?;
     if Need::Userfaultfd.is_met() {
         cmd!(
             sh,

@@ -128,9 +128,19 @@ pub fn has_crashed(kit: &Kit, name: &str) -> bool {
     console(kit, name).contains("Oops: ")
 }
 
-/// Whether the guest's kernel gave up: nothing goes on.
-pub fn has_panicked(kit: &Kit, name: &str) -> bool {
-    console(kit, name).contains("Kernel panic")
+/// What the guest's kernel said of itself when it gave up, and where it was.
+pub fn panic_of(kit: &Kit, name: &str) -> Option<String> {
+    let console = console(kit, name);
+    let tells = |line: &&str| {
+        ["BUG: ", "RIP: 0010:", "Kernel panic"]
+            .iter()
+            .any(|what| line.contains(what))
+    };
+    let lines: Vec<_> = console.lines().filter(tells).collect();
+    lines
+        .iter()
+        .any(|line| line.contains("Kernel panic"))
+        .then(|| lines.join(" / "))
 }
 
 fn console(kit: &Kit, name: &str) -> String {
