@@ -409,3 +409,33 @@ pub struct SweepError {
     /// What the system said.
     pub source: io::Error,
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_commit_that_failed_says_at_what_and_what_it_left() {
+        let failed = |step, leftover| {
+            CommitError::NotReplaced {
+                dest: "memory".into(),
+                step,
+                source: io::ErrorKind::StorageFull.into(),
+                leftover,
+            }
+            .to_string()
+        };
+        let left = Leftover {
+            path: "the stage".into(),
+            source: io::ErrorKind::ReadOnlyFilesystem.into(),
+        };
+        assert_eq!(
+            failed(CommitStep::Sync, None),
+            "\"memory\" was not replaced, syncing the staged file failed"
+        );
+        let text = failed(CommitStep::Rename, Some(left));
+        for part in ["renaming", "the stage", "read-only", "sweep the directory"] {
+            assert!(text.contains(part), "{part} is not in: {text}");
+        }
+    }
+}

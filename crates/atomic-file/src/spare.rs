@@ -39,7 +39,7 @@ pub(crate) fn take(dir: &Arc<Directory>, dest: &OsStr, max_bytes: u64, mode: u32
         retry(|| fcntl(spare.file(), FcntlArg::F_SETFL(OFlag::empty())))?;
         Ok(is_like_new(&spare, max_bytes)? && {
             sys::set_mode(spare.file(), mode)?;
-            sys::has_only_us(spare.file())? && stat_of(spare.file())?.links == 1
+            sys::has_only_us(spare.file()) && stat_of(spare.file())?.links == 1
         })
     };
     // Whatever stands in the way, dropping removes the spare, and a new file will do.
@@ -70,9 +70,8 @@ pub(crate) fn keep(mut old: Stage, dest: &OsStr) -> Result<(), Leftover> {
         return remove_replaced(old);
     }
     // That its next writer can open it, and nobody who could not read the destination.
-    let private = sys::set_mode(old.file(), 0o600);
-    let unused = private.and_then(|()| sys::has_only_us(old.file()));
-    if unused.is_ok_and(|unused| unused) && old.move_to(&spare_name(dest)).is_ok() {
+    let private = sys::set_mode(old.file(), 0o600).is_ok();
+    if private && sys::has_only_us(old.file()) && old.move_to(&spare_name(dest)).is_ok() {
         old.leave();
     }
     old.discard()

@@ -152,12 +152,8 @@ pub(crate) fn try_lock(file: &File) -> io::Result<Lock> {
 
 /// Waits for the exclusive `flock` of `file`.
 pub(crate) fn lock(file: &File) -> io::Result<()> {
-    loop {
-        match file.lock() {
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            result => return result,
-        }
-    }
+    let errno = |error: io::Error| Errno::from_raw(error.raw_os_error().unwrap_or(0));
+    retry(|| file.lock().map_err(errno))
 }
 
 #[cfg(test)]

@@ -30,6 +30,10 @@ fn child() {
         "replace" => common::replace(&AtomicWriter::options().mode(0o640), &dest),
         "no clobber" => common::replace(&AtomicWriter::options().no_clobber(true), &dest),
         "elsewhere" => common::replace(&elsewhere(), &dest),
+        "recycles" => match AtomicWriter::options().recycle(MAX).open(&dest) {
+            Ok(writer) => writer.recycled().to_string(),
+            Err(error) => format!("{error:?}"),
+        },
         "recycle" => common::replace(&AtomicWriter::options().recycle(MAX), &dest),
         "group" => match group(&dir, &FILES, "new") {
             Err(error) => format!("not opened: {error}"),
@@ -260,6 +264,45 @@ fn where_cleaning_up_fails_too_the_error_names_what_was_left() {
         seen,
         ["not replaced, left", "not replaced, left", "replaced"]
     );
+}
+
+/// Every call whose answer decides whether the spare may be used.
+#[rstest]
+#[case::no_attributes_here("flistxattr:error=EOPNOTSUPP", true)]
+#[case::so_many_attributes("flistxattr:error=ERANGE", false)]
+#[case::attributes_unknown("flistxattr:error=EIO", false)]
+#[case::no_locks("flock:error=ENOLCK", false)]
+fn a_spare_is_used_only_where_it_is_known_to_be_like_a_new_file(
+    #[case] fault: &str,
+    #[case] recycles: bool,
+) {
+    if !Need::Strace.met("a_spare_is_used_only_where_it_is_known_to_be_like_a_new_file") {
+        return;
+    }
+    let scratch = tempfile::tempdir().unwrap();
+    let (dir, log) = (scratch.path().join("dir"), scratch.path().join("log"));
+    fs::create_dir(&dir).unwrap();
+    old_file_and_spare(&dir);
+    let report = strace("recycles", &dir, &log, &[format!("inject={fault}")]);
+    assert_eq!(report, Some(recycles.to_string()));
+}
+
+#[test]
+fn a_group_whose_stages_can_not_be_locked_is_refused() {
+    if !Need::Strace.met("a_group_whose_stages_can_not_be_locked_is_refused") {
+        return;
+    }
+    let scratch = tempfile::tempdir().unwrap();
+    old_files(scratch.path());
+    let log = tempfile::NamedTempFile::new().unwrap();
+    let fault = "inject=flock:error=ENOLCK".into();
+    let report = strace("group", scratch.path(), log.path(), &[fault]).unwrap();
+    let refusal = atomic_file::Refusal::NoLocks.to_string();
+    assert!(
+        report.starts_with("not opened") && report.contains(&refusal),
+        "{report}"
+    );
+    assert_eq!(same_text(scratch.path(), &FILES), "old");
 }
 
 #[rstest]

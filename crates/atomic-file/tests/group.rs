@@ -78,7 +78,9 @@ fn a_group_replaces_all_its_files_and_leaves_nothing_else() {
 
 #[test]
 fn a_group_of_none_does_nothing() {
-    AtomicGroup::new().commit().unwrap();
+    let group = AtomicGroup::new();
+    assert!(group.is_empty());
+    group.commit().unwrap();
 }
 
 #[test]

@@ -96,6 +96,79 @@ fn two_files_take_turns() {
     }
 }
 
+/// The name of the stage in the slot `slot`.
+fn stage_in(dir: &Path, dest: &Path, slot: u64) -> PathBuf {
+    let writer = AtomicWriter::open(dest).unwrap();
+    let first = writer.temp_path().file_name().unwrap().to_str().unwrap();
+    assert!(first.ends_with("-0.stage"), "{first}");
+    dir.join(first.replace("-0.stage", &format!("-{slot:x}.stage")))
+}
+
+#[rstest]
+#[case::of_a_living_writer(true, 1)]
+#[case::of_a_dead_one(false, 0)]
+fn a_recycled_stage_leaves_another_its_name(#[case] living: bool, #[case] slot: u64) {
+    let _turn = one_at_a_time();
+    let dir = tempfile::tempdir().unwrap();
+    let dest = dir.path().join("dest");
+    let [first, expected] = [0, slot].map(|slot| stage_in(dir.path(), &dest, slot));
+    save(&recycling(), &dest, 1);
+    save(&recycling(), &dest, 2);
+    let other = File::create(&first).unwrap();
+    other.write_all_at(b"another's", 0).unwrap();
+    if living {
+        other.lock().unwrap();
+    } else {
+        drop(other);
+    }
+    let writer = recycling().open(&dest).unwrap();
+    assert!(writer.recycled());
+    assert_eq!(writer.temp_path(), expected);
+    assert_eq!(fs::read(&first).unwrap() == b"another's", living);
+}
+
+#[test]
+fn where_every_name_of_a_stage_is_taken_the_error_says_so_and_a_spare_is_no_way_round() {
+    let _turn = one_at_a_time();
+    let dir = tempfile::tempdir().unwrap();
+    let dest = dir.path().join("dest");
+    let names: Vec<_> = (0..4096)
+        .map(|slot| stage_in(dir.path(), &dest, slot))
+        .collect();
+    save(&recycling(), &dest, 1);
+    save(&recycling(), &dest, 2);
+    // No regular file: whose it is nobody knows.
+    names
+        .iter()
+        .for_each(|name| symlink("nowhere", name).unwrap());
+    for options in [recycling(), AtomicWriter::options()] {
+        let error = options.open(&dest).unwrap_err();
+        let why = std::error::Error::source(&error).unwrap().to_string();
+        assert!(why.contains("sweep the directory"), "{why}");
+    }
+    assert_eq!(fs::read(&dest).unwrap(), [2; SIZE]);
+}
+
+/// New files get the group of their directory where that has its set-group-ID bit, and their writer's elsewhere.
+#[rstest]
+#[case::the_writers(0o755)]
+#[case::the_directorys(0o2755)]
+fn a_file_of_the_group_that_a_new_one_would_have_is_recycled(#[case] mode: u32) {
+    use std::os::unix::fs::PermissionsExt as _;
+    if !Need::Root.met("a_file_of_the_group_that_a_new_one_would_have_is_recycled") {
+        return;
+    }
+    let _turn = one_at_a_time();
+    let dir = tempfile::tempdir().unwrap();
+    std::os::unix::fs::chown(dir.path(), None, Some(12345)).unwrap();
+    fs::set_permissions(dir.path(), fs::Permissions::from_mode(mode)).unwrap();
+    let dest = dir.path().join("dest");
+    save(&recycling(), &dest, 1);
+    save(&recycling(), &dest, 2);
+    assert_eq!(fs::metadata(&dest).unwrap().gid() == 12345, mode == 0o2755);
+    assert!(save(&recycling(), &dest, 3));
+}
+
 #[test]
 fn a_recycled_stage_can_be_written_at_once_by_io_uring_too() {
     let _turn = one_at_a_time();

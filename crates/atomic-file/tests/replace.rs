@@ -761,3 +761,22 @@ fn a_writer_can_be_used_from_several_threads() {
     let bytes = fs::read(&dest).unwrap();
     assert!((0..4u8).all(|id| bytes[usize::from(id) * 4096..][..4096] == [id; 4096]));
 }
+
+#[test]
+fn slices_are_written_as_one() {
+    let (_dir, dest) = dir_with_old();
+    let mut writer = AtomicWriter::open(&dest).unwrap();
+    let slices = [b"two ".as_slice(), b"slices"].map(std::io::IoSlice::new);
+    assert_eq!(writer.write_vectored(&slices).unwrap(), 10);
+    writer.commit().unwrap();
+    assert_eq!(fs::read(&dest).unwrap(), b"two slices");
+}
+
+#[test]
+fn a_program_that_is_started_meanwhile_does_not_inherit_the_staged_file() {
+    use nix::fcntl::{FcntlArg, FdFlag, fcntl};
+    let (_dir, dest) = dir_with_old();
+    let writer = AtomicWriter::open(&dest).unwrap();
+    let flags = fcntl(writer.file(), FcntlArg::F_GETFD).unwrap();
+    assert_eq!(FdFlag::from_bits_retain(flags), FdFlag::FD_CLOEXEC);
+}

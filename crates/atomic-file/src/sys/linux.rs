@@ -93,7 +93,7 @@ pub(crate) fn counts_openers(fd: impl AsFd) -> io::Result<bool> {
 ///
 /// The kernel grants a write lease only then. It is given back at once: what matters is that it was granted, and one who
 /// opens the file meanwhile, this process too, would have to wait for it.
-pub(crate) fn has_only_us(file: &File) -> io::Result<bool> {
+pub(crate) fn has_only_us(file: &File) -> bool {
     /// Linux's `include/uapi/asm-generic/fcntl.h`; libc has no constant for it.
     const F_SETSIG: libc::c_int = 10;
     let fd = file.as_raw_fd();
@@ -104,16 +104,15 @@ pub(crate) fn has_only_us(file: &File) -> io::Result<bool> {
             // SAFETY: F_SETSIG and F_SETLEASE take an integer each, and no memory; `file` is borrowed, so open.
             Errno::result(unsafe { libc::fcntl(fd, command, argument) })
         })
+        .is_ok()
     };
-    lease(F_SETSIG, libc::SIGURG)?;
-    match lease(libc::F_SETLEASE, libc::c_int::from(libc::F_WRLCK)) {
-        Ok(_) => lease(libc::F_SETLEASE, libc::c_int::from(libc::F_UNLCK)).map(|_| true),
-        Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(false),
-        Err(error) => Err(error),
-    }
+    lease(F_SETSIG, libc::SIGURG)
+        && lease(libc::F_SETLEASE, libc::c_int::from(libc::F_WRLCK))
+        && lease(libc::F_SETLEASE, libc::c_int::from(libc::F_UNLCK))
 }
 
-/// Whether `file` has extended attributes that a new file would not have, an access control list among them.
+/// Whether `file` has extended attributes that a new file would not have, an access control list among them. So many that a list of them does
+/// not fit are an error, `ERANGE`.
 pub(crate) fn has_attributes(file: &File) -> io::Result<bool> {
     let mut names = [0_u8; 1024];
     let listed = retry(|| {
@@ -126,7 +125,6 @@ pub(crate) fn has_attributes(file: &File) -> io::Result<bool> {
     let length = match listed {
         Ok(length) => usize::try_from(length).unwrap_or(0),
         Err(error) if error.raw_os_error() == Some(libc::ENOTSUP) => 0,
-        Err(error) if error.raw_os_error() == Some(libc::ERANGE) => return Ok(true),
         Err(error) => return Err(error),
     };
     // Security modules label every file, new ones too.
