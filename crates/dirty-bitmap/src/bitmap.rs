@@ -405,24 +405,28 @@ mod tests {
 
     #[test]
     fn a_table_that_is_published_again_is_told_from_what_it_was_before() {
-        let first = Published::first(12);
-        let again = first.next(14).next(12);
-        assert_eq!(again.shift(), first.shift());
-        assert_ne!(again, first);
-        assert_ne!(again, again.next(14).next(12));
+        let mut seen = vec![Published::first(12)];
+        for shift in [14, 12].repeat(10) {
+            let next = seen[seen.len() - 1].next(shift);
+            assert_eq!(next.shift(), shift);
+            assert!(!seen.contains(&next), "{next:?}");
+            seen.push(next);
+        }
     }
 
     #[test]
     fn a_page_marked_first_while_the_bitmap_is_rebuilt_was_clean_whichever_table_says_so() {
-        let bitmap = DirtyBitmap::new(0, 1 << 20, 4096).unwrap();
-        let times = Cell::new(0);
-        let was_clean = bitmap.mark(|_, _| {
-            times.set(times.get() + 1);
-            if times.get() == 1 {
-                bitmap.rebuild(8192).unwrap();
-            }
-            times.get() == 1
-        });
-        assert_eq!((was_clean, times.get()), (true, 2));
+        for tables in 0..8_u32 {
+            let bitmap = DirtyBitmap::new(0, 1 << 20, 4096).unwrap();
+            let times = Cell::new(0);
+            let was_clean = bitmap.mark(|_, _| {
+                let time = times.replace(times.get() + 1);
+                if time < 2 {
+                    bitmap.rebuild(8192 << time).unwrap();
+                }
+                tables >> time & 1 != 0
+            });
+            assert_eq!((was_clean, times.get()), (tables != 0, 3), "{tables:03b}");
+        }
     }
 }
