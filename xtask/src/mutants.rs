@@ -198,6 +198,8 @@ impl Mutants {
         let out = sh.current_dir().join("target/mutants").join(name);
         sh.create_dir(&out)?;
         let jobs = self.jobs.to_string();
+        // That a case fails is enough: it need not be a small one.
+        let _first_failure = sh.push_env("PROPTEST_MAX_SHRINK_ITERS", "0");
         // Not the documentation's examples: linking them takes longer than all other tests.
         // Exit codes other than 0 tell of mutants that were missed, or of what went wrong: the outcomes know better.
         cmd!(

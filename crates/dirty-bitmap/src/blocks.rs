@@ -288,6 +288,14 @@ mod tests {
     }
 
     #[test]
+    fn a_block_that_pays_nothing_whole_is_not_opened_whole() {
+        let learnt = Plan::of(0).learnt(0);
+        assert_eq!((learnt.whole, learnt.trust), (false, 0));
+        let learnt = Plan::of(0).learnt(1);
+        assert_eq!((learnt.whole, learnt.trust), (true, 1));
+    }
+
+    #[test]
     fn a_block_opened_by_its_neighbours_example_is_tried_by_itself() {
         let fresh = Plan::of(0).unseen();
         assert!(fresh.whole && fresh.known);
