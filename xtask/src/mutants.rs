@@ -38,6 +38,7 @@ const CRATES: [(&str, &[&[&str]]); 4] = [
             "marking",
             "oracle",
             "rebuild",
+            "tracking",
         ]],
     ),
     (
@@ -244,7 +245,9 @@ mod tests {
             let mut files: Vec<_> = files
                 .expect("tests")
                 .into_iter()
-                .filter(|file| file.extension().is_some_and(|ext| ext == "rs"))
+                .filter(|file| {
+                    file.extension().is_some_and(|ext| ext == "rs") || file.join("main.rs").exists()
+                })
                 .filter_map(|file| Some(file.file_stem()?.to_str()?.to_owned()))
                 .collect();
             let mut run = tests.concat();
