@@ -288,6 +288,19 @@ mod tests {
     }
 
     #[test]
+    fn in_turn_every_page_is_in_a_sample_once() {
+        let blocks = Blocks::new(1, 4096, Policy::default()).unwrap();
+        let mut plan = Plan::of(0);
+        let mut sampled = Vec::new();
+        for _ in 0..PARTS {
+            sampled.extend(blocks.sample(plan));
+            plan = plan.learnt(1);
+        }
+        sampled.sort_unstable();
+        assert!(sampled.into_iter().eq(0..512));
+    }
+
+    #[test]
     fn a_block_that_pays_nothing_whole_is_not_opened_whole() {
         let learnt = Plan::of(0).learnt(0);
         assert_eq!((learnt.whole, learnt.trust), (false, 0));
