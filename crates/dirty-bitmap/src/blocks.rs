@@ -270,6 +270,8 @@ impl Blocks {
 
 #[cfg(all(test, not(memsnap_loom)))]
 mod tests {
+    use std::time::Duration;
+
     use proptest::prelude::*;
 
     use super::*;
@@ -298,6 +300,56 @@ mod tests {
         }
         sampled.sort_unstable();
         assert!(sampled.into_iter().eq(0..512));
+    }
+
+    /// A fault costs 1,000 nanoseconds, a page 100.
+    fn blocks(count: u64) -> Blocks {
+        let costs = crate::Costs {
+            fault: Duration::from_nanos(1000),
+            mebibyte: Duration::from_nanos(100 * 256),
+        };
+        Blocks::new(count, 4096, Policy::Cost(costs)).unwrap()
+    }
+
+    #[test]
+    fn what_opening_a_block_whole_saves_is_all_faults_but_one_less_the_clean_pages() {
+        let blocks = blocks(1);
+        assert_eq!(blocks.gain(1, 512), 0);
+        assert_eq!(blocks.gain(3, 500), 2 * 1000 - 12 * 100);
+        assert_eq!(blocks.gain(1, 0), -512 * 100);
+        let costly = crate::Costs {
+            fault: Duration::from_secs(3600),
+            mebibyte: Duration::ZERO,
+        };
+        let costly = Blocks::new(1, 4096, Policy::Cost(costly)).unwrap();
+        assert_eq!(costly.gain(512, 512), i32::MAX / 4);
+        assert_eq!(costly.gain(0, 512), i32::MIN / 4);
+    }
+
+    #[test]
+    fn a_sweep_comes_from_a_block_that_is_full() {
+        let blocks = blocks(3);
+        for page in 0..511 {
+            blocks.on_fault(1, page);
+        }
+        assert_eq!(blocks.on_fault(2, 0), Opening::Page);
+        blocks.on_fault(1, 511);
+        assert_eq!(blocks.on_fault(2, 0), Opening::Block);
+        assert_eq!(blocks.on_fault(0, 510), Opening::Page);
+        assert_eq!(blocks.on_fault(0, 511), Opening::Block);
+    }
+
+    #[test]
+    fn a_checkpoint_without_faults_teaches_nothing() {
+        let blocks = blocks(1);
+        blocks.on_checkpoint(0, 512);
+        assert_eq!(Plan::of(blocks.all[0].plan.load(Relaxed)), Plan::of(0));
+    }
+
+    #[test]
+    fn by_blocks_all_are_opened_whole() {
+        assert_eq!(Blocks::new(3, 4096, Policy::Blocks).unwrap().whole(), 3);
+        assert_eq!(blocks(3).whole(), 0);
     }
 
     #[test]
