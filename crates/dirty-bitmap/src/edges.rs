@@ -69,3 +69,22 @@ impl Edges {
         }
     }
 }
+
+#[cfg(all(test, not(memsnap_loom)))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn there_is_room_for_an_edge_at_every_bit_and_one_behind_the_word() {
+        let mut edges = Edges::none();
+        while edges.has_room() {
+            edges.push(0);
+        }
+        let before = edges.all().len();
+        assert_eq!(before, CAPACITY - 64);
+        edges.len -= 1;
+        edges.push_word(7, u64::MAX);
+        edges.push(71);
+        assert!(edges.all()[before - 1..].iter().copied().eq(7..72));
+    }
+}

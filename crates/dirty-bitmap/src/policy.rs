@@ -114,6 +114,13 @@ mod tests {
     use super::*;
 
     #[test]
+    fn the_median_is_the_middle_one_in_order_of_size() {
+        let mut times = [5, 1, 4, 2, 3].map(Duration::from_secs).into_iter();
+        let median = median(5, || times.next().ok_or(()));
+        assert_eq!(median, Ok(Duration::from_secs(3)));
+    }
+
+    #[test]
     fn costs_are_taken_as_they_are_up_to_an_hour() {
         let seconds = |fault, mebibyte| Costs {
             fault: Duration::from_secs(fault),
