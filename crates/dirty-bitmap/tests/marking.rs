@@ -146,6 +146,24 @@ fn marks_far_apart_are_found() {
     assert_eq!(bitmap.dirty_bytes(), groups * 4096);
 }
 
+/// A word of the summary names 64 words of marks, 4,096 pages; where little is marked, eight of them are looked at together.
+#[test]
+fn marks_at_the_same_place_under_eight_words_of_the_summary_are_found() {
+    const PAGES: u64 = 64 * 64 * 4096;
+    for count in 1..=8 {
+        let bitmap = DirtyBitmap::new(0, 24 * PAGES, 4096).unwrap();
+        let starts: Vec<_> = (8..8 + count).map(|word| word * PAGES + 0x5000).collect();
+        for start in &starts {
+            bitmap.set_dirty(*start).unwrap();
+        }
+        let expected: Vec<_> = starts
+            .into_iter()
+            .map(|start| start..start + 4096)
+            .collect();
+        assert_eq!(runs(&bitmap), expected);
+    }
+}
+
 #[test]
 fn more_runs_than_one_batch_come_in_order() {
     let bitmap = DirtyBitmap::new(0, 4 << 20, 4096).unwrap();
