@@ -60,6 +60,9 @@ const CRATES: [(&str, &[&[&str]]); 4] = [
 /// Of a hundred mutants, so many are to be caught.
 const GOAL: usize = 90;
 
+/// The one part that there is unless more are asked for.
+const ALL: &str = "0/1";
+
 /// Change the code in small ways, one at a time, and see the tests notice
 ///
 /// cargo-mutants makes the changes, in a copy of the workspace; each is tested by the tests of its own crate. .cargo/mutants.toml tells which changes are not
@@ -75,7 +78,7 @@ pub struct Mutants {
     #[arg(long, value_delimiter = ',', value_name = "CRATE", value_parser = CRATES.map(|(name, _)| name))]
     only: Vec<String>,
     /// The K-th of N parts of the mutants, from 0 on
-    #[arg(long, value_name = "K/N", default_value = "0/1")]
+    #[arg(long, value_name = "K/N", default_value = ALL)]
     shard: String,
     /// Try so many at once
     #[arg(long, value_name = "N", default_value_t = 1)]
@@ -135,13 +138,17 @@ impl Mutants {
             .into_iter()
             .filter(|(name, _)| wanted(name))
             .collect();
+        let part = match self.shard.as_str() {
+            ALL => "all".into(),
+            shard => format!("part {shard}"),
+        };
         for (name, tests) in crates {
             let outcomes = self.of(sh, &tool, name, tests)?;
             self.record.conclude(
                 sh,
                 &format!("cargo xtask mutants --only {name}"),
                 &outcomes.line(),
-                &format!("part {}", self.shard),
+                &part,
             )?;
             if outcomes.percent() < GOAL {
                 below.push(name);
