@@ -96,12 +96,12 @@ fn two_files_take_turns() {
     }
 }
 
-/// The name of the stage in the slot `slot`.
-fn stage_in(dir: &Path, dest: &Path, slot: u64) -> PathBuf {
+/// The paths of the stages of `dest` in these slots.
+fn stages_in<const N: usize>(dest: &Path, slots: [u64; N]) -> [PathBuf; N] {
     let writer = AtomicWriter::open(dest).unwrap();
-    let first = writer.temp_path().file_name().unwrap().to_str().unwrap();
-    assert!(first.ends_with("-0.stage"), "{first}");
-    dir.join(first.replace("-0.stage", &format!("-{slot:x}.stage")))
+    let first = writer.temp_path().to_str().unwrap();
+    let stem = first.strip_suffix("-0.stage").expect("the first slot");
+    slots.map(|slot| format!("{stem}-{slot:x}.stage").into())
 }
 
 #[rstest]
@@ -111,7 +111,7 @@ fn a_recycled_stage_leaves_another_its_name(#[case] living: bool, #[case] slot: 
     let _turn = one_at_a_time();
     let dir = tempfile::tempdir().unwrap();
     let dest = dir.path().join("dest");
-    let [first, expected] = [0, slot].map(|slot| stage_in(dir.path(), &dest, slot));
+    let [first, expected] = stages_in(&dest, [0, slot]);
     save(&recycling(), &dest, 1);
     save(&recycling(), &dest, 2);
     let other = File::create(&first).unwrap();
@@ -132,9 +132,7 @@ fn where_every_name_of_a_stage_is_taken_the_error_says_so_and_a_spare_is_no_way_
     let _turn = one_at_a_time();
     let dir = tempfile::tempdir().unwrap();
     let dest = dir.path().join("dest");
-    let names: Vec<_> = (0..4096)
-        .map(|slot| stage_in(dir.path(), &dest, slot))
-        .collect();
+    let names = stages_in(&dest, std::array::from_fn::<_, 4096, _>(|slot| slot as u64));
     save(&recycling(), &dest, 1);
     save(&recycling(), &dest, 2);
     // No regular file: whose it is nobody knows.
