@@ -134,15 +134,11 @@ impl Mutants {
         let (mut all, mut below) = (Outcomes::default(), Vec::new());
         let wanted =
             |name: &&str| self.only.is_empty() || self.only.iter().any(|only| only == name);
-        let crates: Vec<_> = CRATES
-            .into_iter()
-            .filter(|(name, _)| wanted(name))
-            .collect();
         let part = match self.shard.as_str() {
             ALL => "all".into(),
             shard => format!("part {shard}"),
         };
-        for (name, tests) in crates {
+        for (name, tests) in CRATES.into_iter().filter(|(name, _)| wanted(name)) {
             let outcomes = self.of(sh, &tool, name, tests)?;
             self.record.conclude(
                 sh,

@@ -211,3 +211,17 @@ impl<I: Iterator<Item = Result<Range<u64>, WriteError>>> Pieces for I {}
 fn unavailable(engine: Engine) -> impl Fn(io::Error) -> WriteError {
     move |source| WriteError::Engine { engine, source }
 }
+
+/// Where a write was refused, how much of it, and why.
+#[cfg(test)]
+#[track_caller]
+fn refused<T: std::fmt::Debug>(result: Result<T, WriteError>) -> (u64, usize, std::io::Error) {
+    match result {
+        Err(WriteError::Destination {
+            offset,
+            len,
+            source,
+        }) => (offset, len, source),
+        other => panic!("{other:?}"),
+    }
+}

@@ -33,6 +33,19 @@ fn options() -> WriteOptions {
         .chunk_size(CHUNK)
 }
 
+/// Where a write was refused, how much of it, and why.
+#[track_caller]
+fn refused<T: std::fmt::Debug>(result: Result<T, WriteError>) -> (u64, usize, std::io::Error) {
+    match result {
+        Err(WriteError::Destination {
+            offset,
+            len,
+            source,
+        }) => (offset, len, source),
+        other => panic!("{other:?}"),
+    }
+}
+
 #[test]
 fn a_disk_that_fills_up_midway_is_enospc_at_the_first_byte_that_had_no_room() {
     if !Need::Root.met("a_disk_that_fills_up_midway_is_enospc_at_the_first_byte_that_had_no_room") {
@@ -45,14 +58,7 @@ fn a_disk_that_fills_up_midway_is_enospc_at_the_first_byte_that_had_no_room() {
     for engine in ENGINES {
         let options = options().engine(engine);
         let result = write_runs(&file, [0..LEN], ram.as_slice(), &options, &mut go_on);
-        let Err(WriteError::Destination {
-            offset,
-            len,
-            source,
-        }) = result
-        else {
-            panic!("{result:?}");
-        };
+        let (offset, len, source) = refused(result);
         assert_eq!(source.kind(), ErrorKind::StorageFull);
         // In flight, a later chunk may have had the room of an earlier one.
         let room = if engine == Engine::Positioned {
@@ -88,14 +94,7 @@ fn past_rlimit_fsize_is_efbig_after_a_real_short_write_and_not_death_by_sigxfsz(
             true => write_runs(&file, [0..LEN], &*ram, &options, &mut go_on),
             false => write_runs(&file, [0..LEN], &Copied(&ram), &options, &mut go_on),
         };
-        let Err(WriteError::Destination {
-            offset,
-            len,
-            source,
-        }) = result
-        else {
-            panic!("{result:?}");
-        };
+        let (offset, len, source) = refused(result);
         // In the middle of a chunk: the kernel had taken its first part.
         assert_eq!((offset, len as u64), (LIMIT, 2 * CHUNK as u64 - LIMIT));
         assert_eq!(source.kind(), ErrorKind::FileTooLarge);
@@ -172,14 +171,7 @@ fn a_failed_write_is_the_destinations_error_with_its_errno_and_offset(
         let file = tempfile::tempfile().expect("file");
         let ram = ram(LEN as usize);
         let result = write_runs(&file, [0..LEN], ram.as_slice(), &options(), &mut go_on);
-        let Err(WriteError::Destination {
-            offset,
-            len,
-            source,
-        }) = result
-        else {
-            panic!("{result:?}");
-        };
+        let (offset, len, source) = refused(result);
         assert_eq!((offset, len), (2 * CHUNK as u64, CHUNK));
         assert!(source.kind() == kind || source.raw_os_error() == Some(libc::EIO));
         return assert!(contents(&file) == ram[..2 * CHUNK]);

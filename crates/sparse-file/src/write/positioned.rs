@@ -146,6 +146,7 @@ fn write_all(
 
 #[cfg(test)]
 mod tests {
+    use super::super::refused;
     use super::*;
 
     /// What one system call does: takes at most so many bytes, or fails.
@@ -224,14 +225,7 @@ mod tests {
     #[test]
     fn a_failure_names_the_first_byte_not_written() {
         let (_, result, _) = write_through(&[Ok(40), Err(libc::EIO)]);
-        let Err(WriteError::Destination {
-            offset,
-            len,
-            source,
-        }) = result
-        else {
-            panic!("{result:?}");
-        };
+        let (offset, len, source) = refused(result);
         assert_eq!((offset, len), (47, 60));
         assert_eq!(source.raw_os_error(), Some(libc::EIO));
     }

@@ -8,6 +8,7 @@ use std::thread;
 use rstest::rstest;
 
 use super::super::chunks::Chunks;
+use super::super::refused;
 use super::super::target::Target;
 use super::super::threads::Pool;
 use super::super::uring::Ring;
@@ -195,20 +196,6 @@ fn what_the_kernel_left_of_a_request_is_written_after_all(
     assert_eq!(log.submitted, LEN / CHUNK);
 }
 
-/// Where a write was refused, and how much of it.
-fn refused(result: Result<u64, WriteError>, errno: i32) -> (u64, usize) {
-    let Err(WriteError::Destination {
-        offset,
-        len,
-        source,
-    }) = result
-    else {
-        panic!("{errno}: {result:?}");
-    };
-    assert_eq!(source.raw_os_error(), Some(errno));
-    (offset, len)
-}
-
 #[rstest]
 fn of_several_failures_in_flight_the_lowest_is_reported_and_nothing_more_is_begun(
     #[values(Way::Ring, Way::Threads)] way: Way,
@@ -224,7 +211,9 @@ fn of_several_failures_in_flight_the_lowest_is_reported_and_nothing_more_is_begu
         script[failing] = Step::Error(errno);
     }
     let (stored, result, log) = through(way, &script, &runs, CHUNK, ram);
-    assert_eq!(refused(result, errno), (2 * CHUNK as u64, CHUNK));
+    let (offset, len, source) = refused(result);
+    assert_eq!(source.raw_os_error(), Some(errno));
+    assert_eq!((offset, len), (2 * CHUNK as u64, CHUNK));
     assert!(log.in_flight.is_empty() && log.submitted < 100, "{log:?}");
     // What was in flight is written, each byte once.
     let written = stored.iter().filter(|byte| **byte != 0).count();
@@ -267,7 +256,8 @@ fn whichever_completion_goes_wrong_nothing_is_taken_for_written_that_is_not(
         for errno in [EIO, ENOSPC, EDQUOT, ESTALE, EFBIG] {
             let (stored, result, log) = at(number, Step::Error(errno));
             let offset = number * CHUNK;
-            let (at, len) = refused(result, errno);
+            let (at, len, source) = refused(result);
+            assert_eq!(source.raw_os_error(), Some(errno));
             assert_eq!((at, len), (offset as u64, CHUNK), "{number}, {errno}");
             assert!(log.in_flight.is_empty(), "{number}, {errno}: {log:?}");
             assert!(stored[..offset] == ram[..offset], "{number}, {errno}");
