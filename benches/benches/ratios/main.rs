@@ -1,6 +1,6 @@
 //! The comparison: every contender by turns, so that a busy moment is everybody's, and the medians' ratios. `cargo xtask bench` runs it.
 //!
-//! Under `cargo bench -- --test` it does everything once and small.
+//! With `--test` it does everything once and small.
 
 #![allow(
     unreachable_pub,

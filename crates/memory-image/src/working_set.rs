@@ -333,7 +333,10 @@ mod tests {
             set.touch(page * 8192..page * 8192 + 4096);
         }
         assert_eq!(set.runs().count(), MAX_RUNS);
-        assert_eq!(WorkingSet::decode(&set.encode()), Ok(set));
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("set");
+        set.save(&path).unwrap();
+        assert_eq!(WorkingSet::load(&path).unwrap(), set);
     }
 
     proptest! {

@@ -1,7 +1,8 @@
 //! Sealed and packed images: read, linked, verified, merged, and the same after whatever a copy does to holes.
 
 use std::fs::{self, File};
-use std::ops::ControlFlow;
+use std::io;
+use std::ops::{ControlFlow, Range};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -13,7 +14,7 @@ use memory_image::{
     MappedImage, Verified, compare,
 };
 use memory_writer::{Durability, Layout, MemoryWriter, Options, Seal};
-use page_reader::PageReader;
+use page_reader::{PageReader, PopulatedRanges};
 use proptest::prelude::*;
 use rstest::rstest;
 
@@ -297,6 +298,9 @@ fn diffs_merge_to_one_diff_that_stands_for_all(#[case] make: Make) {
     assert!(matches!(error, ImageError::NotFull { .. }));
     let error = diffs.flatten(guest.path("flat")).unwrap_err();
     assert!(matches!(error, ImageError::NotFull { .. }));
+    // What no diff holds is not known to be zeros.
+    assert!(diffs.populated(PAGE..SIZE).eq([PAGE..SIZE]));
+    assert_eq!(diffs.populated(PAGE..PAGE).count(), 0);
 }
 
 #[test]
@@ -526,6 +530,38 @@ fn verifying_tells_progress_and_can_be_cancelled() {
     assert!(matches!(error, ImageError::Cancelled));
 }
 
+/// Each page that is not zero and in no run is one.
+#[test]
+fn of_many_damages_a_thousand_are_listed_and_all_are_counted_and_read() {
+    const DAMAGES: u64 = 1010;
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("full");
+    let size = 2 * DAMAGES * PAGE;
+    let sealed = options(Layout::Sealed(Seal::new())).skip_zeros(true);
+    let mut writer = sealed.open(&path, size, PAGE).unwrap();
+    let mut ram = vec![0; size as usize];
+    ram[0] = 1;
+    writer.write_full(&ram).unwrap();
+    writer.commit().unwrap();
+    let file = File::options().write(true).open(&path).unwrap();
+    for damage in 0..DAMAGES {
+        file.write_all_at(&[1], (2 * damage + 1) * PAGE).unwrap();
+    }
+
+    let seen = std::sync::Mutex::new((0, 0));
+    let image = Image::open_sealed(&path).unwrap();
+    let found = image
+        .verify(&|done, total| {
+            *seen.lock().unwrap() = (done, total);
+            ControlFlow::Continue(())
+        })
+        .unwrap();
+    assert_eq!((found.found, found.damages.len()), (DAMAGES, 1000));
+    let (done, total) = seen.into_inner().unwrap();
+    assert_eq!(done, total);
+    assert!(total >= PAGE + DAMAGES * PAGE, "{total}");
+}
+
 /// Copies as tools do: with holes dug where there are zeros, filled where there are holes, through an archive.
 #[rstest]
 #[case::holes_dug(&["cp", "--sparse=always"])]
@@ -637,6 +673,28 @@ fn comparing_tells_progress_can_be_cancelled_and_names_what_cannot_be_read() {
         panic!("{error:?}");
     };
     assert_eq!(offset, 2 << 20);
+}
+
+/// Zeros, of which it has none but the second MiB; the others can't be read.
+struct OneMebibyte;
+
+impl PageReader for OneMebibyte {
+    fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
+        assert_eq!((offset, buf.len()), (1 << 20, 1 << 20));
+        buf.fill(0);
+        Ok(())
+    }
+
+    fn populated(&self, _: Range<u64>) -> PopulatedRanges<'_> {
+        Box::new(std::iter::once(1 << 20..2 << 20))
+    }
+}
+
+#[test]
+fn comparing_reads_only_what_one_of_the_two_has() {
+    let go_on = &|_| ControlFlow::Continue(());
+    let changed = compare(&OneMebibyte, &OneMebibyte, SIZE, PAGE, go_on).unwrap();
+    assert!(changed.is_clean());
 }
 
 proptest! {

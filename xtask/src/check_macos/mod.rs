@@ -17,7 +17,7 @@ const TARGET: &str = "aarch64-apple-darwin";
 const TARGET_DIR: &str = "target/macos";
 
 /// Nothing is run: speed is the compiler's own, not the program's.
-const UNOPTIMISED: [&str; 8] = [
+const UNOPTIMISED: [&str; 6] = [
     "--config",
     "profile.dev.opt-level=0",
     "--config",
@@ -25,8 +25,6 @@ const UNOPTIMISED: [&str; 8] = [
     // Without debug information cargo strips that of the standard library, with a tool that Debian's rustc comes without.
     "--config",
     "profile.dev.strip=\"none\"",
-    "--config",
-    "profile.dev.package.\"*\".opt-level=0",
 ];
 
 /// Lint everything for aarch64-apple-darwin, and link what uses the hypervisor

@@ -86,7 +86,12 @@ impl Test {
                 .run()?)
             }),
             ("benchmarks, each once", &|| {
-                Ok(cmd!(sh, "cargo bench --locked --package benches -- --test").run()?)
+                // As the tests are built, not once more with all that they use optimised: nothing is timed.
+                Ok(cmd!(
+                    sh,
+                    "cargo test --locked --package benches --benches -- --test"
+                )
+                .run()?)
             }),
             ("interleavings", &|| interleavings::run(sh)),
             ("fuzzing, for a moment", &|| fuzzing(sh, self.install)),

@@ -146,6 +146,21 @@ fn a_block_that_is_written_here_and_there_stays_in_pages() {
 }
 
 #[test]
+fn a_block_far_up_in_the_ram_stays_in_pages_too() {
+    let (machine, tracker) = armed(4, Policy::default());
+    let pages = [3, 50, 51].map(|page| 3 * PAGES_PER_BLOCK + page);
+    for _ in 0..20 {
+        let faults: u64 = pages
+            .map(|page| machine.write(&tracker, page, 1))
+            .iter()
+            .sum();
+        assert_eq!(faults, 3);
+        assert_eq!(checkpoint(&machine, &tracker).len(), 2);
+        assert_eq!(tracker.whole_blocks(), 0);
+    }
+}
+
+#[test]
 fn a_block_that_is_no_longer_written_all_over_goes_back_to_pages() {
     let (machine, tracker) = armed(1, Policy::default());
     for _ in 0..40 {

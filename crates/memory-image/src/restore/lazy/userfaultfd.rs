@@ -13,7 +13,7 @@ use thiserror::Error;
 /// The kernel's interface: Linux `include/uapi/linux/userfaultfd.h`.
 mod abi {
     pub(super) const API: u64 = 0xaa;
-    pub(super) const REGISTER_MODE_MISSING: u64 = 1 << 0;
+    pub(super) const REGISTER_MODE_MISSING: u64 = 1;
     /// Bits of what a registered range offers.
     pub(super) const OFFERS_COPY: u64 = 1 << 0x03;
     pub(super) const OFFERS_ZEROPAGE: u64 = 1 << 0x04;
