@@ -320,6 +320,27 @@ fn a_monitor_s_memory_that_is_not_all_in_is_inaccessible_once_nobody_fills_it() 
     }
 }
 
+/// As a balloon does with what the guest has no use for.
+#[test]
+fn a_page_that_a_monitor_has_thrown_away_comes_from_the_images_again() {
+    if !Need::Userfaultfd.met("a_page_that_a_monitor_has_thrown_away_comes_from_the_images_again") {
+        return;
+    }
+    use nix::sys::mman::{MmapAdvise, madvise};
+    let images = full_and_two_diffs();
+    let regions = Regions::new(5 * MIB, 11 * MIB);
+    let ram = regions.adopt(on_demand(), images.chain()).unwrap();
+    for offset in [0, 2 * MIB + 4096] {
+        let want = &images.ram[offset as usize..][..4096];
+        assert!(page(&ram, offset).unwrap() == want);
+        let start = regions.0[0].0.wrapping_add(offset as usize);
+        let start = std::ptr::NonNull::new(start).unwrap().cast();
+        // SAFETY: a page of the first region, which has lost nothing but what the images have.
+        unsafe { madvise(start, 4096, MmapAdvise::MADV_DONTNEED) }.unwrap();
+        assert!(page(&ram, offset).unwrap() == want);
+    }
+}
+
 #[test]
 fn memory_that_cannot_be_filled_is_refused_and_stays_as_it_was() {
     if !Need::Userfaultfd.met("memory_that_cannot_be_filled_is_refused_and_stays_as_it_was") {
