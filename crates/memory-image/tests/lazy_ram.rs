@@ -425,6 +425,27 @@ fn what_was_recorded_and_read_first_does_not_fault_again() {
     assert!(whole(&ram, ram.len()) == images.ram);
 }
 
+/// It may have been recorded on a machine with smaller pages.
+#[test]
+fn a_working_set_need_not_be_of_whole_pages() {
+    if !Need::Userfaultfd.met("a_working_set_need_not_be_of_whole_pages") {
+        return;
+    }
+    let images = full_and_two_diffs();
+    let runs = [7, 20, 905, 1205, 3105, 4000].map(|page| [page * PAGE + 512, 1024]);
+    let body = [&[16 * MIB], runs.as_flattened()].concat();
+    let body: Vec<u8> = body.iter().flat_map(|word| word.to_le_bytes()).collect();
+    let sum = crc32fast::hash(&body).to_le_bytes();
+    let file = images.dir().join("set");
+    std::fs::write(&file, [b"MEMSNAPW\x01\0\0\0", &sum[..], &body].concat()).unwrap();
+    let ram = LazyRam::options()
+        .working_set(WorkingSet::load(&file).unwrap())
+        .start(images.chain())
+        .unwrap();
+    ram.wait().unwrap();
+    assert!(whole(&ram, ram.len()) == images.ram);
+}
+
 #[test]
 fn a_working_set_of_another_guest_is_refused() {
     let dir = tempfile::tempdir().unwrap();
