@@ -44,8 +44,8 @@ const CRATES: [(&str, &[&[&str]]); 4] = [
     (
         "memory-writer",
         &[
-            &["bad_input", "oracle", "process", "snapshots"],
-            &["layouts", "recycling", "resident", "skipping"],
+            &["bad_input", "layouts", "oracle", "process", "snapshots"],
+            &["recycling", "resident", "skipping"],
         ],
     ),
     (
