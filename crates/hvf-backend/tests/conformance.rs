@@ -445,13 +445,13 @@ fn a_block_that_is_open_but_not_yet_marked_makes_a_checkpoint_wait(
     let mut images = saved_whole(&machine);
     let hold = &machine.tracker.protection().hold_lift;
     let (unmarked, checkpoint) = thread::scope(|scope| {
-        hold.next_call_for(machine.offset_of(HIGH));
+        let held = hold.next_call_for(machine.offset_of(HIGH));
         // An exit that is being handled, its vCPU out of the guest.
         let handling = scope.spawn(|| machine.tracker.on_write_fault(HIGH).unwrap());
-        hold.wait_until_held();
+        held.wait_until_it_comes();
         machine.write_pages(1, [HIGH + 0x5000]);
         let seen = (!machine.is_dirty(HIGH + 0x5000), machine.tracker.arm());
-        hold.let_go();
+        drop(held);
         handling.join().unwrap();
         seen
     });
@@ -478,7 +478,7 @@ fn what_is_written_as_soon_as_it_is_protected_is_marked_again(
     let mut begun = more.then(|| machine.tracker.arm_running().unwrap());
     machine.write_pages(0, [page]);
     let epoch = thread::scope(|scope| {
-        hold.next_call_for(machine.offset_of(page));
+        let held = hold.next_call_for(machine.offset_of(page));
         let checkpoint = scope.spawn(|| match begun.take() {
             None => machine.tracker.arm_running().unwrap(),
             Some(mut epoch) => {
@@ -486,9 +486,9 @@ fn what_is_written_as_soon_as_it_is_protected_is_marked_again(
                 epoch
             }
         });
-        hold.wait_until_held();
+        held.wait_until_it_comes();
         machine.write_pages(1, [page]);
-        hold.let_go();
+        drop(held);
         checkpoint.join().unwrap()
     });
     machine.tracker.protection().wait_until_marked();

@@ -4,6 +4,7 @@ use std::io;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::SeqCst};
 use std::thread;
+use std::time::{Duration, Instant};
 
 use dirty_bitmap::WriteProtection;
 
@@ -49,20 +50,15 @@ impl Protection {
     }
 }
 
+/// The call that is held goes on when this is dropped: in a panic too, or whoever joins its thread would wait for ever.
+#[must_use]
+pub struct Held<'h>(&'h Hold);
+
 impl Hold {
-    pub fn next_call_for(&self, offset: u64) {
+    pub fn next_call_for(&self, offset: u64) -> Held<'_> {
         self.offset.store(offset, SeqCst);
         self.wanted.store(true, SeqCst);
-    }
-
-    pub fn wait_until_held(&self) {
-        while !self.held.load(SeqCst) {
-            thread::yield_now();
-        }
-    }
-
-    pub fn let_go(&self) {
-        self.go.store(true, SeqCst);
+        Held(self)
     }
 
     fn pass(&self, range: &Range<u64>) {
@@ -72,6 +68,22 @@ impl Hold {
                 thread::yield_now();
             }
         }
+    }
+}
+
+impl Held<'_> {
+    pub fn wait_until_it_comes(&self) {
+        let start = Instant::now();
+        while !self.0.held.load(SeqCst) {
+            assert!(start.elapsed() < Duration::from_secs(60), "nobody calls");
+            thread::yield_now();
+        }
+    }
+}
+
+impl Drop for Held<'_> {
+    fn drop(&mut self) {
+        self.0.go.store(true, SeqCst);
     }
 }
 
