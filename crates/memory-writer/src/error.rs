@@ -272,3 +272,43 @@ fn io_error(error: SpaceError) -> io::Error {
         other => io::Error::other(other),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::path::PathBuf;
+
+    use rstest::rstest;
+
+    use super::*;
+
+    #[rstest]
+    #[case(
+        MemoryIoStep::Read,
+        io::ErrorKind::UnexpectedEof,
+        "reading guest memory",
+        "must cover"
+    )]
+    #[case(
+        MemoryIoStep::SetSize,
+        io::ErrorKind::FileTooLarge,
+        "size",
+        "RLIMIT_FSIZE"
+    )]
+    #[case(MemoryIoStep::Wipe, io::ErrorKind::StorageFull, "wiping", "make room")]
+    #[case(MemoryIoStep::Write, io::ErrorKind::QuotaExceeded, "writing", "quota")]
+    fn an_error_names_the_step_and_says_what_to_do(
+        #[case] step: MemoryIoStep,
+        #[case] kind: io::ErrorKind,
+        #[case] named: &str,
+        #[case] advice: &str,
+    ) {
+        let error = SnapshotError::MemoryIo {
+            dest: PathBuf::from("vm.mem"),
+            step,
+            offset: 0,
+            source: kind.into(),
+        };
+        let text = error.to_string();
+        assert!(text.contains(named) && text.contains(advice), "{text}");
+    }
+}

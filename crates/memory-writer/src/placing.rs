@@ -179,8 +179,9 @@ impl<'p, R: PageReader + ?Sized> Pass<'p, R> {
             Placement::InPlace => range.start,
             Placement::Packed => {
                 let file = self.next.get();
-                self.next.set(file + len);
-                self.grow(file + len);
+                let end = file + len;
+                self.next.set(end);
+                self.grow(end);
                 file
             }
         };
@@ -258,5 +259,29 @@ impl<R: PageReader + ?Sized> Source for Pass<'_, R> {
             (offset, buf) = (offset + len as u64, later);
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use rstest::rstest;
+
+    use super::*;
+
+    #[rstest]
+    #[case::in_both(14, 104, 1)]
+    #[case::in_ram_alone(14, 105, 2)]
+    #[case::in_the_file_alone(15, 104, 2)]
+    fn what_follows_in_ram_and_in_the_file_is_one_extent(
+        #[case] guest: u64,
+        #[case] file: u64,
+        #[case] extents: usize,
+    ) {
+        let mut all = Vec::new();
+        for (guest, file, len) in [(10, 100, 4), (guest, file, 3)] {
+            push(&mut all, Extent { guest, file, len });
+        }
+        assert_eq!(all.len(), extents);
+        assert_eq!(all.iter().map(|extent| extent.len).sum::<u64>(), 7);
     }
 }

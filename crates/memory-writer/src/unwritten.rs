@@ -83,6 +83,13 @@ mod tests {
 
     use super::*;
 
+    #[test]
+    fn what_is_wiped_is_zeros_whatever_the_buffer_held() {
+        let mut buf = [7; 9];
+        Zeros.read_at(3, &mut buf).unwrap();
+        assert_eq!(buf, [0; 9]);
+    }
+
     #[rstest]
     #[case::nothing_written(&[], &[0..65536])]
     #[case::all_written(&[0..65536], &[])]

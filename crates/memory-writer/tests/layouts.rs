@@ -274,6 +274,45 @@ fn a_reader_that_fails_is_named_by_the_offset_in_ram_also_where_pages_are_packed
     place.assert_untouched();
 }
 
+/// Runs that are next to each other in the file, and longer than what is written at once.
+#[test]
+fn long_runs_are_packed_byte_for_byte_and_fail_where_the_reader_does() {
+    let place = Place::new();
+    let size = 8 << 20;
+    let ram = pattern(size as usize, 4);
+    let pages: Vec<_> = (0..200).chain(256..1280).chain(1400..1500).collect();
+    let open = || {
+        let packed = options(Layout::Packed(Seal::new()));
+        packed.open(&place.dest, size, PAGE).unwrap()
+    };
+    let until = |offset| Until {
+        ram: ram.clone(),
+        offset,
+        then: || io::Error::other("planted"),
+    };
+    let mut writer = open();
+    writer
+        .write_diff(&until(size), &dirty(size, &pages))
+        .unwrap();
+    writer.commit().unwrap();
+    let (footer, restored) = applied(&place.dest, vec![0; size as usize]);
+    assert_eq!(footer.runs.len(), 3);
+    for page in pages.iter().map(|page| (page * PAGE) as usize) {
+        assert!(restored[page..][..4096] == ram[page..][..4096], "{page}");
+    }
+
+    let error = open()
+        .write_diff(&until(900 * PAGE), &dirty(size, &pages))
+        .unwrap_err();
+    let SnapshotError::MemoryIo { offset, .. } = error else {
+        panic!("{error:?}");
+    };
+    assert!(
+        offset <= 900 * PAGE && offset + (2 << 20) > 900 * PAGE,
+        "{offset}"
+    );
+}
+
 #[derive(Clone, Debug)]
 enum Step {
     Write { at: u64, len: u64, value: u8 },

@@ -188,12 +188,13 @@ struct Knows<'a>(&'a [u8], Vec<Range<u64>>);
 
 impl PageReader for Knows<'_> {
     fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
+        let len = buf.len() as u64;
         let known = self.1.iter().any(|range| {
             // With what is close around.
             range.start.saturating_sub(64 * KIB) <= offset
-                && offset < range.end.saturating_add(64 * KIB)
+                && offset + len <= range.end.saturating_add(64 * KIB)
         });
-        assert!(known, "{offset} is read");
+        assert!(known && len <= 1 << 20, "{len} bytes at {offset} are read");
         self.0.read_at(offset, buf)
     }
 

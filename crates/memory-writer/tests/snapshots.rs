@@ -2,14 +2,20 @@
 
 mod support;
 
+use std::fs::File;
+use std::io;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::sync::mpsc;
 use std::time::Duration;
 
 use dirty_bitmap::DirtyBitmap;
-use memory_writer::{CancelToken, Durability, MemoryWriter, SnapshotError};
+use memory_writer::{CancelToken, Durability, Layout, MemoryWriter, Seal, SnapshotError};
+use page_reader::{HostMemory, PageReader};
 use rstest::rstest;
 use support::{Place, Until, pattern};
+use test_machine::tracked::Memory;
+#[cfg(target_os = "linux")]
+use test_machine::{LoopFs, LoopMount, Need};
 
 const SIZE: u64 = 4 << 20;
 const PAGE: u64 = 16384;
@@ -37,6 +43,7 @@ fn merged(base: &[u8], ram: &[u8], runs: impl Iterator<Item = std::ops::Range<u6
 fn a_full_snapshot_is_the_ram() {
     let (place, ram) = (Place::new(), ram(1));
     let mut writer = MemoryWriter::open(&place.dest, SIZE, PAGE).unwrap();
+    assert_eq!((writer.ram_size(), writer.page_size()), (SIZE, PAGE));
     writer.write_full(&ram).unwrap();
     assert_eq!(
         std::fs::read(&place.dest).unwrap(),
@@ -183,6 +190,26 @@ fn a_reader_without_host_memory_gives_the_same_bytes() {
 }
 
 #[test]
+fn aligned_memory_that_a_reader_hands_out_is_written_from_where_it_is() {
+    struct Mapped(Memory);
+    impl PageReader for Mapped {
+        fn read_at(&self, offset: u64, _: &mut [u8]) -> io::Result<()> {
+            panic!("{offset} is read");
+        }
+        fn host_memory(&self, offset: u64, len: usize) -> Option<HostMemory<'_>> {
+            self.0.host_memory(offset, len)
+        }
+    }
+    let place = Place::new();
+    let mapped = Mapped(Memory::new(SIZE).unwrap());
+    mapped.0.write(0, &ram(3));
+    let mut writer = MemoryWriter::open(&place.dest, SIZE, PAGE).unwrap();
+    writer.write_full(&mapped).unwrap();
+    writer.commit().unwrap();
+    assert!(place.read() == ram(3));
+}
+
+#[test]
 fn a_snapshot_is_for_its_owner_only_unless_told_otherwise() {
     let (place, ram) = (Place::new(), ram(1));
     for (options, mode) in [
@@ -256,6 +283,60 @@ fn progress_counts_bytes_and_pages_up_to_the_total() {
         receive.try_iter().last().unwrap().pages_done(),
         SIZE / PAGE,
         "each write counts anew"
+    );
+}
+
+#[test]
+fn of_a_diff_progress_counts_the_dirty_pages() {
+    let (place, dirty) = (Place::new(), bitmap(PAGE));
+    dirty.set_range(START + 3 * PAGE, 2 * PAGE).unwrap();
+    dirty.set_dirty(START + 100 * PAGE).unwrap();
+    let (send, receive) = mpsc::channel();
+    let mut writer = MemoryWriter::options()
+        .progress(move |progress| send.send(progress).unwrap())
+        .open(&place.dest, SIZE, PAGE)
+        .unwrap();
+    writer.write_diff(&ram(1), &dirty).unwrap();
+    let seen: Vec<_> = receive.try_iter().collect();
+    assert!(seen.iter().all(|progress| progress.bytes_total == 3 * PAGE));
+    assert_eq!(seen.last().unwrap().bytes_done, 3 * PAGE);
+}
+
+/// Btrfs has it; the others here say that they don't, and are written to as ever.
+#[cfg(target_os = "linux")]
+#[rstest]
+#[case::shared(Need::Btrfs, LoopFs::Btrfs, true)]
+#[case::not_here(Need::Ext4, LoopFs::Ext4, false)]
+fn a_full_snapshot_may_share_the_blocks_of_an_image(
+    #[case] need: Need,
+    #[case] fs: LoopFs,
+    #[case] shared: bool,
+) {
+    if !need.met("a_full_snapshot_may_share_the_blocks_of_an_image") {
+        return;
+    }
+    let mount = LoopMount::new(fs).unwrap();
+    let place = Place::on(mount.path());
+    let (base, mut after) = (ram(1), ram(1));
+    std::fs::write(&place.dest, &base).unwrap();
+    after[7 * PAGE as usize] ^= 1;
+    let dirty = bitmap(PAGE);
+    dirty.set_dirty(START + 7 * PAGE).unwrap();
+
+    let image = File::open(&place.dest).unwrap();
+    let mut writer = MemoryWriter::open(&place.dest, SIZE, PAGE).unwrap();
+    assert_eq!(writer.share_full(&image).unwrap(), shared);
+    if !shared {
+        writer.write_full(&base).unwrap();
+    }
+    writer.write_diff(&after, &dirty).unwrap();
+    writer.commit().unwrap();
+    assert!(place.read() == after);
+    let sealed = MemoryWriter::options().layout(Layout::Sealed(Seal::new()));
+    let mut writer = sealed.open(&place.dest, SIZE, PAGE).unwrap();
+    assert!(
+        !writer.share_full(&image).unwrap(),
+        "it has a footer to fill in"
     );
 }
 
