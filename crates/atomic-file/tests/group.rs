@@ -392,6 +392,18 @@ fn a_strangers_record_in_a_directory_open_to_others_is_not_obeyed() {
 }
 
 #[test]
+fn one_s_own_record_in_a_directory_open_to_others_is_obeyed() {
+    use std::os::unix::fs::PermissionsExt as _;
+    if !Need::Strace.met("one_s_own_record_in_a_directory_open_to_others_is_obeyed") {
+        return;
+    }
+    let dir = killed_after(0);
+    fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o1777)).unwrap();
+    recover(dir.path()).unwrap();
+    assert_eq!(same_text(dir.path(), &FILES), "new");
+}
+
+#[test]
 fn a_member_replaced_since_is_reported_and_not_replaced_again() {
     if !Need::Strace.met("a_member_replaced_since_is_reported_and_not_replaced_again") {
         return;
