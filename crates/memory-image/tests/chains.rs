@@ -419,6 +419,32 @@ fn a_diff_whose_holes_were_filled_by_a_copy_is_refused_unless_its_pages_are_give
 }
 
 #[test]
+fn who_insists_gets_a_diff_by_its_holes_and_is_told_why_they_cannot_be_believed() {
+    let mut guest = Guest::with_history();
+    guest.write(7 * PAGE, PAGE, 9);
+    let diff = guest.save();
+    guest.snapshots.pop();
+    let mut chain = guest.chain();
+    assert!(chain.push_by_holes(&diff).unwrap().is_none());
+    assert!(whole(&chain) == guest.ram);
+
+    let dense = std::fs::read(&diff).unwrap();
+    std::fs::write(guest.path("dense"), &dense).unwrap();
+    let mut chain = guest.chain();
+    let why = chain.push_by_holes(guest.path("dense")).unwrap();
+    assert!(matches!(why, Some(Unclear::NoHoles)), "{why:?}");
+    assert!(whole(&chain) == dense, "zeros for what was clean");
+}
+
+#[test]
+fn of_ram_that_ends_before_the_range_the_rest_counts_as_populated() {
+    let chain = Guest::with_history().chain();
+    let past = chain.populated(0..SIZE + PAGE).last();
+    assert_eq!(past, Some(SIZE..SIZE + PAGE), "a read tells");
+    assert!(chain.populated(0..SIZE).all(|range| !range.is_empty()));
+}
+
+#[test]
 fn a_diff_with_a_hole_dug_into_a_page_is_refused() {
     let mut guest = Guest::with_history();
     guest.write(7 * PAGE, 2 * PAGE, 9);
