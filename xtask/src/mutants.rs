@@ -18,10 +18,30 @@ const TOOL: CargoTool = CargoTool {
     version: "27.1.0",
 };
 
-/// The crates that a lost page would be lost in, each with its test files, those first that take a moment: most mutants are noticed there, and
-/// only those that are not have the next tried.
-const CRATES: [(&str, &[&[&str]]); 4] = [
-    (
+/// A crate that a page would be lost in, or a part of it, and its test files in tiers: those first that notice most mutants and take a moment.
+/// Only mutants that a tier does not notice are tried with the next.
+struct Part {
+    name: &'static str,
+    /// Only what is in these files of its `src`, or with `except` all but that.
+    files: &'static [&'static str],
+    except: bool,
+    tests: &'static [&'static [&'static str]],
+}
+
+const fn whole(name: &'static str, tests: &'static [&'static [&'static str]]) -> Part {
+    Part {
+        name,
+        files: &[],
+        except: true,
+        tests,
+    }
+}
+
+/// Of memory-image, what fills memory as it is touched: other tests are about it.
+const LAZY: &[&str] = &["restore/lazy.rs", "restore/lazy/*.rs", "working_set.rs"];
+
+const PARTS: [Part; 5] = [
+    whole(
         "atomic-file",
         &[
             &["group", "power_loss", "recycling", "replace"],
@@ -29,7 +49,7 @@ const CRATES: [(&str, &[&[&str]]); 4] = [
             &["faults"],
         ],
     ),
-    (
+    whole(
         "dirty-bitmap",
         &[&[
             "epochs",
@@ -41,20 +61,39 @@ const CRATES: [(&str, &[&[&str]]); 4] = [
             "tracking",
         ]],
     ),
-    (
+    whole(
         "memory-writer",
         &[
             &["bad_input", "layouts", "oracle", "process", "snapshots"],
             &["recycling", "resident", "skipping"],
         ],
     ),
-    (
-        "memory-image",
-        &[
-            &["chains", "lazy_kvm", "lazy_ram", "mapped_chain", "sealed"],
-            &["secrets"],
+    Part {
+        name: "memory-image",
+        files: LAZY,
+        except: true,
+        tests: &[
+            &["mapped_chain", "sealed"],
+            &["chains", "lazy_kvm", "lazy_ram", "secrets"],
         ],
-    ),
+    },
+    Part {
+        name: "memory-image",
+        files: LAZY,
+        except: false,
+        tests: &[
+            &["lazy_ram"],
+            &["chains", "lazy_kvm", "mapped_chain", "sealed", "secrets"],
+        ],
+    },
+];
+
+/// The crates, each once.
+const CRATES: [&str; 4] = [
+    "atomic-file",
+    "dirty-bitmap",
+    "memory-writer",
+    "memory-image",
 ];
 
 /// Of a hundred mutants, so many are to be caught.
@@ -75,7 +114,7 @@ pub struct Mutants {
     #[command(flatten)]
     record: Record,
     /// Only these crates, comma-separated
-    #[arg(long, value_delimiter = ',', value_name = "CRATE", value_parser = CRATES.map(|(name, _)| name))]
+    #[arg(long, value_delimiter = ',', value_name = "CRATE", value_parser = CRATES)]
     only: Vec<String>,
     /// The K-th of N parts of the mutants, from 0 on
     #[arg(long, value_name = "K/N", default_value = ALL)]
@@ -134,17 +173,20 @@ impl Mutants {
         let (mut all, mut below) = (Outcomes::default(), Vec::new());
         let wanted =
             |name: &&str| self.only.is_empty() || self.only.iter().any(|only| only == name);
-        let part = match self.shard.as_str() {
+        let shard = match self.shard.as_str() {
             ALL => "all".into(),
             shard => format!("part {shard}"),
         };
-        for (name, tests) in CRATES.into_iter().filter(|(name, _)| wanted(name)) {
-            let outcomes = self.of(sh, &tool, name, tests)?;
+        for name in CRATES.into_iter().filter(wanted) {
+            let mut outcomes = Outcomes::default();
+            for part in PARTS.iter().filter(|part| part.name == name) {
+                outcomes += self.of(sh, &tool, part)?;
+            }
             self.record.conclude(
                 sh,
                 &format!("cargo xtask mutants --only {name}"),
                 &outcomes.line(),
-                &part,
+                &shard,
             )?;
             if outcomes.percent() < GOAL {
                 below.push(name);
@@ -160,18 +202,16 @@ impl Mutants {
         Ok(())
     }
 
-    fn of(
-        &self,
-        sh: &Shell,
-        tool: &Path,
-        name: &str,
-        tests: &[&[&str]],
-    ) -> anyhow::Result<Outcomes> {
+    fn of(&self, sh: &Shell, tool: &Path, part: &Part) -> anyhow::Result<Outcomes> {
+        let Part { name, tests, .. } = part;
         let shard = ["--shard", &self.shard, "--sharding", "round-robin"];
-        let mut mutants = shard.map(str::to_owned).to_vec();
+        let option = if part.except { "--exclude" } else { "--file" };
+        let file = |file| format!("{option}=crates/{name}/src/{file}");
+        let files = part.files.iter().map(file);
+        let mut mutants: Vec<_> = shard.map(str::to_owned).into_iter().chain(files).collect();
         let mut targets = vec!["--lib"];
         let mut all = Outcomes::default();
-        for files in tests {
+        for files in *tests {
             targets.extend(files.iter().flat_map(|file| ["--test", file]));
             let (outcomes, missed) = self.pass(sh, tool, name, &mutants, &targets)?;
             let again = std::mem::take(&mut all.missed);
@@ -247,7 +287,7 @@ mod tests {
     fn all_test_files_are_run() {
         let sh = Shell::new().expect("a shell");
         let crates = concat!(env!("CARGO_MANIFEST_DIR"), "/../crates");
-        for (name, tests) in CRATES {
+        for name in CRATES {
             let files = sh.read_dir(format!("{crates}/{name}/tests"));
             let mut files: Vec<_> = files
                 .expect("tests")
@@ -257,10 +297,12 @@ mod tests {
                 })
                 .filter_map(|file| Some(file.file_stem()?.to_str()?.to_owned()))
                 .collect();
-            let mut run = tests.concat();
             files.sort();
-            run.sort_unstable();
-            assert_eq!(run, files, "{name}");
+            for part in PARTS.iter().filter(|part| part.name == name) {
+                let mut run = part.tests.concat();
+                run.sort_unstable();
+                assert_eq!(run, files, "{name}");
+            }
         }
     }
 
