@@ -320,21 +320,6 @@ fn a_monitor_s_memory_that_is_not_all_in_is_inaccessible_once_nobody_fills_it() 
     }
 }
 
-#[test]
-fn reading_ahead_ends_with_it() {
-    if !Need::Userfaultfd.met("reading_ahead_ends_with_it") {
-        return;
-    }
-    let images = full_and_two_diffs();
-    // The thread may have read all of it before it is told.
-    let mut ends_early = (0..200).map(|_| {
-        let regions = Regions::new(5 * MIB, 11 * MIB);
-        drop(regions.adopt(LazyRam::options(), images.chain()).unwrap());
-        page_at(regions.0[1].0.wrapping_add(11 * MIB as usize - 4096)).is_err()
-    });
-    assert!(ends_early.any(|early| early));
-}
-
 /// As a balloon does with what the guest has no use for.
 #[test]
 fn a_page_that_a_monitor_has_thrown_away_comes_from_the_images_again() {

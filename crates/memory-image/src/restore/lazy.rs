@@ -213,3 +213,26 @@ fn answer_faults(filler: &Filler, closed: &PipeReader) -> Result<(), ImageError>
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use test_machine::Need;
+
+    use super::*;
+    use crate::chain::Chain;
+
+    #[test]
+    fn whoever_reads_ahead_ends_when_told_to_and_does_not_say_that_all_is_in() {
+        if !Need::Userfaultfd.met("whoever_reads_ahead_ends_when_told_to") {
+            return;
+        }
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), vec![1; 4 << 20]).unwrap();
+        let chain = Chain::open(file.path(), 4096).unwrap();
+        let ram = LazyRam::options().prefetch(false).start(chain).unwrap();
+        ram.filler.stop.store(true, Ordering::Relaxed);
+        ram.wait().unwrap();
+        assert_eq!(ram.progress().loaded, 0);
+        assert!(!ram.filler.released.load(Ordering::Acquire));
+    }
+}
