@@ -2,20 +2,17 @@
 
 mod support;
 
-use std::fs::File;
 use std::io;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::sync::mpsc;
 use std::time::Duration;
 
 use dirty_bitmap::DirtyBitmap;
-use memory_writer::{CancelToken, Durability, Layout, MemoryWriter, Seal, SnapshotError};
+use memory_writer::{CancelToken, Durability, MemoryWriter, SnapshotError};
 use page_reader::{HostMemory, PageReader};
 use rstest::rstest;
 use support::{Place, Until, pattern};
 use test_machine::tracked::Memory;
-#[cfg(target_os = "linux")]
-use test_machine::{LoopFs, LoopMount, Need};
 
 const SIZE: u64 = 4 << 20;
 const PAGE: u64 = 16384;
@@ -302,44 +299,6 @@ fn of_a_diff_progress_counts_the_dirty_pages() {
     assert_eq!(seen.last().unwrap().bytes_done, 3 * PAGE);
 }
 
-/// Btrfs has it; the others here say that they don't, and are written to as ever.
-#[cfg(target_os = "linux")]
-#[rstest]
-#[case::shared(Need::Btrfs, LoopFs::Btrfs, true)]
-#[case::not_here(Need::Ext4, LoopFs::Ext4, false)]
-fn a_full_snapshot_may_share_the_blocks_of_an_image(
-    #[case] need: Need,
-    #[case] fs: LoopFs,
-    #[case] shared: bool,
-) {
-    if !need.met("a_full_snapshot_may_share_the_blocks_of_an_image") {
-        return;
-    }
-    let mount = LoopMount::new(fs).unwrap();
-    let place = Place::on(mount.path());
-    let (base, mut after) = (ram(1), ram(1));
-    std::fs::write(&place.dest, &base).unwrap();
-    after[7 * PAGE as usize] ^= 1;
-    let dirty = bitmap(PAGE);
-    dirty.set_dirty(START + 7 * PAGE).unwrap();
-
-    let image = File::open(&place.dest).unwrap();
-    let mut writer = MemoryWriter::open(&place.dest, SIZE, PAGE).unwrap();
-    assert_eq!(writer.share_full(&image).unwrap(), shared);
-    if !shared {
-        writer.write_full(&base).unwrap();
-    }
-    writer.write_diff(&after, &dirty).unwrap();
-    writer.commit().unwrap();
-    assert!(place.read() == after);
-    let sealed = MemoryWriter::options().layout(Layout::Sealed(Seal::new()));
-    let mut writer = sealed.open(&place.dest, SIZE, PAGE).unwrap();
-    assert!(
-        !writer.share_full(&image).unwrap(),
-        "it has a footer to fill in"
-    );
-}
-
 #[test]
 fn pages_marked_during_the_write_never_make_more_done_than_there_is_in_all() {
     let (place, dirty) = (Place::new(), std::sync::Arc::new(bitmap(PAGE)));
@@ -441,4 +400,51 @@ fn two_writers_at_once_both_end_whole_and_the_last_commit_wins() {
     first.commit().unwrap();
     assert!(place.read() == ram(1));
     place.assert_nothing_else();
+}
+
+#[cfg(target_os = "linux")]
+mod sharing {
+    use std::fs::File;
+
+    use memory_writer::{Layout, Seal};
+    use test_machine::{LoopFs, LoopMount, Need};
+
+    use super::*;
+
+    /// Btrfs has it; the others here say that they don't, and are written to as ever.
+    #[rstest]
+    #[case::shared(Need::Btrfs, LoopFs::Btrfs, true)]
+    #[case::not_here(Need::Ext4, LoopFs::Ext4, false)]
+    fn a_full_snapshot_may_share_the_blocks_of_an_image(
+        #[case] need: Need,
+        #[case] fs: LoopFs,
+        #[case] shared: bool,
+    ) {
+        if !need.met("a_full_snapshot_may_share_the_blocks_of_an_image") {
+            return;
+        }
+        let mount = LoopMount::new(fs).unwrap();
+        let place = Place::on(mount.path());
+        let (base, mut after) = (ram(1), ram(1));
+        std::fs::write(&place.dest, &base).unwrap();
+        after[7 * PAGE as usize] ^= 1;
+        let dirty = bitmap(PAGE);
+        dirty.set_dirty(START + 7 * PAGE).unwrap();
+
+        let image = File::open(&place.dest).unwrap();
+        let mut writer = MemoryWriter::open(&place.dest, SIZE, PAGE).unwrap();
+        assert_eq!(writer.share_full(&image).unwrap(), shared);
+        if !shared {
+            writer.write_full(&base).unwrap();
+        }
+        writer.write_diff(&after, &dirty).unwrap();
+        writer.commit().unwrap();
+        assert!(place.read() == after);
+        let sealed = MemoryWriter::options().layout(Layout::Sealed(Seal::new()));
+        let mut writer = sealed.open(&place.dest, SIZE, PAGE).unwrap();
+        assert!(
+            !writer.share_full(&image).unwrap(),
+            "it has a footer to fill in"
+        );
+    }
 }
