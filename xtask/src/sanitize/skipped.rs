@@ -25,6 +25,12 @@ pub const SKIPPED: &[Skipped] = &[
     },
     Skipped {
         sanitizer: None,
+        of: "memory-image",
+        test: "no_buffer_keeps_what_was_saved_or_brought_back",
+        why: "it looks through all memory of the process, of which a sanitizer has terabytes",
+    },
+    Skipped {
+        sanitizer: None,
         of: "sparse-file",
         test: "Fs__Ext4",
         why: KERNELS,
