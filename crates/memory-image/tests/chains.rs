@@ -5,7 +5,7 @@ use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use dirty_bitmap::DirtyBitmap;
-use memory_image::{Chain, HostRam, ImageError, MappedImage, RamTarget, Unclear};
+use memory_image::{Chain, HostRam, ImageError, Link, MappedImage, RamTarget, Unclear};
 use memory_writer::{CancelToken, Durability, MemoryWriter, SnapshotError};
 use page_reader::PageReader;
 use proptest::prelude::*;
@@ -416,6 +416,26 @@ fn a_diff_whose_holes_were_filled_by_a_copy_is_refused_unless_its_pages_are_give
         .push_pages(guest.path("dense"), [7 * PAGE..8 * PAGE])
         .unwrap();
     assert!(whole(&chain) == guest.ram);
+}
+
+#[test]
+fn an_image_is_in_a_chain_once_raw_or_not() {
+    let guest = Guest::with_history();
+    let mut chain = guest.chain();
+    for path in &guest.snapshots {
+        let error = chain.push(path).unwrap_err();
+        assert!(
+            matches!(
+                error,
+                ImageError::Link {
+                    why: Link::Repeated,
+                    ..
+                }
+            ),
+            "{error:?}"
+        );
+    }
+    assert_eq!(chain.len(), 4);
 }
 
 #[test]
