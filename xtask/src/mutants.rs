@@ -18,19 +18,17 @@ const TOOL: CargoTool = CargoTool {
     version: "27.1.0",
 };
 
-/// A crate that a page would be lost in, or a part of it, and its test files in tiers: those first that notice most mutants and take a moment.
-/// Only mutants that a tier does not notice are tried with the next.
+/// What of a crate is tried with the same test files, in tiers: those first that notice most mutants and take a moment. Only mutants that a tier
+/// does not notice are tried with the next.
 struct Part {
-    name: &'static str,
     /// Only what is in these files of its `src`, or with `except` all but that.
     files: &'static [&'static str],
     except: bool,
     tests: &'static [&'static [&'static str]],
 }
 
-const fn whole(name: &'static str, tests: &'static [&'static [&'static str]]) -> Part {
+const fn whole(tests: &'static [&'static [&'static str]]) -> Part {
     Part {
-        name,
         files: &[],
         except: true,
         tests,
@@ -40,18 +38,19 @@ const fn whole(name: &'static str, tests: &'static [&'static [&'static str]]) ->
 /// Of memory-image, what fills memory as it is touched: other tests are about it.
 const LAZY: &[&str] = &["restore/lazy.rs", "restore/lazy/*.rs", "working_set.rs"];
 
-const PARTS: [Part; 5] = [
-    whole(
+/// The crates that a lost page would be lost in, and their parts.
+const CRATES: [(&str, &[Part]); 4] = [
+    (
         "atomic-file",
-        &[
+        &[whole(&[
             &["group", "power_loss", "recycling", "replace"],
             &["hostile", "leftovers"],
             &["faults"],
-        ],
+        ])],
     ),
-    whole(
+    (
         "dirty-bitmap",
-        &[&[
+        &[whole(&[&[
             "epochs",
             "loom",
             "loom_tracker",
@@ -59,41 +58,36 @@ const PARTS: [Part; 5] = [
             "oracle",
             "rebuild",
             "tracking",
-        ]],
+        ]])],
     ),
-    whole(
+    (
         "memory-writer",
-        &[
+        &[whole(&[
             &["bad_input", "layouts", "oracle", "process", "snapshots"],
             &["recycling", "resident", "skipping"],
+        ])],
+    ),
+    (
+        "memory-image",
+        &[
+            Part {
+                files: LAZY,
+                except: true,
+                tests: &[
+                    &["mapped_chain", "sealed"],
+                    &["chains", "lazy_kvm", "lazy_ram", "secrets"],
+                ],
+            },
+            Part {
+                files: LAZY,
+                except: false,
+                tests: &[
+                    &["lazy_ram"],
+                    &["chains", "lazy_kvm", "mapped_chain", "sealed", "secrets"],
+                ],
+            },
         ],
     ),
-    Part {
-        name: "memory-image",
-        files: LAZY,
-        except: true,
-        tests: &[
-            &["mapped_chain", "sealed"],
-            &["chains", "lazy_kvm", "lazy_ram", "secrets"],
-        ],
-    },
-    Part {
-        name: "memory-image",
-        files: LAZY,
-        except: false,
-        tests: &[
-            &["lazy_ram"],
-            &["chains", "lazy_kvm", "mapped_chain", "sealed", "secrets"],
-        ],
-    },
-];
-
-/// The crates, each once.
-const CRATES: [&str; 4] = [
-    "atomic-file",
-    "dirty-bitmap",
-    "memory-writer",
-    "memory-image",
 ];
 
 /// Of a hundred mutants, so many are to be caught.
@@ -114,7 +108,7 @@ pub struct Mutants {
     #[command(flatten)]
     record: Record,
     /// Only these crates, comma-separated
-    #[arg(long, value_delimiter = ',', value_name = "CRATE", value_parser = CRATES)]
+    #[arg(long, value_delimiter = ',', value_name = "CRATE", value_parser = CRATES.map(|(name, _)| name))]
     only: Vec<String>,
     /// The K-th of N parts of the mutants, from 0 on
     #[arg(long, value_name = "K/N", default_value = ALL)]
@@ -177,10 +171,10 @@ impl Mutants {
             ALL => "all".into(),
             shard => format!("part {shard}"),
         };
-        for name in CRATES.into_iter().filter(wanted) {
+        for (name, parts) in CRATES.into_iter().filter(|(name, _)| wanted(name)) {
             let mut outcomes = Outcomes::default();
-            for part in PARTS.iter().filter(|part| part.name == name) {
-                outcomes += self.of(sh, &tool, part)?;
+            for part in parts {
+                outcomes += self.of(sh, &tool, name, part)?;
             }
             self.record.conclude(
                 sh,
@@ -202,8 +196,7 @@ impl Mutants {
         Ok(())
     }
 
-    fn of(&self, sh: &Shell, tool: &Path, part: &Part) -> anyhow::Result<Outcomes> {
-        let Part { name, tests, .. } = part;
+    fn of(&self, sh: &Shell, tool: &Path, name: &str, part: &Part) -> anyhow::Result<Outcomes> {
         let shard = ["--shard", &self.shard, "--sharding", "round-robin"];
         let option = if part.except { "--exclude" } else { "--file" };
         let file = |file| format!("{option}=crates/{name}/src/{file}");
@@ -211,7 +204,7 @@ impl Mutants {
         let mut mutants: Vec<_> = shard.map(str::to_owned).into_iter().chain(files).collect();
         let mut targets = vec!["--lib"];
         let mut all = Outcomes::default();
-        for files in *tests {
+        for files in part.tests {
             targets.extend(files.iter().flat_map(|file| ["--test", file]));
             let (outcomes, missed) = self.pass(sh, tool, name, &mutants, &targets)?;
             let again = std::mem::take(&mut all.missed);
@@ -287,7 +280,7 @@ mod tests {
     fn all_test_files_are_run() {
         let sh = Shell::new().expect("a shell");
         let crates = concat!(env!("CARGO_MANIFEST_DIR"), "/../crates");
-        for name in CRATES {
+        for (name, parts) in CRATES {
             let files = sh.read_dir(format!("{crates}/{name}/tests"));
             let mut files: Vec<_> = files
                 .expect("tests")
@@ -298,7 +291,7 @@ mod tests {
                 .filter_map(|file| Some(file.file_stem()?.to_str()?.to_owned()))
                 .collect();
             files.sort();
-            for part in PARTS.iter().filter(|part| part.name == name) {
+            for part in parts {
                 let mut run = part.tests.concat();
                 run.sort_unstable();
                 assert_eq!(run, files, "{name}");

@@ -82,6 +82,15 @@ impl Guest {
         guest.save();
         guest
     }
+
+    /// With history, and one diff more of `pages` pages from page 7 on, which is not in the chain.
+    fn with_a_diff_to_come(pages: u64) -> (Self, PathBuf) {
+        let mut guest = Self::with_history();
+        guest.write(7 * PAGE, pages * PAGE, 9);
+        let diff = guest.save();
+        guest.snapshots.pop();
+        (guest, diff)
+    }
 }
 
 fn whole(reader: &impl PageReader) -> Vec<u8> {
@@ -402,10 +411,7 @@ fn unclear(error: ImageError) -> Unclear {
 
 #[test]
 fn a_diff_whose_holes_were_filled_by_a_copy_is_refused_unless_its_pages_are_given() {
-    let mut guest = Guest::with_history();
-    guest.write(7 * PAGE, PAGE, 9);
-    let diff = guest.save();
-    guest.snapshots.pop();
+    let (guest, diff) = Guest::with_a_diff_to_come(1);
     std::fs::write(guest.path("dense"), std::fs::read(&diff).unwrap()).unwrap();
     let mut chain = guest.chain();
     assert!(matches!(
@@ -419,7 +425,7 @@ fn a_diff_whose_holes_were_filled_by_a_copy_is_refused_unless_its_pages_are_give
 }
 
 #[test]
-fn an_image_is_in_a_chain_once_raw_or_not() {
+fn a_raw_image_is_in_a_chain_once() {
     let guest = Guest::with_history();
     let mut chain = guest.chain();
     for path in &guest.snapshots {
@@ -440,10 +446,7 @@ fn an_image_is_in_a_chain_once_raw_or_not() {
 
 #[test]
 fn who_insists_gets_a_diff_by_its_holes_and_is_told_why_they_cannot_be_believed() {
-    let mut guest = Guest::with_history();
-    guest.write(7 * PAGE, PAGE, 9);
-    let diff = guest.save();
-    guest.snapshots.pop();
+    let (guest, diff) = Guest::with_a_diff_to_come(1);
     let mut chain = guest.chain();
     assert!(chain.push_by_holes(&diff).unwrap().is_none());
     assert!(whole(&chain) == guest.ram);
@@ -466,10 +469,7 @@ fn of_ram_that_ends_before_the_range_the_rest_counts_as_populated() {
 
 #[test]
 fn a_diff_with_a_hole_dug_into_a_page_is_refused() {
-    let mut guest = Guest::with_history();
-    guest.write(7 * PAGE, 2 * PAGE, 9);
-    let diff = guest.save();
-    guest.snapshots.pop();
+    let (guest, diff) = Guest::with_a_diff_to_come(2);
     let file = std::fs::File::options().write(true).open(&diff).unwrap();
     sparse_file::punch_hole(&file, 7 * PAGE + 4096..8 * PAGE).unwrap();
     let why = unclear(guest.chain().push(&diff).unwrap_err());

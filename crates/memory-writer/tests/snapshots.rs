@@ -8,7 +8,7 @@ use std::sync::mpsc;
 use std::time::Duration;
 
 use dirty_bitmap::DirtyBitmap;
-use memory_writer::{CancelToken, Durability, MemoryWriter, SnapshotError};
+use memory_writer::{CancelToken, Durability, MemoryWriter, Progress, SnapshotError};
 use page_reader::{HostMemory, PageReader};
 use rstest::rstest;
 use support::{Place, Until, pattern};
@@ -250,15 +250,20 @@ fn no_clobber_and_a_staging_directory_are_passed_on() {
     assert_eq!(writer.temp_path().parent().unwrap(), staging);
 }
 
+fn telling_progress(place: &Place) -> (MemoryWriter, mpsc::Receiver<Progress>) {
+    let (send, receive) = mpsc::channel();
+    let writer = MemoryWriter::options()
+        .progress(move |progress| send.send(progress).unwrap())
+        .open(&place.dest, SIZE, PAGE)
+        .unwrap();
+    (writer, receive)
+}
+
 #[test]
 fn progress_counts_bytes_and_pages_up_to_the_total() {
     let (place, dirty) = (Place::new(), bitmap(4096));
     dirty.set_range(START, 2 << 20).unwrap();
-    let (send, receive) = mpsc::channel();
-    let mut writer = MemoryWriter::options()
-        .progress(move |progress| send.send(progress).unwrap())
-        .open(&place.dest, SIZE, PAGE)
-        .unwrap();
+    let (mut writer, receive) = telling_progress(&place);
     writer.write_diff(&ram(1), &dirty).unwrap();
     let seen: Vec<_> = receive.try_iter().collect();
     assert!(seen.is_sorted_by(|a, b| a.bytes_done < b.bytes_done) && seen.len() >= 3);
@@ -288,11 +293,7 @@ fn of_a_diff_progress_counts_the_dirty_pages() {
     let (place, dirty) = (Place::new(), bitmap(PAGE));
     dirty.set_range(START + 3 * PAGE, 2 * PAGE).unwrap();
     dirty.set_dirty(START + 100 * PAGE).unwrap();
-    let (send, receive) = mpsc::channel();
-    let mut writer = MemoryWriter::options()
-        .progress(move |progress| send.send(progress).unwrap())
-        .open(&place.dest, SIZE, PAGE)
-        .unwrap();
+    let (mut writer, receive) = telling_progress(&place);
     writer.write_diff(&ram(1), &dirty).unwrap();
     let seen: Vec<_> = receive.try_iter().collect();
     assert!(seen.iter().all(|progress| progress.bytes_total == 3 * PAGE));
