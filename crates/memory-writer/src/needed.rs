@@ -172,14 +172,14 @@ struct Window {
 }
 
 impl Window {
-    /// Bytes that can't be read are not zero: writing them will tell why. Reads no further than `last`. Ranges come in ascending order.
+    /// Bytes that can't be read are not zero: writing them will tell why. Reads no further than `last`.
     fn is_zero<R: PageReader + ?Sized>(
         &mut self,
         reader: &R,
         range: Range<u64>,
         last: u64,
     ) -> bool {
-        if self.range.end < range.end {
+        if range.start < self.range.start || self.range.end < range.end {
             let len = (last - range.start).min(WINDOW.max(range.end - range.start));
             self.range = 0..0;
             if reader

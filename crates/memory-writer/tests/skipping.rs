@@ -233,6 +233,18 @@ fn only_what_may_be_populated_is_read(
     assert!(place.read() == ram);
 }
 
+/// Against its contract: what was read ahead is of other bytes.
+#[test]
+fn a_reader_whose_ranges_go_back_does_no_harm() {
+    let place = Place::new();
+    let data = 512 * KIB..512 * KIB + PAGE;
+    let ram = sparse(std::slice::from_ref(&data));
+    let zeros = [1 << 20, 2 << 20].map(|at| at..at + 64 * KIB);
+    let ranges = [&zeros[..], &[0..PAGE, data]].concat();
+    dump(skipping(), &place.dest, &Knows(&ram, ranges), PAGE);
+    assert!(place.read() == ram);
+}
+
 #[rstest]
 #[case::zeros_at_the_end(&[0..64 * KIB])]
 #[case::zeros_first(&[SIZE - 64 * KIB..SIZE])]
