@@ -252,7 +252,7 @@ fn a_restore_to_zeroed_memory_writes_only_what_is_stored() {
 
 #[test]
 fn a_guest_of_two_regions_is_restored_in_place() {
-    let guest = Guest::with_history();
+    let mut guest = Guest::with_history();
     let split = 5 * 4096 + 1;
     let mut ram = vec![0xee_u8; SIZE as usize];
     let (low, high) = ram.split_at_mut(split);
@@ -266,6 +266,9 @@ fn a_guest_of_two_regions_is_restored_in_place() {
     };
     assert_eq!(target.size(), SIZE);
     guest.chain().restore(&mut target).unwrap();
+    // In the second alone.
+    target.write_at(9 * PAGE, &[7; 3]).unwrap();
+    guest.write(9 * PAGE, 3, 7);
     assert!(target.write_at(SIZE - 1, &[0, 0]).is_err());
     assert!(ram[..SIZE as usize - 1] == guest.ram[..SIZE as usize - 1]);
 }

@@ -139,6 +139,35 @@ fn a_chain_reads_and_restores_as_the_ram_at_its_last_snapshot(#[case] make: Make
         let found = verify(path).unwrap();
         assert!(found.is_whole() && found.bytes > 0, "{path:?}: {found:?}");
     }
+    let full = verify(&guest.snapshots[0]).unwrap();
+    assert_eq!((full.chunks, full.bytes), (2, 385 * PAGE));
+    assert!(chain.images().all(|image| image.ram_size() == SIZE));
+}
+
+#[rstest]
+#[case::sealed(Layout::Sealed)]
+#[case::packed(Layout::Packed)]
+fn pages_that_were_dirty_together_may_be_zeros_in_part(#[case] make: Make) {
+    let mut guest = Guest::with_history(make);
+    guest.write(10 * PAGE, 3 * PAGE, 6);
+    guest.write(12 * PAGE, PAGE, 0);
+    guest.save(make);
+    let chain = guest.chain();
+    assert!(whole(&chain) == guest.ram);
+    assert_starts_as(&chain, &guest.ram);
+}
+
+#[rstest]
+#[case::sealed(Layout::Sealed)]
+#[case::packed(Layout::Packed)]
+fn a_full_image_may_have_zeros_between_its_pages(#[case] make: Make) {
+    let mut guest = Guest::new();
+    guest.write(PAGE, 4 * PAGE, 1);
+    guest.write(9 * PAGE, 3 * PAGE, 2);
+    guest.save(make);
+    let chain = guest.chain();
+    assert!(whole(&chain) == guest.ram);
+    assert_starts_as(&chain, &guest.ram);
 }
 
 #[test]
@@ -240,7 +269,12 @@ fn a_merged_chain_is_the_same_state_and_takes_the_next_diff(#[case] make: Make) 
     let mut guest = Guest::with_history(Layout::Packed);
     let chain = guest.chain();
     let merged = guest.path("merged");
-    chain.merge(options(make(chain.seal())), &merged).unwrap();
+    let bytes = chain.merge(options(make(chain.seal())), &merged).unwrap();
+    assert_eq!(
+        bytes,
+        386 * PAGE,
+        "pages 0 to 384, as a zero page alone is stored, and 767"
+    );
     guest.write(8 * PAGE, 10, 7);
     let next = guest.save(Layout::Packed);
     let mut whole_chain = Chain::open(&merged, PAGE).unwrap();
@@ -274,7 +308,8 @@ fn diffs_merge_to_one_diff_that_stands_for_all(#[case] make: Make) {
     let diffs = Chain::open_sealed(&guest.snapshots[1..]).unwrap();
     assert!(!diffs.is_full());
     let merged = guest.path("merged");
-    diffs.merge(options(make(diffs.seal())), &merged).unwrap();
+    let bytes = diffs.merge(options(make(diffs.seal())), &merged).unwrap();
+    assert_eq!(bytes, 7 * PAGE);
     let footer = Image::open_sealed(&merged)
         .unwrap()
         .footer()
@@ -498,6 +533,7 @@ fn damage_is_named_by_chunk_and_offset() {
         panic!("{found:?}");
     };
     assert_eq!(*range, 1 << 20..2 << 20);
+    assert_eq!(Some(found.damages[0].offset()), run.stored_at(1 << 20));
 
     let sealed = Guest::with_history(Layout::Sealed);
     let path = &sealed.snapshots[1];
@@ -510,6 +546,7 @@ fn damage_is_named_by_chunk_and_offset() {
             offset: 100 * PAGE + 77
         }]
     );
+    assert_eq!(found.damages[0].offset(), 100 * PAGE + 77);
 }
 
 #[test]
