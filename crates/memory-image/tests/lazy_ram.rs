@@ -400,6 +400,8 @@ fn what_was_recorded_and_read_first_does_not_fault_again() {
     };
     let ram = LazyRam::options()
         .record(true)
+        // Not while recording.
+        .fault_around(1 << 20)
         .start(Arc::clone(&chain))
         .unwrap();
     assert_eq!(touch(&ram), 7);
