@@ -213,7 +213,7 @@ fn fuzzing(sh: &Shell, install: Install) -> anyhow::Result<()> {
         println!("NOT RUN: fuzzing is for Linux on x86-64");
         return Ok(());
     }
-    Fuzz::smoke(install, Duration::from_secs(10)).run(sh)
+    Fuzz::smoke(install, Duration::from_secs(5)).run(sh)
 }
 
 /// The best guest that this machine has, small and, larger, on both sides of the MMIO gap; then the guests for machines that
