@@ -56,15 +56,21 @@ struct State {
     kind: Kind,
     /// What survived the last cut, written by the next guest to a copy.
     image: Disk,
-    /// The last commit that was acknowledged, if any was since the file system was made.
-    acknowledged: Option<u32>,
+    said: Said,
     /// Whether the next guest is to make the file system anew, as the last one did not come back from looking at it.
     anew: bool,
+    flushed: usize,
+    dropped: usize,
+}
+
+/// What the guests said of one disk.
+#[derive(Clone, Debug, Default)]
+struct Said {
+    /// The last commit that was acknowledged, if any was since the file system was made.
+    acknowledged: Option<u32>,
     commits: u64,
     /// Of the cuts by which kind of disk.
     after: BTreeMap<Cache, Tally>,
-    flushed: usize,
-    dropped: usize,
 }
 
 /// What the disk does with writes that no flush has followed when the power goes.
@@ -102,6 +108,11 @@ impl Tally {
     }
 }
 
+/// A guest of which nothing more was heard before every disk had a commit; the last lines of its console.
+#[derive(Debug, thiserror::Error)]
+#[error("the guest fell silent; its console's last lines: {0}")]
+struct Silent(String);
+
 /// Cuts the power `cuts` times; a finding for each of `kinds`.
 pub struct PowerLoss<'a> {
     pub kit: &'a Kit,
@@ -125,10 +136,8 @@ impl PowerLoss<'_> {
             states.push(State {
                 kind,
                 image: Disk::new(path, size, self.keep)?,
-                acknowledged: None,
+                said: Said::default(),
                 anew: true,
-                commits: 0,
-                after: BTreeMap::new(),
                 flushed: 0,
                 dropped: 0,
             });
@@ -139,7 +148,7 @@ impl PowerLoss<'_> {
             bar.set_message(format!("cut {round} of {}", self.cuts));
             let delay = Duration::from_millis(random.below(500));
             // The guest after the last cut only looks.
-            self.round(&mut states, round, delay)
+            self.round_or_once_more(&mut states, round, delay)
                 .with_context(|| format!("cut {round}"))?;
             bar.inc(1);
         }
@@ -161,6 +170,28 @@ impl PowerLoss<'_> {
     fn path(&self, kind: Kind, what: &str) -> PathBuf {
         let name = format!("power-{}-{what}.img", kind.name());
         self.kit.run_dir().join(name)
+    }
+
+    /// A driver under development may have all of its guest stand still, which says nothing of the others. They had copies of the disks: the
+    /// next guest looks at the same.
+    fn round_or_once_more(
+        &self,
+        states: &mut [State],
+        round: u32,
+        delay: Duration,
+    ) -> anyhow::Result<()> {
+        let said: Vec<_> = states.iter().map(|state| state.said.clone()).collect();
+        match self.round(states, round, delay) {
+            Err(error) if error.is::<Silent>() => {
+                self.interrupt.check()?;
+                eprintln!("{error:#}: it is begun once more");
+                for (state, said) in states.iter_mut().zip(said) {
+                    state.said = said;
+                }
+                self.round(states, round, delay)
+            }
+            result => result,
+        }
     }
 
     /// One guest, from its boot to its death `delay` after every disk has had a commit.
@@ -208,7 +239,7 @@ impl PowerLoss<'_> {
                 Err(_) if cut_at.is_some_and(|at| Instant::now() >= at) => break,
                 Err(error) => {
                     let tail = guest::console_tail(self.kit, "power");
-                    return Err(error.context(format!("the console's last lines: {tail}")));
+                    return Err(error.context(Silent(tail)));
                 }
             };
             let Some(line) = line else {
@@ -247,7 +278,7 @@ impl PowerLoss<'_> {
         for state in states.iter_mut() {
             state.anew = waiting.contains(&state.kind);
             if !looked.contains(&state.kind) {
-                let tally = state.after.entry(cache_before).or_default();
+                let tally = state.said.after.entry(cache_before).or_default();
                 let what = "the driver does not come back from mounting it".into();
                 *tally.lost.entry(what).or_default() += 1;
             }
@@ -263,12 +294,12 @@ impl PowerLoss<'_> {
     fn finding(&self, state: &State, milliseconds: u64) -> Finding {
         let expected =
             "the destination is whole, old or new, and every acknowledged commit is there";
-        let mut seen = format!("{} cuts in {} commits", self.cuts, state.commits);
+        let mut seen = format!("{} cuts in {} commits", self.cuts, state.said.commits);
         if state.flushed == 0 {
             seen += "; the driver never flushes the disk";
         }
         let mut lost = 0;
-        for (cache, tally) in &state.after {
+        for (cache, tally) in &state.said.after {
             seen += &match cache {
                 Cache::Volatile => format!("; {} unflushed writes lost or torn", state.dropped),
                 Cache::None => "; all writes kept".into(),
@@ -285,6 +316,7 @@ impl PowerLoss<'_> {
             lost += tally.lost();
         }
         let cuts: u32 = state
+            .said
             .after
             .values()
             .map(|tally| tally.old + tally.new)
@@ -310,9 +342,9 @@ impl PowerLoss<'_> {
 fn take(states: &mut [State], line: Line, cache: Cache) -> anyhow::Result<Option<Kind>> {
     match line {
         Line::Recovered(name, stamp, text) => {
-            let state = of(states, &name)?;
-            let tally = state.after.entry(cache).or_default();
-            match (state.acknowledged, stamp) {
+            let said = &mut of(states, &name)?.said;
+            let tally = said.after.entry(cache).or_default();
+            match (said.acknowledged, stamp) {
                 (Some(last), Some(stamp)) if stamp == last => tally.old += 1,
                 (Some(last), Some(stamp)) if stamp == last + 1 => tally.new += 1,
                 (last, _) => {
@@ -324,13 +356,13 @@ fn take(states: &mut [State], line: Line, cache: Cache) -> anyhow::Result<Option
                     *tally.lost.entry(what).or_default() += 1;
                 }
             }
-            state.acknowledged = stamp;
+            said.acknowledged = stamp;
         }
-        Line::Remade(name) => of(states, &name)?.acknowledged = None,
+        Line::Remade(name) => of(states, &name)?.said.acknowledged = None,
         Line::Committed(name, stamp) => {
             let state = of(states, &name)?;
-            state.acknowledged = Some(stamp);
-            state.commits += 1;
+            state.said.acknowledged = Some(stamp);
+            state.said.commits += 1;
             return Ok(Some(state.kind));
         }
         Line::Failed(why) => bail!("{why}"),
