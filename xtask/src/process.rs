@@ -7,7 +7,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, bail};
+use anyhow::Context;
 use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
 
@@ -19,6 +19,11 @@ pub struct Process {
     lines: Receiver<io::Result<String>>,
     interrupt: Interrupt,
 }
+
+/// A process said nothing for so many seconds.
+#[derive(Debug, thiserror::Error)]
+#[error("nothing heard for {0} s")]
+pub struct Silence(u64);
 
 /// How often a wait looks whether it was interrupted.
 const LOOK: Duration = Duration::from_millis(100);
@@ -50,7 +55,8 @@ impl Process {
         })
     }
 
-    /// The next line with its end, which the last may lack; `None` once the process has closed its output.
+    /// The next line with its end, which the last may lack; `None` once the process has closed its output. The error is [`Silence`] where
+    /// none came within that time.
     pub fn next(&self, within: Duration) -> anyhow::Result<Option<String>> {
         let deadline = Instant::now() + within;
         loop {
@@ -60,7 +66,7 @@ impl Process {
                 Ok(line) => return Ok(Some(line?)),
                 Err(RecvTimeoutError::Disconnected) => return Ok(None),
                 Err(RecvTimeoutError::Timeout) if left.is_zero() => {
-                    bail!("nothing heard for {} s", within.as_secs())
+                    return Err(Silence(within.as_secs()).into());
                 }
                 Err(RecvTimeoutError::Timeout) => {}
             }
@@ -107,6 +113,7 @@ mod tests {
             .next(Duration::from_millis(50))
             .expect_err("no line");
         assert!(error.to_string().contains("nothing heard"), "{error}");
+        assert!(error.context("whose it is").is::<Silence>());
     }
 
     #[test]
@@ -128,6 +135,7 @@ mod tests {
             .next(Duration::from_secs(300))
             .expect_err("interrupted");
         assert_eq!(error.to_string(), "interrupted");
+        assert!(!error.is::<Silence>());
     }
 
     #[test]

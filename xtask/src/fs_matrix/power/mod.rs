@@ -20,6 +20,7 @@ use super::guest::{self, Disk, Kit};
 use super::kind::Kind;
 use crate::interrupt::Interrupt;
 use crate::linux_guest::escaped;
+use crate::process::Silence;
 use crate::write_log::Random;
 
 /// The check's name.
@@ -108,11 +109,6 @@ impl Tally {
     }
 }
 
-/// A guest of which nothing more was heard before every disk had a commit; the last lines of its console.
-#[derive(Debug, thiserror::Error)]
-#[error("the guest fell silent; its console's last lines: {0}")]
-struct Silent(String);
-
 /// Cuts the power `cuts` times; a finding for each of `kinds`.
 pub struct PowerLoss<'a> {
     pub kit: &'a Kit,
@@ -148,7 +144,7 @@ impl PowerLoss<'_> {
             bar.set_message(format!("cut {round} of {}", self.cuts));
             let delay = Duration::from_millis(random.below(500));
             // The guest after the last cut only looks.
-            self.round_or_once_more(&mut states, round, delay)
+            self.round_or_once_more(&mut states, round, delay, bar)
                 .with_context(|| format!("cut {round}"))?;
             bar.inc(1);
         }
@@ -179,12 +175,14 @@ impl PowerLoss<'_> {
         states: &mut [State],
         round: u32,
         delay: Duration,
+        bar: &ProgressBar,
     ) -> anyhow::Result<()> {
         let said: Vec<_> = states.iter().map(|state| state.said.clone()).collect();
         match self.round(states, round, delay) {
-            Err(error) if error.is::<Silent>() => {
-                self.interrupt.check()?;
-                eprintln!("{error:#}: it is begun once more");
+            Err(error) if error.is::<Silence>() => {
+                bar.suspend(|| {
+                    eprintln!("power: the guest fell silent, and is begun once more: {error:#}");
+                });
                 for (state, said) in states.iter_mut().zip(said) {
                     state.said = said;
                 }
@@ -239,7 +237,7 @@ impl PowerLoss<'_> {
                 Err(_) if cut_at.is_some_and(|at| Instant::now() >= at) => break,
                 Err(error) => {
                     let tail = guest::console_tail(self.kit, "power");
-                    return Err(error.context(Silent(tail)));
+                    return Err(error.context(format!("the console's last lines: {tail}")));
                 }
             };
             let Some(line) = line else {

@@ -324,17 +324,6 @@ mod tests {
 
     use super::*;
 
-    /// Fills a range as the kernel gives these answers, and returns what it was asked for.
-    fn asked(answers: &[(nix::Result<i32>, i64)]) -> (nix::Result<()>, Vec<(u64, u64)>) {
-        let fault = Userfaultfd::open(4096).unwrap();
-        let mut asked = Vec::new();
-        let filled = fault.fill(1 << 20, 4 * 4096, |at, len| {
-            asked.push((at - (1 << 20), len));
-            answers[asked.len() - 1]
-        });
-        (filled, asked)
-    }
-
     #[test]
     fn a_fill_goes_on_after_the_part_that_was_done_and_where_none_was_asks_again() {
         if !Need::Userfaultfd
@@ -343,12 +332,19 @@ mod tests {
             return;
         }
         let again = Errno::EAGAIN;
-        let (filled, asked) = asked(&[
+        let answers = [
             (Err(again), 4096),
             (Err(again), -i64::from(again as i32)),
             (Err(again), 0),
             (Ok(0), 3 * 4096),
-        ]);
+        ];
+        let start = 1 << 20;
+        let mut asked = Vec::new();
+        let fault = Userfaultfd::open(4096).unwrap();
+        let filled = fault.fill(start, 4 * 4096, |at, len| {
+            asked.push((at - start, len));
+            answers[asked.len() - 1]
+        });
         assert_eq!(filled, Ok(()));
         let rest = (4096, 3 * 4096);
         assert_eq!(asked, [(0, 4 * 4096), rest, rest, rest]);
