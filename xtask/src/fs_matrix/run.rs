@@ -6,7 +6,7 @@ use std::process::{Command, Stdio};
 use std::sync::Mutex;
 use std::time::Duration;
 
-use anyhow::{Context, bail};
+use anyhow::{Context, anyhow, bail};
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 
 use super::finding::{Finding, Line, Verdict};
@@ -191,19 +191,12 @@ impl<'a> Run<'a> {
         bar: &ProgressBar,
     ) -> anyhow::Result<()> {
         report.driver = kit.driver(kind);
-        let result = self.boot_and_follow(kind, kit, report, bar);
-        // A driver under development may take its kernel down, which says nothing of what was to be checked. Twice would.
-        if result.is_err()
-            && let Some(why) = guest::panic_of(kit, kind.name())
-        {
-            self.progress.say(&format!(
-                "{kind}: the guest's kernel panicked, and is begun once more: {why}"
-            ));
+        let say = |text: &str| self.progress.say(&format!("{kind}: {text}"));
+        kit.console(kind.name()).heard_out(say, || {
             report.findings.clear();
             bar.set_position(0);
-            return self.boot_and_follow(kind, kit, report, bar);
-        }
-        result
+            self.boot_and_follow(kind, kit, report, bar)
+        })
     }
 
     #[cfg(target_os = "linux")]
@@ -223,7 +216,7 @@ impl<'a> Run<'a> {
         result.with_context(|| {
             format!(
                 "the console's last lines: {}",
-                guest::console_tail(kit, kind.name())
+                kit.console(kind.name()).tail()
             )
         })
     }
@@ -270,14 +263,19 @@ impl<'a> Run<'a> {
         report: &mut MountReport,
         bar: &ProgressBar,
     ) -> anyhow::Result<()> {
-        let mut doing = "mounting".to_owned();
+        let mut checking = None;
         loop {
-            let line = Line::next(process, PATIENCE).with_context(|| format!("during: {doing}"))?;
+            let line = Line::next(process, PATIENCE).map_err(|error| match &checking {
+                None => error.context("mounting"),
+                // It was heard of: not the guest is silent, a check hangs.
+                Some(check) => anyhow!("during: {check}: {error:#}"),
+            })?;
+            let doing = || checking.as_deref().unwrap_or("mounting");
             match line {
-                None => bail!("it ended during: {doing}"),
+                None => bail!("it ended during: {}", doing()),
                 Some(Line::Checking(name)) => {
                     bar.set_message(name.clone());
-                    doing = name;
+                    checking = Some(name);
                 }
                 Some(Line::Found(finding)) => {
                     bar.inc(1);
@@ -285,7 +283,7 @@ impl<'a> Run<'a> {
                 }
                 Some(Line::Recovered(..) | Line::Remade(_) | Line::Committed(..)) => {}
                 Some(Line::Done) => return Ok(()),
-                Some(Line::Failed(why)) => bail!("during: {doing}: {why}"),
+                Some(Line::Failed(why)) => bail!("during: {}: {why}", doing()),
             }
         }
     }

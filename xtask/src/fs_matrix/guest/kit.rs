@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, bail};
 use xshell::Shell;
 
+use super::console::Console;
 use super::unpack;
 use crate::fs_matrix::kind::Kind;
 use crate::linux_guest::archive::Archive;
@@ -96,6 +97,11 @@ impl Kit {
     /// The images and logs of one run.
     pub fn run_dir(&self) -> PathBuf {
         self.dir.join("run")
+    }
+
+    /// What the kernel of the guest of this name says.
+    pub fn console(&self, name: &str) -> Console {
+        Console(self.run_dir().join(format!("{name}.log")))
     }
 
     /// Whose code runs when `kind` is mounted in the guest.

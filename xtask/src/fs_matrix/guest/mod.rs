@@ -3,6 +3,7 @@
 //! Nothing is installed in the guest: its root is this machine's, shared read-only over 9p, with a second share laid over it that has the
 //! unpacked packages this machine lacks. What the guest finds comes back line by line through a virtio serial port.
 
+mod console;
 pub mod inside;
 mod kit;
 mod unpack;
@@ -86,7 +87,6 @@ pub fn boot_with(
     arguments: &[String],
     interrupt: &Interrupt,
 ) -> anyhow::Result<Process> {
-    let log = kit.run_dir().join(format!("{name}.log"));
     let share = |path: &Path, tag: &str| {
         let path = escaped(path);
         let options = format!(
@@ -105,7 +105,7 @@ pub fn boot_with(
     // Emulated, an instruction that fills or copies a block goes byte by byte: without ERMS and FSRM the kernel takes one that goes by words.
     qemu.args(["-machine", "q35", "-cpu", "max,-erms,-fsrm", "-m", "1G"])
         .arg("-serial")
-        .arg(format!("file:{}", log.display()))
+        .arg(format!("file:{}", kit.console(name).0.display()))
         .arg("-kernel")
         .arg(kit.kernel())
         .arg("-initrd")
@@ -122,40 +122,4 @@ pub fn boot_with(
         ])
         .args(drives);
     Process::start(qemu, interrupt)
-}
-
-/// Whether the guest's kernel complained of itself on the console: a thread of this program is gone then, the others go on.
-pub fn has_crashed(kit: &Kit, name: &str) -> bool {
-    console(kit, name).contains("Oops: ")
-}
-
-/// What the guest's kernel said of itself when it gave up, and where it was.
-pub fn panic_of(kit: &Kit, name: &str) -> Option<String> {
-    let console = console(kit, name);
-    let tells = |line: &&str| {
-        ["BUG: ", "RIP: 0010:", "Kernel panic"]
-            .iter()
-            .any(|what| line.contains(what))
-    };
-    let lines: Vec<_> = console.lines().filter(tells).collect();
-    lines
-        .iter()
-        .any(|line| line.contains("Kernel panic"))
-        .then(|| lines.join(" / "))
-}
-
-fn console(kit: &Kit, name: &str) -> String {
-    let log = kit.run_dir().join(format!("{name}.log"));
-    let text = fs::read(log).unwrap_or_default();
-    String::from_utf8_lossy(&text).into_owned()
-}
-
-/// The last lines of the guest's console, for an error's message.
-pub fn console_tail(kit: &Kit, name: &str) -> String {
-    let text = console(kit, name);
-    let lines: Vec<_> = text
-        .lines()
-        .filter(|line| !line.trim().is_empty())
-        .collect();
-    lines[lines.len().saturating_sub(8)..].join(" / ")
 }

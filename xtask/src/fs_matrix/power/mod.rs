@@ -20,7 +20,6 @@ use super::guest::{self, Disk, Kit};
 use super::kind::Kind;
 use crate::interrupt::Interrupt;
 use crate::linux_guest::escaped;
-use crate::process::Silence;
 use crate::write_log::Random;
 
 /// The check's name.
@@ -144,7 +143,7 @@ impl PowerLoss<'_> {
             bar.set_message(format!("cut {round} of {}", self.cuts));
             let delay = Duration::from_millis(random.below(500));
             // The guest after the last cut only looks.
-            self.round_or_once_more(&mut states, round, delay, bar)
+            self.round_heard_out(&mut states, round, delay, bar)
                 .with_context(|| format!("cut {round}"))?;
             bar.inc(1);
         }
@@ -156,7 +155,7 @@ impl PowerLoss<'_> {
     /// A crash explains the silence of drivers that promise nothing; one that does gets its time all the same.
     fn patience_with(&self, waiting: &[Kind]) -> Duration {
         let explained = !waiting.iter().copied().any(promises);
-        if explained && guest::has_crashed(self.kit, "power") {
+        if explained && self.kit.console("power").has_crashed() {
             STUCK_AFTER_OOPS
         } else {
             STUCK
@@ -168,9 +167,8 @@ impl PowerLoss<'_> {
         self.kit.run_dir().join(name)
     }
 
-    /// A driver under development may have all of its guest stand still, which says nothing of the others. They had copies of the disks: the
-    /// next guest looks at the same.
-    fn round_or_once_more(
+    /// The guests have copies of the disks: where one gave up, the next looks at the same.
+    fn round_heard_out(
         &self,
         states: &mut [State],
         round: u32,
@@ -178,18 +176,13 @@ impl PowerLoss<'_> {
         bar: &ProgressBar,
     ) -> anyhow::Result<()> {
         let said: Vec<_> = states.iter().map(|state| state.said.clone()).collect();
-        match self.round(states, round, delay) {
-            Err(error) if error.is::<Silence>() => {
-                bar.suspend(|| {
-                    eprintln!("power: the guest fell silent, and is begun once more: {error:#}");
-                });
-                for (state, said) in states.iter_mut().zip(said) {
-                    state.said = said;
-                }
-                self.round(states, round, delay)
+        let say = |text: &str| bar.suspend(|| eprintln!("power: {text}"));
+        self.kit.console("power").heard_out(say, || {
+            for (state, said) in states.iter_mut().zip(&said) {
+                state.said.clone_from(said);
             }
-            result => result,
-        }
+            self.round(states, round, delay)
+        })
     }
 
     /// One guest, from its boot to its death `delay` after every disk has had a commit.
@@ -236,15 +229,12 @@ impl PowerLoss<'_> {
                 Ok(line) => line,
                 Err(_) if cut_at.is_some_and(|at| Instant::now() >= at) => break,
                 Err(error) => {
-                    let tail = guest::console_tail(self.kit, "power");
+                    let tail = self.kit.console("power").tail();
                     return Err(error.context(format!("the console's last lines: {tail}")));
                 }
             };
             let Some(line) = line else {
-                bail!(
-                    "the guest ended: {}",
-                    guest::console_tail(self.kit, "power")
-                )
+                bail!("the guest ended: {}", self.kit.console("power").tail())
             };
             if let Line::Recovered(name, ..) = &line {
                 looked.extend(
