@@ -75,7 +75,7 @@ const CRATES: [(&str, &[Part]); 4] = [
                 except: true,
                 tests: &[
                     &["mapped_chain", "sealed"],
-                    &["chains", "lazy_kvm", "lazy_ram", "secrets"],
+                    &["chains", "damage", "lazy_kvm", "lazy_ram", "secrets"],
                 ],
             },
             Part {
@@ -83,7 +83,14 @@ const CRATES: [(&str, &[Part]); 4] = [
                 except: false,
                 tests: &[
                     &["lazy_ram"],
-                    &["chains", "lazy_kvm", "mapped_chain", "sealed", "secrets"],
+                    &[
+                        "chains",
+                        "damage",
+                        "lazy_kvm",
+                        "mapped_chain",
+                        "sealed",
+                        "secrets",
+                    ],
                 ],
             },
         ],

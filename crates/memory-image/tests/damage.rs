@@ -1,0 +1,90 @@
+//! Whatever bit of a sealed or packed image is another, and wherever it ends: it is noticed.
+
+use std::fs::File;
+use std::ops::ControlFlow;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+use dirty_bitmap::DirtyBitmap;
+use memory_image::Image;
+use memory_writer::{Durability, Layout, MemoryWriter, Seal};
+use rstest::rstest;
+
+type Make = fn(Seal) -> Layout;
+
+/// A full image of few and small pages and the diff after it: written ones, zeros and gaps.
+fn small(make: Make) -> (tempfile::TempDir, [PathBuf; 2]) {
+    const PAGE: u64 = 512;
+    const RAM: u64 = 5 * PAGE;
+    let dir = tempfile::tempdir().unwrap();
+    let paths = ["full", "diff"].map(|name| dir.path().join(name));
+    let dirty = DirtyBitmap::new(0, RAM, PAGE).unwrap();
+    let mut ram = vec![0; RAM as usize];
+    let mut parent = None;
+    for (path, pages) in paths.iter().zip([1..3_u64, 2..4]) {
+        let start = pages.start * PAGE;
+        ram[start as usize..][..PAGE as usize].fill(pages.start as u8);
+        dirty.set_range(start, pages.end * PAGE - start).unwrap();
+        let taken = dirty.drain().unwrap();
+        let seal = match parent {
+            Some(parent) => Seal::new().parent(parent),
+            None => Seal::new(),
+        };
+        let options = MemoryWriter::options().layout(make(seal)).skip_zeros(true);
+        let options = options.durability(Durability::None);
+        let mut writer = options.open(path, RAM, PAGE).unwrap();
+        match parent {
+            Some(_) => writer.write_diff(&ram, &taken).map(drop).unwrap(),
+            None => writer.write_full(&ram).unwrap(),
+        }
+        parent = writer.image_id();
+        writer.commit().unwrap();
+    }
+    (dir, paths)
+}
+
+/// Whether the image at `path` is refused or found damaged.
+fn noticed(path: &Path) -> bool {
+    let found =
+        Image::open_sealed(path).and_then(|image| image.verify(&|_, _| ControlFlow::Continue(())));
+    found.map_or(true, |found| !found.is_whole())
+}
+
+fn flip(file: &File, at: u64, bits: u8) {
+    let mut byte = [0];
+    file.read_exact_at(&mut byte, at).unwrap();
+    file.write_all_at(&[byte[0] ^ bits], at).unwrap();
+}
+
+#[rstest]
+#[case::sealed(Layout::Sealed)]
+#[case::packed(Layout::Packed)]
+fn every_flipped_bit_is_noticed(#[case] make: Make) {
+    let (_dir, paths) = small(make);
+    for path in &paths {
+        let file = File::options().read(true).write(true).open(path).unwrap();
+        let len = file.metadata().unwrap().len();
+        for bit in 0..8 * len {
+            let (at, bits) = (bit / 8, 1 << (bit % 8));
+            flip(&file, at, bits);
+            assert!(noticed(path), "bit {bit} of {len} bytes in {path:?}");
+            flip(&file, at, bits);
+        }
+        assert!(!noticed(path));
+    }
+}
+
+#[rstest]
+#[case::sealed(Layout::Sealed)]
+#[case::packed(Layout::Packed)]
+fn every_truncation_is_noticed(#[case] make: Make) {
+    let (_dir, paths) = small(make);
+    for path in &paths {
+        let file = File::options().write(true).open(path).unwrap();
+        let len = file.metadata().unwrap().len();
+        for len in (0..len).rev() {
+            file.set_len(len).unwrap();
+            assert!(noticed(path), "{path:?} cut to {len}");
+        }
+    }
+}
