@@ -71,10 +71,11 @@ A tour:
 Exit status:
   0    done; the check came out well
   1    the check failed: damaged, not linked, different, or no image that can be checked
-  2    wrong usage: nothing was read or written
+  2    wrong usage: nothing was written
   3    anything else: an I/O error, no permission, no room
   130  interrupted by SIGINT or SIGTERM
 
-Whatever the exit status but 0, an output that was named is as it was before: files are staged beside it and put in place when \
-they are whole and on the disk. Restoring into RAM that exists is the exception: it is emptied. A second signal ends memsnap at \
+Whatever the exit status but 0, an output that was named is as it was before, unless the message says that it is in place: files are \
+staged beside it and put in place when they are whole and on the disk. Restoring into RAM that exists is the exception: once writing \
+has begun, a failure leaves it empty. A second signal ends memsnap at \
 once; what it had staged is removed by the next one that writes there.";

@@ -2,8 +2,8 @@
 
 use std::path::PathBuf;
 
-use memory_image::{CompareError, ImageError};
-use memory_writer::SnapshotError;
+use memory_image::{CompareError, ImageError, Link};
+use memory_writer::{OpenError, SnapshotError};
 use thiserror::Error;
 
 /// The answer is no: damaged, not linked, different.
@@ -82,6 +82,10 @@ pub enum Failure {
         "{path:?} is damaged in {found} places: `memsnap verify` lists them; take it again, or go on with --no-verify"
     )]
     Damaged { path: PathBuf, found: u64 },
+    #[error(
+        "{path:?} is a raw image, which has no checksums: leave out --verify, or restore what `memsnap convert` sealed"
+    )]
+    NothingToVerify { path: PathBuf },
     #[error("the stream is damaged in {found} places: send it again")]
     StreamDamaged { found: u64 },
     #[error(
@@ -124,6 +128,7 @@ impl Failure {
             Self::OtherGuest { .. }
             | Self::SameState { .. }
             | Self::Damaged { .. }
+            | Self::NothingToVerify { .. }
             | Self::StreamDamaged { .. }
             | Self::StreamBroken { .. }
             | Self::TargetSize { .. } => NEGATIVE,
@@ -140,6 +145,31 @@ impl Failure {
 /// The exit code of a verb that ended with `error`: the first cause that has one says it.
 pub fn exit_code(error: &anyhow::Error) -> u8 {
     error.chain().find_map(code_of).unwrap_or(FAILED)
+}
+
+/// What to do on the command line about an error whose message speaks to a program.
+pub fn advice(error: &anyhow::Error) -> Option<&'static str> {
+    error.chain().find_map(|cause| {
+        if let Some(SnapshotError::Open(error)) = cause.downcast_ref() {
+            return match error {
+                OpenError::NoClobberUnsupported { .. } => Some("add --force"),
+                OpenError::DanglingSymlink { .. } | OpenError::UntrustedSymlink { .. } => {
+                    Some("name the file that the link is to lead to, or remove the link")
+                }
+                _ => None,
+            };
+        }
+        match cause.downcast_ref()? {
+            ImageError::UnclearDiff { .. } => {
+                Some("add --trust-holes to take the holes for clean pages all the same")
+            }
+            ImageError::Link {
+                why: Link::NoParent,
+                ..
+            } => Some("`memsnap convert --raw-diff --parent` seals a raw diff with its parent"),
+            _ => None,
+        }
+    })
 }
 
 fn code_of(cause: &(dyn std::error::Error + 'static)) -> Option<u8> {

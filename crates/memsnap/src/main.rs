@@ -48,6 +48,9 @@ fn main() -> ExitCode {
         Ok(Verdict::Bad) => failure::NEGATIVE.into(),
         Err(error) => {
             print::complain(&format!("error: {error:#}"));
+            if let Some(advice) = failure::advice(&error) {
+                print::complain(&format!("with memsnap: {advice}"));
+            }
             failure::exit_code(&error).into()
         }
     }

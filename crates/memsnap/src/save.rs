@@ -37,9 +37,6 @@ pub fn stage(
         Err(SnapshotError::Open(OpenError::AlreadyExists { path })) => {
             Err(Failure::OutputExists { path }.into())
         }
-        Err(error @ SnapshotError::Open(OpenError::NoClobberUnsupported { .. })) => {
-            Err(error).context("this file system can't promise to replace nothing: add --force")
-        }
         Err(error) => Err(error.into()),
     }
 }
@@ -59,6 +56,7 @@ pub fn commit(session: &Session, writer: MemoryWriter) -> anyhow::Result<()> {
     let path = writer.dest_path().to_owned();
     writer.commit()?;
     describe(session, &path)
+        .with_context(|| format!("{path:?} is in place, but can't be described"))
 }
 
 fn describe(session: &Session, path: &Path) -> anyhow::Result<()> {

@@ -108,6 +108,31 @@ fn other_bad_input_is_named(#[case] command: &str, #[case] code: i32, #[case] sa
     work.fails(command, code, says);
 }
 
+/// Without its end it looks like a raw image of a smaller guest.
+#[test]
+fn what_has_no_checksums_is_not_restored_as_verified() {
+    let work = Work::with_chain();
+    work.good("full ram -o full.raw --layout raw");
+    work.good("full ram -o sealed.mem --layout sealed");
+    fs::write(
+        work.path("cut.mem"),
+        &work.read("sealed.mem")[..RAM as usize / 2],
+    )
+    .unwrap();
+    for image in ["full.raw", "cut.mem"] {
+        let restore = format!("restore --verify {image} -o out");
+        work.fails(&restore, 1, &[image, "no checksums", "--verify"]);
+    }
+}
+
+#[test]
+fn an_output_that_is_a_link_to_nothing_is_explained_in_the_tools_own_words() {
+    let work = Work::with_chain();
+    std::os::unix::fs::symlink("away", work.path("link")).unwrap();
+    let says = ["link", "away", "with memsnap: name the file"];
+    work.run("full ram --force -o link").fails(3, &says);
+}
+
 #[rstest]
 #[case::merged("merge full.mem d1.mem -o out")]
 #[case::merged_in_place("merge --in-place full.mem d1.mem")]

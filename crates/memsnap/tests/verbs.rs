@@ -196,7 +196,7 @@ fn raw_chains_merge_where_holes_can_be_believed_and_on_request_elsewhere() {
     // A copy that filled the holes.
     fs::write(work.path("filled.raw"), work.read("d1.raw")).unwrap();
     let refused = "merge full.raw filled.raw -o no";
-    work.fails(refused, 1, &["filled.raw", "no holes"]);
+    work.fails(refused, 1, &["filled.raw", "no holes", "--trust-holes"]);
     let warned = work.good("merge full.raw filled.raw -o filled --trust-holes");
     assert!(
         warned.err.contains("warning") && warned.err.contains("filled.raw"),

@@ -22,7 +22,7 @@ use crate::{input, save};
 /// Bring the RAM back as it was: into a new file, or into RAM that is there
 ///
 /// A new file appears once it is whole, and is sparse where the RAM is zero. A file or memfd that exists (/proc/PID/fd/N) is written in place,
-/// where a monitor has it mapped; it must be as large as the RAM and empty. If that fails or is interrupted, it is left empty.
+/// where a monitor has it mapped; it must be as large as the RAM and empty. If writing fails or is interrupted, it is left empty.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  \
     memsnap restore full.mem d1.mem -o /dev/shm/guest\n  \
@@ -37,7 +37,7 @@ pub struct Restore {
     /// Overwrite RAM that is not empty
     #[arg(long)]
     force: bool,
-    /// Compare the images with their checksums first
+    /// Compare the images with their checksums first; raw ones have none, and are refused
     #[arg(long)]
     verify: bool,
     #[command(flatten)]
@@ -52,6 +52,11 @@ impl Restore {
         }
         let chain = input::full_chain(session, &self.files, &self.raw)?;
         if self.verify {
+            let raw = chain.images().find(|image| image.footer().is_none());
+            if let Some(raw) = raw {
+                let path = raw.path().to_owned();
+                return Err(Failure::NothingToVerify { path }.into());
+            }
             input::check_sums(session, chain.images())?;
         }
         if self.output.exists() {
@@ -87,7 +92,11 @@ impl Restore {
         });
         if let Err(error) = restored {
             // No guest is to start with half of its RAM.
-            target.empty()?;
+            if let Err(why) = target.empty() {
+                return Err(error.context(format!(
+                    "{path:?} holds a part of the RAM and can't be emptied ({why:#}): start no guest with it"
+                )));
+            }
             session.check("the output was emptied")?;
             return Err(error.context(format!("{path:?} was emptied")));
         }
