@@ -1,4 +1,4 @@
-//! fio, where it is installed: what a benchmark that many know says of the same disk. It is not the ceiling, as a bare writer beats it.
+//! fio, where it is installed: what a benchmark that many know says of the same disk.
 
 use std::path::Path;
 use std::process::Command;

@@ -67,7 +67,9 @@ pub enum OpenError {
         owner: u32,
     },
     /// The destination exists, and [`no_clobber`](crate::Options::no_clobber) was asked for.
-    #[error("{path:?} exists already, and replacing it was ruled out by `no_clobber`")]
+    #[error(
+        "{path:?} exists already, and replacing it was ruled out by `no_clobber`: choose another name, or remove it"
+    )]
     AlreadyExists {
         /// The destination.
         path: PathBuf,

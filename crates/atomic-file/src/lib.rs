@@ -1,8 +1,8 @@
 //! Replace files atomically and durably, one or several at once.
 //!
 //! At every instant the destination is the old file whole or the new file whole. Once
-//! [`commit`](AtomicWriter::commit) has returned `Ok` it is the new one, after a power loss too. After an error it is
-//! known which of the two it is, and nothing else is left in the directory.
+//! [`commit`](AtomicWriter::commit) has returned `Ok` it is the new one, after a power loss too. An error says
+//! which of the two it is, or that this can't be known, and names whatever else is left in the directory.
 //!
 //! # Examples
 //!

@@ -59,7 +59,7 @@ impl Default for Costs {
 
 impl Costs {
     /// 4.9 microseconds for a stage-2 fault through the Hypervisor framework (told by others, on Apple silicon), 625 microseconds for
-    /// a MiB (1,600 MiB/s: direct writes to the virtio disk that this crate was developed on).
+    /// a MiB (1,600 MiB/s: direct writes to a virtio disk).
     pub const DEFAULT: Self = Self {
         fault: Duration::from_nanos(4_900),
         mebibyte: Duration::from_micros(625),

@@ -64,7 +64,7 @@ pub enum ImageError {
     },
     /// A diff of a guest with another RAM size.
     #[error(
-        "the diff {path:?} is of a guest with {size} bytes of RAM, its base {base:?} of one with {base_size}"
+        "the diff {path:?} is of a guest with {size} bytes of RAM, its base {base:?} of one with {base_size}: name images of one guest, and none that was cut short"
     )]
     SizeDiffers {
         /// The diff.
@@ -112,7 +112,9 @@ pub enum ImageError {
         chain: u64,
     },
     /// A diff of a guest with other address ranges.
-    #[error("{path:?} is of a guest whose RAM is at other addresses than that of {base:?}")]
+    #[error(
+        "{path:?} is of a guest whose RAM is at other addresses than that of {base:?}: name images of one guest"
+    )]
     RegionsDiffer {
         /// The diff.
         path: PathBuf,
@@ -164,7 +166,7 @@ pub enum ImageError {
         source: io::Error,
     },
     /// The images could not be written as one.
-    #[error("the images were not merged")]
+    #[error("writing the images as one failed")]
     Merge(#[from] SnapshotError),
     /// The progress function said [`ControlFlow::Break`](std::ops::ControlFlow::Break).
     #[error("cancelled")]
@@ -202,7 +204,7 @@ pub enum ImageError {
     /// A working set of another guest.
     #[cfg(target_os = "linux")]
     #[error(
-        "the working set is of a guest with {working_set} bytes of RAM, the image of one with {image}"
+        "the working set is of a guest with {working_set} bytes of RAM, the image of one with {image}: record it anew, of this guest"
     )]
     WorkingSetSize {
         /// The size of the chain's images in bytes.

@@ -14,7 +14,7 @@ impl Chain {
     /// stores stays a hole, unless it is shorter than 32 KiB. `dest` may be one of the chain's own images. Returns the bytes of the pages that the images store.
     ///
     /// # Errors
-    /// [`ImageError::NotFull`] for a chain of diffs; [`ImageError::Merge`], which says what `dest` is. Nothing is left behind.
+    /// [`ImageError::NotFull`] for a chain of diffs; [`ImageError::Merge`], which says what `dest` is. Nothing is left behind but what the error names.
     pub fn flatten(&self, dest: impl AsRef<Path>) -> Result<u64, ImageError> {
         self.check_full()?;
         self.merge(MemoryWriter::options(), dest)
@@ -24,7 +24,7 @@ impl Chain {
     /// diffs one diff. `dest` may be one of the chain's own images. Returns the bytes of the pages that the images store.
     ///
     /// # Errors
-    /// [`ImageError::Merge`], which says what `dest` is. Nothing is left behind.
+    /// [`ImageError::Merge`], which says what `dest` is. Nothing is left behind but what the error names.
     ///
     /// # Examples
     /// ```

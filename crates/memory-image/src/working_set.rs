@@ -214,7 +214,7 @@ pub enum WorkingSetError {
         source: io::Error,
     },
     /// The new file was not committed; the error says whether the destination was replaced.
-    #[error("the working set was not committed")]
+    #[error("the commit of the working set failed")]
     Commit(#[from] CommitError),
 }
 

@@ -107,7 +107,7 @@ pub enum SnapshotError {
         source: FooterError,
     },
     /// The commit failed; its error says whether the destination was replaced.
-    #[error("the snapshot was not committed")]
+    #[error("the commit of the snapshot failed")]
     Commit(#[from] CommitError),
 }
 

@@ -135,7 +135,7 @@ fn advice(error: &io::Error) -> &'static str {
 /// it first to its final size.
 ///
 /// Short writes are continued, `EINTR` and `EAGAIN` retried. Memory use is bounded whatever the runs: none where the source
-/// hands out its own memory, else one chunk or, with requests in flight, at most 16 MiB. `progress` gets the bytes written so
+/// hands out its own memory, aligned as the file wants it; else one chunk, and with requests in flight at most 16 MiB more. `progress` gets the bytes written so
 /// far after each piece of at most a chunk; [`ControlFlow::Break`] ends the call with [`WriteError::Cancelled`] once what was in
 /// flight is written.
 ///

@@ -199,7 +199,7 @@ it is really written. While a block is new to it, that happens at every checkpoi
 pages, and half as many each time that the sample confirms the choice. After four times, the first fault opens it, and one checkpoint in eight samples. A
 block that is left alone for an interval, or is written here and there again, so costs no more than its faults.
 Comparing the pages with checksums of the last image would show the same without any fault, but takes a read of every page and 8 bytes of memory for each; a
-sample costs at most 8 faults (39 us) where the block writes 2 MiB (1.25 ms).
+sample costs at most a fault for each 16 of its pages (of 16 KiB, 8 faults: 39 us) where the block writes 2 MiB (1.25 ms).
 
 Whoever writes all memory in turn is met at the border: a fault in the first or last page of a block whose neighbour there was written from
 end to end in the same interval opens the block whole.

@@ -130,6 +130,6 @@ const HEAD: &str = "\
 Each case is the same work done by this library with its defaults (where not said otherwise), by
 squib-snapshot 0.2.0, by vm-memory's own dump into a buffered file, and by a bare io_uring writer with
 direct I/O that writes the same bytes to the same offsets and checks nothing (the raw limit), all made durable and renamed. A ratio above 1 means that ours is
-faster. fio, where it is installed, writes as many random bytes as the limit does; it is no ceiling, as the limit shows. Full dumps are of 1 GiB in pages of 16 KiB; a diff's pages stand at their offsets in a sparse file (raw layout).
+faster. fio, where it is installed, writes as many random bytes as the limit does. Full dumps are of 1 GiB in pages of 16 KiB; a diff's pages stand at their offsets in a sparse file (raw layout).
 
 ";

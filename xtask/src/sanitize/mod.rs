@@ -11,7 +11,7 @@ use xshell::{Cmd, PushEnv, Shell, cmd};
 use crate::debian_rust;
 use crate::packages::{Install, Package};
 use crate::recorded::Record;
-use skipped::SKIPPED;
+use skipped::{LEFT_OUT, SKIPPED};
 
 /// What names the functions of a report, and the sanitizer's own library with a linker that knows it.
 const PACKAGES: [Package; 3] = [
@@ -31,9 +31,7 @@ const TARGET: &str = "x86_64-unknown-linux-gnu";
 /// Everything that a crate tests.
 const ALL: &[&str] = &["--lib", "--tests"];
 
-/// The crates whose tests are run, and which of them. `kvm-backend` is what a virtual machine does, and `memsnap` a program: those are tested from outside. The
-/// other tests of `atomic-file` are about what system calls say and who else is there; those of `page-reader` look into processes, whose memory and threads a
-/// sanitizer adds to; those of `hvf-backend` time the threads of real guests.
+/// The crates whose tests are run, and which of them: [`LEFT_OUT`] says why not all.
 const CRATES: [(&str, &[&str]); 8] = [
     (
         "atomic-file",
@@ -115,6 +113,9 @@ impl Sanitize {
             .ensure(sh, &debian_rust::PACKAGES, "sanitize")?;
         missing.extend(self.install.ensure(sh, &PACKAGES, "sanitize")?);
         ensure!(missing.is_empty(), "nothing can be built with a sanitizer");
+        for (what, why) in LEFT_OUT {
+            println!("NOT RUN {what}: {why}");
+        }
         let all = [Sanitizer::Thread, Sanitizer::Address];
         let mut closing = Vec::new();
         for sanitizer in all {

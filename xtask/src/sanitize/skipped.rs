@@ -2,6 +2,24 @@
 
 use super::Sanitizer;
 
+/// What is run with neither.
+pub const LEFT_OUT: [(&str, &str); 5] = [
+    (
+        "most of atomic-file's tests",
+        "they are about what system calls say and who else is there: its library's, groups, recycling and replacing are run",
+    ),
+    (
+        "page-reader's tests of other processes",
+        "a sanitizer adds to the memory and the threads that they look into",
+    ),
+    (
+        "hvf-backend's conformance",
+        "it is about when threads and virtual machines have their page faults, of which a sanitizer has many more",
+    ),
+    ("kvm-backend", "what it does is a virtual machine's"),
+    ("memsnap", "it is a program, and tested from outside"),
+];
+
 pub struct Skipped {
     /// By this one; by none where there is none.
     pub sanitizer: Option<Sanitizer>,

@@ -130,7 +130,9 @@ fn failed(call: &'static str) -> impl Fn(kvm_ioctls::Error) -> VmStateError {
 #[non_exhaustive]
 pub enum VmStateError {
     /// KVM refused.
-    #[error("{call} failed")]
+    #[error(
+        "{call} failed: the state of the virtual machine is not captured, or put back in part; begin again with a new machine"
+    )]
     Kvm {
         /// The KVM call.
         call: &'static str,
