@@ -1,7 +1,8 @@
 //! Alone in its process, whose memory it measures.
 #![cfg(target_os = "linux")]
 
-use memory_writer::MemoryWriter;
+use dirty_bitmap::DirtyBitmap;
+use memory_writer::{Durability, Layout, MemoryWriter, Seal};
 use test_machine::tracked::Memory;
 
 /// The most memory that this process had, in bytes.
@@ -12,8 +13,14 @@ fn peak() -> u64 {
     kib.parse::<u64>().unwrap() << 10
 }
 
+/// The parts one after the other: the peak is the process's.
 #[test]
-fn untouched_memory_is_dumped_without_touching_it() {
+fn untouched_memory_is_dumped_without_touching_it_and_written_memory_through_small_buffers() {
+    untouched();
+    written();
+}
+
+fn untouched() {
     const SIZE: u64 = 4 << 30;
     let dir = tempfile::tempdir().unwrap();
     let ram = Memory::new(SIZE).unwrap();
@@ -32,4 +39,41 @@ fn untouched_memory_is_dumped_without_touching_it() {
     }
     let grown = peak() - before;
     assert!(grown <= 4 << 20, "{grown} bytes more");
+}
+
+fn written() {
+    const SIZE: u64 = 64 << 20;
+    let layouts = [
+        || Layout::Raw,
+        || Layout::Sealed(Seal::new()),
+        || Layout::Packed(Seal::new()),
+    ];
+    let dir = tempfile::tempdir().unwrap();
+    let ram = Memory::new(SIZE).unwrap();
+    let words: Vec<u8> = (0..1 << 20).map(|at: u32| (at % 251) as u8).collect();
+    for start in (0..SIZE).step_by(words.len()) {
+        ram.write(start, &words);
+    }
+    let dirty = DirtyBitmap::new(0, SIZE, 4096).unwrap();
+    for page in (0..SIZE / 4096).step_by(3) {
+        dirty.set_range(page * 4096, 1).unwrap();
+    }
+    let taken = dirty.drain().unwrap();
+    let before = peak();
+    for layout in layouts {
+        for full in [true, false] {
+            let options = MemoryWriter::options()
+                .layout(layout())
+                .durability(Durability::None);
+            let mut writer = options.open(dir.path().join("mem"), SIZE, 4096).unwrap();
+            if full {
+                writer.write_full(&ram).unwrap();
+            } else {
+                writer.write_diff(&ram, &taken).unwrap();
+            }
+            writer.commit().unwrap();
+        }
+    }
+    let grown = peak() - before;
+    assert!(grown <= 24 << 20, "{grown} bytes more");
 }
