@@ -128,7 +128,7 @@ pub(crate) fn remove_if_dead(dir: &Directory, name: &OsStr) -> Inspected {
 }
 
 /// Whether a taken name is free now, because its owner was dead or has just finished.
-fn is_freed(dir: &Directory, name: &OsStr) -> bool {
+pub(crate) fn is_freed(dir: &Directory, name: &OsStr) -> bool {
     matches!(
         remove_if_dead(dir, name),
         Inspected::Removed | Inspected::Gone

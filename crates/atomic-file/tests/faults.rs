@@ -440,6 +440,26 @@ fn killed_at_any_call_the_file_is_old_or_new_and_the_leftover_is_swept(
     assert_eq!(seen.into_inner().len(), 2, "both outcomes were seen");
 }
 
+/// What was left by the rehearsal too, whose file has a name of its own for a moment.
+#[test]
+fn killed_at_any_call_a_writer_that_replaces_nothing_is_followed_by_another_without_a_sweep() {
+    const TEST: &str =
+        "killed_at_any_call_a_writer_that_replaces_nothing_is_followed_by_another_without_a_sweep";
+    if !Need::Strace.met(TEST) {
+        return;
+    }
+    tamper("no clobber", no_file, kill, |dir, report, context| {
+        assert_eq!(report, None, "it lives: {context}");
+        let dest = dir.join("dest");
+        if !dest.exists() {
+            let options = AtomicWriter::options().no_clobber(true);
+            commit(&options, &dest, b"new").unwrap();
+        }
+        assert_only_dest(dir, context);
+        assert_eq!(text(dir), "new", "{context}");
+    });
+}
+
 #[test]
 fn killed_at_any_call_a_recycling_writer_is_followed_by_another_without_a_sweep() {
     const TEST: &str =

@@ -68,7 +68,7 @@ pub const NO_CLOBBER: Scenario = Scenario {
     },
     check: |after| {
         if after.tidying == Tidying::NextWriter {
-            // What a rehearsal left has a name that only sweepers find.
+            // They may replace, and so rehearse nothing, nor look where a rehearsal was.
             after.next_writers(&[DEST; 2])?;
         }
         let recovered = Aftermath {
