@@ -182,7 +182,13 @@ pub(crate) fn for_anyone() -> Program {
 
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("test");
-    std::fs::copy(std::env::current_exe().unwrap(), &path).unwrap();
+    // By another process: what this one writes to, a child that a thread forks meanwhile holds open, and nobody may run.
+    let copied = std::process::Command::new("cp")
+        .arg(std::env::current_exe().unwrap())
+        .arg(&path)
+        .status()
+        .unwrap();
+    assert!(copied.success());
     for path in [dir.path(), &path] {
         std::fs::set_permissions(path, PermissionsExt::from_mode(0o755)).unwrap();
     }
