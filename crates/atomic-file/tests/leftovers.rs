@@ -6,8 +6,9 @@ use std::ffi::OsStr;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use atomic_file::{AtomicWriter, sweep};
+use atomic_file::{AtomicWriter, Options, sweep};
 use common::{assert_names, commit, dir_with_old, names};
+use rstest::rstest;
 use test_machine::Need;
 
 /// Not a test of its own: what `common::command` runs.
@@ -198,4 +199,27 @@ fn without_locks_writers_work_and_their_leftovers_are_kept_and_named() {
     commit(&AtomicWriter::options(), &dest, b"newer").unwrap();
     assert_eq!(without_locks(&[]).as_deref(), Some("ok"));
     assert!(dir.path().join(OsStr::new(name)).exists());
+}
+
+#[rstest]
+#[case::elsewhere("dest", |dir: &Path| AtomicWriter::options().staging_dir(dir.join("staging")))]
+#[case::no_clobber("new", |_: &Path| AtomicWriter::options().no_clobber(true))]
+fn a_rehearsal_takes_no_name_from_a_living_writer(
+    #[case] name: &str,
+    #[case] options: fn(&Path) -> Options,
+) {
+    let (dir, _) = dir_with_old();
+    fs::create_dir(dir.path().join("staging")).unwrap();
+    let dest = dir.path().join(name);
+    let living = [(); 3].map(|()| AtomicWriter::open(&dest).unwrap());
+    for _ in 0..20 {
+        drop(options(dir.path()).open(&dest).unwrap());
+    }
+    for writer in living {
+        writer.write_all_at(b"whole", 0).unwrap();
+        writer.commit().unwrap();
+        assert_eq!(fs::read(&dest).unwrap(), b"whole");
+    }
+    fs::remove_dir(dir.path().join("staging")).unwrap();
+    assert_eq!(names(dir.path()).len(), if name == "dest" { 1 } else { 2 });
 }
