@@ -178,11 +178,8 @@ impl Commit {
             .sync(self.durability)
             .map_err(|source| stopped(self.record.clone(), source))?;
         for (member, intent) in self.members.iter().zip(&intents) {
-            rename_member(&self.dir, intent).map_err(|error| {
-                let (PublishError::Not(source) | PublishError::Unknown { rename: source, .. }) =
-                    error;
-                stopped(member.dest.path.clone(), source)
-            })?;
+            rename_member(&self.dir, intent)
+                .map_err(|error| stopped(member.dest.path.clone(), error.of_rename()))?;
         }
         self.dir.sync(self.durability).map_err(|source| {
             GroupCommitError::ReplacedDurabilityUnknown {

@@ -13,6 +13,15 @@ pub(crate) enum PublishError {
     Unknown { rename: io::Error, look: io::Error },
 }
 
+impl PublishError {
+    /// What the system said of the rename itself.
+    pub(crate) fn of_rename(self) -> io::Error {
+        match self {
+            Self::Not(error) | Self::Unknown { rename: error, .. } => error,
+        }
+    }
+}
+
 /// Makes a `call` that is to move a file, and after any error finds out whether it did.
 ///
 /// Over NFS the answer to a rename that happened may be lost, and the request sent again then fails with `ENOENT` or

@@ -166,10 +166,7 @@ fn roll_forward(
         rename_member(dir, member).map_err(|error| RecoverError::Io {
             operation: "replace",
             path: dir.path_of(&member.dest),
-            source: match error {
-                PublishError::Not(error) => error,
-                PublishError::Unknown { rename, .. } => rename,
-            },
+            source: error.of_rename(),
         })?;
         report.completed.push(dir.path_of(&member.dest));
     }

@@ -2,13 +2,12 @@
 
 use std::ffi::OsStr;
 use std::hash::{BuildHasher as _, Hasher as _, RandomState};
-use std::io::{self, ErrorKind};
+use std::io;
 use std::sync::Arc;
 
 use crate::directory::Directory;
 use crate::error::Leftover;
-use crate::outcome::PublishError;
-use crate::stage::{SLOTS, Stage, StageName, is_freed, stage_name};
+use crate::stage::{SLOTS, Stage, StageName, at_free_slot, stage_name};
 
 /// Why a rehearsal failed.
 #[derive(Debug)]
@@ -21,8 +20,9 @@ pub(crate) enum RehearsalError {
 
 /// Moves an empty file from `staging` to `dest` exactly as the commit will, to learn now whether it can.
 ///
-/// With `no_clobber` to the first free slot but the one that the writer's own stage is about to have: what a killed rehearsal left there is removed on
-/// the way. Without, what stood at the name would be replaced, a living writer's stage too: so the name is one that nobody else has, and what is left there is for sweepers.
+/// With `no_clobber` to the first free slot but the one that the writer's own stage is about to have: what a killed rehearsal
+/// left there is removed on the way. Without, what stood at the name would be replaced, a living writer's stage too: so the
+/// name is one that nobody else has, and what is left there is for sweepers.
 pub(crate) fn rehearse(
     staging: &Arc<Directory>,
     dest: &Arc<Directory>,
@@ -30,29 +30,22 @@ pub(crate) fn rehearse(
     no_clobber: bool,
 ) -> Result<(), RehearsalError> {
     let mut probe = Stage::create(staging, dest_name).map_err(RehearsalError::Failed)?;
-    let mut slot = match no_clobber {
-        true => 1,
-        false => RandomState::new().build_hasher().finish() | SLOTS,
-    };
     let kind = if probe.is_locked() {
         StageName::Locked
     } else {
         StageName::Unlocked
     };
-    let (name, second_name) = loop {
-        let name = stage_name(dest_name, slot, kind);
-        match probe.publish(dest, &name, no_clobber) {
-            Ok(left) => break (name, left),
-            Err(PublishError::Not(error))
-                if error.kind() == ErrorKind::AlreadyExists && slot < SLOTS =>
-            {
-                slot += u64::from(kind == StageName::Unlocked || !is_freed(dest, &name));
-            }
-            Err(PublishError::Not(error) | PublishError::Unknown { rename: error, .. }) => {
-                return Err(RehearsalError::Failed(error));
-            }
-        }
+    let published = if no_clobber {
+        let publish = |name: &OsStr| probe.publish(dest, name, true);
+        at_free_slot(dest, dest_name, kind, 1, publish)
+    } else {
+        let random = RandomState::new().build_hasher().finish() | SLOTS;
+        let name = stage_name(dest_name, random, kind);
+        let left = probe.publish(dest, &name, false);
+        left.map(|left| (name, left))
     };
+    let (name, second_name) =
+        published.map_err(|error| RehearsalError::Failed(error.of_rename()))?;
     probe.stands_at(dest, name);
     probe
         .discard()

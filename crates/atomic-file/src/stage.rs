@@ -127,8 +127,30 @@ pub(crate) fn remove_if_dead(dir: &Directory, name: &OsStr) -> Inspected {
     }
 }
 
+/// Has `take` try the slots of `dest` from `slot` on, until one is not taken already; what is dead on the way is removed. The slot's name, and what
+/// `take` made of it.
+pub(crate) fn at_free_slot<T>(
+    dir: &Directory,
+    dest: &OsStr,
+    kind: StageName,
+    mut slot: u64,
+    mut take: impl FnMut(&OsStr) -> Result<T, PublishError>,
+) -> Result<(OsString, T), PublishError> {
+    while slot < SLOTS {
+        let name = stage_name(dest, slot, kind);
+        match take(&name) {
+            Err(PublishError::Not(error)) if error.kind() == ErrorKind::AlreadyExists => {
+                let freed = kind == StageName::Locked && is_freed(dir, &name);
+                slot += u64::from(!freed);
+            }
+            taken => return taken.map(|taken| (name, taken)),
+        }
+    }
+    Err(PublishError::Not(no_slot()))
+}
+
 /// Whether a taken name is free now, because its owner was dead or has just finished.
-pub(crate) fn is_freed(dir: &Directory, name: &OsStr) -> bool {
+fn is_freed(dir: &Directory, name: &OsStr) -> bool {
     matches!(
         remove_if_dead(dir, name),
         Inspected::Removed | Inspected::Gone
@@ -231,26 +253,17 @@ impl Stage {
 
     /// Renames the stage within its directory, to the first free slot of `dest`.
     pub(crate) fn move_to_slot(&mut self, dest: &OsStr) -> io::Result<()> {
-        let mut slot = 0;
-        while slot < SLOTS {
-            let name = stage_name(dest, slot, StageName::Locked);
-            match self.move_to(&name) {
-                Err(error) if error.kind() == ErrorKind::AlreadyExists => {
-                    slot += u64::from(!is_freed(&self.dir, &name));
-                }
-                result => return result,
-            }
-        }
-        Err(no_slot())
+        let dir = Arc::clone(&self.dir);
+        let take = |name: &OsStr| self.move_to(name).map_err(PublishError::Not);
+        let moved = at_free_slot(&dir, dest, StageName::Locked, 0, take);
+        moved.map(drop).map_err(PublishError::of_rename)
     }
 
     /// Renames the stage within its directory, to `name`, which must be free.
     pub(crate) fn move_to(&mut self, name: &OsStr) -> io::Result<()> {
         let dir = Arc::clone(&self.dir);
         self.attempt(&dir, name, |from, own| from.rename_new(own, &dir, name))
-            .map_err(|error| match error {
-                PublishError::Not(error) | PublishError::Unknown { rename: error, .. } => error,
-            })?;
+            .map_err(PublishError::of_rename)?;
         self.path = dir.path_of(name);
         self.name = name.to_owned();
         Ok(())
