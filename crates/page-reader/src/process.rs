@@ -11,6 +11,7 @@ use std::sync::Arc;
 
 use nix::errno::Errno;
 
+pub(crate) use maps::supersede;
 pub use maps::{Permissions, ProcessMaps, ProcessMapsError, ProcessRegion};
 pub use stop::{ProcessStopError, StoppedProcess};
 

@@ -270,6 +270,36 @@ fn all_of_what_userfaultfd_fills_on_first_touch_may_be_populated(
     assert_eq!(count(&populated(&guest(&mapping), SIZE)), 0);
 }
 
+/// As allocators of other threads do: the kernel then tells a mapping twice, in two sizes.
+#[test]
+fn mappings_that_grow_meanwhile_hide_nothing_of_what_is_known() {
+    let name = "mappings_that_grow_meanwhile_hide_nothing_of_what_is_known";
+    if !Need::Userfaultfd.met(name) {
+        return;
+    }
+    let grow = || {
+        for _ in 0..20 {
+            let mappings = [(); 40].map(|()| Mapping::inaccessible(64 * PAGE as usize));
+            for pages in 1..=64 {
+                let growing = mappings.iter();
+                growing.for_each(|mapping| mapping.allow(pages * PAGE as usize));
+            }
+        }
+    };
+    std::thread::scope(|scope| {
+        let growing = scope.spawn(grow);
+        let mapping = untouched(Flags::Private);
+        // So that the list of mappings is read with their flags.
+        let _fault = common::uffd::register_missing(&mapping, SIZE as usize / 2);
+        while !growing.is_finished() {
+            assert_eq!(
+                count(&populated(&guest(&mapping), SIZE)),
+                PAGES as usize / 2
+            );
+        }
+    });
+}
+
 #[test]
 fn swapped_out_pages_are_not_taken_for_empty() {
     if !Need::Root.met("swapped_out_pages_are_not_taken_for_empty") {

@@ -92,7 +92,7 @@ pub enum ProcessMapsError {
         source: io::Error,
     },
     /// A line of the list says nothing that makes sense.
-    #[error("/proc/{pid}/maps, line {line}: not a mapping after those before: {text}")]
+    #[error("/proc/{pid}/maps, line {line}: no mapping: {text}")]
     Line {
         /// The process.
         pid: u32,
@@ -157,16 +157,15 @@ impl ProcessMaps {
             if text.is_empty() {
                 break;
             }
-            let last = regions.last_mut();
-            let end = last.as_ref().map_or(0, |last| last.addresses.end);
-            let region = ProcessRegion::parse(line)
-                .filter(|region| end <= region.addresses.start)
-                .ok_or_else(|| ProcessMapsError::Line {
-                    pid,
-                    line: index + 1,
-                    text: printable(line),
-                })?;
-            match last {
+            let region = ProcessRegion::parse(line).ok_or_else(|| ProcessMapsError::Line {
+                pid,
+                line: index + 1,
+                text: printable(line),
+            })?;
+            supersede(&mut regions, region.addresses.start, |before| {
+                &mut before.addresses
+            });
+            match regions.last_mut() {
                 Some(last) if last.goes_on_in(&region) => last.addresses.end = region.addresses.end,
                 _ => regions.push(region),
             }
@@ -260,6 +259,23 @@ impl ProcessMaps {
         let mut candidates: Vec<_> = self.regions.iter().filter(may_be_ram).collect();
         candidates.sort_by_key(|region| Reverse(region.size()));
         candidates
+    }
+}
+
+/// Makes room for a mapping that begins at `start` after those `told` before it. The kernel tells a list in parts, and between two of them
+/// a mapping may grow, which is then told once more: what is told later holds.
+pub(crate) fn supersede<T>(
+    told: &mut Vec<T>,
+    start: u64,
+    addresses: impl Fn(&mut T) -> &mut Range<u64>,
+) {
+    while told
+        .pop_if(|before| start <= addresses(before).start)
+        .is_some()
+    {}
+    if let Some(before) = told.last_mut() {
+        let before = addresses(before);
+        before.end = before.end.min(start);
     }
 }
 
@@ -518,13 +534,28 @@ mod tests {
     #[case::no_device("1000-2000 rw-p 0 0000 0 ")]
     #[case::a_large_device("1000-2000 rw-p 0 100000000:00 0 ")]
     #[case::no_inode("1000-2000 rw-p 0 00:00")]
-    #[case::overlapping("fff-2000 rw-p 0 00:00 0 ")]
     fn a_line_that_makes_no_sense_is_named(#[case] line: &str) {
         let text = format!("0-1000 rw-p 00000000 00:00 0 \n{line}\n");
         match ProcessMaps::parse(7, text.as_bytes()).unwrap_err() {
             ProcessMapsError::Line { line: 2, text, .. } => assert_eq!(text, line),
             other => panic!("{other}"),
         }
+    }
+
+    #[rstest]
+    #[case::upwards(&["1000-2000", "3000-4000", "3000-6000"], &[0x1000..0x2000, 0x3000..0x6000])]
+    #[case::over_its_neighbours(&["1000-2000", "2000-3000", "3000-4000", "1000-5000"], &[0x1000..0x5000])]
+    #[case::another_began_in_it(&["1000-4000", "2000-5000"], &[0x1000..0x2000, 0x2000..0x5000])]
+    fn a_mapping_that_grew_while_the_list_was_read_is_what_it_was_last(
+        #[case] told: &[&str],
+        #[case] expected: &[Range<u64>],
+    ) {
+        let line = |addresses: &&str| format!("{addresses} rw-p 00000000 00:00 0 \n");
+        let text: String = told.iter().map(line).collect();
+        let maps = ProcessMaps::parse(7, text.as_bytes()).unwrap();
+        let regions = maps.regions().iter();
+        let addresses: Vec<_> = regions.map(|region| region.addresses.clone()).collect();
+        assert_eq!(addresses, expected);
     }
 
     #[test]

@@ -5,7 +5,7 @@ use std::io::{self, BufRead, BufReader, Seek};
 use std::mem;
 use std::ops::Range;
 
-use crate::process::ProcessRegion;
+use crate::process::{ProcessRegion, supersede};
 
 /// One mapping.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -58,13 +58,9 @@ fn parse(mut mappings: impl BufRead, flags_follow: bool) -> io::Result<Vec<Area>
             .is_some_and(|first| !first.is_ascii_uppercase())
         {
             let mut area = header(&line).ok_or(io::ErrorKind::InvalidData)?;
-            // Mappings may change between two parts of the file.
-            let ascending = areas
-                .last()
-                .is_none_or(|before| before.addresses.end <= area.addresses.start);
-            if !ascending {
-                return Err(io::ErrorKind::InvalidData.into());
-            }
+            supersede(&mut areas, area.addresses.start, |before| {
+                &mut before.addresses
+            });
             if flags_follow {
                 usual = mem::replace(&mut area.backing, Backing::Unknown);
             }
@@ -163,14 +159,31 @@ mod tests {
         );
     }
 
-    #[rstest]
-    #[case::no_mapping("7f0000001000 rw-p\n")]
-    #[case::mappings_that_changed_meanwhile(
-        "2000-3000 rw-p 00000000 00:00 0 \n1000-2000 rw-p 00000000 00:00 0 \n"
-    )]
-    fn what_makes_no_sense_is_refused_as_a_whole(#[case] smaps: &str) {
-        assert!(parse(smaps.as_bytes(), true).is_err());
-        assert!(parse(smaps.as_bytes(), false).is_err());
+    #[test]
+    fn what_makes_no_sense_is_refused_as_a_whole() {
+        for flags_follow in [true, false] {
+            assert!(parse(&b"7f0000001000 rw-p\n"[..], flags_follow).is_err());
+        }
+    }
+
+    #[test]
+    fn a_mapping_that_grew_while_the_list_was_read_is_what_it_was_last() {
+        let told = |addresses: &str, flags: &str| {
+            format!("{addresses} rw-p 00000000 00:00 0 \nVmFlags: rd wr {flags} \n")
+        };
+        let smaps = told("1000-2000", "um") + &told("3000-4000", "um") + &told("3000-6000", "");
+        let areas = parse(smaps.as_bytes(), true).unwrap();
+        let areas: Vec<_> = areas
+            .into_iter()
+            .map(|area| (area.addresses, area.backing))
+            .collect();
+        assert_eq!(
+            areas,
+            [
+                (0x1000..0x2000, Backing::Unknown),
+                (0x3000..0x6000, Backing::Anonymous),
+            ]
+        );
     }
 
     #[rstest]

@@ -8,7 +8,7 @@ use std::ops::Range;
 use std::os::fd::BorrowedFd;
 use std::ptr::NonNull;
 
-use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap_anonymous, munmap};
+use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap_anonymous, mprotect, munmap};
 use page_reader::HostMemory;
 
 #[cfg(target_os = "linux")]
@@ -47,8 +47,17 @@ impl Mapping {
         mapping
     }
 
+    /// Address space to grow into.
+    pub(crate) fn inaccessible(len: usize) -> Self {
+        let flags = MapFlags::MAP_PRIVATE | NO_RESERVE;
+        Self::with(len, ProtFlags::PROT_NONE, flags)
+    }
+
     fn new(len: usize, flags: MapFlags) -> Self {
-        let protection = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
+        Self::with(len, ProtFlags::PROT_READ | ProtFlags::PROT_WRITE, flags)
+    }
+
+    fn with(len: usize, protection: ProtFlags, flags: MapFlags) -> Self {
         let len = NonZeroUsize::new(len).unwrap();
         // SAFETY: a new mapping, where the kernel likes.
         let start = unsafe { mmap_anonymous(None, len, protection, flags) }.unwrap();
@@ -87,6 +96,20 @@ impl Mapping {
         let to = self.as_ptr().wrapping_add(offset);
         // SAFETY: as for `write`.
         unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), to, bytes.len()) }
+    }
+
+    /// Lets the first `len` bytes be read and written.
+    pub(crate) fn allow(&self, len: usize) {
+        assert!(len <= self.len);
+        // SAFETY: inside the mapping, of which nothing is borrowed but as memory that may change.
+        unsafe {
+            mprotect(
+                self.start,
+                len,
+                ProtFlags::PROT_READ | ProtFlags::PROT_WRITE,
+            )
+        }
+        .unwrap();
     }
 
     pub(crate) fn advise(&self, range: Range<usize>, advice: MmapAdvise) -> nix::Result<()> {
