@@ -630,18 +630,11 @@ fn what_replaces_the_destination_in_the_last_moment_is_replaced_as_by_a_rename(
             let args = ["-o", log, "-e", "trace=renameat2", "-e", delay];
             common::under_strace("recycle", dir.path(), &args)
         });
-        let is_written = || {
-            let mut staged = names(dir.path());
-            staged.retain(|name| name != "dest");
-            staged
-                .iter()
-                .any(|name| fs::read(dir.path().join(name)).is_ok_and(|text| text == b"new"))
-        };
-        while !is_written() && !child.is_finished() {
+        // The call is in the log when it begins, and does nothing for as long as it's delayed.
+        let begins = || !fs::read_to_string(log.path()).unwrap().is_empty();
+        while !begins() && !child.is_finished() {
             std::thread::sleep(std::time::Duration::from_millis(10));
         }
-        // By now it looks at the destination's lock, and begins the exchange.
-        std::thread::sleep(std::time::Duration::from_secs(1));
         fs::remove_file(&dest).unwrap();
         replace(&dest);
         child.join().unwrap()

@@ -141,6 +141,35 @@ fn a_forked_child_does_not_have_memory_that_is_not_all_in() {
     assert!(flags(ram.as_ptr().addr()).contains(&"dc".to_owned()));
 }
 
+/// It has every descriptor that this process had.
+#[rstest]
+#[case::while_it_is_filled(false)]
+#[case::when_all_is_in(true)]
+fn a_forked_child_that_lives_on_holds_up_nobody(#[case] all_in: bool) {
+    if !Need::Userfaultfd.met("a_forked_child_that_lives_on_holds_up_nobody") {
+        return;
+    }
+    let ram = on_demand().start(full_and_two_diffs().chain()).unwrap();
+    // SAFETY: the child makes system calls only.
+    let child = unsafe { nix::unistd::fork() }.unwrap();
+    let nix::unistd::ForkResult::Parent { child } = child else {
+        nix::unistd::alarm::set(120);
+        loop {
+            nix::unistd::pause();
+        }
+    };
+    let (ended, dropped) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        let result = if all_in { ram.wait() } else { Ok(()) };
+        drop(ram);
+        ended.send(result).unwrap();
+    });
+    let result = dropped.recv_timeout(Duration::from_secs(60));
+    nix::sys::signal::kill(child, nix::sys::signal::Signal::SIGKILL).unwrap();
+    nix::sys::wait::waitpid(child, None).unwrap();
+    result.expect("it was dropped").unwrap();
+}
+
 /// What the kernel says of a mapping: proc_pid_smaps(5), VmFlags.
 fn flags(address: usize) -> Vec<String> {
     let smaps = std::fs::read_to_string("/proc/self/smaps").unwrap();

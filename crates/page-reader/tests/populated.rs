@@ -309,6 +309,7 @@ fn swapped_out_pages_are_not_taken_for_empty() {
         eprintln!("swapped_out_pages_are_not_taken_for_empty: no swap file can be had here");
         return;
     };
+    common::stay_on_this_processor();
     for flags in [Flags::Private, Flags::Shared] {
         let mapping = untouched(flags);
         let touched = touch(&mapping, SOME);
@@ -447,10 +448,6 @@ fn guest_memory_of_vm_memory_is_populated_where_it_was_written() {
 #[test]
 fn asking_of_memory_does_not_touch_it() {
     let mapping = Mapping::private(4 << 30);
-    // Makes it a mapping of its own to the kernel, not one with its neighbours.
-    mapping
-        .advise(0..4 << 30, MmapAdvise::MADV_DONTDUMP)
-        .unwrap();
     let layout = RamLayout::single(0, 4 << 30).unwrap();
     let guest = MappedMemory::new(layout, [mapping.memory()]).unwrap();
     assert_eq!(guest.populated(0..4 << 30).count(), 0);

@@ -203,8 +203,6 @@ fn guest(child: &Child, mapping: &Mapping) -> ProcessMemory {
 fn untouched() -> Mapping {
     let mapping = Mapping::private(PAGES * PAGE);
     let _ = mapping.advise(0..PAGES * PAGE, MmapAdvise::MADV_NOHUGEPAGE);
-    // Makes it a mapping of its own to the kernel, not one with its neighbours.
-    let _ = mapping.advise(0..PAGES * PAGE, MmapAdvise::MADV_DONTDUMP);
     mapping
 }
 
@@ -346,11 +344,12 @@ fn pages_that_the_other_process_swapped_out_are_not_taken_for_empty() {
     };
     let mapping = untouched();
     let swap_out = || {
+        common::stay_on_this_processor();
         mapping.write_at(5 * PAGE, b"!");
         mapping.write_at(1000 * PAGE, b"!");
         let _ = mapping.advise(0..PAGES * PAGE, MmapAdvise::MADV_PAGEOUT);
     };
-    // SAFETY: stores to memory and a system call.
+    // SAFETY: stores to memory and system calls.
     let child = unsafe { Child::that(swap_out) };
     let pagemap = File::open(format!("/proc/{}/pagemap", child.pid())).unwrap();
     let mut entry = [0; 8];

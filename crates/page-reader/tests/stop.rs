@@ -136,6 +136,24 @@ fn a_role() {
             counts.go_on(counts.load());
             panic!("{}", playing(&role, &path).exec());
         }
+        "runs another program once it's told" => {
+            for _ in 0..200 {
+                let thread = thread::Builder::new().stack_size(64 << 10);
+                thread.spawn(thread::park).unwrap();
+            }
+            // The last that a tracer comes to.
+            let runs_another = move || {
+                let told = counts.get(CHILD);
+                while told.load(SeqCst) == 0 {
+                    thread::yield_now();
+                }
+                thread::sleep(Duration::from_micros(told.load(SeqCst)));
+                panic!("{}", playing("counts", &path).exec());
+            };
+            thread::spawn(runs_another);
+            // Nothing counts, which would keep the processors from the others.
+            (0..THREADS).for_each(|index| counts.get(index).store(1, SeqCst));
+        }
         "stops its child" => {
             #[expect(clippy::zombie_processes, reason = "it's to outlive this process")]
             let child = playing("counts", &path).spawn().unwrap();
@@ -284,7 +302,7 @@ fn every_thread_stands_still_while_the_guard_lives_and_goes_on_after() {
     // Also when it's another thread that has it.
     thread::spawn(move || drop(stopped)).join().unwrap();
     target.goes_on();
-    assert!(is_free(target.pid(), &['R', 'S']));
+    wait_until("it's free", || is_free(target.pid(), &['R', 'S']));
 }
 
 #[test]
@@ -313,6 +331,22 @@ fn a_process_that_runs_another_program_meanwhile_is_stopped_before_or_after() {
         thread::sleep(Duration::from_millis(1));
     }
     target.goes_on();
+}
+
+/// The thread that does is the first from then on, whatever it was when it was first traced.
+#[test]
+fn a_process_that_runs_another_program_once_is_stopped_in_time() {
+    need!(
+        Ptrace,
+        "a_process_that_runs_another_program_once_is_stopped_in_time"
+    );
+    for round in 0..30 {
+        let target = Target::that("runs another program once it's told");
+        target.counts.get(CHILD).store(1 + round * 100, SeqCst);
+        let stopped = target.stop();
+        target.stands_still();
+        drop(stopped);
+    }
 }
 
 #[test]
@@ -408,7 +442,7 @@ fn a_process_whose_stopper_is_killed_goes_on() {
     stopper.child.kill().unwrap();
     stopper.child.wait().unwrap();
     stopper.counts.go_on(before);
-    assert!(is_free(target, &['R', 'S']));
+    wait_until("it's free", || is_free(target, &['R', 'S']));
     kill(Pid::from_raw(target as i32), Signal::SIGKILL).unwrap();
 }
 
@@ -468,20 +502,20 @@ fn a_thread_that_does_not_stop_in_time_is_named_and_the_process_runs_on() {
         target.counts.get(CHILD).load(SeqCst) == 1
     });
     let within = Duration::from_millis(100);
-    let start = Instant::now();
-    let error = StoppedProcess::stop(target.pid(), within).unwrap_err();
-    assert!(start.elapsed() >= within);
-    match error {
-        ProcessStopError::Unresponsive { thread, .. } => {
-            assert_eq!(
-                u64::from(thread),
-                target.counts.get(ROLE_THREAD).load(SeqCst)
-            );
+    let role = target.counts.get(ROLE_THREAD).load(SeqCst);
+    let let_go = || wait_until("it's let go", || is_free(target.pid(), &['R', 'S', 'D']));
+    // One that waits for a processor all the time is named too.
+    wait_until("the thread that can't stop is named", || {
+        let start = Instant::now();
+        let error = StoppedProcess::stop(target.pid(), within).unwrap_err();
+        assert!(start.elapsed() >= within);
+        let_go();
+        match error {
+            ProcessStopError::Unresponsive { thread, .. } => u64::from(thread) == role,
+            other => panic!("{other}"),
         }
-        other => panic!("{other}"),
-    }
+    });
     target.goes_on();
-    wait_until("it's let go", || is_free(target.pid(), &['R', 'S', 'D']));
 }
 
 #[test]

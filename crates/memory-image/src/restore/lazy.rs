@@ -6,7 +6,7 @@ mod options;
 mod present;
 mod userfaultfd;
 
-use std::io::{self, PipeReader};
+use std::io;
 use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -158,7 +158,7 @@ impl LazyRam {
 impl Drop for LazyRam {
     fn drop(&mut self) {
         self.filler.stop.store(true, Ordering::Relaxed);
-        drop(locked(&self.filler.hang_up).take());
+        self.filler.dismiss();
         for thread in self.threads.drain(..) {
             // It does not panic.
             _ = thread.join();
@@ -193,14 +193,14 @@ impl PageReader for LazyRam {
     }
 }
 
-/// Until `closed` hangs up.
-fn answer_faults(filler: &Filler, closed: &PipeReader) -> Result<(), ImageError> {
+/// Until dismissed.
+fn answer_faults(filler: &Filler) -> Result<(), ImageError> {
     let failed = |error| ImageError::from(UserfaultfdError::Wait(error));
     let mut buffer = SecretBuffer::new();
     loop {
         let mut ready = [
             PollFd::new(filler.fault.as_fd(), PollFlags::POLLIN),
-            PollFd::new(closed.as_fd(), PollFlags::POLLIN),
+            PollFd::new(filler.dismissed.as_fd(), PollFlags::POLLIN),
         ];
         match poll(&mut ready, PollTimeout::NONE) {
             Err(Errno::EINTR) => continue,

@@ -235,10 +235,8 @@ impl Tracer {
                 // Asking to trace a thread waits while another of its process begins to run another program, which waits until those
                 // that are traced are forgotten: the tracer, which waits, can't do that.
                 Err(RecvTimeoutError::Timeout) if Instant::now() < latest => {
-                    let shared = shared.lock().unwrap_or_else(PoisonError::into_inner);
-                    for thread in shared.iter().filter(|thread| **thread != first) {
-                        let _ = ptrace::forget_ended(*thread);
-                    }
+                    let mut shared = shared.lock().unwrap_or_else(PoisonError::into_inner);
+                    shared.retain(|thread| *thread == first || !ptrace::forget_ended(*thread));
                 }
                 // It ends once the kernel lets it.
                 Err(RecvTimeoutError::Timeout) => {

@@ -39,13 +39,15 @@ pub(crate) fn state(thread: Pid) -> nix::Result<Thread> {
     wait(thread, libc::WEXITED | libc::WSTOPPED | libc::WNOWAIT)
 }
 
-/// Has the kernel forget `thread` if it has ended. Not for the first of a process: that one is for its parent to wait for.
-pub(crate) fn forget_ended(thread: Pid) -> nix::Result<()> {
+/// Has the kernel forget `thread` if it has ended, and says whether it's forgotten: then its id may be another's, this process's own child's
+/// too. Not for the first of a process: that one is for its parent to wait for.
+pub(crate) fn forget_ended(thread: Pid) -> bool {
     // Looked at first: a stop would be taken, whatever is asked for.
-    if state(thread)? == Thread::Ended {
-        wait(thread, libc::WEXITED)?;
+    match state(thread) {
+        Ok(Thread::Ended) => wait(thread, libc::WEXITED).is_ok(),
+        Ok(_) => false,
+        Err(errno) => errno == Errno::ECHILD,
     }
-    Ok(())
 }
 
 fn wait(thread: Pid, flags: i32) -> nix::Result<Thread> {

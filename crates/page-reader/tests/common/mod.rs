@@ -27,9 +27,13 @@ pub(crate) fn pattern(len: usize) -> Vec<u8> {
 }
 
 /// Anonymous memory, shared with forked children or private to each.
+///
+/// What is private lies between guard pages: the kernel joins neighbours that are alike, also those of two tests, and then tells of both as one.
 pub(crate) struct Mapping {
     start: NonNull<libc::c_void>,
     len: usize,
+    /// Bytes, on either side.
+    guard: usize,
 }
 
 impl Mapping {
@@ -49,22 +53,33 @@ impl Mapping {
 
     /// Address space to grow into.
     pub(crate) fn inaccessible(len: usize) -> Self {
-        let flags = MapFlags::MAP_PRIVATE | NO_RESERVE;
-        Self::with(len, ProtFlags::PROT_NONE, flags)
-    }
-
-    fn new(len: usize, flags: MapFlags) -> Self {
-        Self::with(len, ProtFlags::PROT_READ | ProtFlags::PROT_WRITE, flags)
-    }
-
-    fn with(len: usize, protection: ProtFlags, flags: MapFlags) -> Self {
-        let len = NonZeroUsize::new(len).unwrap();
+        let (len, flags) = (
+            NonZeroUsize::new(len).unwrap(),
+            MapFlags::MAP_PRIVATE | NO_RESERVE,
+        );
         // SAFETY: a new mapping, where the kernel likes.
-        let start = unsafe { mmap_anonymous(None, len, protection, flags) }.unwrap();
+        let start = unsafe { mmap_anonymous(None, len, ProtFlags::PROT_NONE, flags) }.unwrap();
         Self {
             start,
             len: len.get(),
+            guard: 0,
         }
+    }
+
+    fn new(len: usize, flags: MapFlags) -> Self {
+        let guard = if flags.contains(MapFlags::MAP_PRIVATE) {
+            PAGE
+        } else {
+            0
+        };
+        let whole = NonZeroUsize::new(len + 2 * guard).unwrap();
+        // SAFETY: a new mapping, where the kernel likes.
+        let start = unsafe { mmap_anonymous(None, whole, ProtFlags::PROT_NONE, flags) }.unwrap();
+        // SAFETY: inside the mapping.
+        let start = unsafe { start.byte_add(guard) };
+        let mapping = Self { start, len, guard };
+        mapping.allow(len);
+        mapping
     }
 
     pub(crate) fn write(&self, bytes: &[u8]) {
@@ -88,6 +103,7 @@ impl Mapping {
         Self {
             start: start.unwrap(),
             len,
+            guard: 0,
         }
     }
 
@@ -156,8 +172,22 @@ unsafe impl Sync for Mapping {}
 
 impl Drop for Mapping {
     fn drop(&mut self) {
+        let (guard, whole) = (self.guard, self.len + 2 * self.guard);
         // SAFETY: the mapping is this value's own, and no borrow of it is left.
-        unsafe { munmap(self.start, self.len) }.unwrap();
+        unsafe { munmap(self.start.byte_sub(guard), whole) }.unwrap();
+    }
+}
+
+/// What this thread touches from now on waits among the new pages of one processor. `MADV_PAGEOUT` takes those of the processor that it's
+/// called on, and leaves those of others in memory.
+#[cfg(target_os = "linux")]
+pub(crate) fn stay_on_this_processor() {
+    // SAFETY: the set is this function's own, of integers, and read during the call.
+    unsafe {
+        let mut set: libc::cpu_set_t = std::mem::zeroed();
+        libc::CPU_SET(libc::sched_getcpu().cast_unsigned() as usize, &mut set);
+        let result = libc::sched_setaffinity(0, size_of_val(&set), &raw const set);
+        assert_eq!(result, 0);
     }
 }
 

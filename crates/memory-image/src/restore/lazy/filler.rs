@@ -1,11 +1,11 @@
 //! What fills the memory: one page and its neighbours for whoever waits, and all the rest in order.
 
-use std::io::PipeWriter;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use nix::errno::Errno;
+use nix::sys::eventfd::EventFd;
 use page_reader::SecretBuffer;
 
 use super::memory::Memory;
@@ -50,8 +50,8 @@ pub(crate) struct Filler {
     pub(crate) stop: AtomicBool,
     /// Missing pages are missing no more: all were filled, or none will be.
     pub(crate) released: AtomicBool,
-    /// Whoever answers faults ends when this hangs up.
-    pub(crate) hang_up: Mutex<Option<PipeWriter>>,
+    /// Readable once whoever answers faults is to end. A pipe would hang up only when no forked child has its other end any more.
+    pub(crate) dismissed: EventFd,
 }
 
 /// How far bringing in everything is.
@@ -321,7 +321,13 @@ impl Filler {
         if let Err(errno) = inherited {
             self.fail(fill_error(0, errno));
         }
-        drop(locked(&self.hang_up).take());
+        self.dismiss();
+    }
+
+    /// Whoever answers faults is to end.
+    pub(crate) fn dismiss(&self) {
+        // It can't fail: this is a counter that is far from its end.
+        let _ = self.dismissed.write(1);
     }
 
     /// No missing page will be filled any more: from here on an access to the memory fails, so that none waits for ever or finds zeros.

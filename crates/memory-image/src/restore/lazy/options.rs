@@ -7,6 +7,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::sync::{Arc, Condvar, Mutex, OnceLock};
 use std::thread;
 
+use nix::sys::eventfd::{EfdFlags, EventFd};
+
 use super::filler::{Filler, Phase};
 use super::memory::Memory;
 use super::present::Present;
@@ -146,7 +148,8 @@ impl LazyRamOptions {
             false => self.fault_around.clamp(page, 1 << 30).next_power_of_two(),
         };
         let ahead = self.prefetch && !self.record;
-        let (closed, hang_up) = io::pipe().map_err(UserfaultfdError::Thread)?;
+        let dismissed = EventFd::from_flags(EfdFlags::EFD_CLOEXEC)
+            .map_err(|errno| UserfaultfdError::Thread(errno.into()))?;
         let phase = if ahead { Phase::Running } else { Phase::Idle };
         let filler = Arc::new(Filler {
             present: Present::none(memory.len(), page),
@@ -167,15 +170,15 @@ impl LazyRamOptions {
             ended: Condvar::new(),
             stop: AtomicBool::new(false),
             released: AtomicBool::new(false),
-            hang_up: Mutex::new(Some(hang_up)),
+            dismissed,
         });
         let mut ram = LazyRam {
             filler,
             threads: Vec::new(),
             _region: region,
         };
-        ram.spawn("lazy-ram-faults", move |filler| {
-            if let Err(error) = answer_faults(filler, &closed) {
+        ram.spawn("lazy-ram-faults", |filler| {
+            if let Err(error) = answer_faults(filler) {
                 filler.give_up(error);
             }
         })?;

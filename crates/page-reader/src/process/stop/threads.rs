@@ -25,7 +25,7 @@ pub(super) struct Threads {
     within: Duration,
     deadline: Instant,
     known: BTreeMap<Pid, Known>,
-    /// All that were ever traced.
+    /// All that were ever traced, and are not forgotten. Locked while one is.
     pub(super) shared: Arc<Mutex<Vec<Pid>>>,
 }
 
@@ -149,6 +149,12 @@ impl Threads {
                     Some(state) => self.known.insert(thread, Known::Traced(state)),
                     None => self.known.remove(&thread),
                 };
+                // It may be the first by now, having run another program while it was about to be traced: by that id nobody asked it to
+                // stop. (No other process's thread can be: ptrace takes this from its tracer alone.)
+                if state.is_none() && ptrace::interrupt(self.first).is_ok() {
+                    let first = Known::Traced(ptrace::Thread::Runs);
+                    self.known.insert(self.first, first);
+                }
             }
             match running {
                 None => return Ok((stopped, lost_some)),
@@ -182,7 +188,8 @@ impl Threads {
         match ptrace::state(thread) {
             // A thread that runs another program waits until all others are forgotten, and takes on the id of the first.
             Ok(ptrace::Thread::Ended) if thread != self.first => {
-                let _ = ptrace::forget_ended(thread);
+                self.shared()
+                    .retain(|other| *other != thread || !ptrace::forget_ended(thread));
                 Ok(None)
             }
             // The end of the first isn't told before the others ended; and where the process is a child of this one, another that takes
@@ -193,7 +200,10 @@ impl Threads {
                 _ => Some(ptrace::Thread::Runs),
             }),
             Ok(state) => Ok(Some(state)),
-            Err(Errno::ECHILD) => Ok(None),
+            Err(Errno::ECHILD) => {
+                self.shared().retain(|other| *other != thread);
+                Ok(None)
+            }
             Err(errno) => Err(failed(self.pid, "waitid")(errno.into())),
         }
     }
