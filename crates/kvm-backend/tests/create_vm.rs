@@ -38,6 +38,10 @@ fn a_thread_that_signals_come_to_creates_virtual_machines() {
                 thread::yield_now();
             }
         });
+        // From here on: each creation is among signals.
+        while came.load(Ordering::Relaxed) == 0 {
+            thread::yield_now();
+        }
         let created: Result<Vec<_>, _> =
             (0..CREATED).map(|_| kvm_backend::create_vm(&kvm)).collect();
         done.store(true, Ordering::Release);

@@ -343,17 +343,15 @@ fn a_device_that_may_not_be_opened_is_a_matter_of_permission() {
     if !Need::Root.met("a_device_that_may_not_be_opened_is_a_matter_of_permission") {
         return;
     }
-    let dir = std::env::temp_dir().join(format!("kvm-backend-{}", std::process::id()));
-    std::fs::create_dir(&dir).unwrap();
-    std::fs::write(dir.join("kvm"), "").unwrap();
-    let read_only = ReadOnlyBind::of(&dir).unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::write(dir.path().join("kvm"), "").unwrap();
+    let read_only = ReadOnlyBind::of(dir.path()).unwrap();
     let error = open_kvm_at(&read_only.path().join("kvm")).unwrap_err();
     assert!(
         matches!(error, OpenKvmError::NotPermitted { .. }),
         "{error}"
     );
     assert!(error.to_string().contains("group") && error.source().is_some());
-    std::fs::remove_dir_all(&dir).unwrap();
 }
 
 #[test]

@@ -3,6 +3,7 @@
 // Every test file has its own copy of this module and uses a part of it.
 #![allow(dead_code, unreachable_pub, unsafe_code)]
 
+use std::io;
 use std::sync::Arc;
 
 use kvm_backend::{DirtyLog, GuestRam, RamSlots, Reprotect, long_mode};
@@ -265,9 +266,13 @@ impl Guest {
 }
 
 pub fn run(vcpu: &mut VcpuFd) -> u8 {
-    match vcpu.run().unwrap() {
-        VcpuExit::IoOut(DONE, [byte]) => *byte,
-        other => panic!("{other:?}"),
+    loop {
+        match vcpu.run() {
+            Ok(VcpuExit::IoOut(DONE, [byte])) => return *byte,
+            // The kernel may have other work for the thread, and a tracer may stop it.
+            Err(error) if io::Error::from(error).kind() == io::ErrorKind::Interrupted => {}
+            other => panic!("{other:?}"),
+        }
     }
 }
 

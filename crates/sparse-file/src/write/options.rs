@@ -22,6 +22,9 @@ pub enum Engine {
     /// go through the page cache, as the threads would wait for each other.
     Threads,
     /// A ring of `io_uring(7)` for the length of the call, with at most 64 requests of together 32 MiB in flight. Linux.
+    ///
+    /// The kernel may still tidy up after the ring when the call has returned, for some 60 ms, and wakes the calling thread for it
+    /// once: an interruptible wait of it ends early then (`EINTR` from `epoll_wait` or `KVM_RUN`, though no signal came).
     IoUring,
 }
 
