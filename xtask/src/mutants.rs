@@ -44,7 +44,7 @@ const CRATES: [(&str, &[Part]); 4] = [
         "atomic-file",
         &[whole(&[
             &["group", "power_loss", "recycling", "replace"],
-            &["hostile", "leftovers"],
+            &["hostile", "leftovers", "meanwhile"],
             &["faults"],
         ])],
     ),

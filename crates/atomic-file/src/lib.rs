@@ -72,6 +72,7 @@
 //! newfstatat(3, ".atomic-file-2670fefa-0.stage")          is it still ours?
 //! newfstatat(3, ".atomic-file-group")               ENOENT
 //! renameat(3, ".atomic-file-2670fefa-0.stage", 3, "vm.mem")
+//! flock(4, LOCK_UN)                                       also for a child that another thread has just forked
 //! fsync(3)                                                the name
 //! ```
 //! On macOS the syncs are `fcntl(F_FULLFSYNC)`, as `fsync` there leaves the bytes in the drive's cache. Where a file
@@ -128,7 +129,8 @@
 //! 4. removes the record; `S`, so that it never comes back to a directory that has moved on.
 //!
 //! Its owner holds the record's lock until the end. A record whose lock is free belongs to the dead, and whoever opens or
-//! commits a file in the directory goes on at step 3. Before it renames anything it looks at every member: the destination is
+//! commits a file in the directory goes on at step 3; while somebody does, a commit of one of the group's destinations waits.
+//! Before it renames anything it looks at every member: the destination is
 //! the recorded inode (done), or the stage is (to do), or the stage is gone (done, and replaced by somebody since).
 //! A stage that is another file now stops it, and so does a record that is not whole: nothing is guessed at.
 //! Sweepers spare every stage while a record stands.
@@ -168,7 +170,8 @@
 //!
 //! - What is replaced is the *name*. Other hard links to the old file keep it, and a process that has it open goes on reading
 //!   it. The new file has the mode asked for and the owner of a file newly created; ACLs and extended attributes are not copied.
-//! - A `fork`ed child that does not `exec` holds the locks too, and runs destructors if it unwinds: let it `_exit`.
+//! - A `fork`ed child that does not `exec` holds the locks on where its parent is killed, and runs destructors if it unwinds: let
+//!   it `_exit`.
 //! - Locks are advisory, and names are only names: somebody else who may write to the directory can remove or exchange a
 //!   stage. The commit notices when the stage is not its own file any more; it cannot notice in the instant of the rename.
 //! - A directory that may be written to but not read cannot be synced, nor opened here.

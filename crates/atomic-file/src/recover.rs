@@ -2,7 +2,7 @@
 
 use std::ffi::OsStr;
 use std::fs::File;
-use std::io::{self, Read as _};
+use std::io::{self, Read as _, Seek as _};
 use std::path::{Path, PathBuf};
 
 use crate::directory::{Directory, stat_of};
@@ -11,7 +11,7 @@ use crate::options::Durability;
 use crate::outcome::{PublishError, make_sure};
 use crate::record::{self, Member, RECORD_NAME};
 use crate::sweep::{SweepReport, sweep_open};
-use crate::sys::{Lock, lock, try_lock};
+use crate::sys::{Lock, Unlock, lock, try_lock};
 
 /// What [`recover`] found and did.
 #[derive(Debug, Default)]
@@ -62,15 +62,17 @@ pub fn recover(dir: impl AsRef<Path>) -> Result<RecoverReport, RecoverError> {
 
 /// What to do about a record whose owner lives.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Owner {
+pub(crate) enum Owner<'a> {
     /// It will finish by itself.
     LeaveAlone,
     /// Return only when the record is gone.
     WaitFor,
+    /// The same where the record names this destination: whoever completes the group, its owner or another, would replace what is put there.
+    WaitForIfIn(&'a OsStr),
 }
 
 /// Completes the group whose record stands in `dir`, if one does and its owner is dead.
-pub(crate) fn settle(dir: &Directory, owner: Owner) -> Result<RecoverReport, RecoverError> {
+pub(crate) fn settle(dir: &Directory, owner: Owner<'_>) -> Result<RecoverReport, RecoverError> {
     let name = OsStr::new(RECORD_NAME);
     let path = dir.path_of(name);
     let failed = |operation| {
@@ -103,13 +105,14 @@ pub(crate) fn settle(dir: &Directory, owner: Owner) -> Result<RecoverReport, Rec
         };
         match try_lock(&file).map_err(failed("lock"))? {
             Lock::Held => {}
-            Lock::Taken if owner == Owner::LeaveAlone => {
+            Lock::Taken if !is_waited_for(owner, &file).map_err(failed("read"))? => {
                 report.busy = true;
                 return Ok(report);
             }
             Lock::Taken => lock(&file).map_err(failed("lock"))?,
             Lock::Unsupported(error) => return Err(failed("lock")(error)),
         }
+        let _unlock = Unlock(&file);
         // Under the lock the name is ours to remove, if it still means the file that we locked.
         let locked = stat_of(&file).map_err(failed("inspect"))?.id;
         if dir
@@ -131,16 +134,29 @@ pub(crate) fn settle(dir: &Directory, owner: Owner) -> Result<RecoverReport, Rec
     Ok(report)
 }
 
+/// Whether the end of a group is to be waited for whose record somebody has locked. It was written whole before it was published.
+fn is_waited_for(owner: Owner<'_>, record: &File) -> io::Result<bool> {
+    Ok(match owner {
+        Owner::LeaveAlone => false,
+        Owner::WaitFor => true,
+        Owner::WaitForIfIn(dest) => {
+            read(record)?.is_ok_and(|members| members.iter().any(|member| member.dest == dest))
+        }
+    })
+}
+
 /// Whether a record here may be somebody else's doing.
 fn others_may_create(dir: &Directory) -> bool {
     const GROUP_OR_OTHERS_WRITE: u32 = 0o022;
     dir.stat.mode & GROUP_OR_OTHERS_WRITE != 0
 }
 
-fn read(file: &File) -> io::Result<Result<Vec<Member>, &'static str>> {
+/// From its beginning.
+fn read(mut file: &File) -> io::Result<Result<Vec<Member>, &'static str>> {
     /// Tens of thousands of members; no record is larger.
     const LIMIT: u64 = 16 << 20;
     let mut bytes = Vec::new();
+    file.rewind()?;
     file.take(LIMIT + 1).read_to_end(&mut bytes)?;
     if bytes.len() as u64 > LIMIT {
         return Ok(Err("too long"));
@@ -233,7 +249,6 @@ fn finish(dir: &Directory) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use std::fs::{self, Permissions};
-    use std::io::Seek;
     use std::os::unix::fs::PermissionsExt;
 
     use super::*;
@@ -261,7 +276,6 @@ mod tests {
         let file = tempfile::tempfile().unwrap();
         for (len, too_long) in [(LIMIT, false), (LIMIT + 1, true), (1 << 40, true)] {
             file.set_len(len).unwrap();
-            (&file).rewind().unwrap();
             let problem = read(&file).unwrap().unwrap_err();
             assert_eq!(problem == "too long", too_long, "{len}: {problem}");
         }

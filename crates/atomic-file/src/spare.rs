@@ -18,11 +18,13 @@ use std::ffi::OsStr;
 use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::thread;
+use std::time::Duration;
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::unistd::{getegid, geteuid};
 
-use crate::directory::{Directory, stat_of};
+use crate::directory::{Directory, FileId, stat_of};
 use crate::error::Leftover;
 use crate::record::RECORD_NAME;
 use crate::stage::{Inspected, Stage, remove_if_dead, spare_name};
@@ -82,19 +84,37 @@ pub(crate) fn remove_replaced(old: Stage) -> Result<(), Leftover> {
     if old.has_name() {
         return old.discard();
     }
-    let (dir, name) = (old.dir(), old.name());
-    let removed = match dir.entry(name) {
+    let (dir, name) = (Arc::clone(old.dir()), old.name().to_owned());
+    let path: PathBuf = old.path().clone();
+    // Its lock has no more to say, and whoever waits is to hold none.
+    drop(old);
+    let removed = match dir.entry(&name) {
         // A link, say: nobody else will remove it, and so nobody else can have the name.
-        Ok(Some(entry)) if !entry.is_file() => dir.remove(name),
-        Ok(_) => match remove_if_dead(dir, name) {
-            // Somebody's stage by now, or a file that its writer has not let go of; the next one will remove it.
-            Inspected::Removed | Inspected::Gone | Inspected::Living => Ok(()),
-            Inspected::Kept(error) => Err(error),
-        },
+        Ok(Some(entry)) if !entry.is_file() => dir.remove(&name),
+        Ok(Some(entry)) => remove_stray(&dir, &name, entry.id),
+        Ok(None) => Ok(()),
         Err(error) => Err(error),
     };
-    let path: PathBuf = old.path().clone();
     removed.map_err(|source| Leftover { path, source })
+}
+
+/// Removes a file that another writer's commit had put in place, and that writer or the next may have locked still: until they let go of it.
+fn remove_stray(dir: &Directory, name: &OsStr, stray: FileId) -> io::Result<()> {
+    const TRIES: u32 = 1000;
+    const PAUSE: Duration = Duration::from_millis(1);
+    for _ in 0..TRIES {
+        match remove_if_dead(dir, name) {
+            Inspected::Removed | Inspected::Gone => return Ok(()),
+            Inspected::Kept(error) => return Err(error),
+            Inspected::Living => {}
+        }
+        if dir.entry(name)?.map(|entry| entry.id) != Some(stray) {
+            // A stage of somebody's by now.
+            return Ok(());
+        }
+        thread::sleep(PAUSE);
+    }
+    Ok(())
 }
 
 /// Removes the spare of `dest`, for a writer who does not recycle.

@@ -9,7 +9,7 @@
 //! this safe in the moment between creating and locking, and with slots used again:
 //!
 //! 1. A creator that got the lock looks whether the name still means its file, and takes another slot if not.
-//!    One that did not get it leaves the file to whoever holds the lock, and takes another slot.
+//!    One that did not get it waits: a sweeper has it for a moment, and leaves the file where a record stands.
 //! 2. A stage is unlinked only under its lock: by its owner, or by a sweeper that, *after* getting the lock, has seen that
 //!    no group record is published and then that the name still means the locked file.
 //!
@@ -25,12 +25,14 @@ use std::io::{self, ErrorKind};
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::thread;
+use std::time::Duration;
 
 use crate::directory::{Directory, FileId, Stat, stat_of};
 use crate::error::Leftover;
 use crate::outcome::{PublishError, has_no_such_call, make_sure};
 use crate::record::RECORD_NAME;
-use crate::sys::{Lock, try_lock};
+use crate::sys::{Lock, Unlock, try_lock};
 
 const PREFIX: &str = ".atomic-file-";
 const LOCKED: &str = ".stage";
@@ -109,6 +111,7 @@ pub(crate) fn remove_if_dead(dir: &Directory, name: &OsStr) -> Inspected {
             Lock::Taken => return Ok(Inspected::Living),
             Lock::Unsupported(error) => return Ok(Inspected::Kept(error)),
         }
+        let _unlock = Unlock(&file);
         if dir.entry(OsStr::new(RECORD_NAME))?.is_some() {
             return Ok(kept(
                 "a group commit is pending in the directory: call `recover`",
@@ -164,6 +167,19 @@ fn no_slot() -> io::Error {
     )
 }
 
+/// Locks a file that was just created. Who has its lock already is about to see that it's no stage of a dead owner, or removes it.
+fn lock_new(file: &File) -> io::Result<Lock> {
+    const TRIES: u32 = 100;
+    const PAUSE: Duration = Duration::from_millis(1);
+    for _ in 0..TRIES {
+        match try_lock(file)? {
+            Lock::Taken => thread::sleep(PAUSE),
+            answered => return Ok(answered),
+        }
+    }
+    Ok(Lock::Taken)
+}
+
 #[derive(Debug)]
 pub(crate) struct Stage {
     dir: Arc<Directory>,
@@ -210,12 +226,13 @@ impl Stage {
             if kind == StageName::Unlocked {
                 return Ok(stage);
             }
-            match try_lock(&stage.file)? {
+            match lock_new(&stage.file)? {
                 Lock::Held if stage.name_is_ours()? => {
                     stage.locked = true;
                     return Ok(stage);
                 }
-                // A sweeper was faster than our lock: what is at the name, if anything, is not ours to remove.
+                // A sweeper was faster than our lock: what is at the name, if anything, is not ours to remove. Nor is what somebody
+                // holds who is no sweeper.
                 Lock::Held | Lock::Taken => stage.named = false,
                 // Dropping the stage removes it.
                 Lock::Unsupported(_) => kind = StageName::Unlocked,
@@ -436,6 +453,9 @@ impl Drop for Stage {
     fn drop(&mut self) {
         // Nowhere to report to: `discard` is for those who want to know, and a sweep finds what stays.
         let _ = self.remove();
+        if self.locked {
+            drop(Unlock(&self.file));
+        }
     }
 }
 

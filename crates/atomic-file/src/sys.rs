@@ -150,6 +150,18 @@ pub(crate) fn try_lock(file: &File) -> io::Result<Lock> {
     }
 }
 
+/// Gives up the `flock` of a file when dropped. Left to the last descriptor, it would be held on by a child that another thread has just
+/// forked, and the file be taken for a living owner's.
+#[derive(Debug)]
+pub(crate) struct Unlock<'f>(pub(crate) &'f File);
+
+impl Drop for Unlock<'_> {
+    fn drop(&mut self) {
+        // Where it can't be, closing does.
+        let _ = self.0.unlock();
+    }
+}
+
 /// Waits for the exclusive `flock` of `file`.
 pub(crate) fn lock(file: &File) -> io::Result<()> {
     let errno = |error: io::Error| Errno::from_raw(error.raw_os_error().unwrap_or(0));

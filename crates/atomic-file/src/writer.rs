@@ -155,7 +155,8 @@ impl AtomicWriter {
 
     /// Syncs the file, renames it onto the destination, and syncs the directory.
     ///
-    /// How much of that is for [`Durability`] to say. Of several writers to one destination, the last to commit wins.
+    /// How much of that is for [`Durability`] to say. Of several writers to one destination, the last to commit wins. While a group of
+    /// which the destination is one is being completed, this waits.
     /// An empty file is committed like any other.
     ///
     /// # Errors
@@ -174,7 +175,7 @@ impl AtomicWriter {
             .and_then(|()| stage.check().map_err(|error| (CommitStep::Check, error)))
             // An older group, completed only after us, would replace what we commit now.
             .and_then(|_| {
-                settle(&dest.dir, Owner::LeaveAlone)
+                settle(&dest.dir, Owner::WaitForIfIn(&dest.name))
                     .map_err(|error| (CommitStep::Recover, io::Error::other(error)))
             });
         if let Err((step, source)) = ready {

@@ -612,6 +612,7 @@ fn a_failed_sync_is_never_tried_again_on_the_same_file() {
 #[case::a_link(|dest: &Path| std::os::unix::fs::symlink("elsewhere", dest).unwrap(), "ok")]
 #[case::nothing(|_: &Path| (), "ok")]
 #[case::a_directory(|dest: &Path| fs::create_dir(dest).unwrap(), "not replaced")]
+#[case::a_file_that_its_writer_has_locked_still(locked_for_a_while, "ok")]
 fn what_replaces_the_destination_in_the_last_moment_is_replaced_as_by_a_rename(
     #[case] replace: fn(&Path),
     #[case] expected: &str,
@@ -645,6 +646,21 @@ fn what_replaces_the_destination_in_the_last_moment_is_replaced_as_by_a_rename(
     assert_names(dir.path(), &["dest"]);
     assert_eq!(dest.is_dir(), expected != "ok");
     assert!(dest.is_dir() || fs::read(&dest).unwrap() == b"new");
+}
+
+/// Until a moment after the file was replaced.
+fn locked_for_a_while(dest: &Path) {
+    fs::write(dest, "theirs").unwrap();
+    let file = fs::File::open(dest).unwrap();
+    file.lock().unwrap();
+    let dest = dest.to_owned();
+    std::thread::spawn(move || {
+        while fs::read(&dest).is_ok_and(|text| text != b"new") {
+            std::thread::sleep(std::time::Duration::from_millis(1));
+        }
+        std::thread::sleep(std::time::Duration::from_millis(50));
+        file.unlock().unwrap();
+    });
 }
 
 /// By default a holder is killed by the signal that tells of somebody who wants to open the file.

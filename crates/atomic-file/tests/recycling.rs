@@ -71,7 +71,7 @@ fn child() {
     };
     assert_eq!(job, "race");
     for _ in 0..50 {
-        save_any(&dir.join("dest"), std::process::id() as u8);
+        save_any(&dir.join("dest"), std::process::id() as u8 | 8);
     }
     println!("\nREPORT raced");
 }
@@ -650,14 +650,21 @@ fn racing_writers_and_sweepers_never_show_a_torn_file_nor_pile_up_spares() {
     let (dir, dest, _) = with_spare();
     let done = std::sync::atomic::AtomicBool::new(false);
     let is_done = || done.load(std::sync::atomic::Ordering::Relaxed);
+    let begun = std::sync::Barrier::new(2);
     std::thread::scope(|scope| {
         let reader = scope.spawn(|| {
             let mut seen = std::collections::BTreeSet::new();
-            while !is_done() {
+            let mut look = || {
                 let bytes = fs::read(&dest).unwrap();
                 assert_eq!(bytes, [bytes[0]; SIZE], "torn");
                 seen.insert(bytes[0]);
+            };
+            look();
+            begun.wait();
+            while !is_done() {
+                look();
             }
+            look();
             seen.len()
         });
         let sweeper = scope.spawn(|| {
@@ -666,7 +673,9 @@ fn racing_writers_and_sweepers_never_show_a_torn_file_nor_pile_up_spares() {
                 std::thread::sleep(std::time::Duration::from_millis(5));
             }
         });
-        let writers: Vec<_> = (1..4)
+        begun.wait();
+        // 2 is there already.
+        let writers: Vec<_> = (3..6)
             .map(|id| {
                 scope.spawn({
                     let dest = &dest;
