@@ -101,7 +101,7 @@ impl Fuzz {
         let broken = format!("-artifact_prefix=target/fuzz/{name}-");
         let output = cmd!(
             sh,
-            "{program} {found} {kept} {time} {broken} -max_len=8192 -rss_limit_mb=1024 -timeout=10 -print_final_stats=1"
+            "{program} {found} {kept} {time} {broken} -max_len=8192 -rss_limit_mb=1024 -timeout=120 -print_final_stats=1"
         )
         .ignore_status()
         .output()?;

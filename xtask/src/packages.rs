@@ -1,6 +1,8 @@
 //! Debian packages that a task needs: installed where they are missing, and said.
 
 use std::path::Path;
+use std::thread;
+use std::time::Duration;
 
 use anyhow::{Context, bail};
 use xshell::{Shell, cmd};
@@ -35,6 +37,25 @@ impl Package {
             .iter()
             .any(|dir| Path::new(dir).join(self.shows).exists())
     }
+}
+
+/// Pauses between attempts to download something.
+const PAUSES: [Duration; 3] = [
+    Duration::from_secs(5),
+    Duration::from_secs(20),
+    Duration::from_secs(60),
+];
+
+/// Downloads something, and tries again where that fails, saying so: a server may not answer for a moment.
+pub fn patiently(mut download: impl FnMut() -> anyhow::Result<()>) -> anyhow::Result<()> {
+    for pause in PAUSES {
+        let Err(error) = download() else {
+            return Ok(());
+        };
+        println!("{error:#}; once more in {} s", pause.as_secs());
+        thread::sleep(pause);
+    }
+    download()
 }
 
 impl Install {
@@ -75,7 +96,7 @@ impl Install {
             let names = &names;
             cmd!(
                 sh,
-                "apt-get install --quiet --quiet --yes --no-install-recommends {names...}"
+                "apt-get --option=DPkg::Lock::Timeout=600 install --quiet --quiet --yes --no-install-recommends {names...}"
             )
         };
         // Package lists may be older than what the mirror has, or not there at all.
@@ -86,15 +107,20 @@ impl Install {
             .run()
             .is_err()
         {
-            cmd!(sh, "apt-get update --quiet --quiet")
+            patiently(|| {
+                cmd!(
+                    sh,
+                    "apt-get --option=APT::Update::Error-Mode=any update --quiet --quiet"
+                )
                 .quiet()
                 .run()
                 .context("apt-get update")?;
-            install()
-                .quiet()
-                .ignore_stdout()
-                .run()
-                .with_context(|| format!("apt-get install {list}"))?;
+                install()
+                    .quiet()
+                    .ignore_stdout()
+                    .run()
+                    .with_context(|| format!("apt-get install {list}"))
+            })?;
         }
         let still: Vec<_> = missing().collect();
         if let Some(package) = still.first() {

@@ -38,7 +38,7 @@ fn a_few_seconds_find_nothing_and_leave_nothing() {
 fn a_mistake_is_found_named_and_found_again(#[case] mistake: &str, #[case] harm: &str) {
     let room = room();
     let plant = format!("--plant={mistake}");
-    let (output, said) = soak(room.path(), &["--minutes=1", &plant]);
+    let (output, said) = soak(room.path(), &["--minutes=10", &plant]);
     assert_eq!(output.status.code(), Some(1), "{said}");
     assert!(said.contains(harm), "{said}");
     // Lines before it say how far it was, with nothing found yet.
@@ -55,7 +55,7 @@ fn a_mistake_is_found_named_and_found_again(#[case] mistake: &str, #[case] harm:
         .split_once("again: cargo xtask soak ")
         .expect("a command");
     let (again, _) = again.split_once(": round").expect("a round");
-    let again: Vec<_> = again.split(' ').chain(["--minutes=1", &plant]).collect();
+    let again: Vec<_> = again.split(' ').chain(["--minutes=10", &plant]).collect();
     let (output, again) = soak(room.path(), &again);
     assert_eq!(output.status.code(), Some(1), "{said}{again}");
     assert!(again.contains(harm), "{said}{again}");

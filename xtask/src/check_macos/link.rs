@@ -9,7 +9,7 @@ use xshell::{PushEnv, Shell, cmd};
 
 use super::mach_o::{self, HYPERVISOR, MacOs};
 use super::{TARGET, Toolchain};
-use crate::packages::{Install, Package};
+use crate::packages::{Install, Package, patiently};
 
 /// One version, so that an upgrade is a change like any other.
 const ZIG: &str = "0.17.1";
@@ -263,13 +263,16 @@ fn zig(sh: &Shell, install: Install, dir: &Path) -> anyhow::Result<Option<PathBu
         unfinished.path().join("wheels"),
         unfinished.path().join("all"),
     );
-    cmd!(
+    let download = || {
+        cmd!(
         sh,
         "{python} -m pip download --quiet --disable-pip-version-check --no-deps --only-binary=:all: --dest {wheels} ziglang=={ZIG}"
     )
     .quiet()
     .run()
-    .context("the Python package ziglang can't be downloaded")?;
+    .context("the Python package ziglang can't be downloaded")
+    };
+    patiently(download)?;
     for wheel in sh.read_dir(&wheels)? {
         cmd!(sh, "{python} -m zipfile -e {wheel} {unpacked}")
             .quiet()

@@ -36,7 +36,7 @@ const NEIGHBOUR: Duration = Duration::from_millis(7);
 /// The name of the log, which stays in the room.
 pub const LOG: &str = "log";
 /// In which the daemon exports the disk.
-const PATIENCE: Duration = Duration::from_secs(20);
+const PATIENCE: Duration = Duration::from_secs(120);
 
 /// Of a base that is kept or left out as zeros.
 const PIECE: usize = 64 << 10;

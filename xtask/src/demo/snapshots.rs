@@ -34,7 +34,19 @@ pub struct Snapshots<'a> {
     pub table: Vec<Snapshot>,
     pub picture: Picture,
     /// The last one, on its way to the medium.
-    committing: Option<JoinHandle<anyhow::Result<Snapshot>>>,
+    committing: Committing,
+}
+
+/// A commit under way, if one is. Dropped, it's waited for: whoever removes the directory then has it alone.
+#[derive(Default)]
+struct Committing(Option<JoinHandle<anyhow::Result<Snapshot>>>);
+
+impl Drop for Committing {
+    fn drop(&mut self) {
+        if let Some(thread) = self.0.take() {
+            let _ = thread.join();
+        }
+    }
 }
 
 impl<'a> Snapshots<'a> {
@@ -51,7 +63,7 @@ impl<'a> Snapshots<'a> {
             files: Files::default(),
             table: Vec::new(),
             picture,
-            committing: None,
+            committing: Committing::default(),
         }
     }
 
@@ -125,7 +137,7 @@ impl<'a> Snapshots<'a> {
 
     /// Waits until the last snapshot is durable.
     pub fn settle(&mut self) -> anyhow::Result<()> {
-        if let Some(committing) = self.committing.take() {
+        if let Some(committing) = self.committing.0.take() {
             self.table.push(joined(committing.join())?);
         }
         Ok(())
@@ -192,7 +204,8 @@ impl<'a> Snapshots<'a> {
             snapshot.allocated = fs::metadata(&memory)?.blocks() * 512;
             Ok(snapshot)
         };
-        self.committing = Some(thread::Builder::new().name("commit".into()).spawn(commit)?);
+        let thread = thread::Builder::new().name("commit".into());
+        self.committing = Committing(Some(thread.spawn(commit)?));
         Ok(())
     }
 }

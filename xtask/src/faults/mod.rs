@@ -90,6 +90,7 @@ impl Faults {
             list();
             return Ok(());
         }
+        let interrupt = Interrupt::catch()?;
         let ci = sh.var_os("CI").is_some_and(|ci| ci == "true");
         if !runs_here(Need::Ptrace, "faults", "", ci)? {
             return Ok(());
@@ -98,7 +99,6 @@ impl Faults {
         if mounts {
             keep_private()?;
         }
-        let interrupt = Interrupt::catch()?;
         let memory = match &self.dir {
             None if mounts => Some(TinyTmpfs::new(1 << 30).context("a tmpfs for the files")?),
             _ => None,

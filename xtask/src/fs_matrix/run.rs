@@ -40,8 +40,8 @@ impl Job {
     }
 }
 
-/// The longest that one check may take, and mounting before the first.
-const PATIENCE: Duration = Duration::from_secs(240);
+/// The longest that one check may take, and mounting before the first: two minutes have been seen, beside two other guests.
+const PATIENCE: Duration = Duration::from_secs(600);
 
 /// One call of the command.
 pub struct Run<'a> {

@@ -6,6 +6,8 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, bail};
 use xshell::{Shell, cmd};
 
+use crate::packages::patiently;
+
 /// Downloads `packages`, and what they depend on, to `packages` in `dir`, with package lists and a source list of our own: nothing of this
 /// machine's configuration is touched. A package may be in the components contrib and non-free.
 pub fn download(sh: &Shell, dir: &Path, packages: &[&str]) -> anyhow::Result<()> {
@@ -34,23 +36,26 @@ pub fn download(sh: &Shell, dir: &Path, packages: &[&str]) -> anyhow::Result<()>
         format!("Dir::Cache::archives={}", archives.display()),
         // Only lists and archives of our own are written.
         "Debug::NoLocking=1".into(),
+        "APT::Update::Error-Mode=any".into(),
         // apt's own user may not be able to enter this directory.
         "APT::Sandbox::User=root".into(),
     ];
     let options = options.iter().flat_map(|option| ["-o", option]);
     let options: &Vec<_> = &options.collect();
-    cmd!(sh, "apt-get {options...} --quiet --quiet update")
+    patiently(|| {
+        cmd!(sh, "apt-get {options...} --quiet --quiet update")
+            .quiet()
+            .run()
+            .context("can't get the package lists")?;
+        cmd!(
+            sh,
+            "apt-get {options...} --quiet --quiet --yes --no-install-recommends --download-only --reinstall install {packages...}"
+        )
         .quiet()
+        .ignore_stdout()
         .run()
-        .context("can't get the package lists")?;
-    cmd!(
-        sh,
-        "apt-get {options...} --quiet --quiet --yes --no-install-recommends --download-only --reinstall install {packages...}"
-    )
-    .quiet()
-    .ignore_stdout()
-    .run()
-    .context("can't download the packages")
+        .context("can't download the packages")
+    })
 }
 
 fn configured_sources() -> Vec<PathBuf> {

@@ -106,7 +106,7 @@ impl Proof<'_> {
     }
 }
 
-/// Flips a byte of the page that begins the first file of `round`; returns which page that is.
+/// Flips a byte of the page that begins the first file of `round`, and of what a move of that page may have left; returns the first.
 fn spoil(ram: &Path, round: u64) -> anyhow::Result<u64> {
     let mark = format!("memsnap round {round} part 1\n");
     let bytes = fs::read(ram)?;
@@ -115,19 +115,13 @@ fn spoil(ram: &Path, round: u64) -> anyhow::Result<u64> {
         .filter(|(_, bytes)| bytes.starts_with(mark.as_bytes()))
         .map(|(page, _)| page)
         .collect();
-    let [page] = found[..] else {
-        bail!(
-            "{} pages of the guest's RAM begin with {mark:?}, not one",
-            found.len()
-        );
-    };
-    let at = page * PAGE + PAGE / 2;
-    let flipped = [bytes[at as usize] ^ 1];
-    File::options()
-        .write(true)
-        .open(ram)?
-        .write_all_at(&flipped, at)?;
-    Ok(page)
+    let file = File::options().write(true).open(ram)?;
+    for page in &found {
+        let at = page * PAGE + PAGE / 2;
+        file.write_all_at(&[bytes[at as usize] ^ 1], at)?;
+    }
+    let first = found.first().copied();
+    first.with_context(|| format!("no page of the guest's RAM begins with {mark:?}"))
 }
 
 /// The first page in which two files differ.
@@ -167,10 +161,27 @@ mod tests {
     }
 
     #[test]
+    fn a_page_that_was_moved_is_spoilt_where_it_was_and_where_it_is() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let ram = ram(dir.path());
+        let file = File::options().write(true).open(&ram).expect("a file");
+        file.write_all_at(b"memsnap round 7 part 1\n", 3 * PAGE)
+            .expect("a copy");
+        let before = fs::read(&ram).expect("a file");
+        assert_eq!(spoil(&ram, 7).expect("a page"), 2);
+        let after = fs::read(&ram).expect("a file");
+        let pages = before
+            .chunks(PAGE as usize)
+            .zip(after.chunks(PAGE as usize));
+        let differ: Vec<_> = pages.map(|(before, after)| before != after).collect();
+        assert_eq!(differ, [false, false, true, true]);
+    }
+
+    #[test]
     fn nothing_is_spoilt_where_no_page_is_known_to_be_a_files() {
         let dir = tempfile::tempdir().expect("a directory");
         let error = spoil(&ram(dir.path()), 70).expect_err("there is none");
-        assert!(error.to_string().starts_with("0 pages"), "{error}");
+        assert!(error.to_string().starts_with("no page"), "{error}");
     }
 
     #[test]

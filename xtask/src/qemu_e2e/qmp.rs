@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use crate::interrupt::Interrupt;
 
 /// The longest that QEMU may take to answer: it does so at once, but for loading its own program.
-const PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_secs(300);
 
 /// How often a wait looks whether it was interrupted.
 const LOOK: Duration = Duration::from_millis(100);

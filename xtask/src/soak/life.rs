@@ -65,7 +65,8 @@ impl<'s> Life<'s> {
         };
         let mut this = { born }().with_context(named)?;
         for round in 0..ROUNDS {
-            if Instant::now() >= until || settings.interrupt.check().is_err() {
+            let enough = Instant::now() >= until || settings.tally.found();
+            if enough || settings.interrupt.check().is_err() {
                 break;
             }
             let random = &mut settings.random(&[guest, life, round]);

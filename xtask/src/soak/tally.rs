@@ -57,6 +57,12 @@ impl Tally {
         self.compared.fetch_add(bytes, Ordering::Relaxed);
     }
 
+    /// Whether any guest's life ended by what this looks for.
+    pub fn found(&self) -> bool {
+        let some = |count: &AtomicU64| count.load(Ordering::Relaxed) > 0;
+        some(&self.lost) || some(&self.torn)
+    }
+
     /// Counts what a life ended by, if that is what this looks for.
     pub fn failed(&self, error: &anyhow::Error) {
         if let Some(Difference { what, .. }) = error.downcast_ref() {

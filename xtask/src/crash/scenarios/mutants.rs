@@ -72,7 +72,7 @@ enum Step {
 }
 
 /// Long enough that a neighbour syncs in between.
-const PAUSE: Duration = Duration::from_millis(30);
+const PAUSE: Duration = Duration::from_millis(200);
 
 fn commit(dir: &Path, stamp: u32, steps: &[Step]) -> anyhow::Result<()> {
     let stage = dir.join("vm.tmp");

@@ -33,7 +33,16 @@ fn a_machine_paused_in_the_middle_of_a_step_goes_on_as_another() {
     }
     let mut machine = machine();
     let mut inside = 0;
-    for round in 1..=40 {
+    let start = std::time::Instant::now();
+    // The pause may come at the end of the last step, where the thread that asks for it had to wait.
+    for round in 1.. {
+        if round > 40 && inside > 0 {
+            break;
+        }
+        assert!(
+            start.elapsed().as_secs() < 120,
+            "no pause was inside a step"
+        );
         machine.work_until(round * 200).unwrap();
         machine.pause().unwrap();
         let registers = machine.vcpu.get_regs().unwrap();
@@ -41,7 +50,6 @@ fn a_machine_paused_in_the_middle_of_a_step_goes_on_as_another() {
         inside += u32::from(registers.r14 != machine.steps());
         machine = successor(&mut machine, |_| ());
     }
-    assert!(inside > 0, "no pause of 40 was inside a step");
     let goal = machine.steps() + 1000;
     machine.work_until(goal).unwrap();
     assert_eq!(machine.check().unwrap(), oracle::verdict(LAYOUT, goal));

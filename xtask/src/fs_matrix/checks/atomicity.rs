@@ -272,7 +272,13 @@ impl Look {
                 }
                 Err(error) => return Err(error),
             };
-            let found = content_of(&file, RAM)?;
+            let found = match content_of(&file, RAM) {
+                // It was emptied since its size was asked for.
+                Err(error) if error.kind() == ErrorKind::UnexpectedEof => {
+                    Content::WrongSize(file.metadata()?.len())
+                }
+                found => found?,
+            };
             let whole = matches!(found, Content::Whole(_));
             Ok(if !whole && file.metadata()?.nlink() == 0 {
                 Self::Emptied(found)

@@ -24,20 +24,22 @@ impl Console {
         lines[lines.len().saturating_sub(8)..].join(" / ")
     }
 
-    /// Has `hear` boot the guest and hear it out, and once more where it gave up: its kernel panicked, or nothing at all was heard of it
-    /// ([`Silence`]). A driver under development may do that, which says nothing of what was to be checked. Twice would.
+    /// Has `hear` boot the guest and hear it out, and once or twice more where it gave up: its kernel panicked, or nothing at all was heard
+    /// of it ([`Silence`]). A driver under development may do that, which says nothing of what was to be checked. Three times would.
     pub fn heard_out(
         &self,
-        say: impl FnOnce(&str),
+        mut say: impl FnMut(&str),
         mut hear: impl FnMut() -> anyhow::Result<()>,
     ) -> anyhow::Result<()> {
-        let Err(error) = hear() else { return Ok(()) };
-        let why = match self.panic() {
-            Some(panic) => panic,
-            None if error.is::<Silence>() => format!("{error:#}"),
-            None => return Err(error),
-        };
-        say(&format!("the guest gave up, and is begun once more: {why}"));
+        for _ in 0..2 {
+            let Err(error) = hear() else { return Ok(()) };
+            let why = match self.panic() {
+                Some(panic) => panic,
+                None if error.is::<Silence>() => format!("{error:#}"),
+                None => return Err(error),
+            };
+            say(&format!("the guest gave up, and is begun once more: {why}"));
+        }
         hear()
     }
 
@@ -94,9 +96,10 @@ mod tests {
     #[case::all_is_well("", another, 0, 1, true)]
     #[case::a_complaint_and_all_is_well(PANIC, another, 0, 1, true)]
     #[case::silent_once("", silence, 1, 2, true)]
-    #[case::silent_twice("", silence, 2, 2, false)]
+    #[case::silent_thrice("", silence, 3, 3, false)]
     #[case::a_panic(PANIC, another, 1, 2, true)]
-    #[case::a_panic_twice(PANIC, another, 2, 2, false)]
+    #[case::a_panic_twice(PANIC, another, 2, 3, true)]
+    #[case::a_panic_thrice(PANIC, another, 3, 3, false)]
     #[case::an_oops_that_the_kernel_lived_on_after("Oops: 0002\n", another, 1, 1, false)]
     #[case::something_else("", another, 1, 1, false)]
     fn a_guest_that_gave_up_is_begun_once_more(

@@ -46,8 +46,8 @@ fn promises(kind: Kind) -> bool {
     matches!(kind, Kind::Ext4 | Kind::Xfs | Kind::Btrfs)
 }
 
-/// A driver that has not come so far as a commit for this long, while others commit, has crashed; and once the console says that
-/// something has.
+/// A driver that promises nothing and has not come so far as a commit for this long, while others commit, has crashed; and once the
+/// console says that something has.
 const STUCK: Duration = Duration::from_secs(40);
 const STUCK_AFTER_OOPS: Duration = Duration::from_secs(4);
 
@@ -118,8 +118,8 @@ pub struct PowerLoss<'a> {
     pub options: Vec<String>,
 }
 
-/// Booting, recovering, and making file systems, each of which may take a while on a busy machine.
-const PATIENCE: Duration = Duration::from_secs(120);
+/// Booting, recovering, and making file systems, each of which may take a while on a busy machine, beside the others' commits.
+const PATIENCE: Duration = Duration::from_secs(300);
 
 impl PowerLoss<'_> {
     pub fn run(&self, kinds: &[Kind], bar: &ProgressBar) -> anyhow::Result<Vec<(Kind, Finding)>> {
@@ -154,8 +154,9 @@ impl PowerLoss<'_> {
 
     /// A crash explains the silence of drivers that promise nothing; one that does gets its time all the same.
     fn patience_with(&self, waiting: &[Kind]) -> Duration {
-        let explained = !waiting.iter().copied().any(promises);
-        if explained && self.kit.console("power").has_crashed() {
+        if waiting.iter().copied().any(promises) {
+            PATIENCE
+        } else if self.kit.console("power").has_crashed() {
             STUCK_AFTER_OOPS
         } else {
             STUCK
