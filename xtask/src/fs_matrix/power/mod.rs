@@ -354,7 +354,17 @@ fn take(states: &mut [State], line: Line, cache: Cache) -> anyhow::Result<Option
             state.said.commits += 1;
             return Ok(Some(state.kind));
         }
-        Line::Failed(why) => bail!("{why}"),
+        Line::Failed(why) => {
+            let of_state = |state: &&mut State| why.starts_with(&format!("{}: ", state.kind));
+            match states.iter_mut().find(of_state) {
+                // What was left by the cut was mounted, and can't be written to after all.
+                Some(state) if !promises(state.kind) => {
+                    let tally = state.said.after.entry(cache).or_default();
+                    *tally.lost.entry(why).or_default() += 1;
+                }
+                _ => bail!("{why}"),
+            }
+        }
         _ => {}
     }
     Ok(None)
@@ -397,4 +407,31 @@ fn copy_sparse(from: &Path, to: &Path) -> anyhow::Result<()> {
         bail!("can't copy {}", from.display());
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_commit_that_fails_after_a_cut_is_told_of_a_driver_that_promises_nothing_and_ends_the_run_of_others()
+     {
+        let state = |kind| State {
+            kind,
+            image: Disk::existing(PathBuf::new(), true),
+            said: Said::default(),
+            anew: false,
+            flushed: 0,
+            dropped: 0,
+        };
+        let mut states = [Kind::Exfat, Kind::Ext4].map(state);
+        let failed = |kind: Kind| Line::Failed(format!("{kind}: no space"));
+        let taken = take(&mut states, failed(Kind::Exfat), Cache::Volatile);
+        assert_eq!(taken.expect("it is booked"), None);
+        assert_eq!(states[0].said.after[&Cache::Volatile].lost(), 1);
+        let error =
+            take(&mut states, failed(Kind::Ext4), Cache::Volatile).expect_err("it promises");
+        assert_eq!(error.to_string(), "ext4: no space");
+        take(&mut states, Line::Failed("no port".into()), Cache::None).expect_err("nobody's");
+    }
 }
