@@ -631,11 +631,7 @@ fn what_replaces_the_destination_in_the_last_moment_is_replaced_as_by_a_rename(
             let args = ["-o", log, "-e", "trace=renameat2", "-e", delay];
             common::under_strace("recycle", dir.path(), &args)
         });
-        // The call is in the log when it begins, and does nothing for as long as it's delayed.
-        let begins = || !fs::read_to_string(log.path()).unwrap().is_empty();
-        while !begins() && !child.is_finished() {
-            std::thread::sleep(std::time::Duration::from_millis(10));
-        }
+        common::until_a_call_begins(log.path(), &child);
         fs::remove_file(&dest).unwrap();
         replace(&dest);
         child.join().unwrap()

@@ -80,10 +80,7 @@ fn what_is_committed_while_a_dead_group_is_completed_is_not_replaced_by_it() {
             let args = ["-o", log, "-e", "trace=renameat", "-e", delay];
             common::under_strace("recover", dir.path(), &args)
         });
-        let begins = || !fs::read_to_string(log.path()).unwrap().is_empty();
-        while !begins() && !completing.is_finished() {
-            thread::sleep(Duration::from_millis(10));
-        }
+        common::until_a_call_begins(log.path(), &completing);
         // Another destination's commit has nothing to wait for.
         commit(&Options::default(), &dir.path().join("other"), b"").unwrap();
         let newest = |name| commit(&Options::default(), &dir.path().join(name), b"newest").unwrap();

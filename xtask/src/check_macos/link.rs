@@ -263,16 +263,14 @@ fn zig(sh: &Shell, install: Install, dir: &Path) -> anyhow::Result<Option<PathBu
         unfinished.path().join("wheels"),
         unfinished.path().join("all"),
     );
-    let download = || {
-        cmd!(
-        sh,
-        "{python} -m pip download --quiet --disable-pip-version-check --no-deps --only-binary=:all: --dest {wheels} ziglang=={ZIG}"
-    )
-    .quiet()
-    .run()
-    .context("the Python package ziglang can't be downloaded")
-    };
-    patiently(download)?;
+    patiently(|| {
+        let pip = cmd!(
+            sh,
+            "{python} -m pip download --quiet --disable-pip-version-check --no-deps --only-binary=:all: --dest {wheels} ziglang=={ZIG}"
+        );
+        let downloaded = pip.quiet().run();
+        downloaded.context("the Python package ziglang can't be downloaded")
+    })?;
     for wheel in sh.read_dir(&wheels)? {
         cmd!(sh, "{python} -m zipfile -e {wheel} {unpacked}")
             .quiet()

@@ -7,6 +7,8 @@ use std::fs;
 use std::io::{Read as _, Write as _};
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::thread::{self, ScopedJoinHandle};
+use std::time::Duration;
 
 use atomic_file::{AtomicGroup, AtomicWriter, CommitError, GroupCommitError, Options};
 
@@ -68,6 +70,14 @@ pub(crate) fn under_strace<S: AsRef<OsStr>>(job: &str, dir: &Path, args: &[S]) -
         };
     }
     report(strace)
+}
+
+/// Waits for the first call that strace, which `child` runs, has in its log: it's there when the call begins, which does nothing for as long as
+/// it's delayed.
+pub(crate) fn until_a_call_begins<T>(log: &Path, child: &ScopedJoinHandle<'_, T>) {
+    while fs::read_to_string(log).expect("a log").is_empty() && !child.is_finished() {
+        thread::sleep(Duration::from_millis(10));
+    }
 }
 
 /// In the child: the job and its directory.

@@ -53,17 +53,7 @@ impl Mapping {
 
     /// Address space to grow into.
     pub(crate) fn inaccessible(len: usize) -> Self {
-        let (len, flags) = (
-            NonZeroUsize::new(len).unwrap(),
-            MapFlags::MAP_PRIVATE | NO_RESERVE,
-        );
-        // SAFETY: a new mapping, where the kernel likes.
-        let start = unsafe { mmap_anonymous(None, len, ProtFlags::PROT_NONE, flags) }.unwrap();
-        Self {
-            start,
-            len: len.get(),
-            guard: 0,
-        }
+        Self::reserved(len, 0, MapFlags::MAP_PRIVATE | NO_RESERVE)
     }
 
     fn new(len: usize, flags: MapFlags) -> Self {
@@ -72,14 +62,18 @@ impl Mapping {
         } else {
             0
         };
+        let mapping = Self::reserved(len, guard, flags);
+        mapping.allow(len);
+        mapping
+    }
+
+    fn reserved(len: usize, guard: usize, flags: MapFlags) -> Self {
         let whole = NonZeroUsize::new(len + 2 * guard).unwrap();
         // SAFETY: a new mapping, where the kernel likes.
         let start = unsafe { mmap_anonymous(None, whole, ProtFlags::PROT_NONE, flags) }.unwrap();
         // SAFETY: inside the mapping.
         let start = unsafe { start.byte_add(guard) };
-        let mapping = Self { start, len, guard };
-        mapping.allow(len);
-        mapping
+        Self { start, len, guard }
     }
 
     pub(crate) fn write(&self, bytes: &[u8]) {
