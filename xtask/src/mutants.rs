@@ -268,8 +268,20 @@ impl Mutants {
 
 /// A regular expression for these names and no others.
 fn any_of(names: &[String]) -> String {
-    let names: Vec<_> = names.iter().map(|name| regex::escape(name)).collect();
+    let names: Vec<_> = names.iter().map(|name| escaped(name)).collect();
     format!("^(?:{})$", names.join("|"))
+}
+
+/// A regular expression for `text` itself: a backslash before punctuation is always literal.
+fn escaped(text: &str) -> String {
+    let mut escaped = String::with_capacity(text.len());
+    for char in text.chars() {
+        if char.is_ascii_punctuation() {
+            escaped.push('\\');
+        }
+        escaped.push(char);
+    }
+    escaped
 }
 
 #[cfg(test)]

@@ -3,6 +3,8 @@
 //! A test that needs something a machine may lack asks [`Need::met`] first. Where the thing is missing, one
 //! line says so past the test harness's capture, and the test returns. Where it is missing but named in
 //! `MEMSNAP_REQUIRE` (comma-separated, or `all`; `cargo xtask test` sets `all` in CI), the test fails.
+//!
+//! A test repeats what it does a few times, and many times where [`thorough`] says so: `cargo xtask prove`.
 
 #[cfg(target_os = "linux")]
 mod loop_mount;
@@ -20,6 +22,28 @@ use std::io::Write as _;
 
 /// The environment variable that lists the needs that must be met on this machine.
 pub const REQUIRE: &str = "MEMSNAP_REQUIRE";
+
+/// The environment variable that names a file to which each test that is not run appends a line.
+///
+/// `cargo xtask test` sets it, and prints the file at the end: a test harness hides what a passing test prints.
+pub const NOT_RUN: &str = "MEMSNAP_NOT_RUN";
+
+/// The environment variable that makes tests [`thorough`].
+pub const THOROUGH: &str = "MEMSNAP_THOROUGH";
+
+/// Returns whether tests repeat what they do many times, with other random numbers each time, and wait for races.
+///
+/// `cargo xtask prove tests` sets `MEMSNAP_THOROUGH=1`. Without it, a test does the same each time.
+#[must_use]
+pub fn thorough() -> bool {
+    std::env::var_os(THOROUGH).is_some_and(|value| value == "1")
+}
+
+/// Returns `few`, or `many` where tests are [`thorough`].
+#[must_use]
+pub fn rounds<T>(few: T, many: T) -> T {
+    if thorough() { many } else { few }
+}
 
 /// Something that a test needs and a machine may lack.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -154,11 +178,7 @@ impl Need {
                 !required,
                 "{test}: this machine has no {self}, and {REQUIRE} demands it"
             );
-            // Not eprintln!: the harness would keep the line of a passing test to itself.
-            let _ = writeln!(
-                std::io::stderr(),
-                "NOT RUN {test}: this machine has no {self}"
-            );
+            not_run(test, &format!("this machine has no {self}"));
         }
         met
     }
@@ -167,6 +187,21 @@ impl Need {
 impl fmt::Display for Need {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.name())
+    }
+}
+
+/// Reports that `test` is not run, past the test harness, and appends it to the file that `MEMSNAP_NOT_RUN` names.
+pub fn not_run(test: &str, why: &str) {
+    let line = format!("NOT RUN {test}: {why}\n");
+    // Not eprintln!: the harness would keep the line of a passing test to itself.
+    let _ = std::io::stderr().write_all(line.as_bytes());
+    if let Some(path) = std::env::var_os(NOT_RUN) {
+        let list = std::fs::File::options()
+            .append(true)
+            .create(true)
+            .open(path);
+        // One write: lines of several processes do not mix.
+        let _ = list.and_then(|mut list| list.write_all(line.as_bytes()));
     }
 }
 
