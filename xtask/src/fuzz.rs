@@ -1,7 +1,6 @@
 //! `cargo xtask fuzz`: feed the readers whatever libFuzzer thinks of.
 
 use std::path::Path;
-use std::time::Duration;
 
 use anyhow::{Context, bail};
 use indicatif::HumanCount;
@@ -35,23 +34,21 @@ pub struct Fuzz {
     /// How long each runs
     #[arg(long, value_name = "SECONDS", default_value_t = 60)]
     seconds: u64,
+    /// How many new inputs each tries, in place of a time
+    #[arg(long, value_name = "N", conflicts_with = "seconds")]
+    runs: Option<u64>,
+    /// Derive new inputs from this number, the same ones each time [default: another one each time]
+    #[arg(long)]
+    seed: Option<u32>,
+    /// Optimise less: builds in half the time, and runs at half the speed
+    #[arg(long)]
+    quick_build: bool,
     /// Take what was found into fuzz/corpus, as few inputs as cover all of it
     #[arg(long)]
     keep: bool,
 }
 
 impl Fuzz {
-    /// All targets, for a short time.
-    pub fn smoke(install: Install, time: Duration) -> Self {
-        Self {
-            install,
-            record: Record::default(),
-            targets: Vec::new(),
-            seconds: time.as_secs(),
-            keep: false,
-        }
-    }
-
     pub fn run(self, sh: &Shell) -> anyhow::Result<()> {
         self.install.ensure(sh, &PACKAGES, "libFuzzer")?;
         let manifest = "fuzz/Cargo.toml";
@@ -59,6 +56,9 @@ impl Fuzz {
             // The sanitizer is in every toolchain; the flag for it is not stable.
             let _bootstrap = sh.push_env("RUSTC_BOOTSTRAP", "1");
             let _flags = sh.push_env("RUSTFLAGS", FLAGS);
+            let _quick = self
+                .quick_build
+                .then(|| sh.push_env("CARGO_PROFILE_RELEASE_OPT_LEVEL", "1"));
             cmd!(
                 sh,
                 "cargo build --locked --release --manifest-path {manifest} --target {TARGET} --target-dir target/fuzz"
@@ -84,24 +84,37 @@ impl Fuzz {
             HumanCount(inputs),
             targets.len()
         );
-        let how = format!("{} s each", self.seconds);
+        let how = match self.runs {
+            Some(runs) => format!("{} new inputs each", HumanCount(runs)),
+            None => format!("{} s each", self.seconds),
+        };
         self.record.conclude(sh, "cargo xtask fuzz", &said, &how)
     }
 
     /// How many inputs were run.
     fn fuzz(&self, sh: &Shell, name: &str) -> anyhow::Result<u64> {
         let program = format!("target/fuzz/{TARGET}/release/{name}");
-        let (found, kept) = (
-            format!("target/fuzz/corpus/{name}"),
-            format!("fuzz/corpus/{name}"),
-        );
+        let kept = format!("fuzz/corpus/{name}");
+        let found = match self.seed {
+            Some(_) => format!("target/fuzz/seeded/{name}"),
+            None => format!("target/fuzz/corpus/{name}"),
+        };
+        if self.seed.is_some() {
+            // What an earlier run found would change what this one tries.
+            sh.remove_path(&found)?;
+        }
         sh.create_dir(&found)?;
         sh.create_dir(&kept)?;
-        let time = format!("-max_total_time={}", self.seconds);
+        let limit = match self.runs {
+            Some(runs) => format!("-runs={runs}"),
+            None => format!("-max_total_time={}", self.seconds),
+        };
+        // Zero has libFuzzer choose a seed.
+        let seed = format!("-seed={}", self.seed.unwrap_or(0));
         let broken = format!("-artifact_prefix=target/fuzz/{name}-");
         let output = cmd!(
             sh,
-            "{program} {found} {kept} {time} {broken} -max_len=8192 -rss_limit_mb=1024 -timeout=120 -print_final_stats=1"
+            "{program} {found} {kept} {limit} {seed} {broken} -max_len=8192 -rss_limit_mb=1024 -timeout=120 -print_final_stats=1"
         )
         .ignore_status()
         .output()?;
@@ -114,11 +127,7 @@ impl Fuzz {
             .find_map(|line| line.strip_prefix("stat::number_of_executed_units:"))
             .context("libFuzzer says how many inputs it ran")?;
         let runs: u64 = runs.trim().parse().context("libFuzzer gives a number")?;
-        println!(
-            "{name}: {} inputs in {} s, nothing found",
-            HumanCount(runs),
-            self.seconds
-        );
+        println!("{name}: {} inputs, nothing found", HumanCount(runs));
         if self.keep {
             let merged = format!("target/fuzz/merged-{name}");
             sh.remove_path(&merged)?;

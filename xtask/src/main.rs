@@ -16,8 +16,10 @@ mod debian_rust;
 mod demo;
 #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
 mod faults;
+mod fresh;
 mod fs_matrix;
 mod fuzz;
+mod interleavings;
 mod interrupt;
 #[cfg(target_os = "linux")]
 mod linux_guest;
@@ -32,7 +34,7 @@ mod recorded;
 mod sanitize;
 #[cfg(target_os = "linux")]
 mod soak;
-mod test;
+mod steps;
 #[cfg(target_os = "linux")]
 mod write_log;
 
@@ -56,6 +58,7 @@ enum Task {
     Adaptive(adaptive::Adaptive),
     Bench(bench::Bench),
     CheckMacos(check_macos::CheckMacos),
+    Ci(steps::Ci),
     #[cfg(target_os = "linux")]
     Crash(crash::Crash),
     Demo(demo::Demo),
@@ -64,13 +67,14 @@ enum Task {
     FsMatrix(fs_matrix::FsMatrix),
     Fuzz(fuzz::Fuzz),
     Mutants(mutants::Mutants),
+    Prove(steps::Prove),
     #[cfg(target_os = "linux")]
     QemuE2e(qemu_e2e::QemuE2e),
     #[cfg(target_os = "linux")]
     Sanitize(sanitize::Sanitize),
     #[cfg(target_os = "linux")]
     Soak(soak::Soak),
-    Test(test::Test),
+    Test(steps::Test),
 }
 
 fn main() -> ExitCode {
@@ -91,6 +95,7 @@ fn run(task: Task) -> anyhow::Result<()> {
         Task::Adaptive(adaptive) => adaptive.run(&sh),
         Task::Bench(bench) => bench.run(&sh),
         Task::CheckMacos(check) => check.run(&sh),
+        Task::Ci(ci) => ci.run(&sh),
         #[cfg(target_os = "linux")]
         Task::Crash(crash) => crash.run(&sh),
         Task::Demo(demo) => demo.run(&sh),
@@ -99,6 +104,7 @@ fn run(task: Task) -> anyhow::Result<()> {
         Task::FsMatrix(matrix) => matrix.run(&sh),
         Task::Fuzz(fuzz) => fuzz.run(&sh),
         Task::Mutants(mutants) => mutants.run(&sh),
+        Task::Prove(prove) => prove.run(&sh),
         #[cfg(target_os = "linux")]
         Task::QemuE2e(e2e) => e2e.run(&sh),
         #[cfg(target_os = "linux")]

@@ -97,6 +97,11 @@ const CRATES: [(&str, &[Part]); 4] = [
     ),
 ];
 
+/// Returns the names of the crates of which mutants are made.
+pub fn crates() -> [&'static str; 4] {
+    CRATES.map(|(name, _)| name)
+}
+
 /// Of a hundred mutants, so many are to be caught.
 const GOAL: usize = 90;
 
@@ -115,7 +120,7 @@ pub struct Mutants {
     #[command(flatten)]
     record: Record,
     /// Only these crates, comma-separated
-    #[arg(long, value_delimiter = ',', value_name = "CRATE", value_parser = CRATES.map(|(name, _)| name))]
+    #[arg(long, value_delimiter = ',', value_name = "CRATE", value_parser = crates())]
     only: Vec<String>,
     /// The K-th of N parts of the mutants, from 0 on
     #[arg(long, value_name = "K/N", default_value = ALL)]

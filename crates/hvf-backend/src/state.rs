@@ -149,7 +149,7 @@ struct OtherFormat {
     known: u16,
 }
 
-#[cfg(test)]
+#[cfg(all(test, not(memsnap_loom)))]
 mod tests {
     use super::*;
 

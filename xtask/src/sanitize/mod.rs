@@ -65,6 +65,11 @@ const CRATES: [(&str, &[&str]); 8] = [
     ("hvf-backend", &["--lib", "--test", "exits"]),
 ];
 
+/// Returns the names of the crates whose tests are run.
+pub fn crates() -> [&'static str; 8] {
+    CRATES.map(|(name, _)| name)
+}
+
 /// Run the tests with every access to memory watched: data races, use after free, out of bounds
 ///
 /// Builds the crates with ThreadSanitizer (and the standard library, whose locks it must see) or AddressSanitizer, and runs their tests. First it shows that
@@ -81,7 +86,7 @@ pub struct Sanitize {
     #[arg(value_enum)]
     sanitizer: Option<Sanitizer>,
     /// Only the tests of these crates, comma-separated
-    #[arg(long, value_delimiter = ',', value_name = "CRATE", value_parser = CRATES.map(|(name, _)| name))]
+    #[arg(long, value_delimiter = ',', value_name = "CRATE", value_parser = crates())]
     only: Vec<String>,
 }
 

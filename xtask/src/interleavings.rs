@@ -1,10 +1,18 @@
-//! The models of `dirty-bitmap` and `hvf-backend` under loom, and that they can fail: each step of the protocols, left out or out of order, is
-//! found by the model named for it.
+//! The loom models of `dirty-bitmap` and `hvf-backend`, and mutants of the protocols that each model must detect.
 
 use anyhow::{Context, bail, ensure};
 use xshell::{Shell, cmd};
 
 const LOOM: &str = "--cfg memsnap_loom";
+
+/// How much of what loom can distinguish is tried.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Bound {
+    /// What a few preemptions reach: seconds.
+    Preemptions,
+    /// Everything: minutes.
+    None,
+}
 
 /// A crate with models, and the targets that have them.
 #[derive(Debug)]
@@ -135,8 +143,14 @@ const MUTANTS: [Mutant; 10] = [
     },
 ];
 
-pub fn run(sh: &Shell) -> anyhow::Result<()> {
+/// Runs the models, then shows that they detect the mutants.
+pub fn run(sh: &Shell, bound: Bound) -> anyhow::Result<()> {
     let _loom = sh.push_env("RUSTFLAGS", LOOM);
+    let thorough = match bound {
+        Bound::Preemptions => "0",
+        Bound::None => "1",
+    };
+    let _bound = sh.push_env(test_machine::THOROUGH, thorough);
     {
         let _dir = sh.push_env("CARGO_TARGET_DIR", "target/loom");
         for Modelled {
@@ -147,7 +161,7 @@ pub fn run(sh: &Shell) -> anyhow::Result<()> {
         {
             cmd!(
                 sh,
-                "cargo test --locked --release --package {name} {targets...} -- {filter}"
+                "cargo test --locked --profile loom --package {name} {targets...} -- {filter}"
             )
             .run()?;
         }
@@ -177,7 +191,7 @@ impl<'a> Copy<'a> {
         cmd!(sh, "cp -R crates docs {to}/").quiet().run()?;
         sh.copy_file("Cargo.lock", to)?;
         let manifest = sh.read_file("Cargo.toml")?;
-        let members = r#"members = ["crates/*", "xtask", "benches"]"#;
+        let members = r#"members = ["crates/*", "testing/*", "xtask", "benches"]"#;
         ensure!(manifest.contains(members), "Cargo.toml has other members");
         let manifest = manifest.replace(members, r#"members = ["crates/*"]"#);
         sh.write_file(format!("{to}/Cargo.toml"), manifest)?;
@@ -202,7 +216,7 @@ impl<'a> Copy<'a> {
         let test = || {
             cmd!(
                 sh,
-                "cargo test --quiet --release --package {name} {targets...}"
+                "cargo test --quiet --profile loom --package {name} {targets...}"
             )
         };
         test()

@@ -1,0 +1,234 @@
+//! The steps of `cargo xtask test`, `ci` and `prove`: what each runs, what it proves, how long it took.
+
+mod busy;
+mod changed;
+mod ci;
+mod durations;
+mod left_out;
+mod page;
+mod prove;
+mod test;
+
+use std::path::PathBuf;
+use std::time::Instant;
+
+use anyhow::{Context as _, ensure};
+use test_machine::{Need, REQUIRE};
+use xshell::{Cmd, Shell, cmd};
+
+use crate::packages::Install;
+use durations::Durations;
+use left_out::LeftOut;
+
+pub use ci::Ci;
+pub use prove::Prove;
+pub use test::Test;
+
+/// One of the three commands that run steps.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Suite {
+    /// As in `cargo xtask NAME`.
+    pub name: &'static str,
+    pub steps: &'static [Step],
+}
+
+/// Every suite, in the order in which a change meets them.
+pub const SUITES: [Suite; 3] = [test::SUITE, ci::SUITE, prove::SUITE];
+
+/// A part of a suite that is run, timed and reported by itself.
+#[derive(Clone, Copy, Debug)]
+pub struct Step {
+    pub name: &'static str,
+    /// What holds where it passes, for docs/testing.md.
+    pub proves: &'static str,
+    /// Files and directories whose change calls for this step in `prove --changed`.
+    pub paths: &'static [&'static str],
+    run: fn(&Context<'_>) -> anyhow::Result<()>,
+}
+
+impl PartialEq for Step {
+    fn eq(&self, other: &Self) -> bool {
+        self.name == other.name
+    }
+}
+
+impl Eq for Step {}
+
+/// Options of all three commands.
+#[derive(clap::Args, Clone, Debug)]
+pub struct Options {
+    /// Only these steps [default: all]
+    #[arg(value_name = "STEP")]
+    steps: Vec<String>,
+    /// List the steps and what each proves, and run nothing
+    #[arg(long)]
+    list: bool,
+    #[command(flatten)]
+    install: Install,
+    /// Put the time of each step that was run into docs/testing.md
+    #[arg(long)]
+    record: bool,
+}
+
+/// What a step runs with.
+pub struct Context<'a> {
+    pub sh: &'a Shell,
+    pub install: Install,
+    /// `CI=true` is set: what this machine lacks is an error.
+    pub ci: bool,
+    /// Figures go into the pages under docs/.
+    pub record: bool,
+    /// The crates to which a step that can be limited to some is limited; all where it is empty.
+    pub crates: Vec<String>,
+    left_out: LeftOut,
+    /// This program, for steps that are tasks by themselves.
+    program: PathBuf,
+}
+
+impl Context<'_> {
+    /// Returns the command `cargo xtask ARGUMENTS`.
+    pub fn xtask(&self, arguments: &str) -> Cmd<'_> {
+        println!("$ cargo xtask {arguments}");
+        let (sh, program) = (self.sh, &self.program);
+        cmd!(sh, "{program}").args(arguments.split(' ')).quiet()
+    }
+
+    /// Reports that `what` is not run. An error in CI.
+    pub fn leave_out(&self, what: &str, why: &str) -> anyhow::Result<()> {
+        ensure!(!self.ci, "{what} was not run: {why}");
+        println!("NOT RUN {what}: {why}");
+        self.left_out.add(what, why)
+    }
+
+    /// Returns whether this machine has `need`, and reports that `what` is not run where it has not.
+    pub fn has(&self, need: Need, what: &str) -> anyhow::Result<bool> {
+        if need.is_met() {
+            return Ok(true);
+        }
+        self.leave_out(what, &format!("this machine has no {need}"))?;
+        Ok(false)
+    }
+}
+
+impl Suite {
+    fn step(&self, name: &str) -> anyhow::Result<&'static Step> {
+        let found = self.steps.iter().find(|step| step.name == name);
+        found.with_context(|| {
+            let names: Vec<_> = self.steps.iter().map(|step| step.name).collect();
+            format!(
+                "cargo xtask {} has no step {name}; its steps are: {}",
+                self.name,
+                names.join(", ")
+            )
+        })
+    }
+
+    fn list(&self) {
+        for step in self.steps {
+            println!("{:14} {}", step.name, step.proves);
+        }
+    }
+
+    /// Runs the steps that are asked for.
+    pub fn run(&self, sh: &Shell, options: &Options) -> anyhow::Result<()> {
+        if options.list {
+            self.list();
+            return Ok(());
+        }
+        let mut steps = Vec::new();
+        for name in &options.steps {
+            steps.push(self.step(name)?);
+        }
+        if steps.is_empty() {
+            steps.extend(self.steps);
+        }
+        self.run_steps(sh, options, &steps, Vec::new())
+    }
+
+    /// Runs `steps` in turn until one fails, and sums up what was run, and what was not.
+    fn run_steps(
+        &self,
+        sh: &Shell,
+        options: &Options,
+        steps: &[&'static Step],
+        crates: Vec<String>,
+    ) -> anyhow::Result<()> {
+        let ci = sh.var_os("CI").is_some_and(|ci| ci == "true");
+        if ci && sh.var_os(REQUIRE).is_none() {
+            sh.set_var(REQUIRE, "all");
+        }
+        let left_out = LeftOut::begin(sh)?;
+        let context = Context {
+            sh,
+            install: options.install,
+            ci,
+            record: options.record,
+            crates,
+            left_out,
+            program: std::env::current_exe().context("can't find this program")?,
+        };
+        let mut durations = Durations::load(sh);
+        let mut times = Vec::new();
+        let start = Instant::now();
+        for step in steps {
+            let key = format!("{} {}", self.name, step.name);
+            match durations.last(&key) {
+                Some(last) => println!("\n== {} (last time: {last} s)", step.name),
+                None => println!("\n== {}", step.name),
+            }
+            let start = Instant::now();
+            let done = (step.run)(&context);
+            let seconds = start.elapsed().as_secs();
+            if let Err(error) = done {
+                context.left_out.print()?;
+                let (suite, name) = (self.name, step.name);
+                let again = format!("run it again by `cargo xtask {suite} {name}`");
+                return Err(error.context(format!("{name} failed after {seconds} s; {again}")));
+            }
+            durations.set(sh, &key, seconds)?;
+            times.push((step.name, seconds));
+        }
+        if options.record {
+            page::record(sh, self, &times)?;
+        }
+        context.left_out.print()?;
+        println!("\ncargo xtask {} passed:", self.name);
+        for (name, seconds) in &times {
+            println!("  {seconds:>5} s  {name}");
+        }
+        println!("  {:>5} s  in all", start.elapsed().as_secs());
+        Ok(())
+    }
+}
+
+/// Returns the version in Cargo.toml's `rust-version`.
+fn oldest_rust() -> &'static str {
+    env!("CARGO_PKG_RUST_VERSION")
+}
+
+/// Returns whether `program` can be run.
+fn is_installed(sh: &Shell, program: &str, arguments: &[&str]) -> bool {
+    let found = cmd!(sh, "{program} {arguments...}");
+    found.quiet().ignore_stdout().ignore_stderr().run().is_ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn step_names_are_unique_within_a_suite() {
+        for suite in SUITES {
+            let mut names: Vec<_> = suite.steps.iter().map(|step| step.name).collect();
+            names.sort_unstable();
+            names.dedup();
+            assert_eq!(names.len(), suite.steps.len(), "{}", suite.name);
+        }
+    }
+
+    #[test]
+    fn an_unknown_step_is_an_error_that_lists_the_steps() {
+        let error = test::SUITE.step("none").expect_err("no such step");
+        assert!(error.to_string().contains("formatting, lints"), "{error}");
+    }
+}

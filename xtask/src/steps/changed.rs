@@ -1,0 +1,136 @@
+//! The steps of `cargo xtask prove` that a change calls for.
+
+use anyhow::Context;
+use xshell::{Shell, cmd};
+
+use super::Step;
+use super::prove::SUITE;
+
+/// A change to one of these may change what any step does.
+const EVERYTHING: [&str; 3] = ["Cargo.toml", "Cargo.lock", ".cargo"];
+
+/// Steps, and what they are limited to.
+#[derive(Debug)]
+pub struct Selection {
+    /// The revision that was compared with.
+    pub since: String,
+    pub steps: Vec<&'static Step>,
+    /// The crates that changed; empty where all are to be looked at.
+    pub crates: Vec<String>,
+}
+
+/// Selects the steps that are about what changed since `rev`, in commits and in the work tree.
+pub fn select(sh: &Shell, rev: Option<&str>) -> anyhow::Result<Selection> {
+    let since = match rev {
+        Some(rev) => rev.to_owned(),
+        None => default_revision(sh),
+    };
+    let changed = cmd!(sh, "git diff --name-only {since} --").quiet().read();
+    let changed = changed.with_context(|| {
+        format!("{since} is not a revision; to name steps, leave --changed out")
+    })?;
+    let new = cmd!(sh, "git ls-files --others --exclude-standard");
+    let new = new.quiet().read()?;
+    let paths: Vec<_> = changed.lines().chain(new.lines()).collect();
+    let (steps, crates) = for_paths(&paths);
+    Ok(Selection {
+        since,
+        steps,
+        crates,
+    })
+}
+
+fn default_revision(sh: &Shell) -> String {
+    let upstream = "@{upstream}";
+    let base = cmd!(sh, "git merge-base HEAD {upstream}");
+    let upstream = base.quiet().ignore_stderr().read();
+    upstream.unwrap_or_else(|_| "HEAD~1".into())
+}
+
+/// Returns whether `step` is about the file at `path`.
+pub fn is_about(step: &Step, path: &str) -> bool {
+    step.paths.iter().any(|place| is_within(path, place))
+}
+
+fn is_within(path: &str, place: &str) -> bool {
+    let rest = path.strip_prefix(place);
+    rest.is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
+}
+
+fn for_paths(paths: &[&str]) -> (Vec<&'static Step>, Vec<String>) {
+    let everywhere = |path: &&str| EVERYTHING.iter().any(|place| is_within(path, place));
+    if paths.iter().any(everywhere) {
+        return (SUITE.steps.iter().collect(), Vec::new());
+    }
+    let wanted = |step: &&Step| paths.iter().any(|path| is_about(step, path));
+    let steps = SUITE.steps.iter().filter(wanted).collect();
+    let mut crates: Vec<_> = paths
+        .iter()
+        .filter_map(|path| path.strip_prefix("crates/")?.split('/').next())
+        .map(str::to_owned)
+        .collect();
+    crates.sort();
+    crates.dedup();
+    (steps, crates)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use rstest::rstest;
+
+    use super::*;
+
+    #[rstest]
+    #[case::one_crate(&["crates/image-format/src/read.rs"], &["tests", "crash", "faults", "soak", "fs-matrix", "fuzzing", "sanitize", "load"])]
+    #[case::a_model(&["crates/hvf-backend/src/tracker/vcpus.rs"], &["tests", "interleavings", "sanitize", "load"])]
+    #[case::a_page(&["docs/reliability.md"], &[])]
+    #[case::the_readme(&["README.md"], &["fresh"])]
+    fn a_path_selects_the_steps_about_it(#[case] paths: &[&str], #[case] expected: &[&str]) {
+        let (steps, _) = for_paths(paths);
+        let names: Vec<_> = steps.iter().map(|step| step.name).collect();
+        assert_eq!(names, expected);
+    }
+
+    #[test]
+    fn a_changed_dependency_selects_every_step_for_all_crates() {
+        let (steps, crates) = for_paths(&["crates/sparse-file/src/lib.rs", "Cargo.lock"]);
+        assert_eq!(steps.len(), SUITE.steps.len());
+        assert!(crates.is_empty());
+    }
+
+    #[test]
+    fn changed_crates_are_named_once() {
+        let (_, crates) = for_paths(&["crates/b/src/x.rs", "crates/a/Cargo.toml", "crates/b/y"]);
+        assert_eq!(crates, ["a", "b"]);
+    }
+
+    #[test]
+    fn a_longer_name_is_not_within_a_shorter_one() {
+        assert!(!is_within("xtask/src/crash_report.rs", "xtask/src/crash"));
+    }
+
+    #[test]
+    fn every_crate_is_tested_sanitized_or_more_when_it_changes() {
+        let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+        for dir in std::fs::read_dir(root.join("crates")).expect("crates") {
+            let name = dir.expect("a crate").file_name();
+            let file = format!("crates/{}/src/lib.rs", name.display());
+            let (steps, crates) = for_paths(&[&file]);
+            assert!(steps.len() >= 3, "{file}");
+            assert_eq!(crates, [name.to_str().expect("a name")]);
+        }
+    }
+
+    #[test]
+    fn every_path_of_a_step_exists() {
+        let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+        for step in SUITE.steps {
+            assert!(!step.paths.is_empty(), "{}", step.name);
+            for path in step.paths {
+                assert!(root.join(path).exists(), "{path} of {}", step.name);
+            }
+        }
+    }
+}

@@ -1,0 +1,257 @@
+//! `cargo xtask ci`: what else must hold before a change lands, in minutes and the same each time.
+
+use anyhow::Context as _;
+use test_machine::Need;
+use xshell::{Shell, cmd};
+
+use super::{Context, Options, Step, Suite, is_installed, oldest_rust};
+use crate::cargo_tool::CargoTool;
+use crate::check_macos::CheckMacos;
+use crate::interleavings::{self, Bound};
+
+const CARGO_DENY: CargoTool = CargoTool {
+    name: "cargo-deny",
+    version: "0.20.2",
+};
+
+pub const SUITE: Suite = Suite {
+    name: "ci",
+    steps: &[
+        Step {
+            name: "documentation",
+            proves: "rustdoc has no warning, and no link in the documentation is broken",
+            paths: &[],
+            run: documentation,
+        },
+        Step {
+            name: "dependencies",
+            proves: "licences, sources and versions of all dependencies are as deny.toml allows",
+            paths: &[],
+            run: dependencies,
+        },
+        Step {
+            name: "oldest-rust",
+            proves: "everything builds with the compiler that `rust-version` names",
+            paths: &[],
+            run: oldest_compiler,
+        },
+        Step {
+            name: "crates-alone",
+            proves: "each crate builds by itself, with no feature that another crate turns on",
+            paths: &[],
+            run: crates_alone,
+        },
+        Step {
+            name: "macos",
+            proves: "everything is linted for Apple silicon, and links into valid Mach-O executables",
+            paths: &[],
+            run: macos,
+        },
+        Step {
+            name: "interleavings",
+            proves: "no mark is lost in bounded loom models, which detect each of ten mutants",
+            paths: &[],
+            run: interleavings,
+        },
+        Step {
+            name: "fuzzing",
+            proves: "every input of the corpus, and a fixed number of new ones, is read or refused",
+            paths: &[],
+            run: fuzzing,
+        },
+        Step {
+            name: "benchmarks",
+            proves: "each benchmark runs once, untimed",
+            paths: &[],
+            run: benchmarks,
+        },
+        Step {
+            name: "demos",
+            proves: "the demo passes with every guest of this machine, also with RAM above the MMIO gap",
+            paths: &[],
+            run: demos,
+        },
+        Step {
+            name: "qemu",
+            proves: "a Linux guest in QEMU resumes from a chain; a damaged page and a missing diff are detected",
+            paths: &[],
+            run: qemu,
+        },
+        Step {
+            name: "fs-matrix",
+            proves: "the library's promises hold on nine file systems, without power cuts",
+            paths: &[],
+            run: fs_matrix,
+        },
+        Step {
+            name: "crash",
+            proves: "a fixed selection of states after a power loss has lost or torn nothing",
+            paths: &[],
+            run: crash,
+        },
+        Step {
+            name: "faults",
+            proves: "a fixed selection of injected faults has lost, torn, leaked or misreported nothing",
+            paths: &[],
+            run: faults,
+        },
+        Step {
+            name: "soak",
+            proves: "a fixed sequence of saves, faults and restores has lost or torn nothing",
+            paths: &[],
+            run: soak,
+        },
+    ],
+};
+
+/// Run what else must hold before a change lands: macOS, loom, fuzzing, file systems, crashes, faults
+///
+/// `.ci/run` runs `cargo xtask test` and then this. Every run does the same work: seeds and amounts are fixed,
+/// and no result depends on timing. What is exhaustive, random or long is in `cargo xtask prove`. Without root or
+/// packages it runs what it can and lists the rest; with CI=true that is an error.
+#[derive(clap::Args)]
+pub struct Ci {
+    #[command(flatten)]
+    options: Options,
+}
+
+impl Ci {
+    pub fn run(self, sh: &Shell) -> anyhow::Result<()> {
+        SUITE.run(sh, &self.options)
+    }
+}
+
+fn documentation(context: &Context<'_>) -> anyhow::Result<()> {
+    let sh = context.sh;
+    let _strict = sh.push_env("RUSTDOCFLAGS", "-D warnings");
+    let doc = cmd!(
+        sh,
+        "cargo doc --locked --workspace --all-features --no-deps"
+    );
+    Ok(doc.run()?)
+}
+
+fn dependencies(context: &Context<'_>) -> anyhow::Result<()> {
+    let sh = context.sh;
+    match CARGO_DENY.ensure(sh, context.install, "the dependencies")? {
+        Some(deny) => Ok(cmd!(sh, "{deny} check licenses bans sources").run()?),
+        None => context.leave_out("dependencies", "cargo-deny is not installed"),
+    }
+}
+
+fn oldest_compiler(context: &Context<'_>) -> anyhow::Result<()> {
+    let sh = context.sh;
+    let oldest = oldest_rust();
+    let this = cmd!(sh, "rustc --version").quiet().read()?;
+    if this.starts_with(&format!("rustc {oldest}.")) {
+        println!("{this} is the oldest compiler, {oldest}: all other steps use it");
+        return Ok(());
+    }
+    let toolchain = format!("{oldest}.0");
+    if !is_installed(sh, "rustup", &["run", &toolchain, "rustc", "--version"]) {
+        let why =
+            format!("rustup has no toolchain {toolchain}: rustup toolchain install {toolchain}");
+        return context.leave_out("oldest-rust", &why);
+    }
+    let _dir = sh.push_env("CARGO_TARGET_DIR", "target/oldest");
+    let check = cmd!(
+        sh,
+        "rustup run {toolchain} cargo check --locked --workspace --all-targets --all-features"
+    );
+    Ok(check.run()?)
+}
+
+fn crates_alone(context: &Context<'_>) -> anyhow::Result<()> {
+    let sh = context.sh;
+    for dir in sh.read_dir("crates")? {
+        let name = dir.file_name().context("a crate's directory has a name")?;
+        let check = cmd!(
+            sh,
+            "cargo check --locked --package {name} --no-default-features"
+        );
+        check.run()?;
+    }
+    Ok(())
+}
+
+fn macos(context: &Context<'_>) -> anyhow::Result<()> {
+    let check = CheckMacos {
+        install: context.install,
+        manifest_path: None,
+    };
+    if check.check(context.sh)? {
+        return Ok(());
+    }
+    context.leave_out("macos", "the packages that it needs are not installed")
+}
+
+fn interleavings(context: &Context<'_>) -> anyhow::Result<()> {
+    interleavings::run(context.sh, Bound::Preemptions)
+}
+
+fn fuzzing(context: &Context<'_>) -> anyhow::Result<()> {
+    if cfg!(not(all(target_os = "linux", target_arch = "x86_64"))) {
+        return context.leave_out("fuzzing", "it runs on Linux on x86-64 only");
+    }
+    Ok(context
+        .xtask("fuzz --quick-build --runs 50000 --seed 1")
+        .run()?)
+}
+
+/// Built as the tests are, and not optimised once more: nothing is timed.
+fn benchmarks(context: &Context<'_>) -> anyhow::Result<()> {
+    let sh = context.sh;
+    let test = cmd!(
+        sh,
+        "cargo test --locked --package benches --lib --benches -- --test"
+    );
+    test.run()?;
+    Ok(cmd!(sh, "cargo test --locked --package benches --doc").run()?)
+}
+
+fn demos(context: &Context<'_>) -> anyhow::Result<()> {
+    context.xtask("demo").run()?;
+    // RAM on both sides of the MMIO gap.
+    context.xtask("demo --ram 4G --rounds 2").run()?;
+    if context.has(Need::Userfaultfd, "demo --guest userfaultfd")? {
+        context
+            .xtask("demo --guest userfaultfd --ram 64M --rounds 2")
+            .run()?;
+    }
+    context
+        .xtask("demo --guest mprotect --ram 64M --rounds 2")
+        .run()?;
+    Ok(())
+}
+
+fn qemu(context: &Context<'_>) -> anyhow::Result<()> {
+    if context.has(Need::LinuxGuest, "qemu")? {
+        context.xtask("qemu-e2e").run()?;
+    }
+    Ok(())
+}
+
+fn fs_matrix(context: &Context<'_>) -> anyhow::Result<()> {
+    if context.has(Need::Root, "fs-matrix")? {
+        context.xtask("fs-matrix --cuts 0").run()?;
+    }
+    Ok(())
+}
+
+fn crash(context: &Context<'_>) -> anyhow::Result<()> {
+    if context.has(Need::LoggedDisk, "crash")? {
+        context.xtask("crash --states 20 --seed 1").run()?;
+    }
+    Ok(())
+}
+
+fn faults(context: &Context<'_>) -> anyhow::Result<()> {
+    if context.has(Need::Ptrace, "faults")? {
+        context.xtask("faults --sample 40 --seed 1").run()?;
+    }
+    Ok(())
+}
+
+fn soak(context: &Context<'_>) -> anyhow::Result<()> {
+    Ok(context.xtask("soak --rounds 100 --seed 1").run()?)
+}

@@ -1,0 +1,260 @@
+//! `cargo xtask prove`: everything exhaustive, random or long.
+
+use anyhow::{Context as _, ensure};
+use xshell::{Shell, cmd};
+
+use super::{Context, Options, Step, Suite, busy, changed, test};
+use crate::{fresh, interleavings};
+
+pub const SUITE: Suite = Suite {
+    name: "prove",
+    steps: &[
+        Step {
+            name: "tests",
+            proves: "all tests pass with many more rounds, new random cases, and races that must occur",
+            paths: &["crates", "testing", "xtask"],
+            run: tests,
+        },
+        Step {
+            name: "interleavings",
+            proves: "no mark is lost in any interleaving that loom distinguishes; ten mutants are detected",
+            paths: &[
+                "crates/dirty-bitmap",
+                "crates/hvf-backend",
+                "xtask/src/interleavings.rs",
+            ],
+            run: interleavings,
+        },
+        Step {
+            name: "crash",
+            proves: "no state that a power loss can leave has lost or torn anything; commits without a sync are detected",
+            paths: &[
+                "crates/atomic-file",
+                "crates/image-format",
+                "crates/memory-image",
+                "crates/memory-writer",
+                "crates/sparse-file",
+                "xtask/src/crash",
+                "xtask/src/write_log.rs",
+            ],
+            run: crash,
+        },
+        Step {
+            name: "faults",
+            proves: "every fault of every system call and completion is reported truthfully and leaves nothing behind",
+            paths: &[
+                "crates/atomic-file",
+                "crates/dirty-bitmap",
+                "crates/image-format",
+                "crates/memory-image",
+                "crates/memory-writer",
+                "crates/sparse-file",
+                "xtask/src/crash",
+                "xtask/src/faults",
+            ],
+            run: faults,
+        },
+        Step {
+            name: "soak",
+            proves: "an hour of saves, a third of them with a fault, loses and tears nothing and leaks nothing",
+            paths: &[
+                "crates/atomic-file",
+                "crates/dirty-bitmap",
+                "crates/image-format",
+                "crates/kvm-backend",
+                "crates/memory-image",
+                "crates/memory-writer",
+                "crates/page-reader",
+                "crates/sparse-file",
+                "testing/guests",
+                "xtask/src/soak",
+            ],
+            run: soak,
+        },
+        Step {
+            name: "fs-matrix",
+            proves: "the library's promises hold on nine file systems, with power cuts where there is a disk",
+            paths: &[
+                "crates/atomic-file",
+                "crates/image-format",
+                "crates/memory-image",
+                "crates/memory-writer",
+                "crates/sparse-file",
+                "xtask/src/fs_matrix",
+                "xtask/src/linux_guest",
+            ],
+            run: fs_matrix,
+        },
+        Step {
+            name: "fuzzing",
+            proves: "footers, chains, dirty logs and RAM layouts from libFuzzer are read or refused",
+            paths: &[
+                "crates/dirty-bitmap",
+                "crates/image-format",
+                "crates/memory-image",
+                "crates/page-reader",
+                "fuzz",
+                "xtask/src/fuzz.rs",
+            ],
+            run: fuzzing,
+        },
+        Step {
+            name: "sanitize",
+            proves: "ThreadSanitizer and AddressSanitizer report nothing, and find what is planted",
+            paths: &["crates", "xtask/src/sanitize"],
+            run: sanitize,
+        },
+        Step {
+            name: "mutants",
+            proves: "the tests detect small changes to the four crates that could lose a page",
+            paths: &[
+                "crates/atomic-file",
+                "crates/dirty-bitmap",
+                "crates/memory-image",
+                "crates/memory-writer",
+                "xtask/src/mutants.rs",
+            ],
+            run: mutants,
+        },
+        Step {
+            name: "load",
+            proves: "`test` and `ci` pass three times in a row beside a busy loop on each core",
+            paths: &["crates", "testing", "xtask", "fuzz", "benches", ".config"],
+            run: load,
+        },
+        Step {
+            name: "fresh",
+            proves: "the README's two commands pass on a minimal Debian with stale package lists",
+            paths: &["xtask", "README.md"],
+            run: fresh,
+        },
+    ],
+};
+
+/// Run what is exhaustive, random or long: all crash states, all faults, an hour of soak, mutants, sanitizers
+///
+/// All of it takes many hours; name steps, or let --changed choose them. Before each step it prints how long the step
+/// took last time. Random steps print their seed.
+#[derive(clap::Args)]
+pub struct Prove {
+    #[command(flatten)]
+    options: Options,
+    /// Only the steps that are about what changed since REV, and was not committed [default: the upstream
+    /// branch, or the commit before the last where there is none]
+    #[arg(long, value_name = "REV", num_args = 0..=1, conflicts_with = "steps")]
+    changed: Option<Option<String>>,
+}
+
+impl Prove {
+    pub fn run(self, sh: &Shell) -> anyhow::Result<()> {
+        let Some(rev) = &self.changed else {
+            return SUITE.run(sh, &self.options);
+        };
+        let selection = changed::select(sh, rev.as_deref())?;
+        let names: Vec<_> = selection.steps.iter().map(|step| step.name).collect();
+        if names.is_empty() {
+            println!(
+                "nothing that a step is about changed since {}",
+                selection.since
+            );
+            return Ok(());
+        }
+        println!("changed since {}: {}", selection.since, names.join(", "));
+        if self.options.list {
+            return Ok(());
+        }
+        SUITE.run_steps(sh, &self.options, &selection.steps, selection.crates)
+    }
+}
+
+impl Context<'_> {
+    /// Runs `cargo xtask ARGUMENTS`, which puts its closing line into docs/reliability.md where that is asked for.
+    fn recorded(&self, arguments: &str) -> anyhow::Result<()> {
+        let record = if self.record { " --record" } else { "" };
+        Ok(self.xtask(&format!("{arguments}{record}")).run()?)
+    }
+
+    /// Returns `--only` with those of `known` that changed, or nothing for all. `None`: none of them did.
+    fn only(&self, known: &[&str]) -> Option<String> {
+        if self.crates.is_empty() {
+            return Some(String::new());
+        }
+        let mut crates = self.crates.clone();
+        crates.retain(|name| known.contains(&name.as_str()));
+        (!crates.is_empty()).then(|| format!(" --only {}", crates.join(",")))
+    }
+}
+
+fn tests(context: &Context<'_>) -> anyhow::Result<()> {
+    let sh = context.sh;
+    test::install_packages(sh, context.install)?;
+    let seed = cmd!(sh, "od -An -N4 -tu4 /dev/urandom").quiet().read()?;
+    println!("PROPTEST_RNG_SEED={seed}");
+    let _seed = sh.push_env("PROPTEST_RNG_SEED", seed.trim());
+    let _cases = sh.push_env("PROPTEST_CASES", "2048");
+    let _thorough = sh.push_env(test_machine::THOROUGH, "1");
+    test::run_tests(sh)
+}
+
+fn interleavings(context: &Context<'_>) -> anyhow::Result<()> {
+    interleavings::run(context.sh, interleavings::Bound::None)
+}
+
+fn crash(context: &Context<'_>) -> anyhow::Result<()> {
+    context.recorded("crash")
+}
+
+fn faults(context: &Context<'_>) -> anyhow::Result<()> {
+    context.recorded("faults")
+}
+
+fn soak(context: &Context<'_>) -> anyhow::Result<()> {
+    context.recorded("soak --minutes 60")
+}
+
+fn fs_matrix(context: &Context<'_>) -> anyhow::Result<()> {
+    let page = if context.record {
+        " --markdown docs/fs-matrix.md"
+    } else {
+        ""
+    };
+    Ok(context.xtask(&format!("fs-matrix --cuts 20{page}")).run()?)
+}
+
+fn fuzzing(context: &Context<'_>) -> anyhow::Result<()> {
+    context.recorded("fuzz --seconds 600")
+}
+
+fn sanitize(context: &Context<'_>) -> anyhow::Result<()> {
+    match context.only(&crate::sanitize::crates()) {
+        Some(only) => context.recorded(&format!("sanitize{only}")),
+        None => {
+            println!("no crate with tests under sanitizers changed");
+            Ok(())
+        }
+    }
+}
+
+fn mutants(context: &Context<'_>) -> anyhow::Result<()> {
+    match context.only(&crate::mutants::crates()) {
+        Some(only) => context.recorded(&format!("mutants{only}")),
+        None => {
+            println!("no crate with mutants changed");
+            Ok(())
+        }
+    }
+}
+
+fn load(context: &Context<'_>) -> anyhow::Result<()> {
+    busy::run(context)
+}
+
+fn fresh(context: &Context<'_>) -> anyhow::Result<()> {
+    ensure!(
+        nix::unistd::geteuid().is_root(),
+        "the check makes a root file system: run it as root"
+    );
+    let line = fresh::run(context.sh, context.install).context("on a fresh machine")?;
+    println!("{line}");
+    Ok(())
+}

@@ -1,0 +1,134 @@
+//! `cargo xtask test`: what a contributor runs before each push.
+
+use xshell::{Shell, cmd};
+
+use super::{Context, Options, Step, Suite, is_installed};
+use crate::packages::{Install, Package};
+
+/// What the tests use besides the Rust toolchain.
+const PACKAGES: &[Package] = &[
+    Package::new("strace", "strace"),
+    Package::new("xfsprogs", "mkfs.xfs"),
+    Package::new("btrfs-progs", "mkfs.btrfs"),
+    Package::new("exfatprogs", "mkfs.exfat"),
+    Package::new("exfat-fuse", "mount.exfat-fuse"),
+    Package::new("llvm", "llvm-mc"),
+    Package::new("qemu-system-arm", "qemu-system-aarch64"),
+    Package::new("qemu-system-x86", "qemu-system-x86_64"),
+    Package::new("qemu-system-common", "qemu-storage-daemon"),
+];
+
+pub const SUITE: Suite = Suite {
+    name: "test",
+    steps: &[
+        Step {
+            name: "formatting",
+            proves: "all code is formatted by rustfmt",
+            paths: &[],
+            run: formatting,
+        },
+        Step {
+            name: "lints",
+            proves: "clippy has no warning in any crate, test, example or benchmark",
+            paths: &[],
+            run: lints,
+        },
+        Step {
+            name: "tests",
+            proves: "unit and integration tests pass, with the same cases each time",
+            paths: &[],
+            run: tests,
+        },
+        Step {
+            name: "doc-tests",
+            proves: "the examples in the documentation compile and run",
+            paths: &[],
+            run: doc_tests,
+        },
+        Step {
+            name: "demo",
+            proves: "a guest restored from a chain of snapshots continues correctly",
+            paths: &[],
+            run: demo,
+        },
+    ],
+};
+
+/// Run what a change must pass first: formatting, lints, tests, one short demo
+///
+/// As root on Debian or Ubuntu it installs the packages that the tests use. Without root or packages it runs
+/// what it can and lists at the end what it did not run, and why. With CI=true in the environment, or
+/// MEMSNAP_REQUIRE=all, a test that cannot run fails. Every run does the same work: seeds are fixed.
+#[derive(clap::Args)]
+pub struct Test {
+    #[command(flatten)]
+    options: Options,
+}
+
+impl Test {
+    pub fn run(self, sh: &Shell) -> anyhow::Result<()> {
+        SUITE.run(sh, &self.options)
+    }
+}
+
+fn formatting(context: &Context<'_>) -> anyhow::Result<()> {
+    let sh = context.sh;
+    cmd!(sh, "cargo fmt --all --check").run()?;
+    cmd!(sh, "cargo fmt --manifest-path fuzz/Cargo.toml --check").run()?;
+    Ok(())
+}
+
+fn lints(context: &Context<'_>) -> anyhow::Result<()> {
+    let sh = context.sh;
+    let clippy = cmd!(
+        sh,
+        "cargo clippy --locked --workspace --all-targets --all-features -- --deny warnings"
+    );
+    Ok(clippy.run()?)
+}
+
+fn tests(context: &Context<'_>) -> anyhow::Result<()> {
+    install_packages(context.sh, context.install)?;
+    run_tests(context.sh)
+}
+
+/// Installs the packages that tests use, or prints what is missing.
+pub fn install_packages(sh: &Shell, install: Install) -> anyhow::Result<()> {
+    install.ensure(sh, PACKAGES, "the tests")?;
+    Ok(())
+}
+
+/// Runs all unit and integration tests: by nextest where it is installed, which runs tests of several
+/// programs at a time.
+pub fn run_tests(sh: &Shell) -> anyhow::Result<()> {
+    // The benchmarks build peers and criterion, and are run by `cargo xtask ci`.
+    let scope = [
+        "--locked",
+        "--workspace",
+        "--exclude",
+        "benches",
+        "--all-features",
+    ];
+    if is_installed(sh, "cargo", &["nextest", "--version"]) {
+        return Ok(cmd!(sh, "cargo nextest run {scope...} --no-fail-fast").run()?);
+    }
+    println!("cargo-nextest is not installed; it would run the tests faster");
+    let test = cmd!(
+        sh,
+        "cargo test {scope...} --no-fail-fast --lib --bins --tests --examples"
+    );
+    Ok(test.run()?)
+}
+
+fn doc_tests(context: &Context<'_>) -> anyhow::Result<()> {
+    let sh = context.sh;
+    let test = cmd!(
+        sh,
+        "cargo test --locked --workspace --exclude benches --all-features --doc"
+    );
+    Ok(test.run()?)
+}
+
+fn demo(context: &Context<'_>) -> anyhow::Result<()> {
+    Ok(context.xtask("demo --ram 64M --rounds 2").run()?)
+}
