@@ -76,7 +76,6 @@ impl Test {
             ("dependencies", &|| dependencies(sh, self.install, ci)),
             ("the oldest compiler", &|| oldest_compiler(sh, ci)),
             ("each crate alone", &|| each_crate_alone(sh)),
-            // Before the tests: one of them sees what it finds of code that is broken.
             ("macOS", &|| macos(sh, self.install, ci)),
             ("tests", &|| {
                 Ok(cmd!(
@@ -197,10 +196,7 @@ fn each_crate_alone(sh: &Shell) -> anyhow::Result<()> {
 }
 
 fn macos(sh: &Shell, install: Install, ci: bool) -> anyhow::Result<()> {
-    let check = CheckMacos {
-        install,
-        manifest_path: None,
-    };
+    let check = CheckMacos { install };
     if ci {
         return check.run(sh);
     }
