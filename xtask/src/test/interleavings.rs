@@ -177,7 +177,7 @@ impl<'a> Copy<'a> {
         cmd!(sh, "cp -R crates docs {to}/").quiet().run()?;
         sh.copy_file("Cargo.lock", to)?;
         let manifest = sh.read_file("Cargo.toml")?;
-        let members = r#"members = ["crates/*", "xtask", "benches"]"#;
+        let members = r#"members = ["crates/*", "testing/*", "xtask", "benches"]"#;
         ensure!(manifest.contains(members), "Cargo.toml has other members");
         let manifest = manifest.replace(members, r#"members = ["crates/*"]"#);
         sh.write_file(format!("{to}/Cargo.toml"), manifest)?;
