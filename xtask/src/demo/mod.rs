@@ -1,13 +1,5 @@
 //! `cargo xtask demo`: snapshot a running guest, restore the chain into a new one, and prove that it goes on correctly.
 
-pub mod embedded;
-pub mod guest;
-#[cfg(any(test, all(target_os = "macos", target_arch = "aarch64")))]
-mod hvf;
-#[cfg(all(target_os = "linux", target_arch = "x86_64"))]
-pub mod kvm;
-pub mod ledger;
-mod oracle;
 mod picture;
 mod report;
 mod restore;
@@ -23,6 +15,13 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, bail};
 use indicatif::{BinaryBytes, HumanCount};
 use xshell::Shell;
+
+#[cfg(target_os = "linux")]
+pub use guests::embedded;
+#[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+pub use guests::kvm;
+use guests::oracle;
+pub use guests::{guest, ledger};
 
 use guest::{Guest, Kind};
 use ledger::Layout;

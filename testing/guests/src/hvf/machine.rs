@@ -12,8 +12,8 @@ use page_reader::PageReader;
 
 use super::place::Place;
 use super::{ARRIVED, CHECKED, program, start};
-use crate::demo::guest::{Epoch, Guest, Ram, Tracker};
-use crate::demo::ledger::{self, Layout, Verdict, Words, front};
+use crate::guest::{Epoch, Guest, Ram, Tracker};
+use crate::ledger::{self, Layout, Verdict, Words, front};
 
 /// What the host may order.
 const WORK: u64 = 0;

@@ -15,7 +15,7 @@ use super::start;
 static SEAT: Mutex<Weak<Place>> = Mutex::new(Weak::new());
 
 /// A guest's RAM, in the virtual machine or not.
-pub struct Place {
+pub(super) struct Place {
     pub ram: Arc<GuestRam>,
     pub tracker: OnceLock<Stage2Tracker<Stage>>,
     stage: Stage,
@@ -23,16 +23,16 @@ pub struct Place {
 
 /// Stage 2 while the guest has the virtual machine. A guest without it writes nothing, and gets it back with all its RAM protected.
 #[derive(Clone, Debug, Default)]
-pub struct Stage(Arc<Mutex<Option<Stage2>>>);
+pub(super) struct Stage(Arc<Mutex<Option<Stage2>>>);
 
 /// The virtual machine, as long as it is this guest's.
-pub struct Seat {
+pub(super) struct Seat {
     pub vm: Vm,
     _taken: MutexGuard<'static, Weak<Place>>,
 }
 
 /// Whether a virtual machine can be made, or why not.
-pub fn available() -> anyhow::Result<()> {
+pub(super) fn available() -> anyhow::Result<()> {
     let seat = lock(&SEAT);
     if seat.upgrade().is_none() {
         Vm::new()?;

@@ -16,7 +16,7 @@ const NUDGE: Signal = Signal::SIGUSR2;
 const AGAIN: Duration = Duration::from_micros(50);
 
 /// Does `work` on this thread, which is nudged by signals from `after` on until `work` returns.
-pub fn nudged<T>(after: Duration, work: impl FnOnce() -> T) -> nix::Result<T> {
+pub(super) fn nudged<T>(after: Duration, work: impl FnOnce() -> T) -> nix::Result<T> {
     extern "C" fn nothing(_: libc::c_int) {}
     // No SA_RESTART: the system call is to return.
     let action = SigAction::new(

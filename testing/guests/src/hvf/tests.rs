@@ -12,8 +12,8 @@ use rstest::rstest;
 use test_machine::Need;
 
 use super::*;
-use crate::demo::ledger::{self, Layout, PAGE, Registers, WORD, Words, front};
-use crate::demo::oracle;
+use crate::ledger::{self, Layout, PAGE, Registers, WORD, Words, front};
+use crate::oracle;
 
 const LAYOUT: Layout = Layout::of(8 << 20);
 

@@ -1,7 +1,7 @@
 //! The guest's program: a blob to be copied to any address of the guest.
 
 use super::{ARRIVED, CHECKED};
-use crate::demo::ledger::{self, Layout, front};
+use crate::ledger::{self, Layout, front};
 
 /// The offset of a word in the front page, from its offset in the RAM.
 const fn in_front(word: u64) -> u64 {
@@ -43,7 +43,7 @@ macro_rules! with_numbers {
 }
 
 #[cfg(all(target_os = "macos", target_arch = "aarch64"))]
-pub use assembled::bytes;
+pub(super) use assembled::bytes;
 
 /// Assembled into this binary.
 #[cfg(all(target_os = "macos", target_arch = "aarch64"))]
@@ -79,7 +79,7 @@ mod assembled {
     }
 
     /// The program's bytes; its first one is its entry.
-    pub fn bytes() -> &'static [u8] {
+    pub(in super::super) fn bytes() -> &'static [u8] {
         let length = &raw const LENGTH;
         // SAFETY: the word above, aligned and read-only, and behind it as many bytes as it says, read-only too.
         unsafe { std::slice::from_raw_parts(length.add(1).cast(), length.read() as usize) }
@@ -88,7 +88,7 @@ mod assembled {
 
 /// The source with the numbers in place, for an assembler.
 #[cfg(test)]
-pub fn source() -> String {
+pub(super) fn source() -> String {
     let mut source = include_str!("ledger_aarch64.s").to_owned();
     macro_rules! replace {
         ($($name:ident = $value:expr,)*) => {

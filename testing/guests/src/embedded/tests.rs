@@ -71,11 +71,10 @@ fn two_guests_of_one_process_are_tracked_apart(#[case] tracking: Tracking) {
 #[cfg(target_os = "linux")]
 #[test]
 fn more_scattered_pages_than_mappings_are_marked_all_the_same() {
-    const CHILD: &str = "XTASK_TEST_MAPPINGS";
+    const CHILD: &str = "GUESTS_TEST_MAPPINGS";
     // A process of its own: other tests need mappings too.
     if std::env::var_os(CHILD).is_none() {
-        let name =
-            "demo::embedded::tests::more_scattered_pages_than_mappings_are_marked_all_the_same";
+        let name = "embedded::tests::more_scattered_pages_than_mappings_are_marked_all_the_same";
         let test = std::process::Command::new(std::env::current_exe().unwrap())
             .args(["--exact", name])
             .env(CHILD, "1")

@@ -3,7 +3,7 @@
 use test_machine::Need;
 
 use super::*;
-use crate::demo::oracle;
+use crate::oracle;
 
 const LAYOUT: Layout = Layout::of(8 << 20);
 

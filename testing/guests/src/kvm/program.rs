@@ -5,7 +5,7 @@
 use std::arch::global_asm;
 
 use super::{ARRIVED, CHECKED, PORT};
-use crate::demo::ledger::{self, Layout, front};
+use crate::ledger::{self, Layout, front};
 
 /// The offset of a word in the front page, from its address in the RAM.
 const fn in_front(word: u64) -> u64 {
@@ -51,7 +51,7 @@ unsafe extern "C" {
 }
 
 /// The program's bytes; its first one is its entry.
-pub fn bytes() -> &'static [u8] {
+pub(super) fn bytes() -> &'static [u8] {
     let (start, end) = (&raw const START, &raw const END);
     // SAFETY: both labels are of one section, the second after the first, with nothing but the program, read-only,
     // between them.

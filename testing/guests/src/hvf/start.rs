@@ -3,28 +3,28 @@
 use hvf_backend::{VcpuState, el1};
 use page_reader::{LayoutError, RamLayout};
 
-use crate::demo::ledger::{Layout, PAGE};
+use crate::ledger::{Layout, PAGE};
 
 const GIB: u64 = 1 << 30;
 
 /// Where the RAM begins, and how much of it lies there; what doesn't fit lies from 8 GiB on.
-pub const LOW: u64 = 2 * GIB;
+pub(super) const LOW: u64 = 2 * GIB;
 const LOW_SIZE: u64 = 2 * GIB;
 const HIGH: u64 = 8 * GIB;
 
 /// Offsets into the RAM: the page table, and the program below the front page.
-pub const PAGE_TABLE: u64 = PAGE;
-pub const PROGRAM: u64 = Layout::FRONT - (64 << 10);
+pub(super) const PAGE_TABLE: u64 = PAGE;
+pub(super) const PROGRAM: u64 = Layout::FRONT - (64 << 10);
 
 /// RAM of `size` bytes, with a hole in its addresses if it is large.
-pub fn regions(size: u64) -> Result<RamLayout, LayoutError> {
+pub(super) fn regions(size: u64) -> Result<RamLayout, LayoutError> {
     let low = size.min(LOW_SIZE);
     let high = (HIGH, size - low);
     RamLayout::new(std::iter::once((LOW, low)).chain((high.1 > 0).then_some(high)))
 }
 
 /// The bits of the guest's addresses: as many as the framework gives by default, or what the RAM needs.
-pub fn address_bits(regions: &RamLayout) -> u32 {
+pub(super) fn address_bits(regions: &RamLayout) -> u32 {
     match regions.regions().last() {
         Some(last) if last.guest_end() > 1 << 36 => 40,
         _ => 36,
@@ -32,7 +32,7 @@ pub fn address_bits(regions: &RamLayout) -> u32 {
 }
 
 /// The processor at the first instruction.
-pub fn state(regions: &RamLayout) -> VcpuState {
+pub(super) fn state(regions: &RamLayout) -> VcpuState {
     let start = el1::Start {
         entry: LOW + PROGRAM,
         page_table: LOW + PAGE_TABLE,

@@ -1,0 +1,23 @@
+//! Guests whose work can prove that their RAM and their processor were saved and restored correctly.
+//!
+//! Each [guest](guest::Guest) keeps a [`ledger`] with checksums in its RAM. It is a virtual machine or a part of this
+//! process, and its writes are tracked. The [`oracle`] computes the same ledger without a guest.
+//!
+//! `cargo xtask demo` and `cargo xtask soak` run these guests. The crate is separate from `xtask` because its loops
+//! read every word of the RAM: it is compiled with optimisation, and `xtask` is not.
+
+#![allow(
+    missing_docs,
+    clippy::missing_errors_doc,
+    clippy::missing_panics_doc,
+    reason = "for the workspace's own tasks"
+)]
+
+pub mod embedded;
+pub mod guest;
+#[cfg(any(test, all(target_os = "macos", target_arch = "aarch64")))]
+pub mod hvf;
+#[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+pub mod kvm;
+pub mod ledger;
+pub mod oracle;
