@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Child, Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -10,6 +10,8 @@ use anyhow::{Context, bail};
 use nix::errno::Errno;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use test_machine::{Need, tool};
+
+use super::start::start;
 
 /// A file system and the options that it is mounted with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -214,8 +216,12 @@ impl Drop for Mounted {
 
 fn run(command: &mut Command) -> anyhow::Result<String> {
     let name = command.get_program().display().to_string();
-    let output = command
-        .output()
+    command
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped());
+    let output = start(command)
+        .and_then(Child::wait_with_output)
         .with_context(|| format!("can't run {name}"))?;
     if !output.status.success() {
         let said = String::from_utf8_lossy(&output.stderr);

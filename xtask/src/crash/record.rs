@@ -19,6 +19,7 @@ use sparse_file::{Kind, extents};
 
 use super::disk::{FileSystem, Journal, Loop, Mounted};
 use super::scenarios::{Scenario, Witness};
+use super::start;
 use super::states::{Log, MARKS, STEP};
 use crate::interrupt::Interrupt;
 use crate::linux_guest::escaped;
@@ -280,8 +281,11 @@ impl LoggedDisk {
                 escaped(&export)
             ))
             .stdin(Stdio::null());
+        let starting = start::one();
+        let daemon = Process::start(command, interrupt)?;
+        drop(starting);
         let disk = Self {
-            daemon: Process::start(command, interrupt)?,
+            daemon,
             export,
             log,
         };
