@@ -32,13 +32,18 @@ impl Stamped {
     }
 
     fn fill(&self, offset: u64, buf: &mut [u8]) {
-        for (word, at) in buf
-            .chunks_mut(WORD as usize)
-            .zip((offset..).step_by(WORD as usize))
-        {
-            let value = ((u64::from(self.stamp) << 32) | (at / WORD % (1 << 32))).to_le_bytes();
-            word.copy_from_slice(&value[..word.len()]);
+        let stamp = u64::from(self.stamp) << 32;
+        let mut index = (offset / WORD) as u32;
+        let (words, rest) = buf.as_chunks_mut::<{ WORD as usize }>();
+        // Unoptimised builds fill gigabytes too, and iterators are slow there.
+        let mut at = 0;
+        while at < words.len() {
+            words[at] = (stamp | index as u64).to_le_bytes();
+            index = index.wrapping_add(1);
+            at += 1;
         }
+        let last = (stamp | u64::from(index)).to_le_bytes();
+        rest.copy_from_slice(&last[..rest.len()]);
     }
 }
 

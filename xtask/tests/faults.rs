@@ -74,7 +74,7 @@ fn a_mistake_is_found_out_and_the_fault_that_shows_it_can_be_had_again() {
     if !Need::Ptrace.met("a_mistake_is_found_out_and_the_fault_that_shows_it_can_be_had_again") {
         return;
     }
-    let (output, said) = faults(&["--only=denies-rename", "--sample=1000000"]);
+    let (output, said) = faults(&["--only=denies-rename", "--sample=40", "--seed=1"]);
     assert_eq!(output.status.code(), Some(1), "{said}");
     assert!(!said.contains(" 0 untrue"), "{said}");
     let (_, again) = said.split_once("  again: cargo xtask ").expect("a command");
@@ -90,7 +90,7 @@ fn the_library_passes_and_the_control_too() {
     if !Need::Ptrace.met("the_library_passes_and_the_control_too") {
         return;
     }
-    let (output, said) = faults(&["--only=replace,by-hand", "--sample=40", "--seed=1"]);
+    let (output, said) = faults(&["--only=replace,by-hand", "--sample=10", "--seed=1"]);
     assert!(output.status.success(), "{said}");
     let last = said.lines().last().expect("lines");
     let expected = " faults in 2 scenarios, 0 lost, 0 torn, 0 leaked, 0 untrue";
@@ -126,7 +126,7 @@ fn interrupted_it_leaves_nothing_behind() {
         .expect("it runs");
     let start = Instant::now();
     while names() == 0 {
-        assert!(start.elapsed() < Duration::from_secs(30), "it begins");
+        assert!(start.elapsed() < Duration::from_secs(300), "it begins");
         thread::sleep(Duration::from_millis(20));
     }
     thread::sleep(Duration::from_millis(300));

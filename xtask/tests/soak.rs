@@ -21,16 +21,17 @@ fn room() -> tempfile::TempDir {
 }
 
 #[test]
-fn a_few_seconds_find_nothing_and_leave_nothing() {
+fn a_few_rounds_find_nothing_and_leave_nothing() {
     let room = room();
-    let (output, said) = soak(room.path(), &["--minutes=0.1"]);
+    let (output, said) = soak(room.path(), &["--rounds=3", "--seed=1", "--guests=3"]);
     assert!(output.status.success(), "{said}");
     assert!(said.ends_with(", 0 lost, 0 torn\n"), "{said}");
-    assert!(!said.contains("\n0 rounds"), "{said}");
+    assert!(said.contains("\n9 rounds, "), "{said}");
     let left = std::fs::read_dir(room.path()).expect("it is there").count();
     assert_eq!(left, 0, "{said}");
 }
 
+/// The seed makes each guest's plan the same: the mistake shows within these rounds.
 #[rstest]
 #[case("mark-dropped", "a page is lost")]
 #[case("page-flipped", "a page is torn")]
@@ -38,10 +39,13 @@ fn a_few_seconds_find_nothing_and_leave_nothing() {
 fn a_mistake_is_found_named_and_found_again(#[case] mistake: &str, #[case] harm: &str) {
     let room = room();
     let plant = format!("--plant={mistake}");
-    let (output, said) = soak(room.path(), &["--minutes=10", &plant]);
+    let of = ["--rounds=48", &plant];
+    let (output, said) = soak(
+        room.path(),
+        &[&["--seed=2", "--only=0.0"], &of[..]].concat(),
+    );
     assert_eq!(output.status.code(), Some(1), "{said}");
     assert!(said.contains(harm), "{said}");
-    // Lines before it say how far it was, with nothing found yet.
     let sum = said.lines().rfind(|line| line.contains(" rounds, "));
     assert!(
         sum.is_some_and(|sum| !sum.contains("0 lost, 0 torn")),
@@ -55,7 +59,7 @@ fn a_mistake_is_found_named_and_found_again(#[case] mistake: &str, #[case] harm:
         .split_once("again: cargo xtask soak ")
         .expect("a command");
     let (again, _) = again.split_once(": round").expect("a round");
-    let again: Vec<_> = again.split(' ').chain(["--minutes=10", &plant]).collect();
+    let again: Vec<_> = again.split(' ').chain(of).collect();
     let (output, again) = soak(room.path(), &again);
     assert_eq!(output.status.code(), Some(1), "{said}{again}");
     assert!(again.contains(harm), "{said}{again}");
@@ -64,7 +68,8 @@ fn a_mistake_is_found_named_and_found_again(#[case] mistake: &str, #[case] harm:
 #[test]
 fn a_file_that_stays_open_is_missed() {
     let room = room();
-    let (output, said) = soak(room.path(), &["--minutes=0.2", "--plant=file-kept"]);
+    let of = ["--rounds=2", "--seed=1", "--guests=1", "--plant=file-kept"];
+    let (output, said) = soak(room.path(), &of);
     assert_eq!(output.status.code(), Some(1), "{said}");
     assert!(said.contains("error: something leaks"), "{said}");
 }

@@ -1,7 +1,8 @@
 //! File systems on loop devices: made, mounted, and gone when the guards drop.
 
+use std::fs::File;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Child, Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -9,6 +10,8 @@ use anyhow::{Context, bail};
 use nix::errno::Errno;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use test_machine::{Need, tool};
+
+use super::start::start;
 
 /// A file system and the options that it is mounted with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -79,11 +82,22 @@ impl FileSystem {
         }
     }
 
-    fn options(self) -> &'static str {
-        match self {
+    /// Whether its journal is committed from time to time although nothing is synced.
+    pub fn commits_by_itself(self) -> bool {
+        self.kernel_name() == "ext4"
+    }
+
+    fn options(self, journal: Journal) -> String {
+        let options = match self {
             Self::Ext4NoAutoDaAlloc => "noauto_da_alloc",
             Self::Ext4Writeback => "data=writeback",
             _ => "",
+        };
+        match journal {
+            Journal::CommittedAfter(seconds) if self.commits_by_itself() => {
+                format!("{options},commit={seconds}")
+            }
+            _ => options.into(),
         }
     }
 
@@ -101,9 +115,19 @@ impl FileSystem {
     }
 }
 
-/// A loop device over the first bytes of a file; detached when dropped.
+/// When the kernel commits the journal although nothing is synced.
+#[derive(Clone, Copy, Debug)]
+pub enum Journal {
+    AsUsual,
+    /// After so many seconds.
+    CommittedAfter(u32),
+}
+
+/// A loop device over the first bytes of a file. The kernel detaches it when it is closed here and no longer mounted, also
+/// where this process is killed.
 pub struct Loop {
     device: String,
+    _open: File,
 }
 
 impl Loop {
@@ -111,20 +135,23 @@ impl Loop {
         let device = run(tool("losetup")
             .args(["--find", "--show", "--sizelimit", &bytes.to_string()])
             .arg(file))?;
+        let device = device.trim_end().to_owned();
+        let open = File::open(&device).with_context(|| format!("can't open {device}"));
+        // It is open: the kernel detaches it when the last one closes it.
+        run(tool("losetup").args(["--detach", &device]))?;
         Ok(Self {
-            device: device.trim_end().into(),
+            device,
+            _open: open?,
         })
     }
-}
 
-impl Drop for Loop {
-    fn drop(&mut self) {
-        let _ = run(tool("losetup").args(["--detach", &self.device]));
+    pub fn name(&self) -> &str {
+        self.device.trim_start_matches("/dev/")
     }
 }
 
 /// For a file system that is busy.
-const PATIENCE: Duration = Duration::from_secs(10);
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// A file system mounted on a directory.
 pub struct Mounted {
@@ -133,6 +160,15 @@ pub struct Mounted {
 
 impl Mounted {
     pub fn new(fs: FileSystem, device: &Loop, dir: &Path) -> anyhow::Result<Self> {
+        Self::with(fs, Journal::AsUsual, device, dir)
+    }
+
+    pub fn with(
+        fs: FileSystem,
+        journal: Journal,
+        device: &Loop,
+        dir: &Path,
+    ) -> anyhow::Result<Self> {
         if fs == FileSystem::Exfat {
             run(tool("mount.exfat-fuse").arg(&device.device).arg(dir))?;
         } else {
@@ -141,7 +177,7 @@ impl Mounted {
                 dir,
                 Some(fs.kernel_name()),
                 MsFlags::empty(),
-                Some(fs.options()),
+                Some(fs.options(journal).trim_start_matches(',')),
             )?;
         }
         Ok(Self {
@@ -180,8 +216,12 @@ impl Drop for Mounted {
 
 fn run(command: &mut Command) -> anyhow::Result<String> {
     let name = command.get_program().display().to_string();
-    let output = command
-        .output()
+    command
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped());
+    let output = start(command)
+        .and_then(Child::wait_with_output)
         .with_context(|| format!("can't run {name}"))?;
     if !output.status.success() {
         let said = String::from_utf8_lossy(&output.stderr);

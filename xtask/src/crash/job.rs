@@ -71,7 +71,13 @@ impl Job {
 
     fn run_in(&self, settings: &Settings, room: &Path) -> anyhow::Result<Done> {
         let start = Instant::now();
-        let recording = record(self.fs, self.scenario, room, settings.interrupt)?;
+        let recording = record(
+            self.fs,
+            self.scenario,
+            self.mutant,
+            room,
+            settings.interrupt,
+        )?;
         let recorded = start.elapsed();
         let states = recording.log.states(settings.seed, settings.limit);
         let replay = Replay::new(self.fs, self.scenario, &recording, room)?;

@@ -8,6 +8,7 @@ mod record;
 mod replay;
 mod report;
 pub mod scenarios;
+pub mod start;
 mod states;
 
 use std::collections::VecDeque;
@@ -63,7 +64,7 @@ pub struct Crash {
     /// Look again at the state of this number, of a recording that was kept; with one --only and one --fs
     #[arg(long, value_name = "NUMBER")]
     state: Option<usize>,
-    /// What states are chosen by [default: another one each time]
+    /// What states are chosen by [default: another one each time, which is printed]
     #[arg(long)]
     seed: Option<u64>,
     /// Keep all recordings

@@ -9,17 +9,18 @@ use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::bail;
+use anyhow::{Context, bail};
 use nix::mount::{MntFlags, umount2};
 use sparse_file::{Kind, extents};
 
-use super::disk::{FileSystem, Loop, Mounted};
-use super::scenarios::Scenario;
-use super::states::{Log, MARKS};
+use super::disk::{FileSystem, Journal, Loop, Mounted};
+use super::scenarios::{Scenario, Witness};
+use super::start;
+use super::states::{Log, MARKS, STEP};
 use crate::interrupt::Interrupt;
 use crate::linux_guest::escaped;
 use crate::process::Process;
@@ -29,13 +30,15 @@ use crate::write_log;
 /// so that names may get to the disk at any moment.
 pub const PHASES: [&str; 2] = ["alone", "in-company"];
 
-/// The kernel writes out by itself what is not synced: ext4's journal after 5 s. Waited for, so that it happens in the log.
-const SETTLED: Duration = Duration::from_millis(6500);
+/// When the kernel commits the journal of what a scenario leaves without a sync: soon, as that is waited for.
+const SOON: Journal = Journal::CommittedAfter(1);
+/// A mutant shows what it lacks before the kernel makes good for it.
+const NOT_YET: Journal = Journal::CommittedAfter(300);
 /// Between two syncs of the neighbour's.
 const NEIGHBOUR: Duration = Duration::from_millis(7);
 /// The name of the log, which stays in the room.
 pub const LOG: &str = "log";
-/// In which the daemon exports the disk.
+/// In which the daemon exports the disk, and the kernel commits its journal.
 const PATIENCE: Duration = Duration::from_secs(120);
 
 /// Of a base that is kept or left out as zeros.
@@ -85,10 +88,11 @@ impl Base {
     }
 }
 
-/// Carries `scenario` out on a new file system, with files of its own in `room`.
+/// Carries `scenario` out on a new file system, with files of its own in `room`. That of a `mutant` is unmounted at once.
 pub fn record(
     fs: FileSystem,
     scenario: &Scenario,
+    mutant: bool,
     room: &Path,
     interrupt: &Interrupt,
 ) -> anyhow::Result<Recording> {
@@ -100,18 +104,26 @@ pub fn record(
 
     let disk = LoggedDisk::start(&image, room, interrupt)?;
     let device = Loop::over(&disk.export, fs.size())?;
-    let mounted = Mounted::new(fs, &device, &point)?;
+    let journal = if mutant { NOT_YET } else { SOON };
+    let mounted = Mounted::with(fs, journal, &device, &point)?;
     let export = File::options().write(true).open(&disk.export)?;
-    for (phase, dir) in (0..).zip(PHASES) {
-        let dir = point.join(dir);
-        let returned = || Ok(export.write_all_at(&[phase; 4096], fs.size())?);
-        if phase == 0 {
-            (scenario.act)(&dir, &returned)?;
-            wait(SETTLED, interrupt)?;
-        } else {
-            with_neighbour(&point, || (scenario.act)(&dir, &returned))?;
-        }
+    let marks = Marks {
+        export: &export,
+        at: fs.size(),
+    };
+    let [alone, in_company] = PHASES.map(|dir| point.join(dir));
+    (scenario.act)(&alone, &Alone(marks))?;
+    if !mutant && fs.commits_by_itself() {
+        settle(&device, &point, interrupt)?;
     }
+    with_neighbour(&point, |syncs| {
+        let witness = InCompany {
+            marks,
+            syncs,
+            interrupt,
+        };
+        (scenario.act)(&in_company, &witness)
+    })?;
     mounted.unmount()?;
     drop((device, export));
     let log = disk.end()?;
@@ -121,6 +133,55 @@ pub fn record(
         base,
         log: Log::new(entries, fs.size()),
     })
+}
+
+/// Writes marks to the log.
+#[derive(Clone, Copy)]
+struct Marks<'a> {
+    export: &'a File,
+    at: u64,
+}
+
+impl Marks<'_> {
+    fn write(&self, mark: u8) -> anyhow::Result<()> {
+        Ok(self.export.write_all_at(&[mark; 4096], self.at)?)
+    }
+}
+
+struct Alone<'a>(Marks<'a>);
+
+impl Witness for Alone<'_> {
+    fn returned(&self) -> anyhow::Result<()> {
+        self.0.write(0)
+    }
+
+    fn between(&self) -> anyhow::Result<()> {
+        self.0.write(STEP)
+    }
+}
+
+struct InCompany<'a> {
+    marks: Marks<'a>,
+    /// How often the neighbour has synced.
+    syncs: &'a AtomicU64,
+    interrupt: &'a Interrupt,
+}
+
+impl Witness for InCompany<'_> {
+    fn returned(&self) -> anyhow::Result<()> {
+        self.marks.write(1)
+    }
+
+    /// The neighbour syncs in between: the second sync from now on began after the step.
+    fn between(&self) -> anyhow::Result<()> {
+        let syncs = || self.syncs.load(Ordering::Relaxed);
+        let end = syncs().saturating_add(2);
+        while syncs() < end {
+            self.interrupt.check()?;
+            thread::sleep(Duration::from_millis(1));
+        }
+        self.marks.write(STEP)
+    }
 }
 
 fn prepare(fs: FileSystem, scenario: &Scenario, image: &Path, point: &Path) -> anyhow::Result<()> {
@@ -135,33 +196,55 @@ fn prepare(fs: FileSystem, scenario: &Scenario, image: &Path, point: &Path) -> a
     mounted.unmount()
 }
 
-fn wait(time: Duration, interrupt: &Interrupt) -> anyhow::Result<()> {
-    let end = Instant::now() + time;
-    while Instant::now() < end {
+/// Waits until the kernel has committed the journal of ext4 by itself, so that it happens in the log.
+fn settle(device: &Loop, point: &Path, interrupt: &Interrupt) -> anyhow::Result<()> {
+    let info = format!("/proc/fs/jbd2/{}-8/info", device.name());
+    let commits = || -> anyhow::Result<u64> {
+        let text = fs::read_to_string(&info).with_context(|| info.clone())?;
+        let count = text.split(' ').next().and_then(|count| count.parse().ok());
+        count.with_context(|| format!("{info}: {text:?}"))
+    };
+    let (before, start) = (commits()?, Instant::now());
+    // There is something to commit, whatever the scenario did.
+    File::create(point.join("settled"))?;
+    while commits()? == before {
         interrupt.check()?;
-        thread::sleep(Duration::from_millis(50));
+        if start.elapsed() > PATIENCE {
+            bail!("the kernel does not commit the journal");
+        }
+        thread::sleep(Duration::from_millis(20));
     }
     Ok(())
 }
 
-/// Does `act` while another thread writes and syncs a file of its own, until once after the end.
-fn with_neighbour(point: &Path, act: impl FnOnce() -> anyhow::Result<()>) -> anyhow::Result<()> {
+/// Does `act` while another thread writes and syncs a file of its own, until once after the end. `act` is given how often it has synced.
+fn with_neighbour(
+    point: &Path,
+    act: impl FnOnce(&AtomicU64) -> anyhow::Result<()>,
+) -> anyhow::Result<()> {
     let file = File::create(point.join("neighbour"))?;
-    let over = AtomicBool::new(false);
-    thread::scope(|scope| {
-        let neighbour = scope.spawn(|| -> io::Result<()> {
-            for n in 0_u64.. {
-                let last = over.load(Ordering::Relaxed);
-                file.write_all_at(&n.to_le_bytes(), 0)?;
-                file.sync_all()?;
-                if last {
-                    break;
-                }
-                thread::sleep(NEIGHBOUR);
+    let (over, syncs) = (AtomicBool::new(false), AtomicU64::new(0));
+    let sync = || -> io::Result<()> {
+        for n in 0_u64.. {
+            let last = over.load(Ordering::Relaxed);
+            file.write_all_at(&n.to_le_bytes(), 0)?;
+            file.sync_all()?;
+            syncs.fetch_add(1, Ordering::Relaxed);
+            if last {
+                break;
             }
-            Ok(())
+            thread::sleep(NEIGHBOUR);
+        }
+        Ok(())
+    };
+    thread::scope(|scope| {
+        let neighbour = scope.spawn(|| {
+            let synced = sync();
+            // Nobody waits for another sync.
+            syncs.store(u64::MAX, Ordering::Relaxed);
+            synced
         });
-        let done = act();
+        let done = act(&syncs);
         over.store(true, Ordering::Relaxed);
         let neighbour = neighbour.join();
         done?;
@@ -198,8 +281,11 @@ impl LoggedDisk {
                 escaped(&export)
             ))
             .stdin(Stdio::null());
+        let starting = start::one();
+        let daemon = Process::start(command, interrupt)?;
+        drop(starting);
         let disk = Self {
-            daemon: Process::start(command, interrupt)?,
+            daemon,
             export,
             log,
         };

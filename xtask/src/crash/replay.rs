@@ -20,7 +20,7 @@ pub struct Replay<'a> {
     scenario: &'a Scenario,
     recording: &'a Recording,
     image: File,
-    device: Loop,
+    path: PathBuf,
     point: PathBuf,
 }
 
@@ -40,7 +40,7 @@ impl<'a> Replay<'a> {
             scenario,
             recording,
             image,
-            device: Loop::over(&path, fs.size())?,
+            path,
             point,
         })
     }
@@ -48,7 +48,9 @@ impl<'a> Replay<'a> {
     /// Makes a state and looks at it. The error is of this machine's, not the state's.
     pub fn look(&self, state: &State, tidying: Tidying) -> anyhow::Result<Result<(), Fault>> {
         self.make(state).context("can't make the state")?;
-        let mounted = match Mounted::new(self.fs, &self.device, &self.point) {
+        // Another one for each state: a device that stays open keeps what it read of the state before.
+        let device = Loop::over(&self.path, self.fs.size())?;
+        let mounted = match Mounted::new(self.fs, &device, &self.point) {
             Ok(mounted) => mounted,
             Err(error) => return Ok(Err(Fault::Lost(format!("it does not mount: {error:#}")))),
         };

@@ -27,6 +27,11 @@ pub trait Witness: Sync {
     /// A commit returned.
     fn returned(&self) -> anyhow::Result<()>;
 
+    /// A commit is between two steps.
+    fn between(&self) -> anyhow::Result<()> {
+        Ok(())
+    }
+
     /// The next commit is to take these marks, all that there are.
     fn saving(&self, _marks: &Arc<DirtyBitmap>) {}
 }

@@ -6,14 +6,20 @@ use std::io;
 use super::record::PHASES;
 use crate::write_log::{self, Entry, Fate, Random};
 
-/// Behind the end of the file system, for marks: a block whose bytes are the number of the phase in which a commit returned.
+/// Behind the end of the file system, for marks: a block whose bytes are the number of the phase in which a commit returned,
+/// or [`STEP`].
 pub const MARKS: u64 = 1 << 20;
+
+/// The byte of a mark between two steps of a commit.
+pub const STEP: u8 = 0xff;
 
 /// The log of one scenario on one disk.
 pub struct Log {
     entries: Vec<Entry>,
     /// How many entries come before each commit that returned, and its phase.
     marks: Vec<(usize, usize)>,
+    /// How many come before the end of each step.
+    steps: Vec<usize>,
 }
 
 /// A crash: after so many entries of the log, with these fates of the writes among them that no flush has followed.
@@ -28,16 +34,23 @@ pub struct State {
 impl Log {
     /// Takes the marks out of the entries of a disk with a file system of `size` bytes.
     pub fn new(all: Vec<Entry>, size: u64) -> Self {
-        let (mut entries, mut marks) = (Vec::new(), Vec::new());
+        let (mut entries, mut marks, mut steps) = (Vec::new(), Vec::new(), Vec::new());
         for entry in all {
             match &entry {
+                Entry::Write { offset, bytes } if *offset >= size && bytes[0] == STEP => {
+                    steps.push(entries.len());
+                }
                 Entry::Write { offset, bytes } if *offset >= size => {
                     marks.push((entries.len(), usize::from(bytes[0])));
                 }
                 _ => entries.push(entry),
             }
         }
-        Self { entries, marks }
+        Self {
+            entries,
+            marks,
+            steps,
+        }
     }
 
     pub fn len(&self) -> usize {
@@ -49,9 +62,9 @@ impl Log {
         flushes.count()
     }
 
-    /// At most `limit` different states, the same for the same seed: every prefix of the log with all its writes, or prefixes at
-    /// even distances if there are too many for half the limit; then prefixes chosen by lot, with writes that no flush has followed dropped and
-    /// torn by lot.
+    /// At most `limit` different states, the same for the same seed: first those at the marks, where a missing sync shows; then every
+    /// prefix of the log with all its writes, or prefixes at even distances if there are too many for half the limit; then
+    /// prefixes chosen by lot, with writes that no flush has followed dropped and torn by lot.
     pub fn states(&self, seed: u64, limit: usize) -> Vec<State> {
         let mut seen = HashSet::new();
         let mut states = Vec::new();
@@ -62,7 +75,11 @@ impl Log {
         };
         let step = self.entries.len().div_ceil(limit.div_ceil(2)).max(1);
         let marked = self.marks.iter().map(|(at, _)| *at);
-        for entries in (0..=self.entries.len()).step_by(step).chain(marked) {
+        let marked = [0]
+            .into_iter()
+            .chain(marked)
+            .chain(self.steps.iter().copied());
+        for entries in marked.chain((0..=self.entries.len()).step_by(step)) {
             add(self.state(entries, |_| Fate::Kept));
         }
         let mut random = Random::seeded(seed);

@@ -52,9 +52,12 @@ pub struct Faults {
     /// At most so many faults of each scenario, chosen by --seed
     #[arg(long, value_name = "NUMBER", value_parser = clap::value_parser!(u32).range(1..))]
     sample: Option<u32>,
-    /// What faults are chosen by [default: another one each time]
+    /// What faults are chosen by [default: another one each time, which is printed]
     #[arg(long)]
     seed: Option<u64>,
+    /// No scenarios whose threads make other calls each time
+    #[arg(long)]
+    repeatable: bool,
     /// In this directory, whatever its file system is [default: a tmpfs for root]
     #[arg(long, value_name = "DIRECTORY")]
     dir: Option<PathBuf>,
@@ -140,7 +143,8 @@ impl Faults {
         let wanted = |_: &&Case| named.is_empty();
         let control = std::iter::once(&mutants::CONTROL);
         let all = scenarios::ALL.iter().chain(control).filter(wanted);
-        for case in named.iter().copied().chain(all) {
+        let may_run = |case: &&Case| !(self.repeatable && case.threads);
+        for case in named.iter().copied().chain(all).filter(may_run) {
             let done = job::run(case, settings, false)?;
             report::line(&done);
             report.done.push(done);

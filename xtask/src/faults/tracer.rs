@@ -22,6 +22,7 @@ use nix::unistd::Pid;
 use super::calls::{Class, Kind};
 use super::fault::{Fault, How};
 use super::ring::Ring;
+use crate::crash::start::start;
 
 /// A call that could have failed.
 #[derive(Clone, Copy, Debug)]
@@ -89,10 +90,7 @@ pub fn trace(
     lacks: Option<(&'static str, Errno)>,
     within: Duration,
 ) -> anyhow::Result<Trace> {
-    let child = command
-        .process_group(0)
-        .spawn()
-        .context("can't start a child")?;
+    let child = start(command.process_group(0)).context("can't start a child")?;
     let first = Pid::from_raw(child.id().cast_signed());
     let mut tracer = Tracer {
         first,

@@ -192,8 +192,12 @@ impl Vcpu {
     }
 
     fn work(&mut self, memory: &Pieces, stop: &AtomicBool) {
-        while !stop.load(Ordering::Relaxed) {
+        // Once at least, however late it gets a processor.
+        loop {
             (0..BURST).for_each(|_| self.write(memory));
+            if stop.load(Ordering::Relaxed) {
+                return;
+            }
             thread::sleep(IDLE);
         }
     }

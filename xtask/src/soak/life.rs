@@ -19,6 +19,22 @@ use crate::write_log::Random;
 /// Rounds of one guest, before another one takes its place.
 const ROUNDS: u64 = 48;
 
+/// When guests are done: at a time, or after so many rounds.
+#[derive(Clone, Copy, Debug)]
+pub enum Limit {
+    Until(Instant),
+    Rounds(u64),
+}
+
+impl Limit {
+    pub fn is_over(self, rounds: u64) -> bool {
+        match self {
+            Self::Until(end) => Instant::now() >= end,
+            Self::Rounds(all) => rounds >= all,
+        }
+    }
+}
+
 /// Images of one guest, before they are made one.
 pub const LONGEST: usize = 8;
 
@@ -35,12 +51,13 @@ pub struct Life<'s> {
 }
 
 impl<'s> Life<'s> {
-    /// Lives guest number `guest`'s life number `life`, until it ends or the time is over.
+    /// Lives guest number `guest`'s life number `life`, until it ends or the limit is reached, and counts its `rounds`.
     pub fn live(
         settings: &'s Settings,
         guest: u64,
         life: u64,
-        until: Instant,
+        limit: Limit,
+        rounds: &mut u64,
     ) -> anyhow::Result<()> {
         let random = &mut settings.random(&[guest, life]);
         let kind = settings.kinds[(guest % settings.kinds.len() as u64) as usize];
@@ -65,7 +82,7 @@ impl<'s> Life<'s> {
         };
         let mut this = { born }().with_context(named)?;
         for round in 0..ROUNDS {
-            let enough = Instant::now() >= until || settings.tally.found();
+            let enough = limit.is_over(*rounds) || settings.tally.found();
             if enough || settings.interrupt.check().is_err() {
                 break;
             }
@@ -74,6 +91,7 @@ impl<'s> Life<'s> {
                 .with_context(|| format!("round {round}"))
                 .with_context(named)?;
             settings.tally.rounds.fetch_add(1, Ordering::Relaxed);
+            *rounds += 1;
         }
         let fault = this.subject.fault().with_context(named)?;
         if let Some(fault) = fault {

@@ -16,6 +16,7 @@ use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::Command;
 use std::str::FromStr;
+use std::sync::atomic::Ordering;
 use std::sync::{Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -30,7 +31,7 @@ use crate::fs_matrix::mounts::keep_private;
 use crate::interrupt::Interrupt;
 use crate::recorded::Record;
 use crate::write_log::Random;
-use life::Life;
+use life::{Life, Limit};
 use plan::Means;
 use tally::{Held, Tally};
 
@@ -49,7 +50,10 @@ pub struct Soak {
     /// For how long, in minutes: 60, 0.5
     #[arg(long, default_value_t = 60.0)]
     minutes: f64,
-    /// What everything is chosen by [default: another one each time]
+    /// So many rounds of each guest instead, however long they take
+    #[arg(long, conflicts_with = "minutes", value_parser = clap::value_parser!(u64).range(1..))]
+    rounds: Option<u64>,
+    /// What everything is chosen by [default: another one each time, which is printed]
     #[arg(long)]
     seed: Option<u64>,
     /// The directory for the images: choose the file system to write to [default: target/soak]
@@ -178,33 +182,29 @@ impl Soak {
             .interrupt
             .check()
             .inspect_err(|_| println!("{said}"))?;
-        let how = format!("seed {}, {} minutes", settings.seed, self.minutes);
+        let long = match self.rounds {
+            Some(rounds) => format!("{rounds} rounds of each guest"),
+            None => format!("{} minutes", self.minutes),
+        };
+        let how = format!("seed {}, {long}", settings.seed);
         self.record.conclude(sh, "cargo xtask soak", &said, &how)
     }
 
-    /// Guests come and go for as long as was asked for, in shifts of a minute.
+    /// Guests come and go for as long as was asked for, in shifts of a minute, or in two of so many rounds.
     fn soak(&self, settings: &Settings) -> anyhow::Result<()> {
         let minutes = self.minutes;
         ensure!((0.0..=1e6).contains(&minutes), "{minutes} minutes");
         let start = Instant::now();
         let end = start + Duration::from_secs_f64(60.0 * minutes);
         if let Some(One { guest, life }) = self.only {
-            return Life::live(settings, guest, life, end)
+            let limit = self.rounds.map_or(Limit::Until(end), Limit::Rounds);
+            return Life::live(settings, guest, life, limit, &mut 0)
                 .inspect_err(|error| settings.tally.failed(error));
         }
         let mut lives = vec![0; self.guests as usize];
         let mut first = None;
-        // The first shift is short: what is held after it is what later ones are compared with.
-        let mut shift = SHIFT.min((end - start) / 3);
-        let quiet = !std::io::stdout().is_terminal();
-        while Instant::now() < end && settings.interrupt.check().is_ok() {
-            work(
-                settings,
-                &mut lives,
-                end.min(Instant::now() + shift),
-                start,
-                quiet,
-            )?;
+        let mut shift = |limit| {
+            work(settings, &mut lives, limit, start)?;
             let held = match first {
                 None => *first.insert(Held::now()?),
                 Some(first) => Held::check(first)?,
@@ -214,7 +214,22 @@ impl Soak {
                 start.elapsed().as_secs(),
                 settings.tally
             );
-            shift = SHIFT;
+            anyhow::Ok(())
+        };
+        // The first shift is short: what is held after it is what later ones are compared with.
+        if let Some(rounds) = self.rounds {
+            let short = rounds.div_ceil(3);
+            for rounds in [short, rounds - short] {
+                if rounds > 0 && settings.interrupt.check().is_ok() {
+                    shift(Limit::Rounds(rounds))?;
+                }
+            }
+            return Ok(());
+        }
+        let mut long = SHIFT.min((end - start) / 3);
+        while Instant::now() < end && settings.interrupt.check().is_ok() {
+            shift(Limit::Until(end.min(Instant::now() + long)))?;
+            long = SHIFT;
         }
         Ok(())
     }
@@ -236,26 +251,31 @@ fn kinds() -> Vec<Kind> {
     kinds
 }
 
-/// Every guest, one life after another, until that time or the first failure.
+/// No round takes as long.
+const PATIENCE: Duration = Duration::from_secs(300);
+
+/// Every guest, one life after another, until the limit or the first failure.
 fn work(
     settings: &Settings,
     lives: &mut [u64],
-    until: Instant,
+    limit: Limit,
     start: Instant,
-    quiet: bool,
 ) -> anyhow::Result<()> {
     let failure = Mutex::new(None);
     let failure = &failure;
     let failed = || failure.lock().unwrap_or_else(PoisonError::into_inner);
+    let quiet = !std::io::stdout().is_terminal();
     thread::scope(|scope| {
         let mut guests = Vec::new();
         for (guest, life) in lives.iter_mut().enumerate() {
             guests.push(scope.spawn(move || {
-                while Instant::now() < until
+                let mut rounds = 0;
+                while !limit.is_over(rounds)
                     && settings.interrupt.check().is_ok()
                     && failed().is_none()
                 {
-                    if let Err(error) = Life::live(settings, guest as u64, *life, until) {
+                    let lived = Life::live(settings, guest as u64, *life, limit, &mut rounds);
+                    if let Err(error) = lived {
                         settings.tally.failed(&error);
                         failed().get_or_insert(error);
                     }
@@ -265,10 +285,14 @@ fn work(
         }
         let mut said = Instant::now();
         // What hangs would hang for ever, and nobody would be told.
-        let patience = until + Duration::from_secs(300);
+        let rounds = || settings.tally.rounds.load(Ordering::Relaxed);
+        let mut last = (rounds(), Instant::now());
         while guests.iter().any(|guest| !guest.is_finished()) {
-            thread::sleep(Duration::from_millis(100));
-            if Instant::now() > patience {
+            thread::sleep(Duration::from_millis(20));
+            if rounds() > last.0 {
+                last = (rounds(), Instant::now());
+            }
+            if last.1.elapsed() > PATIENCE {
                 let hang = guests.iter().map(|guest| !guest.is_finished());
                 let hang: Vec<_> = hang.enumerate().filter(|(_, hangs)| *hangs).collect();
                 eprintln!("error: guests hang: {hang:?} (seed {})", settings.seed);

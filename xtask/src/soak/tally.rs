@@ -127,7 +127,7 @@ impl Held {
     /// With no guest alive: fails where more is held than at `first`, when that was so too.
     pub fn check(first: Self) -> anyhow::Result<Self> {
         // A thread that was joined may show for a moment.
-        let deadline = Instant::now() + Duration::from_secs(5);
+        let deadline = Instant::now() + Duration::from_secs(60);
         let mut now = Self::now()?;
         while now.threads > first.threads && Instant::now() < deadline {
             thread::sleep(Duration::from_millis(10));

@@ -3,6 +3,7 @@
 use std::io;
 use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
+use std::process::Stdio;
 use std::thread;
 
 use anyhow::{Context, bail, ensure};
@@ -12,6 +13,7 @@ use nix::libc::SIGKILL;
 
 use super::Scenario;
 use crate::crash::check::{Aftermath, Fault, Tidying};
+use crate::crash::start;
 use crate::fs_matrix::child::{Child, PAGE};
 use crate::fs_matrix::site::names;
 use crate::fs_matrix::subject::Subject;
@@ -132,17 +134,12 @@ pub const RECYCLE: Scenario = Scenario {
     name: "recycle",
     about: "dumps that are written over the file that the last commit replaced",
     prepare: |dir| {
+        let _alone = start::none();
         recycling(dir, 1)?;
-        // A process that somebody starts has all files open for a moment, and what it has open does not become a spare.
-        for _ in 0..3 {
-            recycling(dir, 2)?;
-            if has_spare(dir)? {
-                break;
-            }
-        }
-        Ok(())
+        recycling(dir, 2).map(drop)
     },
     act: |dir, witness| {
+        let _alone = start::none();
         // exFAT has no leases, so no spares, and there every file is a new one.
         let spare = has_spare(dir)?;
         let mut recycled = false;
@@ -223,7 +220,9 @@ pub fn group(dir: &Path, stamp: u32) -> anyhow::Result<()> {
 /// A writer in the middle of its work is killed.
 pub fn die_writing(dir: &Path) -> anyhow::Result<()> {
     let child = Child::new(Subject(None), &dir.join(DEST), 2, RAM).die_after(RAM / 2);
-    let status = child.command(&[])?.output()?.status;
+    let mut command = child.command(&[])?;
+    command.stdout(Stdio::null()).stderr(Stdio::null());
+    let status = start::start(&mut command)?.wait()?;
     let killed = status.signal() == Some(SIGKILL);
     ensure!(killed, "the writer that is to die: {status}");
     Ok(())

@@ -3,11 +3,9 @@
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
-use std::thread;
-use std::time::Duration;
 
-use super::Scenario;
 use super::commits::{DEST, RAM};
+use super::{Scenario, Witness};
 use crate::crash::check::{Aftermath, Fault};
 use crate::fs_matrix::child::PAGE;
 use crate::fs_matrix::subject::{Sabotage, Subject};
@@ -16,9 +14,21 @@ use crate::ram::Stamped;
 pub const CONTROL: Scenario = Scenario {
     name: "by-hand",
     about: "nothing is left out: the states must not blame it",
-    prepare: |dir| commit(dir, 1, &[Step::FileSync, Step::Rename, Step::DirectorySync]),
+    prepare: |dir| {
+        commit(
+            dir,
+            &|| Ok(()),
+            1,
+            &[Step::FileSync, Step::Rename, Step::DirectorySync],
+        )
+    },
     act: |dir, witness| {
-        commit(dir, 2, &[Step::FileSync, Step::Rename, Step::DirectorySync])?;
+        commit(
+            dir,
+            witness,
+            2,
+            &[Step::FileSync, Step::Rename, Step::DirectorySync],
+        )?;
         witness.returned()
     },
     check,
@@ -29,7 +39,7 @@ pub const ALL: &[Scenario] = &[
         name: "no-file-sync",
         about: "the file is renamed without a sync",
         act: |dir, witness| {
-            commit(dir, 2, &[Step::Rename, Step::DirectorySync])?;
+            commit(dir, witness, 2, &[Step::Rename, Step::DirectorySync])?;
             witness.returned()
         },
         ..CONTROL
@@ -38,7 +48,12 @@ pub const ALL: &[Scenario] = &[
         name: "rename-before-sync",
         about: "the file is synced when it has the name already",
         act: |dir, witness| {
-            commit(dir, 2, &[Step::Rename, Step::FileSync, Step::DirectorySync])?;
+            commit(
+                dir,
+                witness,
+                2,
+                &[Step::Rename, Step::FileSync, Step::DirectorySync],
+            )?;
             witness.returned()
         },
         ..CONTROL
@@ -47,7 +62,7 @@ pub const ALL: &[Scenario] = &[
         name: "no-directory-sync",
         about: "the name is not synced",
         act: |dir, witness| {
-            commit(dir, 2, &[Step::FileSync, Step::Rename])?;
+            commit(dir, witness, 2, &[Step::FileSync, Step::Rename])?;
             witness.returned()
         },
         ..CONTROL
@@ -71,16 +86,13 @@ enum Step {
     DirectorySync,
 }
 
-/// Long enough that a neighbour syncs in between.
-const PAUSE: Duration = Duration::from_millis(200);
-
-fn commit(dir: &Path, stamp: u32, steps: &[Step]) -> anyhow::Result<()> {
+fn commit(dir: &Path, witness: &dyn Witness, stamp: u32, steps: &[Step]) -> anyhow::Result<()> {
     let stage = dir.join("vm.tmp");
     let file = File::create(&stage)?;
     file.write_all_at(&Stamped::new(stamp, RAM).bytes(0..RAM), 0)?;
     for (n, step) in steps.iter().enumerate() {
         if n > 0 {
-            thread::sleep(PAUSE);
+            witness.between()?;
         }
         match step {
             Step::FileSync => file.sync_all()?,
