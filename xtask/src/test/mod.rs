@@ -8,7 +8,7 @@ use anyhow::{Context, bail};
 use test_machine::{Need, REQUIRE};
 use xshell::{Shell, cmd};
 
-use crate::cargo_tool::CargoTool;
+use crate::cargo_tool::CARGO_DENY;
 use crate::check_macos::CheckMacos;
 use crate::fuzz::Fuzz;
 use crate::packages::{Install, Package};
@@ -25,11 +25,6 @@ const PACKAGES: [Package; 9] = [
     Package::new("qemu-system-x86", "qemu-system-x86_64"),
     Package::new("qemu-system-common", "qemu-storage-daemon"),
 ];
-
-const CARGO_DENY: CargoTool = CargoTool {
-    name: "cargo-deny",
-    version: "0.20.2",
-};
 
 /// Formatting, lints, docs, all tests, the models, the demo: everything that must hold
 ///
