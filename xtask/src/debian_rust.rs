@@ -4,13 +4,17 @@ use xshell::{PushEnv, Shell};
 
 use crate::packages::Package;
 
-/// A compiler, its lints, and the standard library.
+/// A compiler, its lints, and the standard library: all of one version, which the workspace's `rust-version` admits.
 pub const PACKAGES: [Package; 4] = [
-    Package::new("rustc-web", "/var/lib/dpkg/info/rustc-web.list"),
-    Package::new("cargo-web", "/var/lib/dpkg/info/cargo-web.list"),
-    Package::new("rust-web-clippy", "/var/lib/dpkg/info/rust-web-clippy.list"),
-    Package::new("rust-web-src", "/var/lib/dpkg/info/rust-web-src.list"),
+    package("rustc-web", "/var/lib/dpkg/info/rustc-web.list"),
+    package("cargo-web", "/var/lib/dpkg/info/cargo-web.list"),
+    package("rust-web-clippy", "/var/lib/dpkg/info/rust-web-clippy.list"),
+    package("rust-web-src", "/var/lib/dpkg/info/rust-web-src.list"),
 ];
+
+const fn package(name: &'static str, shows: &'static str) -> Package {
+    Package::new(name, shows).of_family("rust", env!("CARGO_PKG_RUST_VERSION"))
+}
 
 /// Its cargo, by the path: another comes first where rustup is.
 pub const CARGO: &str = "/usr/bin/cargo";

@@ -16,6 +16,7 @@ mod debian_rust;
 mod demo;
 #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
 mod faults;
+#[cfg(target_os = "linux")]
 mod fresh;
 mod fs_matrix;
 mod fuzz;
@@ -26,6 +27,7 @@ mod linux_guest;
 mod mutants;
 mod packages;
 mod process;
+mod python;
 #[cfg(target_os = "linux")]
 mod qemu_e2e;
 mod ram;

@@ -16,6 +16,7 @@ use crate::recorded::Record;
 const TOOL: CargoTool = CargoTool {
     name: "cargo-mutants",
     version: "27.1.0",
+    wheel: None,
 };
 
 /// What of a crate is tried with the same test files, in tiers: those first that notice most mutants and take a moment. Only mutants that a tier

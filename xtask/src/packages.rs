@@ -1,11 +1,19 @@
-//! Debian packages that a task needs: installed where they are missing, and said.
+//! Debian packages that a task needs: missing and outdated ones are installed or reported.
 
+mod plan;
+mod version;
+
+use std::collections::HashMap;
+use std::fs;
 use std::path::Path;
+use std::sync::OnceLock;
 use std::thread;
 use std::time::Duration;
 
-use anyhow::{Context, bail};
+use anyhow::{Context, ensure};
 use xshell::{Shell, cmd};
+
+use plan::{Lists, Machine, Problem, State, Step};
 
 /// What a task may do to this machine.
 #[derive(clap::Args, Clone, Copy, Debug)]
@@ -21,14 +29,32 @@ pub struct Package {
     pub name: &'static str,
     /// A path, or the name of a command.
     pub shows: &'static str,
+    /// The oldest upstream version that will do.
+    oldest: Option<&'static str>,
+    /// All packages of a family must have the same version.
+    family: Option<&'static str>,
 }
 
 impl Package {
     pub const fn new(name: &'static str, shows: &'static str) -> Self {
-        Self { name, shows }
+        Self {
+            name,
+            shows,
+            oldest: None,
+            family: None,
+        }
     }
 
-    pub fn is_installed(&self) -> bool {
+    /// Requires a version that is at least `oldest` and the same for the whole family.
+    pub const fn of_family(self, family: &'static str, oldest: &'static str) -> Self {
+        Self {
+            oldest: Some(oldest),
+            family: Some(family),
+            ..self
+        }
+    }
+
+    fn is_present(&self) -> bool {
         const COMMANDS: [&str; 4] = ["/usr/bin", "/usr/sbin", "/bin", "/sbin"];
         if self.shows.starts_with('/') {
             return Path::new(self.shows).exists();
@@ -36,6 +62,11 @@ impl Package {
         COMMANDS
             .iter()
             .any(|dir| Path::new(dir).join(self.shows).exists())
+    }
+
+    /// Whether its version matters.
+    fn has_version(&self) -> bool {
+        self.oldest.is_some() || self.family.is_some()
     }
 }
 
@@ -64,72 +95,213 @@ impl Install {
         !self.no_install
     }
 
-    /// Installs what is missing of `packages`, saying so, if this is a Debian machine and the caller is root. What is still missing
-    /// afterwards is returned, and was said.
+    /// Installs or upgrades what is missing or too old of `packages` if this is a Debian machine and the caller is root. Prints what is
+    /// still missing afterwards, with the command that installs it, and returns it.
     pub fn ensure(
         self,
         sh: &Shell,
         packages: &[Package],
         why: &str,
     ) -> anyhow::Result<Vec<Package>> {
-        let missing = || {
-            packages
-                .iter()
-                .copied()
-                .filter(|package| !package.is_installed())
-        };
-        let names: Vec<&str> = missing().map(|package| package.name).collect();
-        if names.is_empty() {
-            return Ok(Vec::new());
+        let mut attempted = false;
+        loop {
+            let machine = Machine {
+                root: nix::unistd::geteuid().is_root(),
+                has_apt: Path::new("/usr/bin/apt-get").exists(),
+                allowed: self.allowed(),
+                lists: lists(),
+                attempted,
+            };
+            let states = look(sh, &machine, packages)?;
+            match plan::decide(&machine, &states) {
+                Step::Done => return Ok(Vec::new()),
+                Step::Update => {
+                    println!("updating the package lists for {why}");
+                    update(sh);
+                }
+                Step::Install(names) => {
+                    attempted = true;
+                    println!("installing for {why}: {}", names.join(" "));
+                    match install(sh, &names) {
+                        Ok(()) => check_files(packages, &names)?,
+                        Err(error) => println!("{error:#}"),
+                    }
+                }
+                Step::Report(problems) => {
+                    println!("{}", plan::report(&machine, why, &problems));
+                    let package = |(state, _): (State, Problem)| state.package;
+                    return Ok(problems.into_iter().map(package).collect());
+                }
+            }
         }
-        let list = names.join(" ");
-        let root = nix::unistd::geteuid().is_root();
-        if self.no_install || !root || !Path::new("/usr/bin/apt-get").exists() {
-            println!(
-                "missing for {why}: {list} (as root on Debian, without --no-install, they are installed)"
-            );
-            return Ok(missing().collect());
+    }
+}
+
+/// A wrong name of a file would have the package installed in every run.
+fn check_files(packages: &[Package], installed: &[&str]) -> anyhow::Result<()> {
+    for package in packages {
+        let Package { name, shows, .. } = package;
+        ensure!(
+            !installed.contains(name) || package.is_present(),
+            "{name} was installed, and there is no {shows}"
+        );
+    }
+    Ok(())
+}
+
+/// Looks up the installed versions that matter and, where something is to be installed, what is offered.
+fn look(sh: &Shell, machine: &Machine, packages: &[Package]) -> anyhow::Result<Vec<State>> {
+    let versioned = packages.iter().filter(|package| package.has_version());
+    let versioned: Vec<&str> = versioned.map(|package| package.name).collect();
+    let mut installed = HashMap::new();
+    if !versioned.is_empty() && Path::new("/usr/bin/dpkg-query").exists() {
+        let format = "${Package} ${Version} ${db:Status-Status}\\n";
+        let query = cmd!(sh, "dpkg-query --show --showformat={format} {versioned...}");
+        // The exit status is a failure where one of the packages is unknown.
+        installed = installed_versions(&query.quiet().ignore_stderr().ignore_status().read()?);
+    }
+    let state = |package: &Package| State {
+        package: *package,
+        present: package.is_present(),
+        installed: installed.remove(package.name),
+        offered: None,
+    };
+    let mut states: Vec<State> = packages.iter().map(state).collect();
+    let done = plan::decide(machine, &states) == Step::Done;
+    if !done && machine.can_install() && machine.lists != Lists::Old {
+        let names = packages.iter().map(|package| package.name);
+        let policy = cmd!(sh, "apt-cache policy").args(names).env("LC_ALL", "C");
+        let mut offered = candidates(&policy.quiet().ignore_stderr().read()?);
+        for state in &mut states {
+            state.offered = offered.remove(state.package.name);
         }
-        println!("installing for {why}: {list}");
-        let _quiet = sh.push_env("DEBIAN_FRONTEND", "noninteractive");
-        let install = || {
-            let names = &names;
-            cmd!(
-                sh,
-                "apt-get --option=DPkg::Lock::Timeout=600 install --quiet --quiet --yes --no-install-recommends {names...}"
-            )
-        };
-        // Package lists may be older than what the mirror has, or not there at all.
-        if install()
-            .quiet()
-            .ignore_stdout()
-            .ignore_stderr()
-            .run()
-            .is_err()
+    }
+    Ok(states)
+}
+
+fn installed_versions(listed: &str) -> HashMap<String, String> {
+    let package = |line: &str| {
+        let mut words = line.split(' ').map(str::to_owned);
+        let (name, version) = (words.next()?, words.next()?);
+        (words.next()? == "installed").then_some((name, version))
+    };
+    listed.lines().filter_map(package).collect()
+}
+
+/// Reads the candidates from the output of `apt-cache policy`.
+fn candidates(policy: &str) -> HashMap<String, String> {
+    let mut name = "";
+    let mut found = HashMap::new();
+    for line in policy.lines() {
+        if let Some(package) = line.strip_suffix(':').filter(|name| !name.starts_with(' ')) {
+            name = package;
+        } else if let Some(version) = line.strip_prefix("  Candidate: ")
+            && version != "(none)"
         {
-            patiently(|| {
-                cmd!(
-                    sh,
-                    "apt-get --option=APT::Update::Error-Mode=any update --quiet --quiet"
-                )
-                .quiet()
-                .run()
-                .context("apt-get update")?;
-                install()
-                    .quiet()
-                    .ignore_stdout()
-                    .run()
-                    .with_context(|| format!("apt-get install {list}"))
-            })?;
+            found.insert(name.to_owned(), version.to_owned());
         }
-        let still: Vec<_> = missing().collect();
-        if let Some(package) = still.first() {
-            bail!(
-                "{} was installed, and there is no {}",
-                package.name,
-                package.shows
-            );
+    }
+    found
+}
+
+const LISTS: &str = "/var/lib/apt/lists";
+
+/// Ubuntu's apt touches this file after each update, and other tools read its age.
+const STAMP: &str = "/var/lib/apt/periodic/update-success-stamp";
+
+/// Whether this process updated the lists, if it tried.
+static UPDATED: OnceLock<bool> = OnceLock::new();
+
+/// Judges the package lists by the time of the last successful update. The files have the server's times, and `partial` changes in a
+/// failed update, too. The directory changes when an update brings something new; the stamp covers the others.
+fn lists() -> Lists {
+    match UPDATED.get() {
+        Some(true) => return Lists::Updated,
+        Some(false) => return Lists::Unreachable,
+        None => {}
+    }
+    let files = fs::read_dir(LISTS).into_iter().flatten().flatten();
+    let present = files
+        .into_iter()
+        .any(|file| file.file_name().to_string_lossy().contains("_Packages"));
+    let modified = |path: &str| fs::metadata(path).ok()?.modified().ok();
+    let newest = modified(LISTS).max(modified(STAMP));
+    Lists::judge(present, newest.and_then(|time| time.elapsed().ok()))
+}
+
+/// Updates the package lists, at most once per process.
+fn update(sh: &Shell) {
+    UPDATED.get_or_init(|| {
+        let updated = patiently(|| update_now(sh));
+        if let Err(error) = &updated {
+            println!("{error:#}");
         }
-        Ok(still)
+        updated.is_ok()
+    });
+}
+
+fn update_now(sh: &Shell) -> anyhow::Result<()> {
+    cmd!(
+        sh,
+        "apt-get --option=APT::Update::Error-Mode=any update --quiet --quiet"
+    )
+    .quiet()
+    .run()
+    .context("apt-get update failed")?;
+    // Without the stamp the next process updates again, which does no harm.
+    let _ = fs::write(STAMP, "");
+    Ok(())
+}
+
+fn install(sh: &Shell, names: &[&str]) -> anyhow::Result<()> {
+    let install = || {
+        cmd!(
+            sh,
+            "apt-get --option=DPkg::Lock::Timeout=600 install --quiet --quiet --yes --no-install-recommends {names...}"
+        )
+        .env("DEBIAN_FRONTEND", "noninteractive")
+        .quiet()
+        .ignore_stdout()
+    };
+    if install().ignore_stderr().run().is_ok() {
+        return Ok(());
+    }
+    // The archive may have replaced a version since the last update, however recent that is.
+    patiently(|| {
+        let updated = update_now(sh);
+        let installed = install().run();
+        installed.with_context(|| format!("apt-get install {} failed", names.join(" ")))?;
+        updated.or_else(|error| {
+            println!("{error:#}");
+            Ok(())
+        })
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn candidates_are_read_from_the_policy() {
+        let policy = "rustc-web:\n  Installed: 1.85.0-1\n  Candidate: 1.96.0-1\n  \
+            Version table:\n     1.96.0-1 500\n\
+            g++:\n  Installed: (none)\n  Candidate: (none)\n  Version table:\n\
+            strace:\n  Installed: (none)\n  Candidate: 6.1-0.1\n";
+        let mut found: Vec<_> = candidates(policy).into_iter().collect();
+        found.sort();
+        let expected = [("rustc-web", "1.96.0-1"), ("strace", "6.1-0.1")];
+        assert_eq!(
+            found,
+            expected.map(|(name, version)| (name.into(), version.into()))
+        );
+    }
+
+    #[test]
+    fn only_installed_packages_have_a_version() {
+        let listed = "rustc-web 1.85.0-1 installed\ncargo-web 1.85.0-1 config-files\n\
+            rust-web-src  not-installed\n";
+        let found: Vec<_> = installed_versions(listed).into_iter().collect();
+        assert_eq!(found, [("rustc-web".to_owned(), "1.85.0-1".to_owned())]);
     }
 }

@@ -15,6 +15,12 @@ pub struct Record {
     record: bool,
 }
 
+impl From<bool> for Record {
+    fn from(record: bool) -> Self {
+        Self { record }
+    }
+}
+
 impl Record {
     /// Prints `said`, the closing line of `run`, and keeps it where that was asked for. `how` has what else the figures depend on: a seed, a time.
     pub fn conclude(self, sh: &Shell, run: &str, said: &str, how: &str) -> anyhow::Result<()> {

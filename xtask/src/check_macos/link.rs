@@ -9,10 +9,28 @@ use xshell::{PushEnv, Shell, cmd};
 
 use super::mach_o::{self, HYPERVISOR, MacOs};
 use super::{TARGET, Toolchain};
-use crate::packages::{Install, Package, patiently};
+use crate::packages::Install;
+use crate::python::{Build, Wheel};
 
 /// One version, so that an upgrade is a change like any other.
-const ZIG: &str = "0.17.1";
+const ZIG: Wheel = Wheel {
+    package: "ziglang",
+    version: "0.17.1",
+    program: "ziglang/zig",
+    prints_version: "version",
+    builds: &[
+        Build {
+            os: "linux",
+            arch: "x86_64",
+            sha256: "ea6cc5d87b033cf0aedfbc8f9549a908cae6c50ac31f1698188fa48a74524b54",
+        },
+        Build {
+            os: "linux",
+            arch: "aarch64",
+            sha256: "b7c5f02fccd40f89b999ee16a1f5ddced56e6182370f8affe494bcf8a28cf07e",
+        },
+    ],
+};
 
 /// What is linked, and the oldest macOS that it must start on.
 const LINKED: [(&str, MacOs); 3] = [
@@ -62,7 +80,7 @@ pub fn prepare(sh: &Shell, install: Install, dir: &Path) -> anyhow::Result<bool>
     if cfg!(target_os = "macos") {
         return Ok(true);
     }
-    let Some(zig) = zig(sh, install, dir)? else {
+    let Some(zig) = ZIG.ensure(sh, install, dir, "check-macos")? else {
         return Ok(false);
     };
     write_sdk(sh, &sdk(dir), framework(sh)?.keys())?;
@@ -237,64 +255,6 @@ fn write_tools(sh: &Shell, dir: &Path, zig: &Path, oldest: MacOs) -> anyhow::Res
         cmd!(sh, "chmod +x {path}").quiet().run()?;
     }
     Ok(())
-}
-
-/// The linker, downloaded where it is missing and may be.
-fn zig(sh: &Shell, install: Install, dir: &Path) -> anyhow::Result<Option<PathBuf>> {
-    let home = dir.join(format!("ziglang-{ZIG}"));
-    let zig = home.join("ziglang/zig");
-    if sh.path_exists(&zig) {
-        return Ok(Some(zig));
-    }
-    if !install.allowed() {
-        println!("missing for check-macos: ziglang {ZIG} (without --no-install, it is downloaded)");
-        return Ok(None);
-    }
-    let Some(python) = python_with_pip(sh, install)? else {
-        return Ok(None);
-    };
-    println!(
-        "downloading for check-macos: the Python package ziglang {ZIG}, into {}",
-        dir.display()
-    );
-    // What was cut off half-way is begun anew.
-    let unfinished = tempfile::tempdir_in(dir)?;
-    let (wheels, unpacked) = (
-        unfinished.path().join("wheels"),
-        unfinished.path().join("all"),
-    );
-    patiently(|| {
-        let pip = cmd!(
-            sh,
-            "{python} -m pip download --quiet --disable-pip-version-check --no-deps --only-binary=:all: --dest {wheels} ziglang=={ZIG}"
-        );
-        let downloaded = pip.quiet().run();
-        downloaded.context("the Python package ziglang can't be downloaded")
-    })?;
-    for wheel in sh.read_dir(&wheels)? {
-        cmd!(sh, "{python} -m zipfile -e {wheel} {unpacked}")
-            .quiet()
-            .run()?;
-    }
-    let program = unpacked.join("ziglang/zig");
-    cmd!(sh, "chmod +x {program}").quiet().run()?;
-    std::fs::rename(&unpacked, &home)?;
-    Ok(Some(zig))
-}
-
-/// A Python that has pip: the one in use, or Debian's.
-fn python_with_pip(sh: &Shell, install: Install) -> anyhow::Result<Option<&'static str>> {
-    let find = || {
-        ["python3", "/usr/bin/python3"].into_iter().find(|python| {
-            let pip = cmd!(sh, "{python} -m pip --version");
-            pip.quiet().ignore_stdout().ignore_stderr().run().is_ok()
-        })
-    };
-    if let Some(python) = find() {
-        return Ok(Some(python));
-    }
-    let missing = install.ensure(sh, &[Package::new("python3-pip", "pip3")], "check-macos")?;
-    Ok(if missing.is_empty() { find() } else { None })
 }
 
 #[cfg(test)]

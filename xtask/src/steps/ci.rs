@@ -5,14 +5,9 @@ use test_machine::Need;
 use xshell::{Shell, cmd};
 
 use super::{Context, Options, Step, Suite, is_installed, oldest_rust};
-use crate::cargo_tool::CargoTool;
+use crate::cargo_tool::CARGO_DENY;
 use crate::check_macos::CheckMacos;
 use crate::interleavings::{self, Bound};
-
-const CARGO_DENY: CargoTool = CargoTool {
-    name: "cargo-deny",
-    version: "0.20.2",
-};
 
 pub const SUITE: Suite = Suite {
     name: "ci",
@@ -177,7 +172,6 @@ fn crates_alone(context: &Context<'_>) -> anyhow::Result<()> {
 fn macos(context: &Context<'_>) -> anyhow::Result<()> {
     let check = CheckMacos {
         install: context.install,
-        manifest_path: None,
     };
     if check.check(context.sh)? {
         return Ok(());

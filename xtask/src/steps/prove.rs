@@ -1,10 +1,10 @@
 //! `cargo xtask prove`: everything exhaustive, random or long.
 
-use anyhow::{Context as _, ensure};
 use xshell::{Shell, cmd};
 
 use super::{Context, Options, Step, Suite, busy, changed, test};
-use crate::{fresh, interleavings};
+use crate::interleavings;
+use crate::recorded::Record;
 
 pub const SUITE: Suite = Suite {
     name: "prove",
@@ -174,6 +174,11 @@ impl Context<'_> {
         Ok(self.xtask(&format!("{arguments}{record}")).run()?)
     }
 
+    /// Prints the closing line of a run, and puts it into docs/reliability.md where that is asked for.
+    fn conclude(&self, run: &str, line: &str, how: &str) -> anyhow::Result<()> {
+        Record::from(self.record).conclude(self.sh, run, line, how)
+    }
+
     /// Returns `--only` with those of `known` that changed, or nothing for all. `None`: none of them did.
     fn only(&self, known: &[&str]) -> Option<String> {
         if self.crates.is_empty() {
@@ -225,6 +230,12 @@ fn fuzzing(context: &Context<'_>) -> anyhow::Result<()> {
     context.recorded("fuzz --seconds 600")
 }
 
+#[cfg(not(target_os = "linux"))]
+fn sanitize(context: &Context<'_>) -> anyhow::Result<()> {
+    context.leave_out("sanitize", "it runs on Linux only")
+}
+
+#[cfg(target_os = "linux")]
 fn sanitize(context: &Context<'_>) -> anyhow::Result<()> {
     match context.only(&crate::sanitize::crates()) {
         Some(only) => context.recorded(&format!("sanitize{only}")),
@@ -249,12 +260,13 @@ fn load(context: &Context<'_>) -> anyhow::Result<()> {
     busy::run(context)
 }
 
+#[cfg(not(target_os = "linux"))]
 fn fresh(context: &Context<'_>) -> anyhow::Result<()> {
-    ensure!(
-        nix::unistd::geteuid().is_root(),
-        "the check makes a root file system: run it as root"
-    );
-    let line = fresh::run(context.sh, context.install).context("on a fresh machine")?;
-    println!("{line}");
-    Ok(())
+    context.leave_out("fresh", "it runs on Linux only")
+}
+
+#[cfg(target_os = "linux")]
+fn fresh(context: &Context<'_>) -> anyhow::Result<()> {
+    let times = crate::fresh::run(context.sh, context.install)?;
+    context.conclude("cargo xtask prove fresh", &times, "2 cores")
 }
