@@ -80,7 +80,7 @@ mod tests {
         let page = page();
         let times = recorded(&page).expect("a table");
         let expected = with_table(&page, &times).expect("a page");
-        assert_eq!(page, expected, "run `cargo xtask test --record`");
+        assert_eq!(page, expected, "run `cargo xtask test formatting --record`");
     }
 
     #[test]
