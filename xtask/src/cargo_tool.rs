@@ -1,4 +1,4 @@
-//! Rust programs that a task runs: used where they are installed, downloaded or built where they are not.
+//! Rust programs that a task runs: those installed are used, others are downloaded or built.
 
 use std::path::{Path, PathBuf};
 
@@ -53,7 +53,8 @@ pub const CARGO_DENY: CargoTool = CargoTool {
 };
 
 impl CargoTool {
-    /// Returns where the program is. `None` where it is missing and may not be installed, which is printed.
+    /// Returns where the program is. `None` where it is missing and may not be installed, which is
+    /// printed.
     pub fn ensure(
         &self,
         sh: &Shell,
@@ -80,7 +81,7 @@ impl CargoTool {
             return Ok(None);
         }
         println!("building for {why}: {name} {version}");
-        // As fast to build as can be: what it does here takes a second, or is others' work.
+        // The build takes minutes, and the program's own work seconds.
         let _quick = sh.push_env("CARGO_PROFILE_RELEASE_OPT_LEVEL", "1");
         let _no_lto = sh.push_env("CARGO_PROFILE_RELEASE_LTO", "off");
         let _units = sh.push_env("CARGO_PROFILE_RELEASE_CODEGEN_UNITS", "16");

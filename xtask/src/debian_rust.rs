@@ -1,10 +1,11 @@
-//! Debian's Rust toolchain, which comes with the standard library's source: for what the library must be built for.
+//! Debian's Rust toolchain, with the standard library's source for targets it must be built for.
 
 use xshell::{PushEnv, Shell};
 
 use crate::packages::Package;
 
-/// A compiler, its lints, and the standard library: all of one version, which the workspace's `rust-version` admits.
+/// A compiler, its lints, and the standard library: all of one version, which is at least the
+/// workspace's `rust-version`.
 pub const PACKAGES: [Package; 4] = [
     package("rustc-web", "/var/lib/dpkg/info/rustc-web.list"),
     package("cargo-web", "/var/lib/dpkg/info/cargo-web.list"),

@@ -1,7 +1,7 @@
-//! A contributor's first minutes: the README's two commands on a machine that has nothing but a Rust toolchain, git and a C compiler.
+//! The README's two commands on a fresh machine, which has a Rust toolchain, git and a C compiler.
 //!
-//! The machine is a minimal Debian in a directory, with a cargo home that is empty and package lists that are out of date. Only the
-//! kernel, its devices and the way to the package registries are this machine's.
+//! The machine is a minimal Debian in a directory, with an empty cargo home and package lists that
+//! are out of date. The kernel, its devices and the way to the registries are this machine's.
 
 use std::collections::VecDeque;
 use std::ffi::{OsStr, OsString};
@@ -15,7 +15,7 @@ use anyhow::{Context, bail, ensure};
 use xshell::{Shell, cmd};
 
 use crate::interrupt::Interrupt;
-use crate::packages::{Install, Package, patiently};
+use crate::packages::{Install, Package};
 use crate::process::Process;
 
 /// The Debian release.
@@ -33,7 +33,7 @@ const SILENCE: Duration = Duration::from_mins(30);
 const TOOLCHAIN: &str = "opt/rust";
 const CLONE: &str = "root/repository";
 
-/// Runs the README's commands on a fresh machine, the second one twice, and returns how long each took.
+/// Runs the README's commands on a fresh machine, the second one twice. Returns how long each took.
 pub fn run(sh: &Shell, install: Install) -> anyhow::Result<String> {
     let [demo, test] = commands(&sh.read_file("README.md")?)?;
     run_each(
@@ -137,7 +137,8 @@ fn sources(targets: &str) -> Option<(String, String)> {
     Some((mirror?, sources))
 }
 
-/// Runs commands with mounts and processes of their own, which end with them, and keeps a log of what they print.
+/// Runs commands in mount and process namespaces of their own, which end with the commands, and
+/// keeps a log of what they print.
 struct Runner {
     log: File,
     interrupt: Interrupt,
@@ -205,22 +206,17 @@ fn base(
         .into_iter()
         .chain([dir.0.as_os_str(), mirror.as_ref()]);
     let arguments: Vec<_> = arguments.collect();
-    patiently(|| {
-        runner.run("exec debootstrap \"$@\"", &arguments)?;
-        Ok(())
-    })?;
-    // These lists are what a machine image has that was made at the release: without the suite's updates, and months old. By them
-    // `apt-get install` succeeds, and installs a Rust toolchain that is too old for the workspace.
+    runner.run("exec debootstrap \"$@\"", &arguments)?;
+    // These lists are those of a machine image made at the release: months old and without the
+    // suite's updates. By them, `apt-get install` succeeds with a Rust toolchain that is too old
+    // for the workspace.
     let settings = dir.0.join("etc/apt/apt.conf.d/99acquire");
     sh.write_file(&settings, &archive.settings)?;
-    let lists = "chroot \"$1\" apt-get --quiet update\n\
+    let lists = "chroot \"$1\" apt-get --option=Acquire::Retries=5 --quiet update\n\
         chroot \"$1\" apt-get clean\n\
         rm -f \"$1\"/var/cache/apt/*.bin\n\
         find \"$1/var/lib/apt\" -exec touch --no-dereference --date='90 days ago' {} +";
-    patiently(|| {
-        runner.run(lists, &[&dir.0])?;
-        Ok(())
-    })?;
+    runner.run(lists, &[&dir.0])?;
     let (dir, part) = (&dir.0, packed.with_extension("part"));
     cmd!(
         sh,
@@ -322,7 +318,8 @@ impl Machine {
     }
 }
 
-/// Copies a file or a directory if it exists. Links stay links: those to certificates lead to the machine's own.
+/// Copies a file or a directory if it exists. Links in a directory stay links: those to
+/// certificates lead to the fresh machine's own.
 fn copy(sh: &Shell, from: &Path, to: &Path) -> anyhow::Result<()> {
     if !from.exists() {
         return Ok(());

@@ -77,7 +77,7 @@ const PAUSES: [Duration; 3] = [
     Duration::from_secs(60),
 ];
 
-/// Downloads something, and tries again where that fails, saying so: a server may not answer for a moment.
+/// Downloads something. Prints a failure and tries again: a server may not answer for a moment.
 pub fn patiently(mut download: impl FnMut() -> anyhow::Result<()>) -> anyhow::Result<()> {
     for pause in PAUSES {
         let Err(error) = download() else {
@@ -95,8 +95,9 @@ impl Install {
         !self.no_install
     }
 
-    /// Installs or upgrades what is missing or too old of `packages` if this is a Debian machine and the caller is root. Prints what is
-    /// still missing afterwards, with the command that installs it, and returns it.
+    /// Installs or upgrades what is missing or too old of `packages` if this is a Debian machine and
+    /// the caller is root. Prints what is still missing afterwards, with the command that installs
+    /// it, and returns it.
     pub fn ensure(
         self,
         sh: &Shell,
@@ -149,7 +150,7 @@ fn check_files(packages: &[Package], installed: &[&str]) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Looks up the installed versions that matter and, where something is to be installed, what is offered.
+/// Looks up the installed versions that matter and, before an installation, what is offered.
 fn look(sh: &Shell, machine: &Machine, packages: &[Package]) -> anyhow::Result<Vec<State>> {
     let versioned = packages.iter().filter(|package| package.has_version());
     let versioned: Vec<&str> = versioned.map(|package| package.name).collect();
@@ -212,8 +213,9 @@ const STAMP: &str = "/var/lib/apt/periodic/update-success-stamp";
 /// Whether this process updated the lists, if it tried.
 static UPDATED: OnceLock<bool> = OnceLock::new();
 
-/// Judges the package lists by the time of the last successful update. The files have the server's times, and `partial` changes in a
-/// failed update, too. The directory changes when an update brings something new; the stamp covers the others.
+/// Judges the package lists by the time of the last successful update. The files have the server's
+/// times, and `partial` changes in a failed update, too. The directory changes when an update brings
+/// something new; the stamp covers the others.
 fn lists() -> Lists {
     match UPDATED.get() {
         Some(true) => return Lists::Updated,

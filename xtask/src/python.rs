@@ -30,7 +30,8 @@ pub struct Build {
 }
 
 impl Wheel {
-    /// Returns the path of the program, which is downloaded into `dir` where it is missing. Prints why there is none.
+    /// Returns the path of the program, which is downloaded into `dir` where it is missing. Prints
+    /// why there is none.
     pub fn ensure(
         &self,
         sh: &Shell,

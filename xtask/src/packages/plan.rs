@@ -23,7 +23,7 @@ pub enum Lists {
 }
 
 impl Lists {
-    /// Judges lists that this process did not update. `age` is `None` where it is unknown or negative.
+    /// Judges lists that this process did not update. `age` is `None` where unknown or negative.
     pub fn judge(present: bool, age: Option<Duration>) -> Self {
         if present && age.is_some_and(|age| age <= RECENT) {
             Self::Recent
