@@ -4,14 +4,15 @@
 
 mod common;
 
+use std::cell::Cell;
 use std::collections::HashMap;
 use std::fs;
 use std::path::Path;
 
 use atomic_file::{AtomicWriter, recover, sweep};
-use common::{assert_names, commit, group, names, same_text};
+use common::{Held, assert_names, commit, group, names, same_text};
 use rstest::rstest;
-use test_machine::Need;
+use test_machine::{Need, rounds};
 
 /// What a spare may hold; more than these tests write.
 const MAX: u64 = 1 << 20;
@@ -63,7 +64,12 @@ const CALLS: &str = "trace=?open,openat,?fstat,?newfstatat,?fstatat64,?statx,flo
     fcntl,flistxattr,ftruncate";
 
 fn strace(job: &str, dir: &Path, log: &Path, tampering: &[String]) -> Option<String> {
-    let mut args = vec!["-e", CALLS, "-o", log.to_str().expect("a plain path")];
+    let log = log.to_str().expect("a plain path");
+    let mut args = vec!["-e", CALLS, "-o", log];
+    // The other calls do not stop at the tracer. A signal must come at the stop before the call.
+    if !tampering.iter().any(|what| what.contains("signal=")) {
+        args.push("--seccomp-bpf");
+    }
     args.extend(tampering.iter().flat_map(|what| ["-e", what]));
     common::under_strace(job, dir, &args)
 }
@@ -128,8 +134,20 @@ fn tamper(
     how: impl Fn(&str, usize) -> Option<Vec<String>>,
     check: impl Fn(&Path, Option<&str>, &str),
 ) {
+    let calls = calls_of(job, &prepare);
+    tamper_with(calls, job, prepare, how, check);
+}
+
+/// Runs `job` once for every one of `calls`.
+fn tamper_with(
+    calls: Vec<(String, usize)>,
+    job: &str,
+    prepare: impl Fn(&Path),
+    how: impl Fn(&str, usize) -> Option<Vec<String>>,
+    check: impl Fn(&Path, Option<&str>, &str),
+) {
     let mut runs = 0;
-    for (call, number) in calls_of(job, &prepare) {
+    for (call, number) in calls {
         let Some(tampering) = how(&call, number) else {
             continue;
         };
@@ -149,6 +167,24 @@ fn tamper(
 fn error(call: &str, number: usize, errno: &str) -> Option<Vec<String>> {
     // A close that did not happen leaks a descriptor in a process that ends.
     (call != "close").then(|| vec![format!("inject={call}:error={errno}:when={number}")])
+}
+
+/// Fails each call of `job` with one of `errnos`, in turn, or with each of them where tests are thorough.
+fn fail_each(
+    job: &str,
+    prepare: impl Fn(&Path),
+    errnos: &[&str],
+    check: impl Fn(&Path, Option<&str>, &str),
+) {
+    let calls = calls_of(job, &prepare);
+    for first in 0..rounds(1, errnos.len()) {
+        let turn = Cell::new(first);
+        let how = |call: &str, number| {
+            turn.set(turn.get() + 1);
+            error(call, number, errnos[turn.get() % errnos.len()])
+        };
+        tamper_with(calls.clone(), job, &prepare, how, &check);
+    }
 }
 
 fn kill(call: &str, number: usize) -> Option<Vec<String>> {
@@ -204,16 +240,15 @@ fn assert_only_dest(dir: &Path, context: &str) {
 fn whatever_call_fails_the_error_tells_the_truth_and_nothing_is_left_behind(
     #[case] job: &str,
     #[case] prepare: fn(&Path),
-    #[values("EIO", "ENOSPC", "ESTALE", "EDQUOT")] errno: &str,
 ) {
     const TEST: &str = "whatever_call_fails_the_error_tells_the_truth_and_nothing_is_left_behind";
     if !Need::Strace.met(TEST) {
         return;
     }
-    tamper(
+    fail_each(
         job,
         prepare,
-        |call, number| error(call, number, errno),
+        &["EIO", "ENOSPC", "ESTALE", "EDQUOT"],
         |dir, report, context| {
             let expected = match report.unwrap_or_else(|| panic!("it died: {context}")) {
                 "ok" | "replaced" => "new",
@@ -486,18 +521,16 @@ fn killed_at_any_call_a_recycling_writer_is_followed_by_another_without_a_sweep(
     );
 }
 
-#[rstest]
-fn whatever_call_of_a_group_fails_the_error_tells_the_truth(
-    #[values("EIO", "ENOSPC")] errno: &str,
-) {
+#[test]
+fn whatever_call_of_a_group_fails_the_error_tells_the_truth() {
     if !Need::Strace.met("whatever_call_of_a_group_fails_the_error_tells_the_truth") {
         return;
     }
     let seen = std::cell::RefCell::new(std::collections::BTreeSet::new());
-    tamper(
+    fail_each(
         "group",
         old_files,
-        |call, number| error(call, number, errno),
+        &["EIO", "ENOSPC"],
         |dir, report, context| {
             let report = report.unwrap_or_else(|| panic!("it died: {context}"));
             let state = report.split(':').next().unwrap_or(report);
@@ -623,22 +656,12 @@ fn what_replaces_the_destination_in_the_last_moment_is_replaced_as_by_a_rename(
         return;
     }
     let (dir, dest) = common::dir_with_old();
-    let log = tempfile::NamedTempFile::new().unwrap();
-    let report = std::thread::scope(|scope| {
-        let child = scope.spawn(|| {
-            let log = log.path().to_str().unwrap();
-            let delay = "inject=renameat2:delay_enter=3s:when=1";
-            let args = ["-o", log, "-e", "trace=renameat2", "-e", delay];
-            common::under_strace("recycle", dir.path(), &args)
-        });
-        common::until_a_call_begins(log.path(), &child);
-        fs::remove_file(&dest).unwrap();
-        replace(&dest);
-        child.join().unwrap()
-    });
-    assert_eq!(report.as_deref(), Some(expected));
-    let trace = fs::read_to_string(log.path()).unwrap();
-    assert!(trace.contains("RENAME_EXCHANGE"), "{trace}");
+    let mut held = Held::start("recycle", dir.path(), "renameat2", "delay_enter", 1);
+    held.wait_for_a_call();
+    assert!(held.log().contains("RENAME_EXCHANGE"), "{}", held.log());
+    fs::remove_file(&dest).unwrap();
+    replace(&dest);
+    assert_eq!(held.release().as_deref(), Some(expected));
     assert_names(dir.path(), &["dest"]);
     assert_eq!(dest.is_dir(), expected != "ok");
     assert!(dest.is_dir() || fs::read(&dest).unwrap() == b"new");
@@ -674,22 +697,19 @@ fn one_who_opens_the_spare_in_the_moment_of_the_lease_kills_nobody() {
     old_file_and_spare(dir.path());
     let spare = dir.path().join(SPARE);
     let inode = std::os::unix::fs::MetadataExt::ino(&fs::metadata(&spare).unwrap());
-    let is_leased = || {
+    let leases = || {
         let locks = fs::read_to_string("/proc/locks").unwrap();
-        let of_spare = |line: &str| line.contains("LEASE") && line.contains(&format!(":{inode} "));
-        locks.lines().any(of_spare)
+        let of_spare = |line: &&str| line.contains("LEASE") && line.contains(&format!(":{inode} "));
+        Vec::from_iter(locks.lines().filter(of_spare).map(str::to_owned))
     };
+    let is_breaking = || leases().iter().any(|line| line.contains("BREAKING"));
+    let mut held = Held::start("recycle", dir.path(), "fcntl", "delay_exit", lease);
+    held.wait_until(|| !leases().is_empty());
     let (report, opened) = std::thread::scope(|scope| {
-        let child = scope.spawn(|| {
-            let log = tempfile::NamedTempFile::new().unwrap();
-            let delay = format!("inject=fcntl:delay_exit=2s:when={lease}");
-            strace("recycle", dir.path(), log.path(), &[delay])
-        });
-        while !is_leased() && !child.is_finished() {
-            std::thread::sleep(std::time::Duration::from_millis(10));
-        }
-        let opened = fs::File::open(&spare);
-        (child.join().unwrap(), opened)
+        // Waits for the lease to be given up.
+        let opener = scope.spawn(|| fs::File::open(&spare));
+        held.wait_until(is_breaking);
+        (held.release(), opener.join().unwrap())
     });
     assert!(opened.is_ok(), "it was there, and leased: {opened:?}");
     assert_eq!(report.as_deref(), Some("ok"));

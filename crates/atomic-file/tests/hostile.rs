@@ -20,12 +20,15 @@ use common::commit;
 use nix::sys::stat::Mode;
 use nix::unistd::{Gid, Uid, mkfifo, setfsgid, setfsuid};
 use rstest::rstest;
-use test_machine::Need;
+use test_machine::{Need, rounds};
 
 const STRANGER: u32 = 12345;
 const SECRET: &[u8] = b"the guest's keys";
 const PRECIOUS: &[u8] = b"precious";
-const SAVES: usize = 100;
+
+fn saves() -> usize {
+    rounds(20, 100)
+}
 
 /// A directory that all may write to, in one that all may write to as well: `dir/dest` is saved to. What is in `ours` nobody means.
 struct Place {
@@ -182,7 +185,7 @@ fn names_are_changed_for(
         Ok(writer.commit()?)
     };
     under_attack(&place, attack, || {
-        for _ in 0..SAVES {
+        for _ in 0..saves() {
             // What a stranger may hinder fails now and then.
             let _ = save();
         }
@@ -202,7 +205,7 @@ fn the_directory_is_changed_for_a_link() {
     let place = Place::new(0o755);
     let saved = under_attack(&place, swap_directory, || {
         let mut saved = 0;
-        while saved < SAVES {
+        while saved < saves() {
             let dest = place.path("dir/dest");
             // Where it is away, there is nothing to be saved to; where the link is, that was asked for, and is no matter of this test.
             let Ok(dir) = File::open(place.path("dir")) else {
@@ -218,7 +221,7 @@ fn the_directory_is_changed_for_a_link() {
         }
         saved
     });
-    assert_eq!(saved, SAVES);
+    assert_eq!(saved, saves());
 }
 
 #[rstest]
@@ -236,7 +239,7 @@ fn in_a_directory_where_names_are_their_owners_nothing_is_in_the_way(
         plant(place, &[place.path("dir/dest")], what);
     };
     under_attack(&place, attack, || {
-        for number in 0..SAVES {
+        for number in 0..saves() {
             let new = [SECRET, &number.to_ne_bytes()].concat();
             commit(&AtomicWriter::options(), &dest, &new).unwrap();
             assert_eq!(fs::read(&dest).unwrap(), new);

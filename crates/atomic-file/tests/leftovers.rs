@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use atomic_file::{AtomicWriter, Options, sweep};
 use common::{assert_names, commit, dir_with_old, names};
 use rstest::rstest;
-use test_machine::Need;
+use test_machine::{Need, rounds};
 
 /// Not a test of its own: what `common::command` runs.
 #[test]
@@ -149,7 +149,7 @@ fn sweepers_never_harm_writers_whatever_the_moment() {
             .map(|id| {
                 let dest = dir.path().join(if id == 0 { "dest" } else { "other" });
                 scope.spawn(move || {
-                    for _ in 0..1000 {
+                    for _ in 0..rounds(50, 1000) {
                         commit(&AtomicWriter::options(), &dest, b"whole").unwrap();
                     }
                 })

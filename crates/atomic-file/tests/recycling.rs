@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use atomic_file::{AtomicGroup, AtomicWriter, Durability, Options, sweep};
 use common::{assert_names, names, same_text};
 use rstest::rstest;
-use test_machine::{LoopFs, LoopMount, Need, TinyTmpfs};
+use test_machine::{LoopFs, LoopMount, Need, TinyTmpfs, rounds};
 
 const MIB: u64 = 1 << 20;
 const SIZE: usize = 64 << 10;
@@ -679,7 +679,7 @@ fn racing_writers_and_sweepers_never_show_a_torn_file_nor_pile_up_spares() {
             .map(|id| {
                 scope.spawn({
                     let dest = &dest;
-                    move || (0..100).for_each(|_| save_any(dest, id))
+                    move || (0..rounds(20, 100)).for_each(|_| save_any(dest, id))
                 })
             })
             .collect();

@@ -12,6 +12,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use rstest::rstest;
 use support::{MEMSNAP, Work, noise};
+use test_machine::{not_run, thorough};
 
 /// Sparse, and with enough in it that work on it takes a while.
 const SIZE: u64 = 4 << 30;
@@ -59,6 +60,17 @@ fn signal(child: &Child, signal: Signal) {
     kill(Pid::from_raw(child.id().cast_signed()), signal).unwrap();
 }
 
+/// Whether tests that depend on when a signal comes run; says that `test` does not, where not.
+fn may_race(test: &str) -> bool {
+    if !thorough() {
+        not_run(
+            test,
+            "it depends on when signals come: `cargo xtask prove tests` runs it",
+        );
+    }
+    thorough()
+}
+
 /// Signals at `moment`, and waits for the end.
 fn interrupted(work: &Work, command: &mut Command, moment: Moment, with: Signal) -> ExitStatus {
     let before = work.files().len();
@@ -97,11 +109,6 @@ fn until_it_listens(child: &Child) {
     }
 }
 
-#[cfg(not(target_os = "linux"))]
-fn until_it_listens(_: &Child) {
-    sleep(Duration::from_secs(2));
-}
-
 /// Ended by the tool itself, or before it had begun to listen.
 fn was_interrupted(status: ExitStatus, with: Signal) -> bool {
     status.code() == Some(130) || status.signal() == Some(with as i32)
@@ -114,7 +121,10 @@ fn was_interrupted(status: ExitStatus, with: Signal) -> bool {
 #[case::merge("merge full.mem d1.mem -o out", Signal::SIGINT)]
 #[case::convert("convert full.mem -o out --layout sealed", Signal::SIGTERM)]
 #[case::restore("restore full.mem d1.mem -o out", Signal::SIGINT)]
-fn a_signal_leaves_all_or_nothing(#[case] command: &str, #[case] with: Signal) {
+fn a_signal_at_any_time_leaves_all_or_nothing(#[case] command: &str, #[case] with: Signal) {
+    if !may_race("a_signal_at_any_time_leaves_all_or_nothing") {
+        return;
+    }
     let work = large();
     let before = work.files();
     let mut stopped = 0;
@@ -138,7 +148,10 @@ fn a_signal_leaves_all_or_nothing(#[case] command: &str, #[case] with: Signal) {
 }
 
 #[test]
-fn a_merge_in_place_leaves_the_old_base_or_the_new_one() {
+fn a_signal_at_any_time_leaves_one_of_the_bases() {
+    if !may_race("a_signal_at_any_time_leaves_one_of_the_bases") {
+        return;
+    }
     let work = large();
     let before = work.files();
     let old = work.good("info full.mem --json").json()[0]["id"].clone();
@@ -162,7 +175,10 @@ fn a_merge_in_place_leaves_the_old_base_or_the_new_one() {
 }
 
 #[test]
-fn a_restore_in_place_leaves_all_of_the_ram_or_none() {
+fn a_signal_at_any_time_leaves_all_ram_or_none() {
+    if !may_race("a_signal_at_any_time_leaves_all_ram_or_none") {
+        return;
+    }
     let work = large();
     let target = work.create("target", SIZE);
     for moment in MOMENTS {
@@ -182,6 +198,7 @@ fn a_restore_in_place_leaves_all_of_the_ram_or_none() {
     }
 }
 
+#[cfg(target_os = "linux")]
 #[test]
 fn a_stream_that_stalls_is_interrupted_and_leaves_nothing() {
     let work = Work::with_chain();
@@ -207,7 +224,10 @@ fn a_stream_that_stalls_is_interrupted_and_leaves_nothing() {
 #[case::compare("diff full.mem ram")]
 #[case::send("convert full.mem -o - --zstd")]
 #[case::pack_and_send("convert ram -o - --zstd")]
-fn a_verb_that_only_reads_ends_at_once(#[case] command: &str) {
+fn a_signal_at_any_time_ends_a_verb_that_reads(#[case] command: &str) {
+    if !may_race("a_signal_at_any_time_ends_a_verb_that_reads") {
+        return;
+    }
     let work = large();
     let before = work.files();
     for moment in MOMENTS {
@@ -224,7 +244,10 @@ fn a_verb_that_only_reads_ends_at_once(#[case] command: &str) {
 }
 
 #[test]
-fn the_demo_removes_its_directory() {
+fn a_demo_signalled_at_any_time_removes_its_files() {
+    if !may_race("a_demo_signalled_at_any_time_removes_its_files") {
+        return;
+    }
     let work = Work::empty();
     for moment in MOMENTS {
         let mut command = Command::new(MEMSNAP);
@@ -234,33 +257,191 @@ fn the_demo_removes_its_directory() {
     }
 }
 
-/// The first signal is being heeded; whoever can't wait sends another.
-#[test]
-fn what_a_second_signal_leaves_the_next_writer_removes() {
-    let work = large();
-    let before = work.files();
-    for _ in 0..20 {
-        let mut command = work.command("full ram -o out");
-        let mut child = command
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .spawn()
-            .unwrap();
-        while work.files() == before && child.try_wait().unwrap().is_none() {}
-        signal(&child, Signal::SIGINT);
-        signal(&child, Signal::SIGTERM);
-        let code = child.wait().unwrap().code();
-        if code == Some(0) {
-            // The signals came too late.
-            std::fs::remove_file(work.path("out")).unwrap();
-            continue;
-        }
-        assert_eq!(code, Some(130));
-        if work.files() != before {
-            break;
+/// Signals before chosen calls of the main thread, or before each call where tests are thorough.
+#[cfg(target_os = "linux")]
+mod at_calls {
+    use test_machine::Need;
+
+    use super::*;
+    use support::held::{Call, Held, calls};
+
+    /// Runs `command` once for each call, with a signal before it. `check` gets the exit status.
+    /// `reset` undoes what a run that came to its end has done.
+    fn signalled(
+        command: &Command,
+        with: Signal,
+        reset: impl Fn(),
+        mut check: impl FnMut(&Call, ExitStatus),
+    ) {
+        let calls = calls(command, thorough());
+        reset();
+        for call in &calls {
+            let mut held = Held::before(command, call);
+            held.signal(with);
+            check(call, held.release().0);
+            reset();
         }
     }
-    work.good("full ram -o out");
-    std::fs::remove_file(work.path("out")).unwrap();
-    assert_eq!(work.files(), before);
+
+    #[rstest]
+    #[case::full("full ram -o out", Signal::SIGINT)]
+    #[case::full_by_sigterm("full ram -o out --layout sealed", Signal::SIGTERM)]
+    #[case::diff("diff full.mem d1.mem ram -o out", Signal::SIGINT)]
+    #[case::merge("merge full.mem d1.mem -o out", Signal::SIGINT)]
+    #[case::convert("convert full.mem -o out --layout sealed", Signal::SIGTERM)]
+    #[case::restore("restore full.mem d1.mem -o out", Signal::SIGINT)]
+    fn a_signal_leaves_all_or_nothing(#[case] command: &str, #[case] with: Signal) {
+        if !Need::Strace.met("a_signal_leaves_all_or_nothing") {
+            return;
+        }
+        let work = Work::with_chain();
+        let before = work.files();
+        let of_out = match command.split(' ').next() {
+            Some("restore") => "diff full.mem d1.mem out",
+            Some("diff") => "verify full.mem d1.mem out",
+            _ => "verify out",
+        };
+        let reset = || drop(std::fs::remove_file(work.path("out")));
+        let (mut stopped, mut done) = (0, 0);
+        signalled(&work.command(command), with, reset, |call, status| {
+            if work.files() == before {
+                assert_eq!(status.code(), Some(130), "{call:?}");
+                stopped += 1;
+                return;
+            }
+            assert_eq!(status.code(), Some(0), "{call:?}");
+            work.good(of_out);
+            std::fs::remove_file(work.path("out")).unwrap();
+            assert_eq!(work.files(), before, "{call:?}");
+            done += 1;
+        });
+        assert!(stopped > 3 && done > 0, "{stopped} {done}");
+    }
+
+    #[test]
+    fn a_signal_to_a_merge_in_place_leaves_one_of_the_bases() {
+        if !Need::Strace.met("a_signal_to_a_merge_in_place_leaves_one_of_the_bases") {
+            return;
+        }
+        let work = Work::with_chain();
+        work.copy("full.mem", "old.mem");
+        work.good("merge full.mem d1.mem -o new.mem");
+        let before = work.files();
+        let id = |name: &str| work.good(&format!("info {name} --json")).json()[0]["id"].clone();
+        let (old, new) = (id("full.mem"), id("new.mem"));
+        let reset = || work.copy("old.mem", "full.mem");
+        let command = work.command("merge --in-place full.mem d1.mem");
+        let mut seen = [0; 2];
+        signalled(&command, Signal::SIGINT, reset, |call, status| {
+            assert_eq!(work.files(), before, "{call:?}");
+            work.good("verify full.mem");
+            let done = status.code() == Some(0);
+            assert!(done || status.code() == Some(130), "{call:?}: {status:?}");
+            assert_eq!(id("full.mem"), if done { new.clone() } else { old.clone() });
+            seen[usize::from(done)] += 1;
+        });
+        assert!(seen.iter().all(|count| *count > 0), "{seen:?}");
+    }
+
+    #[test]
+    fn a_signal_to_a_restore_in_place_leaves_all_ram_or_none() {
+        if !Need::Strace.met("a_signal_to_a_restore_in_place_leaves_all_ram_or_none") {
+            return;
+        }
+        let work = Work::with_chain();
+        let target = work.create("target", support::RAM);
+        let command = work.command("restore full.mem d1.mem -o target --force");
+        let reset = || sparse_file::punch_hole(&target, 0..support::RAM).unwrap();
+        let mut seen = [0; 2];
+        signalled(&command, Signal::SIGINT, reset, |call, status| {
+            let done = status.code() == Some(0);
+            if done {
+                work.good("diff full.mem d1.mem target");
+            } else {
+                assert_eq!(status.code(), Some(130), "{call:?}");
+                // A file system may keep a block or two for its own.
+                assert!(target.metadata().unwrap().blocks() < 100, "{call:?}");
+            }
+            seen[usize::from(done)] += 1;
+        });
+        assert!(seen[0] > 0, "{seen:?}");
+    }
+
+    #[rstest]
+    #[case::verify("verify full.mem")]
+    #[case::compare("diff full.mem ram")]
+    #[case::send("convert full.mem -o - --zstd")]
+    #[case::pack_and_send("convert ram -o - --zstd")]
+    fn a_verb_that_only_reads_ends_at_once(#[case] command: &str) {
+        if !Need::Strace.met("a_verb_that_only_reads_ends_at_once") {
+            return;
+        }
+        let work = Work::with_chain();
+        let before = work.files();
+        let mut command = work.command(command);
+        command.env("TMPDIR", work.path(""));
+        let mut stopped = 0;
+        signalled(
+            &command,
+            Signal::SIGINT,
+            || (),
+            |call, status| {
+                let ended = matches!(status.code(), Some(0 | 1));
+                assert!(ended || status.code() == Some(130), "{call:?}: {status:?}");
+                assert_eq!(work.files(), before, "{call:?}");
+                stopped += usize::from(!ended);
+            },
+        );
+        assert!(stopped > 1, "{stopped}");
+    }
+
+    #[test]
+    fn the_demo_removes_its_directory() {
+        if !Need::Strace.met("the_demo_removes_its_directory") {
+            return;
+        }
+        let work = Work::empty();
+        let mut command = work.command("demo");
+        command.env("TMPDIR", work.path(""));
+        for name in ["pwrite64", "fsync", "unlinkat"] {
+            let mut held = Held::before(&command, &(name.to_owned(), 1));
+            held.signal(Signal::SIGINT);
+            held.release();
+            assert_eq!(work.files(), [""; 0], "{name}");
+        }
+    }
+
+    /// The default action of a signal, before the tool listens.
+    #[test]
+    fn a_signal_before_it_listens_ends_the_process() {
+        if !Need::Strace.met("a_signal_before_it_listens_ends_the_process") {
+            return;
+        }
+        let work = Work::with_ram();
+        let before = work.files();
+        let command = work.command("full ram -o out");
+        let held = Held::before(&command, &("openat".to_owned(), 1));
+        held.send(Signal::SIGINT);
+        let status = held.release().0;
+        assert_eq!(status.signal(), Some(Signal::SIGINT as i32));
+        assert_eq!(work.files(), before);
+    }
+
+    /// The first signal is handled by the main thread, which can be late.
+    #[test]
+    fn what_a_second_signal_leaves_the_next_writer_removes() {
+        if !Need::Strace.met("what_a_second_signal_leaves_the_next_writer_removes") {
+            return;
+        }
+        let work = Work::with_ram();
+        let command = work.command("full ram -o out");
+        let mut held = Held::before(&command, &("pwrite64".to_owned(), 1));
+        assert!(!held.signal(Signal::SIGINT), "it cleans up");
+        // The main thread is held still.
+        assert!(held.signal(Signal::SIGTERM), "the second signal ends it");
+        assert_eq!(held.release().0.code(), Some(130));
+        assert_eq!(work.files().len(), 2, "the stage is left");
+        work.good("full ram -o out");
+        assert_eq!(work.files(), ["out", "ram"]);
+    }
 }

@@ -203,6 +203,6 @@ fn probing_a_full_disk_fails_with_enospc_and_leaves_nothing() {
     let start = std::time::Instant::now();
     while let Err(error) = std::fs::write(tmpfs.path().join("all"), [1; 32 << 10]) {
         assert_eq!(error.kind(), ErrorKind::StorageFull);
-        assert!(start.elapsed().as_secs() < 30, "no room");
+        assert!(start.elapsed().as_secs() < 120, "no room");
     }
 }

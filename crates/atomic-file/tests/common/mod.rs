@@ -6,11 +6,14 @@ use std::ffi::{OsStr, OsString};
 use std::fs;
 use std::io::{Read as _, Write as _};
 use std::path::{Path, PathBuf};
-use std::process::Command;
-use std::thread::{self, ScopedJoinHandle};
+use std::process::{Child, Command, Stdio};
+use std::thread;
 use std::time::Duration;
 
 use atomic_file::{AtomicGroup, AtomicWriter, CommitError, GroupCommitError, Options};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use tempfile::NamedTempFile;
 
 /// Every name in `dir`, sorted.
 pub(crate) fn names(dir: &Path) -> Vec<OsString> {
@@ -57,8 +60,8 @@ pub(crate) fn command(job: &str, dir: &Path) -> Command {
     command
 }
 
-/// Runs `job` on `dir` under `strace` with these arguments; what it reported, or `None` where it was killed.
-pub(crate) fn under_strace<S: AsRef<OsStr>>(job: &str, dir: &Path, args: &[S]) -> Option<String> {
+/// The command that runs `job` on `dir` under `strace` with these arguments.
+fn strace_command<S: AsRef<OsStr>>(job: &str, dir: &Path, args: &[S]) -> Command {
     let command = command(job, dir);
     let mut strace = Command::new("strace");
     strace.args(["-f", "-qq"]).args(args);
@@ -69,14 +72,86 @@ pub(crate) fn under_strace<S: AsRef<OsStr>>(job: &str, dir: &Path, args: &[S]) -
             None => strace.env_remove(key),
         };
     }
-    report(strace)
+    strace
 }
 
-/// Waits for the first call that strace, which `child` runs, has in its log: it's there when the call begins, which does nothing for as long as
-/// it's delayed.
-pub(crate) fn until_a_call_begins<T>(log: &Path, child: &ScopedJoinHandle<'_, T>) {
-    while fs::read_to_string(log).expect("a log").is_empty() && !child.is_finished() {
-        thread::sleep(Duration::from_millis(10));
+/// Runs `job` on `dir` under `strace` with these arguments; what it reported, or `None` where it was killed.
+pub(crate) fn under_strace<S: AsRef<OsStr>>(job: &str, dir: &Path, args: &[S]) -> Option<String> {
+    report(strace_command(job, dir, args))
+}
+
+/// A job that `strace` holds at a system call until [`release`](Self::release).
+pub(crate) struct Held {
+    /// The job itself: `strace -D` traces its parent.
+    child: Child,
+    log: NamedTempFile,
+}
+
+impl Held {
+    /// Starts `job` on `dir`. Each of its threads is held at its call `call` with this number, before the call
+    /// (`delay_enter`) or after it (`delay_exit`).
+    pub(crate) fn start(job: &str, dir: &Path, call: &str, when: &str, number: usize) -> Self {
+        let log = NamedTempFile::new().expect("a log");
+        let path = log.path().to_str().expect("a plain path");
+        let trace = format!("trace={call}");
+        // The delay ends with `strace`.
+        let inject = format!("inject={call}:{when}=3600s:when={number}");
+        let args = ["-D", "-o", path, "-e", &trace, "-e", &inject];
+        let child = strace_command(job, dir, &args)
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("start strace");
+        Self { child, log }
+    }
+
+    /// Waits for `condition`, which must come while the job is held.
+    pub(crate) fn wait_until(&mut self, condition: impl Fn() -> bool) {
+        while !condition() {
+            let ended = self.child.try_wait().expect("a child");
+            assert_eq!(ended, None, "the job was not held: {}", self.log());
+            thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    /// Waits until the log has a line: `strace` writes it when a call begins.
+    pub(crate) fn wait_for_a_call(&mut self) {
+        let log = self.log.path().to_owned();
+        self.wait_until(|| fs::metadata(&log).expect("a log").len() > 0);
+    }
+
+    pub(crate) fn log(&self) -> String {
+        fs::read_to_string(&self.log).expect("a log")
+    }
+
+    /// Ends `strace`, and with it the delay.
+    fn end_strace(&self) {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.child.id()));
+        let tracer = status.ok().and_then(|status| {
+            let tracer = status
+                .lines()
+                .find_map(|line| line.strip_prefix("TracerPid:"));
+            tracer?.trim().parse().ok()
+        });
+        if let Some(tracer @ 1..) = tracer {
+            let _ = kill(Pid::from_raw(tracer), Signal::SIGKILL);
+        }
+    }
+
+    /// Lets the job go on to its end, and returns what it reported.
+    pub(crate) fn release(mut self) -> Option<String> {
+        self.end_strace();
+        let mut stdout = String::new();
+        let pipe = self.child.stdout.as_mut().expect("a pipe");
+        pipe.read_to_string(&mut stdout).expect("a report");
+        reported(&stdout)
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        self.end_strace();
+        let _ = self.child.kill();
+        let _ = self.child.wait();
     }
 }
 
@@ -89,15 +164,18 @@ pub(crate) fn job() -> Option<(String, PathBuf)> {
 pub(crate) fn report(mut command: Command) -> Option<String> {
     let output = command.output().expect("start a child");
     let stdout = String::from_utf8_lossy(&output.stdout).into_owned();
-    let report = stdout
-        .lines()
-        .find_map(|line| Some(line.split_once("REPORT ")?.1.to_owned()));
+    let report = reported(&stdout);
     assert!(
         report.is_some() || !output.status.success(),
         "a child ended well and reported nothing: {stdout}\n{}",
         String::from_utf8_lossy(&output.stderr)
     );
     report
+}
+
+fn reported(stdout: &str) -> Option<String> {
+    let mut lines = stdout.lines();
+    lines.find_map(|line| Some(line.split_once("REPORT ")?.1.to_owned()))
 }
 
 fn open_descriptors() -> usize {
@@ -111,7 +189,7 @@ pub(crate) fn traced(dir: &Path, job: impl FnOnce() -> String) {
     };
     // strace counts a thread's calls from its start, and each thread's alone: past what the harness's main thread makes
     // while it starts, a number means the job's call and no other.
-    for _ in 0..100 {
+    for _ in 0..30 {
         let null = fs::File::options()
             .read(true)
             .write(true)

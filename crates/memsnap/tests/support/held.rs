@@ -1,0 +1,199 @@
+//! The tool, held by `strace` at a system call.
+
+use std::collections::HashMap;
+use std::fs;
+use std::os::unix::process::CommandExt as _;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::thread::sleep;
+use std::time::Duration;
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use tempfile::NamedTempFile;
+
+/// The calls that change files, or end a part of the work. No `write`: the listener's first one would be held, too.
+const CALLS: &str = "openat,mkdir,flock,ftruncate,fallocate,pread64,pwrite64,fsync,fdatasync,\
+    renameat,renameat2,linkat,unlinkat,rmdir,close";
+
+/// A system call of the main thread: its name, and its number among the calls of this name.
+pub(crate) type Call = (String, usize);
+
+/// Returns the calls of `command` once it listens for signals, of each name the first and the last, or all of them.
+pub(crate) fn calls(command: &Command, all: bool) -> Vec<Call> {
+    let log = NamedTempFile::new().unwrap();
+    let trace = format!("trace=clone3,{CALLS}");
+    let mut strace = under_strace(command, log.path(), &["-e", &trace]);
+    let child = strace.stdout(Stdio::null()).spawn().unwrap();
+    let main = child.id().to_string();
+    let output = child.wait_with_output().unwrap();
+    let log = fs::read_to_string(&log).unwrap();
+    assert!(matches!(output.status.code(), Some(0 | 1)), "{output:?}");
+    let mut numbers = HashMap::new();
+    let (mut listens, mut calls) = (false, Vec::new());
+    for line in log.lines() {
+        let call = call_of(line, &main).and_then(|call| call.split_once('('));
+        // Not the end of a call: `<... openat resumed>`.
+        let Some((name, _)) = call.filter(|(name, _)| !name.contains(' ')) else {
+            continue;
+        };
+        let number = numbers.entry(name).or_insert(0);
+        *number += 1;
+        if listens {
+            calls.push((name.to_owned(), *number));
+        }
+        listens |= name == "clone3";
+    }
+    calls.retain(|(name, _)| name != "clone3");
+    assert!(calls.len() > 2, "{log}");
+    let ends = |call: &Call| {
+        let mut same = calls.iter().filter(|other| other.0 == call.0);
+        // Threads share the reading: the main thread's part differs from run to run.
+        let shared = call.0 == "pread64";
+        same.next() == Some(call) || (!shared && same.next_back() == Some(call))
+    };
+    calls
+        .iter()
+        .filter(|call| all || ends(call))
+        .cloned()
+        .collect()
+}
+
+/// Returns what a line of the log says of the thread `id`, which is padded there.
+fn call_of<'l>(line: &'l str, id: &str) -> Option<&'l str> {
+    let (thread, call) = line.split_once(' ')?;
+    (thread == id).then(|| call.trim_start())
+}
+
+/// `strace -D` traces its parent, which is `command`.
+fn under_strace(command: &Command, log: &Path, args: &[&str]) -> Command {
+    let mut strace = Command::new("strace");
+    strace.args(["-f", "-qq", "-D", "-o"]).arg(log).args(args);
+    strace.arg(command.get_program()).args(command.get_args());
+    for (key, value) in command.get_envs() {
+        match value {
+            Some(value) => strace.env(key, value),
+            None => strace.env_remove(key),
+        };
+    }
+    if let Some(dir) = command.get_current_dir() {
+        strace.current_dir(dir);
+    }
+    strace.stdin(Stdio::null()).stderr(Stdio::piped());
+    // A signal for the tool is not for the test.
+    strace.process_group(0);
+    strace
+}
+
+/// A run of the tool whose main thread does not begin a call until [`release`](Self::release).
+pub(crate) struct Held {
+    child: Child,
+}
+
+impl Held {
+    pub(crate) fn before(command: &Command, (name, number): &Call) -> Self {
+        let log = NamedTempFile::new().unwrap();
+        let trace = format!("trace={name}");
+        // The delay ends with `strace`.
+        let inject = format!("inject={name}:delay_enter=3600s:when={number}");
+        let child = under_strace(command, log.path(), &["-e", &trace, "-e", &inject])
+            .stdout(Stdio::null())
+            .spawn()
+            .unwrap();
+        let mut held = Self { child };
+        let main = held.child.id().to_string();
+        let call = format!("{name}(");
+        let begun = || {
+            let log = fs::read_to_string(&log).unwrap();
+            let calls = log.lines().filter_map(|line| call_of(line, &main));
+            calls.filter(|begun| begun.starts_with(&call)).count() == *number
+        };
+        while !begun() {
+            assert!(!held.has_ended(), "it was not held at {name} {number}");
+            sleep(Duration::from_millis(1));
+        }
+        held
+    }
+
+    fn has_ended(&mut self) -> bool {
+        self.child.try_wait().unwrap().is_some()
+    }
+
+    /// Sends a signal, and waits until the listener has handled it. Returns whether that ends the process, whose held
+    /// threads `strace` keeps.
+    pub(crate) fn signal(&mut self, signal: Signal) -> bool {
+        let listener = loop {
+            match self.listener() {
+                Some(listener) => break listener,
+                None => assert!(!self.has_ended(), "it has ended before the signal"),
+            }
+            sleep(Duration::from_millis(1));
+        };
+        self.send(signal);
+        loop {
+            if !listener.exists() {
+                return true;
+            }
+            // For the next signal, or for what a held thread has.
+            if sleeps(&listener) {
+                return false;
+            }
+            sleep(Duration::from_millis(1));
+        }
+    }
+
+    pub(crate) fn send(&self, signal: Signal) {
+        kill(Pid::from_raw(self.child.id().cast_signed()), signal).unwrap();
+    }
+
+    fn listener(&self) -> Option<PathBuf> {
+        let tasks = fs::read_dir(format!("/proc/{}/task", self.child.id())).ok()?;
+        let mut tasks = tasks.flatten().map(|task| task.path());
+        tasks.find(|task| waits_for_a_signal(task))
+    }
+
+    /// Ends `strace`, and with it the delay.
+    fn end_strace(&self) {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.child.id()));
+        let tracer = status.ok().and_then(|status| {
+            let mut lines = status.lines();
+            let tracer = lines.find_map(|line| line.strip_prefix("TracerPid:"));
+            tracer?.trim().parse().ok()
+        });
+        if let Some(tracer @ 1..) = tracer {
+            let _ = kill(Pid::from_raw(tracer), Signal::SIGKILL);
+        }
+    }
+
+    /// Lets it go on, and returns how it ended, and its standard error.
+    pub(crate) fn release(mut self) -> (ExitStatus, String) {
+        self.end_strace();
+        let mut error = String::new();
+        let stderr = self.child.stderr.as_mut().unwrap();
+        std::io::Read::read_to_string(stderr, &mut error).unwrap();
+        (self.child.wait().unwrap(), error)
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        self.end_strace();
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Returns whether a thread sleeps in a `recvfrom` without flags: the next signal wakes it up.
+fn waits_for_a_signal(task: &Path) -> bool {
+    let read = |name| fs::read_to_string(task.join(name)).unwrap_or_default();
+    let call = read("syscall");
+    let mut call = call.split(' ');
+    call.next() == Some(&nix::libc::SYS_recvfrom.to_string())
+        && call.nth(3) == Some("0x0")
+        && sleeps(task)
+}
+
+fn sleeps(task: &Path) -> bool {
+    let status = fs::read_to_string(task.join("status")).unwrap_or_default();
+    status.contains("State:\tS")
+}
