@@ -2,7 +2,7 @@
 
 use loom::model::Builder;
 
-/// A preemption stops a thread that could continue. Each mutant that `cargo xtask prove` makes is found with this many.
+/// The most preemptions without `MEMSNAP_THOROUGH=1`: a thread that could continue is stopped.
 const FEW: usize = 2;
 
 /// All.
