@@ -15,7 +15,7 @@ use rstest::rstest;
 use support::{
     CODE, Guest, HIGH, HIGH_SIZE, INPUT, INPUT_SIZE, LOW_SIZE, PAGE, Program, TABLES, offset,
 };
-use test_machine::Need;
+use test_machine::{Need, rounds};
 
 /// Pages written in the tests, in both regions, at their borders too.
 const TOUCHED: [u64; 7] = [
@@ -264,7 +264,7 @@ fn harvesting_a_running_guest_loses_no_page(
     if !Need::Kvm.met("harvesting_a_running_guest_loses_no_page") {
         return;
     }
-    const ENOUGH: u64 = 10_000;
+    let enough: u64 = rounds(2000, 10_000);
     let mut guest = Guest::booted(Program::Scatter);
     let log = guest.log(reprotect);
     guest.set_regs(|regs| {
@@ -287,7 +287,7 @@ fn harvesting_a_running_guest_loses_no_page(
     let mut pages = 0;
     std::thread::scope(|threads| {
         let running = threads.spawn(move || support::run(vcpu));
-        let more = |pages| pages < ENOUGH && !running.is_finished();
+        let more = |pages| pages < enough && !running.is_finished();
         if apart {
             let copier = threads.spawn(|| {
                 while !harvested.load(Ordering::Acquire) {
@@ -310,7 +310,7 @@ fn harvesting_a_running_guest_loses_no_page(
     });
     pages += log.harvest(marks).unwrap().pages;
     save();
-    assert!(pages >= ENOUGH, "the guest ended by itself");
+    assert!(pages >= enough, "the guest ended by itself");
     let lost: Vec<_> = std::iter::zip(copy.chunks(4096), guest.image().chunks(4096))
         .enumerate()
         .filter_map(|(page, (copied, real))| (copied != real).then_some(page))
@@ -339,7 +339,7 @@ fn a_page_copied_and_written_again_during_a_harvest_is_found_again(
     guest.touch(&scattered);
     let log = guest.log(reprotect);
     let marks = DirtyBitmap::new(0, RAM, PAGE).unwrap();
-    for trial in 0..trials {
+    for trial in 0..rounds(2, trials) {
         guest.touch(&scattered);
         let copied = std::thread::scope(|threads| {
             let harvest = threads.spawn(|| log.harvest(&marks).unwrap());

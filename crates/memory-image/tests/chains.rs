@@ -553,7 +553,7 @@ fn the_runs_of_a_finer_bitmap_name_the_pages_that_were_written_for_it() {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(32))]
+    #![proptest_config(ProptestConfig::with_cases(test_machine::rounds(12, 32)))]
 
     #[test]
     fn any_chain_reads_flattens_and_restores_to_the_ram(

@@ -16,7 +16,7 @@ use nix::libc;
 use page_reader::PageReader;
 use proptest::prelude::*;
 use rstest::rstest;
-use test_machine::Need;
+use test_machine::{Need, rounds};
 
 const PAGE: u64 = 4096;
 const MIB: u64 = 1 << 20;
@@ -192,7 +192,7 @@ fn flags(address: usize) -> Vec<String> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(24))]
+    #![proptest_config(ProptestConfig::with_cases(rounds(12, 24)))]
 
     /// Also of pages smaller than the host's, and where the RAM ends inside one of those.
     #[test]
@@ -403,7 +403,7 @@ fn it_may_be_dropped_at_any_moment() {
     }
     let images = full_and_two_diffs();
     let chain = Arc::new(images.chain());
-    for round in 0..100 {
+    for round in (0..100).step_by(rounds(7, 1)) {
         let ram = LazyRam::options().start(Arc::clone(&chain)).unwrap();
         if round % 2 == 0 {
             page(&ram, (round * 40) * PAGE).unwrap();
@@ -568,7 +568,7 @@ fn no_access_waits_for_ever_while_the_last_page_comes_in() {
     let (done, finished) = std::sync::mpsc::channel();
     std::thread::spawn(move || {
         let chain = Arc::new(Images::new(MIB, PAGE).with([0..1]).chain());
-        for _ in 0..3000 {
+        for _ in 0..rounds(200, 3000) {
             let ram = LazyRam::options().start(Arc::clone(&chain)).unwrap();
             for offset in (0..ram.len() as u64).step_by(4096) {
                 ram.read_at(offset, &mut [0]).unwrap();

@@ -124,7 +124,7 @@ fn mappings(range: Range<usize>) -> usize {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(48))]
+    #![proptest_config(ProptestConfig::with_cases(test_machine::rounds(12, 48)))]
 
     /// Also of pages smaller than the host's, where mappings can't begin and end where runs do.
     #[test]

@@ -709,7 +709,7 @@ fn comparing_reads_only_what_one_of_the_two_has() {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(48))]
+    #![proptest_config(ProptestConfig::with_cases(test_machine::rounds(12, 48)))]
 
     #[test]
     fn any_chain_in_any_layouts_restores_merges_and_compares_right(

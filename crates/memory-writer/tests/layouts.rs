@@ -330,7 +330,7 @@ fn steps(size: u64) -> impl Strategy<Value = Vec<Step>> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(96))]
+    #![proptest_config(ProptestConfig::with_cases(test_machine::rounds(24, 96)))]
 
     #[test]
     fn any_sequence_of_writes_of_one_snapshot_restores_to_what_was_written_last(

@@ -42,7 +42,7 @@ fn case() -> impl Strategy<Value = (u64, Vec<Step>)> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(128))]
+    #![proptest_config(ProptestConfig::with_cases(test_machine::rounds(32, 128)))]
 
     #[test]
     fn the_chain_restores_what_the_guest_had((size, steps) in case()) {

@@ -15,7 +15,7 @@ use proptest::prelude::*;
 use rstest::rstest;
 use sparse_file::Kind;
 use support::{Until, pattern};
-use test_machine::{LoopFs, LoopMount, Need, TinyTmpfs};
+use test_machine::{LoopFs, LoopMount, Need, TinyTmpfs, rounds};
 
 const SIZE: u64 = 1 << 20;
 
@@ -293,7 +293,7 @@ fn save() -> impl Strategy<Value = Save> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(24))]
+    #![proptest_config(ProptestConfig::with_cases(rounds(6, 24)))]
 
     #[test]
     fn no_old_byte_ever_shows(saves in prop::collection::vec(save(), 3..8)) {

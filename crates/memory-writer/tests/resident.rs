@@ -21,10 +21,10 @@ fn untouched_memory_is_dumped_without_touching_it_and_written_memory_through_sma
 }
 
 fn untouched() {
-    const SIZE: u64 = 4 << 30;
+    const SIZE: u64 = 1 << 30;
     let dir = tempfile::tempdir().unwrap();
     let ram = Memory::new(SIZE).unwrap();
-    ram.write(3 << 30, b"!");
+    ram.write(SIZE / 4 * 3, b"!");
     let before = peak();
     for zeros in [false, true] {
         let dest = dir.path().join("mem");
@@ -42,7 +42,8 @@ fn untouched() {
 }
 
 fn written() {
-    const SIZE: u64 = 64 << 20;
+    // More than the limit below.
+    const SIZE: u64 = 40 << 20;
     let layouts = [
         || Layout::Raw,
         || Layout::Sealed(Seal::new()),

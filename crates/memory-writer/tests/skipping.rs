@@ -14,6 +14,7 @@ use page_reader::{PageReader, PopulatedRanges};
 use proptest::prelude::*;
 use rstest::rstest;
 use support::{Place, Until, pattern};
+use test_machine::rounds;
 use test_machine::tracked::Memory;
 
 const KIB: u64 = 1 << 10;
@@ -335,7 +336,7 @@ fn save() -> impl Strategy<Value = Save> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(96))]
+    #![proptest_config(ProptestConfig::with_cases(rounds(24, 96)))]
 
     /// The file is the oracle's, after any writes in any order, in new files and recycled ones.
     #[test]

@@ -6,10 +6,10 @@ mod common;
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::thread;
-use std::time::{Duration, Instant};
 
 use common::{Mapping, PAGE};
 use page_reader::{MappedMemory, PageReader, RamLayout};
+use test_machine::rounds;
 
 const SIZE: usize = 4 * PAGE;
 const WORDS: usize = SIZE / 8;
@@ -33,7 +33,6 @@ fn words_that_a_thread_writes_during_the_copy_are_never_torn_and_never_go_back()
     let layout = RamLayout::single(0, SIZE as u64).unwrap();
     let guest = MappedMemory::new(layout, [memory.memory()]).unwrap();
     let stop = AtomicBool::new(false);
-    let mut copies_that_raced = 0;
     thread::scope(|scope| {
         scope.spawn(|| {
             let rounds = 1..;
@@ -46,12 +45,8 @@ fn words_that_a_thread_writes_during_the_copy_are_never_torn_and_never_go_back()
         // What is copied lies in buf at another alignment than in memory, for the stores to buf to be as odd as can be.
         let mut buf = vec![0; SIZE + 1];
         let mut last = vec![0; WORDS];
-        // A byte-wise copy tears its first word well before that many. One CPU races only when it's taken away: give up
-        // after a while there.
-        let start = Instant::now();
-        while copies_that_raced < 100_000
-            && (copies_that_raced == 0 || start.elapsed() < Duration::from_secs(5))
-        {
+        // A byte-wise copy tears its first word well before that many.
+        for _ in 0..rounds(10_000, 500_000) {
             guest.read_at(0, &mut buf[1..]).unwrap();
             let copy: Vec<u64> = buf[1..]
                 .chunks_exact(8)
@@ -64,8 +59,6 @@ fn words_that_a_thread_writes_during_the_copy_are_never_torn_and_never_go_back()
                     panic!("word {word} is {now:#x} after {before:#x}");
                 }
             }
-            // Two rounds in one copy: the writer was at work while it was made.
-            copies_that_raced += usize::from(copy.iter().any(|word| *word != copy[0]));
             last = copy;
         }
         stop.store(true, Relaxed);

@@ -320,13 +320,17 @@ fn swapped_out_pages_are_not_taken_for_empty() {
             pagemap.read_exact_at(&mut entry, at).unwrap();
             u64::from_ne_bytes(entry)
         };
-        mapping
-            .advise(0..SIZE as usize, MmapAdvise::MADV_PAGEOUT)
-            .unwrap();
-        assert!(
-            SOME.iter().any(|page| entry(*page) >> 63 == 0),
-            "{flags:?}: none left memory"
-        );
+        // Only advice: the kernel keeps a page that it is busy with.
+        let start = std::time::Instant::now();
+        while SOME.iter().all(|page| entry(*page) >> 63 == 1) {
+            assert!(
+                start.elapsed().as_secs() < 60,
+                "{flags:?}: none left memory"
+            );
+            mapping
+                .advise(0..SIZE as usize, MmapAdvise::MADV_PAGEOUT)
+                .unwrap();
+        }
         assert_eq!(populated(&guest(&mapping), SIZE), touched, "{flags:?}");
     }
 }
@@ -458,7 +462,7 @@ fn asking_of_memory_does_not_touch_it() {
 static TURN: Mutex<()> = Mutex::new(());
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(64))]
+    #![proptest_config(ProptestConfig::with_cases(test_machine::rounds(24, 64)))]
 
     #[test]
     fn whatever_is_written_and_given_back_what_is_not_populated_reads_as_zeros(

@@ -1,15 +1,27 @@
-//! How many interleavings of a model are tried.
+//! How many interleavings of a model are tried: all with `MEMSNAP_THOROUGH=1`, otherwise those with few preemptions.
 
 use loom::model::Builder;
 
+/// The most preemptions without `MEMSNAP_THOROUGH=1`: a thread that could continue is stopped.
+const FEW: usize = 2;
+
 /// All.
 pub(crate) fn exhaustively(model: impl Fn() + Send + Sync + 'static) {
-    Builder::new().check(model);
+    check(None, model);
 }
 
-/// Those in which a thread that could go on is stopped at most `bound` times.
+/// Those with at most `bound` preemptions.
 pub(crate) fn with_preemptions(bound: usize, model: impl Fn() + Send + Sync + 'static) {
+    check(Some(bound), model);
+}
+
+fn check(bound: Option<usize>, model: impl Fn() + Send + Sync + 'static) {
+    let thorough = std::env::var_os("MEMSNAP_THOROUGH").is_some_and(|value| value == "1");
     let mut builder = Builder::new();
-    builder.preemption_bound = Some(bound);
+    builder.preemption_bound = if thorough {
+        bound
+    } else {
+        Some(bound.map_or(FEW, |bound| bound.min(FEW)))
+    };
     builder.check(model);
 }

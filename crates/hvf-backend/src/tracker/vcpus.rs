@@ -133,6 +133,14 @@ mod interleavings {
 
     use super::*;
 
+    /// Tries all interleavings with `MEMSNAP_THOROUGH=1`, otherwise those with at most 2 preemptions.
+    fn model(model: impl Fn() + Send + Sync + 'static) {
+        let thorough = std::env::var_os("MEMSNAP_THOROUGH").is_some_and(|value| value == "1");
+        let mut builder = loom::model::Builder::new();
+        builder.preemption_bound = (!thorough).then_some(2);
+        builder.check(model);
+    }
+
     /// What one side must see from its first look to its last as the other left it.
     #[derive(Default)]
     struct Guest {
@@ -165,7 +173,7 @@ mod interleavings {
 
     #[test]
     fn a_vcpu_against_two_checkpoints() {
-        loom::model(|| {
+        model(|| {
             let guest = Arc::new(Guest::default());
             let vcpu = guest.vcpu(1);
             guest.checkpoint(1);
@@ -177,7 +185,7 @@ mod interleavings {
     /// Two threads that wait for a third never end in a model: here one waits at most.
     #[test]
     fn checkpoints_of_two_threads() {
-        loom::model(|| {
+        model(|| {
             let guest = Arc::new(Guest::default());
             let add = |guest: &Guest| {
                 let _stopped = guest.vcpus.stop().ok().expect("no vCPU is there");

@@ -43,6 +43,7 @@ pub(super) fn by_userfaultfd(page_size: u64, policy: Policy) -> Machine {
     let handler = userfaultfd.answer(move |offset| tell(&told, offset));
     Machine {
         _handler: Some(handler.unwrap()),
+        answered: Box::new(move || userfaultfd.wait_until_answered()),
         tracker,
         ram: Arc::clone(&guest.ram) as _,
         guest: Box::new(guest),
@@ -58,6 +59,7 @@ pub(super) fn by_read_only_slots(page_size: u64, policy: Policy) -> Machine {
     let tracker = new_tracker(regions, page_size, policy, Protection::new(ReadOnly(slots)));
     Machine {
         _handler: None,
+        answered: Box::new(|| ()),
         tracker,
         ram: Arc::clone(&guest.ram) as _,
         guest: Box::new(guest),

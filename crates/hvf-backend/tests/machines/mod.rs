@@ -9,7 +9,6 @@ mod threads;
 
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::Ordering::SeqCst;
 
 use dirty_bitmap::{DirtyBitmap, Policy};
 use hvf_backend::{Answer, Exception, Exit, Stage2Tracker};
@@ -20,9 +19,9 @@ use test_machine::tracked::FaultHandler;
 pub use protection::Protection;
 
 /// Two regions, and a 2 MiB block of the memory file that has a part of both.
-pub const LOW_SIZE: u64 = 5 << 20;
+pub const LOW_SIZE: u64 = 3 << 20;
 pub const HIGH: u64 = 4 << 30;
-pub const HIGH_SIZE: u64 = 3 << 20;
+pub const HIGH_SIZE: u64 = 2 << 20;
 
 /// Up to here, programs and tables of guests that have some.
 const PROGRAM_END: u64 = 0x20000;
@@ -47,6 +46,7 @@ pub struct Machine {
     // In the order of dropping: vCPUs, then who answers their faults.
     guest: Box<dyn Guest>,
     _handler: Option<FaultHandler>,
+    answered: Box<dyn Fn() + Send + Sync>,
     pub tracker: Arc<Tracker>,
     pub ram: Arc<dyn PageReader + Send + Sync>,
 }
@@ -118,6 +118,11 @@ impl Machine {
         self.guest.increment(&self.tracker, vcpu, &words);
     }
 
+    /// Waits until writes that went on are marked: by userfaultfd, lifting wakes the writer, and marking comes after it.
+    pub fn wait_until_marked(&self) {
+        (self.answered)();
+    }
+
     /// Writes as a host does, and marks.
     pub fn host_write(&self, guest_start: u64, bytes: &[u8]) {
         self.guest.host_write(self.layout(), guest_start, bytes);
@@ -157,11 +162,7 @@ pub fn store_fault(physical_address: u64) -> Exit {
 fn tell(tracker: &Tracker, offset: u64) -> io::Result<()> {
     let address = tracker.layout().guest_address_of(offset);
     let exit = store_fault(address.ok_or(io::ErrorKind::InvalidInput)?);
-    let faults = &tracker.protection().faults;
-    faults.fetch_add(1, SeqCst);
-    let answer = tracker.handle_exit(&exit);
-    faults.fetch_sub(1, SeqCst);
-    match answer {
+    match tracker.handle_exit(&exit) {
         Ok(Answer::Handled) => Ok(()),
         other => Err(io::Error::other(format!("{other:?}"))),
     }

@@ -16,8 +16,8 @@ pub struct Protection {
     pub refuse_lift: AtomicU32,
     pub hold_protect: Hold,
     pub hold_lift: Hold,
-    /// Faults that somebody deals with right now.
-    pub faults: AtomicU32,
+    /// Whether each call lets other threads run: a step in the wrong order shows.
+    yields: bool,
 }
 
 /// Keeps one call from returning, when it has done its work.
@@ -38,13 +38,12 @@ impl Protection {
             refuse_lift: AtomicU32::new(0),
             hold_protect: Hold::default(),
             hold_lift: Hold::default(),
-            faults: AtomicU32::new(0),
+            yields: test_machine::thorough(),
         }
     }
 
-    /// Waits until faults whose writes went on are marked: by userfaultfd, lifting wakes the writer, and marking comes after it.
-    pub fn wait_until_marked(&self) {
-        while self.faults.load(SeqCst) != 0 {
+    fn let_others_run(&self) {
+        if self.yields {
             thread::yield_now();
         }
     }
@@ -104,24 +103,23 @@ impl WriteProtection for Protection {
 
     fn protect(&self, range: Range<u64>) -> io::Result<()> {
         let (range, end) = half_way(&self.refuse_protect, range);
-        // Others run here: a step in the wrong order shows.
-        thread::yield_now();
+        self.let_others_run();
         if !range.is_empty() {
             self.inner.protect(range.clone())?;
         }
         self.hold_protect.pass(&range);
-        thread::yield_now();
+        self.let_others_run();
         end
     }
 
     fn lift(&self, range: Range<u64>) -> io::Result<()> {
         let (range, end) = half_way(&self.refuse_lift, range);
-        thread::yield_now();
+        self.let_others_run();
         if !range.is_empty() {
             self.inner.lift(range.clone())?;
         }
         self.hold_lift.pass(&range);
-        thread::yield_now();
+        self.let_others_run();
         end
     }
 }

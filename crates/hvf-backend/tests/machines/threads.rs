@@ -49,6 +49,7 @@ impl Threads {
         let handler = protection.answer(move |offset| tell(&told, offset));
         Machine {
             _handler: Some(handler.unwrap()),
+            answered: Box::new(move || protection.wait_until_answered()),
             tracker,
             ram: Arc::clone(&self.memory) as _,
             guest: Box::new(self),

@@ -31,6 +31,11 @@ pub trait PageFaults: WriteProtection<Error = io::Error> + Clone + Send + Sync +
         &self,
         on_write: impl Fn(u64) -> io::Result<()> + Send + Sync + 'static,
     ) -> io::Result<FaultHandler>;
+
+    /// Waits until `on_write` has returned for every write that went on before.
+    ///
+    /// A page that `on_write` opens may be written before it returns, or before it is called for another write to that page.
+    fn wait_until_answered(&self);
 }
 
 /// Answers write faults. Dropped, it first makes all of the memory writable.

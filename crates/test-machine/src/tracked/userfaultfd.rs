@@ -8,6 +8,7 @@ use std::io::{self, PipeReader, PipeWriter, Read};
 use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 use std::thread::{self, JoinHandle};
 
 use dirty_bitmap::WriteProtection;
@@ -113,6 +114,8 @@ struct Inner {
     pieces: Vec<Piece>,
     page: u64,
     threads: usize,
+    /// Threads that may have taken a fault which is not answered yet.
+    answering: AtomicUsize,
     /// Mapped as long as this lives.
     _memory: Arc<dyn PageReader + Send + Sync>,
 }
@@ -162,6 +165,7 @@ impl Userfaultfd {
             pieces,
             page: page_size()?,
             threads,
+            answering: AtomicUsize::new(0),
             _memory: Arc::clone(memory) as _,
         };
         Ok(Self {
@@ -203,6 +207,13 @@ impl PageFaults for Userfaultfd {
             threads.running.push(thread);
         }
         Ok(FaultHandler::new(threads))
+    }
+
+    /// The kernel drops a fault that no thread has taken when its write goes on.
+    fn wait_until_answered(&self) {
+        while self.inner.answering.load(SeqCst) != 0 {
+            thread::yield_now();
+        }
     }
 }
 
@@ -248,8 +259,17 @@ impl Inner {
                 Err(Errno::EINTR) => continue,
                 polled => _ = polled?,
             }
-            match (&self.descriptor).read(&mut message) {
-                Ok(abi::MESSAGE) => self.admit(&message, on_write)?,
+            // Counted first: a fault that is taken has always been counted.
+            self.answering.fetch_add(1, SeqCst);
+            let taken = (&self.descriptor).read(&mut message);
+            let answered = match taken {
+                Ok(abi::MESSAGE) => self.admit(&message, on_write),
+                _ => Ok(()),
+            };
+            self.answering.fetch_sub(1, SeqCst);
+            answered?;
+            match taken {
+                Ok(abi::MESSAGE) => {}
                 Ok(short) => return Err(io::Error::other(format!("a message of {short} bytes"))),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                     if ready[1].any() == Some(true) {
