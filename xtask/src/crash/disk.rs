@@ -111,9 +111,22 @@ impl FileSystem {
             "exfat" => &mut mkfs,
             _ => mkfs.arg("-q"),
         };
-        run(mkfs.arg(&device.device)).map(drop)
+        mkfs.arg(&device.device);
+        // mkfs.btrfs looks at all loop devices that are mounted, and fails where one goes meanwhile.
+        let mut attempts = 0;
+        loop {
+            match run(&mut mkfs) {
+                Err(error) if attempts < 100 && error.to_string().contains(MOUNT_STATUS) => {
+                    attempts += 1;
+                }
+                made => return made.map(drop),
+            }
+        }
     }
 }
+
+/// What mkfs.btrfs says of a loop device of another job.
+const MOUNT_STATUS: &str = "cannot check mount status";
 
 /// When the kernel commits the journal although nothing is synced.
 #[derive(Clone, Copy, Debug)]
