@@ -17,7 +17,6 @@ mod demo;
 #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
 mod faults;
 #[cfg(target_os = "linux")]
-#[allow(dead_code, reason = "no command runs it yet")]
 mod fresh;
 mod fs_matrix;
 mod fuzz;

@@ -95,8 +95,7 @@ fn next_line(from: &mut impl BufRead) -> io::Result<Option<String>> {
 
 #[cfg(test)]
 mod tests {
-    use nix::errno::Errno;
-    use nix::sys::signal::kill;
+    use std::io::Read;
 
     use super::*;
 
@@ -140,17 +139,16 @@ mod tests {
 
     #[test]
     fn a_dropped_process_takes_its_children_with_it() {
-        let script = "sleep 300 & echo $!; wait";
-        let process = Process::start(shell(script), &Interrupt::default()).expect("a shell");
-        let line = process.next(Duration::from_secs(30)).expect("a line");
-        let pid = line.expect("an output that is open").trim().parse();
-        let child = Pid::from_raw(pid.expect("a process id"));
-        assert_eq!(kill(child, None), Ok(()));
+        let (mut errors, theirs) = io::pipe().expect("a pipe");
+        let mut command = shell("(sleep 300; echo late >&2) & echo ready; wait");
+        command.stderr(theirs);
+        let process = Process::start(command, &Interrupt::default()).expect("a shell");
+        let line = process.next(Duration::from_secs(60)).expect("a line");
+        assert_eq!(line.as_deref(), Some("ready\n"));
         drop(process);
-        let start = Instant::now();
-        while kill(child, None) != Err(Errno::ESRCH) {
-            assert!(start.elapsed() < Duration::from_secs(10), "it lives on");
-            thread::sleep(Duration::from_millis(10));
-        }
+        // The pipe ends when the last of them has ended.
+        let mut said = String::new();
+        errors.read_to_string(&mut said).expect("text");
+        assert_eq!(said, "", "the child lived on");
     }
 }

@@ -3,7 +3,9 @@
 //! Each [guest](guest::Guest) keeps a [`ledger`] with checksums in its RAM. It is a virtual machine or a part of this
 //! process, and its writes are tracked. The [`oracle`] computes the same ledger without a guest.
 //!
-//! `cargo xtask demo` and `cargo xtask soak` run these guests. The crate is separate from `xtask` because its loops
+//! A guest's RAM that need not run is [`ram::Stamped`].
+//!
+//! The tasks of `xtask` run these guests. The crate is separate from `xtask` because its loops
 //! read every word of the RAM: it is compiled with optimisation, and `xtask` is not.
 
 #![allow(
@@ -21,3 +23,4 @@ pub mod hvf;
 pub mod kvm;
 pub mod ledger;
 pub mod oracle;
+pub mod ram;

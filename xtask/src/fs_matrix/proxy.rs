@@ -192,7 +192,7 @@ mod tests {
         let proxy = Proxy::start(echo()).expect("a proxy");
         let call = |message: &[u8]| -> io::Result<Vec<u8>> {
             let mut stream = TcpStream::connect(("127.0.0.1", proxy.port))?;
-            stream.set_read_timeout(Some(Duration::from_secs(10)))?;
+            stream.set_read_timeout(Some(Duration::from_secs(60)))?;
             stream.write_all(&record(message))?;
             let mut answer = vec![0; 4 + message.len()];
             stream.read_exact(&mut answer)?;

@@ -49,6 +49,15 @@ const DIFFS: usize = 2;
 
 impl QemuE2e {
     pub fn run(self, sh: &Shell) -> anyhow::Result<()> {
+        let interrupt = Interrupt::catch()?;
+        let home = sh.current_dir().join("target/qemu-e2e");
+        fs::create_dir_all(&home).with_context(|| format!("can't make {}", home.display()))?;
+        // Before anything is installed or downloaded.
+        let place = self.dir.as_deref().unwrap_or(&home);
+        let dir = tempfile::Builder::new()
+            .prefix("run-")
+            .tempdir_in(place)
+            .with_context(|| format!("can't make a directory in {}", place.display()))?;
         let missing = self.install.ensure(sh, guest::PACKAGES, "qemu-e2e")?;
         if let Some(package) = missing.first() {
             bail!(
@@ -57,15 +66,8 @@ impl QemuE2e {
                 package.name
             );
         }
-        let interrupt = Interrupt::catch()?;
-        let home = sh.current_dir().join("target/qemu-e2e");
         let kit = Kit::prepare(sh, &home, self.install.allowed())?;
         let memsnap = Memsnap::build(sh)?;
-        let place = self.dir.as_deref().unwrap_or(&home);
-        let dir = tempfile::Builder::new()
-            .prefix("run-")
-            .tempdir_in(place)
-            .with_context(|| format!("can't make a directory in {}", place.display()))?;
         let room = Room {
             kit: &kit,
             dir: dir.path(),

@@ -15,8 +15,8 @@ use super::{Chain, name, paths, seconds};
 /// Rounds that a restored guest must work.
 const AFTER: u64 = 8;
 
-/// How long a guest without its last diff may be silent until it counts as dead: many times what a round takes.
-const DEAD: Duration = Duration::from_secs(15);
+/// A guest without its last diff counts as dead once it is silent for so many times what [`AFTER`] rounds of the right one took.
+const DEAD: u32 = 2;
 
 /// A guest that was killed, and all that is left of it.
 pub struct Proof<'a> {
@@ -30,15 +30,17 @@ pub struct Proof<'a> {
 
 impl Proof<'_> {
     pub fn carry_out(&self) -> anyhow::Result<()> {
+        let mut slowest = Duration::ZERO;
         for chain in &self.chains {
-            self.restored_guest_goes_on(chain)?;
+            slowest = slowest.max(self.restored_guest_goes_on(chain)?);
         }
         let newest = self.chains.last().context("there are layouts")?;
         self.spoilt_page_is_found(newest)?;
-        self.missing_diff_is_found(newest)
+        self.missing_diff_is_found(newest, slowest * DEAD)
     }
 
-    fn restored_guest_goes_on(&self, Chain { tool, files }: &Chain) -> anyhow::Result<()> {
+    /// How long the restored guest took to come up and to work.
+    fn restored_guest_goes_on(&self, Chain { tool, files }: &Chain) -> anyhow::Result<Duration> {
         let (chain, layout) = (paths(files), tool.layout);
         let start = Instant::now();
         tool.verify(&chain)?;
@@ -54,10 +56,13 @@ impl Proof<'_> {
             chain.len(),
             seconds(start.elapsed())
         );
+        let start = Instant::now();
         let last = self.goes_on(&name)?;
+        let took = start.elapsed();
         let first = self.place.round + 1;
         println!("{layout}: a second QEMU works rounds {first} to {last}, all files ok");
-        Ok(fs::remove_file(ram)?)
+        fs::remove_file(ram)?;
+        Ok(took)
     }
 
     /// Merges `chain` and makes a RAM file of it.
@@ -97,10 +102,14 @@ impl Proof<'_> {
         Ok(())
     }
 
-    fn missing_diff_is_found(&self, Chain { tool, files }: &Chain) -> anyhow::Result<()> {
+    fn missing_diff_is_found(
+        &self,
+        Chain { tool, files }: &Chain,
+        dead: Duration,
+    ) -> anyhow::Result<()> {
         let (_, older) = files.split_last().context("a chain has a last image")?;
         self.restore("left-out", tool, &paths(older))?;
-        let fault = self.fault("left-out", DEAD)?;
+        let fault = self.fault("left-out", dead)?;
         println!("{} left out: found out, {fault}", name(older.len()));
         Ok(())
     }

@@ -125,7 +125,7 @@ fn copying_what_was_marked_while_it_is_written_misses_no_write(#[case] tracking:
         }
     };
     // Each page once a round: what is missed stays missed.
-    for round in 1..=60 {
+    for round in 1..=test_machine::rounds(6, 60) {
         let done = AtomicBool::new(false);
         std::thread::scope(|scope| {
             scope.spawn(|| {

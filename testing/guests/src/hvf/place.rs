@@ -16,8 +16,8 @@ static SEAT: Mutex<Weak<Place>> = Mutex::new(Weak::new());
 
 /// A guest's RAM, in the virtual machine or not.
 pub(super) struct Place {
-    pub ram: Arc<GuestRam>,
-    pub tracker: OnceLock<Stage2Tracker<Stage>>,
+    pub(super) ram: Arc<GuestRam>,
+    pub(super) tracker: OnceLock<Stage2Tracker<Stage>>,
     stage: Stage,
 }
 
@@ -27,7 +27,7 @@ pub(super) struct Stage(Arc<Mutex<Option<Stage2>>>);
 
 /// The virtual machine, as long as it is this guest's.
 pub(super) struct Seat {
-    pub vm: Vm,
+    pub(super) vm: Vm,
     _taken: MutexGuard<'static, Weak<Place>>,
 }
 
@@ -41,7 +41,7 @@ pub(super) fn available() -> anyhow::Result<()> {
 }
 
 impl Place {
-    pub fn new(ram: GuestRam) -> Arc<Self> {
+    pub(super) fn new(ram: GuestRam) -> Arc<Self> {
         Arc::new(Self {
             ram: Arc::new(ram),
             tracker: OnceLock::new(),
@@ -50,7 +50,7 @@ impl Place {
     }
 
     /// Begins to track writes.
-    pub fn track(&self) -> anyhow::Result<()> {
+    pub(super) fn track(&self) -> anyhow::Result<()> {
         let layout = self.ram.layout().clone();
         let (bitmap, stage) = (self.ram.dirty_bitmap(), self.stage.clone());
         let tracker = Stage2Tracker::new(layout, bitmap, Policy::default(), stage)?;
@@ -60,7 +60,7 @@ impl Place {
     }
 
     /// Takes the virtual machine, from another guest if need be.
-    pub fn take_seat(self: &Arc<Self>) -> anyhow::Result<Seat> {
+    pub(super) fn take_seat(self: &Arc<Self>) -> anyhow::Result<Seat> {
         let mut taken = lock(&SEAT);
         let mut stage = lock(&self.stage.0);
         if let Some(stage) = &*stage {
@@ -84,7 +84,7 @@ impl Place {
     }
 
     /// Gives the virtual machine back, if this guest has it.
-    pub fn leave(&self) {
+    pub(super) fn leave(&self) {
         // Waits for whoever is taking it: otherwise they would find no guest in it, and the machine still there.
         let _seat = lock(&SEAT);
         drop(lock(&self.stage.0).take());

@@ -216,7 +216,7 @@ fn emulate(
         .stdin(Stdio::null())
         .spawn()
         .unwrap();
-    let deadline = Instant::now() + Duration::from_secs(120);
+    let deadline = Instant::now() + Duration::from_secs(600);
     let status = loop {
         match qemu.try_wait().unwrap() {
             Some(status) => break Some(status),

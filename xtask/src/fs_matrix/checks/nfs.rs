@@ -51,7 +51,7 @@ fn restarted(
     let written = site.subject.full(&dest, &Stamped::new(2, RAM), RAM, PAGE);
     let sprung = server.proxy.sprung();
     if sprung {
-        restarted.recv_timeout(Duration::from_secs(30))??;
+        restarted.recv_timeout(Duration::from_secs(300))??;
     }
     let (found, left) = (content(&dest, RAM)?, site.leftovers(&[DEST])?);
     let wanted = if written.is_ok() { 2 } else { 1 };

@@ -5,7 +5,7 @@ use std::io::BufWriter;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
-use xshell::Shell;
+use xshell::{Shell, cmd};
 
 use super::console::Console;
 use super::unpack;
@@ -19,6 +19,7 @@ pub const PACKAGES: &[Package] = &[
     Package::new("qemu-system-x86", "qemu-system-x86_64"),
     Package::new("qemu-utils", "qemu-img"),
     Package::new("gcc-12", "gcc-12"),
+    Package::new("binutils", "strip"),
     Package::new("make", "make"),
     Package::new("xz-utils", "xz"),
     Package::new("strace", "strace"),
@@ -77,7 +78,7 @@ impl Kit {
             apfs,
             _lock: lock,
         };
-        kit.freshen()?;
+        kit.freshen(sh)?;
         Ok(kit)
     }
 
@@ -117,13 +118,17 @@ impl Kit {
     }
 
     /// What may change from run to run: this program, and the initramfs.
-    fn freshen(&self) -> anyhow::Result<()> {
+    fn freshen(&self, sh: &Shell) -> anyhow::Result<()> {
         let place = self.tree().join("fs-matrix");
         fs::create_dir_all(&place)?;
         let program = place.join("xtask");
         let _ = fs::remove_file(&program);
-        // A copy: a build that goes on meanwhile must not change it under the guests.
-        fs::copy(std::env::current_exe()?, &program).context("can't copy this program")?;
+        // A copy: a build that goes on meanwhile must not change it under the guests. They load it often, and use no symbols.
+        let this = std::env::current_exe()?;
+        cmd!(sh, "strip -o {program} {this}")
+            .quiet()
+            .run()
+            .context("can't copy this program")?;
         let _ = fs::remove_dir_all(self.run_dir());
         fs::create_dir_all(self.run_dir())?;
 
