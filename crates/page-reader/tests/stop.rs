@@ -250,7 +250,7 @@ impl Target {
     fn stands_still(&self) {
         let before = self.counts.load();
         // Traced and stopped; a thread that has ended stays for its tracer to look at.
-        // One that nobody traces may be listed for a moment longer, dead.
+        // A dead thread without a tracer may be listed for a moment longer.
         assert_eq!(states(self.pid()).trim_matches(['t', 'Z', 'X']), "");
         thread::sleep(Duration::from_millis(rounds(2, 20)));
         assert_eq!(self.counts.load(), before);
