@@ -234,18 +234,20 @@ fn fs_matrix(context: &Context<'_>) -> anyhow::Result<()> {
 
 fn crash(context: &Context<'_>) -> anyhow::Result<()> {
     if context.has(Need::LoggedDisk, "crash")? {
-        context.xtask("crash --states 20 --seed 1").run()?;
+        context.xtask("crash --seed 1 --states 8").run()?;
     }
     Ok(())
 }
 
 fn faults(context: &Context<'_>) -> anyhow::Result<()> {
     if context.has(Need::Ptrace, "faults")? {
-        context.xtask("faults --sample 40 --seed 1").run()?;
+        context
+            .xtask("faults --seed 1 --sample 16 --repeatable")
+            .run()?;
     }
     Ok(())
 }
 
 fn soak(context: &Context<'_>) -> anyhow::Result<()> {
-    Ok(context.xtask("soak --rounds 100 --seed 1").run()?)
+    Ok(context.xtask("soak --seed 1 --rounds 12").run()?)
 }
