@@ -52,14 +52,14 @@ pub fn run(sh: &Shell, toolchain: Toolchain, dir: &Path) -> anyhow::Result<()> {
         output.status.success(),
         "the copy of {CRATE} in {} fails unbroken:\n{}",
         copy.display(),
-        String::from_utf8_lossy(&output.stderr)
+        explanation(&output)
     );
     println!("self-check: {CRATE} passes unbroken");
     for broken in &BREAKS {
         let (text, line) = broken.apply(&source)?;
         sh.write_file(&file, text)?;
         let output = lint(sh, toolchain, &copy)?;
-        let found = errors(&String::from_utf8(output.stdout)?)?;
+        let found = errors(std::str::from_utf8(&output.stdout)?)?;
         let expected = (broken.code.to_owned(), line);
         if output.status.success() || !found.contains(&expected) {
             bail!(
@@ -67,7 +67,7 @@ pub fn run(sh: &Shell, toolchain: Toolchain, dir: &Path) -> anyhow::Result<()> {
                 broken.code,
                 broken.wrong,
                 broken.right,
-                String::from_utf8_lossy(&output.stderr)
+                explanation(&output)
             );
         }
         println!(
@@ -137,6 +137,16 @@ fn lint(sh: &Shell, toolchain: Toolchain, copy: &Path) -> anyhow::Result<Output>
         .args(["--lib", "--message-format=json", "--manifest-path"])
         .arg(copy.join(CRATE).join("Cargo.toml"));
     Ok(lint.quiet().ignore_status().output()?)
+}
+
+/// What cargo and the compiler print for people: diagnostics are in the JSON on standard output.
+fn explanation(output: &Output) -> String {
+    let mut text = String::from_utf8_lossy(&output.stderr).into_owned();
+    for line in String::from_utf8_lossy(&output.stdout).lines() {
+        let message: Value = serde_json::from_str(line).unwrap_or_default();
+        text += message["message"]["rendered"].as_str().unwrap_or_default();
+    }
+    text
 }
 
 /// The codes of the errors in the broken file, and their lines, from cargo's JSON messages.
