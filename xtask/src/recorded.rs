@@ -15,6 +15,7 @@ pub struct Record {
     record: bool,
 }
 
+#[cfg(target_os = "linux")]
 impl From<bool> for Record {
     fn from(record: bool) -> Self {
         Self { record }

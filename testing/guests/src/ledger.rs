@@ -30,7 +30,7 @@ pub const CHECKSUM: u64 = PAGE - WORD;
 pub const HOT: u64 = 64;
 /// Of this many steps of the roaming kind, one jumps elsewhere.
 pub const JUMP: u64 = 128;
-/// The odd multiplier of [`mix`]: 2^64 divided by the golden ratio (Knuth, The Art of Computer Programming 3, 6.4).
+/// The odd multiplier of `mix`: 2^64 divided by the golden ratio (Knuth, The Art of Computer Programming 3, 6.4).
 pub const GOLDEN: u64 = 0x9e37_79b9_7f4a_7c15;
 /// Where the random numbers begin; any number but 0.
 pub const SEED: u64 = 0x0123_4567_89ab_cdef;

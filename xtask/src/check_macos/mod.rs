@@ -22,14 +22,12 @@ const TARGET_DIR: &str = "target/macos";
 const OLDEST_RUST: &str = env!("CARGO_PKG_RUST_VERSION");
 
 /// Nothing is run: speed is the compiler's own, not the program's.
-const UNOPTIMISED: [&str; 6] = [
+const UNOPTIMISED: [&str; 4] = [
     "--config",
     "profile.dev.opt-level=0",
+    // Without any debug information cargo strips executables, with a tool that Debian's rustc comes without.
     "--config",
-    "profile.dev.debug=false",
-    // Without debug information cargo strips that of the standard library, with a tool that Debian's rustc comes without.
-    "--config",
-    "profile.dev.strip=\"none\"",
+    "profile.dev.debug=\"line-directives-only\"",
 ];
 
 /// Lint everything for aarch64-apple-darwin, and link what uses the hypervisor

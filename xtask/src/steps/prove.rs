@@ -4,7 +4,6 @@ use xshell::{Shell, cmd};
 
 use super::{Context, Options, Step, Suite, busy, changed, test};
 use crate::interleavings;
-use crate::recorded::Record;
 
 pub const SUITE: Suite = Suite {
     name: "prove",
@@ -174,11 +173,6 @@ impl Context<'_> {
         Ok(self.xtask(&format!("{arguments}{record}")).run()?)
     }
 
-    /// Prints the closing line of a run, and puts it into docs/reliability.md where that is asked for.
-    fn conclude(&self, run: &str, line: &str, how: &str) -> anyhow::Result<()> {
-        Record::from(self.record).conclude(self.sh, run, line, how)
-    }
-
     /// Returns `--only` with those of `known` that changed, or nothing for all. `None`: none of them did.
     fn only(&self, known: &[&str]) -> Option<String> {
         if self.crates.is_empty() {
@@ -268,5 +262,8 @@ fn fresh(context: &Context<'_>) -> anyhow::Result<()> {
 #[cfg(target_os = "linux")]
 fn fresh(context: &Context<'_>) -> anyhow::Result<()> {
     let times = crate::fresh::run(context.sh, context.install)?;
-    context.conclude("cargo xtask prove fresh", &times, "2 cores")
+    let cores = std::thread::available_parallelism()?;
+    let record = crate::recorded::Record::from(context.record);
+    let how = format!("{cores} cores");
+    record.conclude(context.sh, "cargo xtask prove fresh", &times, &how)
 }
