@@ -62,7 +62,3 @@ pub fn scattered(count: u64, below: u64) -> Vec<u64> {
     }
     chosen.into_iter().collect()
 }
-
-#[cfg(doctest)]
-#[doc = include_str!("../../README.md")]
-struct Readme;

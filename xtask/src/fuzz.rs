@@ -56,9 +56,14 @@ impl Fuzz {
             // The sanitizer is in every toolchain; the flag for it is not stable.
             let _bootstrap = sh.push_env("RUSTC_BOOTSTRAP", "1");
             let _flags = sh.push_env("RUSTFLAGS", FLAGS);
-            let _quick = self
-                .quick_build
-                .then(|| sh.push_env("CARGO_PROFILE_RELEASE_OPT_LEVEL", "1"));
+            let quick = [
+                ("CARGO_PROFILE_RELEASE_OPT_LEVEL", "1"),
+                ("CARGO_PROFILE_RELEASE_DEBUG", "none"),
+            ];
+            let quick = quick.into_iter().filter(|_| self.quick_build);
+            let _quick: Vec<_> = quick
+                .map(|(name, value)| sh.push_env(name, value))
+                .collect();
             cmd!(
                 sh,
                 "cargo build --locked --release --manifest-path {manifest} --target {TARGET} --target-dir target/fuzz"

@@ -143,7 +143,7 @@ const MUTANTS: [Mutant; 10] = [
     },
 ];
 
-/// Runs the models, then shows that they detect the mutants.
+/// Runs the models and, without a bound, shows that they detect the mutants.
 pub fn run(sh: &Shell, bound: Bound) -> anyhow::Result<()> {
     let _loom = sh.push_env("RUSTFLAGS", LOOM);
     let thorough = match bound {
@@ -165,6 +165,9 @@ pub fn run(sh: &Shell, bound: Bound) -> anyhow::Result<()> {
             )
             .run()?;
         }
+    }
+    if bound == Bound::Preemptions {
+        return Ok(());
     }
     let copy = Copy::make(sh)?;
     for mutant in &MUTANTS {

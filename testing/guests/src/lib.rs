@@ -24,3 +24,8 @@ pub mod kvm;
 pub mod ledger;
 pub mod oracle;
 pub mod ram;
+
+/// The examples of the README, which use most crates: this one is compiled after them.
+#[cfg(doctest)]
+#[doc = include_str!("../../../README.md")]
+struct Readme;

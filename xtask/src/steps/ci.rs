@@ -44,7 +44,7 @@ pub const SUITE: Suite = Suite {
         },
         Step {
             name: "interleavings",
-            proves: "no mark is lost in bounded loom models, which detect each of ten mutants",
+            proves: "no mark is lost in any interleaving with at most two preemptions",
             paths: &[],
             run: interleavings,
         },
@@ -62,7 +62,7 @@ pub const SUITE: Suite = Suite {
         },
         Step {
             name: "demos",
-            proves: "the demo passes with every guest of this machine, also with RAM above the MMIO gap",
+            proves: "the demo passes with every guest of this machine",
             paths: &[],
             run: demos,
         },
@@ -188,25 +188,22 @@ fn fuzzing(context: &Context<'_>) -> anyhow::Result<()> {
         return context.leave_out("fuzzing", "it runs on Linux on x86-64 only");
     }
     Ok(context
-        .xtask("fuzz --quick-build --runs 50000 --seed 1")
+        .xtask("fuzz --quick-build --runs 5000 --seed 1")
         .run()?)
 }
 
-/// Built as the tests are, and not optimised once more: nothing is timed.
+/// Built with the features that the tests are built with, and not optimised once more: nothing is timed.
 fn benchmarks(context: &Context<'_>) -> anyhow::Result<()> {
     let sh = context.sh;
     let test = cmd!(
         sh,
-        "cargo test --locked --package benches --lib --benches -- --test"
+        "cargo test --locked --workspace --all-features --bench bitmap --bench ratios --bench write -- --test"
     );
-    test.run()?;
-    Ok(cmd!(sh, "cargo test --locked --package benches --doc").run()?)
+    Ok(test.run()?)
 }
 
 fn demos(context: &Context<'_>) -> anyhow::Result<()> {
     context.xtask("demo").run()?;
-    // RAM on both sides of the MMIO gap.
-    context.xtask("demo --ram 4G --rounds 2").run()?;
     if context.has(Need::Userfaultfd, "demo --guest userfaultfd")? {
         context
             .xtask("demo --guest userfaultfd --ram 64M --rounds 2")

@@ -25,6 +25,12 @@ pub const SUITE: Suite = Suite {
             run: interleavings,
         },
         Step {
+            name: "demo",
+            proves: "the demo passes with RAM on both sides of the MMIO gap",
+            paths: &["crates", "testing/guests", "xtask/src/demo"],
+            run: demo,
+        },
+        Step {
             name: "crash",
             proves: "no state that a power loss can leave has lost or torn anything; commits without a sync are detected",
             paths: &[
@@ -197,6 +203,10 @@ fn tests(context: &Context<'_>) -> anyhow::Result<()> {
 
 fn interleavings(context: &Context<'_>) -> anyhow::Result<()> {
     interleavings::run(context.sh, interleavings::Bound::None)
+}
+
+fn demo(context: &Context<'_>) -> anyhow::Result<()> {
+    Ok(context.xtask("demo --ram 4G --rounds 2").run()?)
 }
 
 fn crash(context: &Context<'_>) -> anyhow::Result<()> {

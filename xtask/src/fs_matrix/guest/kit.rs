@@ -124,11 +124,12 @@ impl Kit {
         let program = place.join("xtask");
         let _ = fs::remove_file(&program);
         // A copy: a build that goes on meanwhile must not change it under the guests. They load it often, and use no symbols.
-        let this = std::env::current_exe()?;
-        cmd!(sh, "strip -o {program} {this}")
+        // Not by its name, which a build may have given to another program.
+        fs::copy("/proc/self/exe", &program).context("can't copy this program")?;
+        cmd!(sh, "strip {program}")
             .quiet()
             .run()
-            .context("can't copy this program")?;
+            .context("can't strip the copy of this program")?;
         let _ = fs::remove_dir_all(self.run_dir());
         fs::create_dir_all(self.run_dir())?;
 
