@@ -69,6 +69,9 @@ pub struct FsMatrix {
     /// How often the power is lost (Linux); 0 for not at all
     #[arg(long, default_value_t = 20)]
     cuts: u32,
+    /// Leave out the file over 4 GiB where the file system must write all of it
+    #[arg(long)]
+    quick: bool,
     /// Check a deliberately broken library instead: shows that the checks can fail
     #[arg(long, value_enum, hide = true)]
     sabotage: Option<Sabotage>,

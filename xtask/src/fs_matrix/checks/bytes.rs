@@ -10,7 +10,7 @@ use memory_image::{Chain, ImageError};
 use memory_writer::MemoryWriter;
 use page_reader::PageReader;
 
-use super::Check;
+use super::{Check, LARGE_FILE};
 use crate::fs_matrix::finding::Family::Bytes;
 use crate::fs_matrix::finding::Outcome;
 use crate::fs_matrix::site::Site;
@@ -40,7 +40,7 @@ pub const CHECKS: &[Check] = &[
     }),
     Check::new(Bytes, "full, then what was dirtied meanwhile", pre_copy),
     Check::new(Bytes, "chain applied", chain),
-    Check::new(Bytes, "file over 4 GiB", over_4_gib),
+    Check::new(Bytes, LARGE_FILE, over_4_gib),
 ];
 
 const PAGE: u64 = 16 << 10;

@@ -26,6 +26,8 @@ pub struct Guest {
     sabotage: Option<Sabotage>,
     #[arg(long)]
     check: Vec<String>,
+    #[arg(long)]
+    skip: Vec<String>,
 }
 
 impl Guest {
@@ -62,7 +64,7 @@ impl Guest {
             server,
         };
         fs::create_dir(&site.dir)?;
-        checks::run_all(&mut site, &self.check, out)
+        checks::run_all(&mut site, &self.check, &self.skip, out)
     }
 }
 
