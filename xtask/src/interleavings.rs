@@ -1,4 +1,5 @@
-//! The loom models of `dirty-bitmap` and `hvf-backend`, and mutants of the protocols that each model must detect.
+//! The loom models of `dirty-bitmap` and `hvf-backend`, and mutants of the protocols that each
+//! model must detect.
 
 use anyhow::{Context, bail, ensure};
 use xshell::{Shell, cmd};

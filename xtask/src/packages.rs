@@ -95,9 +95,9 @@ impl Install {
         !self.no_install
     }
 
-    /// Installs or upgrades what is missing or too old of `packages` if this is a Debian machine and
-    /// the caller is root. Prints what is still missing afterwards, with the command that installs
-    /// it, and returns it.
+    /// Installs or upgrades what is missing or too old of `packages` if this is a Debian machine
+    /// and the caller is root. Prints what is still missing afterwards, with the command that
+    /// installs it, and returns it.
     pub fn ensure(
         self,
         sh: &Shell,
@@ -214,8 +214,8 @@ const STAMP: &str = "/var/lib/apt/periodic/update-success-stamp";
 static UPDATED: OnceLock<bool> = OnceLock::new();
 
 /// Judges the package lists by the time of the last successful update. The files have the server's
-/// times, and `partial` changes in a failed update, too. The directory changes when an update brings
-/// something new; the stamp covers the others.
+/// times, and `partial` changes in a failed update, too. The directory changes when an update
+/// brings something new; the stamp covers the others.
 fn lists() -> Lists {
     match UPDATED.get() {
         Some(true) => return Lists::Updated,

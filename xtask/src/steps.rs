@@ -1,4 +1,5 @@
-//! The steps of `cargo xtask test`, `ci` and `prove`: what each runs, what it proves, how long it took.
+//! The steps of `cargo xtask test`, `ci` and `prove`: what each runs, what it proves, how long it
+//! took.
 
 mod busy;
 mod changed;
@@ -100,7 +101,8 @@ impl Context<'_> {
         self.left_out.add(what, why)
     }
 
-    /// Returns whether this machine has `need`, and reports that `what` is not run where it has not.
+    /// Returns whether this machine has `need`, and reports that `what` is not run where it has
+    /// not.
     pub fn has(&self, need: Need, what: &str) -> anyhow::Result<bool> {
         if need.is_met() {
             return Ok(true);

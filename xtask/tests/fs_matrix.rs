@@ -35,7 +35,8 @@ fn broken(dir: &Path, arguments: &[&str]) -> (Vec<String>, bool) {
     (broken.collect(), !output.status.success())
 }
 
-/// Unless tests are thorough, only these and `named` are run: checks of each family, but those that run a child many times.
+/// Unless tests are thorough, only these and `named` are run: checks of each family, but those that
+/// run a child many times.
 fn selection(named: &[&str]) -> Vec<String> {
     const QUICK: [&str; 4] = ["full dump", "diff", "chain applied", "replace"];
     if test_machine::thorough() {

@@ -169,7 +169,8 @@ fn error(call: &str, number: usize, errno: &str) -> Option<Vec<String>> {
     (call != "close").then(|| vec![format!("inject={call}:error={errno}:when={number}")])
 }
 
-/// Fails each call of `job` with one of `errnos`, in turn, or with each of them where tests are thorough.
+/// Fails each call of `job` with one of `errnos`, in turn, or with each of them where tests are
+/// thorough.
 fn fail_each(
     job: &str,
     prepare: impl Fn(&Path),

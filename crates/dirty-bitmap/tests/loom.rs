@@ -3,8 +3,8 @@
 //! Each model also counts what loom's memory model can reorder: the page that is marked is an atomic with relaxed ordering, so
 //! that a drain which takes a mark without seeing the write before it is found as well.
 //!
-//! With `MEMSNAP_THOROUGH=1`, a model with no bound on preemptions is exhaustive; where one is set, it is named at the
-//! model. Without it, at most 2 preemptions are tried.
+//! With `MEMSNAP_THOROUGH=1`, a model with no bound on preemptions is exhaustive; where one is set,
+//! it is named at the model. Without it, at most 2 preemptions are tried.
 
 #![cfg(memsnap_loom)]
 

@@ -5,8 +5,8 @@
 //! waits until no CPU holds the old translation. The pages' contents are relaxed atomics, so that a checkpoint which takes a mark
 //! without the write before it is found too.
 //!
-//! With `MEMSNAP_THOROUGH=1`, a model with no bound on preemptions is exhaustive; where one is set, it is named at the
-//! model. Without it, at most 2 preemptions are tried.
+//! With `MEMSNAP_THOROUGH=1`, a model with no bound on preemptions is exhaustive; where one is set,
+//! it is named at the model. Without it, at most 2 preemptions are tried.
 
 #![cfg(memsnap_loom)]
 

@@ -4,7 +4,8 @@
 //! line says so past the test harness's capture, and the test returns. Where it is missing but named in
 //! `MEMSNAP_REQUIRE` (comma-separated, or `all`; `cargo xtask test` sets `all` in CI), the test fails.
 //!
-//! A test repeats what it does a few times, and many times where [`thorough`] says so: `cargo xtask prove`.
+//! A test repeats what it does a few times, and many times where [`thorough`] says so: `cargo xtask
+//! prove`.
 
 #[cfg(target_os = "linux")]
 mod loop_mount;
@@ -25,13 +26,15 @@ pub const REQUIRE: &str = "MEMSNAP_REQUIRE";
 
 /// The environment variable that names a file to which each test that is not run appends a line.
 ///
-/// `cargo xtask test` sets it, and prints the file at the end: a test harness hides what a passing test prints.
+/// `cargo xtask test` sets it, and prints the file at the end: a test harness hides what a passing
+/// test prints.
 pub const NOT_RUN: &str = "MEMSNAP_NOT_RUN";
 
 /// The environment variable that makes tests [`thorough`].
 pub const THOROUGH: &str = "MEMSNAP_THOROUGH";
 
-/// Returns whether tests repeat what they do many times, with other random numbers each time, and wait for races.
+/// Returns whether tests repeat what they do many times, with other random numbers each time, and
+/// wait for races.
 ///
 /// `cargo xtask prove tests` sets `MEMSNAP_THOROUGH=1`. Without it, a test does the same each time.
 #[must_use]
@@ -190,7 +193,8 @@ impl fmt::Display for Need {
     }
 }
 
-/// Reports that `test` is not run, past the test harness, and appends it to the file that `MEMSNAP_NOT_RUN` names.
+/// Reports that `test` is not run, past the test harness, and appends it to the file that
+/// `MEMSNAP_NOT_RUN` names.
 pub fn not_run(test: &str, why: &str) {
     let line = format!("NOT RUN {test}: {why}\n");
     // Not eprintln!: the harness would keep the line of a passing test to itself.

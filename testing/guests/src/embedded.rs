@@ -1,5 +1,5 @@
-//! Guests for machines without a hypervisor: the ledger runs as a part of this process, on memory whose writes are tracked by
-//! real page faults.
+//! Guests for machines without a hypervisor: the ledger runs as a part of this process, on memory
+//! whose writes are tracked by real page faults.
 
 #[cfg(test)]
 mod tests;

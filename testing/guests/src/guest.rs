@@ -14,8 +14,9 @@ use super::ledger::{Layout, Verdict};
 
 /// A guest with a ledger in its RAM: a virtual machine, or a part of this process.
 ///
-/// A new guest has empty memory. It either [boots](Self::boot), or becomes another guest: its memory is
-/// [written](Self::write) from that guest's snapshots and its [processor](Self::set_processor) set to that guest's.
+/// A new guest has empty memory. It either [boots](Self::boot), or becomes another guest: its
+/// memory is [written](Self::write) from that guest's snapshots and its
+/// [processor](Self::set_processor) set to that guest's.
 pub trait Guest: Send {
     /// Loads the program and puts the processor at its start.
     fn boot(&mut self) -> anyhow::Result<()>;
@@ -23,8 +24,8 @@ pub trait Guest: Send {
     /// Works until `step` steps are done, then waits for the next order.
     fn work_until(&mut self, step: u64) -> anyhow::Result<()>;
 
-    /// Has the guest go on, and pauses it at whatever instruction it then is: in the middle of a step.
-    /// A guest that can be stopped between steps only stays where it is.
+    /// Has the guest go on, and pauses it at whatever instruction it then is: in the middle of a
+    /// step. A guest that can be stopped between steps only stays where it is.
     fn pause(&mut self) -> anyhow::Result<()> {
         Ok(())
     }
@@ -56,7 +57,8 @@ pub trait Guest: Send {
     fn set_processor(&mut self, state: &[u8]) -> anyhow::Result<()>;
 }
 
-/// Knows which pages a guest writes. The guest may work meanwhile: no write is missed. To be dropped when the guest does not.
+/// Knows which pages a guest writes. The guest may work meanwhile: no write is missed. To be
+/// dropped when the guest does not.
 pub trait Tracker: Send + Sync {
     /// The pages written, by byte offset into the RAM.
     fn dirty(&self) -> &Arc<DirtyBitmap>;
@@ -64,7 +66,8 @@ pub trait Tracker: Send + Sync {
     /// Begins a save: takes out every page written so far, and tracks the next write to it anew.
     fn begin(&self) -> anyhow::Result<Epoch>;
 
-    /// Adds to the save what was written since, tracks the next writes anew, and says what that was.
+    /// Adds to the save what was written since, tracks the next writes anew, and says what that
+    /// was.
     fn take_more(&self, epoch: &mut Epoch) -> anyhow::Result<DirtyBitmap>;
 }
 
@@ -96,7 +99,8 @@ impl PageReader for Ram {
 pub enum Kind {
     /// A virtual machine of KVM's (Linux on x86-64): writes tracked by its dirty log
     Kvm,
-    /// A virtual machine of Apple's Hypervisor framework (macOS on Apple silicon): writes tracked by stage-2 protection
+    /// A virtual machine of Apple's Hypervisor framework (macOS on Apple silicon): writes tracked
+    /// by stage-2 protection
     Hvf,
     /// A part of this process (Linux): writes tracked by userfaultfd write-protection
     Userfaultfd,

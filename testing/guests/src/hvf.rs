@@ -1,4 +1,5 @@
-//! The guest in a virtual machine of Apple's Hypervisor framework: `ledger_aarch64.s` on a vCPU of its.
+//! The guest in a virtual machine of Apple's Hypervisor framework: `ledger_aarch64.s` on a vCPU of
+//! its.
 //!
 //! What it begins with is compiled everywhere, so that the program can be tested under an emulator.
 

@@ -28,12 +28,14 @@ const CHECKED: u8 = 2;
 const WORK: u64 = 0;
 const CHECK: u64 = 1;
 
-/// Where the page tables lie, the program above them, and, growing down towards that from the front page, the stack.
+/// Where the page tables lie, the program above them, and, growing down towards that from the front
+/// page, the stack.
 const PAGE_TABLES: u64 = 4096;
 const PROGRAM: u64 = Layout::FRONT - (64 << 10);
 const STACK: u64 = Layout::FRONT;
 
-/// Steps after which a guest that is to be paused waits of its own accord: ten times what it does until the nudge.
+/// Steps after which a guest that is to be paused waits of its own accord: ten times what it does
+/// until the nudge.
 const PAUSE_WITHIN: u64 = 400;
 
 /// A virtual machine with one vCPU.
@@ -111,7 +113,8 @@ impl Machine {
             Err(error) if error.errno() == libc::EINTR => return Ok(Stop::Nudge),
             Err(error) => return Err(error).context("KVM_RUN"),
         };
-        // KVM ends an `out` when the vCPU is run again: until then its state is that of the middle of an instruction.
+        // KVM ends an `out` when the vCPU is run again: until then its state is that of the middle
+        // of an instruction.
         let mut further = None;
         kvm_backend::complete_io(&mut self.vcpu, |exit| further = Some(format!("{exit:?}")))?;
         match further {

@@ -1,17 +1,21 @@
-//! The guest's work: a ledger, kept page by page in the guest's RAM, that can prove its own integrity.
+//! The guest's work: a ledger, kept page by page in the guest's RAM, that can prove its own
+//! integrity.
 //!
-//! This is the reference. The embedded guests run it over real memory, the oracle runs it over a map, and
-//! `kvm/ledger.s` is the same algorithm in machine code, register for variable. All must reach one digest.
+//! This is the reference. The embedded guests run it over real memory, the oracle runs it over a
+//! map, and `kvm/ledger.s` is the same algorithm in machine code, register for variable. All must
+//! reach one digest.
 //!
-//! **A page** is 512 words of 8 bytes: its number, its version (how often it was written), [`ENTRIES`] entries used in
-//! turn, and a checksum over all that. A page never written is all zeros, and the checksum of zeros is zero.
+//! **A page** is 512 words of 8 bytes: its number, its version (how often it was written),
+//! [`ENTRIES`] entries used in turn, and a checksum over all that. A page never written is all
+//! zeros, and the checksum of zeros is zero.
 //!
-//! **A step** picks a page, proves it whole, appends an entry derived from the step and the digest so far, and seals
-//! it with a new checksum. **The index**, elsewhere in RAM, repeats every page's version: a page that came from an older
-//! snapshot has a good checksum, but not the version that the index remembers.
+//! **A step** picks a page, proves it whole, appends an entry derived from the step and the digest
+//! so far, and seals it with a new checksum. **The index**, elsewhere in RAM, repeats every page's
+//! version: a page that came from an older snapshot has a good checksum, but not the version that
+//! the index remembers.
 //!
-//! **The processor's registers** hold what is nowhere in RAM ([`Registers`]): a guest restored without its vCPU state
-//! cannot reach the right digest.
+//! **The processor's registers** hold what is nowhere in RAM ([`Registers`]): a guest restored
+//! without its vCPU state cannot reach the right digest.
 
 /// Bytes of a ledger page: the smallest page that any tracker here knows.
 pub const PAGE: u64 = 4096;
@@ -30,7 +34,8 @@ pub const CHECKSUM: u64 = PAGE - WORD;
 pub const HOT: u64 = 64;
 /// Of this many steps of the roaming kind, one jumps elsewhere.
 pub const JUMP: u64 = 128;
-/// The odd multiplier of `mix`: 2^64 divided by the golden ratio (Knuth, The Art of Computer Programming 3, 6.4).
+/// The odd multiplier of `mix`: 2^64 divided by the golden ratio (Knuth, The Art of Computer
+/// Programming 3, 6.4).
 pub const GOLDEN: u64 = 0x9e37_79b9_7f4a_7c15;
 /// Where the random numbers begin; any number but 0.
 pub const SEED: u64 = 0x0123_4567_89ab_cdef;
@@ -39,8 +44,8 @@ pub const NO_PAGE: u64 = u64::MAX;
 
 /// Where the front page, the ledger and its index lie, as byte offsets into the RAM.
 ///
-/// The first 2 MiB are the machine's: page tables and the guest's program where the guest is a virtual machine, and the
-/// front page with everything that guest and host say to each other.
+/// The first 2 MiB are the machine's: page tables and the guest's program where the guest is a
+/// virtual machine, and the front page with everything that guest and host say to each other.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Layout {
     /// Bytes of RAM.
@@ -101,7 +106,8 @@ pub mod front {
     pub const UNTIL: u64 = word(0);
     /// From the host: 0 to work, 1 to check.
     pub const ORDER: u64 = word(1);
-    /// From the host, once: the end of the low RAM and the size of the hole above it (the last address and 0: no hole).
+    /// From the host, once: the end of the low RAM and the size of the hole above it (the last
+    /// address and 0: no hole).
     pub const GAP_START: u64 = word(2);
     pub const GAP_SIZE: u64 = word(3);
     /// From the host, once: pages of the ledger.
@@ -211,7 +217,8 @@ pub fn verdict(memory: &impl Words) -> Verdict {
     }
 }
 
-/// The page of the next step: hot pages, a sequence, runs that begin anywhere, and now and then any page at all.
+/// The page of the next step: hot pages, a sequence, runs that begin anywhere, and now and then any
+/// page at all.
 fn pick(memory: &mut impl Words, layout: Layout) -> u64 {
     let random = xorshift(memory.load(front::RANDOM));
     memory.store(front::RANDOM, random);
@@ -236,7 +243,8 @@ fn advance(memory: &mut impl Words, place: u64, layout: Layout) -> u64 {
     next
 }
 
-/// The next random number after `x` (Marsaglia, "Xorshift RNGs", Journal of Statistical Software 8 (2003) 14).
+/// The next random number after `x` (Marsaglia, "Xorshift RNGs", Journal of Statistical Software 8
+/// (2003) 14).
 fn xorshift(mut x: u64) -> u64 {
     x ^= x << 13;
     x ^= x >> 7;
@@ -248,7 +256,8 @@ fn scale(x: u64, n: u64) -> u64 {
     ((u128::from(x) * u128::from(n)) >> 64) as u64
 }
 
-/// Adds a word to a digest. For a given word it is one-to-one, so one changed word always changes the result.
+/// Adds a word to a digest. For a given word it is one-to-one, so one changed word always changes
+/// the result.
 fn mix(digest: u64, word: u64) -> u64 {
     (digest.rotate_left(5) ^ word).wrapping_mul(GOLDEN)
 }

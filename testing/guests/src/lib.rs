@@ -1,7 +1,9 @@
-//! Guests whose work can prove that their RAM and their processor were saved and restored correctly.
+//! Guests whose work can prove that their RAM and their processor were saved and restored
+//! correctly.
 //!
-//! Each [guest](guest::Guest) keeps a [`ledger`] with checksums in its RAM. It is a virtual machine or a part of this
-//! process, and its writes are tracked. The [`oracle`] computes the same ledger without a guest.
+//! Each [guest](guest::Guest) keeps a [`ledger`] with checksums in its RAM. It is a virtual machine
+//! or a part of this process, and its writes are tracked. The [`oracle`] computes the same ledger
+//! without a guest.
 //!
 //! A guest's RAM that need not run is [`ram::Stamped`].
 //!

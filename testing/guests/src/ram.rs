@@ -12,7 +12,8 @@ use page_reader::PageReader;
 const WORD: u64 = 8;
 const CHUNK: usize = 1 << 20;
 
-/// RAM whose every word is of version `stamp`, made when it is read. A stamp from 1 on never makes a word of zeros.
+/// RAM whose every word is of version `stamp`, made when it is read. A stamp from 1 on never makes
+/// a word of zeros.
 #[derive(Clone, Copy, Debug)]
 pub struct Stamped {
     pub stamp: u32,

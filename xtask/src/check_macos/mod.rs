@@ -25,21 +25,24 @@ const OLDEST_RUST: &str = env!("CARGO_PKG_RUST_VERSION");
 const UNOPTIMISED: [&str; 4] = [
     "--config",
     "profile.dev.opt-level=0",
-    // Without any debug information cargo strips executables, with a tool that Debian's rustc comes without.
+    // Without any debug information cargo strips executables, with a tool that Debian's rustc comes
+    // without.
     "--config",
     "profile.dev.debug=\"line-directives-only\"",
 ];
 
 /// Lint everything for aarch64-apple-darwin, and link what uses the hypervisor
 ///
-/// Lints (clippy, warnings are errors) every crate, test, example and task for Apple silicon. Breaks lines for macOS in a copy of a crate, and
-/// shows that each is found. Links hvf-backend's examples and xtask into Mach-O executables, and checks what macOS will ask of them: load
+/// Lints (clippy, warnings are errors) every crate, test, example and task for Apple silicon.
+/// Breaks lines for macOS in a copy of a crate, and shows that each is found. Links hvf-backend's
+/// examples and xtask into Mach-O executables, and checks what macOS will ask of them: load
 /// commands, oldest macOS, functions of the framework, signature.
 ///
 /// It takes the target in this toolchain (`rustup target add aarch64-apple-darwin`), or as root Debian's packages of a Rust toolchain with
-/// the standard library's source, which is built once into target/macos. For C and to link, on a system other than macOS, it takes Python and
-/// its pip, and downloads the package ziglang, a C compiler and linker with stubs of macOS's libraries (100 MB), into target/macos. Each piece
-/// that is missing is listed, and is an error.
+/// the standard library's source, which is built once into target/macos. For C and to link, on a
+/// system other than macOS, it takes Python and its pip, and downloads the package ziglang, a C
+/// compiler and linker with stubs of macOS's libraries (100 MB), into target/macos. Each piece that
+/// is missing is listed, and is an error.
 #[derive(clap::Args)]
 pub struct CheckMacos {
     #[command(flatten)]

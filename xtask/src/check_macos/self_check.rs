@@ -1,4 +1,5 @@
-//! A check of the check: it finds lines that are wrong on macOS alone, and passes the same crate unbroken.
+//! A check of the check: it finds lines that are wrong on macOS alone, and passes the same crate
+//! unbroken.
 
 use std::path::Path;
 use std::process::Output;

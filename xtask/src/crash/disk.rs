@@ -112,7 +112,8 @@ impl FileSystem {
             _ => mkfs.arg("-q"),
         };
         mkfs.arg(&device.device);
-        // mkfs.btrfs looks at all loop devices that are mounted, and fails where one goes meanwhile.
+        // mkfs.btrfs looks at all loop devices that are mounted, and fails where one goes
+        // meanwhile.
         let mut attempts = 0;
         loop {
             match run(&mut mkfs) {
@@ -136,8 +137,8 @@ pub enum Journal {
     CommittedAfter(u32),
 }
 
-/// A loop device over the first bytes of a file. The kernel detaches it when it is closed here and no longer mounted, also
-/// where this process is killed.
+/// A loop device over the first bytes of a file. The kernel detaches it when it is closed here and
+/// no longer mounted, also where this process is killed.
 pub struct Loop {
     device: String,
     _open: File,

@@ -30,7 +30,8 @@ use crate::write_log;
 /// so that names may get to the disk at any moment.
 pub const PHASES: [&str; 2] = ["alone", "in-company"];
 
-/// When the kernel commits the journal of what a scenario leaves without a sync: soon, as that is waited for.
+/// When the kernel commits the journal of what a scenario leaves without a sync: soon, as that is
+/// waited for.
 const SOON: Journal = Journal::CommittedAfter(1);
 /// A mutant shows what it lacks before the kernel makes good for it.
 const NOT_YET: Journal = Journal::CommittedAfter(300);
@@ -88,7 +89,8 @@ impl Base {
     }
 }
 
-/// Carries `scenario` out on a new file system, with files of its own in `room`. That of a `mutant` is unmounted at once.
+/// Carries `scenario` out on a new file system, with files of its own in `room`. That of a `mutant`
+/// is unmounted at once.
 pub fn record(
     fs: FileSystem,
     scenario: &Scenario,
@@ -196,7 +198,8 @@ fn prepare(fs: FileSystem, scenario: &Scenario, image: &Path, point: &Path) -> a
     mounted.unmount()
 }
 
-/// Waits until the kernel has committed the journal of ext4 by itself, so that it happens in the log.
+/// Waits until the kernel has committed the journal of ext4 by itself, so that it happens in the
+/// log.
 fn settle(device: &Loop, point: &Path, interrupt: &Interrupt) -> anyhow::Result<()> {
     let info = format!("/proc/fs/jbd2/{}-8/info", device.name());
     let commits = || -> anyhow::Result<u64> {
@@ -217,7 +220,8 @@ fn settle(device: &Loop, point: &Path, interrupt: &Interrupt) -> anyhow::Result<
     Ok(())
 }
 
-/// Does `act` while another thread writes and syncs a file of its own, until once after the end. `act` is given how often it has synced.
+/// Does `act` while another thread writes and syncs a file of its own, until once after the end.
+/// `act` is given how often it has synced.
 fn with_neighbour(
     point: &Path,
     act: impl FnOnce(&AtomicU64) -> anyhow::Result<()>,
@@ -240,7 +244,7 @@ fn with_neighbour(
     thread::scope(|scope| {
         let neighbour = scope.spawn(|| {
             let synced = sync();
-            // Nobody waits for another sync.
+            // No thread waits for another sync.
             syncs.store(u64::MAX, Ordering::Relaxed);
             synced
         });

@@ -48,7 +48,8 @@ impl<'a> Replay<'a> {
     /// Makes a state and looks at it. The error is of this machine's, not the state's.
     pub fn look(&self, state: &State, tidying: Tidying) -> anyhow::Result<Result<(), Fault>> {
         self.make(state).context("can't make the state")?;
-        // Another one for each state: a device that stays open keeps what it read of the state before.
+        // Another one for each state: a device that stays open keeps what it read of the state
+        // before.
         let device = Loop::over(&self.path, self.fs.size())?;
         let mounted = match Mounted::new(self.fs, &device, &self.point) {
             Ok(mounted) => mounted,

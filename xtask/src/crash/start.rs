@@ -1,5 +1,5 @@
-//! Starts of processes. Until it runs its program, a new process has all files of this one open, and a file that is open elsewhere
-//! is not recycled.
+//! Starts of processes. Until it runs its program, a new process has all files of this one open,
+//! and a file that is open elsewhere is not recycled.
 
 use std::io;
 use std::process::{Child, Command};

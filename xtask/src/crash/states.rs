@@ -6,8 +6,8 @@ use std::io;
 use super::record::PHASES;
 use crate::write_log::{self, Entry, Fate, Random};
 
-/// Behind the end of the file system, for marks: a block whose bytes are the number of the phase in which a commit returned,
-/// or [`STEP`].
+/// Behind the end of the file system, for marks: a block whose bytes are the number of the phase in
+/// which a commit returned, or [`STEP`].
 pub const MARKS: u64 = 1 << 20;
 
 /// The byte of a mark between two steps of a commit.
@@ -62,9 +62,10 @@ impl Log {
         flushes.count()
     }
 
-    /// At most `limit` different states, the same for the same seed: first those at the marks, where a missing sync shows; then every
-    /// prefix of the log with all its writes, or prefixes at even distances if there are too many for half the limit; then
-    /// prefixes chosen by lot, with writes that no flush has followed dropped and torn by lot.
+    /// At most `limit` different states, the same for the same seed: first those at the marks,
+    /// where a missing sync shows; then every prefix of the log with all its writes, or prefixes at
+    /// even distances if there are too many for half the limit; then random prefixes, with
+    /// writes that no flush has followed dropped and torn at random.
     pub fn states(&self, seed: u64, limit: usize) -> Vec<State> {
         let mut seen = HashSet::new();
         let mut states = Vec::new();

@@ -15,7 +15,8 @@ use super::{Chain, name, paths, seconds};
 /// Rounds that a restored guest must work.
 const AFTER: u64 = 8;
 
-/// A guest without its last diff counts as dead once it is silent for so many times what [`AFTER`] rounds of the right one took.
+/// A guest without its last diff counts as dead once it is silent for so many times what [`AFTER`]
+/// rounds of the right one took.
 const DEAD: u32 = 2;
 
 /// A guest that was killed, and all that is left of it.

@@ -51,7 +51,8 @@ pub struct Life<'s> {
 }
 
 impl<'s> Life<'s> {
-    /// Lives guest number `guest`'s life number `life`, until it ends or the limit is reached, and counts its `rounds`.
+    /// Lives guest number `guest`'s life number `life`, until it ends or the limit is reached, and
+    /// counts its `rounds`.
     pub fn live(
         settings: &'s Settings,
         guest: u64,

@@ -190,7 +190,8 @@ impl Soak {
         self.record.conclude(sh, "cargo xtask soak", &said, &how)
     }
 
-    /// Guests come and go for as long as was asked for, in shifts of a minute, or in two of so many rounds.
+    /// Guests come and go for as long as was asked for, in shifts of a minute, or in two of so many
+    /// rounds.
     fn soak(&self, settings: &Settings) -> anyhow::Result<()> {
         let minutes = self.minutes;
         ensure!((0.0..=1e6).contains(&minutes), "{minutes} minutes");

@@ -99,11 +99,13 @@ pub const SUITE: Suite = Suite {
     ],
 };
 
-/// Run what else must hold before a change lands: macOS, loom, fuzzing, file systems, crashes, faults
+/// Run what else must hold before a change lands: macOS, loom, fuzzing, file systems, crashes,
+/// faults
 ///
-/// `.ci/run` runs `cargo xtask test` and then this. Every run does the same work: seeds and amounts are fixed,
-/// and no result depends on timing. What is exhaustive, random or long is in `cargo xtask prove`. Without root or
-/// packages it runs what it can and lists the rest; with CI=true that is an error.
+/// `.ci/run` runs `cargo xtask test` and then this. Every run does the same work: seeds and amounts
+/// are fixed, and no result depends on timing. What is exhaustive, random or long is in `cargo
+/// xtask prove`. Without root or packages it runs what it can and lists the rest; with CI=true that
+/// is an error.
 #[derive(clap::Args)]
 pub struct Ci {
     #[command(flatten)]
@@ -192,7 +194,8 @@ fn fuzzing(context: &Context<'_>) -> anyhow::Result<()> {
         .run()?)
 }
 
-/// Built with the features that the tests are built with, and not optimised once more: nothing is timed.
+/// Built with the features that the tests are built with, and not optimised once more: nothing is
+/// timed.
 fn benchmarks(context: &Context<'_>) -> anyhow::Result<()> {
     let sh = context.sh;
     let test = cmd!(

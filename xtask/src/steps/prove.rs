@@ -136,16 +136,17 @@ pub const SUITE: Suite = Suite {
     ],
 };
 
-/// Run what is exhaustive, random or long: all crash states, all faults, an hour of soak, mutants, sanitizers
+/// Run what is exhaustive, random or long: all crash states, all faults, an hour of soak, mutants,
+/// sanitizers
 ///
-/// All of it takes many hours; name steps, or let --changed choose them. Before each step it prints how long the step
-/// took last time. Random steps print their seed.
+/// All of it takes many hours; name steps, or let --changed choose them. Before each step it prints
+/// how long the step took last time. Random steps print their seed.
 #[derive(clap::Args)]
 pub struct Prove {
     #[command(flatten)]
     options: Options,
-    /// Only the steps that are about what changed since REV, and was not committed [default: the upstream
-    /// branch, or the commit before the last where there is none]
+    /// Only the steps that are about what changed since REV, and was not committed [default: the
+    /// upstream branch, or the commit before the last where there is none]
     #[arg(long, value_name = "REV", num_args = 0..=1, conflicts_with = "steps")]
     changed: Option<Option<String>>,
 }
@@ -173,13 +174,15 @@ impl Prove {
 }
 
 impl Context<'_> {
-    /// Runs `cargo xtask ARGUMENTS`, which puts its closing line into docs/reliability.md where that is asked for.
+    /// Runs `cargo xtask ARGUMENTS`, which puts its closing line into docs/reliability.md where
+    /// that is asked for.
     fn recorded(&self, arguments: &str) -> anyhow::Result<()> {
         let record = if self.record { " --record" } else { "" };
         Ok(self.xtask(&format!("{arguments}{record}")).run()?)
     }
 
-    /// Returns `--only` with those of `known` that changed, or nothing for all. `None`: none of them did.
+    /// Returns `--only` with those of `known` that changed, or nothing for all. `None`: none of
+    /// them did.
     fn only(&self, known: &[&str]) -> Option<String> {
         if self.crates.is_empty() {
             return Some(String::new());

@@ -56,9 +56,10 @@ pub const SUITE: Suite = Suite {
 
 /// Run what a change must pass first: formatting, lints, tests, one short demo
 ///
-/// As root on Debian or Ubuntu it installs the packages that the tests use. Without root or packages it runs
-/// what it can and lists at the end what it did not run, and why. With CI=true in the environment, or
-/// MEMSNAP_REQUIRE=all, a test that cannot run fails. Every run does the same work: seeds are fixed.
+/// As root on Debian or Ubuntu it installs the packages that the tests use. Without root or
+/// packages it runs what it can and lists at the end what it did not run, and why. With CI=true in
+/// the environment, or MEMSNAP_REQUIRE=all, a test that cannot run fails. Every run does the same
+/// work: seeds are fixed.
 #[derive(clap::Args)]
 pub struct Test {
     #[command(flatten)]
@@ -98,8 +99,8 @@ pub fn install_packages(sh: &Shell, install: Install) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Runs all unit and integration tests: by nextest where it is installed, which runs tests of several
-/// programs at a time.
+/// Runs all unit and integration tests: by nextest where it is installed, which runs tests of
+/// several programs at a time.
 pub fn run_tests(sh: &Shell) -> anyhow::Result<()> {
     // The benchmarks build peers and criterion, and are run by `cargo xtask ci`.
     let scope = [

@@ -75,7 +75,8 @@ fn strace_command<S: AsRef<OsStr>>(job: &str, dir: &Path, args: &[S]) -> Command
     strace
 }
 
-/// Runs `job` on `dir` under `strace` with these arguments; what it reported, or `None` where it was killed.
+/// Runs `job` on `dir` under `strace` with these arguments; what it reported, or `None` where it
+/// was killed.
 pub(crate) fn under_strace<S: AsRef<OsStr>>(job: &str, dir: &Path, args: &[S]) -> Option<String> {
     report(strace_command(job, dir, args))
 }
@@ -88,8 +89,8 @@ pub(crate) struct Held {
 }
 
 impl Held {
-    /// Starts `job` on `dir`. Each of its threads is held at its call `call` with this number, before the call
-    /// (`delay_enter`) or after it (`delay_exit`).
+    /// Starts `job` on `dir`. Each of its threads is held at its call `call` with this number,
+    /// before the call (`delay_enter`) or after it (`delay_exit`).
     pub(crate) fn start(job: &str, dir: &Path, call: &str, when: &str, number: usize) -> Self {
         let log = NamedTempFile::new().expect("a log");
         let path = log.path().to_str().expect("a plain path");

@@ -1,4 +1,5 @@
-//! How many interleavings of a model are tried: all with `MEMSNAP_THOROUGH=1`, otherwise those with few preemptions.
+//! How many interleavings of a model are tried: all with `MEMSNAP_THOROUGH=1`, otherwise those with
+//! few preemptions.
 
 use loom::model::Builder;
 

@@ -133,7 +133,8 @@ mod interleavings {
 
     use super::*;
 
-    /// Tries all interleavings with `MEMSNAP_THOROUGH=1`, otherwise those with at most 2 preemptions.
+    /// Tries all interleavings with `MEMSNAP_THOROUGH=1`, otherwise those with at most 2
+    /// preemptions.
     fn model(model: impl Fn() + Send + Sync + 'static) {
         let thorough = std::env::var_os("MEMSNAP_THOROUGH").is_some_and(|value| value == "1");
         let mut builder = loom::model::Builder::new();

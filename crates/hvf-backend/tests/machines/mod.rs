@@ -118,7 +118,8 @@ impl Machine {
         self.guest.increment(&self.tracker, vcpu, &words);
     }
 
-    /// Waits until writes that went on are marked: by userfaultfd, lifting wakes the writer, and marking comes after it.
+    /// Waits until writes that went on are marked: by userfaultfd, lifting wakes the writer, and
+    /// marking comes after it.
     pub fn wait_until_marked(&self) {
         (self.answered)();
     }

@@ -12,14 +12,16 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tempfile::NamedTempFile;
 
-/// The calls that change files, or end a part of the work. No `write`: the listener's first one would be held, too.
+/// The calls that change files, or end a part of the work. No `write`: the listener's first one
+/// would be held, too.
 const CALLS: &str = "openat,mkdir,flock,ftruncate,fallocate,pread64,pwrite64,fsync,fdatasync,\
     renameat,renameat2,linkat,unlinkat,rmdir,close";
 
 /// A system call of the main thread: its name, and its number among the calls of this name.
 pub(crate) type Call = (String, usize);
 
-/// Returns the calls of `command` once it listens for signals, of each name the first and the last, or all of them.
+/// Returns the calls of `command` once it listens for signals, of each name the first and the last,
+/// or all of them.
 pub(crate) fn calls(command: &Command, all: bool) -> Vec<Call> {
     let log = NamedTempFile::new().unwrap();
     let trace = format!("trace=clone3,{CALLS}");
@@ -119,8 +121,8 @@ impl Held {
         self.child.try_wait().unwrap().is_some()
     }
 
-    /// Sends a signal, and waits until the listener has handled it. Returns whether that ends the process, whose held
-    /// threads `strace` keeps.
+    /// Sends a signal, and waits until the listener has handled it. Returns whether that ends the
+    /// process, whose held threads `strace` keeps.
     pub(crate) fn signal(&mut self, signal: Signal) -> bool {
         let listener = loop {
             match self.listener() {

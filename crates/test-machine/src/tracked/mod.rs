@@ -34,7 +34,8 @@ pub trait PageFaults: WriteProtection<Error = io::Error> + Clone + Send + Sync +
 
     /// Waits until `on_write` has returned for every write that went on before.
     ///
-    /// A page that `on_write` opens may be written before it returns, or before it is called for another write to that page.
+    /// A page that `on_write` opens may be written before it returns, or before it is called for
+    /// another write to that page.
     fn wait_until_answered(&self);
 }
 

@@ -67,7 +67,8 @@ fn two_guests_of_one_process_are_tracked_apart(#[case] tracking: Tracking) {
     assert_eq!(dirty(&tracker), [page..2 * page, 4 * page..5 * page]);
 }
 
-/// Linux counts mappings (`vm.max_map_count`, 65,530 unless changed), and every second page writable is one mapping a page.
+/// Linux counts mappings (`vm.max_map_count`, 65,530 unless changed), and every second page
+/// writable is one mapping a page.
 #[cfg(target_os = "linux")]
 #[test]
 fn more_scattered_pages_than_mappings_are_marked_all_the_same() {

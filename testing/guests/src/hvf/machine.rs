@@ -19,10 +19,12 @@ use crate::ledger::{self, Layout, Verdict, Words, front};
 const WORK: u64 = 0;
 const CHECK: u64 = 1;
 
-/// Exception classes (ESR_EL2.EC): `hvc` in AArch64, whose number is in the lower 16 bits of the syndrome.
+/// Exception classes (ESR_EL2.EC): `hvc` in AArch64, whose number is in the lower 16 bits of the
+/// syndrome.
 const HVC: u64 = 0x16;
 
-/// Steps after which a guest that is to be paused waits of its own accord: ten times what it does until the nudge.
+/// Steps after which a guest that is to be paused waits of its own accord: ten times what it does
+/// until the nudge.
 const PAUSE_WITHIN: u64 = 400;
 
 /// Between two nudges. One alone may come just before the vCPU is made to run, and change nothing.
@@ -83,7 +85,8 @@ impl Machine {
         let seat = self.place.take_seat()?;
         let mut vcpu = seat.vm.create_vcpu()?;
         let offset = self.processor.vtimer.resuming_offset();
-        // A register that is not as it was is none that the ledger uses: it would not reach its digest.
+        // A register that is not as it was is none that the ledger uses: it would not reach its
+        // digest.
         let _ = self.processor.restore(&vcpu, offset)?;
         let stop = match nudge_after {
             Some(after) => nudged(&vcpu.canceller(), after, || run(&self.place, &mut vcpu))?,
@@ -133,7 +136,8 @@ fn run(place: &Place, vcpu: &mut Vcpu) -> anyhow::Result<Stop> {
     }
 }
 
-/// Does `work` on this thread, whose vCPU is made to leave its guest from `after` on until `work` returns.
+/// Does `work` on this thread, whose vCPU is made to leave its guest from `after` on until `work`
+/// returns.
 fn nudged<T>(vcpu: &Canceller, after: Duration, work: impl FnOnce() -> T) -> Result<T, HvError> {
     let done = AtomicBool::new(false);
     thread::scope(|scope| {

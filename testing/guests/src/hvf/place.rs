@@ -1,7 +1,8 @@
 //! The one virtual machine of this process, and whose guest is in it.
 //!
-//! The framework has one virtual machine for each process, and the demo has two guests: the original, and the one restored from its snapshots. So a guest
-//! is its RAM and the state of its processor, and takes the virtual machine when it is to work; the other one leaves it then.
+//! The framework has one virtual machine for each process, and the demo has two guests: the
+//! original, and the one restored from its snapshots. So a guest is its RAM and the state of its
+//! processor, and takes the virtual machine when it is to work; the other one leaves it then.
 
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 
@@ -21,7 +22,8 @@ pub(super) struct Place {
     stage: Stage,
 }
 
-/// Stage 2 while the guest has the virtual machine. A guest without it writes nothing, and gets it back with all its RAM protected.
+/// Stage 2 while the guest has the virtual machine. A guest without it writes nothing, and gets it
+/// back with all its RAM protected.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Stage(Arc<Mutex<Option<Stage2>>>);
 
@@ -85,7 +87,8 @@ impl Place {
 
     /// Gives the virtual machine back, if this guest has it.
     pub(super) fn leave(&self) {
-        // Waits for whoever is taking it: otherwise they would find no guest in it, and the machine still there.
+        // Waits for whoever is taking it: otherwise they would find no guest in it, and the machine
+        // still there.
         let _seat = lock(&SEAT);
         drop(lock(&self.stage.0).take());
     }

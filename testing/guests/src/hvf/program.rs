@@ -81,7 +81,8 @@ mod assembled {
     /// The program's bytes; its first one is its entry.
     pub(in super::super) fn bytes() -> &'static [u8] {
         let length = &raw const LENGTH;
-        // SAFETY: the word above, aligned and read-only, and behind it as many bytes as it says, read-only too.
+        // SAFETY: the word above, aligned and read-only, and behind it as many bytes as it says,
+        // read-only too.
         unsafe { std::slice::from_raw_parts(length.add(1).cast(), length.read() as usize) }
     }
 }

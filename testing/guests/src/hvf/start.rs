@@ -23,7 +23,8 @@ pub(super) fn regions(size: u64) -> Result<RamLayout, LayoutError> {
     RamLayout::new(std::iter::once((LOW, low)).chain((high.1 > 0).then_some(high)))
 }
 
-/// The bits of the guest's addresses: as many as the framework gives by default, or what the RAM needs.
+/// The bits of the guest's addresses: as many as the framework gives by default, or what the RAM
+/// needs.
 pub(super) fn address_bits(regions: &RamLayout) -> u32 {
     match regions.regions().last() {
         Some(last) if last.guest_end() > 1 << 36 => 40,

@@ -1,4 +1,5 @@
-//! The guest's program, assembled and run by an emulator of the same processor: a real MMU, the same first instruction, the same memory.
+//! The guest's program, assembled and run by an emulator of the same processor: a real MMU, the
+//! same first instruction, the same memory.
 
 use std::fmt::Write as _;
 use std::fs::{self, File};
@@ -17,7 +18,8 @@ use crate::oracle;
 
 const LAYOUT: Layout = Layout::of(8 << 20);
 
-/// QEMU's `virt` has its RAM from here on, and places the device tree there; the guest's lies higher.
+/// QEMU's `virt` has its RAM from here on, and places the device tree there; the guest's lies
+/// higher.
 const QEMU_RAM: u64 = 1 << 30;
 
 /// Where the stand-in for the host lies, above all of the guest.
@@ -28,8 +30,9 @@ const QEMU_RAM_SIZE: u64 = HOST + (1 << 20) - QEMU_RAM;
 /// What the stand-in tells: the syndromes of the exits, one after another.
 const SYNDROMES: u64 = HOST + 0x8000;
 
-/// A program of the emulated machine's higher exception level, which does what the host does: gives the processor its first state, hears the
-/// guest's bell, orders the ledger checked, and switches the machine off at the second bell, or at whatever else.
+/// A program of the emulated machine's higher exception level, which does what the host does: gives
+/// the processor its first state, hears the guest's bell, orders the ledger checked, and switches
+/// the machine off at the second bell, or at whatever else.
 fn host_program(state: &hvf_backend::VcpuState) -> String {
     let mut text = String::from(
         "        mov     x0, #(1 << 31)          // HCR_EL2.RW: the guest is AArch64
@@ -165,7 +168,8 @@ impl Words for Model {
     }
 }
 
-/// Runs the guest's program for so many steps, and a check, after `spoil`. The syndromes of its exits, and its RAM.
+/// Runs the guest's program for so many steps, and a check, after `spoil`. The syndromes of its
+/// exits, and its RAM.
 fn emulate(
     regions: &RamLayout,
     steps: u64,

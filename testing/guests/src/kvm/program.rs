@@ -1,4 +1,5 @@
-//! The guest's program, assembled into this binary: a blob to be copied to any address of the guest.
+//! The guest's program, assembled into this binary: a blob to be copied to any address of the
+//! guest.
 
 #![allow(unsafe_code)]
 
@@ -53,7 +54,7 @@ unsafe extern "C" {
 /// The program's bytes; its first one is its entry.
 pub(super) fn bytes() -> &'static [u8] {
     let (start, end) = (&raw const START, &raw const END);
-    // SAFETY: both labels are of one section, the second after the first, with nothing but the program, read-only,
-    // between them.
+    // SAFETY: both labels are of one section, the second after the first, with nothing but the
+    // program, read-only, between them.
     unsafe { std::slice::from_raw_parts(start, end.offset_from_unsigned(start)) }
 }

@@ -1,4 +1,5 @@
-//! What only a virtual machine has: pauses in the middle of a step, vector registers, a hole in its addresses.
+//! What only a virtual machine has: pauses in the middle of a step, vector registers, a hole in its
+//! addresses.
 
 use test_machine::Need;
 
@@ -33,7 +34,8 @@ fn a_machine_paused_in_the_middle_of_a_step_goes_on_as_another() {
     }
     let mut machine = machine();
     let mut inside = 0;
-    // On a busy machine every pause may come at the end of the last step: only a thorough run waits for others.
+    // On a busy machine every pause may come at the end of the last step: only a thorough run waits
+    // for others.
     let mut round = 0;
     while round < test_machine::rounds(10, 40) || (test_machine::thorough() && inside == 0) {
         round += 1;

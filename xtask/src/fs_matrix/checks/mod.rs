@@ -94,8 +94,8 @@ pub fn with_server() -> &'static [Check] {
 /// The check that takes longest by far where files have no holes: it writes all of the file.
 pub const LARGE_FILE: &str = "file over 4 GiB";
 
-/// Runs all checks of the site, or those with a name in `only`, and sends what they find. Those with a name in `skip` are
-/// reported as not run.
+/// Runs all checks of the site, or those with a name in `only`, and sends what they find. Those
+/// with a name in `skip` are reported as not run.
 pub fn run_all(
     site: &mut Site,
     only: &[String],

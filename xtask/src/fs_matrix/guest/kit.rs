@@ -123,8 +123,9 @@ impl Kit {
         fs::create_dir_all(&place)?;
         let program = place.join("xtask");
         let _ = fs::remove_file(&program);
-        // A copy: a build that goes on meanwhile must not change it under the guests. They load it often, and use no symbols.
-        // Not by its name, which a build may have given to another program.
+        // A copy: a build that goes on meanwhile must not change it under the guests. They load it
+        // often, and use no symbols. Not by its name, which a build may have given to another
+        // program.
         fs::copy("/proc/self/exe", &program).context("can't copy this program")?;
         cmd!(sh, "strip {program}")
             .quiet()
