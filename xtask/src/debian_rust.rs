@@ -4,6 +4,9 @@ use xshell::{PushEnv, Shell};
 
 use crate::packages::Package;
 
+/// The oldest compiler of this workspace: `rust-version` in Cargo.toml.
+pub const OLDEST_RUST: &str = env!("CARGO_PKG_RUST_VERSION");
+
 /// A compiler, its lints, and the standard library: all of one version, which is at least the
 /// workspace's `rust-version`.
 pub const PACKAGES: [Package; 4] = [
@@ -14,7 +17,7 @@ pub const PACKAGES: [Package; 4] = [
 ];
 
 const fn package(name: &'static str, shows: &'static str) -> Package {
-    Package::new(name, shows).of_family("rust", env!("CARGO_PKG_RUST_VERSION"))
+    Package::new(name, shows).of_family("rust", OLDEST_RUST)
 }
 
 /// Its cargo, by the path: another comes first where rustup is.

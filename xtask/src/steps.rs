@@ -203,11 +203,6 @@ impl Suite {
     }
 }
 
-/// Returns the version in Cargo.toml's `rust-version`.
-fn oldest_rust() -> &'static str {
-    env!("CARGO_PKG_RUST_VERSION")
-}
-
 /// Returns whether `program` can be run.
 fn is_installed(sh: &Shell, program: &str, arguments: &[&str]) -> bool {
     let found = cmd!(sh, "{program} {arguments...}");

@@ -63,10 +63,10 @@ pub trait Tracker: Send + Sync {
     /// The pages written, by byte offset into the RAM.
     fn dirty(&self) -> &Arc<DirtyBitmap>;
 
-    /// Begins a save: takes out every page written so far, and tracks the next write to it anew.
+    /// Begins a save: takes out every page written so far, and tracks the next write to it again.
     fn begin(&self) -> anyhow::Result<Epoch>;
 
-    /// Adds to the save what was written since, tracks the next writes anew, and says what that
+    /// Adds to the save what was written since, tracks the next writes again, and says what that
     /// was.
     fn take_more(&self, epoch: &mut Epoch) -> anyhow::Result<DirtyBitmap>;
 }
@@ -74,7 +74,7 @@ pub trait Tracker: Send + Sync {
 /// The pages of one save: dirty again unless it becomes durable.
 pub type Epoch = dirty_bitmap::Epoch<Arc<DirtyBitmap>>;
 
-/// A guest's RAM, shared between the guest and whoever reads it.
+/// A guest's RAM, shared between the guest and its readers.
 #[derive(Clone)]
 pub struct Ram(Arc<dyn PageReader + Send + Sync>);
 

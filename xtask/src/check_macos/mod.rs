@@ -10,16 +10,13 @@ use std::path::Path;
 use anyhow::{Context, bail, ensure};
 use xshell::{Cmd, PushEnv, Shell, cmd};
 
-use crate::debian_rust;
+use crate::debian_rust::{self, OLDEST_RUST};
 use crate::packages::Install;
 
 const TARGET: &str = "aarch64-apple-darwin";
 
 /// Apart from the host's: Debian's compiler and the toolchain's don't share.
 const TARGET_DIR: &str = "target/macos";
-
-/// The oldest compiler that compiles this workspace.
-const OLDEST_RUST: &str = env!("CARGO_PKG_RUST_VERSION");
 
 /// Nothing is run: speed is the compiler's own, not the program's.
 const UNOPTIMISED: [&str; 4] = [

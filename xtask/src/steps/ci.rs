@@ -4,9 +4,10 @@ use anyhow::Context as _;
 use test_machine::Need;
 use xshell::{Shell, cmd};
 
-use super::{Context, Options, Step, Suite, is_installed, oldest_rust};
+use super::{Context, Options, Step, Suite, is_installed};
 use crate::cargo_tool::CARGO_DENY;
 use crate::check_macos::CheckMacos;
+use crate::debian_rust::OLDEST_RUST;
 use crate::interleavings::{self, Bound};
 
 pub const SUITE: Suite = Suite {
@@ -138,7 +139,7 @@ fn dependencies(context: &Context<'_>) -> anyhow::Result<()> {
 
 fn oldest_compiler(context: &Context<'_>) -> anyhow::Result<()> {
     let sh = context.sh;
-    let oldest = oldest_rust();
+    let oldest = OLDEST_RUST;
     let this = cmd!(sh, "rustc --version").quiet().read()?;
     if this.starts_with(&format!("rustc {oldest}.")) {
         println!("{this} is the oldest compiler, {oldest}: all other steps use it");

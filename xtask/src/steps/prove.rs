@@ -181,15 +181,18 @@ impl Context<'_> {
         Ok(self.xtask(&format!("{arguments}{record}")).run()?)
     }
 
-    /// Returns `--only` with those of `known` that changed, or nothing for all. `None`: none of
-    /// them did.
-    fn only(&self, known: &[&str]) -> Option<String> {
+    /// Runs the task, limited to those of `known` that changed where the steps are chosen by what changed.
+    fn recorded_for(&self, task: &str, known: &[&str]) -> anyhow::Result<()> {
         if self.crates.is_empty() {
-            return Some(String::new());
+            return self.recorded(task);
         }
-        let mut crates = self.crates.clone();
-        crates.retain(|name| known.contains(&name.as_str()));
-        (!crates.is_empty()).then(|| format!(" --only {}", crates.join(",")))
+        let changed = self.crates.iter().map(String::as_str);
+        let changed: Vec<_> = changed.filter(|name| known.contains(name)).collect();
+        if changed.is_empty() {
+            println!("no crate that {task} is about changed");
+            return Ok(());
+        }
+        self.recorded(&format!("{task} --only {}", changed.join(",")))
     }
 }
 
@@ -244,23 +247,11 @@ fn sanitize(context: &Context<'_>) -> anyhow::Result<()> {
 
 #[cfg(target_os = "linux")]
 fn sanitize(context: &Context<'_>) -> anyhow::Result<()> {
-    match context.only(&crate::sanitize::crates()) {
-        Some(only) => context.recorded(&format!("sanitize{only}")),
-        None => {
-            println!("no crate with tests under sanitizers changed");
-            Ok(())
-        }
-    }
+    context.recorded_for("sanitize", &crate::sanitize::crates())
 }
 
 fn mutants(context: &Context<'_>) -> anyhow::Result<()> {
-    match context.only(&crate::mutants::crates()) {
-        Some(only) => context.recorded(&format!("mutants{only}")),
-        None => {
-            println!("no crate with mutants changed");
-            Ok(())
-        }
-    }
+    context.recorded_for("mutants", &crate::mutants::crates())
 }
 
 fn load(context: &Context<'_>) -> anyhow::Result<()> {

@@ -87,8 +87,8 @@ impl Place {
 
     /// Gives the virtual machine back, if this guest has it.
     pub(super) fn leave(&self) {
-        // Waits for whoever is taking it: otherwise they would find no guest in it, and the machine
-        // still there.
+        // Waits for the thread that is taking it: otherwise it would find no guest in it, and the
+        // machine still there.
         let _seat = lock(&SEAT);
         drop(lock(&self.stage.0).take());
     }
