@@ -3,7 +3,7 @@
 mod plan;
 mod version;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fs;
 use std::path::Path;
 use std::sync::OnceLock;
@@ -104,16 +104,18 @@ impl Install {
         packages: &[Package],
         why: &str,
     ) -> anyhow::Result<Vec<Package>> {
-        let mut attempted = false;
+        let mut attempted = HashSet::new();
         loop {
             let machine = Machine {
                 root: nix::unistd::geteuid().is_root(),
                 has_apt: Path::new("/usr/bin/apt-get").exists(),
                 allowed: self.allowed(),
                 lists: lists(),
-                attempted,
             };
-            let states = look(sh, &machine, packages)?;
+            let mut states = look(sh, &machine, packages)?;
+            for state in &mut states {
+                state.attempted = attempted.contains(state.package.name);
+            }
             match plan::decide(&machine, &states) {
                 Step::Done => return Ok(Vec::new()),
                 Step::Update => {
@@ -121,7 +123,7 @@ impl Install {
                     update(sh);
                 }
                 Step::Install(names) => {
-                    attempted = true;
+                    attempted.extend(names.iter().copied());
                     println!("installing for {why}: {}", names.join(" "));
                     match install(sh, &names) {
                         Ok(()) => check_files(packages, &names)?,
@@ -166,6 +168,7 @@ fn look(sh: &Shell, machine: &Machine, packages: &[Package]) -> anyhow::Result<V
         present: package.is_present(),
         installed: installed.remove(package.name),
         offered: None,
+        attempted: false,
     };
     let mut states: Vec<State> = packages.iter().map(state).collect();
     let done = plan::decide(machine, &states) == Step::Done;

@@ -45,8 +45,6 @@ pub struct Machine {
     /// False with `--no-install`.
     pub allowed: bool,
     pub lists: Lists,
-    /// Whether an installation was attempted, with or without success.
-    pub attempted: bool,
 }
 
 impl Machine {
@@ -65,6 +63,8 @@ pub struct State {
     pub installed: Option<String>,
     /// What apt would install, by the lists as they are.
     pub offered: Option<String>,
+    /// Whether this process attempted to install it, with or without success.
+    pub attempted: bool,
 }
 
 /// What is wrong with a package.
@@ -124,7 +124,9 @@ pub fn decide(machine: &Machine, packages: &[State]) -> Step {
     if problems.is_empty() {
         return Step::Done;
     }
-    if !machine.can_install() || machine.attempted {
+    // Each package is attempted once. Installing one can remove another, which is installed next.
+    let attempted = problems.iter().all(|(state, _)| state.attempted);
+    if !machine.can_install() || attempted {
         return Step::Report(problems);
     }
     if machine.lists == Lists::Old {
@@ -141,16 +143,20 @@ pub fn decide(machine: &Machine, packages: &[State]) -> Step {
     let offered: Vec<_> = affected
         .iter()
         .filter(|state| is_offered(state, packages))
-        .map(|state| state.package.name)
         .collect();
     // Lists may be older than they look: what they lack is not believed before an update.
     if offered.len() < affected.len() && !machine.lists.were_tried() {
         return Step::Update;
     }
-    if offered.is_empty() {
+    let install: Vec<_> = offered
+        .into_iter()
+        .filter(|state| !state.attempted)
+        .map(|state| state.package.name)
+        .collect();
+    if install.is_empty() {
         return Step::Report(problems);
     }
-    Step::Install(offered)
+    Step::Install(install)
 }
 
 fn family<'a>(of: &State, packages: &'a [State]) -> impl Iterator<Item = &'a State> {
@@ -224,6 +230,7 @@ mod tests {
     use super::*;
 
     const STRACE: Package = Package::new("strace", "strace");
+    const QEMU_UTILS: Package = Package::new("qemu-utils", "qemu-img");
     const RUSTC: Package = Package::new("rustc-web", "rustc").of_family("rust", "1.95");
     const SOURCE: Package = Package::new("rust-web-src", "src").of_family("rust", "1.95");
     const OLD: &str = "1.85.0+dfsg3-1~deb12u3";
@@ -235,7 +242,6 @@ mod tests {
         has_apt: true,
         allowed: true,
         lists: Lists::Recent,
-        attempted: false,
     };
 
     fn with(lists: Lists) -> Machine {
@@ -250,6 +256,7 @@ mod tests {
             present: !installed.is_empty(),
             installed: version(installed),
             offered: version(offered),
+            attempted: false,
         }
     }
 
@@ -306,7 +313,6 @@ mod tests {
     #[case(Machine { root: false, ..with(Lists::Old) }, OLD)]
     #[case(Machine { allowed: false, ..with(Lists::Old) }, OLD)]
     #[case(Machine { has_apt: false, ..with(Lists::Old) }, OLD)]
-    #[case(Machine { attempted: true, ..with(Lists::Updated) }, NEW)]
     #[case(with(Lists::Updated), OLD)]
     #[case(with(Lists::Unreachable), OLD)]
     #[case(with(Lists::Updated), "")]
@@ -321,6 +327,34 @@ mod tests {
             panic!("not a report");
         };
         assert_eq!(problems[0], (rustc, problem));
+    }
+
+    #[rstest]
+    #[case(&[(STRACE, "", true)], &[])]
+    // Installing strace removed the other.
+    #[case(&[(STRACE, "6.1", true), (QEMU_UTILS, "", false)], &["qemu-utils"])]
+    #[case(&[(STRACE, "", true), (QEMU_UTILS, "", false)], &["qemu-utils"])]
+    #[case(&[(STRACE, "6.1", true), (QEMU_UTILS, "", true)], &[])]
+    // The archive does not offer the other.
+    #[case(&[(STRACE, "", true), (SOURCE, "", false)], &[])]
+    fn each_package_is_attempted_once(
+        #[case] packages: &[(Package, &str, bool)],
+        #[case] expected: &[&str],
+    ) {
+        let state = |&(package, installed, attempted): &(Package, &str, bool)| State {
+            attempted,
+            ..state(
+                package,
+                installed,
+                if package == SOURCE { OLD } else { "6.1" },
+            )
+        };
+        let packages: Vec<_> = packages.iter().map(state).collect();
+        match decide(&with(Lists::Updated), &packages) {
+            Step::Install(names) => assert_eq!(names, expected),
+            Step::Report(_) => assert!(expected.is_empty()),
+            other => panic!("{other:?}"),
+        }
     }
 
     #[test]
