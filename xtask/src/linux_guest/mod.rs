@@ -6,12 +6,12 @@ pub mod debian;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
-/// QEMU emulating an x86-64 machine with two CPUs and nothing else that was not asked for. It must not outlive this program, however
-/// that ends.
-pub fn qemu() -> Command {
+/// Returns a command that runs QEMU emulating an x86-64 machine with no default devices. QEMU does
+/// not outlive this program, however that ends.
+pub fn qemu(cpus: u32) -> Command {
     let mut qemu = Command::new("setpriv");
     qemu.args(["--pdeathsig", "KILL", "qemu-system-x86_64"])
-        .args(["-accel", "tcg,thread=multi", "-smp", "2"])
+        .args(["-accel", "tcg,thread=multi", "-smp", &cpus.to_string()])
         .args(["-display", "none", "-nodefaults", "-no-user-config"])
         .arg("-no-reboot")
         .stdin(Stdio::null());

@@ -132,7 +132,7 @@ impl Room<'_> {
     fn start(&self, ram: &str, more: &[&str], place: Place) -> anyhow::Result<Guest> {
         let (ours, theirs) = UnixStream::pair()?;
         let memory = format!("memory-backend-file,id=m,size={RAM_OPTION},mem-path={ram},share=on");
-        let mut qemu = qemu();
+        let mut qemu = qemu(2);
         qemu.current_dir(self.dir)
             .stdin(Stdio::from(OwnedFd::from(theirs)))
             .args(["-machine", "pc,memory-backend=m", "-m", RAM_OPTION])

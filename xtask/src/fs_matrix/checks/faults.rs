@@ -10,7 +10,7 @@ use std::path::Path;
 use indicatif::BinaryBytes;
 use memory_writer::MemoryWriter;
 
-use super::Check;
+use super::{Check, DISK_FULL};
 use crate::fs_matrix::child::{Child, PAGE};
 use crate::fs_matrix::finding::Family::Faults;
 use crate::fs_matrix::finding::Outcome;
@@ -25,7 +25,7 @@ pub const CHECKS: &[Check] = &[
         "file-size limit of the file system",
         file_system_limit,
     ),
-    Check::new(Faults, "disk full in the middle", disk_full),
+    Check::new(Faults, DISK_FULL, disk_full),
     Check::new(Faults, "name of 255 bytes", |site| {
         name(site, OsStr::new(&"n".repeat(255)))
     }),
@@ -140,11 +140,18 @@ fn leave_room(dir: &Path, ballast: &Path, most: u64) -> io::Result<()> {
 
 /// Adds `size` bytes to `path`, for good. False if there was no room for all of them.
 fn weigh_down(path: &Path, size: u64) -> io::Result<bool> {
+    static PIECE: [u8; 64 << 10] = [0; 64 << 10];
     let mut file = File::options().create(true).append(true).open(path)?;
-    let written = file
-        .write_all(&Stamped::new(9, size).bytes(0..size))
-        .and_then(|()| file.sync_data());
-    match written {
+    let mut write = || {
+        let mut left = size;
+        while left > 0 {
+            let now = left.min(PIECE.len() as u64);
+            file.write_all(&PIECE[..now as usize])?;
+            left -= now;
+        }
+        file.sync_data()
+    };
+    match write() {
         Ok(()) => Ok(true),
         Err(error) if error.kind() == ErrorKind::StorageFull => Ok(false),
         Err(error) => Err(error),

@@ -91,8 +91,11 @@ pub fn with_server() -> &'static [Check] {
     &[]
 }
 
-/// The check that takes longest by far where files have no holes: it writes all of the file.
+/// The check that writes a file over 4 GiB, all of it where files have no holes.
 pub const LARGE_FILE: &str = "file over 4 GiB";
+
+/// The check that fills a small file system.
+pub const DISK_FULL: &str = "disk full in the middle";
 
 /// Runs all checks of the site, or those with a name in `only`, and sends what they find. Those
 /// with a name in `skip` are reported as not run.

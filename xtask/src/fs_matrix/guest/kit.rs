@@ -31,6 +31,8 @@ const EDITION: &str = "2";
 /// A directory with all that it takes to boot.
 pub struct Kit {
     dir: PathBuf,
+    /// How many CPUs each guest has.
+    pub cpus: u32,
     release: String,
     debian: String,
     apfs: String,
@@ -43,6 +45,7 @@ impl Kit {
     pub fn prepare(
         sh: &Shell,
         dir: &Path,
+        cpus: u32,
         may_download: bool,
         say: &dyn Fn(&str),
     ) -> anyhow::Result<Self> {
@@ -74,6 +77,7 @@ impl Kit {
         let kit = Self {
             debian: debian.split('_').next().unwrap_or_default().to_owned(),
             dir: dir.to_owned(),
+            cpus,
             release,
             apfs,
             _lock: lock,
@@ -87,8 +91,7 @@ impl Kit {
     }
 
     pub fn kernel(&self) -> PathBuf {
-        self.dir
-            .join(format!("kernel/boot/vmlinuz-{}", self.release))
+        self.dir.join("vmlinux")
     }
 
     pub fn initramfs(&self) -> PathBuf {

@@ -101,7 +101,7 @@ pub fn boot_with(
         "console=ttyS0 quiet panic=-1 mitigations=off no_timer_check cryptomgr.notests -- fs-matrix {}",
         quoted.join(" ")
     );
-    let mut qemu = qemu();
+    let mut qemu = qemu(kit.cpus);
     // Emulated, an instruction that fills or copies a block goes byte by byte: without ERMS and FSRM the kernel takes one that goes by words.
     qemu.args(["-machine", "q35", "-cpu", "max,-erms,-fsrm", "-m", "1G"])
         .arg("-serial")
