@@ -32,15 +32,31 @@ const ZIG: Wheel = Wheel {
     ],
 };
 
-/// What is linked, and the oldest macOS that it must start on.
-const LINKED: [(&str, MacOs); 3] = [
-    ("--package hvf-backend --examples", MacOs(11, 0)),
-    (
-        "--package hvf-backend --examples --all-features",
-        MacOs(26, 0),
-    ),
-    // The demo's guest has more than 64 GiB of addresses, which macOS 13 brought.
-    ("--package xtask --bins", MacOs(13, 0)),
+/// The programs that a selection of packages and features links.
+struct Linked {
+    /// The arguments of `cargo build`.
+    arguments: &'static str,
+    /// The oldest macOS that the programs must start on.
+    oldest: MacOs,
+}
+
+/// What `cargo xtask` builds on a Mac, and the example of the same features. The demo's guest has
+/// more than 64 GiB of addresses, which macOS 13 brought.
+const PROGRAMS: Linked = Linked {
+    arguments: "--bin xtask --example snapshot --features page-reader/serde,page-reader/vm-memory",
+    oldest: MacOs(13, 0),
+};
+
+/// The least and the most that a user of `hvf-backend` can select.
+const SELECTIONS: [Linked; 2] = [
+    Linked {
+        arguments: "--package hvf-backend --example snapshot",
+        oldest: MacOs(11, 0),
+    },
+    Linked {
+        arguments: "--package hvf-backend --example snapshot --all-features",
+        oldest: MacOs(26, 0),
+    },
 ];
 
 /// The linker and the C compiler that cargo is told of: crates bring some C.
@@ -88,13 +104,14 @@ pub fn prepare(sh: &Shell, install: Install, dir: &Path) -> anyhow::Result<bool>
     Ok(true)
 }
 
-/// Links and checks.
-pub fn link(sh: &Shell, toolchain: Toolchain) -> anyhow::Result<()> {
+/// Links programs and checks them. With `quick`, those of one selection of features.
+pub fn link(sh: &Shell, toolchain: Toolchain, quick: bool) -> anyhow::Result<()> {
     let since = framework(sh)?;
     let built_for = oldest_macos(sh)?;
-    for (what, oldest) in LINKED {
-        let linked = executables(sh, toolchain, what)?;
-        ensure!(!linked.is_empty(), "cargo build {what} linked nothing");
+    let selections = SELECTIONS.iter().filter(|_| !quick);
+    for Linked { arguments, oldest } in std::iter::once(&PROGRAMS).chain(selections) {
+        let linked = executables(sh, toolchain, arguments)?;
+        ensure!(!linked.is_empty(), "cargo build {arguments} linked nothing");
         for path in linked {
             let name = path.display();
             let found = mach_o::check(&sh.read_binary_file(&path)?, &since)
@@ -105,7 +122,7 @@ pub fn link(sh: &Shell, toolchain: Toolchain) -> anyhow::Result<()> {
                 found.built_for
             );
             ensure!(
-                found.calls_need <= oldest,
+                found.calls_need <= *oldest,
                 "{name} must start on {oldest}, and calls what came with {}",
                 found.calls_need
             );
@@ -260,6 +277,15 @@ fn write_tools(sh: &Shell, dir: &Path, zig: &Path, oldest: MacOs) -> anyhow::Res
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_alias_for_xtask_has_the_features_that_are_linked() {
+        let config = include_str!("../../../.cargo/config.toml");
+        let features = PROGRAMS.arguments.split_once("--features ");
+        let (_, features) = features.expect("features");
+        let alias = format!("xtask = \"run --quiet --bin xtask --features {features} --\"\n");
+        assert!(config.contains(&alias), "{config}");
+    }
 
     #[test]
     fn a_function_came_with_the_macos_of_the_feature_above_it() {

@@ -83,8 +83,8 @@ mod tests {
     use super::*;
 
     #[rstest]
-    #[case::one_crate(&["crates/image-format/src/read.rs"], &["tests", "demo", "crash", "faults", "soak", "fs-matrix", "fuzzing", "sanitize", "load"])]
-    #[case::a_model(&["crates/hvf-backend/src/tracker/vcpus.rs"], &["tests", "interleavings", "demo", "sanitize", "load"])]
+    #[case::one_crate(&["crates/image-format/src/read.rs"], &["tests", "macos", "demo", "crash", "faults", "soak", "fs-matrix", "fuzzing", "sanitize", "load"])]
+    #[case::a_model(&["crates/hvf-backend/src/tracker/vcpus.rs"], &["tests", "interleavings", "macos", "demo", "sanitize", "load"])]
     #[case::a_page(&["docs/reliability.md"], &[])]
     #[case::the_readme(&["README.md"], &["fresh"])]
     fn a_path_selects_the_steps_about_it(#[case] paths: &[&str], #[case] expected: &[&str]) {

@@ -173,10 +173,13 @@ fn crates_alone(context: &Context<'_>) -> anyhow::Result<()> {
 }
 
 fn macos(context: &Context<'_>) -> anyhow::Result<()> {
-    let check = CheckMacos {
-        install: context.install,
-    };
-    if check.check(context.sh)? {
+    check_macos(context, true)
+}
+
+/// Checks for macOS, or reports that this machine cannot. `quick` as in `cargo xtask check-macos`.
+pub fn check_macos(context: &Context<'_>, quick: bool) -> anyhow::Result<()> {
+    let install = context.install;
+    if (CheckMacos { install, quick }).check(context.sh)? {
         return Ok(());
     }
     context.leave_out("macos", "the packages that it needs are not installed")

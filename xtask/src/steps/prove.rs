@@ -2,7 +2,7 @@
 
 use xshell::{Shell, cmd};
 
-use super::{Context, Options, Step, Suite, busy, changed, test};
+use super::{Context, Options, Step, Suite, busy, changed, ci, test};
 use crate::interleavings;
 
 pub const SUITE: Suite = Suite {
@@ -23,6 +23,12 @@ pub const SUITE: Suite = Suite {
                 "xtask/src/interleavings.rs",
             ],
             run: interleavings,
+        },
+        Step {
+            name: "macos",
+            proves: "as in ci; and the example links with the fewest and the most features, for macOS 11 and 26",
+            paths: &["crates", "xtask/src/check_macos"],
+            run: macos,
         },
         Step {
             name: "demo",
@@ -209,6 +215,10 @@ fn tests(context: &Context<'_>) -> anyhow::Result<()> {
 
 fn interleavings(context: &Context<'_>) -> anyhow::Result<()> {
     interleavings::run(context.sh, interleavings::Bound::None)
+}
+
+fn macos(context: &Context<'_>) -> anyhow::Result<()> {
+    ci::check_macos(context, false)
 }
 
 fn demo(context: &Context<'_>) -> anyhow::Result<()> {
