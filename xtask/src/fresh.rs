@@ -302,7 +302,8 @@ impl Machine {
     fn run(&self, runner: &mut Runner, command: &str) -> anyhow::Result<Duration> {
         println!("{command}, on a fresh machine");
         let script = format!(
-            "mount --rbind /dev \"$1/dev\"\n\
+            "mount --bind \"$1\" \"$1\"\n\
+             mount --rbind /dev \"$1/dev\"\n\
              mount --rbind /sys \"$1/sys\"\n\
              mount -t proc proc \"$1/proc\"\n\
              mount --bind \"$2\" \"$1/{TOOLCHAIN}\"\n\

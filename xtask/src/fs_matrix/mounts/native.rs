@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use anyhow::{Context, bail};
+use nix::errno::Errno;
 use nix::mount::MsFlags;
 use nix::sched::{CloneFlags, unshare};
 use test_machine::{LoopFs, LoopMount, TinyTmpfs};
@@ -19,12 +20,21 @@ pub const PACKAGES: &[Package] = &[
     Package::new("strace", "strace"),
 ];
 
-/// Whatever is mounted from here on is this process's and its children's, and goes with them, also when they are killed. To be called
-/// before the first thread is started.
-pub fn keep_private() -> nix::Result<()> {
-    unshare(CloneFlags::CLONE_NEWNS)?;
+/// Enters a mount namespace of its own: what is mounted from here on ends with this process and its
+/// children, also when they are killed. To be called before the first thread is started.
+///
+/// # Errors
+///
+/// Fails in a chroot whose directory is no mount point: mounts in it could appear outside.
+pub fn keep_private() -> anyhow::Result<()> {
+    unshare(CloneFlags::CLONE_NEWNS).context("can't enter a mount namespace")?;
     let private = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
-    nix::mount::mount(None::<&str>, "/", None::<&str>, private, None::<&str>)
+    match nix::mount::mount(None::<&str>, "/", None::<&str>, private, None::<&str>) {
+        Err(Errno::EINVAL) => bail!(
+            "the root directory is no mount point, so mounts can't be kept private: before `chroot DIR`, run `mount --bind DIR DIR`"
+        ),
+        done => done.context("can't keep mounts private"),
+    }
 }
 
 pub fn mount(kind: Kind, images: &Images) -> anyhow::Result<Mount> {
