@@ -1,8 +1,11 @@
 //! Processes that are ended with all their children, whatever happens here, and the lines that they write.
 
+use std::env;
 use std::io::{self, BufRead, BufReader};
 use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::OnceLock;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -12,6 +15,16 @@ use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
 
 use crate::interrupt::Interrupt;
+
+/// Returns the path of this program, found at the first call.
+pub fn this_program() -> anyhow::Result<&'static Path> {
+    static PROGRAM: OnceLock<PathBuf> = OnceLock::new();
+    if let Some(program) = PROGRAM.get() {
+        return Ok(program);
+    }
+    let program = env::current_exe().context("can't find this program")?;
+    Ok(PROGRAM.get_or_init(|| program))
+}
 
 /// A running process and the lines of its standard output. Dropped, it and its process group are killed.
 pub struct Process {

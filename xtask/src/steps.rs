@@ -18,6 +18,7 @@ use test_machine::{Need, REQUIRE};
 use xshell::{Cmd, Shell, cmd};
 
 use crate::packages::Install;
+use crate::process::this_program;
 use durations::Durations;
 use left_out::LeftOut;
 
@@ -167,7 +168,7 @@ impl Suite {
             record: options.record,
             crates,
             left_out,
-            program: std::env::current_exe().context("can't find this program")?,
+            program: this_program()?.to_owned(),
         };
         let mut durations = Durations::load(sh);
         let mut times = Vec::new();

@@ -19,6 +19,7 @@ use serde::{Deserialize, Serialize};
 use super::said::Said;
 use super::{scenarios, tracer};
 use crate::crash::scenarios::Witness;
+use crate::process::this_program;
 
 /// Carries out a scenario that its parent traces.
 #[derive(clap::Args, Clone, Debug)]
@@ -65,8 +66,7 @@ impl Child {
     }
 
     pub fn command(&self) -> anyhow::Result<Command> {
-        let this = std::env::current_exe().context("this program has no path")?;
-        let mut command = Command::new(this);
+        let mut command = Command::new(this_program()?);
         command.args(["faults", "child", "--scenario", &self.scenario]);
         command.arg("--dir").arg(&self.dir);
         command.arg("--report").arg(&self.report);

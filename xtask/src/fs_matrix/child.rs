@@ -9,6 +9,7 @@ use nix::sys::resource::{Resource, setrlimit};
 use nix::sys::signal::{Signal, raise};
 
 use super::subject::{Sabotage, Subject};
+use crate::process::this_program;
 use crate::ram::Stamped;
 
 /// The page of the snapshots that children write, and the bytes that one system call of theirs writes.
@@ -67,7 +68,7 @@ impl Child {
 
     /// The command line that runs this child, after `wrapper` and its arguments where there is one (strace).
     pub fn command(&self, wrapper: &[String]) -> anyhow::Result<Command> {
-        let this = std::env::current_exe().context("this program has no path")?;
+        let this = this_program()?;
         let mut command = match wrapper {
             [] => Command::new(this),
             [program, arguments @ ..] => {

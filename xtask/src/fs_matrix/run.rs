@@ -18,7 +18,7 @@ use super::{FsMatrix, checks};
 #[cfg(target_os = "linux")]
 use super::{guest, power};
 use crate::interrupt::Interrupt;
-use crate::process::Process;
+use crate::process::{Process, this_program};
 
 /// One mount to check.
 pub enum Job {
@@ -178,7 +178,7 @@ impl<'a> Run<'a> {
             Job::PowerLoss(_) => bail!("there is no guest to take the power from"),
         };
         report.driver.clone_from(&mount.driver);
-        let mut command = Command::new(std::env::current_exe()?);
+        let mut command = Command::new(this_program()?);
         command.args(["fs-matrix", "inside", "--dir"]);
         command
             .stdin(Stdio::null())

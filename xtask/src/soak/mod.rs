@@ -29,6 +29,7 @@ use xshell::Shell;
 use crate::demo::guest::Kind;
 use crate::fs_matrix::mounts::keep_private;
 use crate::interrupt::Interrupt;
+use crate::process::this_program;
 use crate::recorded::Record;
 use crate::write_log::Random;
 use life::{Life, Limit};
@@ -144,7 +145,7 @@ impl Soak {
         }
         let (name, from) = MAPPED_FROM;
         if std::env::var_os(name).is_none() {
-            let mut again = Command::new(std::env::current_exe()?);
+            let mut again = Command::new(this_program()?);
             again.args(std::env::args_os().skip(1)).env(name, from);
             return Err(again.exec()).context("can't begin anew");
         }
@@ -162,7 +163,7 @@ impl Soak {
             dir: std::path::absolute(files.path())?,
             kinds: kinds(),
             means: Means { root, child: true },
-            program: Some(std::env::current_exe()?),
+            program: Some(this_program()?.to_owned()),
             plant: self.plant,
             tally: Tally::default(),
             interrupt,

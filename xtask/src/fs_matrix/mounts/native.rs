@@ -11,6 +11,7 @@ use test_machine::{LoopFs, LoopMount, TinyTmpfs};
 use super::{Images, Mount, elsewhere, kernel};
 use crate::fs_matrix::kind::Kind;
 use crate::packages::Package;
+use crate::process::this_program;
 
 /// What it takes to make the images and to look at the checks' system calls.
 pub const PACKAGES: &[Package] = &[
@@ -27,6 +28,8 @@ pub const PACKAGES: &[Package] = &[
 ///
 /// Fails in a chroot whose directory is no mount point: mounts in it could appear outside.
 pub fn keep_private() -> anyhow::Result<()> {
+    // Afterwards it cannot be found in a chroot: it was started from a mount of the old namespace.
+    this_program()?;
     unshare(CloneFlags::CLONE_NEWNS).context("can't enter a mount namespace")?;
     let private = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
     match nix::mount::mount(None::<&str>, "/", None::<&str>, private, None::<&str>) {
