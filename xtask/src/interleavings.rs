@@ -99,8 +99,7 @@ const MUTANTS: [Mutant; 10] = [
         of: DIRTY_BITMAP,
         file: "tracker.rs",
         right: "            let lifted = protection.lift(range.clone());",
-        wrong: "            self.bitmap
-                .mark_offsets(range.start - start..range.end - start);
+        wrong: "            self.bitmap.mark_offsets(offsets.clone());
             let lifted = protection.lift(range.clone());
             return lifted
                 .map(|()| range.clone())

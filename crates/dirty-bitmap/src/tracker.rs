@@ -130,19 +130,20 @@ impl WriteTracker {
             .bitmap
             .offset_of(address)
             .map_err(FaultError::OutOfRange)?;
-        let start = self.bitmap.ram_start();
-        let end = start + self.bitmap.ram_size();
+        let (start, size) = (self.bitmap.ram_start(), self.bitmap.ram_size());
         let page_size = self.bitmap.page_size();
-        let around = |size: u64| {
-            let from = offset - offset % size;
-            start + from..end.min(start + from + size)
+        // Offsets, not addresses: the end of a block that reaches past the RAM may be no 64-bit
+        // address.
+        let around = |unit: u64| {
+            let from = offset - offset % unit;
+            from..size.min(from + unit)
         };
         let (page, block) = (around(page_size), around(BLOCK_SIZE));
-        let open = |range: Range<u64>| {
+        let open = |offsets: Range<u64>| {
+            let range = start + offsets.start..start + offsets.end;
             let lifted = protection.lift(range.clone());
             // Also where that failed: part of it may be open.
-            self.bitmap
-                .mark_offsets(range.start - start..range.end - start);
+            self.bitmap.mark_offsets(offsets);
             match lifted {
                 Ok(()) => Ok(range),
                 Err(source) => Err(FaultError::Lift { range, source }),
@@ -170,7 +171,7 @@ impl WriteTracker {
             }
         };
         opened.or_else(|refused| {
-            let wider = open(block).or_else(|_| open(start..end));
+            let wider = open(block).or_else(|_| open(0..size));
             wider.map_err(|_| refused)
         })
     }

@@ -49,6 +49,14 @@ fn policies() -> impl Strategy<Value = Policy> {
     ]
 }
 
+/// The first address of the RAM: below 4 GiB, or so that the RAM ends a page before 2^64.
+fn starts() -> impl Strategy<Value = u64> {
+    prop_oneof![
+        Just(3 * BLOCK_SIZE),
+        Just((PAGES * PAGE + PAGE).wrapping_neg())
+    ]
+}
+
 /// Saves what is marked, and what is written meanwhile; on failure the image stays as it was.
 fn save(
     machine: &Machine,
@@ -73,8 +81,12 @@ fn save(
 
 proptest! {
     #[test]
-    fn what_is_written_is_in_the_next_successful_save(policy in policies(), steps in steps()) {
-        let machine = Machine::new(3 * BLOCK_SIZE, PAGES, PAGE);
+    fn what_is_written_is_in_the_next_successful_save(
+        start in starts(),
+        policy in policies(),
+        steps in steps(),
+    ) {
+        let machine = Machine::new(start, PAGES, PAGE);
         let tracker = machine.tracked(policy);
         let mut image = vec![0; PAGES as usize];
         let stamp = AtomicU64::new(0);
