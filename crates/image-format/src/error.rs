@@ -36,6 +36,12 @@ pub enum FooterError {
         /// Its length in bytes.
         len: u64,
     },
+    /// The file is open for appending. Nothing was written: on Linux each write would go to the end
+    /// of the file, whatever its offset.
+    #[error(
+        "a footer can't be written to a file that is open for appending: open it without O_APPEND"
+    )]
+    Append,
     /// The system could not read or write it.
     #[error("its footer can't be {operation} at offset {offset:#x}")]
     Io {

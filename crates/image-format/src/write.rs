@@ -4,6 +4,8 @@ use std::fs::File;
 use std::io::{self, BufWriter, Write};
 use std::os::unix::fs::FileExt;
 
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+
 use crate::error::FooterError;
 use crate::footer::{Footer, Kind, Placement, Stored};
 use crate::read::MAX_FOOTER;
@@ -31,7 +33,7 @@ impl Footer {
     /// deadly signal.
     ///
     /// # Errors
-    /// [`FooterError::Invalid`] and [`FooterError::TooLarge`], before anything is written; [`FooterError::Io`].
+    /// [`FooterError::Invalid`], [`FooterError::TooLarge`] and [`FooterError::Append`], before anything is written; [`FooterError::Io`].
     pub fn write(&self, file: &File) -> Result<u64, FooterError> {
         self.check()?;
         let len = self.body_len();
@@ -46,6 +48,10 @@ impl Footer {
                 source,
             }
         };
+        let flags = fcntl(file, FcntlArg::F_GETFL).map_err(|errno| failed(start)(errno.into()))?;
+        if OFlag::from_bits_retain(flags).contains(OFlag::O_APPEND) {
+            return Err(FooterError::Append);
+        }
         let mut out = BufWriter::with_capacity(
             256 << 10,
             Hashing {

@@ -48,6 +48,16 @@ fn diff(placement: Placement) -> Footer {
     }
 }
 
+#[test]
+fn a_file_open_for_appending_is_refused_and_left_as_it_is() {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    file.as_file().write_all_at(&[7; 100], 0).unwrap();
+    let appending = File::options().append(true).open(file.path()).unwrap();
+    let error = diff(Placement::Packed).write(&appending).unwrap_err();
+    assert!(matches!(error, FooterError::Append), "{error}");
+    assert_eq!(std::fs::read(file.path()).unwrap(), [7; 100]);
+}
+
 /// The bytes of a file that ends in `footer`, its pages all zeros.
 fn sealed(footer: &Footer) -> Vec<u8> {
     let file = tempfile::tempfile().unwrap();

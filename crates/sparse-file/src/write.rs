@@ -15,6 +15,8 @@ use std::fs::File;
 use std::io;
 use std::ops::{ControlFlow, Range};
 
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+
 pub use options::{Engine, WriteOptions};
 
 use crate::Memory;
@@ -97,6 +99,12 @@ pub enum WriteError {
         /// How many bytes were to be written there.
         len: usize,
     },
+    /// The file is open for appending. Nothing was written: on Linux each write would go to the end
+    /// of the file, whatever its offset.
+    #[error(
+        "cannot write by offset to a file that is open for appending: open it without O_APPEND"
+    )]
+    Append,
     /// The engine that was asked for can't be had here. Nothing was written.
     #[error(
         "cannot write by {engine:?} here: choose Engine::Auto, which takes the best that there is"
@@ -173,13 +181,18 @@ pub fn write_runs<S: Source + ?Sized>(
     options: &WriteOptions,
     progress: &mut dyn FnMut(u64) -> ControlFlow<()>,
 ) -> Result<u64, WriteError> {
+    let failed = |source| WriteError::Destination {
+        offset: 0,
+        len: 0,
+        source,
+    };
+    let flags = fcntl(file, FcntlArg::F_GETFL).map_err(|errno| failed(errno.into()))?;
+    if OFlag::from_bits_retain(flags).contains(OFlag::O_APPEND) {
+        return Err(WriteError::Append);
+    }
     let job = Job {
         file,
-        limit: SizeLimit::of(file).map_err(|source| WriteError::Destination {
-            offset: 0,
-            len: 0,
-            source,
-        })?,
+        limit: SizeLimit::of(file).map_err(failed)?,
         chunks: Chunks::new(runs.into_iter(), options.chunk_size),
         chunk_size: options.chunk_size,
         source,

@@ -6,6 +6,7 @@ mod support;
 use std::fs::File;
 use std::io;
 use std::ops::{ControlFlow, Range};
+use std::os::unix::fs::FileExt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use proptest::prelude::*;
@@ -216,6 +217,20 @@ fn a_seek_missing_over_trailing_clean_pages_shortens_nothing(
         assert_eq!(contents(&file).len() as u64, LEN);
         assert!(contents(&file) == oracle(&ram, &runs));
     }
+}
+
+#[test]
+fn a_file_open_for_appending_is_refused_and_left_as_it_is() {
+    let file = tempfile::NamedTempFile::new().expect("file");
+    file.as_file().write_all_at(&[7; 100], 0).expect("written");
+    let appending = File::options().append(true).open(file.path());
+    let appending = appending.expect("open for appending");
+    let ram = ram(1 << 20);
+    for options in every_way() {
+        let written = write_runs(&appending, [0..4096], ram.as_slice(), &options, &mut go_on);
+        assert!(matches!(written, Err(WriteError::Append)), "{written:?}");
+    }
+    assert_eq!(contents(file.as_file()), [7; 100]);
 }
 
 #[test]
