@@ -191,7 +191,7 @@ impl<P: WriteProtection> Stage2Tracker<P> {
     pub fn mark_host_write(&self, guest_start: u64, len: u64) -> Result<(), OutsideRam> {
         for piece in self.layout.guest_pieces(guest_start, len)? {
             let marked = self.bitmap().set_range(piece.offset, piece.size);
-            debug_assert!(
+            assert!(
                 marked.is_ok(),
                 "the bitmap covers the RAM: checked when made"
             );

@@ -200,7 +200,7 @@ impl GuestRam {
 
     fn mark_piece(&self, piece: &RamRange) {
         let marked = self.dirty.set_range(piece.offset, piece.size);
-        debug_assert!(
+        assert!(
             marked.is_ok(),
             "the bitmap covers the RAM: checked when made"
         );
