@@ -194,7 +194,9 @@ fn code_of(cause: &(dyn std::error::Error + 'static)) -> Option<u8> {
         | ImageError::Link { .. }
         | ImageError::UnclearDiff { .. } => Some(NEGATIVE),
         ImageError::Footer { source, .. } => match source {
-            image_format::FooterError::Io { .. } => Some(FAILED),
+            image_format::FooterError::Io { .. } | image_format::FooterError::Append => {
+                Some(FAILED)
+            }
             _ => Some(NEGATIVE),
         },
         _ => None,
