@@ -168,7 +168,7 @@ fn ram_that_changes_its_size_meanwhile_is_an_error(#[case] by: i64) {
     }
     let work = Work::with_ram();
     let command = work.command("full ram -o out");
-    let held = support::held::Held::before(&command, &("pwrite64".to_owned(), 1));
+    let held = support::held::Held::before(&command, &("pwrite64".to_owned(), 1)).expect("held");
     assert_eq!(work.files().len(), 2, "there is a stage");
     let ram = fs::File::options().write(true).open(work.path("ram"));
     let size = RAM.checked_add_signed(by).unwrap();

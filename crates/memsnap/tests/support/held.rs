@@ -17,6 +17,9 @@ use tempfile::NamedTempFile;
 const CALLS: &str = "openat,mkdir,flock,ftruncate,fallocate,pread64,pwrite64,fsync,fdatasync,\
     renameat,renameat2,linkat,unlinkat,rmdir,close";
 
+/// The call that threads share: the main thread's part of them differs from run to run.
+pub(crate) const SHARED: &str = "pread64";
+
 /// A system call of the main thread: its name, and its number among the calls of this name.
 pub(crate) type Call = (String, usize);
 
@@ -50,9 +53,7 @@ pub(crate) fn calls(command: &Command, all: bool) -> Vec<Call> {
     assert!(calls.len() > 2, "{log}");
     let ends = |call: &Call| {
         let mut same = calls.iter().filter(|other| other.0 == call.0);
-        // Threads share the reading: the main thread's part differs from run to run.
-        let shared = call.0 == "pread64";
-        same.next() == Some(call) || (!shared && same.next_back() == Some(call))
+        same.next() == Some(call) || (call.0 != SHARED && same.next_back() == Some(call))
     };
     calls
         .iter()
@@ -93,7 +94,8 @@ pub(crate) struct Held {
 }
 
 impl Held {
-    pub(crate) fn before(command: &Command, (name, number): &Call) -> Self {
+    /// Runs `command` up to the call. `None` if it has ended without it.
+    pub(crate) fn before(command: &Command, (name, number): &Call) -> Option<Self> {
         let log = NamedTempFile::new().unwrap();
         let trace = format!("trace={name}");
         // The delay ends with `strace`.
@@ -111,10 +113,12 @@ impl Held {
             calls.filter(|begun| begun.starts_with(&call)).count() == *number
         };
         while !begun() {
-            assert!(!held.has_ended(), "it was not held at {name} {number}");
+            if held.has_ended() {
+                return None;
+            }
             sleep(Duration::from_millis(1));
         }
-        held
+        Some(held)
     }
 
     fn has_ended(&mut self) -> bool {
