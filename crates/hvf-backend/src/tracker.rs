@@ -188,6 +188,10 @@ impl<P: WriteProtection> Stage2Tracker<P> {
     ///
     /// # Errors
     /// [`OutsideRam`] where any byte is not RAM: nothing is marked.
+    #[expect(
+        clippy::missing_panics_doc,
+        reason = "the bitmap covers the RAM: checked when the tracker is made"
+    )]
     pub fn mark_host_write(&self, guest_start: u64, len: u64) -> Result<(), OutsideRam> {
         for piece in self.layout.guest_pieces(guest_start, len)? {
             let marked = self.bitmap().set_range(piece.offset, piece.size);
