@@ -8,6 +8,7 @@ mod durations;
 mod left_out;
 mod page;
 mod prove;
+mod signals;
 mod test;
 
 use std::path::PathBuf;
@@ -126,24 +127,24 @@ impl Suite {
         })
     }
 
-    fn list(&self) {
-        for step in self.steps {
+    fn list(steps: &[&Step]) {
+        for step in steps {
             println!("{:14} {}", step.name, step.proves);
         }
     }
 
     /// Runs the steps that are asked for.
     pub fn run(&self, sh: &Shell, options: &Options) -> anyhow::Result<()> {
-        if options.list {
-            self.list();
-            return Ok(());
-        }
         let mut steps = Vec::new();
         for name in &options.steps {
             steps.push(self.step(name)?);
         }
         if steps.is_empty() {
             steps.extend(self.steps);
+        }
+        if options.list {
+            Self::list(&steps);
+            return Ok(());
         }
         self.run_steps(sh, options, &steps, Vec::new())
     }
@@ -170,10 +171,12 @@ impl Suite {
             left_out,
             program: this_program()?.to_owned(),
         };
+        let interrupt = signals::pass_on()?;
         let mut durations = Durations::load(sh);
         let mut times = Vec::new();
         let start = Instant::now();
-        for step in steps {
+        for (number, step) in steps.iter().enumerate() {
+            interrupt.check()?;
             let key = format!("{} {}", self.name, step.name);
             match durations.last(&key) {
                 Some(last) => println!("\n== {} (last time: {last} s)", step.name),
@@ -186,12 +189,19 @@ impl Suite {
                 context.left_out.print()?;
                 let (suite, name) = (self.name, step.name);
                 let again = format!("run it again by `cargo xtask {suite} {name}`");
+                let rest: Vec<_> = steps[number + 1..].iter().map(|step| step.name).collect();
+                if !rest.is_empty() {
+                    println!("not started: {}", rest.join(", "));
+                }
                 return Err(error.context(format!("{name} failed after {seconds} s; {again}")));
             }
-            durations.set(sh, &key, seconds)?;
+            if context.crates.is_empty() {
+                durations.set(sh, &key, seconds)?;
+            }
             times.push((step.name, seconds));
         }
-        if options.record {
+        // The times of steps that were limited to some crates are not theirs.
+        if options.record && context.crates.is_empty() {
             page::record(sh, self, &times)?;
         }
         context.left_out.print()?;

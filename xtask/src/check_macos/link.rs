@@ -43,7 +43,8 @@ struct Linked {
 /// What `cargo xtask` builds on a Mac, and the example of the same features. The demo's guest has
 /// more than 64 GiB of addresses, which macOS 13 brought.
 const PROGRAMS: Linked = Linked {
-    arguments: "--bin xtask --example snapshot --features page-reader/serde,page-reader/vm-memory",
+    arguments: "--package xtask --bin xtask --package hvf-backend --example snapshot \
+        --features page-reader/serde,page-reader/vm-memory",
     oldest: MacOs(13, 0),
 };
 
@@ -283,7 +284,7 @@ mod tests {
         let config = include_str!("../../../.cargo/config.toml");
         let features = PROGRAMS.arguments.split_once("--features ");
         let (_, features) = features.expect("features");
-        let alias = format!("xtask = \"run --quiet --bin xtask --features {features} --\"\n");
+        let alias = format!("xtask = \"run --quiet --package xtask --features {features} --\"\n");
         assert!(config.contains(&alias), "{config}");
     }
 

@@ -19,7 +19,7 @@ use std::thread;
 use std::time::Instant;
 
 use anyhow::{Context, bail, ensure};
-use test_machine::{Need, TinyTmpfs};
+use test_machine::{Need, TinyTmpfs, not_run};
 use xshell::Shell;
 
 use crate::fs_matrix::mounts::keep_private;
@@ -219,7 +219,7 @@ pub fn runs_here(need: Need, what: &str, takes: &str, ci: bool) -> anyhow::Resul
         return Ok(true);
     }
     ensure!(!ci, "{what}: this machine has no {need}, and CI demands it");
-    println!("NOT RUN {what}: this machine has no {need}{takes}");
+    not_run(what, &format!("this machine has no {need}{takes}"));
     Ok(false)
 }
 

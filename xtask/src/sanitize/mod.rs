@@ -6,6 +6,7 @@ use std::time::Instant;
 
 use anyhow::{bail, ensure};
 use clap::ValueEnum;
+use test_machine::not_run;
 use xshell::{Cmd, PushEnv, Shell, cmd};
 
 use crate::debian_rust;
@@ -119,7 +120,7 @@ impl Sanitize {
         missing.extend(self.install.ensure(sh, &PACKAGES, "sanitize")?);
         ensure!(missing.is_empty(), "nothing can be built with a sanitizer");
         for (what, why) in LEFT_OUT {
-            println!("NOT RUN {what}: {why}");
+            not_run(what, why);
         }
         let all = [Sanitizer::Thread, Sanitizer::Address];
         let mut closing = Vec::new();
@@ -278,7 +279,7 @@ fn test(sh: &Shell, sanitizer: Sanitizer, name: &str, targets: &[&str]) -> anyho
         })
     };
     for skipped in skipped() {
-        println!("NOT RUN {}: {}", skipped.test, skipped.why);
+        not_run(skipped.test, skipped.why);
     }
     let skips = skipped().flat_map(|skipped| ["--skip", skipped.test]);
     let output = sanitizer

@@ -26,6 +26,7 @@ use clap::ValueEnum;
 use test_machine::Need;
 use xshell::Shell;
 
+use crate::crash::runs_here;
 use crate::demo::guest::Kind;
 use crate::fs_matrix::mounts::keep_private;
 use crate::interrupt::Interrupt;
@@ -161,7 +162,7 @@ impl Soak {
         let settings = Settings {
             seed: self.seed.unwrap_or_else(|| Random::new().below(u64::MAX)),
             dir: std::path::absolute(files.path())?,
-            kinds: kinds(),
+            kinds: kinds()?,
             means: Means { root, child: true },
             program: Some(this_program()?.to_owned()),
             plant: self.plant,
@@ -238,19 +239,18 @@ impl Soak {
 }
 
 /// The kinds of guests that this machine has.
-fn kinds() -> Vec<Kind> {
+fn kinds() -> anyhow::Result<Vec<Kind>> {
+    let ci = std::env::var_os("CI").is_some_and(|ci| ci == "true");
     let mut kinds = vec![Kind::Mprotect];
     for (need, kind) in [
         (Need::Userfaultfd, Kind::Userfaultfd),
         (Need::Kvm, Kind::Kvm),
     ] {
-        if need.is_met() {
+        if runs_here(need, &format!("soak with {kind}"), "", ci)? {
             kinds.push(kind);
-        } else {
-            println!("NOT RUN with {kind}: this machine has no {need}");
         }
     }
-    kinds
+    Ok(kinds)
 }
 
 /// No round takes as long.

@@ -1,6 +1,6 @@
 //! The steps of `cargo xtask prove` that a change calls for.
 
-use anyhow::Context;
+use anyhow::anyhow;
 use xshell::{Shell, cmd};
 
 use super::Step;
@@ -15,7 +15,7 @@ pub struct Selection {
     /// The revision that was compared with.
     pub since: String,
     pub steps: Vec<&'static Step>,
-    /// The crates that changed; empty where all are to be looked at.
+    /// The crates that changed; empty where all are to be looked at, as after a change to a task.
     pub crates: Vec<String>,
 }
 
@@ -25,13 +25,19 @@ pub fn select(sh: &Shell, rev: Option<&str>) -> anyhow::Result<Selection> {
         Some(rev) => rev.to_owned(),
         None => default_revision(sh),
     };
-    let changed = cmd!(sh, "git diff --name-only {since} --").quiet().read();
-    let changed = changed.with_context(|| {
-        format!("{since} is not a revision; to name steps, leave --changed out")
-    })?;
-    let new = cmd!(sh, "git ls-files --others --exclude-standard");
+    let commit = format!("{since}^{{commit}}");
+    let commit = cmd!(sh, "git rev-parse --verify --end-of-options {commit}");
+    let commit =
+        commit.quiet().ignore_stderr().read().map_err(|_| {
+            anyhow!("{since:?} is not a revision; to name steps, leave --changed out")
+        })?;
+    // Paths end in a zero byte, unquoted. A moved file is one that is gone and a new one.
+    let changed = cmd!(sh, "git diff --name-only --no-renames -z {commit} --");
+    let changed = changed.quiet().read()?;
+    let new = cmd!(sh, "git ls-files --others --exclude-standard -z");
     let new = new.quiet().read()?;
-    let paths: Vec<_> = changed.lines().chain(new.lines()).collect();
+    let paths = changed.split('\0').chain(new.split('\0'));
+    let paths: Vec<_> = paths.filter(|path| !path.is_empty()).collect();
     let (steps, crates) = for_paths(&paths);
     Ok(Selection {
         since,
@@ -64,6 +70,10 @@ fn for_paths(paths: &[&str]) -> (Vec<&'static Step>, Vec<String>) {
     }
     let wanted = |step: &&Step| paths.iter().any(|path| is_about(step, path));
     let steps = SUITE.steps.iter().filter(wanted).collect();
+    let task = |path: &&str| is_within(path, "xtask");
+    if paths.iter().any(task) {
+        return (steps, Vec::new());
+    }
     let mut crates: Vec<_> = paths
         .iter()
         .filter_map(|path| path.strip_prefix("crates/")?.split('/').next())
@@ -97,6 +107,13 @@ mod tests {
     fn a_changed_dependency_selects_every_step_for_all_crates() {
         let (steps, crates) = for_paths(&["crates/sparse-file/src/lib.rs", "Cargo.lock"]);
         assert_eq!(steps.len(), SUITE.steps.len());
+        assert!(crates.is_empty());
+    }
+
+    #[test]
+    fn a_changed_task_looks_at_all_crates() {
+        let (steps, crates) = for_paths(&["crates/memsnap/src/main.rs", "xtask/src/mutants.rs"]);
+        assert!(steps.iter().any(|step| step.name == "mutants"));
         assert!(crates.is_empty());
     }
 

@@ -1,0 +1,76 @@
+//! Signals that end a suite: they reach what runs below it.
+
+use crate::interrupt::Interrupt;
+
+/// From now on a first SIGINT or SIGTERM does not end this process: the step that runs fails, and
+/// no other is started. SIGTERM is passed on to what runs below. SIGINT is not, because a terminal
+/// sends it to all of them. A second signal ends this process at once.
+#[cfg(not(target_os = "linux"))]
+pub fn pass_on() -> anyhow::Result<Interrupt> {
+    Interrupt::catch()
+}
+
+#[cfg(target_os = "linux")]
+pub use linux::pass_on;
+
+#[cfg(target_os = "linux")]
+mod linux {
+    use std::collections::HashSet;
+    use std::fs;
+    use std::path::PathBuf;
+    use std::thread;
+    use std::time::Duration;
+
+    use nix::sys::signal::{Signal, kill};
+    use nix::unistd::Pid;
+    use signal_hook::consts::SIGTERM;
+    use signal_hook::iterator::Signals;
+
+    use super::Interrupt;
+
+    /// From now on a first SIGINT or SIGTERM does not end this process: the step that runs fails,
+    /// and no other is started. SIGTERM is passed on to what runs below. SIGINT is not, because a
+    /// terminal sends it to all of them. A second signal ends this process at once.
+    pub fn pass_on() -> anyhow::Result<Interrupt> {
+        let interrupt = Interrupt::catch()?;
+        let mut signals = Signals::new([SIGTERM])?;
+        thread::spawn(move || {
+            signals.forever().next();
+            let mut ended = HashSet::new();
+            // Until this process ends: what is asked to end may still start others.
+            loop {
+                let this = Pid::this().as_raw();
+                end_below(this, fs::read_link("/proc/self/exe").ok(), &mut ended);
+                thread::sleep(Duration::from_millis(100));
+            }
+        });
+        Ok(interrupt)
+    }
+
+    /// Sends SIGTERM, once, to the children of `parent` and all below them.
+    fn end_below(parent: i32, program: Option<PathBuf>, ended: &mut HashSet<i32>) {
+        for child in children(parent) {
+            if ended.insert(child) {
+                let _ = kill(Pid::from_raw(child), Signal::SIGTERM);
+            }
+            // This program ends what it started by itself.
+            let same = fs::read_link(format!("/proc/{child}/exe")).ok() == program;
+            if !same {
+                end_below(child, program.clone(), ended);
+            }
+        }
+    }
+
+    fn children(parent: i32) -> Vec<i32> {
+        let processes = fs::read_dir("/proc").into_iter().flatten().flatten();
+        let ids = processes.filter_map(|process| process.file_name().to_str()?.parse().ok());
+        ids.filter(|id| parent_of(*id) == Some(parent)).collect()
+    }
+
+    fn parent_of(id: i32) -> Option<i32> {
+        let stat = fs::read_to_string(format!("/proc/{id}/stat")).ok()?;
+        // The name, which may have any character, ends with the last parenthesis.
+        let (_, fields) = stat.rsplit_once(") ")?;
+        fields.split(' ').nth(1)?.parse().ok()
+    }
+}
