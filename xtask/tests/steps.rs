@@ -1,4 +1,5 @@
 //! `cargo xtask test`, `ci` and `prove` as their user meets them: lists, errors, signals.
+#![cfg(target_os = "linux")]
 
 use std::io::{BufRead, BufReader, Read};
 use std::process::{Command, Output, Stdio};
@@ -41,7 +42,6 @@ fn what_is_no_revision_is_not_taken_for_an_option() {
 }
 
 /// The step takes an hour.
-#[cfg(target_os = "linux")]
 #[test]
 fn a_suite_that_is_ended_ends_what_it_started() {
     let mut suite = command(&["prove", "soak"])
