@@ -33,7 +33,8 @@ impl Footer {
     /// deadly signal.
     ///
     /// # Errors
-    /// [`FooterError::Invalid`], [`FooterError::TooLarge`] and [`FooterError::Append`], before anything is written; [`FooterError::Io`].
+    /// [`FooterError::Invalid`], [`FooterError::TooLarge`] and [`FooterError::Append`], before
+    /// anything is written; [`FooterError::Io`].
     pub fn write(&self, file: &File) -> Result<u64, FooterError> {
         self.check()?;
         let len = self.body_len();

@@ -187,7 +187,8 @@ impl Context<'_> {
         Ok(self.xtask(&format!("{arguments}{record}")).run()?)
     }
 
-    /// Runs the task, limited to those of `known` that changed where the steps are chosen by what changed.
+    /// Runs the task, limited to those of `known` that changed where the steps are chosen by what
+    /// changed.
     fn recorded_for(&self, task: &str, known: &[&str]) -> anyhow::Result<()> {
         if self.crates.is_empty() {
             return self.recorded(task);

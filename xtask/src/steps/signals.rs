@@ -3,21 +3,20 @@
 use crate::interrupt::Interrupt;
 
 /// From now on a first SIGINT or SIGTERM does not end this process: the step that runs fails, and
-/// no other is started. SIGTERM is passed on to what runs below. SIGINT is not, because a terminal
-/// sends it to all of them. A second signal ends this process at once.
-#[cfg(not(target_os = "linux"))]
+/// no other is started. SIGTERM is passed on to what runs below (on Linux). SIGINT is not, because a
+/// terminal sends it to all of them. A second signal ends this process at once.
 pub fn pass_on() -> anyhow::Result<Interrupt> {
-    Interrupt::catch()
+    let interrupt = Interrupt::catch()?;
+    #[cfg(target_os = "linux")]
+    below::end_on_sigterm()?;
+    Ok(interrupt)
 }
 
 #[cfg(target_os = "linux")]
-pub use linux::pass_on;
-
-#[cfg(target_os = "linux")]
-mod linux {
+mod below {
     use std::collections::HashSet;
     use std::fs;
-    use std::path::PathBuf;
+    use std::path::Path;
     use std::thread;
     use std::time::Duration;
 
@@ -26,37 +25,32 @@ mod linux {
     use signal_hook::consts::SIGTERM;
     use signal_hook::iterator::Signals;
 
-    use super::Interrupt;
-
-    /// From now on a first SIGINT or SIGTERM does not end this process: the step that runs fails,
-    /// and no other is started. SIGTERM is passed on to what runs below. SIGINT is not, because a
-    /// terminal sends it to all of them. A second signal ends this process at once.
-    pub fn pass_on() -> anyhow::Result<Interrupt> {
-        let interrupt = Interrupt::catch()?;
+    /// Starts a thread that ends what runs below this process once SIGTERM comes.
+    pub fn end_on_sigterm() -> anyhow::Result<()> {
+        let program = fs::read_link("/proc/self/exe")?;
         let mut signals = Signals::new([SIGTERM])?;
         thread::spawn(move || {
             signals.forever().next();
             let mut ended = HashSet::new();
             // Until this process ends: what is asked to end may still start others.
             loop {
-                let this = Pid::this().as_raw();
-                end_below(this, fs::read_link("/proc/self/exe").ok(), &mut ended);
+                end_below(Pid::this().as_raw(), &program, &mut ended);
                 thread::sleep(Duration::from_millis(100));
             }
         });
-        Ok(interrupt)
+        Ok(())
     }
 
     /// Sends SIGTERM, once, to the children of `parent` and all below them.
-    fn end_below(parent: i32, program: Option<PathBuf>, ended: &mut HashSet<i32>) {
+    fn end_below(parent: i32, program: &Path, ended: &mut HashSet<i32>) {
         for child in children(parent) {
             if ended.insert(child) {
                 let _ = kill(Pid::from_raw(child), Signal::SIGTERM);
             }
             // This program ends what it started by itself.
-            let same = fs::read_link(format!("/proc/{child}/exe")).ok() == program;
+            let same = fs::read_link(format!("/proc/{child}/exe")).is_ok_and(|exe| exe == program);
             if !same {
-                end_below(child, program.clone(), ended);
+                end_below(child, program, ended);
             }
         }
     }
