@@ -3,10 +3,14 @@
 use std::ops::Range;
 use std::time::Duration;
 
-use page_reader::{PageReader, ProcessMaps, ProcessMemory, StoppedProcess};
+use anyhow::Context;
+use page_reader::{
+    PageReader, ProcessMaps, ProcessMemory, ProcessRegion, StoppedProcess, UnexaminedProcess,
+};
 
 use crate::args;
 use crate::failure::Failure;
+use crate::ram;
 
 /// How long a process may take to stop.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -78,12 +82,15 @@ impl ProcessRam {
         let ranges = regions
             .iter()
             .map(|range| (range.start, range.end - range.start));
-        Ok(Self {
+        let ram = Self {
             pid,
             memory: ProcessMemory::open(pid, ranges)?,
             regions,
             _stopped: stopped,
-        })
+        };
+        let unexamined = ram.check_filled(&maps)?;
+        ram::warn_of_unexamined(&format!("the RAM of process {pid}"), &unexamined);
+        Ok(ram)
     }
 
     pub fn size(&self) -> u64 {
@@ -109,7 +116,26 @@ impl ProcessRam {
                 at = region.addresses.end;
             }
         }
-        Ok(())
+        // Filling may have begun after the process was opened.
+        self.check_filled(&maps).map(drop)
+    }
+
+    /// Refuses RAM that another process is still filling: missing pages are read as zeros.
+    fn check_filled(&self, maps: &ProcessMaps) -> anyhow::Result<Vec<UnexaminedProcess>> {
+        let mut unexamined = Vec::new();
+        let mapped = |region: &&ProcessRegion| {
+            let addresses = &region.addresses;
+            let mut ram = self.regions.iter();
+            ram.any(|ram| addresses.start < ram.end && ram.start < addresses.end)
+        };
+        for region in maps.regions().iter().filter(mapped) {
+            let found = region.check_filled();
+            let found = found.with_context(|| format!("cannot capture {region}"))?;
+            unexamined.extend(found.into_iter().filter(|process| process.pid != self.pid));
+        }
+        unexamined.sort_by_key(|process| process.pid);
+        unexamined.dedup();
+        Ok(unexamined)
     }
 }
 

@@ -9,9 +9,13 @@ use image_format::Footer;
 use memory_writer::SnapshotError;
 use nix::fcntl::OFlag;
 use nix::unistd::{SysconfVar, sysconf};
+#[cfg(target_os = "linux")]
+use page_reader::UnexaminedProcess;
 use page_reader::{FileReader, PageReader};
 
 use crate::failure::Failure;
+#[cfg(target_os = "linux")]
+use crate::print;
 #[cfg(target_os = "linux")]
 use crate::process::ProcessRam;
 
@@ -93,20 +97,55 @@ impl RamFile {
         if size == 0 {
             return Err(Failure::NoBytes { path }.into());
         }
-        Ok(Some(Self { path, file, size }))
+        let ram = Self { path, file, size };
+        ram.check_filled(true)?;
+        Ok(Some(ram))
     }
 
     fn check(&self) -> anyhow::Result<()> {
         let now = self.file.metadata()?.len();
-        if now == self.size {
-            return Ok(());
+        if now != self.size {
+            return Err(Failure::RamResized {
+                path: self.path.clone(),
+                before: self.size,
+                now,
+            }
+            .into());
         }
-        Err(Failure::RamResized {
-            path: self.path.clone(),
-            before: self.size,
-            now,
+        // Filling may have begun after the file was opened.
+        self.check_filled(false)
+    }
+
+    /// Refuses RAM that a process is still filling as it is accessed: missing pages are read as zeros.
+    #[cfg(target_os = "linux")]
+    fn check_filled(&self, warn: bool) -> anyhow::Result<()> {
+        let path = &self.path;
+        let unexamined = page_reader::check_filled(&self.file)
+            .with_context(|| format!("cannot capture the RAM {path:?}"))?;
+        if warn {
+            warn_of_unexamined(&format!("{path:?}"), &unexamined);
         }
-        .into())
+        Ok(())
+    }
+
+    #[cfg(not(target_os = "linux"))]
+    fn check_filled(&self, _warn: bool) -> anyhow::Result<()> {
+        Ok(())
+    }
+}
+
+/// Warns of processes that may be filling the RAM, and that could not be asked.
+#[cfg(target_os = "linux")]
+pub fn warn_of_unexamined(ram: &str, unexamined: &[UnexaminedProcess]) {
+    if let Some(first) = unexamined.first() {
+        let others = match unexamined.len() - 1 {
+            0 => String::new(),
+            others => format!(" and {others} more"),
+        };
+        print::complain(&format!(
+            "warning: {first}{others} could not be examined: if it is still filling {ram} by userfaultfd, missing pages \
+             are saved as zeros"
+        ));
     }
 }
 
@@ -114,4 +153,37 @@ impl RamFile {
 pub fn host_page() -> u64 {
     let page = sysconf(SysconfVar::PAGE_SIZE).ok().flatten();
     page.map_or(4096, |page| page as u64)
+}
+
+#[cfg(all(test, target_os = "linux"))]
+#[path = "../tests/support/missing.rs"]
+#[allow(unsafe_code)]
+mod missing;
+
+#[cfg(all(test, target_os = "linux"))]
+mod tests {
+    use test_machine::Need;
+
+    use super::*;
+
+    #[test]
+    fn filling_that_begins_after_the_file_was_opened_is_found() {
+        let test = "filling_that_begins_after_the_file_was_opened_is_found";
+        if !Need::Userfaultfd.met(test) || !Need::Root.met(test) {
+            return;
+        }
+        let file = tempfile::NamedTempFile::new_in("/dev/shm").unwrap();
+        file.as_file().set_len(1 << 20).unwrap();
+        let ram = RamFile::open(file.path()).unwrap();
+        ram.check().unwrap();
+        let fault = missing::register(file.as_file(), 1 << 20);
+        let error = ram.check().unwrap_err();
+        let found = error.downcast_ref::<page_reader::LazyFillError>();
+        assert!(
+            matches!(found, Some(page_reader::LazyFillError::InProgress { pid, .. }) if *pid == std::process::id()),
+            "{error:?}"
+        );
+        drop(fault);
+        ram.check().unwrap();
+    }
 }

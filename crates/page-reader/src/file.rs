@@ -18,6 +18,10 @@ use crate::{PageReader, PopulatedRanges, range};
 /// A guest that maps its file *privately* (`MAP_PRIVATE`, QEMU's `share=off`) keeps what it writes to itself: its
 /// RAM isn't in the file. Use [`MappedMemory`](crate::MappedMemory) or `ProcessMemory` there.
 ///
+/// Shared memory that a process is still filling by userfaultfd reads as zeros where pages are
+/// missing. On Linux, `FileReader::check_filled` finds such a process: call it before and after the
+/// copy.
+///
 /// # Examples
 /// One region of a guest whose `memory-backend-file` holds its low RAM first:
 /// ```
@@ -63,6 +67,11 @@ impl<F: Borrow<File>> FileReader<F> {
     /// The file may still be shorter: reading what isn't there is an error, then.
     pub const fn range(file: F, start: u64, size: u64) -> Self {
         Self { file, start, size }
+    }
+
+    #[cfg(target_os = "linux")]
+    pub(crate) fn file(&self) -> &File {
+        self.file.borrow()
     }
 
     /// The file's byte at offset 0.

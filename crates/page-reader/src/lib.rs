@@ -113,7 +113,9 @@
 //! - A load from a mapped file that was truncated is a SIGBUS, not an error. Seal memfds against shrinking.
 //! - What [`populated`](PageReader::populated) says of a file is as right as its file system's `SEEK_DATA`. Of memory it calls
 //!   `userfaultfd(2)`: a seccomp filter may refuse that, but should not kill for it.
-//! - `ProcessMemory`, `ProcessMaps` and `StoppedProcess` are Linux only. Everything else is for Linux and macOS.
+//! - Shared memory that a process is still filling by userfaultfd reads as zeros where pages are
+//!   missing. `check_filled` (Linux) finds such a process: call it before and after a copy.
+//! - `ProcessMemory`, `ProcessMaps`, `StoppedProcess` and `check_filled` are Linux only. Everything else is for Linux and macOS.
 //!
 //! # Features
 //!
@@ -149,8 +151,9 @@ pub use mapped::{MappedMemory, MappedMemoryError};
 pub use populated::PopulatedRanges;
 #[cfg(target_os = "linux")]
 pub use process::{
-    Permissions, ProcessMaps, ProcessMapsError, ProcessMemory, ProcessMemoryError, ProcessRegion,
-    ProcessStopError, StoppedProcess,
+    FlaggedRegion, LazyFillError, Permissions, ProcessMaps, ProcessMapsError, ProcessMemory,
+    ProcessMemoryError, ProcessRegion, ProcessStopError, RegionFlags, StoppedProcess,
+    UnexaminedProcess, check_filled,
 };
 pub use reader::PageReader;
 pub use secret::SecretBuffer;

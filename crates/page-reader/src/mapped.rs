@@ -9,6 +9,10 @@ use crate::{HostMemory, PageReader, RamLayout, range};
 /// Host addresses are handed out, so nothing needs to be copied; where it is, it's by
 /// [`HostMemory::copy_to`], which vCPUs may race with.
 ///
+/// Shared memory that another process is still filling by userfaultfd reads as zeros where pages are
+/// missing. On Linux, `MappedMemory::check_filled` finds such a process: call it before and after
+/// the copy.
+///
 /// # Examples
 /// A guest of two regions. The promise that the memory stays mapped is made once for each, in [`HostMemory::new`].
 /// ```

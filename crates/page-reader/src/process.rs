@@ -1,6 +1,8 @@
 //! The memory of another process. Linux only: elsewhere the module isn't there.
 
+mod lazy_fill;
 mod maps;
+mod smaps;
 mod stop;
 
 use std::fs::File;
@@ -11,8 +13,10 @@ use std::sync::Arc;
 
 use nix::errno::Errno;
 
+pub use lazy_fill::{LazyFillError, UnexaminedProcess, check_filled};
 pub(crate) use maps::supersede;
 pub use maps::{Permissions, ProcessMaps, ProcessMapsError, ProcessRegion};
+pub use smaps::{FlaggedRegion, RegionFlags};
 pub use stop::{ProcessStopError, StoppedProcess};
 
 use crate::sys::{AddressSpace, MemoryFiles};
@@ -32,6 +36,10 @@ use crate::{FileReader, Layered, LayeredError, PageReader, PopulatedRanges, rang
 /// of this process's memory, by the other one's page map and files: nothing is taken for empty that was swapped out, maps a file
 /// privately or is of huge pages or a device. Memory that userfaultfd fills on first touch (a guest that is being restored) can't be
 /// read where it isn't filled yet: that's [`Unreadable`](ProcessMemoryError::Unreadable), not zeros.
+///
+/// Shared memory that *another* process fills on first touch is read as zeros where it is not filled
+/// yet. [`ProcessRegion::check_filled`] finds such a process: call it for each region, before and
+/// after the copy.
 ///
 /// # Examples
 /// A guest region whose address, here of this very process, came from the monitor or from [`ProcessMaps`]:

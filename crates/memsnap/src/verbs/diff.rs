@@ -94,7 +94,10 @@ impl Diff {
         }
         let changed = self.changed(session, &old, &new)?;
         match &output {
-            None => self.tell(&changed),
+            None => {
+                new.check()?;
+                self.tell(&changed)
+            }
             Some(output) => self.save(session, output, &old, new, &changed),
         }
     }

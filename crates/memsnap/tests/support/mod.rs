@@ -4,6 +4,9 @@
 
 #[cfg(target_os = "linux")]
 pub(crate) mod held;
+#[cfg(target_os = "linux")]
+#[allow(unsafe_code)]
+pub(crate) mod missing;
 
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;

@@ -135,8 +135,22 @@ impl ProcessMaps {
     /// # Errors
     /// The process has ended, may not be looked into, or the list isn't understood.
     pub fn of(pid: u32) -> Result<Self, ProcessMapsError> {
+        Self::list(&format!("/proc/{pid}"), pid)
+    }
+
+    /// Returns those of the calling process.
+    ///
+    /// # Errors
+    /// As for [`of`](Self::of).
+    pub fn of_this_process() -> Result<Self, ProcessMapsError> {
+        // By "self": where /proc belongs to another PID namespace, the number is another process's.
+        Self::list("/proc/self", std::process::id())
+    }
+
+    /// Returns those of `process`, a directory in `/proc`.
+    pub(super) fn list(process: &str, pid: u32) -> Result<Self, ProcessMapsError> {
         let text =
-            fs::read(format!("/proc/{pid}/maps")).map_err(|source| {
+            fs::read(format!("{process}/maps")).map_err(|source| {
                 match super::is_not_there(&source) {
                     true => ProcessMapsError::Gone { pid },
                     false => ProcessMapsError::Read { pid, source },
@@ -373,7 +387,7 @@ fn list(regions: &[ProcessRegion]) -> String {
 }
 
 /// What a terminal shows as it is; the rest, which another process chose, escaped.
-fn printable(bytes: &[u8]) -> String {
+pub(super) fn printable(bytes: &[u8]) -> String {
     let mut printable = String::new();
     for char in String::from_utf8_lossy(bytes).chars() {
         match char {

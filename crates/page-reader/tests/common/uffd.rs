@@ -52,17 +52,27 @@ impl Drop for Registered {
 
 /// Registers the first `len` bytes. Nothing answers their faults.
 pub(crate) fn register_missing(mapping: &Mapping, len: usize) -> Registered {
+    register(mapping, len, 1, 0)
+}
+
+/// Registers the first `len` bytes of shared memory for pages that the file has and the mapping does not.
+pub(crate) fn register_minor(mapping: &Mapping, len: usize) -> Registered {
+    // UFFDIO_REGISTER_MODE_MINOR, UFFD_FEATURE_MINOR_SHMEM
+    register(mapping, len, 4, 1 << 10)
+}
+
+fn register(mapping: &Mapping, len: usize, mode: u64, features: u64) -> Registered {
     let device = File::open("/dev/userfaultfd").unwrap();
     let mut api = Api {
         api: 0xaa,
-        features: 0,
+        features,
         ioctls: 0,
     };
     let (start, len) = (mapping.address(), len as u64);
     let mut register = Register {
         start,
         len,
-        mode: 1,
+        mode,
         ioctls: 0,
     };
     // SAFETY: USERFAULTFD_IOC_NEW gives a descriptor that is nobody else's; the others read and write structures of their own. No access to

@@ -1,0 +1,310 @@
+//! Whether shared memory is still being filled by a userfaultfd.
+
+use std::borrow::Borrow;
+use std::fmt;
+use std::fs::{self, File};
+use std::io;
+use std::os::unix::fs::MetadataExt;
+
+use nix::sys::stat::makedev;
+use nix::sys::statfs::{FsType, HUGETLBFS_MAGIC, OVERLAYFS_SUPER_MAGIC, TMPFS_MAGIC, fstatfs};
+use nix::unistd::geteuid;
+
+use super::is_not_there;
+use super::maps::{ProcessMaps, ProcessMapsError, ProcessRegion, printable};
+use super::smaps::FlaggedRegion;
+use crate::{FileReader, MappedMemory, PageReader};
+
+/// Checks that no process fills the shared memory `file` page by page as it is accessed.
+///
+/// While a guest is restored by userfaultfd into a memfd or a file on tmpfs, its missing pages wait
+/// only in mappings that are registered with the userfaultfd. Everywhere else they are zeros: in a
+/// read of the file, and in any other mapping of it. Whoever copies the memory calls this function
+/// before *and after* the copy, and discards the copy if either call fails: the first call avoids
+/// useless work, and the second one finds a process that began meanwhile.
+///
+/// The function looks for mappings of the same file in the `smaps` of all processes. Files on other
+/// file systems than tmpfs, hugetlbfs and overlayfs cannot be filled by userfaultfd: nothing is
+/// looked for. The cost grows with the number of processes: about 0.1 ms each, and more for those
+/// that map the file.
+///
+/// Returns the processes that run as the owner of the file and that this process may not examine:
+/// one of them may be filling it. With `CAP_SYS_PTRACE` there is none, but for processes with
+/// privileges that this one lacks. Whoever needs certainty treats any as a failure.
+///
+/// # Errors
+/// [`LazyFillError::InProgress`] names a process whose mapping is being filled. With the other
+/// errors, the question could not be asked.
+///
+/// # What is not detected
+/// - A process of another user than the file's owner that this process may not examine (without
+///   `CAP_SYS_PTRACE`), or that is in a PID namespace not visible here, or hidden by `hidepid`.
+/// - A fill that began and ended between the two calls.
+/// - A fill that was given up: a process that ended, or closed its userfaultfd, before all pages
+///   were filled. Nothing tells its missing pages from memory that was never used.
+///
+/// # Examples
+/// ```
+/// let ram = tempfile::tempfile()?;
+/// for process in page_reader::check_filled(&ram)? {
+///     eprintln!("warning: {process} may still be filling the memory");
+/// }
+/// // copy it
+/// page_reader::check_filled(&ram)?;
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+pub fn check_filled(file: &File) -> Result<Vec<UnexaminedProcess>, LazyFillError> {
+    let metadata = file.metadata().map_err(LazyFillError::File)?;
+    if !metadata.is_file() || !may_be_filled(file)? {
+        return Ok(Vec::new());
+    }
+    Backing {
+        device: metadata.dev(),
+        inode: metadata.ino(),
+        owner: metadata.uid(),
+    }
+    .check()
+}
+
+/// Why shared memory cannot be read as it is: pages may be missing.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum LazyFillError {
+    /// A process has the memory mapped, and a userfaultfd fills it page by page.
+    #[error(
+        "the memory is still being filled: in process {pid} ({command}) a userfaultfd fills {region} as pages are \
+         accessed, and pages that are still missing would be read as zeros: wait until the restore has finished"
+    )]
+    InProgress {
+        /// The process whose mapping is filled. Another process may do the filling.
+        pid: u32,
+        /// The name of its program, control characters escaped.
+        command: String,
+        /// The mapping.
+        region: Box<ProcessRegion>,
+    },
+    /// The file cannot be examined.
+    #[error("it is unknown whether the memory is still being filled: its file cannot be examined")]
+    File(#[source] io::Error),
+    /// The processes cannot be listed.
+    #[error(
+        "it is unknown whether the memory is still being filled: the processes cannot be listed, mount /proc"
+    )]
+    Processes(#[source] io::Error),
+    /// The mappings of a process are not understood, or those of this process cannot be read.
+    #[error(
+        "it is unknown whether the memory is still being filled: the mappings of a process cannot be listed"
+    )]
+    Mappings(#[from] ProcessMapsError),
+}
+
+/// A process that could not be examined, and that runs as the owner of the memory.
+///
+/// Shown, it is its id and the name of its program, with control characters escaped.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct UnexaminedProcess {
+    /// The process.
+    pub pid: u32,
+    /// The name of its program, control characters escaped.
+    pub command: String,
+}
+
+impl fmt::Display for UnexaminedProcess {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "process {} ({})", self.pid, self.command)
+    }
+}
+
+impl<F: Borrow<File>> FileReader<F> {
+    /// Checks that no process fills the file page by page as it is accessed: [`check_filled`].
+    ///
+    /// Reads do not check: it takes milliseconds, and before the read alone is not enough.
+    ///
+    /// # Errors
+    /// See [`check_filled`].
+    pub fn check_filled(&self) -> Result<Vec<UnexaminedProcess>, LazyFillError> {
+        check_filled(self.file())
+    }
+}
+
+impl MappedMemory<'_> {
+    /// Checks that no process fills the files behind this memory page by page as they are accessed.
+    ///
+    /// Private anonymous memory passes: where a userfaultfd fills it, reads wait for the page. See
+    /// [`check_filled`] for what is found, what is not, and why to call it before and after a copy.
+    ///
+    /// # Errors
+    /// See [`check_filled`].
+    pub fn check_filled(&self) -> Result<Vec<UnexaminedProcess>, LazyFillError> {
+        let maps = ProcessMaps::of_this_process()?;
+        let (mut offset, mut unexamined) = (0, Vec::new());
+        while let Some(memory) = self.host_memory(offset, usize::MAX) {
+            let start = memory.as_ptr().addr() as u64;
+            let end = start + memory.len() as u64;
+            let inside = |region: &&ProcessRegion| {
+                region.addresses.start < end && start < region.addresses.end
+            };
+            let regions = maps.regions().iter().filter(inside);
+            for region in regions {
+                for process in region.check_filled()? {
+                    if !unexamined.contains(&process) {
+                        unexamined.push(process);
+                    }
+                }
+            }
+            offset += memory.len() as u64;
+        }
+        Ok(unexamined)
+    }
+}
+
+impl ProcessRegion {
+    /// Checks that no process fills the file behind this mapping page by page as it is accessed.
+    ///
+    /// A mapping without a file passes. See [`check_filled`] for what is found, what is not, and why
+    /// to call it before and after a copy; a process that cannot be examined counts where it runs as
+    /// the same user as the caller.
+    ///
+    /// # Errors
+    /// See [`check_filled`].
+    pub fn check_filled(&self) -> Result<Vec<UnexaminedProcess>, LazyFillError> {
+        if self.inode == 0 {
+            return Ok(Vec::new());
+        }
+        let (major, minor) = self.device;
+        Backing {
+            device: makedev(major.into(), minor.into()),
+            inode: self.inode,
+            owner: geteuid().as_raw(),
+        }
+        .check()
+    }
+}
+
+fn may_be_filled(file: &File) -> Result<bool, LazyFillError> {
+    let kind: FsType = fstatfs(file)
+        .map_err(|errno| LazyFillError::File(errno.into()))?
+        .filesystem_type();
+    // A file on overlayfs may be one on tmpfs, which the mapping then shows.
+    Ok([TMPFS_MAGIC, HUGETLBFS_MAGIC, OVERLAYFS_SUPER_MAGIC].contains(&kind))
+}
+
+/// The file behind shared memory.
+struct Backing {
+    device: u64,
+    inode: u64,
+    owner: u32,
+}
+
+impl Backing {
+    fn check(&self) -> Result<Vec<UnexaminedProcess>, LazyFillError> {
+        let processes = fs::read_dir("/proc").map_err(LazyFillError::Processes)?;
+        let (mut seen, mut unexamined) = (false, Vec::new());
+        for entry in processes {
+            let entry = entry.map_err(LazyFillError::Processes)?;
+            let name = entry.file_name();
+            if let Some(pid) = name.to_str().and_then(|name| name.parse().ok()) {
+                seen = true;
+                unexamined.extend(self.check_process(pid)?);
+            }
+        }
+        // Something else than procfs is mounted at /proc, or nothing.
+        seen.then_some(unexamined)
+            .ok_or_else(|| LazyFillError::Processes(io::ErrorKind::NotFound.into()))
+    }
+
+    fn check_process(&self, pid: u32) -> Result<Option<UnexaminedProcess>, LazyFillError> {
+        let process = format!("/proc/{pid}");
+        // The memory of a process whose first thread has ended is listed for its other threads only.
+        let found = match self.mapping_in(&process, pid) {
+            Ok(None) => self.mapping_in_threads(&process, pid),
+            found => found,
+        };
+        match found {
+            Ok(Some(Found::NotMapped) | None) | Err(ProcessMapsError::Gone { .. }) => Ok(None),
+            Ok(Some(Found::Filled(region))) => Err(LazyFillError::InProgress {
+                pid,
+                command: command(&process),
+                region,
+            }),
+            Err(ProcessMapsError::Read { .. }) => {
+                let unexamined = || UnexaminedProcess {
+                    pid,
+                    command: command(&process),
+                };
+                Ok(self.may_be_mapped_by(&process).then(unexamined))
+            }
+            Err(other) => Err(other.into()),
+        }
+    }
+
+    /// `None` where `process` has no memory.
+    fn mapping_in(&self, process: &str, pid: u32) -> Result<Option<Found>, ProcessMapsError> {
+        let maps = match ProcessMaps::list(process, pid) {
+            Ok(maps) => maps,
+            Err(ProcessMapsError::Gone { .. }) => return Ok(None),
+            Err(other) => return Err(other),
+        };
+        // smaps takes the kernel far longer to list.
+        if !maps.regions().iter().any(|region| self.is_behind(region)) {
+            return Ok(Some(Found::NotMapped));
+        }
+        let filled = FlaggedRegion::list(process, pid)?
+            .into_iter()
+            .find(|mapping| mapping.flags.filled_on_fault && self.is_behind(&mapping.region));
+        Ok(Some(filled.map_or(Found::NotMapped, |mapping| {
+            Found::Filled(Box::new(mapping.region))
+        })))
+    }
+
+    fn mapping_in_threads(
+        &self,
+        process: &str,
+        pid: u32,
+    ) -> Result<Option<Found>, ProcessMapsError> {
+        let Ok(threads) = fs::read_dir(format!("{process}/task")) else {
+            return Ok(None);
+        };
+        for thread in threads.flatten() {
+            let found = thread
+                .path()
+                .to_str()
+                .map(|path| self.mapping_in(path, pid));
+            if let Some(found) = found.transpose()?.flatten() {
+                return Ok(Some(found));
+            }
+        }
+        Ok(None)
+    }
+
+    /// A private mapping keeps what is filled to itself: the file is none of its business.
+    fn is_behind(&self, region: &ProcessRegion) -> bool {
+        let (major, minor) = region.device;
+        let device = makedev(major.into(), minor.into());
+        region.permissions.shared && (device, region.inode) == (self.device, self.inode)
+    }
+
+    /// Whether a process that cannot be examined runs as the owner of the file.
+    fn may_be_mapped_by(&self, process: &str) -> bool {
+        // The owner of the directory is root where the process may not be dumped: read its user ids.
+        match fs::read_to_string(format!("{process}/status")) {
+            Ok(status) => {
+                let line = status.lines().find_map(|line| line.strip_prefix("Uid:"));
+                let mut ids = line.unwrap_or_default().split_ascii_whitespace();
+                ids.any(|id| id.parse() == Ok(self.owner))
+            }
+            Err(error) => !is_not_there(&error),
+        }
+    }
+}
+
+enum Found {
+    NotMapped,
+    Filled(Box<ProcessRegion>),
+}
+
+fn command(process: &str) -> String {
+    let name = fs::read(format!("{process}/comm")).unwrap_or_default();
+    printable(name.strip_suffix(b"\n").unwrap_or(&name))
+}

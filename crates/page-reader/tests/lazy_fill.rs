@@ -1,0 +1,257 @@
+//! Shared memory that a real other process has registered with a userfaultfd.
+
+#![cfg(target_os = "linux")]
+#![allow(unsafe_code)]
+
+mod common;
+
+use std::fs::File;
+use std::io::Write;
+use std::os::fd::AsFd;
+use std::os::unix::fs::fchown;
+
+use common::Mapping;
+use common::uffd::{Registered, register_minor, register_missing};
+use nix::libc;
+use nix::sys::memfd::{MFdFlags, memfd_create};
+use nix::sys::signal::{Signal, kill, raise};
+use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
+use nix::unistd::{ForkResult, Pid, fork};
+use page_reader::{
+    FileReader, LazyFillError, MappedMemory, ProcessMaps, RamLayout, UnexaminedProcess,
+    check_filled,
+};
+use rstest::rstest;
+use test_machine::Need;
+
+const SIZE: usize = 2 << 20;
+
+/// A child that did something and then stopped; killed and reaped on drop.
+struct Child(Pid);
+
+impl Child {
+    fn that(act: impl FnOnce() -> Option<Registered>) -> Self {
+        // SAFETY: no other thread of this process holds a lock: nextest runs a test in a process of its
+        // own, and the C library's locks are taken over a fork.
+        match unsafe { fork() }.unwrap() {
+            ForkResult::Parent { child } => {
+                let child = Self(child);
+                let stopped = waitpid(child.0, Some(WaitPidFlag::WUNTRACED)).unwrap();
+                assert_eq!(stopped, WaitStatus::Stopped(child.0, Signal::SIGSTOP));
+                child
+            }
+            ForkResult::Child => {
+                let _ = nix::sys::prctl::set_pdeathsig(Signal::SIGKILL);
+                let _held = act();
+                let _ = raise(Signal::SIGSTOP);
+                // SAFETY: ends the process, without what the parent wants done at its end.
+                unsafe { libc::_exit(0) }
+            }
+        }
+    }
+
+    fn pid(&self) -> u32 {
+        self.0.as_raw() as u32
+    }
+}
+
+impl Drop for Child {
+    fn drop(&mut self) {
+        let _ = kill(self.0, Signal::SIGKILL);
+        let _ = waitpid(self.0, None);
+    }
+}
+
+fn memfd(flags: MFdFlags) -> File {
+    let file = File::from(memfd_create(c"guest-ram", flags).unwrap());
+    file.set_len(SIZE as u64).unwrap();
+    file
+}
+
+fn on_tmpfs() -> File {
+    let file = tempfile::tempfile_in("/dev/shm").unwrap();
+    file.set_len(SIZE as u64).unwrap();
+    file
+}
+
+fn huge_pages() -> File {
+    memfd(MFdFlags::MFD_HUGETLB)
+}
+
+fn small_pages() -> File {
+    memfd(MFdFlags::empty())
+}
+
+#[track_caller]
+fn assert_filled_in(checked: Result<Vec<UnexaminedProcess>, LazyFillError>, process: u32) {
+    match checked {
+        Err(error @ LazyFillError::InProgress { .. }) => {
+            assert!(error.to_string().contains(&format!("process {process} (")));
+            let LazyFillError::InProgress { pid, .. } = error else {
+                unreachable!("matched above")
+            };
+            assert_eq!(pid, process);
+        }
+        other => panic!("{other:?}"),
+    }
+}
+
+fn whole(file: &File) -> Mapping {
+    Mapping::of_file(file.as_fd(), SIZE, true)
+}
+
+fn missing(file: &File) -> Option<Registered> {
+    let mapping = whole(file);
+    let registered = register_missing(&mapping, SIZE);
+    std::mem::forget(mapping);
+    Some(registered)
+}
+
+fn minor(file: &File) -> Option<Registered> {
+    let mapping = whole(file);
+    let registered = register_minor(&mapping, SIZE);
+    std::mem::forget(mapping);
+    Some(registered)
+}
+
+#[rstest]
+#[case::memfd(small_pages, missing)]
+#[case::memfd_minor(small_pages, minor)]
+#[case::tmpfs(on_tmpfs, missing)]
+#[case::huge_pages(huge_pages, missing)]
+fn memory_that_a_process_fills_is_refused(
+    #[case] file: fn() -> File,
+    #[case] register: fn(&File) -> Option<Registered>,
+) {
+    if !Need::Userfaultfd.met("memory_that_a_process_fills_is_refused")
+        || !Need::Root.met("memory_that_a_process_fills_is_refused")
+    {
+        return;
+    }
+    let file = file();
+    check_filled(&file).unwrap();
+    let child = Child::that(|| register(&file));
+    assert_filled_in(check_filled(&file), child.pid());
+    assert_filled_in(FileReader::new(&file).check_filled(), child.pid());
+    // A mapping of this process, through which missing pages are zeros.
+    let mapping = whole(&file);
+    let layout = RamLayout::single(0, SIZE as u64).unwrap();
+    // SAFETY: mapped until the end of the test.
+    let memory = unsafe { page_reader::HostMemory::new(mapping.as_ptr(), SIZE) };
+    let guest = MappedMemory::new(layout, [memory]).unwrap();
+    assert_filled_in(guest.check_filled(), child.pid());
+    let maps = ProcessMaps::of_this_process().unwrap();
+    let region = maps.at(mapping.address()).unwrap();
+    assert_filled_in(region.check_filled(), child.pid());
+
+    // Another file's mappings do not matter, and an ended process fills nothing.
+    check_filled(&small_pages()).unwrap();
+    drop(child);
+    check_filled(&file).unwrap();
+    guest.check_filled().unwrap();
+}
+
+#[test]
+fn memory_filled_in_this_process_is_refused() {
+    let test = "memory_filled_in_this_process_is_refused";
+    if !Need::Userfaultfd.met(test) || !Need::Root.met(test) {
+        return;
+    }
+    let file = small_pages();
+    let mapping = whole(&file);
+    let registered = register_missing(&mapping, SIZE / 2);
+    assert_filled_in(check_filled(&file), std::process::id());
+    drop(registered);
+    check_filled(&file).unwrap();
+}
+
+/// What is filled there does not get into the file.
+#[test]
+fn a_private_mapping_that_is_filled_does_not_matter() {
+    let test = "a_private_mapping_that_is_filled_does_not_matter";
+    if !Need::Userfaultfd.met(test) || !Need::Root.met(test) {
+        return;
+    }
+    let file = small_pages();
+    let mapping = Mapping::of_file(file.as_fd(), SIZE, false);
+    let _registered = register_missing(&mapping, SIZE);
+    check_filled(&file).unwrap();
+}
+
+/// `/proc/<pid>/maps` is empty then, and those of its threads are not.
+#[test]
+fn a_process_whose_first_thread_ended_is_found() {
+    let test = "a_process_whose_first_thread_ended_is_found";
+    if !Need::Userfaultfd.met(test) || !Need::Root.met(test) {
+        return;
+    }
+    let file = small_pages();
+    let (mut ready, done) = std::io::pipe().unwrap();
+    // SAFETY: as for `Child::that`.
+    let child = match unsafe { fork() }.unwrap() {
+        ForkResult::Parent { child } => Child(child),
+        ForkResult::Child => {
+            let _ = nix::sys::prctl::set_pdeathsig(Signal::SIGKILL);
+            let _held = missing(&file);
+            std::thread::spawn(move || {
+                let leader = format!("/proc/self/task/{}/stat", std::process::id());
+                while !std::fs::read_to_string(&leader).unwrap().contains(") Z ") {
+                    std::thread::yield_now();
+                }
+                (&done).write_all(b"!").unwrap();
+                loop {
+                    std::thread::park();
+                }
+            });
+            // SAFETY: ends this thread alone.
+            unsafe { libc::syscall(libc::SYS_exit, 0) };
+            unreachable!("the thread has ended")
+        }
+    };
+    std::io::Read::read_exact(&mut ready, &mut [0]).unwrap();
+    assert_filled_in(check_filled(&file), child.pid());
+}
+
+#[test]
+fn a_disk_file_is_not_looked_for() {
+    let file = tempfile::tempfile_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    check_filled(&file).unwrap();
+    check_filled(&File::open("/dev/null").unwrap()).unwrap();
+}
+
+/// In a thread that has given up its rights: those of the process stay.
+fn without_privilege<T: Send>(user: u32, work: impl FnOnce() -> T + Send) -> T {
+    std::thread::scope(|scope| {
+        let thread = scope.spawn(|| {
+            // SAFETY: the call takes no address, and changes this thread only.
+            let changed = unsafe { libc::syscall(libc::SYS_setresuid, user, user, user) };
+            assert_eq!(changed, 0);
+            work()
+        });
+        thread.join().unwrap()
+    })
+}
+
+#[test]
+fn an_unexaminable_process_of_the_owner_is_returned() {
+    let test = "an_unexaminable_process_of_the_owner_is_returned";
+    if !Need::Userfaultfd.met(test) || !Need::Root.met(test) {
+        return;
+    }
+    // An id that nothing else on this machine runs as.
+    const USER: u32 = 1_948_211;
+    let file = small_pages();
+    let child = Child::that(|| missing(&file));
+    let unexamined = without_privilege(USER, || check_filled(&file)).unwrap();
+    assert!(unexamined.iter().any(|process| process.pid == child.pid()));
+    let text = unexamined[0].to_string();
+    assert!(
+        text.starts_with("process ") && text.ends_with(')'),
+        "{text}"
+    );
+
+    // Processes of others than the owner are not counted: documented.
+    let file = small_pages();
+    fchown(&file, Some(USER), None).unwrap();
+    assert_eq!(without_privilege(USER, || check_filled(&file)).unwrap(), []);
+}
