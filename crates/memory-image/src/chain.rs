@@ -1,7 +1,9 @@
 //! A full image and the diffs taken after it, read as one.
 
+mod extents;
 pub(crate) mod segments;
 
+use std::collections::HashSet;
 use std::io;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -11,32 +13,66 @@ use page_reader::{PageReader, PopulatedRanges};
 
 use crate::error::{ImageError, Unclear};
 use crate::image::Image;
-use crate::page_set::PageSet;
+use crate::page_set::{PageSet, joined};
+use extents::ExtentMap;
+use segments::{Segment, Source};
 
 /// A full image and the diffs taken after it, oldest first: the guest's RAM as it was at the last of them. Or diffs alone, to be made one.
 ///
 /// The images are opened and looked through once; their bytes are read when asked for. They must not change while the
-/// chain is open. A snapshot that is *replaced* by a commit does no harm: the chain goes on reading the old file.
+/// chain is open.
 ///
 /// Sealed images are checked to follow each other: a diff that names another parent than the id below it is refused. What the
 /// bytes sum to is for [`Image::verify`].
 ///
-/// Memory: one bit per page and image, and a sealed image's footer.
+/// # Many images
+/// A chain may have any number of images. Opening one more, and reading a byte, takes time that grows with the logarithm of their number.
+///
+/// Memory: some 50 bytes for each run of pages that is contiguous in one image's file and not in a newer image, and what an [`Image`]
+/// takes, its footer above all. Nothing grows with the size of the RAM.
+///
+/// Descriptors: this process keeps at most a quarter of the descriptors that it may have (`RLIMIT_NOFILE`) open for images, and never more
+/// than 4,096. While all images fit, a file that is replaced by a commit, or removed, does no harm: the chain goes on reading the old
+/// one. Beyond that the file that was opened first is closed, and opened again when it is read, by its absolute path. If that leads to another file by then, or
+/// to one that was written to, the read fails with [`ImageError::Replaced`]; it never returns other bytes. So leave the images of a
+/// long chain in place while it is in use, [merge](Self::merge) it, or raise the limit before opening it, above all in a process that gives up
+/// the right to open files. An image that can't be found by its path (a memfd, a file without a name) stays open.
 #[derive(Debug)]
 pub struct Chain {
     page_size: u64,
     full: bool,
-    /// The oldest first. No page is in two layers: the newest that holds it has it.
-    pub(crate) layers: Vec<Layer>,
+    /// The oldest first.
+    pub(crate) layers: Vec<Image>,
+    /// Where every page of the RAM is, but the zeros of a full base.
+    extents: ExtentMap,
+    pub(crate) members: Members,
     /// Directories whose holes were found to be worth believing: each is probed once.
-    believed: Vec<PathBuf>,
+    believed: HashSet<PathBuf>,
 }
 
-#[derive(Debug)]
-pub(crate) struct Layer {
-    pub(crate) image: Image,
-    /// The pages that it speaks for, but the zeros of a full image.
-    pages: PageSet,
+/// What must not be in a chain twice, or differ within it.
+#[derive(Debug, Default)]
+pub(crate) struct Members {
+    ids: HashSet<ImageId>,
+    /// Devices and inodes.
+    files: HashSet<(u64, u64)>,
+    /// The oldest layer that has a footer.
+    sealed: Option<usize>,
+}
+
+impl Members {
+    pub(crate) fn contains(&self, image: &Image) -> bool {
+        let same_id = image.id().is_some_and(|id| self.ids.contains(&id));
+        same_id || self.files.contains(&image.identity)
+    }
+
+    fn add(&mut self, layer: usize, image: &Image) {
+        self.ids.extend(image.id());
+        self.files.insert(image.identity);
+        if image.footer().is_some() {
+            self.sealed.get_or_insert(layer);
+        }
+    }
 }
 
 impl Chain {
@@ -55,15 +91,12 @@ impl Chain {
             return Err(ImageError::NotFull { path: image.path });
         }
         self.check_pages(&image)?;
-        let mut pages = match (&image.footer, self.full) {
-            (None, true) => image.stored_pages(self.page_size)?,
-            _ => self.pages_of_diff(&image)?,
+        let raw_and_full = image.footer.is_none() && self.full;
+        let pages = match raw_and_full {
+            true => Pages::Listed(image.stored_pages(self.page_size)?),
+            false => self.pages_of_diff(&image)?,
         };
-        if self.full {
-            // What no layer has is zeros.
-            image.zero_runs().for_each(|zeros| pages.clear(&zeros));
-        }
-        self.add(Layer { image, pages });
+        self.add(image, pages);
         Ok(self)
     }
 
@@ -105,7 +138,9 @@ impl Chain {
             page_size,
             full,
             layers: Vec::new(),
-            believed: Vec::new(),
+            extents: ExtentMap::default(),
+            members: Members::default(),
+            believed: HashSet::new(),
         })
     }
 
@@ -124,7 +159,7 @@ impl Chain {
     pub(crate) fn push_image(&mut self, image: Image) -> Result<(), ImageError> {
         self.check_follows(&image)?;
         let pages = self.pages_of_diff(&image)?;
-        self.add(Layer { image, pages });
+        self.add(image, pages);
         Ok(())
     }
 
@@ -139,11 +174,12 @@ impl Chain {
         let (pages, unclear) = match self.pages_of_diff(&image) {
             Ok(pages) => (pages, None),
             Err(ImageError::UnclearDiff { why, .. }) => {
-                (image.stored_pages(self.page_size)?, Some(why))
+                let pages = image.stored_pages(self.page_size)?;
+                (Pages::Listed(pages), Some(why))
             }
             Err(error) => return Err(error),
         };
-        self.add(Layer { image, pages });
+        self.add(image, pages);
         Ok(unclear)
     }
 
@@ -161,21 +197,24 @@ impl Chain {
         let image = Image::open(diff)?;
         self.check_follows(&image)?;
         let size = image.size;
-        let mut pages = image.no_pages(self.page_size)?;
+        let mut pages = PageSet::new(self.page_size);
         for Range { start, end } in runs {
             if start > end || end > size {
                 return Err(ImageError::BadRun { start, end, size });
             }
             pages.add(&(start..end));
         }
-        self.add(Layer { image, pages });
+        self.add(image, Pages::Listed(pages));
         Ok(())
     }
 
-    fn pages_of_diff(&mut self, image: &Image) -> Result<PageSet, ImageError> {
+    fn pages_of_diff(&mut self, image: &Image) -> Result<Pages, ImageError> {
         match &image.footer {
-            None => image.diff_pages(self.page_size, &mut self.believed),
-            Some(_) => image.footer_pages(self.page_size),
+            None => {
+                let pages = image.diff_pages(self.page_size, &mut self.believed)?;
+                Ok(Pages::Listed(pages))
+            }
+            Some(_) => Ok(Pages::InFooter),
         }
     }
 
@@ -194,7 +233,7 @@ impl Chain {
     /// The id of the state that the chain stands for: its newest image's, if that is sealed.
     #[must_use]
     pub fn id(&self) -> Option<ImageId> {
-        self.layers.last().and_then(|layer| layer.image.id())
+        self.layers.last().and_then(Image::id)
     }
 
     /// The page of the images in bytes.
@@ -212,93 +251,107 @@ impl Chain {
 
     /// The paths of the images, the base first.
     pub fn paths(&self) -> impl Iterator<Item = &Path> {
-        self.images().map(Image::path)
+        self.layers.iter().map(Image::path)
     }
 
     /// The images, the base first.
     pub fn images(&self) -> impl Iterator<Item = &Image> {
-        self.layers.iter().map(|layer| &layer.image)
+        self.layers.iter()
     }
 
     /// The runs of pages that any of the images speaks for, ascending, in bytes. Whatever lies between them is zeros; in a chain of diffs, clean.
-    pub fn known_runs(&self) -> impl Iterator<Item = Range<u64>> + use<> {
-        self.known_pages().into_runs()
+    pub fn known_runs(&self) -> impl Iterator<Item = Range<u64>> {
+        self.runs(0..self.size(), |source| source != Source::Nowhere)
     }
 
     /// The runs of pages that are stored in any of the images, ascending, in bytes. Whatever lies between them is zeros, or, in a chain of diffs,
     /// may be clean.
-    pub fn stored_runs(&self) -> impl Iterator<Item = Range<u64>> + use<> {
-        let mut stored = self.known_pages();
-        for layer in &self.layers {
-            for zeros in layer.image.zero_runs() {
-                // Zeros of this image, unless a newer one has the page.
-                layer
-                    .pages
-                    .runs_in(zeros)
-                    .for_each(|run| stored.clear(&run));
-            }
-        }
-        stored.into_runs()
+    pub fn stored_runs(&self) -> impl Iterator<Item = Range<u64>> {
+        self.stored_in(0..self.size())
+    }
+
+    fn stored_in(&self, within: Range<u64>) -> impl Iterator<Item = Range<u64>> + use<'_> {
+        self.runs(within, |source| matches!(source, Source::Stored { .. }))
     }
 
     /// The runs of pages that images above the base speak for.
-    pub(crate) fn newer_runs(&self) -> impl Iterator<Item = Range<u64>> + use<> {
-        let newer = self.layers[1..].iter().map(|layer| layer.pages.clone());
-        let newer = newer.reduce(|mut all, pages| {
-            all.unite(&pages);
-            all
-        });
-        newer.into_iter().flat_map(PageSet::into_runs)
+    pub(crate) fn newer_runs(&self) -> impl Iterator<Item = Range<u64>> {
+        self.runs(0..self.size(), |source| match source {
+            Source::Stored { layer, .. } => layer > 0,
+            // The zeros of a full base are in no layer.
+            Source::Zeroed => true,
+            Source::Nowhere => false,
+        })
     }
 
-    fn known_pages(&self) -> PageSet {
-        let (base, diffs) = self.layers.split_at(1);
-        let mut known = base[0].pages.clone();
-        diffs.iter().for_each(|layer| known.unite(&layer.pages));
-        known
+    fn runs(
+        &self,
+        within: Range<u64>,
+        wanted: impl Fn(Source) -> bool,
+    ) -> impl Iterator<Item = Range<u64>> {
+        let segments = self.segments(within);
+        let wanted = segments.filter(move |segment| wanted(segment.source));
+        joined(wanted.map(|segment| segment.range))
     }
 
     pub(crate) fn base(&self) -> &Image {
-        &self.layers[0].image
+        &self.layers[0]
     }
 
-    fn add(&mut self, newest: Layer) {
-        self.layers
-            .iter_mut()
-            .for_each(|older| older.pages.remove(&newest.pages));
-        self.layers.push(newest);
+    /// The oldest image that has a footer.
+    pub(crate) fn oldest_sealed(&self) -> Option<&Image> {
+        self.members.sealed.map(|layer| &self.layers[layer])
     }
 
-    /// The layer that has the page at `offset`, and where its run of pages ends, no later than `end`. `None` is zeros.
-    pub(crate) fn owner(&self, offset: u64, end: u64) -> (Option<usize>, u64) {
-        let owner_of = |offset| {
-            self.layers
-                .iter()
-                .rposition(|layer| layer.pages.contains(offset))
+    fn add(&mut self, newest: Image, pages: Pages) {
+        let layer = self.layers.len();
+        let zeros_are_clear = layer == 0 && self.full;
+        let mut add = |range: Range<u64>, stored: Option<u64>| match stored {
+            Some(offset) => self.extents.add(range, Source::Stored { layer, offset }),
+            // What no layer has is zeros.
+            None if zeros_are_clear => {}
+            None => self.extents.add(range, Source::Zeroed),
         };
-        let owner = owner_of(offset);
-        let mut next = (offset / self.page_size + 1) * self.page_size;
-        while next < end && owner_of(next) == owner {
-            next += self.page_size;
+        match pages {
+            Pages::InFooter => {
+                let runs = newest.footer.iter().flat_map(|footer| &footer.runs);
+                runs.for_each(|run| add(run.range(), run.stored_at(run.start)));
+            }
+            Pages::Listed(pages) => {
+                for Range { start: mut at, end } in pages.into_runs() {
+                    while at < end {
+                        let (stored, next) = newest.place(at);
+                        add(at..next.min(end), stored);
+                        at = next;
+                    }
+                }
+            }
         }
-        (owner, next.min(end))
+        self.members.add(layer, &newest);
+        self.layers.push(newest);
     }
 
     /// Fills `buf` from `offset` on; the error names the image.
     pub(crate) fn read(&self, offset: u64, buf: &mut [u8]) -> Result<(), ImageError> {
-        let end = offset + buf.len() as u64;
-        let (mut at, mut rest) = (offset, buf);
-        while at < end {
-            let (owner, next) = self.owner(at, end);
-            let (piece, later) = rest.split_at_mut((next - at) as usize);
-            match owner {
-                None => piece.fill(0),
-                Some(layer) => self.layers[layer].image.read(at, piece)?,
+        let mut rest = buf;
+        for Segment { range, source } in self.segments(offset..offset + rest.len() as u64) {
+            let (piece, later) = rest.split_at_mut((range.end - range.start) as usize);
+            match source {
+                Source::Stored { layer, offset } => self.layers[layer].read_file(offset, piece)?,
+                Source::Nowhere | Source::Zeroed => piece.fill(0),
             }
-            (at, rest) = (next, later);
+            rest = later;
         }
         Ok(())
     }
+}
+
+/// Which pages a layer speaks for.
+enum Pages {
+    /// Those in the runs of its footer.
+    InFooter,
+    /// These, wherever its footer says that they are, if it has one.
+    Listed(PageSet),
 }
 
 /// The guest's RAM, each page from the newest image that holds it.
@@ -324,8 +377,7 @@ impl PageReader for Chain {
         // What lies past the end, a read tells.
         let past = self.size().max(range.start)..range.end;
         let past = std::iter::once(past).filter(|past| !past.is_empty());
-        let within = move |run: Range<u64>| run.start.max(range.start)..run.end.min(range.end);
-        let stored = self.stored_runs().map(within).filter(|run| !run.is_empty());
+        let stored = self.stored_in(range.start..range.end.min(self.size()));
         Box::new(stored.chain(past))
     }
 }

@@ -165,6 +165,14 @@ pub enum ImageError {
         /// What the system said.
         source: io::Error,
     },
+    /// The file was closed to keep the number of descriptors bounded (see [`Chain`](crate::Chain#many-images)), and is not as it was any more.
+    #[error(
+        "the memory image {path:?} was replaced, written to or removed while it was in use: leave the images of a long chain in place, merge it, or raise RLIMIT_NOFILE so that all of them stay open"
+    )]
+    Replaced {
+        /// The image.
+        path: PathBuf,
+    },
     /// The images could not be written as one.
     #[error("writing the images as one failed")]
     Merge(#[from] SnapshotError),
@@ -211,6 +219,16 @@ pub enum ImageError {
         image: u64,
         /// The size of the RAM that the working set was recorded of, in bytes.
         working_set: u64,
+    },
+    /// The process can't have one more mapping: [`max_mappings`](crate::MappedChainOptions::max_mappings) is more than it has left.
+    #[error(
+        "no mapping is left for the memory image {path:?}: lower max_mappings, merge the chain, or raise vm.max_map_count"
+    )]
+    TooManyMappings {
+        /// The image.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
     },
     /// The image can't be mapped.
     #[error("cannot map the memory image {path:?}")]

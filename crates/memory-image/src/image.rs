@@ -2,12 +2,14 @@
 
 use std::fs::File;
 use std::io;
-use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
-use image_format::{Footer, FooterError, ImageId, Kind, Placement, Stored};
+use image_format::{Footer, FooterError, ImageId, Kind, Placement};
 
 use crate::error::ImageError;
+use crate::image_file::{ImageFile, ReopenError};
 
 /// A memory image that was opened and, if it is sealed, whose [`Footer`] was read and found consistent. Its pages are read when they are asked
 /// for, and checked by [`verify`](Self::verify).
@@ -32,7 +34,7 @@ use crate::error::ImageError;
 #[derive(Debug)]
 pub struct Image {
     pub(crate) path: PathBuf,
-    pub(crate) file: File,
+    file: ImageFile,
     pub(crate) size: u64,
     pub(crate) footer: Option<Footer>,
     /// Device and inode.
@@ -50,13 +52,7 @@ impl Image {
             path: path.clone(),
             source,
         };
-        // O_NONBLOCK: opening a FIFO must not wait for its writer. A regular file does not care.
-        let nonblock = nix::libc::O_NONBLOCK;
-        let file = File::options()
-            .read(true)
-            .custom_flags(nonblock)
-            .open(&path)
-            .map_err(failed)?;
+        let file = ImageFile::open(&path).map_err(failed)?;
         let metadata = file.metadata().map_err(failed)?;
         if !metadata.is_file() {
             return Err(ImageError::NotAFile { path });
@@ -71,8 +67,8 @@ impl Image {
         let size = footer.as_ref().map_or(metadata.len(), |it| it.ram_size);
         let identity = (metadata.dev(), metadata.ino());
         Ok(Self {
+            file: ImageFile::new(&path, file, &metadata, footer.is_some()),
             path,
-            file,
             size,
             footer,
             identity,
@@ -133,20 +129,19 @@ impl Image {
             .is_none_or(|footer| footer.placement == Placement::InPlace)
     }
 
-    /// Fills `buf` with the RAM's bytes from `offset` on. Of pages that the image doesn't hold, they are of no meaning.
-    pub(crate) fn read(&self, offset: u64, buf: &mut [u8]) -> Result<(), ImageError> {
-        let (mut at, mut rest) = (offset, buf);
-        while !rest.is_empty() {
-            let (stored, end) = self.place(at);
-            let len = usize::try_from(end - at).map_or(rest.len(), |len| len.min(rest.len()));
-            let (piece, later) = rest.split_at_mut(len);
-            match stored {
-                Some(stored) => self.read_file(stored, piece)?,
-                None => piece.fill(0),
-            }
-            (at, rest) = (at + len as u64, later);
-        }
-        Ok(())
+    /// Returns the file, which may have been closed meanwhile and is opened again then.
+    ///
+    /// # Errors
+    /// [`ImageError::Replaced`], or [`ImageError::Open`].
+    pub(crate) fn file(&self) -> Result<Arc<File>, ImageError> {
+        let path = || self.path.clone();
+        self.file.get().map_err(|error| match error {
+            ReopenError::Replaced => ImageError::Replaced { path: path() },
+            ReopenError::Io(source) => ImageError::Open {
+                path: path(),
+                source,
+            },
+        })
     }
 
     /// Where in the file the RAM's bytes from `offset` on are, if they are there, and up to which offset in RAM that goes on.
@@ -164,7 +159,7 @@ impl Image {
     }
 
     pub(crate) fn read_file(&self, offset: u64, buf: &mut [u8]) -> Result<(), ImageError> {
-        self.file
+        self.file()?
             .read_exact_at(buf, offset)
             .map_err(|source| self.read_error(offset, source))
     }
@@ -183,12 +178,5 @@ impl Image {
             size: self.size,
             page_size,
         }
-    }
-
-    /// The runs of RAM that its footer says are zeros.
-    pub(crate) fn zero_runs(&self) -> impl Iterator<Item = std::ops::Range<u64>> {
-        let runs = self.footer.iter().flat_map(|footer| &footer.runs);
-        runs.filter(|run| run.stored == Stored::Zeros)
-            .map(|run| run.range())
     }
 }

@@ -74,6 +74,7 @@ mod chain;
 mod compare;
 mod error;
 mod image;
+mod image_file;
 mod link;
 mod map;
 mod merge;

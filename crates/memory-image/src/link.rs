@@ -5,7 +5,6 @@ use image_format::ImageId;
 use crate::chain::Chain;
 use crate::error::{ImageError, Link};
 use crate::image::Image;
-use crate::page_set::PageSet;
 
 impl Chain {
     /// Whether `image` may be of a chain with pages of this size.
@@ -50,9 +49,9 @@ impl Chain {
             });
         }
         self.check_pages(image)?;
-        let regions = |image: &Image| image.footer().map(|footer| footer.regions.clone());
-        if let (Some(theirs), Some(ours)) = (regions(image), self.images().find_map(regions))
-            && theirs != ours
+        if let (Some(theirs), Some(ours)) =
+            (image.footer(), self.oldest_sealed().and_then(Image::footer))
+            && theirs.regions != ours.regions
         {
             return Err(ImageError::RegionsDiffer {
                 path: path(),
@@ -67,11 +66,7 @@ impl Chain {
     }
 
     fn check_link(&self, image: &Image) -> Result<(), Link> {
-        let repeated = |other: &Image| {
-            let same_id = image.id().is_some() && image.id() == other.id();
-            same_id || image.identity == other.identity
-        };
-        if self.images().any(repeated) {
+        if self.members.contains(image) {
             return Err(Link::Repeated);
         }
         let Some(footer) = image.footer() else {
@@ -102,17 +97,6 @@ impl Chain {
     }
 
     fn newest(&self) -> &Image {
-        self.images().last().expect("there is always a base")
-    }
-}
-
-impl Image {
-    /// The pages that its footer speaks for.
-    pub(crate) fn footer_pages(&self, page_size: u64) -> Result<PageSet, ImageError> {
-        let mut pages = self.no_pages(page_size)?;
-        for run in self.footer.iter().flat_map(|footer| &footer.runs) {
-            pages.add(&run.range());
-        }
-        Ok(pages)
+        self.layers.last().expect("there is always a base")
     }
 }

@@ -57,7 +57,7 @@ impl MappedImage {
         if !image.in_place() {
             return Err(ImageError::Packed { path: image.path });
         }
-        let ram = Region::of_file(&image.file, image.size);
+        let ram = Region::of_file(&*image.file()?, image.size);
         let ram = ram.map_err(|source| ImageError::Map {
             path: image.path,
             source,

@@ -64,7 +64,7 @@ impl Chain {
         }
         let base = self.base();
         // Of a raw base, only what newer images have is written, if its blocks can be had.
-        if base.footer.is_none() && writer.share_full(&base.file)? {
+        if base.footer.is_none() && writer.share_full(&*base.file()?)? {
             writer.write_diff(self, &self.bitmap(self.newer_runs())?)?;
         } else {
             writer.write_full(self)?;

@@ -1,5 +1,6 @@
 //! What the holes of a raw image say.
 
+use std::collections::HashSet;
 use std::fs::File;
 use std::io;
 use std::ops::Range;
@@ -13,14 +14,9 @@ use crate::image::Image;
 use crate::page_set::PageSet;
 
 impl Image {
-    /// An empty set of this image's pages.
-    pub(crate) fn no_pages(&self, page_size: u64) -> Result<PageSet, ImageError> {
-        PageSet::empty(self.size, page_size).ok_or_else(|| self.too_many_pages(page_size))
-    }
-
     /// The pages of a full image that may hold anything but zeros.
     pub(crate) fn stored_pages(&self, page_size: u64) -> Result<PageSet, ImageError> {
-        let mut pages = self.no_pages(page_size)?;
+        let mut pages = PageSet::new(page_size);
         self.each_data_extent(|data| {
             pages.add(&data);
             Ok(())
@@ -32,14 +28,14 @@ impl Image {
     pub(crate) fn diff_pages(
         &self,
         page_size: u64,
-        believed: &mut Vec<PathBuf>,
+        believed: &mut HashSet<PathBuf>,
     ) -> Result<PageSet, ImageError> {
         self.check_holes_are_kept(page_size, believed)?;
         self.pages_by_holes(page_size)
     }
 
     fn pages_by_holes(&self, page_size: u64) -> Result<PageSet, ImageError> {
-        let mut pages = self.no_pages(page_size)?;
+        let mut pages = PageSet::new(page_size);
         let knowledge = self.each_data_extent(|data| {
             let torn = [data.start, data.end]
                 .into_iter()
@@ -59,7 +55,7 @@ impl Image {
     fn check_holes_are_kept(
         &self,
         page_size: u64,
-        believed: &mut Vec<PathBuf>,
+        believed: &mut HashSet<PathBuf>,
     ) -> Result<(), ImageError> {
         let failed = |source| ImageError::Open {
             path: self.path.clone(),
@@ -68,16 +64,16 @@ impl Image {
         // Where the file is: a link to it may stand on another file system.
         let path = std::fs::canonicalize(&self.path).map_err(failed)?;
         let dir = path.parent().unwrap_or(&path);
-        if mount_of(&self.file) != mount_of(&File::open(dir).map_err(failed)?) {
+        if mount_of(&*self.file()?) != mount_of(&File::open(dir).map_err(failed)?) {
             return Err(self.unclear(Unclear::MountedAlone));
         }
-        if believed.iter().any(|before| before == dir) {
+        if believed.contains(dir) {
             return Ok(());
         }
         let capabilities =
             Capabilities::probe(dir).map_err(|error| self.unclear(Unclear::Probe(error)))?;
         if tells_pages_from_gaps(&capabilities, page_size) {
-            believed.push(dir.to_owned());
+            believed.insert(dir.to_owned());
             return Ok(());
         }
         Err(self.unclear(Unclear::FileSystem {
@@ -91,7 +87,8 @@ impl Image {
         mut each: impl FnMut(Range<u64>) -> Result<(), ImageError>,
     ) -> Result<Knowledge, ImageError> {
         let failed = |offset, source| self.read_error(offset, source);
-        let mut listing = extents(&self.file).map_err(|source| failed(0, source))?;
+        let file = self.file()?;
+        let mut listing = extents(&file).map_err(|source| failed(0, source))?;
         let mut at = 0;
         for extent in listing.by_ref() {
             let extent = extent.map_err(|source| failed(at, source))?;

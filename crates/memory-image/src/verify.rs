@@ -162,7 +162,8 @@ impl Image {
             .peekable();
         let mut gaps = Vec::new();
         let failed = |source| self.read_error(0, source);
-        for extent in extents(&self.file).map_err(failed)? {
+        let file = self.file()?;
+        for extent in extents(&file).map_err(failed)? {
             let extent = extent.map_err(failed)?;
             if extent.kind != Kind::Data {
                 continue;

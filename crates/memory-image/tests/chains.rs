@@ -658,17 +658,26 @@ mod names_and_mounts {
 
     /// A name says nothing about the bytes behind it, and neither does a length.
     #[test]
-    fn a_sparse_file_of_more_pages_than_memory_has_bits_is_an_error_and_no_abort() {
+    fn a_sparse_file_of_any_length_takes_no_memory() {
+        const HUGE: u64 = 1 << 62;
         let fd =
             nix::sys::memfd::memfd_create(c"huge", nix::sys::memfd::MFdFlags::empty()).unwrap();
         let file = std::fs::File::from(fd);
-        file.set_len(1 << 62).unwrap();
+        file.set_len(HUGE).unwrap();
         let path = format!("/proc/self/fd/{}", file.as_raw_fd());
-        let error = Chain::open(&path, 1).unwrap_err();
+        let chain = Chain::open(&path, 1).unwrap();
+        let mut end = [0xee; 10];
+        chain.read_at(HUGE - 10, &mut end).unwrap();
+        assert_eq!(end, [0; 10]);
+        assert_eq!(chain.known_runs().count(), 0);
+        let error = memory_image::MappedChain::open(&chain).unwrap_err();
         assert!(
-            matches!(error, ImageError::TooManyPages { page_size: 1, .. }),
+            matches!(error, ImageError::Reserve { size: HUGE, .. }),
             "{error:?}"
         );
+        let flat = tempfile::tempdir().unwrap();
+        let error = chain.flatten(flat.path().join("flat")).unwrap_err();
+        assert!(matches!(error, ImageError::Merge(_)), "{error:?}");
     }
 }
 

@@ -6,7 +6,9 @@ mod common;
 use std::ops::Range;
 
 use common::{Images, whole};
-use memory_image::{ImageError, MappedChain};
+use dirty_bitmap::DirtyBitmap;
+use memory_image::{Chain, ImageError, MappedChain};
+use memory_writer::{Durability, Layout, MemoryWriter, Seal};
 use page_reader::PageReader;
 use proptest::prelude::*;
 use rstest::rstest;
@@ -71,6 +73,39 @@ fn a_base_full_of_holes_takes_one_mapping() {
     assert_eq!((ram.mapped(), ram.copied()), (38 * PAGE, PAGE));
 }
 
+/// Pages that are as far apart in the file as in the RAM may have another page's bytes between them in the file.
+#[test]
+fn zeros_of_a_packed_base_are_zeros_when_it_is_mapped() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("base");
+    let mut ram = vec![0; 64 * PAGE as usize];
+    let mut writer = MemoryWriter::options()
+        .layout(Layout::Packed(Seal::new()))
+        .durability(Durability::None)
+        .skip_zeros(true)
+        .open(&path, ram.len() as u64, PAGE)
+        .unwrap();
+    writer.write_full(&ram).unwrap();
+    // Even pages of the lower half stand at their own offsets, pages of the upper half between them.
+    for page in (0..32).map(|page| if page % 2 == 0 { page } else { page + 32 }) {
+        ram[(page * PAGE) as usize..][..PAGE as usize].fill(page as u8 + 1);
+        let dirty = DirtyBitmap::new(0, ram.len() as u64, PAGE).unwrap();
+        dirty.set_dirty(page * PAGE).unwrap();
+        writer.write_diff(&ram, &dirty).unwrap();
+    }
+    writer.commit().unwrap();
+    let chain = Chain::open(&path, PAGE).unwrap();
+    assert!(whole(&chain, ram.len()) == ram);
+    let mapped = MappedChain::open(&chain).unwrap();
+    let found = whole(&mapped, ram.len());
+    let pages = found.chunks(PAGE as usize).zip(ram.chunks(PAGE as usize));
+    let wrong: Vec<_> = pages
+        .enumerate()
+        .filter_map(|(page, (found, right))| (found != right).then_some(page))
+        .collect();
+    assert!(wrong.is_empty(), "pages {wrong:?}");
+}
+
 #[test]
 fn what_the_guest_writes_is_its_own_and_a_replaced_image_does_no_harm() {
     let mut images = scattered();
@@ -111,6 +146,55 @@ fn an_image_cut_short_since_it_was_opened_is_named_in_the_error(#[case] max_mapp
         other => panic!("{other:?}"),
     };
     assert_eq!(path, images.path(2));
+}
+
+/// With as many mappings as a process may have, each beside one of another kind.
+#[cfg(target_os = "linux")]
+#[test]
+fn a_process_without_mappings_is_told_to_use_fewer_or_to_merge() {
+    use nix::sys::mman::{MapFlags, ProtFlags, mmap_anonymous, mprotect};
+    if !common::is_alone("a_process_without_mappings_is_told_to_use_fewer_or_to_merge") {
+        return;
+    }
+    const HOST_PAGE: usize = 4096;
+    let images = Images::new(200 * PAGE, PAGE)
+        .with([0..200])
+        .with((0..100).map(|i| 2 * i..2 * i + 1));
+    let chain = images.chain();
+    let limit = std::fs::read_to_string("/proc/sys/vm/max_map_count").unwrap();
+    let limit: usize = limit.trim().parse().unwrap();
+    let len = std::num::NonZeroUsize::new(2 * limit * HOST_PAGE).unwrap();
+    let flags = MapFlags::MAP_PRIVATE | MapFlags::MAP_NORESERVE;
+    // SAFETY: new memory, which nothing uses.
+    #[allow(unsafe_code)]
+    let start = unsafe { mmap_anonymous(None, len, ProtFlags::PROT_NONE, flags) }.unwrap();
+    let protect = |page: usize, protection| {
+        let address = start.map_addr(|at| at.checked_add(page * HOST_PAGE).unwrap());
+        // SAFETY: a page of that memory.
+        #[allow(unsafe_code)]
+        unsafe {
+            mprotect(address, HOST_PAGE, protection)
+        }
+    };
+    let pages = (1..limit).map(|page| 2 * page);
+    let split = pages
+        .take_while(|page| protect(*page, ProtFlags::PROT_READ).is_ok())
+        .last()
+        .unwrap();
+    // Some for the allocator and the test, fewer than the chain takes.
+    (split - 60..=split).for_each(|page| protect(page, ProtFlags::PROT_NONE).unwrap());
+    let error = MappedChain::open(&chain).unwrap_err();
+    assert!(
+        matches!(error, ImageError::TooManyMappings { .. }),
+        "{error:?}"
+    );
+    let text = error.to_string();
+    assert!(
+        text.contains("max_mappings") && text.contains("merge"),
+        "{text}"
+    );
+    let few = MappedChain::options().max_mappings(5).map(&chain).unwrap();
+    assert!(whole(&few, few.len()) == images.ram);
 }
 
 /// The mappings of this process in a range of addresses.

@@ -1,8 +1,8 @@
-//! Where the chain's bytes stand: runs of one image each, and zeros between.
+//! Where the chain's bytes are: runs of one image each, and zeros between.
 
 use std::ops::Range;
 
-use super::{Chain, Layer};
+use super::Chain;
 use crate::image::Image;
 
 /// A run of the guest's RAM that is all in one image, contiguous there too, or all zeros.
@@ -25,64 +25,29 @@ pub(crate) enum Source {
 }
 
 impl Chain {
-    /// The segments of `within`, which ends no later than the RAM: ascending, without gaps, each as long as it can be.
-    pub(crate) fn segments(&self, within: Range<u64>) -> impl Iterator<Item = Segment> {
-        let mut pieces: Vec<_> = (0..)
-            .zip(&self.layers)
-            .map(|(number, layer)| {
-                let runs = layer.pages.runs_in(within.clone());
-                runs.flat_map(move |run| layer.pieces(number, run))
-                    .peekable()
-            })
-            .collect();
+    /// Returns the segments of `within`, which ends no later than the RAM: ascending, without gaps, each as long as it can be.
+    pub(crate) fn segments(&self, within: Range<u64>) -> impl Iterator<Item = Segment> + use<'_> {
         let Range { start: mut at, end } = within;
+        let mut extents = self.extents.within(within).peekable();
         std::iter::from_fn(move || {
-            if at == end {
+            if at >= end {
                 return None;
             }
-            // No page is in two layers, so what begins first ends before anything else begins.
-            let first = pieces
-                .iter_mut()
-                .enumerate()
-                .filter_map(|(layer, pieces)| Some((pieces.peek()?.range.start, layer)))
-                .min();
-            let nowhere = |range| Segment {
-                range,
-                source: Source::Nowhere,
+            let (range, source) = match extents.next_if(|(range, _)| range.start == at) {
+                Some(extent) => extent,
+                None => {
+                    let next = extents.peek().map_or(end, |(range, _)| range.start);
+                    (at..next, Source::Nowhere)
+                }
             };
-            let segment = match first {
-                Some((start, layer)) if start == at => pieces[layer].next()?,
-                Some((start, _)) => nowhere(at..start),
-                None => nowhere(at..end),
-            };
-            at = segment.range.end;
-            Some(segment)
-        })
-    }
-
-    /// The image of a layer.
-    pub(crate) fn image(&self, layer: usize) -> &Image {
-        &self.layers[layer].image
-    }
-}
-
-impl Layer {
-    /// A run of this layer's pages, cut where its bytes go on elsewhere in the file.
-    fn pieces(&self, layer: usize, run: Range<u64>) -> impl Iterator<Item = Segment> {
-        let mut at = run.start;
-        std::iter::from_fn(move || {
-            if at == run.end {
-                return None;
-            }
-            let (stored, end) = self.image.place(at);
-            let range = at..end.min(run.end);
             at = range.end;
-            let source = match stored {
-                Some(offset) => Source::Stored { layer, offset },
-                None => Source::Zeroed,
-            };
             Some(Segment { range, source })
         })
+    }
+
+    /// Returns the image of a layer.
+    pub(crate) fn image(&self, layer: usize) -> &Image {
+        &self.layers[layer]
     }
 }
 

@@ -208,12 +208,21 @@ impl Plan {
             };
             let range = span.whole_pages(page);
             let offset = span.offset + (range.start - span.start);
-            let file_size = image.file.metadata().map_err(failed)?.len();
+            let file = image.file()?;
+            let file_size = file.metadata().map_err(failed)?.len();
             if file_size < offset + len(&range) {
                 let cut = "it was cut short since it was opened";
                 return Err(failed(io::Error::new(io::ErrorKind::UnexpectedEof, cut)));
             }
-            ram = ram.map_over(range, &image.file, offset).map_err(failed)?;
+            let mapped = ram.map_over(range, &file, offset);
+            ram = mapped.map_err(|source| match source.kind() {
+                // The address space is reserved and takes no memory: what is missing is a mapping.
+                io::ErrorKind::OutOfMemory => ImageError::TooManyMappings {
+                    path: image.path.clone(),
+                    source,
+                },
+                _ => failed(source),
+            })?;
         }
         Ok(ram)
     }
@@ -241,40 +250,42 @@ impl Plan {
 
 /// Calls back for every span of the chain, each as long as it can be.
 fn each_span(chain: &Chain, mut each: impl FnMut(Span)) {
-    let mut open: Vec<Option<Span>> = vec![None; chain.len()];
+    // Packed pages that follow each other in the RAM may have any other page between them in the file.
+    let zeros_are_in_the_base = chain.base().in_place();
+    // By layer, ascending: a span ends where an older layer has the bytes.
+    let mut open: Vec<Span> = Vec::new();
     for Segment { range, source } in chain.segments(0..chain.size()) {
-        // Nothing goes on across what only an older layer has, or only the base as zeros; and nothing beneath zeros of a diff.
-        let ended = match source {
+        let go_on = match source {
             Source::Stored { layer, .. } => layer + 1,
-            Source::Nowhere => 1,
-            Source::Zeroed => 0,
+            Source::Nowhere if zeros_are_in_the_base => 1,
+            // Nothing is mapped beneath zeros that its file does not have.
+            Source::Nowhere | Source::Zeroed => 0,
         };
-        open[ended..]
-            .iter_mut()
-            .filter_map(Option::take)
-            .for_each(&mut each);
+        while let Some(span) = open.pop_if(|span| span.layer >= go_on) {
+            each(span);
+        }
         let Source::Stored { layer, offset } = source else {
             continue;
         };
-        match &mut open[layer] {
-            Some(span) if offset.wrapping_sub(span.offset) == range.start - span.start => {
+        let same_layer = |span: &mut Span| span.layer == layer;
+        if let Some(mut span) = open.pop_if(same_layer) {
+            if offset.wrapping_sub(span.offset) == range.start - span.start {
                 span.own += len(&range);
                 span.end = range.end;
+                open.push(span);
+                continue;
             }
-            other => {
-                let Range { start, end } = range;
-                let span = Span {
-                    own: end - start,
-                    layer,
-                    start,
-                    end,
-                    offset,
-                };
-                other.replace(span).into_iter().for_each(&mut each);
-            }
+            each(span);
         }
+        open.push(Span {
+            own: len(&range),
+            layer,
+            start: range.start,
+            end: range.end,
+            offset,
+        });
     }
-    open.into_iter().flatten().for_each(each);
+    open.into_iter().for_each(each);
 }
 
 fn len(range: &Range<u64>) -> u64 {

@@ -5,6 +5,7 @@
 use std::ffi::c_void;
 use std::fs::File;
 use std::io;
+use std::mem::ManuallyDrop;
 use std::num::NonZeroUsize;
 use std::ops::Range;
 use std::ptr::NonNull;
@@ -61,9 +62,25 @@ impl Region {
         match unsafe { mmap(at, len, READ_WRITE, flags, file, offset) } {
             Ok(_) => Ok(self),
             Err(errno) => {
-                // Where it fails, Linux before 6.12 may have unmapped the range, which then is anybody's: nothing to unmap again.
-                std::mem::forget(self);
+                self.give_up(&range);
                 Err(errno.into())
+            }
+        }
+    }
+
+    /// Unmaps all but `failed`, whole pages for which `mmap` has failed. Linux before 6.12 may have unmapped those, and their addresses may be
+    /// another mapping's by now.
+    fn give_up(self, failed: &Range<u64>) {
+        let region = ManuallyDrop::new(self);
+        let end = region.len.get() as u64;
+        for kept in [0..failed.start, failed.end..end] {
+            if let Ok(len) = in_memory(kept.end.saturating_sub(kept.start)) {
+                let start = region
+                    .start
+                    .map_addr(|at| at.saturating_add(kept.start as usize));
+                // SAFETY: a part of the region that is mapped still, is borrowed by nobody as `self` is gone, and is not
+                // unmapped again, as `self` is not dropped.
+                let _ = unsafe { munmap(start, len.get()) };
             }
         }
     }

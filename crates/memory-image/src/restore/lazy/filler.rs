@@ -276,9 +276,11 @@ impl Filler {
             if let Source::Stored { layer, offset } = segment.source {
                 let len = (segment.range.end - segment.range.start) as i64;
                 let advice = nix::fcntl::PosixFadviseAdvice::POSIX_FADV_WILLNEED;
-                let file = &self.chain.image(layer).file;
-                // Advice: a file system that doesn't take it reads when it's asked.
-                let _ = nix::fcntl::posix_fadvise(file, offset as i64, len, advice);
+                // Advice: a file that can't be opened is found out by whoever reads it, and a file system that doesn't take it
+                // reads when it's asked.
+                if let Ok(file) = self.chain.image(layer).file() {
+                    let _ = nix::fcntl::posix_fadvise(&*file, offset as i64, len, advice);
+                }
             }
         }
     }

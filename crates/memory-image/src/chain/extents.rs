@@ -1,0 +1,174 @@
+//! Which layer of a chain has each byte of the RAM: one ordered map over all layers.
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+
+use super::segments::Source;
+
+/// The extents of a chain, by the offset in RAM at which each begins. They do not overlap. What lies between them is in no layer.
+///
+/// Adding an extent takes time that grows with the logarithm of their number: what it replaces was added once, and at most one
+/// extent more than before remains at each of its ends.
+#[derive(Debug, Default)]
+pub(crate) struct ExtentMap {
+    extents: BTreeMap<u64, Extent>,
+}
+
+/// Bytes of the RAM that one layer has, contiguous in its file, or zeros.
+#[derive(Clone, Copy, Debug)]
+struct Extent {
+    end: u64,
+    layer: u32,
+    /// In the layer's file, or [`ZEROED`].
+    offset: u64,
+}
+
+/// No file is so long.
+const ZEROED: u64 = u64::MAX;
+
+impl Extent {
+    fn new(end: u64, source: Source) -> Self {
+        match source {
+            Source::Stored { layer, offset } => Self {
+                end,
+                layer: u32::try_from(layer).expect("no process has so many images"),
+                offset,
+            },
+            Source::Zeroed | Source::Nowhere => Self {
+                end,
+                layer: 0,
+                offset: ZEROED,
+            },
+        }
+    }
+
+    /// Returns where the bytes are from `len` bytes after the first on.
+    fn source(&self, len: u64) -> Source {
+        match self.offset {
+            ZEROED => Source::Zeroed,
+            offset => Source::Stored {
+                layer: self.layer as usize,
+                offset: offset + len,
+            },
+        }
+    }
+}
+
+impl ExtentMap {
+    /// Puts `range` of a newer layer over what is there.
+    pub(crate) fn add(&mut self, range: Range<u64>, source: Source) {
+        if range.is_empty() {
+            return;
+        }
+        self.cut_out(&range);
+        if let Some((start, before)) = self.extents.range_mut(..range.start).next_back()
+            && before.end == range.start
+            && before.source(range.start - start) == source
+        {
+            before.end = range.end;
+            return;
+        }
+        let extent = Extent::new(range.end, source);
+        self.extents.insert(range.start, extent);
+    }
+
+    fn cut_out(&mut self, range: &Range<u64>) {
+        let mut last = None;
+        if let Some((start, before)) = self.extents.range_mut(..range.start).next_back()
+            && before.end > range.start
+        {
+            last = Some((*start, *before));
+            before.end = range.start;
+        }
+        let inside = self.extents.extract_if(range.clone(), |_, _| true);
+        // The last of them is the only one that may reach beyond the range.
+        if let Some((start, extent)) = inside.last().or(last)
+            && extent.end > range.end
+        {
+            let source = extent.source(range.end - start);
+            self.extents
+                .insert(range.end, Extent::new(extent.end, source));
+        }
+    }
+
+    /// Returns the extents that reach into `within`, ascending and cut to it.
+    pub(crate) fn within(
+        &self,
+        within: Range<u64>,
+    ) -> impl Iterator<Item = (Range<u64>, Source)> + use<'_> {
+        let Range { start, end } = within;
+        let first = self.extents.range(..=start).next_back();
+        let first = first.filter(|(_, extent)| extent.end > start && start < end);
+        // An empty range would be a panic.
+        let after = start.saturating_add(1);
+        let later = self.extents.range(after..end.max(after));
+        first.into_iter().chain(later).map(move |(at, extent)| {
+            let from = start.max(*at);
+            (from..end.min(extent.end), extent.source(from - at))
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const SIZE: u64 = 64;
+
+    proptest! {
+        /// Against a list of bytes, which every layer overwrites.
+        #[test]
+        fn the_newest_layer_wins_byte_by_byte(
+            layers in prop::collection::vec(
+                prop::collection::vec((0..SIZE, 1..20_u64, 0..80_u64, any::<bool>()), 0..6),
+                1..12,
+            ),
+            asked in (0..=SIZE, 0..=SIZE),
+        ) {
+            let mut map = ExtentMap::default();
+            let mut oracle = vec![None; SIZE as usize];
+            for (layer, extents) in layers.into_iter().enumerate() {
+                for (start, len, offset, zeroed) in extents {
+                    let end = SIZE.min(start + len);
+                    let source = |at| match zeroed {
+                        true => Source::Zeroed,
+                        false => Source::Stored { layer, offset: offset + at - start },
+                    };
+                    map.add(start..end, source(start));
+                    (start..end).for_each(|at| oracle[at as usize] = Some(source(at)));
+                }
+            }
+            let within = asked.0.min(asked.1)..asked.0.max(asked.1);
+            let mut found = vec![None; SIZE as usize];
+            let mut last = within.start;
+            for (range, source) in map.within(within.clone()) {
+                prop_assert!(last <= range.start && !range.is_empty());
+                last = range.end;
+                for at in range.clone() {
+                    found[at as usize] = Some(match source {
+                        Source::Stored { layer, offset } => Source::Stored { layer, offset: offset + at - range.start },
+                        other => other,
+                    });
+                }
+            }
+            prop_assert!(last <= within.end);
+            let within = within.start as usize..within.end as usize;
+            prop_assert_eq!(&found[within.clone()], &oracle[within]);
+        }
+    }
+
+    #[test]
+    fn an_extent_that_is_replaced_is_not_kept() {
+        let mut map = ExtentMap::default();
+        for layer in 0..1000 {
+            for page in 0..10 {
+                let offset = 4096 * (9 - page);
+                let range = page * 4096..(page + 1) * 4096;
+                map.add(range, Source::Stored { layer, offset });
+            }
+        }
+        assert_eq!(map.extents.len(), 10);
+    }
+}

@@ -1,0 +1,97 @@
+//! What a chain takes of memory: as much as its images hold, whatever the size of the RAM.
+
+#![allow(unsafe_code)]
+
+mod common;
+
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use common::write_packed;
+use memory_image::Chain;
+use page_reader::PageReader;
+
+/// The system's allocator, counting.
+struct Counting;
+
+static LIVE: AtomicUsize = AtomicUsize::new(0);
+static PEAK: AtomicUsize = AtomicUsize::new(0);
+static CALLS: AtomicUsize = AtomicUsize::new(0);
+
+// SAFETY: every call goes to the system's allocator as it is.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        CALLS.fetch_add(1, Ordering::Relaxed);
+        let live = LIVE.fetch_add(layout.size(), Ordering::Relaxed) + layout.size();
+        PEAK.fetch_max(live, Ordering::Relaxed);
+        // SAFETY: the caller's promise.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, memory: *mut u8, layout: Layout) {
+        LIVE.fetch_sub(layout.size(), Ordering::Relaxed);
+        // SAFETY: the caller's promise.
+        unsafe { System.dealloc(memory, layout) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
+const PAGE: u64 = 4096;
+/// The bitmap of one layer would be 2 MiB.
+const RAM: u64 = 64 << 30;
+/// Bytes that a layer of one page may take: its footer, its path, its descriptor's place, its page's extent.
+const A_LAYER: usize = 2048;
+
+/// A full image of one page, and diffs of one each.
+fn images(dir: &std::path::Path, count: u64) -> Vec<PathBuf> {
+    let mut parent = None;
+    let image = |number: u64| {
+        let path = dir.join(format!("{number}.mem"));
+        let page = number * 7919 % (RAM / PAGE);
+        let bytes = vec![number as u8 | 1; PAGE as usize];
+        parent = Some(write_packed(&path, RAM, PAGE, parent, &[(page, bytes)]));
+        path
+    };
+    (0..count).map(image).collect()
+}
+
+/// Calls of the allocator, and bytes at most in use above those before.
+fn counted<T>(work: impl FnOnce() -> T) -> (T, usize, usize) {
+    let (calls, live) = (CALLS.load(Ordering::Relaxed), LIVE.load(Ordering::Relaxed));
+    PEAK.store(live, Ordering::Relaxed);
+    let result = work();
+    let calls = CALLS.load(Ordering::Relaxed) - calls;
+    (result, calls, PEAK.load(Ordering::Relaxed) - live)
+}
+
+/// One test, as nothing else of the process may be counted.
+#[test]
+fn memory_is_for_what_the_images_hold_and_reading_takes_none() {
+    let dir = tempfile::tempdir().unwrap();
+    let paths = images(dir.path(), 250);
+    let open = |count: usize| Chain::open_sealed(&paths[..count]).unwrap();
+    let (few, calls_for_few, _) = counted(|| open(125));
+    let (many, calls_for_many, peak) = counted(|| open(250));
+    // The footer's reader has a buffer of 64 KiB.
+    assert!(peak < 250 * A_LAYER + (128 << 10), "{peak} bytes");
+    let ratio = calls_for_many as f64 / calls_for_few as f64;
+    assert!(ratio < 2.2, "{calls_for_few} and {calls_for_many} calls");
+
+    let read = |chain: &Chain| {
+        let mut page = [0; PAGE as usize];
+        for number in 0..100 {
+            chain.read_at(number * 7919 * PAGE, &mut page).unwrap();
+            assert_eq!(page[17], number as u8 | 1);
+        }
+    };
+    for chain in [&few, &many] {
+        let ((), calls, _) = counted(|| read(chain));
+        assert_eq!(calls, 0);
+        let (populated, calls, _) = counted(|| chain.populated(0..RAM / 2).count());
+        assert!(populated > 0);
+        assert_eq!(calls, 1, "the iterator's own");
+    }
+}

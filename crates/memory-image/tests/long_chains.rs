@@ -1,0 +1,390 @@
+//! Chains of more images than the process can have open.
+#![cfg(target_os = "linux")]
+
+mod common;
+
+use std::fs::{self, File};
+use std::io;
+use std::ops::ControlFlow;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{FileExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+
+use common::{is_alone, whole, write_packed};
+use dirty_bitmap::DirtyBitmap;
+use memory_image::{Chain, Image, ImageError, ImageId, LazyRam, MappedChain, MappedImage, compare};
+use memory_writer::{Durability, Layout, MemoryWriter, Seal};
+use nix::sys::resource::{Resource, setrlimit};
+use nix::sys::stat::{UtimensatFlags, utimensat};
+use nix::sys::time::TimeSpec;
+use page_reader::PageReader;
+use test_machine::Need;
+
+const PAGE: u64 = 4096;
+const PAGES: u64 = 256;
+/// Descriptors of a process that can't have all images open: a quarter of them are for images.
+const FEW: u64 = 64;
+const OPEN: usize = 16;
+
+fn have_few_descriptors() {
+    setrlimit(Resource::RLIMIT_NOFILE, FEW, FEW).unwrap();
+}
+
+fn open_descriptors() -> usize {
+    fs::read_dir("/proc/self/fd").unwrap().count()
+}
+
+#[derive(Clone, Copy)]
+enum Form {
+    Raw,
+    Sealed,
+    Packed,
+}
+
+/// A full image and diffs, of which each changes one page more.
+struct Guest {
+    dir: tempfile::TempDir,
+    ram: Vec<u8>,
+    paths: Vec<PathBuf>,
+    newest: Option<ImageId>,
+}
+
+impl Guest {
+    fn new(layers: usize, form: impl Fn(usize) -> Form) -> Self {
+        let mut guest = Self {
+            dir: tempfile::tempdir().unwrap(),
+            ram: vec![0; (PAGES * PAGE) as usize],
+            paths: Vec::new(),
+            newest: None,
+        };
+        for layer in 0..layers {
+            guest.save(form(layer));
+        }
+        guest
+    }
+
+    /// The page that a layer has alone, or first.
+    fn page_of(layer: usize) -> u64 {
+        layer as u64 * 7 % PAGES
+    }
+
+    /// Changes the page of the next layer, in the first layer all; returns the path for it, and the page.
+    fn change(&mut self) -> (PathBuf, u64) {
+        let layer = self.paths.len();
+        let path = self.dir.path().join(format!("{layer}.mem"));
+        let page = Self::page_of(layer);
+        let start = (page * PAGE) as usize;
+        let changed = match layer {
+            0 => &mut self.ram[..],
+            _ => &mut self.ram[start..start + PAGE as usize],
+        };
+        let words = changed.chunks_mut(8);
+        words.for_each(|word| word.copy_from_slice(&(layer as u64 + 1).to_le_bytes()));
+        self.paths.push(path.clone());
+        (path, page)
+    }
+
+    fn save(&mut self, form: Form) {
+        let (path, page) = self.change();
+        let seal = self.newest.map_or(Seal::new(), |id| Seal::new().parent(id));
+        let layout = match form {
+            Form::Raw => Layout::Raw,
+            Form::Sealed => Layout::Sealed(seal),
+            Form::Packed => Layout::Packed(seal),
+        };
+        let size = self.ram.len() as u64;
+        let dirty = DirtyBitmap::new(0, size, PAGE).unwrap();
+        dirty.set_dirty(page * PAGE).unwrap();
+        let mut writer = MemoryWriter::options()
+            .layout(layout)
+            .durability(Durability::None)
+            .open(&path, size, PAGE)
+            .unwrap();
+        match self.paths.len() {
+            1 => writer.write_full(&self.ram).unwrap(),
+            _ => _ = writer.write_diff(&self.ram, &dirty).unwrap(),
+        }
+        self.newest = writer.image_id();
+        writer.commit().unwrap();
+    }
+
+    fn save_by_hand(&mut self) {
+        let (path, page) = self.change();
+        let pages = match self.newest {
+            None => 0..PAGES,
+            Some(_) => page..page + 1,
+        };
+        let bytes = |page| self.ram[(page * PAGE) as usize..][..PAGE as usize].to_vec();
+        let pages: Vec<_> = pages.map(|page| (page, bytes(page))).collect();
+        let size = self.ram.len() as u64;
+        self.newest = Some(write_packed(&path, size, PAGE, self.newest, &pages));
+    }
+
+    fn chain(&self) -> Chain {
+        let mut chain = Chain::open(&self.paths[0], PAGE).unwrap();
+        for path in &self.paths[1..] {
+            chain.push(path).unwrap();
+        }
+        chain
+    }
+
+    fn read(&self, chain: &Chain, layer: usize) -> io::Result<()> {
+        let offset = Self::page_of(layer) * PAGE;
+        let mut bytes = vec![0xee; PAGE as usize];
+        chain.read_at(offset, &mut bytes)?;
+        assert!(bytes == self.ram[offset as usize..][..PAGE as usize]);
+        Ok(())
+    }
+}
+
+#[test]
+fn more_layers_than_descriptors_are_read_in_every_way() {
+    if !is_alone("more_layers_than_descriptors_are_read_in_every_way") {
+        return;
+    }
+    let mut guest = Guest::new(1, |_| Form::Packed);
+    for _ in 1..150 {
+        guest.save([Form::Sealed, Form::Packed][guest.paths.len() % 2]);
+    }
+    // What is sealed can't follow a raw image.
+    for _ in 150..300 {
+        guest.save(Form::Raw);
+    }
+    have_few_descriptors();
+    let chain = guest.chain();
+    let ram = &guest.ram;
+    assert_eq!(chain.len(), 300);
+    assert!(open_descriptors() < OPEN + 10);
+    assert!(whole(&chain, ram.len()) == *ram);
+
+    // Another one beside it, of the same process.
+    let sealed = Chain::open_sealed(&guest.paths[..150]).unwrap();
+    assert_eq!(sealed.len(), 150);
+    let mut restored = vec![0; ram.len()];
+    chain.restore_zeroed(restored.as_mut_slice()).unwrap();
+    assert!(restored == *ram);
+    for most in [1, 21, 16_384] {
+        let options = MappedChain::options().max_mappings(most);
+        assert!(whole(&options.map(&chain).unwrap(), ram.len()) == *ram);
+    }
+    let merged = guest.dir.path().join("merged");
+    chain.flatten(&merged).unwrap();
+    assert!(fs::read(&merged).unwrap() == *ram);
+    assert!(whole(&MappedImage::open(&merged).unwrap(), ram.len()) == *ram);
+    let go_on = &|_| ControlFlow::Continue(());
+    let size = ram.len() as u64;
+    assert!(compare(ram, &chain, size, PAGE, go_on).unwrap().is_clean());
+    for image in sealed.images() {
+        let found = image.verify(&|_, _| ControlFlow::Continue(())).unwrap();
+        assert!(found.is_whole());
+    }
+    if Need::Userfaultfd.met("more_layers_than_descriptors_are_read_in_every_way, filled lazily") {
+        for prefetch in [false, true] {
+            let options = LazyRam::options().prefetch(prefetch).fault_around(1);
+            let lazy = options.start(guest.chain()).unwrap();
+            assert!(whole(&lazy, ram.len()) == *ram);
+            lazy.wait().unwrap();
+        }
+    }
+    drop((chain, sealed));
+    assert!(open_descriptors() < 10, "closed with their chains");
+}
+
+/// Others have taken what the images were to have.
+#[test]
+fn images_make_room_where_the_process_has_no_descriptor_left() {
+    if !is_alone("images_make_room_where_the_process_has_no_descriptor_left") {
+        return;
+    }
+    let guest = Guest::new(OPEN, |_| Form::Packed);
+    let first = Chain::open_sealed(&guest.paths).unwrap();
+    have_few_descriptors();
+    let others: Vec<_> = std::iter::repeat_with(|| File::open("/dev/null"))
+        .map_while(Result::ok)
+        .collect();
+    assert!(others.len() > 30);
+    let second = Chain::open_sealed(&guest.paths).unwrap();
+    assert!(whole(&second, guest.ram.len()) == guest.ram);
+    assert!(whole(&first, guest.ram.len()) == guest.ram);
+}
+
+#[test]
+fn a_chain_of_ten_thousand_layers_is_opened_and_read() {
+    if !is_alone("a_chain_of_ten_thousand_layers_is_opened_and_read") {
+        return;
+    }
+    let mut guest = Guest::new(0, |_| Form::Packed);
+    (0..10_000).for_each(|_| guest.save_by_hand());
+    setrlimit(Resource::RLIMIT_NOFILE, 1024, 1024).unwrap();
+    let chain = Chain::open_sealed(&guest.paths).unwrap();
+    assert_eq!(chain.len(), 10_000);
+    assert!(open_descriptors() < 1024 / 4 + 10);
+    assert!(whole(&chain, guest.ram.len()) == guest.ram);
+    let mapped = MappedChain::open(&chain).unwrap();
+    assert!(whole(&mapped, guest.ram.len()) == guest.ram);
+    let merged = guest.dir.path().join("merged");
+    let options = MemoryWriter::options().layout(Layout::Packed(chain.seal()));
+    chain.merge(options, &merged).unwrap();
+    let merged = Chain::open_sealed(&[merged]).unwrap();
+    assert_eq!(merged.id(), chain.id());
+    assert!(whole(&merged, guest.ram.len()) == guest.ram);
+}
+
+fn touch_as(path: &Path, like: &fs::Metadata) {
+    use std::os::unix::fs::MetadataExt;
+    let time = TimeSpec::new(like.mtime(), like.mtime_nsec());
+    let follow = UtimensatFlags::FollowSymlink;
+    utimensat(nix::fcntl::AT_FDCWD, path, &time, &time, follow).unwrap();
+}
+
+/// Writes bytes of another image into the file, and hides that it did as well as a tool can.
+fn write_over(path: &Path, bytes: &[u8]) {
+    let before = fs::metadata(path).unwrap();
+    let file = File::options().write(true).open(path).unwrap();
+    file.write_all_at(bytes, 0).unwrap();
+    touch_as(path, &before);
+    assert_eq!(fs::metadata(path).unwrap().len(), before.len());
+}
+
+fn assert_replaced(error: &ImageError, expected: &Path) {
+    assert!(
+        matches!(error, ImageError::Replaced { path } if path == expected),
+        "{error:?}"
+    );
+}
+
+#[test]
+fn a_closed_image_that_was_replaced_is_an_error_and_no_other_bytes() {
+    if !is_alone("a_closed_image_that_was_replaced_is_an_error_and_no_other_bytes") {
+        return;
+    }
+    have_few_descriptors();
+    let forms = [
+        ("raw", Form::Raw),
+        ("sealed", Form::Sealed),
+        ("packed", Form::Packed),
+    ];
+    type Replace = fn(&Path, &Path);
+    let ways: [(&str, Replace); 3] = [
+        ("renamed over", |other, path| {
+            let before = fs::metadata(path).unwrap();
+            touch_as(other, &before);
+            fs::rename(other, path).unwrap();
+        }),
+        ("removed", |_, path| fs::remove_file(path).unwrap()),
+        ("written over", |other, path| {
+            write_over(path, &fs::read(other).unwrap())
+        }),
+    ];
+    for (name, form) in forms {
+        for (way, replace) in ways {
+            let guest = Guest::new(40, |_| form);
+            let other = Guest::new(40, |_| form);
+            let chain = guest.chain();
+            const CLOSED: usize = 3;
+            const STILL_OPEN: usize = 39;
+            for layer in [CLOSED, STILL_OPEN] {
+                // As long as the one that it replaces.
+                fs::copy(&other.paths[layer - 1], &other.paths[0]).unwrap();
+                replace(&other.paths[0], &guest.paths[layer]);
+            }
+            let error = guest.read(&chain, CLOSED).unwrap_err();
+            let error = error
+                .get_ref()
+                .and_then(|error| error.downcast_ref())
+                .unwrap();
+            assert_replaced(error, &guest.paths[CLOSED]);
+            if way != "written over" {
+                guest.read(&chain, STILL_OPEN).unwrap();
+            }
+            let mut restored = vec![0; guest.ram.len()];
+            let error = chain.restore(restored.as_mut_slice()).unwrap_err();
+            assert_replaced(&error, &guest.paths[CLOSED]);
+            let error = MappedChain::open(&chain).unwrap_err();
+            assert_replaced(&error, &guest.paths[CLOSED]);
+            let merged = guest.dir.path().join("merged");
+            let error = chain.flatten(&merged).unwrap_err();
+            assert!(
+                matches!(error, ImageError::Merge(_)),
+                "{name} {way}: {error:?}"
+            );
+            assert!(!merged.exists());
+            if Need::Userfaultfd.met("a replaced image of a chain that fills memory lazily") {
+                let lazy = LazyRam::options().prefetch(false).start(chain).unwrap();
+                assert_replaced(&lazy.wait().unwrap_err(), &guest.paths[CLOSED]);
+            }
+        }
+    }
+}
+
+#[test]
+fn a_sealed_image_may_be_linked_and_guarded_while_it_is_closed() {
+    if !is_alone("a_sealed_image_may_be_linked_and_guarded_while_it_is_closed") {
+        return;
+    }
+    have_few_descriptors();
+    let guest = Guest::new(40, |_| Form::Packed);
+    let chain = guest.chain();
+    for path in &guest.paths {
+        fs::hard_link(path, path.with_extension("backup")).unwrap();
+        fs::set_permissions(path, fs::Permissions::from_mode(0o400)).unwrap();
+    }
+    assert!(whole(&chain, guest.ram.len()) == guest.ram);
+}
+
+#[test]
+fn an_image_that_its_path_does_not_lead_to_stays_open() {
+    if !is_alone("an_image_that_its_path_does_not_lead_to_stays_open") {
+        return;
+    }
+    have_few_descriptors();
+    let guest = Guest::new(40, |_| Form::Packed);
+    let (removed, replaced, in_memory) = (0, 1, 2);
+    let open = |path: &Path| Image::open_sealed(path).unwrap().id();
+    let mut chain = Chain::open(&guest.paths[removed], PAGE).unwrap();
+    fs::remove_file(&guest.paths[removed]).unwrap();
+    chain.push(&guest.paths[replaced]).unwrap();
+    fs::copy(
+        &guest.paths[39],
+        guest.paths[replaced].with_extension("new"),
+    )
+    .unwrap();
+    let new = guest.paths[replaced].with_extension("new");
+    fs::rename(new, &guest.paths[replaced]).unwrap();
+    {
+        let name = c"image";
+        let flags = nix::sys::memfd::MFdFlags::MFD_CLOEXEC;
+        let file = File::from(nix::sys::memfd::memfd_create(name, flags).unwrap());
+        file.write_all_at(&fs::read(&guest.paths[in_memory]).unwrap(), 0)
+            .unwrap();
+        let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+        chain.push(path).unwrap();
+    }
+    for path in &guest.paths[3..] {
+        chain.push(path).unwrap();
+    }
+    assert_ne!(
+        open(&guest.paths[replaced]),
+        chain.images().nth(1).unwrap().id()
+    );
+    assert!(whole(&chain, guest.ram.len()) == guest.ram);
+}
+
+/// A daemon opens by relative paths, and goes to `/` then.
+#[test]
+fn the_directory_of_the_process_may_change_meanwhile() {
+    if !is_alone("the_directory_of_the_process_may_change_meanwhile") {
+        return;
+    }
+    have_few_descriptors();
+    let guest = Guest::new(40, |_| Form::Packed);
+    std::env::set_current_dir(guest.dir.path()).unwrap();
+    let names: Vec<_> = guest
+        .paths
+        .iter()
+        .map(|path| path.file_name().unwrap())
+        .collect();
+    let chain = Chain::open_sealed(&names).unwrap();
+    std::env::set_current_dir("/").unwrap();
+    assert!(whole(&chain, guest.ram.len()) == guest.ram);
+}
