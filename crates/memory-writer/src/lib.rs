@@ -88,6 +88,7 @@ mod pages;
 mod placing;
 mod sealing;
 mod sink;
+mod touched;
 mod unwritten;
 mod writer;
 

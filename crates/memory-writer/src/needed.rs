@@ -1,4 +1,6 @@
 //! The parts of the RAM that a full dump can't leave out, found while it is being written.
+//!
+//! The reader is a [`Touched`]: what it knows to be untouched is never read, whatever is left out.
 
 use std::ops::{ControlFlow, Range};
 
@@ -6,6 +8,7 @@ use page_reader::{HostMemory, PageReader, PopulatedRanges, SecretBuffer};
 
 use crate::meter::Meter;
 use crate::pages::WholePages;
+use crate::touched::Touched;
 
 /// What a full dump may leave out, where it reads as zeros without being written.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -33,7 +36,7 @@ const WINDOW: u64 = 256 << 10;
 
 /// Runs of whole pages, ascending. What is between them may be left out.
 pub(crate) struct Needed<'a, 'w, R: ?Sized> {
-    reader: &'a R,
+    reader: &'a Touched<'a, R>,
     zeros: bool,
     page_size: u64,
     ram_size: u64,
@@ -46,26 +49,23 @@ pub(crate) struct Needed<'a, 'w, R: ?Sized> {
     /// Up to where the meter knows.
     counted: u64,
     window: Window,
+    /// Memory that the kernel has faulted in.
+    mapped: Range<u64>,
     meter: &'a Meter<'w>,
 }
 
 impl<'a, 'w, R: PageReader + ?Sized> Needed<'a, 'w, R> {
     /// `ram_size` is a multiple of `page_size`, which is a power of two.
     pub(crate) fn new(
-        reader: &'a R,
+        reader: &'a Touched<'a, R>,
         skip: Skip,
         ram_size: u64,
         page_size: u64,
         meter: &'a Meter<'w>,
     ) -> Self {
         let page_size = page_size.max(SMALLEST_PAGE);
-        let populated: PopulatedRanges<'a> = if skip.untouched {
-            let within =
-                move |range: Range<u64>| range.start.min(ram_size)..range.end.min(ram_size);
-            Box::new(reader.populated(0..ram_size).map(within))
-        } else {
-            Box::new(std::iter::once(0..ram_size))
-        };
+        // Zeros are left out where nobody wrote them, too.
+        let populated = reader.populated(0..ram_size);
         Self {
             reader,
             zeros: skip.zeros,
@@ -76,6 +76,7 @@ impl<'a, 'w, R: PageReader + ?Sized> Needed<'a, 'w, R> {
             run: 0..0,
             counted: 0,
             window: Window::default(),
+            mapped: 0..0,
             meter,
         }
     }
@@ -94,12 +95,34 @@ impl<'a, 'w, R: PageReader + ?Sized> Needed<'a, 'w, R> {
                 let last = self.left.end;
                 return self.window.is_zero(self.reader, at..range.end, last);
             };
-            if !memory.is_zero() {
+            let end = at + memory.len() as u64;
+            // What cannot be had is not zero: writing it will say why.
+            if !self.is_mapped(at..end) || !memory.is_zero() {
                 return false;
             }
-            at += memory.len() as u64;
+            at = end;
         }
         true
+    }
+
+    /// Faults memory in, with what follows it: a load that finds no page is a `SIGBUS`.
+    fn is_mapped(&mut self, range: Range<u64>) -> bool {
+        if self.mapped.start <= range.start && range.end <= self.mapped.end {
+            return true;
+        }
+        let most = WINDOW.max(range.end - range.start);
+        let len = self.left.end.saturating_sub(range.start).min(most);
+        let Some(memory) = self.reader.host_memory(range.start, len as usize) else {
+            return false;
+        };
+        if memory.fault_in().is_ok() {
+            self.mapped = range.start..range.start + memory.len() as u64;
+            return range.end <= self.mapped.end;
+        }
+        // What follows may be what can't be had.
+        let asked = (range.end - range.start) as usize;
+        let memory = self.reader.host_memory(range.start, asked);
+        memory.is_some_and(|memory| memory.len() >= asked && memory.fault_in().is_ok())
     }
 
     fn take_run(&mut self) -> Range<u64> {

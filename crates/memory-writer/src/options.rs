@@ -188,10 +188,10 @@ impl Options {
 
     /// Leaves zeros out of full dumps: they are holes, or whatever stands for zeros on the file system, and read back the same.
     ///
-    /// All of the RAM is read by this process to find them, at the speed of its memory, and runs of less than 32 KiB are written with what is
-    /// around them, as leaving them out takes longer. Looking at RAM that was never touched makes the host find memory for some
-    /// of it: combine it with [`skip_untouched`](Self::skip_untouched). What a reader doesn't hand out as memory is read twice, unless it
-    /// is zero.
+    /// All of the RAM that was ever touched is read by this process to find them, at the speed of its
+    /// memory. Runs of less than 32 KiB are written with what is around them, as leaving them out
+    /// takes longer. RAM that the reader knows to be untouched is left out without reading it. What a
+    /// reader doesn't hand out as memory is read twice, unless it is zero.
     ///
     /// For [`write_full`](MemoryWriter::write_full) only. A diff records a page that became zero as written: left out, it
     /// would be taken for one that did not change.

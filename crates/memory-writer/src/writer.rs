@@ -17,6 +17,7 @@ use crate::options::{Options, Watch};
 use crate::pages::WholePages;
 use crate::sealing::Sealing;
 use crate::sink::Sink;
+use crate::touched::Touched;
 use crate::unwritten::Unwritten;
 
 /// A memory snapshot under way: staged beside its destination until [`commit`](Self::commit) puts it there.
@@ -41,6 +42,9 @@ pub struct MemoryWriter {
     /// What the footer is to say, if the file gets one.
     sealing: Option<Sealing>,
 }
+
+/// A diff of at least this part of the RAM does not read what is known to be untouched.
+const ASK_FROM: u64 = 64;
 
 /// What the staged file is worth.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -176,6 +180,9 @@ impl MemoryWriter {
     /// Writes all of the RAM, every byte of `[0, ram_size)`, zeros too unless [`Options::skip_zeros`] or
     /// [`Options::skip_untouched`] leave them out.
     ///
+    /// RAM that the reader [knows](page_reader::PageReader::populated) to be untouched is not read:
+    /// reading would make the host allocate it. Zeros are written in its place.
+    ///
     /// # Errors
     /// [`SnapshotError::FullWithParent`]: nothing was written. [`SnapshotError::MemoryIo`] or [`SnapshotError::Cancelled`]; the writer
     /// can't be committed then.
@@ -202,6 +209,7 @@ impl MemoryWriter {
         let skip = self.skip;
         let (sink, watch) = self.sink();
         let meter = Meter::new(watch, page_size, ram_size);
+        let reader = &Touched::new(reader, ram_size);
         if skip.anything() {
             let needed = Needed::new(reader, skip, ram_size, page_size, &meter);
             sink.write(reader, needed, ram_size, &meter)?;
@@ -244,7 +252,9 @@ impl MemoryWriter {
     ///
     /// The bitmap may have any page size: what it marks is widened to whole pages of the file. It stays as it is:
     /// give an [`Epoch`](dirty_bitmap::Epoch)'s bitmap, and release the epoch once [`commit`](Self::commit) has returned.
-    /// A diff without any dirty page is a file of one hole, and can be committed.
+    /// A diff without any dirty page is a file of one hole, and can be committed. Pages that are marked and
+    /// [known](page_reader::PageReader::populated) to be untouched are written as zeros without reading
+    /// them, if at least 1/64 of the RAM is marked.
     ///
     /// # Errors
     /// [`SnapshotError::BitmapSize`] or [`SnapshotError::BitmapStart`] where the bitmap is of another RAM: nothing was
@@ -268,12 +278,19 @@ impl MemoryWriter {
             });
         }
         self.begin()?;
-        let page_size = self.page_size;
+        let (ram_size, page_size) = (self.ram_size, self.page_size);
         let pages = || WholePages::new(dirty.runs(), page_size);
         let total = pages().map(|run| run.end - run.start).sum();
         let (sink, watch) = self.sink();
         let meter = Meter::new(watch, page_size, total);
-        let written = sink.write(reader, pages(), total, &meter)?;
+        // What is marked was written, so it is there. Where so much is marked, it may be all of the
+        // RAM, touched or not; asking takes less time than writing then.
+        let written = if total >= ram_size / ASK_FROM {
+            let reader = &Touched::new(reader, ram_size);
+            sink.write(reader, pages(), total, &meter)?
+        } else {
+            sink.write(reader, pages(), total, &meter)?
+        };
         self.state = State::Whole;
         Ok(written / page_size)
     }

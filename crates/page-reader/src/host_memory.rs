@@ -157,6 +157,30 @@ impl<'a> HostMemory<'a> {
         }
     }
 
+    /// Maps the pages of the range, as a load of each would do.
+    ///
+    /// A load of a page that cannot be had is a `SIGBUS`, which ends the process: on a tmpfs that is
+    /// full, where there is no huge page left, past the end of a file that was truncated, in memory
+    /// that the hardware lost. Here that is an error. What becomes of the pages afterwards (a hole that
+    /// is punched, a truncation) is not known to this call.
+    ///
+    /// Memory that is filled by userfaultfd is waited for, unless it is for loads of this process
+    /// alone; that memory is left as it is. On systems other than Linux, and before Linux 5.14, nothing
+    /// is done.
+    ///
+    /// # Errors
+    /// `EFAULT` where a load would be a `SIGBUS`, `EHWPOISON` where the memory is broken, `ENOMEM`
+    /// where there is no memory or no mapping.
+    pub fn fault_in(self) -> std::io::Result<()> {
+        if self.is_empty() {
+            return Ok(());
+        }
+        #[cfg(target_os = "linux")]
+        return crate::sys::fault_in(self);
+        #[cfg(not(target_os = "linux"))]
+        Ok(())
+    }
+
     /// Whether every byte is zero, each as it is when it's loaded: others may be writing them.
     ///
     /// Goes no further than a few words past the first byte that isn't zero. Memory that was never touched is touched by this:

@@ -110,7 +110,10 @@
 //!
 //! - Reading doesn't stop the guest: bytes read while vCPUs run are as of no one instant. Pause them, stop the other process, or read
 //!   again what a dirty log says has changed.
-//! - A load from a mapped file that was truncated is a SIGBUS, not an error. Seal memfds against shrinking.
+//! - A load from a mapped file that was truncated is a SIGBUS, not an error. Seal memfds against shrinking. So is a load of a page that
+//!   can't be had, on a full tmpfs or without a huge page left: [`HostMemory::fault_in`] finds out before.
+//! - Shared memory of which this process has no descriptor, and whose mappings it may not open (`CAP_CHECKPOINT_RESTORE`), may be populated
+//!   everywhere. Reading the pages of it that were never touched allocates them.
 //! - What [`populated`](PageReader::populated) says of a file is as right as its file system's `SEEK_DATA`. Of memory it calls
 //!   `userfaultfd(2)`: a seccomp filter may refuse that, but should not kill for it.
 //! - Shared memory that a process is still filling by userfaultfd reads as zeros where pages are

@@ -1,8 +1,10 @@
 //! What Linux knows of pages that were never written. Where it doesn't tell, all of them may have been.
 
 mod file;
+mod huge_pages;
 mod mappings;
 mod pagemap;
+mod populate;
 pub(crate) mod ptrace;
 mod userfaultfd;
 
@@ -16,9 +18,10 @@ use std::rc::Rc;
 use std::sync::{Arc, Mutex, PoisonError};
 
 pub(crate) use file::data;
+pub(crate) use populate::fault_in;
 
 use crate::populated::{PopulatedRanges, unknown};
-use file::{DataRanges, file_behind};
+use file::{data_of, file_behind};
 use mappings::{Area, Backing};
 use nix::unistd::{SysconfVar, sysconf};
 use pagemap::Scan;
@@ -189,7 +192,7 @@ impl Known {
                     // A mapping starts at a page of its file, and both are below 2^63.
                     let (address, offset) = (area.addresses.start, offset);
                     let position = |at: u64| at - address + offset;
-                    let found = DataRanges::new(file, position(part.start)..position(part.end));
+                    let found = data_of(file, position(part.start)..position(part.end));
                     let address_of = move |position: u64| position - offset + address;
                     Box::new(found.map(move |data| address_of(data.start)..address_of(data.end)))
                 }

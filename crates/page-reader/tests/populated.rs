@@ -8,7 +8,7 @@ mod common;
 use std::fs::File;
 use std::ops::Range;
 use std::os::fd::AsFd;
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::process::Command;
 use std::sync::{Arc, Mutex};
 
@@ -236,20 +236,29 @@ fn all_of_a_privately_mapped_file_may_be_populated() {
     assert_eq!(count(&populated(&guest(&mapping), SIZE)), PAGES as usize);
 }
 
+/// None of them is there: neither asking nor reading takes one.
 #[test]
-fn all_of_a_memfd_of_huge_pages_may_be_populated() {
+fn huge_pages_that_a_memfd_lacks_are_not_populated() {
     let memfd = memfd(MFdFlags::MFD_HUGETLB);
-    assert_eq!(
-        count(&populated(&FileReader::new(&memfd), SIZE)),
-        PAGES as usize
-    );
+    assert_eq!(count(&populated(&FileReader::new(&memfd), SIZE)), 0);
+    let mapping = Mapping::of_file(memfd.as_fd(), SIZE as usize, true);
+    assert_eq!(count(&populated(&guest(&mapping), SIZE)), 0);
+    assert_eq!(memfd.metadata().unwrap().blocks(), 0);
 }
 
 #[test]
-fn all_of_mapped_huge_pages_may_be_populated() {
+fn a_huge_page_that_was_written_is_populated() {
+    if !Need::HugePages.met("a_huge_page_that_was_written_is_populated") {
+        return;
+    }
     let memfd = memfd(MFdFlags::MFD_HUGETLB);
     let mapping = Mapping::of_file(memfd.as_fd(), SIZE as usize, true);
-    assert_eq!(count(&populated(&guest(&mapping), SIZE)), PAGES as usize);
+    let page = (SIZE / 2) as usize;
+    mapping.write_at(page + (1 << 20), b"!");
+    let mut expected = vec![false; PAGES as usize];
+    expected[PAGES as usize / 2..][..512].fill(true);
+    assert_eq!(populated(&FileReader::new(&memfd), SIZE), expected);
+    assert_eq!(populated(&guest(&mapping), SIZE), expected);
 }
 
 /// A guest restored lazily: a missing page is not zeros, it is what the handler will put there. Nor does asking put anything there.

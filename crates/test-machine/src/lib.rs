@@ -16,7 +16,7 @@ pub mod tracked;
 #[cfg(target_os = "linux")]
 pub use loop_mount::{LoopFs, LoopMount, tool};
 #[cfg(target_os = "linux")]
-pub use mounts::{ReadOnlyBind, TinyTmpfs};
+pub use mounts::{HugeFs, ReadOnlyBind, TinyTmpfs};
 
 use std::fmt;
 use std::io::Write as _;
@@ -79,11 +79,13 @@ pub enum Need {
     LinuxGuest,
     /// A disk whose every write is logged can be mounted: privilege, loop devices, FUSE, QEMU's storage daemon.
     LoggedDisk,
+    /// hugetlbfs can be mounted and gives huge pages on demand: privilege, and memory for them.
+    HugePages,
 }
 
 impl Need {
     /// Every need that this crate knows.
-    pub const ALL: [Self; 14] = [
+    pub const ALL: [Self; 15] = [
         Self::Kvm,
         Self::Root,
         Self::Userfaultfd,
@@ -98,6 +100,7 @@ impl Need {
         Self::Aarch64,
         Self::LinuxGuest,
         Self::LoggedDisk,
+        Self::HugePages,
     ];
 
     /// The name used in `MEMSNAP_REQUIRE`.
@@ -118,6 +121,7 @@ impl Need {
             Self::Aarch64 => "aarch64",
             Self::LinuxGuest => "linux-guest",
             Self::LoggedDisk => "logged-disk",
+            Self::HugePages => "huge-pages",
         }
     }
 
@@ -153,6 +157,7 @@ impl Need {
                     && opens("/dev/loop-control")
                     && run(&["qemu-storage-daemon", "losetup", "setpriv"])
             }
+            Self::HugePages => Self::Root.is_met() && gives_huge_pages(),
             Self::Strace => std::process::Command::new("strace")
                 .args(["-qq", "-e", "trace=none", "true"])
                 .status()
@@ -262,6 +267,27 @@ fn can_trace() -> bool {
 #[cfg(target_os = "linux")]
 fn can_mount() -> bool {
     TinyTmpfs::new(64 * 1024).is_ok()
+}
+
+/// Allows huge pages on demand, for good: tests of several processes use them at the same time.
+#[cfg(target_os = "linux")]
+fn gives_huge_pages() -> bool {
+    const ON_DEMAND: &str = "/proc/sys/vm/nr_overcommit_hugepages";
+    const ENOUGH: u64 = 64;
+    let allowed = || {
+        let allowed = std::fs::read_to_string(ON_DEMAND).ok()?;
+        allowed.trim().parse::<u64>().ok()
+    };
+    if allowed().is_some_and(|allowed| allowed < ENOUGH) {
+        let _ = std::fs::write(ON_DEMAND, ENOUGH.to_string());
+    }
+    // By default a mapping reserves its pages.
+    allowed() >= Some(ENOUGH) && mounts::HugeFs::new(None).is_ok_and(|fs| fs.has_pages(8))
+}
+
+#[cfg(not(target_os = "linux"))]
+fn gives_huge_pages() -> bool {
+    false
 }
 
 #[cfg(not(target_os = "linux"))]

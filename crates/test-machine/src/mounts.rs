@@ -1,8 +1,10 @@
 //! File systems mounted for one test and unmounted when the guard drops.
 
+use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use nix::fcntl::{FallocateFlags, fallocate};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
 /// A tmpfs of a few bytes, to fill up.
@@ -32,6 +34,49 @@ impl TinyTmpfs {
     #[must_use]
     pub fn path(&self) -> &Path {
         self.0.path()
+    }
+}
+
+/// A hugetlbfs in pages of 2 MiB.
+#[derive(Debug)]
+pub struct HugeFs(Mounted);
+
+impl HugeFs {
+    /// Mounts one in a new temporary directory, with at most `bytes` bytes of pages if given.
+    ///
+    /// # Errors
+    /// Whatever `mount(2)` says, `EPERM` without `CAP_SYS_ADMIN`.
+    pub fn new(bytes: Option<u64>) -> io::Result<Self> {
+        let size = bytes.map_or(String::new(), |bytes| format!(",size={bytes}"));
+        let options = format!("pagesize=2M{size}");
+        let none = MsFlags::empty();
+        Mounted::new(|dir| {
+            mount(
+                Some("hugetlbfs"),
+                dir,
+                Some("hugetlbfs"),
+                none,
+                Some(options.as_str()),
+            )
+        })
+        .map(Self)
+    }
+
+    /// The mounted directory.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        self.0.path()
+    }
+
+    /// Returns whether so many pages can be had now.
+    pub(crate) fn has_pages(&self, pages: u64) -> bool {
+        let path = self.path().join("probe");
+        let allocated = File::create(&path).and_then(|file| {
+            let len = i64::try_from(pages << 21).map_err(io::Error::other)?;
+            Ok(fallocate(&file, FallocateFlags::empty(), 0, len)?)
+        });
+        let _ = std::fs::remove_file(path);
+        allocated.is_ok()
     }
 }
 

@@ -10,15 +10,24 @@ use nix::errno::Errno;
 use nix::fcntl::OFlag;
 use nix::unistd::{Whence, lseek};
 
-use super::is_behind;
 use super::mappings::Area;
+use super::{huge_pages, is_behind};
 use crate::populated::{PopulatedRanges, unknown};
 
 /// The parts of `range`, positions in `file`, that may hold anything but zeros. What is past its end may.
 pub(crate) fn data(file: &File, range: Range<u64>) -> PopulatedRanges<'static> {
     match reopen(file) {
-        Ok(own) => Box::new(DataRanges::new(own, range)),
+        Ok(own) => data_of(own, range),
         Err(_) => Box::new(unknown(range)),
+    }
+}
+
+/// The same of a file whose position nobody else uses.
+pub(super) fn data_of(file: File, range: Range<u64>) -> PopulatedRanges<'static> {
+    if huge_pages::is_on_hugetlbfs(&file) {
+        huge_pages::data(file, range)
+    } else {
+        Box::new(DataRanges::new(file, range))
     }
 }
 
@@ -65,14 +74,14 @@ fn open(path: &str) -> io::Result<File> {
 }
 
 #[derive(Debug)]
-pub(super) struct DataRanges {
+struct DataRanges {
     /// Whose position nobody else uses.
     file: File,
     left: Range<u64>,
 }
 
 impl DataRanges {
-    pub(super) fn new(file: File, range: Range<u64>) -> Self {
+    fn new(file: File, range: Range<u64>) -> Self {
         Self { file, left: range }
     }
 

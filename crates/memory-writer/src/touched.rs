@@ -1,0 +1,189 @@
+//! Guest memory of which only those pages are read that may hold anything but zeros.
+
+use std::io;
+use std::ops::Range;
+
+use bitvec::vec::BitVec;
+use page_reader::{HostMemory, PageReader, PopulatedRanges};
+
+/// Bytes that are known to be untouched or not: the smallest page that a host has.
+const UNIT: u64 = 4 << 10;
+
+/// A reader that gives zeros for the pages that nobody wrote, and does not touch them.
+///
+/// Reading such a page makes the host allocate one, whoever reads: of a memfd or a tmpfs a page, of
+/// hugetlbfs a huge page. Where there is none left, a load is a `SIGBUS`.
+///
+/// Takes a bit per 4 KiB, unless all pages may have been written.
+pub(crate) struct Touched<'r, R: ?Sized> {
+    reader: &'r R,
+    ram_size: u64,
+    /// Set for units that may hold anything but zeros. `None` if all of them may.
+    units: Option<BitVec<u64>>,
+}
+
+impl<'r, R: PageReader + ?Sized> Touched<'r, R> {
+    /// Asks the reader once for all of the RAM.
+    pub(crate) fn new(reader: &'r R, ram_size: u64) -> Self {
+        let mut found = reader.populated(0..ram_size).peekable();
+        let all = found.peek().is_some_and(|first| {
+            // Of the last unit or less nothing is gained.
+            first.start == 0 && first.end >= ram_size
+        });
+        let units = (!all).then(|| {
+            let mut units = BitVec::repeat(false, ram_size.div_ceil(UNIT) as usize);
+            for range in found {
+                let (start, end) = (range.start.min(ram_size), range.end.min(ram_size));
+                if start < end {
+                    units[(start / UNIT) as usize..end.div_ceil(UNIT) as usize].fill(true);
+                }
+            }
+            units
+        });
+        Self {
+            reader,
+            ram_size,
+            units,
+        }
+    }
+
+    /// Returns whether what is at the start of `range`, which is not empty, may hold anything but
+    /// zeros, and where that ends.
+    fn run(&self, range: &Range<u64>) -> (bool, u64) {
+        let Some(units) = &self.units else {
+            return (true, range.end);
+        };
+        let within = range.end.min(self.ram_size);
+        if range.start >= within {
+            // Past the end, which the reader is to report.
+            return (true, range.end);
+        }
+        let first = (range.start / UNIT) as usize;
+        let run = &units[first..within.div_ceil(UNIT) as usize];
+        let touched = run[0];
+        let len = match touched {
+            true => run.first_zero(),
+            false => run.first_one(),
+        };
+        let end = len.map_or(within, |len| (first + len) as u64 * UNIT);
+        (touched, end.min(within))
+    }
+
+    /// Reads what may have been written.
+    ///
+    /// Mapped pages are faulted in by the kernel first: a page that cannot be had is an error
+    /// then, and not a `SIGBUS` while it is copied.
+    fn load(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
+        let end = offset + buf.len() as u64;
+        let mut at = offset;
+        while at < end
+            && let Some(memory) = self.reader.host_memory(at, (end - at) as usize)
+            && !memory.is_empty()
+        {
+            memory.fault_in()?;
+            at += memory.len() as u64;
+        }
+        self.reader.read_at(offset, buf)
+    }
+}
+
+impl<R: PageReader + ?Sized> PageReader for Touched<'_, R> {
+    fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
+        let end = offset.checked_add(buf.len() as u64);
+        let end = end.ok_or(io::ErrorKind::UnexpectedEof)?;
+        let (mut at, mut buf) = (offset, buf);
+        while !buf.is_empty() {
+            let (touched, until) = self.run(&(at..end));
+            let (now, later) = buf.split_at_mut((until - at) as usize);
+            match touched {
+                true => self.load(at, now)?,
+                false => now.fill(0),
+            }
+            (at, buf) = (until, later);
+        }
+        Ok(())
+    }
+
+    /// None where nobody wrote.
+    fn host_memory(&self, offset: u64, len: usize) -> Option<HostMemory<'_>> {
+        let end = offset.checked_add(len as u64).filter(|_| len > 0)?;
+        match self.run(&(offset..end)) {
+            (true, until) => self.reader.host_memory(offset, (until - offset) as usize),
+            (false, _) => None,
+        }
+    }
+
+    fn populated(&self, range: Range<u64>) -> PopulatedRanges<'_> {
+        let mut left = range.start..range.end.min(self.ram_size);
+        Box::new(std::iter::from_fn(move || {
+            while !left.is_empty() {
+                let start = left.start;
+                let (touched, until) = self.run(&left);
+                left.start = until;
+                if touched {
+                    return Some(start..until);
+                }
+            }
+            None
+        }))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use rstest::rstest;
+
+    use super::*;
+
+    /// 5 units of ones, of which some are known to be populated.
+    struct Knows(Vec<Range<u64>>);
+
+    impl PageReader for Knows {
+        fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
+            vec![1; 5 * UNIT as usize].read_at(offset, buf)
+        }
+
+        fn populated(&self, _: Range<u64>) -> PopulatedRanges<'_> {
+            Box::new(self.0.clone().into_iter())
+        }
+    }
+
+    #[rstest]
+    #[case::nothing(vec![], &[0, 0, 0, 0, 0])]
+    #[case::everything(vec![0..5 * UNIT], &[1, 1, 1, 1, 1])]
+    #[case::past_the_end(vec![0..u64::MAX], &[1, 1, 1, 1, 1])]
+    #[case::a_byte(vec![UNIT + 1..UNIT + 2], &[0, 1, 0, 0, 0])]
+    #[case::over_a_border(vec![2 * UNIT - 1..2 * UNIT + 1, 4 * UNIT..5 * UNIT], &[0, 1, 1, 0, 1])]
+    #[case::descending(vec![3 * UNIT..4 * UNIT, 0..1], &[1, 0, 0, 1, 0])]
+    fn units_that_nobody_wrote_are_zeros_without_a_read(
+        #[case] populated: Vec<Range<u64>>,
+        #[case] expected: &[u8],
+    ) {
+        let reader = Knows(populated);
+        let touched = Touched::new(&reader, 5 * UNIT);
+        let mut all = vec![7; 5 * UNIT as usize];
+        touched.read_at(0, &mut all).unwrap();
+        for (unit, expected) in all.chunks(UNIT as usize).zip(expected) {
+            assert!(unit.iter().all(|byte| byte == expected));
+        }
+        let (mut part, start) = (vec![7; 2 * UNIT as usize], UNIT / 2);
+        touched.read_at(start, &mut part).unwrap();
+        assert!(part == all[start as usize..][..part.len()]);
+        let found: u64 = touched
+            .populated(0..5 * UNIT)
+            .map(|one| one.end - one.start)
+            .sum();
+        let ones: u64 = expected.iter().map(|one| u64::from(*one)).sum();
+        assert_eq!(found, ones * UNIT);
+    }
+
+    #[test]
+    fn a_read_past_the_end_is_the_readers_error() {
+        let reader = Knows(vec![0..UNIT]);
+        let touched = Touched::new(&reader, 5 * UNIT);
+        for (offset, len) in [(5 * UNIT, 1), (5 * UNIT - 1, 2), (u64::MAX, 2)] {
+            let error = touched.read_at(offset, &mut vec![0; len]).unwrap_err();
+            assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof, "{offset}");
+        }
+    }
+}

@@ -1,0 +1,321 @@
+//! Saving RAM allocates none of it, whatever it is made of, and is never a `SIGBUS`.
+#![cfg(target_os = "linux")]
+#![allow(unsafe_code)]
+
+mod support;
+
+use std::fs::File;
+use std::io;
+use std::num::NonZeroUsize;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::ptr::NonNull;
+
+use dirty_bitmap::DirtyBitmap;
+use memory_writer::{
+    Durability, Engine, Layout, MemoryIoStep, MemoryWriter, Options, Seal, SnapshotError,
+};
+use nix::libc::c_void;
+use nix::sys::memfd::{MFdFlags, memfd_create};
+use nix::sys::mman::{MapFlags, ProtFlags, mmap, mmap_anonymous, mprotect, munmap};
+use page_reader::{HostMemory, PageReader};
+use rstest::rstest;
+use support::Place;
+use test_machine::{HugeFs, Need, TinyTmpfs};
+
+const PAGE: u64 = 4096;
+const SIZE: u64 = 8 << 20;
+/// Pages that hold something.
+const WRITTEN: [u64; 5] = [0, 1, 2, 1000, 2047];
+
+/// RAM that is mapped.
+struct Mapped {
+    start: NonNull<c_void>,
+    /// What it maps.
+    file: Option<File>,
+}
+
+impl Mapped {
+    fn of_file(file: File) -> Self {
+        // Of hugetlbfs no page is reserved.
+        let flags = MapFlags::MAP_SHARED | MapFlags::MAP_NORESERVE;
+        // SAFETY: a new mapping, where the kernel likes.
+        let start = unsafe { mmap(None, len(), both(), flags, file.as_fd(), 0) }.unwrap();
+        Self {
+            start,
+            file: Some(file),
+        }
+    }
+
+    /// Between pages of another kind: the kernel joins neighbours that are alike.
+    fn anonymous(flags: MapFlags) -> Self {
+        let whole = NonZeroUsize::new((SIZE + 2 * PAGE) as usize).unwrap();
+        // SAFETY: a new mapping, where the kernel likes, and a part of it. The guards stay.
+        let start = unsafe {
+            let start = mmap_anonymous(None, whole, ProtFlags::PROT_NONE, flags).unwrap();
+            let start = start.byte_add(PAGE as usize);
+            mprotect(start, SIZE as usize, both()).unwrap();
+            start
+        };
+        Self { start, file: None }
+    }
+
+    /// Writes through the mapping, which has the pages from then on.
+    fn write(self) -> Self {
+        for page in WRITTEN {
+            let to = self.start.cast::<u8>().as_ptr();
+            // SAFETY: inside the mapping, which nothing else has.
+            unsafe {
+                to.add((page * PAGE) as usize + 17)
+                    .write((page % 251) as u8 + 1)
+            };
+        }
+        self
+    }
+
+    /// Bytes that this process has of the mapping, and bytes that the file has.
+    fn resident(&self) -> (u64, u64) {
+        let smaps = std::fs::read_to_string("/proc/self/smaps").unwrap();
+        let start = format!("{:x}-", self.start.addr());
+        let mut lines = smaps.lines().skip_while(|line| !line.starts_with(&start));
+        let rss = lines.find_map(|line| line.strip_prefix("Rss:")).unwrap();
+        let rss: u64 = rss.trim().strip_suffix(" kB").unwrap().parse().unwrap();
+        let blocks = self
+            .file
+            .as_ref()
+            .map_or(0, |file| file.metadata().unwrap().blocks());
+        (rss << 10, blocks * 512)
+    }
+}
+
+impl PageReader for Mapped {
+    fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
+        let memory = self.host_memory(offset, buf.len());
+        memory.ok_or(io::ErrorKind::UnexpectedEof)?.copy_to(buf);
+        Ok(())
+    }
+
+    fn host_memory(&self, offset: u64, len: usize) -> Option<HostMemory<'_>> {
+        let len = len.min(SIZE.checked_sub(offset)? as usize);
+        // SAFETY: mapped for as long as self is, and written by nothing meanwhile.
+        let all = unsafe { HostMemory::new(self.start.as_ptr().cast(), SIZE as usize) };
+        (len > 0).then(|| all.slice(offset as usize..offset as usize + len))
+    }
+}
+
+impl Drop for Mapped {
+    fn drop(&mut self) {
+        // SAFETY: mapped by the constructor; readers borrow self.
+        unsafe { munmap(self.start, SIZE as usize) }.unwrap();
+    }
+}
+
+fn len() -> NonZeroUsize {
+    NonZeroUsize::new(SIZE as usize).unwrap()
+}
+
+fn both() -> ProtFlags {
+    ProtFlags::PROT_READ | ProtFlags::PROT_WRITE
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Ram {
+    Private,
+    SharedAnonymous,
+    Memfd,
+    /// A file on a tmpfs that has no page left.
+    FullTmpfs,
+    /// A file on a hugetlbfs that has no page left, of which none is there.
+    NoHugePages,
+}
+
+/// The RAM, and what is mounted for it.
+fn ram(kind: Ram) -> (Mapped, Option<TinyTmpfs>, Option<HugeFs>) {
+    match kind {
+        Ram::Private => {
+            let flags = MapFlags::MAP_PRIVATE | MapFlags::MAP_NORESERVE;
+            (Mapped::anonymous(flags).write(), None, None)
+        }
+        Ram::SharedAnonymous => (Mapped::anonymous(MapFlags::MAP_SHARED).write(), None, None),
+        Ram::Memfd => {
+            let fd: OwnedFd = memfd_create("ram", MFdFlags::MFD_CLOEXEC).unwrap();
+            (sized(File::from(fd)).write(), None, None)
+        }
+        Ram::FullTmpfs => {
+            let tmpfs = TinyTmpfs::new(256 << 10).unwrap();
+            let ram = sized(create(&tmpfs.path().join("ram"))).write();
+            let filler = create(&tmpfs.path().join("filler"));
+            let full = (0..).find_map(|page| filler.write_all_at(&[1; 4096], page * PAGE).err());
+            assert_eq!(full.unwrap().kind(), io::ErrorKind::StorageFull);
+            (ram, Some(tmpfs), None)
+        }
+        Ram::NoHugePages => {
+            // One page at most, if the machine has any.
+            let huge = HugeFs::new(Some(2 << 20)).unwrap();
+            (sized(create(&huge.path().join("ram"))), None, Some(huge))
+        }
+    }
+}
+
+fn create(path: &std::path::Path) -> File {
+    let options = File::options()
+        .read(true)
+        .write(true)
+        .create_new(true)
+        .open(path);
+    options.unwrap()
+}
+
+fn sized(file: File) -> Mapped {
+    file.set_len(SIZE).unwrap();
+    Mapped::of_file(file)
+}
+
+/// All ways to write, and to leave out.
+fn ways(mut save: impl FnMut(Options, &str)) {
+    let layouts = [
+        || Layout::Raw,
+        || Layout::Sealed(Seal::new()),
+        || Layout::Packed(Seal::new()),
+    ];
+    for engine in [
+        Engine::Auto,
+        Engine::Positioned,
+        Engine::Threads,
+        Engine::IoUring,
+    ] {
+        for layout in layouts {
+            for (zeros, untouched) in [(false, false), (true, false), (false, true), (true, true)] {
+                let way = format!("{engine:?} {:?} {zeros} {untouched}", layout());
+                let options = MemoryWriter::options()
+                    .engine(engine)
+                    .layout(layout())
+                    .skip_zeros(zeros)
+                    .skip_untouched(untouched)
+                    .durability(Durability::None);
+                save(options, &way);
+            }
+        }
+    }
+}
+
+#[rstest]
+fn a_full_dump_leaves_untouched_ram_untouched(
+    #[values(
+        Ram::Private,
+        Ram::SharedAnonymous,
+        Ram::Memfd,
+        Ram::FullTmpfs,
+        Ram::NoHugePages
+    )]
+    kind: Ram,
+) {
+    if !Need::Root.met("a_full_dump_leaves_untouched_ram_untouched") {
+        return;
+    }
+    let (ram, _tmpfs, _huge) = ram(kind);
+    let place = Place::new();
+    let before = ram.resident();
+    let mut expected = vec![0; SIZE as usize];
+    if !matches!(kind, Ram::NoHugePages) {
+        for page in WRITTEN {
+            expected[(page * PAGE) as usize + 17] = (page % 251) as u8 + 1;
+        }
+    }
+    ways(|options, way| {
+        let mut writer = options.open(&place.dest, SIZE, PAGE).unwrap();
+        writer.write_full(&ram).unwrap();
+        let packed = way.contains("Packed");
+        writer.commit().unwrap();
+        assert_eq!(ram.resident(), before, "{way}");
+        // Packed pages stand elsewhere.
+        assert!(packed || place.read()[..SIZE as usize] == expected, "{way}");
+    });
+}
+
+#[rstest]
+fn a_diff_of_all_pages_leaves_untouched_ram_untouched(
+    #[values(Ram::Memfd, Ram::FullTmpfs, Ram::NoHugePages)] kind: Ram,
+) {
+    if !Need::Root.met("a_diff_of_all_pages_leaves_untouched_ram_untouched") {
+        return;
+    }
+    let (ram, _tmpfs, _huge) = ram(kind);
+    let place = Place::new();
+    let dirty = DirtyBitmap::new(0, SIZE, PAGE).unwrap();
+    dirty.set_range(0, SIZE).unwrap();
+    let before = ram.resident();
+    ways(|options, way| {
+        if way.contains("Raw") {
+            let mut writer = options.open(&place.dest, SIZE, PAGE).unwrap();
+            assert_eq!(writer.write_diff(&ram, &dirty).unwrap(), SIZE / PAGE);
+            writer.commit().unwrap();
+            assert_eq!(ram.resident(), before, "{way}");
+        }
+    });
+}
+
+/// Pages of 64 KiB, of which 4 KiB were written.
+#[test]
+fn large_pages_of_the_image_do_not_touch_ram_around() {
+    let (ram, ..) = ram(Ram::Memfd);
+    let place = Place::new();
+    let before = ram.resident();
+    for zeros in [false, true] {
+        let options = MemoryWriter::options()
+            .skip_zeros(zeros)
+            .skip_untouched(true)
+            .durability(Durability::None);
+        let mut writer = options.open(&place.dest, SIZE, 64 << 10).unwrap();
+        writer.write_full(&ram).unwrap();
+        writer.commit().unwrap();
+        assert_eq!(ram.resident(), before);
+    }
+}
+
+/// A reader that knows nothing, over memory of which most cannot be had.
+struct KnowsNothing(Mapped);
+
+impl PageReader for KnowsNothing {
+    fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
+        self.0.read_at(offset, buf)
+    }
+
+    fn host_memory(&self, offset: u64, len: usize) -> Option<HostMemory<'_>> {
+        self.0.host_memory(offset, len)
+    }
+
+    fn populated(&self, range: std::ops::Range<u64>) -> page_reader::PopulatedRanges<'_> {
+        Box::new(std::iter::once(range))
+    }
+}
+
+#[rstest]
+fn memory_that_cannot_be_had_is_an_error_and_no_sigbus(
+    #[values(Ram::FullTmpfs, Ram::NoHugePages)] kind: Ram,
+) {
+    if !Need::Root.met("memory_that_cannot_be_had_is_an_error_and_no_sigbus") {
+        return;
+    }
+    let (ram, _tmpfs, _huge) = ram(kind);
+    // The one huge page there may be.
+    let other = _huge
+        .as_ref()
+        .map(|huge| sized(create(&huge.path().join("other"))));
+    if let Some(other) = &other {
+        let _ = other.host_memory(0, 1).unwrap().fault_in();
+    }
+    let (ram, place) = (KnowsNothing(ram), Place::new());
+    ways(|options, way| {
+        let mut writer = options.open(&place.dest, SIZE, PAGE).unwrap();
+        match writer.write_full(&ram).unwrap_err() {
+            SnapshotError::MemoryIo {
+                step: MemoryIoStep::Read,
+                source,
+                ..
+            } => assert_eq!(source.raw_os_error(), Some(nix::libc::EFAULT), "{way}"),
+            other => panic!("{way}: {other:?}"),
+        }
+    });
+    place.assert_untouched();
+}
