@@ -156,7 +156,7 @@ pub use populated::PopulatedRanges;
 pub use process::{
     FlaggedRegion, LazyFillError, Permissions, ProcessMaps, ProcessMapsError, ProcessMemory,
     ProcessMemoryError, ProcessRegion, ProcessStopError, RegionFlags, StoppedProcess,
-    UnexaminedProcess, check_filled,
+    UnexaminedProcess, Unresponsive, check_filled,
 };
 pub use reader::PageReader;
 pub use secret::SecretBuffer;

@@ -17,7 +17,7 @@ pub use lazy_fill::{LazyFillError, UnexaminedProcess, check_filled};
 pub(crate) use maps::supersede;
 pub use maps::{Permissions, ProcessMaps, ProcessMapsError, ProcessRegion};
 pub use smaps::{FlaggedRegion, RegionFlags};
-pub use stop::{ProcessStopError, StoppedProcess};
+pub use stop::{ProcessStopError, StoppedProcess, Unresponsive};
 
 use crate::sys::{AddressSpace, MemoryFiles};
 use crate::{FileReader, Layered, LayeredError, PageReader, PopulatedRanges, range};

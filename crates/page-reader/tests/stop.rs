@@ -19,7 +19,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use page_reader::{
     PageReader, ProcessMaps, ProcessMapsError, ProcessMemory, ProcessMemoryError, ProcessStopError,
-    StoppedProcess,
+    StoppedProcess, Unresponsive,
 };
 use test_machine::{Need, rounds};
 
@@ -128,7 +128,7 @@ fn a_role() {
             let child = unsafe { libc::syscall(libc::SYS_clone, flags, 0, 0, 0, 0) };
             if child == 0 {
                 let _ = nix::sys::prctl::set_pdeathsig(Signal::SIGKILL);
-                counts.get(CHILD).store(1, SeqCst);
+                counts.get(CHILD).store(std::process::id().into(), SeqCst);
             }
         }
         "runs itself again" => {
@@ -501,7 +501,7 @@ fn a_thread_that_does_not_stop_in_time_is_named_and_the_process_runs_on() {
     need!(Ptrace, "a_thread_that_does_not_stop_in_time_is_named");
     let target = Target::that("waits for a child to run a program");
     wait_until("the child is there", || {
-        target.counts.get(CHILD).load(SeqCst) == 1
+        target.counts.get(CHILD).load(SeqCst) != 0
     });
     let within = Duration::from_millis(100);
     let role = target.counts.get(ROLE_THREAD).load(SeqCst);
@@ -513,10 +513,52 @@ fn a_thread_that_does_not_stop_in_time_is_named_and_the_process_runs_on() {
         assert!(start.elapsed() >= within);
         let_go();
         match error {
-            ProcessStopError::Unresponsive { thread, .. } => u64::from(thread) == role,
+            ProcessStopError::Unresponsive { thread, reason, .. } => {
+                u64::from(thread) == role && reason == Unresponsive::Vfork
+            }
             other => panic!("{other}"),
         }
     });
+    target.goes_on();
+}
+
+/// One thread that can't be stopped doesn't keep the others from running.
+#[test]
+fn a_process_that_does_not_stop_runs_between_attempts() {
+    need!(Ptrace, "a_process_that_does_not_stop_runs_between_attempts");
+    let target = Target::that("waits for a child to run a program");
+    let child = target.counts.get(CHILD);
+    wait_until("the child is there", || child.load(SeqCst) != 0);
+    thread::scope(|scope| {
+        let stop = scope.spawn(|| StoppedProcess::stop(target.pid(), PATIENCE * 2));
+        for _ in 0..3 {
+            wait_until("all but one thread stand still", || {
+                states(target.pid()).matches('t').count() > THREADS
+            });
+            target.goes_on();
+        }
+        // Nothing keeps it from stopping any more.
+        let child = Pid::from_raw(child.load(SeqCst) as i32);
+        kill(child, Signal::SIGKILL).unwrap();
+        drop(stop.join().unwrap().unwrap());
+    });
+    target.goes_on();
+}
+
+#[test]
+fn stopping_is_given_up_once_it_is_cancelled() {
+    need!(Ptrace, "stopping_is_given_up_once_it_is_cancelled");
+    let target = Target::that("waits for a child to run a program");
+    let child = target.counts.get(CHILD);
+    wait_until("the child is there", || child.load(SeqCst) != 0);
+    let asked = AtomicU64::new(0);
+    let third = || asked.fetch_add(1, SeqCst) >= 2;
+    let error = StoppedProcess::stop_unless(target.pid(), Duration::MAX, &third).unwrap_err();
+    assert!(
+        matches!(error, ProcessStopError::Cancelled { .. }),
+        "{error}"
+    );
+    wait_until("it's free", || is_free(target.pid(), &['R', 'S', 'D']));
     target.goes_on();
 }
 

@@ -3,12 +3,15 @@
 mod threads;
 
 use std::convert::Infallible;
+use std::fmt;
 use std::io;
 use std::process;
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::sync::{Arc, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
+
+use nix::unistd::Pid;
 
 use crate::sys::ptrace;
 use threads::{Threads, failed, status};
@@ -97,8 +100,7 @@ pub enum ProcessStopError {
     },
     /// A thread didn't stop in the time given.
     #[error(
-        "thread {thread} of process {pid} didn't stop within {within:?}: it waits in the kernel, most likely for storage \
-         or for a new child to run a program (see /proc/{pid}/task/{thread}/wchan); try again, or give it more time"
+        "thread {thread} of process {pid} didn't stop within {within:?}: {reason}; try again, or give it more time"
     )]
     Unresponsive {
         /// The process.
@@ -107,6 +109,14 @@ pub enum ProcessStopError {
         thread: u32,
         /// The time it was given.
         within: Duration,
+        /// What the thread was doing.
+        reason: Unresponsive,
+    },
+    /// The function given to [`StoppedProcess::stop_unless`] returned true.
+    #[error("process {pid} wasn't stopped: cancelled")]
+    Cancelled {
+        /// The process.
+        pid: u32,
     },
     /// A call failed for a reason of its own.
     #[error("stopping process {pid}: {operation} failed")]
@@ -119,6 +129,48 @@ pub enum ProcessStopError {
         source: io::Error,
     },
 }
+
+/// Why a thread does not stop: [`ProcessStopError::Unresponsive`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Unresponsive {
+    /// It waits for a child, made by `vfork` or `posix_spawn`, to run a program or to end.
+    Vfork,
+    /// It sleeps in the kernel, where only what it waits for wakes it up: storage, most likely.
+    Uninterruptible {
+        /// The function of the kernel that it sleeps in, where the kernel tells.
+        function: Option<String>,
+    },
+    /// It runs, or waits for a processor; or threads come and go faster than they can be stopped.
+    Running,
+}
+
+impl fmt::Display for Unresponsive {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Vfork => {
+                f.write_str("it waits for a child that it made by vfork to run a program or to end")
+            }
+            Self::Uninterruptible {
+                function: Some(function),
+            } => write!(
+                f,
+                "it waits in the kernel ({function}), most likely for storage"
+            ),
+            Self::Uninterruptible { function: None } => {
+                f.write_str("it waits in the kernel, most likely for storage")
+            }
+            Self::Running => f.write_str("it runs, or waits for a processor"),
+        }
+    }
+}
+
+/// The time of the first attempt. A process of many threads on a busy machine may need more.
+const FIRST_ATTEMPT: Duration = Duration::from_millis(100);
+/// No attempt keeps a process that doesn't stop longer than this.
+const LONGEST_ATTEMPT: Duration = Duration::from_secs(1);
+/// How often it is asked whether to give up.
+const ASK: Duration = Duration::from_millis(20);
 
 /// A process that begins to run another program seems to be gone, or out of reach, for a moment: its first thread has ended, and
 /// another takes its place.
@@ -143,29 +195,84 @@ fn remedy(yama: Option<u32>) -> &'static str {
 impl StoppedProcess {
     /// Stops process `pid`, which takes milliseconds, and gives up after `within`.
     ///
+    /// A thread that waits in the kernel stops when it returns from there. The others do not stand still
+    /// until then: after an attempt of 100 ms, or later of up to 1 s, the process runs for as long as the
+    /// attempt took, and is tried again.
+    ///
     /// # Errors
     /// The process has ended, may not be traced, is traced already, is this one, or one of its threads waits in the kernel for longer than
     /// `within`. The process runs on then.
     pub fn stop(pid: u32, within: Duration) -> Result<Self, ProcessStopError> {
+        Self::stop_unless(pid, within, &|| false)
+    }
+
+    /// The same, given up once `cancelled` returns true. It is called before each attempt, and now and
+    /// then between them.
+    ///
+    /// # Errors
+    /// As for [`stop`](Self::stop), and [`ProcessStopError::Cancelled`]. The process runs on then.
+    pub fn stop_unless(
+        pid: u32,
+        within: Duration,
+        cancelled: &dyn Fn() -> bool,
+    ) -> Result<Self, ProcessStopError> {
         let within = within.min(LONGEST);
+        let deadline = Instant::now() + within;
+        let left = || deadline.saturating_duration_since(Instant::now());
+        let mut attempt = FIRST_ATTEMPT;
+        loop {
+            if cancelled() {
+                return Err(ProcessStopError::Cancelled { pid });
+            }
+            match Self::attempt(pid, attempt.min(left()), deadline) {
+                Err(ProcessStopError::Unresponsive { .. }) if !left().is_zero() => {
+                    let rest_ends = Instant::now() + attempt.min(left());
+                    while Instant::now() < rest_ends && !cancelled() {
+                        thread::sleep(ASK);
+                    }
+                    attempt = (attempt * 2).min(LONGEST_ATTEMPT);
+                }
+                Err(ProcessStopError::Unresponsive {
+                    pid,
+                    thread,
+                    reason,
+                    ..
+                }) => {
+                    return Err(ProcessStopError::Unresponsive {
+                        pid,
+                        thread,
+                        within,
+                        reason,
+                    });
+                }
+                result => return result,
+            }
+        }
+    }
+
+    fn attempt(pid: u32, within: Duration, deadline: Instant) -> Result<Self, ProcessStopError> {
         for _ in 1..TRIES {
-            match Self::try_to_stop(pid, within) {
+            match Self::try_to_stop(pid, within, deadline) {
                 Err(ProcessStopError::Gone { .. }) => {
                     thread::sleep(Duration::from_millis(2));
                 }
                 result => return result,
             }
         }
-        Self::try_to_stop(pid, within)
+        Self::try_to_stop(pid, within, deadline)
     }
 
-    fn try_to_stop(pid: u32, within: Duration) -> Result<Self, ProcessStopError> {
+    fn try_to_stop(
+        pid: u32,
+        within: Duration,
+        deadline: Instant,
+    ) -> Result<Self, ProcessStopError> {
         // Its own, where one of its threads was named.
         let pid = status(pid, None)?.group;
         if pid == process::id() {
             return Err(ProcessStopError::Itself { pid });
         }
-        let (tracer, threads) = Tracer::start(pid, within)?;
+        let (tracer, threads) = Tracer::start(pid, within, deadline)?;
         Ok(Self {
             pid,
             threads,
@@ -205,7 +312,13 @@ const GRACE: Duration = Duration::from_secs(1);
 
 impl Tracer {
     /// Also how many threads were stopped.
-    fn start(pid: u32, within: Duration) -> Result<(Self, usize), ProcessStopError> {
+    ///
+    /// An attempt takes `within`; the kernel may keep the tracer for longer, up to `deadline` at most.
+    fn start(
+        pid: u32,
+        within: Duration,
+        deadline: Instant,
+    ) -> Result<(Self, usize), ProcessStopError> {
         let (guard, guarded) = mpsc::channel();
         let (report, reported) = mpsc::channel();
         let mut threads = Threads::of(pid, within);
@@ -224,7 +337,7 @@ impl Tracer {
             guard: Some(guard),
             thread: Some(thread),
         };
-        let latest = Instant::now() + within + GRACE;
+        let latest = deadline.max(Instant::now() + within) + GRACE;
         loop {
             match reported.recv_timeout(Duration::from_millis(10)) {
                 Ok(Ok(threads)) => return Ok((tracer, threads)),
@@ -244,6 +357,7 @@ impl Tracer {
                         pid,
                         thread: pid,
                         within,
+                        reason: threads::reason(pid, Pid::from_raw(pid.cast_signed())),
                     });
                 }
                 Err(RecvTimeoutError::Disconnected) => {

@@ -8,9 +8,10 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
+use nix::libc;
 use nix::unistd::Pid;
 
-use super::{ProcessStopError, TRIES};
+use super::{ProcessStopError, TRIES, Unresponsive};
 use crate::process::is_not_there;
 use crate::sys::ptrace;
 
@@ -174,6 +175,7 @@ impl Threads {
             pid: self.pid,
             thread: thread.as_raw().cast_unsigned(),
             within: self.within,
+            reason: reason(self.pid, thread),
         }
     }
 
@@ -223,6 +225,8 @@ pub(super) struct Status {
     /// The process it is of.
     pub(super) group: u32,
     has_ended: bool,
+    /// It sleeps where no signal wakes it up.
+    is_uninterruptible: bool,
     /// 0 for none.
     tracer: u32,
     /// That its process has, those included that have ended and were not waited for.
@@ -246,9 +250,41 @@ pub(super) fn status(pid: u32, thread: Option<Pid>) -> Result<Status, ProcessSto
     Ok(Status {
         group: number("Tgid:"),
         has_ended: value("State:").starts_with(['Z', 'X']),
+        is_uninterruptible: value("State:").starts_with('D'),
         tracer: number("TracerPid:"),
         threads: number("Threads:") as usize,
     })
+}
+
+/// What a thread that does not stop is doing.
+pub(super) fn reason(pid: u32, thread: Pid) -> Unresponsive {
+    if !status(pid, Some(thread)).is_ok_and(|status| status.is_uninterruptible) {
+        return Unresponsive::Running;
+    }
+    let read = |name| fs::read_to_string(format!("/proc/{pid}/task/{thread}/{name}"));
+    let call = read("syscall").unwrap_or_default();
+    let mut call = call.split_whitespace();
+    let number = call.next().and_then(|number| number.parse().ok());
+    let flags = call.next().and_then(|flags| flags.strip_prefix("0x"));
+    let flags = flags.and_then(|flags| libc::c_long::from_str_radix(flags, 16).ok());
+    if number.is_some_and(|number| makes_a_child(number, flags.unwrap_or(0))) {
+        return Unresponsive::Vfork;
+    }
+    // "0" where the kernel doesn't tell.
+    let function = read("wchan")
+        .ok()
+        .filter(|name| !matches!(&name[..], "" | "0"));
+    Unresponsive::Uninterruptible { function }
+}
+
+/// Whether it's a call that waits for a child to run a program: the only wait of such a call.
+fn makes_a_child(call: libc::c_long, flags: libc::c_long) -> bool {
+    #[cfg(target_arch = "x86_64")]
+    if call == libc::SYS_vfork {
+        return true;
+    }
+    let by_flag = call == libc::SYS_clone && flags & libc::c_long::from(libc::CLONE_VFORK) != 0;
+    by_flag || call == libc::SYS_clone3
 }
 
 pub(super) fn failed(
