@@ -11,7 +11,7 @@ use nix::errno::Errno;
 use crate::directory::{Directory, Stat};
 use crate::error::OpenError;
 use crate::options::Symlinks;
-use crate::record::RECORD_NAME;
+use crate::record::is_record_name;
 use crate::stage::parse_name;
 
 /// Links followed before the path is taken for a loop: Linux's own limit (`MAXSYMLINKS`).
@@ -57,7 +57,7 @@ impl Destination {
                         is_dir: other.is_dir(),
                     });
                 }
-                _ if name == RECORD_NAME || parse_name(&name).is_some() => {
+                _ if is_record_name(&name) || parse_name(&name).is_some() => {
                     return Err(OpenError::ReservedName {
                         path: dir.path_of(&name),
                     });

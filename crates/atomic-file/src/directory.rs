@@ -150,6 +150,18 @@ impl Directory {
         }
     }
 
+    /// When the file at `name` was created, in nanoseconds since 1970; 0 where the file system keeps
+    /// no such time. Nothing changes it later.
+    pub(crate) fn created(&self, name: &OsStr) -> io::Result<u64> {
+        sys::created(self, name)
+    }
+
+    /// Whether others than the directory's owner may create files in it.
+    pub(crate) fn others_may_create(&self) -> bool {
+        const GROUP_OR_OTHERS_WRITE: u32 = 0o022;
+        self.stat.mode & GROUP_OR_OTHERS_WRITE != 0
+    }
+
     /// Creates `name`, readable and writable by its owner alone. `EEXIST` whatever stands there, a link included.
     pub(crate) fn create_new(&self, name: &OsStr) -> io::Result<File> {
         let flags =
@@ -204,11 +216,11 @@ impl Directory {
         sys::sync(self, durability)
     }
 
-    /// Every name in the directory, in the file system's order.
-    pub(crate) fn names(&self) -> io::Result<Vec<OsString>> {
+    /// The names in the directory that begin with `prefix`, in the file system's order.
+    pub(crate) fn names(&self, prefix: &str) -> io::Result<Vec<OsString>> {
         // Through "." and not a duplicate: a descriptor of its own has a position of its own.
         let dir = retry(|| openat(self, ".", OPEN_DIR, Mode::empty()))?;
-        let names = sys::names(dir)?;
+        let names = sys::names(dir, prefix)?;
         Ok(names.iter().map(|name| os_string(name)).collect())
     }
 }

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use thiserror::Error;
 
+use crate::recover::RecoverReport;
 use crate::writer::AtomicWriter;
 
 /// Why nothing was staged. The destination is as it was, and nothing was left behind but what the error names.
@@ -154,6 +155,8 @@ pub enum CommitStep {
     Check,
     /// Writing and syncing the group's intent record.
     Record,
+    /// Setting the mode and the preserved attributes of the staged file.
+    Attributes,
     /// Bringing the file's bytes to the medium.
     Sync,
     /// Renaming the staged file.
@@ -166,6 +169,7 @@ impl fmt::Display for CommitStep {
             Self::Recover => "completing a group commit left behind in the directory",
             Self::Check => "finding the staged file",
             Self::Record => "writing the group's intent record",
+            Self::Attributes => "setting the mode and attributes of the staged file",
             Self::Sync => "syncing the staged file",
             Self::Rename => "renaming the staged file",
         })
@@ -346,7 +350,7 @@ pub enum GroupCommitError {
 }
 
 /// Why a group commit left behind by a killed process could not be completed. Nothing is guessed at: the record and
-/// the staged files it names stay.
+/// the staged files it names stay. Only writers to the group's own destinations are held up by it.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum RecoverError {
@@ -361,15 +365,32 @@ pub enum RecoverError {
         /// What is wrong with it.
         problem: &'static str,
     },
-    /// The record is another user's, in a directory where others may create files.
+    /// A member's destination is a directory now.
     #[error(
-        "the group's intent record {path:?} belongs to user {owner}: recover as that user, or remove it if it is a plant"
+        "the group commit recorded in {record:?} cannot be completed: {dest:?} is a directory now; \
+         move it away and call `recover`, or remove the record to give the group up"
     )]
-    Untrusted {
+    DestinationIsDirectory {
+        /// The destination.
+        dest: PathBuf,
         /// The record.
-        path: PathBuf,
-        /// The user id of the record's owner.
-        owner: u32,
+        record: PathBuf,
+    },
+    /// Groups that could not be completed. All others were, and the directory was swept.
+    #[error(
+        "{} in {dir:?} could not be completed",
+        match others.len() { 0 => "a group commit".into(), others => format!("{} group commits", others + 1) }
+    )]
+    Stuck {
+        /// The directory.
+        dir: PathBuf,
+        /// Why one of them could not.
+        #[source]
+        first: Box<RecoverError>,
+        /// Why the others could not.
+        others: Vec<RecoverError>,
+        /// What was done.
+        report: Box<RecoverReport>,
     },
     /// The name of a member's staged file means another file now.
     #[error(

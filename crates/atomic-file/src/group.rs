@@ -10,10 +10,11 @@ use crate::directory::Directory;
 use crate::error::{AddError, CommitStep, GroupCommitError, Leftover, Refusal};
 use crate::options::Durability;
 use crate::outcome::PublishError;
-use crate::record::{self, Member, RECORD_NAME};
-use crate::recover::{Owner, rename_member, settle};
-use crate::stage::Stage;
+use crate::record::{self, Member, Old, record_name};
+use crate::recover::{old_file, rename_member};
+use crate::stage::{Stage, new_id};
 use crate::sys;
+use crate::turn::take_turn;
 use crate::writer::AtomicWriter;
 
 /// Files of one directory that are replaced together: all new or all old, also after a crash at any point.
@@ -24,8 +25,11 @@ use crate::writer::AtomicWriter;
 /// change in one instant: between the first rename and the last, or between a crash and the recovery, one who opens the files
 /// by name may find some new and some old. Readers who care call `recover` first, or keep an id in each file.
 ///
-/// The group waits for as much as the most demanding of its members ([`Durability`]). Two groups in one directory take
-/// turns, so that they never mix.
+/// The group waits for as much as the most demanding of its members ([`Durability`]). Two groups of
+/// one user that share a destination take turns, so that they never mix.
+///
+/// A commit of one file that returned `Ok` is never undone by a recovery: the record says what each
+/// destination was when the group was published, and one that is something else since stays.
 ///
 /// # Examples
 /// ```
@@ -121,7 +125,7 @@ impl AtomicGroup {
 
     /// Replaces every destination, or none.
     ///
-    /// Waits while another group is being committed in the same directory.
+    /// Waits while another group of this user that shares a destination is being committed.
     ///
     /// # Errors
     /// [`GroupCommitError`] says which state holds now, and what will make it a final one.
@@ -132,8 +136,10 @@ impl AtomicGroup {
         let dir = Arc::clone(&first.dest.dir);
         let durability = self.members.iter().map(|member| member.durability).max();
         let durability = durability.unwrap_or_default();
+        let id = new_id();
         Commit {
-            record: dir.path_of(OsStr::new(RECORD_NAME)),
+            id,
+            record: dir.path_of(&record_name(id)),
             dir,
             durability,
             members: self.members,
@@ -152,6 +158,7 @@ fn discard_all(members: Vec<AtomicWriter>) -> Vec<Leftover> {
 /// A commit under way.
 struct Commit {
     dir: Arc<Directory>,
+    id: u64,
     record: PathBuf,
     durability: Durability,
     members: Vec<AtomicWriter>,
@@ -171,7 +178,7 @@ impl Commit {
             Err(failure) => return Err(self.nothing_replaced(failure)),
         };
         // Held to the end: its lock says that we live, and keeps others from recovering.
-        let (record, second_name) = self.publish(record)?;
+        let record = self.publish(record)?;
 
         let stopped = |path, source| GroupCommitError::WillBeCompleted { path, source };
         self.dir
@@ -189,12 +196,13 @@ impl Commit {
         })?;
         let removed = self
             .dir
-            .remove(OsStr::new(RECORD_NAME))
+            .remove(&record_name(self.id))
             .and_then(|()| self.dir.sync(self.durability));
         drop(record);
-        let left = |record, source| GroupCommitError::ReplacedRecordLeft { record, source };
-        removed.map_err(|source| left(self.record, source))?;
-        second_name.map_or(Ok(()), |name| Err(left(name.path, name.source)))
+        removed.map_err(|source| GroupCommitError::ReplacedRecordLeft {
+            record: self.record,
+            source,
+        })
     }
 
     /// Brings every member's bytes to the medium, and then the names of their stages: a record that survives a power loss
@@ -203,6 +211,7 @@ impl Commit {
         let mut intents = Vec::with_capacity(self.members.len());
         for writer in &self.members {
             let at = |step| move |error| (step, writer.dest.path.clone(), error);
+            writer.finish().map_err(at(CommitStep::Attributes))?;
             sys::sync(writer.file(), self.durability).map_err(at(CommitStep::Sync))?;
             let stat = writer.stage.check().map_err(at(CommitStep::Check))?;
             let entry = self.dir.entry(&writer.dest.name);
@@ -214,6 +223,7 @@ impl Commit {
             intents.push(Member {
                 inode: stat.id.inode,
                 size: stat.size,
+                old: Old::Unknown,
                 stage: writer.stage.name().to_owned(),
                 dest: writer.dest.name.clone(),
             });
@@ -221,53 +231,57 @@ impl Commit {
         Ok(intents)
     }
 
+    /// Writes the record, when no other group over the same destinations is under way.
     fn stage_record(&self, intents: &[Member]) -> Result<Stage, Failure> {
-        let write = || {
-            let stage = Stage::create(&self.dir, OsStr::new(RECORD_NAME))?;
-            if !stage.is_locked() {
+        let at = |(step, error)| (step, self.record.clone(), error);
+        let of_record = |error| at((CommitStep::Record, error));
+        let create = || {
+            let record = Stage::create(&self.dir, OsStr::new(""))?;
+            if !record.is_locked() {
                 return Err(io::Error::from(io::ErrorKind::Unsupported));
             }
-            stage.file().write_all_at(&record::encode(intents), 0)?;
-            sys::sync(stage.file(), self.durability)?;
-            self.dir.sync(self.durability)?;
-            Ok(stage)
+            record.file().write_all_at(&record::encode(intents), 0)?;
+            Ok(record)
         };
-        write().map_err(|error| (CommitStep::Record, self.record.clone(), error))
+        let mut record = create().map_err(of_record)?;
+        let dests: Vec<_> = intents
+            .iter()
+            .map(|member| member.dest.as_os_str())
+            .collect();
+        take_turn(&mut record, self.id, &dests).map_err(at)?;
+        let write = || {
+            let mut members = intents.to_vec();
+            for member in &mut members {
+                member.old = old_file(&self.dir, &member.dest)?;
+            }
+            record.file().write_all_at(&record::encode(&members), 0)?;
+            sys::sync(record.file(), self.durability)?;
+            self.dir.sync(self.durability)
+        };
+        write().map_err(of_record)?;
+        Ok(record)
     }
 
     /// The commit point, but for the sync of the directory. From here on nothing is ours to remove.
-    fn publish(
-        &mut self,
-        mut record: Stage,
-    ) -> Result<(Stage, Option<Leftover>), GroupCommitError> {
-        loop {
-            match record.publish(&self.dir, OsStr::new(RECORD_NAME), true) {
-                Ok(second_name) => {
-                    self.leave_stages();
-                    return Ok((record, second_name));
-                }
-                Err(PublishError::Not(error)) if error.kind() == io::ErrorKind::AlreadyExists => {
-                    if let Err(error) = settle(&self.dir, Owner::WaitFor) {
-                        drop(record);
-                        let error = io::Error::other(error);
-                        let failure = (CommitStep::Recover, self.record.clone(), error);
-                        return Err(self.nothing_replaced(failure));
-                    }
-                }
-                Err(PublishError::Not(error)) => {
-                    drop(record);
-                    let failure = (CommitStep::Record, self.record.clone(), error);
-                    return Err(self.nothing_replaced(failure));
-                }
-                Err(PublishError::Unknown { rename, look }) => {
-                    record.leave();
-                    self.leave_stages();
-                    return Err(GroupCommitError::Unknown {
-                        record: self.record.clone(),
-                        rename,
-                        source: look,
-                    });
-                }
+    fn publish(&mut self, mut record: Stage) -> Result<Stage, GroupCommitError> {
+        match record.publish(&self.dir, &record_name(self.id), false) {
+            Ok(_) => {
+                self.leave_stages();
+                Ok(record)
+            }
+            Err(PublishError::Not(error)) => {
+                drop(record);
+                let failure = (CommitStep::Record, self.record.clone(), error);
+                Err(self.nothing_replaced(failure))
+            }
+            Err(PublishError::Unknown { rename, look }) => {
+                record.leave();
+                self.leave_stages();
+                Err(GroupCommitError::Unknown {
+                    record: self.record.clone(),
+                    rename,
+                    source: look,
+                })
             }
         }
     }

@@ -200,6 +200,7 @@ mod spare;
 mod stage;
 mod sweep;
 mod sys;
+mod turn;
 mod writer;
 
 pub use error::{

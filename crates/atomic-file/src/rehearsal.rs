@@ -1,13 +1,12 @@
 //! Trying a commit out before anything is written.
 
 use std::ffi::OsStr;
-use std::hash::{BuildHasher as _, Hasher as _, RandomState};
 use std::io;
 use std::sync::Arc;
 
 use crate::directory::Directory;
 use crate::error::Leftover;
-use crate::stage::{SLOTS, Stage, StageName, at_free_slot, stage_name};
+use crate::stage::{Stage, StageName, new_id, stage_name};
 
 /// Why a rehearsal failed.
 #[derive(Debug)]
@@ -20,9 +19,8 @@ pub(crate) enum RehearsalError {
 
 /// Moves an empty file from `staging` to `dest` exactly as the commit will, to learn now whether it can.
 ///
-/// With `no_clobber` to the first free slot but the one that the writer's own stage is about to have: what a killed rehearsal
-/// left there is removed on the way. Without, what stood at the name would be replaced, a living writer's stage too: so the
-/// name is one that nobody else has, and what is left there is for sweepers.
+/// Where both are one directory, what a killed process left of it is removed by the next writer to
+/// the same destination.
 pub(crate) fn rehearse(
     staging: &Arc<Directory>,
     dest: &Arc<Directory>,
@@ -35,17 +33,9 @@ pub(crate) fn rehearse(
     } else {
         StageName::Unlocked
     };
-    let published = if no_clobber {
-        let publish = |name: &OsStr| probe.publish(dest, name, true);
-        at_free_slot(dest, dest_name, kind, 1, publish)
-    } else {
-        let random = RandomState::new().build_hasher().finish() | SLOTS;
-        let name = stage_name(dest_name, random, kind);
-        let left = probe.publish(dest, &name, false);
-        left.map(|left| (name, left))
-    };
-    let (name, second_name) =
-        published.map_err(|error| RehearsalError::Failed(error.of_rename()))?;
+    let name = stage_name(dest_name, new_id(), kind);
+    let published = probe.publish(dest, &name, no_clobber);
+    let second_name = published.map_err(|error| RehearsalError::Failed(error.of_rename()))?;
     probe.stands_at(dest, name);
     probe
         .discard()

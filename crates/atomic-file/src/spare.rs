@@ -1,6 +1,6 @@
 //! The spare: a file that a commit replaced, kept to be the next stage of the same destination.
 //!
-//! There is at most one per destination, as it has a name without a slot, `.atomic-file-HASH.spare`, HASH as in a stage's.
+//! There is at most one per destination, as it has a name without an ID, `.atomic-file-HASH.spare`, HASH as in a stage's.
 //! Whoever takes it may overwrite it at once. Three rules make this safe:
 //!
 //! 1. A file gets that name only after the sync of the directory that made its replacement durable: no power loss can
@@ -26,26 +26,26 @@ use nix::unistd::{getegid, geteuid};
 
 use crate::directory::{Directory, FileId, stat_of};
 use crate::error::Leftover;
-use crate::record::RECORD_NAME;
-use crate::stage::{Inspected, Stage, remove_if_dead, spare_name};
+use crate::recover;
+use crate::stage::{Inspected, STAGED_MODE, Stage, remove_if_dead, spare_name};
 use crate::sys::{self, retry};
 
-/// Makes the spare of `dest`, if there is one and it can be used, a stage with this mode. It has its old bytes and length.
+/// Makes the spare of `dest`, if there is one and it can be used, a staged file. It has its old bytes and length.
 ///
 /// One that can't be used is removed, unless it is another taker's by now, or no file at all.
-pub(crate) fn take(dir: &Arc<Directory>, dest: &OsStr, max_bytes: u64, mode: u32) -> Option<Stage> {
+pub(crate) fn take(dir: &Arc<Directory>, dest: &OsStr, max_bytes: u64) -> Option<Stage> {
     let mut spare = adopt(dir, &spare_name(dest), OFlag::O_RDWR).ok()??;
     spare.own_name();
     let ready = || -> io::Result<bool> {
         // O_NONBLOCK, which opening asked for, is no matter of `write`, but one of io_uring.
         retry(|| fcntl(spare.file(), FcntlArg::F_SETFL(OFlag::empty())))?;
         Ok(is_like_new(&spare, max_bytes)? && {
-            sys::set_mode(spare.file(), mode)?;
+            sys::set_mode(spare.file(), STAGED_MODE)?;
             sys::has_only_us(spare.file()) && stat_of(spare.file())?.links == 1
         })
     };
     // Whatever stands in the way, dropping removes the spare, and a new file will do.
-    (ready().is_ok_and(|ready| ready) && spare.move_to_slot(dest).is_ok()).then_some(spare)
+    (ready().is_ok_and(|ready| ready) && spare.move_to_stage_of(dest).is_ok()).then_some(spare)
 }
 
 /// Locks the file that `dest` means, to be exchanged; `None` where it can't become a spare.
@@ -58,7 +58,7 @@ pub(crate) fn lock_old(dir: &Arc<Directory>, dest: &OsStr, max_bytes: u64) -> Op
             return Ok(None);
         };
         // After the file was seen in place: if a group put it there, its record stands until it has no more to say.
-        let usable = is_like_new(&old, max_bytes)? && dir.entry(OsStr::new(RECORD_NAME))?.is_none();
+        let usable = is_like_new(&old, max_bytes)? && recover::no_record_is_obeyed(dir)?;
         Ok(usable.then_some(old))
     };
     lock().ok()?
@@ -72,7 +72,7 @@ pub(crate) fn keep(mut old: Stage, dest: &OsStr) -> Result<(), Leftover> {
         return remove_replaced(old);
     }
     // That its next writer can open it, and nobody who could not read the destination.
-    let private = sys::set_mode(old.file(), 0o600).is_ok();
+    let private = sys::set_mode(old.file(), STAGED_MODE).is_ok();
     if private && sys::has_only_us(old.file()) && old.move_to(&spare_name(dest)).is_ok() {
         old.leave();
     }

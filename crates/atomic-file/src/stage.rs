@@ -1,26 +1,32 @@
 //! A staged file: created, locked, moved into place or removed.
 //!
 //! # Names and locks
-//! A stage is called `.atomic-file-HASH-SLOT.stage`: HASH is the CRC-32 of the destination's name, so that the name
-//! has a fixed length whatever the destination's; SLOT counts from 0. A writer takes the first free slot, and on its
-//! way looks into the taken ones: leftovers of a destination are found without listing the directory.
+//! A staged file is called `.atomic-file-HASH-ID.stage`: HASH is the CRC-32 of the destination's
+//! name, so that the name has a fixed length whatever the destination's, and ID is 16 random
+//! hexadecimal digits. No other user can predict a name, and so none can occupy it. A writer lists
+//! the directory when it is opened, and removes the orphaned staged files of its own destination.
 //!
-//! The living hold the `flock` of their stage from just after its creation until it is in place or removed. Two rules make
-//! this safe in the moment between creating and locking, and with slots used again:
+//! A writer holds the `flock` of its staged file from just after its creation until it is in place
+//! or removed. The mode is 0600 all that time, so no other user can open the file to hold its lock.
+//! Two rules make this safe in the moment between creating and locking:
 //!
-//! 1. A creator that got the lock looks whether the name still means its file, and takes another slot if not.
-//!    One that did not get it waits: a sweeper has it for a moment, and leaves the file where a record stands.
-//! 2. A stage is unlinked only under its lock: by its owner, or by a sweeper that, *after* getting the lock, has seen that
-//!    no group record is published and then that the name still means the locked file.
+//! 1. A creator that got the lock looks whether the name still means its file, and takes another
+//!    name if not. One that did not get it waits: a sweeper has it for a moment, and leaves the file
+//!    where a record names it.
+//! 2. A staged file is unlinked only under its lock: by its owner, or by a sweeper that, *after*
+//!    getting the lock, has seen that no published group record names the file and then that the
+//!    name still means the locked file.
 //!
-//! What a commit [exchanged](Stage::exchange) for its stage stands under the stage's name, locked by that commit; `spare.rs` tells what
-//! becomes of it.
+//! What a commit [exchanged](Stage::exchange) for its staged file stands under the staged file's
+//! name, locked by that commit; `spare.rs` tells what becomes of it.
 //!
-//! So a name can change its meaning only through the one who holds the lock, and a sweeper's last look stays true until
-//! it unlinks. A dead owner can publish no record any more, hence the order of a sweeper's looks.
+//! So a name can change its meaning only through the holder of the lock, and a sweeper's last look
+//! stays true until it unlinks. An owner that has died publishes no record any more, hence the order
+//! of a sweeper's looks.
 
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
+use std::hash::{BuildHasher as _, Hasher as _, RandomState};
 use std::io::{self, ErrorKind};
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::PathBuf;
@@ -28,37 +34,56 @@ use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
+use nix::unistd::geteuid;
+
 use crate::directory::{Directory, FileId, Stat, stat_of};
 use crate::error::Leftover;
 use crate::outcome::{PublishError, has_no_such_call, make_sure};
-use crate::record::RECORD_NAME;
+use crate::recover;
 use crate::sys::{Lock, Unlock, try_lock};
 
-const PREFIX: &str = ".atomic-file-";
+pub(crate) const PREFIX: &str = ".atomic-file-";
 const LOCKED: &str = ".stage";
 /// For file systems without locks: nobody can tell whether the owner of such a stage lives.
 const UNLOCKED: &str = ".unlocked-stage";
-/// One per destination, so without a slot: see `spare.rs`.
+/// One per destination, so without an ID: see `spare.rs`.
 const SPARE: &str = ".spare";
-/// More writers to one destination at once than anybody means.
-pub(crate) const SLOTS: u64 = 4096;
+/// A group's record that is not published: see `turn.rs`.
+const TICKET: &str = ".intent";
+
+/// The mode of every staged file until it is committed: readable and writable by its owner, whatever
+/// mode it is to get, and not to be opened by anyone else.
+pub(crate) const STAGED_MODE: u32 = 0o600;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum StageName {
     Locked,
     Unlocked,
     Spare,
+    Ticket,
+}
+
+/// Random digits of a name, which no other process guesses.
+pub(crate) fn new_id() -> u64 {
+    RandomState::new().build_hasher().finish()
+}
+
+/// Whether `text` is an ID as [`new_id`] makes them, written out.
+pub(crate) fn is_id(text: &str) -> bool {
+    text.len() == 16 && is_hex(text)
+}
+
+fn is_hex(text: &str) -> bool {
+    let is_digit = |digit| matches!(digit, b'0'..=b'9' | b'a'..=b'f');
+    !text.is_empty() && text.bytes().all(is_digit)
 }
 
 /// Whether `name` is one that this module gives to stages and spares.
 pub(crate) fn parse_name(name: &OsStr) -> Option<StageName> {
     let rest = name.to_str()?.strip_prefix(PREFIX)?;
-    let is_hex = |text: &str| {
-        !text.is_empty()
-            && text
-                .bytes()
-                .all(|digit| matches!(digit, b'0'..=b'9' | b'a'..=b'f'))
-    };
+    if let Some(id) = rest.strip_suffix(TICKET) {
+        return is_id(id).then_some(StageName::Ticket);
+    }
     if let Some(hash) = rest.strip_suffix(SPARE) {
         return (hash.len() == 8 && is_hex(hash)).then_some(StageName::Spare);
     }
@@ -67,18 +92,42 @@ pub(crate) fn parse_name(name: &OsStr) -> Option<StageName> {
     } else {
         (rest.strip_suffix(LOCKED)?, StageName::Locked)
     };
-    let (hash, slot) = rest.split_once('-')?;
-    (hash.len() == 8 && is_hex(hash) && slot.len() <= 16 && is_hex(slot)).then_some(kind)
+    let (hash, id) = rest.split_once('-')?;
+    // Earlier versions counted, in as many digits as it took.
+    (hash.len() == 8 && is_hex(hash) && id.len() <= 16 && is_hex(id)).then_some(kind)
 }
 
-pub(crate) fn stage_name(dest: &OsStr, slot: u64, kind: StageName) -> OsString {
+pub(crate) fn stage_name(dest: &OsStr, id: u64, kind: StageName) -> OsString {
     let hash = crc32fast::hash(dest.as_bytes());
     match kind {
-        StageName::Locked => format!("{PREFIX}{hash:08x}-{slot:x}{LOCKED}"),
-        StageName::Unlocked => format!("{PREFIX}{hash:08x}-{slot:x}{UNLOCKED}"),
+        StageName::Locked => format!("{PREFIX}{hash:08x}-{id:016x}{LOCKED}"),
+        StageName::Unlocked => format!("{PREFIX}{hash:08x}-{id:016x}{UNLOCKED}"),
         StageName::Spare => format!("{PREFIX}{hash:08x}{SPARE}"),
+        StageName::Ticket => format!("{PREFIX}{id:016x}{TICKET}"),
     }
     .into()
+}
+
+/// Whether `name` is that of a file staged for `dest`, or for another destination of the same hash.
+fn is_stage_of(dest: &OsStr, name: &OsStr) -> bool {
+    let hash = format!("{PREFIX}{:08x}-", crc32fast::hash(dest.as_bytes()));
+    parse_name(name) == Some(StageName::Locked) && name.as_bytes().starts_with(hash.as_bytes())
+}
+
+/// Removes what killed writers to `dest` left, of the `names` in `dir`.
+///
+/// Another user's files are not opened: they are not this writer's to remove.
+pub(crate) fn remove_leftovers(dir: &Directory, dest: &OsStr, names: &[OsString]) {
+    let own = |name: &OsStr| {
+        let entry = dir.entry(name).ok().flatten();
+        entry.is_some_and(|entry| entry.uid == geteuid().as_raw())
+    };
+    for name in names {
+        if is_stage_of(dest, name) && own(name) {
+            // What stays is for sweepers, and in no writer's way.
+            let _: Inspected = remove_if_dead(dir, name);
+        }
+    }
 }
 
 pub(crate) fn spare_name(dest: &OsStr) -> OsString {
@@ -96,6 +145,11 @@ pub(crate) enum Inspected {
 
 /// Removes the stage `name` if its owner is dead. Never waits, and never touches a living one.
 pub(crate) fn remove_if_dead(dir: &Directory, name: &OsStr) -> Inspected {
+    inspect(dir, name, true)
+}
+
+/// Says what became of the staged file `name`, or would become of it if it was to be removed.
+pub(crate) fn inspect(dir: &Directory, name: &OsStr, remove: bool) -> Inspected {
     let kept = |reason: &'static str| Inspected::Kept(io::Error::other(reason));
     let attempt = || -> io::Result<Inspected> {
         match dir.entry(name)? {
@@ -112,13 +166,16 @@ pub(crate) fn remove_if_dead(dir: &Directory, name: &OsStr) -> Inspected {
             Lock::Unsupported(error) => return Ok(Inspected::Kept(error)),
         }
         let _unlock = Unlock(&file);
-        if dir.entry(OsStr::new(RECORD_NAME))?.is_some() {
+        if recover::is_named_by_a_record(dir, name, stat_of(&file)?.uid)? {
             return Ok(kept(
-                "a group commit is pending in the directory: call `recover`",
+                "a group commit that names it is pending in the directory: call `recover`",
             ));
         }
         if dir.entry(name)?.map(|entry| entry.id) != Some(stat_of(&file)?.id) {
             return Ok(Inspected::Gone);
+        }
+        if !remove {
+            return Ok(Inspected::Removed);
         }
         dir.remove(name)?;
         Ok(Inspected::Removed)
@@ -128,43 +185,6 @@ pub(crate) fn remove_if_dead(dir: &Directory, name: &OsStr) -> Inspected {
         Err(error) if error.kind() == ErrorKind::NotFound => Inspected::Gone,
         Err(error) => Inspected::Kept(error),
     }
-}
-
-/// Has `take` try the slots of `dest` from `slot` on, until one is not taken already; what is dead on the way is removed. The slot's name, and what
-/// `take` made of it.
-pub(crate) fn at_free_slot<T>(
-    dir: &Directory,
-    dest: &OsStr,
-    kind: StageName,
-    mut slot: u64,
-    mut take: impl FnMut(&OsStr) -> Result<T, PublishError>,
-) -> Result<(OsString, T), PublishError> {
-    while slot < SLOTS {
-        let name = stage_name(dest, slot, kind);
-        match take(&name) {
-            Err(PublishError::Not(error)) if error.kind() == ErrorKind::AlreadyExists => {
-                let freed = kind == StageName::Locked && is_freed(dir, &name);
-                slot += u64::from(!freed);
-            }
-            taken => return taken.map(|taken| (name, taken)),
-        }
-    }
-    Err(PublishError::Not(no_slot()))
-}
-
-/// Whether a taken name is free now, because its owner was dead or has just finished.
-fn is_freed(dir: &Directory, name: &OsStr) -> bool {
-    matches!(
-        remove_if_dead(dir, name),
-        Inspected::Removed | Inspected::Gone
-    )
-}
-
-fn no_slot() -> io::Error {
-    io::Error::new(
-        ErrorKind::StorageFull,
-        "every name for a stage of this destination is taken: sweep the directory",
-    )
 }
 
 /// Locks a file that was just created. Who has its lock already is about to see that it's no stage of a dead owner, or removes it.
@@ -196,16 +216,11 @@ impl Stage {
     /// Stages an empty file, mode 0600, for a destination called `dest`.
     pub(crate) fn create(dir: &Arc<Directory>, dest: &OsStr) -> io::Result<Self> {
         let mut kind = StageName::Locked;
-        let mut slot = 0;
-        while slot < SLOTS {
-            let name = stage_name(dest, slot, kind);
+        loop {
+            let name = stage_name(dest, new_id(), kind);
             let file = match dir.create_new(&name) {
                 Ok(file) => file,
-                Err(error) if error.kind() == ErrorKind::AlreadyExists => {
-                    let freed = kind == StageName::Locked && is_freed(dir, &name);
-                    slot += u64::from(!freed);
-                    continue;
-                }
+                Err(error) if error.kind() == ErrorKind::AlreadyExists => continue,
                 Err(error) => {
                     // Over NFS the answer may have been lost, and the file be there. Whoever sweeps it takes it for a dead one.
                     let _: Inspected = remove_if_dead(dir, &name);
@@ -238,7 +253,6 @@ impl Stage {
                 Lock::Unsupported(_) => kind = StageName::Unlocked,
             }
         }
-        Err(no_slot())
     }
 
     /// Locks a file that is there already, opened by `name`, as if it were a stage; `None` where somebody else holds the lock or
@@ -268,12 +282,17 @@ impl Stage {
         self.named = true;
     }
 
-    /// Renames the stage within its directory, to the first free slot of `dest`.
-    pub(crate) fn move_to_slot(&mut self, dest: &OsStr) -> io::Result<()> {
+    /// Renames the file within its directory, to a new name of a file staged for `dest`.
+    pub(crate) fn move_to_stage_of(&mut self, dest: &OsStr) -> io::Result<()> {
+        self.move_to(&stage_name(dest, new_id(), StageName::Locked))
+    }
+
+    /// Renames the stage within its directory, to `name`, which is random: nothing stands there.
+    pub(crate) fn rename_to(&mut self, name: OsString) -> Result<(), PublishError> {
         let dir = Arc::clone(&self.dir);
-        let take = |name: &OsStr| self.move_to(name).map_err(PublishError::Not);
-        let moved = at_free_slot(&dir, dest, StageName::Locked, 0, take);
-        moved.map(drop).map_err(PublishError::of_rename)
+        self.publish(&dir, &name, false)?;
+        self.stands_at(&dir, name);
+        Ok(())
     }
 
     /// Renames the stage within its directory, to `name`, which must be free.
@@ -468,12 +487,13 @@ mod tests {
         #[test]
         fn every_name_given_to_a_stage_is_recognised_and_short(
             dest in proptest::collection::vec(1u8.., 1..=255),
-            slot: u64,
+            id: u64,
             kind in prop_oneof![
                 Just(StageName::Locked), Just(StageName::Unlocked), Just(StageName::Spare),
+                Just(StageName::Ticket),
             ],
         ) {
-            let name = stage_name(OsStr::from_bytes(&dest), slot, kind);
+            let name = stage_name(OsStr::from_bytes(&dest), id, kind);
             prop_assert_eq!(parse_name(&name), Some(kind));
             prop_assert!(name.len() <= 64);
         }
@@ -493,6 +513,8 @@ mod tests {
     #[case(".atomic-file-0123456.spare")]
     #[case(".atomic-file-0123456G.spare")]
     #[case(".atomic-file-01234567-0.spare")]
+    #[case(".atomic-file-01234567.intent")]
+    #[case(".atomic-file-0123456789abcdef.group")]
     fn any_other_name_is_not(#[case] name: &str) {
         assert_eq!(parse_name(OsStr::new(name)), None);
     }

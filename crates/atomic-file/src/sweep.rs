@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use crate::directory::Directory;
 use crate::error::SweepError;
-use crate::stage::{Inspected, StageName, parse_name, remove_if_dead};
+use crate::stage::{Inspected, PREFIX, StageName, inspect, parse_name};
 
 /// What [`sweep`] found.
 #[derive(Debug, Default)]
@@ -56,11 +56,11 @@ pub fn sweep(dir: impl AsRef<Path>) -> Result<SweepReport, SweepError> {
         path: dir.to_owned(),
         source,
     })?;
-    sweep_open(&dir)
+    sweep_open(&dir, true)
 }
 
-pub(crate) fn sweep_open(dir: &Directory) -> Result<SweepReport, SweepError> {
-    let names = dir.names().map_err(|source| SweepError {
+pub(crate) fn sweep_open(dir: &Directory, remove: bool) -> Result<SweepReport, SweepError> {
+    let names = dir.names(PREFIX).map_err(|source| SweepError {
         operation: "list",
         path: dir.path().to_owned(),
         source,
@@ -71,7 +71,7 @@ pub(crate) fn sweep_open(dir: &Directory) -> Result<SweepReport, SweepError> {
             continue;
         };
         let inspected = match kind {
-            StageName::Locked | StageName::Spare => remove_if_dead(dir, &name),
+            StageName::Locked | StageName::Spare | StageName::Ticket => inspect(dir, &name, remove),
             StageName::Unlocked => Inspected::Kept(io::Error::new(
                 io::ErrorKind::Unsupported,
                 "staged without a lock: only you can know whether its writer lives",

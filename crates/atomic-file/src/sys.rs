@@ -23,7 +23,8 @@ mod platform;
 
 use platform::flush;
 pub(crate) use platform::{
-    counts_openers, exchange, has_attributes, has_lasting_inode_numbers, has_only_us, rename_new,
+    counts_openers, created, exchange, has_attributes, has_lasting_inode_numbers, has_only_us,
+    rename_new,
 };
 
 /// Makes `call` until a signal no longer interrupts it. Only for calls that are harmless when made twice.
@@ -37,13 +38,24 @@ pub(crate) fn retry<T>(mut call: impl FnMut() -> nix::Result<T>) -> io::Result<T
 }
 
 /// Gives the file exactly these permission bits. A new one was created with 0600, less what the umask took.
+///
+/// Fails where the system drops set-id bits without an error, as Linux does with the set-group-id
+/// bit of a file whose group is not one of the process's.
 pub(crate) fn set_mode(file: &File, mode: u32) -> io::Result<()> {
     const PERMISSIONS: u32 = 0o7777;
+    const SET_ID: u32 = 0o6000;
     if stat_of(file)?.mode & PERMISSIONS == mode {
         return Ok(());
     }
-    let mode = Mode::from_bits_truncate(mode as libc::mode_t);
-    retry(|| fchmod(file, mode))
+    let bits = Mode::from_bits_truncate(mode as libc::mode_t);
+    retry(|| fchmod(file, bits))?;
+    if mode & SET_ID != 0 && stat_of(file)?.mode & SET_ID != mode & SET_ID {
+        return Err(io::Error::new(
+            io::ErrorKind::PermissionDenied,
+            "the system does not let this process set the set-user-id or set-group-id bit",
+        ));
+    }
+    Ok(())
 }
 
 /// Brings what `fd` (a file or a directory) holds to where `durability` wants it.
@@ -80,10 +92,10 @@ fn where_unsupported(
     }
 }
 
-/// Every name in a directory, in the file system's order.
+/// The names in a directory that begin with `prefix`, in the file system's order.
 ///
 /// nix's `Dir` loses the descriptor where `fdopendir` fails, which over NFS it can: it asks the server about the directory.
-pub(crate) fn names(dir: OwnedFd) -> io::Result<Vec<CString>> {
+pub(crate) fn names(dir: OwnedFd, prefix: &str) -> io::Result<Vec<CString>> {
     #[cfg(not(any(target_os = "linux", target_os = "android")))]
     use libc::readdir;
     #[cfg(any(target_os = "linux", target_os = "android"))]
@@ -98,9 +110,12 @@ pub(crate) fn names(dir: OwnedFd) -> io::Result<Vec<CString>> {
         }
     }
 
-    // SAFETY: fdopendir(3) takes a descriptor, which `dir` keeps open; only where it succeeds the stream owns it.
-    let stream = unsafe { libc::fdopendir(dir.as_raw_fd()) };
-    let listing = Listing(NonNull::new(stream).ok_or_else(io::Error::last_os_error)?);
+    let open = || {
+        // SAFETY: fdopendir(3) takes a descriptor, which `dir` keeps open; only where it succeeds the stream owns it.
+        let stream = unsafe { libc::fdopendir(dir.as_raw_fd()) };
+        NonNull::new(stream).ok_or_else(Errno::last)
+    };
+    let listing = Listing(retry(open)?);
     let _: libc::c_int = dir.into_raw_fd();
     let mut names = Vec::new();
     loop {
@@ -116,7 +131,9 @@ pub(crate) fn names(dir: OwnedFd) -> io::Result<Vec<CString>> {
         // SAFETY: readdir(3) gave an entry, whose name ends in NUL, and which stays as it is until the stream is read again. The
         // entry may be shorter than its type, so no reference is made to it.
         let name = unsafe { CStr::from_ptr((&raw const (*entry).d_name).cast()) };
-        names.push(name.to_owned());
+        if name.to_bytes().starts_with(prefix.as_bytes()) {
+            names.push(name.to_owned());
+        }
     }
 }
 

@@ -11,10 +11,10 @@ use crate::directory::Directory;
 use crate::error::{CommitError, CommitStep, Leftover, OpenError};
 use crate::options::{Durability, Options};
 use crate::outcome::{PublishError, has_no_links};
-use crate::recover::{Owner, settle};
+use crate::recover::{list, settle_for};
 use crate::rehearsal::{RehearsalError, rehearse};
 use crate::spare;
-use crate::stage::Stage;
+use crate::stage::{PREFIX, STAGED_MODE, Stage, remove_leftovers};
 use crate::sys;
 
 /// A new file in the making, that [`commit`](Self::commit) puts in the place of another at once and whole.
@@ -41,6 +41,7 @@ use crate::sys;
 pub struct AtomicWriter {
     pub(crate) stage: Stage,
     pub(crate) dest: Destination,
+    mode: u32,
     pub(crate) durability: Durability,
     pub(crate) no_clobber: bool,
     /// At most how many bytes of the replaced file are kept as a spare.
@@ -69,22 +70,34 @@ impl AtomicWriter {
                 path: path.to_owned(),
             });
         }
-        settle(&dest.dir, Owner::LeaveAlone).map_err(|source| OpenError::Recover {
+        let recover = |source| OpenError::Recover {
             path: path.to_owned(),
             source,
-        })?;
+        };
+        let names = list(&dest.dir).map_err(recover)?;
+        settle_for(&dest.dir, &dest.name, &names, false).map_err(recover)?;
+        remove_leftovers(&dest.dir, &dest.name, &names);
         let staging = match &options.staging_dir {
             None => Arc::clone(&dest.dir),
             Some(elsewhere) => open_staging(elsewhere, &dest)?,
         };
         let elsewhere = staging.stat.id != dest.dir.stat.id;
+        if elsewhere {
+            let names = staging
+                .names(PREFIX)
+                .map_err(|source| OpenError::OpenDirectory {
+                    path: staging.path().to_owned(),
+                    source,
+                })?;
+            remove_leftovers(&staging, &dest.name, &names);
+        }
         if elsewhere || options.no_clobber {
             rehearse(&staging, &dest.dir, &dest.name, options.no_clobber)
                 .map_err(|error| explain(error, path, &dest.dir, &staging, options))?;
         }
         let recycle = options.recycle.filter(|_| !elsewhere);
         let spare = match recycle {
-            Some(max_bytes) => spare::take(&dest.dir, &dest.name, max_bytes, options.mode),
+            Some(max_bytes) => spare::take(&dest.dir, &dest.name, max_bytes),
             None => {
                 spare::remove(&dest.dir, &dest.name);
                 None
@@ -94,11 +107,17 @@ impl AtomicWriter {
         let stage = spare
             .map_or_else(|| Stage::create(&staging, &dest.name), Ok)
             .map_err(|source| OpenError::io("stage a file for", path, source))?;
-        sys::set_mode(stage.file(), options.mode)
-            .map_err(|source| OpenError::io("set the mode of the file staged for", path, source))?;
+        // The mode that is asked for is tried now and set by the commit: writing drops the set-id
+        // bits, and a file that its owner may not write cannot be opened again for direct I/O.
+        for mode in [options.mode, STAGED_MODE] {
+            sys::set_mode(stage.file(), mode).map_err(|source| {
+                OpenError::io("set the mode of the file staged for", path, source)
+            })?;
+        }
         Ok(Self {
             stage,
             dest,
+            mode: options.mode,
             durability: options.durability,
             no_clobber: options.no_clobber,
             recycle,
@@ -162,22 +181,26 @@ impl AtomicWriter {
     /// # Errors
     /// [`CommitError`] says which of the two files the destination is now. It is never a mixture.
     pub fn commit(self) -> Result<(), CommitError> {
+        let finished = self.finish();
         let Self {
             mut stage,
             dest,
+            mode: _,
             durability,
             no_clobber,
             recycle,
             recycled: _,
         } = self;
-        let ready = sys::sync(stage.file(), durability)
-            .map_err(|error| (CommitStep::Sync, error))
+        // An older group, completed only after us, would replace what we commit now.
+        let settle =
+            || list(&dest.dir).and_then(|names| settle_for(&dest.dir, &dest.name, &names, true));
+        let ready = finished
+            .map_err(|error| (CommitStep::Attributes, error))
+            .and_then(|()| {
+                sys::sync(stage.file(), durability).map_err(|error| (CommitStep::Sync, error))
+            })
             .and_then(|()| stage.check().map_err(|error| (CommitStep::Check, error)))
-            // An older group, completed only after us, would replace what we commit now.
-            .and_then(|_| {
-                settle(&dest.dir, Owner::WaitForIfIn(&dest.name))
-                    .map_err(|error| (CommitStep::Recover, io::Error::other(error)))
-            });
+            .and_then(|_| settle().map_err(|error| (CommitStep::Recover, io::Error::other(error))));
         if let Err((step, source)) = ready {
             return Err(not_replaced(stage, dest, step, source));
         }
@@ -198,8 +221,13 @@ impl AtomicWriter {
                 });
             }
         };
-        // Its lock has no more to say, and would be in the way of one who replaces the file in turn.
+        // Release the lock: it would block the next writer.
         drop(stage);
+        // A group may have been published between the last look and the rename, and its owner have
+        // died. Its record says what was here then, so that no recovery replaces what is here now;
+        // but one that looked before the rename must end before this commit returns. Whatever else
+        // goes wrong there is no matter of this file.
+        let _ = settle();
         let synced = match durability {
             Durability::Full => dest.dir.sync(durability),
             Durability::Barrier | Durability::None => Ok(()),
@@ -221,6 +249,11 @@ impl AtomicWriter {
                 leftover,
             }),
         }
+    }
+
+    /// Gives the staged file, which no one writes to any more, what it is to have as the destination.
+    pub(crate) fn finish(&self) -> io::Result<()> {
+        sys::set_mode(self.stage.file(), self.mode)
     }
 
     /// Removes the staged file. What dropping does too, but this says whether it worked.

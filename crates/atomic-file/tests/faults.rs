@@ -588,7 +588,7 @@ fn a_group_killed_at_any_call_is_all_old_or_all_new_once_recovered() {
 fn half_done(dir: &Path) {
     old_files(dir);
     let log = tempfile::NamedTempFile::new().unwrap();
-    let kill = kill("renameat", 2).unwrap();
+    let kill = kill("renameat", common::RENAMES_BEFORE_MEMBERS + 2).unwrap();
     assert_eq!(strace("group", dir, log.path(), &kill), None);
 }
 
@@ -692,8 +692,8 @@ fn one_who_opens_the_spare_in_the_moment_of_the_lease_kills_nobody() {
     }
     let calls = calls_of("recycle", &old_file_and_spare);
     let mut fcntls = calls.iter().filter(|(call, _)| call == "fcntl");
-    // F_SETFL, F_SETSIG, F_SETLEASE.
-    let lease = fcntls.nth(2).expect("a lease").1;
+    // F_GETFL and F_SETFD of the listing, F_SETFL, F_SETSIG, F_SETLEASE.
+    let lease = fcntls.nth(4).expect("a lease").1;
     let dir = tempfile::tempdir().unwrap();
     old_file_and_spare(dir.path());
     let spare = dir.path().join(SPARE);

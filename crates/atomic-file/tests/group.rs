@@ -8,12 +8,11 @@ use std::path::{Path, PathBuf};
 use atomic_file::{
     AtomicGroup, AtomicWriter, CommitError, CommitStep, GroupCommitError, OpenError,
 };
-use atomic_file::{RecoverError, Refusal, recover, sweep};
-use common::{assert_names, commit, group, names, same_text};
+use atomic_file::{RecoverError, RecoverReport, Refusal, recover, sweep};
+use common::{assert_names, commit, group, names, record, records, same_text};
 use rstest::rstest;
 use test_machine::Need;
 
-const RECORD: &str = ".atomic-file-group";
 const FILES: [&str; 2] = ["memory", "vcpu"];
 
 /// Not a test of its own: what `common::command` runs.
@@ -41,6 +40,7 @@ fn old_files() -> tempfile::TempDir {
 
 /// Commits a group that is killed at its `nth` rename of a member.
 fn die_at_rename(dir: &Path, nth: usize) {
+    let nth = nth + common::RENAMES_BEFORE_MEMBERS;
     let kill = format!("inject=renameat:signal=KILL:when={nth}");
     let args = ["-o", "/dev/null", "-e", &kill];
     assert_eq!(common::under_strace("commit", dir, &args), None);
@@ -52,7 +52,7 @@ fn killed_after(renamed: usize) -> tempfile::TempDir {
     die_at_rename(dir.path(), renamed + 1);
     let new = FILES.map(|name| fs::read(dir.path().join(name)).unwrap() == b"new");
     assert_eq!(new.iter().filter(|new| **new).count(), renamed);
-    assert!(dir.path().join(RECORD).exists());
+    assert_eq!(records(dir.path()).len(), 1);
     dir
 }
 
@@ -63,6 +63,17 @@ fn stages(dir: &Path) -> Vec<PathBuf> {
         .filter(is_stage)
         .map(|name| dir.join(name))
         .collect()
+}
+
+/// The one group that could not be completed.
+#[track_caller]
+fn stuck(result: Result<RecoverReport, RecoverError>) -> RecoverError {
+    let error = result.unwrap_err();
+    let RecoverError::Stuck { first, others, .. } = error else {
+        panic!("another error: {error:?}");
+    };
+    assert!(others.is_empty(), "{others:?}");
+    *first
 }
 
 #[test]
@@ -280,15 +291,16 @@ fn a_recycled_stages_name_is_never_renamed() {
     let other = dir.path().join("other");
     fs::write(&other, "new").unwrap();
     fs::rename(&other, &stage).unwrap();
+    let error = stuck(recover(dir.path()));
     let RecoverError::StageChanged {
         stage: named,
         record,
         ..
-    } = recover(dir.path()).unwrap_err()
+    } = error
     else {
-        panic!("another error");
+        panic!("another error: {error:?}");
     };
-    assert_eq!((named, record), (stage.clone(), dir.path().join(RECORD)));
+    assert_eq!((named, record), (stage.clone(), common::record(dir.path())));
     assert_eq!(
         same_text(dir.path(), &FILES),
         "old",
@@ -298,78 +310,158 @@ fn a_recycled_stages_name_is_never_renamed() {
 }
 
 #[rstest]
-#[case::a_bit_flipped(|bytes: &mut Vec<u8>| bytes[20] ^= 1)]
-#[case::torn(|bytes: &mut Vec<u8>| bytes.truncate(30))]
-#[case::zeros(|bytes: &mut Vec<u8>| bytes.fill(0))]
-#[case::empty(|bytes: &mut Vec<u8>| bytes.clear())]
-fn a_damaged_record_is_an_error_that_names_it_and_nothing_is_guessed(
-    #[case] damage: fn(&mut Vec<u8>),
-) {
-    if !Need::Strace.met("a_damaged_record_is_an_error_that_names_it_and_nothing_is_guessed") {
+#[case::a_bit_flipped(|bytes: &mut Vec<u8>| bytes[30] ^= 1)]
+#[case::junk(|bytes: &mut Vec<u8>| bytes.clone_from(&b"junk".to_vec()))]
+#[case::of_a_later_version(|bytes: &mut Vec<u8>| bytes[8] = 3)]
+fn a_damaged_record_is_reported_and_holds_no_writer_up(#[case] damage: fn(&mut Vec<u8>)) {
+    if !Need::Strace.met("a_damaged_record_is_reported_and_holds_no_writer_up") {
         return;
     }
     let dir = killed_after(1);
-    let path = dir.path().join(RECORD);
+    let path = record(dir.path());
     let mut bytes = fs::read(&path).unwrap();
     damage(&mut bytes);
     fs::write(&path, &bytes).unwrap();
     let before = names(dir.path());
 
-    let is_damage = |error: &RecoverError| match error {
-        RecoverError::Damaged { path: named, .. } => *named == path,
-        _ => false,
-    };
-    let error = recover(dir.path()).unwrap_err();
-    assert!(is_damage(&error), "{error:?}");
-    let OpenError::Recover { source, .. } =
-        AtomicWriter::open(dir.path().join("memory")).unwrap_err()
-    else {
-        panic!("another error");
-    };
-    assert!(is_damage(&source), "{source:?}");
+    let error = stuck(recover(dir.path()));
+    assert!(
+        matches!(&error, RecoverError::Damaged { path: named, .. } if *named == path),
+        "{error:?}"
+    );
     assert!(sweep(dir.path()).unwrap().removed.is_empty());
-    assert_eq!(names(dir.path()), before);
+    assert_eq!(
+        names(dir.path()),
+        before,
+        "a damaged record may name any staged file"
+    );
+    for name in ["third", "memory", "vcpu"] {
+        commit(&AtomicWriter::options(), &dir.path().join(name), b"newer").unwrap();
+    }
+    group(dir.path(), &FILES, "newest")
+        .unwrap()
+        .commit()
+        .unwrap();
+    assert_eq!(same_text(dir.path(), &FILES), "newest");
 
     // As the error says: once the record is gone, the rest can be swept.
     fs::remove_file(&path).unwrap();
     sweep(dir.path()).unwrap();
+    assert_names(dir.path(), &["memory", "third", "vcpu"]);
+}
+
+#[rstest]
+#[case::torn(|bytes: &mut Vec<u8>| bytes.truncate(40))]
+#[case::without_its_last_blocks(|bytes: &mut Vec<u8>| bytes[40..].fill(0))]
+#[case::zeros(|bytes: &mut Vec<u8>| bytes.fill(0))]
+#[case::empty(|bytes: &mut Vec<u8>| bytes.clear())]
+fn a_torn_record_never_got_to_its_commit_point(
+    #[case] tear: fn(&mut Vec<u8>),
+    #[values(false, true)] by_recover: bool,
+) {
+    if !Need::Strace.met("a_torn_record_never_got_to_its_commit_point") {
+        return;
+    }
+    let dir = killed_after(0);
+    let path = record(dir.path());
+    let mut bytes = fs::read(&path).unwrap();
+    tear(&mut bytes);
+    fs::write(&path, &bytes).unwrap();
+    if by_recover {
+        let report = recover(dir.path()).unwrap();
+        assert_eq!(report.discarded, [path]);
+        assert_eq!(report.swept.removed.len(), 2);
+    } else {
+        group(dir.path(), &FILES, "old").unwrap().commit().unwrap();
+    }
+    assert_eq!(same_text(dir.path(), &FILES), "old");
     assert_names(dir.path(), &FILES);
 }
 
 #[test]
-fn a_damaged_record_stops_writers_that_were_open_already() {
-    let dir = old_files();
-    let writer = AtomicWriter::open(dir.path().join("memory")).unwrap();
-    let group = group(dir.path(), &["vcpu"], "new").unwrap();
-    fs::write(dir.path().join(RECORD), "junk").unwrap();
-    let error = writer.commit().unwrap_err();
-    assert!(matches!(
-        error,
-        CommitError::NotReplaced {
-            step: CommitStep::Recover,
-            ..
-        }
-    ));
-    let error = group.commit().unwrap_err();
-    assert!(matches!(
-        error,
-        GroupCommitError::NothingReplaced {
-            step: CommitStep::Recover,
-            ..
-        }
-    ));
-    assert_eq!(same_text(dir.path(), &FILES), "old");
-    assert_names(dir.path(), &[RECORD, "memory", "vcpu"]);
+fn a_group_with_a_directory_in_its_way_stops_its_members_only() {
+    if !Need::Strace.met("a_group_with_a_directory_in_its_way_stops_its_members_only") {
+        return;
+    }
+    let dir = killed_after(1);
+    let [memory, vcpu] = FILES.map(|name| dir.path().join(name));
+    fs::remove_file(&vcpu).unwrap();
+    fs::create_dir(&vcpu).unwrap();
+    let before = names(dir.path());
+    let error = stuck(recover(dir.path()));
+    assert!(
+        matches!(&error, RecoverError::DestinationIsDirectory { dest, .. } if *dest == vcpu),
+        "{error:?}"
+    );
+    assert_eq!(names(dir.path()), before);
+    // Others go on, alone and in groups.
+    commit(&AtomicWriter::options(), &dir.path().join("third"), b"new").unwrap();
+    let others = group(dir.path(), &["third", "fourth"], "newer").unwrap();
+    others.commit().unwrap();
+    assert_eq!(same_text(dir.path(), &["third", "fourth"]), "newer");
+    // Its members wait for someone to decide.
+    let error = AtomicWriter::open(&memory).unwrap_err();
+    assert!(
+        matches!(
+            &error,
+            OpenError::Recover {
+                source: RecoverError::DestinationIsDirectory { .. },
+                ..
+            }
+        ),
+        "{error:?}"
+    );
+    fs::remove_dir(&vcpu).unwrap();
+    recover(dir.path()).unwrap();
+    assert_eq!(same_text(dir.path(), &FILES), "new");
 }
+
+#[test]
+fn a_stuck_group_stops_writers_that_were_open_already() {
+    if !Need::Strace.met("a_stuck_group_stops_writers_that_were_open_already") {
+        return;
+    }
+    let dir = old_files();
+    let memory = AtomicWriter::open(dir.path().join("memory")).unwrap();
+    let ours = group(dir.path(), &["memory", "third"], "ours").unwrap();
+    die_at_rename(dir.path(), 1);
+    fs::remove_file(dir.path().join("vcpu")).unwrap();
+    fs::create_dir(dir.path().join("vcpu")).unwrap();
+    let error = memory.commit().unwrap_err();
+    let is_recover = |step| step == CommitStep::Recover;
+    assert!(
+        matches!(error, CommitError::NotReplaced { step, .. } if is_recover(step)),
+        "{error:?}"
+    );
+    let error = ours.commit().unwrap_err();
+    assert!(
+        matches!(error, GroupCommitError::NothingReplaced { step, .. } if is_recover(step)),
+        "{error:?}"
+    );
+    assert_eq!(fs::read(dir.path().join("memory")).unwrap(), b"old");
+    assert!(!dir.path().join("third").exists());
+}
+
+const PLANTED: &str = ".atomic-file-0123456789abcdef.group";
 
 #[rstest]
 #[case::a_directory(|path: &Path| fs::create_dir(path).unwrap())]
 #[case::a_symlink(|path: &Path| std::os::unix::fs::symlink("memory", path).unwrap())]
-fn what_is_no_file_is_no_record(#[case] plant: fn(&Path)) {
+#[case::a_fifo(|path: &Path| nix::unistd::mkfifo(path, nix::sys::stat::Mode::S_IRWXU).unwrap())]
+fn what_is_no_file_is_no_record(
+    #[case] plant: fn(&Path),
+    #[values(".atomic-file-group", PLANTED)] name: &str,
+) {
     let dir = old_files();
-    plant(&dir.path().join(RECORD));
-    let error = recover(dir.path()).unwrap_err();
-    assert!(matches!(error, RecoverError::Damaged { .. }), "{error:?}");
+    let path = dir.path().join(name);
+    plant(&path);
+    assert_eq!(recover(dir.path()).unwrap().foreign, [path]);
+    commit(&AtomicWriter::options(), &dir.path().join("memory"), b"new").unwrap();
+    group(dir.path(), &FILES, "newer")
+        .unwrap()
+        .commit()
+        .unwrap();
+    assert_eq!(same_text(dir.path(), &FILES), "newer");
 }
 
 #[test]
@@ -380,15 +472,23 @@ fn a_strangers_record_in_a_directory_open_to_others_is_not_obeyed() {
         return;
     }
     let dir = killed_after(0);
-    let record = dir.path().join(RECORD);
+    let record = record(dir.path());
     fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o1777)).unwrap();
     std::os::unix::fs::chown(&record, Some(12345), None).unwrap();
-    let error = recover(dir.path()).unwrap_err();
-    assert!(
-        matches!(error, RecoverError::Untrusted { owner: 12345, .. }),
-        "{error:?}"
-    );
+    let report = recover(dir.path()).unwrap();
+    assert_eq!(report.foreign, std::slice::from_ref(&record));
     assert_eq!(same_text(dir.path(), &FILES), "old");
+    commit(
+        &AtomicWriter::options(),
+        &dir.path().join("memory"),
+        b"newer",
+    )
+    .unwrap();
+    group(dir.path(), &FILES, "newest")
+        .unwrap()
+        .commit()
+        .unwrap();
+    assert_eq!(same_text(dir.path(), &FILES), "newest");
 }
 
 #[test]

@@ -146,14 +146,16 @@ fn apply(names: &mut BTreeMap<String, File>, step: &Step) {
 
 /// Every directory that may be found after a power loss that follows `steps`, with the files that are whole.
 fn states_after(steps: &[Step], files: &[&str]) -> Vec<(BTreeMap<String, File>, Vec<String>)> {
-    let base = files
+    let base: BTreeMap<_, _> = files
         .iter()
         .map(|name| ((*name).to_owned(), None))
         .collect();
-    let mut whole = Vec::new();
+    let (mut names, mut whole) = (base.clone(), Vec::new());
     for step in steps {
-        if let Step::SyncFile(name) = step {
-            whole.push(name.clone());
+        match step {
+            // A file is known by the name that it was created with.
+            Step::SyncFile(name) => whole.extend(names[name].clone()),
+            step => apply(&mut names, step),
         }
     }
     let names = names_after(steps, base).into_iter();
@@ -185,7 +187,7 @@ fn names_after(steps: &[Step], mut base: BTreeMap<String, File>) -> Vec<BTreeMap
         .collect()
 }
 
-/// Builds the directory. The record is made anew, as it holds inode numbers: from the layout in the documentation.
+/// Builds the directory. The record is made again, as it holds inode numbers: from the layout in the documentation.
 fn build(
     dir: &Path,
     names: &BTreeMap<String, File>,
@@ -202,22 +204,37 @@ fn build(
             _ => None,
         })
         .collect();
-    let mut record = b"ATOMGRP\n\x01\0\0\0".to_vec();
-    record.extend((members.len() as u32).to_le_bytes());
+    let mut body = Vec::new();
     for (stage, dest) in &members {
         let path = aside.join(stage);
         fs::write(&path, if whole.contains(stage) { "new" } else { "n" }).unwrap();
-        record.extend(fs::metadata(&path).unwrap().ino().to_le_bytes());
-        record.extend(3u64.to_le_bytes());
+        let old = aside.join(dest);
+        fs::write(&old, "old").unwrap();
+        body.extend(fs::metadata(&path).unwrap().ino().to_le_bytes());
+        body.extend(3u64.to_le_bytes());
+        body.push(1);
+        let old = fs::metadata(&old).unwrap();
+        let created = old.created().map_or(0, |created| {
+            let since = created.duration_since(std::time::UNIX_EPOCH);
+            since.unwrap().as_nanos() as u64
+        });
+        body.extend(old.ino().to_le_bytes());
+        body.extend(created.to_le_bytes());
         for name in [stage, dest] {
-            record.extend((name.len() as u16).to_le_bytes());
-            record.extend(name.as_bytes());
+            body.extend((name.len() as u16).to_le_bytes());
+            body.extend(name.as_bytes());
         }
     }
+    let mut record = b"ATOMGRP\n\x02\0\0\0".to_vec();
+    record.extend((members.len() as u32).to_le_bytes());
+    record.extend((body.len() as u64 + 28).to_le_bytes());
+    record.extend(body);
     record.extend(crc32fast::hash(&record).to_le_bytes());
     for (name, file) in names {
         let path = dir.join(name);
         match file {
+            // Where there is no group, nothing was put aside.
+            None if aside.join(name).exists() => fs::hard_link(aside.join(name), path).unwrap(),
             None => fs::write(path, "old").unwrap(),
             Some(stage) if aside.join(stage).exists() => {
                 fs::hard_link(aside.join(stage), path).unwrap()
@@ -308,7 +325,7 @@ fn a_recovery_makes_the_names_durable_before_it_removes_the_record_and_then_the_
         "-o",
         "/dev/null",
         "-e",
-        "inject=renameat:signal=KILL:when=2",
+        "inject=renameat:signal=KILL:when=4",
     ];
     assert_eq!(common::under_strace("group", dir.path(), &kill), None);
     let steps = traced_steps("recover", dir.path());
@@ -316,8 +333,10 @@ fn a_recovery_makes_the_names_durable_before_it_removes_the_record_and_then_the_
         panic!("{steps:?}");
     };
     assert_eq!((first.as_str(), second.as_str()), ("vcpu", "devices"));
-    let record = Step::Remove(".atomic-file-group".into());
-    assert_eq!(rest, [Step::SyncDir, record, Step::SyncDir]);
+    let [Step::SyncDir, Step::Remove(record), Step::SyncDir] = rest else {
+        panic!("{rest:?}");
+    };
+    assert!(record.ends_with(".group"), "{record}");
 }
 
 /// What two commits after each other write, each in the file that the one before it replaced.

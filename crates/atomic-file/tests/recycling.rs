@@ -96,22 +96,12 @@ fn two_files_take_turns() {
     }
 }
 
-/// The paths of the stages of `dest` in these slots.
-fn stages_in<const N: usize>(dest: &Path, slots: [u64; N]) -> [PathBuf; N] {
-    let writer = AtomicWriter::open(dest).unwrap();
-    let first = writer.temp_path().to_str().unwrap();
-    let stem = first.strip_suffix("-0.stage").expect("the first slot");
-    slots.map(|slot| format!("{stem}-{slot:x}.stage").into())
-}
-
 #[rstest]
-#[case::of_a_living_writer(true, 1)]
-#[case::of_a_dead_one(false, 0)]
-fn a_recycled_stage_leaves_another_its_name(#[case] living: bool, #[case] slot: u64) {
+fn a_recycled_file_takes_no_other_writers_name(#[values(true, false)] living: bool) {
     let _turn = one_at_a_time();
     let dir = tempfile::tempdir().unwrap();
     let dest = dir.path().join("dest");
-    let [first, expected] = stages_in(&dest, [0, slot]);
+    let first = AtomicWriter::open(&dest).unwrap().temp_path().to_owned();
     save(&recycling(), &dest, 1);
     save(&recycling(), &dest, 2);
     let other = File::create(&first).unwrap();
@@ -123,28 +113,9 @@ fn a_recycled_stage_leaves_another_its_name(#[case] living: bool, #[case] slot: 
     }
     let writer = recycling().open(&dest).unwrap();
     assert!(writer.recycled());
-    assert_eq!(writer.temp_path(), expected);
-    assert_eq!(fs::read(&first).unwrap() == b"another's", living);
-}
-
-#[test]
-fn where_every_name_of_a_stage_is_taken_the_error_says_so_and_a_spare_is_no_way_round() {
-    let _turn = one_at_a_time();
-    let dir = tempfile::tempdir().unwrap();
-    let dest = dir.path().join("dest");
-    let names = stages_in(&dest, std::array::from_fn::<_, 4096, _>(|slot| slot as u64));
-    save(&recycling(), &dest, 1);
-    save(&recycling(), &dest, 2);
-    // No regular file: whose it is nobody knows.
-    names
-        .iter()
-        .for_each(|name| symlink("nowhere", name).unwrap());
-    for options in [recycling(), AtomicWriter::options()] {
-        let error = options.open(&dest).unwrap_err();
-        let why = std::error::Error::source(&error).unwrap().to_string();
-        assert!(why.contains("sweep the directory"), "{why}");
-    }
-    assert_eq!(fs::read(&dest).unwrap(), [2; SIZE]);
+    assert_ne!(writer.temp_path(), first);
+    let kept = fs::read(&first).is_ok_and(|bytes| bytes == b"another's");
+    assert_eq!(kept, living, "an orphan is removed");
 }
 
 /// New files get the group of their directory where that has its set-group-ID bit, and their writer's elsewhere.
@@ -488,7 +459,11 @@ fn the_mode_is_set_anew_and_the_spare_is_its_owners_alone(#[case] first: u32, #[
         assert_eq!(mode(&spare), 0o600);
     }
     let writer = recycling().mode(0o604).open(&dest).unwrap();
-    assert_eq!(mode(writer.temp_path()), 0o604);
+    assert_eq!(
+        mode(writer.temp_path()),
+        0o600,
+        "it gets its mode with the commit"
+    );
     assert!(writer.recycled() || !nix::unistd::geteuid().is_root());
 }
 
@@ -704,7 +679,7 @@ fn racing_writers_and_sweepers_never_show_a_torn_file_nor_pile_up_spares() {
 fn a_file_that_a_groups_record_may_name_is_not_kept() {
     let _turn = one_at_a_time();
     let (dir, dest, _) = with_spare();
-    let path = dir.path().join(".atomic-file-group");
+    let path = dir.path().join(".atomic-file-0123456789abcdef.group");
     let record = File::create(&path).unwrap();
     record.lock().unwrap();
     assert!(save(&recycling(), &dest, 3), "its owner lives");

@@ -223,7 +223,7 @@ fn a_fifo_at_the_stages_name_holds_nobody_up() {
     assert!(fs::symlink_metadata(&plant).unwrap().file_type().is_fifo());
 }
 
-/// The name that the next writer to `dest` would take.
+/// A name that a file staged for `dest` had.
 fn stage_path(dest: &Path) -> PathBuf {
     let writer = AtomicWriter::open(dest).unwrap();
     writer.temp_path().to_owned()
@@ -640,7 +640,9 @@ fn a_path_without_a_file_name_is_an_error(#[case] path: &str) {
 #[rstest]
 #[case::a_stage(".atomic-file-0123abcd-0.stage", Symlinks::Replace)]
 #[case::a_stage_without_lock(".atomic-file-0123abcd-0.unlocked-stage", Symlinks::Replace)]
-#[case::a_record(".atomic-file-group", Symlinks::Replace)]
+#[case::a_record_of_version_1(".atomic-file-group", Symlinks::Replace)]
+#[case::a_record(".atomic-file-0123456789abcdef.group", Symlinks::Replace)]
+#[case::a_ticket(".atomic-file-0123456789abcdef.intent", Symlinks::Replace)]
 #[case::a_link_to_a_record("link", Symlinks::Follow)]
 fn a_name_of_the_protocols_own_is_refused(#[case] name: &str, #[case] symlinks: Symlinks) {
     let dir = tempfile::tempdir().unwrap();

@@ -2,12 +2,15 @@
 
 #![allow(unsafe_code)]
 
-use std::ffi::CStr;
+use std::ffi::{CStr, OsStr};
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::time::SystemTime;
 
 use nix::errno::Errno;
+use nix::fcntl::{OFlag, openat};
+use nix::sys::stat::Mode;
 
 use super::retry;
 use crate::options::Durability;
@@ -55,6 +58,17 @@ fn renameat2(
         )
     };
     Errno::result(result).map(drop)
+}
+
+/// When the file at `name` was created, in nanoseconds since 1970; 0 where that is not known.
+pub(crate) fn created(dir: impl AsFd, name: &OsStr) -> io::Result<u64> {
+    // Such a descriptor asks for no permission on the file, and opens nothing.
+    let flags = OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+    let dir = dir.as_fd();
+    let file = File::from(retry(|| openat(dir, name, flags, Mode::empty()))?);
+    let since = |created: SystemTime| created.duration_since(SystemTime::UNIX_EPOCH).ok();
+    let since = file.metadata()?.created().ok().and_then(since);
+    Ok(since.map_or(0, |since| since.as_nanos() as u64))
 }
 
 /// Whether the file system under `fd` gives files the same inode number after it is mounted again.

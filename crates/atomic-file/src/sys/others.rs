@@ -2,12 +2,14 @@
 
 #![allow(unsafe_code)]
 
-use std::ffi::CStr;
+use std::ffi::{CStr, OsStr};
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 
 use nix::errno::Errno;
+use nix::fcntl::AtFlags;
+use nix::sys::stat::fstatat;
 
 use super::retry;
 use crate::options::Durability;
@@ -70,6 +72,20 @@ pub(crate) fn rename_new(_: impl AsFd, _: &CStr, _: impl AsFd, _: &CStr) -> nix:
 /// Without leases (see [`has_only_us`]) nothing is ever exchanged.
 pub(crate) fn exchange(_: impl AsFd, _: &CStr, _: &CStr) -> nix::Result<()> {
     Err(Errno::ENOTSUP)
+}
+
+/// When the file at `name` was created, in nanoseconds since 1970; 0 where that is not known.
+pub(crate) fn created(dir: impl AsFd, name: &OsStr) -> io::Result<u64> {
+    let dir = dir.as_fd();
+    let stat = retry(|| fstatat(dir, name, AtFlags::AT_SYMLINK_NOFOLLOW))?;
+    #[cfg(target_vendor = "apple")]
+    let created = stat.st_birthtime as u64 * 1_000_000_000 + stat.st_birthtime_nsec as u64;
+    #[cfg(not(target_vendor = "apple"))]
+    let created = {
+        let _: libc::stat = stat;
+        0
+    };
+    Ok(created)
 }
 
 /// Whether the file system under `fd` gives files the same inode number after it is mounted again.

@@ -25,6 +25,24 @@ pub(crate) fn names(dir: &Path) -> Vec<OsString> {
     names
 }
 
+/// The published records of groups in `dir`.
+pub(crate) fn records(dir: &Path) -> Vec<PathBuf> {
+    let is_record = |name: &OsString| name.to_string_lossy().ends_with(".group");
+    let names = names(dir).into_iter().filter(is_record);
+    names.map(|name| dir.join(name)).collect()
+}
+
+/// The one published record in `dir`.
+#[track_caller]
+pub(crate) fn record(dir: &Path) -> PathBuf {
+    let mut records = records(dir);
+    assert_eq!(records.len(), 1, "{records:?}");
+    records.remove(0)
+}
+
+/// A group renames its record twice, to its ticket's name and to publish it, and then its members.
+pub(crate) const RENAMES_BEFORE_MEMBERS: usize = 2;
+
 /// Fails unless `dir` holds exactly these names.
 #[track_caller]
 pub(crate) fn assert_names(dir: &Path, expected: &[&str]) {
