@@ -9,10 +9,11 @@ use std::sync::Arc;
 use nix::errno::Errno;
 
 use crate::directory::{Directory, Stat};
-use crate::error::OpenError;
+use crate::error::{Obstacle, OpenError};
 use crate::options::Symlinks;
 use crate::record::is_record_name;
 use crate::stage::parse_name;
+use crate::sys;
 
 /// Links followed before the path is taken for a loop: Linux's own limit (`MAXSYMLINKS`).
 const MAX_LINKS: usize = 40;
@@ -23,7 +24,8 @@ pub(crate) struct Destination {
     pub(crate) name: OsString,
     /// As the caller gave it.
     pub(crate) path: PathBuf,
-    pub(crate) exists: bool,
+    /// What was there when it was resolved.
+    pub(crate) entry: Option<Stat>,
 }
 
 impl Destination {
@@ -67,13 +69,60 @@ impl Destination {
                         dir: Arc::new(dir),
                         name,
                         path: path.to_owned(),
-                        exists: entry.is_some(),
+                        entry,
                     });
                 }
             }
         }
         Err(inspect(Errno::ELOOP.into()))
     }
+}
+
+/// Finds what is known in advance to stand in the way of renaming a file onto `dest`.
+pub(crate) fn check_replaceable(dest: &Destination) -> Result<(), OpenError> {
+    const STICKY: u32 = 0o1000;
+    let refuse = |obstacle| {
+        Err(OpenError::CannotReplace {
+            path: dest.path.clone(),
+            obstacle,
+        })
+    };
+    check_directory(&dest.dir, &dest.path)?;
+    let Some(entry) = dest.entry else {
+        return Ok(());
+    };
+    let found = dest.dir.restrictions(&dest.name);
+    if found.mount_point {
+        return refuse(Obstacle::MountPoint);
+    }
+    if found.immutable {
+        return refuse(Obstacle::Immutable);
+    }
+    if found.append_only {
+        return refuse(Obstacle::AppendOnly);
+    }
+    let dir = &dest.dir.stat;
+    if dir.mode & STICKY != 0 && !sys::may_act_for([entry.uid, dir.uid]) {
+        return refuse(Obstacle::OthersInStickyDirectory { owner: entry.uid });
+    }
+    Ok(())
+}
+
+/// Finds what is known in advance to keep files in `dir` from being renamed, for the destination
+/// `path`.
+pub(crate) fn check_directory(dir: &Directory, path: &Path) -> Result<(), OpenError> {
+    let found = dir.restrictions(OsStr::new(""));
+    let obstacle = if found.immutable {
+        Obstacle::ImmutableDirectory
+    } else if found.append_only {
+        Obstacle::AppendOnlyDirectory
+    } else {
+        return Ok(());
+    };
+    Err(OpenError::CannotReplace {
+        path: path.to_owned(),
+        obstacle,
+    })
 }
 
 /// Goes where a link points to, which must exist.

@@ -156,6 +156,15 @@ impl Directory {
         sys::created(self, name)
     }
 
+    /// What the system says against replacing `name`, or, where that is empty, against renaming
+    /// anything in this directory.
+    pub(crate) fn restrictions(&self, name: &OsStr) -> sys::Restrictions {
+        c_string(name).map_or_else(
+            |_| sys::Restrictions::default(),
+            |name| sys::restrictions(self, &name),
+        )
+    }
+
     /// Whether others than the directory's owner may create files in it.
     pub(crate) fn others_may_create(&self) -> bool {
         const GROUP_OR_OTHERS_WRITE: u32 = 0o022;

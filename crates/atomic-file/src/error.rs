@@ -75,6 +75,25 @@ pub enum OpenError {
         /// The destination.
         path: PathBuf,
     },
+    /// The rename of the commit cannot succeed.
+    #[error("{path:?} cannot be replaced: {obstacle}")]
+    CannotReplace {
+        /// The destination.
+        path: PathBuf,
+        /// What stands in the way.
+        obstacle: Obstacle,
+    },
+    /// No file can be created in the destination's directory, or in the staging directory.
+    #[error(
+        "cannot create files in {dir:?}: get write permission there, mount its file system writable, \
+         or choose another directory"
+    )]
+    NotWritable {
+        /// The directory.
+        dir: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
     /// The staging directory is on another file system than the destination.
     #[error(
         "cannot stage in {staging_dir:?}: {dest_dir:?} is on another file system, and no rename leads there; \
@@ -132,6 +151,41 @@ impl OpenError {
             source,
         }
     }
+}
+
+/// Why a rename onto the destination cannot succeed, as far as that is known in advance.
+#[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Obstacle {
+    /// Something is mounted at the destination.
+    #[error("something is mounted there; unmount it, or name the file that is mounted")]
+    MountPoint,
+    /// The destination is immutable.
+    #[error("it is immutable; clear the attribute with `chattr -i` (macOS: `chflags nouchg`)")]
+    Immutable,
+    /// The destination can only be appended to.
+    #[error("it is append-only; clear the attribute with `chattr -a` (macOS: `chflags nouappnd`)")]
+    AppendOnly,
+    /// The destination's directory, or the staging directory, is immutable.
+    #[error(
+        "its directory, or the staging directory, is immutable; clear the attribute with `chattr -i`"
+    )]
+    ImmutableDirectory,
+    /// Files in the destination's directory, or in the staging directory, can be created but not
+    /// renamed.
+    #[error(
+        "its directory, or the staging directory, is append-only; clear the attribute with `chattr -a`"
+    )]
+    AppendOnlyDirectory,
+    /// The destination is another user's, and so is its directory, which is sticky.
+    #[error(
+        "it belongs to user {owner}, and its directory is sticky: only that user, the directory's \
+         owner and root can replace it; choose another name"
+    )]
+    OthersInStickyDirectory {
+        /// The user id of the destination's owner.
+        owner: u32,
+    },
 }
 
 /// A staged file that could not be removed. It is dead: [`sweep`](crate::sweep) removes it, and so does the next writer to the same

@@ -204,11 +204,11 @@ mod turn;
 mod writer;
 
 pub use error::{
-    AddError, CommitError, CommitStep, GroupCommitError, Leftover, OpenError, RecoverError,
-    Refusal, SweepError,
+    AddError, CommitError, CommitStep, GroupCommitError, Leftover, Obstacle, OpenError,
+    RecoverError, Refusal, SweepError,
 };
 pub use group::AtomicGroup;
 pub use options::{Durability, Options, Symlinks};
 pub use recover::{RecoverReport, recover};
-pub use sweep::{Kept, SweepReport, sweep};
+pub use sweep::{Kept, SweepReport, preview_sweep, sweep};
 pub use writer::AtomicWriter;

@@ -32,12 +32,16 @@ pub struct Kept {
     pub reason: io::Error,
 }
 
-/// Removes from `dir` the staged files of writers that were killed, and the spares of those that recycle, and nothing else.
+/// Removes from `dir` the staged files of writers that were killed, whatever their destinations, and the spares of those that recycle, and nothing else.
 /// Never waits.
 ///
 /// A stage is dead if its name is a stage's and nobody holds its lock. Living writers hold it, in
 /// this process, in others, and where the file system knows such locks (NFS does) on other machines.
-/// While the record of a group commit stands in `dir`, nothing is removed: call [`recover`](crate::recover).
+/// What the record of an interrupted group commit names is kept: call [`recover`](crate::recover).
+///
+/// A writer that is opened removes the orphaned staged files of its own destination. Those of
+/// destinations that nothing is written to any more stay until this is called, on start-up or from
+/// time to time.
 ///
 /// # Errors
 /// [`SweepError`] where the directory cannot be opened or listed. What stands in the way of a single file is in the report.
@@ -50,13 +54,24 @@ pub struct Kept {
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 pub fn sweep(dir: impl AsRef<Path>) -> Result<SweepReport, SweepError> {
-    let dir = dir.as_ref();
-    let dir = Directory::open(dir).map_err(|source| SweepError {
+    sweep_open(&open(dir.as_ref())?, true)
+}
+
+/// Says what [`sweep`] would do, and removes nothing: [`SweepReport::removed`] and
+/// [`SweepReport::spares`] are what it would remove.
+///
+/// # Errors
+/// As with [`sweep`].
+pub fn preview_sweep(dir: impl AsRef<Path>) -> Result<SweepReport, SweepError> {
+    sweep_open(&open(dir.as_ref())?, false)
+}
+
+fn open(dir: &Path) -> Result<Directory, SweepError> {
+    Directory::open(dir).map_err(|source| SweepError {
         operation: "open",
         path: dir.to_owned(),
         source,
-    })?;
-    sweep_open(&dir, true)
+    })
 }
 
 pub(crate) fn sweep_open(dir: &Directory, remove: bool) -> Result<SweepReport, SweepError> {

@@ -24,8 +24,16 @@ mod platform;
 use platform::flush;
 pub(crate) use platform::{
     counts_openers, created, exchange, has_attributes, has_lasting_inode_numbers, has_only_us,
-    rename_new,
+    may_act_for, rename_new, restrictions,
 };
+
+/// What a system says against replacing a file.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Restrictions {
+    pub(crate) immutable: bool,
+    pub(crate) append_only: bool,
+    pub(crate) mount_point: bool,
+}
 
 /// Makes `call` until a signal no longer interrupts it. Only for calls that are harmless when made twice.
 pub(crate) fn retry<T>(mut call: impl FnMut() -> nix::Result<T>) -> io::Result<T> {

@@ -6,7 +6,7 @@ use std::os::unix::fs::FileExt as _;
 use std::path::Path;
 use std::sync::Arc;
 
-use crate::destination::Destination;
+use crate::destination::{Destination, check_directory, check_replaceable};
 use crate::directory::Directory;
 use crate::error::{CommitError, CommitStep, Leftover, OpenError};
 use crate::options::{Durability, Options};
@@ -65,11 +65,12 @@ impl AtomicWriter {
 
     pub(crate) fn open_with(path: &Path, options: &Options) -> Result<Self, OpenError> {
         let dest = Destination::resolve(path, options.symlinks)?;
-        if options.no_clobber && dest.exists {
+        if options.no_clobber && dest.entry.is_some() {
             return Err(OpenError::AlreadyExists {
                 path: path.to_owned(),
             });
         }
+        check_replaceable(&dest)?;
         let recover = |source| OpenError::Recover {
             path: path.to_owned(),
             source,
@@ -83,6 +84,7 @@ impl AtomicWriter {
         };
         let elsewhere = staging.stat.id != dest.dir.stat.id;
         if elsewhere {
+            check_directory(&staging, path)?;
             let names = staging
                 .names(PREFIX)
                 .map_err(|source| OpenError::OpenDirectory {
@@ -106,7 +108,7 @@ impl AtomicWriter {
         let recycled = spare.is_some();
         let stage = spare
             .map_or_else(|| Stage::create(&staging, &dest.name), Ok)
-            .map_err(|source| OpenError::io("stage a file for", path, source))?;
+            .map_err(|source| not_staged(&staging, path, source))?;
         // The mode that is asked for is tried now and set by the commit: writing drops the set-id
         // bits, and a file that its owner may not write cannot be opened again for direct I/O.
         for mode in [options.mode, STAGED_MODE] {
@@ -355,8 +357,22 @@ fn explain(
             path: path.to_owned(),
             source,
         }
+    } else if staging.stat.id == dest.stat.id {
+        not_staged(staging, path, source)
     } else {
         OpenError::io("stage a file for", path, source)
+    }
+}
+
+fn not_staged(dir: &Directory, path: &Path, source: io::Error) -> OpenError {
+    match source.kind() {
+        io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => {
+            OpenError::NotWritable {
+                dir: dir.path().to_owned(),
+                source,
+            }
+        }
+        _ => OpenError::io("stage a file for", path, source),
     }
 }
 

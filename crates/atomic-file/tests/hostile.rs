@@ -15,7 +15,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
 use std::time::Duration;
 
-use atomic_file::{AtomicWriter, OpenError};
+use atomic_file::{AtomicGroup, AtomicWriter, OpenError, recover, sweep};
 use common::commit;
 use nix::sys::stat::Mode;
 use nix::unistd::{Gid, Uid, mkfifo, setfsgid, setfsuid};
@@ -276,4 +276,248 @@ fn a_first_save_to_a_name_that_a_stranger_has_taken_is_refused(#[case] what: &st
     };
     assert!(expected, "{error:?}");
     place.assert_ours_untouched();
+}
+
+/// Does `attack` as the stranger, to its end.
+fn as_stranger<T: Send>(attack: impl FnOnce() -> T + Send) -> T {
+    thread::scope(|scope| {
+        let stranger = scope.spawn(|| {
+            become_stranger();
+            attack()
+        });
+        stranger.join().unwrap()
+    })
+}
+
+/// The hash in the names of the files staged for `dest`.
+fn hash_of(dest: &Path) -> String {
+    let writer = AtomicWriter::open(dest).unwrap();
+    let name = writer.temp_path().file_name().unwrap().to_str().unwrap();
+    name.split('-').nth(2).unwrap().to_owned()
+}
+
+#[test]
+fn another_users_files_take_no_name_from_a_writer() {
+    if !Need::Root.met("another_users_files_take_no_name_from_a_writer") {
+        return;
+    }
+    let place = Place::new(0o1777);
+    let dest = place.path("dir/dest");
+    let hash = hash_of(&dest);
+    as_stranger(|| {
+        for number in 0..4096 {
+            for name in [
+                format!("{hash}-{number:x}"),
+                format!("{hash}-{number:016x}"),
+            ] {
+                fs::write(
+                    place.path("dir").join(format!(".atomic-file-{name}.stage")),
+                    "",
+                )
+                .unwrap();
+            }
+        }
+    });
+    for recycle in [0, 1 << 20, 1 << 20] {
+        commit(&AtomicWriter::options().recycle(recycle), &dest, SECRET).unwrap();
+    }
+    assert_eq!(fs::read(&dest).unwrap(), SECRET);
+}
+
+#[test]
+fn no_two_staged_files_have_the_same_name() {
+    let place = Place::new(0o700);
+    let dest = place.path("dir/dest");
+    let mut seen = std::collections::HashSet::new();
+    for _ in 0..100 {
+        let writer = AtomicWriter::open(&dest).unwrap();
+        assert!(seen.insert(writer.temp_path().to_owned()));
+    }
+}
+
+/// Whatever bytes a planted record has.
+#[rstest]
+#[case::junk(b"junk".to_vec())]
+#[case::empty(Vec::new())]
+#[case::huge(vec![1; 5 << 20])]
+fn a_planted_record_holds_no_one_up(
+    #[case] bytes: Vec<u8>,
+    #[values(".atomic-file-group", ".atomic-file-0123456789abcdef.group")] name: &str,
+    #[values(false, true)] locked: bool,
+) {
+    if !Need::Root.met("a_planted_record_holds_no_one_up") {
+        return;
+    }
+    let place = Place::new(0o1777);
+    let (dir, record) = (place.path("dir"), place.path("dir").join(name));
+    let planted = as_stranger(|| {
+        fs::write(&record, &bytes).unwrap();
+        let file = File::open(&record).unwrap();
+        if locked {
+            file.lock().unwrap();
+        }
+        file
+    });
+    let dest = dir.join("dest");
+    for _ in 0..2 {
+        commit(&AtomicWriter::options().recycle(1 << 20), &dest, SECRET).unwrap();
+    }
+    let mut group = AtomicGroup::new();
+    for name in ["dest", "state"] {
+        let writer = AtomicWriter::open(dir.join(name)).unwrap();
+        writer.write_all_at(SECRET, 0).unwrap();
+        group.add(writer).unwrap();
+    }
+    group.commit().unwrap();
+    let report = recover(&dir).unwrap();
+    assert_eq!(report.foreign, std::slice::from_ref(&record));
+    assert_eq!(
+        fs::read(&record).unwrap(),
+        bytes,
+        "it is not ours to remove"
+    );
+    drop(planted);
+}
+
+/// A record as a group of `of` would have it, for files that the stranger staged.
+fn forged(dir: &Path, dest: &str) -> Vec<u8> {
+    let stage = ".atomic-file-01234567-0123456789abcdef.stage";
+    fs::write(dir.join(stage), "forged").unwrap();
+    let mut bytes = b"ATOMGRP\n\x01\0\0\0\x01\0\0\0".to_vec();
+    bytes.extend(fs::metadata(dir.join(stage)).unwrap().ino().to_le_bytes());
+    bytes.extend(6u64.to_le_bytes());
+    for name in [stage, dest] {
+        bytes.extend((name.len() as u16).to_le_bytes());
+        bytes.extend(name.as_bytes());
+    }
+    bytes.extend(crc32fast::hash(&bytes).to_le_bytes());
+    bytes
+}
+
+/// The owner of `dest` is root, whose recovery could rename anything.
+#[rstest]
+#[case::a_file_of_their_own(false)]
+#[case::a_hard_link_to_a_file_of_ours(true)]
+fn a_forged_record_has_nothing_renamed(#[case] linked: bool, #[values(0o1777, 0o777)] mode: u32) {
+    if !Need::Root.met("a_forged_record_has_nothing_renamed") {
+        return;
+    }
+    let place = Place::new(mode);
+    let dir = place.path("dir");
+    fs::write(dir.join("dest"), PRECIOUS).unwrap();
+    let record = dir.join(".atomic-file-0123456789abcdef.group");
+    // A file of ours that all may write to, kept somewhere on the same file system.
+    let ours = place.path("ours/open");
+    fs::write(&ours, "").unwrap();
+    open_to_all(&ours).unwrap();
+    as_stranger(|| {
+        let bytes = forged(&dir, "dest");
+        if linked {
+            fs::write(&ours, &bytes).unwrap();
+            fs::hard_link(&ours, &record).unwrap();
+        } else {
+            fs::write(&record, &bytes).unwrap();
+        }
+    });
+    assert_eq!(recover(&dir).unwrap().foreign, [record]);
+    drop(AtomicWriter::open(dir.join("dest")).unwrap());
+    assert_eq!(fs::read(dir.join("dest")).unwrap(), PRECIOUS);
+}
+
+/// In a directory that is the stranger's alone root obeys the stranger's records: they cause no more
+/// than the stranger can do there. No name leads out of it.
+#[test]
+fn a_record_in_its_owners_directory_stays_in_it() {
+    if !Need::Root.met("a_record_in_its_owners_directory_stays_in_it") {
+        return;
+    }
+    let place = Place::new(0o1777);
+    let home = place.path("dir/home");
+    let record = home.join(".atomic-file-0123456789abcdef.group");
+    as_stranger(|| {
+        fs::create_dir(&home).unwrap();
+        set_mode(&home, 0o755);
+        fs::write(&record, forged(&home, "../../ours/victim")).unwrap();
+    });
+    recover(&home).unwrap_err();
+    place.assert_ours_untouched();
+    as_stranger(|| fs::write(&record, forged(&home, "own")).unwrap());
+    assert_eq!(recover(&home).unwrap().completed, [home.join("own")]);
+    // The record of root, or of anyone else, is not its owner's.
+    let bytes = as_stranger(|| forged(&home, "own"));
+    fs::write(&record, bytes).unwrap();
+    std::os::unix::fs::chown(&record, Some(STRANGER + 1), None).unwrap();
+    assert_eq!(recover(&home).unwrap().foreign, [record]);
+}
+
+/// A process can be stopped; root's commits must not depend on one of another user.
+#[test]
+fn a_living_record_of_another_user_is_not_waited_for() {
+    if !Need::Root.met("a_living_record_of_another_user_is_not_waited_for") {
+        return;
+    }
+    let place = Place::new(0o1777);
+    let home = place.path("dir/home");
+    let record = home.join(".atomic-file-0123456789abcdef.group");
+    let locked = as_stranger(|| {
+        fs::create_dir(&home).unwrap();
+        set_mode(&home, 0o755);
+        fs::write(&record, forged(&home, "own")).unwrap();
+        let locked = File::open(&record).unwrap();
+        locked.lock().unwrap();
+        locked
+    });
+    commit(&AtomicWriter::options(), &home.join("own"), b"root's").unwrap();
+    let mut group = AtomicGroup::new();
+    group
+        .add(AtomicWriter::open(home.join("own")).unwrap())
+        .unwrap();
+    group.commit().unwrap();
+    assert!(recover(&home).unwrap().busy);
+    drop(locked);
+}
+
+/// As a process that waits for the lock of an orphaned file would keep it from being swept.
+#[test]
+fn no_other_user_can_lock_a_staged_file() {
+    if !Need::Root.met("no_other_user_can_lock_a_staged_file") {
+        return;
+    }
+    let place = Place::new(0o1777);
+    let writer = AtomicWriter::options()
+        .mode(0o666)
+        .open(place.path("dir/dest"))
+        .unwrap();
+    let opened = as_stranger(|| File::open(writer.temp_path()).map(drop));
+    assert_eq!(opened.unwrap_err().kind(), io::ErrorKind::PermissionDenied);
+    writer.commit().unwrap();
+    as_stranger(|| File::open(place.path("dir/dest")).map(drop)).unwrap();
+}
+
+/// Root sweeps /tmp: the files of another user's interrupted group are that user's to complete.
+#[test]
+fn a_sweep_by_root_keeps_what_another_users_group_names() {
+    if !Need::Root.met("a_sweep_by_root_keeps_what_another_users_group_names") {
+        return;
+    }
+    let place = Place::new(0o1777);
+    let dir = place.path("dir");
+    as_stranger(|| {
+        let record = dir.join(".atomic-file-0123456789abcdef.group");
+        fs::write(record, forged(&dir, "dest")).unwrap();
+        fs::write(dir.join(".atomic-file-01234567-1.stage"), "an orphan").unwrap();
+    });
+    // It protects nothing of ours.
+    fs::write(dir.join(".atomic-file-01234567-2.stage"), "an orphan").unwrap();
+    let report = sweep(&dir).unwrap();
+    assert_eq!(
+        (report.removed.len(), report.kept.len()),
+        (2, 1),
+        "{report:?}"
+    );
+    assert!(
+        report.kept[0]
+            .path
+            .ends_with(".atomic-file-01234567-0123456789abcdef.stage")
+    );
 }

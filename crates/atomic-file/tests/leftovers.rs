@@ -6,7 +6,7 @@ use std::ffi::OsStr;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use atomic_file::{AtomicWriter, Options, sweep};
+use atomic_file::{AtomicWriter, Options, preview_sweep, sweep};
 use common::{assert_names, commit, dir_with_old, names};
 use rstest::rstest;
 use test_machine::{Need, rounds};
@@ -86,12 +86,14 @@ fn a_sweep_removes_dead_stages_and_nothing_else() {
     let link = dir.path().join(".atomic-file-00000000-0.stage");
     std::os::unix::fs::symlink(&dest, &link).unwrap();
 
-    let report = sweep(dir.path()).unwrap();
-    assert_eq!(report.removed, std::slice::from_ref(&dead));
-    assert_eq!(report.living, [living.temp_path()]);
-    assert_eq!(report.kept.len(), 1);
-    assert_eq!(report.kept[0].path, link);
-    assert!(!dead.exists());
+    for (preview, sweep) in [(true, preview_sweep as fn(_) -> _), (false, sweep)] {
+        let report = sweep(dir.path()).unwrap();
+        assert_eq!(report.removed, std::slice::from_ref(&dead));
+        assert_eq!(report.living, [living.temp_path()]);
+        assert_eq!(report.kept.len(), 1);
+        assert_eq!(report.kept[0].path, link);
+        assert_eq!(dead.exists(), preview);
+    }
     living.commit().unwrap();
     let link = link.file_name().unwrap().to_str().unwrap();
     assert_names(dir.path(), &[".atomic-file-notes", "dest", "other", link]);

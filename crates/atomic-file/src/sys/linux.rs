@@ -5,14 +5,16 @@
 use std::ffi::{CStr, OsStr};
 use std::fs::File;
 use std::io;
+use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::time::SystemTime;
 
 use nix::errno::Errno;
 use nix::fcntl::{OFlag, openat};
 use nix::sys::stat::Mode;
+use nix::unistd::geteuid;
 
-use super::retry;
+use super::{Restrictions, retry};
 use crate::options::Durability;
 
 /// Waits until what `fd` holds is on the medium: there is no weaker call that orders anything.
@@ -58,6 +60,43 @@ fn renameat2(
         )
     };
     Errno::result(result).map(drop)
+}
+
+/// What the system says against replacing `name` in `dir`; the empty name is `dir` itself. Nothing where
+/// it does not say.
+pub(crate) fn restrictions(dir: impl AsFd, name: &CStr) -> Restrictions {
+    let flags = libc::AT_SYMLINK_NOFOLLOW | libc::AT_EMPTY_PATH | libc::AT_NO_AUTOMOUNT;
+    let mut buffer = MaybeUninit::<libc::statx>::zeroed();
+    let dir = dir.as_fd().as_raw_fd();
+    // SAFETY: statx(2) reads the path, which `CStr` guarantees to be NUL-terminated, and writes at most
+    // one `struct statx`, to a buffer of that type.
+    let result = unsafe { libc::statx(dir, name.as_ptr(), flags, 0, buffer.as_mut_ptr()) };
+    if result != 0 {
+        return Restrictions::default();
+    }
+    // SAFETY: all bytes of the buffer were zeros, or written by the kernel, and every field is an integer.
+    let found = unsafe { buffer.assume_init() }.stx_attributes;
+    let has = |attribute: libc::c_int| found & attribute as u64 != 0;
+    Restrictions {
+        immutable: has(libc::STATX_ATTR_IMMUTABLE),
+        append_only: has(libc::STATX_ATTR_APPEND),
+        mount_point: has(libc::STATX_ATTR_MOUNT_ROOT),
+    }
+}
+
+/// Whether this thread may rename files of the users `owners` that a sticky directory protects: it is
+/// one of them, or has the capability `CAP_FOWNER`.
+pub(crate) fn may_act_for(owners: [u32; 2]) -> bool {
+    const CAP_FOWNER: u64 = 1 << 3;
+    let Ok(status) = std::fs::read_to_string("/proc/thread-self/status") else {
+        return geteuid().is_root() || owners.contains(&geteuid().as_raw());
+    };
+    let field = |name| status.lines().find_map(|line| line.strip_prefix(name));
+    // Real, effective, saved, and the one that counts for files.
+    let uid = || field("Uid:")?.split_whitespace().nth(3)?.parse().ok();
+    let capabilities = || u64::from_str_radix(field("CapEff:")?.trim(), 16).ok();
+    uid().is_none_or(|uid: u32| owners.contains(&uid))
+        || capabilities().is_none_or(|found| found & CAP_FOWNER != 0)
 }
 
 /// When the file at `name` was created, in nanoseconds since 1970; 0 where that is not known.

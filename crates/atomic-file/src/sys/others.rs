@@ -9,9 +9,10 @@ use std::os::fd::{AsFd, BorrowedFd};
 
 use nix::errno::Errno;
 use nix::fcntl::AtFlags;
-use nix::sys::stat::fstatat;
+use nix::sys::stat::{fstat, fstatat};
+use nix::unistd::geteuid;
 
-use super::retry;
+use super::{Restrictions, retry};
 use crate::options::Durability;
 
 /// Waits until what `fd` holds is on the medium, or cannot be overtaken by later writes.
@@ -72,6 +73,37 @@ pub(crate) fn rename_new(_: impl AsFd, _: &CStr, _: impl AsFd, _: &CStr) -> nix:
 /// Without leases (see [`has_only_us`]) nothing is ever exchanged.
 pub(crate) fn exchange(_: impl AsFd, _: &CStr, _: &CStr) -> nix::Result<()> {
     Err(Errno::ENOTSUP)
+}
+
+/// What the system says against replacing `name` in `dir`; the empty name is `dir` itself. Nothing where
+/// it does not say.
+pub(crate) fn restrictions(dir: impl AsFd, name: &CStr) -> Restrictions {
+    let dir = dir.as_fd();
+    let stat = if name.is_empty() {
+        fstat(dir)
+    } else {
+        fstatat(dir, name, AtFlags::AT_SYMLINK_NOFOLLOW)
+    };
+    let Ok(stat) = stat else {
+        return Restrictions::default();
+    };
+    #[cfg(target_vendor = "apple")]
+    let restrictions = Restrictions {
+        immutable: stat.st_flags & (libc::UF_IMMUTABLE | libc::SF_IMMUTABLE) != 0,
+        append_only: stat.st_flags & (libc::UF_APPEND | libc::SF_APPEND) != 0,
+        mount_point: false,
+    };
+    #[cfg(not(target_vendor = "apple"))]
+    let restrictions = {
+        let _: libc::stat = stat;
+        Restrictions::default()
+    };
+    restrictions
+}
+
+/// Whether this process may rename files of the users `owners` that a sticky directory protects.
+pub(crate) fn may_act_for(owners: [u32; 2]) -> bool {
+    geteuid().is_root() || owners.contains(&geteuid().as_raw())
 }
 
 /// When the file at `name` was created, in nanoseconds since 1970; 0 where that is not known.

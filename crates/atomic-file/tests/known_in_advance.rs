@@ -1,0 +1,236 @@
+//! What would fail at the commit fails when a writer is opened, and says what to do.
+#![cfg(target_os = "linux")]
+
+mod common;
+
+use std::fs;
+use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _, chown};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use atomic_file::{AtomicWriter, Obstacle, OpenError};
+use common::{assert_names, commit, dir_with_old};
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::unistd::{Gid, Uid, setfsgid, setfsuid};
+use rstest::rstest;
+use test_machine::Need;
+
+/// An attribute of `chattr`, cleared when dropped.
+struct Attribute(&'static str, PathBuf);
+
+impl Attribute {
+    fn set(attribute: &'static str, path: &Path) -> Option<Self> {
+        chattr(&format!("+{attribute}"), path).then(|| Self(attribute, path.to_owned()))
+    }
+}
+
+impl Drop for Attribute {
+    fn drop(&mut self) {
+        assert!(chattr(&format!("-{}", self.0), &self.1));
+    }
+}
+
+fn chattr(change: &str, path: &Path) -> bool {
+    let chattr = Command::new("chattr").arg(change).arg(path).output();
+    chattr.is_ok_and(|output| output.status.success())
+}
+
+#[track_caller]
+fn obstacle(dest: &Path) -> Obstacle {
+    match AtomicWriter::open(dest).unwrap_err() {
+        OpenError::CannotReplace { obstacle, .. } => obstacle,
+        other => panic!("another error: {other:?}"),
+    }
+}
+
+#[rstest]
+#[case::immutable("i", "dest", Obstacle::Immutable)]
+#[case::append_only("a", "dest", Obstacle::AppendOnly)]
+#[case::in_an_immutable_directory("i", "", Obstacle::ImmutableDirectory)]
+#[case::in_an_append_only_directory("a", "", Obstacle::AppendOnlyDirectory)]
+fn attributes_that_forbid_a_rename_are_found_at_open(
+    #[case] attribute: &'static str,
+    #[case] of: &str,
+    #[case] expected: Obstacle,
+) {
+    const TEST: &str = "attributes_that_forbid_a_rename_are_found_at_open";
+    if !Need::Root.met(TEST) {
+        return;
+    }
+    let (dir, dest) = dir_with_old();
+    let Some(set) = Attribute::set(attribute, &dir.path().join(of)) else {
+        return test_machine::not_run(TEST, "no chattr, or a file system without attributes");
+    };
+    assert_eq!(obstacle(&dest), expected);
+    drop(set);
+    commit(&AtomicWriter::options(), &dest, b"new").unwrap();
+    assert_names(dir.path(), &["dest"]);
+}
+
+#[test]
+fn an_append_only_staging_directory_is_found_at_open() {
+    const TEST: &str = "an_append_only_staging_directory_is_found_at_open";
+    if !Need::Root.met(TEST) {
+        return;
+    }
+    let (dir, dest) = dir_with_old();
+    let staging = dir.path().join("staging");
+    fs::create_dir(&staging).unwrap();
+    let Some(set) = Attribute::set("a", &staging) else {
+        return test_machine::not_run(TEST, "no chattr, or a file system without attributes");
+    };
+    let error = AtomicWriter::options().staging_dir(&staging).open(&dest);
+    assert!(
+        matches!(
+            error,
+            Err(OpenError::CannotReplace {
+                obstacle: Obstacle::AppendOnlyDirectory,
+                ..
+            })
+        ),
+        "{error:?}"
+    );
+    drop(set);
+    assert_names(&staging, &[]);
+}
+
+#[test]
+fn a_file_that_something_is_mounted_on_is_found_at_open() {
+    if !Need::Root.met("a_file_that_something_is_mounted_on_is_found_at_open") {
+        return;
+    }
+    let (dir, dest) = dir_with_old();
+    let other = dir.path().join("other");
+    fs::write(&other, "other").unwrap();
+    mount(
+        Some(&other),
+        &dest,
+        None::<&str>,
+        MsFlags::MS_BIND,
+        None::<&str>,
+    )
+    .unwrap();
+    let found = std::panic::catch_unwind(|| obstacle(&dest));
+    umount2(&dest, MntFlags::MNT_DETACH).unwrap();
+    assert_eq!(found.unwrap(), Obstacle::MountPoint);
+    commit(&AtomicWriter::options(), &dest, b"new").unwrap();
+}
+
+const STRANGER: u32 = 12345;
+
+/// On a thread with that user's rights over files.
+fn as_stranger<T: Send>(job: impl FnOnce() -> T + Send) -> T {
+    std::thread::scope(|scope| {
+        let stranger = scope.spawn(|| {
+            setfsgid(Gid::from_raw(STRANGER));
+            setfsuid(Uid::from_raw(STRANGER));
+            job()
+        });
+        stranger.join().unwrap()
+    })
+}
+
+/// Root may replace what the sticky bit protects, and so may the owners.
+#[test]
+fn a_file_that_the_sticky_bit_protects_is_found_at_open() {
+    if !Need::Root.met("a_file_that_the_sticky_bit_protects_is_found_at_open") {
+        return;
+    }
+    let (dir, dest) = dir_with_old();
+    fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o1777)).unwrap();
+    let owner = STRANGER + 1;
+    chown(&dest, Some(owner), None).unwrap();
+    as_stranger(|| {
+        assert_eq!(obstacle(&dest), Obstacle::OthersInStickyDirectory { owner });
+        commit(&AtomicWriter::options(), &dir.path().join("own"), b"new").unwrap();
+        commit(&AtomicWriter::options(), &dir.path().join("own"), b"newer").unwrap();
+    });
+    // Not where it is not sticky, nor for the directory's owner, nor for root.
+    fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o777)).unwrap();
+    as_stranger(|| commit(&AtomicWriter::options(), &dest, b"new").unwrap());
+    chown(&dest, Some(owner), None).unwrap();
+    fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o1755)).unwrap();
+    chown(dir.path(), Some(STRANGER), None).unwrap();
+    as_stranger(|| commit(&AtomicWriter::options(), &dest, b"newer").unwrap());
+    chown(&dest, Some(owner), None).unwrap();
+    commit(&AtomicWriter::options(), &dest, b"newest").unwrap();
+}
+
+#[test]
+fn a_directory_without_write_permission_is_named_at_open() {
+    if !Need::Root.met("a_directory_without_write_permission_is_named_at_open") {
+        return;
+    }
+    let (dir, dest) = dir_with_old();
+    fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o755)).unwrap();
+    let error = as_stranger(|| AtomicWriter::open(&dest).unwrap_err());
+    let OpenError::NotWritable { dir: named, source } = error else {
+        panic!("another error: {error:?}");
+    };
+    assert_eq!(named, dir.path());
+    assert_eq!(source.kind(), std::io::ErrorKind::PermissionDenied);
+}
+
+#[test]
+fn a_name_that_is_too_long_is_found_at_open() {
+    let dir = tempfile::tempdir().unwrap();
+    let name = |len| dir.path().join("x".repeat(len));
+    let error = AtomicWriter::open(name(256)).unwrap_err();
+    let OpenError::Io { source, .. } = error else {
+        panic!("another error: {error:?}");
+    };
+    assert_eq!(source.kind(), std::io::ErrorKind::InvalidFilename);
+    commit(&AtomicWriter::options(), &name(255), b"new").unwrap();
+}
+
+/// The kernel drops it without an error.
+#[test]
+fn a_set_group_id_bit_that_cannot_be_set_is_found_at_open() {
+    if !Need::Root.met("a_set_group_id_bit_that_cannot_be_set_is_found_at_open") {
+        return;
+    }
+    let (dir, dest) = dir_with_old();
+    fs::remove_file(&dest).unwrap();
+    // What is created there has its group, which the stranger is not a member of.
+    chown(dir.path(), Some(STRANGER), Some(STRANGER + 1)).unwrap();
+    fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o2755)).unwrap();
+    let mode = |mode| AtomicWriter::options().mode(mode);
+    as_stranger(|| {
+        let error = mode(0o2750).open(&dest).unwrap_err();
+        assert!(matches!(error, OpenError::Io { .. }), "{error:?}");
+        commit(&mode(0o750), &dest, b"new").unwrap();
+    });
+    assert_eq!(fs::metadata(&dest).unwrap().mode() & 0o7777, 0o750);
+    assert_names(dir.path(), &["dest"]);
+}
+
+/// Whatever is written: the kernel drops them at the first write.
+#[rstest]
+#[case(0o4711)]
+#[case(0o2750)]
+#[case(0o6555)]
+#[case(0o444)]
+#[case(0o000)]
+fn a_file_has_its_mode_after_the_last_write(#[case] mode: u32, #[values(false, true)] group: bool) {
+    if !Need::Root.met("a_file_has_its_mode_after_the_last_write") {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o777)).unwrap();
+    let dest = dir.path().join("dest");
+    as_stranger(|| {
+        let writer = AtomicWriter::options().mode(mode).open(&dest).unwrap();
+        // As is done for direct I/O.
+        let again = fs::File::options().write(true).open(writer.temp_path());
+        again.expect("its owner may write to it until the commit");
+        writer.write_all_at(b"new", 0).unwrap();
+        if group {
+            let mut group = atomic_file::AtomicGroup::new();
+            group.add(writer).unwrap();
+            group.commit().unwrap();
+        } else {
+            writer.commit().unwrap();
+        }
+    });
+    assert_eq!(fs::metadata(&dest).unwrap().mode() & 0o7777, mode);
+}
