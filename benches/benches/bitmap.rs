@@ -1,6 +1,7 @@
 //! Marking and walking a dirty bitmap, beside squib-snapshot's.
 
 use std::hint::black_box;
+use std::time::Instant;
 
 use benches::Random;
 use criterion::{BatchSize, BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
@@ -77,5 +78,68 @@ fn walk(c: &mut Criterion) {
     group.finish();
 }
 
-criterion_group!(benches, mark, walk);
+/// What a pause waits for: an epoch begins, and is extended, where a few pages are dirty.
+fn epoch(c: &mut Criterion) {
+    const DIRTY: u64 = 1000;
+    let mut group = c.benchmark_group("take 1,000 marks out");
+    for (name, ram) in [("1 GiB", 1 << 30), ("1 TiB", 1_u64 << 40)] {
+        let ours = DirtyBitmap::new(0, ram, PAGE).unwrap();
+        let squib = squib_snapshot::DirtyBitmap::new(0, ram, PAGE).unwrap();
+        let mut random = Random(5);
+        let pages: Vec<u64> = (0..DIRTY)
+            .map(|_| random.next_u64() % (ram / PAGE))
+            .collect();
+        let mark = || {
+            pages
+                .iter()
+                .for_each(|page| _ = ours.set_dirty_by_index(*page).unwrap())
+        };
+        group.bench_function(BenchmarkId::new("begin_epoch", name), |b| {
+            b.iter_custom(|times| {
+                let once = |_| {
+                    mark();
+                    let start = Instant::now();
+                    let epoch = black_box(ours.begin_epoch().unwrap());
+                    let taken = start.elapsed();
+                    epoch.release().unwrap();
+                    taken
+                };
+                (0..times).map(once).sum()
+            });
+        });
+        group.bench_function(BenchmarkId::new("take_more", name), |b| {
+            b.iter_custom(|times| {
+                let mut epoch = ours.begin_epoch().unwrap();
+                let once = |_| {
+                    mark();
+                    let start = Instant::now();
+                    black_box(epoch.take_more().unwrap());
+                    start.elapsed()
+                };
+                (0..times).map(once).sum()
+            });
+        });
+        group.bench_function(BenchmarkId::new("squib-snapshot", name), |b| {
+            let mark = || {
+                pages
+                    .iter()
+                    .for_each(|page| _ = squib.set_dirty_by_index(*page))
+            };
+            b.iter_custom(|times| {
+                let once = |_| {
+                    mark();
+                    let start = Instant::now();
+                    let taken = black_box(squib.drain());
+                    let time = start.elapsed();
+                    drop(taken);
+                    time
+                };
+                (0..times).map(once).sum()
+            });
+        });
+    }
+    group.finish();
+}
+
+criterion_group!(benches, mark, walk, epoch);
 criterion_main!(benches);

@@ -47,11 +47,11 @@ struct Mutant {
     model: &'static str,
 }
 
-const MUTANTS: [Mutant; 10] = [
+const MUTANTS: [Mutant; 14] = [
     Mutant {
         what: "a marker does not look again after marking",
         of: DIRTY_BITMAP,
-        file: "bitmap.rs",
+        file: "marks.rs",
         right: "        // Rebuilt since: the mark may have come after the sweep of the table it went to.
         let now = self.published();",
         wrong: "        let now = published;",
@@ -60,7 +60,7 @@ const MUTANTS: [Mutant; 10] = [
     Mutant {
         what: "a marker looks again without ordering",
         of: DIRTY_BITMAP,
-        file: "bitmap.rs",
+        file: "marks.rs",
         right: "Published(self.current.load(Ordering::Acquire))",
         wrong: "Published(self.current.load(Ordering::Relaxed))",
         model: "a_mark_against_a_rebuild_to_finer_pages",
@@ -68,7 +68,7 @@ const MUTANTS: [Mutant; 10] = [
     Mutant {
         what: "what is published has no count",
         of: DIRTY_BITMAP,
-        file: "bitmap.rs",
+        file: "marks.rs",
         right: "Self(((self.0 >> 8) + 1) << 8 | u64::from(shift))",
         wrong: "Self(u64::from(shift))",
         model: "a_mark_against_a_rebuild_there_and_back_again",
@@ -111,11 +111,48 @@ const MUTANTS: [Mutant; 10] = [
         of: DIRTY_BITMAP,
         file: "tracker.rs",
         right:
-            "        let epoch = Epoch::begin(Arc::clone(&self.bitmap)).map_err(ArmError::Epoch)?;
-        self.end_interval(epoch.bitmap(), protection)?;",
-        wrong: "        self.end_interval(&self.bitmap, protection)?;
-        let epoch = Epoch::begin(Arc::clone(&self.bitmap)).map_err(ArmError::Epoch)?;",
+            "        let epoch = Epoch::begin_any(Arc::clone(&self.bitmap)).map_err(ArmError::Epoch)?;
+        self.end_interval(epoch.bitmap().runs(), protection)?;",
+        wrong: "        self.end_interval(self.bitmap.runs(), protection)?;
+        let epoch = Epoch::begin_any(Arc::clone(&self.bitmap)).map_err(ArmError::Epoch)?;",
         model: "a_fault_against_a_checkpoint",
+    },
+    Mutant {
+        what: "a rebuild sweeps by plain loads",
+        of: DIRTY_BITMAP,
+        file: "marks.rs",
+        right: "self.table(from).take(|word, bits| {",
+        wrong: "self.table(from).take_marked(|word, bits| {",
+        model: "a_mark_against_a_rebuild_to_finer_pages",
+    },
+    Mutant {
+        what: "an epoch adds marks to its own after it has let others at them",
+        of: DIRTY_BITMAP,
+        file: "epoch.rs",
+        right: "        self.taken.marks.add(&more.marks);
+        drop(epochs);",
+        wrong: "        drop(epochs);
+        self.taken.marks.add(&more.marks);",
+        model: "a_reclaimed_epoch_against_its_own_save_and_a_mark",
+    },
+    Mutant {
+        what: "a reclaimed epoch is released",
+        of: DIRTY_BITMAP,
+        file: "epoch.rs",
+        right: "        if !epochs.has_open(&self.taken) {
+            return Err(EpochReclaimed);
+        }
+        // Before",
+        wrong: "        // Before",
+        model: "a_reclaimed_epoch_against_its_own_save_and_a_mark",
+    },
+    Mutant {
+        what: "an epoch gets a bitmap that one before it has not dropped",
+        of: DIRTY_BITMAP,
+        file: "epoch.rs",
+        right: "Arc::get_mut(spare).is_some() && spare",
+        wrong: "spare",
+        model: "an_epoch_that_is_released_against_the_next_one",
     },
     Mutant {
         what: "a vCPU leaves the guest without ordering",

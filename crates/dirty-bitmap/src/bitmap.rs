@@ -1,14 +1,13 @@
-//! The live bitmap: marked by many threads, drained and rebuilt by one at a time.
+//! A bitmap of a guest's RAM, and what may be done with it.
 
 use std::fmt;
-use std::ops::Range;
-use std::sync::{OnceLock, PoisonError};
+use std::marker::PhantomData;
 
-use crate::epoch::{BeginEpochError, Epoch};
+use crate::epoch::{BeginEpochError, Epoch, Epochs};
 use crate::geometry::{DifferentRam, GeometryError, OutOfRange, Ram};
+use crate::kind::{Taken, Tracked, Untracked};
+use crate::marks::Marks;
 use crate::runs::Runs;
-use crate::sync::{AtomicBool, AtomicU64, Mutex, MutexGuard, Ordering};
-use crate::table::Table;
 
 /// Which pages of a range of guest RAM were written since their marks were last taken.
 ///
@@ -23,6 +22,36 @@ use crate::table::Table;
 /// drain in between takes the mark and protects what is still protected, the page is copied, and the lifted protection lets the write through
 /// unseen. Whoever drains protects again *after* draining and *before* copying, so that a later write faults, and marks, once more.
 ///
+/// # Kinds
+/// The type says who may take the marks out:
+///
+/// | type | marks are taken by |
+/// |---|---|
+/// | `DirtyBitmap` | [`begin_epoch`](Self::begin_epoch), [`drain`](Self::drain), [`drain_into`](Self::drain_into) |
+/// | [`TrackedBitmap`] | the [`WriteTracker`](crate::WriteTracker) alone, which protects their pages again |
+/// | [`TakenBitmap`] | nothing: an epoch has them, and may have to give them back |
+///
+/// All three are marked and read alike. Taking marks without protecting their pages again would lose the next write to each:
+/// ```compile_fail,E0599
+/// # let bitmap = dirty_bitmap::TrackedBitmap::tracked(0, 1 << 30, 4096).unwrap();
+/// bitmap.begin_epoch(); // of a TrackedBitmap
+/// ```
+/// ```compile_fail,E0599
+/// # let bitmap = dirty_bitmap::TrackedBitmap::tracked(0, 1 << 30, 4096).unwrap();
+/// bitmap.drain(); // of a TrackedBitmap
+/// ```
+/// ```compile_fail,E0308
+/// # let bitmap = dirty_bitmap::TrackedBitmap::tracked(0, 1 << 30, 4096).unwrap();
+/// # let bitmap = std::sync::Arc::new(bitmap);
+/// dirty_bitmap::Epoch::begin(bitmap); // of a TrackedBitmap
+/// ```
+/// Taking marks out of an epoch would leave it nothing to give back:
+/// ```compile_fail,E0599
+/// # let bitmap = dirty_bitmap::DirtyBitmap::new(0, 1 << 30, 4096).unwrap();
+/// let epoch = bitmap.begin_epoch().unwrap();
+/// epoch.bitmap().drain();
+/// ```
+///
 /// # Units
 /// Addresses are guest-physical, in bytes. [`page_size`](Self::page_size) is the page that indexes count, fixed for life.
 /// [`granule`](Self::granule) is the size in which marks are kept at the moment: the page size until
@@ -30,7 +59,9 @@ use crate::table::Table;
 ///
 /// # Memory
 /// One bit per granule and a 64th of that; a rebuilt bitmap keeps the bits of every granule that it ever had, because a
-/// marker may still hold them: all together less than twice the bits of the finest.
+/// marker may still hold them: all together less than twice the bits of the finest. An epoch has as many bits as the bitmap,
+/// and so has each [`take_more`](crate::Epoch::take_more). The host gives memory for those parts only that marks were in. Up
+/// to two of them are kept for the next epoch, so that it allocates nothing while the guest is paused.
 ///
 /// # Examples
 /// ```
@@ -42,39 +73,17 @@ use crate::table::Table;
 /// assert_eq!(bitmap.runs().collect::<Vec<_>>(), [0x4000..0x8000]);
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
-pub struct DirtyBitmap {
-    ram: Ram,
-    page_shift: u32,
-    /// Which of the tables marks go to.
-    current: AtomicU64,
-    /// The table of the page size, one step nearer for marks than those of other granules.
-    pages: Table,
-    /// The others, by the binary logarithm of their granule. Made once, never freed: a marker may hold any of them.
-    rebuilt: Box<[OnceLock<Table>]>,
-    /// What `current` says, for whoever moves marks or looks for them: one at a time, so that no mark is missed on its way
-    /// between tables.
-    moving: Mutex<Published>,
-    pub(crate) epoch_open: AtomicBool,
+pub struct DirtyBitmap<K = Untracked> {
+    pub(crate) marks: Marks,
+    pub(crate) epochs: Epochs,
+    kind: PhantomData<fn() -> K>,
 }
 
-/// Which table marks go to, as one word: the logarithm of its granule in the low byte, above it how often this changed.
-/// The count tells a marker of a change also when the bitmap is back at the granule that the marker saw.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Published(u64);
+/// A bitmap whose marks only a [`WriteTracker`](crate::WriteTracker) takes.
+pub type TrackedBitmap = DirtyBitmap<Tracked>;
 
-impl Published {
-    fn first(shift: u32) -> Self {
-        Self(u64::from(shift))
-    }
-
-    fn next(self, shift: u32) -> Self {
-        Self(((self.0 >> 8) + 1) << 8 | u64::from(shift))
-    }
-
-    pub(crate) fn shift(self) -> u32 {
-        (self.0 & 0xff) as u32
-    }
-}
+/// Marks that an epoch has taken.
+pub type TakenBitmap = DirtyBitmap<Taken>;
 
 impl DirtyBitmap {
     /// A clean bitmap over the `ram_size` bytes of guest-physical memory from `ram_start` on, in pages of `page_size` bytes.
@@ -86,44 +95,106 @@ impl DirtyBitmap {
     /// [`GeometryError`]: no RAM, or more than [`MAX_RAM_SIZE`](crate::MAX_RAM_SIZE); a page size that is no power of two or larger than
     /// the RAM; no memory for the bits.
     pub fn new(ram_start: u64, ram_size: u64, page_size: u64) -> Result<Self, GeometryError> {
-        let ram = Ram::new(ram_start, ram_size, page_size)?;
-        Self::clean(ram, page_size.trailing_zeros())
+        new_marks(ram_start, ram_size, page_size).map(Self::over)
     }
 
-    fn clean(ram: Ram, shift: u32) -> Result<Self, GeometryError> {
-        Ok(Self {
-            ram,
-            page_shift: shift,
-            current: AtomicU64::new(Published::first(shift).0),
-            pages: Table::new(ram.pages(shift))?,
-            rebuilt: (0..u64::BITS).map(|_| OnceLock::new()).collect(),
-            moving: Mutex::new(Published::first(shift)),
-            epoch_open: AtomicBool::new(false),
-        })
+    /// Takes all marks out, into a new bitmap of the present granule.
+    ///
+    /// Taken marks are the caller's to keep: where the pages are about to be saved, [`begin_epoch`](Self::begin_epoch) keeps
+    /// them until the save has succeeded.
+    ///
+    /// # Errors
+    /// [`GeometryError::OutOfMemory`]: nothing was taken.
+    pub fn drain(&self) -> Result<Self, GeometryError> {
+        let clean = |shift| Marks::clean(self.marks.ram, shift);
+        Ok(Self::over(self.marks.take(clean, |marks| marks)?))
+    }
+
+    /// Takes all marks out and adds them to `other`, which may have any granule.
+    ///
+    /// # Errors
+    /// [`DifferentRam`] where `other` covers other addresses: nothing was moved.
+    pub fn drain_into<K>(&self, other: &DirtyBitmap<K>) -> Result<(), DifferentRam> {
+        let (this, that) = (self.marks.ram, other.marks.ram);
+        if this != that {
+            return Err(DifferentRam {
+                this_start: this.start,
+                this_size: this.size,
+                other_start: that.start,
+                other_size: that.size,
+            });
+        }
+        // Marking takes no lock: a bitmap drained into itself, or two into each other, can't deadlock.
+        self.marks
+            .take_runs(|run| _ = other.marks.mark_offsets(run));
+        Ok(())
+    }
+
+    /// Takes all marks out into an [`Epoch`], which gives them back unless it is [released](Epoch::release).
+    ///
+    /// # Errors
+    /// [`BeginEpochError`] while another epoch holds marks of this bitmap.
+    pub fn begin_epoch(&self) -> Result<Epoch<&Self>, BeginEpochError> {
+        Epoch::begin(self)
+    }
+
+    /// Takes the marks of the open epoch back, and says whether there was one. The next epoch can begin then.
+    ///
+    /// This is for an epoch that never ends: its value was leaked, or its thread is stuck. If the save is alive after all, nothing
+    /// is lost: its pages are marked, so the next save has them too, and [`Epoch::release`] reports
+    /// [`EpochReclaimed`](crate::EpochReclaimed).
+    pub fn reclaim_epoch(&self) -> bool {
+        self.epochs.reclaim(&self.marks)
+    }
+}
+
+impl TrackedBitmap {
+    /// A clean bitmap like that of [`DirtyBitmap::new`], to be marked by a [`WriteTracker`](crate::WriteTracker) and whoever
+    /// else writes the RAM.
+    ///
+    /// # Errors
+    /// As [`DirtyBitmap::new`].
+    pub fn tracked(ram_start: u64, ram_size: u64, page_size: u64) -> Result<Self, GeometryError> {
+        new_marks(ram_start, ram_size, page_size).map(Self::over)
+    }
+}
+
+fn new_marks(ram_start: u64, ram_size: u64, page_size: u64) -> Result<Marks, GeometryError> {
+    let ram = Ram::new(ram_start, ram_size, page_size)?;
+    Marks::clean(ram, page_size.trailing_zeros())
+}
+
+impl<K> DirtyBitmap<K> {
+    pub(crate) fn over(marks: Marks) -> Self {
+        Self {
+            marks,
+            epochs: Epochs::default(),
+            kind: PhantomData,
+        }
     }
 
     /// The first guest-physical address covered.
     #[must_use]
     pub fn ram_start(&self) -> u64 {
-        self.ram.start
+        self.marks.ram.start
     }
 
     /// The bytes covered.
     #[must_use]
     pub fn ram_size(&self) -> u64 {
-        self.ram.size
+        self.marks.ram.size
     }
 
     /// The page that indexes count, in bytes: what [`new`](Self::new) was given.
     #[must_use]
     pub fn page_size(&self) -> u64 {
-        1 << self.page_shift
+        1 << self.marks.page_shift
     }
 
     /// The size in which marks are kept at the moment, in bytes.
     #[must_use]
     pub fn granule(&self) -> u64 {
-        1 << self.published().shift()
+        1 << self.marks.shift()
     }
 
     /// Marks the page that holds the guest-physical `address`. True if its granule was clean.
@@ -132,8 +203,7 @@ impl DirtyBitmap {
     /// [`OutOfRange`]: nothing is marked.
     #[inline]
     pub fn set_dirty(&self, address: u64) -> Result<bool, OutOfRange> {
-        let offset = self.offset_of(address)?;
-        Ok(self.mark(|table, shift| table.mark_page(offset >> shift)))
+        self.marks.mark_address(address)
     }
 
     /// Marks page number `index`, counted from the start of the RAM in [`page_size`](Self::page_size)s, whatever the granule is now. True if any of it
@@ -145,17 +215,21 @@ impl DirtyBitmap {
         let page_size = self.page_size();
         let start = index
             .checked_mul(page_size)
-            .filter(|start| *start < self.ram.size);
+            .filter(|start| *start < self.marks.ram.size);
         let Some(start) = start else {
             let start = self
+                .marks
                 .ram
                 .start
                 .saturating_add(index.saturating_mul(page_size));
             return Err(self
+                .marks
                 .ram
                 .out_of_range(start, start.saturating_add(page_size)));
         };
-        Ok(self.mark_offsets(start..self.ram.size.min(start + page_size)))
+        Ok(self
+            .marks
+            .mark_offsets(start..self.marks.ram.size.min(start + page_size)))
     }
 
     /// Marks every page that the `len` bytes from the guest-physical `address` on touch; none for 0 bytes. True if any of them was clean.
@@ -163,8 +237,8 @@ impl DirtyBitmap {
     /// # Errors
     /// [`OutOfRange`] where any byte lies outside the RAM. What lies inside is marked all the same.
     pub fn set_range(&self, address: u64, len: u64) -> Result<bool, OutOfRange> {
-        let (inside, verdict) = self.ram.clip(address, len);
-        let was_clean = !inside.is_empty() && self.mark_offsets(inside);
+        let (inside, verdict) = self.marks.ram.clip(address, len);
+        let was_clean = !inside.is_empty() && self.marks.mark_offsets(inside);
         verdict.map(|()| was_clean)
     }
 
@@ -173,30 +247,30 @@ impl DirtyBitmap {
     /// # Errors
     /// [`OutOfRange`].
     pub fn is_dirty(&self, address: u64) -> Result<bool, OutOfRange> {
-        let (offsets, verdict) = self.ram.clip(address, 1);
+        let (offsets, verdict) = self.marks.ram.clip(address, 1);
         verdict?;
-        let moving = self.lock();
+        let moving = self.marks.lock();
         let shift = moving.shift();
-        Ok(self.table(shift).is_marked(offsets.start >> shift))
+        Ok(self.marks.table(shift).is_marked(offsets.start >> shift))
     }
 
     /// Whether no page is marked.
     #[must_use]
     pub fn is_clean(&self) -> bool {
-        let moving = self.lock();
-        self.table(moving.shift()).is_clean()
+        let moving = self.marks.lock();
+        self.marks.table(moving.shift()).is_clean()
     }
 
     /// The bytes of all marked granules; the last one counts as far as the RAM goes.
     #[must_use]
     pub fn dirty_bytes(&self) -> u64 {
-        let moving = self.lock();
+        let moving = self.marks.lock();
         let shift = moving.shift();
-        let table = self.table(shift);
+        let table = self.marks.table(shift);
         let mut bytes = 0;
         // Each word is read once: what is counted and what is cut is one state, also while threads mark.
         for word in table.marked_words(0) {
-            self.each_run(shift, word, table.word(word), |run| {
+            self.marks.each_run(shift, word, table.word(word), |run| {
                 bytes += run.end - run.start;
             });
         }
@@ -209,54 +283,7 @@ impl DirtyBitmap {
     /// page that stayed marked all the time is in one of them.
     #[must_use]
     pub fn runs(&self) -> Runs<'_> {
-        Runs::new(self)
-    }
-
-    /// Takes all marks out, into a new bitmap of the present granule.
-    ///
-    /// Taken marks are the caller's to keep: where the pages are about to be saved, [`begin_epoch`](Self::begin_epoch) keeps
-    /// them until the save has succeeded.
-    ///
-    /// # Errors
-    /// [`GeometryError::OutOfMemory`]: nothing was taken.
-    pub fn drain(&self) -> Result<Self, GeometryError> {
-        let moving = self.lock();
-        let shift = moving.shift();
-        let taken = Self::clean(self.ram, shift)?;
-        let table = taken.table(shift);
-        self.table(shift).take(|word, bits| {
-            table.mark_word(word, bits);
-        });
-        Ok(taken)
-    }
-
-    /// Takes all marks out and adds them to `other`, which may have any granule.
-    ///
-    /// # Errors
-    /// [`DifferentRam`] where `other` covers other addresses: nothing was moved.
-    pub fn drain_into(&self, other: &Self) -> Result<(), DifferentRam> {
-        if self.ram != other.ram {
-            return Err(DifferentRam {
-                this_start: self.ram.start,
-                this_size: self.ram.size,
-                other_start: other.ram.start,
-                other_size: other.ram.size,
-            });
-        }
-        let moving = self.lock();
-        let shift = moving.shift();
-        // Marking takes no lock: a bitmap drained into itself, or two into each other, can't deadlock.
-        self.table(shift)
-            .take(|word, bits| self.each_run(shift, word, bits, |run| _ = other.mark_offsets(run)));
-        Ok(())
-    }
-
-    /// Takes all marks out into an [`Epoch`], which gives them back unless it is [released](Epoch::release).
-    ///
-    /// # Errors
-    /// [`BeginEpochError`] while another epoch holds marks of this bitmap.
-    pub fn begin_epoch(&self) -> Result<Epoch<&Self>, BeginEpochError> {
-        Epoch::begin(self)
+        Runs::new(&self.marks)
     }
 
     /// Goes over to pages of `granule` bytes, any power of two: a mark on a coarser page becomes marks on all finer ones in it, a mark on a
@@ -265,168 +292,18 @@ impl DirtyBitmap {
     /// # Errors
     /// [`GeometryError`]: a granule that is no power of two or larger than the RAM, or no memory; the bitmap stays as it was.
     pub fn rebuild(&self, granule: u64) -> Result<(), GeometryError> {
-        let to = self.ram.shift_of(granule)?;
-        let mut moving = self.lock();
-        let from = moving.shift();
-        if from == to {
-            return Ok(());
-        }
-        let table = self.table_or_new(to)?;
-        // Marks that came too late for an earlier rebuilding: whoever set them saw that, and set them again where they count.
-        table.take(|_, _| ());
-        // Published before the old table is swept: a marker that misses the sweep finds the new table when it looks again.
-        *moving = moving.next(to);
-        self.current.store(moving.0, Ordering::Release);
-        self.table(from).take(|word, bits| {
-            self.each_run(from, word, bits, |run| {
-                _ = table.mark(pages_touched(&run, to))
-            });
-        });
-        Ok(())
-    }
-
-    /// The offset of a guest-physical address from the start of the RAM.
-    #[inline]
-    pub(crate) fn offset_of(&self, address: u64) -> Result<u64, OutOfRange> {
-        // Below the start, it wraps to an offset past the end.
-        let offset = address.wrapping_sub(self.ram.start);
-        if offset >= self.ram.size {
-            return Err(self.ram.out_of_range(address, address.saturating_add(1)));
-        }
-        Ok(offset)
-    }
-
-    /// Marks the granules that `offsets`, not empty and inside the RAM, touch. True if any of them was clean.
-    pub(crate) fn mark_offsets(&self, offsets: Range<u64>) -> bool {
-        self.mark(|table, shift| table.mark(pages_touched(&offsets, shift)))
-    }
-
-    /// Has `set` mark in the table that marks go to, of granules of 1 << shift bytes, until that is still the one. True if `set` ever was.
-    #[inline]
-    fn mark(&self, set: impl Fn(&Table, u32) -> bool) -> bool {
-        let published = self.published();
-        let was_clean = set(self.table(published.shift()), published.shift());
-        // Rebuilt since: the mark may have come after the sweep of the table it went to.
-        let now = self.published();
-        if now == published {
-            return was_clean;
-        }
-        self.mark_again(now, set) | was_clean
-    }
-
-    /// [`mark`](Self::mark), once more where marks go to now.
-    #[cold]
-    fn mark_again(&self, mut published: Published, set: impl Fn(&Table, u32) -> bool) -> bool {
-        let mut was_clean = false;
-        loop {
-            was_clean |= set(self.table(published.shift()), published.shift());
-            let now = self.published();
-            if now == published {
-                return was_clean;
-            }
-            published = now;
-        }
-    }
-
-    /// Calls `each` with the byte offsets of every run of marks in a word.
-    fn each_run(&self, shift: u32, word: usize, mut bits: u64, mut each: impl FnMut(Range<u64>)) {
-        let base = word as u64 * u64::from(u64::BITS);
-        while bits != 0 {
-            let start = bits.trailing_zeros();
-            let len = (bits >> start).trailing_ones();
-            each(self.offsets_of(
-                base + u64::from(start)..base + u64::from(start + len),
-                shift,
-            ));
-            bits &= !(u64::MAX >> (u64::BITS - len) << start);
-        }
-    }
-
-    /// The byte offsets of `pages`, cut where the RAM ends.
-    pub(crate) fn offsets_of(&self, pages: Range<u64>, shift: u32) -> Range<u64> {
-        pages.start << shift..(pages.end << shift).min(self.ram.size)
-    }
-
-    /// Keeps marks from being moved: all of them are in one table meanwhile.
-    pub(crate) fn lock(&self) -> MutexGuard<'_, Published> {
-        // Nothing is left half-done by a panic in here: a move that stops leaves the rest where it was.
-        self.moving.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    #[inline]
-    pub(crate) fn table(&self, shift: u32) -> &Table {
-        if shift == self.page_shift {
-            return &self.pages;
-        }
-        self.rebuilt[shift as usize]
-            .get()
-            .expect("a table is made before it is published")
-    }
-
-    fn table_or_new(&self, shift: u32) -> Result<&Table, GeometryError> {
-        let slot = &self.rebuilt[shift as usize];
-        if shift != self.page_shift && slot.get().is_none() {
-            let table = Table::new(self.ram.pages(shift))?;
-            // Only the holder of the lock makes tables.
-            let made = slot.set(table);
-            debug_assert!(made.is_ok());
-        }
-        Ok(self.table(shift))
-    }
-
-    #[inline]
-    fn published(&self) -> Published {
-        Published(self.current.load(Ordering::Acquire))
+        self.marks.rebuild(granule)
     }
 }
 
-/// The numbers of the pages of `1 << shift` bytes that `offsets`, not empty, touch.
-pub(crate) fn pages_touched(offsets: &Range<u64>, shift: u32) -> Range<u64> {
-    offsets.start >> shift..((offsets.end - 1) >> shift) + 1
-}
-
-impl fmt::Debug for DirtyBitmap {
+impl<K> fmt::Debug for DirtyBitmap<K> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("DirtyBitmap")
-            .field("ram_start", &self.ram.start)
-            .field("ram_size", &self.ram.size)
+            .field("ram_start", &self.ram_start())
+            .field("ram_size", &self.ram_size())
             .field("page_size", &self.page_size())
             .field("granule", &self.granule())
             .field("dirty_bytes", &self.dirty_bytes())
             .finish()
-    }
-}
-
-#[cfg(all(test, not(memsnap_loom)))]
-mod tests {
-    use std::cell::Cell;
-
-    use super::*;
-
-    #[test]
-    fn a_table_that_is_published_again_is_told_from_what_it_was_before() {
-        let mut seen = vec![Published::first(12)];
-        for shift in [14, 12].repeat(10) {
-            let next = seen[seen.len() - 1].next(shift);
-            assert_eq!(next.shift(), shift);
-            assert!(!seen.contains(&next), "{next:?}");
-            seen.push(next);
-        }
-    }
-
-    #[test]
-    fn a_page_marked_first_while_the_bitmap_is_rebuilt_was_clean_whichever_table_says_so() {
-        for tables in 0..8_u32 {
-            let bitmap = DirtyBitmap::new(0, 1 << 20, 4096).unwrap();
-            let times = Cell::new(0);
-            let was_clean = bitmap.mark(|_, _| {
-                let time = times.replace(times.get() + 1);
-                if time < 2 {
-                    bitmap.rebuild(8192 << time).unwrap();
-                }
-                tables >> time & 1 != 0
-            });
-            assert_eq!((was_clean, times.get()), (tables != 0, 3), "{tables:03b}");
-        }
     }
 }

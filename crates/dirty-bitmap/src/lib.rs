@@ -21,14 +21,17 @@
 //! for run in epoch.bitmap().runs() {
 //!     write_and_sync(run.start, run.end - run.start)?; // an error here gives the marks back
 //! }
-//! epoch.release(); // durable: forget them
+//! epoch.release()?; // durable: forget them
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 //! **Change the page size** while the guest runs: [`rebuild`](DirtyBitmap::rebuild), finer or coarser. Coarse pages mean few write faults where
 //! tracking costs a fault, fine ones mean small diffs.
 //!
 //! **Track by write faults**, where writes are noticed by protecting memory: a [`WriteTracker`] answers faults and protects again at
-//! checkpoints, over any [`WriteProtection`]; for each 2 MiB it opens pages or the whole block, by a [`Policy`].
+//! checkpoints, over any [`WriteProtection`]; for each 2 MiB it opens pages or the whole block, by a [`Policy`]. Its bitmap is a
+//! [`TrackedBitmap`], whose marks nothing else can take.
+//!
+//! **Recover from a save that never ends**: [`reclaim_epoch`](DirtyBitmap::reclaim_epoch).
 //!
 //! **Calculate** with sets of pages: [`page_set`](DirtyBitmap::page_set) gives a `bitvec`, [`mark_bits`](DirtyBitmap::mark_bits) takes one.
 //!
@@ -52,6 +55,8 @@ mod dirty_log;
 mod edges;
 mod epoch;
 mod geometry;
+mod kind;
+mod marks;
 mod page_set;
 mod policy;
 mod protection;
@@ -60,11 +65,12 @@ mod sync;
 mod table;
 mod tracker;
 
-pub use bitmap::DirtyBitmap;
+pub use bitmap::{DirtyBitmap, TakenBitmap, TrackedBitmap};
 pub use blocks::BLOCK_SIZE;
 pub use dirty_log::DirtyLogError;
-pub use epoch::{BeginEpochError, Epoch};
+pub use epoch::{BeginEpochError, Epoch, EpochReclaimed, TakeMoreError, TrackedEpoch};
 pub use geometry::{DifferentRam, GeometryError, MAX_RAM_SIZE, OutOfRange};
+pub use kind::{Taken, Tracked, Untracked};
 pub use page_set::{PageSet, PageSetError};
 pub use policy::{Costs, Policy};
 pub use protection::WriteProtection;

@@ -30,16 +30,16 @@ pub struct PageSet {
     pub bits: BitVec<u64, Lsb0>,
 }
 
-impl DirtyBitmap {
+impl<K> DirtyBitmap<K> {
     /// A copy of the marks, at the present granule. The marks stay.
     #[must_use]
     pub fn page_set(&self) -> PageSet {
-        let moving = self.lock();
+        let moving = self.marks.lock();
         let shift = moving.shift();
         // Fits a usize: so many bits are in memory.
         let granules = self.ram_size().div_ceil(1 << shift) as usize;
         let mut words = vec![0; granules.div_ceil(64)];
-        let table = self.table(shift);
+        let table = self.marks.table(shift);
         for word in table.marked_words(0) {
             words[word] = table.word(word);
         }
@@ -74,7 +74,7 @@ impl DirtyBitmap {
             let end = ((done + first + len) as u64)
                 .saturating_mul(granule)
                 .min(self.ram_size());
-            self.mark_offsets(start..end);
+            self.marks.mark_offsets(start..end);
             done += first + len;
             rest = &rest[first + len..];
         }

@@ -1,15 +1,15 @@
 //! Iteration over runs of marked pages.
 
+use std::fmt;
 use std::iter::FusedIterator;
 use std::ops::Range;
 
-use crate::bitmap::DirtyBitmap;
 use crate::edges::Edges;
+use crate::marks::Marks;
 
-/// The runs of marked pages as byte offsets from the start of the RAM: see [`DirtyBitmap::runs`].
-#[derive(Debug)]
+/// The runs of marked pages as byte offsets from the start of the RAM: see [`DirtyBitmap::runs`](crate::DirtyBitmap::runs).
 pub struct Runs<'a> {
-    bitmap: &'a DirtyBitmap,
+    marks: &'a Marks,
     /// Where the next batch begins, in bytes, so that it stays right when the granule changes.
     next: u64,
     /// What was looked up under one lock, in bytes.
@@ -18,9 +18,9 @@ pub struct Runs<'a> {
 }
 
 impl<'a> Runs<'a> {
-    pub(crate) fn new(bitmap: &'a DirtyBitmap) -> Self {
+    pub(crate) fn new(marks: &'a Marks) -> Self {
         Self {
-            bitmap,
+            marks,
             next: 0,
             batch: Edges::none(),
             taken: 0,
@@ -29,15 +29,15 @@ impl<'a> Runs<'a> {
 
     #[inline(never)]
     fn refill(&mut self) {
-        let ram_size = self.bitmap.ram_size();
+        let ram_size = self.marks.ram.size;
         if self.next >= ram_size {
             return;
         }
         self.taken = 0;
         let open = self.batch.keep_open();
-        let moving = self.bitmap.lock();
+        let moving = self.marks.lock();
         let shift = moving.shift();
-        let table = self.bitmap.table(shift);
+        let table = self.marks.table(shift);
         let rest = table.edges(self.next >> shift, open, &mut self.batch);
         drop(moving);
 
@@ -70,3 +70,11 @@ impl Iterator for Runs<'_> {
 }
 
 impl FusedIterator for Runs<'_> {}
+
+impl fmt::Debug for Runs<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Runs")
+            .field("next", &self.next)
+            .finish_non_exhaustive()
+    }
+}

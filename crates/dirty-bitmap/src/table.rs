@@ -32,8 +32,8 @@ impl Table {
         let words = pages.div_ceil(WORD_BITS);
         Ok(Self {
             pages,
-            words: defaults(words)?,
-            summary: defaults(words.div_ceil(WORD_BITS))?,
+            words: zeros(words)?,
+            summary: zeros(words.div_ceil(WORD_BITS))?,
         })
     }
 
@@ -67,16 +67,34 @@ impl Table {
 
     /// Takes every mark out, word by word: index of the word, its bits.
     pub(crate) fn take(&self, mut each: impl FnMut(usize, u64)) {
-        for (s, summary) in self.summary.iter().enumerate() {
+        for s in 0..self.summary.len() {
             // An exchange, also of a word that looks empty: it is what a concurrent marker synchronises with.
-            let mut named = summary.swap(0, Ordering::AcqRel);
-            while named != 0 {
-                let word = s * 64 + named.trailing_zeros() as usize;
-                named &= named - 1;
-                let taken = self.words[word].swap(0, Ordering::AcqRel);
-                if taken != 0 {
-                    each(word, taken);
-                }
+            self.take_named(s, &mut each);
+        }
+    }
+
+    /// The same, without a look at words that no mark was in: for marks that stay in this table where they are not found.
+    ///
+    /// A plain load is enough. A mark that comes after it stays for the next time, and one that was complete before has named
+    /// its word since that was last swept, which the load can't miss.
+    pub(crate) fn take_marked(&self, mut each: impl FnMut(usize, u64)) {
+        for (s, summary) in self.summary.iter().enumerate() {
+            if summary.load(Ordering::Acquire) == 0 {
+                continue;
+            }
+            self.take_named(s, &mut each);
+        }
+    }
+
+    /// Takes the marks of the words that summary word `s` names.
+    fn take_named(&self, s: usize, mut each: impl FnMut(usize, u64)) {
+        let mut named = self.summary[s].swap(0, Ordering::AcqRel);
+        while named != 0 {
+            let word = s * 64 + named.trailing_zeros() as usize;
+            named &= named - 1;
+            let taken = self.words[word].swap(0, Ordering::AcqRel);
+            if taken != 0 {
+                each(word, taken);
             }
         }
     }
@@ -181,11 +199,30 @@ fn name(summary: &[AtomicU64], word: usize, was_clean: bool) -> bool {
     }
 }
 
+/// `count` words of 0, or why there is no memory for them. Large ones are not touched: the host gives memory when a mark is set.
+#[cfg(not(memsnap_loom))]
+fn zeros(count: u64) -> Result<Box<[AtomicU64]>, GeometryError> {
+    use zerocopy::FromZeros;
+
+    let len = usize::try_from(count).ok();
+    len.and_then(|len| <[AtomicU64]>::new_box_zeroed_with_elems(len).ok())
+        .ok_or_else(|| no_memory::<AtomicU64>(count))
+}
+
+#[cfg(memsnap_loom)]
+fn zeros(count: u64) -> Result<Box<[AtomicU64]>, GeometryError> {
+    defaults(count)
+}
+
+fn no_memory<T>(count: u64) -> GeometryError {
+    GeometryError::OutOfMemory {
+        bytes: count.saturating_mul(size_of::<T>() as u64),
+    }
+}
+
 /// `count` defaults, or why there is no memory for them.
 pub(crate) fn defaults<T: Default>(count: u64) -> Result<Box<[T]>, GeometryError> {
-    let failed = || GeometryError::OutOfMemory {
-        bytes: count.saturating_mul(size_of::<T>() as u64),
-    };
+    let failed = || no_memory::<T>(count);
     let len = usize::try_from(count).map_err(|_| failed())?;
     let mut all = Vec::new();
     all.try_reserve_exact(len).map_err(|_| failed())?;

@@ -4,15 +4,17 @@ use std::error::Error;
 use std::fmt;
 use std::ops::Range;
 use std::sync::Arc;
+use std::sync::atomic::Ordering::SeqCst;
 
 use thiserror::Error;
 
-use crate::bitmap::DirtyBitmap;
+use crate::bitmap::{TakenBitmap, TrackedBitmap};
 use crate::blocks::{BLOCK_SIZE, Blocks, Opening};
-use crate::epoch::{BeginEpochError, Epoch};
+use crate::epoch::{BeginEpochError, Epoch, TakeMoreError, TrackedEpoch};
 use crate::geometry::{GeometryError, OutOfRange};
 use crate::policy::Policy;
 use crate::protection::WriteProtection;
+use crate::runs::Runs;
 
 /// Clean pages between two runs that are protected along with them, in place of a second call. They are protected already, so
 /// this changes nothing but the time: walking them takes as long as one call.
@@ -32,9 +34,22 @@ const BRIDGED_PAGES: u64 = 16;
 /// ([`on_write_fault`](Self::on_write_fault), and its caller). A checkpoint takes the marks, *then* protects what they cover
 /// ([`arm`](Self::arm)), *then* the pages are copied. Either the checkpoint sees the mark and its protection makes the next write
 /// fault again, or it does not, and the mark stays for the next. (Marking first loses a page: see
-/// [`DirtyBitmap`](DirtyBitmap#mark-last).)
+/// [`DirtyBitmap`](crate::DirtyBitmap#mark-last).)
 ///
-/// All calls may come from all threads at once, also while the bitmap is [rebuilt](DirtyBitmap::rebuild).
+/// The types keep this order. The bitmap is a [`TrackedBitmap`], which others mark and read. Its marks are taken by the tracker
+/// alone, and it has one tracker at a time.
+/// ```compile_fail,E0599
+/// # fn example(tracker: &dirty_bitmap::WriteTracker) {
+/// tracker.bitmap().drain();
+/// # }
+/// ```
+/// ```compile_fail,E0599
+/// # fn example(tracker: &dirty_bitmap::WriteTracker) {
+/// tracker.bitmap().begin_epoch();
+/// # }
+/// ```
+///
+/// All calls may come from all threads at once, also while the bitmap is [rebuilt](crate::DirtyBitmap::rebuild).
 ///
 /// # Memory
 /// 16 bytes for each 2 MiB of RAM, beside the bitmap.
@@ -43,7 +58,7 @@ const BRIDGED_PAGES: u64 = 16;
 /// ```
 /// use std::{convert::Infallible, ops::Range, sync::Arc};
 ///
-/// use dirty_bitmap::{DirtyBitmap, Policy, WriteProtection, WriteTracker};
+/// use dirty_bitmap::{Policy, TakenBitmap, TrackedBitmap, WriteProtection, WriteTracker};
 ///
 /// struct Stage2; // of a hypervisor
 /// impl WriteProtection for Stage2 {
@@ -52,15 +67,15 @@ const BRIDGED_PAGES: u64 = 16;
 ///     fn lift(&self, range: Range<u64>) -> Result<(), Infallible> { Ok(()) }
 /// }
 /// # fn write_full() -> std::io::Result<()> { Ok(()) }
-/// # fn write_diff(_: &DirtyBitmap) -> std::io::Result<()> { Ok(()) }
+/// # fn write_diff(_: &TakenBitmap) -> std::io::Result<()> { Ok(()) }
 ///
-/// let bitmap = Arc::new(DirtyBitmap::new(0x8000_0000, 64 << 20, 16 << 10)?);
+/// let bitmap = Arc::new(TrackedBitmap::tracked(0x8000_0000, 64 << 20, 16 << 10)?);
 /// let tracker = WriteTracker::new(bitmap, Policy::default())?;
 ///
 /// // Until it is protected, nothing is known to be clean: the first checkpoint has all of it.
 /// let epoch = tracker.arm(&Stage2)?;
 /// write_full()?;
-/// epoch.release();
+/// epoch.release()?;
 ///
 /// // A vCPU's write faults: on return the page is open and marked, and the vCPU may go on.
 /// tracker.on_write_fault(0x8012_3456, &Stage2)?;
@@ -69,12 +84,24 @@ const BRIDGED_PAGES: u64 = 16;
 ///
 /// let epoch = tracker.arm(&Stage2)?;
 /// write_diff(epoch.bitmap())?; // had this failed, its marks would be back
-/// epoch.release();
+/// epoch.release()?;
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 pub struct WriteTracker {
-    bitmap: Arc<DirtyBitmap>,
+    bitmap: Arc<TrackedBitmap>,
     blocks: Blocks,
+    _claim: Claim,
+}
+
+/// What makes a tracker the only one of its bitmap.
+struct Claim(Option<Arc<TrackedBitmap>>);
+
+impl Drop for Claim {
+    fn drop(&mut self) {
+        if let Some(bitmap) = &self.0 {
+            bitmap.epochs.tracked.store(false, SeqCst);
+        }
+    }
 }
 
 impl WriteTracker {
@@ -82,8 +109,9 @@ impl WriteTracker {
     /// nothing is protected yet, so nothing is known to be clean.
     ///
     /// # Errors
-    /// [`TrackerError`]: RAM that is no whole number of pages, or pages larger than a [block](BLOCK_SIZE). Nothing was marked.
-    pub fn new(bitmap: Arc<DirtyBitmap>, policy: Policy) -> Result<Self, TrackerError> {
+    /// [`TrackerError`]: RAM that is no whole number of pages, pages larger than a [block](BLOCK_SIZE), or another tracker of this bitmap.
+    /// Nothing was marked.
+    pub fn new(bitmap: Arc<TrackedBitmap>, policy: Policy) -> Result<Self, TrackerError> {
         let (ram_start, ram_size) = (bitmap.ram_start(), bitmap.ram_size());
         let page_size = bitmap.page_size();
         if page_size > BLOCK_SIZE {
@@ -98,13 +126,34 @@ impl WriteTracker {
         }
         let blocks = Blocks::new(ram_size.div_ceil(BLOCK_SIZE), page_size, policy)
             .map_err(TrackerError::OutOfMemory)?;
-        bitmap.mark_offsets(0..ram_size);
-        Ok(Self { bitmap, blocks })
+        if bitmap.epochs.tracked.swap(true, SeqCst) {
+            return Err(TrackerError::AlreadyTracked);
+        }
+        bitmap.marks.mark_offsets(0..ram_size);
+        Ok(Self {
+            _claim: Claim(Some(Arc::clone(&bitmap))),
+            bitmap,
+            blocks,
+        })
+    }
+
+    /// Another view of the same protected RAM, whose faults open what `policy` says: models of races between policies have one.
+    #[cfg(memsnap_loom)]
+    #[doc(hidden)]
+    #[must_use]
+    pub fn with_policy(&self, policy: Policy) -> Self {
+        let bitmap = Arc::clone(&self.bitmap);
+        let blocks = bitmap.ram_size().div_ceil(BLOCK_SIZE);
+        Self {
+            blocks: Blocks::new(blocks, bitmap.page_size(), policy).expect("memory"),
+            bitmap,
+            _claim: Claim(None),
+        }
     }
 
     /// Where the marks are, and where the host's own writes are to be marked.
     #[must_use]
-    pub fn bitmap(&self) -> &Arc<DirtyBitmap> {
+    pub fn bitmap(&self) -> &Arc<TrackedBitmap> {
         &self.bitmap
     }
 
@@ -128,6 +177,7 @@ impl WriteTracker {
     ) -> Result<Range<u64>, FaultError<P::Error>> {
         let offset = self
             .bitmap
+            .marks
             .offset_of(address)
             .map_err(FaultError::OutOfRange)?;
         let (start, size) = (self.bitmap.ram_start(), self.bitmap.ram_size());
@@ -143,7 +193,7 @@ impl WriteTracker {
             let range = start + offsets.start..start + offsets.end;
             let lifted = protection.lift(range.clone());
             // Also where that failed: part of it may be open.
-            self.bitmap.mark_offsets(offsets);
+            self.bitmap.marks.mark_offsets(offsets);
             match lifted {
                 Ok(()) => Ok(range),
                 Err(source) => Err(FaultError::Lift { range, source }),
@@ -186,9 +236,9 @@ impl WriteTracker {
     pub fn arm<P: WriteProtection>(
         &self,
         protection: &P,
-    ) -> Result<Epoch<Arc<DirtyBitmap>>, ArmError<P::Error>> {
-        let epoch = Epoch::begin(Arc::clone(&self.bitmap)).map_err(ArmError::Epoch)?;
-        self.end_interval(epoch.bitmap(), protection)?;
+    ) -> Result<TrackedEpoch, ArmError<P::Error>> {
+        let epoch = Epoch::begin_any(Arc::clone(&self.bitmap)).map_err(ArmError::Epoch)?;
+        self.end_interval(epoch.bitmap().runs(), protection)?;
         Ok(epoch)
     }
 
@@ -196,26 +246,34 @@ impl WriteTracker {
     /// it is saved, and is paused for the rest).
     ///
     /// # Errors
-    /// [`ArmError`]. What is not protected is marked, for the next epoch too.
-    pub fn arm_more<P: WriteProtection>(
+    /// [`ArmError`]. What is not protected is marked, for the next epoch too. The epoch of another bitmap is refused: its pages
+    /// are not this tracker's to protect.
+    pub fn arm_more<'e, P: WriteProtection>(
         &self,
-        epoch: &mut Epoch<Arc<DirtyBitmap>>,
+        epoch: &'e mut TrackedEpoch,
         protection: &P,
-    ) -> Result<DirtyBitmap, ArmError<P::Error>> {
-        let more = epoch.take_more().map_err(ArmError::OutOfMemory)?;
-        if let Err(error) = self.end_interval(&more, protection) {
-            for run in more.runs() {
-                self.bitmap.mark_offsets(run);
-            }
+    ) -> Result<&'e TakenBitmap, ArmError<P::Error>> {
+        if !Arc::ptr_eq(epoch.live(), &self.bitmap) {
+            return Err(ArmError::OtherBitmap);
+        }
+        let more = epoch.take_more_any().map_err(ArmError::More)?;
+        if let Err(error) = self.end_interval(more.runs(), protection) {
+            self.bitmap.marks.add(&more.marks);
             return Err(error);
         }
         Ok(more)
     }
 
+    /// Takes the marks of the open epoch back, and says whether there was one; see
+    /// [`DirtyBitmap::reclaim_epoch`](crate::DirtyBitmap::reclaim_epoch).
+    pub fn reclaim_epoch(&self) -> bool {
+        self.bitmap.epochs.reclaim(&self.bitmap.marks)
+    }
+
     /// Protects what was `taken`, and looks at each block of it.
     fn end_interval<P: WriteProtection>(
         &self,
-        taken: &DirtyBitmap,
+        taken: Runs<'_>,
         protection: &P,
     ) -> Result<(), ArmError<P::Error>> {
         let start = self.bitmap.ram_start();
@@ -232,7 +290,7 @@ impl WriteTracker {
             let retried = protection.protect(all);
             retried.map_err(|_| ArmError::Protect { range, source })
         };
-        for run in taken.runs() {
+        for run in taken {
             // The bitmap may have been rebuilt finer than what can be protected.
             let run = run.start / page_size * page_size..run.end.next_multiple_of(page_size);
             let mut at = run.start;
@@ -293,6 +351,9 @@ pub enum TrackerError {
         /// The bitmap's page size in bytes.
         page_size: u64,
     },
+    /// Another tracker has the bitmap. Each would take marks whose pages only the other protects again.
+    #[error("the bitmap has another tracker: drop that first, or give each a bitmap of its own")]
+    AlreadyTracked,
     /// The host has no memory for what is kept of each block.
     #[error("writes can't be tracked")]
     OutOfMemory(#[source] GeometryError),
@@ -322,9 +383,12 @@ pub enum ArmError<E: Error + 'static> {
     /// No epoch could begin. No mark was taken.
     #[error("no checkpoint can begin")]
     Epoch(#[source] BeginEpochError),
-    /// There is no memory for what was marked since. No mark was taken.
-    #[error("no memory for the marks of a checkpoint")]
-    OutOfMemory(#[source] GeometryError),
+    /// The epoch can't be extended. No mark was taken.
+    #[error("the checkpoint can't be extended")]
+    More(#[source] TakeMoreError),
+    /// The epoch is of another bitmap. No mark was taken.
+    #[error("the epoch is of another tracker's bitmap: extend it by that tracker")]
+    OtherBitmap,
     /// The protection failed, and of all the RAM too. What it was for is marked.
     #[error("can't write-protect {:#x}..{:#x} again: its pages stay dirty", range.start, range.end)]
     Protect {

@@ -58,7 +58,7 @@ impl Guest {
     }
 }
 
-fn copy(pages: &[AtomicU64], taken: &DirtyBitmap, image: &mut [u64]) {
+fn copy<K>(pages: &[AtomicU64], taken: &DirtyBitmap<K>, image: &mut [u64]) {
     let covers = |run: &Range<u64>, page: u64| run.contains(&(page * PAGE));
     for run in taken.runs() {
         for page in (0..pages.len() as u64).filter(|page| covers(&run, *page)) {
@@ -288,5 +288,81 @@ fn two_epochs_never_overlap() {
         }
         other.join().unwrap();
         assert!(guest.bitmap.is_dirty(0).unwrap());
+    });
+}
+
+/// A save whose thread is thought to be stuck, and is not: it takes more marks, and ends.
+#[test]
+fn a_reclaimed_epoch_against_its_own_save_and_a_mark() {
+    with_preemptions(3, || {
+        let guest = Guest::new(2);
+        guest.write(0, 1);
+        let writer = write_in_thread(&guest, &[(1, 2)]);
+        let mut epoch = guest.bitmap.begin_epoch().unwrap();
+        let reclaimer = {
+            let guest = Arc::clone(&guest);
+            thread::spawn(move || guest.bitmap.reclaim_epoch())
+        };
+        let mut image = vec![0; 2];
+        copy(&guest.pages, epoch.bitmap(), &mut image);
+        if let Ok(more) = epoch.take_more() {
+            copy(&guest.pages, more, &mut image);
+        }
+        // Only what is released counts as saved.
+        let released = epoch.release().is_ok();
+        let image = if released { image } else { vec![0; 2] };
+        let reclaimed = reclaimer.join().unwrap();
+        assert!(released != reclaimed, "once released or once reclaimed");
+        writer.join().unwrap();
+        guest.assert_saved(image);
+    });
+}
+
+/// The next save begins as soon as the marks are back, and both end.
+#[test]
+fn a_reclaimed_epoch_that_fails_against_the_next_one() {
+    with_preemptions(3, || {
+        let guest = Guest::new(1);
+        guest.write(0, 1);
+        let stuck = guest.bitmap.begin_epoch().unwrap();
+        let failing = {
+            let guest = Arc::clone(&guest);
+            thread::spawn(move || {
+                if guest.bitmap.reclaim_epoch()
+                    && let Ok(epoch) = guest.bitmap.begin_epoch()
+                {
+                    // It is the only one, and has the mark.
+                    assert!(epoch.bitmap().is_dirty(0).unwrap());
+                }
+            })
+        };
+        drop(stuck);
+        failing.join().unwrap();
+        guest.assert_saved(vec![0]);
+    });
+}
+
+/// An epoch gets the bitmap of one that has ended on another thread.
+#[test]
+fn an_epoch_that_is_released_against_the_next_one() {
+    with_preemptions(3, || {
+        let guest = Guest::new(2);
+        guest.write(0, 1);
+        let epoch = guest.bitmap.begin_epoch().unwrap();
+        let mut image = vec![0; 2];
+        copy(&guest.pages, epoch.bitmap(), &mut image);
+        let next = {
+            let guest = Arc::clone(&guest);
+            thread::spawn(move || {
+                guest.write(1, 2);
+                if let Ok(next) = guest.bitmap.begin_epoch() {
+                    assert!(!next.bitmap().is_dirty(0).unwrap(), "a mark of before");
+                    assert!(next.bitmap().is_dirty(PAGE).unwrap());
+                }
+            })
+        };
+        epoch.release().unwrap();
+        next.join().unwrap();
+        guest.assert_saved(image);
     });
 }

@@ -17,7 +17,7 @@ use std::ops::Range;
 // Loom's own can't be shared with a bitmap inside; this one only counts, which no interleaving depends on.
 use std::sync::Arc;
 
-use dirty_bitmap::{BLOCK_SIZE, DirtyBitmap, Policy, WriteProtection, WriteTracker};
+use dirty_bitmap::{BLOCK_SIZE, Policy, TakenBitmap, TrackedBitmap, WriteProtection, WriteTracker};
 use interleavings::{exhaustively, with_preemptions};
 use loom::sync::Mutex;
 use loom::sync::atomic::{AtomicU64, Ordering::Relaxed};
@@ -66,14 +66,20 @@ impl WriteProtection for Mmu<'_> {
 impl Guest {
     /// Of `pages` pages, all of them protected and clean.
     fn new(pages: u64, policy: Policy) -> Arc<Self> {
-        let bitmap = Arc::new(DirtyBitmap::new(0, pages * PAGE, PAGE).unwrap());
+        let bitmap = TrackedBitmap::tracked(0, pages * PAGE, PAGE).unwrap();
+        let tracker = WriteTracker::new(Arc::new(bitmap), policy).unwrap();
         let guest = Self {
             contents: (0..pages).map(|_| AtomicU64::new(0)).collect(),
             protected: (0..pages).map(|_| Mutex::new(false)).collect(),
-            tracker: WriteTracker::new(Arc::clone(&bitmap), policy).unwrap(),
-            whole: WriteTracker::new(bitmap, Policy::Blocks).unwrap(),
+            whole: tracker.with_policy(Policy::Blocks),
+            tracker,
         };
-        guest.tracker.arm(&Mmu(&guest, None)).unwrap().release();
+        guest
+            .tracker
+            .arm(&Mmu(&guest, None))
+            .unwrap()
+            .release()
+            .unwrap();
         Arc::new(guest)
     }
 
@@ -109,7 +115,7 @@ impl Guest {
         })
     }
 
-    fn copy(&self, taken: &DirtyBitmap, image: &mut [u64]) {
+    fn copy(&self, taken: &TakenBitmap, image: &mut [u64]) {
         for run in taken.runs() {
             for page in run.start / PAGE..run.end / PAGE {
                 image[page as usize] = self.contents[page as usize].load(Relaxed);
@@ -120,7 +126,7 @@ impl Guest {
     fn save(&self, image: &mut [u64]) {
         let epoch = self.tracker.arm(&Mmu(self, None)).unwrap();
         self.copy(epoch.bitmap(), image);
-        epoch.release();
+        epoch.release().unwrap();
     }
 
     /// What is saved once more, now that nobody writes, is what is in memory.
@@ -234,8 +240,8 @@ fn a_fault_against_more_of_the_same_save() {
             .tracker
             .arm_more(&mut epoch, &Mmu(&guest, None))
             .unwrap();
-        guest.copy(&more, &mut image);
-        epoch.release();
+        guest.copy(more, &mut image);
+        epoch.release().unwrap();
         vcpu.join().unwrap();
         guest.assert_saved(image);
     });
@@ -249,7 +255,7 @@ fn a_fault_against_a_checkpoint_whose_protection_fails_half_way() {
         let mut image = vec![0; 2];
         if let Ok(epoch) = guest.tracker.arm(&Mmu(&guest, Some(1))) {
             guest.copy(epoch.bitmap(), &mut image);
-            epoch.release();
+            epoch.release().unwrap();
         }
         vcpu.join().unwrap();
         guest.assert_saved(image);

@@ -130,7 +130,7 @@ proptest! {
                 }
                 Step::FailedSave => drop(bitmap.begin_epoch().unwrap()),
                 Step::Save => {
-                    bitmap.begin_epoch().unwrap().release();
+                    bitmap.begin_epoch().unwrap().release().unwrap();
                     oracle.marked.fill(false);
                 }
             }

@@ -41,7 +41,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         loop {
             let in_guest = tracker.enter();
             let exit = vcpu.run()?;
-            if tracker.handle_exit(&exit)? == Answer::Handled {
+            if tracker.handle_exit(&in_guest, &exit)? == Answer::Handled {
                 continue;
             }
             drop(in_guest);
@@ -77,7 +77,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let mut writer = MemoryWriter::open(&full, SIZE, PAGE)?;
     writer.write_full(&ram)?;
     writer.commit()?;
-    epoch.release();
+    epoch.release()?;
     println!("{}: {} MiB", full.display(), SIZE >> 20);
 
     vcpu.set_register(Register::X3, 111)?; // ten more
@@ -88,7 +88,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let mut writer = MemoryWriter::open(&diff, SIZE, PAGE)?;
     let pages = writer.write_diff(&ram, epoch.bitmap())?;
     writer.commit()?;
-    epoch.release();
+    epoch.release()?;
     println!("{}: {pages} pages of 16 KiB", diff.display());
 
     let mut word = [0; 8];

@@ -38,7 +38,7 @@
 //! loop {
 //!     let in_guest = tracker.enter();
 //!     let exit = vcpu.run()?;
-//!     if tracker.handle_exit(&exit)? == Answer::Handled {
+//!     if tracker.handle_exit(&in_guest, &exit)? == Answer::Handled {
 //!         continue; // the program counter stays: the write is tried again
 //!     }
 //!     drop(in_guest);
@@ -49,7 +49,7 @@
 //! let epoch = tracker.arm()?; // all of it the first time, what was written since later
 //! let state = VcpuState::capture(&vcpu)?;
 //! // ... write the pages of `epoch.bitmap()` from `ram`, and the state; an error on the way gives the marks back ...
-//! epoch.release();
+//! epoch.release()?;
 //!
 //! // In a new machine, with its RAM written:
 //! let restored = state.restore(&vcpu, state.vtimer.resuming_offset())?;

@@ -6,7 +6,9 @@ mod vcpus;
 use std::fmt;
 use std::sync::Arc;
 
-use dirty_bitmap::{DirtyBitmap, Epoch, Policy, WriteProtection, WriteTracker};
+use dirty_bitmap::{
+    Policy, TakenBitmap, TrackedBitmap, TrackedEpoch, WriteProtection, WriteTracker,
+};
 use page_reader::{OutsideRam, RamLayout};
 
 pub use errors::{ArmError, FaultError, TrackError};
@@ -26,7 +28,7 @@ use vcpus::Vcpus;
 /// [`Handled`](Answer::Handled) the vCPU runs again as it stands: the program counter stays, the write is tried again.
 /// ```
 /// # use std::{convert::Infallible, ops::Range, sync::Arc};
-/// # use dirty_bitmap::{DirtyBitmap, Policy, WriteProtection};
+/// # use dirty_bitmap::{Policy, TrackedBitmap, WriteProtection};
 /// # use page_reader::RamLayout;
 /// use hvf_backend::{Answer, Exception, Exit, Stage2Tracker};
 /// # struct Nothing;
@@ -42,9 +44,9 @@ use vcpus::Vcpus;
 /// # });
 ///
 /// let layout = RamLayout::single(0x8000_0000, 64 << 20)?;
-/// let bitmap = Arc::new(DirtyBitmap::new(0, layout.ram_size(), 16 << 10)?);
+/// let bitmap = Arc::new(TrackedBitmap::tracked(0, layout.ram_size(), 16 << 10)?);
 /// let tracker = Stage2Tracker::new(layout, &bitmap, Policy::default(), stage2)?;
-/// tracker.arm()?.release(); // a full save goes here
+/// tracker.arm()?.release()?; // a full save goes here
 ///
 /// loop {
 ///     let in_guest = tracker.enter();
@@ -52,7 +54,7 @@ use vcpus::Vcpus;
 ///     # /*
 ///     let exit = vcpu.run()?;
 ///     # */
-///     if tracker.handle_exit(&exit)? == Answer::Handled {
+///     if tracker.handle_exit(&in_guest, &exit)? == Answer::Handled {
 ///         continue;
 ///     }
 ///     drop(in_guest);
@@ -93,7 +95,7 @@ impl<P: WriteProtection> Stage2Tracker<P> {
     /// [`TrackError`]. Nothing was marked.
     pub fn new(
         layout: RamLayout,
-        bitmap: &Arc<DirtyBitmap>,
+        bitmap: &Arc<TrackedBitmap>,
         policy: Policy,
         protection: P,
     ) -> Result<Self, TrackError> {
@@ -131,7 +133,7 @@ impl<P: WriteProtection> Stage2Tracker<P> {
 
     /// The marks, by offset in the memory file. To be rebuilt no finer than stage 2 protects.
     #[must_use]
-    pub fn bitmap(&self) -> &Arc<DirtyBitmap> {
+    pub fn bitmap(&self) -> &Arc<TrackedBitmap> {
         self.tracker.bitmap()
     }
 
@@ -149,9 +151,20 @@ impl<P: WriteProtection> Stage2Tracker<P> {
 
     /// Answers an exit, if it is a write to the RAM or [may be one](Access::may_write): opens the page or its block, then marks it.
     ///
+    /// The vCPU counts as in the guest until then: a checkpoint of a stopped guest can't come between its exit and the answer.
+    /// ```compile_fail,E0061
+    /// # fn example<P: dirty_bitmap::WriteProtection>(tracker: &hvf_backend::Stage2Tracker<P>, exit: &hvf_backend::Exit) {
+    /// tracker.handle_exit(exit); // of a vCPU that was not counted
+    /// # }
+    /// ```
+    ///
     /// # Errors
     /// [`FaultError`]: the page could not be opened. The vCPU must not go on, or it faults again at once.
-    pub fn handle_exit(&self, exit: &Exit) -> Result<Answer, FaultError<P::Error>> {
+    pub fn handle_exit(
+        &self,
+        _in_guest: &InGuest<'_>,
+        exit: &Exit,
+    ) -> Result<Answer, FaultError<P::Error>> {
         let Exit::Exception(Exception {
             syndrome,
             physical_address,
@@ -209,7 +222,7 @@ impl<P: WriteProtection> Stage2Tracker<P> {
     /// # Errors
     /// [`ArmError`]: a vCPU is in the guest or its exit not handled yet, another save is under way, or the protection failed. All marks are in
     /// the bitmap, and a page that is open is among them.
-    pub fn arm(&self) -> Result<Epoch<Arc<DirtyBitmap>>, ArmError<P::Error>> {
+    pub fn arm(&self) -> Result<TrackedEpoch, ArmError<P::Error>> {
         let _stopped = self.vcpus.stop().map_err(ArmError::running)?;
         self.arm_running()
     }
@@ -218,7 +231,7 @@ impl<P: WriteProtection> Stage2Tracker<P> {
     ///
     /// # Errors
     /// As [`arm`](Self::arm), whatever the vCPUs do.
-    pub fn arm_running(&self) -> Result<Epoch<Arc<DirtyBitmap>>, ArmError<P::Error>> {
+    pub fn arm_running(&self) -> Result<TrackedEpoch, ArmError<P::Error>> {
         Ok(self.tracker.arm(&self.protection)?)
     }
 
@@ -226,10 +239,10 @@ impl<P: WriteProtection> Stage2Tracker<P> {
     ///
     /// # Errors
     /// As [`arm_running`](Self::arm_running). What could not be protected is marked for the next epoch too.
-    pub fn arm_more(
+    pub fn arm_more<'e>(
         &self,
-        epoch: &mut Epoch<Arc<DirtyBitmap>>,
-    ) -> Result<DirtyBitmap, ArmError<P::Error>> {
+        epoch: &'e mut TrackedEpoch,
+    ) -> Result<&'e TakenBitmap, ArmError<P::Error>> {
         Ok(self.tracker.arm_more(epoch, &self.protection)?)
     }
 
@@ -237,12 +250,18 @@ impl<P: WriteProtection> Stage2Tracker<P> {
     ///
     /// # Errors
     /// As [`arm`](Self::arm). What could not be protected is marked for the next epoch too.
-    pub fn arm_last(
+    pub fn arm_last<'e>(
         &self,
-        epoch: &mut Epoch<Arc<DirtyBitmap>>,
-    ) -> Result<DirtyBitmap, ArmError<P::Error>> {
+        epoch: &'e mut TrackedEpoch,
+    ) -> Result<&'e TakenBitmap, ArmError<P::Error>> {
         let _stopped = self.vcpus.stop().map_err(ArmError::running)?;
         self.arm_more(epoch)
+    }
+
+    /// Takes the marks of the open epoch back, and says whether there was one: for an epoch that was leaked, or whose save is stuck. See
+    /// [`WriteTracker::reclaim_epoch`].
+    pub fn reclaim_epoch(&self) -> bool {
+        self.tracker.reclaim_epoch()
     }
 
     /// Ends the tracking: lifts the protection of all of the RAM, and gives back what protected.

@@ -6,18 +6,16 @@ mod machines;
 use std::io;
 use std::path::Path;
 use std::sync::atomic::Ordering::SeqCst;
-use std::sync::{Arc, Barrier, mpsc};
+use std::sync::{Barrier, mpsc};
 use std::thread;
 
-use dirty_bitmap::{BLOCK_SIZE, DirtyBitmap, Epoch, Policy};
+use dirty_bitmap::{BLOCK_SIZE, Policy, TakenBitmap, TrackedEpoch};
 use hvf_backend::{ArmError, FaultError};
 use machines::{HIGH, Kind, LOW_SIZE, Machine};
 use memory_writer::{Durability, MemoryWriter, SnapshotError};
 use page_reader::PageReader;
 use rstest::rstest;
 use test_machine::rounds;
-
-type Save = Epoch<Arc<DirtyBitmap>>;
 
 /// Images on disk, each of what one save took, and what they add up to.
 struct Images {
@@ -49,21 +47,21 @@ impl Images {
     }
 
     /// Saves the pages of an epoch.
-    fn save(&mut self, machine: &Machine, epoch: Save) {
+    fn save(&mut self, machine: &Machine, epoch: TrackedEpoch) {
         let mut writer = self.writer(machine);
         writer.write_diff(&*machine.ram, epoch.bitmap()).unwrap();
         self.commit(writer, epoch.bitmap());
-        epoch.release();
+        epoch.release().unwrap();
     }
 
-    fn commit(&mut self, writer: MemoryWriter, pages: &DirtyBitmap) {
+    fn commit(&mut self, writer: MemoryWriter, pages: &TakenBitmap) {
         let path = writer.dest_path().to_owned();
         writer.commit().unwrap();
         self.merge(&path, pages);
         std::fs::remove_file(path).unwrap();
     }
 
-    fn merge(&mut self, path: &Path, pages: &DirtyBitmap) {
+    fn merge(&mut self, path: &Path, pages: &TakenBitmap) {
         let file = page_reader::FileReader::new(std::fs::File::open(path).unwrap());
         for run in pages.runs() {
             let to = &mut self.saved[run.start as usize..run.end as usize];
@@ -72,7 +70,7 @@ impl Images {
     }
 
     /// A save that the disk ends half-way.
-    fn fail(&mut self, machine: &Machine, epoch: Save) {
+    fn fail(&mut self, machine: &Machine, epoch: TrackedEpoch) {
         let middle = epoch.bitmap().runs().map(|run| run.start).last();
         let reader = UpTo(&*machine.ram, middle.unwrap_or(0));
         let mut writer = self.writer(machine);
@@ -120,8 +118,18 @@ fn once_stopped<T>(
     }
 }
 
-fn arm(machine: &Machine) -> Result<Save, ArmError<io::Error>> {
+fn arm(machine: &Machine) -> Result<TrackedEpoch, ArmError<io::Error>> {
     once_stopped(|| machine.tracker.arm())
+}
+
+/// The same for the last checkpoint of a save.
+fn arm_last<'e>(
+    machine: &Machine,
+    epoch: &'e mut TrackedEpoch,
+) -> Result<&'e TakenBitmap, ArmError<io::Error>> {
+    // Refused when the vCPUs have stopped, too: a save is under way.
+    once_stopped(|| machine.tracker.arm()).unwrap_err();
+    machine.tracker.arm_last(epoch)
 }
 
 /// The first checkpoint of all, and its image.
@@ -295,12 +303,13 @@ fn a_save_that_began_while_the_guest_ran_is_of_the_moment_it_stopped(
             writer.write_diff(&*machine.ram, epoch.bitmap()).unwrap();
             while !running.iter().all(|vcpu| vcpu.is_finished()) {
                 let more = machine.tracker.arm_more(&mut epoch).unwrap();
-                writer.write_diff(&*machine.ram, &more).unwrap();
+                writer.write_diff(&*machine.ram, more).unwrap();
             }
             machine.host_write(pages[round] + 512, b"host");
-            let last = once_stopped(|| machine.tracker.arm_last(&mut epoch)).unwrap();
-            writer.write_diff(&*machine.ram, &last).unwrap();
-            (epoch, last.dirty_bytes())
+            let last = arm_last(machine, &mut epoch).unwrap();
+            writer.write_diff(&*machine.ram, last).unwrap();
+            let pause = last.dirty_bytes();
+            (epoch, pause)
         });
         assert!(pause > 0);
         if round == 1 {
@@ -308,7 +317,7 @@ fn a_save_that_began_while_the_guest_ran_is_of_the_moment_it_stopped(
             continue;
         }
         images.commit(writer, epoch.bitmap());
-        epoch.release();
+        epoch.release().unwrap();
         images.assert_same_as(&machine, &format!("round {round}"));
         // A handler that came late for a page that was written marks it once more.
         assert!(machine.bitmap().is_clean() || kind != Kind::Mprotect);
@@ -344,7 +353,7 @@ fn a_protection_that_fails_half_way_loses_no_page(
             all_write(&machine, sparse(2));
             let dirty: Vec<_> = machine.bitmap().runs().collect();
             protection.refuse_protect.store(2, SeqCst);
-            let error = once_stopped(|| machine.tracker.arm_last(&mut epoch)).unwrap_err();
+            let error = arm_last(&machine, &mut epoch).unwrap_err();
             let still: Vec<_> = machine.bitmap().runs().collect();
             assert_eq!(still, dirty, "what is not protected is dirty");
             error
@@ -544,6 +553,6 @@ fn no_checkpoint_of_a_stopped_guest_while_a_vcpu_runs(
         matches!(tracker_error(&error), Some(dirty_bitmap::ArmError::Epoch(open)) if *open == expected),
         "{error:?}"
     );
-    epoch.release();
-    machine.tracker.arm().unwrap().release();
+    epoch.release().unwrap();
+    machine.tracker.arm().unwrap().release().unwrap();
 }

@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use dirty_bitmap::{DirtyBitmap, Policy};
+use dirty_bitmap::{Policy, TrackedBitmap};
 use hvf_backend::{Answer, Exception, Exit, FaultError, Stage2Tracker, TrackError};
 use page_reader::{OutsideRam, RamLayout};
 use rstest::rstest;
@@ -20,14 +20,14 @@ fn layout() -> RamLayout {
 
 fn tracker(layout: RamLayout, page_size: u64) -> Result<Stage2Tracker<Mprotect>, TrackError> {
     let memory = Arc::new(Memory::new(layout.ram_size()).unwrap());
-    let bitmap = Arc::new(DirtyBitmap::new(0, layout.ram_size(), page_size).unwrap());
+    let bitmap = Arc::new(TrackedBitmap::tracked(0, layout.ram_size(), page_size).unwrap());
     Stage2Tracker::new(layout, &bitmap, Policy::Pages, Mprotect::new(&memory))
 }
 
 /// All of its RAM protected, and clean.
 fn armed() -> Stage2Tracker<Mprotect> {
     let tracker = tracker(layout(), page_size().unwrap()).unwrap();
-    tracker.arm().unwrap().release();
+    tracker.arm().unwrap().release().unwrap();
     tracker
 }
 
@@ -58,11 +58,13 @@ fn a_write_to_ram_is_marked_by_its_offset_and_tried_again(#[case] syndrome: u64)
         (LOW + 2 * MIB - 1, 2 * MIB - page),
         (HIGH + 8, 2 * MIB),
     ] {
-        let answer = tracker.handle_exit(&exception(syndrome, address)).unwrap();
+        let answer = tracker
+            .handle_exit(&tracker.enter(), &exception(syndrome, address))
+            .unwrap();
         assert_eq!(answer, Answer::Handled);
         let dirty: Vec<_> = tracker.bitmap().runs().collect();
         assert_eq!(dirty, [offset..offset + page], "{address:#x}");
-        tracker.arm().unwrap().release();
+        tracker.arm().unwrap().release().unwrap();
     }
 }
 
@@ -81,7 +83,10 @@ fn a_write_to_ram_is_marked_by_its_offset_and_tried_again(#[case] syndrome: u64)
 #[case::a_reason_of_a_later_macos(Exit::Unknown(77))]
 fn what_is_no_write_to_ram_is_the_monitors(#[case] exit: Exit) {
     let tracker = armed();
-    assert_eq!(tracker.handle_exit(&exit).unwrap(), Answer::NotOurs);
+    assert_eq!(
+        tracker.handle_exit(&tracker.enter(), &exit).unwrap(),
+        Answer::NotOurs
+    );
     assert!(tracker.bitmap().is_clean());
 }
 
@@ -103,7 +108,7 @@ fn a_host_write_is_marked_in_every_region_or_not_at_all() {
     let touching = RamLayout::new([(LOW, 2 * MIB), (LOW + 2 * MIB, MIB)]).unwrap();
     let page = page_size().unwrap();
     let tracker = tracker(touching, page).unwrap();
-    tracker.arm().unwrap().release();
+    tracker.arm().unwrap().release().unwrap();
     tracker.mark_host_write(LOW + 2 * MIB - 1, 2).unwrap();
     let dirty: Vec<_> = tracker.bitmap().runs().collect();
     assert_eq!(dirty, [2 * MIB - page..2 * MIB + page]);
@@ -131,13 +136,13 @@ fn a_region_that_does_not_end_with_a_page_is_refused(
 #[test]
 fn a_bitmap_of_other_ram_is_refused() {
     let memory = Arc::new(Memory::new(MIB).unwrap());
-    let bitmap = Arc::new(DirtyBitmap::new(LOW, 3 * MIB, 0x4000).unwrap());
+    let bitmap = Arc::new(TrackedBitmap::tracked(LOW, 3 * MIB, 0x4000).unwrap());
     let refused = Stage2Tracker::new(layout(), &bitmap, Policy::Pages, Mprotect::new(&memory));
     let error = refused.err().unwrap();
     assert!(
         error
             .to_string()
-            .contains("DirtyBitmap::new(0, layout.ram_size(), page_size)"),
+            .contains("TrackedBitmap::tracked(0, layout.ram_size(), page_size)"),
         "{error}"
     );
     assert!(bitmap.is_clean());
@@ -146,10 +151,10 @@ fn a_bitmap_of_other_ram_is_refused() {
 #[test]
 fn a_tracker_that_ends_leaves_all_of_the_ram_writable() {
     let memory = Arc::new(Memory::new(3 * MIB).unwrap());
-    let bitmap = Arc::new(DirtyBitmap::new(0, 3 * MIB, page_size().unwrap()).unwrap());
+    let bitmap = Arc::new(TrackedBitmap::tracked(0, 3 * MIB, page_size().unwrap()).unwrap());
     let tracker =
         Stage2Tracker::new(layout(), &bitmap, Policy::Pages, Mprotect::new(&memory)).unwrap();
-    tracker.arm().unwrap().release();
+    tracker.arm().unwrap().release().unwrap();
     tracker.stop().unwrap();
     // Protected, this would end the process: nobody answers.
     (0..3 * MIB)

@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Duration;
 
-use dirty_bitmap::{DirtyBitmap, Policy, WriteProtection};
+use dirty_bitmap::{Policy, TrackedBitmap, WriteProtection};
 use hvf_backend::el1::{self, Start};
 use hvf_backend::{
     Access, Answer, CreateVmError, Exit, GuestRam, MapError, PAGE_SIZE, Register, Stage2,
@@ -113,7 +113,7 @@ fn the_tracker_has_each_page_that_the_guest_wrote_and_no_other() {
     let (_vm, stage2, mut vcpu) = machine(&STORE);
     let bitmap = Arc::clone(stage2.ram().dirty_bitmap());
     let tracker = Stage2Tracker::new(layout(), &bitmap, Policy::Pages, stage2).unwrap();
-    tracker.arm().unwrap().release();
+    tracker.arm().unwrap().release().unwrap();
     let written: Vec<u64> = (0..16).map(|n| DATA - RAM + n * n * PAGE_SIZE).collect();
     let written: Vec<u64> = written
         .into_iter()
@@ -122,8 +122,9 @@ fn the_tracker_has_each_page_that_the_guest_wrote_and_no_other() {
     for offset in &written {
         vcpu.set_register(Register::X1, RAM + offset).unwrap();
         loop {
+            let in_guest = tracker.enter();
             let exit = vcpu.run().unwrap();
-            if tracker.handle_exit(&exit).unwrap() == Answer::NotOurs {
+            if tracker.handle_exit(&in_guest, &exit).unwrap() == Answer::NotOurs {
                 assert!(is_hvc(exit), "{exit:x?}");
                 break;
             }
@@ -260,7 +261,7 @@ fn pages_smaller_than_those_of_stage_2_are_refused() {
         return;
     };
     let vm = Vm::new().unwrap();
-    let bitmap = Arc::new(DirtyBitmap::new(0, SIZE, 4096).unwrap());
+    let bitmap = Arc::new(TrackedBitmap::tracked(0, SIZE, 4096).unwrap());
     let ram = Arc::new(GuestRam::with_dirty_bitmap(layout(), bitmap).unwrap());
     let error = Stage2::map(&vm, &ram).unwrap_err();
     assert!(

@@ -8,14 +8,15 @@
 //! [`GuestRam`] owns the mappings, [`RamSlots`] registers them. The host reads and writes through `GuestRam`, and what it writes is marked dirty.
 //! A monitor with mappings and slots of its own keeps them: [`GuestRamOptions::adopt`], [`RamSlots::adopt`].
 //!
-//! **Know what the guest wrote**: [`DirtyLog`] moves KVM's log into a [`DirtyBitmap`](dirty_bitmap::DirtyBitmap), whatever
-//! the bitmap's page size, with the guest running or stopped.
+//! **Know what the guest wrote**: [`DirtyLog`] moves KVM's log into the RAM's [`DirtyBitmap`](dirty_bitmap::DirtyBitmap), whatever
+//! the bitmap's page size, with the guest running or paused.
 //!
-//! **Save**: stop the vCPUs, harvest, take an epoch of the bitmap, write its pages (`GuestRam` is a
-//! [`PageReader`](page_reader::PageReader) that hands out host addresses), release the epoch once the file is durable.
+//! **Save**: make the vCPUs leave the guest, complete their I/O ([`Vcpu::complete_io`]), pause them ([`Vcpus::pause`]), capture
+//! their state, harvest, take an epoch of the bitmap, write its pages (`GuestRam` is a
+//! [`PageReader`](page_reader::PageReader) that hands out host addresses), release the epoch once the file is durable. The order matters,
+//! and the types keep it: see [`Vcpus`](Vcpus#order-at-a-pause).
 //!
-//! **Save and restore vCPUs**: [`complete_io`], then [`VcpuState::capture`]; [`VmState`] for interrupt controllers, timer and clock. Both are
-//! serde types.
+//! **Save and restore vCPUs**: [`VcpuState`]; [`VmState`] for interrupt controllers, timer and clock. Both are serde types.
 //!
 //! **Run a program without firmware or kernel**: [`long_mode::boot`].
 //!
@@ -25,7 +26,7 @@
 //! # #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {
 //! use std::sync::Arc;
-//! use kvm_backend::{DirtyLog, GuestRam, RamSlots, VcpuState, complete_io, create_vm, long_mode, open_kvm};
+//! use kvm_backend::{DirtyLog, GuestRam, RamSlots, VcpuState, Vcpus, create_vm, long_mode, open_kvm};
 //! use kvm_ioctls::VcpuExit;
 //! use page_reader::{PageReader, RamLayout};
 //!
@@ -36,28 +37,33 @@
 //!     let vm = Arc::new(create_vm(&kvm)?);
 //!     let ram = Arc::new(GuestRam::new(layout.clone())?);
 //!     let slots = Arc::new(RamSlots::register(&vm, &ram, 0)?);
-//!     let vcpu = vm.create_vcpu(0)?;
-//!     Ok((vm, ram, slots, vcpu))
+//!     let vcpus = Vcpus::new(&vm);
+//!     Ok((vm, ram, slots, vcpus))
 //! };
 //!
 //! // inc byte ptr [rsp]; mov al, [rsp]; out 0x80, al; jmp back
 //! let program = [0xfe, 0x04, 0x24, 0x8a, 0x04, 0x24, 0xe6, 0x80, 0xeb, 0xf6];
-//! let (vm, ram, slots, mut vcpu) = new_vm()?;
+//! let (_vm, ram, slots, vcpus) = new_vm()?;
+//! let mut vcpu = vcpus.create(0)?;
 //! ram.write(0x8000, &program)?;
 //! let start = long_mode::Start { entry: 0x8000, stack: 0x10_0000, page_tables: 0x1000 };
 //! long_mode::boot(&kvm, &ram, &vcpu, &start)?;
 //!
-//! let log = DirtyLog::start(&slots)?;
+//! let log = DirtyLog::start(&slots)?; // all of the RAM is marked
+//! ram.dirty_bitmap().begin_epoch()?.release()?; // a full snapshot goes here
 //! assert!(matches!(vcpu.run()?, VcpuExit::IoOut(0x80, [1])));
-//! log.harvest(ram.dirty_bitmap())?;
-//! assert!(ram.dirty_bitmap().is_dirty(0x10_0000)?);
 //!
-//! complete_io(&mut vcpu, |_| ())?;
-//! let state = VcpuState::capture(&kvm, &vm, &vcpu)?;
+//! vcpu.complete_io(|_| ())?;
+//! let paused = vcpus.pause()?;
+//! let state = VcpuState::capture(&kvm, &paused, &vcpu)?;
+//! let harvest = log.harvest(paused)?;
+//! assert!(ram.dirty_bitmap().is_dirty(0x10_0000)?);
 //! let mut image = vec![0; layout.ram_size() as usize]; // memory-writer writes files
 //! ram.read_at(0, &mut image)?;
+//! drop(harvest); // the guest may go on
 //!
-//! let (vm, ram, _slots, mut vcpu) = new_vm()?;
+//! let (vm, ram, _slots, vcpus) = new_vm()?;
+//! let mut vcpu = vcpus.create(0)?;
 //! ram.write_at(0, &image)?;
 //! let restored = state.restore(&vm, &vcpu)?;
 //! # let _ = restored;

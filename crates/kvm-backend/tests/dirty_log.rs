@@ -5,10 +5,11 @@ mod support;
 
 use std::collections::BTreeSet;
 use std::error::Error;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use dirty_bitmap::DirtyBitmap;
-use kvm_backend::{DirtyLog, HarvestError, Reprotect};
+use kvm_backend::{DirtyLog, HarvestError, RamSlots, Reprotect, StartError};
 use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, kvm_userspace_memory_region};
 use page_reader::PageReader;
 use rstest::rstest;
@@ -28,13 +29,16 @@ const TOUCHED: [u64; 7] = [
     HIGH + HIGH_SIZE - 8,
 ];
 
-/// A bitmap for the whole RAM, clean.
-fn bitmap(page_size: u64) -> DirtyBitmap {
-    DirtyBitmap::new(0, LOW_SIZE + HIGH_SIZE, page_size).unwrap()
+/// What the log has, taken out of it, without what the host wrote.
+fn logged(guest: &Guest, log: &DirtyLog) -> DirtyBitmap {
+    let marks = guest.ram.dirty_bitmap();
+    marks.drain().unwrap();
+    log.harvest_running().unwrap();
+    marks.drain().unwrap()
 }
 
 /// The numbers of the pages marked, without those of the page tables, which the processor itself may have written.
-fn pages(bitmap: &DirtyBitmap) -> BTreeSet<u64> {
+fn pages<K>(bitmap: &DirtyBitmap<K>) -> BTreeSet<u64> {
     let tables = TABLES / PAGE..CODE / PAGE;
     bitmap
         .runs()
@@ -59,18 +63,18 @@ fn the_log_has_exactly_the_pages_that_the_guest_wrote_in_both_slots(
     assert_eq!(log.reprotect(), reprotect);
 
     guest.touch(&TOUCHED);
-    let marks = bitmap(PAGE);
-    let harvest = log.harvest(&marks).unwrap();
-    assert_eq!(pages(&marks), pages_of(&TOUCHED));
+    let marks = guest.ram.dirty_bitmap();
+    marks.drain().unwrap();
+    let harvest = log.harvest_running().unwrap();
+    assert_eq!(pages(marks), pages_of(&TOUCHED));
     assert_eq!(harvest.pages * harvest.page_size, marks.dirty_bytes());
 
     // Nothing written, nothing found; one page written again, that one found.
-    let marks = bitmap(PAGE);
-    assert_eq!(log.harvest(&marks).unwrap().pages, 0);
+    marks.drain().unwrap();
+    assert_eq!(log.harvest_running().unwrap().pages, 0);
     assert!(marks.is_clean());
     guest.touch(&TOUCHED[3..4]);
-    log.harvest(&marks).unwrap();
-    assert_eq!(pages(&marks), pages_of(&TOUCHED[3..4]));
+    assert_eq!(pages(&logged(&guest, &log)), pages_of(&TOUCHED[3..4]));
 }
 
 #[rstest]
@@ -83,8 +87,8 @@ fn a_bitmap_of_another_page_size_covers_the_pages_written(#[case] page_size: u64
     let mut guest = Guest::touching();
     let log = guest.log(Reprotect::WhenRead);
     guest.touch(&TOUCHED);
-    let marks = bitmap(page_size);
-    log.harvest(&marks).unwrap();
+    guest.ram.dirty_bitmap().rebuild(page_size).unwrap();
+    let marks = logged(&guest, &log);
     for page in pages_of(&TOUCHED) {
         assert!(marks.is_dirty(page * PAGE).unwrap());
         assert!(marks.is_dirty(page * PAGE + PAGE - 1).unwrap());
@@ -106,12 +110,10 @@ fn a_slot_of_several_gibibytes_is_logged_and_protected_to_its_end() {
     guest.touch(&touched);
     let log = guest.log(Reprotect::WhenMarked);
     for _ in 0..2 {
-        let marks = DirtyBitmap::new(0, size, PAGE).unwrap();
-        assert_eq!(log.harvest(&marks).unwrap().pages, 0);
+        assert_eq!(log.harvest_running().unwrap().pages, 0);
         guest.touch(&touched);
-        log.harvest(&marks).unwrap();
         let written = touched.iter().map(|address| address / PAGE).collect();
-        assert_eq!(pages(&marks), written);
+        assert_eq!(pages(&logged(&guest, &log)), written);
     }
 }
 
@@ -124,19 +126,20 @@ fn a_save_that_fails_keeps_its_pages_for_the_next_one(
     }
     let mut guest = Guest::touching();
     let log = guest.log(reprotect);
-    let marks = bitmap(PAGE);
+    let marks = Arc::clone(guest.ram.dirty_bitmap());
 
     guest.touch(&TOUCHED[..3]);
-    log.harvest(&marks).unwrap();
+    log.harvest_running().unwrap();
     let epoch = marks.begin_epoch().unwrap();
     guest.touch(&TOUCHED[2..5]); // while the save is under way
     drop(epoch); // the save fails
 
-    log.harvest(&marks).unwrap();
+    log.harvest_running().unwrap();
     let epoch = marks.begin_epoch().unwrap();
-    assert_eq!(pages(epoch.bitmap()), pages_of(&TOUCHED[..5]));
-    epoch.release();
-    log.harvest(&marks).unwrap();
+    let list = pages_of(&[INPUT]); // the host's
+    assert_eq!(pages(epoch.bitmap()), &pages_of(&TOUCHED[..5]) | &list);
+    epoch.release().unwrap();
+    log.harvest_running().unwrap();
     assert!(marks.is_clean());
 }
 
@@ -152,16 +155,17 @@ fn a_harvest_that_fails_at_the_second_slot_loses_no_page(
     guest.touch(&TOUCHED[..2]);
 
     log_high_slot(&guest, false);
-    let marks = bitmap(PAGE);
-    let error = log.harvest(&marks).unwrap_err();
+    let marks = Arc::clone(guest.ram.dirty_bitmap());
+    marks.drain().unwrap();
+    let error = log.harvest_running().unwrap_err();
     assert!(matches!(error, HarvestError::Get { slot: 1, .. }));
     assert!(error.source().is_some() && error.to_string().contains("slot 1"));
     assert_eq!(pages(&marks), pages_of(&TOUCHED[..2]));
 
     log_high_slot(&guest, true);
     guest.touch(&TOUCHED[4..]);
-    log.harvest(&marks).unwrap();
-    let both = [&TOUCHED[..2], &TOUCHED[4..]].concat();
+    log.harvest_running().unwrap();
+    let both = [&TOUCHED[..2], &TOUCHED[4..], &[INPUT]].concat();
     assert_eq!(pages(&marks), pages_of(&both));
 }
 
@@ -181,26 +185,6 @@ fn log_high_slot(guest: &Guest, on: bool) {
 }
 
 #[test]
-fn a_bitmap_of_another_size_is_refused_and_the_log_keeps_its_pages() {
-    if !Need::Kvm.met("a_bitmap_of_another_size_is_refused_and_the_log_keeps_its_pages") {
-        return;
-    }
-    let mut guest = Guest::touching();
-    let log = guest.log(Reprotect::WhenRead);
-    guest.touch(&TOUCHED);
-    for (start, size) in [(0, LOW_SIZE), (PAGE, LOW_SIZE + HIGH_SIZE)] {
-        let other = DirtyBitmap::new(start, size, PAGE).unwrap();
-        let error = log.harvest(&other).unwrap_err();
-        assert!(matches!(error, HarvestError::BitmapMismatch(_)));
-        assert!(error.to_string().contains("layout.ram_size()"));
-        assert!(other.is_clean());
-    }
-    let marks = bitmap(PAGE);
-    log.harvest(&marks).unwrap();
-    assert_eq!(pages(&marks), pages_of(&TOUCHED));
-}
-
-#[test]
 fn what_the_host_writes_is_marked_beside_what_the_guest_writes() {
     if !Need::Kvm.met("what_the_host_writes_is_marked_beside_what_the_guest_writes") {
         return;
@@ -213,7 +197,7 @@ fn what_the_host_writes_is_marked_beside_what_the_guest_writes() {
     guest.ram.mark(0x90000, 1).unwrap(); // a device wrote there
 
     let marks = guest.ram.dirty_bitmap();
-    log.harvest(marks).unwrap();
+    log.harvest_running().unwrap();
     let written = [
         TOUCHED[0],
         INPUT,
@@ -233,10 +217,8 @@ fn a_log_dropped_and_started_again_has_what_was_written_in_between() {
     let mut guest = Guest::touching();
     drop(guest.log(Reprotect::WhenRead));
     guest.touch(&TOUCHED);
-    let log = DirtyLog::start(&guest.slots).unwrap();
-    let marks = bitmap(PAGE);
-    log.harvest(&marks).unwrap();
-    assert_eq!(pages(&marks), pages_of(&TOUCHED));
+    let log = DirtyLog::start_with(&guest.slots, Reprotect::WhenRead).unwrap();
+    assert_eq!(pages(&logged(&guest, &log)), pages_of(&TOUCHED));
 }
 
 #[test]
@@ -249,9 +231,57 @@ fn a_log_stopped_logs_nothing_more() {
     assert!(guest.vm.get_dirty_log(0, LOW_SIZE as usize).is_err());
     guest.touch(&TOUCHED);
     let log = guest.log(Reprotect::WhenRead);
-    let marks = bitmap(PAGE);
-    log.harvest(&marks).unwrap();
-    assert!(pages(&marks).is_empty());
+    assert!(pages(&logged(&guest, &log)).is_empty());
+}
+
+#[test]
+fn what_no_log_has_seen_is_marked_when_one_starts() {
+    if !Need::Kvm.met("what_no_log_has_seen_is_marked_when_one_starts") {
+        return;
+    }
+    let mut guest = Guest::touching();
+    let marks = Arc::clone(guest.ram.dirty_bitmap());
+    let all = |marks: &DirtyBitmap| marks.drain().unwrap().dirty_bytes() == LOW_SIZE + HIGH_SIZE;
+    let log = DirtyLog::start(&guest.slots).unwrap();
+    assert!(all(&marks), "the first log");
+    drop(log);
+    let log = DirtyLog::start(&guest.slots).unwrap();
+    assert!(!all(&marks), "it was on all the time");
+    log.stop().unwrap();
+    guest.touch(&TOUCHED);
+    let log = DirtyLog::start(&guest.slots).unwrap();
+    assert!(all(&marks), "a log after one that was stopped");
+    // Of slots that are somebody else's it is not known that the log has stayed on.
+    drop(log);
+    // SAFETY: `guest.slots` are these very slots, and outlive what is made here.
+    #[allow(unsafe_code)]
+    let adopted = unsafe { RamSlots::adopt(&guest.vm, &guest.ram, 0) }.unwrap();
+    let adopted = Arc::new(adopted);
+    for _ in 0..2 {
+        drop(DirtyLog::start(&adopted).unwrap());
+        assert!(all(&marks), "a log of slots that are not its own");
+    }
+}
+
+/// Two would take pages from each other, from one value of the slots or from two.
+#[test]
+fn a_second_log_of_the_same_ram_is_refused() {
+    if !Need::Kvm.met("a_second_log_of_the_same_ram_is_refused") {
+        return;
+    }
+    let mut guest = Guest::touching();
+    let log = guest.log(Reprotect::WhenRead);
+    // SAFETY: `guest.slots` are these very slots, and outlive what is made here.
+    #[allow(unsafe_code)]
+    let adopted = unsafe { RamSlots::adopt(&guest.vm, &guest.ram, 0) }.unwrap();
+    for slots in [&guest.slots, &Arc::new(adopted)] {
+        let second = DirtyLog::start(slots);
+        assert!(matches!(second, Err(StartError::AlreadyStarted)));
+    }
+    guest.touch(&TOUCHED);
+    assert_eq!(pages(&logged(&guest, &log)), pages_of(&TOUCHED));
+    drop(log);
+    DirtyLog::start(&guest.slots).unwrap();
 }
 
 /// A guest that writes random pages all the time, harvested meanwhile: the pages copied after each harvest, put together, must
@@ -295,20 +325,20 @@ fn harvesting_a_running_guest_loses_no_page(
                 }
             });
             while more(pages) {
-                pages += log.harvest(marks).unwrap().pages;
+                pages += log.harvest_running().unwrap().pages;
             }
             harvested.store(true, Ordering::Release);
             copier.join().unwrap();
         } else {
             while more(pages) {
-                pages += log.harvest(marks).unwrap().pages;
+                pages += log.harvest_running().unwrap().pages;
                 save();
             }
         }
         ram.write(INPUT, &[1]).unwrap();
         running.join().unwrap();
     });
-    pages += log.harvest(marks).unwrap().pages;
+    pages += log.harvest_running().unwrap().pages;
     save();
     assert!(pages >= enough, "the guest ended by itself");
     let lost: Vec<_> = std::iter::zip(copy.chunks(4096), guest.image().chunks(4096))
@@ -338,11 +368,11 @@ fn a_page_copied_and_written_again_during_a_harvest_is_found_again(
         .collect();
     guest.touch(&scattered);
     let log = guest.log(reprotect);
-    let marks = DirtyBitmap::new(0, RAM, PAGE).unwrap();
+    let marks = Arc::clone(guest.ram.dirty_bitmap());
     for trial in 0..rounds(2, trials) {
         guest.touch(&scattered);
         let copied = std::thread::scope(|threads| {
-            let harvest = threads.spawn(|| log.harvest(&marks).unwrap());
+            let harvest = threads.spawn(|| log.harvest_running().unwrap());
             while !marks.is_dirty(scattered[0]).unwrap() {
                 std::hint::spin_loop();
             }
@@ -353,7 +383,7 @@ fn a_page_copied_and_written_again_during_a_harvest_is_found_again(
             copied
         });
         assert_eq!(word(&guest, scattered[0]), copied + 1);
-        log.harvest(&marks).unwrap();
+        log.harvest_running().unwrap();
         let found = marks.drain().unwrap();
         assert!(found.is_dirty(scattered[0]).unwrap(), "trial {trial}");
     }

@@ -323,7 +323,7 @@ fn slots_registered_by_the_monitor_are_logged_and_left_to_it() {
     let adopted = unsafe { RamSlots::adopt(&guest.vm, &guest.ram, 0) }.unwrap();
     let log = kvm_backend::DirtyLog::start(&Arc::new(adopted)).unwrap();
     guest.touch(&[HIGH]);
-    log.harvest(guest.ram.dirty_bitmap()).unwrap();
+    log.harvest_running().unwrap();
     assert!(guest.ram.dirty_bitmap().is_dirty(LOW_SIZE).unwrap());
     drop(log);
     guest.touch(&[HIGH]); // the memory is still there

@@ -6,7 +6,7 @@ mod support;
 use std::sync::Arc;
 
 use kvm_backend::long_mode::{self, BootError, Start, page_table_bytes};
-use kvm_backend::{GuestRam, RamSlots, open_kvm};
+use kvm_backend::{GuestRam, RamSlots, Vcpus, open_kvm};
 use kvm_ioctls::VcpuExit;
 use page_reader::RamLayout;
 use rstest::rstest;
@@ -70,7 +70,7 @@ fn several_vcpus_share_the_tables() {
         return;
     }
     let guest = Guest::booted(Program::TwoOuts);
-    let second = guest.vm.create_vcpu(1).unwrap();
+    let second = guest.vcpus.create(1).unwrap();
     let start = Start {
         entry: CODE,
         stack: STACK - 0x800,
@@ -114,7 +114,7 @@ fn a_stack_may_end_where_the_ram_ends() {
     let vm = Arc::new(kvm_backend::create_vm(&kvm).unwrap());
     let ram = Arc::new(GuestRam::new(RamLayout::single(0, 1 << 20).unwrap()).unwrap());
     let _slots = RamSlots::register(&vm, &ram, 0).unwrap();
-    let mut vcpu = vm.create_vcpu(0).unwrap();
+    let mut vcpu = Vcpus::new(&vm).create(0).unwrap();
     ram.write(CODE, &[0x6a, 42, 0x58, 0xe6, 0x80]).unwrap(); // push 42; pop rax; out 0x80, al
     let start = Start {
         stack: 1 << 20,

@@ -5,16 +5,13 @@ mod support;
 
 use std::error::Error;
 
-use kvm_backend::{
-    GuestRam, Msr, RestoreError, VcpuState, VmState, VmStateError, complete_io, long_mode,
-};
+use kvm_backend::{Msr, RestoreError, VcpuState, VmState, VmStateError};
 use kvm_bindings::{
     KVM_MP_STATE_HALTED, KVM_PIT_SPEAKER_DUMMY, Msrs, kvm_mp_state, kvm_msr_entry, kvm_pit_config,
 };
 use kvm_ioctls::{Cap, VcpuExit, VmFd};
-use page_reader::RamLayout;
 use rstest::rstest;
-use support::{CODE, DONE, Guest, HIGH, INPUT, LOW_SIZE, Program, STACK, TABLES, run};
+use support::{CODE, DONE, Guest, HIGH, INPUT, LOW_SIZE, Program, run};
 use test_machine::Need;
 
 const IA32_TSC: u32 = 0x10;
@@ -53,8 +50,9 @@ fn set_msrs(guest: &Guest, msrs: &[(u32, u64)]) {
 }
 
 fn capture(guest: &mut Guest) -> VcpuState {
-    complete_io(&mut guest.vcpu, |exit| panic!("{exit:?}")).unwrap();
-    VcpuState::capture(&guest.kvm, &guest.vm, &guest.vcpu).unwrap()
+    guest.vcpu.complete_io(|exit| panic!("{exit:?}")).unwrap();
+    let paused = guest.vcpus.pause().unwrap();
+    VcpuState::capture(&guest.kvm, &paused, &guest.vcpu).unwrap()
 }
 
 /// A new guest with the RAM of another.
@@ -132,7 +130,7 @@ fn a_state_restored_into_a_new_machine_is_captured_there_unchanged(
         return;
     }
     let mut old = full_of_state(prepare);
-    complete_io(&mut old.vcpu, |exit| panic!("{exit:?}")).unwrap();
+    old.vcpu.complete_io(|exit| panic!("{exit:?}")).unwrap();
     interrupt(&old);
     let state = capture(&mut old);
     assert_eq!(
@@ -261,18 +259,7 @@ fn completing_an_instruction_of_two_exits_hands_over_the_second() {
         return;
     }
     let guest = Guest::booted(Program::WideStore);
-    // Page tables of a guest that has RAM where this one has a device.
-    let larger = GuestRam::new(RamLayout::single(0, 2 * LOW_SIZE).unwrap()).unwrap();
-    let start = long_mode::Start {
-        entry: CODE,
-        stack: STACK,
-        page_tables: TABLES,
-    };
-    long_mode::boot(&guest.kvm, &larger, &guest.vcpu, &start).unwrap();
-    let mut tables = vec![0; (CODE - TABLES) as usize];
-    larger.read(TABLES, &mut tables).unwrap();
-    guest.ram.write(TABLES, &tables).unwrap();
-
+    guest.map_devices_up_to(2 * LOW_SIZE);
     let device = LOW_SIZE + 0x1000;
     guest.set_regs(|regs| regs.rdi = device);
     let Guest {
@@ -286,7 +273,7 @@ fn completing_an_instruction_of_two_exits_hands_over_the_second() {
         "{exit:?}"
     );
     let mut second = Vec::new();
-    complete_io(&mut vcpu, |exit| match exit {
+    vcpu.complete_io(|exit| match exit {
         VcpuExit::MmioWrite(at, bytes) => second.push((at, bytes.len())),
         other => panic!("{other:?}"),
     })
@@ -341,7 +328,7 @@ fn an_expired_deadline_is_armed_again_and_fires() {
     let restored = state.restore(&new.vm, &new.vcpu).unwrap();
     assert!(restored.timer_rearmed);
     run(&mut new.vcpu);
-    complete_io(&mut new.vcpu, |exit| panic!("{exit:?}")).unwrap();
+    new.vcpu.complete_io(|exit| panic!("{exit:?}")).unwrap();
     // The interrupt request register: 32 bits every 16 bytes. The guest has interrupts off, so it stays there.
     let irr = 0x200 + usize::from(VECTOR / 32) * 16 + usize::from(VECTOR % 32) / 8;
     assert_ne!(

@@ -55,7 +55,7 @@ impl Guest {
             writer.write_diff(&self.ram, epoch.bitmap()).unwrap();
         }
         writer.commit().unwrap();
-        epoch.release();
+        epoch.release().unwrap();
         self.snapshots.push(path.clone());
         path
     }

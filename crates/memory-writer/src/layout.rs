@@ -47,7 +47,7 @@ pub enum Layout {
 /// writer.write_diff(&ram, epoch.bitmap())?;
 /// writer.set_metadata(vcpu_state)?; // as it is now, with the guest paused
 /// writer.commit()?;
-/// epoch.release();
+/// epoch.release()?;
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 #[derive(Clone, Debug, Default)]

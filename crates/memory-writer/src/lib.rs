@@ -24,7 +24,7 @@
 //! let mut writer = MemoryWriter::open(&diff, 1 << 20, 16384)?;
 //! assert_eq!(writer.write_diff(&ram, epoch.bitmap())?, 1);
 //! writer.commit()?;
-//! epoch.release(); // durable: only now are the marks forgotten
+//! epoch.release()?; // durable: only now are the marks forgotten
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 //! **A full snapshot of a running guest** (pre-copy): every write names its offset, so a later one replaces an earlier one. Write
@@ -44,7 +44,7 @@
 //! writer.write_diff(&ram, &meanwhile)?;
 //! resume();
 //! writer.commit()?;
-//! epoch.release();
+//! epoch.release()?;
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 //! **A snapshot that can't be misread**, checksummed, with an id and its parent's: [`Options::layout`] and [`Seal`].

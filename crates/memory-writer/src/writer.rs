@@ -250,7 +250,7 @@ impl MemoryWriter {
 
     /// Writes the pages that `dirty` has marks in, and returns how many pages of the memory file that were.
     ///
-    /// The bitmap may have any page size: what it marks is widened to whole pages of the file. It stays as it is:
+    /// The bitmap may be of any kind and have any page size: what it marks is widened to whole pages of the file. It stays as it is:
     /// give an [`Epoch`](dirty_bitmap::Epoch)'s bitmap, and release the epoch once [`commit`](Self::commit) has returned.
     /// A diff without any dirty page is a file of one hole, and can be committed. Pages that are marked and
     /// [known](page_reader::PageReader::populated) to be untouched are written as zeros without reading
@@ -262,7 +262,7 @@ impl MemoryWriter {
     pub fn write_diff<R: PageReader + ?Sized>(
         &mut self,
         reader: &R,
-        dirty: &DirtyBitmap,
+        dirty: &DirtyBitmap<impl Sized>,
     ) -> Result<u64, SnapshotError> {
         if dirty.ram_size() != self.ram_size {
             return Err(SnapshotError::BitmapSize {

@@ -233,7 +233,7 @@ fn a_page_that_was_dirty_when_a_save_failed_is_in_the_next_diff() {
         let mut writer = MemoryWriter::open(&place.dest, SIZE, PAGE)?;
         let pages = writer.write_diff(reader, epoch.bitmap())?;
         writer.commit()?;
-        epoch.release();
+        epoch.release().unwrap();
         Ok(pages)
     };
     save(&Until {

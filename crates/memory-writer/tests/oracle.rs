@@ -94,7 +94,7 @@ proptest! {
                     let mut writer = open("mem");
                     writer.write_full(&ram).unwrap();
                     writer.commit().unwrap();
-                    epoch.release();
+                    epoch.release().unwrap();
                     restored = std::fs::read(dir.path().join("mem")).unwrap();
                 }
                 Step::PreCopy { at, value } => {
@@ -104,7 +104,7 @@ proptest! {
                     write(&mut ram, at, 1, value);
                     writer.write_diff(&ram, &epoch.take_more().unwrap()).unwrap();
                     writer.commit().unwrap();
-                    epoch.release();
+                    epoch.release().unwrap();
                     restored = std::fs::read(dir.path().join("mem")).unwrap();
                 }
                 Step::Diff => {
@@ -129,7 +129,7 @@ proptest! {
                             prop_assert!(diff[bytes].iter().all(|byte| *byte == 0), "a clean page was written");
                         }
                     }
-                    epoch.release();
+                    epoch.release().unwrap();
                 }
             }
             prop_assert!(restored == ram);

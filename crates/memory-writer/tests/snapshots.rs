@@ -97,7 +97,7 @@ fn a_pre_copy_snapshot_is_the_ram_at_the_pause() {
         assert_eq!(writer.write_diff(&ram, &meanwhile).unwrap(), 3);
     }
     writer.commit().unwrap();
-    epoch.release();
+    epoch.release().unwrap();
     assert!(place.read() == ram);
     assert!(dirty.is_clean());
 }

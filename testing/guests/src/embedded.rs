@@ -8,12 +8,12 @@ use std::io;
 use std::sync::Arc;
 
 use anyhow::Context;
-use dirty_bitmap::{DirtyBitmap, Policy, WriteTracker};
+use dirty_bitmap::{Policy, TakenBitmap, TrackedBitmap, WriteTracker};
 #[cfg(target_os = "linux")]
 use test_machine::tracked::Userfaultfd;
 use test_machine::tracked::{FaultHandler, Memory, Mprotect, PageFaults, page_size};
 
-use super::guest::{Epoch, Guest, Ram, Tracker};
+use super::guest::{Dirty, Epoch, Guest, Ram, Tracker};
 use super::ledger::{self, Layout, Registers, Verdict, Words};
 
 /// How writes are noticed.
@@ -34,7 +34,7 @@ pub struct Watch<P> {
 impl<P: PageFaults> Watch<P> {
     /// Protects the first `ram` bytes, in pages of `page` bytes.
     pub fn new(ram: u64, page: u64, policy: Policy, protection: P) -> anyhow::Result<Self> {
-        let bitmap = DirtyBitmap::new(0, ram, page)?;
+        let bitmap = TrackedBitmap::tracked(0, ram, page)?;
         let tracker = Arc::new(WriteTracker::new(Arc::new(bitmap), policy)?);
         let handler = protection.answer({
             let (tracker, protection) = (Arc::clone(&tracker), protection.clone());
@@ -44,7 +44,7 @@ impl<P: PageFaults> Watch<P> {
             }
         })?;
         // What was written before is no diff's: the first snapshot is a full one.
-        tracker.arm(&protection)?.release();
+        tracker.arm(&protection)?.release()?;
         Ok(Self {
             tracker,
             protection,
@@ -54,15 +54,16 @@ impl<P: PageFaults> Watch<P> {
 }
 
 impl<P: PageFaults> Tracker for Watch<P> {
-    fn dirty(&self) -> &Arc<DirtyBitmap> {
-        self.tracker.bitmap()
+    fn dirty(&self) -> Dirty<'_> {
+        Dirty::Tracked(self.tracker.bitmap())
     }
 
     fn begin(&self) -> anyhow::Result<Epoch> {
-        Ok(self.tracker.arm(&self.protection)?)
+        Ok(Epoch::Tracked(self.tracker.arm(&self.protection)?))
     }
 
-    fn take_more(&self, epoch: &mut Epoch) -> anyhow::Result<DirtyBitmap> {
+    fn take_more<'e>(&self, epoch: &'e mut Epoch) -> anyhow::Result<&'e TakenBitmap> {
+        let epoch = epoch.tracked()?;
         Ok(self.tracker.arm_more(epoch, &self.protection)?)
     }
 }

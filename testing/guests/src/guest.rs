@@ -6,7 +6,10 @@ use std::sync::Arc;
 
 use anyhow::Context;
 use clap::ValueEnum;
-use dirty_bitmap::DirtyBitmap;
+use dirty_bitmap::{
+    DirtyBitmap, EpochReclaimed, GeometryError, OutOfRange, Runs, TakenBitmap, TrackedBitmap,
+    TrackedEpoch,
+};
 use page_reader::{HostMemory, PageReader};
 
 use super::embedded::{Embedded, Tracking};
@@ -61,18 +64,92 @@ pub trait Guest: Send {
 /// dropped when the guest does not.
 pub trait Tracker: Send + Sync {
     /// The pages written, by byte offset into the RAM.
-    fn dirty(&self) -> &Arc<DirtyBitmap>;
+    fn dirty(&self) -> Dirty<'_>;
 
     /// Begins a save: takes out every page written so far, and tracks the next write to it again.
     fn begin(&self) -> anyhow::Result<Epoch>;
 
     /// Adds to the save what was written since, tracks the next writes again, and says what that
     /// was.
-    fn take_more(&self, epoch: &mut Epoch) -> anyhow::Result<DirtyBitmap>;
+    fn take_more<'e>(&self, epoch: &'e mut Epoch) -> anyhow::Result<&'e TakenBitmap>;
+}
+
+/// The pages that a guest wrote, to be read and marked: who takes them depends on how they are
+/// known.
+#[derive(Clone, Copy)]
+pub enum Dirty<'a> {
+    /// By a hypervisor's log.
+    Logged(&'a DirtyBitmap),
+    /// By write faults.
+    Tracked(&'a TrackedBitmap),
+}
+
+/// Calls the same method of either.
+macro_rules! of_either {
+    ($dirty:expr, $bitmap:ident => $call:expr) => {
+        match $dirty {
+            Dirty::Logged($bitmap) => $call,
+            Dirty::Tracked($bitmap) => $call,
+        }
+    };
+}
+
+impl<'a> Dirty<'a> {
+    pub fn ram_size(self) -> u64 {
+        of_either!(self, bitmap => bitmap.ram_size())
+    }
+
+    pub fn page_size(self) -> u64 {
+        of_either!(self, bitmap => bitmap.page_size())
+    }
+
+    pub fn runs(self) -> Runs<'a> {
+        of_either!(self, bitmap => bitmap.runs())
+    }
+
+    pub fn is_dirty(self, offset: u64) -> Result<bool, OutOfRange> {
+        of_either!(self, bitmap => bitmap.is_dirty(offset))
+    }
+
+    pub fn set_range(self, offset: u64, len: u64) -> Result<bool, OutOfRange> {
+        of_either!(self, bitmap => bitmap.set_range(offset, len))
+    }
+
+    pub fn rebuild(self, granule: u64) -> Result<(), GeometryError> {
+        of_either!(self, bitmap => bitmap.rebuild(granule))
+    }
 }
 
 /// The pages of one save: dirty again unless it becomes durable.
-pub type Epoch = dirty_bitmap::Epoch<Arc<DirtyBitmap>>;
+pub enum Epoch {
+    Logged(dirty_bitmap::Epoch<Arc<DirtyBitmap>>),
+    Tracked(TrackedEpoch),
+}
+
+impl Epoch {
+    pub fn bitmap(&self) -> &TakenBitmap {
+        match self {
+            Self::Logged(epoch) => epoch.bitmap(),
+            Self::Tracked(epoch) => epoch.bitmap(),
+        }
+    }
+
+    /// The pages are durable.
+    pub fn release(self) -> Result<(), EpochReclaimed> {
+        match self {
+            Self::Logged(epoch) => epoch.release(),
+            Self::Tracked(epoch) => epoch.release(),
+        }
+    }
+
+    /// For trackers that protect again what they take.
+    pub fn tracked(&mut self) -> anyhow::Result<&mut TrackedEpoch> {
+        match self {
+            Self::Tracked(epoch) => Ok(epoch),
+            Self::Logged(_) => anyhow::bail!("an epoch of another tracker"),
+        }
+    }
+}
 
 /// A guest's RAM, shared between the guest and its readers.
 #[derive(Clone)]

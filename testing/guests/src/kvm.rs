@@ -9,12 +9,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
-use dirty_bitmap::DirtyBitmap;
-use kvm_backend::{DirtyLog, GuestRam, RamSlots, VcpuState, long_mode};
-use kvm_ioctls::{Kvm, VcpuExit, VcpuFd};
+use dirty_bitmap::{Epoch as LoggedEpoch, TakenBitmap};
+use kvm_backend::{DirtyLog, GuestRam, PauseError, RamSlots, Vcpu, VcpuState, Vcpus, long_mode};
+use kvm_ioctls::{Kvm, VcpuExit};
 use page_reader::{PageReader, RamLayout};
 
-use super::guest::{Epoch, Guest, Ram, Tracker};
+use super::guest::{Dirty, Epoch, Guest, Ram, Tracker};
 use super::ledger::{self, Layout, Verdict, Words, front};
 
 /// The port of the guest's bell.
@@ -41,7 +41,8 @@ const PAUSE_WITHIN: u64 = 400;
 /// A virtual machine with one vCPU.
 pub struct Machine {
     kvm: Kvm,
-    vcpu: VcpuFd,
+    vcpu: Vcpu,
+    vcpus: Vcpus,
     slots: Arc<RamSlots>,
     ram: Arc<GuestRam>,
     layout: Layout,
@@ -91,10 +92,12 @@ impl Machine {
         let vm = Arc::new(kvm_backend::create_vm(&kvm)?);
         let ram = Arc::new(GuestRam::new(regions)?);
         let slots = Arc::new(RamSlots::register(&vm, &ram, 0)?);
-        let vcpu = vm.create_vcpu(0)?;
+        let vcpus = Vcpus::new(&vm);
+        let vcpu = vcpus.create(0)?;
         Ok(Self {
             kvm,
             vcpu,
+            vcpus,
             slots,
             ram,
             layout,
@@ -110,16 +113,25 @@ impl Machine {
         let bell = match self.vcpu.run() {
             Ok(VcpuExit::IoOut(PORT, &[bell])) => bell,
             Ok(exit) => bail!("the guest stopped by {exit:?}"),
-            Err(error) if error.errno() == libc::EINTR => return Ok(Stop::Nudge),
+            Err(error) if error.errno() == libc::EINTR => {
+                self.complete_io()?;
+                return Ok(Stop::Nudge);
+            }
             Err(error) => return Err(error).context("KVM_RUN"),
         };
         // KVM ends an `out` when the vCPU is run again: until then its state is that of the middle
         // of an instruction.
+        self.complete_io()?;
+        Ok(Stop::Bell(bell))
+    }
+
+    fn complete_io(&mut self) -> anyhow::Result<()> {
         let mut further = None;
-        kvm_backend::complete_io(&mut self.vcpu, |exit| further = Some(format!("{exit:?}")))?;
+        self.vcpu
+            .complete_io(|exit| further = Some(format!("{exit:?}")))?;
         match further {
-            None => Ok(Stop::Bell(bell)),
-            Some(exit) => bail!("the guest stopped once more in one `out`: {exit}"),
+            None => Ok(()),
+            Some(exit) => bail!("the guest stopped once more in one instruction: {exit}"),
         }
     }
 
@@ -135,19 +147,46 @@ impl Machine {
     }
 }
 
-impl Tracker for DirtyLog {
-    fn dirty(&self) -> &Arc<DirtyBitmap> {
-        self.slots().ram().dirty_bitmap()
+/// The log, and the vCPUs that write what is in there.
+struct Watch {
+    log: DirtyLog,
+    vcpus: Vcpus,
+}
+
+impl Watch {
+    /// Moves the log into the bitmap. A guest that is paused stays so until its pages are copied:
+    /// the thread that has it saved is the one that runs it.
+    fn harvest(&self) -> anyhow::Result<()> {
+        match self.vcpus.pause() {
+            Ok(paused) => drop(self.log.harvest(paused)?),
+            // It works on, or is about to: an image of one instant takes the state of the
+            // processor, which there is of a paused guest only.
+            Err(PauseError::Running { .. } | PauseError::IoPending { .. }) => {
+                self.log.harvest_running()?;
+            }
+            Err(error) => return Err(error.into()),
+        }
+        Ok(())
+    }
+}
+
+impl Tracker for Watch {
+    fn dirty(&self) -> Dirty<'_> {
+        Dirty::Logged(self.log.slots().ram().dirty_bitmap())
     }
 
     fn begin(&self) -> anyhow::Result<Epoch> {
-        self.harvest(self.dirty())?;
-        Ok(Epoch::begin(Arc::clone(self.dirty()))?)
+        self.harvest()?;
+        let dirty = Arc::clone(self.log.slots().ram().dirty_bitmap());
+        Ok(Epoch::Logged(LoggedEpoch::begin(dirty)?))
     }
 
-    fn take_more(&self, epoch: &mut Epoch) -> anyhow::Result<DirtyBitmap> {
-        self.harvest(self.dirty())?;
-        Ok(epoch.take_more()?)
+    fn take_more<'e>(&self, epoch: &'e mut Epoch) -> anyhow::Result<&'e TakenBitmap> {
+        self.harvest()?;
+        match epoch {
+            Epoch::Logged(epoch) => Ok(epoch.take_more()?),
+            Epoch::Tracked(_) => bail!("an epoch of another tracker"),
+        }
     }
 }
 
@@ -213,11 +252,18 @@ impl Guest for Machine {
     }
 
     fn track(&mut self) -> anyhow::Result<Arc<dyn Tracker>> {
-        Ok(Arc::new(DirtyLog::start(&self.slots)?))
+        let log = DirtyLog::start(&self.slots)?;
+        // What was written before is no diff's: the first snapshot is a full one.
+        self.ram.dirty_bitmap().begin_epoch()?.release()?;
+        Ok(Arc::new(Watch {
+            log,
+            vcpus: self.vcpus.clone(),
+        }))
     }
 
     fn processor(&mut self) -> anyhow::Result<Vec<u8>> {
-        let state = VcpuState::capture(&self.kvm, self.slots.vm(), &self.vcpu)?;
+        let paused = self.vcpus.pause()?;
+        let state = VcpuState::capture(&self.kvm, &paused, &self.vcpu)?;
         Ok(postcard::to_stdvec(&state)?)
     }
 

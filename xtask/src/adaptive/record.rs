@@ -20,7 +20,7 @@ pub fn kvm_demo() -> anyhow::Result<Trace> {
     guest.boot()?;
     guest.work_until(STEPS)?;
     let tracker = guest.track()?;
-    tracker.begin()?.release();
+    tracker.begin()?.release()?;
     let mut intervals = Vec::new();
     for _ in 0..INTERVALS {
         // Only the first write of an interval faults.
@@ -35,7 +35,7 @@ pub fn kvm_demo() -> anyhow::Result<Trace> {
                     written.filter(|page| !std::mem::replace(&mut seen[*page as usize], true)),
                 );
             }
-            epoch.release();
+            epoch.release()?;
         }
         intervals.push(interval);
     }

@@ -6,7 +6,7 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
-use dirty_bitmap::{Costs, DirtyBitmap, Policy, WriteProtection, WriteTracker};
+use dirty_bitmap::{Costs, Policy, TrackedBitmap, TrackedEpoch, WriteProtection, WriteTracker};
 
 use super::trace::Trace;
 
@@ -68,11 +68,12 @@ pub fn run(trace: &Trace, policy: Policy, costs: Costs) -> Cost {
         protected: RefCell::new(vec![false; trace.pages as usize]),
         calls: Cell::new(0),
     };
-    let bitmap = DirtyBitmap::new(0, u64::from(trace.pages) * page, page);
+    let bitmap = TrackedBitmap::tracked(0, u64::from(trace.pages) * page, page);
     let bitmap = Arc::new(bitmap.expect("a trace has pages"));
     let tracker = WriteTracker::new(bitmap, policy).expect("whole pages");
+    let release = |epoch: TrackedEpoch| epoch.release().expect("nothing reclaims it");
     let checkpoint = || tracker.arm(&memory).expect("nothing else saves");
-    checkpoint().release();
+    release(checkpoint());
     memory.calls.set(0);
     let mut cost = Cost::default();
     let mut written = vec![false; trace.pages as usize];
@@ -93,7 +94,7 @@ pub fn run(trace: &Trace, policy: Policy, costs: Costs) -> Cost {
             pages.fill(false);
         }
         assert!(!written.contains(&true), "a page was lost");
-        epoch.release();
+        release(epoch);
     }
     cost.calls = memory.calls.get();
     cost.faulting = costs.fault * u32::try_from(cost.faults).expect("fits");

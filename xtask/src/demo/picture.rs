@@ -40,7 +40,7 @@ impl Picture {
     }
 
     /// Adds the row of one snapshot.
-    pub fn add(&mut self, name: &str, dirty: &DirtyBitmap) {
+    pub fn add<K>(&mut self, name: &str, dirty: &DirtyBitmap<K>) {
         let mut bytes = vec![0; SLICES];
         for run in dirty.runs() {
             let mut at = run.start;

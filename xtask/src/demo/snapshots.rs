@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::anyhow;
 use atomic_file::{AtomicGroup, AtomicWriter};
-use dirty_bitmap::DirtyBitmap;
+use dirty_bitmap::TakenBitmap;
 use memory_writer::{CancelToken, MemoryWriter};
 
 use super::guest::{Epoch, Guest, Tracker};
@@ -87,7 +87,7 @@ impl<'a> Snapshots<'a> {
                 let more = tracker.take_more(&mut epoch)?;
                 let bytes = more.dirty_bytes();
                 progress.phase(phase, bytes);
-                again += writer.write_diff(&ram, &more)?;
+                again += writer.write_diff(&ram, more)?;
                 if bytes >= before / 2 {
                     return anyhow::Ok(again);
                 }
@@ -107,9 +107,10 @@ impl<'a> Snapshots<'a> {
 
         guest.pause()?;
         let paused = Instant::now();
-        let rest = tracker.take_more(&mut epoch)?;
-        let last = writer.write_diff(&ram, &rest)?;
+        // First: to capture it may write to the guest's memory.
         let processor = guest.processor()?;
+        let rest = tracker.take_more(&mut epoch)?;
+        let last = writer.write_diff(&ram, rest)?;
         let written = size + (again + last) * page;
         let snapshot = self.snapshot("full", epoch.bitmap(), written, paused);
         self.files.full = writer.dest_path().to_owned();
@@ -122,9 +123,9 @@ impl<'a> Snapshots<'a> {
         guest.pause()?;
         let started = Instant::now();
         let mut writer = self.writer(&format!("diff-{round}.mem"))?;
+        let processor = guest.processor()?;
         let epoch = self.tracker.begin()?;
         let pages = writer.write_diff(&guest.ram(), epoch.bitmap())?;
-        let processor = guest.processor()?;
         let written = pages * self.tracker.dirty().page_size();
         let name = format!("diff {round}");
         let snapshot = self.snapshot(&name, epoch.bitmap(), written, started);
@@ -164,7 +165,7 @@ impl<'a> Snapshots<'a> {
     fn snapshot(
         &mut self,
         name: &str,
-        dirty: &DirtyBitmap,
+        dirty: &TakenBitmap,
         written: u64,
         paused: Instant,
     ) -> Snapshot {
@@ -199,7 +200,7 @@ impl<'a> Snapshots<'a> {
             group.add(writer.finish()?)?;
             group.add(file)?;
             group.commit()?;
-            epoch.release();
+            epoch.release()?;
             snapshot.durable = started.elapsed();
             snapshot.allocated = fs::metadata(&memory)?.blocks() * 512;
             Ok(snapshot)

@@ -110,12 +110,12 @@ fn commit(dir: &Path, witness: &dyn Witness, mistake: Option<Mistake>) -> anyhow
     let live = Arc::new(live);
     witness.saving(&live);
     let mut epoch = Some(live.begin_epoch()?);
-    let mut forget = || epoch.take().map(Epoch::release);
+    let mut forget = || epoch.take().map_or(Ok(()), Epoch::release);
     if mistake == Some(Mistake::ForgetsFirst) {
-        forget();
+        forget()?;
     }
     replace(dir, mistake)?;
-    forget();
+    forget()?;
     witness.returned()
 }
 

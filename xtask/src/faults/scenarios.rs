@@ -115,7 +115,7 @@ fn save(dir: &Path, witness: &dyn Witness, options: Options) -> anyhow::Result<(
     let mut writer = options.open(dir.join(DEST), RAM, PAGE)?;
     writer.write_full(&Stamped::new(2, RAM))?;
     writer.commit()?;
-    epoch.release();
+    epoch.release()?;
     witness.returned()
 }
 
@@ -136,9 +136,9 @@ const PRECOPY: Scenario = Scenario {
         writer.write_full(&Stamped::new(9, RAM))?;
         live.set_range(0, RAM)?;
         let meanwhile = epoch.take_more()?;
-        writer.write_diff(&Stamped::new(2, RAM), &meanwhile)?;
+        writer.write_diff(&Stamped::new(2, RAM), meanwhile)?;
         writer.commit()?;
-        epoch.release();
+        epoch.release()?;
         witness.returned()
     },
     ..ENGINE

@@ -4,13 +4,12 @@ use std::fs;
 use std::io::Write;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, anyhow, bail, ensure};
 use atomic_file::{AtomicGroup, AtomicWriter};
-use dirty_bitmap::DirtyBitmap;
+use dirty_bitmap::{DirtyBitmap, TakenBitmap};
 use memory_writer::MemoryWriter;
 use test_machine::{ReadOnlyBind, TinyTmpfs};
 
@@ -20,7 +19,7 @@ use super::plan::{Fault, Flaky, Kind, ON_PURPOSE, Plan};
 use super::shadow::{Difference, Harm, Shadow};
 use super::subject::{Shape, Subject};
 use super::{Defect, Settings};
-use crate::demo::guest::{Epoch, Tracker};
+use crate::demo::guest::{Dirty, Epoch, Tracker};
 
 /// What a tmpfs has room for that a save is to fill.
 const TINY: u64 = 96 << 10;
@@ -55,6 +54,13 @@ pub struct Save<'a> {
     pub plan: &'a Plan,
     /// Of the files, without the extension.
     pub name: String,
+}
+
+/// A save that has begun.
+struct Begun {
+    epoch: Epoch,
+    /// The pages that it writes: those of the epoch, unless a mark is dropped on purpose.
+    pages: DirtyBitmap,
 }
 
 /// What came of it.
@@ -99,19 +105,19 @@ impl Save<'_> {
         let id = writer.image_id();
 
         let begin = |writer: &mut MemoryWriter| {
-            let epoch = self.begin(&*tracker)?;
+            let begun = self.begin(&*tracker)?;
             match plan.kind {
                 Kind::Full => writer.write_full(&reader)?,
-                Kind::Diff => drop(writer.write_diff(&reader, epoch.bitmap())?),
+                Kind::Diff => drop(writer.write_diff(&reader, &begun.pages)?),
             }
-            anyhow::Ok(epoch)
+            anyhow::Ok(begun)
         };
-        let write_more = |writer: &mut MemoryWriter, epoch: &mut Epoch| {
-            let more = tracker.take_more(epoch)?;
-            writer.write_diff(&reader, &more)?;
-            anyhow::Ok(())
+        let write_more = |writer: &mut MemoryWriter, begun: &mut Begun| {
+            let more = tracker.take_more(&mut begun.epoch)?;
+            writer.write_diff(&reader, more)?;
+            add(&begun.pages, more)
         };
-        let epoch = if plan.passes == 0 {
+        let Begun { epoch, pages } = if plan.passes == 0 {
             begin(&mut writer)?
         } else {
             let mut begun = None;
@@ -119,31 +125,31 @@ impl Save<'_> {
                 let rebuilding = || rebuild(tracker.dirty(), &plan.granules);
                 thread::scope(|scope| {
                     let rebuilding = scope.spawn(rebuilding);
-                    let epoch = begun.insert(begin(&mut writer)?);
+                    let begun = begun.insert(begin(&mut writer)?);
                     for _ in 1..plan.passes {
-                        write_more(&mut writer, epoch)?;
+                        write_more(&mut writer, begun)?;
                     }
                     rebuilding
                         .join()
                         .unwrap_or_else(|panic| resume_unwind(panic))
                 })
             })?;
-            let mut epoch = begun.context("the save has begun")?;
-            write_more(&mut writer, &mut epoch)?;
-            epoch
+            let mut begun = begun.context("the save has begun")?;
+            write_more(&mut writer, &mut begun)?;
+            begun
         };
 
         let shadow = Shadow::take(&ram, size)?;
         if let Some(saved) = self.shadow {
-            shadow.check_marks(saved, epoch.bitmap())?;
+            shadow.check_marks(saved, &pages)?;
         }
         if plan.fault == Some(Fault::NotCommitted) {
             if self.settings.plant == Some(Defect::ReleasedEarly) {
-                epoch.release();
+                epoch.release()?;
             }
             bail!("not committed, {ON_PURPOSE}");
         }
-        let pages = epoch.bitmap().runs().collect();
+        let pages = pages.runs().collect();
         if id.is_some() {
             writer.set_metadata(self.name.as_bytes())?;
         }
@@ -162,7 +168,7 @@ impl Save<'_> {
             commit()?;
         }
         if plan.fault != Some(Fault::NotReleased) {
-            epoch.release();
+            epoch.release()?;
         }
         let saved = Saved {
             path: dest.to_owned(),
@@ -177,10 +183,10 @@ impl Save<'_> {
     /// Another process saves, and is killed before anybody hears that it has committed: the marks are never released.
     fn by_another_process(&self, subject: &mut dyn Subject, dest: &Path) -> anyhow::Result<Done> {
         let (size, ram, tracker) = (self.shape.ram(), subject.ram(), subject.tracker());
-        let epoch = self.begin(&*tracker)?;
+        let Begun { epoch, pages } = self.begin(&*tracker)?;
         let shadow = Shadow::take(&ram, size)?;
         if let Some(saved) = self.shadow {
-            shadow.check_marks(saved, epoch.bitmap())?;
+            shadow.check_marks(saved, &pages)?;
         }
         let (dir, newest) = (&self.room.dir, self.images.newest());
         let (copy, file) = (dir.join("ram"), dir.join("order"));
@@ -189,7 +195,7 @@ impl Save<'_> {
             ram: copy.clone(),
             size,
             page: self.plan.page,
-            dirty: epoch.bitmap().runs().collect(),
+            dirty: pages.runs().collect(),
             regions: self.shape.regions.clone(),
             parent: newest.and_then(|newest| newest.id).map(|id| id.to_bytes()),
             dest: dest.to_owned(),
@@ -229,12 +235,15 @@ impl Save<'_> {
         Ok(Done { saved, shadow })
     }
 
-    fn begin(&self, tracker: &dyn Tracker) -> anyhow::Result<Epoch> {
+    fn begin(&self, tracker: &dyn Tracker) -> anyhow::Result<Begun> {
         let epoch = tracker.begin()?;
+        let taken = epoch.bitmap();
+        let pages = DirtyBitmap::new(taken.ram_start(), taken.ram_size(), taken.granule())?;
+        add(&pages, taken)?;
         if self.settings.plant == Some(Defect::MarkDropped) {
-            drop_a_mark(epoch.bitmap())?;
+            drop_a_mark(&pages)?;
         }
-        Ok(epoch)
+        Ok(Begun { epoch, pages })
     }
 
     /// The file that is committed with the image, its path, and what is in there.
@@ -294,10 +303,18 @@ fn commit_both(writer: MemoryWriter, state: AtomicWriter) -> anyhow::Result<()> 
 }
 
 /// Has the bitmap go over to each of `granules`, at short intervals.
-pub fn rebuild(bitmap: &Arc<DirtyBitmap>, granules: &[u64]) -> anyhow::Result<()> {
+pub fn rebuild(bitmap: Dirty<'_>, granules: &[u64]) -> anyhow::Result<()> {
     for granule in granules {
         thread::sleep(Duration::from_micros(300));
         bitmap.rebuild(*granule)?;
+    }
+    Ok(())
+}
+
+/// Marks in `pages` what is marked in `more`.
+fn add(pages: &DirtyBitmap, more: &TakenBitmap) -> anyhow::Result<()> {
+    for run in more.runs() {
+        pages.set_range(pages.ram_start() + run.start, run.end - run.start)?;
     }
     Ok(())
 }

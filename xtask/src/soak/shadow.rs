@@ -98,7 +98,7 @@ impl Shadow {
     }
 
     /// Finds a byte that has changed since `saved`, and that `dirty` has no mark for: the next diff would not have it.
-    pub fn check_marks(&self, saved: &Self, dirty: &DirtyBitmap) -> anyhow::Result<()> {
+    pub fn check_marks<K>(&self, saved: &Self, dirty: &DirtyBitmap<K>) -> anyhow::Result<()> {
         let chunks = self.0.chunks(CHUNK).zip(saved.0.chunks(CHUNK));
         for ((now, then), start) in chunks.zip((0_u64..).step_by(CHUNK)) {
             if now == then {

@@ -5,7 +5,7 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
-use dirty_bitmap::{DirtyBitmap, Policy, WriteProtection, WriteTracker};
+use dirty_bitmap::{Policy, TakenBitmap, TrackedBitmap, WriteProtection, WriteTracker};
 
 /// A call of the tracker's to the platform.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -43,7 +43,7 @@ impl Machine {
 
     pub(crate) fn tracked(&self, policy: Policy) -> WriteTracker {
         let size = self.pages.len() as u64 * self.page_size;
-        let bitmap = DirtyBitmap::new(self.start, size, self.page_size).unwrap();
+        let bitmap = TrackedBitmap::tracked(self.start, size, self.page_size).unwrap();
         WriteTracker::new(Arc::new(bitmap), policy).unwrap()
     }
 
@@ -72,7 +72,7 @@ impl Machine {
     }
 
     /// Copies the pages of `taken`.
-    pub(crate) fn copy(&self, taken: &DirtyBitmap, image: &mut [u64]) {
+    pub(crate) fn copy(&self, taken: &TakenBitmap, image: &mut [u64]) {
         for run in taken.runs() {
             for page in run.start / self.page_size..run.end.div_ceil(self.page_size) {
                 image[page as usize] = self.pages[page as usize].lock().unwrap().word;

@@ -8,8 +8,8 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use dirty_bitmap::{
-    ArmError, BLOCK_SIZE, BeginEpochError, Costs, DirtyBitmap, FaultError, Policy, TrackerError,
-    WriteTracker,
+    ArmError, BLOCK_SIZE, BeginEpochError, Costs, FaultError, Policy, TakeMoreError, TrackedBitmap,
+    TrackerError, WriteTracker,
 };
 use machine::{Call, Machine};
 use rstest::rstest;
@@ -22,7 +22,7 @@ const START: u64 = 0x8000_0000;
 fn armed(blocks: u64, policy: Policy) -> (Machine, WriteTracker) {
     let machine = Machine::new(START, blocks * PAGES_PER_BLOCK, PAGE);
     let tracker = machine.tracked(policy);
-    tracker.arm(&machine).unwrap().release();
+    tracker.arm(&machine).unwrap().release().unwrap();
     machine.calls();
     (machine, tracker)
 }
@@ -32,7 +32,7 @@ fn checkpoint(machine: &Machine, tracker: &WriteTracker) -> Vec<std::ops::Range<
     let epoch = tracker.arm(machine).unwrap();
     let runs = epoch.bitmap().runs();
     let runs = runs.map(|run| run.start / PAGE..run.end / PAGE).collect();
-    epoch.release();
+    epoch.release().unwrap();
     runs
 }
 
@@ -64,7 +64,7 @@ fn a_fault_opens_and_marks(#[case] policy: Policy, #[case] pages: std::ops::Rang
 fn the_last_block_ends_where_the_ram_does() {
     let machine = Machine::new(START, PAGES_PER_BLOCK + 3, PAGE);
     let tracker = machine.tracked(Policy::Blocks);
-    tracker.arm(&machine).unwrap().release();
+    tracker.arm(&machine).unwrap().release().unwrap();
     machine.write(&tracker, PAGES_PER_BLOCK + 1, 1);
     assert_eq!(
         checkpoint(&machine, &tracker),
@@ -288,7 +288,7 @@ fn a_second_checkpoint_while_a_save_is_under_way_is_refused_and_takes_nothing() 
         Err(ArmError::Epoch(BeginEpochError::AlreadyOpen))
     ));
     assert_eq!(machine.calls(), []);
-    epoch.release();
+    epoch.release().unwrap();
     assert_eq!(checkpoint(&machine, &tracker), [3..4]);
 }
 
@@ -330,7 +330,7 @@ fn what_could_not_be_protected_in_the_middle_of_a_save_is_dirty_for_the_next() {
     let failed = tracker.arm_more(&mut epoch, &machine);
     assert!(matches!(failed, Err(ArmError::Protect { .. })));
     machine.patience.store(u64::MAX, Ordering::SeqCst);
-    epoch.release();
+    epoch.release().unwrap();
     assert_eq!(checkpoint(&machine, &tracker), [60..61]);
 }
 
@@ -343,7 +343,7 @@ fn where_many_pieces_can_not_be_protected_all_of_the_ram_is() {
         &machine,
         |call: &Call| matches!(call, Call::Protect(range) if range.end - range.start < BLOCK_SIZE),
     );
-    tracker.arm(&refuse_once).unwrap().release();
+    tracker.arm(&refuse_once).unwrap().release().unwrap();
     assert_eq!(
         machine.calls(),
         [Call::Protect(START..START + 2 * BLOCK_SIZE)]
@@ -390,7 +390,7 @@ fn ram_that_can_not_be_protected_is_refused(
     #[case] page: u64,
     #[case] says: &str,
 ) {
-    let bitmap = Arc::new(DirtyBitmap::new(start, size, page).unwrap());
+    let bitmap = Arc::new(TrackedBitmap::tracked(start, size, page).unwrap());
     let refused: TrackerError = WriteTracker::new(Arc::clone(&bitmap), Policy::Pages).unwrap_err();
     assert!(refused.to_string().contains(says), "{refused}");
     assert!(bitmap.is_clean());
@@ -420,4 +420,49 @@ impl<F: Fn(&Call) -> bool> dirty_bitmap::WriteProtection for Refusing<'_, F> {
         self.check(Call::Lift(range.clone()))?;
         self.0.lift(range)
     }
+}
+
+#[test]
+fn a_bitmap_has_one_tracker_at_a_time() {
+    let (_machine, tracker) = armed(1, Policy::Pages);
+    let bitmap = Arc::clone(tracker.bitmap());
+    let second = WriteTracker::new(Arc::clone(&bitmap), Policy::Pages);
+    assert_eq!(second.unwrap_err(), TrackerError::AlreadyTracked);
+    assert!(bitmap.is_clean(), "nothing was marked");
+    drop(tracker);
+    let second = WriteTracker::new(Arc::clone(&bitmap), Policy::Pages).unwrap();
+    assert_eq!(bitmap.dirty_bytes(), BLOCK_SIZE);
+    drop(second);
+}
+
+#[test]
+fn the_epoch_of_another_tracker_is_refused() {
+    let (machine, tracker) = armed(1, Policy::Pages);
+    let (other_machine, other) = armed(1, Policy::Pages);
+    let mut epoch = other.arm(&other_machine).unwrap();
+    other_machine.write(&other, 3, 1);
+    let refused = tracker.arm_more(&mut epoch, &machine);
+    assert!(matches!(refused, Err(ArmError::OtherBitmap)));
+    // It took nothing: written again, the page is in the next checkpoint still.
+    other_machine.write(&other, 3, 2);
+    epoch.release().unwrap();
+    assert_eq!(checkpoint(&other_machine, &other), [3..4]);
+}
+
+#[test]
+fn a_reclaimed_checkpoint_is_taken_and_protected_again() {
+    let (machine, tracker) = armed(1, Policy::Pages);
+    machine.write(&tracker, 3, 1);
+    let mut stuck = tracker.arm(&machine).unwrap();
+    assert!(tracker.reclaim_epoch());
+    machine.write(&tracker, 5, 1);
+    machine.calls();
+    let more = tracker.arm_more(&mut stuck, &machine);
+    let reclaimed = matches!(more, Err(ArmError::More(TakeMoreError::Reclaimed(_))));
+    assert!(reclaimed);
+    assert_eq!(machine.calls(), []);
+    assert_eq!(checkpoint(&machine, &tracker), [3..4, 5..6]);
+    let at = |page: u64| START + page * PAGE;
+    assert_eq!(machine.calls(), [Call::Protect(at(3)..at(6))]);
+    assert!(stuck.release().is_err());
 }

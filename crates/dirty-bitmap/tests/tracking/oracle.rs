@@ -70,12 +70,12 @@ fn save(
     machine.copy(epoch.bitmap(), &mut next);
     meanwhile();
     let more = tracker.arm_more(&mut epoch, machine).ok()?;
-    machine.copy(&more, &mut next);
+    machine.copy(more, &mut next);
     if fails {
         return None;
     }
     *image = next;
-    epoch.release();
+    epoch.release().unwrap();
     Some(())
 }
 

@@ -4,7 +4,7 @@ use std::io;
 use std::ptr::NonNull;
 use std::sync::Arc;
 
-use dirty_bitmap::{DirtyBitmap, GeometryError};
+use dirty_bitmap::{GeometryError, TrackedBitmap};
 use page_reader::{HostMemory, OutsideRam, PageReader, RamLayout, RamRange};
 use thiserror::Error;
 
@@ -38,7 +38,7 @@ use super::vm::PAGE_SIZE;
 pub struct GuestRam {
     layout: RamLayout,
     mappings: Box<[Mapping]>,
-    dirty: Arc<DirtyBitmap>,
+    dirty: Arc<TrackedBitmap>,
 }
 
 impl GuestRam {
@@ -48,7 +48,7 @@ impl GuestRam {
     /// # Errors
     /// [`GuestRamError`].
     pub fn new(layout: RamLayout) -> Result<Self, GuestRamError> {
-        let dirty = DirtyBitmap::new(0, layout.ram_size(), PAGE_SIZE);
+        let dirty = TrackedBitmap::tracked(0, layout.ram_size(), PAGE_SIZE);
         Self::with_dirty_bitmap(layout, Arc::new(dirty.map_err(GuestRamError::Bitmap)?))
     }
 
@@ -59,7 +59,7 @@ impl GuestRam {
     /// [`GuestRamError`].
     pub fn with_dirty_bitmap(
         layout: RamLayout,
-        dirty: Arc<DirtyBitmap>,
+        dirty: Arc<TrackedBitmap>,
     ) -> Result<Self, GuestRamError> {
         check(&layout, &dirty)?;
         let map = |region: &RamRange| {
@@ -89,7 +89,7 @@ impl GuestRam {
     #[allow(unsafe_code)]
     pub unsafe fn adopt(
         layout: RamLayout,
-        dirty: Arc<DirtyBitmap>,
+        dirty: Arc<TrackedBitmap>,
         host_addresses: &[NonNull<u8>],
     ) -> Result<Self, GuestRamError> {
         check(&layout, &dirty)?;
@@ -128,7 +128,7 @@ impl GuestRam {
 
     /// The pages written by the host, and those that a tracker of this bitmap saw the guest write.
     #[must_use]
-    pub fn dirty_bitmap(&self) -> &Arc<DirtyBitmap> {
+    pub fn dirty_bitmap(&self) -> &Arc<TrackedBitmap> {
         &self.dirty
     }
 
@@ -236,7 +236,7 @@ impl PageReader for GuestRam {
 }
 
 /// Everything about the layout and the bitmap that doesn't need memory.
-fn check(layout: &RamLayout, dirty: &DirtyBitmap) -> Result<(), GuestRamError> {
+fn check(layout: &RamLayout, dirty: &TrackedBitmap) -> Result<(), GuestRamError> {
     let mut regions = layout.regions().iter();
     if let Some(region) =
         regions.find(|region| !(region.guest_start | region.size).is_multiple_of(PAGE_SIZE))
@@ -274,7 +274,7 @@ pub enum GuestRamError {
     /// The bitmap given does not cover the RAM.
     #[error(
         "the bitmap covers {bitmap_size:#x} bytes from {bitmap_start:#x} on, the guest has {ram_size:#x} bytes of RAM: \
-         make it with `DirtyBitmap::new(0, layout.ram_size(), page_size)`"
+         make it with `TrackedBitmap::tracked(0, layout.ram_size(), page_size)`"
     )]
     BitmapMismatch {
         /// Where the bitmap starts.

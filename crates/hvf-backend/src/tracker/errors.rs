@@ -24,7 +24,7 @@ pub enum TrackError {
     /// The bitmap is of other RAM.
     #[error(
         "a bitmap of {bitmap_size:#x} bytes from {bitmap_start:#x} on does not cover the memory file, {ram_size:#x} bytes from 0 on: make it with \
-         `DirtyBitmap::new(0, layout.ram_size(), page_size)`"
+         `TrackedBitmap::tracked(0, layout.ram_size(), page_size)`"
     )]
     BitmapMismatch {
         /// Where the bitmap starts.

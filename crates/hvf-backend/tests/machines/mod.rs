@@ -10,7 +10,7 @@ mod threads;
 use std::io;
 use std::sync::Arc;
 
-use dirty_bitmap::{DirtyBitmap, Policy};
+use dirty_bitmap::{Policy, TrackedBitmap};
 use hvf_backend::{Answer, Exception, Exit, Stage2Tracker};
 use page_reader::{PageReader, RamLayout};
 use test_machine::Need;
@@ -92,7 +92,7 @@ impl Machine {
         self.tracker.layout()
     }
 
-    pub fn bitmap(&self) -> &DirtyBitmap {
+    pub fn bitmap(&self) -> &TrackedBitmap {
         self.tracker.bitmap()
     }
 
@@ -163,7 +163,7 @@ pub fn store_fault(physical_address: u64) -> Exit {
 fn tell(tracker: &Tracker, offset: u64) -> io::Result<()> {
     let address = tracker.layout().guest_address_of(offset);
     let exit = store_fault(address.ok_or(io::ErrorKind::InvalidInput)?);
-    match tracker.handle_exit(&exit) {
+    match tracker.handle_exit(&tracker.enter(), &exit) {
         Ok(Answer::Handled) => Ok(()),
         other => Err(io::Error::other(format!("{other:?}"))),
     }
@@ -176,6 +176,6 @@ fn new_tracker(
     protection: Protection,
 ) -> Arc<Tracker> {
     let layout = RamLayout::new(regions).unwrap();
-    let bitmap = Arc::new(DirtyBitmap::new(0, layout.ram_size(), page_size).unwrap());
+    let bitmap = Arc::new(TrackedBitmap::tracked(0, layout.ram_size(), page_size).unwrap());
     Arc::new(Stage2Tracker::new(layout, &bitmap, policy, protection).unwrap())
 }

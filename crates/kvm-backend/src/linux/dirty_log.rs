@@ -3,32 +3,36 @@
 use std::io;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use dirty_bitmap::DirtyBitmap;
 use kvm_bindings::{
     KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE, kvm_enable_cap,
 };
 use page_reader::RamRange;
 use thiserror::Error;
 
-use super::ram::{BitmapMismatch, marking_base};
 use super::slots::{RamSlots, SlotError};
 use super::sys;
+use super::vcpus::Paused;
 
 /// Pages cleared by one call: 1 GiB in pages of 4 KiB. KVM holds the guest's page-table lock meanwhile, and vCPUs that fault wait.
 const CLEAR_PAGES: usize = 1 << 18;
 
 /// KVM's log of the pages that a guest writes.
 ///
+/// A harvest moves it into the [bitmap of the guest's RAM](crate::GuestRam::dirty_bitmap), where the host's writes are marked too.
+///
 /// On from [`start`](Self::start) until [`stop`](Self::stop): a value that is merely dropped leaves the log on, and the next
-/// `start` finds what it holds. What was written before the first `start` is in no log, so the chain of snapshots begins
-/// with a full one, taken after `start`.
+/// `start` finds what it holds. What was written before the first `start` is in no log, so `start` marks all of the RAM. The
+/// chain of snapshots begins with a full one, of an epoch begun after `start`.
+///
+/// A guest's RAM has one log at a time: of two, each would take pages that the other never sees.
 ///
 /// # Running vCPUs
-/// [`harvest`](Self::harvest) is right at any time, with the vCPUs running or stopped. When it has returned, every page written before it
+/// [`harvest_running`](Self::harvest_running) may come at any time. When it has returned, every page written before it
 /// began is marked in the bitmap, and each page it marked is write-protected again, so that a later write is in a later
 /// harvest. Hence the order for a copy of a *running* guest: harvest, take the marks out, copy those pages, and again.
 /// A page written while it is copied may be copied torn: a later harvest has it. The last round, for an image
-/// of one instant, needs the vCPUs stopped *before* its harvest, and every device thread that writes guest memory too.
+/// of one instant, is [`harvest`](Self::harvest). It takes a [`Paused`], which there is only when every vCPU has left the guest
+/// and completed its I/O. Every device thread that writes guest memory must have stopped, too.
 ///
 /// A vCPU is stopped when `KVM_RUN` has returned: what the processor logged by itself (Intel's PML) KVM has added by then.
 ///
@@ -42,6 +46,17 @@ pub struct DirtyLog {
     reprotect: Reprotect,
     /// One harvest at a time: of two that run together, each would have only a part of the log.
     harvesting: Mutex<()>,
+    _claim: Claim,
+}
+
+/// What makes a log the only one of its RAM.
+#[derive(Debug)]
+struct Claim(Arc<RamSlots>);
+
+impl Drop for Claim {
+    fn drop(&mut self) {
+        self.0.ram().log().claimed = false;
+    }
 }
 
 /// When KVM protects logged pages against the next write.
@@ -67,8 +82,25 @@ pub struct Harvest {
     pub page_size: u64,
 }
 
+/// What the last harvest of a paused guest found. The vCPUs stay paused as long as it lives: drop it when the pages are copied.
+#[derive(Debug)]
+#[must_use = "dropped, it lets the vCPUs run"]
+pub struct PausedHarvest {
+    found: Harvest,
+    _paused: Paused,
+}
+
+impl PausedHarvest {
+    /// What was found.
+    #[must_use]
+    pub fn found(&self) -> Harvest {
+        self.found
+    }
+}
+
 impl DirtyLog {
-    /// Switches the log on for every slot, in the best way this KVM offers.
+    /// Switches the log on for every slot, in the best way this KVM offers. All of the RAM is marked then, unless the log has been on
+    /// since an earlier `DirtyLog`.
     ///
     /// # Errors
     /// [`StartError`]. Slots may be left with the log on, which costs speed and nothing else.
@@ -86,6 +118,14 @@ impl DirtyLog {
     /// # Errors
     /// As [`start`](Self::start), and [`StartError::NoManualProtect`].
     pub fn start_with(slots: &Arc<RamSlots>, reprotect: Reprotect) -> Result<Self, StartError> {
+        let claim = {
+            let mut log = slots.ram().log();
+            if log.claimed {
+                return Err(StartError::AlreadyStarted);
+            }
+            log.claimed = true;
+            Claim(Arc::clone(slots))
+        };
         if offers_manual_protect(slots) {
             // Said either way: somebody may have switched it before.
             let enable = match reprotect {
@@ -107,10 +147,16 @@ impl DirtyLog {
         for region in slots.ram().layout().regions() {
             slots.log_dirty_pages(region, true)?;
         }
+        // What was written before is in no log. Whether that of slots that are the caller's has stayed on is not known.
+        let was_on = std::mem::replace(&mut slots.ram().log().on, slots.are_own());
+        if !(was_on && slots.are_own()) {
+            slots.ram().mark_all();
+        }
         Ok(Self {
             slots: Arc::clone(slots),
             reprotect,
             harvesting: Mutex::new(()),
+            _claim: claim,
         })
     }
 
@@ -126,51 +172,60 @@ impl DirtyLog {
         &self.slots
     }
 
-    /// Marks in `bitmap` every page that the log has, and has KVM log the next write to each.
+    /// Marks every page that the log has, and has KVM log the next write to each: the last harvest of an image of one instant.
     ///
-    /// The bitmap covers the memory file ([`GuestRam::dirty_bitmap`](crate::GuestRam::dirty_bitmap) does) in pages of any
-    /// size; other threads may mark, drain and rebuild it meanwhile.
+    /// The vCPUs stay paused until what it returns is dropped; on an error they may run at once.
     ///
     /// # Errors
-    /// [`HarvestError`]. No page is lost: one that was taken from KVM's log is marked in `bitmap`, the others are in the
+    /// As [`harvest_running`](Self::harvest_running), and [`HarvestError::OtherMachine`].
+    pub fn harvest(&self, paused: Paused) -> Result<PausedHarvest, HarvestError> {
+        if !Arc::ptr_eq(paused.vm(), self.slots.vm()) {
+            return Err(HarvestError::OtherMachine);
+        }
+        Ok(PausedHarvest {
+            found: self.harvest_running()?,
+            _paused: paused,
+        })
+    }
+
+    /// The same of a guest that may run: what it finds may be copied, and is not of one instant.
+    ///
+    /// # Errors
+    /// [`HarvestError`]. No page is lost: one that was taken from KVM's log is marked in the bitmap, the others are in the
     /// log still, and harvesting again continues. A save that fails after the harvest keeps its marks by the bitmap's
     /// [epoch](dirty_bitmap::Epoch).
-    pub fn harvest(&self, bitmap: &DirtyBitmap) -> Result<Harvest, HarvestError> {
+    pub fn harvest_running(&self) -> Result<Harvest, HarvestError> {
         let _one_at_a_time = self
             .harvesting
             .lock()
             .unwrap_or_else(PoisonError::into_inner);
-        let ram = self.slots.ram();
-        let base = marking_base(ram.layout(), bitmap)?;
         let mut harvest = Harvest {
             pages: 0,
             page_size: sys::page_size(),
         };
-        for region in ram.layout().regions() {
-            harvest.pages += self.harvest_region(region, base, bitmap)?;
+        for region in self.slots.ram().layout().regions() {
+            harvest.pages += self.harvest_region(region)?;
         }
         Ok(harvest)
     }
 
     /// Switches the log off: the guest writes at full speed again.
     ///
-    /// What was written since the last harvest is forgotten. A later diff would miss it: the next snapshot is a full one.
+    /// What was written since the last harvest is forgotten, and what is written from here on is in no log: the next
+    /// [`start`](Self::start) marks all of the RAM.
     ///
     /// # Errors
     /// [`SlotError`]; some slots may still be logged.
     pub fn stop(self) -> Result<(), SlotError> {
+        self.slots.ram().log().on = false;
         for region in self.slots.ram().layout().regions() {
             self.slots.log_dirty_pages(region, false)?;
         }
         Ok(())
     }
 
-    fn harvest_region(
-        &self,
-        region: &RamRange,
-        base: u64,
-        bitmap: &DirtyBitmap,
-    ) -> Result<u64, HarvestError> {
+    fn harvest_region(&self, region: &RamRange) -> Result<u64, HarvestError> {
+        let bitmap = self.slots.ram().dirty_bitmap();
         let slot = self.slots.slot_of(region);
         let words = self
             .slots
@@ -182,7 +237,7 @@ impl DirtyLog {
             })?;
         let mark = || {
             bitmap
-                .mark_log(base + region.offset, sys::page_size(), &words)
+                .mark_log(bitmap.ram_start() + region.offset, sys::page_size(), &words)
                 .map_err(|source| HarvestError::Mark { slot, source })
         };
         // With `WhenRead` the log is empty now, and the marks are all there is: nothing may come in between.
@@ -229,6 +284,9 @@ fn offers_manual_protect(slots: &RamSlots) -> bool {
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum StartError {
+    /// This RAM has a log.
+    #[error("the dirty log of this RAM was started already: use that DirtyLog, or drop it first")]
+    AlreadyStarted,
     /// This KVM has no `KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2`.
     #[error(
         "this KVM can't protect logged pages on demand (KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, Linux 5.2): use `DirtyLog::start`, \
@@ -247,9 +305,11 @@ pub enum StartError {
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum HarvestError {
-    /// The bitmap is another guest's.
-    #[error(transparent)]
-    BitmapMismatch(#[from] BitmapMismatch),
+    /// The vCPUs that are paused are another machine's. Nothing was harvested.
+    #[error(
+        "the paused vCPUs are of another virtual machine than the logged slots: pause those of this one"
+    )]
+    OtherMachine,
     /// `KVM_GET_DIRTY_LOG` failed.
     #[error(
         "KVM_GET_DIRTY_LOG of memory slot {slot} failed: the slot is gone, or its log was switched off, by somebody else"

@@ -3,7 +3,7 @@
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::ptr::NonNull;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use dirty_bitmap::{DirtyBitmap, GeometryError};
 use page_reader::{HostMemory, OutsideRam, PageReader, RamLayout, RamRange};
@@ -40,6 +40,16 @@ pub struct GuestRam {
     mappings: Box<[Mapping]>,
     memfd: Option<OwnedFd>,
     dirty: Arc<DirtyBitmap>,
+    log: Mutex<LogState>,
+}
+
+/// KVM's log of this RAM: here, because values may share its slots.
+#[derive(Debug, Default)]
+pub(crate) struct LogState {
+    /// A [`DirtyLog`](crate::DirtyLog) lives.
+    pub(crate) claimed: bool,
+    /// It has been on since all of the RAM was marked.
+    pub(crate) on: bool,
 }
 
 /// How guest RAM is made: [`GuestRam::options`].
@@ -71,7 +81,7 @@ impl GuestRam {
         &self.layout
     }
 
-    /// The pages written by the host, and, once [harvested](crate::DirtyLog::harvest) into it, by the guest.
+    /// The pages written by the host, and, once [harvested](crate::DirtyLog::harvest), by the guest.
     #[must_use]
     pub fn dirty_bitmap(&self) -> &Arc<DirtyBitmap> {
         &self.dirty
@@ -127,6 +137,16 @@ impl GuestRam {
         Ok(())
     }
 
+    /// Marks all of it.
+    pub(crate) fn mark_all(&self) {
+        self.mark_offsets(0, self.layout.ram_size());
+    }
+
+    pub(crate) fn log(&self) -> MutexGuard<'_, LogState> {
+        // Two flags, which a panic leaves whole.
+        self.log.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// The host address of a region's first byte.
     pub(crate) fn host_address(&self, region: usize) -> *mut u8 {
         self.mappings[region].as_ptr()
@@ -150,10 +170,13 @@ impl GuestRam {
     }
 
     fn mark_piece(&self, piece: &RamRange) {
-        let start = marking_base(&self.layout, &self.dirty).map(|base| base + piece.offset);
-        let marked = start.is_ok_and(|start| self.dirty.set_range(start, piece.size).is_ok());
+        self.mark_offsets(piece.offset, piece.size);
+    }
+
+    fn mark_offsets(&self, offset: u64, size: u64) {
+        let marked = self.dirty.set_range(self.dirty.ram_start() + offset, size);
         assert!(
-            marked,
+            marked.is_ok(),
             "the bitmap covers the RAM: checked when it was taken"
         );
     }
@@ -259,6 +282,7 @@ impl GuestRamOptions {
             layout,
             memfd,
             dirty,
+            log: Mutex::default(),
         })
     }
 
@@ -307,6 +331,7 @@ impl GuestRamOptions {
             layout,
             memfd: None,
             dirty,
+            log: Mutex::default(),
         })
     }
 
@@ -326,7 +351,7 @@ impl GuestRamOptions {
         }
         match &self.dirty {
             Some(dirty) => {
-                marking_base(layout, dirty)?;
+                check_bitmap(layout, dirty)?;
                 Ok(Arc::clone(dirty))
             }
             None => DirtyBitmap::new(0, layout.ram_size(), page_size)
@@ -336,15 +361,12 @@ impl GuestRamOptions {
     }
 }
 
-/// What to add to an offset in the memory file to get the address that `bitmap` has for it.
-pub(crate) fn marking_base(
-    layout: &RamLayout,
-    bitmap: &DirtyBitmap,
-) -> Result<u64, BitmapMismatch> {
+/// Whether `bitmap` covers the memory file, from its own start on.
+fn check_bitmap(layout: &RamLayout, bitmap: &DirtyBitmap) -> Result<(), BitmapMismatch> {
     let (start, regions) = (bitmap.ram_start(), layout.regions());
     let starts_right = start == 0 || regions.len() == 1 && start == regions[0].guest_start;
     if starts_right && bitmap.ram_size() == layout.ram_size() {
-        Ok(start)
+        Ok(())
     } else {
         Err(BitmapMismatch {
             bitmap_start: start,
@@ -354,7 +376,7 @@ pub(crate) fn marking_base(
     }
 }
 
-/// A bitmap that does not cover this guest's RAM. Nothing was marked, and nothing taken from a dirty log.
+/// A bitmap that does not cover this guest's RAM.
 #[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
 #[error(
     "the bitmap covers {bitmap_size:#x} bytes from {bitmap_start:#x} on, the guest has {ram_size:#x} bytes of RAM: \

@@ -32,7 +32,7 @@ use super::ram::GuestRam;
 /// let slots = Arc::new(RamSlots::register(&vm, &ram, 0)?); // slots 0 and 1
 /// let log = DirtyLog::start(&slots)?;
 /// // ... run vCPUs ...
-/// log.harvest(ram.dirty_bitmap())?;
+/// log.harvest_running()?; // marks in `ram.dirty_bitmap()`
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 #[derive(Debug)]
@@ -78,6 +78,11 @@ impl RamSlots {
         first_slot: u32,
     ) -> Result<Self, SlotError> {
         Self::named(vm, ram, first_slot)
+    }
+
+    /// Whether nothing else sets the slots' flags.
+    pub(crate) fn are_own(&self) -> bool {
+        self.registered > 0
     }
 
     /// The RAM in the slots.
@@ -156,6 +161,10 @@ impl RamSlots {
 
 impl Drop for RamSlots {
     fn drop(&mut self) {
+        if self.are_own() {
+            // Slots that are gone have no log.
+            self.ram.log().on = false;
+        }
         for region in &self.ram.layout().regions()[..self.registered] {
             // A slot of size 0 is a slot deleted: when the call returns, no vCPU uses it any more.
             if self.set(region, 0, 0).is_err() {

@@ -6,8 +6,8 @@
 use std::io;
 use std::sync::Arc;
 
-use kvm_backend::{DirtyLog, GuestRam, RamSlots, Reprotect, long_mode};
-use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
+use kvm_backend::{DirtyLog, GuestRam, RamSlots, Reprotect, Vcpu, Vcpus, long_mode};
+use kvm_ioctls::{Kvm, VcpuExit, VmFd};
 use page_reader::{PageReader, RamLayout};
 
 pub const PAGE: u64 = 4096;
@@ -43,12 +43,18 @@ pub enum Program {
     In,
     /// Stores 16 bytes of zeros at rdi, then is done.
     WideStore,
+    /// Stores rcx bytes from port dx at rdi, then is done.
+    Ins,
+    /// Copies rcx bytes from rsi to rdi, then is done.
+    Movs,
+    /// Pushes the word at rsi, then is done.
+    Push,
 }
 
 // Global symbols: the compiler may put this text and what refers to it into different objects.
 core::arch::global_asm!(
     ".pushsection .rodata",
-    ".irp program, touch, scatter, vectors, mix, two_outs, in_out, wide_store",
+    ".irp program, touch, scatter, vectors, mix, two_outs, in_out, wide_store, ins, movs, push",
     ".globl \\program, \\program\\()_end",
     ".hidden \\program, \\program\\()_end",
     ".endr",
@@ -132,6 +138,18 @@ core::arch::global_asm!(
     "movdqu [rdi], xmm0",
     "out 0x80, al",
     "wide_store_end:",
+    "ins:",
+    "rep insb",
+    "out 0x80, al",
+    "ins_end:",
+    "movs:",
+    "rep movsb",
+    "out 0x80, al",
+    "movs_end:",
+    "push:",
+    "push qword ptr [rsi]",
+    "out 0x80, al",
+    "push_end:",
     ".popsection",
 );
 
@@ -156,13 +174,17 @@ impl Program {
             Self::TwoOuts => between!(two_outs, two_outs_end),
             Self::In => between!(in_out, in_out_end),
             Self::WideStore => between!(wide_store, wide_store_end),
+            Self::Ins => between!(ins, ins_end),
+            Self::Movs => between!(movs, movs_end),
+            Self::Push => between!(push, push_end),
         }
     }
 }
 
 /// A virtual machine. Fields drop in order: the vCPU before its memory.
 pub struct Guest {
-    pub vcpu: VcpuFd,
+    pub vcpu: Vcpu,
+    pub vcpus: Vcpus,
     pub slots: Arc<RamSlots>,
     pub ram: Arc<GuestRam>,
     pub vm: Arc<VmFd>,
@@ -190,9 +212,11 @@ impl Guest {
         let layout = RamLayout::new(regions).unwrap();
         let ram = Arc::new(GuestRam::new(layout).unwrap());
         let slots = Arc::new(RamSlots::register(&vm, &ram, 0).unwrap());
-        let vcpu = vm.create_vcpu(0).unwrap();
+        let vcpus = Vcpus::new(&vm);
+        let vcpu = vcpus.create(0).unwrap();
         Self {
             vcpu,
+            vcpus,
             slots,
             ram,
             vm,
@@ -227,9 +251,8 @@ impl Guest {
     /// A log, and no page in it or in the bitmap.
     pub fn log(&self, reprotect: Reprotect) -> DirtyLog {
         let log = DirtyLog::start_with(&self.slots, reprotect).unwrap();
-        let marks = self.ram.dirty_bitmap();
-        log.harvest(marks).unwrap();
-        marks.drain().unwrap();
+        log.harvest_running().unwrap();
+        self.ram.dirty_bitmap().drain().unwrap();
         log
     }
 
@@ -237,6 +260,20 @@ impl Guest {
         let mut regs = self.vcpu.get_regs().unwrap();
         change(&mut regs);
         self.vcpu.set_regs(&regs).unwrap();
+    }
+
+    /// Has its page tables map `size` bytes from 0, of which the RAM may be a part: behind it is a device.
+    pub fn map_devices_up_to(&self, size: u64) {
+        let larger = GuestRam::new(RamLayout::single(0, size).unwrap()).unwrap();
+        let start = long_mode::Start {
+            entry: CODE,
+            stack: STACK,
+            page_tables: TABLES,
+        };
+        long_mode::boot(&self.kvm, &larger, &self.vcpu, &start).unwrap();
+        let mut tables = vec![0; (CODE - TABLES) as usize];
+        larger.read(TABLES, &mut tables).unwrap();
+        self.ram.write(TABLES, &tables).unwrap();
     }
 
     /// Runs until the program says it is done; the byte it said.
@@ -265,7 +302,7 @@ impl Guest {
     }
 }
 
-pub fn run(vcpu: &mut VcpuFd) -> u8 {
+pub fn run(vcpu: &mut Vcpu) -> u8 {
     loop {
         match vcpu.run() {
             Ok(VcpuExit::IoOut(DONE, [byte])) => return *byte,

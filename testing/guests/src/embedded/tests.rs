@@ -44,7 +44,7 @@ fn exactly_the_pages_written_since_the_harvest_are_marked(#[case] tracking: Trac
     assert_eq!(memory.load(5 * page), 0);
     assert_eq!(dirty(&tracker), [2 * page..4 * page, 9 * page..10 * page]);
 
-    tracker.begin().unwrap().release();
+    tracker.begin().unwrap().release().unwrap();
     memory.store(9 * page + 8, 4);
     assert_eq!(dirty(&tracker), [9 * page..10 * page]);
     assert_eq!(memory.load(9 * page), 3);

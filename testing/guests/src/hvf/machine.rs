@@ -6,13 +6,13 @@ use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
-use dirty_bitmap::DirtyBitmap;
+use dirty_bitmap::TakenBitmap;
 use hvf_backend::{Answer, Canceller, Exit, GuestRam, HvError, Vcpu, VcpuState};
 use page_reader::PageReader;
 
 use super::place::Place;
 use super::{ARRIVED, CHECKED, program, start};
-use crate::guest::{Epoch, Guest, Ram, Tracker};
+use crate::guest::{Dirty, Epoch, Guest, Ram, Tracker};
 use crate::ledger::{self, Layout, Verdict, Words, front};
 
 /// What the host may order.
@@ -118,10 +118,10 @@ impl Drop for Machine {
 fn run(place: &Place, vcpu: &mut Vcpu) -> anyhow::Result<Stop> {
     let tracker = place.tracker.get();
     loop {
-        let in_guest = tracker.map(|tracker| tracker.enter());
+        let in_guest = tracker.map(|tracker| (tracker, tracker.enter()));
         let exit = vcpu.run()?;
-        if let Some(tracker) = tracker
-            && tracker.handle_exit(&exit)? == Answer::Handled
+        if let Some((tracker, in_guest)) = &in_guest
+            && tracker.handle_exit(in_guest, &exit)? == Answer::Handled
         {
             continue;
         }
@@ -166,16 +166,16 @@ impl Watch {
 }
 
 impl Tracker for Watch {
-    fn dirty(&self) -> &Arc<DirtyBitmap> {
-        self.0.ram.dirty_bitmap()
+    fn dirty(&self) -> Dirty<'_> {
+        Dirty::Tracked(self.0.ram.dirty_bitmap())
     }
 
     fn begin(&self) -> anyhow::Result<Epoch> {
-        Ok(self.tracker()?.arm_running()?)
+        Ok(Epoch::Tracked(self.tracker()?.arm_running()?))
     }
 
-    fn take_more(&self, epoch: &mut Epoch) -> anyhow::Result<DirtyBitmap> {
-        Ok(self.tracker()?.arm_more(epoch)?)
+    fn take_more<'e>(&self, epoch: &'e mut Epoch) -> anyhow::Result<&'e TakenBitmap> {
+        Ok(self.tracker()?.arm_more(epoch.tracked()?)?)
     }
 }
 

@@ -134,7 +134,7 @@ fn write_diff(
         .open(dest, RAM, PAGE)?;
     writer.write_diff(&Stamped::new(stamp, RAM), epoch.bitmap())?;
     writer.commit()?;
-    epoch.release();
+    epoch.release()?;
     Ok(())
 }
 

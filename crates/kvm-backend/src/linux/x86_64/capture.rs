@@ -11,16 +11,22 @@ use zerocopy::IntoBytes;
 use super::abi::FormatVersion;
 use super::vcpu_state::VcpuState;
 use super::{msrs, xsave};
+use crate::linux::vcpus::{Paused, Vcpu};
 
 impl VcpuState {
-    /// Captures the state of `vcpu`, a vCPU of `vm`, which is not running: `KVM_RUN` has returned, and so it has for
-    /// every other vCPU (one can send another an interrupt).
-    ///
-    /// Call [`complete_io`](crate::complete_io) first: it ends the instruction that the vCPU left the guest for.
+    /// Captures the state of `vcpu`, with every vCPU [paused](crate::Vcpus::pause): none runs (one can send another an
+    /// interrupt), and none has an instruction that KVM has yet to complete.
     ///
     /// # Errors
     /// [`CaptureError`] names the call that KVM refused.
-    pub fn capture(kvm: &Kvm, vm: &VmFd, vcpu: &VcpuFd) -> Result<Self, CaptureError> {
+    pub fn capture(kvm: &Kvm, paused: &Paused, vcpu: &Vcpu) -> Result<Self, CaptureError> {
+        if !vcpu.is_of(paused) {
+            return Err(CaptureError::NotPaused);
+        }
+        Self::capture_idle(kvm, paused.vm(), vcpu)
+    }
+
+    fn capture_idle(kvm: &Kvm, vm: &VmFd, vcpu: &VcpuFd) -> Result<Self, CaptureError> {
         // The order: reading mp_state lets a pending INIT or SIPI take effect, so it is first. The events are last, since
         // other calls may still move an interrupt there (KVM_GET_LAPIC syncs posted ones).
         let mp_state = vcpu.get_mp_state().map_err(failed("KVM_GET_MP_STATE"))?;
@@ -93,7 +99,7 @@ fn nested(vm: &VmFd, vcpu: &VcpuFd) -> Result<Option<Vec<u8>>, CaptureError> {
 }
 
 fn failed(call: &'static str) -> impl Fn(kvm_ioctls::Error) -> CaptureError {
-    move |error| CaptureError {
+    move |error| CaptureError::Refused {
         call,
         source: error.into(),
     }
@@ -101,12 +107,18 @@ fn failed(call: &'static str) -> impl Fn(kvm_ioctls::Error) -> CaptureError {
 
 /// A vCPU's state can't be captured.
 #[derive(Debug, Error)]
-#[error("{call} failed: the state of this vCPU can't be captured as a whole")]
 #[non_exhaustive]
-pub struct CaptureError {
-    /// The KVM call.
-    pub call: &'static str,
-    /// What KVM said.
-    #[source]
-    pub source: io::Error,
+pub enum CaptureError {
+    /// The vCPU is not among those that are paused.
+    #[error("the vCPU is none of those that are paused: pause the Vcpus that it was created by")]
+    NotPaused,
+    /// KVM refused a call.
+    #[error("{call} failed: the state of this vCPU can't be captured as a whole")]
+    Refused {
+        /// The KVM call.
+        call: &'static str,
+        /// What KVM said.
+        #[source]
+        source: io::Error,
+    },
 }

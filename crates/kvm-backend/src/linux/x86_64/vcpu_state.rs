@@ -10,16 +10,17 @@ use super::abi::{self, FormatVersion};
 
 /// The state of one vCPU: what a new one must be given so that the guest goes on as if nothing had happened.
 ///
-/// [Captured](Self::capture) from a vCPU that is not running, [restored](Self::restore) into one that has never run. In between it is data, for
+/// [Captured](Self::capture) from a vCPU that is [paused](crate::Vcpus::pause), [restored](Self::restore) into one that has never run. In between it is data, for
 /// any serde format: kernel structures stand in it byte for byte (as hexadecimal digits in readable formats), and the
 /// number of the format stands first, so that state of another format is an error and not misread.
 ///
 /// # Examples
 /// ```no_run
 /// use kvm_backend::VcpuState;
-/// # fn example(kvm: &kvm_ioctls::Kvm, vm: &kvm_ioctls::VmFd, vcpu: &kvm_ioctls::VcpuFd,
+/// # fn example(kvm: &kvm_ioctls::Kvm, vcpus: &kvm_backend::Vcpus, vcpu: &kvm_backend::Vcpu,
 /// #     new_vm: &kvm_ioctls::VmFd, new_vcpu: &kvm_ioctls::VcpuFd) -> Result<(), Box<dyn std::error::Error>> {
-/// let state = VcpuState::capture(kvm, vm, vcpu)?; // after KVM_RUN returned
+/// let paused = vcpus.pause()?; // after each has completed its I/O
+/// let state = VcpuState::capture(kvm, &paused, vcpu)?;
 /// let bytes = postcard::to_stdvec(&state)?;
 ///
 /// let state: VcpuState = postcard::from_bytes(&bytes)?; // the RAM is restored already

@@ -1,0 +1,16 @@
+//! Who may take the marks of a bitmap, as types.
+
+/// Marks that whoever has the bitmap may take: by an [`Epoch`](crate::Epoch), or for good.
+#[derive(Debug)]
+pub enum Untracked {}
+
+/// Marks that only a [`WriteTracker`](crate::WriteTracker) takes, since it must protect their pages again.
+///
+/// Everybody else marks and reads.
+#[derive(Debug)]
+pub enum Tracked {}
+
+/// Marks that an [`Epoch`](crate::Epoch) has taken. They are only read: the epoch may have to give
+/// them back.
+#[derive(Debug)]
+pub enum Taken {}

@@ -1,0 +1,334 @@
+//! Which vCPUs run, which have I/O pending, and when all of them are paused.
+
+use std::io;
+use std::ops::Deref;
+use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+
+use kvm_bindings::kvm_run;
+use kvm_ioctls::{VcpuExit, VcpuFd, VmFd};
+use thiserror::Error;
+
+/// The vCPU has left the guest, and KVM has nothing to complete.
+const IDLE: u8 = 0;
+/// `KVM_RUN` is under way.
+const RUNNING: u8 = 1;
+/// `KVM_RUN` has returned. KVM may have to complete the instruction of the exit.
+const PENDING: u8 = 2;
+/// Taken over as it was: perhaps pending, and perhaps while the others are paused.
+const ADOPTED: u8 = 3;
+
+/// The vCPUs of a virtual machine, for the one moment when none of them may write memory.
+///
+/// Every vCPU of the machine is [created](Self::create) or [adopted](Self::adopt) here: one that is not is missed by
+/// [`pause`](Self::pause). Clones are the same set.
+///
+/// # Order at a pause
+/// KVM ends an `in`, an `ins` or a read of MMIO only when the vCPU is run again, and writes the guest's registers or its
+/// *memory* then. A page harvested or copied before that lacks the bytes, and after it nobody looks at the log again. So:
+///
+/// 1. each vCPU leaves the guest, its exit is answered as always, and its thread calls [`Vcpu::complete_io`];
+/// 2. [`pause`](Self::pause) succeeds, and keeps every vCPU out of the guest as long as its value lives;
+/// 3. the vCPUs' state is captured by that value. KVM may write to the guest's memory on the way (the flag of a preempted vCPU,
+///    for one);
+/// 4. [`DirtyLog::harvest`](crate::DirtyLog::harvest) takes that value, and gives back what keeps the vCPUs out;
+/// 5. the pages are copied, and that is dropped: the guest goes on.
+///
+/// # Examples
+/// Each vCPU has a thread of the VMM's:
+/// ```no_run
+/// use std::sync::Barrier;
+/// use std::sync::atomic::{AtomicBool, Ordering};
+///
+/// use kvm_backend::{DirtyLog, GuestRam, Vcpu, Vcpus};
+/// use kvm_ioctls::VcpuExit;
+///
+/// fn answer(exit: VcpuExit<'_>) { /* devices */ }
+///
+/// /// The thread of a vCPU, until it is to pause: a signal makes `KVM_RUN` return.
+/// fn vcpu_thread(vcpu: &mut Vcpu, to_pause: &AtomicBool, paused: &Barrier) -> std::io::Result<()> {
+///     while !to_pause.load(Ordering::Acquire) {
+///         match vcpu.run() {
+///             Ok(exit) => answer(exit),
+///             Err(error) => match std::io::Error::from(error) {
+///                 error if error.kind() == std::io::ErrorKind::Interrupted => {}
+///                 error => return Err(error),
+///             },
+///         }
+///     }
+///     vcpu.complete_io(answer)?;
+///     paused.wait();
+///     Ok(())
+/// }
+///
+/// /// The thread that saves, once all have come to the barrier.
+/// fn save(vcpus: &Vcpus, log: &DirtyLog, ram: &GuestRam) -> Result<(), Box<dyn std::error::Error>> {
+///     let paused = vcpus.pause()?; // an error while a vCPU runs or has I/O pending
+///     // ... the vCPUs' state ...
+///     let harvest = log.harvest(paused)?;
+///     let epoch = ram.dirty_bitmap().begin_epoch()?;
+///     // ... copy the pages of `epoch.bitmap()` ...
+///     drop(harvest); // from here on the vCPUs may run
+///     // ... commit ...
+///     epoch.release()?;
+///     Ok(())
+/// }
+/// ```
+/// Without the pause there is no harvest that could be the last one of an image:
+/// ```compile_fail,E0308
+/// # fn example(log: &kvm_backend::DirtyLog, vcpus: &kvm_backend::Vcpus) {
+/// log.harvest(vcpus);
+/// # }
+/// ```
+/// A vCPU that is not paused has no state to capture, and after the harvest it is too late:
+#[cfg_attr(target_arch = "x86_64", doc = "```compile_fail,E0382")]
+#[cfg_attr(not(target_arch = "x86_64"), doc = "```ignore")]
+/// # fn example(log: &kvm_backend::DirtyLog, kvm: &kvm_ioctls::Kvm, vcpu: &kvm_backend::Vcpu, paused: kvm_backend::Paused) {
+/// let harvest = log.harvest(paused);
+/// let state = kvm_backend::VcpuState::capture(kvm, &paused, vcpu);
+/// # }
+/// ```
+#[derive(Clone, Debug)]
+pub struct Vcpus(Arc<Shared>);
+
+#[derive(Debug)]
+struct Shared {
+    vm: Arc<VmFd>,
+    state: Mutex<State>,
+    /// Notified when the vCPUs may run again.
+    released: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    /// What each vCPU does. Only its own thread changes it: from [`IDLE`] with the lock held.
+    doing: Vec<Arc<AtomicU8>>,
+    /// There was a vCPU at some time.
+    known: bool,
+    paused: bool,
+}
+
+/// A vCPU that [`Vcpus`] know of. It is run by this value only; all else is done through the descriptor to which it derefs.
+#[derive(Debug)]
+pub struct Vcpu {
+    fd: VcpuFd,
+    doing: Arc<AtomicU8>,
+    vcpus: Vcpus,
+}
+
+/// No vCPU is in the guest, none has I/O pending, and none comes in until this is dropped.
+#[derive(Debug)]
+#[must_use = "dropped, it lets the vCPUs run"]
+pub struct Paused(Vcpus);
+
+impl Vcpus {
+    /// No vCPU of `vm` so far.
+    #[must_use]
+    pub fn new(vm: &Arc<VmFd>) -> Self {
+        Self(Arc::new(Shared {
+            vm: Arc::clone(vm),
+            state: Mutex::default(),
+            released: Condvar::new(),
+        }))
+    }
+
+    /// Creates a vCPU of this number.
+    ///
+    /// # Errors
+    /// Whatever `KVM_CREATE_VCPU` says.
+    pub fn create(&self, id: u64) -> io::Result<Vcpu> {
+        Ok(self.add(self.0.vm.create_vcpu(id)?, IDLE))
+    }
+
+    /// Takes a vCPU of this virtual machine that was created elsewhere, and may have run.
+    #[must_use]
+    pub fn adopt(&self, fd: VcpuFd) -> Vcpu {
+        self.add(fd, ADOPTED)
+    }
+
+    /// Keeps all vCPUs out of the guest, where they are. It does not make them leave: that is the VMM's work, by signals to
+    /// their threads or by `immediate_exit`.
+    ///
+    /// # Errors
+    /// [`PauseError`]: a vCPU runs, or has I/O pending.
+    pub fn pause(&self) -> Result<Paused, PauseError> {
+        let mut state = self.lock();
+        if state.paused {
+            return Err(PauseError::AlreadyPaused);
+        }
+        if !state.known {
+            return Err(PauseError::NoVcpu);
+        }
+        // A vCPU that is gone has nothing that it could complete.
+        state.doing.retain(|doing| Arc::strong_count(doing) > 1);
+        let count = |what| {
+            // What a vCPU's thread wrote to guest memory happened before.
+            let doing = state
+                .doing
+                .iter()
+                .map(|doing| doing.load(Ordering::Acquire));
+            doing.filter(|doing| *doing == what).count()
+        };
+        let (running, pending) = (count(RUNNING), count(PENDING) + count(ADOPTED));
+        if running > 0 {
+            return Err(PauseError::Running { running });
+        }
+        if pending > 0 {
+            return Err(PauseError::IoPending { pending });
+        }
+        state.paused = true;
+        drop(state);
+        Ok(Paused(self.clone()))
+    }
+
+    /// The virtual machine.
+    #[must_use]
+    pub fn vm(&self) -> &Arc<VmFd> {
+        &self.0.vm
+    }
+
+    fn add(&self, fd: VcpuFd, doing: u8) -> Vcpu {
+        let doing = Arc::new(AtomicU8::new(doing));
+        let mut state = self.lock();
+        state.doing.push(Arc::clone(&doing));
+        state.known = true;
+        drop(state);
+        Vcpu {
+            fd,
+            doing,
+            vcpus: self.clone(),
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        // Nothing in here is changed half-way.
+        let state = self.0.state.lock();
+        state.unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Vcpu {
+    /// Runs the guest until it needs the VMM (`KVM_RUN`). Waits while the vCPUs are [paused](Vcpus::pause).
+    ///
+    /// # Errors
+    /// Whatever `KVM_RUN` says: `EINTR` after a signal.
+    pub fn run(&mut self) -> Result<VcpuExit<'_>, kvm_ioctls::Error> {
+        self.enter();
+        let exit = self.fd.run();
+        self.doing.store(PENDING, Ordering::Release);
+        exit
+    }
+
+    /// Completes the instruction for which the vCPU last left the guest, without running any other.
+    ///
+    /// KVM ends an `in`, an `out` or an access to MMIO only when the vCPU is run again. Before that, the instruction pointer is
+    /// still on it, and what an `in` or a read was answered with is not in the registers or not in *memory*. So nothing is
+    /// captured, harvested or copied before: see [the order](Vcpus#order-at-a-pause). Answer the exit first, as always; then
+    /// this call.
+    ///
+    /// One instruction may need several exits (`rep outsb`, MMIO across a page border): `handle` gets those that follow. It is not
+    /// called for an instruction of one exit, nor where nothing is pending.
+    ///
+    /// # Errors
+    /// Whatever `KVM_RUN` says, other than the `EINTR` that ends this. The I/O stays pending.
+    pub fn complete_io(&mut self, mut handle: impl FnMut(VcpuExit<'_>)) -> io::Result<()> {
+        match self.doing.load(Ordering::Relaxed) {
+            IDLE => return Ok(()),
+            ADOPTED => self.enter(),
+            _ => {}
+        }
+        self.fd.set_kvm_immediate_exit(1);
+        let completed = loop {
+            match self.fd.run().map_err(io::Error::from) {
+                Ok(exit) => handle(exit),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => break Ok(()),
+                Err(error) => break Err(error),
+            }
+        };
+        self.fd.set_kvm_immediate_exit(0);
+        if completed.is_ok() {
+            self.doing.store(IDLE, Ordering::Release);
+        }
+        completed
+    }
+
+    /// What KVM shares with the VMM of this vCPU: the details of an exit.
+    pub fn get_kvm_run(&mut self) -> &mut kvm_run {
+        self.fd.get_kvm_run()
+    }
+
+    /// Has the next `KVM_RUN` return at once, or not. For other threads this is a signal's work.
+    pub fn set_kvm_immediate_exit(&mut self, immediate: u8) {
+        self.fd.set_kvm_immediate_exit(immediate);
+    }
+
+    /// Whether it is one of these.
+    pub(crate) fn is_of(&self, paused: &Paused) -> bool {
+        Arc::ptr_eq(&self.vcpus.0, &paused.0.0)
+    }
+
+    fn enter(&self) {
+        // Pending, it keeps the others from being paused, too.
+        if self.doing.load(Ordering::Relaxed) != PENDING {
+            let mut state = self.vcpus.lock();
+            while state.paused {
+                let waited = self.vcpus.0.released.wait(state);
+                state = waited.unwrap_or_else(PoisonError::into_inner);
+            }
+            self.doing.store(RUNNING, Ordering::Relaxed);
+            return;
+        }
+        self.doing.store(RUNNING, Ordering::Relaxed);
+    }
+}
+
+impl Deref for Vcpu {
+    type Target = VcpuFd;
+
+    fn deref(&self) -> &VcpuFd {
+        &self.fd
+    }
+}
+
+impl Paused {
+    /// The virtual machine.
+    #[must_use]
+    pub fn vm(&self) -> &Arc<VmFd> {
+        self.0.vm()
+    }
+}
+
+impl Drop for Paused {
+    fn drop(&mut self) {
+        self.0.lock().paused = false;
+        self.0.0.released.notify_all();
+    }
+}
+
+/// The vCPUs are not paused.
+#[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum PauseError {
+    /// Some are in the guest.
+    #[error(
+        "{running} vCPUs are in the guest: make them leave by a signal to their threads, then complete their I/O"
+    )]
+    Running {
+        /// How many.
+        running: usize,
+    },
+    /// Some have left the guest, and KVM may still have to write what their exits were answered with.
+    #[error(
+        "{pending} vCPUs may have I/O pending, which writes guest memory when it is completed: call Vcpu::complete_io on each"
+    )]
+    IoPending {
+        /// How many.
+        pending: usize,
+    },
+    /// None was created or adopted here: those of the machine are not known, and may run.
+    #[error("these Vcpus have no vCPU: create the machine's vCPUs by them, or have them adopted")]
+    NoVcpu,
+    /// They are paused already.
+    #[error("the vCPUs are paused already, by another thread: drop that Paused first")]
+    AlreadyPaused,
+}

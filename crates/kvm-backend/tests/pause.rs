@@ -1,0 +1,224 @@
+//! A pause: what KVM writes to memory when it completes an instruction is in the last harvest.
+#![cfg(all(target_os = "linux", target_arch = "x86_64"))]
+
+mod support;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::mpsc;
+use std::thread;
+
+use kvm_backend::{
+    CaptureError, DirtyLog, HarvestError, PauseError, Reprotect, Vcpu, VcpuState, Vcpus,
+};
+use kvm_ioctls::VcpuExit;
+use page_reader::PageReader;
+use rstest::rstest;
+use support::{DONE, Guest, LOW_SIZE, PAGE, Program};
+use test_machine::Need;
+
+/// Where a program has KVM write: a page that nothing else writes.
+const TARGET: u64 = 0x30000;
+const PORT: u16 = 0x90;
+/// What the devices answer.
+const ANSWER: u8 = 0x77;
+
+/// Answers as a device does.
+fn answer(exit: VcpuExit<'_>) {
+    match exit {
+        VcpuExit::IoIn(PORT, data) | VcpuExit::MmioRead(_, data) => data.fill(ANSWER),
+        other => panic!("{other:?}"),
+    }
+}
+
+/// Saves the pages that the log has, as a VMM does that pauses its guest: what `image` becomes.
+fn save(guest: &mut Guest, log: &DirtyLog, image: &mut [u8]) -> VcpuState {
+    guest.vcpu.complete_io(answer).unwrap();
+    let paused = guest.vcpus.pause().unwrap();
+    let state = VcpuState::capture(&guest.kvm, &paused, &guest.vcpu).unwrap();
+    let harvest = log.harvest(paused).unwrap();
+    let epoch = guest.ram.dirty_bitmap().begin_epoch().unwrap();
+    for run in epoch.bitmap().runs() {
+        let bytes = &mut image[run.start as usize..run.end as usize];
+        guest.ram.read_at(run.start, bytes).unwrap();
+    }
+    drop(harvest);
+    epoch.release().unwrap();
+    state
+}
+
+#[rstest]
+#[case::ins(Program::Ins, 1)]
+#[case::string_ins(Program::Ins, 5)]
+#[case::string_ins_of_more_than_one_exit(Program::Ins, 3 * PAGE)]
+#[case::string_copy_from_mmio(Program::Movs, 5)]
+#[case::push_from_mmio(Program::Push, 8)]
+fn a_pending_read_is_in_the_image_and_the_state(
+    #[case] program: Program,
+    #[case] bytes: u64,
+    #[values(Reprotect::WhenRead, Reprotect::WhenMarked)] reprotect: Reprotect,
+) {
+    if !Need::Kvm.met("a_pending_read_is_in_the_image_and_the_state") {
+        return;
+    }
+    let mut guest = Guest::booted(program);
+    guest.map_devices_up_to(2 * LOW_SIZE);
+    let log = guest.log(reprotect);
+    let mut image = guest.image();
+    guest.set_regs(|regs| {
+        (regs.rdi, regs.rcx, regs.rdx) = (TARGET, bytes, u64::from(PORT));
+        (regs.rsi, regs.rsp) = (LOW_SIZE + 0x1000, TARGET + 8);
+    });
+    // The first exit is answered, and nothing more.
+    answer(guest.vcpu.run().unwrap());
+    let refused = PauseError::IoPending { pending: 1 };
+    assert_eq!(guest.vcpus.pause().unwrap_err(), refused);
+
+    let state = save(&mut guest, &log, &mut image);
+    assert!(image == guest.image(), "the image is not the RAM");
+    assert_eq!(image[TARGET as usize], ANSWER, "what KVM wrote last");
+
+    // A new machine goes on to the end, with every byte in place.
+    let new = Guest::new();
+    new.ram.write_at(0, &image).unwrap();
+    let _ = state.restore(&new.vm, &new.vcpu).unwrap();
+    let Guest {
+        mut vcpu,
+        ram,
+        slots: _slots,
+        ..
+    } = new;
+    loop {
+        match vcpu.run().unwrap() {
+            VcpuExit::IoOut(DONE, _) => break,
+            exit => answer(exit),
+        }
+    }
+    let mut written = vec![0; bytes as usize];
+    ram.read(TARGET, &mut written).unwrap();
+    assert!(written.iter().all(|byte| *byte == ANSWER));
+}
+
+#[test]
+fn a_pause_waits_for_the_io_of_every_vcpu() {
+    if !Need::Kvm.met("a_pause_waits_for_the_io_of_every_vcpu") {
+        return;
+    }
+    let mut guest = Guest::booted(Program::TwoOuts);
+    let mut second = guest.vcpus.create(1).unwrap();
+    drop(guest.vcpus.pause().unwrap());
+    guest.run();
+    let refused = PauseError::IoPending { pending: 1 };
+    assert_eq!(guest.vcpus.pause().unwrap_err(), refused);
+    second.complete_io(|exit| panic!("{exit:?}")).unwrap();
+    assert_eq!(guest.vcpus.pause().unwrap_err(), refused);
+    guest.vcpu.complete_io(|exit| panic!("{exit:?}")).unwrap();
+    let paused = guest.vcpus.pause().unwrap();
+    assert_eq!(guest.vcpus.pause().unwrap_err(), PauseError::AlreadyPaused);
+    drop(paused);
+    drop(guest.vcpus.pause().unwrap());
+
+    // One that is gone has nothing that it could complete, and one from elsewhere may have.
+    guest.run();
+    drop(guest.vcpu);
+    drop(guest.vcpus.pause().unwrap());
+    let mut third = guest.vcpus.adopt(guest.vm.create_vcpu(2).unwrap());
+    assert_eq!(guest.vcpus.pause().unwrap_err(), refused);
+    third.complete_io(|exit| panic!("{exit:?}")).unwrap();
+    drop(guest.vcpus.pause().unwrap());
+}
+
+#[test]
+fn a_pause_is_refused_while_a_vcpu_is_in_the_guest() {
+    if !Need::Kvm.met("a_pause_is_refused_while_a_vcpu_is_in_the_guest") {
+        return;
+    }
+    let mut guest = Guest::booted(Program::Scatter);
+    guest.set_regs(|regs| {
+        regs.rdi = LOW_SIZE;
+        regs.r10 = LOW_SIZE / PAGE - 32;
+        regs.rdx = support::INPUT;
+    });
+    let (vcpu, vcpus, ram) = (&mut guest.vcpu, &guest.vcpus, &guest.ram);
+    thread::scope(|scope| {
+        let running = scope.spawn(|| support::run(vcpu));
+        loop {
+            match vcpus.pause() {
+                Err(PauseError::Running { running: 1 }) => break,
+                // Its thread has not come to run it yet.
+                Ok(paused) => drop(paused),
+                // Another signal may interrupt it.
+                Err(PauseError::IoPending { .. }) => {}
+                Err(other) => panic!("{other}"),
+            }
+            thread::yield_now();
+        }
+        ram.write(support::INPUT, &[1]).unwrap(); // it ends
+        running.join().unwrap();
+    });
+    guest.vcpu.complete_io(|exit| panic!("{exit:?}")).unwrap();
+    drop(guest.vcpus.pause().unwrap());
+}
+
+/// Each vCPU has a thread, which gets orders: the guest does not go on before the last harvest is dropped.
+#[test]
+fn vcpus_with_threads_of_their_own_wait_for_the_end_of_the_pause() {
+    if !Need::Kvm.met("vcpus_with_threads_of_their_own_wait_for_the_end_of_the_pause") {
+        return;
+    }
+    let guest = Guest::booted(Program::TwoOuts);
+    let log = guest.log(Reprotect::WhenMarked);
+    let Guest { vcpu, vcpus, .. } = guest;
+    let turns = Arc::new(AtomicU32::new(0));
+    let (go, orders) = mpsc::channel::<()>();
+    let (done, answers) = mpsc::channel();
+    let thread = thread::spawn({
+        let turns = Arc::clone(&turns);
+        move || {
+            let mut vcpu: Vcpu = vcpu;
+            for () in orders {
+                let byte = support::run(&mut vcpu);
+                turns.fetch_add(1, Ordering::SeqCst);
+                vcpu.complete_io(|exit| panic!("{exit:?}")).unwrap();
+                done.send(byte).unwrap();
+            }
+        }
+    });
+    go.send(()).unwrap();
+    let first = answers.recv().unwrap();
+    let harvest = log.harvest(vcpus.pause().unwrap()).unwrap();
+    go.send(()).unwrap();
+    // However long this takes: the vCPU is kept out.
+    for _ in 0..1000 {
+        thread::yield_now();
+        assert_eq!(turns.load(Ordering::SeqCst), 1);
+    }
+    assert!(harvest.found().page_size > 0);
+    drop(harvest);
+    assert_eq!(answers.recv().unwrap(), first + 1);
+    drop(go);
+    thread.join().unwrap();
+}
+
+#[test]
+fn the_vcpus_of_another_machine_are_refused() {
+    if !Need::Kvm.met("the_vcpus_of_another_machine_are_refused") {
+        return;
+    }
+    let (guest, other) = (Guest::booted(Program::Mix), Guest::booted(Program::Mix));
+    let log = guest.log(Reprotect::WhenRead);
+    let paused = other.vcpus.pause().unwrap();
+    let state = VcpuState::capture(&guest.kvm, &paused, &guest.vcpu);
+    assert!(matches!(state, Err(CaptureError::NotPaused)));
+    assert!(matches!(
+        log.harvest(paused),
+        Err(HarvestError::OtherMachine)
+    ));
+    // Of the same machine, but of another set: its own vCPUs may run.
+    let unknown = Vcpus::new(&guest.vm);
+    assert_eq!(unknown.pause().unwrap_err(), PauseError::NoVcpu);
+    let _second = unknown.create(1).unwrap();
+    let paused = unknown.pause().unwrap();
+    let state = VcpuState::capture(&guest.kvm, &paused, &guest.vcpu);
+    assert!(matches!(state, Err(CaptureError::NotPaused)));
+}
