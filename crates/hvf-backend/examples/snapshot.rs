@@ -55,11 +55,11 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let dir = PathBuf::from(std::env::args_os().nth(1).unwrap_or_else(|| ".".into()));
     let vm = Vm::new()?;
     let layout = RamLayout::single(RAM, SIZE)?;
-    let ram = Arc::new(GuestRam::new(layout.clone())?);
+    let ram = Arc::new(GuestRam::new(layout)?);
     ram.write(TABLE, &el1::page_table())?;
     ram.write(PROGRAM, &CODE.map(u32::to_le_bytes).concat())?;
     let stage2 = Stage2::map(&vm, &ram)?;
-    let tracker = Stage2Tracker::new(layout, ram.dirty_bitmap(), Policy::default(), stage2)?;
+    let tracker = stage2.track(Policy::default())?;
 
     let mut vcpu = vm.create_vcpu()?;
     let start = Start {

@@ -24,14 +24,14 @@
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {
 //! use std::sync::Arc;
 //! use dirty_bitmap::Policy;
-//! use hvf_backend::{Answer, GuestRam, Stage2, Stage2Tracker, VcpuState, Vm};
+//! use hvf_backend::{Answer, GuestRam, Stage2, VcpuState, Vm};
 //! use page_reader::RamLayout;
 //!
 //! let vm = Vm::new()?;
 //! let layout = RamLayout::single(0x8000_0000, 1 << 30)?;
-//! let ram = Arc::new(GuestRam::new(layout.clone())?);
+//! let ram = Arc::new(GuestRam::new(layout)?);
 //! let stage2 = Stage2::map(&vm, &ram)?;
-//! let tracker = Stage2Tracker::new(layout, ram.dirty_bitmap(), Policy::default(), stage2)?;
+//! let tracker = stage2.track(Policy::default())?;
 //!
 //! let mut vcpu = vm.create_vcpu()?;
 //! // ... load the guest with `ram.write`, set its registers ...

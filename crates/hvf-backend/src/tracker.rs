@@ -91,6 +91,9 @@ impl<P: WriteProtection> Stage2Tracker<P> {
     /// Tracks the RAM of this layout in pages of the bitmap's page size: at least the granule of stage 2, 16 KiB or 4 KiB. The
     /// bitmap covers the memory file, from 0 on. All of it is marked, and nothing protected, until the first checkpoint.
     ///
+    /// It is to be the bitmap that the host's writes are marked in, or each is told by [`mark_host_write`](Self::mark_host_write): a
+    /// write that is marked elsewhere is in no save. `Stage2::track` takes that of its RAM.
+    ///
     /// # Errors
     /// [`TrackError`]. Nothing was marked.
     pub fn new(

@@ -10,8 +10,8 @@ use std::time::Duration;
 use dirty_bitmap::{Policy, TrackedBitmap, WriteProtection};
 use hvf_backend::el1::{self, Start};
 use hvf_backend::{
-    Access, Answer, CreateVmError, Exit, GuestRam, MapError, PAGE_SIZE, Register, Stage2,
-    Stage2Tracker, SysReg, Vcpu, VcpuState, Vm,
+    Access, Answer, CreateVmError, Exit, GuestRam, MapError, PAGE_SIZE, Register, Stage2, SysReg,
+    Vcpu, VcpuState, Vm,
 };
 use page_reader::{PageReader, RamLayout};
 use test_machine::Need;
@@ -111,8 +111,7 @@ fn the_tracker_has_each_page_that_the_guest_wrote_and_no_other() {
         return;
     };
     let (_vm, stage2, mut vcpu) = machine(&STORE);
-    let bitmap = Arc::clone(stage2.ram().dirty_bitmap());
-    let tracker = Stage2Tracker::new(layout(), &bitmap, Policy::Pages, stage2).unwrap();
+    let tracker = stage2.track(Policy::Pages).unwrap();
     tracker.arm().unwrap().release().unwrap();
     let written: Vec<u64> = (0..16).map(|n| DATA - RAM + n * n * PAGE_SIZE).collect();
     let written: Vec<u64> = written

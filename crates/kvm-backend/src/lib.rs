@@ -90,7 +90,8 @@
 //!   [`GuestRam::mark`].
 //! - Not captured: the page-directory pointers of 32-bit PAE guests (KVM reads them anew from RAM), machine-check banks, Xen and SEV state,
 //!   the wall clock's progress while the guest is saved.
-//! - Dirty rings, read-only slots and `guest_memfd` are not used.
+//! - Dirty rings, read-only slots and `guest_memfd` are not used. A machine whose dirty ring was enabled has no complete log: on x86-64 KVM
+//!   refuses to read it, on arm64 it lacks what vCPUs write.
 
 // Elsewhere the text above names what isn't there.
 #![cfg_attr(

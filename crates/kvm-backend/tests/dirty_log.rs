@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use dirty_bitmap::DirtyBitmap;
-use kvm_backend::{DirtyLog, HarvestError, RamSlots, Reprotect, StartError};
+use kvm_backend::{DirtyLog, HarvestError, RamSlots, Reprotect, SlotError, StartError};
 use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, kvm_userspace_memory_region};
 use page_reader::PageReader;
 use rstest::rstest;
@@ -162,11 +162,23 @@ fn a_harvest_that_fails_at_the_second_slot_loses_no_page(
     assert!(error.source().is_some() && error.to_string().contains("slot 1"));
     assert_eq!(pages(&marks), pages_of(&TOUCHED[..2]));
 
-    log_high_slot(&guest, true);
+    // While the log is off, and the first slot's is not.
     guest.touch(&TOUCHED[4..]);
+    log_high_slot(&guest, true);
     log.harvest_running().unwrap();
-    let both = [&TOUCHED[..2], &TOUCHED[4..], &[INPUT]].concat();
-    assert_eq!(pages(&marks), pages_of(&both));
+    let low = [&TOUCHED[..2], &[INPUT]].concat();
+    let high = LOW_SIZE / PAGE..(LOW_SIZE + HIGH_SIZE) / PAGE;
+    assert_eq!(pages(&marks), &pages_of(&low) | &high.collect());
+    // From here on it is exact again.
+    guest.touch(&TOUCHED[5..6]);
+    assert_eq!(pages(&logged(&guest, &log)), pages_of(&TOUCHED[5..6]));
+
+    // A log that was found off is not continued.
+    log_high_slot(&guest, false);
+    log.harvest_running().unwrap_err();
+    drop(log);
+    drop(DirtyLog::start(&guest.slots).unwrap());
+    assert_eq!(marks.dirty_bytes(), LOW_SIZE + HIGH_SIZE);
 }
 
 /// What a monitor might do behind the log's back.
@@ -261,6 +273,25 @@ fn what_no_log_has_seen_is_marked_when_one_starts() {
         drop(DirtyLog::start(&adopted).unwrap());
         assert!(all(&marks), "a log of slots that are not its own");
     }
+}
+
+#[test]
+fn ram_registered_again_is_refused_and_its_log_keeps_its_pages() {
+    if !Need::Kvm.met("ram_registered_again_is_refused_and_its_log_keeps_its_pages") {
+        return;
+    }
+    let mut guest = Guest::touching();
+    let log = guest.log(Reprotect::WhenRead);
+    guest.touch(&TOUCHED);
+    for first_slot in [0, 8] {
+        let again = RamSlots::register(&guest.vm, &guest.ram, first_slot);
+        assert!(matches!(again, Err(SlotError::AlreadyRegistered)));
+    }
+    assert_eq!(pages(&logged(&guest, &log)), pages_of(&TOUCHED));
+    // Slots that are gone leave it free.
+    drop(log);
+    drop(guest.slots);
+    drop(RamSlots::register(&guest.vm, &guest.ram, 0).unwrap());
 }
 
 /// Two would take pages from each other, from one value of the slots or from two.

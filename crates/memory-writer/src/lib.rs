@@ -41,7 +41,7 @@
 //! writer.write_full(&ram)?; // the guest runs, and marks what it writes
 //! pause();
 //! let meanwhile = epoch.take_more()?;
-//! writer.write_diff(&ram, &meanwhile)?;
+//! writer.write_diff(&ram, meanwhile)?;
 //! resume();
 //! writer.commit()?;
 //! epoch.release()?;

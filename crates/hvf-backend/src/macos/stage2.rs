@@ -12,13 +12,14 @@ use applevisor_sys::{
     HV_MEMORY_EXEC, HV_MEMORY_READ, HV_MEMORY_WRITE, hv_memory_flags_t, hv_vm_map, hv_vm_protect,
     hv_vm_unmap,
 };
-use dirty_bitmap::WriteProtection;
+use dirty_bitmap::{Policy, WriteProtection};
 use page_reader::{OutsideRam, RamRange};
 use thiserror::Error;
 
 use super::error::HvError;
 use super::ram::GuestRam;
 use super::vm::Vm;
+use crate::{Stage2Tracker, TrackError};
 
 /// What a page may be used for while writes to it go through.
 ///
@@ -39,15 +40,15 @@ const PROTECTED: hv_memory_flags_t = HV_MEMORY_READ | HV_MEMORY_EXEC;
 /// ```no_run
 /// use std::sync::Arc;
 ///
-/// use dirty_bitmap::{Policy, WriteTracker};
+/// use dirty_bitmap::Policy;
 /// use hvf_backend::{GuestRam, Stage2, Vm};
 /// use page_reader::RamLayout;
 ///
 /// let vm = Vm::new()?;
 /// let ram = Arc::new(GuestRam::new(RamLayout::single(0x8000_0000, 1 << 30)?)?);
 /// let stage2 = Stage2::map(&vm, &ram)?;
-/// let tracker = WriteTracker::new(Arc::clone(ram.dirty_bitmap()), Policy::default())?;
-/// let epoch = tracker.arm(&stage2)?; // from here on, the guest's first write to a page leaves it
+/// let tracker = stage2.track(Policy::default())?;
+/// let epoch = tracker.arm()?; // from here on, the guest's first write to a page leaves it
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 #[derive(Debug)]
@@ -90,6 +91,15 @@ impl Stage2 {
             stage2.mapped += 1;
         }
         Ok(stage2)
+    }
+
+    /// Tracks the writes to it in the bitmap of its RAM, where the host's writes are marked too: see [`Stage2Tracker::new`].
+    ///
+    /// # Errors
+    /// [`TrackError`]. Nothing was marked.
+    pub fn track(self, policy: Policy) -> Result<Stage2Tracker<Self>, TrackError> {
+        let ram = Arc::clone(&self.ram);
+        Stage2Tracker::new(ram.layout().clone(), ram.dirty_bitmap(), policy, self)
     }
 
     /// The RAM in it.

@@ -44,8 +44,9 @@ const CLEAR_PAGES: usize = 1 << 18;
 pub struct DirtyLog {
     slots: Arc<RamSlots>,
     reprotect: Reprotect,
-    /// One harvest at a time: of two that run together, each would have only a part of the log.
-    harvesting: Mutex<()>,
+    /// One harvest at a time: of two that run together, each would have only a part of the log. For each region, whether its log
+    /// could not be read the last time.
+    harvesting: Mutex<Box<[bool]>>,
     _claim: Claim,
 }
 
@@ -155,7 +156,7 @@ impl DirtyLog {
         Ok(Self {
             slots: Arc::clone(slots),
             reprotect,
-            harvesting: Mutex::new(()),
+            harvesting: Mutex::new(vec![false; slots.ram().layout().regions().len()].into()),
             _claim: claim,
         })
     }
@@ -192,10 +193,11 @@ impl DirtyLog {
     ///
     /// # Errors
     /// [`HarvestError`]. No page is lost: one that was taken from KVM's log is marked in the bitmap, the others are in the
-    /// log still, and harvesting again continues. A save that fails after the harvest keeps its marks by the bitmap's
+    /// log still, and harvesting again continues. Where the log of a slot could not be read, since something else had switched it
+    /// off, all pages of the slot are marked once it can be read again. A save that fails after the harvest keeps its marks by the bitmap's
     /// [epoch](dirty_bitmap::Epoch).
     pub fn harvest_running(&self) -> Result<Harvest, HarvestError> {
-        let _one_at_a_time = self
+        let mut unreadable = self
             .harvesting
             .lock()
             .unwrap_or_else(PoisonError::into_inner);
@@ -204,7 +206,7 @@ impl DirtyLog {
             page_size: sys::page_size(),
         };
         for region in self.slots.ram().layout().regions() {
-            harvest.pages += self.harvest_region(region)?;
+            harvest.pages += self.harvest_region(region, &mut unreadable[region.region])?;
         }
         Ok(harvest)
     }
@@ -224,17 +226,29 @@ impl DirtyLog {
         Ok(())
     }
 
-    fn harvest_region(&self, region: &RamRange) -> Result<u64, HarvestError> {
+    fn harvest_region(
+        &self,
+        region: &RamRange,
+        unreadable: &mut bool,
+    ) -> Result<u64, HarvestError> {
         let bitmap = self.slots.ram().dirty_bitmap();
         let slot = self.slots.slot_of(region);
         let words = self
             .slots
             .vm()
             .get_dirty_log(slot, region.size as usize)
-            .map_err(|error| HarvestError::Get {
-                slot,
-                source: error.into(),
+            .map_err(|error| {
+                *unreadable = true;
+                self.slots.ram().log().on = false;
+                HarvestError::Get {
+                    slot,
+                    source: error.into(),
+                }
             })?;
+        // Its log was off, or its slot gone: what was written meanwhile is in no log.
+        if std::mem::take(unreadable) {
+            self.slots.ram().mark_all_of(region);
+        }
         let mark = || {
             bitmap
                 .mark_log(bitmap.ram_start() + region.offset, sys::page_size(), &words)

@@ -43,13 +43,15 @@ pub struct GuestRam {
     log: Mutex<LogState>,
 }
 
-/// KVM's log of this RAM: here, because values may share its slots.
+/// KVM's slots and log of this RAM: here, because values may share its slots.
 #[derive(Debug, Default)]
 pub(crate) struct LogState {
     /// A [`DirtyLog`](crate::DirtyLog) lives.
     pub(crate) claimed: bool,
     /// It has been on since all of the RAM was marked.
     pub(crate) on: bool,
+    /// A [`RamSlots`](crate::RamSlots) has registered it.
+    pub(crate) registered: bool,
 }
 
 /// How guest RAM is made: [`GuestRam::options`].
@@ -140,6 +142,11 @@ impl GuestRam {
     /// Marks all of it.
     pub(crate) fn mark_all(&self) {
         self.mark_offsets(0, self.layout.ram_size());
+    }
+
+    /// Marks all of a region.
+    pub(crate) fn mark_all_of(&self, region: &RamRange) {
+        self.mark_piece(region);
     }
 
     pub(crate) fn log(&self) -> MutexGuard<'_, LogState> {

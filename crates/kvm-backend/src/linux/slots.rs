@@ -40,7 +40,9 @@ pub struct RamSlots {
     vm: Arc<VmFd>,
     ram: Arc<GuestRam>,
     first_slot: u32,
-    /// How many slots are ours to take out again: those of the first regions.
+    /// Whether the slots are ours, not the caller's.
+    own: bool,
+    /// How many are ours to take out again: those of the first regions.
     registered: usize,
 }
 
@@ -55,6 +57,11 @@ impl RamSlots {
         first_slot: u32,
     ) -> Result<Self, SlotError> {
         let mut slots = Self::named(vm, ram, first_slot)?;
+        // Done once more, it would switch off the log of the slots that there are, which forgets what it holds.
+        if std::mem::replace(&mut ram.log().registered, true) {
+            return Err(SlotError::AlreadyRegistered);
+        }
+        slots.own = true;
         for region in ram.layout().regions() {
             slots.set(region, region.size, 0)?;
             slots.registered += 1;
@@ -82,7 +89,7 @@ impl RamSlots {
 
     /// Whether nothing else sets the slots' flags.
     pub(crate) fn are_own(&self) -> bool {
-        self.registered > 0
+        self.own
     }
 
     /// The RAM in the slots.
@@ -122,6 +129,7 @@ impl RamSlots {
             vm: Arc::clone(vm),
             ram: Arc::clone(ram),
             first_slot,
+            own: false,
             registered: 0,
         })
     }
@@ -161,16 +169,17 @@ impl RamSlots {
 
 impl Drop for RamSlots {
     fn drop(&mut self) {
-        if self.are_own() {
-            // Slots that are gone have no log.
-            self.ram.log().on = false;
-        }
         for region in &self.ram.layout().regions()[..self.registered] {
             // A slot of size 0 is a slot deleted: when the call returns, no vCPU uses it any more.
             if self.set(region, 0, 0).is_err() {
                 // A vCPU may still write there, so the memory must never become anything else.
                 std::mem::forget(Arc::clone(&self.ram));
             }
+        }
+        if self.are_own() {
+            // Slots that are gone have no log.
+            let mut log = self.ram.log();
+            (log.on, log.registered) = (false, false);
         }
     }
 }
@@ -187,6 +196,9 @@ pub enum SlotError {
         /// How many slots KVM has.
         limit: u64,
     },
+    /// The RAM is in the slots of another `RamSlots`.
+    #[error("the RAM is registered already: share that RamSlots, or drop it first")]
+    AlreadyRegistered,
     /// Another slot has some of these guest-physical addresses.
     #[error(
         "memory slot {slot} for {size:#x} bytes at guest-physical {guest_start:#x} overlaps another slot: \
