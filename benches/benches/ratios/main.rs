@@ -11,6 +11,7 @@ mod bare;
 mod bitmap;
 #[path = "../cases/mod.rs"]
 mod cases;
+mod chains;
 mod growth;
 mod images;
 
@@ -74,6 +75,7 @@ fn main() -> anyhow::Result<()> {
     comparison.full();
     comparison.diff();
     comparison.images();
+    comparison.chains();
     comparison.start();
     comparison.bitmap();
     comparison.memory();

@@ -28,11 +28,10 @@ use segments::{Segment, Source};
 /// # Many images
 /// A chain may have any number of images. Opening one more, and reading a byte, takes time that grows with the logarithm of their number.
 ///
-/// Memory: some 50 bytes for each run of pages that is contiguous in one image's file and not in a newer image, and what an [`Image`]
-/// takes, its footer above all. Nothing grows with the size of the RAM.
+/// Memory: at most 64 bytes for each run of pages that is contiguous in one image's file and in no newer image, and what each [`Image`]
+/// takes: some 1,000 bytes, and of a sealed one its footer. Nothing grows with the size of the RAM.
 ///
-/// Descriptors: this process keeps at most a quarter of the descriptors that it may have (`RLIMIT_NOFILE`) open for images, and never more
-/// than 4,096. While all images fit, a file that is replaced by a commit, or removed, does no harm: the chain goes on reading the old
+/// Descriptors: this process keeps at most a quarter of the descriptors that it may have (`RLIMIT_NOFILE`) open for images. While all images fit, a file that is replaced by a commit, or removed, does no harm: the chain goes on reading the old
 /// one. Beyond that the file that was opened first is closed, and opened again when it is read, by its absolute path. If that leads to another file by then, or
 /// to one that was written to, the read fails with [`ImageError::Replaced`]; it never returns other bytes. So leave the images of a
 /// long chain in place while it is in use, [merge](Self::merge) it, or raise the limit before opening it, above all in a process that gives up
@@ -79,7 +78,7 @@ impl Chain {
     /// Opens the full image `base`, of a guest whose snapshots are in pages of `page_size` bytes.
     ///
     /// # Errors
-    /// [`ImageError`]: what [`Image::open`] gives, a diff, no whole number of pages, or more of them than there is memory to count.
+    /// [`ImageError`]: what [`Image::open`] gives, a diff, or no whole number of pages.
     pub fn open(base: impl AsRef<Path>, page_size: u64) -> Result<Self, ImageError> {
         let chain = Self::empty(page_size, true)?;
         chain.begun(Image::open(base)?)

@@ -50,7 +50,7 @@ pub enum ImageError {
         /// The page size of the chain, in bytes.
         page_size: u64,
     },
-    /// The set of the image's pages, a bit for each, does not fit into memory: a sparse file of absurd length, or too small a page.
+    /// Merging marks pages in a bitmap, a bit for each, which does not fit into memory: a sparse file of absurd length, or too small a page.
     #[error(
         "{path:?} has {size} bytes, too many {page_size}-byte pages to keep account of: is it a memory image?"
     )]

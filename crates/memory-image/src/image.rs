@@ -60,10 +60,15 @@ impl Image {
         if metadata.len() == 0 {
             return Err(ImageError::Empty { path });
         }
-        let footer = Footer::find(&file).map_err(|source| ImageError::Footer {
+        let mut footer = Footer::find(&file).map_err(|source| ImageError::Footer {
             path: path.clone(),
             source,
         })?;
+        if let Some(footer) = &mut footer {
+            // They were grown as they were read, to up to twice their size.
+            footer.runs.shrink_to_fit();
+            footer.checksums.shrink_to_fit();
+        }
         let size = footer.as_ref().map_or(metadata.len(), |it| it.ram_size);
         let identity = (metadata.dev(), metadata.ino());
         Ok(Self {

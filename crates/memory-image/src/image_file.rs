@@ -19,8 +19,6 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use nix::errno::Errno;
 use nix::sys::resource::{Resource, getrlimit};
 
-/// Descriptors that images take, at most, wherever the process may have many more.
-const MOST: usize = 4096;
 /// Bytes at the end of a file that are compared when it is opened again: a footer ends with its checksum in these.
 const END: usize = 64;
 
@@ -240,10 +238,10 @@ fn take_oldest(most: usize) -> Option<Arc<Slot>> {
     pool.open.pop_first().map(|(_, slot)| slot)
 }
 
-/// How many files may be open. The rest of the process has use for descriptors too.
+/// Returns how many files may be open: a quarter of what the process may have, which has use for others.
 fn most() -> usize {
     let limit = getrlimit(Resource::RLIMIT_NOFILE).map_or(u64::MAX, |(soft, _)| soft);
-    usize::try_from(limit / 4).map_or(MOST, |quarter| quarter.clamp(1, MOST))
+    usize::try_from(limit / 4).map_or(usize::MAX, |quarter| quarter.max(1))
 }
 
 fn is_out_of_descriptors(error: &io::Error) -> bool {

@@ -50,7 +50,8 @@ impl Chain {
     /// Writes all of the RAM to `target`, zeros too, whatever it held.
     ///
     /// # Errors
-    /// [`ImageError::NotFull`], [`ImageError::TargetSize`], [`ImageError::Read`] or [`ImageError::Target`]; the target may hold part of the RAM then.
+    /// [`ImageError::NotFull`], [`ImageError::TargetSize`], [`ImageError::Read`], [`ImageError::Replaced`] or [`ImageError::Target`]; the target may hold
+    /// part of the RAM then.
     pub fn restore<T: RamTarget + ?Sized>(&self, target: &mut T) -> Result<(), ImageError> {
         self.restore_runs(target, std::iter::once(0..self.size()))
     }

@@ -112,6 +112,8 @@ impl Image {
             Vec::new()
         };
         let gap_bytes: u64 = gaps.iter().map(|gap| gap.end - gap.start).sum();
+        // A chain may have thousands of images with a page or two each: no thread for nothing.
+        let most = footer.checksums.len() + (gap_bytes / PIECE) as usize + gaps.len();
         let total = footer.present_bytes() + gap_bytes;
         let pieces = gaps.into_iter().flat_map(|gap| {
             let end = gap.end;
@@ -137,7 +139,7 @@ impl Image {
             return Err(ImageError::Cancelled);
         }
         thread::scope(|scope| {
-            for _ in 1..threads.min(THREADS) {
+            for _ in 1..threads.min(THREADS).min(most) {
                 // Fewer threads take longer, and that is all.
                 let _ = thread::Builder::new().spawn_scoped(scope, work_on);
             }

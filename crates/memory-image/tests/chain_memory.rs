@@ -9,6 +9,7 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use common::write_packed;
+use image_format::Run;
 use memory_image::Chain;
 use page_reader::PageReader;
 
@@ -94,4 +95,19 @@ fn memory_is_for_what_the_images_hold_and_reading_takes_none() {
         assert!(populated > 0);
         assert_eq!(calls, 1, "the iterator's own");
     }
+
+    // Runs that do not follow each other, and the zeros between.
+    const RUNS: u64 = 20_000;
+    const SMALL: u64 = 512;
+    let runs: Vec<_> = (0..RUNS).map(|run| (2 * run, vec![1; 512])).collect();
+    let scattered = dir.path().join("scattered.mem");
+    let ram = 2 * RUNS * SMALL;
+    write_packed(&scattered, ram, SMALL, None, &runs);
+    let footer = 2 * RUNS as usize * size_of::<Run>() + (ram as usize).div_ceil(1 << 20) * 32;
+    let before = LIVE.load(Ordering::Relaxed);
+    let chain = Chain::open(&scattered, SMALL).unwrap();
+    let taken = LIVE.load(Ordering::Relaxed) - before;
+    let extents = RUNS as usize * 64;
+    assert!(taken < footer + extents + A_LAYER, "{taken} bytes");
+    drop(chain);
 }

@@ -18,7 +18,7 @@ use nix::sys::resource::{Resource, setrlimit};
 use nix::sys::stat::{UtimensatFlags, utimensat};
 use nix::sys::time::TimeSpec;
 use page_reader::PageReader;
-use test_machine::Need;
+use test_machine::{Need, rounds};
 
 const PAGE: u64 = 4096;
 const PAGES: u64 = 256;
@@ -188,6 +188,29 @@ fn more_layers_than_descriptors_are_read_in_every_way() {
     }
     drop((chain, sealed));
     assert!(open_descriptors() < 10, "closed with their chains");
+}
+
+/// Each thread closes what another one reads.
+#[test]
+fn threads_that_share_few_descriptors_read_the_right_bytes() {
+    if !is_alone("threads_that_share_few_descriptors_read_the_right_bytes") {
+        return;
+    }
+    have_few_descriptors();
+    let guest = Guest::new(60, |_| Form::Packed);
+    let chains = [guest.chain(), guest.chain()];
+    std::thread::scope(|scope| {
+        for thread in 0..4 {
+            let (guest, chain) = (&guest, &chains[thread % 2]);
+            scope.spawn(move || {
+                for read in 0..rounds(500, 5000) {
+                    guest.read(chain, (read * (7 + thread)) % 60).unwrap();
+                }
+            });
+        }
+    });
+    drop(chains);
+    assert!(open_descriptors() < 10);
 }
 
 /// Others have taken what the images were to have.

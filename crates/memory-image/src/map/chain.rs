@@ -21,7 +21,8 @@ use crate::error::ImageError;
 /// or few. Where a chain is scattered, [`copied`](Self::copied) shows it, and on Linux `LazyRam` starts as fast as ever.
 ///
 /// The files must not be cut short while they are mapped: touching a page that is gone is a `SIGBUS`. Replacing one by a
-/// commit is no harm, because the mapping keeps the old file. The chain itself isn't needed any more.
+/// commit is no harm, because the mapping keeps the old file. The chain itself isn't needed any more, and no descriptor is: a chain may
+/// have any number of images.
 ///
 /// # Examples
 /// ```
@@ -107,8 +108,9 @@ impl MappedChainOptions {
     /// Maps the chain, readable and writable.
     ///
     /// # Errors
-    /// [`ImageError::NotFull`] for a chain of diffs; [`ImageError::Reserve`] where there is no address space for the RAM; [`ImageError::Map`], also for an image that was cut short since
-    /// it was opened; [`ImageError::Read`] for what is copied.
+    /// [`ImageError::NotFull`] for a chain of diffs; [`ImageError::Reserve`] where there is no address space for the RAM;
+    /// [`ImageError::TooManyMappings`] where the process has fewer mappings left than it may take; [`ImageError::Map`], also for an image that was cut short
+    /// since it was opened; [`ImageError::Replaced`]; [`ImageError::Read`] for what is copied.
     pub fn map(&self, chain: &Chain) -> Result<MappedChain, ImageError> {
         chain.check_full()?;
         let (size, page) = (chain.size(), host_page());

@@ -31,7 +31,8 @@ pub use userfaultfd::UserfaultfdError;
 /// meanwhile, at the speed of the disk. Once [all is in](Self::wait), the memory is as any other, and both threads have ended.
 ///
 /// The memory is private and anonymous: what the guest writes stays its own, and a file that is replaced, or lost after all is in, does no harm. Zeros
-/// take no memory. Until all is in a forked child does not have the memory, as to it missing pages would be zeros.
+/// take no memory. Until all is in a forked child does not have the memory, as to it missing pages would be zeros. Of a chain [of very
+/// many images](crate::Chain#many-images), until then those that are not kept open must stay in place.
 ///
 /// # When an image can't be read
 /// No page is ever silently zeros. The error is kept for [`error`](Self::error) and [`wait`](Self::wait); reading ahead ends; the access that
@@ -139,7 +140,8 @@ impl LazyRam {
         filler.failure.get().cloned().map_or(Ok(()), Err)
     }
 
-    /// The first error since the start: [`ImageError::Read`], or [`ImageError::Userfaultfd`]. Some page was not read.
+    /// The first error since the start: [`ImageError::Read`], [`ImageError::Replaced`] (of a chain [of very many images](crate::Chain#many-images)), or
+    /// [`ImageError::Userfaultfd`]. Some page was not read.
     #[must_use]
     pub fn error(&self) -> Option<&ImageError> {
         self.filler.failure.get().map(Arc::as_ref)

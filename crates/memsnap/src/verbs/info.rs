@@ -1,5 +1,6 @@
 //! `memsnap info`: what files are.
 
+use std::collections::HashMap;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
@@ -28,7 +29,9 @@ pub struct InfoArgs {
 
 impl InfoArgs {
     pub fn run(&self) -> anyhow::Result<Verdict> {
-        let infos = self.files.iter().map(|file| Info::of(&Image::open(file)?));
+        let mut probed = Probed::new();
+        let mut info = |file| Info::with(&Image::open(file)?, &mut probed);
+        let infos = self.files.iter().map(&mut info);
         let infos = infos.collect::<anyhow::Result<Vec<_>>>()?;
         if self.json {
             print::json(&infos)?;
@@ -82,8 +85,15 @@ struct Holes {
     tell_clean_from_zero: Option<bool>,
 }
 
+/// What was found out about directories: images in the same one need one probe.
+type Probed = HashMap<PathBuf, Option<Capabilities>>;
+
 impl Info {
     pub fn of(image: &Image) -> anyhow::Result<Self> {
+        Self::with(image, &mut Probed::new())
+    }
+
+    fn with(image: &Image, probed: &mut Probed) -> anyhow::Result<Self> {
         let path = image.path();
         let file = File::open(path).with_context(|| format!("cannot open {path:?}"))?;
         let common = Self {
@@ -105,7 +115,7 @@ impl Info {
         };
         match image.footer() {
             Some(footer) => Ok(common.sealed(footer)),
-            None => common.raw(&file, path),
+            None => common.raw(&file, path, probed),
         }
     }
 
@@ -145,7 +155,7 @@ impl Info {
         }
     }
 
-    fn raw(mut self, file: &File, path: &Path) -> anyhow::Result<Self> {
+    fn raw(mut self, file: &File, path: &Path, probed: &mut Probed) -> anyhow::Result<Self> {
         let mut hole = Pages::default();
         for extent in extents(file)? {
             let extent = extent.with_context(|| format!("cannot list the extents of {path:?}"))?;
@@ -156,10 +166,12 @@ impl Info {
             }
         }
         let path = path.canonicalize()?;
-        let here = path.parent().map(Capabilities::probe).and_then(Result::ok);
+        let dir = path.parent().unwrap_or(&path);
+        let probe = || Capabilities::probe(dir).ok();
+        let here = probed.entry(dir.to_owned()).or_insert_with(probe).as_ref();
         self.holes = Some(Holes {
-            file_system: here.as_ref().map(|here| here.file_system.clone()),
-            tell_clean_from_zero: here.as_ref().map(|here| {
+            file_system: here.map(|here| here.file_system.clone()),
+            tell_clean_from_zero: here.map(|here| {
                 here.written_zeros == WrittenZeros::Data
                     && matches!(here.seek_hole, SeekHole::Exact { granularity } if granularity <= 4096)
             }),

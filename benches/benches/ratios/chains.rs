@@ -1,0 +1,147 @@
+//! Chains of very many images.
+
+use std::fs::File;
+use std::io;
+use std::path::PathBuf;
+
+use dirty_bitmap::DirtyBitmap;
+use memory_image::{Chain, Footer, ImageId};
+use memory_writer::{Durability, Layout, MemoryWriter, Seal};
+use page_reader::PageReader;
+use sparse_file::extents;
+
+use crate::Comparison;
+use crate::cases::{Before, Case, LIMIT, OURS, contender};
+
+const PAGE: u64 = 4096;
+
+/// A guest whose pages are not zeros.
+struct Ones;
+
+impl PageReader for Ones {
+    fn read_at(&self, _: u64, buf: &mut [u8]) -> io::Result<()> {
+        buf.fill(1);
+        Ok(())
+    }
+}
+
+impl Comparison<'_> {
+    /// Opens chains, and reads what scattered pages there are. The limit opens the same files and looks at the same footers or
+    /// extents, one after the other.
+    pub fn chains(&mut self) {
+        let diffs = |many| if self.trying { 20 } else { many };
+        let (sealed, raw) = (diffs(10_000), diffs(2000));
+        let name = "open a chain of 10,000 packed diffs of 64 GiB";
+        if self.wants(name) {
+            let paths = self.many(sealed, 64 * self.gib, 16, Layout::Packed);
+            let open = |_: &_| drop(Chain::open_sealed(&paths).unwrap());
+            let look = |_: &_| {
+                for path in &paths {
+                    Footer::read(&File::open(path).unwrap()).unwrap();
+                }
+            };
+            self.opened(name, sealed, 0.25, open, look);
+            let chain = Chain::open_sealed(&paths).unwrap();
+            let name = "map a chain of 10,000 packed diffs of 64 GiB";
+            let start = std::time::Instant::now();
+            let copied = memory_image::MappedChain::open(&chain).unwrap().copied();
+            let seconds = start.elapsed().as_secs_f64();
+            let value = format!("{seconds:.2} s, {copied} bytes copied");
+            self.figure(name, value, "10 us a run");
+            remove(&paths);
+        }
+        let name = "open a chain of 2,000 raw diffs of 4 GiB";
+        if self.wants(name) {
+            let paths = self.many(raw, 4 * self.gib, 1, |_| Layout::Raw);
+            let open = |_: &_| {
+                let mut chain = Chain::open(&paths[0], PAGE).unwrap();
+                for path in &paths[1..] {
+                    chain.push(path).unwrap();
+                }
+            };
+            let look = |_: &_| {
+                for path in &paths {
+                    let file = File::open(path).unwrap();
+                    extents(&file).unwrap().for_each(|it| drop(it.unwrap()));
+                }
+            };
+            // What the file system's holes are worth takes calls that the limit does without.
+            self.opened(name, raw, 0.07, open, look);
+            remove(&paths);
+        }
+    }
+
+    fn opened(
+        &mut self,
+        name: &str,
+        images: u64,
+        goal: f64,
+        open: impl Fn(&std::path::Path),
+        look: impl Fn(&std::path::Path),
+    ) {
+        let case = Case {
+            name: name.into(),
+            group: "read",
+            bytes: images * PAGE,
+            before: Before::Nothing,
+            contenders: vec![contender(OURS, open), contender(LIMIT, look)],
+        };
+        self.run(&case, &[(LIMIT, goal)]);
+    }
+
+    /// A full image of zeros, and diffs of `pages` pages each.
+    fn many(
+        &self,
+        diffs: u64,
+        ram_size: u64,
+        pages: u64,
+        layout: fn(Seal) -> Layout,
+    ) -> Vec<PathBuf> {
+        let mut paths = Vec::new();
+        let mut parent: Option<ImageId> = None;
+        for number in 0..=diffs {
+            let path = self.place.join(format!("{number}.mem"));
+            let seal = parent.map_or(Seal::new(), |id| Seal::new().parent(id));
+            let mut writer = MemoryWriter::options()
+                .layout(layout(seal))
+                .durability(Durability::None)
+                .skip_untouched(true)
+                .open(&path, ram_size, PAGE)
+                .unwrap();
+            if number == 0 {
+                writer.write_full(&Untouched).unwrap();
+            } else {
+                let dirty = DirtyBitmap::new(0, ram_size, PAGE).unwrap();
+                for index in 0..pages {
+                    let page = (number * pages + index).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+                    dirty.set_dirty_by_index(page % (ram_size / PAGE)).unwrap();
+                }
+                writer.write_diff(&Ones, &dirty).unwrap();
+            }
+            parent = writer.image_id();
+            writer.commit().unwrap();
+            paths.push(path);
+        }
+        paths
+    }
+}
+
+/// A guest that has not touched any page.
+struct Untouched;
+
+impl PageReader for Untouched {
+    fn read_at(&self, _: u64, buf: &mut [u8]) -> io::Result<()> {
+        buf.fill(0);
+        Ok(())
+    }
+
+    fn populated(&self, _: std::ops::Range<u64>) -> page_reader::PopulatedRanges<'_> {
+        Box::new(std::iter::empty())
+    }
+}
+
+fn remove(paths: &[PathBuf]) {
+    paths
+        .iter()
+        .for_each(|path| std::fs::remove_file(path).unwrap());
+}
