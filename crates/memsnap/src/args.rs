@@ -103,6 +103,11 @@ impl Extras {
         Ok(seal)
     }
 
+    /// `inputs`, and the files that these arguments name.
+    pub fn and_inputs(&self, inputs: impl IntoIterator<Item = PathBuf>) -> Vec<PathBuf> {
+        inputs.into_iter().chain(self.metadata.clone()).collect()
+    }
+
     pub fn is_empty(&self) -> bool {
         self.metadata.is_none() && self.region_at.is_empty()
     }
@@ -131,9 +136,11 @@ impl InProcess {
         self.pid.is_some()
     }
 
-    pub fn open(&self) -> anyhow::Result<Option<Ram>> {
-        let open = |pid| ProcessRam::open(pid, &self.region, self.live);
-        Ok(self.pid.map(open).transpose()?.map(Ram::Process))
+    /// The RAM, of a process that runs on until [`Ram::hold`].
+    pub fn find(&self) -> anyhow::Result<Option<Ram>> {
+        let find = |pid| ProcessRam::find(pid, &self.region, self.live);
+        let ram = self.pid.map(find).transpose()?;
+        Ok(ram.map(|ram| Ram::Process(Box::new(ram))))
     }
 }
 
@@ -144,7 +151,7 @@ impl InProcess {
         false
     }
 
-    pub fn open(&self) -> anyhow::Result<Option<Ram>> {
+    pub fn find(&self) -> anyhow::Result<Option<Ram>> {
         Ok(None)
     }
 }

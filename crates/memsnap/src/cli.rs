@@ -73,9 +73,11 @@ Exit status:
   1    the check failed: damaged, not linked, different, or no image that can be checked
   2    wrong usage: nothing was written
   3    anything else: an I/O error, no permission, no room
-  130  interrupted by SIGINT or SIGTERM
+  128 and the number of a signal: interrupted by SIGINT (130), SIGTERM (143), SIGHUP (129), SIGQUIT (131) or
+       SIGALRM (142), unless it was ignored from the start, as SIGHUP is under nohup
 
 Whatever the exit status but 0, an output that was named is as it was before, unless the message says that it is in place: files are \
 staged beside it and put in place when they are whole and on the disk. Restoring into RAM that exists is the exception: once writing \
-has begun, a failure leaves it empty. A second signal ends memsnap at \
+has begun, a failure leaves it empty. A process whose RAM is read by --pid is stopped last, when all else is prepared, and goes on before \
+the image is committed; meanwhile memsnap is not suspended by SIGTSTP (Ctrl-Z). A second signal ends memsnap at \
 once; what it had staged is removed by the next one that writes there.";

@@ -6,14 +6,14 @@ use memory_image::{CompareError, ImageError, Link};
 use memory_writer::{OpenError, SnapshotError};
 use thiserror::Error;
 
+use crate::interrupt;
+
 /// The answer is no: damaged, not linked, different.
 pub const NEGATIVE: u8 = 1;
 /// The command line asks for what can't be.
 const USAGE: u8 = 2;
 /// Everything else.
 const FAILED: u8 = 3;
-/// By SIGINT or SIGTERM.
-pub const INTERRUPTED: u8 = 130;
 
 /// What the tool itself refuses.
 #[derive(Debug, Error)]
@@ -70,6 +70,11 @@ pub enum Failure {
         "where the RAM is in process {pid} is not said: add --region; its largest mappings are:{proposed}"
     )]
     NoRegion { pid: u32, proposed: String },
+    #[cfg(target_os = "linux")]
+    #[error(
+        "the RAM of process {pid} was mapped elsewhere while the snapshot was prepared: try again"
+    )]
+    RamMoved { pid: u32 },
     #[error("name the guest's RAM, once: its file, or a process by --pid")]
     NoRam,
     #[error("the two states have {old} and {new} bytes of RAM: they are of different guests")]
@@ -100,6 +105,28 @@ pub enum Failure {
     },
     #[error("{path:?} is not empty: add --force to overwrite it in place")]
     TargetInUse { path: PathBuf },
+    #[error(
+        "the RAM needs {needed} bytes of {path:?}, and {available} are available: make room on its file system; \
+         it is as it was"
+    )]
+    TargetFull {
+        path: PathBuf,
+        needed: u64,
+        available: u64,
+    },
+    #[error("cannot write {path:?}, which is as it was")]
+    TargetNotWritable {
+        path: PathBuf,
+        source: std::io::Error,
+    },
+    #[error(
+        "there are not enough huge pages for {path:?}, which is as it was: raise vm.nr_hugepages, or the size of \
+         its hugetlbfs"
+    )]
+    NoHugePages {
+        path: PathBuf,
+        source: std::io::Error,
+    },
     #[error("{path:?} is no picture that can be drawn: let its name end in .svg or .png")]
     NoSuchPicture { path: PathBuf },
     #[error("interrupted: {left}")]
@@ -132,12 +159,17 @@ impl Failure {
             | Self::StreamDamaged { .. }
             | Self::StreamBroken { .. }
             | Self::TargetSize { .. } => NEGATIVE,
-            Self::NotRam { .. } | Self::NoBytes { .. } | Self::RamResized { .. } => FAILED,
+            Self::NotRam { .. }
+            | Self::NoBytes { .. }
+            | Self::RamResized { .. }
+            | Self::TargetFull { .. }
+            | Self::TargetNotWritable { .. }
+            | Self::NoHugePages { .. } => FAILED,
             #[cfg(target_os = "linux")]
-            Self::NothingMapped { .. } => FAILED,
+            Self::NothingMapped { .. } | Self::RamMoved { .. } => FAILED,
             #[cfg(target_os = "linux")]
             Self::NoRegion { .. } => USAGE,
-            Self::Interrupted { .. } => INTERRUPTED,
+            Self::Interrupted { .. } => interrupt::exit_code(),
         }
     }
 }
@@ -177,13 +209,17 @@ fn code_of(cause: &(dyn std::error::Error + 'static)) -> Option<u8> {
         return Some(failure.exit_code());
     }
     if let Some(SnapshotError::Cancelled { .. }) = cause.downcast_ref() {
-        return Some(INTERRUPTED);
+        return Some(interrupt::exit_code());
     }
     if let Some(CompareError::Cancelled { .. }) = cause.downcast_ref() {
-        return Some(INTERRUPTED);
+        return Some(interrupt::exit_code());
+    }
+    #[cfg(target_os = "linux")]
+    if let Some(page_reader::ProcessStopError::Cancelled { .. }) = cause.downcast_ref() {
+        return Some(interrupt::exit_code());
     }
     match cause.downcast_ref()? {
-        ImageError::Cancelled => Some(INTERRUPTED),
+        ImageError::Cancelled => Some(interrupt::exit_code()),
         // What an image is, or isn't.
         ImageError::Empty { .. }
         | ImageError::NotWholePages { .. }

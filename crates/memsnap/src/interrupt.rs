@@ -1,20 +1,39 @@
-//! Signals: SIGINT and SIGTERM.
+//! Signals that end the process: SIGINT, SIGTERM, SIGHUP, SIGQUIT and SIGALRM.
 //!
 //! As long as nothing is staged, a signal ends the process at once. While something is, the first one cancels the work, whose staged file
 //! is removed on the way out; a second one ends the process anyway, and what is staged is left for the next writer to find and remove.
+//! The exit code is 128 and the number of the first signal, as a shell has it. A signal that was ignored when the process started, as
+//! SIGHUP is by `nohup`, stays ignored.
+//!
+//! Signals that suspend are [held back](NotSuspended) while another process is stopped.
 
 use std::io;
 use std::process;
+use std::sync::atomic::{AtomicI32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 
 use memory_writer::CancelToken;
-use signal_hook::consts::{SIGINT, SIGTERM, SIGXFSZ};
+use nix::sys::signal::{SigSet, SigmaskHow, Signal};
+use signal_hook::consts::{SIGALRM, SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGXFSZ};
 use signal_hook::flag;
 use signal_hook::iterator::Signals;
 
-use crate::failure::INTERRUPTED;
-use crate::print;
+use crate::{print, sys};
+
+const SIGNALS: [i32; 5] = [SIGINT, SIGTERM, SIGHUP, SIGQUIT, SIGALRM];
+
+/// The first signal that came.
+static SIGNAL: AtomicI32 = AtomicI32::new(0);
+
+/// The exit code of a process that a signal ended: 128 and the signal's number.
+pub fn exit_code() -> u8 {
+    let signal = match SIGNAL.load(Ordering::Relaxed) {
+        0 => SIGINT,
+        signal => signal,
+    };
+    u8::try_from(128 + signal).unwrap_or(u8::MAX)
+}
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Work {
@@ -40,17 +59,21 @@ impl Interrupt {
         };
         // Otherwise deadly: writing past RLIMIT_FSIZE is to be the error EFBIG.
         flag::register(SIGXFSZ, Arc::default())?;
-        let mut signals = Signals::new([SIGINT, SIGTERM])?;
+        let heeded = SIGNALS.iter().filter(|signal| !sys::is_ignored(**signal));
+        let mut signals = Signals::new(heeded)?;
         let listener = interrupt.clone();
         thread::Builder::new().spawn(move || {
-            for _ in signals.forever() {
-                listener.signalled();
+            // Left to the main thread, which may hold them back.
+            let _ = suspending().thread_block();
+            for signal in signals.forever() {
+                listener.signalled(signal);
             }
         })?;
         Ok(interrupt)
     }
 
-    fn signalled(&self) {
+    fn signalled(&self, signal: i32) {
+        let _ = SIGNAL.compare_exchange(0, signal, Ordering::Relaxed, Ordering::Relaxed);
         let mut work = self.work.lock().unwrap_or_else(PoisonError::into_inner);
         if *work == Work::Staged {
             *work = Work::Cancelled;
@@ -59,7 +82,7 @@ impl Interrupt {
         }
         // With the lock held: nobody stages anything in between.
         print::complain("interrupted");
-        process::exit(INTERRUPTED.into());
+        process::exit(exit_code().into());
     }
 
     /// From now on there is something to clean up, until the process ends.
@@ -81,5 +104,32 @@ impl Interrupt {
 
     pub fn is_cancelled(&self) -> bool {
         self.cancel.is_cancelled()
+    }
+}
+
+/// Signals by which a terminal suspends a process. SIGSTOP can't be held back.
+fn suspending() -> SigSet {
+    SigSet::from_iter([Signal::SIGTSTP, Signal::SIGTTIN, Signal::SIGTTOU])
+}
+
+/// Holds back the signals that suspend this process, in this thread and those that it starts.
+///
+/// While this process has stopped another one, that would stand still for as long. A signal that comes
+/// meanwhile suspends this process once this is dropped, unless it was continued before.
+#[derive(Debug)]
+pub struct NotSuspended {
+    before: SigSet,
+}
+
+impl NotSuspended {
+    pub fn from_now_on() -> io::Result<Self> {
+        let before = suspending().thread_swap_mask(SigmaskHow::SIG_BLOCK)?;
+        Ok(Self { before })
+    }
+}
+
+impl Drop for NotSuspended {
+    fn drop(&mut self) {
+        let _ = self.before.thread_set_mask();
     }
 }

@@ -17,6 +17,7 @@ mod ram;
 mod save;
 mod session;
 mod stream;
+mod sys;
 mod verbs;
 
 use std::process::ExitCode;

@@ -1,16 +1,22 @@
 //! RAM in the memory of another process.
 
 use std::ops::Range;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
 use std::time::Duration;
 
 use anyhow::Context;
+use nix::sys::stat::makedev;
 use page_reader::{
-    PageReader, ProcessMaps, ProcessMemory, ProcessRegion, StoppedProcess, UnexaminedProcess,
+    PageReader, ProcessMaps, ProcessMemory, ProcessMemoryError, ProcessRegion, StoppedProcess,
+    UnexaminedProcess,
 };
 
 use crate::args;
 use crate::failure::Failure;
+use crate::interrupt::NotSuspended;
 use crate::ram;
+use crate::session::Session;
 
 /// How long a process may take to stop.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -55,42 +61,75 @@ impl Region {
     }
 }
 
-/// Regions of a process, which stands still meanwhile unless it was told otherwise.
+/// Regions of a process, which stands still between [`hold`](ProcessRam::hold) and drop unless its
+/// guest is paused.
 pub struct ProcessRam {
     pid: u32,
+    /// As they were named.
+    named: Vec<Region>,
+    live: bool,
     regions: Vec<Range<u64>>,
     memory: ProcessMemory,
     /// Goes on when this is dropped.
-    _stopped: Option<StoppedProcess>,
+    stopped: Option<StoppedProcess>,
+    /// Dropped after it.
+    not_suspended: Option<NotSuspended>,
 }
 
 impl ProcessRam {
-    pub fn open(pid: u32, regions: &[Region], live: bool) -> anyhow::Result<Self> {
-        // First of all: its id stays its own from here on.
-        let stopped = match live {
-            true => None,
-            false => Some(StoppedProcess::stop(pid, PATIENCE)?),
-        };
+    /// Finds the regions while the process runs.
+    pub fn find(pid: u32, named: &[Region], live: bool) -> anyhow::Result<Self> {
         let maps = ProcessMaps::of(pid)?;
-        if regions.is_empty() {
+        if named.is_empty() {
             let proposed = maps.candidates().into_iter().take(PROPOSED);
             let proposed = proposed.map(|region| format!("\n  {region}")).collect();
             return Err(Failure::NoRegion { pid, proposed }.into());
         }
-        let regions = regions.iter().map(|region| region.find(&maps));
-        let regions = regions.collect::<anyhow::Result<Vec<_>>>()?;
-        let ranges = regions
-            .iter()
-            .map(|range| (range.start, range.end - range.start));
+        let regions = find_all(named, &maps)?;
         let ram = Self {
             pid,
-            memory: ProcessMemory::open(pid, ranges)?,
+            memory: open(pid, &regions)?,
+            named: named.to_vec(),
+            live,
             regions,
-            _stopped: stopped,
+            stopped: None,
+            not_suspended: None,
         };
+        ram.check_mapped(&maps)?;
         let unexamined = ram.check_filled(&maps)?;
         ram::warn_of_unexamined(&format!("the RAM of process {pid}"), &unexamined);
         Ok(ram)
+    }
+
+    /// Stops the process, and looks again where its RAM is.
+    pub fn hold(&mut self, session: &Session) -> anyhow::Result<()> {
+        if !self.live {
+            let cancelled = || session.is_cancelled();
+            self.not_suspended = Some(NotSuspended::from_now_on()?);
+            self.stopped = Some(StoppedProcess::stop_unless(self.pid, PATIENCE, &cancelled)?);
+        }
+        // Its id stays its own from here on; it may have been another's before.
+        let maps = ProcessMaps::of(self.pid)?;
+        if find_all(&self.named, &maps)? != self.regions {
+            return Err(Failure::RamMoved { pid: self.pid }.into());
+        }
+        self.memory = open(self.pid, &self.regions)?;
+        Ok(())
+    }
+
+    /// Whether any of the regions shows the file at `path`.
+    pub fn is_mapped_from(&self, path: &Path) -> bool {
+        let (Ok(file), Ok(maps)) = (path.metadata(), ProcessMaps::of(self.pid)) else {
+            return false;
+        };
+        let is_it = |region: &ProcessRegion| {
+            let (major, minor) = region.device;
+            let device = makedev(major.into(), minor.into());
+            region.inode != 0 && (device, region.inode) == (file.dev(), file.ino())
+        };
+        self.regions
+            .iter()
+            .any(|range| regions_in(&maps, range).any(is_it))
     }
 
     pub fn size(&self) -> u64 {
@@ -106,18 +145,21 @@ impl ProcessRam {
 
     pub fn check(&self) -> anyhow::Result<()> {
         let maps = ProcessMaps::of(self.pid)?;
-        for range in &self.regions {
-            let mut at = range.start;
-            while at < range.end {
-                let Some(region) = maps.at(at) else {
-                    let pid = self.pid;
-                    return Err(Failure::NothingMapped { pid, address: at }.into());
-                };
-                at = region.addresses.end;
-            }
-        }
+        self.check_mapped(&maps)?;
         // Filling may have begun after the process was opened.
         self.check_filled(&maps).map(drop)
+    }
+
+    fn check_mapped(&self, maps: &ProcessMaps) -> anyhow::Result<()> {
+        for range in &self.regions {
+            let end = regions_in(maps, range).last();
+            let end = end.map_or(range.start, |region| region.addresses.end);
+            if end < range.end {
+                let pid = self.pid;
+                return Err(Failure::NothingMapped { pid, address: end }.into());
+            }
+        }
+        Ok(())
     }
 
     /// Refuses RAM that another process is still filling: missing pages are read as zeros.
@@ -137,6 +179,30 @@ impl ProcessRam {
         unexamined.dedup();
         Ok(unexamined)
     }
+}
+
+fn find_all(named: &[Region], maps: &ProcessMaps) -> anyhow::Result<Vec<Range<u64>>> {
+    named.iter().map(|region| region.find(maps)).collect()
+}
+
+fn open(pid: u32, regions: &[Range<u64>]) -> Result<ProcessMemory, ProcessMemoryError> {
+    let ranges = regions
+        .iter()
+        .map(|range| (range.start, range.end - range.start));
+    ProcessMemory::open(pid, ranges)
+}
+
+/// The mappings that `range` is in, up to the first gap.
+fn regions_in<'m>(
+    maps: &'m ProcessMaps,
+    range: &Range<u64>,
+) -> impl Iterator<Item = &'m ProcessRegion> {
+    let (mut at, end) = (range.start, range.end);
+    std::iter::from_fn(move || {
+        let region = (at < end).then(|| maps.at(at))??;
+        at = region.addresses.end;
+        Some(region)
+    })
 }
 
 #[cfg(test)]

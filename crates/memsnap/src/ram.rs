@@ -18,12 +18,13 @@ use crate::failure::Failure;
 use crate::print;
 #[cfg(target_os = "linux")]
 use crate::process::ProcessRam;
+use crate::session::Session;
 
 /// A guest's RAM.
 pub enum Ram {
     File(RamFile),
     #[cfg(target_os = "linux")]
-    Process(ProcessRam),
+    Process(Box<ProcessRam>),
 }
 
 impl Ram {
@@ -40,6 +41,33 @@ impl Ram {
             Self::File(ram) => Box::new(FileReader::range(&ram.file, 0, ram.size)),
             #[cfg(target_os = "linux")]
             Self::Process(ram) => Box::new(ram.reader()),
+        }
+    }
+
+    /// Stops a process, unless its guest is paused, until this is dropped.
+    ///
+    /// Comes last before the RAM is read: what fails, or takes time, must not happen while a guest
+    /// stands still.
+    pub fn hold(&mut self, session: &Session) -> anyhow::Result<()> {
+        match self {
+            Self::File(_) => Ok(()),
+            #[cfg(target_os = "linux")]
+            Self::Process(ram) => ram.hold(session),
+        }
+    }
+
+    /// Refuses an output that a process has mapped as its RAM.
+    pub fn check_output(&self, output: &Path) -> Result<(), Failure> {
+        match self {
+            // A file that was named was compared by its name.
+            Self::File(_) => Ok(()),
+            #[cfg(target_os = "linux")]
+            Self::Process(ram) => match ram.is_mapped_from(output) {
+                true => Err(Failure::OutputIsInput {
+                    path: output.to_owned(),
+                }),
+                false => Ok(()),
+            },
         }
     }
 

@@ -12,16 +12,26 @@ use crate::input;
 use crate::session::Session;
 use crate::verbs::info::Info;
 
-/// Refuses an output that exists, or is an input, before anything is read.
+/// Refuses an output that exists, or is an input by whatever name, before anything is read.
+///
+/// `inputs` are all files that the verb reads: metadata and parents, too.
 pub fn check_output(output: &Output, inputs: &[PathBuf]) -> Result<(), Failure> {
+    check_is_no_input(&output.path, inputs)?;
     let path = output.path.clone();
-    if input::is_one_of(&path, inputs) {
-        return Err(Failure::OutputIsInput { path });
-    }
     if !output.force && path.symlink_metadata().is_ok() {
         return Err(Failure::OutputExists { path });
     }
     Ok(())
+}
+
+/// Refuses an output that is an input, through links too.
+pub fn check_is_no_input(path: &Path, inputs: &[PathBuf]) -> Result<(), Failure> {
+    match input::is_one_of(path, inputs) {
+        true => Err(Failure::OutputIsInput {
+            path: path.to_owned(),
+        }),
+        false => Ok(()),
+    }
 }
 
 /// Stages a file of `ram_size` bytes of RAM at the output.

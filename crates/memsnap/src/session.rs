@@ -53,7 +53,7 @@ impl Session {
 
     /// What progress functions return.
     pub fn flow(&self) -> ControlFlow<()> {
-        match self.interrupt.is_cancelled() {
+        match self.is_cancelled() {
             true => ControlFlow::Break(()),
             false => ControlFlow::Continue(()),
         }
@@ -65,9 +65,14 @@ impl Session {
         self.check("nothing was written")
     }
 
+    /// Whether a signal has come while something was staged.
+    pub fn is_cancelled(&self) -> bool {
+        self.interrupt.is_cancelled()
+    }
+
     /// An error once a signal has come, after which there is what `left` says.
     pub fn check(&self, left: &'static str) -> Result<(), Failure> {
-        match self.interrupt.is_cancelled() {
+        match self.is_cancelled() {
             true => Err(Failure::Interrupted { left }),
             false => Ok(()),
         }

@@ -3,11 +3,13 @@
 use std::fs::File;
 use std::io::{self, IsTerminal, Read, Seek, Write};
 use std::num::NonZeroUsize;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::thread;
 
 use anyhow::Context;
+use nix::sys::stat::fstat;
 use page_reader::SecretBuffer;
 use zstd::stream::{read::Decoder, write::Encoder};
 
@@ -19,6 +21,8 @@ pub const STREAM: &str = "-";
 
 /// zstd's own default: about as fast as a network.
 const LEVEL: i32 = 3;
+/// A window of 8 MiB.
+const WINDOW_LOG: u32 = 23;
 /// Bytes moved at a time.
 const PIECE: usize = 1 << 20;
 
@@ -38,6 +42,8 @@ impl Received {
         let spool = || format!("cannot keep the stream in {dir:?} meanwhile");
         let mut file = tempfile::tempfile_in(dir).with_context(spool)?;
         let mut stream = Decoder::new(io::stdin().lock())?;
+        // Memory for what is referred back to: as much as every decoder should take, no more.
+        stream.window_log_max(WINDOW_LOG)?;
         let bar = session.bar("receiving");
         let mut buffer = SecretBuffer::new();
         let piece = buffer.sized(PIECE);
@@ -67,6 +73,38 @@ pub fn check_stdout() -> Result<(), Failure> {
         true => Err(Failure::StreamToTerminal),
         false => Ok(()),
     }
+}
+
+/// Refuses an output that is what comes in: `memsnap convert - --zstd -o FILE < FILE`.
+pub fn check_is_not_stdin(output: &Path) -> Result<(), Failure> {
+    match is_file_of(io::stdin().as_fd(), output) {
+        true => Err(Failure::OutputIsInput {
+            path: output.to_owned(),
+        }),
+        false => Ok(()),
+    }
+}
+
+/// Refuses to send a file to itself: `memsnap convert FILE -o - --zstd >> FILE`.
+pub fn check_is_not_stdout(inputs: &[PathBuf]) -> Result<(), Failure> {
+    let stdout = io::stdout();
+    let same = inputs
+        .iter()
+        .find(|input| is_file_of(stdout.as_fd(), input));
+    match same.cloned() {
+        Some(path) => Err(Failure::OutputIsInput { path }),
+        None => Ok(()),
+    }
+}
+
+fn is_file_of(stream: BorrowedFd<'_>, path: &Path) -> bool {
+    let (Ok(stream), Ok(file)) = (fstat(stream), path.metadata()) else {
+        return false;
+    };
+    // The types differ from system to system.
+    #[allow(clippy::unnecessary_cast, clippy::cast_sign_loss)]
+    let stream = (stream.st_dev as u64, stream.st_ino as u64);
+    file.is_file() && stream == (file.dev(), file.ino())
 }
 
 /// Compresses `image`, a packed one, to stdout.

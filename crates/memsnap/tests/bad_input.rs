@@ -138,12 +138,86 @@ fn an_output_that_is_a_link_to_nothing_is_explained_in_the_tools_own_words() {
 #[case::converted("convert full.mem -o out --layout raw")]
 #[case::sent("convert full.mem -o - --zstd")]
 #[case::the_new_state("diff other.mem full.mem -o out")]
-#[case::restored("restore --verify full.mem d1.mem -o out")]
+#[case::restored("restore full.mem d1.mem -o out")]
+#[case::restored_in_place("restore full.mem d1.mem -o second --force")]
 fn damage_does_not_get_checksums_that_call_it_right(#[case] command: &str) {
     let work = Work::with_chain();
     work.good("full ram -o other.mem");
     work.rot("full.mem", 5000);
     work.fails(command, 1, &["full.mem", "damaged", "memsnap verify"]);
+}
+
+#[rstest]
+#[case::merged("merge --no-verify full.mem d1.mem -o out")]
+#[case::converted("convert --no-verify full.mem -o out --layout raw")]
+#[case::restored("restore --no-verify full.mem d1.mem -o out")]
+fn checksums_are_not_compared_on_request(#[case] command: &str) {
+    let work = Work::with_chain();
+    work.rot("full.mem", 5000);
+    work.good(command);
+    assert!(work.files().contains(&"out".to_owned()));
+}
+
+/// Checking sums takes as long as the whole work: nothing is to fail after it that can fail before.
+#[rstest]
+#[case::merged("merge full.mem d1.mem -o none/out")]
+#[case::converted("convert full.mem -o none/out")]
+#[case::compared("diff second full.mem -o none/out")]
+#[case::restored("restore full.mem d1.mem -o none/out")]
+fn a_place_for_the_output_is_made_before_sums_are_checked(#[case] command: &str) {
+    let work = Work::with_chain();
+    work.rot("full.mem", 5000);
+    work.fails(command, 3, &["none"]);
+}
+
+/// By a name of its own, a hard link and a symbolic link.
+#[rstest]
+#[case::full("full ram -o OUT --force", "ram")]
+#[case::metadata("full ram -o OUT --force --metadata full.mem", "full.mem")]
+#[case::old("diff full.mem ram -o OUT --force", "full.mem")]
+#[case::new("diff full.mem ram -o OUT --force", "ram")]
+#[case::state("diff full.mem --to first -o OUT --force", "first")]
+#[case::metadata_of_a_diff("diff full.mem ram -o OUT --force --metadata first", "first")]
+#[case::merged("merge full.mem d1.mem -o OUT --force", "d1.mem")]
+#[case::converted("convert full.mem -o OUT --force", "full.mem")]
+#[case::parent("convert ram --raw-diff --parent full.mem -o OUT --force", "full.mem")]
+#[case::metadata_of_an_image("convert full.mem --metadata d1.mem -o OUT --force", "d1.mem")]
+#[case::restored("restore full.mem d1.mem -o OUT --force", "d1.mem")]
+#[case::picture("map OUT full.mem -o OUT --force", "full.mem")]
+fn an_output_that_is_an_input_is_refused(#[case] command: &str, #[case] input: &str) {
+    let work = Work::with_chain();
+    fs::hard_link(work.path(input), work.path("hard.svg")).unwrap();
+    std::os::unix::fs::symlink(input, work.path("soft.svg")).unwrap();
+    let names = match command.starts_with("map") {
+        true => ["hard.svg", "soft.svg", "hard.svg"],
+        false => ["hard.svg", "soft.svg", input],
+    };
+    for name in names {
+        let says = match command.starts_with("merge") {
+            true => "would replace one of its inputs",
+            false => "is one of the inputs",
+        };
+        work.fails(&command.replace("OUT", name), 2, &[name, says]);
+    }
+}
+
+#[test]
+fn a_stream_is_not_written_to_the_file_it_comes_from() {
+    let work = Work::with_chain();
+    let open = || {
+        fs::File::options()
+            .read(true)
+            .append(true)
+            .open(work.path("full.mem"))
+    };
+    let before = work.read("full.mem");
+    let mut receive = work.command("convert - --zstd -o full.mem --force");
+    receive.stdin(open().unwrap());
+    Ended::of(&mut receive).fails(2, &["full.mem", "one of the inputs"]);
+    let mut send = work.command("convert full.mem -o - --zstd");
+    send.stdout(open().unwrap());
+    Ended::of(&mut send).fails(2, &["full.mem", "one of the inputs"]);
+    assert!(work.read("full.mem") == before);
 }
 
 #[test]

@@ -6,12 +6,19 @@
 mod support;
 
 use std::fs;
-use std::io::Read;
+use std::io::{Read, Write};
 use std::num::NonZeroUsize;
 use std::process::{Child, Command, Stdio};
+use std::time::Duration;
 
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::mman::{MapFlags, ProtFlags, mmap};
+use nix::sys::signal::Signal;
+use nix::sys::stat::Mode;
+use nix::unistd::mkfifo;
+use page_reader::StoppedProcess;
+use rstest::rstest;
+use support::held::Held;
 use support::{Ended, PAGE, RAM, Work};
 use test_machine::Need;
 
@@ -73,6 +80,10 @@ impl Monitor {
         self.child.id()
     }
 
+    fn is_stopped(&self) -> bool {
+        self.state().to_lowercase().starts_with('t')
+    }
+
     fn state(&self) -> String {
         let status = fs::read_to_string(format!("/proc/{}/status", self.pid())).unwrap();
         let state = status.lines().find_map(|line| line.strip_prefix("State:"));
@@ -113,11 +124,7 @@ fn ram_is_captured_from_a_process_by_name_address_or_range() {
     let info = work.good("info 0.mem full.mem --json").json();
     assert!(info[0]["present"]["bytes"].as_u64() <= Some(120 * PAGE));
     // It goes on.
-    assert!(
-        !monitor.state().to_lowercase().starts_with('t'),
-        "{}",
-        monitor.state()
-    );
+    assert!(!monitor.is_stopped());
 
     work.good(&format!(
         "full --pid {pid} --region guest-ram --live -o live.mem"
@@ -166,18 +173,14 @@ fn what_is_not_there_is_named_and_the_process_goes_on() {
     work.fails(
         &format!("{full} --region 0x1000:1MiB"),
         3,
-        &["isn't mapped"],
+        &["0x1000", "nothing mapped"],
     );
     work.fails(&format!("{full} ram"), 2, &["once"]);
     work.fails("full -o out", 2, &["name the guest's RAM"]);
     work.fails("full ram --region guest-ram -o out", 2, &["--pid"]);
     let diff = format!("diff full.mem --to ram --pid {pid} --region guest-ram -o out");
     work.fails(&diff, 2, &["once"]);
-    assert!(
-        !monitor.state().to_lowercase().starts_with('t'),
-        "{}",
-        monitor.state()
-    );
+    assert!(!monitor.is_stopped());
     // The id of a process that has ended, and isn't anybody's.
     drop(monitor);
     work.fails(&full, 3, &["isn't there"]);
@@ -203,6 +206,130 @@ fn who_may_not_trace_is_told_what_it_takes() {
     let mut command = Command::new(work.path("memsnap"));
     let full = format!("full --pid {} --region guest-ram -o out", monitor.pid());
     command.args(full.split(' ')).current_dir(work.path(""));
-    Ended::of(command.uid(65534).gid(65534)).fails(3, &["may not trace", "CAP_SYS_PTRACE"]);
+    Ended::of(command.uid(65534).gid(65534)).fails(3, &["traceable", "CAP_SYS_PTRACE"]);
     assert_eq!(work.files(), ["memsnap", "ram"]);
+}
+
+/// The writer of the metadata may be the process that is to be stopped.
+#[rstest]
+#[case::full("full")]
+#[case::diff("diff full.mem d1.mem")]
+fn the_process_runs_while_metadata_is_waited_for(#[case] verb: &str) {
+    if !Need::Ptrace.met("the_process_runs_while_metadata_is_waited_for") {
+        return;
+    }
+    let work = Work::with_chain();
+    let monitor = Monitor::with(&work, "ram");
+    mkfifo(&work.path("fifo"), Mode::S_IRWXU).unwrap();
+    let pid = monitor.pid();
+    let mut child = work
+        .command(&format!(
+            "{verb} --pid {pid} --region guest-ram --metadata fifo -o out"
+        ))
+        .spawn()
+        .unwrap();
+    // Opens once the other end is open, and then waits for the bytes.
+    let mut fifo = fs::File::options()
+        .write(true)
+        .open(work.path("fifo"))
+        .unwrap();
+    assert!(!monitor.is_stopped());
+    fifo.write_all(b"vcpus").unwrap();
+    drop(fifo);
+    assert!(child.wait().unwrap().success());
+    let info = work.good("info out --json").json();
+    assert_eq!(info[0]["metadata_bytes"], 5, "{info}");
+}
+
+/// Traced by this process: stopping it is what fails last.
+#[test]
+fn all_that_can_fail_is_found_before_the_process_is_stopped() {
+    if !Need::Ptrace.met("all_that_can_fail_is_found_before_the_process_is_stopped") {
+        return;
+    }
+    let work = Work::with_chain();
+    work.create("small", RAM / 2);
+    work.good("full small -o small.mem");
+    let monitor = Monitor::with(&work, "ram");
+    let stopped = StoppedProcess::stop(monitor.pid(), Duration::from_secs(120)).unwrap();
+    let ram = format!("--pid {} --region guest-ram", monitor.pid());
+    work.fails(&format!("full {ram} -o none/out"), 3, &["none"]);
+    work.fails(&format!("full {ram} -o out --metadata none"), 3, &["none"]);
+    let regions = format!("full {ram} -o out --region-at 0:4MiB");
+    work.fails(&regions, 2, &["4194304"]);
+    work.fails(
+        &format!("full {ram} -o out --page-size 3GiB"),
+        2,
+        &["power"],
+    );
+    work.fails(
+        &format!("full {ram} -o out --page-size 16MiB"),
+        3,
+        &["16777216"],
+    );
+    work.fails(&format!("diff full.mem {ram} -o none/out"), 3, &["none"]);
+    work.fails(
+        &format!("diff full.mem {ram} -o out --metadata none"),
+        3,
+        &["none"],
+    );
+    work.fails(
+        &format!("diff small.mem {ram} -o out"),
+        1,
+        &["different guests"],
+    );
+    work.fails(&format!("full {ram} -o out"), 3, &["traced already"]);
+    drop(stopped);
+    work.good(&format!("full {ram} -o out"));
+}
+
+#[test]
+fn a_file_that_the_process_has_as_ram_is_not_the_output() {
+    if !Need::Ptrace.met("a_file_that_the_process_has_as_ram_is_not_the_output") {
+        return;
+    }
+    let work = Work::with_chain();
+    let monitor = Monitor::with(&work, "ram");
+    let pid = monitor.pid();
+    let fds = fs::read_dir(format!("/proc/{pid}/fd")).unwrap();
+    let path = fds.map(|fd| fd.unwrap().path()).find(|fd| {
+        let target = fs::read_link(fd).unwrap();
+        target.to_string_lossy().contains("guest-ram")
+    });
+    let path = path.unwrap();
+    for verb in ["full", "diff full.mem"] {
+        let command = format!(
+            "{verb} --pid {pid} --region guest-ram --force -o {}",
+            path.display()
+        );
+        work.fails(&command, 2, &["one of the inputs"]);
+    }
+}
+
+/// Suspended, it would keep the guest from running for as long.
+#[test]
+fn ctrl_z_waits_until_the_process_runs_again() {
+    let test = "ctrl_z_waits_until_the_process_runs_again";
+    if !Need::Ptrace.met(test) || !Need::Strace.met(test) {
+        return;
+    }
+    let work = Work::with_chain();
+    let monitor = Monitor::with(&work, "ram");
+    let command = work.command(&format!(
+        "full --pid {} --region guest-ram -o out",
+        monitor.pid()
+    ));
+    let held = Held::before(&command, &("pwrite64".to_owned(), 1)).expect("held");
+    assert!(monitor.is_stopped());
+    let blocked = held.blocked_by_all_threads();
+    for signal in [Signal::SIGTSTP, Signal::SIGTTOU] {
+        assert!(blocked >> (signal as u32 - 1) & 1 == 1, "{signal}");
+    }
+    held.send(Signal::SIGTSTP);
+    let held = held.let_go_on();
+    held.wait_until_suspended();
+    assert!(!monitor.is_stopped());
+    held.send(Signal::SIGCONT);
+    assert_eq!(held.release().0.code(), Some(0));
+    work.good("diff out ram");
 }

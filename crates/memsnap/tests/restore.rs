@@ -7,10 +7,13 @@ mod support;
 use std::fs::File;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::Path;
+use std::process::Command;
 
+use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
-use support::{PAGE, RAM, Work};
-use test_machine::{Need, TinyTmpfs};
+use support::{Ended, PAGE, RAM, Work};
+use test_machine::{HugeFs, Need, TinyTmpfs};
 
 /// RAM in a memfd of this process, and its path.
 fn memfd(len: u64) -> (File, String) {
@@ -37,7 +40,7 @@ fn a_guests_memfd_is_captured_and_another_one_restored_in_place() {
     work.good(&format!("diff full2.mem {path} -o d.mem"));
 
     let (new, path) = memfd(RAM);
-    work.good(&format!("restore full2.mem d.mem --verify -o {path}"));
+    work.good(&format!("restore full2.mem d.mem -o {path}"));
     assert!(bytes(&new) == work.read("ram"));
     // What is zero takes no memory.
     assert!(new.metadata().unwrap().blocks() * 512 < RAM / 2);
@@ -76,20 +79,153 @@ fn ram_of_another_size_stays_as_it_is() {
     assert_eq!(ten, [7; 10]);
 }
 
+/// From the fifth write on: the first two are to see whether there is any.
 #[test]
 fn a_restore_that_fails_in_the_middle_leaves_the_ram_empty() {
-    if !Need::Root.met("a_restore_that_fails_in_the_middle_leaves_the_ram_empty") {
+    if !Need::Strace.met("a_restore_that_fails_in_the_middle_leaves_the_ram_empty") {
         return;
     }
     let work = Work::with_chain();
-    // Room for half of what is present.
+    let guest = work.create("guest", RAM);
+    guest.write_all_at(&[7; 10], 0).unwrap();
+    let mut strace = Command::new("strace");
+    strace
+        .args(["-f", "-qq", "-o", "/dev/null", "-e", "trace=pwrite64"])
+        .args(["-e", "inject=pwrite64:error=EIO:when=4+", support::MEMSNAP])
+        .args(["restore", "full.mem", "--force", "-o", "guest"])
+        .current_dir(work.path(""));
+    Ended::of(&mut strace).fails(3, &["Input/output error", "was emptied"]);
+    assert!(bytes(&guest).iter().all(|byte| *byte == 0));
+    assert_eq!(guest.metadata().unwrap().len(), RAM);
+}
+
+#[test]
+fn ram_stays_as_it_is_where_there_is_no_room() {
+    if !Need::Root.met("ram_stays_as_it_is_where_there_is_no_room") {
+        return;
+    }
+    let work = Work::with_chain();
+    // Room for a part of what is present.
     let disk = TinyTmpfs::new(128 << 10).unwrap();
     let path = disk.path().join("ram");
-    let guest = File::create_new(&path).unwrap();
+    let guest = create(&path);
+    guest.write_all_at(&[7; 10], 0).unwrap();
+    let before = (bytes(&guest), guest.metadata().unwrap().blocks());
+    let restore = format!("restore full.mem --force -o {}", path.display());
+    work.fails(&restore, 3, &["make room", "131072"]);
+    assert!((bytes(&guest), guest.metadata().unwrap().blocks()) == before);
+}
+
+/// What it has itself is room.
+#[test]
+fn ram_that_fills_its_file_system_is_overwritten() {
+    if !Need::Root.met("ram_that_fills_its_file_system_is_overwritten") {
+        return;
+    }
+    let work = Work::with_chain();
+    let disk = TinyTmpfs::new(512 << 10).unwrap();
+    let path = disk.path().join("ram");
+    let guest = create(&path);
+    let full = (0..).find_map(|page| guest.write_all_at(&[7; 4096], page * PAGE).err());
+    assert_eq!(full.unwrap().kind(), std::io::ErrorKind::StorageFull);
+    work.good(&format!("restore full.mem --force -o {}", path.display()));
+    assert!(bytes(&guest) == work.read("first"));
+}
+
+#[test]
+fn ram_that_is_sealed_against_writing_stays_as_it_is() {
+    let work = Work::with_chain();
+    let fd = memfd_create("ram", MFdFlags::MFD_ALLOW_SEALING).unwrap();
+    let guest = File::from(fd);
     guest.set_len(RAM).unwrap();
     guest.write_all_at(&[7; 10], 0).unwrap();
-    let restore = format!("restore full.mem --force -o {}", path.display());
-    work.fails(&restore, 3, &["No space left", "was emptied"]);
+    let before = bytes(&guest);
+    fcntl(&guest, FcntlArg::F_ADD_SEALS(SealFlag::F_SEAL_WRITE)).unwrap();
+    let path = format!("/proc/{}/fd/{}", std::process::id(), guest.as_raw_fd());
+    let restore = format!("restore full.mem --force -o {path}");
+    work.fails(&restore, 3, &["cannot write", "as it was"]);
+    assert!(bytes(&guest) == before);
+}
+
+/// RLIMIT_FSIZE: in blocks of 512 bytes.
+#[test]
+fn ram_larger_than_a_file_may_be_stays_as_it_is() {
+    let work = Work::with_chain();
+    let guest = work.create("guest", RAM);
+    guest.write_all_at(&[7; 10], 0).unwrap();
+    let before = bytes(&guest);
+    let script = format!(
+        "ulimit -f 8192; exec {} restore full.mem --force -o guest",
+        support::MEMSNAP
+    );
+    let mut shell = Command::new("sh");
+    shell.args(["-c", &script]).current_dir(work.path(""));
+    Ended::of(&mut shell).fails(3, &["cannot write", "File too large", "as it was"]);
+    assert!(bytes(&guest) == before);
+}
+
+#[test]
+fn ram_stays_as_it_is_where_an_image_is_damaged() {
+    let work = Work::with_chain();
+    let (guest, path) = memfd(RAM);
+    work.rot("full.mem", 5000);
+    // Empty, and not.
+    for force in ["", " --force"] {
+        let restore = format!("restore full.mem -o {path}{force}");
+        work.fails(&restore, 1, &["damaged"]);
+        assert_eq!(guest.metadata().unwrap().blocks() > 0, !force.is_empty());
+        guest.write_all_at(&[7; 10], 0).unwrap();
+    }
+    let mut ten = [0; 10];
+    guest.read_exact_at(&mut ten, 0).unwrap();
+    assert_eq!(ten, [7; 10]);
+}
+
+/// It has no write(2).
+#[test]
+fn ram_of_huge_pages_is_restored() {
+    if !Need::HugePages.met("ram_of_huge_pages_is_restored") {
+        return;
+    }
+    let work = Work::with_chain();
+    let huge = HugeFs::new(None).unwrap();
+    let path = huge.path().join("ram");
+    let guest = create(&path);
+    let restore = |images: &str| format!("restore {images} -o {}", path.display());
+    work.good(&restore("full.mem"));
+    assert!(bytes(&guest) == work.read("first"));
+    work.fails(&restore("full.mem d1.mem d2.mem"), 2, &["--force"]);
+    work.good(&restore("full.mem d1.mem d2.mem --force"));
+    assert!(bytes(&guest) == work.read("ram"));
+}
+
+#[test]
+fn ram_of_huge_pages_stays_as_it_is_where_there_are_too_few() {
+    if !Need::HugePages.met("ram_of_huge_pages_stays_as_it_is_where_there_are_too_few") {
+        return;
+    }
+    let work = Work::with_chain();
+    // Two of the four.
+    let huge = HugeFs::new(Some(4 << 20)).unwrap();
+    let path = huge.path().join("ram");
+    let guest = create(&path);
+    let zeros = bytes(&guest);
+    for force in ["", " --force"] {
+        let restore = format!("restore full.mem -o {}{force}", path.display());
+        work.fails(&restore, 3, &["huge pages", "as it was"]);
+    }
+    assert!(bytes(&guest) == zeros);
     assert_eq!(guest.metadata().unwrap().blocks(), 0);
-    assert_eq!(guest.metadata().unwrap().len(), RAM);
+}
+
+/// As large as the RAM.
+fn create(path: &Path) -> File {
+    let options = File::options()
+        .read(true)
+        .write(true)
+        .create_new(true)
+        .open(path);
+    let file = options.unwrap();
+    file.set_len(RAM).unwrap();
+    file
 }

@@ -1,4 +1,4 @@
-//! SIGINT and SIGTERM at any moment of a verb: it has done all, or nothing.
+//! Signals at any moment of a verb: it has done all, or nothing.
 
 mod support;
 
@@ -111,7 +111,12 @@ fn until_it_listens(child: &Child) {
 
 /// Ended by the tool itself, or before it had begun to listen.
 fn was_interrupted(status: ExitStatus, with: Signal) -> bool {
-    status.code() == Some(130) || status.signal() == Some(with as i32)
+    status.code() == code_of(with) || status.signal() == Some(with as i32)
+}
+
+/// As a shell has it.
+fn code_of(signal: Signal) -> Option<i32> {
+    Some(128 + signal as i32)
 }
 
 #[rstest]
@@ -132,7 +137,7 @@ fn a_signal_at_any_time_leaves_all_or_nothing(#[case] command: &str, #[case] wit
         let status = interrupted(&work, &mut work.command(command), moment, with);
         if work.files() == before {
             assert!(was_interrupted(status, with), "{moment:?}: {status:?}");
-            stopped += usize::from(status.code() == Some(130));
+            stopped += usize::from(status.code() == code_of(with));
             continue;
         }
         assert_eq!(status.code(), Some(0), "{moment:?}");
@@ -294,6 +299,9 @@ mod at_calls {
     #[case::merge("merge full.mem d1.mem -o out", Signal::SIGINT)]
     #[case::convert("convert full.mem -o out --layout sealed", Signal::SIGTERM)]
     #[case::restore("restore full.mem d1.mem -o out", Signal::SIGINT)]
+    #[case::hangup("full ram -o out", Signal::SIGHUP)]
+    #[case::quit("merge full.mem d1.mem -o out", Signal::SIGQUIT)]
+    #[case::alarm("restore full.mem d1.mem -o out", Signal::SIGALRM)]
     fn a_signal_leaves_all_or_nothing(#[case] command: &str, #[case] with: Signal) {
         if !Need::Strace.met("a_signal_leaves_all_or_nothing") {
             return;
@@ -309,7 +317,7 @@ mod at_calls {
         let (mut stopped, mut done) = (0, 0);
         signalled(&work.command(command), with, reset, |call, status| {
             if work.files() == before {
-                assert_eq!(status.code(), Some(130), "{call:?}");
+                assert_eq!(status.code(), code_of(with), "{call:?}");
                 stopped += 1;
                 return;
             }
@@ -413,6 +421,32 @@ mod at_calls {
             held.release();
             assert_eq!(work.files(), [""; 0], "{name}");
         }
+    }
+
+    #[test]
+    fn a_signal_that_nohup_ignores_stays_ignored() {
+        if !Need::Strace.met("a_signal_that_nohup_ignores_stays_ignored") {
+            return;
+        }
+        let work = Work::with_ram();
+        for (ignored, heeded) in [
+            (Signal::SIGHUP, Signal::SIGTERM),
+            (Signal::SIGINT, Signal::SIGHUP),
+        ] {
+            let mut command = Command::new("env");
+            command
+                .arg(format!("--ignore-signal={}", ignored.as_str()))
+                .args([MEMSNAP, "full", "ram", "-o", "out", "--force"])
+                .current_dir(work.path(""));
+            let write = ("pwrite64".to_owned(), 1);
+            let held = Held::before(&command, &write).expect("held");
+            held.send(ignored);
+            assert_eq!(held.release().0.code(), Some(0), "{ignored}");
+            let mut held = Held::before(&command, &write).expect("held");
+            held.signal(heeded);
+            assert_eq!(held.release().0.code(), code_of(heeded));
+        }
+        assert_eq!(work.files(), ["out", "ram"]);
     }
 
     /// The default action of a signal, before the tool listens.

@@ -64,10 +64,7 @@ impl Convert {
         self.check()?;
         if !is_stream(&self.input) {
             let chain = self.open(session, &self.input)?;
-            if !self.no_verify {
-                input::check_sums(session, chain.images())?;
-            }
-            return self.convert(session, &chain);
+            return self.convert(session, &chain, !self.no_verify);
         }
         let received = Received::from_stdin(session, &self.dir())?;
         let from_stdin = || "the image that came by stdin is not usable";
@@ -76,7 +73,7 @@ impl Convert {
         if found > 0 {
             return Err(Failure::StreamDamaged { found }.into());
         }
-        self.convert(session, &self.open(session, &received.path())?)
+        self.convert(session, &self.open(session, &received.path())?, false)
     }
 
     fn check(&self) -> Result<(), Failure> {
@@ -90,13 +87,24 @@ impl Convert {
             if self.layout.is_some_and(|layout| layout != Layout::Packed) {
                 return Err(Failure::StreamLayout);
             }
-            return stream::check_stdout();
+            stream::check_stdout()?;
+            return stream::check_is_not_stdout(&self.inputs());
         }
         if self.layout == Some(Layout::Raw) && !(self.extras.is_empty() && self.parent.is_none()) {
             let path = self.output.path.clone();
             return Err(Failure::RawHasNoSeal { path });
         }
-        save::check_output(&self.output, std::slice::from_ref(&self.input))
+        if streams[0] {
+            stream::check_is_not_stdin(&self.output.path)?;
+        }
+        save::check_output(&self.output, &self.inputs())
+    }
+
+    /// All files that are read.
+    fn inputs(&self) -> Vec<PathBuf> {
+        let image = Some(self.input.clone()).filter(|input| !is_stream(input));
+        self.extras
+            .and_inputs(image.into_iter().chain(self.parent.clone()))
     }
 
     /// Where there is room for the image while it is checked or packed.
@@ -133,19 +141,27 @@ impl Convert {
         }
     }
 
-    fn convert(&self, session: &Session, chain: &Chain) -> anyhow::Result<Verdict> {
+    /// Checks the sums, if asked to, once there is a place for the result.
+    fn convert(&self, session: &Session, chain: &Chain, check: bool) -> anyhow::Result<Verdict> {
         let page_size = self.page_size.unwrap_or(chain.page_size());
         let layout = self.layout.unwrap_or_else(|| layout_of_first(chain));
+        let check = || match check {
+            true => input::check_sums(session, chain.images()),
+            false => Ok(()),
+        };
         if is_stream(&self.output.path) {
-            let packed = match self.is_as_wanted(chain) {
-                true => File::open(&self.input)?,
-                false => self.packed(session, chain, page_size)?,
+            let packed = if self.is_as_wanted(chain) {
+                check()?;
+                File::open(&self.input)?
+            } else {
+                self.packed(session, chain, page_size, check)?
             };
             stream::to_stdout(session, packed)?;
             return Ok(Verdict::Good);
         }
         let options = self.options(session, chain, layout)?;
         let mut writer = save::stage(&self.output, options, chain.size(), page_size)?;
+        check()?;
         save::write_chain(&mut writer, chain)?;
         save::commit(session, writer)?;
         Ok(Verdict::Good)
@@ -171,10 +187,17 @@ impl Convert {
     }
 
     /// The image, packed, in a file without a name.
-    fn packed(&self, session: &Session, chain: &Chain, page_size: u64) -> anyhow::Result<File> {
+    fn packed(
+        &self,
+        session: &Session,
+        chain: &Chain,
+        page_size: u64,
+        check: impl FnOnce() -> anyhow::Result<()>,
+    ) -> anyhow::Result<File> {
         let options = self.options(session, chain, Layout::Packed)?;
         let dest = self.dir().join("memsnap-stream");
         let mut writer: MemoryWriter = options.open(dest, chain.size(), page_size)?;
+        check()?;
         save::write_chain(&mut writer, chain)?;
         let stage = writer.finish()?;
         let file = stage.file().try_clone()?;

@@ -74,7 +74,7 @@ impl Show<'_> {
         self.bad("verify full.mem d2.mem")?;
         self.say("One full image of all three, and the RAM as it was, for a new guest:")?;
         self.good("merge full.mem d1.mem d2.mem -o merged.mem")?;
-        self.good("restore --verify full.mem d1.mem d2.mem -o ram2")?;
+        self.good("restore full.mem d1.mem d2.mem -o ram2")?;
         self.say("Both are the RAM, byte for byte:")?;
         self.good("diff merged.mem ram")?;
         ensure!(

@@ -6,7 +6,7 @@ use anyhow::Context;
 use clap::Args;
 use dirty_bitmap::DirtyBitmap;
 use memory_image::{Chain, Image, compare};
-use memory_writer::{ImageId, Seal, SnapshotError};
+use memory_writer::{ImageId, MemoryWriter, Seal, SnapshotError};
 use page_reader::PageReader;
 use serde::Serialize;
 
@@ -72,16 +72,15 @@ impl Diff {
             force: self.force,
         });
         if let Some(output) = &output {
-            let inputs: Vec<_> = old_files.iter().chain(&new_files).cloned().collect();
-            save::check_output(output, &inputs)?;
+            let files = old_files.iter().chain(&new_files).cloned();
+            save::check_output(output, &self.extras.and_inputs(files))?;
             if self.layout == Layout::Raw && !self.extras.is_empty() {
                 let path = output.path.clone();
                 return Err(Failure::RawHasNoSeal { path }.into());
             }
         }
         let old = input::full_chain(session, old_files, &self.raw)?;
-        // Last, as it may stop a process.
-        let new = match self.process.open()? {
+        let mut new = match self.process.find()? {
             Some(ram) => New::Ram(ram),
             None => New::open(session, old_files, &new_files, &self.raw)?,
         };
@@ -89,17 +88,28 @@ impl Diff {
             let (old, new) = (old.size(), new.size());
             return Err(Failure::OtherGuest { old, new }.into());
         }
+        let writer = match &output {
+            None => None,
+            Some(output) => Some(self.stage(session, output, &old, &new)?),
+        };
         if let (New::Images(images), false) = (&new, self.no_verify) {
             input::check_sums(session, images.images())?;
         }
+        // Last, as it may stop a process.
+        new.hold(session)?;
         let changed = self.changed(session, &old, &new)?;
-        match &output {
+        match writer {
             None => {
                 new.check()?;
+                drop(new);
                 self.tell(&changed)
             }
-            Some(output) => self.save(session, output, &old, new, &changed),
+            Some(writer) => self.save(session, writer, new, &changed),
         }
+    }
+
+    fn page_size(&self, old: &Chain) -> u64 {
+        self.raw.page_size.unwrap_or(old.page_size())
     }
 
     /// The files of the old state, and of the new one.
@@ -119,7 +129,7 @@ impl Diff {
     fn changed(&self, session: &Session, old: &Chain, new: &New) -> anyhow::Result<DirtyBitmap> {
         let bar = session.bar("comparing");
         bar.set_length(old.size());
-        let page_size = self.raw.page_size.unwrap_or(old.page_size());
+        let page_size = self.page_size(old);
         let progress = |done| {
             bar.set_position(done);
             session.flow()
@@ -145,14 +155,17 @@ impl Diff {
         Ok(Verdict::of(found.pages == 0))
     }
 
-    fn save(
+    /// Makes a place for the diff, and reads all that it says beside its pages.
+    fn stage(
         &self,
         session: &Session,
         output: &Output,
         old: &Chain,
-        new: New,
-        changed: &DirtyBitmap,
-    ) -> anyhow::Result<Verdict> {
+        new: &New,
+    ) -> anyhow::Result<MemoryWriter> {
+        if let New::Ram(ram) = new {
+            ram.check_output(&output.path)?;
+        }
         let mut seal = new.seal();
         if let Some(parent) = old.id() {
             if new.id() == Some(parent) {
@@ -165,7 +178,7 @@ impl Diff {
             );
         }
         let regions = old.images().find_map(Image::footer);
-        if let (Some(footer), New::Ram(_)) = (regions, &new) {
+        if let (Some(footer), New::Ram(_)) = (regions, new) {
             seal = seal.regions(footer.regions.iter().cloned());
         }
         let seal = self.extras.add_to(seal, old.size())?;
@@ -173,7 +186,16 @@ impl Diff {
             .options("saving")
             .layout(self.layout.with(seal))
             .ram_start(0);
-        let mut writer = save::stage(output, options, old.size(), changed.page_size())?;
+        save::stage(output, options, old.size(), self.page_size(old))
+    }
+
+    fn save(
+        &self,
+        session: &Session,
+        mut writer: MemoryWriter,
+        new: New,
+        changed: &DirtyBitmap,
+    ) -> anyhow::Result<Verdict> {
         let written = writer.write_diff(&new.reader(), changed);
         written.map_err(|error| new.explain(error))?;
         new.check()?;
@@ -237,6 +259,13 @@ impl New {
         match self {
             Self::Ram(_) => Seal::new(),
             Self::Images(chain) => chain.seal(),
+        }
+    }
+
+    fn hold(&mut self, session: &Session) -> anyhow::Result<()> {
+        match self {
+            Self::Ram(ram) => ram.hold(session),
+            Self::Images(_) => Ok(()),
         }
     }
 

@@ -45,12 +45,14 @@ pub struct Full {
 
 impl Full {
     pub fn run(&self, session: &Session) -> anyhow::Result<Verdict> {
-        save::check_output(&self.output, self.ram.as_slice())?;
+        let inputs = self.extras.and_inputs(self.ram.clone());
+        save::check_output(&self.output, &inputs)?;
         if self.layout == Layout::Raw && !self.extras.is_empty() {
             let path = self.output.path.clone();
             return Err(Failure::RawHasNoSeal { path }.into());
         }
-        let ram = self.open()?;
+        let mut ram = self.open()?;
+        ram.check_output(&self.output.path)?;
         let page_size = self.page_size.unwrap_or_else(ram::host_page);
         let seal = self.extras.add_to(Seal::new(), ram.size())?;
         let options = session
@@ -59,6 +61,7 @@ impl Full {
             .skip_zeros(!self.keep_zeros)
             .skip_untouched(!self.keep_zeros);
         let mut writer = save::stage(&self.output, options, ram.size(), page_size)?;
+        ram.hold(session)?;
         let written = writer.write_full(&ram.reader());
         written.map_err(|error| ram.explain(error))?;
         ram.check()?;
@@ -71,7 +74,7 @@ impl Full {
     fn open(&self) -> anyhow::Result<Ram> {
         match (&self.ram, self.process.is_given()) {
             (Some(path), false) => Ok(Ram::File(RamFile::open(path)?)),
-            (None, _) => self.process.open()?.ok_or(Failure::NoRam.into()),
+            (None, _) => self.process.find()?.ok_or(Failure::NoRam.into()),
             _ => Err(Failure::NoRam.into()),
         }
     }

@@ -19,8 +19,8 @@ use sparse_file::extents;
 
 use crate::Verdict;
 use crate::failure::Failure;
-use crate::print;
 use crate::session::Session;
+use crate::{print, save};
 
 /// Show which pages images hold: present, zero or clean
 ///
@@ -85,6 +85,7 @@ impl Map {
                 return Err(Failure::NoSuchPicture { path }.into());
             }
         };
+        save::check_is_no_input(path, &self.files)?;
         if !self.force && path.symlink_metadata().is_ok() {
             let path = path.to_owned();
             return Err(Failure::OutputExists { path }.into());

@@ -57,9 +57,6 @@ impl Merge {
             true => input::diffs(session, &self.files, &self.raw)?,
             false => input::chain(session, &self.files, &self.raw)?,
         };
-        if !self.no_verify {
-            input::check_sums(session, chain.images())?;
-        }
         let layout = self.layout.unwrap_or_else(|| layout_of_first(&chain));
         let options = session
             .options("merging")
@@ -67,6 +64,10 @@ impl Merge {
             .skip_untouched(true)
             .ram_start(0);
         let mut writer = save::stage(&output, options, chain.size(), chain.page_size())?;
+        // Once there is a place for the result: this takes as long as the rest.
+        if !self.no_verify {
+            input::check_sums(session, chain.images())?;
+        }
         save::write_chain(&mut writer, &chain)?;
         save::commit(session, writer)?;
         Ok(Verdict::Good)

@@ -2,13 +2,21 @@
 
 use std::fs::File;
 use std::io;
+#[cfg(target_os = "linux")]
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
+#[cfg(target_os = "linux")]
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use anyhow::Context;
 use clap::Args;
 use indicatif::ProgressBar;
 use memory_image::{Chain, RamTarget};
+#[cfg(target_os = "linux")]
+use nix::sys::statfs::{
+    EXT4_SUPER_MAGIC, FsType, HUGETLBFS_MAGIC, TMPFS_MAGIC, XFS_SUPER_MAGIC, fstatfs,
+};
 use page_reader::{FileReader, PageReader};
 use sparse_file::{Source, SpaceError, WriteOptions, punch_hole, write_runs};
 
@@ -17,16 +25,23 @@ use crate::args::{Output, RawImages};
 use crate::failure::Failure;
 use crate::print::size;
 use crate::session::Session;
+#[cfg(target_os = "linux")]
+use crate::sys::Mapping;
 use crate::{input, save};
+
+/// Bytes of zeros written at a time.
+#[cfg(target_os = "linux")]
+const CHUNK: usize = 1 << 20;
 
 /// Bring the RAM back as it was: into a new file, or into RAM that is there
 ///
 /// A new file appears once it is whole, and is sparse where the RAM is zero. A file or memfd that exists (/proc/PID/fd/N) is written in place,
-/// where a monitor has it mapped; it must be as large as the RAM and empty. If writing fails or is interrupted, it is left empty.
+/// where a monitor has it mapped; it must be as large as the RAM and empty, or --force be given. It is checked before anything of it is
+/// overwritten: the images' checksums, the room, whether it can be written. If writing fails after that or is interrupted, it is left empty.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  \
     memsnap restore full.mem d1.mem -o /dev/shm/guest\n  \
-    memsnap restore --verify full.mem -o /proc/4242/fd/17 --force")]
+    memsnap restore full.mem -o /proc/4242/fd/17 --force")]
 pub struct Restore {
     /// Images, oldest first
     #[arg(required = true, value_name = "FILE")]
@@ -37,27 +52,25 @@ pub struct Restore {
     /// Overwrite RAM that is not empty
     #[arg(long)]
     force: bool,
-    /// Compare the images with their checksums first; raw ones have none, and are refused
-    #[arg(long)]
+    /// Refuse raw images, which have no checksums
+    #[arg(long, conflicts_with = "no_verify")]
     verify: bool,
+    /// Don't compare the images with their checksums first
+    #[arg(long)]
+    no_verify: bool,
     #[command(flatten)]
     raw: RawImages,
 }
 
 impl Restore {
     pub fn run(&self, session: &Session) -> anyhow::Result<Verdict> {
-        if input::is_one_of(&self.output, &self.files) {
-            let path = self.output.clone();
-            return Err(Failure::OutputIsInput { path }.into());
-        }
+        save::check_is_no_input(&self.output, &self.files)?;
         let chain = input::full_chain(session, &self.files, &self.raw)?;
-        if self.verify {
-            let raw = chain.images().find(|image| image.footer().is_none());
-            if let Some(raw) = raw {
-                let path = raw.path().to_owned();
-                return Err(Failure::NothingToVerify { path }.into());
-            }
-            input::check_sums(session, chain.images())?;
+        if self.verify
+            && let Some(raw) = chain.images().find(|image| image.footer().is_none())
+        {
+            let path = raw.path().to_owned();
+            return Err(Failure::NothingToVerify { path }.into());
         }
         if self.output.exists() {
             self.in_place(session, &chain)?;
@@ -67,6 +80,15 @@ impl Restore {
         Ok(Verdict::Good)
     }
 
+    /// Compares the images with their checksums: once there is a place for the RAM, and before it is
+    /// written.
+    fn check(&self, session: &Session, chain: &Chain) -> anyhow::Result<()> {
+        match self.no_verify {
+            true => Ok(()),
+            false => input::check_sums(session, chain.images()),
+        }
+    }
+
     fn new_file(&self, session: &Session, chain: &Chain) -> anyhow::Result<()> {
         let output = Output {
             path: self.output.clone(),
@@ -74,6 +96,7 @@ impl Restore {
         };
         let options = session.options("restoring").skip_untouched(true);
         let mut writer = save::stage(&output, options, chain.size(), chain.page_size())?;
+        self.check(session, chain)?;
         save::write_chain(&mut writer, chain)?;
         save::commit(session, writer)
     }
@@ -81,10 +104,18 @@ impl Restore {
     fn in_place(&self, session: &Session, chain: &Chain) -> anyhow::Result<()> {
         let path = &self.output;
         let mut target = InPlace::open(session, path, chain)?;
-        if !self.force && target.holds_anything() {
+        let in_use = target.holds_anything();
+        if in_use && !self.force {
             let path = path.clone();
             return Err(Failure::TargetInUse { path }.into());
         }
+        target.check_room(chain)?;
+        target.check_writing()?;
+        if !in_use {
+            // Of the pages just written.
+            target.empty()?;
+        }
+        self.check(session, chain)?;
         session.hold();
         let restored = target.empty().and_then(|()| {
             chain.restore_zeroed(&mut target)?;
@@ -105,16 +136,20 @@ impl Restore {
     }
 }
 
-/// RAM that exists.
+/// RAM that exists. It stays as it is until [`empty`](Self::empty).
 struct InPlace<'s> {
     session: &'s Session,
+    path: &'s Path,
     file: File,
+    /// Where the file has no `write(2)`.
+    #[cfg(target_os = "linux")]
+    mapping: Option<Mapping>,
     size: u64,
     bar: ProgressBar,
 }
 
 impl<'s> InPlace<'s> {
-    fn open(session: &'s Session, path: &Path, chain: &Chain) -> anyhow::Result<Self> {
+    fn open(session: &'s Session, path: &'s Path, chain: &Chain) -> anyhow::Result<Self> {
         if !path.metadata()?.is_file() {
             let path = path.to_owned();
             return Err(Failure::NotRam { path }.into());
@@ -134,6 +169,9 @@ impl<'s> InPlace<'s> {
         bar.set_length(size);
         Ok(Self {
             session,
+            path,
+            #[cfg(target_os = "linux")]
+            mapping: huge_pages(path, &file, size)?,
             file,
             size,
             bar,
@@ -145,9 +183,81 @@ impl<'s> InPlace<'s> {
         reader.populated(0..self.size).next().is_some()
     }
 
+    /// Whether there is room for the RAM, where the file system tells: what the file has already counts.
+    #[cfg(target_os = "linux")]
+    fn check_room(&self, chain: &Chain) -> anyhow::Result<()> {
+        // Others compress, or share blocks, so that less room is needed. hugetlbfs has reserved it.
+        const TELL: [FsType; 3] = [TMPFS_MAGIC, EXT4_SUPER_MAGIC, XFS_SUPER_MAGIC];
+        let found = fstatfs(&self.file)?;
+        // A tmpfs without a limit, as that of memfds, has no blocks.
+        if !TELL.contains(&found.filesystem_type()) || found.blocks() == 0 {
+            return Ok(());
+        }
+        #[allow(clippy::unnecessary_cast, clippy::cast_sign_loss)]
+        let block = found.block_size() as u64;
+        let has = self.file.metadata()?.blocks() * 512;
+        let available = has.saturating_add(found.blocks_available().saturating_mul(block));
+        let whole = |run: Range<u64>| run.end.next_multiple_of(block) - run.start / block * block;
+        let needed = chain.stored_runs().map(whole).sum();
+        if needed > available {
+            return Err(Failure::TargetFull {
+                path: self.path.to_owned(),
+                needed,
+                available,
+            }
+            .into());
+        }
+        Ok(())
+    }
+
+    #[cfg(not(target_os = "linux"))]
+    fn check_room(&self, _: &Chain) -> anyhow::Result<()> {
+        Ok(())
+    }
+
+    /// Whether the first and the last byte can be written: by writing what they are. A seal, a limit
+    /// on the size of files, or a file system that fails every write is found before anything is lost.
+    fn check_writing(&self) -> Result<(), Failure> {
+        let rewrite = |at| {
+            let mut byte = [0];
+            self.file.read_exact_at(&mut byte, at)?;
+            self.write(&byte, at)
+        };
+        match rewrite(0).and_then(|()| rewrite(self.size - 1)) {
+            // What the file has may be what the RAM needs.
+            Err(error) if error.kind() != io::ErrorKind::StorageFull => {
+                Err(Failure::TargetNotWritable {
+                    path: self.path.to_owned(),
+                    source: error,
+                })
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn write(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
+        #[cfg(target_os = "linux")]
+        if let Some(mapping) = &self.mapping {
+            return mapping.write_at(bytes, offset);
+        }
+        self.file.write_all_at(bytes, offset)
+    }
+
     /// Makes all of it zeros.
     fn empty(&self) -> anyhow::Result<()> {
         let all = 0..self.size;
+        #[cfg(target_os = "linux")]
+        if let Some(mapping) = &self.mapping {
+            // A hole would give up the pages, which another process could take.
+            let zeros = vec![0; CHUNK];
+            for range in FileReader::new(&self.file).populated(all) {
+                for at in range.clone().step_by(CHUNK) {
+                    let len = (range.end - at).min(CHUNK as u64) as usize;
+                    mapping.write_at(&zeros[..len], at)?;
+                }
+            }
+            return Ok(());
+        }
         match punch_hole(&self.file, all.clone()) {
             Err(SpaceError::Unsupported { .. }) => {}
             punched => return Ok(punched?),
@@ -155,6 +265,23 @@ impl<'s> InPlace<'s> {
         let on = &mut |_| std::ops::ControlFlow::Continue(());
         write_runs(&self.file, [all], &Zeros, &WriteOptions::new(), on)?;
         Ok(())
+    }
+}
+
+/// Maps a file on hugetlbfs, which has no `write(2)`: all the pages that it lacks are reserved, or it
+/// is refused.
+#[cfg(target_os = "linux")]
+fn huge_pages(path: &Path, file: &File, size: u64) -> anyhow::Result<Option<Mapping>> {
+    if fstatfs(file)?.filesystem_type() != HUGETLBFS_MAGIC {
+        return Ok(None);
+    }
+    match Mapping::of(file, size) {
+        Ok(mapping) => Ok(Some(mapping)),
+        Err(source) => Err(Failure::NoHugePages {
+            path: path.to_owned(),
+            source,
+        }
+        .into()),
     }
 }
 
@@ -167,7 +294,7 @@ impl RamTarget for InPlace<'_> {
         if self.session.flow().is_break() {
             return Err(io::Error::other("interrupted"));
         }
-        self.file.write_all_at(bytes, offset)?;
+        self.write(bytes, offset)?;
         self.bar.set_position(offset);
         Ok(())
     }

@@ -152,6 +152,31 @@ impl Held {
         kill(Pid::from_raw(self.child.id().cast_signed()), signal).unwrap();
     }
 
+    /// Returns the signals that every thread blocks, a bit each.
+    pub(crate) fn blocked_by_all_threads(&self) -> u64 {
+        let tasks = fs::read_dir(format!("/proc/{}/task", self.child.id())).unwrap();
+        let blocked = tasks.map(|task| {
+            let status = fs::read_to_string(task.unwrap().path().join("status")).unwrap();
+            let blocked = status.lines().find_map(|line| line.strip_prefix("SigBlk:"));
+            u64::from_str_radix(blocked.unwrap().trim(), 16).unwrap()
+        });
+        blocked.reduce(|all, one| all & one).unwrap()
+    }
+
+    /// Lets it go on, and does not wait for its end.
+    pub(crate) fn let_go_on(self) -> Self {
+        self.end_strace();
+        self
+    }
+
+    /// Waits until it is stopped by a signal, and traced no more.
+    pub(crate) fn wait_until_suspended(&self) {
+        let status = format!("/proc/{}/status", self.child.id());
+        while !fs::read_to_string(&status).unwrap().contains("State:\tT ") {
+            sleep(Duration::from_millis(1));
+        }
+    }
+
     fn listener(&self) -> Option<PathBuf> {
         let tasks = fs::read_dir(format!("/proc/{}/task", self.child.id())).ok()?;
         let mut tasks = tasks.flatten().map(|task| task.path());

@@ -1,0 +1,100 @@
+//! What neither std nor nix offers as a safe call: the action of a signal, writing through a mapping.
+
+#![allow(unsafe_code)]
+
+use std::mem::MaybeUninit;
+use std::ptr;
+
+use nix::libc;
+
+/// Returns whether this process was started with `signal` ignored, as `nohup` does, or a shell that
+/// starts a job in the background.
+pub fn is_ignored(signal: i32) -> bool {
+    let mut action = MaybeUninit::<libc::sigaction>::zeroed();
+    // SAFETY: no new action is given, so nothing changes; the old one is written to the structure, of
+    // which all zeros are a value too.
+    let action = unsafe {
+        if libc::sigaction(signal, ptr::null(), action.as_mut_ptr()) != 0 {
+            return false;
+        }
+        action.assume_init()
+    };
+    action.sa_sigaction == libc::SIG_IGN
+}
+
+#[cfg(target_os = "linux")]
+pub use mapping::Mapping;
+
+#[cfg(target_os = "linux")]
+mod mapping {
+    use std::fs::File;
+    use std::io;
+    use std::num::NonZeroUsize;
+    use std::ptr::{self, NonNull};
+
+    use nix::errno::Errno;
+    use nix::libc::c_void;
+    use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap, munmap};
+
+    /// A file that is mapped shared, to be written where there is no `write(2)`: on hugetlbfs.
+    #[derive(Debug)]
+    pub struct Mapping {
+        start: NonNull<c_void>,
+        len: NonZeroUsize,
+    }
+
+    impl Mapping {
+        /// Maps the first `len` bytes, and on hugetlbfs reserves the huge pages that they lack.
+        pub fn of(file: &File, len: u64) -> io::Result<Self> {
+            let len = usize::try_from(len).ok().and_then(NonZeroUsize::new);
+            let len = len.ok_or(Errno::EINVAL)?;
+            let access = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
+            // SAFETY: a new mapping, where the kernel likes.
+            let start = unsafe { mmap(None, len, access, MapFlags::MAP_SHARED, file, 0) }?;
+            Ok(Self { start, len })
+        }
+
+        /// Writes `bytes` at `offset`. A page that cannot be had is an error.
+        ///
+        /// # Panics
+        /// Panics where the range ends past the mapping.
+        pub fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
+            let offset = usize::try_from(offset).map_err(io::Error::other)?;
+            let end = offset.checked_add(bytes.len());
+            assert!(
+                end.is_some_and(|end| end <= self.len.get()),
+                "{} bytes at {offset} of a mapping of {}",
+                bytes.len(),
+                self.len
+            );
+            // The kernel takes no other start than that of a page, which the mapping starts at.
+            let before = offset % 4096;
+            loop {
+                let populate = MmapAdvise::MADV_POPULATE_WRITE;
+                // SAFETY: inside the mapping, by the assertion; no byte changes by it.
+                match unsafe {
+                    let start = self.start.byte_add(offset - before);
+                    madvise(start, before + bytes.len(), populate)
+                } {
+                    Err(Errno::EINTR | Errno::EAGAIN) => {}
+                    // Linux before 5.14 has no such advice.
+                    Ok(()) | Err(Errno::EINVAL) => break,
+                    Err(errno) => return Err(errno.into()),
+                }
+            }
+            let to = self.start.cast::<u8>().as_ptr();
+            // SAFETY: inside the mapping, by the assertion, which is writable, lives as long as self, and is
+            // handed to nobody else in this process, so `bytes` is no part of it.
+            unsafe { ptr::copy_nonoverlapping(bytes.as_ptr(), to.add(offset), bytes.len()) };
+            Ok(())
+        }
+    }
+
+    impl Drop for Mapping {
+        fn drop(&mut self) {
+            // SAFETY: mapped by `of`, and its address was given to nobody.
+            let unmapped = unsafe { munmap(self.start, self.len.get()) };
+            debug_assert_eq!(unmapped, Ok(()));
+        }
+    }
+}
