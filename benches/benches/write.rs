@@ -126,9 +126,9 @@ fn apply(c: &mut Criterion) {
         .throughput(Throughput::Bytes(ram.size));
     group.bench_function("flatten", |b| {
         b.iter(|| {
-            let mut chain = Chain::open(path(0), PAGE).unwrap();
+            let mut chain = Chain::open_raw(path(0), PAGE).unwrap();
             for number in 1..=10 {
-                chain.push(path(number)).unwrap();
+                chain.push_raw(path(number)).unwrap();
             }
             chain.flatten(place.path().join("merged.mem")).unwrap()
         });

@@ -32,10 +32,19 @@ fn on_disk(body: &[u8], seed: u8) -> Option<OnDisk> {
         bytes = (0..start)
             .map(|at| (at / 512) as u8 ^ seed.wrapping_mul(59) | 1)
             .collect();
+        let header = sealed.header().len().min(bytes.len());
+        bytes[..header].copy_from_slice(&sealed.header()[..header]);
+        // Zeros up to the first page.
+        let page = sealed.footer().map_or(0, |footer| footer.data_start()) as usize;
+        if page > header {
+            bytes[header..page].fill(0);
+        }
         file.write_all_at(&bytes, 0).ok()?;
+    } else {
+        file.write_all_at(sealed.header(), 0).ok()?;
     }
     file.write_all_at(&sealed.tail(), start).ok()?;
-    let footer = sealed.footer().ok().flatten();
+    let footer = sealed.footer().ok();
     Some(OnDisk {
         file,
         footer,
@@ -79,7 +88,7 @@ fuzz_target!(|bytes: &[u8]| {
         .map(|image| format!("/proc/self/fd/{}", image.file.as_raw_fd()))
         .collect();
     for (path, image) in paths.iter().zip(&images) {
-        let opened = Image::open_sealed(path);
+        let opened = Image::open(path);
         assert_eq!(opened.is_ok(), image.footer.is_some());
         if let Ok(opened) = opened
             && opened.ram_size() <= SMALL

@@ -5,25 +5,32 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 
-use image_format::{CHUNK_SIZE, Footer, Stored};
+use image_format::{CHUNK_SIZE, Footer, Placement, RAW_UNIT, Stored};
 use libfuzzer_sys::fuzz_target;
 use memsnap_fuzz::Sealed;
 use nix::sys::memfd::{MFdFlags, memfd_create};
 
 fuzz_target!(|bytes: &[u8]| {
     // As a whole file.
-    let _ = Footer::find_in(bytes.len() as u64, |buf, offset| {
-        let from = bytes
-            .get(offset as usize..)
-            .and_then(|from| from.get(..buf.len()));
-        buf.copy_from_slice(from.ok_or(io::ErrorKind::UnexpectedEof)?);
-        Ok(())
-    });
+    for format in [None, Some(Placement::InPlace), Some(Placement::Packed)] {
+        let read = Footer::read_from(bytes.len() as u64, format, |buf, offset| {
+            let from = bytes
+                .get(offset as usize..)
+                .and_then(|from| from.get(..buf.len()));
+            buf.copy_from_slice(from.ok_or(io::ErrorKind::UnexpectedEof)?);
+            Ok(())
+        });
+        if let Ok(footer) = read {
+            // Nothing that may be raw RAM, unless it was named.
+            assert!(format.is_some() || bytes.len() as u64 % RAW_UNIT != 0);
+            assert!(format.is_none_or(|format| format == footer.placement));
+        }
+    }
     if bytes.is_empty() || bytes.len() as u64 > CHUNK_SIZE {
         return;
     }
     let sealed = Sealed::new(bytes);
-    let Ok(Some(footer)) = sealed.footer() else {
+    let Ok(footer) = sealed.footer() else {
         return;
     };
     footer.check().expect("what was read is consistent");
@@ -44,7 +51,7 @@ fuzz_target!(|bytes: &[u8]| {
         .map(|(range, at)| {
             assert!(
                 at.checked_add(range.end - range.start)
-                    .is_some_and(|end| end <= footer.data_len())
+                    .is_some_and(|end| end <= footer.data_end())
             );
             range.end - range.start
         })
@@ -59,7 +66,7 @@ fuzz_target!(|bytes: &[u8]| {
         );
     }
     // Within what a memory file may be.
-    if footer.data_len() < 1 << 40 {
+    if footer.data_end() < 1 << 40 {
         let file = File::from(memfd_create("footer", MFdFlags::MFD_CLOEXEC).expect("a memfd"));
         let len = footer.write(&file).expect("what was read can be written");
         assert_eq!(len, sealed.file_len());
@@ -67,5 +74,8 @@ fuzz_target!(|bytes: &[u8]| {
         file.read_exact_at(&mut again, sealed.data_len())
             .expect("it was written");
         assert!(again == sealed.tail());
+        let mut header = vec![0; sealed.header().len()];
+        file.read_exact_at(&mut header, 0).expect("it was written");
+        assert!(header == sealed.header());
     }
 });

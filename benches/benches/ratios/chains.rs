@@ -54,9 +54,9 @@ impl Comparison<'_> {
         if self.wants(name) {
             let paths = self.many(raw, 4 * self.gib, 1, |_| Layout::Raw);
             let open = |_: &_| {
-                let mut chain = Chain::open(&paths[0], PAGE).unwrap();
+                let mut chain = Chain::open_raw(&paths[0], PAGE).unwrap();
                 for path in &paths[1..] {
-                    chain.push(path).unwrap();
+                    chain.push_raw(path).unwrap();
                 }
             };
             let look = |_: &_| {

@@ -1,8 +1,10 @@
 //! Checksums of the RAM's chunks, computed while their bytes pass by.
 
+use std::collections::BTreeMap;
 use std::ops::Range;
 
-use bitvec::vec::BitVec;
+use bitvec::BitArr;
+use bitvec::array::BitArray;
 
 /// The bytes of RAM that one checksum stands for: 1 MiB, from a multiple of it on. What of them is present in the image counts, in ascending
 /// order.
@@ -42,19 +44,40 @@ impl ChunkSum {
 /// a page beside one that was), their chunk's sum can't be had from what passed by: the chunk is [stale](Self::stale), and to be
 /// [replaced](Self::replace) by the sum of what is in the file.
 ///
-/// Memory: 32 bytes a chunk.
+/// Memory: 32 bytes a chunk that bytes are present of, in blocks of 512; as much again in [`finish`](Self::finish). The size of the RAM takes none.
 #[derive(Clone, Debug)]
 pub struct Checksums {
+    chunks: u64,
+    /// By the number of the first chunk of each.
+    blocks: BTreeMap<u64, Block>,
+    current: Option<Current>,
+}
+
+/// The sums of chunks beside each other, some of which have present bytes.
+#[derive(Clone, Debug)]
+struct Block {
     sums: Vec<Checksum>,
     /// Chunks with present bytes.
-    present: BitVec<u64>,
-    stale: BitVec<u64>,
-    current: Option<Current>,
+    present: BitArr!(for BLOCK, in u64),
+    stale: BitArr!(for BLOCK, in u64),
+}
+
+/// Chunks of a block.
+const BLOCK: usize = 512;
+
+impl Block {
+    fn new() -> Self {
+        Self {
+            sums: vec![[0; 32]; BLOCK],
+            present: BitArray::ZERO,
+            stale: BitArray::ZERO,
+        }
+    }
 }
 
 #[derive(Clone, Debug)]
 struct Current {
-    chunk: usize,
+    chunk: u64,
     /// The guest offset from which on bytes may follow.
     next: u64,
     sum: ChunkSum,
@@ -64,13 +87,19 @@ impl Checksums {
     /// For RAM of `ram_size` bytes, of which none is present yet.
     #[must_use]
     pub fn new(ram_size: u64) -> Self {
-        let chunks = ram_size.div_ceil(CHUNK_SIZE) as usize;
         Self {
-            sums: vec![[0; 32]; chunks],
-            present: BitVec::repeat(false, chunks),
-            stale: BitVec::repeat(false, chunks),
+            chunks: ram_size.div_ceil(CHUNK_SIZE),
+            blocks: BTreeMap::new(),
             current: None,
         }
+    }
+
+    /// The block of a chunk, and its place there.
+    fn block(&mut self, chunk: u64) -> (&mut Block, usize) {
+        assert!(chunk < self.chunks, "chunk {chunk} of {}", self.chunks);
+        let within = chunk % BLOCK as u64;
+        let block = self.blocks.entry(chunk - within);
+        (block.or_insert_with(Block::new), within as usize)
     }
 
     /// The bytes from the guest offset `offset` on are `bytes`, from now on.
@@ -89,20 +118,23 @@ impl Checksums {
     }
 
     fn feed_chunk(&mut self, offset: u64, bytes: &[u8]) {
-        let chunk = (offset / CHUNK_SIZE) as usize;
+        let chunk = offset / CHUNK_SIZE;
         let end = offset + bytes.len() as u64;
         match &mut self.current {
             Some(current) if current.chunk == chunk => {
-                if offset < current.next {
-                    self.stale.set(chunk, true);
-                }
+                let late = offset < current.next;
                 current.sum.update(bytes);
                 current.next = end;
+                if late {
+                    let (block, at) = self.block(chunk);
+                    block.stale.set(at, true);
+                }
             }
             _ => {
                 self.end_chunk();
-                if self.present.replace(chunk, true) {
-                    self.stale.set(chunk, true);
+                let (block, at) = self.block(chunk);
+                if block.present.replace(at, true) {
+                    block.stale.set(at, true);
                 }
                 let mut sum = ChunkSum::new();
                 sum.update(bytes);
@@ -117,15 +149,18 @@ impl Checksums {
 
     fn end_chunk(&mut self) {
         if let Some(current) = self.current.take() {
-            self.sums[current.chunk] = current.sum.finish();
+            let (block, at) = self.block(current.chunk);
+            block.sums[at] = current.sum.finish();
         }
     }
 
     /// The chunks, as ranges of guest offsets, whose sums are not those of their present bytes.
     pub fn stale(&self) -> impl Iterator<Item = Range<u64>> {
-        self.stale.iter_ones().map(|chunk| {
-            let start = chunk as u64 * CHUNK_SIZE;
-            start..start + CHUNK_SIZE
+        self.blocks.iter().flat_map(|(first, block)| {
+            block.stale.iter_ones().map(move |at| {
+                let start = (first + at as u64) * CHUNK_SIZE;
+                start..start + CHUNK_SIZE
+            })
         })
     }
 
@@ -135,22 +170,22 @@ impl Checksums {
     /// Panics where there is no such chunk.
     pub fn replace(&mut self, start: u64, sum: Checksum) {
         self.end_chunk();
-        let chunk = (start / CHUNK_SIZE) as usize;
-        self.sums[chunk] = sum;
-        self.stale.set(chunk, false);
-        self.present.set(chunk, true);
+        let (block, at) = self.block(start / CHUNK_SIZE);
+        block.sums[at] = sum;
+        block.stale.set(at, false);
+        block.present.set(at, true);
     }
 
     /// The sums of the chunks with present bytes, ascending: [`Footer::checksums`](crate::Footer::checksums).
     #[must_use]
     pub fn finish(mut self) -> Vec<Checksum> {
         self.end_chunk();
-        let mut chunk = 0;
-        self.sums.retain(|_| {
-            chunk += 1;
-            self.present[chunk - 1]
-        });
-        self.sums
+        let count = self.blocks.values().map(|block| block.present.count_ones());
+        let mut sums = Vec::with_capacity(count.sum());
+        for block in self.blocks.into_values() {
+            sums.extend(block.present.iter_ones().map(|at| block.sums[at]));
+        }
+        sums
     }
 }
 

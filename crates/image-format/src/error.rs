@@ -4,15 +4,57 @@ use std::io;
 
 use thiserror::Error;
 
+use crate::footer::Placement;
+
 /// Why a footer could not be read or written.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum FooterError {
-    /// The file doesn't end in a footer.
-    #[error("it is not sealed: it has no footer at its end, or was cut short")]
+    /// The file does not end in a footer and does not begin with the header of a packed image.
+    #[error(
+        "it is neither sealed nor packed, or its end was cut off: if it is raw RAM, name that format"
+    )]
     NotSealed,
+    /// The file begins as a packed image does, and is shorter than that image.
+    #[error(
+        "it is a packed image that was cut off after {actual} bytes{}: copy it again (if it is raw RAM that only begins like one, name that format)",
+        claimed.map_or(String::new(), |claimed| format!(" of {claimed}"))
+    )]
+    Truncated {
+        /// The length that the header states in bytes, if the header is intact.
+        claimed: Option<u64>,
+        /// The length of the file in bytes.
+        actual: u64,
+    },
+    /// The file begins as a packed image does, and is longer than that image.
+    #[error(
+        "it is a packed image of {claimed} bytes, and has {actual}: cut off what was appended to it (if it is raw RAM that only begins like one, name that format)"
+    )]
+    Trailing {
+        /// The length that the header states in bytes.
+        claimed: u64,
+        /// The length of the file in bytes.
+        actual: u64,
+    },
+    /// The file ends as a sealed image does, and is of a length that only images of version 1 and raw RAM have. The guest may have
+    /// written what stands at the end of its RAM.
+    #[error(
+        "it may be an image of version 1, or raw RAM that ends like one, as its {len} bytes are a multiple of 512: name its format"
+    )]
+    Ambiguous {
+        /// The length of the file in bytes.
+        len: u64,
+    },
+    /// The image is of another format than the caller named.
+    #[error("it is {}: name that format, or none", found.name())]
+    OtherPlacement {
+        /// Where its footer says that its pages are.
+        found: Placement,
+    },
     /// The footer is of a later version of the format.
-    #[error("its footer is of version {version}, this library reads version 1: use a later one")]
+    #[error(
+        "its footer is of version {version}, this library reads up to version 2: use a later one"
+    )]
     Version {
         /// The version it states.
         version: u32,
@@ -59,7 +101,9 @@ pub enum FooterError {
 #[non_exhaustive]
 pub enum Invalid {
     /// Not a memory's size, or not a page's.
-    #[error("no RAM has {ram_size:#x} bytes in pages of {page_size:#x}")]
+    #[error(
+        "no RAM has {ram_size:#x} bytes in pages of {page_size:#x}: at most 2^52, in whole pages of 512 or more"
+    )]
     Sizes {
         /// The size of the RAM in bytes.
         ram_size: u64,
@@ -131,9 +175,9 @@ pub enum Invalid {
     #[error("there are {checksums} checksums for {chunks} chunks")]
     Checksums {
         /// The checksums.
-        checksums: usize,
+        checksums: u64,
         /// The chunks that have present bytes.
-        chunks: usize,
+        chunks: u64,
     },
     /// Too much metadata.
     #[error("{len} bytes of metadata are more than 16 MiB: keep them in a file of their own")]
@@ -141,15 +185,21 @@ pub enum Invalid {
         /// Its length in bytes.
         len: u64,
     },
+    /// The header of a packed image is damaged, or is that of another image.
+    #[error("the header at the start of the file is damaged, or of another image")]
+    Header,
+    /// The padding is not zeros, or the file's length is a multiple of 512.
+    #[error("the footer is not padded as it should be")]
+    Padding,
     /// Numbers of the footer's parts don't add up to its length.
     #[error("its parts are not as long as it is")]
     Length,
     /// The footer doesn't stand where the pages end.
-    #[error("it stands at {offset:#x}, the pages end at {data_len:#x}")]
+    #[error("it stands at {offset:#x}, the pages end at {data_end:#x}")]
     Position {
         /// Where it stands in the file, in bytes.
         offset: u64,
         /// Where the pages end in the file, in bytes.
-        data_len: u64,
+        data_end: u64,
     },
 }

@@ -9,6 +9,8 @@ use crate::id::ImageId;
 /// What an image holds, and of what.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Footer {
+    /// The version of the format. Images are written in [`Version::CURRENT`]; older ones stay readable.
+    pub version: Version,
     /// The state of the guest's RAM that the image stands for, on top of its parents if it is a diff.
     pub id: ImageId,
     /// Whether pages that are in no run are clean, and on what.
@@ -29,6 +31,55 @@ pub struct Footer {
     pub metadata: Vec<u8>,
 }
 
+/// A version of the format.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+#[non_exhaustive]
+pub enum Version {
+    /// Packed images have no header, and a file may be of any length. Where that is a multiple of 512, nothing tells the file from raw RAM
+    /// that a guest wrote a footer to, and [`Footer::read`] refuses it.
+    V1,
+    /// Packed images begin with a header. No file's length is a multiple of 512.
+    #[default]
+    V2,
+}
+
+impl Version {
+    /// The version that images are written in.
+    pub const CURRENT: Self = Self::V2;
+
+    pub(crate) fn number(self) -> u32 {
+        match self {
+            Self::V1 => 1,
+            Self::V2 => 2,
+        }
+    }
+
+    pub(crate) fn of(number: u32) -> Option<Self> {
+        match number {
+            1 => Some(Self::V1),
+            2 => Some(Self::V2),
+            _ => None,
+        }
+    }
+
+    /// The size of the smallest page in bytes. Raw RAM of version 2 is whole pages, so a multiple of [`RAW_UNIT`].
+    fn smallest_page(self) -> u64 {
+        match self {
+            Self::V1 => 1,
+            Self::V2 => RAW_UNIT,
+        }
+    }
+}
+
+/// Raw RAM is a multiple of this many bytes, 512, as a page has no less. Sealed and packed images of version 2 never are.
+pub const RAW_UNIT: u64 = 512;
+
+/// The largest RAM of an image: 4 PiB, the 52 bits of physical address that x86-64 and Armv8.2-A end at.
+pub const MAX_RAM_SIZE: u64 = 1 << 52;
+
+/// The least length of a packed image's header in bytes.
+pub(crate) const SMALLEST_HEADER: u64 = 4096;
+
 /// Whether an image is all of the RAM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
@@ -46,8 +97,17 @@ pub enum Kind {
 pub enum Placement {
     /// At their guest offsets; the footer follows the last page of the RAM.
     InPlace,
-    /// One after another from the start of the file on; the footer follows the last one.
+    /// One after another behind the [header](Footer::data_start); the footer follows the last one.
     Packed,
+}
+
+impl Placement {
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::InPlace => "sealed",
+            Self::Packed => "packed",
+        }
+    }
 }
 
 /// Pages that follow each other, with the same fate.
@@ -133,12 +193,26 @@ impl Footer {
     /// The most bytes of metadata that a footer takes: 16 MiB.
     pub const MAX_METADATA: usize = 16 << 20;
 
+    /// Where the pages begin in the file, in bytes: behind the header of a packed image of version 2, which is as long as a page and at least 4096
+    /// bytes, and otherwise at 0.
+    #[must_use]
+    pub fn data_start(&self) -> u64 {
+        match (self.version, self.placement) {
+            (Version::V1, _) | (_, Placement::InPlace) => 0,
+            (Version::V2, Placement::Packed) => packed_start(self.page_size),
+        }
+    }
+
     /// Where the pages end in the file and the footer begins, in bytes.
     #[must_use]
-    pub fn data_len(&self) -> u64 {
+    pub fn data_end(&self) -> u64 {
+        self.end_of(self.present_bytes())
+    }
+
+    pub(crate) fn end_of(&self, present: u64) -> u64 {
         match self.placement {
             Placement::InPlace => self.ram_size,
-            Placement::Packed => self.present_bytes(),
+            Placement::Packed => self.data_start().saturating_add(present),
         }
     }
 
@@ -215,58 +289,58 @@ impl Footer {
     /// # Errors
     /// [`Invalid`], the first thing that doesn't fit.
     pub fn check(&self) -> Result<(), Invalid> {
-        check_sizes(self.ram_size, self.page_size)?;
-        self.check_regions()?;
-        let mut last = 0;
-        for (index, run) in self.runs.iter().enumerate() {
-            check_run(index, run, last, self)?;
-            last = run.start + run.len;
+        self.check_with(self.runs.iter().copied()).map(|_| ())
+    }
+
+    /// As [`check`](Self::check), of a footer with `runs` in place of its own. Returns what was counted.
+    pub(crate) fn check_with(
+        &self,
+        runs: impl Iterator<Item = Run> + Clone,
+    ) -> Result<Counted, Invalid> {
+        self.check_head()?;
+        let mut counted = Counted::default();
+        for run in runs.clone() {
+            counted.add(&run, self)?;
         }
-        if self.kind == Kind::Full && last != self.ram_size {
-            return Err(Invalid::NotFull { offset: last });
-        }
+        counted.check_end(self)?;
         if self.placement == Placement::Packed {
-            self.check_packed()?;
+            self.check_packed(runs)?;
         }
-        let chunks = self.present_chunks().count();
-        if self.checksums.len() != chunks {
-            let checksums = self.checksums.len();
+        let (checksums, chunks) = (self.checksums.len() as u64, counted.chunks);
+        if checksums != chunks {
             return Err(Invalid::Checksums { checksums, chunks });
         }
-        if self.metadata.len() > Self::MAX_METADATA {
-            let len = self.metadata.len() as u64;
-            return Err(Invalid::Metadata { len });
-        }
-        Ok(())
+        Ok(counted)
     }
 
-    fn check_regions(&self) -> Result<(), Invalid> {
-        let (mut last, mut sum) = (0, 0_u64);
-        for (index, region) in self.regions.iter().enumerate() {
-            if region.start < last || region.end <= region.start {
-                return Err(Invalid::Region { index });
-            }
-            last = region.end;
-            // They don't overlap, so the sum is below 2^64.
-            sum += region.end - region.start;
-        }
-        if sum == self.ram_size {
-            Ok(())
-        } else {
-            let ram_size = self.ram_size;
-            Err(Invalid::RegionsSum { sum, ram_size })
-        }
+    /// Whether all but runs and checksums fits together.
+    ///
+    /// # Errors
+    /// [`Invalid`], the first thing that doesn't fit.
+    pub fn check_head(&self) -> Result<(), Invalid> {
+        check_sizes(self.version, self.ram_size, self.page_size)?;
+        check_regions(&self.regions, self.ram_size)?;
+        check_metadata(self.metadata.len() as u64)
     }
 
-    /// Present runs fill the file from its start on, in any order.
-    fn check_packed(&self) -> Result<(), Invalid> {
-        let at = |run: &Run| match run.stored {
+    /// Present runs fill the file from where its pages start, in any order.
+    fn check_packed(&self, runs: impl Iterator<Item = Run> + Clone) -> Result<(), Invalid> {
+        let at = |run: Run| match run.stored {
             Stored::At(offset) => Some((offset, run.len)),
             Stored::Zeros => None,
         };
-        let mut stored: Vec<_> = self.runs.iter().filter_map(at).collect();
+        let stored = runs.filter_map(at);
+        // Pages of one pass are in order. Only those of several have to be sorted, which takes memory.
+        if self.follow(stored.clone()).is_ok() {
+            return Ok(());
+        }
+        let mut stored: Vec<_> = stored.collect();
         stored.sort_unstable();
-        let mut end = 0;
+        self.follow(stored)
+    }
+
+    fn follow(&self, stored: impl IntoIterator<Item = (u64, u64)>) -> Result<(), Invalid> {
+        let mut end = self.data_start();
         for (offset, len) in stored {
             if offset != end {
                 return Err(Invalid::Packing {
@@ -274,17 +348,92 @@ impl Footer {
                     offset,
                 });
             }
-            // Runs are inside the RAM and don't overlap: below 2^63.
+            // Runs are inside the RAM and don't overlap: below 2^53.
             end += len;
         }
         Ok(())
     }
 }
 
+/// What is known of runs that were found valid one after another.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Counted {
+    pub(crate) runs: u64,
+    /// The guest offset after the last.
+    end: u64,
+    pub(crate) present: u64,
+    /// Chunks that have present bytes.
+    pub(crate) chunks: u64,
+    /// The number of the chunk after the last of those.
+    next_chunk: u64,
+}
+
+impl Counted {
+    pub(crate) fn add(&mut self, run: &Run, footer: &Footer) -> Result<(), Invalid> {
+        // On 64-bit hosts an index is as large as a number in a file.
+        check_run(self.runs as usize, run, self.end, footer)?;
+        self.runs += 1;
+        self.end = run.start + run.len;
+        if run.stored != Stored::Zeros {
+            self.present += run.len;
+            let first = (run.start / CHUNK_SIZE).max(self.next_chunk);
+            self.next_chunk = (self.end - 1) / CHUNK_SIZE + 1;
+            self.chunks += self.next_chunk - first;
+        }
+        Ok(())
+    }
+
+    pub(crate) fn check_end(&self, footer: &Footer) -> Result<(), Invalid> {
+        match footer.kind {
+            Kind::Full if self.end != footer.ram_size => Err(Invalid::NotFull { offset: self.end }),
+            _ => Ok(()),
+        }
+    }
+}
+
+/// Where the pages of a packed image of version 2 begin in the file.
+#[must_use]
+pub fn packed_start(page_size: u64) -> u64 {
+    SMALLEST_HEADER.max(page_size)
+}
+
+/// Whether these are the address ranges of RAM of `ram_size` bytes.
+///
+/// # Errors
+/// [`Invalid::Region`] and [`Invalid::RegionsSum`].
+pub fn check_regions(regions: &[Range<u64>], ram_size: u64) -> Result<(), Invalid> {
+    let (mut last, mut sum) = (0, 0_u64);
+    for (index, region) in regions.iter().enumerate() {
+        if region.start < last || region.end <= region.start {
+            return Err(Invalid::Region { index });
+        }
+        last = region.end;
+        // They don't overlap, so the sum is below 2^64.
+        sum += region.end - region.start;
+    }
+    if sum == ram_size {
+        Ok(())
+    } else {
+        Err(Invalid::RegionsSum { sum, ram_size })
+    }
+}
+
+/// Whether so many bytes of metadata fit into a footer.
+///
+/// # Errors
+/// [`Invalid::Metadata`].
+pub fn check_metadata(len: u64) -> Result<(), Invalid> {
+    if len > Footer::MAX_METADATA as u64 {
+        return Err(Invalid::Metadata { len });
+    }
+    Ok(())
+}
+
 /// Whether RAM can be so large, in such pages.
-pub(crate) fn check_sizes(ram_size: u64, page_size: u64) -> Result<(), Invalid> {
-    let fits = i64::try_from(ram_size).is_ok() && ram_size > 0;
-    if fits && page_size.is_power_of_two() && ram_size.is_multiple_of(page_size) {
+pub(crate) fn check_sizes(version: Version, ram_size: u64, page_size: u64) -> Result<(), Invalid> {
+    let fits = (1..=MAX_RAM_SIZE).contains(&ram_size);
+    let page = page_size.is_power_of_two() && page_size >= version.smallest_page();
+    if fits && page && ram_size.is_multiple_of(page_size) {
         Ok(())
     } else {
         Err(Invalid::Sizes {
@@ -315,7 +464,11 @@ pub(crate) fn check_run(
     match (run.stored, footer.placement) {
         (Stored::Zeros, _) => Ok(()),
         (Stored::At(offset), Placement::InPlace) if offset == run.start => Ok(()),
-        (Stored::At(offset), Placement::Packed) if whole(offset) => Ok(()),
+        (Stored::At(offset), Placement::Packed)
+            if whole(offset) && offset >= footer.data_start() =>
+        {
+            Ok(())
+        }
         (Stored::At(offset), _) => Err(Invalid::StoredAt { index, offset }),
     }
 }

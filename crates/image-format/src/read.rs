@@ -7,9 +7,12 @@ use std::os::unix::fs::FileExt;
 
 use crate::checksums::Checksum;
 use crate::error::{FooterError, Invalid};
-use crate::footer::{Footer, Kind, Placement, Run, Stored, check_run, check_sizes};
+use crate::footer::{
+    Counted, Footer, Kind, Placement, RAW_UNIT, Run, Stored, Version, check_metadata, check_sizes,
+};
+use crate::header::{HEADER_MAGIC, HEADER_PAGE, Header};
 use crate::id::ImageId;
-use crate::write::{END_MAGIC, HEADER, MAGIC, NOWHERE, TRAILER, VERSION};
+use crate::write::{END_MAGIC, HEADER, MAGIC, NOWHERE, Parts, TRAILER, padding};
 
 /// The most bytes that a footer may have without its last 64: 1 GiB, more than 40 million runs.
 pub const MAX_FOOTER: u64 = 1 << 30;
@@ -18,88 +21,219 @@ pub const MAX_FOOTER: u64 = 1 << 30;
 const BUFFER: usize = 64 << 10;
 
 impl Footer {
-    /// Reads the footer of a sealed image.
+    /// Reads the footer of a sealed or packed image.
     ///
-    /// Nothing that the file says is believed before it is checked: memory is taken for no more runs than were read and found valid, and
+    /// Nothing that the file says is believed before it is checked: memory is taken for no more runs and checksums than were read and found valid, and
     /// a footer that is returned passed [`check`](Self::check), and its own checksum. The pages are not looked at.
     ///
-    /// # Errors
-    /// [`FooterError`]; [`NotSealed`](FooterError::NotSealed) for a file without a footer.
-    pub fn read(file: &File) -> Result<Self, FooterError> {
-        Self::find(file)?.ok_or(FooterError::NotSealed)
-    }
-
-    /// Reads the footer of a file that may have one.
+    /// Raw RAM is never taken for an image, whatever the guest wrote to it: its length is a multiple of [`RAW_UNIT`], which no image of version 2 has,
+    /// and images of version 1 that have it are refused.
     ///
     /// # Errors
-    /// As [`read`](Self::read).
-    pub fn find(file: &File) -> Result<Option<Self>, FooterError> {
+    /// [`FooterError`]: [`Truncated`](FooterError::Truncated) for a packed image that was cut off, [`Ambiguous`](FooterError::Ambiguous) for one of
+    /// version 1 that may be raw RAM, [`NotSealed`](FooterError::NotSealed) for anything else that does not end in a footer.
+    pub fn read(file: &File) -> Result<Self, FooterError> {
+        Self::read_as(file, None)
+    }
+
+    /// Reads the footer of an image that the caller knows to be sealed or packed: also of one of version 1 that [`read`](Self::read) can't tell from raw
+    /// RAM.
+    ///
+    /// # Errors
+    /// As [`read`](Self::read), but no [`Ambiguous`](FooterError::Ambiguous); [`OtherPlacement`](FooterError::OtherPlacement) for an image of another
+    /// format.
+    pub fn read_as(file: &File, format: impl Into<Option<Placement>>) -> Result<Self, FooterError> {
         let failed = |source| io_error(0, source);
         let len = file.metadata().map_err(failed)?.len();
-        Self::find_in(len, |buf, offset| file.read_exact_at(buf, offset))
+        Self::read_from(len, format, |buf, offset| file.read_exact_at(buf, offset))
     }
 
-    /// Reads the footer of `len` bytes that `read_at` (buffer to be filled, offset) gives.
+    /// As [`read_as`](Self::read_as), of a file of `len` bytes that `read_at` (buffer to be filled, offset) gives.
     ///
     /// # Errors
-    /// As [`read`](Self::read).
-    pub fn find_in(
+    /// As [`read_as`](Self::read_as).
+    pub fn read_from(
         len: u64,
+        format: impl Into<Option<Placement>>,
         mut read_at: impl FnMut(&mut [u8], u64) -> io::Result<()>,
-    ) -> Result<Option<Self>, FooterError> {
-        let Some(at) = len.checked_sub(TRAILER) else {
-            return Ok(None);
+    ) -> Result<Self, FooterError> {
+        let format = format.into();
+        let header = read_header(len, &mut read_at)?;
+        let trailer = read_trailer(len, &mut read_at)?;
+        let Some(trailer) = trailer else {
+            return Err(header.refused(len));
         };
-        let mut trailer = [0; TRAILER as usize];
-        read_at(&mut trailer, at).map_err(|source| io_error(at, source))?;
-        if trailer[56..] != *END_MAGIC {
-            return Ok(None);
+        if len.is_multiple_of(RAW_UNIT) && format.is_none() {
+            // It may be raw RAM, and all of this the guest's: nothing more is read of it.
+            return Err(match header {
+                Start::Other => FooterError::Ambiguous { len },
+                header => header.refused(len),
+            });
         }
-        let version = u32_at(&trailer, 48);
-        if version != VERSION {
-            return Err(FooterError::Version { version });
+        let trailer = Trailer::new(&trailer, len)?;
+        let footer = trailer.footer(read_at)?;
+        if format.is_some_and(|format| format != footer.placement) {
+            let found = footer.placement;
+            return Err(FooterError::OtherPlacement { found });
         }
-        let (start, body) = (u64_at(&trailer, 32), u64_at(&trailer, 40));
-        if start.checked_add(body) != Some(at) || body < HEADER || u32_at(&trailer, 52) != 0 {
+        // What stands at the start of an image in place is the guest's.
+        if footer.data_start() > 0
+            && header != Start::Header(Header::new(&footer, trailer.start, len))
+        {
+            return Err(match header {
+                Start::Header(header) if header.len != len => Start::Header(header).refused(len),
+                _ => damaged(0, Invalid::Header),
+            });
+        }
+        Ok(footer)
+    }
+}
+
+/// What a file begins with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Start {
+    /// No packed image of version 2 begins so.
+    Other,
+    /// A header of which a part is missing or wrong.
+    Damaged,
+    Header(Header),
+}
+
+impl Start {
+    /// Why a file that does not end in a footer, or may be raw, is no image.
+    fn refused(self, actual: u64) -> FooterError {
+        match self {
+            Self::Other => FooterError::NotSealed,
+            Self::Damaged => FooterError::Truncated {
+                claimed: None,
+                actual,
+            },
+            Self::Header(Header { len: claimed, .. }) if claimed > actual => {
+                FooterError::Truncated {
+                    claimed: Some(claimed),
+                    actual,
+                }
+            }
+            Self::Header(Header { len: claimed, .. }) if claimed < actual => {
+                FooterError::Trailing { claimed, actual }
+            }
+            Self::Header(_) => FooterError::Damaged {
+                offset: actual - TRAILER.min(actual),
+                source: None,
+            },
+        }
+    }
+}
+
+fn read_header(
+    len: u64,
+    read_at: &mut impl FnMut(&mut [u8], u64) -> io::Result<()>,
+) -> Result<Start, FooterError> {
+    let mut page = [0; HEADER_PAGE];
+    let there = len.min(HEADER_PAGE as u64) as usize;
+    read_at(&mut page[..there], 0).map_err(|source| io_error(0, source))?;
+    if page[..8] != *HEADER_MAGIC {
+        return Ok(Start::Other);
+    }
+    let header = Header::from_bytes(&page).filter(|_| there == HEADER_PAGE);
+    Ok(header.map_or(Start::Damaged, Start::Header))
+}
+
+/// The last bytes of a file; `None` where no image ends so.
+fn read_trailer(
+    len: u64,
+    read_at: &mut impl FnMut(&mut [u8], u64) -> io::Result<()>,
+) -> Result<Option<[u8; TRAILER as usize]>, FooterError> {
+    let Some(at) = len.checked_sub(TRAILER) else {
+        return Ok(None);
+    };
+    let mut bytes = [0; TRAILER as usize];
+    read_at(&mut bytes, at).map_err(|source| io_error(at, source))?;
+    Ok((bytes[56..] == *END_MAGIC).then_some(bytes))
+}
+
+/// What the last bytes of an image say.
+struct Trailer {
+    version: Version,
+    checksum: [u8; 32],
+    /// Where the footer begins.
+    start: u64,
+    /// Its length without the trailer.
+    body: u64,
+}
+
+impl Trailer {
+    /// That of a file of `len` bytes.
+    fn new(bytes: &[u8; TRAILER as usize], len: u64) -> Result<Self, FooterError> {
+        let at = len - TRAILER;
+        let version = u32_at(bytes, 48);
+        let version = Version::of(version).ok_or(FooterError::Version { version })?;
+        let (start, body) = (u64_at(bytes, 32), u64_at(bytes, 40));
+        if start.checked_add(body) != Some(at) || body < HEADER || u32_at(bytes, 52) != 0 {
             return Err(FooterError::Damaged {
                 offset: at,
                 source: None,
             });
         }
+        if version != Version::V1 && len.is_multiple_of(RAW_UNIT) {
+            return Err(damaged(at, Invalid::Padding));
+        }
         if body > MAX_FOOTER {
             return Err(FooterError::TooLarge { len: body });
         }
+        Ok(Self {
+            version,
+            checksum: *bytes.first_chunk().expect("64 bytes"),
+            start,
+            body,
+        })
+    }
+
+    fn footer(
+        &self,
+        read_at: impl FnMut(&mut [u8], u64) -> io::Result<()>,
+    ) -> Result<Footer, FooterError> {
+        let start = self.start;
         let mut body = Body {
             read_at,
+            version: self.version,
             offset: start,
-            left: body,
+            left: self.body,
             hasher: blake3::Hasher::new(),
             buffer: Vec::new(),
             taken: 0,
         };
         let footer = body.footer(start)?;
-        if body.hasher.finalize().as_bytes()[..] != trailer[..32] {
+        if body.hasher.finalize().as_bytes()[..] != self.checksum {
             return Err(FooterError::Damaged {
                 offset: start,
                 source: None,
             });
         }
         footer.check()?;
-        let data_len = footer.data_len();
-        if data_len != start {
+        let data_end = footer.data_end();
+        if data_end != start {
             return Err(Invalid::Position {
                 offset: start,
-                data_len,
+                data_end,
             }
             .into());
         }
-        Ok(Some(footer))
+        Ok(footer)
+    }
+}
+
+fn damaged(offset: u64, invalid: Invalid) -> FooterError {
+    FooterError::Damaged {
+        offset,
+        source: Some(invalid),
     }
 }
 
 /// What the checksum of the footer is over, read piece by piece.
 struct Body<R> {
     read_at: R,
+    version: Version,
     /// Of the bytes that were not read yet.
     offset: u64,
     left: u64,
@@ -156,7 +290,7 @@ impl<R: FnMut(&mut [u8], u64) -> io::Result<()>> Body<R> {
 
     fn footer(&mut self, start: u64) -> Result<Footer, FooterError> {
         let len = self.left;
-        if self.take()? != *MAGIC || self.take()? != VERSION.to_le_bytes() {
+        if self.take()? != *MAGIC || self.take()? != self.version.number().to_le_bytes() {
             return Err(FooterError::Damaged {
                 offset: start,
                 source: None,
@@ -186,26 +320,22 @@ impl<R: FnMut(&mut [u8], u64) -> io::Result<()>> Body<R> {
             (other, _) => return Err(self.damaged(field("kind", other))),
         };
         let (ram_size, page_size) = (self.number()?, self.number()?);
-        check_sizes(ram_size, page_size).map_err(|invalid| self.damaged(invalid))?;
+        check_sizes(self.version, ram_size, page_size).map_err(|invalid| self.damaged(invalid))?;
         let (regions, runs) = (self.number()?, self.number()?);
         let (checksums, metadata) = (self.number()?, self.number()?);
-        if metadata > Footer::MAX_METADATA as u64 {
-            return Err(self.damaged(Invalid::Metadata { len: metadata }));
-        }
-        let parts = [
-            Some(HEADER),
-            regions.checked_mul(16),
-            runs.checked_mul(24),
-            checksums.checked_mul(32),
-            Some(metadata),
-        ];
-        let sum = parts
-            .into_iter()
-            .try_fold(0_u64, |sum, part| sum.checked_add(part?));
-        if sum != Some(len) {
+        check_metadata(metadata).map_err(|invalid| self.damaged(invalid))?;
+        let parts = Parts {
+            regions,
+            runs,
+            checksums,
+            metadata,
+        };
+        let padding = padding(self.version, start.saturating_add(parts.len()));
+        if parts.len().checked_add(padding) != Some(len) {
             return Err(self.damaged(Invalid::Length));
         }
         let mut footer = Footer {
+            version: self.version,
             id,
             kind,
             placement,
@@ -216,15 +346,28 @@ impl<R: FnMut(&mut [u8], u64) -> io::Result<()>> Body<R> {
             checksums: Vec::new(),
             metadata: Vec::new(),
         };
-        self.runs(runs, &mut footer)?;
+        // As many as the chunks that the runs reach into, before memory is taken for them.
+        let chunks = self.runs(runs, &mut footer)?;
+        if checksums != chunks {
+            return Err(self.damaged(Invalid::Checksums { checksums, chunks }));
+        }
         for _ in 0..checksums {
             footer
                 .checksums
                 .push(self.take::<{ size_of::<Checksum>() }>()?);
         }
-        // At most 16 MiB.
-        footer.metadata.resize(metadata as usize, 0);
-        self.take_into(&mut footer.metadata)?;
+        while (footer.metadata.len() as u64) < metadata {
+            // Piece by piece, as it is read.
+            let have = footer.metadata.len();
+            let more = BUFFER.min(metadata as usize - have);
+            footer.metadata.resize(have + more, 0);
+            self.take_into(&mut footer.metadata[have..])?;
+        }
+        for _ in 0..padding {
+            if self.take()? != [0] {
+                return Err(self.damaged(Invalid::Padding));
+            }
+        }
         Ok(footer)
     }
 
@@ -241,21 +384,24 @@ impl<R: FnMut(&mut [u8], u64) -> io::Result<()>> Body<R> {
         Ok(regions)
     }
 
-    /// Each is checked as it comes: a file that is one large hole is refused at its first run, and takes no memory.
-    fn runs(&mut self, count: u64, footer: &mut Footer) -> Result<(), FooterError> {
-        let mut last = 0;
-        for index in 0..count as usize {
+    /// Each is checked as it comes: a file that is one large hole is refused at its first run, and takes no memory. Returns the number of chunks
+    /// that they reach into.
+    fn runs(&mut self, count: u64, footer: &mut Footer) -> Result<u64, FooterError> {
+        let mut counted = Counted::default();
+        for _ in 0..count {
             let (start, len, stored) = (self.number()?, self.number()?, self.number()?);
             let stored = match stored {
                 NOWHERE => Stored::Zeros,
                 offset => Stored::At(offset),
             };
             let run = Run { start, len, stored };
-            check_run(index, &run, last, footer).map_err(|invalid| self.damaged(invalid))?;
-            last = start + len;
+            let added = counted.add(&run, footer);
+            added.map_err(|invalid| self.damaged(invalid))?;
             footer.runs.push(run);
         }
-        Ok(())
+        let whole = counted.check_end(footer);
+        whole.map_err(|invalid| self.damaged(invalid))?;
+        Ok(counted.chunks)
     }
 }
 

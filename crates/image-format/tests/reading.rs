@@ -5,7 +5,8 @@ use std::io;
 use std::os::unix::fs::FileExt;
 
 use image_format::{
-    CHUNK_SIZE, Checksums, Footer, FooterError, ImageId, Invalid, Kind, Placement, Run, Stored,
+    CHUNK_SIZE, Checksums, Footer, FooterError, ImageId, Invalid, Kind, MAX_RAM_SIZE, Placement,
+    Run, Stored, Version, packed_start,
 };
 use proptest::prelude::*;
 use rstest::rstest;
@@ -20,7 +21,7 @@ fn diff(placement: Placement) -> Footer {
         CHUNK_SIZE - PAGE..CHUNK_SIZE + PAGE,
         2 * CHUNK_SIZE..RAM,
     ];
-    let mut packed = 0;
+    let mut packed = packed_start(PAGE);
     let mut runs = vec![];
     let mut checksums = Checksums::new(RAM);
     for range in present {
@@ -34,6 +35,7 @@ fn diff(placement: Placement) -> Footer {
     }
     runs.insert(1, Run::zeros(4 * PAGE..6 * PAGE));
     Footer {
+        version: Version::CURRENT,
         id: ImageId::from_bytes([1; 16]),
         kind: Kind::Diff {
             parent: Some(ImageId::from_bytes([2; 16])),
@@ -68,8 +70,12 @@ fn sealed(footer: &Footer) -> Vec<u8> {
     bytes
 }
 
-fn find(bytes: &[u8]) -> Result<Option<Footer>, FooterError> {
-    Footer::find_in(bytes.len() as u64, |buf, offset| {
+fn read(bytes: &[u8]) -> Result<Footer, FooterError> {
+    read_as(bytes, None)
+}
+
+fn read_as(bytes: &[u8], format: Option<Placement>) -> Result<Footer, FooterError> {
+    Footer::read_from(bytes.len() as u64, format, |buf, offset| {
         let from = bytes.get(offset as usize..).unwrap_or_default();
         let from = from.get(..buf.len()).ok_or(io::ErrorKind::UnexpectedEof)?;
         buf.copy_from_slice(from);
@@ -99,13 +105,13 @@ fn blake3_of(bytes: &[u8]) -> [u8; 32] {
 fn a_footer_comes_back_as_it_was_written(#[case] placement: Placement) {
     let footer = diff(placement);
     let bytes = sealed(&footer);
-    assert_eq!(find(&bytes).unwrap().as_ref(), Some(&footer));
+    assert_eq!(read(&bytes).unwrap(), footer);
     let chunks: Vec<_> = footer.chunks().collect();
     assert_eq!(chunks.len(), 3);
     let second: Vec<_> = chunks[1].pieces().collect();
     let at = match placement {
         Placement::InPlace => CHUNK_SIZE,
-        Placement::Packed => 3 * PAGE,
+        Placement::Packed => 4 * PAGE,
     };
     assert_eq!(second, [(CHUNK_SIZE..CHUNK_SIZE + PAGE, at)]);
     assert_eq!(footer.run_at(5 * PAGE).unwrap().stored, Stored::Zeros);
@@ -118,13 +124,13 @@ fn a_footer_comes_back_as_it_was_written(#[case] placement: Placement) {
 #[case::packed(Placement::Packed)]
 fn a_file_cut_anywhere_in_its_footer_is_not_sealed(#[case] placement: Placement) {
     let bytes = sealed(&diff(placement));
-    let data = diff(placement).data_len() as usize;
+    let data = diff(placement).data_end() as usize;
     for len in data..bytes.len() {
-        assert!(!matches!(find(&bytes[..len]), Ok(Some(_))), "cut to {len}");
+        assert!(read(&bytes[..len]).is_err(), "cut to {len}");
     }
     // Nor one with bytes behind.
     let longer = [&bytes[..], &[0]].concat();
-    assert!(matches!(find(&longer), Ok(None)));
+    assert!(read(&longer).is_err());
 }
 
 #[rstest]
@@ -132,17 +138,14 @@ fn a_file_cut_anywhere_in_its_footer_is_not_sealed(#[case] placement: Placement)
 #[case::packed(Placement::Packed)]
 fn every_flipped_bit_of_a_footer_is_noticed(#[case] placement: Placement) {
     let mut bytes = sealed(&diff(placement));
-    for at in diff(placement).data_len() as usize..bytes.len() {
+    for at in diff(placement).data_end() as usize..bytes.len() {
         for bit in 0..8 {
             bytes[at] ^= 1 << bit;
-            assert!(
-                !matches!(find(&bytes), Ok(Some(_))),
-                "bit {bit} of byte {at}"
-            );
+            assert!(read(&bytes).is_err(), "bit {bit} of byte {at}");
             bytes[at] ^= 1 << bit;
         }
     }
-    assert!(matches!(find(&bytes), Ok(Some(_))));
+    assert!(read(&bytes).is_ok());
 }
 
 /// Where the numbers of the header are, from the footer's start on.
@@ -154,17 +157,15 @@ fn numbers_at_their_extremes_are_refused_though_the_checksum_is_right(
     #[values(Placement::InPlace, Placement::Packed)] placement: Placement,
 ) {
     let footer = diff(placement);
-    let start = footer.data_len() as usize;
+    let start = footer.data_end() as usize;
     for at in NUMBERS.map(|at| start + at) {
         let mut bytes = sealed(&footer);
-        // Pages of a byte are absurd, but contradict nothing.
-        let absurd = at == start + NUMBERS[1] && extreme == 1;
-        if absurd || bytes[at..at + 8] == extreme.to_le_bytes() {
+        if bytes[at..at + 8] == extreme.to_le_bytes() {
             continue;
         }
         bytes[at..at + 8].copy_from_slice(&extreme.to_le_bytes());
         let bytes = resealed(bytes);
-        assert!(!matches!(find(&bytes), Ok(Some(_))), "{extreme} at {at}");
+        assert!(read(&bytes).is_err(), "{extreme} at {at}");
     }
     // And those of regions and runs.
     for field in 0..(2 * 2 + 4 * 3) {
@@ -176,8 +177,8 @@ fn numbers_at_their_extremes_are_refused_though_the_checksum_is_right(
             continue;
         }
         bytes[at..at + 8].copy_from_slice(&extreme.to_le_bytes());
-        let found = find(&resealed(bytes));
-        let allowed = matches!(&found, Ok(Some(read)) if field >= 4 && read.runs != footer.runs && read.check().is_ok());
+        let found = read(&resealed(bytes));
+        let allowed = matches!(&found, Ok(read) if field >= 4 && read.runs != footer.runs && read.check().is_ok());
         assert!(
             allowed || found.is_err(),
             "{extreme} in field {field}: {found:?}"
@@ -194,8 +195,11 @@ fn numbers_at_their_extremes_are_refused_though_the_checksum_is_right(
 #[case::empty(|f: &mut Footer| f.runs[0].len = 0, Invalid::Run { index: 0 })]
 #[case::part_of_a_page(|f: &mut Footer| f.runs[0].len -= 1, Invalid::Run { index: 0 })]
 #[case::stored_out_of_line(|f: &mut Footer| f.runs[0].stored = Stored::At(100), Invalid::StoredAt { index: 0, offset: 100 })]
-#[case::stored_twice(|f: &mut Footer| f.runs[2].stored = Stored::At(0), Invalid::Packing { expected: 2 * PAGE, offset: 0 })]
-#[case::a_gap(|f: &mut Footer| f.runs[3].stored = Stored::At(64 * PAGE), Invalid::Packing { expected: 4 * PAGE, offset: 64 * PAGE })]
+#[case::stored_twice(|f: &mut Footer| f.runs[2].stored = Stored::At(PAGE), Invalid::Packing { expected: 3 * PAGE, offset: PAGE })]
+#[case::in_the_header(|f: &mut Footer| f.runs[0].stored = Stored::At(0), Invalid::StoredAt { index: 0, offset: 0 })]
+#[case::more_than_any_machine_has(|f: &mut Footer| f.ram_size = MAX_RAM_SIZE + PAGE, Invalid::Sizes { ram_size: MAX_RAM_SIZE + PAGE, page_size: PAGE })]
+#[case::too_small_a_page(|f: &mut Footer| f.page_size = 256, Invalid::Sizes { ram_size: RAM, page_size: 256 })]
+#[case::a_gap(|f: &mut Footer| f.runs[3].stored = Stored::At(64 * PAGE), Invalid::Packing { expected: 5 * PAGE, offset: 64 * PAGE })]
 #[case::a_sum_too_many(|f: &mut Footer| f.checksums.push([0; 32]), Invalid::Checksums { checksums: 4, chunks: 3 })]
 #[case::a_sum_too_few(|f: &mut Footer| f.checksums.truncate(2), Invalid::Checksums { checksums: 2, chunks: 3 })]
 #[case::full_with_gaps(|f: &mut Footer| f.kind = Kind::Full, Invalid::Order { index: 0 })]
@@ -224,7 +228,7 @@ fn a_full_image_says_what_becomes_of_every_page() {
     footer.kind = Kind::Full;
     footer.runs = vec![Run::zeros(0..RAM)];
     footer.checksums.clear();
-    assert_eq!(find(&sealed(&footer)).unwrap().as_ref(), Some(&footer));
+    assert_eq!(read(&sealed(&footer)).unwrap(), footer);
     footer.runs = vec![Run::zeros(0..RAM - PAGE)];
     let offset = RAM - PAGE;
     assert_eq!(footer.check(), Err(Invalid::NotFull { offset }));
@@ -233,6 +237,7 @@ fn a_full_image_says_what_becomes_of_every_page() {
 #[test]
 fn an_absurd_file_of_one_hole_takes_neither_time_nor_memory() {
     let mut footer = diff(Placement::Packed);
+    footer.version = Version::V1;
     footer.runs.clear();
     footer.checksums.clear();
     let mut bytes = sealed(&footer);
@@ -256,31 +261,37 @@ fn an_absurd_file_of_one_hole_takes_neither_time_nor_memory() {
 #[case::short(b"memsnap\xff")]
 #[case::raw(&[7; 8192])]
 fn what_has_no_footer_is_not_sealed(#[case] bytes: &[u8]) {
-    assert!(matches!(find(bytes), Ok(None)));
+    assert!(matches!(read(bytes), Err(FooterError::NotSealed)));
 }
 
 #[test]
 fn a_later_version_is_named_and_not_guessed_at() {
     let mut bytes = sealed(&diff(Placement::InPlace));
     let at = bytes.len() - 16;
-    bytes[at..at + 4].copy_from_slice(&2_u32.to_le_bytes());
+    bytes[at..at + 4].copy_from_slice(&3_u32.to_le_bytes());
     assert!(matches!(
-        find(&bytes),
-        Err(FooterError::Version { version: 2 })
+        read(&bytes),
+        Err(FooterError::Version { version: 3 })
     ));
 }
 
-/// Files of version 1, made when it was new.
+/// Files of each version, made when it was new.
 #[rstest]
-#[case::in_place("sealed-v1.mem")]
-#[case::packed("packed-v1.mem")]
-#[case::full("full-v1.mem")]
-fn files_of_version_1_stay_readable(#[case] name: &str) {
+fn files_of_all_versions_stay_readable(
+    #[values("sealed", "packed", "full")] what: &str,
+    #[values(Version::V1, Version::V2)] version: Version,
+) {
+    let number = if version == Version::V1 { 1 } else { 2 };
+    let name = format!("{what}-v{number}.mem");
     let path = format!("{}/tests/files/{name}", env!("CARGO_MANIFEST_DIR"));
     let file = File::open(path).unwrap();
     let footer = Footer::read(&file).unwrap();
+    assert_eq!(footer.version, version);
     assert_eq!(footer.ram_size, 64 * 1024);
-    assert_eq!(footer.metadata, b"made by version 1");
+    assert_eq!(
+        footer.metadata,
+        format!("made by version {number}").into_bytes()
+    );
     for chunk in footer.chunks() {
         let mut sums = Checksums::new(footer.ram_size);
         for (range, at) in chunk.pieces() {
@@ -298,11 +309,31 @@ fn files_of_version_1_stay_readable(#[case] name: &str) {
         assert_eq!(sums.finish(), [chunk.checksum]);
     }
     let (id, parent) = (ImageId::from_bytes([1; 16]), ImageId::from_bytes([2; 16]));
-    if name == "full-v1.mem" {
+    if what == "full" {
         assert_eq!((footer.id, footer.kind), (parent, Kind::Full));
     } else {
         assert_eq!((footer.id, footer.parent()), (id, Some(parent)));
     }
+}
+
+#[rstest]
+fn what_is_written_is_byte_for_byte_what_the_version_says(
+    #[values("sealed", "packed", "full")] what: &str,
+    #[values(1, 2)] version: u32,
+) {
+    let path = format!(
+        "{}/tests/files/{what}-v{version}.mem",
+        env!("CARGO_MANIFEST_DIR")
+    );
+    let bytes = std::fs::read(&path).unwrap();
+    let footer = Footer::read(&File::open(&path).unwrap()).unwrap();
+    let copy = tempfile::NamedTempFile::new().unwrap();
+    let (start, end) = (footer.data_start() as usize, footer.data_end() as usize);
+    copy.as_file()
+        .write_all_at(&bytes[start..end], start as u64)
+        .unwrap();
+    footer.write(copy.as_file()).unwrap();
+    assert!(std::fs::read(copy.path()).unwrap() == bytes);
 }
 
 /// Pages as letters: clean, zero or present.
@@ -321,7 +352,7 @@ fn any_footer() -> impl Strategy<Value = Footer> {
             let ram_size = pages.len() as u64 * PAGE;
             let mut checksums = Checksums::new(ram_size);
             let mut runs = Vec::<Run>::new();
-            let mut stored = 0;
+            let mut stored = packed_start(PAGE);
             for (page, what) in pages.iter().enumerate() {
                 let range = page as u64 * PAGE..(page as u64 + 1) * PAGE;
                 match what {
@@ -336,6 +367,7 @@ fn any_footer() -> impl Strategy<Value = Footer> {
                 }
             }
             Footer {
+                version: Version::CURRENT,
                 id: ImageId::from_bytes([3; 16]),
                 kind: match full {
                     true => Kind::Full,
@@ -358,8 +390,7 @@ fn any_footer() -> impl Strategy<Value = Footer> {
 proptest! {
     #[test]
     fn any_footer_comes_back_and_its_chunks_have_every_present_page_once(footer in any_footer()) {
-        let read = find(&sealed(&footer)).unwrap();
-        prop_assert_eq!(read.as_ref(), Some(&footer));
+        prop_assert_eq!(&read(&sealed(&footer)).unwrap(), &footer);
         let mut pieces: Vec<_> = footer.chunks().flat_map(|chunk| chunk.pieces().collect::<Vec<_>>()).collect();
         // Each page is a run of its own here, and no page crosses a chunk.
         let present: Vec<_> = footer
@@ -387,7 +418,7 @@ proptest! {
         bytes[end + 40..end + 48].copy_from_slice(&((end - start) as u64).to_le_bytes());
         bytes[end + 48..end + 56].copy_from_slice(&[1, 0, 0, 0, 0, 0, 0, 0]);
         bytes[end + 56..].copy_from_slice(b"memsnap\xff");
-        if let Ok(Some(footer)) = find(&resealed(bytes)) {
+        if let Ok(footer) = read(&resealed(bytes)) {
             prop_assert_eq!(footer.check(), Ok(()));
         }
     }

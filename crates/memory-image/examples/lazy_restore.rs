@@ -36,9 +36,9 @@ mod linux {
         let dir = tempfile::tempdir()?;
         let snapshots = take_snapshots(dir.path(), mib << 20)?;
         let open = || -> Result<Chain> {
-            let mut chain = Chain::open(&snapshots[0], PAGE)?;
+            let mut chain = Chain::open_raw(&snapshots[0], PAGE)?;
             for diff in &snapshots[1..] {
-                chain.push(diff)?;
+                chain.push_raw(diff)?;
             }
             Ok(chain)
         };

@@ -75,13 +75,39 @@ impl Members {
 }
 
 impl Chain {
-    /// Opens the full image `base`, of a guest whose snapshots are in pages of `page_size` bytes.
+    /// Opens the full image `base`, sealed or packed, of a guest whose snapshots are in pages of `page_size` bytes.
     ///
     /// # Errors
     /// [`ImageError`]: what [`Image::open`] gives, a diff, or no whole number of pages.
     pub fn open(base: impl AsRef<Path>, page_size: u64) -> Result<Self, ImageError> {
         let chain = Self::empty(page_size, true)?;
         chain.begun(Image::open(base)?)
+    }
+
+    /// As [`open`](Self::open), of a raw image.
+    ///
+    /// # Errors
+    /// What [`Image::open_raw`] gives; otherwise as [`open`](Self::open).
+    pub fn open_raw(base: impl AsRef<Path>, page_size: u64) -> Result<Self, ImageError> {
+        let chain = Self::empty(page_size, true)?;
+        chain.begun(Image::open_raw(base)?)
+    }
+
+    /// Begins with an image that was opened: a full one, or a diff to be put together with those taken after it. A raw image is taken for a full one.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open) and [`open_diff`](Self::open_diff).
+    pub fn from_image(oldest: Image, page_size: u64) -> Result<Self, ImageError> {
+        let chain = Self::empty(page_size, !oldest.is_diff())?;
+        chain.begun(oldest)
+    }
+
+    /// Begins with a diff that was opened, as [`open_diff`](Self::open_diff) does: a raw image is taken for a diff.
+    ///
+    /// # Errors
+    /// As [`open_diff`](Self::open_diff).
+    pub fn from_diff(oldest: Image, page_size: u64) -> Result<Self, ImageError> {
+        Self::empty(page_size, false)?.begun(oldest)
     }
 
     /// With its first image.
@@ -104,7 +130,7 @@ impl Chain {
     /// # Errors
     /// As [`open`](Self::open) and [`push`](Self::push); [`ImageError::NoImages`] for none.
     pub fn open_sealed<P: AsRef<Path>>(paths: &[P]) -> Result<Self, ImageError> {
-        let images = paths.iter().map(Image::open_sealed);
+        let images = paths.iter().map(Image::open);
         let images = images.collect::<Result<Vec<_>, _>>()?;
         let page_sizes = images
             .iter()
@@ -119,7 +145,7 @@ impl Chain {
         Ok(chain)
     }
 
-    /// Opens the diff `oldest`, to be put together with the diffs taken after it into one. Pages that none of them holds are not known, and not
+    /// Opens the diff `oldest`, sealed or packed, to be put together with the diffs taken after it into one. Pages that none of them holds are not known, and not
     /// zeros.
     ///
     /// # Errors
@@ -143,19 +169,29 @@ impl Chain {
         })
     }
 
-    /// Adds the diff that was taken next. A sealed one says which pages it holds, and that it was taken on top of the newest image here. The pages of
-    /// a raw one are what its file system does not report as holes, where it can be believed
-    /// (see the [crate's page](crate#how-pages-are-told-from-gaps)).
+    /// Adds the diff that was taken next, sealed or packed. It says which pages it holds, and that it was taken on top of the newest image here.
     ///
     /// # Errors
-    /// [`ImageError::Link`] for a sealed diff that doesn't follow the newest image; [`ImageError::UnclearDiff`] where it can't be told which
-    /// pages the diff holds; [`ImageError::SizeDiffers`] or [`ImageError::RegionsDiffer`] for a diff of
+    /// [`ImageError::Link`] for a diff that doesn't follow the newest image; [`ImageError::SizeDiffers`] or [`ImageError::RegionsDiffer`] for a diff of
     /// another guest; what [`open`](Self::open) gives. The chain stays as it was.
     pub fn push(&mut self, diff: impl AsRef<Path>) -> Result<(), ImageError> {
         self.push_image(Image::open(diff)?)
     }
 
-    pub(crate) fn push_image(&mut self, image: Image) -> Result<(), ImageError> {
+    /// Adds the raw diff that was taken next. Its pages are what its file system does not report as holes, where it can be believed
+    /// (see the [crate's page](crate#how-pages-are-told-from-gaps)).
+    ///
+    /// # Errors
+    /// [`ImageError::UnclearDiff`] where it can't be told which pages the diff holds; otherwise as [`push`](Self::push).
+    pub fn push_raw(&mut self, diff: impl AsRef<Path>) -> Result<(), ImageError> {
+        self.push_image(Image::open_raw(diff)?)
+    }
+
+    /// Adds the diff that was taken next and opened, as [`push`](Self::push) or [`push_raw`](Self::push_raw) does.
+    ///
+    /// # Errors
+    /// As these.
+    pub fn push_image(&mut self, image: Image) -> Result<(), ImageError> {
         self.check_follows(&image)?;
         let pages = self.pages_of_diff(&image)?;
         self.add(image, pages);
@@ -166,9 +202,9 @@ impl Chain {
     /// whoever goes on knows that clean and zero pages of the diff may have been taken for each other.
     ///
     /// # Errors
-    /// As [`push`](Self::push), but no [`ImageError::UnclearDiff`].
+    /// As [`push_raw`](Self::push_raw), but no [`ImageError::UnclearDiff`].
     pub fn push_by_holes(&mut self, diff: impl AsRef<Path>) -> Result<Option<Unclear>, ImageError> {
-        let image = Image::open(diff)?;
+        let image = Image::open_raw(diff)?;
         self.check_follows(&image)?;
         let (pages, unclear) = match self.pages_of_diff(&image) {
             Ok(pages) => (pages, None),
@@ -186,14 +222,14 @@ impl Chain {
     /// say: the runs of the bitmap that it was written from, say. `once(0..size)` is a diff of every page.
     ///
     /// # Errors
-    /// [`ImageError::BadRun`] for a run that is not inside the image; otherwise as [`push`](Self::push). The chain stays
+    /// [`ImageError::BadRun`] for a run that is not inside the image; otherwise as [`push_raw`](Self::push_raw). The chain stays
     /// as it was.
     pub fn push_pages(
         &mut self,
         diff: impl AsRef<Path>,
         runs: impl IntoIterator<Item = Range<u64>>,
     ) -> Result<(), ImageError> {
-        let image = Image::open(diff)?;
+        let image = Image::open_raw(diff)?;
         self.check_follows(&image)?;
         let size = image.size;
         let mut pages = PageSet::new(self.page_size);

@@ -16,6 +16,10 @@ const STRETCH: u64 = 1 << 20;
 /// Memory is not faster than a few of them.
 const THREADS: usize = 8;
 
+/// The most pages that a bitmap is made for, a bit each, because an image says that its RAM has so many: 2^33, 32 TiB in pages of 4 KiB, take 1 GiB. The
+/// size of the file proves nothing: pages of zeros take no room in it.
+pub(crate) const MAX_PAGES: u64 = 1 << 33;
+
 /// Why two sources could not be compared.
 #[derive(Debug, Error)]
 #[non_exhaustive]
@@ -23,6 +27,16 @@ pub enum CompareError {
     /// There is no such RAM.
     #[error("RAM of that size can't be compared in such pages")]
     Geometry(#[from] GeometryError),
+    /// The RAM has more than 2^33 pages.
+    #[error(
+        "RAM of {ram_size:#x} bytes has too many pages of {page_size:#x} to keep account of: compare it in larger ones"
+    )]
+    TooManyPages {
+        /// The size of the RAM in bytes.
+        ram_size: u64,
+        /// The size of a page in bytes.
+        page_size: u64,
+    },
     /// A source could not be read.
     #[error("the {which} can't be read at offset {offset:#x}")]
     Read {
@@ -73,6 +87,12 @@ where
     A: PageReader + Sync + ?Sized,
     B: PageReader + Sync + ?Sized,
 {
+    if ram_size / page_size.max(1) > MAX_PAGES {
+        return Err(CompareError::TooManyPages {
+            ram_size,
+            page_size,
+        });
+    }
     let changed = DirtyBitmap::new(0, ram_size, page_size)?;
     let stretch = |start: u64| start..ram_size.min(start.saturating_add(STRETCH));
     let mut ranges =

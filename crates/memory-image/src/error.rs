@@ -32,6 +32,16 @@ pub enum ImageError {
         /// The image.
         path: PathBuf,
     },
+    /// The file is of a length that no raw image has: pages are of 512 bytes or more.
+    #[error(
+        "{path:?} can't be raw: {size} bytes are no multiple of 512. It is a sealed or packed image, or was cut off"
+    )]
+    NotRaw {
+        /// The image.
+        path: PathBuf,
+        /// Its size in bytes.
+        size: u64,
+    },
     /// The page size is 0 or not a power of two.
     #[error("a page of {page_size} bytes: the page size must be a power of two")]
     PageSizeNotPowerOfTwo {
@@ -76,8 +86,8 @@ pub enum ImageError {
         /// The base's size in bytes.
         base_size: u64,
     },
-    /// The footer of a sealed image can't be used, or the image has none and should.
-    #[error("the memory image {path:?} can't be used as a sealed one")]
+    /// The image is not sealed or packed, or can't be used as one. A raw image has to be opened as such: [`Image::open_raw`](crate::Image::open_raw).
+    #[error("the memory image {path:?} can't be used as a sealed or packed one")]
     Footer {
         /// The image.
         path: PathBuf,

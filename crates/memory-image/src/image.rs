@@ -6,10 +6,24 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use image_format::{Footer, FooterError, ImageId, Kind, Placement};
+use image_format::{Footer, FooterError, ImageId, Kind, Placement, RAW_UNIT};
 
 use crate::error::ImageError;
 use crate::image_file::{ImageFile, ReopenError};
+
+/// How the pages stand in an image's file, as the caller says.
+///
+/// A raw image says nothing of itself, and all of its bytes are the guest's: what looks like a footer at its end may be one that the guest wrote. So a
+/// file is taken for a raw image only where the caller says so.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Format {
+    /// Pages at their guest offsets, and nothing else.
+    Raw,
+    /// The same, and a footer.
+    Sealed,
+    /// A header, pages one after another, and a footer.
+    Packed,
+}
 
 /// A memory image that was opened and, if it is sealed, whose [`Footer`] was read and found consistent. Its pages are read when they are asked
 /// for, and checked by [`verify`](Self::verify).
@@ -42,12 +56,63 @@ pub struct Image {
 }
 
 impl Image {
-    /// Opens the image at `path`; one without a footer is taken for a raw one.
+    /// Opens the image at `path`, which is sealed or packed.
     ///
     /// # Errors
-    /// [`ImageError`]: no regular file with bytes in it, or a footer that is damaged or of a later version.
+    /// [`ImageError`]: no regular file with bytes in it; [`ImageError::Footer`] for one that is neither, is cut off, damaged or of a later version, or
+    /// may as well be raw (one of version 1 whose length is a multiple of 512: name its format to [`open_as`](Self::open_as)).
     pub fn open(path: impl AsRef<Path>) -> Result<Self, ImageError> {
-        let path = path.as_ref().to_owned();
+        Self::open_file(path.as_ref(), |file| Footer::read(file).map(Some))
+    }
+
+    /// Opens the raw image at `path`. Nothing that the file holds is looked at, so nothing that a guest wrote to its RAM matters.
+    ///
+    /// # Errors
+    /// [`ImageError`]: no regular file with bytes in it; [`ImageError::NotRaw`] for a length that no raw image has.
+    ///
+    /// # Examples
+    /// ```
+    /// use memory_image::Image;
+    /// # let dir = tempfile::tempdir()?;
+    /// # let path = dir.path().join("ram");
+    /// # std::fs::write(&path, [7; 4096])?;
+    ///
+    /// assert!(Image::open(&path).is_err()); // it may be a sealed one that was cut off
+    /// assert_eq!(Image::open_raw(&path)?.ram_size(), 4096);
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    pub fn open_raw(path: impl AsRef<Path>) -> Result<Self, ImageError> {
+        Self::open_file(path.as_ref(), |_| Ok(None)).and_then(|image| {
+            match image.size.is_multiple_of(RAW_UNIT) {
+                true => Ok(image),
+                false => Err(ImageError::NotRaw {
+                    path: image.path,
+                    size: image.size,
+                }),
+            }
+        })
+    }
+
+    /// Opens the image at `path`, which is of this format.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open) and [`open_raw`](Self::open_raw); [`ImageError::Footer`] for an image of another format.
+    pub fn open_as(path: impl AsRef<Path>, format: Format) -> Result<Self, ImageError> {
+        let placement = match format {
+            Format::Raw => return Self::open_raw(path),
+            Format::Sealed => Placement::InPlace,
+            Format::Packed => Placement::Packed,
+        };
+        Self::open_file(path.as_ref(), |file| {
+            Footer::read_as(file, placement).map(Some)
+        })
+    }
+
+    fn open_file(
+        path: &Path,
+        footer: impl FnOnce(&File) -> Result<Option<Footer>, FooterError>,
+    ) -> Result<Self, ImageError> {
+        let path = path.to_owned();
         let failed = |source| ImageError::Open {
             path: path.clone(),
             source,
@@ -60,7 +125,7 @@ impl Image {
         if metadata.len() == 0 {
             return Err(ImageError::Empty { path });
         }
-        let mut footer = Footer::find(&file).map_err(|source| ImageError::Footer {
+        let mut footer = footer(&file).map_err(|source| ImageError::Footer {
             path: path.clone(),
             source,
         })?;
@@ -80,21 +145,6 @@ impl Image {
         })
     }
 
-    /// Opens the image at `path`, which must be sealed or packed.
-    ///
-    /// # Errors
-    /// [`ImageError::Footer`] with [`FooterError::NotSealed`] for a raw one; otherwise as [`open`](Self::open).
-    pub fn open_sealed(path: impl AsRef<Path>) -> Result<Self, ImageError> {
-        let image = Self::open(path)?;
-        match image.footer {
-            Some(_) => Ok(image),
-            None => Err(ImageError::Footer {
-                path: image.path,
-                source: FooterError::NotSealed,
-            }),
-        }
-    }
-
     /// Where it was opened.
     #[must_use]
     pub fn path(&self) -> &Path {
@@ -105,6 +155,16 @@ impl Image {
     #[must_use]
     pub fn ram_size(&self) -> u64 {
         self.size
+    }
+
+    /// How its pages stand in its file.
+    #[must_use]
+    pub fn format(&self) -> Format {
+        match self.footer.as_ref().map(|footer| footer.placement) {
+            None => Format::Raw,
+            Some(Placement::InPlace) => Format::Sealed,
+            Some(Placement::Packed) => Format::Packed,
+        }
     }
 
     /// What its footer says; `None` for a raw image.

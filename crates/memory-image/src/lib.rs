@@ -18,8 +18,8 @@
 //! # writer.write_diff(&vec![2; 1 << 20], &dirty)?;
 //! # writer.commit()?;
 //!
-//! let mut chain = Chain::open(&full, 4096)?;
-//! chain.push(&diff)?;
+//! let mut chain = Chain::open_raw(&full, 4096)?;
+//! chain.push_raw(&diff)?;
 //!
 //! let mut page = [0; 4096];
 //! chain.read_at(8192, &mut page)?; // a chain is a `PageReader`
@@ -48,9 +48,14 @@
 //!
 //! A monitor with mappings of its own has them filled by `LazyRamOptions::adopt`. `examples/lazy_restore.rs` does all of it.
 //!
+//! # What a file is
+//! [`Image::open`] opens sealed and packed images, and nothing else: a file that was cut off, is damaged, or is anything else, is an error. A raw image is
+//! only the guest's bytes, so a file is read as one where the caller says so ([`Image::open_raw`]), and never because of what it holds: a guest that
+//! writes a footer into its last page changes bytes of its RAM, and nothing else.
+//!
 //! # How pages are told from gaps
 //! A raw diff holds its pages at their offsets and nothing between: what was clean is a hole, and reads as zeros. A page of the guest that was
-//! zeroed reads as zeros too. Only the file system's holes tell the two apart, so [`Chain::push`] believes them only
+//! zeroed reads as zeros too. Only the file system's holes tell the two apart, so [`Chain::push_raw`] believes them only
 //! where [probing](sparse_file::Capabilities::probe) the directory that the diff is in (a symbolic link followed) shows that holes are kept and
 //! reported, down to the page, and that written zeros are no holes (ZFS may make them some). Otherwise,
 //! and where the file was visibly rewritten since (no hole is left, or one begins inside a page), it refuses: applying such a diff would
@@ -88,7 +93,7 @@ mod working_set;
 pub use chain::Chain;
 pub use compare::{CompareError, compare};
 pub use error::{ImageError, Link, Unclear};
-pub use image::Image;
+pub use image::{Format, Image};
 pub use image_format::{Footer, FooterError, ImageId};
 pub use map::{MappedChain, MappedChainOptions, MappedImage};
 #[cfg(target_os = "linux")]

@@ -31,7 +31,7 @@ use crate::image::Image;
 /// # let path = dir.path().join("full.mem");
 /// # std::fs::write(&path, vec![7; 1 << 20])?;
 ///
-/// let ram = MappedImage::open(&path)?;
+/// let ram = MappedImage::open_raw(&path)?;
 /// println!("a guest of {} bytes at {:p}", ram.len(), ram.as_ptr());
 /// let mut byte = [0];
 /// ram.read_at(4096, &mut byte)?; // what a running guest has there now
@@ -44,13 +44,24 @@ pub struct MappedImage {
 }
 
 impl MappedImage {
-    /// Maps the full image at `path`, readable and writable.
+    /// Maps the full sealed image at `path`, readable and writable.
     ///
     /// # Errors
     /// [`ImageError::NotFull`] for a diff, [`ImageError::Packed`] for an image whose pages are not at their offsets, [`ImageError::Map`],
     /// and what [`Image::open`] gives.
     pub fn open(path: impl AsRef<Path>) -> Result<Self, ImageError> {
-        let image = Image::open(path)?;
+        Self::of(Image::open(path)?)
+    }
+
+    /// Maps the raw image at `path`, readable and writable.
+    ///
+    /// # Errors
+    /// [`ImageError::Map`], and what [`Image::open_raw`] gives.
+    pub fn open_raw(path: impl AsRef<Path>) -> Result<Self, ImageError> {
+        Self::of(Image::open_raw(path)?)
+    }
+
+    fn of(image: Image) -> Result<Self, ImageError> {
         if image.is_diff() {
             return Err(ImageError::NotFull { path: image.path });
         }

@@ -7,6 +7,7 @@ use dirty_bitmap::DirtyBitmap;
 use memory_writer::{MemoryWriter, Options, Seal};
 
 use crate::chain::Chain;
+use crate::compare::MAX_PAGES;
 use crate::error::ImageError;
 
 impl Chain {
@@ -84,16 +85,20 @@ impl Chain {
                 .metadata(footer.metadata.clone());
         }
         let oldest = self.images().next().and_then(|image| image.footer());
-        match oldest.and_then(|footer| footer.parent()) {
-            Some(parent) => seal.parent(parent),
-            None => seal,
+        match (self.is_full(), oldest.and_then(|footer| footer.parent())) {
+            (true, _) => seal,
+            (false, Some(parent)) => seal.parent(parent),
+            (false, None) => seal.on_raw_image(),
         }
     }
 
     fn bitmap(&self, runs: impl Iterator<Item = Range<u64>>) -> Result<DirtyBitmap, ImageError> {
         let (size, page_size) = (self.size(), self.page_size());
-        let pages = DirtyBitmap::new(0, size, page_size)
-            .map_err(|_| self.base().too_many_pages(page_size))?;
+        let too_many = || self.base().too_many_pages(page_size);
+        if size / page_size > MAX_PAGES {
+            return Err(too_many());
+        }
+        let pages = DirtyBitmap::new(0, size, page_size).map_err(|_| too_many())?;
         for run in runs {
             pages
                 .set_range(run.start, run.end - run.start)

@@ -5,7 +5,7 @@ use std::ops::{ControlFlow, Range};
 use std::sync::{Mutex, PoisonError};
 use std::thread;
 
-use image_format::{Chunk, ChunkSum, Footer};
+use image_format::{Chunk, ChunkSum, Footer, packed_start};
 use page_reader::{HostMemory, SecretBuffer};
 use sparse_file::{Kind, extents};
 
@@ -72,7 +72,8 @@ impl Damage {
 }
 
 impl Image {
-    /// Reads all pages and compares them with the footer's checksums; in a sealed image, also finds what is not zero between them.
+    /// Reads all pages and compares them with the footer's checksums; also finds what is not zero between the pages of a sealed image, or before those of
+    /// a packed one.
     ///
     /// `progress` is told the bytes that are done and, first, how many there are; it may cancel. Takes memory for one piece of 1 MiB a
     /// thread, and as many threads as the machine has processors, at most 8.
@@ -92,7 +93,7 @@ impl Image {
     /// # writer.write_full(&vec![1; 1 << 20])?;
     /// # writer.commit()?;
     ///
-    /// let found = Image::open_sealed(&path)?.verify(&|_done, _total| ControlFlow::Continue(()))?;
+    /// let found = Image::open(&path)?.verify(&|_done, _total| ControlFlow::Continue(()))?;
     /// assert!(found.is_whole());
     /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
@@ -106,11 +107,7 @@ impl Image {
                 source: image_format::FooterError::NotSealed,
             });
         };
-        let gaps = if self.in_place() {
-            self.gaps(footer)?
-        } else {
-            Vec::new()
-        };
+        let gaps = self.gaps(footer)?;
         let gap_bytes: u64 = gaps.iter().map(|gap| gap.end - gap.start).sum();
         // A chain may have thousands of images with a page or two each: no thread for nothing.
         let most = footer.checksums.len() + (gap_bytes / PIECE) as usize + gaps.len();
@@ -154,12 +151,20 @@ impl Image {
         Ok(found)
     }
 
-    /// What of the file is data and in no run that is present: zeros, if nobody wrote to it.
+    /// What of the file is data and in no run that is present: zeros, if nobody wrote to it. A packed image has such bytes only between its header,
+    /// which was read with the footer, and its first page.
     fn gaps(&self, footer: &Footer) -> Result<Vec<Range<u64>>, ImageError> {
+        let all = match self.in_place() {
+            true => 0..self.size,
+            false => packed_start(0).min(footer.data_start())..footer.data_start(),
+        };
+        if all.is_empty() {
+            return Ok(Vec::new());
+        }
         let mut present = footer
             .runs
             .iter()
-            .filter(|run| run.stored_at(run.start).is_some())
+            .filter(|run| self.in_place() && run.stored_at(run.start).is_some())
             .map(|run| run.range())
             .peekable();
         let mut gaps = Vec::new();
@@ -170,8 +175,8 @@ impl Image {
             if extent.kind != Kind::Data {
                 continue;
             }
-            let mut at = extent.range.start;
-            let end = extent.range.end.min(self.size);
+            let mut at = extent.range.start.max(all.start);
+            let end = extent.range.end.min(all.end);
             while at < end {
                 while present.next_if(|run| run.end <= at).is_some() {}
                 let next = present.peek().filter(|run| run.start < end);

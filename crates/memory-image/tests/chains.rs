@@ -61,10 +61,10 @@ impl Guest {
     }
 
     fn chain(&self) -> Chain {
-        let mut chain = Chain::open(&self.snapshots[0], PAGE).unwrap();
+        let mut chain = Chain::open_raw(&self.snapshots[0], PAGE).unwrap();
         self.snapshots[1..]
             .iter()
-            .for_each(|diff| chain.push(diff).unwrap());
+            .for_each(|diff| chain.push_raw(diff).unwrap());
         chain
     }
 
@@ -125,10 +125,10 @@ fn every_prefix_of_a_chain_is_the_ram_at_that_time() {
         guest.save();
         history.push(guest.ram.clone());
     }
-    let mut chain = Chain::open(&guest.snapshots[0], PAGE).unwrap();
+    let mut chain = Chain::open_raw(&guest.snapshots[0], PAGE).unwrap();
     assert!(whole(&chain) == history[0]);
     for (diff, ram) in guest.snapshots[1..].iter().zip(&history[1..]) {
-        chain.push(diff).unwrap();
+        chain.push_raw(diff).unwrap();
         assert!(whole(&chain) == *ram);
     }
 }
@@ -172,7 +172,7 @@ fn a_flattened_chain_is_one_full_image_and_keeps_holes() {
         std::fs::metadata(&flat).unwrap().permissions().mode() & 0o777,
         0o600
     );
-    assert!(whole(&Chain::open(&flat, PAGE).unwrap()) == guest.ram);
+    assert!(whole(&Chain::open_raw(&flat, PAGE).unwrap()) == guest.ram);
 }
 
 #[test]
@@ -180,7 +180,13 @@ fn what_no_image_stores_stays_a_hole_when_flattened() {
     let guest = Guest::new();
     let (base, flat) = (guest.path("base"), guest.path("flat"));
     std::fs::File::create(&base).unwrap().set_len(SIZE).unwrap();
-    assert_eq!(Chain::open(&base, PAGE).unwrap().flatten(&flat).unwrap(), 0);
+    assert_eq!(
+        Chain::open_raw(&base, PAGE)
+            .unwrap()
+            .flatten(&flat)
+            .unwrap(),
+        0
+    );
     assert_eq!(std::fs::metadata(&flat).unwrap().len(), SIZE);
 }
 
@@ -293,7 +299,7 @@ fn a_mapped_image_is_private_and_survives_the_next_snapshot() {
     let mut guest = Guest::new();
     guest.write(0, SIZE, 1);
     let path = guest.save();
-    let mapped = MappedImage::open(&path).unwrap();
+    let mapped = MappedImage::open_raw(&path).unwrap();
     assert_eq!(mapped.len() as u64, SIZE);
     assert!(whole(&mapped) == guest.ram);
 
@@ -328,7 +334,7 @@ fn a_diff_whose_base_is_of_another_size_is_refused(#[case] size: u64) {
         .set_len(size)
         .unwrap();
     let mut chain = guest.chain();
-    let error = chain.push(&other).unwrap_err();
+    let error = chain.push_raw(&other).unwrap_err();
     assert!(
         matches!(&error, ImageError::SizeDiffers { path, base, .. } if (path, base) == (&other, &guest.snapshots[0])),
         "{error:?}"
@@ -344,8 +350,10 @@ fn opened(make: impl FnOnce(&Path)) -> ImageError {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("image");
     make(&path);
-    let error = Chain::open(&path, PAGE).unwrap_err();
-    assert!(MappedImage::open(&path).is_err() || matches!(error, ImageError::NotWholePages { .. }));
+    let error = Chain::open_raw(&path, PAGE).unwrap_err();
+    assert!(
+        MappedImage::open_raw(&path).is_err() || matches!(error, ImageError::NotWholePages { .. })
+    );
     error
 }
 
@@ -361,15 +369,19 @@ fn what_is_no_image_is_refused() {
         ImageError::Empty { .. }
     ));
     assert!(matches!(
-        opened(|path| std::fs::write(path, [0; 4097]).unwrap()),
+        opened(|path| std::fs::write(path, [0; 4096 + 512]).unwrap()),
         ImageError::NotWholePages { .. }
+    ));
+    assert!(matches!(
+        opened(|path| std::fs::write(path, [0; 4097]).unwrap()),
+        ImageError::NotRaw { size: 4097, .. }
     ));
     let fifo = |path: &Path| nix::unistd::mkfifo(path, nix::sys::stat::Mode::S_IRWXU).unwrap();
     assert!(
         matches!(opened(fifo), ImageError::NotAFile { .. }),
         "and a FIFO is not waited for"
     );
-    let error = Chain::open("/", 0).unwrap_err();
+    let error = Chain::open_raw("/", 0).unwrap_err();
     assert!(matches!(
         error,
         ImageError::PageSizeNotPowerOfTwo { page_size: 0 }
@@ -418,7 +430,7 @@ fn a_diff_whose_holes_were_filled_by_a_copy_is_refused_unless_its_pages_are_give
     std::fs::write(guest.path("dense"), std::fs::read(&diff).unwrap()).unwrap();
     let mut chain = guest.chain();
     assert!(matches!(
-        unclear(chain.push(guest.path("dense")).unwrap_err()),
+        unclear(chain.push_raw(guest.path("dense")).unwrap_err()),
         Unclear::NoHoles
     ));
     chain
@@ -432,7 +444,7 @@ fn a_raw_image_is_in_a_chain_once() {
     let guest = Guest::with_history();
     let mut chain = guest.chain();
     for path in &guest.snapshots {
-        let error = chain.push(path).unwrap_err();
+        let error = chain.push_raw(path).unwrap_err();
         assert!(
             matches!(
                 error,
@@ -475,7 +487,7 @@ fn a_diff_with_a_hole_dug_into_a_page_is_refused() {
     let (guest, diff) = Guest::with_a_diff_to_come(2);
     let file = std::fs::File::options().write(true).open(&diff).unwrap();
     sparse_file::punch_hole(&file, 7 * PAGE + 4096..8 * PAGE).unwrap();
-    let why = unclear(guest.chain().push(&diff).unwrap_err());
+    let why = unclear(guest.chain().push_raw(&diff).unwrap_err());
     assert!(
         matches!(why, Unclear::TornPage { offset } if offset == 7 * PAGE + 4096),
         "{why:?}"
@@ -485,8 +497,8 @@ fn a_diff_with_a_hole_dug_into_a_page_is_refused() {
 #[test]
 fn a_diff_of_smaller_pages_than_the_file_system_s_holes_is_refused() {
     let guest = Guest::with_history();
-    let mut chain = Chain::open(&guest.snapshots[0], 512).unwrap();
-    let why = unclear(chain.push(&guest.snapshots[1]).unwrap_err());
+    let mut chain = Chain::open_raw(&guest.snapshots[0], 512).unwrap();
+    let why = unclear(chain.push_raw(&guest.snapshots[1]).unwrap_err());
     assert!(
         matches!(why, Unclear::FileSystem { page_size: 512, .. }),
         "{why:?}"
@@ -505,9 +517,9 @@ fn a_diff_on_a_file_system_of_larger_blocks_is_refused() {
     let mount = LoopMount::new(LoopFs::Xfs16k).unwrap();
     let copy = mount.path().join("diff");
     std::fs::File::create(&copy).unwrap().set_len(SIZE).unwrap();
-    let mut chain = Chain::open(&guest.snapshots[0], 4096).unwrap();
-    chain.push(&guest.snapshots[1]).unwrap(); // what one directory is believed, another is not
-    let why = unclear(chain.push(&copy).unwrap_err());
+    let mut chain = Chain::open_raw(&guest.snapshots[0], 4096).unwrap();
+    chain.push_raw(&guest.snapshots[1]).unwrap(); // what one directory is believed, another is not
+    let why = unclear(chain.push_raw(&copy).unwrap_err());
     assert!(
         matches!(
             why,
@@ -518,9 +530,9 @@ fn a_diff_on_a_file_system_of_larger_blocks_is_refused() {
         ),
         "{why:?}"
     );
-    Chain::open(&guest.snapshots[0], PAGE)
+    Chain::open_raw(&guest.snapshots[0], PAGE)
         .unwrap()
-        .push(&copy)
+        .push_raw(&copy)
         .unwrap();
 }
 
@@ -566,9 +578,9 @@ proptest! {
             }
             guest.save();
         }
-        let mut chain = Chain::open(&guest.snapshots[0], PAGE).unwrap();
+        let mut chain = Chain::open_raw(&guest.snapshots[0], PAGE).unwrap();
         for diff in &guest.snapshots[1..] {
-            match chain.push(diff) {
+            match chain.push_raw(diff) {
                 Ok(()) => {}
                 // Every page was dirty.
                 Err(ImageError::UnclearDiff { why: Unclear::NoHoles, .. }) => chain.push_pages(diff, std::iter::once(0..SIZE)).unwrap(),
@@ -617,8 +629,8 @@ mod names_and_mounts {
         // One dirty page, and with it three clean ones that look like data.
         file.write_all_at(&[9; 4096], PAGE + 4096).unwrap();
         let _mount = name_it(&diff, &name);
-        let mut chain = Chain::open(&guest.snapshots[0], 4096).unwrap();
-        let why = unclear(chain.push(&name).unwrap_err());
+        let mut chain = Chain::open_raw(&guest.snapshots[0], 4096).unwrap();
+        let why = unclear(chain.push_raw(&name).unwrap_err());
         assert!(
             matches!(why, Unclear::FileSystem { .. } | Unclear::MountedAlone),
             "{why:?}"
@@ -647,11 +659,11 @@ mod names_and_mounts {
     #[test]
     fn a_diff_may_be_given_by_its_descriptor() {
         let guest = Guest::with_history();
-        let mut chain = Chain::open(&guest.snapshots[0], PAGE).unwrap();
+        let mut chain = Chain::open_raw(&guest.snapshots[0], PAGE).unwrap();
         for diff in &guest.snapshots[1..] {
             let file = std::fs::File::open(diff).unwrap();
             let path = format!("/proc/self/fd/{}", file.as_raw_fd());
-            chain.push(path).unwrap();
+            chain.push_raw(path).unwrap();
         }
         assert!(whole(&chain) == guest.ram);
     }
@@ -665,7 +677,7 @@ mod names_and_mounts {
         let file = std::fs::File::from(fd);
         file.set_len(HUGE).unwrap();
         let path = format!("/proc/self/fd/{}", file.as_raw_fd());
-        let chain = Chain::open(&path, 1).unwrap();
+        let chain = Chain::open_raw(&path, 1).unwrap();
         let mut end = [0xee; 10];
         chain.read_at(HUGE - 10, &mut end).unwrap();
         assert_eq!(end, [0; 10]);
@@ -710,8 +722,8 @@ fn a_chain_flattened_where_files_share_blocks_takes_room_for_its_diffs_alone() {
     writer.write_diff(&ram, &dirty).unwrap();
     writer.commit().unwrap();
 
-    let mut chain = Chain::open(path("base"), PAGE).unwrap();
-    chain.push(path("diff")).unwrap();
+    let mut chain = Chain::open_raw(path("base"), PAGE).unwrap();
+    chain.push_raw(path("diff")).unwrap();
     let before = free();
     chain.flatten(path("flat")).unwrap();
     // XFS may give back meanwhile what it had allocated ahead of the earlier files.

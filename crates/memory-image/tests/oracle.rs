@@ -7,7 +7,7 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use dirty_bitmap::DirtyBitmap;
-use image_format::{Checksums, Footer, Kind, Placement, Run};
+use image_format::{Checksums, Footer, Kind, Placement, Run, Version, packed_start};
 use memory_image::{
     Chain, HostRam, Image, ImageError, ImageId, MappedChain, MappedImage, RamTarget, compare,
 };
@@ -133,7 +133,10 @@ impl Guest {
     }
 
     fn seal(&self) -> Seal {
-        self.newest.map_or(Seal::new(), |id| Seal::new().parent(id))
+        match self.newest {
+            Some(id) => Seal::new().parent(id),
+            None => Seal::new().on_raw_image(),
+        }
     }
 
     fn take_in_passes(
@@ -181,7 +184,8 @@ impl Guest {
             .flat_map(pages)
             .filter(|at| !is_zero(*at))
             .count() as u64;
-        let end = present * page;
+        let start = packed_start(page);
+        let end = start + present * page;
         let mut described = Vec::new();
         for at in runs.iter().flat_map(pages) {
             if is_zero(at) {
@@ -191,7 +195,7 @@ impl Guest {
             present -= 1;
             let offset = match placement {
                 Placement::InPlace => at,
-                Placement::Packed => present * page,
+                Placement::Packed => start + present * page,
             };
             file.write_all_at(bytes(at), offset).unwrap();
             checksums.feed(at, bytes(at));
@@ -201,6 +205,7 @@ impl Guest {
             file.set_len(end).unwrap();
         }
         let footer = Footer {
+            version: Version::CURRENT,
             id: ImageId::random().unwrap(),
             kind: Kind::Diff {
                 parent: self.newest,
@@ -219,9 +224,11 @@ impl Guest {
     }
 
     fn chain(&self) -> Chain {
-        let mut chain = Chain::open(&self.images[0].0, self.page).unwrap();
+        let open = |path: &Path| Image::open(path).or_else(|_| Image::open_raw(path));
+        let full = open(&self.images[0].0).unwrap();
+        let mut chain = Chain::from_image(full, self.page).unwrap();
         for (path, runs) in &self.images[1..] {
-            match chain.push(path) {
+            match chain.push_image(open(path).unwrap()) {
                 // Every page was dirty.
                 Err(ImageError::UnclearDiff { .. }) => {
                     chain.push_pages(path, runs.iter().cloned()).unwrap();
@@ -297,13 +304,17 @@ fn restored_to_file(guest: &Guest, chain: &Chain) -> Vec<u8> {
 fn merged(guest: &Guest, chain: &Chain, layout: Layout) -> Vec<u8> {
     let path = guest.path("merged");
     let _ = fs::remove_file(&path);
-    chain.merge(options(layout), &path).unwrap();
-    let image = Image::open(&path).unwrap();
+    chain.merge(options(layout.clone()), &path).unwrap();
+    let image = match layout {
+        Layout::Raw => Image::open_raw(&path),
+        _ => Image::open(&path),
+    };
+    let image = image.unwrap();
     if image.footer().is_some() {
         let found = image.verify(&|_, _| ControlFlow::Continue(())).unwrap();
         assert!(found.is_whole(), "{found:?}");
     }
-    let merged = Chain::open(&path, chain.page_size()).unwrap();
+    let merged = Chain::from_image(image, chain.page_size()).unwrap();
     whole(&merged, chain.size() as usize)
 }
 
@@ -371,7 +382,12 @@ proptest! {
             let mapped = MappedChain::options().max_mappings(most).map(&chain).unwrap();
             assert_ram(&format!("{most} mappings"), &whole(&mapped, ram.len()))?;
         }
-        match MappedImage::open(&guest.images[0].0) {
+        let path = &guest.images[0].0;
+        let mapped = match base.form {
+            Form::Raw => MappedImage::open_raw(path),
+            _ => MappedImage::open(path),
+        };
+        match mapped {
             Err(ImageError::Packed { .. }) => prop_assert_eq!(base.form, Form::Packed),
             mapped => prop_assert!(whole(&mapped.unwrap(), ram.len()) == first),
         }

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use dirty_bitmap::DirtyBitmap;
-use image_format::{Checksums, Footer, Kind, Placement, Run};
+use image_format::{Checksums, Footer, Kind, Placement, Run, Version, packed_start};
 use memory_image::{
     Chain, CompareError, Damage, FooterError, Image, ImageError, ImageId, Link, MappedChain,
     MappedImage, Verified, compare,
@@ -113,7 +113,7 @@ fn whole(reader: &impl PageReader) -> Vec<u8> {
 }
 
 fn verify(path: &Path) -> Result<Verified, ImageError> {
-    Image::open_sealed(path)?.verify(&|_, _| ControlFlow::Continue(()))
+    Image::open(path)?.verify(&|_, _| ControlFlow::Continue(()))
 }
 
 #[rstest]
@@ -182,7 +182,7 @@ fn layouts_may_be_mixed_in_one_chain_and_raw_diffs_put_on_top() {
     guest.write(SIZE / 2, 100, 0);
     guest.save(raw);
     let mut chain = Chain::open_sealed(&guest.snapshots[..3]).unwrap();
-    chain.push(&guest.snapshots[3]).unwrap();
+    chain.push_raw(&guest.snapshots[3]).unwrap();
     assert!(whole(&chain) == guest.ram);
     assert_eq!(chain.id(), None, "a raw image names no state");
 }
@@ -213,13 +213,14 @@ fn diff_with_zeros(path: &Path, parent: Option<ImageId>, placement: Placement) -
     let file = File::create(path).unwrap();
     let at = match placement {
         Placement::InPlace => 5 * PAGE,
-        Placement::Packed => 0,
+        Placement::Packed => packed_start(PAGE),
     };
     let bytes = [9; PAGE as usize];
     file.write_all_at(&bytes, at).unwrap();
     let mut checksums = Checksums::new(SIZE);
     checksums.feed(5 * PAGE, &bytes);
     let footer = Footer {
+        version: Version::CURRENT,
         id: ImageId::random().unwrap(),
         kind: Kind::Diff { parent },
         placement,
@@ -277,7 +278,8 @@ fn a_merged_chain_is_the_same_state_and_takes_the_next_diff(#[case] make: Make) 
     );
     guest.write(8 * PAGE, 10, 7);
     let next = guest.save(Layout::Packed);
-    let mut whole_chain = Chain::open(&merged, PAGE).unwrap();
+    let image = Image::open(&merged).or_else(|_| Image::open_raw(&merged));
+    let mut whole_chain = Chain::from_image(image.unwrap(), PAGE).unwrap();
     match whole_chain.id() {
         Some(_) => {
             assert!(verify(&merged).unwrap().is_whole());
@@ -310,11 +312,7 @@ fn diffs_merge_to_one_diff_that_stands_for_all(#[case] make: Make) {
     let merged = guest.path("merged");
     let bytes = diffs.merge(options(make(diffs.seal())), &merged).unwrap();
     assert_eq!(bytes, 7 * PAGE);
-    let footer = Image::open_sealed(&merged)
-        .unwrap()
-        .footer()
-        .cloned()
-        .unwrap();
+    let footer = Image::open(&merged).unwrap().footer().cloned().unwrap();
     assert_eq!(
         footer.present_bytes(),
         7 * PAGE,
@@ -422,7 +420,7 @@ fn a_raw_file_is_no_sealed_image_and_a_diff_no_base() {
     let mut guest = Guest::new();
     let raw_file = guest.save(raw);
     assert!(matches!(
-        Image::open_sealed(&raw_file),
+        Image::open(&raw_file),
         Err(ImageError::Footer {
             source: FooterError::NotSealed,
             ..
@@ -472,7 +470,8 @@ fn flipped_bits_are_noticed_all_over_a_larger_image(#[case] make: Make) {
     for path in &guest.snapshots[..2] {
         let file = File::options().read(true).write(true).open(path).unwrap();
         let len = file.metadata().unwrap().len();
-        for at in (0..len).step_by(50_929) {
+        let pages = Image::open(path).unwrap().footer().unwrap().data_start();
+        for at in (pages..len).step_by(50_929) {
             let mut byte = [0];
             file.read_exact_at(&mut byte, at).unwrap();
             let flipped = [byte[0] ^ 1 << (at % 8)];
@@ -489,7 +488,7 @@ fn flipped_bits_are_noticed_all_over_a_larger_image(#[case] make: Make) {
 fn damage_is_named_by_chunk_and_offset() {
     let guest = Guest::with_history(Layout::Packed);
     let path = &guest.snapshots[0];
-    let footer = Image::open_sealed(path).unwrap().footer().cloned().unwrap();
+    let footer = Image::open(path).unwrap().footer().cloned().unwrap();
     let run = footer.run_at(300 * PAGE).unwrap();
     let at = run.stored_at(300 * PAGE).unwrap();
     let file = File::options().write(true).open(path).unwrap();
@@ -526,7 +525,7 @@ fn damage_is_named_by_chunk_and_offset() {
 #[test]
 fn verifying_tells_progress_and_can_be_cancelled() {
     let guest = Guest::with_history(Layout::Sealed);
-    let image = Image::open_sealed(&guest.snapshots[0]).unwrap();
+    let image = Image::open(&guest.snapshots[0]).unwrap();
     let seen = std::sync::Mutex::new(Vec::new());
     image
         .verify(&|done, total| {
@@ -560,7 +559,7 @@ fn of_many_damages_a_thousand_are_listed_and_all_are_counted_and_read() {
     }
 
     let seen = std::sync::Mutex::new((0, 0));
-    let image = Image::open_sealed(&path).unwrap();
+    let image = Image::open(&path).unwrap();
     let found = image
         .verify(&|done, total| {
             *seen.lock().unwrap() = (done, total);
@@ -619,14 +618,13 @@ fn a_copy_restores_to_the_same_ram_unless_it_is_raw(#[case] tool: &[&str]) {
             .iter()
             .map(|path| copies.join(name(path)))
             .collect();
-        let chain = Chain::open_sealed(&paths);
-        if let Ok(chain) = chain {
+        if let Ok(chain) = Chain::open_sealed(&paths) {
             assert!(whole(&chain) == guest.ram);
             continue;
         }
         // Raw: refused, or the page that became zero is taken for clean.
-        let mut chain = Chain::open(&paths[0], PAGE).unwrap();
-        let pushed = paths[1..].iter().try_for_each(|path| chain.push(path));
+        let mut chain = Chain::open_raw(&paths[0], PAGE).unwrap();
+        let pushed = paths[1..].iter().try_for_each(|path| chain.push_raw(path));
         let kept_holes = tool == ["tar", "-S"];
         assert!(
             pushed.is_err() || kept_holes || whole(&chain) != guest.ram,

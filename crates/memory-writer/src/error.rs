@@ -90,6 +90,14 @@ pub enum SnapshotError {
         /// The snapshot's destination.
         dest: PathBuf,
     },
+    /// A sealed or packed diff was to be written without [`Seal::parent`](crate::Seal::parent): no chain of images with ids would take it.
+    #[error(
+        "the snapshot {dest:?} is to be a diff, and names no parent: give the id of the image before to Seal::parent, or Seal::on_raw_image if that has none"
+    )]
+    DiffWithoutParent {
+        /// The snapshot's destination.
+        dest: PathBuf,
+    },
     /// Metadata was given for a raw snapshot.
     #[error(
         "the snapshot {dest:?} is raw and has no place for metadata: choose Layout::Sealed or Layout::Packed"
@@ -98,8 +106,8 @@ pub enum SnapshotError {
         /// The snapshot's destination.
         dest: PathBuf,
     },
-    /// The footer could not be written.
-    #[error("the snapshot {dest:?} could not be sealed")]
+    /// The footer can't be written: as soon as that is known, so before pages are written where regions or metadata don't fit.
+    #[error("the snapshot {dest:?} can't be sealed")]
     Seal {
         /// The snapshot's destination.
         dest: PathBuf,
@@ -118,8 +126,8 @@ pub enum RamError {
     /// `ram_size` is 0.
     #[error("the RAM has no bytes: pass the guest's RAM size as ram_size")]
     NoRam,
-    /// No file can be that large.
-    #[error("RAM of {ram_size:#x} bytes is larger than a file can be, 2^63 - 1")]
+    /// No machine addresses that much.
+    #[error("RAM of {ram_size:#x} bytes is larger than any machine can address, 2^52")]
     TooLarge {
         /// The size asked for, in bytes.
         ram_size: u64,
@@ -127,6 +135,12 @@ pub enum RamError {
     /// `page_size` is 0 or not a power of two.
     #[error("a page of {page_size} bytes: the page size must be a power of two")]
     PageSizeNotPowerOfTwo {
+        /// The page size asked for, in bytes.
+        page_size: u64,
+    },
+    /// `page_size` is below 512: raw RAM is told from images by being a multiple of that.
+    #[error("a page of {page_size} bytes: the page size must be at least 512")]
+    PageTooSmall {
         /// The page size asked for, in bytes.
         page_size: u64,
     },
@@ -208,6 +222,16 @@ impl SnapshotError {
         }
     }
 
+    /// There is no memory to keep account of the pages of a recycled file.
+    pub(crate) fn from_account(dest: PathBuf, source: io::Error) -> Self {
+        Self::MemoryIo {
+            dest,
+            step: MemoryIoStep::Wipe,
+            offset: 0,
+            source,
+        }
+    }
+
     pub(crate) fn from_share(dest: PathBuf, error: SpaceError) -> Self {
         Self::MemoryIo {
             dest,
@@ -235,6 +259,7 @@ impl SnapshotError {
 
     pub(crate) fn from_seal(dest: PathBuf, error: SealError) -> Self {
         match error {
+            SealError::Id(source) => Self::Id { dest, source },
             SealError::Footer(source) => Self::Seal { dest, source },
             SealError::Grow(len, error) => Self::from_grow(dest, len, error),
             SealError::ReadBack(offset, source) => Self::MemoryIo {

@@ -15,8 +15,8 @@ pub enum Layout {
     /// The same, and after the last page of the RAM a footer: which pages are there, zero or clean, whose diff it is, checksums. The first
     /// `ram_size` bytes are those of a raw file. See [`image_format`].
     Sealed(Seal),
-    /// The same footer, and before it the pages that are present, one after another. Needs no holes, and where a diff's pages are
-    /// scattered it is several times faster to write. `memory-image` reads it; nothing maps it as it is.
+    /// A header that says how long the file is, the pages that are present, one after another, and the same footer. Needs no holes, and where a
+    /// diff's pages are scattered it is several times faster to write. `memory-image` reads it; nothing maps it as it is.
     Packed(Seal),
 }
 
@@ -54,9 +54,20 @@ pub enum Layout {
 #[must_use]
 pub struct Seal {
     pub(crate) id: Option<ImageId>,
-    pub(crate) parent: Option<ImageId>,
+    pub(crate) parent: Parent,
     pub(crate) regions: Option<Vec<Range<u64>>>,
     pub(crate) metadata: Vec<u8>,
+}
+
+/// What a snapshot is taken on top of.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum Parent {
+    /// Not said: right for full snapshots alone.
+    #[default]
+    Unnamed,
+    /// An image without an id.
+    Raw,
+    Image(ImageId),
 }
 
 impl Seal {
@@ -72,9 +83,17 @@ impl Seal {
         self
     }
 
-    /// The snapshot that a diff is taken on top of, which a chain is checked by. A diff that names none fits only on images without an id.
+    /// The snapshot that a diff is taken on top of, which a chain is checked by. Without it, or [`on_raw_image`](Self::on_raw_image),
+    /// [`write_diff`](crate::MemoryWriter::write_diff) refuses to make a diff.
     pub fn parent(mut self, parent: ImageId) -> Self {
-        self.parent = Some(parent);
+        self.parent = Parent::Image(parent);
+        self
+    }
+
+    /// States that a diff is taken on top of a raw image. That has no id, so nothing will tell whether the diff fits on it; on a sealed or packed
+    /// image, it does not.
+    pub fn on_raw_image(mut self) -> Self {
+        self.parent = Parent::Raw;
         self
     }
 

@@ -61,7 +61,7 @@
 //! `open` creates the stage and sets its size. A full dump is one run of bytes, a diff the bitmap's runs widened to whole pages of the
 //! file; [`sparse_file::write_runs`] writes either, from guest memory directly where the reader hands it out. `commit`
 //! is [`atomic_file`]'s: sync, rename, sync of the directory. The memory used does not depend on the RAM's size, but for a bit
-//! per page where a file is recycled or pages are skipped, and for the footer of a sealed or packed image.
+//! per page where a file is recycled or pages are skipped, and for the footer of a sealed or packed image: see [`Options::layout`].
 //!
 //! A recycled stage has the bytes of an older snapshot. What of it was not written is punched out before the commit, and a bit per page
 //! says what that is.

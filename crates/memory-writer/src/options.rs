@@ -138,8 +138,8 @@ impl Options {
 
     /// How the pages stand in the file, and whether it is sealed by a footer: [`Layout::Raw`] unless told otherwise.
     ///
-    /// Sealing sums every byte as it passes by, of the copy that is written; it takes 24 bytes of memory for each run of pages and 32 for each
-    /// MiB of RAM.
+    /// Sealing sums every byte as it passes by, of the copy that is written; it takes 24 bytes of memory for each run of pages, up to three times that while a full dump's list of them grows, and 32 for each MiB of RAM that
+    /// is written, twice that at the commit.
     pub fn layout(mut self, layout: Layout) -> Self {
         self.layout = layout;
         self

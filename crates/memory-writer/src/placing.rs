@@ -63,11 +63,12 @@ pub(crate) struct Map {
 }
 
 impl Map {
-    pub(crate) fn new(placement: Placement) -> Self {
+    /// Of no pages, the first of which goes to the offset `start` of a packed file.
+    pub(crate) fn new(placement: Placement, start: u64) -> Self {
         Self {
             placement,
             extents: Vec::new(),
-            next: 0,
+            next: start,
         }
     }
 
@@ -96,14 +97,11 @@ impl Map {
             self.extents = new;
             return;
         }
-        let mut old = std::mem::take(&mut self.extents).into_iter().peekable();
-        for extent in new {
-            while let Some(before) = old.next_if(|old| old.guest < extent.guest) {
-                push(&mut self.extents, before);
-            }
-            push(&mut self.extents, extent);
-        }
-        old.for_each(|after| push(&mut self.extents, after));
+        // In place: of a large guest the list is large.
+        self.extents.extend_from_slice(&new);
+        drop(new);
+        self.extents.sort_unstable_by_key(|extent| extent.guest);
+        self.extents.dedup_by(|next, last| last.join(next));
     }
 }
 
@@ -122,6 +120,9 @@ pub(crate) struct Pass<'p, R: ?Sized> {
     grown: Cell<u64>,
     /// No more bytes than this are written by the pass.
     most: u64,
+    /// No more extents than this fit into a footer.
+    most_extents: usize,
+    full_up: Cell<bool>,
 }
 
 impl<'p, R: PageReader + ?Sized> Pass<'p, R> {
@@ -131,6 +132,7 @@ impl<'p, R: PageReader + ?Sized> Pass<'p, R> {
         map: &'p Map,
         checksums: &'p mut Checksums,
         most: u64,
+        most_extents: usize,
     ) -> Self {
         Self {
             reader,
@@ -143,18 +145,38 @@ impl<'p, R: PageReader + ?Sized> Pass<'p, R> {
             next: Cell::new(map.next),
             grown: Cell::new(map.next),
             most: map.next.saturating_add(most),
+            most_extents,
+            full_up: Cell::new(false),
         }
     }
 
-    /// The runs of the file that take these runs of RAM, in their order.
+    /// So many runs of RAM are coming: a list that need not grow has room for no more.
+    pub(crate) fn expect(&self, runs: u64) {
+        // Where there is no memory for all of them, it grows as they come.
+        let runs = usize::try_from(runs).unwrap_or(0);
+        let _ = self.written.borrow_mut().try_reserve_exact(runs);
+    }
+
+    /// The runs of the file that take these runs of RAM, in their order. Ends early where the footer would have no room for more.
     pub(crate) fn file_runs(
         &self,
         runs: impl Iterator<Item = Range<u64>>,
     ) -> impl Iterator<Item = Range<u64>> {
-        runs.flat_map(|run| self.pieces(run)).map(|piece| {
-            push(&mut self.written.borrow_mut(), piece);
-            piece.file..piece.file + piece.len
+        runs.flat_map(|run| self.pieces(run)).map_while(|piece| {
+            let mut written = self.written.borrow_mut();
+            push(&mut written, piece);
+            let extents = match self.map.extents.is_empty() {
+                true => written.len(),
+                false => self.map.extents.len() + self.new.borrow().len(),
+            };
+            self.full_up.set(extents > self.most_extents);
+            (!self.full_up.get()).then_some(piece.file..piece.file + piece.len)
         })
+    }
+
+    /// Whether the footer had no room for more.
+    pub(crate) fn is_full_up(&self) -> bool {
+        self.full_up.get()
     }
 
     /// A run of RAM, cut where pages that are in the file already begin and end.

@@ -22,12 +22,14 @@ pub(crate) struct Sink<'w> {
 }
 
 impl Sink<'_> {
-    /// Writes `runs` of whole pages, together at most `total` bytes unless they are marked meanwhile, and returns how many bytes those were.
+    /// Writes `runs` of whole pages, together at most `total` bytes unless they are marked meanwhile, and returns how many bytes those were. If it is
+    /// known how many runs there are, it is `count`.
     pub(crate) fn write<R: PageReader + ?Sized>(
         self,
         reader: &R,
         runs: impl Iterator<Item = Range<u64>>,
         total: u64,
+        count: Option<u64>,
         meter: &Meter<'_>,
     ) -> Result<u64, SnapshotError> {
         let dest = || self.stage.dest_path().to_owned();
@@ -48,11 +50,19 @@ impl Sink<'_> {
         let written = match self.sealing {
             None => write_runs(file, runs, &Guest(reader), options, progress),
             Some(sealing) => {
+                let (most, no_room) = (sealing.most_extents(), sealing.no_room());
                 let Sealing { map, checksums, .. } = sealing;
-                let pass = Pass::new(reader, file, map, checksums, total);
+                let pass = Pass::new(reader, file, map, checksums, total, most);
+                pass.expect(count.unwrap_or(0));
                 let mut written = write_runs(file, pass.file_runs(runs), &pass, options, progress);
                 if let Err(WriteError::Source { offset, .. }) = &mut written {
                     *offset = pass.guest_offset(*offset);
+                }
+                if written.is_ok() && pass.is_full_up() {
+                    return Err(SnapshotError::Seal {
+                        dest: dest(),
+                        source: no_room,
+                    });
                 }
                 let placed = pass.finish();
                 placed.into_map(map);

@@ -15,12 +15,20 @@ pub(crate) struct Unwritten {
 }
 
 impl Unwritten {
-    /// All the pages of a file of `ram_size` bytes.
-    pub(crate) fn all(ram_size: u64, page_size: u64) -> Self {
-        Self {
-            pages: BitVec::repeat(true, (ram_size / page_size) as usize),
+    /// All the pages of a file of `ram_size` bytes. The caller chose how many these are: more than memory has room for are an error.
+    pub(crate) fn all(ram_size: u64, page_size: u64) -> io::Result<Self> {
+        let out_of_memory = || io::Error::from(io::ErrorKind::OutOfMemory);
+        let pages = usize::try_from(ram_size / page_size).map_err(|_| out_of_memory())?;
+        let len = pages.div_ceil(u64::BITS as usize);
+        let mut words = Vec::new();
+        words.try_reserve_exact(len).map_err(|_| out_of_memory())?;
+        words.resize(len, u64::MAX);
+        let mut pages_set = BitVec::try_from_vec(words).map_err(|_| out_of_memory())?;
+        pages_set.truncate(pages);
+        Ok(Self {
+            pages: pages_set,
             page_size,
-        }
+        })
     }
 
     /// A run of bytes, of whole pages, is being written.
@@ -97,7 +105,7 @@ mod tests {
     #[case::middle_in_any_order(&[8192..12288, 4096..8192, 4096..8192], &[0..4096, 12288..65536])]
     #[case::every_other(&[0..4096, 8192..12288, 16384..65536], &[4096..8192, 12288..16384])]
     fn what_is_not_written_is_left(#[case] written: &[Range<u64>], #[case] left: &[Range<u64>]) {
-        let mut unwritten = Unwritten::all(65536, 4096);
+        let mut unwritten = Unwritten::all(65536, 4096).unwrap();
         written.iter().for_each(|run| unwritten.remove(run));
         assert_eq!(unwritten.runs().collect::<Vec<_>>(), left);
     }

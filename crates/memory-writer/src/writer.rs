@@ -5,12 +5,12 @@ use std::path::Path;
 
 use atomic_file::AtomicWriter;
 use dirty_bitmap::DirtyBitmap;
-use image_format::{ImageId, Placement};
+use image_format::{ImageId, MAX_RAM_SIZE, Placement, RAW_UNIT, packed_start};
 use page_reader::PageReader;
 use sparse_file::{SpaceError, WriteOptions, grow, share_blocks};
 
 use crate::error::{RamError, SnapshotError};
-use crate::layout::Layout;
+use crate::layout::{Layout, Parent};
 use crate::meter::Meter;
 use crate::needed::{Needed, Skip};
 use crate::options::{Options, Watch};
@@ -18,7 +18,7 @@ use crate::pages::WholePages;
 use crate::sealing::Sealing;
 use crate::sink::Sink;
 use crate::touched::Touched;
-use crate::unwritten::Unwritten;
+use crate::unwritten::{Unwritten, WipeError};
 
 /// A memory snapshot under way: staged beside its destination until [`commit`](Self::commit) puts it there.
 ///
@@ -63,7 +63,8 @@ impl MemoryWriter {
     ///
     /// # Errors
     /// [`SnapshotError::Ram`] for sizes that no memory file has, [`SnapshotError::Open`] where nothing can be staged,
-    /// [`SnapshotError::MemoryIo`] where the file can't be that large. Nothing is left behind.
+    /// [`SnapshotError::MemoryIo`] where the file can't be that large, [`SnapshotError::Seal`] where regions or metadata don't fit the
+    /// footer. Nothing is left behind.
     pub fn open(
         dest: impl AsRef<Path>,
         ram_size: u64,
@@ -98,19 +99,31 @@ impl MemoryWriter {
             Layout::Sealed(seal) => (Placement::InPlace, Some(seal)),
             Layout::Packed(seal) => (Placement::Packed, Some(seal)),
         };
-        let sealing = seal.map(|seal| Sealing::new(seal, placement, ram_size));
-        let sealing = sealing.transpose().map_err(|source| SnapshotError::Id {
-            dest: stage.dest_path().to_owned(),
-            source,
-        })?;
+        let sealing = seal.map(|seal| {
+            let ram_start = ram_start.unwrap_or(0);
+            Sealing::new(seal, placement, ram_size, page_size, ram_start)
+        });
+        let dest = || stage.dest_path().to_owned();
+        let sealing = sealing
+            .transpose()
+            .map_err(|error| SnapshotError::from_seal(dest(), error))?;
         if placement == Placement::InPlace {
-            resize(stage.file(), ram_size).map_err(|error| {
-                SnapshotError::from_grow(stage.dest_path().to_owned(), ram_size, error)
-            })?;
+            resize(stage.file(), ram_size)
+                .map_err(|error| SnapshotError::from_grow(dest(), ram_size, error))?;
         }
-        // Packed pages leave no gaps.
-        let unwritten = (stage.recycled() && placement == Placement::InPlace)
-            .then(|| Unwritten::all(ram_size, page_size));
+        let unwritten = match (stage.recycled(), placement) {
+            (false, _) => None,
+            (true, Placement::InPlace) => Some(
+                Unwritten::all(ram_size, page_size)
+                    .map_err(|source| SnapshotError::from_account(dest(), source))?,
+            ),
+            (true, Placement::Packed) => {
+                // Packed pages leave no gaps, but the one between the header and the first.
+                wipe_header(stage.file(), packed_start(page_size), &write)
+                    .map_err(|error| SnapshotError::from_wipe(dest(), error))?;
+                None
+            }
+        };
         Ok(Self {
             stage,
             ram_size,
@@ -158,18 +171,23 @@ impl MemoryWriter {
     /// The id of the snapshot, which a diff on top of it names as its parent; `None` for a raw one.
     #[must_use]
     pub fn image_id(&self) -> Option<ImageId> {
-        self.sealing.as_ref().map(|sealing| sealing.id)
+        self.sealing.as_ref().map(Sealing::id)
     }
 
     /// Keeps `bytes` with the snapshot in place of [`Seal::metadata`](crate::Seal::metadata): the vCPUs' state, as it is once they are paused.
     ///
     /// # Errors
-    /// [`SnapshotError::NotSealed`]: a raw file has no place for them.
+    /// [`SnapshotError::NotSealed`]: a raw file has no place for them. [`SnapshotError::Seal`] for more than 16 MiB. Either way the writer stays as it
+    /// was.
     pub fn set_metadata(&mut self, bytes: impl Into<Vec<u8>>) -> Result<(), SnapshotError> {
         match &mut self.sealing {
             Some(sealing) => {
-                sealing.metadata = bytes.into();
-                Ok(())
+                sealing
+                    .set_metadata(bytes.into())
+                    .map_err(|source| SnapshotError::Seal {
+                        dest: self.stage.dest_path().to_owned(),
+                        source,
+                    })
             }
             None => Err(SnapshotError::NotSealed {
                 dest: self.stage.dest_path().to_owned(),
@@ -190,7 +208,7 @@ impl MemoryWriter {
         if self
             .sealing
             .as_ref()
-            .is_some_and(|seal| seal.parent().is_some())
+            .is_some_and(|seal| matches!(seal.parent(), Parent::Image(_)))
         {
             return Err(SnapshotError::FullWithParent {
                 dest: self.stage.dest_path().to_owned(),
@@ -203,7 +221,10 @@ impl MemoryWriter {
         }
         if self.skip.anything() && written_before && self.in_place() {
             // Where this leaves out zeros, nothing may be left of that.
-            self.unwritten = Some(Unwritten::all(self.ram_size, self.page_size));
+            let all = Unwritten::all(self.ram_size, self.page_size).map_err(|source| {
+                SnapshotError::from_account(self.stage.dest_path().to_owned(), source)
+            })?;
+            self.unwritten = Some(all);
         }
         let (ram_size, page_size) = (self.ram_size, self.page_size);
         let skip = self.skip;
@@ -212,9 +233,15 @@ impl MemoryWriter {
         let reader = &Touched::new(reader, ram_size);
         if skip.anything() {
             let needed = Needed::new(reader, skip, ram_size, page_size, &meter);
-            sink.write(reader, needed, ram_size, &meter)?;
+            sink.write(reader, needed, ram_size, None, &meter)?;
         } else {
-            sink.write(reader, std::iter::once(0..ram_size), ram_size, &meter)?;
+            sink.write(
+                reader,
+                std::iter::once(0..ram_size),
+                ram_size,
+                Some(1),
+                &meter,
+            )?;
         }
         self.state = State::Whole;
         Ok(())
@@ -257,8 +284,9 @@ impl MemoryWriter {
     /// them, if at least 1/64 of the RAM is marked.
     ///
     /// # Errors
-    /// [`SnapshotError::BitmapSize`] or [`SnapshotError::BitmapStart`] where the bitmap is of another RAM: nothing was
-    /// written, and the writer stays as it was. [`SnapshotError::MemoryIo`] or [`SnapshotError::Cancelled`]; the writer can't be committed then.
+    /// [`SnapshotError::BitmapSize`] or [`SnapshotError::BitmapStart`] where the bitmap is of another RAM,
+    /// [`SnapshotError::DiffWithoutParent`] for a sealed diff that no chain would take, [`SnapshotError::Seal`] for more runs than a footer has room
+    /// for: nothing was written, and the writer stays as it was. [`SnapshotError::MemoryIo`] or [`SnapshotError::Cancelled`]; the writer can't be committed then.
     pub fn write_diff<R: PageReader + ?Sized>(
         &mut self,
         reader: &R,
@@ -277,22 +305,46 @@ impl MemoryWriter {
                 ram,
             });
         }
-        self.begin()?;
         let (ram_size, page_size) = (self.ram_size, self.page_size);
         let pages = || WholePages::new(dirty.runs(), page_size);
-        let total = pages().map(|run| run.end - run.start).sum();
+        let (mut runs, mut total) = (0, 0);
+        pages().for_each(|run| {
+            runs += 1;
+            total += run.end - run.start;
+        });
+        self.check_diff(runs)?;
+        if let Some(sealing) = &mut self.sealing {
+            sealing.set_ram_start(ram);
+        }
+        self.begin()?;
         let (sink, watch) = self.sink();
         let meter = Meter::new(watch, page_size, total);
         // What is marked was written, so it is there. Where so much is marked, it may be all of the
         // RAM, touched or not; asking takes less time than writing then.
         let written = if total >= ram_size / ASK_FROM {
             let reader = &Touched::new(reader, ram_size);
-            sink.write(reader, pages(), total, &meter)?
+            sink.write(reader, pages(), total, Some(runs), &meter)?
         } else {
-            sink.write(reader, pages(), total, &meter)?
+            sink.write(reader, pages(), total, Some(runs), &meter)?
         };
         self.state = State::Whole;
         Ok(written / page_size)
+    }
+
+    /// Whether a footer can say that this is a diff of `runs` runs, and a chain would take it.
+    fn check_diff(&self, runs: u64) -> Result<(), SnapshotError> {
+        let Some(sealing) = &self.sealing else {
+            return Ok(());
+        };
+        let dest = || self.stage.dest_path().to_owned();
+        if sealing.parent() == Parent::Unnamed && !sealing.is_full() {
+            return Err(SnapshotError::DiffWithoutParent { dest: dest() });
+        }
+        let room = sealing.check_room(runs);
+        room.map_err(|source| SnapshotError::Seal {
+            dest: dest(),
+            source,
+        })
     }
 
     /// Where a write goes, and who watches it.
@@ -346,7 +398,7 @@ impl MemoryWriter {
         }
         if let Some(sealing) = self.sealing {
             sealing
-                .seal(file, self.page_size, self.ram_start.unwrap_or(0))
+                .seal(file)
                 .map_err(|error| SnapshotError::from_seal(dest(), error))?;
         }
         Ok(self.stage)
@@ -381,15 +433,29 @@ fn resize(file: &File, len: u64) -> Result<(), SpaceError> {
     grow(file, len)
 }
 
+/// Makes zeros of what a recycled file has between the header of a packed image and its first page.
+fn wipe_header(file: &File, data_start: u64, options: &WriteOptions) -> Result<(), WipeError> {
+    if data_start > packed_start(0) {
+        let mut rest = Unwritten::all(data_start, packed_start(0))
+            .map_err(|error| WipeError::Punch(0..data_start, error))?;
+        rest.remove(&(0..packed_start(0)));
+        rest.wipe(file, options)?;
+    }
+    Ok(())
+}
+
 fn check_ram(ram_size: u64, page_size: u64) -> Result<(), RamError> {
     if ram_size == 0 {
         return Err(RamError::NoRam);
     }
-    if i64::try_from(ram_size).is_err() {
+    if ram_size > MAX_RAM_SIZE {
         return Err(RamError::TooLarge { ram_size });
     }
     if !page_size.is_power_of_two() {
         return Err(RamError::PageSizeNotPowerOfTwo { page_size });
+    }
+    if page_size < RAW_UNIT {
+        return Err(RamError::PageTooSmall { page_size });
     }
     if page_size > ram_size {
         return Err(RamError::PageLargerThanRam {

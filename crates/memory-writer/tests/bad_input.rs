@@ -23,6 +23,8 @@ fn ram() -> Vec<u8> {
 #[case::ram_of_2_63(1 << 63, PAGE, RamError::TooLarge { ram_size: 1 << 63 })]
 #[case::the_largest_number(u64::MAX, 1, RamError::TooLarge { ram_size: u64::MAX })]
 #[case::page_size_zero_returns(SIZE, 0, RamError::PageSizeNotPowerOfTwo { page_size: 0 })]
+#[case::more_than_any_machine_has(1 << 56, PAGE, RamError::TooLarge { ram_size: 1 << 56 })]
+#[case::page_below_512(SIZE, 256, RamError::PageTooSmall { page_size: 256 })]
 #[case::page_no_power_of_two(SIZE, 12288, RamError::PageSizeNotPowerOfTwo { page_size: 12288 })]
 #[case::page_larger_than_ram(SIZE, 2 * SIZE, RamError::PageLargerThanRam { page_size: 2 * SIZE, ram_size: SIZE })]
 fn an_impossible_size_is_refused(
@@ -50,7 +52,7 @@ fn a_size_that_the_file_system_cannot_have_is_refused() {
     // 16 TiB are the most here; tmpfs takes anything.
     let ext4 = LoopMount::new(LoopFs::Ext4).unwrap();
     let place = Place::on(ext4.path());
-    let error = MemoryWriter::open(&place.dest, (1 << 63) - PAGE, PAGE).unwrap_err();
+    let error = MemoryWriter::open(&place.dest, 1 << 52, PAGE).unwrap_err();
     assert!(
         matches!(
             &error,

@@ -74,9 +74,10 @@ fn a_full_snapshot_says_that_it_has_every_page(#[case] make: Make, #[case] place
     );
     assert_eq!(footer.regions, [0..3 << 20]);
     assert!(restored == ram);
+    let start = footer.data_start() as usize;
     assert!(
-        place.read()[..3 << 20] == ram,
-        "the first bytes map as those of a raw file"
+        place.read()[start..start + (3 << 20)] == ram,
+        "the pages map as those of a raw file"
     );
     place.assert_nothing_else();
 }
@@ -108,10 +109,10 @@ fn a_diff_tells_a_page_of_zeros_from_a_clean_one(#[case] make: Make) {
     assert_eq!(footer.present_bytes(), 2 * PAGE);
     assert!(restored == ram);
     if footer.placement == Placement::Packed {
-        assert_eq!(footer.data_len(), 2 * PAGE);
+        assert_eq!(footer.data_end(), 3 * PAGE);
         assert!(
             place.read().len() < 4 * PAGE as usize,
-            "two pages and a footer"
+            "a header, two pages and a footer"
         );
     }
 }
@@ -121,7 +122,7 @@ fn a_diff_tells_a_page_of_zeros_from_a_clean_one(#[case] make: Make) {
 #[case::packed(Layout::Packed)]
 fn a_diff_of_nothing_is_a_footer(#[case] make: Make) {
     let place = Place::new();
-    let mut writer = options(make(Seal::new()))
+    let mut writer = options(make(Seal::new().on_raw_image()))
         .open(&place.dest, 1 << 20, PAGE)
         .unwrap();
     writer
@@ -140,7 +141,7 @@ fn what_a_full_dump_leaves_out_is_zeros_in_its_map(#[case] make: Make) {
     let size = 4 << 20;
     let mut ram = vec![0; size as usize];
     ram[1 << 20..(1 << 20) + 100].fill(5);
-    let mut writer = options(make(Seal::new()))
+    let mut writer = options(make(Seal::new().on_raw_image()))
         .skip_zeros(true)
         .open(&place.dest, size, PAGE)
         .unwrap();
@@ -165,7 +166,7 @@ fn a_recycled_packed_stage_shows_nothing_of_what_it_was() {
     let place = Place::new();
     let size = 4 << 20;
     let save = |ram: &Vec<u8>, pages: &[u64]| {
-        let mut writer = options(Layout::Packed(Seal::new()))
+        let mut writer = options(Layout::Packed(Seal::new().on_raw_image()))
             .recycle(1 << 30)
             .open(&place.dest, size, PAGE)
             .unwrap();
@@ -230,17 +231,144 @@ fn what_does_not_fit_a_seal_is_refused() {
     assert!(matches!(error, SnapshotError::NotSealed { .. }));
     drop(writer);
 
-    let mut writer = open(Layout::Packed(Seal::new().regions([0..4096])));
-    writer.write_full(&ram).unwrap();
-    let error = writer.commit().expect_err("regions of another RAM");
-    assert!(matches!(
-        error,
-        SnapshotError::Seal {
-            source: FooterError::Invalid(_),
-            ..
-        }
-    ));
     place.assert_untouched();
+}
+
+/// What is known before a byte is written is said then.
+#[rstest]
+#[case::regions_too_small(Seal::new().regions([0..4096]))]
+#[case::regions_not_ascending(Seal::new().regions([1 << 20..(1 << 20) + (512 << 10), 0..512 << 10]))]
+#[case::too_much_metadata(Seal::new().metadata(vec![0; (16 << 20) + 1]))]
+fn a_seal_that_does_not_fit_is_refused_at_open(
+    #[case] seal: Seal,
+    #[values(Layout::Sealed, Layout::Packed)] make: Make,
+) {
+    let place = Place::new();
+    let error = options(make(seal))
+        .open(&place.dest, 1 << 20, PAGE)
+        .unwrap_err();
+    assert!(
+        matches!(
+            error,
+            SnapshotError::Seal {
+                source: FooterError::Invalid(_),
+                ..
+            }
+        ),
+        "{error:?}"
+    );
+    place.assert_untouched();
+}
+
+#[test]
+fn too_much_metadata_is_refused_and_the_writer_goes_on() {
+    let place = Place::new();
+    let seal = Seal::new().metadata(b"before".to_vec());
+    let mut writer = options(Layout::Packed(seal))
+        .open(&place.dest, 1 << 20, PAGE)
+        .unwrap();
+    let error = writer.set_metadata(vec![0; (16 << 20) + 1]).unwrap_err();
+    assert!(matches!(error, SnapshotError::Seal { .. }), "{error:?}");
+    writer.write_full(&vec![1; 1 << 20]).unwrap();
+    writer.commit().unwrap();
+    let (footer, _) = applied(&place.dest, vec![0; 1 << 20]);
+    assert_eq!(footer.metadata, b"before");
+}
+
+#[rstest]
+#[case::sealed(Layout::Sealed)]
+#[case::packed(Layout::Packed)]
+fn a_sealed_diff_without_a_parent_is_refused_before_it_is_written(#[case] make: Make) {
+    let place = Place::new();
+    let ram = pattern(1 << 20, 1);
+    let open = |seal| {
+        options(make(seal))
+            .open(&place.dest, 1 << 20, PAGE)
+            .unwrap()
+    };
+    let mut writer = open(Seal::new());
+    let error = writer.write_diff(&ram, &dirty(1 << 20, &[3])).unwrap_err();
+    assert!(
+        matches!(error, SnapshotError::DiffWithoutParent { .. }),
+        "{error:?}"
+    );
+    assert!(error.to_string().contains("Seal::parent"), "{error}");
+    // The writer is as it was: a full snapshot needs no parent, and pages may be written again.
+    writer.write_full(&ram).unwrap();
+    writer.write_diff(&ram, &dirty(1 << 20, &[3])).unwrap();
+    writer.commit().unwrap();
+    assert_eq!(applied(&place.dest, vec![0; 1 << 20]).0.kind, Kind::Full);
+
+    let mut writer = open(Seal::new().on_raw_image());
+    writer.write_diff(&ram, &dirty(1 << 20, &[3])).unwrap();
+    writer.commit().unwrap();
+    let kind = Kind::Diff { parent: None };
+    assert_eq!(applied(&place.dest, vec![0; 1 << 20]).0.kind, kind);
+}
+
+/// Every other page of 46 GiB: its footer would have 48 million runs.
+#[test]
+fn a_footer_over_its_limit_is_refused_before_pages_are_written() {
+    struct Unread;
+    impl page_reader::PageReader for Unread {
+        fn read_at(&self, _: u64, _: &mut [u8]) -> io::Result<()> {
+            unreachable!("no page is to be read")
+        }
+    }
+    let place = Place::new();
+    let (size, page) = (46 << 30, 512);
+    let dirty = DirtyBitmap::new(0, size, page).unwrap();
+    let words = vec![0x5555_5555_5555_5555; (size / page / 64) as usize];
+    dirty.mark_log(0, page, &words).unwrap();
+    let mut writer = options(Layout::Packed(Seal::new().on_raw_image()))
+        .open(&place.dest, size, page)
+        .unwrap();
+    let error = writer.write_diff(&Unread, &dirty).unwrap_err();
+    assert!(
+        matches!(
+            error,
+            SnapshotError::Seal {
+                source: FooterError::TooLarge { .. },
+                ..
+            }
+        ),
+        "{error:?}"
+    );
+    assert!(
+        matches!(writer.commit(), Err(SnapshotError::NothingWritten { .. })),
+        "nothing was begun"
+    );
+    place.assert_untouched();
+}
+
+#[test]
+fn a_recycled_file_shows_nothing_between_the_header_and_a_large_page() {
+    let place = Place::new();
+    let (size, page) = (4 << 20, 64 << 10);
+    let save = |pages: &[u64]| {
+        let mut writer = options(Layout::Packed(Seal::new().on_raw_image()))
+            .recycle(1 << 30)
+            .open(&place.dest, size, page)
+            .unwrap();
+        let ram = vec![0x55; size as usize];
+        writer.write_diff(&ram, &dirty(size, pages)).unwrap();
+        assert!(writer.recycled());
+        writer.commit().unwrap();
+    };
+    // A raw file of secrets is recycled.
+    for _ in 0..2 {
+        let mut writer = MemoryWriter::options()
+            .recycle(1 << 30)
+            .open(&place.dest, size, page)
+            .unwrap();
+        writer.write_full(&vec![0x77; size as usize]).unwrap();
+        writer.commit().unwrap();
+    }
+    save(&[1, 500]);
+    let bytes = place.read();
+    assert!(bytes[4096..page as usize].iter().all(|byte| *byte == 0));
+    assert!(!bytes.windows(16).any(|window| window == [0x77; 16]));
+    applied(&place.dest, vec![0; size as usize]);
 }
 
 #[test]
@@ -251,7 +379,7 @@ fn a_reader_that_fails_is_named_by_the_offset_in_ram_also_where_pages_are_packed
         offset: 200 * PAGE,
         then: || io::Error::other("planted"),
     };
-    let mut writer = options(Layout::Packed(Seal::new()))
+    let mut writer = options(Layout::Packed(Seal::new().on_raw_image()))
         .open(&place.dest, 1 << 20, PAGE)
         .unwrap();
     let error = writer
@@ -282,7 +410,7 @@ fn long_runs_are_packed_byte_for_byte_and_fail_where_the_reader_does() {
     let ram = pattern(size as usize, 4);
     let pages: Vec<_> = (0..200).chain(256..1280).chain(1400..1500).collect();
     let open = || {
-        let packed = options(Layout::Packed(Seal::new()));
+        let packed = options(Layout::Packed(Seal::new().on_raw_image()));
         packed.open(&place.dest, size, PAGE).unwrap()
     };
     let until = |offset| Until {
@@ -340,7 +468,8 @@ proptest! {
     ) {
         let dir = tempfile::tempdir().unwrap();
         let dest = dir.path().join("mem");
-        let layout = if packed { Layout::Packed(Seal::new()) } else { Layout::Sealed(Seal::new()) };
+        let make = if packed { Layout::Packed } else { Layout::Sealed };
+        let layout = make(Seal::new().on_raw_image());
         let mut writer = options(layout)
             .durability(Durability::None)
             .skip_zeros(skip)

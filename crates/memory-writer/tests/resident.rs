@@ -46,8 +46,8 @@ fn written() {
     const SIZE: u64 = 40 << 20;
     let layouts = [
         || Layout::Raw,
-        || Layout::Sealed(Seal::new()),
-        || Layout::Packed(Seal::new()),
+        || Layout::Sealed(Seal::new().on_raw_image()),
+        || Layout::Packed(Seal::new().on_raw_image()),
     ];
     let dir = tempfile::tempdir().unwrap();
     let ram = Memory::new(SIZE).unwrap();

@@ -175,8 +175,8 @@ fn sized(file: File) -> Mapped {
 fn ways(mut save: impl FnMut(Options, &str)) {
     let layouts = [
         || Layout::Raw,
-        || Layout::Sealed(Seal::new()),
-        || Layout::Packed(Seal::new()),
+        || Layout::Sealed(Seal::new().on_raw_image()),
+        || Layout::Packed(Seal::new().on_raw_image()),
     ];
     for engine in [
         Engine::Auto,

@@ -1,13 +1,17 @@
 //! Arguments that several verbs have.
 
+use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::io::Read;
 use std::ops::Range;
-use std::path::PathBuf;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
 
 use anyhow::Context;
+use clap::builder::{OsStringValueParser, TypedValueParser};
 use clap::{Args, ValueEnum};
 use image_format::Footer;
+use memory_image::{Image, ImageError};
 use memory_writer::Seal;
 use serde::Serialize;
 
@@ -29,6 +33,14 @@ pub enum Layout {
 }
 
 impl Layout {
+    pub fn of(image: &Image) -> Self {
+        match image.format() {
+            memory_image::Format::Raw => Self::Raw,
+            memory_image::Format::Sealed => Self::Sealed,
+            memory_image::Format::Packed => Self::Packed,
+        }
+    }
+
     pub fn with(self, seal: Seal) -> memory_writer::Layout {
         match self {
             Self::Raw => memory_writer::Layout::Raw,
@@ -36,6 +48,78 @@ impl Layout {
             Self::Packed => memory_writer::Layout::Packed(seal),
         }
     }
+}
+
+/// How the pages stand in an image that is read.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum Format {
+    /// Sealed or packed, as the file says; never raw
+    #[default]
+    Auto,
+    /// Bytes of RAM and nothing else
+    Raw,
+    /// The same, and a footer
+    Sealed,
+    /// Pages one after another, and a footer
+    Packed,
+}
+
+impl Format {
+    const ALL: [(&'static str, Self); 4] = [
+        ("auto:", Self::Auto),
+        ("raw:", Self::Raw),
+        ("sealed:", Self::Sealed),
+        ("packed:", Self::Packed),
+    ];
+
+    fn open(self, path: &Path) -> Result<Image, ImageError> {
+        match self {
+            Self::Auto => Image::open(path),
+            Self::Raw => Image::open_as(path, memory_image::Format::Raw),
+            Self::Sealed => Image::open_as(path, memory_image::Format::Sealed),
+            Self::Packed => Image::open_as(path, memory_image::Format::Packed),
+        }
+    }
+}
+
+/// An image to read: a path, and the format if it stands before it, as in `raw:full.mem`.
+#[derive(Clone, Debug)]
+pub struct ImageFile {
+    pub path: PathBuf,
+    format: Option<Format>,
+}
+
+impl ImageFile {
+    /// For clap.
+    pub fn parser() -> impl TypedValueParser<Value = Self> {
+        OsStringValueParser::new().map(|text: OsString| Self::parse(&text))
+    }
+
+    /// A file whose name begins like a format is given with its directory: `./raw:full.mem`.
+    fn parse(text: &OsStr) -> Self {
+        let prefixed = Format::ALL.iter().find_map(|(prefix, format)| {
+            let path = text.as_bytes().strip_prefix(prefix.as_bytes())?;
+            Some((OsStr::from_bytes(path), Some(*format)))
+        });
+        let (path, format) = prefixed.unwrap_or((text, None));
+        let path = path.into();
+        Self { path, format }
+    }
+
+    /// In the format that was given with it, or else in `other`.
+    pub fn open(&self, other: Format) -> Result<Image, ImageError> {
+        self.format.unwrap_or(other).open(&self.path)
+    }
+}
+
+/// In which formats images are read.
+#[derive(Clone, Copy, Debug, Default, Args)]
+pub struct Formats {
+    /// The format of images given without one before their path (raw:FILE, sealed:FILE, packed:FILE)
+    ///
+    /// Raw images say nothing of themselves, and all that they hold was written by the guest, so they are never recognised.
+    #[arg(long, default_value = "auto")]
+    pub format: Format,
 }
 
 /// What raw images don't say themselves.
@@ -214,6 +298,21 @@ mod tests {
     #[case::half("0x1000", None)]
     fn regions_are_an_address_and_a_size(#[case] text: &str, #[case] is: Option<Range<u64>>) {
         assert_eq!(range(text).ok(), is);
+    }
+
+    #[rstest]
+    #[case::plain("full.mem", "full.mem", None)]
+    #[case::raw("raw:full.mem", "full.mem", Some(Format::Raw))]
+    #[case::with_a_directory("packed:/a/b:c", "/a/b:c", Some(Format::Packed))]
+    #[case::a_name_that_begins_like_one("./raw:full.mem", "./raw:full.mem", None)]
+    #[case::of_no_format("tar:full.mem", "tar:full.mem", None)]
+    fn a_format_may_stand_before_a_path(
+        #[case] text: &str,
+        #[case] path: &str,
+        #[case] format: Option<Format>,
+    ) {
+        let file = ImageFile::parse(OsStr::new(text));
+        assert_eq!((file.path, file.format), (path.into(), format));
     }
 
     #[test]

@@ -12,7 +12,8 @@ use crate::verbs::{
 ///
 /// A snapshot is a file: a full image holds all of a guest's RAM, a diff the pages that changed since. A full image and its diffs,
 /// oldest first, are a chain. Files are raw (bytes at their guest offsets), sealed (the same, and a footer with ids, a map and
-/// checksums) or packed (the footer, and only the pages that are there).
+/// checksums) or packed (the footer, and only the pages that are there). Sealed and packed files say what they are; a raw one is
+/// given as raw:FILE, or by --format raw.
 #[derive(Debug, Parser)]
 #[command(name = "memsnap", version, after_long_help = AFTER, max_term_width = 100)]
 pub struct Cli {
@@ -60,7 +61,7 @@ const AFTER: &str = "\
 A tour:
   memsnap demo                                       all of it on a small guest that is made up
   memsnap full /dev/shm/ram -o full.mem              take a full image of paused RAM
-  memsnap diff full.mem /dev/shm/ram -o d1.mem       later: the pages that changed since
+  memsnap diff full.mem --ram /dev/shm/ram -o d1.mem later: the pages that changed since
   memsnap info full.mem d1.mem                       what the files are
   memsnap verify full.mem d1.mem                     whether they are whole and follow each other
   memsnap map full.mem d1.mem                        which pages each holds

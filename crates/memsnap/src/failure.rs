@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use image_format::FooterError;
 use memory_image::{CompareError, ImageError, Link};
 use memory_writer::{OpenError, SnapshotError};
 use thiserror::Error;
@@ -50,8 +51,16 @@ pub enum Failure {
     NoLayout { ram_bytes: u64, sum: u128 },
     #[error("{path:?} is empty: no guest has RAM of 0 bytes")]
     NoBytes { path: PathBuf },
-    #[error("{path:?} is a sealed memory image, not RAM: use `memsnap convert`")]
-    RamIsImage { path: PathBuf },
+    #[error(
+        "{path:?} is not RAM: {size} bytes are no whole number of pages; if it is a sealed or packed image, use `memsnap convert`"
+    )]
+    RamIsImage { path: PathBuf, size: u64 },
+    #[error(
+        "{path:?} is sealed or packed, and says itself whose diff it is: leave out --raw-diff and --parent"
+    )]
+    NotARawDiff { path: PathBuf },
+    #[error("{path:?} is raw and has no id: seal it by `memsnap convert`, or leave out --parent")]
+    ParentIsRaw { path: PathBuf },
     #[error("{path:?} is not a regular file or memfd: give the file that the guest's RAM is in")]
     NotRam { path: PathBuf },
     #[error(
@@ -81,7 +90,9 @@ pub enum Failure {
     OtherGuest { old: u64, new: u64 },
     #[error("both states have the id {id}: they are the same one")]
     SameState { id: memory_image::ImageId },
-    #[error("name the new state, once: last, after the old one; or by --to, or by --pid")]
+    #[error(
+        "name the new state, once: an image last, after the old one, or by --to; or RAM, by --ram or --pid"
+    )]
     NoNewState,
     #[error(
         "{path:?} is damaged in {found} places: `memsnap verify` lists them; take it again, or go on with --no-verify"
@@ -146,6 +157,8 @@ impl Failure {
             | Self::RawHasNoSeal { .. }
             | Self::DiffInLargerPages { .. }
             | Self::RamIsImage { .. }
+            | Self::NotARawDiff { .. }
+            | Self::ParentIsRaw { .. }
             | Self::TooMuchMetadata { .. }
             | Self::NoLayout { .. }
             | Self::NoNewState
@@ -192,6 +205,17 @@ pub fn advice(error: &anyhow::Error) -> Option<&'static str> {
             };
         }
         match cause.downcast_ref()? {
+            ImageError::Footer {
+                source:
+                    FooterError::NotSealed
+                    | FooterError::Truncated { .. }
+                    | FooterError::Trailing { .. },
+                ..
+            } => Some("give a raw image as raw:FILE, and RAM to `diff` by --ram"),
+            ImageError::Footer {
+                source: FooterError::Ambiguous { .. },
+                ..
+            } => Some("give it as raw:FILE, sealed:FILE or packed:FILE"),
             ImageError::UnclearDiff { .. } => {
                 Some("add --trust-holes to take the holes for clean pages all the same")
             }
@@ -223,6 +247,7 @@ fn code_of(cause: &(dyn std::error::Error + 'static)) -> Option<u8> {
         // What an image is, or isn't.
         ImageError::Empty { .. }
         | ImageError::NotWholePages { .. }
+        | ImageError::NotRaw { .. }
         | ImageError::SizeDiffers { .. }
         | ImageError::NotFull { .. }
         | ImageError::PageSizeDiffers { .. }
@@ -230,9 +255,7 @@ fn code_of(cause: &(dyn std::error::Error + 'static)) -> Option<u8> {
         | ImageError::Link { .. }
         | ImageError::UnclearDiff { .. } => Some(NEGATIVE),
         ImageError::Footer { source, .. } => match source {
-            image_format::FooterError::Io { .. } | image_format::FooterError::Append => {
-                Some(FAILED)
-            }
+            FooterError::Io { .. } | FooterError::Append => Some(FAILED),
             _ => Some(NEGATIVE),
         },
         _ => None,

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use memory_image::{Chain, Image, ImageError};
 
-use crate::args::RawImages;
+use crate::args::{Format, Formats, ImageFile, RawImages};
 use crate::failure::Failure;
 use crate::session::Session;
 
@@ -14,64 +14,67 @@ use crate::session::Session;
 const RAW_PAGE: u64 = 4096;
 
 /// Opens images, oldest first, as one chain: a full image and its diffs, or diffs alone. The first is taken for a full one if it is raw.
-pub fn chain(session: &Session, files: &[PathBuf], raw: &RawImages) -> anyhow::Result<Chain> {
-    let first = files.first().ok_or(ImageError::NoImages)?;
-    open(session, files, raw, Image::open(first)?.is_diff())
+pub fn chain(
+    session: &Session,
+    files: &[ImageFile],
+    formats: Formats,
+    raw: &RawImages,
+) -> anyhow::Result<Chain> {
+    put_together(session, open(files, formats.format)?, raw, false)
 }
 
 /// The same with all of the RAM.
-pub fn full_chain(session: &Session, files: &[PathBuf], raw: &RawImages) -> anyhow::Result<Chain> {
-    let chain = chain(session, files, raw)?;
+pub fn full_chain(
+    session: &Session,
+    files: &[ImageFile],
+    formats: Formats,
+    raw: &RawImages,
+) -> anyhow::Result<Chain> {
+    let chain = chain(session, files, formats, raw)?;
     if chain.is_full() {
         return Ok(chain);
     }
-    let path = files[0].clone();
+    let path = files[0].path.clone();
     Err(ImageError::NotFull { path }.into())
 }
 
-/// The same of diffs, also where they are raw and don't say so.
-pub fn diffs(session: &Session, files: &[PathBuf], raw: &RawImages) -> anyhow::Result<Chain> {
-    open(session, files, raw, true)
+/// The same of raw diffs, which don't say that they are.
+pub fn raw_diffs(session: &Session, files: &[ImageFile], raw: &RawImages) -> anyhow::Result<Chain> {
+    put_together(session, open(files, Format::Raw)?, raw, true)
 }
 
-fn open(
+fn open(files: &[ImageFile], format: Format) -> Result<Vec<Image>, ImageError> {
+    files.iter().map(|file| file.open(format)).collect()
+}
+
+/// These images as one chain, of diffs if `diffs` says so or the first does.
+pub fn put_together(
     session: &Session,
-    files: &[PathBuf],
+    images: Vec<Image>,
     raw: &RawImages,
     diffs: bool,
 ) -> anyhow::Result<Chain> {
-    let (first, later) = files.split_first().ok_or(ImageError::NoImages)?;
-    let page_size = match raw.page_size {
-        Some(page_size) => page_size,
-        None => smallest_page(files)?,
-    };
+    let page = |image: &Image| image.footer().map_or(RAW_PAGE, |footer| footer.page_size);
+    let smallest = images.iter().map(page).min().ok_or(ImageError::NoImages)?;
+    let page_size = raw.page_size.unwrap_or(smallest);
+    let mut images = images.into_iter();
+    let first = images.next().ok_or(ImageError::NoImages)?;
     let mut chain = match diffs {
-        true => Chain::open_diff(first, page_size)?,
-        false => Chain::open(first, page_size)?,
+        true => Chain::from_diff(first, page_size)?,
+        false => Chain::from_image(first, page_size)?,
     };
-    for diff in later {
-        if !raw.trust_holes {
-            chain.push(diff)?;
-        } else if let Some(why) = chain.push_by_holes(diff)? {
+    for image in images {
+        if image.footer().is_some() || !raw.trust_holes {
+            chain.push_image(image)?;
+        } else if let Some(why) = chain.push_by_holes(image.path())? {
             let why = anyhow::Error::from(why);
             session.warn(&format!(
-                "{diff:?}: its clean and zero pages may be taken for each other: {why:#}"
+                "{:?}: its clean and zero pages may be taken for each other: {why:#}",
+                image.path()
             ));
         }
     }
     Ok(chain)
-}
-
-fn smallest_page(files: &[PathBuf]) -> Result<u64, ImageError> {
-    let page = |file| {
-        let image = Image::open(file)?;
-        Ok(image.footer().map_or(RAW_PAGE, |footer| footer.page_size))
-    };
-    let pages = files
-        .iter()
-        .map(page)
-        .collect::<Result<Vec<_>, ImageError>>()?;
-    pages.into_iter().min().ok_or(ImageError::NoImages)
 }
 
 /// Sums the pages of all sealed images: what is made of them gets checksums of its own, which would be right for wrong bytes.
@@ -109,4 +112,9 @@ pub fn is_one_of(path: &Path, inputs: &[PathBuf]) -> bool {
     let identity = |path: &Path| fs::metadata(path).ok().map(|it| (it.dev(), it.ino()));
     let output = identity(path);
     output.is_some() && inputs.iter().any(|input| identity(input) == output)
+}
+
+/// The paths of images that are read.
+pub fn paths(files: &[ImageFile]) -> Vec<PathBuf> {
+    files.iter().map(|file| file.path.clone()).collect()
 }

@@ -5,7 +5,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use anyhow::Context;
-use image_format::Footer;
+use image_format::RAW_UNIT;
 use memory_writer::SnapshotError;
 use nix::fcntl::OFlag;
 use nix::unistd::{SysconfVar, sysconf};
@@ -99,13 +99,8 @@ pub struct RamFile {
 }
 
 impl RamFile {
+    /// What the file holds is the guest's, and is not looked at: only its size tells that it is no RAM.
     pub fn open(path: &Path) -> anyhow::Result<Self> {
-        let path = path.to_owned();
-        Self::find(&path)?.ok_or(Failure::RamIsImage { path }.into())
-    }
-
-    /// `None` where it is a sealed image.
-    pub fn find(path: &Path) -> anyhow::Result<Option<Self>> {
         // O_NONBLOCK: opening a FIFO must not wait for its writer.
         let file = File::options()
             .read(true)
@@ -117,17 +112,16 @@ impl RamFile {
         if !metadata.is_file() {
             return Err(Failure::NotRam { path }.into());
         }
-        // A damaged footer is one.
-        if !matches!(Footer::find(&file), Ok(None)) {
-            return Ok(None);
-        }
         let size = metadata.len();
         if size == 0 {
             return Err(Failure::NoBytes { path }.into());
         }
+        if !size.is_multiple_of(RAW_UNIT) {
+            return Err(Failure::RamIsImage { path, size }.into());
+        }
         let ram = Self { path, file, size };
         ram.check_filled(true)?;
-        Ok(Some(ram))
+        Ok(ram)
     }
 
     fn check(&self) -> anyhow::Result<()> {

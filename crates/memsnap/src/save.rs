@@ -64,12 +64,17 @@ pub fn write_chain(writer: &mut MemoryWriter, chain: &Chain) -> anyhow::Result<(
 pub fn commit(session: &Session, writer: MemoryWriter) -> anyhow::Result<()> {
     session.check("nothing was written")?;
     let path = writer.dest_path().to_owned();
+    let raw = writer.image_id().is_none();
     writer.commit()?;
-    describe(session, &path)
+    describe(session, &path, raw)
         .with_context(|| format!("{path:?} is in place, but can't be described"))
 }
 
-fn describe(session: &Session, path: &Path) -> anyhow::Result<()> {
-    let info = Info::of(&Image::open(path)?)?;
+fn describe(session: &Session, path: &Path, raw: bool) -> anyhow::Result<()> {
+    let image = match raw {
+        true => Image::open_raw(path)?,
+        false => Image::open(path)?,
+    };
+    let info = Info::of(&image)?;
     session.say(&format!("{}: {}", path.display(), info.summary()))
 }

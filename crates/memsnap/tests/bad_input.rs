@@ -40,7 +40,7 @@ use test_machine::Need;
 #[case::merged_onto_the_last("merge full.mem d1.mem -o d1.mem --force", "--in-place")]
 #[case::converted_onto_itself("convert full.mem -o ./full.mem --force", "one of the inputs")]
 #[case::onto_a_link_to_it("convert full.mem -o link --force", "one of the inputs")]
-#[case::diff_onto_the_old("diff full.mem ram -o full.mem --force", "one of the inputs")]
+#[case::diff_onto_the_old("diff full.mem --ram ram -o full.mem --force", "one of the inputs")]
 #[case::restored_onto_an_image("restore full.mem d1.mem -o d1.mem --force", "one of the inputs")]
 #[case::ram_in_use("restore full.mem -o ram", "--force")]
 fn wrong_usage_is_refused_before_anything_is_written(#[case] command: &str, #[case] says: &str) {
@@ -59,16 +59,16 @@ fn wrong_usage_is_refused_before_anything_is_written(#[case] command: &str, #[ca
 #[case::two_full("full.mem full2.mem", &["full2.mem", "is a full image"])]
 #[case::another_guest("full.mem small.mem", &["small.mem", "bytes of RAM"])]
 #[case::other_addresses("full.mem moved.mem", &["moved.mem", "other addresses"])]
-#[case::onto_raw("ram d1.mem", &["d1.mem", "raw image has no id"])]
+#[case::onto_raw("raw:ram d1.mem", &["d1.mem", "raw image has no id"])]
 #[case::diff_first("d1.mem full.mem", &["full.mem", "is a full image"])]
 fn a_chain_that_is_none_is_refused_by_every_verb(#[case] files: &str, #[case] says: &[&str]) {
     let work = Work::with_chain();
     work.good("full ram -o full2.mem");
-    work.good("diff full2.mem first -o other.mem");
+    work.good("diff full2.mem --ram first -o other.mem");
     work.create("small", RAM / 2);
     work.good("full small -o small.mem");
     work.good("full first -o moved-full.mem --region-at 0x40000000:8MiB");
-    work.good("diff moved-full.mem ram -o moved.mem");
+    work.good("diff moved-full.mem --ram ram -o moved.mem");
     work.fails(&format!("merge {files} -o out"), 1, says);
     work.fails(&format!("restore {files} -o out"), 1, says);
     let found = work.run(&format!("verify {files} --allow-raw"));
@@ -82,12 +82,12 @@ fn a_chain_that_is_none_is_refused_by_every_verb(#[case] files: &str, #[case] sa
 
 #[rstest]
 #[case::diff_alone("restore d1.mem -o out", 1, &["d1.mem", "is a diff"])]
-#[case::old_state_is_a_diff("diff d1.mem ram -o out", 1, &["d1.mem", "is a diff"])]
+#[case::old_state_is_a_diff("diff d1.mem --ram ram -o out", 1, &["d1.mem", "is a diff"])]
 #[case::new_state_is_a_diff("diff full.mem --to d1.mem --to d2.mem -o out", 1, &["d1.mem", "is a diff"])]
-#[case::raw_where_sealed_is_demanded("convert full.raw --raw-diff --parent ram -o out --layout sealed", 1, &["ram", "not sealed"])]
-#[case::other_size("diff full.mem small -o out", 1, &["of different guests"])]
+#[case::raw_where_sealed_is_demanded("convert full.raw --raw-diff --parent ram -o out --layout sealed", 1, &["ram", "neither sealed nor packed"])]
+#[case::other_size("diff full.mem --ram small -o out", 1, &["of different guests"])]
 #[case::target_of_other_size("restore full.mem -o small", 1, &["small", "must be equal"])]
-#[case::maps_of_two_guests("map full.mem small", 1, &["of different guests"])]
+#[case::maps_of_two_guests("map full.mem raw:small", 1, &["of different guests"])]
 #[case::same_state("diff full.mem full.mem -o out", 1, &["the same one"])]
 #[case::no_file("info none.mem", 3, &["none.mem", "No such file"])]
 #[case::no_directory("full ram -o none/out", 3, &["none", "No such file"])]
@@ -95,8 +95,12 @@ fn a_chain_that_is_none_is_refused_by_every_verb(#[case] files: &str, #[case] sa
 #[case::a_device("info /dev/null", 3, &["/dev/null", "not a regular file"])]
 #[case::empty("info empty", 1, &["empty"])]
 #[case::empty_ram("full empty -o out", 3, &["empty"])]
-#[case::no_whole_pages("full odd -o out", 3, &["whole number of pages"])]
-#[case::no_pages("restore odd -o out", 1, &["odd", "cut short"])]
+#[case::no_whole_pages("full odd -o out", 2, &["whole number of pages"])]
+#[case::no_pages("restore raw:odd -o out", 1, &["odd", "can't be raw"])]
+#[case::of_unknown_format("restore small -o out", 1, &["small", "neither sealed nor packed", "raw:FILE"])]
+#[case::of_another_format("restore sealed:full.mem -o out", 1, &["full.mem", "it is packed"])]
+#[case::a_raw_parent("convert full.raw --raw-diff --parent raw:full.raw -o out --layout sealed", 2, &["full.raw", "no id"])]
+#[case::a_parent_of_another_size("convert small --raw-diff --parent full.mem -o out --layout sealed", 1, &["of different guests"])]
 #[case::metadata_missing("full ram -o out --metadata none", 3, &["metadata", "none"])]
 fn other_bad_input_is_named(#[case] command: &str, #[case] code: i32, #[case] says: &[&str]) {
     let work = Work::with_chain();
@@ -107,7 +111,7 @@ fn other_bad_input_is_named(#[case] command: &str, #[case] code: i32, #[case] sa
     work.fails(command, code, says);
 }
 
-/// Without its end it looks like a raw image of a smaller guest.
+/// Nor what was a sealed image, and is raw to those who say so.
 #[test]
 fn what_has_no_checksums_is_not_restored_as_verified() {
     let work = Work::with_chain();
@@ -119,7 +123,7 @@ fn what_has_no_checksums_is_not_restored_as_verified() {
     )
     .unwrap();
     for image in ["full.raw", "cut.mem"] {
-        let restore = format!("restore --verify {image} -o out");
+        let restore = format!("restore --verify raw:{image} -o out");
         work.fails(&restore, 1, &[image, "no checksums", "--verify"]);
     }
 }
@@ -174,10 +178,10 @@ fn a_place_for_the_output_is_made_before_sums_are_checked(#[case] command: &str)
 #[rstest]
 #[case::full("full ram -o OUT --force", "ram")]
 #[case::metadata("full ram -o OUT --force --metadata full.mem", "full.mem")]
-#[case::old("diff full.mem ram -o OUT --force", "full.mem")]
-#[case::new("diff full.mem ram -o OUT --force", "ram")]
+#[case::old("diff full.mem --ram ram -o OUT --force", "full.mem")]
+#[case::new("diff full.mem --ram ram -o OUT --force", "ram")]
 #[case::state("diff full.mem --to first -o OUT --force", "first")]
-#[case::metadata_of_a_diff("diff full.mem ram -o OUT --force --metadata first", "first")]
+#[case::metadata_of_a_diff("diff full.mem --ram ram -o OUT --force --metadata first", "first")]
 #[case::merged("merge full.mem d1.mem -o OUT --force", "d1.mem")]
 #[case::converted("convert full.mem -o OUT --force", "full.mem")]
 #[case::parent("convert ram --raw-diff --parent full.mem -o OUT --force", "full.mem")]
@@ -227,7 +231,8 @@ fn an_image_that_was_cut_short_is_no_image() {
     fs::write(work.path("d1.mem"), &bytes[..bytes.len() - 1]).unwrap();
     let found = work.run("verify full.mem d1.mem");
     assert_eq!(found.code, Some(1));
-    assert!(found.out.contains("its end was cut off"), "{found:?}");
+    let says = format!("cut off after {} bytes of {}", bytes.len() - 1, bytes.len());
+    assert!(found.out.contains(&says), "{found:?}");
     work.fails("merge full.mem d1.mem -o out", 1, &["d1.mem"]);
 }
 
@@ -324,7 +329,7 @@ fn without_permission_the_error_names_the_file() {
 #[case::help("--help", 0)]
 #[case::verified("verify full.mem", 0)]
 #[case::damaged("verify rotten.mem", 1)]
-#[case::different("diff full.mem ram", 1)]
+#[case::different("diff full.mem --ram ram", 1)]
 #[case::written("full ram -o out", 0)]
 #[case::stream("convert full.mem -o - --zstd", 3)]
 fn a_reader_that_went_away_is_no_panic_and_changes_no_answer(
@@ -352,7 +357,7 @@ fn a_reader_that_went_away_is_no_panic_and_changes_no_answer(
 fn a_full_stdout_is_an_error() {
     let work = Work::with_ram();
     let full = fs::File::options().write(true).open("/dev/full").unwrap();
-    let mut command = work.command("info ram");
+    let mut command = work.command("info raw:ram");
     let status = command
         .stdout(full)
         .stderr(std::process::Stdio::null())

@@ -12,7 +12,7 @@ use support::{Ended, MEMSNAP, PAGE, Work};
 
 const RAM: u64 = 1 << 20;
 
-/// `count` images, of which each but the first is a diff of one page; and `ram`, the last state.
+/// The names, with their formats where they don't say them, of `count` images, of which each but the first is a diff of one page; and `ram`, the last state.
 fn chain(work: &Work, count: usize, packed: bool) -> Vec<String> {
     let mut ram = vec![1; RAM as usize];
     let mut parent = None;
@@ -40,7 +40,7 @@ fn chain(work: &Work, count: usize, packed: bool) -> Vec<String> {
         }
         parent = writer.image_id();
         writer.commit().unwrap();
-        names.push(name);
+        names.push(if packed { name } else { format!("raw:{name}") });
     }
     std::fs::write(work.path("ram"), &ram).unwrap();
     names
@@ -71,7 +71,8 @@ fn every_verb_takes_more_images_than_descriptors(#[values(true, false)] packed: 
     assert_eq!(verified["files"].as_array().unwrap().len(), 200);
     assert_eq!(verified["links"]["state"], "good");
     run(&["merge"], &["-o", "merged.mem"]);
-    work.good("restore merged.mem -o again");
+    let merged = if packed { "" } else { "raw:" };
+    work.good(&format!("restore {merged}merged.mem -o again"));
     work.assert_same("again", "ram");
     assert_eq!(
         run(&["info"], &["--json"]).json().as_array().unwrap().len(),
@@ -88,7 +89,7 @@ fn every_verb_takes_more_images_than_descriptors(#[values(true, false)] packed: 
         work.good(&format!("restore {full} diffs.mem -o from_two"));
         work.assert_same("from_two", "ram");
     }
-    run(&["diff"], &["ram"]);
+    run(&["diff"], &["--ram", "ram"]);
 }
 
 /// What one image takes, all together are to take: probing a file system takes tens of milliseconds, and starting a thread is more work than checking

@@ -44,7 +44,7 @@ fn a_chain_has_a_line_an_image_and_a_single_page_shows() {
 #[test]
 fn colours_are_for_those_who_want_them() {
     let work = Work::with_ram();
-    let mut command = work.command("map ram --width 80");
+    let mut command = work.command("map raw:ram --width 80");
     let map = support::Ended::of(command.env("CLICOLOR_FORCE", "1"))
         .good()
         .out;
@@ -54,7 +54,7 @@ fn colours_are_for_those_who_want_them() {
 #[test]
 fn json_lists_the_runs() {
     let work = Work::with_chain();
-    let maps = work.good("map full.mem d2.mem ram --json").json();
+    let maps = work.good("map full.mem d2.mem raw:ram --json").json();
     assert_eq!(maps[0]["runs"][0]["state"], "present");
     assert_eq!(maps[0]["runs"][0]["bytes"], 64 * PAGE);
     assert_eq!(maps[0]["runs"][1]["state"], "zero");

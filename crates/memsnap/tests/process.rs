@@ -118,7 +118,7 @@ fn ram_is_captured_from_a_process_by_name_address_or_range() {
         work.good(&format!(
             "full --pid {pid} --region {region} -o {number}.mem"
         ));
-        work.good(&format!("diff {number}.mem ram"));
+        work.good(&format!("diff {number}.mem --ram ram"));
     }
     // Untouched RAM was not touched, nor saved.
     let info = work.good("info 0.mem full.mem --json").json();
@@ -129,7 +129,7 @@ fn ram_is_captured_from_a_process_by_name_address_or_range() {
     work.good(&format!(
         "full --pid {pid} --region guest-ram --live -o live.mem"
     ));
-    work.good("diff live.mem ram");
+    work.good("diff live.mem --ram ram");
 }
 
 #[test]
@@ -178,7 +178,7 @@ fn what_is_not_there_is_named_and_the_process_goes_on() {
     work.fails(&format!("{full} ram"), 2, &["once"]);
     work.fails("full -o out", 2, &["name the guest's RAM"]);
     work.fails("full ram --region guest-ram -o out", 2, &["--pid"]);
-    let diff = format!("diff full.mem --to ram --pid {pid} --region guest-ram -o out");
+    let diff = format!("diff full.mem --ram ram --pid {pid} --region guest-ram -o out");
     work.fails(&diff, 2, &["once"]);
     assert!(!monitor.is_stopped());
     // The id of a process that has ended, and isn't anybody's.
@@ -331,5 +331,5 @@ fn ctrl_z_waits_until_the_process_runs_again() {
     assert!(!monitor.is_stopped());
     held.send(Signal::SIGCONT);
     assert_eq!(held.release().0.code(), Some(0));
-    work.good("diff out ram");
+    work.good("diff out --ram ram");
 }

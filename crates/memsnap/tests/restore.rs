@@ -37,7 +37,7 @@ fn a_guests_memfd_is_captured_and_another_one_restored_in_place() {
     guest.write_all_at(&work.read("first"), 0).unwrap();
     work.good(&format!("full {path} -o full2.mem"));
     guest.write_all_at(&work.read("ram"), 0).unwrap();
-    work.good(&format!("diff full2.mem {path} -o d.mem"));
+    work.good(&format!("diff full2.mem --ram {path} -o d.mem"));
 
     let (new, path) = memfd(RAM);
     work.good(&format!("restore full2.mem d.mem -o {path}"));

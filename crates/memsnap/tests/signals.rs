@@ -51,7 +51,7 @@ fn large() -> Work {
     fill(1);
     work.good("full ram -o full.mem");
     fill(2);
-    work.good("diff full.mem ram -o d1.mem");
+    work.good("diff full.mem --ram ram -o d1.mem");
     work
 }
 
@@ -122,7 +122,7 @@ fn code_of(signal: Signal) -> Option<i32> {
 #[rstest]
 #[case::full("full ram -o out", Signal::SIGINT)]
 #[case::full_by_sigterm("full ram -o out --layout sealed", Signal::SIGTERM)]
-#[case::diff("diff full.mem ram -o out", Signal::SIGINT)]
+#[case::diff("diff full.mem --ram ram -o out", Signal::SIGINT)]
 #[case::merge("merge full.mem d1.mem -o out", Signal::SIGINT)]
 #[case::convert("convert full.mem -o out --layout sealed", Signal::SIGTERM)]
 #[case::restore("restore full.mem d1.mem -o out", Signal::SIGINT)]
@@ -142,7 +142,7 @@ fn a_signal_at_any_time_leaves_all_or_nothing(#[case] command: &str, #[case] wit
         }
         assert_eq!(status.code(), Some(0), "{moment:?}");
         let is = match command.starts_with("restore") {
-            true => "diff full.mem d1.mem out",
+            true => "diff full.mem d1.mem --ram out",
             false => "verify out",
         };
         work.good(is);
@@ -168,7 +168,7 @@ fn a_signal_at_any_time_leaves_one_of_the_bases() {
         let id = work.good("info full.mem --json").json()[0]["id"].clone();
         if status.code() == Some(0) {
             assert_ne!(id, old);
-            return work.good("diff full.mem ram").out.truncate(0);
+            return work.good("diff full.mem --ram ram").out.truncate(0);
         }
         assert!(
             was_interrupted(status, Signal::SIGINT),
@@ -190,7 +190,7 @@ fn a_signal_at_any_time_leaves_all_ram_or_none() {
         let mut command = work.command("restore full.mem d1.mem -o target --force");
         let status = interrupted(&work, &mut command, moment, Signal::SIGINT);
         if status.code() == Some(0) {
-            work.good("diff full.mem d1.mem target");
+            work.good("diff full.mem d1.mem --ram target");
         } else {
             assert!(
                 was_interrupted(status, Signal::SIGINT),
@@ -226,9 +226,9 @@ fn a_stream_that_stalls_is_interrupted_and_leaves_nothing() {
 
 #[rstest]
 #[case::verify("verify full.mem")]
-#[case::compare("diff full.mem ram")]
+#[case::compare("diff full.mem --ram ram")]
 #[case::send("convert full.mem -o - --zstd")]
-#[case::pack_and_send("convert ram -o - --zstd")]
+#[case::pack_and_send("convert raw:ram -o - --zstd")]
 fn a_signal_at_any_time_ends_a_verb_that_reads(#[case] command: &str) {
     if !may_race("a_signal_at_any_time_ends_a_verb_that_reads") {
         return;
@@ -295,7 +295,7 @@ mod at_calls {
     #[rstest]
     #[case::full("full ram -o out", Signal::SIGINT)]
     #[case::full_by_sigterm("full ram -o out --layout sealed", Signal::SIGTERM)]
-    #[case::diff("diff full.mem d1.mem ram -o out", Signal::SIGINT)]
+    #[case::diff("diff full.mem d1.mem --ram ram -o out", Signal::SIGINT)]
     #[case::merge("merge full.mem d1.mem -o out", Signal::SIGINT)]
     #[case::convert("convert full.mem -o out --layout sealed", Signal::SIGTERM)]
     #[case::restore("restore full.mem d1.mem -o out", Signal::SIGINT)]
@@ -309,7 +309,7 @@ mod at_calls {
         let work = Work::with_chain();
         let before = work.files();
         let of_out = match command.split(' ').next() {
-            Some("restore") => "diff full.mem d1.mem out",
+            Some("restore") => "diff full.mem d1.mem --ram out",
             Some("diff") => "verify full.mem d1.mem out",
             _ => "verify out",
         };
@@ -368,7 +368,7 @@ mod at_calls {
         signalled(&command, Signal::SIGINT, reset, |call, status| {
             let done = status.code() == Some(0);
             if done {
-                work.good("diff full.mem d1.mem target");
+                work.good("diff full.mem d1.mem --ram target");
             } else {
                 assert_eq!(status.code(), Some(130), "{call:?}");
                 // A file system may keep a block or two for its own.
@@ -381,9 +381,9 @@ mod at_calls {
 
     #[rstest]
     #[case::verify("verify full.mem")]
-    #[case::compare("diff full.mem ram")]
+    #[case::compare("diff full.mem --ram ram")]
     #[case::send("convert full.mem -o - --zstd")]
-    #[case::pack_and_send("convert ram -o - --zstd")]
+    #[case::pack_and_send("convert raw:ram -o - --zstd")]
     fn a_verb_that_only_reads_ends_at_once(#[case] command: &str) {
         if !Need::Strace.met("a_verb_that_only_reads_ends_at_once") {
             return;

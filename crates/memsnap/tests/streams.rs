@@ -15,12 +15,14 @@ fn an_image_arrives_as_it_was_sent_whatever_its_layout(
 ) {
     let work = Work::with_ram();
     work.good(&format!("full ram -o one --layout {from}"));
+    let one = if from == "raw" { "raw:one" } else { "one" };
+    let other = if to == "raw" { "raw:other" } else { "other" };
     let script = format!(
-        "{MEMSNAP} convert one -o - --zstd | {MEMSNAP} convert - --zstd -o other --layout {to}"
+        "{MEMSNAP} convert {one} -o - --zstd | {MEMSNAP} convert - --zstd -o other --layout {to}"
     );
     let mut shell = Command::new("sh");
     Ended::of(shell.args(["-c", &script]).current_dir(work.path(""))).good();
-    work.good("diff other ram");
+    work.good(&format!("diff {other} --ram ram"));
     assert_eq!(work.files(), ["one", "other", "ram"]);
     if from != "raw" && to != "raw" {
         let info = work.good("info one other --json").json();

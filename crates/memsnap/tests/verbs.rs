@@ -16,14 +16,20 @@ fn a_full_image_and_two_diffs_restore_to_the_ram_in_every_layout(
     work.good(&format!("full ram -o full.mem --layout {layout}"));
     work.change(10, 5);
     work.zero(20);
-    work.good(&format!("diff full.mem ram -o d1.mem --layout {layout}"));
+    let format = match layout {
+        "raw" => "--format raw",
+        _ => "--format auto",
+    };
+    work.good(&format!(
+        "diff full.mem --ram ram -o d1.mem --layout {layout} {format}"
+    ));
     work.change(1500, 1);
     work.good(&format!(
-        "diff full.mem d1.mem ram -o d2.mem --layout {layout}"
+        "diff full.mem d1.mem --ram ram -o d2.mem --layout {layout} {format}"
     ));
-    work.good("restore full.mem d1.mem d2.mem -o out");
+    work.good(&format!("restore full.mem d1.mem d2.mem -o out {format}"));
     work.assert_same("out", "ram");
-    work.good("diff full.mem d1.mem d2.mem ram");
+    work.good(&format!("diff full.mem d1.mem d2.mem --ram ram {format}"));
 }
 
 #[test]
@@ -53,7 +59,9 @@ fn images_are_for_their_owner_alone() {
 #[test]
 fn info_says_what_a_chain_is() {
     let work = Work::with_chain();
-    let info = work.good("info full.mem d1.mem d2.mem ram --json").json();
+    let info = work
+        .good("info full.mem d1.mem d2.mem raw:ram --json")
+        .json();
     assert_eq!(info[0]["kind"], "full");
     assert_eq!(info[0]["layout"], "packed");
     assert_eq!(info[0]["ram_bytes"], RAM);
@@ -70,7 +78,7 @@ fn info_says_what_a_chain_is() {
     assert_eq!(info[1]["file_bytes"], file.len());
     assert_eq!(info[1]["allocated_bytes"], file.blocks() * 512);
 
-    let text = work.good("info d1.mem ram").out;
+    let text = work.good("info d1.mem raw:ram").out;
     let id = info[0]["id"].as_str().unwrap();
     assert!(text.contains(&format!("parent    {id}")), "{text}");
     assert!(text.contains("present   24.00 KiB in 2 runs"), "{text}");
@@ -85,7 +93,7 @@ fn metadata_and_regions_are_kept_by_whatever_becomes_of_the_image() {
     work.good(&format!("full ram -o full.mem --metadata vcpus {regions}"));
     work.good("convert full.mem -o sealed.mem --layout sealed");
     work.change(3, 1);
-    work.good("diff sealed.mem ram -o d1.mem");
+    work.good("diff sealed.mem --ram ram -o d1.mem");
     work.good("merge sealed.mem d1.mem -o merged.mem");
     let info = work
         .good("info full.mem sealed.mem d1.mem merged.mem --json")
@@ -110,14 +118,14 @@ fn verify_names_the_damage_and_goes_on_with_the_other_files() {
         (&true.into(), &"good".into())
     );
 
-    work.rot("full.mem", 70 * 4096);
+    work.rot("full.mem", 71 * 4096);
     let found = work.run("verify full.mem d1.mem --json");
     assert_eq!(found.code, Some(1));
     let found = found.json();
     assert_eq!(found["files"][0]["state"], "damaged");
     assert_eq!(found["files"][0]["found"], 1);
     let damage = &found["files"][0]["damages"][0];
-    // Page 70 of the file is in the third range: page 2003 of the RAM, chunk 7.
+    // Behind the header, page 70 of the file is in the third range: page 2003 of the RAM, chunk 7.
     assert_eq!(
         (&damage["chunk"], &damage["guest_start"]),
         (&7.into(), &(7 << 20).into())
@@ -150,10 +158,10 @@ fn verify_finds_what_is_in_no_page(#[case] layout: &str, #[case] at: usize, #[ca
 #[test]
 fn a_raw_image_cannot_be_verified_unless_that_is_allowed() {
     let work = Work::with_chain();
-    let found = work.run("verify ram");
+    let found = work.run("verify raw:ram");
     assert_eq!(found.code, Some(1));
     assert!(found.out.contains("no checksums"), "{found:?}");
-    work.good("verify ram --allow-raw");
+    work.good("verify raw:ram --allow-raw");
 }
 
 #[test]
@@ -163,7 +171,7 @@ fn merging_in_place_replaces_the_first_file_and_the_next_diff_still_fits() {
     work.good("verify full.mem d2.mem");
     work.good("restore full.mem d2.mem -o out");
     work.assert_same("out", "ram");
-    work.good("diff full.mem second");
+    work.good("diff full.mem --ram second");
 }
 
 #[test]
@@ -184,20 +192,20 @@ fn raw_chains_merge_where_holes_can_be_believed_and_on_request_elsewhere() {
     let work = Work::with_ram();
     work.good("full ram -o full.raw --layout raw");
     work.change(10, 5);
-    work.good("diff full.raw ram -o d1.raw --layout raw");
+    work.good("diff raw:full.raw --ram ram -o d1.raw --layout raw");
     work.change(1500, 1);
-    work.good("diff full.raw d1.raw ram -o d2.raw --layout raw");
-    work.good("merge full.raw d1.raw d2.raw -o out");
+    work.good("diff raw:full.raw raw:d1.raw --ram ram -o d2.raw --layout raw");
+    work.good("merge --format raw full.raw d1.raw d2.raw -o out");
     work.assert_same("out", "ram");
     work.good("merge --raw-diffs d1.raw d2.raw -o both.raw");
-    work.good("restore full.raw both.raw -o again");
+    work.good("restore raw:full.raw raw:both.raw -o again");
     work.assert_same("again", "ram");
 
     // A copy that filled the holes.
     fs::write(work.path("filled.raw"), work.read("d1.raw")).unwrap();
-    let refused = "merge full.raw filled.raw -o no";
+    let refused = "merge --format raw full.raw filled.raw -o no";
     work.fails(refused, 1, &["filled.raw", "no holes", "--trust-holes"]);
-    let warned = work.good("merge full.raw filled.raw -o filled --trust-holes");
+    let warned = work.good("merge --format raw full.raw filled.raw -o filled --trust-holes");
     assert!(
         warned.err.contains("warning") && warned.err.contains("filled.raw"),
         "{warned:?}"
@@ -211,9 +219,13 @@ fn an_image_is_the_same_in_every_layout(
 ) {
     let work = Work::with_ram();
     work.good(&format!("full ram -o one --layout {from}"));
-    work.good(&format!("convert one -o other --layout {to}"));
-    work.good("diff other ram");
-    let info = work.good("info one other --json").json();
+    let prefix = |layout| if layout == "raw" { "raw:" } else { "" };
+    let (one, other) = (prefix(from), prefix(to));
+    work.good(&format!("convert {one}one -o other --layout {to}"));
+    work.good(&format!("diff {other}other --ram ram"));
+    let info = work
+        .good(&format!("info {one}one {other}other --json"))
+        .json();
     assert_eq!(info[1]["layout"], to);
     match (from, to) {
         (_, "raw") => work.assert_same("other", "ram"),
@@ -228,8 +240,8 @@ fn pages_become_larger_or_smaller_and_those_of_a_diff_only_smaller() {
     let work = Work::with_chain();
     work.good("convert full.mem -o large.mem --page-size 16KiB");
     work.good("convert large.mem -o small.mem --page-size 4KiB");
-    work.good("diff large.mem first");
-    work.good("diff small.mem first");
+    work.good("diff large.mem --ram first");
+    work.good("diff small.mem --ram first");
     let info = work.good("info large.mem small.mem --json").json();
     assert_eq!(
         (&info[0]["page_bytes"], &info[1]["page_bytes"]),
@@ -245,8 +257,8 @@ fn a_raw_diff_is_sealed_onto_its_parent() {
     let work = Work::with_ram();
     work.good("full ram -o full.raw --layout raw");
     work.change(10, 5);
-    work.good("diff full.raw ram -o d1.raw --layout raw");
-    work.good("convert full.raw -o full.mem --layout sealed");
+    work.good("diff raw:full.raw --ram ram -o d1.raw --layout raw");
+    work.good("convert raw:full.raw -o full.mem --layout sealed");
     work.good("convert d1.raw --raw-diff --parent full.mem -o d1.mem --layout packed");
     work.good("verify full.mem d1.mem");
     work.good("restore full.mem d1.mem -o out");
@@ -276,12 +288,12 @@ fn a_diff_leads_from_any_state_to_any_other() {
 #[test]
 fn without_an_output_a_diff_says_what_differs() {
     let work = Work::with_chain();
-    let same = work.good("diff full.mem first");
+    let same = work.good("diff full.mem --ram first");
     assert_eq!(same.out, "the same\n");
-    let found = work.run("diff full.mem d1.mem ram");
+    let found = work.run("diff full.mem d1.mem --ram ram");
     assert_eq!(found.code, Some(1));
     assert_eq!(found.out, "3 pages differ: 12.00 KiB in 2 runs\n");
-    let found = work.run("diff full.mem d1.mem ram --json").json();
+    let found = work.run("diff full.mem d1.mem --ram ram --json").json();
     assert_eq!(found["pages"], 3);
     assert_eq!(found["runs"][1]["offset"], 1500 * PAGE);
 }

@@ -37,9 +37,9 @@ impl Files {
         page_size: u64,
         progress: &Progress,
     ) -> anyhow::Result<()> {
-        let mut chain = Chain::open(&self.full, page_size)?;
+        let mut chain = Chain::open_raw(&self.full, page_size)?;
         for Diff { path, pages } in &self.diffs {
-            match chain.push(path) {
+            match chain.push_raw(path) {
                 // A file system without holes: the file alone does not say which pages it holds.
                 Err(ImageError::UnclearDiff { .. }) => {
                     chain.push_pages(path, pages.iter().cloned())?

@@ -217,7 +217,7 @@ mod tests {
         let before = Held::now().expect("held");
         let file = tempfile::NamedTempFile::new().expect("a file");
         file.as_file().set_len(4096).expect("a page");
-        let image = MappedImage::open(file.path()).expect("a mapping");
+        let image = MappedImage::open_raw(file.path()).expect("a mapping");
         let path = file.path().display().to_string();
         let (end, ended) = std::sync::mpsc::channel::<()>();
         let thread = thread::Builder::new().name("lingers".into());

@@ -42,14 +42,14 @@ impl Tool {
 
     /// Writes to `out` what in the file `ram` is not as it was at the end of `chain`.
     pub fn diff(&self, chain: &[&Path], ram: &Path, out: &Path) -> anyhow::Result<()> {
-        let mut command = self.command("diff");
-        command.args(chain).arg(ram).arg("-o").arg(out);
+        let mut command = self.reading("diff");
+        command.args(chain).arg("--ram").arg(ram).arg("-o").arg(out);
         run(command.args(["--layout", self.layout]))
     }
 
     /// Whether the images are whole and follow each other, as far as this layout can tell.
     pub fn verify(&self, chain: &[&Path]) -> anyhow::Result<()> {
-        let mut command = self.command("verify");
+        let mut command = self.reading("verify");
         command.args(chain);
         if self.layout == "raw" {
             command.arg("--allow-raw");
@@ -59,14 +59,23 @@ impl Tool {
 
     /// Writes `chain` as one full image to `out`.
     pub fn merge(&self, chain: &[&Path], out: &Path) -> anyhow::Result<()> {
-        let mut command = self.command("merge");
+        let mut command = self.reading("merge");
         run(command.args(chain).arg("-o").arg(out))
     }
 
     /// Makes the file `ram` out of a full image.
     pub fn restore(&self, image: &Path, ram: &Path) -> anyhow::Result<()> {
-        let mut command = self.command("restore");
+        let mut command = self.reading("restore");
         run(command.arg(image).arg("-o").arg(ram))
+    }
+
+    /// A verb that reads images of this layout. Raw ones don't say that they are.
+    fn reading(&self, verb: &str) -> Command {
+        let mut command = self.command(verb);
+        if self.layout == "raw" {
+            command.args(["--format", "raw"]);
+        }
+        command
     }
 
     fn command(&self, verb: &str) -> Command {

@@ -13,7 +13,7 @@ use memory_writer::ImageId;
 use page_reader::PageReader;
 use test_machine::Need;
 
-use super::plan::Plan;
+use super::plan::{Place, Plan};
 use super::shadow::{Difference, Harm, Shadow};
 use crate::write_log::Random;
 
@@ -27,6 +27,15 @@ pub struct Saved {
     pub id: Option<ImageId>,
     /// What was committed with it, and what is in there.
     pub state: Option<(PathBuf, String)>,
+}
+
+impl Saved {
+    pub fn open(&self) -> Result<Image, ImageError> {
+        match self.id {
+            None => Image::open_raw(&self.path),
+            Some(_) => Image::open(&self.path),
+        }
+    }
 }
 
 /// A full image and its diffs, oldest first; none before the first save.
@@ -84,9 +93,10 @@ impl Images {
     pub fn open(&self) -> anyhow::Result<Chain> {
         let page = self.0.iter().map(|saved| saved.page).min();
         let (full, diffs) = self.0.split_first().context("there is an image")?;
-        let mut chain = Chain::open(&full.path, page.context("there is an image")?)?;
+        let page = page.context("there is an image")?;
+        let mut chain = Chain::from_image(full.open()?, page)?;
         for diff in diffs {
-            match chain.push(&diff.path) {
+            match chain.push_image(diff.open()?) {
                 Err(ImageError::UnclearDiff { .. }) => {
                     chain.push_pages(&diff.path, diff.pages.iter().cloned())?;
                 }
@@ -111,7 +121,7 @@ impl Images {
             if saved.id.is_none() {
                 continue;
             }
-            let image = Image::open_sealed(&saved.path)?;
+            let image = saved.open()?;
             ensure!(
                 image.id() == saved.id,
                 "{} has another id",
@@ -217,12 +227,10 @@ fn merged(
 ) -> anyhow::Result<()> {
     let options = plan.tuned().layout(plan.layout(|| chain.seal()));
     chain.merge(options, scratch)?;
-    let compared = match MappedImage::open(scratch) {
-        Ok(image) => expected.compare(&image),
-        Err(ImageError::Packed { .. }) => {
-            expected.compare(&Chain::open(scratch, chain.page_size())?)
-        }
-        Err(error) => Err(error.into()),
+    let compared = match plan.place {
+        Place::Raw => expected.compare(&MappedImage::open_raw(scratch)?),
+        Place::Sealed => expected.compare(&MappedImage::open(scratch)?),
+        Place::Packed => expected.compare(&Chain::open(scratch, chain.page_size())?),
     };
     fs::remove_file(scratch)?;
     compared
@@ -246,7 +254,9 @@ fn written(
     let mut writer = options.open(scratch, chain.size(), chain.page_size())?;
     chain.write_to(&mut writer)?;
     writer.commit()?;
-    let compared = Chain::open(scratch, chain.page_size())
+    let compared = plan
+        .open(scratch)
+        .and_then(|image| Chain::from_image(image, chain.page_size()))
         .map_err(anyhow::Error::from)
         .and_then(|written| expected.compare(&written));
     fs::remove_file(scratch)?;

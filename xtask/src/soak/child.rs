@@ -56,7 +56,7 @@ pub fn save(order: &Path) -> anyhow::Result<()> {
         let seal = Seal::new().regions(order.regions);
         options = options.layout(Layout::Sealed(match order.parent {
             Some(parent) => seal.parent(ImageId::from_bytes(parent)),
-            None => seal,
+            None => seal.on_raw_image(),
         }));
     }
     let mut writer = options.open(&order.dest, order.size, order.page)?;

@@ -226,7 +226,7 @@ impl<'s> Life<'s> {
             _ => path,
         };
         chain.merge(plan.tuned().layout(layout), &path)?;
-        let id = memory_image::Image::open(&path)?.id();
+        let id = plan.open(&path)?.id();
         let merged = Saved {
             path,
             page: chain.page_size(),
@@ -242,15 +242,11 @@ impl<'s> Life<'s> {
 /// Changes a byte of the first page of an image.
 fn flip(saved: &Saved) -> anyhow::Result<()> {
     let file = File::options().read(true).write(true).open(&saved.path)?;
-    let image = memory_image::Image::open(&saved.path)?;
-    let packed = image
-        .footer()
-        .is_some_and(|footer| footer.placement == image_format::Placement::Packed);
+    let image = saved.open()?;
     let first = saved.pages.first().map_or(0, |run| run.start);
-    let at = if packed {
-        0
-    } else {
-        first / saved.page * saved.page
+    let at = match image.footer().map_or(0, |footer| footer.data_start()) {
+        0 => first / saved.page * saved.page,
+        packed => packed,
     };
     let mut byte = [0];
     file.read_exact_at(&mut byte, at)?;

@@ -2,8 +2,10 @@
 
 use std::io;
 use std::ops::Range;
+use std::path::Path;
 use std::time::Duration;
 
+use memory_image::{Image, ImageError};
 use memory_writer::{
     CancelToken, Durability, Engine, ImageId, Layout, MemoryWriter, Options, Seal,
 };
@@ -20,7 +22,7 @@ pub enum Kind {
 }
 
 #[derive(Clone, Copy, Debug)]
-enum Place {
+pub enum Place {
     Raw,
     Sealed,
     Packed,
@@ -140,7 +142,7 @@ pub struct Plan {
     pub kind: Kind,
     /// How often pages are written while the guest runs, before it is stopped for the last.
     pub passes: u64,
-    place: Place,
+    pub place: Place,
     pub page: u64,
     engine: Engine,
     chunk: usize,
@@ -213,12 +215,21 @@ impl Plan {
         }
     }
 
+    /// Opens an image that was written in this layout.
+    pub fn open(&self, path: &Path) -> Result<Image, ImageError> {
+        match self.place {
+            Place::Raw => Image::open_raw(path),
+            Place::Sealed | Place::Packed => Image::open(path),
+        }
+    }
+
     /// With the RAM of a guest of these `regions`, whose newest image is `parent`.
     pub fn options(&self, regions: &[Range<u64>], parent: Option<ImageId>) -> Options {
         let seal = || {
             let seal = Seal::new().regions(regions.iter().cloned());
             match (self.kind, parent) {
                 (Kind::Diff, Some(parent)) => seal.parent(parent),
+                (Kind::Diff, None) => seal.on_raw_image(),
                 _ => seal,
             }
         };

@@ -224,12 +224,15 @@ impl Save<'_> {
                 return Err(anyhow::Error::from(half).context("of two files, one was committed"));
             }
         }
-        let image = memory_image::Image::open(dest)?;
+        let id = match self.plan.commits_live {
+            true => memory_image::Image::open(dest)?.id(),
+            false => None,
+        };
         let saved = Saved {
             path: dest.to_owned(),
             page: self.plan.page,
             pages: order.dirty,
-            id: image.id(),
+            id,
             state: Some((order.state, order.says)),
         };
         Ok(Done { saved, shadow })

@@ -70,7 +70,7 @@ mod tests {
             file.write_all_at(&bytes, stored.start * PAGE).unwrap();
             path
         };
-        let mut chain = Chain::open(file("base", 2..8), PAGE).unwrap();
+        let mut chain = Chain::open_raw(file("base", 2..8), PAGE).unwrap();
         for (name, pages) in [("first", 4..6), ("second", 5..7)] {
             let bytes = pages.start * PAGE..pages.end * PAGE;
             chain.push_pages(file(name, pages), [bytes]).unwrap();

@@ -33,7 +33,7 @@ use crate::error::ImageError;
 /// # std::fs::write(&full, vec![7; 1 << 20])?;
 /// # std::fs::write(&diff, vec![8; 1 << 20])?;
 ///
-/// let mut chain = Chain::open(&full, 4096)?;
+/// let mut chain = Chain::open_raw(&full, 4096)?;
 /// chain.push_pages(&diff, [65536..131072])?;
 /// let ram = MappedChain::open(&chain)?;
 /// println!("a guest of {} bytes at {:p}, {} of them copied", ram.len(), ram.as_ptr(), ram.copied());

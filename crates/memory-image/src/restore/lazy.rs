@@ -53,14 +53,14 @@ pub use userfaultfd::UserfaultfdError;
 /// # std::fs::write(&full, vec![7; 1 << 20])?;
 ///
 /// // Once: find out what the guest touches after it was restored.
-/// let ram = LazyRam::options().record(true).start(Chain::open(&full, 4096)?)?;
+/// let ram = LazyRam::options().record(true).start(Chain::open_raw(&full, 4096)?)?;
 /// let mut byte = [0];
 /// ram.read_at(70_000, &mut byte)?; // a guest would run
 /// assert_eq!(byte, [7]);
 /// ram.recorded().save(&set)?;
 ///
 /// // From then on: read that first.
-/// let ram = LazyRam::options().working_set(WorkingSet::load(&set)?).start(Chain::open(&full, 4096)?)?;
+/// let ram = LazyRam::options().working_set(WorkingSet::load(&set)?).start(Chain::open_raw(&full, 4096)?)?;
 /// println!("a guest of {} bytes at {:p}", ram.len(), ram.as_ptr());
 /// ram.wait()?; // until all is in
 /// # Ok::<(), Box<dyn std::error::Error>>(())
@@ -230,7 +230,7 @@ mod tests {
         }
         let file = tempfile::NamedTempFile::new().unwrap();
         std::fs::write(file.path(), vec![1; 4 << 20]).unwrap();
-        let chain = Chain::open(file.path(), 4096).unwrap();
+        let chain = Chain::open_raw(file.path(), 4096).unwrap();
         let ram = LazyRam::options().prefetch(false).start(chain).unwrap();
         ram.filler.stop.store(true, Ordering::Relaxed);
         ram.wait().unwrap();

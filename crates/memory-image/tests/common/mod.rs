@@ -8,7 +8,7 @@ use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-use image_format::{Checksums, Footer, Kind, Placement, Run};
+use image_format::{Checksums, Footer, Kind, Placement, Run, Version, packed_start};
 use memory_image::{Chain, ImageId};
 use page_reader::PageReader;
 
@@ -50,7 +50,7 @@ impl Images {
     }
 
     pub fn chain(&self) -> Chain {
-        let mut chain = Chain::open(self.path(0), self.page).unwrap();
+        let mut chain = Chain::open_raw(self.path(0), self.page).unwrap();
         for (path, runs) in &self.layers[1..] {
             chain.push_pages(path, runs.iter().cloned()).unwrap();
         }
@@ -110,7 +110,7 @@ pub fn write_packed(
 ) -> ImageId {
     let file = File::create(path).unwrap();
     let mut checksums = Checksums::new(ram_size);
-    let (mut runs, mut end, mut offset) = (Vec::new(), 0, 0);
+    let (mut runs, mut end, mut offset) = (Vec::new(), 0, packed_start(page));
     let zeros = |runs: &mut Vec<Run>, range: Range<u64>| {
         if parent.is_none() && !range.is_empty() {
             runs.push(Run::zeros(range));
@@ -127,6 +127,7 @@ pub fn write_packed(
     }
     zeros(&mut runs, end..ram_size);
     let footer = Footer {
+        version: Version::CURRENT,
         id: ImageId::random().unwrap(),
         kind: match parent {
             None => Kind::Full,

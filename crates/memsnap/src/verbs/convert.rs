@@ -9,7 +9,7 @@ use memory_image::{Chain, Image};
 use memory_writer::{MemoryWriter, Options};
 
 use crate::Verdict;
-use crate::args::{Extras, Layout, Output, RawImages};
+use crate::args::{Extras, Format, Formats, ImageFile, Layout, Output, RawImages};
 use crate::failure::Failure;
 use crate::session::Session;
 use crate::stream::{self, Received, is_stream};
@@ -25,13 +25,15 @@ use crate::{input, save};
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  \
     memsnap convert full.mem -o full.raw --layout raw\n  \
-    memsnap convert old.raw -o old.mem --layout sealed\n  \
+    memsnap convert raw:old.raw -o old.mem --layout sealed\n  \
     memsnap convert full.mem -o - --zstd | ssh host memsnap convert - --zstd -o full.mem\n  \
     memsnap convert d1.raw --raw-diff --parent old.mem -o d1.mem --layout packed")]
 pub struct Convert {
     /// The image; `-` for a stream on stdin
-    #[arg(value_name = "FILE")]
-    input: PathBuf,
+    #[arg(value_name = "FILE", value_parser = ImageFile::parser())]
+    input: ImageFile,
+    #[command(flatten)]
+    formats: Formats,
     #[command(flatten)]
     output: Output,
     /// How the pages stand in the result; as in the image unless told
@@ -44,11 +46,11 @@ pub struct Convert {
     #[arg(long, value_name = "SIZE", value_parser = crate::args::page_size)]
     page_size: Option<u64>,
     /// The image is raw, and a diff
-    #[arg(long)]
+    #[arg(long, conflicts_with = "format")]
     raw_diff: bool,
     /// The sealed or packed image that the raw diff was taken after
-    #[arg(long, value_name = "FILE", requires = "raw_diff")]
-    parent: Option<PathBuf>,
+    #[arg(long, value_name = "FILE", requires = "raw_diff", value_parser = ImageFile::parser())]
+    parent: Option<ImageFile>,
     /// Take the holes of the raw diff for clean pages, also where the file system can't be believed
     #[arg(long)]
     trust_holes: bool,
@@ -62,22 +64,34 @@ pub struct Convert {
 impl Convert {
     pub fn run(&self, session: &Session) -> anyhow::Result<Verdict> {
         self.check()?;
-        if !is_stream(&self.input) {
-            let chain = self.open(session, &self.input)?;
+        if !is_stream(&self.input.path) {
+            let chain = self.open(session, self.open_input()?)?;
             return self.convert(session, &chain, !self.no_verify);
         }
         let received = Received::from_stdin(session, &self.dir())?;
         let from_stdin = || "the image that came by stdin is not usable";
-        let image = Image::open_sealed(received.path()).with_context(from_stdin)?;
+        let image = Image::open(received.path()).with_context(from_stdin)?;
         let found = input::sum(session, &image).with_context(from_stdin)?.found;
         if found > 0 {
             return Err(Failure::StreamDamaged { found }.into());
         }
-        self.convert(session, &self.open(session, &received.path())?, false)
+        self.convert(session, &self.open(session, image)?, false)
+    }
+
+    fn open_input(&self) -> anyhow::Result<Image> {
+        if !self.raw_diff {
+            return Ok(self.input.open(self.formats.format)?);
+        }
+        // Nothing that a guest can write makes this an image.
+        if Image::open(&self.input.path).is_ok() {
+            let path = self.input.path.clone();
+            return Err(Failure::NotARawDiff { path }.into());
+        }
+        Ok(self.input.open(Format::Raw)?)
     }
 
     fn check(&self) -> Result<(), Failure> {
-        let streams = [&self.input, &self.output.path].map(|path| is_stream(path));
+        let streams = [&self.input.path, &self.output.path].map(|path| is_stream(path));
         match (streams.contains(&true), self.zstd) {
             (true, false) => return Err(Failure::StreamNotCompressed),
             (false, true) => return Err(Failure::NoStream),
@@ -102,9 +116,9 @@ impl Convert {
 
     /// All files that are read.
     fn inputs(&self) -> Vec<PathBuf> {
-        let image = Some(self.input.clone()).filter(|input| !is_stream(input));
-        self.extras
-            .and_inputs(image.into_iter().chain(self.parent.clone()))
+        let image = Some(&self.input).filter(|input| !is_stream(&input.path));
+        let images = image.into_iter().chain(&self.parent);
+        self.extras.and_inputs(images.map(|file| file.path.clone()))
     }
 
     /// Where there is room for the image while it is checked or packed.
@@ -120,8 +134,7 @@ impl Convert {
     }
 
     /// The image alone, in pages that both it and the result have whole.
-    fn open(&self, session: &Session, path: &Path) -> anyhow::Result<Chain> {
-        let image = Image::open(path)?;
+    fn open(&self, session: &Session, image: Image) -> anyhow::Result<Chain> {
         let page_size = match (image.footer(), self.page_size) {
             (Some(footer), Some(asked)) if image.is_diff() && asked > footer.page_size => {
                 let page_size = footer.page_size;
@@ -134,11 +147,7 @@ impl Convert {
             page_size,
             trust_holes: self.trust_holes,
         };
-        let files = [path.to_owned()];
-        match self.raw_diff {
-            true => input::diffs(session, &files, &raw),
-            false => input::chain(session, &files, &raw),
-        }
+        input::put_together(session, vec![image], &raw, self.raw_diff)
     }
 
     /// Checks the sums, if asked to, once there is a place for the result.
@@ -152,7 +161,7 @@ impl Convert {
         if is_stream(&self.output.path) {
             let packed = if self.is_as_wanted(chain) {
                 check()?;
-                File::open(&self.input)?
+                File::open(&self.input.path)?
             } else {
                 self.packed(session, chain, page_size, check)?
             };
@@ -169,9 +178,17 @@ impl Convert {
 
     fn options(&self, session: &Session, chain: &Chain, layout: Layout) -> anyhow::Result<Options> {
         let mut seal = self.extras.add_to(chain.seal(), chain.size())?;
-        if let Some(path) = &self.parent {
-            let parent = Image::open_sealed(path)?;
-            seal = seal.parent(parent.id().expect("a sealed image has an id"));
+        if let Some(file) = &self.parent {
+            let parent = file.open(Format::Auto)?;
+            let (old, new) = (parent.ram_size(), chain.size());
+            if old != new {
+                return Err(Failure::OtherGuest { old, new }.into());
+            }
+            let Some(id) = parent.id() else {
+                let path = file.path.clone();
+                return Err(Failure::ParentIsRaw { path }.into());
+            };
+            seal = seal.parent(id);
         }
         Ok(session
             .options("converting")
@@ -183,7 +200,7 @@ impl Convert {
     /// Whether the image's file is what is to be sent.
     fn is_as_wanted(&self, chain: &Chain) -> bool {
         let same_pages = self.page_size.is_none() && self.extras.is_empty();
-        same_pages && !is_stream(&self.input) && layout_of_first(chain) == Layout::Packed
+        same_pages && !is_stream(&self.input.path) && layout_of_first(chain) == Layout::Packed
     }
 
     /// The image, packed, in a file without a name.

@@ -59,10 +59,10 @@ impl Show<'_> {
         self.good("full ram -o full.mem")?;
         self.say("It works on: 300 pages change, and some become zero. What changed since:")?;
         guest.work(300)?;
-        self.good("diff full.mem ram -o d1.mem")?;
+        self.good("diff full.mem --ram ram -o d1.mem")?;
         self.say("And again:")?;
         guest.work(100)?;
-        self.good("diff full.mem d1.mem ram -o d2.mem")?;
+        self.good("diff full.mem d1.mem --ram ram -o d2.mem")?;
         self.say("Three files, a chain. Each says what it is, and whose diff:")?;
         self.good("info d2.mem")?;
         self.good("map full.mem d1.mem d2.mem")?;
@@ -76,7 +76,7 @@ impl Show<'_> {
         self.good("merge full.mem d1.mem d2.mem -o merged.mem")?;
         self.good("restore full.mem d1.mem d2.mem -o ram2")?;
         self.say("Both are the RAM, byte for byte:")?;
-        self.good("diff merged.mem ram")?;
+        self.good("diff merged.mem --ram ram")?;
         ensure!(
             fs::read("ram")? == fs::read("ram2")?,
             "the restored RAM is not what it was"

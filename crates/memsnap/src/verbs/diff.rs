@@ -11,7 +11,7 @@ use page_reader::PageReader;
 use serde::Serialize;
 
 use crate::Verdict;
-use crate::args::{Extras, InProcess, Layout, Output, RawImages};
+use crate::args::{Extras, Formats, ImageFile, InProcess, Layout, Output, RawImages};
 use crate::failure::Failure;
 use crate::print::{self, count, size};
 use crate::ram::{Ram, RamFile};
@@ -20,27 +20,31 @@ use crate::{input, save};
 
 /// Take a diff: the pages of a new state of the RAM that differ from an old one
 ///
-/// The old state comes first: a full image, or one and its diffs, oldest first. The new state comes last: a full image; a diff on top of the old
-/// ones; or the RAM itself, a file or memfd as for `memsnap full` (pause the guest meanwhile). With --to or --pid, all files before are the old
-/// state; with --to, the new one may be a chain of its own.
+/// The old state comes first: a full image, or one and its diffs, oldest first. The new state is RAM, by --ram or --pid (pause the guest meanwhile); or
+/// the last file, a full image or a diff on top of the old ones; or a chain of its own, by --to.
 ///
 /// The diff names the old state as its parent, and has the id of the new one; RAM gets a new id. Without --output nothing is
 /// written, and the exit status is 1 if the states differ.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  \
-    memsnap diff full.mem /dev/shm/guest -o d1.mem\n  \
-    memsnap diff full.mem d1.mem /dev/shm/guest -o d2.mem\n  \
+    memsnap diff full.mem --ram /dev/shm/guest -o d1.mem\n  \
+    memsnap diff full.mem d1.mem --ram /dev/shm/guest -o d2.mem\n  \
     memsnap diff yesterday.mem today.mem -o day.mem\n  \
     memsnap diff full.mem d1.mem d2.mem --to full.mem --to d1.mem -o back.mem\n  \
     memsnap diff full.mem --pid 4242 --region /memfd:ram -o d1.mem\n  \
     memsnap diff a.mem b.mem")]
 pub struct Diff {
-    /// The old state's images, oldest first, and then, without --to, the new state
-    #[arg(required = true, value_name = "FILE")]
-    files: Vec<PathBuf>,
-    /// The new state: RAM, or an image; repeat it for a chain, oldest first
-    #[arg(long, value_name = "FILE")]
-    to: Vec<PathBuf>,
+    /// The old state's images, oldest first, and then, without --ram, --pid or --to, that of the new state
+    #[arg(required = true, value_name = "FILE", value_parser = ImageFile::parser())]
+    files: Vec<ImageFile>,
+    /// The new state: the RAM itself, a file or memfd as for `memsnap full`
+    #[arg(long, value_name = "RAMFILE")]
+    ram: Option<PathBuf>,
+    /// The new state: an image; repeat it for a chain, oldest first
+    #[arg(long, value_name = "FILE", value_parser = ImageFile::parser())]
+    to: Vec<ImageFile>,
+    #[command(flatten)]
+    formats: Formats,
     #[command(flatten)]
     process: InProcess,
     /// The diff to write; it appears once it is whole
@@ -72,17 +76,19 @@ impl Diff {
             force: self.force,
         });
         if let Some(output) = &output {
-            let files = old_files.iter().chain(&new_files).cloned();
+            let images = [input::paths(old_files), input::paths(new_files)].concat();
+            let files = images.into_iter().chain(self.ram.clone());
             save::check_output(output, &self.extras.and_inputs(files))?;
             if self.layout == Layout::Raw && !self.extras.is_empty() {
                 let path = output.path.clone();
                 return Err(Failure::RawHasNoSeal { path }.into());
             }
         }
-        let old = input::full_chain(session, old_files, &self.raw)?;
-        let mut new = match self.process.find()? {
-            Some(ram) => New::Ram(ram),
-            None => New::open(session, old_files, &new_files, &self.raw)?,
+        let old = input::full_chain(session, old_files, self.formats, &self.raw)?;
+        let mut new = match (&self.ram, self.process.find()?) {
+            (Some(path), _) => New::Ram(Ram::File(RamFile::open(path)?)),
+            (None, Some(ram)) => New::Ram(ram),
+            (None, None) => New::Images(self.new_chain(session, old_files, new_files)?),
         };
         if old.size() != new.size() {
             let (old, new) = (old.size(), new.size());
@@ -112,18 +118,31 @@ impl Diff {
         self.raw.page_size.unwrap_or(old.page_size())
     }
 
-    /// The files of the old state, and of the new one.
-    fn states(&self) -> Result<(&[PathBuf], Vec<PathBuf>), Failure> {
-        match (
-            self.process.is_given(),
-            &self.to[..],
-            self.files.split_last(),
-        ) {
-            (true, [], _) => Ok((&self.files, Vec::new())),
-            (false, to @ [_, ..], _) => Ok((&self.files, to.to_vec())),
-            (false, [], Some((new, old))) if !old.is_empty() => Ok((old, vec![new.clone()])),
+    /// The files of the old state, and of the new one: none where that is RAM.
+    fn states(&self) -> Result<(&[ImageFile], &[ImageFile]), Failure> {
+        let ram = self.ram.is_some();
+        match (ram, self.process.is_given(), &self.to[..]) {
+            (true, false, []) | (false, true, []) => Ok((&self.files, &[])),
+            (false, false, to @ [_, ..]) => Ok((&self.files, to)),
+            (false, false, []) if self.files.len() > 1 => {
+                Ok(self.files.split_at(self.files.len() - 1))
+            }
             _ => Err(Failure::NoNewState),
         }
+    }
+
+    /// The new state's images: on top of the old ones if it is one diff.
+    fn new_chain(
+        &self,
+        session: &Session,
+        old: &[ImageFile],
+        new: &[ImageFile],
+    ) -> anyhow::Result<Chain> {
+        let files = match new {
+            [one] if one.open(self.formats.format)?.is_diff() => [old, new].concat(),
+            new => new.to_vec(),
+        };
+        input::full_chain(session, &files, self.formats, &self.raw)
     }
 
     fn changed(&self, session: &Session, old: &Chain, new: &New) -> anyhow::Result<DirtyBitmap> {
@@ -173,6 +192,7 @@ impl Diff {
             }
             seal = seal.parent(parent);
         } else {
+            seal = seal.on_raw_image();
             session.warn(
                 "the old state is raw and has no id: nothing will tell whether the diff fits on it",
             );
@@ -213,26 +233,6 @@ enum New {
 }
 
 impl New {
-    fn open(
-        session: &Session,
-        old: &[PathBuf],
-        new: &[PathBuf],
-        raw: &RawImages,
-    ) -> anyhow::Result<Self> {
-        let first = RamFile::find(&new[0])?;
-        match (first, new) {
-            (Some(ram), [_]) => Ok(Self::Ram(Ram::File(ram))),
-            (_, [diff]) if Image::open(diff)?.is_diff() => {
-                let files = [old, new].concat();
-                Ok(Self::Images(input::full_chain(session, &files, raw)?))
-            }
-            _ => {
-                let chain = input::full_chain(session, new, raw)?;
-                Ok(Self::Images(chain))
-            }
-        }
-    }
-
     fn size(&self) -> u64 {
         match self {
             Self::Ram(ram) => ram.size(),

@@ -6,22 +6,24 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Context;
 use clap::Args;
-use image_format::{Footer, Kind, Placement, Stored};
+use image_format::{Footer, Kind, Stored};
 use memory_image::Image;
 use serde::Serialize;
 use sparse_file::{Capabilities, SeekHole, WrittenZeros, allocated_bytes, extents};
 
 use crate::Verdict;
-use crate::args::Layout;
+use crate::args::{Formats, ImageFile, Layout};
 use crate::print::{self, count, size};
 
 /// Say what files are: full or diff, of which guest, which pages they hold
 #[derive(Debug, Args)]
-#[command(after_help = "Example:\n  memsnap info full.mem d1.mem")]
+#[command(after_help = "Example:\n  memsnap info full.mem d1.mem raw:/dev/shm/guest")]
 pub struct InfoArgs {
     /// Images
-    #[arg(required = true, value_name = "FILE")]
-    files: Vec<PathBuf>,
+    #[arg(required = true, value_name = "FILE", value_parser = ImageFile::parser())]
+    files: Vec<ImageFile>,
+    #[command(flatten)]
+    formats: Formats,
     /// As JSON: a list of objects, sizes in bytes
     #[arg(long)]
     json: bool,
@@ -30,7 +32,7 @@ pub struct InfoArgs {
 impl InfoArgs {
     pub fn run(&self) -> anyhow::Result<Verdict> {
         let mut probed = Probed::new();
-        let mut info = |file| Info::with(&Image::open(file)?, &mut probed);
+        let mut info = |file: &ImageFile| Info::with(&file.open(self.formats.format)?, &mut probed);
         let infos = self.files.iter().map(&mut info);
         let infos = infos.collect::<anyhow::Result<Vec<_>>>()?;
         if self.json {
@@ -98,7 +100,7 @@ impl Info {
         let file = File::open(path).with_context(|| format!("cannot open {path:?}"))?;
         let common = Self {
             file: path.to_owned(),
-            layout: Layout::Raw,
+            layout: Layout::of(image),
             kind: None,
             id: None,
             parent: None,
@@ -135,10 +137,6 @@ impl Info {
         };
         let (present, zero) = (pages(false), pages(true));
         Self {
-            layout: match footer.placement {
-                Placement::InPlace => Layout::Sealed,
-                Placement::Packed => Layout::Packed,
-            },
             kind: Some(match footer.kind {
                 Kind::Full => "full",
                 Kind::Diff { .. } => "diff",

@@ -13,14 +13,14 @@ use anyhow::Context;
 use atomic_file::AtomicWriter;
 use clap::Args;
 use image_format::Stored;
-use memory_image::Image;
 use serde::Serialize;
 use sparse_file::extents;
 
 use crate::Verdict;
+use crate::args::{Formats, ImageFile};
 use crate::failure::Failure;
 use crate::session::Session;
-use crate::{print, save};
+use crate::{input, print, save};
 
 /// Show which pages images hold: present, zero or clean
 ///
@@ -32,8 +32,10 @@ use crate::{print, save};
     memsnap map full.mem d1.mem d2.mem -o chain.svg")]
 pub struct Map {
     /// Images
-    #[arg(required = true, value_name = "FILE")]
-    files: Vec<PathBuf>,
+    #[arg(required = true, value_name = "FILE", value_parser = ImageFile::parser())]
+    files: Vec<ImageFile>,
+    #[command(flatten)]
+    formats: Formats,
     /// Draw to this file, a .svg or .png
     #[arg(short, long, value_name = "FILE")]
     output: Option<PathBuf>,
@@ -64,7 +66,10 @@ impl Map {
     }
 
     fn maps(&self) -> anyhow::Result<Vec<PageMap>> {
-        let maps = self.files.iter().map(|file| PageMap::of(file));
+        let maps = self
+            .files
+            .iter()
+            .map(|file| PageMap::of(file, self.formats));
         let maps = maps.collect::<anyhow::Result<Vec<_>>>()?;
         match maps.iter().find(|map| map.ram_bytes != maps[0].ram_bytes) {
             None => Ok(maps),
@@ -85,7 +90,7 @@ impl Map {
                 return Err(Failure::NoSuchPicture { path }.into());
             }
         };
-        save::check_is_no_input(path, &self.files)?;
+        save::check_is_no_input(path, &input::paths(&self.files))?;
         if !self.force && path.symlink_metadata().is_ok() {
             let path = path.to_owned();
             return Err(Failure::OutputExists { path }.into());
@@ -132,8 +137,9 @@ enum State {
 }
 
 impl PageMap {
-    fn of(path: &Path) -> anyhow::Result<Self> {
-        let image = Image::open(path)?;
+    fn of(file: &ImageFile, formats: Formats) -> anyhow::Result<Self> {
+        let image = file.open(formats.format)?;
+        let path = image.path();
         let (page_bytes, runs) = match image.footer() {
             Some(footer) => {
                 let run = |run: &image_format::Run| match run.stored {

@@ -3,10 +3,9 @@
 use std::path::PathBuf;
 
 use clap::{ArgGroup, Args};
-use image_format::Placement;
 
 use crate::Verdict;
-use crate::args::{Layout, Output, RawImages};
+use crate::args::{Formats, ImageFile, Layout, Output, RawImages};
 use crate::failure::Failure;
 use crate::session::Session;
 use crate::{input, save};
@@ -20,12 +19,15 @@ use crate::{input, save};
     after_help = "Examples:\n  \
         memsnap merge full.mem d1.mem d2.mem -o new.mem\n  \
         memsnap merge d1.mem d2.mem -o both.mem\n  \
+        memsnap merge raw:full.raw d1.mem -o new.mem --layout packed\n  \
         memsnap merge --in-place full.mem d1.mem"
 )]
 pub struct Merge {
     /// Images, oldest first
-    #[arg(required = true, value_name = "FILE")]
-    files: Vec<PathBuf>,
+    #[arg(required = true, value_name = "FILE", value_parser = ImageFile::parser())]
+    files: Vec<ImageFile>,
+    #[command(flatten)]
+    formats: Formats,
     /// The file to write; it appears once it is whole
     #[arg(short, long, value_name = "FILE")]
     output: Option<PathBuf>,
@@ -41,7 +43,7 @@ pub struct Merge {
     #[arg(long)]
     layout: Option<Layout>,
     /// The files are raw, and all of them diffs
-    #[arg(long)]
+    #[arg(long, conflicts_with = "format")]
     raw_diffs: bool,
     /// Don't compare the files with their checksums first
     #[arg(long)]
@@ -54,8 +56,8 @@ impl Merge {
     pub fn run(&self, session: &Session) -> anyhow::Result<Verdict> {
         let output = self.checked_output()?;
         let chain = match self.raw_diffs {
-            true => input::diffs(session, &self.files, &self.raw)?,
-            false => input::chain(session, &self.files, &self.raw)?,
+            true => input::raw_diffs(session, &self.files, &self.raw)?,
+            false => input::chain(session, &self.files, self.formats, &self.raw)?,
         };
         let layout = self.layout.unwrap_or_else(|| layout_of_first(&chain));
         let options = session
@@ -75,10 +77,10 @@ impl Merge {
 
     fn checked_output(&self) -> Result<Output, Failure> {
         let Some(path) = &self.output else {
-            let path = self.files[0].clone();
+            let path = self.files[0].path.clone();
             return Ok(Output { path, force: true });
         };
-        if input::is_one_of(path, &self.files) {
+        if input::is_one_of(path, &input::paths(&self.files)) {
             let path = path.clone();
             return Err(Failure::MergeOntoInput { path });
         }
@@ -92,10 +94,5 @@ impl Merge {
 }
 
 pub fn layout_of_first(chain: &memory_image::Chain) -> Layout {
-    let footer = chain.images().next().and_then(|image| image.footer());
-    match footer.map(|footer| footer.placement) {
-        None => Layout::Raw,
-        Some(Placement::InPlace) => Layout::Sealed,
-        Some(Placement::Packed) => Layout::Packed,
-    }
+    chain.images().next().map_or(Layout::Raw, Layout::of)
 }

@@ -21,7 +21,7 @@ use page_reader::{FileReader, PageReader};
 use sparse_file::{Source, SpaceError, WriteOptions, punch_hole, write_runs};
 
 use crate::Verdict;
-use crate::args::{Output, RawImages};
+use crate::args::{Formats, ImageFile, Output, RawImages};
 use crate::failure::Failure;
 use crate::print::size;
 use crate::session::Session;
@@ -41,11 +41,14 @@ const CHUNK: usize = 1 << 20;
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  \
     memsnap restore full.mem d1.mem -o /dev/shm/guest\n  \
-    memsnap restore full.mem -o /proc/4242/fd/17 --force")]
+    memsnap restore full.mem -o /proc/4242/fd/17 --force\n  \
+    memsnap restore raw:full.raw d1.mem -o /dev/shm/guest")]
 pub struct Restore {
     /// Images, oldest first
-    #[arg(required = true, value_name = "FILE")]
-    files: Vec<PathBuf>,
+    #[arg(required = true, value_name = "FILE", value_parser = ImageFile::parser())]
+    files: Vec<ImageFile>,
+    #[command(flatten)]
+    formats: Formats,
     /// The file or memfd that the RAM goes to
     #[arg(short, long, value_name = "RAMFILE")]
     output: PathBuf,
@@ -64,8 +67,8 @@ pub struct Restore {
 
 impl Restore {
     pub fn run(&self, session: &Session) -> anyhow::Result<Verdict> {
-        save::check_is_no_input(&self.output, &self.files)?;
-        let chain = input::full_chain(session, &self.files, &self.raw)?;
+        save::check_is_no_input(&self.output, &input::paths(&self.files))?;
+        let chain = input::full_chain(session, &self.files, self.formats, &self.raw)?;
         if self.verify
             && let Some(raw) = chain.images().find(|image| image.footer().is_none())
         {

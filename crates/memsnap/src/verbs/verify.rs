@@ -3,11 +3,11 @@
 use std::path::PathBuf;
 
 use clap::Args;
-use memory_image::{Damage, Image, ImageError, Verified};
+use memory_image::{Damage, ImageError, Verified};
 use serde::Serialize;
 
 use crate::Verdict;
-use crate::args::RawImages;
+use crate::args::{Formats, ImageFile, RawImages};
 use crate::input;
 use crate::print::{self, count, size};
 use crate::session::Session;
@@ -21,8 +21,10 @@ use crate::session::Session;
 )]
 pub struct Verify {
     /// Images, oldest first
-    #[arg(required = true, value_name = "FILE")]
-    files: Vec<PathBuf>,
+    #[arg(required = true, value_name = "FILE", value_parser = ImageFile::parser())]
+    files: Vec<ImageFile>,
+    #[command(flatten)]
+    formats: Formats,
     /// Only warn of raw images
     #[arg(long)]
     allow_raw: bool,
@@ -33,7 +35,10 @@ pub struct Verify {
 
 impl Verify {
     pub fn run(&self, session: &Session) -> anyhow::Result<Verdict> {
-        let files = self.files.iter().map(|file| Checked::file(session, file));
+        let files = self
+            .files
+            .iter()
+            .map(|file| Checked::file(session, file, self.formats));
         let files = files.collect::<anyhow::Result<Vec<_>>>()?;
         let links = self.links(session, &files)?;
         let good = files.iter().all(|file| file.is_good(self.allow_raw));
@@ -62,7 +67,7 @@ impl Verify {
             page_size: None,
             trust_holes: true,
         };
-        match input::chain(session, &self.files, &raw) {
+        match input::chain(session, &self.files, self.formats, &raw) {
             Ok(_) => Ok(Some(Links::Good)),
             Err(error) if crate::failure::exit_code(&error) == crate::failure::NEGATIVE => {
                 let why = format!("{error:#}");
@@ -137,11 +142,11 @@ impl Links {
 }
 
 impl Checked {
-    fn file(session: &Session, path: &PathBuf) -> anyhow::Result<Self> {
-        let state = match Image::open(path) {
+    fn file(session: &Session, file: &ImageFile, formats: Formats) -> anyhow::Result<Self> {
+        let state = match file.open(formats.format) {
             Ok(image) if image.footer().is_none() => State::Raw,
             Ok(image) => State::of(input::sum(session, &image)?),
-            Err(error @ ImageError::Footer { .. }) => {
+            Err(error @ (ImageError::Footer { .. } | ImageError::NotRaw { .. })) => {
                 let error = anyhow::Error::from(error);
                 if crate::failure::exit_code(&error) != crate::failure::NEGATIVE {
                     return Err(error);
@@ -151,7 +156,7 @@ impl Checked {
             }
             Err(error) => return Err(error.into()),
         };
-        let file = path.clone();
+        let file = file.path.clone();
         Ok(Self { file, state })
     }
 
@@ -192,7 +197,7 @@ impl Checked {
             }
             State::Unusable { why } => format!("{file}: UNUSABLE: {why}"),
             State::Raw => format!(
-                "{file}: NOT CHECKED: it is raw (or its end was cut off) and has no checksums; \
+                "{file}: NOT CHECKED: it is raw and has no checksums; \
                  seal it with `memsnap convert --layout sealed` while it is known to be right"
             ),
         }

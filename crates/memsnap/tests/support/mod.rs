@@ -87,11 +87,11 @@ impl Work {
         work.copy("ram", "first");
         work.change(10, 5);
         work.zero(20);
-        work.good("diff full.mem ram -o d1.mem");
+        work.good("diff full.mem --ram ram -o d1.mem");
         work.copy("ram", "second");
         work.change(12, 2);
         work.change(1500, 1);
-        work.good("diff full.mem d1.mem ram -o d2.mem");
+        work.good("diff full.mem d1.mem --ram ram -o d2.mem");
         work
     }
 

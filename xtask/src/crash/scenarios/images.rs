@@ -65,7 +65,7 @@ pub const MERGE: Scenario = Scenario {
         write_diff(&dir.join(DIFF_NAME), 2, Layout::Raw, UNSEEN)
     },
     act: |dir, witness| {
-        let mut chain = Chain::open(dir.join(FULL), PAGE)?;
+        let mut chain = Chain::open_raw(dir.join(FULL), PAGE)?;
         // Its holes can't be believed everywhere.
         chain.push_pages(dir.join(DIFF_NAME), dirty(2)?.runs())?;
         chain.flatten(dir.join(FULL))?;
@@ -99,7 +99,7 @@ fn prepare(dir: &Path, layout: fn(Seal) -> Layout) -> anyhow::Result<()> {
 }
 
 fn act(dir: &Path, witness: &dyn Witness, layout: fn(Seal) -> Layout) -> anyhow::Result<()> {
-    let parent = Image::open_sealed(dir.join(FULL))?.id();
+    let parent = Image::open(dir.join(FULL))?.id();
     let seal = Seal::new().parent(parent.context("it is sealed")?);
     write_diff(&dir.join(DIFF_NAME), 3, layout(seal), witness)?;
     witness.returned()?;
@@ -167,8 +167,8 @@ fn with_diff(mut bytes: Vec<u8>, stamp: u32) -> Vec<u8> {
 
 /// The full image and a diff of one of these versions.
 fn raw_chain(after: &Aftermath, allowed: &[u32]) -> Result<(), Fault> {
-    let mut chain = Chain::open(after.dir.join(FULL), PAGE).map_err(lost("the full image"))?;
-    match chain.push(after.dir.join(DIFF_NAME)) {
+    let mut chain = Chain::open_raw(after.dir.join(FULL), PAGE).map_err(lost("the full image"))?;
+    match chain.push_raw(after.dir.join(DIFF_NAME)) {
         Ok(()) => restored(&chain, allowed),
         // Told by its bytes alone, then: zeros where it has no page.
         Err(ImageError::UnclearDiff { .. }) => {
@@ -211,7 +211,7 @@ fn sealed_chain(after: &Aftermath) -> Result<(), Fault> {
 /// Every checksum is right.
 fn verified(paths: &[&PathBuf]) -> Result<(), Fault> {
     for path in paths {
-        let image = Image::open_sealed(path).map_err(lost("a sealed image"))?;
+        let image = Image::open(path).map_err(lost("a sealed image"))?;
         let found = image
             .verify(&|_, _| ControlFlow::Continue(()))
             .map_err(lost("a sealed image"))?;

@@ -160,7 +160,7 @@ fn chain(site: &Site) -> anyhow::Result<Outcome> {
     let expected = "the chain's bytes are the RAM's, the diffs' pages told by the file system";
     let base = site.path("base.mem");
     site.subject.full(&base, &Stamped::new(1, RAM), RAM, PAGE)?;
-    let mut chain = Chain::open(&base, PAGE)?;
+    let mut chain = Chain::open_raw(&base, PAGE)?;
     let mut unclear = None;
     let runs = [
         vec![0..2 * PAGE, 9 * PAGE..10 * PAGE],
@@ -176,7 +176,7 @@ fn chain(site: &Site) -> anyhow::Result<Outcome> {
         let diff = site.path(&format!("diff-{stamp}.mem"));
         site.subject
             .diff(&diff, &Stamped::new(stamp, RAM), &dirty, PAGE)?;
-        match chain.push(&diff) {
+        match chain.push_raw(&diff) {
             Ok(()) => {}
             Err(ImageError::UnclearDiff { why, .. }) => {
                 unclear = Some(why.to_string());

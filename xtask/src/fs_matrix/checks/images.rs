@@ -118,8 +118,7 @@ fn carried(site: &Site, layout: fn(Seal) -> Layout) -> anyhow::Result<Outcome> {
         "verified, and the RAM's bytes: where made, and after copies that dig holes and fill them";
     let wrong = |paths: &[PathBuf], ram: &[u8]| -> anyhow::Result<bool> {
         for path in paths {
-            let found =
-                Image::open_sealed(path)?.verify(&|_, _| std::ops::ControlFlow::Continue(()))?;
+            let found = Image::open(path)?.verify(&|_, _| std::ops::ControlFlow::Continue(()))?;
             if !found.is_whole() {
                 return Ok(true);
             }
@@ -157,8 +156,8 @@ fn raw(site: &Site) -> anyhow::Result<Outcome> {
         (Copying::FillsHoles, "holes filled, then dug"),
     ] {
         let [full, diff] = carry(site, &made, back.path(), how)?;
-        let mut chain = Chain::open(full, PAGE)?;
-        match chain.push(diff) {
+        let mut chain = Chain::open_raw(full, PAGE)?;
+        match chain.push_raw(diff) {
             Err(ImageError::UnclearDiff { why, .. }) => {
                 seen.push(format!("{what}: refused ({why})"))
             }

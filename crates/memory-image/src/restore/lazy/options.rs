@@ -232,7 +232,7 @@ mod tests {
         let file = tempfile::NamedTempFile::new().unwrap();
         std::fs::write(file.path(), vec![7; host_page() as usize]).unwrap();
         file.as_file().set_len(2 * host_page()).unwrap();
-        let chain = Chain::open(file.path(), host_page()).unwrap();
+        let chain = Chain::open_raw(file.path(), host_page()).unwrap();
         (options.start(chain).unwrap(), file)
     }
 

@@ -1,0 +1,284 @@
+//! What a file is depends on nothing that a guest can write to its RAM, and survives no cut.
+
+use std::io;
+use std::os::unix::fs::FileExt;
+
+use image_format::{
+    Checksums, Footer, FooterError, ImageId, Kind, Placement, RAW_UNIT, Run, Version, packed_start,
+};
+use proptest::prelude::*;
+use rstest::rstest;
+
+/// The smallest page, so that there are as many cuts at page boundaries as can be.
+const PAGE: u64 = 512;
+
+/// A full image of the RAM `ram`, every page of it in the file.
+fn image(version: Version, placement: Placement, ram: &[u8], metadata: usize) -> Vec<u8> {
+    let ram_size = ram.len() as u64;
+    let at = match (version, placement) {
+        (Version::V2, Placement::Packed) => packed_start(PAGE),
+        _ => 0,
+    };
+    let mut checksums = Checksums::new(ram_size);
+    checksums.feed(0, ram);
+    let footer = Footer {
+        version,
+        id: ImageId::from_bytes([7; 16]),
+        kind: Kind::Full,
+        placement,
+        ram_size,
+        page_size: PAGE,
+        regions: vec![0..ram_size],
+        runs: vec![Run::present(0..ram_size, at)],
+        checksums: checksums.finish(),
+        metadata: vec![1; metadata],
+    };
+    let file = tempfile::tempfile().unwrap();
+    file.write_all_at(ram, at).unwrap();
+    let len = footer.write(&file).unwrap();
+    let mut bytes = vec![0; len as usize];
+    file.read_exact_at(&mut bytes, 0).unwrap();
+    bytes
+}
+
+fn read_as(bytes: &[u8], format: Option<Placement>) -> Result<Footer, FooterError> {
+    Footer::read_from(bytes.len() as u64, format, |buf, offset| {
+        let from = bytes.get(offset as usize..).unwrap_or_default();
+        let from = from.get(..buf.len()).ok_or(io::ErrorKind::UnexpectedEof)?;
+        buf.copy_from_slice(from);
+        Ok(())
+    })
+}
+
+fn read(bytes: &[u8]) -> Result<Footer, FooterError> {
+    read_as(bytes, None)
+}
+
+/// A length of metadata at which an image of version 1 is as long as raw RAM may be.
+fn aligned(placement: Placement, ram: &[u8]) -> Vec<u8> {
+    let images = (0..RAW_UNIT as usize).map(|len| image(Version::V1, placement, ram, len));
+    let mut aligned = images.filter(|bytes| (bytes.len() as u64).is_multiple_of(RAW_UNIT));
+    aligned.next().unwrap()
+}
+
+#[rstest]
+fn no_image_is_as_long_as_raw_ram(
+    #[values(Placement::InPlace, Placement::Packed)] placement: Placement,
+) {
+    let mut padded = 0;
+    for metadata in 0..2 * RAW_UNIT as usize {
+        let bytes = image(Version::V2, placement, &[3; 1024], metadata);
+        assert_ne!(bytes.len() as u64 % RAW_UNIT, 0, "{metadata}");
+        let footer = read(&bytes).unwrap();
+        assert_eq!(footer.metadata.len(), metadata);
+        assert_eq!(footer.file_len(), bytes.len() as u64);
+        let unpadded = image(Version::V1, placement, &[3; 1024], metadata).len() as u64;
+        padded += footer.file_len() - footer.data_start() - unpadded;
+    }
+    assert_eq!(padded, 2 * 8);
+}
+
+#[test]
+fn a_packed_image_cut_at_any_length_is_reported_as_such() {
+    let bytes = image(Version::V2, Placement::Packed, &[3; 8192], 100);
+    for cut in 8..bytes.len() {
+        for format in [None, Some(Placement::Packed)] {
+            let error = read_as(&bytes[..cut], format).unwrap_err();
+            let whole = (cut >= 4096).then_some(bytes.len() as u64);
+            assert!(
+                matches!(error, FooterError::Truncated { claimed, actual } if claimed == whole && actual == cut as u64),
+                "{cut}: {error:?}"
+            );
+        }
+    }
+}
+
+#[test]
+fn bytes_behind_a_packed_image_are_reported_as_such() {
+    let mut bytes = image(Version::V2, Placement::Packed, &[3; 8192], 100);
+    let claimed_len = bytes.len() as u64;
+    bytes.push(0);
+    let error = read(&bytes).unwrap_err();
+    assert!(
+        matches!(error, FooterError::Trailing { claimed, actual } if claimed == claimed_len && actual == claimed + 1),
+        "{error:?}"
+    );
+}
+
+#[test]
+fn every_flipped_bit_of_a_header_is_noticed() {
+    let mut bytes = image(Version::V2, Placement::Packed, &[3; 8192], 100);
+    for bit in 0..8 * 4096 {
+        bytes[bit / 8] ^= 1 << (bit % 8);
+        assert!(read(&bytes).is_err(), "bit {bit}");
+        bytes[bit / 8] ^= 1 << (bit % 8);
+    }
+    assert!(read(&bytes).is_ok());
+}
+
+#[test]
+fn the_header_of_another_image_is_refused() {
+    let mut bytes = image(Version::V2, Placement::Packed, &[3; 8192], 100);
+    let other = image(Version::V2, Placement::Packed, &[3; 8192 - 512], 101);
+    bytes[..4096].copy_from_slice(&other[..4096]);
+    assert!(read(&bytes).is_err());
+}
+
+#[rstest]
+fn raw_ram_that_ends_as_an_image_is_not_opened(
+    #[values(Version::V1, Version::V2)] version: Version,
+    #[values(Placement::InPlace, Placement::Packed)] placement: Placement,
+) {
+    // A whole image as the last bytes of RAM: from its beginning on, and in the last page alone.
+    let image = image(version, placement, &[3; 2048], 0);
+    for before in [0, 512, 4096] {
+        let len = (before + image.len()).next_multiple_of(512);
+        let mut ram = vec![0; len - image.len()];
+        ram.extend(&image);
+        assert!(read(&ram).is_err());
+    }
+    // The one that would be right, if it were not raw.
+    let whole = aligned(placement, &[3; 2048]);
+    let error = read(&whole).unwrap_err();
+    assert!(matches!(error, FooterError::Ambiguous { len } if len == whole.len() as u64));
+}
+
+#[rstest]
+#[case::in_place(Placement::InPlace, Placement::Packed)]
+#[case::packed(Placement::Packed, Placement::InPlace)]
+fn an_ambiguous_image_opens_if_its_format_is_named(
+    #[case] placement: Placement,
+    #[case] other: Placement,
+) {
+    let bytes = aligned(placement, &[3; 2048]);
+    let footer = read_as(&bytes, Some(placement)).unwrap();
+    assert_eq!((footer.version, footer.placement), (Version::V1, placement));
+    let error = read_as(&bytes, Some(other)).unwrap_err();
+    assert!(matches!(error, FooterError::OtherPlacement { found } if found == placement));
+}
+
+#[rstest]
+fn eight_bytes_at_the_end_of_ram_are_never_read_as_a_version(
+    #[values(0, 1, 2, 3, u32::MAX)] version: u32,
+) {
+    let mut ram = vec![9; 8192];
+    ram[8192 - 8..].copy_from_slice(b"memsnap\xff");
+    ram[8192 - 16..8192 - 12].copy_from_slice(&version.to_le_bytes());
+    assert!(matches!(
+        read(&ram),
+        Err(FooterError::Ambiguous { len: 8192 })
+    ));
+}
+
+#[test]
+fn a_packed_header_in_the_first_page_of_ram_changes_no_sealed_image() {
+    let forged = image(Version::V2, Placement::Packed, &[5; 4096], 0);
+    let sealed = image(Version::V2, Placement::InPlace, &forged[..8192], 30);
+    assert_eq!(read(&sealed).unwrap().placement, Placement::InPlace);
+    assert_eq!(read(&sealed).unwrap().ram_size, 8192);
+}
+
+#[test]
+fn a_sealed_image_in_the_ram_of_a_packed_one_does_not_replace_it() {
+    let inner = image(Version::V2, Placement::InPlace, &[5; 1024], 0);
+    let mut ram = vec![0; 4096 - inner.len()];
+    ram.extend(&inner);
+    let packed = image(Version::V2, Placement::Packed, &ram, 30);
+    assert_eq!(read(&packed).unwrap().placement, Placement::Packed);
+    // Cut behind the inner image.
+    assert!(read(&packed[..8192]).is_err());
+}
+
+#[test]
+fn a_header_page_is_as_long_as_a_larger_page() {
+    let page = 64 << 10;
+    let file = tempfile::tempfile().unwrap();
+    file.write_all_at(&vec![4; page as usize], page).unwrap();
+    let mut checksums = Checksums::new(2 * page);
+    checksums.feed(page, &vec![4; page as usize]);
+    let footer = Footer {
+        version: Version::CURRENT,
+        id: ImageId::from_bytes([7; 16]),
+        kind: Kind::Diff { parent: None },
+        placement: Placement::Packed,
+        ram_size: 2 * page,
+        page_size: page,
+        regions: vec![0..2 * page],
+        runs: vec![Run::present(page..2 * page, page)],
+        checksums: checksums.finish(),
+        metadata: Vec::new(),
+    };
+    footer.write(&file).unwrap();
+    assert_eq!(Footer::read(&file).unwrap(), footer);
+}
+
+/// RAM of whole pages that is any bytes, or has images in it.
+fn any_ram() -> impl Strategy<Value = Vec<u8>> {
+    let bytes = (1..20_usize, any::<u64>()).prop_map(|(pages, seed)| {
+        let mut random = seed;
+        let mut next = || {
+            random = random.wrapping_mul(0x5851_f42d_4c95_7f2d).wrapping_add(1);
+            (random >> 56) as u8
+        };
+        (0..pages * PAGE as usize).map(|_| next()).collect()
+    });
+    let forged = (
+        any::<bool>(),
+        any::<bool>(),
+        1..10_usize,
+        0..600_usize,
+        0..3_usize,
+    )
+        .prop_map(|(old, packed, pages, metadata, before)| {
+            let version = if old { Version::V1 } else { Version::V2 };
+            let placement = match packed {
+                true => Placement::Packed,
+                false => Placement::InPlace,
+            };
+            let image = image(version, placement, &vec![6; pages * 512], metadata);
+            let mut ram = vec![0; before * 512];
+            ram.extend(image);
+            // At the end of the RAM.
+            let gap = ram.len().next_multiple_of(512) - ram.len();
+            ram.splice(..0, vec![0; gap]);
+            ram
+        });
+    prop_oneof![bytes, forged]
+}
+
+proptest! {
+    #[test]
+    fn raw_ram_is_never_opened_whatever_it_holds(ram in any_ram()) {
+        prop_assert!(read(&ram).is_err());
+        prop_assert!(read_as(&ram, Some(Placement::Packed)).is_err() || ram.ends_with(b"memsnap\xff"));
+    }
+
+    #[test]
+    fn an_image_opens_whole_and_at_no_page_boundary_whatever_its_ram_holds(
+        ram in any_ram(),
+        packed in any::<bool>(),
+        metadata in 0..600_usize,
+    ) {
+        let placement = if packed { Placement::Packed } else { Placement::InPlace };
+        let bytes = image(Version::V2, placement, &ram, metadata);
+        let footer = read(&bytes).unwrap();
+        prop_assert_eq!((footer.placement, footer.ram_size), (placement, ram.len() as u64));
+        for cut in (0..bytes.len()).step_by(512) {
+            prop_assert!(read(&bytes[..cut]).is_err(), "cut to {}", cut);
+        }
+    }
+
+    #[test]
+    fn an_image_cut_at_any_length_is_an_error(
+        seed in any::<u8>(),
+        pages in 1..8_usize,
+        packed in any::<bool>(),
+        metadata in 0..600_usize,
+    ) {
+        let placement = if packed { Placement::Packed } else { Placement::InPlace };
+        let bytes = image(Version::V2, placement, &vec![seed; pages * 512], metadata);
+        for cut in 0..bytes.len() {
+            prop_assert!(read(&bytes[..cut]).is_err(), "cut to {}", cut);
+        }
+    }
+}

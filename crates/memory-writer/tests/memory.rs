@@ -1,0 +1,61 @@
+//! What a sealed snapshot takes memory for. Alone in its process, whose allocations it counts.
+
+use dirty_bitmap::DirtyBitmap;
+use memory_writer::{Durability, Layout, MemoryWriter, Seal};
+use peak_alloc::PeakAlloc;
+
+#[global_allocator]
+static MEMORY: PeakAlloc = PeakAlloc;
+
+const PAGE: u64 = 512;
+const RUNS: u64 = 300_000;
+const SIZE: u64 = (2 * PAGE * RUNS).next_multiple_of(1 << 20);
+
+struct Sevens;
+
+impl page_reader::PageReader for Sevens {
+    fn read_at(&self, _: u64, buf: &mut [u8]) -> std::io::Result<()> {
+        buf.fill(7);
+        Ok(())
+    }
+}
+
+/// The most memory that a diff of the pages that `dirty` marks took: while pages were written, and while the footer was. And how much was kept between.
+fn peaks(layout: Layout, dirty: &DirtyBitmap) -> (usize, usize, usize) {
+    let dir = tempfile::tempdir().unwrap();
+    let before = MEMORY.current_usage();
+    let since = |usage: usize| usage.saturating_sub(before);
+    MEMORY.reset_peak_usage();
+    let mut writer = MemoryWriter::options()
+        .layout(layout)
+        .durability(Durability::None)
+        .open(dir.path().join("mem"), SIZE, PAGE)
+        .unwrap();
+    assert_eq!(writer.write_diff(&Sevens, dirty).unwrap(), RUNS);
+    let writing = since(MEMORY.peak_usage());
+    let kept = since(MEMORY.current_usage());
+    MEMORY.reset_peak_usage();
+    writer.commit().unwrap();
+    (writing, kept, since(MEMORY.peak_usage()))
+}
+
+#[test]
+fn a_diff_takes_24_bytes_a_run_and_its_footer_no_more() {
+    let [scattered, one_run] = [(); 2].map(|()| DirtyBitmap::new(0, SIZE, PAGE).unwrap());
+    for run in 0..RUNS {
+        scattered.set_dirty(2 * PAGE * run).unwrap();
+    }
+    one_run.set_range(0, RUNS * PAGE).unwrap();
+    for make in [Layout::Sealed, Layout::Packed] {
+        let layout = || make(Seal::new().on_raw_image());
+        // The buffers of the engine are the same.
+        let (buffers, _, _) = peaks(layout(), &one_run);
+        let (writing, kept, sealing) = peaks(layout(), &scattered);
+        let runs = 24 * RUNS as usize;
+        let grown = writing.saturating_sub(buffers);
+        assert!(kept <= runs + (1 << 20), "{kept} bytes kept");
+        assert!(grown <= runs + (1 << 20), "{grown} bytes while writing");
+        let footer = sealing.saturating_sub(kept);
+        assert!(footer <= 1 << 20, "{footer} bytes for the footer");
+    }
+}
