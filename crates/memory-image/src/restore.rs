@@ -15,7 +15,7 @@ use crate::chain::Chain;
 use crate::error::ImageError;
 
 /// Bytes moved at a time.
-const CHUNK: u64 = 1 << 20;
+pub(crate) const CHUNK: u64 = 1 << 20;
 
 /// Memory that a guest's RAM can be restored to, addressed by the offset from the start of the memory file.
 pub trait RamTarget {
@@ -66,7 +66,7 @@ impl Chain {
     }
 
     /// Writes `runs` of the RAM to `target`, which is as large as the RAM.
-    pub(crate) fn restore_runs<T: RamTarget + ?Sized>(
+    fn restore_runs<T: RamTarget + ?Sized>(
         &self,
         target: &mut T,
         runs: impl Iterator<Item = Range<u64>>,

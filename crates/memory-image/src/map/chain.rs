@@ -5,12 +5,13 @@ use std::collections::BinaryHeap;
 use std::io;
 use std::ops::Range;
 
-use page_reader::{HostMemory, PageReader};
+use page_reader::{HostMemory, PageReader, SecretBuffer};
 
 use super::{Region, host_page};
 use crate::chain::Chain;
 use crate::chain::segments::{Segment, Source};
 use crate::error::ImageError;
+use crate::restore::{CHUNK, HostRam, RamTarget};
 
 /// A chain mapped copy-on-write (`MAP_PRIVATE`) as one range of host memory: RAM for a guest that starts at once and reads its pages
 /// when it touches them. What the guest writes stays its own; the files never change.
@@ -18,7 +19,7 @@ use crate::error::ImageError;
 /// The longest runs of pages are mapped, each from its own image, and short ones copied when the chain is mapped: a process has no
 /// more than so many mappings (`vm.max_map_count`, 65,530 by default on Linux). What is under them in older images is mapped as if they weren't there,
 /// so a base takes one mapping. Each run takes some 10 us, mapped or copied; this suits a chain whose diffs are clustered,
-/// or few. Where a chain is scattered, [`copied`](Self::copied) shows it, and on Linux `LazyRam` starts as fast as ever.
+/// or few. Meanwhile 48 bytes are taken for each run that is copied. Where a chain is scattered, [`copied`](Self::copied) shows it, and on Linux `LazyRam` starts as fast as ever.
 ///
 /// The files must not be cut short while they are mapped: touching a page that is gone is a `SIGBUS`. Replacing one by a
 /// commit is no harm, because the mapping keeps the old file. The chain itself isn't needed any more, and no descriptor is: a chain may
@@ -118,22 +119,14 @@ impl MappedChainOptions {
         let plan = Plan::new(chain, page, self.max_mappings);
         let mut ram = plan.map_over(ram, chain, page)?;
 
-        let (mut stored, mut copied) = (0, 0);
-        let copies = chain
-            .segments(0..size)
-            .inspect(|segment| {
-                if matches!(segment.source, Source::Stored { .. }) {
-                    stored += len(&segment.range);
-                }
-            })
-            .flat_map(|segment| plan.uncovered(&segment, page))
-            .inspect(|range| copied += len(range));
+        let (stored, copies) = plan.copies(chain, page);
+        let copied = copies.iter().map(|copy| len(&copy.range)).sum();
         // A copy over mapped pages has the kernel read these first: at least not their neighbours too.
         let advised = |advised: io::Result<()>| {
             advised.map_err(|source| ImageError::Reserve { size, source })
         };
         advised(ram.read_single_pages(true))?;
-        chain.restore_runs(&mut ram.as_target(size), copies)?;
+        copy(chain, copies, &mut ram.as_target(size))?;
         advised(ram.read_single_pages(false))?;
         Ok(MappedChain {
             ram,
@@ -176,6 +169,34 @@ impl Span {
         let aligned = self.start % page == self.offset % page;
         start..if aligned { end.max(start) } else { start }
     }
+}
+
+/// Bytes of a layer's file that no mapping shows.
+struct Copy {
+    layer: usize,
+    offset: u64,
+    range: Range<u64>,
+}
+
+/// Copies in the order of the files, each of which is opened once, however many can be open at a time.
+fn copy(chain: &Chain, mut copies: Vec<Copy>, ram: &mut HostRam<'_>) -> Result<(), ImageError> {
+    copies.sort_unstable_by_key(|copy| (copy.layer, copy.offset));
+    let mut buffer = SecretBuffer::new();
+    for Copy {
+        layer,
+        offset,
+        range,
+    } in copies
+    {
+        for at in range.clone().step_by(CHUNK as usize) {
+            let bytes = buffer.sized(CHUNK.min(range.end - at) as usize);
+            let image = chain.image(layer);
+            image.read_file(offset + (at - range.start), bytes)?;
+            let copied = ram.write_at(at, bytes);
+            copied.map_err(|source| ImageError::Target { offset: at, source })?;
+        }
+    }
+    Ok(())
 }
 
 /// What to map, the oldest layer first.
@@ -229,24 +250,36 @@ impl Plan {
         Ok(ram)
     }
 
-    /// What of a segment no mapping shows: all of it, or what is at its ends.
-    fn uncovered(&self, segment: &Segment, page: u64) -> impl Iterator<Item = Range<u64>> + use<> {
-        let Range { start, end } = segment.range;
-        let shown = match segment.source {
-            Source::Nowhere | Source::Zeroed => start..end,
-            Source::Stored { layer, .. } => {
-                let after = self
-                    .spans
-                    .partition_point(|span| (span.layer, span.start) <= (layer, start));
-                let span = self.spans[..after].last();
-                let span = span.filter(|span| span.layer == layer && end <= span.end);
-                span.map_or(start..start, |span| span.whole_pages(page))
-            }
-        };
-        let (head, tail) = (shown.start.clamp(start, end), shown.end.clamp(start, end));
-        [start..head, tail..end]
-            .into_iter()
-            .filter(|part| !part.is_empty())
+    /// Returns how many bytes the images store, and what of it no mapping shows.
+    fn copies(&self, chain: &Chain, page: u64) -> (u64, Vec<Copy>) {
+        let (mut stored, mut copies) = (0, Vec::new());
+        for Segment { range, source } in chain.segments(0..chain.size()) {
+            let Source::Stored { layer, offset } = source else {
+                continue;
+            };
+            stored += len(&range);
+            let shown = self.shown(layer, &range, page);
+            let parts = [range.start..shown.start, shown.end..range.end];
+            let parts = parts.into_iter().filter(|part| !part.is_empty());
+            copies.extend(parts.map(|part| Copy {
+                layer,
+                offset: offset + (part.start - range.start),
+                range: part,
+            }));
+        }
+        (stored, copies)
+    }
+
+    /// Returns what of a layer's segment a mapping shows: all, all but its ends, or nothing at its start.
+    fn shown(&self, layer: usize, segment: &Range<u64>, page: u64) -> Range<u64> {
+        let Range { start, end } = *segment;
+        let after = self
+            .spans
+            .partition_point(|span| (span.layer, span.start) <= (layer, start));
+        let span = self.spans[..after].last();
+        let span = span.filter(|span| span.layer == layer && end <= span.end);
+        let shown = span.map_or(start..start, |span| span.whole_pages(page));
+        shown.start.clamp(start, end)..shown.end.clamp(start, end)
     }
 }
 
