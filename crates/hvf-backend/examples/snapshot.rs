@@ -76,8 +76,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let full = dir.join("guest.mem");
     let mut writer = MemoryWriter::open(&full, SIZE, PAGE)?;
     writer.write_full(&ram)?;
-    writer.commit()?;
-    epoch.release()?;
+    writer.commit_and_release(epoch)?;
     println!("{}: {} MiB", full.display(), SIZE >> 20);
 
     vcpu.set_register(Register::X3, 111)?; // ten more
@@ -87,8 +86,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let diff = dir.join("guest-1.mem");
     let mut writer = MemoryWriter::open(&diff, SIZE, PAGE)?;
     let pages = writer.write_diff(&ram, epoch.bitmap())?;
-    writer.commit()?;
-    epoch.release()?;
+    writer.commit_and_release(epoch)?;
     println!("{}: {pages} pages of 16 KiB", diff.display());
 
     let mut word = [0; 8];

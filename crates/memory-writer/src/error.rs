@@ -5,6 +5,7 @@ use std::io;
 use std::path::PathBuf;
 
 use atomic_file::{CommitError, OpenError};
+use dirty_bitmap::EpochReclaimed;
 use image_format::FooterError;
 use sparse_file::{SpaceError, WriteError};
 use thiserror::Error;
@@ -12,7 +13,8 @@ use thiserror::Error;
 use crate::sealing::SealError;
 use crate::unwritten::WipeError;
 
-/// Why a snapshot was not taken. Unless it is [`Commit`](Self::Commit), which says more, the destination is as it was.
+/// Why a snapshot was not taken. Unless it is [`Commit`](Self::Commit), which says more, or
+/// [`EpochReclaimed`](Self::EpochReclaimed), the destination is as it was.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum SnapshotError {
@@ -117,6 +119,15 @@ pub enum SnapshotError {
     /// The commit failed; its error says whether the destination was replaced.
     #[error("the commit of the snapshot failed")]
     Commit(#[from] CommitError),
+    /// The marks of the epoch were reclaimed while the snapshot was taken. It is committed and durable, and its pages are dirty
+    /// all the same.
+    #[error("the snapshot {dest:?} is committed, and its pages stay dirty")]
+    EpochReclaimed {
+        /// The snapshot's destination.
+        dest: PathBuf,
+        /// What became of the epoch.
+        source: EpochReclaimed,
+    },
 }
 
 /// The size of a memory file, or of its page, is impossible.

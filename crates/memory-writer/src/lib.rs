@@ -23,8 +23,7 @@
 //! let epoch = dirty.begin_epoch()?; // dropped early, it gives the marks back
 //! let mut writer = MemoryWriter::open(&diff, 1 << 20, 16384)?;
 //! assert_eq!(writer.write_diff(&ram, epoch.bitmap())?, 1);
-//! writer.commit()?;
-//! epoch.release()?; // durable: only now are the marks forgotten
+//! writer.commit_and_release(epoch)?; // durable: only then are the marks forgotten
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 //! **A full snapshot of a running guest** (pre-copy): every write names its offset, so a later one replaces an earlier one. Write
@@ -43,8 +42,7 @@
 //! let meanwhile = epoch.take_more()?;
 //! writer.write_diff(&ram, meanwhile)?;
 //! resume();
-//! writer.commit()?;
-//! epoch.release()?;
+//! writer.commit_and_release(epoch)?;
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 //! **A snapshot that can't be misread**, checksummed, with an id and its parent's: [`Options::layout`] and [`Seal`].

@@ -1,10 +1,11 @@
 //! Open, write, commit.
 
 use std::fs::File;
+use std::ops::Deref;
 use std::path::Path;
 
 use atomic_file::AtomicWriter;
-use dirty_bitmap::DirtyBitmap;
+use dirty_bitmap::{DirtyBitmap, Epoch};
 use image_format::{ImageId, MAX_RAM_SIZE, Placement, RAW_UNIT, packed_start};
 use page_reader::PageReader;
 use sparse_file::{SpaceError, WriteOptions, grow, share_blocks};
@@ -278,7 +279,7 @@ impl MemoryWriter {
     /// Writes the pages that `dirty` has marks in, and returns how many pages of the memory file that were.
     ///
     /// The bitmap may be of any kind and have any page size: what it marks is widened to whole pages of the file. It stays as it is:
-    /// give an [`Epoch`](dirty_bitmap::Epoch)'s bitmap, and release the epoch once [`commit`](Self::commit) has returned.
+    /// give an [`Epoch`]'s bitmap, and [commit and release](Self::commit_and_release) it.
     /// A diff without any dirty page is a file of one hole, and can be committed. Pages that are marked and
     /// [known](page_reader::PageReader::populated) to be untouched are written as zeros without reading
     /// them, if at least 1/64 of the RAM is marked.
@@ -376,6 +377,23 @@ impl MemoryWriter {
     /// [`SnapshotError::Commit`] says which of old and new is there. Nothing is left behind but what the error names.
     pub fn commit(self) -> Result<(), SnapshotError> {
         Ok(self.finish()?.commit()?)
+    }
+
+    /// Commits as [`commit`](Self::commit) does, and releases the epoch whose pages were written once that is durable: the
+    /// marks can't be forgotten too early. On any error before, they are back in the bitmap.
+    ///
+    /// # Errors
+    /// As [`commit`](Self::commit), and [`SnapshotError::EpochReclaimed`]: the snapshot is committed, and its pages are dirty all
+    /// the same.
+    pub fn commit_and_release<K, B: Deref<Target = DirtyBitmap<K>>>(
+        self,
+        epoch: Epoch<B, K>,
+    ) -> Result<(), SnapshotError> {
+        let dest = self.stage.dest_path().to_owned();
+        self.commit()?;
+        epoch
+            .release()
+            .map_err(|source| SnapshotError::EpochReclaimed { dest, source })
     }
 
     /// The staged file, whole and ready to be committed as part of an [`atomic_file::AtomicGroup`], beside the vCPUs' state, say.

@@ -94,11 +94,42 @@ fn a_pre_copy_snapshot_is_the_ram_at_the_pause() {
             dirty.set_dirty(START + page as u64 * 4096).unwrap();
         }
         let meanwhile = epoch.take_more().unwrap();
-        assert_eq!(writer.write_diff(&ram, &meanwhile).unwrap(), 3);
+        assert_eq!(writer.write_diff(&ram, meanwhile).unwrap(), 3);
     }
     writer.commit().unwrap();
     epoch.release().unwrap();
     assert!(place.read() == ram);
+    assert!(dirty.is_clean());
+}
+
+#[test]
+fn marks_are_released_by_a_commit_that_succeeds_and_by_no_other() {
+    let (place, ram, dirty) = (Place::new(), ram(1), bitmap(PAGE));
+    let save = || {
+        let epoch = dirty.begin_epoch().unwrap();
+        let mut writer = MemoryWriter::open(&place.dest, SIZE, PAGE).unwrap();
+        writer.write_diff(&ram, epoch.bitmap()).unwrap();
+        (writer, epoch)
+    };
+    dirty.set_dirty_by_index(7).unwrap();
+    let (writer, epoch) = save();
+    std::fs::remove_file(&place.dest).unwrap();
+    std::fs::create_dir(&place.dest).unwrap();
+    let error = writer.commit_and_release(epoch).unwrap_err();
+    assert!(matches!(error, SnapshotError::Commit(_)), "{error}");
+    assert_eq!(dirty.dirty_bytes(), PAGE, "the mark is back");
+    std::fs::remove_dir(&place.dest).unwrap();
+
+    let (writer, epoch) = save();
+    dirty.reclaim_epoch();
+    let error = writer.commit_and_release(epoch).unwrap_err();
+    let reclaimed = matches!(error, SnapshotError::EpochReclaimed { .. });
+    assert!(reclaimed, "{error}");
+    assert!(place.dest.exists());
+    assert_eq!(dirty.dirty_bytes(), PAGE, "it was never released");
+
+    let (writer, epoch) = save();
+    writer.commit_and_release(epoch).unwrap();
     assert!(dirty.is_clean());
 }
 
