@@ -118,9 +118,9 @@ pub enum Failure {
     TargetInUse { path: PathBuf },
     #[error(
         "the RAM needs {needed} bytes of {path:?}, and {available} are available: make room on its file system; \
-         it is as it was"
+         nothing was written"
     )]
-    TargetFull {
+    NoRoom {
         path: PathBuf,
         needed: u64,
         available: u64,
@@ -130,6 +130,10 @@ pub enum Failure {
         path: PathBuf,
         source: std::io::Error,
     },
+    #[error(
+        "{path:?} is on hugetlbfs, which has no write(2): to restore RAM there, make the file in its size first"
+    )]
+    NoWritesThere { path: PathBuf },
     #[error(
         "there are not enough huge pages for {path:?}, which is as it was: raise vm.nr_hugepages, or the size of \
          its hugetlbfs"
@@ -175,8 +179,9 @@ impl Failure {
             Self::NotRam { .. }
             | Self::NoBytes { .. }
             | Self::RamResized { .. }
-            | Self::TargetFull { .. }
+            | Self::NoRoom { .. }
             | Self::TargetNotWritable { .. }
+            | Self::NoWritesThere { .. }
             | Self::NoHugePages { .. } => FAILED,
             #[cfg(target_os = "linux")]
             Self::NothingMapped { .. } | Self::RamMoved { .. } => FAILED,

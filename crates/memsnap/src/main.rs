@@ -14,6 +14,7 @@ mod print;
 #[cfg(target_os = "linux")]
 mod process;
 mod ram;
+mod room;
 mod save;
 mod session;
 mod stream;

@@ -8,9 +8,9 @@ use memory_writer::{MemoryWriter, OpenError, Options, SnapshotError};
 
 use crate::args::Output;
 use crate::failure::Failure;
-use crate::input;
 use crate::session::Session;
 use crate::verbs::info::Info;
+use crate::{input, room};
 
 /// Refuses an output that exists, or is an input by whatever name, before anything is read.
 ///
@@ -42,12 +42,29 @@ pub fn stage(
     page_size: u64,
 ) -> anyhow::Result<MemoryWriter> {
     let options = options.no_clobber(!output.force);
+    if room::is_on_hugetlbfs(dir_of(&output.path)) {
+        let path = output.path.clone();
+        return Err(Failure::NoWritesThere { path }.into());
+    }
     match options.open(&output.path, ram_size, page_size) {
         Ok(writer) => Ok(writer),
         Err(SnapshotError::Open(OpenError::AlreadyExists { path })) => {
             Err(Failure::OutputExists { path }.into())
         }
         Err(error) => Err(error.into()),
+    }
+}
+
+/// Refuses what the output's file system cannot hold, before the images are read.
+pub fn check_room(writer: &MemoryWriter, chain: &Chain) -> Result<(), Failure> {
+    room::check_new(writer.dest_path(), dir_of(writer.temp_path()), chain)
+}
+
+/// The directory that `path` is in.
+pub fn dir_of(path: &Path) -> &Path {
+    match path.parent() {
+        Some(dir) if !dir.as_os_str().is_empty() => dir,
+        _ => Path::new("."),
     }
 }
 

@@ -279,6 +279,26 @@ fn a_full_disk_is_an_error_that_says_so_and_leaves_nothing(#[case] command: &str
     assert_eq!(support::list(disk.path()), [""; 0]);
 }
 
+/// Where the damage would be found after the images were read.
+#[cfg(target_os = "linux")]
+#[rstest]
+#[case::merged("merge ../full.mem ../d1.mem -o out")]
+#[case::restored("restore ../full.mem -o out")]
+#[case::converted("convert ../full.mem -o out --layout raw")]
+fn a_disk_without_room_is_noticed_before_images_are_read(#[case] command: &str) {
+    if !Need::Root.met("a_disk_without_room_is_noticed_before_images_are_read") {
+        return;
+    }
+    let work = Work::with_chain();
+    work.rot("full.mem", 5000);
+    let disk = test_machine::TinyTmpfs::new(128 << 10).unwrap();
+    let command = command.replace("../", &format!("{}/", work.path("").display()));
+    let mut command = work.command(&command);
+    let ended = Ended::of(command.current_dir(disk.path()));
+    ended.fails(3, &["make room", "131072 are available"]);
+    assert_eq!(support::list(disk.path()), [""; 0]);
+}
+
 #[rstest]
 #[case::pages(8)]
 #[case::footer(460)]

@@ -15,7 +15,7 @@ use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::mman::{MapFlags, ProtFlags, mmap};
 use nix::sys::signal::Signal;
 use nix::sys::stat::Mode;
-use nix::unistd::mkfifo;
+use nix::unistd::{Pid, mkfifo};
 use page_reader::StoppedProcess;
 use rstest::rstest;
 use support::held::Held;
@@ -24,6 +24,9 @@ use test_machine::Need;
 
 /// The file whose bytes the other process has as its guest's RAM.
 const ROLE: &str = "MEMSNAP_TEST_RAM";
+
+/// It does not stop: one of its threads waits for a child that it made by vfork.
+const HANGS: &str = "MEMSNAP_TEST_HANGS";
 
 /// No test: what the other process does here. Maps a memfd with the bytes, says where, and waits to be killed.
 #[test]
@@ -46,6 +49,14 @@ fn a_monitor() {
         }
     }
     println!("\nRAM AT {:#x}", start.as_ptr().addr());
+    if std::env::var_os(HANGS).is_some() {
+        let flags = nix::libc::CLONE_VFORK | nix::libc::SIGCHLD;
+        // SAFETY: a fork, but for the parent's waiting; the child only waits to be killed.
+        let child = unsafe { nix::libc::syscall(nix::libc::SYS_clone, flags, 0, 0, 0, 0) };
+        if child == 0 {
+            let _ = nix::sys::prctl::set_pdeathsig(Signal::SIGKILL);
+        }
+    }
     loop {
         std::thread::park();
     }
@@ -59,12 +70,17 @@ struct Monitor {
 
 impl Monitor {
     fn with(work: &Work, name: &str) -> Self {
-        let mut child = Command::new(std::env::current_exe().unwrap())
+        Self::set_up(work, name, |_| ())
+    }
+
+    fn set_up(work: &Work, name: &str, set_up: impl FnOnce(&mut Command)) -> Self {
+        let mut command = Command::new(std::env::current_exe().unwrap());
+        command
             .args(["--exact", "a_monitor", "--nocapture"])
             .env(ROLE, work.path(name))
-            .stdout(Stdio::piped())
-            .spawn()
-            .unwrap();
+            .stdout(Stdio::piped());
+        set_up(&mut command);
+        let mut child = command.spawn().unwrap();
         let mut said = String::new();
         let stdout = child.stdout.as_mut().unwrap();
         while !said.ends_with('\n') || !said.contains("RAM AT") {
@@ -332,4 +348,67 @@ fn ctrl_z_waits_until_the_process_runs_again() {
     held.send(Signal::SIGCONT);
     assert_eq!(held.release().0.code(), Some(0));
     work.good("diff out --ram ram");
+}
+
+#[test]
+fn a_signal_ends_the_wait_for_a_process_that_does_not_stop() {
+    if !Need::Ptrace.met("a_signal_ends_the_wait_for_a_process_that_does_not_stop") {
+        return;
+    }
+    let work = Work::with_chain();
+    let monitor = Monitor::set_up(&work, "ram", |command| {
+        command.env(HANGS, "1");
+    });
+    let before = work.files();
+    let full = format!("full --pid {} --region guest-ram -o out", monitor.pid());
+    let mut child = work.command(&full).spawn().unwrap();
+    // It is tried, and will not be stopped before the time is up.
+    let status = format!("/proc/{}/status", monitor.pid());
+    while fs::read_to_string(&status)
+        .unwrap()
+        .contains("TracerPid:\t0\n")
+    {
+        if let Some(status) = child.try_wait().unwrap() {
+            assert_eq!(status.code(), Some(3));
+            panic!("it gave up before it was seen to try");
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    nix::sys::signal::kill(Pid::from_raw(child.id().cast_signed()), Signal::SIGHUP).unwrap();
+    assert_eq!(child.wait().unwrap().code(), Some(129));
+    assert_eq!(work.files(), before);
+}
+
+/// Reading a page of a memfd that was never touched would allocate it.
+#[test]
+fn capturing_a_process_gives_it_no_memory() {
+    if !Need::Ptrace.met("capturing_a_process_gives_it_no_memory") {
+        return;
+    }
+    let work = Work::with_chain();
+    let monitor = Monitor::with(&work, "ram");
+    let resident = || {
+        let smaps = fs::read_to_string(format!("/proc/{}/smaps", monitor.pid())).unwrap();
+        let mut lines = smaps.lines().skip_while(|line| !line.contains("guest-ram"));
+        let rss = lines.find_map(|line| line.strip_prefix("Rss:"));
+        rss.unwrap().trim().to_owned()
+    };
+    let before = resident();
+    let ram = format!("--pid {} --region guest-ram", monitor.pid());
+    for layout in ["raw", "sealed", "packed"] {
+        for zeros in ["", " --keep-zeros"] {
+            work.good(&format!(
+                "full {ram} --layout {layout}{zeros} --force -o out"
+            ));
+            assert_eq!(resident(), before, "{layout}{zeros}");
+        }
+        work.good(&format!(
+            "diff full.mem {ram} --layout {layout} --force -o out"
+        ));
+        assert_eq!(resident(), before, "{layout}");
+    }
+    work.good(&format!(
+        "diff first {ram} --page-size 64KiB --force -o out"
+    ));
+    assert_eq!(resident(), before);
 }

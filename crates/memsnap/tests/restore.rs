@@ -112,7 +112,7 @@ fn ram_stays_as_it_is_where_there_is_no_room() {
     guest.write_all_at(&[7; 10], 0).unwrap();
     let before = (bytes(&guest), guest.metadata().unwrap().blocks());
     let restore = format!("restore full.mem --force -o {}", path.display());
-    work.fails(&restore, 3, &["make room", "131072"]);
+    work.fails(&restore, 3, &["make room", "131072", "nothing was written"]);
     assert!((bytes(&guest), guest.metadata().unwrap().blocks()) == before);
 }
 
@@ -197,6 +197,22 @@ fn ram_of_huge_pages_is_restored() {
     work.fails(&restore("full.mem d1.mem d2.mem"), 2, &["--force"]);
     work.good(&restore("full.mem d1.mem d2.mem --force"));
     assert!(bytes(&guest) == work.read("ram"));
+}
+
+#[test]
+fn a_new_file_of_huge_pages_is_refused_before_images_are_read() {
+    if !Need::HugePages.met("a_new_file_of_huge_pages_is_refused_before_images_are_read") {
+        return;
+    }
+    let work = Work::with_chain();
+    work.rot("full.mem", 5000);
+    let huge = HugeFs::new(None).unwrap();
+    let out = huge.path().join("out");
+    for verb in ["restore full.mem", "full ram", "merge full.mem d1.mem"] {
+        let command = format!("{verb} -o {}", out.display());
+        work.fails(&command, 3, &["hugetlbfs", "write(2)"]);
+    }
+    assert_eq!(support::list(huge.path()), [""; 0]);
 }
 
 #[test]

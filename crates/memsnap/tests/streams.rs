@@ -87,6 +87,57 @@ fn a_damaged_image_in_a_whole_stream_is_refused() {
     assert_eq!(work.files(), before);
 }
 
+/// A pipe that nothing reads any more.
+fn closed() -> std::io::PipeWriter {
+    std::io::pipe().unwrap().1
+}
+
+#[rstest]
+#[case::as_it_is("convert full.mem -o - --zstd")]
+#[case::packed_first("convert ram -o - --zstd")]
+fn a_stream_whose_reader_has_gone_is_an_error(#[case] command: &str) {
+    let work = Work::with_chain();
+    let before = work.files();
+    let mut command = work.command(command);
+    command.stdout(closed()).env("TMPDIR", work.path(""));
+    Ended::of(&mut command).fails(3, &["not sent whole", "Broken pipe"]);
+    assert_eq!(work.files(), before);
+}
+
+#[rstest]
+#[case::full("full ram -o out", 0)]
+#[case::info("info full.mem d1.mem", 0)]
+#[case::compare("diff full.mem ram", 1)]
+#[case::completions("completions bash", 0)]
+#[case::demo("demo", 0)]
+fn a_reader_that_has_gone_does_not_change_what_is_done(#[case] command: &str, #[case] code: i32) {
+    let work = Work::with_chain();
+    for both in [false, true] {
+        let mut command = work.command(&command.replace("out", &format!("out-{both}")));
+        command.stdout(closed());
+        if both {
+            command.stderr(closed());
+        }
+        assert_eq!(command.status().unwrap().code(), Some(code), "{both}");
+    }
+}
+
+#[test]
+fn an_image_whose_description_cannot_be_printed_is_in_place() {
+    let work = Work::with_ram();
+    let full = File::options().write(true).open("/dev/full");
+    let Ok(full) = full else {
+        test_machine::not_run(
+            "an_image_whose_description_cannot_be_printed_is_in_place",
+            "this machine has no /dev/full",
+        );
+        return;
+    };
+    let mut command = work.command("full ram -o out");
+    Ended::of(command.stdout(full)).fails(3, &["in place"]);
+    work.good("diff out ram");
+}
+
 fn send(work: &Work, name: &str) {
     let stream = File::create(work.path("stream")).unwrap();
     let mut command = work.command(&format!("convert {name} -o - --zstd"));

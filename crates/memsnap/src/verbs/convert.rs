@@ -126,11 +126,7 @@ impl Convert {
         if is_stream(&self.output.path) {
             return std::env::temp_dir();
         }
-        let dir = self.output.path.parent().unwrap_or(Path::new(""));
-        match dir.as_os_str().is_empty() {
-            true => PathBuf::from("."),
-            false => dir.to_owned(),
-        }
+        save::dir_of(&self.output.path).to_owned()
     }
 
     /// The image alone, in pages that both it and the result have whole.
@@ -170,6 +166,7 @@ impl Convert {
         }
         let options = self.options(session, chain, layout)?;
         let mut writer = save::stage(&self.output, options, chain.size(), page_size)?;
+        save::check_room(&writer, chain)?;
         check()?;
         save::write_chain(&mut writer, chain)?;
         save::commit(session, writer)?;
@@ -214,6 +211,7 @@ impl Convert {
         let options = self.options(session, chain, Layout::Packed)?;
         let dest = self.dir().join("memsnap-stream");
         let mut writer: MemoryWriter = options.open(dest, chain.size(), page_size)?;
+        save::check_room(&writer, chain)?;
         check()?;
         save::write_chain(&mut writer, chain)?;
         let stage = writer.finish()?;

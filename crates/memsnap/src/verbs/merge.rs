@@ -66,6 +66,7 @@ impl Merge {
             .skip_untouched(true)
             .ram_start(0);
         let mut writer = save::stage(&output, options, chain.size(), chain.page_size())?;
+        save::check_room(&writer, &chain)?;
         // Once there is a place for the result: this takes as long as the rest.
         if !self.no_verify {
             input::check_sums(session, chain.images())?;

@@ -2,8 +2,6 @@
 
 use std::fs::File;
 use std::io;
-#[cfg(target_os = "linux")]
-use std::ops::Range;
 use std::os::unix::fs::FileExt;
 #[cfg(target_os = "linux")]
 use std::os::unix::fs::MetadataExt;
@@ -13,10 +11,6 @@ use anyhow::Context;
 use clap::Args;
 use indicatif::ProgressBar;
 use memory_image::{Chain, RamTarget};
-#[cfg(target_os = "linux")]
-use nix::sys::statfs::{
-    EXT4_SUPER_MAGIC, FsType, HUGETLBFS_MAGIC, TMPFS_MAGIC, XFS_SUPER_MAGIC, fstatfs,
-};
 use page_reader::{FileReader, PageReader};
 use sparse_file::{Source, SpaceError, WriteOptions, punch_hole, write_runs};
 
@@ -27,7 +21,7 @@ use crate::print::size;
 use crate::session::Session;
 #[cfg(target_os = "linux")]
 use crate::sys::Mapping;
-use crate::{input, save};
+use crate::{input, room, save};
 
 /// Bytes of zeros written at a time.
 #[cfg(target_os = "linux")]
@@ -99,6 +93,7 @@ impl Restore {
         };
         let options = session.options("restoring").skip_untouched(true);
         let mut writer = save::stage(&output, options, chain.size(), chain.page_size())?;
+        save::check_room(&writer, chain)?;
         self.check(session, chain)?;
         save::write_chain(&mut writer, chain)?;
         save::commit(session, writer)
@@ -186,31 +181,12 @@ impl<'s> InPlace<'s> {
         reader.populated(0..self.size).next().is_some()
     }
 
-    /// Whether there is room for the RAM, where the file system tells: what the file has already counts.
+    /// Refuses RAM that is too small for what the images store: what it has already counts. Huge pages
+    /// were reserved.
     #[cfg(target_os = "linux")]
     fn check_room(&self, chain: &Chain) -> anyhow::Result<()> {
-        // Others compress, or share blocks, so that less room is needed. hugetlbfs has reserved it.
-        const TELL: [FsType; 3] = [TMPFS_MAGIC, EXT4_SUPER_MAGIC, XFS_SUPER_MAGIC];
-        let found = fstatfs(&self.file)?;
-        // A tmpfs without a limit, as that of memfds, has no blocks.
-        if !TELL.contains(&found.filesystem_type()) || found.blocks() == 0 {
-            return Ok(());
-        }
-        #[allow(clippy::unnecessary_cast, clippy::cast_sign_loss)]
-        let block = found.block_size() as u64;
         let has = self.file.metadata()?.blocks() * 512;
-        let available = has.saturating_add(found.blocks_available().saturating_mul(block));
-        let whole = |run: Range<u64>| run.end.next_multiple_of(block) - run.start / block * block;
-        let needed = chain.stored_runs().map(whole).sum();
-        if needed > available {
-            return Err(Failure::TargetFull {
-                path: self.path.to_owned(),
-                needed,
-                available,
-            }
-            .into());
-        }
-        Ok(())
+        Ok(room::check_over(self.path, &self.file, has, chain)?)
     }
 
     #[cfg(not(target_os = "linux"))]
@@ -275,7 +251,7 @@ impl<'s> InPlace<'s> {
 /// is refused.
 #[cfg(target_os = "linux")]
 fn huge_pages(path: &Path, file: &File, size: u64) -> anyhow::Result<Option<Mapping>> {
-    if fstatfs(file)?.filesystem_type() != HUGETLBFS_MAGIC {
+    if !room::is_on_hugetlbfs(path) {
         return Ok(None);
     }
     match Mapping::of(file, size) {
