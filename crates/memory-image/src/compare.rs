@@ -8,7 +8,7 @@ use std::sync::{Mutex, PoisonError};
 use std::thread;
 
 use dirty_bitmap::{DirtyBitmap, GeometryError};
-use page_reader::{PageReader, PopulatedRanges, SecretBuffer};
+use page_reader::{PageReader, PopulatedRanges, SecretBuffer, Touched};
 use thiserror::Error;
 
 /// Bytes of each source that are compared at a time, and between two calls of the progress function.
@@ -58,7 +58,8 @@ pub enum CompareError {
 /// Marks the pages of `newer` that differ from `older`, two states of the same `ram_size` bytes of RAM, in pages of `page_size` bytes: what a diff has to
 /// hold. The bitmap starts at 0.
 ///
-/// What [neither source has](PageReader::populated) is not read. `progress` is told the bytes that are done, and may cancel; it is called from several
+/// What a source [does not have](PageReader::populated) is not read: reading untouched RAM would allocate it. Takes a bit per 4 KiB of each
+/// source for it. `progress` is told the bytes that are done, and may cancel; it is called from several
 /// threads, one at a time. As many threads as the machine has processors read, at most 8.
 ///
 /// # Errors
@@ -95,6 +96,11 @@ where
     }
     let changed = DirtyBitmap::new(0, ram_size, page_size)?;
     let stretch = |start: u64| start..ram_size.min(start.saturating_add(STRETCH));
+    // Around what one has, the other may have nothing, which a read would allocate.
+    let (older, newer) = (
+        &Touched::new(older, ram_size),
+        &Touched::new(newer, ram_size),
+    );
     let mut ranges =
         [older.populated(0..ram_size), newer.populated(0..ram_size)].map(Populated::new);
     let starts: Vec<u64> = (0..ram_size)

@@ -86,7 +86,6 @@ mod pages;
 mod placing;
 mod sealing;
 mod sink;
-mod touched;
 mod unwritten;
 mod writer;
 

@@ -4,11 +4,10 @@
 
 use std::ops::{ControlFlow, Range};
 
-use page_reader::{HostMemory, PageReader, PopulatedRanges, SecretBuffer};
+use page_reader::{HostMemory, PageReader, PopulatedRanges, SecretBuffer, Touched};
 
 use crate::meter::Meter;
 use crate::pages::WholePages;
-use crate::touched::Touched;
 
 /// What a full dump may leave out, where it reads as zeros without being written.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

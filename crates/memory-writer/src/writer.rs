@@ -7,7 +7,7 @@ use std::path::Path;
 use atomic_file::AtomicWriter;
 use dirty_bitmap::{DirtyBitmap, Epoch};
 use image_format::{ImageId, MAX_RAM_SIZE, Placement, RAW_UNIT, packed_start};
-use page_reader::PageReader;
+use page_reader::{PageReader, Touched};
 use sparse_file::{SpaceError, WriteOptions, grow, share_blocks};
 
 use crate::error::{RamError, SnapshotError};
@@ -18,7 +18,6 @@ use crate::options::{Options, Watch};
 use crate::pages::WholePages;
 use crate::sealing::Sealing;
 use crate::sink::Sink;
-use crate::touched::Touched;
 use crate::unwritten::{Unwritten, WipeError};
 
 /// A memory snapshot under way: staged beside its destination until [`commit`](Self::commit) puts it there.
@@ -282,7 +281,8 @@ impl MemoryWriter {
     /// give an [`Epoch`]'s bitmap, and [commit and release](Self::commit_and_release) it.
     /// A diff without any dirty page is a file of one hole, and can be committed. Pages that are marked and
     /// [known](page_reader::PageReader::populated) to be untouched are written as zeros without reading
-    /// them, if at least 1/64 of the RAM is marked.
+    /// them, if at least 1/64 of the RAM is marked. Give a [`Touched`] to have it so in any case, where the
+    /// guest gives pages back (a balloon) after it wrote them.
     ///
     /// # Errors
     /// [`SnapshotError::BitmapSize`] or [`SnapshotError::BitmapStart`] where the bitmap is of another RAM,

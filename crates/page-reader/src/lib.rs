@@ -14,6 +14,7 @@
 //! | in another process (Linux) | `ProcessMemory`; `ProcessMaps` finds it there, `StoppedProcess` stops the process |
 //! | in ordinary memory | `[u8]`, `Vec<u8>` |
 //! | in several of these, side by side or over one another | [`Layered`] |
+//! | in any of these, most of it never touched and not to be | [`Touched`] |
 //! | anywhere else | your own `impl PageReader`: one method, and two that may be left out |
 //!
 //! # Examples
@@ -143,6 +144,7 @@ mod reader;
 mod secret;
 #[cfg(target_os = "linux")]
 mod sys;
+mod touched;
 
 pub use file::FileReader;
 #[cfg(feature = "vm-memory")]
@@ -160,6 +162,7 @@ pub use process::{
 };
 pub use reader::PageReader;
 pub use secret::SecretBuffer;
+pub use touched::Touched;
 
 /// The README's example, as a test.
 #[cfg(doctest)]

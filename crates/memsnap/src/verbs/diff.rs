@@ -7,7 +7,7 @@ use clap::Args;
 use dirty_bitmap::DirtyBitmap;
 use memory_image::{Chain, Image, compare};
 use memory_writer::{ImageId, MemoryWriter, Seal, SnapshotError};
-use page_reader::PageReader;
+use page_reader::{PageReader, Touched};
 use serde::Serialize;
 
 use crate::Verdict;
@@ -216,7 +216,10 @@ impl Diff {
         new: New,
         changed: &DirtyBitmap,
     ) -> anyhow::Result<Verdict> {
-        let written = writer.write_diff(&new.reader(), changed);
+        let reader = new.reader();
+        // A page may differ because the guest gave it back: reading it would allocate it again.
+        let written = writer.write_diff(&Touched::new(&reader, new.size()), changed);
+        drop(reader);
         written.map_err(|error| new.explain(error))?;
         new.check()?;
         // A process that was stopped goes on.

@@ -3,8 +3,8 @@
 use std::io;
 use std::ops::Range;
 
+use crate::{HostMemory, PageReader, PopulatedRanges};
 use bitvec::vec::BitVec;
-use page_reader::{HostMemory, PageReader, PopulatedRanges};
 
 /// Bytes that are known to be untouched or not: the smallest page that a host has.
 const UNIT: u64 = 4 << 10;
@@ -12,10 +12,33 @@ const UNIT: u64 = 4 << 10;
 /// A reader that gives zeros for the pages that nobody wrote, and does not touch them.
 ///
 /// Reading such a page makes the host allocate one, whoever reads: of a memfd or a tmpfs a page, of
-/// hugetlbfs a huge page. Where there is none left, a load is a `SIGBUS`.
+/// hugetlbfs a huge page. Where there is none left, a load is a `SIGBUS`. What is read is faulted in by
+/// the kernel first ([`HostMemory::fault_in`]), so that there it is an error.
 ///
-/// Takes a bit per 4 KiB, unless all pages may have been written.
-pub(crate) struct Touched<'r, R: ?Sized> {
+/// Which pages were written is [asked](PageReader::populated) once, when this is made: what a running
+/// guest writes to other pages afterwards is not in what is read. Takes a bit of memory per 4 KiB,
+/// unless all pages may have been written.
+///
+/// # Examples
+/// ```
+/// use page_reader::{FileReader, PageReader, Touched};
+/// use std::os::unix::fs::FileExt;
+///
+/// let ram = tempfile::tempfile()?; // of 1 GiB, of which one page was written
+/// ram.set_len(1 << 30)?;
+/// ram.write_all_at(&[7; 4096], 64 << 20)?;
+///
+/// let reader = FileReader::new(&ram);
+/// let touched = Touched::new(&reader, 1 << 30);
+/// let mut page = [1; 4096];
+/// touched.read_at(64 << 20, &mut page)?;
+/// assert_eq!(page, [7; 4096]);
+/// touched.read_at(0, &mut page)?;
+/// assert_eq!(page, [0; 4096]);
+/// # Ok::<(), std::io::Error>(())
+/// ```
+#[derive(Clone, Debug)]
+pub struct Touched<'r, R: ?Sized> {
     reader: &'r R,
     ram_size: u64,
     /// Set for units that may hold anything but zeros. `None` if all of them may.
@@ -23,8 +46,9 @@ pub(crate) struct Touched<'r, R: ?Sized> {
 }
 
 impl<'r, R: PageReader + ?Sized> Touched<'r, R> {
-    /// Asks the reader once for all of the RAM.
-    pub(crate) fn new(reader: &'r R, ram_size: u64) -> Self {
+    /// The first `ram_size` bytes of `reader`.
+    #[must_use]
+    pub fn new(reader: &'r R, ram_size: u64) -> Self {
         let mut found = reader.populated(0..ram_size).peekable();
         let all = found.peek().is_some_and(|first| {
             // Of the last unit or less nothing is gained.
