@@ -1,7 +1,7 @@
 //! `memsnap convert`: the same image in another layout, or on its way to elsewhere.
 
 use std::fs::File;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use anyhow::Context;
 use clap::Args;
