@@ -47,7 +47,7 @@ struct Mutant {
     model: &'static str,
 }
 
-const MUTANTS: [Mutant; 14] = [
+const MUTANTS: [Mutant; 13] = [
     Mutant {
         what: "a marker does not look again after marking",
         of: DIRTY_BITMAP,
@@ -99,7 +99,7 @@ const MUTANTS: [Mutant; 14] = [
         of: DIRTY_BITMAP,
         file: "tracker.rs",
         right: "            let lifted = protection.lift(range.clone());",
-        wrong: "            self.bitmap.mark_offsets(offsets.clone());
+        wrong: "            self.bitmap.marks.mark_offsets(offsets.clone());
             let lifted = protection.lift(range.clone());
             return lifted
                 .map(|()| range.clone())
@@ -116,14 +116,6 @@ const MUTANTS: [Mutant; 14] = [
         wrong: "        self.end_interval(self.bitmap.runs(), protection)?;
         let epoch = Epoch::begin_any(Arc::clone(&self.bitmap)).map_err(ArmError::Epoch)?;",
         model: "a_fault_against_a_checkpoint",
-    },
-    Mutant {
-        what: "a rebuild sweeps by plain loads",
-        of: DIRTY_BITMAP,
-        file: "marks.rs",
-        right: "self.table(from).take(|word, bits| {",
-        wrong: "self.table(from).take_marked(|word, bits| {",
-        model: "a_mark_against_a_rebuild_to_finer_pages",
     },
     Mutant {
         what: "an epoch adds marks to its own after it has let others at them",

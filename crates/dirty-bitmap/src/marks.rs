@@ -76,7 +76,7 @@ impl Marks {
         let shift = moving.shift();
         let taken = make(shift)?;
         let table = marks_of(&taken).table(shift);
-        self.table(shift).take_marked(|word, bits| {
+        self.table(shift).take(|word, bits| {
             table.mark_word(word, bits);
         });
         Ok(taken)
@@ -87,13 +87,13 @@ impl Marks {
         let moving = self.lock();
         let shift = moving.shift();
         self.table(shift)
-            .take_marked(|word, bits| self.each_run(shift, word, bits, &mut each));
+            .take(|word, bits| self.each_run(shift, word, bits, &mut each));
     }
 
-    /// Forgets all marks.
+    /// Forgets all marks. Nothing marks meanwhile.
     pub(crate) fn clear(&self) {
         let moving = self.lock();
-        self.table(moving.shift()).take_marked(|_, _| ());
+        self.table(moving.shift()).clear();
     }
 
     /// Adds the marks of `other`, which covers the same RAM and may have any granule.

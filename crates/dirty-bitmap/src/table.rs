@@ -67,28 +67,26 @@ impl Table {
 
     /// Takes every mark out, word by word: index of the word, its bits.
     pub(crate) fn take(&self, mut each: impl FnMut(usize, u64)) {
-        for s in 0..self.summary.len() {
-            // An exchange, also of a word that looks empty: it is what a concurrent marker synchronises with.
-            self.take_named(s, &mut each);
-        }
-    }
-
-    /// The same, without a look at words that no mark was in: for marks that stay in this table where they are not found.
-    ///
-    /// A plain load is enough. A mark that comes after it stays for the next time, and one that was complete before has named
-    /// its word since that was last swept, which the load can't miss.
-    pub(crate) fn take_marked(&self, mut each: impl FnMut(usize, u64)) {
         for (s, summary) in self.summary.iter().enumerate() {
-            if summary.load(Ordering::Acquire) == 0 {
-                continue;
-            }
-            self.take_named(s, &mut each);
+            // An exchange, also of a word that looks empty: it is what a concurrent marker synchronises with. A drain could do
+            // without, but loom would then not order all that it has to: mutants go undetected.
+            let named = summary.swap(0, Ordering::AcqRel);
+            self.take_named(s, named, &mut each);
         }
     }
 
-    /// Takes the marks of the words that summary word `s` names.
-    fn take_named(&self, s: usize, mut each: impl FnMut(usize, u64)) {
-        let mut named = self.summary[s].swap(0, Ordering::AcqRel);
+    /// Forgets every mark of a table that nothing marks meanwhile: words without any are only looked at.
+    pub(crate) fn clear(&self) {
+        for (s, summary) in self.summary.iter().enumerate() {
+            if summary.load(Ordering::Acquire) != 0 {
+                let named = summary.swap(0, Ordering::AcqRel);
+                self.take_named(s, named, |_, _| ());
+            }
+        }
+    }
+
+    /// Takes the marks of those words that summary word `s` named.
+    fn take_named(&self, s: usize, mut named: u64, mut each: impl FnMut(usize, u64)) {
         while named != 0 {
             let word = s * 64 + named.trailing_zeros() as usize;
             named &= named - 1;
