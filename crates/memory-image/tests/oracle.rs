@@ -332,6 +332,11 @@ fn lazily(guest: &Guest, prefetch: bool, around: u64) -> Option<Vec<u8>> {
     Some(found)
 }
 
+#[cfg(not(target_os = "linux"))]
+fn lazily(_: &Guest, _: bool, _: u64) -> Option<Vec<u8>> {
+    None
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(test_machine::rounds(128, 1000)))]
 
@@ -395,7 +400,6 @@ proptest! {
             let how = format!("merged: {layout:?}");
             assert_ram(&how, &merged(&guest, &chain, layout))?;
         }
-        #[cfg(target_os = "linux")]
         if let Some(found) = lazily(&guest, prefetch, around) {
             assert_ram("filled as it is touched", &found)?;
         }
