@@ -55,6 +55,8 @@
 //!
 //! **Progress and cancellation**, durability, file mode, staging elsewhere: [`Options`].
 //!
+//! **A VMM whose seccomp filter kills**: [`Options::read_untouched`] keeps the calls away that find untouched RAM.
+//!
 //! # How it works
 //! `open` creates the stage and sets its size. A full dump is one run of bytes, a diff the bitmap's runs widened to whole pages of the
 //! file; [`sparse_file::write_runs`] writes either, from guest memory directly where the reader hands it out. `commit`

@@ -114,14 +114,14 @@ impl<'a, 'w, R: PageReader + ?Sized> Needed<'a, 'w, R> {
         let Some(memory) = self.reader.host_memory(range.start, len as usize) else {
             return false;
         };
-        if memory.fault_in().is_ok() {
+        if self.reader.fault_in(memory).is_ok() {
             self.mapped = range.start..range.start + memory.len() as u64;
             return range.end <= self.mapped.end;
         }
         // What follows may be what can't be had.
         let asked = (range.end - range.start) as usize;
         let memory = self.reader.host_memory(range.start, asked);
-        memory.is_some_and(|memory| memory.len() >= asked && memory.fault_in().is_ok())
+        memory.is_some_and(|memory| memory.len() >= asked && self.reader.fault_in(memory).is_ok())
     }
 
     fn take_run(&mut self) -> Range<u64> {

@@ -90,6 +90,7 @@ pub struct Options {
     stage: atomic_file::Options,
     pub(crate) write: WriteOptions,
     pub(crate) skip: Skip,
+    pub(crate) read_untouched: bool,
     pub(crate) layout: Layout,
     pub(crate) ram_start: Option<u64>,
     pub(crate) watch: Watch,
@@ -120,6 +121,7 @@ impl Options {
             stage: AtomicWriter::options(),
             write: WriteOptions::new(),
             skip: Skip::default(),
+            read_untouched: false,
             layout: Layout::Raw,
             ram_start: None,
             watch: Watch {
@@ -226,6 +228,18 @@ impl Options {
         self
     }
 
+    /// Reads RAM that was never touched like any other, and does not ask which that is. Not with
+    /// [`skip_untouched`](Self::skip_untouched).
+    ///
+    /// Asking makes system calls that a seccomp filter of a VMM may kill for: `userfaultfd`, `ioctl` of
+    /// it and of `/proc/self/pagemap`, `openat` of files in `/proc/self`, `lseek`, `fstatfs`, and
+    /// `madvise(MADV_POPULATE_READ)`. The price of not asking is that reading makes the host allocate
+    /// untouched RAM, and that a page that cannot be had is a `SIGBUS` where it is copied.
+    pub fn read_untouched(mut self, read: bool) -> Self {
+        self.read_untouched = read;
+        self
+    }
+
     /// The way bytes get to the file; the default works everywhere.
     pub fn engine(mut self, engine: Engine) -> Self {
         self.write = self.write.engine(engine);
@@ -276,6 +290,7 @@ impl fmt::Debug for Options {
             .field("stage", &self.stage)
             .field("write", &self.write)
             .field("skip", &self.skip)
+            .field("read_untouched", &self.read_untouched)
             .field("layout", &self.layout)
             .field("ram_start", &self.ram_start)
             .field("watch", &self.watch)

@@ -35,6 +35,7 @@ pub struct MemoryWriter {
     ram_start: Option<u64>,
     write: WriteOptions,
     skip: Skip,
+    read_untouched: bool,
     watch: Watch,
     state: State,
     /// What is to be wiped before the file is committed: in a recycled stage, and where a full dump left out what had been written.
@@ -89,6 +90,7 @@ impl MemoryWriter {
         let Options {
             write,
             skip,
+            read_untouched,
             layout,
             ram_start,
             watch,
@@ -131,6 +133,7 @@ impl MemoryWriter {
             ram_start,
             write,
             skip,
+            read_untouched,
             watch,
             state: State::Empty,
             unwritten,
@@ -228,9 +231,12 @@ impl MemoryWriter {
         }
         let (ram_size, page_size) = (self.ram_size, self.page_size);
         let skip = self.skip;
+        let reader = &match self.read_untouched && !skip.untouched {
+            true => Touched::unknown(reader, ram_size).without_faulting_in(),
+            false => Touched::new(reader, ram_size),
+        };
         let (sink, watch) = self.sink();
         let meter = Meter::new(watch, page_size, ram_size);
-        let reader = &Touched::new(reader, ram_size);
         if skip.anything() {
             let needed = Needed::new(reader, skip, ram_size, page_size, &meter);
             sink.write(reader, needed, ram_size, None, &meter)?;
@@ -318,16 +324,19 @@ impl MemoryWriter {
             sealing.set_ram_start(ram);
         }
         self.begin()?;
+        let read_untouched = self.read_untouched;
         let (sink, watch) = self.sink();
         let meter = Meter::new(watch, page_size, total);
         // What is marked was written, so it is there. Where so much is marked, it may be all of the
         // RAM, touched or not; asking takes less time than writing then.
-        let written = if total >= ram_size / ASK_FROM {
-            let reader = &Touched::new(reader, ram_size);
-            sink.write(reader, pages(), total, Some(runs), &meter)?
+        let reader = &if read_untouched {
+            Touched::unknown(reader, ram_size).without_faulting_in()
+        } else if total >= ram_size / ASK_FROM {
+            Touched::new(reader, ram_size)
         } else {
-            sink.write(reader, pages(), total, Some(runs), &meter)?
+            Touched::unknown(reader, ram_size)
         };
+        let written = sink.write(reader, pages(), total, Some(runs), &meter)?;
         self.state = State::Whole;
         Ok(written / page_size)
     }

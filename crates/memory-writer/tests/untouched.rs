@@ -273,6 +273,36 @@ fn large_pages_of_the_image_do_not_touch_ram_around() {
     }
 }
 
+/// So that nothing is called that a filter may forbid.
+#[test]
+fn untouched_ram_is_read_on_request_and_not_asked_about() {
+    let (ram, ..) = ram(Ram::Memfd);
+    let place = Place::new();
+    let before = ram.resident();
+    let options = MemoryWriter::options().read_untouched(true);
+    let mut writer = options.open(&place.dest, SIZE, PAGE).unwrap();
+    writer.write_full(&NotAsked(&ram)).unwrap();
+    writer.commit().unwrap();
+    assert_eq!(ram.resident(), (SIZE, SIZE));
+    assert!(before < (SIZE, SIZE));
+}
+
+struct NotAsked<'m>(&'m Mapped);
+
+impl PageReader for NotAsked<'_> {
+    fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
+        self.0.read_at(offset, buf)
+    }
+
+    fn host_memory(&self, offset: u64, len: usize) -> Option<HostMemory<'_>> {
+        self.0.host_memory(offset, len)
+    }
+
+    fn populated(&self, _: std::ops::Range<u64>) -> page_reader::PopulatedRanges<'_> {
+        unreachable!("it is not asked")
+    }
+}
+
 /// A reader that knows nothing, over memory of which most cannot be had.
 struct KnowsNothing(Mapped);
 

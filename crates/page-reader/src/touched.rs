@@ -43,6 +43,7 @@ pub struct Touched<'r, R: ?Sized> {
     ram_size: u64,
     /// Set for units that may hold anything but zeros. `None` if all of them may.
     units: Option<BitVec<u64>>,
+    faults_in: bool,
 }
 
 impl<'r, R: PageReader + ?Sized> Touched<'r, R> {
@@ -68,6 +69,37 @@ impl<'r, R: PageReader + ?Sized> Touched<'r, R> {
             reader,
             ram_size,
             units,
+            faults_in: true,
+        }
+    }
+
+    /// The same without asking: all of it may have been touched. It is faulted in before it is read.
+    #[must_use]
+    pub fn unknown(reader: &'r R, ram_size: u64) -> Self {
+        Self {
+            reader,
+            ram_size,
+            units: None,
+            faults_in: true,
+        }
+    }
+
+    /// Reads memory without faulting it in first, which takes a system call.
+    #[must_use]
+    pub fn without_faulting_in(mut self) -> Self {
+        self.faults_in = false;
+        self
+    }
+
+    /// Maps memory that this reader handed out, see [`HostMemory::fault_in`], unless it was
+    /// made [not to](Self::without_faulting_in).
+    ///
+    /// # Errors
+    /// As for [`HostMemory::fault_in`].
+    pub fn fault_in(&self, memory: HostMemory<'_>) -> io::Result<()> {
+        match self.faults_in {
+            true => memory.fault_in(),
+            false => Ok(()),
         }
     }
 
@@ -100,7 +132,8 @@ impl<'r, R: PageReader + ?Sized> Touched<'r, R> {
     fn load(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
         let end = offset + buf.len() as u64;
         let mut at = offset;
-        while at < end
+        while self.faults_in
+            && at < end
             && let Some(memory) = self.reader.host_memory(at, (end - at) as usize)
             && !memory.is_empty()
         {
