@@ -49,8 +49,10 @@ impl WorkingSet {
         }
     }
 
-    /// Adds pages touched for the first time.
+    /// Adds pages touched for the first time. The last one may end past the RAM, which need not be a whole
+    /// number of the host's pages.
     pub(crate) fn touch(&mut self, pages: Range<u64>) {
+        let pages = pages.start..pages.end.min(self.ram_size);
         let full = self.runs.len() == MAX_RUNS;
         match self.runs.last_mut() {
             Some(last) if last.end == pages.start => last.end = pages.end,

@@ -99,6 +99,27 @@ fn a_vcpu_finds_the_images_bytes_in_pages_that_it_waits_for(#[case] options: Laz
     assert!(whole(&ram, SIZE as usize)[FROM as usize..] == images.ram[FROM as usize..]);
 }
 
+/// As a balloon device does: pages that were filled, and pages that were not.
+#[test]
+fn a_vcpu_finds_zeros_in_pages_that_were_discarded() {
+    let test = "a_vcpu_finds_zeros_in_pages_that_were_discarded";
+    if !Need::Userfaultfd.met(test) || !Need::Kvm.met(test) {
+        return;
+    }
+    let mut images = images();
+    let ram = LazyRam::options().prefetch(false);
+    let ram = ram.start(images.chain()).unwrap();
+    page_reader::PageReader::read_at(&ram, 5000 * PAGE, &mut [0]).unwrap();
+    for (page, pages) in [(2000, 100), (4990, 20), (8000, 1)] {
+        let (start, len) = ((page * PAGE) as usize, (pages * PAGE) as usize);
+        let address = ram.as_ptr().wrapping_add(start);
+        common::regions::advise(address, len as u64, nix::libc::MADV_DONTNEED).unwrap();
+        images.ram[start..start + len].fill(0);
+    }
+    assert_eq!(sum(ram.as_ptr()), expected(&images));
+    ram.wait().unwrap();
+}
+
 #[test]
 fn a_vcpu_finds_the_images_bytes_in_a_mapped_chain() {
     if !Need::Kvm.met("a_vcpu_finds_the_images_bytes_in_a_mapped_chain") {

@@ -4,13 +4,14 @@
 
 mod common;
 
-use std::io::{self, Read, Write};
+use std::io::{self, Write};
 use std::sync::Arc;
 use std::time::Duration;
 
+use common::regions::{Regions, assert_unreadable, flags, page_at};
 use common::{Images, whole};
 use memory_image::{
-    Chain, ImageError, LazyRam, LazyRamOptions, UserfaultfdError, WorkingSet, WorkingSetError,
+    ImageError, LazyRam, LazyRamOptions, UserfaultfdError, WorkingSet, WorkingSetError,
 };
 use nix::libc;
 use page_reader::PageReader;
@@ -33,25 +34,8 @@ fn on_demand() -> LazyRamOptions {
     LazyRam::options().prefetch(false)
 }
 
-/// Reads a page as a system call does: through a pipe, so that what can't be read is an error and no signal.
 fn page(ram: &LazyRam, offset: u64) -> io::Result<Vec<u8>> {
     page_at(ram.as_ptr().wrapping_add(offset as usize))
-}
-
-fn page_at(address: *const u8) -> io::Result<Vec<u8>> {
-    let (mut read, write) = io::pipe()?;
-    let fd = std::os::fd::AsRawFd::as_raw_fd(&write);
-    // SAFETY: the kernel reads the page, and says so where it can't.
-    let written = unsafe { libc::write(fd, address.cast(), PAGE as usize) };
-    nix::errno::Errno::result(written)?;
-    drop(write);
-    let mut bytes = Vec::new();
-    read.read_to_end(&mut bytes)?;
-    Ok(bytes)
-}
-
-fn assert_unreadable(page: io::Result<Vec<u8>>) {
-    assert_eq!(page.unwrap_err().raw_os_error(), Some(libc::EFAULT));
 }
 
 /// Pseudo-random numbers (xorshift).
@@ -170,27 +154,6 @@ fn a_forked_child_that_lives_on_holds_up_nobody(#[case] all_in: bool) {
     result.expect("it was dropped").unwrap();
 }
 
-/// What the kernel says of a mapping: proc_pid_smaps(5), VmFlags.
-fn flags(address: usize) -> Vec<String> {
-    let smaps = std::fs::read_to_string("/proc/self/smaps").unwrap();
-    let mut lines = smaps.lines();
-    let holds = |line: &&str| {
-        let range = line
-            .split_whitespace()
-            .next()
-            .and_then(|r| r.split_once('-'));
-        range.is_some_and(|(start, end)| {
-            let number = |text| usize::from_str_radix(text, 16).unwrap_or(0);
-            (number(start)..number(end)).contains(&address)
-        })
-    };
-    lines.find(holds).unwrap();
-    let flags = lines
-        .find_map(|line| line.strip_prefix("VmFlags:"))
-        .unwrap();
-    flags.split_whitespace().map(str::to_owned).collect()
-}
-
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(rounds(12, 24)))]
 
@@ -273,47 +236,6 @@ fn an_image_that_cannot_be_read_ahead_is_reported_and_the_rest_of_it_is_no_zeros
     }
 }
 
-/// Pages mapped by a monitor: a guest's two regions, one of a memory file.
-struct Regions([(*mut u8, usize); 2]);
-
-impl Regions {
-    fn new(low: u64, high: u64) -> Self {
-        use nix::sys::{memfd, mman};
-        let file = memfd::memfd_create(c"ram", memfd::MFdFlags::empty()).unwrap();
-        nix::unistd::ftruncate(&file, high as i64).unwrap();
-        let length = |len: u64| std::num::NonZeroUsize::new(len as usize).unwrap();
-        let protection = mman::ProtFlags::PROT_READ | mman::ProtFlags::PROT_WRITE;
-        // SAFETY: the kernel picks both addresses.
-        let (low_start, high_start) = unsafe {
-            let private = mman::MapFlags::MAP_PRIVATE;
-            let low = mman::mmap_anonymous(None, length(low), protection, private);
-            let shared = mman::MapFlags::MAP_SHARED;
-            let high = mman::mmap(None, length(high), protection, shared, &file, 0);
-            (low.unwrap(), high.unwrap())
-        };
-        let region = |start: std::ptr::NonNull<libc::c_void>, len| (start.as_ptr().cast(), len);
-        Self([
-            region(low_start, low as usize),
-            region(high_start, high as usize),
-        ])
-    }
-
-    fn adopt(&self, options: LazyRamOptions, chain: Chain) -> Result<LazyRam, ImageError> {
-        // SAFETY: both are unmapped after whoever fills them; only system calls and `read_at` read them.
-        unsafe { options.adopt(chain, self.0) }
-    }
-}
-
-impl Drop for Regions {
-    fn drop(&mut self) {
-        for (start, len) in self.0 {
-            // SAFETY: mapped by `new`; nobody fills it any more.
-            unsafe { nix::sys::mman::munmap(std::ptr::NonNull::new(start).unwrap().cast(), len) }
-                .unwrap();
-        }
-    }
-}
-
 #[rstest]
 #[case::ahead(LazyRam::options())]
 #[case::on_demand(on_demand())]
@@ -322,7 +244,7 @@ fn a_monitor_s_own_regions_are_filled(#[case] options: LazyRamOptions) {
         return;
     }
     let images = full_and_two_diffs();
-    let regions = Regions::new(5 * MIB + 4096, 11 * MIB - 4096);
+    let regions = Regions::new(&[5 * MIB + 4096, 11 * MIB - 4096]);
     let ram = regions.adopt(options, images.chain()).unwrap();
     assert_eq!(ram.as_ptr(), regions.0[0].0);
     assert!(whole(&ram, ram.len()) == images.ram);
@@ -340,33 +262,12 @@ fn a_monitor_s_memory_that_is_not_all_in_is_inaccessible_once_nobody_fills_it() 
         return;
     }
     let images = full_and_two_diffs();
-    let regions = Regions::new(5 * MIB, 11 * MIB);
+    let regions = Regions::new(&[5 * MIB, 11 * MIB]);
     let ram = regions.adopt(on_demand(), images.chain()).unwrap();
     page(&ram, 0).unwrap();
     drop(ram);
-    for (start, _) in regions.0 {
-        assert_unreadable(page_at(start));
-    }
-}
-
-/// As a balloon does with what the guest has no use for.
-#[test]
-fn a_page_that_a_monitor_has_thrown_away_comes_from_the_images_again() {
-    if !Need::Userfaultfd.met("a_page_that_a_monitor_has_thrown_away_comes_from_the_images_again") {
-        return;
-    }
-    use nix::sys::mman::{MmapAdvise, madvise};
-    let images = full_and_two_diffs();
-    let regions = Regions::new(5 * MIB, 11 * MIB);
-    let ram = regions.adopt(on_demand(), images.chain()).unwrap();
-    for offset in [0, 2 * MIB + 4096] {
-        let want = &images.ram[offset as usize..][..4096];
-        assert!(page(&ram, offset).unwrap() == want);
-        let start = regions.0[0].0.wrapping_add(offset as usize);
-        let start = std::ptr::NonNull::new(start).unwrap().cast();
-        // SAFETY: a page of the first region, which has lost nothing but what the images have.
-        unsafe { madvise(start, 4096, MmapAdvise::MADV_DONTNEED) }.unwrap();
-        assert!(page(&ram, offset).unwrap() == want);
+    for (start, _) in &regions.0 {
+        assert_unreadable(page_at(*start));
     }
 }
 
@@ -376,14 +277,14 @@ fn memory_that_cannot_be_filled_is_refused_and_stays_as_it_was() {
         return;
     }
     let images = full_and_two_diffs();
-    let regions = Regions::new(5 * MIB, 10 * MIB);
+    let regions = Regions::new(&[5 * MIB, 10 * MIB]);
     let error = regions.adopt(on_demand(), images.chain()).unwrap_err();
     assert!(
         matches!(error, ImageError::TargetSize { target, .. } if target == 15 * MIB),
         "{error:?}"
     );
 
-    let regions = Regions::new(5 * MIB, 11 * MIB);
+    let regions = Regions::new(&[5 * MIB, 11 * MIB]);
     let _first = regions.adopt(on_demand(), images.chain()).unwrap();
     let error = regions.adopt(on_demand(), images.chain()).unwrap_err();
     assert!(

@@ -19,7 +19,8 @@ use page_reader::{HostMemory, PageReader, SecretBuffer};
 use crate::error::ImageError;
 use crate::map::Region;
 use crate::working_set::WorkingSet;
-use filler::{Filler, Phase, locked};
+use filler::{Filler, Phase, locked, wait_error};
+use options::Ended;
 
 pub use options::LazyRamOptions;
 pub use userfaultfd::UserfaultfdError;
@@ -31,17 +32,30 @@ pub use userfaultfd::UserfaultfdError;
 /// meanwhile, at the speed of the disk. Once [all is in](Self::wait), the memory is as any other, and both threads have ended.
 ///
 /// The memory is private and anonymous: what the guest writes stays its own, and a file that is replaced, or lost after all is in, does no harm. Zeros
-/// take no memory. Until all is in a forked child does not have the memory, as to it missing pages would be zeros. Of a chain [of very
-/// many images](crate::Chain#many-images), until then those that are not kept open must stay in place.
+/// take no memory. Until all is in a forked child does not have the memory (`MADV_DONTFORK`): to it, missing pages would be zeros. Afterwards
+/// children get it again, unless the VMM had withheld it itself. Of a chain [of very many images](crate::Chain#many-images), until then those
+/// that are not kept open must stay in place.
 ///
 /// # When an image can't be read
 /// No page is ever silently zeros. The error is kept for [`error`](Self::error) and [`wait`](Self::wait); reading ahead ends; the access that
 /// asked for the page gets `SIGBUS` (a system call `EFAULT`, a vCPU `SIGBUS` in its thread), now and whenever the page is touched again. Before Linux 6.6,
 /// which can't poison pages, the page is made inaccessible instead: `SIGSEGV`, and for a vCPU an error of `KVM_RUN`.
 ///
+/// # Memory that is discarded, unmapped or moved
+/// A balloon device may discard pages at any time, before and after they are filled: after
+/// `MADV_DONTNEED` they are zeros, as in any private memory, and are not read from the images any more.
+/// After `MADV_FREE`, pages that were not filled yet are zeros. `madvise` waits for the thread that
+/// answers faults, for as long as that reads a page from the images.
+///
+/// Memory must not be unmapped or moved until all is in. If it is nevertheless, that is the error
+/// [`UserfaultfdError::Unmapped`], and missing pages at the new address are inaccessible. A page that
+/// something else has put into the memory is [`UserfaultfdError::Occupied`], and inaccessible too.
+///
 /// # Limitations
-/// Until all is in, memory must not be thrown away (`MADV_DONTNEED`, as by a balloon device): it would come back as it is in
-/// the image. Dropped, it must not be touched any more.
+/// Dropped, the memory must not be touched any more. The missing pages are the kernel's to protect only
+/// while the userfaultfd is open: a process that closes descriptors it does not own (`close_range`, as some
+/// do when they become daemons) must do so before. A process that shares the address space
+/// (`clone` with `CLONE_VM`) and outlives this one finds zeros in missing pages.
 ///
 /// # Examples
 /// ```
@@ -70,7 +84,7 @@ pub struct LazyRam {
     filler: Arc<Filler>,
     /// Those that answer faults and that read ahead.
     threads: Vec<JoinHandle<()>>,
-    /// Unmapped last; none for memory that a monitor has mapped.
+    /// Unmapped last; none for memory that a VMM has mapped.
     _region: Option<Region>,
 }
 
@@ -78,7 +92,8 @@ pub struct LazyRam {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Progress {
-    /// Bytes of the images that are in memory.
+    /// Bytes of the images that are in memory. Pages that were discarded before they were filled are
+    /// never.
     pub loaded: u64,
     /// Bytes of the images that will be, in whole pages of the host.
     pub stored: u64,
@@ -128,7 +143,9 @@ impl LazyRam {
         if *phase == Phase::Idle {
             *phase = Phase::Running;
             drop(phase);
+            let ended = Ended(filler);
             filler.fill_everything();
+            std::mem::forget(ended);
             phase = locked(&filler.phase);
         }
         while *phase != Phase::Ended {
@@ -165,9 +182,11 @@ impl Drop for LazyRam {
             // It does not panic.
             _ = thread.join();
         }
-        if !self.filler.released.load(Ordering::Acquire) && !self.filler.own {
-            // The monitor's memory stays.
-            self.filler.shut();
+        match self.filler.released.load(Ordering::Acquire) {
+            true => {}
+            false if self.filler.own => self.filler.abandon(),
+            // The VMM's memory stays.
+            false => self.filler.shut(),
         }
     }
 }
@@ -195,9 +214,8 @@ impl PageReader for LazyRam {
     }
 }
 
-/// Until dismissed.
+/// Answers faults until dismissed.
 fn answer_faults(filler: &Filler) -> Result<(), ImageError> {
-    let failed = |error| ImageError::from(UserfaultfdError::Wait(error));
     let mut buffer = SecretBuffer::new();
     loop {
         let mut ready = [
@@ -206,12 +224,18 @@ fn answer_faults(filler: &Filler) -> Result<(), ImageError> {
         ];
         match poll(&mut ready, PollTimeout::NONE) {
             Err(Errno::EINTR) => continue,
-            polled => _ = polled.map_err(|errno| failed(errno.into()))?,
+            polled => _ = polled.map_err(|errno| wait_error(errno.into()))?,
         }
-        match filler.fault.next_fault().map_err(failed)? {
-            Some(address) => filler.answer(address, &mut buffer)?,
-            None if ready[1].any() == Some(true) => return Ok(()),
-            None => {}
+        // All of them: a fault that was read does not make the descriptor readable again.
+        while let Some(address) = filler.next_fault()? {
+            filler.answer(address, &mut buffer)?;
+        }
+        if ready[1].any() == Some(true) {
+            // Not while a thread waits for its message to be read.
+            if !filler.fault.is_changing() {
+                return Ok(());
+            }
+            std::thread::yield_now();
         }
     }
 }

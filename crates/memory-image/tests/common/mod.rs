@@ -3,6 +3,9 @@
 // Every test file has its own copy of this module and uses a part of it.
 #![allow(dead_code, unreachable_pub)]
 
+#[cfg(target_os = "linux")]
+pub mod regions;
+
 use std::fs::File;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;

@@ -1,5 +1,6 @@
 //! What fills the memory: one page and its neighbours for whoever waits, and all the rest in order.
 
+use std::collections::{BTreeSet, VecDeque};
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
@@ -10,7 +11,7 @@ use page_reader::SecretBuffer;
 
 use super::memory::Memory;
 use super::present::Present;
-use super::userfaultfd::{Userfaultfd, UserfaultfdError};
+use super::userfaultfd::{Filled, Message, Userfaultfd, UserfaultfdError};
 use crate::chain::Chain;
 use crate::chain::segments::Source;
 use crate::error::ImageError;
@@ -18,6 +19,8 @@ use crate::working_set::WorkingSet;
 
 /// Bytes that are read and put into memory at a time where nobody waits for them.
 const PIECE: u64 = 1 << 20;
+/// Bytes that are put into memory at a time, so that a fault need not wait for all of a piece.
+const STEP: u64 = 128 << 10;
 /// Bytes ahead of that which the disk is told of, so that it reads while they are copied.
 const READ_AHEAD: u64 = 4 << 20;
 /// Runs of a working set that the kernel is told of before the first of them is read: they are small, and a disk is fast only at many at once.
@@ -27,7 +30,7 @@ const RUNS_AHEAD: usize = 256;
 pub(crate) struct Filler {
     pub(crate) chain: Arc<Chain>,
     pub(crate) memory: Memory,
-    /// Whether the memory was mapped for this, and not by a monitor.
+    /// Whether the memory was mapped for this, and not by a VMM.
     pub(crate) own: bool,
     pub(crate) fault: Userfaultfd,
     /// Whether the kernel can poison a page (Linux 6.6).
@@ -35,7 +38,12 @@ pub(crate) struct Filler {
     pub(crate) page: u64,
     /// Bytes, aligned to their number, that one fault brings in at most.
     pub(crate) around: u64,
-    pub(crate) present: Present,
+    /// Pages that no longer come from the images: filled, unreadable, discarded, or unmapped.
+    ///
+    /// Changed only under the lock of `ledger`, together with the pages themselves: a page that is
+    /// missing and settled was discarded, and is zeros.
+    pub(crate) settled: Present,
+    pub(crate) ledger: Mutex<Ledger>,
     pub(crate) recorded: Option<Mutex<WorkingSet>>,
     pub(crate) working_set: Option<WorkingSet>,
     pub(crate) loaded: AtomicU64,
@@ -54,6 +62,28 @@ pub(crate) struct Filler {
     pub(crate) dismissed: EventFd,
 }
 
+/// What is known of messages and pages beside [`Filler::settled`].
+#[derive(Debug, Default)]
+pub(crate) struct Ledger {
+    /// Addresses of faults that are to be answered.
+    waiting: VecDeque<u64>,
+    /// Pages that could not be read, and were made inaccessible.
+    denied: BTreeSet<u64>,
+    /// Ranges that are not in memory any more.
+    unmapped: Vec<Range<u64>>,
+    /// Addresses to which parts of the memory were moved, to be made inaccessible.
+    moved: Vec<Range<u64>>,
+}
+
+/// Who fills pages.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum By {
+    /// The thread that answers faults. It alone reads messages.
+    Handler,
+    /// A thread that reads ahead.
+    Prefetcher,
+}
+
 /// How far bringing in everything is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Phase {
@@ -66,20 +96,99 @@ pub(crate) enum Phase {
 }
 
 impl Filler {
+    /// Returns the address of the next page that an access waits for, if there is one. Everything that
+    /// happened to the memory before the access is noted.
+    pub(crate) fn next_fault(&self) -> Result<Option<u64>, ImageError> {
+        self.read_messages()?;
+        Ok(locked(&self.ledger).waiting.pop_front())
+    }
+
+    /// Reads all messages, and notes what they say.
+    fn read_messages(&self) -> Result<(), ImageError> {
+        loop {
+            // A page must not be filled between the message that it is discarded and the note of that: the
+            // discarding thread goes on as soon as the message is read.
+            let mut ledger = locked(&self.ledger);
+            while let Some(message) = self.fault.next_message().map_err(wait_error)? {
+                self.note(&mut ledger, message);
+            }
+            let Some(moved) = ledger.moved.pop() else {
+                return Ok(());
+            };
+            drop(ledger);
+            self.deny_moved(moved);
+        }
+    }
+
+    fn note(&self, ledger: &mut Ledger, message: Message) {
+        let removed = match message {
+            Message::Fault(address) => return ledger.waiting.push_back(address),
+            Message::Removed(addresses) => {
+                for pages in self.memory.at(addresses) {
+                    ledger.denied.retain(|page| !pages.contains(page));
+                    self.settled.add(pages);
+                }
+                return;
+            }
+            Message::Unmapped(addresses) => addresses,
+            Message::Moved { from, to } => {
+                ledger.moved.push(to..to + (from.end - from.start));
+                from
+            }
+        };
+        for pages in self.memory.at(removed) {
+            let (offset, len) = (pages.start, pages.end - pages.start);
+            self.settled.add(pages.clone());
+            ledger.unmapped.push(pages);
+            self.fail(UserfaultfdError::Unmapped { offset, len }.into());
+        }
+    }
+
+    /// Has accesses to missing pages of moved memory fail. Nothing answers their faults: the guest's RAM
+    /// is where it was.
+    fn deny_moved(&self, moved: Range<u64>) {
+        let mut at = moved.start;
+        while at < moved.end && self.can_poison {
+            let poisoned = self.fault.poison(at, moved.end - at);
+            at += poisoned.bytes;
+            match poisoned.stop {
+                None => {}
+                Some(Errno::EEXIST) => at += self.page,
+                Some(Errno::EAGAIN) => {
+                    // What happens meanwhile to this range, happens to memory that is the VMM's own.
+                    let mut ledger = locked(&self.ledger);
+                    match self.fault.next_message() {
+                        Ok(Some(message)) => self.note(&mut ledger, message),
+                        Ok(None) => std::thread::yield_now(),
+                        Err(_) => return,
+                    }
+                }
+                // It was unmapped, there.
+                Some(_) => at += self.page,
+            }
+        }
+        let denied = match self.can_poison {
+            true => self.fault.unregister(moved.start, moved.end - moved.start),
+            false => Memory::deny_moved(&self.fault, &moved),
+        };
+        // Where it fails, the range was unmapped meanwhile.
+        let _ = denied;
+    }
+
     /// Fills the page that an access waits for, and what is around it in the same image; if it can't be read, it is poisoned.
     ///
     /// # Errors
     /// Neither can be done.
     pub(crate) fn answer(&self, address: u64, buffer: &mut SecretBuffer) -> Result<(), ImageError> {
         self.faults.fetch_add(1, Ordering::Relaxed);
-        // A foreign address can't be: only the regions are registered.
         let Some(page) = self.memory.offset_of(address) else {
-            return Ok(());
+            return self.answer_settled(address, None);
         };
         let page = page..page + self.page;
-        if let Some(recorded) = &self.recorded
-            && !self.present.contains(page.start)
-        {
+        if self.settled.contains(page.start) {
+            return self.answer_settled(address, Some(page.start));
+        }
+        if let Some(recorded) = &self.recorded {
             locked(recorded).touch(page.clone());
         }
         let filled = self
@@ -87,14 +196,50 @@ impl Filler {
             // It may be only the neighbours that can't be read.
             .or_else(|_| self.fill_page(&page, buffer));
         match filled {
-            // Somebody brought in the last page, or gave up, since the fault was taken.
+            // The last page came in, or filling was given up, since the fault was taken.
             _ if self.released.load(Ordering::Acquire) => Ok(()),
-            Ok(()) => Ok(()),
+            // It may have been settled by another thread, or discarded.
+            Ok(()) => self.answer_settled(address, Some(page.start)),
             Err(error) => {
                 self.fail(error);
                 self.deny(page)
             }
         }
+    }
+
+    /// Answers a fault on a page that does not come from the images: one that was discarded, which is
+    /// zeros now; one that was filled since the fault was taken; or one beside the guest's RAM, by which
+    /// its mapping has grown.
+    fn answer_settled(&self, address: u64, page: Option<u64>) -> Result<(), ImageError> {
+        loop {
+            let ledger = locked(&self.ledger);
+            let is_denied = page.is_some_and(|page| ledger.denied.contains(&page));
+            let stop = match is_denied {
+                true => Some(Errno::EEXIST),
+                false => self.fault.zero(address, self.page).stop,
+            };
+            drop(ledger);
+            match stop {
+                Some(Errno::EAGAIN) => self.let_change(By::Handler)?,
+                None => return Ok(()),
+                // It is there, or not registered any more: the access goes on.
+                Some(Errno::EEXIST | Errno::ENOENT) => {
+                    let woken = self.fault.wake(address, self.page);
+                    return woken.map_err(|errno| fill_error(page.unwrap_or_default(), errno));
+                }
+                Some(errno) => return Err(fill_error(page.unwrap_or_default(), errno)),
+            }
+        }
+    }
+
+    /// Gives the thread time that is in `madvise`, `munmap` or `mremap`, and with the handler also takes
+    /// its message: until it goes on, no page can be filled.
+    fn let_change(&self, by: By) -> Result<(), ImageError> {
+        if by == By::Handler {
+            self.read_messages()?;
+        }
+        std::thread::yield_now();
+        Ok(())
     }
 
     fn fill_around(&self, page: &Range<u64>, buffer: &mut SecretBuffer) -> Result<(), ImageError> {
@@ -116,16 +261,14 @@ impl Filler {
             return self.fill_page(page, buffer);
         }
         match segment.source {
-            // Filled already, and missing again: the monitor has thrown it away meanwhile.
-            _ if self.present.contains(page.start) => self.fill_page(page, buffer),
-            Source::Stored { .. } => self.load(whole, buffer),
-            Source::Nowhere | Source::Zeroed => self.zero(whole),
+            Source::Stored { .. } => self.load(whole, buffer, By::Handler),
+            Source::Nowhere | Source::Zeroed => self.zero(whole, By::Handler),
         }
     }
 
     fn fill_page(&self, page: &Range<u64>, buffer: &mut SecretBuffer) -> Result<(), ImageError> {
         let bytes = self.read(page, buffer)?;
-        self.put(page, bytes)
+        self.put(page, bytes, By::Handler)
     }
 
     /// Brings in everything; nobody waits for it but [`wait`](super::LazyRam::wait).
@@ -150,11 +293,13 @@ impl Filler {
                 let end = run.end.next_multiple_of(self.page);
                 let mut at = start;
                 for stored in self.stored_pages(start..end) {
-                    self.in_pieces(at..stored.start, |piece| self.zero(piece))?;
+                    self.in_pieces(at..stored.start, |piece| self.zero(piece, By::Prefetcher))?;
                     at = stored.end;
-                    self.in_pieces(stored, |piece| self.load(piece, &mut buffer))?;
+                    self.in_pieces(stored, |piece| {
+                        self.load(piece, &mut buffer, By::Prefetcher)
+                    })?;
                 }
-                self.in_pieces(at..end, |piece| self.zero(piece))?;
+                self.in_pieces(at..end, |piece| self.zero(piece, By::Prefetcher))?;
             }
         }
         Ok(())
@@ -171,7 +316,7 @@ impl Filler {
                     self.will_need(told..told + PIECE);
                     told += PIECE;
                 }
-                self.load(piece, &mut buffer)
+                self.load(piece, &mut buffer, By::Prefetcher)
             })?;
         }
         Ok(())
@@ -216,12 +361,12 @@ impl Filler {
     }
 
     /// Reads what is missing of the range and puts it into memory.
-    fn load(&self, pages: Range<u64>, buffer: &mut SecretBuffer) -> Result<(), ImageError> {
+    fn load(&self, pages: Range<u64>, buffer: &mut SecretBuffer, by: By) -> Result<(), ImageError> {
         let mut rest = pages;
-        while let Some(missing) = self.present.first_missing(rest.clone()) {
+        while let Some(missing) = self.settled.first_missing(rest.clone()) {
             rest.start = missing.end;
             let bytes = self.read(&missing, buffer)?;
-            self.put(&missing, bytes)?;
+            self.put(&missing, bytes, by)?;
         }
         Ok(())
     }
@@ -239,29 +384,74 @@ impl Filler {
         Ok(bytes)
     }
 
-    fn put(&self, pages: &Range<u64>, bytes: &[u8]) -> Result<(), ImageError> {
-        for (address, part) in self.memory.parts(pages.clone()) {
+    fn put(&self, pages: &Range<u64>, bytes: &[u8], by: By) -> Result<(), ImageError> {
+        self.settle(pages.clone(), by, |address, part| {
             let from = (part.start - pages.start) as usize..(part.end - pages.start) as usize;
-            let copied = self.fault.copy(address, &bytes[from]);
-            let new = self.filled(part, copied)?;
-            self.loaded.fetch_add(new, Ordering::Relaxed);
+            let filled = self.fault.copy(address, &bytes[from]);
+            self.loaded.fetch_add(filled.bytes, Ordering::Relaxed);
+            filled
+        })
+    }
+
+    fn zero(&self, pages: Range<u64>, by: By) -> Result<(), ImageError> {
+        self.settle(pages, by, |address, part| {
+            self.fault.zero(address, part.end - part.start)
+        })
+    }
+
+    /// Fills what is not settled of `pages` by `fill`, which gets an address and the range that is there.
+    ///
+    /// # Errors
+    /// [`UserfaultfdError::Fill`]. [`UserfaultfdError::Occupied`] where a page is there that is not
+    /// settled: it was not filled from the images.
+    fn settle(
+        &self,
+        pages: Range<u64>,
+        by: By,
+        fill: impl Fn(u64, &Range<u64>) -> Filled,
+    ) -> Result<(), ImageError> {
+        let mut rest = pages;
+        // The handler does not stop: somebody waits.
+        while by == By::Handler || !self.stopped() {
+            let mut ledger = locked(&self.ledger);
+            let Some(missing) = self.settled.first_missing(rest.clone()) else {
+                break;
+            };
+            let step = missing.start..missing.end.min(missing.start + STEP);
+            let part = self.memory.parts(step).next();
+            let (address, part) = part.expect("what is missing is a part of the memory");
+            let Filled { bytes, stop } = fill(address, &part);
+            let done = part.start..part.start + bytes;
+            rest.start = done.end;
+            let next = done.end;
+            self.settled.add(done);
+            match stop {
+                None => {}
+                Some(Errno::EAGAIN) => {
+                    drop(ledger);
+                    self.let_change(by)?;
+                }
+                Some(Errno::EEXIST) => {
+                    self.make_inaccessible(&mut ledger, next)?;
+                    let occupied = || UserfaultfdError::Occupied { offset: next }.into();
+                    // Also where it is the neighbour of the page that is asked for.
+                    self.fail(occupied());
+                    return Err(occupied());
+                }
+                Some(errno) => return Err(fill_error(next, errno)),
+            }
         }
         Ok(())
     }
 
-    fn zero(&self, pages: Range<u64>) -> Result<(), ImageError> {
-        for (address, part) in self.memory.parts(pages) {
-            let zeroed = self.fault.zero(address, part.end - part.start);
-            self.filled(part, zeroed)?;
-        }
-        Ok(())
-    }
-
-    /// Keeps in mind what was done. Returns how many bytes are new.
-    fn filled(&self, pages: Range<u64>, done: nix::Result<()>) -> Result<u64, ImageError> {
-        let offset = pages.start;
-        done.map_err(|errno| fill_error(offset, errno))?;
-        Ok(self.present.add(pages))
+    /// Makes one page inaccessible, whatever it holds, and wakes whoever waits for it.
+    fn make_inaccessible(&self, ledger: &mut Ledger, page: u64) -> Result<(), ImageError> {
+        let failed = |errno| fill_error(page, errno);
+        self.memory.deny(page..page + self.page).map_err(failed)?;
+        ledger.denied.insert(page);
+        self.settled.add(page..page + self.page);
+        let mut parts = self.memory.parts(page..page + self.page);
+        parts.try_for_each(|(address, _)| self.fault.wake(address, self.page).map_err(failed))
     }
 
     /// The images' bytes end with the RAM, memory with a page.
@@ -299,29 +489,63 @@ impl Filler {
 
     /// Has an access to a page that can't be filled fail, instead of waiting for ever or finding zeros.
     fn deny(&self, page: Range<u64>) -> Result<(), ImageError> {
-        for (address, part) in self.memory.parts(page) {
-            let offset = part.start;
-            let denied = if self.can_poison {
-                self.fault.poison(address, self.page)
-            } else {
-                let denied = self.memory.deny(part);
-                denied.and_then(|()| self.fault.wake(address, self.page))
+        loop {
+            let mut ledger = locked(&self.ledger);
+            let Some((address, _)) = self.memory.parts(page.clone()).next() else {
+                return Ok(());
             };
-            denied.map_err(|errno| fill_error(offset, errno))?;
+            if self.settled.contains(page.start) {
+                drop(ledger);
+                return self.answer_settled(address, Some(page.start));
+            }
+            if !self.can_poison {
+                return self.make_inaccessible(&mut ledger, page.start);
+            }
+            match self.fault.poison(address, self.page).stop {
+                None => {
+                    ledger.denied.insert(page.start);
+                    self.settled.add(page);
+                    return Ok(());
+                }
+                Some(Errno::EAGAIN) => {
+                    drop(ledger);
+                    self.let_change(By::Handler)?;
+                }
+                Some(Errno::EEXIST) => return self.make_inaccessible(&mut ledger, page.start),
+                Some(errno) => return Err(fill_error(page.start, errno)),
+            }
         }
-        Ok(())
+    }
+
+    /// The parts of the memory that are still mapped.
+    fn mapped(&self) -> Vec<Range<u64>> {
+        let mut unmapped = locked(&self.ledger).unmapped.clone();
+        unmapped.sort_by_key(|range| range.start);
+        let (mut mapped, mut at) = (Vec::new(), 0);
+        for range in unmapped {
+            if at < range.start {
+                mapped.push(at..range.start);
+            }
+            at = at.max(range.end);
+        }
+        if at < self.memory.len() {
+            mapped.push(at..self.memory.len());
+        }
+        mapped
     }
 
     /// No page is missing any more, and nobody has to answer.
     fn release(&self) {
         self.released.store(true, Ordering::Release);
-        let released = self.memory.unregister(&self.fault);
-        let inherited = released.and_then(|()| match self.own {
-            true => self.memory.inherit(true),
-            false => Ok(()),
-        });
-        if let Err(errno) = inherited {
-            self.fail(fill_error(0, errno));
+        let mapped = self.mapped();
+        let unregister = |range: &Range<u64>| self.memory.unregister(&self.fault, range.clone());
+        if let Err(errno) = mapped.iter().try_for_each(unregister) {
+            // Some pages may be missing still, to be answered as zeros.
+            self.released.store(false, Ordering::Release);
+            return self.fail(fill_error(0, errno));
+        }
+        if let Err(error) = self.memory.give_back(&mapped) {
+            self.fail(error.into());
         }
         self.dismiss();
     }
@@ -344,12 +568,42 @@ impl Filler {
     pub(crate) fn shut(&self) {
         self.stop.store(true, Ordering::Relaxed);
         self.released.store(true, Ordering::Release);
-        let denied = self.memory.deny(0..self.memory.len());
-        let woken = self.memory.unregister(&self.fault);
-        if let Err(errno) = denied.and(woken) {
+        for range in self.mapped() {
+            // Unregistered, missing pages are zeros: only once they are inaccessible.
+            let denied = self.memory.deny(range.clone());
+            let denied = denied.and_then(|()| self.memory.unregister(&self.fault, range.clone()));
+            if let Err(errno) = denied {
+                self.fail(fill_error(range.start, errno));
+                // Accesses to missing pages wait from now on.
+                if let Err(error) = self.fault.leave_open() {
+                    self.fail(wait_error(error));
+                }
+            }
+        }
+        self.let_changes_end();
+    }
+
+    /// Gives up memory that is going to be unmapped.
+    pub(crate) fn abandon(&self) {
+        if let Err(errno) = self.memory.unregister(&self.fault, 0..self.memory.len()) {
             self.fail(fill_error(0, errno));
         }
+        self.let_changes_end();
     }
+
+    /// Lets every thread go on that waits for its message to be read. Nothing is registered any more.
+    fn let_changes_end(&self) {
+        while self.fault.is_changing() {
+            if let Err(error) = self.let_change(By::Handler) {
+                return self.fail(error);
+            }
+        }
+    }
+}
+
+/// Why no message can be read.
+pub(crate) fn wait_error(error: std::io::Error) -> ImageError {
+    UserfaultfdError::Wait(error).into()
 }
 
 fn fill_error(offset: u64, errno: Errno) -> ImageError {

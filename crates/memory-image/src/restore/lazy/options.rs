@@ -9,7 +9,7 @@ use std::thread;
 
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
-use super::filler::{Filler, Phase};
+use super::filler::{Filler, Ledger, Phase};
 use super::memory::Memory;
 use super::present::Present;
 use super::userfaultfd::{Userfaultfd, UserfaultfdError};
@@ -90,16 +90,26 @@ impl LazyRamOptions {
     /// Begins to fill memory that the caller has mapped, as a guest of several regions has it: address and length in bytes of each, in the order of the
     /// memory file.
     ///
-    /// Pages that the memory holds already stay as they are. If the value is dropped before everything is in, the memory is made inaccessible, as
-    /// its missing pages would be zeros otherwise.
+    /// Whatever the memory holds is discarded. If the value is dropped before everything is in, the
+    /// memory is made inaccessible, as its missing pages would be zeros otherwise.
+    ///
+    /// The memory must be private and anonymous. Of shared memory, and of a memory file mapped privately,
+    /// another mapping, another process or `read(2)` would find zeros where pages are missing, and a
+    /// back end that writes before the page is filled would lose what it wrote. It is refused, so restore
+    /// the chain into it ([`Chain::restore`]) before others use it.
+    ///
+    /// `/proc/self/smaps` is read to tell, which takes the longer the more memory the process has.
     ///
     /// # Errors
-    /// [`ImageError::TargetSize`] where the regions are not as large as the RAM; otherwise as [`start`](Self::start). The
-    /// memory is as it was, or, where no second thread can be started, inaccessible.
+    /// [`ImageError::TargetSize`] where the regions are not as large as the RAM;
+    /// [`UserfaultfdError::Shared`], [`UserfaultfdError::HugePages`] or [`UserfaultfdError::Unchecked`];
+    /// otherwise as [`start`](Self::start). The memory is as it was, unless its bytes could not be
+    /// discarded ([`UserfaultfdError::Prepare`]), or no second thread can be started, where it is
+    /// inaccessible.
     ///
     /// # Safety
     /// As long as the value lives,
-    /// - every region stays mapped, private and anonymous or of a memory file, readable and writable; no two overlap;
+    /// - every region stays mapped, readable and writable; no two overlap;
     /// - no Rust reference covers any of it, and Rust code of this process accesses it through raw pointers by atomic or volatile
     ///   operations only.
     ///
@@ -111,13 +121,14 @@ impl LazyRamOptions {
     ) -> Result<LazyRam, ImageError> {
         let chain = chain.into();
         // SAFETY: what `Memory::new` asks is what this function asks of its caller.
-        let memory = unsafe { Memory::new(regions) };
+        let mut memory = unsafe { Memory::new(regions) };
         if memory.len() != chain.size() {
             return Err(ImageError::TargetSize {
                 image: chain.size(),
                 target: memory.len(),
             });
         }
+        memory.check_private()?;
         self.fill(chain, memory, None)
     }
 
@@ -134,15 +145,21 @@ impl LazyRamOptions {
             return Err(ImageError::WorkingSetSize { image, working_set });
         }
         let fault = Userfaultfd::open(page)?;
-        let can_poison = memory.register(&fault)? && self.poison;
         let own = region.is_some();
-        if own {
-            let kept = memory.inherit(false);
-            kept.map_err(|errno| ImageError::Reserve {
-                size: image,
-                source: errno.into(),
-            })?;
-        }
+        memory.withhold()?;
+        let registered = memory.register(&fault).and_then(|can_poison| {
+            discard(&memory, &fault)?;
+            Ok(can_poison)
+        });
+        let can_poison = match registered {
+            Ok(can_poison) => can_poison && self.poison,
+            Err(error) => {
+                // The error that is told is the first.
+                let _ = memory.unregister(&fault, 0..memory.len());
+                let _ = memory.give_back(&[0..memory.len()]);
+                return Err(error.into());
+            }
+        };
         let around = match self.record {
             true => page,
             false => self.fault_around.clamp(page, 1 << 30).next_power_of_two(),
@@ -152,7 +169,8 @@ impl LazyRamOptions {
             .map_err(|errno| UserfaultfdError::Thread(errno.into()))?;
         let phase = if ahead { Phase::Running } else { Phase::Idle };
         let filler = Arc::new(Filler {
-            present: Present::none(memory.len(), page),
+            settled: Present::none(memory.len(), page),
+            ledger: Mutex::new(Ledger::default()),
             chain,
             memory,
             own,
@@ -189,6 +207,29 @@ impl LazyRamOptions {
     }
 }
 
+/// Discards what the memory holds, which is registered: the kernel has `madvise` wait until its message
+/// is read.
+fn discard(memory: &Memory, fault: &Userfaultfd) -> Result<(), UserfaultfdError> {
+    let discarded = thread::scope(|scope| {
+        let thread = thread::Builder::new().name("lazy-ram-discard".into());
+        let discarding = thread.spawn_scoped(scope, || memory.discard());
+        let discarding = discarding.map_err(UserfaultfdError::Thread)?;
+        let mut read = Ok(());
+        while !discarding.is_finished() {
+            // An access that waits already is woken below, and asks again.
+            if let Err(error) = fault.next_message() {
+                read = Err(UserfaultfdError::Wait(error));
+            }
+            thread::yield_now();
+        }
+        let panicked = |_| UserfaultfdError::Thread(io::Error::other("a thread panicked"));
+        let discarded = discarding.join().map_err(panicked)?;
+        discarded.and(read)
+    });
+    memory.wake(fault)?;
+    discarded
+}
+
 impl LazyRam {
     fn spawn(
         &mut self,
@@ -206,8 +247,8 @@ impl LazyRam {
     }
 }
 
-/// Gives up should the thread panic: nobody is to wait for it for ever.
-struct Ended<'f>(&'f Filler);
+/// Gives up should the thread panic: no access is to wait for ever.
+pub(super) struct Ended<'f>(pub(super) &'f Filler);
 
 impl Drop for Ended<'_> {
     fn drop(&mut self) {
@@ -223,6 +264,8 @@ mod tests {
     use std::os::fd::AsRawFd;
 
     use nix::errno::Errno;
+    use nix::libc;
+    use rstest::rstest;
     use test_machine::Need;
 
     use super::*;
@@ -239,9 +282,13 @@ mod tests {
     /// As a system call finds the page.
     fn read(ram: &LazyRam, page: u64) -> nix::Result<()> {
         let memory = page_reader::PageReader::host_memory(ram, page * host_page(), 1).unwrap();
+        byte_at(memory.as_ptr())
+    }
+
+    fn byte_at(address: *const u8) -> nix::Result<()> {
         let (_read, write) = io::pipe().unwrap();
         // SAFETY: the kernel reads one byte, and says so where it can't.
-        let written = unsafe { nix::libc::write(write.as_raw_fd(), memory.as_ptr().cast(), 1) };
+        let written = unsafe { libc::write(write.as_raw_fd(), address.cast(), 1) };
         Errno::result(written).map(drop)
     }
 
@@ -260,6 +307,60 @@ mod tests {
         assert_eq!(read(&ram, 1), Ok(()));
         assert!(matches!(*ram.wait().unwrap_err(), ImageError::Read { .. }));
         assert_eq!(read(&ram, 0), Err(Errno::EFAULT));
+    }
+
+    /// By the same descriptor, as no other can.
+    #[rstest]
+    #[case::touched(true)]
+    #[case::ahead(false)]
+    fn a_page_that_something_else_filled_is_an_error(#[case] touched: bool) {
+        if !Need::Userfaultfd.met("a_page_that_something_else_filled_is_an_error") {
+            return;
+        }
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), vec![7; 4 * host_page() as usize]).unwrap();
+        let chain = Chain::open(file.path(), host_page()).unwrap();
+        let ram = LazyRam::options().prefetch(false).start(chain).unwrap();
+        let address = ram.as_ptr().addr() as u64;
+        let page = host_page();
+        assert_eq!(ram.filler.fault.zero(address + 2 * page, page).stop, None);
+        if touched {
+            // Its neighbour is what the fault is about.
+            assert_eq!(read(&ram, 1), Ok(()));
+        }
+        let why = ram.wait().unwrap_err();
+        assert!(
+            matches!(*why, ImageError::Userfaultfd(UserfaultfdError::Occupied { offset }) if offset == 2 * page),
+            "{why:?}"
+        );
+        assert_eq!(read(&ram, 2), Err(Errno::EFAULT));
+        assert_eq!(read(&ram, 1), Ok(()));
+    }
+
+    #[test]
+    fn without_poison_moved_memory_is_inaccessible() {
+        if !Need::Userfaultfd.met("without_poison_moved_memory_is_inaccessible") {
+            return;
+        }
+        let mut options = LazyRam::options().prefetch(false);
+        options.poison = false;
+        let (ram, _file) = start(options);
+        let len = host_page() as usize;
+        let elsewhere = Region::zeros(host_page()).unwrap();
+        let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
+        let to: *mut libc::c_void = elsewhere.as_ptr().cast();
+        // SAFETY: nothing accesses either page meanwhile.
+        let moved = unsafe { libc::mremap(ram.as_ptr().cast(), len, len, flags, to) };
+        assert_eq!(moved, to);
+        assert_eq!(byte_at(to.cast()), Err(Errno::EFAULT));
+        let why = ram.wait().unwrap_err();
+        assert!(
+            matches!(
+                *why,
+                ImageError::Userfaultfd(UserfaultfdError::Unmapped { offset: 0, .. })
+            ),
+            "{why:?}"
+        );
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! Which pages have been filled: a bit a page, set by several threads.
+//! Which pages no longer come from the images: a bit a page, set by several threads.
 
 use std::ops::Range;
 use std::sync::atomic::AtomicU64;
@@ -22,7 +22,8 @@ impl Present {
         }
     }
 
-    /// Adds a range of whole pages, after they were filled. Returns how many bytes of it are new.
+    /// Adds a range of whole pages, after they were filled, denied or discarded. Returns how many bytes of it
+    /// are new.
     pub(crate) fn add(&self, bytes: Range<u64>) -> u64 {
         let (mut at, end) = (bytes.start / self.page, bytes.end / self.page);
         let mut new = 0;
@@ -42,7 +43,7 @@ impl Present {
         self.words[(page / BITS) as usize].load(Acquire) >> (page % BITS) & 1 == 1
     }
 
-    /// The first run in a range of whole pages that was not filled yet.
+    /// Returns the first run in a range of whole pages that was not added yet.
     pub(crate) fn first_missing(&self, bytes: Range<u64>) -> Option<Range<u64>> {
         let (from, end) = (bytes.start / self.page, bytes.end / self.page);
         let start = self.find(from, end, 0);

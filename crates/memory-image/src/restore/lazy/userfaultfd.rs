@@ -4,10 +4,12 @@
 
 use std::fs::File;
 use std::io::{self, Read};
+use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd};
 
 use nix::errno::Errno;
 use nix::libc;
+use page_reader::ProcessMapsError;
 use thiserror::Error;
 
 /// The kernel's interface: Linux `include/uapi/linux/userfaultfd.h`.
@@ -18,8 +20,16 @@ mod abi {
     pub(super) const OFFERS_COPY: u64 = 1 << 0x03;
     pub(super) const OFFERS_ZEROPAGE: u64 = 1 << 0x04;
     pub(super) const OFFERS_POISON: u64 = 1 << 0x08;
+    pub(super) const FEATURE_EVENT_REMAP: u64 = 1 << 2;
+    pub(super) const FEATURE_EVENT_REMOVE: u64 = 1 << 3;
+    pub(super) const FEATURE_EVENT_UNMAP: u64 = 1 << 6;
     pub(super) const EVENT_PAGEFAULT: u8 = 0x12;
-    /// `struct uffd_msg`: the event in byte 0, a page fault's address in bytes 16..24.
+    pub(super) const EVENT_REMAP: u8 = 0x14;
+    pub(super) const EVENT_REMOVE: u8 = 0x15;
+    pub(super) const EVENT_UNMAP: u8 = 0x16;
+    /// `struct uffd_msg`: the event in byte 0, its arguments from byte 8 on. Those of a page fault are
+    /// flags and an address, of a removal or unmapping a start and an end, of a move the old and the
+    /// new start and the length.
     pub(super) const MESSAGE: usize = 32;
 
     #[repr(C)]
@@ -71,6 +81,29 @@ mod abi {
     nix::ioctl_readwrite!(poison, 0xaa, 0x08, Set);
 }
 
+/// A message of the kernel.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Message {
+    /// A thread waits for the page at this address.
+    Fault(u64),
+    /// `madvise` discards the pages at these addresses: `MADV_DONTNEED`, `MADV_FREE`, `MADV_REMOVE`.
+    Removed(Range<u64>),
+    /// `munmap`, or a mapping over it, has taken these addresses away.
+    Unmapped(Range<u64>),
+    /// `mremap` has moved the pages at these addresses to the address `to`.
+    Moved { from: Range<u64>, to: u64 },
+}
+
+/// How far a request to fill pages got.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Filled {
+    /// Bytes that were filled, and their waiters woken.
+    pub(crate) bytes: u64,
+    /// Why not all were. [`Errno::EAGAIN`]: a message other than a fault is unread, or its cause has
+    /// not gone on yet. [`Errno::EEXIST`]: the next page is not missing.
+    pub(crate) stop: Option<Errno>,
+}
+
 /// A descriptor that gets the faults on missing pages of the ranges registered with it, and fills these pages and no others.
 #[derive(Debug)]
 pub(crate) struct Userfaultfd {
@@ -93,7 +126,11 @@ impl Userfaultfd {
         };
         let mut api = abi::Api {
             api: abi::API,
-            features: 0,
+            // Without them, memory that is moved loses its registration, and its missing pages are zeros; and
+            // discarded pages could not be told from missing ones.
+            features: abi::FEATURE_EVENT_REMAP
+                | abi::FEATURE_EVENT_REMOVE
+                | abi::FEATURE_EVENT_UNMAP,
             ioctls: 0,
         };
         // SAFETY: `Api` is laid out as the kernel's struct and outlives the call.
@@ -152,20 +189,29 @@ impl Userfaultfd {
         self.wake(start, len)
     }
 
-    /// The address of the page that the next fault is in, if any waits.
-    pub(crate) fn next_fault(&self) -> io::Result<Option<u64>> {
+    /// Returns the next message, if there is one. Faults come before other messages, whatever happened
+    /// first.
+    pub(crate) fn next_message(&self) -> io::Result<Option<Message>> {
         let mut message = [0; abi::MESSAGE];
         match (&self.descriptor).read(&mut message) {
-            Ok(abi::MESSAGE) if message[0] == abi::EVENT_PAGEFAULT => {
-                let [_, _, address, _] = message.as_chunks::<8>().0 else {
+            Ok(abi::MESSAGE) => {
+                let [event, first, second, third] = message.as_chunks::<8>().0 else {
                     unreachable!("32 bytes are four words")
                 };
-                Ok(Some(u64::from_ne_bytes(*address) & !(self.page - 1)))
+                let [first, second, third] =
+                    [first, second, third].map(|word| u64::from_ne_bytes(*word));
+                match event[0] {
+                    abi::EVENT_PAGEFAULT => Ok(Some(Message::Fault(second & !(self.page - 1)))),
+                    abi::EVENT_REMOVE => Ok(Some(Message::Removed(first..second))),
+                    abi::EVENT_UNMAP => Ok(Some(Message::Unmapped(first..second))),
+                    abi::EVENT_REMAP => Ok(Some(Message::Moved {
+                        from: first..first.saturating_add(third),
+                        to: second,
+                    })),
+                    event => Err(io::Error::other(format!("unknown event {event:#x}"))),
+                }
             }
-            Ok(len) => {
-                let event = message[0];
-                Err(io::Error::other(format!("{len} bytes of event {event:#x}")))
-            }
+            Ok(len) => Err(io::Error::other(format!("a message of {len} bytes"))),
             Err(error) => match error.kind() {
                 io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted => Ok(None),
                 _ => Err(error),
@@ -173,12 +219,30 @@ impl Userfaultfd {
         }
     }
 
-    /// Fills the missing pages at `to` with `bytes`, whole pages, and wakes whoever waits for them. Pages that are there stay as they are.
-    pub(crate) fn copy(&self, to: u64, bytes: &[u8]) -> nix::Result<()> {
-        self.fill(to, bytes.len() as u64, |at, len| {
+    /// Returns whether the cause of a message other than a fault has not gone on yet: a thread in
+    /// `madvise`, `munmap` or `mremap` waits for its message to be read, or was just woken.
+    ///
+    /// Once a range is unregistered, no further message is about it, and after this call has returned
+    /// `false` none is on its way.
+    pub(crate) fn is_changing(&self) -> bool {
+        let mut nothing = abi::Set {
+            start: 0,
+            len: 0,
+            mode: 0,
+            done: 0,
+        };
+        // SAFETY: `Set` is laid out as the kernel's struct. An empty range is invalid, so nothing is filled;
+        // the kernel answers EAGAIN before it looks at the range.
+        let answer = unsafe { abi::zeropage(self.descriptor.as_raw_fd(), &raw mut nothing) };
+        answer == Err(Errno::EAGAIN)
+    }
+
+    /// Fills the missing pages at `to` with `bytes`, whole pages, and wakes whoever waits for them.
+    pub(crate) fn copy(&self, to: u64, bytes: &[u8]) -> Filled {
+        fill(bytes.len() as u64, |done, len| {
             let mut copy = abi::Copy {
-                to: at,
-                from: bytes[(at - to) as usize..].as_ptr() as u64,
+                to: to + done,
+                from: bytes[done as usize..].as_ptr() as u64,
                 len,
                 mode: 0,
                 done: 0,
@@ -191,12 +255,12 @@ impl Userfaultfd {
     }
 
     /// Fills missing pages with zeros, which takes no memory, and wakes.
-    pub(crate) fn zero(&self, start: u64, len: u64) -> nix::Result<()> {
+    pub(crate) fn zero(&self, start: u64, len: u64) -> Filled {
         self.set(abi::zeropage, start, len)
     }
 
     /// Has every access to the missing pages end in `SIGBUS`, or in `EFAULT` for the kernel's own, and wakes.
-    pub(crate) fn poison(&self, start: u64, len: u64) -> nix::Result<()> {
+    pub(crate) fn poison(&self, start: u64, len: u64) -> Filled {
         self.set(abi::poison, start, len)
     }
 
@@ -205,10 +269,10 @@ impl Userfaultfd {
         request: unsafe fn(i32, *mut abi::Set) -> nix::Result<i32>,
         start: u64,
         len: u64,
-    ) -> nix::Result<()> {
-        self.fill(start, len, |start, len| {
+    ) -> Filled {
+        fill(len, |done, len| {
             let mut set = abi::Set {
-                start,
+                start: start + done,
                 len,
                 mode: 0,
                 done: 0,
@@ -220,29 +284,10 @@ impl Userfaultfd {
         })
     }
 
-    /// Asks for the range as often as it takes: `request` answers for a part of it, with the bytes done.
-    fn fill(
-        &self,
-        start: u64,
-        len: u64,
-        mut request: impl FnMut(u64, u64) -> (nix::Result<i32>, i64),
-    ) -> nix::Result<()> {
-        let (mut at, end) = (start, start + len);
-        while at < end {
-            match request(at, end - at) {
-                (Ok(_), _) => break,
-                // A part was done, or the address space is being changed (userfaultfd(2), ioctl_userfaultfd(2)): go on.
-                (Err(Errno::EAGAIN), done) if done > 0 => at += done as u64,
-                (Err(Errno::EAGAIN), _) => std::thread::yield_now(),
-                // Somebody else filled the page first. Whoever fills wakes; who was taken for waiting looks again.
-                (Err(Errno::EEXIST), _) => {
-                    self.wake(at, self.page)?;
-                    at += self.page;
-                }
-                (Err(errno), _) => return Err(errno),
-            }
-        }
-        Ok(())
+    /// Keeps the userfaultfd open until the process ends: pages that are still missing would be zeros
+    /// once it is closed.
+    pub(crate) fn leave_open(&self) -> io::Result<()> {
+        self.descriptor.try_clone().map(std::mem::forget)
     }
 
     /// Has whoever waits for a page of the range look again.
@@ -251,6 +296,24 @@ impl Userfaultfd {
         // SAFETY: `Range` is laid out as the kernel's struct; the call touches no memory.
         unsafe { abi::wake(self.descriptor.as_raw_fd(), &raw mut range) }.map(drop)
     }
+}
+
+/// Repeats `request` after partial answers: it gets the bytes done so far and the bytes left, and answers
+/// with the bytes that it did.
+fn fill(len: u64, mut request: impl FnMut(u64, u64) -> (nix::Result<i32>, i64)) -> Filled {
+    let mut bytes = 0;
+    while bytes < len {
+        match request(bytes, len - bytes) {
+            (Ok(_), _) => bytes = len,
+            // A part was done: what stopped it shows at the next request (ioctl_userfaultfd(2)).
+            (Err(Errno::EAGAIN), done) if done > 0 => bytes += done as u64,
+            (Err(stop), _) => {
+                let stop = Some(stop);
+                return Filled { bytes, stop };
+            }
+        }
+    }
+    Filled { bytes, stop: None }
 }
 
 impl AsFd for Userfaultfd {
@@ -280,7 +343,7 @@ pub enum UserfaultfdError {
     /// The kernel does not take the memory.
     #[error(
         "{len:#x} bytes at {start:#x} can't be registered with userfaultfd: they must be whole pages of private anonymous \
-         or shared memory, mapped writable, and registered with no other"
+         memory, mapped writable, and registered with no other"
     )]
     Register {
         /// The address of the memory.
@@ -298,6 +361,55 @@ pub enum UserfaultfdError {
         /// The address of the memory.
         start: u64,
         /// Its length in bytes.
+        len: u64,
+    },
+    /// Memory that others may have too: to them, pages that are still missing would be zeros.
+    #[error(
+        "{len:#x} bytes at {start:#x} are not private anonymous memory ({mapping}): other mappings and readers of it would \
+         find zeros in pages that are not filled yet; restore the chain into it before anything else uses it \
+         (Chain::restore)"
+    )]
+    Shared {
+        /// The address of the memory.
+        start: u64,
+        /// Its length in bytes.
+        len: u64,
+        /// The mapping that is shared or of a file, as `/proc/self/smaps` lists it.
+        mapping: String,
+    },
+    /// The kind of the memory is unknown.
+    #[error("it is unknown whether the memory is private: mount /proc")]
+    Unchecked(#[source] ProcessMapsError),
+    /// The memory cannot be emptied, or withheld from forked children.
+    #[error("{len:#x} bytes at {start:#x} cannot be prepared: {what}")]
+    Prepare {
+        /// The address of the memory.
+        start: u64,
+        /// Its length in bytes.
+        len: u64,
+        /// What failed.
+        what: &'static str,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// A page holds bytes that were not put there by this restore.
+    #[error(
+        "the page at offset {offset:#x} of the guest's RAM was filled by something else, and was made inaccessible: leave \
+         the memory alone until the restore has finished"
+    )]
+    Occupied {
+        /// Where, in bytes from the start of the RAM.
+        offset: u64,
+    },
+    /// Memory was unmapped or moved while it was filled.
+    #[error(
+        "{len:#x} bytes at offset {offset:#x} of the guest's RAM were unmapped or moved: keep the memory mapped until the \
+         restore has finished"
+    )]
+    Unmapped {
+        /// Where, in bytes from the start of the RAM.
+        offset: u64,
+        /// How many bytes.
         len: u64,
     },
     /// A thread could not be started, or panicked.
@@ -320,33 +432,34 @@ pub enum UserfaultfdError {
 
 #[cfg(test)]
 mod tests {
-    use test_machine::Need;
+    use rstest::rstest;
 
     use super::*;
 
-    #[test]
-    fn a_fill_goes_on_after_the_part_that_was_done_and_where_none_was_asks_again() {
-        if !Need::Userfaultfd
-            .met("a_fill_goes_on_after_the_part_that_was_done_and_where_none_was_asks_again")
-        {
-            return;
-        }
-        let again = Errno::EAGAIN;
-        let answers = [
-            (Err(again), 4096),
-            (Err(again), -i64::from(again as i32)),
-            (Err(again), 0),
-            (Ok(0), 3 * 4096),
-        ];
-        let start = 1 << 20;
+    const AGAIN: Errno = Errno::EAGAIN;
+
+    /// Four pages, the first of which is filled by the first request.
+    #[rstest]
+    #[case::all(Ok(0), 0, 4, None)]
+    #[case::changing(Err(AGAIN), -i64::from(AGAIN as i32), 1, Some(AGAIN))]
+    #[case::changing_in_older_kernels(Err(AGAIN), 0, 1, Some(AGAIN))]
+    #[case::occupied(Err(Errno::EEXIST), -i64::from(Errno::EEXIST as i32), 1, Some(Errno::EEXIST))]
+    fn a_fill_goes_on_after_the_part_that_was_done(
+        #[case] answer: nix::Result<i32>,
+        #[case] done: i64,
+        #[case] pages: u64,
+        #[case] stop: Option<Errno>,
+    ) {
         let mut asked = Vec::new();
-        let fault = Userfaultfd::open(4096).unwrap();
-        let filled = fault.fill(start, 4 * 4096, |at, len| {
-            asked.push((at - start, len));
-            answers[asked.len() - 1]
+        let filled = fill(4 * 4096, |at, len| {
+            asked.push((at, len));
+            match at {
+                0 => (Err(AGAIN), 4096),
+                _ => (answer, done),
+            }
         });
-        assert_eq!(filled, Ok(()));
-        let rest = (4096, 3 * 4096);
-        assert_eq!(asked, [(0, 4 * 4096), rest, rest, rest]);
+        let bytes = pages * 4096;
+        assert_eq!(filled, Filled { bytes, stop });
+        assert_eq!(asked, [(0, 4 * 4096), (4096, 3 * 4096)]);
     }
 }

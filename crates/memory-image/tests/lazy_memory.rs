@@ -1,0 +1,513 @@
+//! What happens to memory while it is filled: others that share it, children, and a VMM that discards,
+//! unmaps or moves parts of it.
+#![cfg(target_os = "linux")]
+#![allow(unsafe_code)]
+
+mod common;
+
+use std::fs::File;
+use std::io::{Read, Write};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::fs::FileExt;
+use std::ptr::NonNull;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use common::regions::{Regions, advise, assert_unreadable, flags, page_at};
+use common::{Images, whole};
+use memory_image::{HostRam, ImageError, LazyRam, LazyRamOptions, UserfaultfdError, WorkingSet};
+use nix::libc;
+use nix::sys::memfd::{MFdFlags, memfd_create};
+use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap_anonymous, munmap};
+use nix::sys::wait::{WaitStatus, waitpid};
+use nix::unistd::{ForkResult, fork};
+use page_reader::PageReader;
+use rstest::rstest;
+use test_machine::{Need, rounds};
+
+const PAGE: u64 = 4096;
+const MIB: u64 = 1 << 20;
+const ZEROS: [u8; PAGE as usize] = [0; PAGE as usize];
+
+/// A base with a hole, and a diff: 4 MiB.
+fn images() -> Images {
+    Images::new(4 * MIB, PAGE)
+        .with([0..500, 600..1024])
+        .with((0..100).map(|i| 10 * i..10 * i + 1))
+}
+
+fn on_demand() -> LazyRamOptions {
+    LazyRam::options().prefetch(false)
+}
+
+fn bytes(images: &Images, page: u64) -> &[u8] {
+    &images.ram[(page * PAGE) as usize..][..PAGE as usize]
+}
+
+fn memfd() -> OwnedFd {
+    let file = memfd_create(c"ram", MFdFlags::empty()).unwrap();
+    nix::unistd::ftruncate(&file, 4 * MIB as i64).unwrap();
+    file
+}
+
+fn on(path: &str) -> OwnedFd {
+    let file = tempfile::tempfile_in(path).unwrap();
+    file.set_len(4 * MIB).unwrap();
+    file.into()
+}
+
+fn userfaultfd_error(error: ImageError) -> UserfaultfdError {
+    match error {
+        ImageError::Userfaultfd(error) => error,
+        other => panic!("{other:?}"),
+    }
+}
+
+#[rstest]
+#[case::shared_memfd(memfd(), MapFlags::MAP_SHARED)]
+#[case::private_memfd(memfd(), MapFlags::MAP_PRIVATE)]
+#[case::shared_tmpfs(on("/dev/shm"), MapFlags::MAP_SHARED)]
+#[case::private_disk_file(on(env!("CARGO_TARGET_TMPDIR")), MapFlags::MAP_PRIVATE)]
+fn memory_of_a_file_is_refused(#[case] file: OwnedFd, #[case] kind: MapFlags) {
+    if !Need::Userfaultfd.met("memory_of_a_file_is_refused") {
+        return;
+    }
+    let file = File::from(file);
+    file.write_all_at(b"back end", 5 * PAGE).unwrap();
+    let regions = Regions::of_file(&file, 4 * MIB, kind);
+    let error = regions.adopt(on_demand(), images().chain()).unwrap_err();
+    assert!(
+        matches!(userfaultfd_error(error), UserfaultfdError::Shared { len, .. } if len == 4 * MIB)
+    );
+    // It is as it was, for everybody.
+    assert_eq!(&regions.page(5 * PAGE).unwrap()[..8], b"back end");
+    assert_eq!(regions.page(0).unwrap(), ZEROS);
+    let flags = flags(regions.address(0).addr());
+    assert!(!flags.iter().any(|flag| flag == "um" || flag == "dc"));
+}
+
+#[test]
+fn shared_anonymous_memory_is_refused() {
+    if !Need::Userfaultfd.met("shared_anonymous_memory_is_refused") {
+        return;
+    }
+    // In the second region, and in a part of it.
+    let regions = Regions::with(&[2 * MIB], MapFlags::MAP_PRIVATE);
+    let shared = Regions::with(&[2 * MIB], MapFlags::MAP_SHARED);
+    let both = [regions.0[0], shared.0[0]];
+    // SAFETY: both stay mapped.
+    let error = unsafe { on_demand().adopt(images().chain(), both) }.unwrap_err();
+    let start = shared.address(0).addr() as u64;
+    assert!(
+        matches!(userfaultfd_error(error), UserfaultfdError::Shared { start: at, .. } if at == start)
+    );
+    assert_eq!(regions.page(0).unwrap(), ZEROS);
+}
+
+#[test]
+fn huge_pages_of_hugetlbfs_are_refused() {
+    if !Need::Userfaultfd.met("huge_pages_of_hugetlbfs_are_refused") {
+        return;
+    }
+    // Without a reservation, so that there need not be any huge page.
+    let flags = MapFlags::MAP_PRIVATE | MapFlags::MAP_HUGETLB | MapFlags::MAP_NORESERVE;
+    let regions = Regions::with(&[4 * MIB], flags);
+    let error = regions.adopt(on_demand(), images().chain()).unwrap_err();
+    assert!(matches!(
+        userfaultfd_error(error),
+        UserfaultfdError::HugePages { .. }
+    ));
+}
+
+/// As a vhost-user back end: another process with the memory, which looks at all of it once told to.
+#[test]
+fn a_back_end_of_shared_memory_never_sees_zeros() {
+    if !Need::Userfaultfd.met("a_back_end_of_shared_memory_never_sees_zeros") {
+        return;
+    }
+    let images = images();
+    let file = memfd();
+    let regions = Regions::of_file(&file, 4 * MIB, MapFlags::MAP_SHARED);
+    let (mut go, mut tell) = std::io::pipe().unwrap();
+    let (start, len) = regions.0[0];
+    let child = child(|| {
+        let _ = go.read(&mut [0]);
+        // SAFETY: mapped, and written by nobody since the parent has told.
+        let seen = unsafe { std::slice::from_raw_parts(start, len) };
+        seen == images.ram
+    });
+    // Filled as it is touched, the child would see zeros; so it is restored at once.
+    regions.adopt(on_demand(), images.chain()).unwrap_err();
+    // SAFETY: mapped, and the child waits.
+    let mut ram = unsafe { HostRam::new(regions.0.iter().copied()) };
+    images.chain().restore(&mut ram).unwrap();
+    tell.write_all(b"!").unwrap();
+    child.succeeds();
+}
+
+/// A forked child that does something without the parent's threads.
+struct Child(nix::unistd::Pid);
+
+fn child(act: impl FnOnce() -> bool) -> Child {
+    // SAFETY: the child makes system calls and compares memory: it takes no lock.
+    match unsafe { fork() }.unwrap() {
+        ForkResult::Parent { child } => Child(child),
+        ForkResult::Child => {
+            nix::unistd::alarm::set(120);
+            let code = i32::from(!act());
+            // SAFETY: ends the process, without what the parent wants done at its end.
+            unsafe { libc::_exit(code) }
+        }
+    }
+}
+
+impl Child {
+    #[track_caller]
+    fn succeeds(self) {
+        let ended = waitpid(self.0, None).unwrap();
+        assert_eq!(ended, WaitStatus::Exited(self.0, 0));
+    }
+}
+
+/// What a system call that reads the first byte answers.
+fn errno_of(pipe: i32, address: *const u8) -> i32 {
+    // SAFETY: the kernel reads one byte, and says so where it can't.
+    match unsafe { libc::write(pipe, address.cast(), 1) } {
+        -1 => nix::errno::Errno::last_raw(),
+        _ => 0,
+    }
+}
+
+#[rstest]
+#[case::on_demand(on_demand())]
+#[case::ahead(LazyRam::options())]
+fn a_forked_child_never_reads_zeros(#[case] options: LazyRamOptions) {
+    if !Need::Userfaultfd.met("a_forked_child_never_reads_zeros") {
+        return;
+    }
+    let images = images();
+    let regions = Regions::new(&[2 * MIB, 2 * MIB]);
+    // The VMM has withheld a part itself.
+    let (start, _) = regions.0[1];
+    let own = NonNull::new(start).unwrap().cast();
+    // SAFETY: mapped; the advice is for children.
+    unsafe { madvise(own, PAGE as usize, MmapAdvise::MADV_DONTFORK) }.unwrap();
+    let ram = regions.adopt(options, images.chain()).unwrap();
+    let (_read, pipe) = std::io::pipe().unwrap();
+    let pipe = pipe.as_raw_fd();
+    let addresses = [0, 3 * PAGE, 2 * MIB + 100 * PAGE].map(|offset| regions.address(offset));
+    let expected = [0, 3, 612].map(|page| bytes(&images, page)[0]);
+    // Once all is in, the child may have it; before, not.
+    child(|| {
+        let mut answers = addresses.iter().zip(expected);
+        answers.all(|(address, byte)| match errno_of(pipe, *address) {
+            libc::EFAULT => true,
+            // SAFETY: readable, as the kernel has just read it.
+            0 => unsafe { address.read_volatile() == byte },
+            _ => false,
+        })
+    })
+    .succeeds();
+    ram.wait().unwrap();
+    child(|| {
+        let mut answers = addresses.iter().zip(expected);
+        // SAFETY: the child has the memory as the parent has it.
+        answers.all(|(address, byte)| unsafe { address.read_volatile() } == byte)
+    })
+    .succeeds();
+    let withheld = |address: *mut u8| flags(address.addr()).contains(&"dc".to_owned());
+    assert!(withheld(start));
+    assert!(!withheld(start.wrapping_add(PAGE as usize)) && !withheld(regions.address(0)));
+    drop(ram);
+}
+
+fn write(start: *mut u8, _: usize) {
+    // SAFETY: mapped, and this test's.
+    unsafe { start.write(9) };
+}
+
+fn read(start: *mut u8, _: usize) {
+    // SAFETY: as for `write`.
+    assert_eq!(unsafe { start.read_volatile() }, 0);
+}
+
+fn lock(start: *mut u8, len: usize) {
+    // SAFETY: the call brings in every page, and changes none.
+    assert_eq!(unsafe { libc::mlock(start.cast(), len) }, 0);
+}
+
+fn write_huge_pages(start: *mut u8, len: usize) {
+    advise(start, len as u64, libc::MADV_HUGEPAGE).unwrap();
+    // SAFETY: as for `write`.
+    unsafe { std::ptr::write_bytes(start, 9, len) };
+}
+
+#[rstest]
+#[case::written(write)]
+#[case::read(read)]
+#[case::locked(lock)]
+#[case::of_huge_pages(write_huge_pages)]
+fn memory_that_held_bytes_gets_those_of_the_images(#[case] hold: fn(*mut u8, usize)) {
+    if !Need::Userfaultfd.met("memory_that_held_bytes_gets_those_of_the_images") {
+        return;
+    }
+    let images = images();
+    let regions = Regions::new(&[4 * MIB]);
+    let (start, len) = regions.0[0];
+    hold(start, len);
+    let ram = regions.adopt(LazyRam::options(), images.chain()).unwrap();
+    ram.wait().unwrap();
+    assert!(whole(&ram, ram.len()) == images.ram);
+}
+
+#[derive(Clone, Copy)]
+enum Owner {
+    Library,
+    Vmm,
+}
+
+/// As a balloon device does with what the guest has no use for.
+#[rstest]
+fn a_discarded_page_is_zeros(
+    #[values(Owner::Library, Owner::Vmm)] owner: Owner,
+    #[values(libc::MADV_DONTNEED, libc::MADV_FREE)] advice: libc::c_int,
+    #[values(false, true)] ahead: bool,
+) {
+    if !Need::Userfaultfd.met("a_discarded_page_is_zeros") {
+        return;
+    }
+    let mut images = images();
+    let options = LazyRam::options().prefetch(ahead);
+    let regions = Regions::new(&[2 * MIB, 2 * MIB]);
+    let ram = match owner {
+        Owner::Library => options.start(images.chain()).unwrap(),
+        Owner::Vmm => regions.adopt(options, images.chain()).unwrap(),
+    };
+    let address = |page: u64| {
+        let memory = ram.host_memory(page * PAGE, 1).unwrap();
+        memory.as_ptr().cast_mut()
+    };
+    // Filled, and one beside it that is filled by the same fault; never touched; twice.
+    assert_eq!(page_at(address(20)).unwrap(), bytes(&images, 20));
+    for page in [20, 21, 300, 300, 700, 1023] {
+        let filled = page < 22;
+        if filled && advice == libc::MADV_FREE {
+            // The kernel may keep the bytes of a filled page, for as long as it likes.
+            continue;
+        }
+        advise(address(page), PAGE, advice).unwrap();
+        if advice == libc::MADV_DONTNEED {
+            assert_eq!(page_at(address(page)).unwrap(), ZEROS, "{page}");
+        }
+        let lost = &mut images.ram[(page * PAGE) as usize..][..PAGE as usize];
+        lost.fill(0);
+    }
+    // A page that was discarded is the guest's, who writes to it.
+    // SAFETY: inside the memory, which nothing else accesses meanwhile.
+    unsafe { address(700).write(7) };
+    images.ram[(700 * PAGE) as usize] = 7;
+    ram.wait().unwrap();
+    if advice == libc::MADV_DONTNEED || !ahead {
+        assert!(whole(&ram, ram.len()) == images.ram);
+    }
+    // As any memory, once all is in.
+    advise(address(40), PAGE, libc::MADV_DONTNEED).unwrap();
+    assert_eq!(page_at(address(40)).unwrap(), ZEROS);
+}
+
+#[test]
+fn discarding_while_reading_ahead_leaves_zeros() {
+    if !Need::Userfaultfd.met("discarding_while_reading_ahead_leaves_zeros") {
+        return;
+    }
+    for round in 0..rounds(5, 50) {
+        let mut images = images();
+        let ram = LazyRam::options().start(images.chain()).unwrap();
+        for page in (0..1024).rev().step_by(7 + round) {
+            let address = ram.as_ptr().wrapping_add((page * PAGE) as usize);
+            advise(address, PAGE, libc::MADV_DONTNEED).unwrap();
+            images.ram[(page * PAGE) as usize..][..PAGE as usize].fill(0);
+            assert_eq!(page_at(address).unwrap(), ZEROS, "{page}");
+        }
+        ram.wait().unwrap();
+        assert!(whole(&ram, ram.len()) == images.ram);
+    }
+}
+
+/// The kernel has `madvise` wait until its message is read: whoever reads it must not end before.
+#[rstest]
+#[case::all_in(true)]
+#[case::dropped(false)]
+fn a_discard_goes_on_when_filling_ends(#[case] all_in: bool) {
+    if !Need::Userfaultfd.met("a_discard_goes_on_when_filling_ends") {
+        return;
+    }
+    let chain = std::sync::Arc::new(images().chain());
+    for _ in 0..rounds(50, 1000) {
+        let regions = Regions::new(&[4 * MIB]);
+        // SAFETY: mapped until the end of the round.
+        let ram = unsafe { on_demand().adopt(chain.clone(), regions.0.iter().copied()) }.unwrap();
+        let ended = AtomicBool::new(false);
+        let address = regions.address(0).addr();
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while !ended.load(Ordering::Relaxed) {
+                    let address = std::ptr::with_exposed_provenance_mut(address);
+                    advise(address, 4 * MIB, libc::MADV_DONTNEED).unwrap();
+                }
+            });
+            if all_in {
+                ram.wait().unwrap();
+            }
+            drop(ram);
+            ended.store(true, Ordering::Relaxed);
+        });
+    }
+}
+
+fn assert_unmapped(error: &ImageError, offset: u64, len: u64) {
+    let ImageError::Userfaultfd(UserfaultfdError::Unmapped {
+        offset: at,
+        len: bytes,
+    }) = error
+    else {
+        panic!("{error:?}")
+    };
+    assert_eq!((*at, *bytes), (offset, len));
+}
+
+#[rstest]
+#[case::all_in(true)]
+#[case::dropped(false)]
+fn what_replaces_unmapped_memory_is_left_alone(#[case] all_in: bool) {
+    if !Need::Userfaultfd.met("what_replaces_unmapped_memory_is_left_alone") {
+        return;
+    }
+    let images = images();
+    let regions = Regions::new(&[4 * MIB]);
+    let ram = regions.adopt(on_demand(), images.chain()).unwrap();
+    let hole = NonNull::new(regions.address(8 * PAGE)).unwrap();
+    // SAFETY: nothing accesses these pages; the second mapping is this test's.
+    unsafe {
+        munmap(hole.cast(), 4 * PAGE as usize).unwrap();
+        let length = std::num::NonZeroUsize::new(4 * PAGE as usize);
+        let access = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
+        let flags = MapFlags::MAP_PRIVATE | MapFlags::MAP_FIXED_NOREPLACE;
+        let again = mmap_anonymous(hole.addr().into(), length.unwrap(), access, flags).unwrap();
+        assert_eq!(again.addr(), hole.addr());
+        hole.write(5);
+    }
+    if all_in {
+        assert_unmapped(&ram.wait().unwrap_err(), 8 * PAGE, 4 * PAGE);
+        assert_eq!(regions.page(7 * PAGE).unwrap(), bytes(&images, 7));
+        assert_eq!(regions.page(12 * PAGE).unwrap(), bytes(&images, 12));
+    }
+    assert_unmapped(ram.error().unwrap(), 8 * PAGE, 4 * PAGE);
+    drop(ram);
+    assert_eq!(regions.page(8 * PAGE).unwrap()[0], 5);
+    assert_eq!(regions.page(9 * PAGE).unwrap(), ZEROS);
+    if !all_in {
+        assert_unreadable(regions.page(7 * PAGE));
+        assert_unreadable(regions.page(12 * PAGE));
+    }
+}
+
+/// Without care, memory that is moved loses its userfaultfd.
+#[test]
+fn moved_memory_never_shows_zeros() {
+    if !Need::Userfaultfd.met("moved_memory_never_shows_zeros") {
+        return;
+    }
+    let images = images();
+    let regions = Regions::new(&[2 * MIB, 2 * MIB]);
+    let elsewhere = Regions::new(&[4 * PAGE]);
+    let options = on_demand().fault_around(1);
+    let ram = regions.adopt(options, images.chain()).unwrap();
+    assert_eq!(regions.page(9 * PAGE).unwrap(), bytes(&images, 9));
+    let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
+    let (from, to) = (regions.address(8 * PAGE), elsewhere.address(0));
+    let len = 4 * PAGE as usize;
+    // SAFETY: nothing accesses either range meanwhile.
+    let moved = unsafe { libc::mremap(from.cast(), len, len, flags, to) };
+    assert_eq!(moved, to.cast());
+    assert_unreadable(elsewhere.page(0));
+    assert_unreadable(elsewhere.page(2 * PAGE));
+    assert_eq!(elsewhere.page(PAGE).unwrap(), bytes(&images, 9));
+    assert_unmapped(&ram.wait().unwrap_err(), 8 * PAGE, 4 * PAGE);
+    assert_unreadable(elsewhere.page(3 * PAGE));
+    assert_eq!(regions.page(7 * PAGE).unwrap(), bytes(&images, 7));
+    drop(ram);
+    // A page that was discarded is zeros here as well.
+    advise(elsewhere.address(0), PAGE, libc::MADV_DONTNEED).unwrap();
+    assert_eq!(elsewhere.page(0).unwrap(), ZEROS);
+}
+
+#[test]
+fn memory_by_which_a_mapping_grows_is_zeros() {
+    if !Need::Userfaultfd.met("memory_by_which_a_mapping_grows_is_zeros") {
+        return;
+    }
+    let images = images();
+    let mut regions = Regions::new(&[5 * MIB]);
+    let end = NonNull::new(regions.address(4 * MIB)).unwrap();
+    // SAFETY: nothing accesses these pages.
+    unsafe { munmap(end.cast(), MIB as usize) }.unwrap();
+    regions.0[0].1 = 4 * MIB as usize;
+    let ram = regions.adopt(on_demand(), images.chain()).unwrap();
+    let (old, new) = (4 * MIB as usize, 5 * MIB as usize);
+    // SAFETY: as above; it does not move.
+    let grown = unsafe { libc::mremap(regions.address(0).cast(), old, new, 0) };
+    assert_eq!(grown, regions.address(0).cast());
+    assert_eq!(page_at(end.as_ptr()).unwrap(), ZEROS);
+    ram.wait().unwrap();
+    assert!(whole(&ram, ram.len()) == images.ram);
+    drop(ram);
+    regions.0[0].1 = new;
+}
+
+/// A RAM of 9 pages of 512 bytes: 4608 bytes.
+#[test]
+fn a_working_set_that_ends_inside_a_page_is_loaded() {
+    if !Need::Userfaultfd.met("a_working_set_that_ends_inside_a_page_is_loaded") {
+        return;
+    }
+    let images = Images::new(9 * 512, 512).with([0..9]);
+    let ram = LazyRam::options()
+        .record(true)
+        .start(images.chain())
+        .unwrap();
+    for offset in [4600, 0] {
+        ram.read_at(offset, &mut [0]).unwrap();
+    }
+    let file = images.dir().join("set");
+    ram.recorded().save(&file).unwrap();
+    let set = WorkingSet::load(&file).unwrap();
+    assert!(set.runs().eq([4096..4608, 0..4096]), "{set:?}");
+    let ram = LazyRam::options()
+        .working_set(set)
+        .start(images.chain())
+        .unwrap();
+    ram.wait().unwrap();
+    assert!(whole(&ram, ram.len()) == images.ram);
+}
+
+/// A page that cannot be read, is discarded and touched again, is touched for the first time once.
+#[test]
+fn a_page_is_recorded_once_whatever_happens_to_it() {
+    if !Need::Userfaultfd.met("a_page_is_recorded_once_whatever_happens_to_it") {
+        return;
+    }
+    let images = Images::new(2 * PAGE, PAGE).with([0..2]);
+    let ram = LazyRam::options()
+        .record(true)
+        .start(images.chain())
+        .unwrap();
+    images.cut(0, 0);
+    for _ in 0..3 {
+        assert_unreadable(page_at(ram.as_ptr()));
+    }
+    advise(ram.as_ptr(), PAGE, libc::MADV_DONTNEED).unwrap();
+    assert_eq!(page_at(ram.as_ptr()).unwrap(), ZEROS);
+    let file = images.dir().join("set");
+    ram.recorded().save(&file).unwrap();
+    assert!(WorkingSet::load(&file).unwrap().runs().eq([0..PAGE]));
+}
