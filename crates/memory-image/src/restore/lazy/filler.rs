@@ -20,7 +20,7 @@ use crate::working_set::WorkingSet;
 /// Bytes that are read and put into memory at a time where nobody waits for them.
 const PIECE: u64 = 1 << 20;
 /// Bytes that are put into memory at a time, so that a fault need not wait for all of a piece.
-const STEP: u64 = 128 << 10;
+const STEP: u64 = 64 << 10;
 /// Bytes ahead of that which the disk is told of, so that it reads while they are copied.
 const READ_AHEAD: u64 = 4 << 20;
 /// Runs of a working set that the kernel is told of before the first of them is read: they are small, and a disk is fast only at many at once.
@@ -44,6 +44,11 @@ pub(crate) struct Filler {
     /// missing and settled was discarded, and is zeros.
     pub(crate) settled: Present,
     pub(crate) ledger: Mutex<Ledger>,
+    /// Messages other than faults that were read.
+    pub(crate) changes: AtomicU64,
+    /// The handler waits for the lock of `ledger`. The lock is not fair, so the prefetcher waits until it
+    /// has it: an access of the guest waits for no more than a step.
+    pub(crate) urgent: AtomicBool,
     pub(crate) recorded: Option<Mutex<WorkingSet>>,
     pub(crate) working_set: Option<WorkingSet>,
     pub(crate) loaded: AtomicU64,
@@ -99,21 +104,38 @@ impl Filler {
     /// Returns the address of the next page that an access waits for, if there is one. Everything that
     /// happened to the memory before the access is noted.
     pub(crate) fn next_fault(&self) -> Result<Option<u64>, ImageError> {
-        self.read_messages()?;
-        Ok(locked(&self.ledger).waiting.pop_front())
+        Ok(self.read_messages()?.waiting.pop_front())
+    }
+
+    /// Takes the lock, the handler first.
+    fn lock(&self, by: By) -> MutexGuard<'_, Ledger> {
+        match by {
+            By::Handler => {
+                self.urgent.store(true, Ordering::Relaxed);
+                let ledger = locked(&self.ledger);
+                self.urgent.store(false, Ordering::Relaxed);
+                ledger
+            }
+            By::Prefetcher => {
+                while self.urgent.load(Ordering::Relaxed) {
+                    std::thread::yield_now();
+                }
+                locked(&self.ledger)
+            }
+        }
     }
 
     /// Reads all messages, and notes what they say.
-    fn read_messages(&self) -> Result<(), ImageError> {
+    fn read_messages(&self) -> Result<MutexGuard<'_, Ledger>, ImageError> {
         loop {
             // A page must not be filled between the message that it is discarded and the note of that: the
             // discarding thread goes on as soon as the message is read.
-            let mut ledger = locked(&self.ledger);
+            let mut ledger = self.lock(By::Handler);
             while let Some(message) = self.fault.next_message().map_err(wait_error)? {
                 self.note(&mut ledger, message);
             }
             let Some(moved) = ledger.moved.pop() else {
-                return Ok(());
+                return Ok(ledger);
             };
             drop(ledger);
             self.deny_moved(moved);
@@ -121,8 +143,12 @@ impl Filler {
     }
 
     fn note(&self, ledger: &mut Ledger, message: Message) {
+        if let Message::Fault(address) = message {
+            return ledger.waiting.push_back(address);
+        }
+        self.changes.fetch_add(1, Ordering::Relaxed);
         let removed = match message {
-            Message::Fault(address) => return ledger.waiting.push_back(address),
+            Message::Fault(_) => unreachable!("returned above"),
             Message::Removed(addresses) => {
                 for pages in self.memory.at(addresses) {
                     ledger.denied.retain(|page| !pages.contains(page));
@@ -191,6 +217,7 @@ impl Filler {
         if let Some(recorded) = &self.recorded {
             locked(recorded).touch(page.clone());
         }
+        let before = self.changes.load(Ordering::Relaxed);
         let filled = self
             .fill_around(&page, buffer)
             // It may be only the neighbours that can't be read.
@@ -198,7 +225,9 @@ impl Filler {
         match filled {
             // The last page came in, or filling was given up, since the fault was taken.
             _ if self.released.load(Ordering::Acquire) => Ok(()),
-            // It may have been settled by another thread, or discarded.
+            // Who has filled the page has woken the access.
+            Ok(()) if self.changes.load(Ordering::Relaxed) == before => Ok(()),
+            // The page may have been discarded, and not filled.
             Ok(()) => self.answer_settled(address, Some(page.start)),
             Err(error) => {
                 self.fail(error);
@@ -236,7 +265,7 @@ impl Filler {
     /// its message: until it goes on, no page can be filled.
     fn let_change(&self, by: By) -> Result<(), ImageError> {
         if by == By::Handler {
-            self.read_messages()?;
+            drop(self.read_messages()?);
         }
         std::thread::yield_now();
         Ok(())
@@ -413,7 +442,10 @@ impl Filler {
         let mut rest = pages;
         // The handler does not stop: somebody waits.
         while by == By::Handler || !self.stopped() {
-            let mut ledger = locked(&self.ledger);
+            if self.settled.first_missing(rest.clone()).is_none() {
+                break;
+            }
+            let mut ledger = self.lock(by);
             let Some(missing) = self.settled.first_missing(rest.clone()) else {
                 break;
             };

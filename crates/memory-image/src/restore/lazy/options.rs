@@ -171,6 +171,8 @@ impl LazyRamOptions {
         let filler = Arc::new(Filler {
             settled: Present::none(memory.len(), page),
             ledger: Mutex::new(Ledger::default()),
+            changes: AtomicU64::new(0),
+            urgent: AtomicBool::new(false),
             chain,
             memory,
             own,
