@@ -76,14 +76,15 @@ const CRATES: [(&str, &[Part]); 4] = [
                 except: true,
                 tests: &[
                     &["mapped_chain", "sealed"],
-                    &["chains", "damage", "lazy_kvm", "lazy_ram", "secrets"],
+                    &["chains", "damage", "lazy_kvm", "lazy_memory"],
+                    &["lazy_ram", "secrets"],
                 ],
             },
             Part {
                 files: LAZY,
                 except: false,
                 tests: &[
-                    &["lazy_ram"],
+                    &["lazy_memory", "lazy_ram"],
                     &[
                         "chains",
                         "damage",

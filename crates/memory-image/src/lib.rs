@@ -46,7 +46,9 @@
 //! | a chain | [`MappedChain`] maps the longest runs of its images, and copies the others | grows with the runs: about 10 us each |
 //! | a chain, on Linux | `LazyRam` reads pages as they are touched (userfaultfd), the rest meanwhile; first what a `WorkingSet` says | below a millisecond |
 //!
-//! A monitor with mappings of its own has them filled by `LazyRamOptions::adopt`. `examples/lazy_restore.rs` does all of it.
+//! A VMM with private anonymous mappings of its own has them filled by `LazyRamOptions::adopt`. Shared memory
+//! is refused there: others that have it would find zeros in missing pages. Restore a chain into it at once
+//! ([`Chain::restore`]), before others use it. `examples/lazy_restore.rs` starts guests in all ways.
 //!
 //! # What a file is
 //! [`Image::open`] opens sealed and packed images, and nothing else: a file that was cut off, is damaged, or is anything else, is an error. A raw image is
@@ -70,7 +72,7 @@
 //! | | |
 //! |---|---|
 //! | `MappedChain` | `mmap` of anonymous memory, then `MAP_PRIVATE`, `MAP_FIXED` of files over it, the oldest first; `pread` of what is copied |
-//! | `LazyRam` | `userfaultfd`, or `USERFAULTFD_IOC_NEW` of `/dev/userfaultfd`; `UFFDIO_REGISTER` of anonymous memory; for each fault `pread` and `UFFDIO_COPY`, or `UFFDIO_ZEROPAGE`, or `UFFDIO_POISON` (Linux 6.6); at the end `UFFDIO_UNREGISTER` and `UFFDIO_WAKE` |
+//! | `LazyRam` | `userfaultfd`, or `USERFAULTFD_IOC_NEW` of `/dev/userfaultfd`; `MADV_DONTFORK`, `UFFDIO_REGISTER` and `MADV_DONTNEED` of anonymous memory; for each fault `pread` and `UFFDIO_COPY`, or `UFFDIO_ZEROPAGE`, or `UFFDIO_POISON` (Linux 6.6); at the end `UFFDIO_UNREGISTER`, `UFFDIO_WAKE` and `MADV_DOFORK` |
 //!
 //! # Limitations
 //! Reading a chain doesn't check what its bytes sum to: [`Image::verify`] does.
