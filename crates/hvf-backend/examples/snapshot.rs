@@ -11,7 +11,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     use dirty_bitmap::Policy;
     use hvf_backend::el1::{self, Start};
     use hvf_backend::{Answer, Exit, GuestRam, Register, Stage2, Stage2Tracker, Vcpu, Vm};
-    use memory_writer::MemoryWriter;
+    use memory_writer::{Layout, MemoryWriter, Seal};
     use page_reader::{PageReader, RamLayout};
 
     const RAM: u64 = 0x8000_0000;
@@ -74,7 +74,11 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
 
     let epoch = tracker.arm()?;
     let full = dir.join("guest.mem");
-    let mut writer = MemoryWriter::open(&full, SIZE, PAGE)?;
+    let sealed = Layout::Sealed(Seal::new());
+    let mut writer = MemoryWriter::options()
+        .layout(sealed)
+        .open(&full, SIZE, PAGE)?;
+    let parent = writer.image_id().ok_or("a sealed image has an id")?;
     writer.write_full(&ram)?;
     writer.commit_and_release(epoch)?;
     println!("{}: {} MiB", full.display(), SIZE >> 20);
@@ -84,7 +88,11 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
 
     let epoch = tracker.arm()?;
     let diff = dir.join("guest-1.mem");
-    let mut writer = MemoryWriter::open(&diff, SIZE, PAGE)?;
+    // Packed: no hole of macOS tells the pages of a raw diff.
+    let packed = Layout::Packed(Seal::new().parent(parent));
+    let mut writer = MemoryWriter::options()
+        .layout(packed)
+        .open(&diff, SIZE, PAGE)?;
     let pages = writer.write_diff(&ram, epoch.bitmap())?;
     writer.commit_and_release(epoch)?;
     println!("{}: {pages} pages of 16 KiB", diff.display());

@@ -38,6 +38,8 @@ impl Images {
         let path = self.dir.path().join(self.count.to_string());
         MemoryWriter::options()
             .durability(Durability::None)
+            // The epochs say which pages they hold.
+            .allow_ambiguous_diff(true)
             .open(
                 path,
                 machine.layout().ram_size(),

@@ -6,10 +6,11 @@ pub(crate) mod segments;
 use std::collections::HashSet;
 use std::io;
 use std::ops::Range;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use image_format::ImageId;
 use page_reader::{PageReader, PopulatedRanges};
+use sparse_file::PageHoles;
 
 use crate::error::{ImageError, Unclear};
 use crate::image::Image;
@@ -45,8 +46,8 @@ pub struct Chain {
     /// Where every page of the RAM is, but the zeros of a full base.
     extents: ExtentMap,
     pub(crate) members: Members,
-    /// Directories whose holes were found to be worth believing: each is probed once.
-    believed: HashSet<PathBuf>,
+    /// What was found out about the file systems of raw diffs.
+    holes: PageHoles,
 }
 
 /// What must not be in a chain twice, or differ within it.
@@ -155,6 +156,22 @@ impl Chain {
         chain.begun(Image::open(oldest)?)
     }
 
+    /// Begins with a raw diff that was opened, as [`from_diff`](Self::from_diff) does, and takes its holes for what is clean, as
+    /// [`push_by_holes`](Self::push_by_holes) does. Says why they may be wrong.
+    ///
+    /// # Errors
+    /// As [`from_diff`](Self::from_diff), but no [`ImageError::UnclearDiff`].
+    pub fn from_diff_by_holes(
+        oldest: Image,
+        page_size: u64,
+    ) -> Result<(Self, Option<Unclear>), ImageError> {
+        let mut chain = Self::empty(page_size, false)?;
+        chain.check_pages(&oldest)?;
+        let (pages, unclear) = chain.pages_by_holes(&oldest)?;
+        chain.add(oldest, pages);
+        Ok((chain, unclear))
+    }
+
     fn empty(page_size: u64, full: bool) -> Result<Self, ImageError> {
         if !page_size.is_power_of_two() {
             return Err(ImageError::PageSizeNotPowerOfTwo { page_size });
@@ -165,7 +182,7 @@ impl Chain {
             layers: Vec::new(),
             extents: ExtentMap::default(),
             members: Members::default(),
-            believed: HashSet::new(),
+            holes: PageHoles::new(),
         })
     }
 
@@ -206,16 +223,21 @@ impl Chain {
     pub fn push_by_holes(&mut self, diff: impl AsRef<Path>) -> Result<Option<Unclear>, ImageError> {
         let image = Image::open_raw(diff)?;
         self.check_follows(&image)?;
-        let (pages, unclear) = match self.pages_of_diff(&image) {
-            Ok(pages) => (pages, None),
-            Err(ImageError::UnclearDiff { why, .. }) => {
-                let pages = image.stored_pages(self.page_size)?;
-                (Pages::Listed(pages), Some(why))
-            }
-            Err(error) => return Err(error),
-        };
+        let (pages, unclear) = self.pages_by_holes(&image)?;
         self.add(image, pages);
         Ok(unclear)
+    }
+
+    /// The pages of a diff by its holes, and why these may be wrong.
+    fn pages_by_holes(&mut self, image: &Image) -> Result<(Pages, Option<Unclear>), ImageError> {
+        match self.pages_of_diff(image) {
+            Ok(pages) => Ok((pages, None)),
+            Err(ImageError::UnclearDiff { why, .. }) => {
+                let pages = image.pages_by_reported_holes(self.page_size)?;
+                Ok((Pages::Listed(pages), Some(why)))
+            }
+            Err(error) => Err(error),
+        }
     }
 
     /// Adds the raw diff that was taken next, which holds the pages that `runs` (ranges of bytes) touch, whatever its holes
@@ -246,7 +268,7 @@ impl Chain {
     fn pages_of_diff(&mut self, image: &Image) -> Result<Pages, ImageError> {
         match &image.footer {
             None => {
-                let pages = image.diff_pages(self.page_size, &mut self.believed)?;
+                let pages = image.diff_pages(self.page_size, &mut self.holes)?;
                 Ok(Pages::Listed(pages))
             }
             Some(_) => Ok(Pages::InFooter),

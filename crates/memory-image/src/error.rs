@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use image_format::{FooterError, ImageId};
 use memory_writer::SnapshotError;
-use sparse_file::ProbeError;
+use sparse_file::PagesUnknown;
 use thiserror::Error;
 
 /// Why an image could not be read, merged, mapped or restored.
@@ -295,20 +295,12 @@ pub enum Link {
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum Unclear {
-    /// The directory could not be probed; it must be writable for that.
-    #[error("the file system could not be asked how it keeps holes")]
-    Probe(#[from] ProbeError),
-    /// This file system does not keep holes, or does not report them, or only larger ones than a page, or makes holes of zeros.
-    #[error("its file system ({file_system}) does not tell holes of {page_size} bytes from zeros")]
-    FileSystem {
-        /// What the file system calls itself.
-        file_system: String,
-        /// The page size of the chain, in bytes.
-        page_size: u64,
-    },
-    /// Another file system begins at the file itself (a bind mount of a single file), so no file beside it is on the same.
-    #[error("it is a mount of its own, so its file system cannot be asked through its directory")]
-    MountedAlone,
+    /// Holes on its file system do not tell which pages were written.
+    #[error(transparent)]
+    Holes(#[from] PagesUnknown),
+    /// The file changed while its holes were listed, or its file system contradicted itself.
+    #[error("its holes changed while they were listed: leave the file alone meanwhile")]
+    Changed,
     /// The file has no holes at all: all pages were dirty, or a copy filled the holes with zeros.
     #[error("it has no holes: either every page was dirty, or a copy filled the holes with zeros")]
     NoHoles,

@@ -57,11 +57,18 @@
 //!
 //! # How pages are told from gaps
 //! A raw diff holds its pages at their offsets and nothing between: what was clean is a hole, and reads as zeros. A page of the guest that was
-//! zeroed reads as zeros too. Only the file system's holes tell the two apart, so [`Chain::push_raw`] believes them only
-//! where [probing](sparse_file::Capabilities::probe) the directory that the diff is in (a symbolic link followed) shows that holes are kept and
-//! reported, down to the page, and that written zeros are no holes (ZFS may make them some). Otherwise,
+//! zeroed reads as zeros too. Only the file system's holes tell the two apart, so [`Chain::push_raw`] uses them only
+//! where [`sparse_file::PageHoles`] knows that they are reported correctly: on ext4, XFS, btrfs and
+//! tmpfs of Linux, where probing the directory that the diff is in (a symbolic link followed) shows
+//! that holes are kept down to the page, and that written zeros are no holes. Otherwise,
 //! and where the file was visibly rewritten since (no hole is left, or one begins inside a page), it refuses: applying such a diff would
 //! silently put zeros over live memory, or leave stale memory where zeros belong. Whoever kept the list of pages can give it to [`Chain::push_pages`].
+//!
+//! Of a raw *full* image, holes only say what need not be read. On any other file system all of it is
+//! read, which gives the same bytes and takes longer.
+//!
+//! A raw diff does not say how large its pages are. Read it in pages of the size that it was written
+//! in: larger ones would take clean memory beside a page for zeros.
 //!
 //! What can't be seen in a raw diff: a tool that digs holes where whole pages are zero (`cp --sparse=always`, `tar -S`). Copy raw diffs with tools that keep holes as
 //! they are, and on file systems that have them.

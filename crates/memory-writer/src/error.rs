@@ -10,6 +10,7 @@ use image_format::FooterError;
 use sparse_file::{SpaceError, WriteError};
 use thiserror::Error;
 
+use crate::raw_diff::AmbiguousDiff;
 use crate::sealing::SealError;
 use crate::unwritten::WipeError;
 
@@ -107,6 +108,17 @@ pub enum SnapshotError {
     NotSealed {
         /// The snapshot's destination.
         dest: PathBuf,
+    },
+    /// The pages of a raw diff could not be told from its holes. From `write_diff`, nothing was written.
+    #[error(
+        "the raw diff {dest:?} could not be read back: choose Layout::Sealed or Layout::Packed, \
+         which say which pages they hold"
+    )]
+    AmbiguousDiff {
+        /// The snapshot's destination.
+        dest: PathBuf,
+        /// What keeps its holes from telling its pages.
+        source: AmbiguousDiff,
     },
     /// The footer can't be written: as soon as that is known, so before pages are written where regions or metadata don't fit.
     #[error("the snapshot {dest:?} can't be sealed")]

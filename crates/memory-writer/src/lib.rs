@@ -73,10 +73,14 @@
 //! meanwhile. Chunks that are written in more than one pass are read back for their sum before the commit.
 //!
 //! # Limitations
-//! The default layout is raw: bytes at their guest offsets. In a raw diff, a page that is not there is a hole. On a file system without holes
-//! (HFS+, exFAT) it is a page of zeros, indistinguishable from a zeroed one: the bytes that were dirty are right all the same, but a diff is told
-//! from its zeros there only by someone who knows which pages it holds. The same goes for one that makes holes of zeros (ZFS with compression).
-//! Sealed and packed layouts say which pages they hold, everywhere.
+//! The default layout is raw: bytes at their guest offsets. In a raw diff, a page that is not there
+//! is a hole. Where holes cannot tell the pages, [`write_diff`](MemoryWriter::write_diff) refuses to
+//! write a raw diff: on every file system but ext4, XFS, btrfs and tmpfs of Linux, in pages smaller
+//! than a block of the file system, and if every page is dirty. Sealed and packed layouts say which
+//! pages they hold, everywhere.
+//!
+//! A raw diff does not say how large its pages are: read it in pages of the size that it was written
+//! in.
 
 mod error;
 mod guest;
@@ -86,6 +90,7 @@ mod needed;
 mod options;
 mod pages;
 mod placing;
+mod raw_diff;
 mod sealing;
 mod sink;
 mod unwritten;
@@ -96,6 +101,7 @@ pub use error::{MemoryIoStep, RamError, SnapshotError};
 pub use image_format::{FooterError, ImageId};
 pub use layout::{Layout, Seal};
 pub use options::{CancelToken, Options, Progress};
+pub use raw_diff::AmbiguousDiff;
 pub use sparse_file::Engine;
 pub use writer::MemoryWriter;
 

@@ -93,6 +93,7 @@ pub struct Options {
     pub(crate) read_untouched: bool,
     pub(crate) layout: Layout,
     pub(crate) ram_start: Option<u64>,
+    pub(crate) allow_ambiguous: bool,
     pub(crate) watch: Watch,
 }
 
@@ -124,6 +125,7 @@ impl Options {
             read_untouched: false,
             layout: Layout::Raw,
             ram_start: None,
+            allow_ambiguous: false,
             watch: Watch {
                 progress: None,
                 cancel: CancelToken::new(),
@@ -144,6 +146,21 @@ impl Options {
     /// is written, twice that at the commit.
     pub fn layout(mut self, layout: Layout) -> Self {
         self.layout = layout;
+        self
+    }
+
+    /// Whether to write a raw diff that could not be read back by its holes: false unless given.
+    ///
+    /// `memory-image` tells the pages of a raw diff from its holes, and only where they are known to
+    /// be reported correctly: on ext4, XFS, btrfs and tmpfs of Linux, in pages of at least a block,
+    /// if at least one page is clean. Anywhere else (FUSE, network file systems, overlayfs, macOS)
+    /// [`write_diff`](MemoryWriter::write_diff) refuses to write one: give it
+    /// [`Layout::Sealed`] or [`Layout::Packed`], which say which pages they hold.
+    ///
+    /// For callers that keep the list of the pages themselves, and read the diff with
+    /// `memory_image::Chain::push_pages`. The bytes of the pages are right in either case.
+    pub fn allow_ambiguous_diff(mut self, allow: bool) -> Self {
+        self.allow_ambiguous = allow;
         self
     }
 
@@ -293,6 +310,7 @@ impl fmt::Debug for Options {
             .field("read_untouched", &self.read_untouched)
             .field("layout", &self.layout)
             .field("ram_start", &self.ram_start)
+            .field("allow_ambiguous", &self.allow_ambiguous)
             .field("watch", &self.watch)
             .finish()
     }

@@ -10,6 +10,7 @@ use crate::error::SnapshotError;
 use crate::guest::Guest;
 use crate::meter::Meter;
 use crate::placing::Pass;
+use crate::raw_diff::RawDiff;
 use crate::sealing::Sealing;
 use crate::unwritten::Unwritten;
 
@@ -19,6 +20,7 @@ pub(crate) struct Sink<'w> {
     pub(crate) options: &'w WriteOptions,
     pub(crate) unwritten: &'w mut Option<Unwritten>,
     pub(crate) sealing: &'w mut Option<Sealing>,
+    pub(crate) raw_diff: &'w mut Option<RawDiff>,
 }
 
 impl Sink<'_> {
@@ -43,6 +45,9 @@ impl Sink<'_> {
         let runs = runs.inspect(|run| {
             if let Some(unwritten) = self.unwritten {
                 unwritten.remove(run);
+            }
+            if let Some(diff) = self.raw_diff {
+                diff.add(run);
             }
         });
         let (file, options) = (self.stage.file(), self.options);

@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::ops::Deref;
+use std::ops::Range;
 use std::path::Path;
 
 use atomic_file::AtomicWriter;
@@ -16,6 +17,7 @@ use crate::meter::Meter;
 use crate::needed::{Needed, Skip};
 use crate::options::{Options, Watch};
 use crate::pages::WholePages;
+use crate::raw_diff::RawDiff;
 use crate::sealing::Sealing;
 use crate::sink::Sink;
 use crate::unwritten::{Unwritten, WipeError};
@@ -42,6 +44,11 @@ pub struct MemoryWriter {
     unwritten: Option<Unwritten>,
     /// What the footer is to say, if the file gets one.
     sealing: Option<Sealing>,
+    /// The pages of a raw diff, unless all of the RAM was written or [`Options::allow_ambiguous_diff`] was given.
+    raw_diff: Option<RawDiff>,
+    /// Whether all of the RAM was written.
+    full: bool,
+    allow_ambiguous: bool,
 }
 
 /// A diff of at least this part of the RAM does not read what is known to be untouched.
@@ -94,6 +101,7 @@ impl MemoryWriter {
             layout,
             ram_start,
             watch,
+            allow_ambiguous,
             ..
         } = options;
         let (placement, seal) = match layout {
@@ -138,6 +146,9 @@ impl MemoryWriter {
             state: State::Empty,
             unwritten,
             sealing,
+            raw_diff: None,
+            full: false,
+            allow_ambiguous,
         })
     }
 
@@ -219,6 +230,7 @@ impl MemoryWriter {
         }
         let written_before = self.state != State::Empty;
         self.begin()?;
+        self.raw_diff = None;
         if let Some(sealing) = &mut self.sealing {
             sealing.begin_full();
         }
@@ -249,6 +261,7 @@ impl MemoryWriter {
                 &meter,
             )?;
         }
+        self.full = true;
         self.state = State::Whole;
         Ok(())
     }
@@ -277,6 +290,8 @@ impl MemoryWriter {
             }
         }
         self.unwritten = None;
+        self.raw_diff = None;
+        self.full = true;
         self.state = State::Whole;
         Ok(true)
     }
@@ -290,8 +305,13 @@ impl MemoryWriter {
     /// them, if at least 1/64 of the RAM is marked. Give a [`Touched`] to have it so in any case, where the
     /// guest gives pages back (a balloon) after it wrote them.
     ///
+    /// Which pages a raw diff holds, only the holes of its file tell. Where they cannot, it is refused before anything is written: see
+    /// [`Options::allow_ambiguous_diff`]. Before the commit, the holes of its file are compared with what was written. After [`write_full`](Self::write_full) the file is a full image and holds every page:
+    /// nothing is checked then.
+    ///
     /// # Errors
     /// [`SnapshotError::BitmapSize`] or [`SnapshotError::BitmapStart`] where the bitmap is of another RAM,
+    /// [`SnapshotError::AmbiguousDiff`] where a raw diff could not be read back,
     /// [`SnapshotError::DiffWithoutParent`] for a sealed diff that no chain would take, [`SnapshotError::Seal`] for more runs than a footer has room
     /// for: nothing was written, and the writer stays as it was. [`SnapshotError::MemoryIo`] or [`SnapshotError::Cancelled`]; the writer can't be committed then.
     pub fn write_diff<R: PageReader + ?Sized>(
@@ -320,6 +340,7 @@ impl MemoryWriter {
             total += run.end - run.start;
         });
         self.check_diff(runs)?;
+        self.check_raw_diff(pages())?;
         if let Some(sealing) = &mut self.sealing {
             sealing.set_ram_start(ram);
         }
@@ -357,6 +378,30 @@ impl MemoryWriter {
         })
     }
 
+    /// Whether a raw diff with `runs` of pages can be read back.
+    fn check_raw_diff(
+        &mut self,
+        runs: impl Iterator<Item = Range<u64>>,
+    ) -> Result<(), SnapshotError> {
+        let raw = self.sealing.is_none() && !self.full && !self.allow_ambiguous;
+        if !raw || self.state == State::Incomplete {
+            return Ok(());
+        }
+        let check = || {
+            let diff = match self.raw_diff.take() {
+                Some(diff) => diff,
+                None => RawDiff::begin(self.stage.file(), self.ram_size, self.page_size)?,
+            };
+            let left = diff.check_hole_is_left(runs);
+            self.raw_diff = Some(diff);
+            left
+        };
+        check().map_err(|source| SnapshotError::AmbiguousDiff {
+            dest: self.stage.dest_path().to_owned(),
+            source,
+        })
+    }
+
     /// Where a write goes, and who watches it.
     fn sink(&mut self) -> (Sink<'_>, &mut Watch) {
         let sink = Sink {
@@ -364,6 +409,7 @@ impl MemoryWriter {
             options: &self.write,
             unwritten: &mut self.unwritten,
             sealing: &mut self.sealing,
+            raw_diff: &mut self.raw_diff,
         };
         (sink, &mut self.watch)
     }
@@ -382,7 +428,7 @@ impl MemoryWriter {
     ///
     /// # Errors
     /// [`SnapshotError::NothingWritten`], [`SnapshotError::Incomplete`], [`SnapshotError::MemoryIo`] (a recycled file could not
-    /// be wiped) and [`SnapshotError::Seal`]: the destination is as it was.
+    /// be wiped), [`SnapshotError::AmbiguousDiff`] and [`SnapshotError::Seal`]: the destination is as it was.
     /// [`SnapshotError::Commit`] says which of old and new is there. Nothing is left behind but what the error names.
     pub fn commit(self) -> Result<(), SnapshotError> {
         Ok(self.finish()?.commit()?)
@@ -409,7 +455,7 @@ impl MemoryWriter {
     ///
     /// # Errors
     /// [`SnapshotError::NothingWritten`], [`SnapshotError::Incomplete`], [`SnapshotError::MemoryIo`] (a recycled file could not
-    /// be wiped) and [`SnapshotError::Seal`]: the destination is as it was, and nothing is left behind.
+    /// be wiped), [`SnapshotError::AmbiguousDiff`] and [`SnapshotError::Seal`]: the destination is as it was, and nothing is left behind.
     pub fn finish(self) -> Result<AtomicWriter, SnapshotError> {
         let dest = || self.stage.dest_path().to_owned();
         match self.state {
@@ -422,6 +468,13 @@ impl MemoryWriter {
             unwritten
                 .wipe(file, &self.write)
                 .map_err(|error| SnapshotError::from_wipe(dest(), error))?;
+        }
+        if let Some(diff) = &self.raw_diff {
+            diff.check_written(file)
+                .map_err(|source| SnapshotError::AmbiguousDiff {
+                    dest: dest(),
+                    source,
+                })?;
         }
         if let Some(sealing) = self.sealing {
             sealing

@@ -52,7 +52,7 @@ proptest! {
         // What the snapshots so far restore to, and the naive copy of the RAM at the last of them.
         let mut restored = vec![0_u8; size as usize];
         let open = |name: &str| {
-            let options = MemoryWriter::options().durability(Durability::None).chunk_size(4096);
+            let options = MemoryWriter::options().allow_ambiguous_diff(true).durability(Durability::None).chunk_size(4096);
             options.open(dir.path().join(name), size, PAGE).unwrap()
         };
         let write = |ram: &mut Vec<u8>, at: u64, len: u64, value: u8| {

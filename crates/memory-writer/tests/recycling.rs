@@ -10,7 +10,7 @@ use std::path::Path;
 use std::process::Command;
 
 use dirty_bitmap::DirtyBitmap;
-use memory_writer::{MemoryIoStep, MemoryWriter, Options, SnapshotError};
+use memory_writer::{AmbiguousDiff, MemoryIoStep, MemoryWriter, Options, SnapshotError};
 use proptest::prelude::*;
 use rstest::rstest;
 use sparse_file::Kind;
@@ -19,8 +19,13 @@ use test_machine::{LoopFs, LoopMount, Need, TinyTmpfs, rounds};
 
 const SIZE: u64 = 1 << 20;
 
+/// Diffs of every page, and in pages that are smaller than a block, among others.
 fn recycling() -> Options {
-    MemoryWriter::options().recycle(1 << 30)
+    any_diff().recycle(1 << 30)
+}
+
+fn any_diff() -> Options {
+    MemoryWriter::options().allow_ambiguous_diff(true)
 }
 
 fn data(path: &Path) -> Vec<Range<u64>> {
@@ -68,7 +73,7 @@ fn assert_like_a_new_one(dir: &Path, old: u64, page: u64, pages: &[u64]) {
     let (dest, fresh) = (dir.join("recycled"), dir.join("new"));
     let ram = pattern(SIZE as usize, 3);
     with_spare(&dest, old);
-    for (options, path) in [(recycling(), &dest), (MemoryWriter::options(), &fresh)] {
+    for (options, path) in [(recycling(), &dest), (any_diff(), &fresh)] {
         let mut writer = options.open(path, SIZE, page).unwrap();
         assert_eq!(writer.recycled(), *path == dest);
         writer.write_diff(&ram, &dirty(SIZE, page, pages)).unwrap();
@@ -190,7 +195,9 @@ fn child() {
     let Some(dir) = std::env::var_os(DIR) else {
         return;
     };
+    let any = std::env::var_os(ANY_DIFF).is_some();
     let mut writer = recycling()
+        .allow_ambiguous_diff(any)
         .open(Path::new(&dir).join("mem"), SIZE, 4096)
         .unwrap();
     assert!(writer.recycled());
@@ -207,14 +214,19 @@ fn child() {
         }) => {
             format!("not wiped at {offset}: {:?}", source.raw_os_error())
         }
+        Err(SnapshotError::AmbiguousDiff {
+            source: AmbiguousDiff::NotAsWritten { offset },
+            ..
+        }) => format!("ambiguous at {offset}"),
         Err(other) => format!("{other:?}"),
     };
     println!("\nREPORT {report}");
 }
 
 const DIR: &str = "MEMORY_WRITER_TEST_DIR";
+const ANY_DIFF: &str = "MEMORY_WRITER_TEST_ANY_DIFF";
 
-fn under_strace(dir: &Path, tampering: &str) -> String {
+fn under_strace(dir: &Path, tampering: &str, any_diff: bool) -> String {
     let mut strace = Command::new("strace");
     strace.args([
         "-f",
@@ -228,6 +240,9 @@ fn under_strace(dir: &Path, tampering: &str) -> String {
     ]);
     strace.arg(std::env::current_exe().unwrap());
     strace.args(["--exact", "child", "--nocapture", "--test-threads=1"]);
+    if any_diff {
+        strace.env(ANY_DIFF, "1");
+    }
     let output = strace.env(DIR, dir).output().unwrap();
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
     let report = text
@@ -248,12 +263,31 @@ fn where_holes_cannot_be_punched_what_was_not_written_is_zeros() {
         let dest = dir.path().join("mem");
         with_spare(&dest, SIZE);
         let punching = format!("inject=fallocate:error=EOPNOTSUPP:when={when}");
-        assert_eq!(under_strace(dir.path(), &punching), "committed");
+        assert_eq!(under_strace(dir.path(), &punching, true), "committed");
         let mut expected = vec![0; SIZE as usize];
         let page = 7 * 4096..8 * 4096;
         expected[page.clone()].copy_from_slice(&pattern(SIZE as usize, 3)[page]);
         assert!(std::fs::read(&dest).unwrap() == expected);
     }
+}
+
+/// Zeros in place of holes would be taken for pages of the diff.
+#[test]
+fn a_raw_diff_whose_old_pages_became_zeros_is_not_committed() {
+    let _turn = one_at_a_time();
+    if !Need::Strace.met("a_raw_diff_whose_old_pages_became_zeros_is_not_committed") {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let dest = dir.path().join("mem");
+    with_spare(&dest, SIZE);
+    let report = under_strace(
+        dir.path(),
+        "inject=fallocate:error=EOPNOTSUPP:when=1+",
+        false,
+    );
+    assert_eq!(report, "ambiguous at 0");
+    assert!(std::fs::read(&dest).unwrap() == pattern(SIZE as usize, 2));
 }
 
 #[test]
@@ -265,7 +299,7 @@ fn what_cannot_be_wiped_is_not_committed() {
     let dir = tempfile::tempdir().unwrap();
     let dest = dir.path().join("mem");
     with_spare(&dest, SIZE);
-    let report = under_strace(dir.path(), "inject=fallocate:error=EIO:when=2+");
+    let report = under_strace(dir.path(), "inject=fallocate:error=EIO:when=2+", true);
     assert_eq!(report, format!("not wiped at {}: Some({})", 8 * 4096, 5));
     assert!(std::fs::read(&dest).unwrap() == pattern(SIZE as usize, 2));
     support::assert_nothing_but(dir.path(), &["mem"]);

@@ -352,6 +352,7 @@ proptest! {
             let mut ram = vec![0_u8; size as usize];
             let dirty = DirtyBitmap::new(0, size, PAGE).unwrap();
             let mut options = MemoryWriter::options()
+                .allow_ambiguous_diff(true)
                 .skip_zeros(save.zeros)
                 .skip_untouched(save.untouched);
             options = match save.recycle {

@@ -200,6 +200,9 @@ pub fn exit_code(error: &anyhow::Error) -> u8 {
 /// What to do on the command line about an error whose message speaks to a program.
 pub fn advice(error: &anyhow::Error) -> Option<&'static str> {
     error.chain().find_map(|cause| {
+        if let Some(SnapshotError::AmbiguousDiff { .. }) = cause.downcast_ref() {
+            return Some("add --layout packed or --layout sealed");
+        }
         if let Some(SnapshotError::Open(error)) = cause.downcast_ref() {
             return match error {
                 OpenError::NoClobberUnsupported { .. } => Some("add --force"),

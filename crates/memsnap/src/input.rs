@@ -4,7 +4,7 @@ use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use memory_image::{Chain, Image, ImageError};
+use memory_image::{Chain, Image, ImageError, Unclear};
 
 use crate::args::{Format, Formats, ImageFile, RawImages};
 use crate::failure::Failure;
@@ -57,21 +57,33 @@ pub fn put_together(
     let page = |image: &Image| image.footer().map_or(RAW_PAGE, |footer| footer.page_size);
     let smallest = images.iter().map(page).min().ok_or(ImageError::NoImages)?;
     let page_size = raw.page_size.unwrap_or(smallest);
+    let warn = |path: &Path, unclear: Option<Unclear>| {
+        if let Some(why) = unclear {
+            let why = anyhow::Error::from(why);
+            session.warn(&format!(
+                "{path:?}: its clean and zero pages may be taken for each other: {why:#}"
+            ));
+        }
+    };
     let mut images = images.into_iter();
     let first = images.next().ok_or(ImageError::NoImages)?;
+    let by_holes = |image: &Image| image.footer().is_none() && raw.trust_holes;
     let mut chain = match diffs {
+        true if by_holes(&first) => {
+            let path = first.path().to_owned();
+            let (chain, unclear) = Chain::from_diff_by_holes(first, page_size)?;
+            warn(&path, unclear);
+            chain
+        }
         true => Chain::from_diff(first, page_size)?,
         false => Chain::from_image(first, page_size)?,
     };
     for image in images {
-        if image.footer().is_some() || !raw.trust_holes {
+        if by_holes(&image) {
+            let unclear = chain.push_by_holes(image.path())?;
+            warn(image.path(), unclear);
+        } else {
             chain.push_image(image)?;
-        } else if let Some(why) = chain.push_by_holes(image.path())? {
-            let why = anyhow::Error::from(why);
-            session.warn(&format!(
-                "{:?}: its clean and zero pages may be taken for each other: {why:#}",
-                image.path()
-            ));
         }
     }
     Ok(chain)

@@ -100,8 +100,9 @@ impl<F: Borrow<File>> PageReader for FileReader<F> {
         })
     }
 
-    /// What the file system says is data (`SEEK_DATA`, which on tmpfs and in a memfd is what was touched), by a descriptor of its
-    /// own: the file's position stays.
+    /// What the file system reports as data, where what it reports is
+    /// [used](sparse_file::check_holes_are_zeros): on ext4, XFS, btrfs, tmpfs and in a memfd. On
+    /// any other, all of `range`. The file's position stays.
     #[cfg(target_os = "linux")]
     fn populated(&self, range: Range<u64>) -> PopulatedRanges<'_> {
         let size = self.size.min(u64::MAX - self.start);
@@ -118,7 +119,7 @@ impl<F: Borrow<File>> PageReader for FileReader<F> {
         Box::new(data.chain(unknown(past)))
     }
 
-    /// `SEEK_DATA` is not to be relied on here: tar and coreutils distrust that of APFS, and so does this crate.
+    /// All of `range`: what macOS reports of holes is not used.
     #[cfg(not(target_os = "linux"))]
     fn populated(&self, range: Range<u64>) -> PopulatedRanges<'_> {
         Box::new(unknown(range))

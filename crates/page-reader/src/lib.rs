@@ -115,8 +115,11 @@
 //!   can't be had, on a full tmpfs or without a huge page left: [`HostMemory::fault_in`] finds out before.
 //! - Shared memory of which this process has no descriptor, and whose mappings it may not open (`CAP_CHECKPOINT_RESTORE`), may be populated
 //!   everywhere. Reading the pages of it that were never touched allocates them.
-//! - What [`populated`](PageReader::populated) says of a file is as right as its file system's `SEEK_DATA`. Of memory it calls
-//!   `userfaultfd(2)`: a seccomp filter may refuse that, but should not kill for it.
+//! - [`populated`](PageReader::populated) knows of a file only on ext4, XFS, btrfs and tmpfs, memfds
+//!   included, and by reading it on hugetlbfs: elsewhere (FUSE, network file systems, overlayfs, macOS)
+//!   all of it may be populated, and has to be read. `sparse_file::check_holes_are_zeros` says why.
+//! - Of memory, `populated` calls `userfaultfd(2)`: a seccomp filter may refuse that, but should not
+//!   kill for it.
 //! - Shared memory that a process is still filling by userfaultfd reads as zeros where pages are
 //!   missing. `check_filled` (Linux) finds such a process: call it before and after a copy.
 //! - `ProcessMemory`, `ProcessMaps`, `StoppedProcess` and `check_filled` are Linux only. Everything else is for Linux and macOS.

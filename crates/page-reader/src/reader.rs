@@ -79,8 +79,8 @@ pub trait PageReader {
     /// Provided: host memory is asked of the kernel, on Linux. A page of private anonymous memory is populated if it's in
     /// memory or swapped out, unless it's the shared zero page that reading makes; one of memory that is
     /// shared, as a memfd is, if its file has it, whoever wrote it, where the process may open that file (it has a descriptor of it, or
-    /// `CAP_CHECKPOINT_RESTORE`). Of hugetlbfs, which does not tell its holes, the file is read for it: that takes no huge page. All may be
-    /// in anything else: memory that userfaultfd fills on first touch, privately mapped files, devices. All may be where there's no host memory, and on macOS. `ProcessMemory` asks the same of another
+    /// `CAP_CHECKPOINT_RESTORE`) and it is on ext4, XFS, btrfs or tmpfs. Of hugetlbfs, which does not tell its holes, the file is read for it: that takes no huge page. All may be
+    /// in anything else: memory that userfaultfd fills on first touch, privately mapped files, files on FUSE or a network, devices. All may be where there's no host memory, and on macOS. `ProcessMemory` asks the same of another
     /// process's memory.
     ///
     /// # Examples

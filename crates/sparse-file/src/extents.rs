@@ -1,5 +1,6 @@
 //! The data and hole ranges of an open file.
 
+use std::borrow::Borrow;
 use std::fs::File;
 use std::io;
 use std::iter::FusedIterator;
@@ -7,6 +8,8 @@ use std::ops::Range;
 
 use nix::errno::Errno;
 use nix::unistd::{Whence, lseek};
+
+use crate::holes::{HolesUnknown, check_holes_are_zeros};
 
 /// Whether a range is stored or reads as zeros without being stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -30,32 +33,37 @@ pub struct Extent {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Knowledge {
-    /// The file system told holes from data.
+    /// The file system reported holes and data.
     Reported,
-    /// The file system called all of the file data: it has no holes, or this file system calls everything data (NFS v3,
-    /// exFAT). [`Capabilities::seek_hole`](crate::Capabilities::seek_hole) tells which.
+    /// The file system reported that the whole range is data: it has no hole, or this file system
+    /// reports everything as data.
     NoHoleReported,
-    /// The file system has no `SEEK_HOLE`: the one data extent is no more than a safe assumption.
+    /// What the file system reports is not used: [`check_holes_are_zeros`] says why. The one data
+    /// extent is a safe assumption.
+    NotUsed,
+    /// The file system has no `SEEK_HOLE`. The one data extent is a safe assumption.
     Unsupported,
-    /// The rest of the file was called data without asking: the calls allowed by [`Extents::limit_calls`] were used up,
-    /// or the file was changing under the scan.
+    /// The rest of the range was listed as data without asking: the calls allowed by
+    /// [`Extents::limit_calls`] were used up, the file changed meanwhile, or the file system gave
+    /// an answer that it cannot give for such an offset.
     CutShort,
 }
 
 /// Lists the extents of `file` from 0 to its length at the time of this call.
 ///
-/// The ranges cover `[0, len)` without gap or overlap, neighbours differ in kind, and what can't be known is data. It
-/// costs one `lseek(2)` an extent. A file that grows meanwhile is listed up to its old length; what a shrinking one
-/// loses is listed as a hole. Where other code changes the file, the listing is only a hint.
+/// The ranges cover `[0, len)` without gap or overlap, and neighbours differ in kind. A hole is
+/// listed only where it is known to read as zeros: the file system is one whose reports are
+/// [used](check_holes_are_zeros), and it reported the hole. Everything else is data.
 ///
-/// The *file position* moves and is put back when the iterator drops, so don't `read` or `seek` through this
-/// descriptor meanwhile; positioned I/O (`read_at`, `pwrite`) is free to go on.
+/// The listing costs one `lseek(2)` an extent. A file that grows meanwhile is listed up to its old
+/// length. What a shrinking file loses is listed as data, so that reading it fails. What is written
+/// into a hole after the hole was reported is not in the listing.
 ///
-/// On macOS the file is first handed to the file system by `fsync(2)`: there `SEEK_HOLE` may overlook what is
-/// only in the page cache.
+/// The *file position* moves and is put back when the iterator drops, so don't `read` or `seek`
+/// through this descriptor meanwhile. Positioned I/O (`read_at`, `pwrite`) is not affected.
 ///
 /// # Errors
-/// Those of `fstat(2)` and `lseek(2)`: `ESPIPE` for what is no file.
+/// Those of `fstat(2)`, `fstatfs(2)` and `lseek(2)`.
 ///
 /// # Examples
 /// ```
@@ -76,43 +84,73 @@ pub enum Knowledge {
 /// }
 /// # Ok::<(), std::io::Error>(())
 /// ```
-pub fn extents(file: &File) -> io::Result<Extents<'_>> {
+pub fn extents(file: &File) -> io::Result<Extents<&File>> {
     let len = file.metadata()?.len();
-    let position = lseek(file, 0, Whence::SeekCur)?;
-    if cfg!(target_os = "macos") {
-        nix::unistd::fsync(file)?;
+    extents_in(file, 0..len)
+}
+
+/// Lists the extents of `range` of `file`, as [`extents`] lists those of a whole file.
+///
+/// What of the range is past the end of the file is listed as data, so that reading it fails.
+///
+/// # Errors
+/// As [`extents`].
+pub fn extents_in<F: Borrow<File>>(file: F, range: Range<u64>) -> io::Result<Extents<F>> {
+    match check_holes_are_zeros(file.borrow()) {
+        Ok(()) => reported_extents_in(file, range),
+        Err(HolesUnknown::Io(error)) => Err(error),
+        Err(_) => {
+            let mut extents = Extents::new(file, range)?;
+            extents.ahead = extents.rest_is_data(Knowledge::NotUsed).map(Ok);
+            Ok(extents)
+        }
     }
-    let mut extents = Extents {
-        file,
-        len,
-        at: 0,
-        kind: Kind::Data,
-        knowledge: Knowledge::Reported,
-        calls_left: u64::MAX,
-        ahead: None,
-        position,
-    };
-    // The first boundary is looked up here, so that `knowledge` has an answer before the first extent is taken.
-    extents.ahead = match extents.seek(Whence::SeekHole) {
+}
+
+/// Lists what the file system reports, also where it is not [used](check_holes_are_zeros).
+///
+/// What it lists as a hole may hold data. For reports about a file system, and for users who insist
+/// that the holes are right. Otherwise as [`extents`].
+///
+/// # Errors
+/// As [`extents`].
+pub fn reported_extents(file: &File) -> io::Result<Extents<&File>> {
+    let len = file.metadata()?.len();
+    reported_extents_in(file, 0..len)
+}
+
+fn reported_extents_in<F: Borrow<File>>(file: F, range: Range<u64>) -> io::Result<Extents<F>> {
+    let mut extents = Extents::new(file, range)?;
+    // The first boundary is looked up here, so that `knowledge` has an answer before the first
+    // extent is taken.
+    extents.ahead = match extents.find() {
         Err(error) if is_unsupported(&error) => {
-            Some(Ok(extents.rest_is_data(Knowledge::Unsupported)))
+            extents.rest_is_data(Knowledge::Unsupported).map(Ok)
         }
-        Ok(hole) if hole >= len && len > 0 => {
-            Some(Ok(extents.rest_is_data(Knowledge::NoHoleReported)))
-        }
-        found => extents.step(found).transpose(),
+        found => found.transpose(),
     };
+    if let Some(Ok(first)) = &extents.ahead
+        && first.kind == Kind::Data
+        && first.range.end >= extents.end
+        && extents.knowledge == Knowledge::Reported
+    {
+        extents.knowledge = Knowledge::NoHoleReported;
+    }
     Ok(extents)
 }
 
 /// The extents of a file in ascending order: see [`extents`].
 #[derive(Debug)]
-pub struct Extents<'f> {
-    file: &'f File,
+pub struct Extents<F: Borrow<File> = File> {
+    file: F,
+    /// The length of the file when the listing began.
     len: u64,
+    /// Where the range ends.
+    end: u64,
     /// Everything below has been found.
     at: u64,
-    /// What is believed to stand at `at`.
+    /// What `at` is listed as until the next boundary. It is a hole only where `SEEK_HOLE` has just
+    /// returned `at`.
     kind: Kind,
     knowledge: Knowledge,
     calls_left: u64,
@@ -121,77 +159,93 @@ pub struct Extents<'f> {
     position: libc::off_t,
 }
 
-impl Extents<'_> {
+impl<F: Borrow<File>> Extents<F> {
+    fn new(file: F, range: Range<u64>) -> io::Result<Self> {
+        let len = file.borrow().metadata()?.len();
+        let position = lseek(file.borrow(), 0, Whence::SeekCur)?;
+        Ok(Self {
+            file,
+            len,
+            end: range.end.max(range.start),
+            at: range.start,
+            kind: Kind::Data,
+            knowledge: Knowledge::Reported,
+            calls_left: u64::MAX,
+            ahead: None,
+            position,
+        })
+    }
+
     /// What the listing rests on, so far: [`Knowledge::CutShort`] may still come.
     #[must_use]
     pub fn knowledge(&self) -> Knowledge {
         self.knowledge
     }
 
-    /// Whether the file system itself told holes from data. Where not, "data" means no more than "perhaps data".
+    /// Whether the file system itself told holes from data. Where not, "data" means no more than
+    /// "perhaps data".
     #[must_use]
     pub fn are_exact(&self) -> bool {
         self.knowledge == Knowledge::Reported
     }
 
-    /// Allows `calls` more calls of `lseek(2)`; when they are used up, the rest of the file is called data and
-    /// [`knowledge`](Self::knowledge) says [`Knowledge::CutShort`].
+    /// Allows `calls` more calls of `lseek(2)`; when they are used up, the rest of the file is
+    /// listed as data and [`knowledge`](Self::knowledge) is [`Knowledge::CutShort`].
     ///
-    /// For file systems where such a call is slow and the caller would rather read data than look for holes.
+    /// For file systems where such a call is slow, and reading data takes less time than looking
+    /// for holes.
     #[must_use]
     pub fn limit_calls(mut self, calls: u64) -> Self {
         self.calls_left = calls;
         self
     }
 
-    fn seek(&mut self, whence: Whence) -> io::Result<u64> {
+    fn seek(&mut self, whence: Whence) -> io::Result<Option<u64>> {
         self.calls_left = self.calls_left.saturating_sub(1);
         let at = libc::off_t::try_from(self.at).map_err(io::Error::other)?;
-        match lseek(self.file, at, whence) {
-            Ok(found) => u64::try_from(found).map_err(io::Error::other),
+        match lseek(self.file.borrow(), at, whence) {
+            Ok(found) => u64::try_from(found).map(Some).map_err(io::Error::other),
+            Err(Errno::ENXIO) => Ok(None),
             Err(errno) => Err(errno.into()),
         }
     }
 
     /// The next range as the file system gives it; may be of the same kind as the one before.
     fn find(&mut self) -> io::Result<Option<Extent>> {
-        // A boundary where one was just found means that the file changes under us. Believe it once.
+        // A boundary where one was just found means that the file changes. Accept that once.
         for _ in 0..2 {
-            if self.at >= self.len {
+            if self.at >= self.end {
                 return Ok(None);
             }
-            if self.calls_left == 0 {
+            if self.calls_left == 0 || self.at >= self.len {
                 break;
             }
-            let found = self.seek(match self.kind {
-                Kind::Data => Whence::SeekHole,
-                Kind::Hole => Whence::SeekData,
-            });
-            if let Some(extent) = self.step(found)? {
-                return Ok(Some(extent));
+            let (next, found) = match self.kind {
+                Kind::Data => (Kind::Hole, self.seek(Whence::SeekHole)?),
+                Kind::Hole => (Kind::Data, self.seek(Whence::SeekData)?),
+            };
+            let end = match (self.kind, found) {
+                // No answer to a question about the bytes from here on.
+                (_, Some(end)) if end < self.at => break,
+                (_, Some(end)) => end.min(self.len),
+                // No data from here on, if the file still reaches as far.
+                (Kind::Hole, None) => self.file.borrow().metadata()?.len().min(self.len),
+                // There is a hole at the end of every file, so this is past the end of a file that
+                // shrank, or no answer: APFS gives it for clones, with data behind.
+                (Kind::Data, None) => break,
+            };
+            let end = end.min(self.end);
+            let kind = std::mem::replace(&mut self.kind, next);
+            if end > self.at {
+                return Ok(Some(self.advance(end, kind)));
             }
         }
-        Ok(Some(self.rest_is_data(Knowledge::CutShort)))
+        Ok(self.rest_is_data(Knowledge::CutShort))
     }
 
-    /// Goes to the boundary that was `found`, where there the kind changes. `None` if that is no step forward.
-    fn step(&mut self, found: io::Result<u64>) -> io::Result<Option<Extent>> {
-        let (kind, end) = match found {
-            Ok(end) => (self.kind, end.min(self.len)),
-            // No data from here on; or the file ends before here, and what is past its end is no data either.
-            Err(error) if error.raw_os_error() == Some(libc::ENXIO) => (Kind::Hole, self.len),
-            Err(error) => return Err(error),
-        };
-        self.kind = match kind {
-            Kind::Data => Kind::Hole,
-            Kind::Hole => Kind::Data,
-        };
-        Ok((end > self.at).then(|| self.advance(end, kind)))
-    }
-
-    fn rest_is_data(&mut self, knowledge: Knowledge) -> Extent {
+    fn rest_is_data(&mut self, knowledge: Knowledge) -> Option<Extent> {
         self.knowledge = knowledge;
-        self.advance(self.len, Kind::Data)
+        (self.at < self.end).then(|| self.advance(self.end, Kind::Data))
     }
 
     fn advance(&mut self, end: u64, kind: Kind) -> Extent {
@@ -201,7 +255,7 @@ impl Extents<'_> {
     }
 }
 
-impl Iterator for Extents<'_> {
+impl<F: Borrow<File>> Iterator for Extents<F> {
     type Item = io::Result<Extent>;
 
     fn next(&mut self) -> Option<Self::Item> {
@@ -209,7 +263,7 @@ impl Iterator for Extents<'_> {
         let mut extent = match first {
             Ok(extent) => extent,
             Err(error) => {
-                self.at = self.len;
+                self.at = self.end;
                 return Some(Err(error));
             }
         };
@@ -225,12 +279,12 @@ impl Iterator for Extents<'_> {
     }
 }
 
-impl FusedIterator for Extents<'_> {}
+impl<F: Borrow<File>> FusedIterator for Extents<F> {}
 
-impl Drop for Extents<'_> {
+impl<F: Borrow<File>> Drop for Extents<F> {
     fn drop(&mut self) {
         // It was the position a moment ago, so the call can't fail but by another's doing.
-        let _ = lseek(self.file, self.position, Whence::SeekSet);
+        let _ = lseek(self.file.borrow(), self.position, Whence::SeekSet);
     }
 }
 

@@ -7,7 +7,8 @@
 //! # Ask a file system what it does
 //!
 //! [`Capabilities::probe`] writes a small unnamed file and looks at what became of it: names of file systems and
-//! operating systems decide nothing.
+//! operating systems decide nothing. It says what happened to that file, and not that holes of any
+//! other file are reported correctly: see [below](#use-the-holes-of-a-file).
 //!
 //! ```
 //! use sparse_file::{Capabilities, HoleSupport};
@@ -82,10 +83,20 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 //!
-//! # Find the pages that are stored
+//! # Use the holes of a file
 //!
-//! [`extents`] lists data and holes, and [`Extents::knowledge`] says how much that is worth: on NFS v3, say, all is
-//! data, which means nothing.
+//! File systems report holes where there is data: FUSE for what was written through a mapping, older
+//! OpenZFS for what was not written out, APFS inside clones. They report no error. So a hole is used
+//! only where the implementation is known, and everything else is data:
+//!
+//! | purpose | ask | used on | elsewhere |
+//! |---|---|---|---|
+//! | skip what a guest never touched in a RAM file that it may be writing; skip the zeros of an image | [`extents`], [`extents_in`]; [`check_holes_are_zeros`] says why not | ext4, XFS, btrfs, tmpfs and memfds, on Linux | all is data, and is read |
+//! | tell the pages of a diff by the holes between them | [`PageHoles`] | the same, in pages of at least a block and 4 KiB, after a sync and a probe of the directory | refused: keep a list of the pages |
+//! | report what a file system says, right or wrong | [`reported_extents`] | everywhere | - |
+//!
+//! Reading a hole instead of skipping it costs the speed of the page cache: some seconds for each 10
+//! GiB of a sparse file. It gives the same bytes.
 //!
 //! # Make room, give it back
 //!
@@ -107,13 +118,15 @@
 //! | NFS v4.2 over ext4 | as the server's | exact | yes | yes |
 //!
 //! So on exFAT and HFS+ a diff is stored dense, with the right bytes, and can't be told from its holes: keep a map of what is
-//! present beside the bytes.
+//! present beside the bytes. What `SEEK_HOLE` says on NFS v4.2 is exact, and not used: its server
+//! decides it.
 //!
 //! # How it works
 //!
 //! - Probing: `O_TMPFILE` (or create and unlink), `ftruncate`, some `pwrite`, `fsync`, then `fstat`, `lseek`, `statx`
 //!   (`STATX_DIOALIGN`), `fcntl(F_SETFL, O_DIRECT)` with aligned `pwrite` and `pread`, and `fallocate(PUNCH_HOLE)`.
-//! - Extents: one `fstat`, one `lseek` an extent.
+//! - Extents: one `fstat`, one `fstatfs`, one `lseek` an extent. `ENXIO` from `SEEK_HOLE` is never a
+//!   hole, and from `SEEK_DATA` only where `SEEK_HOLE` has just returned that offset.
 //! - Writing, positioned: one `getrlimit`, then one `pwrite` a chunk of at most 1 MiB, cut at multiples of 1 MiB; `EINTR`, `EAGAIN`
 //!   and short writes are gone on with.
 //! - Writing, with requests in flight: `open` of `/proc/self/fd/N` with `O_DIRECT`, `statx(STATX_DIOALIGN)`, then `io_uring_setup`
@@ -135,6 +148,7 @@
 
 mod buffer;
 mod extents;
+mod holes;
 mod limit;
 mod memory;
 mod probe;
@@ -142,7 +156,8 @@ mod space;
 mod sys;
 mod write;
 
-pub use extents::{Extent, Extents, Kind, Knowledge, extents};
+pub use extents::{Extent, Extents, Kind, Knowledge, extents, extents_in, reported_extents};
+pub use holes::{HolesUnknown, PageHoles, PagesUnknown, check_holes_are_zeros, file_system_name};
 pub use memory::Memory;
 pub use probe::{
     AlignmentBasis, Capabilities, DirectIo, HoleSupport, ProbeError, Punch, SeekHole, WrittenZeros,

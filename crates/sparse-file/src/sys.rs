@@ -9,13 +9,14 @@ mod macos;
 
 #[cfg(target_os = "linux")]
 pub(crate) use linux::{
-    file_system_name, punch_hole, reopen_direct, reported_direct_alignment, reserve, set_direct,
-    share_blocks,
+    file_system_block, file_system_name, first_unwritten, on_one_mount, punch_hole, reopen_direct,
+    reported_direct_alignment, reports_holes_correctly, reserve, set_direct, share_blocks,
 };
 #[cfg(target_os = "macos")]
 pub(crate) use macos::{
-    Uncached, file_system_name, punch_hole, reopen_direct, reported_direct_alignment, reserve,
-    set_direct, share_blocks,
+    Uncached, file_system_block, file_system_name, first_unwritten, on_one_mount, punch_hole,
+    reopen_direct, reported_direct_alignment, reports_holes_correctly, reserve, set_direct,
+    share_blocks,
 };
 
 /// Of the processor, in bytes.

@@ -12,7 +12,8 @@ use std::thread;
 
 use rstest::rstest;
 use sparse_file::{
-    Extent, Extents, Kind, Knowledge, allocated_bytes, extents, grow, punch_hole, reserve,
+    Extent, Extents, Kind, Knowledge, allocated_bytes, extents, extents_in, grow, punch_hole,
+    reported_extents, reserve,
 };
 use support::{Fs, child_task, contents, expect_success, strace_child};
 
@@ -68,7 +69,7 @@ fn a_listing_that_may_make_no_more_calls_calls_the_rest_data_and_says_so() {
     let Some((_place, file)) = striped(Fs::Tmpfs, "a_listing_that_may_make_no_more_calls") else {
         return;
     };
-    let mut few: Extents<'_> = extents(&file).expect("listed").limit_calls(11);
+    let mut few: Extents<&File> = extents(&file).expect("listed").limit_calls(11);
     let listed = covering(few.by_ref(), PAGES * PAGE);
     assert_eq!(few.knowledge(), Knowledge::CutShort);
     assert!(!few.are_exact());
@@ -120,10 +121,16 @@ fn a_file_system_without_holes_gives_one_data_extent_that_claims_no_knowledge() 
         return;
     };
     let mut listed = extents(&file).expect("listed");
-    assert_eq!(listed.knowledge(), Knowledge::NoHoleReported);
+    assert_eq!(listed.knowledge(), Knowledge::NotUsed);
     assert!(!listed.are_exact());
     assert_eq!(
         covering(listed.by_ref(), PAGES * PAGE),
+        one(0..PAGES * PAGE, Kind::Data)
+    );
+    let reported = reported_extents(&file).expect("listed");
+    assert_eq!(reported.knowledge(), Knowledge::NoHoleReported);
+    assert_eq!(
+        covering(reported, PAGES * PAGE),
         one(0..PAGES * PAGE, Kind::Data)
     );
     assert_eq!(contents(&file)[PAGE as usize], 7);
@@ -194,23 +201,112 @@ fn a_pipe_is_an_error() {
 }
 
 #[test]
-fn a_file_that_shrinks_meanwhile_ends_in_a_hole() {
-    let Some((_place, file)) = striped(Fs::Tmpfs, "a_file_that_shrinks_meanwhile_ends_in_a_hole")
-    else {
+fn what_a_file_loses_while_it_is_listed_is_data() {
+    const TEST: &str = "what_a_file_loses_while_it_is_listed_is_data";
+    let Some((_place, file)) = striped(Fs::Tmpfs, TEST) else {
         return;
     };
     let mut listing = extents(&file).expect("listed");
     let first: Vec<_> = listing.by_ref().take(20).collect();
     file.set_len(30 * PAGE).expect("shrunk");
-    let listed = covering(first.into_iter().chain(listing), PAGES * PAGE);
+    let listed = covering(first.into_iter().chain(listing.by_ref()), PAGES * PAGE);
     let last = listed.last().expect("some");
+    assert_eq!(last.kind, Kind::Data, "reading it fails, and is not zeros");
+    assert!(last.range.start <= 30 * PAGE, "{last:?}");
+    assert_eq!(listing.knowledge(), Knowledge::CutShort);
+}
+
+#[test]
+fn a_hole_that_a_shrinking_file_loses_is_data() {
+    let file = tempfile::tempfile().expect("file");
+    grow(&file, 100 * PAGE).expect("grown");
+    file.write_all_at(&[7; PAGE as usize], 0).expect("written");
+    let listing = extents(&file).expect("listed");
+    file.set_len(50 * PAGE).expect("shrunk");
+    let kinds: Vec<_> = covering(listing, 100 * PAGE)
+        .into_iter()
+        .map(|extent| (extent.range, extent.kind))
+        .collect();
     assert_eq!(
-        *last,
-        Extent {
-            range: 30 * PAGE..PAGES * PAGE,
-            kind: Kind::Hole
-        }
+        kinds,
+        [
+            (0..PAGE, Kind::Data),
+            (PAGE..50 * PAGE, Kind::Hole),
+            (50 * PAGE..100 * PAGE, Kind::Data),
+        ]
     );
+}
+
+/// What is past the end may be anything: a read says that it is not there.
+#[test]
+fn a_range_past_the_end_of_the_file_is_data() {
+    let file = tempfile::tempfile().expect("file");
+    grow(&file, 100 * PAGE).expect("grown");
+    let listed: Vec<_> = extents_in(&file, 10 * PAGE..300 * PAGE)
+        .expect("listed")
+        .map(|extent| extent.expect("listed"))
+        .map(|extent| (extent.range, extent.kind))
+        .collect();
+    assert_eq!(
+        listed,
+        [
+            (10 * PAGE..100 * PAGE, Kind::Hole),
+            (100 * PAGE..300 * PAGE, Kind::Data),
+        ]
+    );
+}
+
+/// APFS does that for clones, with data behind.
+#[rstest]
+#[case::at_the_start(2, 0)]
+#[case::in_the_middle(6, 5)]
+fn enxio_from_seek_hole_is_no_hole(#[case] call: u32, #[case] page: u64) {
+    const TEST: &str = "enxio_from_seek_hole_is_no_hole";
+    if child_task().is_some() {
+        let (_place, file) = striped(Fs::Tmpfs, TEST).expect("mounted for the parent");
+        // Data at its start.
+        file.write_all_at(&[7; PAGE as usize], 0).expect("written");
+        let mut listing = extents(&file).expect("listed");
+        let listed = covering(listing.by_ref(), PAGES * PAGE);
+        assert_eq!(listing.knowledge(), Knowledge::CutShort);
+        let last = listed.last().expect("some");
+        let expected = Extent {
+            range: page * PAGE..PAGES * PAGE,
+            kind: Kind::Data,
+        };
+        return assert_eq!(*last, expected);
+    }
+    if test_machine::Need::Strace.met(TEST) && test_machine::Need::Root.met(TEST) {
+        let case = match call {
+            2 => "case_1_at_the_start",
+            _ => "case_2_in_the_middle",
+        };
+        // The first call asks for the position.
+        let inject = format!("error=ENXIO:when={call}");
+        let case = format!("{TEST}::{case}");
+        expect_success(strace_child("lseek", &inject, None, &case, "list"));
+    }
+}
+
+/// `SEEK_DATA` says that there is no data only where `SEEK_HOLE` has just said that there is a hole.
+#[test]
+fn enxio_from_seek_data_after_an_answer_that_is_none_is_no_hole() {
+    const TEST: &str = "enxio_from_seek_data_after_an_answer_that_is_none_is_no_hole";
+    if child_task().is_some() {
+        let file = tempfile::tempfile().expect("file");
+        file.write_all_at(&[7; 8192], 0).expect("written");
+        let listing = extents_in(&file, 4096..8192).expect("listed");
+        return assert_eq!(
+            listing
+                .map(|extent| extent.expect("listed"))
+                .collect::<Vec<_>>(),
+            one(4096..8192, Kind::Data)
+        );
+    }
+    if test_machine::Need::Strace.met(TEST) {
+        // SEEK_HOLE of 4096 is 0, an offset before the one that was asked for.
+        expect_success(strace_child("lseek", "retval=0:when=2", None, TEST, "list"));
+    }
 }
 
 #[test]

@@ -61,6 +61,8 @@ pub enum Need {
     Strace,
     /// A process may trace its children (ptrace): neither Yama nor a sandbox forbids it.
     Ptrace,
+    /// A FUSE file system of a process can be mounted: privilege, `/dev/fuse`.
+    Fuse,
     /// An ext4 image can be made and loop-mounted: privilege, loop devices, e2fsprogs.
     Ext4,
     /// An XFS image can be made and loop-mounted: privilege, loop devices, xfsprogs.
@@ -85,12 +87,13 @@ pub enum Need {
 
 impl Need {
     /// Every need that this crate knows.
-    pub const ALL: [Self; 15] = [
+    pub const ALL: [Self; 16] = [
         Self::Kvm,
         Self::Root,
         Self::Userfaultfd,
         Self::Strace,
         Self::Ptrace,
+        Self::Fuse,
         Self::Ext4,
         Self::Xfs,
         Self::Xfs16k,
@@ -112,6 +115,7 @@ impl Need {
             Self::Userfaultfd => "userfaultfd",
             Self::Strace => "strace",
             Self::Ptrace => "ptrace",
+            Self::Fuse => "fuse",
             Self::Ext4 => "ext4",
             Self::Xfs => "xfs",
             Self::Xfs16k => "xfs16k",
@@ -163,6 +167,7 @@ impl Need {
                 .status()
                 .is_ok_and(|status| status.success()),
             Self::Ptrace => can_trace(),
+            Self::Fuse => cfg!(target_os = "linux") && Self::Root.is_met() && opens("/dev/fuse"),
             Self::Root => nix::unistd::geteuid().is_root() && can_mount(),
             Self::Ext4 | Self::Xfs | Self::Xfs16k | Self::Btrfs | Self::Exfat => {
                 Self::Root.is_met() && self.has_tools()

@@ -17,14 +17,25 @@ impl TinyTmpfs {
     /// # Errors
     /// Whatever `mount(2)` says, `EPERM` without `CAP_SYS_ADMIN`.
     pub fn new(bytes: u64) -> io::Result<Self> {
-        let options = format!("size={bytes},mode=0777");
+        Self::with(&format!("size={bytes},mode=0777"))
+    }
+
+    /// Mounts a tmpfs that stores files in huge pages wherever it can.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new); `EINVAL` where the kernel has no huge pages for tmpfs.
+    pub fn of_huge_pages(bytes: u64) -> io::Result<Self> {
+        Self::with(&format!("size={bytes},mode=0777,huge=always"))
+    }
+
+    fn with(options: &str) -> io::Result<Self> {
         Mounted::new(|dir| {
             mount(
                 Some("tmpfs"),
                 dir,
                 Some("tmpfs"),
                 MsFlags::empty(),
-                Some(options.as_str()),
+                Some(options),
             )
         })
         .map(Self)

@@ -151,6 +151,8 @@ impl<'a> Snapshots<'a> {
         let progress = self.progress.clone();
         let cancel = CancelToken::new();
         let writer = MemoryWriter::options()
+            // The pages of each diff are listed in `files`.
+            .allow_ambiguous_diff(true)
             .cancel(cancel.clone())
             .progress(move |done| {
                 if progress.at(done.bytes_done).is_err() {

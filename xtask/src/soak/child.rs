@@ -50,6 +50,7 @@ pub fn save(order: &Path) -> anyhow::Result<()> {
         dirty.set_range(run.start, run.end - run.start)?;
     }
     let mut options = MemoryWriter::options()
+        .allow_ambiguous_diff(true)
         .chunk_size(UNHURRIED)
         .progress(|_| thread::sleep(Duration::from_micros(50)));
     if order.sealed {

@@ -249,6 +249,8 @@ impl Plan {
     /// All but the layout.
     pub fn tuned(&self) -> Options {
         let options = MemoryWriter::options()
+            // The pages of each diff are listed, also of one that holds all of them.
+            .allow_ambiguous_diff(true)
             .engine(self.engine)
             .chunk_size(self.chunk)
             .durability(self.durability)

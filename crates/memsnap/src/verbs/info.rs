@@ -1,6 +1,5 @@
 //! `memsnap info`: what files are.
 
-use std::collections::HashMap;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
@@ -9,7 +8,7 @@ use clap::Args;
 use image_format::{Footer, Kind, Stored};
 use memory_image::Image;
 use serde::Serialize;
-use sparse_file::{Capabilities, SeekHole, WrittenZeros, allocated_bytes, extents};
+use sparse_file::{PageHoles, PagesUnknown, allocated_bytes, extents, file_system_name};
 
 use crate::Verdict;
 use crate::args::{Formats, ImageFile, Layout};
@@ -31,7 +30,7 @@ pub struct InfoArgs {
 
 impl InfoArgs {
     pub fn run(&self) -> anyhow::Result<Verdict> {
-        let mut probed = Probed::new();
+        let mut probed = PageHoles::new();
         let mut info = |file: &ImageFile| Info::with(&file.open(self.formats.format)?, &mut probed);
         let infos = self.files.iter().map(&mut info);
         let infos = infos.collect::<anyhow::Result<Vec<_>>>()?;
@@ -87,15 +86,12 @@ struct Holes {
     tell_clean_from_zero: Option<bool>,
 }
 
-/// What was found out about directories: images in the same one need one probe.
-type Probed = HashMap<PathBuf, Option<Capabilities>>;
-
 impl Info {
     pub fn of(image: &Image) -> anyhow::Result<Self> {
-        Self::with(image, &mut Probed::new())
+        Self::with(image, &mut PageHoles::new())
     }
 
-    fn with(image: &Image, probed: &mut Probed) -> anyhow::Result<Self> {
+    fn with(image: &Image, probed: &mut PageHoles) -> anyhow::Result<Self> {
         let path = image.path();
         let file = File::open(path).with_context(|| format!("cannot open {path:?}"))?;
         let common = Self {
@@ -153,7 +149,7 @@ impl Info {
         }
     }
 
-    fn raw(mut self, file: &File, path: &Path, probed: &mut Probed) -> anyhow::Result<Self> {
+    fn raw(mut self, file: &File, path: &Path, probed: &mut PageHoles) -> anyhow::Result<Self> {
         let mut hole = Pages::default();
         for extent in extents(file)? {
             let extent = extent.with_context(|| format!("cannot list the extents of {path:?}"))?;
@@ -165,14 +161,13 @@ impl Info {
         }
         let path = path.canonicalize()?;
         let dir = path.parent().unwrap_or(&path);
-        let probe = || Capabilities::probe(dir).ok();
-        let here = probed.entry(dir.to_owned()).or_insert_with(probe).as_ref();
         self.holes = Some(Holes {
-            file_system: here.map(|here| here.file_system.clone()),
-            tell_clean_from_zero: here.map(|here| {
-                here.written_zeros == WrittenZeros::Data
-                    && matches!(here.seek_hole, SeekHole::Exact { granularity } if granularity <= 4096)
-            }),
+            file_system: file_system_name(file).ok(),
+            tell_clean_from_zero: match probed.check(file, dir, 4096) {
+                Ok(()) => Some(true),
+                Err(PagesUnknown::Probe(_) | PagesUnknown::Sync(_)) => None,
+                Err(_) => Some(false),
+            },
         });
         self.zero = Some(hole);
         Ok(self)

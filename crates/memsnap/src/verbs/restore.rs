@@ -11,7 +11,7 @@ use anyhow::Context;
 use clap::Args;
 use indicatif::ProgressBar;
 use memory_image::{Chain, RamTarget};
-use page_reader::{FileReader, PageReader};
+use page_reader::{FileReader, HostMemory, PageReader, SecretBuffer};
 use sparse_file::{Source, SpaceError, WriteOptions, punch_hole, write_runs};
 
 use crate::Verdict;
@@ -23,8 +23,7 @@ use crate::session::Session;
 use crate::sys::Mapping;
 use crate::{input, room, save};
 
-/// Bytes of zeros written at a time.
-#[cfg(target_os = "linux")]
+/// Bytes read, or zeros written, at a time.
 const CHUNK: usize = 1 << 20;
 
 /// Bring the RAM back as it was: into a new file, or into RAM that is there
@@ -102,7 +101,7 @@ impl Restore {
     fn in_place(&self, session: &Session, chain: &Chain) -> anyhow::Result<()> {
         let path = &self.output;
         let mut target = InPlace::open(session, path, chain)?;
-        let in_use = target.holds_anything();
+        let in_use = target.holds_anything()?;
         if in_use && !self.force {
             let path = path.clone();
             return Err(Failure::TargetInUse { path }.into());
@@ -176,9 +175,22 @@ impl<'s> InPlace<'s> {
         })
     }
 
-    fn holds_anything(&self) -> bool {
+    /// What is known to be untouched is not read: where that is not known, all of it is.
+    fn holds_anything(&self) -> anyhow::Result<bool> {
         let reader = FileReader::new(&self.file);
-        reader.populated(0..self.size).next().is_some()
+        let mut buffer = SecretBuffer::new();
+        for range in reader.populated(0..self.size) {
+            for offset in range.clone().step_by(CHUNK) {
+                self.session.check("the output was not written to")?;
+                let len = (range.end - offset).min(CHUNK as u64);
+                let bytes = buffer.sized(len as usize);
+                reader.read_at(offset, bytes)?;
+                if !HostMemory::from(&bytes[..]).is_zero() {
+                    return Ok(true);
+                }
+            }
+        }
+        Ok(false)
     }
 
     /// Refuses RAM that is too small for what the images store: what it has already counts. Huge pages

@@ -1,14 +1,15 @@
-//! `SEEK_DATA`: the parts of a file that were ever written.
+//! The parts of a file that were ever written.
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
+use std::iter;
 use std::ops::Range;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 
 use nix::errno::Errno;
 use nix::fcntl::OFlag;
-use nix::unistd::{Whence, lseek};
+use sparse_file::Kind;
 
 use super::mappings::Area;
 use super::{huge_pages, is_behind};
@@ -27,7 +28,7 @@ pub(super) fn data_of(file: File, range: Range<u64>) -> PopulatedRanges<'static>
     if huge_pages::is_on_hugetlbfs(&file) {
         huge_pages::data(file, range)
     } else {
-        Box::new(DataRanges::new(file, range))
+        data_ranges(file, range)
     }
 }
 
@@ -73,56 +74,29 @@ fn open(path: &str) -> io::Result<File> {
     OpenOptions::new().read(true).custom_flags(flags).open(path)
 }
 
-#[derive(Debug)]
-struct DataRanges {
-    /// Whose position nobody else uses.
-    file: File,
-    left: Range<u64>,
-}
-
-impl DataRanges {
-    fn new(file: File, range: Range<u64>) -> Self {
-        Self { file, left: range }
-    }
-
-    /// The start of data, or where a hole starts; `None` where no data is left.
-    fn seek(&self, from: u64, to: Whence) -> Result<Option<u64>, Errno> {
-        let from = i64::try_from(from).map_err(|_| Errno::EOVERFLOW)?;
-        match lseek(&self.file, from, to) {
-            Ok(position) => u64::try_from(position).map(Some).or(Err(Errno::EOVERFLOW)),
-            Err(Errno::ENXIO) => Ok(None),
-            Err(errno) => Err(errno),
-        }
-    }
-
-    fn first(&self) -> Result<Range<u64>, Errno> {
-        let Range { start, end } = self.left;
-        let Some(data) = self.seek(start, Whence::SeekData)? else {
-            // To be found missing by whoever reads it.
-            let len = self.file.metadata().map_or(0, |metadata| metadata.len());
-            return Ok(start.max(len).min(end)..end);
-        };
-        if data >= end {
-            return Ok(end..end);
-        }
-        // No hole after it: it was truncated meanwhile.
-        let hole = self.seek(data, Whence::SeekHole)?.unwrap_or(end);
-        Ok(data..hole.min(end))
-    }
-}
-
-impl Iterator for DataRanges {
-    type Item = Range<u64>;
-
-    fn next(&mut self) -> Option<Range<u64>> {
-        while !self.left.is_empty() {
-            let data = self.first().unwrap_or_else(|_| self.left.clone());
-            self.left.start = data.end;
-            // Empty where a hole was made meanwhile.
-            if !data.is_empty() {
-                return Some(data);
+/// The parts of `range` of `file`, whose position nobody else uses, that may hold anything but
+/// zeros.
+///
+/// All of it, where the file system's reports of holes are not [used](sparse_file::check_holes_are_zeros):
+/// what a guest wrote through a mapping may be in them. What is past the end may hold anything, so
+/// that reading it fails.
+fn data_ranges(file: File, range: Range<u64>) -> PopulatedRanges<'static> {
+    let mut left = range;
+    let Ok(mut extents) = sparse_file::extents_in(file, left.clone()) else {
+        return Box::new(unknown(left));
+    };
+    Box::new(iter::from_fn(move || {
+        while !left.is_empty() {
+            let (found, kind) = match extents.next() {
+                Some(Ok(extent)) => (extent.range, extent.kind),
+                // Of what the system failed to say, nothing is known.
+                Some(Err(_)) | None => (left.clone(), Kind::Data),
+            };
+            left.start = found.end;
+            if kind == Kind::Data {
+                return Some(found);
             }
         }
         None
-    }
+    }))
 }

@@ -8,7 +8,8 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 use nix::unistd::fsync;
 
 use super::{Punch, SeekHole, WrittenZeros};
-use crate::{Extent, Kind, Knowledge, SpaceError, allocated_bytes, extents, grow, punch_hole};
+use crate::extents::reported_extents;
+use crate::{Extent, Kind, Knowledge, SpaceError, allocated_bytes, grow, punch_hole};
 
 pub(super) const LEN: u64 = 16 << 20;
 pub(super) const HALF: u64 = LEN / 2;
@@ -60,9 +61,9 @@ impl<'f> Sample<'f> {
     }
 
     pub(super) fn seek_hole(&self) -> io::Result<SeekHole> {
-        let mut listing = extents(self.file)?;
+        let mut listing = reported_extents(self.file)?;
         match listing.knowledge() {
-            Knowledge::Unsupported => return Ok(SeekHole::Unsupported),
+            Knowledge::Unsupported | Knowledge::NotUsed => return Ok(SeekHole::Unsupported),
             Knowledge::NoHoleReported => return Ok(SeekHole::AllData),
             Knowledge::Reported | Knowledge::CutShort => {}
         }
@@ -99,7 +100,7 @@ impl<'f> Sample<'f> {
         if !matches!(seek_hole, SeekHole::Exact { .. }) {
             return Ok(WrittenZeros::Unknown);
         }
-        for extent in extents(self.file)? {
+        for extent in reported_extents(self.file)? {
             let Extent { range, kind } = extent?;
             if kind == Kind::Hole && range.start < ZEROS.end && ZEROS.start < range.end {
                 return Ok(WrittenZeros::Hole);

@@ -124,6 +124,7 @@ const NAMES: &[(u32, &str)] = &[
     (0x9123_683E, "btrfs"),
     (0x0102_1994, "tmpfs"),
     (0x8584_58F6, "ramfs"),
+    (0x9584_58F6, "hugetlbfs"),
     (0x6969, "nfs"),
     (0x794C_7630, "overlay"),
     (0x6573_5546, "fuse"),
@@ -140,10 +141,118 @@ const NAMES: &[(u32, &str)] = &[
     (0x00C3_6400, "ceph"),
 ];
 
-pub(crate) fn file_system_name(file: &File) -> io::Result<String> {
+/// Those of [`NAMES`] whose reports of holes are used: see [`crate::check_holes_are_zeros`].
+const REPORT_HOLES_CORRECTLY: [u32; 4] = [
+    0xEF53,      // ext4
+    0x5846_5342, // XFS
+    0x9123_683E, // btrfs
+    0x0102_1994, // tmpfs
+];
+
+/// Whether it is known of the file's file system that what it reports as a hole reads as zeros.
+pub(crate) fn reports_holes_correctly(file: &File) -> io::Result<bool> {
+    Ok(REPORT_HOLES_CORRECTLY.contains(&magic(file)?))
+}
+
+/// The larger of what the file system and the file call their block, in bytes: that of a tmpfs of huge pages is one of them, where
+/// the file system says 4 KiB.
+pub(crate) fn file_system_block(file: &File) -> io::Result<u64> {
+    let of_file_system = u64::try_from(fstatfs(file)?.block_size()).map_err(io::Error::other)?;
+    Ok(of_file_system.max(file.metadata()?.blksize()))
+}
+
+/// Extents in one answer of the kernel: 14 KiB.
+const EXTENTS: usize = 256;
+
+/// `struct fiemap_extent` of `include/uapi/linux/fiemap.h`.
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
+struct FiemapExtent {
+    logical: u64,
+    physical: u64,
+    length: u64,
+    reserved64: [u64; 2],
+    flags: u32,
+    reserved: [u32; 3],
+}
+
+/// `struct fiemap`, with room for some extents.
+#[repr(C)]
+struct Fiemap {
+    start: u64,
+    length: u64,
+    flags: u32,
+    mapped_extents: u32,
+    extent_count: u32,
+    reserved: u32,
+    extents: [FiemapExtent; EXTENTS],
+}
+
+const FIEMAP_EXTENT_LAST: u32 = 0x1;
+const FIEMAP_EXTENT_UNWRITTEN: u32 = 0x800;
+/// `_IOWR('f', 11, struct fiemap)`; the size in it is that of the header, 32 bytes.
+const FS_IOC_FIEMAP: libc::Ioctl = 0xC020_660B_u32 as libc::Ioctl;
+
+/// The offset of the first extent of `file` that has blocks and was never written, or `None`, also
+/// where the file system does not list extents: tmpfs.
+pub(crate) fn first_unwritten(file: &File) -> io::Result<Option<u64>> {
+    let len = file.metadata()?.len();
+    let mut at = 0;
+    while at < len {
+        let mut map = Fiemap {
+            start: at,
+            length: len - at,
+            flags: 0,
+            mapped_extents: 0,
+            extent_count: EXTENTS as u32,
+            reserved: 0,
+            extents: [FiemapExtent::default(); EXTENTS],
+        };
+        // SAFETY: FS_IOC_FIEMAP reads and writes a fiemap with as many extents as `extent_count`
+        // says, which `map` is for the length of the call; `file` is borrowed, so open.
+        let result = unsafe { libc::ioctl(file.as_raw_fd(), FS_IOC_FIEMAP, &raw mut map) };
+        match Errno::result(result) {
+            Ok(_) => {}
+            Err(Errno::EINTR) => continue,
+            Err(errno) if super::is_unsupported(errno as i32) => return Ok(None),
+            Err(errno) => return Err(errno.into()),
+        }
+        let found = &map.extents[..(map.mapped_extents as usize).min(EXTENTS)];
+        let unwritten = found
+            .iter()
+            .find(|extent| extent.flags & FIEMAP_EXTENT_UNWRITTEN != 0);
+        if let Some(extent) = unwritten {
+            return Ok(Some(extent.logical));
+        }
+        let Some(last) = found.last() else { break };
+        let end = last.logical.saturating_add(last.length);
+        if last.flags & FIEMAP_EXTENT_LAST != 0 || end <= at {
+            break;
+        }
+        at = end;
+    }
+    Ok(None)
+}
+
+/// Whether both files were opened through one mount, as far as the system says, of one device.
+pub(crate) fn on_one_mount(one: &File, other: &File) -> io::Result<bool> {
+    let mount = |file: &File| {
+        let info =
+            std::fs::read_to_string(format!("/proc/self/fdinfo/{}", file.as_raw_fd())).ok()?;
+        let mount = info.lines().find(|line| line.starts_with("mnt_id:"))?;
+        Some(mount.to_owned())
+    };
+    Ok(one.metadata()?.dev() == other.metadata()?.dev() && mount(one) == mount(other))
+}
+
+fn magic(file: &File) -> io::Result<u32> {
     // As wide as the field is on every architecture; the upper half is sign or nothing.
     #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)]
-    let magic = fstatfs(file)?.filesystem_type().0 as u32;
+    Ok(fstatfs(file)?.filesystem_type().0 as u32)
+}
+
+pub(crate) fn file_system_name(file: &File) -> io::Result<String> {
+    let magic = magic(file)?;
     let name = NAMES.iter().find(|(known, _)| *known == magic);
     Ok(name.map_or_else(|| format!("{magic:#x}"), |(_, name)| (*name).into()))
 }

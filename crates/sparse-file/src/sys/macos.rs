@@ -118,6 +118,29 @@ pub(crate) fn reported_direct_alignment(_file: &File) -> Option<(usize, usize)> 
     None
 }
 
+/// None of macOS's: APFS answers ENXIO inside clones, and has reported holes where data was written
+/// through a mapping.
+#[allow(clippy::unnecessary_wraps, reason = "the signature is Linux's")]
+pub(crate) fn reports_holes_correctly(_file: &File) -> io::Result<bool> {
+    Ok(false)
+}
+
+/// What the file system calls its block, in bytes.
+pub(crate) fn file_system_block(file: &File) -> io::Result<u64> {
+    Ok(u64::from(fstatfs(file)?.block_size()))
+}
+
+/// macOS does not list extents.
+#[allow(clippy::unnecessary_wraps, reason = "the signature is Linux's")]
+pub(crate) fn first_unwritten(_file: &File) -> io::Result<Option<u64>> {
+    Ok(None)
+}
+
+/// macOS mounts no single files.
+pub(crate) fn on_one_mount(one: &File, other: &File) -> io::Result<bool> {
+    Ok(one.metadata()?.dev() == other.metadata()?.dev())
+}
+
 pub(crate) fn file_system_name(file: &File) -> io::Result<String> {
     Ok(fstatfs(file)?.filesystem_type_name().into())
 }

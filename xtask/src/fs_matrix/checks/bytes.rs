@@ -7,7 +7,7 @@ use std::path::Path;
 use anyhow::Context;
 use dirty_bitmap::DirtyBitmap;
 use memory_image::{Chain, ImageError};
-use memory_writer::MemoryWriter;
+use memory_writer::{MemoryWriter, SnapshotError};
 use page_reader::PageReader;
 
 use super::{Check, LARGE_FILE};
@@ -40,6 +40,7 @@ pub const CHECKS: &[Check] = &[
     }),
     Check::new(Bytes, "full, then what was dirtied meanwhile", pre_copy),
     Check::new(Bytes, "chain applied", chain),
+    Check::new(Bytes, "raw diff refused or read back", read_back),
     Check::new(Bytes, LARGE_FILE, over_4_gib),
 ];
 
@@ -206,6 +207,42 @@ fn chain(site: &Site) -> anyhow::Result<Outcome> {
             ),
         ),
     })
+}
+
+/// What is committed can be read by its holes; what could not be is refused before it is written.
+fn read_back(site: &Site) -> anyhow::Result<Outcome> {
+    let expected = "read back by its holes, or refused before it is written";
+    let base = site.path("base.mem");
+    site.subject.full(&base, &Stamped::new(1, RAM), RAM, PAGE)?;
+    let dirty = DirtyBitmap::new(0, RAM, PAGE)?;
+    dirty.set_range(3 * PAGE, 2 * PAGE)?;
+    let diff = site.path("diff.mem");
+    let mut writer = MemoryWriter::open(&diff, RAM, PAGE)?;
+    match writer.write_diff(&Stamped::new(2, RAM), &dirty) {
+        Ok(_) => writer.commit()?,
+        Err(SnapshotError::AmbiguousDiff { source, .. }) => {
+            return Ok(Outcome::holds(expected, format!("refused: {source}")));
+        }
+        Err(error) => return Err(error.into()),
+    }
+    let mut chain = Chain::open_raw(&base, PAGE)?;
+    if let Err(error) = chain.push_raw(&diff) {
+        return Ok(Outcome::broken(
+            expected,
+            format!("committed, and not read back: {error}"),
+        ));
+    }
+    let mut ram = vec![0; RAM as usize];
+    chain.restore(ram.as_mut_slice())?;
+    let pages = [(0..3, 1), (3..5, 2), (5..RAM / PAGE, 1)];
+    for (pages, stamp) in pages {
+        let range = pages.start * PAGE..pages.end * PAGE;
+        let wanted = Stamped::new(stamp, RAM).bytes(range.clone());
+        if ram[range.start as usize..range.end as usize] != wanted {
+            return Ok(Outcome::broken(expected, "read back with other bytes"));
+        }
+    }
+    Ok(Outcome::holds(expected, "read back, every byte right"))
 }
 
 /// Pages on both sides of the border where 32 bits end, and the last.

@@ -311,7 +311,8 @@ fn lazy_unmount(site: &Site) -> anyhow::Result<Outcome> {
     let none = None::<&str>;
     mount(Some(&site.dir), point.path(), none, MsFlags::MS_BIND, none)?;
     let attempt = || -> anyhow::Result<()> {
-        let mut writer = MemoryWriter::open(point.path().join(DEST), RAM, PAGE)?;
+        let options = MemoryWriter::options().allow_ambiguous_diff(true);
+        let mut writer = options.open(point.path().join(DEST), RAM, PAGE)?;
         let dirty = dirty_bitmap::DirtyBitmap::new(0, RAM, PAGE)?;
         dirty.set_range(0, RAM / 2)?;
         writer.write_diff(&Stamped::new(1, RAM), &dirty)?;

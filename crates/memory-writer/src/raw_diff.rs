@@ -1,0 +1,204 @@
+//! The pages of a raw diff, and whether its holes will tell them.
+
+use std::fs::File;
+use std::ops::Range;
+
+use bitvec::vec::BitVec;
+use nix::unistd::fsync;
+use sparse_file::{HolesUnknown, Kind, PageHoles, PagesUnknown, extents};
+use thiserror::Error;
+
+/// Why a raw diff could not be read back: its pages cannot be told from its holes.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum AmbiguousDiff {
+    /// Holes of the destination's file system do not tell which pages were written.
+    #[error(transparent)]
+    Holes(#[from] PagesUnknown),
+    /// A diff of every page has no hole, like a copy whose holes were filled with zeros.
+    #[error("every page of it is dirty, so that it has no hole")]
+    EveryPage,
+    /// The file system reports other pages than those that were written.
+    #[error("the page at {offset:#x} is reported wrongly by its file system")]
+    NotAsWritten {
+        /// The page's offset, in bytes.
+        offset: u64,
+    },
+}
+
+/// A bit per page of the memory file: whether it was written.
+#[derive(Debug)]
+pub(crate) struct RawDiff {
+    pages: BitVec<u64>,
+    page_size: u64,
+}
+
+impl RawDiff {
+    /// A diff without pages in `file`.
+    pub(crate) fn begin(file: &File, ram_size: u64, page_size: u64) -> Result<Self, AmbiguousDiff> {
+        PageHoles::check_new(file, page_size)?;
+        Ok(Self {
+            pages: BitVec::repeat(false, (ram_size / page_size) as usize),
+            page_size,
+        })
+    }
+
+    /// Whether a hole is left once `runs` of whole pages are written as well.
+    pub(crate) fn check_hole_is_left(
+        &self,
+        runs: impl Iterator<Item = Range<u64>>,
+    ) -> Result<(), AmbiguousDiff> {
+        let mut after = self.pages.clone();
+        for run in runs {
+            let pages = self.pages_of(&run);
+            after[pages].fill(true);
+        }
+        if after.all() {
+            return Err(AmbiguousDiff::EveryPage);
+        }
+        Ok(())
+    }
+
+    /// A run of whole pages is being written.
+    pub(crate) fn add(&mut self, run: &Range<u64>) {
+        let pages = self.pages_of(run);
+        self.pages[pages].fill(true);
+    }
+
+    fn pages_of(&self, run: &Range<u64>) -> Range<usize> {
+        let page = |offset| (offset / self.page_size) as usize;
+        page(run.start)..page(run.end)
+    }
+
+    /// Whether the holes of the written file are what was not written.
+    pub(crate) fn check_written(&self, file: &File) -> Result<(), AmbiguousDiff> {
+        if self.pages.all() {
+            // More were marked while they were written.
+            return Err(AmbiguousDiff::EveryPage);
+        }
+        // Delayed allocation may cover more than was written, and blocks that are being written count
+        // as reserved. Both end with a sync, which is left to the commit if it is not needed here.
+        if self.check_extents(file).is_ok() {
+            return Ok(());
+        }
+        fsync(file).map_err(|errno| PagesUnknown::Sync(errno.into()))?;
+        self.check_extents(file)
+    }
+
+    fn check_extents(&self, file: &File) -> Result<(), AmbiguousDiff> {
+        PageHoles::check_reserved(file)?;
+        match self.first_difference(file)? {
+            None => Ok(()),
+            Some(offset) => Err(AmbiguousDiff::NotAsWritten { offset }),
+        }
+    }
+
+    /// The offset of the first page that is listed as something else than it is.
+    fn first_difference(&self, file: &File) -> Result<Option<u64>, AmbiguousDiff> {
+        let failed = |error| PagesUnknown::from(HolesUnknown::Io(error));
+        let mut at = 0;
+        for extent in extents(file).map_err(failed)? {
+            let extent = extent.map_err(failed)?;
+            let Range { start, end } = extent.range;
+            if !end.is_multiple_of(self.page_size) {
+                return Ok(Some(end - end % self.page_size));
+            }
+            let pages = self.pages_of(&(start..end));
+            let written = &self.pages[pages];
+            let other = match extent.kind {
+                Kind::Data => written.first_zero(),
+                Kind::Hole => written.first_one(),
+            };
+            if let Some(page) = other {
+                return Ok(Some(start + page as u64 * self.page_size));
+            }
+            at = end;
+        }
+        debug_assert_eq!(at, self.pages.len() as u64 * self.page_size);
+        Ok(None)
+    }
+}
+
+#[cfg(all(test, target_os = "linux"))]
+mod tests {
+    use std::os::unix::fs::FileExt;
+
+    use rstest::rstest;
+
+    use super::*;
+
+    const PAGE: u64 = 4096;
+
+    fn diff(pages: &[u64]) -> (tempfile::TempDir, File, RawDiff) {
+        let dir = tempfile::tempdir().unwrap();
+        let file = tempfile::tempfile_in(dir.path()).unwrap();
+        file.set_len(8 * PAGE).unwrap();
+        let mut diff = RawDiff::begin(&file, 8 * PAGE, PAGE).unwrap();
+        for page in pages {
+            diff.add(&(page * PAGE..(page + 1) * PAGE));
+        }
+        (dir, file, diff)
+    }
+
+    #[rstest]
+    #[case::a_written_page_is_a_hole(&[2, 5], &[2], 5)]
+    #[case::a_hole_was_filled(&[2], &[2, 6], 6)]
+    #[case::nothing_was_written(&[0], &[], 0)]
+    fn a_file_that_holds_other_pages_is_refused(
+        #[case] said: &[u64],
+        #[case] held: &[u64],
+        #[case] at: u64,
+    ) {
+        let (_dir, file, diff) = diff(said);
+        for page in held {
+            file.write_all_at(&[7; PAGE as usize], page * PAGE).unwrap();
+        }
+        let error = diff.check_written(&file).unwrap_err();
+        assert!(
+            matches!(error, AmbiguousDiff::NotAsWritten { offset } if offset == at * PAGE),
+            "{error:?}"
+        );
+    }
+
+    #[test]
+    fn a_file_with_reserved_blocks_is_refused() {
+        let (_dir, file, diff) = diff(&[0]);
+        sparse_file::reserve(&file, 8 * PAGE).unwrap();
+        file.write_all_at(&[7; PAGE as usize], 0).unwrap();
+        let error = diff.check_written(&file).unwrap_err();
+        assert!(
+            matches!(
+                error,
+                AmbiguousDiff::Holes(PagesUnknown::Reserved { offset: PAGE })
+            ),
+            "{error:?}"
+        );
+    }
+
+    #[test]
+    fn a_file_that_holds_the_written_pages_is_accepted() {
+        let (_dir, file, diff) = diff(&[0, 3]);
+        for page in [0, 3] {
+            file.write_all_at(&[0; PAGE as usize], page * PAGE).unwrap();
+        }
+        diff.check_written(&file).unwrap();
+    }
+
+    /// A bitmap that is marked meanwhile may give more pages than were checked.
+    #[test]
+    fn a_file_of_every_page_is_refused() {
+        let (_dir, file, diff) = diff(&[0, 1, 2, 3, 4, 5, 6, 7]);
+        file.write_all_at(&[7; 8 * PAGE as usize], 0).unwrap();
+        let error = diff.check_written(&file).unwrap_err();
+        assert!(matches!(error, AmbiguousDiff::EveryPage), "{error:?}");
+    }
+
+    #[test]
+    fn passes_that_leave_no_hole_together_are_refused() {
+        let (.., diff) = diff(&[0, 1, 2, 3]);
+        diff.check_hole_is_left([4 * PAGE..7 * PAGE].into_iter())
+            .unwrap();
+        let error = diff.check_hole_is_left([3 * PAGE..8 * PAGE].into_iter());
+        assert!(matches!(error, Err(AmbiguousDiff::EveryPage)));
+    }
+}

@@ -1,0 +1,147 @@
+//! A raw diff that could not be read back is refused, before anything is written.
+#![cfg(target_os = "linux")]
+
+use std::cell::Cell;
+use std::io;
+use std::path::Path;
+
+use dirty_bitmap::DirtyBitmap;
+use memory_writer::{AmbiguousDiff, Layout, MemoryWriter, Seal, SnapshotError};
+use page_reader::PageReader;
+use rstest::rstest;
+use sparse_file::PagesUnknown;
+use test_machine::{LoopFs, LoopMount, Need};
+
+const RAM: u64 = 1 << 20;
+
+/// RAM of ones, which counts how often it is read.
+#[derive(Default)]
+struct Ones(Cell<u32>);
+
+impl PageReader for Ones {
+    fn read_at(&self, _: u64, buf: &mut [u8]) -> io::Result<()> {
+        self.0.set(self.0.get() + 1);
+        buf.fill(1);
+        Ok(())
+    }
+}
+
+fn dirty(addresses: impl IntoIterator<Item = u64>) -> DirtyBitmap {
+    let dirty = DirtyBitmap::new(0, RAM, 1024).unwrap();
+    for address in addresses {
+        dirty.set_dirty(address).unwrap();
+    }
+    dirty
+}
+
+/// The reason for which a raw diff of `pages` is refused in `dir`.
+fn refused(dir: &Path, page_size: u64, marks: &DirtyBitmap) -> AmbiguousDiff {
+    let before = marks.dirty_bytes();
+    let (dest, ram) = (dir.join("diff.mem"), Ones::default());
+    let epoch = marks.begin_epoch().unwrap();
+    let mut writer = MemoryWriter::open(&dest, RAM, page_size).unwrap();
+    let error = writer.write_diff(&ram, epoch.bitmap()).unwrap_err();
+    assert_eq!(ram.0.get(), 0, "no RAM was read");
+    assert!(matches!(
+        writer.commit(),
+        Err(SnapshotError::NothingWritten { .. })
+    ));
+    drop(epoch);
+    assert_eq!(marks.dirty_bytes(), before);
+    assert!(!dest.exists());
+    let SnapshotError::AmbiguousDiff { source, .. } = error else {
+        panic!("{error:?}");
+    };
+    source
+}
+
+/// The same diff where it says which pages it holds.
+fn accepted(dir: &Path, page_size: u64, layout: Layout, marks: &DirtyBitmap) {
+    let dest = dir.join("diff.mem");
+    let options = MemoryWriter::options().layout(layout);
+    let mut writer = options.open(&dest, RAM, page_size).unwrap();
+    writer.write_diff(&Ones::default(), marks).unwrap();
+    writer.commit().unwrap();
+    std::fs::remove_file(dest).unwrap();
+}
+
+#[rstest]
+fn a_raw_diff_in_pages_smaller_than_a_block_is_refused(
+    #[values(Need::Ext4, Need::Xfs16k)] need: Need,
+) {
+    if !need.met("a_raw_diff_in_pages_smaller_than_a_block_is_refused") {
+        return;
+    }
+    let (fs, page_size, block) = match need {
+        Need::Ext4 => (LoopFs::Ext4, 1024, 4096),
+        _ => (LoopFs::Xfs16k, 4096, 16384),
+    };
+    let mount = LoopMount::new(fs).unwrap();
+    let dir = mount.path();
+    let why = refused(dir, page_size, &dirty([5 * page_size]));
+    assert!(
+        matches!(
+            why,
+            AmbiguousDiff::Holes(PagesUnknown::Coarse { granularity, .. }) if granularity == block
+        ),
+        "{why:?}"
+    );
+    accepted(dir, page_size, Layout::Sealed(Seal::new()), &dirty([0]));
+    accepted(dir, page_size, Layout::Packed(Seal::new()), &dirty([0]));
+    accepted(dir, block, Layout::Raw, &dirty([5 * page_size]));
+}
+
+#[test]
+fn a_raw_diff_of_every_page_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let all = dirty((0..RAM).step_by(1024));
+    let why = refused(dir.path(), 4096, &all);
+    assert!(matches!(why, AmbiguousDiff::EveryPage), "{why:?}");
+    // A mark in each page is enough.
+    let why = refused(dir.path(), 65536, &dirty((0..RAM).step_by(65536)));
+    assert!(matches!(why, AmbiguousDiff::EveryPage), "{why:?}");
+    accepted(dir.path(), 4096, Layout::Packed(Seal::new()), &all);
+    accepted(dir.path(), 4096, Layout::Sealed(Seal::new()), &all);
+}
+
+#[test]
+fn a_second_raw_diff_that_leaves_no_hole_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let dest = dir.path().join("diff.mem");
+    let (ram, half) = (Ones::default(), RAM / 2);
+    let mut writer = MemoryWriter::open(&dest, RAM, 4096).unwrap();
+    let first = dirty((0..half).step_by(4096));
+    writer.write_diff(&ram, &first).unwrap();
+    let read = ram.0.get();
+    let error = writer
+        .write_diff(&ram, &dirty((half..RAM).step_by(4096)))
+        .unwrap_err();
+    assert!(
+        matches!(
+            error,
+            SnapshotError::AmbiguousDiff {
+                source: AmbiguousDiff::EveryPage,
+                ..
+            }
+        ),
+        "{error:?}"
+    );
+    assert_eq!(ram.0.get(), read);
+    // The writer stays as it was.
+    writer.write_diff(&ram, &first).unwrap();
+    writer.commit().unwrap();
+}
+
+/// It holds every page, so that no hole says anything.
+#[test]
+fn pages_written_after_a_full_dump_need_no_holes() {
+    let dir = tempfile::tempdir().unwrap();
+    let dest = dir.path().join("live.mem");
+    let mut writer = MemoryWriter::open(&dest, RAM, 1024).unwrap();
+    writer.write_full(&Ones::default()).unwrap();
+    writer
+        .write_diff(&Ones::default(), &dirty((0..RAM).step_by(1024)))
+        .unwrap();
+    writer.commit().unwrap();
+    assert!(std::fs::read(dest).unwrap() == vec![1; RAM as usize]);
+}

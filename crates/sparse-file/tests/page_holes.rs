@@ -1,0 +1,163 @@
+//! Whether the holes of a file tell which pages were written.
+#![cfg(target_os = "linux")]
+
+mod support;
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+
+use rstest::rstest;
+use sparse_file::{HolesUnknown, PageHoles, PagesUnknown, check_holes_are_zeros, grow, reserve};
+use support::Fs;
+use test_machine::{LoopFs, LoopMount, Need, TinyTmpfs};
+
+const PAGE: u64 = 4096;
+
+#[rstest]
+fn pages_are_told_where_a_block_is_a_page(
+    #[values(Fs::Tmpfs, Fs::Ext4, Fs::Xfs, Fs::Btrfs)] fs: Fs,
+) {
+    let Some(place) = fs.mount("pages_are_told_where_a_block_is_a_page") else {
+        return;
+    };
+    let file = place.file();
+    grow(&file, 64 * PAGE).expect("grown");
+    file.write_all_at(&[7; 8192], 5 * PAGE).expect("written");
+    let mut holes = PageHoles::new();
+    holes.check(&file, place.path(), PAGE).expect("told");
+    holes.check(&file, place.path(), 4 * PAGE).expect("told");
+    // In smaller pages than a block.
+    let error = holes.check(&file, place.path(), 1024).expect_err("coarse");
+    assert!(
+        matches!(
+            error,
+            PagesUnknown::Coarse {
+                page_size: 1024,
+                granularity: 4096,
+                ..
+            }
+        ),
+        "{error:?}"
+    );
+}
+
+#[test]
+fn pages_smaller_than_a_block_are_not_told() {
+    if !Need::Xfs16k.met("pages_smaller_than_a_block_are_not_told") {
+        return;
+    }
+    let mount = LoopMount::new(LoopFs::Xfs16k).expect("mounted");
+    let file = tempfile::tempfile_in(mount.path()).expect("file");
+    let mut holes = PageHoles::new();
+    let error = holes.check(&file, mount.path(), PAGE).expect_err("coarse");
+    assert!(
+        error.to_string().contains("pages of at least 16384 bytes"),
+        "{error}"
+    );
+    holes.check(&file, mount.path(), 16384).expect("told");
+}
+
+/// A huge page is written whole, although a block of the file system is small.
+#[test]
+fn pages_of_a_tmpfs_of_huge_pages_are_not_told() {
+    const TEST: &str = "pages_of_a_tmpfs_of_huge_pages_are_not_told";
+    if !Need::Root.met(TEST) {
+        return;
+    }
+    let Ok(mount) = TinyTmpfs::of_huge_pages(64 << 20) else {
+        test_machine::not_run(TEST, "this kernel has no huge pages for tmpfs");
+        return;
+    };
+    let file = tempfile::tempfile_in(mount.path()).expect("file");
+    let told = PageHoles::new().check(&file, mount.path(), PAGE);
+    // Linux 6.14 and later take a small page for a small write.
+    let small = {
+        let sample = tempfile::tempfile_in(mount.path()).expect("file");
+        grow(&sample, 8 << 20).expect("grown");
+        sample.write_all_at(&[1], 4 << 20).expect("written");
+        sample
+            .metadata()
+            .map(|it| std::os::unix::fs::MetadataExt::blocks(&it))
+            .expect("metadata")
+            * 512
+            == PAGE
+    };
+    assert_eq!(told.is_ok(), small, "{told:?}");
+}
+
+/// Reading them puts zeros into the page cache, and what is there is reported as data.
+#[rstest]
+fn a_file_with_reserved_blocks_is_refused(#[values(Fs::Ext4, Fs::Xfs)] fs: Fs) {
+    let Some(place) = fs.mount("a_file_with_reserved_blocks_is_refused") else {
+        return;
+    };
+    let file = place.file();
+    reserve(&file, 256 * PAGE).expect("reserved");
+    file.write_all_at(&[7; PAGE as usize], 0).expect("written");
+    file.read_exact_at(&mut [0; PAGE as usize], 100 * PAGE)
+        .expect("read");
+    let listed = sparse_file::extents(&file).expect("listed");
+    let data = listed.map(|extent| extent.expect("listed"));
+    let reported = data
+        .filter(|extent| extent.kind == sparse_file::Kind::Data)
+        .any(|extent| extent.range.contains(&(100 * PAGE)));
+    assert!(reported, "a page that nobody wrote");
+    let error = PageHoles::new().check(&file, place.path(), PAGE);
+    assert!(
+        matches!(error, Err(PagesUnknown::Reserved { offset: 4096 })),
+        "{error:?}"
+    );
+}
+
+#[test]
+fn holes_of_no_regular_file_are_used() {
+    let null = File::open("/dev/null").expect("opened");
+    let error = check_holes_are_zeros(&null).expect_err("a device");
+    assert!(matches!(error, HolesUnknown::NotAFile), "{error:?}");
+}
+
+#[test]
+fn holes_of_a_memfd_are_used_and_those_of_huge_pages_are_not() {
+    use nix::sys::memfd::{MFdFlags, memfd_create};
+
+    let memfd = |flags| File::from(memfd_create(c"ram", flags).expect("made"));
+    check_holes_are_zeros(&memfd(MFdFlags::empty())).expect("tmpfs");
+    let huge = check_holes_are_zeros(&memfd(MFdFlags::MFD_HUGETLB)).expect_err("hugetlbfs");
+    assert!(
+        matches!(&huge, HolesUnknown::FileSystem { file_system } if file_system == "hugetlbfs"),
+        "{huge:?}"
+    );
+}
+
+/// The file may be in a layer on any file system.
+#[test]
+fn holes_of_an_overlay_are_not_used() {
+    use nix::mount::{MntFlags, MsFlags, mount, umount2};
+
+    if !Need::Root.met("holes_of_an_overlay_are_not_used") {
+        return;
+    }
+    let layers = TinyTmpfs::new(4 << 20).expect("mounted");
+    let dir = |name: &str| {
+        let dir = layers.path().join(name);
+        std::fs::create_dir(&dir).expect("made");
+        dir
+    };
+    let (lower, upper, work, merged) = (dir("lower"), dir("upper"), dir("work"), dir("merged"));
+    let options = format!(
+        "lowerdir={},upperdir={},workdir={}",
+        lower.display(),
+        upper.display(),
+        work.display()
+    );
+    let kind = Some("overlay");
+    mount(kind, &merged, kind, MsFlags::empty(), Some(&*options)).expect("mounted");
+    let file = File::create(merged.join("file")).expect("file");
+    let used = check_holes_are_zeros(&file);
+    drop(file);
+    umount2(&merged, MntFlags::MNT_DETACH).expect("unmounted");
+    assert!(
+        matches!(&used, Err(HolesUnknown::FileSystem { file_system }) if file_system == "overlay"),
+        "{used:?}"
+    );
+}

@@ -1,0 +1,190 @@
+//! RAM on a file system that reports written bytes as a hole is read, not skipped.
+#![cfg(target_os = "linux")]
+
+mod support;
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+
+use memory_writer::MemoryWriter;
+use misbehaving_fs::{Behaviour, Lseek};
+use nix::errno::Errno;
+use nix::unistd::{Whence, lseek};
+use page_reader::{FileReader, PageReader};
+use rstest::rstest;
+use support::{Mapping, PAGE, RAM, answering, mount, sparse};
+
+/// The page that is written.
+const WRITTEN: u64 = 1 << 20;
+
+fn expected() -> Vec<u8> {
+    let mut ram = vec![0; RAM as usize];
+    ram[WRITTEN as usize..(WRITTEN + PAGE) as usize].fill(0x5a);
+    ram
+}
+
+fn may_hold_anything(reader: &impl PageReader, offset: u64) -> bool {
+    reader
+        .populated(0..RAM)
+        .any(|range| range.contains(&offset))
+}
+
+/// A full dump that leaves out all that it may.
+fn dump(reader: &(impl PageReader + ?Sized)) -> Vec<u8> {
+    let dir = tempfile::tempdir().unwrap();
+    let dest = dir.path().join("full.mem");
+    let mut writer = MemoryWriter::options()
+        .skip_untouched(true)
+        .skip_zeros(true)
+        .open(&dest, RAM, PAGE)
+        .unwrap();
+    writer.write_full(reader).unwrap();
+    writer.commit().unwrap();
+    std::fs::read(dest).unwrap()
+}
+
+/// The kernel does not write back what was written through a mapping before it asks the server.
+#[test]
+fn ram_written_through_a_mapping_on_fuse_is_dumped() {
+    let Some(fs) = mount(
+        "ram_written_through_a_mapping_on_fuse_is_dumped",
+        Behaviour::default(),
+    ) else {
+        return;
+    };
+    let file = sparse(&fs.path().join("ram"));
+    let mapping = Mapping::of(&file);
+    mapping.write(WRITTEN, 0x5a);
+    // What makes the test one: the file system calls all of it a hole.
+    assert_eq!(lseek(&file, 0, Whence::SeekData), Err(Errno::ENXIO));
+
+    assert!(may_hold_anything(&FileReader::new(&file), WRITTEN));
+    assert!(may_hold_anything(&mapping.reader(), WRITTEN));
+    assert!(dump(&FileReader::new(&file)) == expected());
+    assert!(dump(&mapping.reader()) == expected());
+}
+
+#[test]
+fn ram_in_the_writeback_cache_of_fuse_is_dumped() {
+    let Some(fs) = mount(
+        "ram_in_the_writeback_cache_of_fuse_is_dumped",
+        Behaviour {
+            writeback_cache: true,
+            ..Behaviour::default()
+        },
+    ) else {
+        return;
+    };
+    let file = sparse(&fs.path().join("ram"));
+    file.write_all_at(&[0x5a; PAGE as usize], WRITTEN).unwrap();
+    assert_eq!(lseek(&file, 0, Whence::SeekData), Err(Errno::ENXIO));
+    assert!(dump(&FileReader::new(&file)) == expected());
+}
+
+#[rstest]
+fn ram_is_dumped_whatever_holes_are_reported(
+    #[values(Lseek::Exact, Lseek::AllHole, Lseek::HoleIsEnxio, Lseek::DataIsEnxio)] answers: Lseek,
+) {
+    let Some(fs) = mount(
+        "ram_is_dumped_whatever_holes_are_reported",
+        answering(answers),
+    ) else {
+        return;
+    };
+    let file = sparse(&fs.path().join("ram"));
+    file.write_all_at(&[0x5a; PAGE as usize], WRITTEN).unwrap();
+    assert!(dump(&FileReader::new(&file)) == expected());
+    assert!(dump(&Mapping::of(&file).reader()) == expected());
+    // A part of it, which is listed on its own.
+    let part = FileReader::range(&file, WRITTEN, RAM - WRITTEN);
+    assert!(part.populated(0..PAGE).any(|range| range.contains(&0)));
+}
+
+/// What the crate promises of the file systems whose reports are used, on those that are here.
+#[rstest]
+#[case::ext4(Some((test_machine::Need::Ext4, test_machine::LoopFs::Ext4)))]
+#[case::xfs(Some((test_machine::Need::Xfs, test_machine::LoopFs::Xfs)))]
+#[case::btrfs(Some((test_machine::Need::Btrfs, test_machine::LoopFs::Btrfs)))]
+#[case::tmpfs(None)]
+fn a_page_written_through_a_mapping_is_data_at_once(
+    #[case] disk: Option<(test_machine::Need, test_machine::LoopFs)>,
+    #[values("hole", "unwritten extent", "reflinked data", "punched hole")] over: &str,
+) {
+    const TEST: &str = "a_page_written_through_a_mapping_is_data_at_once";
+    let (dir, _mounts): (_, (Option<_>, Option<_>)) = match disk {
+        Some((need, fs)) if need.met(TEST) => {
+            let mount = test_machine::LoopMount::new(fs).unwrap();
+            (mount.path().to_owned(), (Some(mount), None))
+        }
+        None if test_machine::Need::Root.met(TEST) => {
+            let mount = test_machine::TinyTmpfs::new(64 << 20).unwrap();
+            (mount.path().to_owned(), (None, Some(mount)))
+        }
+        _ => return,
+    };
+    let file = sparse(&dir.join("ram"));
+    match over {
+        "hole" => {}
+        "unwritten extent" => sparse_file::reserve(&file, RAM).unwrap(),
+        "reflinked data" => {
+            let other = sparse(&dir.join("other"));
+            other.write_all_at(&[1; PAGE as usize], WRITTEN).unwrap();
+            if sparse_file::share_blocks(&other, &file, RAM).is_err() {
+                file.write_all_at(&[1; PAGE as usize], WRITTEN).unwrap();
+            }
+        }
+        _ => {
+            file.write_all_at(&[1; 1 << 20], WRITTEN).unwrap();
+            file.sync_all().unwrap();
+            sparse_file::punch_hole(&file, 0..RAM).unwrap();
+        }
+    }
+    let mapping = Mapping::of(&file);
+    let read_first = RAM - PAGE;
+    let mut byte = [1];
+    mapping.reader().read_at(read_first, &mut byte).unwrap();
+    mapping.write(WRITTEN, 0x5a);
+    assert!(may_hold_anything(&FileReader::new(&file), WRITTEN));
+    assert!(may_hold_anything(&mapping.reader(), WRITTEN));
+    // What was read of an unwritten extent is in the page cache, and so is data.
+    assert!(
+        over == "unwritten extent" || !may_hold_anything(&FileReader::new(&file), 2 * WRITTEN),
+        "an untouched page is skipped"
+    );
+    assert!(dump(&FileReader::new(&file)) == expected());
+    file.sync_all().unwrap();
+    assert!(dump(&FileReader::new(&file)) == expected());
+    // Written again, after it was written back.
+    mapping.write(WRITTEN, 0x5a);
+    assert!(dump(&mapping.reader()) == expected());
+}
+
+/// Skipping what a truncated file lost would commit zeros for it.
+#[test]
+fn ram_that_shrinks_while_it_is_listed_fails_the_dump() {
+    let file = tempfile::tempfile().unwrap();
+    file.set_len(RAM).unwrap();
+    file.write_all_at(&[1; PAGE as usize], 0).unwrap();
+    let reader = Shrinking(FileReader::new(&file), &file);
+    let dir = tempfile::tempdir().unwrap();
+    let mut writer = MemoryWriter::options()
+        .skip_untouched(true)
+        .open(dir.path().join("full.mem"), RAM, PAGE)
+        .unwrap();
+    writer.write_full(&reader).unwrap_err();
+}
+
+/// Is truncated once it was asked what is populated.
+struct Shrinking<'f>(FileReader<&'f File>, &'f File);
+
+impl PageReader for Shrinking<'_> {
+    fn read_at(&self, offset: u64, buf: &mut [u8]) -> std::io::Result<()> {
+        self.0.read_at(offset, buf)
+    }
+
+    fn populated(&self, range: std::ops::Range<u64>) -> page_reader::PopulatedRanges<'_> {
+        let found = self.0.populated(range);
+        self.1.set_len(RAM / 2).unwrap();
+        found
+    }
+}

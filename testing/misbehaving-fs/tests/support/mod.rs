@@ -1,0 +1,86 @@
+//! RAM that is mapped from a file.
+
+#![allow(dead_code, reason = "each test binary uses its part")]
+#![allow(unsafe_code)]
+
+use std::fs::File;
+use std::num::NonZeroUsize;
+use std::path::Path;
+use std::ptr::NonNull;
+
+use misbehaving_fs::{Behaviour, Lseek, MisbehavingFs, Reads};
+use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
+use page_reader::{HostMemory, MappedMemory, RamLayout};
+use test_machine::Need;
+
+pub(crate) const PAGE: u64 = 4096;
+pub(crate) const RAM: u64 = 4 << 20;
+
+/// Mounted for `test`, or not here.
+pub(crate) fn mount(test: &str, behaviour: Behaviour) -> Option<MisbehavingFs> {
+    Need::Fuse
+        .met(test)
+        .then(|| MisbehavingFs::mount(behaviour).expect("mounted"))
+}
+
+pub(crate) fn answering(lseek: Lseek) -> Behaviour {
+    Behaviour {
+        lseek,
+        ..Behaviour::default()
+    }
+}
+
+pub(crate) fn reading(reads: Reads) -> Behaviour {
+    Behaviour {
+        reads,
+        ..Behaviour::default()
+    }
+}
+
+/// A new file of RAM, all of it a hole.
+pub(crate) fn sparse(path: &Path) -> File {
+    let file = File::options()
+        .read(true)
+        .write(true)
+        .create_new(true)
+        .open(path)
+        .expect("created");
+    file.set_len(RAM).expect("grown");
+    file
+}
+
+/// All of a file of RAM, mapped shared as a guest maps it.
+pub(crate) struct Mapping(NonNull<u8>);
+
+impl Mapping {
+    pub(crate) fn of(file: &File) -> Self {
+        let len = NonZeroUsize::new(RAM as usize).expect("some RAM");
+        let access = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
+        // SAFETY: a new mapping, which nothing of this process is in.
+        let start = unsafe { mmap(None, len, access, MapFlags::MAP_SHARED, file, 0) };
+        Self(start.expect("mapped").cast())
+    }
+
+    /// Fills the page at `offset`, as a guest does.
+    pub(crate) fn write(&self, offset: u64, value: u8) {
+        for at in offset..offset + PAGE {
+            assert!(at < RAM);
+            // SAFETY: inside the mapping, which is writable for as long as this lives.
+            unsafe { self.0.as_ptr().add(at as usize).write_volatile(value) };
+        }
+    }
+
+    pub(crate) fn reader(&self) -> MappedMemory<'_> {
+        // SAFETY: mapped for as long as this is borrowed.
+        let memory = unsafe { HostMemory::new(self.0.as_ptr(), RAM as usize) };
+        let layout = RamLayout::new([(0, RAM)]).expect("a layout");
+        MappedMemory::new(layout, [memory]).expect("it covers the layout")
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        // SAFETY: what `of` mapped; no reader outlives this.
+        let _ = unsafe { munmap(self.0.cast(), RAM as usize) };
+    }
+}
