@@ -114,15 +114,15 @@ fn a_file_that_is_still_filled_is_not_captured() {
     let named = format!("in process {} (", filling.pid());
     for verb in [
         format!("full {path} -o new.mem"),
-        format!("diff full.mem d1.mem d2.mem {path} -o new.mem"),
-        format!("diff full.mem d1.mem d2.mem {path}"),
+        format!("diff full.mem d1.mem d2.mem --ram {path} -o new.mem"),
+        format!("diff full.mem d1.mem d2.mem --ram {path}"),
     ] {
         work.run(&verb).fails(3, &[&named]);
         assert_nothing_at(&work.path("new.mem"));
     }
     drop(filling);
     work.good(&format!("full {path} -o new.mem"));
-    work.good(&format!("diff new.mem {path}"));
+    work.good(&format!("diff new.mem --ram {path}"));
 }
 
 /// To the process that is named, missing pages are zeros: another one's userfaultfd fills them.

@@ -408,7 +408,7 @@ fn capturing_a_process_gives_it_no_memory() {
         assert_eq!(resident(), before, "{layout}");
     }
     work.good(&format!(
-        "diff first {ram} --page-size 64KiB --force -o out"
+        "diff raw:first {ram} --page-size 64KiB --force -o out"
     ));
     assert_eq!(resident(), before);
 }

@@ -94,7 +94,7 @@ fn closed() -> std::io::PipeWriter {
 
 #[rstest]
 #[case::as_it_is("convert full.mem -o - --zstd")]
-#[case::packed_first("convert ram -o - --zstd")]
+#[case::packed_first("convert raw:ram -o - --zstd")]
 fn a_stream_whose_reader_has_gone_is_an_error(#[case] command: &str) {
     let work = Work::with_chain();
     let before = work.files();
@@ -107,7 +107,7 @@ fn a_stream_whose_reader_has_gone_is_an_error(#[case] command: &str) {
 #[rstest]
 #[case::full("full ram -o out", 0)]
 #[case::info("info full.mem d1.mem", 0)]
-#[case::compare("diff full.mem ram", 1)]
+#[case::compare("diff full.mem --ram ram", 1)]
 #[case::completions("completions bash", 0)]
 #[case::demo("demo", 0)]
 fn a_reader_that_has_gone_does_not_change_what_is_done(#[case] command: &str, #[case] code: i32) {
@@ -135,7 +135,7 @@ fn an_image_whose_description_cannot_be_printed_is_in_place() {
     };
     let mut command = work.command("full ram -o out");
     Ended::of(command.stdout(full)).fails(3, &["in place"]);
-    work.good("diff out ram");
+    work.good("diff out --ram ram");
 }
 
 fn send(work: &Work, name: &str) {
