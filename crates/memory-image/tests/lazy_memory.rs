@@ -415,6 +415,10 @@ fn what_replaces_unmapped_memory_is_left_alone(#[case] all_in: bool) {
         assert_eq!(regions.page(7 * PAGE).unwrap(), bytes(&images, 7));
         assert_eq!(regions.page(12 * PAGE).unwrap(), bytes(&images, 12));
     }
+    // `munmap` has returned once its message was read, and the error is kept right after that.
+    while ram.error().is_none() {
+        std::thread::yield_now();
+    }
     assert_unmapped(ram.error().unwrap(), 8 * PAGE, 4 * PAGE);
     drop(ram);
     assert_eq!(regions.page(8 * PAGE).unwrap()[0], 5);

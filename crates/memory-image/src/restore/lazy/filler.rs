@@ -47,8 +47,10 @@ pub(crate) struct Filler {
     /// Messages other than faults that were read.
     pub(crate) changes: AtomicU64,
     /// The handler waits for the lock of `ledger`. The lock is not fair, so the prefetcher waits until it
-    /// has it: an access of the guest waits for no more than a step.
+    /// has it.
     pub(crate) urgent: AtomicBool,
+    /// Signalled when no fault is being answered any more.
+    pub(crate) calm: Condvar,
     pub(crate) recorded: Option<Mutex<WorkingSet>>,
     pub(crate) working_set: Option<WorkingSet>,
     pub(crate) loaded: AtomicU64,
@@ -72,6 +74,8 @@ pub(crate) struct Filler {
 pub(crate) struct Ledger {
     /// Addresses of faults that are to be answered.
     waiting: VecDeque<u64>,
+    /// A fault is being answered. The prefetcher fills no page meanwhile: the guest waits.
+    answering: bool,
     /// Pages that could not be read, and were made inaccessible.
     denied: BTreeSet<u64>,
     /// Ranges that are not in memory any more.
@@ -104,7 +108,13 @@ impl Filler {
     /// Returns the address of the next page that an access waits for, if there is one. Everything that
     /// happened to the memory before the access is noted.
     pub(crate) fn next_fault(&self) -> Result<Option<u64>, ImageError> {
-        Ok(self.read_messages()?.waiting.pop_front())
+        let mut ledger = self.read_messages()?;
+        let next = ledger.waiting.pop_front();
+        ledger.answering = next.is_some();
+        if next.is_none() {
+            self.calm.notify_all();
+        }
+        Ok(next)
     }
 
     /// Takes the lock, the handler first.
@@ -120,7 +130,12 @@ impl Filler {
                 while self.urgent.load(Ordering::Relaxed) {
                     std::thread::yield_now();
                 }
-                locked(&self.ledger)
+                let mut ledger = locked(&self.ledger);
+                while ledger.answering && !self.stopped() {
+                    let waited = self.calm.wait(ledger);
+                    ledger = waited.unwrap_or_else(PoisonError::into_inner);
+                }
+                ledger
             }
         }
     }
@@ -446,6 +461,9 @@ impl Filler {
                 break;
             }
             let mut ledger = self.lock(by);
+            if by == By::Prefetcher && self.stopped() {
+                break;
+            }
             let Some(missing) = self.settled.first_missing(rest.clone()) else {
                 break;
             };
@@ -599,6 +617,9 @@ impl Filler {
     /// Makes the memory inaccessible.
     pub(crate) fn shut(&self) {
         self.stop.store(true, Ordering::Relaxed);
+        // Under the lock, so that the prefetcher sees it or is waiting.
+        drop(locked(&self.ledger));
+        self.calm.notify_all();
         self.released.store(true, Ordering::Release);
         for range in self.mapped() {
             // Unregistered, missing pages are zeros: only once they are inaccessible.

@@ -173,6 +173,7 @@ impl LazyRamOptions {
             ledger: Mutex::new(Ledger::default()),
             changes: AtomicU64::new(0),
             urgent: AtomicBool::new(false),
+            calm: Condvar::new(),
             chain,
             memory,
             own,
