@@ -322,7 +322,7 @@ mod tests {
         }
         let file = tempfile::NamedTempFile::new().unwrap();
         std::fs::write(file.path(), vec![7; 4 * host_page() as usize]).unwrap();
-        let chain = Chain::open(file.path(), host_page()).unwrap();
+        let chain = Chain::open_raw(file.path(), host_page()).unwrap();
         let ram = LazyRam::options().prefetch(false).start(chain).unwrap();
         let address = ram.as_ptr().addr() as u64;
         let page = host_page();
