@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use thiserror::Error;
 
+use crate::preserve::NotPreserved;
 use crate::recover::RecoverReport;
 use crate::writer::AtomicWriter;
 
@@ -83,12 +84,26 @@ pub enum OpenError {
         /// What stands in the way.
         obstacle: Obstacle,
     },
+    /// The new file cannot get what the replaced one has, and [`preserve`](crate::Options::preserve)
+    /// asks for it.
+    #[error(
+        "{path:?} would lose its {}: open it without preserving that, or with `Preserve::if_permitted`",
+        source.attribute
+    )]
+    NotPreserved {
+        /// The destination.
+        path: PathBuf,
+        /// Which attribute, and what the system said.
+        source: NotPreserved,
+    },
     /// No file can be created in the destination's directory, or in the staging directory.
     #[error(
-        "cannot create files in {dir:?}: get write permission there, mount its file system writable, \
-         or choose another directory"
+        "cannot stage a file for {path:?}: no file can be created in {dir:?}; get write permission \
+         there, mount its file system writable, or choose another directory"
     )]
     NotWritable {
+        /// The destination.
+        path: PathBuf,
         /// The directory.
         dir: PathBuf,
         /// What the system said.

@@ -6,12 +6,12 @@ use std::os::unix::fs::FileExt as _;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use crate::directory::Directory;
+use crate::directory::{Directory, stat_of};
 use crate::error::{AddError, CommitStep, GroupCommitError, Leftover, Refusal};
 use crate::options::Durability;
 use crate::outcome::PublishError;
 use crate::record::{self, Member, Old, record_name};
-use crate::recover::{old_file, rename_member};
+use crate::recover::{is_obeyed, old_file, rename_member};
 use crate::stage::{Stage, new_id};
 use crate::sys;
 use crate::turn::take_turn;
@@ -239,6 +239,14 @@ impl Commit {
             let record = Stage::create(&self.dir, OsStr::new(""))?;
             if !record.is_locked() {
                 return Err(io::Error::from(io::ErrorKind::Unsupported));
+            }
+            if !is_obeyed(&self.dir, &stat_of(record.file())?) {
+                return Err(io::Error::new(
+                    io::ErrorKind::Unsupported,
+                    "the file system gives this user's files another owner or mode, so that no \
+                     recovery could trust the record: commit the files one by one, or in a \
+                     directory that no one else may write to",
+                ));
             }
             record.file().write_all_at(&record::encode(intents), 0)?;
             Ok(record)

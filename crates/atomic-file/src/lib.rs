@@ -193,6 +193,7 @@ mod error;
 mod group;
 mod options;
 mod outcome;
+mod preserve;
 mod record;
 mod recover;
 mod rehearsal;
@@ -209,6 +210,7 @@ pub use error::{
 };
 pub use group::AtomicGroup;
 pub use options::{Durability, Options, Symlinks};
+pub use preserve::{Attribute, NotPreserved, Preserve};
 pub use recover::{RecoverReport, recover};
 pub use sweep::{Kept, SweepReport, preview_sweep, sweep};
 pub use writer::AtomicWriter;

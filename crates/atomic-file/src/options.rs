@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use crate::error::OpenError;
+use crate::preserve::Preserve;
 use crate::writer::AtomicWriter;
 
 /// What a commit waits for before it says that it is done. Ordered from weakest to strongest.
@@ -70,6 +71,7 @@ pub struct Options {
     pub(crate) staging_dir: Option<PathBuf>,
     pub(crate) symlinks: Symlinks,
     pub(crate) recycle: Option<u64>,
+    pub(crate) preserve: Preserve,
 }
 
 impl Default for Options {
@@ -81,15 +83,26 @@ impl Default for Options {
             staging_dir: None,
             symlinks: Symlinks::default(),
             recycle: None,
+            preserve: Preserve::nothing(),
         }
     }
 }
 
 impl Options {
     /// The permission bits of the new file, `0o600` unless told otherwise. Exactly these, whatever the umask and
-    /// whatever the replaced file had; bits above `0o7777` are ignored.
+    /// whatever the replaced file had (but see [`preserve`](Self::preserve)); bits above `0o7777` are ignored.
+    ///
+    /// Until the commit the staged file has the mode `0o600`, so that no other user can open it, and
+    /// its owner can open it again for direct I/O. The commit sets the mode after the last write, as
+    /// writing drops the set-id bits.
     pub fn mode(mut self, mode: u32) -> Self {
         self.mode = mode & 0o7777;
+        self
+    }
+
+    /// Which attributes of the replaced file the new file gets; none unless told otherwise.
+    pub fn preserve(mut self, preserve: Preserve) -> Self {
+        self.preserve = preserve;
         self
     }
 

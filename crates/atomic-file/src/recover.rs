@@ -5,8 +5,6 @@ use std::fs::File;
 use std::io::{self, Read as _, Seek as _};
 use std::path::{Path, PathBuf};
 
-use nix::unistd::geteuid;
-
 use crate::directory::{Directory, Stat, stat_of};
 use crate::error::RecoverError;
 use crate::options::Durability;
@@ -14,7 +12,7 @@ use crate::outcome::{PublishError, make_sure};
 use crate::record::{self, Member, Old, Unreadable, is_record_name};
 use crate::stage::PREFIX;
 use crate::sweep::{SweepReport, sweep_open};
-use crate::sys::{Lock, Unlock, lock, try_lock};
+use crate::sys::{Lock, Unlock, file_owner, lock, try_lock};
 
 /// What [`recover`] found and did.
 #[derive(Debug, Default)]
@@ -185,9 +183,9 @@ pub(crate) fn is_named_by_a_record(dir: &Directory, stage: &OsStr, uid: u32) -> 
 ///
 /// It must not be another user's doing. Where others may create files, a file of this user may have
 /// been given the record's name by a hard link, or have been written to by others.
-fn is_obeyed(dir: &Directory, record: &Stat) -> bool {
+pub(crate) fn is_obeyed(dir: &Directory, record: &Stat) -> bool {
     const GROUP_AND_OTHERS: u32 = 0o077;
-    let own = record.uid == geteuid().as_raw();
+    let own = record.uid == file_owner();
     record.is_file()
         && if dir.others_may_create() {
             own && record.links == 1 && record.mode & GROUP_AND_OTHERS == 0
@@ -257,7 +255,7 @@ pub(crate) fn settle(
         match try_lock(&file).map_err(failed("lock"))? {
             Lock::Held => {}
             Lock::Taken => {
-                let own = entry.uid == geteuid().as_raw();
+                let own = entry.uid == file_owner();
                 return Ok(Settled::Busy { record: file, own });
             }
             Lock::Unsupported(error) => return Err(failed("lock")(error).into()),

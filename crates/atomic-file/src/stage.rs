@@ -34,13 +34,11 @@ use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
-use nix::unistd::geteuid;
-
 use crate::directory::{Directory, FileId, Stat, stat_of};
 use crate::error::Leftover;
 use crate::outcome::{PublishError, has_no_such_call, make_sure};
 use crate::recover;
-use crate::sys::{Lock, Unlock, try_lock};
+use crate::sys::{Lock, Unlock, file_owner, try_lock};
 
 pub(crate) const PREFIX: &str = ".atomic-file-";
 const LOCKED: &str = ".stage";
@@ -120,7 +118,7 @@ fn is_stage_of(dest: &OsStr, name: &OsStr) -> bool {
 pub(crate) fn remove_leftovers(dir: &Directory, dest: &OsStr, names: &[OsString]) {
     let own = |name: &OsStr| {
         let entry = dir.entry(name).ok().flatten();
-        entry.is_some_and(|entry| entry.uid == geteuid().as_raw())
+        entry.is_some_and(|entry| entry.uid == file_owner())
     };
     for name in names {
         if is_stage_of(dest, name) && own(name) {

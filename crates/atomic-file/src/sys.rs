@@ -23,8 +23,8 @@ mod platform;
 
 use platform::flush;
 pub(crate) use platform::{
-    counts_openers, created, exchange, has_attributes, has_lasting_inode_numbers, has_only_us,
-    may_act_for, rename_new, restrictions,
+    copy_acl, counts_openers, created, exchange, file_owner, has_attributes,
+    has_lasting_inode_numbers, has_only_us, is_acl, may_act_for, rename_new, restrictions,
 };
 
 /// What a system says against replacing a file.

@@ -15,14 +15,12 @@ use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
-use nix::unistd::geteuid;
-
 use crate::directory::Directory;
 use crate::error::{CommitStep, RecoverError};
 use crate::record::is_record_name;
 use crate::recover::{RecoverReport, Settled, list, read, settle};
 use crate::stage::{Stage, StageName, new_id, parse_name, remove_if_dead, stage_name};
-use crate::sys::{Lock, Unlock, try_lock};
+use crate::sys::{Lock, Unlock, file_owner, try_lock};
 
 /// Returns once no other group of this user over `dests` is being committed, and `record` has its
 /// ticket's name. Completes dead groups on the way.
@@ -91,7 +89,7 @@ fn rivals(dir: &Directory, own: &OsStr, dests: &[&OsStr]) -> Result<Vec<OsString
 fn is_living_ticket(dir: &Directory, name: &OsStr, dests: &[&OsStr]) -> bool {
     let own_file = |name| {
         let entry = dir.entry(name).ok()??;
-        (entry.is_file() && entry.uid == geteuid().as_raw()).then_some(())?;
+        (entry.is_file() && entry.uid == file_owner()).then_some(())?;
         dir.open_file(name).ok()
     };
     if parse_name(name) != Some(StageName::Ticket) {

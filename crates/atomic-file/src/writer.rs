@@ -7,10 +7,13 @@ use std::path::Path;
 use std::sync::Arc;
 
 use crate::destination::{Destination, check_directory, check_replaceable};
-use crate::directory::Directory;
+use nix::unistd::{Uid, fchown};
+
+use crate::directory::{Directory, stat_of};
 use crate::error::{CommitError, CommitStep, Leftover, OpenError};
 use crate::options::{Durability, Options};
 use crate::outcome::{PublishError, has_no_links};
+use crate::preserve::{self, Attribute, NotPreserved, Preserve};
 use crate::recover::{list, settle_for};
 use crate::rehearsal::{RehearsalError, rehearse};
 use crate::spare;
@@ -42,6 +45,8 @@ pub struct AtomicWriter {
     pub(crate) stage: Stage,
     pub(crate) dest: Destination,
     mode: u32,
+    preserve: Preserve,
+    not_preserved: Vec<NotPreserved>,
     pub(crate) durability: Durability,
     pub(crate) no_clobber: bool,
     /// At most how many bytes of the replaced file are kept as a spare.
@@ -109,17 +114,13 @@ impl AtomicWriter {
         let stage = spare
             .map_or_else(|| Stage::create(&staging, &dest.name), Ok)
             .map_err(|source| not_staged(&staging, path, source))?;
-        // The mode that is asked for is tried now and set by the commit: writing drops the set-id
-        // bits, and a file that its owner may not write cannot be opened again for direct I/O.
-        for mode in [options.mode, STAGED_MODE] {
-            sys::set_mode(stage.file(), mode).map_err(|source| {
-                OpenError::io("set the mode of the file staged for", path, source)
-            })?;
-        }
+        let not_preserved = try_attributes(&stage, &dest, options)?;
         Ok(Self {
             stage,
             dest,
             mode: options.mode,
+            preserve: options.preserve,
+            not_preserved,
             durability: options.durability,
             no_clobber: options.no_clobber,
             recycle,
@@ -140,6 +141,13 @@ impl AtomicWriter {
     #[must_use]
     pub fn temp_path(&self) -> &Path {
         self.stage.path()
+    }
+
+    /// What of the replaced file the new file will not have, though
+    /// [`preserve`](Options::preserve) asks for it [if permitted](Preserve::if_permitted).
+    #[must_use]
+    pub fn not_preserved(&self) -> &[NotPreserved] {
+        &self.not_preserved
     }
 
     /// Whether the staged file is one that was replaced earlier and has that one's length and bytes still, on request of
@@ -188,6 +196,8 @@ impl AtomicWriter {
             mut stage,
             dest,
             mode: _,
+            preserve: _,
+            not_preserved: _,
             durability,
             no_clobber,
             recycle,
@@ -255,7 +265,24 @@ impl AtomicWriter {
 
     /// Gives the staged file, which no one writes to any more, what it is to have as the destination.
     pub(crate) fn finish(&self) -> io::Result<()> {
-        sys::set_mode(self.stage.file(), self.mode)
+        let Self {
+            stage,
+            dest,
+            preserve,
+            mode,
+            ..
+        } = self;
+        let lost = preserve::give(stage.file(), &dest.dir, &dest.name, *preserve, *mode)
+            .map_err(io::Error::other)?;
+        // The destination may have changed since what is lost was told to the caller.
+        let is_known = |lost: &NotPreserved| {
+            let mut known = self.not_preserved.iter();
+            known.any(|known| known.attribute == lost.attribute)
+        };
+        match lost.into_iter().find(|lost| !is_known(lost)) {
+            Some(unknown) => Err(io::Error::other(unknown)),
+            None => Ok(()),
+        }
     }
 
     /// Removes the staged file. What dropping does too, but this says whether it worked.
@@ -364,10 +391,40 @@ fn explain(
     }
 }
 
+/// Tries what the commit will do: the mode and the attributes that are asked for are set once nothing
+/// is written any more. Writing drops the set-id bits, and a file that its owner may not write cannot
+/// be opened again for direct I/O.
+fn try_attributes(
+    stage: &Stage,
+    dest: &Destination,
+    options: &Options,
+) -> Result<Vec<NotPreserved>, OpenError> {
+    let Options { preserve, mode, .. } = *options;
+    let path = &dest.path;
+    let set_mode = |source| OpenError::io("set the mode of the file staged for", path, source);
+    let owner = stat_of(stage.file()).map_err(set_mode)?.uid;
+    let given = preserve::give(stage.file(), &dest.dir, &dest.name, preserve, mode);
+    let not_preserved = given.map_err(|source| match (&source.attribute, preserve) {
+        (Attribute::Mode, _) => set_mode(source.source),
+        _ => OpenError::NotPreserved {
+            path: path.clone(),
+            source,
+        },
+    })?;
+    // From here to the commit it is this user's alone.
+    if stat_of(stage.file()).map_err(set_mode)?.uid != owner {
+        let owner = Some(Uid::from_raw(owner));
+        sys::retry(|| fchown(stage.file(), owner, None)).map_err(set_mode)?;
+    }
+    sys::set_mode(stage.file(), STAGED_MODE).map_err(set_mode)?;
+    Ok(not_preserved)
+}
+
 fn not_staged(dir: &Directory, path: &Path, source: io::Error) -> OpenError {
     match source.kind() {
         io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => {
             OpenError::NotWritable {
+                path: path.to_owned(),
                 dir: dir.path().to_owned(),
                 source,
             }

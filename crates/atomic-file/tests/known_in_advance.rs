@@ -164,7 +164,10 @@ fn a_directory_without_write_permission_is_named_at_open() {
     let (dir, dest) = dir_with_old();
     fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o755)).unwrap();
     let error = as_stranger(|| AtomicWriter::open(&dest).unwrap_err());
-    let OpenError::NotWritable { dir: named, source } = error else {
+    let OpenError::NotWritable {
+        dir: named, source, ..
+    } = error
+    else {
         panic!("another error: {error:?}");
     };
     assert_eq!(named, dir.path());

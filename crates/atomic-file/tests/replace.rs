@@ -681,7 +681,10 @@ fn a_read_only_directory_is_an_error_and_the_old_file_stays() {
     let (dir, dest) = dir_with_old();
     let view = test_machine::ReadOnlyBind::of(dir.path()).unwrap();
     let error = AtomicWriter::open(view.path().join("dest")).unwrap_err();
-    let OpenError::NotWritable { dir: named, source } = error else {
+    let OpenError::NotWritable {
+        dir: named, source, ..
+    } = error
+    else {
         panic!("another error: {error:?}");
     };
     assert_eq!(source.kind(), std::io::ErrorKind::ReadOnlyFilesystem);

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use atomic_file::{AtomicWriter, Durability, Symlinks};
+use atomic_file::{AtomicWriter, Durability, Preserve, Symlinks};
 use sparse_file::{Engine, WriteOptions};
 
 use crate::error::SnapshotError;
@@ -173,6 +173,13 @@ impl Options {
     /// The permission bits of the snapshot, `0o600` unless told otherwise: guest memory holds secrets.
     pub fn mode(mut self, mode: u32) -> Self {
         self.stage = self.stage.mode(mode);
+        self
+    }
+
+    /// Which of the replaced file's owner, group, mode, access control list and extended attributes the snapshot
+    /// gets; none unless told otherwise. See [`atomic_file::Preserve`].
+    pub fn preserve(mut self, preserve: Preserve) -> Self {
+        self.stage = self.stage.preserve(preserve);
         self
     }
 

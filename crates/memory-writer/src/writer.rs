@@ -5,7 +5,7 @@ use std::ops::Deref;
 use std::ops::Range;
 use std::path::Path;
 
-use atomic_file::AtomicWriter;
+use atomic_file::{AtomicWriter, NotPreserved};
 use dirty_bitmap::{DirtyBitmap, Epoch};
 use image_format::{ImageId, MAX_RAM_SIZE, Placement, RAW_UNIT, packed_start};
 use page_reader::{PageReader, Touched};
@@ -400,6 +400,12 @@ impl MemoryWriter {
             dest: self.stage.dest_path().to_owned(),
             source,
         })
+    }
+
+    /// What of the replaced file the snapshot will not have; see [`atomic_file::AtomicWriter::not_preserved`].
+    #[must_use]
+    pub fn not_preserved(&self) -> &[NotPreserved] {
+        self.stage.not_preserved()
     }
 
     /// Where a write goes, and who watches it.

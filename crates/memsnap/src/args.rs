@@ -139,7 +139,7 @@ pub struct Output {
     /// The file to write; it appears once it is whole
     #[arg(id = "output", short = 'o', long, value_name = "FILE")]
     pub path: PathBuf,
-    /// Replace the output if it exists
+    /// Replace the output if it exists; its owner, group, mode, access control list and extended attributes are kept as far as permitted
     #[arg(long)]
     pub force: bool,
 }

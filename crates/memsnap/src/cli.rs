@@ -5,7 +5,7 @@ use clap::{Parser, Subcommand};
 use crate::Verdict;
 use crate::session::Session;
 use crate::verbs::{
-    completions, convert, demo, diff, full, info, man, map, merge, restore, verify,
+    completions, convert, demo, diff, full, info, man, map, merge, restore, sweep, verify,
 };
 
 /// Snapshots of virtual-machine memory: look at them, check them, put them together, take them and bring them back.
@@ -34,6 +34,7 @@ pub enum Verb {
     Merge(merge::Merge),
     Convert(convert::Convert),
     Restore(restore::Restore),
+    Sweep(sweep::Sweep),
     Demo(demo::Demo),
     Man(man::Man),
     Completions(completions::Completions),
@@ -50,6 +51,7 @@ impl Verb {
             Self::Merge(merge) => merge.run(session),
             Self::Convert(convert) => convert.run(session),
             Self::Restore(restore) => restore.run(session),
+            Self::Sweep(sweep) => sweep.run(session),
             Self::Demo(demo) => demo.run(session),
             Self::Man(man) => man.run(session),
             Self::Completions(completions) => completions.run(),
@@ -68,6 +70,7 @@ A tour:
   memsnap merge full.mem d1.mem -o new.mem           one full image of both
   memsnap convert full.mem -o - --zstd | ssh host memsnap convert - --zstd -o full.mem
   memsnap restore full.mem d1.mem -o /dev/shm/ram2   the RAM as it was, for a new guest
+  memsnap sweep --dry-run .                          what killed writers left here
 
 Exit status:
   0    done; the check came out well
@@ -81,4 +84,4 @@ Whatever the exit status but 0, an output that was named is as it was before, un
 staged beside it and put in place when they are whole and on the disk. Restoring into RAM that exists is the exception: once writing \
 has begun, a failure leaves it empty. A process whose RAM is read by --pid is stopped last, when all else is prepared, and goes on before \
 the image is committed; meanwhile memsnap is not suspended by SIGTSTP (Ctrl-Z). A second signal ends memsnap at \
-once; what it had staged is removed by the next one that writes there.";
+once; what it had staged is removed by the next one that writes the same output, or by `memsnap sweep`.";

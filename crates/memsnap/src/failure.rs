@@ -206,6 +206,7 @@ pub fn advice(error: &anyhow::Error) -> Option<&'static str> {
         if let Some(SnapshotError::Open(error)) = cause.downcast_ref() {
             return match error {
                 OpenError::NoClobberUnsupported { .. } => Some("add --force"),
+                OpenError::Recover { .. } => Some("see `memsnap sweep --recover`"),
                 OpenError::DanglingSymlink { .. } | OpenError::UntrustedSymlink { .. } => {
                     Some("name the file that the link is to lead to, or remove the link")
                 }

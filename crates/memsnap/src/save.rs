@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Context;
 use memory_image::{Chain, Image, ImageError};
-use memory_writer::{MemoryWriter, OpenError, Options, SnapshotError};
+use memory_writer::{MemoryWriter, NotPreserved, OpenError, Options, Preserve, SnapshotError};
 
 use crate::args::Output;
 use crate::failure::Failure;
@@ -34,24 +34,41 @@ pub fn check_is_no_input(path: &Path, inputs: &[PathBuf]) -> Result<(), Failure>
     }
 }
 
-/// Stages a file of `ram_size` bytes of RAM at the output.
+/// Stages a file of `ram_size` bytes of RAM at the output. A file that it replaces passes on its owner,
+/// group, mode, access control list and extended attributes, as far as that is permitted.
 pub fn stage(
+    session: &Session,
     output: &Output,
     options: Options,
     ram_size: u64,
     page_size: u64,
 ) -> anyhow::Result<MemoryWriter> {
-    let options = options.no_clobber(!output.force);
+    let options = options.no_clobber(!output.force).preserve(preserve());
     if room::is_on_hugetlbfs(dir_of(&output.path)) {
         let path = output.path.clone();
         return Err(Failure::NoWritesThere { path }.into());
     }
     match options.open(&output.path, ram_size, page_size) {
-        Ok(writer) => Ok(writer),
+        Ok(writer) => {
+            warn_of_lost(session, &output.path, writer.not_preserved());
+            Ok(writer)
+        }
         Err(SnapshotError::Open(OpenError::AlreadyExists { path })) => {
             Err(Failure::OutputExists { path }.into())
         }
         Err(error) => Err(error.into()),
+    }
+}
+
+/// What a file passes on to the one that replaces it.
+pub fn preserve() -> Preserve {
+    Preserve::all().if_permitted(true)
+}
+
+/// Says what a file could not pass on to the one that replaces it.
+pub fn warn_of_lost(session: &Session, path: &Path, lost: &[NotPreserved]) {
+    for lost in lost {
+        session.warn(&format!("{path:?}: {lost}: {}", lost.source));
     }
 }
 

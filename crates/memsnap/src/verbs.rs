@@ -10,4 +10,5 @@ pub mod man;
 pub mod map;
 pub mod merge;
 pub mod restore;
+pub mod sweep;
 pub mod verify;

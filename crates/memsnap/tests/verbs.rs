@@ -332,7 +332,7 @@ fn manual_pages_and_completions_know_every_verb() {
     let pages = support::list(&work.path("pages/man1"));
     let completions = work.good("completions bash").out;
     for verb in [
-        "info", "verify", "map", "full", "diff", "merge", "convert", "restore", "demo",
+        "info", "verify", "map", "full", "diff", "merge", "convert", "restore", "sweep", "demo",
     ] {
         assert!(pages.contains(&format!("memsnap-{verb}.1")), "{pages:?}");
         assert!(completions.contains(verb));
@@ -361,7 +361,7 @@ fn every_verb_has_an_example_in_its_help() {
         .filter_map(|line| line.strip_prefix("  ")?.split(' ').next())
         .filter(|verb| !verb.is_empty() && *verb != "help")
         .collect();
-    assert!(verbs.len() >= 11, "{verbs:?}");
+    assert!(verbs.len() >= 12, "{verbs:?}");
     for verb in verbs {
         let help = work.good(&format!("{verb} --help")).out;
         assert!(

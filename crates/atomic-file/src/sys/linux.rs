@@ -12,10 +12,11 @@ use std::time::SystemTime;
 use nix::errno::Errno;
 use nix::fcntl::{OFlag, openat};
 use nix::sys::stat::Mode;
-use nix::unistd::geteuid;
+use nix::unistd::{Uid, geteuid, setfsuid};
 
 use super::{Restrictions, retry};
 use crate::options::Durability;
+use crate::preserve::copy_xattr;
 
 /// Waits until what `fd` holds is on the medium: there is no weaker call that orders anything.
 pub(super) fn flush(fd: BorrowedFd<'_>, _: Durability) -> io::Result<()> {
@@ -62,6 +63,26 @@ fn renameat2(
     Errno::result(result).map(drop)
 }
 
+/// Whether an extended attribute is an access control list.
+pub(crate) fn is_acl(name: &OsStr) -> bool {
+    ACLS.iter().any(|acl| name == *acl)
+}
+
+/// POSIX's and NFS version 4's.
+const ACLS: [&str; 2] = ["system.posix_acl_access", "system.nfs4_acl"];
+
+/// Gives `to` the access control list of `from`, or none if that has none.
+pub(crate) fn copy_acl(from: &File, to: &File) -> io::Result<()> {
+    for acl in ACLS {
+        match copy_xattr(from, to, OsStr::new(acl)) {
+            // No file of this file system has such a list.
+            Err(error) if error.kind() == io::ErrorKind::Unsupported => {}
+            result => result?,
+        }
+    }
+    Ok(())
+}
+
 /// What the system says against replacing `name` in `dir`; the empty name is `dir` itself. Nothing where
 /// it does not say.
 pub(crate) fn restrictions(dir: impl AsFd, name: &CStr) -> Restrictions {
@@ -82,6 +103,13 @@ pub(crate) fn restrictions(dir: impl AsFd, name: &CStr) -> Restrictions {
         append_only: has(libc::STATX_ATTR_APPEND),
         mount_point: has(libc::STATX_ATTR_MOUNT_ROOT),
     }
+}
+
+/// The user that files created by this thread belong to: the effective one, unless `setfsuid(2)` said
+/// otherwise.
+pub(crate) fn file_owner() -> u32 {
+    // No user has this id, so that nothing is changed; the answer is the id before.
+    setfsuid(Uid::from_raw(u32::MAX)).as_raw()
 }
 
 /// Whether this thread may rename files of the users `owners` that a sticky directory protects: it is

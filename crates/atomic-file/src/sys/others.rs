@@ -75,6 +75,27 @@ pub(crate) fn exchange(_: impl AsFd, _: &CStr, _: &CStr) -> nix::Result<()> {
     Err(Errno::ENOTSUP)
 }
 
+/// Access control lists are not kept in extended attributes.
+pub(crate) fn is_acl(_: &OsStr) -> bool {
+    false
+}
+
+/// Gives `to` the access control list of `from`, or none if that has none.
+#[cfg(target_vendor = "apple")]
+pub(crate) fn copy_acl(from: &File, to: &File) -> io::Result<()> {
+    use std::os::fd::AsRawFd;
+    let (from, to) = (from.as_raw_fd(), to.as_raw_fd());
+    // SAFETY: fcopyfile(3) takes two descriptors, which the borrowed files keep open, and no state.
+    let result = unsafe { libc::fcopyfile(from, to, std::ptr::null_mut(), libc::COPYFILE_ACL) };
+    Errno::result(result).map(drop).map_err(io::Error::from)
+}
+
+/// Gives `to` the access control list of `from`: not known how.
+#[cfg(not(target_vendor = "apple"))]
+pub(crate) fn copy_acl(_: &File, _: &File) -> io::Result<()> {
+    Err(io::ErrorKind::Unsupported.into())
+}
+
 /// What the system says against replacing `name` in `dir`; the empty name is `dir` itself. Nothing where
 /// it does not say.
 pub(crate) fn restrictions(dir: impl AsFd, name: &CStr) -> Restrictions {
@@ -99,6 +120,11 @@ pub(crate) fn restrictions(dir: impl AsFd, name: &CStr) -> Restrictions {
         Restrictions::default()
     };
     restrictions
+}
+
+/// The user that files created by this process belong to.
+pub(crate) fn file_owner() -> u32 {
+    geteuid().as_raw()
 }
 
 /// Whether this process may rename files of the users `owners` that a sticky directory protects.

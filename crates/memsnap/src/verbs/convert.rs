@@ -165,7 +165,7 @@ impl Convert {
             return Ok(Verdict::Good);
         }
         let options = self.options(session, chain, layout)?;
-        let mut writer = save::stage(&self.output, options, chain.size(), page_size)?;
+        let mut writer = save::stage(session, &self.output, options, chain.size(), page_size)?;
         save::check_room(&writer, chain)?;
         check()?;
         save::write_chain(&mut writer, chain)?;

@@ -206,7 +206,7 @@ impl Diff {
             .options("saving")
             .layout(self.layout.with(seal))
             .ram_start(0);
-        save::stage(output, options, old.size(), self.page_size(old))
+        save::stage(session, output, options, old.size(), self.page_size(old))
     }
 
     fn save(

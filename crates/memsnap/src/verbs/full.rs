@@ -60,7 +60,7 @@ impl Full {
             .layout(self.layout.with(seal))
             .skip_zeros(!self.keep_zeros)
             .skip_untouched(!self.keep_zeros);
-        let mut writer = save::stage(&self.output, options, ram.size(), page_size)?;
+        let mut writer = save::stage(session, &self.output, options, ram.size(), page_size)?;
         ram.hold(session)?;
         let written = writer.write_full(&ram.reader());
         written.map_err(|error| ram.explain(error))?;

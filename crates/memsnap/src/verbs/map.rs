@@ -98,9 +98,13 @@ impl Map {
         let picture = drawing::fit(&self.maps()?);
         let bytes = draw(&picture)?;
         // Nothing of the guest's is in it but where its pages are.
-        let options = AtomicWriter::options().mode(0o644).no_clobber(!self.force);
+        let options = AtomicWriter::options()
+            .mode(0o644)
+            .preserve(save::preserve())
+            .no_clobber(!self.force);
         session.hold();
         let mut writer = options.open(path)?;
+        save::warn_of_lost(session, path, writer.not_preserved());
         let written = writer.write_all(&bytes);
         written.with_context(|| format!("cannot write the picture {path:?}"))?;
         session.check("nothing was written")?;

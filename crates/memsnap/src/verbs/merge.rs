@@ -33,7 +33,9 @@ pub struct Merge {
     output: Option<PathBuf>,
     /// Replace the first file by the result
     ///
-    /// At every instant, also after a crash, the old file is there whole, or the new one.
+    /// At every instant, also after a crash, the old file is there whole, or the new one. The new file
+    /// has the old one's owner, group, mode, access control list and extended attributes, as far as
+    /// that is permitted.
     #[arg(long)]
     in_place: bool,
     /// Replace the output if it exists
@@ -65,7 +67,7 @@ impl Merge {
             .layout(layout.with(chain.seal()))
             .skip_untouched(true)
             .ram_start(0);
-        let mut writer = save::stage(&output, options, chain.size(), chain.page_size())?;
+        let mut writer = save::stage(session, &output, options, chain.size(), chain.page_size())?;
         save::check_room(&writer, &chain)?;
         // Once there is a place for the result: this takes as long as the rest.
         if !self.no_verify {

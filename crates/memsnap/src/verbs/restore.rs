@@ -91,7 +91,7 @@ impl Restore {
             force: false,
         };
         let options = session.options("restoring").skip_untouched(true);
-        let mut writer = save::stage(&output, options, chain.size(), chain.page_size())?;
+        let mut writer = save::stage(session, &output, options, chain.size(), chain.page_size())?;
         save::check_room(&writer, chain)?;
         self.check(session, chain)?;
         save::write_chain(&mut writer, chain)?;

@@ -1,0 +1,275 @@
+//! What the replaced file had beside its bytes.
+#![cfg(target_os = "linux")]
+
+mod common;
+
+use std::fs;
+use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _, chown};
+use std::path::Path;
+
+use atomic_file::{AtomicGroup, AtomicWriter, Attribute, OpenError, Preserve};
+use common::{assert_names, commit, dir_with_old};
+use nix::unistd::{Gid, Uid, setfsgid, setfsuid};
+use rstest::rstest;
+use test_machine::Need;
+
+const OWNER: u32 = 12345;
+const GROUP: u32 = 23456;
+const NOTE: &str = "user.note";
+const ACL: &str = "system.posix_acl_access";
+
+/// On a thread with that user's rights over files.
+fn as_user<T: Send>(uid: u32, job: impl FnOnce() -> T + Send) -> T {
+    std::thread::scope(|scope| {
+        let user = scope.spawn(|| {
+            setfsgid(Gid::from_raw(uid));
+            setfsuid(Uid::from_raw(uid));
+            job()
+        });
+        user.join().unwrap()
+    })
+}
+
+/// `u::rw-,u:12346:rw-,g::---,m::rw-,o::---`, as Linux's `posix_acl_xattr.h` has it.
+fn acl() -> Vec<u8> {
+    const NO_ID: u32 = u32::MAX;
+    let mut bytes = 2u32.to_le_bytes().to_vec();
+    for (tag, permissions, id) in [
+        (0x01u16, 6u16, NO_ID),
+        (0x02, 6, OWNER + 1),
+        (0x04, 0, NO_ID),
+        (0x10, 6, NO_ID),
+        (0x20, 0, NO_ID),
+    ] {
+        bytes.extend(tag.to_le_bytes());
+        bytes.extend(permissions.to_le_bytes());
+        bytes.extend(id.to_le_bytes());
+    }
+    bytes
+}
+
+fn set_mode(path: &Path, mode: u32) {
+    fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
+}
+
+/// `dest` with everything that can be preserved; `None` where the file system has not all of it.
+fn with_attributes(test: &str) -> Option<(tempfile::TempDir, std::path::PathBuf)> {
+    if !Need::Root.met(test) {
+        return None;
+    }
+    let (dir, dest) = dir_with_old();
+    chown(&dest, Some(OWNER), Some(GROUP)).unwrap();
+    let set = xattr::set(&dest, NOTE, b"mine").and_then(|()| xattr::set(&dest, ACL, &acl()));
+    if set.is_err() {
+        test_machine::not_run(test, "a file system without attributes and lists");
+        return None;
+    }
+    set_mode(dir.path(), 0o777);
+    Some((dir, dest))
+}
+
+#[derive(Debug, PartialEq)]
+struct Found {
+    owner: u32,
+    group: u32,
+    mode: u32,
+    acl: bool,
+    note: bool,
+}
+
+fn found(dest: &Path) -> Found {
+    let stat = fs::metadata(dest).unwrap();
+    let has = |name| xattr::get(dest, name).unwrap().is_some();
+    Found {
+        owner: stat.uid(),
+        group: stat.gid(),
+        mode: stat.mode() & 0o7777,
+        acl: has(ACL),
+        note: has(NOTE),
+    }
+}
+
+#[rstest]
+fn everything_is_preserved_on_request(#[values(false, true)] group: bool) {
+    let Some((dir, dest)) = with_attributes("everything_is_preserved_on_request") else {
+        return;
+    };
+    set_mode(&dest, 0o6771);
+    let before = found(&dest);
+    let acl_before = xattr::get(&dest, ACL).unwrap();
+    let writer = AtomicWriter::options()
+        .preserve(Preserve::all())
+        .open(&dest)
+        .unwrap();
+    assert!(writer.not_preserved().is_empty());
+    let staged = fs::metadata(writer.temp_path()).unwrap();
+    assert_eq!(
+        (staged.uid(), staged.mode() & 0o7777),
+        (0, 0o600),
+        "not yet"
+    );
+    writer.write_all_at(b"new", 0).unwrap();
+    if group {
+        let mut group = AtomicGroup::new();
+        group.add(writer).unwrap();
+        group.commit().unwrap();
+    } else {
+        writer.commit().unwrap();
+    }
+    assert_eq!(fs::read(&dest).unwrap(), b"new");
+    assert_eq!(found(&dest), before);
+    assert_eq!(xattr::get(&dest, ACL).unwrap(), acl_before);
+    assert_names(dir.path(), &["dest"]);
+}
+
+#[rstest]
+#[case::nothing(Preserve::nothing(), (0, 0, 0o600, false, false))]
+#[case::owner(Preserve::nothing().owner(true), (OWNER, 0, 0o600, false, false))]
+#[case::group(Preserve::nothing().group(true), (0, GROUP, 0o600, false, false))]
+// The group's bits were the list's, and meant another group.
+#[case::mode(Preserve::nothing().mode(true), (0, 0, 0o600, false, false))]
+#[case::xattrs(Preserve::nothing().xattrs(true), (0, 0, 0o600, false, true))]
+#[case::all_but_the_mode(Preserve::all().mode(false), (OWNER, GROUP, 0o600, true, true))]
+#[case::all_but_the_list(Preserve::all().acl(false), (OWNER, GROUP, 0o600, false, true))]
+fn only_what_is_asked_for_is_preserved(
+    #[case] preserve: Preserve,
+    #[case] (owner, group, mode, acl, note): (u32, u32, u32, bool, bool),
+) {
+    let Some((_dir, dest)) = with_attributes("only_what_is_asked_for_is_preserved") else {
+        return;
+    };
+    commit(&AtomicWriter::options().preserve(preserve), &dest, b"new").unwrap();
+    let expected = Found {
+        owner,
+        group,
+        mode,
+        acl,
+        note,
+    };
+    assert_eq!(found(&dest), expected);
+}
+
+/// The stranger may replace the file, as the directory is open to all, and no more.
+#[test]
+fn what_is_not_permitted_is_refused_before_anything_is_written() {
+    const TEST: &str = "what_is_not_permitted_is_refused_before_anything_is_written";
+    let Some((dir, dest)) = with_attributes(TEST) else {
+        return;
+    };
+    set_mode(&dest, 0o664);
+    let before = found(&dest);
+    for (preserve, expected) in [
+        (Preserve::all(), Attribute::Group),
+        (Preserve::nothing().owner(true), Attribute::Owner),
+        (Preserve::nothing().group(true), Attribute::Group),
+    ] {
+        let options = AtomicWriter::options().preserve(preserve);
+        let error = as_user(OWNER + 2, || options.open(&dest).unwrap_err());
+        let OpenError::NotPreserved { source, .. } = error else {
+            panic!("another error: {error:?}");
+        };
+        assert_eq!(source.attribute, expected);
+    }
+    assert_eq!(found(&dest), before);
+    assert_names(dir.path(), &["dest"]);
+}
+
+#[test]
+fn what_is_not_permitted_is_left_out_on_request_and_named() {
+    const TEST: &str = "what_is_not_permitted_is_left_out_on_request_and_named";
+    let Some((_dir, dest)) = with_attributes(TEST) else {
+        return;
+    };
+    set_mode(&dest, 0o6775);
+    let uid = OWNER + 2;
+    as_user(uid, || {
+        let preserve = Preserve::all().if_permitted(true);
+        let writer = AtomicWriter::options()
+            .preserve(preserve)
+            .open(&dest)
+            .unwrap();
+        let lost: Vec<_> = writer
+            .not_preserved()
+            .iter()
+            .map(|lost| &lost.attribute)
+            .collect();
+        assert_eq!(lost, [&Attribute::Group, &Attribute::Owner]);
+        writer.commit().unwrap();
+    });
+    let after = found(&dest);
+    assert_eq!((after.owner, after.group), (uid, uid));
+    assert_eq!(
+        after.mode, 0o755,
+        "neither set-id bit, and for the group what all others have"
+    );
+    assert!(after.acl && after.note);
+}
+
+/// A file that the writer may not read has attributes that it cannot know.
+#[test]
+fn attributes_that_cannot_be_read_are_named() {
+    let Some((_dir, dest)) = with_attributes("attributes_that_cannot_be_read_are_named") else {
+        return;
+    };
+    set_mode(&dest, 0o600);
+    as_user(OWNER + 2, || {
+        let preserve = Preserve::nothing().xattrs(true);
+        let error = AtomicWriter::options()
+            .preserve(preserve)
+            .open(&dest)
+            .unwrap_err();
+        assert!(
+            matches!(&error, OpenError::NotPreserved { source, .. } if source.attribute == Attribute::Xattrs),
+            "{error:?}"
+        );
+    });
+}
+
+/// What is preserved is what the destination has at the commit.
+#[test]
+fn a_mode_that_is_changed_meanwhile_is_preserved() {
+    let (_dir, dest) = dir_with_old();
+    let preserve = AtomicWriter::options().preserve(Preserve::nothing().mode(true));
+    let writer = preserve.open(&dest).unwrap();
+    set_mode(&dest, 0o440);
+    writer.commit().unwrap();
+    assert_eq!(fs::metadata(&dest).unwrap().mode() & 0o7777, 0o440);
+}
+
+#[test]
+fn where_nothing_is_replaced_there_is_nothing_to_preserve() {
+    let (dir, _) = dir_with_old();
+    let new = dir.path().join("new");
+    let options = AtomicWriter::options()
+        .preserve(Preserve::all())
+        .mode(0o640);
+    commit(&options, &new, b"new").unwrap();
+    assert_eq!(fs::metadata(&new).unwrap().mode() & 0o7777, 0o640);
+    let link = dir.path().join("link");
+    std::os::unix::fs::symlink("nowhere", &link).unwrap();
+    commit(
+        &options.symlinks(atomic_file::Symlinks::Replace),
+        &link,
+        b"new",
+    )
+    .unwrap();
+    assert_eq!(fs::metadata(&link).unwrap().mode() & 0o7777, 0o640);
+}
+
+/// New files in such a directory get a list of their own.
+#[test]
+fn a_file_without_a_list_is_replaced_by_one_without() {
+    const TEST: &str = "a_file_without_a_list_is_replaced_by_one_without";
+    if !Need::Root.met(TEST) {
+        return;
+    }
+    let (dir, dest) = dir_with_old();
+    set_mode(&dest, 0o640);
+    if xattr::set(dir.path(), "system.posix_acl_default", &acl()).is_err() {
+        return test_machine::not_run(TEST, "a file system without lists");
+    }
+    let preserve = AtomicWriter::options().preserve(Preserve::all());
+    commit(&preserve, &dest, b"new").unwrap();
+    assert!(!found(&dest).acl);
+    assert_eq!(found(&dest).mode, 0o640);
+}
