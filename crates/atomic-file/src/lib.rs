@@ -62,17 +62,21 @@
 //! ```text
 //! openat(AT_FDCWD, "vm", O_DIRECTORY|O_CLOEXEC)     = 3   held: all below is relative to it
 //! newfstatat(3, "vm.mem", AT_SYMLINK_NOFOLLOW)            a file, or nothing; a link is followed by hand
-//! newfstatat(3, ".atomic-file-group")               ENOENT: no group commit was interrupted here
-//! newfstatat(3, ".atomic-file-2670fefa.spare")      ENOENT: nobody recycles here
-//! openat(3, ".atomic-file-2670fefa-0.stage", O_RDWR|O_CREAT|O_EXCL|O_NOFOLLOW|O_CLOEXEC, 0600) = 4
+//! statx(3, ""), statx(3, "vm.mem")                        neither immutable, nor append-only, nor a mount point
+//! openat(3, "."), getdents64                              no group commit was interrupted here, and no
+//!                                                         staged file of "vm.mem" is left
+//! newfstatat(3, ".atomic-file-2670fefa.spare")      ENOENT: no writer recycles here
+//! openat(3, ".atomic-file-2670fefa-ebd32fc78d6c5729.stage", O_RDWR|O_CREAT|O_EXCL|O_NOFOLLOW|O_CLOEXEC, 0600) = 4
 //! flock(4, LOCK_EX|LOCK_NB)                               its owner lives
-//! newfstatat(3, ".atomic-file-2670fefa-0.stage")          and is not taken for dead before it locked
+//! newfstatat(3, ".atomic-file-2670fefa-….stage")          and was not taken for dead before it locked
 //! pwrite64(4, ...) ...
+//! fchmod(4, mode)                                         if another mode than 0600 was asked for
 //! fsync(4)                                                the bytes, then
-//! newfstatat(3, ".atomic-file-2670fefa-0.stage")          is it still ours?
-//! newfstatat(3, ".atomic-file-group")               ENOENT
-//! renameat(3, ".atomic-file-2670fefa-0.stage", 3, "vm.mem")
+//! newfstatat(3, ".atomic-file-2670fefa-….stage")          is it still ours?
+//! openat(3, "."), getdents64                              no group commit has "vm.mem"
+//! renameat(3, ".atomic-file-2670fefa-….stage", 3, "vm.mem")
 //! flock(4, LOCK_UN)                                       also for a child that another thread has just forked
+//! openat(3, "."), getdents64                              nor was one published just before the rename
 //! fsync(3)                                                the name
 //! ```
 //! On macOS the syncs are `fcntl(F_FULLFSYNC)`, as `fsync` there leaves the bytes in the drive's cache. Where a file
@@ -82,17 +86,27 @@
 //! could not write, and a second sync would call that success. After any error of the rename the destination is compared with
 //! the staged file (device, inode, size), as a network file system may lose the answer to a rename that happened.
 //!
-//! ## Stages, the living and the dead
+//! ## Detecting orphaned staged files
 //!
-//! A stage's name is short whatever the destination's (255 bytes fit), and plain ASCII. Its writer holds a `flock` on it,
-//! which goes when the process does, however it ends. So whoever finds a stage can tell a leftover from a file being
-//! written by trying to lock it, between threads, processes, and NFS clients. A writer to the same destination looks at
-//! the leftovers on its way, because it would trip over their names anyway, and removes them; so they do not
-//! pile up, and the space of a half-written dump comes back when it is needed, without a list of the directory.
-//! Other destinations' leftovers are for [`sweep`] to find. The protocol is written down in the source, `src/stage.rs`.
+//! A staged file's name is short whatever the destination's (255 bytes fit), plain ASCII, and random,
+//! so that no other user can occupy it. Its writer holds a `flock` on it, which goes when the process
+//! does, however it ends. So whoever finds a staged file can tell an orphan from a file being written
+//! by trying to lock it, between threads, processes, and NFS clients. The mode is 0600 until the
+//! commit, so that no other user can hold that lock.
 //!
-//! Where a file system has no such locks (an NFS mount without its daemon), stages get another name, and nobody ever
-//! removes one but its own writer.
+//! A writer lists its directory when it is opened, and removes the orphans of its own destination.
+//! [`sweep`] removes those of all destinations. The protocol is written down in the source,
+//! `src/stage.rs`.
+//!
+//! Where a file system has no such locks (an NFS mount without its daemon), staged files get another
+//! name, and only their own writer removes them.
+//!
+//! ## What fails early
+//!
+//! [`Options::open`] refuses what is known to fail at the commit: a destination that is a directory, a
+//! mount point, immutable or append-only; one that a sticky directory protects from this user; a
+//! directory whose files cannot be renamed; attributes that cannot be preserved; a staging directory
+//! that no rename leads out of; a file system without `no_clobber` where that is asked for.
 //!
 //! ## Recycling
 //!
@@ -104,14 +118,14 @@
 //! fstat(4), fstatfs(4), flistxattr(4)                     one name, our own, no attributes, on a file system that counts openers
 //! fchmod(4, 0600)                                         from here on nobody can open it who might not open the new file,
 //! fcntl(4, F_SETLEASE, F_WRLCK), F_UNLCK                  and nobody has it open, or mapped, who could before
-//! renameat2(3, ".atomic-file-2670fefa.spare", 3, ".atomic-file-2670fefa-0.stage", RENAME_NOREPLACE)
+//! renameat2(3, ".atomic-file-2670fefa.spare", 3, ".atomic-file-2670fefa-….stage", RENAME_NOREPLACE)
 //! pwrite64(4, ...) ...
 //! fsync(4)
 //! openat(3, "vm.mem", O_RDONLY|O_NOFOLLOW|O_CLOEXEC) = 5  the old file, locked and looked at in the same way
-//! renameat2(3, ".atomic-file-2670fefa-0.stage", 3, "vm.mem", RENAME_EXCHANGE)
+//! renameat2(3, ".atomic-file-2670fefa-….stage", 3, "vm.mem", RENAME_EXCHANGE)
 //! fsync(3)                                                the old file will never be "vm.mem" again
 //! fchmod(5, 0600); fcntl(5, F_SETLEASE, F_WRLCK), F_UNLCK somebody has it: then it is removed
-//! renameat2(3, ".atomic-file-2670fefa-0.stage", 3, ".atomic-file-2670fefa.spare", RENAME_NOREPLACE)
+//! renameat2(3, ".atomic-file-2670fefa-….stage", 3, ".atomic-file-2670fefa.spare", RENAME_NOREPLACE)
 //! ```
 //! The spare's name is a promise: it is given only after the sync of the directory, so whoever finds a file there, in whatever
 //! process and after whatever crash, may overwrite it at once. Under a stage's name the old file is a dead stage, and removed like one.
@@ -121,19 +135,38 @@
 //!
 //! [`AtomicGroup::commit`] does this; `S` is a sync of the directory:
 //!
-//! 1. syncs every stage, and writes and syncs the record: the stages' names, inode numbers and sizes, the destinations'
-//!    names, a CRC-32; `S`, so that no record survives that names a stage which does not;
-//! 2. renames the record to `.atomic-file-group` without replacing (there is one per directory: groups take turns); `S`. **This
-//!    is the commit point**: before it a crash means all old, after it all new;
-//! 3. renames every stage to its destination; `S`;
+//! 1. syncs every staged file, waits while another group of this user over the same destinations is
+//!    under way (`src/turn.rs`), and writes and syncs the record: the staged files' names, inode
+//!    numbers and sizes, the destinations' names and what they are now, a CRC-32; `S`, so that no
+//!    record survives that names a staged file which does not;
+//! 2. renames the record to `.atomic-file-ID.group`; `S`. **This is the commit point**: before it a
+//!    crash means all old, after it all new;
+//! 3. renames every staged file to its destination; `S`;
 //! 4. removes the record; `S`, so that it never comes back to a directory that has moved on.
 //!
-//! Its owner holds the record's lock until the end. A record whose lock is free belongs to the dead, and whoever opens or
-//! commits a file in the directory goes on at step 3; while somebody does, a commit of one of the group's destinations waits.
-//! Before it renames anything it looks at every member: the destination is
-//! the recorded inode (done), or the stage is (to do), or the stage is gone (done, and replaced by somebody since).
-//! A stage that is another file now stops it, and so does a record that is not whole: nothing is guessed at.
-//! Sweepers spare every stage while a record stands.
+//! Its owner holds the record's lock until the end. A record whose lock is free belongs to a dead
+//! process, and whoever opens or commits a file in the directory goes on at step 3; while someone
+//! does, a commit of one of the group's destinations waits.
+//!
+//! **A recovery undoes no commit.** Before it renames anything it looks at every member. Where the
+//! destination is the recorded inode, it is done. Where it is anything but what the record says was
+//! there, by inode number and time of creation, a later commit replaced it, and that stays. Otherwise
+//! the staged file is renamed. A commit of a single file looks for records before its rename and
+//! again after it, so that a recovery that looked before the rename has ended when the commit returns.
+//!
+//! **A record concerns its own members only.** One that cannot be completed (a staged file is another
+//! file now, a destination is a directory) makes writers to its members fail, and no others, until
+//! someone decides; [`recover`] reports it, completes all other groups, and sweeps. A record that is
+//! damaged is reported and ignored, and the staged files of its user are kept. A record that is torn,
+//! as a power loss leaves it with [`Durability::None`], never got to its commit point and is removed.
+//!
+//! **A record is obeyed only if it is this user's**, or the directory's owner's where no one else may
+//! write; others are ignored and never waited for. In a directory where others may write, it must
+//! also have one name and be accessible to its owner alone. A record can only have files with a
+//! staged file's name renamed within its directory.
+//!
+//! Records of version 1, named `.atomic-file-group`, are still completed. They do not say what a
+//! destination was, so a commit made since then is not told from the file before the group.
 //!
 //! # What may be on the medium after a crash
 //!
@@ -169,7 +202,7 @@
 //! # Limitations
 //!
 //! - What is replaced is the *name*. Other hard links to the old file keep it, and a process that has it open goes on reading
-//!   it. The new file has the mode asked for and the owner of a file newly created; ACLs and extended attributes are not copied.
+//!   it. The new file has the mode asked for and the owner of a file newly created, unless [`Options::preserve`] says otherwise.
 //! - A `fork`ed child that does not `exec` holds the locks on where its parent is killed, and runs destructors if it unwinds: let
 //!   it `_exit`.
 //! - Locks are advisory, and names are only names: somebody else who may write to the directory can remove or exchange a
@@ -182,6 +215,11 @@
 //!   yet, and stays there from before one recycling commit until the next writer has taken the spare; of an NFS client that was
 //!   given the file by this machine; of what `sendfile` and `splice` have under way. These may see new bytes in the old file.
 //! - Readers see a group's files change one after another.
+//! - Groups of different users over the same destinations do not wait for each other, and may mix.
+//! - Opening a writer lists the directory once, and committing lists it twice: keep snapshots out of
+//!   directories of hundreds of thousands of files.
+//! - A process of this user that is stopped in the middle of a group's commit holds up the commits of
+//!   that group's own files, until it is continued or killed.
 //!
 //! # Features
 //!

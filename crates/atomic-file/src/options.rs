@@ -179,8 +179,8 @@ impl Options {
 
     /// Stages a new file that is to replace, or become, `dest`.
     ///
-    /// First completes a group commit that a killed process left behind in the directory, and removes what killed
-    /// writers to this very destination left (found by name, without listing the directory).
+    /// First completes the group commits that killed processes left behind in the directory, and removes what killed
+    /// writers to this very destination left. [`sweep`](crate::sweep()) does so for all destinations.
     ///
     /// # Errors
     /// See [`OpenError`]. Nothing is left behind but what the error names.
