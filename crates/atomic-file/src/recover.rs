@@ -350,39 +350,41 @@ fn find(dir: &Directory, record: &OsStr, member: &Member) -> Result<Found, Recov
         }
     };
     let entry = |name: &OsStr| dir.entry(name).map_err(inspect(name));
-    let replaced_since = match entry(&member.dest)? {
-        Some(there) if there.id.inode == member.inode => return Ok(Found::InPlace),
-        Some(there) if there.is_dir() => {
-            return Err(RecoverError::DestinationIsDirectory {
-                dest: dir.path_of(&member.dest),
-                record: dir.path_of(record),
-            });
-        }
-        Some(_) => match member.old {
-            Old::Unknown => false,
-            old => old_file(dir, &member.dest).map_err(inspect(&member.dest))? != old,
-        },
-        // There is nothing that could be undone.
-        None => false,
-    };
-    if replaced_since {
-        return Ok(Found::Superseded);
+    let dest = entry(&member.dest)?;
+    if dest.is_some_and(|dest| dest.id.inode == member.inode) {
+        return Ok(Found::InPlace);
+    }
+    if dest.is_some_and(|dest| dest.is_dir()) {
+        return Err(RecoverError::DestinationIsDirectory {
+            dest: dir.path_of(&member.dest),
+            record: dir.path_of(record),
+        });
     }
     match entry(&member.stage)? {
         // No one sweeps it while the record stands, so it was renamed, and its destination then
         // replaced again.
-        None => Ok(Found::Superseded),
+        None => return Ok(Found::Superseded),
         Some(stage)
-            if stage.is_file() && (stage.id.inode, stage.size) == (member.inode, member.size) =>
-        {
-            Ok(Found::Staged)
+            if stage.is_file() && (stage.id.inode, stage.size) == (member.inode, member.size) => {}
+        // Where the directory is a copy, no inode number is what the record says.
+        Some(_) => {
+            return Err(RecoverError::StageChanged {
+                stage: dir.path_of(&member.stage),
+                dest: dir.path_of(&member.dest),
+                record: dir.path_of(record),
+            });
         }
-        Some(_) => Err(RecoverError::StageChanged {
-            stage: dir.path_of(&member.stage),
-            dest: dir.path_of(&member.dest),
-            record: dir.path_of(record),
-        }),
     }
+    let replaced_since = match (dest, member.old) {
+        // There is nothing that could be undone, or nothing that could tell.
+        (None, _) | (_, Old::Unknown) => false,
+        (Some(_), old) => old_file(dir, &member.dest).map_err(inspect(&member.dest))? != old,
+    };
+    Ok(if replaced_since {
+        Found::Superseded
+    } else {
+        Found::Staged
+    })
 }
 
 /// What is at a destination, for a record to say.

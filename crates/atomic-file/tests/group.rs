@@ -309,6 +309,26 @@ fn a_recycled_stages_name_is_never_renamed() {
     assert_eq!(fs::read(&stage).unwrap(), b"new");
 }
 
+/// In a copy no inode number is what the record says, so that nothing tells old from new.
+#[rstest]
+fn in_a_copied_directory_nothing_is_guessed(#[values(0, 1)] renamed: usize) {
+    if !Need::Strace.met("in_a_copied_directory_nothing_is_guessed") {
+        return;
+    }
+    let dir = killed_after(renamed);
+    let copy = tempfile::tempdir().unwrap();
+    for name in names(dir.path()) {
+        fs::copy(dir.path().join(&name), copy.path().join(&name)).unwrap();
+    }
+    let before = names(copy.path());
+    let error = stuck(recover(copy.path()));
+    assert!(
+        matches!(error, RecoverError::StageChanged { .. }),
+        "{error:?}"
+    );
+    assert_eq!(names(copy.path()), before);
+}
+
 #[rstest]
 #[case::a_bit_flipped(|bytes: &mut Vec<u8>| bytes[30] ^= 1)]
 #[case::junk(|bytes: &mut Vec<u8>| bytes.clone_from(&b"junk".to_vec()))]
