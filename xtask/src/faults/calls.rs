@@ -247,6 +247,11 @@ pub const LEFT_OUT: &[(&str, c_long, &str)] = &[
     ("clock_nanosleep", libc::SYS_clock_nanosleep, "threads wait"),
     ("poll", libc::SYS_poll, "waits for random numbers"),
     ("fcntl", libc::SYS_fcntl, "a descriptor's flags"),
+    (
+        "setfsuid",
+        libc::SYS_setfsuid,
+        "asks whose files are created",
+    ),
     ("restart_syscall", libc::SYS_restart_syscall, "threads wait"),
     ("rseq", libc::SYS_rseq, "a thread starts"),
     (

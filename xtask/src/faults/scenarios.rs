@@ -176,7 +176,8 @@ const RECOVER: Scenario = Scenario {
         (commits::GROUP.prepare)(dir)?;
         let second = Kind::named("renameat").map(|kind| At {
             kind,
-            nth: 2,
+            // The first shows the record's ticket, the second publishes the record.
+            nth: 4,
             how: How::Kill,
         });
         let report = dir.join("report");
