@@ -88,9 +88,9 @@
 //!
 //! ## Detecting orphaned staged files
 //!
-//! A staged file's name is short whatever the destination's (255 bytes fit), plain ASCII, and random,
+//! A staged file's name is short for every destination (255 bytes fit), plain ASCII, and random,
 //! so that no other user can occupy it. Its writer holds a `flock` on it, which goes when the process
-//! does, however it ends. So whoever finds a staged file can tell an orphan from a file being written
+//! does, however it ends. So a process that finds a staged file can distinguish an orphan from a file being written
 //! by trying to lock it, between threads, processes, and NFS clients. The mode is 0600 until the
 //! commit, so that no other user can hold that lock.
 //!
@@ -145,7 +145,7 @@
 //! 4. removes the record; `S`, so that it never comes back to a directory that has moved on.
 //!
 //! Its owner holds the record's lock until the end. A record whose lock is free belongs to a dead
-//! process, and whoever opens or commits a file in the directory goes on at step 3; while someone
+//! process, and the next writer in the directory continues at step 3; while one
 //! does, a commit of one of the group's destinations waits.
 //!
 //! **A recovery undoes no commit.** Before it renames anything it looks at every member. Where the
@@ -166,7 +166,7 @@
 //! staged file's name renamed within its directory.
 //!
 //! Records of version 1, named `.atomic-file-group`, are still completed. They do not say what a
-//! destination was, so a commit made since then is not told from the file before the group.
+//! destination was, so a commit made since then cannot be distinguished from the file before the group.
 //!
 //! # What may be on the medium after a crash
 //!

@@ -100,7 +100,7 @@ impl Options {
         self
     }
 
-    /// Which attributes of the replaced file the new file gets; none unless told otherwise.
+    /// Which attributes of the replaced file the new file gets; none by default.
     pub fn preserve(mut self, preserve: Preserve) -> Self {
         self.preserve = preserve;
         self

@@ -102,11 +102,11 @@ fn records(names: &[OsString]) -> impl Iterator<Item = &OsString> {
     names.iter().filter(|name| is_record_name(name))
 }
 
-/// Completes the dead groups among the records in `names`. Where `wait` is set, waits for the living
-/// ones of this user that have the destination `dest`.
+/// Completes the dead groups among the records in `names`. Where `wait` is set, waits for those in
+/// progress of this user that have the destination `dest`.
 ///
 /// Fails only where a group that has `dest` cannot be completed. Other groups are none of this
-/// destination's business, and so is a record that cannot be read: whatever is at `dest` once this
+/// destination's business, and so is a record that cannot be read: the file at `dest` once this
 /// writer has committed is not what the record says was there, and so stays.
 pub(crate) fn settle_for(
     dir: &Directory,

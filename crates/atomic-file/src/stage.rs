@@ -2,7 +2,7 @@
 //!
 //! # Names and locks
 //! A staged file is called `.atomic-file-HASH-ID.stage`: HASH is the CRC-32 of the destination's
-//! name, so that the name has a fixed length whatever the destination's, and ID is 16 random
+//! name, so that the name has a fixed length, and ID is 16 random
 //! hexadecimal digits. No other user can predict a name, and so none can occupy it. A writer lists
 //! the directory when it is opened, and removes the orphaned staged files of its own destination.
 //!
@@ -18,7 +18,7 @@
 //!    name still means the locked file.
 //!
 //! What a commit [exchanged](Stage::exchange) for its staged file stands under the staged file's
-//! name, locked by that commit; `spare.rs` tells what becomes of it.
+//! name, locked by that commit; `spare.rs` describes what becomes of it.
 //!
 //! So a name can change its meaning only through the holder of the lock, and a sweeper's last look
 //! stays true until it unlinks. An owner that has died publishes no record any more, hence the order
@@ -49,8 +49,8 @@ const SPARE: &str = ".spare";
 /// A group's record that is not published: see `turn.rs`.
 const TICKET: &str = ".intent";
 
-/// The mode of every staged file until it is committed: readable and writable by its owner, whatever
-/// mode it is to get, and not to be opened by anyone else.
+/// The mode of every staged file until it is committed: readable and writable by its owner,
+/// independent of the mode it is to get, and not to be opened by anyone else.
 pub(crate) const STAGED_MODE: u32 = 0o600;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

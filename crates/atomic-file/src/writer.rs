@@ -237,8 +237,8 @@ impl AtomicWriter {
         drop(stage);
         // A group may have been published between the last look and the rename, and its owner have
         // died. Its record says what was here then, so that no recovery replaces what is here now;
-        // but one that looked before the rename must end before this commit returns. Whatever else
-        // goes wrong there is no matter of this file.
+        // but one that looked before the rename must end before this commit returns. Other
+        // failures do not concern this file.
         let _ = settle();
         let synced = match durability {
             Durability::Full => dest.dir.sync(durability),
@@ -274,7 +274,7 @@ impl AtomicWriter {
         } = self;
         let lost = preserve::give(stage.file(), &dest.dir, &dest.name, *preserve, *mode)
             .map_err(io::Error::other)?;
-        // The destination may have changed since what is lost was told to the caller.
+        // The destination may have changed since the caller was informed of what is lost.
         let is_known = |lost: &NotPreserved| {
             let mut known = self.not_preserved.iter();
             known.any(|known| known.attribute == lost.attribute)

@@ -309,7 +309,7 @@ fn a_recycled_stages_name_is_never_renamed() {
     assert_eq!(fs::read(&stage).unwrap(), b"new");
 }
 
-/// In a copy no inode number is what the record says, so that nothing tells old from new.
+/// In a copy no inode number is what the record says, so that old and new cannot be distinguished.
 #[rstest]
 fn in_a_copied_directory_nothing_is_guessed(#[values(0, 1)] renamed: usize) {
     if !Need::Strace.met("in_a_copied_directory_nothing_is_guessed") {

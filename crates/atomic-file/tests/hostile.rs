@@ -346,7 +346,6 @@ fn no_two_staged_files_have_the_same_name() {
     }
 }
 
-/// Whatever bytes a planted record has.
 #[rstest]
 #[case::junk(b"junk".to_vec())]
 #[case::empty(Vec::new())]

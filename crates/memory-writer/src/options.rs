@@ -177,7 +177,7 @@ impl Options {
     }
 
     /// Which of the replaced file's owner, group, mode, access control list and extended attributes the snapshot
-    /// gets; none unless told otherwise. See [`atomic_file::Preserve`].
+    /// gets; none by default. See [`atomic_file::Preserve`].
     pub fn preserve(mut self, preserve: Preserve) -> Self {
         self.stage = self.stage.preserve(preserve);
         self
