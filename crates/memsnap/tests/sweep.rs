@@ -114,7 +114,7 @@ fn an_interrupted_group_is_kept_unless_it_is_to_be_recovered() {
 
 #[rstest]
 #[case::full("full ram -o out --force")]
-#[case::diff("diff full.mem ram -o out --force")]
+#[case::diff("diff full.mem --ram ram -o out --force")]
 #[case::merge("merge full.mem d1.mem -o out --force")]
 #[case::merge_in_place("merge --in-place out d1.mem")]
 #[case::convert("convert full.mem -o out --force")]
