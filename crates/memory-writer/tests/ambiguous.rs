@@ -6,7 +6,7 @@ use std::io;
 use std::path::Path;
 
 use dirty_bitmap::DirtyBitmap;
-use memory_writer::{AmbiguousDiff, Layout, MemoryWriter, Seal, SnapshotError};
+use memory_writer::{AmbiguousDiff, ImageId, Layout, MemoryWriter, Seal, SnapshotError};
 use page_reader::PageReader;
 use rstest::rstest;
 use sparse_file::PagesUnknown;
@@ -32,6 +32,11 @@ fn dirty(addresses: impl IntoIterator<Item = u64>) -> DirtyBitmap {
         dirty.set_dirty(address).unwrap();
     }
     dirty
+}
+
+/// Of a diff on top of some image.
+fn seal() -> Seal {
+    Seal::new().parent(ImageId::from_bytes([7; 16]))
 }
 
 /// The reason for which a raw diff of `pages` is refused in `dir`.
@@ -86,8 +91,8 @@ fn a_raw_diff_in_pages_smaller_than_a_block_is_refused(
         ),
         "{why:?}"
     );
-    accepted(dir, page_size, Layout::Sealed(Seal::new()), &dirty([0]));
-    accepted(dir, page_size, Layout::Packed(Seal::new()), &dirty([0]));
+    accepted(dir, page_size, Layout::Sealed(seal()), &dirty([0]));
+    accepted(dir, page_size, Layout::Packed(seal()), &dirty([0]));
     accepted(dir, block, Layout::Raw, &dirty([5 * page_size]));
 }
 
@@ -100,8 +105,8 @@ fn a_raw_diff_of_every_page_is_refused() {
     // A mark in each page is enough.
     let why = refused(dir.path(), 65536, &dirty((0..RAM).step_by(65536)));
     assert!(matches!(why, AmbiguousDiff::EveryPage), "{why:?}");
-    accepted(dir.path(), 4096, Layout::Packed(Seal::new()), &all);
-    accepted(dir.path(), 4096, Layout::Sealed(Seal::new()), &all);
+    accepted(dir.path(), 4096, Layout::Packed(seal()), &all);
+    accepted(dir.path(), 4096, Layout::Sealed(seal()), &all);
 }
 
 #[test]
