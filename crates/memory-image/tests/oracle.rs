@@ -152,6 +152,7 @@ impl Guest {
             .then(|| layer.full.index(layer.passes.len()));
         let mut writer = options(layout)
             .skip_zeros(true)
+            .allow_ambiguous_diff(true)
             .open(path, self.ram.len() as u64, page)
             .unwrap();
         let mut runs = Vec::new();

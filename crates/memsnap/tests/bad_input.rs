@@ -336,7 +336,7 @@ fn without_permission_the_error_names_the_file() {
     fs::set_permissions(work.path("full.mem"), Permissions::from_mode(0o644)).unwrap();
     nobody("info full.mem").good();
     nobody("verify full.mem").good();
-    nobody("convert full.mem -o out").fails(3, &["cannot create files", "Permission denied"]);
+    nobody("convert full.mem -o out").fails(3, &["cannot stage", "Permission denied"]);
     // RAM that may be read, and not be written.
     let before = work.read("ram");
     nobody("restore full.mem -o ram --force").fails(3, &["ram", "Permission denied"]);

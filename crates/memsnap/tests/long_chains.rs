@@ -95,7 +95,7 @@ fn every_verb_takes_more_images_than_descriptors(#[values(true, false)] packed: 
 /// What one image takes, all together are to take: probing a file system takes tens of milliseconds, and starting a thread is more work than checking
 /// a page.
 #[rstest]
-#[case::info_probes_a_directory("info", "fsync", false)]
+#[case::info_probes_a_directory("info", "fallocate", false)]
 #[case::verify_starts_a_thread("verify", "clone,clone3", true)]
 fn many_small_images_take_no_more_calls_than_one(
     #[case] verb: &str,
