@@ -53,6 +53,7 @@ const CRATES: [(&str, &[Part]); 4] = [
     (
         "dirty-bitmap",
         &[whole(&[&[
+            "allocations",
             "epochs",
             "loom",
             "loom_tracker",
@@ -66,7 +67,8 @@ const CRATES: [(&str, &[Part]); 4] = [
         "memory-writer",
         &[whole(&[
             &["bad_input", "layouts", "oracle", "process", "snapshots"],
-            &["recycling", "resident", "skipping"],
+            &["ambiguous", "recycling", "resident", "skipping"],
+            &["memory", "untouched"],
         ])],
     ),
     (
@@ -76,9 +78,10 @@ const CRATES: [(&str, &[Part]); 4] = [
                 files: LAZY,
                 except: true,
                 tests: &[
-                    &["mapped_chain", "sealed"],
+                    &["mapped_chain", "sealed", "identity"],
                     &["chains", "damage", "lazy_kvm", "lazy_memory"],
-                    &["lazy_ram", "secrets"],
+                    &["lazy_ram", "oracle", "secrets"],
+                    &["chain_memory", "long_chains"],
                 ],
             },
             Part {
@@ -87,10 +90,14 @@ const CRATES: [(&str, &[Part]); 4] = [
                 tests: &[
                     &["lazy_memory", "lazy_ram"],
                     &[
+                        "chain_memory",
                         "chains",
                         "damage",
+                        "identity",
                         "lazy_kvm",
+                        "long_chains",
                         "mapped_chain",
+                        "oracle",
                         "sealed",
                         "secrets",
                     ],
