@@ -134,6 +134,7 @@ pub enum Failure {
         "{path:?} is on hugetlbfs, which has no write(2): to restore RAM there, make the file in its size first"
     )]
     NoWritesThere { path: PathBuf },
+    #[cfg(target_os = "linux")]
     #[error(
         "there are not enough huge pages for {path:?}, which is as it was: raise vm.nr_hugepages, or the size of \
          its hugetlbfs"
@@ -181,10 +182,9 @@ impl Failure {
             | Self::RamResized { .. }
             | Self::NoRoom { .. }
             | Self::TargetNotWritable { .. }
-            | Self::NoWritesThere { .. }
-            | Self::NoHugePages { .. } => FAILED,
+            | Self::NoWritesThere { .. } => FAILED,
             #[cfg(target_os = "linux")]
-            Self::NothingMapped { .. } | Self::RamMoved { .. } => FAILED,
+            Self::NothingMapped { .. } | Self::RamMoved { .. } | Self::NoHugePages { .. } => FAILED,
             #[cfg(target_os = "linux")]
             Self::NoRegion { .. } => USAGE,
             Self::Interrupted { .. } => interrupt::exit_code(),

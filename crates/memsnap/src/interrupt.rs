@@ -14,7 +14,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 
 use memory_writer::CancelToken;
-use nix::sys::signal::{SigSet, SigmaskHow, Signal};
+#[cfg(target_os = "linux")]
+use nix::sys::signal::SigmaskHow;
+use nix::sys::signal::{SigSet, Signal};
 use signal_hook::consts::{SIGALRM, SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGXFSZ};
 use signal_hook::flag;
 use signal_hook::iterator::Signals;
@@ -116,11 +118,13 @@ fn suspending() -> SigSet {
 ///
 /// While this process has stopped another one, that would stand still for as long. A signal that comes
 /// meanwhile suspends this process once this is dropped, unless it was continued before.
+#[cfg(target_os = "linux")]
 #[derive(Debug)]
 pub struct NotSuspended {
     before: SigSet,
 }
 
+#[cfg(target_os = "linux")]
 impl NotSuspended {
     pub fn from_now_on() -> io::Result<Self> {
         let before = suspending().thread_swap_mask(SigmaskHow::SIG_BLOCK)?;
@@ -128,6 +132,7 @@ impl NotSuspended {
     }
 }
 
+#[cfg(target_os = "linux")]
 impl Drop for NotSuspended {
     fn drop(&mut self) {
         let _ = self.before.thread_set_mask();

@@ -48,6 +48,7 @@ impl Ram {
     ///
     /// Comes last before the RAM is read: what fails, or takes time, must not happen while a guest
     /// stands still.
+    #[cfg_attr(not(target_os = "linux"), expect(unused_variables))]
     pub fn hold(&mut self, session: &Session) -> anyhow::Result<()> {
         match self {
             Self::File(_) => Ok(()),
@@ -57,6 +58,7 @@ impl Ram {
     }
 
     /// Refuses an output that a process has mapped as its RAM.
+    #[cfg_attr(not(target_os = "linux"), expect(unused_variables))]
     pub fn check_output(&self, output: &Path) -> Result<(), Failure> {
         match self {
             // A file that was named was compared by its name.

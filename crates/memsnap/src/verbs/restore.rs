@@ -19,9 +19,9 @@ use crate::args::{Formats, ImageFile, Output, RawImages};
 use crate::failure::Failure;
 use crate::print::size;
 use crate::session::Session;
+use crate::{input, save};
 #[cfg(target_os = "linux")]
-use crate::sys::Mapping;
-use crate::{input, room, save};
+use crate::{room, sys::Mapping};
 
 /// Bytes read, or zeros written, at a time.
 const CHUNK: usize = 1 << 20;
