@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use memory_image::{Chain, Image, LazyRam, MappedChain};
-use memory_writer::{Layout, MemoryWriter, Options, Seal};
+use memory_writer::{ImageId, Layout, MemoryWriter, Options, Seal};
 use page_reader::PageReader;
 
 use crate::cases::SQUIB;
@@ -195,9 +195,11 @@ fn packed_diff<'a>(ram: &'a Ram, dirty: &'a Dirty, name: &str, before: Before) -
     let size = ram.size;
     case.contenders.retain(|contender| contender.name == SQUIB);
     let ours = contender(OURS, move |dest| {
+        let seal = Seal::new().parent(ImageId::from_bytes([1; 16]));
+        let options = MemoryWriter::options().layout(Layout::Packed(seal));
         let options = match before {
-            Before::Nothing => packed(),
-            Before::ThePrevious => packed().recycle(u64::MAX),
+            Before::Nothing => options,
+            Before::ThePrevious => options.recycle(u64::MAX),
         };
         let mut writer = options.open(dest, size, PAGE).unwrap();
         writer.write_diff(&ram.reader(), &dirty.ours).unwrap();
