@@ -129,8 +129,10 @@ fn write_diff(
     let live = Arc::new(dirty(stamp)?);
     witness.saving(&live);
     let epoch = live.begin_epoch()?;
+    // The pages of each diff are known here.
     let mut writer = MemoryWriter::options()
         .layout(layout)
+        .allow_ambiguous_diff(true)
         .open(dest, RAM, PAGE)?;
     writer.write_diff(&Stamped::new(stamp, RAM), epoch.bitmap())?;
     writer.commit()?;
