@@ -142,6 +142,8 @@ fn an_output_that_is_a_link_to_nothing_is_explained_in_the_tools_own_words() {
 #[case::converted("convert full.mem -o out --layout raw")]
 #[case::sent("convert full.mem -o - --zstd")]
 #[case::the_new_state("diff other.mem full.mem -o out")]
+#[case::the_old_state("diff full.mem other.mem -o out")]
+#[case::below_ram("diff full.mem d1.mem --ram ram -o out")]
 #[case::restored("restore full.mem d1.mem -o out")]
 #[case::restored_in_place("restore full.mem d1.mem -o second --force")]
 fn damage_does_not_get_checksums_that_call_it_right(#[case] command: &str) {
@@ -155,6 +157,7 @@ fn damage_does_not_get_checksums_that_call_it_right(#[case] command: &str) {
 #[case::merged("merge --no-verify full.mem d1.mem -o out")]
 #[case::converted("convert --no-verify full.mem -o out --layout raw")]
 #[case::restored("restore --no-verify full.mem d1.mem -o out")]
+#[case::compared("diff --no-verify full.mem d1.mem --ram ram -o out")]
 fn checksums_are_not_compared_on_request(#[case] command: &str) {
     let work = Work::with_chain();
     work.rot("full.mem", 5000);

@@ -1,6 +1,7 @@
 //! `memsnap diff`: what changed between two states.
 
-use std::path::PathBuf;
+use std::collections::HashSet;
+use std::path::{Path, PathBuf};
 
 use anyhow::Context;
 use clap::Args;
@@ -56,7 +57,7 @@ pub struct Diff {
     /// How the pages stand in the diff
     #[arg(long, default_value = "packed")]
     layout: Layout,
-    /// Don't compare the new state's images with their checksums first
+    /// Don't compare the images with their checksums first
     #[arg(long)]
     no_verify: bool,
     /// What differs, as JSON: sizes and offsets in bytes
@@ -98,8 +99,9 @@ impl Diff {
             None => None,
             Some(output) => Some(self.stage(session, output, &old, &new)?),
         };
-        if let (New::Images(images), false) = (&new, self.no_verify) {
-            input::check_sums(session, images.images())?;
+        if !self.no_verify {
+            // A damaged page that the RAM has by now would be missing in the diff.
+            input::check_sums(session, new.images_beside(&old))?;
         }
         // Last, as it may stop a process.
         new.hold(session)?;
@@ -263,6 +265,18 @@ impl New {
             Self::Ram(_) => Seal::new(),
             Self::Images(chain) => chain.seal(),
         }
+    }
+
+    /// Returns the images of both states, each once.
+    fn images_beside<'i>(&'i self, old: &'i Chain) -> impl Iterator<Item = &'i Image> {
+        let new = match self {
+            Self::Ram(_) => None,
+            Self::Images(chain) => Some(chain),
+        };
+        let known: HashSet<&Path> = old.paths().collect();
+        let new = new.into_iter().flat_map(Chain::images);
+        let beside = new.filter(move |image| !known.contains(image.path()));
+        old.images().chain(beside)
     }
 
     fn hold(&mut self, session: &Session) -> anyhow::Result<()> {
