@@ -20,6 +20,9 @@ use segments::{Segment, Source};
 
 /// A full image and the diffs taken after it, oldest first: the guest's RAM as it was at the last of them. Or diffs alone, to be made one.
 ///
+/// A chain of diffs alone knows only the pages that its diffs hold ([`known_runs`](Self::known_runs)). Reading another page is
+/// [`ImageError::NotInDiffs`]: the page was clean, and its bytes are in an older image.
+///
 /// The images are opened and looked through once; their bytes are read when asked for. They must not change while the
 /// chain is open.
 ///
@@ -146,8 +149,8 @@ impl Chain {
         Ok(chain)
     }
 
-    /// Opens the diff `oldest`, sealed or packed, to be put together with the diffs taken after it into one. Pages that none of them holds are not known, and not
-    /// zeros.
+    /// Opens the diff `oldest`, sealed or packed, to be put together with the diffs taken after it into one. Pages that none of them holds are not known:
+    /// reading one is [`ImageError::NotInDiffs`].
     ///
     /// # Errors
     /// As [`push`](Self::push).
@@ -395,11 +398,19 @@ impl Chain {
             let (piece, later) = rest.split_at_mut((range.end - range.start) as usize);
             match source {
                 Source::Stored { layer, offset } => self.layers[layer].read_file(offset, piece)?,
+                Source::Nowhere if !self.full => return Err(self.not_in_diffs(range.start)),
                 Source::Nowhere | Source::Zeroed => piece.fill(0),
             }
             rest = later;
         }
         Ok(())
+    }
+
+    fn not_in_diffs(&self, offset: u64) -> ImageError {
+        ImageError::NotInDiffs {
+            offset: offset - offset % self.page_size,
+            oldest: self.base().path.clone(),
+        }
     }
 }
 
@@ -412,6 +423,8 @@ enum Pages {
 }
 
 /// The guest's RAM, each page from the newest image that holds it.
+///
+/// Reading a page that no image of a chain of diffs holds fails with [`ImageError::NotInDiffs`].
 impl PageReader for Chain {
     fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
         let inside = offset
@@ -426,7 +439,8 @@ impl PageReader for Chain {
         })
     }
 
-    /// What is stored; in a chain of diffs, all.
+    /// Returns what is stored. Of a chain of diffs it returns all: reading a page that none of them holds then fails, while a page that is left
+    /// out would be taken for zeros.
     fn populated(&self, range: Range<u64>) -> PopulatedRanges<'_> {
         if !self.full {
             return Box::new(std::iter::once(range).filter(|range| !range.is_empty()));

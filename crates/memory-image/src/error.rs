@@ -100,6 +100,16 @@ pub enum ImageError {
         /// The diff.
         path: PathBuf,
     },
+    /// A page of a chain of diffs that none of them holds. It was clean, and its bytes are in an older image.
+    #[error(
+        "the page at {offset:#x} is in none of the diffs from {oldest:?} on: begin with the full image that they were taken after"
+    )]
+    NotInDiffs {
+        /// Where the page starts in the guest's RAM, in bytes.
+        offset: u64,
+        /// The oldest diff of the chain.
+        oldest: PathBuf,
+    },
     /// An image whose pages are not at their offsets can't be mapped as it is.
     #[error("{path:?} is packed: convert it, or map it as a chain")]
     Packed {

@@ -1,0 +1,147 @@
+//! Chains of diffs without a full image: what they know, and what they refuse.
+
+use std::ops::ControlFlow;
+use std::path::{Path, PathBuf};
+
+use dirty_bitmap::DirtyBitmap;
+use memory_image::{Chain, CompareError, Image, ImageError, compare};
+use memory_writer::{Durability, Layout, MemoryWriter, Options, Seal, SnapshotError};
+use page_reader::PageReader;
+use rstest::rstest;
+
+const PAGE: u64 = 4096;
+const SIZE: u64 = 1 << 20;
+
+type Make = fn(Seal) -> Layout;
+
+fn raw(_: Seal) -> Layout {
+    Layout::Raw
+}
+
+fn options(layout: Layout) -> Options {
+    MemoryWriter::options()
+        .layout(layout)
+        .durability(Durability::None)
+        .allow_ambiguous_diff(true)
+}
+
+/// A diff of these pages, whose bytes are `value`.
+fn diff(path: &Path, layout: Layout, value: u8, pages: &[u64]) {
+    let dirty = DirtyBitmap::new(0, SIZE, PAGE).unwrap();
+    for page in pages {
+        dirty.set_dirty(page * PAGE).unwrap();
+    }
+    let mut writer = options(layout).open(path, SIZE, PAGE).unwrap();
+    writer
+        .write_diff(&vec![value; SIZE as usize], &dirty)
+        .unwrap();
+    writer.commit().unwrap();
+}
+
+/// A chain of two diffs: page 1 is 2, pages 2 and 9 are 3, page 3 is zeros.
+fn diffs(dir: &Path, make: Make) -> Chain {
+    let path = |name: &str| -> PathBuf { dir.join(name) };
+    let sealed = !matches!(make(Seal::new()), Layout::Raw);
+    let parent = Seal::new().on_raw_image();
+    diff(&path("first"), make(parent), 2, &[1, 2]);
+    diff(&path("zeros"), make(on(&path("first"), sealed)), 0, &[3]);
+    diff(&path("last"), make(on(&path("zeros"), sealed)), 3, &[2, 9]);
+    if sealed {
+        return Chain::open_sealed(&[path("first"), path("zeros"), path("last")]).unwrap();
+    }
+    let first = Image::open_raw(path("first")).unwrap();
+    let (mut chain, _) = Chain::from_diff_by_holes(first, PAGE).unwrap();
+    chain.push_by_holes(path("zeros")).unwrap();
+    chain.push_by_holes(path("last")).unwrap();
+    chain
+}
+
+/// The seal of a diff that was taken after this image.
+fn on(parent: &Path, sealed: bool) -> Seal {
+    match sealed {
+        true => Seal::new().parent(Image::open(parent).unwrap().id().unwrap()),
+        false => Seal::new(),
+    }
+}
+
+#[rstest]
+#[case::raw_diffs(raw)]
+#[case::sealed_diffs(Layout::Sealed)]
+#[case::packed_diffs(Layout::Packed)]
+fn a_page_that_no_diff_holds_is_an_error_and_not_zeros(#[case] make: Make) {
+    let dir = tempfile::tempdir().unwrap();
+    let chain = diffs(dir.path(), make);
+    for (page, value) in [(1, 2), (2, 3), (3, 0), (9, 3)] {
+        let mut bytes = [0xee; PAGE as usize];
+        chain.read_at(page * PAGE, &mut bytes).unwrap();
+        assert_eq!(bytes, [value; PAGE as usize], "page {page}");
+    }
+    let unknown = |offset: u64, len: u64| {
+        let error = chain.read_at(offset, &mut vec![0; len as usize]);
+        let error = error.unwrap_err().downcast::<ImageError>().unwrap();
+        assert!(error.to_string().contains("none of the diffs"), "{error}");
+        match error {
+            ImageError::NotInDiffs { offset, .. } => offset / PAGE,
+            other => panic!("{other:?}"),
+        }
+    };
+    assert_eq!(unknown(0, 1), 0);
+    assert_eq!(unknown(PAGE - 1, 2), 0);
+    assert_eq!(unknown(3 * PAGE, 2 * PAGE), 4);
+    assert_eq!(unknown(7 * PAGE + 5, 10), 7);
+    assert_eq!(unknown(SIZE - 1, 1), SIZE / PAGE - 1);
+}
+
+#[test]
+fn a_chain_of_diffs_is_not_taken_for_all_of_the_ram() {
+    let dir = tempfile::tempdir().unwrap();
+    let chain = diffs(dir.path(), Layout::Packed);
+    let full = vec![1; SIZE as usize];
+    let sources: [&(dyn PageReader + Sync); 2] = [&full, &chain];
+    for (older, newer) in [(sources[0], sources[1]), (sources[1], sources[0])] {
+        let compared = compare(older, newer, SIZE, PAGE, &|_| ControlFlow::Continue(()));
+        assert!(
+            matches!(compared, Err(CompareError::Read { .. })),
+            "{compared:?}"
+        );
+    }
+    for make in [raw, Layout::Sealed, Layout::Packed] as [Make; 3] {
+        let path = dir.path().join("full");
+        let mut writer = options(make(Seal::new())).open(&path, SIZE, PAGE).unwrap();
+        let written = writer.write_full(&chain);
+        assert!(
+            matches!(written, Err(SnapshotError::MemoryIo { .. })),
+            "{written:?}"
+        );
+        assert!(writer.commit().is_err());
+        assert!(!path.exists());
+    }
+}
+
+#[rstest]
+fn diffs_merge_to_a_diff_of_the_pages_that_they_hold(
+    #[values(raw, Layout::Sealed, Layout::Packed)] from: Make,
+    #[values(raw, Layout::Sealed, Layout::Packed)] to: Make,
+    #[values(512, PAGE)] page: u64,
+) {
+    let dir = tempfile::tempdir().unwrap();
+    let chain = diffs(dir.path(), from);
+    let merged = dir.path().join("merged");
+    let mut writer = options(to(chain.seal())).open(&merged, SIZE, page).unwrap();
+    assert_eq!(chain.write_to(&mut writer).unwrap(), 4 * PAGE);
+    writer.commit().unwrap();
+    let merged = match to(Seal::new()) {
+        Layout::Raw => {
+            let image = Image::open_raw(&merged).unwrap();
+            Chain::from_diff_by_holes(image, PAGE).unwrap().0
+        }
+        _ => Chain::open_diff(&merged, page).unwrap(),
+    };
+    assert!(merged.known_runs().eq(chain.known_runs()));
+    for run in chain.known_runs() {
+        let mut bytes = [0, 1].map(|byte| vec![byte; (run.end - run.start) as usize]);
+        chain.read_at(run.start, &mut bytes[0]).unwrap();
+        merged.read_at(run.start, &mut bytes[1]).unwrap();
+        assert!(bytes[0] == bytes[1], "{run:x?}");
+    }
+}
