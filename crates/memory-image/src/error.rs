@@ -193,6 +193,16 @@ pub enum ImageError {
         /// The image.
         path: PathBuf,
     },
+    /// A chain of diffs can't be written in larger pages than its own: they would also hold clean memory, whose bytes no diff has.
+    #[error(
+        "a chain of diffs in pages of {chain} bytes cannot be written in pages of {writer} bytes: open the writer with pages of at most {chain} bytes"
+    )]
+    LargerPages {
+        /// The page size of the writer in bytes.
+        writer: u64,
+        /// The page size of the chain in bytes.
+        chain: u64,
+    },
     /// The images could not be written as one.
     #[error("writing the images as one failed")]
     Merge(#[from] SnapshotError),

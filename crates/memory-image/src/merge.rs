@@ -56,10 +56,20 @@ impl Chain {
     /// Writes all that the chain holds by a writer that was just opened, for RAM of [`size`](Self::size) bytes from address 0 on: what
     /// [`merge`](Self::merge) does before it commits. Returns the bytes of the pages that the images store.
     ///
+    /// A chain of diffs is written in pages of its own [size](Self::page_size) or smaller ones: a larger page would also hold clean memory, whose bytes
+    /// no diff has.
+    ///
     /// # Errors
+    /// [`ImageError::LargerPages`] for a chain of diffs and a writer of larger pages: nothing was written, and the writer stays as it was.
     /// [`ImageError::Merge`]; the writer can't be committed then.
     pub fn write_to(&self, writer: &mut MemoryWriter) -> Result<u64, ImageError> {
         if !self.is_full() {
+            if writer.page_size() > self.page_size() {
+                return Err(ImageError::LargerPages {
+                    writer: writer.page_size(),
+                    chain: self.page_size(),
+                });
+            }
             let pages = writer.write_diff(self, &self.bitmap(self.known_runs())?)?;
             return Ok(pages * writer.page_size());
         }

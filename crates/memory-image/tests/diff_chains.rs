@@ -145,3 +145,71 @@ fn diffs_merge_to_a_diff_of_the_pages_that_they_hold(
         assert!(bytes[0] == bytes[1], "{run:x?}");
     }
 }
+
+#[rstest]
+fn a_chain_of_diffs_is_not_written_in_larger_pages(
+    #[values(raw, Layout::Sealed, Layout::Packed)] from: Make,
+    #[values(raw, Layout::Sealed, Layout::Packed)] to: Make,
+) {
+    let dir = tempfile::tempdir().unwrap();
+    let chain = diffs(dir.path(), from);
+    let merged = dir.path().join("merged");
+    let mut writer = options(to(chain.seal()))
+        .open(&merged, SIZE, 16 * PAGE)
+        .unwrap();
+    let error = chain.write_to(&mut writer).unwrap_err();
+    assert!(
+        matches!(
+            error,
+            ImageError::LargerPages {
+                writer: 65536,
+                chain: 4096
+            }
+        ),
+        "{error:?}"
+    );
+    assert!(error.to_string().contains("at most 4096 bytes"), "{error}");
+    let committed = writer.commit();
+    assert!(
+        matches!(committed, Err(SnapshotError::NothingWritten { .. })),
+        "{committed:?}"
+    );
+    assert!(!merged.exists());
+}
+
+/// All of its memory is known, so no page of it is too large.
+#[rstest]
+fn a_full_chain_is_written_in_larger_pages(
+    #[values(raw, Layout::Sealed, Layout::Packed)] make: Make,
+) {
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name);
+    let seal = Seal::new();
+    let mut writer = options(Layout::Packed(seal))
+        .open(path("full"), SIZE, PAGE)
+        .unwrap();
+    writer.write_full(&vec![1; SIZE as usize]).unwrap();
+    writer.commit().unwrap();
+    diff(
+        &path("diff"),
+        Layout::Packed(on(&path("full"), true)),
+        2,
+        &[1],
+    );
+    let chain = Chain::open_sealed(&[path("full"), path("diff")]).unwrap();
+    let mut writer = options(make(chain.seal()))
+        .open(path("merged"), SIZE, 16 * PAGE)
+        .unwrap();
+    chain.write_to(&mut writer).unwrap();
+    writer.commit().unwrap();
+    let merged = match make(Seal::new()) {
+        Layout::Raw => Chain::open_raw(path("merged"), PAGE).unwrap(),
+        _ => Chain::open(path("merged"), PAGE).unwrap(),
+    };
+    let byte = |page: u64| {
+        let mut byte = [0];
+        merged.read_at(page * PAGE, &mut byte).unwrap();
+        byte[0]
+    };
+    assert_eq!([0, 1, 2, 255].map(byte), [1, 2, 1, 1]);
+}
