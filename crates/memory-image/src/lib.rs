@@ -71,14 +71,15 @@
 //! in: larger ones would take clean memory beside a page for zeros.
 //!
 //! What can't be seen in a raw diff: a tool that digs holes where whole pages are zero (`cp --sparse=always`, `tar -S`). Copy raw diffs with tools that keep holes as
-//! they are, and on file systems that have them.
+//! they are, and on file systems that have them. Nor a hole of a file on tmpfs that was touched through a mapping, which fills it: do not map a raw
+//! diff by other means than [`MappedChain`], which maps no hole of a diff.
 //!
 //! Sealed and packed images have none of these doubts: their footers say it, on every file system and after every copy.
 //!
 //! # How guests start, as system calls
 //! | | |
 //! |---|---|
-//! | `MappedChain` | `mmap` of anonymous memory, then `MAP_PRIVATE`, `MAP_FIXED` of files over it, the oldest first; `pread` of what is copied |
+//! | `MappedChain` | `lseek` (`SEEK_DATA`, `SEEK_HOLE`) of the diffs; `mmap` of anonymous memory, then `MAP_PRIVATE`, `MAP_FIXED` of files over it, the oldest first; `pread` of what is copied |
 //! | `LazyRam` | `userfaultfd`, or `USERFAULTFD_IOC_NEW` of `/dev/userfaultfd`; `MADV_DONTFORK`, `UFFDIO_REGISTER` and `MADV_DONTNEED` of anonymous memory; for each fault `pread` and `UFFDIO_COPY`, or `UFFDIO_ZEROPAGE`, or `UFFDIO_POISON` (Linux 6.6); at the end `UFFDIO_UNREGISTER`, `UFFDIO_WAKE` and `MADV_DOFORK` |
 //!
 //! # Limitations

@@ -1,6 +1,7 @@
 //! Images as guest memory, without reading them.
 
 mod chain;
+mod data;
 mod region;
 
 use std::io;
@@ -15,7 +16,11 @@ use crate::error::ImageError;
 use crate::image::Image;
 
 /// A full image, raw or sealed, mapped copy-on-write (`MAP_PRIVATE`): RAM for a guest that starts at once and reads its pages when it touches
-/// them. What the guest writes stays its own; the file never changes.
+/// them. What the guest writes stays its own; the bytes of the file never change.
+///
+/// On tmpfs, a page that is touched where the file has a hole is allocated in the file, which then takes more memory and has fewer
+/// holes, of the same bytes. That does a full image no harm. Do not map a raw diff, which nothing tells from a full image: each of its holes
+/// that is touched would be taken for a page of zeros later.
 ///
 /// The RAM is one range of host memory in the order of the memory file. A guest of several regions takes each
 /// region from its offset on; the file's offsets and so the host's addresses are page-aligned where the regions are.

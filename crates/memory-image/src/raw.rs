@@ -8,7 +8,7 @@ use sparse_file::{Extents, Kind, Knowledge, PageHoles, extents, reported_extents
 
 use crate::error::{ImageError, Unclear};
 use crate::image::Image;
-use crate::page_set::PageSet;
+use crate::page_set::{PageSet, joined};
 
 /// A way to list the extents of a file.
 type List = fn(&File) -> io::Result<Extents<&File>>;
@@ -23,6 +23,22 @@ impl Image {
     /// The pages of a diff by the holes that are reported for it, right or wrong.
     pub(crate) fn pages_by_reported_holes(&self, page_size: u64) -> Result<PageSet, ImageError> {
         self.pages_of(reported_extents, page_size)
+    }
+
+    /// Returns the ranges of the file that are reported as data, ascending, in bytes; what lies past its end counts as data.
+    pub(crate) fn reported_data(&self) -> Result<Vec<Range<u64>>, ImageError> {
+        let failed = |source| self.read_error(0, source);
+        let file = self.file()?;
+        let (mut data, mut end) = (Vec::new(), 0);
+        for extent in reported_extents(&file).map_err(failed)? {
+            let extent = extent.map_err(failed)?;
+            end = extent.range.end;
+            if extent.kind == Kind::Data {
+                data.push(extent.range);
+            }
+        }
+        data.push(end..u64::MAX);
+        Ok(joined(data.into_iter()).collect())
     }
 
     fn pages_of(&self, list: List, page_size: u64) -> Result<PageSet, ImageError> {

@@ -3,7 +3,11 @@
 mod common;
 
 #[cfg(target_os = "linux")]
+use std::fs::File;
+#[cfg(target_os = "linux")]
 use std::ops::Range;
+#[cfg(target_os = "linux")]
+use std::path::Path;
 
 use common::{Images, whole};
 use dirty_bitmap::DirtyBitmap;
@@ -197,6 +201,87 @@ fn a_process_without_mappings_is_told_to_use_fewer_or_to_merge() {
     assert!(whole(&few, few.len()) == images.ram);
 }
 
+/// What the file system reports as data.
+#[cfg(target_os = "linux")]
+fn data(path: &Path) -> Vec<Range<u64>> {
+    let file = File::open(path).unwrap();
+    let extents = sparse_file::reported_extents(&file).unwrap();
+    extents
+        .map(Result::unwrap)
+        .filter(|extent| extent.kind == sparse_file::Kind::Data)
+        .map(|extent| extent.range)
+        .collect()
+}
+
+/// Writes to one byte in `step`.
+#[cfg(target_os = "linux")]
+fn touch(ram: &MappedChain, step: usize) {
+    for offset in (0..ram.len()).step_by(step) {
+        // SAFETY: inside the mapping, which nothing else accesses meanwhile.
+        #[allow(unsafe_code)]
+        unsafe {
+            ram.as_ptr().add(offset).write(99);
+        }
+    }
+}
+
+/// On tmpfs, touching a hole through a mapping fills it, and then the hole is taken for a page that the diff holds.
+#[cfg(target_os = "linux")]
+#[rstest]
+fn mapping_a_chain_on_tmpfs_fills_no_hole_of_a_raw_diff(
+    #[values(1, 2, 3, 4, 5, 6, 7, 9, 16_384)] max_mappings: usize,
+    #[values(false, true)] write: bool,
+) {
+    let images = Images::within(Path::new("/dev/shm"), 64 * PAGE, PAGE)
+        .with([0..64])
+        .with([0..4, 5..9, 20..30, 31..32, 33..40])
+        .with([4..5, 30..31])
+        .with([5..6, 32..33, 38..42]);
+    let chain = || {
+        let mut chain = Chain::open_raw(images.path(0), PAGE).unwrap();
+        (1..4).for_each(|diff| chain.push_raw(images.path(diff)).unwrap());
+        chain
+    };
+    let before = [1, 2, 3].map(|layer| data(images.path(layer)));
+    let ram = MappedChain::options()
+        .max_mappings(max_mappings)
+        .map(&chain())
+        .unwrap();
+    assert!(whole(&ram, ram.len()) == images.ram);
+    if write {
+        touch(&ram, PAGE as usize);
+    }
+    drop(ram);
+    assert_eq!([1, 2, 3].map(|layer| data(images.path(layer))), before);
+    assert!(whole(&chain(), images.ram.len()) == images.ram);
+}
+
+/// A caller may say that a diff holds pages which its file has as holes: zeros.
+#[cfg(target_os = "linux")]
+#[rstest]
+fn pages_of_a_diff_that_are_holes_of_its_file_stay_holes(
+    #[values(1, 3, 5, 7, 16_384)] max_mappings: usize,
+) {
+    let mut images = Images::within(Path::new("/dev/shm"), 64 * PAGE, PAGE)
+        .with([0..64])
+        .with([3..20, 30..31]);
+    let mut chain = Chain::open_raw(images.path(0), PAGE).unwrap();
+    let all = std::iter::once(0..40 * PAGE);
+    chain.push_pages(images.path(1), all).unwrap();
+    for zeros in [0..3, 20..30, 31..40] {
+        images.ram[(zeros.start * PAGE) as usize..(zeros.end * PAGE) as usize].fill(0);
+    }
+    let before = data(images.path(1));
+    let ram = MappedChain::options()
+        .max_mappings(max_mappings)
+        .map(&chain)
+        .unwrap();
+    assert!(whole(&ram, ram.len()) == images.ram);
+    touch(&ram, 4096);
+    drop(ram);
+    assert_eq!(data(images.path(1)), before);
+}
+
 /// The mappings of this process in a range of addresses.
 #[cfg(target_os = "linux")]
 fn mappings(range: Range<usize>) -> usize {
@@ -233,5 +318,35 @@ proptest! {
             let taken = mappings(start..start + ram.len());
             prop_assert!(taken <= max_mappings.max(1), "{} of {}", taken, max_mappings);
         }
+    }
+}
+
+#[cfg(target_os = "linux")]
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(test_machine::rounds(48, 500)))]
+
+    /// Diffs that fill each other's holes, so that one mapping could go on under another diff's pages.
+    #[test]
+    fn no_number_of_mappings_fills_holes_of_diffs_on_tmpfs(
+        pieces in prop::collection::vec((0..4_usize, 1..5_u64), 1..60),
+        max_mappings in 1..24_usize,
+    ) {
+        const PAGE: u64 = 4096;
+        let mut layers = vec![Vec::new(); 4];
+        let mut end = 0;
+        for (layer, len) in pieces {
+            layers[layer].push(end..end + len);
+            end += len;
+        }
+        let images = Images::within(Path::new("/dev/shm"), end * PAGE, PAGE).with([0..end]);
+        let images = layers.into_iter().skip(1).fold(images, Images::with);
+        let extents = || [1, 2, 3].map(|layer| data(images.path(layer)));
+        let before = extents();
+        let ram = MappedChain::options().max_mappings(max_mappings).map(&images.chain()).unwrap();
+        prop_assert!(whole(&ram, ram.len()) == images.ram);
+        touch(&ram, PAGE as usize);
+        drop(ram);
+        prop_assert_eq!(extents(), before);
+        prop_assert!(whole(&images.chain(), images.ram.len()) == images.ram);
     }
 }

@@ -7,6 +7,7 @@ use std::ops::Range;
 
 use page_reader::{HostMemory, PageReader, SecretBuffer};
 
+use super::data::FileData;
 use super::{Region, host_page};
 use crate::chain::Chain;
 use crate::chain::segments::{Segment, Source};
@@ -14,12 +15,15 @@ use crate::error::ImageError;
 use crate::restore::{CHUNK, HostRam, RamTarget};
 
 /// A chain mapped copy-on-write (`MAP_PRIVATE`) as one range of host memory: RAM for a guest that starts at once and reads its pages
-/// when it touches them. What the guest writes stays its own; the files never change.
+/// when it touches them. What the guest writes stays its own; the bytes of the files never change.
+///
+/// No hole of a diff is mapped, so a raw diff keeps its holes, which say what was clean. On tmpfs, a page that is touched where the full
+/// base has a hole is allocated in the base's file, which then takes more memory and has fewer holes, of the same bytes.
 ///
 /// The longest runs of pages are mapped, each from its own image, and short ones copied when the chain is mapped: a process has no
 /// more than so many mappings (`vm.max_map_count`, 65,530 by default on Linux). What is under them in older images is mapped as if they weren't there,
-/// so a base takes one mapping. Each run takes some 10 us, mapped or copied; this suits a chain whose diffs are clustered,
-/// or few. Meanwhile 48 bytes are taken for each run that is copied. Where a chain is scattered, [`copied`](Self::copied) shows it, and on Linux `LazyRam` starts as fast as ever.
+/// unless it is a hole of a diff, so a base takes one mapping. Each run takes some 10 us, mapped or copied; this suits a chain whose diffs are clustered,
+/// or few. Meanwhile 48 bytes are taken for each run that is copied, and 16 for each run of data in a diff's file. Where a chain is scattered, [`copied`](Self::copied) shows it, and on Linux `LazyRam` starts as fast as ever.
 ///
 /// The files must not be cut short while they are mapped: touching a page that is gone is a `SIGBUS`. Replacing one by a
 /// commit is no harm, because the mapping keeps the old file. The chain itself isn't needed any more, and no descriptor is: a chain may
@@ -116,7 +120,7 @@ impl MappedChainOptions {
         chain.check_full()?;
         let (size, page) = (chain.size(), host_page());
         let ram = Region::zeros(size).map_err(|source| ImageError::Reserve { size, source })?;
-        let plan = Plan::new(chain, page, self.max_mappings);
+        let plan = Plan::new(chain, page, self.max_mappings)?;
         let mut ram = plan.map_over(ram, chain, page)?;
 
         let (stored, copies) = plan.copies(chain, page);
@@ -149,6 +153,8 @@ impl PageReader for MappedChain {
 
 /// Segments of one layer that one mapping shows, as they have the same distance to each other in the RAM and in the file. Between them is nothing
 /// but pages of newer layers, which come over it; and in a base that is not packed, zeros, which its file has in their place.
+///
+/// All of it is data in the file of a diff: a page that is copied over a mapping reads the file's page under it first.
 ///
 /// Ordered by what mapping it saves from being copied.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -202,14 +208,22 @@ fn copy(chain: &Chain, mut copies: Vec<Copy>, ram: &mut HostRam<'_>) -> Result<(
 /// What to map, the oldest layer first.
 struct Plan {
     spans: Vec<Span>,
+    data: FileData,
 }
 
 impl Plan {
-    fn new(chain: &Chain, page: u64, max_mappings: usize) -> Self {
+    fn new(chain: &Chain, page: u64, max_mappings: usize) -> Result<Self, ImageError> {
         // Each mapping may cut another one in two.
         let most = max_mappings.saturating_sub(1) / 2;
+        if most == 0 {
+            return Ok(Self {
+                spans: Vec::new(),
+                data: FileData::all(chain),
+            });
+        }
+        let data = FileData::list(chain)?;
         let mut longest = BinaryHeap::new();
-        each_span(chain, |span| {
+        each_span(chain, &data, |span| {
             if !span.whole_pages(page).is_empty() {
                 longest.push(Reverse(span));
                 if longest.len() > most {
@@ -219,7 +233,7 @@ impl Plan {
         });
         let mut spans: Vec<_> = longest.into_iter().map(|Reverse(span)| span).collect();
         spans.sort_unstable_by_key(|span| (span.layer, span.start));
-        Self { spans }
+        Ok(Self { spans, data })
     }
 
     fn map_over(&self, mut ram: Region, chain: &Chain, page: u64) -> Result<Region, ImageError> {
@@ -253,7 +267,7 @@ impl Plan {
     /// Returns how many bytes the images store, and what of it no mapping shows.
     fn copies(&self, chain: &Chain, page: u64) -> (u64, Vec<Copy>) {
         let (mut stored, mut copies) = (0, Vec::new());
-        for Segment { range, source } in chain.segments(0..chain.size()) {
+        for (Segment { range, source }, _) in self.data.segments(chain) {
             let Source::Stored { layer, offset } = source else {
                 continue;
             };
@@ -284,12 +298,12 @@ impl Plan {
 }
 
 /// Calls back for every span of the chain, each as long as it can be.
-fn each_span(chain: &Chain, mut each: impl FnMut(Span)) {
+fn each_span(chain: &Chain, data: &FileData, mut each: impl FnMut(Span)) {
     // Packed pages that follow each other in the RAM may have any other page between them in the file.
     let zeros_are_in_the_base = chain.base().in_place();
     // By layer, ascending: a span ends where an older layer has the bytes.
     let mut open: Vec<Span> = Vec::new();
-    for Segment { range, source } in chain.segments(0..chain.size()) {
+    for (Segment { range, source }, is_data) in data.segments(chain) {
         let go_on = match source {
             Source::Stored { layer, .. } => layer + 1,
             Source::Nowhere if zeros_are_in_the_base => 1,
@@ -302,9 +316,13 @@ fn each_span(chain: &Chain, mut each: impl FnMut(Span)) {
         let Source::Stored { layer, offset } = source else {
             continue;
         };
+        if !is_data {
+            continue;
+        }
         let same_layer = |span: &mut Span| span.layer == layer;
         if let Some(mut span) = open.pop_if(same_layer) {
-            if offset.wrapping_sub(span.offset) == range.start - span.start {
+            let in_line = offset.wrapping_sub(span.offset) == range.start - span.start;
+            if in_line && data.covers(layer, span.offset + (span.end - span.start)..offset) {
                 span.own += len(&range);
                 span.end = range.end;
                 open.push(span);

@@ -24,8 +24,13 @@ pub struct Images {
 
 impl Images {
     pub fn new(size: u64, page: u64) -> Self {
+        Self::within(&std::env::temp_dir(), size, page)
+    }
+
+    /// Images in a new directory within this one.
+    pub fn within(dir: &Path, size: u64, page: u64) -> Self {
         Self {
-            dir: tempfile::tempdir().unwrap(),
+            dir: tempfile::tempdir_in(dir).unwrap(),
             page,
             ram: vec![0; size as usize],
             layers: Vec::new(),

@@ -1,0 +1,88 @@
+//! What of the images' files a mapping may show.
+//!
+//! tmpfs allocates a page of the file when a hole of it is touched through a mapping, also a private one of a file that was
+//! opened to be read. In a raw diff that turns clean memory into zeros for whoever reads its holes next. So a mapping of a diff
+//! shows no hole, on any file system: what a file system is called does not tell where its pages are (overlayfs).
+
+use std::ops::Range;
+
+use crate::chain::Chain;
+use crate::chain::segments::{Segment, Source};
+use crate::error::ImageError;
+
+/// The data of a chain's files, by layer, as the file systems report it. All of a full base counts as data: its holes are zeros, filled or
+/// not.
+pub(super) struct FileData {
+    /// Ascending, in bytes. Of a layer whose file was not looked at, all.
+    layers: Vec<Vec<Range<u64>>>,
+}
+
+impl FileData {
+    /// Takes all of the files for data.
+    pub(super) fn all(chain: &Chain) -> Self {
+        let all = std::iter::once(0..u64::MAX).collect();
+        Self {
+            layers: vec![all; chain.len()],
+        }
+    }
+
+    /// Lists the data of the diffs that have any page of the RAM. Each file is opened once.
+    pub(super) fn list(chain: &Chain) -> Result<Self, ImageError> {
+        let mut data = Self::all(chain);
+        let mut used = vec![false; chain.len()];
+        for Segment { source, .. } in chain.segments(0..chain.size()) {
+            if let Source::Stored { layer, .. } = source {
+                used[layer] = true;
+            }
+        }
+        for layer in (1..chain.len()).filter(|layer| used[*layer]) {
+            data.layers[layer] = chain.image(layer).reported_data()?;
+        }
+        Ok(data)
+    }
+
+    /// Whether these bytes of a layer's file are all data.
+    pub(super) fn covers(&self, layer: usize, bytes: Range<u64>) -> bool {
+        bytes.is_empty() || {
+            let run = self.run_at(layer, bytes.start);
+            run.is_some_and(|run| run.start <= bytes.start && bytes.end <= run.end)
+        }
+    }
+
+    /// Returns the segments of the chain, cut where data of their files begins or ends, and whether each is data.
+    pub(super) fn segments<'c>(
+        &'c self,
+        chain: &'c Chain,
+    ) -> impl Iterator<Item = (Segment, bool)> + use<'c> {
+        chain.segments(0..chain.size()).flat_map(move |segment| {
+            let mut rest = Some(segment);
+            std::iter::from_fn(move || {
+                let Segment { range, source } = rest.take()?;
+                let Source::Stored { layer, offset } = source else {
+                    return Some((Segment { range, source }, false));
+                };
+                let (is_data, end) = match self.run_at(layer, offset) {
+                    Some(run) if run.start <= offset => (true, run.end),
+                    Some(run) => (false, run.start),
+                    None => (false, u64::MAX),
+                };
+                let cut = range.end.min(range.start.saturating_add(end - offset));
+                if cut < range.end {
+                    let offset = offset + (cut - range.start);
+                    rest = Some(Segment {
+                        range: cut..range.end,
+                        source: Source::Stored { layer, offset },
+                    });
+                }
+                let range = range.start..cut;
+                Some((Segment { range, source }, is_data))
+            })
+        })
+    }
+
+    /// Returns the first run of data that ends after this offset of a layer's file.
+    fn run_at(&self, layer: usize, offset: u64) -> Option<&Range<u64>> {
+        let runs = &self.layers[layer];
+        runs.get(runs.partition_point(|run| run.end <= offset))
+    }
+}
