@@ -81,7 +81,7 @@ const CRATES: [(&str, &[Part]); 4] = [
                     &["mapped_chain", "sealed", "identity"],
                     &["chains", "damage", "lazy_kvm", "lazy_memory"],
                     &["lazy_ram", "oracle", "secrets"],
-                    &["chain_memory", "long_chains"],
+                    &["chain_memory", "diff_chains", "long_chains"],
                 ],
             },
             Part {
@@ -93,6 +93,7 @@ const CRATES: [(&str, &[Part]); 4] = [
                         "chain_memory",
                         "chains",
                         "damage",
+                        "diff_chains",
                         "identity",
                         "lazy_kvm",
                         "long_chains",
