@@ -3,13 +3,14 @@
 use std::io;
 use std::num::NonZeroUsize;
 use std::ops::{ControlFlow, Range};
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::thread;
 
 use dirty_bitmap::{DirtyBitmap, GeometryError};
-use page_reader::{PageReader, PopulatedRanges, SecretBuffer, Touched};
+use page_reader::{PageReader, SecretBuffer, Touched};
 use thiserror::Error;
+
+use crate::page_set::joined;
 
 /// Bytes of each source that are compared at a time, and between two calls of the progress function.
 const STRETCH: u64 = 1 << 20;
@@ -58,9 +59,9 @@ pub enum CompareError {
 /// Marks the pages of `newer` that differ from `older`, two states of the same `ram_size` bytes of RAM, in pages of `page_size` bytes: what a diff has to
 /// hold. The bitmap starts at 0.
 ///
-/// What a source [does not have](PageReader::populated) is not read: reading untouched RAM would allocate it. Takes a bit per 4 KiB of each
-/// source for it. `progress` is told the bytes that are done, and may cancel; it is called from several
-/// threads, one at a time. As many threads as the machine has processors read, at most 8.
+/// What a source [does not have](PageReader::populated) is not read: reading untouched RAM would allocate it. Memory for that is as of [`Touched`]; of the
+/// bitmap that is returned, the host gives memory for what differs. `progress` is told the bytes that are done, first those of which
+/// neither source has any, and may cancel; it is called from several threads, one at a time. As many threads as the machine has processors read, at most 8.
 ///
 /// # Errors
 /// [`CompareError`].
@@ -95,38 +96,34 @@ where
         });
     }
     let changed = DirtyBitmap::new(0, ram_size, page_size)?;
-    let stretch = |start: u64| start..ram_size.min(start.saturating_add(STRETCH));
     // Around what one has, the other may have nothing, which a read would allocate.
     let (older, newer) = (
         &Touched::new(older, ram_size),
         &Touched::new(newer, ram_size),
     );
-    let mut ranges =
-        [older.populated(0..ram_size), newer.populated(0..ram_size)].map(Populated::new);
-    let starts: Vec<u64> = (0..ram_size)
-        .step_by(STRETCH as usize)
-        .filter(|start| {
-            let reaches = ranges.each_mut().map(|it| it.reaches(&stretch(*start)));
-            reaches != [false, false]
-        })
-        .collect();
-    let read: u64 = starts
-        .iter()
-        .map(|start| stretch(*start))
-        .map(|it| it.end - it.start)
-        .sum();
+    let runs = populated_by_either(older, newer, ram_size);
+    let read: u64 = runs.iter().map(|run| run.end - run.start).sum();
+    let stretches = runs.iter().flat_map(|run| {
+        let starts = run.clone().step_by(STRETCH as usize);
+        starts.map(|start| start..run.end.min(start.saturating_add(STRETCH)))
+    });
+    let work = Mutex::new(stretches);
     // What neither has is done.
     let state = Mutex::new((ram_size - read, None));
-    let next = AtomicUsize::new(0);
-    let work = || {
+    if progress(ram_size - read).is_break() {
+        let compared = ram_size - read;
+        return Err(CompareError::Cancelled { compared });
+    }
+    let compare_stretches = || {
         let (mut before, mut after) = (SecretBuffer::new(), SecretBuffer::new());
-        while let Some(start) = starts.get(next.fetch_add(1, Ordering::Relaxed)) {
-            let range = stretch(*start);
+        loop {
+            let next = work.lock().unwrap_or_else(PoisonError::into_inner).next();
+            let Some(range) = next else { return };
             let len = (range.end - range.start) as usize;
             let (before, after) = (before.sized(len), after.sized(len));
-            let read = read_both(older, newer, *start, before, after);
+            let read = read_both(older, newer, range.start, before, after);
             if read.is_ok() {
-                mark(&changed, page_size, *start, before, after);
+                mark(&changed, page_size, range.start, before, after);
             }
             let mut state = state.lock().unwrap_or_else(PoisonError::into_inner);
             let (compared, failed) = &mut *state;
@@ -148,9 +145,9 @@ where
     thread::scope(|scope| {
         for _ in 1..threads.min(THREADS) {
             // Fewer threads take longer, and that is all.
-            let _ = thread::Builder::new().spawn_scoped(scope, work);
+            let _ = thread::Builder::new().spawn_scoped(scope, compare_stretches);
         }
-        work();
+        compare_stretches();
     });
     match state.into_inner().unwrap_or_else(PoisonError::into_inner) {
         (_, Some(error)) => Err(error),
@@ -191,27 +188,29 @@ fn mark(changed: &DirtyBitmap, page_size: u64, start: u64, before: &[u8], after:
     }
 }
 
-/// Ranges that are asked about in ascending order.
-struct Populated<'s> {
-    ranges: PopulatedRanges<'s>,
-    current: Range<u64>,
-}
-
-impl<'s> Populated<'s> {
-    fn new(ranges: PopulatedRanges<'s>) -> Self {
-        Self {
-            ranges,
-            current: 0..0,
+/// The stretches that either source has anything in, as runs: as many as there are ranges in the sources, and not as there are stretches.
+fn populated_by_either<A: PageReader + ?Sized, B: PageReader + ?Sized>(
+    older: &Touched<'_, A>,
+    newer: &Touched<'_, B>,
+    ram_size: u64,
+) -> Vec<Range<u64>> {
+    let mut sources =
+        [older.populated(0..ram_size), newer.populated(0..ram_size)].map(Iterator::peekable);
+    let ascending = std::iter::from_fn(|| {
+        let [older, newer] = sources.each_mut();
+        let newer_is_next = match (older.peek(), newer.peek()) {
+            (Some(older), Some(newer)) => newer.start < older.start,
+            (older, _) => older.is_none(),
+        };
+        if newer_is_next {
+            newer.next()
+        } else {
+            older.next()
         }
-    }
-
-    fn reaches(&mut self, range: &Range<u64>) -> bool {
-        while self.current.end <= range.start {
-            match self.ranges.next() {
-                Some(next) => self.current = next,
-                None => return false,
-            }
-        }
-        self.current.start < range.end
-    }
+    });
+    let stretches = ascending.map(|range| {
+        let start = range.start - range.start % STRETCH;
+        start..range.end.next_multiple_of(STRETCH).min(ram_size)
+    });
+    joined(stretches).collect()
 }

@@ -144,6 +144,10 @@ impl LazyRamOptions {
         if let Some(working_set) = ram_size.filter(|size| *size != image) {
             return Err(ImageError::WorkingSetSize { image, working_set });
         }
+        let settled = Present::none(memory.len(), page).map_err(|source| ImageError::Reserve {
+            size: image,
+            source,
+        })?;
         let fault = Userfaultfd::open(page)?;
         let own = region.is_some();
         memory.withhold()?;
@@ -169,7 +173,7 @@ impl LazyRamOptions {
             .map_err(|errno| UserfaultfdError::Thread(errno.into()))?;
         let phase = if ahead { Phase::Running } else { Phase::Idle };
         let filler = Arc::new(Filler {
-            settled: Present::none(memory.len(), page),
+            settled,
             ledger: Mutex::new(Ledger::default()),
             changes: AtomicU64::new(0),
             urgent: AtomicBool::new(false),

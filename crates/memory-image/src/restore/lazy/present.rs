@@ -1,25 +1,31 @@
 //! Which pages no longer come from the images: a bit a page, set by several threads.
 
+use std::io;
 use std::ops::Range;
 use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::{Acquire, Release};
+
+use zerocopy::FromZeros;
 
 const BITS: u64 = u64::BITS as u64;
 
 #[derive(Debug)]
 pub(crate) struct Present {
-    words: Vec<AtomicU64>,
+    words: Box<[AtomicU64]>,
     page: u64,
 }
 
 impl Present {
-    /// No page of `len` bytes, whole pages.
-    pub(crate) fn none(len: u64, page: u64) -> Self {
-        let words = (len / page).div_ceil(BITS);
-        Self {
-            words: (0..words).map(|_| AtomicU64::new(0)).collect(),
-            page,
-        }
+    /// No page of `len` bytes, whole pages. The host gives memory for the bits when they are set, so that RAM that an image
+    /// merely claims takes none.
+    ///
+    /// # Errors
+    /// There is no address space for the bits.
+    pub(crate) fn none(len: u64, page: u64) -> io::Result<Self> {
+        let words = usize::try_from((len / page).div_ceil(BITS)).ok();
+        let words = words.and_then(|words| <[AtomicU64]>::new_box_zeroed_with_elems(words).ok());
+        let words = words.ok_or(io::ErrorKind::OutOfMemory)?;
+        Ok(Self { words, page })
     }
 
     /// Adds a range of whole pages, after they were filled, denied or discarded. Returns how many bytes of it
@@ -80,7 +86,7 @@ mod tests {
             added in prop::collection::vec((0..PAGES, 0..100_u64), 0..10),
             asked in (0..PAGES, 0..=PAGES),
         ) {
-            let present = Present::none(PAGES * PAGE, PAGE);
+            let present = Present::none(PAGES * PAGE, PAGE).unwrap();
             let mut oracle = vec![false; PAGES as usize];
             for (start, len) in added {
                 let end = PAGES.min(start + len);
