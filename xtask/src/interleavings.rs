@@ -47,7 +47,7 @@ struct Mutant {
     model: &'static str,
 }
 
-const MUTANTS: [Mutant; 13] = [
+const MUTANTS: [Mutant; 15] = [
     Mutant {
         what: "a marker does not look again after marking",
         of: DIRTY_BITMAP,
@@ -137,6 +137,25 @@ const MUTANTS: [Mutant; 13] = [
         // Before",
         wrong: "        // Before",
         model: "a_reclaimed_epoch_against_its_own_save_and_a_mark",
+    },
+    Mutant {
+        what: "an epoch whose save commits is reclaimed",
+        of: DIRTY_BITMAP,
+        file: "epoch.rs",
+        right: "        if epochs.committing {",
+        wrong: "        if false {",
+        model: "a_save_that_commits_against_its_reclaim_and_the_next_save",
+    },
+    Mutant {
+        what: "a reclaimed epoch is committed",
+        of: DIRTY_BITMAP,
+        file: "epoch.rs",
+        right: "        if !self.has_open(taken) {
+            return Err(EpochReclaimed);
+        }
+        self.committing = true;",
+        wrong: "        self.committing = self.has_open(taken);",
+        model: "a_save_that_commits_against_its_reclaim_and_the_next_save",
     },
     Mutant {
         what: "an epoch gets a bitmap that one before it has not dropped",

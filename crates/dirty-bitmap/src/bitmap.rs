@@ -2,10 +2,12 @@
 
 use std::fmt;
 use std::marker::PhantomData;
+use std::sync::{Mutex, PoisonError};
 
-use crate::epoch::{BeginEpochError, Epoch, Epochs};
+use crate::coverage::Part;
+use crate::epoch::{BeginEpochError, Epoch, EpochCommitting, Epochs};
 use crate::geometry::{DifferentRam, GeometryError, OutOfRange, Ram};
-use crate::kind::{Taken, Tracked, Untracked};
+use crate::kind::{Markable, Taken, Tracked, Untracked};
 use crate::marks::Marks;
 use crate::runs::Runs;
 
@@ -31,7 +33,7 @@ use crate::runs::Runs;
 /// | [`TrackedBitmap`] | the [`WriteTracker`](crate::WriteTracker) alone, which protects their pages again |
 /// | [`TakenBitmap`] | nothing: an epoch has them, and may have to give them back |
 ///
-/// All three are marked and read alike. Taking marks without protecting their pages again would lose the next write to each:
+/// All three are read alike, and all but the last are marked alike. Taking marks without protecting their pages again would lose the next write to each:
 /// ```compile_fail,E0599
 /// # let bitmap = dirty_bitmap::TrackedBitmap::tracked(0, 1 << 30, 4096).unwrap();
 /// bitmap.begin_epoch(); // of a TrackedBitmap
@@ -50,6 +52,17 @@ use crate::runs::Runs;
 /// # let bitmap = dirty_bitmap::DirtyBitmap::new(0, 1 << 30, 4096).unwrap();
 /// let epoch = bitmap.begin_epoch().unwrap();
 /// epoch.bitmap().drain();
+/// ```
+/// Marks that are added to an epoch's would be lost if it was reclaimed before:
+/// ```compile_fail,E0277
+/// # let bitmap = dirty_bitmap::DirtyBitmap::new(0, 1 << 30, 4096).unwrap();
+/// let epoch = bitmap.begin_epoch().unwrap();
+/// bitmap.drain_into(epoch.bitmap());
+/// ```
+/// ```compile_fail,E0599
+/// # let bitmap = dirty_bitmap::DirtyBitmap::new(0, 1 << 30, 4096).unwrap();
+/// let epoch = bitmap.begin_epoch().unwrap();
+/// epoch.bitmap().set_dirty(0);
 /// ```
 ///
 /// # Units
@@ -76,6 +89,8 @@ use crate::runs::Runs;
 pub struct DirtyBitmap<K = Untracked> {
     pub(crate) marks: Marks,
     pub(crate) epochs: Epochs,
+    /// Of which part of an epoch these are the marks, if they are. No mark depends on its order.
+    part: Mutex<Option<Part>>,
     kind: PhantomData<fn() -> K>,
 }
 
@@ -114,7 +129,7 @@ impl DirtyBitmap {
     ///
     /// # Errors
     /// [`DifferentRam`] where `other` covers other addresses: nothing was moved.
-    pub fn drain_into<K>(&self, other: &DirtyBitmap<K>) -> Result<(), DifferentRam> {
+    pub fn drain_into<K: Markable>(&self, other: &DirtyBitmap<K>) -> Result<(), DifferentRam> {
         let (this, that) = (self.marks.ram, other.marks.ram);
         if this != that {
             return Err(DifferentRam {
@@ -140,10 +155,17 @@ impl DirtyBitmap {
 
     /// Takes the marks of the open epoch back, and says whether there was one. The next epoch can begin then.
     ///
-    /// This is for an epoch that never ends: its value was leaked, or its thread is stuck. If the save is alive after all, nothing
+    /// This is for an epoch that never ends: its value was leaked, or its thread is stuck. If the save is alive after all, no mark
     /// is lost: its pages are marked, so the next save has them too, and [`Epoch::release`] reports
     /// [`EpochReclaimed`](crate::EpochReclaimed).
-    pub fn reclaim_epoch(&self) -> bool {
+    ///
+    /// A save that is alive may still commit, and replace at the same destination what the next save has put there: its pages
+    /// are then in no file. [`Epoch::release_after`] prevents this: it commits nothing once the epoch was reclaimed. Where a
+    /// save commits on its own and calls [`Epoch::release`], give every save its own destination.
+    ///
+    /// # Errors
+    /// [`EpochCommitting`] while `release_after` runs its commit: nothing was reclaimed. The commit ends the epoch, by success or by failure.
+    pub fn reclaim_epoch(&self) -> Result<bool, EpochCommitting> {
         self.epochs.reclaim(&self.marks)
     }
 }
@@ -169,6 +191,7 @@ impl<K> DirtyBitmap<K> {
         Self {
             marks,
             epochs: Epochs::default(),
+            part: Mutex::new(None),
             kind: PhantomData,
         }
     }
@@ -195,51 +218,6 @@ impl<K> DirtyBitmap<K> {
     #[must_use]
     pub fn granule(&self) -> u64 {
         1 << self.marks.shift()
-    }
-
-    /// Marks the page that holds the guest-physical `address`. True if its granule was clean.
-    ///
-    /// # Errors
-    /// [`OutOfRange`]: nothing is marked.
-    #[inline]
-    pub fn set_dirty(&self, address: u64) -> Result<bool, OutOfRange> {
-        self.marks.mark_address(address)
-    }
-
-    /// Marks page number `index`, counted from the start of the RAM in [`page_size`](Self::page_size)s, whatever the granule is now. True if any of it
-    /// was clean.
-    ///
-    /// # Errors
-    /// [`OutOfRange`]: nothing is marked.
-    pub fn set_dirty_by_index(&self, index: u64) -> Result<bool, OutOfRange> {
-        let page_size = self.page_size();
-        let start = index
-            .checked_mul(page_size)
-            .filter(|start| *start < self.marks.ram.size);
-        let Some(start) = start else {
-            let start = self
-                .marks
-                .ram
-                .start
-                .saturating_add(index.saturating_mul(page_size));
-            return Err(self
-                .marks
-                .ram
-                .out_of_range(start, start.saturating_add(page_size)));
-        };
-        Ok(self
-            .marks
-            .mark_offsets(start..self.marks.ram.size.min(start + page_size)))
-    }
-
-    /// Marks every page that the `len` bytes from the guest-physical `address` on touch; none for 0 bytes. True if any of them was clean.
-    ///
-    /// # Errors
-    /// [`OutOfRange`] where any byte lies outside the RAM. What lies inside is marked all the same.
-    pub fn set_range(&self, address: u64, len: u64) -> Result<bool, OutOfRange> {
-        let (inside, verdict) = self.marks.ram.clip(address, len);
-        let was_clean = !inside.is_empty() && self.marks.mark_offsets(inside);
-        verdict.map(|()| was_clean)
     }
 
     /// Whether the page that holds the guest-physical `address` is marked.
@@ -284,6 +262,61 @@ impl<K> DirtyBitmap<K> {
     #[must_use]
     pub fn runs(&self) -> Runs<'_> {
         Runs::new(&self.marks)
+    }
+
+    pub(crate) fn part(&self) -> Option<Part> {
+        *self.part.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn set_part(&self, part: Part) {
+        *self.part.lock().unwrap_or_else(PoisonError::into_inner) = Some(part);
+    }
+}
+
+impl<K: Markable> DirtyBitmap<K> {
+    /// Marks the page that holds the guest-physical `address`. True if its granule was clean.
+    ///
+    /// # Errors
+    /// [`OutOfRange`]: nothing is marked.
+    #[inline]
+    pub fn set_dirty(&self, address: u64) -> Result<bool, OutOfRange> {
+        self.marks.mark_address(address)
+    }
+
+    /// Marks page number `index`, counted from the start of the RAM in [`page_size`](Self::page_size)s, whatever the granule is now. True if any of it
+    /// was clean.
+    ///
+    /// # Errors
+    /// [`OutOfRange`]: nothing is marked.
+    pub fn set_dirty_by_index(&self, index: u64) -> Result<bool, OutOfRange> {
+        let page_size = self.page_size();
+        let start = index
+            .checked_mul(page_size)
+            .filter(|start| *start < self.marks.ram.size);
+        let Some(start) = start else {
+            let start = self
+                .marks
+                .ram
+                .start
+                .saturating_add(index.saturating_mul(page_size));
+            return Err(self
+                .marks
+                .ram
+                .out_of_range(start, start.saturating_add(page_size)));
+        };
+        Ok(self
+            .marks
+            .mark_offsets(start..self.marks.ram.size.min(start + page_size)))
+    }
+
+    /// Marks every page that the `len` bytes from the guest-physical `address` on touch; none for 0 bytes. True if any of them was clean.
+    ///
+    /// # Errors
+    /// [`OutOfRange`] where any byte lies outside the RAM. What lies inside is marked all the same.
+    pub fn set_range(&self, address: u64, len: u64) -> Result<bool, OutOfRange> {
+        let (inside, verdict) = self.marks.ram.clip(address, len);
+        let was_clean = !inside.is_empty() && self.marks.mark_offsets(inside);
+        verdict.map(|()| was_clean)
     }
 
     /// Goes over to pages of `granule` bytes, any power of two: a mark on a coarser page becomes marks on all finer ones in it, a mark on a

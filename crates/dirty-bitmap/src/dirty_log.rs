@@ -4,8 +4,9 @@ use thiserror::Error;
 
 use crate::bitmap::DirtyBitmap;
 use crate::geometry::OutOfRange;
+use crate::kind::Markable;
 
-impl<K> DirtyBitmap<K> {
+impl<K: Markable> DirtyBitmap<K> {
     /// Adds a dirty log that begins at the guest-physical `address`: bit `i` of little-endian word `w` stands for the page of `page_size` bytes
     /// at `address + (64 * w + i) * page_size`. The log's page size is independent of this bitmap's. Returns how many pages the log reports.
     ///

@@ -8,6 +8,7 @@ use std::sync::{Arc, PoisonError};
 use thiserror::Error;
 
 use crate::bitmap::{DirtyBitmap, TakenBitmap};
+use crate::coverage::Part;
 use crate::geometry::GeometryError;
 use crate::kind::{Tracked, Untracked};
 use crate::marks::Marks;
@@ -20,7 +21,9 @@ const SPARES: usize = 2;
 /// The marks that one save has taken out of a bitmap.
 ///
 /// Dropped for whatever reason (an error, a panic, an early return), the epoch merges its marks back, and the next save
-/// has them again. Only [`release`](Self::release) forgets them: call it when the save is durable, never before.
+/// has them again. Only [`release_after`](Self::release_after) and [`release`](Self::release) forget them, once the save is
+/// durable. Whether all of the pages were written, [`Coverage`](crate::Coverage) knows, and `MemoryWriter::commit_and_release` of
+/// the crate `memory-writer` checks.
 ///
 /// A bitmap has one epoch at a time. With two, the later one could become durable while the earlier one fails, and
 /// the earlier one's pages would be in no diff of the chain. What is dirtied while a save runs joins its
@@ -43,8 +46,7 @@ const SPARES: usize = 2;
 /// bitmap.set_dirty(0x3000)?;
 /// let meanwhile = epoch.take_more()?; // the guest is paused now
 /// save_diff(meanwhile);
-/// commit()?; // had this failed, all marks would be back
-/// epoch.release()?;
+/// epoch.release_after(commit)?; // had this failed, all marks would be back
 /// assert!(bitmap.is_clean());
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
@@ -98,7 +100,30 @@ impl<K, B: Deref<Target = DirtyBitmap<K>>> Epoch<B, K> {
         &self.taken
     }
 
+    /// Runs `commit`, and forgets the marks if it succeeds. If it fails, they are back in the bitmap.
+    ///
+    /// [`reclaim_epoch`](DirtyBitmap::reclaim_epoch) comes before, and nothing is committed, or it is refused until `commit` has
+    /// returned. So no save commits whose pages a later one has saved, and may have saved to the same destination. `commit` makes
+    /// durable what is then released: whatever it does without [waiting for the medium](Self::release) is the caller's choice.
+    ///
+    /// # Errors
+    /// [`ReleaseError::Reclaimed`]: `commit` was not called. [`ReleaseError::Commit`]: it failed.
+    pub fn release_after<T, E>(
+        mut self,
+        commit: impl FnOnce() -> Result<T, E>,
+    ) -> Result<T, ReleaseError<E>> {
+        self.live.epochs.lock().begin_commit(&self.taken)?;
+        // Dropped on the way, by an error or a panic, the epoch gives its marks back.
+        let committed = commit().map_err(ReleaseError::Commit)?;
+        self.end(false)?;
+        Ok(committed)
+    }
+
     /// Forgets the marks: the pages are durable.
+    ///
+    /// Nothing is checked: every page of [`bitmap`](Self::bitmap) must have been written after its mark was taken, so also what
+    /// [`take_more`](Epoch::take_more) took last, and a full save must have begun after the epoch did.
+    /// A save that may be reclaimed commits in [`release_after`](Self::release_after) instead.
     ///
     /// # Errors
     /// [`EpochReclaimed`] where [`reclaim_epoch`](DirtyBitmap::reclaim_epoch) has taken the marks back meanwhile. They stay in
@@ -114,6 +139,7 @@ impl<K, B: Deref<Target = DirtyBitmap<K>>> Epoch<B, K> {
         }
         let taken = epochs.take(&live.marks);
         let taken = taken.map_err(BeginEpochError::OutOfMemory)?;
+        taken.set_part(Part::first(taken.is_clean()));
         epochs.open = Some(Arc::clone(&taken));
         drop(epochs);
         Ok(Self {
@@ -134,6 +160,11 @@ impl<K, B: Deref<Target = DirtyBitmap<K>>> Epoch<B, K> {
             epochs.keep(before);
         }
         let more = epochs.take(&self.live.marks)?;
+        if let Some(before) = self.taken.part() {
+            let part = before.more(more.is_clean());
+            more.set_part(part);
+            self.taken.set_part(part.and_before());
+        }
         self.taken.marks.add(&more.marks);
         drop(epochs);
         Ok(self.more.insert(more))
@@ -154,6 +185,7 @@ impl<K, B: Deref<Target = DirtyBitmap<K>>> Epoch<B, K> {
             self.live.marks.add(&self.taken.marks);
         }
         epochs.open = None;
+        epochs.committing = false;
         epochs.keep(Arc::clone(&self.taken));
         if let Some(more) = self.more.take() {
             epochs.keep(more);
@@ -179,19 +211,24 @@ pub(crate) struct Epochs {
 pub(crate) struct State {
     /// The marks of the epoch that is neither released nor dropped nor reclaimed.
     open: Option<Arc<TakenBitmap>>,
+    /// Whether the save of that epoch commits.
+    committing: bool,
     /// Clean bitmaps.
     spares: Vec<Arc<TakenBitmap>>,
 }
 
 impl Epochs {
-    pub(crate) fn reclaim(&self, live: &Marks) -> bool {
+    pub(crate) fn reclaim(&self, live: &Marks) -> Result<bool, EpochCommitting> {
         let mut epochs = self.lock();
+        if epochs.committing {
+            return Err(EpochCommitting);
+        }
         // Its value may still be read: it keeps its marks, and the bitmap has them too.
         let taken = epochs.open.take();
         if let Some(taken) = &taken {
             live.add(&taken.marks);
         }
-        taken.is_some()
+        Ok(taken.is_some())
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -205,6 +242,7 @@ impl Default for Epochs {
         Self {
             state: Mutex::new(State {
                 open: None,
+                committing: false,
                 spares: Vec::new(),
             }),
             tracked: AtomicBool::new(false),
@@ -217,6 +255,15 @@ impl State {
         self.open
             .as_ref()
             .is_some_and(|open| Arc::ptr_eq(open, taken))
+    }
+
+    /// From here on, the epoch is not reclaimed.
+    fn begin_commit(&mut self, taken: &Arc<TakenBitmap>) -> Result<(), EpochReclaimed> {
+        if !self.has_open(taken) {
+            return Err(EpochReclaimed);
+        }
+        self.committing = true;
+        Ok(())
     }
 
     /// Takes all marks out, into a spare if there is one of the present granule.
@@ -239,10 +286,6 @@ impl State {
 
     /// Keeps a bitmap that is no longer needed.
     fn keep(&mut self, taken: Arc<TakenBitmap>) {
-        // One that was rebuilt has tables of several granules.
-        if taken.marks.page_shift != taken.marks.shift() {
-            return;
-        }
         taken.marks.clear();
         // The newest are of the present granule.
         if self.spares.len() == SPARES {
@@ -286,3 +329,22 @@ pub enum TakeMoreError {
 )]
 #[non_exhaustive]
 pub struct EpochReclaimed;
+
+/// The epoch can't be reclaimed any more: its save commits. Nothing was reclaimed.
+#[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
+#[error(
+    "the save of the open epoch is being committed: wait until the commit has returned, which ends the epoch"
+)]
+#[non_exhaustive]
+pub struct EpochCommitting;
+
+/// The marks of an epoch were not forgotten. They are in the bitmap again.
+#[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
+pub enum ReleaseError<E> {
+    /// The marks were reclaimed before the commit, and nothing was committed.
+    #[error("nothing was committed")]
+    Reclaimed(#[from] EpochReclaimed),
+    /// The commit failed.
+    #[error("the commit failed, and the marks of its epoch are back in the bitmap")]
+    Commit(#[source] E),
+}

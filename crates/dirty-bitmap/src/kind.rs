@@ -11,6 +11,18 @@ pub enum Untracked {}
 pub enum Tracked {}
 
 /// Marks that an [`Epoch`](crate::Epoch) has taken. They are only read: the epoch may have to give
-/// them back.
+/// them back, and a mark that is added to a reclaimed one would never come back.
 #[derive(Debug)]
 pub enum Taken {}
+
+/// The kinds of bitmap that anybody may mark: all but [`Taken`].
+pub trait Markable: sealed::Sealed {}
+
+impl Markable for Untracked {}
+impl Markable for Tracked {}
+
+mod sealed {
+    pub trait Sealed {}
+    impl Sealed for super::Untracked {}
+    impl Sealed for super::Tracked {}
+}

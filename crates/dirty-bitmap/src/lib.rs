@@ -31,7 +31,10 @@
 //! checkpoints, over any [`WriteProtection`]; for each 2 MiB it opens pages or the whole block, by a [`Policy`]. Its bitmap is a
 //! [`TrackedBitmap`], whose marks nothing else can take.
 //!
-//! **Recover from a save that never ends**: [`reclaim_epoch`](DirtyBitmap::reclaim_epoch).
+//! **Recover from a save that never ends**: [`reclaim_epoch`](DirtyBitmap::reclaim_epoch). [`Epoch::release_after`] keeps
+//! the save whose marks were reclaimed from replacing what was saved since.
+//!
+//! **Know that all was written** before marks are forgotten: [`Coverage`].
 //!
 //! **Calculate** with sets of pages: [`page_set`](DirtyBitmap::page_set) gives a `bitvec`, [`mark_bits`](DirtyBitmap::mark_bits) takes one.
 //!
@@ -51,6 +54,7 @@
 
 mod bitmap;
 mod blocks;
+mod coverage;
 mod dirty_log;
 mod edges;
 mod epoch;
@@ -67,10 +71,14 @@ mod tracker;
 
 pub use bitmap::{DirtyBitmap, TakenBitmap, TrackedBitmap};
 pub use blocks::BLOCK_SIZE;
+pub use coverage::{Coverage, FullBegan};
 pub use dirty_log::DirtyLogError;
-pub use epoch::{BeginEpochError, Epoch, EpochReclaimed, TakeMoreError, TrackedEpoch};
+pub use epoch::{
+    BeginEpochError, Epoch, EpochCommitting, EpochReclaimed, ReleaseError, TakeMoreError,
+    TrackedEpoch,
+};
 pub use geometry::{DifferentRam, GeometryError, MAX_RAM_SIZE, OutOfRange};
-pub use kind::{Taken, Tracked, Untracked};
+pub use kind::{Markable, Taken, Tracked, Untracked};
 pub use page_set::{PageSet, PageSetError};
 pub use policy::{Costs, Policy};
 pub use protection::WriteProtection;

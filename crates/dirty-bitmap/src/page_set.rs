@@ -6,6 +6,7 @@ use bitvec::vec::BitVec;
 
 use crate::bitmap::DirtyBitmap;
 use crate::geometry::GeometryError;
+use crate::kind::Markable;
 
 /// The marks of one moment: bit `i` stands for the granule at byte offset `i * granule` from the start of the RAM.
 ///
@@ -50,7 +51,9 @@ impl<K> DirtyBitmap<K> {
             bits,
         }
     }
+}
 
+impl<K: Markable> DirtyBitmap<K> {
     /// Marks every granule of `granule` bytes whose bit is set; bits past the last granule of the RAM must be clear.
     ///
     /// # Errors

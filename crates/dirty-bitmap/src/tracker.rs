@@ -10,7 +10,7 @@ use thiserror::Error;
 
 use crate::bitmap::{TakenBitmap, TrackedBitmap};
 use crate::blocks::{BLOCK_SIZE, Blocks, Opening};
-use crate::epoch::{BeginEpochError, Epoch, TakeMoreError, TrackedEpoch};
+use crate::epoch::{BeginEpochError, Epoch, EpochCommitting, TakeMoreError, TrackedEpoch};
 use crate::geometry::{GeometryError, OutOfRange};
 use crate::policy::Policy;
 use crate::protection::WriteProtection;
@@ -266,7 +266,10 @@ impl WriteTracker {
 
     /// Takes the marks of the open epoch back, and says whether there was one; see
     /// [`DirtyBitmap::reclaim_epoch`](crate::DirtyBitmap::reclaim_epoch).
-    pub fn reclaim_epoch(&self) -> bool {
+    ///
+    /// # Errors
+    /// [`EpochCommitting`] while the save commits.
+    pub fn reclaim_epoch(&self) -> Result<bool, EpochCommitting> {
         self.bitmap.epochs.reclaim(&self.bitmap.marks)
     }
 

@@ -3,7 +3,7 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
-use dirty_bitmap::{BeginEpochError, DirtyBitmap, Epoch, TakeMoreError};
+use dirty_bitmap::{BeginEpochError, Coverage, DirtyBitmap, Epoch, ReleaseError, TakeMoreError};
 
 fn marked() -> DirtyBitmap {
     let bitmap = DirtyBitmap::new(0, 1 << 20, 4096).unwrap();
@@ -115,9 +115,9 @@ fn a_leaked_epoch_is_reclaimed_with_all_its_marks() {
         bitmap.begin_epoch().unwrap_err(),
         BeginEpochError::AlreadyOpen
     );
-    assert!(bitmap.reclaim_epoch());
+    assert!(bitmap.reclaim_epoch().unwrap());
     assert_eq!(runs(&bitmap), [0x3000..0xc000, 0xf000..0x10000]);
-    assert!(!bitmap.reclaim_epoch(), "there is no second one");
+    assert!(!bitmap.reclaim_epoch().unwrap(), "there is no second one");
     bitmap.begin_epoch().unwrap().release().unwrap();
     assert!(bitmap.is_clean());
 }
@@ -126,7 +126,7 @@ fn a_leaked_epoch_is_reclaimed_with_all_its_marks() {
 fn a_reclaimed_epoch_can_not_release_its_marks() {
     let bitmap = marked();
     let stuck = bitmap.begin_epoch().unwrap();
-    assert!(bitmap.reclaim_epoch());
+    assert!(bitmap.reclaim_epoch().unwrap());
     let saved = runs(stuck.bitmap());
     assert_eq!(saved, runs(&bitmap), "what it saves stays known");
     let error = stuck.release().unwrap_err();
@@ -138,7 +138,7 @@ fn a_reclaimed_epoch_can_not_release_its_marks() {
 fn a_reclaimed_epoch_does_not_end_the_next_one() {
     let bitmap = marked();
     let mut stuck = bitmap.begin_epoch().unwrap();
-    bitmap.reclaim_epoch();
+    bitmap.reclaim_epoch().unwrap();
     let next = bitmap.begin_epoch().unwrap();
     bitmap.set_dirty(0xf000).unwrap();
     assert!(matches!(
@@ -155,14 +155,14 @@ fn a_reclaimed_epoch_does_not_end_the_next_one() {
     assert_eq!(runs(&bitmap), [0x3000..0xc000, 0xf000..0x10000]);
 
     let stuck = bitmap.begin_epoch().unwrap();
-    bitmap.reclaim_epoch();
+    bitmap.reclaim_epoch().unwrap();
     let next = bitmap.begin_epoch().unwrap();
     drop(stuck);
     next.release().unwrap();
     assert!(bitmap.is_clean(), "the first one gives nothing back");
 }
 
-/// Bitmaps of earlier epochs are used again: of another granule, still looked at, or rebuilt.
+/// Bitmaps of earlier epochs are used again: of another granule, or still looked at.
 #[test]
 fn an_epoch_has_no_marks_of_the_ones_before() {
     let bitmap = marked();
@@ -181,11 +181,8 @@ fn an_epoch_has_no_marks_of_the_ones_before() {
         let more = epoch.take_more().unwrap();
         assert_eq!(runs(more), [page + 0x4000..page + 0x4000 + granule]);
         assert_eq!(runs(epoch.take_more().unwrap()), []);
-        if round % 2 == 0 {
-            epoch.bitmap().rebuild(granule * 2).unwrap();
-        }
         if round % 3 == 0 {
-            bitmap.reclaim_epoch();
+            bitmap.reclaim_epoch().unwrap();
             epoch.release().unwrap_err();
             bitmap.begin_epoch().unwrap().release().unwrap();
         } else {
@@ -193,4 +190,118 @@ fn an_epoch_has_no_marks_of_the_ones_before() {
         }
         assert!(bitmap.is_clean());
     }
+}
+
+#[test]
+fn an_epoch_is_not_reclaimed_while_its_save_commits() {
+    let bitmap = marked();
+    let epoch = bitmap.begin_epoch().unwrap();
+    let commit = || {
+        let error = bitmap.reclaim_epoch().unwrap_err();
+        assert!(error.to_string().contains("wait"), "{error}");
+        assert_eq!(
+            bitmap.begin_epoch().unwrap_err(),
+            BeginEpochError::AlreadyOpen
+        );
+        Ok::<_, ()>(7)
+    };
+    assert_eq!(epoch.release_after(commit), Ok(7));
+    assert!(bitmap.is_clean());
+
+    let epoch = bitmap.begin_epoch().unwrap();
+    assert!(bitmap.reclaim_epoch().unwrap(), "the next one can be");
+    drop(epoch);
+}
+
+#[test]
+fn a_reclaimed_epoch_commits_nothing() {
+    let bitmap = marked();
+    let stuck = bitmap.begin_epoch().unwrap();
+    assert!(bitmap.reclaim_epoch().unwrap());
+    let next = bitmap.begin_epoch().unwrap();
+    let committed = stuck.release_after(|| -> Result<(), ()> { panic!("it commits") });
+    assert!(matches!(committed, Err(ReleaseError::Reclaimed(_))));
+    drop(next);
+    assert_eq!(runs(&bitmap), [0x3000..0xc000]);
+}
+
+#[test]
+fn a_commit_that_fails_or_panics_gives_the_marks_back() {
+    let bitmap = marked();
+    let epoch = bitmap.begin_epoch().unwrap();
+    let failed = epoch.release_after(|| Err::<(), _>("no space"));
+    assert_eq!(failed, Err(ReleaseError::Commit("no space")));
+    assert_eq!(runs(&bitmap), [0x3000..0xc000]);
+
+    let epoch = bitmap.begin_epoch().unwrap();
+    let panicking = || epoch.release_after(|| -> Result<(), ()> { panic!("a commit") });
+    catch_unwind(AssertUnwindSafe(panicking)).unwrap_err();
+    assert_eq!(runs(&bitmap), [0x3000..0xc000]);
+    bitmap.begin_epoch().unwrap().release().unwrap();
+    assert!(bitmap.is_clean());
+}
+
+#[test]
+fn a_full_write_covers_what_was_taken_before_it_and_no_more() {
+    let bitmap = marked();
+    let mut written = Coverage::new();
+    let began = Coverage::begin_full();
+    let mut epoch = bitmap.begin_epoch().unwrap();
+    written.add_full(began);
+    assert!(!written.covers(&epoch), "it began before the epoch did");
+    let began = Coverage::begin_full();
+    bitmap.set_dirty(0).unwrap();
+    epoch.take_more().unwrap();
+    written.add_full(began);
+    assert!(!written.covers(&epoch), "it began before more was taken");
+    written.add_full(Coverage::begin_full());
+    assert!(written.covers(&epoch));
+    written.clear();
+    assert!(!written.covers(&epoch));
+}
+
+#[test]
+fn diffs_cover_an_epoch_if_no_part_is_missing() {
+    let bitmap = marked();
+    let mut epoch = bitmap.begin_epoch().unwrap();
+    let mut written = Coverage::new();
+    bitmap.set_dirty(0).unwrap();
+    written.add_diff(epoch.take_more().unwrap());
+    assert!(!written.covers(&epoch), "the first part is missing");
+    written.add_diff(epoch.bitmap());
+    assert!(written.covers(&epoch));
+    assert!(epoch.take_more().unwrap().is_clean());
+    assert!(written.covers(&epoch), "a clean part needs no write");
+    for address in [0, 0x10_000] {
+        bitmap.set_dirty(address).unwrap();
+        let more = epoch.take_more().unwrap();
+        written.add_diff(more);
+        assert!(written.covers(&epoch));
+    }
+    bitmap.set_dirty(0).unwrap();
+    epoch.take_more().unwrap();
+    assert!(
+        !written.covers(&epoch),
+        "a page that was written before is marked again"
+    );
+    bitmap.set_dirty(0x20_000).unwrap();
+    written.add_diff(epoch.take_more().unwrap());
+    assert!(!written.covers(&epoch), "the part before is missing");
+}
+
+#[test]
+fn a_diff_of_another_epoch_or_bitmap_covers_nothing() {
+    let (bitmap, other) = (marked(), marked());
+    let mut written = Coverage::new();
+    let before = bitmap.begin_epoch().unwrap();
+    written.add_diff(before.bitmap());
+    drop(before);
+    let elsewhere = other.begin_epoch().unwrap();
+    written.add_diff(elsewhere.bitmap());
+    written.add_diff(&bitmap);
+    written.add_diff(&bitmap.drain().unwrap());
+    bitmap.set_dirty(0).unwrap();
+    let epoch = bitmap.begin_epoch().unwrap();
+    assert!(!written.covers(&epoch));
+    assert!(written.covers(&elsewhere));
 }

@@ -14,8 +14,8 @@ use std::ops::Range;
 
 use dirty_bitmap::DirtyBitmap;
 use interleavings::{exhaustively, with_preemptions};
-use loom::sync::Arc;
 use loom::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use loom::sync::{Arc, Mutex};
 use loom::thread;
 
 const PAGE: u64 = 4096;
@@ -301,7 +301,7 @@ fn a_reclaimed_epoch_against_its_own_save_and_a_mark() {
         let mut epoch = guest.bitmap.begin_epoch().unwrap();
         let reclaimer = {
             let guest = Arc::clone(&guest);
-            thread::spawn(move || guest.bitmap.reclaim_epoch())
+            thread::spawn(move || guest.bitmap.reclaim_epoch().unwrap())
         };
         let mut image = vec![0; 2];
         copy(&guest.pages, epoch.bitmap(), &mut image);
@@ -328,7 +328,7 @@ fn a_reclaimed_epoch_that_fails_against_the_next_one() {
         let failing = {
             let guest = Arc::clone(&guest);
             thread::spawn(move || {
-                if guest.bitmap.reclaim_epoch()
+                if guest.bitmap.reclaim_epoch().unwrap()
                     && let Ok(epoch) = guest.bitmap.begin_epoch()
                 {
                     // It is the only one, and has the mark.
@@ -340,6 +340,54 @@ fn a_reclaimed_epoch_that_fails_against_the_next_one() {
         failing.join().unwrap();
         guest.assert_saved(vec![0]);
     });
+}
+
+/// A save is thought to be stuck, and commits. The save after it commits to the same place.
+#[test]
+fn a_save_that_commits_against_its_reclaim_and_the_next_save() {
+    with_preemptions(3, || {
+        let guest = Guest::new(2);
+        guest.write(0, 1);
+        let place = Arc::new(Mutex::new(vec![0; 2]));
+        let epoch = guest.bitmap.begin_epoch().unwrap();
+        let mut diff = Vec::new();
+        collect(&guest.pages, epoch.bitmap(), &mut diff);
+        let next = {
+            let (guest, place) = (Arc::clone(&guest), Arc::clone(&place));
+            thread::spawn(move || {
+                guest.write(1, 2);
+                if guest.bitmap.reclaim_epoch() == Ok(true)
+                    && let Ok(epoch) = guest.bitmap.begin_epoch()
+                {
+                    let mut diff = Vec::new();
+                    collect(&guest.pages, epoch.bitmap(), &mut diff);
+                    let committed = epoch.release_after(|| commit(&place, &diff));
+                    assert!(committed.is_ok(), "nothing reclaims it");
+                }
+            })
+        };
+        let _ = epoch.release_after(|| commit(&place, &diff));
+        next.join().unwrap();
+        let image = place.lock().unwrap().clone();
+        guest.assert_saved(image);
+    });
+}
+
+/// The pages that `taken` names, with their contents.
+fn collect<K>(pages: &[AtomicU64], taken: &DirtyBitmap<K>, diff: &mut Vec<(usize, u64)>) {
+    for page in 0..pages.len() {
+        if taken.is_dirty(page as u64 * PAGE).unwrap() {
+            diff.push((page, pages[page].load(Relaxed)));
+        }
+    }
+}
+
+/// Replaces what is at the place by a diff on top of clean pages.
+fn commit(place: &Mutex<Vec<u64>>, diff: &[(usize, u64)]) -> Result<(), ()> {
+    let mut image = vec![0; 2];
+    diff.iter().for_each(|(page, value)| image[*page] = *value);
+    *place.lock().unwrap() = image;
+    Ok(())
 }
 
 /// An epoch gets the bitmap of one that has ended on another thread.

@@ -49,7 +49,7 @@
 //! let epoch = tracker.arm()?; // all of it the first time, what was written since later
 //! let state = VcpuState::capture(&vcpu)?;
 //! // ... write the pages of `epoch.bitmap()` from `ram`, and the state; an error on the way gives the marks back ...
-//! epoch.release()?;
+//! epoch.release()?; // all of it is durable; `release_after` commits and releases in one
 //!
 //! // In a new machine, with its RAM written:
 //! let restored = state.restore(&vcpu, state.vtimer.resuming_offset())?;

@@ -7,7 +7,8 @@ use std::fmt;
 use std::sync::Arc;
 
 use dirty_bitmap::{
-    Policy, TakenBitmap, TrackedBitmap, TrackedEpoch, WriteProtection, WriteTracker,
+    EpochCommitting, Policy, TakenBitmap, TrackedBitmap, TrackedEpoch, WriteProtection,
+    WriteTracker,
 };
 use page_reader::{OutsideRam, RamLayout};
 
@@ -46,7 +47,7 @@ use vcpus::Vcpus;
 /// let layout = RamLayout::single(0x8000_0000, 64 << 20)?;
 /// let bitmap = Arc::new(TrackedBitmap::tracked(0, layout.ram_size(), 16 << 10)?);
 /// let tracker = Stage2Tracker::new(layout, &bitmap, Policy::default(), stage2)?;
-/// tracker.arm()?.release()?; // a full save goes here
+/// tracker.arm()?.release()?; // a full save goes between the two
 ///
 /// loop {
 ///     let in_guest = tracker.enter();
@@ -263,7 +264,10 @@ impl<P: WriteProtection> Stage2Tracker<P> {
 
     /// Takes the marks of the open epoch back, and says whether there was one: for an epoch that was leaked, or whose save is stuck. See
     /// [`WriteTracker::reclaim_epoch`].
-    pub fn reclaim_epoch(&self) -> bool {
+    ///
+    /// # Errors
+    /// [`EpochCommitting`] while the save commits.
+    pub fn reclaim_epoch(&self) -> Result<bool, EpochCommitting> {
         self.tracker.reclaim_epoch()
     }
 

@@ -50,7 +50,7 @@
 //! long_mode::boot(&kvm, &ram, &vcpu, &start)?;
 //!
 //! let log = DirtyLog::start(&slots)?; // all of the RAM is marked
-//! ram.dirty_bitmap().begin_epoch()?.release()?; // a full snapshot goes here
+//! ram.dirty_bitmap().begin_epoch()?.release()?; // a full snapshot goes between the two
 //! assert!(matches!(vcpu.run()?, VcpuExit::IoOut(0x80, [1])));
 //!
 //! vcpu.complete_io(|_| ())?;

@@ -14,8 +14,7 @@ use crate::raw_diff::AmbiguousDiff;
 use crate::sealing::SealError;
 use crate::unwritten::WipeError;
 
-/// Why a snapshot was not taken. Unless it is [`Commit`](Self::Commit), which says more, or
-/// [`EpochReclaimed`](Self::EpochReclaimed), the destination is as it was.
+/// Why a snapshot was not taken. Unless it is [`Commit`](Self::Commit), which says more, the destination is as it was.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum SnapshotError {
@@ -131,9 +130,18 @@ pub enum SnapshotError {
     /// The commit failed; its error says whether the destination was replaced.
     #[error("the commit of the snapshot failed")]
     Commit(#[from] CommitError),
-    /// The marks of the epoch were reclaimed while the snapshot was taken. It is committed and durable, and its pages are dirty
-    /// all the same.
-    #[error("the snapshot {dest:?} is committed, and its pages stay dirty")]
+    /// The epoch was to be released, and has marks whose pages were not written since they were taken. Nothing was committed.
+    #[error(
+        "the snapshot {dest:?} was not committed, it lacks pages of the epoch to release: give write_diff what each \
+         take_more returns, or the epoch's bitmap, and begin a full write after the epoch"
+    )]
+    EpochNotWritten {
+        /// The snapshot's destination.
+        dest: PathBuf,
+    },
+    /// The marks of the epoch were reclaimed while the snapshot was taken. It was not committed: a later save may have put its own
+    /// at the destination.
+    #[error("the snapshot {dest:?} was not committed")]
     EpochReclaimed {
         /// The snapshot's destination.
         dest: PathBuf,

@@ -46,8 +46,7 @@ pub enum Layout {
 ///     .open(&diff, 1 << 20, 4096)?;
 /// writer.write_diff(&ram, epoch.bitmap())?;
 /// writer.set_metadata(vcpu_state)?; // as it is now, with the guest paused
-/// writer.commit()?;
-/// epoch.release()?;
+/// writer.commit_and_release(epoch)?;
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 #[derive(Clone, Debug, Default)]

@@ -45,6 +45,10 @@
 //! writer.commit_and_release(epoch)?;
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
+//! **Marks that are released too early** lose pages without notice. [`commit_and_release`](MemoryWriter::commit_and_release) refuses to
+//! commit if any page of the epoch was not written after its mark was taken; [`check_epoch`](MemoryWriter::check_epoch) tells it for files that are
+//! committed as a group.
+//!
 //! **A snapshot that can't be misread**, checksummed, with an id and its parent's: [`Options::layout`] and [`Seal`].
 //!
 //! **Memory and vCPU state as one**: put the state into the image ([`MemoryWriter::set_metadata`]), or keep it beside: [`finish`](MemoryWriter::finish) gives the staged file to an [`atomic_file::AtomicGroup`].

@@ -164,7 +164,8 @@ impl Options {
         self
     }
 
-    /// What `commit` waits for; [`Durability::Full`] unless told otherwise.
+    /// What `commit` waits for; [`Durability::Full`] unless told otherwise. With less, marks are
+    /// [released](crate::MemoryWriter::commit_and_release) before the file is sure to survive a power loss.
     pub fn durability(mut self, durability: Durability) -> Self {
         self.stage = self.stage.durability(durability);
         self

@@ -6,7 +6,7 @@ use std::ops::Range;
 use std::path::Path;
 
 use atomic_file::{AtomicWriter, NotPreserved};
-use dirty_bitmap::{DirtyBitmap, Epoch};
+use dirty_bitmap::{Coverage, DirtyBitmap, Epoch, ReleaseError};
 use image_format::{ImageId, MAX_RAM_SIZE, Placement, RAW_UNIT, packed_start};
 use page_reader::{PageReader, Touched};
 use sparse_file::{SpaceError, WriteOptions, grow, share_blocks};
@@ -49,6 +49,8 @@ pub struct MemoryWriter {
     /// Whether all of the RAM was written.
     full: bool,
     allow_ambiguous: bool,
+    /// Which marks of epochs were written.
+    written: Coverage,
 }
 
 /// A diff of at least this part of the RAM does not read what is known to be untouched.
@@ -149,6 +151,7 @@ impl MemoryWriter {
             raw_diff: None,
             full: false,
             allow_ambiguous,
+            written: Coverage::new(),
         })
     }
 
@@ -230,6 +233,7 @@ impl MemoryWriter {
         }
         let written_before = self.state != State::Empty;
         self.begin()?;
+        let began = Coverage::begin_full();
         self.raw_diff = None;
         if let Some(sealing) = &mut self.sealing {
             sealing.begin_full();
@@ -262,6 +266,7 @@ impl MemoryWriter {
             )?;
         }
         self.full = true;
+        self.written.add_full(began);
         self.state = State::Whole;
         Ok(())
     }
@@ -292,6 +297,8 @@ impl MemoryWriter {
         self.unwritten = None;
         self.raw_diff = None;
         self.full = true;
+        // The image's pages have replaced what was written of the RAM.
+        self.written.clear();
         self.state = State::Whole;
         Ok(true)
     }
@@ -319,19 +326,8 @@ impl MemoryWriter {
         reader: &R,
         dirty: &DirtyBitmap<impl Sized>,
     ) -> Result<u64, SnapshotError> {
-        if dirty.ram_size() != self.ram_size {
-            return Err(SnapshotError::BitmapSize {
-                bitmap: dirty.ram_size(),
-                file: self.ram_size,
-            });
-        }
+        self.check_bitmap(dirty)?;
         let ram = *self.ram_start.get_or_insert(dirty.ram_start());
-        if dirty.ram_start() != ram {
-            return Err(SnapshotError::BitmapStart {
-                bitmap: dirty.ram_start(),
-                ram,
-            });
-        }
         let (ram_size, page_size) = (self.ram_size, self.page_size);
         let pages = || WholePages::new(dirty.runs(), page_size);
         let (mut runs, mut total) = (0, 0);
@@ -358,8 +354,26 @@ impl MemoryWriter {
             Touched::unknown(reader, ram_size)
         };
         let written = sink.write(reader, pages(), total, Some(runs), &meter)?;
+        self.written.add_diff(dirty);
         self.state = State::Whole;
         Ok(written / page_size)
+    }
+
+    /// Whether a bitmap is one of this RAM, as far as that is known.
+    fn check_bitmap<K>(&self, bitmap: &DirtyBitmap<K>) -> Result<(), SnapshotError> {
+        if bitmap.ram_size() != self.ram_size {
+            return Err(SnapshotError::BitmapSize {
+                bitmap: bitmap.ram_size(),
+                file: self.ram_size,
+            });
+        }
+        match self.ram_start {
+            Some(ram) if ram != bitmap.ram_start() => Err(SnapshotError::BitmapStart {
+                bitmap: bitmap.ram_start(),
+                ram,
+            }),
+            _ => Ok(()),
+        }
     }
 
     /// Whether a footer can say that this is a diff of `runs` runs, and a chain would take it.
@@ -440,21 +454,59 @@ impl MemoryWriter {
         Ok(self.finish()?.commit()?)
     }
 
-    /// Commits as [`commit`](Self::commit) does, and releases the epoch whose pages were written once that is durable: the
-    /// marks can't be forgotten too early. On any error before, they are back in the bitmap.
+    /// Commits as [`commit`](Self::commit) does, and releases the epoch whose pages were written once that has returned. On any
+    /// error, the marks are back in the bitmap.
+    ///
+    /// It first [checks](Self::check_epoch) that every page of the epoch was written. Once the epoch was
+    /// [reclaimed](DirtyBitmap::reclaim_epoch), nothing is committed: a later save may have put its own file there. While the
+    /// commit runs, the epoch can't be reclaimed.
+    ///
+    /// The marks are forgotten when the commit returns, whatever the [durability](crate::Options::durability). With
+    /// [`Durability::Full`](crate::Durability::Full) the file is there after a power loss. With less than that the caller has chosen
+    /// that it may not be: snapshots on top of it that are durable lack its pages then, and a chain with an empty or torn raw file in it
+    /// is wrong without notice.
     ///
     /// # Errors
-    /// As [`commit`](Self::commit), and [`SnapshotError::EpochReclaimed`]: the snapshot is committed, and its pages are dirty all
-    /// the same.
+    /// [`SnapshotError::BitmapSize`], [`SnapshotError::BitmapStart`], [`SnapshotError::EpochNotWritten`] and
+    /// [`SnapshotError::EpochReclaimed`]: nothing was committed. Otherwise as [`commit`](Self::commit).
     pub fn commit_and_release<K, B: Deref<Target = DirtyBitmap<K>>>(
         self,
         epoch: Epoch<B, K>,
     ) -> Result<(), SnapshotError> {
+        self.check_epoch(&epoch)?;
         let dest = self.stage.dest_path().to_owned();
-        self.commit()?;
         epoch
-            .release()
-            .map_err(|source| SnapshotError::EpochReclaimed { dest, source })
+            .release_after(|| self.commit())
+            .map_err(|error| match error {
+                ReleaseError::Commit(error) => error,
+                ReleaseError::Reclaimed(source) => SnapshotError::EpochReclaimed { dest, source },
+            })
+    }
+
+    /// Checks that every page that `epoch` has taken a mark of was written after that.
+    ///
+    /// [`commit_and_release`](Self::commit_and_release) does so. Call it where the file is committed otherwise, as part of a group:
+    /// before [`finish`](Self::finish), which [`Epoch::release_after`] may run along with the group's commit.
+    ///
+    /// What counts is what this writer wrote: a [full write](Self::write_full) that began after the marks were taken, and
+    /// [diffs](Self::write_diff) of [`Epoch::bitmap`] or of what [`Epoch::take_more`] returned. A diff of the bitmap that the guest marks
+    /// does not count, nor does [`share_full`](Self::share_full), which also undoes the writes before it. A
+    /// [clean](DirtyBitmap::is_clean) part needs no write. Whether a full write was of the RAM that the epoch's bitmap is
+    /// about, only the caller knows: the size is compared, and the start where [`Options::ram_start`] or a diff has told it.
+    ///
+    /// # Errors
+    /// [`SnapshotError::EpochNotWritten`], [`SnapshotError::BitmapSize`] and [`SnapshotError::BitmapStart`].
+    pub fn check_epoch<K, B: Deref<Target = DirtyBitmap<K>>>(
+        &self,
+        epoch: &Epoch<B, K>,
+    ) -> Result<(), SnapshotError> {
+        self.check_bitmap(epoch.bitmap())?;
+        if self.written.covers(epoch) {
+            return Ok(());
+        }
+        Err(SnapshotError::EpochNotWritten {
+            dest: self.stage.dest_path().to_owned(),
+        })
     }
 
     /// The staged file, whole and ready to be committed as part of an [`atomic_file::AtomicGroup`], beside the vCPUs' state, say.

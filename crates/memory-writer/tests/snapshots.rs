@@ -96,8 +96,7 @@ fn a_pre_copy_snapshot_is_the_ram_at_the_pause() {
         let meanwhile = epoch.take_more().unwrap();
         assert_eq!(writer.write_diff(&ram, meanwhile).unwrap(), 3);
     }
-    writer.commit().unwrap();
-    epoch.release().unwrap();
+    writer.commit_and_release(epoch).unwrap();
     assert!(place.read() == ram);
     assert!(dirty.is_clean());
 }
@@ -121,11 +120,11 @@ fn marks_are_released_by_a_commit_that_succeeds_and_by_no_other() {
     std::fs::remove_dir(&place.dest).unwrap();
 
     let (writer, epoch) = save();
-    dirty.reclaim_epoch();
+    assert!(dirty.reclaim_epoch().unwrap());
     let error = writer.commit_and_release(epoch).unwrap_err();
     let reclaimed = matches!(error, SnapshotError::EpochReclaimed { .. });
     assert!(reclaimed, "{error}");
-    assert!(place.dest.exists());
+    assert!(!place.dest.exists(), "it is not committed");
     assert_eq!(dirty.dirty_bytes(), PAGE, "it was never released");
 
     let (writer, epoch) = save();

@@ -454,7 +454,7 @@ fn a_reclaimed_checkpoint_is_taken_and_protected_again() {
     let (machine, tracker) = armed(1, Policy::Pages);
     machine.write(&tracker, 3, 1);
     let mut stuck = tracker.arm(&machine).unwrap();
-    assert!(tracker.reclaim_epoch());
+    assert!(tracker.reclaim_epoch().unwrap());
     machine.write(&tracker, 5, 1);
     machine.calls();
     let more = tracker.arm_more(&mut stuck, &machine);

@@ -44,6 +44,7 @@ const ADOPTED: u8 = 3;
 /// use kvm_ioctls::VcpuExit;
 ///
 /// fn answer(exit: VcpuExit<'_>) { /* devices */ }
+/// fn commit() -> std::io::Result<()> { Ok(()) /* the file, durable */ }
 ///
 /// /// The thread of a vCPU, until it is to pause: a signal makes `KVM_RUN` return.
 /// fn vcpu_thread(vcpu: &mut Vcpu, to_pause: &AtomicBool, paused: &Barrier) -> std::io::Result<()> {
@@ -69,8 +70,7 @@ const ADOPTED: u8 = 3;
 ///     let epoch = ram.dirty_bitmap().begin_epoch()?;
 ///     // ... copy the pages of `epoch.bitmap()` ...
 ///     drop(harvest); // from here on the vCPUs may run
-///     // ... commit ...
-///     epoch.release()?;
+///     epoch.release_after(commit)?; // if it fails, the marks are back
 ///     Ok(())
 /// }
 /// ```
