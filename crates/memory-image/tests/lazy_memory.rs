@@ -459,6 +459,46 @@ fn moved_memory_never_shows_zeros() {
     assert_eq!(elsewhere.page(0).unwrap(), ZEROS);
 }
 
+/// The old addresses stay mapped and registered, without what was filled there.
+#[rstest]
+#[case::touched_before_all_is_in(true)]
+#[case::touched_after_all_is_in(false)]
+fn memory_moved_without_unmapping_never_shows_zeros(#[case] before: bool) {
+    if !Need::Userfaultfd.met("memory_moved_without_unmapping_never_shows_zeros") {
+        return;
+    }
+    let images = images();
+    let regions = Regions::new(&[4 * MIB]);
+    let elsewhere = Regions::new(&[4 * PAGE]);
+    let options = on_demand().fault_around(1);
+    let ram = regions.adopt(options, images.chain()).unwrap();
+    assert_eq!(regions.page(9 * PAGE).unwrap(), bytes(&images, 9));
+    let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED | libc::MREMAP_DONTUNMAP;
+    let (from, to) = (regions.address(8 * PAGE), elsewhere.address(0));
+    let len = 4 * PAGE as usize;
+    // SAFETY: nothing accesses either range meanwhile.
+    let moved = unsafe { libc::mremap(from.cast(), len, len, flags, to) };
+    assert_eq!(moved, to.cast());
+    let assert_denied = || {
+        for page in 8..12 {
+            assert_unreadable(regions.page(page * PAGE));
+        }
+        for page in [0, 2, 3] {
+            assert_unreadable(elsewhere.page(page * PAGE));
+        }
+        assert_eq!(elsewhere.page(PAGE).unwrap(), bytes(&images, 9));
+    };
+    if before {
+        assert_denied();
+    }
+    assert_unmapped(&ram.wait().unwrap_err(), 8 * PAGE, 4 * PAGE);
+    assert_denied();
+    assert_eq!(regions.page(7 * PAGE).unwrap(), bytes(&images, 7));
+    assert_eq!(regions.page(12 * PAGE).unwrap(), bytes(&images, 12));
+    drop(ram);
+    assert_denied();
+}
+
 #[test]
 fn memory_by_which_a_mapping_grows_is_zeros() {
     if !Need::Userfaultfd.met("memory_by_which_a_mapping_grows_is_zeros") {

@@ -48,8 +48,10 @@ pub use userfaultfd::UserfaultfdError;
 /// answers faults, for as long as that reads a page from the images.
 ///
 /// Memory must not be unmapped or moved until all is in. If it is nevertheless, that is the error
-/// [`UserfaultfdError::Unmapped`], and missing pages at the new address are inaccessible. A page that
-/// something else has put into the memory is [`UserfaultfdError::Occupied`], and inaccessible too.
+/// [`UserfaultfdError::Unmapped`], and missing pages at the new address are inaccessible. So are those
+/// at the old address where it stays mapped (`MREMAP_DONTUNMAP`), including pages that were filled
+/// before the move. A page that something else has put into the memory is
+/// [`UserfaultfdError::Occupied`], and inaccessible too.
 ///
 /// # Limitations
 /// Dropped, the memory must not be touched any more. The missing pages are the kernel's to protect only

@@ -7,7 +7,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use nix::errno::Errno;
 use nix::sys::eventfd::EventFd;
-use page_reader::SecretBuffer;
+use page_reader::{FlaggedRegion, SecretBuffer};
 
 use super::memory::Memory;
 use super::present::Present;
@@ -80,7 +80,7 @@ pub(crate) struct Ledger {
     denied: BTreeSet<u64>,
     /// Ranges that are not in memory any more.
     unmapped: Vec<Range<u64>>,
-    /// Addresses to which parts of the memory were moved, to be made inaccessible.
+    /// Addresses from and to which parts of the memory were moved, to be made inaccessible.
     moved: Vec<Range<u64>>,
 }
 
@@ -153,7 +153,11 @@ impl Filler {
                 return Ok(ledger);
             };
             drop(ledger);
-            self.deny_moved(moved);
+            // The old addresses are mapped still after MREMAP_DONTUNMAP, and are often not after another
+            // move: what is there now may not be this memory.
+            for registered in still_registered(moved) {
+                self.deny_moved(registered);
+            }
         }
     }
 
@@ -174,6 +178,7 @@ impl Filler {
             Message::Unmapped(addresses) => addresses,
             Message::Moved { from, to } => {
                 ledger.moved.push(to..to + (from.end - from.start));
+                ledger.moved.push(from.clone());
                 from
             }
         };
@@ -185,8 +190,9 @@ impl Filler {
         }
     }
 
-    /// Has accesses to missing pages of moved memory fail. Nothing answers their faults: the guest's RAM
-    /// is where it was.
+    /// Has accesses to missing pages fail, where memory was moved to or from. Nothing answers their
+    /// faults: the pages at the new address are no part of the guest's RAM, and those at the old address
+    /// have lost what they held.
     fn deny_moved(&self, moved: Range<u64>) {
         let mut at = moved.start;
         while at < moved.end && self.can_poison {
@@ -652,6 +658,22 @@ impl Filler {
             }
         }
     }
+}
+
+/// Returns the parts of a range of addresses that are registered with a userfaultfd, or all of it where
+/// the kernel does not tell.
+fn still_registered(addresses: Range<u64>) -> Vec<Range<u64>> {
+    let Ok(mappings) = FlaggedRegion::of_this_process() else {
+        return vec![addresses];
+    };
+    let registered = mappings
+        .iter()
+        .filter(|mapping| mapping.flags.filled_on_fault);
+    let parts = registered.map(|mapping| {
+        let Range { start, end } = mapping.region.addresses;
+        start.max(addresses.start)..end.min(addresses.end)
+    });
+    parts.filter(|part| !part.is_empty()).collect()
 }
 
 /// Why no message can be read.

@@ -344,8 +344,10 @@ mod tests {
         assert_eq!(read(&ram, 1), Ok(()));
     }
 
-    #[test]
-    fn without_poison_moved_memory_is_inaccessible() {
+    #[rstest]
+    #[case::unmapped(0)]
+    #[case::mapped_still(libc::MREMAP_DONTUNMAP)]
+    fn without_poison_moved_memory_is_inaccessible(#[case] more_flags: libc::c_int) {
         if !Need::Userfaultfd.met("without_poison_moved_memory_is_inaccessible") {
             return;
         }
@@ -354,12 +356,15 @@ mod tests {
         let (ram, _file) = start(options);
         let len = host_page() as usize;
         let elsewhere = Region::zeros(host_page()).unwrap();
-        let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
+        let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED | more_flags;
         let to: *mut libc::c_void = elsewhere.as_ptr().cast();
         // SAFETY: nothing accesses either page meanwhile.
         let moved = unsafe { libc::mremap(ram.as_ptr().cast(), len, len, flags, to) };
         assert_eq!(moved, to);
         assert_eq!(byte_at(to.cast()), Err(Errno::EFAULT));
+        if more_flags != 0 {
+            assert_eq!(read(&ram, 0), Err(Errno::EFAULT));
+        }
         let why = ram.wait().unwrap_err();
         assert!(
             matches!(
