@@ -2,6 +2,7 @@
 
 mod file;
 mod huge_pages;
+pub(crate) mod mapped_file;
 mod mappings;
 mod pagemap;
 mod populate;

@@ -22,7 +22,7 @@ use page_reader::{
     check_filled,
 };
 use rstest::rstest;
-use test_machine::Need;
+use test_machine::{LoopFs, LoopMount, Need, Overlay, TinyTmpfs};
 
 const SIZE: usize = 2 << 20;
 
@@ -163,6 +163,59 @@ fn memory_filled_in_this_process_is_refused() {
     assert_filled_in(check_filled(&file), std::process::id());
     drop(registered);
     check_filled(&file).unwrap();
+}
+
+/// Its mappings are listed under another device than `fstat` tells: the lower file system and the upper
+/// one are not the same.
+#[test]
+fn a_file_on_overlayfs_that_is_filled_is_refused() {
+    let test = "a_file_on_overlayfs_that_is_filled_is_refused";
+    if !Need::Userfaultfd.met(test) || !Need::Ext4.met(test) {
+        return;
+    }
+    let lower = LoopMount::new(LoopFs::Ext4).unwrap();
+    let upper = TinyTmpfs::new(2 * SIZE as u64).unwrap();
+    let [changed, work] = ["upper", "work"].map(|name| upper.path().join(name));
+    std::fs::create_dir(&changed).unwrap();
+    std::fs::create_dir(&work).unwrap();
+    let overlay = Overlay::of(lower.path(), &changed, &work).unwrap();
+    let open = |name: &str| {
+        let mut options = File::options();
+        let options = options.read(true).write(true).create(true).truncate(false);
+        let file = options.open(overlay.path().join(name)).unwrap();
+        file.set_len(SIZE as u64).unwrap();
+        file
+    };
+    let (file, other) = (open("ram"), open("other"));
+    check_filled(&file).unwrap();
+    let child = Child::that(|| missing(&file));
+    assert_filled_in(check_filled(&file), child.pid());
+    // Opened by itself, and for reading.
+    let again = File::open(overlay.path().join("ram")).unwrap();
+    assert_filled_in(FileReader::new(&again).check_filled(), child.pid());
+    check_filled(&other).unwrap();
+    drop(child);
+    check_filled(&file).unwrap();
+    // The check has brought in no page.
+    let blocks = std::os::unix::fs::MetadataExt::blocks(&file.metadata().unwrap());
+    assert_eq!(blocks, 0);
+}
+
+/// A file of which no mapping can be made is not taken for one that nobody fills.
+#[test]
+fn a_file_on_overlayfs_that_cannot_be_read_is_an_error() {
+    let test = "a_file_on_overlayfs_that_cannot_be_read_is_an_error";
+    if !Need::Root.met(test) {
+        return;
+    }
+    let upper = TinyTmpfs::new(2 * SIZE as u64).unwrap();
+    let [lower, changed, work] = ["lower", "upper", "work"].map(|name| upper.path().join(name));
+    for dir in [&lower, &changed, &work] {
+        std::fs::create_dir(dir).unwrap();
+    }
+    let overlay = Overlay::of(&lower, &changed, &work).unwrap();
+    let file = File::create(overlay.path().join("ram")).unwrap();
+    assert!(matches!(check_filled(&file), Err(LazyFillError::File(_))));
 }
 
 /// What is filled there does not get into the file.

@@ -16,7 +16,7 @@ pub mod tracked;
 #[cfg(target_os = "linux")]
 pub use loop_mount::{LoopFs, LoopMount, tool};
 #[cfg(target_os = "linux")]
-pub use mounts::{HugeFs, ReadOnlyBind, TinyTmpfs};
+pub use mounts::{HugeFs, Overlay, ReadOnlyBind, TinyTmpfs};
 
 use std::fmt;
 use std::io::Write as _;

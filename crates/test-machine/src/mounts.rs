@@ -128,6 +128,43 @@ impl ReadOnlyBind {
     }
 }
 
+/// An overlayfs: a directory with another one on top that takes what is written.
+#[derive(Debug)]
+pub struct Overlay(Mounted);
+
+impl Overlay {
+    /// Lays `upper` over `lower`; the kernel works in `work`, an empty directory on the file system of
+    /// `upper`.
+    ///
+    /// # Errors
+    /// Whatever `mount(2)` says, `EPERM` without `CAP_SYS_ADMIN`, `EINVAL` where the kernel cannot use
+    /// one of the directories, `ENODEV` where it has no overlayfs.
+    pub fn of(lower: &Path, upper: &Path, work: &Path) -> io::Result<Self> {
+        let options = format!(
+            "lowerdir={},upperdir={},workdir={}",
+            lower.display(),
+            upper.display(),
+            work.display()
+        );
+        Mounted::new(|dir| {
+            mount(
+                Some("overlay"),
+                dir,
+                Some("overlay"),
+                MsFlags::empty(),
+                Some(options.as_str()),
+            )
+        })
+        .map(Self)
+    }
+
+    /// The mounted, merged directory.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        self.0.path()
+    }
+}
+
 /// A mount point in a directory of its own; lazily unmounted, then removed.
 #[derive(Debug)]
 pub(crate) struct Mounted {

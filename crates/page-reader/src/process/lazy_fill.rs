@@ -13,6 +13,7 @@ use nix::unistd::geteuid;
 use super::is_not_there;
 use super::maps::{ProcessMaps, ProcessMapsError, ProcessRegion, printable};
 use super::smaps::FlaggedRegion;
+use crate::sys::mapped_file::MappedFile;
 use crate::{FileReader, MappedMemory, PageReader};
 
 /// Checks that no process fills the shared memory `file` page by page as it is accessed.
@@ -25,7 +26,7 @@ use crate::{FileReader, MappedMemory, PageReader};
 ///
 /// The function looks for mappings of the same file in the `smaps` of all processes. Files on other
 /// file systems than tmpfs, hugetlbfs and overlayfs cannot be filled by userfaultfd: nothing is
-/// looked for. The cost grows with the number of processes: about 0.1 ms each, and more for those
+/// looked for. On overlayfs, `file` must be open for reading. The cost grows with the number of processes: about 0.1 ms each, and more for those
 /// that map the file.
 ///
 /// Returns the processes that run as the owner of the file and that this process may not examine:
@@ -39,6 +40,9 @@ use crate::{FileReader, MappedMemory, PageReader};
 /// # What is not detected
 /// - A process of another user than the file's owner that this process may not examine (without
 ///   `CAP_SYS_PTRACE`), or that is in a PID namespace not visible here, or hidden by `hidepid`.
+/// - On overlayfs, a process that has opened the file by another path than `file`: one in the merged
+///   directory, the other in the upper directory. Newer kernels (Linux 6.18 is one) list their
+///   mappings as those of two files.
 /// - A fill that began and ended between the two calls.
 /// - A fill that was given up: a process that ended, or closed its userfaultfd, before all pages
 ///   were filled. Nothing tells its missing pages from memory that was never used.
@@ -55,15 +59,20 @@ use crate::{FileReader, MappedMemory, PageReader};
 /// ```
 pub fn check_filled(file: &File) -> Result<Vec<UnexaminedProcess>, LazyFillError> {
     let metadata = file.metadata().map_err(LazyFillError::File)?;
-    if !metadata.is_file() || !may_be_filled(file)? {
+    if !metadata.is_file() {
         return Ok(Vec::new());
     }
-    Backing {
-        device: metadata.dev(),
-        inode: metadata.ino(),
-        owner: metadata.uid(),
-    }
-    .check()
+    let owner = metadata.uid();
+    let backing = match file_system(file)? {
+        OVERLAYFS_SUPER_MAGIC => Backing::as_mapped(file, owner)?,
+        TMPFS_MAGIC | HUGETLBFS_MAGIC => Backing {
+            device: metadata.dev(),
+            inode: metadata.ino(),
+            owner,
+        },
+        _ => return Ok(Vec::new()),
+    };
+    backing.check()
 }
 
 /// Why shared memory cannot be read as it is: pages may be missing.
@@ -172,9 +181,8 @@ impl ProcessRegion {
         if self.inode == 0 {
             return Ok(Vec::new());
         }
-        let (major, minor) = self.device;
         Backing {
-            device: makedev(major.into(), minor.into()),
+            device: device_of(self),
             inode: self.inode,
             owner: geteuid().as_raw(),
         }
@@ -182,12 +190,9 @@ impl ProcessRegion {
     }
 }
 
-fn may_be_filled(file: &File) -> Result<bool, LazyFillError> {
-    let kind: FsType = fstatfs(file)
-        .map_err(|errno| LazyFillError::File(errno.into()))?
-        .filesystem_type();
-    // A file on overlayfs may be one on tmpfs, which the mapping then shows.
-    Ok([TMPFS_MAGIC, HUGETLBFS_MAGIC, OVERLAYFS_SUPER_MAGIC].contains(&kind))
+fn file_system(file: &File) -> Result<FsType, LazyFillError> {
+    let file_system = fstatfs(file).map_err(|errno| LazyFillError::File(errno.into()))?;
+    Ok(file_system.filesystem_type())
 }
 
 /// The file behind shared memory.
@@ -198,6 +203,22 @@ struct Backing {
 }
 
 impl Backing {
+    /// Finds out under which device and inode mappings of the file are listed. A file on overlayfs may be
+    /// one on tmpfs; what `fstat` tells of it is neither the device of the one nor of the other.
+    fn as_mapped(file: &File, owner: u32) -> Result<Self, LazyFillError> {
+        let mapped = MappedFile::new(file).map_err(|errno| LazyFillError::File(errno.into()))?;
+        let maps = ProcessMaps::of_this_process()?;
+        let region = maps.at(mapped.address());
+        // Something else than the procfs of this process is mounted at /proc.
+        let region =
+            region.ok_or_else(|| LazyFillError::Processes(io::ErrorKind::NotFound.into()))?;
+        Ok(Self {
+            device: device_of(region),
+            inode: region.inode,
+            owner,
+        })
+    }
+
     fn check(&self) -> Result<Vec<UnexaminedProcess>, LazyFillError> {
         let processes = fs::read_dir("/proc").map_err(LazyFillError::Processes)?;
         let (mut seen, mut unexamined) = (false, Vec::new());
@@ -280,9 +301,8 @@ impl Backing {
 
     /// A private mapping keeps what is filled to itself: the file is none of its business.
     fn is_behind(&self, region: &ProcessRegion) -> bool {
-        let (major, minor) = region.device;
-        let device = makedev(major.into(), minor.into());
-        region.permissions.shared && (device, region.inode) == (self.device, self.inode)
+        let identity = (device_of(region), region.inode);
+        region.permissions.shared && identity == (self.device, self.inode)
     }
 
     /// Whether a process that cannot be examined runs as the owner of the file.
@@ -297,6 +317,11 @@ impl Backing {
             Err(error) => !is_not_there(&error),
         }
     }
+}
+
+fn device_of(region: &ProcessRegion) -> u64 {
+    let (major, minor) = region.device;
+    makedev(major.into(), minor.into())
 }
 
 enum Found {

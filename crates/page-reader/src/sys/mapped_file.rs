@@ -1,0 +1,51 @@
+//! A file as mappings of it are listed. On overlayfs that is another device, and may be another inode,
+//! than `fstat` tells.
+
+#![allow(unsafe_code)]
+
+use std::fs::File;
+use std::num::NonZeroUsize;
+use std::os::unix::fs::MetadataExt;
+use std::ptr::NonNull;
+
+use nix::errno::Errno;
+use nix::libc;
+use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
+
+use super::page_size;
+
+/// A mapping of the first block of a file. It may not be accessed, so that it changes nothing: a page
+/// that it brought in would be missing no more.
+#[derive(Debug)]
+pub(crate) struct MappedFile {
+    start: NonNull<libc::c_void>,
+    len: NonZeroUsize,
+}
+
+impl MappedFile {
+    pub(crate) fn new(file: &File) -> nix::Result<Self> {
+        // A block of a file in huge pages is such a page, and no less can be mapped.
+        let block = file.metadata().map_or(0, |metadata| metadata.blksize());
+        let len = usize::try_from(block.max(1).next_multiple_of(page_size()));
+        let len = len
+            .ok()
+            .and_then(NonZeroUsize::new)
+            .ok_or(Errno::EOVERFLOW)?;
+        let flags = MapFlags::MAP_SHARED | MapFlags::MAP_NORESERVE;
+        // SAFETY: a new mapping, where the kernel likes.
+        let start = unsafe { mmap(None, len, ProtFlags::PROT_NONE, flags, file, 0) }?;
+        Ok(Self { start, len })
+    }
+
+    pub(crate) fn address(&self) -> u64 {
+        self.start.addr().get() as u64
+    }
+}
+
+impl Drop for MappedFile {
+    fn drop(&mut self) {
+        // SAFETY: mapped by `new`, and nobody was handed its address but the kernel.
+        let unmapped = unsafe { munmap(self.start, self.len.get()) };
+        debug_assert_eq!(unmapped, Ok(()));
+    }
+}
