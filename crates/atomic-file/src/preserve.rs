@@ -11,6 +11,7 @@ use nix::unistd::{Gid, Uid, fchown};
 use thiserror::Error;
 use xattr::FileExt as _;
 
+use crate::destination::Destination;
 use crate::directory::{Directory, Stat, stat_of};
 use crate::sys;
 
@@ -21,6 +22,15 @@ use crate::sys;
 /// and before the sync. Opening the writer tries it, so that what is not permitted is known before
 /// anything is written. A destination that does not exist, or is a symbolic link that is replaced
 /// itself, has nothing to preserve.
+///
+/// **Only a file that was there when the writer was opened** passes anything on. Of one that came
+/// to the destination later nothing is preserved: the new file has the
+/// [mode](crate::Options::mode) asked for. Where the destination was another file at the opening,
+/// the commit fails instead, unless [`if_permitted`](Self::if_permitted) is set.
+///
+/// **A file that a stranger may have planted** passes nothing on, which counts as not permitted: the
+/// stranger could read the new file. In a directory where others may create files, that is a file of
+/// another user than this one, root and the directory's owner, or one with several hard links.
 ///
 /// **What is not permitted**: a process without privileges can keep the owner only of its own files,
 /// and the group only if it is a member. [`Options::open`](crate::Options::open) then fails with
@@ -165,12 +175,11 @@ pub struct NotPreserved {
     pub source: io::Error,
 }
 
-/// Gives `file` the permission bits `mode`, and those attributes of the file at `name` that are to be
+/// Gives `file` the permission bits `mode`, and those attributes of the file at `dest` that are to be
 /// preserved. What was not permitted and may be left out is returned.
 pub(crate) fn give(
     file: &File,
-    dir: &Directory,
-    name: &OsStr,
+    dest: &Destination,
     preserve: Preserve,
     mode: u32,
 ) -> Result<Vec<NotPreserved>, NotPreserved> {
@@ -178,27 +187,49 @@ pub(crate) fn give(
         attribute: Attribute::Mode,
         source,
     };
-    let old = match preserve.anything() {
-        true => dir.entry(name).map_err(mode_of)?.filter(Stat::is_file),
-        false => None,
-    };
-    let Some(old) = old else {
-        sys::set_mode(file, mode).map_err(mode_of)?;
-        return Ok(Vec::new());
-    };
     let mut giving = Giving {
         file,
         preserve,
         lost: Vec::new(),
     };
+    let at_open = dest.entry.filter(|_| preserve.anything());
+    let now = match at_open {
+        Some(_) => dest.dir.entry(&dest.name).map_err(mode_of)?,
+        None => None,
+    };
+    let Some(old) = now.filter(Stat::is_file) else {
+        sys::set_mode(file, mode).map_err(mode_of)?;
+        return Ok(Vec::new());
+    };
+    if at_open.map(|entry| entry.id) != Some(old.id) {
+        if !preserve.if_permitted {
+            return Err(mode_of(io::Error::other(
+                "the destination was replaced since the writer was opened",
+            )));
+        }
+        sys::set_mode(file, mode).map_err(mode_of)?;
+        return Ok(Vec::new());
+    }
+    if may_be_planted(&old, &dest.dir) {
+        giving.nothing(&old)?;
+        sys::set_mode(file, mode).map_err(mode_of)?;
+        return Ok(giving.lost);
+    }
     giving.ownership(&old)?;
-    let has_acl = giving.extended(dir, name)?;
+    let has_acl = giving.extended(&dest.dir, &dest.name, &old)?;
     let mode = match preserve.mode {
         true => narrowed(&old, &stat_of(file).map_err(mode_of)?, has_acl),
         false => mode,
     };
     sys::set_mode(file, mode).map_err(mode_of)?;
     Ok(giving.lost)
+}
+
+/// Whether a user whom the new file is not meant for may have put the file `old` into `dir`.
+fn may_be_planted(old: &Stat, dir: &Directory) -> bool {
+    const ROOT: u32 = 0;
+    let trusted = [sys::file_owner(), ROOT, dir.stat.uid];
+    dir.others_may_create() && (!trusted.contains(&old.uid) || old.links != 1)
 }
 
 /// The old file's permission bits, less what would mean more for another owner or group.
@@ -245,6 +276,35 @@ impl Giving<'_> {
         Ok(())
     }
 
+    /// Leaves out all that was asked for.
+    fn nothing(&mut self, old: &Stat) -> Result<(), NotPreserved> {
+        let Preserve {
+            owner,
+            group,
+            mode,
+            acl,
+            xattrs,
+            if_permitted: _,
+        } = self.preserve;
+        let asked_for = [
+            (owner, Attribute::Owner),
+            (group, Attribute::Group),
+            (mode, Attribute::Mode),
+            (acl, Attribute::Acl),
+            (xattrs, Attribute::Xattrs),
+        ];
+        for (_, attribute) in asked_for.into_iter().filter(|(asked_for, _)| *asked_for) {
+            let reason = format!(
+                "it belongs to user {} and has {} hard links, in a directory where others may \
+                 create files: who put it there could read the new file",
+                old.uid, old.links
+            );
+            let refused = io::Error::new(io::ErrorKind::PermissionDenied, reason);
+            self.result(attribute, Err(refused))?;
+        }
+        Ok(())
+    }
+
     fn ownership(&mut self, old: &Stat) -> Result<(), NotPreserved> {
         let own = stat_of(self.file);
         let own = own.map_err(|source| NotPreserved {
@@ -266,7 +326,12 @@ impl Giving<'_> {
     }
 
     /// Whether the old file has an access control list that the new one did not get.
-    fn extended(&mut self, dir: &Directory, name: &OsStr) -> Result<bool, NotPreserved> {
+    fn extended(
+        &mut self,
+        dir: &Directory,
+        name: &OsStr,
+        expected: &Stat,
+    ) -> Result<bool, NotPreserved> {
         let Preserve {
             mode, acl, xattrs, ..
         } = self.preserve;
@@ -274,6 +339,10 @@ impl Giving<'_> {
             return Ok(false);
         }
         let listed = dir.open_for(OFlag::O_RDONLY, name).and_then(|old| {
+            let stat = stat_of(&old)?;
+            if (stat.id, stat.uid) != (expected.id, expected.uid) {
+                return Err(io::Error::other("the destination was just replaced"));
+            }
             let names: Vec<_> = match old.list_xattr() {
                 Ok(names) => names.collect(),
                 Err(error) if error.kind() == io::ErrorKind::Unsupported => Vec::new(),

@@ -272,8 +272,8 @@ impl AtomicWriter {
             mode,
             ..
         } = self;
-        let lost = preserve::give(stage.file(), &dest.dir, &dest.name, *preserve, *mode)
-            .map_err(io::Error::other)?;
+        let lost =
+            preserve::give(stage.file(), dest, *preserve, *mode).map_err(io::Error::other)?;
         // The destination may have changed since the caller was informed of what is lost.
         let is_known = |lost: &NotPreserved| {
             let mut known = self.not_preserved.iter();
@@ -403,7 +403,7 @@ fn try_attributes(
     let path = &dest.path;
     let set_mode = |source| OpenError::io("set the mode of the file staged for", path, source);
     let owner = stat_of(stage.file()).map_err(set_mode)?.uid;
-    let given = preserve::give(stage.file(), &dest.dir, &dest.name, preserve, mode);
+    let given = preserve::give(stage.file(), dest, preserve, mode);
     let not_preserved = given.map_err(|source| match (&source.attribute, preserve) {
         (Attribute::Mode, _) => set_mode(source.source),
         _ => OpenError::NotPreserved {

@@ -15,7 +15,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
 use std::time::Duration;
 
-use atomic_file::{AtomicGroup, AtomicWriter, OpenError, recover, sweep};
+use atomic_file::{AtomicGroup, AtomicWriter, OpenError, Preserve, recover, sweep};
 use common::commit;
 use nix::sys::stat::Mode;
 use nix::unistd::{Gid, Uid, mkfifo, setfsgid, setfsuid};
@@ -291,6 +291,78 @@ fn as_stranger<T: Send>(attack: impl FnOnce() -> T + Send) -> T {
         });
         stranger.join().unwrap()
     })
+}
+
+#[rstest]
+#[case::before_the_writer_is_opened(true)]
+#[case::while_the_writer_writes(false)]
+fn a_planted_file_passes_nothing_on(
+    #[case] before: bool,
+    #[values("a file", "a hard link")] what: &str,
+    #[values(0o1777, 0o777)] mode: u32,
+) {
+    if !Need::Root.met("a_planted_file_passes_nothing_on") {
+        return;
+    }
+    let place = Place::new(mode);
+    open_to_all(&place.path("ours/victim")).unwrap();
+    let dest = place.path("dir/dest");
+    let planted = || as_stranger(|| plant(&place, std::slice::from_ref(&dest), what));
+    if before {
+        planted();
+    }
+    let preserve = Preserve::all();
+    if before {
+        let error = AtomicWriter::options()
+            .preserve(preserve)
+            .open(&dest)
+            .unwrap_err();
+        assert!(matches!(error, OpenError::NotPreserved { .. }), "{error:?}");
+    }
+    let writer = AtomicWriter::options()
+        .preserve(preserve.if_permitted(true))
+        .open(&dest)
+        .unwrap();
+    assert_eq!(writer.not_preserved().len(), if before { 5 } else { 0 });
+    writer.write_all_at(SECRET, 0).unwrap();
+    if !before {
+        planted();
+    }
+    assert!(dest.exists(), "it was planted");
+    writer.commit().unwrap();
+    let stat = fs::metadata(&dest).unwrap();
+    assert_eq!((stat.uid(), stat.mode() & 0o7777), (0, 0o600));
+    as_stranger(|| assert_no_secret(&place.path("dir")));
+}
+
+/// In a directory that is not sticky, a stranger may put another file in the place of one of ours.
+#[test]
+fn a_file_put_in_the_place_of_ours_passes_nothing_on() {
+    if !Need::Root.met("a_file_put_in_the_place_of_ours_passes_nothing_on") {
+        return;
+    }
+    let place = Place::new(0o777);
+    open_to_all(&place.path("ours/victim")).unwrap();
+    let dest = place.path("dir/dest");
+    for (if_permitted, what) in [
+        (true, "a file"),
+        (true, "a hard link"),
+        (false, "a hard link"),
+    ] {
+        let _ = fs::remove_file(&dest);
+        fs::write(&dest, "old").unwrap();
+        let preserve = Preserve::all().if_permitted(if_permitted);
+        let options = AtomicWriter::options().preserve(preserve);
+        let writer = options.open(&dest).unwrap();
+        assert!(writer.not_preserved().is_empty());
+        // So that no new file gets the inode number.
+        let old = File::open(&dest).unwrap();
+        as_stranger(|| plant(&place, std::slice::from_ref(&dest), what));
+        writer.write_all_at(SECRET, 0).unwrap();
+        assert_eq!(writer.commit().is_ok(), if_permitted, "{what}");
+        as_stranger(|| assert_no_secret(&place.path("dir")));
+        drop(old);
+    }
 }
 
 /// The hash in the names of the files staged for `dest`.

@@ -52,7 +52,7 @@ fn set_mode(path: &Path, mode: u32) {
     fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
 }
 
-/// `dest` with everything that can be preserved; `None` where the file system has not all of it.
+/// `dest` with everything that can be preserved, in a directory of user `OWNER + 2`; `None` where the file system has not all of it.
 fn with_attributes(test: &str) -> Option<(tempfile::TempDir, std::path::PathBuf)> {
     if !Need::Root.met(test) {
         return None;
@@ -64,7 +64,8 @@ fn with_attributes(test: &str) -> Option<(tempfile::TempDir, std::path::PathBuf)
         test_machine::not_run(test, "a file system without attributes and lists");
         return None;
     }
-    set_mode(dir.path(), 0o777);
+    set_mode(dir.path(), 0o755);
+    chown(dir.path(), Some(OWNER + 2), None).unwrap();
     Some((dir, dest))
 }
 
@@ -149,7 +150,7 @@ fn only_what_is_asked_for_is_preserved(
     assert_eq!(found(&dest), expected);
 }
 
-/// The stranger may replace the file, as the directory is open to all, and no more.
+/// The directory's owner may replace the file, and no more.
 #[test]
 fn what_is_not_permitted_is_refused_before_anything_is_written() {
     const TEST: &str = "what_is_not_permitted_is_refused_before_anything_is_written";
