@@ -253,16 +253,6 @@ impl SnapshotError {
         }
     }
 
-    /// There is no memory to keep account of the pages of a recycled file.
-    pub(crate) fn from_account(dest: PathBuf, source: io::Error) -> Self {
-        Self::MemoryIo {
-            dest,
-            step: MemoryIoStep::Wipe,
-            offset: 0,
-            source,
-        }
-    }
-
     pub(crate) fn from_share(dest: PathBuf, error: SpaceError) -> Self {
         Self::MemoryIo {
             dest,

@@ -64,11 +64,12 @@
 //! # How it works
 //! `open` creates the stage and sets its size. A full dump is one run of bytes, a diff the bitmap's runs widened to whole pages of the
 //! file; [`sparse_file::write_runs`] writes either, from guest memory directly where the reader hands it out. `commit`
-//! is [`atomic_file`]'s: sync, rename, sync of the directory. The memory used does not depend on the RAM's size, but for a bit
-//! per page where a file is recycled or pages are skipped, and for the footer of a sealed or packed image: see [`Options::layout`].
+//! is [`atomic_file`]'s: sync, rename, sync of the directory. The memory used does not depend on the RAM's size, but on what is written: a bit
+//! per page, in blocks of 4096, of a raw diff and where a file is recycled or pages are skipped, and the footer of a sealed or packed image: see
+//! [`Options::layout`].
 //!
 //! A recycled stage has the bytes of an older snapshot. What of it was not written is punched out before the commit, and a bit per page
-//! says what that is.
+//! says what was.
 //!
 //! What a full dump skips is left as the hole that it is in a new file. If the writer has written to the file before, or it is
 //! a recycled one, the same bit per page keeps account of it.
@@ -92,6 +93,7 @@ mod layout;
 mod meter;
 mod needed;
 mod options;
+mod page_set;
 mod pages;
 mod placing;
 mod raw_diff;

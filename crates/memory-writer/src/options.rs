@@ -207,7 +207,7 @@ impl Options {
     ///
     /// Faster where a large snapshot is replaced again and again, at the price of twice its space. The old bytes never show: what is not
     /// written is wiped by `commit`, or [`finish`](MemoryWriter::finish), and a diff is as sparse as in a new file. Takes
-    /// memory of a bit per page.
+    /// memory of a bit per page, where pages are written.
     pub fn recycle(mut self, max_bytes: u64) -> Self {
         self.stage = self.stage.recycle(max_bytes);
         self

@@ -3,10 +3,11 @@
 use std::fs::File;
 use std::ops::Range;
 
-use bitvec::vec::BitVec;
 use nix::unistd::fsync;
 use sparse_file::{HolesUnknown, Kind, PageHoles, PagesUnknown, extents};
 use thiserror::Error;
+
+use crate::page_set::PageSet;
 
 /// Why a raw diff could not be read back: its pages cannot be told from its holes.
 #[derive(Debug, Error)]
@@ -26,10 +27,10 @@ pub enum AmbiguousDiff {
     },
 }
 
-/// A bit per page of the memory file: whether it was written.
+/// The pages of the memory file that were written.
 #[derive(Debug)]
 pub(crate) struct RawDiff {
-    pages: BitVec<u64>,
+    pages: PageSet,
     page_size: u64,
 }
 
@@ -38,41 +39,35 @@ impl RawDiff {
     pub(crate) fn begin(file: &File, ram_size: u64, page_size: u64) -> Result<Self, AmbiguousDiff> {
         PageHoles::check_new(file, page_size)?;
         Ok(Self {
-            pages: BitVec::repeat(false, (ram_size / page_size) as usize),
+            pages: PageSet::new(ram_size, page_size),
             page_size,
         })
     }
 
-    /// Whether a hole is left once `runs` of whole pages are written as well.
+    /// Whether a hole is left once `runs` of whole pages, ascending, are written as well.
     pub(crate) fn check_hole_is_left(
         &self,
         runs: impl Iterator<Item = Range<u64>>,
     ) -> Result<(), AmbiguousDiff> {
-        let mut after = self.pages.clone();
-        for run in runs {
-            let pages = self.pages_of(&run);
-            after[pages].fill(true);
+        let size = self.pages.size();
+        let mut at = 0;
+        for run in runs.chain([size..size]) {
+            if self.pages.first_missing(&(at..run.start)).is_some() {
+                return Ok(());
+            }
+            at = run.end;
         }
-        if after.all() {
-            return Err(AmbiguousDiff::EveryPage);
-        }
-        Ok(())
+        Err(AmbiguousDiff::EveryPage)
     }
 
     /// A run of whole pages is being written.
     pub(crate) fn add(&mut self, run: &Range<u64>) {
-        let pages = self.pages_of(run);
-        self.pages[pages].fill(true);
-    }
-
-    fn pages_of(&self, run: &Range<u64>) -> Range<usize> {
-        let page = |offset| (offset / self.page_size) as usize;
-        page(run.start)..page(run.end)
+        self.pages.add(run);
     }
 
     /// Whether the holes of the written file are what was not written.
     pub(crate) fn check_written(&self, file: &File) -> Result<(), AmbiguousDiff> {
-        if self.pages.all() {
+        if self.pages.missing().next().is_none() {
             // More were marked while they were written.
             return Err(AmbiguousDiff::EveryPage);
         }
@@ -103,18 +98,16 @@ impl RawDiff {
             if !end.is_multiple_of(self.page_size) {
                 return Ok(Some(end - end % self.page_size));
             }
-            let pages = self.pages_of(&(start..end));
-            let written = &self.pages[pages];
             let other = match extent.kind {
-                Kind::Data => written.first_zero(),
-                Kind::Hole => written.first_one(),
+                Kind::Data => self.pages.first_missing(&(start..end)),
+                Kind::Hole => self.pages.first_in(&(start..end)),
             };
-            if let Some(page) = other {
-                return Ok(Some(start + page as u64 * self.page_size));
+            if other.is_some() {
+                return Ok(other);
             }
             at = end;
         }
-        debug_assert_eq!(at, self.pages.len() as u64 * self.page_size);
+        debug_assert_eq!(at, self.pages.size());
         Ok(None)
     }
 }

@@ -1,53 +1,36 @@
-//! What a recycled stage still holds of the snapshot that it was: a bit per page, until it is written or wiped.
+//! What a recycled stage still holds of the snapshot that it was, until it is written or wiped.
 
 use std::fs::File;
 use std::io;
 use std::ops::{ControlFlow, Range};
 
-use bitvec::vec::BitVec;
 use sparse_file::{Source, SpaceError, WriteError, WriteOptions, punch_hole, write_runs};
+
+use crate::page_set::PageSet;
 
 #[derive(Debug)]
 pub(crate) struct Unwritten {
-    /// Set where the page has its old bytes.
-    pages: BitVec<u64>,
-    page_size: u64,
+    /// The pages that were written. The others have their old bytes.
+    written: PageSet,
 }
 
 impl Unwritten {
-    /// All the pages of a file of `ram_size` bytes. The caller chose how many these are: more than memory has room for are an error.
-    pub(crate) fn all(ram_size: u64, page_size: u64) -> io::Result<Self> {
-        let out_of_memory = || io::Error::from(io::ErrorKind::OutOfMemory);
-        let pages = usize::try_from(ram_size / page_size).map_err(|_| out_of_memory())?;
-        let len = pages.div_ceil(u64::BITS as usize);
-        let mut words = Vec::new();
-        words.try_reserve_exact(len).map_err(|_| out_of_memory())?;
-        words.resize(len, u64::MAX);
-        let mut pages_set = BitVec::try_from_vec(words).map_err(|_| out_of_memory())?;
-        pages_set.truncate(pages);
-        Ok(Self {
-            pages: pages_set,
-            page_size,
-        })
+    /// All the pages of a file of `ram_size` bytes.
+    pub(crate) fn all(ram_size: u64, page_size: u64) -> Self {
+        Self {
+            written: PageSet::new(ram_size, page_size),
+        }
     }
 
     /// A run of bytes, of whole pages, is being written.
     pub(crate) fn remove(&mut self, run: &Range<u64>) {
-        let page = |offset| (offset / self.page_size) as usize;
-        self.pages[page(run.start)..page(run.end)].fill(false);
+        self.written.add(run);
     }
 
     /// The runs of bytes that were not written, ascending, and as long as can be: a block that pages share is freed once none
     /// of them is written.
     fn runs(&self) -> impl Iterator<Item = Range<u64>> {
-        let offset = |page: usize| page as u64 * self.page_size;
-        let mut from = 0;
-        std::iter::from_fn(move || {
-            let start = from + self.pages[from..].first_one()?;
-            let length = self.pages[start..].first_zero();
-            from = length.map_or(self.pages.len(), |length| start + length);
-            Some(offset(start)..offset(from))
-        })
+        self.written.missing()
     }
 
     /// Makes them the holes that they are in a new file, or zeros where the file system can't.
@@ -105,7 +88,7 @@ mod tests {
     #[case::middle_in_any_order(&[8192..12288, 4096..8192, 4096..8192], &[0..4096, 12288..65536])]
     #[case::every_other(&[0..4096, 8192..12288, 16384..65536], &[4096..8192, 12288..16384])]
     fn what_is_not_written_is_left(#[case] written: &[Range<u64>], #[case] left: &[Range<u64>]) {
-        let mut unwritten = Unwritten::all(65536, 4096).unwrap();
+        let mut unwritten = Unwritten::all(65536, 4096);
         written.iter().for_each(|run| unwritten.remove(run));
         assert_eq!(unwritten.runs().collect::<Vec<_>>(), left);
     }

@@ -125,10 +125,7 @@ impl MemoryWriter {
         }
         let unwritten = match (stage.recycled(), placement) {
             (false, _) => None,
-            (true, Placement::InPlace) => Some(
-                Unwritten::all(ram_size, page_size)
-                    .map_err(|source| SnapshotError::from_account(dest(), source))?,
-            ),
+            (true, Placement::InPlace) => Some(Unwritten::all(ram_size, page_size)),
             (true, Placement::Packed) => {
                 // Packed pages leave no gaps, but the one between the header and the first.
                 wipe_header(stage.file(), packed_start(page_size), &write)
@@ -240,10 +237,7 @@ impl MemoryWriter {
         }
         if self.skip.anything() && written_before && self.in_place() {
             // Where this leaves out zeros, nothing may be left of that.
-            let all = Unwritten::all(self.ram_size, self.page_size).map_err(|source| {
-                SnapshotError::from_account(self.stage.dest_path().to_owned(), source)
-            })?;
-            self.unwritten = Some(all);
+            self.unwritten = Some(Unwritten::all(self.ram_size, self.page_size));
         }
         let (ram_size, page_size) = (self.ram_size, self.page_size);
         let skip = self.skip;
@@ -574,8 +568,7 @@ fn resize(file: &File, len: u64) -> Result<(), SpaceError> {
 /// Makes zeros of what a recycled file has between the header of a packed image and its first page.
 fn wipe_header(file: &File, data_start: u64, options: &WriteOptions) -> Result<(), WipeError> {
     if data_start > packed_start(0) {
-        let mut rest = Unwritten::all(data_start, packed_start(0))
-            .map_err(|error| WipeError::Punch(0..data_start, error))?;
+        let mut rest = Unwritten::all(data_start, packed_start(0));
         rest.remove(&(0..packed_start(0)));
         rest.wipe(file, options)?;
     }

@@ -24,14 +24,19 @@ struct Words {
 }
 
 impl Units {
-    /// Returns the units that any of the byte ranges touches, or `None` where one starts before the one before it.
-    pub(super) fn of(ranges: impl Iterator<Item = Range<u64>>) -> Option<Self> {
+    /// Returns the units that any of the byte ranges touches. A list of ranges is made only where they do not ascend.
+    pub(super) fn of(ranges: impl Iterator<Item = Range<u64>>) -> Self {
         let mut units = Self::default();
         // Where the last range started, in bytes, and where the units end that are in the set.
         let (mut last, mut end) = (0, 0);
-        for range in ranges.filter(|range| !range.is_empty()) {
+        let mut ranges = ranges.filter(|range| !range.is_empty());
+        while let Some(range) = ranges.next() {
             if range.start < last {
-                return None;
+                let mut all = units.byte_ranges();
+                all.push(range);
+                all.extend(ranges);
+                all.sort_unstable_by_key(|range| range.start);
+                return Self::of(all.into_iter());
             }
             last = range.start;
             let new = end.max(range.start / UNIT)..range.end.div_ceil(UNIT);
@@ -40,7 +45,19 @@ impl Units {
                 units.push(&new);
             }
         }
-        Some(units)
+        units
+    }
+
+    fn byte_ranges(&self) -> Vec<Range<u64>> {
+        let (mut ranges, mut at) = (Vec::new(), 0);
+        while at < u64::MAX {
+            let (present, end) = self.run(at);
+            if present {
+                ranges.push(at * UNIT..end.saturating_mul(UNIT));
+            }
+            at = end;
+        }
+        ranges
     }
 
     /// Adds units that follow all those in the set.
@@ -144,7 +161,7 @@ mod tests {
                     flags[unit as usize] = true;
                 }
             }
-            let units = Units::of(ranges.into_iter()).unwrap();
+            let units = Units::of(ranges.into_iter());
             for unit in 0..UNITS {
                 let present = flags[unit as usize];
                 let end = (unit..UNITS).find(|at| flags[*at as usize] != present);
@@ -160,16 +177,16 @@ mod tests {
     #[test]
     fn memory_is_for_what_is_in_the_set_and_not_for_the_ram() {
         const RAM: u64 = 1 << 52;
-        assert!(Units::of(std::iter::empty()).unwrap().words.is_empty());
+        assert!(Units::of(std::iter::empty()).words.is_empty());
         let far = [0..RAM / 2, RAM - 1..RAM];
-        let units = Units::of(far.into_iter()).unwrap();
+        let units = Units::of(far.into_iter());
         assert!(units.words.len() <= 6, "{units:?}");
         assert_eq!(units.run(0), (true, RAM / 2 / UNIT));
         assert_eq!(units.run(RAM / 2 / UNIT), (false, RAM / UNIT - 1));
         // Every other page, of so much RAM.
         let pages = 64 << 10;
         let scattered = (0..pages).map(|page| 2 * page * UNIT..(2 * page + 1) * UNIT);
-        let units = Units::of(scattered).unwrap();
+        let units = Units::of(scattered);
         assert!(units.words.len() as u64 <= 2 * pages / BITS + 1);
     }
 }

@@ -1,0 +1,70 @@
+//! RAM of any size takes memory for what is written of it. Alone in its process, whose memory it measures.
+
+#![cfg(target_os = "linux")]
+
+use std::fs;
+use std::io;
+use std::ops::Range;
+
+use dirty_bitmap::DirtyBitmap;
+use memory_writer::{Durability, MemoryWriter};
+use page_reader::{PageReader, PopulatedRanges};
+
+/// As much as a file of ext4 may have, half of it; a bit per page would be 256 MiB.
+const RAM: u64 = 8 << 40;
+const PAGE: u64 = 4096;
+
+/// RAM that nobody touched, but for one page.
+struct Untouched;
+
+const TOUCHED: Range<u64> = RAM / 2..RAM / 2 + PAGE;
+
+impl PageReader for Untouched {
+    fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
+        buf.fill(u8::from(TOUCHED.contains(&offset)));
+        Ok(())
+    }
+
+    fn populated(&self, range: Range<u64>) -> PopulatedRanges<'_> {
+        let found = TOUCHED.start.max(range.start)..TOUCHED.end.min(range.end);
+        Box::new(Some(found).filter(|found| !found.is_empty()).into_iter())
+    }
+}
+
+/// The most memory that this process had, in bytes.
+fn peak() -> u64 {
+    let status = fs::read_to_string("/proc/self/status").unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+    let kib = line.unwrap().trim().strip_suffix(" kB").unwrap();
+    kib.parse::<u64>().unwrap() << 10
+}
+
+#[test]
+fn a_raw_snapshot_of_vast_ram_takes_memory_for_its_pages() {
+    let dir = tempfile::tempdir().unwrap();
+    let dest = dir.path().join("mem");
+    let dirty = DirtyBitmap::new(0, RAM, PAGE).unwrap();
+    dirty.set_dirty(TOUCHED.start).unwrap();
+    let before = peak();
+    let write = |full: bool, recycle: u64| {
+        let options = MemoryWriter::options()
+            .durability(Durability::None)
+            .skip_untouched(true)
+            .recycle(recycle);
+        let mut writer = options.open(&dest, RAM, PAGE).unwrap();
+        let recycled = writer.recycled();
+        assert_eq!(writer.write_diff(&Untouched, &dirty).unwrap(), 1);
+        if full {
+            writer.write_full(&Untouched).unwrap();
+        }
+        writer.commit().unwrap();
+        assert_eq!(fs::metadata(&dest).unwrap().len(), RAM);
+        recycled
+    };
+    write(false, 0);
+    write(true, 0);
+    // The first one that may be recycled leaves its file for the next, where the file system can.
+    let _ = (write(false, 1 << 30), write(false, 1 << 30));
+    let taken = peak() - before;
+    assert!(taken < 64 << 20, "{taken} bytes");
+}
