@@ -347,6 +347,47 @@ fn discarding_while_reading_ahead_leaves_zeros() {
     }
 }
 
+/// As a balloon of many queues does: faults never cease, and yet all comes in. The threads go on until it
+/// has.
+#[rstest]
+#[case::read_ahead(true)]
+#[case::read_by_whoever_waits(false)]
+fn all_comes_in_while_threads_discard_and_touch(#[case] ahead: bool) {
+    const THREADS: u64 = 12;
+    if !Need::Userfaultfd.met("all_comes_in_while_threads_discard_and_touch") {
+        return;
+    }
+    let pages = 32 * MIB / PAGE;
+    let mut images = Images::new(32 * MIB, PAGE).with([0..pages]);
+    let ram = LazyRam::options().prefetch(ahead);
+    let ram = ram.start(images.chain()).unwrap();
+    let page = |thread: u64| (thread * 4 * PAGE) as usize;
+    let ended = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        for thread in 0..THREADS {
+            let (ram, ended) = (&ram, &ended);
+            scope.spawn(move || {
+                let address = ram.as_ptr().wrapping_add(page(thread));
+                while !ended.load(Ordering::Relaxed) {
+                    advise(address, PAGE, libc::MADV_DONTNEED).unwrap();
+                    // SAFETY: inside the memory, and read only.
+                    assert_eq!(unsafe { address.read_volatile() }, 0);
+                }
+            });
+        }
+        let waited = ram.wait();
+        ended.store(true, Ordering::Relaxed);
+        waited.unwrap();
+    });
+    for thread in 0..THREADS {
+        let start = page(thread);
+        // A thread may have begun when all was in.
+        advise(ram.as_ptr().wrapping_add(start), PAGE, libc::MADV_DONTNEED).unwrap();
+        images.ram[start..start + PAGE as usize].fill(0);
+    }
+    assert!(whole(&ram, ram.len()) == images.ram);
+}
+
 /// The kernel has `madvise` wait until its message is read: whoever reads it must not end before.
 #[rstest]
 #[case::all_in(true)]

@@ -4,6 +4,7 @@ mod filler;
 mod memory;
 mod options;
 mod present;
+mod turns;
 mod userfaultfd;
 
 use std::io;
@@ -29,7 +30,8 @@ pub use userfaultfd::UserfaultfdError;
 ///
 /// A page is read when it is first touched: by a thread of this process, by the kernel on its behalf, or by a vCPU of KVM. One
 /// thread answers these faults, with as much around the page as stands in the same image next to it; another reads everything else
-/// meanwhile, at the speed of the disk. Once [all is in](Self::wait), the memory is as any other, and both threads have ended.
+/// meanwhile, at the speed of the disk. Faults go first, but every few of them 64 KiB are read ahead, so
+/// that all comes in however often the guest faults. Once [all is in](Self::wait), the memory is as any other, and both threads have ended.
 ///
 /// The memory is private and anonymous: what the guest writes stays its own, and a file that is replaced, or lost after all is in, does no harm. Zeros
 /// take no memory. Until all is in a forked child does not have the memory (`MADV_DONTFORK`): to it, missing pages would be zeros. Afterwards
@@ -45,7 +47,9 @@ pub use userfaultfd::UserfaultfdError;
 /// A balloon device may discard pages at any time, before and after they are filled: after
 /// `MADV_DONTNEED` they are zeros, as in any private memory, and are not read from the images any more.
 /// After `MADV_FREE`, pages that were not filled yet are zeros. `madvise` waits for the thread that
-/// answers faults, for as long as that reads a page from the images.
+/// answers faults, for as long as that reads a page from the images. The kernel fills no page while a
+/// thread is about to discard some: several threads that discard without a pause, and touch nothing,
+/// hold up faults and [`wait`](Self::wait).
 ///
 /// Memory must not be unmapped or moved until all is in. If it is nevertheless, that is the error
 /// [`UserfaultfdError::Unmapped`], and missing pages at the new address are inaccessible. So are those

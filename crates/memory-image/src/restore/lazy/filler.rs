@@ -11,6 +11,7 @@ use page_reader::{FlaggedRegion, SecretBuffer};
 
 use super::memory::Memory;
 use super::present::Present;
+use super::turns::Turns;
 use super::userfaultfd::{Filled, Message, Userfaultfd, UserfaultfdError};
 use crate::chain::Chain;
 use crate::chain::segments::Source;
@@ -49,8 +50,11 @@ pub(crate) struct Filler {
     /// The handler waits for the lock of `ledger`. The lock is not fair, so the prefetcher waits until it
     /// has it.
     pub(crate) urgent: AtomicBool,
-    /// Signalled when no fault is being answered any more.
-    pub(crate) calm: Condvar,
+    /// The prefetcher waits for the lock of `ledger`, or for its turn. Cleared under the lock.
+    pub(crate) ahead_waits: AtomicBool,
+    /// Signalled when no fault is being answered any more, and when a turn of the prefetcher begins or
+    /// ends.
+    pub(crate) turn: Condvar,
     pub(crate) recorded: Option<Mutex<WorkingSet>>,
     pub(crate) working_set: Option<WorkingSet>,
     pub(crate) loaded: AtomicU64,
@@ -74,8 +78,8 @@ pub(crate) struct Filler {
 pub(crate) struct Ledger {
     /// Addresses of faults that are to be answered.
     waiting: VecDeque<u64>,
-    /// A fault is being answered. The prefetcher fills no page meanwhile: the guest waits.
-    answering: bool,
+    /// Whose turn it is to fill pages.
+    turns: Turns,
     /// Pages that could not be read, and were made inaccessible.
     denied: BTreeSet<u64>,
     /// Ranges that are not in memory any more.
@@ -87,7 +91,7 @@ pub(crate) struct Ledger {
 /// Who fills pages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum By {
-    /// The thread that answers faults. It alone reads messages.
+    /// The thread that answers faults. It reads the messages, but for the turns of the prefetcher.
     Handler,
     /// A thread that reads ahead.
     Prefetcher,
@@ -109,15 +113,29 @@ impl Filler {
     /// happened to the memory before the access is noted.
     pub(crate) fn next_fault(&self) -> Result<Option<u64>, ImageError> {
         let mut ledger = self.read_messages()?;
+        let ahead_waits = self.ahead_waits.load(Ordering::Relaxed) && !self.stopped();
+        if !ledger.waiting.is_empty() && ledger.turns.begin_ahead(ahead_waits) {
+            self.turn.notify_all();
+            while ledger.turns.is_ahead() && !self.stopped() {
+                ledger = self.turn_changes(ledger);
+            }
+            drop(ledger);
+            ledger = self.read_messages()?;
+        }
         let next = ledger.waiting.pop_front();
-        ledger.answering = next.is_some();
+        ledger.turns.answer(next.is_some());
         if next.is_none() {
-            self.calm.notify_all();
+            self.turn.notify_all();
         }
         Ok(next)
     }
 
-    /// Takes the lock, the handler first.
+    fn turn_changes<'l>(&self, ledger: MutexGuard<'l, Ledger>) -> MutexGuard<'l, Ledger> {
+        let waited = self.turn.wait(ledger);
+        waited.unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes the lock, the handler first; the prefetcher once it may fill pages, or is to stop.
     fn lock(&self, by: By) -> MutexGuard<'_, Ledger> {
         match by {
             By::Handler => {
@@ -127,14 +145,16 @@ impl Filler {
                 ledger
             }
             By::Prefetcher => {
+                // Before it waits for anything, so that the handler gives it a turn.
+                self.ahead_waits.store(true, Ordering::Relaxed);
                 while self.urgent.load(Ordering::Relaxed) {
                     std::thread::yield_now();
                 }
                 let mut ledger = locked(&self.ledger);
-                while ledger.answering && !self.stopped() {
-                    let waited = self.calm.wait(ledger);
-                    ledger = waited.unwrap_or_else(PoisonError::into_inner);
+                while !ledger.turns.may_read_ahead() && !self.stopped() {
+                    ledger = self.turn_changes(ledger);
                 }
+                self.ahead_waits.store(false, Ordering::Relaxed);
                 ledger
             }
         }
@@ -146,9 +166,7 @@ impl Filler {
             // A page must not be filled between the message that it is discarded and the note of that: the
             // discarding thread goes on as soon as the message is read.
             let mut ledger = self.lock(By::Handler);
-            while let Some(message) = self.fault.next_message().map_err(wait_error)? {
-                self.note(&mut ledger, message);
-            }
+            self.note_all(&mut ledger)?;
             let Some(moved) = ledger.moved.pop() else {
                 return Ok(ledger);
             };
@@ -158,6 +176,23 @@ impl Filler {
             for registered in still_registered(moved) {
                 self.deny_moved(registered);
             }
+        }
+    }
+
+    /// Reads and notes all messages. Returns how many were no faults.
+    fn note_all(&self, ledger: &mut Ledger) -> Result<u32, ImageError> {
+        let mut changes = 0;
+        while let Some(message) = self.fault.next_message().map_err(wait_error)? {
+            changes += u32::from(!matches!(message, Message::Fault(_)));
+            self.note(ledger, message);
+        }
+        Ok(changes)
+    }
+
+    /// Ends the prefetcher's turn, if it has one.
+    fn end_turn(&self, ledger: &mut Ledger) {
+        if ledger.turns.stepped() {
+            self.turn.notify_all();
         }
     }
 
@@ -460,6 +495,20 @@ impl Filler {
         by: By,
         fill: impl Fn(u64, &Range<u64>) -> Filled,
     ) -> Result<(), ImageError> {
+        let settled = self.settle_in_turns(pages, by, fill);
+        if by == By::Prefetcher {
+            // There may have been nothing left to fill in its turn, or an error.
+            self.end_turn(&mut locked(&self.ledger));
+        }
+        settled
+    }
+
+    fn settle_in_turns(
+        &self,
+        pages: Range<u64>,
+        by: By,
+        fill: impl Fn(u64, &Range<u64>) -> Filled,
+    ) -> Result<(), ImageError> {
         let mut rest = pages;
         // The handler does not stop: somebody waits.
         while by == By::Handler || !self.stopped() {
@@ -481,9 +530,19 @@ impl Filler {
             rest.start = done.end;
             let next = done.end;
             self.settled.add(done);
+            if by == By::Prefetcher && bytes > 0 {
+                self.end_turn(&mut ledger);
+            }
             match stop {
                 None => {}
                 Some(Errno::EAGAIN) => {
+                    // The handler reads no messages in a turn of the prefetcher, which would wait for ever.
+                    if by == By::Prefetcher && ledger.turns.is_ahead() {
+                        let changes = self.note_all(&mut ledger)?;
+                        if ledger.turns.changed(changes) {
+                            self.turn.notify_all();
+                        }
+                    }
                     drop(ledger);
                     self.let_change(by)?;
                 }
@@ -625,7 +684,7 @@ impl Filler {
         self.stop.store(true, Ordering::Relaxed);
         // Under the lock, so that the prefetcher sees it or is waiting.
         drop(locked(&self.ledger));
-        self.calm.notify_all();
+        self.turn.notify_all();
         self.released.store(true, Ordering::Release);
         for range in self.mapped() {
             // Unregistered, missing pages are zeros: only once they are inaccessible.
