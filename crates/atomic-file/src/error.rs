@@ -380,6 +380,22 @@ pub enum GroupCommitError {
         /// How it failed.
         source: io::Error,
     },
+    /// The intent record stands, but another user has put a file at a destination, which cannot be
+    /// replaced. Some destinations may be new already. Recovery completes the group once that file
+    /// is removed, and keeps all staged files until then.
+    #[error(
+        "the group is not all replaced yet: {path:?} is now a file of user {owner}; remove it \
+         (in a sticky directory, only that user, the directory's owner and root can) and call \
+         `recover` on the directory"
+    )]
+    DestinationTaken {
+        /// The destination.
+        path: PathBuf,
+        /// The user id of its owner.
+        owner: u32,
+        /// What the system said.
+        source: io::Error,
+    },
     /// Whether the intent record stands is unknown: renaming it failed, and so did looking for the outcome.
     /// [`recover`](crate::recover) will complete the group or undo it; until then nothing is replaced.
     #[error(
@@ -442,6 +458,19 @@ pub enum RecoverError {
     DestinationIsDirectory {
         /// The destination.
         dest: PathBuf,
+        /// The record.
+        record: PathBuf,
+    },
+    /// Another user has put a file at a member's destination since the group was published.
+    #[error(
+        "the group commit recorded in {record:?} cannot be completed: {dest:?} is now a file of \
+         user {owner}; remove it and call `recover`, or remove the record to give the group up"
+    )]
+    DestinationTaken {
+        /// The destination.
+        dest: PathBuf,
+        /// The user id of its owner.
+        owner: u32,
         /// The record.
         record: PathBuf,
     },

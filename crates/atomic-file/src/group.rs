@@ -11,7 +11,7 @@ use crate::error::{AddError, CommitStep, GroupCommitError, Leftover, Refusal};
 use crate::options::Durability;
 use crate::outcome::PublishError;
 use crate::record::{self, Member, Old, record_name};
-use crate::recover::{is_obeyed, old_file, rename_member};
+use crate::recover::{is_obeyed, is_strangers, old_file, rename_member};
 use crate::stage::{Stage, new_id};
 use crate::sys;
 use crate::turn::take_turn;
@@ -30,6 +30,8 @@ use crate::writer::AtomicWriter;
 ///
 /// A commit of one file that returned `Ok` is never undone by a recovery: the record says what each
 /// destination was when the group was published, and one that is something else since stays.
+/// If that is a file of another user than the group's and root, it is taken for no commit: the
+/// group's staged files stay as well, and recovery fails until that file is removed.
 ///
 /// # Examples
 /// ```
@@ -185,8 +187,17 @@ impl Commit {
             .sync(self.durability)
             .map_err(|source| stopped(self.record.clone(), source))?;
         for (member, intent) in self.members.iter().zip(&intents) {
-            rename_member(&self.dir, intent)
-                .map_err(|error| stopped(member.dest.path.clone(), error.of_rename()))?;
+            rename_member(&self.dir, intent).map_err(|error| {
+                let (path, source) = (member.dest.path.clone(), error.of_rename());
+                match self.taken_by(&intent.dest, &source) {
+                    Some(owner) => GroupCommitError::DestinationTaken {
+                        path,
+                        owner,
+                        source,
+                    },
+                    None => stopped(path, source),
+                }
+            })?;
         }
         self.dir.sync(self.durability).map_err(|source| {
             GroupCommitError::ReplacedDurabilityUnknown {
@@ -203,6 +214,16 @@ impl Commit {
             record: self.record,
             source,
         })
+    }
+
+    /// The user whose file at `dest` is what kept a rename from replacing it, if there is one.
+    fn taken_by(&self, dest: &OsStr, error: &io::Error) -> Option<u32> {
+        let of_a_file = matches!(
+            error.kind(),
+            io::ErrorKind::PermissionDenied | io::ErrorKind::IsADirectory
+        );
+        let entry = self.dir.entry(dest).ok().flatten()?;
+        (of_a_file && is_strangers(&entry, sys::file_owner())).then_some(entry.uid)
     }
 
     /// Brings every member's bytes to the medium, and then the names of their stages: a record that survives a power loss

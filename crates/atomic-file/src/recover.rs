@@ -22,7 +22,8 @@ pub struct RecoverReport {
     pub completed: Vec<PathBuf>,
     /// Destinations that the killed process had replaced already.
     pub in_place: Vec<PathBuf>,
-    /// Destinations that another commit has replaced since the group's; that commit's file stays.
+    /// Destinations that a later commit, by the group's own user or root, has replaced; that
+    /// commit's file stays, and the group's file for it is gone.
     pub superseded: Vec<PathBuf>,
     /// Whether a group commit is under way in the directory, by a process that lives; nothing was done about it.
     pub busy: bool,
@@ -49,7 +50,8 @@ pub struct RecoverReport {
 ///
 /// # Errors
 /// [`RecoverError::Stuck`] names the groups that could not be completed. Nothing is guessed at: a
-/// damaged record, or a staged file that is not the one recorded, is left as it is. All other groups
+/// damaged record, or a staged file that is not the one recorded, is left as it is, and so is a group
+/// whose destination was taken by a file of another user. All other groups
 /// were completed and the directory was swept nevertheless.
 ///
 /// # Examples
@@ -269,7 +271,7 @@ pub(crate) fn settle(
         }
         match read(&file).map_err(failed("read"))? {
             Ok(members) => {
-                roll_forward(dir, name, &members, report).map_err(|error| Stuck {
+                roll_forward(dir, name, entry.uid, &members, report).map_err(|error| Stuck {
                     error,
                     dests: members.into_iter().map(|member| member.dest).collect(),
                 })?;
@@ -307,12 +309,13 @@ pub(crate) fn read(mut file: &File) -> io::Result<Result<Vec<Member>, Unreadable
 fn roll_forward(
     dir: &Directory,
     record: &OsStr,
+    owner: u32,
     members: &[Member],
     report: &mut RecoverReport,
 ) -> Result<(), RecoverError> {
     let mut left = Vec::new();
     for member in members {
-        match find(dir, record, member)? {
+        match find(dir, record, owner, member)? {
             Found::Staged => left.push(member),
             Found::InPlace => report.in_place.push(dir.path_of(&member.dest)),
             Found::Superseded => report.superseded.push(dir.path_of(&member.dest)),
@@ -340,7 +343,13 @@ enum Found {
     Superseded,
 }
 
-fn find(dir: &Directory, record: &OsStr, member: &Member) -> Result<Found, RecoverError> {
+/// Where a member of a record that belongs to the user `owner` has got to.
+fn find(
+    dir: &Directory,
+    record: &OsStr,
+    owner: u32,
+    member: &Member,
+) -> Result<Found, RecoverError> {
     let inspect = |name: &OsStr| {
         let path = dir.path_of(name);
         move |source| RecoverError::Io {
@@ -380,11 +389,24 @@ fn find(dir: &Directory, record: &OsStr, member: &Member) -> Result<Found, Recov
         (None, _) | (_, Old::Unknown) => false,
         (Some(_), old) => old_file(dir, &member.dest).map_err(inspect(&member.dest))? != old,
     };
-    Ok(if replaced_since {
-        Found::Superseded
-    } else {
-        Found::Staged
-    })
+    match dest {
+        // It may have been put there to have the staged file given up: it is no later commit.
+        Some(dest) if replaced_since && is_strangers(&dest, owner) => {
+            Err(RecoverError::DestinationTaken {
+                dest: dir.path_of(&member.dest),
+                owner: dest.uid,
+                record: dir.path_of(record),
+            })
+        }
+        _ if replaced_since => Ok(Found::Superseded),
+        _ => Ok(Found::Staged),
+    }
+}
+
+/// Whether a file belongs to another user than `owner` and root.
+pub(crate) fn is_strangers(file: &Stat, owner: u32) -> bool {
+    const ROOT: u32 = 0;
+    file.uid != owner && file.uid != ROOT
 }
 
 /// What is at a destination, for a record to say.

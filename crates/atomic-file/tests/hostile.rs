@@ -15,16 +15,35 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
 use std::time::Duration;
 
-use atomic_file::{AtomicGroup, AtomicWriter, OpenError, Preserve, recover, sweep};
-use common::commit;
+use atomic_file::{AtomicGroup, AtomicWriter, OpenError, Preserve, RecoverError, recover, sweep};
+use common::{Held, commit};
 use nix::sys::stat::Mode;
 use nix::unistd::{Gid, Uid, mkfifo, setfsgid, setfsuid};
 use rstest::rstest;
 use test_machine::{Need, rounds};
 
 const STRANGER: u32 = 12345;
+/// Neither root nor the stranger.
+const USER: u32 = 12346;
+const MEMBERS: [&str; 2] = ["vm.mem", "vm.state"];
 const SECRET: &[u8] = b"the guest's keys";
 const PRECIOUS: &[u8] = b"precious";
+
+/// Not a test of its own: what `common::command` runs, as another user than root.
+#[test]
+fn child() {
+    let Some((job, dir)) = common::job() else {
+        return;
+    };
+    become_user(USER);
+    match job.as_str() {
+        "group" => common::traced(&dir, || match common::group(&dir, &MEMBERS, "new") {
+            Err(error) => format!("not opened: {error}"),
+            Ok(group) => common::group_state_of(group.commit()),
+        }),
+        other => panic!("no such job: {other}"),
+    }
+}
 
 fn saves() -> usize {
     rounds(20, 100)
@@ -504,6 +523,57 @@ fn a_forged_record_has_nothing_renamed(#[case] linked: bool, #[values(0o1777, 0o
     assert_eq!(recover(&dir).unwrap().foreign, [record]);
     drop(AtomicWriter::open(dir.join("dest")).unwrap());
     assert_eq!(fs::read(dir.join("dest")).unwrap(), PRECIOUS);
+}
+
+/// As that user, to its end.
+fn as_user<T: Send>(uid: u32, job: impl FnOnce() -> T + Send) -> T {
+    thread::scope(|scope| {
+        let user = scope.spawn(|| {
+            become_user(uid);
+            job()
+        });
+        user.join().unwrap()
+    })
+}
+
+#[test]
+fn no_stranger_splits_a_group_by_planting_a_destination() {
+    const TEST: &str = "no_stranger_splits_a_group_by_planting_a_destination";
+    if !Need::Root.met(TEST) || !Need::Strace.met(TEST) {
+        return;
+    }
+    let place = Place::new(0o1777);
+    let dir = place.path("dir");
+    let [memory, state] = MEMBERS.map(|name| dir.join(name));
+    let second = common::RENAMES_BEFORE_MEMBERS + 2;
+    let mut held = Held::start("group", &dir, "renameat", "delay_enter", second);
+    held.wait_until(|| memory.exists());
+    as_stranger(|| plant(&place, std::slice::from_ref(&state), "a file"));
+    let said = held.release().unwrap();
+    assert!(said.contains("DestinationTaken"), "{said}");
+    let staged = stages(&place);
+    for _ in 0..2 {
+        let error = as_user(USER, || recover(&dir)).unwrap_err();
+        let RecoverError::Stuck { first, others, .. } = error else {
+            panic!("another error: {error:?}");
+        };
+        assert!(others.is_empty(), "{others:?}");
+        let taken = matches!(
+            &*first,
+            RecoverError::DestinationTaken { dest, owner: STRANGER, .. } if *dest == state
+        );
+        assert!(taken, "{first:?}");
+        assert_eq!(stages(&place), staged, "nothing is removed");
+        assert_eq!(fs::read(&state).unwrap(), b"planted");
+    }
+    fs::remove_file(&state).unwrap();
+    let report = as_user(USER, || recover(&dir)).unwrap();
+    assert_eq!(
+        (report.in_place, report.completed),
+        (vec![memory], vec![state])
+    );
+    assert_eq!(common::same_text(&dir, &MEMBERS), "new");
+    assert_eq!(common::names(&dir), MEMBERS);
 }
 
 /// In a directory that is the stranger's alone root obeys the stranger's records: they cause no more
