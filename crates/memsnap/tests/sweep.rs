@@ -112,6 +112,24 @@ fn an_interrupted_group_is_kept_unless_it_is_to_be_recovered() {
     assert_eq!(support::list(&work.path("dir")), ["full.mem"]);
 }
 
+/// The group's file for the output is gone: someone has to know that the other files lack it.
+#[test]
+fn a_superseded_file_of_a_group_is_reported() {
+    let work = Work::empty();
+    fs::create_dir(work.path("dir")).unwrap();
+    for flags in ["", "--json "] {
+        let group = work.path("dir/.atomic-file-0123456789abcdef.group");
+        fs::write(&group, record(ORPHAN, "full.mem", u64::MAX, 3)).unwrap();
+        fs::write(work.path("dir").join("full.mem"), "later").unwrap();
+        let ended = work.good(&format!("sweep --recover {flags}dir"));
+        match flags {
+            "" => assert!(ended.out.contains("dir/full.mem: superseded"), "{ended:?}"),
+            _ => assert_eq!(ended.json()["superseded"][0], "dir/full.mem"),
+        }
+        assert_eq!(support::list(&work.path("dir")), ["full.mem"]);
+    }
+}
+
 #[rstest]
 #[case::full("full ram -o out --force")]
 #[case::diff("diff full.mem --ram ram -o out --force")]

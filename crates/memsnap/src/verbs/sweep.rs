@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use atomic_file::{RecoverError, RecoverReport, SweepReport, preview_sweep, recover, sweep};
+use atomic_file::{RecoverError, RecoverReport, preview_sweep, recover, sweep};
 use clap::Args;
 use serde::Serialize;
 
@@ -44,6 +44,7 @@ struct Found {
     in_use: Vec<PathBuf>,
     kept: Vec<Kept>,
     replaced: Vec<PathBuf>,
+    superseded: Vec<PathBuf>,
 }
 
 #[derive(Debug, Serialize)]
@@ -60,7 +61,7 @@ impl Sweep {
         };
         let mut stuck = None;
         for dir in &self.dirs {
-            let (completed, swept) = match self.sweep(dir) {
+            let report = match self.sweep(dir) {
                 Ok(done) => done,
                 // The rest of the directory was swept all the same, and so are the others.
                 Err(error) => match error.downcast() {
@@ -70,33 +71,31 @@ impl Sweep {
                         others,
                         report,
                     }) => {
-                        let RecoverReport {
-                            completed, swept, ..
-                        } = *report;
                         for other in &others {
                             session.warn(&other.to_string());
                         }
                         let what = format!("interrupted commits in {dir:?} could not be completed");
                         stuck.get_or_insert(anyhow::Error::new(*first).context(what));
-                        (completed, swept)
+                        *report
                     }
                     Ok(error) => return Err(error.into()),
                     Err(error) => return Err(error),
                 },
             };
-            found.add(completed, swept);
+            found.add(report);
         }
         self.print(session, &found)?;
         stuck.map_or(Ok(Verdict::Good), Err)
     }
 
-    fn sweep(&self, dir: &Path) -> anyhow::Result<(Vec<PathBuf>, SweepReport)> {
+    fn sweep(&self, dir: &Path) -> anyhow::Result<RecoverReport> {
         if self.recover {
-            let report = recover(dir)?;
-            return Ok((report.completed, report.swept));
+            return Ok(recover(dir)?);
         }
         let sweep = if self.dry_run { preview_sweep } else { sweep };
-        Ok((Vec::new(), sweep(dir)?))
+        let mut report = RecoverReport::default();
+        report.swept = sweep(dir)?;
+        Ok(report)
     }
 
     fn print(&self, session: &Session, found: &Found) -> anyhow::Result<()> {
@@ -110,6 +109,12 @@ impl Sweep {
         for path in &found.replaced {
             session.say(&format!(
                 "{}: replaced by its group's commit",
+                path.display()
+            ))?;
+        }
+        for path in &found.superseded {
+            session.say(&format!(
+                "{}: superseded: a later commit replaced it, and its group's file is gone",
                 path.display()
             ))?;
         }
@@ -132,8 +137,10 @@ impl Sweep {
 }
 
 impl Found {
-    fn add(&mut self, completed: Vec<PathBuf>, swept: SweepReport) {
-        self.replaced.extend(completed);
+    fn add(&mut self, report: RecoverReport) {
+        self.replaced.extend(report.completed);
+        self.superseded.extend(report.superseded);
+        let swept = report.swept;
         self.removed.extend(swept.removed);
         self.removed.extend(swept.spares);
         self.in_use.extend(swept.living);
