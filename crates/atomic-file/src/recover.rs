@@ -1,5 +1,6 @@
 //! Finishing what a killed process left half-done.
 
+use std::collections::{HashMap, HashSet};
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::io::{self, Read as _, Seek as _};
@@ -151,34 +152,91 @@ pub(crate) fn no_record_is_obeyed(dir: &Directory) -> io::Result<bool> {
     Ok(true)
 }
 
-/// Whether the file `stage` of the user `uid` is named by a published record, and so is not an
-/// orphan. A damaged record may name any file of its own user.
+/// Whose files a record keeps from being swept.
 ///
 /// A foreign record protects the files of its own user only: otherwise anyone could keep a sweep
 /// from removing anything.
-pub(crate) fn is_named_by_a_record(dir: &Directory, stage: &OsStr, uid: u32) -> io::Result<bool> {
-    for name in records(&dir.names(PREFIX)?) {
-        let Some(entry) = dir.entry(name)? else {
-            continue;
-        };
-        if !entry.is_file() || !(entry.uid == uid || is_obeyed(dir, &entry)) {
-            continue;
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+enum Protects {
+    All,
+    FilesOf(u32),
+}
+
+/// The staged files that the published records of a directory name. Each record is read once.
+#[derive(Debug, Default)]
+pub(crate) struct Records {
+    seen: HashSet<OsString>,
+    named: HashSet<(OsString, Protects)>,
+    /// Of records that may name any file: damaged ones, and those that were not read.
+    unknown: HashSet<Protects>,
+    /// How many bytes were read of the records of other users.
+    read: HashMap<u32, u64>,
+}
+
+impl Records {
+    /// Reads the records that came to `dir` since the last call; where a user is given, only those
+    /// that may protect that user's files.
+    pub(crate) fn look(&mut self, dir: &Directory, user: Option<u32>) -> io::Result<()> {
+        for name in records(&dir.names(PREFIX)?) {
+            if self.seen.contains(name) {
+                continue;
+            }
+            let Some(entry) = dir.entry(name)? else {
+                continue;
+            };
+            // The name is random: no other record will have it.
+            self.seen.insert(name.clone());
+            let protects = match is_obeyed(dir, &entry) {
+                true => Protects::All,
+                false => Protects::FilesOf(entry.uid),
+            };
+            let concerns = |user| protects == Protects::All || protects == Protects::FilesOf(user);
+            if entry.is_file() && user.is_none_or(concerns) {
+                self.add(dir, name, entry.uid, protects);
+            }
         }
-        let file = match dir.open_file(name) {
-            Ok(file) => file,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
-            Err(error) => return Err(error),
-        };
-        let named = match read(&file)? {
-            Ok(members) => members.iter().any(|member| member.stage == stage),
-            Err(Unreadable::Torn(_)) => false,
-            Err(Unreadable::Damaged(_)) => true,
-        };
-        if named {
-            return Ok(true);
+        Ok(())
+    }
+
+    fn add(&mut self, dir: &Directory, name: &OsStr, owner: u32, protects: Protects) {
+        match self.read(dir, name, owner) {
+            Ok(Ok(members)) => {
+                let named = members.into_iter().map(|member| (member.stage, protects));
+                self.named.extend(named);
+            }
+            Ok(Err(Unreadable::Torn(_))) => {}
+            // Its owner has just finished.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Ok(Err(Unreadable::Damaged(_))) | Err(_) => {
+                self.unknown.insert(protects);
+            }
         }
     }
-    Ok(false)
+
+    fn read(
+        &mut self,
+        dir: &Directory,
+        name: &OsStr,
+        owner: u32,
+    ) -> io::Result<Result<Vec<Member>, Unreadable>> {
+        let file = dir.open_file(name)?;
+        if owner == file_owner() {
+            return read(&file);
+        }
+        let read = self.read.entry(owner).or_default();
+        let Some(bytes) = bytes_of(&file, LONGEST.min(MOST_OF_OTHERS - *read))? else {
+            return Ok(Err(Unreadable::Damaged("too long")));
+        };
+        *read += bytes.len() as u64;
+        Ok(record::decode(&bytes))
+    }
+
+    /// Whether the file `stage` of the user `uid` is named by a record seen, and so is not an orphan.
+    pub(crate) fn name(&self, stage: &OsStr, uid: u32) -> bool {
+        [Protects::All, Protects::FilesOf(uid)]
+            .into_iter()
+            .any(|by| self.unknown.contains(&by) || self.named.contains(&(stage.to_owned(), by)))
+    }
 }
 
 /// Whether a record is one that this user's recoveries carry out.
@@ -288,21 +346,30 @@ pub(crate) fn settle(
     }
 }
 
+/// In bytes: ten thousand members; no record is larger.
+const LONGEST: u64 = 4 << 20;
+/// At most how many bytes are read of the records of each other user in one sweep: what any user can
+/// have root read. What else they name is kept.
+const MOST_OF_OTHERS: u64 = 4 * LONGEST;
+
 /// The members of a record, from its beginning.
-pub(crate) fn read(mut file: &File) -> io::Result<Result<Vec<Member>, Unreadable>> {
-    /// Ten thousand members; no record is larger.
-    const LIMIT: u64 = 4 << 20;
-    let too_long = Ok(Err(Unreadable::Damaged("too long")));
-    if file.metadata()?.len() > LIMIT {
-        return too_long;
+pub(crate) fn read(file: &File) -> io::Result<Result<Vec<Member>, Unreadable>> {
+    let bytes = bytes_of(file, LONGEST)?;
+    Ok(bytes.map_or(Err(Unreadable::Damaged("too long")), |bytes| {
+        record::decode(&bytes)
+    }))
+}
+
+/// All bytes of a file, unless it is longer than `limit`.
+fn bytes_of(mut file: &File, limit: u64) -> io::Result<Option<Vec<u8>>> {
+    if file.metadata()?.len() > limit {
+        return Ok(None);
     }
     let mut bytes = Vec::new();
     file.rewind()?;
-    file.take(LIMIT + 1).read_to_end(&mut bytes)?;
-    if bytes.len() as u64 > LIMIT {
-        return too_long;
-    }
-    Ok(record::decode(&bytes))
+    // It may be growing.
+    file.take(limit).read_to_end(&mut bytes)?;
+    Ok(Some(bytes))
 }
 
 /// Replaces what is not replaced yet, once every member has been found to be what the record says.
@@ -463,7 +530,7 @@ mod tests {
 
     #[test]
     fn a_record_that_no_group_can_have_is_not_read_to_its_end() {
-        const LIMIT: u64 = 4 << 20;
+        const LIMIT: u64 = LONGEST;
         let file = tempfile::tempfile().unwrap();
         for (len, too_long) in [(LIMIT, false), (LIMIT + 1, true), (1 << 40, true)] {
             file.set_len(len).unwrap();

@@ -37,7 +37,7 @@ use std::time::Duration;
 use crate::directory::{Directory, FileId, Stat, stat_of};
 use crate::error::Leftover;
 use crate::outcome::{PublishError, has_no_such_call, make_sure};
-use crate::recover;
+use crate::recover::Records;
 use crate::sys::{Lock, Unlock, file_owner, try_lock};
 
 pub(crate) const PREFIX: &str = ".atomic-file-";
@@ -143,46 +143,89 @@ pub(crate) enum Inspected {
 
 /// Removes the stage `name` if its owner is dead. Never waits, and never touches a living one.
 pub(crate) fn remove_if_dead(dir: &Directory, name: &OsStr) -> Inspected {
-    inspect(dir, name, true)
+    let orphan = match Orphan::lock(dir, name) {
+        Ok(orphan) => orphan,
+        Err(inspected) => return inspected,
+    };
+    let mut records = Records::default();
+    let looked = stat_of(&orphan.file).and_then(|stat| records.look(dir, Some(stat.uid)));
+    match looked {
+        Ok(()) => orphan.settle(dir, name, &records, true),
+        Err(error) => Inspected::Kept(error),
+    }
 }
 
-/// Says what became of the staged file `name`, or would become of it if it was to be removed.
-pub(crate) fn inspect(dir: &Directory, name: &OsStr, remove: bool) -> Inspected {
-    let kept = |reason: &'static str| Inspected::Kept(io::Error::other(reason));
-    let attempt = || -> io::Result<Inspected> {
-        match dir.entry(name)? {
-            None => return Ok(Inspected::Gone),
-            Some(entry) if !entry.is_file() => {
-                return Ok(kept("has a stage's name, but is no regular file"));
-            }
-            Some(_) => {}
-        }
-        let file = dir.open_file(name)?;
-        match try_lock(&file)? {
-            Lock::Held => {}
-            Lock::Taken => return Ok(Inspected::Living),
-            Lock::Unsupported(error) => return Ok(Inspected::Kept(error)),
-        }
-        let _unlock = Unlock(&file);
-        if recover::is_named_by_a_record(dir, name, stat_of(&file)?.uid)? {
-            return Ok(kept(
-                "a group commit that names it is pending in the directory: call `recover`",
-            ));
-        }
-        if dir.entry(name)?.map(|entry| entry.id) != Some(stat_of(&file)?.id) {
-            return Ok(Inspected::Gone);
-        }
-        if !remove {
-            return Ok(Inspected::Removed);
-        }
-        dir.remove(name)?;
-        Ok(Inspected::Removed)
-    };
-    match attempt() {
+fn inspected(result: io::Result<Inspected>) -> Inspected {
+    match result {
         Ok(inspected) => inspected,
         Err(error) if error.kind() == ErrorKind::NotFound => Inspected::Gone,
         Err(error) => Inspected::Kept(error),
     }
+}
+
+/// A staged file that no one had locked, locked until this is dropped.
+#[derive(Debug)]
+pub(crate) struct Orphan {
+    file: File,
+}
+
+impl Drop for Orphan {
+    fn drop(&mut self) {
+        drop(Unlock(&self.file));
+    }
+}
+
+impl Orphan {
+    /// Locks the staged file `name`, or says why that is not to be removed.
+    pub(crate) fn lock(dir: &Directory, name: &OsStr) -> Result<Self, Inspected> {
+        let attempt = || {
+            match dir.entry(name)? {
+                None => return Ok(Err(Inspected::Gone)),
+                Some(entry) if !entry.is_file() => {
+                    return Ok(Err(kept("has a stage's name, but is no regular file")));
+                }
+                Some(_) => {}
+            }
+            let file = dir.open_file(name)?;
+            Ok(match try_lock(&file)? {
+                Lock::Held => Ok(Self { file }),
+                Lock::Taken => Err(Inspected::Living),
+                Lock::Unsupported(error) => Err(Inspected::Kept(error)),
+            })
+        };
+        attempt().unwrap_or_else(|error| Err(inspected(Err(error))))
+    }
+
+    /// Says what became of the staged file, or would become of it if it was to be removed. `records`
+    /// must have been looked for since it was locked.
+    pub(crate) fn settle(
+        self,
+        dir: &Directory,
+        name: &OsStr,
+        records: &Records,
+        remove: bool,
+    ) -> Inspected {
+        let attempt = || -> io::Result<Inspected> {
+            let stat = stat_of(&self.file)?;
+            if records.name(name, stat.uid) {
+                return Ok(kept(
+                    "a group commit that names it is pending in the directory: call `recover`",
+                ));
+            }
+            if dir.entry(name)?.map(|entry| entry.id) != Some(stat.id) {
+                return Ok(Inspected::Gone);
+            }
+            if remove {
+                dir.remove(name)?;
+            }
+            Ok(Inspected::Removed)
+        };
+        inspected(attempt())
+    }
+}
+
+fn kept(reason: &'static str) -> Inspected {
+    Inspected::Kept(io::Error::other(reason))
 }
 
 /// Locks a file that was just created. Who has its lock already is about to see that it's no stage of a dead owner, or removes it.

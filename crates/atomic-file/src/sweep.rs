@@ -5,7 +5,12 @@ use std::path::{Path, PathBuf};
 
 use crate::directory::Directory;
 use crate::error::SweepError;
-use crate::stage::{Inspected, PREFIX, StageName, inspect, parse_name};
+use crate::recover::Records;
+use crate::stage::{Inspected, Orphan, PREFIX, StageName, parse_name};
+
+/// How many files are locked at a time. The records are looked for once while they are: one listing
+/// for each file would take time with the square of their number.
+const BATCH: usize = 64;
 
 /// What [`sweep`] found.
 #[derive(Debug, Default)]
@@ -38,6 +43,8 @@ pub struct Kept {
 /// A stage is dead if its name is a stage's and nobody holds its lock. Living writers hold it, in
 /// this process, in others, and where the file system knows such locks (NFS does) on other machines.
 /// What the record of an interrupted group commit names is kept: call [`recover`](crate::recover).
+/// Each record is read once. Of each other user's records at most 16 MiB are read: where that user
+/// has more, all staged files of that user are kept.
 ///
 /// A writer that is opened removes the orphaned staged files of its own destination. Those of
 /// destinations that nothing is written to any more stay until this is called, on start-up or from
@@ -81,24 +88,42 @@ pub(crate) fn sweep_open(dir: &Directory, remove: bool) -> Result<SweepReport, S
         source,
     })?;
     let mut report = SweepReport::default();
-    for name in names {
-        let Some(kind) = parse_name(&name) else {
-            continue;
-        };
-        let inspected = match kind {
-            StageName::Locked | StageName::Spare | StageName::Ticket => inspect(dir, &name, remove),
-            StageName::Unlocked => Inspected::Kept(io::Error::new(
-                io::ErrorKind::Unsupported,
-                "staged without a lock: only you can know whether its writer lives",
-            )),
-        };
-        let path = dir.path_of(&name);
-        match inspected {
-            Inspected::Removed if kind == StageName::Spare => report.spares.push(path),
-            Inspected::Removed => report.removed.push(path),
-            Inspected::Living => report.living.push(path),
-            Inspected::Kept(reason) => report.kept.push(Kept { path, reason }),
-            Inspected::Gone => {}
+    let mut records = Records::default();
+    // Before anything is locked, so that no lock is held for long.
+    let _ = records.look(dir, None);
+    let staged = names
+        .iter()
+        .filter_map(|name| Some((name, parse_name(name)?)));
+    let staged: Vec<_> = staged.collect();
+    for batch in staged.chunks(BATCH) {
+        let locked: Vec<_> = batch
+            .iter()
+            .map(|(name, kind)| match kind {
+                StageName::Locked | StageName::Spare | StageName::Ticket => Orphan::lock(dir, name),
+                StageName::Unlocked => Err(Inspected::Kept(io::Error::new(
+                    io::ErrorKind::Unsupported,
+                    "staged without a lock: only you can know whether its writer lives",
+                ))),
+            })
+            .collect();
+        records.look(dir, None).map_err(|source| SweepError {
+            operation: "look for group records in",
+            path: dir.path().to_owned(),
+            source,
+        })?;
+        for ((name, kind), orphan) in batch.iter().zip(locked) {
+            let inspected = match orphan {
+                Ok(orphan) => orphan.settle(dir, name, &records, remove),
+                Err(inspected) => inspected,
+            };
+            let path = dir.path_of(name);
+            match inspected {
+                Inspected::Removed if *kind == StageName::Spare => report.spares.push(path),
+                Inspected::Removed => report.removed.push(path),
+                Inspected::Living => report.living.push(path),
+                Inspected::Kept(reason) => report.kept.push(Kept { path, reason }),
+                Inspected::Gone => {}
+            }
         }
     }
     Ok(report)

@@ -35,6 +35,16 @@ fn child() {
     let Some((job, dir)) = common::job() else {
         return;
     };
+    if job == "sweep" {
+        return common::traced(&dir, || {
+            let report = sweep(&dir).unwrap();
+            format!(
+                "{} removed, {} kept",
+                report.removed.len(),
+                report.kept.len()
+            )
+        });
+    }
     become_user(USER);
     match job.as_str() {
         "group" => common::traced(&dir, || match common::group(&dir, &MEMBERS, "new") {
@@ -672,4 +682,69 @@ fn a_sweep_by_root_keeps_what_another_users_group_names() {
             .path
             .ends_with(".atomic-file-01234567-0123456789abcdef.stage")
     );
+}
+
+#[rstest]
+#[case::that_name_nothing(b"", "200 removed, 0 kept")]
+#[case::that_are_damaged(b"junk", "0 removed, 200 kept")]
+fn a_sweep_reads_a_bounded_part_of_a_strangers_records(
+    #[case] begin: &[u8],
+    #[case] expected: &str,
+) {
+    const TEST: &str = "a_sweep_reads_a_bounded_part_of_a_strangers_records";
+    if !Need::Root.met(TEST) || !Need::Strace.met(TEST) {
+        return;
+    }
+    let place = Place::new(0o1777);
+    let dir = place.path("dir");
+    let trace = place.path("trace");
+    as_stranger(|| {
+        for number in 0..200 {
+            let stage = format!(".atomic-file-01234567-{number:016x}.stage");
+            fs::write(dir.join(stage), "").unwrap();
+        }
+    });
+    // As large as is read at all; one of them is enough to protect all of the stranger's files.
+    as_stranger(|| {
+        for number in 0..4 {
+            let record = dir.join(format!(".atomic-file-{number:016x}.group"));
+            fs::write(&record, begin).unwrap();
+            File::options()
+                .write(true)
+                .open(&record)
+                .unwrap()
+                .set_len(4 << 20)
+                .unwrap();
+        }
+    });
+    let calls = "trace=openat,read,getdents64";
+    let args = ["-o", trace.to_str().unwrap(), "-e", calls];
+    let swept = || common::under_strace("sweep", &dir, &args).unwrap();
+    assert_eq!(swept(), expected);
+    let calls = fs::read_to_string(&trace).unwrap();
+    let opened = |name: &str| calls.lines().filter(|call| call.contains(name)).count();
+    for number in 0..4 {
+        assert_eq!(opened(&format!("{number:016x}.group\"")), 1);
+    }
+    let listings = calls.lines().filter(|call| call.contains("getdents64("));
+    assert!(listings.count() < 60, "not one for each staged file");
+    assert!(bytes_read(&calls) < 17 << 20);
+    // Any further ones are not read: they may name anything of the stranger's.
+    as_stranger(|| {
+        fs::write(dir.join(".atomic-file-01234567-1.stage"), "").unwrap();
+        for number in 4..24 {
+            let record = dir.join(format!(".atomic-file-{number:016x}.group"));
+            File::create(record).unwrap().set_len(4 << 20).unwrap();
+        }
+    });
+    fs::write(dir.join(".atomic-file-01234567-2.stage"), "ours").unwrap();
+    assert!(swept().starts_with("1 removed, "), "ours");
+    assert!(bytes_read(&fs::read_to_string(&trace).unwrap()) < 17 << 20);
+}
+
+/// What all calls of `read` in a trace returned.
+fn bytes_read(calls: &str) -> u64 {
+    let reads = calls.lines().filter(|call| call.contains(" read("));
+    let returned = reads.filter_map(|call| call.rsplit_once("= ")?.1.parse::<u64>().ok());
+    returned.sum()
 }
