@@ -19,6 +19,7 @@ use crate::failure::Failure;
 #[cfg(target_os = "linux")]
 use crate::process::{ProcessRam, Region};
 use crate::ram::Ram;
+use crate::session::Session;
 
 /// How the pages stand in a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize)]
@@ -220,6 +221,14 @@ impl InProcess {
         self.pid.is_some()
     }
 
+    /// Returns the session without what may block while a process is stopped, if one will be.
+    pub fn session(&self, session: &Session) -> Session {
+        match self.pid.is_some() && !self.live {
+            true => session.without_bars(),
+            false => session.clone(),
+        }
+    }
+
     /// The RAM, of a process that runs on until [`Ram::hold`].
     pub fn find(&self) -> anyhow::Result<Option<Ram>> {
         let find = |pid| ProcessRam::find(pid, &self.region, self.live);
@@ -233,6 +242,10 @@ impl InProcess {
 impl InProcess {
     pub fn is_given(&self) -> bool {
         false
+    }
+
+    pub fn session(&self, session: &Session) -> Session {
+        session.clone()
     }
 
     pub fn find(&self) -> anyhow::Result<Option<Ram>> {

@@ -5,6 +5,9 @@
 //! The exit code is 128 and the number of the first signal, as a shell has it. A signal that was ignored when the process started, as
 //! SIGHUP is by `nohup`, stays ignored.
 //!
+//! The thread that handles signals writes nothing, so that it ends the process also where the terminal takes no output. A process that
+//! was stopped runs again when this one ends.
+//!
 //! Signals that suspend are [held back](NotSuspended) while another process is stopped.
 
 use std::io;
@@ -21,7 +24,7 @@ use signal_hook::consts::{SIGALRM, SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGXFSZ};
 use signal_hook::flag;
 use signal_hook::iterator::Signals;
 
-use crate::{print, sys};
+use crate::sys;
 
 const SIGNALS: [i32; 5] = [SIGINT, SIGTERM, SIGHUP, SIGQUIT, SIGALRM];
 
@@ -82,8 +85,8 @@ impl Interrupt {
             self.cancel.cancel();
             return;
         }
-        // With the lock held: nobody stages anything in between.
-        print::complain("interrupted");
+        // With the lock held: nobody stages anything in between. Nothing is said: a terminal that takes no
+        // output would keep this process, and one that it has stopped.
         process::exit(exit_code().into());
     }
 

@@ -15,6 +15,7 @@ use page_reader::{
 use crate::args;
 use crate::failure::Failure;
 use crate::interrupt::NotSuspended;
+use crate::print::Kept;
 use crate::ram;
 use crate::session::Session;
 
@@ -74,6 +75,8 @@ pub struct ProcessRam {
     stopped: Option<StoppedProcess>,
     /// Dropped after it.
     not_suspended: Option<NotSuspended>,
+    /// Dropped after it, too.
+    kept: Option<Kept>,
 }
 
 impl ProcessRam {
@@ -94,6 +97,7 @@ impl ProcessRam {
             regions,
             stopped: None,
             not_suspended: None,
+            kept: None,
         };
         ram.check_mapped(&maps)?;
         let unexamined = ram.check_filled(&maps)?;
@@ -105,6 +109,7 @@ impl ProcessRam {
     pub fn hold(&mut self, session: &Session) -> anyhow::Result<()> {
         if !self.live {
             let cancelled = || session.is_cancelled();
+            self.kept = Some(Kept::from_now_on());
             self.not_suspended = Some(NotSuspended::from_now_on()?);
             self.stopped = Some(StoppedProcess::stop_unless(self.pid, PATIENCE, &cancelled)?);
         }

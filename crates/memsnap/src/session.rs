@@ -9,23 +9,37 @@ use crate::failure::Failure;
 use crate::interrupt::Interrupt;
 use crate::print;
 
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Session {
     quiet: bool,
+    bars: bool,
     interrupt: Interrupt,
 }
 
 impl Session {
     pub fn begin(quiet: bool) -> anyhow::Result<Self> {
         let interrupt = Interrupt::listen()?;
-        Ok(Self { quiet, interrupt })
+        Ok(Self {
+            quiet,
+            bars: !quiet,
+            interrupt,
+        })
+    }
+
+    /// Returns the same session without bars, for a verb that stops a process: a terminal that takes no
+    /// output (Ctrl-S, a stalled ssh) would keep the process stopped.
+    pub fn without_bars(&self) -> Self {
+        Self {
+            bars: false,
+            ..self.clone()
+        }
     }
 
     /// A bar on stderr, if that is a terminal.
     pub fn bar(&self, what: &str) -> ProgressBar {
-        let target = match self.quiet {
-            true => ProgressDrawTarget::hidden(),
-            false => ProgressDrawTarget::stderr(),
+        let target = match self.bars {
+            false => ProgressDrawTarget::hidden(),
+            true => ProgressDrawTarget::stderr(),
         };
         let style = "{msg} {wide_bar} {binary_bytes}/{binary_total_bytes}, {binary_bytes_per_sec}";
         let style = ProgressStyle::with_template(style).expect("a template of known parts");

@@ -8,13 +8,16 @@ mod support;
 use std::fs;
 use std::io::{Read, Write};
 use std::num::NonZeroUsize;
+use std::os::fd::AsFd;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
+use nix::pty::openpty;
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::mman::{MapFlags, ProtFlags, mmap};
 use nix::sys::signal::Signal;
 use nix::sys::stat::Mode;
+use nix::sys::termios::{FlowArg, tcflow};
 use nix::unistd::{Pid, mkfifo};
 use page_reader::StoppedProcess;
 use rstest::rstest;
@@ -146,6 +149,70 @@ fn ram_is_captured_from_a_process_by_name_address_or_range() {
         "full --pid {pid} --region guest-ram --live -o live.mem"
     ));
     work.good("diff live.mem --ram ram");
+}
+
+/// Runs the tool with its output on the terminal `to`, up to a system call.
+fn held_on_terminal(work: &Work, arguments: &str, to: &impl AsFd, call: &str) -> Held {
+    let to = nix::unistd::ttyname(to).unwrap();
+    let script = format!(
+        "exec {} {arguments} >{to} 2>{to}",
+        support::MEMSNAP,
+        to = to.display()
+    );
+    let mut command = Command::new("sh");
+    command
+        .args(["-c", &script])
+        .env("TERM", "xterm")
+        .current_dir(work.path(""));
+    Held::before(&command, &(call.to_owned(), 1)).expect("held")
+}
+
+/// Ctrl-S, or an ssh that stalls.
+#[rstest]
+#[case::full("full")]
+#[case::diff("diff full.mem d1.mem")]
+fn a_terminal_that_takes_no_output_keeps_no_process_stopped(#[case] verb: &str) {
+    let test = "a_terminal_that_takes_no_output_keeps_no_process_stopped";
+    if !Need::Ptrace.met(test) || !Need::Strace.met(test) {
+        return;
+    }
+    let work = Work::with_chain();
+    let monitor = Monitor::with(&work, "ram");
+    let terminal = openpty(None, None).unwrap();
+    let command = format!("{verb} --pid {} --region guest-ram -o out", monitor.pid());
+    // The staged file: warnings came before, and the process is stopped after it.
+    let held = held_on_terminal(&work, &command, &terminal.slave, "renameat2");
+    assert!(!monitor.is_stopped());
+    tcflow(&terminal.slave, FlowArg::TCOOFF).unwrap();
+    let mut held = held.let_go_on();
+    held.wait_until_it_writes();
+    assert!(!monitor.is_stopped());
+    assert!(work.files().contains(&"out".to_owned()));
+    // The first one cancels, as long as anything may be left to remove; the second one ends it.
+    while !held.has_ended() {
+        held.send(Signal::SIGTERM);
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    assert_eq!(held.release().0.code(), Some(143));
+}
+
+#[test]
+fn a_second_signal_ends_a_capture_whose_terminal_is_stopped() {
+    let test = "a_second_signal_ends_a_capture_whose_terminal_is_stopped";
+    if !Need::Ptrace.met(test) || !Need::Strace.met(test) {
+        return;
+    }
+    let work = Work::with_chain();
+    let monitor = Monitor::with(&work, "ram");
+    let terminal = openpty(None, None).unwrap();
+    let command = format!("full --pid {} --region guest-ram -o out", monitor.pid());
+    let mut held = held_on_terminal(&work, &command, &terminal.slave, "pwrite64");
+    assert!(monitor.is_stopped());
+    tcflow(&terminal.slave, FlowArg::TCOOFF).unwrap();
+    assert!(!held.signal(Signal::SIGTERM), "it cancels");
+    assert!(held.signal(Signal::SIGTERM), "the second one ends it");
+    assert_eq!(held.release().0.code(), Some(143));
+    assert!(!monitor.is_stopped());
 }
 
 #[test]

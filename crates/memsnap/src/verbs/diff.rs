@@ -71,6 +71,7 @@ pub struct Diff {
 
 impl Diff {
     pub fn run(&self, session: &Session) -> anyhow::Result<Verdict> {
+        let session = &self.process.session(session);
         let (old_files, new_files) = self.states()?;
         let output = self.output.as_ref().map(|path| Output {
             path: path.clone(),

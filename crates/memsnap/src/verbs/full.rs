@@ -45,6 +45,7 @@ pub struct Full {
 
 impl Full {
     pub fn run(&self, session: &Session) -> anyhow::Result<Verdict> {
+        let session = &self.process.session(session);
         let inputs = self.extras.and_inputs(self.ram.clone());
         save::check_output(&self.output, &inputs)?;
         if self.layout == Layout::Raw && !self.extras.is_empty() {

@@ -121,7 +121,7 @@ impl Held {
         Some(held)
     }
 
-    fn has_ended(&mut self) -> bool {
+    pub(crate) fn has_ended(&mut self) -> bool {
         self.child.try_wait().unwrap().is_some()
     }
 
@@ -173,6 +173,16 @@ impl Held {
     pub(crate) fn wait_until_suspended(&self) {
         let status = format!("/proc/{}/status", self.child.id());
         while !fs::read_to_string(&status).unwrap().contains("State:\tT ") {
+            sleep(Duration::from_millis(1));
+        }
+    }
+
+    /// Waits until its main thread waits in a `write`, of which the output takes nothing.
+    pub(crate) fn wait_until_it_writes(&mut self) {
+        let call = format!("/proc/{}/syscall", self.child.id());
+        let write = format!("{} ", nix::libc::SYS_write);
+        while !fs::read_to_string(&call).unwrap().starts_with(&write) {
+            assert!(!self.has_ended(), "it has ended without");
             sleep(Duration::from_millis(1));
         }
     }
