@@ -114,6 +114,21 @@ pub enum Failure {
         image: u64,
         target: u64,
     },
+    #[error(
+        "{path:?} leads over the link {link:?}, which another user may have put there: name the file itself, or remove the link"
+    )]
+    StrangersLink { path: PathBuf, link: PathBuf },
+    #[error(
+        "{path:?} belongs to user {owner}, and others may access the RAM in it: name another file, make it \
+         this user's and private (chown, chmod 600), or add --force"
+    )]
+    TargetNotPrivate { path: PathBuf, owner: u32 },
+    #[error("another restore writes to {path:?}: wait for its end, or name another file")]
+    TargetBusy { path: PathBuf },
+    #[error(
+        "{path:?} was replaced or resized while RAM was restored to it: stop whoever does that, and restore again"
+    )]
+    TargetReplaced { path: PathBuf },
     #[error("{path:?} is not empty: add --force to overwrite it in place")]
     TargetInUse { path: PathBuf },
     #[error(
@@ -169,6 +184,8 @@ impl Failure {
             | Self::NoNewState
             | Self::NoRam
             | Self::NoSuchPicture { .. }
+            | Self::StrangersLink { .. }
+            | Self::TargetNotPrivate { .. }
             | Self::TargetInUse { .. } => USAGE,
             Self::OtherGuest { .. }
             | Self::SameState { .. }
@@ -181,6 +198,8 @@ impl Failure {
             | Self::NoBytes { .. }
             | Self::RamResized { .. }
             | Self::NoRoom { .. }
+            | Self::TargetBusy { .. }
+            | Self::TargetReplaced { .. }
             | Self::TargetNotWritable { .. }
             | Self::NoWritesThere { .. } => FAILED,
             #[cfg(target_os = "linux")]

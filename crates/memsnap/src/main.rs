@@ -19,6 +19,7 @@ mod save;
 mod session;
 mod stream;
 mod sys;
+mod target;
 mod verbs;
 
 use std::process::ExitCode;

@@ -234,6 +234,66 @@ fn ram_of_huge_pages_stays_as_it_is_where_there_are_too_few() {
     assert_eq!(guest.metadata().unwrap().blocks(), 0);
 }
 
+#[test]
+fn no_ram_goes_into_what_another_user_put_in_place() {
+    use std::os::unix::fs::{PermissionsExt, chown, lchown, symlink};
+    if !Need::Root.met("no_ram_goes_into_what_another_user_put_in_place") {
+        return;
+    }
+    let work = Work::with_chain();
+    let shared = tempfile::tempdir().unwrap();
+    let mode = |path: &Path, mode| {
+        std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)).unwrap();
+    };
+    mode(shared.path(), 0o1777);
+    let path = shared.path().join("guest");
+    let guest = create(&path);
+    let restore = format!("restore full.mem -o {}", path.display());
+    // A stranger's, then one that strangers may read.
+    mode(&path, 0o600);
+    chown(&path, Some(65534), None).unwrap();
+    work.fails(&restore, 2, &["65534", "--force"]);
+    chown(&path, Some(0), None).unwrap();
+    mode(&path, 0o644);
+    work.fails(&restore, 2, &["chmod 600", "--force"]);
+    assert_eq!(guest.metadata().unwrap().blocks(), 0);
+    // A stranger's link to a file of root.
+    std::fs::remove_file(&path).unwrap();
+    let roots = work.create("roots", RAM);
+    symlink(work.path("roots"), &path).unwrap();
+    lchown(&path, Some(65534), None).unwrap();
+    for (dir, force) in [(0o1777, ""), (0o1777, " --force"), (0o777, " --force")] {
+        mode(shared.path(), dir);
+        let code = work.run(&format!("{restore}{force}")).code;
+        assert!(matches!(code, Some(2 | 3)), "{code:?}");
+        assert_eq!(roots.metadata().unwrap().blocks(), 0);
+    }
+    // One's own are followed.
+    mode(shared.path(), 0o1777);
+    lchown(&path, Some(0), None).unwrap();
+    work.good(&restore);
+    work.assert_same("roots", "first");
+}
+
+#[test]
+fn ram_written_by_another_during_a_restore_is_kept() {
+    if !Need::Strace.met("ram_written_by_another_during_a_restore_is_kept") {
+        return;
+    }
+    let work = Work::with_chain();
+    let guest = work.create("guest", RAM);
+    let restore = "restore full.mem -o guest";
+    let emptying = ("fallocate".to_owned(), 1);
+    let held = support::held::Held::before(&work.command(restore), &emptying).expect("held");
+    work.fails(restore, 3, &["another restore"]);
+    guest.write_all_at(&[7; 10], 900 * PAGE).unwrap();
+    let before = bytes(&guest);
+    let (status, error) = held.release();
+    assert_eq!(status.code(), Some(2), "{error}");
+    assert!(error.contains("not empty"), "{error}");
+    assert!(bytes(&guest) == before);
+}
+
 /// As large as the RAM.
 fn create(path: &Path) -> File {
     let options = File::options()

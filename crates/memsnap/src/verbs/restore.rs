@@ -1,16 +1,14 @@
 //! `memsnap restore`: a chain's RAM, for a guest to go on with.
 
-use std::fs::File;
+use std::fs::{File, Metadata};
 use std::io;
-use std::os::unix::fs::FileExt;
-#[cfg(target_os = "linux")]
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
-use anyhow::Context;
 use clap::Args;
 use indicatif::ProgressBar;
 use memory_image::{Chain, RamTarget};
+use nix::fcntl::Flock;
 use page_reader::{FileReader, HostMemory, PageReader, SecretBuffer};
 use sparse_file::{Source, SpaceError, WriteOptions, punch_hole, write_runs};
 
@@ -19,7 +17,7 @@ use crate::args::{Formats, ImageFile, Output, RawImages};
 use crate::failure::Failure;
 use crate::print::size;
 use crate::session::Session;
-use crate::{input, save};
+use crate::{input, save, target};
 #[cfg(target_os = "linux")]
 use crate::{room, sys::Mapping};
 
@@ -100,23 +98,27 @@ impl Restore {
 
     fn in_place(&self, session: &Session, chain: &Chain) -> anyhow::Result<()> {
         let path = &self.output;
-        let mut target = InPlace::open(session, path, chain)?;
-        let in_use = target.holds_anything()?;
-        if in_use && !self.force {
-            let path = path.clone();
-            return Err(Failure::TargetInUse { path }.into());
-        }
+        let mut target = InPlace::open(session, path, chain, self.force)?;
+        let check_use = |target: &InPlace<'_>| match !self.force && target.holds_anything()? {
+            true => Err(Failure::TargetInUse { path: path.clone() }.into()),
+            false => anyhow::Ok(()),
+        };
+        let in_use = self.force && target.holds_anything()?;
+        check_use(&target)?;
         target.check_room(chain)?;
         target.check_writing()?;
         if !in_use {
             // Of the pages just written.
-            target.empty()?;
+            target.empty_ends();
         }
         self.check(session, chain)?;
+        // That took its time, and a guest may have been started with the file meanwhile.
+        check_use(&target)?;
         session.hold();
         let restored = target.empty().and_then(|()| {
             chain.restore_zeroed(&mut target)?;
-            Ok(target.file.sync_all()?)
+            target.file.sync_all()?;
+            Ok(target.check_in_place()?)
         });
         if let Err(error) = restored {
             // No guest is to start with half of its RAM.
@@ -137,7 +139,8 @@ impl Restore {
 struct InPlace<'s> {
     session: &'s Session,
     path: &'s Path,
-    file: File,
+    /// Locked: another restore is refused.
+    file: Flock<File>,
     /// Where the file has no `write(2)`.
     #[cfg(target_os = "linux")]
     mapping: Option<Mapping>,
@@ -146,13 +149,13 @@ struct InPlace<'s> {
 }
 
 impl<'s> InPlace<'s> {
-    fn open(session: &'s Session, path: &'s Path, chain: &Chain) -> anyhow::Result<Self> {
-        if !path.metadata()?.is_file() {
-            let path = path.to_owned();
-            return Err(Failure::NotRam { path }.into());
-        }
-        let opened = File::options().read(true).write(true).open(path);
-        let file = opened.with_context(|| format!("cannot open {path:?} to restore to"))?;
+    fn open(
+        session: &'s Session,
+        path: &'s Path,
+        chain: &Chain,
+        force: bool,
+    ) -> anyhow::Result<Self> {
+        let file = target::open_and_lock(path, force)?;
         let size = file.metadata()?.len();
         if size != chain.size() {
             return Err(Failure::TargetSize {
@@ -177,7 +180,7 @@ impl<'s> InPlace<'s> {
 
     /// What is known to be untouched is not read: where that is not known, all of it is.
     fn holds_anything(&self) -> anyhow::Result<bool> {
-        let reader = FileReader::new(&self.file);
+        let reader = FileReader::new(&*self.file);
         let mut buffer = SecretBuffer::new();
         for range in reader.populated(0..self.size) {
             for offset in range.clone().step_by(CHUNK) {
@@ -226,12 +229,33 @@ impl<'s> InPlace<'s> {
         }
     }
 
+    /// Whether whoever opens the path gets this file, in its size.
+    fn check_in_place(&self) -> Result<(), Failure> {
+        let identity = |it: Metadata| (it.dev(), it.ino(), it.len());
+        let found = self.path.metadata().ok().map(identity);
+        match (found, self.file.metadata().ok().map(identity)) {
+            (found @ Some((.., len)), file) if found == file && len == self.size => Ok(()),
+            _ => Err(Failure::TargetReplaced {
+                path: self.path.to_owned(),
+            }),
+        }
+    }
+
     fn write(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
         #[cfg(target_os = "linux")]
         if let Some(mapping) = &self.mapping {
             return mapping.write_at(bytes, offset);
         }
         self.file.write_all_at(bytes, offset)
+    }
+
+    /// Gives up the pages of the first and the last byte again, of which it is known that they are zeros.
+    fn empty_ends(&self) {
+        let unit = 4096.min(self.size);
+        for range in [0..unit, self.size - unit..self.size] {
+            // Zeros are right, too.
+            let _ = punch_hole(&self.file, range);
+        }
     }
 
     /// Makes all of it zeros.
@@ -241,7 +265,7 @@ impl<'s> InPlace<'s> {
         if let Some(mapping) = &self.mapping {
             // A hole would give up the pages, which another process could take.
             let zeros = vec![0; CHUNK];
-            for range in FileReader::new(&self.file).populated(all) {
+            for range in FileReader::new(&*self.file).populated(all) {
                 for at in range.clone().step_by(CHUNK) {
                     let len = (range.end - at).min(CHUNK as u64) as usize;
                     mapping.write_at(&zeros[..len], at)?;

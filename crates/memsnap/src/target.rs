@@ -1,0 +1,123 @@
+//! The file that RAM is restored into, where there is one.
+
+use std::ffi::OsStr;
+use std::fs::File;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Path, PathBuf};
+
+use anyhow::Context;
+use nix::errno::Errno;
+use nix::fcntl::{AtFlags, Flock, FlockArg, OFlag, open, openat, readlinkat};
+use nix::sys::stat::{FileStat, Mode, SFlag, fstat, fstatat};
+use nix::unistd::geteuid;
+
+use crate::failure::Failure;
+use crate::save;
+
+/// How many links are followed, as by Linux.
+const LINKS: usize = 40;
+/// The mode of a directory in which everybody may create files.
+const OPEN_TO_ALL: Mode = Mode::S_IWOTH;
+const STICKY: Mode = Mode::S_ISVTX;
+
+/// Opens the file at `path` for RAM to be written, and locks it until it is closed.
+///
+/// A link in a directory open to all is followed only where `atomic-file` does: the directory is
+/// sticky, and the link is this user's or the directory owner's. Unless `force`, the file is this
+/// user's, and only this user's to access where its directory is open to all. A file named by its
+/// descriptor in /proc is whoever's the process is: nobody can put another one there.
+pub fn open_and_lock(path: &Path, force: bool) -> anyhow::Result<Flock<File>> {
+    let opening = || format!("cannot open {path:?} to restore to");
+    let mut at = path.to_owned();
+    for _ in 0..LINKS {
+        let dir_path = save::dir_of(&at).to_owned();
+        let Some(name) = at.file_name().map(OsStr::to_owned) else {
+            return Err(Errno::EISDIR).with_context(opening);
+        };
+        let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+        let dir = open(&dir_path, flags, Mode::empty()).with_context(opening)?;
+        let by_descriptor = is_on_procfs(&dir);
+        let dir_stat = fstat(&dir).with_context(opening)?;
+        let found = fstatat(&dir, name.as_os_str(), AtFlags::AT_SYMLINK_NOFOLLOW);
+        let found = found.with_context(opening)?;
+        if is(&found, SFlag::S_IFLNK) && !by_descriptor {
+            if !may_follow(&found, &dir_stat) {
+                let (path, link) = (path.to_owned(), at);
+                return Err(Failure::StrangersLink { path, link }.into());
+            }
+            let to = readlinkat(&dir, name.as_os_str()).with_context(opening)?;
+            at = dir_path.join(PathBuf::from(to));
+            continue;
+        }
+        let file = open_in(&dir, &name, by_descriptor, path).with_context(opening)?;
+        let file = file.ok_or_else(|| Failure::NotRam {
+            path: path.to_owned(),
+        })?;
+        let stat = fstat(&file).with_context(opening)?;
+        if !(force || by_descriptor || is_own(&stat, &dir_stat)) {
+            let (path, owner) = (path.to_owned(), stat.st_uid);
+            return Err(Failure::TargetNotPrivate { path, owner }.into());
+        }
+        return match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+            Ok(file) => Ok(file),
+            Err((_, Errno::EWOULDBLOCK)) => {
+                let path = path.to_owned();
+                Err(Failure::TargetBusy { path }.into())
+            }
+            Err((_, errno)) => Err(errno).with_context(|| format!("cannot lock {path:?}")),
+        };
+    }
+    Err(Errno::ELOOP).with_context(opening)
+}
+
+/// `None` if it is no regular file, which opening might act upon.
+fn open_in(
+    dir: &OwnedFd,
+    name: &OsStr,
+    by_descriptor: bool,
+    path: &Path,
+) -> nix::Result<Option<File>> {
+    let (stat, link) = match by_descriptor {
+        true => (nix::sys::stat::stat(path)?, OFlag::empty()),
+        false => {
+            let stat = fstatat(dir, name, AtFlags::AT_SYMLINK_NOFOLLOW)?;
+            (stat, OFlag::O_NOFOLLOW)
+        }
+    };
+    if !is(&stat, SFlag::S_IFREG) {
+        return Ok(None);
+    }
+    let flags = OFlag::O_RDWR | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC | link;
+    let file = openat(dir, name, flags, Mode::empty())?;
+    let opened = fstat(&file)?;
+    Ok(is(&opened, SFlag::S_IFREG).then(|| File::from(file)))
+}
+
+fn is(stat: &FileStat, kind: SFlag) -> bool {
+    stat.st_mode & SFlag::S_IFMT.bits() == kind.bits()
+}
+
+fn may_follow(link: &FileStat, dir: &FileStat) -> bool {
+    let mode = Mode::from_bits_truncate(dir.st_mode);
+    let trusted = link.st_uid == geteuid().as_raw() || link.st_uid == dir.st_uid;
+    !mode.contains(OPEN_TO_ALL) || (mode.contains(STICKY) && trusted)
+}
+
+fn is_own(file: &FileStat, dir: &FileStat) -> bool {
+    let others = Mode::S_IRWXG | Mode::S_IRWXO;
+    let shared = Mode::from_bits_truncate(file.st_mode).intersects(others);
+    let open_to_all = Mode::from_bits_truncate(dir.st_mode).contains(OPEN_TO_ALL);
+    file.st_uid == geteuid().as_raw() && !(shared && open_to_all)
+}
+
+#[cfg(target_os = "linux")]
+fn is_on_procfs(dir: &impl AsFd) -> bool {
+    use nix::sys::statfs::{PROC_SUPER_MAGIC, fstatfs};
+    fstatfs(dir).is_ok_and(|fs| fs.filesystem_type() == PROC_SUPER_MAGIC)
+}
+
+/// Elsewhere `/dev/fd` has no links.
+#[cfg(not(target_os = "linux"))]
+fn is_on_procfs(_: &impl AsFd) -> bool {
+    false
+}
