@@ -150,3 +150,13 @@ fn receive(work: &Work) -> Command {
     command.stdin(Stdio::from(stream));
     command
 }
+
+#[test]
+fn no_name_in_the_temporary_directory_blocks_a_stream() {
+    let work = Work::with_ram();
+    std::fs::create_dir_all(work.path("tmp/memsnap-stream/taken")).unwrap();
+    let mut command = work.command("convert raw:ram -o - --zstd");
+    let output = command.env("TMPDIR", work.path("tmp")).output().unwrap();
+    assert!(output.status.success(), "{output:?}");
+    assert_eq!(support::list(&work.path("tmp")), ["memsnap-stream"]);
+}

@@ -209,7 +209,11 @@ impl Convert {
         check: impl FnOnce() -> anyhow::Result<()>,
     ) -> anyhow::Result<File> {
         let options = self.options(session, chain, Layout::Packed)?;
-        let dest = self.dir().join("memsnap-stream");
+        // A fixed name could be taken by another user.
+        let dir = tempfile::Builder::new()
+            .prefix("memsnap-stream-")
+            .tempdir_in(self.dir())?;
+        let dest = dir.path().join("image");
         let mut writer: MemoryWriter = options.open(dest, chain.size(), page_size)?;
         save::check_room(&writer, chain)?;
         check()?;
@@ -217,6 +221,7 @@ impl Convert {
         let stage = writer.finish()?;
         let file = stage.file().try_clone()?;
         stage.discard()?;
+        dir.close()?;
         session.release()?;
         Ok(file)
     }
