@@ -81,7 +81,7 @@ const CRATES: [(&str, &[Part]); 4] = [
                     &["mapped_chain", "sealed", "identity"],
                     &["chains", "damage", "lazy_kvm", "lazy_memory"],
                     &["lazy_ram", "oracle", "secrets"],
-                    &["chain_memory", "diff_chains", "long_chains"],
+                    &["chain_memory", "claimed_ram", "diff_chains", "long_chains"],
                 ],
             },
             Part {
@@ -92,6 +92,7 @@ const CRATES: [(&str, &[Part]); 4] = [
                     &[
                         "chain_memory",
                         "chains",
+                        "claimed_ram",
                         "damage",
                         "diff_chains",
                         "identity",

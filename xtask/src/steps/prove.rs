@@ -16,7 +16,7 @@ pub const SUITE: Suite = Suite {
         },
         Step {
             name: "interleavings",
-            proves: "no mark is lost in any interleaving that loom distinguishes; thirteen mutants are detected",
+            proves: "no mark is lost in any interleaving that loom distinguishes; fifteen mutants are detected",
             paths: &[
                 "crates/dirty-bitmap",
                 "crates/hvf-backend",
