@@ -68,7 +68,7 @@ const CRATES: [(&str, &[Part]); 4] = [
         &[whole(&[
             &["bad_input", "layouts", "oracle", "process", "snapshots"],
             &["ambiguous", "recycling", "resident", "skipping"],
-            &["memory", "releasing", "untouched"],
+            &["claimed_ram", "memory", "releasing", "untouched"],
         ])],
     ),
     (
