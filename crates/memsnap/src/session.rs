@@ -28,6 +28,7 @@ impl Session {
 
     /// Returns the same session without bars, for a verb that stops a process: a terminal that takes no
     /// output (Ctrl-S, a stalled ssh) would keep the process stopped.
+    #[cfg(target_os = "linux")]
     pub fn without_bars(&self) -> Self {
         Self {
             bars: false,
