@@ -1,6 +1,7 @@
 //! What a file is depends on nothing that a guest can write to its RAM, and survives no cut.
 
-use std::io;
+mod support;
+
 use std::os::unix::fs::FileExt;
 
 use image_format::{
@@ -8,6 +9,7 @@ use image_format::{
 };
 use proptest::prelude::*;
 use rstest::rstest;
+use support::read_as;
 
 /// The smallest page, so that there are as many cuts at page boundaries as can be.
 const PAGE: u64 = 512;
@@ -39,15 +41,6 @@ fn image(version: Version, placement: Placement, ram: &[u8], metadata: usize) ->
     let mut bytes = vec![0; len as usize];
     file.read_exact_at(&mut bytes, 0).unwrap();
     bytes
-}
-
-fn read_as(bytes: &[u8], format: Option<Placement>) -> Result<Footer, FooterError> {
-    Footer::read_from(bytes.len() as u64, format, |buf, offset| {
-        let from = bytes.get(offset as usize..).unwrap_or_default();
-        let from = from.get(..buf.len()).ok_or(io::ErrorKind::UnexpectedEof)?;
-        buf.copy_from_slice(from);
-        Ok(())
-    })
 }
 
 fn read(bytes: &[u8]) -> Result<Footer, FooterError> {

@@ -1,7 +1,8 @@
 //! What is written is read back; what is not right is refused, whatever it says.
 
+mod support;
+
 use std::fs::File;
-use std::io;
 use std::os::unix::fs::FileExt;
 
 use image_format::{
@@ -10,6 +11,7 @@ use image_format::{
 };
 use proptest::prelude::*;
 use rstest::rstest;
+use support::read_as;
 
 const PAGE: u64 = 4096;
 const RAM: u64 = 2 * CHUNK_SIZE + 4 * PAGE;
@@ -72,15 +74,6 @@ fn sealed(footer: &Footer) -> Vec<u8> {
 
 fn read(bytes: &[u8]) -> Result<Footer, FooterError> {
     read_as(bytes, None)
-}
-
-fn read_as(bytes: &[u8], format: Option<Placement>) -> Result<Footer, FooterError> {
-    Footer::read_from(bytes.len() as u64, format, |buf, offset| {
-        let from = bytes.get(offset as usize..).unwrap_or_default();
-        let from = from.get(..buf.len()).ok_or(io::ErrorKind::UnexpectedEof)?;
-        buf.copy_from_slice(from);
-        Ok(())
-    })
 }
 
 /// `bytes` with the checksum of the footer made right again, as someone would who means harm.
