@@ -11,7 +11,7 @@ use crate::error::{AddError, CommitStep, GroupCommitError, Leftover, Refusal};
 use crate::options::Durability;
 use crate::outcome::PublishError;
 use crate::record::{self, Member, Old, record_name};
-use crate::recover::{is_obeyed, is_strangers, old_file, rename_member};
+use crate::recover::{is_foreign, is_obeyed, old_file, rename_member};
 use crate::stage::{Stage, new_id};
 use crate::sys;
 use crate::turn::take_turn;
@@ -223,7 +223,7 @@ impl Commit {
             io::ErrorKind::PermissionDenied | io::ErrorKind::IsADirectory
         );
         let entry = self.dir.entry(dest).ok().flatten()?;
-        (of_a_file && is_strangers(&entry, sys::file_owner())).then_some(entry.uid)
+        (of_a_file && is_foreign(&entry, sys::file_owner())).then_some(entry.uid)
     }
 
     /// Brings every member's bytes to the medium, and then the names of their stages: a record that survives a power loss

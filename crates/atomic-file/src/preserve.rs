@@ -28,8 +28,8 @@ use crate::sys;
 /// [mode](crate::Options::mode) asked for. Where the destination was another file at the opening,
 /// the commit fails instead, unless [`if_permitted`](Self::if_permitted) is set.
 ///
-/// **A file that a stranger may have planted** passes nothing on, which counts as not permitted: the
-/// stranger could read the new file. In a directory where others may create files, that is a file of
+/// **A file that another user may have planted** passes nothing on, which counts as not permitted: the
+/// other user could read the new file. In a directory where others may create files, that is a file of
 /// another user than this one, root and the directory's owner, or one with several hard links.
 ///
 /// **What is not permitted**: a process without privileges can keep the owner only of its own files,

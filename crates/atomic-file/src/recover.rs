@@ -458,7 +458,7 @@ fn find(
     };
     match dest {
         // It may have been put there to have the staged file given up: it is no later commit.
-        Some(dest) if replaced_since && is_strangers(&dest, owner) => {
+        Some(dest) if replaced_since && is_foreign(&dest, owner) => {
             Err(RecoverError::DestinationTaken {
                 dest: dir.path_of(&member.dest),
                 owner: dest.uid,
@@ -471,7 +471,7 @@ fn find(
 }
 
 /// Whether a file belongs to another user than `owner` and root.
-pub(crate) fn is_strangers(file: &Stat, owner: u32) -> bool {
+pub(crate) fn is_foreign(file: &Stat, owner: u32) -> bool {
     const ROOT: u32 = 0;
     file.uid != owner && file.uid != ROOT
 }

@@ -117,7 +117,7 @@ pub enum Failure {
     #[error(
         "{path:?} leads over the link {link:?}, which another user may have put there: name the file itself, or remove the link"
     )]
-    StrangersLink { path: PathBuf, link: PathBuf },
+    ForeignLink { path: PathBuf, link: PathBuf },
     #[error(
         "{path:?} belongs to user {owner}, and others may access the RAM in it: name another file, make it \
          this user's and private (chown, chmod 600), or add --force"
@@ -184,7 +184,7 @@ impl Failure {
             | Self::NoNewState
             | Self::NoRam
             | Self::NoSuchPicture { .. }
-            | Self::StrangersLink { .. }
+            | Self::ForeignLink { .. }
             | Self::TargetNotPrivate { .. }
             | Self::TargetInUse { .. } => USAGE,
             Self::OtherGuest { .. }

@@ -43,7 +43,7 @@ pub fn open_and_lock(path: &Path, force: bool) -> anyhow::Result<Flock<File>> {
         if is(&found, SFlag::S_IFLNK) && !by_descriptor {
             if !may_follow(&found, &dir_stat) {
                 let (path, link) = (path.to_owned(), at);
-                return Err(Failure::StrangersLink { path, link }.into());
+                return Err(Failure::ForeignLink { path, link }.into());
             }
             let to = readlinkat(&dir, name.as_os_str()).with_context(opening)?;
             at = dir_path.join(PathBuf::from(to));
