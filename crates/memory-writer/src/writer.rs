@@ -1,8 +1,7 @@
 //! Open, write, commit.
 
 use std::fs::File;
-use std::ops::Deref;
-use std::ops::Range;
+use std::ops::{Deref, Range};
 use std::path::Path;
 
 use atomic_file::{AtomicWriter, NotPreserved};
