@@ -334,14 +334,17 @@ impl Chain {
         self.runs(within, |source| matches!(source, Source::Stored { .. }))
     }
 
-    /// The runs of pages that images above the base speak for.
+    /// Returns the runs of pages that are stored in images above the base.
     pub(crate) fn newer_runs(&self) -> impl Iterator<Item = Range<u64>> {
-        self.runs(0..self.size(), |source| match source {
-            Source::Stored { layer, .. } => layer > 0,
-            // The zeros of a full base are in no layer.
-            Source::Zeroed => true,
-            Source::Nowhere => false,
-        })
+        self.runs(
+            0..self.size(),
+            |source| matches!(source, Source::Stored { layer, .. } if layer > 0),
+        )
+    }
+
+    /// Returns the runs of pages that an image says are zeros. The zeros of a full base are in none of them.
+    pub(crate) fn zero_runs(&self) -> impl Iterator<Item = Range<u64>> {
+        self.runs(0..self.size(), |source| source == Source::Zeroed)
     }
 
     fn runs(

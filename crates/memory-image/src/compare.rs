@@ -19,7 +19,7 @@ const THREADS: usize = 8;
 
 /// The most pages that a bitmap is made for, a bit each, because an image says that its RAM has so many: 2^33, 32 TiB in pages of 4 KiB, take 1 GiB. The
 /// size of the file proves nothing: pages of zeros take no room in it.
-pub(crate) const MAX_PAGES: u64 = 1 << 33;
+const MAX_PAGES: u64 = 1 << 33;
 
 /// Why two sources could not be compared.
 #[derive(Debug, Error)]

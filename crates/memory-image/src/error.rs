@@ -60,18 +60,6 @@ pub enum ImageError {
         /// The page size of the chain, in bytes.
         page_size: u64,
     },
-    /// Merging marks pages in a bitmap, a bit for each, which does not fit into memory: a sparse file of absurd length, or too small a page.
-    #[error(
-        "{path:?} has {size} bytes, too many {page_size}-byte pages to keep account of: is it a memory image?"
-    )]
-    TooManyPages {
-        /// The image.
-        path: PathBuf,
-        /// Its size in bytes.
-        size: u64,
-        /// The page size of the chain, in bytes.
-        page_size: u64,
-    },
     /// A diff of a guest with another RAM size.
     #[error(
         "the diff {path:?} is of a guest with {size} bytes of RAM, its base {base:?} of one with {base_size}: name images of one guest, and none that was cut short"

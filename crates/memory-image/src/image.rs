@@ -236,12 +236,4 @@ impl Image {
             source,
         }
     }
-
-    pub(crate) fn too_many_pages(&self, page_size: u64) -> ImageError {
-        ImageError::TooManyPages {
-            path: self.path.clone(),
-            size: self.size,
-            page_size,
-        }
-    }
 }

@@ -1,13 +1,10 @@
 //! A chain as one image.
 
-use std::ops::Range;
 use std::path::Path;
 
-use dirty_bitmap::DirtyBitmap;
 use memory_writer::{MemoryWriter, Options, Seal};
 
 use crate::chain::Chain;
-use crate::compare::MAX_PAGES;
 use crate::error::ImageError;
 
 impl Chain {
@@ -70,13 +67,16 @@ impl Chain {
                     chain: self.page_size(),
                 });
             }
-            let pages = writer.write_diff(self, &self.bitmap(self.known_runs())?)?;
-            return Ok(pages * writer.page_size());
-        }
-        let base = self.base();
-        // Of a raw base, only what newer images have is written, if its blocks can be had.
-        if base.footer.is_none() && writer.share_full(&*base.file()?)? {
-            writer.write_diff(self, &self.bitmap(self.newer_runs())?)?;
+            if writer.image_id().is_some() {
+                writer.write_zeros(|| self.zero_runs())?;
+                writer.write_runs(self, || self.stored_runs())?;
+            } else {
+                // In a raw diff, a page that is not written is clean.
+                writer.write_runs(self, || self.known_runs())?;
+            }
+        } else if self.shares_base(writer)? {
+            writer.write_zeros(|| self.zero_runs())?;
+            writer.write_runs(self, || self.newer_runs())?;
         } else {
             writer.write_full(self)?;
         }
@@ -102,18 +102,13 @@ impl Chain {
         }
     }
 
-    fn bitmap(&self, runs: impl Iterator<Item = Range<u64>>) -> Result<DirtyBitmap, ImageError> {
-        let (size, page_size) = (self.size(), self.page_size());
-        let too_many = || self.base().too_many_pages(page_size);
-        if size / page_size > MAX_PAGES {
-            return Err(too_many());
-        }
-        let pages = DirtyBitmap::new(0, size, page_size).map_err(|_| too_many())?;
-        for run in runs {
-            pages
-                .set_range(run.start, run.end - run.start)
-                .expect("a chain's runs are inside its RAM");
-        }
-        Ok(pages)
+    /// Makes the image that `writer` writes share the blocks of a raw base, if these can be had: then only what newer images have
+    /// is written.
+    fn shares_base(&self, writer: &mut MemoryWriter) -> Result<bool, ImageError> {
+        let base = self.base();
+        // In larger pages, what became zeros need not be whole pages.
+        let pages_fit = writer.page_size() <= self.page_size();
+        let shares = base.footer.is_none() && pages_fit && writer.share_full(&*base.file()?)?;
+        Ok(shares)
     }
 }

@@ -5,12 +5,17 @@
 mod common;
 
 use std::alloc::{GlobalAlloc, Layout, System};
+use std::fs::{self, File};
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use common::write_packed;
-use image_format::Run;
-use memory_image::Chain;
+use image_format::{
+    Checksums, Footer, ImageId, Kind, Placement, Run, Stored, Version, packed_start,
+};
+use memory_image::{Chain, Image};
+use memory_writer::MemoryWriter;
 use page_reader::PageReader;
 
 /// The system's allocator, counting.
@@ -110,4 +115,64 @@ fn memory_is_for_what_the_images_hold_and_reading_takes_none() {
     let extents = RUNS as usize * 64;
     assert!(taken < footer + extents + A_LAYER, "{taken} bytes");
     drop(chain);
+    merging_claimed_zeros_takes_no_memory(dir.path());
+}
+
+/// A bit a page would be 32 MiB.
+const CLAIMED: u64 = 1 << 40;
+
+/// Writes a diff of RAM of [`CLAIMED`] bytes, with `runs` at `id`, on top of `parent`.
+fn write_diff(path: &std::path::Path, [parent, id]: [u8; 2], runs: Vec<Run>, page: &[u8]) {
+    let file = File::create(path).unwrap();
+    let mut checksums = Checksums::new(CLAIMED);
+    for run in &runs {
+        if let Stored::At(offset) = run.stored {
+            file.write_all_at(page, offset).unwrap();
+            checksums.feed(run.start, page);
+        }
+    }
+    let [parent, id] = [parent, id].map(|byte| ImageId::from_bytes([byte; 16]));
+    let footer = Footer {
+        version: Version::CURRENT,
+        id,
+        kind: Kind::Diff {
+            parent: Some(parent),
+        },
+        placement: Placement::Packed,
+        ram_size: CLAIMED,
+        page_size: PAGE,
+        regions: vec![0..CLAIMED],
+        runs,
+        checksums: checksums.finish(),
+        metadata: Vec::new(),
+    };
+    footer.write(&file).unwrap();
+}
+
+/// A diff that says that nearly all of the RAM is zeros, and one of a page.
+fn merging_claimed_zeros_takes_no_memory(dir: &std::path::Path) {
+    let paths = ["zeros.mem", "page.mem"].map(|name| dir.join(name));
+    let (page, at) = (vec![7; PAGE as usize], CLAIMED / 2);
+    let zeros = vec![Run::zeros(PAGE..CLAIMED)];
+    write_diff(&paths[0], [1, 2], zeros, &page);
+    let one = vec![Run::present(at..at + PAGE, packed_start(PAGE))];
+    write_diff(&paths[1], [2, 3], one, &page);
+    let merged = dir.join("merged.mem");
+    for make in [memory_writer::Layout::Packed, memory_writer::Layout::Sealed] {
+        let (bytes, _, peak) = counted(|| {
+            let chain = Chain::open_sealed(&paths).unwrap();
+            let options = MemoryWriter::options().layout(make(chain.seal()));
+            chain.merge(options, &merged).unwrap()
+        });
+        assert_eq!(bytes, PAGE);
+        // Buffers of the engine that writes.
+        assert!(peak < 16 << 20, "{peak} bytes");
+        let image = Image::open(&merged).unwrap();
+        let footer = image.footer().unwrap();
+        assert_eq!(footer.present_bytes(), PAGE);
+        let zeros = footer.runs.iter().filter(|run| run.stored == Stored::Zeros);
+        let zeros: Vec<_> = zeros.map(Run::range).collect();
+        assert_eq!(zeros, [PAGE..at, at + PAGE..CLAIMED]);
+        assert!(fs::metadata(&merged).unwrap().blocks() < 4096);
+    }
 }

@@ -8,7 +8,8 @@ use std::path::{Path, PathBuf};
 
 use image_format::{Footer, ImageId, Kind, Placement, Run, Version};
 use memory_image::{
-    Chain, CompareError, Image, ImageError, LazyRam, MappedChain, UserfaultfdError, compare,
+    Chain, CompareError, Image, ImageError, LazyRam, MappedChain, UserfaultfdError, WorkingSet,
+    compare,
 };
 use memory_writer::{Durability, Layout, MemoryWriter, Options};
 use page_reader::PageReader;
@@ -159,4 +160,49 @@ fn a_comparison_of_nothing_can_be_cancelled() {
         matches!(error, CompareError::Cancelled { compared } if compared == 1 << 40),
         "{error:?}"
     );
+}
+
+/// Entries of page tables that this process has, in bytes.
+fn page_tables() -> u64 {
+    let status = fs::read_to_string("/proc/self/status").unwrap();
+    let line = status.lines().find(|line| line.starts_with("VmPTE:"));
+    let kib = line.and_then(|line| line.split_whitespace().nth(1));
+    1024 * kib.unwrap().parse::<u64>().unwrap()
+}
+
+/// A working set of all the RAM, which an image of zeros merely claims.
+#[test]
+fn a_working_set_of_claimed_ram_maps_no_zeros() {
+    const RAM: u64 = 64 << 30;
+    if !Need::Userfaultfd.met("a_working_set_of_claimed_ram_maps_no_zeros") {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let mut body = RAM.to_le_bytes().to_vec();
+    body.extend([0, RAM].iter().flat_map(|word| word.to_le_bytes()));
+    let mut bytes = b"MEMSNAPW\x01\0\0\0".to_vec();
+    bytes.extend(crc32fast::hash(&body).to_le_bytes());
+    bytes.extend(body);
+    let set = dir.path().join("set");
+    fs::write(&set, bytes).unwrap();
+    let working_set = WorkingSet::load(&set).unwrap();
+    assert_eq!(working_set.bytes(), RAM);
+    let chain = Chain::open_sealed(&[image(dir.path(), RAM)]).unwrap();
+    let before = page_tables();
+    let options = LazyRam::options().working_set(working_set);
+    let ram = match options.start(chain) {
+        Ok(ram) => ram,
+        // The machine gives no address space for it.
+        Err(
+            ImageError::Reserve { .. } | ImageError::Userfaultfd(UserfaultfdError::Register { .. }),
+        ) => return,
+        Err(other) => panic!("{other:?}"),
+    };
+    ram.wait().unwrap();
+    // Two bytes a KiB of RAM, were all of it mapped: 128 MiB.
+    let taken = page_tables().saturating_sub(before);
+    assert!(taken < 8 << 20, "{taken} bytes of page tables");
+    let mut last = [1; 4096];
+    ram.read_at(RAM - 4096, &mut last).unwrap();
+    assert_eq!(last, [0; 4096]);
 }

@@ -56,6 +56,21 @@ pub enum SnapshotError {
         /// The first address of the RAM.
         ram: u64,
     },
+    /// A run of bytes is empty, ends past the RAM, begins before the last one ended, or is to be of whole pages and is not.
+    #[error(
+        "the run {start:#x}..{end:#x} is not one of pages of {page_size:#x} bytes in RAM of {ram_size:#x}: give runs that ascend, \
+         don't overlap and end with the RAM"
+    )]
+    Run {
+        /// The first byte of the run.
+        start: u64,
+        /// The end of the run.
+        end: u64,
+        /// The page of the memory file, in bytes.
+        page_size: u64,
+        /// The bytes of the memory file.
+        ram_size: u64,
+    },
     /// The [`CancelToken`](crate::CancelToken) was used.
     #[error("the snapshot {dest:?} was cancelled after {written} bytes of this write")]
     Cancelled {
@@ -249,6 +264,15 @@ impl SnapshotError {
             dest,
             step: MemoryIoStep::SetSize,
             offset: len,
+            source: io_error(error),
+        }
+    }
+
+    pub(crate) fn from_punch(dest: PathBuf, offset: u64, error: SpaceError) -> Self {
+        Self::MemoryIo {
+            dest,
+            step: MemoryIoStep::Write,
+            offset,
             source: io_error(error),
         }
     }

@@ -89,6 +89,7 @@
 
 mod error;
 mod guest;
+mod held;
 mod layout;
 mod meter;
 mod needed;

@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 
 use image_format::{
@@ -40,6 +41,8 @@ pub(crate) struct Sealing {
     /// Whether the region is the one that starts where the RAM does, for want of others.
     one_region: bool,
     pub(crate) map: Map,
+    /// Pages that are zeros unless the map has them: ascending, apart.
+    zeros: Vec<Range<u64>>,
     pub(crate) checksums: Checksums,
 }
 
@@ -77,6 +80,7 @@ impl Sealing {
         footer.check_head()?;
         Ok(Self {
             map: Map::new(placement, footer.data_start()),
+            zeros: Vec::new(),
             footer,
             parent: seal.parent,
             one_region,
@@ -115,12 +119,34 @@ impl Sealing {
     pub(crate) fn begin_full(&mut self) {
         self.footer.kind = Kind::Full;
         self.map = Map::new(self.map.placement(), self.footer.data_start());
+        // What the map lacks is zeros.
+        self.zeros = vec![0..self.footer.ram_size];
         self.checksums = Checksums::new(self.footer.ram_size);
+    }
+
+    /// Returns the parts of a run of pages that are in the file.
+    pub(crate) fn placed(&self, run: Range<u64>) -> Vec<Range<u64>> {
+        let placed = self.map.within(&run);
+        placed.map(|extent| extent.guest_range()).collect()
+    }
+
+    /// Adds runs of pages that are zeros where the map does not have them: ascending, apart.
+    pub(crate) fn add_zeros(&mut self, runs: impl Iterator<Item = Range<u64>>) {
+        self.zeros.extend(runs);
+        self.zeros.sort_unstable_by_key(|run| run.start);
+        self.zeros.dedup_by(|next, last| {
+            let touches = next.start <= last.end;
+            if touches {
+                last.end = last.end.max(next.end);
+            }
+            touches
+        });
     }
 
     /// Whether the footer has room for `runs` runs of a first diff, and the sums of its first bytes.
     pub(crate) fn check_room(&self, runs: u64) -> Result<(), FooterError> {
         if self.map.extents().is_empty() {
+            let runs = runs.saturating_add(self.zeros.len() as u64);
             self.footer.planned_len(runs, u64::from(runs > 0), 0)?;
         }
         Ok(())
@@ -151,11 +177,12 @@ impl Sealing {
         let Self {
             mut footer,
             map,
+            zeros,
             checksums,
             ..
         } = self;
         footer.checksums = checksums.finish();
-        let runs = runs(map.extents(), footer.kind == Kind::Full, footer.ram_size);
+        let runs = runs(map.extents(), &zeros, footer.ram_size);
         let present = map.extents().iter().map(|extent| extent.len).sum();
         let (count, sums) = (runs.clone().count() as u64, footer.checksums.len() as u64);
         let len = footer
@@ -188,18 +215,65 @@ impl Sealing {
     }
 }
 
-/// The runs of an image with these extents, ascending. Not a list: of a large guest it would take more memory than the extents.
-fn runs(extents: &[Extent], full: bool, ram_size: u64) -> impl Iterator<Item = Run> + Clone {
-    let last = (ram_size..ram_size, None);
-    let present = |extent: &Extent| {
-        let run = Run::present(extent.guest_range(), extent.file);
-        (extent.guest_range(), Some(run))
-    };
-    let all = extents.iter().map(present).chain([last]);
-    let with_zeros = all.scan(0, move |end, (range, run)| {
-        let zeros = (full && *end < range.start).then(|| Run::zeros(*end..range.start));
-        *end = range.end;
-        Some([zeros, run])
-    });
-    with_zeros.flatten().flatten()
+/// The runs of an image with these extents, and with `zeros` where no extent is, ascending. Not a list: of a large guest it would take
+/// more memory than the extents.
+fn runs<'a>(
+    extents: &'a [Extent],
+    zeros: &'a [Range<u64>],
+    ram_size: u64,
+) -> impl Iterator<Item = Run> + Clone + 'a {
+    let (mut extents, mut zeros, mut at) = (extents, zeros, 0);
+    std::iter::from_fn(move || {
+        let end = extents.first().map_or(ram_size, |extent| extent.guest);
+        while let [first, rest @ ..] = zeros
+            && first.end <= at
+        {
+            zeros = rest;
+        }
+        if let Some(run) = zeros.first().filter(|run| run.start.max(at) < end) {
+            let run = run.start.max(at)..run.end.min(end);
+            at = run.end;
+            return Some(Run::zeros(run));
+        }
+        let (first, rest) = extents.split_first()?;
+        (extents, at) = (rest, first.guest_range().end);
+        Some(Run::present(first.guest_range(), first.file))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use rstest::rstest;
+
+    use super::*;
+
+    /// Extents of guest offset and length.
+    #[rstest]
+    #[case::none(&[], &[], &[])]
+    #[case::zeros_alone(&[], &[2..4], &[(2..4, false)])]
+    #[case::extents_alone(&[(2, 2)], &[], &[(2..4, true)])]
+    #[case::all(&[(2, 2)], &[0..10], &[(0..2, false), (2..4, true), (4..10, false)])]
+    #[case::an_extent_inside(&[(3, 1)], &[2..6], &[(2..3, false), (3..4, true), (4..6, false)])]
+    #[case::an_extent_over(&[(1, 8)], &[2..4, 5..6], &[(1..9, true)])]
+    #[case::ends_overlap(&[(2, 2), (6, 2)], &[3..7], &[(2..4, true), (4..6, false), (6..8, true)])]
+    #[case::neighbours(&[(2, 2)], &[0..2, 4..5], &[(0..2, false), (2..4, true), (4..5, false)])]
+    #[case::several_in_a_gap(&[(8, 1)], &[0..1, 3..4, 7..10], &[(0..1, false), (3..4, false), (7..8, false), (8..9, true), (9..10, false)])]
+    fn zeros_are_what_no_extent_has(
+        #[case] extents: &[(u64, u64)],
+        #[case] zeros: &[Range<u64>],
+        #[case] expected: &[(Range<u64>, bool)],
+    ) {
+        let extent = |(guest, len): &(u64, u64)| Extent {
+            guest: *guest,
+            file: 100 + guest,
+            len: *len,
+        };
+        let extents: Vec<_> = extents.iter().map(extent).collect();
+        let run = |(range, present): &(Range<u64>, bool)| match present {
+            true => Run::present(range.clone(), 100 + range.start),
+            false => Run::zeros(range.clone()),
+        };
+        let expected: Vec<_> = expected.iter().map(run).collect();
+        assert_eq!(runs(&extents, zeros, 10).collect::<Vec<_>>(), expected);
+    }
 }

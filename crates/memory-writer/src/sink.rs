@@ -8,9 +8,9 @@ use sparse_file::{WriteError, WriteOptions, write_runs};
 
 use crate::error::SnapshotError;
 use crate::guest::Guest;
+use crate::held::Held;
 use crate::meter::Meter;
 use crate::placing::Pass;
-use crate::raw_diff::RawDiff;
 use crate::sealing::Sealing;
 use crate::unwritten::Unwritten;
 
@@ -19,8 +19,7 @@ pub(crate) struct Sink<'w> {
     pub(crate) stage: &'w AtomicWriter,
     pub(crate) options: &'w WriteOptions,
     pub(crate) unwritten: &'w mut Option<Unwritten>,
-    pub(crate) sealing: &'w mut Option<Sealing>,
-    pub(crate) raw_diff: &'w mut Option<RawDiff>,
+    pub(crate) held: &'w mut Held,
 }
 
 impl Sink<'_> {
@@ -42,17 +41,22 @@ impl Sink<'_> {
         if meter.wrote(0).is_break() {
             return Err(cancelled(0));
         }
+        let (mut raw_diff, sealing) = match self.held {
+            Held::ByHoles(diff) => (Some(diff), None),
+            Held::ByFooter(sealing) => (None, Some(sealing)),
+            Held::Nothing | Held::ByCaller | Held::All => (None, None),
+        };
         let runs = runs.inspect(|run| {
             if let Some(unwritten) = self.unwritten {
                 unwritten.remove(run);
             }
-            if let Some(diff) = self.raw_diff {
+            if let Some(diff) = &mut raw_diff {
                 diff.add(run);
             }
         });
         let (file, options) = (self.stage.file(), self.options);
         let progress = &mut |bytes| meter.wrote(bytes);
-        let written = match self.sealing {
+        let written = match sealing {
             None => write_runs(file, runs, &Guest(reader), options, progress),
             Some(sealing) => {
                 let (most, no_room) = (sealing.most_extents(), sealing.no_room());

@@ -4,6 +4,7 @@ use std::fs::File;
 use std::io;
 use std::ops::{ControlFlow, Range};
 
+use page_reader::PageReader;
 use sparse_file::{Source, SpaceError, WriteError, WriteOptions, punch_hole, write_runs};
 
 use crate::page_set::PageSet;
@@ -59,9 +60,17 @@ pub(crate) enum WipeError {
     Zero(WriteError),
 }
 
-struct Zeros;
+/// Zeros, wherever.
+pub(crate) struct Zeros;
 
 impl Source for Zeros {
+    fn read_at(&self, _: u64, buf: &mut [u8]) -> io::Result<()> {
+        buf.fill(0);
+        Ok(())
+    }
+}
+
+impl PageReader for Zeros {
     fn read_at(&self, _: u64, buf: &mut [u8]) -> io::Result<()> {
         buf.fill(0);
         Ok(())
@@ -77,7 +86,7 @@ mod tests {
     #[test]
     fn what_is_wiped_is_zeros_whatever_the_buffer_held() {
         let mut buf = [7; 9];
-        Zeros.read_at(3, &mut buf).unwrap();
+        Source::read_at(&Zeros, 3, &mut buf).unwrap();
         assert_eq!(buf, [0; 9]);
     }
 

@@ -8,9 +8,10 @@ use atomic_file::{AtomicWriter, NotPreserved};
 use dirty_bitmap::{Coverage, DirtyBitmap, Epoch, ReleaseError};
 use image_format::{ImageId, MAX_RAM_SIZE, Placement, RAW_UNIT, packed_start};
 use page_reader::{PageReader, Touched};
-use sparse_file::{SpaceError, WriteOptions, grow, share_blocks};
+use sparse_file::{SpaceError, WriteOptions, grow, punch_hole, share_blocks};
 
 use crate::error::{RamError, SnapshotError};
+use crate::held::Held;
 use crate::layout::{Layout, Parent};
 use crate::meter::Meter;
 use crate::needed::{Needed, Skip};
@@ -19,7 +20,7 @@ use crate::pages::WholePages;
 use crate::raw_diff::RawDiff;
 use crate::sealing::Sealing;
 use crate::sink::Sink;
-use crate::unwritten::{Unwritten, WipeError};
+use crate::unwritten::{Unwritten, WipeError, Zeros};
 
 /// A memory snapshot under way: staged beside its destination until [`commit`](Self::commit) puts it there.
 ///
@@ -41,13 +42,7 @@ pub struct MemoryWriter {
     state: State,
     /// What is to be wiped before the file is committed: in a recycled stage, and where a full dump left out what had been written.
     unwritten: Option<Unwritten>,
-    /// What the footer is to say, if the file gets one.
-    sealing: Option<Sealing>,
-    /// The pages of a raw diff, unless all of the RAM was written or [`Options::allow_ambiguous_diff`] was given.
-    raw_diff: Option<RawDiff>,
-    /// Whether all of the RAM was written.
-    full: bool,
-    allow_ambiguous: bool,
+    held: Held,
     /// Which marks of epochs were written.
     written: Coverage,
 }
@@ -118,6 +113,11 @@ impl MemoryWriter {
         let sealing = sealing
             .transpose()
             .map_err(|error| SnapshotError::from_seal(dest(), error))?;
+        let held = match sealing {
+            Some(sealing) => Held::ByFooter(sealing),
+            None if allow_ambiguous => Held::ByCaller,
+            None => Held::Nothing,
+        };
         if placement == Placement::InPlace {
             resize(stage.file(), ram_size)
                 .map_err(|error| SnapshotError::from_grow(dest(), ram_size, error))?;
@@ -143,10 +143,7 @@ impl MemoryWriter {
             watch,
             state: State::Empty,
             unwritten,
-            sealing,
-            raw_diff: None,
-            full: false,
-            allow_ambiguous,
+            held,
             written: Coverage::new(),
         })
     }
@@ -184,7 +181,7 @@ impl MemoryWriter {
     /// The id of the snapshot, which a diff on top of it names as its parent; `None` for a raw one.
     #[must_use]
     pub fn image_id(&self) -> Option<ImageId> {
-        self.sealing.as_ref().map(Sealing::id)
+        self.held.sealing().map(Sealing::id)
     }
 
     /// Keeps `bytes` with the snapshot in place of [`Seal::metadata`](crate::Seal::metadata): the vCPUs' state, as it is once they are paused.
@@ -193,19 +190,15 @@ impl MemoryWriter {
     /// [`SnapshotError::NotSealed`]: a raw file has no place for them. [`SnapshotError::Seal`] for more than 16 MiB. Either way the writer stays as it
     /// was.
     pub fn set_metadata(&mut self, bytes: impl Into<Vec<u8>>) -> Result<(), SnapshotError> {
-        match &mut self.sealing {
-            Some(sealing) => {
-                sealing
-                    .set_metadata(bytes.into())
-                    .map_err(|source| SnapshotError::Seal {
-                        dest: self.stage.dest_path().to_owned(),
-                        source,
-                    })
-            }
-            None => Err(SnapshotError::NotSealed {
-                dest: self.stage.dest_path().to_owned(),
-            }),
-        }
+        let dest = || self.stage.dest_path().to_owned();
+        let Held::ByFooter(sealing) = &mut self.held else {
+            return Err(SnapshotError::NotSealed { dest: dest() });
+        };
+        let set = sealing.set_metadata(bytes.into());
+        set.map_err(|source| SnapshotError::Seal {
+            dest: dest(),
+            source,
+        })
     }
 
     /// Writes all of the RAM, every byte of `[0, ram_size)`, zeros too unless [`Options::skip_zeros`] or
@@ -218,11 +211,8 @@ impl MemoryWriter {
     /// [`SnapshotError::FullWithParent`]: nothing was written. [`SnapshotError::MemoryIo`] or [`SnapshotError::Cancelled`]; the writer
     /// can't be committed then.
     pub fn write_full<R: PageReader + ?Sized>(&mut self, reader: &R) -> Result<(), SnapshotError> {
-        if self
-            .sealing
-            .as_ref()
-            .is_some_and(|seal| matches!(seal.parent(), Parent::Image(_)))
-        {
+        let parent = self.held.sealing().map(Sealing::parent);
+        if matches!(parent, Some(Parent::Image(_))) {
             return Err(SnapshotError::FullWithParent {
                 dest: self.stage.dest_path().to_owned(),
             });
@@ -230,10 +220,7 @@ impl MemoryWriter {
         let written_before = self.state != State::Empty;
         self.begin()?;
         let began = Coverage::begin_full();
-        self.raw_diff = None;
-        if let Some(sealing) = &mut self.sealing {
-            sealing.begin_full();
-        }
+        self.held.begin_full();
         if self.skip.anything() && written_before && self.in_place() {
             // Where this leaves out zeros, nothing may be left of that.
             self.unwritten = Some(Unwritten::all(self.ram_size, self.page_size));
@@ -258,7 +245,6 @@ impl MemoryWriter {
                 &meter,
             )?;
         }
-        self.full = true;
         self.written.add_full(began);
         self.state = State::Whole;
         Ok(())
@@ -271,7 +257,7 @@ impl MemoryWriter {
     /// # Errors
     /// [`SnapshotError::MemoryIo`]; the writer can't be committed then.
     pub fn share_full(&mut self, image: &File) -> Result<bool, SnapshotError> {
-        if self.sealing.is_some() {
+        if self.held.sealing().is_some() {
             return Ok(false);
         }
         let before = self.state;
@@ -288,8 +274,7 @@ impl MemoryWriter {
             }
         }
         self.unwritten = None;
-        self.raw_diff = None;
-        self.full = true;
+        self.held.begin_full();
         // The image's pages have replaced what was written of the RAM.
         self.written.clear();
         self.state = State::Whole;
@@ -320,20 +305,139 @@ impl MemoryWriter {
         dirty: &DirtyBitmap<impl Sized>,
     ) -> Result<u64, SnapshotError> {
         self.check_bitmap(dirty)?;
-        let ram = *self.ram_start.get_or_insert(dirty.ram_start());
+        let ram = dirty.ram_start();
+        let pages = self.write_pages(reader, || dirty.runs(), Some(ram))?;
+        self.written.add_diff(dirty);
+        Ok(pages)
+    }
+
+    /// Writes the pages that runs of bytes reach into, and returns how many pages of the memory file that were: as
+    /// [`write_diff`](Self::write_diff), for callers that know runs and need no bitmap of all the RAM.
+    ///
+    /// `runs` is called twice, and returns the same runs each time: ranges of bytes of the RAM, ascending and apart. No mark of an
+    /// epoch counts as written by this.
+    ///
+    /// # Errors
+    /// [`SnapshotError::Run`] for a run that is empty, ends past the RAM or begins before the last one ended: nothing was written,
+    /// and the writer stays as it was. Otherwise as `write_diff`.
+    ///
+    /// # Examples
+    /// ```
+    /// use memory_writer::{Layout, MemoryWriter, Seal};
+    ///
+    /// # let dir = tempfile::tempdir()?;
+    /// # let dest = dir.path().join("diff.mem");
+    /// let ram = vec![7; 1 << 20];
+    /// let mut writer = MemoryWriter::options()
+    ///     .layout(Layout::Packed(Seal::new().on_raw_image()))
+    ///     .open(&dest, 1 << 20, 4096)?;
+    /// writer.write_zeros(|| [65536..131072].into_iter())?;
+    /// assert_eq!(writer.write_runs(&ram, || [0..4096, 8192..8193].into_iter())?, 2);
+    /// writer.commit()?;
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    pub fn write_runs<R: PageReader + ?Sized, I: Iterator<Item = Range<u64>>>(
+        &mut self,
+        reader: &R,
+        runs: impl Fn() -> I,
+    ) -> Result<u64, SnapshotError> {
+        self.check_runs(runs(), 1)?;
+        self.write_pages(reader, runs, None)
+    }
+
+    /// Makes pages zeros, where that is known without reading them, and takes no room for them where the layout can say so: the
+    /// footer of a sealed or packed diff does, and a raw file that holds all of the RAM gets holes. In a raw diff, whose holes are
+    /// clean pages, zeros are written.
+    ///
+    /// `runs` is called more than once, and returns the same runs each time: ranges of bytes of the RAM, ascending and apart, of
+    /// whole pages of the memory file. Memory: 16 bytes a run.
+    ///
+    /// # Errors
+    /// [`SnapshotError::Run`] for a run that is empty, is not of whole pages, ends past the RAM or begins before the last one ended.
+    /// Otherwise as [`write_diff`](Self::write_diff).
+    pub fn write_zeros<I: Iterator<Item = Range<u64>>>(
+        &mut self,
+        runs: impl Fn() -> I,
+    ) -> Result<(), SnapshotError> {
+        let count = self.check_runs(runs(), self.page_size)?;
+        match &self.held {
+            Held::ByFooter(_) => self.declare_zeros(&runs, count),
+            Held::All => self.dig_zeros(&runs),
+            Held::Nothing | Held::ByHoles(_) | Held::ByCaller => {
+                self.write_pages(&Zeros, runs, None).map(drop)
+            }
+        }
+    }
+
+    /// Has the footer name zeros. Pages that have a place in the file already become zeros there.
+    fn declare_zeros<I: Iterator<Item = Range<u64>>>(
+        &mut self,
+        runs: &impl Fn() -> I,
+        count: u64,
+    ) -> Result<(), SnapshotError> {
+        self.check_diff(count)?;
+        let placed = self.held.sealing().map_or_else(Vec::new, |sealing| {
+            let placed = runs().flat_map(|run| sealing.placed(run));
+            placed.collect()
+        });
+        if placed.is_empty() {
+            self.begin()?;
+        } else {
+            self.write_pages(&Zeros, || placed.iter().cloned(), None)?;
+        }
+        if let Held::ByFooter(sealing) = &mut self.held {
+            sealing.add_zeros(runs());
+        }
+        self.state = State::Whole;
+        Ok(())
+    }
+
+    /// Makes holes in a raw file that holds all of the RAM, or writes zeros where the file system has none.
+    fn dig_zeros<I: Iterator<Item = Range<u64>>>(
+        &mut self,
+        runs: &impl Fn() -> I,
+    ) -> Result<(), SnapshotError> {
+        self.begin()?;
+        for run in runs() {
+            match punch_hole(self.stage.file(), run.clone()) {
+                Ok(()) => {}
+                Err(SpaceError::Unsupported { .. }) => {
+                    self.state = State::Whole;
+                    return self.write_pages(&Zeros, runs, None).map(drop);
+                }
+                Err(error) => {
+                    let dest = self.stage.dest_path().to_owned();
+                    return Err(SnapshotError::from_punch(dest, run.start, error));
+                }
+            }
+        }
+        self.state = State::Whole;
+        Ok(())
+    }
+
+    /// Writes the pages of the memory file that `runs` reach into. `ram` is the guest-physical address at which the RAM
+    /// starts, if a bitmap says so.
+    fn write_pages<R: PageReader + ?Sized, I: Iterator<Item = Range<u64>>>(
+        &mut self,
+        reader: &R,
+        runs: impl Fn() -> I,
+        ram: Option<u64>,
+    ) -> Result<u64, SnapshotError> {
+        let ram = self.ram_start.or(ram);
         let (ram_size, page_size) = (self.ram_size, self.page_size);
-        let pages = || WholePages::new(dirty.runs(), page_size);
-        let (mut runs, mut total) = (0, 0);
+        let pages = || WholePages::new(runs(), page_size);
+        let (mut count, mut total) = (0, 0);
         pages().for_each(|run| {
-            runs += 1;
+            count += 1;
             total += run.end - run.start;
         });
-        self.check_diff(runs)?;
+        self.check_diff(count)?;
         self.check_raw_diff(pages())?;
-        if let Some(sealing) = &mut self.sealing {
+        self.begin()?;
+        self.ram_start = ram;
+        if let (Held::ByFooter(sealing), Some(ram)) = (&mut self.held, ram) {
             sealing.set_ram_start(ram);
         }
-        self.begin()?;
         let read_untouched = self.read_untouched;
         let (sink, watch) = self.sink();
         let meter = Meter::new(watch, page_size, total);
@@ -346,10 +450,32 @@ impl MemoryWriter {
         } else {
             Touched::unknown(reader, ram_size)
         };
-        let written = sink.write(reader, pages(), total, Some(runs), &meter)?;
-        self.written.add_diff(dirty);
+        let written = sink.write(reader, pages(), total, Some(count), &meter)?;
         self.state = State::Whole;
         Ok(written / page_size)
+    }
+
+    /// Checks that runs are ascending, apart, inside the RAM, and begin and end at multiples of `unit`. Returns how many they
+    /// are.
+    fn check_runs(
+        &self,
+        runs: impl Iterator<Item = Range<u64>>,
+        unit: u64,
+    ) -> Result<u64, SnapshotError> {
+        let (mut count, mut last) = (0, 0);
+        for Range { start, end } in runs {
+            let whole = start.is_multiple_of(unit) && end.is_multiple_of(unit);
+            if !whole || start < last || start >= end || end > self.ram_size {
+                return Err(SnapshotError::Run {
+                    start,
+                    end,
+                    page_size: self.page_size,
+                    ram_size: self.ram_size,
+                });
+            }
+            (count, last) = (count + 1, end);
+        }
+        Ok(count)
     }
 
     /// Whether a bitmap is one of this RAM, as far as that is known.
@@ -371,7 +497,7 @@ impl MemoryWriter {
 
     /// Whether a footer can say that this is a diff of `runs` runs, and a chain would take it.
     fn check_diff(&self, runs: u64) -> Result<(), SnapshotError> {
-        let Some(sealing) = &self.sealing else {
+        let Held::ByFooter(sealing) = &self.held else {
             return Ok(());
         };
         let dest = || self.stage.dest_path().to_owned();
@@ -390,21 +516,22 @@ impl MemoryWriter {
         &mut self,
         runs: impl Iterator<Item = Range<u64>>,
     ) -> Result<(), SnapshotError> {
-        let raw = self.sealing.is_none() && !self.full && !self.allow_ambiguous;
-        if !raw || self.state == State::Incomplete {
+        if self.state == State::Incomplete {
             return Ok(());
         }
         let check = || {
-            let diff = match self.raw_diff.take() {
-                Some(diff) => diff,
-                None => RawDiff::begin(self.stage.file(), self.ram_size, self.page_size)?,
-            };
-            let left = diff.check_hole_is_left(runs);
-            self.raw_diff = Some(diff);
-            left
+            if matches!(self.held, Held::Nothing) {
+                let begun = RawDiff::begin(self.stage.file(), self.ram_size, self.page_size)?;
+                self.held = Held::ByHoles(begun);
+            }
+            match &self.held {
+                Held::ByHoles(diff) => diff.check_hole_is_left(runs),
+                Held::Nothing | Held::All | Held::ByCaller | Held::ByFooter(_) => Ok(()),
+            }
         };
+        let dest = || self.stage.dest_path().to_owned();
         check().map_err(|source| SnapshotError::AmbiguousDiff {
-            dest: self.stage.dest_path().to_owned(),
+            dest: dest(),
             source,
         })
     }
@@ -421,8 +548,7 @@ impl MemoryWriter {
             stage: &self.stage,
             options: &self.write,
             unwritten: &mut self.unwritten,
-            sealing: &mut self.sealing,
-            raw_diff: &mut self.raw_diff,
+            held: &mut self.held,
         };
         (sink, &mut self.watch)
     }
@@ -520,24 +646,27 @@ impl MemoryWriter {
                 .wipe(file, &self.write)
                 .map_err(|error| SnapshotError::from_wipe(dest(), error))?;
         }
-        if let Some(diff) = &self.raw_diff {
-            diff.check_written(file)
-                .map_err(|source| SnapshotError::AmbiguousDiff {
-                    dest: dest(),
-                    source,
-                })?;
-        }
-        if let Some(sealing) = self.sealing {
-            sealing
-                .seal(file)
-                .map_err(|error| SnapshotError::from_seal(dest(), error))?;
+        match self.held {
+            Held::ByHoles(diff) => {
+                diff.check_written(file)
+                    .map_err(|source| SnapshotError::AmbiguousDiff {
+                        dest: dest(),
+                        source,
+                    })?;
+            }
+            Held::ByFooter(sealing) => {
+                sealing
+                    .seal(file)
+                    .map_err(|error| SnapshotError::from_seal(dest(), error))?;
+            }
+            Held::Nothing | Held::All | Held::ByCaller => {}
         }
         Ok(self.stage)
     }
 
     fn in_place(&self) -> bool {
-        self.sealing
-            .as_ref()
+        self.held
+            .sealing()
             .is_none_or(|sealing| sealing.map.placement() == Placement::InPlace)
     }
 

@@ -368,23 +368,37 @@ impl Filler {
         self.ended.notify_all();
     }
 
+    /// Reads the pages of the working set, and makes pages of it zeros that the images do not store, as many bytes as they store at
+    /// most. A page of zeros takes an entry in the page table, and the working set may name all of the RAM that an image merely
+    /// claims to have. The others become zeros when they are touched.
     fn fill_working_set(&self) -> Result<(), ImageError> {
-        let runs: Vec<_> = self.working_set.iter().flat_map(WorkingSet::runs).collect();
+        let Some(working_set) = &self.working_set else {
+            return Ok(());
+        };
+        let mut zeros_left = self.stored_bytes();
         let mut buffer = SecretBuffer::new();
-        for runs in runs.chunks(RUNS_AHEAD).take_while(|_| !self.stopped()) {
-            runs.iter().for_each(|run| self.will_need(run.clone()));
-            for run in runs {
-                let start = run.start - run.start % self.page;
-                let end = run.end.next_multiple_of(self.page);
-                let mut at = start;
-                for stored in self.stored_pages(start..end) {
-                    self.in_pieces(at..stored.start, |piece| self.zero(piece, By::Prefetcher))?;
-                    at = stored.end;
-                    self.in_pieces(stored, |piece| {
-                        self.load(piece, &mut buffer, By::Prefetcher)
-                    })?;
-                }
-                self.in_pieces(at..end, |piece| self.zero(piece, By::Prefetcher))?;
+        let (mut told, mut ahead) = (0, working_set.runs());
+        for (index, run) in working_set.runs().enumerate() {
+            if self.stopped() {
+                break;
+            }
+            if index == told {
+                let next = ahead.by_ref().take(RUNS_AHEAD);
+                next.for_each(|run| self.will_need(run));
+                told += RUNS_AHEAD;
+            }
+            let start = run.start - run.start % self.page;
+            let end = run.end.next_multiple_of(self.page);
+            let mut at = start;
+            let no_more = end..end;
+            for stored in self.stored_pages(start..end).chain([no_more]) {
+                let gap = at..stored.start.min(at.saturating_add(zeros_left));
+                zeros_left -= gap.end - gap.start;
+                self.in_pieces(gap, |piece| self.zero(piece, By::Prefetcher))?;
+                at = stored.end;
+                self.in_pieces(stored, |piece| {
+                    self.load(piece, &mut buffer, By::Prefetcher)
+                })?;
             }
         }
         Ok(())
