@@ -73,6 +73,7 @@ pub use footer::{
     Chunk, Footer, Kind, MAX_RAM_SIZE, Placement, RAW_UNIT, Run, Stored, Version, check_metadata,
     check_regions, packed_start,
 };
+pub use header::{HEADER_PAGE, Header};
 pub use id::{ImageId, ParseIdError};
 pub use read::MAX_FOOTER;
 

@@ -89,7 +89,16 @@ impl MemoryWriter {
         options: Options,
     ) -> Result<Self, SnapshotError> {
         check_ram(ram_size, page_size)?;
-        let stage = options.stage(dest)?;
+        Self::open_on(options.stage(dest)?, ram_size, page_size, options)
+    }
+
+    pub(crate) fn open_on(
+        stage: AtomicWriter,
+        ram_size: u64,
+        page_size: u64,
+        options: Options,
+    ) -> Result<Self, SnapshotError> {
+        check_ram(ram_size, page_size)?;
         let Options {
             write,
             skip,

@@ -80,7 +80,7 @@ fn zeros_of_a_full_raw_file_take_no_room() {
 
 #[rstest]
 #[case::empty(&[PAGE..PAGE])]
-#[case::backwards(&[2 * PAGE..PAGE])]
+#[case::backwards(&[Range { start: 2 * PAGE, end: PAGE }])]
 #[case::past_the_ram(&[SIZE - PAGE..SIZE + PAGE])]
 #[case::descending(&[4 * PAGE..5 * PAGE, PAGE..2 * PAGE])]
 #[case::overlapping(&[0..2 * PAGE, PAGE..3 * PAGE])]

@@ -107,9 +107,14 @@ impl ImageFile {
         Self { path, format }
     }
 
+    /// The format that was given with it, or else `other`.
+    pub fn format(&self, other: Format) -> Format {
+        self.format.unwrap_or(other)
+    }
+
     /// In the format that was given with it, or else in `other`.
     pub fn open(&self, other: Format) -> Result<Image, ImageError> {
-        self.format.unwrap_or(other).open(&self.path)
+        self.format(other).open(&self.path)
     }
 }
 
@@ -158,34 +163,18 @@ pub struct Extras {
 
 impl Extras {
     /// `seal` with what was given here, which is of `ram_bytes` bytes of RAM.
-    pub fn add_to(&self, mut seal: Seal, ram_bytes: u64) -> anyhow::Result<Seal> {
-        if let Some(path) = &self.metadata {
-            let failed = || format!("cannot read the metadata {path:?}");
-            let file = File::open(path).with_context(failed)?;
-            let mut bytes = Vec::new();
-            let most = Footer::MAX_METADATA as u64;
-            file.take(most + 1)
-                .read_to_end(&mut bytes)
-                .with_context(failed)?;
-            if bytes.len() as u64 > most {
-                let path = path.clone();
-                return Err(Failure::TooMuchMetadata { path }.into());
-            }
-            seal = seal.metadata(bytes);
+    pub fn add_to(&self, seal: Seal, ram_bytes: u64) -> anyhow::Result<Seal> {
+        Ok(self.read()?.add_to(seal, ram_bytes)?)
+    }
+
+    /// Reads the files, and checks all that can be known without the RAM.
+    pub fn read(&self) -> anyhow::Result<ReadExtras> {
+        let metadata = self.metadata.as_deref().map(read_metadata).transpose()?;
+        if !self.region_at.is_sorted_by(|a, b| a.end <= b.start) {
+            return Err(Failure::RegionsOverlap.into());
         }
-        if !self.region_at.is_empty() {
-            let sizes = self
-                .region_at
-                .iter()
-                .map(|region| region.end - region.start);
-            let sum: u128 = sizes.map(u128::from).sum();
-            let ascending = self.region_at.is_sorted_by(|a, b| a.end <= b.start);
-            if !ascending || sum != ram_bytes.into() {
-                return Err(Failure::NoLayout { ram_bytes, sum }.into());
-            }
-            seal = seal.regions(self.region_at.iter().cloned());
-        }
-        Ok(seal)
+        let regions = self.region_at.clone();
+        Ok(ReadExtras { metadata, regions })
     }
 
     /// `inputs`, and the files that these arguments name.
@@ -196,6 +185,46 @@ impl Extras {
     pub fn is_empty(&self) -> bool {
         self.metadata.is_none() && self.region_at.is_empty()
     }
+}
+
+/// [`Extras`] whose files were read.
+#[derive(Debug)]
+pub struct ReadExtras {
+    metadata: Option<Vec<u8>>,
+    regions: Vec<Range<u64>>,
+}
+
+impl ReadExtras {
+    /// `seal` with what was given here, which is of `ram_bytes` bytes of RAM.
+    pub fn add_to(self, mut seal: Seal, ram_bytes: u64) -> Result<Seal, Failure> {
+        if let Some(bytes) = self.metadata {
+            seal = seal.metadata(bytes);
+        }
+        if self.regions.is_empty() {
+            return Ok(seal);
+        }
+        let sizes = self.regions.iter().map(|region| region.end - region.start);
+        let sum: u128 = sizes.map(u128::from).sum();
+        if sum != ram_bytes.into() {
+            return Err(Failure::NoLayout { ram_bytes, sum });
+        }
+        Ok(seal.regions(self.regions))
+    }
+}
+
+fn read_metadata(path: &Path) -> anyhow::Result<Vec<u8>> {
+    let failed = || format!("cannot read the metadata {path:?}");
+    let file = File::open(path).with_context(failed)?;
+    let mut bytes = Vec::new();
+    let most = Footer::MAX_METADATA as u64;
+    file.take(most + 1)
+        .read_to_end(&mut bytes)
+        .with_context(failed)?;
+    if bytes.len() as u64 > most {
+        let path = path.to_owned();
+        return Err(Failure::TooMuchMetadata { path }.into());
+    }
+    Ok(bytes)
 }
 
 /// RAM in the memory of a process.

@@ -45,6 +45,8 @@ pub enum Failure {
         "{path:?} has more than 16 MiB: metadata is kept in memory, so keep this beside the image"
     )]
     TooMuchMetadata { path: PathBuf },
+    #[error("the regions overlap, or don't ascend: give them by ascending address and apart")]
+    RegionsOverlap,
     #[error(
         "the regions have {sum} bytes in all, the RAM has {ram_bytes}: give all of them, ascending and apart"
     )]
@@ -108,6 +110,33 @@ pub enum Failure {
         "the stream is cut short, or not one that `memsnap convert --zstd` wrote: send it again"
     )]
     StreamBroken { source: std::io::Error },
+    #[error(
+        "the stream does not begin as a packed image of version 2 does: send one by `memsnap convert FILE -o - --zstd`"
+    )]
+    StreamNotPacked,
+    #[error(
+        "the stream goes on after the {len} bytes of its image: send the image alone, by `memsnap convert FILE -o - --zstd`"
+    )]
+    StreamTooLong { len: u64 },
+    #[error("the stream ends after {received} bytes of an image of {len}: send it again")]
+    StreamCut { received: u64, len: u64 },
+    #[error(
+        "a stream is a packed image that says itself what it is: leave out --raw-diff, --parent, and any format but packed"
+    )]
+    StreamFormat,
+    #[error(
+        "the file system {mount:?} ({file_system}) is full: {written} of {len} bytes of the stream were written in {dir:?}, and \
+         {available} more are available; make room there, or name an output elsewhere"
+    )]
+    SpoolFull {
+        dir: PathBuf,
+        mount: PathBuf,
+        file_system: String,
+        written: u64,
+        len: u64,
+        available: u64,
+        source: std::io::Error,
+    },
     #[error("the image has {image} bytes of RAM, {path:?} has {target}: they must be equal")]
     TargetSize {
         path: PathBuf,
@@ -173,6 +202,7 @@ impl Failure {
             | Self::StreamNotCompressed
             | Self::NoStream
             | Self::StreamLayout
+            | Self::StreamFormat
             | Self::StreamToTerminal
             | Self::RawHasNoSeal { .. }
             | Self::DiffInLargerPages { .. }
@@ -180,6 +210,7 @@ impl Failure {
             | Self::NotARawDiff { .. }
             | Self::ParentIsRaw { .. }
             | Self::TooMuchMetadata { .. }
+            | Self::RegionsOverlap
             | Self::NoLayout { .. }
             | Self::NoNewState
             | Self::NoRam
@@ -193,11 +224,15 @@ impl Failure {
             | Self::NothingToVerify { .. }
             | Self::StreamDamaged { .. }
             | Self::StreamBroken { .. }
+            | Self::StreamNotPacked
+            | Self::StreamTooLong { .. }
+            | Self::StreamCut { .. }
             | Self::TargetSize { .. } => NEGATIVE,
             Self::NotRam { .. }
             | Self::NoBytes { .. }
             | Self::RamResized { .. }
             | Self::NoRoom { .. }
+            | Self::SpoolFull { .. }
             | Self::TargetBusy { .. }
             | Self::TargetReplaced { .. }
             | Self::TargetNotWritable { .. }

@@ -10,10 +10,10 @@
 //!
 //! Signals that suspend are [held back](NotSuspended) while another process is stopped.
 
-use std::io;
+use std::io::{self, PipeReader, PipeWriter};
 use std::process;
 use std::sync::atomic::{AtomicI32, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 
 use memory_writer::CancelToken;
@@ -53,6 +53,8 @@ enum Work {
 pub struct Interrupt {
     work: Arc<Mutex<Work>>,
     cancel: CancelToken,
+    /// Closed when the work is cancelled.
+    waiting: Arc<Mutex<Option<PipeWriter>>>,
 }
 
 impl Interrupt {
@@ -61,6 +63,7 @@ impl Interrupt {
         let interrupt = Self {
             work: Arc::new(Mutex::new(Work::Reading)),
             cancel: CancelToken::new(),
+            waiting: Arc::default(),
         };
         // Otherwise deadly: writing past RLIMIT_FSIZE is to be the error EFBIG.
         flag::register(SIGXFSZ, Arc::default())?;
@@ -79,10 +82,11 @@ impl Interrupt {
 
     fn signalled(&self, signal: i32) {
         let _ = SIGNAL.compare_exchange(0, signal, Ordering::Relaxed, Ordering::Relaxed);
-        let mut work = self.work.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut work = locked(&self.work);
         if *work == Work::Staged {
             *work = Work::Cancelled;
             self.cancel.cancel();
+            drop(locked(&self.waiting).take());
             return;
         }
         // With the lock held: nobody stages anything in between. Nothing is said: a terminal that takes no
@@ -92,16 +96,26 @@ impl Interrupt {
 
     /// From now on there is something to clean up, until the process ends.
     pub fn hold(&self) -> CancelToken {
-        let mut work = self.work.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut work = locked(&self.work);
         if *work == Work::Reading {
             *work = Work::Staged;
         }
         self.cancel.clone()
     }
 
+    /// Returns a pipe that hangs up once the work is cancelled, for one that waits in `poll`. One at a time.
+    pub fn hangs_up(&self) -> io::Result<PipeReader> {
+        let (reader, writer) = io::pipe()?;
+        let work = locked(&self.work);
+        if *work != Work::Cancelled {
+            *locked(&self.waiting) = Some(writer);
+        }
+        Ok(reader)
+    }
+
     /// Nothing is to be cleaned up any more.
     pub fn release(&self) {
-        let mut work = self.work.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut work = locked(&self.work);
         if *work == Work::Staged {
             *work = Work::Reading;
         }
@@ -110,6 +124,11 @@ impl Interrupt {
     pub fn is_cancelled(&self) -> bool {
         self.cancel.is_cancelled()
     }
+}
+
+/// Nothing that is done under these locks can panic half-way.
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Signals by which a terminal suspends a process. SIGSTOP can't be held back.

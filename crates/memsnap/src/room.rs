@@ -3,10 +3,14 @@
 //! Only what is certain counts: ext4 and tmpfs store every byte once. Others compress, or share
 //! blocks, and say no when they are full.
 
+use std::fs::File;
+use std::io;
 use std::ops::Range;
-use std::path::Path;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
 
 use memory_image::Chain;
+use nix::sys::statvfs::fstatvfs;
 
 use crate::failure::Failure;
 
@@ -22,14 +26,17 @@ pub fn check_new(path: &Path, dir: &Path, chain: &Chain) -> Result<(), Failure> 
 
 /// Refuses to write what `chain` stores over a file that has `has` bytes already.
 #[cfg(target_os = "linux")]
-pub fn check_over(
-    path: &Path,
-    file: &std::fs::File,
-    has: u64,
-    chain: &Chain,
-) -> Result<(), Failure> {
+pub fn check_over(path: &Path, file: &File, has: u64, chain: &Chain) -> Result<(), Failure> {
     match sys::free_for(file) {
         Some(free) => check(path, chain, &free, has),
+        None => Ok(()),
+    }
+}
+
+/// Refuses to write `needed` bytes to new files in `dir`, for the output `path`, where there is not so much room.
+pub fn check_bytes(path: &Path, dir: &Path, needed: u64) -> Result<(), Failure> {
+    match sys::free_in(dir) {
+        Some(free) => compare(path, needed, free.bytes),
         None => Ok(()),
     }
 }
@@ -38,7 +45,10 @@ fn check(path: &Path, chain: &Chain, free: &Free, has: u64) -> Result<(), Failur
     let block = free.block;
     let whole = |run: Range<u64>| run.end.next_multiple_of(block) - run.start / block * block;
     let needed = chain.stored_runs().map(whole).sum();
-    let available = free.bytes.saturating_add(has);
+    compare(path, needed, free.bytes.saturating_add(has))
+}
+
+fn compare(path: &Path, needed: u64, available: u64) -> Result<(), Failure> {
     if needed <= available {
         return Ok(());
     }
@@ -47,6 +57,39 @@ fn check(path: &Path, chain: &Chain, free: &Free, has: u64) -> Result<(), Failur
         needed,
         available,
     })
+}
+
+/// The file system that an open file is on.
+#[derive(Debug)]
+pub struct Place {
+    /// What it calls itself.
+    pub file_system: String,
+    /// Where it is mounted, as far as its paths tell.
+    pub mount: PathBuf,
+    /// Bytes that this user may still write there.
+    pub available: u64,
+}
+
+impl Place {
+    /// That of `file`, which is in `dir`.
+    pub fn of(file: &File, dir: &Path) -> io::Result<Self> {
+        let found = fstatvfs(file)?;
+        // The types differ from system to system.
+        #[allow(clippy::unnecessary_cast)]
+        let (blocks, unit) = (
+            found.blocks_available() as u64,
+            found.fragment_size() as u64,
+        );
+        let dir = dir.canonicalize()?;
+        let device = dir.metadata()?.dev();
+        let is_on_it = |path: &&Path| path.metadata().is_ok_and(|it| it.dev() == device);
+        let mount = dir.ancestors().take_while(is_on_it).last().unwrap_or(&dir);
+        Ok(Self {
+            file_system: sparse_file::file_system_name(file)?,
+            mount: mount.to_owned(),
+            available: blocks.saturating_mul(unit),
+        })
+    }
 }
 
 struct Free {

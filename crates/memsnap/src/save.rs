@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::Context;
+use atomic_file::AtomicWriter;
 use memory_image::{Chain, Image, ImageError};
 use memory_writer::{MemoryWriter, NotPreserved, OpenError, Options, Preserve, SnapshotError};
 
@@ -43,15 +44,23 @@ pub fn stage(
     ram_size: u64,
     page_size: u64,
 ) -> anyhow::Result<MemoryWriter> {
-    let options = options.no_clobber(!output.force).preserve(preserve());
+    let staged = stage_early(session, output)?;
+    Ok(options.open_on(staged, ram_size, page_size)?)
+}
+
+/// Stages a file at the output, for an image whose RAM is not known yet: what is known to fail at the commit fails here.
+pub fn stage_early(session: &Session, output: &Output) -> anyhow::Result<AtomicWriter> {
     if room::is_on_hugetlbfs(dir_of(&output.path)) {
         let path = output.path.clone();
         return Err(Failure::NoWritesThere { path }.into());
     }
-    match options.open(&output.path, ram_size, page_size) {
-        Ok(writer) => {
-            warn_of_lost(session, &output.path, writer.not_preserved());
-            Ok(writer)
+    session.hold();
+    let options = MemoryWriter::options();
+    let options = options.no_clobber(!output.force).preserve(preserve());
+    match options.stage(&output.path) {
+        Ok(staged) => {
+            warn_of_lost(session, &output.path, staged.not_preserved());
+            Ok(staged)
         }
         Err(SnapshotError::Open(OpenError::AlreadyExists { path })) => {
             Err(Failure::OutputExists { path }.into())
@@ -101,14 +110,24 @@ pub fn commit(session: &Session, writer: MemoryWriter) -> anyhow::Result<()> {
     let raw = writer.image_id().is_none();
     writer.commit()?;
     describe(session, &path, raw)
-        .with_context(|| format!("{path:?} is in place, but can't be described"))
+}
+
+/// Puts a sealed or packed image in place that was written otherwise, unless a signal came before, and says what it is.
+pub fn commit_staged(session: &Session, staged: AtomicWriter) -> anyhow::Result<()> {
+    session.check("nothing was written")?;
+    let path = staged.dest_path().to_owned();
+    staged.commit().map_err(SnapshotError::from)?;
+    describe(session, &path, false)
 }
 
 fn describe(session: &Session, path: &Path, raw: bool) -> anyhow::Result<()> {
-    let image = match raw {
-        true => Image::open_raw(path)?,
-        false => Image::open(path)?,
+    let summary = || {
+        let image = match raw {
+            true => Image::open_raw(path)?,
+            false => Image::open(path)?,
+        };
+        let summary = Info::of(&image)?.summary();
+        session.say(&format!("{}: {summary}", path.display()))
     };
-    let info = Info::of(&image)?;
-    session.say(&format!("{}: {}", path.display(), info.summary()))
+    summary().with_context(|| format!("{path:?} is in place, but can't be described"))
 }

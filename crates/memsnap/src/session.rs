@@ -1,5 +1,6 @@
 //! What every verb has at hand: progress, signals, warnings.
 
+use std::io::{self, PipeReader};
 use std::ops::ControlFlow;
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressFinish, ProgressStyle};
@@ -72,6 +73,11 @@ impl Session {
             true => ControlFlow::Break(()),
             false => ControlFlow::Continue(()),
         }
+    }
+
+    /// Returns a pipe that hangs up once a signal has come while something was staged.
+    pub fn hangs_up(&self) -> io::Result<PipeReader> {
+        self.interrupt.hangs_up()
     }
 
     /// From now on, signals end the process again; an error if one has come.

@@ -3,10 +3,13 @@
 mod support;
 
 use std::fs::{self, File};
+use std::io::{Seek, Write};
 use std::process::{Command, Stdio};
 
 use rstest::rstest;
 use support::{Ended, MEMSNAP, Work};
+#[cfg(target_os = "linux")]
+use test_machine::Need;
 
 #[rstest]
 fn an_image_arrives_as_it_was_sent_whatever_its_layout(
@@ -159,4 +162,235 @@ fn no_name_in_the_temporary_directory_blocks_a_stream() {
     let output = command.env("TMPDIR", work.path("tmp")).output().unwrap();
     assert!(output.status.success(), "{output:?}");
     assert_eq!(support::list(&work.path("tmp")), ["memsnap-stream"]);
+}
+
+/// The stream is not read: it may take hours to come.
+#[rstest]
+#[case::no_metadata("-o out --metadata none", 3, &["cannot read the metadata", "none"])]
+#[case::large_metadata("-o out --metadata large", 2, &["large", "more than 16 MiB"])]
+#[case::regions("-o out --region-at 4096:4096 --region-at 0:4096", 2, &["regions"])]
+#[case::a_parent("-o out --raw-diff --parent full.mem", 2, &["leave out --raw-diff"])]
+#[case::a_format("-o out --format raw", 2, &["any format but packed"])]
+#[case::no_directory("-o none/out", 3, &["none"])]
+#[case::a_directory("-o dir --force", 3, &["dir"])]
+#[case::a_dangling_link("-o link --force", 3, &["link"])]
+#[case::a_file_that_exists("-o ram", 2, &["ram", "--force"])]
+fn what_is_known_in_advance_is_said_before_the_stream_is_read(
+    #[case] arguments: &str,
+    #[case] code: i32,
+    #[case] words: &[&str],
+) {
+    let work = Work::with_chain();
+    send(&work, "full.mem");
+    work.create("large", (16 << 20) + 1);
+    fs::create_dir(work.path("dir")).unwrap();
+    std::os::unix::fs::symlink("nowhere", work.path("link")).unwrap();
+    let before = work.files();
+    let mut stdin = File::open(work.path("stream")).unwrap();
+    let mut command = work.command(&format!("convert - --zstd {arguments}"));
+    command.stdin(stdin.try_clone().unwrap());
+    Ended::of(&mut command).fails(code, words);
+    assert_eq!(stdin.stream_position().unwrap(), 0, "bytes were read");
+    assert_eq!(work.files(), before);
+}
+
+/// A stream that has not come to its end, compressed.
+fn begun(work: &Work, bytes: &[u8]) {
+    let mut encoder = zstd::Encoder::new(Vec::new(), 1).unwrap();
+    encoder.write_all(bytes).unwrap();
+    encoder.flush().unwrap();
+    fs::write(work.path("stream"), encoder.get_ref()).unwrap();
+}
+
+/// A whole stream.
+fn compressed(work: &Work, bytes: &[u8]) {
+    let stream = zstd::encode_all(bytes, 1).unwrap();
+    fs::write(work.path("stream"), stream).unwrap();
+}
+
+/// With a limit of the file size, in KiB.
+fn receive_limited(work: &Work, kib: usize, arguments: &str) -> Ended {
+    let script = format!(
+        "ulimit -f {}; exec {MEMSNAP} convert - --zstd {arguments} < stream",
+        kib * 2
+    );
+    let mut shell = Command::new("sh");
+    Ended::of(shell.args(["-c", &script]).current_dir(work.path("")))
+}
+
+#[test]
+fn the_first_page_of_a_stream_says_that_pages_are_too_large() {
+    let work = Work::with_chain();
+    begun(&work, &work.read("d1.mem")[..4096]);
+    let mut receive = receive(&work);
+    let ended = Ended::of(receive.args(["-o", "out", "--page-size", "16K"]));
+    ended.fails(2, &["no page larger than 4096"]);
+}
+
+#[cfg(target_os = "linux")]
+#[rstest]
+#[case::as_it_is("", 1)]
+#[case::written_twice(" --layout sealed", 2)]
+fn the_first_page_of_a_stream_says_that_there_is_no_room(#[case] more: &str, #[case] times: u64) {
+    if !Need::Root.met("the_first_page_of_a_stream_says_that_there_is_no_room") {
+        return;
+    }
+    let work = Work::with_chain();
+    let bytes = work.read("full.mem");
+    begun(&work, &bytes[..4096]);
+    let room = (bytes.len() as u64 * times - 8192) / 4096 * 4096;
+    let disk = test_machine::TinyTmpfs::new(room).unwrap();
+    let mut receive = work.command(&format!("convert - --zstd -o out{more}"));
+    receive
+        .stdin(File::open(work.path("stream")).unwrap())
+        .current_dir(disk.path());
+    Ended::of(&mut receive).fails(3, &["make room", &format!("{room} are available")]);
+    assert_eq!(support::list(disk.path()), [""; 0]);
+}
+
+#[rstest]
+#[case::zeros(|_: &Work| vec![0; 64 << 20])]
+#[case::a_sealed_image(|work: &Work| {
+    work.good("convert full.mem -o sealed.mem --layout sealed");
+    work.read("sealed.mem")
+})]
+#[case::a_damaged_header(|work: &Work| {
+    let mut bytes = work.read("full.mem");
+    bytes[48] ^= 1;
+    bytes
+})]
+#[case::less_than_a_page(|work: &Work| work.read("full.mem")[..4000].to_vec())]
+fn what_is_no_packed_image_is_refused_by_its_first_page(
+    #[case] bytes: fn(&Work) -> Vec<u8>,
+    #[values("", " --layout raw")] more: &str,
+) {
+    let work = Work::with_chain();
+    compressed(&work, &bytes(&work));
+    let before = work.files();
+    let ended = receive_limited(&work, 0, &format!("-o out{more}"));
+    ended.fails(1, &["stream does not begin as a packed image"]);
+    assert_eq!(work.files(), before);
+}
+
+#[rstest]
+fn a_stream_that_goes_on_is_written_no_further_than_its_image(
+    #[values("", " --layout sealed")] more: &str,
+) {
+    let work = Work::with_chain();
+    let mut bytes = work.read("full.mem");
+    let len = bytes.len();
+    bytes.resize(len + (64 << 20), 0);
+    compressed(&work, &bytes);
+    let before = work.files();
+    let ended = receive_limited(&work, len.div_ceil(1024), &format!("-o out{more}"));
+    ended.fails(1, &["stream goes on", &len.to_string()]);
+    assert_eq!(work.files(), before);
+}
+
+#[test]
+fn a_stream_of_less_than_its_image_says_how_much_there_is() {
+    let work = Work::with_chain();
+    let bytes = work.read("full.mem");
+    compressed(&work, &bytes[..bytes.len() - 100]);
+    let before = work.files();
+    let says = format!(
+        "after {} bytes of an image of {}",
+        bytes.len() - 100,
+        bytes.len()
+    );
+    Ended::of(receive(&work).args(["-o", "out"])).fails(1, &[&says]);
+    assert_eq!(work.files(), before);
+}
+
+#[test]
+fn a_limit_of_the_file_size_is_known_by_the_first_page() {
+    let work = Work::with_chain();
+    begun(&work, &work.read("full.mem")[..4096]);
+    let before = work.files();
+    receive_limited(&work, 64, "-o out").fails(3, &["cannot keep", "File too large"]);
+    assert_eq!(work.files(), before);
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn where_a_stream_fills_the_disk_the_error_says_which() {
+    let test = "where_a_stream_fills_the_disk_the_error_says_which";
+    if !Need::Strace.met(test) {
+        return;
+    }
+    let work = Work::with_chain();
+    send(&work, "full.mem");
+    let len = work.read("full.mem").len();
+    let before = work.files();
+    // The first page is written, and no more.
+    let inject = "inject=write:error=ENOSPC:when=2";
+    let mut strace = Command::new("strace");
+    strace
+        .args([
+            "-o",
+            "/dev/null",
+            "-e",
+            "trace=write",
+            "-e",
+            inject,
+            MEMSNAP,
+        ])
+        .args(["convert", "-", "--zstd", "-o", "out", "--layout", "raw"])
+        .current_dir(work.path(""))
+        .stdin(File::open(work.path("stream")).unwrap());
+    let full = format!("4096 of {len} bytes of the stream were written");
+    Ended::of(&mut strace).fails(
+        3,
+        &["the file system", "is full", &full, "more are available"],
+    );
+    assert_eq!(work.files(), before);
+}
+
+/// The stream has begun, and does not go on.
+#[cfg(target_os = "linux")]
+#[test]
+fn what_has_come_of_a_stream_has_no_name_and_is_private() {
+    use std::os::unix::fs::MetadataExt;
+    use std::time::{Duration, Instant};
+
+    let work = Work::with_chain();
+    let mut shell = Command::new("sh");
+    let script = format!("umask 0; exec {MEMSNAP} convert - --zstd -o out --layout raw");
+    let mut child = shell
+        .args(["-c", &script])
+        .current_dir(work.path(""))
+        .stdin(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    begun(&work, &work.read("full.mem")[..100_000]);
+    let mut stdin = child.stdin.take().unwrap();
+    stdin.write_all(&work.read("stream")).unwrap();
+    let is_there = || {
+        let links = fs::read_dir(format!("/proc/{}/fd", child.id())).unwrap();
+        let links = links.filter_map(|link| Some(link.ok()?.path()));
+        let is_nameless = |target: &std::path::Path| {
+            target.starts_with(work.path("")) && target.to_string_lossy().ends_with("(deleted)")
+        };
+        let mut spools = links.filter(|link| fs::read_link(link).is_ok_and(|it| is_nameless(&it)));
+        let found = spools.next()?.metadata().ok()?;
+        (found.size() > 0).then_some(found.mode() & 0o7777)
+    };
+    let start = Instant::now();
+    let mode = loop {
+        if let Some(mode) = is_there() {
+            break mode;
+        }
+        assert!(start.elapsed() < Duration::from_secs(60), "no such file");
+        std::thread::yield_now();
+    };
+    assert_eq!(mode, 0o600);
+    drop(stdin);
+    assert_eq!(child.wait().unwrap().code(), Some(1));
+    assert_eq!(
+        work.files(),
+        [
+            "d1.mem", "d2.mem", "first", "full.mem", "ram", "second", "stream"
+        ]
+    );
 }

@@ -1,20 +1,23 @@
 //! `memsnap convert`: the same image in another layout, or on its way to elsewhere.
 
 use std::fs::File;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::Context;
+use atomic_file::AtomicWriter;
 use clap::Args;
+use image_format::{Footer, Header, Version};
 use memory_image::{Chain, Image};
-use memory_writer::{MemoryWriter, Options};
+use memory_writer::{Options, SnapshotError};
+use sparse_file::PageHoles;
 
 use crate::Verdict;
-use crate::args::{Extras, Format, Formats, ImageFile, Layout, Output, RawImages};
+use crate::args::{Extras, Format, Formats, ImageFile, Layout, Output, RawImages, ReadExtras};
 use crate::failure::Failure;
 use crate::session::Session;
-use crate::stream::{self, Received, is_stream};
+use crate::stream::{self, Incoming, is_stream};
 use crate::verbs::merge::layout_of_first;
-use crate::{input, save};
+use crate::{input, room, save};
 
 /// Write an image in another layout, or as a stream
 ///
@@ -64,18 +67,102 @@ pub struct Convert {
 impl Convert {
     pub fn run(&self, session: &Session) -> anyhow::Result<Verdict> {
         self.check()?;
-        if !is_stream(&self.input.path) {
-            let chain = self.open(session, self.open_input()?)?;
-            return self.convert(session, &chain, !self.no_verify);
+        let extras = self.extras.read()?;
+        if is_stream(&self.input.path) {
+            return self.receive(session, extras);
         }
-        let received = Received::from_stdin(session, &self.dir())?;
+        let chain = self.open(session, self.open_input()?)?;
+        let check = || match self.no_verify {
+            true => Ok(()),
+            false => input::check_sums(session, chain.images()),
+        };
+        if !is_stream(&self.output.path) {
+            return self.convert(session, &chain, extras, None, check);
+        }
+        let is_current = |footer: &Footer| footer.version == Version::CURRENT;
+        let packed = layout_of_first(&chain) == Layout::Packed;
+        let as_it_is = packed && chain.images().filter_map(Image::footer).all(is_current);
+        if as_it_is && self.keeps_pages() {
+            check()?;
+            stream::to_stdout(session, File::open(&self.input.path)?)?;
+            return Ok(Verdict::Good);
+        }
+        self.pack_and_send(session, &chain, extras, check)
+    }
+
+    /// Finds out all that can be known before the first byte of the stream is read, and what its first page says before the rest.
+    fn receive(&self, session: &Session, extras: ReadExtras) -> anyhow::Result<Verdict> {
+        let staged = match is_stream(&self.output.path) {
+            true => None,
+            false => Some(save::stage_early(session, &self.output)?),
+        };
+        let dir = match &staged {
+            Some(staged) => save::dir_of(staged.temp_path()).to_owned(),
+            None => std::env::temp_dir(),
+        };
+        let as_it_is = self.keeps_pages() && self.layout.is_none_or(|it| it == Layout::Packed);
+        let file = match &staged {
+            Some(staged) if as_it_is => staged.file().try_clone()?,
+            _ => stream::spool(&dir)?,
+        };
+        let incoming = Incoming::begin(session)?;
+        self.check_header(incoming.header(), staged.as_ref(), as_it_is, &dir)?;
+        incoming.write_to(&file, &dir)?;
+
         let from_stdin = || "the image that came by stdin is not usable";
-        let image = Image::open(received.path()).with_context(from_stdin)?;
+        let image = Image::open_as(stream::path_of(&file), memory_image::Format::Packed);
+        let image = image.with_context(from_stdin)?;
         let found = input::sum(session, &image).with_context(from_stdin)?.found;
         if found > 0 {
             return Err(Failure::StreamDamaged { found }.into());
         }
-        self.convert(session, &self.open(session, image)?, false)
+        match staged {
+            Some(staged) if as_it_is => {
+                drop((image, file));
+                save::commit_staged(session, staged)?;
+                Ok(Verdict::Good)
+            }
+            None if as_it_is => {
+                stream::to_stdout(session, file)?;
+                Ok(Verdict::Good)
+            }
+            Some(_) => {
+                let chain = self.open(session, image)?;
+                self.convert(session, &chain, extras, staged, || Ok(()))
+            }
+            None => {
+                let chain = self.open(session, image)?;
+                self.pack_and_send(session, &chain, extras, || Ok(()))
+            }
+        }
+    }
+
+    /// Refuses an image that can't become what is asked for, by its first page.
+    fn check_header(
+        &self,
+        header: Header,
+        staged: Option<&AtomicWriter>,
+        as_it_is: bool,
+        dir: &Path,
+    ) -> anyhow::Result<()> {
+        let page_size = header.most_page_size();
+        if header.is_diff() && self.page_size.is_some_and(|asked| asked > page_size) {
+            return Err(Failure::DiffInLargerPages { page_size }.into());
+        }
+        if let (true, Some(Layout::Raw), Some(staged)) = (header.is_diff(), self.layout, staged) {
+            let page_size = self.page_size.unwrap_or(page_size);
+            PageHoles::check_new(staged.file(), page_size).map_err(|why| {
+                SnapshotError::AmbiguousDiff {
+                    dest: staged.dest_path().to_owned(),
+                    source: why.into(),
+                }
+            })?;
+        }
+        // Where it is written a second time, its pages are.
+        let again = if as_it_is { 0 } else { header.present_bytes() };
+        let needed = header.len().saturating_add(again);
+        room::check_bytes(&self.output.path, dir, needed)?;
+        Ok(())
     }
 
     fn open_input(&self) -> anyhow::Result<Image> {
@@ -96,6 +183,11 @@ impl Convert {
             (true, false) => return Err(Failure::StreamNotCompressed),
             (false, true) => return Err(Failure::NoStream),
             _ => {}
+        }
+        let format = self.input.format(self.formats.format);
+        let is_packed = matches!(format, Format::Auto | Format::Packed) && !self.raw_diff;
+        if streams[0] && !is_packed {
+            return Err(Failure::StreamFormat);
         }
         if streams[1] {
             if self.layout.is_some_and(|layout| layout != Layout::Packed) {
@@ -121,14 +213,6 @@ impl Convert {
         self.extras.and_inputs(images.map(|file| file.path.clone()))
     }
 
-    /// Where there is room for the image while it is checked or packed.
-    fn dir(&self) -> PathBuf {
-        if is_stream(&self.output.path) {
-            return std::env::temp_dir();
-        }
-        save::dir_of(&self.output.path).to_owned()
-    }
-
     /// The image alone, in pages that both it and the result have whole.
     fn open(&self, session: &Session, image: Image) -> anyhow::Result<Chain> {
         let page_size = match (image.footer(), self.page_size) {
@@ -146,26 +230,22 @@ impl Convert {
         input::put_together(session, vec![image], &raw, self.raw_diff)
     }
 
-    /// Checks the sums, if asked to, once there is a place for the result.
-    fn convert(&self, session: &Session, chain: &Chain, check: bool) -> anyhow::Result<Verdict> {
-        let page_size = self.page_size.unwrap_or(chain.page_size());
+    /// Writes the image to the output, or to what is `staged` for it, and checks it once there is a place for the result.
+    fn convert(
+        &self,
+        session: &Session,
+        chain: &Chain,
+        extras: ReadExtras,
+        staged: Option<AtomicWriter>,
+        check: impl FnOnce() -> anyhow::Result<()>,
+    ) -> anyhow::Result<Verdict> {
+        let (size, page_size) = (chain.size(), self.page_size_of(chain));
         let layout = self.layout.unwrap_or_else(|| layout_of_first(chain));
-        let check = || match check {
-            true => input::check_sums(session, chain.images()),
-            false => Ok(()),
+        let options = self.options(session, chain, layout, extras)?;
+        let mut writer = match staged {
+            Some(staged) => options.open_on(staged, size, page_size)?,
+            None => save::stage(session, &self.output, options, size, page_size)?,
         };
-        if is_stream(&self.output.path) {
-            let packed = if self.is_as_wanted(chain) {
-                check()?;
-                File::open(&self.input.path)?
-            } else {
-                self.packed(session, chain, page_size, check)?
-            };
-            stream::to_stdout(session, packed)?;
-            return Ok(Verdict::Good);
-        }
-        let options = self.options(session, chain, layout)?;
-        let mut writer = save::stage(session, &self.output, options, chain.size(), page_size)?;
         save::check_room(&writer, chain)?;
         check()?;
         save::write_chain(&mut writer, chain)?;
@@ -173,8 +253,18 @@ impl Convert {
         Ok(Verdict::Good)
     }
 
-    fn options(&self, session: &Session, chain: &Chain, layout: Layout) -> anyhow::Result<Options> {
-        let mut seal = self.extras.add_to(chain.seal(), chain.size())?;
+    fn page_size_of(&self, chain: &Chain) -> u64 {
+        self.page_size.unwrap_or(chain.page_size())
+    }
+
+    fn options(
+        &self,
+        session: &Session,
+        chain: &Chain,
+        layout: Layout,
+        extras: ReadExtras,
+    ) -> anyhow::Result<Options> {
+        let mut seal = extras.add_to(chain.seal(), chain.size())?;
         if let Some(file) = &self.parent {
             let parent = file.open(Format::Auto)?;
             let (old, new) = (parent.ram_size(), chain.size());
@@ -194,27 +284,26 @@ impl Convert {
             .ram_start(0))
     }
 
-    /// Whether the image's file is what is to be sent.
-    fn is_as_wanted(&self, chain: &Chain) -> bool {
-        let same_pages = self.page_size.is_none() && self.extras.is_empty();
-        same_pages && !is_stream(&self.input.path) && layout_of_first(chain) == Layout::Packed
+    /// Whether the result has the pages and all else of a packed image, so that its bytes are the image's.
+    fn keeps_pages(&self) -> bool {
+        self.page_size.is_none() && self.extras.is_empty()
     }
 
-    /// The image, packed, in a file without a name.
-    fn packed(
+    /// Sends the image, packed in a file without a name.
+    fn pack_and_send(
         &self,
         session: &Session,
         chain: &Chain,
-        page_size: u64,
+        extras: ReadExtras,
         check: impl FnOnce() -> anyhow::Result<()>,
-    ) -> anyhow::Result<File> {
-        let options = self.options(session, chain, Layout::Packed)?;
+    ) -> anyhow::Result<Verdict> {
+        let options = self.options(session, chain, Layout::Packed, extras)?;
         // A fixed name could be taken by another user.
         let dir = tempfile::Builder::new()
             .prefix("memsnap-stream-")
-            .tempdir_in(self.dir())?;
+            .tempdir_in(std::env::temp_dir())?;
         let dest = dir.path().join("image");
-        let mut writer: MemoryWriter = options.open(dest, chain.size(), page_size)?;
+        let mut writer = options.open(dest, chain.size(), self.page_size_of(chain))?;
         save::check_room(&writer, chain)?;
         check()?;
         save::write_chain(&mut writer, chain)?;
@@ -223,6 +312,7 @@ impl Convert {
         stage.discard()?;
         dir.close()?;
         session.release()?;
-        Ok(file)
+        stream::to_stdout(session, file)?;
+        Ok(Verdict::Good)
     }
 }
