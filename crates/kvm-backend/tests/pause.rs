@@ -1,8 +1,10 @@
 //! A pause: what KVM writes to memory when it completes an instruction is in the last harvest.
 #![cfg(all(target_os = "linux", target_arch = "x86_64"))]
+#![allow(unsafe_code)]
 
 mod support;
 
+use std::os::fd::{AsRawFd, BorrowedFd, IntoRawFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::mpsc;
@@ -118,14 +120,71 @@ fn a_pause_waits_for_the_io_of_every_vcpu() {
     drop(paused);
     drop(guest.vcpus.pause().unwrap());
 
-    // One that is gone has nothing that it could complete, and one from elsewhere may have.
+    // One that is closed has nothing that it could complete, and one from elsewhere may have.
     guest.run();
-    drop(guest.vcpu);
+    guest.vcpu.close();
     drop(guest.vcpus.pause().unwrap());
     let mut third = guest.vcpus.adopt(guest.vm.create_vcpu(2).unwrap());
     assert_eq!(guest.vcpus.pause().unwrap_err(), refused);
     third.complete_io(|exit| panic!("{exit:?}")).unwrap();
     drop(guest.vcpus.pause().unwrap());
+}
+
+/// KVM keeps a vCPU that has another descriptor.
+#[test]
+fn a_pause_is_refused_once_a_vcpu_with_pending_io_was_dropped() {
+    if !Need::Kvm.met("a_pause_is_refused_once_a_vcpu_with_pending_io_was_dropped") {
+        return;
+    }
+    let mut guest = Guest::booted(Program::Ins);
+    let log = guest.log(Reprotect::WhenRead);
+    guest.set_regs(|regs| (regs.rdi, regs.rcx, regs.rdx) = (TARGET, 5, u64::from(PORT)));
+    answer(guest.vcpu.run().unwrap());
+    let Guest {
+        vcpu,
+        vcpus,
+        slots: _slots,
+        ram,
+        vm,
+        ..
+    } = guest;
+    // SAFETY: the vCPU has it open.
+    let other = unsafe { BorrowedFd::borrow_raw(vcpu.as_raw_fd()) };
+    let other = other.try_clone_to_owned().unwrap();
+    drop(vcpu);
+    let refused = PauseError::Abandoned { abandoned: 1 };
+    assert_eq!(vcpus.pause().unwrap_err(), refused);
+
+    // Why: a harvest now would lack what is written by the other descriptor.
+    log.harvest_running().unwrap();
+    ram.dirty_bitmap().drain().unwrap();
+    // SAFETY: it is a descriptor of a vCPU of this machine, and nobody else's.
+    let other = unsafe { vm.create_vcpu_from_rawfd(other.into_raw_fd()) };
+    let mut other = vcpus.adopt(other.unwrap());
+    other.complete_io(answer).unwrap();
+    assert!(log.harvest_running().unwrap().pages > 0);
+    let mut written = [0; 1];
+    ram.read(TARGET, &mut written).unwrap();
+    assert_eq!(written, [ANSWER]);
+    assert_eq!(vcpus.pause().unwrap_err(), refused);
+}
+
+#[test]
+fn a_vcpu_that_was_dropped_without_pending_io_does_not_keep_from_pausing() {
+    if !Need::Kvm.met("a_vcpu_that_was_dropped_without_pending_io_does_not_keep_from_pausing") {
+        return;
+    }
+    let mut guest = Guest::booted(Program::TwoOuts);
+    drop(guest.vcpus.create(1).unwrap());
+    drop(guest.vcpus.pause().unwrap());
+    guest.run();
+    guest.vcpu.complete_io(|exit| panic!("{exit:?}")).unwrap();
+    drop(guest.vcpu);
+    drop(guest.vcpus.pause().unwrap());
+    // Adopted and never asked to complete what may be pending.
+    drop(guest.vcpus.adopt(guest.vm.create_vcpu(2).unwrap()));
+    let refused = PauseError::Abandoned { abandoned: 1 };
+    assert_eq!(guest.vcpus.pause().unwrap_err(), refused);
 }
 
 #[test]

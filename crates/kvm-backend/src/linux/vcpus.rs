@@ -103,12 +103,20 @@ struct Shared {
 struct State {
     /// What each vCPU does. Only its own thread changes it: from [`IDLE`] with the lock held.
     doing: Vec<Arc<AtomicU8>>,
+    /// vCPUs that were dropped with I/O pending.
+    abandoned: usize,
     /// There was a vCPU at some time.
     known: bool,
     paused: bool,
 }
 
 /// A vCPU that [`Vcpus`] know of. It is run by this value only; all else is done through the descriptor to which it derefs.
+///
+/// # Dropping
+/// The descriptor is closed. What a duplicate of it does is not seen here: KVM keeps the vCPU for as long as its machine, and
+/// completes pending I/O when the vCPU is run by any descriptor, from any thread of a process that shares this memory. So a vCPU that
+/// is dropped with I/O pending has every later [`Vcpus::pause`] refused. [Complete](Self::complete_io) its I/O before, or
+/// [close](Self::close) it, which states that it has no other descriptor.
 #[derive(Debug)]
 pub struct Vcpu {
     fd: VcpuFd,
@@ -150,7 +158,7 @@ impl Vcpus {
     /// their threads or by `immediate_exit`.
     ///
     /// # Errors
-    /// [`PauseError`]: a vCPU runs, or has I/O pending.
+    /// [`PauseError`]: a vCPU runs, has I/O pending, or was dropped with I/O pending.
     pub fn pause(&self) -> Result<Paused, PauseError> {
         let mut state = self.lock();
         if state.paused {
@@ -159,8 +167,6 @@ impl Vcpus {
         if !state.known {
             return Err(PauseError::NoVcpu);
         }
-        // A vCPU that is gone has nothing that it could complete.
-        state.doing.retain(|doing| Arc::strong_count(doing) > 1);
         let count = |what| {
             // What a vCPU's thread wrote to guest memory happened before.
             let doing = state
@@ -175,6 +181,10 @@ impl Vcpus {
         }
         if pending > 0 {
             return Err(PauseError::IoPending { pending });
+        }
+        let abandoned = state.abandoned;
+        if abandoned > 0 {
+            return Err(PauseError::Abandoned { abandoned });
         }
         state.paused = true;
         drop(state);
@@ -252,6 +262,15 @@ impl Vcpu {
         completed
     }
 
+    /// Closes a vCPU that is not to run again, without completing its I/O.
+    ///
+    /// The caller knows that no other descriptor of the vCPU is open, in this process or elsewhere, but those that were
+    /// [adopted](Vcpus::adopt): then nothing can run the vCPU any more, and pending I/O is never completed. An instruction that was to
+    /// store what it read does not.
+    pub fn close(self) {
+        self.doing.store(IDLE, Ordering::Relaxed);
+    }
+
     /// What KVM shares with the VMM of this vCPU: the details of an exit.
     pub fn get_kvm_run(&mut self) -> &mut kvm_run {
         self.fd.get_kvm_run()
@@ -279,6 +298,16 @@ impl Vcpu {
             return;
         }
         self.doing.store(RUNNING, Ordering::Relaxed);
+    }
+}
+
+impl Drop for Vcpu {
+    fn drop(&mut self) {
+        let mut state = self.vcpus.lock();
+        state.doing.retain(|doing| !Arc::ptr_eq(doing, &self.doing));
+        if self.doing.load(Ordering::Relaxed) != IDLE {
+            state.abandoned += 1;
+        }
     }
 }
 
@@ -324,6 +353,15 @@ pub enum PauseError {
     IoPending {
         /// How many.
         pending: usize,
+    },
+    /// Some were dropped with I/O pending. A duplicate of their descriptor may live on, and completes it.
+    #[error(
+        "{abandoned} vCPUs were dropped with I/O pending, which another descriptor of them would complete unseen: call \
+         Vcpu::complete_io before a vCPU is dropped, or Vcpu::close where there is no other descriptor"
+    )]
+    Abandoned {
+        /// How many.
+        abandoned: usize,
     },
     /// None was created or adopted here: those of the machine are not known, and may run.
     #[error("these Vcpus have no vCPU: create the machine's vCPUs by them, or have them adopted")]
