@@ -138,6 +138,15 @@ pub enum PagesUnknown {
         /// The first of them, in bytes.
         offset: u64,
     },
+    /// The file system writes zeros around what is written to blocks that were set aside, so that what is left of them does not
+    /// show: ext4 with `dioread_lock` or `data=journal`.
+    #[error(
+        "ext4 is mounted with {option} there, and writes zeros beside what is written to reserved blocks: mount it without"
+    )]
+    ZerosBeside {
+        /// The mount option, as the system names it.
+        option: &'static str,
+    },
     /// What was written could not be synced, and may be reported differently once it is.
     #[error("failed to sync it")]
     Sync(#[source] io::Error),
@@ -165,10 +174,13 @@ impl PageHoles {
     /// what this cannot know. Writes nothing.
     ///
     /// # Errors
-    /// [`PagesUnknown::Holes`], and [`PagesUnknown::Coarse`] where a page is smaller than 4 KiB or a
-    /// block of the file system.
+    /// [`PagesUnknown::Holes`]; [`PagesUnknown::Coarse`] where a page is smaller than 4 KiB or a
+    /// block of the file system; [`PagesUnknown::ZerosBeside`].
     pub fn check_new(file: &File, page_size: u64) -> Result<(), PagesUnknown> {
         check_holes_are_zeros(file)?;
+        if let Some(option) = sys::zeros_beside(file).map_err(HolesUnknown::Io)? {
+            return Err(PagesUnknown::ZerosBeside { option });
+        }
         let block = sys::file_system_block(file).map_err(HolesUnknown::Io)?;
         let granularity = block.max(FINEST);
         if granularity <= page_size {
@@ -203,7 +215,9 @@ impl PageHoles {
     /// are refused: once they were read, they are reported as data.
     ///
     /// What cannot be seen: a copy of the file that filled some of its holes, or dug out pages of
-    /// zeros; and on tmpfs, holes that were read through a mapping, which fills them.
+    /// zeros; on tmpfs, holes that were read through a mapping, which fills them; and on ext4, blocks
+    /// that another program reserved and wrote in part before the file system was mounted as it is
+    /// (see [`PagesUnknown::ZerosBeside`]).
     ///
     /// # Errors
     /// [`PagesUnknown`].

@@ -11,12 +11,13 @@ mod macos;
 pub(crate) use linux::{
     file_system_block, file_system_name, first_unwritten, on_one_mount, punch_hole, reopen_direct,
     reported_direct_alignment, reports_holes_correctly, reserve, set_direct, share_blocks,
+    zeros_beside,
 };
 #[cfg(target_os = "macos")]
 pub(crate) use macos::{
     Uncached, file_system_block, file_system_name, first_unwritten, on_one_mount, punch_hole,
     reopen_direct, reported_direct_alignment, reports_holes_correctly, reserve, set_direct,
-    share_blocks,
+    share_blocks, zeros_beside,
 };
 
 /// Of the processor, in bytes.

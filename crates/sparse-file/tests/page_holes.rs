@@ -109,6 +109,47 @@ fn a_file_with_reserved_blocks_is_refused(#[values(Fs::Ext4, Fs::Xfs)] fs: Fs) {
     );
 }
 
+/// What is left of a small reserved extent is zeros that count as written.
+#[test]
+fn an_ext4_that_writes_zeros_beside_pages_is_refused() {
+    if !Need::Ext4.met("an_ext4_that_writes_zeros_beside_pages_is_refused") {
+        return;
+    }
+    let mount = LoopMount::new(LoopFs::Ext4).expect("mounted");
+    let remount = |option: &str| {
+        let mut command = test_machine::tool("mount");
+        let status = command.args(["-o", option]).arg(mount.path()).status();
+        assert!(status.expect("mount runs").success(), "{option}");
+    };
+    remount("remount,dioread_lock");
+    let file = tempfile::tempfile_in(mount.path()).expect("file");
+    reserve(&file, 4 * PAGE).expect("reserved");
+    file.write_all_at(&[7; PAGE as usize], PAGE)
+        .expect("written");
+    file.sync_all().expect("synced");
+    // Why: nothing tells the pages that nobody wrote.
+    PageHoles::check_reserved(&file).expect("no extent is left as reserved");
+    let extents = sparse_file::extents(&file).expect("listed");
+    let extents: Vec<_> = extents
+        .map(|extent| extent.expect("listed").range)
+        .collect();
+    assert_eq!(extents, [0..4 * PAGE], "all is data");
+
+    let refused = PageHoles::new().check(&file, mount.path(), PAGE);
+    assert!(
+        matches!(refused, Err(PagesUnknown::ZerosBeside { .. })),
+        "{refused:?}"
+    );
+    let new = tempfile::tempfile_in(mount.path()).expect("file");
+    let refused = PageHoles::check_new(&new, PAGE);
+    assert!(
+        matches!(refused, Err(PagesUnknown::ZerosBeside { .. })),
+        "{refused:?}"
+    );
+    remount("remount,dioread_nolock");
+    PageHoles::check_new(&new, PAGE).expect("told");
+}
+
 #[test]
 fn holes_of_no_regular_file_are_used() {
     let null = File::open("/dev/null").expect("opened");

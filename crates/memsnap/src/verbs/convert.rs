@@ -24,7 +24,7 @@ use crate::{input, room, save};
 /// The result has the same pages, id, parent, regions and metadata. A raw image has none of these, and gets a new id.
 ///
 /// With --zstd, `-` stands for stdin or stdout: the bytes of a packed image, compressed. What comes in is checked before the output
-/// appears.
+/// appears, and takes no more room than the image's first page claims.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  \
     memsnap convert full.mem -o full.raw --layout raw\n  \

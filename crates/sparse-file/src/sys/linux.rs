@@ -141,9 +141,11 @@ const NAMES: &[(u32, &str)] = &[
     (0x00C3_6400, "ceph"),
 ];
 
+const EXT4: u32 = 0xEF53;
+
 /// Those of [`NAMES`] whose reports of holes are used: see [`crate::check_holes_are_zeros`].
 const REPORT_HOLES_CORRECTLY: [u32; 4] = [
-    0xEF53,      // ext4
+    EXT4,
     0x5846_5342, // XFS
     0x9123_683E, // btrfs
     0x0102_1994, // tmpfs
@@ -234,15 +236,37 @@ pub(crate) fn first_unwritten(file: &File) -> io::Result<Option<u64>> {
     Ok(None)
 }
 
+/// Mount options of ext4 with which it writes zeros into what is left of a small unwritten extent when a part of it is written, as
+/// `/proc/self/mountinfo` shows them.
+const ZEROS_BESIDE: [&str; 3] = ["nodioread_nolock", "dioread_lock", "data=journal"];
+
+/// The first of [`ZEROS_BESIDE`] that the mount of `file` shows, or `None`, also where the system does not say.
+pub(crate) fn zeros_beside(file: &File) -> io::Result<Option<&'static str>> {
+    if magic(file)? != EXT4 {
+        return Ok(None);
+    }
+    let options = mount_id(file).and_then(|id| {
+        let mounts = std::fs::read_to_string("/proc/self/mountinfo").ok()?;
+        let is_it = |line: &&str| line.split(' ').next() == Some(id.as_str());
+        let (_, of_file_system) = mounts.lines().find(is_it)?.split_once(" - ")?;
+        Some(of_file_system.split(' ').nth(2)?.to_owned())
+    });
+    let options = options.unwrap_or_default();
+    let is_shown = |option: &&str| options.split(',').any(|shown| shown == *option);
+    Ok(ZEROS_BESIDE.into_iter().find(is_shown))
+}
+
+/// The number of the mount by which the file was opened.
+fn mount_id(file: &File) -> Option<String> {
+    let info = std::fs::read_to_string(format!("/proc/self/fdinfo/{}", file.as_raw_fd())).ok()?;
+    let mut lines = info.lines();
+    let id = lines.find_map(|line| line.strip_prefix("mnt_id:"))?;
+    Some(id.trim().to_owned())
+}
+
 /// Whether both files were opened through one mount, as far as the system says, of one device.
 pub(crate) fn on_one_mount(one: &File, other: &File) -> io::Result<bool> {
-    let mount = |file: &File| {
-        let info =
-            std::fs::read_to_string(format!("/proc/self/fdinfo/{}", file.as_raw_fd())).ok()?;
-        let mount = info.lines().find(|line| line.starts_with("mnt_id:"))?;
-        Some(mount.to_owned())
-    };
-    Ok(one.metadata()?.dev() == other.metadata()?.dev() && mount(one) == mount(other))
+    Ok(one.metadata()?.dev() == other.metadata()?.dev() && mount_id(one) == mount_id(other))
 }
 
 fn magic(file: &File) -> io::Result<u32> {

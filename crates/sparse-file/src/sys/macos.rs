@@ -130,6 +130,12 @@ pub(crate) fn file_system_block(file: &File) -> io::Result<u64> {
     Ok(u64::from(fstatfs(file)?.block_size()))
 }
 
+/// That is ext4's.
+#[allow(clippy::unnecessary_wraps, reason = "the signature is Linux's")]
+pub(crate) fn zeros_beside(_file: &File) -> io::Result<Option<&'static str>> {
+    Ok(None)
+}
+
 /// macOS does not list extents.
 #[allow(clippy::unnecessary_wraps, reason = "the signature is Linux's")]
 pub(crate) fn first_unwritten(_file: &File) -> io::Result<Option<u64>> {
