@@ -14,12 +14,14 @@ use nix::sys::statvfs::fstatvfs;
 
 use crate::failure::Failure;
 
-/// Refuses to write what `chain` stores to a new file in `dir` that cannot hold it.
-pub fn check_new(path: &Path, dir: &Path, chain: &Chain) -> Result<(), Failure> {
+/// Refuses to write what `chain` stores to a new file in `dir` that cannot hold it; if it is a raw diff, with zeros that images merely
+/// name: its holes are clean pages.
+pub fn check_new(path: &Path, dir: &Path, chain: &Chain, raw_diff: bool) -> Result<(), Failure> {
     // Of a raw image the holes are left out as it is read.
     let known = chain.images().all(|image| image.footer().is_some());
     match sys::free_in(dir) {
-        Some(free) if known => check(path, chain, &free, 0),
+        Some(free) if known && raw_diff => check(path, chain.known_runs(), &free, 0),
+        Some(free) if known => check(path, chain.stored_runs(), &free, 0),
         _ => Ok(()),
     }
 }
@@ -28,7 +30,7 @@ pub fn check_new(path: &Path, dir: &Path, chain: &Chain) -> Result<(), Failure> 
 #[cfg(target_os = "linux")]
 pub fn check_over(path: &Path, file: &File, has: u64, chain: &Chain) -> Result<(), Failure> {
     match sys::free_for(file) {
-        Some(free) => check(path, chain, &free, has),
+        Some(free) => check(path, chain.stored_runs(), &free, has),
         None => Ok(()),
     }
 }
@@ -41,10 +43,15 @@ pub fn check_bytes(path: &Path, dir: &Path, needed: u64) -> Result<(), Failure> 
     }
 }
 
-fn check(path: &Path, chain: &Chain, free: &Free, has: u64) -> Result<(), Failure> {
+fn check(
+    path: &Path,
+    runs: impl Iterator<Item = Range<u64>>,
+    free: &Free,
+    has: u64,
+) -> Result<(), Failure> {
     let block = free.block;
     let whole = |run: Range<u64>| run.end.next_multiple_of(block) - run.start / block * block;
-    let needed = chain.stored_runs().map(whole).sum();
+    let needed = runs.map(whole).sum();
     compare(path, needed, free.bytes.saturating_add(has))
 }
 

@@ -83,7 +83,9 @@ pub fn warn_of_lost(session: &Session, path: &Path, lost: &[NotPreserved]) {
 
 /// Refuses what the output's file system cannot hold, before the images are read.
 pub fn check_room(writer: &MemoryWriter, chain: &Chain) -> Result<(), Failure> {
-    room::check_new(writer.dest_path(), dir_of(writer.temp_path()), chain)
+    let raw_diff = writer.image_id().is_none() && !chain.is_full();
+    let dir = dir_of(writer.temp_path());
+    room::check_new(writer.dest_path(), dir, chain, raw_diff)
 }
 
 /// The directory that `path` is in.

@@ -302,6 +302,31 @@ fn a_disk_without_room_is_noticed_before_images_are_read(#[case] command: &str) 
     assert_eq!(support::list(disk.path()), [""; 0]);
 }
 
+/// In a raw diff, zeros that another image merely names are written.
+#[cfg(target_os = "linux")]
+#[test]
+fn a_raw_diff_of_zeros_without_room_is_refused_before_it_is_written() {
+    use memory_writer::{Layout, MemoryWriter, Seal};
+
+    if !Need::Root.met("a_raw_diff_of_zeros_without_room_is_refused_before_it_is_written") {
+        return;
+    }
+    let work = Work::empty();
+    let zeros = work.path("zeros.mem");
+    let options = MemoryWriter::options().layout(Layout::Packed(Seal::new().on_raw_image()));
+    let mut writer = options.open(&zeros, 1 << 40, 4096).unwrap();
+    writer
+        .write_zeros(|| std::iter::once(4096..1 << 40))
+        .unwrap();
+    writer.commit().unwrap();
+    let disk = test_machine::TinyTmpfs::new(128 << 10).unwrap();
+    let mut command = work.command(&format!("convert {} -o out --layout raw", zeros.display()));
+    let ended = Ended::of(command.current_dir(disk.path()));
+    let needed = format!("needs {} bytes", (1_u64 << 40) - 4096);
+    ended.fails(3, &[&needed, "131072 are available"]);
+    assert_eq!(support::list(disk.path()), [""; 0]);
+}
+
 #[rstest]
 #[case::pages(8)]
 #[case::footer(460)]
