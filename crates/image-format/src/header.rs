@@ -13,8 +13,8 @@ const SUM: usize = HEADER_PAGE - 32;
 
 /// What the start of a packed image says of the whole, so that a file that was cut off is recognised, wherever that was.
 ///
-/// A reader of a stream learns from it how long the image is before the rest has come. It is a claim until the
-/// [footer](Footer::read) was read.
+/// A reader of a stream learns from it how long the image is before the rest has come. It is a
+/// claim until the [footer](Footer::read) was read.
 ///
 /// # Examples
 /// ```
@@ -35,8 +35,8 @@ pub struct Header {
 }
 
 impl Header {
-    /// Reads the header of a packed image of version 2. Returns `None` for bytes that begin none: not intact, or of a length,
-    /// a RAM or a footer that no image has.
+    /// Reads the header of a packed image of version 2. Returns `None` for bytes that begin none:
+    /// not intact, or of a length, a RAM or a footer that no image has.
     #[must_use]
     pub fn read(bytes: &[u8; HEADER_PAGE]) -> Option<Self> {
         Self::from_bytes(bytes).filter(Self::is_possible)
@@ -77,8 +77,8 @@ impl Header {
         self.footer - self.data_start
     }
 
-    /// Returns the largest page that the image can have, in bytes. A page of 4 KiB or more is that large, smaller ones are not
-    /// told from each other.
+    /// Returns the largest page that the image can have, in bytes. A page of 4 KiB or more is that
+    /// large, smaller ones are not told from each other.
     #[must_use]
     pub fn most_page_size(&self) -> u64 {
         self.data_start

@@ -342,7 +342,8 @@ impl Chain {
         )
     }
 
-    /// Returns the runs of pages that an image says are zeros. The zeros of a full base are in none of them.
+    /// Returns the runs of pages that an image says are zeros. The zeros of a full base are in none
+    /// of them.
     pub(crate) fn zero_runs(&self) -> impl Iterator<Item = Range<u64>> {
         self.runs(0..self.size(), |source| source == Source::Zeroed)
     }

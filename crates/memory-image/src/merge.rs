@@ -102,8 +102,8 @@ impl Chain {
         }
     }
 
-    /// Makes the image that `writer` writes share the blocks of a raw base, if these can be had: then only what newer images have
-    /// is written.
+    /// Makes the image that `writer` writes share the blocks of a raw base, if these can be had:
+    /// then only what newer images have is written.
     fn shares_base(&self, writer: &mut MemoryWriter) -> Result<bool, ImageError> {
         let base = self.base();
         // In larger pages, what became zeros need not be whole pages.

@@ -56,7 +56,8 @@ pub enum SnapshotError {
         /// The first address of the RAM.
         ram: u64,
     },
-    /// A run of bytes is empty, ends past the RAM, begins before the last one ended, or is to be of whole pages and is not.
+    /// A run of bytes is empty, ends past the RAM, begins before the last one ended, or is to be of
+    /// whole pages and is not.
     #[error(
         "the run {start:#x}..{end:#x} is not one of pages of {page_size:#x} bytes in RAM of {ram_size:#x}: give runs that ascend, \
          don't overlap and end with the RAM"

@@ -304,8 +304,9 @@ impl Options {
         MemoryWriter::open_with(dest.as_ref(), ram_size, page_size, self)
     }
 
-    /// Stages a file to replace `dest` or become it, before the size of the RAM is known: that of an image that is still to come from
-    /// elsewhere. [`open_on`](Self::open_on) makes it a memory file.
+    /// Stages a file to replace `dest` or become it, before the size of the RAM is known: that of
+    /// an image that is still to come from elsewhere. [`open_on`](Self::open_on) makes it a memory
+    /// file.
     ///
     /// # Errors
     /// [`SnapshotError::Open`] where nothing can be staged. Nothing is left behind.
@@ -316,7 +317,8 @@ impl Options {
     ///
     /// # let dir = tempfile::tempdir()?;
     /// # let dest = dir.path().join("full.mem");
-    /// let stage = MemoryWriter::options().stage(&dest)?; // what is known to fail at the commit fails here
+    /// // What is known to fail at the commit fails here.
+    /// let stage = MemoryWriter::options().stage(&dest)?;
     /// let ram = vec![7; 1 << 20]; // comes by the network, say
     /// let mut writer = MemoryWriter::options().open_on(stage, 1 << 20, 4096)?;
     /// writer.write_full(&ram)?;
@@ -327,8 +329,8 @@ impl Options {
         Ok(self.stage.open(dest)?)
     }
 
-    /// As [`open`](Self::open), on a file that was [staged](Self::stage) and not written. What concerns staging and the commit (durability, mode, links) is as
-    /// it was given then.
+    /// As [`open`](Self::open), on a file that was [staged](Self::stage) and not written. What
+    /// concerns staging and the commit (durability, mode, links) is as it was given then.
     ///
     /// # Errors
     /// As [`open`](Self::open), but no [`SnapshotError::Open`].

@@ -215,8 +215,8 @@ impl Sealing {
     }
 }
 
-/// The runs of an image with these extents, and with `zeros` where no extent is, ascending. Not a list: of a large guest it would take
-/// more memory than the extents.
+/// The runs of an image with these extents, and with `zeros` where no extent is, ascending. Not a
+/// list: of a large guest it would take more memory than the extents.
 fn runs<'a>(
     extents: &'a [Extent],
     zeros: &'a [Range<u64>],

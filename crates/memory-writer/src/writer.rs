@@ -320,15 +320,16 @@ impl MemoryWriter {
         Ok(pages)
     }
 
-    /// Writes the pages that runs of bytes reach into, and returns how many pages of the memory file that were: as
-    /// [`write_diff`](Self::write_diff), for callers that know runs and need no bitmap of all the RAM.
+    /// Writes the pages that runs of bytes reach into, and returns how many pages of the memory
+    /// file that were: as [`write_diff`](Self::write_diff), for callers that know runs and need no
+    /// bitmap of all the RAM.
     ///
-    /// `runs` is called twice, and returns the same runs each time: ranges of bytes of the RAM, ascending and apart. No mark of an
-    /// epoch counts as written by this.
+    /// `runs` is called more than once, and returns the same runs each time: ranges of bytes of the
+    /// RAM, ascending and apart. No mark of an epoch counts as written by this.
     ///
     /// # Errors
-    /// [`SnapshotError::Run`] for a run that is empty, ends past the RAM or begins before the last one ended: nothing was written,
-    /// and the writer stays as it was. Otherwise as `write_diff`.
+    /// [`SnapshotError::Run`] for a run that is empty, ends past the RAM or begins before the last
+    /// one ended: nothing was written, and the writer stays as it was. Otherwise as `write_diff`.
     ///
     /// # Examples
     /// ```
@@ -354,16 +355,17 @@ impl MemoryWriter {
         self.write_pages(reader, runs, None)
     }
 
-    /// Makes pages zeros, where that is known without reading them, and takes no room for them where the layout can say so: the
-    /// footer of a sealed or packed diff does, and a raw file that holds all of the RAM gets holes. In a raw diff, whose holes are
-    /// clean pages, zeros are written.
+    /// Makes pages zeros, where that is known without reading them, and takes no room for them
+    /// where the layout can say so: the footer of a sealed or packed diff does, and a raw file that
+    /// holds all of the RAM gets holes. In a raw diff, whose holes are clean pages, zeros are
+    /// written.
     ///
-    /// `runs` is called more than once, and returns the same runs each time: ranges of bytes of the RAM, ascending and apart, of
-    /// whole pages of the memory file. Memory: 16 bytes a run.
+    /// `runs` is called more than once, and returns the same runs each time: ranges of bytes of the
+    /// RAM, ascending and apart, of whole pages of the memory file. Memory: 16 bytes a run.
     ///
     /// # Errors
-    /// [`SnapshotError::Run`] for a run that is empty, is not of whole pages, ends past the RAM or begins before the last one ended.
-    /// Otherwise as [`write_diff`](Self::write_diff).
+    /// [`SnapshotError::Run`] for a run that is empty, is not of whole pages, ends past the RAM or
+    /// begins before the last one ended. Otherwise as [`write_diff`](Self::write_diff).
     pub fn write_zeros<I: Iterator<Item = Range<u64>>>(
         &mut self,
         runs: impl Fn() -> I,
@@ -401,7 +403,8 @@ impl MemoryWriter {
         Ok(())
     }
 
-    /// Makes holes in a raw file that holds all of the RAM, or writes zeros where the file system has none.
+    /// Makes holes in a raw file that holds all of the RAM, or writes zeros where the file system
+    /// has none.
     fn dig_zeros<I: Iterator<Item = Range<u64>>>(
         &mut self,
         runs: &impl Fn() -> I,
@@ -424,8 +427,8 @@ impl MemoryWriter {
         Ok(())
     }
 
-    /// Writes the pages of the memory file that `runs` reach into. `ram` is the guest-physical address at which the RAM
-    /// starts, if a bitmap says so.
+    /// Writes the pages of the memory file that `runs` reach into. `ram` is the guest-physical
+    /// address at which the RAM starts, if a bitmap says so.
     fn write_pages<R: PageReader + ?Sized, I: Iterator<Item = Range<u64>>>(
         &mut self,
         reader: &R,
@@ -464,8 +467,8 @@ impl MemoryWriter {
         Ok(written / page_size)
     }
 
-    /// Checks that runs are ascending, apart, inside the RAM, and begin and end at multiples of `unit`. Returns how many they
-    /// are.
+    /// Checks that runs are ascending, apart, inside the RAM, and begin and end at multiples of
+    /// `unit`. Returns how many they are.
     fn check_runs(
         &self,
         runs: impl Iterator<Item = Range<u64>>,

@@ -103,7 +103,8 @@ impl Interrupt {
         self.cancel.clone()
     }
 
-    /// Returns a pipe that hangs up once the work is cancelled, for one that waits in `poll`. One at a time.
+    /// Returns a pipe that hangs up once the work is cancelled, for one that waits in `poll`. One
+    /// at a time.
     pub fn hangs_up(&self) -> io::Result<PipeReader> {
         let (reader, writer) = io::pipe()?;
         let work = locked(&self.work);

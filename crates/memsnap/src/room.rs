@@ -14,8 +14,8 @@ use nix::sys::statvfs::fstatvfs;
 
 use crate::failure::Failure;
 
-/// Refuses to write what `chain` stores to a new file in `dir` that cannot hold it; if it is a raw diff, with zeros that images merely
-/// name: its holes are clean pages.
+/// Refuses to write what `chain` stores to a new file in `dir` that cannot hold it; if it is a raw
+/// diff, with zeros that images merely name: its holes are clean pages.
 pub fn check_new(path: &Path, dir: &Path, chain: &Chain, raw_diff: bool) -> Result<(), Failure> {
     // Of a raw image the holes are left out as it is read.
     let known = chain.images().all(|image| image.footer().is_some());
@@ -35,7 +35,8 @@ pub fn check_over(path: &Path, file: &File, has: u64, chain: &Chain) -> Result<(
     }
 }
 
-/// Refuses to write `needed` bytes to new files in `dir`, for the output `path`, where there is not so much room.
+/// Refuses to write `needed` bytes to new files in `dir`, for the output `path`, where there is not
+/// so much room.
 pub fn check_bytes(path: &Path, dir: &Path, needed: u64) -> Result<(), Failure> {
     match sys::free_in(dir) {
         Some(free) => compare(path, needed, free.bytes),

@@ -48,7 +48,8 @@ pub fn stage(
     Ok(options.open_on(staged, ram_size, page_size)?)
 }
 
-/// Stages a file at the output, for an image whose RAM is not known yet: what is known to fail at the commit fails here.
+/// Stages a file at the output, for an image whose RAM is not known yet: what is known to fail at
+/// the commit fails here.
 pub fn stage_early(session: &Session, output: &Output) -> anyhow::Result<AtomicWriter> {
     if room::is_on_hugetlbfs(dir_of(&output.path)) {
         let path = output.path.clone();
@@ -114,7 +115,8 @@ pub fn commit(session: &Session, writer: MemoryWriter) -> anyhow::Result<()> {
     describe(session, &path, raw)
 }
 
-/// Puts a sealed or packed image in place that was written otherwise, unless a signal came before, and says what it is.
+/// Puts a sealed or packed image in place that was written otherwise, unless a signal came before,
+/// and says what it is.
 pub fn commit_staged(session: &Session, staged: AtomicWriter) -> anyhow::Result<()> {
     session.check("nothing was written")?;
     let path = staged.dest_path().to_owned();

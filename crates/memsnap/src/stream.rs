@@ -66,7 +66,8 @@ impl<'s> Incoming<'s> {
         self.header
     }
 
-    /// Decompresses the image to `file`, which is new and in `dir`: as many bytes as the header says, and no more.
+    /// Decompresses the image to `file`, which is new and in `dir`: as many bytes as the header
+    /// says, and no more.
     pub fn write_to(mut self, mut file: &File, dir: &Path) -> anyhow::Result<()> {
         let len = self.header.len();
         let failed = |written, source| full(file, dir, written, len, source);

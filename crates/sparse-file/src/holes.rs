@@ -138,8 +138,8 @@ pub enum PagesUnknown {
         /// The first of them, in bytes.
         offset: u64,
     },
-    /// The file system writes zeros around what is written to blocks that were set aside, so that what is left of them does not
-    /// show: ext4 with `dioread_lock` or `data=journal`.
+    /// The file system writes zeros around what is written to blocks that were set aside, so that
+    /// what is left of them does not show: ext4 with `dioread_lock` or `data=journal`.
     #[error(
         "ext4 is mounted with {option} there, and writes zeros beside what is written to reserved blocks: mount it without"
     )]
@@ -215,9 +215,9 @@ impl PageHoles {
     /// are refused: once they were read, they are reported as data.
     ///
     /// What cannot be seen: a copy of the file that filled some of its holes, or dug out pages of
-    /// zeros; on tmpfs, holes that were read through a mapping, which fills them; and on ext4, blocks
-    /// that another program reserved and wrote in part before the file system was mounted as it is
-    /// (see [`PagesUnknown::ZerosBeside`]).
+    /// zeros; on tmpfs, holes that were read through a mapping, which fills them; and on ext4,
+    /// blocks that another program reserved and wrote in part before the file system was mounted as
+    /// it is (see [`PagesUnknown::ZerosBeside`]).
     ///
     /// # Errors
     /// [`PagesUnknown`].

@@ -90,7 +90,8 @@ impl Convert {
         self.pack_and_send(session, &chain, extras, check)
     }
 
-    /// Finds out all that can be known before the first byte of the stream is read, and what its first page says before the rest.
+    /// Finds out all that can be known before the first byte of the stream is read, and what its
+    /// first page says before the rest.
     fn receive(&self, session: &Session, extras: ReadExtras) -> anyhow::Result<Verdict> {
         let staged = match is_stream(&self.output.path) {
             true => None,
@@ -230,7 +231,8 @@ impl Convert {
         input::put_together(session, vec![image], &raw, self.raw_diff)
     }
 
-    /// Writes the image to the output, or to what is `staged` for it, and checks it once there is a place for the result.
+    /// Writes the image to the output, or to what is `staged` for it, and checks it once there is a
+    /// place for the result.
     fn convert(
         &self,
         session: &Session,
@@ -284,7 +286,8 @@ impl Convert {
             .ram_start(0))
     }
 
-    /// Whether the result has the pages and all else of a packed image, so that its bytes are the image's.
+    /// Whether the result has the pages and all else of a packed image, so that its bytes are the
+    /// image's.
     fn keeps_pages(&self) -> bool {
         self.page_size.is_none() && self.extras.is_empty()
     }

@@ -236,11 +236,12 @@ pub(crate) fn first_unwritten(file: &File) -> io::Result<Option<u64>> {
     Ok(None)
 }
 
-/// Mount options of ext4 with which it writes zeros into what is left of a small unwritten extent when a part of it is written, as
-/// `/proc/self/mountinfo` shows them.
+/// Mount options of ext4 with which it writes zeros into what is left of a small unwritten extent
+/// when a part of it is written, as `/proc/self/mountinfo` shows them.
 const ZEROS_BESIDE: [&str; 3] = ["nodioread_nolock", "dioread_lock", "data=journal"];
 
-/// The first of [`ZEROS_BESIDE`] that the mount of `file` shows, or `None`, also where the system does not say.
+/// The first of [`ZEROS_BESIDE`] that the mount of `file` shows, or `None`, also where the system
+/// does not say.
 pub(crate) fn zeros_beside(file: &File) -> io::Result<Option<&'static str>> {
     if magic(file)? != EXT4 {
         return Ok(None);

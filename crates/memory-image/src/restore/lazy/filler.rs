@@ -368,9 +368,10 @@ impl Filler {
         self.ended.notify_all();
     }
 
-    /// Reads the pages of the working set, and makes pages of it zeros that the images do not store, as many bytes as they store at
-    /// most. A page of zeros takes an entry in the page table, and the working set may name all of the RAM that an image merely
-    /// claims to have. The others become zeros when they are touched.
+    /// Reads the pages of the working set, and makes pages of it zeros that the images do not
+    /// store, as many bytes as they store at most. A page of zeros takes an entry in the page
+    /// table, and the working set may name all of the RAM that an image merely claims to have. The
+    /// others become zeros when they are touched.
     fn fill_working_set(&self) -> Result<(), ImageError> {
         let Some(working_set) = &self.working_set else {
             return Ok(());

@@ -51,8 +51,9 @@ impl LazyRamOptions {
         self
     }
 
-    /// Reads these pages before all others, in this order. Of those that are zeros and not in the images, as many bytes are filled
-    /// as the images store; the others are zeros when they are touched.
+    /// Reads these pages before all others, in this order. Of those that are zeros and not in the
+    /// images, as many bytes are filled as the images store; the others are zeros when they are
+    /// touched.
     pub fn working_set(mut self, working_set: WorkingSet) -> Self {
         self.working_set = Some(working_set);
         self
