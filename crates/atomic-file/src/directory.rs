@@ -33,6 +33,8 @@ pub(crate) struct Stat {
     pub(crate) links: u64,
     /// In bytes.
     pub(crate) allocated: u64,
+    /// When it was last written to: seconds since 1970, and nanoseconds.
+    pub(crate) modified: (i64, i64),
 }
 
 impl Stat {
@@ -69,6 +71,7 @@ impl From<FileStat> for Stat {
             links: stat.st_nlink as u64,
             // In units of 512 bytes, whatever the block size of the file system.
             allocated: (stat.st_blocks as u64).saturating_mul(512),
+            modified: (stat.st_mtime as i64, stat.st_mtime_nsec as i64),
         }
     }
 }

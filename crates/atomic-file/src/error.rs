@@ -76,6 +76,15 @@ pub enum OpenError {
         /// The destination.
         path: PathBuf,
     },
+    /// The destination is not the version to [replace only](crate::Options::replace_only).
+    #[error(
+        "{path:?} was replaced, removed or written to by another writer since it was read: it is as that writer left it; \
+         read it again"
+    )]
+    DestinationChanged {
+        /// The destination.
+        path: PathBuf,
+    },
     /// The rename of the commit cannot succeed.
     #[error("{path:?} cannot be replaced: {obstacle}")]
     CannotReplace {
@@ -228,6 +237,9 @@ pub enum CommitStep {
     Attributes,
     /// Bringing the file's bytes to the medium.
     Sync,
+    /// Comparing the destination with the version to [replace only](crate::Options::replace_only),
+    /// under its lock.
+    Compare,
     /// Renaming the staged file.
     Rename,
 }
@@ -240,6 +252,7 @@ impl fmt::Display for CommitStep {
             Self::Record => "writing the group's intent record",
             Self::Attributes => "setting the mode and attributes of the staged file",
             Self::Sync => "syncing the staged file",
+            Self::Compare => "comparing it with the file that was read",
             Self::Rename => "renaming the staged file",
         })
     }
@@ -261,6 +274,18 @@ pub enum CommitError {
         step: CommitStep,
         /// How it failed.
         source: io::Error,
+        /// Set where the staged file could not even be removed.
+        leftover: Option<Leftover>,
+    },
+    /// The destination is not the version to [replace only](crate::Options::replace_only) any more. It
+    /// is as the other writer left it, and the staged file is gone.
+    #[error(
+        "{dest:?} was not replaced: another writer replaced, removed or wrote to it since it was read; it is as that writer \
+         left it; read it again{}", and_left(leftover.as_ref())
+    )]
+    DestinationChanged {
+        /// The destination.
+        dest: PathBuf,
         /// Set where the staged file could not even be removed.
         leftover: Option<Leftover>,
     },
@@ -338,6 +363,11 @@ pub enum Refusal {
         "a promise not to replace cannot be kept by a recovery after a crash; open it without `no_clobber`"
     )]
     NoClobber,
+    /// It was opened with `replace_only`.
+    #[error(
+        "a promise to replace one version only cannot be kept by a recovery after a crash; open it without `replace_only`"
+    )]
+    ReplaceOnly,
     /// The file system has no working `flock`.
     #[error(
         "its file system cannot lock files, and recovery could not tell a dead group from a living one"

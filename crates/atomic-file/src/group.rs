@@ -91,6 +91,8 @@ impl AtomicGroup {
             Some(Refusal::SameDestination)
         } else if writer.no_clobber {
             Some(Refusal::NoClobber)
+        } else if writer.replace_only.is_some() {
+            Some(Refusal::ReplaceOnly)
         } else if !writer.stage.is_locked() {
             Some(Refusal::NoLocks)
         } else if !sys::has_lasting_inode_numbers(dir).unwrap_or(false) {

@@ -168,6 +168,23 @@
 //! Records of version 1, named `.atomic-file-group`, are still completed. They do not say what a
 //! destination was, so a commit made since then cannot be distinguished from the file before the group.
 //!
+//! ## Replacing a file that was read
+//!
+//! The last writer to commit wins, whatever was there. A writer whose bytes were made from those of
+//! the destination gives the [`FileVersion`] that it read to [`Options::replace_only`]. A commit of
+//! another writer since then is noticed by `open` and by the commit, which replaces nothing:
+//! ```text
+//! fsync(4)
+//! openat(3, "."), getdents64                              no group commit has "vm.mem"
+//! flock(5, LOCK_EX|LOCK_NB)                               the file that was read: no other such writer replaces it now
+//! newfstatat(3, "vm.mem")                                 is it that file, as it was?
+//! renameat(3, ".atomic-file-2670fefa-….stage", 3, "vm.mem")
+//! flock(5, LOCK_UN)
+//! ```
+//! Of several such writers that have read the same file, one replaces it (on file systems with locks). No system call compares and
+//! renames in one step, and other writers do not take that lock: the commit of a writer *without*
+//! `replace_only` between the last look and the rename, two system calls in a row, is replaced.
+//!
 //! # What may be on the medium after a crash
 //!
 //! Assumed of the file system and the medium:
@@ -240,6 +257,7 @@ mod stage;
 mod sweep;
 mod sys;
 mod turn;
+mod version;
 mod writer;
 
 pub use error::{
@@ -251,4 +269,5 @@ pub use options::{Durability, Options, Symlinks};
 pub use preserve::{Attribute, NotPreserved, Preserve};
 pub use recover::{RecoverReport, recover};
 pub use sweep::{Kept, SweepReport, preview_sweep, sweep};
+pub use version::FileVersion;
 pub use writer::AtomicWriter;

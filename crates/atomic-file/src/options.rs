@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use crate::error::OpenError;
 use crate::preserve::Preserve;
+use crate::version::FileVersion;
 use crate::writer::AtomicWriter;
 
 /// What a commit waits for before it says that it is done. Ordered from weakest to strongest.
@@ -72,6 +73,7 @@ pub struct Options {
     pub(crate) symlinks: Symlinks,
     pub(crate) recycle: Option<u64>,
     pub(crate) preserve: Preserve,
+    pub(crate) replace_only: Option<FileVersion>,
 }
 
 impl Default for Options {
@@ -84,6 +86,7 @@ impl Default for Options {
             symlinks: Symlinks::default(),
             recycle: None,
             preserve: Preserve::nothing(),
+            replace_only: None,
         }
     }
 }
@@ -118,6 +121,24 @@ impl Options {
     /// where the file system lacks those). A file system with none of them is refused when opening, by trying.
     pub fn no_clobber(mut self, no_clobber: bool) -> Self {
         self.no_clobber = no_clobber;
+        self
+    }
+
+    /// Replaces this version of the destination and no other; for bytes that were made from it.
+    ///
+    /// Where the destination is another file, is gone, or was written to, [`open`](Self::open) fails with
+    /// [`OpenError::DestinationChanged`], and the commit with
+    /// [`CommitError::DestinationChanged`](crate::CommitError::DestinationChanged). Both replace nothing.
+    ///
+    /// Of the writers with this option that have the same version, one replaces it, on file systems with
+    /// locks: they take an `flock` of the old file for the time of the last look and the rename. A
+    /// program that holds such a lock for longer than about a second makes `open` and the commit fail. The commit of a writer *without* this option is noticed until that last look,
+    /// just before the rename; in the time between the two it is replaced, as no system call does both in one step.
+    ///
+    /// The old file is open meanwhile, so it is not kept for [recycling](Self::recycle). Such a writer cannot join an
+    /// [`AtomicGroup`](crate::AtomicGroup).
+    pub fn replace_only(mut self, version: FileVersion) -> Self {
+        self.replace_only = Some(version);
         self
     }
 

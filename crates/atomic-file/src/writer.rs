@@ -19,6 +19,7 @@ use crate::rehearsal::{RehearsalError, rehearse};
 use crate::spare;
 use crate::stage::{PREFIX, STAGED_MODE, Stage, remove_leftovers};
 use crate::sys;
+use crate::version::FileVersion;
 
 /// A new file in the making, that [`commit`](Self::commit) puts in the place of another at once and whole.
 ///
@@ -49,6 +50,7 @@ pub struct AtomicWriter {
     not_preserved: Vec<NotPreserved>,
     pub(crate) durability: Durability,
     pub(crate) no_clobber: bool,
+    pub(crate) replace_only: Option<FileVersion>,
     /// At most how many bytes of the replaced file are kept as a spare.
     recycle: Option<u64>,
     recycled: bool,
@@ -82,6 +84,17 @@ impl AtomicWriter {
         };
         let names = list(&dest.dir).map_err(recover)?;
         settle_for(&dest.dir, &dest.name, &names, false).map_err(recover)?;
+        // After the recovery, which may have replaced it.
+        if let Some(version) = &options.replace_only {
+            let is_there = version.is_at(&dest);
+            if !is_there.map_err(|source| OpenError::io("inspect", path, source))? {
+                return Err(OpenError::DestinationChanged {
+                    path: path.to_owned(),
+                });
+            }
+            let turn = version.take_turn();
+            drop(turn.map_err(|source| OpenError::io("lock", path, source))?);
+        }
         remove_leftovers(&dest.dir, &dest.name, &names);
         let staging = match &options.staging_dir {
             None => Arc::clone(&dest.dir),
@@ -123,6 +136,7 @@ impl AtomicWriter {
             not_preserved,
             durability: options.durability,
             no_clobber: options.no_clobber,
+            replace_only: options.replace_only.clone(),
             recycle,
             recycled,
         })
@@ -191,6 +205,11 @@ impl AtomicWriter {
     /// # Errors
     /// [`CommitError`] says which of the two files the destination is now. It is never a mixture.
     pub fn commit(self) -> Result<(), CommitError> {
+        // Before what takes its time.
+        let changed = |version: &FileVersion| version.is_at(&self.dest).is_ok_and(|is| !is);
+        if self.replace_only.as_ref().is_some_and(changed) {
+            return Err(destination_changed(self.stage, self.dest));
+        }
         let finished = self.finish();
         let Self {
             mut stage,
@@ -200,6 +219,7 @@ impl AtomicWriter {
             not_preserved: _,
             durability,
             no_clobber,
+            replace_only,
             recycle,
             recycled: _,
         } = self;
@@ -220,6 +240,19 @@ impl AtomicWriter {
         let old = recycle
             .filter(|_| durability == Durability::Full && !no_clobber)
             .and_then(|max_bytes| spare::lock_old(&dest.dir, &dest.name, max_bytes));
+        // From here to the rename, no other writer that has read the same file replaces it.
+        let compare = |version| -> io::Result<_> {
+            let turn = FileVersion::take_turn(version)?;
+            Ok((turn, version.is_at(&dest)?))
+        };
+        let turn = match replace_only.as_ref().map(compare) {
+            None => None,
+            Some(Ok((turn, true))) => turn,
+            Some(Ok((_, false))) => return Err(destination_changed(stage, dest)),
+            Some(Err(source)) => {
+                return Err(not_replaced(stage, dest, CommitStep::Compare, source));
+            }
+        };
         let replaced = match publish(&mut stage, &dest, no_clobber, old) {
             Ok(replaced) => replaced,
             Err(PublishError::Not(source)) => {
@@ -233,6 +266,7 @@ impl AtomicWriter {
                 });
             }
         };
+        drop(turn);
         // Release the lock: it would block the next writer.
         drop(stage);
         // A group may have been published between the last look and the rename, and its owner have
@@ -430,6 +464,13 @@ fn not_staged(dir: &Directory, path: &Path, source: io::Error) -> OpenError {
             }
         }
         _ => OpenError::io("stage a file for", path, source),
+    }
+}
+
+fn destination_changed(stage: Stage, dest: Destination) -> CommitError {
+    CommitError::DestinationChanged {
+        dest: dest.path,
+        leftover: stage.discard().err(),
     }
 }
 

@@ -181,6 +181,15 @@ pub enum ImageError {
         /// The image.
         path: PathBuf,
     },
+    /// The file was resized or written to since it was opened.
+    #[error(
+        "the memory image {path:?} was written to while it was in use: what was made of it is not to be trusted; \
+         leave images alone while they are read"
+    )]
+    Changed {
+        /// The image.
+        path: PathBuf,
+    },
     /// A chain of diffs can't be written in larger pages than its own: they would also hold clean memory, whose bytes no diff has.
     #[error(
         "a chain of diffs in pages of {chain} bytes cannot be written in pages of {writer} bytes: open the writer with pages of at most {chain} bytes"

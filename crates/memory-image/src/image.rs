@@ -1,12 +1,13 @@
 //! One image: raw, sealed or packed.
 
-use std::fs::File;
+use std::fs::{File, Metadata};
 use std::io;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use image_format::{Footer, FooterError, ImageId, Kind, Placement, RAW_UNIT};
+use memory_writer::FileVersion;
 
 use crate::error::ImageError;
 use crate::image_file::{ImageFile, ReopenError};
@@ -53,6 +54,8 @@ pub struct Image {
     pub(crate) footer: Option<Footer>,
     /// Device and inode.
     pub(crate) identity: (u64, u64),
+    /// When it was opened, before anything was read.
+    opened: Metadata,
 }
 
 impl Image {
@@ -142,6 +145,7 @@ impl Image {
             size,
             footer,
             identity,
+            opened: metadata,
         })
     }
 
@@ -192,6 +196,32 @@ impl Image {
         self.footer
             .as_ref()
             .is_none_or(|footer| footer.placement == Placement::InPlace)
+    }
+
+    /// Returns the version of its file that was opened, for a writer that is to
+    /// [replace only](memory_writer::Options::replace_only) that. Keeps the file open.
+    ///
+    /// # Errors
+    /// [`ImageError::Replaced`], or [`ImageError::Open`]: the file was closed meanwhile, and can't be opened again.
+    pub fn version(&self) -> Result<FileVersion, ImageError> {
+        Ok(FileVersion::new(self.file()?, &self.opened))
+    }
+
+    /// Fails if its file was resized or written to since it was opened: what was read of it may be neither what it was
+    /// nor what it is. A file that was replaced by another one, or removed, is as it was.
+    ///
+    /// # Errors
+    /// [`ImageError::Changed`]; otherwise as [`version`](Self::version).
+    pub fn check_unchanged(&self) -> Result<(), ImageError> {
+        let path = || self.path.clone();
+        match self.version()?.is_current() {
+            Ok(true) => Ok(()),
+            Ok(false) => Err(ImageError::Changed { path: path() }),
+            Err(source) => Err(ImageError::Open {
+                path: path(),
+                source,
+            }),
+        }
     }
 
     /// Returns the file, which may have been closed meanwhile and is opened again then.

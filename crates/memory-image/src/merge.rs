@@ -1,15 +1,17 @@
 //! A chain as one image.
 
+use std::fs;
 use std::path::Path;
 
 use memory_writer::{MemoryWriter, Options, Seal};
 
 use crate::chain::Chain;
 use crate::error::ImageError;
+use crate::image::Image;
 
 impl Chain {
     /// Writes the chain as one full raw image, staged beside `dest` and committed durably with mode 0600; what none of the images
-    /// stores stays a hole, unless it is shorter than 32 KiB. `dest` may be one of the chain's own images. Returns the bytes of the pages that the images store.
+    /// stores stays a hole, unless it is shorter than 32 KiB. `dest` may be one of the chain's own images, as for [`merge`](Self::merge). Returns the bytes of the pages that the images store.
     ///
     /// # Errors
     /// [`ImageError::NotFull`] for a chain of diffs; [`ImageError::Merge`], which says what `dest` is. Nothing is left behind but what the error names.
@@ -19,10 +21,14 @@ impl Chain {
     }
 
     /// Writes the chain as one image, as `options` say: its layout, durability, progress. A chain with a full base becomes a full image, a chain of
-    /// diffs one diff. `dest` may be one of the chain's own images. Returns the bytes of the pages that the images store.
+    /// diffs one diff. Returns the bytes of the pages that the images store.
+    ///
+    /// `dest` may be one of the chain's own images. That image is replaced as it was when it was opened, and no other: what
+    /// another writer commits there meanwhile stays. See [`FileVersion`](memory_writer::FileVersion).
     ///
     /// # Errors
-    /// [`ImageError::Merge`], which says what `dest` is. Nothing is left behind but what the error names.
+    /// [`ImageError::Merge`], which says what `dest` is; [`ImageError::Changed`] if an image was written to meanwhile: `dest` is as
+    /// it was. Nothing is left behind but what the error names.
     ///
     /// # Examples
     /// ```
@@ -43,9 +49,19 @@ impl Chain {
     /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
     pub fn merge(&self, options: Options, dest: impl AsRef<Path>) -> Result<u64, ImageError> {
-        let options = options.ram_start(0).skip_untouched(true);
+        let dest = dest.as_ref();
+        let mut options = options.ram_start(0).skip_untouched(true);
+        let resolved = fs::canonicalize(dest).ok();
+        let is_dest = |image: &&Image| {
+            image.path() == dest
+                || (resolved.is_some() && fs::canonicalize(image.path()).ok() == resolved)
+        };
+        if let Some(replaced) = self.images().find(is_dest) {
+            options = options.replace_only(replaced.version()?);
+        }
         let mut writer = options.open(dest, self.size(), self.page_size())?;
         let bytes = self.write_to(&mut writer)?;
+        self.check_unchanged()?;
         writer.commit()?;
         Ok(bytes)
     }
@@ -81,6 +97,15 @@ impl Chain {
             writer.write_full(self)?;
         }
         Ok(self.stored_runs().map(|run| run.end - run.start).sum())
+    }
+
+    /// Fails if an image was resized or written to since it was opened. To be called when all is read, before what was
+    /// made of it is put to use.
+    ///
+    /// # Errors
+    /// As [`Image::check_unchanged`].
+    pub fn check_unchanged(&self) -> Result<(), ImageError> {
+        self.images().try_for_each(Image::check_unchanged)
     }
 
     /// The seal of an image that stands for the same state as this chain: its id, its parent if it is a chain of diffs, its regions, and

@@ -4,6 +4,7 @@ use std::ops::Range;
 use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
+use atomic_file::{AtomicWriter, CommitError};
 use dirty_bitmap::DirtyBitmap;
 use memory_image::{Chain, HostRam, ImageError, Link, MappedImage, RamTarget, Unclear};
 use memory_writer::{CancelToken, Durability, Layout, MemoryWriter, SnapshotError};
@@ -198,6 +199,64 @@ fn a_chain_may_be_flattened_onto_its_own_base() {
     let guest = Guest::with_history();
     guest.chain().flatten(&guest.snapshots[0]).unwrap();
     assert!(std::fs::read(&guest.snapshots[0]).unwrap() == guest.ram);
+}
+
+/// Merges to `dest`, and calls `act` when the merge has begun to write.
+fn merged_while(guest: &Guest, dest: &Path, mut act: impl FnMut() + Send + 'static) -> ImageError {
+    let options = MemoryWriter::options().progress(move |_| act());
+    let before = std::fs::read_dir(guest.dir.path()).unwrap().count();
+    let error = guest.chain().merge(options, dest).unwrap_err();
+    let after = std::fs::read_dir(guest.dir.path()).unwrap().count();
+    assert_eq!(after, before);
+    error
+}
+
+#[test]
+fn a_merge_onto_its_base_does_not_undo_another_writer() {
+    let guest = Guest::with_history();
+    let base = guest.snapshots[0].clone();
+    let link = guest.path("link");
+    std::os::unix::fs::symlink(&base, &link).unwrap();
+    for dest in [&base, &link] {
+        let base = base.clone();
+        let error = merged_while(&guest, dest, move || {
+            let writer = AtomicWriter::open(&base).unwrap();
+            writer.file().set_len(SIZE).unwrap();
+            writer.write_all_at(b"another writer's", 0).unwrap();
+            writer.commit().unwrap();
+        });
+        let ImageError::Merge(SnapshotError::Commit(why)) = &error else {
+            panic!("{error:?}");
+        };
+        assert!(
+            matches!(why, CommitError::DestinationChanged { .. }),
+            "{why:?}"
+        );
+        let left = std::fs::read(&guest.snapshots[0]).unwrap();
+        assert!(left.starts_with(b"another writer's"));
+    }
+}
+
+/// Nothing tells which of its bytes were read before.
+#[rstest]
+#[case::base(0)]
+#[case::diff(1)]
+fn an_image_that_is_written_to_during_a_merge_is_an_error(#[case] changed: usize) {
+    let guest = Guest::with_history();
+    let image = guest.snapshots[changed].clone();
+    let file = std::fs::File::options().write(true).open(&image).unwrap();
+    let dest = guest.path("merged");
+    let error = merged_while(&guest, &dest, move || {
+        let later = std::time::SystemTime::now() + std::time::Duration::from_secs(1);
+        file.write_all_at(&[0x5a; 4096], 0).unwrap();
+        // As it is once the file system's clock has ticked.
+        file.set_modified(later).unwrap();
+    });
+    assert!(
+        matches!(&error, ImageError::Changed { path } if *path == image),
+        "{error:?}"
+    );
+    assert!(!dest.exists());
 }
 
 #[test]

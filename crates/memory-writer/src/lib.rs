@@ -103,7 +103,9 @@ mod sink;
 mod unwritten;
 mod writer;
 
-pub use atomic_file::{CommitError, Durability, NotPreserved, OpenError, Preserve, Symlinks};
+pub use atomic_file::{
+    CommitError, Durability, FileVersion, NotPreserved, OpenError, Preserve, Symlinks,
+};
 pub use error::{MemoryIoStep, RamError, SnapshotError};
 pub use image_format::{FooterError, ImageId};
 pub use layout::{Layout, Seal};

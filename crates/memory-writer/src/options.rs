@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use atomic_file::{AtomicWriter, Durability, Preserve, Symlinks};
+use atomic_file::{AtomicWriter, Durability, FileVersion, Preserve, Symlinks};
 use sparse_file::{Engine, WriteOptions};
 
 use crate::error::SnapshotError;
@@ -187,6 +187,14 @@ impl Options {
     /// Whether to fail rather than replace a destination that exists; see [`atomic_file::Options::no_clobber`].
     pub fn no_clobber(mut self, no_clobber: bool) -> Self {
         self.stage = self.stage.no_clobber(no_clobber);
+        self
+    }
+
+    /// Replaces this version of the destination and no other; see [`atomic_file::Options::replace_only`].
+    ///
+    /// For a snapshot that is made from the one it replaces: another writer's commit since then stays.
+    pub fn replace_only(mut self, version: FileVersion) -> Self {
+        self.stage = self.stage.replace_only(version);
         self
     }
 

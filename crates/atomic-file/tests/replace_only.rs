@@ -1,0 +1,260 @@
+//! Writers that replace one version of a file and no other.
+
+mod common;
+
+use std::fs::{self, File, Permissions};
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::Path;
+use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, SystemTime};
+
+use atomic_file::{
+    AtomicGroup, AtomicWriter, CommitError, CommitStep, FileVersion, OpenError, Options, Refusal,
+};
+use common::{Held, assert_names, commit, dir_with_old};
+use rstest::rstest;
+use test_machine::Need;
+
+/// Not a test of its own: what `common::command` runs.
+#[test]
+fn child() {
+    let Some((job, dir)) = common::job() else {
+        return;
+    };
+    let dest = dir.join("dest");
+    common::traced(&dir, || match job.as_str() {
+        "replace only" => common::replace(&only(&dest), &dest),
+        other => panic!("no such job: {other}"),
+    });
+}
+
+fn version(path: &Path) -> FileVersion {
+    let file = Arc::new(File::open(path).unwrap());
+    let metadata = file.metadata().unwrap();
+    FileVersion::new(file, &metadata)
+}
+
+fn only(path: &Path) -> Options {
+    AtomicWriter::options().replace_only(version(path))
+}
+
+/// What another process does to the destination.
+#[derive(Clone, Copy, Debug)]
+enum Other {
+    Commits,
+    Renames,
+    Removes,
+    Grows,
+    /// In place, in the same length.
+    Writes,
+}
+
+impl Other {
+    fn act(self, dest: &Path) {
+        match self {
+            Self::Commits => commit(&Options::default(), dest, b"other").unwrap(),
+            Self::Renames => {
+                let other = dest.with_file_name("other");
+                fs::write(&other, "other").unwrap();
+                fs::rename(other, dest).unwrap();
+            }
+            Self::Removes => fs::remove_file(dest).unwrap(),
+            Self::Grows => fs::write(dest, "other").unwrap(),
+            Self::Writes => {
+                fs::write(dest, "oth").unwrap();
+                // As it is once the file system's clock has ticked.
+                let later = SystemTime::now() + Duration::from_secs(1);
+                let file = File::options().write(true).open(dest).unwrap();
+                file.set_modified(later).unwrap();
+            }
+        }
+    }
+}
+
+#[rstest]
+fn what_another_writer_left_is_not_replaced(
+    #[values(
+        Other::Commits,
+        Other::Renames,
+        Other::Removes,
+        Other::Grows,
+        Other::Writes
+    )]
+    other: Other,
+) {
+    let (dir, dest) = dir_with_old();
+    let options = only(&dest);
+    let writer = options.open(&dest).unwrap();
+    writer.write_all_at(b"new", 0).unwrap();
+    other.act(&dest);
+    let left = fs::read(&dest).ok();
+    let error = writer.commit().unwrap_err();
+    assert!(
+        matches!(&error, CommitError::DestinationChanged { dest: at, leftover: None } if *at == dest),
+        "{error:?}"
+    );
+    let text = error.to_string();
+    assert!(
+        text.contains("not replaced") && text.contains("another writer"),
+        "{text}"
+    );
+    // Nor is anything staged once that is known.
+    let error = options.open(&dest).unwrap_err();
+    assert!(
+        matches!(&error, OpenError::DestinationChanged { path } if *path == dest),
+        "{error:?}"
+    );
+    assert_eq!(fs::read(&dest).ok(), left);
+    match left {
+        Some(_) => assert_names(dir.path(), &["dest"]),
+        None => assert_names(dir.path(), &[]),
+    }
+}
+
+#[test]
+fn the_version_that_was_read_is_replaced() {
+    let (dir, dest) = dir_with_old();
+    let writer = only(&dest).open(&dest).unwrap();
+    writer.write_all_at(b"new", 0).unwrap();
+    // Neither makes another version of it.
+    fs::set_permissions(&dest, Permissions::from_mode(0o640)).unwrap();
+    fs::hard_link(&dest, dir.path().join("backup")).unwrap();
+    writer.commit().unwrap();
+    assert_eq!(fs::read(&dest).unwrap(), b"new");
+    assert_eq!(fs::read(dir.path().join("backup")).unwrap(), b"old");
+    // By a link, too.
+    let link = dir.path().join("link");
+    std::os::unix::fs::symlink("dest", &link).unwrap();
+    commit(&only(&link), &link, b"newer").unwrap();
+    assert_eq!(fs::read(&dest).unwrap(), b"newer");
+}
+
+/// A writer that recycles puts an inode in place again that was there before.
+#[test]
+fn recycling_does_not_bring_the_inode_of_a_version_back() {
+    let (_dir, dest) = dir_with_old();
+    let recycle = Options::default().recycle(1 << 20);
+    // A file that a recycling writer may keep.
+    commit(&recycle, &dest, b"111").unwrap();
+    let mine = only(&dest).open(&dest).unwrap();
+    let modified = fs::metadata(&dest).unwrap().modified().unwrap();
+    for bytes in [b"222", b"333", b"444"] {
+        commit(&recycle, &dest, bytes).unwrap();
+        // Only the inode distinguishes them.
+        let file = File::options().write(true).open(&dest).unwrap();
+        file.set_modified(modified).unwrap();
+    }
+    let error = mine.commit().unwrap_err();
+    assert!(
+        matches!(error, CommitError::DestinationChanged { .. }),
+        "{error:?}"
+    );
+    assert_eq!(fs::read(&dest).unwrap(), b"444");
+}
+
+/// Each counts on from what it has read: no count is lost.
+#[test]
+fn of_writers_with_the_same_version_one_replaces_it() {
+    const THREADS: u64 = 4;
+    const COUNTS: u64 = 25;
+    let (dir, dest) = dir_with_old();
+    fs::write(&dest, 0_u64.to_le_bytes()).unwrap();
+    let count = || {
+        let version = version(&dest);
+        let mut bytes = [0; 8];
+        std::os::unix::fs::FileExt::read_exact_at(&**version.file(), &mut bytes, 0).unwrap();
+        let next = u64::from_le_bytes(bytes) + 1;
+        let options = AtomicWriter::options()
+            .durability(atomic_file::Durability::None)
+            .replace_only(version);
+        let writer = match options.open(&dest) {
+            Ok(writer) => writer,
+            Err(OpenError::DestinationChanged { .. }) => return false,
+            Err(OpenError::Io { operation, .. }) if operation == "lock" => return false,
+            Err(other) => panic!("{other:?}"),
+        };
+        writer.write_all_at(&next.to_le_bytes(), 0).unwrap();
+        match writer.commit() {
+            Ok(()) => true,
+            Err(
+                CommitError::DestinationChanged { .. }
+                | CommitError::NotReplaced {
+                    step: CommitStep::Compare,
+                    ..
+                },
+            ) => false,
+            Err(other) => panic!("{other:?}"),
+        }
+    };
+    thread::scope(|scope| {
+        for _ in 0..THREADS {
+            scope.spawn(|| {
+                for _ in 0..COUNTS {
+                    while !count() {}
+                }
+            });
+        }
+    });
+    let counted = fs::read(&dest).unwrap();
+    assert_eq!(counted, (THREADS * COUNTS).to_le_bytes());
+    assert_names(dir.path(), &["dest"]);
+}
+
+/// Another such writer that looks now would see the old file, and replace the new one.
+#[test]
+fn the_old_file_is_locked_from_the_last_look_to_the_rename() {
+    if !Need::Strace.met("the_old_file_is_locked_from_the_last_look_to_the_rename") {
+        return;
+    }
+    let (dir, dest) = dir_with_old();
+    let mut held = Held::start("replace only", dir.path(), "renameat", "delay_enter", 1);
+    held.wait_for_a_call();
+    let old = File::open(&dest).unwrap();
+    let locked = old.try_lock();
+    assert!(
+        matches!(locked, Err(fs::TryLockError::WouldBlock)),
+        "{locked:?}"
+    );
+    assert_eq!(held.release().as_deref(), Some("ok"));
+    old.try_lock().unwrap();
+    assert_eq!(fs::read(&dest).unwrap(), b"new");
+}
+
+#[test]
+fn a_file_that_another_program_has_locked_is_not_replaced() {
+    let (dir, dest) = dir_with_old();
+    let options = only(&dest);
+    let writer = options.open(&dest).unwrap();
+    let other = File::open(&dest).unwrap();
+    other.lock().unwrap();
+    let error = writer.commit().unwrap_err();
+    assert!(
+        matches!(&error, CommitError::NotReplaced { step: CommitStep::Compare, source, .. }
+            if source.to_string().contains("holds a lock")),
+        "{error:?}"
+    );
+    let error = options.open(&dest).unwrap_err();
+    assert!(
+        matches!(
+            &error,
+            OpenError::Io {
+                operation: "lock",
+                ..
+            }
+        ),
+        "{error:?}"
+    );
+    other.unlock().unwrap();
+    assert_eq!(fs::read(&dest).unwrap(), b"old");
+    commit(&options, &dest, b"new").unwrap();
+    assert_names(dir.path(), &["dest"]);
+}
+
+#[test]
+fn a_group_takes_no_such_writer() {
+    let (_dir, dest) = dir_with_old();
+    let mut group = AtomicGroup::new();
+    let error = group.add(only(&dest).open(&dest).unwrap()).unwrap_err();
+    assert_eq!(error.refusal, Refusal::ReplaceOnly);
+}
