@@ -11,14 +11,14 @@ use anyhow::Context;
 use clap::builder::{OsStringValueParser, TypedValueParser};
 use clap::{Args, ValueEnum};
 use image_format::Footer;
-use memory_image::{Image, ImageError};
+use memory_image::Image;
 use memory_writer::Seal;
 use serde::Serialize;
 
 use crate::failure::Failure;
 #[cfg(target_os = "linux")]
 use crate::process::{ProcessRam, Region};
-use crate::ram::Ram;
+use crate::ram::{self, Ram};
 use crate::session::Session;
 
 /// How the pages stand in a file.
@@ -73,13 +73,18 @@ impl Format {
         ("packed:", Self::Packed),
     ];
 
-    fn open(self, path: &Path) -> Result<Image, ImageError> {
-        match self {
-            Self::Auto => Image::open(path),
-            Self::Raw => Image::open_as(path, memory_image::Format::Raw),
-            Self::Sealed => Image::open_as(path, memory_image::Format::Sealed),
-            Self::Packed => Image::open_as(path, memory_image::Format::Packed),
+    fn open(self, path: &Path) -> anyhow::Result<Image> {
+        let image = match self {
+            Self::Auto => Image::open(path)?,
+            Self::Raw => Image::open_as(path, memory_image::Format::Raw)?,
+            Self::Sealed => Image::open_as(path, memory_image::Format::Sealed)?,
+            Self::Packed => Image::open_as(path, memory_image::Format::Packed)?,
+        };
+        if image.footer().is_none() {
+            // It may be RAM.
+            ram::check_not_restored(image.version()?.file(), &format!("{path:?}"))?;
         }
+        Ok(image)
     }
 }
 
@@ -113,7 +118,7 @@ impl ImageFile {
     }
 
     /// In the format that was given with it, or else in `other`.
-    pub fn open(&self, other: Format) -> Result<Image, ImageError> {
+    pub fn open(&self, other: Format) -> anyhow::Result<Image> {
         self.format(other).open(&self.path)
     }
 }
@@ -287,7 +292,7 @@ pub fn size(text: &str) -> Result<u64, String> {
     parse_size::Config::new()
         .with_binary()
         .parse_size(text)
-        .map_err(|error| format!("{error}: give bytes, or a size such as 16KiB or 1.5GiB"))
+        .map_err(|_| "no size: give bytes below 2^64, or a size such as 16KiB or 1.5GiB".to_owned())
 }
 
 pub fn page_size(text: &str) -> Result<u64, String> {
@@ -303,7 +308,7 @@ pub fn address(text: &str) -> Result<u64, String> {
         Some(digits) => u64::from_str_radix(digits, 16),
         None => text.parse(),
     };
-    number.map_err(|error| format!("{text}: {error}"))
+    number.map_err(|_| format!("{text}: give a number below 2^64, in hexadecimal after 0x"))
 }
 
 /// `0x100000000:2GiB`: an address and a size.

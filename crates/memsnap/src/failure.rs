@@ -2,19 +2,20 @@
 
 use std::path::PathBuf;
 
+use atomic_file::RecoverError;
 use image_format::FooterError;
 use memory_image::{CompareError, ImageError, Link};
-use memory_writer::{OpenError, SnapshotError};
+use memory_writer::{CommitError, OpenError, SnapshotError};
 use thiserror::Error;
 
-use crate::interrupt;
+use crate::{interrupt, print};
 
 /// The answer is no: damaged, not linked, different.
 pub const NEGATIVE: u8 = 1;
 /// The command line asks for what can't be.
 const USAGE: u8 = 2;
 /// Everything else.
-const FAILED: u8 = 3;
+pub const FAILED: u8 = 3;
 
 /// What the tool itself refuses.
 #[derive(Debug, Error)]
@@ -109,7 +110,7 @@ pub enum Failure {
     #[error(
         "the stream is cut short, or not one that `memsnap convert --zstd` wrote: send it again"
     )]
-    StreamBroken { source: std::io::Error },
+    StreamBroken,
     #[error(
         "the stream does not begin as a packed image of version 2 does: send one by `memsnap convert FILE -o - --zstd`"
     )]
@@ -154,6 +155,25 @@ pub enum Failure {
     TargetNotPrivate { path: PathBuf, owner: u32 },
     #[error("another restore writes to {path:?}: wait for its end, or name another file")]
     TargetBusy { path: PathBuf },
+    #[error(
+        "another memsnap reads the RAM {path:?}: wait for its end, or name another file; nothing was written"
+    )]
+    TargetRead { path: PathBuf },
+    #[error(
+        "`memsnap restore` is writing to {ram}, which holds a part of what it is to hold: wait for its end, and try again"
+    )]
+    RamBeingRestored { ram: String },
+    #[error(
+        "the work is done and in place, but the report of it cannot be written to stdout; it says: {report}"
+    )]
+    NotReported {
+        report: String,
+        source: std::io::Error,
+    },
+    #[error(
+        "{path:?} changed its size while it was sent: leave it alone meanwhile, and send it again"
+    )]
+    SentResized { path: PathBuf },
     #[error(
         "{path:?} was replaced or resized while RAM was restored to it: stop whoever does that, and restore again"
     )]
@@ -223,7 +243,7 @@ impl Failure {
             | Self::Damaged { .. }
             | Self::NothingToVerify { .. }
             | Self::StreamDamaged { .. }
-            | Self::StreamBroken { .. }
+            | Self::StreamBroken
             | Self::StreamNotPacked
             | Self::StreamTooLong { .. }
             | Self::StreamCut { .. }
@@ -234,6 +254,10 @@ impl Failure {
             | Self::NoRoom { .. }
             | Self::SpoolFull { .. }
             | Self::TargetBusy { .. }
+            | Self::TargetRead { .. }
+            | Self::RamBeingRestored { .. }
+            | Self::NotReported { .. }
+            | Self::SentResized { .. }
             | Self::TargetReplaced { .. }
             | Self::TargetNotWritable { .. }
             | Self::NoWritesThere { .. } => FAILED,
@@ -251,6 +275,90 @@ pub fn exit_code(error: &anyhow::Error) -> u8 {
     error.chain().find_map(code_of).unwrap_or(FAILED)
 }
 
+/// The message of an error: all of its causes, in words of the command line where a library's speak to a
+/// program.
+pub fn text(error: &anyhow::Error) -> String {
+    let causes = error
+        .chain()
+        .map(|cause| own_words(cause).unwrap_or_else(|| cause.to_string()));
+    // An I/O error that only carries another error shows that one's text.
+    let mut causes: Vec<_> = causes.collect();
+    causes.dedup();
+    causes.join(": ")
+}
+
+/// Says on stderr what failed, and what to do about it.
+pub fn complain(error: &anyhow::Error) {
+    print::complain(&format!("error: {}", text(error)));
+    if let Some(advice) = advice(error) {
+        print::complain(&format!("with memsnap: {advice}"));
+    }
+}
+
+/// What memsnap says in place of an error whose message names a part of a library.
+fn own_words(cause: &(dyn std::error::Error + 'static)) -> Option<String> {
+    let text = match cause.downcast_ref() {
+        Some(OpenError::DanglingSymlink { path, target }) => format!(
+            "{path:?} is a symbolic link to {target:?}, which does not exist (a disk not mounted?)"
+        ),
+        Some(OpenError::UntrustedSymlink { path, owner }) => format!(
+            "{path:?} is a symbolic link of user {owner}, in a directory where anybody may put some"
+        ),
+        Some(OpenError::AlreadyExists { path }) => {
+            Failure::OutputExists { path: path.clone() }.to_string()
+        }
+        Some(OpenError::NoClobberUnsupported { path, .. }) => format!(
+            "the file system of {path:?} cannot put a file in place without replacing what may be there"
+        ),
+        Some(OpenError::NotPreserved { path, source }) => {
+            format!("{path:?} would lose its {}", source.attribute)
+        }
+        _ => String::new(),
+    };
+    if !text.is_empty() {
+        return Some(text);
+    }
+    match cause.downcast_ref() {
+        Some(SnapshotError::Id { dest, .. }) => {
+            return Some(format!(
+                "there are no random numbers for the id of {dest:?}"
+            ));
+        }
+        Some(SnapshotError::AmbiguousDiff { dest, .. }) => {
+            return Some(format!("the raw diff {dest:?} could not be read back"));
+        }
+        _ => {}
+    }
+    match cause.downcast_ref() {
+        Some(ImageError::UnclearDiff { path, .. }) => {
+            return Some(format!("cannot tell which pages the diff {path:?} holds"));
+        }
+        Some(ImageError::PageSizeDiffers { path, image, chain }) => {
+            return Some(format!(
+                "{path:?} has pages of {image} bytes, fewer than the {chain} of --page-size: give {image} or less, or leave it out"
+            ));
+        }
+        _ => {}
+    }
+    if let Some(Link::NoParent) = cause.downcast_ref() {
+        return Some("it names no parent".to_owned());
+    }
+    if let Some(FooterError::Version { version }) = cause.downcast_ref() {
+        return Some(format!(
+            "its footer is of version {version}, and this memsnap reads up to version 2: use a later one"
+        ));
+    }
+    if cause.is::<RecoverError>() || cause.is::<OpenError>() {
+        return Some(recovering(&cause.to_string()));
+    }
+    None
+}
+
+/// A message or reason of `atomic-file`, with the command for the function that it names.
+pub fn recovering(text: &str) -> String {
+    text.replace("call `recover`", "run `memsnap sweep --recover`")
+}
+
 /// What to do on the command line about an error whose message speaks to a program.
 pub fn advice(error: &anyhow::Error) -> Option<&'static str> {
     error.chain().find_map(|cause| {
@@ -259,6 +367,7 @@ pub fn advice(error: &anyhow::Error) -> Option<&'static str> {
         }
         if let Some(SnapshotError::Open(error)) = cause.downcast_ref() {
             return match error {
+                OpenError::DestinationChanged { .. } => Some(AFTER_ANOTHER_WRITER),
                 OpenError::NoClobberUnsupported { .. } => Some("add --force"),
                 OpenError::Recover { .. } => Some("see `memsnap sweep --recover`"),
                 OpenError::DanglingSymlink { .. } | OpenError::UntrustedSymlink { .. } => {
@@ -266,6 +375,11 @@ pub fn advice(error: &anyhow::Error) -> Option<&'static str> {
                 }
                 _ => None,
             };
+        }
+        if let Some(SnapshotError::Commit(CommitError::DestinationChanged { .. })) =
+            cause.downcast_ref()
+        {
+            return Some(AFTER_ANOTHER_WRITER);
         }
         match cause.downcast_ref()? {
             ImageError::Footer {
@@ -290,6 +404,8 @@ pub fn advice(error: &anyhow::Error) -> Option<&'static str> {
         }
     })
 }
+
+const AFTER_ANOTHER_WRITER: &str = "nothing was replaced; look at the file with `memsnap info`, and run this again if it still applies";
 
 fn code_of(cause: &(dyn std::error::Error + 'static)) -> Option<u8> {
     if let Some(failure) = cause.downcast_ref::<Failure>() {

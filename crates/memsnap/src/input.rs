@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use memory_image::{Chain, Image, ImageError, Unclear};
 
 use crate::args::{Format, Formats, ImageFile, RawImages};
-use crate::failure::Failure;
+use crate::failure::{self, Failure};
 use crate::session::Session;
 
 /// The page of raw images, unless told: the smallest that hosts have.
@@ -43,7 +43,7 @@ pub fn raw_diffs(session: &Session, files: &[ImageFile], raw: &RawImages) -> any
     put_together(session, open(files, Format::Raw)?, raw, true)
 }
 
-fn open(files: &[ImageFile], format: Format) -> Result<Vec<Image>, ImageError> {
+fn open(files: &[ImageFile], format: Format) -> anyhow::Result<Vec<Image>> {
     files.iter().map(|file| file.open(format)).collect()
 }
 
@@ -59,9 +59,9 @@ pub fn put_together(
     let page_size = raw.page_size.unwrap_or(smallest);
     let warn = |path: &Path, unclear: Option<Unclear>| {
         if let Some(why) = unclear {
-            let why = anyhow::Error::from(why);
+            let why = failure::text(&why.into());
             session.warn(&format!(
-                "{path:?}: its clean and zero pages may be taken for each other: {why:#}"
+                "{path:?}: its clean and zero pages may be taken for each other: {why}"
             ));
         }
     };

@@ -14,6 +14,7 @@ mod print;
 #[cfg(target_os = "linux")]
 mod process;
 mod ram;
+mod ram_lock;
 mod room;
 mod save;
 mod session;
@@ -50,10 +51,7 @@ fn main() -> ExitCode {
         Ok(Verdict::Good) => ExitCode::SUCCESS,
         Ok(Verdict::Bad) => failure::NEGATIVE.into(),
         Err(error) => {
-            print::complain(&format!("error: {error:#}"));
-            if let Some(advice) = failure::advice(&error) {
-                print::complain(&format!("with memsnap: {advice}"));
-            }
+            failure::complain(&error);
             failure::exit_code(&error).into()
         }
     }

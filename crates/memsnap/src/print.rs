@@ -1,25 +1,75 @@
 //! Text on stdout and stderr.
 
+use std::fmt::Write as _;
 use std::io::{self, Write};
 #[cfg(target_os = "linux")]
 use std::mem;
+use std::ops::Deref;
+use std::os::fd::AsFd;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
 use anyhow::Context;
 use indicatif::BinaryBytes;
-use serde::Serialize;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use serde::ser::{Serialize, SerializeStruct, Serializer};
 
 /// A line on stdout. A reader that has seen enough (`| head`) is no failure: what was to be found out still is the exit code.
 pub fn line(text: &str) -> anyhow::Result<()> {
+    try_line(text).context("cannot write to stdout")
+}
+
+/// The same, as the system says it.
+pub fn try_line(text: &str) -> io::Result<()> {
     let mut out = io::stdout().lock();
     match writeln!(out, "{text}").and_then(|()| out.flush()) {
         Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
-        written => written.context("cannot write to stdout"),
+        written => written,
     }
 }
 
 pub fn json(value: &impl Serialize) -> anyhow::Result<()> {
-    line(&serde_json::to_string_pretty(value)?)
+    line(&json_text(value)?)
+}
+
+pub fn json_text(value: &impl Serialize) -> anyhow::Result<String> {
+    serde_json::to_string_pretty(value).context("cannot make JSON of what was found")
+}
+
+/// A path in JSON: a string or, where it is not UTF-8, an object: `text`, in which U+FFFD stands for what
+/// is not, and `bytes_hex`, all of its bytes.
+#[derive(Clone, Debug)]
+pub struct JsonPath(PathBuf);
+
+impl From<PathBuf> for JsonPath {
+    fn from(path: PathBuf) -> Self {
+        Self(path)
+    }
+}
+
+impl Deref for JsonPath {
+    type Target = Path;
+
+    fn deref(&self) -> &Path {
+        &self.0
+    }
+}
+
+impl Serialize for JsonPath {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        if let Some(text) = self.0.to_str() {
+            return serializer.serialize_str(text);
+        }
+        let mut hex = String::new();
+        for byte in self.0.as_os_str().as_bytes() {
+            let _ = write!(hex, "{byte:02x}");
+        }
+        let mut object = serializer.serialize_struct("path", 2)?;
+        object.serialize_field("text", &self.0.to_string_lossy())?;
+        object.serialize_field("bytes_hex", &hex)?;
+        object.end()
+    }
 }
 
 /// The lines that are kept while there is a [`Kept`].
@@ -32,6 +82,17 @@ pub fn complain(text: &str) {
         return;
     }
     let _ = writeln!(io::stderr(), "{text}");
+}
+
+/// A line on stderr, if that takes it within a second: for a thread that must not block.
+pub fn complain_at_once(text: &str) {
+    const PATIENCE: u16 = 1000;
+    let stderr = io::stderr();
+    let mut ready = [PollFd::new(stderr.as_fd(), PollFlags::POLLOUT)];
+    if poll(&mut ready, PollTimeout::from(PATIENCE)).is_ok_and(|ready| ready > 0) {
+        // Past the lock of stderr, which a thread may hold that waits for the terminal.
+        let _ = nix::unistd::write(stderr.as_fd(), format!("{text}\n").as_bytes());
+    }
 }
 
 /// Keeps the lines for stderr until this is dropped: writing may block for as long as the terminal

@@ -1,11 +1,13 @@
 //! RAM in the memory of another process.
 
+use std::fs::{self, File};
 use std::ops::Range;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::Path;
 use std::time::Duration;
 
 use anyhow::Context;
+use nix::fcntl::OFlag;
 use nix::sys::stat::makedev;
 use page_reader::{
     PageReader, ProcessMaps, ProcessMemory, ProcessMemoryError, ProcessRegion, StoppedProcess,
@@ -71,6 +73,8 @@ pub struct ProcessRam {
     live: bool,
     regions: Vec<Range<u64>>,
     memory: ProcessMemory,
+    /// The files that show the RAM, as far as they can be opened: none is restored to meanwhile.
+    files: Vec<File>,
     /// Goes on when this is dropped.
     stopped: Option<StoppedProcess>,
     /// Dropped after it.
@@ -89,17 +93,19 @@ impl ProcessRam {
             return Err(Failure::NoRegion { pid, proposed }.into());
         }
         let regions = find_all(named, &maps)?;
-        let ram = Self {
+        let mut ram = Self {
             pid,
             memory: open(pid, &regions)?,
             named: named.to_vec(),
             live,
             regions,
+            files: Vec::new(),
             stopped: None,
             not_suspended: None,
             kept: None,
         };
         ram.check_mapped(&maps)?;
+        ram.keep_from_restore(&maps)?;
         let unexamined = ram.check_filled(&maps)?;
         ram::warn_of_unexamined(&format!("the RAM of process {pid}"), &unexamined);
         Ok(ram)
@@ -110,7 +116,9 @@ impl ProcessRam {
         if !self.live {
             let cancelled = || session.is_cancelled();
             self.kept = Some(Kept::from_now_on());
-            self.not_suspended = Some(NotSuspended::from_now_on()?);
+            let not_suspended = NotSuspended::from_now_on();
+            let hold = || "cannot hold back the signals that suspend memsnap";
+            self.not_suspended = Some(not_suspended.with_context(hold)?);
             self.stopped = Some(StoppedProcess::stop_unless(self.pid, PATIENCE, &cancelled)?);
         }
         // Its id stays its own from here on; it may have been another's before.
@@ -127,14 +135,10 @@ impl ProcessRam {
         let (Ok(file), Ok(maps)) = (path.metadata(), ProcessMaps::of(self.pid)) else {
             return false;
         };
-        let is_it = |region: &ProcessRegion| {
-            let (major, minor) = region.device;
-            let device = makedev(major.into(), minor.into());
-            region.inode != 0 && (device, region.inode) == (file.dev(), file.ino())
-        };
+        let shows = |region: &ProcessRegion| is_file_of(region, &file);
         self.regions
             .iter()
-            .any(|range| regions_in(&maps, range).any(is_it))
+            .any(|range| regions_in(&maps, range).any(shows))
     }
 
     pub fn size(&self) -> u64 {
@@ -153,6 +157,19 @@ impl ProcessRam {
         self.check_mapped(&maps)?;
         // Filling may have begun after the process was opened.
         self.check_filled(&maps).map(drop)
+    }
+
+    /// Refuses RAM that is being restored by way of its file.
+    fn keep_from_restore(&mut self, maps: &ProcessMaps) -> anyhow::Result<()> {
+        for range in &self.regions {
+            for region in regions_in(maps, range) {
+                if let Some(file) = file_behind(self.pid, region) {
+                    ram::check_not_restored(&file, &format!("the RAM of process {}", self.pid))?;
+                    self.files.push(file);
+                }
+            }
+        }
+        Ok(())
     }
 
     fn check_mapped(&self, maps: &ProcessMaps) -> anyhow::Result<()> {
@@ -184,6 +201,39 @@ impl ProcessRam {
         unexamined.dedup();
         Ok(unexamined)
     }
+}
+
+fn is_file_of(region: &ProcessRegion, file: &fs::Metadata) -> bool {
+    let (major, minor) = region.device;
+    let device = makedev(major.into(), minor.into());
+    region.inode != 0 && (device, region.inode) == (file.dev(), file.ino())
+}
+
+/// Opens the file that a mapping shows: by way of the mapping, which takes a privilege, or of a descriptor that the
+/// process still has of it.
+fn file_behind(pid: u32, region: &ProcessRegion) -> Option<File> {
+    if region.inode == 0 {
+        return None;
+    }
+    let open = |path: &Path| {
+        // O_NONBLOCK: opening a FIFO must not wait for its writer.
+        let flags = (OFlag::O_NONBLOCK | OFlag::O_NOCTTY).bits();
+        let file = File::options().read(true).custom_flags(flags).open(path);
+        let file = file.ok()?;
+        let metadata = file.metadata().ok()?;
+        (metadata.is_file() && is_file_of(region, &metadata)).then_some(file)
+    };
+    let Range { start, end } = region.addresses;
+    let mapping = format!("/proc/{pid}/map_files/{start:x}-{end:x}");
+    open(Path::new(&mapping)).or_else(|| {
+        let descriptors = fs::read_dir(format!("/proc/{pid}/fd")).ok()?;
+        let mut paths = descriptors.flatten().map(|descriptor| descriptor.path());
+        paths.find_map(|path| {
+            let metadata = fs::metadata(&path).ok()?;
+            let same = metadata.is_file() && is_file_of(region, &metadata);
+            same.then(|| open(&path))?
+        })
+    })
 }
 
 fn find_all(named: &[Region], maps: &ProcessMaps) -> anyhow::Result<Vec<Range<u64>>> {

@@ -18,6 +18,7 @@ use crate::failure::Failure;
 use crate::print;
 #[cfg(target_os = "linux")]
 use crate::process::ProcessRam;
+use crate::ram_lock::{self, Holder, Mode};
 use crate::session::Session;
 
 /// A guest's RAM.
@@ -109,7 +110,8 @@ impl RamFile {
             .custom_flags(OFlag::O_NONBLOCK.bits())
             .open(path)
             .with_context(|| format!("cannot open the RAM {path:?}"))?;
-        let metadata = file.metadata()?;
+        let metadata = file.metadata();
+        let metadata = metadata.with_context(|| format!("cannot look at the RAM {path:?}"))?;
         let path = path.to_owned();
         if !metadata.is_file() {
             return Err(Failure::NotRam { path }.into());
@@ -121,13 +123,16 @@ impl RamFile {
         if !size.is_multiple_of(RAW_UNIT) {
             return Err(Failure::RamIsImage { path, size }.into());
         }
+        check_not_restored(&file, &format!("{path:?}"))?;
         let ram = Self { path, file, size };
         ram.check_filled(true)?;
         Ok(ram)
     }
 
     fn check(&self) -> anyhow::Result<()> {
-        let now = self.file.metadata()?.len();
+        let now = self.file.metadata();
+        let now = now.with_context(|| format!("cannot look at the RAM {:?}", self.path))?;
+        let now = now.len();
         if now != self.size {
             return Err(Failure::RamResized {
                 path: self.path.clone(),
@@ -155,6 +160,18 @@ impl RamFile {
     #[cfg(not(target_os = "linux"))]
     fn check_filled(&self, _warn: bool) -> anyhow::Result<()> {
         Ok(())
+    }
+}
+
+/// Refuses RAM that a `memsnap restore` is writing to. None begins while `file` is open.
+pub fn check_not_restored(file: &File, ram: &str) -> anyhow::Result<()> {
+    let locked = ram_lock::lock(file, Mode::Shared);
+    match locked.with_context(|| format!("cannot lock {ram}"))? {
+        Holder::Restore => Err(Failure::RamBeingRestored {
+            ram: ram.to_owned(),
+        }
+        .into()),
+        Holder::Us | Holder::Reader | Holder::Unknown => Ok(()),
     }
 }
 

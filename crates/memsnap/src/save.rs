@@ -97,10 +97,10 @@ pub fn dir_of(path: &Path) -> &Path {
     }
 }
 
-/// Writes all that `chain` holds.
+/// Writes all that `chain` holds, and sees that it did not change meanwhile.
 pub fn write_chain(writer: &mut MemoryWriter, chain: &Chain) -> anyhow::Result<()> {
     match chain.write_to(writer) {
-        Ok(_) => Ok(()),
+        Ok(_) => Ok(chain.check_unchanged()?),
         Err(ImageError::Merge(why)) => Err(why.into()),
         Err(other) => Err(other.into()),
     }
@@ -112,26 +112,29 @@ pub fn commit(session: &Session, writer: MemoryWriter) -> anyhow::Result<()> {
     let path = writer.dest_path().to_owned();
     let raw = writer.image_id().is_none();
     writer.commit()?;
-    describe(session, &path, raw)
+    report(session, &path, raw)
 }
 
 /// Puts a sealed or packed image in place that was written otherwise, unless a signal came before,
-/// and says what it is.
+/// and reports what it is.
 pub fn commit_staged(session: &Session, staged: AtomicWriter) -> anyhow::Result<()> {
     session.check("nothing was written")?;
     let path = staged.dest_path().to_owned();
     staged.commit().map_err(SnapshotError::from)?;
-    describe(session, &path, false)
+    report(session, &path, false)
 }
 
-fn describe(session: &Session, path: &Path, raw: bool) -> anyhow::Result<()> {
-    let summary = || {
-        let image = match raw {
-            true => Image::open_raw(path)?,
-            false => Image::open(path)?,
-        };
-        let summary = Info::of(&image)?.summary();
-        session.say(&format!("{}: {summary}", path.display()))
+fn report(session: &Session, path: &Path, raw: bool) -> anyhow::Result<()> {
+    let text = describe(path, raw)
+        .with_context(|| format!("{path:?} is in place, but can't be described"))?;
+    Ok(session.report(&text)?)
+}
+
+fn describe(path: &Path, raw: bool) -> anyhow::Result<String> {
+    let image = match raw {
+        true => Image::open_raw(path)?,
+        false => Image::open(path)?,
     };
-    summary().with_context(|| format!("{path:?} is in place, but can't be described"))
+    let info = Info::of(&image)?;
+    Ok(format!("{}: {}", path.display(), info.summary()))
 }

@@ -2,12 +2,13 @@
 
 use std::io::{self, PipeReader};
 use std::ops::ControlFlow;
+use std::path::Path;
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressFinish, ProgressStyle};
 use memory_writer::{MemoryWriter, Options};
 
 use crate::failure::Failure;
-use crate::interrupt::Interrupt;
+use crate::interrupt::{Interrupt, Overwriting};
 use crate::print;
 
 #[derive(Clone, Debug)]
@@ -67,6 +68,12 @@ impl Session {
         self.interrupt.hold();
     }
 
+    /// From now on, and until what is returned is dropped, the RAM at `path` holds a part of what it is to
+    /// hold: signals that come meanwhile don't end the process before they have said so.
+    pub fn overwrite(&self, path: &Path) -> Overwriting {
+        self.interrupt.overwrite(path)
+    }
+
     /// What progress functions return.
     pub fn flow(&self) -> ControlFlow<()> {
         match self.is_cancelled() {
@@ -104,11 +111,27 @@ impl Session {
         print::complain(&format!("warning: {text}"));
     }
 
-    /// What was done: to stdout, unless quiet.
+    /// What goes on: to stdout, unless quiet.
     pub fn say(&self, text: &str) -> anyhow::Result<()> {
         match self.quiet {
             true => Ok(()),
             false => print::line(text),
         }
+    }
+
+    /// What was done: to stdout, unless quiet. A failure says that it was done, and what.
+    pub fn report(&self, text: &str) -> Result<(), Failure> {
+        match self.quiet {
+            true => Ok(()),
+            false => Self::report_as_asked(text),
+        }
+    }
+
+    /// The same where it was asked for.
+    pub fn report_as_asked(text: &str) -> Result<(), Failure> {
+        print::try_line(text).map_err(|source| Failure::NotReported {
+            report: text.to_owned(),
+            source,
+        })
     }
 }

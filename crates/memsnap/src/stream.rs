@@ -47,9 +47,13 @@ impl<'s> Incoming<'s> {
     /// Waits for the first page, and refuses anything but the beginning of an image.
     pub fn begin(session: &'s Session) -> anyhow::Result<Self> {
         let stdin = Stdin::new(session)?;
-        let mut stream = Decoder::new(stdin)?;
-        // Memory for what is referred back to: as much as every decoder should take, no more.
-        stream.window_log_max(WINDOW_LOG)?;
+        let decoder = || -> io::Result<_> {
+            let mut stream = Decoder::new(stdin)?;
+            // Memory for what is referred back to: as much as every decoder should take, no more.
+            stream.window_log_max(WINDOW_LOG)?;
+            Ok(stream)
+        };
+        let mut stream = decoder().context("cannot begin to decompress stdin")?;
         let mut start = [0; HEADER_PAGE];
         let received = read(session, &mut stream, &mut start)?;
         let header = Header::read(&start).filter(|_| received == HEADER_PAGE);
@@ -113,7 +117,8 @@ fn read(session: &Session, stream: &mut impl Read, buffer: &mut [u8]) -> anyhow:
                 if error.raw_os_error().is_some() {
                     return Err(error).context("cannot read stdin");
                 }
-                return Err(Failure::StreamBroken { source: error }.into());
+                // The library's words are about its format.
+                return Err(Failure::StreamBroken.into());
             }
         }
     }
@@ -251,29 +256,73 @@ fn is_file_of(stream: BorrowedFd<'_>, path: &Path) -> bool {
     file.is_file() && stream == (file.dev(), file.ino())
 }
 
-/// Compresses `image`, a packed one, to stdout.
-pub fn to_stdout(session: &Session, mut image: File) -> anyhow::Result<()> {
-    let len = image.metadata()?.len();
+/// Compresses `image`, a packed one that is called `path`, to stdout.
+pub fn to_stdout(session: &Session, mut image: File, path: &Path) -> anyhow::Result<()> {
+    let mut begin = || -> io::Result<u64> {
+        image.rewind()?;
+        Ok(image.metadata()?.len())
+    };
+    let len = begin().with_context(|| format!("cannot read {path:?}"))?;
     let bar = session.bar("sending");
     bar.set_length(len);
-    image.rewind()?;
-    let mut send = || {
+    let send = || -> anyhow::Result<()> {
         let mut stream = Encoder::new(io::stdout().lock(), LEVEL)?;
         stream.include_checksum(true)?;
         stream.set_pledged_src_size(Some(len))?;
         let threads = thread::available_parallelism().map_or(1, NonZeroUsize::get);
         stream.multithread(threads as u32)?;
-        let mut buffer = SecretBuffer::new();
-        let piece = buffer.sized(PIECE);
-        loop {
-            match image.read(piece)? {
-                0 => return stream.finish()?.flush(),
-                len => {
-                    stream.write_all(&piece[..len])?;
-                    bar.inc(len as u64);
-                }
-            }
-        }
+        copy(image, len, &mut stream, path, |piece| bar.inc(piece))?;
+        Ok(stream.finish()?.flush()?)
     };
     send().context("the stream was not sent whole")
+}
+
+/// Copies all of the `len` bytes that the image at `path` has.
+fn copy(
+    mut image: impl Read,
+    len: u64,
+    to: &mut impl Write,
+    path: &Path,
+    progress: impl Fn(u64),
+) -> anyhow::Result<()> {
+    let mut buffer = SecretBuffer::new();
+    let piece = buffer.sized(PIECE);
+    let mut sent = 0;
+    loop {
+        let read = image.read(piece);
+        let read = read.with_context(|| format!("cannot read {path:?}"))?;
+        sent += read as u64;
+        if (read == 0 && sent < len) || sent > len {
+            let path = path.to_owned();
+            return Err(Failure::SentResized { path }.into());
+        }
+        if read == 0 {
+            return Ok(());
+        }
+        to.write_all(&piece[..read])?;
+        progress(read as u64);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use rstest::rstest;
+
+    use super::*;
+
+    #[rstest]
+    #[case::as_it_was(100, true)]
+    #[case::cut(99, false)]
+    #[case::grown(101, false)]
+    fn an_image_that_changes_its_size_is_not_sent_as_whole(#[case] now: usize, #[case] sent: bool) {
+        let (image, mut to) = (vec![7; now], Vec::new());
+        let copied = copy(&image[..], 100, &mut to, Path::new("it"), |_| ());
+        let resized = |error: &anyhow::Error| {
+            matches!(error.downcast_ref(), Some(Failure::SentResized { .. }))
+        };
+        match copied {
+            Ok(()) => assert!(sent && to == image),
+            Err(error) => assert!(!sent && resized(&error), "{error:?}"),
+        }
+    }
 }

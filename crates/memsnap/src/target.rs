@@ -7,11 +7,12 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Context;
 use nix::errno::Errno;
-use nix::fcntl::{AtFlags, Flock, FlockArg, OFlag, open, openat, readlinkat};
+use nix::fcntl::{AtFlags, OFlag, open, openat, readlinkat};
 use nix::sys::stat::{FileStat, Mode, SFlag, fstat, fstatat};
 use nix::unistd::geteuid;
 
 use crate::failure::Failure;
+use crate::ram_lock::{self, Holder, Mode as LockMode};
 use crate::save;
 
 /// How many links are followed, as by Linux.
@@ -20,13 +21,13 @@ const LINKS: usize = 40;
 const OPEN_TO_ALL: Mode = Mode::S_IWOTH;
 const STICKY: Mode = Mode::S_ISVTX;
 
-/// Opens the file at `path` for RAM to be written, and locks it until it is closed.
+/// Opens the file at `path` for RAM to be written, and [locks](ram_lock) it until it is closed.
 ///
 /// A link in a directory open to all is followed only where `atomic-file` does: the directory is
 /// sticky, and the link is this user's or the directory owner's. Unless `force`, the file is this
 /// user's, and only this user's to access where its directory is open to all. A file named by its
 /// descriptor in /proc is whoever's the process is: nobody can put another one there.
-pub fn open_and_lock(path: &Path, force: bool) -> anyhow::Result<Flock<File>> {
+pub fn open_and_lock(path: &Path, force: bool) -> anyhow::Result<File> {
     let opening = || format!("cannot open {path:?} to restore to");
     let mut at = path.to_owned();
     for _ in 0..LINKS {
@@ -58,13 +59,12 @@ pub fn open_and_lock(path: &Path, force: bool) -> anyhow::Result<Flock<File>> {
             let (path, owner) = (path.to_owned(), stat.st_uid);
             return Err(Failure::TargetNotPrivate { path, owner }.into());
         }
-        return match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
-            Ok(file) => Ok(file),
-            Err((_, Errno::EWOULDBLOCK)) => {
-                let path = path.to_owned();
-                Err(Failure::TargetBusy { path }.into())
-            }
-            Err((_, errno)) => Err(errno).with_context(|| format!("cannot lock {path:?}")),
+        let locked = ram_lock::lock(&file, LockMode::Exclusive);
+        let path = path.to_owned();
+        return match locked.with_context(|| format!("cannot lock {path:?}"))? {
+            Holder::Us | Holder::Unknown => Ok(file),
+            Holder::Restore => Err(Failure::TargetBusy { path }.into()),
+            Holder::Reader => Err(Failure::TargetRead { path }.into()),
         };
     }
     Err(Errno::ELOOP).with_context(opening)

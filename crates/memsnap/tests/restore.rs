@@ -12,6 +12,9 @@ use std::process::Command;
 
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
+use nix::sys::signal::Signal;
+use rstest::rstest;
+use support::held::Held;
 use support::{Ended, PAGE, RAM, Work};
 use test_machine::{HugeFs, Need, TinyTmpfs};
 
@@ -292,6 +295,216 @@ fn ram_written_by_another_during_a_restore_is_kept() {
     assert_eq!(status.code(), Some(2), "{error}");
     assert!(error.contains("not empty"), "{error}");
     assert!(bytes(&guest) == before);
+}
+
+/// The last look: whoever opens the path from now on gets another file.
+#[test]
+fn ram_that_is_replaced_during_a_restore_is_an_error() {
+    if !Need::Strace.met("ram_that_is_replaced_during_a_restore_is_an_error") {
+        return;
+    }
+    let work = Work::with_chain();
+    let guest = work.create("guest", RAM);
+    let command = work.command("restore full.mem -o guest");
+    // All is written, and about to be brought to the disk.
+    let held = Held::before(&command, &("fsync".to_owned(), 1)).expect("held");
+    assert!(bytes(&guest) == work.read("first"));
+    let other = work.create("other", RAM);
+    other.write_all_at(&[7; 10], 0).unwrap();
+    let before = bytes(&other);
+    std::fs::rename(work.path("other"), work.path("guest")).unwrap();
+    let (status, error) = held.release();
+    assert_eq!(status.code(), Some(3), "{error}");
+    for words in ["guest", "was replaced or resized", "was emptied"] {
+        assert!(error.contains(words), "{error}");
+    }
+    assert!(bytes(&guest).iter().all(|byte| *byte == 0));
+    assert!(work.read("guest") == before);
+}
+
+/// The call that empties the RAM, first before anything is written.
+const EMPTYING: &str = "fallocate";
+
+/// A restore that is held when it has written a part of the RAM.
+fn half_restored(work: &Work) -> Held {
+    let command = work.command("restore full.mem -o guest");
+    // The first two writes are to see whether there can be any.
+    Held::before(&command, &("pwrite64".to_owned(), 4)).expect("held")
+}
+
+#[rstest]
+#[case::full("full guest -o out")]
+#[case::diff("diff full.mem --ram guest -o out")]
+#[case::compared("diff full.mem --ram guest")]
+#[case::raw_image("convert raw:guest -o out")]
+#[case::raw_base("merge raw:guest -o out")]
+fn ram_that_is_being_restored_is_not_read(#[case] command: &str) {
+    if !Need::Strace.met("ram_that_is_being_restored_is_not_read") {
+        return;
+    }
+    let work = Work::with_chain();
+    let guest = work.create("guest", RAM);
+    let held = half_restored(&work);
+    assert!(bytes(&guest) != work.read("first"));
+    work.fails(command, 3, &["memsnap restore", "guest", "wait"]);
+    assert_eq!(held.release().0.code(), Some(0));
+    let code = work.run(command).code;
+    assert!(matches!(code, Some(0 | 1)), "{code:?}");
+}
+
+/// By way of a mapping of a process: this one.
+#[test]
+fn a_process_whose_ram_is_being_restored_is_not_read() {
+    if !Need::Strace.met("a_process_whose_ram_is_being_restored_is_not_read") {
+        return;
+    }
+    let work = Work::with_chain();
+    let guest = work.create("guest", RAM);
+    let mut monitor = Command::new("python3");
+    let script = "import mmap, sys\n\
+        file = open('guest', 'r+b'); ram = mmap.mmap(file.fileno(), 0)\n\
+        print('mapped', flush=True); sys.stdin.read()";
+    monitor
+        .args(["-c", script])
+        .current_dir(work.path(""))
+        .stdin(std::process::Stdio::piped())
+        .stdout(std::process::Stdio::piped());
+    let Ok(mut monitor) = monitor.spawn() else {
+        return test_machine::not_run(
+            "a_process_whose_ram_is_being_restored_is_not_read",
+            "there is no python3",
+        );
+    };
+    let mut mapped = [0; 6];
+    std::io::Read::read_exact(monitor.stdout.as_mut().unwrap(), &mut mapped).unwrap();
+    let held = half_restored(&work);
+    let full = format!(
+        "full --pid {} --live --region {} -o out",
+        monitor.id(),
+        work.path("guest").display()
+    );
+    work.fails(&full, 3, &["memsnap restore", "wait"]);
+    assert_eq!(held.release().0.code(), Some(0));
+    assert!(bytes(&guest) == work.read("first"));
+    work.good(&full);
+    drop(monitor.stdin.take());
+    monitor.wait().unwrap();
+}
+
+#[test]
+fn ram_that_is_read_is_not_restored_to() {
+    if !Need::Strace.met("ram_that_is_read_is_not_restored_to") {
+        return;
+    }
+    let work = Work::with_chain();
+    work.copy("ram", "guest");
+    let command = work.command("full guest -o out");
+    let held = Held::before(&command, &("pwrite64".to_owned(), 1)).expect("held");
+    let restore = "restore full.mem -o guest --force";
+    work.fails(restore, 3, &["reads the RAM", "nothing was written"]);
+    work.assert_same("guest", "ram");
+    // Readers don't mind each other.
+    work.good("full guest -o again");
+    assert_eq!(held.release().0.code(), Some(0));
+    work.good("diff out --ram guest");
+    work.good(restore);
+}
+
+/// A VMM may lock its RAM as it likes.
+#[rstest]
+#[case::flock(false)]
+#[case::all_of_it_by_fcntl(true)]
+fn ram_that_its_vmm_has_locked_is_read_and_restored(#[case] by_fcntl: bool) {
+    let work = Work::with_chain();
+    work.copy("ram", "guest");
+    let guest = File::options()
+        .read(true)
+        .write(true)
+        .open(work.path("guest"))
+        .unwrap();
+    if by_fcntl {
+        let all = nix::libc::flock {
+            l_type: nix::libc::F_WRLCK as nix::libc::c_short,
+            l_whence: nix::libc::SEEK_SET as nix::libc::c_short,
+            l_start: 0,
+            l_len: 0,
+            l_pid: 0,
+        };
+        fcntl(&guest, FcntlArg::F_OFD_SETLK(&all)).unwrap();
+    } else {
+        guest.try_lock().unwrap();
+    }
+    work.good("full guest -o out");
+    work.good("diff full.mem --ram guest -o d.mem");
+    work.good("restore full.mem -o guest --force");
+    assert!(bytes(&guest) == work.read("first"));
+}
+
+/// People press Ctrl-C twice.
+#[test]
+fn a_second_signal_does_not_leave_a_part_of_the_ram() {
+    if !Need::Strace.met("a_second_signal_does_not_leave_a_part_of_the_ram") {
+        return;
+    }
+    let work = Work::with_chain();
+    let guest = work.create("guest", RAM);
+    for call in [("pwrite64", 4), (EMPTYING, 1)] {
+        guest.write_all_at(&[7; 10], 0).unwrap();
+        let command = work.command("restore full.mem -o guest --force");
+        let call = (call.0.to_owned(), call.1);
+        let mut held = Held::before(&command, &call).expect("held");
+        assert!(!held.signal(Signal::SIGINT), "it empties the RAM");
+        assert!(!held.signal(Signal::SIGINT), "it goes on with that");
+        let (status, error) = held.release();
+        assert_eq!(status.code(), Some(130), "{error}");
+        for words in ["guest", "part of the RAM", "one more signal", "emptied"] {
+            assert!(error.contains(words), "{error}");
+        }
+        assert!(bytes(&guest).iter().all(|byte| *byte == 0));
+    }
+}
+
+#[test]
+fn a_third_signal_says_that_a_part_of_the_ram_is_left() {
+    if !Need::Strace.met("a_third_signal_says_that_a_part_of_the_ram_is_left") {
+        return;
+    }
+    let work = Work::with_chain();
+    let guest = work.create("guest", RAM);
+    let mut held = half_restored(&work);
+    assert!(!held.signal(Signal::SIGINT));
+    assert!(!held.signal(Signal::SIGTERM));
+    assert!(held.signal(Signal::SIGTERM), "the third ends it");
+    let (status, error) = held.release();
+    assert_eq!(status.code(), Some(3), "{error}");
+    for words in ["error: ", "guest", "part of the RAM", "start no guest"] {
+        assert!(error.contains(words), "{error}");
+    }
+    assert!(bytes(&guest).iter().any(|byte| *byte != 0));
+}
+
+/// Signals that would end a process without a word.
+#[rstest]
+fn other_deadly_signals_leave_no_part_of_the_ram(
+    #[values(
+        Signal::SIGUSR1,
+        Signal::SIGUSR2,
+        Signal::SIGXCPU,
+        Signal::SIGVTALRM,
+        Signal::SIGPROF
+    )]
+    signal: Signal,
+) {
+    if !Need::Strace.met("other_deadly_signals_leave_no_part_of_the_ram") {
+        return;
+    }
+    let work = Work::with_chain();
+    let guest = work.create("guest", RAM);
+    let mut held = half_restored(&work);
+    assert!(!held.signal(signal), "it empties the RAM");
+    let (status, error) = held.release();
+    assert_eq!(status.code(), Some(128 + signal as i32), "{error}");
+    assert!(bytes(&guest).iter().all(|byte| *byte == 0));
 }
 
 /// As large as the RAM.

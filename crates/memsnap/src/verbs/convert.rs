@@ -1,6 +1,5 @@
 //! `memsnap convert`: the same image in another layout, or on its way to elsewhere.
 
-use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use anyhow::Context;
@@ -84,7 +83,11 @@ impl Convert {
         let as_it_is = packed && chain.images().filter_map(Image::footer).all(is_current);
         if as_it_is && self.keeps_pages() {
             check()?;
-            stream::to_stdout(session, File::open(&self.input.path)?)?;
+            // Not by its path, which may lead to another file by now.
+            let image = chain.images().next().context("there is no image")?;
+            let file = image.version()?.file().try_clone();
+            let file = file.with_context(|| format!("cannot send {:?}", self.input.path))?;
+            stream::to_stdout(session, file, &self.input.path)?;
             return Ok(Verdict::Good);
         }
         self.pack_and_send(session, &chain, extras, check)
@@ -124,7 +127,7 @@ impl Convert {
                 Ok(Verdict::Good)
             }
             None if as_it_is => {
-                stream::to_stdout(session, file)?;
+                stream::to_stdout(session, file, &self.input.path)?;
                 Ok(Verdict::Good)
             }
             Some(_) => {
@@ -243,6 +246,11 @@ impl Convert {
     ) -> anyhow::Result<Verdict> {
         let (size, page_size) = (chain.size(), self.page_size_of(chain));
         let layout = self.layout.unwrap_or_else(|| layout_of_first(chain));
+        let says_more = !self.extras.is_empty() || self.parent.is_some();
+        if layout == Layout::Raw && says_more {
+            let path = self.output.path.clone();
+            return Err(Failure::RawHasNoSeal { path }.into());
+        }
         let options = self.options(session, chain, layout, extras)?;
         let mut writer = match staged {
             Some(staged) => options.open_on(staged, size, page_size)?,
@@ -304,18 +312,23 @@ impl Convert {
         // A fixed name could be taken by another user.
         let dir = tempfile::Builder::new()
             .prefix("memsnap-stream-")
-            .tempdir_in(std::env::temp_dir())?;
+            .tempdir_in(std::env::temp_dir())
+            .context("cannot make a directory to pack the stream in")?;
         let dest = dir.path().join("image");
         let mut writer = options.open(dest, chain.size(), self.page_size_of(chain))?;
         save::check_room(&writer, chain)?;
         check()?;
         save::write_chain(&mut writer, chain)?;
         let stage = writer.finish()?;
-        let file = stage.file().try_clone()?;
+        let file = stage
+            .file()
+            .try_clone()
+            .context("cannot send the packed image")?;
         stage.discard()?;
-        dir.close()?;
+        dir.close()
+            .context("cannot remove the directory that the stream was packed in")?;
         session.release()?;
-        stream::to_stdout(session, file)?;
+        stream::to_stdout(session, file, &self.input.path)?;
         Ok(Verdict::Good)
     }
 }

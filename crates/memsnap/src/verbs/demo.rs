@@ -41,7 +41,8 @@ impl Demo {
                 temporary.path()
             }
         };
-        std::env::set_current_dir(dir)?;
+        let entered = std::env::set_current_dir(dir);
+        entered.with_context(|| format!("cannot work in the directory {dir:?}"))?;
         Show { session }.run()?;
         Ok(Verdict::Good)
     }
@@ -102,7 +103,10 @@ impl Show<'_> {
         self.session.say(&format!("\n$ memsnap {command}"))?;
         let words = ["memsnap"].into_iter().chain(command.split(' '));
         let found = Cli::try_parse_from(words)?.verb.run(self.session)?;
-        ensure!(found == expected, "{command}: {found:?}, not {expected:?}");
+        ensure!(
+            found == expected,
+            "`memsnap {command}` came out otherwise than it should: report this as a bug"
+        );
         Ok(())
     }
 }

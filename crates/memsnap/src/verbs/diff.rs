@@ -109,11 +109,12 @@ impl Diff {
         let changed = self.changed(session, &old, &new)?;
         match writer {
             None => {
+                old.check_unchanged()?;
                 new.check()?;
                 drop(new);
                 self.tell(&changed)
             }
-            Some(writer) => self.save(session, writer, new, &changed),
+            Some(writer) => self.save(session, writer, &old, new, &changed),
         }
     }
 
@@ -216,6 +217,7 @@ impl Diff {
         &self,
         session: &Session,
         mut writer: MemoryWriter,
+        old: &Chain,
         new: New,
         changed: &DirtyBitmap,
     ) -> anyhow::Result<Verdict> {
@@ -224,6 +226,7 @@ impl Diff {
         let written = writer.write_diff(&Touched::new(&reader, new.size()), changed);
         drop(reader);
         written.map_err(|error| new.explain(error))?;
+        old.check_unchanged()?;
         new.check()?;
         // A process that was stopped goes on.
         drop(new);
@@ -290,7 +293,7 @@ impl New {
     fn check(&self) -> anyhow::Result<()> {
         match self {
             Self::Ram(ram) => ram.check(),
-            Self::Images(_) => Ok(()),
+            Self::Images(chain) => Ok(chain.check_unchanged()?),
         }
     }
 

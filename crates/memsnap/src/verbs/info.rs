@@ -1,7 +1,7 @@
 //! `memsnap info`: what files are.
 
 use std::fs::File;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use anyhow::Context;
 use clap::Args;
@@ -10,9 +10,9 @@ use memory_image::Image;
 use serde::Serialize;
 use sparse_file::{PageHoles, PagesUnknown, allocated_bytes, extents, file_system_name};
 
-use crate::Verdict;
 use crate::args::{Formats, ImageFile, Layout};
-use crate::print::{self, count, size};
+use crate::print::{self, JsonPath, count, size};
+use crate::{Verdict, failure};
 
 /// Say what files are: full or diff, of which guest, which pages they hold
 #[derive(Debug, Args)]
@@ -23,7 +23,7 @@ pub struct InfoArgs {
     files: Vec<ImageFile>,
     #[command(flatten)]
     formats: Formats,
-    /// As JSON: a list of objects, sizes in bytes
+    /// As JSON: a list of objects, sizes in bytes. A path that is not UTF-8 is an object: text, and bytes_hex
     #[arg(long)]
     json: bool,
 }
@@ -32,8 +32,13 @@ impl InfoArgs {
     pub fn run(&self) -> anyhow::Result<Verdict> {
         let mut probed = PageHoles::new();
         let mut info = |file: &ImageFile| Info::with(&file.open(self.formats.format)?, &mut probed);
-        let infos = self.files.iter().map(&mut info);
-        let infos = infos.collect::<anyhow::Result<Vec<_>>>()?;
+        let (mut infos, mut failures) = (Vec::new(), Vec::new());
+        for file in &self.files {
+            match info(file) {
+                Ok(info) => infos.push(info),
+                Err(error) => failures.push(error),
+            }
+        }
         if self.json {
             print::json(&infos)?;
         } else {
@@ -41,14 +46,19 @@ impl InfoArgs {
                 print::line(&info.text())?;
             }
         }
-        Ok(Verdict::Good)
+        // One that fails keeps none of the others from being looked at.
+        let last = failures.pop();
+        for other in failures {
+            failure::complain(&other);
+        }
+        last.map_or(Ok(Verdict::Good), Err)
     }
 }
 
 /// What a file is.
 #[derive(Debug, Serialize)]
 pub struct Info {
-    file: PathBuf,
+    file: JsonPath,
     layout: Layout,
     /// A raw image doesn't say.
     kind: Option<&'static str>,
@@ -94,8 +104,9 @@ impl Info {
     fn with(image: &Image, probed: &mut PageHoles) -> anyhow::Result<Self> {
         let path = image.path();
         let file = File::open(path).with_context(|| format!("cannot open {path:?}"))?;
+        let looking = || format!("cannot look at {path:?}");
         let common = Self {
-            file: path.to_owned(),
+            file: path.to_owned().into(),
             layout: Layout::of(image),
             kind: None,
             id: None,
@@ -107,8 +118,8 @@ impl Info {
             zero: None,
             clean: None,
             metadata_bytes: 0,
-            file_bytes: file.metadata()?.len(),
-            allocated_bytes: allocated_bytes(&file)?,
+            file_bytes: file.metadata().with_context(looking)?.len(),
+            allocated_bytes: allocated_bytes(&file).with_context(looking)?,
             holes: None,
         };
         match image.footer() {
@@ -151,15 +162,17 @@ impl Info {
 
     fn raw(mut self, file: &File, path: &Path, probed: &mut PageHoles) -> anyhow::Result<Self> {
         let mut hole = Pages::default();
-        for extent in extents(file)? {
-            let extent = extent.with_context(|| format!("cannot list the extents of {path:?}"))?;
+        let listing = || format!("cannot list the extents of {path:?}");
+        for extent in extents(file).with_context(listing)? {
+            let extent = extent.with_context(listing)?;
             let len = extent.range.end - extent.range.start;
             match extent.kind {
                 sparse_file::Kind::Data => self.present.add(len),
                 sparse_file::Kind::Hole => hole.add(len),
             }
         }
-        let path = path.canonicalize()?;
+        let real = path.canonicalize();
+        let path = real.with_context(|| format!("cannot find the directory of {path:?}"))?;
         let dir = path.parent().unwrap_or(&path);
         self.holes = Some(Holes {
             file_system: file_system_name(file).ok(),

@@ -29,7 +29,7 @@ impl Man {
         write().with_context(|| format!("cannot write manual pages to {dir:?}"))?;
         // One for the tool, one a verb.
         let pages = 1 + Cli::command().get_subcommands().count() as u64;
-        session.say(&format!("{}: {}", dir.display(), count(pages, "page")))?;
+        session.report(&format!("{}: {}", dir.display(), count(pages, "page")))?;
         Ok(Verdict::Good)
     }
 }

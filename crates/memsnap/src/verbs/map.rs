@@ -19,6 +19,7 @@ use sparse_file::extents;
 use crate::Verdict;
 use crate::args::{Formats, ImageFile};
 use crate::failure::Failure;
+use crate::print::JsonPath;
 use crate::session::Session;
 use crate::{input, print, save};
 
@@ -45,7 +46,7 @@ pub struct Map {
     /// Columns to fill; the terminal's unless told
     #[arg(long, value_name = "COLUMNS", conflicts_with = "output")]
     width: Option<usize>,
-    /// The runs of pages, as JSON: a list of objects, sizes and offsets in bytes
+    /// The runs of pages, as JSON: a list of objects, sizes and offsets in bytes. A path that is not UTF-8 is an object: text, and bytes_hex
     #[arg(long, conflicts_with = "output")]
     json: bool,
 }
@@ -96,7 +97,7 @@ impl Map {
             return Err(Failure::OutputExists { path }.into());
         }
         let picture = drawing::fit(&self.maps()?);
-        let bytes = draw(&picture)?;
+        let bytes = draw(&picture).with_context(|| format!("cannot draw {path:?}"))?;
         // Nothing of the guest's is in it but where its pages are.
         let options = AtomicWriter::options()
             .mode(0o644)
@@ -109,14 +110,14 @@ impl Map {
         written.with_context(|| format!("cannot write the picture {path:?}"))?;
         session.check("nothing was written")?;
         writer.commit()?;
-        session.say(&format!("{}: {}", path.display(), picture.title()))
+        Ok(session.report(&format!("{}: {}", path.display(), picture.title()))?)
     }
 }
 
 /// Which pages an image holds.
 #[derive(Debug, Serialize)]
 struct PageMap {
-    file: PathBuf,
+    file: JsonPath,
     ram_bytes: u64,
     /// The smallest part of RAM that there can be a run of.
     page_bytes: u64,
@@ -155,7 +156,7 @@ impl PageMap {
             None => (4096, holes(path)?),
         };
         Ok(Self {
-            file: path.to_owned(),
+            file: path.to_owned().into(),
             ram_bytes: image.ram_size(),
             page_bytes,
             runs,

@@ -35,7 +35,8 @@ pub struct Merge {
     ///
     /// At every instant, also after a crash, the old file is there whole, or the new one. The new file
     /// has the old one's owner, group, mode, access control list and extended attributes, as far as
-    /// that is permitted.
+    /// that is permitted. If another writer replaces the first file while it is merged, the merge fails,
+    /// and that writer's file stays.
     #[arg(long)]
     in_place: bool,
     /// Replace the output if it exists
@@ -62,11 +63,15 @@ impl Merge {
             false => input::chain(session, &self.files, self.formats, &self.raw)?,
         };
         let layout = self.layout.unwrap_or_else(|| layout_of_first(&chain));
-        let options = session
+        let mut options = session
             .options("merging")
             .layout(layout.with(chain.seal()))
             .skip_untouched(true)
             .ram_start(0);
+        if let (true, Some(first)) = (self.in_place, chain.images().next()) {
+            // What another writer puts there meanwhile stays.
+            options = options.replace_only(first.version()?);
+        }
         let mut writer = save::stage(session, &output, options, chain.size(), chain.page_size())?;
         save::check_room(&writer, &chain)?;
         // Once there is a place for the result: this takes as long as the rest.

@@ -5,19 +5,20 @@ use std::io;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
+use anyhow::Context;
 use clap::Args;
 use indicatif::ProgressBar;
 use memory_image::{Chain, RamTarget};
-use nix::fcntl::Flock;
 use page_reader::{FileReader, HostMemory, PageReader, SecretBuffer};
 use sparse_file::{Source, SpaceError, WriteOptions, punch_hole, write_runs};
 
 use crate::Verdict;
 use crate::args::{Formats, ImageFile, Output, RawImages};
 use crate::failure::Failure;
+use crate::interrupt::Overwriting;
 use crate::print::size;
 use crate::session::Session;
-use crate::{input, save, target};
+use crate::{failure, input, print, save, target};
 #[cfg(target_os = "linux")]
 use crate::{room, sys::Mapping};
 
@@ -115,23 +116,76 @@ impl Restore {
         // That took its time, and a guest may have been started with the file meanwhile.
         check_use(&target)?;
         session.hold();
+        let begun = Begun::now(&mut target);
+        let target = &mut *begun.target;
         let restored = target.empty().and_then(|()| {
-            chain.restore_zeroed(&mut target)?;
-            target.file.sync_all()?;
+            chain.restore_zeroed(target)?;
+            let synced = target.file.sync_all();
+            synced.with_context(|| format!("cannot bring {path:?} to its disk"))?;
+            chain.check_unchanged()?;
             Ok(target.check_in_place()?)
         });
-        if let Err(error) = restored {
-            // No guest is to start with half of its RAM.
-            if let Err(why) = target.empty() {
-                return Err(error.context(format!(
-                    "{path:?} holds a part of the RAM and can't be emptied ({why:#}): start no guest with it"
-                )));
-            }
-            session.check("the output was emptied")?;
-            return Err(error.context(format!("{path:?} was emptied")));
+        match restored {
+            Ok(()) => begun.end(),
+            Err(error) => return Err(begun.give_up(error)),
         }
         let ram = size(chain.size());
-        session.say(&format!("{}: {ram} of RAM", path.display()))
+        Ok(session.report(&format!("{}: {ram} of RAM", path.display()))?)
+    }
+}
+
+/// RAM that holds a part of what it is to hold. No guest is to start with that, so it is emptied if this is dropped by a
+/// panic.
+struct Begun<'t, 's> {
+    target: &'t mut InPlace<'s>,
+    overwriting: Option<Overwriting>,
+}
+
+impl<'t, 's> Begun<'t, 's> {
+    fn now(target: &'t mut InPlace<'s>) -> Self {
+        let overwriting = Some(target.session.overwrite(target.path));
+        Self {
+            target,
+            overwriting,
+        }
+    }
+
+    /// All of it is there.
+    fn end(mut self) {
+        self.overwriting = None;
+    }
+
+    /// Empties it, and says that.
+    fn give_up(mut self, error: anyhow::Error) -> anyhow::Error {
+        let emptied = self.target.empty();
+        self.overwriting = None;
+        let path = self.target.path;
+        if let Err(why) = emptied {
+            let why = failure::text(&why);
+            return error.context(format!(
+                "{path:?} holds a part of the RAM and can't be emptied ({why}): start no guest with it"
+            ));
+        }
+        match self.target.session.check("the output was emptied") {
+            Ok(()) => error.context(format!("{path:?} was emptied")),
+            Err(interrupted) => interrupted.into(),
+        }
+    }
+}
+
+impl Drop for Begun<'_, '_> {
+    fn drop(&mut self) {
+        if self.overwriting.is_none() {
+            return;
+        }
+        let path = self.target.path;
+        print::complain(&match self.target.empty() {
+            Ok(()) => format!("{path:?} was emptied"),
+            Err(why) => format!(
+                "{path:?} holds a part of the RAM and can't be emptied ({}): start no guest with it",
+                failure::text(&why)
+            ),
+        });
     }
 }
 
@@ -139,8 +193,8 @@ impl Restore {
 struct InPlace<'s> {
     session: &'s Session,
     path: &'s Path,
-    /// Locked: another restore is refused.
-    file: Flock<File>,
+    /// Locked: another restore is refused, and so is who reads the RAM.
+    file: File,
     /// Where the file has no `write(2)`.
     #[cfg(target_os = "linux")]
     mapping: Option<Mapping>,
@@ -156,7 +210,9 @@ impl<'s> InPlace<'s> {
         force: bool,
     ) -> anyhow::Result<Self> {
         let file = target::open_and_lock(path, force)?;
-        let size = file.metadata()?.len();
+        let metadata = file.metadata();
+        let metadata = metadata.with_context(|| format!("cannot look at {path:?}"))?;
+        let size = metadata.len();
         if size != chain.size() {
             return Err(Failure::TargetSize {
                 path: path.to_owned(),
@@ -180,14 +236,15 @@ impl<'s> InPlace<'s> {
 
     /// What is known to be untouched is not read: where that is not known, all of it is.
     fn holds_anything(&self) -> anyhow::Result<bool> {
-        let reader = FileReader::new(&*self.file);
+        let reader = FileReader::new(&self.file);
         let mut buffer = SecretBuffer::new();
         for range in reader.populated(0..self.size) {
             for offset in range.clone().step_by(CHUNK) {
                 self.session.check("the output was not written to")?;
                 let len = (range.end - offset).min(CHUNK as u64);
                 let bytes = buffer.sized(len as usize);
-                reader.read_at(offset, bytes)?;
+                let read = reader.read_at(offset, bytes);
+                read.with_context(|| format!("cannot read {:?}", self.path))?;
                 if !HostMemory::from(&bytes[..]).is_zero() {
                     return Ok(true);
                 }
@@ -200,7 +257,9 @@ impl<'s> InPlace<'s> {
     /// were reserved.
     #[cfg(target_os = "linux")]
     fn check_room(&self, chain: &Chain) -> anyhow::Result<()> {
-        let has = self.file.metadata()?.blocks() * 512;
+        let metadata = self.file.metadata();
+        let metadata = metadata.with_context(|| format!("cannot look at {:?}", self.path))?;
+        let has = metadata.blocks() * 512;
         Ok(room::check_over(self.path, &self.file, has, chain)?)
     }
 
@@ -260,12 +319,17 @@ impl<'s> InPlace<'s> {
 
     /// Makes all of it zeros.
     fn empty(&self) -> anyhow::Result<()> {
+        self.write_zeros()
+            .with_context(|| format!("cannot make zeros of {:?}", self.path))
+    }
+
+    fn write_zeros(&self) -> anyhow::Result<()> {
         let all = 0..self.size;
         #[cfg(target_os = "linux")]
         if let Some(mapping) = &self.mapping {
             // A hole would give up the pages, which another process could take.
             let zeros = vec![0; CHUNK];
-            for range in FileReader::new(&*self.file).populated(all) {
+            for range in FileReader::new(&self.file).populated(all) {
                 for at in range.clone().step_by(CHUNK) {
                     let len = (range.end - at).min(CHUNK as u64) as usize;
                     mapping.write_at(&zeros[..len], at)?;
@@ -321,5 +385,34 @@ impl Source for Zeros {
     fn read_at(&self, _: u64, buf: &mut [u8]) -> io::Result<()> {
         buf.fill(0);
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::panic::{AssertUnwindSafe, catch_unwind};
+
+    use super::*;
+
+    #[test]
+    fn ram_is_emptied_by_a_panic_while_it_is_restored() {
+        let session = Session::begin(true).unwrap();
+        let ram = tempfile::NamedTempFile::new().unwrap();
+        ram.as_file().write_all_at(&[7; 8192], 0).unwrap();
+        let mut target = InPlace {
+            session: &session,
+            path: ram.path(),
+            file: ram.reopen().unwrap(),
+            #[cfg(target_os = "linux")]
+            mapping: None,
+            size: 8192,
+            bar: ProgressBar::hidden(),
+        };
+        let panicked = catch_unwind(AssertUnwindSafe(|| {
+            let _begun = Begun::now(&mut target);
+            panic!("on purpose");
+        }));
+        assert!(panicked.is_err());
+        assert_eq!(std::fs::read(ram.path()).unwrap(), [0; 8192]);
     }
 }

@@ -6,9 +6,9 @@ use atomic_file::{RecoverError, RecoverReport, preview_sweep, recover, sweep};
 use clap::Args;
 use serde::Serialize;
 
-use crate::Verdict;
-use crate::print::{self, count};
+use crate::print::{self, JsonPath, count};
 use crate::session::Session;
+use crate::{Verdict, failure};
 
 /// Remove the staged files that killed writers left in directories
 ///
@@ -22,7 +22,7 @@ use crate::session::Session;
     memsnap sweep /var/lib/snapshots /dev/shm\n  \
     memsnap sweep --recover /var/lib/snapshots")]
 pub struct Sweep {
-    /// Directories; not those in them
+    /// Directories; not those in them. One that fails keeps none of the others from being swept
     #[arg(required = true, value_name = "DIR")]
     dirs: Vec<PathBuf>,
     /// Say what would be removed, and remove nothing
@@ -31,7 +31,7 @@ pub struct Sweep {
     /// Complete interrupted commits of groups of files first: what such a group staged is kept otherwise
     #[arg(long, conflicts_with = "dry_run")]
     recover: bool,
-    /// Print JSON
+    /// As JSON: an object of lists. A path that is not UTF-8 is an object: text, and bytes_hex
     #[arg(long)]
     json: bool,
 }
@@ -40,16 +40,23 @@ pub struct Sweep {
 #[derive(Debug, Default, Serialize)]
 struct Found {
     dry_run: bool,
-    removed: Vec<PathBuf>,
-    in_use: Vec<PathBuf>,
+    removed: Vec<JsonPath>,
+    in_use: Vec<JsonPath>,
     kept: Vec<Kept>,
-    replaced: Vec<PathBuf>,
-    superseded: Vec<PathBuf>,
+    replaced: Vec<JsonPath>,
+    superseded: Vec<JsonPath>,
+    failed: Vec<Failed>,
 }
 
 #[derive(Debug, Serialize)]
 struct Kept {
-    file: PathBuf,
+    file: JsonPath,
+    reason: String,
+}
+
+#[derive(Debug, Serialize)]
+struct Failed {
+    dir: JsonPath,
     reason: String,
 }
 
@@ -59,33 +66,54 @@ impl Sweep {
             dry_run: self.dry_run,
             ..Found::default()
         };
-        let mut stuck = None;
+        let mut failures = Vec::new();
         for dir in &self.dirs {
-            let report = match self.sweep(dir) {
-                Ok(done) => done,
-                // The rest of the directory was swept all the same, and so are the others.
-                Err(error) => match error.downcast() {
-                    Ok(RecoverError::Stuck {
-                        dir,
-                        first,
-                        others,
-                        report,
-                    }) => {
-                        for other in &others {
-                            session.warn(&other.to_string());
-                        }
-                        let what = format!("interrupted commits in {dir:?} could not be completed");
-                        stuck.get_or_insert(anyhow::Error::new(*first).context(what));
-                        *report
-                    }
-                    Ok(error) => return Err(error.into()),
-                    Err(error) => return Err(error),
-                },
+            let error = match self.sweep(dir) {
+                Ok(report) => {
+                    found.add(report);
+                    continue;
+                }
+                Err(error) => error,
             };
-            found.add(report);
+            // The rest of the directory was swept all the same.
+            match error.downcast() {
+                Ok(RecoverError::Stuck {
+                    dir,
+                    first,
+                    others,
+                    report,
+                }) => {
+                    found.add(*report);
+                    let what = format!("interrupted commits in {dir:?} could not be completed");
+                    let all = [*first].into_iter().chain(others);
+                    let all = all.map(|why| anyhow::Error::new(why).context(what.clone()));
+                    failures.extend(all.map(|error| (dir.clone(), error)));
+                }
+                Ok(error) => failures.push((dir.clone(), error.into())),
+                Err(error) => failures.push((dir.clone(), error)),
+            }
         }
-        self.print(session, &found)?;
-        stuck.map_or(Ok(Verdict::Good), Err)
+        found.failed = failures
+            .iter()
+            .map(|(dir, error)| Failed {
+                dir: dir.clone().into(),
+                reason: failure::text(error),
+            })
+            .collect();
+        let mut failures = failures.into_iter().map(|(_, error)| error);
+        let first = failures.next();
+        for other in failures {
+            failure::complain(&other);
+        }
+        let reported = self.report(session, &found);
+        match (first, reported) {
+            (None, reported) => reported.map(|()| Verdict::Good),
+            (Some(error), Ok(())) => Err(error),
+            (Some(error), Err(unreported)) => {
+                failure::complain(&error);
+                Err(unreported)
+            }
+        }
     }
 
     fn sweep(&self, dir: &Path) -> anyhow::Result<RecoverReport> {
@@ -98,55 +126,62 @@ impl Sweep {
         Ok(report)
     }
 
-    fn print(&self, session: &Session, found: &Found) -> anyhow::Result<()> {
+    fn report(&self, session: &Session, found: &Found) -> anyhow::Result<()> {
         if self.json {
-            return print::json(found);
+            return Ok(Session::report_as_asked(&print::json_text(found)?)?);
         }
+        Ok(session.report(&self.text(found))?)
+    }
+
+    fn text(&self, found: &Found) -> String {
         let removed = match self.dry_run {
             true => "would be removed",
             false => "removed",
         };
-        for path in &found.replaced {
-            session.say(&format!(
-                "{}: replaced by its group's commit",
-                path.display()
-            ))?;
-        }
-        for path in &found.superseded {
-            session.say(&format!(
-                "{}: superseded: a later commit replaced it, and its group's file is gone",
-                path.display()
-            ))?;
-        }
-        for path in &found.removed {
-            session.say(&format!("{}: {removed}", path.display()))?;
-        }
-        for path in &found.in_use {
-            session.say(&format!("{}: in use", path.display()))?;
-        }
+        let mut lines = Vec::new();
+        let mut list = |paths: &[JsonPath], what: &str| {
+            lines.extend(
+                paths
+                    .iter()
+                    .map(|path| format!("{}: {what}", path.display())),
+            );
+        };
+        list(&found.replaced, "replaced by its group's commit");
+        list(
+            &found.superseded,
+            "superseded: a later commit replaced it, and its group's file is gone",
+        );
+        list(&found.removed, removed);
+        list(&found.in_use, "in use");
         for kept in &found.kept {
-            session.say(&format!("{}: kept: {}", kept.file.display(), kept.reason))?;
+            lines.push(format!("{}: kept: {}", kept.file.display(), kept.reason));
         }
-        session.say(&format!(
-            "{} {removed}, {} in use, {} kept",
+        let failed = match found.failed.len() {
+            0 => String::new(),
+            failed => format!(", {}", count(failed as u64, "failure")),
+        };
+        lines.push(format!(
+            "{} {removed}, {} in use, {} kept{failed}",
             count(found.removed.len() as u64, "file"),
             found.in_use.len(),
             found.kept.len()
-        ))
+        ));
+        lines.join("\n")
     }
 }
 
 impl Found {
     fn add(&mut self, report: RecoverReport) {
-        self.replaced.extend(report.completed);
-        self.superseded.extend(report.superseded);
+        let paths = |paths: Vec<PathBuf>| paths.into_iter().map(JsonPath::from);
+        self.replaced.extend(paths(report.completed));
+        self.superseded.extend(paths(report.superseded));
         let swept = report.swept;
-        self.removed.extend(swept.removed);
-        self.removed.extend(swept.spares);
-        self.in_use.extend(swept.living);
+        self.removed.extend(paths(swept.removed));
+        self.removed.extend(paths(swept.spares));
+        self.in_use.extend(paths(swept.living));
         self.kept.extend(swept.kept.into_iter().map(|kept| Kept {
-            file: kept.path,
-            reason: kept.reason.to_string(),
+            file: kept.path.into(),
+            reason: failure::recovering(&kept.reason.to_string()),
         }));
     }
 }

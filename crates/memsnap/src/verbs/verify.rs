@@ -1,16 +1,14 @@
 //! `memsnap verify`: whether images are whole, and follow each other.
 
-use std::path::PathBuf;
-
 use clap::Args;
 use memory_image::{Damage, ImageError, Verified};
 use serde::Serialize;
 
-use crate::Verdict;
 use crate::args::{Formats, ImageFile, RawImages};
 use crate::input;
-use crate::print::{self, count, size};
+use crate::print::{self, JsonPath, count, size};
 use crate::session::Session;
+use crate::{Verdict, failure};
 
 /// Check that images are whole and, if there are several, that each follows the one before
 ///
@@ -28,19 +26,32 @@ pub struct Verify {
     /// Only warn of raw images
     #[arg(long)]
     allow_raw: bool,
-    /// As JSON: an object, sizes and offsets in bytes
+    /// As JSON: an object, sizes and offsets in bytes. A path that is not UTF-8 is an object: text, and bytes_hex
     #[arg(long)]
     json: bool,
 }
 
 impl Verify {
     pub fn run(&self, session: &Session) -> anyhow::Result<Verdict> {
-        let files = self
-            .files
-            .iter()
-            .map(|file| Checked::file(session, file, self.formats));
-        let files = files.collect::<anyhow::Result<Vec<_>>>()?;
-        let links = self.links(session, &files)?;
+        let mut failed = None;
+        let mut files = Vec::new();
+        for file in &self.files {
+            let checked = Checked::file(session, file, self.formats);
+            files.push(checked.unwrap_or_else(|error| {
+                // It keeps none of the others from being checked.
+                let why = failure::text(&error);
+                if let Some(other) = failed.replace(error) {
+                    failure::complain(&other);
+                }
+                let file = file.path.clone().into();
+                let state = State::Unreadable { why };
+                Checked { file, state }
+            }));
+        }
+        let links = match &failed {
+            None => self.links(session, &files)?,
+            Some(_) => None,
+        };
         let good = files.iter().all(|file| file.is_good(self.allow_raw));
         let report = Report {
             good: good && links.as_ref().is_none_or(Links::are_good),
@@ -52,7 +63,10 @@ impl Verify {
         } else {
             print::line(&report.text())?;
         }
-        Ok(Verdict::of(report.good))
+        match failed {
+            None => Ok(Verdict::of(report.good)),
+            Some(error) => Err(error),
+        }
     }
 
     fn links(&self, session: &Session, files: &[Checked]) -> anyhow::Result<Option<Links>> {
@@ -69,8 +83,8 @@ impl Verify {
         };
         match input::chain(session, &self.files, self.formats, &raw) {
             Ok(_) => Ok(Some(Links::Good)),
-            Err(error) if crate::failure::exit_code(&error) == crate::failure::NEGATIVE => {
-                let why = format!("{error:#}");
+            Err(error) if failure::exit_code(&error) == failure::NEGATIVE => {
+                let why = failure::text(&error);
                 Ok(Some(Links::Broken { why }))
             }
             Err(error) => Err(error),
@@ -88,7 +102,7 @@ struct Report {
 
 #[derive(Debug, Serialize)]
 struct Checked {
-    file: PathBuf,
+    file: JsonPath,
     #[serde(flatten)]
     state: State,
 }
@@ -107,6 +121,10 @@ enum State {
     },
     /// The footer can't be used, so nothing is known of the pages.
     Unusable {
+        why: String,
+    },
+    /// It could not be opened or read.
+    Unreadable {
         why: String,
     },
     Raw,
@@ -146,17 +164,17 @@ impl Checked {
         let state = match file.open(formats.format) {
             Ok(image) if image.footer().is_none() => State::Raw,
             Ok(image) => State::of(input::sum(session, &image)?),
-            Err(error @ (ImageError::Footer { .. } | ImageError::NotRaw { .. })) => {
-                let error = anyhow::Error::from(error);
-                if crate::failure::exit_code(&error) != crate::failure::NEGATIVE {
-                    return Err(error);
+            Err(error) => match error.downcast_ref() {
+                Some(ImageError::Footer { .. } | ImageError::NotRaw { .. })
+                    if failure::exit_code(&error) == failure::NEGATIVE =>
+                {
+                    let why = failure::text(&error);
+                    State::Unusable { why }
                 }
-                let why = format!("{error:#}");
-                State::Unusable { why }
-            }
-            Err(error) => return Err(error.into()),
+                _ => return Err(error),
+            },
         };
-        let file = file.path.clone();
+        let file = file.path.clone().into();
         Ok(Self { file, state })
     }
 
@@ -164,7 +182,7 @@ impl Checked {
         match self.state {
             State::Whole { .. } => true,
             State::Raw => allow_raw,
-            State::Damaged { .. } | State::Unusable { .. } => false,
+            State::Damaged { .. } | State::Unusable { .. } | State::Unreadable { .. } => false,
         }
     }
 
@@ -173,7 +191,7 @@ impl Checked {
         match self.state {
             State::Whole { .. } | State::Damaged { .. } => true,
             State::Raw => allow_raw,
-            State::Unusable { .. } => false,
+            State::Unusable { .. } | State::Unreadable { .. } => false,
         }
     }
 
@@ -196,6 +214,7 @@ impl Checked {
                 text
             }
             State::Unusable { why } => format!("{file}: UNUSABLE: {why}"),
+            State::Unreadable { why } => format!("{file}: NOT READ: {why}"),
             State::Raw => format!(
                 "{file}: NOT CHECKED: it is raw and has no checksums; \
                  seal it with `memsnap convert --layout sealed` while it is known to be right"

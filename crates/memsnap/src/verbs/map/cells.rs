@@ -115,7 +115,7 @@ mod tests {
     fn map(ram_bytes: u64, present: &[Range<u64>]) -> PageMap {
         let run = |range: &Range<u64>| Run::new(range.clone(), State::Present);
         PageMap {
-            file: "d1.mem".into(),
+            file: std::path::PathBuf::from("d1.mem").into(),
             ram_bytes,
             page_bytes: 4096,
             runs: present.iter().map(run).collect(),
