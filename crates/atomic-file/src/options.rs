@@ -135,6 +135,7 @@ impl Options {
     /// program that holds such a lock for longer than about a second makes `open` and the commit fail. The commit of a writer *without* this option is noticed until that last look,
     /// just before the rename; in the time between the two it is replaced, as no system call does both in one step.
     ///
+    /// With [`Symlinks::Replace`], a link is no version of the file that it leads to.
     /// The old file is open meanwhile, so it is not kept for [recycling](Self::recycle). Such a writer cannot join an
     /// [`AtomicGroup`](crate::AtomicGroup).
     pub fn replace_only(mut self, version: FileVersion) -> Self {

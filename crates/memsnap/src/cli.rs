@@ -77,11 +77,14 @@ Exit status:
   1    the check failed: damaged, not linked, different, or no image that can be checked
   2    wrong usage: nothing was written
   3    anything else: an I/O error, no permission, no room
-  128 and the number of a signal: interrupted by SIGINT (130), SIGTERM (143), SIGHUP (129), SIGQUIT (131) or
-       SIGALRM (142), unless it was ignored from the start, as SIGHUP is under nohup
+  128 and the number of a signal: interrupted by SIGINT (130), SIGTERM (143), SIGHUP (129), SIGQUIT (131),
+       SIGALRM (142), SIGUSR1, SIGUSR2, SIGXCPU, SIGVTALRM or SIGPROF, unless it was ignored from the start, as SIGHUP is under nohup
 
 Whatever the exit status but 0, an output that was named is as it was before, unless the message says that it is in place: files are \
 staged beside it and put in place when they are whole and on the disk. Restoring into RAM that exists is the exception: once writing \
-has begun, a failure leaves it empty. A process whose RAM is read by --pid is stopped last, when all else is prepared, and goes on before \
-the image is committed; meanwhile memsnap is not suspended by SIGTSTP (Ctrl-Z). A second signal ends memsnap at \
-once; what it had staged is removed by the next one that writes the same output, or by `memsnap sweep`.";
+has begun, a failure leaves it empty. A second signal does not end the emptying; a third one does, with exit status 3, and memsnap says that a \
+part of the RAM is left. A process whose RAM is read by --pid is stopped last, when all else is prepared, and goes on before \
+the image is committed; meanwhile memsnap is not suspended by SIGTSTP (Ctrl-Z). Otherwise a second signal ends memsnap at \
+once; what it had staged is removed by the next one that writes the same output, or by `memsnap sweep`.
+
+JSON: a path is a string or, where it is not UTF-8, an object: `text`, with U+FFFD for what is not, and `bytes_hex`, all of its bytes.";

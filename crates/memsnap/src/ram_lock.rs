@@ -29,6 +29,10 @@ pub enum Holder {
     /// `memsnap restore`.
     Restore,
     /// A memsnap that reads the RAM.
+    #[cfg_attr(
+        not(target_os = "linux"),
+        expect(dead_code, reason = "elsewhere, readers have no lock")
+    )]
     Reader,
     /// A program that has locked all of the file; or nobody can have it there.
     Unknown,

@@ -1,5 +1,7 @@
 //! What the tool prints: reports that cannot be written, paths that are not text, several files of which one fails.
 
+#![cfg(target_os = "linux")]
+
 mod support;
 
 use std::ffi::OsStr;
@@ -14,7 +16,6 @@ use support::{Ended, Work};
 const ORPHAN: &str = ".atomic-file-00000000-0123456789abcdef.stage";
 
 /// Runs with a standard output that takes nothing.
-#[cfg(target_os = "linux")]
 #[rstest]
 #[case::full("full ram -o out", "out", "out: packed full image")]
 #[case::diff("diff full.mem --ram ram -o out", "out", "out: packed diff image")]
@@ -47,7 +48,6 @@ fn a_report_that_cannot_be_written_says_what_was_done(
     assert!(std::os::unix::fs::MetadataExt::blocks(&metadata) > 0);
 }
 
-#[cfg(target_os = "linux")]
 #[rstest]
 #[case::text("sweep dir", "1 file removed")]
 #[case::json("sweep --json dir", "\"removed\"")]
@@ -73,8 +73,6 @@ fn a_sweep_whose_report_cannot_be_written_says_what_it_did(
     assert_eq!(support::list(&work.path("dir")), [""; 0]);
 }
 
-/// Linux file systems take such names.
-#[cfg(target_os = "linux")]
 #[test]
 fn paths_that_are_not_utf8_are_given_as_text_and_bytes() {
     let work = Work::with_chain();

@@ -101,7 +101,8 @@ fn of_open(error: &OpenError) -> Verdict {
 
 fn of_commit(error: &CommitError) -> Verdict {
     match error {
-        CommitError::NotReplaced { leftover, .. } => (NextSaid::Not, leftover.is_some()),
+        CommitError::NotReplaced { leftover, .. }
+        | CommitError::DestinationChanged { leftover, .. } => (NextSaid::Not, leftover.is_some()),
         CommitError::ReplacedDurabilityUnknown { leftover, .. } => {
             (NextSaid::Done, leftover.is_some())
         }

@@ -30,6 +30,7 @@ const CHUNK: usize = 1 << 20;
 /// A new file appears once it is whole, and is sparse where the RAM is zero. A file or memfd that exists (/proc/PID/fd/N) is written in place,
 /// where a monitor has it mapped; it must be as large as the RAM and empty, or --force be given. It is checked before anything of it is
 /// overwritten: the images' checksums, the room, whether it can be written. If writing fails after that or is interrupted, it is left empty.
+/// RAM that memsnap is reading is refused, and memsnap refuses to read RAM that is being restored; a VMM's own locks of the file are no hindrance.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  \
     memsnap restore full.mem d1.mem -o /dev/shm/guest\n  \
