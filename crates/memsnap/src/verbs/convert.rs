@@ -171,14 +171,14 @@ impl Convert {
 
     fn open_input(&self) -> anyhow::Result<Image> {
         if !self.raw_diff {
-            return Ok(self.input.open(self.formats.format)?);
+            return self.input.open(self.formats.format);
         }
         // Nothing that a guest can write makes this an image.
         if Image::open(&self.input.path).is_ok() {
             let path = self.input.path.clone();
             return Err(Failure::NotARawDiff { path }.into());
         }
-        Ok(self.input.open(Format::Raw)?)
+        self.input.open(Format::Raw)
     }
 
     fn check(&self) -> Result<(), Failure> {

@@ -21,7 +21,7 @@ pub(crate) const PAGE: u64 = 4096;
 pub(crate) const RAM: u64 = 8 << 20;
 
 /// What no message says: names of functions, types and libraries.
-const NOT_FOR_OPERATORS: [&str; 14] = [
+const NOT_FOR_OPERATORS: [&str; 12] = [
     "panicked",
     "::",
     "Os {",
@@ -34,8 +34,6 @@ const NOT_FOR_OPERATORS: [&str; 14] = [
     "frame descriptor",
     "this library",
     "Flock",
-    "nix",
-    "anyhow",
 ];
 
 /// How it ended, and what it said.
