@@ -2,13 +2,12 @@
 
 use std::path::PathBuf;
 
-use atomic_file::RecoverError;
 use image_format::FooterError;
-use memory_image::{CompareError, ImageError, Link};
-use memory_writer::{CommitError, OpenError, SnapshotError};
+use memory_image::{CompareError, ImageError};
+use memory_writer::SnapshotError;
 use thiserror::Error;
 
-use crate::{interrupt, print};
+use crate::interrupt;
 
 /// The answer is no: damaged, not linked, different.
 pub const NEGATIVE: u8 = 1;
@@ -274,138 +273,6 @@ impl Failure {
 pub fn exit_code(error: &anyhow::Error) -> u8 {
     error.chain().find_map(code_of).unwrap_or(FAILED)
 }
-
-/// The message of an error: all of its causes, in words of the command line where a library's speak to a
-/// program.
-pub fn text(error: &anyhow::Error) -> String {
-    let causes = error
-        .chain()
-        .map(|cause| own_words(cause).unwrap_or_else(|| cause.to_string()));
-    // An I/O error that only carries another error shows that one's text.
-    let mut causes: Vec<_> = causes.collect();
-    causes.dedup();
-    causes.join(": ")
-}
-
-/// Says on stderr what failed, and what to do about it.
-pub fn complain(error: &anyhow::Error) {
-    print::complain(&format!("error: {}", text(error)));
-    if let Some(advice) = advice(error) {
-        print::complain(&format!("with memsnap: {advice}"));
-    }
-}
-
-/// What memsnap says in place of an error whose message names a part of a library.
-fn own_words(cause: &(dyn std::error::Error + 'static)) -> Option<String> {
-    let text = match cause.downcast_ref() {
-        Some(OpenError::DanglingSymlink { path, target }) => format!(
-            "{path:?} is a symbolic link to {target:?}, which does not exist (a disk not mounted?)"
-        ),
-        Some(OpenError::UntrustedSymlink { path, owner }) => format!(
-            "{path:?} is a symbolic link of user {owner}, in a directory where anybody may put some"
-        ),
-        Some(OpenError::AlreadyExists { path }) => {
-            Failure::OutputExists { path: path.clone() }.to_string()
-        }
-        Some(OpenError::NoClobberUnsupported { path, .. }) => format!(
-            "the file system of {path:?} cannot put a file in place without replacing what may be there"
-        ),
-        Some(OpenError::NotPreserved { path, source }) => {
-            format!("{path:?} would lose its {}", source.attribute)
-        }
-        _ => String::new(),
-    };
-    if !text.is_empty() {
-        return Some(text);
-    }
-    match cause.downcast_ref() {
-        Some(SnapshotError::Id { dest, .. }) => {
-            return Some(format!(
-                "there are no random numbers for the id of {dest:?}"
-            ));
-        }
-        Some(SnapshotError::AmbiguousDiff { dest, .. }) => {
-            return Some(format!("the raw diff {dest:?} could not be read back"));
-        }
-        _ => {}
-    }
-    match cause.downcast_ref() {
-        Some(ImageError::UnclearDiff { path, .. }) => {
-            return Some(format!("cannot tell which pages the diff {path:?} holds"));
-        }
-        Some(ImageError::PageSizeDiffers { path, image, chain }) => {
-            return Some(format!(
-                "{path:?} has pages of {image} bytes, fewer than the {chain} of --page-size: give {image} or less, or leave it out"
-            ));
-        }
-        _ => {}
-    }
-    if let Some(Link::NoParent) = cause.downcast_ref() {
-        return Some("it names no parent".to_owned());
-    }
-    if let Some(FooterError::Version { version }) = cause.downcast_ref() {
-        return Some(format!(
-            "its footer is of version {version}, and this memsnap reads up to version 2: use a later one"
-        ));
-    }
-    if cause.is::<RecoverError>() || cause.is::<OpenError>() {
-        return Some(recovering(&cause.to_string()));
-    }
-    None
-}
-
-/// A message or reason of `atomic-file`, with the command for the function that it names.
-pub fn recovering(text: &str) -> String {
-    text.replace("call `recover`", "run `memsnap sweep --recover`")
-}
-
-/// What to do on the command line about an error whose message speaks to a program.
-pub fn advice(error: &anyhow::Error) -> Option<&'static str> {
-    error.chain().find_map(|cause| {
-        if let Some(SnapshotError::AmbiguousDiff { .. }) = cause.downcast_ref() {
-            return Some("add --layout packed or --layout sealed");
-        }
-        if let Some(SnapshotError::Open(error)) = cause.downcast_ref() {
-            return match error {
-                OpenError::DestinationChanged { .. } => Some(AFTER_ANOTHER_WRITER),
-                OpenError::NoClobberUnsupported { .. } => Some("add --force"),
-                OpenError::Recover { .. } => Some("see `memsnap sweep --recover`"),
-                OpenError::DanglingSymlink { .. } | OpenError::UntrustedSymlink { .. } => {
-                    Some("name the file that the link is to lead to, or remove the link")
-                }
-                _ => None,
-            };
-        }
-        if let Some(SnapshotError::Commit(CommitError::DestinationChanged { .. })) =
-            cause.downcast_ref()
-        {
-            return Some(AFTER_ANOTHER_WRITER);
-        }
-        match cause.downcast_ref()? {
-            ImageError::Footer {
-                source:
-                    FooterError::NotSealed
-                    | FooterError::Truncated { .. }
-                    | FooterError::Trailing { .. },
-                ..
-            } => Some("give a raw image as raw:FILE, and RAM to `diff` by --ram"),
-            ImageError::Footer {
-                source: FooterError::Ambiguous { .. },
-                ..
-            } => Some("give it as raw:FILE, sealed:FILE or packed:FILE"),
-            ImageError::UnclearDiff { .. } => {
-                Some("add --trust-holes to take the holes for clean pages all the same")
-            }
-            ImageError::Link {
-                why: Link::NoParent,
-                ..
-            } => Some("`memsnap convert --raw-diff --parent` seals a raw diff with its parent"),
-            _ => None,
-        }
-    })
-}
-
-const AFTER_ANOTHER_WRITER: &str = "nothing was replaced; look at the file with `memsnap info`, and run this again if it still applies";
 
 fn code_of(cause: &(dyn std::error::Error + 'static)) -> Option<u8> {
     if let Some(failure) = cause.downcast_ref::<Failure>() {

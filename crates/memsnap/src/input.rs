@@ -7,8 +7,9 @@ use std::path::{Path, PathBuf};
 use memory_image::{Chain, Image, ImageError, Unclear};
 
 use crate::args::{Format, Formats, ImageFile, RawImages};
-use crate::failure::{self, Failure};
+use crate::failure::Failure;
 use crate::session::Session;
+use crate::words;
 
 /// The page of raw images, unless told: the smallest that hosts have.
 const RAW_PAGE: u64 = 4096;
@@ -59,7 +60,7 @@ pub fn put_together(
     let page_size = raw.page_size.unwrap_or(smallest);
     let warn = |path: &Path, unclear: Option<Unclear>| {
         if let Some(why) = unclear {
-            let why = failure::text(&why.into());
+            let why = words::text(&why.into());
             session.warn(&format!(
                 "{path:?}: its clean and zero pages may be taken for each other: {why}"
             ));

@@ -22,6 +22,7 @@ mod stream;
 mod sys;
 mod target;
 mod verbs;
+mod words;
 
 use std::process::ExitCode;
 
@@ -51,7 +52,7 @@ fn main() -> ExitCode {
         Ok(Verdict::Good) => ExitCode::SUCCESS,
         Ok(Verdict::Bad) => failure::NEGATIVE.into(),
         Err(error) => {
-            failure::complain(&error);
+            words::complain(&error);
             failure::exit_code(&error).into()
         }
     }

@@ -12,7 +12,7 @@ use sparse_file::{PageHoles, PagesUnknown, allocated_bytes, extents, file_system
 
 use crate::args::{Formats, ImageFile, Layout};
 use crate::print::{self, JsonPath, count, size};
-use crate::{Verdict, failure};
+use crate::{Verdict, words};
 
 /// Say what files are: full or diff, of which guest, which pages they hold
 #[derive(Debug, Args)]
@@ -49,7 +49,7 @@ impl InfoArgs {
         // One that fails keeps none of the others from being looked at.
         let last = failures.pop();
         for other in failures {
-            failure::complain(&other);
+            words::complain(&other);
         }
         last.map_or(Ok(Verdict::Good), Err)
     }

@@ -8,7 +8,7 @@ use serde::Serialize;
 
 use crate::print::{self, JsonPath, count};
 use crate::session::Session;
-use crate::{Verdict, failure};
+use crate::{Verdict, words};
 
 /// Remove the staged files that killed writers left in directories
 ///
@@ -97,20 +97,20 @@ impl Sweep {
             .iter()
             .map(|(dir, error)| Failed {
                 dir: dir.clone().into(),
-                reason: failure::text(error),
+                reason: words::text(error),
             })
             .collect();
         let mut failures = failures.into_iter().map(|(_, error)| error);
         let first = failures.next();
         for other in failures {
-            failure::complain(&other);
+            words::complain(&other);
         }
         let reported = self.report(session, &found);
         match (first, reported) {
             (None, reported) => reported.map(|()| Verdict::Good),
             (Some(error), Ok(())) => Err(error),
             (Some(error), Err(unreported)) => {
-                failure::complain(&error);
+                words::complain(&error);
                 Err(unreported)
             }
         }
@@ -181,7 +181,7 @@ impl Found {
         self.in_use.extend(paths(swept.living));
         self.kept.extend(swept.kept.into_iter().map(|kept| Kept {
             file: kept.path.into(),
-            reason: failure::recovering(&kept.reason.to_string()),
+            reason: words::recovering(&kept.reason.to_string()),
         }));
     }
 }

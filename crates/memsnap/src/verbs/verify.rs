@@ -8,7 +8,7 @@ use crate::args::{Formats, ImageFile, RawImages};
 use crate::input;
 use crate::print::{self, JsonPath, count, size};
 use crate::session::Session;
-use crate::{Verdict, failure};
+use crate::{Verdict, failure, words};
 
 /// Check that images are whole and, if there are several, that each follows the one before
 ///
@@ -39,9 +39,9 @@ impl Verify {
             let checked = Checked::file(session, file, self.formats);
             files.push(checked.unwrap_or_else(|error| {
                 // It keeps none of the others from being checked.
-                let why = failure::text(&error);
+                let why = words::text(&error);
                 if let Some(other) = failed.replace(error) {
-                    failure::complain(&other);
+                    words::complain(&other);
                 }
                 let file = file.path.clone().into();
                 let state = State::Unreadable { why };
@@ -84,7 +84,7 @@ impl Verify {
         match input::chain(session, &self.files, self.formats, &raw) {
             Ok(_) => Ok(Some(Links::Good)),
             Err(error) if failure::exit_code(&error) == failure::NEGATIVE => {
-                let why = failure::text(&error);
+                let why = words::text(&error);
                 Ok(Some(Links::Broken { why }))
             }
             Err(error) => Err(error),
@@ -168,7 +168,7 @@ impl Checked {
                 Some(ImageError::Footer { .. } | ImageError::NotRaw { .. })
                     if failure::exit_code(&error) == failure::NEGATIVE =>
                 {
-                    let why = failure::text(&error);
+                    let why = words::text(&error);
                     State::Unusable { why }
                 }
                 _ => return Err(error),

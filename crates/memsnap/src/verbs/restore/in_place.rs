@@ -1,0 +1,305 @@
+//! RAM that exists, and is restored to.
+
+use std::fs::{File, Metadata};
+use std::io;
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::Path;
+
+use anyhow::Context;
+use indicatif::ProgressBar;
+use memory_image::{Chain, RamTarget};
+use page_reader::{FileReader, HostMemory, PageReader, SecretBuffer};
+use sparse_file::{Source, SpaceError, WriteOptions, punch_hole, write_runs};
+
+use crate::failure::Failure;
+use crate::interrupt::Overwriting;
+use crate::session::Session;
+use crate::{print, target, words};
+#[cfg(target_os = "linux")]
+use crate::{room, sys::Mapping};
+
+/// Bytes read, or zeros written, at a time.
+const CHUNK: usize = 1 << 20;
+
+/// RAM that holds a part of what it is to hold. No guest is to start with that, so it is emptied if this is dropped by a
+/// panic.
+pub(super) struct Begun<'t, 's> {
+    pub(super) target: &'t mut InPlace<'s>,
+    overwriting: Option<Overwriting>,
+}
+
+impl<'t, 's> Begun<'t, 's> {
+    pub(super) fn now(target: &'t mut InPlace<'s>) -> Self {
+        let overwriting = Some(target.session.overwrite(target.path));
+        Self {
+            target,
+            overwriting,
+        }
+    }
+
+    /// All of it is there.
+    pub(super) fn end(mut self) {
+        self.overwriting = None;
+    }
+
+    /// Empties it, and says that.
+    pub(super) fn give_up(mut self, error: anyhow::Error) -> anyhow::Error {
+        let emptied = self.target.empty();
+        self.overwriting = None;
+        let path = self.target.path;
+        if let Err(why) = emptied {
+            let why = words::text(&why);
+            return error.context(format!(
+                "{path:?} holds a part of the RAM and can't be emptied ({why}): start no guest with it"
+            ));
+        }
+        match self.target.session.check("the output was emptied") {
+            Ok(()) => error.context(format!("{path:?} was emptied")),
+            Err(interrupted) => interrupted.into(),
+        }
+    }
+}
+
+impl Drop for Begun<'_, '_> {
+    fn drop(&mut self) {
+        if self.overwriting.is_none() {
+            return;
+        }
+        let path = self.target.path;
+        print::complain(&match self.target.empty() {
+            Ok(()) => format!("{path:?} was emptied"),
+            Err(why) => format!(
+                "{path:?} holds a part of the RAM and can't be emptied ({}): start no guest with it",
+                words::text(&why)
+            ),
+        });
+    }
+}
+
+/// RAM that exists. It stays as it is until [`empty`](Self::empty).
+pub(super) struct InPlace<'s> {
+    session: &'s Session,
+    path: &'s Path,
+    /// Locked: another restore is refused, and so is who reads the RAM.
+    pub(super) file: File,
+    /// Where the file has no `write(2)`.
+    #[cfg(target_os = "linux")]
+    mapping: Option<Mapping>,
+    size: u64,
+    bar: ProgressBar,
+}
+
+impl<'s> InPlace<'s> {
+    pub(super) fn open(
+        session: &'s Session,
+        path: &'s Path,
+        chain: &Chain,
+        force: bool,
+    ) -> anyhow::Result<Self> {
+        let file = target::open_and_lock(path, force)?;
+        let metadata = file.metadata();
+        let metadata = metadata.with_context(|| format!("cannot look at {path:?}"))?;
+        let size = metadata.len();
+        if size != chain.size() {
+            return Err(Failure::TargetSize {
+                path: path.to_owned(),
+                image: chain.size(),
+                target: size,
+            }
+            .into());
+        }
+        let bar = session.bar("restoring");
+        bar.set_length(size);
+        Ok(Self {
+            session,
+            path,
+            #[cfg(target_os = "linux")]
+            mapping: huge_pages(path, &file, size)?,
+            file,
+            size,
+            bar,
+        })
+    }
+
+    /// What is known to be untouched is not read: where that is not known, all of it is.
+    pub(super) fn holds_anything(&self) -> anyhow::Result<bool> {
+        let reader = FileReader::new(&self.file);
+        let mut buffer = SecretBuffer::new();
+        for range in reader.populated(0..self.size) {
+            for offset in range.clone().step_by(CHUNK) {
+                self.session.check("the output was not written to")?;
+                let len = (range.end - offset).min(CHUNK as u64);
+                let bytes = buffer.sized(len as usize);
+                let read = reader.read_at(offset, bytes);
+                read.with_context(|| format!("cannot read {:?}", self.path))?;
+                if !HostMemory::from(&bytes[..]).is_zero() {
+                    return Ok(true);
+                }
+            }
+        }
+        Ok(false)
+    }
+
+    /// Refuses RAM that is too small for what the images store: what it has already counts. Huge pages
+    /// were reserved.
+    #[cfg(target_os = "linux")]
+    pub(super) fn check_room(&self, chain: &Chain) -> anyhow::Result<()> {
+        let metadata = self.file.metadata();
+        let metadata = metadata.with_context(|| format!("cannot look at {:?}", self.path))?;
+        let has = metadata.blocks() * 512;
+        Ok(room::check_over(self.path, &self.file, has, chain)?)
+    }
+
+    #[cfg(not(target_os = "linux"))]
+    pub(super) fn check_room(&self, _: &Chain) -> anyhow::Result<()> {
+        Ok(())
+    }
+
+    /// Whether the first and the last byte can be written: by writing what they are. A seal, a limit
+    /// on the size of files, or a file system that fails every write is found before anything is lost.
+    pub(super) fn check_writing(&self) -> Result<(), Failure> {
+        let rewrite = |at| {
+            let mut byte = [0];
+            self.file.read_exact_at(&mut byte, at)?;
+            self.write(&byte, at)
+        };
+        match rewrite(0).and_then(|()| rewrite(self.size - 1)) {
+            // What the file has may be what the RAM needs.
+            Err(error) if error.kind() != io::ErrorKind::StorageFull => {
+                Err(Failure::TargetNotWritable {
+                    path: self.path.to_owned(),
+                    source: error,
+                })
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Whether whoever opens the path gets this file, in its size.
+    pub(super) fn check_in_place(&self) -> Result<(), Failure> {
+        let identity = |it: Metadata| (it.dev(), it.ino(), it.len());
+        let found = self.path.metadata().ok().map(identity);
+        match (found, self.file.metadata().ok().map(identity)) {
+            (found @ Some((.., len)), file) if found == file && len == self.size => Ok(()),
+            _ => Err(Failure::TargetReplaced {
+                path: self.path.to_owned(),
+            }),
+        }
+    }
+
+    fn write(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
+        #[cfg(target_os = "linux")]
+        if let Some(mapping) = &self.mapping {
+            return mapping.write_at(bytes, offset);
+        }
+        self.file.write_all_at(bytes, offset)
+    }
+
+    /// Gives up the pages of the first and the last byte again, of which it is known that they are zeros.
+    pub(super) fn empty_ends(&self) {
+        let unit = 4096.min(self.size);
+        for range in [0..unit, self.size - unit..self.size] {
+            // Zeros are right, too.
+            let _ = punch_hole(&self.file, range);
+        }
+    }
+
+    /// Makes all of it zeros.
+    pub(super) fn empty(&self) -> anyhow::Result<()> {
+        self.write_zeros()
+            .with_context(|| format!("cannot make zeros of {:?}", self.path))
+    }
+
+    fn write_zeros(&self) -> anyhow::Result<()> {
+        let all = 0..self.size;
+        #[cfg(target_os = "linux")]
+        if let Some(mapping) = &self.mapping {
+            // A hole would give up the pages, which another process could take.
+            let zeros = vec![0; CHUNK];
+            for range in FileReader::new(&self.file).populated(all) {
+                for at in range.clone().step_by(CHUNK) {
+                    let len = (range.end - at).min(CHUNK as u64) as usize;
+                    mapping.write_at(&zeros[..len], at)?;
+                }
+            }
+            return Ok(());
+        }
+        match punch_hole(&self.file, all.clone()) {
+            Err(SpaceError::Unsupported { .. }) => {}
+            punched => return Ok(punched?),
+        }
+        let on = &mut |_| std::ops::ControlFlow::Continue(());
+        write_runs(&self.file, [all], &Zeros, &WriteOptions::new(), on)?;
+        Ok(())
+    }
+}
+
+/// Maps a file on hugetlbfs, which has no `write(2)`: all the pages that it lacks are reserved, or it
+/// is refused.
+#[cfg(target_os = "linux")]
+fn huge_pages(path: &Path, file: &File, size: u64) -> anyhow::Result<Option<Mapping>> {
+    if !room::is_on_hugetlbfs(path) {
+        return Ok(None);
+    }
+    match Mapping::of(file, size) {
+        Ok(mapping) => Ok(Some(mapping)),
+        Err(source) => Err(Failure::NoHugePages {
+            path: path.to_owned(),
+            source,
+        }
+        .into()),
+    }
+}
+
+impl RamTarget for InPlace<'_> {
+    fn size(&self) -> u64 {
+        self.size
+    }
+
+    fn write_at(&mut self, offset: u64, bytes: &[u8]) -> io::Result<()> {
+        if self.session.flow().is_break() {
+            return Err(io::Error::other("interrupted"));
+        }
+        self.write(bytes, offset)?;
+        self.bar.set_position(offset);
+        Ok(())
+    }
+}
+
+struct Zeros;
+
+impl Source for Zeros {
+    fn read_at(&self, _: u64, buf: &mut [u8]) -> io::Result<()> {
+        buf.fill(0);
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::panic::{AssertUnwindSafe, catch_unwind};
+
+    use super::*;
+
+    #[test]
+    fn ram_is_emptied_by_a_panic_while_it_is_restored() {
+        let session = Session::begin(true).unwrap();
+        let ram = tempfile::NamedTempFile::new().unwrap();
+        ram.as_file().write_all_at(&[7; 8192], 0).unwrap();
+        let mut target = InPlace {
+            session: &session,
+            path: ram.path(),
+            file: ram.reopen().unwrap(),
+            #[cfg(target_os = "linux")]
+            mapping: None,
+            size: 8192,
+            bar: ProgressBar::hidden(),
+        };
+        let panicked = catch_unwind(AssertUnwindSafe(|| {
+            let _begun = Begun::now(&mut target);
+            panic!("on purpose");
+        }));
+        assert!(panicked.is_err());
+        assert_eq!(std::fs::read(ram.path()).unwrap(), [0; 8192]);
+    }
+}
