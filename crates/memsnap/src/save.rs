@@ -44,20 +44,29 @@ pub fn stage(
     ram_size: u64,
     page_size: u64,
 ) -> anyhow::Result<MemoryWriter> {
-    let staged = stage_early(session, output)?;
+    let options = options.no_clobber(!output.force).preserve(preserve());
+    let staged = stage_with(session, output, &options)?;
     Ok(options.open_on(staged, ram_size, page_size)?)
 }
 
 /// Stages a file at the output, for an image whose RAM is not known yet: what is known to fail at
 /// the commit fails here.
 pub fn stage_early(session: &Session, output: &Output) -> anyhow::Result<AtomicWriter> {
+    let options = MemoryWriter::options();
+    let options = options.no_clobber(!output.force).preserve(preserve());
+    stage_with(session, output, &options)
+}
+
+fn stage_with(
+    session: &Session,
+    output: &Output,
+    options: &Options,
+) -> anyhow::Result<AtomicWriter> {
     if room::is_on_hugetlbfs(dir_of(&output.path)) {
         let path = output.path.clone();
         return Err(Failure::NoWritesThere { path }.into());
     }
     session.hold();
-    let options = MemoryWriter::options();
-    let options = options.no_clobber(!output.force).preserve(preserve());
     match options.stage(&output.path) {
         Ok(staged) => {
             warn_of_lost(session, &output.path, staged.not_preserved());
