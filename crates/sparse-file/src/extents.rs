@@ -10,6 +10,7 @@ use nix::errno::Errno;
 use nix::unistd::{Whence, lseek};
 
 use crate::holes::{HolesUnknown, check_holes_are_zeros};
+use crate::sys;
 
 /// Whether a range is stored or reads as zeros without being stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -44,8 +45,8 @@ pub enum Knowledge {
     /// The file system has no `SEEK_HOLE`. The one data extent is a safe assumption.
     Unsupported,
     /// The rest of the range was listed as data without asking: the calls allowed by
-    /// [`Extents::limit_calls`] were used up, the file changed meanwhile, or the file system gave
-    /// an answer that it cannot give for such an offset.
+    /// [`Extents::limit_calls`] were used up, the file changed meanwhile (on overlayfs: its file
+    /// system too), or the file system gave an answer that it cannot give for such an offset.
     CutShort,
 }
 
@@ -97,7 +98,10 @@ pub fn extents(file: &File) -> io::Result<Extents<&File>> {
 /// As [`extents`].
 pub fn extents_in<F: Borrow<File>>(file: F, range: Range<u64>) -> io::Result<Extents<F>> {
     match check_holes_are_zeros(file.borrow()) {
-        Ok(()) => reported_extents_in(file, range),
+        Ok(()) => {
+            let layered = sys::is_layered(file.borrow())?;
+            reported_extents_in(file, range, layered)
+        }
         Err(HolesUnknown::Io(error)) => Err(error),
         Err(_) => {
             let mut extents = Extents::new(file, range)?;
@@ -116,11 +120,16 @@ pub fn extents_in<F: Borrow<File>>(file: F, range: Range<u64>) -> io::Result<Ext
 /// As [`extents`].
 pub fn reported_extents(file: &File) -> io::Result<Extents<&File>> {
     let len = file.metadata()?.len();
-    reported_extents_in(file, 0..len)
+    reported_extents_in(file, 0..len, false)
 }
 
-fn reported_extents_in<F: Borrow<File>>(file: F, range: Range<u64>) -> io::Result<Extents<F>> {
+fn reported_extents_in<F: Borrow<File>>(
+    file: F,
+    range: Range<u64>,
+    confirm: bool,
+) -> io::Result<Extents<F>> {
     let mut extents = Extents::new(file, range)?;
+    extents.confirm = confirm;
     // The first boundary is looked up here, so that `knowledge` has an answer before the first
     // extent is taken.
     extents.ahead = match extents.find() {
@@ -153,6 +162,9 @@ pub struct Extents<F: Borrow<File> = File> {
     /// returned `at`.
     kind: Kind,
     knowledge: Knowledge,
+    /// Whether the file may have been moved to another file system before a hole was reported
+    /// (overlayfs): ask again after each.
+    confirm: bool,
     calls_left: u64,
     /// Found, but not yet known to end there: its neighbour may be of the same kind.
     ahead: Option<io::Result<Extent>>,
@@ -170,6 +182,7 @@ impl<F: Borrow<File>> Extents<F> {
             at: range.start,
             kind: Kind::Data,
             knowledge: Knowledge::Reported,
+            confirm: false,
             calls_left: u64::MAX,
             ahead: None,
             position,
@@ -234,6 +247,9 @@ impl<F: Borrow<File>> Extents<F> {
                 // shrank, or no answer: APFS gives it for clones, with data behind.
                 (Kind::Data, None) => break,
             };
+            if self.kind == Kind::Hole && self.confirm && !self.are_holes_zeros()? {
+                break;
+            }
             let end = end.min(self.end);
             let kind = std::mem::replace(&mut self.kind, next);
             if end > self.at {
@@ -241,6 +257,14 @@ impl<F: Borrow<File>> Extents<F> {
             }
         }
         Ok(self.rest_is_data(Knowledge::CutShort))
+    }
+
+    fn are_holes_zeros(&self) -> io::Result<bool> {
+        match check_holes_are_zeros(self.file.borrow()) {
+            Ok(()) => Ok(true),
+            Err(HolesUnknown::Io(error)) => Err(error),
+            Err(_) => Ok(false),
+        }
     }
 
     fn rest_is_data(&mut self, knowledge: Knowledge) -> Option<Extent> {

@@ -10,7 +10,8 @@
 //! - OpenZFS before 2.2.2 and 2.1.14 could report a hole for data that was not written out.
 //! - APFS answers ENXIO inside clones.
 //!
-//! So a report is used only where the implementation is known: ext4, XFS, btrfs and tmpfs of Linux.
+//! So a report is used only where the implementation is known: ext4, XFS, btrfs and tmpfs of Linux,
+//! and overlayfs where the file is seen to be stored on one of the first three.
 //! Everywhere else all is data. That costs reading what could have been skipped, and nothing else.
 
 use std::fs::File;
@@ -47,7 +48,7 @@ pub enum HolesUnknown {
 /// file is written through mappings, and before anything was written back.
 ///
 /// This is what [`extents`](crate::extents()) lists holes by. It takes one `fstat(2)` and one
-/// `fstatfs(2)`, reads nothing and writes nothing. It holds for the file that is open, so ask again
+/// `fstatfs(2)`, on overlayfs at most four calls more, reads nothing and writes nothing. It holds for the file that is open, so ask again
 /// for another file.
 ///
 /// | file system | what answers | dirty pages |
@@ -61,10 +62,31 @@ pub enum HolesUnknown {
 /// (`page_mkwrite`), so that a page that is dirty in memory only is data as well. ext2 and ext3 have
 /// the number of ext4; the driver of ext2 reports everything as data.
 ///
+/// overlayfs, which containers run on, answers by the file system that stores the file (`ovl_llseek`),
+/// and reads, writes and maps of a file that is open for writing go to the same inode
+/// (`ovl_read_iter`, `ovl_write_iter`, `ovl_mmap`). So a file on overlayfs is treated as one on ext4,
+/// XFS or btrfs if it is known to be stored there:
+///
+/// - The file system below must support `FS_IOC_FIEMAP` (`ovl_fiemap`). FUSE, network file systems
+///   other than SMB, OpenZFS and tmpfs do not.
+/// - With `FIEMAP_FLAG_XATTR` only ext4, XFS and f2fs support it. ext4 is recognized by `FS_EXTENT_FL`
+///   (`ovl_fileattr_get`), XFS by the attributes that `statx(2)` knows (`ovl_getattr`).
+/// - Of the others, btrfs is recognized by its name space of extended attributes (`ovl_xattr_get`).
+///
+/// The answers come from the inode that stores the file at that moment. The first opening for writing
+/// moves a file from a lower layer to the upper one (`ovl_copy_up`), possibly to another file system.
+/// [`extents`](crate::extents()) therefore asks again after each hole that overlayfs reported.
+///
+/// A file that was mapped before it was moved, through a descriptor that was opened for reading, is
+/// the old file in that mapping, and the new one in reads and reports: overlayfs documents this.
+/// With the mount option `metacopy=on`, a file of which only the attributes were changed has its data
+/// in a lower layer and its attributes in the upper one. Only `FS_IOC_FIEMAP` is then answered by the
+/// data's file system. A file that is open for writing is never in this state.
+///
 /// Not used, and all data, are the reports of: FUSE (virtiofs too) and network file systems, whose
 /// server decides; OpenZFS, f2fs, bcachefs and others, of which too little is known; hugetlbfs,
-/// which reports none; overlayfs, which passes the question to the file system of whichever layer
-/// has the file; block devices; and every file system of macOS.
+/// which reports none; overlayfs over any of these and over tmpfs, which nothing tells from a server;
+/// block devices; and every file system of macOS.
 ///
 /// # Errors
 /// [`HolesUnknown`].
@@ -109,6 +131,12 @@ pub enum PagesUnknown {
     /// beside it is on the same.
     #[error("it is a mount of its own, so its file system cannot be probed through its directory")]
     MountedAlone,
+    /// It is in a layer of an overlayfs, and new files beside it are stored on another file system.
+    #[error(
+        "it is in a lower layer of an overlayfs, on another file system than new files: copy it to \
+         a directory on ext4, XFS, btrfs or tmpfs, or mount this one into the container"
+    )]
+    OtherLayer,
     /// The directory could not be probed; it must be writable for that.
     #[error("its file system could not be probed")]
     Probe(#[from] ProbeError),
@@ -233,6 +261,15 @@ impl PageHoles {
         let on_one_mount = File::open(dir).and_then(|dir| sys::on_one_mount(file, &dir));
         if !on_one_mount.map_err(HolesUnknown::Io)? {
             return Err(PagesUnknown::MountedAlone);
+        }
+        if sys::is_layered(file).map_err(HolesUnknown::Io)? {
+            let beside = tempfile::tempfile_in(dir).map_err(|source| ProbeError::CreateFile {
+                dir: dir.into(),
+                source,
+            })?;
+            if !sys::on_one_layer(file, &beside).map_err(HolesUnknown::Io)? {
+                return Err(PagesUnknown::OtherLayer);
+            }
         }
         let known = self.probed.iter().position(|(probed, _)| probed == dir);
         let known = match known {

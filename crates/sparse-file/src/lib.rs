@@ -91,7 +91,7 @@
 //!
 //! | purpose | ask | used on | elsewhere |
 //! |---|---|---|---|
-//! | skip what a guest never touched in a RAM file that it may be writing; skip the zeros of an image | [`extents`], [`extents_in`]; [`check_holes_are_zeros`] says why not | ext4, XFS, btrfs, tmpfs and memfds, on Linux | all is data, and is read |
+//! | skip what a guest never touched in a RAM file that it may be writing; skip the zeros of an image | [`extents`], [`extents_in`]; [`check_holes_are_zeros`] says why not | ext4, XFS, btrfs, tmpfs and memfds, on Linux; overlayfs (containers) over the first three | all is data, and is read |
 //! | tell the pages of a diff by the holes between them | [`PageHoles`] | the same, in pages of at least a block and 4 KiB, after a sync and a probe of the directory | refused: keep a list of the pages |
 //! | report what a file system says, right or wrong | [`reported_extents`] | everywhere | - |
 //!
@@ -125,7 +125,8 @@
 //!
 //! - Probing: `O_TMPFILE` (or create and unlink), `ftruncate`, some `pwrite`, `fsync`, then `fstat`, `lseek`, `statx`
 //!   (`STATX_DIOALIGN`), `fcntl(F_SETFL, O_DIRECT)` with aligned `pwrite` and `pread`, and `fallocate(PUNCH_HOLE)`.
-//! - Extents: one `fstat`, one `fstatfs`, one `lseek` an extent. `ENXIO` from `SEEK_HOLE` is never a
+//! - Extents: one `fstat`, one `fstatfs`, one `lseek` an extent; on overlayfs `ioctl(FS_IOC_FIEMAP)`,
+//!   `FS_IOC_GETFLAGS` and `statx`, or `fgetxattr`, before the first and after each hole. `ENXIO` from `SEEK_HOLE` is never a
 //!   hole, and from `SEEK_DATA` only where `SEEK_HOLE` has just returned that offset.
 //! - Writing, positioned: one `getrlimit`, then one `pwrite` a chunk of at most 1 MiB, cut at multiples of 1 MiB; `EINTR`, `EAGAIN`
 //!   and short writes are gone on with.
@@ -149,6 +150,7 @@
 mod buffer;
 mod extents;
 mod holes;
+mod identity;
 mod limit;
 mod memory;
 mod probe;
@@ -158,6 +160,7 @@ mod write;
 
 pub use extents::{Extent, Extents, Kind, Knowledge, extents, extents_in, reported_extents};
 pub use holes::{HolesUnknown, PageHoles, PagesUnknown, check_holes_are_zeros, file_system_name};
+pub use identity::FileIdentity;
 pub use memory::Memory;
 pub use probe::{
     AlignmentBasis, Capabilities, DirectIo, HoleSupport, ProbeError, Punch, SeekHole, WrittenZeros,

@@ -5,11 +5,15 @@ mod support;
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
+use std::path::Path;
 
 use rstest::rstest;
-use sparse_file::{HolesUnknown, PageHoles, PagesUnknown, check_holes_are_zeros, grow, reserve};
+use sparse_file::{
+    HolesUnknown, Kind, Knowledge, PageHoles, PagesUnknown, check_holes_are_zeros, extents, grow,
+    reserve,
+};
 use support::Fs;
-use test_machine::{LoopFs, LoopMount, Need, TinyTmpfs};
+use test_machine::{LoopFs, LoopMount, Need, Overlay, TinyTmpfs};
 
 const PAGE: u64 = 4096;
 
@@ -170,35 +174,115 @@ fn holes_of_a_memfd_are_used_and_those_of_huge_pages_are_not() {
     );
 }
 
-/// The file may be in a layer on any file system.
-#[test]
-fn holes_of_an_overlay_are_not_used() {
-    use nix::mount::{MntFlags, MsFlags, mount, umount2};
-
-    if !Need::Root.met("holes_of_an_overlay_are_not_used") {
+#[rstest]
+#[case::ext4(Fs::Ext4)]
+#[case::xfs(Fs::Xfs)]
+#[case::btrfs(Fs::Btrfs)]
+fn pages_on_an_overlay_are_told_as_on_its_layer(#[case] fs: Fs) {
+    let Some(place) = fs.mount("pages_on_an_overlay_are_told_as_on_its_layer") else {
         return;
-    }
-    let layers = TinyTmpfs::new(4 << 20).expect("mounted");
-    let dir = |name: &str| {
-        let dir = layers.path().join(name);
-        std::fs::create_dir(&dir).expect("made");
-        dir
     };
-    let (lower, upper, work, merged) = (dir("lower"), dir("upper"), dir("work"), dir("merged"));
-    let options = format!(
-        "lowerdir={},upperdir={},workdir={}",
-        lower.display(),
-        upper.display(),
-        work.display()
+    let overlay = Overlay::within(place.path()).expect("mounted");
+    let file = tempfile::tempfile_in(overlay.path()).expect("file");
+    PageHoles::check_new(&file, PAGE).expect("told of an empty file");
+    grow(&file, 64 * PAGE).expect("grown");
+    PageHoles::check_new(&file, PAGE).expect("told of a file with nothing in it");
+    file.write_all_at(&[7; 8192], 5 * PAGE).expect("written");
+    check_holes_are_zeros(&file).expect("used");
+    assert_eq!(data(&file), [5 * PAGE..7 * PAGE]);
+    let mut holes = PageHoles::new();
+    holes.check(&file, overlay.path(), PAGE).expect("told");
+    let error = holes.check(&file, overlay.path(), 1024);
+    assert!(
+        matches!(error, Err(PagesUnknown::Coarse { .. })),
+        "{error:?}"
     );
-    let kind = Some("overlay");
-    mount(kind, &merged, kind, MsFlags::empty(), Some(&*options)).expect("mounted");
-    let file = File::create(merged.join("file")).expect("file");
+}
+
+/// Nothing tells it from a server that makes holes up.
+#[test]
+fn holes_of_an_overlay_on_tmpfs_are_not_used() {
+    let Some(place) = Fs::Tmpfs.mount("holes_of_an_overlay_on_tmpfs_are_not_used") else {
+        return;
+    };
+    let overlay = Overlay::within(place.path()).expect("mounted");
+    let file = tempfile::tempfile_in(overlay.path()).expect("file");
+    grow(&file, 64 * PAGE).expect("grown");
     let used = check_holes_are_zeros(&file);
-    drop(file);
-    umount2(&merged, MntFlags::MNT_DETACH).expect("unmounted");
     assert!(
         matches!(&used, Err(HolesUnknown::FileSystem { file_system }) if file_system == "overlay"),
         "{used:?}"
     );
+    assert_eq!(data(&file), [0..64 * PAGE]);
+}
+
+/// An overlay of directories on two file systems, the lower of which has a file "ram" with data in
+/// its second and its last page.
+fn over_two(lower: &Path, upper: &Path) -> Overlay {
+    let ram = File::create(lower.join("ram")).expect("file");
+    grow(&ram, 64 * PAGE).expect("grown");
+    ram.write_all_at(&[7; PAGE as usize], PAGE)
+        .expect("written");
+    ram.write_all_at(&[7; PAGE as usize], 63 * PAGE)
+        .expect("written");
+    let [upper, work] = ["upper", "work"].map(|name| upper.join(name));
+    std::fs::create_dir(&upper).expect("made");
+    std::fs::create_dir(&work).expect("made");
+    Overlay::of(lower, &upper, &work).expect("mounted")
+}
+
+/// The probe writes to the upper layer.
+#[test]
+fn pages_of_a_file_in_a_layer_elsewhere_are_not_told() {
+    const TEST: &str = "pages_of_a_file_in_a_layer_elsewhere_are_not_told";
+    let (Some(lower), Some(upper)) = (Fs::Xfs.mount(TEST), Fs::Ext4.mount(TEST)) else {
+        return;
+    };
+    let overlay = over_two(lower.path(), upper.path());
+    let path = overlay.path().join("ram");
+    let file = File::open(&path).expect("opened");
+    check_holes_are_zeros(&file).expect("used");
+    let mut holes = PageHoles::new();
+    let error = holes.check(&file, overlay.path(), PAGE).expect_err("told");
+    assert!(matches!(error, PagesUnknown::OtherLayer), "{error:?}");
+    // The file beside it, where the probe writes.
+    let new = tempfile::tempfile_in(overlay.path()).expect("file");
+    holes.check(&new, overlay.path(), PAGE).expect("told");
+}
+
+/// The first opening for writing moves the file to the upper layer.
+#[test]
+fn a_file_that_is_moved_to_another_layer_while_it_is_listed_is_data() {
+    const TEST: &str = "a_file_that_is_moved_to_another_layer_while_it_is_listed_is_data";
+    let (Some(lower), Some(upper)) = (Fs::Ext4.mount(TEST), Fs::Tmpfs.mount(TEST)) else {
+        return;
+    };
+    let overlay = over_two(lower.path(), upper.path());
+    let path = overlay.path().join("ram");
+    let file = File::open(&path).expect("opened");
+    let last = || 63 * PAGE..64 * PAGE;
+    assert_eq!(data(&file), [PAGE..2 * PAGE, last()]);
+
+    let mut listed = extents(&file).expect("listed");
+    let first = listed.next().expect("some").expect("listed");
+    assert_eq!((first.range, first.kind), (0..PAGE, Kind::Hole));
+    File::options().write(true).open(&path).expect("moved");
+    let rest: Vec<_> = listed.by_ref().map(|it| it.expect("listed")).collect();
+    assert_eq!(rest.len(), 1);
+    assert_eq!(
+        (rest[0].range.clone(), rest[0].kind),
+        (PAGE..64 * PAGE, Kind::Data)
+    );
+    assert_eq!(listed.knowledge(), Knowledge::CutShort);
+    drop(listed);
+    assert_eq!(data(&file), [0..64 * PAGE]);
+}
+
+fn data(file: &File) -> Vec<std::ops::Range<u64>> {
+    let listed = extents(file).expect("listed");
+    let listed = listed.map(|extent| extent.expect("listed"));
+    listed
+        .filter(|extent| extent.kind == Kind::Data)
+        .map(|extent| extent.range)
+        .collect()
 }

@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 use nix::fcntl::{FallocateFlags, fallocate};
@@ -130,7 +131,11 @@ impl ReadOnlyBind {
 
 /// An overlayfs: a directory with another one on top that takes what is written.
 #[derive(Debug)]
-pub struct Overlay(Mounted);
+pub struct Overlay {
+    // Before its layers: unmounted first.
+    mounted: Mounted,
+    _layers: Option<tempfile::TempDir>,
+}
 
 impl Overlay {
     /// Lays `upper` over `lower`; the kernel works in `work`, an empty directory on the file system of
@@ -146,7 +151,7 @@ impl Overlay {
             upper.display(),
             work.display()
         );
-        Mounted::new(|dir| {
+        let mounted = Mounted::new(|dir| {
             mount(
                 Some("overlay"),
                 dir,
@@ -154,14 +159,35 @@ impl Overlay {
                 MsFlags::empty(),
                 Some(options.as_str()),
             )
+        })?;
+        Ok(Self {
+            mounted,
+            _layers: None,
         })
-        .map(Self)
+    }
+
+    /// Lays a new directory in `dir` over another one there, both empty: what a new container has.
+    ///
+    /// # Errors
+    /// As [`of`](Self::of).
+    pub fn within(dir: &Path) -> io::Result<Self> {
+        let layers = tempfile::Builder::new()
+            .permissions(std::fs::Permissions::from_mode(0o755))
+            .tempdir_in(dir)?;
+        let [lower, upper, work] = ["lower", "upper", "work"].map(|name| layers.path().join(name));
+        for dir in [&lower, &upper, &work] {
+            std::fs::create_dir(dir)?;
+        }
+        Ok(Self {
+            _layers: Some(layers),
+            ..Self::of(&lower, &upper, &work)?
+        })
     }
 
     /// The mounted, merged directory.
     #[must_use]
     pub fn path(&self) -> &Path {
-        self.0.path()
+        self.mounted.path()
     }
 }
 

@@ -13,6 +13,7 @@ use nix::unistd::{Whence, lseek};
 use page_reader::{FileReader, PageReader};
 use rstest::rstest;
 use support::{Mapping, PAGE, RAM, answering, mount, sparse};
+use test_machine::{Overlay, TinyTmpfs};
 
 /// The page that is written.
 const WRITTEN: u64 = 1 << 20;
@@ -109,6 +110,7 @@ fn ram_is_dumped_whatever_holes_are_reported(
 fn a_page_written_through_a_mapping_is_data_at_once(
     #[case] disk: Option<(test_machine::Need, test_machine::LoopFs)>,
     #[values("hole", "unwritten extent", "reflinked data", "punched hole")] over: &str,
+    #[values(false, true)] overlay: bool,
 ) {
     const TEST: &str = "a_page_written_through_a_mapping_is_data_at_once";
     let (dir, _mounts): (_, (Option<_>, Option<_>)) = match disk {
@@ -122,6 +124,11 @@ fn a_page_written_through_a_mapping_is_data_at_once(
         }
         _ => return,
     };
+    let tells = disk.is_some() || !overlay;
+    let merged = overlay.then(|| Overlay::within(&dir).unwrap());
+    let dir = merged
+        .as_ref()
+        .map_or(dir, |merged| merged.path().to_owned());
     let file = sparse(&dir.join("ram"));
     match over {
         "hole" => {}
@@ -148,8 +155,9 @@ fn a_page_written_through_a_mapping_is_data_at_once(
     assert!(may_hold_anything(&mapping.reader(), WRITTEN));
     // What was read of an unwritten extent is in the page cache, and so is data.
     assert!(
-        over == "unwritten extent" || !may_hold_anything(&FileReader::new(&file), 2 * WRITTEN),
-        "an untouched page is skipped"
+        over == "unwritten extent"
+            || tells != may_hold_anything(&FileReader::new(&file), 2 * WRITTEN),
+        "an untouched page is skipped where the file system tells"
     );
     assert!(dump(&FileReader::new(&file)) == expected());
     file.sync_all().unwrap();
@@ -157,6 +165,29 @@ fn a_page_written_through_a_mapping_is_data_at_once(
     // Written again, after it was written back.
     mapping.write(WRITTEN, 0x5a);
     assert!(dump(&mapping.reader()) == expected());
+}
+
+/// Nothing but a copy of what the server says is behind the overlay.
+#[test]
+fn ram_in_a_layer_on_fuse_is_dumped() {
+    let Some(fs) = mount("ram_in_a_layer_on_fuse_is_dumped", Behaviour::default()) else {
+        return;
+    };
+    let file = sparse(&fs.path().join("ram"));
+    // On tmpfs: an overlay has no overlay as its upper layer, should this run on one.
+    let layers = TinyTmpfs::new(1 << 20).unwrap();
+    let [upper, work] = ["upper", "work"].map(|name| layers.path().join(name));
+    std::fs::create_dir(&upper).unwrap();
+    std::fs::create_dir(&work).unwrap();
+    let overlay = Overlay::of(fs.path(), &upper, &work).unwrap();
+    let mapping = Mapping::of(&file);
+    mapping.write(WRITTEN, 0x5a);
+    let seen = File::open(overlay.path().join("ram")).unwrap();
+    // What makes the test one: overlayfs passes on what the server says, that all of it is a hole.
+    assert_eq!(lseek(&seen, 0, Whence::SeekData), Err(Errno::ENXIO));
+    sparse_file::check_holes_are_zeros(&seen).unwrap_err();
+    assert!(may_hold_anything(&FileReader::new(&seen), WRITTEN));
+    assert!(dump(&FileReader::new(&seen)) == expected());
 }
 
 /// Skipping what a truncated file lost would commit zeros for it.

@@ -2,16 +2,19 @@
 
 #![allow(unsafe_code)]
 
+mod overlay;
+
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::mem::MaybeUninit;
 use std::ops::Range;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::path::Path;
 
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, FcntlArg, OFlag, fallocate, fcntl};
-use nix::sys::statfs::fstatfs;
+use nix::sys::statfs::{Statfs, fstatfs, statfs};
 
 pub(crate) fn punch_hole(file: &File, range: Range<u64>) -> io::Result<()> {
     let mode = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
@@ -93,6 +96,15 @@ pub(crate) fn reopen_direct(file: &File) -> io::Result<File> {
 /// Memory and offset alignment of direct I/O in bytes by `STATX_DIOALIGN` (Linux 6.1): `(0, 0)` says that the file has no
 /// direct I/O, `None` that kernel or file system don't tell.
 pub(crate) fn reported_direct_alignment(file: &File) -> Option<(usize, usize)> {
+    let statx = statx(file, libc::STATX_DIOALIGN)?;
+    (statx.stx_mask & libc::STATX_DIOALIGN != 0).then_some((
+        statx.stx_dio_mem_align as usize,
+        statx.stx_dio_offset_align as usize,
+    ))
+}
+
+/// `None` where the kernel has no `statx(2)`, or it fails.
+fn statx(file: &File, mask: libc::c_uint) -> Option<libc::statx> {
     let mut buffer = MaybeUninit::<libc::statx>::zeroed();
     // SAFETY: the path is a C string, which with AT_EMPTY_PATH makes the borrowed, so open, descriptor the object;
     // `buffer` is a statx that the kernel may fill.
@@ -101,7 +113,7 @@ pub(crate) fn reported_direct_alignment(file: &File) -> Option<(usize, usize)> {
             file.as_raw_fd(),
             c"".as_ptr(),
             libc::AT_EMPTY_PATH,
-            libc::STATX_DIOALIGN,
+            mask,
             buffer.as_mut_ptr(),
         )
     };
@@ -109,11 +121,7 @@ pub(crate) fn reported_direct_alignment(file: &File) -> Option<(usize, usize)> {
         return None;
     }
     // SAFETY: `buffer` started as zeros, and statx is a struct of integers, for which every bit pattern is valid.
-    let statx = unsafe { buffer.assume_init() };
-    (statx.stx_mask & libc::STATX_DIOALIGN != 0).then_some((
-        statx.stx_dio_mem_align as usize,
-        statx.stx_dio_offset_align as usize,
-    ))
+    Some(unsafe { buffer.assume_init() })
 }
 
 /// Magic numbers of `statfs(2)` that file systems of this day give; names as in `/proc/filesystems`.
@@ -151,9 +159,33 @@ const REPORT_HOLES_CORRECTLY: [u32; 4] = [
     0x0102_1994, // tmpfs
 ];
 
+/// As in [`NAMES`].
+const OVERLAY: u32 = 0x794C_7630;
+
 /// Whether it is known of the file's file system that what it reports as a hole reads as zeros.
 pub(crate) fn reports_holes_correctly(file: &File) -> io::Result<bool> {
-    Ok(REPORT_HOLES_CORRECTLY.contains(&magic(file)?))
+    let magic = magic(file)?;
+    Ok(REPORT_HOLES_CORRECTLY.contains(&magic)
+        || (magic == OVERLAY && overlay::layer(file).is_some()))
+}
+
+/// Whether the file is stored on another file system than the one it is found on, which may change.
+pub(crate) fn is_layered(file: &File) -> io::Result<bool> {
+    Ok(magic(file)? == OVERLAY)
+}
+
+/// The same of the file that `path` leads to.
+pub(crate) fn is_layered_at(path: &Path) -> io::Result<bool> {
+    Ok(magic_of(&statfs(path)?) == OVERLAY)
+}
+
+/// Whether both files, which are [layered](is_layered), are stored on one file system, as far as is
+/// known.
+pub(crate) fn on_one_layer(one: &File, other: &File) -> io::Result<bool> {
+    // overlayfs gives the files of each file system below another device (without `xino`).
+    let one_device = one.metadata()?.dev() == other.metadata()?.dev();
+    let layer = overlay::layer(one);
+    Ok(one_device && layer.is_some() && layer == overlay::layer(other))
 }
 
 /// The larger of what the file system and the file call their block, in bytes: that of a tmpfs of huge pages is one of them, where
@@ -190,6 +222,20 @@ struct Fiemap {
     extents: [FiemapExtent; EXTENTS],
 }
 
+impl Default for Fiemap {
+    fn default() -> Self {
+        Self {
+            start: 0,
+            length: 0,
+            flags: 0,
+            mapped_extents: 0,
+            extent_count: 0,
+            reserved: 0,
+            extents: [FiemapExtent::default(); EXTENTS],
+        }
+    }
+}
+
 const FIEMAP_EXTENT_LAST: u32 = 0x1;
 const FIEMAP_EXTENT_UNWRITTEN: u32 = 0x800;
 /// `_IOWR('f', 11, struct fiemap)`; the size in it is that of the header, 32 bytes.
@@ -204,11 +250,8 @@ pub(crate) fn first_unwritten(file: &File) -> io::Result<Option<u64>> {
         let mut map = Fiemap {
             start: at,
             length: len - at,
-            flags: 0,
-            mapped_extents: 0,
             extent_count: EXTENTS as u32,
-            reserved: 0,
-            extents: [FiemapExtent::default(); EXTENTS],
+            ..Fiemap::default()
         };
         // SAFETY: FS_IOC_FIEMAP reads and writes a fiemap with as many extents as `extent_count`
         // says, which `map` is for the length of the call; `file` is borrowed, so open.
@@ -265,15 +308,26 @@ fn mount_id(file: &File) -> Option<String> {
     Some(id.trim().to_owned())
 }
 
-/// Whether both files were opened through one mount, as far as the system says, of one device.
+/// Whether a file and a directory were opened through one mount, as far as the system says, of one
+/// device.
 pub(crate) fn on_one_mount(one: &File, other: &File) -> io::Result<bool> {
-    Ok(one.metadata()?.dev() == other.metadata()?.dev() && mount_id(one) == mount_id(other))
+    let (one_mount, other_mount) = (mount_id(one), mount_id(other));
+    if is_layered(one)? {
+        // A directory and a file on one overlayfs may be of different devices.
+        return Ok(one_mount.is_some() && one_mount == other_mount);
+    }
+    Ok(one.metadata()?.dev() == other.metadata()?.dev() && one_mount == other_mount)
 }
 
 fn magic(file: &File) -> io::Result<u32> {
+    Ok(magic_of(&fstatfs(file)?))
+}
+
+fn magic_of(file_system: &Statfs) -> u32 {
     // As wide as the field is on every architecture; the upper half is sign or nothing.
     #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)]
-    Ok(fstatfs(file)?.filesystem_type().0 as u32)
+    let magic = file_system.filesystem_type().0 as u32;
+    magic
 }
 
 pub(crate) fn file_system_name(file: &File) -> io::Result<String> {

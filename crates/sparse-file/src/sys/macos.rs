@@ -125,6 +125,24 @@ pub(crate) fn reports_holes_correctly(_file: &File) -> io::Result<bool> {
     Ok(false)
 }
 
+/// Of no file system of macOS.
+#[allow(clippy::unnecessary_wraps, reason = "the signature is Linux's")]
+pub(crate) fn is_layered(_file: &File) -> io::Result<bool> {
+    Ok(false)
+}
+
+/// Of no file system of macOS.
+#[allow(clippy::unnecessary_wraps, reason = "the signature is Linux's")]
+pub(crate) fn is_layered_at(_path: &std::path::Path) -> io::Result<bool> {
+    Ok(false)
+}
+
+/// Not asked, as no file is layered.
+#[allow(clippy::unnecessary_wraps, reason = "the signature is Linux's")]
+pub(crate) fn on_one_layer(_one: &File, _other: &File) -> io::Result<bool> {
+    Ok(false)
+}
+
 /// What the file system calls its block, in bytes.
 pub(crate) fn file_system_block(file: &File) -> io::Result<u64> {
     Ok(u64::from(fstatfs(file)?.block_size()))
