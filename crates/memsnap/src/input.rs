@@ -1,10 +1,9 @@
 //! The images that a verb is given.
 
-use std::fs;
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use memory_image::{Chain, Image, ImageError, Unclear};
+use sparse_file::FileIdentity;
 
 use crate::args::{Format, Formats, ImageFile, RawImages};
 use crate::failure::Failure;
@@ -120,11 +119,13 @@ pub fn sum(session: &Session, image: &Image) -> Result<memory_image::Verified, I
     })
 }
 
-/// Whether `path` is, by whatever name, one of `inputs`.
+/// Whether `path` is, by any name, one of `inputs`.
 pub fn is_one_of(path: &Path, inputs: &[PathBuf]) -> bool {
-    let identity = |path: &Path| fs::metadata(path).ok().map(|it| (it.dev(), it.ino()));
-    let output = identity(path);
-    output.is_some() && inputs.iter().any(|input| identity(input) == output)
+    let Ok(output) = FileIdentity::at(path) else {
+        return false;
+    };
+    let is_it = |input: &PathBuf| FileIdentity::at(input).is_ok_and(|input| input.may_be(&output));
+    inputs.iter().any(is_it)
 }
 
 /// The paths of images that are read.

@@ -1,9 +1,11 @@
 //! RAM in the memory of another process.
 
+use std::ffi::OsString;
 use std::fs::{self, File};
 use std::ops::Range;
+use std::os::unix::ffi::OsStringExt;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::Context;
@@ -13,6 +15,8 @@ use page_reader::{
     PageReader, ProcessMaps, ProcessMemory, ProcessMemoryError, ProcessRegion, StoppedProcess,
     UnexaminedProcess,
 };
+
+use sparse_file::FileIdentity;
 
 use crate::args;
 use crate::failure::Failure;
@@ -132,10 +136,18 @@ impl ProcessRam {
 
     /// Whether any of the regions shows the file at `path`.
     pub fn is_mapped_from(&self, path: &Path) -> bool {
-        let (Ok(file), Ok(maps)) = (path.metadata(), ProcessMaps::of(self.pid)) else {
+        let (Ok(metadata), Ok(file), Ok(maps)) = (
+            path.metadata(),
+            FileIdentity::at(path),
+            ProcessMaps::of(self.pid),
+        ) else {
             return false;
         };
-        let shows = |region: &ProcessRegion| is_file_of(region, &file);
+        let shows = |region: &ProcessRegion| {
+            is_file_of(region, &metadata)
+                || region.inode != 0
+                    && mapped_files(self.pid, region).any(|mapped| mapped.may_be(&file))
+        };
         self.regions
             .iter()
             .any(|range| regions_in(&maps, range).any(shows))
@@ -258,6 +270,23 @@ fn regions_in<'m>(
         at = region.addresses.end;
         Some(region)
     })
+}
+
+/// The files that a mapping may show: what the kernel leads to, which takes `CAP_CHECKPOINT_RESTORE`,
+/// and what is found by its name now. On overlayfs, mappings are listed by other numbers than files.
+fn mapped_files(pid: u32, region: &ProcessRegion) -> impl Iterator<Item = FileIdentity> {
+    let Range { start, end } = region.addresses;
+    let by_kernel = format!("/proc/{pid}/map_files/{start:x}-{end:x}").into();
+    let mut by_name = format!("/proc/{pid}/root").into_bytes();
+    by_name.extend(&region.name);
+    let by_name = region
+        .name
+        .starts_with(b"/")
+        .then(|| PathBuf::from(OsString::from_vec(by_name)));
+    [Some(by_kernel), by_name]
+        .into_iter()
+        .flatten()
+        .filter_map(|path: PathBuf| FileIdentity::at(&path).ok())
 }
 
 #[cfg(test)]

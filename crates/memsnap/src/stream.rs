@@ -4,7 +4,6 @@ use std::fs::File;
 use std::io::{self, BufReader, IsTerminal, PipeReader, Read, Seek, Write};
 use std::num::NonZeroUsize;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::thread;
 
@@ -12,9 +11,8 @@ use anyhow::Context;
 use image_format::{HEADER_PAGE, Header};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::stat::fstat;
 use page_reader::SecretBuffer;
-use sparse_file::{SpaceError, grow};
+use sparse_file::{FileIdentity, SpaceError, grow};
 use zstd::stream::{read::Decoder, write::Encoder};
 
 use crate::failure::Failure;
@@ -247,13 +245,10 @@ pub fn check_is_not_stdout(inputs: &[PathBuf]) -> Result<(), Failure> {
 }
 
 fn is_file_of(stream: BorrowedFd<'_>, path: &Path) -> bool {
-    let (Ok(stream), Ok(file)) = (fstat(stream), path.metadata()) else {
+    let (Ok(stream), Ok(file)) = (FileIdentity::of(stream), FileIdentity::at(path)) else {
         return false;
     };
-    // The types differ from system to system.
-    #[allow(clippy::unnecessary_cast, clippy::cast_sign_loss)]
-    let stream = (stream.st_dev as u64, stream.st_ino as u64);
-    file.is_file() && stream == (file.dev(), file.ino())
+    file.is_file() && file.may_be(&stream)
 }
 
 /// Compresses `image`, a packed one that is called `path`, to stdout.

@@ -208,6 +208,54 @@ fn an_output_that_is_an_input_is_refused(#[case] command: &str, #[case] input: &
     }
 }
 
+/// The directory of a layer, and the overlay: another device and another inode for one file.
+#[cfg(target_os = "linux")]
+#[rstest]
+#[case::the_layer("restore raw:LAYER -o MERGED --force")]
+#[case::the_overlay("restore raw:MERGED -o LAYER --force")]
+#[case::a_dump("full LAYER -o MERGED --force")]
+#[case::merged("merge LAYER d1.mem -o MERGED --force")]
+fn an_output_that_is_an_input_on_an_overlay_is_refused(
+    #[case] command: &str,
+    #[values("lower", "upper")] layer: &str,
+) {
+    use test_machine::{Overlay, TinyTmpfs};
+
+    if !Need::Root.met("an_output_that_is_an_input_on_an_overlay_is_refused") {
+        return;
+    }
+    let work = Work::with_chain();
+    let layers = TinyTmpfs::new(64 << 20).unwrap();
+    let [lower, upper, inside] = ["lower", "upper", "work"].map(|name| layers.path().join(name));
+    for dir in [&lower, &upper, &inside] {
+        fs::create_dir(dir).unwrap();
+    }
+    fs::copy(work.path("first"), layers.path().join(layer).join("image")).unwrap();
+    let overlay = Overlay::of(&lower, &upper, &inside).unwrap();
+    let stored = layers.path().join(layer).join("image");
+    let merged = overlay.path().join("image");
+    let says = match command.starts_with("merge") {
+        true => "would replace one of its inputs",
+        false => "is one of the inputs",
+    };
+    let command = command
+        .replace("LAYER", stored.to_str().unwrap())
+        .replace("MERGED", merged.to_str().unwrap());
+    work.fails(&command, 2, &["image", says]);
+    for path in [&stored, &merged] {
+        assert!(fs::read(path).unwrap() == work.read("first"), "{path:?}");
+    }
+    if command.starts_with("restore") {
+        let mut send = work.command(&format!("convert {} -o - --zstd", stored.display()));
+        let stdout = fs::File::options().append(true).open(&merged).unwrap();
+        // Where that moved the file to the upper layer, it is another one.
+        if layer == "upper" {
+            send.stdout(stdout);
+            Ended::of(&mut send).fails(2, &["image", "one of the inputs"]);
+        }
+    }
+}
+
 #[test]
 fn a_stream_is_not_written_to_the_file_it_comes_from() {
     let work = Work::with_chain();

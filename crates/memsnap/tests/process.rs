@@ -23,13 +23,16 @@ use page_reader::StoppedProcess;
 use rstest::rstest;
 use support::held::Held;
 use support::{Ended, PAGE, RAM, Work};
-use test_machine::Need;
+use test_machine::{Need, Overlay, TinyTmpfs};
 
 /// The file whose bytes the other process has as its guest's RAM.
 const ROLE: &str = "MEMSNAP_TEST_RAM";
 
 /// It does not stop: one of its threads waits for a child that it made by vfork.
 const HANGS: &str = "MEMSNAP_TEST_HANGS";
+
+/// The file that it maps as the RAM; a memfd unless set.
+const FILE: &str = "MEMSNAP_TEST_FILE";
 
 /// No test: what the other process does here. Maps a memfd with the bytes, says where, and waits to be killed.
 #[test]
@@ -38,7 +41,14 @@ fn a_monitor() {
         return;
     };
     let ram = fs::read(path).unwrap();
-    let fd = memfd_create("guest-ram", MFdFlags::empty()).unwrap();
+    let fd = match std::env::var_os(FILE) {
+        Some(file) => {
+            let mut options = fs::File::options();
+            let options = options.read(true).write(true).create_new(true);
+            options.open(file).unwrap().into()
+        }
+        None => memfd_create("guest-ram", MFdFlags::empty()).unwrap(),
+    };
     nix::unistd::ftruncate(&fd, RAM as i64).unwrap();
     let (len, flags) = (NonZeroUsize::new(ram.len()).unwrap(), MapFlags::MAP_SHARED);
     let protection = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
@@ -386,6 +396,34 @@ fn a_file_that_the_process_has_as_ram_is_not_the_output() {
             path.display()
         );
         work.fails(&command, 2, &["one of the inputs"]);
+    }
+}
+
+/// There it is listed by another device than the file has, and has a second one in the layer.
+#[test]
+fn a_file_on_an_overlay_that_the_process_has_as_ram_is_not_the_output() {
+    const TEST: &str = "a_file_on_an_overlay_that_the_process_has_as_ram_is_not_the_output";
+    if !Need::Ptrace.met(TEST) || !Need::Root.met(TEST) {
+        return;
+    }
+    let work = Work::with_chain();
+    let [below, above] = [64 << 20; 2].map(|size| TinyTmpfs::new(size).unwrap());
+    let [upper, inside] = ["upper", "work"].map(|name| above.path().join(name));
+    fs::create_dir(&upper).unwrap();
+    fs::create_dir(&inside).unwrap();
+    let overlay = Overlay::of(below.path(), &upper, &inside).unwrap();
+    let ram = overlay.path().join("guest-ram");
+    let monitor = Monitor::set_up(&work, "ram", |command| {
+        command.env(FILE, &ram);
+    });
+    let pid = monitor.pid();
+    for path in [&ram, &upper.join("guest-ram")] {
+        let command = format!(
+            "full --pid {pid} --region guest-ram --force -o {}",
+            path.display()
+        );
+        work.fails(&command, 2, &["one of the inputs"]);
+        assert!(fs::read(path).unwrap() == work.read("ram"));
     }
 }
 
