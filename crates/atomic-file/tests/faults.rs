@@ -12,7 +12,7 @@ use std::path::Path;
 use atomic_file::{AtomicWriter, recover, sweep};
 use common::{Held, assert_names, commit, group, names, same_text};
 use rstest::rstest;
-use test_machine::{Need, rounds};
+use test_machine::{Need, recycling_dir, rounds};
 
 /// What a spare may hold; more than these tests write.
 const MAX: u64 = 1 << 20;
@@ -113,9 +113,17 @@ fn recorded(log: &Path) -> Vec<(String, usize)> {
     calls
 }
 
+/// A directory where `job` does what its name says.
+fn scratch(job: &str) -> tempfile::TempDir {
+    match job {
+        "recycle" => recycling_dir(),
+        _ => tempfile::tempdir().unwrap(),
+    }
+}
+
 /// Every call of `job`, as it runs in a directory made by `prepare`.
 fn calls_of(job: &str, prepare: &impl Fn(&Path)) -> Vec<(String, usize)> {
-    let scratch = tempfile::tempdir().unwrap();
+    let scratch = scratch(job);
     let (dir, log) = (scratch.path().join("dir"), scratch.path().join("log"));
     fs::create_dir(&dir).unwrap();
     prepare(&dir);
@@ -151,7 +159,7 @@ fn tamper_with(
         let Some(tampering) = how(&call, number) else {
             continue;
         };
-        let scratch = tempfile::tempdir().unwrap();
+        let scratch = scratch(job);
         let (dir, log) = (scratch.path().join("dir"), scratch.path().join("log"));
         fs::create_dir(&dir).unwrap();
         prepare(&dir);
@@ -315,7 +323,7 @@ fn a_spare_is_used_only_where_it_is_known_to_be_like_a_new_file(
     if !Need::Strace.met("a_spare_is_used_only_where_it_is_known_to_be_like_a_new_file") {
         return;
     }
-    let scratch = tempfile::tempdir().unwrap();
+    let scratch = recycling_dir();
     let (dir, log) = (scratch.path().join("dir"), scratch.path().join("log"));
     fs::create_dir(&dir).unwrap();
     old_file_and_spare(&dir);
@@ -656,7 +664,9 @@ fn what_replaces_the_destination_in_the_last_moment_is_replaced_as_by_a_rename(
     if !Need::Strace.met(TEST) {
         return;
     }
-    let (dir, dest) = common::dir_with_old();
+    let dir = recycling_dir();
+    let dest = dir.path().join("dest");
+    fs::write(&dest, "old").unwrap();
     let mut held = Held::start("recycle", dir.path(), "renameat2", "delay_enter", 1);
     held.wait_for_a_call();
     assert!(held.log().contains("RENAME_EXCHANGE"), "{}", held.log());
@@ -694,7 +704,7 @@ fn one_who_opens_the_spare_in_the_moment_of_the_lease_kills_nobody() {
     let mut fcntls = calls.iter().filter(|(call, _)| call == "fcntl");
     // F_GETFL and F_SETFD of the listing, F_SETFL, F_SETSIG, F_SETLEASE.
     let lease = fcntls.nth(4).expect("a lease").1;
-    let dir = tempfile::tempdir().unwrap();
+    let dir = recycling_dir();
     old_file_and_spare(dir.path());
     let spare = dir.path().join(SPARE);
     let inode = std::os::unix::fs::MetadataExt::ino(&fs::metadata(&spare).unwrap());

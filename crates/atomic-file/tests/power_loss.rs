@@ -14,7 +14,7 @@ use std::path::Path;
 use atomic_file::{AtomicWriter, recover};
 use common::{assert_names, group, same_text};
 use rstest::rstest;
-use test_machine::Need;
+use test_machine::{Need, recycling_dir};
 
 fn files(job: &str) -> &'static [&'static str] {
     match job {
@@ -62,7 +62,10 @@ enum Step {
 
 /// `dir` with the old files in it.
 fn old_files(job: &str) -> tempfile::TempDir {
-    let dir = tempfile::tempdir().unwrap();
+    old_files_in(tempfile::tempdir().unwrap(), job)
+}
+
+fn old_files_in(dir: tempfile::TempDir, job: &str) -> tempfile::TempDir {
     for name in files(job) {
         fs::write(dir.path().join(name), "old").unwrap();
     }
@@ -382,7 +385,7 @@ fn after_a_power_loss_at_any_point_of_recycled_commits_the_file_is_whole() {
     if !Need::Strace.met(TEST) {
         return;
     }
-    let dir = old_files("replace");
+    let dir = old_files_in(recycling_dir(), "replace");
     fs::write(dir.path().join(SPARE), "older").unwrap();
     let steps = traced_steps("recycle", dir.path());
     let count = |wanted: fn(&Step) -> bool| steps.iter().filter(|step| wanted(step)).count();

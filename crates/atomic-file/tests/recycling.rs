@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use atomic_file::{AtomicGroup, AtomicWriter, Durability, Options, sweep};
 use common::{assert_names, names, same_text};
 use rstest::rstest;
-use test_machine::{LoopFs, LoopMount, Need, TinyTmpfs, rounds};
+use test_machine::{LoopFs, LoopMount, Need, TinyTmpfs, recycling_dir, rounds};
 
 const MIB: u64 = 1 << 20;
 const SIZE: usize = 64 << 10;
@@ -51,7 +51,7 @@ fn save(options: &Options, dest: &Path, byte: u8) -> bool {
 
 /// A directory where `dest` holds 2s, and its spare 1s.
 fn with_spare() -> (tempfile::TempDir, PathBuf, PathBuf) {
-    let dir = tempfile::tempdir().unwrap();
+    let dir = recycling_dir();
     let dest = dir.path().join("dest");
     assert!(!save(&recycling(), &dest, 1));
     assert_names(dir.path(), &["dest"]);
@@ -99,7 +99,7 @@ fn two_files_take_turns() {
 #[rstest]
 fn a_recycled_file_takes_no_other_writers_name(#[values(true, false)] living: bool) {
     let _turn = one_at_a_time();
-    let dir = tempfile::tempdir().unwrap();
+    let dir = recycling_dir();
     let dest = dir.path().join("dest");
     let first = AtomicWriter::open(&dest).unwrap().temp_path().to_owned();
     save(&recycling(), &dest, 1);
@@ -128,7 +128,7 @@ fn a_file_of_the_group_that_a_new_one_would_have_is_recycled(#[case] mode: u32) 
         return;
     }
     let _turn = one_at_a_time();
-    let dir = tempfile::tempdir().unwrap();
+    let dir = recycling_dir();
     std::os::unix::fs::chown(dir.path(), None, Some(12345)).unwrap();
     fs::set_permissions(dir.path(), fs::Permissions::from_mode(mode)).unwrap();
     let dest = dir.path().join("dest");
@@ -241,7 +241,7 @@ use mapping::Map;
 #[case::hard_linked(second_name)]
 fn who_has_the_old_file_keeps_its_bytes(#[case] hold: Hold) {
     let _turn = one_at_a_time();
-    let dir = tempfile::tempdir().unwrap();
+    let dir = recycling_dir();
     let dest = dir.path().join("dest");
     save(&recycling(), &dest, 1);
     let held = hold(&dest);
@@ -372,7 +372,7 @@ fn a_stacked_file_system_that_hides_mappings_is_not_believed() {
 #[test]
 fn a_spare_holds_no_more_than_was_allowed() {
     let _turn = one_at_a_time();
-    let dir = tempfile::tempdir().unwrap();
+    let dir = recycling_dir();
     let dest = dir.path().join("dest");
     let small = AtomicWriter::options().recycle(SIZE as u64 / 2);
     save(&small, &dest, 1);
@@ -446,7 +446,7 @@ fn with_a_staging_directory_nothing_is_recycled() {
 #[case::not_even_for_its_owner(0o000, 0o440)]
 fn the_mode_is_set_anew_and_the_spare_is_its_owners_alone(#[case] first: u32, #[case] second: u32) {
     let _turn = one_at_a_time();
-    let dir = tempfile::tempdir().unwrap();
+    let dir = recycling_dir();
     let dest = dir.path().join("dest");
     let mode = |path: &Path| fs::metadata(path).unwrap().mode() & 0o7777;
     for mode in [first, first, second] {

@@ -163,7 +163,7 @@ fn what_a_full_dump_leaves_out_is_zeros_in_its_map(#[case] make: Make) {
 
 #[test]
 fn a_recycled_packed_stage_shows_nothing_of_what_it_was() {
-    let place = Place::new();
+    let place = Place::recycling();
     let size = 4 << 20;
     let save = |ram: &Vec<u8>, pages: &[u64]| {
         let mut writer = options(Layout::Packed(Seal::new().on_raw_image()))
@@ -343,7 +343,7 @@ fn a_footer_over_its_limit_is_refused_before_pages_are_written() {
 
 #[test]
 fn a_recycled_file_shows_nothing_between_the_header_and_a_large_page() {
-    let place = Place::new();
+    let place = Place::recycling();
     let (size, page) = (4 << 20, 64 << 10);
     let save = |pages: &[u64]| {
         let mut writer = options(Layout::Packed(Seal::new().on_raw_image()))

@@ -15,7 +15,7 @@ use proptest::prelude::*;
 use rstest::rstest;
 use sparse_file::Kind;
 use support::{Until, pattern};
-use test_machine::{LoopFs, LoopMount, Need, TinyTmpfs, rounds};
+use test_machine::{LoopFs, LoopMount, Need, TinyTmpfs, recycling_dir, rounds};
 
 const SIZE: u64 = 1 << 20;
 
@@ -135,7 +135,7 @@ fn a_recycled_diff_on_tmpfs_is_a_new_one_byte_for_byte_and_hole_for_hole() {
 #[test]
 fn full_snapshots_take_turns_in_two_files() {
     let _turn = one_at_a_time();
-    let dir = tempfile::tempdir().unwrap();
+    let dir = recycling_dir();
     let dest = dir.path().join("mem");
     let mut inodes = Vec::new();
     for seed in 0..6 {
@@ -153,7 +153,7 @@ fn full_snapshots_take_turns_in_two_files() {
 #[test]
 fn a_failed_snapshot_in_a_recycled_file_leaves_the_old_one() {
     let _turn = one_at_a_time();
-    let dir = tempfile::tempdir().unwrap();
+    let dir = recycling_dir();
     let dest = dir.path().join("mem");
     with_spare(&dest, SIZE);
     let mut writer = recycling().open(&dest, SIZE, 4096).unwrap();
@@ -175,7 +175,7 @@ fn a_failed_snapshot_in_a_recycled_file_leaves_the_old_one() {
 #[test]
 fn a_recycled_file_is_wiped_before_it_joins_a_group() {
     let _turn = one_at_a_time();
-    let dir = tempfile::tempdir().unwrap();
+    let dir = recycling_dir();
     let dest = dir.path().join("mem");
     with_spare(&dest, SIZE);
     let mut writer = recycling().open(&dest, SIZE, 4096).unwrap();
@@ -259,7 +259,7 @@ fn where_holes_cannot_be_punched_what_was_not_written_is_zeros() {
     }
     // Also where punching fails only the second time.
     for when in ["1+", "2+"] {
-        let dir = tempfile::tempdir().unwrap();
+        let dir = recycling_dir();
         let dest = dir.path().join("mem");
         with_spare(&dest, SIZE);
         let punching = format!("inject=fallocate:error=EOPNOTSUPP:when={when}");
@@ -278,7 +278,7 @@ fn a_raw_diff_whose_old_pages_became_zeros_is_not_committed() {
     if !Need::Strace.met("a_raw_diff_whose_old_pages_became_zeros_is_not_committed") {
         return;
     }
-    let dir = tempfile::tempdir().unwrap();
+    let dir = recycling_dir();
     let dest = dir.path().join("mem");
     with_spare(&dest, SIZE);
     let report = under_strace(
@@ -296,7 +296,7 @@ fn what_cannot_be_wiped_is_not_committed() {
     if !Need::Strace.met("what_cannot_be_wiped_is_not_committed") {
         return;
     }
-    let dir = tempfile::tempdir().unwrap();
+    let dir = recycling_dir();
     let dest = dir.path().join("mem");
     with_spare(&dest, SIZE);
     let report = under_strace(dir.path(), "inject=fallocate:error=EIO:when=2+", true);
@@ -332,7 +332,7 @@ proptest! {
     #[test]
     fn no_old_byte_ever_shows(saves in prop::collection::vec(save(), 3..8)) {
         let _turn = one_at_a_time();
-        let dir = tempfile::tempdir().unwrap();
+        let dir = recycling_dir();
         let dest = dir.path().join("mem");
         for (turn, save) in saves.iter().enumerate() {
             let size = save.pages * save.page;

@@ -151,7 +151,7 @@ fn what_was_written_before_and_is_zero_now_is_zero_in_the_file() {
 
 #[test]
 fn what_of_a_recycled_file_is_skipped_is_zero() {
-    let place = Place::new();
+    let place = Place::recycling();
     let options = || skipping().recycle(1 << 30);
     for seed in 1..=2 {
         dump(options(), &place.dest, &pattern(SIZE as usize, seed), PAGE);

@@ -63,7 +63,8 @@ fn a_file_of_a_layer_is_the_one_on_the_overlay(
         return;
     };
     let merged = |name| layers.merged.path().join(name);
-    fs::write(merged("new"), b"bytes").expect("written");
+    // Of another length: it may be made in the same tick of the clock.
+    fs::write(merged("new"), b"more bytes").expect("written");
     for (layer, name) in [(&layers.lower, "low"), (&layers.upper, "new")] {
         let stored = layer.join(name);
         // What makes the test one.

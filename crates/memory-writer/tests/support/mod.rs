@@ -21,7 +21,15 @@ impl Place {
     }
 
     pub(crate) fn on(mount: &Path) -> Self {
-        let dir = tempfile::tempdir_in(mount).unwrap();
+        Self::of(tempfile::tempdir_in(mount).unwrap())
+    }
+
+    /// Where replaced files are recycled.
+    pub(crate) fn recycling() -> Self {
+        Self::of(test_machine::recycling_dir())
+    }
+
+    fn of(dir: tempfile::TempDir) -> Self {
         let dest = dir.path().join("guest.mem");
         std::fs::write(&dest, OLD).unwrap();
         Self { dir, dest }
