@@ -59,7 +59,7 @@
 //! A raw diff holds its pages at their offsets and nothing between: what was clean is a hole, and reads as zeros. A page of the guest that was
 //! zeroed reads as zeros too. Only the file system's holes tell the two apart, so [`Chain::push_raw`] uses them only
 //! where [`sparse_file::PageHoles`] knows that they are reported correctly: on ext4, XFS, btrfs and
-//! tmpfs of Linux, where probing the directory that the diff is in (a symbolic link followed) shows
+//! tmpfs of Linux, and on overlayfs over the first three, where probing the directory that the diff is in (a symbolic link followed) shows
 //! that holes are kept down to the page, and that written zeros are no holes. Otherwise,
 //! and where the file was visibly rewritten since (no hole is left, or one begins inside a page), it refuses: applying such a diff would
 //! silently put zeros over live memory, or leave stale memory where zeros belong. Whoever kept the list of pages can give it to [`Chain::push_pages`].

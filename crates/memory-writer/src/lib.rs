@@ -80,8 +80,8 @@
 //! # Limitations
 //! The default layout is raw: bytes at their guest offsets. In a raw diff, a page that is not there
 //! is a hole. Where holes cannot tell the pages, [`write_diff`](MemoryWriter::write_diff) refuses to
-//! write a raw diff: on every file system but ext4, XFS, btrfs and tmpfs of Linux, in pages smaller
-//! than a block of the file system, and if every page is dirty. Sealed and packed layouts say which
+//! write a raw diff: on every file system but ext4, XFS, btrfs and tmpfs of Linux, and overlayfs
+//! over the first three, in pages smaller than a block of the file system, and if every page is dirty. Sealed and packed layouts say which
 //! pages they hold, everywhere.
 //!
 //! A raw diff does not say how large its pages are: read it in pages of the size that it was written

@@ -152,8 +152,9 @@ impl Options {
     /// Whether to write a raw diff that could not be read back by its holes: false unless given.
     ///
     /// `memory-image` tells the pages of a raw diff from its holes, and only where they are known to
-    /// be reported correctly: on ext4, XFS, btrfs and tmpfs of Linux, in pages of at least a block,
-    /// if at least one page is clean. Anywhere else (FUSE, network file systems, overlayfs, macOS)
+    /// be reported correctly: on ext4, XFS, btrfs and tmpfs of Linux, and on overlayfs over the first
+    /// three, in pages of at least a block, if at least one page is clean. Anywhere else (FUSE,
+    /// network file systems, macOS)
     /// [`write_diff`](MemoryWriter::write_diff) refuses to write one: give it
     /// [`Layout::Sealed`] or [`Layout::Packed`], which say which pages they hold.
     ///

@@ -101,8 +101,8 @@ impl<F: Borrow<File>> PageReader for FileReader<F> {
     }
 
     /// What the file system reports as data, where what it reports is
-    /// [used](sparse_file::check_holes_are_zeros): on ext4, XFS, btrfs, tmpfs and in a memfd. On
-    /// any other, all of `range`. The file's position stays.
+    /// [used](sparse_file::check_holes_are_zeros): on ext4, XFS, btrfs, tmpfs, in a memfd, and on
+    /// overlayfs over the first three. On any other, all of `range`. The file's position stays.
     #[cfg(target_os = "linux")]
     fn populated(&self, range: Range<u64>) -> PopulatedRanges<'_> {
         let size = self.size.min(u64::MAX - self.start);

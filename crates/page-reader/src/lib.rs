@@ -116,8 +116,8 @@
 //! - Shared memory of which this process has no descriptor, and whose mappings it may not open (`CAP_CHECKPOINT_RESTORE`), may be populated
 //!   everywhere. Reading the pages of it that were never touched allocates them.
 //! - [`populated`](PageReader::populated) knows of a file only on ext4, XFS, btrfs and tmpfs, memfds
-//!   included, and by reading it on hugetlbfs: elsewhere (FUSE, network file systems, overlayfs, macOS)
-//!   all of it may be populated, and has to be read. `sparse_file::check_holes_are_zeros` says why.
+//!   included, on overlayfs over the first three, and by reading it on hugetlbfs: elsewhere (FUSE,
+//!   network file systems, macOS) all of it may be populated, and has to be read. `sparse_file::check_holes_are_zeros` says why.
 //! - Of memory, `populated` calls `userfaultfd(2)`: a seccomp filter may refuse that, but should not
 //!   kill for it.
 //! - Shared memory that a process is still filling by userfaultfd reads as zeros where pages are
