@@ -314,8 +314,8 @@ fn swapped_out_pages_are_not_taken_for_empty() {
     if !Need::Root.met("swapped_out_pages_are_not_taken_for_empty") {
         return;
     }
-    let Some(_swap) = common::Swap::on(64 << 20) else {
-        eprintln!("swapped_out_pages_are_not_taken_for_empty: no swap file can be had here");
+    let test = "swapped_out_pages_are_not_taken_for_empty";
+    let Some(_swap) = common::Swap::on(64 << 20, test) else {
         return;
     };
     common::stay_on_this_processor();

@@ -338,8 +338,7 @@ fn pages_that_the_other_process_swapped_out_are_not_taken_for_empty() {
     if !Need::Root.met(test) {
         return;
     }
-    let Some(_swap) = common::Swap::on(64 << 20) else {
-        eprintln!("{test}: no swap file can be had here");
+    let Some(_swap) = common::Swap::on(64 << 20, test) else {
         return;
     };
     let mapping = untouched();

@@ -111,6 +111,16 @@ pub fn check_holes_are_zeros(file: &File) -> Result<(), HolesUnknown> {
     Err(HolesUnknown::FileSystem { file_system })
 }
 
+/// Returns whether `file` is known to be stored on ext4, XFS or btrfs of Linux: on overlayfs too, by
+/// the evidence that [`check_holes_are_zeros`] lists. Nothing but the page cache has such a file in
+/// memory, so no process can fill it by userfaultfd.
+///
+/// # Errors
+/// Those of `fstatfs(2)`.
+pub fn is_on_disk(file: &File) -> io::Result<bool> {
+    sys::is_on_disk(file)
+}
+
 /// Returns what the file system of `file` calls itself, or its number in hexadecimal where this crate
 /// has no name for it.
 ///

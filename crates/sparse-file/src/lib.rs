@@ -159,7 +159,9 @@ mod sys;
 mod write;
 
 pub use extents::{Extent, Extents, Kind, Knowledge, extents, extents_in, reported_extents};
-pub use holes::{HolesUnknown, PageHoles, PagesUnknown, check_holes_are_zeros, file_system_name};
+pub use holes::{
+    HolesUnknown, PageHoles, PagesUnknown, check_holes_are_zeros, file_system_name, is_on_disk,
+};
 pub use identity::FileIdentity;
 pub use memory::Memory;
 pub use probe::{

@@ -26,8 +26,9 @@ use crate::{FileReader, MappedMemory, PageReader};
 ///
 /// The function looks for mappings of the same file in the `smaps` of all processes. Files on other
 /// file systems than tmpfs, hugetlbfs and overlayfs cannot be filled by userfaultfd: nothing is
-/// looked for. On overlayfs, `file` must be open for reading. The cost grows with the number of processes: about 0.1 ms each, and more for those
-/// that map the file.
+/// looked for. The same goes for a file on overlayfs that is [known to be stored on
+/// disk](sparse_file::is_on_disk); another file on overlayfs must be open for reading. The cost grows
+/// with the number of processes: about 0.1 ms each, and more for those that map the file.
 ///
 /// Returns the processes that run as the owner of the file and that this process may not examine:
 /// one of them may be filling it. With `CAP_SYS_PTRACE` there is none, but for processes with
@@ -64,6 +65,10 @@ pub fn check_filled(file: &File) -> Result<Vec<UnexaminedProcess>, LazyFillError
     }
     let owner = metadata.uid();
     let backing = match file_system(file)? {
+        // A layer that a userfaultfd cannot fill.
+        OVERLAYFS_SUPER_MAGIC if sparse_file::is_on_disk(file).map_err(LazyFillError::File)? => {
+            return Ok(Vec::new());
+        }
         OVERLAYFS_SUPER_MAGIC => Backing::as_mapped(file, owner)?,
         TMPFS_MAGIC | HUGETLBFS_MAGIC => Backing {
             device: metadata.dev(),

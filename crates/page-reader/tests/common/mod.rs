@@ -194,8 +194,17 @@ pub(crate) struct Swap {
 
 #[cfg(target_os = "linux")]
 impl Swap {
-    /// `None` where the file system takes no swap files.
-    pub(crate) fn on(len: usize) -> Option<Self> {
+    /// `None`, after saying so, where the file system takes no swap files.
+    pub(crate) fn on(len: usize, test: &str) -> Option<Self> {
+        let swap = Self::in_temp_dir(len);
+        if swap.is_none() {
+            let why = "the directory for temporary files is on a file system without swap files";
+            test_machine::not_run(test, why);
+        }
+        swap
+    }
+
+    fn in_temp_dir(len: usize) -> Option<Self> {
         use std::os::unix::ffi::OsStrExt;
 
         let dir = tempfile::tempdir().unwrap();
@@ -209,7 +218,9 @@ impl Swap {
         std::fs::File::open(&path).unwrap().sync_all().unwrap();
         let path = std::ffi::CString::new(path.as_os_str().as_bytes()).unwrap();
         // SAFETY: a C string.
-        (unsafe { libc::swapon(path.as_ptr(), 0) } == 0).then_some(Self { path, _dir: dir })
+        let on = unsafe { libc::swapon(path.as_ptr(), 0) } == 0;
+        // Made only where it is in use: its drop ends that.
+        on.then(|| Self { path, _dir: dir })
     }
 }
 

@@ -151,22 +151,25 @@ const NAMES: &[(u32, &str)] = &[
 
 const EXT4: u32 = 0xEF53;
 
-/// Those of [`NAMES`] whose reports of holes are used: see [`crate::check_holes_are_zeros`].
-const REPORT_HOLES_CORRECTLY: [u32; 4] = [
-    EXT4,
-    0x5846_5342, // XFS
-    0x9123_683E, // btrfs
-    0x0102_1994, // tmpfs
-];
+/// ext4, XFS, btrfs. Their reports of holes are used, and those of [`TMPFS`]: see
+/// [`crate::check_holes_are_zeros`].
+const DISK_FILE_SYSTEMS: [u32; 3] = [EXT4, 0x5846_5342, 0x9123_683E];
+
+/// As in [`NAMES`].
+const TMPFS: u32 = 0x0102_1994;
 
 /// As in [`NAMES`].
 const OVERLAY: u32 = 0x794C_7630;
 
 /// Whether it is known of the file's file system that what it reports as a hole reads as zeros.
 pub(crate) fn reports_holes_correctly(file: &File) -> io::Result<bool> {
+    Ok(magic(file)? == TMPFS || is_on_disk(file)?)
+}
+
+/// Whether the file is known to be stored on ext4, XFS or btrfs, be it under an overlayfs.
+pub(crate) fn is_on_disk(file: &File) -> io::Result<bool> {
     let magic = magic(file)?;
-    Ok(REPORT_HOLES_CORRECTLY.contains(&magic)
-        || (magic == OVERLAY && overlay::layer(file).is_some()))
+    Ok(DISK_FILE_SYSTEMS.contains(&magic) || (magic == OVERLAY && overlay::layer(file).is_some()))
 }
 
 /// Whether the file is stored on another file system than the one it is found on, which may change.

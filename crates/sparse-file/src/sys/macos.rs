@@ -125,6 +125,12 @@ pub(crate) fn reports_holes_correctly(_file: &File) -> io::Result<bool> {
     Ok(false)
 }
 
+/// Not known of the file systems of macOS.
+#[allow(clippy::unnecessary_wraps, reason = "the signature is Linux's")]
+pub(crate) fn is_on_disk(_file: &File) -> io::Result<bool> {
+    Ok(false)
+}
+
 /// Of no file system of macOS.
 #[allow(clippy::unnecessary_wraps, reason = "the signature is Linux's")]
 pub(crate) fn is_layered(_file: &File) -> io::Result<bool> {
