@@ -13,6 +13,8 @@ pub enum Kind {
     Btrfs,
     /// tmpfs
     Tmpfs,
+    /// overlayfs over ext4, as in a container
+    Overlay,
     /// APFS
     Apfs,
     /// APFS that tells upper from lower case (macOS)
@@ -39,11 +41,12 @@ pub enum Place {
 }
 
 impl Kind {
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 11] = [
         Self::Ext4,
         Self::Xfs,
         Self::Btrfs,
         Self::Tmpfs,
+        Self::Overlay,
         Self::Apfs,
         Self::ApfsCase,
         Self::Hfsplus,
@@ -59,6 +62,7 @@ impl Kind {
             Self::Xfs => "xfs",
             Self::Btrfs => "btrfs",
             Self::Tmpfs => "tmpfs",
+            Self::Overlay => "overlay",
             Self::Apfs => "apfs",
             Self::ApfsCase => "apfs-case",
             Self::Hfsplus => "hfsplus",
@@ -71,8 +75,10 @@ impl Kind {
     pub fn place(self) -> Place {
         let on_mac = cfg!(target_os = "macos");
         match self {
-            Self::Ext4 | Self::Xfs | Self::Btrfs | Self::Tmpfs if on_mac => Place::Nowhere,
-            Self::Ext4 | Self::Xfs | Self::Btrfs | Self::Tmpfs => Place::Here,
+            Self::Ext4 | Self::Xfs | Self::Btrfs | Self::Tmpfs | Self::Overlay => match on_mac {
+                true => Place::Nowhere,
+                false => Place::Here,
+            },
             // macOS mounts an export of its own by version 3 only with what it has on board.
             Self::Nfs4 if on_mac => Place::Nowhere,
             _ if on_mac => Place::Here,
@@ -96,6 +102,7 @@ impl fmt::Display for Kind {
             Self::Xfs => "XFS",
             Self::Btrfs => "btrfs",
             Self::Tmpfs => "tmpfs",
+            Self::Overlay => "overlayfs over ext4",
             Self::Apfs => "APFS",
             Self::ApfsCase => "APFS, case-sensitive",
             Self::Hfsplus => "HFS+",

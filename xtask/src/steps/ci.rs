@@ -75,7 +75,7 @@ pub const SUITE: Suite = Suite {
         },
         Step {
             name: "fs-matrix",
-            proves: "the library's promises hold on nine file systems, without power cuts",
+            proves: "the library's promises hold on ten file systems, without power cuts",
             paths: &[],
             run: fs_matrix,
         },

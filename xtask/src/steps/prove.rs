@@ -84,7 +84,7 @@ pub const SUITE: Suite = Suite {
         },
         Step {
             name: "fs-matrix",
-            proves: "the library's promises hold on nine file systems, with power cuts where there is a disk",
+            proves: "the library's promises hold on ten file systems, with power cuts where there is a disk",
             paths: &[
                 "crates/atomic-file",
                 "crates/image-format",

@@ -6,7 +6,7 @@ use anyhow::{Context, bail};
 use nix::errno::Errno;
 use nix::mount::MsFlags;
 use nix::sched::{CloneFlags, unshare};
-use test_machine::{LoopFs, LoopMount, TinyTmpfs};
+use test_machine::{LoopFs, LoopMount, Overlay, TinyTmpfs};
 
 use super::{Images, Mount, elsewhere, kernel};
 use crate::fs_matrix::kind::Kind;
@@ -46,13 +46,41 @@ pub fn mount(kind: Kind, images: &Images) -> anyhow::Result<Mount> {
         Kind::Xfs => LoopFs::Xfs,
         Kind::Btrfs => LoopFs::Btrfs,
         Kind::Tmpfs => return of(TinyTmpfs::new(512 << 20)?, TinyTmpfs::new(24 << 20)?),
+        Kind::Overlay => LoopFs::Ext4,
         _ => bail!("{kind} is mounted in the guest"),
     };
     let image = |name| {
         let image = images.file(&format!("{}-{name}", kind.name()))?;
         LoopMount::on_image(fs, image).with_context(|| format!("can't mount {kind}"))
     };
-    of(image("main")?, image("small")?)
+    let (main, small) = (image("main")?, image("small")?);
+    match kind {
+        Kind::Overlay => of(Stacked::on(main)?, Stacked::on(small)?),
+        _ => of(main, small),
+    }
+}
+
+/// An overlayfs whose layers are on a file system of its own.
+struct Stacked {
+    // Before what is below it: unmounted first.
+    overlay: Overlay,
+    _below: LoopMount,
+}
+
+impl Stacked {
+    fn on(below: LoopMount) -> anyhow::Result<Self> {
+        let overlay = Overlay::within(below.path()).context("can't mount overlayfs")?;
+        Ok(Self {
+            overlay,
+            _below: below,
+        })
+    }
+}
+
+impl AsRef<Path> for Stacked {
+    fn as_ref(&self) -> &Path {
+        self.overlay.path()
+    }
 }
 
 /// The mounts to check and to fill up, and one that is another file system to both.
