@@ -255,7 +255,8 @@ impl PageHoles {
     /// What cannot be seen: a copy of the file that filled some of its holes, or dug out pages of
     /// zeros; on tmpfs, holes that were read through a mapping, which fills them; and on ext4,
     /// blocks that another program reserved and wrote in part before the file system was mounted as
-    /// it is (see [`PagesUnknown::ZerosBeside`]).
+    /// it is (see [`PagesUnknown::ZerosBeside`]). For a file that overlayfs stores on ext4, the
+    /// options of that mount are not seen either.
     ///
     /// # Errors
     /// [`PagesUnknown`].
