@@ -44,7 +44,7 @@ impl Destination {
             let entry = dir.entry(&name).map_err(inspect)?;
             match entry {
                 Some(link) if link.is_symlink() && symlinks == Symlinks::Follow => {
-                    if !may_follow(&link, &dir.stat) {
+                    if !may_follow(&link, &dir.stat, dir.others_may_create()) {
                         return Err(OpenError::UntrustedSymlink {
                             path: dir.path_of(&name),
                             owner: link.uid,
@@ -81,6 +81,8 @@ impl Destination {
 /// Finds what is known in advance to stand in the way of renaming a file onto `dest`.
 pub(crate) fn check_replaceable(dest: &Destination) -> Result<(), OpenError> {
     const STICKY: u32 = 0o1000;
+    /// In bytes: ten pages, what `mkswap` takes. So most small files need no look.
+    const SMALLEST_SWAP: u64 = 10 * 4096;
     let refuse = |obstacle| {
         Err(OpenError::CannotReplace {
             path: dest.path.clone(),
@@ -100,6 +102,9 @@ pub(crate) fn check_replaceable(dest: &Destination) -> Result<(), OpenError> {
     }
     if found.append_only {
         return refuse(Obstacle::AppendOnly);
+    }
+    if entry.is_file() && entry.size >= SMALLEST_SWAP && sys::is_swap(entry.id) {
+        return refuse(Obstacle::Swap);
     }
     let dir = &dest.dir.stat;
     if dir.mode & STICKY != 0 && !sys::may_act_for([entry.uid, dir.uid]) {
@@ -169,13 +174,12 @@ fn parent_to_show(parent: &Path) -> PathBuf {
 }
 
 /// Linux's rule for links in a directory where everybody may put some, `fs.protected_symlinks`: the kernel applies it
-/// to links that it follows itself, and these we follow by hand. Stricter, as the directory need not be a sticky one: where it is not, anybody
-/// may exchange a link after we have seen whose it is, so that none is followed.
-fn may_follow(link: &Stat, dir: &Stat) -> bool {
-    const OPEN_TO_ALL: u32 = 0o2;
+/// to links that it follows itself, and these we follow by hand. Stricter: it holds wherever others may write, and the directory need not be
+/// a sticky one. Where it is not, others may exchange a link after we have seen whose it is, so that none is followed.
+fn may_follow(link: &Stat, dir: &Stat, others_may_write: bool) -> bool {
     const STICKY: u32 = 0o1000;
     let trusted = || link.uid == nix::unistd::geteuid().as_raw() || link.uid == dir.uid;
-    dir.mode & OPEN_TO_ALL == 0 || (dir.mode & STICKY != 0 && trusted())
+    !others_may_write || (dir.mode & STICKY != 0 && trusted())
 }
 
 #[cfg(test)]
@@ -184,14 +188,17 @@ mod tests {
     use crate::directory::Directory;
 
     #[rstest::rstest]
-    #[case::anybodys_in_a_directory_of_ones_own(0o755, 1, 2, true)]
-    #[case::ones_own_in_a_directory_open_to_all(0o1777, 0, 2, true)]
-    #[case::the_directorys_owners(0o1777, 2, 2, true)]
-    #[case::a_strangers(0o1777, 1, 2, false)]
-    #[case::ones_own_where_names_are_anybodys_to_change(0o777, 0, 0, false)]
-    #[case::a_strangers_where_not_all_may_write(0o1775, 1, 2, true)]
+    #[case::anybodys_in_a_directory_of_ones_own(0o755, false, 1, 2, true)]
+    #[case::ones_own_in_a_directory_open_to_others(0o1777, true, 0, 2, true)]
+    #[case::the_directorys_owners(0o1777, true, 2, 2, true)]
+    #[case::another_users(0o1777, true, 1, 2, false)]
+    #[case::ones_own_where_names_are_others_to_change(0o777, true, 0, 0, false)]
+    #[case::another_users_where_a_group_may_write(0o1775, true, 1, 2, false)]
+    #[case::ones_own_where_a_group_may_change_names(0o2775, true, 0, 0, false)]
+    #[case::anybodys_where_the_group_is_private(0o775, false, 1, 2, true)]
     fn only_links_that_no_stranger_can_have_put_there_are_followed(
         #[case] mode: u32,
+        #[case] others_may_write: bool,
         #[case] link_of: u32,
         #[case] dir_of: u32,
         #[case] followed: bool,
@@ -209,6 +216,6 @@ mod tests {
             uid: uid(dir_of),
             ..here
         };
-        assert_eq!(may_follow(&link, &dir), followed);
+        assert_eq!(may_follow(&link, &dir, others_may_write), followed);
     }
 }

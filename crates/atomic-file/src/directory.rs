@@ -6,6 +6,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 
 use nix::errno::Errno;
 use nix::fcntl::{AtFlags, OFlag, openat};
@@ -13,6 +14,7 @@ use nix::sys::stat::{FileStat, Mode, SFlag, fstat, fstatat};
 use nix::unistd::{UnlinkatFlags, linkat, unlinkat};
 
 use crate::options::Durability;
+use crate::shared;
 use crate::sys::{self, retry};
 
 /// Which file it is, as long as the file system stays mounted and the file open.
@@ -88,6 +90,8 @@ pub(crate) struct Directory {
     /// As it was called when opened, for messages and paths to show; empty for the current directory.
     path: PathBuf,
     pub(crate) stat: Stat,
+    /// Looked up once, where somebody asks.
+    shared: OnceLock<bool>,
 }
 
 impl AsFd for Directory {
@@ -128,6 +132,7 @@ impl Directory {
             fd,
             path: shown,
             stat,
+            shared: OnceLock::new(),
         })
     }
 
@@ -153,10 +158,12 @@ impl Directory {
         }
     }
 
-    /// When the file at `name` was created, in nanoseconds since 1970; 0 where the file system keeps
-    /// no such time. Nothing changes it later.
-    pub(crate) fn created(&self, name: &OsStr) -> io::Result<u64> {
-        sys::created(self, name)
+    /// What tells the file at `name` from all others that have its inode number, before or after:
+    /// when it was created, in nanoseconds since 1970; where the file system keeps no such time, a
+    /// digest of its handle, with the highest bit set; 0 where there is neither. Nothing changes it
+    /// later.
+    pub(crate) fn generation(&self, name: &OsStr) -> io::Result<u64> {
+        sys::generation(self, name)
     }
 
     /// What the system says against replacing `name`, or, where that is empty, against renaming
@@ -168,10 +175,12 @@ impl Directory {
         )
     }
 
-    /// Whether others than the directory's owner may create files in it.
+    /// Whether others than the directory's owner and root may create files in it: see
+    /// [`others_may_write`](crate::others_may_write).
     pub(crate) fn others_may_create(&self) -> bool {
-        const GROUP_OR_OTHERS_WRITE: u32 = 0o022;
-        self.stat.mode & GROUP_OR_OTHERS_WRITE != 0
+        *self
+            .shared
+            .get_or_init(|| shared::is_shared(self.as_fd(), &self.stat))
     }
 
     /// Creates `name`, readable and writable by its owner alone. `EEXIST` whatever stands there, a link included.
@@ -228,11 +237,14 @@ impl Directory {
         sys::sync(self, durability)
     }
 
+    /// Through "." and not a duplicate: a descriptor of its own has a position of its own.
+    pub(crate) fn open_to_list(&self) -> io::Result<OwnedFd> {
+        retry(|| openat(self, ".", OPEN_DIR, Mode::empty()))
+    }
+
     /// The names in the directory that begin with `prefix`, in the file system's order.
     pub(crate) fn names(&self, prefix: &str) -> io::Result<Vec<OsString>> {
-        // Through "." and not a duplicate: a descriptor of its own has a position of its own.
-        let dir = retry(|| openat(self, ".", OPEN_DIR, Mode::empty()))?;
-        let names = sys::names(dir, prefix)?;
+        let names = sys::names(self.open_to_list()?, prefix)?;
         Ok(names.iter().map(|name| os_string(name)).collect())
     }
 }

@@ -57,9 +57,10 @@ pub enum OpenError {
         /// Where the last link leads to, as the link says it.
         target: PathBuf,
     },
-    /// The destination is a symbolic link in a directory open to all, and one that a stranger may have put there.
+    /// The destination is a symbolic link in a directory that [others may write
+    /// to](crate::others_may_write), and one that another user may have put there.
     #[error(
-        "{path:?} is a symbolic link of user {owner}, in a directory where anybody may put some: \
+        "{path:?} is a symbolic link of user {owner}, in a directory where others may put some: \
          name its target, or replace the link itself with `Symlinks::Replace`"
     )]
     UntrustedSymlink {
@@ -190,6 +191,9 @@ pub enum Obstacle {
     /// The destination can only be appended to.
     #[error("it is append-only; clear the attribute with `chattr -a` (macOS: `chflags nouappnd`)")]
     AppendOnly,
+    /// The destination is in use as swap space.
+    #[error("it is in use as swap space; take it out of use with `swapoff`")]
+    Swap,
     /// The destination's directory, or the staging directory, is immutable.
     #[error(
         "its directory, or the staging directory, is immutable; clear the attribute with `chattr -i`"
@@ -227,7 +231,8 @@ pub struct Leftover {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum CommitStep {
-    /// Completing the group commit that a killed process left behind in the directory.
+    /// Looking for group commits that killed processes left behind in the directory, and completing
+    /// them.
     Recover,
     /// Making sure that the stage's name still means the file that was written.
     Check,
@@ -247,7 +252,7 @@ pub enum CommitStep {
 impl fmt::Display for CommitStep {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
-            Self::Recover => "completing a group commit left behind in the directory",
+            Self::Recover => "looking for group commits left behind in the directory",
             Self::Check => "finding the staged file",
             Self::Record => "writing the group's intent record",
             Self::Attributes => "setting the mode and attributes of the staged file",
@@ -373,6 +378,23 @@ pub enum Refusal {
         "its file system cannot lock files, and recovery could not tell a dead group from a living one"
     )]
     NoLocks,
+    /// The destination's name differs from a member's in the case of its letters only, and the directory
+    /// does not distinguish case; or both names mean one file there.
+    #[error(
+        "the name of another member means the same file: the directory does not distinguish upper \
+         and lower case"
+    )]
+    SameFile,
+    /// The group has so many members that its record would be too long for recoveries to read.
+    #[error("the group has too many members for its record; commit it in parts")]
+    TooManyMembers,
+    /// The file system tells neither when a file was created nor gives it a handle, so that a recovery
+    /// could take a file committed later for one that was there before.
+    #[error(
+        "its file system gives files neither a time of creation nor a handle, and recovery could \
+         undo a later commit; commit the files one by one"
+    )]
+    NoGenerations,
     /// The file system keeps no inode numbers from mount to mount (FAT, exFAT), or may not (FUSE).
     #[error(
         "its file system may not keep inode numbers, and recovery could not recognise the staged files"
@@ -530,6 +552,23 @@ pub enum RecoverError {
         stage: PathBuf,
         /// The destination it was meant for.
         dest: PathBuf,
+        /// The record.
+        record: PathBuf,
+    },
+    /// Staged files of a published group are gone, though their destinations were not replaced by
+    /// them: somebody removed them. The group's other files are left as they are.
+    #[error(
+        "the group commit recorded in {record:?} cannot be completed: the staged files for {lost:?} \
+         are gone; already new are {in_place:?}, still staged {staged:?}. Bring the destinations to \
+         one state, remove the record, then sweep the directory"
+    )]
+    StagesLost {
+        /// The destinations whose staged files are gone, and which are as they were before the group.
+        lost: Vec<PathBuf>,
+        /// The destinations that are as they were before the group and could still be replaced.
+        staged: Vec<PathBuf>,
+        /// The destinations that are the group's new files.
+        in_place: Vec<PathBuf>,
         /// The record.
         record: PathBuf,
     },

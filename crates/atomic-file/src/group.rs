@@ -1,17 +1,18 @@
 //! Several files put in place together.
 
-use std::ffi::OsStr;
+use std::ffi::{OsStr, OsString};
 use std::io;
 use std::os::unix::fs::FileExt as _;
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use crate::destination::Destination;
 use crate::directory::{Directory, stat_of};
 use crate::error::{AddError, CommitStep, GroupCommitError, Leftover, Refusal};
 use crate::options::Durability;
 use crate::outcome::PublishError;
 use crate::record::{self, Member, Old, record_name};
-use crate::recover::{is_foreign, is_obeyed, old_file, rename_member};
+use crate::recover::{LONGEST, is_foreign, is_obeyed, old_file, protects_all, rename_member};
 use crate::stage::{Stage, new_id};
 use crate::sys;
 use crate::turn::take_turn;
@@ -51,9 +52,20 @@ use crate::writer::AtomicWriter;
 /// group.commit()?;
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct AtomicGroup {
     members: Vec<AtomicWriter>,
+    /// How long its record is, in bytes.
+    record_len: u64,
+}
+
+impl Default for AtomicGroup {
+    fn default() -> Self {
+        Self {
+            members: Vec::new(),
+            record_len: record::EMPTY,
+        }
+    }
 }
 
 impl AtomicGroup {
@@ -70,6 +82,7 @@ impl AtomicGroup {
     pub fn add(&mut self, writer: AtomicWriter) -> Result<(), AddError> {
         match self.refuse(&writer) {
             None => {
+                self.record_len += len_in_record(&writer);
                 self.members.push(writer);
                 Ok(())
             }
@@ -89,6 +102,10 @@ impl AtomicGroup {
             Some(Refusal::OtherDirectory)
         } else if others().any(|other| other.name == writer.dest.name) {
             Some(Refusal::SameDestination)
+        } else if others().any(|other| is_same_file(writer, other)) {
+            Some(Refusal::SameFile)
+        } else if self.record_len + len_in_record(writer) > LONGEST {
+            Some(Refusal::TooManyMembers)
         } else if writer.no_clobber {
             Some(Refusal::NoClobber)
         } else if writer.replace_only.is_some() {
@@ -97,6 +114,11 @@ impl AtomicGroup {
             Some(Refusal::NoLocks)
         } else if !sys::has_lasting_inode_numbers(dir).unwrap_or(false) {
             Some(Refusal::NoInodeNumbers)
+        } else if dir
+            .generation(writer.stage.name())
+            .is_ok_and(|found| found == 0)
+        {
+            Some(Refusal::NoGenerations)
         } else {
             None
         }
@@ -149,6 +171,39 @@ impl AtomicGroup {
             members: self.members,
         }
         .run()
+    }
+}
+
+fn len_in_record(writer: &AtomicWriter) -> u64 {
+    record::len_of_member(writer.stage.name(), &writer.dest.name)
+}
+
+/// Whether the destinations, which have different names in one directory, are one file.
+fn is_same_file(writer: &AtomicWriter, other: &Destination) -> bool {
+    let dest = &writer.dest;
+    let ids = [dest, other].map(|dest| dest.entry.map(|entry| (entry.id, entry.links)));
+    // A file with several links may have both names.
+    if let [Some((one, 1)), Some((another, 1))] = ids
+        && one == another
+    {
+        return true;
+    }
+    folded(&dest.name) == folded(&other.name) && ignores_case(&dest.dir, writer.stage.name())
+}
+
+/// The name of a staged file, which is random and in small letters, is looked up in capitals. Inode
+/// numbers tell nothing: a FUSE server may give one file as many as it has spellings.
+fn ignores_case(dir: &Directory, stage: &OsStr) -> bool {
+    dir.entry(&stage.to_ascii_uppercase())
+        .is_ok_and(|entry| entry.is_some())
+}
+
+/// A name as directories that do not distinguish upper and lower case have it.
+fn folded(name: &OsStr) -> OsString {
+    match name.to_str() {
+        // Through capitals, as one small letter may be several of them.
+        Some(name) => name.to_uppercase().to_lowercase().into(),
+        None => name.to_ascii_lowercase(),
     }
 }
 
@@ -234,8 +289,9 @@ impl Commit {
         let mut intents = Vec::with_capacity(self.members.len());
         for writer in &self.members {
             let at = |step| move |error| (step, writer.dest.path.clone(), error);
-            writer.finish().map_err(at(CommitStep::Attributes))?;
-            sys::sync(writer.file(), self.durability).map_err(at(CommitStep::Sync))?;
+            writer
+                .finish(self.durability)
+                .map_err(|(step, error)| at(step)(error))?;
             let stat = writer.stage.check().map_err(at(CommitStep::Check))?;
             let entry = self.dir.entry(&writer.dest.name);
             let in_the_way = entry.map_err(at(CommitStep::Check))?;
@@ -254,6 +310,16 @@ impl Commit {
         Ok(intents)
     }
 
+    /// Whether a member's staged file belongs to another user than this one.
+    fn gives_files_away(&self) -> io::Result<bool> {
+        for writer in &self.members {
+            if stat_of(writer.file())?.uid != sys::file_owner() {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
     /// Writes the record, when no other group over the same destinations is under way.
     fn stage_record(&self, intents: &[Member]) -> Result<Stage, Failure> {
         let at = |(step, error)| (step, self.record.clone(), error);
@@ -269,6 +335,15 @@ impl Commit {
                     "the file system gives this user's files another owner or mode, so that no \
                      recovery could trust the record: commit the files one by one, or in a \
                      directory that no one else may write to",
+                ));
+            }
+            let stat = stat_of(record.file())?;
+            if self.gives_files_away()? && !protects_all(&self.dir, &stat) {
+                return Err(io::Error::new(
+                    io::ErrorKind::PermissionDenied,
+                    "the group's files belong to another user, who could take them for leftovers: \
+                     only root's groups, and those of the directory's owner where no others may \
+                     write, can preserve an owner",
                 ));
             }
             record.file().write_all_at(&record::encode(intents), 0)?;
@@ -330,5 +405,82 @@ impl Commit {
             source,
             leftovers: discard_all(std::mem::take(&mut self.members)),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_member_too_many_is_handed_back() {
+        let dir = tempfile::tempdir().unwrap();
+        let open = |name| AtomicWriter::open(dir.path().join(name)).unwrap();
+        let mut group = AtomicGroup::new();
+        // As if there were others.
+        group.record_len = LONGEST - len_in_record(&open("memory"));
+        group.add(open("memory")).unwrap();
+        assert_eq!(group.record_len, LONGEST);
+        let error = group.add(open("vcpu")).unwrap_err();
+        assert_eq!(error.refusal, Refusal::TooManyMembers);
+    }
+
+    #[test]
+    fn the_length_of_a_record_is_counted() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut group = AtomicGroup::new();
+        for name in ["memory", "vcpu"] {
+            let writer = AtomicWriter::open(dir.path().join(name)).unwrap();
+            group.add(writer).unwrap();
+        }
+        let members: Vec<_> = group
+            .members
+            .iter()
+            .map(|writer| Member {
+                inode: 0,
+                size: 0,
+                old: Old::Unknown,
+                stage: writer.stage.name().to_owned(),
+                dest: writer.dest.name.clone(),
+            })
+            .collect();
+        assert_eq!(record::encode(&members).len() as u64, group.record_len);
+    }
+
+    #[test]
+    fn two_names_of_one_file_are_the_same_where_case_is_ignored() {
+        const TEST: &str = "two_names_of_one_file_are_the_same_where_case_is_ignored";
+        const NAMES: [(&str, &str, bool); 4] = [
+            ("vm.mem", "VM.MEM", true),
+            ("\u{e9}tat", "\u{c9}tat", true),
+            ("vm.mem", "vm.state", false),
+            ("vm.mem", "vm-mem", false),
+        ];
+        let same = |dir: &std::path::Path, one: &str, other: &str| {
+            let open = |name| AtomicWriter::open(dir.join(name)).unwrap();
+            is_same_file(&open(one), &open(other).dest)
+        };
+        let dir = tempfile::tempdir().unwrap();
+        for (one, other, _) in NAMES {
+            assert!(!same(dir.path(), one, other), "{one} {other}");
+        }
+        if !test_machine::Need::Exfat.met(TEST) {
+            return;
+        }
+        let disk = test_machine::LoopMount::new(test_machine::LoopFs::Exfat).unwrap();
+        for (one, other, expected) in NAMES {
+            assert_eq!(same(disk.path(), one, other), expected, "{one} {other}");
+        }
+    }
+
+    /// Such a file has one link; one with several may have both names.
+    #[test]
+    fn hard_links_are_different_destinations() {
+        let dir = tempfile::tempdir().unwrap();
+        let [one, other] = ["one", "other"].map(|name| dir.path().join(name));
+        std::fs::write(&one, "").unwrap();
+        std::fs::hard_link(&one, &other).unwrap();
+        let open = |path| AtomicWriter::open(path).unwrap();
+        assert!(!is_same_file(&open(&one), &open(&other).dest));
     }
 }

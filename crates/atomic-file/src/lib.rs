@@ -69,9 +69,12 @@
 //! openat(3, ".atomic-file-2670fefa-ebd32fc78d6c5729.stage", O_RDWR|O_CREAT|O_EXCL|O_NOFOLLOW|O_CLOEXEC, 0600) = 4
 //! flock(4, LOCK_EX|LOCK_NB)                               its owner lives
 //! newfstatat(3, ".atomic-file-2670fefa-….stage")          and was not taken for dead before it locked
+//! fgetxattr(4, "system.posix_acl_access")                 which the directory may have it inherit: removed
+//! openat(3, ".")                                          the commit will need as many descriptors
 //! pwrite64(4, ...) ...
-//! fchmod(4, mode)                                         if another mode than 0600 was asked for
-//! fsync(4)                                                the bytes, then
+//! fsync(4)                                                the bytes; then, if another mode than 0600 was asked for,
+//! fchmod(4, mode)                                         that, or what is to be preserved
+//! fsync(4)                                                and once more
 //! newfstatat(3, ".atomic-file-2670fefa-….stage")          is it still ours?
 //! openat(3, "."), getdents64                              no group commit has "vm.mem"
 //! renameat(3, ".atomic-file-2670fefa-….stage", 3, "vm.mem")
@@ -92,9 +95,11 @@
 //! so that no other user can occupy it. Its writer holds a `flock` on it, which goes when the process
 //! does, however it ends. So a process that finds a staged file can distinguish an orphan from a file being written
 //! by trying to lock it, between threads, processes, and NFS clients. The mode is 0600 until the
-//! commit, so that no other user can hold that lock.
+//! commit has synced the bytes, so that no other user can hold that lock. Then it gets its mode, and
+//! its owner where that is preserved, and is synced again.
 //!
-//! A writer lists its directory when it is opened, and removes the orphans of its own destination.
+//! A writer lists its directory when it is opened, and removes the orphans of its own destination:
+//! those of this user, and those of the user whom the destination belongs to.
 //! [`sweep`] removes those of all destinations. The protocol is written down in the source,
 //! `src/stage.rs`.
 //!
@@ -104,7 +109,7 @@
 //! ## What fails early
 //!
 //! [`Options::open`] refuses what is known to fail at the commit: a destination that is a directory, a
-//! mount point, immutable or append-only; one that a sticky directory protects from this user; a
+//! mount point, immutable, append-only or swap space in use; one that a sticky directory protects from this user; a
 //! directory whose files cannot be renamed; attributes that cannot be preserved; a staging directory
 //! that no rename leads out of; a file system without `no_clobber` where that is asked for.
 //!
@@ -116,6 +121,7 @@
 //! openat(3, ".atomic-file-2670fefa.spare", O_RDWR|O_NOFOLLOW|O_CLOEXEC) = 4
 //! flock(4, LOCK_EX|LOCK_NB)                               no other taker; then, is it still what the name means?
 //! fstat(4), fstatfs(4), flistxattr(4)                     one name, our own, no attributes, on a file system that counts openers
+//! openat(3, "."), getdents64                              no user's group is under way: see below
 //! fchmod(4, 0600)                                         from here on nobody can open it who might not open the new file,
 //! fcntl(4, F_SETLEASE, F_WRLCK), F_UNLCK                  and nobody has it open, or mapped, who could before
 //! renameat2(3, ".atomic-file-2670fefa.spare", 3, ".atomic-file-2670fefa-….stage", RENAME_NOREPLACE)
@@ -150,13 +156,17 @@
 //!
 //! **A recovery undoes no commit.** Before it renames anything it looks at every member. Where the
 //! destination is the recorded inode, it is done. Where it is anything but what the record says was
-//! there, by inode number and time of creation, a later commit replaced it, and that stays. Otherwise
-//! the staged file is renamed. A commit of a single file looks for records before its rename and
+//! there, by inode number and generation, a later commit replaced it, and that stays. Otherwise
+//! the staged file is renamed. The generation is the time of creation, or where the file system keeps
+//! none, a digest of the file's handle; where it has neither, groups are [refused](Refusal). A spare is
+//! not taken while a group of any user is under way, as its generation stays what it was. A commit of a single file looks for records before its rename and
 //! again after it, so that a recovery that looked before the rename has ended when the commit returns.
 //!
 //! **A record concerns its own members only.** One that cannot be completed (a staged file is another
 //! file now, a destination is a directory) makes writers to its members fail, and no others, until
-//! someone decides; [`recover`] reports it, completes all other groups, and sweeps. A record that is
+//! someone decides; [`recover`] reports it, completes all other groups, and sweeps. So it is where a
+//! staged file is gone and its destination is still the recorded one: the group's other files are left
+//! as they are. Where that is so of all its files, all are old, and the group is given up. A record that is
 //! damaged is reported and ignored, and the staged files of its user are kept. A record that is torn,
 //! as a power loss leaves it with [`Durability::None`], never got to its commit point and is removed.
 //!
@@ -164,6 +174,11 @@
 //! write; others are ignored and never waited for. In a directory where others may write, it must
 //! also have one name and be accessible to its owner alone. A record can only have files with a
 //! staged file's name renamed within its directory.
+//!
+//! **No sweep removes what a record names**, of the staged files of the record's own user; and of all
+//! users, where the record is root's or is obeyed. Root's staged files belong to another user from
+//! the moment that a preserved owner is set. A process of another user that may give files away
+//! commits them in no group unless its record is obeyed by all.
 //!
 //! Records of version 1, named `.atomic-file-group`, are still completed. They do not say what a
 //! destination was, so a commit made since then cannot be distinguished from the file before the group.
@@ -231,6 +246,8 @@
 //! - A lease cannot tell of one who, in the middle of `open(2)`, has looked the destination's name up and not opened the file
 //!   yet, and stays there from before one recycling commit until the next writer has taken the spare; of an NFS client that was
 //!   given the file by this machine; of what `sendfile` and `splice` have under way. These may see new bytes in the old file.
+//! - In a directory that does not distinguish upper and lower case, names of one file that differ in
+//!   case (or in Unicode composition) are different destinations to all that waits or takes turns.
 //! - Readers see a group's files change one after another.
 //! - Groups of different users over the same destinations do not wait for each other, and may mix.
 //! - Opening a writer lists the directory once, and committing lists it twice: keep snapshots out of
@@ -252,6 +269,7 @@ mod preserve;
 mod record;
 mod recover;
 mod rehearsal;
+mod shared;
 mod spare;
 mod stage;
 mod sweep;
@@ -268,6 +286,7 @@ pub use group::AtomicGroup;
 pub use options::{Durability, Options, Symlinks};
 pub use preserve::{Attribute, NotPreserved, Preserve};
 pub use recover::{RecoverReport, recover};
+pub use shared::others_may_write;
 pub use sweep::{Kept, SweepReport, preview_sweep, sweep};
 pub use version::FileVersion;
 pub use writer::AtomicWriter;

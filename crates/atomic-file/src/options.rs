@@ -36,8 +36,9 @@ pub enum Symlinks {
     ///
     /// The default, because the other choice loses something without a word: the link of an operator who put the
     /// files on a larger disk, and the room on the small one. A link that leads nowhere is an error, as it is most
-    /// often a disk that is not mounted. A link in a directory open to all is followed only where that is a
-    /// sticky one (`/tmp`) and the link belongs to this user or to the directory's owner, as with Linux's `fs.protected_symlinks`.
+    /// often a disk that is not mounted. A link in a directory that [others may write to](crate::others_may_write) is
+    /// followed only where that is a sticky one (`/tmp`) and the link belongs to this user or to the directory's owner, as with
+    /// Linux's `fs.protected_symlinks`.
     #[default]
     Follow,
     /// Replace the link itself, dangling or not, by a regular file; what it led to is left alone. What `rename(2)`
@@ -95,9 +96,12 @@ impl Options {
     /// The permission bits of the new file, `0o600` unless told otherwise. Exactly these, whatever the umask and
     /// whatever the replaced file had (but see [`preserve`](Self::preserve)); bits above `0o7777` are ignored.
     ///
+    /// Nor has it an access control list, unless one is preserved: one that its directory has new
+    /// files inherit is removed (on Linux).
+    ///
     /// Until the commit the staged file has the mode `0o600`, so that no other user can open it, and
-    /// its owner can open it again for direct I/O. The commit sets the mode after the last write, as
-    /// writing drops the set-id bits.
+    /// its owner can open it again for direct I/O. The commit syncs the file's bytes, then sets the
+    /// mode, as writing drops the set-id bits, and syncs the file again.
     pub fn mode(mut self, mode: u32) -> Self {
         self.mode = mode & 0o7777;
         self

@@ -26,7 +26,8 @@ use crate::sys;
 /// **Only a file that was there when the writer was opened** passes anything on. Of one that came
 /// to the destination later nothing is preserved: the new file has the
 /// [mode](crate::Options::mode) asked for. Where the destination was another file at the opening,
-/// the commit fails instead, unless [`if_permitted`](Self::if_permitted) is set.
+/// the commit fails instead, unless [`if_permitted`](Self::if_permitted) is set: then nothing of it
+/// is preserved either.
 ///
 /// **A file that another user may have planted** passes nothing on, which counts as not permitted: the
 /// other user could read the new file. In a directory where others may create files, that is a file of
@@ -40,7 +41,8 @@ use crate::sys;
 ///
 /// **A preserved mode never means more than it did.** Where the owner is another than before, the
 /// set-user-id bit is left out. Where the group is another, or an access control list was left out,
-/// the group gets only what all others have, and the set-group-id bit is left out.
+/// the group gets only what all others have, and the set-group-id bit is left out. A list that the new
+/// file inherits from its directory is removed, as the mode would mean more with it.
 ///
 /// # Examples
 /// ```
@@ -129,7 +131,7 @@ impl Preserve {
         self
     }
 
-    fn anything(self) -> bool {
+    pub(crate) fn anything(self) -> bool {
         self.owner || self.group || self.mode || self.acl || self.xattrs
     }
 }
@@ -192,12 +194,14 @@ pub(crate) fn give(
         preserve,
         lost: Vec::new(),
     };
+    // Any bits of the group's would give it something.
+    sys::remove_acl(file).map_err(mode_of)?;
     let at_open = dest.entry.filter(|_| preserve.anything());
     let now = match at_open {
-        Some(_) => dest.dir.entry(&dest.name).map_err(mode_of)?,
+        Some(_) => look(dest, preserve).map_err(mode_of)?,
         None => None,
     };
-    let Some(old) = now.filter(Stat::is_file) else {
+    let Some((old, opened)) = now else {
         sys::set_mode(file, mode).map_err(mode_of)?;
         return Ok(Vec::new());
     };
@@ -216,13 +220,49 @@ pub(crate) fn give(
         return Ok(giving.lost);
     }
     giving.ownership(&old)?;
-    let has_acl = giving.extended(&dest.dir, &dest.name, &old)?;
+    let has_acl = match opened {
+        Some(opened) => giving.extended(opened)?,
+        None => false,
+    };
     let mode = match preserve.mode {
         true => narrowed(&old, &stat_of(file).map_err(mode_of)?, has_acl),
         false => mode,
     };
     sys::set_mode(file, mode).map_err(mode_of)?;
     Ok(giving.lost)
+}
+
+/// What is at the destination: a file, and that file opened to read its attributes, where they are
+/// asked for; `None` where there is no file.
+///
+/// Other writers may replace it meanwhile. What was opened is one file, and all is taken from that.
+fn look(
+    dest: &Destination,
+    preserve: Preserve,
+) -> io::Result<Option<(Stat, Option<io::Result<File>>)>> {
+    /// How often it may be gone between the look and the opening, which only removing it and putting
+    /// another in place brings about.
+    const TRIES: u32 = 100;
+    for _ in 0..TRIES {
+        let entry = dest.dir.entry(&dest.name)?;
+        let Some(entry) = entry.filter(Stat::is_file) else {
+            return Ok(None);
+        };
+        if !(preserve.mode || preserve.acl || preserve.xattrs) {
+            return Ok(Some((entry, None)));
+        }
+        match dest.dir.open_for(OFlag::O_RDONLY, &dest.name) {
+            Ok(file) => {
+                let stat = stat_of(&file)?;
+                if stat.is_file() {
+                    return Ok(Some((stat, Some(Ok(file)))));
+                }
+            }
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => return Ok(Some((entry, Some(Err(error))))),
+        }
+    }
+    Ok(None)
 }
 
 /// Whether a user whom the new file is not meant for may have put the file `old` into `dir`.
@@ -326,23 +366,9 @@ impl Giving<'_> {
     }
 
     /// Whether the old file has an access control list that the new one did not get.
-    fn extended(
-        &mut self,
-        dir: &Directory,
-        name: &OsStr,
-        expected: &Stat,
-    ) -> Result<bool, NotPreserved> {
-        let Preserve {
-            mode, acl, xattrs, ..
-        } = self.preserve;
-        if !(mode || acl || xattrs) {
-            return Ok(false);
-        }
-        let listed = dir.open_for(OFlag::O_RDONLY, name).and_then(|old| {
-            let stat = stat_of(&old)?;
-            if (stat.id, stat.uid) != (expected.id, expected.uid) {
-                return Err(io::Error::other("the destination was just replaced"));
-            }
+    fn extended(&mut self, opened: io::Result<File>) -> Result<bool, NotPreserved> {
+        let Preserve { acl, xattrs, .. } = self.preserve;
+        let listed = opened.and_then(|old| {
             let names: Vec<_> = match old.list_xattr() {
                 Ok(names) => names.collect(),
                 Err(error) if error.kind() == io::ErrorKind::Unsupported => Vec::new(),

@@ -7,7 +7,7 @@
 //! `.atomic-file-ID.intent`. Version 1 had the one name `.atomic-file-group`, which is still read.
 //!
 //! # Bytes
-//! Little-endian, version 2:
+//! Little-endian, version 3:
 //!
 //! | bytes | what |
 //! |---|---|
@@ -19,12 +19,13 @@
 //! | 8 | its size in bytes |
 //! | 1 | what the destination was when the record was written: 0 nothing, 1 a file, 2 unknown |
 //! | 8 | that file's inode number |
-//! | 8 | when that file was created, in nanoseconds since 1970; 0 where the file system keeps no such time |
+//! | 8 | its generation: when that file was created, in nanoseconds since 1970; or a digest of its handle |
 //! | 2 + n | length of the staged file's name, and the name |
 //! | 2 + n | length of the destination's name, and the name |
 //! | 4 | CRC-32 of everything before |
 //!
-//! Version 1 has neither the record's length nor the three fields about the destination.
+//! Version 2 has the generation 0 where the file system keeps no time of creation. Version 1 has
+//! neither the record's length nor the three fields about the destination.
 
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt as _;
@@ -36,7 +37,9 @@ const VERSION_1_NAME: &str = ".atomic-file-group";
 const SUFFIX: &str = ".group";
 
 const MAGIC: &[u8; 8] = b"ATOMGRP\n";
-const VERSION: u32 = 2;
+const VERSION: u32 = 3;
+/// Since which there is the record's length, and what the destination was.
+const WITH_DESTINATION: u32 = 2;
 
 /// Whether `name` is a published record's.
 pub(crate) fn is_record_name(name: &OsStr) -> bool {
@@ -65,10 +68,10 @@ pub(crate) struct Member {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Old {
     Nothing,
-    /// An inode number may be used again, so it comes with the time of creation.
+    /// An inode number may be used again, so it comes with its [generation](crate::directory::Directory::generation).
     File {
         inode: u64,
-        created: u64,
+        generation: u64,
     },
     /// In records of version 1.
     Unknown,
@@ -85,19 +88,28 @@ pub(crate) enum Unreadable {
 
 use Unreadable::{Damaged, Torn};
 
+/// In bytes, of a record without members.
+pub(crate) const EMPTY: u64 = 8 + 4 + 4 + 8 + 4;
+
+/// In bytes, what a member with these names adds to a record.
+pub(crate) fn len_of_member(stage: &OsStr, dest: &OsStr) -> u64 {
+    const FIXED: usize = 8 + 8 + 1 + 8 + 8 + 2 + 2;
+    (FIXED + stage.len() + dest.len()) as u64
+}
+
 pub(crate) fn encode(members: &[Member]) -> Vec<u8> {
     let mut body = Vec::new();
     for member in members {
         body.extend(member.inode.to_le_bytes());
         body.extend(member.size.to_le_bytes());
-        let (kind, inode, created) = match member.old {
+        let (kind, inode, generation) = match member.old {
             Old::Nothing => (0u8, 0, 0),
-            Old::File { inode, created } => (1, inode, created),
+            Old::File { inode, generation } => (1, inode, generation),
             Old::Unknown => (2, 0, 0),
         };
         body.push(kind);
         body.extend(inode.to_le_bytes());
-        body.extend(created.to_le_bytes());
+        body.extend(generation.to_le_bytes());
         for name in [&member.stage, &member.dest] {
             let name = name.as_bytes();
             let len = u16::try_from(name.len()).expect("a name that a file has is far shorter");
@@ -131,11 +143,11 @@ pub(crate) fn decode(bytes: &[u8]) -> Result<Vec<Member>, Unreadable> {
         .strip_prefix(MAGIC)
         .ok_or(Damaged("not an intent record"))?;
     let version = u32::from_le_bytes(take(&mut rest).map_err(Torn)?);
-    if !matches!(version, 1 | VERSION) {
+    if !(1..=VERSION).contains(&version) {
         return Err(Damaged("unknown version"));
     }
     let count = u32::from_le_bytes(take(&mut rest).map_err(Torn)?);
-    if version == VERSION {
+    if version >= WITH_DESTINATION {
         let len = u64::from_le_bytes(take(&mut rest).map_err(Torn)?);
         if (bytes.len() as u64) < len {
             return Err(Torn("cut short"));
@@ -159,7 +171,7 @@ fn members_of(mut rest: &[u8], version: u32, count: u32) -> Result<Vec<Member>, 
     for _ in 0..count {
         let inode = u64::from_le_bytes(take(&mut rest)?);
         let size = u64::from_le_bytes(take(&mut rest)?);
-        let old = if version == VERSION {
+        let old = if version >= WITH_DESTINATION {
             take_old(&mut rest)?
         } else {
             Old::Unknown
@@ -189,10 +201,10 @@ fn members_of(mut rest: &[u8], version: u32, count: u32) -> Result<Vec<Member>, 
 fn take_old(rest: &mut &[u8]) -> Result<Old, &'static str> {
     let [kind] = take(rest)?;
     let inode = u64::from_le_bytes(take(rest)?);
-    let created = u64::from_le_bytes(take(rest)?);
+    let generation = u64::from_le_bytes(take(rest)?);
     match kind {
         0 => Ok(Old::Nothing),
-        1 => Ok(Old::File { inode, created }),
+        1 => Ok(Old::File { inode, generation }),
         2 => Ok(Old::Unknown),
         _ => Err("a destination is of an unknown kind"),
     }
@@ -240,7 +252,7 @@ mod tests {
     }
 
     fn old() -> impl Strategy<Value = Old> {
-        let file = |(inode, created)| Old::File { inode, created };
+        let file = |(inode, generation)| Old::File { inode, generation };
         prop_oneof![
             Just(Old::Nothing),
             Just(Old::Unknown),
@@ -255,7 +267,10 @@ mod tests {
         ) {
             let members = names.iter().map(|(name, old)| Member { old: *old, ..member(name) });
             let members: Vec<_> = members.collect();
-            prop_assert_eq!(decode(&encode(&members)), Ok(members));
+            let lens = members.iter().map(|member| len_of_member(&member.stage, &member.dest));
+            let bytes = encode(&members);
+            prop_assert_eq!(bytes.len() as u64, EMPTY + lens.sum::<u64>());
+            prop_assert_eq!(decode(&bytes), Ok(members));
         }
 
         #[test]

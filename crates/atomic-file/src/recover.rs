@@ -11,7 +11,7 @@ use crate::error::RecoverError;
 use crate::options::Durability;
 use crate::outcome::{PublishError, make_sure};
 use crate::record::{self, Member, Old, Unreadable, is_record_name};
-use crate::stage::PREFIX;
+use crate::stage::{Inspected, PREFIX, StageName, parse_name, remove_if_dead};
 use crate::sweep::{SweepReport, sweep_open};
 use crate::sys::{Lock, Unlock, file_owner, lock, try_lock};
 
@@ -26,6 +26,10 @@ pub struct RecoverReport {
     /// Destinations that a later commit, by the group's own user or root, has replaced; that
     /// commit's file stays, and the group's file for it is gone.
     pub superseded: Vec<PathBuf>,
+    /// Destinations of groups that are given up: all of their staged files are gone, and every
+    /// destination is still what it was before the group. Where only some of a group's staged files
+    /// are gone, that is an error, [`RecoverError::StagesLost`].
+    pub lost: Vec<PathBuf>,
     /// Whether a group commit is under way in the directory, by a process that lives; nothing was done about it.
     pub busy: bool,
     /// Intent records that a power loss had cut short, removed. Their groups did not wait for the
@@ -52,7 +56,7 @@ pub struct RecoverReport {
 /// # Errors
 /// [`RecoverError::Stuck`] names the groups that could not be completed. Nothing is guessed at: a
 /// damaged record, or a staged file that is not the one recorded, is left as it is, and so is a group
-/// whose destination was taken by a file of another user. All other groups
+/// some of whose staged files are gone, or whose destination was taken by a file of another user. All other groups
 /// were completed and the directory was swept nevertheless.
 ///
 /// # Examples
@@ -142,6 +146,23 @@ fn is_member(dest: &OsStr, record: &File) -> bool {
     members.is_ok_and(|members| members.iter().any(|member| member.dest == dest))
 }
 
+/// Whether no group, of whatever user, is published in `dir` or about to be.
+pub(crate) fn no_group_is_under_way(dir: &Directory) -> io::Result<bool> {
+    for name in dir.names(PREFIX)? {
+        let stands = match parse_name(&name) {
+            Some(StageName::Ticket) => !matches!(
+                remove_if_dead(dir, &name),
+                Inspected::Removed | Inspected::Gone
+            ),
+            _ => is_record_name(&name),
+        };
+        if stands {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
+
 /// Whether no record stands in `dir` that a recovery by this user would obey.
 pub(crate) fn no_record_is_obeyed(dir: &Directory) -> io::Result<bool> {
     for name in records(&dir.names(PREFIX)?) {
@@ -155,7 +176,8 @@ pub(crate) fn no_record_is_obeyed(dir: &Directory) -> io::Result<bool> {
 /// Whose files a record keeps from being swept.
 ///
 /// A foreign record protects the files of its own user only: otherwise anyone could keep a sweep
-/// from removing anything.
+/// from removing anything. Root's protects all: where owners are preserved, root's staged files are
+/// given to other users before they are renamed, and nobody but root can write such a record.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 enum Protects {
     All,
@@ -186,7 +208,7 @@ impl Records {
             };
             // The name is random: no other record will have it.
             self.seen.insert(name.clone());
-            let protects = match is_obeyed(dir, &entry) {
+            let protects = match is_obeyed(dir, &entry) || is_roots(dir, &entry) {
                 true => Protects::All,
                 false => Protects::FilesOf(entry.uid),
             };
@@ -239,19 +261,33 @@ impl Records {
     }
 }
 
+/// Whether a record is root's doing.
+fn is_roots(dir: &Directory, record: &Stat) -> bool {
+    const ROOT: u32 = 0;
+    record.uid == ROOT && is_its_owners_doing(dir, record)
+}
+
+/// Whether a record is one of those that protect staged files of all users from all sweeps: root's,
+/// and where no other user may create files, the directory owner's.
+pub(crate) fn protects_all(dir: &Directory, record: &Stat) -> bool {
+    is_roots(dir, record) || (record.uid == dir.stat.uid && !dir.others_may_create())
+}
+
+/// Whether no other user can have given a file of its owner this name, or written to it.
+fn is_its_owners_doing(dir: &Directory, record: &Stat) -> bool {
+    const GROUP_AND_OTHERS: u32 = 0o077;
+    record.is_file()
+        && (!dir.others_may_create() || (record.links == 1 && record.mode & GROUP_AND_OTHERS == 0))
+}
+
 /// Whether a record is one that this user's recoveries carry out.
 ///
 /// It must not be another user's doing. Where others may create files, a file of this user may have
 /// been given the record's name by a hard link, or have been written to by others.
 pub(crate) fn is_obeyed(dir: &Directory, record: &Stat) -> bool {
-    const GROUP_AND_OTHERS: u32 = 0o077;
     let own = record.uid == file_owner();
-    record.is_file()
-        && if dir.others_may_create() {
-            own && record.links == 1 && record.mode & GROUP_AND_OTHERS == 0
-        } else {
-            own || record.uid == dir.stat.uid
-        }
+    let owners = record.uid == dir.stat.uid && !dir.others_may_create();
+    (own || owners) && is_its_owners_doing(dir, record)
 }
 
 /// What became of a record.
@@ -346,8 +382,8 @@ pub(crate) fn settle(
     }
 }
 
-/// In bytes: ten thousand members; no record is larger.
-const LONGEST: u64 = 4 << 20;
+/// In bytes: at least twelve thousand members; no record is larger.
+pub(crate) const LONGEST: u64 = 4 << 20;
 /// At most how many bytes are read of the records of each other user in one sweep: what any user can
 /// have root read. What else they name is kept.
 const MOST_OF_OTHERS: u64 = 4 * LONGEST;
@@ -380,15 +416,34 @@ fn roll_forward(
     members: &[Member],
     report: &mut RecoverReport,
 ) -> Result<(), RecoverError> {
-    let mut left = Vec::new();
+    let (mut staged, mut lost) = (Vec::new(), Vec::new());
+    let (mut in_place, mut superseded) = (Vec::new(), Vec::new());
     for member in members {
+        let path = dir.path_of(&member.dest);
         match find(dir, record, owner, member)? {
-            Found::Staged => left.push(member),
-            Found::InPlace => report.in_place.push(dir.path_of(&member.dest)),
-            Found::Superseded => report.superseded.push(dir.path_of(&member.dest)),
+            Found::Staged => staged.push(member),
+            Found::InPlace => in_place.push(path),
+            Found::Superseded => superseded.push(path),
+            Found::Lost => lost.push(path),
         }
     }
-    for member in left {
+    if !lost.is_empty() {
+        // All old: it never happened.
+        if lost.len() == members.len() {
+            report.lost.append(&mut lost);
+            return Ok(());
+        }
+        let staged = staged.iter().map(|member| dir.path_of(&member.dest));
+        return Err(RecoverError::StagesLost {
+            lost,
+            staged: staged.collect(),
+            in_place,
+            record: dir.path_of(record),
+        });
+    }
+    report.in_place.append(&mut in_place);
+    report.superseded.append(&mut superseded);
+    for member in staged {
         rename_member(dir, member).map_err(|error| RecoverError::Io {
             operation: "replace",
             path: dir.path_of(&member.dest),
@@ -408,6 +463,8 @@ enum Found {
     Staged,
     InPlace,
     Superseded,
+    /// Its staged file is gone, and its destination is what it was before the group.
+    Lost,
 }
 
 /// Where a member of a record that belongs to the user `owner` has got to.
@@ -437,9 +494,16 @@ fn find(
         });
     }
     match entry(&member.stage)? {
-        // No one sweeps it while the record stands, so it was renamed, and its destination then
-        // replaced again.
-        None => return Ok(Found::Superseded),
+        // No one sweeps it while the record stands. So it was renamed, and its destination then
+        // replaced again or removed; or against the rules somebody removed it.
+        None if member.old == Old::Unknown => return Ok(Found::Superseded),
+        None => {
+            let now = old_file(dir, &member.dest).map_err(inspect(&member.dest))?;
+            return Ok(match now == member.old {
+                true => Found::Lost,
+                false => Found::Superseded,
+            });
+        }
         Some(stage)
             if stage.is_file() && (stage.id.inode, stage.size) == (member.inode, member.size) => {}
         // Where the directory is a copy, no inode number is what the record says.
@@ -481,10 +545,10 @@ pub(crate) fn old_file(dir: &Directory, dest: &OsStr) -> io::Result<Old> {
     let Some(entry) = dir.entry(dest)? else {
         return Ok(Old::Nothing);
     };
-    match dir.created(dest) {
-        Ok(created) => Ok(Old::File {
+    match dir.generation(dest) {
+        Ok(generation) => Ok(Old::File {
             inode: entry.id.inode,
-            created,
+            generation,
         }),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Old::Nothing),
         Err(error) => Err(error),
@@ -506,27 +570,7 @@ pub(crate) fn rename_member(dir: &Directory, member: &Member) -> Result<(), Publ
 
 #[cfg(test)]
 mod tests {
-    use std::fs::{self, Permissions};
-    use std::os::unix::fs::PermissionsExt;
-
     use super::*;
-    use rstest::rstest;
-
-    #[rstest]
-    #[case(0o700, false)]
-    #[case(0o755, false)]
-    #[case(0o775, true)]
-    #[case(0o757, true)]
-    #[case(0o1777, true)]
-    fn a_record_is_somebody_elses_only_where_others_may_write(
-        #[case] mode: u32,
-        #[case] others: bool,
-    ) {
-        let dir = tempfile::tempdir().unwrap();
-        fs::set_permissions(dir.path(), Permissions::from_mode(mode)).unwrap();
-        let dir = Directory::open(dir.path()).unwrap();
-        assert_eq!(dir.others_may_create(), others);
-    }
 
     #[test]
     fn a_record_that_no_group_can_have_is_not_read_to_its_end() {

@@ -12,6 +12,11 @@
 //! 3. It is taken only where it has no other name and nobody else has it open or mapped, which the kernel proves by
 //!    granting a lease. Its mode is set before that look: one who might not open the new file can't do so after.
 //!
+//! A group's record tells by inode number and generation whether a destination was replaced since. So a
+//! spare is not taken while a group of whatever user is published or has a ticket: its record may
+//! say that this very file is the destination, and would take it for unchanged once it is committed
+//! again. A group that shows its ticket later looks at the destination later.
+//!
 //! A file that a group's record may still name is never exchanged: a recovery would take it for a stage of that group.
 
 use std::ffi::OsStr;
@@ -39,10 +44,12 @@ pub(crate) fn take(dir: &Arc<Directory>, dest: &OsStr, max_bytes: u64) -> Option
     let ready = || -> io::Result<bool> {
         // O_NONBLOCK, which opening asked for, is no matter of `write`, but one of io_uring.
         retry(|| fcntl(spare.file(), FcntlArg::F_SETFL(OFlag::empty())))?;
-        Ok(is_like_new(&spare, max_bytes)? && {
-            sys::set_mode(spare.file(), STAGED_MODE)?;
-            sys::has_only_us(spare.file()) && stat_of(spare.file())?.links == 1
-        })
+        Ok(
+            is_like_new(&spare, max_bytes)? && recover::no_group_is_under_way(dir)? && {
+                sys::set_mode(spare.file(), STAGED_MODE)?;
+                sys::has_only_us(spare.file()) && stat_of(spare.file())?.links == 1
+            },
+        )
     };
     // Whatever stands in the way, dropping removes the spare, and a new file will do.
     (ready().is_ok_and(|ready| ready) && spare.move_to_stage_of(dest).is_ok()).then_some(spare)

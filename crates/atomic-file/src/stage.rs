@@ -7,7 +7,8 @@
 //! the directory when it is opened, and removes the orphaned staged files of its own destination.
 //!
 //! A writer holds the `flock` of its staged file from just after its creation until it is in place
-//! or removed. The mode is 0600 all that time, so no other user can open the file to hold its lock.
+//! or removed. The mode is 0600 until all bytes are synced, so no other user can open the file to
+//! hold its lock; then it gets the mode and the owner that it is to have, and is synced again.
 //! Two rules make this safe in the moment between creating and locking:
 //!
 //! 1. A creator that got the lock looks whether the name still means its file, and takes another
@@ -38,6 +39,7 @@ use crate::directory::{Directory, FileId, Stat, stat_of};
 use crate::error::Leftover;
 use crate::outcome::{PublishError, has_no_such_call, make_sure};
 use crate::recover::Records;
+use crate::sweep::sweep_names;
 use crate::sys::{Lock, Unlock, file_owner, try_lock};
 
 pub(crate) const PREFIX: &str = ".atomic-file-";
@@ -114,17 +116,27 @@ fn is_stage_of(dest: &OsStr, name: &OsStr) -> bool {
 
 /// Removes what killed writers to `dest` left, of the `names` in `dir`.
 ///
-/// Another user's files are not opened: they are not this writer's to remove.
-pub(crate) fn remove_leftovers(dir: &Directory, dest: &OsStr, names: &[OsString]) {
-    let own = |name: &OsStr| {
+/// A writer that preserves the owner may have given its file to the destination's, `dest_owner`. Other
+/// users' files are not opened: they are not this writer's to remove.
+pub(crate) fn remove_leftovers(
+    dir: &Directory,
+    dest: &OsStr,
+    dest_owner: Option<u32>,
+    names: &[OsString],
+) {
+    let owners = [Some(file_owner()), dest_owner];
+    let ours = |name: &OsStr| {
         let entry = dir.entry(name).ok().flatten();
-        entry.is_some_and(|entry| entry.uid == file_owner())
+        entry.is_some_and(|entry| owners.contains(&Some(entry.uid)))
     };
-    for name in names {
-        if is_stage_of(dest, name) && own(name) {
-            // What stays is for sweepers, and in no writer's way.
-            let _: Inspected = remove_if_dead(dir, name);
-        }
+    let leftovers: Vec<_> = names
+        .iter()
+        .filter(|name| is_stage_of(dest, name) && ours(name))
+        .map(|name| (name, StageName::Locked))
+        .collect();
+    if !leftovers.is_empty() {
+        // What stays is for sweepers, and in no writer's way.
+        let _ = sweep_names(dir, &leftovers, true);
     }
 }
 

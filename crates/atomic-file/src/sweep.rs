@@ -1,5 +1,6 @@
 //! Removing what killed processes left.
 
+use std::ffi::OsString;
 use std::io;
 use std::path::{Path, PathBuf};
 
@@ -87,14 +88,22 @@ pub(crate) fn sweep_open(dir: &Directory, remove: bool) -> Result<SweepReport, S
         path: dir.path().to_owned(),
         source,
     })?;
+    let staged = names
+        .iter()
+        .filter_map(|name| Some((name, parse_name(name)?)));
+    sweep_names(dir, &staged.collect::<Vec<_>>(), remove)
+}
+
+/// Sweeps these names in `dir` alone.
+pub(crate) fn sweep_names(
+    dir: &Directory,
+    staged: &[(&OsString, StageName)],
+    remove: bool,
+) -> Result<SweepReport, SweepError> {
     let mut report = SweepReport::default();
     let mut records = Records::default();
     // Before anything is locked, so that no lock is held for long.
     let _ = records.look(dir, None);
-    let staged = names
-        .iter()
-        .filter_map(|name| Some((name, parse_name(name)?)));
-    let staged: Vec<_> = staged.collect();
     for batch in staged.chunks(BATCH) {
         let locked: Vec<_> = batch
             .iter()

@@ -23,8 +23,9 @@ mod platform;
 
 use platform::flush;
 pub(crate) use platform::{
-    copy_acl, counts_openers, created, exchange, file_owner, has_attributes,
-    has_lasting_inode_numbers, has_only_us, is_acl, may_act_for, rename_new, restrictions,
+    copy_acl, counts_openers, exchange, file_owner, generation, has_acl, has_attributes,
+    has_lasting_inode_numbers, has_only_us, is_acl, is_swap, may_act_for, remove_acl, rename_new,
+    restrictions,
 };
 
 /// What a system says against replacing a file.

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use crate::destination::{Destination, check_directory, check_replaceable};
 use nix::unistd::{Uid, fchown};
 
-use crate::directory::{Directory, stat_of};
+use crate::directory::{Directory, Stat, stat_of};
 use crate::error::{CommitError, CommitStep, Leftover, OpenError};
 use crate::options::{Durability, Options};
 use crate::outcome::{PublishError, has_no_links};
@@ -82,7 +82,8 @@ impl AtomicWriter {
             path: path.to_owned(),
             source,
         };
-        let names = list(&dest.dir).map_err(recover)?;
+        let listing = |source| OpenError::io("list the directory of", path, source);
+        let names = dest.dir.names(PREFIX).map_err(listing)?;
         settle_for(&dest.dir, &dest.name, &names, false).map_err(recover)?;
         // After the recovery, which may have replaced it.
         if let Some(version) = &options.replace_only {
@@ -95,7 +96,8 @@ impl AtomicWriter {
             let turn = version.take_turn();
             drop(turn.map_err(|source| OpenError::io("lock", path, source))?);
         }
-        remove_leftovers(&dest.dir, &dest.name, &names);
+        let dest_owner = dest.entry.filter(Stat::is_file).map(|entry| entry.uid);
+        remove_leftovers(&dest.dir, &dest.name, dest_owner, &names);
         let staging = match &options.staging_dir {
             None => Arc::clone(&dest.dir),
             Some(elsewhere) => open_staging(elsewhere, &dest)?,
@@ -109,7 +111,7 @@ impl AtomicWriter {
                     path: staging.path().to_owned(),
                     source,
                 })?;
-            remove_leftovers(&staging, &dest.name, &names);
+            remove_leftovers(&staging, &dest.name, dest_owner, &names);
         }
         if elsewhere || options.no_clobber {
             rehearse(&staging, &dest.dir, &dest.name, options.no_clobber)
@@ -128,6 +130,8 @@ impl AtomicWriter {
             .map_or_else(|| Stage::create(&staging, &dest.name), Ok)
             .map_err(|source| not_staged(&staging, path, source))?;
         let not_preserved = try_attributes(&stage, &dest, options)?;
+        // So does the commit, beside the staged file: a limit on descriptors is found now.
+        drop(dest.dir.open_to_list().map_err(listing)?);
         Ok(Self {
             stage,
             dest,
@@ -210,7 +214,7 @@ impl AtomicWriter {
         if self.replace_only.as_ref().is_some_and(changed) {
             return Err(destination_changed(self.stage, self.dest));
         }
-        let finished = self.finish();
+        let finished = self.finish(self.durability);
         let Self {
             mut stage,
             dest,
@@ -227,10 +231,6 @@ impl AtomicWriter {
         let settle =
             || list(&dest.dir).and_then(|names| settle_for(&dest.dir, &dest.name, &names, true));
         let ready = finished
-            .map_err(|error| (CommitStep::Attributes, error))
-            .and_then(|()| {
-                sys::sync(stage.file(), durability).map_err(|error| (CommitStep::Sync, error))
-            })
             .and_then(|()| stage.check().map_err(|error| (CommitStep::Check, error)))
             .and_then(|_| settle().map_err(|error| (CommitStep::Recover, io::Error::other(error))));
         if let Err((step, source)) = ready {
@@ -297,8 +297,22 @@ impl AtomicWriter {
         }
     }
 
-    /// Gives the staged file, which no one writes to any more, what it is to have as the destination.
-    pub(crate) fn finish(&self) -> io::Result<()> {
+    /// Gives the staged file, which no one writes to any more, what it is to have as the destination,
+    /// and syncs it.
+    ///
+    /// Its bytes are synced before, which can take long: until then it is this user's alone, and no
+    /// other can open it or has it left behind by a kill.
+    pub(crate) fn finish(&self, durability: Durability) -> Result<(), (CommitStep, io::Error)> {
+        let sync = || sys::sync(self.file(), durability).map_err(|error| (CommitStep::Sync, error));
+        if self.mode != STAGED_MODE || self.preserve.anything() {
+            sync()?;
+        }
+        self.give_attributes()
+            .map_err(|error| (CommitStep::Attributes, error))?;
+        sync()
+    }
+
+    fn give_attributes(&self) -> io::Result<()> {
         let Self {
             stage,
             dest,

@@ -303,11 +303,9 @@ fn where_cleaning_up_fails_too_the_error_names_what_was_left() {
         );
         seen.push(report);
     }
-    // The file's sync, the rename, the directory's sync.
-    assert_eq!(
-        seen,
-        ["not replaced, left", "not replaced, left", "replaced"]
-    );
+    // The file's syncs, of its bytes and of its mode; the rename; the directory's sync.
+    let not = "not replaced, left";
+    assert_eq!(seen, [not, not, not, "replaced"]);
 }
 
 /// Every call whose answer decides whether the spare may be used.
@@ -702,8 +700,8 @@ fn one_who_opens_the_spare_in_the_moment_of_the_lease_kills_nobody() {
     }
     let calls = calls_of("recycle", &old_file_and_spare);
     let mut fcntls = calls.iter().filter(|(call, _)| call == "fcntl");
-    // F_GETFL and F_SETFD of the listing, F_SETFL, F_SETSIG, F_SETLEASE.
-    let lease = fcntls.nth(4).expect("a lease").1;
+    // F_GETFL and F_SETFD of each of two listings, F_SETFL, F_SETSIG, F_SETLEASE.
+    let lease = fcntls.nth(6).expect("a lease").1;
     let dir = recycling_dir();
     old_file_and_spare(dir.path());
     let spare = dir.path().join(SPARE);

@@ -332,7 +332,7 @@ fn in_a_copied_directory_nothing_is_guessed(#[values(0, 1)] renamed: usize) {
 #[rstest]
 #[case::a_bit_flipped(|bytes: &mut Vec<u8>| bytes[30] ^= 1)]
 #[case::junk(|bytes: &mut Vec<u8>| bytes.clone_from(&b"junk".to_vec()))]
-#[case::of_a_later_version(|bytes: &mut Vec<u8>| bytes[8] = 3)]
+#[case::of_a_later_version(|bytes: &mut Vec<u8>| bytes[8] = 4)]
 fn a_damaged_record_is_reported_and_holds_no_writer_up(#[case] damage: fn(&mut Vec<u8>)) {
     if !Need::Strace.met("a_damaged_record_is_reported_and_holds_no_writer_up") {
         return;
@@ -546,4 +546,101 @@ fn recovering_an_ordinary_directory_changes_nothing() {
     assert!(report.completed.is_empty() && report.swept.removed.is_empty() && !report.busy);
     commit(&AtomicWriter::options(), &dir.path().join("memory"), b"new").unwrap();
     assert_names(dir.path(), &FILES);
+}
+
+/// Against the rules: nobody removes what a record names.
+#[rstest]
+fn where_a_staged_file_is_gone_the_group_is_torn_and_said_to_be(#[values(0, 1)] renamed: usize) {
+    if !Need::Strace.met("where_a_staged_file_is_gone_the_group_is_torn_and_said_to_be") {
+        return;
+    }
+    let dir = old_files();
+    die_at_rename(dir.path(), renamed + 1);
+    let [memory, vcpu] = FILES.map(|name| dir.path().join(name));
+    let texts = || FILES.map(|name| fs::read_to_string(dir.path().join(name)).unwrap());
+    let stage_of_vcpu = {
+        let hash = format!(".atomic-file-{:08x}-", crc32fast::hash(b"vcpu"));
+        let is_its = |path: &PathBuf| path.to_string_lossy().contains(&hash);
+        stages(dir.path()).into_iter().find(is_its).unwrap()
+    };
+    fs::remove_file(&stage_of_vcpu).unwrap();
+    let (before, left) = (texts(), names(dir.path()));
+    for _ in 0..2 {
+        let error = stuck(recover(dir.path()));
+        let RecoverError::StagesLost {
+            lost,
+            staged,
+            in_place,
+            record,
+        } = error
+        else {
+            panic!("another error: {error:?}");
+        };
+        assert_eq!(lost, std::slice::from_ref(&vcpu));
+        let (new, old) = match renamed {
+            0 => (vec![], vec![memory.clone()]),
+            _ => (vec![memory.clone()], vec![]),
+        };
+        assert_eq!((in_place, staged), (new, old));
+        assert_eq!(record, common::record(dir.path()));
+        assert_eq!((texts(), names(dir.path())), (before.clone(), left.clone()));
+    }
+    // Only its own destinations wait for someone to decide.
+    commit(&AtomicWriter::options(), &dir.path().join("third"), b"new").unwrap();
+    let error = AtomicWriter::open(&vcpu).unwrap_err();
+    assert!(matches!(error, OpenError::Recover { .. }), "{error:?}");
+    // As the error says.
+    fs::write(&memory, "old").unwrap();
+    fs::remove_file(common::record(dir.path())).unwrap();
+    sweep(dir.path()).unwrap();
+    assert_eq!(same_text(dir.path(), &FILES), "old");
+    assert_names(dir.path(), &["memory", "third", "vcpu"]);
+}
+
+#[test]
+fn a_group_of_which_nothing_is_left_is_given_up_as_a_whole() {
+    if !Need::Strace.met("a_group_of_which_nothing_is_left_is_given_up_as_a_whole") {
+        return;
+    }
+    let dir = killed_after(0);
+    for stage in stages(dir.path()) {
+        fs::remove_file(stage).unwrap();
+    }
+    let report = recover(dir.path()).unwrap();
+    assert_eq!(report.lost, FILES.map(|name| dir.path().join(name)));
+    assert!(report.superseded.is_empty() && report.completed.is_empty());
+    assert_eq!(same_text(dir.path(), &FILES), "old");
+    assert_names(dir.path(), &FILES);
+}
+
+/// A member that was put in place and then removed is no staged file that is gone.
+#[test]
+fn a_member_removed_since_is_not_missed() {
+    if !Need::Strace.met("a_member_removed_since_is_not_missed") {
+        return;
+    }
+    let dir = killed_after(1);
+    fs::remove_file(dir.path().join("memory")).unwrap();
+    let report = recover(dir.path()).unwrap();
+    assert_eq!(report.superseded, [dir.path().join("memory")]);
+    assert_eq!(report.completed, [dir.path().join("vcpu")]);
+}
+
+/// Its files have neither a time of creation nor a handle.
+#[cfg(target_os = "linux")]
+#[test]
+fn a_file_system_that_cannot_tell_files_apart_is_refused() {
+    use nix::mount::{MntFlags, MsFlags, mount, umount2};
+    if !Need::Root.met("a_file_system_that_cannot_tell_files_apart_is_refused") {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let (ramfs, none) = (Some("ramfs"), None::<&str>);
+    mount(ramfs, dir.path(), ramfs, MsFlags::empty(), none).unwrap();
+    let writer = AtomicWriter::open(dir.path().join("memory")).unwrap();
+    let refused = AtomicGroup::new().add(writer).unwrap_err();
+    assert_eq!(refused.refusal, Refusal::NoGenerations);
+    let committed = refused.writer.commit();
+    umount2(dir.path(), MntFlags::MNT_DETACH).unwrap();
+    committed.unwrap();
 }

@@ -15,12 +15,14 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
 use std::time::Duration;
 
-use atomic_file::{AtomicGroup, AtomicWriter, OpenError, Preserve, RecoverError, recover, sweep};
+use atomic_file::{
+    AtomicGroup, AtomicWriter, GroupCommitError, OpenError, Preserve, RecoverError, recover, sweep,
+};
 use common::{Held, commit};
 use nix::sys::stat::Mode;
 use nix::unistd::{Gid, Uid, mkfifo, setfsgid, setfsuid};
 use rstest::rstest;
-use test_machine::{Need, rounds};
+use test_machine::{LoopFs, LoopMount, Need, rounds};
 
 const STRANGER: u32 = 12345;
 /// Neither root nor the stranger.
@@ -43,6 +45,24 @@ fn child() {
                 report.removed.len(),
                 report.kept.len()
             )
+        });
+    }
+    if let Some(name) = job.strip_prefix("preserve ") {
+        return common::traced(&dir, || {
+            let options = AtomicWriter::options().preserve(Preserve::all());
+            common::replace(&options, &dir.join(name))
+        });
+    }
+    if job == "group that preserves" {
+        return common::traced(&dir, || {
+            let mut group = AtomicGroup::new();
+            for name in MEMBERS {
+                let options = AtomicWriter::options().preserve(Preserve::all());
+                let writer = options.open(dir.join(name)).unwrap();
+                writer.write_all_at(b"new", 0).unwrap();
+                group.add(writer).unwrap();
+            }
+            common::group_state_of(group.commit())
         });
     }
     become_user(USER);
@@ -747,4 +767,216 @@ fn bytes_read(calls: &str) -> u64 {
     let reads = calls.lines().filter(|call| call.contains(" read("));
     let returned = reads.filter_map(|call| call.rsplit_once("= ")?.1.parse::<u64>().ok());
     returned.sum()
+}
+
+/// Runs `job`, and kills it at its `nth` call of `call`.
+fn die_at(job: &str, dir: &Path, call: &str, nth: usize) {
+    let kill = format!("inject={call}:signal=KILL:when={nth}");
+    let args = ["-o", "/dev/null", "-e", &kill];
+    assert_eq!(common::under_strace(job, dir, &args), None);
+}
+
+/// `dir/dest` of the stranger, in a directory of the stranger.
+fn strangers_place(names: &[&str]) -> Place {
+    let place = Place::new(0o755);
+    let dir = place.path("dir");
+    for name in names {
+        fs::write(dir.join(name), "old").unwrap();
+        set_mode(&dir.join(name), 0o644);
+        std::os::unix::fs::chown(dir.join(name), Some(STRANGER), None).unwrap();
+    }
+    std::os::unix::fs::chown(&dir, Some(STRANGER), None).unwrap();
+    place
+}
+
+/// Root's staged files belong to the owner that they preserve before they are renamed.
+#[rstest]
+fn no_owner_takes_the_files_of_roots_group_for_leftovers(#[values(0, 1)] renamed: usize) {
+    const TEST: &str = "no_owner_takes_the_files_of_roots_group_for_leftovers";
+    if !Need::Root.met(TEST) || !Need::Strace.met(TEST) {
+        return;
+    }
+    let place = strangers_place(&MEMBERS);
+    let dir = place.path("dir");
+    let nth = common::RENAMES_BEFORE_MEMBERS + 1 + renamed;
+    die_at("group that preserves", &dir, "renameat", nth);
+    let staged = stages(&place);
+    as_stranger(|| {
+        assert!(sweep(&dir).unwrap().removed.is_empty());
+        for name in MEMBERS {
+            AtomicWriter::open(dir.join(name))
+                .unwrap()
+                .discard()
+                .unwrap();
+        }
+    });
+    assert_eq!(stages(&place), staged);
+    let report = recover(&dir).unwrap();
+    let counts = (report.in_place.len(), report.completed.len());
+    assert_eq!(counts, (renamed, MEMBERS.len() - renamed));
+    assert_eq!(common::same_text(&dir, &MEMBERS), "new");
+    let owner = |name| fs::metadata(dir.join(name)).unwrap().uid();
+    assert_eq!(MEMBERS.map(owner), [STRANGER; 2]);
+    assert_eq!(common::names(&dir), MEMBERS);
+}
+
+/// A record protects the files of its own user only, unless nobody else can have written it.
+#[rstest]
+#[case::where_others_may_write(0o1777, false)]
+#[case::where_its_record_is_obeyed_by_all(0o755, true)]
+fn a_group_that_could_not_protect_its_files_is_refused(#[case] mode: u32, #[case] taken: bool) {
+    if !Need::Root.met("a_group_that_could_not_protect_its_files_is_refused") {
+        return;
+    }
+    let place = Place::new(mode);
+    let dir = place.path("dir");
+    if mode == 0o755 {
+        std::os::unix::fs::chown(&dir, Some(USER), None).unwrap();
+    }
+    let group = as_user(USER, || common::group(&dir, &MEMBERS, "new").unwrap());
+    // As a user with the capability to give files away does.
+    for stage in stages(&place) {
+        std::os::unix::fs::chown(stage, Some(STRANGER), None).unwrap();
+    }
+    let committed = as_user(USER, || group.commit());
+    match committed {
+        Ok(()) => assert!(taken),
+        Err(GroupCommitError::NothingReplaced { source, .. }) => {
+            assert_eq!(source.kind(), io::ErrorKind::PermissionDenied);
+            assert!(!taken, "{source}");
+        }
+        Err(other) => panic!("another error: {other:?}"),
+    }
+}
+
+/// At the first sync the file is still this user's alone; at the second it is the owner's.
+#[rstest]
+#[case::while_the_bytes_are_synced(1, (0, 0o600))]
+#[case::when_it_has_its_attributes(2, (STRANGER, 0o644))]
+fn what_is_left_for_another_users_file_is_removed_by_the_next_writer(
+    #[case] sync: usize,
+    #[case] expected: (u32, u32),
+) {
+    const TEST: &str = "what_is_left_for_another_users_file_is_removed_by_the_next_writer";
+    if !Need::Root.met(TEST) || !Need::Strace.met(TEST) {
+        return;
+    }
+    let place = strangers_place(&["dest"]);
+    let dir = place.path("dir");
+    for _ in 0..3 {
+        die_at("preserve dest", &dir, "fsync", sync);
+        let left = stages(&place);
+        assert_eq!(left.len(), 1, "the next writer removes it: {left:?}");
+        let stat = fs::metadata(&left[0]).unwrap();
+        assert_eq!((stat.uid(), stat.mode() & 0o7777), expected);
+    }
+    commit(&AtomicWriter::options(), &dir.join("dest"), SECRET).unwrap();
+    assert_eq!(common::names(&dir), ["dest"]);
+}
+
+/// What a group of `USER` does not undo, killed before it renamed a member.
+fn killed_group_of_another_user(dir: &Path) {
+    set_mode(dir, 0o777);
+    for name in MEMBERS {
+        fs::write(dir.join(name), "old").unwrap();
+    }
+    die_at("group", dir, "renameat", common::RENAMES_BEFORE_MEMBERS + 1);
+    common::record(dir);
+}
+
+/// `vm.mem` has the inode number that the group's record says, and is another file.
+fn assert_root_s_commit_stays(dir: &Path, old: u64) {
+    let memory = dir.join(MEMBERS[0]);
+    assert_eq!(fs::metadata(&memory).unwrap().ino(), old);
+    let report = as_user(USER, || recover(dir)).unwrap();
+    assert_eq!(fs::read(&memory).unwrap(), SECRET);
+    assert_eq!(report.superseded, [memory]);
+    assert_eq!(report.completed, [dir.join(MEMBERS[1])]);
+}
+
+/// Such a file system keeps no time of creation.
+#[test]
+fn a_commit_to_a_used_inode_number_is_not_undone() {
+    const TEST: &str = "a_commit_to_a_used_inode_number_is_not_undone";
+    if !(Need::Root.met(TEST) && Need::Strace.met(TEST) && Need::Ext4.met(TEST)) {
+        return;
+    }
+    let disk = LoopMount::new(LoopFs::Ext4SmallInodes).unwrap();
+    let dir = disk.path().join("dir");
+    fs::create_dir(&dir).unwrap();
+    set_mode(disk.path(), 0o755);
+    fs::write(dir.join(MEMBERS[0]), "old").unwrap();
+    assert!(
+        fs::metadata(dir.join(MEMBERS[0]))
+            .unwrap()
+            .created()
+            .is_err()
+    );
+    killed_group_of_another_user(&dir);
+    let memory = dir.join(MEMBERS[0]);
+    let inode = || fs::metadata(&memory).unwrap().ino();
+    let old = inode();
+    for _ in 0..100 {
+        commit(&AtomicWriter::options(), &memory, SECRET).unwrap();
+        if inode() == old {
+            break;
+        }
+    }
+    assert_root_s_commit_stays(&dir, old);
+}
+
+/// The old file may be the next stage, and has its time of creation.
+#[test]
+fn a_recycled_file_is_not_taken_for_the_one_of_a_record() {
+    const TEST: &str = "a_recycled_file_is_not_taken_for_the_one_of_a_record";
+    if !Need::Root.met(TEST) || !Need::Strace.met(TEST) {
+        return;
+    }
+    let place = Place::new(0o777);
+    let dir = place.path("dir");
+    killed_group_of_another_user(&dir);
+    let memory = dir.join(MEMBERS[0]);
+    let options = AtomicWriter::options().recycle(1 << 20);
+    for bytes in [PRECIOUS, SECRET] {
+        let writer = options.open(&memory).unwrap();
+        common::write_whole(&writer, bytes).unwrap();
+        writer.commit().unwrap();
+    }
+    let report = as_user(USER, || recover(&dir)).unwrap();
+    assert_eq!(fs::read(&memory).unwrap(), SECRET);
+    assert_eq!(report.superseded, [memory]);
+}
+
+/// Members of a group that may write to a directory can put links there, and exchange them.
+#[rstest]
+#[case::of_a_shared_group(0o2775, STRANGER + 1, false)]
+#[case::of_a_shared_group_sticky(0o3775, STRANGER + 1, false)]
+#[case::of_roots_group(0o775, 0, true)]
+fn a_link_is_not_followed_where_a_group_may_write(
+    #[case] mode: u32,
+    #[case] gid: u32,
+    #[case] followed: bool,
+) {
+    if !Need::Root.met("a_link_is_not_followed_where_a_group_may_write") {
+        return;
+    }
+    let place = Place::new(0o755);
+    let dir = place.path("dir");
+    std::os::unix::fs::chown(&dir, None, Some(gid)).unwrap();
+    set_mode(&dir, mode);
+    let link = dir.join("out.mem");
+    symlink(place.path("ours/victim"), &link).unwrap();
+    std::os::unix::fs::lchown(&link, Some(STRANGER), None).unwrap();
+    match AtomicWriter::open(&link) {
+        Ok(writer) => {
+            assert!(followed);
+            writer.discard().unwrap();
+        }
+        Err(OpenError::UntrustedSymlink { owner, .. }) => {
+            assert!(!followed);
+            assert_eq!(owner, STRANGER);
+        }
+        Err(other) => panic!("another error: {other:?}"),
+    }
+    place.assert_ours_untouched();
 }

@@ -237,3 +237,87 @@ fn a_file_has_its_mode_after_the_last_write(#[case] mode: u32, #[values(false, t
     });
     assert_eq!(fs::metadata(&dest).unwrap().mode() & 0o7777, mode);
 }
+
+/// Swap space in use, and out of use when dropped.
+struct Swap(PathBuf);
+
+impl Drop for Swap {
+    fn drop(&mut self) {
+        assert!(
+            Command::new("swapoff")
+                .arg(&self.0)
+                .status()
+                .unwrap()
+                .success()
+        );
+    }
+}
+
+#[test]
+fn swap_space_in_use_is_found_at_open() {
+    const TEST: &str = "swap_space_in_use_is_found_at_open";
+    if !Need::Root.met(TEST) {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    // Which the kernel lists in octal.
+    let dest = dir.path().join("a swap\\file");
+    fs::write(&dest, vec![0; 1 << 20]).unwrap();
+    fs::set_permissions(&dest, fs::Permissions::from_mode(0o600)).unwrap();
+    let run = |tool| {
+        let output = Command::new(tool).arg(&dest).output();
+        output.is_ok_and(|output| output.status.success())
+    };
+    if !(run("mkswap") && run("swapon")) {
+        return test_machine::not_run(TEST, "no swap space in files here");
+    }
+    let swap = Swap(dest.clone());
+    assert_eq!(obstacle(&dest), Obstacle::Swap);
+    drop(swap);
+    commit(&AtomicWriter::options(), &dest, b"new").unwrap();
+}
+
+/// Not a test of its own: what `common::command` runs.
+#[test]
+fn child() {
+    use nix::sys::resource::{Resource, setrlimit};
+    let Some((_, dir)) = common::job() else {
+        return;
+    };
+    let dest = dir.join("dest");
+    let hard = nix::sys::resource::getrlimit(Resource::RLIMIT_NOFILE)
+        .unwrap()
+        .1;
+    let lowest = fs::File::open("/dev/null").unwrap();
+    let lowest = std::os::fd::AsRawFd::as_raw_fd(&lowest) as u64;
+    let mut said = Vec::new();
+    for room in 0..8 {
+        setrlimit(Resource::RLIMIT_NOFILE, lowest + room, hard).unwrap();
+        let opened = AtomicWriter::open(&dest);
+        said.push(match opened {
+            Err(error) => error.to_string(),
+            Ok(writer) => match writer.commit() {
+                Ok(()) => "committed".to_owned(),
+                Err(error) => format!("late: {error}"),
+            },
+        });
+    }
+    setrlimit(Resource::RLIMIT_NOFILE, hard, hard).unwrap();
+    println!("\nREPORT {}", said.join("|"));
+}
+
+#[test]
+fn too_few_descriptors_are_found_at_open_and_are_no_group_commit() {
+    let (dir, _) = dir_with_old();
+    let said = common::report(common::command("few descriptors", dir.path())).unwrap();
+    let said: Vec<_> = said.split('|').collect();
+    assert!(said[0].contains("cannot open the directory"), "{said:?}");
+    let is_of_the_listing = |said: &&str| said.contains("cannot list the directory");
+    assert!(said.iter().any(is_of_the_listing), "{said:?}");
+    assert_eq!(said.last(), Some(&"committed"));
+    for said in said {
+        assert!(!said.contains("group"), "{said}");
+        assert!(!said.contains("late"), "{said}");
+    }
+    assert_names(dir.path(), &["dest"]);
+}

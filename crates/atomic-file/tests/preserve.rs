@@ -274,3 +274,78 @@ fn a_file_without_a_list_is_replaced_by_one_without() {
     assert!(!found(&dest).acl);
     assert_eq!(found(&dest).mode, 0o640);
 }
+
+/// What a new file inherits there would give the group's bits to others than the group.
+#[rstest]
+#[case::preserved(Preserve::nothing().mode(true), 0o600)]
+#[case::preserved_with_the_group(Preserve::nothing().mode(true).group(true), 0o600)]
+#[case::asked_for(Preserve::nothing(), 0o640)]
+fn a_mode_means_nothing_more_by_an_inherited_list(#[case] preserve: Preserve, #[case] mode: u32) {
+    const TEST: &str = "a_mode_means_nothing_more_by_an_inherited_list";
+    if !Need::Root.met(TEST) {
+        return;
+    }
+    let (dir, dest) = dir_with_old();
+    set_mode(&dest, 0o640);
+    set_mode(dir.path(), 0o755);
+    if xattr::set(dir.path(), "system.posix_acl_default", &acl()).is_err() {
+        return test_machine::not_run(TEST, "a file system without lists");
+    }
+    let options = AtomicWriter::options().preserve(preserve).mode(mode);
+    commit(&options, &dest, b"new").unwrap();
+    assert_eq!(found(&dest).mode, 0o640);
+    assert!(!found(&dest).acl);
+    let listed = as_user(OWNER + 1, || fs::read(&dest));
+    assert_eq!(
+        listed.unwrap_err().kind(),
+        std::io::ErrorKind::PermissionDenied
+    );
+}
+
+/// Not a test of its own: what `common::command` runs.
+#[test]
+fn child() {
+    let Some((_, dir)) = common::job() else {
+        return;
+    };
+    common::traced(&dir, || {
+        let preserve = Preserve::all().if_permitted(true);
+        let options = AtomicWriter::options().preserve(preserve);
+        common::replace(&options, &dir.join("dest"))
+    });
+}
+
+/// Between two calls of the commit: it has looked at the destination, and opens it.
+#[test]
+fn a_destination_that_is_replaced_meanwhile_fails_no_commit_that_preserves_what_it_can() {
+    const TEST: &str =
+        "a_destination_that_is_replaced_meanwhile_fails_no_commit_that_preserves_what_it_can";
+    if !Need::Strace.met(TEST) {
+        return;
+    }
+    let (dir, dest) = dir_with_old();
+    let log = tempfile::NamedTempFile::new().unwrap();
+    let path = log.path().to_str().unwrap();
+    let args = ["-o", path, "-e", "trace=openat"];
+    let done = common::under_strace("preserve", dir.path(), &args);
+    assert_eq!(done.as_deref(), Some("ok"));
+    // Which of that thread's calls it is.
+    let calls = fs::read_to_string(path).unwrap();
+    let of_thread = |line: &str| line.split(' ').next().unwrap().to_owned();
+    let opens = |line: &str| line.contains("\"dest\", O_RDONLY");
+    let last = calls.lines().rfind(|line| opens(line)).unwrap();
+    let thread = of_thread(last);
+    let calls: Vec<_> = calls
+        .lines()
+        .filter(|line| of_thread(line) == thread)
+        .collect();
+    let opened = calls.iter().filter(|line| opens(line)).count();
+    let number = calls.iter().rposition(|line| opens(line)).unwrap() + 1;
+
+    let mut held = common::Held::start("preserve", dir.path(), "openat", "delay_enter", number);
+    held.wait_for_calls("\"dest\", O_RDONLY", opened);
+    commit(&AtomicWriter::options(), &dest, b"meanwhile").unwrap();
+    assert_eq!(held.release().as_deref(), Some("ok"));
+    assert_eq!(fs::read(&dest).unwrap(), b"new");
+    assert_eq!(fs::metadata(&dest).unwrap().mode() & 0o7777, 0o600);
+}

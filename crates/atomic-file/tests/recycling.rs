@@ -680,9 +680,12 @@ fn a_file_that_a_groups_record_may_name_is_not_kept() {
     let _turn = one_at_a_time();
     let (dir, dest, _) = with_spare();
     let path = dir.path().join(".atomic-file-0123456789abcdef.group");
+    let writer = recycling().open(&dest).unwrap();
+    assert!(writer.recycled());
     let record = File::create(&path).unwrap();
+    // Its owner lives.
     record.lock().unwrap();
-    assert!(save(&recycling(), &dest, 3), "its owner lives");
+    writer.commit().unwrap();
     assert!(spares(dir.path()).is_empty());
     fs::remove_file(&path).unwrap();
     assert_names(dir.path(), &["dest"]);

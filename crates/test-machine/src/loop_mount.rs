@@ -14,6 +14,8 @@ use crate::mounts::Mounted;
 pub enum LoopFs {
     /// ext4 by the kernel's driver (e2fsprogs).
     Ext4,
+    /// ext4 with inodes of 128 bytes, which have no room for a time of creation (e2fsprogs).
+    Ext4SmallInodes,
     /// XFS by the kernel's driver (xfsprogs).
     Xfs,
     /// XFS in blocks of 16 KiB: no hole is smaller. Linux mounts it since 6.12 (xfsprogs).
@@ -29,7 +31,7 @@ impl LoopFs {
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
-            Self::Ext4 => "ext4",
+            Self::Ext4 | Self::Ext4SmallInodes => "ext4",
             Self::Xfs | Self::Xfs16k => "xfs",
             Self::Btrfs => "btrfs",
             Self::Exfat => "exfat",
@@ -40,7 +42,7 @@ impl LoopFs {
     fn image_size(self) -> u64 {
         match self {
             Self::Xfs | Self::Xfs16k | Self::Btrfs => 320 << 20,
-            Self::Ext4 | Self::Exfat => 128 << 20,
+            Self::Ext4 | Self::Ext4SmallInodes | Self::Exfat => 128 << 20,
         }
     }
 
@@ -49,6 +51,7 @@ impl LoopFs {
         match self {
             // A block of 4 KiB, as on every disk of a usual size; small images get 1 KiB by default.
             Self::Ext4 => mkfs.args(["-q", "-F", "-b", "4096"]),
+            Self::Ext4SmallInodes => mkfs.args(["-q", "-F", "-b", "4096", "-I", "128"]),
             Self::Xfs | Self::Btrfs => mkfs.arg("-q"),
             Self::Xfs16k => mkfs.args(["-q", "-b", "size=16384"]),
             Self::Exfat => &mut mkfs,

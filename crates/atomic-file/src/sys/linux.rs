@@ -2,19 +2,23 @@
 
 #![allow(unsafe_code)]
 
-use std::ffi::{CStr, OsStr};
+use std::ffi::{CStr, OsStr, OsString};
 use std::fs::File;
 use std::io;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::unix::ffi::OsStringExt as _;
+use std::path::Path;
 use std::time::SystemTime;
 
 use nix::errno::Errno;
 use nix::fcntl::{OFlag, openat};
 use nix::sys::stat::Mode;
 use nix::unistd::{Uid, geteuid, setfsuid};
+use xattr::FileExt as _;
 
 use super::{Restrictions, retry};
+use crate::directory::FileId;
 use crate::options::Durability;
 use crate::preserve::copy_xattr;
 
@@ -127,15 +131,132 @@ pub(crate) fn may_act_for(owners: [u32; 2]) -> bool {
         || capabilities().is_none_or(|found| found & CAP_FOWNER != 0)
 }
 
-/// When the file at `name` was created, in nanoseconds since 1970; 0 where that is not known.
-pub(crate) fn created(dir: impl AsFd, name: &OsStr) -> io::Result<u64> {
+/// What tells the file at `name` from all others that have its inode number, before or after: see
+/// [`Directory::generation`](crate::directory::Directory::generation).
+pub(crate) fn generation(dir: impl AsFd, name: &OsStr) -> io::Result<u64> {
     // Such a descriptor asks for no permission on the file, and opens nothing.
     let flags = OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
     let dir = dir.as_fd();
     let file = File::from(retry(|| openat(dir, name, flags, Mode::empty()))?);
     let since = |created: SystemTime| created.duration_since(SystemTime::UNIX_EPOCH).ok();
     let since = file.metadata()?.created().ok().and_then(since);
-    Ok(since.map_or(0, |since| since.as_nanos() as u64))
+    match since.map_or(0, |since| since.as_nanos() as u64) {
+        0 => generation_of_handle(&file),
+        since => Ok(since),
+    }
+}
+
+/// A digest of the file's handle, which no other file of the file system has or will have; 0 where the
+/// file system gives none.
+fn generation_of_handle(file: &File) -> io::Result<u64> {
+    /// `MAX_HANDLE_SZ` of Linux's `include/linux/exportfs.h`.
+    const LONGEST: usize = 128;
+    /// No time until the year 2262 has it.
+    const OF_A_HANDLE: u64 = 1 << 63;
+    /// `struct file_handle` of Linux's `include/linux/fs.h`.
+    #[repr(C)]
+    struct Handle {
+        length: libc::c_uint,
+        kind: libc::c_int,
+        bytes: [u8; LONGEST],
+    }
+    let mut handle = Handle {
+        length: LONGEST as libc::c_uint,
+        kind: 0,
+        bytes: [0; LONGEST],
+    };
+    let mut mount: libc::c_int = 0;
+    let answered = retry(|| {
+        // By number: not every libc that Rust supports on Linux wraps it.
+        // SAFETY: name_to_handle_at(2) reads the path, which is NUL-terminated, and takes a descriptor
+        // that the borrowed file keeps open. It writes to `mount`, and to `handle`, of whose bytes
+        // it writes no more than `length` says there are.
+        Errno::result(unsafe {
+            libc::syscall(
+                libc::SYS_name_to_handle_at,
+                file.as_raw_fd(),
+                c"".as_ptr(),
+                &raw mut handle,
+                &raw mut mount,
+                libc::AT_EMPTY_PATH,
+            )
+        })
+    });
+    match answered {
+        Ok(_) => {}
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Err(error),
+        // The file system has no handles, or a sandbox forbids the call.
+        Err(_) => return Ok(0),
+    }
+    let length = (handle.length as usize).min(LONGEST);
+    let bytes = handle.kind.to_le_bytes().into_iter();
+    // FNV-1a.
+    let digest = bytes
+        .chain(handle.bytes[..length].iter().copied())
+        .fold(0xcbf2_9ce4_8422_2325, |digest: u64, byte| {
+            (digest ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3)
+        });
+    Ok(digest | OF_A_HANDLE)
+}
+
+/// Takes the access control list of a file away: one that its directory had it inherit.
+pub(crate) fn remove_acl(file: &File) -> io::Result<()> {
+    let list = ACLS[0];
+    match file.get_xattr(list) {
+        Ok(Some(_)) => file.remove_xattr(list),
+        Ok(None) => Ok(()),
+        Err(error) if error.kind() == io::ErrorKind::Unsupported => Ok(()),
+        Err(error) => Err(error),
+    }
+}
+
+/// Whether `dir` has an access control list, for all that is known. Every directory of NFS version 4
+/// has one of its own kind, which says nothing.
+pub(crate) fn has_acl(dir: impl AsFd) -> bool {
+    let listed = dir
+        .as_fd()
+        .try_clone_to_owned()
+        .and_then(|dir| File::from(dir).get_xattr(ACLS[0]));
+    match listed {
+        Ok(list) => list.is_some(),
+        Err(error) => error.kind() != io::ErrorKind::Unsupported,
+    }
+}
+
+/// Whether the file with this device and inode number is in use as swap space, as far as that is known.
+pub(crate) fn is_swap(id: FileId) -> bool {
+    let Ok(table) = std::fs::read("/proc/swaps") else {
+        return false;
+    };
+    let mut lines = table.split(|byte| *byte == b'\n').skip(1);
+    lines.any(|line| {
+        let path = line.split(|byte| *byte == b' ').next().unwrap_or_default();
+        let found = nix::sys::stat::stat(Path::new(&OsString::from_vec(unescaped(path))));
+        found.is_ok_and(|found| (found.st_dev, found.st_ino) == (id.device, id.inode))
+    })
+}
+
+/// The bytes that the kernel wrote as a backslash and three octal digits.
+fn unescaped(text: &[u8]) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    let mut rest = text;
+    while let Some((first, tail)) = rest.split_first() {
+        let digits = tail
+            .get(..3)
+            .and_then(|digits| std::str::from_utf8(digits).ok());
+        let escaped = digits.and_then(|digits| u8::from_str_radix(digits, 8).ok());
+        match escaped {
+            Some(byte) if *first == b'\\' => {
+                bytes.push(byte);
+                rest = &tail[3..];
+            }
+            _ => {
+                bytes.push(*first);
+                rest = tail;
+            }
+        }
+    }
+    bytes
 }
 
 /// Whether the file system under `fd` gives files the same inode number after it is mounted again.

@@ -13,6 +13,7 @@ use nix::sys::stat::{fstat, fstatat};
 use nix::unistd::geteuid;
 
 use super::{Restrictions, retry};
+use crate::directory::FileId;
 use crate::options::Durability;
 
 /// Waits until what `fd` holds is on the medium, or cannot be overtaken by later writes.
@@ -96,6 +97,21 @@ pub(crate) fn copy_acl(_: &File, _: &File) -> io::Result<()> {
     Err(io::ErrorKind::Unsupported.into())
 }
 
+/// Takes an access control list away: not known how. One that is inherited stays.
+pub(crate) fn remove_acl(_: &File) -> io::Result<()> {
+    Ok(())
+}
+
+/// Whether `dir` has an access control list: what it gives is not in the mode.
+pub(crate) fn has_acl(_: impl AsFd) -> bool {
+    false
+}
+
+/// Swap space is the system's own, in a directory that nobody saves to.
+pub(crate) fn is_swap(_: FileId) -> bool {
+    false
+}
+
 /// What the system says against replacing `name` in `dir`; the empty name is `dir` itself. Nothing where
 /// it does not say.
 pub(crate) fn restrictions(dir: impl AsFd, name: &CStr) -> Restrictions {
@@ -132,8 +148,9 @@ pub(crate) fn may_act_for(owners: [u32; 2]) -> bool {
     geteuid().is_root() || owners.contains(&geteuid().as_raw())
 }
 
-/// When the file at `name` was created, in nanoseconds since 1970; 0 where that is not known.
-pub(crate) fn created(dir: impl AsFd, name: &OsStr) -> io::Result<u64> {
+/// When the file at `name` was created: see
+/// [`Directory::generation`](crate::directory::Directory::generation).
+pub(crate) fn generation(dir: impl AsFd, name: &OsStr) -> io::Result<u64> {
     let dir = dir.as_fd();
     let stat = retry(|| fstatat(dir, name, AtFlags::AT_SYMLINK_NOFOLLOW))?;
     #[cfg(target_vendor = "apple")]

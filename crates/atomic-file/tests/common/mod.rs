@@ -138,6 +138,15 @@ impl Held {
         self.wait_until(|| fs::metadata(&log).expect("a log").len() > 0);
     }
 
+    /// Waits until the log has this many calls with `text`.
+    pub(crate) fn wait_for_calls(&mut self, text: &str, number: usize) {
+        let log = self.log.path().to_owned();
+        self.wait_until(|| {
+            let log = fs::read_to_string(&log).expect("a log");
+            log.matches(text).count() >= number
+        });
+    }
+
     pub(crate) fn log(&self) -> String {
         fs::read_to_string(&self.log).expect("a log")
     }
