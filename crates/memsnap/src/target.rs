@@ -17,16 +17,15 @@ use crate::save;
 
 /// How many links are followed, as by Linux.
 const LINKS: usize = 40;
-/// The mode of a directory in which everybody may create files.
-const OPEN_TO_ALL: Mode = Mode::S_IWOTH;
 const STICKY: Mode = Mode::S_ISVTX;
 
 /// Opens the file at `path` for RAM to be written, and [locks](ram_lock) it until it is closed.
 ///
-/// A link in a directory open to all is followed only where `atomic-file` does: the directory is
-/// sticky, and the link is this user's or the directory owner's. Unless `force`, the file is this
-/// user's, and only this user's to access where its directory is open to all. A file named by its
-/// descriptor in /proc is whoever's the process is: nobody can put another one there.
+/// A link in a directory that [others may write to](atomic_file::others_may_write) is followed only
+/// where `atomic-file` does: the directory is sticky, and the link is this user's or the directory
+/// owner's. Unless `force`, the file is this user's, and only this user's to access where others may
+/// write to its directory. A file named by its descriptor in /proc is whoever's the process is:
+/// nobody can put another one there.
 pub fn open_and_lock(path: &Path, force: bool) -> anyhow::Result<File> {
     let opening = || format!("cannot open {path:?} to restore to");
     let mut at = path.to_owned();
@@ -38,11 +37,12 @@ pub fn open_and_lock(path: &Path, force: bool) -> anyhow::Result<File> {
         let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
         let dir = open(&dir_path, flags, Mode::empty()).with_context(opening)?;
         let by_descriptor = is_on_procfs(&dir);
+        let shared = !by_descriptor && atomic_file::others_may_write(&dir).with_context(opening)?;
         let dir_stat = fstat(&dir).with_context(opening)?;
         let found = fstatat(&dir, name.as_os_str(), AtFlags::AT_SYMLINK_NOFOLLOW);
         let found = found.with_context(opening)?;
         if is(&found, SFlag::S_IFLNK) && !by_descriptor {
-            if !may_follow(&found, &dir_stat) {
+            if !may_follow(&found, &dir_stat, shared) {
                 let (path, link) = (path.to_owned(), at);
                 return Err(Failure::ForeignLink { path, link }.into());
             }
@@ -55,7 +55,7 @@ pub fn open_and_lock(path: &Path, force: bool) -> anyhow::Result<File> {
             path: path.to_owned(),
         })?;
         let stat = fstat(&file).with_context(opening)?;
-        if !(force || by_descriptor || is_own(&stat, &dir_stat)) {
+        if !(force || by_descriptor || is_own(&stat, shared)) {
             let (path, owner) = (path.to_owned(), stat.st_uid);
             return Err(Failure::TargetNotPrivate { path, owner }.into());
         }
@@ -97,17 +97,16 @@ fn is(stat: &FileStat, kind: SFlag) -> bool {
     stat.st_mode & SFlag::S_IFMT.bits() == kind.bits()
 }
 
-fn may_follow(link: &FileStat, dir: &FileStat) -> bool {
+fn may_follow(link: &FileStat, dir: &FileStat, others_may_write: bool) -> bool {
     let mode = Mode::from_bits_truncate(dir.st_mode);
     let trusted = link.st_uid == geteuid().as_raw() || link.st_uid == dir.st_uid;
-    !mode.contains(OPEN_TO_ALL) || (mode.contains(STICKY) && trusted)
+    !others_may_write || (mode.contains(STICKY) && trusted)
 }
 
-fn is_own(file: &FileStat, dir: &FileStat) -> bool {
+fn is_own(file: &FileStat, others_may_write_to_its_dir: bool) -> bool {
     let others = Mode::S_IRWXG | Mode::S_IRWXO;
-    let shared = Mode::from_bits_truncate(file.st_mode).intersects(others);
-    let open_to_all = Mode::from_bits_truncate(dir.st_mode).contains(OPEN_TO_ALL);
-    file.st_uid == geteuid().as_raw() && !(shared && open_to_all)
+    let open = Mode::from_bits_truncate(file.st_mode).intersects(others);
+    file.st_uid == geteuid().as_raw() && !(open && others_may_write_to_its_dir)
 }
 
 #[cfg(target_os = "linux")]

@@ -271,6 +271,21 @@ fn no_ram_goes_into_what_another_user_put_in_place() {
         assert!(matches!(code, Some(2 | 3)), "{code:?}");
         assert_eq!(roots.metadata().unwrap().blocks(), 0);
     }
+    // Nor where a group may write.
+    chown(shared.path(), None, Some(812_345)).unwrap();
+    for dir in [0o2775, 0o3775] {
+        mode(shared.path(), dir);
+        for restore in [&restore, &format!("{restore} --force")] {
+            work.fails(restore, 2, &["link", "another user"]);
+        }
+        let save = format!(
+            "full {} -o {} --force",
+            work.path("full.mem").display(),
+            path.display()
+        );
+        assert_ne!(work.run(&save).code, Some(0));
+        assert_eq!(roots.metadata().unwrap().blocks(), 0);
+    }
     // One's own are followed.
     mode(shared.path(), 0o1777);
     lchown(&path, Some(0), None).unwrap();

@@ -45,6 +45,7 @@ struct Found {
     kept: Vec<Kept>,
     replaced: Vec<JsonPath>,
     superseded: Vec<JsonPath>,
+    lost: Vec<JsonPath>,
     failed: Vec<Failed>,
 }
 
@@ -151,6 +152,10 @@ impl Sweep {
             &found.superseded,
             "superseded: a later commit replaced it, and its group's file is gone",
         );
+        list(
+            &found.lost,
+            "lost: all files that its group's commit had staged are gone, and all are as before",
+        );
         list(&found.removed, removed);
         list(&found.in_use, "in use");
         for kept in &found.kept {
@@ -175,6 +180,7 @@ impl Found {
         let paths = |paths: Vec<PathBuf>| paths.into_iter().map(JsonPath::from);
         self.replaced.extend(paths(report.completed));
         self.superseded.extend(paths(report.superseded));
+        self.lost.extend(paths(report.lost));
         let swept = report.swept;
         self.removed.extend(paths(swept.removed));
         self.removed.extend(paths(swept.spares));
