@@ -79,6 +79,7 @@ pub static KINDS: &[Kind] = &[
     kind("readlinkat", libc::SYS_readlinkat, LOOKING),
     kind("readlink", libc::SYS_readlink, LOOKING),
     kind("getdents64", libc::SYS_getdents64, LOOKING),
+    kind("fgetxattr", libc::SYS_fgetxattr, &[EIO, ESTALE, EOPNOTSUPP]),
     kind(
         "flistxattr",
         libc::SYS_flistxattr,
