@@ -273,7 +273,11 @@ impl Stage {
             let name = stage_name(dest, new_id(), kind);
             let file = match dir.create_new(&name) {
                 Ok(file) => file,
-                Err(error) if error.kind() == ErrorKind::AlreadyExists => continue,
+                Err(error) if error.kind() == ErrorKind::AlreadyExists => {
+                    // The name is random: it is ours, and the answer that it was created was lost.
+                    let _: Inspected = remove_if_dead(dir, &name);
+                    continue;
+                }
                 Err(error) => {
                     // Over NFS the answer may have been lost, and the file be there. Whoever sweeps it takes it for a dead one.
                     let _: Inspected = remove_if_dead(dir, &name);
