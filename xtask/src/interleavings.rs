@@ -26,7 +26,14 @@ struct Modelled {
 
 const DIRTY_BITMAP: Modelled = Modelled {
     name: "dirty-bitmap",
-    targets: &["--test", "loom", "--test", "loom_tracker"],
+    targets: &[
+        "--test",
+        "loom",
+        "--test",
+        "loom_epochs",
+        "--test",
+        "loom_tracker",
+    ],
     filter: "",
 };
 
@@ -52,18 +59,18 @@ const MUTANTS: [Mutant; 15] = [
         what: "a marker does not look again after marking",
         of: DIRTY_BITMAP,
         file: "marks.rs",
-        right: "        // Rebuilt since: the mark may have come after the sweep of the table it went to.
-        let now = self.published();",
-        wrong: "        let now = published;",
-        model: "a_mark_against_a_rebuild_to_finer_pages",
+        right: "        // After a rebuild in between, the mark may have missed the sweep of its table.
+        let now = self.generation();",
+        wrong: "        let now = generation;",
+        model: "a_mark_racing_a_rebuild_to_finer_pages_is_kept",
     },
     Mutant {
         what: "a marker looks again without ordering",
         of: DIRTY_BITMAP,
         file: "marks.rs",
-        right: "Published(self.current.load(Ordering::Acquire))",
-        wrong: "Published(self.current.load(Ordering::Relaxed))",
-        model: "a_mark_against_a_rebuild_to_finer_pages",
+        right: "TableGeneration(self.current.load(Ordering::Acquire))",
+        wrong: "TableGeneration(self.current.load(Ordering::Relaxed))",
+        model: "a_mark_racing_a_rebuild_to_finer_pages_is_kept",
     },
     Mutant {
         what: "what is published has no count",
@@ -71,7 +78,7 @@ const MUTANTS: [Mutant; 15] = [
         file: "marks.rs",
         right: "Self(((self.0 >> 8) + 1) << 8 | u64::from(shift))",
         wrong: "Self(u64::from(shift))",
-        model: "a_mark_against_a_rebuild_there_and_back_again",
+        model: "a_mark_racing_two_rebuilds_is_kept",
     },
     Mutant {
         what: "a page that shows as marked is not marked again",
@@ -82,61 +89,61 @@ const MUTANTS: [Mutant; 15] = [
             return false;
         }
         let was_clean = self.words[word].fetch_or(bits, Ordering::AcqRel) & bits != bits;",
-        model: "a_page_that_is_already_marked_is_written_again_against_a_drain",
+        model: "a_repeated_mark_racing_a_drain_is_kept",
     },
     Mutant {
         what: "the summary is marked before the page",
         of: DIRTY_BITMAP,
         file: "table.rs",
         right: "        let was_clean = self.words[word].fetch_or(bits, Ordering::AcqRel) & bits != bits;
-        name(&self.summary, word, was_clean)",
-        wrong: "        name(&self.summary, word, false);
+        set_summary_bit(&self.summary, word, was_clean)",
+        wrong: "        set_summary_bit(&self.summary, word, false);
         self.words[word].fetch_or(bits, Ordering::AcqRel) & bits != bits",
-        model: "a_mark_against_a_drain",
+        model: "a_mark_racing_a_drain_is_kept",
     },
     Mutant {
         what: "a fault marks before it lifts the protection",
         of: DIRTY_BITMAP,
         file: "tracker.rs",
-        right: "            let lifted = protection.lift(range.clone());",
+        right: "            let unprotected = protection.lift(range.clone());",
         wrong: "            self.bitmap.marks.mark_offsets(offsets.clone());
-            let lifted = protection.lift(range.clone());
-            return lifted
+            let unprotected = protection.lift(range.clone());
+            return unprotected
                 .map(|()| range.clone())
                 .map_err(|source| FaultError::Lift { range, source });",
-        model: "a_fault_against_a_checkpoint",
+        model: "a_fault_racing_a_checkpoint_is_kept",
     },
     Mutant {
         what: "a checkpoint protects before it takes the marks",
         of: DIRTY_BITMAP,
         file: "tracker.rs",
         right:
-            "        let epoch = Epoch::begin_any(Arc::clone(&self.bitmap)).map_err(ArmError::Epoch)?;
-        self.end_interval(epoch.bitmap().runs(), protection)?;",
-        wrong: "        self.end_interval(self.bitmap.runs(), protection)?;
-        let epoch = Epoch::begin_any(Arc::clone(&self.bitmap)).map_err(ArmError::Epoch)?;",
-        model: "a_fault_against_a_checkpoint",
+            "        let epoch = Epoch::begin_any_kind(Arc::clone(&self.bitmap)).map_err(ArmError::Epoch)?;
+        self.protect_taken(epoch.bitmap().runs(), protection)?;",
+        wrong: "        self.protect_taken(self.bitmap.runs(), protection)?;
+        let epoch = Epoch::begin_any_kind(Arc::clone(&self.bitmap)).map_err(ArmError::Epoch)?;",
+        model: "a_fault_racing_a_checkpoint_is_kept",
     },
     Mutant {
         what: "an epoch adds marks to its own after it has let others at them",
         of: DIRTY_BITMAP,
         file: "epoch.rs",
-        right: "        self.taken.marks.add(&more.marks);
+        right: "        self.taken.marks.add(&extension.marks);
         drop(epochs);",
         wrong: "        drop(epochs);
-        self.taken.marks.add(&more.marks);",
-        model: "a_reclaimed_epoch_against_its_own_save_and_a_mark",
+        self.taken.marks.add(&extension.marks);",
+        model: "a_reclaim_racing_a_save_loses_no_mark",
     },
     Mutant {
         what: "a reclaimed epoch is released",
         of: DIRTY_BITMAP,
         file: "epoch.rs",
-        right: "        if !epochs.has_open(&self.taken) {
+        right: "        if !epochs.is_open(&self.taken) {
             return Err(EpochReclaimed);
         }
-        // Before",
-        wrong: "        // Before",
-        model: "a_reclaimed_epoch_against_its_own_save_and_a_mark",
+        // Restore",
+        wrong: "        // Restore",
+        model: "a_reclaim_racing_a_save_loses_no_mark",
     },
     Mutant {
         what: "an epoch whose save commits is reclaimed",
@@ -144,26 +151,26 @@ const MUTANTS: [Mutant; 15] = [
         file: "epoch.rs",
         right: "        if epochs.committing {",
         wrong: "        if false {",
-        model: "a_save_that_commits_against_its_reclaim_and_the_next_save",
+        model: "a_commit_racing_a_reclaim_loses_no_page",
     },
     Mutant {
         what: "a reclaimed epoch is committed",
         of: DIRTY_BITMAP,
         file: "epoch.rs",
-        right: "        if !self.has_open(taken) {
+        right: "        if !self.is_open(taken) {
             return Err(EpochReclaimed);
         }
         self.committing = true;",
-        wrong: "        self.committing = self.has_open(taken);",
-        model: "a_save_that_commits_against_its_reclaim_and_the_next_save",
+        wrong: "        self.committing = self.is_open(taken);",
+        model: "a_commit_racing_a_reclaim_loses_no_page",
     },
     Mutant {
         what: "an epoch gets a bitmap that one before it has not dropped",
         of: DIRTY_BITMAP,
         file: "epoch.rs",
-        right: "Arc::get_mut(spare).is_some() && spare",
-        wrong: "spare",
-        model: "an_epoch_that_is_released_against_the_next_one",
+        right: "Arc::get_mut(bitmap).is_some() && bitmap",
+        wrong: "bitmap",
+        model: "a_release_racing_the_next_epoch_mixes_no_marks",
     },
     Mutant {
         what: "a vCPU leaves the guest without ordering",

@@ -56,6 +56,7 @@ const CRATES: [(&str, &[Part]); 4] = [
             "allocations",
             "epochs",
             "loom",
+            "loom_epochs",
             "loom_tracker",
             "marking",
             "oracle",

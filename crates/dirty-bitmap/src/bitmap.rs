@@ -1,39 +1,42 @@
-//! A bitmap of a guest's RAM, and what may be done with it.
+//! The bitmap of a guest's RAM and its public interface.
 
 use std::fmt;
 use std::marker::PhantomData;
 use std::sync::{Mutex, PoisonError};
 
-use crate::coverage::Part;
+use crate::coverage::TakeRange;
 use crate::epoch::{BeginEpochError, Epoch, EpochCommitting, Epochs};
-use crate::geometry::{DifferentRam, GeometryError, OutOfRange, Ram};
+use crate::geometry::{DifferentRam, GeometryError, OutOfRange, RamRange};
 use crate::kind::{Markable, Taken, Tracked, Untracked};
 use crate::marks::Marks;
 use crate::runs::Runs;
 
-/// Which pages of a range of guest RAM were written since their marks were last taken.
+/// A bitmap of the pages of guest RAM that were written since their marks were last taken.
 ///
-/// Marking is lock-free and takes `&self`: share the bitmap among vCPU and device threads in an
-/// [`Arc`](std::sync::Arc), or by reference. Marking allocates nothing and takes no lock, so it may be done in a signal handler.
+/// Marking is lock-free and takes `&self`. Share the bitmap among vCPU and device threads in an
+/// [`Arc`](std::sync::Arc) or by reference. Marking does not allocate and takes no lock, so a
+/// signal handler may do it.
 ///
 /// # Mark last
-/// Whoever writes to guest memory on the host's side writes first and marks *then*: a drain that takes the mark sees the
-/// write, and one that does not take it leaves the mark for the next.
+/// Host code that writes to guest memory writes first and marks *afterwards*. A drain that takes
+/// the mark then sees the write. A drain that does not take it leaves the mark for the next drain.
 ///
-/// A handler of write faults lifts the protection first, marks *then*, and lets the write go on last. Marking first loses a page: a
-/// drain in between takes the mark and protects what is still protected, the page is copied, and the lifted protection lets the write through
-/// unseen. Whoever drains protects again *after* draining and *before* copying, so that a later write faults, and marks, once more.
+/// A handler of write faults unprotects the page, *then* marks it, *then* resumes the write.
+/// Marking first loses a page: a drain in between takes the mark and protects the page, which is
+/// still protected; the page is copied; and unprotecting it lets the write through without a mark.
+/// The thread that drains protects the pages *after* draining and *before* copying, so that a later
+/// write faults and marks again.
 ///
 /// # Kinds
-/// The type says who may take the marks out:
+/// The type states how the marks are taken:
+/// - `DirtyBitmap`: by [`begin_epoch`](Self::begin_epoch), [`drain`](Self::drain) and
+///   [`drain_into`](Self::drain_into).
+/// - [`TrackedBitmap`]: only by the [`WriteTracker`](crate::WriteTracker), which protects the pages
+///   again.
+/// - [`TakenBitmap`]: not at all. An epoch holds these marks and may have to restore them.
 ///
-/// | type | marks are taken by |
-/// |---|---|
-/// | `DirtyBitmap` | [`begin_epoch`](Self::begin_epoch), [`drain`](Self::drain), [`drain_into`](Self::drain_into) |
-/// | [`TrackedBitmap`] | the [`WriteTracker`](crate::WriteTracker) alone, which protects their pages again |
-/// | [`TakenBitmap`] | nothing: an epoch has them, and may have to give them back |
-///
-/// All three are read alike, and all but the last are marked alike. Taking marks without protecting their pages again would lose the next write to each:
+/// All three have the same methods for reading, and the first two the same methods for marking.
+/// Taking marks without protecting their pages again would lose the next write to each page:
 /// ```compile_fail,E0599
 /// # let bitmap = dirty_bitmap::TrackedBitmap::tracked(0, 1 << 30, 4096).unwrap();
 /// bitmap.begin_epoch(); // of a TrackedBitmap
@@ -47,13 +50,13 @@ use crate::runs::Runs;
 /// # let bitmap = std::sync::Arc::new(bitmap);
 /// dirty_bitmap::Epoch::begin(bitmap); // of a TrackedBitmap
 /// ```
-/// Taking marks out of an epoch would leave it nothing to give back:
+/// An epoch whose marks were taken could not restore them:
 /// ```compile_fail,E0599
 /// # let bitmap = dirty_bitmap::DirtyBitmap::new(0, 1 << 30, 4096).unwrap();
 /// let epoch = bitmap.begin_epoch().unwrap();
 /// epoch.bitmap().drain();
 /// ```
-/// Marks that are added to an epoch's would be lost if it was reclaimed before:
+/// A mark added to an epoch that was already reclaimed would be lost:
 /// ```compile_fail,E0277
 /// # let bitmap = dirty_bitmap::DirtyBitmap::new(0, 1 << 30, 4096).unwrap();
 /// let epoch = bitmap.begin_epoch().unwrap();
@@ -66,15 +69,19 @@ use crate::runs::Runs;
 /// ```
 ///
 /// # Units
-/// Addresses are guest-physical, in bytes. [`page_size`](Self::page_size) is the page that indexes count, fixed for life.
-/// [`granule`](Self::granule) is the size in which marks are kept at the moment: the page size until
-/// [`rebuild`](Self::rebuild) changes it. The last page is cut where the RAM ends.
+/// Addresses are guest-physical, in bytes. [`page_size`](Self::page_size) is the unit of page
+/// indexes, and never changes. [`granule`](Self::granule) is the number of bytes that one mark
+/// stands for. It is the page size until [`rebuild`](Self::rebuild) changes it. The last page ends
+/// where the RAM ends.
 ///
 /// # Memory
-/// One bit per granule and a 64th of that; a rebuilt bitmap keeps the bits of every granule that it ever had, because a
-/// marker may still hold them: all together less than twice the bits of the finest. An epoch has as many bits as the bitmap,
-/// and so has each [`take_more`](crate::Epoch::take_more). The host gives memory for those parts only that marks were in. Up
-/// to two of them are kept for the next epoch, so that it allocates nothing while the guest is paused.
+/// A bitmap needs one bit for each granule, and 1/64 more. A rebuilt bitmap keeps the bits of every
+/// earlier granule, because a marker may still hold them. Together they are less than twice the
+/// bits of the finest granule.
+///
+/// An epoch has as many bits as the bitmap, and so has each [`take_more`](crate::Epoch::take_more).
+/// The host provides memory only for the parts that had marks. Up to two of these bitmaps are kept
+/// for the next epoch, so that it does not allocate while the guest is paused.
 ///
 /// # Examples
 /// ```
@@ -89,46 +96,49 @@ use crate::runs::Runs;
 pub struct DirtyBitmap<K = Untracked> {
     pub(crate) marks: Marks,
     pub(crate) epochs: Epochs,
-    /// Of which part of an epoch these are the marks, if they are. No mark depends on its order.
-    part: Mutex<Option<Part>>,
+    /// The takes of an epoch that these marks are from, if any. No mark depends on the ordering of
+    /// this value.
+    takes: Mutex<Option<TakeRange>>,
     kind: PhantomData<fn() -> K>,
 }
 
 /// A bitmap whose marks only a [`WriteTracker`](crate::WriteTracker) takes.
 pub type TrackedBitmap = DirtyBitmap<Tracked>;
 
-/// Marks that an epoch has taken.
+/// A bitmap of the marks that an epoch has taken.
 pub type TakenBitmap = DirtyBitmap<Taken>;
 
 impl DirtyBitmap {
-    /// A clean bitmap over the `ram_size` bytes of guest-physical memory from `ram_start` on, in pages of `page_size` bytes.
+    /// Creates a clean bitmap of the `ram_size` bytes of guest-physical memory from `ram_start` on,
+    /// in pages of `page_size` bytes.
     ///
-    /// Where the RAM has several ranges, let the bitmap cover the memory file instead: `ram_start` 0, and every address
-    /// translated to its offset.
+    /// For RAM with several ranges, let the bitmap cover the memory file instead: pass 0 as
+    /// `ram_start`, and translate every address to its offset.
     ///
     /// # Errors
-    /// [`GeometryError`]: no RAM, or more than [`MAX_RAM_SIZE`](crate::MAX_RAM_SIZE); a page size that is no power of two or larger than
-    /// the RAM; no memory for the bits.
+    /// Returns [`GeometryError`] if the RAM is empty or larger than
+    /// [`MAX_RAM_SIZE`](crate::MAX_RAM_SIZE), if the page size is not a power of two or is larger
+    /// than the RAM, or if memory for the bitmap can't be allocated.
     pub fn new(ram_start: u64, ram_size: u64, page_size: u64) -> Result<Self, GeometryError> {
         new_marks(ram_start, ram_size, page_size).map(Self::over)
     }
 
-    /// Takes all marks out, into a new bitmap of the present granule.
+    /// Moves all marks to a new bitmap of the current granule, and returns it.
     ///
-    /// Taken marks are the caller's to keep: where the pages are about to be saved, [`begin_epoch`](Self::begin_epoch) keeps
-    /// them until the save has succeeded.
+    /// The caller is responsible for the marks. To save their pages, use
+    /// [`begin_epoch`](Self::begin_epoch), which keeps them until the save has succeeded.
     ///
     /// # Errors
-    /// [`GeometryError::OutOfMemory`]: nothing was taken.
+    /// Returns [`GeometryError::OutOfMemory`]. No mark was taken.
     pub fn drain(&self) -> Result<Self, GeometryError> {
         let clean = |shift| Marks::clean(self.marks.ram, shift);
         Ok(Self::over(self.marks.take(clean, |marks| marks)?))
     }
 
-    /// Takes all marks out and adds them to `other`, which may have any granule.
+    /// Moves all marks to `other`, which may have any granule.
     ///
     /// # Errors
-    /// [`DifferentRam`] where `other` covers other addresses: nothing was moved.
+    /// Returns [`DifferentRam`] if `other` covers other addresses. Nothing was moved.
     pub fn drain_into<K: Markable>(&self, other: &DirtyBitmap<K>) -> Result<(), DifferentRam> {
         let (this, that) = (self.marks.ram, other.marks.ram);
         if this != that {
@@ -139,50 +149,59 @@ impl DirtyBitmap {
                 other_size: that.size,
             });
         }
-        // Marking takes no lock: a bitmap drained into itself, or two into each other, can't deadlock.
+        // Marking takes no lock. Therefore draining a bitmap into itself, or two into each other,
+        // can't deadlock.
         self.marks
             .take_runs(|run| _ = other.marks.mark_offsets(run));
         Ok(())
     }
 
-    /// Takes all marks out into an [`Epoch`], which gives them back unless it is [released](Epoch::release).
+    /// Moves all marks to an [`Epoch`], which restores them unless it is
+    /// [released](Epoch::release).
     ///
     /// # Errors
-    /// [`BeginEpochError`] while another epoch holds marks of this bitmap.
+    /// Returns [`BeginEpochError`] if another epoch holds marks of this bitmap, or if memory for
+    /// the marks can't be allocated.
     pub fn begin_epoch(&self) -> Result<Epoch<&Self>, BeginEpochError> {
         Epoch::begin(self)
     }
 
-    /// Takes the marks of the open epoch back, and says whether there was one. The next epoch can begin then.
+    /// Restores the marks of the open epoch, so that the next epoch can begin. Returns whether
+    /// there was an open epoch.
     ///
-    /// This is for an epoch that never ends: its value was leaked, or its thread is stuck. If the save is alive after all, no mark
-    /// is lost: its pages are marked, so the next save has them too, and [`Epoch::release`] reports
-    /// [`EpochReclaimed`](crate::EpochReclaimed).
+    /// This is for an epoch that never ends, because its value was leaked or its thread is stuck.
+    /// If the save is running after all, no mark is lost: the pages are marked, the next save
+    /// includes them, and [`Epoch::release`] returns [`EpochReclaimed`](crate::EpochReclaimed).
     ///
-    /// A save that is alive may still commit, and replace at the same destination what the next save has put there: its pages
-    /// are then in no file. [`Epoch::release_after`] prevents this: it commits nothing once the epoch was reclaimed. Where a
-    /// save commits on its own and calls [`Epoch::release`], give every save its own destination.
+    /// A save that is running after all may still commit. At a shared destination, it would replace
+    /// the file of the next save, whose pages would then be in no file. [`Epoch::release_after`]
+    /// prevents this: it commits nothing after the epoch was reclaimed. A save that commits on its
+    /// own and then calls [`Epoch::release`] needs a destination of its own.
     ///
     /// # Errors
-    /// [`EpochCommitting`] while `release_after` runs its commit: nothing was reclaimed. The commit ends the epoch, by success or by failure.
+    /// Returns [`EpochCommitting`] while `release_after` runs its commit. Nothing was reclaimed.
+    /// The commit ends the epoch, whether it succeeds or fails.
     pub fn reclaim_epoch(&self) -> Result<bool, EpochCommitting> {
         self.epochs.reclaim(&self.marks)
     }
 }
 
 impl TrackedBitmap {
-    /// A clean bitmap like that of [`DirtyBitmap::new`], to be marked by a [`WriteTracker`](crate::WriteTracker) and whoever
-    /// else writes the RAM.
+    /// Creates a clean bitmap as [`DirtyBitmap::new`] does, for use with a
+    /// [`WriteTracker`](crate::WriteTracker).
+    ///
+    /// The tracker marks the writes of the guest. All other code that writes the RAM marks its own
+    /// writes.
     ///
     /// # Errors
-    /// As [`DirtyBitmap::new`].
+    /// Returns the same errors as [`DirtyBitmap::new`].
     pub fn tracked(ram_start: u64, ram_size: u64, page_size: u64) -> Result<Self, GeometryError> {
         new_marks(ram_start, ram_size, page_size).map(Self::over)
     }
 }
 
 fn new_marks(ram_start: u64, ram_size: u64, page_size: u64) -> Result<Marks, GeometryError> {
-    let ram = Ram::new(ram_start, ram_size, page_size)?;
+    let ram = RamRange::new(ram_start, ram_size, page_size)?;
     Marks::clean(ram, page_size.trailing_zeros())
 }
 
@@ -191,103 +210,110 @@ impl<K> DirtyBitmap<K> {
         Self {
             marks,
             epochs: Epochs::default(),
-            part: Mutex::new(None),
+            takes: Mutex::new(None),
             kind: PhantomData,
         }
     }
 
-    /// The first guest-physical address covered.
+    /// Returns the first guest-physical address of the RAM.
     #[must_use]
     pub fn ram_start(&self) -> u64 {
         self.marks.ram.start
     }
 
-    /// The bytes covered.
+    /// Returns the size of the RAM in bytes.
     #[must_use]
     pub fn ram_size(&self) -> u64 {
         self.marks.ram.size
     }
 
-    /// The page that indexes count, in bytes: what [`new`](Self::new) was given.
+    /// Returns the page size in bytes, which is the unit of page indexes. It was passed to
+    /// [`new`](Self::new).
     #[must_use]
     pub fn page_size(&self) -> u64 {
         1 << self.marks.page_shift
     }
 
-    /// The size in which marks are kept at the moment, in bytes.
+    /// Returns the number of bytes that one mark currently stands for.
     #[must_use]
     pub fn granule(&self) -> u64 {
         1 << self.marks.shift()
     }
 
-    /// Whether the page that holds the guest-physical `address` is marked.
+    /// Returns whether the granule that holds the guest-physical `address` is marked.
     ///
     /// # Errors
-    /// [`OutOfRange`].
+    /// Returns [`OutOfRange`] if `address` is outside the RAM.
     pub fn is_dirty(&self, address: u64) -> Result<bool, OutOfRange> {
-        let (offsets, verdict) = self.marks.ram.clip(address, 1);
-        verdict?;
-        let moving = self.marks.lock();
-        let shift = moving.shift();
+        let (offsets, inside) = self.marks.ram.clip(address, 1);
+        inside?;
+        let generation = self.marks.lock();
+        let shift = generation.shift();
         Ok(self.marks.table(shift).is_marked(offsets.start >> shift))
     }
 
-    /// Whether no page is marked.
+    /// Returns whether no page is marked.
     #[must_use]
     pub fn is_clean(&self) -> bool {
-        let moving = self.marks.lock();
-        self.marks.table(moving.shift()).is_clean()
+        let generation = self.marks.lock();
+        self.marks.table(generation.shift()).is_clean()
     }
 
-    /// The bytes of all marked granules; the last one counts as far as the RAM goes.
+    /// Returns the number of bytes in all marked granules. The last granule ends where the RAM
+    /// ends.
     #[must_use]
     pub fn dirty_bytes(&self) -> u64 {
-        let moving = self.marks.lock();
-        let shift = moving.shift();
+        let generation = self.marks.lock();
+        let shift = generation.shift();
         let table = self.marks.table(shift);
         let mut bytes = 0;
-        // Each word is read once: what is counted and what is cut is one state, also while threads mark.
+        // Each word is read once, so that its count is consistent while threads mark.
         for word in table.marked_words(0) {
-            self.marks.each_run(shift, word, table.word(word), |run| {
-                bytes += run.end - run.start;
-            });
+            self.marks
+                .for_each_run(shift, word, table.word(word), |run| {
+                    bytes += run.end - run.start;
+                });
         }
         bytes
     }
 
-    /// The runs of marked pages, ascending, as byte offsets from the start of the RAM, as long as they can be.
+    /// Returns the maximal runs of marked pages in ascending order, as byte offsets from the start
+    /// of the RAM.
     ///
-    /// The bitmap may be marked, drained and rebuilt meanwhile: then the runs are those of no single moment, but every
-    /// page that stayed marked all the time is in one of them.
+    /// The bitmap may be marked, drained and rebuilt during the iteration. The runs are then not a
+    /// point-in-time copy, but every page that stays marked throughout is in one of them.
     #[must_use]
     pub fn runs(&self) -> Runs<'_> {
         Runs::new(&self.marks)
     }
 
-    pub(crate) fn part(&self) -> Option<Part> {
-        *self.part.lock().unwrap_or_else(PoisonError::into_inner)
+    pub(crate) fn takes(&self) -> Option<TakeRange> {
+        *self.takes.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub(crate) fn set_part(&self, part: Part) {
-        *self.part.lock().unwrap_or_else(PoisonError::into_inner) = Some(part);
+    pub(crate) fn set_takes(&self, takes: TakeRange) {
+        *self.takes.lock().unwrap_or_else(PoisonError::into_inner) = Some(takes);
     }
 }
 
 impl<K: Markable> DirtyBitmap<K> {
-    /// Marks the page that holds the guest-physical `address`. True if its granule was clean.
+    /// Marks the page that holds the guest-physical `address`. Returns whether its granule was
+    /// clean.
     ///
     /// # Errors
-    /// [`OutOfRange`]: nothing is marked.
+    /// Returns [`OutOfRange`] if `address` is outside the RAM. Nothing was marked.
     #[inline]
     pub fn set_dirty(&self, address: u64) -> Result<bool, OutOfRange> {
         self.marks.mark_address(address)
     }
 
-    /// Marks page number `index`, counted from the start of the RAM in [`page_size`](Self::page_size)s, whatever the granule is now. True if any of it
-    /// was clean.
+    /// Marks the page with this index. Returns whether any part of it was clean.
+    ///
+    /// The index counts pages of [`page_size`](Self::page_size) from the start of the RAM. It does
+    /// not depend on the granule.
     ///
     /// # Errors
-    /// [`OutOfRange`]: nothing is marked.
+    /// Returns [`OutOfRange`] if the page is outside the RAM. Nothing was marked.
     pub fn set_dirty_by_index(&self, index: u64) -> Result<bool, OutOfRange> {
         let page_size = self.page_size();
         let start = index
@@ -309,21 +335,30 @@ impl<K: Markable> DirtyBitmap<K> {
             .mark_offsets(start..self.marks.ram.size.min(start + page_size)))
     }
 
-    /// Marks every page that the `len` bytes from the guest-physical `address` on touch; none for 0 bytes. True if any of them was clean.
+    /// Marks every page that overlaps the `len` bytes from the guest-physical `address` on. Returns
+    /// whether any of them was clean.
+    ///
+    /// A length of 0 marks no page.
     ///
     /// # Errors
-    /// [`OutOfRange`] where any byte lies outside the RAM. What lies inside is marked all the same.
+    /// Returns [`OutOfRange`] if any byte lies outside the RAM. The pages inside are marked
+    /// nevertheless.
     pub fn set_range(&self, address: u64, len: u64) -> Result<bool, OutOfRange> {
-        let (inside, verdict) = self.marks.ram.clip(address, len);
-        let was_clean = !inside.is_empty() && self.marks.mark_offsets(inside);
-        verdict.map(|()| was_clean)
+        let (offsets, inside) = self.marks.ram.clip(address, len);
+        let was_clean = !offsets.is_empty() && self.marks.mark_offsets(offsets);
+        inside.map(|()| was_clean)
     }
 
-    /// Goes over to pages of `granule` bytes, any power of two: a mark on a coarser page becomes marks on all finer ones in it, a mark on a
-    /// finer page one on the coarser page around it. Threads may mark meanwhile; no mark is lost.
+    /// Changes the granule to `granule` bytes, which may be any power of two up to the size of the
+    /// RAM.
+    ///
+    /// A mark on a coarse page becomes marks on all finer pages in it. A mark on a fine page
+    /// becomes a mark on the coarser page around it. Threads may mark during the change, and no
+    /// mark is lost.
     ///
     /// # Errors
-    /// [`GeometryError`]: a granule that is no power of two or larger than the RAM, or no memory; the bitmap stays as it was.
+    /// Returns [`GeometryError`] if the granule is not a power of two or is larger than the RAM, or
+    /// if memory for the bitmap can't be allocated. The bitmap is unchanged.
     pub fn rebuild(&self, granule: u64) -> Result<(), GeometryError> {
         self.marks.rebuild(granule)
     }

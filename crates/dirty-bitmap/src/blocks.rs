@@ -1,7 +1,8 @@
-//! What each block was seen to do, and what a fault in it opens next.
+//! The adaptive choice, for each block, of how much a write fault unprotects.
 //!
-//! All of it is a hint: it decides how much a fault opens, and what was opened is marked whatever it was. So hints need no order among
-//! threads, and are plain atomics also under loom.
+//! The state here is only a hint. It decides how much a fault unprotects, and every unprotected
+//! page is marked. The hints therefore need no ordering among threads, and are plain atomics under
+//! loom too.
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
@@ -10,260 +11,290 @@ use crate::geometry::GeometryError;
 use crate::policy::Policy;
 use crate::table::defaults;
 
-/// The bytes of a block, 2 MiB: what one entry of a level-2 table maps, on x86-64 (4 KiB pages) as in stage 2 on Arm (4 KiB
-/// granule).
+/// The size of a block in bytes: 2 MiB.
+///
+/// An entry of a level-2 page table maps this much, both on x86-64 (4 KiB pages) and in stage 2 on
+/// Arm (4 KiB granule).
 pub const BLOCK_SIZE: u64 = 2 << 20;
 
-/// A sample is one of so many parts of a block.
-const PARTS: u32 = 16;
-/// Once a block has shown as often in turn that opening it whole pays, its first fault opens it.
-const FULL_TRUST: u8 = 4;
-/// With full trust, a sample is taken at one of so many checkpoints.
-const SAMPLE_EVERY: u8 = 8;
+/// The number of parts of a block. A sample is one of them.
+const SAMPLE_PARTS: u32 = 16;
+/// The number of consecutive checkpoints at which unprotecting the whole block was cheaper, after
+/// which a single fault unprotects it.
+const MAX_CONFIDENCE: u8 = 4;
+/// The number of checkpoints from one sample to the next, at maximum confidence.
+const SAMPLE_INTERVAL: u8 = 8;
 
+/// The state of all blocks of a tracked RAM.
 pub(crate) struct Blocks {
     policy: Policy,
     pages_per_block: u32,
-    /// Nanoseconds of a fault, and of writing a page.
-    fault: i64,
-    page: i64,
-    all: Box<[Block]>,
+    /// The cost of a fault, in nanoseconds.
+    fault_cost: i64,
+    /// The cost of writing a page, in nanoseconds.
+    page_cost: i64,
+    blocks: Box<[Block]>,
 }
 
 #[derive(Default)]
 struct Block {
-    /// [`Seen`] since the last checkpoint.
-    seen: AtomicU64,
+    /// The [`Activity`] since the last checkpoint.
+    activity: AtomicU64,
+    /// The [`Plan`].
     plan: AtomicU64,
 }
 
-/// How much of its block a fault opens.
+/// The part of its block that a fault unprotects.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) enum Opening {
+pub(crate) enum Unprotect {
     Page,
     Block,
-    /// The block without these pages of it, whose faults are a sample of what is written.
-    AllBut(Range<u32>),
+    /// The block except for these pages. Their faults are a sample of the pages that the guest
+    /// writes.
+    BlockExcept(Range<u32>),
 }
 
-/// What happened in a block: faults in the low 24 bits, of them those in the sample's pages in the next 24.
+/// The events in a block since the last checkpoint.
+///
+/// The low 24 bits count the faults on single pages, the next 24 bits those among them that were in
+/// the sample.
 #[derive(Clone, Copy, Debug)]
-struct Seen(u64);
+struct Activity(u64);
 
-impl Seen {
+impl Activity {
     const FAULT: u64 = 1;
-    const IN_SAMPLE: u64 = 1 << 24;
-    const OPENED: u64 = 1 << 62;
+    const SAMPLE_FAULT: u64 = 1 << 24;
+    /// The block was unprotected as a whole, with or without a sample.
+    const UNPROTECTED: u64 = 1 << 62;
+    /// A sample stayed protected.
     const SAMPLED: u64 = 1 << 63;
 
     fn faults(self) -> u32 {
         (self.0 & 0xff_ffff) as u32
     }
 
-    fn in_sample(self) -> u32 {
+    fn sample_faults(self) -> u32 {
         (self.0 >> 24 & 0xff_ffff) as u32
     }
 
-    fn opened(self) -> bool {
-        self.0 & Self::OPENED != 0
+    fn is_unprotected(self) -> bool {
+        self.0 & Self::UNPROTECTED != 0
     }
 
-    fn sampled(self) -> bool {
+    fn is_sampled(self) -> bool {
         self.0 & Self::SAMPLED != 0
     }
 }
 
-/// What is to be done with a block, and why, in one word.
+/// The plan for the faults in a block. It fits one word.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Plan {
-    /// Opening it whole pays.
+    /// Whether unprotecting the whole block is estimated to be cheaper.
     whole: bool,
-    /// It was seen at least once, or a part of it.
-    known: bool,
-    /// As often in turn it was seen to pay.
-    trust: u8,
-    /// As many checkpoints still until a sample is due.
-    sample_in: u8,
-    /// Which part the next sample is.
-    part: u8,
-    /// What opening it whole would have saved at a checkpoint, in nanoseconds: a moving average.
+    /// Whether the block, or a sample of it, was observed before.
+    observed: bool,
+    /// The number of consecutive observations at which the whole block was cheaper, up to
+    /// [`MAX_CONFIDENCE`].
+    confidence: u8,
+    /// The number of checkpoints until the next sample.
+    until_sample: u8,
+    /// The part of the block that is the next sample.
+    sample_part: u8,
+    /// The moving average of the time that unprotecting the whole block would have saved at a
+    /// checkpoint, in nanoseconds.
     gain: i32,
 }
 
 impl Plan {
-    fn of(word: u64) -> Self {
-        let [flags, trust, sample_in, part, gain @ ..] = word.to_le_bytes();
+    fn from_word(word: u64) -> Self {
+        let [flags, confidence, until_sample, sample_part, gain @ ..] = word.to_le_bytes();
         Self {
             whole: flags & 1 != 0,
-            known: flags & 2 != 0,
-            trust,
-            sample_in,
-            part,
+            observed: flags & 2 != 0,
+            confidence,
+            until_sample,
+            sample_part,
             gain: i32::from_le_bytes(gain),
         }
     }
 
-    fn word(self) -> u64 {
-        let flags = u8::from(self.whole) | u8::from(self.known) << 1;
+    fn to_word(self) -> u64 {
+        let flags = u8::from(self.whole) | u8::from(self.observed) << 1;
         let [a, b, c, d] = self.gain.to_le_bytes();
-        u64::from_le_bytes([flags, self.trust, self.sample_in, self.part, a, b, c, d])
+        let (confidence, until_sample) = (self.confidence, self.until_sample);
+        u64::from_le_bytes([
+            flags,
+            confidence,
+            until_sample,
+            self.sample_part,
+            a,
+            b,
+            c,
+            d,
+        ])
     }
 
-    /// After a checkpoint at which opening it whole would have saved `gain`.
-    fn learnt(self, gain: i32) -> Self {
-        let average = match self.known {
+    /// Returns the plan after a checkpoint at which unprotecting the whole block would have saved
+    /// `gain`.
+    fn after_observation(self, gain: i32) -> Self {
+        let average = match self.observed {
             true => self.gain + (gain - self.gain) / 4,
             false => gain,
         };
-        let trust = match gain > 0 {
-            true => FULL_TRUST.min(self.trust + 1),
+        let confidence = match gain > 0 {
+            true => MAX_CONFIDENCE.min(self.confidence + 1),
             false => 0,
         };
         Self {
             whole: average > 0,
-            known: true,
-            trust,
-            sample_in: if trust == FULL_TRUST {
-                SAMPLE_EVERY - 1
+            observed: true,
+            confidence,
+            until_sample: if confidence == MAX_CONFIDENCE {
+                SAMPLE_INTERVAL - 1
             } else {
                 0
             },
-            // Odd, so that all parts have their turn.
-            part: (self.part + 5) % PARTS as u8,
+            // The step is odd, so that the samples cycle through all parts.
+            sample_part: (self.sample_part + 5) % SAMPLE_PARTS as u8,
             gain: average,
         }
     }
 
-    /// After a checkpoint that showed nothing.
-    fn unseen(self) -> Self {
+    /// Returns the plan after a checkpoint without an observation: the block was unprotected
+    /// without a sample.
+    fn after_no_observation(self) -> Self {
         Self {
-            // Opened by its neighbour's example: worth a try by itself.
-            whole: self.whole || !self.known,
-            known: true,
-            sample_in: self.sample_in.saturating_sub(1),
+            // A block that was unprotected because of its neighbour is evaluated on its own next.
+            whole: self.whole || !self.observed,
+            observed: true,
+            until_sample: self.until_sample.saturating_sub(1),
             ..self
         }
     }
 }
 
 impl Blocks {
-    /// For RAM of `count` blocks, in pages that divide a block.
+    /// Creates the state for RAM of `count` blocks. `page_size` divides the block size.
     pub(crate) fn new(count: u64, page_size: u64, policy: Policy) -> Result<Self, GeometryError> {
         let costs = match policy {
             Policy::Cost(costs) => costs,
             _ => Default::default(),
         };
-        let (fault, page) = costs.in_nanos(page_size);
+        let (fault_cost, page_cost) = costs.in_nanos(page_size);
         Ok(Self {
             policy,
             pages_per_block: (BLOCK_SIZE / page_size) as u32,
-            fault,
-            page,
-            all: defaults(count)?,
+            fault_cost,
+            page_cost,
+            blocks: defaults(count)?,
         })
     }
 
-    /// A fault in page `page` of `block`: how much it opens.
-    pub(crate) fn on_fault(&self, block: usize, page: u32) -> Opening {
-        let Block { seen, plan } = &self.all[block];
-        let so_far = Seen(seen.load(Relaxed));
-        let open = |as_what| {
-            seen.fetch_or(as_what, Relaxed);
+    /// Records a fault in page `page` of `block`. Returns the part that it unprotects.
+    pub(crate) fn on_fault(&self, block: usize, page: u32) -> Unprotect {
+        let Block { activity, plan } = &self.blocks[block];
+        let so_far = Activity(activity.load(Relaxed));
+        let record = |flags| {
+            activity.fetch_or(flags, Relaxed);
         };
         match self.policy {
             Policy::Blocks => {
-                open(Seen::OPENED);
-                Opening::Block
+                record(Activity::UNPROTECTED);
+                Unprotect::Block
             }
             Policy::FaultLimit(limit) if so_far.faults() >= limit => {
-                open(Seen::OPENED);
-                Opening::Block
+                record(Activity::UNPROTECTED);
+                Unprotect::Block
             }
             Policy::Pages | Policy::FaultLimit(_) => {
-                seen.fetch_add(Seen::FAULT, Relaxed);
-                Opening::Page
+                activity.fetch_add(Activity::FAULT, Relaxed);
+                Unprotect::Page
             }
             Policy::Cost(_) => {
-                let plan = Plan::of(plan.load(Relaxed));
+                let plan = Plan::from_word(plan.load(Relaxed));
                 let sample = self.sample(plan);
-                // What has just shown to be written all over is opened by few faults, or by one.
-                let due = so_far.faults() + 1 >= (self.pages_per_block / 8) >> plan.trust;
-                if !so_far.opened() && self.is_swept(block, page) {
-                    open(Seen::OPENED);
-                    Opening::Block
+                // The higher the confidence, the fewer faults unprotect the block.
+                let due = so_far.faults() + 1 >= (self.pages_per_block / 8) >> plan.confidence;
+                if !so_far.is_unprotected() && self.continues_sweep(block, page) {
+                    record(Activity::UNPROTECTED);
+                    Unprotect::Block
                 } else if sample.contains(&page) {
-                    seen.fetch_add(Seen::FAULT | Seen::IN_SAMPLE, Relaxed);
-                    Opening::Page
-                } else if so_far.opened() || !plan.whole || !due {
-                    seen.fetch_add(Seen::FAULT, Relaxed);
-                    Opening::Page
-                } else if plan.sample_in > 0 {
-                    open(Seen::OPENED);
-                    Opening::Block
+                    activity.fetch_add(Activity::FAULT | Activity::SAMPLE_FAULT, Relaxed);
+                    Unprotect::Page
+                } else if so_far.is_unprotected() || !plan.whole || !due {
+                    activity.fetch_add(Activity::FAULT, Relaxed);
+                    Unprotect::Page
+                } else if plan.until_sample > 0 {
+                    record(Activity::UNPROTECTED);
+                    Unprotect::Block
                 } else {
-                    open(Seen::OPENED | Seen::SAMPLED);
-                    Opening::AllBut(sample)
+                    record(Activity::UNPROTECTED | Activity::SAMPLED);
+                    Unprotect::BlockExcept(sample)
                 }
             }
         }
     }
 
-    /// The pages of a block that its next sample is of.
+    /// Returns the pages of a block that are its next sample.
     fn sample(&self, plan: Plan) -> Range<u32> {
-        let len = self.pages_per_block / PARTS;
-        let start = u32::from(plan.part) * len;
+        let len = self.pages_per_block / SAMPLE_PARTS;
+        let start = u32::from(plan.sample_part) * len;
         start..start + len
     }
 
-    /// Whether somebody who writes all memory in turn, up or down, has just come into the block from its neighbour.
-    fn is_swept(&self, block: usize, page: u32) -> bool {
+    /// Returns whether a sequential writer, upward or downward, has just entered the block from its
+    /// neighbour.
+    fn continues_sweep(&self, block: usize, page: u32) -> bool {
         let up = page == 0 && block > 0 && self.is_full(block - 1);
         let down = page + 1 == self.pages_per_block && self.is_full(block + 1);
         up || down
     }
 
+    /// Returns whether every page of a block was unprotected since the last checkpoint.
     fn is_full(&self, block: usize) -> bool {
-        self.all.get(block).is_some_and(|block| {
-            let seen = Seen(block.seen.load(Relaxed));
-            seen.opened() || seen.faults() >= self.pages_per_block
+        self.blocks.get(block).is_some_and(|block| {
+            let activity = Activity(block.activity.load(Relaxed));
+            activity.is_unprotected() || activity.faults() >= self.pages_per_block
         })
     }
 
-    /// A checkpoint took `dirty` pages out of `block`: what happens to it next.
+    /// Updates the plan of `block` at a checkpoint that took `dirty` pages of it.
     pub(crate) fn on_checkpoint(&self, block: usize, dirty: u32) {
-        let Block { seen, plan } = &self.all[block];
-        let seen = Seen(seen.swap(0, Relaxed));
-        // No fault: the first checkpoint of all, or the host wrote it. Nothing is known of the guest.
-        if seen.0 == 0 || !matches!(self.policy, Policy::Cost(_)) {
+        let Block { activity, plan } = &self.blocks[block];
+        let activity = Activity(activity.swap(0, Relaxed));
+        // Without a fault, there is no observation of the guest: this is the first checkpoint, or
+        // only the host wrote the block.
+        if activity.0 == 0 || !matches!(self.policy, Policy::Cost(_)) {
             return;
         }
-        let now = Plan::of(plan.load(Relaxed));
+        let current = Plan::from_word(plan.load(Relaxed));
         let pages = self.pages_per_block;
-        let next = match (seen.opened(), seen.sampled()) {
-            (false, _) => now.learnt(self.gain(seen.faults(), dirty)),
+        let next = match (activity.is_unprotected(), activity.is_sampled()) {
+            (false, _) => current.after_observation(self.gain(activity.faults(), dirty)),
             (true, true) => {
-                let written = pages.min(seen.in_sample() * PARTS);
-                now.learnt(self.gain(written, written))
+                let written = pages.min(activity.sample_faults() * SAMPLE_PARTS);
+                current.after_observation(self.gain(written, written))
             }
-            (true, false) => now.unseen(),
+            (true, false) => current.after_no_observation(),
         };
-        plan.store(next.word(), Relaxed);
+        plan.store(next.to_word(), Relaxed);
     }
 
-    /// What opening a block whole saves where it costs `faults` in pages, and `dirty` of its pages are to be written anyway.
+    /// Returns the time that unprotecting a whole block saves, in nanoseconds, where unprotecting
+    /// single pages takes `faults` faults and `dirty` pages.
     fn gain(&self, faults: u32, dirty: u32) -> i32 {
         let clean = self.pages_per_block.saturating_sub(dirty);
-        let gain = (i64::from(faults) - 1) * self.fault - i64::from(clean) * self.page;
-        // A quarter of the range: differences fit, too.
+        let gain = (i64::from(faults) - 1) * self.fault_cost - i64::from(clean) * self.page_cost;
+        // A quarter of the range, so that differences do not overflow.
         gain.clamp((i32::MIN / 4).into(), (i32::MAX / 4).into()) as i32
     }
 
-    /// The blocks that are opened whole as soon as they are written all over again.
-    pub(crate) fn whole(&self) -> u64 {
-        let whole = |block: &&Block| Plan::of(block.plan.load(Relaxed)).whole;
+    /// Returns the number of blocks that are planned to be unprotected as a whole.
+    pub(crate) fn whole_blocks(&self) -> u64 {
+        let whole = |block: &&Block| Plan::from_word(block.plan.load(Relaxed)).whole;
         match self.policy {
-            Policy::Blocks => self.all.len() as u64,
-            _ => self.all.iter().filter(whole).count() as u64,
+            Policy::Blocks => self.blocks.len() as u64,
+            _ => self.blocks.iter().filter(whole).count() as u64,
         }
     }
 }
@@ -275,36 +306,39 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::policy::Costs;
 
     proptest! {
         #[test]
-        fn a_plan_is_a_word_and_back(
-            whole: bool, known: bool, trust: u8, sample_in: u8, part: u8, gain: i32,
+        fn a_plan_round_trips_through_its_word(
+            whole: bool,
+            observed: bool,
+            confidence: u8,
+            until_sample: u8,
+            sample_part: u8,
+            gain: i32,
         ) {
-            let plan = Plan { whole, known, trust, sample_in, part, gain };
-            let back = Plan::of(plan.word());
-            prop_assert_eq!((back.whole, back.known), (whole, known));
-            prop_assert_eq!((back.trust, back.sample_in, back.part), (trust, sample_in, part));
-            prop_assert_eq!(back.gain, gain);
+            let plan = Plan { whole, observed, confidence, until_sample, sample_part, gain };
+            prop_assert_eq!(Plan::from_word(plan.to_word()), plan);
         }
     }
 
     #[test]
-    fn in_turn_every_page_is_in_a_sample_once() {
+    fn consecutive_samples_cover_each_page_once() {
         let blocks = Blocks::new(1, 4096, Policy::default()).unwrap();
-        let mut plan = Plan::of(0);
+        let mut plan = Plan::from_word(0);
         let mut sampled = Vec::new();
-        for _ in 0..PARTS {
+        for _ in 0..SAMPLE_PARTS {
             sampled.extend(blocks.sample(plan));
-            plan = plan.learnt(1);
+            plan = plan.after_observation(1);
         }
         sampled.sort_unstable();
         assert!(sampled.into_iter().eq(0..512));
     }
 
-    /// A fault costs 1,000 nanoseconds, a page 100.
+    /// Creates blocks for which a fault costs 1,000 nanoseconds, and a page 100.
     fn blocks(count: u64) -> Blocks {
-        let costs = crate::Costs {
+        let costs = Costs {
             fault: Duration::from_nanos(1000),
             mebibyte: Duration::from_nanos(100 * 256),
         };
@@ -312,12 +346,12 @@ mod tests {
     }
 
     #[test]
-    fn what_opening_a_block_whole_saves_is_all_faults_but_one_less_the_clean_pages() {
+    fn gain_is_the_saved_faults_minus_the_clean_pages() {
         let blocks = blocks(1);
         assert_eq!(blocks.gain(1, 512), 0);
         assert_eq!(blocks.gain(3, 500), 2 * 1000 - 12 * 100);
         assert_eq!(blocks.gain(1, 0), -512 * 100);
-        let costly = crate::Costs {
+        let costly = Costs {
             fault: Duration::from_secs(3600),
             mebibyte: Duration::ZERO,
         };
@@ -327,45 +361,46 @@ mod tests {
     }
 
     #[test]
-    fn a_sweep_comes_from_a_block_that_is_full() {
+    fn a_sweep_continues_from_a_full_block() {
         let blocks = blocks(3);
         for page in 0..511 {
             blocks.on_fault(1, page);
         }
-        assert_eq!(blocks.on_fault(2, 0), Opening::Page);
+        assert_eq!(blocks.on_fault(2, 0), Unprotect::Page);
         blocks.on_fault(1, 511);
-        assert_eq!(blocks.on_fault(2, 0), Opening::Block);
-        assert_eq!(blocks.on_fault(0, 510), Opening::Page);
-        assert_eq!(blocks.on_fault(0, 511), Opening::Block);
+        assert_eq!(blocks.on_fault(2, 0), Unprotect::Block);
+        assert_eq!(blocks.on_fault(0, 510), Unprotect::Page);
+        assert_eq!(blocks.on_fault(0, 511), Unprotect::Block);
     }
 
     #[test]
-    fn a_checkpoint_without_faults_teaches_nothing() {
+    fn a_checkpoint_without_faults_leaves_the_plan_unchanged() {
         let blocks = blocks(1);
         blocks.on_checkpoint(0, 512);
-        assert_eq!(Plan::of(blocks.all[0].plan.load(Relaxed)), Plan::of(0));
+        assert_eq!(blocks.blocks[0].plan.load(Relaxed), 0);
     }
 
     #[test]
-    fn by_blocks_all_are_opened_whole() {
-        assert_eq!(Blocks::new(3, 4096, Policy::Blocks).unwrap().whole(), 3);
-        assert_eq!(blocks(3).whole(), 0);
+    fn policy_blocks_counts_every_block_as_whole() {
+        let all = Blocks::new(3, 4096, Policy::Blocks).unwrap();
+        assert_eq!(all.whole_blocks(), 3);
+        assert_eq!(blocks(3).whole_blocks(), 0);
     }
 
     #[test]
-    fn a_block_that_pays_nothing_whole_is_not_opened_whole() {
-        let learnt = Plan::of(0).learnt(0);
-        assert_eq!((learnt.whole, learnt.trust), (false, 0));
-        let learnt = Plan::of(0).learnt(1);
-        assert_eq!((learnt.whole, learnt.trust), (true, 1));
+    fn a_block_is_whole_only_if_the_gain_is_positive() {
+        let plan = Plan::from_word(0).after_observation(0);
+        assert_eq!((plan.whole, plan.confidence), (false, 0));
+        let plan = Plan::from_word(0).after_observation(1);
+        assert_eq!((plan.whole, plan.confidence), (true, 1));
     }
 
     #[test]
-    fn a_block_opened_by_its_neighbours_example_is_tried_by_itself() {
-        let fresh = Plan::of(0).unseen();
-        assert!(fresh.whole && fresh.known);
-        let tried = fresh.learnt(-1000);
-        assert!(!tried.whole);
-        assert!(!tried.unseen().whole, "it has shown that it does not pay");
+    fn an_unobserved_block_is_whole_until_it_is_observed() {
+        let unobserved = Plan::from_word(0).after_no_observation();
+        assert!(unobserved.whole && unobserved.observed);
+        let observed = unobserved.after_observation(-1000);
+        assert!(!observed.whole);
+        assert!(!observed.after_no_observation().whole);
     }
 }

@@ -1,4 +1,4 @@
-//! What a save has written, compared with what an epoch has taken.
+//! A comparison of the pages that a save wrote with the marks that an epoch took.
 
 use std::collections::BTreeMap;
 use std::ops::Deref;
@@ -7,28 +7,33 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use crate::bitmap::DirtyBitmap;
 use crate::epoch::Epoch;
 
-/// Numbers every taking of marks and every full write of this process.
+/// The last number given to a take of marks or to a full write in this process.
 ///
-/// It orders them as well: whoever gets the larger number sees what the other did before its own.
-static LAST: AtomicU64 = AtomicU64::new(0);
+/// The numbers also order memory: an operation with a larger number sees the effects of one with a
+/// smaller number.
+static LAST_NUMBER: AtomicU64 = AtomicU64::new(0);
 
 fn next_number() -> u64 {
-    LAST.fetch_add(1, Ordering::SeqCst) + 1
+    LAST_NUMBER.fetch_add(1, Ordering::SeqCst) + 1
 }
 
-/// Which takings of which epoch the marks of a bitmap are from.
+/// The takes of an epoch that the marks of a bitmap are from.
+///
+/// A take removes all marks from a bitmap. An epoch has one at its start and one each time it is
+/// extended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Part {
+pub(crate) struct TakeRange {
     /// Identifies the epoch.
     epoch: u64,
-    /// The number of the last taking that is not among them; 0 where they begin with the first.
+    /// The number of the take before the first of this range, or 0 if the range begins with the
+    /// first take.
     after: u64,
-    /// The number of the last taking that is among them. One that found no mark has no number.
+    /// The number of the last take of this range. A take that found no mark has no number.
     last: u64,
 }
 
-impl Part {
-    /// What an epoch takes first. To be called once the marks are out.
+impl TakeRange {
+    /// Returns the range of the first take of a new epoch. Call it after the marks were taken.
     pub(crate) fn first(is_clean: bool) -> Self {
         let epoch = next_number();
         let last = if is_clean { 0 } else { epoch };
@@ -39,8 +44,8 @@ impl Part {
         }
     }
 
-    /// What the same epoch takes next. To be called once the marks are out.
-    pub(crate) fn more(self, is_clean: bool) -> Self {
+    /// Returns the range of the next take of the same epoch. Call it after the marks were taken.
+    pub(crate) fn next(self, is_clean: bool) -> Self {
         Self {
             epoch: self.epoch,
             after: self.last,
@@ -48,18 +53,20 @@ impl Part {
         }
     }
 
-    /// This and all before it.
-    pub(crate) fn and_before(self) -> Self {
+    /// Extends this range back to the first take of the epoch.
+    pub(crate) fn since_first(self) -> Self {
         Self { after: 0, ..self }
     }
 }
 
-/// Keeps account of what a save has written, to tell whether that is all that an [`Epoch`] has taken.
+/// A record of what a save wrote, to check that it wrote every page that an [`Epoch`] took.
 ///
-/// A full write covers what was taken *before it began*: a page that was written and marked since may have been copied
-/// before. A diff covers the marks of the bitmap that it was written from, if that is an epoch's:
-/// [`Epoch::bitmap`], or what [`Epoch::take_more`] returned. A diff of the bitmap that the guest marks covers
-/// nothing, because marks may be added and taken after it.
+/// A full write covers the marks that were taken *before it began*. A page that was written and
+/// marked later may have been copied before that.
+///
+/// A diff covers the marks of the bitmap it was written from, if that bitmap belongs to an epoch:
+/// [`Epoch::bitmap`], or the return value of [`Epoch::take_more`]. A diff of the bitmap that the
+/// guest marks covers nothing, because marks may be added and taken after the write.
 ///
 /// # Examples
 /// ```
@@ -73,7 +80,7 @@ impl Part {
 /// assert!(written.covers(&epoch));
 ///
 /// bitmap.set_dirty(4096)?;
-/// epoch.take_more()?; // and not written
+/// epoch.take_more()?; // not written
 /// assert!(!written.covers(&epoch));
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
@@ -81,60 +88,61 @@ impl Part {
 pub struct Coverage {
     /// The number of the latest full write.
     full: u64,
-    /// By epoch, the number of the last taking up to which all was written by diffs.
+    /// For each epoch, the number of the last take up to which diffs have written every page.
     diffs: BTreeMap<u64, u64>,
 }
 
-/// When a full write began: see [`Coverage::begin_full`].
+/// The start of a full write, returned by [`Coverage::begin_full`].
 #[derive(Debug)]
-#[must_use = "a full write counts once it is added"]
+#[must_use = "a full write counts only when it is passed to `add_full`"]
 pub struct FullBegan(u64);
 
 impl Coverage {
-    /// Covers nothing.
+    /// Creates a record of no writes, which covers nothing.
     #[must_use]
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// Notes that a write of all of the RAM begins. To be called before the first byte is read.
+    /// Records the start of a write of all RAM. Call it before the first byte is read.
     pub fn begin_full() -> FullBegan {
         FullBegan(next_number())
     }
 
-    /// Adds a write of all of the RAM that has succeeded.
+    /// Adds a successful write of all RAM.
     pub fn add_full(&mut self, began: FullBegan) {
         self.full = self.full.max(began.0);
     }
 
-    /// Adds a write, which has succeeded, of the pages that `marks` names.
+    /// Adds a successful write of the pages marked in `marks`.
     pub fn add_diff<K>(&mut self, marks: &DirtyBitmap<K>) {
-        let Some(part) = marks.part() else {
+        let Some(takes) = marks.takes() else {
             return;
         };
-        let written = self.written(part);
-        // Otherwise a taking between the two is missing.
-        if part.after <= written {
-            self.diffs.insert(part.epoch, written.max(part.last));
+        let written = self.written(takes);
+        // Otherwise the write of an earlier take is missing.
+        if takes.after <= written {
+            self.diffs.insert(takes.epoch, written.max(takes.last));
         }
     }
 
-    /// Forgets all: what was written has been replaced by other bytes.
+    /// Removes all writes, because other bytes replaced what they wrote.
     pub fn clear(&mut self) {
         *self = Self::default();
     }
 
-    /// Whether every page that `epoch` has taken a mark of was written after that.
+    /// Returns whether every page whose mark `epoch` took was written after the take.
     ///
-    /// Whether a full write was of the RAM that the epoch's bitmap is about, only the caller knows.
+    /// The caller ensures that each full write was of the RAM that the bitmap of the epoch covers.
     #[must_use]
     pub fn covers<K, B: Deref<Target = DirtyBitmap<K>>>(&self, epoch: &Epoch<B, K>) -> bool {
-        let part = epoch.bitmap().part();
-        part.is_some_and(|part| part.last <= self.written(part))
+        let takes = epoch.bitmap().takes();
+        takes.is_some_and(|takes| takes.last <= self.written(takes))
     }
 
-    fn written(&self, part: Part) -> u64 {
-        let diffs = self.diffs.get(&part.epoch);
+    /// Returns the number up to which the takes of this epoch were written.
+    fn written(&self, takes: TakeRange) -> u64 {
+        let diffs = self.diffs.get(&takes.epoch);
         self.full.max(diffs.copied().unwrap_or(0))
     }
 }

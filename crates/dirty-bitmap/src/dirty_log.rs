@@ -1,4 +1,4 @@
-//! Marks that a hypervisor kept: a dirty log as KVM's `KVM_GET_DIRTY_LOG` gives it.
+//! Import of a hypervisor's dirty log, in the format of KVM's `KVM_GET_DIRTY_LOG`.
 
 use thiserror::Error;
 
@@ -7,14 +7,20 @@ use crate::geometry::OutOfRange;
 use crate::kind::Markable;
 
 impl<K: Markable> DirtyBitmap<K> {
-    /// Adds a dirty log that begins at the guest-physical `address`: bit `i` of little-endian word `w` stands for the page of `page_size` bytes
-    /// at `address + (64 * w + i) * page_size`. The log's page size is independent of this bitmap's. Returns how many pages the log reports.
+    /// Marks the pages in a dirty log that begins at the guest-physical `address`. Returns the
+    /// number of pages in the log.
     ///
-    /// The words are taken as they lie in memory after `KVM_GET_DIRTY_LOG` (Linux `Documentation/virt/kvm/api.rst` 4.8); on a
-    /// little-endian host they are plain numbers. Clear bits may reach past the RAM's end: KVM pads its logs.
+    /// Bit `i` of little-endian word `w` stands for the page of `page_size` bytes at
+    /// `address + (64 * w + i) * page_size`. The page size of the log is independent of that of the
+    /// bitmap.
+    ///
+    /// The words have the byte order that `KVM_GET_DIRTY_LOG` leaves in memory (Linux
+    /// `Documentation/virt/kvm/api.rst` 4.8). On a little-endian host they are plain integers.
+    /// Clear bits may reach past the end of the RAM, because KVM pads its logs.
     ///
     /// # Errors
-    /// [`DirtyLogError`]. Every page inside the RAM has been marked all the same, unless the page size made no sense.
+    /// Returns [`DirtyLogError`]. Every page inside the RAM is marked nevertheless, unless the page
+    /// size is invalid.
     ///
     /// # Examples
     /// ```
@@ -42,7 +48,7 @@ impl<K: Markable> DirtyBitmap<K> {
                 let first = bits.trailing_zeros();
                 let count = (bits >> first).trailing_ones();
                 bits &= !(u64::MAX >> (u64::BITS - count) << first);
-                // Past the last address, every run is outside the RAM: saturated, it stays there.
+                // A run past the last address is outside the RAM, and saturation keeps it there.
                 let first = word as u64 * 64 + u64::from(first);
                 let start = address.saturating_add(first.saturating_mul(page_size));
                 let marked = self.set_range(start, u64::from(count).saturating_mul(page_size));
@@ -53,19 +59,21 @@ impl<K: Markable> DirtyBitmap<K> {
     }
 }
 
-/// A dirty log that does not fit the bitmap.
+/// An error for a dirty log that does not fit the bitmap.
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum DirtyLogError {
     /// The log's page size is 0 or not a power of two. Nothing was marked.
-    #[error("a dirty log in pages of {page_size} bytes: the page size must be a power of two")]
+    #[error("the page size of the dirty log, {page_size}, is not a power of two: pass one that is")]
     PageSizeNotPowerOfTwo {
-        /// The page size given, in bytes.
+        /// The page size passed in, in bytes.
         page_size: u64,
     },
-    /// The log reports a page outside the tracked RAM; the first such run is named. Every page inside was marked.
+    /// The log reports a page outside the tracked RAM. The source has the first such run. Every
+    /// page inside was marked.
     #[error(
-        "the dirty log reports pages outside the RAM: its slot and the bitmap cover different addresses"
+        "the dirty log reports pages outside the tracked RAM: pass the address of the log's memory \
+         slot, and a bitmap that covers it"
     )]
     OutOfRange(#[source] OutOfRange),
 }

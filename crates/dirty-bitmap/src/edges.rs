@@ -1,13 +1,17 @@
-//! Where runs of set bits begin and end.
+//! A buffer for the boundaries of runs of set bits.
 
-/// How many edges are kept: few enough that a lock is not held for long, enough that taking it does not show.
+/// The number of edges in a buffer: few, so that the lock is not held for long; enough to make the
+/// cost of locking negligible.
 const CAPACITY: usize = 512;
-/// Edges written at once, whether or not there are so many. It divides 64: never more than a word can have.
-const AT_ONCE: usize = 4;
-/// One a bit, and the end of a run where the next word is clear.
-const OF_A_WORD: usize = u64::BITS as usize + 1;
+/// The number of edges that are stored at a time, valid or not. It divides 64, so it never exceeds
+/// the edges of a word.
+const CHUNK: usize = 4;
+/// The most edges that a word adds: one for each bit, and the end of a run where the next word is
+/// clear.
+const MAX_PER_WORD: usize = u64::BITS as usize + 1;
 
-/// Edges in ascending order: of a run the first bit, then the first that is not of it, then those of the next run.
+/// Edges in ascending order: the first bit of a run, the first bit after it, then the same of the
+/// next run.
 #[derive(Debug)]
 pub(crate) struct Edges {
     at: [u64; CAPACITY],
@@ -15,7 +19,7 @@ pub(crate) struct Edges {
 }
 
 impl Edges {
-    pub(crate) fn none() -> Self {
+    pub(crate) fn new() -> Self {
         Self {
             at: [0; CAPACITY],
             len: 0,
@@ -23,16 +27,17 @@ impl Edges {
     }
 
     #[inline]
-    pub(crate) fn all(&self) -> &[u64] {
+    pub(crate) fn as_slice(&self) -> &[u64] {
         &self.at[..self.len]
     }
 
-    pub(crate) fn all_mut(&mut self) -> &mut [u64] {
+    pub(crate) fn as_mut_slice(&mut self) -> &mut [u64] {
         &mut self.at[..self.len]
     }
 
-    /// Forgets all but the start of a run whose end was not found yet. Says whether there is one.
-    pub(crate) fn keep_open(&mut self) -> bool {
+    /// Removes all edges except the start of a run whose end is not found yet. Returns whether
+    /// there is such a run.
+    pub(crate) fn retain_open_run(&mut self) -> bool {
         let open = self.len % 2;
         if open == 1 {
             self.at[0] = self.at[self.len - 1];
@@ -41,10 +46,10 @@ impl Edges {
         open == 1
     }
 
-    /// Whether there is room for those of one more word.
+    /// Returns whether the edges of one more word fit.
     #[inline]
     pub(crate) fn has_room(&self) -> bool {
-        self.len + OF_A_WORD <= CAPACITY
+        self.len + MAX_PER_WORD <= CAPACITY
     }
 
     #[inline]
@@ -53,15 +58,16 @@ impl Edges {
         self.len += 1;
     }
 
-    /// Adds the set bits of `edges`, counted from `base`.
+    /// Appends `base + i` for each set bit `i` of `edges`.
     #[inline]
     pub(crate) fn push_word(&mut self, base: u64, mut edges: u64) {
         while edges != 0 {
-            // Rather written in vain than a branch for each, which nobody can predict where marks are random.
-            let places = self.at[self.len..].first_chunk_mut::<AT_ONCE>();
+            // Storing invalid edges is cheaper than a branch for each, which random marks make
+            // unpredictable.
+            let slots = self.at[self.len..].first_chunk_mut::<CHUNK>();
             let mut found = 0;
-            for place in places.expect("there is room for a word") {
-                *place = base + u64::from(edges.trailing_zeros());
+            for slot in slots.expect("the caller checked that a word fits") {
+                *slot = base + u64::from(edges.trailing_zeros());
                 found += usize::from(edges != 0);
                 edges &= edges.wrapping_sub(1);
             }
@@ -75,16 +81,16 @@ mod tests {
     use super::*;
 
     #[test]
-    fn there_is_room_for_an_edge_at_every_bit_and_one_behind_the_word() {
-        let mut edges = Edges::none();
+    fn an_edge_at_every_bit_and_one_after_the_word_fit() {
+        let mut edges = Edges::new();
         while edges.has_room() {
             edges.push(0);
         }
-        let before = edges.all().len();
+        let before = edges.as_slice().len();
         assert_eq!(before, CAPACITY - 64);
         edges.len -= 1;
         edges.push_word(7, u64::MAX);
         edges.push(71);
-        assert!(edges.all()[before - 1..].iter().copied().eq(7..72));
+        assert!(edges.as_slice()[before - 1..].iter().copied().eq(7..72));
     }
 }

@@ -8,29 +8,30 @@ use std::sync::{Arc, PoisonError};
 use thiserror::Error;
 
 use crate::bitmap::{DirtyBitmap, TakenBitmap};
-use crate::coverage::Part;
+use crate::coverage::TakeRange;
 use crate::geometry::GeometryError;
 use crate::kind::{Tracked, Untracked};
 use crate::marks::Marks;
 use crate::sync::{Mutex, MutexGuard};
 
-/// As many bitmaps are kept for the next epoch: one for its marks, one for those of
+/// The number of bitmaps that are kept for the next epoch: one for its marks, one for those of
 /// [`take_more`](Epoch::take_more).
-const SPARES: usize = 2;
+const MAX_RECYCLED: usize = 2;
 
 /// The marks that one save has taken out of a bitmap.
 ///
-/// Dropped for whatever reason (an error, a panic, an early return), the epoch merges its marks back, and the next save
-/// has them again. Only [`release_after`](Self::release_after) and [`release`](Self::release) forget them, once the save is
-/// durable. Whether all of the pages were written, [`Coverage`](crate::Coverage) knows, and `MemoryWriter::commit_and_release` of
-/// the crate `memory-writer` checks.
+/// An epoch that is dropped, after an error, a panic or an early return, restores its marks to the
+/// bitmap, and the next save includes them. Only [`release_after`](Self::release_after) and
+/// [`release`](Self::release) discard the marks, once the save is durable.
+/// [`Coverage`](crate::Coverage) checks that all of the pages were written, and
+/// `MemoryWriter::commit_and_release` of the crate `memory-writer` uses it.
 ///
-/// A bitmap has one epoch at a time. With two, the later one could become durable while the earlier one fails, and
-/// the earlier one's pages would be in no diff of the chain. What is dirtied while a save runs joins its
-/// epoch by [`take_more`](Self::take_more).
+/// A bitmap has one epoch at a time. With two, the later one could become durable while the earlier
+/// one fails, and no diff of the chain would contain the earlier one's pages.
+/// [`take_more`](Self::take_more) adds the pages that are dirtied during a save to its epoch.
 ///
-/// An epoch that never ends (leaked by [`std::mem::forget`], or of a thread that is stuck) keeps later ones from beginning until
-/// [`DirtyBitmap::reclaim_epoch`] takes its marks back.
+/// An epoch that never ends, because it was leaked by [`std::mem::forget`] or its thread is stuck,
+/// prevents later epochs until [`DirtyBitmap::reclaim_epoch`] restores its marks.
 ///
 /// # Examples
 /// A save whose guest keeps running (pre-copy):
@@ -41,33 +42,34 @@ const SPARES: usize = 2;
 /// # fn commit() -> std::io::Result<()> { Ok(()) }
 ///
 /// let bitmap = DirtyBitmap::new(0, 64 << 20, 4096)?;
-/// let mut epoch = bitmap.begin_epoch()?; // a full save covers whatever was marked so far
-/// save_full(); // the guest goes on, and marks
+/// let mut epoch = bitmap.begin_epoch()?; // a full save covers all marks so far
+/// save_full(); // the guest runs, and marks pages
 /// bitmap.set_dirty(0x3000)?;
-/// let meanwhile = epoch.take_more()?; // the guest is paused now
+/// let meanwhile = epoch.take_more()?; // the guest is paused
 /// save_diff(meanwhile);
-/// epoch.release_after(commit)?; // had this failed, all marks would be back
+/// epoch.release_after(commit)?; // on an error, all marks return
 /// assert!(bitmap.is_clean());
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 ///
 /// # Tracked bitmaps
-/// The epoch of a [`TrackedBitmap`](crate::TrackedBitmap) is a [`TrackedEpoch`], extended by
-/// [`WriteTracker::arm_more`](crate::WriteTracker::arm_more) alone. Taken without protecting their pages again, marks would be
-/// lost with the next write:
+/// The epoch of a [`TrackedBitmap`](crate::TrackedBitmap) is a [`TrackedEpoch`], which only
+/// [`WriteTracker::arm_more`](crate::WriteTracker::arm_more) extends. Taking marks without
+/// protecting their pages again would lose the next write to them:
 /// ```compile_fail,E0599
 /// # fn example(mut epoch: dirty_bitmap::TrackedEpoch) {
 /// epoch.take_more(); // of a TrackedEpoch
 /// # }
 /// ```
 #[derive(Debug)]
-#[must_use = "an epoch that is dropped gives its marks back at once"]
+#[must_use = "an epoch that is dropped restores its marks at once"]
 pub struct Epoch<B: Deref<Target = DirtyBitmap<K>>, K = Untracked> {
-    live: B,
-    /// The bitmap has it too, to reclaim its marks.
+    /// The bitmap that the marks were taken out of.
+    source: B,
+    /// All marks of this epoch. The source holds a reference, to reclaim them.
     taken: Arc<TakenBitmap>,
-    /// What was taken last.
-    more: Option<Arc<TakenBitmap>>,
+    /// The marks that extended this epoch last.
+    extension: Option<Arc<TakenBitmap>>,
     kind: PhantomData<fn() -> K>,
 }
 
@@ -75,21 +77,25 @@ pub struct Epoch<B: Deref<Target = DirtyBitmap<K>>, K = Untracked> {
 pub type TrackedEpoch = Epoch<Arc<DirtyBitmap<Tracked>>, Tracked>;
 
 impl<B: Deref<Target = DirtyBitmap>> Epoch<B> {
-    /// Takes all marks out of `live`. With an `Arc<DirtyBitmap>` the epoch can move to another thread;
-    /// [`DirtyBitmap::begin_epoch`] borrows instead.
+    /// Takes all marks out of `bitmap`.
+    ///
+    /// The epoch of an `Arc<DirtyBitmap>` can move to another thread. [`DirtyBitmap::begin_epoch`]
+    /// borrows the bitmap instead.
     ///
     /// # Errors
-    /// [`BeginEpochError`] while another epoch holds marks of this bitmap, or where there is no memory for the marks: nothing was taken.
-    pub fn begin(live: B) -> Result<Self, BeginEpochError> {
-        Self::begin_any(live)
+    /// Returns [`BeginEpochError`] if another epoch holds marks of this bitmap, or if memory for
+    /// the marks can't be allocated. No mark was taken.
+    pub fn begin(bitmap: B) -> Result<Self, BeginEpochError> {
+        Self::begin_any_kind(bitmap)
     }
 
-    /// Takes what was marked since, adds it to this epoch, and returns just that.
+    /// Takes the marks that were set since the last take, adds them to this epoch, and returns only
+    /// them.
     ///
     /// # Errors
-    /// [`TakeMoreError`]: nothing was taken.
+    /// Returns [`TakeMoreError`]. No mark was taken.
     pub fn take_more(&mut self) -> Result<&TakenBitmap, TakeMoreError> {
-        self.take_more_any()
+        self.extend_any_kind()
     }
 }
 
@@ -100,95 +106,104 @@ impl<K, B: Deref<Target = DirtyBitmap<K>>> Epoch<B, K> {
         &self.taken
     }
 
-    /// Runs `commit`, and forgets the marks if it succeeds. If it fails, they are back in the bitmap.
+    /// Runs `commit`, and discards the marks if it succeeds. If it fails, the marks return to the
+    /// bitmap.
     ///
-    /// [`reclaim_epoch`](DirtyBitmap::reclaim_epoch) comes before, and nothing is committed, or it is refused until `commit` has
-    /// returned. So no save commits whose pages a later one has saved, and may have saved to the same destination. `commit` makes
-    /// durable what is then released: whatever it does without [waiting for the medium](Self::release) is the caller's choice.
+    /// After [`reclaim_epoch`](DirtyBitmap::reclaim_epoch), nothing is committed. While `commit`
+    /// runs, `reclaim_epoch` is refused. Therefore a save never commits after a later save has
+    /// taken over its pages, possibly to the same destination.
+    ///
+    /// `commit` must make the pages [durable](Self::release) before it returns. A caller that skips
+    /// this accepts the loss of the pages in a crash.
     ///
     /// # Errors
-    /// [`ReleaseError::Reclaimed`]: `commit` was not called. [`ReleaseError::Commit`]: it failed.
+    /// Returns [`ReleaseError::Reclaimed`] if the epoch was reclaimed before; `commit` was not
+    /// called. Returns [`ReleaseError::Commit`] if `commit` failed.
     pub fn release_after<T, E>(
         mut self,
         commit: impl FnOnce() -> Result<T, E>,
     ) -> Result<T, ReleaseError<E>> {
-        self.live.epochs.lock().begin_commit(&self.taken)?;
-        // Dropped on the way, by an error or a panic, the epoch gives its marks back.
+        self.source.epochs.lock().begin_commit(&self.taken)?;
+        // After an error or a panic, dropping the epoch restores its marks.
         let committed = commit().map_err(ReleaseError::Commit)?;
         self.end(false)?;
         Ok(committed)
     }
 
-    /// Forgets the marks: the pages are durable.
+    /// Discards the marks, because the pages are durable.
     ///
-    /// Nothing is checked: every page of [`bitmap`](Self::bitmap) must have been written after its mark was taken, so also what
-    /// [`take_more`](Epoch::take_more) took last, and a full save must have begun after the epoch did.
-    /// A save that may be reclaimed commits in [`release_after`](Self::release_after) instead.
+    /// The caller ensures that every page of [`bitmap`](Self::bitmap) was written after its mark
+    /// was taken. This includes the pages that [`take_more`](Epoch::take_more) took last. A full
+    /// save must have begun after the epoch. This method does not check it. A save that may be
+    /// reclaimed must commit in [`release_after`](Self::release_after) instead.
     ///
     /// # Errors
-    /// [`EpochReclaimed`] where [`reclaim_epoch`](DirtyBitmap::reclaim_epoch) has taken the marks back meanwhile. They stay in
-    /// the bitmap.
+    /// Returns [`EpochReclaimed`] if [`reclaim_epoch`](DirtyBitmap::reclaim_epoch) has restored the
+    /// marks. They stay in the bitmap.
     pub fn release(mut self) -> Result<(), EpochReclaimed> {
         self.end(false)
     }
 
-    pub(crate) fn begin_any(live: B) -> Result<Self, BeginEpochError> {
-        let mut epochs = live.epochs.lock();
+    /// Begins an epoch of a bitmap of any kind.
+    pub(crate) fn begin_any_kind(source: B) -> Result<Self, BeginEpochError> {
+        let mut epochs = source.epochs.lock();
         if epochs.open.is_some() {
             return Err(BeginEpochError::AlreadyOpen);
         }
-        let taken = epochs.take(&live.marks);
+        let taken = epochs.take(&source.marks);
         let taken = taken.map_err(BeginEpochError::OutOfMemory)?;
-        taken.set_part(Part::first(taken.is_clean()));
+        taken.set_takes(TakeRange::first(taken.is_clean()));
         epochs.open = Some(Arc::clone(&taken));
         drop(epochs);
         Ok(Self {
-            live,
+            source,
             taken,
-            more: None,
+            extension: None,
             kind: PhantomData,
         })
     }
 
-    pub(crate) fn take_more_any(&mut self) -> Result<&TakenBitmap, TakeMoreError> {
-        // Held until the marks are in `taken`: reclaimed in between, they would be in neither.
-        let mut epochs = self.live.epochs.lock();
-        if !epochs.has_open(&self.taken) {
+    /// Extends an epoch of a bitmap of any kind.
+    pub(crate) fn extend_any_kind(&mut self) -> Result<&TakenBitmap, TakeMoreError> {
+        // Held until the marks are in `taken`: a reclaim in between would miss them.
+        let mut epochs = self.source.epochs.lock();
+        if !epochs.is_open(&self.taken) {
             return Err(EpochReclaimed.into());
         }
-        if let Some(before) = self.more.take() {
-            epochs.keep(before);
+        if let Some(previous) = self.extension.take() {
+            epochs.recycle(previous);
         }
-        let more = epochs.take(&self.live.marks)?;
-        if let Some(before) = self.taken.part() {
-            let part = before.more(more.is_clean());
-            more.set_part(part);
-            self.taken.set_part(part.and_before());
+        let extension = epochs.take(&self.source.marks)?;
+        if let Some(previous) = self.taken.takes() {
+            let takes = previous.next(extension.is_clean());
+            extension.set_takes(takes);
+            self.taken.set_takes(takes.since_first());
         }
-        self.taken.marks.add(&more.marks);
+        self.taken.marks.add(&extension.marks);
         drop(epochs);
-        Ok(self.more.insert(more))
+        Ok(self.extension.insert(extension))
     }
 
-    /// The bitmap whose marks these are.
-    pub(crate) fn live(&self) -> &B {
-        &self.live
+    /// Returns the bitmap that the marks were taken out of.
+    pub(crate) fn source(&self) -> &B {
+        &self.source
     }
 
-    fn end(&mut self, give_back: bool) -> Result<(), EpochReclaimed> {
-        let mut epochs = self.live.epochs.lock();
-        if !epochs.has_open(&self.taken) {
+    /// Ends the epoch, and restores its marks if `restore`.
+    fn end(&mut self, restore: bool) -> Result<(), EpochReclaimed> {
+        let mut epochs = self.source.epochs.lock();
+        if !epochs.is_open(&self.taken) {
             return Err(EpochReclaimed);
         }
-        // Before another epoch can begin: it would miss them.
-        if give_back {
-            self.live.marks.add(&self.taken.marks);
+        // Restore the marks before another epoch can begin, which would miss them.
+        if restore {
+            self.source.marks.add(&self.taken.marks);
         }
         epochs.open = None;
         epochs.committing = false;
-        epochs.keep(Arc::clone(&self.taken));
-        if let Some(more) = self.more.take() {
-            epochs.keep(more);
+        epochs.recycle(Arc::clone(&self.taken));
+        if let Some(extension) = self.extension.take() {
+            epochs.recycle(extension);
         }
         Ok(())
     }
@@ -196,43 +211,43 @@ impl<K, B: Deref<Target = DirtyBitmap<K>>> Epoch<B, K> {
 
 impl<K, B: Deref<Target = DirtyBitmap<K>>> Drop for Epoch<B, K> {
     fn drop(&mut self) {
-        // Released or reclaimed, there is nothing to give back.
+        // A released or reclaimed epoch has nothing to restore.
         let _ = self.end(true);
     }
 }
 
-/// The open epoch of a bitmap, and what is kept for the next.
+/// The open epoch of a bitmap, and the bitmaps kept for the next one.
 pub(crate) struct Epochs {
-    state: Mutex<State>,
-    /// Whether a tracker has the bitmap. No mark depends on its order.
+    state: Mutex<EpochState>,
+    /// Whether a tracker uses the bitmap. No mark depends on the ordering of this flag.
     pub(crate) tracked: AtomicBool,
 }
 
-pub(crate) struct State {
-    /// The marks of the epoch that is neither released nor dropped nor reclaimed.
+pub(crate) struct EpochState {
+    /// The marks of the open epoch: one that is not released, dropped or reclaimed.
     open: Option<Arc<TakenBitmap>>,
-    /// Whether the save of that epoch commits.
+    /// Whether the save of that epoch is committing.
     committing: bool,
-    /// Clean bitmaps.
-    spares: Vec<Arc<TakenBitmap>>,
+    /// Clean bitmaps of earlier epochs.
+    recycled: Vec<Arc<TakenBitmap>>,
 }
 
 impl Epochs {
-    pub(crate) fn reclaim(&self, live: &Marks) -> Result<bool, EpochCommitting> {
+    pub(crate) fn reclaim(&self, source: &Marks) -> Result<bool, EpochCommitting> {
         let mut epochs = self.lock();
         if epochs.committing {
             return Err(EpochCommitting);
         }
-        // Its value may still be read: it keeps its marks, and the bitmap has them too.
+        // The epoch keeps a copy of its marks, because its owner may still read them.
         let taken = epochs.open.take();
         if let Some(taken) = &taken {
-            live.add(&taken.marks);
+            source.add(&taken.marks);
         }
         Ok(taken.is_some())
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
-        // A panic in here leaves each mark in the live bitmap or in the epoch's.
+    fn lock(&self) -> MutexGuard<'_, EpochState> {
+        // After a panic with the lock held, each mark is in the source or in the epoch.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -240,108 +255,112 @@ impl Epochs {
 impl Default for Epochs {
     fn default() -> Self {
         Self {
-            state: Mutex::new(State {
+            state: Mutex::new(EpochState {
                 open: None,
                 committing: false,
-                spares: Vec::new(),
+                recycled: Vec::new(),
             }),
             tracked: AtomicBool::new(false),
         }
     }
 }
 
-impl State {
-    fn has_open(&self, taken: &Arc<TakenBitmap>) -> bool {
+impl EpochState {
+    fn is_open(&self, taken: &Arc<TakenBitmap>) -> bool {
         self.open
             .as_ref()
             .is_some_and(|open| Arc::ptr_eq(open, taken))
     }
 
-    /// From here on, the epoch is not reclaimed.
+    /// Protects the epoch from being reclaimed until it ends.
     fn begin_commit(&mut self, taken: &Arc<TakenBitmap>) -> Result<(), EpochReclaimed> {
-        if !self.has_open(taken) {
+        if !self.is_open(taken) {
             return Err(EpochReclaimed);
         }
         self.committing = true;
         Ok(())
     }
 
-    /// Takes all marks out, into a spare if there is one of the present granule.
-    fn take(&mut self, live: &Marks) -> Result<Arc<TakenBitmap>, GeometryError> {
-        let spares = &mut self.spares;
+    /// Takes all marks, into a recycled bitmap if there is one of the current granule.
+    fn take(&mut self, source: &Marks) -> Result<Arc<TakenBitmap>, GeometryError> {
+        let recycled = &mut self.recycled;
         let clean = |shift: u32| {
-            let found = spares.iter_mut().position(|spare| {
-                // One that has ended may not have been dropped yet: it would take this for its own.
-                Arc::get_mut(spare).is_some() && spare.marks.page_shift == shift
+            let found = recycled.iter_mut().position(|bitmap| {
+                // An epoch that has ended may still refer to it, and would take this epoch for
+                // itself.
+                Arc::get_mut(bitmap).is_some() && bitmap.marks.page_shift == shift
             });
             match found {
-                Some(found) => Ok(spares.swap_remove(found)),
+                Some(found) => Ok(recycled.swap_remove(found)),
                 None => {
-                    Marks::clean(live.ram, shift).map(|marks| Arc::new(TakenBitmap::over(marks)))
+                    Marks::clean(source.ram, shift).map(|marks| Arc::new(TakenBitmap::over(marks)))
                 }
             }
         };
-        live.take(clean, |taken| &taken.marks)
+        source.take(clean, |taken| &taken.marks)
     }
 
-    /// Keeps a bitmap that is no longer needed.
-    fn keep(&mut self, taken: Arc<TakenBitmap>) {
+    /// Clears a bitmap and keeps it for a later epoch.
+    fn recycle(&mut self, taken: Arc<TakenBitmap>) {
         taken.marks.clear();
-        // The newest are of the present granule.
-        if self.spares.len() == SPARES {
-            self.spares.remove(0);
+        // Drop the oldest: the newest ones have the current granule.
+        if self.recycled.len() == MAX_RECYCLED {
+            self.recycled.remove(0);
         }
-        self.spares.push(taken);
+        self.recycled.push(taken);
     }
 }
 
-/// An epoch could not begin. No mark was taken.
+/// An error for an epoch that could not begin. No mark was taken.
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum BeginEpochError {
-    /// Another epoch of this bitmap is neither released nor dropped.
+    /// Another epoch of this bitmap is open: it is not released, dropped or reclaimed.
     #[error(
-        "another epoch of this bitmap is open: release or drop it first; if it was leaked or its save is stuck, \
-         reclaim_epoch marks its pages dirty again"
+        "another epoch of this bitmap is open: release or drop it first; if it was leaked or its \
+         save is stuck, call reclaim_epoch, which marks its pages dirty again"
     )]
     AlreadyOpen,
-    /// There is no memory to hold the marks.
-    #[error("the marks can't be taken out")]
+    /// Memory for the marks can't be allocated.
+    #[error("failed to take the marks out of the bitmap")]
     OutOfMemory(#[source] GeometryError),
 }
 
-/// An epoch could not be extended. No mark was taken.
+/// An error for an epoch that could not be extended. No mark was taken.
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum TakeMoreError {
-    /// The marks of the epoch were taken back.
+    /// The epoch was reclaimed.
     #[error(transparent)]
     Reclaimed(#[from] EpochReclaimed),
-    /// There is no memory to hold the marks.
-    #[error("the marks can't be taken out")]
+    /// Memory for the marks can't be allocated.
+    #[error("failed to take the marks out of the bitmap")]
     OutOfMemory(#[from] GeometryError),
 }
 
-/// The marks of an epoch were reclaimed while its save ran. They are in the bitmap again.
+/// An error for an epoch that was reclaimed while its save ran. Its marks are in the bitmap again.
 #[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
 #[error(
-    "the marks of this epoch were reclaimed while its save ran: its pages are dirty again, so leave them to the next save"
+    "the epoch was reclaimed while its save ran, and its pages are dirty again: \
+     discard this save, and save the pages with the next one"
 )]
 #[non_exhaustive]
 pub struct EpochReclaimed;
 
-/// The epoch can't be reclaimed any more: its save commits. Nothing was reclaimed.
+/// An error for an epoch that can't be reclaimed because its save is committing. Nothing was
+/// reclaimed.
 #[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
 #[error(
-    "the save of the open epoch is being committed: wait until the commit has returned, which ends the epoch"
+    "the save of the open epoch is committing: wait until the commit has returned, which ends the \
+     epoch"
 )]
 #[non_exhaustive]
 pub struct EpochCommitting;
 
-/// The marks of an epoch were not forgotten. They are in the bitmap again.
+/// An error for an epoch whose marks were not discarded. They are in the bitmap again.
 #[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
 pub enum ReleaseError<E> {
-    /// The marks were reclaimed before the commit, and nothing was committed.
+    /// The epoch was reclaimed before the commit. Nothing was committed.
     #[error("nothing was committed")]
     Reclaimed(#[from] EpochReclaimed),
     /// The commit failed.

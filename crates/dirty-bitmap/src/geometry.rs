@@ -1,21 +1,23 @@
-//! What a bitmap covers, and what it refuses to cover.
+//! Validation of address ranges and page sizes.
 
 use std::ops::Range;
 
 use thiserror::Error;
 
-/// The largest RAM a bitmap covers: 4 PiB, the 52 bits of physical address that x86-64 and Armv8.2-A end at
-/// (Intel SDM vol. 3A 4.1.4; Arm ARM, `FEAT_LPA`).
+/// The largest RAM that a bitmap covers, in bytes: 4 PiB.
+///
+/// This is the limit of the 52-bit physical addresses of x86-64 and Armv8.2-A (Intel SDM vol. 3A
+/// 4.1.4; Arm ARM, `FEAT_LPA`).
 pub const MAX_RAM_SIZE: u64 = 1 << 52;
 
-/// A range of guest-physical addresses: `[start, start + size)`, in bytes.
+/// The guest-physical addresses `[start, start + size)`, in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Ram {
+pub(crate) struct RamRange {
     pub(crate) start: u64,
     pub(crate) size: u64,
 }
 
-impl Ram {
+impl RamRange {
     pub(crate) fn new(start: u64, size: u64, page_size: u64) -> Result<Self, GeometryError> {
         if size == 0 {
             return Err(GeometryError::NoRam);
@@ -34,7 +36,8 @@ impl Ram {
         Ok(ram)
     }
 
-    /// The binary logarithm of a page size that this RAM can be tracked in.
+    /// Returns the binary logarithm of `page_size`, if this RAM can be tracked in pages of that
+    /// size.
     pub(crate) fn shift_of(self, page_size: u64) -> Result<u32, GeometryError> {
         if !page_size.is_power_of_two() {
             return Err(GeometryError::PageSizeNotPowerOfTwo { page_size });
@@ -48,12 +51,13 @@ impl Ram {
         Ok(page_size.trailing_zeros())
     }
 
-    /// The pages of `1 << shift` bytes that cover this RAM.
+    /// Returns the number of pages of `1 << shift` bytes that cover this RAM.
     pub(crate) fn pages(self, shift: u32) -> u64 {
         ((self.size - 1) >> shift) + 1
     }
 
-    /// The part of `[address, address + len)` inside this RAM as offsets from its start, and whether that is all of it.
+    /// Returns the part of `[address, address + len)` inside this RAM, as offsets from its start,
+    /// and an error if any other part lies outside.
     pub(crate) fn clip(self, address: u64, len: u64) -> (Range<u64>, Result<(), OutOfRange>) {
         let end = address.saturating_add(len);
         let ram_end = self.start + self.size;
@@ -61,12 +65,12 @@ impl Ram {
         let to = end.clamp(from, ram_end);
         let whole = len == 0 && (self.start..=ram_end).contains(&address)
             || from == address && address.checked_add(len) == Some(to);
-        let verdict = if whole {
+        let result = if whole {
             Ok(())
         } else {
             Err(self.out_of_range(address, end))
         };
-        (from - self.start..to - self.start, verdict)
+        (from - self.start..to - self.start, result)
     }
 
     #[cold]
@@ -80,63 +84,71 @@ impl Ram {
     }
 }
 
-/// A range or a page size that no bitmap can have.
+/// An error for a range or a page size that a bitmap can't have.
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum GeometryError {
     /// `ram_size` is 0.
-    #[error("the RAM to track has no bytes: pass the guest's RAM size as ram_size")]
+    #[error("the RAM size is 0: pass the size of the guest's RAM as ram_size")]
     NoRam,
     /// `ram_size` is larger than [`MAX_RAM_SIZE`].
     #[error(
-        "RAM of {ram_size:#x} bytes is more than the {MAX_RAM_SIZE:#x} a physical address reaches"
+        "the RAM size {ram_size:#x} exceeds the limit of {MAX_RAM_SIZE:#x} bytes: pass a smaller size"
     )]
     RamTooLarge {
-        /// The size asked for, in bytes.
+        /// The requested size, in bytes.
         ram_size: u64,
     },
-    /// `ram_start + ram_size` is no 64-bit address.
-    #[error("RAM of {ram_size:#x} bytes from {ram_start:#x} on ends past the last 64-bit address")]
+    /// `ram_start + ram_size` exceeds 64 bits.
+    #[error(
+        "RAM of {ram_size:#x} bytes at {ram_start:#x} ends past the last 64-bit address: pass a \
+         smaller start or size"
+    )]
     AddressOverflow {
         /// The first guest-physical address.
         ram_start: u64,
-        /// The size asked for, in bytes.
+        /// The requested size, in bytes.
         ram_size: u64,
     },
     /// `page_size` is 0 or not a power of two.
-    #[error("a page of {page_size} bytes: the page size must be a power of two")]
+    #[error("the page size {page_size} is not a power of two: pass one that is")]
     PageSizeNotPowerOfTwo {
-        /// The page size asked for, in bytes.
+        /// The requested page size, in bytes.
         page_size: u64,
     },
     /// `page_size` is larger than the RAM.
-    #[error("a page of {page_size} bytes is larger than the RAM of {ram_size} bytes")]
+    #[error(
+        "the page size {page_size} is larger than the RAM of {ram_size} bytes: pass a smaller one"
+    )]
     PageLargerThanRam {
-        /// The page size asked for, in bytes.
+        /// The requested page size, in bytes.
         page_size: u64,
         /// The size of the RAM in bytes.
         ram_size: u64,
     },
-    /// The host has no memory for the bits.
+    /// The host could not allocate memory for the bitmap.
     #[error(
-        "no memory for a bitmap of {bytes} bytes: track larger pages, or free memory on the host"
+        "failed to allocate {bytes} bytes for the bitmap: track larger pages, or free memory on \
+         the host"
     )]
     OutOfMemory {
-        /// The size of the bitmap in bytes.
+        /// The size of the failed allocation, in bytes.
         bytes: u64,
     },
 }
 
-/// A mark at least part of which falls outside the tracked RAM. What falls inside was marked.
+/// An error for a mark that lies outside the tracked RAM, whole or in part. The part inside was
+/// marked.
 #[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
 #[error(
-    "{start:#x}..{end:#x} is not inside the tracked RAM {ram_start:#x}..{ram_end:#x}: a page there would be lost"
+    "{start:#x}..{end:#x} is not inside the tracked RAM {ram_start:#x}..{ram_end:#x}: pages \
+     outside it are not saved"
 )]
 #[non_exhaustive]
 pub struct OutOfRange {
-    /// The first guest-physical address asked for.
+    /// The first requested guest-physical address.
     pub start: u64,
-    /// The guest-physical address after the last one asked for; `u64::MAX` where that is no 64-bit number.
+    /// The guest-physical address after the last requested one; `u64::MAX` if that exceeds 64 bits.
     pub end: u64,
     /// The first tracked guest-physical address.
     pub ram_start: u64,
@@ -144,15 +156,15 @@ pub struct OutOfRange {
     pub ram_end: u64,
 }
 
-/// Marks can't move between these two bitmaps: they cover different RAM. Nothing was moved.
+/// An error for moving marks between two bitmaps that cover different RAM. Nothing was moved.
 #[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
 #[error(
-    "the bitmap covers {this_start:#x}+{this_size:#x}, the other {other_start:#x}+{other_size:#x}: \
-     both must cover the same RAM"
+    "the bitmaps cover different RAM, {this_size:#x} bytes at {this_start:#x} and {other_size:#x} \
+     bytes at {other_start:#x}: make both with the same start and size"
 )]
 #[non_exhaustive]
 pub struct DifferentRam {
-    /// The first guest-physical address of the bitmap that was asked.
+    /// The first guest-physical address of the bitmap to drain.
     pub this_start: u64,
     /// Its size in bytes.
     pub this_size: u64,
@@ -167,8 +179,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn pages_cover_the_ram_and_no_more() {
-        let pages = |size| Ram::new(0, size, 4096).unwrap().pages(12);
+    fn pages_cover_exactly_the_ram() {
+        let pages = |size| RamRange::new(0, size, 4096).unwrap().pages(12);
         assert_eq!(pages(4096), 1);
         assert_eq!(pages(8192), 2);
         assert_eq!(pages(8193), 3);

@@ -1,21 +1,25 @@
-//! Who may take the marks of a bitmap, as types.
+//! Marker types that state how the marks of a bitmap may be taken.
 
-/// Marks that whoever has the bitmap may take: by an [`Epoch`](crate::Epoch), or for good.
+/// The kind of a bitmap whose marks any owner may take, by an [`Epoch`](crate::Epoch) or
+/// permanently.
 #[derive(Debug)]
 pub enum Untracked {}
 
-/// Marks that only a [`WriteTracker`](crate::WriteTracker) takes, since it must protect their pages again.
+/// The kind of a bitmap whose marks only a [`WriteTracker`](crate::WriteTracker) takes, because it
+/// must protect the pages again.
 ///
-/// Everybody else marks and reads.
+/// All other code can mark and read.
 #[derive(Debug)]
 pub enum Tracked {}
 
-/// Marks that an [`Epoch`](crate::Epoch) has taken. They are only read: the epoch may have to give
-/// them back, and a mark that is added to a reclaimed one would never come back.
+/// The kind of a bitmap that holds the marks taken by an [`Epoch`](crate::Epoch).
+///
+/// It can only be read. The epoch may have to restore its marks, and a mark added to a reclaimed
+/// epoch would be lost.
 #[derive(Debug)]
 pub enum Taken {}
 
-/// The kinds of bitmap that anybody may mark: all but [`Taken`].
+/// The kinds of bitmap that can be marked: all except [`Taken`].
 pub trait Markable: sealed::Sealed {}
 
 impl Markable for Untracked {}

@@ -1,15 +1,9 @@
-//! Which pages of a guest changed.
+//! Tracks which pages of a guest's RAM changed since the last save.
 //!
-//! A [`DirtyBitmap`] has a bit for every page of a guest's RAM. vCPU and device threads set bits, lock-free, while the
-//! guest runs; a save takes them out, writes those pages and forgets the marks once the file is durable. A mark, once set, is
-//! in the next durable save or still set: not lost to a save that fails, and not to a change of page size under way.
-//!
-//! # By task
-//! **Mark** what was written: [`set_dirty`](DirtyBitmap::set_dirty) an address, [`set_range`](DirtyBitmap::set_range),
-//! [`set_dirty_by_index`](DirtyBitmap::set_dirty_by_index), or a hypervisor's [dirty log](DirtyBitmap::mark_log). A mark
-//! outside the RAM is an error: ignored, it would be a lost page.
-//!
-//! **Save** what is marked:
+//! A snapshot of only the changed pages is small, but it must not miss one. A [`DirtyBitmap`] has a
+//! bit for every page of RAM. vCPU and device threads set bits while the guest runs, without locks.
+//! A save takes the marks out as an [`Epoch`], writes the marked pages, and releases the epoch once
+//! the file is durable:
 //! ```
 //! use dirty_bitmap::DirtyBitmap;
 //! # fn write_and_sync(offset: u64, len: u64) -> std::io::Result<()> { Ok(()) }
@@ -17,38 +11,55 @@
 //! let bitmap = DirtyBitmap::new(0x4000_0000, 256 << 20, 4096)?;
 //! bitmap.set_range(0x4000_0ffc, 8)?; // touches two pages
 //!
-//! let epoch = bitmap.begin_epoch()?; // from here on, new marks belong to the next save
+//! let epoch = bitmap.begin_epoch()?; // new marks now belong to the next save
 //! for run in epoch.bitmap().runs() {
-//!     write_and_sync(run.start, run.end - run.start)?; // an error here gives the marks back
+//!     write_and_sync(run.start, run.end - run.start)?; // on an error, the marks return
 //! }
-//! epoch.release()?; // durable: forget them
+//! epoch.release()?; // durable: discard the marks
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
-//! **Change the page size** while the guest runs: [`rebuild`](DirtyBitmap::rebuild), finer or coarser. Coarse pages mean few write faults where
-//! tracking costs a fault, fine ones mean small diffs.
+//! A mark that was set is in the next durable save or is still set. Neither a failed save nor a
+//! concurrent change of the page size loses a mark.
 //!
-//! **Track by write faults**, where writes are noticed by protecting memory: a [`WriteTracker`] answers faults and protects again at
-//! checkpoints, over any [`WriteProtection`]; for each 2 MiB it opens pages or the whole block, by a [`Policy`]. Its bitmap is a
-//! [`TrackedBitmap`], whose marks nothing else can take.
-//!
-//! **Recover from a save that never ends**: [`reclaim_epoch`](DirtyBitmap::reclaim_epoch). [`Epoch::release_after`] keeps
-//! the save whose marks were reclaimed from replacing what was saved since.
-//!
-//! **Know that all was written** before marks are forgotten: [`Coverage`].
-//!
-//! **Calculate** with sets of pages: [`page_set`](DirtyBitmap::page_set) gives a `bitvec`, [`mark_bits`](DirtyBitmap::mark_bits) takes one.
+//! # By task
+//! - **Mark a write**: [`set_dirty`](DirtyBitmap::set_dirty) marks an address,
+//!   [`set_range`](DirtyBitmap::set_range) a range,
+//!   [`set_dirty_by_index`](DirtyBitmap::set_dirty_by_index) a page, and
+//!   [`mark_log`](DirtyBitmap::mark_log) the pages in a hypervisor's dirty log. A mark outside the
+//!   RAM is an error, because an ignored mark would be a lost page.
+//! - **Save the marked pages**: [`begin_epoch`](DirtyBitmap::begin_epoch), as above.
+//! - **Change the page size** while the guest runs: [`rebuild`](DirtyBitmap::rebuild). Coarse pages
+//!   cause fewer write faults where tracking costs a fault. Fine pages make smaller diffs.
+//! - **Track by write faults**, where writes are found by protecting memory: a [`WriteTracker`]
+//!   handles the faults and protects the pages again at each checkpoint, through any
+//!   [`WriteProtection`]. For each block of 2 MiB, it unprotects single pages or the whole block,
+//!   as its [`Policy`] decides. Its bitmap is a [`TrackedBitmap`], whose marks only the tracker can
+//!   take.
+//! - **Recover from a save that never ends**: [`reclaim_epoch`](DirtyBitmap::reclaim_epoch).
+//!   [`Epoch::release_after`] prevents a save from replacing a later one after its epoch was
+//!   reclaimed.
+//! - **Check that everything was written** before marks are discarded: [`Coverage`].
+//! - **Combine sets of pages**: [`page_set`](DirtyBitmap::page_set) returns a `bitvec`, and
+//!   [`mark_bits`](DirtyBitmap::mark_bits) takes one.
 //!
 //! # How it works
-//! A table per page size, made when first needed and never freed; a published word says which table marks go to. A marker sets
-//! its bit, then looks at that word again, and sets the bit in the new table too if it changed. The rebuilder publishes
-//! first, then sweeps the old table. Every bit is set and taken by a read-modify-write, so either the sweep takes the mark
-//! or the marker sees the change. A summary word says which of 64 words have marks, so that a walk over a mostly clean terabyte
-//! reads half a megabyte. `tests/loom.rs` and
-//! `tests/loom_tracker.rs` check marking against draining, rebuilding, epochs and write faults in every interleaving that loom can tell apart.
+//! There is a table for each page size. It is allocated when it is first needed, and never freed. A
+//! published word names the table that marks go to. A marker sets its bit and then reads that word
+//! again. If the word changed, the marker also sets the bit in the new table. The rebuilder
+//! publishes the new table first and sweeps the old one afterwards. Every bit is set and taken by a
+//! read-modify-write, so either the sweep takes the mark or the marker sees the change.
+//!
+//! A summary word records which of 64 words may have marks. A walk over a mostly clean bitmap of 1
+//! TiB in 4 KiB pages therefore reads half a megabyte.
+//!
+//! The loom models in `tests/loom.rs`, `tests/loom_epochs.rs` and `tests/loom_tracker.rs` check
+//! marking against draining, rebuilding, epochs and write faults in every interleaving that loom
+//! distinguishes.
 //!
 //! # Limitations
-//! One range of addresses: where RAM has holes, let the bitmap cover offsets in the memory file. Draining, rebuilding and
-//! looking at a bitmap exclude each other by a lock; marking never waits.
+//! A bitmap covers one range of addresses. Where the RAM has gaps, let the bitmap cover the offsets
+//! in the memory file. Draining, rebuilding and reading a bitmap exclude each other by a lock.
+//! Marking never waits.
 
 #![forbid(unsafe_code)]
 

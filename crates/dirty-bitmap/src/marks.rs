@@ -1,33 +1,38 @@
-//! The tables of a bitmap: marked by many threads, emptied and rebuilt by one at a time.
+//! The tables of a bitmap, which many threads mark, and one thread at a time drains or rebuilds.
 
 use std::ops::Range;
 use std::sync::{OnceLock, PoisonError};
 
-use crate::geometry::{GeometryError, OutOfRange, Ram};
+use crate::geometry::{GeometryError, OutOfRange, RamRange};
+use crate::runs::Runs;
 use crate::sync::{AtomicU64, Mutex, MutexGuard, Ordering};
 use crate::table::Table;
 
-/// The marks of a range of RAM, in one table for each granule that they ever had.
+/// The marks of a range of RAM, with one table for each granule used so far.
 pub(crate) struct Marks {
-    pub(crate) ram: Ram,
+    pub(crate) ram: RamRange,
     pub(crate) page_shift: u32,
-    /// Which of the tables marks go to.
+    /// The [`TableGeneration`] of the table that marks go to.
     current: AtomicU64,
-    /// The table of the page size, one step nearer for marks than those of other granules.
+    /// The table of the page size. It takes one indirection less than the tables of other granules.
     pages: Table,
-    /// The others, by the binary logarithm of their granule. Made once, never freed: a marker may hold any of them.
+    /// The other tables, by the binary logarithm of their granule. Each is allocated once and never
+    /// freed, because a marker may hold it.
     rebuilt: Box<[OnceLock<Table>]>,
-    /// What `current` says, for whoever moves marks or looks for them: one at a time, so that no mark is missed on its way
-    /// between tables.
-    moving: Mutex<Published>,
+    /// The value of `current`, locked by each operation that moves or reads marks. The lock keeps
+    /// such an operation from missing a mark that is being moved between tables.
+    migration: Mutex<TableGeneration>,
 }
 
-/// Which table marks go to, as one word: the logarithm of its granule in the low byte, above it how often this changed.
-/// The count tells a marker of a change also when the bitmap is back at the granule that the marker saw.
+/// The table that marks go to, and the number of changes so far, in one word.
+///
+/// The low byte is the binary logarithm of the table's granule. The bits above count the changes,
+/// so that a marker detects a change even if the bitmap has returned to the granule that the marker
+/// saw.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Published(u64);
+pub(crate) struct TableGeneration(u64);
 
-impl Published {
+impl TableGeneration {
     fn first(shift: u32) -> Self {
         Self(u64::from(shift))
     }
@@ -42,38 +47,39 @@ impl Published {
 }
 
 impl Marks {
-    /// No marks, in pages of `1 << shift` bytes.
-    pub(crate) fn clean(ram: Ram, shift: u32) -> Result<Self, GeometryError> {
+    /// Creates a clean set of marks in pages of `1 << shift` bytes.
+    pub(crate) fn clean(ram: RamRange, shift: u32) -> Result<Self, GeometryError> {
         Ok(Self {
             ram,
             page_shift: shift,
-            current: AtomicU64::new(Published::first(shift).0),
+            current: AtomicU64::new(TableGeneration::first(shift).0),
             pages: Table::new(ram.pages(shift))?,
             rebuilt: (0..u64::BITS).map(|_| OnceLock::new()).collect(),
-            moving: Mutex::new(Published::first(shift)),
+            migration: Mutex::new(TableGeneration::first(shift)),
         })
     }
 
-    /// The granule, as its binary logarithm.
+    /// Returns the binary logarithm of the granule.
     pub(crate) fn shift(&self) -> u32 {
-        self.published().shift()
+        self.generation().shift()
     }
 
-    /// Marks the page that holds the guest-physical `address`; true if its granule was clean.
+    /// Marks the page that holds the guest-physical `address`. Returns whether its granule was
+    /// clean.
     #[inline]
     pub(crate) fn mark_address(&self, address: u64) -> Result<bool, OutOfRange> {
         let offset = self.offset_of(address)?;
         Ok(self.mark(|table, shift| table.mark_page(offset >> shift)))
     }
 
-    /// Takes all marks out, into marks without any that `make` provides for the present granule.
+    /// Moves all marks to a clean set of marks, which `make` provides for the current granule.
     pub(crate) fn take<T>(
         &self,
         make: impl FnOnce(u32) -> Result<T, GeometryError>,
         marks_of: impl Fn(&T) -> &Self,
     ) -> Result<T, GeometryError> {
-        let moving = self.lock();
-        let shift = moving.shift();
+        let generation = self.lock();
+        let shift = generation.shift();
         let taken = make(shift)?;
         let table = marks_of(&taken).table(shift);
         self.table(shift).take(|word, bits| {
@@ -82,53 +88,56 @@ impl Marks {
         Ok(taken)
     }
 
-    /// Takes all marks out, run by run.
+    /// Takes all marks, and calls `each` with every run.
     pub(crate) fn take_runs(&self, mut each: impl FnMut(Range<u64>)) {
-        let moving = self.lock();
-        let shift = moving.shift();
+        let generation = self.lock();
+        let shift = generation.shift();
         self.table(shift)
-            .take(|word, bits| self.each_run(shift, word, bits, &mut each));
+            .take(|word, bits| self.for_each_run(shift, word, bits, &mut each));
     }
 
-    /// Forgets all marks. Nothing marks meanwhile.
+    /// Clears all marks. No thread may mark meanwhile.
     pub(crate) fn clear(&self) {
-        let moving = self.lock();
-        self.table(moving.shift()).clear();
+        let generation = self.lock();
+        self.table(generation.shift()).clear();
     }
 
     /// Adds the marks of `other`, which covers the same RAM and may have any granule.
     pub(crate) fn add(&self, other: &Self) {
-        for run in crate::runs::Runs::new(other) {
+        for run in Runs::new(other) {
             self.mark_offsets(run);
         }
     }
 
-    /// Goes over to granules of `granule` bytes; see [`DirtyBitmap::rebuild`](crate::DirtyBitmap::rebuild).
+    /// Changes the granule to `granule` bytes: see
+    /// [`DirtyBitmap::rebuild`](crate::DirtyBitmap::rebuild).
     pub(crate) fn rebuild(&self, granule: u64) -> Result<(), GeometryError> {
         let to = self.ram.shift_of(granule)?;
-        let mut moving = self.lock();
-        let from = moving.shift();
+        let mut generation = self.lock();
+        let from = generation.shift();
         if from == to {
             return Ok(());
         }
         let table = self.table_or_new(to)?;
-        // Marks that came too late for an earlier rebuilding: whoever set them saw that, and set them again where they count.
+        // Discard marks that missed an earlier rebuild of this table. Their markers saw the change
+        // and marked the new table as well.
         table.take(|_, _| ());
-        // Published before the old table is swept: a marker that misses the sweep finds the new table when it looks again.
-        *moving = moving.next(to);
-        self.current.store(moving.0, Ordering::Release);
+        // Publish before sweeping the old table: a marker that misses the sweep finds the new table
+        // when it checks again.
+        *generation = generation.next(to);
+        self.current.store(generation.0, Ordering::Release);
         self.table(from).take(|word, bits| {
-            self.each_run(from, word, bits, |run| {
+            self.for_each_run(from, word, bits, |run| {
                 _ = table.mark(pages_touched(&run, to))
             });
         });
         Ok(())
     }
 
-    /// The offset of a guest-physical address from the start of the RAM.
+    /// Returns the offset of a guest-physical address from the start of the RAM.
     #[inline]
     pub(crate) fn offset_of(&self, address: u64) -> Result<u64, OutOfRange> {
-        // Below the start, it wraps to an offset past the end.
+        // An address below the start wraps to an offset past the end.
         let offset = address.wrapping_sub(self.ram.start);
         if offset >= self.ram.size {
             return Err(self.ram.out_of_range(address, address.saturating_add(1)));
@@ -136,40 +145,47 @@ impl Marks {
         Ok(offset)
     }
 
-    /// Marks the granules that `offsets`, not empty and inside the RAM, touch. True if any of them was clean.
+    /// Marks the granules that `offsets` touches. Returns whether any of them was clean.
+    ///
+    /// `offsets` is not empty and lies inside the RAM.
     pub(crate) fn mark_offsets(&self, offsets: Range<u64>) -> bool {
         self.mark(|table, shift| table.mark(pages_touched(&offsets, shift)))
     }
 
-    /// Has `set` mark in the table that marks go to, of granules of 1 << shift bytes, until that is still the one. True if `set` ever was.
+    /// Calls `set` with the current table and its shift, until the table is unchanged afterwards.
+    /// Returns whether any call returned true.
     #[inline]
     fn mark(&self, set: impl Fn(&Table, u32) -> bool) -> bool {
-        let published = self.published();
-        let was_clean = set(self.table(published.shift()), published.shift());
-        // Rebuilt since: the mark may have come after the sweep of the table it went to.
-        let now = self.published();
-        if now == published {
+        let generation = self.generation();
+        let was_clean = set(self.table(generation.shift()), generation.shift());
+        // After a rebuild in between, the mark may have missed the sweep of its table.
+        let now = self.generation();
+        if now == generation {
             return was_clean;
         }
         self.mark_again(now, set) | was_clean
     }
 
-    /// [`mark`](Self::mark), once more where marks go to now.
+    /// Repeats [`mark`](Self::mark) after the table changed.
     #[cold]
-    fn mark_again(&self, mut published: Published, set: impl Fn(&Table, u32) -> bool) -> bool {
+    fn mark_again(
+        &self,
+        mut generation: TableGeneration,
+        set: impl Fn(&Table, u32) -> bool,
+    ) -> bool {
         let mut was_clean = false;
         loop {
-            was_clean |= set(self.table(published.shift()), published.shift());
-            let now = self.published();
-            if now == published {
+            was_clean |= set(self.table(generation.shift()), generation.shift());
+            let now = self.generation();
+            if now == generation {
                 return was_clean;
             }
-            published = now;
+            generation = now;
         }
     }
 
     /// Calls `each` with the byte offsets of every run of marks in a word.
-    pub(crate) fn each_run(
+    pub(crate) fn for_each_run(
         &self,
         shift: u32,
         word: usize,
@@ -188,15 +204,18 @@ impl Marks {
         }
     }
 
-    /// The byte offsets of `pages`, cut where the RAM ends.
+    /// Returns the byte offsets of `pages`, cut off at the end of the RAM.
     pub(crate) fn offsets_of(&self, pages: Range<u64>, shift: u32) -> Range<u64> {
         pages.start << shift..(pages.end << shift).min(self.ram.size)
     }
 
-    /// Keeps marks from being moved: all of them are in one table meanwhile.
-    pub(crate) fn lock(&self) -> MutexGuard<'_, Published> {
-        // Nothing is left half-done by a panic in here: a move that stops leaves the rest where it was.
-        self.moving.lock().unwrap_or_else(PoisonError::into_inner)
+    /// Prevents marks from being moved. While the lock is held, all marks are in one table.
+    pub(crate) fn lock(&self) -> MutexGuard<'_, TableGeneration> {
+        // A panic leaves nothing inconsistent: an interrupted move leaves the other marks where
+        // they were.
+        self.migration
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 
     #[inline]
@@ -206,27 +225,28 @@ impl Marks {
         }
         self.rebuilt[shift as usize]
             .get()
-            .expect("a table is made before it is published")
+            .expect("a table is allocated before it is published")
     }
 
     fn table_or_new(&self, shift: u32) -> Result<&Table, GeometryError> {
         let slot = &self.rebuilt[shift as usize];
         if shift != self.page_shift && slot.get().is_none() {
             let table = Table::new(self.ram.pages(shift))?;
-            // Only the holder of the lock makes tables.
-            let made = slot.set(table);
-            debug_assert!(made.is_ok());
+            // Only the holder of the lock allocates tables.
+            let set = slot.set(table);
+            debug_assert!(set.is_ok());
         }
         Ok(self.table(shift))
     }
 
     #[inline]
-    fn published(&self) -> Published {
-        Published(self.current.load(Ordering::Acquire))
+    fn generation(&self) -> TableGeneration {
+        TableGeneration(self.current.load(Ordering::Acquire))
     }
 }
 
-/// The numbers of the pages of `1 << shift` bytes that `offsets`, not empty, touch.
+/// Returns the indexes of the pages of `1 << shift` bytes that `offsets` touches. `offsets` is not
+/// empty.
 pub(crate) fn pages_touched(offsets: &Range<u64>, shift: u32) -> Range<u64> {
     offsets.start >> shift..((offsets.end - 1) >> shift) + 1
 }
@@ -238,8 +258,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_table_that_is_published_again_is_told_from_what_it_was_before() {
-        let mut seen = vec![Published::first(12)];
+    fn every_generation_of_a_table_is_distinct() {
+        let mut seen = vec![TableGeneration::first(12)];
         for shift in [14, 12].repeat(10) {
             let next = seen[seen.len() - 1].next(shift);
             assert_eq!(next.shift(), shift);
@@ -249,9 +269,9 @@ mod tests {
     }
 
     #[test]
-    fn a_page_marked_first_while_the_bitmap_is_rebuilt_was_clean_whichever_table_says_so() {
+    fn a_page_is_clean_if_any_table_reports_it_during_a_rebuild() {
         for tables in 0..8_u32 {
-            let ram = Ram::new(0, 1 << 20, 4096).unwrap();
+            let ram = RamRange::new(0, 1 << 20, 4096).unwrap();
             let bitmap = Marks::clean(ram, 12).unwrap();
             let times = Cell::new(0);
             let was_clean = bitmap.mark(|_, _| {

@@ -1,4 +1,4 @@
-//! Marks as bit vectors, for set algebra.
+//! Conversion between marks and bit vectors, for set algebra.
 
 use bitvec::order::Lsb0;
 use bitvec::slice::BitSlice;
@@ -8,10 +8,12 @@ use crate::bitmap::DirtyBitmap;
 use crate::geometry::GeometryError;
 use crate::kind::Markable;
 
-/// The marks of one moment: bit `i` stands for the granule at byte offset `i * granule` from the start of the RAM.
+/// A copy of the marks of a bitmap.
+///
+/// Bit `i` stands for the granule at byte offset `i * granule` from the start of the RAM.
 ///
 /// # Examples
-/// Pages that both of two saves wrote:
+/// The pages that two saves have in common:
 /// ```
 /// use dirty_bitmap::DirtyBitmap;
 ///
@@ -25,19 +27,19 @@ use crate::kind::Markable;
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct PageSet {
-    /// The size of the pages that the bits stand for, in bytes.
+    /// The size of the page that a bit stands for, in bytes.
     pub granule: u64,
-    /// One bit per granule of the RAM, the last one cut where the RAM ends.
+    /// One bit for each granule of the RAM. The last granule ends where the RAM ends.
     pub bits: BitVec<u64, Lsb0>,
 }
 
 impl<K> DirtyBitmap<K> {
-    /// A copy of the marks, at the present granule. The marks stay.
+    /// Returns a copy of the marks, in the current granule. The bitmap keeps its marks.
     #[must_use]
     pub fn page_set(&self) -> PageSet {
-        let moving = self.marks.lock();
-        let shift = moving.shift();
-        // Fits a usize: so many bits are in memory.
+        let generation = self.marks.lock();
+        let shift = generation.shift();
+        // It fits a usize, because the table has as many bits in memory.
         let granules = self.ram_size().div_ceil(1 << shift) as usize;
         let mut words = vec![0; granules.div_ceil(64)];
         let table = self.marks.table(shift);
@@ -54,10 +56,11 @@ impl<K> DirtyBitmap<K> {
 }
 
 impl<K: Markable> DirtyBitmap<K> {
-    /// Marks every granule of `granule` bytes whose bit is set; bits past the last granule of the RAM must be clear.
+    /// Marks every granule of `granule` bytes whose bit is set. Bits past the last granule of the
+    /// RAM must be clear.
     ///
     /// # Errors
-    /// [`PageSetError`]: nothing was marked.
+    /// Returns [`PageSetError`]. Nothing was marked.
     pub fn mark_bits(&self, granule: u64, bits: &BitSlice<u64, Lsb0>) -> Result<(), PageSetError> {
         if !granule.is_power_of_two() {
             return Err(GeometryError::PageSizeNotPowerOfTwo { page_size: granule }.into());
@@ -85,7 +88,7 @@ impl<K: Markable> DirtyBitmap<K> {
     }
 }
 
-/// Bits that stand for no pages of the bitmap.
+/// An error for bits that don't fit the bitmap.
 #[derive(Clone, Debug, thiserror::Error, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum PageSetError {
@@ -94,12 +97,13 @@ pub enum PageSetError {
     Geometry(#[from] GeometryError),
     /// A set bit stands for a granule past the end of the RAM.
     #[error(
-        "bit {index} is set, and the RAM has {granules} granules: the set belongs to another bitmap"
+        "bit {index} is set, but the RAM has {granules} granules: pass a set made for RAM of this \
+         size and for this granule"
     )]
     OutOfRange {
-        /// The number of the last set bit.
+        /// The index of the last set bit.
         index: u64,
-        /// How many granules of that size the RAM has.
+        /// The number of granules of that size in the RAM.
         granules: u64,
     },
 }

@@ -1,32 +1,36 @@
-//! What decides between pages and blocks.
+//! The policies that decide whether a fault unprotects a page or a block.
 
 use std::time::{Duration, Instant};
 
-/// How much one write fault opens: the page, or the whole [block](crate::BLOCK_SIZE) around it.
+/// A policy for how much a write fault unprotects: the page, or the whole
+/// [block](crate::BLOCK_SIZE) around it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Policy {
-    /// Always the page: the smallest diffs, the most faults.
+    /// Always the page. Makes the smallest diffs and the most faults.
     Pages,
-    /// Always the block: the fewest faults, the largest diffs.
+    /// Always the block. Makes the fewest faults and the largest diffs.
     Blocks,
-    /// The page, until a block has taken this many faults since the last checkpoint: the next opens the rest of it.
+    /// The page, until the block has had this many faults since the last checkpoint. The next fault
+    /// unprotects the rest of the block.
     FaultLimit(u32),
-    /// Whatever costs less, by what each block was seen to do.
+    /// The cheaper of the two, as observed for each block.
     Cost(Costs),
 }
 
 impl Default for Policy {
-    /// By the default [`Costs`].
+    /// Returns [`Policy::Cost`] with the default [`Costs`].
     fn default() -> Self {
         Self::Cost(Costs::default())
     }
 }
 
-/// What a write fault costs, and what a byte costs that is written although it is clean.
+/// The costs of a write fault and of writing to the snapshot.
+///
+/// The second cost is that of the clean pages in a diff.
 ///
 /// # Examples
-/// Measured at start-up, on the disk that snapshots go to:
+/// Costs measured at start-up, on the disk that snapshots are written to:
 /// ```no_run
 /// use std::{fs::File, os::unix::fs::FileExt};
 ///
@@ -44,32 +48,37 @@ impl Default for Policy {
 /// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Costs {
-    /// The time that the first write to a protected page takes longer than a write.
+    /// The additional time of the first write to a protected page.
     pub fault: Duration,
-    /// The time to write a MiB to the snapshot.
+    /// The time to write 1 MiB to the snapshot.
     pub mebibyte: Duration,
 }
 
 impl Default for Costs {
-    /// [`Costs::DEFAULT`].
+    /// Returns [`Costs::DEFAULT`].
     fn default() -> Self {
         Self::DEFAULT
     }
 }
 
 impl Costs {
-    /// 4.9 microseconds for a stage-2 fault through the Hypervisor framework (told by others, on Apple silicon), 625 microseconds for
-    /// a MiB (1,600 MiB/s: direct writes to a virtio disk).
+    /// The default costs: 4.9 microseconds for a fault and 625 microseconds for 1 MiB.
+    ///
+    /// The first is a third-party measurement of a stage-2 fault through the Hypervisor framework
+    /// on Apple silicon. The second is a rate of 1,600 MiB/s, measured with direct writes to a
+    /// virtio disk.
     pub const DEFAULT: Self = Self {
         fault: Duration::from_nanos(4_900),
         mebibyte: Duration::from_micros(625),
     };
 
-    /// Times `fault`, which makes one write to a protected page, and `write`, which writes to where snapshots go and says how many bytes;
-    /// the medians of several calls of each.
+    /// Measures the costs as the medians of several calls of `fault` and `write`.
+    ///
+    /// `fault` writes once to a protected page. `write` writes to the medium of the snapshots and
+    /// returns the number of bytes.
     ///
     /// # Errors
-    /// Whatever the first failing call says.
+    /// Returns the error of the first call that fails.
     pub fn measure<E>(
         mut fault: impl FnMut() -> Result<(), E>,
         mut write: impl FnMut() -> Result<u64, E>,
@@ -88,25 +97,30 @@ impl Costs {
         Ok(Self { fault, mebibyte })
     }
 
-    /// In nanoseconds: a fault, and writing `bytes`.
+    /// Returns the costs of a fault and of writing `bytes`, in nanoseconds.
     pub(crate) fn in_nanos(self, bytes: u64) -> (i64, i64) {
         let nanos = |time: Duration| u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
         let write = (u128::from(nanos(self.mebibyte)) * u128::from(bytes)) >> 20;
-        // Longer than an hour is for ever.
-        let most = u64::pow(10, 9) * 3600;
-        let signed = |nanos: u64| i64::try_from(nanos.min(most)).expect("at most an hour");
+        // Saturate at one hour.
+        let max = u64::pow(10, 9) * 3600;
+        let signed = |nanos: u64| i64::try_from(nanos.min(max)).expect("at most an hour");
         (
             signed(nanos(self.fault)),
-            signed(u64::try_from(write).unwrap_or(most)),
+            signed(u64::try_from(write).unwrap_or(max)),
         )
     }
 }
 
-/// The median of an odd number of times.
-fn median<E>(times: usize, mut once: impl FnMut() -> Result<Duration, E>) -> Result<Duration, E> {
-    let mut all = (0..times).map(|_| once()).collect::<Result<Vec<_>, E>>()?;
+/// Returns the median of `count` durations. `count` is odd.
+fn median<E>(
+    count: usize,
+    mut measure: impl FnMut() -> Result<Duration, E>,
+) -> Result<Duration, E> {
+    let mut all = (0..count)
+        .map(|_| measure())
+        .collect::<Result<Vec<_>, E>>()?;
     all.sort_unstable();
-    Ok(all[times / 2])
+    Ok(all[count / 2])
 }
 
 #[cfg(all(test, not(memsnap_loom)))]
@@ -114,14 +128,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_median_is_the_middle_one_in_order_of_size() {
+    fn the_median_is_the_middle_value_in_order_of_size() {
         let mut times = [5, 1, 4, 2, 3].map(Duration::from_secs).into_iter();
         let median = median(5, || times.next().ok_or(()));
         assert_eq!(median, Ok(Duration::from_secs(3)));
     }
 
     #[test]
-    fn costs_are_taken_as_they_are_up_to_an_hour() {
+    fn costs_saturate_at_an_hour() {
         let seconds = |fault, mebibyte| Costs {
             fault: Duration::from_secs(fault),
             mebibyte: Duration::from_secs(mebibyte),

@@ -1,27 +1,32 @@
-//! What a tracker needs of the platform.
+//! The interface between a tracker and the platform.
 
 use std::error::Error;
 use std::ops::Range;
 
-/// Write protection of guest memory: stage 2 of a hypervisor, userfaultfd, `mprotect`.
+/// Write protection of guest memory, such as stage 2 of a hypervisor, userfaultfd or `mprotect`.
 ///
-/// Ranges are addresses as the tracker's bitmap has them, aligned to its page size. Both calls may come from many threads at once, and
-/// for ranges that overlap.
+/// Ranges are addresses in the address space of the tracker's bitmap, aligned to its page size.
+/// Both methods may be called by many threads at once, also for ranges that overlap.
 pub trait WriteProtection {
-    /// Why a call failed.
+    /// The error of a failed call.
     type Error: Error + Send + Sync + 'static;
 
-    /// Makes the next write to every page of `range` fault, on every vCPU, before it returns. Where a page is protected already,
-    /// nothing changes.
+    /// Write-protects every page of `range`.
+    ///
+    /// Once this returns, the next write to each of these pages faults, on every vCPU. A page that
+    /// is already protected stays protected.
     ///
     /// # Errors
-    /// Part of `range` may be protected then and part not.
+    /// After an error, any part of `range` may be protected.
     fn protect(&self, range: Range<u64>) -> Result<(), Self::Error>;
 
-    /// Lets writes to `range` through. A write that waits in its fault must go on waiting: whoever called
-    /// [`WriteTracker::on_write_fault`](crate::WriteTracker::on_write_fault) lets it go on once that has returned.
+    /// Unprotects `range`, which allows writes to it.
+    ///
+    /// A write that waits in its fault must keep waiting. The caller of
+    /// [`WriteTracker::on_write_fault`](crate::WriteTracker::on_write_fault) resumes it after that
+    /// method has returned.
     ///
     /// # Errors
-    /// Part of `range` may be writable then and part not.
+    /// After an error, any part of `range` may be unprotected.
     fn lift(&self, range: Range<u64>) -> Result<(), Self::Error>;
 }

@@ -1,4 +1,4 @@
-//! Iteration over runs of marked pages.
+//! An iterator over the runs of marked pages.
 
 use std::fmt;
 use std::iter::FusedIterator;
@@ -7,12 +7,14 @@ use std::ops::Range;
 use crate::edges::Edges;
 use crate::marks::Marks;
 
-/// The runs of marked pages as byte offsets from the start of the RAM: see [`DirtyBitmap::runs`](crate::DirtyBitmap::runs).
+/// An iterator over the runs of marked pages, as byte offsets from the start of the RAM.
+///
+/// Created by [`DirtyBitmap::runs`](crate::DirtyBitmap::runs).
 pub struct Runs<'a> {
     marks: &'a Marks,
-    /// Where the next batch begins, in bytes, so that it stays right when the granule changes.
+    /// The start of the next batch, in bytes: it stays valid when the granule changes.
     next: u64,
-    /// What was looked up under one lock, in bytes.
+    /// The edges found under one lock, in bytes.
     batch: Edges,
     taken: usize,
 }
@@ -22,7 +24,7 @@ impl<'a> Runs<'a> {
         Self {
             marks,
             next: 0,
-            batch: Edges::none(),
+            batch: Edges::new(),
             taken: 0,
         }
     }
@@ -34,16 +36,17 @@ impl<'a> Runs<'a> {
             return;
         }
         self.taken = 0;
-        let open = self.batch.keep_open();
-        let moving = self.marks.lock();
-        let shift = moving.shift();
+        let open = self.batch.retain_open_run();
+        let generation = self.marks.lock();
+        let shift = generation.shift();
         let table = self.marks.table(shift);
         let rest = table.edges(self.next >> shift, open, &mut self.batch);
-        drop(moving);
+        drop(generation);
 
-        let new = &mut self.batch.all_mut()[usize::from(open)..];
+        let new = &mut self.batch.as_mut_slice()[usize::from(open)..];
         new.iter_mut().for_each(|edge| *edge <<= shift);
-        // Made coarser between two batches: the page around was looked at up to there.
+        // If the bitmap became coarser between two batches, the first page begins before `next`,
+        // and that part was returned already.
         if let Some(first) = new.first_mut() {
             *first = self.next.max(*first);
         }
@@ -59,11 +62,11 @@ impl Iterator for Runs<'_> {
 
     #[inline]
     fn next(&mut self) -> Option<Range<u64>> {
-        // The start of a run alone is none yet.
-        if self.taken + 1 >= self.batch.all().len() {
+        // The start of a run without its end is not a run yet.
+        if self.taken + 1 >= self.batch.as_slice().len() {
             self.refill();
         }
-        let [start, end] = *self.batch.all().get(self.taken..)?.first_chunk()?;
+        let [start, end] = *self.batch.as_slice().get(self.taken..)?.first_chunk()?;
         self.taken += 2;
         Some(start..end)
     }

@@ -1,4 +1,5 @@
-//! The primitives that every interleaving is decided by: loom's under `--cfg memsnap_loom`, std's otherwise.
+//! The synchronization primitives: those of loom under `--cfg memsnap_loom`, those of std
+//! otherwise.
 
 #[cfg(memsnap_loom)]
 pub(crate) use loom::sync::atomic::{AtomicU64, Ordering};

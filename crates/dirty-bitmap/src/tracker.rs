@@ -1,4 +1,4 @@
-//! Tracking by write faults: what each opens, what is protected again, and in which order.
+//! Dirty tracking by write faults: handling faults, and protecting pages again at checkpoints.
 
 use std::error::Error;
 use std::fmt;
@@ -9,35 +9,40 @@ use std::sync::atomic::Ordering::SeqCst;
 use thiserror::Error;
 
 use crate::bitmap::{TakenBitmap, TrackedBitmap};
-use crate::blocks::{BLOCK_SIZE, Blocks, Opening};
+use crate::blocks::{BLOCK_SIZE, Blocks, Unprotect};
 use crate::epoch::{BeginEpochError, Epoch, EpochCommitting, TakeMoreError, TrackedEpoch};
 use crate::geometry::{GeometryError, OutOfRange};
 use crate::policy::Policy;
 use crate::protection::WriteProtection;
 use crate::runs::Runs;
 
-/// Clean pages between two runs that are protected along with them, in place of a second call. They are protected already, so
-/// this changes nothing but the time: walking them takes as long as one call.
-const BRIDGED_PAGES: u64 = 16;
+/// The most clean pages between two runs that are protected in one call. They are protected
+/// already, so this only saves time: walking them takes as long as a second call.
+const MAX_BRIDGED_PAGES: u64 = 16;
 
-/// Knows what a guest writes by write-protecting its memory, and opens as much at a fault as pays.
+/// A dirty tracker that write-protects guest memory, and adapts how much of it each write fault
+/// unprotects.
 ///
-/// Where writes are noticed by faults (Apple's Hypervisor framework, userfaultfd, `mprotect`), granularity decides everything: opened page by page,
-/// the guest waits for every page it writes; opened in large blocks, a diff writes what is clean. So every block of
-/// [2 MiB](crate::BLOCK_SIZE) goes its own way, by its [`Policy`], and changes it at any checkpoint.
+/// Where writes are found by faults (Apple's Hypervisor framework, userfaultfd, `mprotect`), the
+/// cost depends on the granularity. If a fault unprotects one page, the guest waits at every page
+/// that it writes. If a fault unprotects a large block, diffs contain clean pages. The tracker
+/// therefore chooses for each block of [2 MiB](crate::BLOCK_SIZE), as its [`Policy`] says, and may
+/// change the choice at any checkpoint.
 ///
-/// Marks never move for that. The bitmap has a bit for each page all the time; a fault marks *just what it opened*, one page or 512. A choice that a
-/// concurrent checkpoint has overtaken is a worse choice, never a lost page.
+/// The choice never moves marks. The bitmap always has a bit for each page, and a fault marks
+/// *exactly the pages it unprotected*, one page or 512. A choice that is outdated by a concurrent
+/// checkpoint costs time, but it never loses a page.
 ///
 /// # Order
-/// A fault is answered by lifting the protection, *then* marking, *then* letting the vCPU go on
-/// ([`on_write_fault`](Self::on_write_fault), and its caller). A checkpoint takes the marks, *then* protects what they cover
-/// ([`arm`](Self::arm)), *then* the pages are copied. Either the checkpoint sees the mark and its protection makes the next write
-/// fault again, or it does not, and the mark stays for the next. (Marking first loses a page: see
-/// [`DirtyBitmap`](crate::DirtyBitmap#mark-last).)
+/// A fault is handled by unprotecting the pages, *then* marking them, *then* resuming the vCPU
+/// ([`on_write_fault`](Self::on_write_fault), and its caller). A checkpoint takes the marks, *then*
+/// protects their pages ([`arm`](Self::arm)), *then* the caller copies the pages. Either the
+/// checkpoint takes the mark, and its protection makes the next write fault again; or the mark
+/// stays for the next checkpoint. Marking first loses a page: see
+/// [`DirtyBitmap`](crate::DirtyBitmap#mark-last).
 ///
-/// The types keep this order. The bitmap is a [`TrackedBitmap`], which others mark and read. Its marks are taken by the tracker
-/// alone, and it has one tracker at a time.
+/// The types enforce this order. The bitmap is a [`TrackedBitmap`], which other code can mark and
+/// read. Only the tracker takes its marks, and it has one tracker at a time.
 /// ```compile_fail,E0599
 /// # fn example(tracker: &dirty_bitmap::WriteTracker) {
 /// tracker.bitmap().drain();
@@ -49,10 +54,11 @@ const BRIDGED_PAGES: u64 = 16;
 /// # }
 /// ```
 ///
-/// All calls may come from all threads at once, also while the bitmap is [rebuilt](crate::DirtyBitmap::rebuild).
+/// All methods may be called by many threads at once, also while the bitmap is
+/// [rebuilt](crate::DirtyBitmap::rebuild).
 ///
 /// # Memory
-/// 16 bytes for each 2 MiB of RAM, beside the bitmap.
+/// A tracker needs 16 bytes for each 2 MiB of RAM, in addition to the bitmap.
 ///
 /// # Examples
 /// ```
@@ -60,7 +66,7 @@ const BRIDGED_PAGES: u64 = 16;
 ///
 /// use dirty_bitmap::{Policy, TakenBitmap, TrackedBitmap, WriteProtection, WriteTracker};
 ///
-/// struct Stage2; // of a hypervisor
+/// struct Stage2; // calls the hypervisor
 /// impl WriteProtection for Stage2 {
 ///     type Error = Infallible;
 ///     fn protect(&self, range: Range<u64>) -> Result<(), Infallible> { Ok(()) }
@@ -72,18 +78,18 @@ const BRIDGED_PAGES: u64 = 16;
 /// let bitmap = Arc::new(TrackedBitmap::tracked(0x8000_0000, 64 << 20, 16 << 10)?);
 /// let tracker = WriteTracker::new(bitmap, Policy::default())?;
 ///
-/// // Until it is protected, nothing is known to be clean: the first checkpoint has all of it.
+/// // The first checkpoint has all pages, because no page was protected before.
 /// let epoch = tracker.arm(&Stage2)?;
 /// write_full()?;
 /// epoch.release()?;
 ///
-/// // A vCPU's write faults: on return the page is open and marked, and the vCPU may go on.
+/// // A vCPU's write faults. On return the page is unprotected and marked, and the vCPU may resume.
 /// tracker.on_write_fault(0x8012_3456, &Stage2)?;
-/// // What the host writes never faults: written, then marked.
+/// // Host writes never fault. The host writes, then marks.
 /// tracker.bitmap().set_range(0x8000_0000, 512)?;
 ///
 /// let epoch = tracker.arm(&Stage2)?;
-/// write_diff(epoch.bitmap())?; // had this failed, its marks would be back
+/// write_diff(epoch.bitmap())?; // on an error, the marks return
 /// epoch.release()?;
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
@@ -93,7 +99,7 @@ pub struct WriteTracker {
     _claim: Claim,
 }
 
-/// What makes a tracker the only one of its bitmap.
+/// The exclusive use of a bitmap by a tracker, which ends on drop.
 struct Claim(Option<Arc<TrackedBitmap>>);
 
 impl Drop for Claim {
@@ -105,12 +111,14 @@ impl Drop for Claim {
 }
 
 impl WriteTracker {
-    /// Tracks the RAM of `bitmap`, in pages of its page size, which must be what the platform can protect. All of the RAM is marked:
-    /// nothing is protected yet, so nothing is known to be clean.
+    /// Creates a tracker of the RAM that `bitmap` covers, in pages of its page size.
+    ///
+    /// The platform must be able to protect pages of this size. All of the RAM is marked, because
+    /// no page is protected yet.
     ///
     /// # Errors
-    /// [`TrackerError`]: RAM that is no whole number of pages, pages larger than a [block](BLOCK_SIZE), or another tracker of this bitmap.
-    /// Nothing was marked.
+    /// Returns [`TrackerError`] if the RAM does not consist of whole pages, if pages are larger
+    /// than a [block](BLOCK_SIZE), or if the bitmap has another tracker. No page was marked.
     pub fn new(bitmap: Arc<TrackedBitmap>, policy: Policy) -> Result<Self, TrackerError> {
         let (ram_start, ram_size) = (bitmap.ram_start(), bitmap.ram_size());
         let page_size = bitmap.page_size();
@@ -137,7 +145,8 @@ impl WriteTracker {
         })
     }
 
-    /// Another view of the same protected RAM, whose faults open what `policy` says: models of races between policies have one.
+    /// Creates a second tracker of the same RAM with another policy, for models of races between
+    /// policies.
     #[cfg(memsnap_loom)]
     #[doc(hidden)]
     #[must_use]
@@ -151,25 +160,29 @@ impl WriteTracker {
         }
     }
 
-    /// Where the marks are, and where the host's own writes are to be marked.
+    /// Returns the bitmap. The host must mark its own writes in it.
     #[must_use]
     pub fn bitmap(&self) -> &Arc<TrackedBitmap> {
         &self.bitmap
     }
 
-    /// How many blocks are written all over so often that they are opened whole, as things stand.
+    /// Returns the number of blocks that are currently planned to be unprotected as a whole.
     #[must_use]
     pub fn whole_blocks(&self) -> u64 {
-        self.blocks.whole()
+        self.blocks.whole_blocks()
     }
 
-    /// Answers a write fault at `address`: lifts the protection of its page or of more of its block, then marks what was lifted, and says
-    /// what of that is around the address. Only then may the write go on.
+    /// Handles a write fault at `address`. Returns the unprotected range around the address.
     ///
-    /// Where a platform refuses a page (Linux allows so many mappings only), the block is opened instead, and last all of the RAM.
+    /// This unprotects the page, or more of its block, and then marks the unprotected pages. The
+    /// write may resume after this returns.
+    ///
+    /// If the platform refuses to unprotect a single page, this unprotects the block, and otherwise
+    /// all of the RAM. Linux refuses it when the process has too many mappings.
     ///
     /// # Errors
-    /// [`FaultError`]: outside the RAM, or nothing could be opened. What may be open is marked all the same; the write must not go on.
+    /// Returns [`FaultError`] if the address is outside the RAM, or if unprotecting failed. The
+    /// write must not resume. Every page that may be unprotected is marked.
     pub fn on_write_fault<P: WriteProtection>(
         &self,
         address: u64,
@@ -182,105 +195,113 @@ impl WriteTracker {
             .map_err(FaultError::OutOfRange)?;
         let (start, size) = (self.bitmap.ram_start(), self.bitmap.ram_size());
         let page_size = self.bitmap.page_size();
-        // Offsets, not addresses: the end of a block that reaches past the RAM may be no 64-bit
-        // address.
+        // Computed in offsets, because the address of the end of a block may exceed 64 bits.
         let around = |unit: u64| {
             let from = offset - offset % unit;
             from..size.min(from + unit)
         };
         let (page, block) = (around(page_size), around(BLOCK_SIZE));
-        let open = |offsets: Range<u64>| {
+        let unprotect = |offsets: Range<u64>| {
             let range = start + offsets.start..start + offsets.end;
-            let lifted = protection.lift(range.clone());
-            // Also where that failed: part of it may be open.
+            let unprotected = protection.lift(range.clone());
+            // Mark even after an error, because some of the pages may be unprotected.
             self.bitmap.marks.mark_offsets(offsets);
-            match lifted {
+            match unprotected {
                 Ok(()) => Ok(range),
                 Err(source) => Err(FaultError::Lift { range, source }),
             }
         };
         let in_block = (page.start - block.start) / page_size;
-        let opening = self
+        let part = self
             .blocks
             .on_fault((offset / BLOCK_SIZE) as usize, in_block as u32);
-        let opened = match opening {
-            Opening::Page => open(page),
-            Opening::Block => open(block.clone()),
-            Opening::AllBut(sample) => {
+        let unprotected = match part {
+            Unprotect::Page => unprotect(page),
+            Unprotect::Block => unprotect(block.clone()),
+            Unprotect::BlockExcept(sample) => {
                 let at = |page: u32| block.end.min(block.start + u64::from(page) * page_size);
                 let (before, after) = (block.start..at(sample.start), at(sample.end)..block.end);
-                let (here, there) = match before.contains(&page.start) {
+                let (faulting, other) = match before.contains(&page.start) {
                     true => (before, after),
                     false => (after, before),
                 };
-                // The other side is opened ahead: what fails there fails again where somebody waits for it.
-                if !there.is_empty() {
-                    let _ = open(there);
+                // The other side is only unprotected in advance: after an error here, its pages
+                // fault on their own.
+                if !other.is_empty() {
+                    let _ = unprotect(other);
                 }
-                open(here)
+                unprotect(faulting)
             }
         };
-        opened.or_else(|refused| {
-            let wider = open(block).or_else(|_| open(0..size));
-            wider.map_err(|_| refused)
+        unprotected.or_else(|first_error| {
+            let wider = unprotect(block).or_else(|_| unprotect(0..size));
+            wider.map_err(|_| first_error)
         })
     }
 
-    /// A checkpoint: takes all marks into an epoch, protects what they cover, and decides what faults open from here on. On return, every page
-    /// of the epoch may be copied: a write to it faults, and marks it for the next.
+    /// Makes a checkpoint: takes all marks into an epoch, protects their pages, and updates the
+    /// plan of each block.
     ///
-    /// vCPUs may run. For an image of one moment they must not, until the pages are copied.
+    /// After this returns, every page of the epoch may be copied. A write to it faults, and marks
+    /// it for the next epoch.
+    ///
+    /// vCPUs may run. For a point-in-time image, they must be stopped until the pages are copied.
     ///
     /// # Errors
-    /// [`ArmError`]: a save is under way, or the protection failed. All marks are back.
+    /// Returns [`ArmError`] if a save is in progress or the protection failed. All marks are in the
+    /// bitmap.
     pub fn arm<P: WriteProtection>(
         &self,
         protection: &P,
     ) -> Result<TrackedEpoch, ArmError<P::Error>> {
-        let epoch = Epoch::begin_any(Arc::clone(&self.bitmap)).map_err(ArmError::Epoch)?;
-        self.end_interval(epoch.bitmap().runs(), protection)?;
+        let epoch = Epoch::begin_any_kind(Arc::clone(&self.bitmap)).map_err(ArmError::Epoch)?;
+        self.protect_taken(epoch.bitmap().runs(), protection)?;
         Ok(epoch)
     }
 
-    /// Adds to the epoch of a save under way what was marked since, protects it, and returns just that (pre-copy: the guest runs while most of
-    /// it is saved, and is paused for the rest).
+    /// Extends the epoch of a save in progress by the marks set since, and protects their pages.
+    /// Returns only the new marks.
+    ///
+    /// This is for pre-copy: the guest runs while most pages are saved, and is paused for the rest.
     ///
     /// # Errors
-    /// [`ArmError`]. What is not protected is marked, for the next epoch too. The epoch of another bitmap is refused: its pages
-    /// are not this tracker's to protect.
+    /// Returns [`ArmError`]. Every page that is not protected is marked for the next epoch too. The
+    /// epoch of another bitmap is refused, because this tracker can't protect its pages.
     pub fn arm_more<'e, P: WriteProtection>(
         &self,
         epoch: &'e mut TrackedEpoch,
         protection: &P,
     ) -> Result<&'e TakenBitmap, ArmError<P::Error>> {
-        if !Arc::ptr_eq(epoch.live(), &self.bitmap) {
+        if !Arc::ptr_eq(epoch.source(), &self.bitmap) {
             return Err(ArmError::OtherBitmap);
         }
-        let more = epoch.take_more_any().map_err(ArmError::More)?;
-        if let Err(error) = self.end_interval(more.runs(), protection) {
-            self.bitmap.marks.add(&more.marks);
+        let extension = epoch.extend_any_kind().map_err(ArmError::More)?;
+        if let Err(error) = self.protect_taken(extension.runs(), protection) {
+            self.bitmap.marks.add(&extension.marks);
             return Err(error);
         }
-        Ok(more)
+        Ok(extension)
     }
 
-    /// Takes the marks of the open epoch back, and says whether there was one; see
-    /// [`DirtyBitmap::reclaim_epoch`](crate::DirtyBitmap::reclaim_epoch).
+    /// Restores the marks of the open epoch. Returns whether there was one.
+    ///
+    /// See [`DirtyBitmap::reclaim_epoch`](crate::DirtyBitmap::reclaim_epoch).
     ///
     /// # Errors
-    /// [`EpochCommitting`] while the save commits.
+    /// Returns [`EpochCommitting`] while the save commits.
     pub fn reclaim_epoch(&self) -> Result<bool, EpochCommitting> {
         self.bitmap.epochs.reclaim(&self.bitmap.marks)
     }
 
-    /// Protects what was `taken`, and looks at each block of it.
-    fn end_interval<P: WriteProtection>(
+    /// Protects the pages of the `taken` runs, and updates the plan of each block in them.
+    fn protect_taken<P: WriteProtection>(
         &self,
         taken: Runs<'_>,
         protection: &P,
     ) -> Result<(), ArmError<P::Error>> {
         let start = self.bitmap.ram_start();
         let page_size = self.bitmap.page_size();
+        // The current block and its number of dirty pages.
         let mut dirty = (0, 0);
         let mut pending: Option<Range<u64>> = None;
         let protect = |range: Range<u64>| {
@@ -288,13 +309,14 @@ impl WriteTracker {
             let Err(source) = protection.protect(range.clone()) else {
                 return Ok(());
             };
-            // Too many pieces, perhaps: all of the RAM is one.
+            // The platform may refuse a further small range. Protecting all of the RAM needs a
+            // single range.
             let all = start..start + self.bitmap.ram_size();
             let retried = protection.protect(all);
             retried.map_err(|_| ArmError::Protect { range, source })
         };
         for run in taken {
-            // The bitmap may have been rebuilt finer than what can be protected.
+            // The granule of the bitmap may be finer than the pages that can be protected.
             let run = run.start / page_size * page_size..run.end.next_multiple_of(page_size);
             let mut at = run.start;
             while at < run.end {
@@ -307,7 +329,8 @@ impl WriteTracker {
                 dirty.1 += u32::try_from((end - at) / page_size).unwrap_or(u32::MAX);
                 at = end;
             }
-            let near = |before: &Range<u64>| run.start <= before.end + BRIDGED_PAGES * page_size;
+            let max_gap = MAX_BRIDGED_PAGES * page_size;
+            let near = |before: &Range<u64>| run.start <= before.end + max_gap;
             pending = Some(match pending {
                 Some(before) if near(&before) => before.start..run.end,
                 Some(before) => {
@@ -331,20 +354,23 @@ impl fmt::Debug for WriteTracker {
     }
 }
 
-/// RAM that can't be tracked by write faults. Nothing was marked.
+/// An error for RAM that can't be tracked by write faults. No page was marked.
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum TrackerError {
     /// A page is larger than a [block](BLOCK_SIZE).
-    #[error("a page of {page_size} bytes: writes are tracked in pages of at most {BLOCK_SIZE}")]
+    #[error(
+        "the page size {page_size} is larger than a block: make the bitmap with pages of at most \
+         {BLOCK_SIZE} bytes"
+    )]
     PageLargerThanBlock {
         /// The bitmap's page size in bytes.
         page_size: u64,
     },
-    /// The RAM does not begin or does not end with a page.
+    /// The RAM does not begin and end at a page boundary.
     #[error(
-        "RAM of {ram_size:#x} bytes from {ram_start:#x} on is no whole number of pages of {page_size} bytes: \
-         what can't be protected can't be tracked"
+        "RAM of {ram_size:#x} bytes at {ram_start:#x} does not consist of whole pages of \
+         {page_size} bytes: align it, because only whole pages can be protected"
     )]
     NotAligned {
         /// The first address of the RAM.
@@ -354,50 +380,55 @@ pub enum TrackerError {
         /// The bitmap's page size in bytes.
         page_size: u64,
     },
-    /// Another tracker has the bitmap. Each would take marks whose pages only the other protects again.
-    #[error("the bitmap has another tracker: drop that first, or give each a bitmap of its own")]
+    /// Another tracker uses the bitmap. Each would take marks whose pages only the other protects
+    /// again.
+    #[error("the bitmap already has a tracker: drop that tracker first, or use a second bitmap")]
     AlreadyTracked,
-    /// The host has no memory for what is kept of each block.
-    #[error("writes can't be tracked")]
+    /// Memory for the state of the blocks can't be allocated.
+    #[error("failed to allocate the state of the tracker")]
     OutOfMemory(#[source] GeometryError),
 }
 
-/// A write fault that could not be answered: the write must not go on.
+/// An error for a write fault that could not be handled. The write must not resume.
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum FaultError<E: Error + 'static> {
     /// The address is not tracked.
-    #[error("a write fault outside the tracked RAM: it is another device's")]
+    #[error("write fault at an untracked address: forward it to device emulation")]
     OutOfRange(#[source] OutOfRange),
-    /// The protection could not be lifted. What may be open nevertheless is marked.
-    #[error("can't lift the write protection of {:#x}..{:#x}", range.start, range.end)]
+    /// The platform failed to unprotect the pages. Every page that may be unprotected is marked.
+    #[error("failed to unprotect {:#x}..{:#x}: stop the vCPU", range.start, range.end)]
     Lift {
-        /// The addresses that were to be opened.
+        /// The addresses to unprotect.
         range: Range<u64>,
-        /// What the platform says.
+        /// The error of the platform.
         source: E,
     },
 }
 
-/// A checkpoint that could not be made.
+/// An error for a checkpoint that failed.
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum ArmError<E: Error + 'static> {
-    /// No epoch could begin. No mark was taken.
-    #[error("no checkpoint can begin")]
+    /// An epoch could not begin. No mark was taken.
+    #[error("failed to begin a checkpoint")]
     Epoch(#[source] BeginEpochError),
-    /// The epoch can't be extended. No mark was taken.
-    #[error("the checkpoint can't be extended")]
+    /// The epoch could not be extended. No mark was taken.
+    #[error("failed to extend the checkpoint")]
     More(#[source] TakeMoreError),
-    /// The epoch is of another bitmap. No mark was taken.
-    #[error("the epoch is of another tracker's bitmap: extend it by that tracker")]
+    /// The epoch belongs to another bitmap. No mark was taken.
+    #[error("the epoch belongs to the bitmap of another tracker: extend it with that tracker")]
     OtherBitmap,
-    /// The protection failed, and of all the RAM too. What it was for is marked.
-    #[error("can't write-protect {:#x}..{:#x} again: its pages stay dirty", range.start, range.end)]
+    /// The platform failed to protect the pages, and all of the RAM. The pages are marked.
+    #[error(
+        "failed to write-protect {:#x}..{:#x}: its pages stay dirty, so save them with the next \
+         checkpoint",
+        range.start, range.end
+    )]
     Protect {
-        /// The addresses that were to be protected.
+        /// The addresses to protect.
         range: Range<u64>,
-        /// What the platform says.
+        /// The error of the platform.
         source: E,
     },
 }

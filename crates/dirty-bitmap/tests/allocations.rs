@@ -1,4 +1,5 @@
-//! An epoch begins while the guest is paused: it allocates nothing that grows with the RAM and is touched.
+//! The memory that an epoch allocates while the guest is paused: what it touches does not grow with
+//! the RAM.
 
 #![cfg(not(memsnap_loom))]
 #![allow(unsafe_code)]
@@ -8,7 +9,8 @@ use std::cell::Cell;
 
 use dirty_bitmap::DirtyBitmap;
 
-/// Counts, by thread, the bytes asked for: as they are, and as zeros, which the host gives when they are touched.
+/// An allocator that counts the requested bytes of each thread. Zeroed bytes count separately,
+/// because the host provides them only when they are touched.
 struct Counting;
 
 thread_local! {
@@ -16,22 +18,22 @@ thread_local! {
     static ZEROED: Cell<usize> = const { Cell::new(0) };
 }
 
-// SAFETY: every call goes to the system's allocator as it is.
+// SAFETY: every call is forwarded unchanged to the system's allocator.
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         PLAIN.set(PLAIN.get() + layout.size());
-        // SAFETY: the caller's promise.
+        // SAFETY: the caller upholds the contract of `GlobalAlloc`.
         unsafe { System.alloc(layout) }
     }
 
     unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
         ZEROED.set(ZEROED.get() + layout.size());
-        // SAFETY: the caller's promise.
+        // SAFETY: the caller upholds the contract of `GlobalAlloc`.
         unsafe { System.alloc_zeroed(layout) }
     }
 
     unsafe fn dealloc(&self, at: *mut u8, layout: Layout) {
-        // SAFETY: the caller's promise.
+        // SAFETY: the caller upholds the contract of `GlobalAlloc`.
         unsafe { System.dealloc(at, layout) }
     }
 }
@@ -39,7 +41,7 @@ unsafe impl GlobalAlloc for Counting {
 #[global_allocator]
 static COUNTING: Counting = Counting;
 
-/// The bytes that `work` allocates: as they are, and as zeros.
+/// Returns the plain bytes and the zeroed bytes that `work` allocates, and its result.
 fn allocated<T>(work: impl FnOnce() -> T) -> (usize, usize, T) {
     let before = (PLAIN.get(), ZEROED.get());
     let value = work();
@@ -47,7 +49,7 @@ fn allocated<T>(work: impl FnOnce() -> T) -> (usize, usize, T) {
 }
 
 const TIB: u64 = 1 << 40;
-/// For what does not grow with the RAM.
+/// The limit for allocations that do not grow with the RAM.
 const LITTLE: usize = 16 << 10;
 
 fn mark_a_few(bitmap: &DirtyBitmap) {
@@ -57,7 +59,7 @@ fn mark_a_few(bitmap: &DirtyBitmap) {
 }
 
 #[test]
-fn an_epoch_of_a_tebibyte_touches_little_memory() {
+fn an_epoch_of_1_tib_touches_little_memory() {
     let bitmap = DirtyBitmap::new(0, TIB, 4096).unwrap();
     mark_a_few(&bitmap);
     let (touched, _, epoch) = allocated(|| bitmap.begin_epoch().unwrap());
@@ -66,7 +68,7 @@ fn an_epoch_of_a_tebibyte_touches_little_memory() {
 }
 
 #[test]
-fn later_epochs_use_the_memory_of_the_first() {
+fn later_epochs_reuse_the_memory_of_the_first() {
     let bitmap = DirtyBitmap::new(0, TIB, 4096).unwrap();
     for round in 0..3 {
         mark_a_few(&bitmap);

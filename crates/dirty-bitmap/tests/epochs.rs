@@ -1,4 +1,4 @@
-//! Marks that are out for a save come back unless it succeeded.
+//! Epochs: the marks taken by a save are restored unless it succeeded.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -16,7 +16,7 @@ fn runs<K>(bitmap: &DirtyBitmap<K>) -> Vec<std::ops::Range<u64>> {
 }
 
 #[test]
-fn a_released_epoch_forgets_its_marks() {
+fn release_discards_the_marks() {
     let bitmap = marked();
     let epoch = bitmap.begin_epoch().unwrap();
     assert!(bitmap.is_clean());
@@ -26,7 +26,7 @@ fn a_released_epoch_forgets_its_marks() {
 }
 
 #[test]
-fn a_dropped_epoch_gives_its_marks_back_beside_newer_ones() {
+fn drop_restores_the_marks_and_keeps_newer_ones() {
     let bitmap = marked();
     let epoch = bitmap.begin_epoch().unwrap();
     bitmap.set_dirty(0xc000).unwrap();
@@ -35,11 +35,11 @@ fn a_dropped_epoch_gives_its_marks_back_beside_newer_ones() {
 }
 
 #[test]
-fn a_panic_in_a_save_gives_the_marks_back() {
+fn a_panic_during_a_save_restores_the_marks() {
     let bitmap = marked();
     let save = || {
         let _epoch = bitmap.begin_epoch().unwrap();
-        panic!("the disk is on fire");
+        panic!("the save failed");
     };
     catch_unwind(AssertUnwindSafe(save)).unwrap_err();
     assert_eq!(runs(&bitmap), [0x3000..0xc000]);
@@ -47,7 +47,7 @@ fn a_panic_in_a_save_gives_the_marks_back() {
 }
 
 #[test]
-fn marks_come_back_in_the_granule_the_bitmap_has_by_then() {
+fn marks_are_restored_in_the_current_granule() {
     let bitmap = marked();
     let epoch = bitmap.begin_epoch().unwrap();
     bitmap.rebuild(65536).unwrap();
@@ -56,15 +56,11 @@ fn marks_come_back_in_the_granule_the_bitmap_has_by_then() {
     let epoch = bitmap.begin_epoch().unwrap();
     bitmap.rebuild(4096).unwrap();
     drop(epoch);
-    assert_eq!(
-        runs(&bitmap),
-        [0..65536],
-        "the epoch knew no better than its coarse pages"
-    );
+    assert_eq!(runs(&bitmap), [0..65536], "the epoch has only coarse pages");
 }
 
 #[test]
-fn two_epochs_at_once_are_refused() {
+fn a_second_concurrent_epoch_is_an_error() {
     let bitmap = marked();
     let first = bitmap.begin_epoch().unwrap();
     bitmap.set_dirty(0).unwrap();
@@ -78,7 +74,7 @@ fn two_epochs_at_once_are_refused() {
 }
 
 #[test]
-fn what_is_dirtied_during_a_save_joins_its_epoch() {
+fn take_more_adds_new_marks_to_the_epoch() {
     let bitmap = marked();
     let mut epoch = bitmap.begin_epoch().unwrap();
     bitmap.set_dirty(0xf000).unwrap();
@@ -92,12 +88,12 @@ fn what_is_dirtied_during_a_save_joins_its_epoch() {
     assert_eq!(
         runs(&bitmap),
         [0..0x1_0000, 0x2_0000..0x2_8000],
-        "all of it comes back"
+        "all marks are restored"
     );
 }
 
 #[test]
-fn an_epoch_of_a_shared_bitmap_moves_to_another_thread() {
+fn an_epoch_of_an_arc_can_move_to_another_thread() {
     let bitmap = Arc::new(marked());
     let epoch = Epoch::begin(Arc::clone(&bitmap)).unwrap();
     std::thread::spawn(move || drop(epoch)).join().unwrap();
@@ -105,7 +101,7 @@ fn an_epoch_of_a_shared_bitmap_moves_to_another_thread() {
 }
 
 #[test]
-fn a_leaked_epoch_is_reclaimed_with_all_its_marks() {
+fn reclaim_restores_all_marks_of_a_leaked_epoch() {
     let bitmap = marked();
     let mut epoch = bitmap.begin_epoch().unwrap();
     bitmap.set_dirty(0xf000).unwrap();
@@ -117,25 +113,25 @@ fn a_leaked_epoch_is_reclaimed_with_all_its_marks() {
     );
     assert!(bitmap.reclaim_epoch().unwrap());
     assert_eq!(runs(&bitmap), [0x3000..0xc000, 0xf000..0x10000]);
-    assert!(!bitmap.reclaim_epoch().unwrap(), "there is no second one");
+    assert!(!bitmap.reclaim_epoch().unwrap(), "there is no open epoch");
     bitmap.begin_epoch().unwrap().release().unwrap();
     assert!(bitmap.is_clean());
 }
 
 #[test]
-fn a_reclaimed_epoch_can_not_release_its_marks() {
+fn a_reclaimed_epoch_cannot_be_released() {
     let bitmap = marked();
     let stuck = bitmap.begin_epoch().unwrap();
     assert!(bitmap.reclaim_epoch().unwrap());
     let saved = runs(stuck.bitmap());
-    assert_eq!(saved, runs(&bitmap), "what it saves stays known");
+    assert_eq!(saved, runs(&bitmap), "the epoch keeps a copy of its marks");
     let error = stuck.release().unwrap_err();
     assert!(error.to_string().contains("dirty again"), "{error}");
     assert_eq!(runs(&bitmap), [0x3000..0xc000]);
 }
 
 #[test]
-fn a_reclaimed_epoch_does_not_end_the_next_one() {
+fn a_reclaimed_epoch_does_not_affect_the_next_one() {
     let bitmap = marked();
     let mut stuck = bitmap.begin_epoch().unwrap();
     bitmap.reclaim_epoch().unwrap();
@@ -145,7 +141,11 @@ fn a_reclaimed_epoch_does_not_end_the_next_one() {
         stuck.take_more(),
         Err(TakeMoreError::Reclaimed(_))
     ));
-    assert_eq!(runs(&bitmap), [0xf000..0x10000], "it takes nothing");
+    assert_eq!(
+        runs(&bitmap),
+        [0xf000..0x10000],
+        "a reclaimed epoch takes nothing"
+    );
     stuck.release().unwrap_err();
     assert_eq!(
         bitmap.begin_epoch().unwrap_err(),
@@ -159,12 +159,13 @@ fn a_reclaimed_epoch_does_not_end_the_next_one() {
     let next = bitmap.begin_epoch().unwrap();
     drop(stuck);
     next.release().unwrap();
-    assert!(bitmap.is_clean(), "the first one gives nothing back");
+    assert!(bitmap.is_clean(), "the first epoch restores nothing");
 }
 
-/// Bitmaps of earlier epochs are used again: of another granule, or still looked at.
+/// Epochs reuse the bitmaps of earlier epochs, except those of another granule and those still in
+/// use.
 #[test]
-fn an_epoch_has_no_marks_of_the_ones_before() {
+fn an_epoch_has_no_marks_of_earlier_epochs() {
     let bitmap = marked();
     for (round, granule) in [4096, 4096, 16384, 16384, 4096, 512, 4096]
         .into_iter()
@@ -193,7 +194,7 @@ fn an_epoch_has_no_marks_of_the_ones_before() {
 }
 
 #[test]
-fn an_epoch_is_not_reclaimed_while_its_save_commits() {
+fn an_epoch_cannot_be_reclaimed_during_its_commit() {
     let bitmap = marked();
     let epoch = bitmap.begin_epoch().unwrap();
     let commit = || {
@@ -209,7 +210,10 @@ fn an_epoch_is_not_reclaimed_while_its_save_commits() {
     assert!(bitmap.is_clean());
 
     let epoch = bitmap.begin_epoch().unwrap();
-    assert!(bitmap.reclaim_epoch().unwrap(), "the next one can be");
+    assert!(
+        bitmap.reclaim_epoch().unwrap(),
+        "the next epoch can be reclaimed"
+    );
     drop(epoch);
 }
 
@@ -219,14 +223,15 @@ fn a_reclaimed_epoch_commits_nothing() {
     let stuck = bitmap.begin_epoch().unwrap();
     assert!(bitmap.reclaim_epoch().unwrap());
     let next = bitmap.begin_epoch().unwrap();
-    let committed = stuck.release_after(|| -> Result<(), ()> { panic!("it commits") });
+    let committed =
+        stuck.release_after(|| -> Result<(), ()> { panic!("a reclaimed epoch must not commit") });
     assert!(matches!(committed, Err(ReleaseError::Reclaimed(_))));
     drop(next);
     assert_eq!(runs(&bitmap), [0x3000..0xc000]);
 }
 
 #[test]
-fn a_commit_that_fails_or_panics_gives_the_marks_back() {
+fn a_failed_or_panicking_commit_restores_the_marks() {
     let bitmap = marked();
     let epoch = bitmap.begin_epoch().unwrap();
     let failed = epoch.release_after(|| Err::<(), _>("no space"));
@@ -242,18 +247,21 @@ fn a_commit_that_fails_or_panics_gives_the_marks_back() {
 }
 
 #[test]
-fn a_full_write_covers_what_was_taken_before_it_and_no_more() {
+fn a_full_write_covers_only_earlier_takes() {
     let bitmap = marked();
     let mut written = Coverage::new();
     let began = Coverage::begin_full();
     let mut epoch = bitmap.begin_epoch().unwrap();
     written.add_full(began);
-    assert!(!written.covers(&epoch), "it began before the epoch did");
+    assert!(!written.covers(&epoch), "the write began before the epoch");
     let began = Coverage::begin_full();
     bitmap.set_dirty(0).unwrap();
     epoch.take_more().unwrap();
     written.add_full(began);
-    assert!(!written.covers(&epoch), "it began before more was taken");
+    assert!(
+        !written.covers(&epoch),
+        "the write began before the second take"
+    );
     written.add_full(Coverage::begin_full());
     assert!(written.covers(&epoch));
     written.clear();
@@ -261,17 +269,20 @@ fn a_full_write_covers_what_was_taken_before_it_and_no_more() {
 }
 
 #[test]
-fn diffs_cover_an_epoch_if_no_part_is_missing() {
+fn diffs_cover_an_epoch_if_no_take_is_missing() {
     let bitmap = marked();
     let mut epoch = bitmap.begin_epoch().unwrap();
     let mut written = Coverage::new();
     bitmap.set_dirty(0).unwrap();
     written.add_diff(epoch.take_more().unwrap());
-    assert!(!written.covers(&epoch), "the first part is missing");
+    assert!(!written.covers(&epoch), "the first take is missing");
     written.add_diff(epoch.bitmap());
     assert!(written.covers(&epoch));
     assert!(epoch.take_more().unwrap().is_clean());
-    assert!(written.covers(&epoch), "a clean part needs no write");
+    assert!(
+        written.covers(&epoch),
+        "a take without marks needs no write"
+    );
     for address in [0, 0x10_000] {
         bitmap.set_dirty(address).unwrap();
         let more = epoch.take_more().unwrap();
@@ -282,11 +293,11 @@ fn diffs_cover_an_epoch_if_no_part_is_missing() {
     epoch.take_more().unwrap();
     assert!(
         !written.covers(&epoch),
-        "a page that was written before is marked again"
+        "a page written before is marked again"
     );
     bitmap.set_dirty(0x20_000).unwrap();
     written.add_diff(epoch.take_more().unwrap());
-    assert!(!written.covers(&epoch), "the part before is missing");
+    assert!(!written.covers(&epoch), "the take before is missing");
 }
 
 #[test]

@@ -1,40 +1,43 @@
-//! Every interleaving of write faults and checkpoints, under
+//! Loom models of write faults against checkpoints and rebuilding.
+//!
+//! Run with
 //! `RUSTFLAGS="--cfg memsnap_loom" cargo test -p dirty-bitmap --test loom_tracker --release`.
 //!
-//! The machine is modelled as a hypervisor has it: whether a page is protected and what a store does are decided as one, as protecting
-//! waits until no CPU holds the old translation. The pages' contents are relaxed atomics, so that a checkpoint which takes a mark
-//! without the write before it is found too.
+//! The machine is modelled like a hypervisor: a store checks the protection and writes in one step,
+//! because protecting waits until no CPU holds the old translation. The contents of the pages are
+//! relaxed atomics, so a checkpoint that takes a mark without the write before it is detected too.
 //!
-//! With `MEMSNAP_THOROUGH=1`, a model with no bound on preemptions is exhaustive; where one is set,
-//! it is named at the model. Without it, at most 2 preemptions are tried.
+//! With `MEMSNAP_THOROUGH=1`, a model without a bound on preemptions is exhaustive, and other
+//! models state their bound. Without it, at most 2 preemptions are tried.
 
 #![cfg(memsnap_loom)]
 
-mod interleavings;
+#[path = "support/exploration.rs"]
+mod exploration;
 
 use std::io;
 use std::ops::Range;
-// Loom's own can't be shared with a bitmap inside; this one only counts, which no interleaving depends on.
+// The bitmap takes an `Arc` of std. It only counts references, which no interleaving depends on.
 use std::sync::Arc;
 
 use dirty_bitmap::{BLOCK_SIZE, Policy, TakenBitmap, TrackedBitmap, WriteProtection, WriteTracker};
-use interleavings::{exhaustively, with_preemptions};
+use exploration::{exhaustively, with_preemptions};
 use loom::sync::Mutex;
 use loom::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use loom::thread;
 
-/// Two pages to the block.
+/// Half of a block.
 const PAGE: u64 = BLOCK_SIZE / 2;
 
 struct Guest {
     contents: Vec<AtomicU64>,
     protected: Vec<Mutex<bool>>,
     tracker: WriteTracker,
-    /// Opens a block at every fault, whatever the other does.
+    /// A second tracker that unprotects the whole block at every fault.
     whole: WriteTracker,
 }
 
-/// The guest's memory, that a call fails on which protects this page.
+/// The guest's memory. A call that protects the given page fails.
 struct Mmu<'a>(&'a Guest, Option<u64>);
 
 impl Mmu<'_> {
@@ -64,7 +67,7 @@ impl WriteProtection for Mmu<'_> {
 }
 
 impl Guest {
-    /// Of `pages` pages, all of them protected and clean.
+    /// Creates a guest of `pages` pages, all protected and clean.
     fn new(pages: u64, policy: Policy) -> Arc<Self> {
         let bitmap = TrackedBitmap::tracked(0, pages * PAGE, PAGE).unwrap();
         let tracker = WriteTracker::new(Arc::new(bitmap), policy).unwrap();
@@ -83,7 +86,7 @@ impl Guest {
         Arc::new(guest)
     }
 
-    /// A vCPU's write: it faults until it finds the page open.
+    /// Writes as a vCPU does: it faults until the page is unprotected.
     fn write(&self, tracker: &WriteTracker, page: u64, value: u64) {
         loop {
             {
@@ -129,7 +132,7 @@ impl Guest {
         epoch.release().unwrap();
     }
 
-    /// What is saved once more, now that nobody writes, is what is in memory.
+    /// Saves again after all writes ended, and asserts that the image equals the memory.
     fn assert_saved(&self, mut image: Vec<u64>) {
         self.save(&mut image);
         let contents: Vec<_> = self
@@ -145,7 +148,7 @@ impl Guest {
 }
 
 #[test]
-fn a_fault_against_a_checkpoint() {
+fn a_fault_racing_a_checkpoint_is_kept() {
     exhaustively(|| {
         let guest = Guest::new(1, Policy::Pages);
         let vcpu = guest.vcpu(&[(0, 1)]);
@@ -157,7 +160,7 @@ fn a_fault_against_a_checkpoint() {
 }
 
 #[test]
-fn a_page_that_is_written_again_against_two_checkpoints() {
+fn a_repeated_write_racing_two_checkpoints_is_kept() {
     exhaustively(|| {
         let guest = Guest::new(1, Policy::Pages);
         let vcpu = guest.vcpu(&[(0, 1), (0, 2)]);
@@ -171,7 +174,7 @@ fn a_page_that_is_written_again_against_two_checkpoints() {
 
 /// At most 4 preemptions.
 #[test]
-fn two_faults_on_one_page_against_a_checkpoint() {
+fn two_faults_on_a_page_racing_a_checkpoint_are_kept() {
     with_preemptions(4, || {
         let guest = Guest::new(1, Policy::Pages);
         let vcpus = [guest.vcpu(&[(0, 1)]), guest.vcpu(&[(0, 2)])];
@@ -184,7 +187,7 @@ fn two_faults_on_one_page_against_a_checkpoint() {
 
 /// At most 4 preemptions.
 #[test]
-fn two_faults_on_one_block_that_opens_whole_against_a_checkpoint() {
+fn faults_on_a_whole_block_racing_a_checkpoint_are_kept() {
     with_preemptions(4, || {
         let guest = Guest::new(2, Policy::Blocks);
         let vcpus = [guest.vcpu(&[(0, 1)]), guest.vcpu(&[(1, 2)])];
@@ -195,10 +198,10 @@ fn two_faults_on_one_block_that_opens_whole_against_a_checkpoint() {
     });
 }
 
-/// The first fault opens its page, the second the rest of the block; the checkpoint changes the block's granularity back and
-/// forth. At most 3 preemptions.
+/// The first fault unprotects its page, the second the rest of the block. The checkpoint switches
+/// the block back to pages. At most 3 preemptions.
 #[test]
-fn faults_on_a_block_whose_granularity_changes_against_two_checkpoints() {
+fn faults_racing_a_change_of_granularity_are_kept() {
     with_preemptions(3, || {
         let guest = Guest::new(2, Policy::FaultLimit(1));
         let vcpu = guest.vcpu(&[(0, 1), (1, 2), (0, 3)]);
@@ -210,10 +213,11 @@ fn faults_on_a_block_whose_granularity_changes_against_two_checkpoints() {
     });
 }
 
-/// What a policy knows of a block is a hint, read without order: whatever it says, no page is lost. One vCPU's faults open their page, the
-/// other's the block. At most 4 preemptions.
+/// The plan of a block is a hint that is read without ordering, and must not affect correctness.
+/// The faults of one vCPU unprotect their page, those of the other the block. At most 4
+/// preemptions.
 #[test]
-fn faults_on_a_block_that_open_as_much_as_each_likes_against_two_checkpoints() {
+fn faults_with_different_policies_are_kept() {
     with_preemptions(4, || {
         let guest = Guest::new(2, Policy::Pages);
         let vcpus = [
@@ -229,7 +233,7 @@ fn faults_on_a_block_that_open_as_much_as_each_likes_against_two_checkpoints() {
 }
 
 #[test]
-fn a_fault_against_more_of_the_same_save() {
+fn a_fault_racing_an_extended_save_is_kept() {
     exhaustively(|| {
         let guest = Guest::new(1, Policy::Pages);
         let vcpu = guest.vcpu(&[(0, 1)]);
@@ -248,7 +252,7 @@ fn a_fault_against_more_of_the_same_save() {
 }
 
 #[test]
-fn a_fault_against_a_checkpoint_whose_protection_fails_half_way() {
+fn a_fault_racing_a_failed_checkpoint_is_kept() {
     exhaustively(|| {
         let guest = Guest::new(2, Policy::Pages);
         let vcpu = guest.vcpu(&[(0, 1), (1, 2)]);
@@ -262,9 +266,9 @@ fn a_fault_against_a_checkpoint_whose_protection_fails_half_way() {
     });
 }
 
-/// A fault's mark goes to a table that is being left. At most 4 preemptions.
+/// The mark of a fault goes to a table that is being replaced. At most 4 preemptions.
 #[test]
-fn a_fault_against_a_rebuild_and_a_checkpoint() {
+fn a_fault_racing_a_rebuild_and_a_checkpoint_is_kept() {
     with_preemptions(4, || {
         let guest = Guest::new(1, Policy::Pages);
         let vcpu = guest.vcpu(&[(0, 1)]);

@@ -1,4 +1,4 @@
-//! What a mark covers, and what is refused.
+//! Marking, iteration, draining and import of dirty logs, and their errors.
 
 use dirty_bitmap::{DirtyBitmap, DirtyLogError, GeometryError, MAX_RAM_SIZE};
 use rstest::rstest;
@@ -17,12 +17,12 @@ fn runs(bitmap: &DirtyBitmap) -> Vec<std::ops::Range<u64>> {
 #[rstest]
 #[case::no_ram(0, 0, 4096, GeometryError::NoRam)]
 #[case::page_size_zero(0, SIZE, 0, GeometryError::PageSizeNotPowerOfTwo { page_size: 0 })]
-#[case::page_size_no_power_of_two(0, SIZE, 12288, GeometryError::PageSizeNotPowerOfTwo { page_size: 12288 })]
+#[case::page_size_not_power_of_two(0, SIZE, 12288, GeometryError::PageSizeNotPowerOfTwo { page_size: 12288 })]
 #[case::page_larger_than_ram(0, SIZE, 2 * SIZE, GeometryError::PageLargerThanRam { page_size: 2 * SIZE, ram_size: SIZE })]
 #[case::ram_of_2_63(0, 1 << 63, 4096, GeometryError::RamTooLarge { ram_size: 1 << 63 })]
 #[case::just_too_large(0, MAX_RAM_SIZE + 1, 4096, GeometryError::RamTooLarge { ram_size: MAX_RAM_SIZE + 1 })]
 #[case::past_the_last_address(u64::MAX - 4096, SIZE, 4096, GeometryError::AddressOverflow { ram_start: u64::MAX - 4096, ram_size: SIZE })]
-fn an_impossible_geometry_is_refused(
+fn an_invalid_geometry_is_an_error(
     #[case] start: u64,
     #[case] size: u64,
     #[case] page: u64,
@@ -32,7 +32,7 @@ fn an_impossible_geometry_is_refused(
 }
 
 #[test]
-fn ram_start_is_not_ignored() {
+fn addresses_count_from_the_start_of_the_ram() {
     let bitmap = bitmap();
     assert!(bitmap.set_dirty(START + 0x5000).unwrap());
     assert_eq!(runs(&bitmap), [0x5000..0x6000]);
@@ -46,7 +46,7 @@ fn ram_start_is_not_ignored() {
 }
 
 #[test]
-fn only_the_first_mark_of_a_page_reports_the_edge() {
+fn set_dirty_returns_the_clean_to_dirty_edge() {
     let bitmap = bitmap();
     assert!(bitmap.set_dirty(START).unwrap());
     assert!(!bitmap.set_dirty(START + 4095).unwrap());
@@ -62,7 +62,7 @@ fn only_the_first_mark_of_a_page_reports_the_edge() {
 #[case::after(START + SIZE)]
 #[case::zero(0)]
 #[case::last_address(u64::MAX)]
-fn a_mark_outside_is_an_error_and_marks_nothing(#[case] address: u64) {
+fn a_mark_outside_the_ram_is_an_error_and_marks_nothing(#[case] address: u64) {
     let bitmap = bitmap();
     assert_eq!(bitmap.set_dirty(address).unwrap_err().start, address);
     assert!(bitmap.is_dirty(address).is_err());
@@ -71,9 +71,9 @@ fn a_mark_outside_is_an_error_and_marks_nothing(#[case] address: u64) {
 
 #[rstest]
 #[case::one_past_the_last(256)]
-#[case::whose_offset_overflows(u64::MAX / 4096 + 1)]
+#[case::offset_overflow(u64::MAX / 4096 + 1)]
 #[case::the_largest(u64::MAX)]
-fn an_index_outside_is_an_error(#[case] index: u64) {
+fn an_index_outside_the_ram_is_an_error(#[case] index: u64) {
     let bitmap = bitmap();
     assert!(bitmap.set_dirty_by_index(index).is_err());
     assert!(bitmap.is_clean());
@@ -85,7 +85,7 @@ fn an_index_outside_is_an_error(#[case] index: u64) {
 #[case::over_the_start(START - 1, 2, Some(0..4096))]
 #[case::over_both(0, u64::MAX, Some(0..SIZE))]
 #[case::outside(0, 4096, None)]
-fn a_range_that_hangs_over_is_an_error_yet_marks_what_lies_inside(
+fn a_partly_outside_range_is_an_error_but_marks_the_inside(
     #[case] address: u64,
     #[case] len: u64,
     #[case] marked: Option<std::ops::Range<u64>>,
@@ -96,7 +96,7 @@ fn a_range_that_hangs_over_is_an_error_yet_marks_what_lies_inside(
 }
 
 #[test]
-fn an_empty_range_marks_nothing_and_needs_a_place() {
+fn an_empty_range_marks_nothing_and_must_be_in_the_ram() {
     let bitmap = bitmap();
     assert!(!bitmap.set_range(START + 17, 0).unwrap());
     assert!(!bitmap.set_range(START + SIZE, 0).unwrap());
@@ -106,7 +106,7 @@ fn an_empty_range_marks_nothing_and_needs_a_place() {
 }
 
 #[test]
-fn the_last_page_is_cut_where_the_ram_ends() {
+fn the_last_page_ends_where_the_ram_ends() {
     let bitmap = DirtyBitmap::new(0, 10_000, 4096).unwrap();
     assert!(bitmap.set_dirty_by_index(2).unwrap());
     assert_eq!(runs(&bitmap), [8192..10_000]);
@@ -116,7 +116,7 @@ fn the_last_page_is_cut_where_the_ram_ends() {
 }
 
 #[test]
-fn runs_are_as_long_as_they_can_be_across_words_and_summary_words() {
+fn runs_are_maximal_across_words_and_summary_words() {
     let pages = 3 * 64 * 64;
     let bitmap = DirtyBitmap::new(0, pages * 4096, 4096).unwrap();
     bitmap.set_range(63 * 4096, 2 * 4096).unwrap();
@@ -130,7 +130,8 @@ fn runs_are_as_long_as_they_can_be_across_words_and_summary_words() {
 
 #[test]
 fn marks_far_apart_are_found() {
-    // A summary word has 4096 pages; eight of them are looked at as one, and the last five one by one.
+    // A summary word covers 4,096 pages. Iteration reads eight of them together, and the last five
+    // one by one.
     let groups = 61;
     let bitmap = DirtyBitmap::new(0, groups * 4096 * 4096, 4096).unwrap();
     let pages = (0..groups).map(|group| group * 4096 + 67 * group % 4096);
@@ -146,9 +147,10 @@ fn marks_far_apart_are_found() {
     assert_eq!(bitmap.dirty_bytes(), groups * 4096);
 }
 
-/// A word of the summary names 64 words of marks, 4,096 pages; where little is marked, eight of them are looked at together.
+/// A summary word covers 4,096 pages. Where few pages are marked, iteration reads eight of them
+/// together.
 #[test]
-fn marks_at_the_same_place_under_eight_words_of_the_summary_are_found() {
+fn marks_at_the_same_bit_of_eight_summary_words_are_found() {
     const PAGES: u64 = 64 * 64 * 4096;
     for count in 1..=8 {
         let bitmap = DirtyBitmap::new(0, 24 * PAGES, 4096).unwrap();
@@ -165,7 +167,7 @@ fn marks_at_the_same_place_under_eight_words_of_the_summary_are_found() {
 }
 
 #[test]
-fn more_runs_than_one_batch_come_in_order() {
+fn more_runs_than_a_batch_are_in_order() {
     let bitmap = DirtyBitmap::new(0, 4 << 20, 4096).unwrap();
     (0..512).for_each(|i| _ = bitmap.set_dirty_by_index(2 * i).unwrap());
     let expected: Vec<_> = (0..512).map(|i| i * 8192..i * 8192 + 4096).collect();
@@ -173,10 +175,10 @@ fn more_runs_than_one_batch_come_in_order() {
 }
 
 #[rstest]
-fn a_run_is_whole_wherever_a_batch_ends(#[values(0, 1)] first: u64) {
+fn a_run_across_the_end_of_a_batch_is_one_run(#[values(0, 1)] first: u64) {
     let bitmap = DirtyBitmap::new(0, 4096 * 2000, 4096).unwrap();
     for before in 0..300 {
-        // Every other page, then many in turn.
+        // Every other page, then a long run.
         let mut pages: Vec<_> = (0..before)
             .map(|i| first + 2 * i..first + 2 * i + 1)
             .collect();
@@ -194,7 +196,7 @@ fn a_run_is_whole_wherever_a_batch_ends(#[values(0, 1)] first: u64) {
 }
 
 #[test]
-fn a_bitmap_may_be_drained_while_its_runs_are_walked() {
+fn draining_during_iteration_is_allowed() {
     let bitmap = DirtyBitmap::new(0, 4 << 20, 4096).unwrap();
     (0..512).for_each(|i| _ = bitmap.set_dirty_by_index(2 * i).unwrap());
     let mut walk = bitmap.runs();
@@ -203,12 +205,12 @@ fn a_bitmap_may_be_drained_while_its_runs_are_walked() {
     assert_eq!(runs(&drained).len(), 512);
     assert!(
         walk.count() < 511,
-        "what the drain took before it was looked up is gone"
+        "marks that were drained before their batch are not returned"
     );
 }
 
 #[test]
-fn a_drain_takes_every_mark_and_leaves_none() {
+fn drain_takes_all_marks() {
     let bitmap = bitmap();
     bitmap.set_range(START + 0x3000, 0x9000).unwrap();
     let drained = bitmap.drain().unwrap();
@@ -224,7 +226,7 @@ fn a_drain_takes_every_mark_and_leaves_none() {
 #[case::finer(512, vec![0x3000..0x4000])]
 #[case::same(4096, vec![0x3000..0x4000])]
 #[case::coarser(16384, vec![0..0x4000])]
-fn a_drain_may_go_into_a_bitmap_of_another_page_size(
+fn drain_into_converts_the_page_size(
     #[case] page_size: u64,
     #[case] expected: Vec<std::ops::Range<u64>>,
 ) {
@@ -238,7 +240,7 @@ fn a_drain_may_go_into_a_bitmap_of_another_page_size(
 #[rstest]
 #[case::start(START + SIZE, SIZE)]
 #[case::size(START, SIZE / 2)]
-fn a_drain_into_a_bitmap_of_other_ram_moves_nothing(#[case] start: u64, #[case] size: u64) {
+fn drain_into_other_ram_is_an_error_and_moves_nothing(#[case] start: u64, #[case] size: u64) {
     let (from, into) = (bitmap(), DirtyBitmap::new(start, size, 4096).unwrap());
     from.set_dirty(START).unwrap();
     from.drain_into(&into).unwrap_err();
@@ -246,7 +248,7 @@ fn a_drain_into_a_bitmap_of_other_ram_moves_nothing(#[case] start: u64, #[case] 
 }
 
 #[test]
-fn a_drain_into_itself_keeps_the_marks() {
+fn drain_into_itself_keeps_the_marks() {
     let bitmap = bitmap();
     bitmap.set_range(START + 0x3000, 0x9000).unwrap();
     bitmap.drain_into(&bitmap).unwrap();
@@ -272,7 +274,7 @@ fn a_dirty_log_of_any_page_size_is_imported(
 }
 
 #[test]
-fn a_dirty_log_of_one_slot_lands_at_the_slots_address() {
+fn a_dirty_log_is_marked_at_the_address_of_its_slot() {
     let bitmap = bitmap();
     bitmap
         .mark_log(START + 0x4_0000, 4096, &[0, (1u64 << 63).to_le()])
@@ -282,7 +284,7 @@ fn a_dirty_log_of_one_slot_lands_at_the_slots_address() {
 }
 
 #[test]
-fn a_dirty_log_may_be_padded_but_not_report_pages_outside() {
+fn a_dirty_log_may_have_padding_but_no_pages_outside_the_ram() {
     let bitmap = bitmap();
     bitmap
         .mark_log(START + SIZE - 4096, 4096, &[1u64.to_le(), 0, 0])
@@ -296,7 +298,7 @@ fn a_dirty_log_may_be_padded_but_not_report_pages_outside() {
     assert_eq!(
         runs(&bitmap),
         [SIZE - 4096..SIZE],
-        "what lies inside is marked all the same"
+        "pages inside are marked nevertheless"
     );
 
     for page_size in [0, 4097] {
@@ -309,7 +311,7 @@ fn a_dirty_log_may_be_padded_but_not_report_pages_outside() {
 }
 
 #[test]
-fn a_page_set_is_a_copy_and_can_be_marked_back() {
+fn a_page_set_is_a_copy_that_can_be_marked_again() {
     let bitmap = bitmap();
     bitmap.set_range(START + 0x3000, 0x9000).unwrap();
     let set = bitmap.page_set();

@@ -1,4 +1,4 @@
-//! The bitmap against a naive oracle: a byte per byte of RAM.
+//! The bitmap compared with a naive oracle, which has a flag for each byte of RAM.
 
 use std::ops::Range;
 
@@ -7,7 +7,7 @@ use proptest::prelude::*;
 
 const START: u64 = 0x1_0000;
 
-/// Which bytes are marked, and the granule that marks are kept in.
+/// The marked bytes and the granule of the marks.
 struct Oracle {
     marked: Vec<bool>,
     granule: u64,
@@ -89,7 +89,7 @@ fn case() -> impl Strategy<Value = (u64, Vec<Step>)> {
 
 proptest! {
     #[test]
-    fn every_sequence_of_steps_leaves_what_the_oracle_says((size, steps) in case()) {
+    fn every_sequence_of_steps_matches_the_oracle((size, steps) in case()) {
         let page_size = 64;
         let bitmap = DirtyBitmap::new(START, size, page_size).unwrap();
         let mut oracle = Oracle { marked: vec![false; size as usize], granule: page_size };

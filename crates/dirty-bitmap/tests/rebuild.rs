@@ -1,4 +1,4 @@
-//! Rebuilding at another page size, alone and against marking threads.
+//! Rebuilding at another granule, during iteration and against marking threads.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
@@ -31,7 +31,7 @@ fn a_rebuilt_bitmap_covers_every_marked_byte(
 }
 
 #[test]
-fn an_index_means_the_same_page_before_and_after_a_rebuild() {
+fn an_index_is_the_same_page_before_and_after_a_rebuild() {
     let bitmap = DirtyBitmap::new(0, SIZE, 16384).unwrap();
     bitmap.rebuild(4096).unwrap();
     bitmap.set_dirty_by_index(1).unwrap();
@@ -42,7 +42,7 @@ fn an_index_means_the_same_page_before_and_after_a_rebuild() {
 }
 
 #[test]
-fn there_and_back_again_leaves_no_stale_mark() {
+fn rebuilding_back_and_forth_leaves_no_stale_mark() {
     let bitmap = DirtyBitmap::new(0, SIZE, 4096).unwrap();
     bitmap.set_dirty(0x3000).unwrap();
     bitmap.rebuild(65536).unwrap();
@@ -52,7 +52,7 @@ fn there_and_back_again_leaves_no_stale_mark() {
 }
 
 #[test]
-fn a_cut_last_page_survives_every_granule() {
+fn a_partial_last_page_keeps_its_mark_at_every_granule() {
     let bitmap = DirtyBitmap::new(0, 10_000, 4096).unwrap();
     bitmap.set_dirty(9_999).unwrap();
     for granule in [8192, 1, 2048, 4096] {
@@ -62,7 +62,7 @@ fn a_cut_last_page_survives_every_granule() {
 }
 
 #[test]
-fn an_impossible_granule_is_refused_and_changes_nothing() {
+fn an_invalid_granule_is_an_error_and_changes_nothing() {
     let bitmap = DirtyBitmap::new(0, SIZE, 4096).unwrap();
     bitmap.set_dirty(0).unwrap();
     assert_eq!(
@@ -80,14 +80,14 @@ fn an_impossible_granule_is_refused_and_changes_nothing() {
 }
 
 #[test]
-fn a_walk_over_a_bitmap_that_is_rebuilt_meanwhile_misses_nothing_and_repeats_nothing() {
+fn iteration_during_a_rebuild_misses_and_repeats_no_page() {
     let bitmap = DirtyBitmap::new(0, 4 << 20, 4096).unwrap();
     (0..512).for_each(|i| _ = bitmap.set_dirty_by_index(2 * i).unwrap());
-    let mut walk = bitmap.runs();
-    let mut seen: Vec<_> = walk.by_ref().take(64).collect();
-    // One page, that the first batch ends in.
+    let mut iter = bitmap.runs();
+    let mut seen: Vec<_> = iter.by_ref().take(64).collect();
+    // The whole RAM becomes one page, and the first batch ends inside it.
     bitmap.rebuild(4 << 20).unwrap();
-    seen.extend(walk);
+    seen.extend(iter);
     assert!(seen.is_sorted_by(|a, b| a.end <= b.start));
     for page in 0..512 {
         assert!(
@@ -97,8 +97,9 @@ fn a_walk_over_a_bitmap_that_is_rebuilt_meanwhile_misses_nothing_and_repeats_not
     }
 }
 
-/// Every other page, then many in turn, in which the first batch of a walk ends.
-fn marked_for_a_long_walk() -> (DirtyBitmap, Vec<std::ops::Range<u64>>) {
+/// Returns a bitmap whose iteration takes two batches, with its runs. Every other page is marked,
+/// followed by a long run in which the first batch ends.
+fn marked_for_two_batches() -> (DirtyBitmap, Vec<std::ops::Range<u64>>) {
     let bitmap = DirtyBitmap::new(0, 8 << 20, 4096).unwrap();
     (0..255).for_each(|i| _ = bitmap.set_dirty_by_index(2 * i + 1).unwrap());
     bitmap.set_range(511 * 4096, 989 * 4096).unwrap();
@@ -113,45 +114,46 @@ fn marked_for_a_long_walk() -> (DirtyBitmap, Vec<std::ops::Range<u64>>) {
 #[rstest]
 #[case::finer(512)]
 #[case::coarser(65536)]
-#[case::so_coarse_that_a_page_reaches_back(4 << 20)]
-fn a_run_under_way_goes_on_when_the_bitmap_is_rebuilt(#[case] granule: u64) {
-    let (bitmap, mut expected) = marked_for_a_long_walk();
-    let mut walk = bitmap.runs();
-    assert_eq!(walk.next(), Some(expected[0].clone()));
+#[case::page_begins_before_the_batch(4 << 20)]
+fn a_partial_run_continues_after_a_rebuild(#[case] granule: u64) {
+    let (bitmap, mut expected) = marked_for_two_batches();
+    let mut iter = bitmap.runs();
+    assert_eq!(iter.next(), Some(expected[0].clone()));
     bitmap.rebuild(granule).unwrap();
     expected[255].end = expected[255].end.next_multiple_of(granule);
-    assert_eq!(walk.collect::<Vec<_>>(), expected[1..]);
+    assert_eq!(iter.collect::<Vec<_>>(), expected[1..]);
 }
 
 #[rstest]
 #[case::same(4096)]
 #[case::finer(512)]
-#[case::so_coarse_that_a_page_reaches_back(4 << 20)]
-fn a_run_under_way_ends_where_it_was_looked_at_when_the_bitmap_is_drained(#[case] granule: u64) {
-    let (bitmap, mut expected) = marked_for_a_long_walk();
-    let mut walk = bitmap.runs();
-    assert_eq!(walk.next(), Some(expected[0].clone()));
+#[case::page_begins_before_the_batch(4 << 20)]
+fn a_partial_run_ends_with_its_batch_after_a_drain(#[case] granule: u64) {
+    let (bitmap, mut expected) = marked_for_two_batches();
+    let mut iter = bitmap.runs();
+    assert_eq!(iter.next(), Some(expected[0].clone()));
     bitmap.drain().unwrap();
     bitmap.rebuild(granule).unwrap();
     expected[255].end = 512 * 4096;
-    assert_eq!(walk.collect::<Vec<_>>(), expected[1..]);
+    assert_eq!(iter.collect::<Vec<_>>(), expected[1..]);
 }
 
 #[test]
-fn what_is_marked_ahead_of_a_walk_is_found_after_a_drain_and_a_rebuild() {
-    let (bitmap, _) = marked_for_a_long_walk();
-    let mut walk = bitmap.runs();
-    walk.next();
+fn iteration_finds_later_marks_after_a_drain_and_a_rebuild() {
+    let (bitmap, _) = marked_for_two_batches();
+    let mut iter = bitmap.runs();
+    iter.next();
     bitmap.drain().unwrap();
-    // The walk goes on inside a word that has no mark now; the mark is in the word after.
+    // The iteration continues in a word that has no marks any more. The new mark is in the next
+    // word.
     bitmap.rebuild(65536).unwrap();
     bitmap.set_dirty(64 * 65536).unwrap();
-    assert_eq!(walk.last(), Some(64 * 65536..65 * 65536));
+    assert_eq!(iter.last(), Some(64 * 65536..65 * 65536));
 }
 
-/// With real threads, draining meanwhile; `tests/loom.rs` has the interleavings.
+/// This uses real threads, one of which drains. `tests/loom.rs` explores the interleavings.
 #[test]
-fn no_mark_is_lost_when_the_bitmap_is_swapped_for_a_finer_one() {
+fn concurrent_rebuilds_and_drains_lose_no_mark() {
     const MARKERS: u64 = 4;
     const ROUNDS: u64 = 50;
     let pages = SIZE / 4096;

@@ -1,13 +1,19 @@
-//! A machine whose memory can be write-protected: one word stands for each page.
+//! A simulated machine whose memory can be write-protected. One word stands for each page.
 
 use std::io;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
-use dirty_bitmap::{Policy, TakenBitmap, TrackedBitmap, WriteProtection, WriteTracker};
+use dirty_bitmap::{BLOCK_SIZE, Policy, TakenBitmap, TrackedBitmap, WriteProtection, WriteTracker};
 
-/// A call of the tracker's to the platform.
+pub(crate) const PAGE: u64 = 16 << 10;
+
+pub(crate) const PAGES_PER_BLOCK: u64 = BLOCK_SIZE / PAGE;
+
+pub(crate) const START: u64 = 0x8000_0000;
+
+/// A call of the tracker to the platform.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Call {
     Protect(Range<u64>),
@@ -17,11 +23,11 @@ pub(crate) enum Call {
 pub(crate) struct Machine {
     pub(crate) start: u64,
     pub(crate) page_size: u64,
-    /// Whether a page is protected is looked at and stored to as one.
+    /// The lock makes a store check the protection and write the word in one step.
     pages: Vec<Mutex<Page>>,
     pub(crate) calls: Mutex<Vec<Call>>,
-    /// As many calls still succeed.
-    pub(crate) patience: AtomicU64,
+    /// The number of calls until one fails. Later calls fail too.
+    pub(crate) calls_left: AtomicU64,
 }
 
 #[derive(Clone, Copy, Default)]
@@ -37,7 +43,7 @@ impl Machine {
             page_size,
             pages: (0..pages).map(|_| Mutex::default()).collect(),
             calls: Mutex::default(),
-            patience: AtomicU64::new(u64::MAX),
+            calls_left: AtomicU64::new(u64::MAX),
         }
     }
 
@@ -47,7 +53,7 @@ impl Machine {
         WriteTracker::new(Arc::new(bitmap), policy).unwrap()
     }
 
-    /// A vCPU's write, with its faults; as many as it took.
+    /// Writes as a vCPU does. Returns the number of faults.
     pub(crate) fn write(&self, tracker: &WriteTracker, page: u64, word: u64) -> u64 {
         let mut faults = 0;
         loop {
@@ -64,7 +70,7 @@ impl Machine {
         }
     }
 
-    /// The host's write: no fault, so it marks by itself, last.
+    /// Writes as the host does: without a fault, and with the mark afterwards.
     pub(crate) fn host_write(&self, tracker: &WriteTracker, page: u64, word: u64) {
         self.pages[page as usize].lock().unwrap().word = word;
         let address = self.start + page * self.page_size;
@@ -85,7 +91,7 @@ impl Machine {
         words.collect()
     }
 
-    /// The calls since this was last asked.
+    /// Returns the calls since this method was last called.
     pub(crate) fn calls(&self) -> Vec<Call> {
         std::mem::take(&mut *self.calls.lock().unwrap())
     }
@@ -95,13 +101,13 @@ impl Machine {
         assert!(range.start.is_multiple_of(size) && range.end.is_multiple_of(size));
         let (first, last) = (range.start - self.start, range.end - self.start);
         let pages = &self.pages[(first / size) as usize..(last / size) as usize];
-        // One that fails stops half-way.
-        let patience = self
-            .patience
+        // A failing call stops half-way.
+        let calls_left = self
+            .calls_left
             .fetch_update(Ordering::SeqCst, Ordering::SeqCst, |left| {
                 Some(left.saturating_sub(1))
             });
-        let failing = patience == Ok(0);
+        let failing = calls_left == Ok(0);
         let done = if failing {
             pages.len() / 2
         } else {
@@ -131,5 +137,49 @@ impl WriteProtection for Machine {
     fn lift(&self, range: Range<u64>) -> io::Result<()> {
         self.calls.lock().unwrap().push(Call::Lift(range.clone()));
         self.set(range, false)
+    }
+}
+
+/// Creates a machine of `blocks` blocks, all protected and clean.
+pub(crate) fn armed(blocks: u64, policy: Policy) -> (Machine, WriteTracker) {
+    let machine = Machine::new(START, blocks * PAGES_PER_BLOCK, PAGE);
+    let tracker = machine.tracked(policy);
+    tracker.arm(&machine).unwrap().release().unwrap();
+    machine.calls();
+    (machine, tracker)
+}
+
+/// Makes a checkpoint. Returns the marked runs, in pages from the start of the RAM.
+pub(crate) fn checkpoint(machine: &Machine, tracker: &WriteTracker) -> Vec<Range<u64>> {
+    let epoch = tracker.arm(machine).unwrap();
+    let runs = epoch.bitmap().runs();
+    let runs = runs.map(|run| run.start / PAGE..run.end / PAGE).collect();
+    epoch.release().unwrap();
+    runs
+}
+
+/// A platform that refuses some calls without any effect.
+pub(crate) struct Refusing<'a, F>(pub(crate) &'a Machine, pub(crate) F);
+
+impl<F: Fn(&Call) -> bool> Refusing<'_, F> {
+    fn check(&self, call: Call) -> io::Result<()> {
+        match self.1(&call) {
+            true => Err(io::ErrorKind::OutOfMemory.into()),
+            false => Ok(()),
+        }
+    }
+}
+
+impl<F: Fn(&Call) -> bool> WriteProtection for Refusing<'_, F> {
+    type Error = io::Error;
+
+    fn protect(&self, range: Range<u64>) -> io::Result<()> {
+        self.check(Call::Protect(range.clone()))?;
+        self.0.protect(range)
+    }
+
+    fn lift(&self, range: Range<u64>) -> io::Result<()> {
+        self.check(Call::Lift(range.clone()))?;
+        self.0.lift(range)
     }
 }

@@ -1,12 +1,13 @@
-//! A tracker beside an oracle that knows of every write: what was saved, and what is still marked, is all that was written.
+//! A tracker compared with an oracle of all writes: every written page is saved or marked.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 
-use crate::machine::Machine;
 use dirty_bitmap::{BLOCK_SIZE, Policy, WriteTracker};
 use proptest::prelude::*;
 use rstest::rstest;
+
+use crate::machine::Machine;
 
 const PAGES: u64 = 20;
 const PAGE: u64 = BLOCK_SIZE / 8;
@@ -15,26 +16,27 @@ const PAGE: u64 = BLOCK_SIZE / 8;
 enum Step {
     Write(u64),
     HostWrite(u64),
-    /// A save, with writes between its two halves, that fails or not; after so many calls the platform refuses.
+    /// A save with writes between its two halves. It may fail, and the platform may refuse calls
+    /// after `calls_left` of them.
     Save {
         meanwhile: Vec<u64>,
         fails: bool,
-        patience: u64,
+        calls_left: u64,
     },
     Rebuild(u32),
 }
 
 fn steps() -> impl Strategy<Value = Vec<Step>> {
-    let patience = prop_oneof![3 => Just(u64::MAX), 1 => 0u64..3];
+    let calls_left = prop_oneof![3 => Just(u64::MAX), 1 => 0u64..3];
     let save = (
         prop::collection::vec(0..PAGES, 0..4),
         any::<bool>(),
-        patience,
+        calls_left,
     );
     let step = prop_oneof![
         6 => (0..PAGES).prop_map(Step::Write),
         1 => (0..PAGES).prop_map(Step::HostWrite),
-        2 => save.prop_map(|(meanwhile, fails, patience)| Step::Save { meanwhile, fails, patience }),
+        2 => save.prop_map(|(meanwhile, fails, calls_left)| Step::Save { meanwhile, fails, calls_left }),
         1 => (10u32..22).prop_map(Step::Rebuild),
     ];
     prop::collection::vec(step, 1..60)
@@ -49,7 +51,7 @@ fn policies() -> impl Strategy<Value = Policy> {
     ]
 }
 
-/// The first address of the RAM: below 4 GiB, or so that the RAM ends a page before 2^64.
+/// Returns the start of the RAM: below 4 GiB, or such that the RAM ends one page before 2^64.
 fn starts() -> impl Strategy<Value = u64> {
     prop_oneof![
         Just(3 * BLOCK_SIZE),
@@ -57,7 +59,7 @@ fn starts() -> impl Strategy<Value = u64> {
     ]
 }
 
-/// Saves what is marked, and what is written meanwhile; on failure the image stays as it was.
+/// Saves the marked pages and those written meanwhile. On failure, the image is unchanged.
 fn save(
     machine: &Machine,
     tracker: &WriteTracker,
@@ -81,7 +83,7 @@ fn save(
 
 proptest! {
     #[test]
-    fn what_is_written_is_in_the_next_successful_save(
+    fn every_write_is_in_the_next_successful_save(
         start in starts(),
         policy in policies(),
         steps in steps(),
@@ -96,18 +98,18 @@ proptest! {
                 Step::Write(page) => _ = machine.write(&tracker, page, next()),
                 Step::HostWrite(page) => machine.host_write(&tracker, page, next()),
                 Step::Rebuild(shift) => tracker.bitmap().rebuild(1 << shift).unwrap(),
-                Step::Save { meanwhile, fails, patience } => {
-                    machine.patience.store(patience, Ordering::SeqCst);
+                Step::Save { meanwhile, fails, calls_left } => {
+                    machine.calls_left.store(calls_left, Ordering::SeqCst);
                     let writes = || {
-                        machine.patience.store(u64::MAX, Ordering::SeqCst);
+                        machine.calls_left.store(u64::MAX, Ordering::SeqCst);
                         for page in &meanwhile {
                             machine.write(&tracker, *page, next());
                         }
-                        machine.patience.store(patience, Ordering::SeqCst);
+                        machine.calls_left.store(calls_left, Ordering::SeqCst);
                     };
                     let saved = save(&machine, &tracker, &mut image, writes, fails);
-                    machine.patience.store(u64::MAX, Ordering::SeqCst);
-                    // Nobody writes now: a save that succeeded has everything.
+                    machine.calls_left.store(u64::MAX, Ordering::SeqCst);
+                    // No thread writes now, so a successful save has every page.
                     if saved.is_some() {
                         prop_assert_eq!(&image, &machine.words());
                     }
@@ -119,9 +121,9 @@ proptest! {
     }
 }
 
-/// Eight vCPUs write, one thread rebuilds the bitmap back and forth, and saves go on meanwhile, every third of them failing.
+/// Eight vCPUs write while one thread rebuilds the bitmap repeatedly. Every third save fails.
 #[rstest]
-fn eight_threads_write_while_saves_and_rebuilding_go_on(
+fn concurrent_writes_saves_and_rebuilds_lose_no_page(
     #[values(
         Policy::Pages,
         Policy::Blocks,
@@ -132,7 +134,7 @@ fn eight_threads_write_while_saves_and_rebuilding_go_on(
 ) {
     const PAGES: u64 = 4 * 512;
     let thorough = std::env::var_os("MEMSNAP_THOROUGH").is_some_and(|value| value == "1");
-    let (enough_writes, enough_saves) = if thorough { (20_000, 30) } else { (2000, 6) };
+    let (min_writes, min_saves) = if thorough { (20_000, 30) } else { (2000, 6) };
     let machine = Machine::new(0, PAGES, 4096);
     let tracker = machine.tracked(policy);
     let mut image = vec![0; PAGES as usize];
@@ -144,10 +146,10 @@ fn eight_threads_write_while_saves_and_rebuilding_go_on(
                 scope.spawn(move || {
                     let mut random = vcpu + 1;
                     for count in 0u64.. {
-                        if count >= enough_writes && saves.load(Ordering::Relaxed) >= enough_saves {
+                        if count >= min_writes && saves.load(Ordering::Relaxed) >= min_saves {
                             break;
                         }
-                        // Xorshift (Marsaglia 2003); half of the writes go to a few hot pages.
+                        // Xorshift (Marsaglia 2003). Half of the writes go to a few hot pages.
                         random ^= random << 13;
                         random ^= random >> 7;
                         random ^= random << 17;

@@ -1,17 +1,18 @@
-//! How many interleavings of a model are tried: all with `MEMSNAP_THOROUGH=1`, otherwise those with
-//! few preemptions.
+//! The number of interleavings that loom tries for a model: all with `MEMSNAP_THOROUGH=1`,
+//! otherwise those with few preemptions.
 
 use loom::model::Builder;
 
-/// The most preemptions without `MEMSNAP_THOROUGH=1`: a thread that could continue is stopped.
+/// The most preemptions without `MEMSNAP_THOROUGH=1`. A preemption stops a thread that could
+/// continue.
 const FEW: usize = 2;
 
-/// All.
+/// Tries all interleavings.
 pub(crate) fn exhaustively(model: impl Fn() + Send + Sync + 'static) {
     check(None, model);
 }
 
-/// Those with at most `bound` preemptions.
+/// Tries the interleavings with at most `bound` preemptions.
 pub(crate) fn with_preemptions(bound: usize, model: impl Fn() + Send + Sync + 'static) {
     check(Some(bound), model);
 }
