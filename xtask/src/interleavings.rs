@@ -178,7 +178,7 @@ const MUTANTS: [Mutant; 15] = [
         file: "tracker/vcpus.rs",
         right: "self.0.0.fetch_sub(1, Ordering::Release);",
         wrong: "self.0.0.fetch_sub(1, Ordering::Relaxed);",
-        model: "tracker::vcpus::interleavings::a_vcpu_against_two_checkpoints",
+        model: "tracker::vcpus::interleavings::a_vcpu_and_two_checkpoints_exclude_each_other",
     },
     Mutant {
         what: "a checkpoint lets vCPUs in without ordering",
@@ -186,7 +186,7 @@ const MUTANTS: [Mutant; 15] = [
         file: "tracker/vcpus.rs",
         right: "self.0.0.store(0, Ordering::Release);",
         wrong: "self.0.0.store(0, Ordering::Relaxed);",
-        model: "tracker::vcpus::interleavings::a_vcpu_against_two_checkpoints",
+        model: "tracker::vcpus::interleavings::a_vcpu_and_two_checkpoints_exclude_each_other",
     },
     Mutant {
         what: "a checkpoint stops a guest that another has stopped",
@@ -194,7 +194,7 @@ const MUTANTS: [Mutant; 15] = [
         file: "tracker/vcpus.rs",
         right: "                Err(CLOSED) => yield_now(),",
         wrong: "                Err(CLOSED) => return Ok(Stopped(self)),",
-        model: "tracker::vcpus::interleavings::checkpoints_of_two_threads",
+        model: "tracker::vcpus::interleavings::checkpoints_of_two_threads_exclude_each_other",
     },
 ];
 

@@ -1,7 +1,9 @@
-//! A guest of a few instructions that writes its RAM, saved whole and then by what it wrote since.
+//! Runs a guest of a few instructions that writes its RAM, and saves a full image followed by a
+//! diff.
 //!
-//! `cargo run --package hvf-backend --example snapshot [DIRECTORY]`, on a Mac of Apple silicon. The workspace's cargo runner signs it with the
-//! entitlement that the hypervisor asks for.
+//! Run `cargo run --package hvf-backend --example snapshot [DIRECTORY]` on a Mac with Apple
+//! silicon. The workspace's cargo runner signs the program with the entitlement that the hypervisor
+//! requires.
 
 #[cfg(all(target_os = "macos", target_arch = "aarch64"))]
 fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -21,7 +23,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     const PROGRAM: u64 = RAM + PAGE;
     const DATA: u64 = RAM + (1 << 20);
 
-    /// Stores x0 at x1 and goes on with the next page and number, until x0 is x3.
+    /// Stores x0 at x1, then continues with the next page and number until x0 equals x3.
     const CODE: [u32; 7] = [
         0xf900_0020, // loop: str x0, [x1]
         0x8b02_0021, //       add x1, x1, x2
@@ -33,7 +35,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     ];
     const HVC: u64 = 0x16;
 
-    /// Runs the guest until it calls, answering its write faults.
+    /// Runs the guest until its hypercall, and handles its write faults.
     fn run(
         vcpu: &mut Vcpu,
         tracker: &Stage2Tracker<Stage2>,
@@ -88,7 +90,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
 
     let epoch = tracker.arm()?;
     let diff = dir.join("guest-1.mem");
-    // Packed: no hole of macOS tells the pages of a raw diff.
+    // A packed image, because holes on macOS do not identify the pages of a raw diff.
     let packed = Layout::Packed(Seal::new().parent(parent));
     let mut writer = MemoryWriter::options()
         .layout(packed)
@@ -105,7 +107,5 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
 
 #[cfg(not(all(target_os = "macos", target_arch = "aarch64")))]
 fn main() {
-    eprintln!(
-        "this example takes macOS on Apple silicon; with KVM, see the example of kvm-backend"
-    );
+    eprintln!("this example needs macOS on Apple silicon; for KVM, see the documentation of kvm-backend");
 }

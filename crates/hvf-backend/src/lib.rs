@@ -1,24 +1,8 @@
-//! Snapshot guests of Apple's Hypervisor framework: guest RAM as a page source, dirty tracking by stage-2 write protection, vCPU state.
+//! Snapshots guests of Apple's Hypervisor framework.
 //!
-//! **What takes the framework is for macOS on Apple silicon.** Everywhere else the crate has the tracker, which works with whatever protects
-//! memory, what it knows of arm64 exits, and the state of vCPUs as data.
-//!
-//! # By task
-//! **Give a guest RAM**, of one region or several: [`GuestRam`] owns the mappings, [`Stage2`] gives them to the guest of a [`Vm`]. The host reads and
-//! writes through `GuestRam`, and what it writes is marked dirty.
-//!
-//! **Know what the guest wrote**: [`Stage2Tracker`] write-protects the RAM, answers the faults, and opens a page or a block of 2 MiB at each, whichever has
-//! paid. Every exit of a vCPU goes to it first.
-//!
-//! **Save**: stop the vCPUs, [`arm`](Stage2Tracker::arm), write the pages of the epoch (`GuestRam` is a
-//! [`PageReader`](page_reader::PageReader) that hands out host addresses), release the epoch once the file is durable.
-//!
-//! **Save and restore vCPUs**: [`VcpuState`], captured and restored on the vCPU's thread; [`GicState`] for the framework's interrupt
-//! controller. Both are serde types.
-//!
-//! **Run a program without firmware or kernel**: [`el1`].
-//!
-//! # Example
+//! A snapshot of a guest needs its RAM, the pages that changed since the last snapshot, and the
+//! state of its vCPUs. The framework provides none of these directly. This crate provides guest RAM
+//! as a page source, dirty tracking by stage-2 write protection, and vCPU state as data:
 //! ```no_run
 //! # #[cfg(all(target_os = "macos", target_arch = "aarch64"))]
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -39,19 +23,19 @@
 //!     let in_guest = tracker.enter();
 //!     let exit = vcpu.run()?;
 //!     if tracker.handle_exit(&in_guest, &exit)? == Answer::Handled {
-//!         continue; // the program counter stays: the write is tried again
+//!         continue; // the program counter is unchanged, so the guest repeats the write
 //!     }
 //!     drop(in_guest);
 //!     // ... a device, a hypercall ...
 //!     # break;
 //! }
 //!
-//! let epoch = tracker.arm()?; // all of it the first time, what was written since later
+//! let epoch = tracker.arm()?; // all pages the first time, later those written since
 //! let state = VcpuState::capture(&vcpu)?;
-//! // ... write the pages of `epoch.bitmap()` from `ram`, and the state; an error on the way gives the marks back ...
-//! epoch.release()?; // all of it is durable; `release_after` commits and releases in one
+//! // ... write the state and, from `ram`, the pages of `epoch.bitmap()` ...
+//! epoch.release()?; // everything is durable; `release_after` commits and releases in one call
 //!
-//! // In a new machine, with its RAM written:
+//! // In a new machine, after its RAM was written:
 //! let restored = state.restore(&vcpu, state.vtimer.resuming_offset())?;
 //! # let _ = restored;
 //! # Ok(())
@@ -59,47 +43,76 @@
 //! # #[cfg(not(all(target_os = "macos", target_arch = "aarch64")))]
 //! # fn main() {}
 //! ```
-//! `examples/snapshot.rs` is a whole monitor of a page.
+//! `examples/snapshot.rs` is a complete VMM in about a hundred lines.
+//!
+//! The items that need the framework exist on macOS on Apple silicon. On other systems, the crate
+//! has the tracker, which works with any write protection, the decoding of arm64 exits, and the
+//! state of vCPUs as data.
+//!
+//! # By task
+//! - **Give RAM to a guest**, in one region or several: [`GuestRam`] owns the mappings, and
+//!   [`Stage2`] maps them into the guest of a [`Vm`]. The host reads and writes through `GuestRam`,
+//!   which marks the host's writes as dirty.
+//! - **Track the guest's writes**: [`Stage2Tracker`] write-protects the RAM and handles the faults.
+//!   At each fault it unprotects a page or a block of 2 MiB, whichever was cheaper so far. Pass
+//!   every exit of a vCPU to the tracker first.
+//! - **Save**: stop the vCPUs, call [`arm`](Stage2Tracker::arm), write the pages of the epoch, and
+//!   release the epoch once the file is durable. `GuestRam` is a
+//!   [`PageReader`](page_reader::PageReader) that provides host addresses.
+//! - **Save and restore vCPUs**: [`VcpuState`], captured and restored on the thread of the vCPU,
+//!   and [`GicState`] for the framework's interrupt controller. Both are serde types.
+//! - **Run a program without firmware or kernel**: [`el1`].
 //!
 //! # Entitlement
-//! The framework serves programs that are signed with `com.apple.security.hypervisor`; an ad hoc signature is enough. `macos/sign-and-run.sh` of this
-//! crate does it as a cargo runner:
+//! The framework only serves programs that are signed with the entitlement
+//! `com.apple.security.hypervisor`. An ad hoc signature is sufficient. `macos/sign-and-run.sh` of
+//! this crate signs programs as a cargo runner:
 //! ```toml
 //! [target.aarch64-apple-darwin]
 //! runner = "path/to/sign-and-run.sh"
 //! ```
 //!
 //! # How it works
-//! | step | calls |
-//! |---|---|
-//! | RAM | `mmap`, anonymous; `hv_vm_map` with read, write and execute |
-//! | protect, lift | `hv_vm_protect` of just the range, without and with write, one call at a time |
-//! | fault | the vCPU leaves with a data abort and the guest-physical address; lift, mark, `hv_vcpu_run` |
-//! | end | `hv_vcpu_destroy`, `hv_vm_unmap`, `hv_vm_destroy`, `munmap`, in this order whatever is dropped first |
-//! | state | `hv_vcpu_get_*` and `hv_vcpu_set_*`, each register read back after it was written; `hv_gic_state_*`, `hv_gic_set_state` |
+//! - **RAM**: anonymous `mmap`, then `hv_vm_map` with read, write and execute permission.
+//! - **Protect and unprotect**: `hv_vm_protect` of exactly the range, without and with write
+//!   permission, one call at a time.
+//! - **Write fault**: the vCPU exits with a data abort and the guest-physical address. The tracker
+//!   unprotects the page and marks it, and the VMM calls `hv_vcpu_run` again.
+//! - **End**: `hv_vcpu_destroy`, `hv_vm_unmap`, `hv_vm_destroy` and `munmap`, in this order,
+//!   independent of the order of drops.
+//! - **State**: `hv_vcpu_get_*` and `hv_vcpu_set_*`, where each register is read back after it was
+//!   written; `hv_gic_state_*` and `hv_gic_set_state`.
 //!
-//! No Rust reference ever covers guest memory: it is accessed word by word with atomic operations, or by address by the kernel.
+//! No Rust reference covers guest memory. It is accessed word by word with atomic operations, or by
+//! address by the kernel.
 //!
-//! Some calls are not made through `applevisor` but by its declarations of the framework's functions: it passes permissions as the numbers of its
-//! variants, protects only whole allocations, reads the reason of an exit as a Rust enum, and, on stable Rust, declares a vector argument as an
-//! integer, which arrives in another register.
+//! Some calls use the declarations of `applevisor-sys` instead of the methods of `applevisor`. That
+//! crate passes permissions as the numbers of its enum variants, protects only whole allocations,
+//! and reads the reason of an exit as a Rust enum. On stable Rust it declares a vector argument as
+//! an integer, which is passed in another register.
 //!
 //! # Limitations
-//! - **The part for macOS is compiled for a Mac, and was never run on one.** What is portable has been run: the tracker with real faults of
-//!   other platforms, the demo's arm64 program, page table and first processor state in an emulator.
-//! - One virtual machine for each process: the framework's rule.
-//! - Devices are the monitor's to save, and every path by which one writes guest memory is the monitor's to mark: [`GuestRam::mark`].
-//! - Not captured: SME (a guest that has switched it on is [an error](CaptureError::Sme)), exception level 2 of a guest with nested virtualization,
-//!   registers that only macOS 15.2 gives (SCXTNUM, TPIDR2).
-//! - The host's writes of instructions are not made visible to the guest's instruction caches: code is loaded before it first runs there.
+//! - **The macOS part is compiled for a Mac, but was never run on one.** The portable part has been
+//!   run: the tracker with real faults of other platforms; the demo's arm64 program, page table and
+//!   initial processor state in an emulator.
+//! - A process has one virtual machine at a time. This is a limit of the framework.
+//! - The VMM saves the state of its devices. It must call [`GuestRam::mark`] for every write of a
+//!   device to guest memory.
+//! - Some state is not captured: SME (a guest that has switched it on is [an
+//!   error](CaptureError::Sme)), exception level 2 of a guest with nested virtualization, and the
+//!   registers that need macOS 15.2 (SCXTNUM, TPIDR2).
+//! - The guest's instruction caches are not invalidated after host writes. Load code before the
+//!   guest first runs at that address.
 //!
 //! # Features
-//! Each asks for that macOS when the program starts, and adds to what is there.
-//! - `macos-13`: more than 36 bits of guest-physical addresses.
-//! - `macos-15`: the framework's interrupt controller and its state, the memory model of translated x86 programs.
+//! Each feature requires that version of macOS when the program starts, and includes the features
+//! before it.
+//! - `macos-13`: guest-physical addresses of more than 36 bits.
+//! - `macos-15`: the framework's interrupt controller and its state, and the memory model of
+//!   translated x86 programs.
 //! - `macos-26`: stage 2 in pages of 4 KiB.
 
-// Elsewhere the text above names what isn't there.
+// On other systems, the text above names items that do not exist.
 #![cfg_attr(
     not(all(target_os = "macos", target_arch = "aarch64")),
     allow(rustdoc::broken_intra_doc_links)
@@ -115,12 +128,17 @@ mod tracker;
 
 pub use exit::{Exception, Exit};
 #[cfg(all(target_os = "macos", target_arch = "aarch64"))]
-pub use macos::*;
+pub use macos::{
+    Canceller, CaptureError, CreateVmError, GuestRam, GuestRamError, HvError, MapError, PAGE_SIZE,
+    ProtectError, Register, RestoreError, Restored, Stage2, SysReg, Vcpu, Vm, VmOptions,
+    has_hypervisor,
+};
+#[cfg(all(target_os = "macos", target_arch = "aarch64", feature = "macos-15"))]
+pub use macos::{GicError, GicPlace};
 pub use state::{Encoding, GicState, SystemRegister, VcpuState, VirtualTimer};
 pub use syndrome::Access;
 pub use tracker::{Answer, ArmError, FaultError, InGuest, Stage2Tracker, TrackError};
 
-/// The README's example, as a test.
 #[cfg(doctest)]
 #[doc = include_str!("../README.md")]
 struct Readme;

@@ -1,14 +1,15 @@
-//! What a vCPU and an interrupt controller hold, as data.
+//! The state of a vCPU and of an interrupt controller, as data.
 
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-/// The state of one vCPU: what a new one must be given so that the guest goes on as if nothing had happened.
+/// The state of one vCPU, with which a new vCPU resumes the guest.
 ///
-/// Captured from a vCPU that is not running, restored into one that has never run. In between it is data, for any serde format, on any
-/// machine. The number of the format stands first, so that state of another format is an error and not misread.
+/// The state is captured from a vCPU that is not running, and restored into a vCPU that has never
+/// run. It can be serialized in any serde format, on any machine. The first field is the number of
+/// the format, so state of another format is an error instead of being misread.
 ///
 /// # Examples
 /// ```
@@ -30,43 +31,47 @@ pub struct VcpuState {
     pub pc: u64,
     /// PSTATE: the exception level, the interrupt masks, the condition flags.
     pub cpsr: u64,
-    /// The control register of floating point.
+    /// The floating-point control register.
     pub fpcr: u64,
-    /// The status register of floating point.
+    /// The floating-point status register.
     pub fpsr: u64,
-    /// Q0 to Q31: vector and floating-point registers, the lowest lane in the lowest bits.
+    /// Q0 to Q31: vector and floating-point registers, with the lowest lane in the lowest bits.
     pub q: [u128; 32],
-    /// System registers, each in the place in which it is written.
+    /// System registers, in the order in which they are written.
     pub system: Vec<SystemRegister>,
-    /// The interrupt controller's registers of this CPU (`ICC_*_EL1`); empty where the framework has no controller in this machine.
+    /// This CPU's registers of the interrupt controller (`ICC_*_EL1`). Empty if the machine has no
+    /// interrupt controller of the framework.
     pub gic_cpu: Vec<SystemRegister>,
-    /// The virtual timer beside its registers, which are in [`system`](Self::system).
+    /// The state of the virtual timer except for its registers, which are in
+    /// [`system`](Self::system).
     pub vtimer: VirtualTimer,
-    /// An IRQ was to be injected when the vCPU runs next.
+    /// Whether an IRQ is injected when the vCPU next runs.
     pub pending_irq: bool,
-    /// An FIQ was to be injected when the vCPU runs next.
+    /// Whether an FIQ is injected when the vCPU next runs.
     pub pending_fiq: bool,
-    /// Debug exceptions of the guest leave it.
+    /// Whether the guest's debug exceptions exit to the VMM.
     pub trap_debug_exceptions: bool,
-    /// Accesses of the guest to its debug registers leave it.
+    /// Whether the guest's accesses to its debug registers exit to the VMM.
     pub trap_debug_reg_accesses: bool,
 }
 
 /// A system register and its value.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct SystemRegister {
-    /// Which.
+    /// The register.
     pub register: Encoding,
     /// Its value.
     pub value: u64,
 }
 
-/// A system register by its encoding: op0, op1, CRn, CRm and op2, from bit 14 down, as in an `MRS` instruction and in `hv_sys_reg_t`.
+/// The encoding of a system register, as in an `MRS` instruction and in `hv_sys_reg_t`.
+///
+/// It consists of op0, op1, CRn, CRm and op2, with op0 in the highest bits, from bit 14 on.
 ///
 /// # Examples
 /// ```
 /// let sctlr_el1 = hvf_backend::Encoding(0xc080);
-/// assert_eq!(sctlr_el1.to_string(), "S3_0_C1_C0_0"); // as assemblers take it
+/// assert_eq!(sctlr_el1.to_string(), "S3_0_C1_C0_0"); // the syntax of assemblers
 /// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct Encoding(pub u16);
@@ -85,20 +90,24 @@ impl fmt::Display for Encoding {
     }
 }
 
-/// What belongs to the virtual timer and is no register of the guest's.
+/// The state of a virtual timer that is not in a register of the guest.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct VirtualTimer {
-    /// What CNTVCT_EL0 counted when the state was captured, in ticks of 1/24,000,000 s on every Mac so far (CNTFRQ_EL0).
+    /// The value of CNTVCT_EL0 when the state was captured. On all Macs so far, a tick is
+    /// 1/24,000,000 s (CNTFRQ_EL0).
     ///
-    /// The counter, not the offset from the host's: that would mean nothing after the host was started anew, or on another one.
+    /// This is the counter and not its offset from the host's counter. The offset would be invalid
+    /// after a restart of the host, or on another host.
     pub counter: u64,
-    /// The timer has fired and is masked until the monitor has injected the interrupt and unmasks it.
+    /// Whether the timer is masked. It is masked when it fires, until the VMM has injected the
+    /// interrupt and unmasks it.
     pub masked: bool,
 }
 
-/// The state of the framework's interrupt controller but for [each CPU's registers](VcpuState::gic_cpu).
+/// The state of the framework's interrupt controller, except for [each CPU's
+/// registers](VcpuState::gic_cpu).
 ///
-/// The bytes are the framework's own, and only the framework can read them. A later macOS may refuse them.
+/// The bytes have the private format of the framework. A later version of macOS may refuse them.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct GicState {
     format: FormatVersion<1>,
@@ -106,21 +115,21 @@ pub struct GicState {
 }
 
 impl GicState {
-    /// Names bytes that the framework gave (`hv_gic_state_get_data`).
+    /// Creates a state from the bytes that the framework returned (`hv_gic_state_get_data`).
     #[must_use]
     pub fn new(data: Vec<u8>) -> Self {
         let format = FormatVersion;
         Self { format, data }
     }
 
-    /// The framework's bytes.
+    /// Returns the bytes of the framework.
     #[must_use]
     pub fn data(&self) -> &[u8] {
         &self.data
     }
 }
 
-/// The number of a serialised format: any other than `N` is an error.
+/// The number of a serialized format. Deserializing a number other than `N` is an error.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "u16", into = "u16")]
 struct FormatVersion<const N: u16>;
@@ -132,19 +141,22 @@ impl<const N: u16> From<FormatVersion<N>> for u16 {
 }
 
 impl<const N: u16> TryFrom<u16> for FormatVersion<N> {
-    type Error = OtherFormat;
+    type Error = UnsupportedFormat;
 
-    fn try_from(found: u16) -> Result<Self, OtherFormat> {
+    fn try_from(found: u16) -> Result<Self, UnsupportedFormat> {
         if found == N {
             return Ok(Self);
         }
-        Err(OtherFormat { found, known: N })
+        Err(UnsupportedFormat { found, known: N })
     }
 }
 
 #[derive(Debug, Error)]
-#[error("state in format {found}: this version of hvf-backend reads format {known}")]
-struct OtherFormat {
+#[error(
+    "the state has format {found}, but this version of hvf-backend reads format {known}: use the \
+     version that wrote it"
+)]
+struct UnsupportedFormat {
     found: u16,
     known: u16,
 }
@@ -185,12 +197,12 @@ mod tests {
     }
 
     #[test]
-    fn state_comes_back_from_binary_and_readable_formats_as_it_was() {
+    fn state_round_trips_through_binary_and_text_formats() {
         let state = every_field_set();
         let binary = postcard::to_stdvec(&state).unwrap();
         assert_eq!(postcard::from_bytes::<VcpuState>(&binary).unwrap(), state);
-        let readable = serde_json::to_string(&state).unwrap();
-        assert_eq!(serde_json::from_str::<VcpuState>(&readable).unwrap(), state);
+        let text = serde_json::to_string(&state).unwrap();
+        assert_eq!(serde_json::from_str::<VcpuState>(&text).unwrap(), state);
 
         let gic = GicState::new(vec![1, 2, 3]);
         let binary = postcard::to_stdvec(&gic).unwrap();
@@ -198,25 +210,27 @@ mod tests {
     }
 
     #[test]
-    fn files_of_format_1_stay_readable() {
-        let binary = include_bytes!("../tests/formats/vcpu-state-1.postcard");
+    fn files_of_format_1_are_readable() {
+        let binary = include_bytes!("../tests/golden/vcpu-state-1.postcard");
         assert_eq!(
             postcard::from_bytes::<VcpuState>(binary).unwrap(),
             every_field_set()
         );
-        let readable = include_str!("../tests/formats/vcpu-state-1.json");
+        let text = include_str!("../tests/golden/vcpu-state-1.json");
         assert_eq!(
-            serde_json::from_str::<VcpuState>(readable).unwrap(),
+            serde_json::from_str::<VcpuState>(text).unwrap(),
             every_field_set()
         );
     }
 
     #[test]
-    fn state_of_another_format_is_an_error_that_says_so() {
-        // The format stands first.
+    fn state_of_another_format_is_an_error() {
         let state = serde_json::to_string(&every_field_set()).unwrap();
         let later = state.replacen("\"format\":1", "\"format\":2", 1);
         let error = serde_json::from_str::<VcpuState>(&later).unwrap_err();
-        assert!(error.to_string().contains("state in format 2"), "{error}");
+        assert!(
+            error.to_string().contains("the state has format 2"),
+            "{error}"
+        );
     }
 }

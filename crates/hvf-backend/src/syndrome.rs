@@ -1,9 +1,11 @@
-//! What a guest was doing when stage 2 stopped it: the exception syndrome of an abort, ESR_EL2.
+//! Decoding of the exception syndrome of an abort (ESR_EL2).
 //!
-//! Fields and rules: Arm Architecture Reference Manual (DDI 0487), ESR_EL2, "ISS encoding for an exception from a Data Abort" and "... from
-//! an Instruction Abort".
+//! The fields and rules are in the Arm Architecture Reference Manual (DDI 0487), ESR_EL2, "ISS
+//! encoding for an exception from a Data Abort" and "ISS encoding for an exception from an
+//! Instruction Abort".
 
-/// Exception classes (ESR_EL2.EC, bits 31 to 26): an abort from a lower exception level, which is the guest.
+/// Exception classes (ESR_EL2.EC, bits 31 to 26) of aborts from a lower exception level, which is
+/// the guest.
 const INSTRUCTION_ABORT: u64 = 0x20;
 const DATA_ABORT: u64 = 0x24;
 
@@ -12,10 +14,11 @@ const CACHE_MAINTENANCE: u64 = 1 << 8;
 const STAGE_1_WALK: u64 = 1 << 7;
 const WRITE: u64 = 1 << 6;
 
-/// The access that stage 2 did not let through.
+/// A guest access that stage 2 denied.
 ///
-/// Not looked at: ISV, which is 0 for pairs and vectors; and which of the faults it was. A page that was never touched
-/// reports a translation fault where one touched before reports a permission fault.
+/// The decoding ignores ISV, which is 0 for pairs and vectors, and the kind of the fault. A page
+/// that was never touched reports a translation fault, a page that was touched before a permission
+/// fault.
 ///
 /// # Examples
 /// ```
@@ -32,21 +35,27 @@ pub enum Access {
     Fetch,
     /// A load.
     Read,
-    /// A store, an atomic update whose load would have passed, or `DC ZVA`.
+    /// A store, an atomic update whose load is permitted, or `DC ZVA`.
     Write,
-    /// A cache maintenance or address translation instruction. It always reports WnR = 1. `DC IVAC` does need write permission.
-    CacheMaintenance,
-    /// The processor's own walk of the guest's page tables, on behalf of any access.
+    /// A cache maintenance or address translation instruction.
     ///
-    /// WnR is then that of the access, and says nothing of the walk. The walk writes where it sets an access flag or a dirty
-    /// state, which a fetch or a load can lead to as well. Only such an update needs write permission, so in RAM that is readable the fault can
-    /// be nothing else (Linux, `kvm_is_write_fault` in `arch/arm64/include/asm/kvm_emulate.h`, and commits c4ad98e4b72c and 406504c7b040).
+    /// It always reports WnR = 1. Among them, `DC IVAC` needs write permission.
+    CacheMaintenance,
+    /// A walk of the guest's page tables by the processor, on behalf of any access.
+    ///
+    /// WnR then describes the access and not the walk. The walk writes when it sets an access flag
+    /// or a dirty state, also for a fetch or a load. Only such an update needs write permission. In
+    /// readable RAM, the fault therefore is such an update (Linux, `kvm_is_write_fault` in
+    /// `arch/arm64/include/asm/kvm_emulate.h`, and commits c4ad98e4b72c and 406504c7b040).
     PageTableWalk,
 }
 
 impl Access {
-    /// The access of an exit with this syndrome, or `None` if it is not one that the permissions of stage 2 stopped: another class, or an abort
-    /// that lifting a protection doesn't help (external, alignment, address size, unsupported atomic).
+    /// Returns the access of an exit with this syndrome, or `None` if the permissions of stage 2
+    /// did not cause the exit.
+    ///
+    /// `None` stands for another exception class, and for an abort that unprotecting the page does
+    /// not resolve: an external, alignment or address size abort, or an unsupported atomic update.
     #[must_use]
     pub fn of(syndrome: u64) -> Option<Self> {
         let is = |bit: u64| syndrome & bit != 0;
@@ -63,8 +72,10 @@ impl Access {
         })
     }
 
-    /// Whether it is a write, or may need the permission of one. Taking more accesses for writes costs a page in a diff; fewer, a guest that
-    /// faults for ever.
+    /// Returns whether the access is a write or may need write permission.
+    ///
+    /// An access wrongly taken for a write costs a page in a diff. A write that is not recognized
+    /// makes the guest fault endlessly.
     #[must_use]
     pub fn may_write(self) -> bool {
         matches!(
@@ -74,7 +85,8 @@ impl Access {
     }
 }
 
-/// Whether the fault status code, bits 5 to 0, is a translation, access flag or permission fault, at any level.
+/// Returns whether the fault status code (bits 5 to 0) is a translation, access flag or permission
+/// fault at any level.
 fn is_mmu_fault(syndrome: u64) -> bool {
     matches!(syndrome & 0x3f, 0x04..=0x0f | 0x2b)
 }
@@ -97,12 +109,12 @@ mod tests {
     const FNV: u64 = 1 << 10;
 
     #[rstest]
-    #[case::of_a_page_never_touched(0x07)]
-    #[case::of_a_page_touched_before(0x0f)]
-    #[case::in_a_block(0x0e)]
-    #[case::without_access_flag(0x0b)]
-    #[case::at_level_minus_one(0x2b)]
-    fn a_store_is_a_write_whatever_the_fault(#[case] status: u64) {
+    #[case::page_never_touched(0x07)]
+    #[case::page_touched_before(0x0f)]
+    #[case::block_mapping(0x0e)]
+    #[case::no_access_flag(0x0b)]
+    #[case::level_minus_one(0x2b)]
+    fn a_store_is_a_write_for_every_kind_of_fault(#[case] status: u64) {
         for more in [0, ISV, ISV | 3 << 22 | 5 << 16, FNV] {
             assert_eq!(Access::of(DABT | WNR | more | status), Some(Access::Write));
             assert_eq!(Access::of(DABT | more | status), Some(Access::Read));
@@ -110,11 +122,11 @@ mod tests {
     }
 
     #[rstest]
-    #[case::of_a_store(DABT | WNR)]
-    #[case::of_a_load(DABT)]
-    #[case::of_an_address_translation(DABT | CM | WNR)]
-    #[case::of_a_fetch(IABT)]
-    fn a_page_table_walk_may_write_on_behalf_of_any_access(#[case] access: u64) {
+    #[case::store(DABT | WNR)]
+    #[case::load(DABT)]
+    #[case::address_translation(DABT | CM | WNR)]
+    #[case::fetch(IABT)]
+    fn a_page_table_walk_may_write_for_any_access(#[case] access: u64) {
         for status in [0x07, 0x0d, 0x0f] {
             let access = Access::of(access | S1PTW | status);
             assert_eq!(access, Some(Access::PageTableWalk));
@@ -123,7 +135,7 @@ mod tests {
     }
 
     #[test]
-    fn cache_maintenance_counts_as_a_write_and_a_fetch_does_not() {
+    fn cache_maintenance_may_write_and_a_fetch_may_not() {
         let maintenance = Access::of(DABT | CM | WNR | 0x0f).unwrap();
         assert_eq!(
             (maintenance, maintenance.may_write()),
@@ -134,16 +146,16 @@ mod tests {
     }
 
     #[rstest]
-    #[case::an_address_too_large(0x03)]
-    #[case::an_address_too_large_at_level_minus_one(0x29)]
-    #[case::an_external_abort(0x10)]
-    #[case::an_external_abort_on_a_walk(0x15)]
-    #[case::a_parity_error(0x18)]
-    #[case::an_alignment_fault(0x21)]
-    #[case::a_tlb_conflict(0x30)]
-    #[case::an_unsupported_hardware_update(0x31)]
-    #[case::an_unsupported_atomic(0x35)]
-    fn what_a_lifted_protection_would_not_help_is_no_access(#[case] status: u64) {
+    #[case::address_too_large(0x03)]
+    #[case::address_too_large_at_level_minus_one(0x29)]
+    #[case::external_abort(0x10)]
+    #[case::external_abort_on_a_walk(0x15)]
+    #[case::parity_error(0x18)]
+    #[case::alignment_fault(0x21)]
+    #[case::tlb_conflict(0x30)]
+    #[case::unsupported_hardware_update(0x31)]
+    #[case::unsupported_atomic(0x35)]
+    fn other_aborts_of_the_guest_are_not_an_access(#[case] status: u64) {
         assert_eq!(Access::of(DABT | WNR | status), None);
         assert_eq!(Access::of(DABT | WNR | S1PTW | status), None);
     }
@@ -157,23 +169,23 @@ mod tests {
     #[case::pc_alignment(0x22)]
     #[case::data_abort_of_the_hypervisor(0x25)]
     #[case::breakpoint(0x3c)]
-    fn other_classes_are_no_access(#[case] class: u64) {
+    fn other_exception_classes_are_not_an_access(#[case] class: u64) {
         assert_eq!(Access::of(class << 26 | IL | WNR | 0x0f), None);
     }
 
     proptest! {
         #[test]
-        fn no_syndrome_panics_and_only_aborts_of_the_guest_are_accesses(syndrome: u64) {
+        fn only_aborts_of_the_guest_are_accesses(syndrome: u64) {
             let access = Access::of(syndrome);
             let class = (syndrome >> 26) & 0x3f;
             prop_assert!(access.is_none() || class == 0x20 || class == 0x24);
-            let bits_of_stage_2 = syndrome | 0x1f << 32; // ISS2, newer fields
-            prop_assert_eq!(Access::of(bits_of_stage_2), access);
+            let with_iss2 = syndrome | 0x1f << 32; // newer fields
+            prop_assert_eq!(Access::of(with_iss2), access);
         }
 
-        /// Against the fields, one by one.
+        /// The expected value is computed from the separate fields.
         #[test]
-        fn writes_are_what_the_manual_calls_writes(data: bool, bits in 0_u64..1 << 25) {
+        fn may_write_agrees_with_the_fields_of_the_syndrome(data: bool, bits in 0_u64..1 << 25) {
             let syndrome = if data { DABT } else { IABT } | bits;
             let mmu = matches!(bits & 0x3f, 0x04..=0x0f | 0x2b);
             let writes = mmu && (bits & S1PTW != 0 || data && bits & (WNR | CM) != 0);

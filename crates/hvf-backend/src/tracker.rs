@@ -1,4 +1,4 @@
-//! Answers the write faults of a guest, and protects again at checkpoints.
+//! The tracker of a guest's writes: handling its write faults, and checkpoints.
 
 mod errors;
 mod vcpus;
@@ -15,30 +15,32 @@ use page_reader::{OutsideRam, RamLayout};
 pub use errors::{ArmError, FaultError, TrackError};
 pub use vcpus::InGuest;
 
+use crate::exit::{Exception, Exit};
 use crate::syndrome::Access;
-use crate::{Exception, Exit};
 use vcpus::Vcpus;
 
-/// Knows what a guest writes, by write-protecting its RAM in stage 2.
+/// A tracker of a guest's writes by write-protecting its RAM in stage 2.
 ///
-/// It translates between guest-physical addresses and the offsets that a [`WriteTracker`] works with, knows a write fault among a
-/// guest's exits, and knows when the guest is stopped. `P` is what protects: `Stage2` on a Mac.
+/// It translates between guest-physical addresses and the offsets of a [`WriteTracker`], recognizes
+/// write faults among the guest's exits, and checks that the guest is stopped. `P` is the write
+/// protection, which is `Stage2` on a Mac.
 ///
 /// # vCPU threads
-/// Each turn is counted from [`enter`](Self::enter) on, and the exit goes to [`handle_exit`](Self::handle_exit) first. After
-/// [`Handled`](Answer::Handled) the vCPU runs again as it stands: the program counter stays, the write is tried again.
+/// Call [`enter`](Self::enter) before each run of a vCPU, and pass the exit to
+/// [`handle_exit`](Self::handle_exit) first. After [`Handled`](Answer::Handled), run the vCPU again
+/// without changes. The program counter is unchanged, so the guest repeats the write.
 /// ```
 /// # use std::{convert::Infallible, ops::Range, sync::Arc};
 /// # use dirty_bitmap::{Policy, TrackedBitmap, WriteProtection};
 /// # use page_reader::RamLayout;
 /// use hvf_backend::{Answer, Exception, Exit, Stage2Tracker};
-/// # struct Nothing;
-/// # impl WriteProtection for Nothing {
+/// # struct NoProtection;
+/// # impl WriteProtection for NoProtection {
 /// #     type Error = Infallible;
 /// #     fn protect(&self, _: Range<u64>) -> Result<(), Infallible> { Ok(()) }
 /// #     fn lift(&self, _: Range<u64>) -> Result<(), Infallible> { Ok(()) }
 /// # }
-/// # let stage2 = Nothing;
+/// # let stage2 = NoProtection;
 /// # let mut exits = [(0x9200_004f, 0x8012_3456), (0x5a00_0000, 0)].into_iter();
 /// # let mut run = || exits.next().map(|(syndrome, physical_address)| {
 /// #     Exit::Exception(Exception { syndrome, physical_address, ..Exception::default() })
@@ -65,12 +67,15 @@ use vcpus::Vcpus;
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 /// # Saves
-/// With the guest stopped: [`arm`](Self::arm), copy the pages of the epoch, let the guest go on, and release the epoch once they are durable. With a shorter
-/// pause: [`arm_running`](Self::arm_running) and [`arm_more`](Self::arm_more) while the guest runs and most is copied, then stop it for
-/// [`arm_last`](Self::arm_last).
+/// With a stopped guest: call [`arm`](Self::arm), copy the pages of the epoch, resume the guest,
+/// and release the epoch once the pages are durable.
+///
+/// With a shorter pause: call [`arm_running`](Self::arm_running) and [`arm_more`](Self::arm_more)
+/// and copy most pages while the guest runs, then stop it for [`arm_last`](Self::arm_last).
 ///
 /// # Host writes
-/// They don't fault. Each is followed by [`mark_host_write`](Self::mark_host_write) or marked in the bitmap otherwise (`GuestRam` does for its own).
+/// Host writes don't fault. After each, call [`mark_host_write`](Self::mark_host_write) or mark the
+/// pages in the bitmap. `GuestRam` marks its own writes.
 pub struct Stage2Tracker<P> {
     layout: RamLayout,
     tracker: WriteTracker,
@@ -78,25 +83,31 @@ pub struct Stage2Tracker<P> {
     vcpus: Vcpus,
 }
 
-/// Whose an exit is.
+/// The result of passing an exit to the tracker.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[must_use = "an exit that is not the tracker's is the monitor's"]
+#[must_use = "an exit that the tracker did not handle must be handled by the VMM"]
 pub enum Answer {
-    /// A write to tracked RAM: it is marked and open. Run the vCPU again as it stands.
+    /// The exit was a write to tracked RAM. The page is unprotected and marked. Run the vCPU again
+    /// without changes.
     Handled,
-    /// Something else, for the monitor: a device's address, a hypercall, a fetch.
+    /// The exit was something else, such as a device access, a hypercall or a fetch. The VMM
+    /// handles it.
     NotOurs,
 }
 
 impl<P: WriteProtection> Stage2Tracker<P> {
-    /// Tracks the RAM of this layout in pages of the bitmap's page size: at least the granule of stage 2, 16 KiB or 4 KiB. The
-    /// bitmap covers the memory file, from 0 on. All of it is marked, and nothing protected, until the first checkpoint.
+    /// Creates a tracker of the RAM of `layout`, in pages of the bitmap's page size.
     ///
-    /// It is to be the bitmap that the host's writes are marked in, or each is told by [`mark_host_write`](Self::mark_host_write): a
-    /// write that is marked elsewhere is in no save. `Stage2::track` takes that of its RAM.
+    /// The page size is at least the granule of stage 2, 16 KiB or 4 KiB. The bitmap covers the
+    /// memory file, from offset 0 on. Until the first checkpoint, all of it is marked and no page
+    /// is protected.
+    ///
+    /// Mark the host's writes in this bitmap, or pass each to
+    /// [`mark_host_write`](Self::mark_host_write). A write that is marked in another bitmap is in
+    /// no save. `Stage2::track` uses the bitmap of its RAM.
     ///
     /// # Errors
-    /// [`TrackError`]. Nothing was marked.
+    /// Returns [`TrackError`]. No page was marked.
     pub fn new(
         layout: RamLayout,
         bitmap: &Arc<TrackedBitmap>,
@@ -129,41 +140,48 @@ impl<P: WriteProtection> Stage2Tracker<P> {
         })
     }
 
-    /// Where the RAM is.
+    /// Returns the layout of the RAM.
     #[must_use]
     pub fn layout(&self) -> &RamLayout {
         &self.layout
     }
 
-    /// The marks, by offset in the memory file. To be rebuilt no finer than stage 2 protects.
+    /// Returns the bitmap, which covers the offsets of the memory file. Do not rebuild it with a
+    /// granule finer than that of stage 2.
     #[must_use]
     pub fn bitmap(&self) -> &Arc<TrackedBitmap> {
         self.tracker.bitmap()
     }
 
-    /// What protects.
+    /// Returns the write protection.
     #[must_use]
     pub fn protection(&self) -> &P {
         &self.protection
     }
 
-    /// Counts a vCPU as in the guest, until the token is dropped. Waits while [`arm`](Self::arm) or [`arm_last`](Self::arm_last) is at work; otherwise
-    /// one atomic update.
+    /// Counts a vCPU as running in the guest until the returned guard is dropped.
+    ///
+    /// This waits while [`arm`](Self::arm) or [`arm_last`](Self::arm_last) protects pages.
+    /// Otherwise it is one atomic update.
     pub fn enter(&self) -> InGuest<'_> {
         self.vcpus.enter()
     }
 
-    /// Answers an exit, if it is a write to the RAM or [may be one](Access::may_write): opens the page or its block, then marks it.
+    /// Handles an exit if it is a write to the RAM or [may be one](Access::may_write): unprotects
+    /// the page or its block, then marks it.
     ///
-    /// The vCPU counts as in the guest until then: a checkpoint of a stopped guest can't come between its exit and the answer.
+    /// The vCPU counts as running until the exit is handled. Therefore a checkpoint of a stopped
+    /// guest can't run between the exit and its handling.
     /// ```compile_fail,E0061
-    /// # fn example<P: dirty_bitmap::WriteProtection>(tracker: &hvf_backend::Stage2Tracker<P>, exit: &hvf_backend::Exit) {
-    /// tracker.handle_exit(exit); // of a vCPU that was not counted
+    /// # use hvf_backend::{Exit, Stage2Tracker};
+    /// # fn example<P: dirty_bitmap::WriteProtection>(tracker: &Stage2Tracker<P>, exit: &Exit) {
+    /// tracker.handle_exit(exit); // the vCPU was not counted
     /// # }
     /// ```
     ///
     /// # Errors
-    /// [`FaultError`]: the page could not be opened. The vCPU must not go on, or it faults again at once.
+    /// Returns [`FaultError`] if the page could not be unprotected. The vCPU must not resume,
+    /// because it would fault again at once.
     pub fn handle_exit(
         &self,
         _in_guest: &InGuest<'_>,
@@ -185,64 +203,80 @@ impl<P: WriteProtection> Stage2Tracker<P> {
         Ok(Answer::Handled)
     }
 
-    /// Answers a write fault at a guest-physical address, however it was learnt of. The write may go on when this has returned.
+    /// Handles a write fault at a guest-physical address. The write may resume after this returns.
+    ///
+    /// This is for faults that are not reported as an [`Exit`].
     ///
     /// # Errors
-    /// [`FaultError`]: not RAM, or the page could not be opened. The write must not go on.
+    /// Returns [`FaultError`] if the address is not RAM or the page could not be unprotected. The
+    /// write must not resume.
     pub fn on_write_fault(&self, guest_address: u64) -> Result<(), FaultError<P::Error>> {
         let offset = self
             .layout
             .offset_of(guest_address)
             .ok_or(FaultError::OutsideRam { guest_address })?;
-        // Counted although its own vCPU has left: what is open before it is marked, others may write, and a checkpoint must not come between.
+        // This counts as a running vCPU, even if the vCPU itself has left the guest. Otherwise a
+        // checkpoint could run after the page was unprotected, when other vCPUs may write it, and
+        // before it is marked.
         let _in_guest = self.vcpus.enter();
         self.tracker.on_write_fault(offset, &self.protection)?;
         Ok(())
     }
 
-    /// Marks `len` bytes that the host or a device wrote to guest-physical memory. To be called after the write: marked before, a save could take
-    /// the mark and copy the old bytes.
+    /// Marks `len` bytes that the host or a device wrote to guest-physical memory.
+    ///
+    /// Call this after the write. If the mark came first, a save could take it and copy the old
+    /// bytes.
     ///
     /// # Errors
-    /// [`OutsideRam`] where any byte is not RAM: nothing is marked.
+    /// Returns [`OutsideRam`] if any byte is not RAM. No page was marked.
     #[expect(
         clippy::missing_panics_doc,
-        reason = "the bitmap covers the RAM: checked when the tracker is made"
+        reason = "the bitmap covers the RAM: checked when the tracker is created"
     )]
     pub fn mark_host_write(&self, guest_start: u64, len: u64) -> Result<(), OutsideRam> {
         for piece in self.layout.guest_pieces(guest_start, len)? {
             let marked = self.bitmap().set_range(piece.offset, piece.size);
             assert!(
                 marked.is_ok(),
-                "the bitmap covers the RAM: checked when made"
+                "the bitmap covers the RAM: checked in `new`"
             );
         }
         Ok(())
     }
 
-    /// A checkpoint of a guest that is stopped: takes all marks into an epoch, and protects their pages. The guest is to stay stopped until they are
-    /// copied, so that the copy is of one moment.
+    /// Makes a checkpoint of a stopped guest: takes all marks into an epoch, and protects their
+    /// pages.
+    ///
+    /// Keep the guest stopped until the pages are copied, so that the image is of one point in
+    /// time.
     ///
     /// # Errors
-    /// [`ArmError`]: a vCPU is in the guest or its exit not handled yet, another save is under way, or the protection failed. All marks are in
-    /// the bitmap, and a page that is open is among them.
+    /// Returns [`ArmError`] if a vCPU is running or its exit is not handled yet, if another save is
+    /// in progress, or if the protection failed. All marks are in the bitmap, including those of
+    /// all unprotected pages.
     pub fn arm(&self) -> Result<TrackedEpoch, ArmError<P::Error>> {
-        let _stopped = self.vcpus.stop().map_err(ArmError::running)?;
+        let _stopped = self.vcpus.stop().map_err(ArmError::vcpu_running)?;
         self.arm_running()
     }
 
-    /// A checkpoint of a guest that may run: each page of the epoch may be copied at once, and is of some moment since.
+    /// Makes a checkpoint of a guest that may run.
+    ///
+    /// Each page of the epoch may be copied at once. Its contents are from some point in time after
+    /// the checkpoint.
     ///
     /// # Errors
-    /// As [`arm`](Self::arm), whatever the vCPUs do.
+    /// Returns the same errors as [`arm`](Self::arm), except for a running vCPU.
     pub fn arm_running(&self) -> Result<TrackedEpoch, ArmError<P::Error>> {
         Ok(self.tracker.arm(&self.protection)?)
     }
 
-    /// Adds what was written since to the epoch of a save under way, with the guest running, and says what that is.
+    /// Extends the epoch of a save in progress by the pages written since, while the guest may run.
+    /// Returns only these pages.
     ///
     /// # Errors
-    /// As [`arm_running`](Self::arm_running). What could not be protected is marked for the next epoch too.
+    /// Returns the same errors as [`arm_running`](Self::arm_running). Pages that could not be
+    /// protected are marked for the next epoch too.
     pub fn arm_more<'e>(
         &self,
         epoch: &'e mut TrackedEpoch,
@@ -250,31 +284,37 @@ impl<P: WriteProtection> Stage2Tracker<P> {
         Ok(self.tracker.arm_more(epoch, &self.protection)?)
     }
 
-    /// The same with the guest stopped: with these pages copied as well, the save is of one moment.
+    /// Extends the epoch of a save in progress as [`arm_more`](Self::arm_more) does, with a stopped
+    /// guest.
+    ///
+    /// Once these pages are copied too, the image is of one point in time.
     ///
     /// # Errors
-    /// As [`arm`](Self::arm). What could not be protected is marked for the next epoch too.
+    /// Returns the same errors as [`arm`](Self::arm). Pages that could not be protected are marked
+    /// for the next epoch too.
     pub fn arm_last<'e>(
         &self,
         epoch: &'e mut TrackedEpoch,
     ) -> Result<&'e TakenBitmap, ArmError<P::Error>> {
-        let _stopped = self.vcpus.stop().map_err(ArmError::running)?;
+        let _stopped = self.vcpus.stop().map_err(ArmError::vcpu_running)?;
         self.arm_more(epoch)
     }
 
-    /// Takes the marks of the open epoch back, and says whether there was one: for an epoch that was leaked, or whose save is stuck. See
+    /// Restores the marks of the open epoch. Returns whether there was one.
+    ///
+    /// This is for an epoch that was leaked or whose save is stuck: see
     /// [`WriteTracker::reclaim_epoch`].
     ///
     /// # Errors
-    /// [`EpochCommitting`] while the save commits.
+    /// Returns [`EpochCommitting`] while the save commits.
     pub fn reclaim_epoch(&self) -> Result<bool, EpochCommitting> {
         self.tracker.reclaim_epoch()
     }
 
-    /// Ends the tracking: lifts the protection of all of the RAM, and gives back what protected.
+    /// Ends the tracking: unprotects all of the RAM, and returns the write protection.
     ///
     /// # Errors
-    /// What the platform says: some of the RAM may still be protected.
+    /// Returns the error of the platform. Some of the RAM may still be protected.
     pub fn stop(self) -> Result<P, P::Error> {
         self.protection.lift(0..self.layout.ram_size())?;
         Ok(self.protection)

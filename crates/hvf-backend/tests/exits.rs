@@ -1,4 +1,4 @@
-//! Which exits the tracker takes for writes to its RAM, and what it says of those that can't be.
+//! The exits that the tracker handles as writes to its RAM, and its errors.
 #![cfg(unix)]
 
 use std::sync::Arc;
@@ -10,7 +10,7 @@ use rstest::rstest;
 use test_machine::tracked::{Memory, Mprotect, page_size};
 
 const MIB: u64 = 1 << 20;
-/// Two regions, and device registers between them.
+/// The RAM has two regions with device registers between them.
 const LOW: u64 = 0x4000_0000;
 const HIGH: u64 = 0x8000_0000;
 
@@ -24,7 +24,7 @@ fn tracker(layout: RamLayout, page_size: u64) -> Result<Stage2Tracker<Mprotect>,
     Stage2Tracker::new(layout, &bitmap, Policy::Pages, Mprotect::new(&memory))
 }
 
-/// All of its RAM protected, and clean.
+/// Returns a tracker whose RAM is protected and clean.
 fn armed() -> Stage2Tracker<Mprotect> {
     let tracker = tracker(layout(), page_size().unwrap()).unwrap();
     tracker.arm().unwrap().release().unwrap();
@@ -43,14 +43,14 @@ const STORE: u64 = 0x9200_004f;
 const LOAD: u64 = 0x9200_000f;
 
 #[rstest]
-#[case::a_store(STORE)]
-#[case::a_store_to_a_page_never_touched(0x9200_0047)]
-#[case::a_store_whose_register_is_known(0x93c3_804f)]
+#[case::store(STORE)]
+#[case::store_to_a_page_never_touched(0x9200_0047)]
+#[case::store_with_valid_register(0x93c3_804f)]
 #[case::cache_maintenance(0x9200_014f)]
-#[case::a_walk_for_a_load(0x9200_008f)]
-#[case::a_walk_for_a_store(0x9200_00cf)]
-#[case::a_walk_for_a_fetch(0x8200_008f)]
-fn a_write_to_ram_is_marked_by_its_offset_and_tried_again(#[case] syndrome: u64) {
+#[case::walk_for_a_load(0x9200_008f)]
+#[case::walk_for_a_store(0x9200_00cf)]
+#[case::walk_for_a_fetch(0x8200_008f)]
+fn a_write_to_ram_is_handled_and_marked_by_offset(#[case] syndrome: u64) {
     let tracker = armed();
     let page = page_size().unwrap();
     for (address, offset) in [
@@ -69,19 +69,19 @@ fn a_write_to_ram_is_marked_by_its_offset_and_tried_again(#[case] syndrome: u64)
 }
 
 #[rstest]
-#[case::a_load(exception(LOAD, LOW))]
-#[case::a_fetch(exception(0x8200_000f, LOW))]
-#[case::a_store_below_the_ram(exception(STORE, LOW - 8))]
-#[case::a_store_to_a_device_between_the_regions(exception(STORE, LOW + 2 * MIB))]
-#[case::a_store_past_the_ram(exception(STORE, HIGH + MIB))]
-#[case::a_walk_of_tables_that_are_no_ram(exception(0x9200_00cf, 0x1000))]
-#[case::an_external_abort(exception(0x9200_0050, LOW))]
-#[case::a_hypercall(exception(0x5a00_0000, LOW))]
-#[case::a_system_register(exception(0x6232_0140, LOW))]
-#[case::a_timer(Exit::VtimerActivated)]
-#[case::a_request(Exit::Canceled)]
-#[case::a_reason_of_a_later_macos(Exit::Unknown(77))]
-fn what_is_no_write_to_ram_is_the_monitors(#[case] exit: Exit) {
+#[case::load(exception(LOAD, LOW))]
+#[case::fetch(exception(0x8200_000f, LOW))]
+#[case::store_below_the_ram(exception(STORE, LOW - 8))]
+#[case::store_to_a_device_between_the_regions(exception(STORE, LOW + 2 * MIB))]
+#[case::store_past_the_ram(exception(STORE, HIGH + MIB))]
+#[case::walk_of_tables_outside_ram(exception(0x9200_00cf, 0x1000))]
+#[case::external_abort(exception(0x9200_0050, LOW))]
+#[case::hypercall(exception(0x5a00_0000, LOW))]
+#[case::system_register(exception(0x6232_0140, LOW))]
+#[case::timer(Exit::VtimerActivated)]
+#[case::request(Exit::Canceled)]
+#[case::unknown_reason(Exit::Unknown(77))]
+fn other_exits_are_left_to_the_vmm(#[case] exit: Exit) {
     let tracker = armed();
     assert_eq!(
         tracker.handle_exit(&tracker.enter(), &exit).unwrap(),
@@ -91,14 +91,15 @@ fn what_is_no_write_to_ram_is_the_monitors(#[case] exit: Exit) {
 }
 
 #[test]
-fn a_fault_outside_the_ram_asked_for_by_address_is_an_error() {
+fn on_write_fault_outside_the_ram_is_an_error() {
     let tracker = armed();
     let error = tracker.on_write_fault(LOW + 2 * MIB).unwrap_err();
     let address = LOW + 2 * MIB;
     assert!(matches!(error, FaultError::OutsideRam { guest_address } if guest_address == address));
     assert_eq!(
         error.to_string(),
-        "a write fault at guest-physical 0x40200000, where no RAM is tracked: emulate the device that is there, or stop the vCPU"
+        "write fault at guest-physical address 0x40200000, which is not tracked RAM: \
+         emulate the device at this address, or stop the vCPU"
     );
     assert!(tracker.bitmap().is_clean());
 }
@@ -120,21 +121,21 @@ fn a_host_write_is_marked_in_every_region_or_not_at_all() {
 }
 
 #[rstest]
-#[case::begins((LOW + 0x1000, MIB), 0x4000, "the RAM region at 0x40001000")]
-#[case::ends((LOW, MIB + 0x1000), 0x4000, "does not begin and end with a page of 16384 bytes")]
-fn a_region_that_does_not_end_with_a_page_is_refused(
+#[case::begins((LOW + 0x1000, MIB), 0x4000, "at 0x40001000")]
+#[case::ends((LOW, MIB + 0x1000), 0x4000, "does not consist of whole pages of 16384 bytes")]
+fn a_region_of_partial_pages_is_an_error(
     #[case] region: (u64, u64),
     #[case] page_size: u64,
-    #[case] says: &str,
+    #[case] message: &str,
 ) {
     let layout = RamLayout::new([region, (HIGH, 0x3000)]).unwrap();
     let error = tracker(layout, page_size).unwrap_err();
     assert!(matches!(error, TrackError::MisalignedRegion { .. }));
-    assert!(error.to_string().contains(says), "{error}");
+    assert!(error.to_string().contains(message), "{error}");
 }
 
 #[test]
-fn a_bitmap_of_other_ram_is_refused() {
+fn a_bitmap_of_other_ram_is_an_error() {
     let memory = Arc::new(Memory::new(MIB).unwrap());
     let bitmap = Arc::new(TrackedBitmap::tracked(LOW, 3 * MIB, 0x4000).unwrap());
     let refused = Stage2Tracker::new(layout(), &bitmap, Policy::Pages, Mprotect::new(&memory));
@@ -149,14 +150,14 @@ fn a_bitmap_of_other_ram_is_refused() {
 }
 
 #[test]
-fn a_tracker_that_ends_leaves_all_of_the_ram_writable() {
+fn stop_unprotects_all_ram() {
     let memory = Arc::new(Memory::new(3 * MIB).unwrap());
     let bitmap = Arc::new(TrackedBitmap::tracked(0, 3 * MIB, page_size().unwrap()).unwrap());
     let tracker =
         Stage2Tracker::new(layout(), &bitmap, Policy::Pages, Mprotect::new(&memory)).unwrap();
     tracker.arm().unwrap().release().unwrap();
     tracker.stop().unwrap();
-    // Protected, this would end the process: nobody answers.
+    // A write to a protected page would end the process, because no handler is installed.
     (0..3 * MIB)
         .step_by(4096)
         .for_each(|at| memory.store(at, 1));

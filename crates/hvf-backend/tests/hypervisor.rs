@@ -1,4 +1,4 @@
-//! Against the real framework, on a Mac of Apple silicon.
+//! Tests with the real framework, on a Mac with Apple silicon.
 #![cfg(all(target_os = "macos", target_arch = "aarch64"))]
 
 use std::path::Path;
@@ -22,7 +22,7 @@ const PROGRAM: u64 = RAM + PAGE_SIZE;
 const DATA: u64 = RAM + (4 << 20);
 const HVC: u64 = 0x16;
 
-/// A process has one virtual machine: tests that make one take turns.
+/// Serializes the tests that create a virtual machine, because a process can have only one.
 fn hypervisor(test: &str) -> Option<MutexGuard<'static, ()>> {
     static TURN: Mutex<()> = Mutex::new(());
     Need::Hypervisor
@@ -34,7 +34,7 @@ fn layout() -> RamLayout {
     RamLayout::single(RAM, SIZE).unwrap()
 }
 
-/// A machine with the program in its RAM, and a vCPU at its start.
+/// Creates a machine with the program in its RAM, and a vCPU at its first instruction.
 fn machine(code: &[u32]) -> (Vm, Stage2, Vcpu) {
     let vm = Vm::new().unwrap();
     let ram = Arc::new(GuestRam::new(layout()).unwrap());
@@ -61,9 +61,8 @@ fn is_hvc(exit: Exit) -> bool {
 }
 
 #[test]
-fn what_the_guest_writes_the_host_reads_and_the_other_way_round() {
-    let Some(_turn) = hypervisor("what_the_guest_writes_the_host_reads_and_the_other_way_round")
-    else {
+fn guest_and_host_see_each_others_writes() {
+    let Some(_turn) = hypervisor("guest_and_host_see_each_others_writes") else {
         return;
     };
     // ldr x0, [x1]; add x0, x0, #1; str x0, [x1]; hvc #0
@@ -77,15 +76,14 @@ fn what_the_guest_writes_the_host_reads_and_the_other_way_round() {
 }
 
 #[test]
-fn a_protected_page_stops_a_write_until_the_protection_is_lifted() {
-    let Some(_turn) = hypervisor("a_protected_page_stops_a_write_until_the_protection_is_lifted")
-    else {
+fn a_write_faults_until_the_page_is_unprotected() {
+    let Some(_turn) = hypervisor("a_write_faults_until_the_page_is_unprotected") else {
         return;
     };
     let (_vm, stage2, mut vcpu) = machine(&STORE);
     let page = DATA - RAM..DATA - RAM + PAGE_SIZE;
     stage2.protect(page.clone()).unwrap();
-    stage2.protect(page.clone()).unwrap(); // changes nothing
+    stage2.protect(page.clone()).unwrap(); // has no effect
     vcpu.set_register(Register::X0, 7).unwrap();
     vcpu.set_register(Register::X1, DATA + 8).unwrap();
     for _ in 0..2 {
@@ -94,7 +92,7 @@ fn a_protected_page_stops_a_write_until_the_protection_is_lifted() {
         };
         assert_eq!(Access::of(exception.syndrome), Some(Access::Write));
         assert_eq!(exception.physical_address, DATA + 8);
-        // The instruction is to be tried again.
+        // The guest repeats the instruction.
         assert_eq!(vcpu.register(Register::PC).unwrap(), PROGRAM);
     }
     stage2.lift(page).unwrap();
@@ -105,9 +103,8 @@ fn a_protected_page_stops_a_write_until_the_protection_is_lifted() {
 }
 
 #[test]
-fn the_tracker_has_each_page_that_the_guest_wrote_and_no_other() {
-    let Some(_turn) = hypervisor("the_tracker_has_each_page_that_the_guest_wrote_and_no_other")
-    else {
+fn the_tracker_marks_exactly_the_written_pages() {
+    let Some(_turn) = hypervisor("the_tracker_marks_exactly_the_written_pages") else {
         return;
     };
     let (_vm, stage2, mut vcpu) = machine(&STORE);
@@ -138,8 +135,8 @@ fn the_tracker_has_each_page_that_the_guest_wrote_and_no_other() {
 }
 
 #[test]
-fn a_vcpu_goes_on_as_another_with_its_vector_registers() {
-    let Some(_turn) = hypervisor("a_vcpu_goes_on_as_another_with_its_vector_registers") else {
+fn a_restored_vcpu_has_the_vector_registers() {
+    let Some(_turn) = hypervisor("a_restored_vcpu_has_the_vector_registers") else {
         return;
     };
     // add v0.2d, v0.2d, v0.2d; hvc #0; b .-8
@@ -180,8 +177,8 @@ fn a_vcpu_goes_on_as_another_with_its_vector_registers() {
 }
 
 #[test]
-fn system_registers_come_back() {
-    let Some(_turn) = hypervisor("system_registers_come_back") else {
+fn system_registers_are_restored() {
+    let Some(_turn) = hypervisor("system_registers_are_restored") else {
         return;
     };
     let (vm, _stage2, vcpu) = machine(&STORE);
@@ -198,8 +195,8 @@ fn system_registers_come_back() {
 }
 
 #[test]
-fn another_thread_makes_a_vcpu_leave_its_guest() {
-    let Some(_turn) = hypervisor("another_thread_makes_a_vcpu_leave_its_guest") else {
+fn another_thread_can_cancel_a_run() {
+    let Some(_turn) = hypervisor("another_thread_can_cancel_a_run") else {
         return;
     };
     let (_vm, _stage2, mut vcpu) = machine(&[0x1400_0000]); // b .
@@ -212,14 +209,12 @@ fn another_thread_makes_a_vcpu_leave_its_guest() {
     assert_eq!(vcpu.run().unwrap(), Exit::Canceled);
     let canceller = thread.join().unwrap();
     drop(vcpu);
-    canceller.cancel().unwrap(); // of a vCPU that is no more: nothing
+    canceller.cancel().unwrap(); // no effect: the vCPU no longer exists
 }
 
 #[test]
-fn a_second_machine_in_one_process_is_an_error_that_says_what_to_do() {
-    let Some(_turn) =
-        hypervisor("a_second_machine_in_one_process_is_an_error_that_says_what_to_do")
-    else {
+fn a_second_machine_in_a_process_is_an_error() {
+    let Some(_turn) = hypervisor("a_second_machine_in_a_process_is_an_error") else {
         return;
     };
     let vm = Vm::new().unwrap();
@@ -231,9 +226,8 @@ fn a_second_machine_in_one_process_is_an_error_that_says_what_to_do() {
 }
 
 #[test]
-fn ram_that_overlaps_other_ram_is_refused_and_nothing_of_it_stays() {
-    let Some(_turn) = hypervisor("ram_that_overlaps_other_ram_is_refused_and_nothing_of_it_stays")
-    else {
+fn overlapping_ram_is_an_error_and_stays_unmapped() {
+    let Some(_turn) = hypervisor("overlapping_ram_is_an_error_and_stays_unmapped") else {
         return;
     };
     let (vm, _stage2, _vcpu) = machine(&STORE);
@@ -255,8 +249,8 @@ fn ram_that_overlaps_other_ram_is_refused_and_nothing_of_it_stays() {
 }
 
 #[test]
-fn pages_smaller_than_those_of_stage_2_are_refused() {
-    let Some(_turn) = hypervisor("pages_smaller_than_those_of_stage_2_are_refused") else {
+fn pages_smaller_than_those_of_stage_2_are_an_error() {
+    let Some(_turn) = hypervisor("pages_smaller_than_those_of_stage_2_are_an_error") else {
         return;
     };
     let vm = Vm::new().unwrap();
@@ -277,8 +271,8 @@ fn pages_smaller_than_those_of_stage_2_are_refused() {
 
 #[cfg(feature = "macos-15")]
 #[test]
-fn the_interrupt_controller_comes_back() {
-    let Some(_turn) = hypervisor("the_interrupt_controller_comes_back") else {
+fn the_interrupt_controller_is_restored() {
+    let Some(_turn) = hypervisor("the_interrupt_controller_is_restored") else {
         return;
     };
     let place = hvf_backend::GicPlace {
@@ -305,31 +299,34 @@ fn the_interrupt_controller_comes_back() {
     assert_eq!(VcpuState::capture(&vcpu).unwrap().gic_cpu, state.gic_cpu);
 }
 
-/// Set for the copy of this program that is not entitled.
+/// The variable that is set for the copy of this program without the entitlement.
 const NOT_ENTITLED: &str = "HVF_BACKEND_TEST_NOT_ENTITLED";
 
 #[test]
-fn a_program_without_the_entitlement_is_told_how_to_get_it() {
+fn a_missing_entitlement_is_an_error_with_the_fix() {
     if std::env::var_os(NOT_ENTITLED).is_some() {
         println!("{}", Vm::new().unwrap_err());
         return;
     }
-    let test = "a_program_without_the_entitlement_is_told_how_to_get_it";
+    let test = "a_missing_entitlement_is_an_error_with_the_fix";
     if !Need::Hypervisor.met(test) {
         return;
     }
     let dir = tempfile::tempdir().unwrap();
     let copy = dir.path().join("not-entitled");
     std::fs::copy(std::env::current_exe().unwrap(), &copy).unwrap();
-    // An unsigned program does not run at all on Apple silicon.
+    // Sign without the entitlement, because Apple silicon does not run unsigned programs.
     run(
         Path::new("codesign"),
         &["--sign", "-", "--force"],
         Some(&copy),
     );
     let output = run(&copy, &["--exact", test, "--nocapture"], None);
-    let said = String::from_utf8_lossy(&output.stdout);
-    assert!(said.contains("com.apple.security.hypervisor"), "{said}");
+    let message = String::from_utf8_lossy(&output.stdout);
+    assert!(
+        message.contains("com.apple.security.hypervisor"),
+        "{message}"
+    );
 }
 
 fn run(program: &Path, arguments: &[&str], file: Option<&Path>) -> Output {

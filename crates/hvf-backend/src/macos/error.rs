@@ -1,21 +1,21 @@
-//! What the framework says when it refuses.
+//! The errors of the framework's calls.
 
 use applevisor::error::HypervisorError;
 use applevisor_sys::{hv_error_t, hv_return_t};
 use thiserror::Error;
 
-/// A call that the framework refused.
+/// An error of a call to the framework.
 #[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
-#[error("{call}: {} ({:#x})", self.name(), self.code)]
+#[error("{call} failed with {} ({:#x})", self.name(), self.code)]
 #[non_exhaustive]
 pub struct HvError {
-    /// The call, by its name in C.
+    /// The name of the C function.
     pub call: &'static str,
-    /// The framework's code (`hv_return_t`).
+    /// The code that the framework returned (`hv_return_t`).
     pub code: i32,
 }
 
-/// The framework's codes and their names, `Hypervisor/hv_error.h`.
+/// The framework's codes and their names, from `Hypervisor/hv_error.h`.
 const NAMES: [(hv_error_t, &str); 9] = [
     (hv_error_t::HV_ERROR, "HV_ERROR"),
     (hv_error_t::HV_BUSY, "HV_BUSY"),
@@ -29,7 +29,7 @@ const NAMES: [(hv_error_t, &str); 9] = [
 ];
 
 impl HvError {
-    /// The result of a call that returned `code`.
+    /// Converts the return code of a call to a result.
     pub(crate) fn check(call: &'static str, code: hv_return_t) -> Result<(), Self> {
         match code {
             0 => Ok(()),
@@ -37,20 +37,22 @@ impl HvError {
         }
     }
 
-    /// For the calls that are made through `applevisor`.
-    pub(crate) fn of(call: &'static str) -> impl Fn(HypervisorError) -> Self {
+    /// Returns a function that converts an error of `applevisor`, for a call made through that
+    /// crate.
+    pub(crate) fn in_call(call: &'static str) -> impl Fn(HypervisorError) -> Self {
         move |error| Self {
             call,
             code: error.into(),
         }
     }
 
+    /// Returns whether the code is that of `error`.
     pub(crate) fn is(&self, error: hv_error_t) -> bool {
         self.code == error as hv_return_t
     }
 
     fn name(&self) -> &'static str {
         let known = NAMES.iter().find(|(error, _)| self.is(*error));
-        known.map_or("an error of no known name", |(_, name)| name)
+        known.map_or("an unknown error", |(_, name)| name)
     }
 }

@@ -1,18 +1,19 @@
-//! The framework's interrupt controller: where it is, and its state.
+//! The framework's interrupt controller: its addresses and its state.
 
 use applevisor::gic::GicConfig;
 use thiserror::Error;
 
 use super::error::HvError;
 use super::vm::{Instance, Vm};
-use crate::GicState;
+use crate::state::GicState;
 
-/// Where the guest finds its interrupt controller.
+/// The guest-physical addresses of the interrupt controller.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct GicPlace {
-    /// The guest-physical address of the distributor, 64 KiB.
+    /// The address of the distributor, which takes 64 KiB.
     pub distributor: u64,
-    /// The guest-physical address of the redistributors: one of 128 KiB for each vCPU that the framework can make.
+    /// The address of the redistributors. There is one of 128 KiB for each vCPU that the framework
+    /// can create.
     pub redistributors: u64,
 }
 
@@ -21,69 +22,77 @@ impl GicPlace {
         let mut config = GicConfig::new();
         config
             .set_distributor_base(self.distributor)
-            .map_err(HvError::of("hv_gic_config_set_distributor_base"))?;
+            .map_err(HvError::in_call("hv_gic_config_set_distributor_base"))?;
         config
             .set_redistributor_base(self.redistributors)
-            .map_err(HvError::of("hv_gic_config_set_redistributor_base"))?;
+            .map_err(HvError::in_call("hv_gic_config_set_redistributor_base"))?;
         Ok(config)
     }
 }
 
 impl Vm {
-    /// Captures the interrupt controller, with every vCPU stopped. What each CPU has of it is in its [`VcpuState`](crate::VcpuState).
+    /// Captures the state of the interrupt controller. Every vCPU must be stopped.
+    ///
+    /// The controller's registers of each CPU are in its [`VcpuState`](crate::VcpuState).
     ///
     /// # Errors
-    /// [`GicError`].
+    /// Returns [`GicError`] if the machine has no interrupt controller or the framework refuses.
     pub fn capture_gic(&self) -> Result<GicState, GicError> {
         let Instance::Gic(instance) = &self.instance else {
             return Err(GicError::NoGic);
         };
         let mut state = instance
             .gic_state_create()
-            .map_err(HvError::of("hv_gic_state_create"))?;
-        let size = state.size().map_err(HvError::of("hv_gic_state_get_size"))?;
+            .map_err(HvError::in_call("hv_gic_state_create"))?;
+        let size = state
+            .size()
+            .map_err(HvError::in_call("hv_gic_state_get_size"))?;
         let mut data = vec![0; size];
         state
             .get(&mut data)
-            .map_err(HvError::of("hv_gic_state_get_data"))?;
+            .map_err(HvError::in_call("hv_gic_state_get_data"))?;
         Ok(GicState::new(data))
     }
 
-    /// Gives the interrupt controller this state: once all vCPUs are made, before any has run, and before their own states.
+    /// Restores the state of the interrupt controller.
+    ///
+    /// Call this after all vCPUs are created, before any has run, and before their own states are
+    /// restored.
     ///
     /// # Errors
-    /// [`GicError`]. The machine is of no use then.
+    /// Returns [`GicError`]. The machine is then unusable.
     pub fn restore_gic(&self, state: &GicState) -> Result<(), GicError> {
         let Instance::Gic(instance) = &self.instance else {
             return Err(GicError::NoGic);
         };
-        // Only a state of this machine's own has the call that sets one.
+        // `applevisor` offers `hv_gic_set_state` only as a method of a captured state.
         let own = instance
             .gic_state_create()
-            .map_err(HvError::of("hv_gic_state_create"))?;
+            .map_err(HvError::in_call("hv_gic_state_create"))?;
         own.set(state.data())
-            .map_err(HvError::of("hv_gic_set_state"))?;
+            .map_err(HvError::in_call("hv_gic_set_state"))?;
         Ok(())
     }
 }
 
-/// The state of the interrupt controller can't be captured or restored.
+/// An error for capturing or restoring the interrupt controller.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum GicError {
-    /// The machine was made without one.
+    /// The machine was created without an interrupt controller of the framework.
     #[error(
-        "this virtual machine has no interrupt controller of the framework's: make it with `Vm::options().gic(..)`"
+        "this virtual machine has no interrupt controller of the framework: create it with \
+         `Vm::options().gic(..)`"
     )]
     NoGic,
-    /// The framework does not take these bytes.
+    /// The framework refused the state.
     #[error(
-        "the interrupt controller does not take its state: the vCPUs must all be made and none may have run; and what one \
-         version of macOS has captured, another may refuse"
+        "failed to restore the interrupt controller: create all vCPUs first, run none before, and \
+         use the version of macOS that captured the state"
     )]
     NotTaken(#[source] HvError),
-    /// The framework gives no state.
-    #[error("the interrupt controller can't be captured: every vCPU must be stopped")]
+    /// Another call of the framework failed.
+    #[error("failed to read the state of the interrupt controller: stop every vCPU first")]
     Refused(#[source] HvError),
 }
 

@@ -1,4 +1,4 @@
-//! What each CPU has of the interrupt controller.
+//! The interrupt controller's registers of each CPU.
 
 #![allow(unsafe_code)]
 
@@ -8,10 +8,12 @@ use super::error::HvError;
 use super::vcpu::Vcpu;
 use super::vcpu_state::{CaptureError, RestoreError};
 use super::vm::Instance;
-use crate::{Encoding, SystemRegister};
+use crate::state::{Encoding, SystemRegister};
 
-/// In the order in which they are written: the interface is switched on (SRE, CTLR) before what it does is set, and the groups last. RPR_EL1 is
-/// read-only, and follows from the active priorities.
+/// The registers in the order in which they are written: SRE and CTLR first, which enable the
+/// interface, and the interrupt groups last.
+///
+/// RPR_EL1 is not included, because it is read-only and follows from the active priorities.
 const REGISTERS: [Icc; 9] = [
     Icc::SRE_EL1,
     Icc::CTLR_EL1,
@@ -24,14 +26,14 @@ const REGISTERS: [Icc; 9] = [
     Icc::IGRPEN1_EL1,
 ];
 
-/// The registers, or none where the machine has no controller of the framework's.
+/// Reads the registers. Returns none if the machine has no interrupt controller of the framework.
 pub(super) fn capture(vcpu: &Vcpu) -> Result<Vec<SystemRegister>, CaptureError> {
     if matches!(vcpu.vm.instance, Instance::Plain(_)) {
         return Ok(Vec::new());
     }
     let read = |register: Icc| {
         let mut value = 0;
-        // SAFETY: the vCPU exists and is of this thread; the address is of a variable.
+        // SAFETY: the vCPU exists and belongs to this thread. The address is of a variable.
         let code = unsafe { hv_gic_get_icc_reg(vcpu.id, register, &raw mut value) };
         let read = HvError::check("hv_gic_get_icc_reg", code);
         read.map_err(|source| CaptureError::Register {
@@ -57,7 +59,7 @@ pub(super) fn restore(vcpu: &Vcpu, saved: &[SystemRegister]) -> Result<(), Resto
             .into_iter()
             .find(known)
             .ok_or(RestoreError::UnknownRegister(saved.register))?;
-        // SAFETY: the vCPU exists and is of this thread.
+        // SAFETY: the vCPU exists and belongs to this thread.
         let code = unsafe { hv_gic_set_icc_reg(vcpu.id, register, saved.value) };
         let set = HvError::check("hv_gic_set_icc_reg", code);
         set.map_err(|source| RestoreError::Register {

@@ -1,10 +1,11 @@
-//! Without the feature `macos-15` no machine has an interrupt controller of the framework's.
+//! The replacement of `gic_cpu` without the feature `macos-15`, where no machine has an interrupt
+//! controller of the framework.
 
 use super::vcpu::Vcpu;
 use super::vcpu_state::{CaptureError, RestoreError};
-use crate::SystemRegister;
+use crate::state::SystemRegister;
 
-#[allow(clippy::unnecessary_wraps, reason = "as with an interrupt controller")]
+#[allow(clippy::unnecessary_wraps, reason = "the signature of `gic_cpu`")]
 pub(super) fn capture(_: &Vcpu) -> Result<Vec<SystemRegister>, CaptureError> {
     Ok(Vec::new())
 }

@@ -1,4 +1,4 @@
-//! The guest's RAM as this process has it mapped.
+//! The guest's RAM in the address space of this process.
 
 use std::io;
 use std::ptr::NonNull;
@@ -11,14 +11,17 @@ use thiserror::Error;
 use super::sys::Mapping;
 use super::vm::PAGE_SIZE;
 
-/// The RAM of one guest, in one mapping for each region of its layout, with the bitmap of what was written to it.
+/// The RAM of one guest, with one mapping for each region of its layout and a bitmap of the written
+/// pages.
 ///
-/// As a [`PageReader`] it hands out host addresses, so that a writer needs no copy. The host writes by [`write`](Self::write) or
-/// [`write_at`](Self::write_at), which mark the pages in [`dirty_bitmap`](Self::dirty_bitmap): stage 2 stops the guest's writes only. A
-/// device that writes through the host address itself must mark too: [`mark`](Self::mark).
+/// As a [`PageReader`], it provides host addresses, so that a writer needs no copy.
 ///
-/// No reference to guest memory ever exists, and every access is atomic by machine word: vCPUs may run meanwhile, and any thread may
-/// read.
+/// The host writes with [`write`](Self::write) or [`write_at`](Self::write_at), which mark the
+/// pages in [`dirty_bitmap`](Self::dirty_bitmap), because stage 2 only denies writes of the guest.
+/// A device that writes through the host address must call [`mark`](Self::mark).
+///
+/// No Rust reference to guest memory exists, and every access is atomic for each machine word.
+/// vCPUs may run during an access, and any thread may read.
 ///
 /// # Examples
 /// ```no_run
@@ -42,21 +45,26 @@ pub struct GuestRam {
 }
 
 impl GuestRam {
-    /// Allocates RAM of this layout: anonymous memory, zero, of which the host gives what is touched. Its writes are marked in pages of
-    /// [16 KiB](PAGE_SIZE).
+    /// Allocates RAM of this layout, with a bitmap in pages of [16 KiB](PAGE_SIZE).
+    ///
+    /// The memory is anonymous and zero. The host provides pages when they are touched.
     ///
     /// # Errors
-    /// [`GuestRamError`].
+    /// Returns [`GuestRamError`] if a region is not aligned to pages of the host, or if memory
+    /// can't be allocated.
     pub fn new(layout: RamLayout) -> Result<Self, GuestRamError> {
         let dirty = TrackedBitmap::tracked(0, layout.ram_size(), PAGE_SIZE);
         Self::with_dirty_bitmap(layout, Arc::new(dirty.map_err(GuestRamError::Bitmap)?))
     }
 
-    /// The same with writes marked in this bitmap, which covers the memory file: it starts at 0 and is as large as the RAM. Its pages are
-    /// at least those of [stage 2](crate::Vm::granule).
+    /// Allocates RAM of this layout, with an existing bitmap.
+    ///
+    /// The bitmap covers the memory file: it starts at 0 and has the size of the RAM. Its pages are
+    /// at least as large as those of [stage 2](crate::Vm::granule).
     ///
     /// # Errors
-    /// [`GuestRamError`].
+    /// Returns [`GuestRamError`] if a region is not aligned to pages of the host, if the bitmap
+    /// does not cover the RAM, or if memory can't be allocated.
     pub fn with_dirty_bitmap(
         layout: RamLayout,
         dirty: Arc<TrackedBitmap>,
@@ -76,16 +84,20 @@ impl GuestRam {
         })
     }
 
-    /// Takes memory that the caller has mapped, or had from `hv_vm_allocate`: a host address for each region, in the layout's order.
+    /// Uses memory that the caller has mapped, or allocated with `hv_vm_allocate`.
+    ///
+    /// `host_addresses` has one address for each region, in the order of the layout.
     ///
     /// # Errors
-    /// [`GuestRamError`]: not one page-aligned address for each region, or as [`with_dirty_bitmap`](Self::with_dirty_bitmap).
+    /// Returns [`GuestRamError`] if there is not one page-aligned address for each region, if a
+    /// region is not aligned to pages of the host, or if the bitmap does not cover the RAM.
     ///
     /// # Safety
-    /// As long as the [`GuestRam`] lives, and with it every [`Stage2`](crate::Stage2) made from it:
-    /// - each range, from its address and as long as its region, stays mapped, readable and writable; a file behind it isn't truncated;
-    /// - no Rust reference covers any of it, and Rust code of this process accesses it through raw pointers by atomic or
-    ///   volatile operations only.
+    /// While the [`GuestRam`] and every [`Stage2`](crate::Stage2) created from it exist:
+    /// - Each range of the size of its region stays mapped, readable and writable. A file behind it
+    ///   is not truncated.
+    /// - No Rust reference covers any of it. Rust code of this process accesses it only through raw
+    ///   pointers, with atomic or volatile operations.
     #[allow(unsafe_code)]
     pub unsafe fn adopt(
         layout: RamLayout,
@@ -110,7 +122,7 @@ impl GuestRam {
             .regions()
             .iter()
             .zip(host_addresses)
-            // SAFETY: what `Mapping::adopt` asks is what this function asks of its caller.
+            // SAFETY: the caller upholds the contract of `Mapping::adopt`, which is the same.
             .map(|(region, address)| unsafe { Mapping::adopt(*address, region.size as usize) })
             .collect();
         Ok(Self {
@@ -120,55 +132,59 @@ impl GuestRam {
         })
     }
 
-    /// Where the regions lie in guest-physical memory and in the memory file.
+    /// Returns the addresses of the regions in guest-physical memory and their offsets in the
+    /// memory file.
     #[must_use]
     pub fn layout(&self) -> &RamLayout {
         &self.layout
     }
 
-    /// The pages written by the host, and those that a tracker of this bitmap saw the guest write.
+    /// Returns the bitmap of the pages that the host wrote, and that the guest wrote under a
+    /// tracker of this bitmap.
     #[must_use]
     pub fn dirty_bitmap(&self) -> &Arc<TrackedBitmap> {
         &self.dirty
     }
 
-    /// Fills `buf` from the guest-physical address `guest_start` on.
+    /// Reads from the guest-physical address `guest_start` to fill `buf`.
     ///
     /// # Errors
-    /// [`OutsideRam`] where any byte is not RAM; `buf` is as it was.
+    /// Returns [`OutsideRam`] if any byte is not RAM. `buf` is unchanged.
     pub fn read(&self, guest_start: u64, buf: &mut [u8]) -> Result<(), OutsideRam> {
         let pieces = self.layout.guest_pieces(guest_start, buf.len() as u64)?;
         self.load(pieces, buf);
         Ok(())
     }
 
-    /// Writes `bytes` at the guest-physical address `guest_start`, and marks the pages dirty.
+    /// Writes `bytes` at the guest-physical address `guest_start`, and marks the pages.
     ///
-    /// The mark is set after the bytes are there, so a save that runs meanwhile either copies the new bytes or finds
-    /// the mark the next time.
+    /// The pages are marked after the bytes are written. A concurrent save therefore either copies
+    /// the new bytes or leaves the mark to the next save.
     ///
     /// # Errors
-    /// [`OutsideRam`] where any byte is not RAM: nothing is written.
+    /// Returns [`OutsideRam`] if any byte is not RAM. Nothing was written.
     pub fn write(&self, guest_start: u64, bytes: &[u8]) -> Result<(), OutsideRam> {
         let pieces = self.layout.guest_pieces(guest_start, bytes.len() as u64)?;
         self.store(pieces, bytes);
         Ok(())
     }
 
-    /// Writes `bytes` at `offset` of the memory file, and marks the pages dirty: what [`read_at`](PageReader::read_at) is for reading.
+    /// Writes `bytes` at `offset` of the memory file, and marks the pages. This is the counterpart
+    /// of [`read_at`](PageReader::read_at).
     ///
     /// # Errors
-    /// [`OutsideRam`] where any byte is past the RAM: nothing is written.
+    /// Returns [`OutsideRam`] if any byte is past the end of the RAM. Nothing was written.
     pub fn write_at(&self, offset: u64, bytes: &[u8]) -> Result<(), OutsideRam> {
         let pieces = self.layout.offset_pieces(offset, bytes.len() as u64)?;
         self.store(pieces, bytes);
         Ok(())
     }
 
-    /// Marks what something else wrote to `len` bytes of guest-physical memory through the host address. To be called after the write.
+    /// Marks `len` bytes of guest-physical memory that were written through the host address. Call
+    /// this after the write.
     ///
     /// # Errors
-    /// [`OutsideRam`] where any byte is not RAM: nothing is marked.
+    /// Returns [`OutsideRam`] if any byte is not RAM. No page was marked.
     pub fn mark(&self, guest_start: u64, len: u64) -> Result<(), OutsideRam> {
         for piece in self.layout.guest_pieces(guest_start, len)? {
             self.mark_piece(&piece);
@@ -176,7 +192,7 @@ impl GuestRam {
         Ok(())
     }
 
-    /// The host address of a region's first byte.
+    /// Returns the host address of a region's first byte.
     pub(crate) fn host_address(&self, region: usize) -> *mut u8 {
         self.mappings[region].as_ptr()
     }
@@ -202,7 +218,7 @@ impl GuestRam {
         let marked = self.dirty.set_range(piece.offset, piece.size);
         assert!(
             marked.is_ok(),
-            "the bitmap covers the RAM: checked when made"
+            "the bitmap covers the RAM: checked at creation"
         );
     }
 
@@ -211,7 +227,7 @@ impl GuestRam {
         self.mappings[piece.region].host_memory(at, len)
     }
 
-    /// Where a piece starts in its region's mapping.
+    /// Returns the start of a piece in the mapping of its region.
     fn in_region(&self, piece: &RamRange) -> usize {
         (piece.offset - self.layout.regions()[piece.region].offset) as usize
     }
@@ -235,7 +251,7 @@ impl PageReader for GuestRam {
     }
 }
 
-/// Everything about the layout and the bitmap that doesn't need memory.
+/// Checks the layout and the bitmap.
 fn check(layout: &RamLayout, dirty: &TrackedBitmap) -> Result<(), GuestRamError> {
     let mut regions = layout.regions().iter();
     if let Some(region) =
@@ -256,61 +272,63 @@ fn check(layout: &RamLayout, dirty: &TrackedBitmap) -> Result<(), GuestRamError>
     Ok(())
 }
 
-/// Guest RAM can't be made. Nothing stays mapped.
+/// An error for guest RAM that could not be created. No memory stays mapped.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum GuestRamError {
-    /// A region's start or size is no multiple of the host's page size.
+    /// The start or the size of a region is not a multiple of the host's page size.
     #[error(
-        "the RAM region at {guest_start:#x} of {size:#x} bytes does not start and end at a multiple of {PAGE_SIZE} bytes: \
-         the framework maps whole pages of the host"
+        "the RAM region of {size:#x} bytes at {guest_start:#x} does not consist of whole pages of \
+         the host: align it to {PAGE_SIZE} bytes"
     )]
     MisalignedRegion {
-        /// Its guest-physical start.
+        /// The guest-physical start of the region.
         guest_start: u64,
         /// Its size in bytes.
         size: u64,
     },
-    /// The bitmap given does not cover the RAM.
+    /// The bitmap does not cover the RAM.
     #[error(
-        "the bitmap covers {bitmap_size:#x} bytes from {bitmap_start:#x} on, the guest has {ram_size:#x} bytes of RAM: \
-         make it with `TrackedBitmap::tracked(0, layout.ram_size(), page_size)`"
+        "the bitmap of {bitmap_size:#x} bytes at {bitmap_start:#x} does not match the memory file \
+         of {ram_size:#x} bytes at 0: create it with `TrackedBitmap::tracked(0, layout.ram_size(), \
+         page_size)`"
     )]
     BitmapMismatch {
-        /// Where the bitmap starts.
+        /// The start of the bitmap.
         bitmap_start: u64,
-        /// The bytes it covers.
+        /// The size of the bitmap in bytes.
         bitmap_size: u64,
-        /// The bytes of the guest's RAM.
+        /// The size of the RAM in bytes.
         ram_size: u64,
     },
-    /// A bitmap can't be made.
-    #[error("no dirty bitmap for this RAM")]
+    /// The bitmap could not be created.
+    #[error("failed to create the dirty bitmap")]
     Bitmap(#[source] GeometryError),
-    /// The host gives no memory.
+    /// The host could not allocate the memory.
     #[error(
-        "mmap of {size:#x} bytes of guest RAM failed: check the address-space limit (ulimit -v)"
+        "failed to map {size:#x} bytes of guest RAM: check the address-space limit (ulimit -v)"
     )]
     Allocate {
         /// The size of the region in bytes.
         size: u64,
-        /// What it said.
+        /// The error of `mmap`.
         #[source]
         source: io::Error,
     },
-    /// Not one host address for each region.
+    /// The number of host addresses is not the number of regions.
     #[error(
-        "{given} host addresses for {regions} RAM regions: give one for each, in the layout's order"
+        "{given} host addresses were passed for {regions} RAM regions: pass one for each, in the \
+         order of the layout"
     )]
     AddressCount {
-        /// The addresses given.
+        /// The number of addresses passed.
         given: usize,
-        /// The regions of the layout.
+        /// The number of regions in the layout.
         regions: usize,
     },
-    /// A host address is not the start of a page.
+    /// A host address is not at a page boundary.
     #[error(
-        "the host address {address:#x} is no multiple of {PAGE_SIZE} bytes: the framework maps whole pages of the host"
+        "the host address {address:#x} is not at a page boundary: align it to {PAGE_SIZE} bytes"
     )]
     MisalignedAddress {
         /// The host address.

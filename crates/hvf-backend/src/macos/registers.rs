@@ -1,11 +1,11 @@
-//! Which registers a vCPU has.
+//! The registers of a vCPU.
 
 use applevisor_sys::{hv_reg_t as G, hv_simd_fp_reg_t as Q, hv_sys_reg_t as R};
 
 use super::error::HvError;
 use super::vcpu::Vcpu;
 
-/// X0 to X30.
+/// The general registers X0 to X30.
 pub(crate) const GENERAL: [G; 31] = [
     G::X0,
     G::X1,
@@ -40,7 +40,7 @@ pub(crate) const GENERAL: [G; 31] = [
     G::X30,
 ];
 
-/// Q0 to Q31.
+/// The vector registers Q0 to Q31.
 pub(crate) const SIMD: [Q; 32] = [
     Q::Q0,
     Q::Q1,
@@ -76,11 +76,13 @@ pub(crate) const SIMD: [Q; 32] = [
     Q::Q31,
 ];
 
-/// The system registers of every vCPU but for those of breakpoints and watchpoints, in the order in which they are written.
+/// The system registers of every vCPU except those of breakpoints and watchpoints, in the order in
+/// which they are written.
 ///
-/// Those of exception level 2 are left out: no machine of this crate's has that level.
+/// The registers of exception level 2 are not included, because no machine of this crate has that
+/// level.
 const SYSTEM: &[R] = &[
-    // What the CPU is. The guest may have decided things by it.
+    // Identification of the CPU. The guest may depend on these.
     R::MIDR_EL1,
     R::MPIDR_EL1,
     R::ID_AA64PFR0_EL1,
@@ -131,19 +133,20 @@ const SYSTEM: &[R] = &[
     // Debugging.
     R::MDCCINT_EL1,
     R::MDSCR_EL1,
-    // The virtual timer: what it compares with before what switches it on.
+    // The virtual timer: the compare value before the control register that enables it.
     R::CNTKCTL_EL1,
     R::CNTV_CVAL_EL0,
     R::CNTV_CTL_EL0,
 ];
 
-/// Registers that macOS 15 brought: the memory model of the guest (ACTLR_EL1.EnTSO, for translated x86 programs).
+/// The registers that need macOS 15: the memory model of the guest (ACTLR_EL1.EnTSO, for translated
+/// x86 programs).
 #[cfg(feature = "macos-15")]
-const NEWER: &[R] = &[R::ACTLR_EL1];
+const SYSTEM_MACOS_15: &[R] = &[R::ACTLR_EL1];
 #[cfg(not(feature = "macos-15"))]
-const NEWER: &[R] = &[];
+const SYSTEM_MACOS_15: &[R] = &[];
 
-/// Value and control of each breakpoint that the architecture can have.
+/// The value and control registers of each breakpoint of the architecture.
 const BREAKPOINTS: [[R; 2]; 16] = [
     [R::DBGBVR0_EL1, R::DBGBCR0_EL1],
     [R::DBGBVR1_EL1, R::DBGBCR1_EL1],
@@ -163,7 +166,7 @@ const BREAKPOINTS: [[R; 2]; 16] = [
     [R::DBGBVR15_EL1, R::DBGBCR15_EL1],
 ];
 
-/// Value and control of each watchpoint that the architecture can have.
+/// The value and control registers of each watchpoint of the architecture.
 const WATCHPOINTS: [[R; 2]; 16] = [
     [R::DBGWVR0_EL1, R::DBGWCR0_EL1],
     [R::DBGWVR1_EL1, R::DBGWCR1_EL1],
@@ -183,11 +186,11 @@ const WATCHPOINTS: [[R; 2]; 16] = [
     [R::DBGWVR15_EL1, R::DBGWCR15_EL1],
 ];
 
-/// Every register that this version knows by its encoding.
+/// Returns the register with this encoding, if this version of the crate knows it.
 pub(crate) fn by_encoding(encoding: u16) -> Option<R> {
     let mut known = SYSTEM
         .iter()
-        .chain(NEWER)
+        .chain(SYSTEM_MACOS_15)
         .chain(BREAKPOINTS.as_flattened())
         .chain(WATCHPOINTS.as_flattened());
     known
@@ -195,21 +198,22 @@ pub(crate) fn by_encoding(encoding: u16) -> Option<R> {
         .copied()
 }
 
-/// The registers that this vCPU has.
-pub(crate) fn of(vcpu: &Vcpu) -> Result<impl Iterator<Item = R>, HvError> {
-    // Arm ARM, ID_AA64DFR0_EL1: BRPs in bits 15 to 12, WRPs in bits 23 to 20, each less 1.
+/// Returns the system registers of this vCPU.
+pub(crate) fn system(vcpu: &Vcpu) -> Result<impl Iterator<Item = R>, HvError> {
+    // Arm ARM, ID_AA64DFR0_EL1: BRPs in bits 15 to 12, WRPs in bits 23 to 20, each minus 1.
     let debug = vcpu.system_register(R::ID_AA64DFR0_EL1)?;
     let count = |from: u32| (debug >> from & 0xf) as usize + 1;
     let (breakpoints, watchpoints) = (count(12), count(20));
     Ok(SYSTEM
         .iter()
-        .chain(NEWER)
+        .chain(SYSTEM_MACOS_15)
         .chain(BREAKPOINTS[..breakpoints].as_flattened())
         .chain(WATCHPOINTS[..watchpoints].as_flattened())
         .copied())
 }
 
-/// The bits of a register that the CPU sets by itself: ISTATUS of CNTV_CTL_EL0 says whether the time has come.
+/// Returns the bits of a register that only the CPU sets: ISTATUS of CNTV_CTL_EL0, which is set
+/// when the timer condition is met.
 pub(crate) fn read_only_bits(register: R) -> u64 {
     match register {
         R::CNTV_CTL_EL0 => 1 << 2,
@@ -217,7 +221,7 @@ pub(crate) fn read_only_bits(register: R) -> u64 {
     }
 }
 
-/// Whether a register says what the CPU is.
+/// Returns whether a register identifies the CPU.
 pub(crate) fn is_identification(register: R) -> bool {
     // Op0 3, op1 0, CRn 0: the identification registers, MIDR_EL1 and MPIDR_EL1 among them.
     register as u16 >> 7 == 0xc000 >> 7

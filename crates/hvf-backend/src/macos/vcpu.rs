@@ -1,4 +1,4 @@
-//! A virtual CPU: making it, running it, stopping it from elsewhere.
+//! A virtual CPU: creating it, running it, and stopping it from another thread.
 
 #![allow(unsafe_code)]
 
@@ -14,9 +14,11 @@ use applevisor_sys::{
 
 use super::error::HvError;
 use super::vm::Vm;
-use crate::{Exception, Exit};
+use crate::exit::{Exception, Exit};
 
-/// `hv_vcpu_exit_t`, with the reason as the number that it is. `applevisor` reads it as a Rust enum, for which a reason of a later macOS would be undefined
+/// `hv_vcpu_exit_t` with the reason as a number.
+///
+/// `applevisor` reads the reason as a Rust enum, for which a reason of a later macOS is undefined
 /// behaviour.
 #[repr(C)]
 #[derive(Clone, Copy)]
@@ -25,7 +27,9 @@ struct RawExit {
     exception: hv_vcpu_exit_exception_t,
 }
 
-/// A virtual CPU, of the thread that made it: neither `Send` nor `Sync`, since the framework takes its calls from that thread only.
+/// A virtual CPU, which belongs to the thread that created it.
+///
+/// It is neither `Send` nor `Sync`, because the framework accepts its calls only on that thread.
 ///
 /// # Examples
 /// ```no_run
@@ -34,9 +38,9 @@ struct RawExit {
 /// let vm = Vm::new()?;
 /// let mut vcpu = vm.create_vcpu()?;
 /// vcpu.set_register(Register::PC, 0x8000_0000)?;
-/// let canceller = vcpu.canceller(); // for other threads
+/// let canceller = vcpu.canceller(); // for use by other threads
 /// match vcpu.run()? {
-///     Exit::Canceled => println!("another thread asked for it"),
+///     Exit::Canceled => println!("another thread requested the exit"),
 ///     Exit::Exception(exception) => println!("syndrome {:#x}", exception.syndrome),
 ///     other => println!("{other:?}"),
 /// }
@@ -46,53 +50,60 @@ struct RawExit {
 #[derive(Debug)]
 pub struct Vcpu {
     pub(crate) id: hv_vcpu_t,
-    /// Where the framework says why the vCPU left.
+    /// The framework's exit structure.
     exit: NonNull<RawExit>,
-    alive: Arc<Mutex<Option<hv_vcpu_t>>>,
-    /// A raw pointer is neither `Send` nor `Sync`.
-    _of_this_thread: PhantomData<*const ()>,
-    /// Last: the machine ends after its vCPUs.
+    /// The number of the vCPU while it exists.
+    live_id: Arc<Mutex<Option<hv_vcpu_t>>>,
+    /// Makes the type neither `Send` nor `Sync`.
+    _not_send: PhantomData<*const ()>,
+    /// The last field, so that the machine ends after its vCPUs.
     pub(crate) vm: Vm,
 }
 
-/// Makes a vCPU leave its guest, from any thread: [`Vcpu::canceller`].
+/// A handle that makes a vCPU leave its guest from any thread, returned by [`Vcpu::canceller`].
 #[derive(Clone, Debug)]
 pub struct Canceller(Arc<Mutex<Option<hv_vcpu_t>>>);
 
 impl Vm {
-    /// Makes a vCPU, which belongs to this thread.
+    /// Creates a vCPU, which belongs to this thread.
     ///
     /// # Errors
-    /// [`HvError`]: the framework has no more vCPUs (`HV_NO_RESOURCES`), or this thread has one already (`HV_BUSY`).
+    /// Returns [`HvError`] if the framework has no more vCPUs (`HV_NO_RESOURCES`), or if this
+    /// thread already has one (`HV_BUSY`).
     pub fn create_vcpu(&self) -> Result<Vcpu, HvError> {
         let (mut id, mut exit) = (0, ptr::null());
-        // SAFETY: the VM lives; both addresses are of variables of the types that the framework writes; a null configuration is the default.
+        // SAFETY: the VM exists. Both addresses are of variables of the types that the framework
+        // writes. A null configuration is the default.
         let code = unsafe { hv_vcpu_create(&raw mut id, &raw mut exit, ptr::null_mut()) };
         HvError::check("hv_vcpu_create", code)?;
         let Some(exit) = NonNull::new(exit.cast_mut()) else {
-            unreachable!("hv_vcpu_create succeeded and gave no exit structure");
+            unreachable!("hv_vcpu_create succeeded without an exit structure");
         };
         Ok(Vcpu {
             id,
             exit: exit.cast(),
-            alive: Arc::new(Mutex::new(Some(id))),
-            _of_this_thread: PhantomData,
+            live_id: Arc::new(Mutex::new(Some(id))),
+            _not_send: PhantomData,
             vm: self.clone(),
         })
     }
 }
 
 impl Vcpu {
-    /// Runs the guest until something needs the monitor. After a write fault that was answered, run again: the guest's instruction is executed anew.
+    /// Runs the guest until an exit.
+    ///
+    /// After a handled write fault, run the vCPU again. The guest then repeats the instruction.
     ///
     /// # Errors
-    /// [`HvError`].
+    /// Returns the [`HvError`] of the call.
     pub fn run(&mut self) -> Result<Exit, HvError> {
-        // SAFETY: the vCPU exists and is of this thread, as `Vcpu` is not Send. What the guest may write is its RAM, which no reference covers.
+        // SAFETY: the vCPU exists and belongs to this thread, because `Vcpu` is not Send. The guest
+        // can only write its RAM, which no reference covers.
         let code = unsafe { hv_vcpu_run(self.id) };
         HvError::check("hv_vcpu_run", code)?;
-        // SAFETY: the structure is the framework's as long as the vCPU exists, it has the layout of RawExit (a 32-bit number, then three of
-        // 64 bits), any bits are a value of that, and it is written only while the vCPU runs.
+        // SAFETY: the structure stays valid while the vCPU exists. It has the layout of RawExit (a
+        // 32-bit number, then three of 64 bits), of which any bits are a valid value. It is written
+        // only while the vCPU runs.
         let RawExit { reason, exception } = unsafe { self.exit.read() };
         // Hypervisor/hv_vcpu_types.h: hv_exit_reason_t
         Ok(match reason {
@@ -107,19 +118,19 @@ impl Vcpu {
         })
     }
 
-    /// What makes this vCPU leave its guest, for other threads.
+    /// Returns a handle with which other threads make this vCPU leave its guest.
     #[must_use]
     pub fn canceller(&self) -> Canceller {
-        Canceller(Arc::clone(&self.alive))
+        Canceller(Arc::clone(&self.live_id))
     }
 
-    /// The vCPU as the framework numbers it, for calls of `applevisor_sys` on this thread.
+    /// Returns the framework's number of the vCPU, for calls of `applevisor_sys` on this thread.
     #[must_use]
     pub fn id(&self) -> u64 {
         self.id
     }
 
-    /// The virtual machine.
+    /// Returns the virtual machine.
     #[must_use]
     pub fn vm(&self) -> &Vm {
         &self.vm
@@ -128,10 +139,10 @@ impl Vcpu {
     /// Reads a general register, PC, PSTATE (`CPSR`), FPCR or FPSR.
     ///
     /// # Errors
-    /// [`HvError`].
+    /// Returns the [`HvError`] of the call.
     pub fn register(&self, register: hv_reg_t) -> Result<u64, HvError> {
         let mut value = 0;
-        // SAFETY: the vCPU exists and is of this thread; the address is of a variable.
+        // SAFETY: the vCPU exists and belongs to this thread. The address is of a variable.
         let code = unsafe { hv_vcpu_get_reg(self.id, register, &raw mut value) };
         HvError::check("hv_vcpu_get_reg", code).map(|()| value)
     }
@@ -139,9 +150,9 @@ impl Vcpu {
     /// Writes a general register, PC, PSTATE (`CPSR`), FPCR or FPSR.
     ///
     /// # Errors
-    /// [`HvError`].
+    /// Returns the [`HvError`] of the call.
     pub fn set_register(&self, register: hv_reg_t, value: u64) -> Result<(), HvError> {
-        // SAFETY: the vCPU exists and is of this thread.
+        // SAFETY: the vCPU exists and belongs to this thread.
         let code = unsafe { hv_vcpu_set_reg(self.id, register, value) };
         HvError::check("hv_vcpu_set_reg", code)
     }
@@ -149,10 +160,10 @@ impl Vcpu {
     /// Reads a system register.
     ///
     /// # Errors
-    /// [`HvError`]: `HV_BAD_ARGUMENT` where this vCPU does not have it.
+    /// Returns [`HvError`] with `HV_BAD_ARGUMENT` if this vCPU does not have the register.
     pub fn system_register(&self, register: hv_sys_reg_t) -> Result<u64, HvError> {
         let mut value = 0;
-        // SAFETY: the vCPU exists and is of this thread; the address is of a variable.
+        // SAFETY: the vCPU exists and belongs to this thread. The address is of a variable.
         let code = unsafe { hv_vcpu_get_sys_reg(self.id, register, &raw mut value) };
         HvError::check("hv_vcpu_get_sys_reg", code).map(|()| value)
     }
@@ -160,24 +171,29 @@ impl Vcpu {
     /// Writes a system register.
     ///
     /// # Errors
-    /// [`HvError`]: `HV_BAD_ARGUMENT` where this vCPU does not have it, or can't take the value.
+    /// Returns [`HvError`] with `HV_BAD_ARGUMENT` if this vCPU does not have the register or does
+    /// not accept the value.
     pub fn set_system_register(&self, register: hv_sys_reg_t, value: u64) -> Result<(), HvError> {
-        // SAFETY: the vCPU exists and is of this thread.
+        // SAFETY: the vCPU exists and belongs to this thread.
         let code = unsafe { hv_vcpu_set_sys_reg(self.id, register, value) };
         HvError::check("hv_vcpu_set_sys_reg", code)
     }
 }
 
 impl Canceller {
-    /// Makes the vCPU leave its guest with [`Exit::Canceled`]; one that is not running leaves at once when it runs next. One that is no more stays that.
+    /// Makes the vCPU leave its guest with [`Exit::Canceled`].
+    ///
+    /// If the vCPU is not running, its next run exits at once. If it no longer exists, this has no
+    /// effect.
     ///
     /// # Errors
-    /// [`HvError`].
+    /// Returns the [`HvError`] of the call.
     pub fn cancel(&self) -> Result<(), HvError> {
-        // Held over the call: the vCPU can't end meanwhile, and its number not become another's.
-        let alive = lock(&self.0);
-        let Some(id) = *alive else { return Ok(()) };
-        // SAFETY: one number at the address, of a vCPU that exists. This call may come from any thread.
+        // The lock is held during the call, so that the vCPU can't end and its number can't be
+        // reused.
+        let live_id = lock(&self.0);
+        let Some(id) = *live_id else { return Ok(()) };
+        // SAFETY: the address has one number, of a vCPU that exists. Any thread may make this call.
         let code = unsafe { hv_vcpus_exit(&raw const id, 1) };
         HvError::check("hv_vcpus_exit", code)
     }
@@ -185,14 +201,14 @@ impl Canceller {
 
 impl Drop for Vcpu {
     fn drop(&mut self) {
-        *lock(&self.alive) = None;
-        // SAFETY: the vCPU exists, is of this thread and does not run. That it can't be destroyed leaves the machine alive, which the next
-        // one to be made will say.
+        *lock(&self.live_id) = None;
+        // SAFETY: the vCPU exists, belongs to this thread and is not running. If the call fails, the
+        // machine continues to exist, and creating the next machine returns an error.
         let _ = unsafe { hv_vcpu_destroy(self.id) };
     }
 }
 
-/// It holds a number, which a panic leaves whole.
-fn lock(alive: &Mutex<Option<hv_vcpu_t>>) -> MutexGuard<'_, Option<hv_vcpu_t>> {
-    alive.lock().unwrap_or_else(PoisonError::into_inner)
+/// Locks the number of a vCPU. A panic can't leave it inconsistent.
+fn lock(live_id: &Mutex<Option<hv_vcpu_t>>) -> MutexGuard<'_, Option<hv_vcpu_t>> {
+    live_id.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -1,4 +1,4 @@
-//! Reading a vCPU's state out, and putting it back.
+//! Capture and restore of a vCPU's state.
 
 #![allow(unsafe_code)]
 
@@ -14,25 +14,30 @@ use thiserror::Error;
 use super::error::HvError;
 use super::vcpu::Vcpu;
 use super::{gic_cpu, registers, sys};
-use crate::{Encoding, SystemRegister, VcpuState, VirtualTimer};
+use crate::state::{Encoding, SystemRegister, VcpuState, VirtualTimer};
 
-/// CPACR_EL1.SMEN, its lower bit: the guest has switched on the scalable matrix extension (Arm ARM, CPACR_EL1).
+/// The lower bit of CPACR_EL1.SMEN: the guest has switched on the scalable matrix extension (Arm
+/// ARM, CPACR_EL1).
 const SME_ON: u64 = 1 << 24;
 
-/// What a restored vCPU has that the captured one had not.
+/// The differences of a restored vCPU from the captured one.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 #[must_use = "a register that differs may be one that the guest relies on"]
 #[non_exhaustive]
 pub struct Restored {
-    /// System registers that read otherwise than they were captured, with the captured values: the framework took and ignored them. Those that say what
-    /// the CPU is (`ID_*`, MIDR_EL1) are among them where the guest was captured on another kind of Mac.
+    /// The system registers whose values differ from the captured ones, with the captured values.
+    ///
+    /// The framework accepted these values and ignored them. If the guest was captured on another
+    /// kind of Mac, this includes the registers that identify the CPU (`ID_*`, MIDR_EL1).
     pub differing: Vec<SystemRegister>,
 }
 
 impl VirtualTimer {
-    /// The offset with which the virtual counter goes on from where it was captured: the time in between did not happen.
+    /// Returns the offset with which the virtual counter continues from its captured value, as if
+    /// no time had passed.
     ///
-    /// The vCPUs of one guest need one offset, or their clocks differ: ask for it once.
+    /// All vCPUs of a guest need the same offset, otherwise their clocks differ. Call this once for
+    /// each guest.
     #[must_use]
     pub fn resuming_offset(&self) -> u64 {
         sys::host_counter().wrapping_sub(self.counter)
@@ -40,10 +45,13 @@ impl VirtualTimer {
 }
 
 impl VcpuState {
-    /// Captures the state of `vcpu`, on its thread. For an image of one moment, all other vCPUs of the machine are stopped too.
+    /// Captures the state of `vcpu`, on its thread.
+    ///
+    /// For a point-in-time image, all other vCPUs of the machine must be stopped too.
     ///
     /// # Errors
-    /// [`CaptureError`] names the register that the framework did not give, or state that this crate does not know how to capture.
+    /// Returns [`CaptureError`], which names the register that could not be read, or the state that
+    /// this crate can't capture.
     pub fn capture(vcpu: &Vcpu) -> Result<Self, CaptureError> {
         let cpacr = vcpu.system_register(hv_sys_reg_t::CPACR_EL1)?;
         if cpacr & SME_ON != 0 {
@@ -60,7 +68,7 @@ impl VcpuState {
         for (value, register) in state.q.iter_mut().zip(registers::SIMD) {
             *value = simd(vcpu, register)?;
         }
-        for register in registers::of(vcpu)? {
+        for register in registers::system(vcpu)? {
             let value = vcpu.system_register(register);
             state.system.push(SystemRegister {
                 register: Encoding(register as u16),
@@ -91,13 +99,17 @@ impl VcpuState {
         Ok(state)
     }
 
-    /// Gives this state to `vcpu`, on its thread, with this offset of the virtual counter from the host's:
-    /// [`resuming_offset`](VirtualTimer::resuming_offset) of any vCPU of the guest, and the same for all.
+    /// Restores this state into `vcpu`, on its thread.
     ///
-    /// What was written is read back. A general or a vector register that differs is an error, a system register is [told](Restored::differing).
+    /// `vtimer_offset` is the offset of the virtual counter from the host's counter. Pass the
+    /// [`resuming_offset`](VirtualTimer::resuming_offset) of one vCPU to all vCPUs of the guest.
+    ///
+    /// Every written register is read back. A difference is an error for a general or vector
+    /// register, and is [reported](Restored::differing) for a system register.
     ///
     /// # Errors
-    /// [`RestoreError`] names the register. The vCPU is of no use then: restore into a new one.
+    /// Returns [`RestoreError`], which names the register. The vCPU is then unusable: restore into
+    /// a new one.
     pub fn restore(&self, vcpu: &Vcpu, vtimer_offset: u64) -> Result<Restored, RestoreError> {
         set(
             vcpu,
@@ -116,19 +128,19 @@ impl VcpuState {
         for (register, value) in registers::GENERAL.into_iter().zip(self.x).chain(others) {
             vcpu.set_register(register, value)?;
             let found = vcpu.register(register)?;
-            read_back(|| format!("{register:?}"), value.into(), found.into())?;
+            check_read_back(|| format!("{register:?}"), value.into(), found.into())?;
         }
         for (register, value) in registers::SIMD.into_iter().zip(self.q) {
-            // SAFETY: the vCPU exists and is of this thread.
+            // SAFETY: the vCPU exists and belongs to this thread.
             let code = unsafe { sys::set_simd_fp_reg(vcpu.id, register, value) };
             HvError::check("hv_vcpu_set_simd_fp_reg", code)?;
-            read_back(|| format!("{register:?}"), value, simd(vcpu, register)?)?;
+            check_read_back(|| format!("{register:?}"), value, simd(vcpu, register)?)?;
         }
         for (interrupt, pending) in [
             (hv_interrupt_type_t::IRQ, self.pending_irq),
             (hv_interrupt_type_t::FIQ, self.pending_fiq),
         ] {
-            // SAFETY: the vCPU exists and is of this thread.
+            // SAFETY: the vCPU exists and belongs to this thread.
             let code = unsafe { hv_vcpu_set_pending_interrupt(vcpu.id, interrupt, pending) };
             HvError::check("hv_vcpu_set_pending_interrupt", code)?;
         }
@@ -153,7 +165,7 @@ impl VcpuState {
         Ok(Restored { differing })
     }
 
-    /// Writes the system registers that differ, and says which still do.
+    /// Writes the system registers that differ. Returns those that still differ.
     fn restore_system(&self, vcpu: &Vcpu) -> Result<Vec<SystemRegister>, RestoreError> {
         let mut differing = Vec::new();
         for saved in &self.system {
@@ -171,7 +183,8 @@ impl VcpuState {
                 continue;
             }
             let set = vcpu.set_system_register(register, saved.value);
-            // What says what the CPU is can't be written everywhere. That it differs is told all the same.
+            // Some identification registers can't be written. Their differences are reported
+            // nevertheless.
             if !registers::is_identification(register) {
                 set.map_err(refused)?;
             }
@@ -186,41 +199,45 @@ impl VcpuState {
 /// Reads a vector register.
 fn simd(vcpu: &Vcpu, register: hv_simd_fp_reg_t) -> Result<u128, HvError> {
     let mut value = 0_u128;
-    // SAFETY: the vCPU exists and is of this thread; the address is of 16 bytes, aligned to 16.
+    // SAFETY: the vCPU exists and belongs to this thread. The address is of 16 bytes, aligned to
+    // 16.
     let code = unsafe { hv_vcpu_get_simd_fp_reg(vcpu.id, register, &raw mut value) };
     HvError::check("hv_vcpu_get_simd_fp_reg", code).map(|()| value)
 }
 
 fn pending(vcpu: &Vcpu, interrupt: hv_interrupt_type_t) -> Result<bool, HvError> {
     let mut pending = false;
-    // SAFETY: the vCPU exists and is of this thread; the framework writes 0 or 1 to the address of a variable.
+    // SAFETY: the vCPU exists and belongs to this thread. The framework writes 0 or 1 to the
+    // address of a variable.
     let code = unsafe { hv_vcpu_get_pending_interrupt(vcpu.id, interrupt, &raw mut pending) };
     HvError::check("hv_vcpu_get_pending_interrupt", code).map(|()| pending)
 }
 
-/// Calls one of the framework's functions that write one value.
+/// Calls a function of the framework that writes one value.
 fn get<T: Default>(
     vcpu: &Vcpu,
     call: &'static str,
     function: unsafe extern "C" fn(u64, *mut T) -> i32,
 ) -> Result<T, HvError> {
     let mut value = T::default();
-    // SAFETY: the vCPU exists and is of this thread; the address is of a variable of the type that the function writes.
+    // SAFETY: the vCPU exists and belongs to this thread. The address is of a variable of the type
+    // that the function writes.
     HvError::check(call, unsafe { function(vcpu.id, &raw mut value) }).map(|()| value)
 }
 
-/// Calls one of the framework's functions that take one value.
+/// Calls a function of the framework that takes one value.
 fn set<T>(
     vcpu: &Vcpu,
     call: &'static str,
     function: unsafe extern "C" fn(u64, T) -> i32,
     value: T,
 ) -> Result<(), HvError> {
-    // SAFETY: the vCPU exists and is of this thread.
+    // SAFETY: the vCPU exists and belongs to this thread.
     HvError::check(call, unsafe { function(vcpu.id, value) })
 }
 
-fn read_back(
+/// Checks the value of a register that was read back.
+fn check_read_back(
     register: impl Fn() -> String,
     written: u128,
     found: u128,
@@ -235,67 +252,70 @@ fn read_back(
     })
 }
 
-/// A vCPU's state can't be captured: nothing of it is given, rather than a part.
+/// An error for capturing the state of a vCPU. No part of the state is returned.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum CaptureError {
-    /// The framework does not give a register that this crate takes every vCPU to have.
-    #[error("the framework does not give {register}: the guest could not go on without it")]
+    /// The framework refused to read a register that every vCPU should have.
+    #[error("failed to read {register}, without which the guest could not resume")]
     Register {
-        /// Its name.
+        /// The name of the register.
         register: String,
-        /// What the framework said.
+        /// The error of the framework.
         #[source]
         source: HvError,
     },
     /// The guest uses the scalable matrix extension.
     #[error(
-        "the guest has switched on SME (CPACR_EL1.SMEN), whose registers are not captured: hide it in ID_AA64PFR1_EL1 before the guest starts"
+        "the guest uses SME (CPACR_EL1.SMEN), whose registers can't be captured: hide SME in \
+         ID_AA64PFR1_EL1 before the guest starts"
     )]
     Sme,
     /// The framework refused.
-    #[error("a vCPU's state can't be captured")]
+    #[error("failed to capture the state of a vCPU")]
     Refused(#[from] HvError),
 }
 
-/// A vCPU's state can't be restored, or not whole. The vCPU is of no use.
+/// An error for restoring the state of a vCPU. The vCPU is unusable.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum RestoreError {
-    /// The state has a register that this version does not know.
+    /// The state has a register unknown to this version of the crate.
     #[error(
-        "the state has the register {0}, which this build does not know: a newer one captured it, or one with the feature `macos-15`"
+        "the state has the register {0}, which is unknown to this build: use the version of \
+         hvf-backend that captured it, or the feature `macos-15`"
     )]
     UnknownRegister(Encoding),
     /// The framework refused a register, or its value.
-    #[error("the framework does not take {register} as it was captured")]
+    #[error("failed to restore {register} to its captured value")]
     Register {
-        /// Its name.
+        /// The name of the register.
         register: String,
-        /// What the framework said.
+        /// The error of the framework.
         #[source]
         source: HvError,
     },
-    /// A register reads otherwise than it was written.
-    #[error("{register} was set to {written:#x}, and is {found:#x}")]
+    /// A register that was read back differs from the written value.
+    #[error("{register} was set to {written:#x}, but reads {found:#x}: restore into a new vCPU")]
     NotTaken {
-        /// Its name.
+        /// The name of the register.
         register: String,
-        /// What was written.
+        /// The written value.
         written: u128,
-        /// What was read back.
+        /// The value that was read back.
         found: u128,
     },
-    /// The state has registers of an interrupt controller, and the machine has none; or the other way round.
+    /// Only one of the state and the machine has an interrupt controller.
     #[error(
-        "the state was captured {} the framework's interrupt controller, and this machine was made {} it (`Vm::options().gic(..)`)",
+        "the state was captured {} the framework's interrupt controller, but this machine was \
+         created {} it: create the machine like the captured one (`Vm::options().gic(..)`)",
         if *.captured { "with" } else { "without" }, if *.captured { "without" } else { "with" }
     )]
     Gic {
-        /// Whether the captured machine had one.
+        /// Whether the captured machine had an interrupt controller.
         captured: bool,
     },
     /// The framework refused.
-    #[error("a vCPU's state can't be restored")]
+    #[error("failed to restore the state of a vCPU")]
     Refused(#[from] HvError),
 }

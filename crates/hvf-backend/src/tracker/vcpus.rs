@@ -1,4 +1,4 @@
-//! Who is in the guest: many vCPUs, or one checkpoint.
+//! Mutual exclusion of running vCPUs and checkpoints of a stopped guest.
 
 #[cfg(memsnap_loom)]
 use loom::sync::atomic::{AtomicU32, Ordering};
@@ -9,35 +9,47 @@ use std::sync::atomic::{AtomicU32, Ordering};
 #[cfg(not(memsnap_loom))]
 use std::thread::yield_now;
 
-/// Set while a checkpoint keeps vCPUs out; the bits below count those that are in.
+/// The bit that is set while a checkpoint excludes vCPUs. The bits below count the running vCPUs.
 const CLOSED: u32 = 1 << 31;
 
-/// One word, changed by read-modify-writes only: from 0 to `CLOSED` and back by a checkpoint, up and down by one by vCPUs while it is not
-/// closed. So each sees the other or keeps it out, and what one did before it left happened before the other came in: a decrement releases, the
-/// checkpoint's exchange acquires, and the decrements between are of one release sequence; the same the other way round.
+/// A lock that either many running vCPUs or one checkpoint holds.
+///
+/// It is one word, which only read-modify-writes change. A checkpoint changes it from 0 to `CLOSED`
+/// and back. A vCPU increments and decrements it while it is not closed. Thus each side either sees
+/// the other or excludes it.
+///
+/// The effects of one side happen before the other side enters. The decrement of a vCPU releases,
+/// and the exchange of the checkpoint acquires; the decrements in between are part of one release
+/// sequence. The same applies to a checkpoint that is followed by a vCPU.
 #[derive(Debug, Default)]
 pub(super) struct Vcpus(AtomicU32);
 
-/// A vCPU that is in the guest, or whose exit is being handled; until dropped, there is no checkpoint of a stopped guest.
+/// A guard for a vCPU that is running or whose exit is being handled.
+///
+/// While it exists, a checkpoint of a stopped guest is refused.
 #[derive(Debug)]
-#[must_use = "the vCPU is in the guest as long as this lives"]
+#[must_use = "the vCPU counts as running only while this guard exists"]
 pub struct InGuest<'a>(&'a Vcpus);
 
-/// No vCPU is in the guest, and none comes in.
+/// A guard that excludes running vCPUs.
 pub(super) struct Stopped<'a>(&'a Vcpus);
 
 impl Vcpus {
-    /// Waits while a checkpoint keeps vCPUs out. Lock-free otherwise: it can be called in a signal handler of a thread that is in already.
+    /// Counts a vCPU as running. Waits while a checkpoint excludes vCPUs.
+    ///
+    /// If the thread already holds an [`InGuest`], this never waits and may be called in a signal
+    /// handler.
     pub(super) fn enter(&self) -> InGuest<'_> {
         let mut seen = self.0.load(Ordering::Relaxed);
         loop {
             if seen & CLOSED != 0 {
-                // For as long as it takes to protect what is dirty: milliseconds, and only if a monitor lets a vCPU go too early.
+                // Protecting the dirty pages takes milliseconds. A vCPU only waits here if the VMM
+                // resumed it too early.
                 yield_now();
                 seen = self.0.load(Ordering::Relaxed);
                 continue;
             }
-            assert!(seen + 1 < CLOSED, "two billion vCPUs in one guest");
+            assert!(seen + 1 < CLOSED, "too many running vCPUs: {seen}");
             let (success, failure) = (Ordering::Acquire, Ordering::Relaxed);
             match self
                 .0
@@ -49,7 +61,10 @@ impl Vcpus {
         }
     }
 
-    /// Keeps vCPUs out, if none is in. Waits for another checkpoint to end; if vCPUs are in, says how many.
+    /// Excludes vCPUs if none is running, after waiting for another checkpoint to end.
+    ///
+    /// # Errors
+    /// Returns the number of running vCPUs.
     pub(super) fn stop(&self) -> Result<Stopped<'_>, u32> {
         loop {
             let (success, failure) = (Ordering::Acquire, Ordering::Relaxed);
@@ -81,7 +96,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_guest_with_a_vcpu_in_it_is_not_stopped() {
+    fn stop_fails_while_a_vcpu_is_running() {
         let vcpus = Vcpus::default();
         let first = vcpus.enter();
         let second = vcpus.enter();
@@ -94,7 +109,7 @@ mod tests {
     }
 
     #[test]
-    fn a_vcpu_and_a_checkpoint_are_never_in_at_once() {
+    fn running_vcpus_and_checkpoints_exclude_each_other() {
         const TURNS: u64 = 20_000;
         let vcpus = Vcpus::default();
         let inside = AtomicU64::new(0);
@@ -123,7 +138,8 @@ mod tests {
     }
 }
 
-/// Every interleaving, under `RUSTFLAGS="--cfg memsnap_loom" cargo test -p hvf-backend --lib --release interleavings`.
+/// Loom models. Run with
+/// `RUSTFLAGS="--cfg memsnap_loom" cargo test -p hvf-backend --lib --release interleavings`.
 #[cfg(all(test, memsnap_loom))]
 mod interleavings {
     use std::sync::Arc;
@@ -142,7 +158,8 @@ mod interleavings {
         builder.check(model);
     }
 
-    /// What one side must see from its first look to its last as the other left it.
+    /// A guest in which each side checks that the other side's value does not change while it holds
+    /// the lock.
     #[derive(Default)]
     struct Guest {
         vcpus: Vcpus,
@@ -158,7 +175,10 @@ mod interleavings {
                 let protected = guest.protected.load(Ordering::Relaxed);
                 guest.written.store(value, Ordering::Relaxed);
                 let still = guest.protected.load(Ordering::Relaxed);
-                assert_eq!(still, protected, "a checkpoint comes between");
+                assert_eq!(
+                    still, protected,
+                    "a checkpoint ran during the turn of a vCPU"
+                );
             })
         }
 
@@ -167,13 +187,13 @@ mod interleavings {
                 let written = self.written.load(Ordering::Relaxed);
                 self.protected.store(value, Ordering::Relaxed);
                 let still = self.written.load(Ordering::Relaxed);
-                assert_eq!(still, written, "a vCPU comes between");
+                assert_eq!(still, written, "a vCPU ran during a checkpoint");
             }
         }
     }
 
     #[test]
-    fn a_vcpu_against_two_checkpoints() {
+    fn a_vcpu_and_two_checkpoints_exclude_each_other() {
         model(|| {
             let guest = Arc::new(Guest::default());
             let vcpu = guest.vcpu(1);
@@ -183,13 +203,13 @@ mod interleavings {
         });
     }
 
-    /// Two threads that wait for a third never end in a model: here one waits at most.
+    /// In this model at most one thread waits. Two threads that wait for a third would never end.
     #[test]
-    fn checkpoints_of_two_threads() {
+    fn checkpoints_of_two_threads_exclude_each_other() {
         model(|| {
             let guest = Arc::new(Guest::default());
             let add = |guest: &Guest| {
-                let _stopped = guest.vcpus.stop().ok().expect("no vCPU is there");
+                let _stopped = guest.vcpus.stop().ok().expect("no vCPU is running");
                 let protected = guest.protected.load(Ordering::Relaxed);
                 guest.protected.store(protected + 1, Ordering::Relaxed);
             };
@@ -200,7 +220,7 @@ mod interleavings {
             add(&guest);
             other.join().unwrap();
             let added = guest.protected.load(Ordering::Relaxed);
-            assert_eq!(added, 2, "two checkpoints at once");
+            assert_eq!(added, 2, "both checkpoints ran at the same time");
         });
     }
 }

@@ -1,4 +1,4 @@
-//! Guests whose writes really fault, each with a tracker: what the conformance suite runs on.
+//! Guests with real write faults, each with a tracker, for the conformance suite.
 
 #![allow(unreachable_pub)]
 
@@ -18,35 +18,36 @@ use test_machine::tracked::FaultHandler;
 
 pub use protection::Protection;
 
-/// Two regions, and a 2 MiB block of the memory file that has a part of both.
+/// The RAM has two regions, and a 2 MiB block of the memory file contains parts of both.
 pub const LOW_SIZE: u64 = 3 << 20;
 pub const HIGH: u64 = 4 << 30;
 pub const HIGH_SIZE: u64 = 2 << 20;
 
-/// Up to here, programs and tables of guests that have some.
+/// The end of the programs and tables of those guests that have them.
 const PROGRAM_END: u64 = 0x20000;
 
 pub type Tracker = Stage2Tracker<Protection>;
 
-/// What a guest is, and how its writes are made to fault.
+/// The kind of a guest, and the way its writes are made to fault.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
-    /// Threads of this process, by `mprotect`.
+    /// Threads of this process, with `mprotect`.
     Mprotect,
-    /// Threads of this process, by userfaultfd.
+    /// Threads of this process, with userfaultfd.
     Userfaultfd,
-    /// vCPUs of KVM's, by userfaultfd.
+    /// KVM vCPUs, with userfaultfd.
     KvmUserfaultfd,
-    /// A vCPU of KVM's, by read-only memory slots.
+    /// A KVM vCPU, with read-only memory slots.
     KvmReadOnly,
 }
 
-/// A guest. It increments words; each vCPU has one of its own in every page.
+/// A guest that increments words. Each vCPU has its own word in every page.
 pub struct Machine {
-    // In the order of dropping: vCPUs, then who answers their faults.
+    // The order of the fields is the order of dropping: the vCPUs before the handler of their
+    // faults.
     guest: Box<dyn Guest>,
     _handler: Option<FaultHandler>,
-    answered: Box<dyn Fn() + Send + Sync>,
+    wait_until_handled: Box<dyn Fn() + Send + Sync>,
     pub tracker: Arc<Tracker>,
     pub ram: Arc<dyn PageReader + Send + Sync>,
 }
@@ -54,32 +55,34 @@ pub struct Machine {
 trait Guest: Send + Sync {
     fn vcpus(&self) -> usize;
 
-    /// Has a vCPU, on the calling thread, increment the word at each of these guest-physical addresses.
+    /// Makes a vCPU increment the word at each of these guest-physical addresses, on the calling
+    /// thread.
     fn increment(&self, tracker: &Tracker, vcpu: usize, addresses: &[u64]);
 
-    /// Writes as a host does: without a fault.
+    /// Writes as the host does, without a fault.
     fn host_write(&self, layout: &RamLayout, guest_start: u64, bytes: &[u8]);
 }
 
 impl Machine {
-    /// A machine of this kind, or `None` where there can be none, which is said for `test`.
+    /// Creates a machine of this kind. Returns `None` if this system does not support it, and
+    /// reports that for `test`.
     pub fn new(kind: Kind, page_size: u64, policy: Policy, test: &str) -> Option<Self> {
         match kind {
             Kind::Mprotect => Some(threads::by_mprotect(page_size, policy)),
             #[cfg(target_os = "linux")]
             Kind::Userfaultfd => {
-                let here = Need::Userfaultfd.met(test);
-                here.then(|| threads::by_userfaultfd(page_size, policy))
+                let supported = Need::Userfaultfd.met(test);
+                supported.then(|| threads::by_userfaultfd(page_size, policy))
             }
             #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
             Kind::KvmUserfaultfd => {
-                let here = Need::Kvm.met(test) && Need::Userfaultfd.met(test);
-                here.then(|| kvm::by_userfaultfd(page_size, policy))
+                let supported = Need::Kvm.met(test) && Need::Userfaultfd.met(test);
+                supported.then(|| kvm::by_userfaultfd(page_size, policy))
             }
             #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
             Kind::KvmReadOnly => {
-                let here = Need::Kvm.met(test);
-                here.then(|| kvm::by_read_only_slots(page_size, policy))
+                let supported = Need::Kvm.met(test);
+                supported.then(|| kvm::by_read_only_slots(page_size, policy))
             }
             #[allow(unreachable_patterns)]
             Kind::Userfaultfd => Need::Userfaultfd.met(test).then(|| unreachable!()),
@@ -100,7 +103,7 @@ impl Machine {
         self.guest.vcpus()
     }
 
-    /// The guest-physical address of each page that vCPUs may write.
+    /// Returns the guest-physical address of each page that vCPUs may write.
     pub fn pages(&self) -> Vec<u64> {
         let page_size = self.bitmap().page_size() as usize;
         let pages = self.layout().regions().iter().flat_map(|region| {
@@ -109,7 +112,7 @@ impl Machine {
         pages.collect()
     }
 
-    /// Has a vCPU increment its word of each page.
+    /// Makes a vCPU increment its word in each page.
     pub fn write_pages(&self, vcpu: usize, pages: impl IntoIterator<Item = u64>) {
         let words: Vec<_> = pages
             .into_iter()
@@ -118,13 +121,13 @@ impl Machine {
         self.guest.increment(&self.tracker, vcpu, &words);
     }
 
-    /// Waits until writes that went on are marked: by userfaultfd, lifting wakes the writer, and
-    /// marking comes after it.
+    /// Waits until all resumed writes are marked. With userfaultfd, unprotecting a page wakes the
+    /// writer before the page is marked.
     pub fn wait_until_marked(&self) {
-        (self.answered)();
+        (self.wait_until_handled)();
     }
 
-    /// Writes as a host does, and marks.
+    /// Writes as the host does, and marks the pages.
     pub fn host_write(&self, guest_start: u64, bytes: &[u8]) {
         self.guest.host_write(self.layout(), guest_start, bytes);
         let marked = self
@@ -133,7 +136,7 @@ impl Machine {
         marked.unwrap();
     }
 
-    /// Everything that is in RAM.
+    /// Returns the contents of the RAM.
     pub fn image(&self) -> Vec<u8> {
         let mut image = vec![0; self.layout().ram_size() as usize];
         self.ram.read_at(0, &mut image).unwrap();
@@ -150,7 +153,8 @@ impl Machine {
     }
 }
 
-/// What a store to a protected page looks like on Arm: a data abort, WnR, without ISV, a permission fault.
+/// Returns the exit of a store to a protected page on Arm: a data abort with WnR and without ISV,
+/// for a permission fault.
 pub fn store_fault(physical_address: u64) -> Exit {
     Exit::Exception(Exception {
         syndrome: 0x9200_004f,
@@ -159,8 +163,8 @@ pub fn store_fault(physical_address: u64) -> Exit {
     })
 }
 
-/// Tells the tracker of a fault at an offset of the memory file.
-fn tell(tracker: &Tracker, offset: u64) -> io::Result<()> {
+/// Passes a fault at an offset of the memory file to the tracker.
+fn handle_fault(tracker: &Tracker, offset: u64) -> io::Result<()> {
     let address = tracker.layout().guest_address_of(offset);
     let exit = store_fault(address.ok_or(io::ErrorKind::InvalidInput)?);
     match tracker.handle_exit(&tracker.enter(), &exit) {

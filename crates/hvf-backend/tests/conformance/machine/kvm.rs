@@ -1,8 +1,8 @@
-//! Guests of KVM's: vCPUs in 64-bit user mode.
+//! KVM guests, whose vCPUs run in 64-bit user mode.
 
 #![allow(unsafe_code)]
 
-#[path = "../../../kvm-backend/tests/support/mod.rs"]
+#[path = "../../../../kvm-backend/tests/support/mod.rs"]
 mod support;
 
 use std::fs::File;
@@ -19,14 +19,16 @@ use page_reader::{PageReader, RamLayout};
 use support::{CODE, DONE, INPUT, INPUT_SIZE, Program, STACK, TABLES};
 use test_machine::tracked::{PageFaults, Userfaultfd};
 
-use super::{Guest, HIGH, HIGH_SIZE, LOW_SIZE, Machine, Protection, Tracker, new_tracker, tell};
+use super::{
+    Guest, HIGH, HIGH_SIZE, LOW_SIZE, Machine, Protection, Tracker, handle_fault, new_tracker,
+};
 
 struct Vm {
     vcpus: Vec<Mutex<VcpuFd>>,
-    /// What registers the RAM, and takes it out before it is unmapped.
+    /// The owner of the memory slots. It removes the RAM from the VM before the RAM is unmapped.
     _slots: Box<dyn Send + Sync>,
     ram: Arc<GuestRam>,
-    /// The host's way to the RAM, past its mapping.
+    /// The memory file, for host writes that bypass the mapping.
     file: File,
 }
 
@@ -39,18 +41,19 @@ pub(super) fn by_userfaultfd(page_size: u64, policy: Policy) -> Machine {
     let userfaultfd = Userfaultfd::new(&guest.ram, LOW_SIZE + HIGH_SIZE, 3).unwrap();
     let by = Protection::new(userfaultfd.clone());
     let tracker = new_tracker(regions, page_size, policy, by);
-    let told = Arc::clone(&tracker);
-    let handler = userfaultfd.answer(move |offset| tell(&told, offset));
+    let of_handler = Arc::clone(&tracker);
+    let handler = userfaultfd.answer(move |offset| handle_fault(&of_handler, offset));
     Machine {
         _handler: Some(handler.unwrap()),
-        answered: Box::new(move || userfaultfd.wait_until_answered()),
+        wait_until_handled: Box::new(move || userfaultfd.wait_until_answered()),
         tracker,
         ram: Arc::clone(&guest.ram) as _,
         guest: Box::new(guest),
     }
 }
 
-/// Each page has a slot of its own, so the RAM is small, and so is the number of vCPUs: a slot can't be changed under one that runs.
+/// Each page has its own slot, so the RAM is small. There is one vCPU, because a slot can't be
+/// changed while a vCPU runs.
 pub(super) fn by_read_only_slots(page_size: u64, policy: Policy) -> Machine {
     let regions = [(0, 0x60000), (HIGH, 0x20000)];
     let (kvm, vm, ram) = new_vm(regions);
@@ -59,7 +62,7 @@ pub(super) fn by_read_only_slots(page_size: u64, policy: Policy) -> Machine {
     let tracker = new_tracker(regions, page_size, policy, Protection::new(ReadOnly(slots)));
     Machine {
         _handler: None,
-        answered: Box::new(|| ()),
+        wait_until_handled: Box::new(|| ()),
         tracker,
         ram: Arc::clone(&guest.ram) as _,
         guest: Box::new(guest),
@@ -121,7 +124,7 @@ impl Guest for Vm {
             loop {
                 let in_guest = tracker.enter();
                 let exit = match vcpu.run() {
-                    // While it waits for a fault to be answered, the kernel may wake it for other work.
+                    // The kernel may interrupt a vCPU that waits for the handling of a fault.
                     Err(error) if io::Error::from(error).kind() == io::ErrorKind::Interrupted => {
                         continue;
                     }
@@ -129,10 +132,12 @@ impl Guest for Vm {
                 };
                 match exit {
                     VcpuExit::IoOut(DONE, _) => break,
-                    // A write to a read-only slot: KVM leaves it to the monitor, and goes on behind it.
+                    // A write to a read-only slot. KVM leaves the write to the VMM, and resumes
+                    // after the instruction.
                     VcpuExit::MmioWrite(address, data) => {
                         drop(in_guest);
-                        tell(tracker, tracker.layout().offset_of(address).unwrap()).unwrap();
+                        let offset = tracker.layout().offset_of(address).unwrap();
+                        handle_fault(tracker, offset).unwrap();
                         self.host_write(tracker.layout(), address, data);
                     }
                     other => panic!("{other:?}"),
@@ -152,7 +157,8 @@ struct Slots {
     vm: Arc<VmFd>,
     ram: Arc<GuestRam>,
     page_size: u64,
-    /// By page of the memory file: whether its slot is read-only. A slot's flag never changes; the slot is made anew.
+    /// Whether the slot of each page of the memory file is read-only. To change it, the slot is
+    /// deleted and created again.
     read_only: Mutex<Vec<bool>>,
 }
 
@@ -183,7 +189,8 @@ impl Slots {
             memory_size,
             userspace_addr: host.unwrap().as_ptr() as u64,
         };
-        // SAFETY: the address is that of the page in the mapping that `self.ram` keeps, and `drop` takes all slots out before.
+        // SAFETY: the address is that of the page in the mapping that `self.ram` owns, and `drop`
+        // removes all slots before it is unmapped.
         Ok(unsafe { self.vm.set_user_memory_region(region) }?)
     }
 

@@ -1,4 +1,4 @@
-//! Everything that takes the framework: macOS on Apple silicon.
+//! The modules that use the framework, on macOS on Apple silicon.
 
 mod error;
 #[cfg(feature = "macos-15")]
@@ -6,7 +6,7 @@ mod gic;
 #[cfg(feature = "macos-15")]
 mod gic_cpu;
 #[cfg(not(feature = "macos-15"))]
-#[path = "no_gic_cpu.rs"]
+#[path = "macos/no_gic_cpu.rs"]
 mod gic_cpu;
 mod ram;
 mod registers;

@@ -1,4 +1,4 @@
-//! A part of this process as the guest: its threads are the vCPUs.
+//! Guests in this process, whose threads are the vCPUs.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -10,7 +10,9 @@ use page_reader::RamLayout;
 use test_machine::tracked::Userfaultfd;
 use test_machine::tracked::{Memory, Mprotect, PageFaults, page_size as host_page_size};
 
-use super::{Guest, HIGH, HIGH_SIZE, LOW_SIZE, Machine, Protection, Tracker, new_tracker, tell};
+use super::{
+    Guest, HIGH, HIGH_SIZE, LOW_SIZE, Machine, Protection, Tracker, handle_fault, new_tracker,
+};
 
 struct Threads {
     memory: Arc<Memory>,
@@ -40,16 +42,16 @@ impl Threads {
     }
 
     fn tracked_by(self, protection: impl PageFaults, page_size: u64, policy: Policy) -> Machine {
-        // No smaller than what this machine protects.
+        // At least the page size of the host, which is the smallest unit of protection.
         let page_size = page_size.max(host_page_size().unwrap());
         let regions = [(0, LOW_SIZE), (HIGH, HIGH_SIZE)];
         let by = Protection::new(protection.clone());
         let tracker = new_tracker(regions, page_size, policy, by);
-        let told = Arc::clone(&tracker);
-        let handler = protection.answer(move |offset| tell(&told, offset));
+        let of_handler = Arc::clone(&tracker);
+        let handler = protection.answer(move |offset| handle_fault(&of_handler, offset));
         Machine {
             _handler: Some(handler.unwrap()),
-            answered: Box::new(move || protection.wait_until_answered()),
+            wait_until_handled: Box::new(move || protection.wait_until_answered()),
             tracker,
             ram: Arc::clone(&self.memory) as _,
             guest: Box::new(self),

@@ -1,4 +1,4 @@
-//! A protection that can be told to fail, or to take its time.
+//! A write protection with injected failures and delays.
 
 use std::io;
 use std::ops::Range;
@@ -8,22 +8,24 @@ use std::time::{Duration, Instant};
 
 use dirty_bitmap::WriteProtection;
 
-/// Passes everything on. Called in signal handlers too, so it has atomics only.
+/// A write protection that forwards every call. Signal handlers call it too, so it only uses
+/// atomics.
 pub struct Protection {
     inner: Box<dyn WriteProtection<Error = io::Error> + Send + Sync>,
-    /// As many calls are yet to fail, half-way.
+    /// The number of following calls that fail half-way.
     pub refuse_protect: AtomicU32,
+    /// The same for calls that unprotect.
     pub refuse_lift: AtomicU32,
     pub hold_protect: Hold,
     pub hold_lift: Hold,
-    /// Whether each call lets other threads run: a step in the wrong order shows.
+    /// Whether each call yields to other threads, which reveals steps in the wrong order.
     yields: bool,
 }
 
-/// Keeps one call from returning, when it has done its work.
+/// A block on one call after it has done its work.
 #[derive(Default)]
 pub struct Hold {
-    /// The call to be held is the next that has this offset.
+    /// The offset of the call to hold. The next call whose range contains it is held.
     offset: AtomicU64,
     wanted: AtomicBool,
     held: AtomicBool,
@@ -49,7 +51,8 @@ impl Protection {
     }
 }
 
-/// The call that is held goes on when this is dropped: in a panic too, or whoever joins its thread would wait for ever.
+/// A guard that resumes the held call when it is dropped, also in a panic. Otherwise joining the
+/// thread of the call would never return.
 #[must_use]
 pub struct Held<'h>(&'h Hold);
 
@@ -71,10 +74,10 @@ impl Hold {
 }
 
 impl Held<'_> {
-    pub fn wait_until_it_comes(&self) {
+    pub fn wait_until_held(&self) {
         let start = Instant::now();
         while !self.0.held.load(SeqCst) {
-            assert!(start.elapsed() < Duration::from_secs(60), "nobody calls");
+            assert!(start.elapsed() < Duration::from_secs(60), "no call came");
             thread::yield_now();
         }
     }
@@ -86,13 +89,13 @@ impl Drop for Held<'_> {
     }
 }
 
-/// The part of the range that is dealt with, and how it ends.
+/// Returns the part of the range to change, and the result of the call.
 fn half_way(refuse: &AtomicU32, range: Range<u64>) -> (Range<u64>, io::Result<()>) {
     let refused = refuse.fetch_update(SeqCst, SeqCst, |left| left.checked_sub(1));
     if refused.is_err() {
         return (range, Ok(()));
     }
-    // A multiple of any page size that the tests have.
+    // A multiple of every page size in the tests.
     let middle = range.start + (range.end - range.start) / 2 / 0x4000 * 0x4000;
     let failed = io::Error::from(io::ErrorKind::OutOfMemory);
     (range.start..middle, Err(failed))

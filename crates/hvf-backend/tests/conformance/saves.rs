@@ -1,0 +1,181 @@
+//! Saves of a stopped guest, of a running guest, and with pre-copy.
+
+use std::sync::mpsc;
+use std::thread;
+
+use dirty_bitmap::Policy;
+use page_reader::PageReader;
+use rstest::rstest;
+use test_machine::rounds;
+
+use crate::images::{Images, saved_whole};
+use crate::machine::{HIGH, Kind, Machine};
+use crate::{all_write, arm, arm_last};
+
+#[rstest]
+fn the_images_equal_the_ram_at_every_checkpoint(
+    #[values(
+        Kind::Mprotect,
+        Kind::Userfaultfd,
+        Kind::KvmUserfaultfd,
+        Kind::KvmReadOnly
+    )]
+    kind: Kind,
+    #[values(4096, 16384)] page_size: u64,
+    #[values(
+        Policy::Pages,
+        Policy::Blocks,
+        Policy::FaultLimit(3),
+        Policy::default()
+    )]
+    policy: Policy,
+) {
+    let test = "the_images_equal_the_ram_at_every_checkpoint";
+    let Some(machine) = Machine::new(kind, page_size, policy, test) else {
+        return;
+    };
+    let mut images = saved_whole(&machine);
+    let pages = machine.pages();
+    let mut written = vec![vec![0; pages.len()]; machine.vcpus()];
+    for round in 0..rounds(3, 8) {
+        let chosen = |vcpu: usize| {
+            let pages = pages.iter().enumerate();
+            // Some blocks are written densely, some sparsely.
+            pages.filter(move |(page, _)| {
+                (page * 7 + round * 3 + vcpu).is_multiple_of(2 + page / 97 % 40)
+            })
+        };
+        all_write(&machine, |vcpu| {
+            chosen(vcpu).map(|(_, page)| *page).collect()
+        });
+        for (vcpu, written) in written.iter_mut().enumerate() {
+            chosen(vcpu).for_each(|(page, _)| written[page] += 1);
+        }
+        machine.host_write(pages[round * 5 % pages.len()] + 128, &[round as u8; 300]);
+        machine.host_write(HIGH + 256, &[round as u8; 8]);
+
+        let epoch = arm(&machine).unwrap();
+        if round % 3 == 1 {
+            images.fail(&machine, epoch);
+        } else {
+            images.save(&machine, epoch);
+            images.assert_same_as(&machine, &format!("round {round}"));
+        }
+    }
+    // Every write of the guest happened exactly once.
+    for (vcpu, written) in written.iter().enumerate() {
+        for (page, times) in pages.iter().zip(written) {
+            let offset = machine.offset_of(page + 8 * vcpu as u64);
+            let mut word = [0; 8];
+            machine.ram.read_at(offset, &mut word).unwrap();
+            assert_eq!(u64::from_ne_bytes(word), *times, "vCPU {vcpu} at {page:#x}");
+        }
+    }
+}
+
+#[rstest]
+fn saves_while_all_vcpus_write_lose_no_page(
+    #[values(Kind::Mprotect, Kind::Userfaultfd, Kind::KvmUserfaultfd)] kind: Kind,
+    #[values(4096, 16384)] page_size: u64,
+    #[values(Policy::Pages, Policy::Blocks, Policy::FaultLimit(3))] policy: Policy,
+) {
+    let test = "saves_while_all_vcpus_write_lose_no_page";
+    let Some(machine) = Machine::new(kind, page_size, policy, test) else {
+        return;
+    };
+    let mut images = saved_whole(&machine);
+    let pages = machine.pages();
+    let vcpus = machine.vcpus();
+    assert_eq!(vcpus, 8);
+    let mut saves = 0;
+    for round in 0..rounds(3, 20) {
+        // Each page is written once a round, by one vCPU or by all, so that a later write does not
+        // hide a missed one.
+        let share = |vcpu: usize| {
+            let pages = pages.iter().enumerate();
+            let pages = pages.filter(move |(page, _)| round % 3 == 2 || page % vcpus == vcpu);
+            pages.map(|(_, page)| *page).collect::<Vec<_>>()
+        };
+        thread::scope(|scope| {
+            let machine = &machine;
+            let vcpu = |vcpu| {
+                let (go, portions) = mpsc::channel::<Vec<u64>>();
+                scope.spawn(move || {
+                    portions
+                        .iter()
+                        .for_each(|pages| machine.write_pages(vcpu, pages));
+                });
+                go
+            };
+            let running: Vec<_> = (0..vcpus).map(vcpu).collect();
+            let shares: Vec<_> = (0..vcpus).map(share).collect();
+            // Each save begins after the vCPUs were given a part of their pages.
+            for part in 0..4 {
+                for (go, share) in running.iter().zip(&shares) {
+                    let quarter = share.len().div_ceil(4);
+                    let pages = share.chunks(quarter).nth(part).unwrap_or_default();
+                    // A vCPU that panicked is reported when its thread is joined.
+                    let _ = go.send(pages.to_vec());
+                }
+                let epoch = machine.tracker.arm_running().unwrap();
+                saves += 1;
+                if saves % 3 == 0 && !epoch.bitmap().is_clean() {
+                    images.fail(machine, epoch);
+                } else {
+                    images.save(machine, epoch);
+                }
+                let at = pages[saves * 11 % pages.len()] + 1024;
+                machine.host_write(at, &saves.to_ne_bytes());
+            }
+        });
+        let epoch = arm(&machine).unwrap();
+        images.save(&machine, epoch);
+        images.assert_same_as(&machine, &format!("round {round}, after {saves} saves"));
+    }
+}
+
+#[rstest]
+fn a_precopy_save_equals_the_ram_of_the_stopped_guest(
+    #[values(Kind::Mprotect, Kind::Userfaultfd, Kind::KvmUserfaultfd)] kind: Kind,
+    #[values(4096, 16384)] page_size: u64,
+) {
+    let test = "a_precopy_save_equals_the_ram_of_the_stopped_guest";
+    let Some(machine) = Machine::new(kind, page_size, Policy::default(), test) else {
+        return;
+    };
+    let mut images = Images::new(&machine);
+    let pages = machine.pages();
+    for round in 0..3 {
+        let mut writer = images.writer(&machine);
+        let (epoch, pause) = thread::scope(|scope| {
+            let vcpus = 0..machine.vcpus();
+            let (machine, pages) = (&machine, &pages);
+            let vcpu = |vcpu| {
+                let of_vcpu = pages.iter().skip(vcpu).step_by(5).copied();
+                scope.spawn(move || (0..4).for_each(|_| machine.write_pages(vcpu, of_vcpu.clone())))
+            };
+            let running: Vec<_> = vcpus.map(vcpu).collect();
+            let mut epoch = machine.tracker.arm_running().unwrap();
+            writer.write_diff(&*machine.ram, epoch.bitmap()).unwrap();
+            while !running.iter().all(|vcpu| vcpu.is_finished()) {
+                let more = machine.tracker.arm_more(&mut epoch).unwrap();
+                writer.write_diff(&*machine.ram, more).unwrap();
+            }
+            machine.host_write(pages[round] + 512, b"host");
+            let last = arm_last(machine, &mut epoch).unwrap();
+            writer.write_diff(&*machine.ram, last).unwrap();
+            let pause = last.dirty_bytes();
+            (epoch, pause)
+        });
+        assert!(pause > 0);
+        if round == 1 {
+            drop((writer, epoch));
+            continue;
+        }
+        images.commit(writer, epoch.bitmap());
+        epoch.release().unwrap();
+        images.assert_same_as(&machine, &format!("round {round}"));
+        // A fault that is handled late marks its page once more.
+        assert!(machine.bitmap().is_clean() || kind != Kind::Mprotect);
+    }
+}
