@@ -107,5 +107,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
 
 #[cfg(not(all(target_os = "macos", target_arch = "aarch64")))]
 fn main() {
-    eprintln!("this example needs macOS on Apple silicon; for KVM, see the documentation of kvm-backend");
+    eprintln!(
+        "this example needs macOS on Apple silicon; for KVM, see the documentation of kvm-backend"
+    );
 }

@@ -1,6 +1,7 @@
-//! `cargo xtask adaptive`: what tracking by write faults costs under each policy, over traces of what guests write.
+//! `cargo xtask adaptive`: the costs of tracking by write faults under each policy, over traces of
+//! guest writes.
 //!
-//! The tracker is the real one; only the memory is simulated: a set of protected pages.
+//! The tracker is the real one. The memory is simulated as a set of protected pages.
 
 #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
 mod record;
@@ -17,19 +18,20 @@ use xshell::Shell;
 use report::Report;
 use trace::Trace;
 
-/// Where the trace of the demo's guest is kept, from the workspace's root.
+/// The path of the recorded trace of the demo's guest, relative to the root of the workspace.
 const RECORDED: &str = "xtask/traces/kvm-demo.trace";
 
-/// Compare the policies of the write tracker over traces of what guests write
+/// Compare the policies of the write tracker over traces of guest writes
 ///
-/// Charges the time of every fault and of every byte that a checkpoint writes, at the tracker's default costs. The result is
-/// docs/adaptive-tracking.md and its charts; it is the same on every machine.
+/// The cost of a run is the time of every fault and of every byte that a checkpoint writes, with
+/// the tracker's default costs. The result is docs/adaptive-tracking.md and its chart. It is the
+/// same on every machine.
 #[derive(clap::Args)]
 pub struct Adaptive {
     /// Write the page and its charts to this directory
     #[arg(long, value_name = "DIR", default_value = "docs")]
     out: PathBuf,
-    /// Record the demo's KVM guest anew first
+    /// Record the demo's KVM guest again first
     #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
     #[arg(long)]
     record: bool,
@@ -46,13 +48,13 @@ impl Adaptive {
         print!("{}", report.text());
         report
             .save(&self.out)
-            .with_context(|| format!("can't write to {}", self.out.display()))?;
+            .with_context(|| format!("failed to write to {}", self.out.display()))?;
         println!("written: {}", self.out.join(report::PAGE).display());
         Ok(())
     }
 }
 
-/// Every trace that the policies are compared over.
+/// Returns every trace over which the policies are compared.
 fn traces(recorded: Trace) -> Vec<Trace> {
     let mut traces = workloads::all();
     traces.push(recorded);
@@ -76,7 +78,7 @@ mod tests {
     }
 
     #[test]
-    fn adaptive_is_within_a_tenth_of_the_best_on_every_trace_and_best_on_the_mixed_ones() {
+    fn adaptive_is_near_the_best_and_best_on_mixed_traces() {
         for row in report().rows {
             let adaptive = row.costs[ADAPTIVE].total();
             let best = row.best_other();
@@ -91,9 +93,8 @@ mod tests {
         }
     }
 
-    /// What is published is what a run gives.
     #[test]
-    fn the_page_and_its_charts_are_up_to_date() {
+    fn the_page_and_its_chart_are_up_to_date() {
         let dir = tempfile::tempdir().unwrap();
         report().save(dir.path()).unwrap();
         for file in fs::read_dir(dir.path()).unwrap() {

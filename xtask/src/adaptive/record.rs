@@ -1,4 +1,4 @@
-//! The trace of the demo's KVM guest, from KVM's own dirty log.
+//! Recording of a trace of the demo's KVM guest from KVM's dirty log.
 
 use anyhow::Context;
 
@@ -9,11 +9,13 @@ use crate::demo::ledger::{Layout, PAGE};
 
 const RAM: u64 = 128 << 20;
 const INTERVALS: u64 = 32;
-/// Steps of an interval, and between two looks into the log: so few that its order is nearly the order of the writes.
+/// The number of steps in an interval.
 const STEPS: u64 = 6000;
-const LOOK: u64 = 6;
+/// The number of steps between two reads of the log: few, so that the order of the trace is nearly
+/// that of the writes.
+const STEPS_PER_READ: u64 = 6;
 
-/// Runs the guest, and looks into the log all the time.
+/// Runs the guest and reads the log frequently.
 pub fn kvm_demo() -> anyhow::Result<Trace> {
     let pages = u32::try_from(RAM / PAGE).context("pages of the RAM")?;
     let mut guest = guest::Kind::Kvm.create(Layout::of(RAM))?;
@@ -23,11 +25,11 @@ pub fn kvm_demo() -> anyhow::Result<Trace> {
     tracker.begin()?.release()?;
     let mut intervals = Vec::new();
     for _ in 0..INTERVALS {
-        // Only the first write of an interval faults.
+        // Only the first write of an interval to a page faults.
         let mut seen = vec![false; pages as usize];
         let mut interval = Vec::new();
-        for _ in 0..STEPS / LOOK {
-            guest.work_until(guest.steps() + LOOK)?;
+        for _ in 0..STEPS / STEPS_PER_READ {
+            guest.work_until(guest.steps() + STEPS_PER_READ)?;
             let epoch = tracker.begin()?;
             for run in epoch.bitmap().runs() {
                 let written = (run.start / PAGE) as u32..(run.end / PAGE) as u32;
@@ -42,7 +44,8 @@ pub fn kvm_demo() -> anyhow::Result<Trace> {
     Ok(Trace {
         name: "KVM demo".into(),
         about: format!(
-            "recorded from KVM's dirty log, read every {LOOK} steps: the demo's guest with {} MiB, {STEPS} steps to the interval",
+            "the demo's guest with {} MiB and {STEPS} steps per interval, recorded from KVM's \
+             dirty log, which was read every {STEPS_PER_READ} steps",
             RAM >> 20
         ),
         kind: Kind::Mixed,

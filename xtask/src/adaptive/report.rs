@@ -1,4 +1,4 @@
-//! The comparison, as text, as a page, and as charts.
+//! The comparison of the policies, as text, as a page, and as a chart.
 
 use std::fmt::Write;
 use std::fs;
@@ -14,7 +14,7 @@ use crate::chart::{Bars, Group};
 pub const PAGE: &str = "adaptive-tracking.md";
 pub const CHART: &str = "adaptive-tracking.svg";
 
-/// Whether a trace suits one granularity all over, or different ones in different places.
+/// Whether one granularity suits the whole trace, or different granularities suit different blocks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub enum Kind {
     Plain,
@@ -28,17 +28,17 @@ pub const POLICIES: [(&str, Policy); 4] = [
     ("fixed threshold", Policy::FaultLimit(32)),
     ("adaptive", Policy::Cost(COSTS)),
 ];
-/// Which of them is what this is about.
+/// The index of the adaptive policy in [`POLICIES`].
 pub const ADAPTIVE: usize = 3;
 
-/// The tracker's own defaults.
+/// The default costs of the tracker.
 const COSTS: Costs = Costs::DEFAULT;
 
 pub struct Report {
     pub rows: Vec<Row>,
 }
 
-/// A trace, under each of [`POLICIES`].
+/// The costs of a trace under each of [`POLICIES`].
 pub struct Row {
     pub name: String,
     pub about: String,
@@ -48,7 +48,7 @@ pub struct Row {
 }
 
 impl Row {
-    /// The total of the best policy but the adaptive one.
+    /// Returns the lowest total among the policies other than the adaptive one.
     pub fn best_other(&self) -> Duration {
         let others = self.costs.iter().enumerate();
         let others = others.filter(|(at, _)| *at != ADAPTIVE);
@@ -56,7 +56,7 @@ impl Row {
         best.expect("there are others")
     }
 
-    /// The adaptive policy's total, as many times the best other one's.
+    /// Returns the ratio of the adaptive policy's total to the lowest of the others.
     pub fn ratio(&self) -> f64 {
         self.costs[ADAPTIVE]
             .total()
@@ -89,7 +89,7 @@ impl Report {
             ["trace"]
                 .into_iter()
                 .chain(names)
-                .chain(["to the best other"]),
+                .chain(["ratio to the best other"]),
         );
         for row in &self.rows {
             let totals = row.costs.iter().map(|cost| milliseconds(cost.total()));
@@ -107,7 +107,8 @@ impl Report {
         Ok(())
     }
 
-    /// Each trace's costs in times the best other policy's: writing, and on top of it the faults.
+    /// Returns a chart of the costs of each trace, relative to the best other policy. Each bar has
+    /// writing at the bottom and faults on top.
     fn chart(&self) -> Bars {
         let group = |row: &Row| {
             let times = |time: Duration| time.div_duration_f64(row.best_other());
@@ -118,8 +119,7 @@ impl Report {
             }
         };
         Bars {
-            axis: "time, in times the best policy's but adaptive (dark: writing, light: faults)"
-                .into(),
+            axis: "time relative to the best other policy (dark: writing, light: faults)".into(),
             most: 2.0,
             series: POLICIES.map(|(name, _)| name.into()).to_vec(),
             groups: self.rows.iter().map(group).collect(),
@@ -131,11 +131,12 @@ impl Report {
         let (fault, mebibyte) = (COSTS.fault, COSTS.mebibyte);
         _ = write!(
             page,
-            "Charged: {fault:?} for a fault and {mebibyte:?} for a MiB written, the tracker's defaults.\n\n"
+            "Total time with the default costs, {fault:?} for a fault and {mebibyte:?} for 1 MiB \
+             written:\n\n"
         );
         page += "| trace | ";
         page += &POLICIES.map(|(name, _)| name).join(" | ");
-        page += " | adaptive to the best other |\n|---|---:|---:|---:|---:|---:|\n";
+        page += " | ratio |\n|---|---:|---:|---:|---:|---:|\n";
         for row in &self.rows {
             let totals = row.costs.iter().map(|cost| milliseconds(cost.total()));
             let totals: Vec<String> = totals.collect();
@@ -151,7 +152,7 @@ impl Report {
                 totals.join(" | ")
             );
         }
-        page += "\nWhat that was made of: faults / MiB written, of which clean.\n\n| trace | ";
+        page += PARTS;
         page += &POLICIES.map(|(name, _)| name).join(" | ");
         page += " |\n|---|---:|---:|---:|---:|\n";
         for row in &self.rows {
@@ -165,10 +166,30 @@ impl Report {
         page += "\nThe traces:\n\n";
         for row in &self.rows {
             let size = row.page_size >> 10;
-            _ = writeln!(page, "- **{}** ({size} KiB pages): {}", row.name, row.about);
+            let item = format!("- **{}** ({size} KiB pages): {}", row.name, row.about);
+            page += &wrapped_item(&item);
         }
         page + TAIL
     }
+}
+
+/// Wraps a list item at 100 columns.
+fn wrapped_item(item: &str) -> String {
+    let mut text = String::new();
+    let mut column = 0;
+    for word in item.split(' ') {
+        if column > 0 && column + 1 + word.len() > 100 {
+            text += "\n ";
+            column = 1;
+        }
+        if column > 0 {
+            text.push(' ');
+            column += 1;
+        }
+        text += word;
+        column += word.len();
+    }
+    text + "\n"
 }
 
 fn milliseconds(time: Duration) -> String {
@@ -176,33 +197,54 @@ fn milliseconds(time: Duration) -> String {
 }
 
 const HEAD: &str = "\
-<!-- Made by `cargo xtask adaptive`; a test compares it with a run. -->
-# What adaptive tracking saves
+<!-- Generated by `cargo xtask adaptive`. A test compares it with a run. -->
+# Adaptive tracking
 
-Where writes are noticed by faults, a fault that opens one page keeps diffs small and makes the guest wait at every page; one that opens 2 MiB makes
-the guest wait once and the diff write what is clean. `WriteTracker` chooses for each 2 MiB block, at each checkpoint. Here its policies are compared
-over traces of what guests write: the tracker is the real one, memory is a set of protected pages, and all
-faults and all bytes written are charged.
+A tracker that finds writes by page faults chooses how much each fault unprotects. If a fault
+unprotects one page, diffs are small, but the guest waits at every page. If a fault unprotects
+2 MiB, the guest waits once, but diffs contain clean pages. `WriteTracker` chooses for each 2 MiB
+block at each checkpoint.
+
+This page compares its policies over traces of guest writes. The tracker is the real one. The
+memory is simulated as a set of protected pages. The cost of a run is the time of all faults and of
+all bytes written.
 
 ![time of faults and of writing, by trace and policy](adaptive-tracking.svg)
 
 ";
 
+const PARTS: &str = "
+The ratio is that of the adaptive policy to the best other policy. A mixed trace has blocks that
+suit different granularities.
+
+Faults / MiB written, and MiB of clean pages among them:
+
+| trace | ";
+
 const TAIL: &str = "
-## How it chooses
+## How the tracker chooses
 
-A block that was opened page by page shows exactly what it did: as many faults as pages the guest wrote. Opened whole it would have cost one fault, and
-the bytes of the pages that stayed clean. The difference, averaged over checkpoints (each new one counts a quarter), says which is cheaper.
+A block that was unprotected page by page was observed exactly: it had one fault for each page that
+the guest wrote. Unprotecting the whole block would have cost one fault and the bytes of its clean
+pages. The difference is averaged over checkpoints, where each new one has a weight of one quarter.
+Its sign decides which is cheaper.
 
-A block that is opened whole shows nothing more. So a sixteenth of it stays protected, another part each time: the faults there are a sample of how much of
-it is really written. While a block is new to it, that happens at every checkpoint, and the block is opened only after some faults: an eighth of its
-pages, and half as many each time that the sample confirms the choice. After four times, the first fault opens it, and one checkpoint in eight samples. A
-block that is left alone for an interval, or is written here and there again, so costs no more than its faults.
-Comparing the pages with checksums of the last image would show the same without any fault, but takes a read of every page and 8 bytes of memory for each; a
-sample costs at most a fault for each 16 of its pages (of 16 KiB, 8 faults: 39 us) where the block writes 2 MiB (1.25 ms).
+A block that was unprotected as a whole is not observed. Therefore one sixteenth of it stays
+protected, a different part each time. The faults in that part are a sample of the pages that the
+guest writes. At first, each checkpoint has a sample, and the block is only unprotected after some
+faults: an eighth of its pages, halved each time that a sample confirms the choice. After four
+confirmations, the first fault unprotects the block, and one checkpoint in eight has a sample. A
+block that is not written in an interval, or whose writes become sparse, therefore costs no more
+than its faults.
 
-Whoever writes all memory in turn is met at the border: a fault in the first or last page of a block whose neighbour there was written from
-end to end in the same interval opens the block whole.
+Comparing the pages with checksums of the last image would give the same information without any
+fault. It would read every page and need 8 bytes of memory for each. A sample costs at most a fault
+for each of the pages in a sixteenth of the block. With pages of 16 KiB, these are 8 faults (39 us),
+and writing the block takes 1.25 ms.
 
-The fixed threshold is a fault-rate trigger as it works best: block by block, anew after each checkpoint. The 33rd fault in a block opens the rest of it.
+A sequential write is detected at the border of a block. A fault in the first or last page
+unprotects the whole block if every page of the adjacent block was unprotected in the same interval.
+
+The fixed threshold is a trigger on the number of faults: the 33rd fault in a block after a
+checkpoint unprotects the rest of the block.
 ";

@@ -1,4 +1,4 @@
-//! A trace run through the tracker, and what it cost.
+//! A simulated run of a trace through the tracker, and its costs.
 
 use std::cell::{Cell, RefCell};
 use std::convert::Infallible;
@@ -10,18 +10,19 @@ use dirty_bitmap::{Costs, Policy, TrackedBitmap, TrackedEpoch, WriteProtection, 
 
 use super::trace::Trace;
 
-/// What tracking cost, and writing what was tracked.
+/// The costs of tracking and of writing the tracked pages.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Cost {
     pub faults: u64,
-    /// Bytes written at checkpoints.
+    /// The bytes written at checkpoints.
     pub bytes: u64,
-    /// Of them, those of pages that were clean.
+    /// The bytes of clean pages among them.
     pub clean: u64,
-    /// Calls that protect memory again.
+    /// The number of calls that protect memory again.
     pub calls: u64,
-    /// The time of the faults, and of writing.
+    /// The time of the faults.
     pub faulting: Duration,
+    /// The time of writing.
     pub writing: Duration,
 }
 
@@ -31,7 +32,7 @@ impl Cost {
     }
 }
 
-/// Which pages are protected.
+/// The simulated memory: a flag for each page that is protected.
 struct Memory {
     page_size: u64,
     protected: RefCell<Vec<bool>>,
@@ -60,7 +61,8 @@ impl WriteProtection for Memory {
     }
 }
 
-/// Runs `trace` under `policy`, from a first checkpoint on, which is not charged: it protects all the RAM.
+/// Runs `trace` under `policy`. The first checkpoint, which protects all RAM, is not part of the
+/// costs.
 pub fn run(trace: &Trace, policy: Policy, costs: Costs) -> Cost {
     let page = trace.page_size;
     let memory = Memory {
@@ -71,8 +73,8 @@ pub fn run(trace: &Trace, policy: Policy, costs: Costs) -> Cost {
     let bitmap = TrackedBitmap::tracked(0, u64::from(trace.pages) * page, page);
     let bitmap = Arc::new(bitmap.expect("a trace has pages"));
     let tracker = WriteTracker::new(bitmap, policy).expect("whole pages");
-    let release = |epoch: TrackedEpoch| epoch.release().expect("nothing reclaims it");
-    let checkpoint = || tracker.arm(&memory).expect("nothing else saves");
+    let release = |epoch: TrackedEpoch| epoch.release().expect("no thread reclaims this epoch");
+    let checkpoint = || tracker.arm(&memory).expect("no other save is in progress");
     release(checkpoint());
     memory.calls.set(0);
     let mut cost = Cost::default();
@@ -83,7 +85,9 @@ pub fn run(trace: &Trace, policy: Policy, costs: Costs) -> Cost {
             if memory.protected.borrow()[*number as usize] {
                 cost.faults += 1;
                 let address = u64::from(*number) * page;
-                tracker.on_write_fault(address, &memory).expect("in RAM");
+                tracker
+                    .on_write_fault(address, &memory)
+                    .expect("the page is in the RAM");
             }
         }
         let epoch = checkpoint();
@@ -97,7 +101,8 @@ pub fn run(trace: &Trace, policy: Policy, costs: Costs) -> Cost {
         release(epoch);
     }
     cost.calls = memory.calls.get();
-    cost.faulting = costs.fault * u32::try_from(cost.faults).expect("fits");
+    cost.faulting =
+        costs.fault * u32::try_from(cost.faults).expect("the number of faults fits 32 bits");
     cost.writing = costs
         .mebibyte
         .mul_f64(cost.bytes as f64 / f64::from(1 << 20));

@@ -1,4 +1,4 @@
-//! What a guest wrote between checkpoints, page by page, in order.
+//! Traces of the pages that a guest wrote between checkpoints.
 
 use std::fs;
 use std::path::Path;
@@ -7,24 +7,28 @@ use anyhow::Context;
 
 use super::report::Kind;
 
-/// The writes of a guest. A page that is written often between two checkpoints need be there only once: only the first faults.
+/// The writes of a guest.
+///
+/// A page that is written repeatedly between two checkpoints may be listed once, because only the
+/// first write faults.
 #[derive(Clone, Debug, serde::Serialize, serde::Deserialize)]
 pub struct Trace {
     pub name: String,
     pub about: String,
     pub kind: Kind,
-    /// Bytes of a page.
+    /// The page size in bytes.
     pub page_size: u64,
-    /// Pages of RAM.
+    /// The number of pages of the RAM.
     pub pages: u32,
-    /// For each interval, the pages written, in order.
+    /// The pages written in each interval, in order.
     pub intervals: Vec<Vec<u32>>,
 }
 
 impl Trace {
     pub fn load(path: &Path) -> anyhow::Result<Self> {
-        let bytes = fs::read(path).with_context(|| format!("can't read {}", path.display()))?;
-        postcard::from_bytes(&bytes).with_context(|| format!("{} is no trace", path.display()))
+        let bytes = fs::read(path).with_context(|| format!("failed to read {}", path.display()))?;
+        postcard::from_bytes(&bytes)
+            .with_context(|| format!("failed to parse the trace {}", path.display()))
     }
 
     #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
@@ -32,6 +36,6 @@ impl Trace {
         let parent = path.parent().context("a trace has a directory")?;
         fs::create_dir_all(parent)?;
         fs::write(path, postcard::to_stdvec(self)?)
-            .with_context(|| format!("can't write {}", path.display()))
+            .with_context(|| format!("failed to write {}", path.display()))
     }
 }

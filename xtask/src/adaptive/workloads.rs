@@ -1,17 +1,17 @@
-//! Guests that never ran: traces made by rule, the same every time.
+//! Synthetic traces, which are the same in every run.
 
 use super::report::Kind;
 use super::trace::Trace;
 
-/// The page of Apple silicon.
+/// The page size of Apple silicon.
 const PAGE: u64 = 16 << 10;
 const RAM: u64 = 1 << 30;
 const PAGES: u32 = (RAM / PAGE) as u32;
-/// Pages of a MiB.
+/// The number of pages in 1 MiB.
 const MIB: u32 = (1 << 20) / PAGE as u32;
 const INTERVALS: u32 = 64;
 
-/// xorshift64* (Vigna 2016).
+/// The generator xorshift64* (Vigna 2016).
 struct Random(u64);
 
 impl Random {
@@ -23,7 +23,8 @@ impl Random {
         ((high * u64::from(bound)) >> 32) as u32
     }
 
-    /// Below `bound`, the small ones far more often: three quarters of the picks fall into a quarter, again and again.
+    /// Returns a skewed number below `bound`: three quarters of the numbers are in the lowest
+    /// quarter, recursively.
     fn skewed(&mut self, mut bound: u32) -> u32 {
         while bound > 64 && self.below(4) != 0 {
             bound /= 4;
@@ -55,7 +56,7 @@ fn trace(
     }
 }
 
-/// `len` pages from `start` on, around the end of the RAM.
+/// Returns `len` pages from `start` on, which wrap around at the end of the RAM.
 fn run(start: u32, len: u32) -> impl Iterator<Item = u32> {
     (start..start + len).map(|page| page % PAGES)
 }
@@ -65,23 +66,23 @@ pub fn all() -> Vec<Trace> {
 }
 
 fn uniform() -> Trace {
-    let about = "6,000 writes anywhere in 1 GiB";
+    let about = "6,000 random writes in 1 GiB";
     trace("uniform", Kind::Plain, about, |random, _| {
         (0..6000).map(|_| random.below(PAGES)).collect()
     })
 }
 
 fn sequential() -> Trace {
-    let about = "192 MiB in turn, on from where the last interval ended";
+    let about = "192 MiB in sequence, continuing after the last interval";
     trace("sequential", Kind::Plain, about, |_, at| {
         run(at * 192 * MIB % PAGES, 192 * MIB).collect()
     })
 }
 
 fn hot_set() -> Trace {
-    let about = "all of 48 MiB in no order, and 1,500 writes anywhere else";
+    let about = "all of 48 MiB in random order, and 1,500 writes anywhere";
     trace("hot set", Kind::Mixed, about, |random, _| {
-        // In six pieces of 8 MiB.
+        // Six pieces of 8 MiB.
         let hot = (0..6).flat_map(|piece| run(piece * 170 * MIB, 8 * MIB));
         let mut pages: Vec<u32> = hot.collect();
         pages.extend((0..1500).map(|_| random.below(PAGES)));
@@ -91,8 +92,8 @@ fn hot_set() -> Trace {
 }
 
 fn database() -> Trace {
-    let about = "a log of 24 MiB in turn round a ring of 128 MiB, 4,000 skewed updates of a 640 MiB tree, 16 MiB of buffers; \
-                 every 16th interval 96 MiB are rewritten";
+    let about = "a log of 24 MiB in a ring of 128 MiB, 4,000 skewed updates of a 640 MiB tree, \
+                 16 MiB of buffers; every 16th interval rewrites 96 MiB";
     trace("database", Kind::Mixed, about, |random, at| {
         let ring = (0..24 * MIB).map(|page| (at * 24 * MIB + page) % (128 * MIB));
         let mut log: Vec<u32> = ring.collect();
@@ -100,7 +101,7 @@ fn database() -> Trace {
         let buffers = 800 * MIB;
         let mut others: Vec<u32> = (0..4000)
             .map(|_| {
-                // Hot leaves lie all over the tree.
+                // Hot leaves are spread over the whole tree.
                 let leaf = random.skewed(640 * MIB);
                 tree + (leaf * 40_503) % (640 * MIB)
             })
@@ -110,7 +111,7 @@ fn database() -> Trace {
         if at % 16 == 15 {
             log.extend(run(880 * MIB, 96 * MIB));
         }
-        // The log goes on between the updates.
+        // The writes to the log are interleaved with the updates.
         let mut pages = Vec::new();
         let mut log = log.into_iter();
         for other in others {
@@ -123,8 +124,8 @@ fn database() -> Trace {
 }
 
 fn booting() -> Trace {
-    let about = "30 MiB touched for the first time in turn for 24 intervals, with writes here and there in what was touched before; then \
-                 only 400 skewed writes and a heap of 8 MiB";
+    let about = "for 24 intervals, 30 MiB of new memory in sequence and 400 skewed writes to \
+                 earlier memory; then only 400 skewed writes and a heap of 8 MiB";
     trace("freshly booted", Kind::Mixed, about, |random, at| {
         let touched = (at * 30 * MIB).min(24 * 30 * MIB);
         let mut pages: Vec<u32> = match at {
