@@ -78,8 +78,8 @@
 //!   permission, one call at a time.
 //! - **Write fault**: the vCPU exits with a data abort and the guest-physical address. The tracker
 //!   unprotects the page and marks it, and the VMM calls `hv_vcpu_run` again.
-//! - **End**: `hv_vcpu_destroy`, `hv_vm_unmap`, `hv_vm_destroy` and `munmap`, in this order,
-//!   independent of the order of drops.
+//! - **End**: independent of the order of drops, `hv_vm_unmap` precedes `munmap`, and
+//!   `hv_vcpu_destroy` and `hv_vm_unmap` precede `hv_vm_destroy`.
 //! - **State**: `hv_vcpu_get_*` and `hv_vcpu_set_*`, where each register is read back after it was
 //!   written; `hv_gic_state_*` and `hv_gic_set_state`.
 //!
