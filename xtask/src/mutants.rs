@@ -46,7 +46,7 @@ const CRATES: [(&str, &[Part]); 4] = [
         &[whole(&[
             &["group", "power_loss", "recycling", "replace"],
             &["hostile", "leftovers", "meanwhile"],
-            &["known_in_advance", "preserve"],
+            &["known_in_advance", "preserve", "replace_only"],
             &["faults"],
         ])],
     ),
@@ -69,7 +69,7 @@ const CRATES: [(&str, &[Part]); 4] = [
         &[whole(&[
             &["bad_input", "layouts", "oracle", "process", "snapshots"],
             &["ambiguous", "recycling", "resident", "skipping"],
-            &["claimed_ram", "memory", "releasing", "untouched"],
+            &["claimed_ram", "memory", "releasing", "untouched", "zeros"],
         ])],
     ),
     (
