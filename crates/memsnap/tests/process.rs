@@ -276,7 +276,7 @@ fn what_is_not_there_is_named_and_the_process_goes_on() {
     assert!(!monitor.is_stopped());
     // The id of a process that has ended, and isn't anybody's.
     drop(monitor);
-    work.fails(&full, 3, &["isn't there"]);
+    work.fails(&full, 3, &["does not exist"]);
 }
 
 #[test]
@@ -299,7 +299,7 @@ fn who_may_not_trace_is_told_what_it_takes() {
     let mut command = Command::new(work.path("memsnap"));
     let full = format!("full --pid {} --region guest-ram -o out", monitor.pid());
     command.args(full.split(' ')).current_dir(work.path(""));
-    Ended::of(command.uid(65534).gid(65534)).fails(3, &["traceable", "CAP_SYS_PTRACE"]);
+    Ended::of(command.uid(65534).gid(65534)).fails(3, &["may trace", "CAP_SYS_PTRACE"]);
     assert_eq!(work.files(), ["memsnap", "ram"]);
 }
 
@@ -371,7 +371,7 @@ fn all_that_can_fail_is_found_before_the_process_is_stopped() {
         1,
         &["different guests"],
     );
-    work.fails(&format!("full {ram} -o out"), 3, &["traced already"]);
+    work.fails(&format!("full {ram} -o out"), 3, &["already traced"]);
     drop(stopped);
     work.good(&format!("full {ram} -o out"));
 }

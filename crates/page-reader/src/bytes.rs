@@ -1,17 +1,19 @@
-//! Ordinary memory as a source: byte slices, arrays and vectors.
+//! Byte slices, arrays and vectors as sources.
 
 use std::io;
 
-use crate::{HostMemory, PageReader, range};
+use crate::host_memory::HostMemory;
+use crate::range;
+use crate::reader::PageReader;
 
-/// A guest's RAM, or an image of it, held in ordinary memory.
+/// A guest's RAM, or an image of it, in ordinary memory.
 ///
-/// Nobody can write borrowed bytes, so this is no way to read *running* guest memory: see
-/// [`MappedMemory`](crate::MappedMemory).
+/// Borrowed bytes cannot change, so this source cannot read *running* guest memory. Use
+/// [`MappedMemory`](crate::MappedMemory) for that.
 impl PageReader for [u8] {
     fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
         range::check(offset, buf.len(), self.len() as u64)?;
-        // In range, so the offset fits in usize.
+        // The range is inside the slice, so the offset fits in usize.
         let start = offset as usize;
         buf.copy_from_slice(&self[start..start + buf.len()]);
         Ok(())
@@ -49,7 +51,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_host_memory_of_a_slice_is_the_slice_itself() {
+    fn host_memory_of_a_slice_is_the_slice() {
         let bytes = vec![7; 100];
         let memory = bytes.host_memory(40, 1000).unwrap();
         assert_eq!(memory.as_ptr(), &raw const bytes[40]);
@@ -57,13 +59,13 @@ mod tests {
     }
 
     #[test]
-    fn a_read_past_the_end_says_how_far_the_source_reaches() {
+    fn reading_past_the_end_names_the_size() {
         let error = [0; 100].read_at(99, &mut [0; 2]).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof);
         assert!(
             error
                 .to_string()
-                .starts_with("2 bytes at offset 99 reach past the 100 bytes")
+                .starts_with("2 bytes at offset 99 end past the 100 bytes")
         );
     }
 }

@@ -1,4 +1,4 @@
-//! Files as a source: memory files, memfds, saved images, block devices.
+//! Files as sources: memory files, memfds, images, block devices.
 
 use std::borrow::Borrow;
 use std::fs::File;
@@ -6,24 +6,25 @@ use std::io;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 
-use crate::populated::unknown;
-use crate::{PageReader, PopulatedRanges, range};
+use crate::populated::{PopulatedRanges, unknown};
+use crate::range;
+use crate::reader::PageReader;
 
-/// A guest's RAM in a file: a memfd or file that the guest maps shared, or an image of a guest at rest.
+/// A guest's RAM in a file: a memfd or file that the VMM maps shared, or an image on disk.
 ///
-/// `F` is a [`File`], or a borrowed or shared one (`&File`, `Arc<File>`). Reads are positioned (`pread`), so the
-/// file's own position is neither used nor moved, and threads may read at once. Opened files are not locked: bytes
-/// that a running guest writes meanwhile come back as they are when each page is read.
+/// `F` is a [`File`], or a borrowed or shared one (`&File`, `Arc<File>`). Reads are positioned
+/// (`pread`): the position of the file is neither used nor moved, and several threads may read at
+/// once. The file is not locked. If the guest runs, each page is read in its state at the time of
+/// the read.
 ///
-/// A guest that maps its file *privately* (`MAP_PRIVATE`, QEMU's `share=off`) keeps what it writes to itself: its
-/// RAM isn't in the file. Use [`MappedMemory`](crate::MappedMemory) or `ProcessMemory` there.
+/// A VMM that maps its file *privately* (`MAP_PRIVATE`, `share=off` in QEMU) does not write the RAM
+/// to the file. Use [`MappedMemory`](crate::MappedMemory) or `ProcessMemory` for such a guest.
 ///
-/// Shared memory that a process is still filling by userfaultfd reads as zeros where pages are
-/// missing. On Linux, `FileReader::check_filled` finds such a process: call it before and after the
-/// copy.
+/// Shared memory that a process still fills by userfaultfd reads as zeros where pages are missing.
+/// On Linux, `FileReader::check_filled` finds such a process; call it before and after the copy.
 ///
 /// # Examples
-/// One region of a guest whose `memory-backend-file` holds its low RAM first:
+/// The high region of a guest whose `memory-backend-file` has the low RAM first:
 /// ```
 /// use page_reader::{FileReader, PageReader};
 /// # use std::io::Write;
@@ -41,15 +42,15 @@ use crate::{PageReader, PopulatedRanges, range};
 pub struct FileReader<F = File> {
     file: F,
     start: u64,
-    /// `u64::MAX` for whatever the file holds at the time of the read.
+    /// `u64::MAX` if the source extends to the end of the file at the time of the read.
     size: u64,
 }
 
-/// The payload of the `UnexpectedEof` error of a file that is shorter than asked.
+/// The payload of the `UnexpectedEof` error of a read past the end of the file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "the file ends before byte {end}, where the last of {len} bytes was asked for: check that it's the whole memory \
-     file and that the RAM size matches it"
+    "the file ends before byte {end}, the end of a read of {len} bytes: check that the file is a \
+     complete memory file and that the RAM size matches it"
 )]
 struct ShortFile {
     end: u64,
@@ -57,14 +58,15 @@ struct ShortFile {
 }
 
 impl<F: Borrow<File>> FileReader<F> {
-    /// The whole file, as long as it is when it is read.
+    /// Returns a reader for the whole file. Its size is that of the file at the time of each read.
     pub const fn new(file: F) -> Self {
         Self::range(file, 0, u64::MAX)
     }
 
-    /// The `size` bytes of the file from its byte `start` on, which become offset 0 of the source.
+    /// Returns a reader for `size` bytes of the file, starting at byte `start`, which is offset 0
+    /// of the source.
     ///
-    /// The file may still be shorter: reading what isn't there is an error, then.
+    /// The actual size of the file is not checked: reading bytes that it lacks fails.
     pub const fn range(file: F, start: u64, size: u64) -> Self {
         Self { file, start, size }
     }
@@ -74,7 +76,7 @@ impl<F: Borrow<File>> FileReader<F> {
         self.file.borrow()
     }
 
-    /// The file's byte at offset 0.
+    /// Returns the position in the file of offset 0.
     #[cfg(target_os = "linux")]
     pub(crate) const fn start(&self) -> u64 {
         self.start
@@ -88,10 +90,10 @@ impl<F: Borrow<File>> PageReader for FileReader<F> {
         let position = self.start.saturating_add(offset);
         let end = position.saturating_add(len as u64);
         let result = if i64::try_from(end).is_ok() {
-            // Goes on after EINTR and short reads.
+            // Retries after EINTR and short reads.
             self.file.borrow().read_exact_at(buf, position)
         } else {
-            // No file reaches there, and as the kernel's signed offset it would be EINVAL.
+            // No file is that long, and the kernel would return EINVAL for the negative offset.
             Err(io::ErrorKind::UnexpectedEof.into())
         };
         result.map_err(|error| match error.kind() {
@@ -100,9 +102,10 @@ impl<F: Borrow<File>> PageReader for FileReader<F> {
         })
     }
 
-    /// What the file system reports as data, where what it reports is
-    /// [used](sparse_file::check_holes_are_zeros): on ext4, XFS, btrfs, tmpfs, in a memfd, and on
-    /// overlayfs over the first three. On any other, all of `range`. The file's position stays.
+    /// Returns the data that the file system reports, on the file systems whose reports are
+    /// [used](sparse_file::check_holes_are_zeros): ext4, XFS, btrfs, tmpfs, memfds, and overlayfs
+    /// over the first three. Returns all of `range` on any other. The position of the file is not
+    /// moved.
     #[cfg(target_os = "linux")]
     fn populated(&self, range: Range<u64>) -> PopulatedRanges<'_> {
         let size = self.size.min(u64::MAX - self.start);
@@ -119,7 +122,7 @@ impl<F: Borrow<File>> PageReader for FileReader<F> {
         Box::new(data.chain(unknown(past)))
     }
 
-    /// All of `range`: what macOS reports of holes is not used.
+    /// Returns all of `range`: the holes that macOS reports are not used.
     #[cfg(not(target_os = "linux"))]
     fn populated(&self, range: Range<u64>) -> PopulatedRanges<'_> {
         Box::new(unknown(range))
@@ -139,7 +142,7 @@ mod tests {
     }
 
     #[test]
-    fn a_range_ends_where_it_was_said_to_end_although_the_file_goes_on() {
+    fn a_range_ends_before_the_end_of_its_file() {
         let source = FileReader::range(file_of(b"0123456789"), 2, 5);
         let mut buf = [0; 5];
         source.read_at(0, &mut buf).unwrap();
@@ -150,7 +153,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_shorter_than_its_range_is_an_unexpected_end_that_names_the_byte() {
+    fn a_file_shorter_than_its_range_names_the_missing_byte() {
         let source = FileReader::range(file_of(b"0123456789"), 2, 4096);
         let error = source.read_at(0, &mut [0; 4096]).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof);
@@ -161,7 +164,7 @@ mod tests {
     }
 
     #[test]
-    fn a_range_that_starts_near_the_last_offset_does_not_overflow() {
+    fn a_range_near_the_last_offset_does_not_overflow() {
         for start in [u64::MAX, i64::MAX as u64, i64::MAX as u64 - 1] {
             let source = FileReader::range(file_of(b"bytes"), start, u64::MAX);
             let error = source.read_at(1, &mut [0; 2]).unwrap_err();
@@ -170,7 +173,7 @@ mod tests {
     }
 
     #[test]
-    fn a_whole_file_that_grows_can_be_read_as_far_as_it_grew() {
+    fn a_whole_file_is_read_up_to_its_current_end() {
         let file = Arc::new(file_of(b"guest"));
         let source = FileReader::new(Arc::clone(&file));
         source.read_at(0, &mut [0; 6]).unwrap_err();
@@ -179,7 +182,7 @@ mod tests {
     }
 
     #[test]
-    fn the_position_of_the_file_is_left_where_it_was() {
+    fn reading_leaves_the_file_position_unchanged() {
         let mut file = file_of(b"guest");
         file.seek(io::SeekFrom::Start(3)).unwrap();
         FileReader::new(&file).read_at(1, &mut [0; 4]).unwrap();
@@ -187,7 +190,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_that_cannot_be_read_says_what_the_system_says() {
+    fn a_failed_read_returns_the_system_error() {
         let file = File::options().write(true).open("/dev/null").unwrap();
         let error = FileReader::new(file).read_at(0, &mut [0]).unwrap_err();
         assert_eq!(error.raw_os_error(), Some(libc::EBADF));

@@ -1,4 +1,4 @@
-//! `vm-memory`'s guest memory as a source.
+//! The guest memory of the `vm-memory` crate as a source.
 
 #![allow(unsafe_code)]
 
@@ -10,15 +10,18 @@ use vm_memory::{
     Address, GuestAddress, GuestMemoryBackend, GuestMemoryError, GuestMemoryRegion, bitmap::MS,
 };
 
-use crate::{HostMemory, LayoutError, PageReader, RamLayout, range};
+use crate::host_memory::HostMemory;
+use crate::layout::{LayoutError, RamLayout};
+use crate::range;
+use crate::reader::PageReader;
 
 /// A guest's RAM in one of `vm-memory`'s types, such as `GuestMemoryMmap`, borrowed or shared.
 ///
-/// `P` is what leads to the memory: `&GuestMemoryMmap`, `Arc<GuestMemoryMmap>`, or the guard of a `GuestMemoryAtomic`,
-/// whose memory doesn't change under the reader.
+/// `P` dereferences to the memory: `&GuestMemoryMmap`, `Arc<GuestMemoryMmap>`, or the guard of a
+/// `GuestMemoryAtomic`, whose memory does not change while it is held.
 ///
-/// Host addresses are handed out, except where `vm-memory` is built with its feature `xen`: memory that may be
-/// mapped for one access only has no lasting address, so there everything is read by copy.
+/// Host addresses are available, unless `vm-memory` is built with its feature `xen`: memory that is
+/// mapped for a single access has no lasting address, so it is read by copy.
 ///
 /// # Examples
 /// ```
@@ -49,10 +52,11 @@ where
     P: Deref,
     P::Target: GuestMemoryBackend,
 {
-    /// The RAM of `memory`, whose regions are laid out as [`RamLayout`] does.
+    /// Returns a reader for `memory`, whose regions are laid out as in [`RamLayout`].
     ///
     /// # Errors
-    /// No region, or one that isn't whole pages of 4 KiB: `vm-memory` takes any size, memory slots don't.
+    /// Returns an error if there is no region, or if a region is not whole pages of 4 KiB.
+    /// `vm-memory` accepts any size, memory slots do not.
     pub fn new(memory: P) -> Result<Self, LayoutError> {
         let layout = RamLayout::new(
             memory
@@ -62,14 +66,14 @@ where
         Ok(Self { memory, layout })
     }
 
-    /// Where the regions lie in guest-physical memory and in the memory file.
+    /// Returns the layout of the RAM in guest-physical memory and in the memory file.
     #[must_use]
     pub fn layout(&self) -> &RamLayout {
         &self.layout
     }
 }
 
-/// `len` bytes inside one region.
+/// Returns `len` bytes inside one region.
 fn slice<M: GuestMemoryBackend + ?Sized>(
     memory: &M,
     guest_start: u64,
@@ -95,13 +99,14 @@ where
     fn read_at(&self, offset: u64, mut buf: &mut [u8]) -> io::Result<()> {
         range::check(offset, buf.len(), self.layout.ram_size())?;
         for piece in self.layout.pieces(offset, buf.len() as u64) {
-            // No longer than buf, so it fits in usize.
+            // At most the length of buf, so it fits in usize.
             let (now, later) = buf.split_at_mut(piece.size as usize);
             let slice =
                 slice(&*self.memory, piece.guest_start, now.len()).map_err(io::Error::other)?;
             let guard = slice.ptr_guard();
-            // SAFETY: a VolatileSlice is its maker's promise that this memory is there, for other than volatile
-            // access by nobody, while the slice is; the guard, which may be what maps it, outlives the copy.
+            // SAFETY: a VolatileSlice promises that the memory is mapped, and accessed by volatile
+            // operations only, for as long as the slice lives. The guard, which may own the
+            // mapping, outlives the copy.
             unsafe { HostMemory::new(guard.as_ptr(), now.len()) }.copy_to(now);
             buf = later;
         }
@@ -109,7 +114,7 @@ where
     }
 
     fn host_memory(&self, offset: u64, len: usize) -> Option<HostMemory<'_>> {
-        // A guard that does something when dropped unmaps: its address would be gone with it.
+        // A guard with drop glue unmaps the memory, so its address would dangle.
         if const { std::mem::needs_drop::<PtrGuard>() } {
             return None;
         }
@@ -117,8 +122,8 @@ where
         let piece = self.layout.pieces(offset, len as u64).next()?;
         let slice = slice(&*self.memory, piece.guest_start, piece.size as usize).ok()?;
         let start = slice.ptr_guard().as_ptr();
-        // SAFETY: as in read_at; the slice's lifetime, which its maker vouches for, is that of the borrow of `self`,
-        // and a guard that isn't dropped is an address only, good for as long as the slice.
+        // SAFETY: as in read_at. The lifetime of the slice is that of the borrow of `self`. A guard
+        // without drop glue is only an address, which is valid for as long as the slice.
         Some(unsafe { HostMemory::new(start, slice.len()) })
     }
 }

@@ -6,16 +6,17 @@ use std::marker::PhantomData;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering::Relaxed};
 
-/// The bytes of a machine word, the unit in which guest memory is loaded.
+/// The size of a machine word, the unit in which guest memory is loaded.
 const WORD: usize = size_of::<usize>();
-/// How many words are loaded before it's asked whether any is not zero.
+/// The number of words that `is_zero` loads between two comparisons.
 const BLOCK: usize = 32;
 
-/// A range of this process's memory that stays readable for `'a` and may change at any moment.
+/// A range of this process's memory that stays readable for `'a` and may change at any time.
 ///
-/// This is an address and a length, never a reference: a vCPU may write the bytes while the kernel or
-/// [`copy_to`](Self::copy_to) reads them. Hand [`as_ptr`](Self::as_ptr) and [`len`](Self::len) to a system call
-/// (`pwrite`, io_uring, `vmsplice`) and the kernel reads the memory directly, or copy the bytes out.
+/// The type is an address and a length, never a reference: a vCPU may write the bytes while the
+/// kernel or [`copy_to`](Self::copy_to) reads them. Pass [`as_ptr`](Self::as_ptr) and
+/// [`len`](Self::len) to a system call (`pwrite`, io_uring, `vmsplice`) to let the kernel read the
+/// memory directly, or copy the bytes.
 ///
 /// # Examples
 /// ```
@@ -33,27 +34,28 @@ pub struct HostMemory<'a> {
     source: PhantomData<&'a ()>,
 }
 
-// SAFETY: the value is an address and a length. `new` asks that the range be readable, and tolerate writes, for
-// 'a whatever the thread: mappings belong to the process, not to a thread.
+// SAFETY: the value is an address and a length. `new` requires that the range is readable by, and
+// tolerates writes of, every thread for 'a: mappings belong to the process, not to a thread.
 unsafe impl Send for HostMemory<'_> {}
-// SAFETY: as for Send; and every method takes the value by copy and only loads, so sharing it adds nothing.
+// SAFETY: as for Send. Every method takes the value by copy and only loads, so sharing adds
+// nothing.
 unsafe impl Sync for HostMemory<'_> {}
 
 impl<'a> HostMemory<'a> {
-    /// Names `len` bytes from `start` on.
+    /// Creates a value for `len` bytes at `start`.
     ///
     /// # Safety
-    /// As long as the value, or anything made from it (copies, slices, readers over it), can still be used, `'a`
-    /// at most:
-    /// - The whole range is mapped and readable by every thread, and doesn't wrap around the address space. A file
-    ///   behind it isn't truncated (a load past its end is a SIGBUS). Memory that is filled on first
-    ///   touch, as by userfaultfd, counts as readable.
+    /// The following holds as long as the value, or anything derived from it (copies, slices,
+    /// readers), can be used, at most for `'a`:
+    /// - The whole range is mapped, readable by every thread, and does not wrap around the address
+    ///   space. A file that backs it is not truncated (a load past its end raises `SIGBUS`). Memory
+    ///   that is filled on first touch, as by userfaultfd, counts as readable.
     /// - No `&mut` reference covers any of its bytes.
-    /// - vCPUs, devices, the kernel and other processes may write it at any time. Rust code of *this* process that
-    ///   writes it meanwhile does so through raw pointers, with atomic operations or, as `vm-memory` does, volatile
-    ///   ones: a plain write is a data race.
+    /// - vCPUs, devices, the kernel and other processes may write it at any time. Rust code of
+    ///   *this* process writes it only through raw pointers, with atomic operations or, like
+    ///   `vm-memory`, volatile ones: a plain write is a data race.
     ///
-    /// An empty range asks for nothing.
+    /// An empty range has no requirements.
     #[must_use]
     pub const unsafe fn new(start: *const u8, len: usize) -> Self {
         Self {
@@ -63,28 +65,29 @@ impl<'a> HostMemory<'a> {
         }
     }
 
-    /// The address of the first byte; of any alignment.
+    /// Returns the address of the first byte, which may have any alignment.
     #[must_use]
     pub const fn as_ptr(self) -> *const u8 {
         self.start
     }
 
-    /// The length in bytes.
+    /// Returns the length in bytes.
     #[must_use]
     pub const fn len(self) -> usize {
         self.len
     }
 
-    /// Whether there is no byte in it.
+    /// Returns `true` if the range has no bytes.
     #[must_use]
     pub const fn is_empty(self) -> bool {
         self.len == 0
     }
 
-    /// The bytes from `range.start` up to, not including, `range.end`, both counted from the first byte.
+    /// Returns the bytes from `range.start` up to, but not including, `range.end`, both relative to
+    /// the first byte.
     ///
     /// # Panics
-    /// Panics where the range is decreasing or ends past [`len`](Self::len), as slicing does.
+    /// Panics if the range is decreasing or ends past [`len`](Self::len), like slicing.
     #[must_use]
     pub fn slice(self, range: Range<usize>) -> Self {
         let Range { start, end } = range;
@@ -94,55 +97,59 @@ impl<'a> HostMemory<'a> {
             self.len
         );
         Self {
-            // Inside the range, or one past its last byte, by the assertion: the same memory as `new` was given.
+            // The assertion holds it inside the range, or one past its last byte.
             start: self.start.wrapping_add(start),
             len: end - start,
             source: PhantomData,
         }
     }
 
-    /// The first `mid` bytes, and the others.
+    /// Returns the first `mid` bytes, and the remaining ones.
     ///
     /// # Panics
-    /// Panics where `mid` is past [`len`](Self::len), as `<[u8]>::split_at` does.
+    /// Panics if `mid` is past [`len`](Self::len), like `<[u8]>::split_at`.
     #[must_use]
     pub fn split_at(self, mid: usize) -> (Self, Self) {
         (self.slice(0..mid), self.slice(mid..self.len))
     }
 
-    /// Copies the bytes to `buf`, while others may be writing them.
+    /// Copies the bytes to `buf`. Other threads, vCPUs and processes may write them meanwhile.
     ///
-    /// Each aligned machine word is loaded once and whole: a word that others write with single stores is copied
-    /// as it was before or after each of them, never torn. Between words there's no order: what is written meanwhile
-    /// may be in the copy in part, so a page whose copy must be of one instant needs its writers stopped (or a dirty
-    /// log that brings it back in the next round).
+    /// Each aligned machine word is loaded once, as a whole. A word that is written with single
+    /// stores is copied as it was before or after each of them, never torn. There is no order
+    /// between words: concurrent writes may be in the copy in part. For a copy of a single point in
+    /// time, stop the writers, or copy again the pages that a dirty log reports.
     ///
-    /// Not for bytes that `buf` itself covers: [`new`](Self::new) forbids that.
+    /// `buf` must not overlap the range, which [`new`](Self::new) rules out.
     ///
     /// # Panics
-    /// Panics where `buf` isn't exactly [`len`](Self::len) bytes, as `copy_from_slice` does.
+    /// Panics if the length of `buf` is not [`len`](Self::len), like `copy_from_slice`.
     pub fn copy_to(self, buf: &mut [u8]) {
         assert_eq!(
             self.len,
             buf.len(),
-            "a host memory range is copied to a buffer of its own length"
+            "a host memory range is copied to a buffer of the same length"
         );
-        // Why atomics: a load that races with a store is undefined where either is plain, volatile or the inside
-        // of a memcpy, and defined where both are atomic (what vCPUs and devices do is machine stores, atomic per
-        // aligned word). Why words: from memory outside the caches this loop reached 0.66 to 1.05 of
-        // memcpy's speed in several runs on a shared 2-core Xeon (medians of the steadiest: 8.4 of 11.2 GB/s in 4 KiB
-        // pages, 8.1 of 9.9 in 1 MiB pieces), byte-wise loads about a sixth.
+        // Atomics: a load that races with a store is undefined behaviour if either is
+        // plain, volatile or part of a memcpy, and defined if both are atomic. vCPUs and
+        // devices use machine stores, which are atomic for each aligned word.
+        //
+        // Words: from memory outside the caches this loop reached 0.66 to 1.05 of memcpy's speed in
+        // several runs on a shared 2-core Xeon. The medians of the steadiest run were 8.4 of 11.2
+        // GB/s in 4 KiB pages, and 8.1 of 9.9 in 1 MiB pieces. Byte-wise loads reached about a
+        // sixth.
         let unaligned = self.start.align_offset(WORD).min(buf.len());
         let (head, rest) = buf.split_at_mut(unaligned);
         let (words, tail) = rest.as_chunks_mut::<WORD>();
         let mut from = self.start;
         copy_bytes(&mut from, head);
         for word in words {
-            // SAFETY: head, words and tail add up to `len`, and `from` has advanced by what came before, so it
-            // is in the range that `new` promises mapped, free of `&mut` and of plain writers. It's aligned, since
-            // head took what was missing. The reference lives for this load, and being to an atomic it claims
-            // nothing about who else writes. Relaxed loads up to a word may also touch read-only memory
-            // (std::sync::atomic, "Atomic accesses to read-only memory").
+            // SAFETY: head, words and tail add up to `len`, and `from` has advanced by the parts
+            // before, so it is in the range that `new` promises to be mapped, without `&mut` and
+            // plain writers. It is aligned, because head has the unaligned bytes. The reference
+            // lives for this load, and a reference to an atomic does not exclude other writers.
+            // Relaxed loads up to a word may also access read-only memory (std::sync::atomic,
+            // "Atomic accesses to read-only memory").
             *word = unsafe { (*from.cast::<AtomicUsize>()).load(Relaxed) }.to_ne_bytes();
             from = from.wrapping_add(WORD);
         }
@@ -150,27 +157,27 @@ impl<'a> HostMemory<'a> {
 
         fn copy_bytes(from: &mut *const u8, to: &mut [u8]) {
             for byte in to {
-                // SAFETY: as for words, of which a byte needs no alignment.
+                // SAFETY: as for words; a byte needs no alignment.
                 *byte = unsafe { (*from.cast::<AtomicU8>()).load(Relaxed) };
                 *from = from.wrapping_add(1);
             }
         }
     }
 
-    /// Maps the pages of the range, as a load of each would do.
+    /// Maps the pages of the range, as a load of each page would.
     ///
-    /// A load of a page that cannot be had is a `SIGBUS`, which ends the process: on a tmpfs that is
-    /// full, where there is no huge page left, past the end of a file that was truncated, in memory
-    /// that the hardware lost. Here that is an error. What becomes of the pages afterwards (a hole that
-    /// is punched, a truncation) is not known to this call.
+    /// A load of a page that cannot be provided raises `SIGBUS`, which ends the process: on a full
+    /// tmpfs, without a free huge page, past the end of a truncated file, or in memory with a
+    /// hardware error. This method returns an error instead. Later changes to the pages, such as a
+    /// punched hole or a truncation, are not covered.
     ///
-    /// Memory that is filled by userfaultfd is waited for, unless it is for loads of this process
-    /// alone; that memory is left as it is. On systems other than Linux, and before Linux 5.14, nothing
-    /// is done.
+    /// Memory that is filled by userfaultfd is waited for, unless the userfaultfd serves user-mode
+    /// faults only; such memory is left unchanged. On systems other than Linux, and before Linux
+    /// 5.14, the method does nothing.
     ///
     /// # Errors
-    /// `EFAULT` where a load would be a `SIGBUS`, `EHWPOISON` where the memory is broken, `ENOMEM`
-    /// where there is no memory or no mapping.
+    /// Returns `EFAULT` if a load would raise `SIGBUS`, `EHWPOISON` for memory with a hardware
+    /// error, and `ENOMEM` if memory or the mapping is missing.
     pub fn fault_in(self) -> std::io::Result<()> {
         if self.is_empty() {
             return Ok(());
@@ -181,10 +188,12 @@ impl<'a> HostMemory<'a> {
         Ok(())
     }
 
-    /// Whether every byte is zero, each as it is when it's loaded: others may be writing them.
+    /// Returns `true` if every byte was zero when it was loaded. Other threads, vCPUs and processes
+    /// may write them meanwhile.
     ///
-    /// Goes no further than a few words past the first byte that isn't zero. Memory that was never touched is touched by this:
-    /// [`PageReader::populated`](crate::PageReader::populated) says where that can be saved.
+    /// The method stops at most a few words after the first nonzero byte. It touches memory that
+    /// was never touched before; [`PageReader::populated`](crate::PageReader::populated) finds such
+    /// memory without touching it.
     ///
     /// # Examples
     /// ```
@@ -209,28 +218,29 @@ impl<'a> HostMemory<'a> {
             && (0..tail.len).all(|at| tail.byte(at) == 0)
     }
 
-    /// The byte at `at`.
+    /// Returns the byte at `at`.
     fn byte(self, at: usize) -> u8 {
         debug_assert!(at < self.len);
-        // SAFETY: `at` is in the range (the callers go through it), which `new` promises mapped, free of `&mut` and of plain
-        // writers; the reference to an atomic lives for this load, and may also touch read-only memory, as in `copy_to`.
+        // SAFETY: `at` is in the range, because the callers iterate over it. `new` promises that it
+        // is mapped, without `&mut` and plain writers. The reference to an atomic lives for this
+        // load, which may also access read-only memory, as in `copy_to`.
         unsafe { (*self.start.wrapping_add(at).cast::<AtomicU8>()).load(Relaxed) }
     }
 
-    /// The word that starts at `at`, where the address is aligned.
+    /// Returns the word at `at`. Its address must be aligned.
     fn word(self, at: usize) -> usize {
         debug_assert!(at < self.len && self.len - at >= WORD);
         let word = self.start.wrapping_add(at).cast::<AtomicUsize>();
         debug_assert!(word.is_aligned());
-        // SAFETY: as for a byte; the callers go through whole words from an aligned address on.
+        // SAFETY: as for a byte. The callers iterate over whole words from an aligned address.
         unsafe { (*word).load(Relaxed) }
     }
 }
 
-/// Ordinary memory is host memory that nobody writes.
+/// Converts borrowed bytes, which are host memory without writers.
 impl<'a> From<&'a [u8]> for HostMemory<'a> {
     fn from(bytes: &'a [u8]) -> Self {
-        // SAFETY: a shared borrow keeps the bytes allocated, and free of writers and of `&mut`, for 'a.
+        // SAFETY: a shared borrow keeps the bytes allocated, without writers and `&mut`, for 'a.
         unsafe { Self::new(bytes.as_ptr(), bytes.len()) }
     }
 }
@@ -241,7 +251,7 @@ mod tests {
     use rstest::rstest;
 
     #[test]
-    fn every_start_and_length_around_a_word_is_copied_exactly() {
+    fn copies_of_every_start_and_length_are_exact() {
         let bytes: Vec<u8> = (1..=64).collect();
         for start in 0..=2 * WORD {
             for end in start..=start + 3 * WORD {
@@ -255,12 +265,12 @@ mod tests {
     }
 
     #[test]
-    fn one_byte_anywhere_around_words_and_blocks_is_not_zero() {
+    fn a_single_nonzero_byte_is_found_anywhere() {
         let mut bytes = vec![0; 3 * BLOCK * WORD];
         for start in 0..=WORD {
             for len in (0..=2 * WORD).chain(BLOCK * WORD - 1..=BLOCK * WORD + 2 * WORD) {
                 let range = start..start + len;
-                // What stands outside doesn't count.
+                // Bytes outside of the range do not matter.
                 bytes.fill(1);
                 bytes[range.clone()].fill(0);
                 assert!(
@@ -280,7 +290,7 @@ mod tests {
     }
 
     #[test]
-    fn the_two_halves_of_a_split_are_the_whole() {
+    fn both_halves_of_a_split_cover_the_range() {
         let memory = HostMemory::from(&b"memory"[..]);
         let (left, right) = memory.split_at(2);
         assert_eq!((left.as_ptr(), left.len()), (memory.as_ptr(), 2));
@@ -305,7 +315,7 @@ mod tests {
     #[rstest]
     #[case::shorter(5)]
     #[case::longer(7)]
-    #[should_panic(expected = "a buffer of its own length")]
+    #[should_panic(expected = "a buffer of the same length")]
     fn a_buffer_of_another_length_panics(#[case] len: usize) {
         HostMemory::from(&b"memory"[..]).copy_to(&mut vec![0; len]);
     }

@@ -1,20 +1,22 @@
-//! Sources laid beside and over one another.
+//! Sources that are adjacent or overlaid.
 
 use std::io;
 use std::ops::Range;
 
-use crate::populated::unknown;
-use crate::{HostMemory, PageReader, PopulatedRanges, range};
+use crate::host_memory::HostMemory;
+use crate::populated::{PopulatedRanges, unknown};
+use crate::range;
+use crate::reader::PageReader;
 
-/// One source made of several: parts one after another, and overlays on top, of which the later wins.
+/// A source composed of others: adjacent parts, and overlays that replace ranges of them.
 ///
-/// - A guest whose RAM regions are files of their own (one memfd a region): [`concat`](Self::concat).
-/// - A base image with the pages of a diff over it, or a region that only its device holds: [`over`](Self::over), then
-///   [`overlay`](Self::overlay).
+/// - RAM regions in separate files, such as one memfd for each region: [`concat`](Self::concat).
+/// - A base image with the pages of a diff over it, or with a region that only its device has:
+///   [`over`](Self::over), then [`overlay`](Self::overlay).
 ///
-/// Host memory is handed out wherever the layer that's on top has it. All layers are of one type `R`; for sources of
-/// different types that is `&dyn PageReader`, or `Box<dyn PageReader + Send + Sync>` to share the whole between
-/// threads.
+/// A later overlay replaces an earlier one. Host memory is returned where the topmost layer has it.
+/// All layers have the same type `R`. For sources of different types, use `&dyn PageReader`, or
+/// `Box<dyn PageReader + Send + Sync>` to share the result between threads.
 ///
 /// # Examples
 /// ```
@@ -24,7 +26,7 @@ use crate::{HostMemory, PageReader, PopulatedRanges, range};
 /// # let mut image = tempfile::tempfile()?;
 /// # image.write_all(&[0; 3 * 4096])?;
 /// let base = FileReader::new(image); // 3 pages
-/// let page = vec![1; 4096]; // the second one, as it is by now
+/// let page = vec![1; 4096]; // the new content of the second page
 ///
 /// let mut guest = Layered::<&dyn PageReader>::over(&base, 3 * 4096)?;
 /// guest.overlay(4096, 4096, &page)?;
@@ -38,23 +40,23 @@ use crate::{HostMemory, PageReader, PopulatedRanges, range};
 #[derive(Clone, Debug)]
 pub struct Layered<R> {
     sources: Vec<R>,
-    /// What is on top, from offset 0 to the size: ascending, without gaps, none empty.
+    /// The topmost layers from offset 0 to the size: ascending, without gaps, none empty.
     spans: Vec<Span>,
 }
 
-/// A range of the whole that one source gives.
+/// A range of the result that a single source provides.
 #[derive(Clone, Copy, Debug)]
 struct Span {
     start: u64,
     end: u64,
     /// Index into `sources`.
     source: usize,
-    /// The offset in that source of the byte at `start`.
+    /// The offset in the source of the byte at `start`.
     source_start: u64,
 }
 
 impl Span {
-    /// The part of it from `start` to `end`, where there is any.
+    /// Returns the part of the span from `start` to `end`, or `None` if it is empty.
     fn between(self, start: u64, end: u64) -> Option<Self> {
         let (start, end) = (self.start.max(start), self.end.min(end));
         (start < end).then(|| Self {
@@ -66,54 +68,56 @@ impl Span {
     }
 }
 
-/// Why a source can't be laid there. Offsets and sizes are in bytes.
+/// An error in the arrangement of layers. Offsets and sizes are in bytes.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum LayeredError {
-    /// There is no part.
-    #[error("a layered source of no parts: give at least one")]
+    /// No part was given.
+    #[error("a layered source has no parts: give at least one")]
     NoPart,
-    /// A part or overlay has no byte.
+    /// A part or overlay is empty.
     #[error(
         "the part or overlay at offset {offset} is empty: leave it out, or give its size in bytes"
     )]
     Empty {
-        /// Where it was to start.
+        /// The offset of its start.
         offset: u64,
     },
-    /// An overlay ends past what it lies on.
+    /// An overlay ends past the layers below it.
     #[error(
-        "an overlay of {overlay_size} bytes at offset {offset} ends past the {size} bytes it lies on: an overlay covers, \
-         it doesn't extend"
+        "an overlay of {overlay_size} bytes at offset {offset} ends past the {size} bytes below \
+         it: shorten it or extend the base"
     )]
     PastEnd {
-        /// Where it was to start.
+        /// The offset of its start.
         offset: u64,
         /// Its size.
         overlay_size: u64,
-        /// The size of the whole.
+        /// The size of the layers below.
         size: u64,
     },
-    /// The parts add up to more than a 64-bit offset can say.
-    #[error("the parts add up to 2^64 bytes or more")]
+    /// The sizes of the parts add up to 2<sup>64</sup> bytes or more.
+    #[error("the parts add up to 2^64 bytes or more: give fewer or smaller parts")]
     TooLarge,
 }
 
 impl<R> Layered<R> {
-    /// The first `size` bytes of `base`, to lay others over.
+    /// Returns the first `size` bytes of `base`, ready for overlays.
     ///
-    /// Whether `base` has that many shows when they're read.
+    /// The actual size of `base` is not checked: reading bytes that it lacks fails.
     ///
     /// # Errors
-    /// [`LayeredError::Empty`] for a size of 0.
+    /// Returns [`LayeredError::Empty`] for a size of 0.
     pub fn over(base: R, size: u64) -> Result<Self, LayeredError> {
         Self::concat([(base, size)])
     }
 
-    /// Sources one after another: of each, the bytes from its offset 0 up to the size given with it.
+    /// Returns the given sources one after another. Each is used from its offset 0 up to the size
+    /// given with it.
     ///
     /// # Errors
-    /// No part, one of size 0, or more than 2<sup>64</sup> - 1 bytes in all.
+    /// Returns an error if there is no part, if a part has size 0, or if the sizes add up to more
+    /// than 2<sup>64</sup> - 1 bytes.
     pub fn concat(parts: impl IntoIterator<Item = (R, u64)>) -> Result<Self, LayeredError> {
         let (mut sources, mut spans) = (Vec::new(), Vec::new());
         let mut start = 0_u64;
@@ -137,10 +141,11 @@ impl<R> Layered<R> {
         Ok(Self { sources, spans })
     }
 
-    /// Lays the first `size` bytes of `source` over what is there from `offset` on.
+    /// Places the first `size` bytes of `source` over the layers at `offset`.
     ///
     /// # Errors
-    /// A size of 0, or an end past [`size`](Self::size); nothing has changed then.
+    /// Returns an error, and changes nothing, if the size is 0 or the end is past
+    /// [`size`](Self::size).
     pub fn overlay(&mut self, offset: u64, size: u64, source: R) -> Result<(), LayeredError> {
         if size == 0 {
             return Err(LayeredError::Empty { offset });
@@ -171,41 +176,42 @@ impl<R> Layered<R> {
         Ok(())
     }
 
-    /// The size of the whole in bytes.
+    /// Returns the size of all layers together, in bytes.
     #[must_use]
     pub fn size(&self) -> u64 {
         self.spans.last().map_or(0, |span| span.end)
     }
 
-    /// The index of the span that holds `offset`, or the number of spans.
+    /// Returns the index of the span at `offset`, or the number of spans if there is none.
     fn first_span(&self, offset: u64) -> usize {
         self.spans.partition_point(|span| span.end <= offset)
     }
 
-    /// The parts of spans, in ascending order, that make up `len` bytes from `offset` on; the range is known to be
-    /// inside.
+    /// Returns the parts of spans within `len` bytes at `offset`, ascending. The range must be
+    /// within the size.
     fn pieces(&self, offset: u64, len: usize) -> impl Iterator<Item = Span> {
         self.pieces_between(offset, offset + len as u64)
     }
 
-    /// The parts of spans, in ascending order, from `start` to `end`.
+    /// Returns the parts of spans from `start` to `end`, ascending.
     fn pieces_between(&self, start: u64, end: u64) -> impl Iterator<Item = Span> {
         self.spans[self.first_span(start)..]
             .iter()
             .map_while(move |span| span.between(start, end))
     }
 
-    /// What `ask` finds in each source, of the range given with it.
+    /// Returns the ranges that `query` finds in each source, as offsets in the result. `query`
+    /// receives a source and a range of its offsets.
     pub(crate) fn populated_by<'a>(
         &'a self,
         range: Range<u64>,
-        ask: impl Fn(&'a R, Range<u64>) -> PopulatedRanges<'a> + 'a,
+        query: impl Fn(&'a R, Range<u64>) -> PopulatedRanges<'a> + 'a,
     ) -> PopulatedRanges<'a> {
         let pieces = self.pieces_between(range.start, range.end);
         let inside = pieces.flat_map(move |piece| {
             let first = piece.source_start;
-            let asked = first..first + (piece.end - piece.start);
-            let found = ask(&self.sources[piece.source], asked);
+            let queried = first..first + (piece.end - piece.start);
+            let found = query(&self.sources[piece.source], queried);
             let offset_of = move |at: u64| piece.start + (at - first);
             found.map(move |found| offset_of(found.start)..offset_of(found.end))
         });
@@ -217,7 +223,7 @@ impl<R: PageReader> PageReader for Layered<R> {
     fn read_at(&self, offset: u64, mut buf: &mut [u8]) -> io::Result<()> {
         range::check(offset, buf.len(), self.size())?;
         for piece in self.pieces(offset, buf.len()) {
-            // No longer than buf, so it fits in usize.
+            // At most the length of buf, so it fits in usize.
             let (now, later) = buf.split_at_mut((piece.end - piece.start) as usize);
             self.sources[piece.source].read_at(piece.source_start, now)?;
             buf = later;
@@ -249,27 +255,27 @@ mod tests {
     }
 
     #[test]
-    fn parts_stand_one_after_another() {
+    fn parts_are_read_one_after_another() {
         let parts: [(&[u8], u64); 3] = [(b"one", 3), (b"two more", 3), (b"!", 1)];
         assert_eq!(all_of(&Layered::concat(parts).unwrap()), b"onetwo!");
     }
 
     #[test]
-    fn the_later_overlay_wins_and_what_it_does_not_cover_stays() {
+    fn a_later_overlay_replaces_what_it_covers_only() {
         let mut guest = Layered::<&[u8]>::over(b"..........", 10).unwrap();
         guest.overlay(2, 6, b"aaaaaa").unwrap();
         guest.overlay(4, 2, b"bb").unwrap();
         assert_eq!(all_of(&guest), b"..aabbaa..");
         guest.overlay(0, 10, b"0123456789").unwrap();
         assert_eq!(all_of(&guest), b"0123456789");
-        assert_eq!(guest.spans.len(), 1, "what is wholly covered is forgotten");
+        assert_eq!(guest.spans.len(), 1, "covered layers are removed");
     }
 
     #[test]
-    fn host_memory_is_handed_out_where_the_top_layer_has_it() {
+    fn host_memory_is_that_of_the_topmost_layer() {
         let file = tempfile::tempfile().unwrap();
         file.set_len(10).unwrap();
-        let base = crate::FileReader::new(file);
+        let base = crate::file::FileReader::new(file);
         let page = b"page".to_vec();
         let mut guest = Layered::<&dyn PageReader>::over(&base, 10).unwrap();
         guest.overlay(3, 4, &page).unwrap();
@@ -279,7 +285,7 @@ mod tests {
     }
 
     #[test]
-    fn a_part_that_is_shorter_than_said_is_an_unexpected_end() {
+    fn a_part_shorter_than_its_size_is_unexpected_eof() {
         let parts: [(&[u8], u64); 2] = [(b"short", 6), (b"next", 4)];
         let guest = Layered::concat(parts).unwrap();
         let error = guest.read_at(3, &mut [0; 4]).unwrap_err();
@@ -287,7 +293,7 @@ mod tests {
     }
 
     #[test]
-    fn layers_that_make_no_sense_are_refused_and_change_nothing() {
+    fn invalid_layers_are_refused_and_change_nothing() {
         use LayeredError::{Empty, NoPart, PastEnd, TooLarge};
         let none: [(&[u8], u64); 0] = [];
         assert_eq!(Layered::concat(none).unwrap_err(), NoPart);
@@ -319,7 +325,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn any_overlays_read_as_if_each_had_been_written_over_the_base(
+        fn overlays_read_like_writes_over_the_base(
             overlays in prop::collection::vec((0..60_usize, 1..20_usize, any::<u8>()), 0..12),
             read in (0..60_usize, 0..60_usize),
         ) {

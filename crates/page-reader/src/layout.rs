@@ -1,11 +1,13 @@
-//! Where each guest-physical range of RAM lies in the memory file.
+//! The guest-physical ranges of RAM, and their offsets in the memory file.
 
 const GIB: u64 = 1 << 30;
 
-/// The guest's RAM: guest-physical ranges with gaps between them, and their places in the memory file.
+/// The layout of a guest's RAM: guest-physical ranges with gaps, and their offsets in the memory
+/// file.
 ///
-/// The file holds RAM only. Its regions follow one another in ascending guest-physical order, without gaps, whatever
-/// order they're given in: this is the order in which monitors with several memory slots dump them.
+/// The memory file has RAM only. Its regions follow one another without gaps, in ascending
+/// guest-physical order, regardless of the order in which they are given. VMMs with several memory
+/// slots dump them in this order.
 ///
 /// ```text
 /// guest-physical   0 ........ 3 GiB   (MMIO gap)   4 GiB ........ 6 GiB
@@ -13,10 +15,10 @@ const GIB: u64 = 1 << 30;
 /// memory file      0 ........ 3 GiB ........................... 5 GiB
 /// ```
 ///
-/// Two regions may touch: they stay two, as two memory slots do, and a guest range may run across them.
+/// Two adjacent regions stay separate, like two memory slots. A guest-physical range may span them.
 ///
-/// With the feature `serde` a layout is serialised as the sequence of its `{ guest_start, size }`, in bytes, and
-/// validated when it comes back.
+/// With the feature `serde`, a layout is serialized as the sequence of its regions,
+/// `{ guest_start, size }` in bytes. It is validated when deserialized.
 ///
 /// # Examples
 /// ```
@@ -44,7 +46,7 @@ const GIB: u64 = 1 << 30;
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[cfg_attr(
     feature = "serde",
-    serde(try_from = "Vec<serialised::Region>", into = "Vec<serialised::Region>")
+    serde(try_from = "Vec<serialized::Region>", into = "Vec<serialized::Region>")
 )]
 pub struct RamLayout {
     regions: Box<[RamRange]>,
@@ -64,23 +66,23 @@ pub struct RamRange {
     pub size: u64,
 }
 
-/// Why guest-physical ranges are no RAM layout. Ranges are given as start and size, in bytes.
+/// An error in the ranges of a RAM layout. Ranges are start and size, in bytes.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum LayoutError {
-    /// There is no region.
+    /// No region was given.
     #[error("the guest has no RAM region: give at least one")]
     NoRegion,
-    /// A region has no byte.
+    /// A region is empty.
     #[error("the RAM region at {guest_start:#x} is empty: leave it out, or give its size in bytes")]
     EmptyRegion {
         /// Its guest-physical start.
         guest_start: u64,
     },
-    /// A region doesn't start or end at a multiple of [`RamLayout::ALIGNMENT`].
+    /// The start or end of a region is not a multiple of [`RamLayout::ALIGNMENT`].
     #[error(
-        "the RAM region at {guest_start:#x} of {size:#x} bytes doesn't start and end at a multiple of 4096 bytes: \
-         memory slots are made of whole pages"
+        "the RAM region at {guest_start:#x} of {size:#x} bytes does not start and end at a \
+         multiple of 4096 bytes: give whole pages"
     )]
     Misaligned {
         /// Its guest-physical start.
@@ -88,9 +90,10 @@ pub enum LayoutError {
         /// Its size.
         size: u64,
     },
-    /// A region's end is no 64-bit address.
+    /// The end of a region is not a 64-bit address.
     #[error(
-        "the RAM region at {guest_start:#x} of {size:#x} bytes ends past the 64-bit guest-physical address space"
+        "the RAM region at {guest_start:#x} of {size:#x} bytes ends past the 64-bit guest-physical \
+         address space"
     )]
     PastAddressSpace {
         /// Its guest-physical start.
@@ -98,10 +101,10 @@ pub enum LayoutError {
         /// Its size.
         size: u64,
     },
-    /// Two regions share an address.
+    /// Two regions overlap.
     #[error(
-        "the RAM region at {guest_start:#x} starts before the one at {previous_start:#x} ends ({previous_end:#x}): \
-         a guest-physical address belongs to one region"
+        "the RAM region at {guest_start:#x} overlaps the region at {previous_start:#x}, which ends \
+         at {previous_end:#x}: give regions that do not overlap"
     )]
     Overlap {
         /// The guest-physical start of the lower region.
@@ -111,53 +114,59 @@ pub enum LayoutError {
         /// The start of the other.
         guest_start: u64,
     },
-    /// All regions together don't fit in a file: offsets are signed 64-bit numbers.
-    #[error("the RAM regions add up to 2^63 bytes or more, past what a file can hold")]
+    /// The sizes of the regions add up to 2<sup>63</sup> bytes or more: file offsets are signed
+    /// 64-bit numbers.
+    #[error("the RAM regions add up to 2^63 bytes or more, which exceeds the largest file")]
     TooLarge,
 }
 
-/// A range isn't RAM, or not all of it.
+/// The error of a range that is not entirely RAM.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum OutsideRam {
-    /// A guest-physical range touches an address that no region has.
+    /// A guest-physical range includes an address outside of all regions.
     #[error(
-        "{size:#x} bytes at guest-physical address {guest_start:#x}: there is no RAM at {outside:#x}"
+        "{size:#x} bytes at guest-physical address {guest_start:#x} are not all RAM: there is no \
+         RAM at {outside:#x}"
     )]
     Guest {
-        /// The start of the range asked for.
+        /// The start of the range.
         guest_start: u64,
-        /// Its size in bytes.
+        /// The size of the range in bytes.
         size: u64,
-        /// The lowest address of the range that isn't RAM.
+        /// The lowest address of the range that is not RAM.
         outside: u64,
     },
     /// A range of the memory file ends past the RAM.
     #[error(
-        "{size:#x} bytes at offset {offset:#x} reach past the {ram_size:#x} bytes of RAM in the memory file"
+        "{size:#x} bytes at offset {offset:#x} end past the {ram_size:#x} bytes of RAM in the \
+         memory file"
     )]
     File {
-        /// The start of the range asked for.
+        /// The start of the range.
         offset: u64,
-        /// Its size in bytes.
+        /// The size of the range in bytes.
         size: u64,
-        /// What the file holds, in bytes.
+        /// The size of the RAM in bytes.
         ram_size: u64,
     },
 }
 
 impl RamLayout {
-    /// What the start and size of every region are multiples of, in bytes: 4 KiB.
+    /// The alignment of the start and size of every region, in bytes: 4 KiB.
     ///
-    /// The smallest page in which KVM takes memory slots on x86 and arm64 (and smaller than Apple Silicon's 16 KiB), so
-    /// that no page belongs to two regions. A monitor whose pages are larger has regions that are multiples of them.
+    /// This is the smallest page size of KVM memory slots on x86 and arm64, and smaller than the 16
+    /// KiB of Apple silicon. No page belongs to two regions. Regions of a VMM with larger pages are
+    /// multiples of those.
     pub const ALIGNMENT: u64 = 4096;
 
-    /// The layout of RAM regions given as (guest-physical start, size in bytes), in any order.
+    /// Creates a layout of the given RAM regions (guest-physical start, size in bytes), in any
+    /// order.
     ///
     /// # Errors
-    /// No region, an empty one, one that isn't [aligned](Self::ALIGNMENT), two that overlap, one that ends past
-    /// 2<sup>64</sup> - 1, or 2<sup>63</sup> bytes and more in all.
+    /// Returns an error if there is no region, or if a region is empty, not
+    /// [aligned](Self::ALIGNMENT), overlaps another, or ends past 2<sup>64</sup> - 1. Returns an
+    /// error if the sizes add up to 2<sup>63</sup> bytes or more.
     pub fn new(regions: impl IntoIterator<Item = (u64, u64)>) -> Result<Self, LayoutError> {
         let mut given: Vec<_> = regions.into_iter().collect();
         given.sort_unstable();
@@ -188,7 +197,7 @@ impl RamLayout {
                 offset,
                 size,
             });
-            // Disjoint regions below 2^64 can't add up to more, so this can't wrap.
+            // Disjoint regions below 2^64 cannot add up to more, so this does not wrap.
             offset += size;
         }
         if regions.is_empty() {
@@ -202,62 +211,64 @@ impl RamLayout {
         })
     }
 
-    /// The layout of one region: a guest without an MMIO gap in its RAM, such as most arm64 ones (QEMU's `virt` has
-    /// its RAM at 1 GiB, Firecracker at 2 GiB).
+    /// Creates a layout of one region, without an MMIO gap in the RAM. Most arm64 guests have one:
+    /// the RAM of QEMU's `virt` machine starts at 1 GiB, that of Firecracker at 2 GiB.
     ///
     /// # Errors
-    /// As [`new`](Self::new).
+    /// As for [`new`](Self::new).
     pub fn single(guest_start: u64, size: u64) -> Result<Self, LayoutError> {
         Self::new([(guest_start, size)])
     }
 
-    /// The layout of an x86 guest: RAM from 0 up to 3 GiB, and what doesn't fit there from 4 GiB on.
+    /// Creates the layout of an x86 guest: RAM from 0 up to 3 GiB, and the rest from 4 GiB.
     ///
-    /// The gap of 1 GiB holds 32-bit MMIO (PCI, I/O APIC, local APIC). Firecracker and Cloud Hypervisor place it so;
-    /// where it starts lower, as with some of QEMU's machines, or a second gap lies higher, as in Firecracker from
-    /// 256 GiB on, use [`new`](Self::new).
+    /// The gap of 1 GiB holds 32-bit MMIO (PCI, I/O APIC, local APIC), as in Firecracker and Cloud
+    /// Hypervisor. Use [`new`](Self::new) if the gap starts lower, as in some of QEMU's machines,
+    /// or if there is a second gap, as in Firecracker from 256 GiB.
     ///
     /// # Errors
-    /// As [`new`](Self::new).
+    /// As for [`new`](Self::new).
     pub fn x86_with_gap(ram_size: u64) -> Result<Self, LayoutError> {
         let below = ram_size.min(3 * GIB);
         let above = (4 * GIB, ram_size - below);
         Self::new(std::iter::once((0, below)).chain((above.1 > 0).then_some(above)))
     }
 
-    /// The size of the guest's RAM, and so of the memory file, in bytes.
+    /// Returns the size of the guest's RAM, which is that of the memory file, in bytes.
     #[must_use]
     pub fn ram_size(&self) -> u64 {
-        // Not a sum over the regions: readers ask for it once a page.
+        // Not a sum over the regions: readers call this for each page.
         self.regions.last().map_or(0, RamRange::offset_end)
     }
 
-    /// The regions, at least one, in ascending order of guest-physical address and of offset.
+    /// Returns the regions, at least one, in ascending order of guest-physical address and offset.
     #[must_use]
     pub fn regions(&self) -> &[RamRange] {
         &self.regions
     }
 
-    /// The offset in the memory file of a guest-physical address, or `None` where that isn't RAM.
+    /// Returns the offset in the memory file of a guest-physical address, or `None` if it is not
+    /// RAM.
     #[must_use]
     pub fn offset_of(&self, guest_address: u64) -> Option<u64> {
         let region = self.region_at(guest_address)?;
         Some(region.offset + (guest_address - region.guest_start))
     }
 
-    /// The guest-physical address of an offset in the memory file, or `None` past the RAM's end.
+    /// Returns the guest-physical address of an offset in the memory file, or `None` past the end
+    /// of the RAM.
     #[must_use]
     pub fn guest_address_of(&self, offset: u64) -> Option<u64> {
         let region = self.region_at_offset(offset)?;
         Some(region.guest_start + (offset - region.offset))
     }
 
-    /// The pieces, in ascending order, of `size` bytes of guest-physical memory: one for each region they touch.
+    /// Splits `size` bytes at a guest-physical address into pieces, ascending, one for each region.
     ///
-    /// No bytes are no pieces, at any address.
+    /// An empty range at any address has no pieces.
     ///
     /// # Errors
-    /// [`OutsideRam::Guest`] where any byte of the range isn't RAM, be it in a gap or past the last region.
+    /// Returns [`OutsideRam::Guest`] if any byte of the range is in a gap or past the last region.
     pub fn guest_pieces(
         &self,
         guest_start: u64,
@@ -274,16 +285,16 @@ impl RamLayout {
             left = left.saturating_sub(region.guest_end() - next);
             next = region.guest_end();
         }
-        // Consecutive guest RAM is consecutive in the file, since regions are packed in order.
+        // Consecutive guest RAM is consecutive in the file, because regions are packed in order.
         let offset = self.offset_of(guest_start).unwrap_or(0);
         Ok(self.pieces(offset, size))
     }
 
-    /// The pieces, in ascending order, of `size` bytes of the memory file from `offset` on: one for each region they
-    /// touch.
+    /// Splits `size` bytes at an offset in the memory file into pieces, ascending, one for each
+    /// region.
     ///
     /// # Errors
-    /// [`OutsideRam::File`] where the range ends past [`ram_size`](Self::ram_size).
+    /// Returns [`OutsideRam::File`] if the range ends past [`ram_size`](Self::ram_size).
     pub fn offset_pieces(
         &self,
         offset: u64,
@@ -300,7 +311,7 @@ impl RamLayout {
         }
     }
 
-    /// The pieces of a range of the memory file that is known to be in it.
+    /// Splits a range of the memory file into pieces. The range must be within it.
     pub(crate) fn pieces(
         &self,
         offset: u64,
@@ -330,19 +341,19 @@ impl RamLayout {
 }
 
 impl RamRange {
-    /// The guest-physical address after the last byte.
+    /// Returns the guest-physical address after the last byte.
     #[must_use]
     pub fn guest_end(&self) -> u64 {
         self.guest_start + self.size
     }
 
-    /// The offset in the memory file after the last byte.
+    /// Returns the offset in the memory file after the last byte.
     #[must_use]
     pub fn offset_end(&self) -> u64 {
         self.offset + self.size
     }
 
-    /// The part of it inside the range of offsets that overlaps it.
+    /// Returns the part of the region inside the given range of offsets, which must overlap it.
     fn within(&self, offset: u64, end: u64) -> Self {
         let skip = offset.saturating_sub(self.offset);
         Self {
@@ -355,8 +366,8 @@ impl RamRange {
 }
 
 #[cfg(feature = "serde")]
-mod serialised {
-    //! What a layout is on the wire: regions only, so that offsets can't contradict them.
+mod serialized {
+    //! The serialized form: regions only, so that offsets cannot contradict them.
 
     use super::{LayoutError, RamLayout};
 

@@ -1,21 +1,43 @@
-//! Where the bytes of a guest's RAM come from: the [`PageReader`] trait, its sources, and the layout of
-//! guest-physical memory.
+//! Reads a virtual machine's RAM from mapped memory, files, memfds or another process.
 //!
-//! Whatever saves, sends, hashes or inspects a virtual machine's memory reads it through one call,
-//! [`PageReader::read_at`], by the offset in the *memory file*: all RAM regions packed one after another. Where a
-//! source has the bytes mapped it also hands out their [host address](PageReader::host_memory), so that the kernel can
-//! write them to a file straight from guest memory, without a copy in user space.
+//! Code that saves, migrates or inspects a virtual machine reads its RAM, often while vCPUs write
+//! it. The RAM is in a different place in each VMM. This crate provides one trait for all of them,
+//! [`PageReader`], and [`RamLayout`], which converts guest-physical addresses to offsets.
 //!
-//! | the guest's RAM is ... | source |
+//! ```
+//! use page_reader::{FileReader, PageReader, RamLayout};
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! # let memfd = tempfile::tempfile()?;
+//! # memfd.set_len(5 << 30)?;
+//! // 5 GiB of RAM in a memfd. The guest has an MMIO gap from 3 to 4 GiB, the memfd has none.
+//! let layout = RamLayout::x86_with_gap(5 << 30)?;
+//! let guest = FileReader::new(memfd);
+//!
+//! let offset = layout.offset_of(4 << 30).ok_or("not RAM")?;
+//! let mut page = [1; 4096];
+//! guest.read_at(offset, &mut page)?;
+//! # assert_eq!(page, [0; 4096]);
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! # Sources
+//!
+//! | location of the RAM | source |
 //! |---|---|
-//! | mapped in this process, vCPUs may be writing it | [`MappedMemory`] |
-//! | in `vm-memory`'s types | `GuestMemoryReader` (feature `vm-memory`) |
-//! | in a file or memfd that the guest maps shared, or an image on disk | [`FileReader`] |
-//! | in another process (Linux) | `ProcessMemory`; `ProcessMaps` finds it there, `StoppedProcess` stops the process |
-//! | in ordinary memory | `[u8]`, `Vec<u8>` |
-//! | in several of these, side by side or over one another | [`Layered`] |
-//! | in any of these, most of it never touched and not to be | [`Touched`] |
-//! | anywhere else | your own `impl PageReader`: one method, and two that may be left out |
+//! | mapped in this process, vCPUs may write it | [`MappedMemory`] |
+//! | the types of the `vm-memory` crate | `GuestMemoryReader` (feature `vm-memory`) |
+//! | a file or memfd that the VMM maps shared, an image on disk | [`FileReader`] |
+//! | another process (Linux) | `ProcessMemory`, with `ProcessMaps` and `StoppedProcess` |
+//! | ordinary memory | `[u8]`, `[u8; N]`, `Vec<u8>` |
+//! | several of these, adjacent or overlaid | [`Layered`] |
+//! | any of these, without touching pages that were never written | [`Touched`] |
+//! | anywhere else | your `impl PageReader`: one required method, two provided ones |
+//!
+//! A source is addressed by the offset in the *memory file*: all RAM regions, packed in ascending
+//! order. A source with mapped memory also returns [host addresses](PageReader::host_memory), so
+//! that the kernel can write guest memory to a file without a copy in user space.
 //!
 //! # Examples
 //!
@@ -48,12 +70,12 @@
 //! # }
 //! ```
 //!
-//! ## Saving a guest, without copying where that's possible
+//! ## Saving a guest, without a copy where possible
 //! ```
 //! use std::io::{self, Write};
 //! use page_reader::PageReader;
 //!
-//! /// Writes `size` bytes of RAM to `file`: from where they are, or through a buffer.
+//! /// Writes `size` bytes of RAM to `file`, directly or through a buffer.
 //! fn save(guest: &dyn PageReader, size: u64, file: &mut std::fs::File) -> io::Result<()> {
 //!     let mut buf = vec![0; 1 << 20];
 //!     let mut offset = 0;
@@ -90,46 +112,55 @@
 //!
 //! # How it works
 //!
-//! - Mapped memory is copied by atomic loads of machine words, at two thirds of `memcpy`'s speed or better, as measured
-//!   from memory outside the caches. No Rust reference ever claims that its bytes stay as they are: vCPUs write them.
-//! - Files are read with `pread`, repeated after `EINTR` and short reads. Their position isn't used.
-//! - Another process's memory is read with `pread` of `/proc/<pid>/mem`, opened once: it stays that process's, also
-//!   when the id is in use again. It's stopped by `PTRACE_SEIZE` and `PTRACE_INTERRUPT` of every thread, from a thread of its own: when
-//!   that ends, or is killed with its process, the kernel lets all of them go on.
-//! - Layouts and layers find their place by binary search; a read that crosses regions is one read for each.
+//! - Mapped memory is copied by atomic loads of machine words, at two thirds of `memcpy`'s speed or
+//!   better, measured on memory outside the caches. No Rust reference claims that the bytes stay
+//!   unchanged, because vCPUs write them.
+//! - Files are read with `pread`, which is repeated after `EINTR` and short reads. The position of
+//!   the file is not used.
+//! - The memory of another process is read with `pread` of `/proc/<pid>/mem`. The file is opened
+//!   once and stays bound to that process even if its id is reused. The process is stopped by
+//!   `PTRACE_SEIZE` and `PTRACE_INTERRUPT` of every thread, from a dedicated thread. When that
+//!   thread ends, or is killed with its process, the kernel resumes all of them.
+//! - Layouts and layers use binary search. A read that crosses regions is split into one read for
+//!   each.
+//! - Pages that were never written are found without reading them. `/proc/self/maps` (`smaps` for
+//!   another process) lists the kind of each mapping. `PAGEMAP_SCAN` (Linux 6.7; before that, the
+//!   entries of `/proc/self/pagemap`) finds the pages of private memory, `lseek(SEEK_DATA)` those
+//!   of files and shared memory. `mincore` is not used, because it reports swapped-out pages as
+//!   absent. A userfaultfd of this crate detects in 0.1 ms whether another userfaultfd fills the
+//!   memory. If one does, or `userfaultfd(2)` is not permitted, `smaps` is read, for which the
+//!   kernel visits every page of the process (14 to 30 ms a GiB in small pages).
 //!
-//! - Which RAM was never touched is asked of the kernel, not read: `/proc/self/maps` (of another process, `smaps`) says what kind of memory it is, then `PAGEMAP_SCAN`
-//!   (Linux 6.7; before that the entries of `/proc/self/pagemap`) or, for files and shared memory, `lseek(SEEK_DATA)` says where
-//!   there are pages. `mincore` isn't used: to it a page that was swapped out is one that isn't there. That userfaultfd has none of the
-//!   memory is asked of a userfaultfd of one's own, in 0.1 ms; where it has some, or `userfaultfd(2)` may not be called, by
-//!   `smaps`, for which the kernel looks at every page of the process (14 to 30 ms a GiB in small pages).
-//!
-//! Every range is checked before it's touched: past the end is
+//! Every range is checked before it is accessed. A range past the end is
 //! [`UnexpectedEof`](std::io::ErrorKind::UnexpectedEof), never a panic and never a short read.
 //!
 //! # Limitations
 //!
-//! - Reading doesn't stop the guest: bytes read while vCPUs run are as of no one instant. Pause them, stop the other process, or read
-//!   again what a dirty log says has changed.
-//! - A load from a mapped file that was truncated is a SIGBUS, not an error. Seal memfds against shrinking. So is a load of a page that
-//!   can't be had, on a full tmpfs or without a huge page left: [`HostMemory::fault_in`] finds out before.
-//! - Shared memory of which this process has no descriptor, and whose mappings it may not open (`CAP_CHECKPOINT_RESTORE`), may be populated
-//!   everywhere. Reading the pages of it that were never touched allocates them.
-//! - [`populated`](PageReader::populated) knows of a file only on ext4, XFS, btrfs and tmpfs, memfds
-//!   included, on overlayfs over the first three, and by reading it on hugetlbfs: elsewhere (FUSE,
-//!   network file systems, macOS) all of it may be populated, and has to be read. `sparse_file::check_holes_are_zeros` says why.
-//! - Of memory, `populated` calls `userfaultfd(2)`: a seccomp filter may refuse that, but should not
-//!   kill for it.
-//! - Shared memory that a process is still filling by userfaultfd reads as zeros where pages are
-//!   missing. `check_filled` (Linux) finds such a process: call it before and after a copy.
-//! - `ProcessMemory`, `ProcessMaps`, `StoppedProcess` and `check_filled` are Linux only. Everything else is for Linux and macOS.
+//! - Reading does not stop the guest: bytes read while vCPUs run are not a point-in-time snapshot.
+//!   Pause the vCPUs, stop the other process, or read again the pages that a dirty log reports.
+//! - A load from a mapped file that was truncated raises `SIGBUS`; seal memfds against shrinking.
+//!   So does a load of a page that cannot be allocated, on a full tmpfs or without a free huge
+//!   page. [`HostMemory::fault_in`] reports this as an error beforehand.
+//! - Shared memory is reported as populated everywhere if this process has no descriptor of its
+//!   file and may not open its mapping (`CAP_CHECKPOINT_RESTORE`). Reading pages of it that were
+//!   never touched allocates them.
+//! - [`populated`](PageReader::populated) excludes parts of a file only on ext4, XFS, btrfs and
+//!   tmpfs, memfds included, on overlayfs over the first three, and on hugetlbfs, which it reads.
+//!   Elsewhere (FUSE, network file systems, macOS) the whole file is reported as populated.
+//!   `sparse_file::check_holes_are_zeros` documents the reason.
+//! - For mapped memory, `populated` calls `userfaultfd(2)`. A seccomp filter may reject the call,
+//!   but must not kill the process for it.
+//! - Shared memory that a process still fills by userfaultfd reads as zeros where pages are
+//!   missing. `check_filled` (Linux) finds such a process; call it before and after a copy.
+//! - `ProcessMemory`, `ProcessMaps`, `StoppedProcess` and `check_filled` exist on Linux only.
+//!   Everything else supports Linux and macOS.
 //!
 //! # Features
 //!
-//! None is on by default.
+//! No feature is enabled by default.
 //!
-//! - `serde`: [`RamLayout`] serialises as its regions, and is validated when deserialised.
-//! - `vm-memory`: `GuestMemoryReader`, over the guest memory of the `vm-memory` crate.
+//! - `serde`: [`RamLayout`] is serialized as its regions, and validated when deserialized.
+//! - `vm-memory`: `GuestMemoryReader`, a source for the guest memory of the `vm-memory` crate.
 
 mod bytes;
 mod file;
@@ -167,7 +198,7 @@ pub use reader::PageReader;
 pub use secret::SecretBuffer;
 pub use touched::Touched;
 
-/// The README's example, as a test.
+/// Compiles the README's example as a test.
 #[cfg(doctest)]
 #[doc = include_str!("../README.md")]
 struct Readme;

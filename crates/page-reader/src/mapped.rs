@@ -1,20 +1,25 @@
-//! Guest memory that this process has mapped.
+//! Guest memory that is mapped in this process.
 
 use std::io;
 
-use crate::{HostMemory, PageReader, RamLayout, range};
+use crate::host_memory::HostMemory;
+use crate::layout::RamLayout;
+use crate::range;
+use crate::reader::PageReader;
 
-/// A guest's RAM as it's mapped into this process: what a monitor gives to KVM or the Hypervisor framework.
+/// A guest's RAM as mapped in this process: the memory that a VMM gives to KVM or the Hypervisor
+/// framework.
 ///
-/// Host addresses are handed out, so nothing needs to be copied; where it is, it's by
-/// [`HostMemory::copy_to`], which vCPUs may race with.
+/// Host addresses are available, so no copy is required. Copies are made by
+/// [`HostMemory::copy_to`], which tolerates concurrent writes by vCPUs.
 ///
-/// Shared memory that another process is still filling by userfaultfd reads as zeros where pages are
-/// missing. On Linux, `MappedMemory::check_filled` finds such a process: call it before and after
+/// Shared memory that another process still fills by userfaultfd reads as zeros where pages are
+/// missing. On Linux, `MappedMemory::check_filled` finds such a process; call it before and after
 /// the copy.
 ///
 /// # Examples
-/// A guest of two regions. The promise that the memory stays mapped is made once for each, in [`HostMemory::new`].
+/// A guest with two regions. [`HostMemory::new`] carries the promise that the memory stays mapped,
+/// once for each region.
 /// ```
 /// use page_reader::{HostMemory, MappedMemory, PageReader, RamLayout};
 /// # struct Mapping(Vec<std::sync::atomic::AtomicU8>);
@@ -28,7 +33,12 @@ use crate::{HostMemory, PageReader, RamLayout, range};
 /// let (low, high) = (Mapping::new(8192), Mapping::new(4096));
 ///
 /// // SAFETY: both mappings live until the end of the function, and after `guest`.
-/// let regions = unsafe { [HostMemory::new(low.as_ptr(), 8192), HostMemory::new(high.as_ptr(), 4096)] };
+/// let regions = unsafe {
+///     [
+///         HostMemory::new(low.as_ptr(), 8192),
+///         HostMemory::new(high.as_ptr(), 4096),
+///     ]
+/// };
 /// let guest = MappedMemory::new(layout, regions)?;
 ///
 /// let mut byte = [0];
@@ -44,42 +54,42 @@ pub struct MappedMemory<'a> {
     regions: Box<[HostMemory<'a>]>,
 }
 
-/// Host memory that doesn't fit the layout it was given for.
+/// A mismatch between host memory and RAM layout.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum MappedMemoryError {
-    /// Not as many ranges of host memory as RAM regions.
+    /// The number of host memory ranges differs from the number of RAM regions.
     #[error(
-        "{mapped} ranges of host memory for {regions} RAM regions: give one for each region, in ascending \
-         guest-physical order"
+        "{mapped} ranges of host memory do not match {regions} RAM regions: give one range for \
+         each region, in ascending guest-physical order"
     )]
     RegionCount {
-        /// Ranges of host memory given.
+        /// The number of host memory ranges given.
         mapped: usize,
-        /// Regions in the layout.
+        /// The number of regions in the layout.
         regions: usize,
     },
-    /// A range of host memory isn't as large as its region.
+    /// A host memory range and its RAM region differ in size.
     #[error(
-        "{mapped:#x} bytes of host memory for the RAM region at {guest_start:#x} of {size:#x} bytes: give the regions' \
-         memory in ascending guest-physical order"
+        "{mapped:#x} bytes of host memory do not match the RAM region at {guest_start:#x} of \
+         {size:#x} bytes: give the memory of the regions in ascending guest-physical order"
     )]
     RegionSize {
         /// The guest-physical start of the region.
         guest_start: u64,
-        /// Its size in bytes.
+        /// The size of the region in bytes.
         size: u64,
-        /// The bytes of host memory given.
+        /// The size of the host memory range in bytes.
         mapped: usize,
     },
 }
 
 impl<'a> MappedMemory<'a> {
-    /// The guest whose RAM is laid out as `layout`, each region in the host memory at the same place of `regions`.
+    /// Returns a reader for RAM with the given `layout`, whose regions are mapped at `regions`.
     ///
     /// # Errors
-    /// Not one range of host memory for each [region](RamLayout::regions), in ascending guest-physical order, of its
-    /// size.
+    /// Returns an error unless `regions` has one range of equal size for each
+    /// [region](RamLayout::regions), in ascending guest-physical order.
     pub fn new(
         layout: RamLayout,
         regions: impl IntoIterator<Item = HostMemory<'a>>,
@@ -106,17 +116,18 @@ impl<'a> MappedMemory<'a> {
         })
     }
 
-    /// Where the regions lie in guest-physical memory and in the memory file.
+    /// Returns the layout of the RAM in guest-physical memory and in the memory file.
     #[must_use]
     pub fn layout(&self) -> &RamLayout {
         &self.layout
     }
 
-    /// The memory of `len` bytes from `offset` on, piece by piece; the range is known to be RAM.
+    /// Returns the host memory of `len` bytes at `offset`, piece by piece. The range must be inside
+    /// the RAM.
     fn pieces(&self, offset: u64, len: usize) -> impl Iterator<Item = HostMemory<'a>> {
         self.layout.pieces(offset, len as u64).map(|piece| {
             let region = self.layout.regions()[piece.region];
-            // Both fit in usize: they're inside a range of host memory.
+            // Both are inside a range of host memory, so they fit in usize.
             let start = (piece.offset - region.offset) as usize;
             self.regions[piece.region].slice(start..start + piece.size as usize)
         })
@@ -147,7 +158,7 @@ mod tests {
     const PAGE: usize = 4096;
 
     #[test]
-    fn regions_follow_the_layout_and_not_the_host_addresses() {
+    fn regions_are_ordered_by_layout_not_by_host_address() {
         let both = [[1; PAGE], [2; PAGE]];
         let layout = RamLayout::new([(0, 4096), (1 << 32, 4096)]).unwrap();
         let swapped = [HostMemory::from(&both[1][..]), (&both[0][..]).into()];
@@ -161,7 +172,7 @@ mod tests {
     }
 
     #[test]
-    fn host_memory_that_does_not_fit_the_layout_is_refused() {
+    fn host_memory_that_differs_from_the_layout_is_refused() {
         let bytes = [0; 3 * PAGE];
         let memory = HostMemory::from(&bytes[..]);
         let layout = RamLayout::new([(0, 4096), (0x10000, 8192)]).unwrap();

@@ -1,19 +1,21 @@
-//! Which ranges of a source may hold anything but zeros.
+//! Detection of ranges that may hold nonzero bytes.
 
 use std::ops::Range;
 
-use crate::HostMemory;
+use crate::host_memory::HostMemory;
 
-/// What [`PageReader::populated`](crate::PageReader::populated) gives: ranges of byte offsets, ascending, none of them empty, no
-/// two of them overlapping. One may start where the one before ends.
+/// The ranges of byte offsets that [`PageReader::populated`](crate::PageReader::populated) returns.
+///
+/// They are ascending, not empty, and do not overlap. Two of them may be adjacent.
 pub type PopulatedRanges<'a> = Box<dyn Iterator<Item = Range<u64>> + 'a>;
 
-/// All of `range`, of which nothing is known; nothing where it is empty.
+/// Returns all of `range` as one range that may be populated, or nothing if it is empty.
 pub(crate) fn unknown(range: Range<u64>) -> impl Iterator<Item = Range<u64>> {
     Some(range).filter(|range| !range.is_empty()).into_iter()
 }
 
-/// What the kernel knows of the memory that `host_memory` hands out for `range`. From where it hands out none, nothing is known.
+/// Returns the populated ranges of the memory that `host_memory` returns for `range`, according to
+/// the kernel. From the first offset without host memory, everything may be populated.
 #[cfg(target_os = "linux")]
 pub(crate) fn in_host_memory<'a>(
     host_memory: impl Fn(u64, usize) -> Option<HostMemory<'a>> + 'a,
@@ -50,7 +52,8 @@ pub(crate) fn in_host_memory<'a>(
     )
 }
 
-/// macOS has no call that tells a page that was swapped out or compressed from one that never was.
+/// Returns all of `range`: no call of macOS distinguishes pages that were swapped out or compressed
+/// from those that were never written.
 #[cfg(not(target_os = "linux"))]
 pub(crate) fn in_host_memory<'a>(
     host_memory: impl Fn(u64, usize) -> Option<HostMemory<'a>> + 'a,

@@ -1,4 +1,4 @@
-//! The memory of another process. Linux only: elsewhere the module isn't there.
+//! The memory of another process. Linux only.
 
 mod lazy_fill;
 mod maps;
@@ -14,35 +14,45 @@ use std::sync::Arc;
 use nix::errno::Errno;
 
 pub use lazy_fill::{LazyFillError, UnexaminedProcess, check_filled};
-pub(crate) use maps::supersede;
+pub(crate) use maps::merge_newer;
 pub use maps::{Permissions, ProcessMaps, ProcessMapsError, ProcessRegion};
 pub use smaps::{FlaggedRegion, RegionFlags};
 pub use stop::{ProcessStopError, StoppedProcess, Unresponsive};
 
+use crate::file::FileReader;
+use crate::layered::{Layered, LayeredError};
+use crate::populated::PopulatedRanges;
+use crate::range;
+use crate::reader::PageReader;
 use crate::sys::{AddressSpace, MemoryFiles};
-use crate::{FileReader, Layered, LayeredError, PageReader, PopulatedRanges, range};
 
-/// A guest's RAM in the monitor's process, read from outside of it, over `/proc/<pid>/mem`.
+/// A guest's RAM in the VMM's process, read from another process through `/proc/<pid>/mem`.
 ///
-/// The memory is that of the process as it is when it's opened. It's never another's: if the process ends or runs
-/// another program (`exec`), reads fail, also when its process id is in use again (`process_vm_readv`, which goes by
-/// the id, would read a stranger's memory, and is only 1.2 times as fast: 7.6 against 6.3 GB/s in reads of 1 MiB).
+/// The memory is that of the process at the time of opening, never that of another process. If the
+/// process ends or executes another program, reads fail, even if its process id is reused.
+/// (`process_vm_readv` identifies processes by id, so it could read the memory of an unrelated
+/// process. It is only 1.2 times as fast: 7.6 against 6.3 GB/s in reads of 1 MiB.)
 ///
-/// Opening needs the right to trace the process: the same user and no Yama restriction, or `CAP_SYS_PTRACE`. The
-/// process runs on; where the bytes must be of one instant, stop it first ([`StoppedProcess`]). There's no host memory to hand out.
+/// Opening requires permission to trace the process: the same user and no Yama restriction, or
+/// `CAP_SYS_PTRACE`. The process keeps running. For bytes of a single point in time, stop it first
+/// ([`StoppedProcess`]). There is no host memory.
 ///
-/// Reading RAM that was never touched makes the other process pay for it: a page of memory where it's shared, page tables
-/// where it's private. Ask [`populated`](PageReader::populated), which touches nothing, and leave out what isn't. It knows what it knows
-/// of this process's memory, by the other one's page map and files: nothing is taken for empty that was swapped out, maps a file
-/// privately or is of huge pages or a device. Memory that userfaultfd fills on first touch (a guest that is being restored) can't be
-/// read where it isn't filled yet: that's [`Unreadable`](ProcessMemoryError::Unreadable), not zeros.
+/// Reading RAM that was never touched allocates memory in the other process: a page of shared
+/// memory, page tables for private memory. Skip the ranges that
+/// [`populated`](PageReader::populated) excludes; it touches nothing. It has the same knowledge of
+/// the other process as of this one, from the page map and the files of that process. Pages that
+/// were swapped out, private mappings of files, huge pages and device memory are always included.
+/// Memory that userfaultfd fills on first touch (a guest that is being restored) cannot be read
+/// until it is filled. Such a read fails with [`Unreadable`](ProcessMemoryError::Unreadable), it
+/// does not return zeros.
 ///
-/// Shared memory that *another* process fills on first touch is read as zeros where it is not filled
-/// yet. [`ProcessRegion::check_filled`] finds such a process: call it for each region, before and
+/// Shared memory that a *third* process fills on first touch reads as zeros where it is not filled
+/// yet. [`ProcessRegion::check_filled`] finds such a process; call it for each region, before and
 /// after the copy.
 ///
 /// # Examples
-/// A guest region whose address, here of this very process, came from the monitor or from [`ProcessMaps`]:
+/// A region of the guest, here of this process. Its address comes from the VMM or from
+/// [`ProcessMaps`]:
 /// ```
 /// use page_reader::{PageReader, ProcessMemory};
 ///
@@ -59,75 +69,80 @@ use crate::{FileReader, Layered, LayeredError, PageReader, PopulatedRanges, rang
 pub struct ProcessMemory {
     pid: u32,
     memory: Layered<FileReader<Arc<File>>>,
-    /// Not to be had everywhere: then all may be populated.
+    /// `None` if the files cannot be opened: then everything may be populated.
     files: Option<Arc<MemoryFiles>>,
 }
 
-/// Why another process's memory can't be read.
+/// An error of reading the memory of another process.
 ///
-/// A failed [`read_at`](PageReader::read_at) has it inside its [`io::Error`], for [`io::Error::downcast`].
+/// The [`io::Error`] of a failed [`read_at`](PageReader::read_at) contains it, for
+/// [`io::Error::downcast`].
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ProcessMemoryError {
-    /// The process isn't there, or this one may not trace it.
+    /// The process does not exist, or this process may not trace it.
     #[error(
-        "opening /proc/{pid}/mem: the process must run, and be traceable by this one (same user, or CAP_SYS_PTRACE)"
+        "failed to open /proc/{pid}/mem: check that the process runs, and that this process may \
+         trace it (same user, or CAP_SYS_PTRACE)"
     )]
     Open {
-        /// The process.
+        /// The process id.
         pid: u32,
-        /// What the system says.
+        /// The system error.
         source: io::Error,
     },
-    /// The address ranges are no source.
-    #[error("the address ranges in process {pid} can't be laid one after another")]
+    /// The address ranges do not form a source.
+    #[error("the address ranges in process {pid} are invalid: give non-empty ranges")]
     Ranges {
-        /// The process.
+        /// The process id.
         pid: u32,
-        /// Why.
+        /// The reason.
         source: LayeredError,
     },
-    /// An address range ends past any address of a process.
-    #[error("{size:#x} bytes at address {start:#x} end past any address of a process")]
+    /// An address range ends past the highest address of a process.
+    #[error("{size:#x} bytes at address {start:#x} end past the highest address of a process")]
     PastAddressSpace {
-        /// The address of the range's first byte.
+        /// The address of the first byte of the range.
         start: u64,
-        /// Its size in bytes.
+        /// The size of the range in bytes.
         size: u64,
     },
-    /// The process has ended, or runs another program now: the memory is gone.
+    /// The process has ended or executed another program, so the memory no longer exists.
     #[error(
-        "process {pid} has ended or runs another program, its memory is gone: keep the monitor running until the \
-         snapshot is committed"
+        "process {pid} has ended or executed another program, so its memory no longer exists: keep \
+         the VMM running until the snapshot is committed"
     )]
     Gone {
-        /// The process.
+        /// The process id.
         pid: u32,
     },
-    /// Part of the range isn't mapped in the process, or can't be read.
+    /// Part of the range is not mapped in the process, or cannot be read.
     #[error(
-        "{len} bytes at offset {offset} of process {pid}'s ranges: part of them isn't mapped there or can't be read"
+        "failed to read {len} bytes at offset {offset} of the memory of process {pid}: part of \
+         them is not mapped there or not readable"
     )]
     Unreadable {
-        /// The process.
+        /// The process id.
         pid: u32,
-        /// The offset in this source, in bytes.
+        /// The offset in this source in bytes.
         offset: u64,
         /// The length of the read in bytes.
         len: usize,
-        /// What the system says.
+        /// The system error.
         source: io::Error,
     },
 }
 
 impl ProcessMemory {
-    /// The address ranges (address of the first byte, size in bytes) of process `pid`, one after another.
+    /// Opens the address ranges (address of the first byte, size in bytes) of process `pid`, one
+    /// after another.
     ///
-    /// They're usually the host addresses of the guest's RAM regions, in ascending guest-physical order. Whether
-    /// they're mapped shows when they're read.
+    /// The ranges usually are the host addresses of the guest's RAM regions, in ascending
+    /// guest-physical order. They are not checked: reading an unmapped range fails.
     ///
     /// # Errors
-    /// The process can't be opened, or ends meanwhile; there's no range, an empty one, or one past any process's addresses.
+    /// Returns an error if the process cannot be opened or ends meanwhile. Returns an error if
+    /// there is no range, or if a range is empty or past the highest address of a process.
     pub fn open(
         pid: u32,
         ranges: impl IntoIterator<Item = (u64, u64)>,
@@ -135,7 +150,7 @@ impl ProcessMemory {
         let memory = File::open(format!("/proc/{pid}/mem"))
             .map_err(|source| ProcessMemoryError::Open { pid, source })?;
         let files = MemoryFiles::open(format!("/proc/{pid}")).ok();
-        // There still, so that what was opened after it is of the same program.
+        // The memory still exists, so the files opened after it belong to the same program.
         if is_gone(&memory) {
             return Err(ProcessMemoryError::Gone { pid });
         }
@@ -143,7 +158,7 @@ impl ProcessMemory {
         let parts: Vec<_> = ranges
             .into_iter()
             .map(|(start, size)| {
-                // An address is a file position in mem, a signed number.
+                // An address is a file position in mem, which is signed.
                 match start.checked_add(size).map(i64::try_from) {
                     Some(Ok(_)) => Ok((FileReader::range(Arc::clone(&memory), start, size), size)),
                     _ => Err(ProcessMemoryError::PastAddressSpace { start, size }),
@@ -159,7 +174,7 @@ impl ProcessMemory {
         })
     }
 
-    /// The process.
+    /// Returns the process id.
     #[must_use]
     pub fn pid(&self) -> u32 {
         self.pid
@@ -171,7 +186,7 @@ impl PageReader for ProcessMemory {
         range::check(offset, buf.len(), self.memory.size())?;
         let pid = self.pid;
         self.memory.read_at(offset, buf).map_err(|source| {
-            // Inside the ranges mem only ends where there's no memory left to it: at an unmapped address it's EIO.
+            // Inside the ranges, mem ends only if no memory is left. An unmapped address is EIO.
             let error = match source.kind() {
                 io::ErrorKind::UnexpectedEof => ProcessMemoryError::Gone { pid },
                 _ => ProcessMemoryError::Unreadable {
@@ -190,20 +205,24 @@ impl PageReader for ProcessMemory {
             .files
             .as_ref()
             .map_or_else(AddressSpace::unknown, |files| AddressSpace::of(files));
-        self.memory.populated_by(range, move |part, asked| {
+        self.memory.populated_by(range, move |part, queried| {
             let address = part.start();
-            let found = space.populated(address + asked.start..address + asked.end);
+            let found = space.populated(address + queried.start..address + queried.end);
             Box::new(found.map(move |found| found.start - address..found.end - address))
         })
     }
 }
 
-/// Address 0 isn't mapped, which is an error while there is any memory, and the end of the file later.
+/// Returns `true` if the process of `mem` has no memory left.
+///
+/// Address 0 is not mapped: reading it is an error while the process has memory, and the end of the
+/// file later.
 fn is_gone(mem: &File) -> bool {
     matches!(mem.read_at(&mut [0], 0), Ok(0))
 }
 
-/// What `/proc` says of a process that has ended, by path or by a file that's open.
-fn is_not_there(error: &io::Error) -> bool {
+/// Returns `true` for an error that `/proc` returns for a process that has ended, by path or by an
+/// open file.
+fn is_not_found(error: &io::Error) -> bool {
     error.kind() == io::ErrorKind::NotFound || error.raw_os_error() == Some(Errno::ESRCH as i32)
 }

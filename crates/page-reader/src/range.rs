@@ -1,11 +1,12 @@
-//! Range checks that every source of known size shares.
+//! Range checks shared by the sources of known size.
 
 use std::io;
 
 /// The payload of the `UnexpectedEof` error of a read past the end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "{len} bytes at offset {offset} reach past the {size} bytes of the source: check the RAM size or layout against it"
+    "{len} bytes at offset {offset} end past the {size} bytes of the source: check the RAM size or \
+     layout"
 )]
 struct PastEnd {
     offset: u64,
@@ -13,7 +14,7 @@ struct PastEnd {
     size: u64,
 }
 
-/// Fails where `len` bytes at `offset` don't all lie in a source of `size` bytes.
+/// Returns an error unless `len` bytes at `offset` are within a source of `size` bytes.
 pub(crate) fn check(offset: u64, len: usize, size: u64) -> io::Result<()> {
     match offset.checked_add(len as u64) {
         Some(end) if end <= size => Ok(()),
@@ -24,7 +25,8 @@ pub(crate) fn check(offset: u64, len: usize, size: u64) -> io::Result<()> {
     }
 }
 
-/// How many of the `len` bytes at `offset` a source of `size` bytes has, where it has any.
+/// Returns how many of `len` bytes at `offset` a source of `size` bytes has, or `None` if it has
+/// none.
 pub(crate) fn available(offset: u64, len: usize, size: u64) -> Option<usize> {
     let rest = size.checked_sub(offset)?;
     let available = usize::try_from(rest).map_or(len, |rest| rest.min(len));

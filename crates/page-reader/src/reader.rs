@@ -1,20 +1,20 @@
-//! The trait, and its implementations for pointers to readers.
+//! The `PageReader` trait, and its implementations for pointers to readers.
 
 use std::io;
 use std::ops::Range;
 use std::sync::Arc;
 
-use crate::populated::in_host_memory;
-use crate::{HostMemory, PopulatedRanges};
+use crate::host_memory::HostMemory;
+use crate::populated::{PopulatedRanges, in_host_memory};
 
-/// A source of a guest's RAM, addressed by the byte offset from the start of the memory file.
+/// A source of a guest's RAM, addressed by the byte offset in the memory file.
 ///
-/// Offset 0 is the first byte of the guest's lowest RAM region; [`RamLayout`](crate::RamLayout) says which
-/// guest-physical address an offset stands for. The trait can be made into an object (`&dyn PageReader`), and is
-/// implemented for `&R`, `Box<R>` and `Arc<R>`.
+/// Offset 0 is the first byte of the guest's lowest RAM region. [`RamLayout`](crate::RamLayout)
+/// converts between offsets and guest-physical addresses. The trait is dyn compatible
+/// (`&dyn PageReader`), and implemented for `&R`, `Box<R>` and `Arc<R>`.
 ///
 /// # Examples
-/// A source of one's own: a guest whose RAM is all zeros, of any size.
+/// A custom source: a guest of any size whose RAM is all zeros.
 /// ```
 /// use std::io;
 /// use page_reader::{HostMemory, PageReader};
@@ -42,53 +42,68 @@ use crate::{HostMemory, PopulatedRanges};
 /// # Ok::<(), io::Error>(())
 /// ```
 pub trait PageReader {
-    /// Fills all of `buf` with the bytes from `offset` on, or fails. Any offset, any length, no alignment.
+    /// Fills `buf` with the bytes at `offset`. Offset and length are arbitrary and need no
+    /// alignment.
     ///
-    /// After an error `buf` may hold anything. A range of no bytes at or before the end of the source succeeds; past the end
-    /// it succeeds or is an [`UnexpectedEof`](io::ErrorKind::UnexpectedEof): where a file ends only a read tells.
+    /// After an error the contents of `buf` are unspecified. An empty read at or before the end of
+    /// the source succeeds. An empty read past the end either succeeds or fails with
+    /// [`UnexpectedEof`](io::ErrorKind::UnexpectedEof), because the end of a file is only known
+    /// from a read.
     ///
     /// # Errors
-    /// [`UnexpectedEof`](io::ErrorKind::UnexpectedEof) where the range ends past the source (`offset` plus
-    /// length may even overflow), otherwise whatever reading the source says. Never a short read, never a panic.
+    /// Returns [`UnexpectedEof`](io::ErrorKind::UnexpectedEof) if the range ends past the source,
+    /// also if `offset` plus length overflows. Returns any error of the source. Never reads less
+    /// than `buf`, and never panics.
     fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()>;
 
-    /// The host memory that backs the bytes from `offset` on: at least 1 and at most `len` bytes of it, or
-    /// `None` where the source has no such memory there.
+    /// Returns the host memory of the bytes at `offset`, or `None` if the source has none there.
     ///
-    /// What comes back may be shorter than `len`, at the border of two regions: ask again from where it ended. Its
-    /// bytes are those that [`read_at`](Self::read_at) would give, so the kernel can read them without a copy. `None`
-    /// isn't the end of the source: it means "use `read_at` here", and is also the answer to `len` 0 and past the
-    /// end.
+    /// The returned range has at least 1 and at most `len` bytes. It may be shorter than `len` at
+    /// the border of two regions; call again for the rest. Its bytes are those that
+    /// [`read_at`](Self::read_at) returns, so the kernel can read them without a copy. `None` does
+    /// not mean the end of the source, but that `read_at` is to be used. It is also returned for a
+    /// `len` of 0 and past the end.
     fn host_memory(&self, offset: u64, len: usize) -> Option<HostMemory<'_>> {
         let _ = (offset, len);
         None
     }
 
-    /// The parts of `range` (byte offsets) that may hold anything but zeros, found without reading them.
+    /// Returns the parts of `range` (byte offsets) that may hold nonzero bytes, without reading
+    /// them.
     ///
-    /// For whoever can leave zeros out: RAM that a guest never touched takes no time to save, and saving it doesn't
-    /// make the host find memory for it. The ranges are ascending, within `range`, not empty, and don't overlap; they start and end
-    /// wherever the source can tell, which needn't be at a page. The answer is on the safe side: *whatever is in none of
-    /// them reads as zeros*, while what is in one may be zeros too. A source that can't tell, or fails to find out, gives all
-    /// of `range`, and so does one for what lies past its end: that is for [`read_at`](Self::read_at) to say.
+    /// Skipping the rest saves time, and avoids that the host allocates memory for RAM that the
+    /// guest never touched. The returned ranges are ascending, within `range`, not empty, and do
+    /// not overlap. Their borders need not be page borders. The result is conservative: *bytes
+    /// outside of all returned ranges read as zeros*, while bytes inside may be zeros too. A source
+    /// without such knowledge, or one that fails to obtain it, returns all of `range`. The part of
+    /// `range` past the end of the source is also returned; `read_at` reports the error.
     ///
-    /// Ranges are found as the iterator is asked for them: each is of some moment between this call and the one that gives it, or passes
-    /// it by. What a running guest writes after that moment isn't in the answer, just as it isn't in what was read before
-    /// it. So begin to track writes first, then ask and save, then save what was dirtied meanwhile.
+    /// The iterator determines each range lazily, at some time between this call and the call of
+    /// `next` that returns or passes the range. Writes of a running guest after that time are not
+    /// included, just as they are not included in earlier reads. Therefore start tracking writes
+    /// first, then call this method and save, then save the pages that were dirtied meanwhile.
     ///
-    /// Provided: host memory is asked of the kernel, on Linux. A page of private anonymous memory is populated if it's in
-    /// memory or swapped out, unless it's the shared zero page that reading makes; one of memory that is
-    /// shared, as a memfd is, if its file has it, whoever wrote it, where the process may open that file (it has a descriptor of it, or
-    /// `CAP_CHECKPOINT_RESTORE`) and it is on ext4, XFS, btrfs or tmpfs. Of hugetlbfs, which does not tell its holes, the file is read for it: that takes no huge page. All may be
-    /// in anything else: memory that userfaultfd fills on first touch, privately mapped files, files on FUSE or a network, devices. All may be where there's no host memory, and on macOS. `ProcessMemory` asks the same of another
-    /// process's memory.
+    /// The provided method queries the kernel about host memory, on Linux:
+    ///
+    /// - A page of private anonymous memory is populated if it is in memory or swapped out, except
+    ///   for the shared zero page, which a read creates.
+    /// - A page of shared memory, such as a memfd, is populated if its file has it, regardless of
+    ///   the process that wrote it. This requires that the process can open the file (it has a
+    ///   descriptor of it, or `CAP_CHECKPOINT_RESTORE`), and that the file is on ext4, XFS, btrfs
+    ///   or tmpfs.
+    /// - hugetlbfs does not report holes, so the file is read. That allocates no huge page.
+    /// - Everything else may be populated: memory that userfaultfd fills on first touch, privately
+    ///   mapped files, files on FUSE or network file systems, devices.
+    ///
+    /// Without host memory, and on macOS, everything may be populated. `ProcessMemory` queries the
+    /// kernel about the memory of another process in the same way.
     ///
     /// # Examples
     /// ```
     /// use page_reader::{FileReader, PageReader};
     /// use std::os::unix::fs::FileExt;
     ///
-    /// let ram = tempfile::tempfile()?; // of 1 GiB, of which one page was written
+    /// let ram = tempfile::tempfile()?; // 1 GiB, one page of it written
     /// ram.set_len(1 << 30)?;
     /// ram.write_all_at(&[7; 4096], 64 << 20)?;
     ///
@@ -106,8 +121,9 @@ pub trait PageReader {
     }
 }
 
-/// Every method is forwarded, the provided ones too: a default used here would hide what the source can do.
-macro_rules! forward_to_the_reader_behind {
+/// Forwards all methods, the provided ones too: a default would hide the capabilities of the
+/// reader.
+macro_rules! forward_to_pointee {
     ($($pointer:ty),*) => {$(
         impl<R: PageReader + ?Sized> PageReader for $pointer {
             fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
@@ -125,4 +141,4 @@ macro_rules! forward_to_the_reader_behind {
     )*};
 }
 
-forward_to_the_reader_behind!(&R, Box<R>, Arc<R>);
+forward_to_pointee!(&R, Box<R>, Arc<R>);

@@ -1,12 +1,14 @@
-//! Room for guest memory, wiped when it is given up.
+//! A buffer for guest memory that is zeroed when it is released.
 
 use std::fmt;
 
 use zeroize::Zeroizing;
 
-/// Room to read guest memory into, that is wiped before it goes back to the allocator: by dropping, by a panic, and when it grows.
+/// A buffer for guest memory that is zeroed before it returns to the allocator: on drop, during
+/// unwinding, and when it grows.
 ///
-/// Guest memory holds keys and passwords. A core dump, a heap read by mistake or a page swapped out later is not to have them from here.
+/// Guest memory holds keys and passwords. This type keeps them out of core dumps, swap and later
+/// reads of the heap.
 ///
 /// # Examples
 /// ```
@@ -23,24 +25,25 @@ use zeroize::Zeroizing;
 pub struct SecretBuffer(Zeroizing<Vec<u8>>);
 
 impl SecretBuffer {
-    /// An empty one, which allocates nothing.
+    /// Creates an empty buffer, without allocation.
     #[must_use]
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// The first `len` bytes, to be read into: until then they are zeros, or what was read last. Making room for more than ever before gives
-    /// up all that was read.
+    /// Returns the first `len` bytes of the buffer, which is grown if it is shorter.
+    ///
+    /// The bytes are zeros or the result of earlier reads. Growing discards all earlier contents.
     pub fn sized(&mut self, len: usize) -> &mut [u8] {
         if self.0.len() < len {
-            // A new one, as growing could move the bytes and leave their old place as it was.
+            // Growing in place could move the bytes without zeroing their old location.
             self.0 = Zeroizing::new(vec![0; len]);
         }
         &mut self.0[..len]
     }
 }
 
-/// Its size and nothing else.
+/// Formats the length, not the contents.
 impl fmt::Debug for SecretBuffer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("SecretBuffer")
@@ -54,7 +57,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn it_grows_and_keeps_its_room() {
+    fn a_buffer_grows_and_keeps_its_capacity() {
         let mut buffer = SecretBuffer::new();
         assert_eq!(buffer.sized(0), [0; 0]);
         buffer.sized(3).fill(7);
@@ -64,7 +67,7 @@ mod tests {
     }
 
     #[test]
-    fn what_it_holds_is_not_said() {
+    fn debug_output_omits_the_contents() {
         let mut buffer = SecretBuffer::new();
         buffer.sized(3).fill(199);
         assert_eq!(format!("{buffer:?}"), "SecretBuffer { len: 3, .. }");

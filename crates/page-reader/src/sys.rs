@@ -1,4 +1,5 @@
-//! What Linux knows of pages that were never written. Where it doesn't tell, all of them may have been.
+//! Linux system interfaces, and the detection of pages that were never written. Where the kernel
+//! provides no information, every page may have been written.
 
 mod file;
 mod huge_pages;
@@ -23,24 +24,24 @@ pub(crate) use populate::fault_in;
 
 use crate::populated::{PopulatedRanges, unknown};
 use file::{data_of, file_behind};
-use mappings::{Area, Backing};
+use mappings::{Backing, Mapping};
 use nix::unistd::{SysconfVar, sysconf};
 use pagemap::Scan;
 use userfaultfd::Userfaultfd;
 
-/// The files in which the kernel tells of a process's memory. Once open they're of the program that ran then, never of another:
-/// when that's gone, they have nothing more to tell.
+/// The files that describe the memory of a process. Open files stay bound to the program that ran
+/// at the time of opening: once it is gone, reads fail.
 #[derive(Debug)]
 pub(crate) struct MemoryFiles {
     /// `/proc/<pid>`
     process: String,
-    /// One reader at a time: its position is moved.
+    /// Locked while it is read, because reading moves its position.
     smaps: Mutex<File>,
     pagemap: Arc<File>,
 }
 
 impl MemoryFiles {
-    /// Of `process`, a directory in `/proc`.
+    /// Opens the files of `process`, a directory in `/proc`.
     pub(crate) fn open(process: String) -> io::Result<Self> {
         Ok(Self {
             smaps: Mutex::new(File::open(format!("{process}/smaps"))?),
@@ -49,11 +50,11 @@ impl MemoryFiles {
         })
     }
 
-    fn known(&self) -> io::Result<Known> {
+    fn mappings(&self) -> io::Result<Mappings> {
         let smaps = self.smaps.lock().unwrap_or_else(PoisonError::into_inner);
-        Ok(Known {
+        Ok(Mappings {
             process: self.process.clone(),
-            areas: mappings::with_flags(&smaps)?,
+            list: mappings::with_flags(&smaps)?,
             pagemap: Some(Arc::clone(&self.pagemap)),
         })
     }
@@ -61,31 +62,33 @@ impl MemoryFiles {
 
 const SELF: &str = "/proc/self";
 
-/// The mappings of a process, as they were when it was asked.
+/// The mappings of a process at the time of the query.
 #[derive(Debug)]
 pub(crate) struct AddressSpace {
-    /// Of this process, and right for mappings that userfaultfd leaves alone.
-    quick: Option<(Userfaultfd, Rc<Known>)>,
-    /// Made when it is needed, for this process.
-    thorough: OnceCell<Rc<Known>>,
+    /// The mappings of this process without flags, valid for mappings that no userfaultfd fills.
+    quick: Option<(Userfaultfd, Rc<Mappings>)>,
+    /// The mappings with flags. For this process, they are listed when they are needed.
+    thorough: OnceCell<Rc<Mappings>>,
 }
 
 #[derive(Debug, Default)]
-struct Known {
+struct Mappings {
     process: String,
-    /// Ascending.
-    areas: Vec<Area>,
+    /// Ascending by address.
+    list: Vec<Mapping>,
     pagemap: Option<Arc<File>>,
 }
 
 impl AddressSpace {
-    /// One of which nothing is known where `/proc` is not to be had.
+    /// Returns the mappings of this process, or an address space without information if `/proc` is
+    /// missing.
     ///
-    /// Nothing is kept open or remembered from one question to the next: a child after `fork` would be told of its parent.
+    /// Nothing is kept open or cached between queries: a child after `fork` would get the state of
+    /// its parent.
     pub(crate) fn of_this_process() -> Self {
         let quick = || {
-            let userfaultfd = Userfaultfd::that_tells()?;
-            Some((userfaultfd, Known::quick().ok()?))
+            let userfaultfd = Userfaultfd::probe()?;
+            Some((userfaultfd, Mappings::quick().ok()?))
         };
         Self {
             quick: quick(),
@@ -93,65 +96,66 @@ impl AddressSpace {
         }
     }
 
-    /// One of which nothing is known where the process has ended or runs another program.
+    /// Returns the mappings of another process, or an address space without information if the
+    /// process has ended or executed another program.
     pub(crate) fn of(files: &MemoryFiles) -> Self {
-        Self::with(files.known().unwrap_or_default())
+        Self::with(files.mappings().unwrap_or_default())
     }
 
-    /// One of which nothing is known.
+    /// Returns an address space without information.
     pub(crate) fn unknown() -> Self {
-        Self::with(Known::default())
+        Self::with(Mappings::default())
     }
 
-    fn with(known: Known) -> Self {
+    fn with(mappings: Mappings) -> Self {
         Self {
             quick: None,
-            thorough: OnceCell::from(Rc::new(known)),
+            thorough: OnceCell::from(Rc::new(mappings)),
         }
     }
 
-    /// The addresses in `range` that may hold anything but zeros.
+    /// Returns the addresses in `range` that may hold nonzero bytes.
     pub(crate) fn populated(&self, range: Range<u64>) -> PopulatedRanges<'static> {
-        let known = match &self.quick {
-            Some((userfaultfd, known))
-                if known
-                    .areas_in(&range)
-                    .all(|area| userfaultfd.leaves_alone(area.addresses.start)) =>
+        let mappings = match &self.quick {
+            Some((userfaultfd, mappings))
+                if mappings
+                    .mappings_in(&range)
+                    .all(|mapping| userfaultfd.is_unregistered(mapping.addresses.start)) =>
             {
-                known
+                mappings
             }
             _ => self
                 .thorough
-                .get_or_init(|| Rc::new(Known::thorough().unwrap_or_default())),
+                .get_or_init(|| Rc::new(Mappings::thorough().unwrap_or_default())),
         };
-        Rc::clone(known).populated(range)
+        Rc::clone(mappings).populated(range)
     }
 }
 
-impl Known {
+impl Mappings {
     fn quick() -> io::Result<Rc<Self>> {
         Ok(Rc::new(Self {
             process: SELF.into(),
             pagemap: Some(Arc::new(File::open(format!("{SELF}/pagemap"))?)),
-            areas: mappings::without_flags()?,
+            list: mappings::without_flags()?,
         }))
     }
 
     fn thorough() -> io::Result<Self> {
-        MemoryFiles::open(SELF.into())?.known()
+        MemoryFiles::open(SELF.into())?.mappings()
     }
 
-    fn areas_in(&self, range: &Range<u64>) -> impl Iterator<Item = &Area> {
+    fn mappings_in(&self, range: &Range<u64>) -> impl Iterator<Item = &Mapping> {
         let end = range.end;
-        self.areas[self.first_after(range.start)..]
+        self.list[self.first_after(range.start)..]
             .iter()
-            .take_while(move |area| area.addresses.start < end)
+            .take_while(move |mapping| mapping.addresses.start < end)
     }
 
-    /// The first mapping that doesn't end at `address` or before.
+    /// Returns the index of the first mapping that ends after `address`.
     fn first_after(&self, address: u64) -> usize {
-        self.areas
-            .partition_point(|area| area.addresses.end <= address)
+        self.list
+            .partition_point(|mapping| mapping.addresses.end <= address)
     }
 
     fn populated(self: Rc<Self>, range: Range<u64>) -> PopulatedRanges<'static> {
@@ -162,15 +166,15 @@ impl Known {
                 if left.is_empty() {
                     return None;
                 }
-                let area = self.areas.get(next);
-                let area = area.filter(|area| area.addresses.start < left.end);
-                // Up to the next mapping there is nothing that can be read, which a read will tell.
-                let (end, inside) = match area {
-                    Some(area) if area.addresses.start <= left.start => {
+                let mapping = self.list.get(next);
+                let mapping = mapping.filter(|mapping| mapping.addresses.start < left.end);
+                // Nothing is mapped up to the next mapping, so a read reports the error.
+                let (end, inside) = match mapping {
+                    Some(mapping) if mapping.addresses.start <= left.start => {
                         next += 1;
-                        (area.addresses.end.min(left.end), Some(area))
+                        (mapping.addresses.end.min(left.end), Some(mapping))
                     }
-                    Some(area) => (area.addresses.start, None),
+                    Some(mapping) => (mapping.addresses.start, None),
                     None => (left.end, None),
                 };
                 let part = left.start..end;
@@ -181,17 +185,22 @@ impl Known {
         )
     }
 
-    /// `part` is within `area`, or of no mapping.
-    fn populated_in(&self, area: Option<&Area>, part: Range<u64>) -> PopulatedRanges<'static> {
-        let Some(area) = area else {
+    /// Returns the populated parts of `part`, which must be within `mapping`, or outside of all
+    /// mappings.
+    fn populated_in(
+        &self,
+        mapping: Option<&Mapping>,
+        part: Range<u64>,
+    ) -> PopulatedRanges<'static> {
+        let Some(mapping) = mapping else {
             return Box::new(unknown(part));
         };
-        match (area.backing, &self.pagemap) {
+        match (mapping.backing, &self.pagemap) {
             (Backing::Anonymous, Some(pagemap)) => Box::new(Scan::new(Arc::clone(pagemap), part)),
-            (Backing::SharedFile { offset }, _) => match file_behind(area, &self.process) {
+            (Backing::SharedFile { offset }, _) => match file_behind(mapping, &self.process) {
                 Some(file) => {
-                    // A mapping starts at a page of its file, and both are below 2^63.
-                    let (address, offset) = (area.addresses.start, offset);
+                    // A mapping starts at a page of its file. Both are below 2^63.
+                    let (address, offset) = (mapping.addresses.start, offset);
                     let position = |at: u64| at - address + offset;
                     let found = data_of(file, position(part.start)..position(part.end));
                     let address_of = move |position: u64| position - offset + address;
@@ -204,16 +213,16 @@ impl Known {
     }
 }
 
-/// Whether `file` is what the mapping says it maps.
-fn is_behind(file: &File, area: &Area) -> bool {
+/// Returns `true` if `file` is the file of the mapping.
+fn is_behind(file: &File, mapping: &Mapping) -> bool {
     file.metadata().is_ok_and(|metadata| {
-        metadata.is_file() && (metadata.dev(), metadata.ino()) == (area.device, area.inode)
+        metadata.is_file() && (metadata.dev(), metadata.ino()) == (mapping.device, mapping.inode)
     })
 }
 
 fn page_size() -> u64 {
     match sysconf(SysconfVar::PAGE_SIZE) {
         Ok(Some(size)) => size as u64,
-        other => unreachable!("POSIX has PAGE_SIZE on every system, not {other:?}"),
+        other => unreachable!("POSIX defines PAGE_SIZE on every system: {other:?}"),
     }
 }

@@ -1,34 +1,36 @@
-//! Guest memory of which only those pages are read that may hold anything but zeros.
+//! A reader that skips pages known to be zeros.
 
 use std::io;
 use std::ops::Range;
 
-use self::units::Units;
-use crate::{HostMemory, PageReader, PopulatedRanges};
+use self::units::UnitSet;
+use crate::host_memory::HostMemory;
+use crate::populated::PopulatedRanges;
+use crate::reader::PageReader;
 
 mod units;
 
-/// Bytes that are known to be untouched or not: the smallest page that a host has.
+/// The granularity in bytes at which touched memory is recorded: the smallest page size of a host.
 const UNIT: u64 = 4 << 10;
 
-/// A reader that gives zeros for the pages that nobody wrote, and does not touch them.
+/// A reader that returns zeros for pages that were never written, without touching them.
 ///
-/// Reading such a page makes the host allocate one, whoever reads: of a memfd or a tmpfs a page, of
-/// hugetlbfs a huge page. Where there is none left, a load is a `SIGBUS`. What is read is faulted in by
-/// the kernel first ([`HostMemory::fault_in`]), so that there it is an error.
+/// Reading such a page makes the host allocate one: a page for a memfd or tmpfs, a huge page for
+/// hugetlbfs. If none is left, a load raises `SIGBUS`. This reader makes the kernel map memory
+/// before it is read ([`HostMemory::fault_in`]), which reports an error instead.
 ///
-/// Which pages were written is [asked](PageReader::populated) once, when this is made: what a running
-/// guest writes to other pages afterwards is not in what is read.
+/// The written pages are [determined](PageReader::populated) once, on construction. Pages that a
+/// running guest writes later for the first time are not included in reads.
 ///
-/// Memory: 48 bytes per range that was written, and at most 2 bits per 4 KiB between the first and
-/// the last of them. The size of the RAM takes none.
+/// The reader uses 48 bytes for each written range, and at most 2 bits for each 4 KiB between the
+/// first and the last of them. The memory does not grow with the size of the RAM.
 ///
 /// # Examples
 /// ```
 /// use page_reader::{FileReader, PageReader, Touched};
 /// use std::os::unix::fs::FileExt;
 ///
-/// let ram = tempfile::tempfile()?; // of 1 GiB, of which one page was written
+/// let ram = tempfile::tempfile()?; // 1 GiB, one page of it written
 /// ram.set_len(1 << 30)?;
 /// ram.write_all_at(&[7; 4096], 64 << 20)?;
 ///
@@ -45,23 +47,23 @@ const UNIT: u64 = 4 << 10;
 pub struct Touched<'r, R: ?Sized> {
     reader: &'r R,
     ram_size: u64,
-    /// The units that may hold anything but zeros. `None` if all of them may.
-    units: Option<Units>,
+    /// The units that may hold nonzero bytes, or `None` if all units may.
+    units: Option<UnitSet>,
     faults_in: bool,
 }
 
 impl<'r, R: PageReader + ?Sized> Touched<'r, R> {
-    /// The first `ram_size` bytes of `reader`.
+    /// Returns a reader for the first `ram_size` bytes of `reader`.
     #[must_use]
     pub fn new(reader: &'r R, ram_size: u64) -> Self {
         let mut found = reader.populated(0..ram_size).peekable();
         let all = found.peek().is_some_and(|first| {
-            // Of the last unit or less nothing is gained.
+            // A single range that covers the RAM needs no set.
             first.start == 0 && first.end >= ram_size
         });
         let units = match all {
             true => None,
-            false => Some(Units::of(
+            false => Some(UnitSet::of(
                 found.map(|range| range.start..range.end.min(ram_size)),
             )),
         };
@@ -73,7 +75,7 @@ impl<'r, R: PageReader + ?Sized> Touched<'r, R> {
         }
     }
 
-    /// The same without asking: all of it may have been touched. It is faulted in before it is read.
+    /// Returns a reader that treats all pages as written. They are mapped before they are read.
     #[must_use]
     pub fn unknown(reader: &'r R, ram_size: u64) -> Self {
         Self {
@@ -84,15 +86,15 @@ impl<'r, R: PageReader + ?Sized> Touched<'r, R> {
         }
     }
 
-    /// Reads memory without faulting it in first, which takes a system call.
+    /// Disables the mapping of memory before it is read, which costs a system call.
     #[must_use]
     pub fn without_faulting_in(mut self) -> Self {
         self.faults_in = false;
         self
     }
 
-    /// Maps memory that this reader handed out, see [`HostMemory::fault_in`], unless it was
-    /// made [not to](Self::without_faulting_in).
+    /// Maps memory that this reader returned, unless this is [disabled](Self::without_faulting_in).
+    /// See [`HostMemory::fault_in`].
     ///
     /// # Errors
     /// As for [`HostMemory::fault_in`].
@@ -103,25 +105,25 @@ impl<'r, R: PageReader + ?Sized> Touched<'r, R> {
         }
     }
 
-    /// Returns whether what is at the start of `range`, which is not empty, may hold anything but
-    /// zeros, and where that ends.
+    /// Returns whether the bytes at the start of `range`, which must not be empty, may be nonzero,
+    /// and the offset at which that changes.
     fn run(&self, range: &Range<u64>) -> (bool, u64) {
         let Some(units) = &self.units else {
             return (true, range.end);
         };
         let within = range.end.min(self.ram_size);
         if range.start >= within {
-            // Past the end, which the reader is to report.
+            // Past the end: the inner reader reports the error.
             return (true, range.end);
         }
         let (touched, units_end) = units.run(range.start / UNIT);
         (touched, units_end.saturating_mul(UNIT).min(within))
     }
 
-    /// Reads what may have been written.
+    /// Reads bytes that may have been written.
     ///
-    /// Mapped pages are faulted in by the kernel first: a page that cannot be had is an error
-    /// then, and not a `SIGBUS` while it is copied.
+    /// The kernel maps pages first: a page that cannot be provided is an error instead of a
+    /// `SIGBUS` during the copy.
     fn load(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
         let end = offset + buf.len() as u64;
         let mut at = offset;
@@ -154,7 +156,7 @@ impl<R: PageReader + ?Sized> PageReader for Touched<'_, R> {
         Ok(())
     }
 
-    /// None where nobody wrote.
+    /// Returns `None` for pages that were never written.
     fn host_memory(&self, offset: u64, len: usize) -> Option<HostMemory<'_>> {
         let end = offset.checked_add(len as u64).filter(|_| len > 0)?;
         match self.run(&(offset..end)) {
@@ -185,10 +187,10 @@ mod tests {
 
     use super::*;
 
-    /// 5 units of ones, of which some are known to be populated.
-    struct Knows(Vec<Range<u64>>);
+    /// A reader of 5 units of ones that reports the given ranges as populated.
+    struct FixedPopulated(Vec<Range<u64>>);
 
-    impl PageReader for Knows {
+    impl PageReader for FixedPopulated {
         fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
             vec![1; 5 * UNIT as usize].read_at(offset, buf)
         }
@@ -206,11 +208,11 @@ mod tests {
     #[case::over_a_border(vec![2 * UNIT - 1..2 * UNIT + 1, 4 * UNIT..5 * UNIT], &[0, 1, 1, 0, 1])]
     #[case::overlapping(vec![0..2 * UNIT, UNIT..3 * UNIT], &[1, 1, 1, 0, 0])]
     #[case::descending(vec![3 * UNIT..4 * UNIT, 0..1], &[1, 0, 0, 1, 0])]
-    fn units_that_nobody_wrote_are_zeros_without_a_read(
+    fn unwritten_units_are_zeros_without_a_read(
         #[case] populated: Vec<Range<u64>>,
         #[case] expected: &[u8],
     ) {
-        let reader = Knows(populated);
+        let reader = FixedPopulated(populated);
         let touched = Touched::new(&reader, 5 * UNIT);
         let mut all = vec![7; 5 * UNIT as usize];
         touched.read_at(0, &mut all).unwrap();
@@ -229,8 +231,8 @@ mod tests {
     }
 
     #[test]
-    fn a_read_past_the_end_is_the_readers_error() {
-        let reader = Knows(vec![0..UNIT]);
+    fn reading_past_the_end_returns_the_inner_error() {
+        let reader = FixedPopulated(vec![0..UNIT]);
         let touched = Touched::new(&reader, 5 * UNIT);
         for (offset, len) in [(5 * UNIT, 1), (5 * UNIT - 1, 2), (u64::MAX, 2)] {
             let error = touched.read_at(offset, &mut vec![0; len]).unwrap_err();

@@ -1,34 +1,36 @@
-//! Guest memory is read while other threads write it, as vCPUs do.
+//! Reading guest memory while other threads write it like vCPUs.
 
 #![allow(unsafe_code)]
 
-mod common;
+mod support;
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::thread;
 
-use common::{Mapping, PAGE};
 use page_reader::{MappedMemory, PageReader, RamLayout};
+use support::{Mapping, PAGE};
 use test_machine::rounds;
 
 const SIZE: usize = 4 * PAGE;
 const WORDS: usize = SIZE / 8;
 
-/// The words of a mapping, to write as a guest does: with single machine stores.
+/// Returns the words of a mapping, which are written like a guest writes: with single machine
+/// stores.
 fn words(memory: &Mapping) -> impl Iterator<Item = &AtomicU64> {
     let first = memory.as_ptr().cast::<AtomicU64>();
-    // SAFETY: whole words of a mapping that the borrow keeps, page-aligned, and only ever accessed as atomics.
+    // SAFETY: whole words of a page-aligned mapping that the borrow keeps, accessed as atomics
+    // only.
     (0..WORDS).map(move |word| unsafe { &*first.add(word) })
 }
 
-/// A word whose two halves are alike: one that is torn shows.
+/// Returns a word with two equal halves, so that a torn word is detected.
 fn word_of(round: u32) -> u64 {
     u64::from(round) << 32 | u64::from(round)
 }
 
 #[test]
 #[cfg(target_pointer_width = "64")]
-fn words_that_a_thread_writes_during_the_copy_are_never_torn_and_never_go_back() {
+fn words_written_during_a_copy_are_neither_torn_nor_stale() {
     let memory = Mapping::shared(SIZE);
     let layout = RamLayout::single(0, SIZE as u64).unwrap();
     let guest = MappedMemory::new(layout, [memory.memory()]).unwrap();
@@ -42,10 +44,11 @@ fn words_that_a_thread_writes_during_the_copy_are_never_torn_and_never_go_back()
                 }
             }
         });
-        // What is copied lies in buf at another alignment than in memory, for the stores to buf to be as odd as can be.
+        // The copy has a different alignment in buf than in memory, so that the stores to buf are
+        // unaligned.
         let mut buf = vec![0; SIZE + 1];
         let mut last = vec![0; WORDS];
-        // A byte-wise copy tears its first word well before that many.
+        // A byte-wise copy tears a word well before that many rounds.
         for _ in 0..rounds(10_000, 500_000) {
             guest.read_at(0, &mut buf[1..]).unwrap();
             let copy: Vec<u64> = buf[1..]
@@ -66,8 +69,8 @@ fn words_that_a_thread_writes_during_the_copy_are_never_torn_and_never_go_back()
 }
 
 #[test]
-fn several_threads_read_at_once_what_nobody_writes() {
-    let bytes = common::pattern(SIZE);
+fn several_threads_read_unchanging_memory() {
+    let bytes = support::pattern(SIZE);
     let memory = Mapping::private_with(&bytes);
     let layout = RamLayout::single(0, SIZE as u64).unwrap();
     let guest = MappedMemory::new(layout, [memory.memory()]).unwrap();

@@ -1,27 +1,28 @@
-//! Every source keeps the one contract of `PageReader`.
+//! The contract of `PageReader`, checked for every source.
 
-mod common;
+mod support;
 
 use std::fs::File;
 use std::io::{ErrorKind, Write};
 use std::sync::Arc;
 
-use common::{Mapping, PAGE, pattern};
 use page_reader::{FileReader, HostMemory, Layered, MappedMemory, PageReader, RamLayout};
+use support::{Mapping, PAGE, pattern};
 
-/// Sizes of the regions that sources with regions are made of.
+/// The sizes of the regions of sources with regions.
 const REGIONS: [usize; 3] = [2 * PAGE, PAGE, 3 * PAGE];
 const SIZE: usize = 6 * PAGE;
 
-/// Panics unless `source` is what the trait says, with the bytes of `expected`.
+/// Panics unless `source` keeps the contract of the trait, with the bytes of `expected`.
 fn conforms(source: &(impl PageReader + ?Sized), expected: &[u8]) {
-    gives_every_range(source, expected);
-    gives_the_whole_in_chunks(source, expected);
-    ends_where_the_bytes_end(source, expected.len());
-    hands_out_the_memory_it_reads(source, expected);
+    check_ranges(source, expected);
+    check_chunks(source, expected);
+    check_end(source, expected.len());
+    check_host_memory(source, expected);
 }
 
-/// Offsets on, before and after every page border, as all regions and layers begin and end there.
+/// Returns offsets at, before and after every page border, where all regions and layers start and
+/// end.
 fn edges(len: usize) -> Vec<usize> {
     let mut edges: Vec<_> = (0..=len)
         .step_by(PAGE)
@@ -32,11 +33,11 @@ fn edges(len: usize) -> Vec<usize> {
     edges
 }
 
-fn gives_every_range(source: &(impl PageReader + ?Sized), expected: &[u8]) {
+fn check_ranges(source: &(impl PageReader + ?Sized), expected: &[u8]) {
     let edges = edges(expected.len());
     for &start in &edges {
         for &end in edges.iter().filter(|&&end| end >= start) {
-            // One byte more on both sides: nothing outside buf is written.
+            // One byte more on both sides, to check that only the buffer is written.
             let mut buf = vec![0xee; end - start + 2];
             let inner = 1..end - start + 1;
             source
@@ -48,7 +49,7 @@ fn gives_every_range(source: &(impl PageReader + ?Sized), expected: &[u8]) {
     }
 }
 
-fn gives_the_whole_in_chunks(source: &(impl PageReader + ?Sized), expected: &[u8]) {
+fn check_chunks(source: &(impl PageReader + ?Sized), expected: &[u8]) {
     for chunk in [1, 7, 512, PAGE, PAGE + 1, expected.len()] {
         let mut buf = vec![0; expected.len()];
         let mut offset = 0;
@@ -60,7 +61,7 @@ fn gives_the_whole_in_chunks(source: &(impl PageReader + ?Sized), expected: &[u8
     }
 }
 
-fn ends_where_the_bytes_end(source: &(impl PageReader + ?Sized), len: usize) {
+fn check_end(source: &(impl PageReader + ?Sized), len: usize) {
     let end = len as u64;
     source.read_at(end, &mut []).unwrap();
     assert!(source.host_memory(end, 1).is_none());
@@ -94,19 +95,19 @@ fn ends_where_the_bytes_end(source: &(impl PageReader + ?Sized), len: usize) {
             assert_eq!(
                 error.kind(),
                 ErrorKind::UnexpectedEof,
-                "nothing at {offset}"
+                "empty read at {offset}"
             );
         }
     }
     for offset in [0, 1, end, end + 1, u64::MAX] {
         assert!(
             source.host_memory(offset, 0).is_none(),
-            "nothing at {offset}"
+            "no bytes at {offset}"
         );
     }
 }
 
-fn hands_out_the_memory_it_reads(source: &(impl PageReader + ?Sized), expected: &[u8]) {
+fn check_host_memory(source: &(impl PageReader + ?Sized), expected: &[u8]) {
     for start in edges(expected.len()) {
         let rest = expected.len() - start;
         for asked in [1, 3, 512, PAGE, rest.max(1), rest + 1, usize::MAX] {
@@ -128,8 +129,8 @@ fn hands_out_the_memory_it_reads(source: &(impl PageReader + ?Sized), expected: 
     }
 }
 
-/// Whether every byte has host memory: what makes a copy-free dump possible.
-fn all_of_it_is_host_memory(source: &(impl PageReader + ?Sized), len: usize) -> bool {
+/// Returns `true` if every byte has host memory, as a dump without copies requires.
+fn is_all_host_memory(source: &(impl PageReader + ?Sized), len: usize) -> bool {
     let mut offset = 0;
     while offset < len as u64 {
         match source.host_memory(offset, len) {
@@ -140,7 +141,7 @@ fn all_of_it_is_host_memory(source: &(impl PageReader + ?Sized), len: usize) -> 
     true
 }
 
-/// The pattern in three pieces, and the guest whose regions they are.
+/// Splits the pattern into three regions.
 fn regions(bytes: &[u8]) -> [&[u8]; 3] {
     let (low, rest) = bytes.split_at(REGIONS[0]);
     let (middle, high) = rest.split_at(REGIONS[1]);
@@ -148,7 +149,7 @@ fn regions(bytes: &[u8]) -> [&[u8]; 3] {
     [low, middle, high]
 }
 
-/// Regions with a gap after the first, and none between the others.
+/// Returns a layout with a gap after the first region, and none between the others.
 fn layout() -> RamLayout {
     let [low, middle, high] = REGIONS.map(|size| size as u64);
     RamLayout::new([(0, low), (1 << 32, middle), ((1 << 32) + middle, high)]).unwrap()
@@ -167,7 +168,7 @@ fn byte_slices_vectors_and_arrays_conform() {
     conforms(&bytes, &bytes);
     let array: [u8; SIZE] = bytes.clone().try_into().unwrap();
     conforms(&array, &bytes);
-    assert!(all_of_it_is_host_memory(&array, SIZE));
+    assert!(is_all_host_memory(&array, SIZE));
 }
 
 #[test]
@@ -182,7 +183,7 @@ fn an_empty_source_conforms() {
 }
 
 #[test]
-fn pointers_to_a_reader_conform_and_hide_nothing_of_it() {
+fn pointers_conform_and_forward_host_memory() {
     let bytes = pattern(SIZE);
     let pointers: [Box<dyn PageReader + '_>; 4] = [
         Box::new(&bytes),
@@ -192,7 +193,7 @@ fn pointers_to_a_reader_conform_and_hide_nothing_of_it() {
     ];
     for pointer in pointers {
         conforms(&pointer, &bytes);
-        assert!(all_of_it_is_host_memory(&pointer, SIZE));
+        assert!(is_all_host_memory(&pointer, SIZE));
     }
 }
 
@@ -205,7 +206,7 @@ fn whole_files_conform() {
 }
 
 #[test]
-fn a_range_of_a_file_that_goes_on_conforms() {
+fn a_range_inside_a_longer_file_conforms() {
     let file = file_of(&pattern(SIZE + 3 * PAGE));
     let bytes = &pattern(SIZE + PAGE)[PAGE..];
     conforms(&FileReader::range(file, PAGE as u64, SIZE as u64), bytes);
@@ -227,7 +228,7 @@ fn mapped_memory_conforms() {
     let mappings = regions(&bytes).map(Mapping::private_with);
     let guest = MappedMemory::new(layout(), mappings.iter().map(Mapping::memory)).unwrap();
     conforms(&guest, &bytes);
-    assert!(all_of_it_is_host_memory(&guest, SIZE));
+    assert!(is_all_host_memory(&guest, SIZE));
 }
 
 #[test]
@@ -250,7 +251,7 @@ fn the_memory_of_a_process_conforms() {
 }
 
 #[test]
-fn parts_of_one_type_one_after_another_conform() {
+fn consecutive_parts_of_one_type_conform() {
     let bytes = pattern(SIZE);
     let files = regions(&bytes).map(|part| (FileReader::new(file_of(part)), part.len() as u64));
     conforms(&Layered::concat(files).unwrap(), &bytes);
@@ -260,7 +261,7 @@ fn parts_of_one_type_one_after_another_conform() {
 fn layers_of_several_types_conform() {
     let bytes = pattern(SIZE);
     let [_, middle, high] = regions(&bytes);
-    // What lies below is wrong wherever something is to lie over it.
+    // The lower layer has wrong bytes under every overlay.
     let mut below = bytes.clone();
     below[2 * PAGE - 2..].fill(0xee);
     let base = FileReader::new(file_of(&below));
@@ -270,12 +271,12 @@ fn layers_of_several_types_conform() {
     let device = MappedMemory::new(device_layout, [mapped.memory()]).unwrap();
 
     let mut inner = Layered::<&dyn PageReader>::over(&base, SIZE as u64).unwrap();
-    let mut lay = |start: usize, len: usize, source| {
+    let mut overlay = |start: usize, len: usize, source| {
         inner.overlay(start as u64, len as u64, source).unwrap();
     };
-    lay(2 * PAGE - 2, PAGE + 1, &low_end);
-    lay(2 * PAGE, PAGE, &[0xee; PAGE]);
-    lay(2 * PAGE, PAGE, &middle);
+    overlay(2 * PAGE - 2, PAGE + 1, &low_end);
+    overlay(2 * PAGE, PAGE, &[0xee; PAGE]);
+    overlay(2 * PAGE, PAGE, &middle);
     let mut guest = Layered::<&dyn PageReader>::over(&inner, SIZE as u64).unwrap();
     guest
         .overlay(3 * PAGE as u64, 3 * PAGE as u64, &device)
@@ -302,5 +303,5 @@ fn guest_memory_of_vm_memory_conforms() {
     let guest = GuestMemoryReader::new(Arc::new(memory)).unwrap();
     conforms(&guest, &bytes);
     assert_eq!(*guest.layout(), layout());
-    assert!(all_of_it_is_host_memory(&guest, SIZE));
+    assert!(is_all_host_memory(&guest, SIZE));
 }

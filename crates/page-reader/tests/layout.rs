@@ -1,4 +1,4 @@
-//! `RamLayout` against a naive oracle: a list of every 4 KiB page of RAM, in file order.
+//! `RamLayout`, compared with an oracle: a list of every 4 KiB page of RAM, in file order.
 
 use std::hint::black_box;
 use std::time::{Duration, Instant};
@@ -18,9 +18,10 @@ fn parts(range: &RamRange) -> (u64, u64, u64) {
     (range.guest_start, range.offset, range.size)
 }
 
-/// Readers ask for it once a page. A walk over so many regions takes 17 us, and all of these 140 s.
+/// Readers call `ram_size` for each page. A walk over these regions takes 17 us, and all calls of
+/// this test would take 140 s.
 #[test]
-fn the_size_of_the_ram_is_known_without_a_walk_over_its_regions() {
+fn ram_size_does_not_walk_over_the_regions() {
     const REGIONS: u64 = 32_768;
     let layout = RamLayout::new((0..REGIONS).map(|region| (region * 2 * PAGE, PAGE))).unwrap();
     let start = Instant::now();
@@ -33,7 +34,7 @@ fn the_size_of_the_ram_is_known_without_a_walk_over_its_regions() {
 }
 
 #[test]
-fn regions_are_packed_in_ascending_guest_physical_order_whatever_order_they_come_in() {
+fn regions_are_packed_in_guest_physical_order() {
     let layout = RamLayout::new([(4 * GIB, PAGE), (0, 2 * PAGE), (GIB, 3 * PAGE)]).unwrap();
     assert_eq!(
         ranges(&layout),
@@ -75,7 +76,7 @@ fn x86_ram_has_its_gap_from_3_to_4_gib(
     &[(2 * PAGE, PAGE), (0, 3 * PAGE)],
     LayoutError::Overlap { previous_start: 0, previous_end: 3 * PAGE, guest_start: 2 * PAGE }
 )]
-#[case::twice_the_same(
+#[case::equal_regions(
     &[(GIB, PAGE), (GIB, PAGE)],
     LayoutError::Overlap { previous_start: GIB, previous_end: GIB + PAGE, guest_start: GIB }
 )]
@@ -89,10 +90,7 @@ fn x86_ram_has_its_gap_from_3_to_4_gib(
 )]
 #[case::size_of_2_to_the_63(&[(0, 1 << 63)], LayoutError::TooLarge)]
 #[case::sum_of_2_to_the_63(&[(0, 1 << 62), (1 << 63, 1 << 62)], LayoutError::TooLarge)]
-fn regions_that_are_no_layout_are_refused(
-    #[case] regions: &[(u64, u64)],
-    #[case] expected: LayoutError,
-) {
+fn invalid_regions_are_refused(#[case] regions: &[(u64, u64)], #[case] expected: LayoutError) {
     assert_eq!(
         RamLayout::new(regions.iter().copied()).unwrap_err(),
         expected
@@ -100,12 +98,12 @@ fn regions_that_are_no_layout_are_refused(
     #[cfg(feature = "serde")]
     assert!(
         postcard::from_bytes::<RamLayout>(&postcard::to_allocvec(regions).unwrap()).is_err(),
-        "deserialised all the same"
+        "deserialized an invalid layout"
     );
 }
 
 #[test]
-fn the_largest_layouts_that_offsets_and_addresses_can_express_are_taken() {
+fn layouts_at_the_numeric_limits_are_accepted() {
     let most = (1 << 63) - PAGE;
     assert_eq!(
         RamLayout::single(0, most)
@@ -129,7 +127,7 @@ fn an_x86_guest_without_ram_is_refused() {
 }
 
 #[test]
-fn a_guest_range_over_two_regions_that_touch_is_split_and_not_refused() {
+fn a_guest_range_over_adjacent_regions_is_split() {
     let layout = RamLayout::new([(0, PAGE), (PAGE, PAGE)]).unwrap();
     let pieces: Vec<_> = layout.guest_pieces(PAGE - 1, 2).unwrap().collect();
     assert_eq!(parts(&pieces[0]), (PAGE - 1, PAGE - 1, 1));
@@ -138,7 +136,7 @@ fn a_guest_range_over_two_regions_that_touch_is_split_and_not_refused() {
 }
 
 #[test]
-fn a_guest_range_that_touches_a_gap_says_where_the_gap_starts() {
+fn a_guest_range_into_a_gap_names_the_start_of_the_gap() {
     let layout = RamLayout::x86_with_gap(5 * GIB).unwrap();
     let error = layout.guest_pieces(3 * GIB - 1, 2).err().unwrap();
     let expected = OutsideRam::Guest {
@@ -184,7 +182,7 @@ fn an_empty_range_has_no_pieces(#[case] start: u64) {
 
 #[cfg(feature = "serde")]
 #[test]
-fn a_layout_survives_serialisation_as_its_regions_only() {
+fn a_layout_is_serialized_as_its_regions() {
     let regions = [(0, 3 * GIB), (4 * GIB, GIB)];
     let layout = RamLayout::new(regions).unwrap();
     let bytes = postcard::to_allocvec(&layout).unwrap();
@@ -193,16 +191,16 @@ fn a_layout_survives_serialisation_as_its_regions_only() {
 }
 
 #[test]
-fn a_layout_error_says_what_to_do() {
+fn a_layout_error_names_the_region_and_the_remedy() {
     let error = RamLayout::new([(0x800, PAGE)]).unwrap_err().to_string();
     assert_eq!(
         error,
-        "the RAM region at 0x800 of 0x1000 bytes doesn't start and end at a multiple of 4096 bytes: memory slots are \
-         made of whole pages"
+        "the RAM region at 0x800 of 0x1000 bytes does not start and end at a multiple of 4096 \
+         bytes: give whole pages"
     );
 }
 
-/// Up to six regions of up to four pages, with gaps of up to three pages (or none) before each, shuffled.
+/// Returns up to six regions of up to four pages, each after a gap of up to three pages, shuffled.
 fn any_regions() -> impl Strategy<Value = Vec<(u64, u64)>> {
     prop::collection::vec((0..=3_u64, 1..=4_u64), 1..=6)
         .prop_map(|gaps_and_sizes| {
@@ -217,7 +215,8 @@ fn any_regions() -> impl Strategy<Value = Vec<(u64, u64)>> {
         .prop_shuffle()
 }
 
-/// The guest-physical address and region of each page of the memory file, found without arithmetic on offsets.
+/// Returns the guest-physical address and region of each page of the memory file, without
+/// arithmetic on offsets.
 fn pages_in_file_order(regions: &[(u64, u64)]) -> Vec<(u64, usize)> {
     let mut sorted = regions.to_vec();
     sorted.sort_unstable();
@@ -230,7 +229,7 @@ fn pages_in_file_order(regions: &[(u64, u64)]) -> Vec<(u64, usize)> {
     sorted.iter().enumerate().flat_map(pages).collect()
 }
 
-/// Where each byte of a range of the file is, as (guest-physical address, region).
+/// Returns the guest-physical address and region of a byte of the file.
 fn byte_at(pages: &[(u64, usize)], offset: u64) -> (u64, usize) {
     let (address, region) = pages[(offset / PAGE) as usize];
     (address + offset % PAGE, region)
@@ -262,7 +261,7 @@ fn check_pieces(
 
 proptest! {
     #[test]
-    fn addresses_and_offsets_are_the_oracles_and_each_others_inverse(
+    fn addresses_and_offsets_agree_with_the_oracle(
         regions in any_regions(),
         address in 0..45 * PAGE,
     ) {
@@ -293,7 +292,7 @@ proptest! {
     }
 
     #[test]
-    fn pieces_of_a_guest_range_are_given_exactly_where_every_page_of_it_is_ram(
+    fn guest_pieces_exist_only_if_every_page_is_ram(
         regions in any_regions(),
         guest_start in 0..45 * PAGE,
         size in 1..12 * PAGE,

@@ -1,65 +1,36 @@
-//! Shared memory that a real other process has registered with a userfaultfd.
+//! Shared memory that another process has registered with a userfaultfd.
 
 #![cfg(target_os = "linux")]
 #![allow(unsafe_code)]
 
-mod common;
+mod support;
 
 use std::fs::File;
 use std::io::Write;
 use std::os::fd::AsFd;
 use std::os::unix::fs::fchown;
 
-use common::Mapping;
-use common::uffd::{Registered, register_minor, register_missing};
 use nix::libc;
 use nix::sys::memfd::{MFdFlags, memfd_create};
-use nix::sys::signal::{Signal, kill, raise};
-use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
-use nix::unistd::{ForkResult, Pid, fork};
+use nix::sys::signal::Signal;
+use nix::unistd::{ForkResult, fork};
 use page_reader::{
     FileReader, LazyFillError, MappedMemory, ProcessMaps, RamLayout, UnexaminedProcess,
     check_filled,
 };
 use rstest::rstest;
+use support::Mapping;
+use support::child::Child;
+use support::uffd::{Registered, register_minor, register_missing};
 use test_machine::{LoopFs, LoopMount, Need, Overlay, TinyTmpfs};
 
 const SIZE: usize = 2 << 20;
 
-/// A child that did something and then stopped; killed and reaped on drop.
-struct Child(Pid);
-
-impl Child {
-    fn that(act: impl FnOnce() -> Option<Registered>) -> Self {
-        // SAFETY: no other thread of this process holds a lock: nextest runs a test in a process of its
-        // own, and the C library's locks are taken over a fork.
-        match unsafe { fork() }.unwrap() {
-            ForkResult::Parent { child } => {
-                let child = Self(child);
-                let stopped = waitpid(child.0, Some(WaitPidFlag::WUNTRACED)).unwrap();
-                assert_eq!(stopped, WaitStatus::Stopped(child.0, Signal::SIGSTOP));
-                child
-            }
-            ForkResult::Child => {
-                let _ = nix::sys::prctl::set_pdeathsig(Signal::SIGKILL);
-                let _held = act();
-                let _ = raise(Signal::SIGSTOP);
-                // SAFETY: ends the process, without what the parent wants done at its end.
-                unsafe { libc::_exit(0) }
-            }
-        }
-    }
-
-    fn pid(&self) -> u32 {
-        self.0.as_raw() as u32
-    }
-}
-
-impl Drop for Child {
-    fn drop(&mut self) {
-        let _ = kill(self.0, Signal::SIGKILL);
-        let _ = waitpid(self.0, None);
-    }
+/// Forks a child that calls `act` and stops.
+fn child(act: impl FnOnce() -> Option<Registered>) -> Child {
+    // SAFETY: no other thread of this process holds a lock: nextest runs each test in a separate
+    // process, and fork acquires the locks of the C library.
+    unsafe { Child::stopped_after(act) }
 }
 
 fn memfd(flags: MFdFlags) -> File {
@@ -130,10 +101,10 @@ fn memory_that_a_process_fills_is_refused(
     }
     let file = file();
     check_filled(&file).unwrap();
-    let child = Child::that(|| register(&file));
+    let child = child(|| register(&file));
     assert_filled_in(check_filled(&file), child.pid());
     assert_filled_in(FileReader::new(&file).check_filled(), child.pid());
-    // A mapping of this process, through which missing pages are zeros.
+    // A mapping of this process, in which missing pages are zeros.
     let mapping = whole(&file);
     let layout = RamLayout::single(0, SIZE as u64).unwrap();
     // SAFETY: mapped until the end of the test.
@@ -144,7 +115,7 @@ fn memory_that_a_process_fills_is_refused(
     let region = maps.at(mapping.address()).unwrap();
     assert_filled_in(region.check_filled(), child.pid());
 
-    // Another file's mappings do not matter, and an ended process fills nothing.
+    // Mappings of another file do not matter, and an ended process fills nothing.
     check_filled(&small_pages()).unwrap();
     drop(child);
     check_filled(&file).unwrap();
@@ -165,8 +136,8 @@ fn memory_filled_in_this_process_is_refused() {
     check_filled(&file).unwrap();
 }
 
-/// Its mappings are listed under another device than `fstat` tells: the lower file system and the upper
-/// one are not the same.
+/// The mappings are listed with a device other than that of `fstat`, because the lower and upper
+/// file systems differ.
 #[test]
 fn a_file_on_overlayfs_that_is_filled_is_refused() {
     let test = "a_file_on_overlayfs_that_is_filled_is_refused";
@@ -188,20 +159,20 @@ fn a_file_on_overlayfs_that_is_filled_is_refused() {
     };
     let (file, other) = (open("ram"), open("other"));
     check_filled(&file).unwrap();
-    let child = Child::that(|| missing(&file));
+    let child = child(|| missing(&file));
     assert_filled_in(check_filled(&file), child.pid());
-    // Opened by itself, and for reading.
+    // Opened again, for reading.
     let again = File::open(overlay.path().join("ram")).unwrap();
     assert_filled_in(FileReader::new(&again).check_filled(), child.pid());
     check_filled(&other).unwrap();
     drop(child);
     check_filled(&file).unwrap();
-    // The check has brought in no page.
+    // The check has allocated no page.
     let blocks = std::os::unix::fs::MetadataExt::blocks(&file.metadata().unwrap());
     assert_eq!(blocks, 0);
 }
 
-/// A file of which no mapping can be made is not taken for one that nobody fills.
+/// A file that cannot be mapped is not reported as complete.
 #[test]
 fn a_file_on_overlayfs_that_cannot_be_read_is_an_error() {
     let test = "a_file_on_overlayfs_that_cannot_be_read_is_an_error";
@@ -218,7 +189,7 @@ fn a_file_on_overlayfs_that_cannot_be_read_is_an_error() {
     assert!(matches!(check_filled(&file), Err(LazyFillError::File(_))));
 }
 
-/// What is filled there does not get into the file.
+/// Pages that are filled in a private mapping do not reach the file.
 #[test]
 fn a_private_mapping_that_is_filled_does_not_matter() {
     let test = "a_private_mapping_that_is_filled_does_not_matter";
@@ -231,7 +202,7 @@ fn a_private_mapping_that_is_filled_does_not_matter() {
     check_filled(&file).unwrap();
 }
 
-/// `/proc/<pid>/maps` is empty then, and those of its threads are not.
+/// `/proc/<pid>/maps` is empty for such a process, those of its threads are not.
 #[test]
 fn a_process_whose_first_thread_ended_is_found() {
     let test = "a_process_whose_first_thread_ended_is_found";
@@ -240,7 +211,7 @@ fn a_process_whose_first_thread_ended_is_found() {
     }
     let file = small_pages();
     let (mut ready, done) = std::io::pipe().unwrap();
-    // SAFETY: as for `Child::that`.
+    // SAFETY: as in `child`.
     let child = match unsafe { fork() }.unwrap() {
         ForkResult::Parent { child } => Child(child),
         ForkResult::Child => {
@@ -266,13 +237,13 @@ fn a_process_whose_first_thread_ended_is_found() {
 }
 
 #[test]
-fn a_disk_file_is_not_looked_for() {
+fn a_file_on_disk_is_not_searched_for() {
     let file = tempfile::tempfile_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
     check_filled(&file).unwrap();
     check_filled(&File::open("/dev/null").unwrap()).unwrap();
 }
 
-/// In a thread that has given up its rights: those of the process stay.
+/// Runs `work` in a thread that has dropped its privileges. The process keeps them.
 fn without_privilege<T: Send>(user: u32, work: impl FnOnce() -> T + Send) -> T {
     std::thread::scope(|scope| {
         let thread = scope.spawn(|| {
@@ -291,10 +262,10 @@ fn an_unexaminable_process_of_the_owner_is_returned() {
     if !Need::Userfaultfd.met(test) || !Need::Root.met(test) {
         return;
     }
-    // An id that nothing else on this machine runs as.
+    // A user id without other processes on this machine.
     const USER: u32 = 1_948_211;
     let file = small_pages();
-    let child = Child::that(|| missing(&file));
+    let child = child(|| missing(&file));
     let unexamined = without_privilege(USER, || check_filled(&file)).unwrap();
     assert!(unexamined.iter().any(|process| process.pid == child.pid()));
     let text = unexamined[0].to_string();
@@ -303,7 +274,7 @@ fn an_unexaminable_process_of_the_owner_is_returned() {
         "{text}"
     );
 
-    // Processes of others than the owner are not counted: documented.
+    // Processes of users other than the owner are not returned, as documented.
     let file = small_pages();
     fchown(&file, Some(USER), None).unwrap();
     assert_eq!(without_privilege(USER, || check_filled(&file)).unwrap(), []);

@@ -1,4 +1,4 @@
-//! Whether shared memory is still being filled by a userfaultfd.
+//! Detection of shared memory that a userfaultfd still fills.
 
 use std::borrow::Borrow;
 use std::fmt;
@@ -10,43 +10,47 @@ use nix::sys::stat::makedev;
 use nix::sys::statfs::{FsType, HUGETLBFS_MAGIC, OVERLAYFS_SUPER_MAGIC, TMPFS_MAGIC, fstatfs};
 use nix::unistd::geteuid;
 
-use super::is_not_there;
+use super::is_not_found;
 use super::maps::{ProcessMaps, ProcessMapsError, ProcessRegion, printable};
 use super::smaps::FlaggedRegion;
+use crate::file::FileReader;
+use crate::mapped::MappedMemory;
+use crate::reader::PageReader;
 use crate::sys::mapped_file::MappedFile;
-use crate::{FileReader, MappedMemory, PageReader};
 
 /// Checks that no process fills the shared memory `file` page by page as it is accessed.
 ///
-/// While a guest is restored by userfaultfd into a memfd or a file on tmpfs, its missing pages wait
-/// only in mappings that are registered with the userfaultfd. Everywhere else they are zeros: in a
-/// read of the file, and in any other mapping of it. Whoever copies the memory calls this function
-/// before *and after* the copy, and discards the copy if either call fails: the first call avoids
-/// useless work, and the second one finds a process that began meanwhile.
+/// While a guest is restored by userfaultfd into a memfd or a file on tmpfs, only mappings that are
+/// registered with the userfaultfd wait for missing pages. Everywhere else missing pages are zeros:
+/// in a read of the file, and in any other mapping of it. Call this function before *and after* a
+/// copy of the memory, and discard the copy if either call fails. The first call avoids useless
+/// work. The second one finds a process that started to fill the memory meanwhile.
 ///
-/// The function looks for mappings of the same file in the `smaps` of all processes. Files on other
-/// file systems than tmpfs, hugetlbfs and overlayfs cannot be filled by userfaultfd: nothing is
-/// looked for. The same goes for a file on overlayfs that is [known to be stored on
-/// disk](sparse_file::is_on_disk); another file on overlayfs must be open for reading. The cost grows
-/// with the number of processes: about 0.1 ms each, and more for those that map the file.
+/// The function searches the `smaps` of all processes for mappings of the same file. Only files on
+/// tmpfs, hugetlbfs and overlayfs can be filled by userfaultfd, so files on other file systems are
+/// not searched for. Neither are files on overlayfs that are
+/// [known to be stored on disk](sparse_file::is_on_disk); other files on overlayfs must be open for
+/// reading. The cost grows with the number of processes: about 0.1 ms each, and more for those that
+/// map the file.
 ///
-/// Returns the processes that run as the owner of the file and that this process may not examine:
-/// one of them may be filling it. With `CAP_SYS_PTRACE` there is none, but for processes with
-/// privileges that this one lacks. Whoever needs certainty treats any as a failure.
+/// Returns the processes that run as the owner of the file and that this process may not examine.
+/// Each of them may be filling it. With `CAP_SYS_PTRACE` there are none, except for processes with
+/// privileges that this process lacks. Callers that need certainty treat any such process as a
+/// failure.
 ///
 /// # Errors
-/// [`LazyFillError::InProgress`] names a process whose mapping is being filled. With the other
-/// errors, the question could not be asked.
+/// Returns [`LazyFillError::InProgress`] for a process whose mapping is being filled. The other
+/// errors mean that the check failed.
 ///
 /// # What is not detected
-/// - A process of another user than the file's owner that this process may not examine (without
+/// - A process of a user other than the file's owner that this process may not examine (without
 ///   `CAP_SYS_PTRACE`), or that is in a PID namespace not visible here, or hidden by `hidepid`.
-/// - On overlayfs, a process that has opened the file by another path than `file`: one in the merged
-///   directory, the other in the upper directory. Newer kernels (Linux 6.18 is one) list their
-///   mappings as those of two files.
-/// - A fill that began and ended between the two calls.
-/// - A fill that was given up: a process that ended, or closed its userfaultfd, before all pages
-///   were filled. Nothing tells its missing pages from memory that was never used.
+/// - On overlayfs, a process that has opened the file by another path than `file`: one in the
+///   merged directory, the other in the upper directory. Newer kernels (Linux 6.18 is one) list
+///   their mappings as those of two files.
+/// - A fill that started and ended between the two calls.
+/// - An abandoned fill: a process that ended, or closed its userfaultfd, before all pages were
+///   filled. Its missing pages cannot be distinguished from memory that was never used.
 ///
 /// # Examples
 /// ```
@@ -54,7 +58,7 @@ use crate::{FileReader, MappedMemory, PageReader};
 /// for process in page_reader::check_filled(&ram)? {
 ///     eprintln!("warning: {process} may still be filling the memory");
 /// }
-/// // copy it
+/// // Copy the memory here.
 /// page_reader::check_filled(&ram)?;
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
@@ -80,17 +84,18 @@ pub fn check_filled(file: &File) -> Result<Vec<UnexaminedProcess>, LazyFillError
     backing.check()
 }
 
-/// Why shared memory cannot be read as it is: pages may be missing.
+/// An error of checking whether shared memory can be read: pages may be missing.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum LazyFillError {
     /// A process has the memory mapped, and a userfaultfd fills it page by page.
     #[error(
-        "the memory is still being filled: in process {pid} ({command}) a userfaultfd fills {region} as pages are \
-         accessed, and pages that are still missing would be read as zeros: wait until the restore has finished"
+        "the memory is still being filled: in process {pid} ({command}) a userfaultfd fills \
+         {region} as pages are accessed, and missing pages would be read as zeros: wait until the \
+         restore has finished"
     )]
     InProgress {
-        /// The process whose mapping is filled. Another process may do the filling.
+        /// The process whose mapping is filled. Another process may fill it.
         pid: u32,
         /// The name of its program, control characters escaped.
         command: String,
@@ -98,27 +103,32 @@ pub enum LazyFillError {
         region: Box<ProcessRegion>,
     },
     /// The file cannot be examined.
-    #[error("it is unknown whether the memory is still being filled: its file cannot be examined")]
+    #[error(
+        "failed to check whether the memory is still being filled: its file cannot be examined"
+    )]
     File(#[source] io::Error),
     /// The processes cannot be listed.
     #[error(
-        "it is unknown whether the memory is still being filled: the processes cannot be listed, mount /proc"
+        "failed to check whether the memory is still being filled: the processes cannot be listed: \
+         mount /proc"
     )]
     Processes(#[source] io::Error),
-    /// The mappings of a process are not understood, or those of this process cannot be read.
+    /// The mappings of a process have an unknown format, or those of this process cannot be read.
     #[error(
-        "it is unknown whether the memory is still being filled: the mappings of a process cannot be listed"
+        "failed to check whether the memory is still being filled: the mappings of a process \
+         cannot be listed"
     )]
     Mappings(#[from] ProcessMapsError),
 }
 
 /// A process that could not be examined, and that runs as the owner of the memory.
 ///
-/// Shown, it is its id and the name of its program, with control characters escaped.
+/// [`Display`](fmt::Display) writes its id and the name of its program, with control characters
+/// escaped.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct UnexaminedProcess {
-    /// The process.
+    /// The process id.
     pub pid: u32,
     /// The name of its program, control characters escaped.
     pub command: String,
@@ -131,12 +141,13 @@ impl fmt::Display for UnexaminedProcess {
 }
 
 impl<F: Borrow<File>> FileReader<F> {
-    /// Checks that no process fills the file page by page as it is accessed: [`check_filled`].
+    /// Checks that no process fills the file page by page as it is accessed. See [`check_filled`].
     ///
-    /// Reads do not check: it takes milliseconds, and before the read alone is not enough.
+    /// Reads do not include this check: it takes milliseconds, and a check before the read alone is
+    /// not sufficient.
     ///
     /// # Errors
-    /// See [`check_filled`].
+    /// As for [`check_filled`].
     pub fn check_filled(&self) -> Result<Vec<UnexaminedProcess>, LazyFillError> {
         check_filled(self.file())
     }
@@ -145,11 +156,11 @@ impl<F: Borrow<File>> FileReader<F> {
 impl MappedMemory<'_> {
     /// Checks that no process fills the files behind this memory page by page as they are accessed.
     ///
-    /// Private anonymous memory passes: where a userfaultfd fills it, reads wait for the page. See
-    /// [`check_filled`] for what is found, what is not, and why to call it before and after a copy.
+    /// Private anonymous memory passes: reads wait for the pages that a userfaultfd fills. See
+    /// [`check_filled`] for the limits of the check, and why to call it before and after a copy.
     ///
     /// # Errors
-    /// See [`check_filled`].
+    /// As for [`check_filled`].
     pub fn check_filled(&self) -> Result<Vec<UnexaminedProcess>, LazyFillError> {
         let maps = ProcessMaps::of_this_process()?;
         let (mut offset, mut unexamined) = (0, Vec::new());
@@ -176,12 +187,12 @@ impl MappedMemory<'_> {
 impl ProcessRegion {
     /// Checks that no process fills the file behind this mapping page by page as it is accessed.
     ///
-    /// A mapping without a file passes. See [`check_filled`] for what is found, what is not, and why
-    /// to call it before and after a copy; a process that cannot be examined counts where it runs as
-    /// the same user as the caller.
+    /// A mapping without a file passes. See [`check_filled`] for the limits of the check, and why
+    /// to call it before and after a copy. A process that cannot be examined is returned if it runs
+    /// as the same user as the caller.
     ///
     /// # Errors
-    /// See [`check_filled`].
+    /// As for [`check_filled`].
     pub fn check_filled(&self) -> Result<Vec<UnexaminedProcess>, LazyFillError> {
         if self.inode == 0 {
             return Ok(Vec::new());
@@ -208,13 +219,13 @@ struct Backing {
 }
 
 impl Backing {
-    /// Finds out under which device and inode mappings of the file are listed. A file on overlayfs may be
-    /// one on tmpfs; what `fstat` tells of it is neither the device of the one nor of the other.
+    /// Determines the device and inode under which mappings of the file are listed. A file on
+    /// overlayfs may be a file on tmpfs, and `fstat` returns the device and inode of neither.
     fn as_mapped(file: &File, owner: u32) -> Result<Self, LazyFillError> {
         let mapped = MappedFile::new(file).map_err(|errno| LazyFillError::File(errno.into()))?;
         let maps = ProcessMaps::of_this_process()?;
         let region = maps.at(mapped.address());
-        // Something else than the procfs of this process is mounted at /proc.
+        // The procfs of this process is not mounted at /proc.
         let region =
             region.ok_or_else(|| LazyFillError::Processes(io::ErrorKind::NotFound.into()))?;
         Ok(Self {
@@ -235,21 +246,22 @@ impl Backing {
                 unexamined.extend(self.check_process(pid)?);
             }
         }
-        // Something else than procfs is mounted at /proc, or nothing.
+        // procfs is not mounted at /proc.
         seen.then_some(unexamined)
             .ok_or_else(|| LazyFillError::Processes(io::ErrorKind::NotFound.into()))
     }
 
     fn check_process(&self, pid: u32) -> Result<Option<UnexaminedProcess>, LazyFillError> {
         let process = format!("/proc/{pid}");
-        // The memory of a process whose first thread has ended is listed for its other threads only.
+        // The memory of a process whose first thread has ended is listed for its other threads
+        // only.
         let found = match self.mapping_in(&process, pid) {
             Ok(None) => self.mapping_in_threads(&process, pid),
             found => found,
         };
         match found {
-            Ok(Some(Found::NotMapped) | None) | Err(ProcessMapsError::Gone { .. }) => Ok(None),
-            Ok(Some(Found::Filled(region))) => Err(LazyFillError::InProgress {
+            Ok(Some(FillState::NotFilled) | None) | Err(ProcessMapsError::Gone { .. }) => Ok(None),
+            Ok(Some(FillState::Filled(region))) => Err(LazyFillError::InProgress {
                 pid,
                 command: command(&process),
                 region,
@@ -265,8 +277,8 @@ impl Backing {
         }
     }
 
-    /// `None` where `process` has no memory.
-    fn mapping_in(&self, process: &str, pid: u32) -> Result<Option<Found>, ProcessMapsError> {
+    /// Returns whether `process` fills a mapping of the file, or `None` if it has no memory.
+    fn mapping_in(&self, process: &str, pid: u32) -> Result<Option<FillState>, ProcessMapsError> {
         let maps = match ProcessMaps::list(process, pid) {
             Ok(maps) => maps,
             Err(ProcessMapsError::Gone { .. }) => return Ok(None),
@@ -274,13 +286,13 @@ impl Backing {
         };
         // smaps takes the kernel far longer to list.
         if !maps.regions().iter().any(|region| self.is_behind(region)) {
-            return Ok(Some(Found::NotMapped));
+            return Ok(Some(FillState::NotFilled));
         }
         let filled = FlaggedRegion::list(process, pid)?
             .into_iter()
             .find(|mapping| mapping.flags.filled_on_fault && self.is_behind(&mapping.region));
-        Ok(Some(filled.map_or(Found::NotMapped, |mapping| {
-            Found::Filled(Box::new(mapping.region))
+        Ok(Some(filled.map_or(FillState::NotFilled, |mapping| {
+            FillState::Filled(Box::new(mapping.region))
         })))
     }
 
@@ -288,7 +300,7 @@ impl Backing {
         &self,
         process: &str,
         pid: u32,
-    ) -> Result<Option<Found>, ProcessMapsError> {
+    ) -> Result<Option<FillState>, ProcessMapsError> {
         let Ok(threads) = fs::read_dir(format!("{process}/task")) else {
             return Ok(None);
         };
@@ -304,22 +316,24 @@ impl Backing {
         Ok(None)
     }
 
-    /// A private mapping keeps what is filled to itself: the file is none of its business.
+    /// Returns `true` if `region` is a shared mapping of the file. Filling a private mapping does
+    /// not change the file.
     fn is_behind(&self, region: &ProcessRegion) -> bool {
         let identity = (device_of(region), region.inode);
         region.permissions.shared && identity == (self.device, self.inode)
     }
 
-    /// Whether a process that cannot be examined runs as the owner of the file.
+    /// Returns `true` if a process that cannot be examined may run as the owner of the file.
     fn may_be_mapped_by(&self, process: &str) -> bool {
-        // The owner of the directory is root where the process may not be dumped: read its user ids.
+        // The owner of the directory is root if the process is not dumpable, so its user ids are
+        // read.
         match fs::read_to_string(format!("{process}/status")) {
             Ok(status) => {
                 let line = status.lines().find_map(|line| line.strip_prefix("Uid:"));
                 let mut ids = line.unwrap_or_default().split_ascii_whitespace();
                 ids.any(|id| id.parse() == Ok(self.owner))
             }
-            Err(error) => !is_not_there(&error),
+            Err(error) => !is_not_found(&error),
         }
     }
 }
@@ -329,8 +343,8 @@ fn device_of(region: &ProcessRegion) -> u64 {
     makedev(major.into(), minor.into())
 }
 
-enum Found {
-    NotMapped,
+enum FillState {
+    NotFilled,
     Filled(Box<ProcessRegion>),
 }
 

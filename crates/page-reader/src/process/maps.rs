@@ -1,4 +1,4 @@
-//! `/proc/<pid>/maps`: what a process has mapped, to find its guest's RAM among it.
+//! The mappings of a process, from `/proc/<pid>/maps`.
 
 use std::cmp::Reverse;
 use std::fmt;
@@ -6,10 +6,11 @@ use std::fs;
 use std::io;
 use std::ops::Range;
 
-/// What a process has mapped, as it was when it was asked.
+/// The mappings of a process at the time of the call.
 ///
-/// The regions of a guest's RAM are found by name where the monitor gives it one (a memfd, a file), by address where the monitor tells it,
-/// or else guessed by size. Then [`ProcessMemory`](crate::ProcessMemory) reads them.
+/// The regions of a guest's RAM are found by name if the VMM names them (a memfd, a file), by
+/// address if the VMM reports it, or else guessed by size. [`ProcessMemory`](crate::ProcessMemory)
+/// reads them.
 ///
 /// # Examples
 /// ```
@@ -30,134 +31,148 @@ use std::ops::Range;
 #[derive(Clone, Debug)]
 pub struct ProcessMaps {
     pid: u32,
-    /// Ascending.
+    /// Ascending by address.
     regions: Vec<ProcessRegion>,
 }
 
 /// A range of addresses that a process has mapped.
 ///
-/// It's a line of `/proc/<pid>/maps`, or several that go on with one file where the one before ends: the kernel splits a mapping of
-/// which a part is treated in another way. Anonymous memory is left as it's split.
+/// A region is a line of `/proc/<pid>/maps`, or several adjacent lines with consecutive parts of
+/// one file: the kernel splits a mapping when a part of it is treated differently. Anonymous memory
+/// is not joined.
 ///
-/// Shown, it's one line without control characters, whatever name the process chose.
+/// [`Display`](fmt::Display) writes one line without control characters, even if the name has some.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct ProcessRegion {
-    /// Addresses in the process; neither is empty nor overlaps another's.
+    /// The addresses in the process. Regions are not empty and do not overlap.
     pub addresses: Range<u64>,
-    /// What the process may do there.
+    /// The access that the process has.
     pub permissions: Permissions,
-    /// The position of the first byte in the file, in bytes; 0 where there's no file.
+    /// The position of the first byte in the file, in bytes; 0 without a file.
     pub offset: u64,
-    /// Major and minor number of the device that has the file, both 0 where there's none.
+    /// The major and minor number of the file's device; both 0 without a file.
     pub device: (u32, u32),
-    /// The inode number of the file, 0 where there's none.
+    /// The inode number of the file; 0 without a file.
     pub inode: u64,
-    /// As the kernel writes it, which may be no UTF-8: a path, `/memfd:ram (deleted)`, `[heap]`, empty for most anonymous memory.
-    /// A line feed is `\012` in it, any other byte is itself.
+    /// The name as written by the kernel, possibly not UTF-8: a path, `/memfd:ram (deleted)`,
+    /// `[heap]`, or empty for most anonymous memory. A line feed is written as `\012`, any other
+    /// byte as itself.
     pub name: Vec<u8>,
 }
 
-/// What a process may do in a region.
+/// The access that a process has to a region.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Permissions {
-    /// It may read.
+    /// The process may read.
     pub read: bool,
-    /// It may write.
+    /// The process may write.
     pub write: bool,
-    /// It may execute.
+    /// The process may execute.
     pub execute: bool,
-    /// What it writes, whoever else has the file sees; `false`: it's the process's own.
+    /// Writes are visible to all users of the file. If `false`, the process has its own copy.
     pub shared: bool,
 }
 
-/// Why the regions of a process aren't known, or which of them is meant.
+/// An error of listing or finding the regions of a process.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ProcessMapsError {
-    /// There's no such process, or it has ended.
-    #[error("process {pid} isn't there, or has no memory: it has ended, or is one of the kernel's")]
+    /// The process does not exist or has ended.
+    #[error(
+        "process {pid} does not exist or has no memory: check that it runs and is not a kernel \
+         thread"
+    )]
     Gone {
-        /// The process.
+        /// The process id.
         pid: u32,
     },
-    /// The list can't be read.
+    /// The list cannot be read.
     #[error(
-        "reading /proc/{pid}/maps: the process must be traceable by this one (same user, or CAP_SYS_PTRACE)"
+        "failed to read /proc/{pid}/maps: check that this process may trace it (same user, or \
+         CAP_SYS_PTRACE)"
     )]
     Read {
-        /// The process.
+        /// The process id.
         pid: u32,
-        /// What the system says.
+        /// The system error.
         source: io::Error,
     },
-    /// A line of the list says nothing that makes sense.
-    #[error("/proc/{pid}/maps, line {line}: no mapping: {text}")]
+    /// A line of the list is not a mapping.
+    #[error("line {line} of /proc/{pid}/maps is not a mapping: {text}")]
     Line {
-        /// The process.
+        /// The process id.
         pid: u32,
-        /// The line, from 1.
+        /// The line number, from 1.
         line: usize,
-        /// What it says, control characters escaped.
+        /// The line, control characters escaped.
         text: String,
     },
     /// No region has this name.
     #[error(
-        "process {pid} has mapped nothing of which the name contains {name:?}; its largest writable regions are:{}",
+        "process {pid} has no mapping whose name contains {name:?}; its largest writable regions \
+         are:{}",
         list(regions)
     )]
     NotFound {
-        /// The process.
+        /// The process id.
         pid: u32,
-        /// What was looked for.
+        /// The name searched for.
         name: String,
-        /// The largest [candidates](ProcessMaps::candidates), 8 at most.
+        /// The largest [candidates](ProcessMaps::candidates), at most 8.
         regions: Vec<ProcessRegion>,
     },
     /// Several regions have this name.
-    #[error("process {pid} has mapped {} regions of which the name contains {name:?}, give the address of the one meant:{}", regions.len(), list(regions))]
+    #[error(
+        "process {pid} has {} mappings whose name contains {name:?}: give the address of one of \
+         them:{}",
+        regions.len(),
+        list(regions)
+    )]
     Ambiguous {
-        /// The process.
+        /// The process id.
         pid: u32,
-        /// What was looked for.
+        /// The name searched for.
         name: String,
-        /// All of them.
+        /// All regions with this name.
         regions: Vec<ProcessRegion>,
     },
 }
 
-/// How many candidates an error names.
-const NAMED: usize = 8;
+/// The maximum number of candidates in an error.
+const MAX_LISTED: usize = 8;
 
 impl ProcessMaps {
-    /// Those of process `pid`.
+    /// Returns the mappings of process `pid`.
     ///
     /// # Errors
-    /// The process has ended, may not be looked into, or the list isn't understood.
+    /// Returns an error if the process has ended, may not be examined, or if the list has an
+    /// unknown format.
     pub fn of(pid: u32) -> Result<Self, ProcessMapsError> {
         Self::list(&format!("/proc/{pid}"), pid)
     }
 
-    /// Returns those of the calling process.
+    /// Returns the mappings of the calling process.
     ///
     /// # Errors
     /// As for [`of`](Self::of).
     pub fn of_this_process() -> Result<Self, ProcessMapsError> {
-        // By "self": where /proc belongs to another PID namespace, the number is another process's.
+        // By "self": if /proc belongs to another PID namespace, the number is that of another
+        // process.
         Self::list("/proc/self", std::process::id())
     }
 
-    /// Returns those of `process`, a directory in `/proc`.
+    /// Returns the mappings of `process`, a directory in `/proc`.
     pub(super) fn list(process: &str, pid: u32) -> Result<Self, ProcessMapsError> {
         let text =
             fs::read(format!("{process}/maps")).map_err(|source| {
-                match super::is_not_there(&source) {
+                match super::is_not_found(&source) {
                     true => ProcessMapsError::Gone { pid },
                     false => ProcessMapsError::Read { pid, source },
                 }
             })?;
         let maps = Self::parse(pid, &text)?;
-        // A process that has ended and is still to be waited for has no memory.
+        // A zombie process has no memory.
         if maps.regions.is_empty() {
             return Err(ProcessMapsError::Gone { pid });
         }
@@ -176,30 +191,32 @@ impl ProcessMaps {
                 line: index + 1,
                 text: printable(line),
             })?;
-            supersede(&mut regions, region.addresses.start, |before| {
+            merge_newer(&mut regions, region.addresses.start, |before| {
                 &mut before.addresses
             });
             match regions.last_mut() {
-                Some(last) if last.goes_on_in(&region) => last.addresses.end = region.addresses.end,
+                Some(last) if last.is_continued_by(&region) => {
+                    last.addresses.end = region.addresses.end
+                }
                 _ => regions.push(region),
             }
         }
         Ok(Self { pid, regions })
     }
 
-    /// The process.
+    /// Returns the process id.
     #[must_use]
     pub fn pid(&self) -> u32 {
         self.pid
     }
 
-    /// All regions, by ascending address.
+    /// Returns all regions, ascending by address.
     #[must_use]
     pub fn regions(&self) -> &[ProcessRegion] {
         &self.regions
     }
 
-    /// The region that `address` is in.
+    /// Returns the region that contains `address`.
     #[must_use]
     pub fn at(&self, address: u64) -> Option<&ProcessRegion> {
         let index = self
@@ -210,10 +227,12 @@ impl ProcessMaps {
             .filter(|region| region.addresses.contains(&address))
     }
 
-    /// The regions of this name, by ascending address; where there are none, those whose name contains it.
+    /// Returns the regions with this name, ascending by address. If there are none, returns those
+    /// whose name contains it.
     ///
-    /// ` (deleted)` at the end of a region's name may be left out: every memfd has it. A guest whose RAM has a gap may have a region on each
-    /// side of it, of one file: their [`offset`](ProcessRegion::offset) says which comes first.
+    /// ` (deleted)` at the end of a region's name is optional in `name`: every memfd has it. A
+    /// guest with a gap in its RAM may have a region on each side of the gap, both of one file.
+    /// Their [`offset`](ProcessRegion::offset) determines their order.
     #[must_use]
     pub fn all_named(&self, name: impl AsRef<[u8]>) -> Vec<&ProcessRegion> {
         let name = name.as_ref();
@@ -230,10 +249,11 @@ impl ProcessMaps {
         }
     }
 
-    /// The one region of this name, or the one whose name contains it: as [`all_named`](Self::all_named).
+    /// Returns the only region with this name, or whose name contains it, as in
+    /// [`all_named`](Self::all_named).
     ///
     /// # Errors
-    /// There are none or several; the error lists what there is to choose from.
+    /// Returns an error if there is no such region or several. The error lists the alternatives.
     pub fn named(&self, name: impl AsRef<[u8]>) -> Result<&ProcessRegion, ProcessMapsError> {
         let name = name.as_ref();
         let found = self.all_named(name);
@@ -244,7 +264,7 @@ impl ProcessMaps {
             [one] => Ok(one),
             [] => {
                 let mut regions = self.candidates();
-                regions.truncate(NAMED);
+                regions.truncate(MAX_LISTED);
                 Err(ProcessMapsError::NotFound {
                     pid,
                     name: printable(),
@@ -259,10 +279,12 @@ impl ProcessMaps {
         }
     }
 
-    /// The regions that may be a guest's RAM: readable and writable memory, the largest first.
+    /// Returns the regions that may be a guest's RAM: readable and writable memory, the largest
+    /// first.
     ///
-    /// The first is a good guess where a monitor runs one guest, whose RAM is in one piece. It's a guess: show it to whoever can tell.
-    /// Left out are what devices and other special files map (`anon_inode:`).
+    /// The first region is a good guess for a VMM with one guest whose RAM is contiguous. Ask the
+    /// user to confirm it. Mappings of devices and other special files (`anon_inode:`) are
+    /// excluded.
     #[must_use]
     pub fn candidates(&self) -> Vec<&ProcessRegion> {
         let may_be_ram = |region: &&ProcessRegion| {
@@ -276,25 +298,29 @@ impl ProcessMaps {
     }
 }
 
-/// Makes room for a mapping that begins at `start` after those `told` before it. The kernel tells a list in parts, and between two of them
-/// a mapping may grow, which is then told once more: what is told later holds.
-pub(crate) fn supersede<T>(
-    told: &mut Vec<T>,
+/// Removes or cuts the mappings at the end of `listed` that a newer mapping, which starts at
+/// `start`, replaces.
+///
+/// The kernel produces a list in several reads. A mapping that grows between two of them is listed
+/// again, and the later entry is valid.
+pub(crate) fn merge_newer<T>(
+    listed: &mut Vec<T>,
     start: u64,
     addresses: impl Fn(&mut T) -> &mut Range<u64>,
 ) {
-    while told
+    while listed
         .pop_if(|before| start <= addresses(before).start)
         .is_some()
     {}
-    if let Some(before) = told.last_mut() {
+    if let Some(before) = listed.last_mut() {
         let before = addresses(before);
         before.end = before.end.min(start);
     }
 }
 
 impl ProcessRegion {
-    /// A line of `/proc/<pid>/maps`, without its end: `start-end perms offset major:minor inode   name`. From
+    /// Parses a line of `/proc/<pid>/maps` without its line feed:
+    /// `start-end perms offset major:minor inode   name`. From
     /// `Documentation/filesystems/proc.rst`.
     pub(crate) fn parse(line: &[u8]) -> Option<Self> {
         let mut fields = line.splitn(6, |byte| *byte == b' ');
@@ -323,13 +349,15 @@ impl ProcessRegion {
         })
     }
 
-    /// In bytes.
+    /// Returns the size of the region in bytes.
     #[must_use]
     pub fn size(&self) -> u64 {
         self.addresses.end - self.addresses.start
     }
 
-    fn goes_on_in(&self, next: &Self) -> bool {
+    /// Returns `true` if `next` is adjacent to this region and maps the next part of the same file
+    /// in the same way.
+    fn is_continued_by(&self, next: &Self) -> bool {
         self.inode != 0
             && self.addresses.end == next.addresses.start
             && self.offset.checked_add(self.size()) == Some(next.offset)
@@ -380,13 +408,14 @@ impl fmt::Display for ProcessRegion {
     }
 }
 
-/// Each on a line of its own.
+/// Formats each region on a separate line.
 fn list(regions: &[ProcessRegion]) -> String {
     let line = |region| format!("\n  {region}");
     regions.iter().map(line).collect()
 }
 
-/// What a terminal shows as it is; the rest, which another process chose, escaped.
+/// Returns text that is safe for a terminal: control characters, which another process chose, are
+/// escaped.
 pub(super) fn printable(bytes: &[u8]) -> String {
     let mut printable = String::new();
     for char in String::from_utf8_lossy(bytes).chars() {
@@ -405,7 +434,7 @@ mod tests {
 
     use super::*;
 
-    const MONITOR: &str = "\
+    const VMM: &str = "\
 55d0c0000000-55d0c0021000 rw-p 00000000 00:00 0                          [heap]
 7f0000000000-7f0040000000 rw-s 00000000 00:01 1027                       /memfd:ram (deleted)
 7f0040000000-7f0040001000 ---p 00000000 00:00 0 
@@ -418,13 +447,13 @@ mod tests {
 7ffe00000000-7ffe00021000 rw-p 00000000 00:00 0                          [stack]
 ";
 
-    fn monitor() -> ProcessMaps {
-        ProcessMaps::parse(7, MONITOR.as_bytes()).unwrap()
+    fn vmm() -> ProcessMaps {
+        ProcessMaps::parse(7, VMM.as_bytes()).unwrap()
     }
 
     #[test]
-    fn every_field_of_a_line_is_understood() {
-        let maps = monitor();
+    fn every_field_of_a_line_is_parsed() {
+        let maps = vmm();
         let image = maps.at(0x7f00_d000_0000).unwrap();
         let expected = ProcessRegion {
             addresses: 0x7f00_d000_0000..0x7f00_d000_2000,
@@ -452,14 +481,14 @@ mod tests {
     }
 
     #[test]
-    fn lines_that_go_on_with_one_file_are_one_region_and_others_are_not() {
-        let starts: Vec<_> = monitor()
+    fn only_consecutive_parts_of_one_file_are_joined() {
+        let starts: Vec<_> = vmm()
             .regions()
             .iter()
             .map(|region| region.addresses.start)
             .collect();
         let skipped = 0x7f00_d000_1000;
-        assert_eq!(starts.len(), MONITOR.lines().count() - 1);
+        assert_eq!(starts.len(), VMM.lines().count() - 1);
         assert!(!starts.contains(&skipped));
         let anonymous = "1000-2000 rw-p 00000000 00:00 0 \n2000-3000 rw-p 00000000 00:00 0 \n";
         let maps = ProcessMaps::parse(7, anonymous.as_bytes()).unwrap();
@@ -468,11 +497,11 @@ mod tests {
 
     #[rstest]
     #[case::whole("[heap]", 0x55d0_c000_0000)]
-    #[case::without_what_the_kernel_adds("/memfd:ram2", 0x7f00_4000_1000)]
+    #[case::without_the_suffix_deleted("/memfd:ram2", 0x7f00_4000_1000)]
     #[case::in_part("ram2", 0x7f00_4000_1000)]
     #[case::with_an_escape("b\\012c/vm.img", 0)]
     fn a_region_is_found_by_its_name(#[case] name: &str, #[case] start: u64) {
-        match monitor().named(name) {
+        match vmm().named(name) {
             Ok(region) => assert_eq!(region.addresses.start, start),
             Err(ProcessMapsError::Ambiguous { regions, .. }) => {
                 assert_eq!(
@@ -486,19 +515,22 @@ mod tests {
     }
 
     #[test]
-    fn a_name_that_several_regions_have_is_refused_with_all_of_them() {
-        let error = monitor().named("/memfd:ram").unwrap_err().to_string();
+    fn an_ambiguous_name_is_refused_with_all_matches() {
+        let error = vmm().named("/memfd:ram").unwrap_err().to_string();
         assert_eq!(
             error,
-            "process 7 has mapped 2 regions of which the name contains \"/memfd:ram\", give the address of the one meant:\n  \
-             0x7f0000000000-0x7f0040000000 rw-s 1048576 KiB from offset 0x0 of /memfd:ram (deleted)\n  \
-             0x7f0041000000-0x7f00c1000000 rw-s 2097152 KiB from offset 0x40000000 of /memfd:ram (deleted)"
+            "process 7 has 2 mappings whose name contains \"/memfd:ram\": \
+             give the address of one of them:\n  \
+             0x7f0000000000-0x7f0040000000 rw-s 1048576 KiB from offset 0x0 of \
+             /memfd:ram (deleted)\n  \
+             0x7f0041000000-0x7f00c1000000 rw-s 2097152 KiB from offset 0x40000000 of \
+             /memfd:ram (deleted)"
         );
     }
 
     #[test]
-    fn a_name_that_no_region_has_is_refused_with_the_largest_there_are() {
-        match monitor().named("pc.ram\x1b[2J").unwrap_err() {
+    fn an_unknown_name_is_refused_with_the_largest_regions() {
+        match vmm().named("pc.ram\x1b[2J").unwrap_err() {
             error @ ProcessMapsError::NotFound { .. } => {
                 let text = error.to_string();
                 assert!(!text.contains('\x1b'), "{text}");
@@ -509,7 +541,7 @@ mod tests {
             }
             other => panic!("{other}"),
         }
-        assert!(monitor().all_named("pc.ram").is_empty());
+        assert!(vmm().all_named("pc.ram").is_empty());
     }
 
     #[rstest]
@@ -518,13 +550,13 @@ mod tests {
     #[case(0x7f00_4000_3000, false)]
     #[case(0, false)]
     #[case(u64::MAX, false)]
-    fn a_region_is_found_by_an_address_in_it(#[case] address: u64, #[case] found: bool) {
-        assert_eq!(monitor().at(address).is_some(), found);
+    fn a_region_is_found_by_any_address_inside(#[case] address: u64, #[case] found: bool) {
+        assert_eq!(vmm().at(address).is_some(), found);
     }
 
     #[test]
-    fn the_largest_writable_memory_is_the_best_guess_and_a_device_is_none() {
-        let maps = monitor();
+    fn candidates_are_sorted_by_size_without_devices() {
+        let maps = vmm();
         let sizes: Vec<_> = maps
             .candidates()
             .iter()
@@ -537,18 +569,18 @@ mod tests {
     #[rstest]
     #[case::empty("")]
     #[case::no_end("1000 rw-p 0 00:00 0 ")]
-    #[case::nothing_in_it("1000-1000 rw-p 0 00:00 0 ")]
+    #[case::empty_range("1000-1000 rw-p 0 00:00 0 ")]
     #[case::backwards("2000-1000 rw-p 0 00:00 0 ")]
-    #[case::no_number("1000-2z00 rw-p 0 00:00 0 ")]
-    #[case::a_sign("+1000-2000 rw-p 0 00:00 0 ")]
-    #[case::a_signed_inode("1000-2000 rw-p 0 00:00 +1 ")]
+    #[case::invalid_digit("1000-2z00 rw-p 0 00:00 0 ")]
+    #[case::signed("+1000-2000 rw-p 0 00:00 0 ")]
+    #[case::signed_inode("1000-2000 rw-p 0 00:00 +1 ")]
     #[case::too_large("1000-10000000000000000 rw-p 0 00:00 0 ")]
-    #[case::odd_permissions("1000-2000 rwzp 0 00:00 0 ")]
-    #[case::more_permissions("1000-2000 rwxpp 0 00:00 0 ")]
-    #[case::no_device("1000-2000 rw-p 0 0000 0 ")]
-    #[case::a_large_device("1000-2000 rw-p 0 100000000:00 0 ")]
+    #[case::unknown_permission("1000-2000 rwzp 0 00:00 0 ")]
+    #[case::too_many_permissions("1000-2000 rwxpp 0 00:00 0 ")]
+    #[case::device_without_colon("1000-2000 rw-p 0 0000 0 ")]
+    #[case::large_device("1000-2000 rw-p 0 100000000:00 0 ")]
     #[case::no_inode("1000-2000 rw-p 0 00:00")]
-    fn a_line_that_makes_no_sense_is_named(#[case] line: &str) {
+    fn an_invalid_line_is_reported_with_its_number(#[case] line: &str) {
         let text = format!("0-1000 rw-p 00000000 00:00 0 \n{line}\n");
         match ProcessMaps::parse(7, text.as_bytes()).unwrap_err() {
             ProcessMapsError::Line { line: 2, text, .. } => assert_eq!(text, line),
@@ -558,14 +590,17 @@ mod tests {
 
     #[rstest]
     #[case::upwards(&["1000-2000", "3000-4000", "3000-6000"], &[0x1000..0x2000, 0x3000..0x6000])]
-    #[case::over_its_neighbours(&["1000-2000", "2000-3000", "3000-4000", "1000-5000"], &[0x1000..0x5000])]
-    #[case::another_began_in_it(&["1000-4000", "2000-5000"], &[0x1000..0x2000, 0x2000..0x5000])]
-    fn a_mapping_that_grew_while_the_list_was_read_is_what_it_was_last(
-        #[case] told: &[&str],
+    #[case::over_its_neighbors(
+        &["1000-2000", "2000-3000", "3000-4000", "1000-5000"],
+        &[0x1000..0x5000]
+    )]
+    #[case::another_starts_inside(&["1000-4000", "2000-5000"], &[0x1000..0x2000, 0x2000..0x5000])]
+    fn the_last_entry_of_a_growing_mapping_is_used(
+        #[case] listed: &[&str],
         #[case] expected: &[Range<u64>],
     ) {
         let line = |addresses: &&str| format!("{addresses} rw-p 00000000 00:00 0 \n");
-        let text: String = told.iter().map(line).collect();
+        let text: String = listed.iter().map(line).collect();
         let maps = ProcessMaps::parse(7, text.as_bytes()).unwrap();
         let regions = maps.regions().iter();
         let addresses: Vec<_> = regions.map(|region| region.addresses.clone()).collect();
@@ -573,7 +608,7 @@ mod tests {
     }
 
     #[test]
-    fn what_another_process_chose_as_a_name_does_not_reach_the_terminal() {
+    fn control_characters_in_names_are_escaped() {
         let name = b"/memfd:\x1b]0;\x07\r\x7f\xff\xc2\x9b\xe2\x80\xae'\\\"";
         let line = [b"1000-2000 rw-s 00000000 00:01 5     ", &name[..]].concat();
         let region = ProcessRegion::parse(&line).unwrap();
@@ -589,10 +624,11 @@ mod tests {
 
     proptest! {
         #[test]
-        fn whatever_the_list_says_is_understood_or_refused(
+        fn any_list_is_parsed_or_refused(
             text in prop::collection::vec(
                 prop_oneof![
-                    "[0-9a-f]{1,17}-[0-9a-f]{1,17} [r-][w-][x-][sp] [0-9a-f]{1,9} [0-9a-f]{2}:[0-9a-f]{2} [0-9]{1,21} {0,9}.{0,9}"
+                    "[0-9a-f]{1,17}-[0-9a-f]{1,17} [r-][w-][x-][sp] [0-9a-f]{1,9} \
+                     [0-9a-f]{2}:[0-9a-f]{2} [0-9]{1,21} {0,9}.{0,9}"
                         .prop_map(String::into_bytes),
                     prop::collection::vec(any::<u8>(), 0..60),
                 ],
@@ -600,14 +636,18 @@ mod tests {
             ),
         ) {
             if let Ok(maps) = ProcessMaps::parse(7, &text.join(&b'\n')) {
-                prop_assert!(maps.regions().is_sorted_by(|a, b| a.addresses.end <= b.addresses.start));
+                let regions = maps.regions();
+                prop_assert!(
+                    regions.is_sorted_by(|a, b| a.addresses.end <= b.addresses.start)
+                );
                 prop_assert!(maps.regions().iter().all(|region| !region.addresses.is_empty()));
             }
         }
 
         #[test]
-        fn a_region_is_what_was_written_of_it(
-            start in 0..u64::MAX / 2, size in 1..u64::MAX / 2, offset: u64, major: u32, minor: u32, inode: u64,
+        fn a_formatted_region_is_parsed_unchanged(
+            start in 0..u64::MAX / 2, size in 1..u64::MAX / 2, offset: u64,
+            major: u32, minor: u32, inode: u64,
             flags: [bool; 4], name in "(/[^\n]{0,20})?",
         ) {
             let [read, write, execute, shared] = flags;
@@ -621,7 +661,8 @@ mod tests {
             };
             let permissions = region.permissions;
             let line = format!(
-                "{start:08x}-{:08x} {permissions} {offset:08x} {major:02x}:{minor:02x} {inode}    {name}",
+                "{start:08x}-{:08x} {permissions} {offset:08x} {major:02x}:{minor:02x} \
+                 {inode}    {name}",
                 start + size
             );
             prop_assert_eq!(ProcessRegion::parse(line.as_bytes()), Some(region));

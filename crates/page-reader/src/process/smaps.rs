@@ -1,14 +1,13 @@
-//! `/proc/<pid>/smaps`: mappings with the flags that `/proc/<pid>/maps` leaves out.
+//! Mappings with the flags that only `/proc/<pid>/smaps` lists.
 
 use std::fs;
 
-use super::maps::{ProcessMapsError, ProcessRegion, printable, supersede};
+use super::maps::{ProcessMapsError, ProcessRegion, merge_newer, printable};
 
 /// A mapping of a process, with the flags that only `/proc/<pid>/smaps` lists.
 ///
-/// To list them, the kernel looks at every page of the process: 14 to 30 ms a GiB in small pages.
-/// Where flags do not matter, [`ProcessMaps`](crate::ProcessMaps) lists mappings in a fraction of
-/// that.
+/// To list them, the kernel visits every page of the process: 14 to 30 ms a GiB in small pages.
+/// [`ProcessMaps`](crate::ProcessMaps) lists mappings without flags in a fraction of that time.
 ///
 /// # Examples
 /// ```
@@ -21,9 +20,10 @@ use super::maps::{ProcessMapsError, ProcessRegion, printable, supersede};
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct FlaggedRegion {
-    /// The mapping. Unlike those of [`ProcessMaps`](crate::ProcessMaps), neighbours are not joined.
+    /// The mapping. Unlike in [`ProcessMaps`](crate::ProcessMaps), adjacent mappings are not
+    /// joined.
     pub region: ProcessRegion,
-    /// Its flags.
+    /// The flags of the mapping.
     pub flags: RegionFlags,
 }
 
@@ -53,14 +53,15 @@ impl FlaggedRegion {
     /// # Errors
     /// As for [`ProcessMaps::of`](crate::ProcessMaps::of).
     pub fn of_this_process() -> Result<Vec<Self>, ProcessMapsError> {
-        // By "self": where /proc belongs to another PID namespace, the number is another process's.
+        // By "self": if /proc belongs to another PID namespace, the number is that of another
+        // process.
         Self::list("/proc/self", std::process::id())
     }
 
     /// Returns the mappings of `process`, a directory in `/proc`.
     pub(super) fn list(process: &str, pid: u32) -> Result<Vec<Self>, ProcessMapsError> {
         let text = fs::read(format!("{process}/smaps"));
-        let text = text.map_err(|source| match super::is_not_there(&source) {
+        let text = text.map_err(|source| match super::is_not_found(&source) {
             true => ProcessMapsError::Gone { pid },
             false => ProcessMapsError::Read { pid, source },
         })?;
@@ -71,14 +72,15 @@ impl FlaggedRegion {
         let mut mappings = Vec::<Self>::new();
         let lines = text.split(|byte| *byte == b'\n').enumerate();
         for (index, line) in lines.filter(|(_, line)| !line.is_empty()) {
-            // The lines about a mapping begin with a capital letter, its first line with a digit.
+            // The first line of a mapping starts with a digit, the following ones with a capital
+            // letter.
             if !line[0].is_ascii_uppercase() {
                 let region = ProcessRegion::parse(line).ok_or_else(|| ProcessMapsError::Line {
                     pid,
                     line: index + 1,
                     text: printable(line),
                 })?;
-                supersede(&mut mappings, region.addresses.start, |before| {
+                merge_newer(&mut mappings, region.addresses.start, |before| {
                     &mut before.region.addresses
                 });
                 let flags = RegionFlags::default();
@@ -123,7 +125,7 @@ mod tests {
     #[case::write_protected("rd wr uw", RegionFlags::default())]
     #[case::huge("rd ht", RegionFlags { huge_pages: true, ..Default::default() })]
     #[case::kept("rd dc", RegionFlags { not_inherited: true, ..Default::default() })]
-    fn flags_are_those_of_the_mapping_before(#[case] words: &str, #[case] expected: RegionFlags) {
+    fn flags_belong_to_the_preceding_mapping(#[case] words: &str, #[case] expected: RegionFlags) {
         let text = format!("{HEADER}\nSize: 4 kB\nVmFlags: {words} \n2000-3000 rw-p 0 00:00 0 \n");
         let mappings = FlaggedRegion::parse(7, text.as_bytes()).unwrap();
         let flags: Vec<_> = mappings.iter().map(|mapping| mapping.flags).collect();
@@ -132,7 +134,7 @@ mod tests {
     }
 
     #[test]
-    fn an_unknown_line_is_refused_and_named() {
+    fn an_unknown_line_is_reported_with_its_number() {
         let text = format!("{HEADER}\nSize: 4 kB\nno mapping\n");
         let error = FlaggedRegion::parse(7, text.as_bytes()).unwrap_err();
         assert!(
@@ -142,7 +144,7 @@ mod tests {
     }
 
     #[test]
-    fn a_mapping_listed_twice_is_as_listed_last() {
+    fn a_repeated_mapping_is_as_listed_last() {
         let text =
             "1000-2000 rw-p 0 00:00 0 \nVmFlags: um\n1000-3000 rw-p 0 00:00 0 \nVmFlags: rd\n";
         let mappings = FlaggedRegion::parse(7, text.as_bytes()).unwrap();

@@ -1,4 +1,4 @@
-//! A process that stands still.
+//! Stops another process with ptrace.
 
 mod threads;
 
@@ -16,20 +16,23 @@ use nix::unistd::Pid;
 use crate::sys::ptrace;
 use threads::{Threads, failed, status};
 
-/// Another process, all threads of which are stopped for as long as this value lives.
+/// Another process, all of whose threads are stopped while this value exists.
 ///
-/// Dropped, the process goes on where it stood; so it does, by the kernel's care, when this process is killed. Signals sent
-/// to it meanwhile arrive then, and one that was stopped already (`SIGSTOP`) stays stopped. Nothing ends it but `SIGKILL`:
-/// reads of its memory tell then that it's [gone](crate::ProcessMemoryError::Gone). Its id isn't given to another process meanwhile: stop
-/// first, then look for its memory and read it.
+/// On drop, the process resumes where it stopped. If this process is killed, the kernel resumes it.
+/// Signals that are sent to the process meanwhile are delivered then, and a process that was
+/// stopped before (`SIGSTOP`) stays stopped. Only `SIGKILL` ends the process meanwhile. Reads of
+/// its memory then fail with [`Gone`](crate::ProcessMemoryError::Gone). Its process id is not
+/// reused meanwhile, so stop the process first, then open its memory.
 ///
-/// What stands still are the threads, by ptrace. Their memory does too, unless somebody else writes it: a process that shares it, the kernel
-/// for requests on their way (io_uring, vhost), a device. Pause the guest in its monitor where there are such. To the process it's as if it were
-/// stopped by `SIGSTOP` and continued: a few system calls that wait fail with `EINTR`, `KVM_RUN` among them, as for any signal.
+/// Ptrace stops the threads. The memory stops changing as well, unless other writers exist: a
+/// process that shares the memory, requests in the kernel (io_uring, vhost), a device. If there are
+/// such writers, pause the guest in its VMM. For the process, the effect is that of `SIGSTOP` and
+/// `SIGCONT`: a few blocking system calls fail with `EINTR`, `KVM_RUN` among them, as for any
+/// signal.
 ///
-/// Stopping needs the right to trace the process: the same user and no Yama restriction, or `CAP_SYS_PTRACE`. A process has one tracer at
-/// a time, so no debugger can look into it meanwhile. Where it's a child of this process, don't wait for it meanwhile: that would
-/// be told of the stop.
+/// Stopping requires permission to trace the process: the same user and no Yama restriction, or
+/// `CAP_SYS_PTRACE`. A process has one tracer at a time, so a debugger cannot attach meanwhile. Do
+/// not wait for a stopped child of this process, because the wait would report the stop.
 ///
 /// # Examples
 /// ```
@@ -43,7 +46,7 @@ use threads::{Threads, failed, status};
 ///     let memory = ProcessMemory::open(pid, [(stack.addresses.start, stack.size())])?;
 ///     let mut top = [1; 8];
 ///     memory.read_at(stack.size() - 8, &mut top)?;
-///     drop(stopped); // goes on
+///     drop(stopped); // resumes the process
 ///     Ok(top)
 /// }
 /// # let mut child = std::process::Command::new("sleep").arg("60").spawn()?;
@@ -57,100 +60,104 @@ use threads::{Threads, failed, status};
 /// # Ok::<(), std::io::Error>(())
 /// ```
 #[derive(Debug)]
-#[must_use = "the process goes on when this is dropped"]
+#[must_use = "the process resumes when this is dropped"]
 pub struct StoppedProcess {
     pid: u32,
     threads: usize,
     tracer: Tracer,
 }
 
-/// Why a process wasn't stopped. It runs on, all threads of it.
+/// An error of stopping a process. All threads of the process keep running.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ProcessStopError {
-    /// There's no such process, or it has ended.
-    #[error("process {pid} isn't there, or has ended")]
+    /// The process does not exist or has ended.
+    #[error("process {pid} does not exist or has ended: check the process id")]
     Gone {
-        /// The process.
+        /// The process id.
         pid: u32,
     },
-    /// It's the process that asked.
-    #[error("process {pid} is this one, which can't stop itself and go on: give the monitor's id")]
-    Itself {
-        /// The process.
-        pid: u32,
-    },
-    /// Another process traces it, and there's one tracer at a time.
+    /// The process is the calling process.
     #[error(
-        "process {pid} is traced already, by process or thread {tracer} (a debugger, strace, another capture): end that first"
+        "process {pid} is this process, which cannot stop itself: give the process id of the VMM"
+    )]
+    Itself {
+        /// The process id.
+        pid: u32,
+    },
+    /// Another process traces it. A process has one tracer at a time.
+    #[error(
+        "process {pid} is already traced by process or thread {tracer} (a debugger, strace, \
+         another capture): end the tracer first"
     )]
     Traced {
-        /// The process.
+        /// The process id.
         pid: u32,
-        /// The thread that traces it, 0 where that is outside of this process's PID namespace.
+        /// The id of the tracing thread, or 0 if it is outside of this process's PID namespace.
         tracer: u32,
     },
-    /// This process has no right to trace it.
+    /// This process may not trace the process.
     #[error("this process may not trace process {pid}: {}", remedy(*yama))]
     NotPermitted {
-        /// The process.
+        /// The process id.
         pid: u32,
-        /// What `kernel.yama.ptrace_scope` is, where there is such a thing: from 1 on it restricts tracing.
+        /// The value of `kernel.yama.ptrace_scope`, if it exists. From 1 on it restricts tracing.
         yama: Option<u32>,
     },
-    /// A thread didn't stop in the time given.
+    /// A thread did not stop within the time limit.
     #[error(
-        "thread {thread} of process {pid} didn't stop within {within:?}: {reason}; try again, or give it more time"
+        "thread {thread} of process {pid} did not stop within {within:?}, because {reason}: try \
+         again, or allow more time"
     )]
     Unresponsive {
-        /// The process.
+        /// The process id.
         pid: u32,
-        /// The thread.
+        /// The thread id.
         thread: u32,
-        /// The time it was given.
+        /// The time limit.
         within: Duration,
-        /// What the thread was doing.
+        /// The activity of the thread.
         reason: Unresponsive,
     },
-    /// The function given to [`StoppedProcess::stop_unless`] returned true.
-    #[error("process {pid} wasn't stopped: cancelled")]
+    /// The function passed to [`StoppedProcess::stop_unless`] returned `true`.
+    #[error("stopping process {pid} was cancelled")]
     Cancelled {
-        /// The process.
+        /// The process id.
         pid: u32,
     },
-    /// A call failed for a reason of its own.
-    #[error("stopping process {pid}: {operation} failed")]
+    /// A system call failed for another reason.
+    #[error("failed to stop process {pid}: {operation} failed")]
     System {
-        /// The process.
+        /// The process id.
         pid: u32,
         /// The call.
         operation: &'static str,
-        /// What the system says.
+        /// The system error.
         source: io::Error,
     },
 }
 
-/// Why a thread does not stop: [`ProcessStopError::Unresponsive`].
+/// The reason why a thread does not stop: [`ProcessStopError::Unresponsive`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Unresponsive {
-    /// It waits for a child, made by `vfork` or `posix_spawn`, to run a program or to end.
+    /// The thread waits for a child, created by `vfork` or `posix_spawn`, to execute a program or
+    /// to end.
     Vfork,
-    /// It sleeps in the kernel, where only what it waits for wakes it up: storage, most likely.
+    /// The thread sleeps in the kernel without reacting to signals, most likely for storage.
     Uninterruptible {
-        /// The function of the kernel that it sleeps in, where the kernel tells.
+        /// The kernel function in which the thread sleeps, if the kernel reports it.
         function: Option<String>,
     },
-    /// It runs, or waits for a processor; or threads come and go faster than they can be stopped.
+    /// The thread runs or waits for a processor, or threads are created faster than they can be
+    /// stopped.
     Running,
 }
 
 impl fmt::Display for Unresponsive {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Vfork => {
-                f.write_str("it waits for a child that it made by vfork to run a program or to end")
-            }
+            Self::Vfork => f.write_str("it waits for a vfork child to execute a program or to end"),
             Self::Uninterruptible {
                 function: Some(function),
             } => write!(
@@ -165,58 +172,63 @@ impl fmt::Display for Unresponsive {
     }
 }
 
-/// The time of the first attempt. A process of many threads on a busy machine may need more.
+/// The time limit of the first attempt. A process of many threads on a busy machine may need more.
 const FIRST_ATTEMPT: Duration = Duration::from_millis(100);
-/// No attempt keeps a process that doesn't stop longer than this.
-const LONGEST_ATTEMPT: Duration = Duration::from_secs(1);
-/// How often it is asked whether to give up.
-const ASK: Duration = Duration::from_millis(20);
+/// The longest time for which an unsuccessful attempt stops the process.
+const MAX_ATTEMPT: Duration = Duration::from_secs(1);
+/// The interval at which `cancelled` is called between attempts.
+const CANCEL_INTERVAL: Duration = Duration::from_millis(20);
 
-/// A process that begins to run another program seems to be gone, or out of reach, for a moment: its first thread has ended, and
-/// another takes its place.
+/// The number of tries for a process that seems to have ended.
+///
+/// A process that starts to execute another program seems to be gone, or out of reach, for a
+/// moment: its first thread has ended, and another takes its place.
 const TRIES: u32 = 3;
 
-/// What is given more time is given a day.
-const LONGEST: Duration = Duration::from_secs(24 * 3600);
+/// Longer timeouts are reduced to one day.
+const MAX_TIMEOUT: Duration = Duration::from_secs(24 * 3600);
 
 fn remedy(yama: Option<u32>) -> &'static str {
     match yama {
         None | Some(0) => "run as its user, or with CAP_SYS_PTRACE (as root)",
         Some(1) => {
-            "Yama (kernel.yama.ptrace_scope is 1) lets only its ancestors: run with CAP_SYS_PTRACE (as root)"
+            "Yama (kernel.yama.ptrace_scope is 1) allows only its ancestors: run with \
+             CAP_SYS_PTRACE (as root)"
         }
-        Some(2) => "Yama (kernel.yama.ptrace_scope is 2) demands CAP_SYS_PTRACE: run as root",
+        Some(2) => "Yama (kernel.yama.ptrace_scope is 2) requires CAP_SYS_PTRACE: run as root",
         Some(_) => {
-            "Yama forbids all tracing (kernel.yama.ptrace_scope is 3) until the machine starts anew with another setting"
+            "Yama forbids all tracing (kernel.yama.ptrace_scope is 3): change the setting and \
+             reboot"
         }
     }
 }
 
 impl StoppedProcess {
-    /// Stops process `pid`, which takes milliseconds, and gives up after `within`.
+    /// Stops process `pid`, which takes milliseconds, or gives up after `within`.
     ///
-    /// A thread that waits in the kernel stops when it returns from there. The others do not stand still
-    /// until then: after an attempt of 100 ms, or later of up to 1 s, the process runs for as long as the
-    /// attempt took, and is tried again.
+    /// A thread that waits in the kernel stops when it returns from there. The other threads are
+    /// not stopped for that long: an attempt is limited to 100 ms, later attempts to up to 1 s.
+    /// After a failed attempt, the process runs for as long as the attempt took.
     ///
     /// # Errors
-    /// The process has ended, may not be traced, is traced already, is this one, or one of its threads waits in the kernel for longer than
-    /// `within`. The process runs on then.
+    /// Returns an error if the process has ended, may not be traced, is already traced, is the
+    /// calling process, or if one of its threads waits in the kernel for longer than `within`. The
+    /// process keeps running.
     pub fn stop(pid: u32, within: Duration) -> Result<Self, ProcessStopError> {
         Self::stop_unless(pid, within, &|| false)
     }
 
-    /// The same, given up once `cancelled` returns true. It is called before each attempt, and now and
-    /// then between them.
+    /// Stops process `pid` like [`stop`](Self::stop), or gives up when `cancelled` returns `true`.
+    /// `cancelled` is called before each attempt, and regularly between attempts.
     ///
     /// # Errors
-    /// As for [`stop`](Self::stop), and [`ProcessStopError::Cancelled`]. The process runs on then.
+    /// As for [`stop`](Self::stop), and [`ProcessStopError::Cancelled`]. The process keeps running.
     pub fn stop_unless(
         pid: u32,
         within: Duration,
         cancelled: &dyn Fn() -> bool,
     ) -> Result<Self, ProcessStopError> {
-        let within = within.min(LONGEST);
+        let within = within.min(MAX_TIMEOUT);
         let deadline = Instant::now() + within;
         let left = || deadline.saturating_duration_since(Instant::now());
         let mut attempt = FIRST_ATTEMPT;
@@ -228,9 +240,9 @@ impl StoppedProcess {
                 Err(ProcessStopError::Unresponsive { .. }) if !left().is_zero() => {
                     let rest_ends = Instant::now() + attempt.min(left());
                     while Instant::now() < rest_ends && !cancelled() {
-                        thread::sleep(ASK);
+                        thread::sleep(CANCEL_INTERVAL);
                     }
-                    attempt = (attempt * 2).min(LONGEST_ATTEMPT);
+                    attempt = (attempt * 2).min(MAX_ATTEMPT);
                 }
                 Err(ProcessStopError::Unresponsive {
                     pid,
@@ -267,7 +279,7 @@ impl StoppedProcess {
         within: Duration,
         deadline: Instant,
     ) -> Result<Self, ProcessStopError> {
-        // Its own, where one of its threads was named.
+        // The id of the process, if `pid` is that of one of its other threads.
         let pid = status(pid, None)?.group;
         if pid == process::id() {
             return Err(ProcessStopError::Itself { pid });
@@ -280,13 +292,13 @@ impl StoppedProcess {
         })
     }
 
-    /// The process.
+    /// Returns the process id.
     #[must_use]
     pub fn pid(&self) -> u32 {
         self.pid
     }
 
-    /// How many threads of it were stopped.
+    /// Returns the number of stopped threads.
     #[must_use]
     pub fn threads(&self) -> usize {
         self.threads
@@ -299,21 +311,23 @@ impl Drop for StoppedProcess {
     }
 }
 
-/// The thread that traces. ptrace takes requests from no other, and the kernel lets go of all it traced when it ends.
+/// The thread that traces. ptrace accepts requests from this thread only, and the kernel detaches
+/// all traced threads when it ends.
 #[derive(Debug)]
 struct Tracer {
-    /// Dropped to have it end.
+    /// Dropped to end the thread.
     guard: Option<mpsc::Sender<Infallible>>,
     thread: Option<JoinHandle<()>>,
 }
 
-/// How much later than it should a tracer may report.
+/// The delay after the deadline that a tracer may take to report.
 const GRACE: Duration = Duration::from_secs(1);
 
 impl Tracer {
-    /// Also how many threads were stopped.
+    /// Starts a tracer, and returns it with the number of stopped threads.
     ///
-    /// An attempt takes `within`; the kernel may keep the tracer for longer, up to `deadline` at most.
+    /// An attempt takes `within`. The kernel may block the tracer for longer, at most until
+    /// `deadline`.
     fn start(
         pid: u32,
         within: Duration,
@@ -325,9 +339,9 @@ impl Tracer {
         let (first, shared) = (threads.first, Arc::clone(&threads.shared));
         let trace = move || {
             let _ = report.send(threads.stop());
-            // An error once the guard is dropped, as no message can be.
+            // Returns an error when the guard is dropped; there are no messages.
             let _ = guarded.recv();
-            threads.let_go();
+            threads.detach_all();
         };
         let thread = thread::Builder::new()
             .name("tracer".into())
@@ -345,13 +359,14 @@ impl Tracer {
                     tracer.end();
                     return Err(error);
                 }
-                // Asking to trace a thread waits while another of its process begins to run another program, which waits until those
-                // that are traced are forgotten: the tracer, which waits, can't do that.
+                // PTRACE_SEIZE blocks while another thread of the process executes a program. That
+                // thread waits until the traced threads are reaped, which the blocked tracer cannot
+                // do.
                 Err(RecvTimeoutError::Timeout) if Instant::now() < latest => {
                     let mut shared = shared.lock().unwrap_or_else(PoisonError::into_inner);
-                    shared.retain(|thread| *thread == first || !ptrace::forget_ended(*thread));
+                    shared.retain(|thread| *thread == first || !ptrace::reap_exited(*thread));
                 }
-                // It ends once the kernel lets it.
+                // The tracer ends when the kernel unblocks it.
                 Err(RecvTimeoutError::Timeout) => {
                     return Err(ProcessStopError::Unresponsive {
                         pid,
@@ -386,9 +401,9 @@ mod tests {
     #[case::off(Some(0), "run as its user, or with CAP_SYS_PTRACE")]
     #[case::ancestors(Some(1), "ptrace_scope is 1")]
     #[case::capability(Some(2), "ptrace_scope is 2")]
-    #[case::never(Some(3), "until the machine starts anew")]
-    fn who_may_not_trace_is_told_what_forbids_it(#[case] yama: Option<u32>, #[case] said: &str) {
+    #[case::never(Some(3), "change the setting and reboot")]
+    fn a_permission_error_names_the_restriction(#[case] yama: Option<u32>, #[case] expected: &str) {
         let error = ProcessStopError::NotPermitted { pid: 7, yama };
-        assert!(error.to_string().contains(said), "{error}");
+        assert!(error.to_string().contains(expected), "{error}");
     }
 }

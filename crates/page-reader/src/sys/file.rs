@@ -1,4 +1,4 @@
-//! The parts of a file that were ever written.
+//! Detection of the written parts of a file.
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
@@ -11,11 +11,12 @@ use nix::errno::Errno;
 use nix::fcntl::OFlag;
 use sparse_file::Kind;
 
-use super::mappings::Area;
+use super::mappings::Mapping;
 use super::{huge_pages, is_behind};
 use crate::populated::{PopulatedRanges, unknown};
 
-/// The parts of `range`, positions in `file`, that may hold anything but zeros. What is past its end may.
+/// Returns the parts of `range`, positions in `file`, that may hold nonzero bytes. The part past
+/// the end of the file is included.
 pub(crate) fn data(file: &File, range: Range<u64>) -> PopulatedRanges<'static> {
     match reopen(file) {
         Ok(own) => data_of(own, range),
@@ -23,7 +24,7 @@ pub(crate) fn data(file: &File, range: Range<u64>) -> PopulatedRanges<'static> {
     }
 }
 
-/// The same of a file whose position nobody else uses.
+/// Returns the same as [`data`] for a file whose position has no other users.
 pub(super) fn data_of(file: File, range: Range<u64>) -> PopulatedRanges<'static> {
     if huge_pages::is_on_hugetlbfs(&file) {
         huge_pages::data(file, range)
@@ -32,7 +33,8 @@ pub(super) fn data_of(file: File, range: Range<u64>) -> PopulatedRanges<'static>
     }
 }
 
-/// A regular file by another description: asking moves the position, which is not ours to move.
+/// Opens a regular file again. `lseek` moves the position, which is shared with other users of the
+/// same open file description.
 fn reopen(file: &File) -> io::Result<File> {
     let metadata = file.metadata()?;
     if !metadata.is_file() {
@@ -40,7 +42,7 @@ fn reopen(file: &File) -> io::Result<File> {
     }
     let own = open(&format!("/proc/self/fd/{}", file.as_raw_fd()))?;
     let reopened = own.metadata()?;
-    // What is mounted at /proc may be something else.
+    // Another file system may be mounted at /proc.
     if (reopened.dev(), reopened.ino()) == (metadata.dev(), metadata.ino()) {
         Ok(own)
     } else {
@@ -48,38 +50,41 @@ fn reopen(file: &File) -> io::Result<File> {
     }
 }
 
-/// The file that a shared mapping of `process` shows: by way of the mapping, which takes `CAP_CHECKPOINT_RESTORE`, or of a descriptor
-/// that the process still has of it. Where the process is another by now, its files aren't the one behind `area`.
-pub(super) fn file_behind(area: &Area, process: &str) -> Option<File> {
-    let Range { start, end } = area.addresses;
+/// Opens the file of a shared mapping of `process`.
+///
+/// The file is opened through the mapping, which requires `CAP_CHECKPOINT_RESTORE`, or through a
+/// descriptor of the process. If `process` denotes another program by now, none of its files is the
+/// file of the mapping.
+pub(super) fn file_behind(mapping: &Mapping, process: &str) -> Option<File> {
+    let Range { start, end } = mapping.addresses;
     let of_mapping = open(&format!("{process}/map_files/{start:x}-{end:x}"));
     of_mapping
         .ok()
-        .filter(|file| is_behind(file, area))
+        .filter(|file| is_behind(file, mapping))
         .or_else(|| {
             let descriptors = fs::read_dir(format!("{process}/fd")).ok()?;
             descriptors.flatten().find_map(|descriptor| {
                 let path = descriptor.path();
                 let metadata = fs::metadata(&path).ok()?;
-                let same = (metadata.dev(), metadata.ino()) == (area.device, area.inode);
+                let same = (metadata.dev(), metadata.ino()) == (mapping.device, mapping.inode);
                 let file = open(path.to_str().filter(|_| same && metadata.is_file())?).ok()?;
-                is_behind(&file, area).then_some(file)
+                is_behind(&file, mapping).then_some(file)
             })
         })
 }
 
-/// Without waiting, should it have become a pipe meanwhile.
+/// Opens a file without blocking if it has become a pipe.
 fn open(path: &str) -> io::Result<File> {
     let flags = (OFlag::O_NONBLOCK | OFlag::O_NOCTTY).bits();
     OpenOptions::new().read(true).custom_flags(flags).open(path)
 }
 
-/// The parts of `range` of `file`, whose position nobody else uses, that may hold anything but
-/// zeros.
+/// Returns the parts of `range` of `file`, whose position has no other users, that may hold nonzero
+/// bytes.
 ///
-/// All of it, where the file system's reports of holes are not [used](sparse_file::check_holes_are_zeros):
-/// what a guest wrote through a mapping may be in them. What is past the end may hold anything, so
-/// that reading it fails.
+/// Returns all of `range` if the file system's reports of holes are not
+/// [used](sparse_file::check_holes_are_zeros), because they may include data that a guest wrote
+/// through a mapping. The part past the end of the file is included, so that reading it fails.
 fn data_ranges(file: File, range: Range<u64>) -> PopulatedRanges<'static> {
     let mut left = range;
     let Ok(mut extents) = sparse_file::extents_in(file, left.clone()) else {
@@ -89,7 +94,7 @@ fn data_ranges(file: File, range: Range<u64>) -> PopulatedRanges<'static> {
         while !left.is_empty() {
             let (found, kind) = match extents.next() {
                 Some(Ok(extent)) => (extent.range, extent.kind),
-                // Of what the system failed to say, nothing is known.
+                // Nothing is known about ranges for which the call failed.
                 Some(Err(_)) | None => (left.clone(), Kind::Data),
             };
             left.start = found.end;

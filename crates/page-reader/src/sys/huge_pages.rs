@@ -1,8 +1,8 @@
-//! The parts of a file on hugetlbfs that hold anything but zeros.
+//! Detection of the nonzero parts of a file on hugetlbfs.
 //!
-//! hugetlbfs does not tell its holes: to `SEEK_DATA` all of a file is data. But `read(2)` gives zeros
-//! for a hole and allocates nothing, where a load through a mapping takes a huge page, or is a
-//! `SIGBUS` if none is left. So the bytes are read, up to the first that is not zero.
+//! hugetlbfs does not report holes: for `SEEK_DATA`, the whole file is data. But `read(2)` returns
+//! zeros for a hole without allocation, whereas a load through a mapping allocates a huge page, or
+//! raises `SIGBUS` if none is left. Therefore the bytes are read, up to the first nonzero one.
 
 use std::fs::File;
 use std::iter;
@@ -11,38 +11,42 @@ use std::os::unix::fs::FileExt;
 
 use nix::sys::statfs::{HUGETLBFS_MAGIC, fstatfs};
 
+use crate::host_memory::HostMemory;
 use crate::populated::PopulatedRanges;
-use crate::{HostMemory, SecretBuffer};
+use crate::secret::SecretBuffer;
 
-/// Bytes that are populated or not as a whole: the smallest huge page of common machines.
-const PIECE: u64 = 2 << 20;
-/// Bytes that are read at a time.
-const STEP: u64 = 64 << 10;
+/// The granularity of the result in bytes: the smallest huge page of common machines.
+const BLOCK_SIZE: u64 = 2 << 20;
+/// The number of bytes in one read.
+const READ_SIZE: u64 = 64 << 10;
 
-/// Returns whether `file` is on hugetlbfs; a memfd of huge pages is.
+/// Returns `true` if `file` is on hugetlbfs, which includes memfds of huge pages.
 pub(super) fn is_on_hugetlbfs(file: &File) -> bool {
     fstatfs(file).is_ok_and(|found| found.filesystem_type() == HUGETLBFS_MAGIC)
 }
 
-/// The parts of `range`, positions in `file`, that hold anything but zeros. What cannot be read may.
+/// Returns the parts of `range`, positions in `file`, that hold nonzero bytes or cannot be read.
 pub(super) fn data(file: File, range: Range<u64>) -> PopulatedRanges<'static> {
     let mut left = range;
     let mut buffer = SecretBuffer::new();
-    let pieces = iter::from_fn(move || {
+    let blocks = iter::from_fn(move || {
         if left.is_empty() {
             return None;
         }
-        let piece = left.start..(left.start / PIECE + 1).saturating_mul(PIECE).min(left.end);
-        left.start = piece.end;
-        Some((is_zero(&file, piece.clone(), &mut buffer), piece))
+        let block = left.start
+            ..(left.start / BLOCK_SIZE + 1)
+                .saturating_mul(BLOCK_SIZE)
+                .min(left.end);
+        left.start = block.end;
+        Some((is_zero(&file, block.clone(), &mut buffer), block))
     });
-    Box::new(pieces.filter_map(|(zero, piece)| (!zero).then_some(piece)))
+    Box::new(blocks.filter_map(|(zero, block)| (!zero).then_some(block)))
 }
 
-fn is_zero(file: &File, piece: Range<u64>, buffer: &mut SecretBuffer) -> bool {
-    let mut at = piece.start;
-    while at < piece.end {
-        let bytes = buffer.sized((piece.end - at).min(STEP) as usize);
+fn is_zero(file: &File, block: Range<u64>, buffer: &mut SecretBuffer) -> bool {
+    let mut at = block.start;
+    while at < block.end {
+        let bytes = buffer.sized((block.end - at).min(READ_SIZE) as usize);
         if file.read_exact_at(bytes, at).is_err() || !HostMemory::from(&*bytes).is_zero() {
             return false;
         }

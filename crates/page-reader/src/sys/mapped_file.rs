@@ -1,5 +1,5 @@
-//! A file as mappings of it are listed. On overlayfs that is another device, and may be another inode,
-//! than `fstat` tells.
+//! A file as listed in the mappings of a process. On overlayfs, device and possibly inode differ
+//! from those that `fstat` returns.
 
 #![allow(unsafe_code)]
 
@@ -14,8 +14,10 @@ use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
 
 use super::page_size;
 
-/// A mapping of the first block of a file. It may not be accessed, so that it changes nothing: a page
-/// that it brought in would be missing no more.
+/// A mapping of the first block of a file.
+///
+/// The mapping is never accessed, so that it changes nothing: an access would allocate a missing
+/// page.
 #[derive(Debug)]
 pub(crate) struct MappedFile {
     start: NonNull<libc::c_void>,
@@ -24,7 +26,8 @@ pub(crate) struct MappedFile {
 
 impl MappedFile {
     pub(crate) fn new(file: &File) -> nix::Result<Self> {
-        // A block of a file in huge pages is such a page, and no less can be mapped.
+        // The block size of a file in huge pages is that of a huge page, the smallest possible
+        // mapping.
         let block = file.metadata().map_or(0, |metadata| metadata.blksize());
         let len = usize::try_from(block.max(1).next_multiple_of(page_size()));
         let len = len
@@ -32,7 +35,7 @@ impl MappedFile {
             .and_then(NonZeroUsize::new)
             .ok_or(Errno::EOVERFLOW)?;
         let flags = MapFlags::MAP_SHARED | MapFlags::MAP_NORESERVE;
-        // SAFETY: a new mapping, where the kernel likes.
+        // SAFETY: a new mapping at an address that the kernel chooses.
         let start = unsafe { mmap(None, len, ProtFlags::PROT_NONE, flags, file, 0) }?;
         Ok(Self { start, len })
     }
@@ -44,7 +47,7 @@ impl MappedFile {
 
 impl Drop for MappedFile {
     fn drop(&mut self) {
-        // SAFETY: mapped by `new`, and nobody was handed its address but the kernel.
+        // SAFETY: mapped by `new`, and accessed by no code.
         let unmapped = unsafe { munmap(self.start, self.len.get()) };
         debug_assert_eq!(unmapped, Ok(()));
     }

@@ -1,45 +1,52 @@
-//! The mappings of a process, and what a page that isn't there means: by `/proc/self/maps`, or with flags by `/proc/<pid>/smaps`.
+//! The mappings of a process and the contents of their missing pages, from `/proc/self/maps`, or
+//! with flags from `/proc/<pid>/smaps`.
 
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, Seek};
 use std::mem;
 use std::ops::Range;
 
-use crate::process::{ProcessRegion, supersede};
+use crate::process::{ProcessRegion, merge_newer};
 
-/// One mapping.
+/// A mapping.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Area {
+pub(super) struct Mapping {
     pub(super) addresses: Range<u64>,
     pub(super) backing: Backing,
-    /// Device and inode of the file, both 0 where there is none.
+    /// Device and inode of the file; both 0 without a file.
     pub(super) device: u64,
     pub(super) inode: u64,
 }
 
-/// Where a page comes from that is touched for the first time.
+/// The contents of a page that is accessed for the first time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Backing {
-    /// A page of zeros.
+    /// Zeros.
     Anonymous,
-    /// The file, which shared anonymous memory has too; its position of the first address, in bytes.
+    /// The file, which shared anonymous memory has too. `offset` is the position in the file of the
+    /// first address.
     SharedFile { offset: u64 },
-    /// Something else.
+    /// Anything else.
     Unknown,
 }
 
-/// Flags of mappings whose missing pages are neither zeros nor the file's: filled by userfaultfd (um, ui: the reason to read smaps, as
-/// no other file says it), of a device (pf, io, mm), made by the kernel (de). From `Documentation/filesystems/proc.rst`. Huge pages (ht) are of a
-/// file always, which says what it has.
+/// Flags of mappings whose missing pages are neither zeros nor those of the file: filled by
+/// userfaultfd (um, ui), of a device (pf, io, mm), created by the kernel (de). From
+/// `Documentation/filesystems/proc.rst`.
+///
+/// Only smaps lists um and ui, which is the reason to read it. Huge pages (ht) always have a file,
+/// so they are not included.
 const UNUSUAL: [&[u8]; 6] = [b"um", b"ui", b"pf", b"io", b"mm", b"de"];
 
-/// Of this process, and soon had. What userfaultfd fills looks like any other.
-pub(super) fn without_flags() -> io::Result<Vec<Area>> {
+/// Returns the mappings of this process, quickly. Mappings filled by userfaultfd are not
+/// distinguished.
+pub(super) fn without_flags() -> io::Result<Vec<Mapping>> {
     parse(buffered(&File::open("/proc/self/maps")?), false)
 }
 
-/// The kernel looks at every page of the process for it.
-pub(super) fn with_flags(mut smaps: &File) -> io::Result<Vec<Area>> {
+/// Returns the mappings with the effect of their flags, for which the kernel visits every page of
+/// the process.
+pub(super) fn with_flags(mut smaps: &File) -> io::Result<Vec<Mapping>> {
     smaps.rewind()?;
     parse(buffered(smaps), true)
 }
@@ -48,52 +55,52 @@ fn buffered(file: &File) -> impl BufRead {
     BufReader::with_capacity(64 << 10, file)
 }
 
-fn parse(mut mappings: impl BufRead, flags_follow: bool) -> io::Result<Vec<Area>> {
-    let mut areas = Vec::<Area>::new();
-    // What the mapping is unless its flags, which come last, say that it's unusual.
+fn parse(mut text: impl BufRead, flags_follow: bool) -> io::Result<Vec<Mapping>> {
+    let mut mappings = Vec::<Mapping>::new();
+    // The backing of the mapping unless its flags, which come last, are unusual.
     let mut usual = Backing::Unknown;
     let mut line = Vec::new();
-    while mappings.read_until(b'\n', &mut line)? > 0 {
+    while text.read_until(b'\n', &mut line)? > 0 {
         if line
             .first()
             .is_some_and(|first| !first.is_ascii_uppercase())
         {
-            let mut area = header(&line).ok_or(io::ErrorKind::InvalidData)?;
-            supersede(&mut areas, area.addresses.start, |before| {
+            let mut mapping = header(&line).ok_or(io::ErrorKind::InvalidData)?;
+            merge_newer(&mut mappings, mapping.addresses.start, |before| {
                 &mut before.addresses
             });
             if flags_follow {
-                usual = mem::replace(&mut area.backing, Backing::Unknown);
+                usual = mem::replace(&mut mapping.backing, Backing::Unknown);
             }
-            areas.push(area);
+            mappings.push(mapping);
         } else if let Some(flags) = line.strip_prefix(b"VmFlags:")
-            && let Some(area) = areas.last_mut()
+            && let Some(mapping) = mappings.last_mut()
             && !words(flags).any(|flag| UNUSUAL.contains(&flag))
         {
-            area.backing = usual;
+            mapping.backing = usual;
         }
         line.clear();
     }
-    Ok(areas)
+    Ok(mappings)
 }
 
-fn header(line: &[u8]) -> Option<Area> {
+fn header(line: &[u8]) -> Option<Mapping> {
     let region = ProcessRegion::parse(line.strip_suffix(b"\n")?)?;
     let (major, minor) = region.device;
     let device = nix::sys::stat::makedev(major.into(), minor.into());
-    // Another name without a file is of the kernel's making: vdso, vvar.
+    // Other names without a file belong to mappings of the kernel: vdso, vvar.
     let name = &region.name[..];
     let of_the_process =
         [&b""[..], b"[heap]", b"[stack]"].contains(&name) || name.starts_with(b"[anon:");
     let backing = match (region.permissions.shared, region.inode, device) {
         (false, 0, 0) if of_the_process => Backing::Anonymous,
-        // A private mapping of a file shows the file's pages, and the process's own over them.
+        // A private mapping of a file has pages of the file and copies of the process.
         (false, ..) | (true, 0, _) => Backing::Unknown,
         (true, ..) => Backing::SharedFile {
             offset: region.offset,
         },
     };
-    Some(Area {
+    Some(Mapping {
         addresses: region.addresses,
         backing,
         device,
@@ -114,11 +121,11 @@ mod tests {
 
     fn backing(header: &str, flags: &str) -> Backing {
         let smaps = format!("{header}\nSize:   4 kB\nRss:    0 kB\nVmFlags: {flags} \n");
-        let [area] = &parse(smaps.as_bytes(), true).unwrap()[..] else {
+        let [mapping] = &parse(smaps.as_bytes(), true).unwrap()[..] else {
             panic!("one mapping in {smaps}")
         };
-        assert_eq!(area.addresses, 0x7f00_0000_1000..0x7f00_0000_2000);
-        area.backing
+        assert_eq!(mapping.addresses, 0x7f00_0000_1000..0x7f00_0000_2000);
+        mapping.backing
     }
 
     const ANONYMOUS: &str = "7f0000001000-7f0000002000 rw-p 00000000 00:00 0 ";
@@ -143,7 +150,7 @@ mod tests {
         "rd wr mr mw me",
         Backing::Unknown
     )]
-    fn what_a_page_that_is_not_there_means(
+    fn the_backing_depends_on_header_and_flags(
         #[case] header: &str,
         #[case] flags: &str,
         #[case] expected: Backing,
@@ -152,7 +159,7 @@ mod tests {
     }
 
     #[test]
-    fn a_mapping_whose_flags_are_not_told_is_unknown() {
+    fn a_mapping_without_flags_is_unknown() {
         let smaps = format!("{ANONYMOUS}\nSize:   4 kB\n");
         assert_eq!(
             parse(smaps.as_bytes(), true).unwrap()[0].backing,
@@ -161,25 +168,25 @@ mod tests {
     }
 
     #[test]
-    fn what_makes_no_sense_is_refused_as_a_whole() {
+    fn an_invalid_list_is_refused() {
         for flags_follow in [true, false] {
             assert!(parse(&b"7f0000001000 rw-p\n"[..], flags_follow).is_err());
         }
     }
 
     #[test]
-    fn a_mapping_that_grew_while_the_list_was_read_is_what_it_was_last() {
-        let told = |addresses: &str, flags: &str| {
+    fn the_last_entry_of_a_growing_mapping_is_used() {
+        let entry = |addresses: &str, flags: &str| {
             format!("{addresses} rw-p 00000000 00:00 0 \nVmFlags: rd wr {flags} \n")
         };
-        let smaps = told("1000-2000", "um") + &told("3000-4000", "um") + &told("3000-6000", "");
-        let areas = parse(smaps.as_bytes(), true).unwrap();
-        let areas: Vec<_> = areas
+        let smaps = entry("1000-2000", "um") + &entry("3000-4000", "um") + &entry("3000-6000", "");
+        let mappings = parse(smaps.as_bytes(), true).unwrap();
+        let mappings: Vec<_> = mappings
             .into_iter()
-            .map(|area| (area.addresses, area.backing))
+            .map(|mapping| (mapping.addresses, mapping.backing))
             .collect();
         assert_eq!(
-            areas,
+            mappings,
             [
                 (0x1000..0x2000, Backing::Unknown),
                 (0x3000..0x6000, Backing::Anonymous),
@@ -194,7 +201,7 @@ mod tests {
     #[case::named_by_the_process("[anon:guest ram]", Backing::Anonymous)]
     #[case::code_of_the_kernel("[vdso]", Backing::Unknown)]
     #[case::data_of_the_kernel("[vvar]", Backing::Unknown)]
-    fn a_name_without_a_file_says_whose_the_memory_is(
+    fn memory_without_a_file_is_classified_by_its_name(
         #[case] name: &str,
         #[case] expected: Backing,
     ) {
@@ -203,16 +210,18 @@ mod tests {
     }
 
     #[test]
-    fn without_flags_the_mappings_of_this_process_are_what_they_are_with_them() {
+    fn lists_with_and_without_flags_agree() {
         let agree = || {
             let smaps = File::open("/proc/self/smaps").unwrap();
             let (quick, thorough) = (without_flags().unwrap(), with_flags(&smaps).unwrap());
             let here = &raw const quick as u64;
-            let stack = quick.iter().find(|area| area.addresses.contains(&here));
+            let stack = quick
+                .iter()
+                .find(|mapping| mapping.addresses.contains(&here));
             assert_eq!(stack.unwrap().backing, Backing::Anonymous);
             quick == thorough
         };
-        // Other tests map memory meanwhile.
+        // Other tests may map memory between the two lists.
         assert!((0..1000).any(|_| agree()));
     }
 }

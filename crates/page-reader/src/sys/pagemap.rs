@@ -1,4 +1,4 @@
-//! `/proc/<pid>/pagemap`: the pages of private anonymous memory that were ever written.
+//! `/proc/<pid>/pagemap`: the written pages of private anonymous memory.
 
 #![allow(unsafe_code)]
 
@@ -12,34 +12,35 @@ use std::vec;
 
 use super::page_size;
 
-/// Ranges in one answer of the kernel: 6 KiB.
+/// The number of ranges in one `PAGEMAP_SCAN`: 6 KiB.
 const REGIONS: usize = 256;
-/// Entries in one read: 4 KiB, of 2 MiB in small pages.
+/// The number of entries in one read: 4 KiB, for 2 MiB in small pages.
 const ENTRIES: usize = 512;
 
-/// The addresses of populated pages: those in memory, but not the zero page, and those swapped out.
+/// An iterator over the addresses of populated pages: those in memory, except for the zero page,
+/// and those swapped out.
 #[derive(Debug)]
 pub(super) struct Scan {
     pagemap: Arc<File>,
     within: Range<u64>,
     page_size: u64,
-    /// Whole pages, still to be asked for.
+    /// Whole pages that were not queried yet.
     left: Range<u64>,
     found: vec::IntoIter<Range<u64>>,
-    ask: fn(&File, Range<u64>, u64) -> io::Result<Answer>,
+    query: fn(&File, Range<u64>, u64) -> io::Result<Found>,
 }
 
-/// What was found, and up to where.
-type Answer = (Vec<Range<u64>>, u64);
+/// The ranges found, and the end of the examined range.
+type Found = (Vec<Range<u64>>, u64);
 
 impl Scan {
-    /// `within`, bytes, is in private anonymous mappings.
+    /// Creates an iterator over `within`, a range of bytes in private anonymous mappings.
     pub(super) fn new(pagemap: Arc<File>, within: Range<u64>) -> Self {
-        Self::by(by_scan, pagemap, within)
+        Self::with_query(scan_ioctl, pagemap, within)
     }
 
-    fn by(
-        ask: fn(&File, Range<u64>, u64) -> io::Result<Answer>,
+    fn with_query(
+        query: fn(&File, Range<u64>, u64) -> io::Result<Found>,
         pagemap: Arc<File>,
         within: Range<u64>,
     ) -> Self {
@@ -51,13 +52,15 @@ impl Scan {
             page_size,
             left,
             found: Vec::new().into_iter(),
-            ask,
+            query,
         }
     }
 
-    /// Memory that went with its process while it was asked about is not empty, as the scan of older kernels has it (Linux 6.7 walks
-    /// the page tables that are left: none). An entry of it can't be read on any.
-    fn still_there(&self) -> io::Result<()> {
+    /// Returns an error if the process has ended.
+    ///
+    /// Older kernels scan the memory of a process that ended meanwhile as empty, because Linux 6.7
+    /// walks the remaining page tables, and there are none. Reading an entry fails on every kernel.
+    fn check_alive(&self) -> io::Result<()> {
         let entry = self.left.start / self.page_size * 8;
         self.pagemap.read_exact_at(&mut [0; 8], entry)
     }
@@ -74,14 +77,14 @@ impl Iterator for Scan {
             if self.left.is_empty() {
                 return None;
             }
-            let answer = (self.ask)(&self.pagemap, self.left.clone(), self.page_size);
-            let (found, end) = answer
-                .and_then(sensible(&self.left))
-                .and_then(|answer| self.still_there().map(|()| answer))
+            let result = (self.query)(&self.pagemap, self.left.clone(), self.page_size);
+            let (found, end) = result
+                .and_then(validated(&self.left))
+                .and_then(|result| self.check_alive().map(|()| result))
                 .or_else(|_| {
-                    self.ask = by_entries;
-                    by_entries(&self.pagemap, self.left.clone(), self.page_size)
-                        .and_then(sensible(&self.left))
+                    self.query = read_entries;
+                    read_entries(&self.pagemap, self.left.clone(), self.page_size)
+                        .and_then(validated(&self.left))
                 })
                 .unwrap_or_else(|_| (vec![self.left.clone()], self.left.end));
             self.found = found.into_iter();
@@ -90,13 +93,13 @@ impl Iterator for Scan {
     }
 }
 
-/// Ends within what was asked for, and later than it starts.
-fn sensible(asked: &Range<u64>) -> impl Fn(Answer) -> io::Result<Answer> {
+/// Returns a check that a result is within the queried range and advances.
+fn validated(queried: &Range<u64>) -> impl Fn(Found) -> io::Result<Found> {
     move |(found, end)| {
         let inside = found
             .iter()
-            .all(|one| asked.start <= one.start && one.start < one.end && one.end <= end);
-        if asked.start < end && end <= asked.end && inside {
+            .all(|one| queried.start <= one.start && one.start < one.end && one.end <= end);
+        if queried.start < end && end <= queried.end && inside {
             Ok((found, end))
         } else {
             Err(io::ErrorKind::InvalidData.into())
@@ -104,13 +107,13 @@ fn sensible(asked: &Range<u64>) -> impl Fn(Answer) -> io::Result<Answer> {
     }
 }
 
-/// `PAGEMAP_SCAN` (Linux 6.7): empty page tables are passed over whole.
-fn by_scan(pagemap: &File, asked: Range<u64>, _: u64) -> io::Result<Answer> {
+/// Queries with `PAGEMAP_SCAN` (Linux 6.7), which skips empty page tables.
+fn scan_ioctl(pagemap: &File, queried: Range<u64>, _: u64) -> io::Result<Found> {
     let mut regions = [ioctl::Region::default(); REGIONS];
     let mut scan = ioctl::Scan {
         size: size_of::<ioctl::Scan>() as u64,
-        start: asked.start,
-        end: asked.end,
+        start: queried.start,
+        end: queried.end,
         vec: regions.as_mut_ptr().expose_provenance() as u64,
         vec_len: REGIONS as u64,
         category_mask: ioctl::ZERO_PAGE,
@@ -119,9 +122,9 @@ fn by_scan(pagemap: &File, asked: Range<u64>, _: u64) -> io::Result<Answer> {
         return_mask: ioctl::PRESENT | ioctl::SWAPPED,
         ..Default::default()
     };
-    // SAFETY: the kernel reads and writes the structure, which is laid out as its own (asserted below) and says its size, and writes
-    // at most `vec_len` regions to `vec`: the array, which has as many, of integers only, and lives. No flag is set that would
-    // write-protect anything.
+    // SAFETY: the kernel reads and writes the structure, which has the layout of the kernel's
+    // (asserted below) and states its size. It writes at most `vec_len` regions to `vec`, a live
+    // array of that many regions of integers. No flag is set that would write-protect pages.
     let found = unsafe { ioctl::pagemap_scan(pagemap.as_raw_fd(), &raw mut scan) }?;
     let found = usize::try_from(found).map_or(0, |found| found.min(REGIONS));
     let regions = regions[..found].iter();
@@ -131,17 +134,18 @@ fn by_scan(pagemap: &File, asked: Range<u64>, _: u64) -> io::Result<Answer> {
     ))
 }
 
-/// One 64-bit entry a page, on every kernel; the zero page can't be told from others.
-fn by_entries(pagemap: &File, asked: Range<u64>, page_size: u64) -> io::Result<Answer> {
+/// Queries by one 64-bit entry for each page, which every kernel supports. The zero page is not
+/// distinguished from others.
+fn read_entries(pagemap: &File, queried: Range<u64>, page_size: u64) -> io::Result<Found> {
     /// Bits 62 and 63: swapped, present. From `Documentation/admin-guide/mm/pagemap.rst`.
     const POPULATED: u64 = 0b11 << 62;
 
-    let pages = ((asked.end - asked.start) / page_size).min(ENTRIES as u64);
+    let pages = ((queried.end - queried.start) / page_size).min(ENTRIES as u64);
     let mut bytes = [0; ENTRIES * 8];
     let bytes = &mut bytes[..pages as usize * 8];
-    pagemap.read_exact_at(bytes, asked.start / page_size * 8)?;
+    pagemap.read_exact_at(bytes, queried.start / page_size * 8)?;
     let mut found = Vec::<Range<u64>>::new();
-    let mut address = asked.start;
+    let mut address = queried.start;
     for entry in bytes.as_chunks().0 {
         let end = address + page_size;
         if u64::from_ne_bytes(*entry) & POPULATED != 0 {
@@ -203,27 +207,27 @@ mod tests {
 
     const PAGES: u64 = 3000;
 
-    fn never(_: &File, _: Range<u64>, _: u64) -> io::Result<Answer> {
+    fn unsupported(_: &File, _: Range<u64>, _: u64) -> io::Result<Found> {
         Err(io::ErrorKind::Unsupported.into())
     }
 
-    fn without_end(_: &File, asked: Range<u64>, _: u64) -> io::Result<Answer> {
-        Ok((Vec::new(), asked.start))
+    fn without_progress(_: &File, queried: Range<u64>, _: u64) -> io::Result<Found> {
+        Ok((Vec::new(), queried.start))
     }
 
-    /// More ranges than one answer holds, and answers in the middle of a range.
+    /// The mapping has more ranges than one query returns, and queries end inside of ranges.
     #[rstest]
-    #[case::by_scan(by_scan)]
-    #[case::by_entries(by_entries)]
-    #[case::without_the_call(never)]
-    #[case::with_a_call_that_does_not_get_on(without_end)]
+    #[case::scan_ioctl(scan_ioctl)]
+    #[case::read_entries(read_entries)]
+    #[case::without_the_call(unsupported)]
+    #[case::with_a_call_without_progress(without_progress)]
     fn exactly_the_pages_written_are_found(
-        #[case] ask: fn(&File, Range<u64>, u64) -> io::Result<Answer>,
+        #[case] query: fn(&File, Range<u64>, u64) -> io::Result<Found>,
         #[values(0, 100)] inward: u64,
     ) {
         let page = page_size();
         let len = ((PAGES * page) as usize).try_into().unwrap();
-        // SAFETY: a new mapping, unmapped below, to which no reference is made.
+        // SAFETY: a new mapping, unmapped below, to which no reference exists.
         let start = unsafe {
             let flags = MapFlags::MAP_PRIVATE | MapFlags::MAP_NORESERVE;
             let access = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
@@ -241,7 +245,7 @@ mod tests {
         let within = base + inward..base + PAGES * page - inward;
         let mut found = vec![false; PAGES as usize];
         let mut before = within.start;
-        for range in Scan::by(ask, pagemap, within.clone()) {
+        for range in Scan::with_query(query, pagemap, within.clone()) {
             assert!(before <= range.start && range.start < range.end && range.end <= within.end);
             before = range.end;
             let first = (range.start - base) / page;
@@ -254,22 +258,22 @@ mod tests {
     }
 
     #[test]
-    fn where_the_page_map_cannot_be_read_everything_may_be_populated() {
+    fn an_unreadable_page_map_reports_everything_populated() {
         let pagemap = Arc::new(File::open("/dev/null").unwrap());
         let found: Vec<_> = Scan::new(pagemap, 4096 + 5..65536 - 3).collect();
         assert_eq!(found, [4096 + 5..65536 - 3]);
     }
 
     #[test]
-    fn memory_that_is_gone_is_not_taken_for_empty() {
-        fn nothing(_: &File, asked: Range<u64>, _: u64) -> io::Result<Answer> {
-            Ok((Vec::new(), asked.end))
+    fn memory_of_an_ended_process_is_not_reported_as_empty() {
+        fn empty(_: &File, queried: Range<u64>, _: u64) -> io::Result<Found> {
+            Ok((Vec::new(), queried.end))
         }
 
         let mut process = Command::new("sleep").arg("60").spawn().unwrap();
         let pagemap = File::open(format!("/proc/{}/pagemap", process.id())).unwrap();
         let pagemap = Arc::new(pagemap);
-        let scan = || Scan::by(nothing, Arc::clone(&pagemap), 0..65536);
+        let scan = || Scan::with_query(empty, Arc::clone(&pagemap), 0..65536);
         assert_eq!(scan().count(), 0);
         process.kill().unwrap();
         process.wait().unwrap();

@@ -1,4 +1,7 @@
-//! Stopping the threads of another process. nix has no call that looks at a stop without taking it, and none for real-time signals.
+//! Stopping the threads of another process.
+//!
+//! nix has no call that peeks at a stop without consuming it, and does not support real-time
+//! signals.
 
 #![allow(unsafe_code)]
 
@@ -10,39 +13,46 @@ use nix::libc;
 use nix::sys::ptrace::{self, Options};
 use nix::unistd::Pid;
 
-/// How a traced thread is.
+/// The state of a traced thread.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Thread {
     Runs,
-    /// With the number of the signal that it was just to be given, or 0.
+    /// The thread is stopped. `signal` is the number of the signal that was about to be delivered,
+    /// or 0.
     Stopped {
         signal: i32,
     },
     Ended,
 }
 
-/// Traces `thread`, which goes on, for as long as the calling thread lives.
+/// Traces `thread`, without stopping it, until the calling thread ends.
 pub(crate) fn seize(thread: Pid) -> nix::Result<()> {
     ptrace::seize(thread, Options::empty())
 }
 
-/// Has `thread` stop soon, unless something else stops it before.
+/// Requests that `thread` stops.
 pub(crate) fn interrupt(thread: Pid) -> nix::Result<()> {
     ptrace::interrupt(thread)
 }
 
-/// What `thread`, traced by the calling thread, does. It's looked at and not taken: a signal whose stop was taken would be lost, were
-/// this process killed before it passes it on.
+/// Returns the state of `thread`, which the calling thread traces.
 ///
-/// `ECHILD` where it isn't traced by this process.
+/// The stop is not consumed: the signal of a consumed stop would be lost if this process were
+/// killed before it passes the signal on.
+///
+/// # Errors
+/// Returns `ECHILD` if this process does not trace the thread.
 pub(crate) fn state(thread: Pid) -> nix::Result<Thread> {
     wait(thread, libc::WEXITED | libc::WSTOPPED | libc::WNOWAIT)
 }
 
-/// Has the kernel forget `thread` if it has ended, and says whether it's forgotten: then its id may be another's, this process's own child's
-/// too. Not for the first of a process: that one is for its parent to wait for.
-pub(crate) fn forget_ended(thread: Pid) -> bool {
-    // Looked at first: a stop would be taken, whatever is asked for.
+/// Reaps `thread` if it has ended. Returns `true` if it is no longer traced: then its id may be
+/// reused, possibly by a child of this process.
+///
+/// Must not be called for the first thread of a process, which is reaped by the parent of the
+/// process.
+pub(crate) fn reap_exited(thread: Pid) -> bool {
+    // Peek first: waitid would also consume a stop.
     match state(thread) {
         Ok(Thread::Ended) => wait(thread, libc::WEXITED).is_ok(),
         Ok(_) => false,
@@ -53,7 +63,7 @@ pub(crate) fn forget_ended(thread: Pid) -> bool {
 fn wait(thread: Pid, flags: i32) -> nix::Result<Thread> {
     let mut info = MaybeUninit::<libc::siginfo_t>::zeroed();
     let flags = flags | libc::WNOHANG | libc::__WALL;
-    // SAFETY: writes at most the structure, which is this function's own.
+    // SAFETY: writes only the structure, a local variable.
     let result = unsafe {
         libc::waitid(
             libc::P_PID,
@@ -63,14 +73,14 @@ fn wait(thread: Pid, flags: i32) -> nix::Result<Thread> {
         )
     };
     Errno::result(result)?;
-    // SAFETY: integers, zeroed above and filled by waitid where it has something to tell, with these two fields then.
+    // SAFETY: integers, zeroed above. If waitid reports a change, it sets these fields.
     let (code, id, status) = unsafe {
         let info = info.assume_init();
         (info.si_code, info.si_pid(), info.si_status())
     };
     Ok(match (id, code) {
         (0, _) => Thread::Runs,
-        // With an event in the second byte it's a stop of ptrace's own, and the rest no signal to be given.
+        // An event in the second byte marks a stop of ptrace itself, without a signal to deliver.
         (_, libc::CLD_TRAPPED | libc::CLD_STOPPED) => Thread::Stopped {
             signal: if status >> 8 == 0 { status } else { 0 },
         },
@@ -78,11 +88,12 @@ fn wait(thread: Pid, flags: i32) -> nix::Result<Thread> {
     })
 }
 
-/// Lets `thread`, which is stopped, go on with `signal`, or without where that is 0.
+/// Resumes the stopped `thread` and delivers `signal`, or none if it is 0.
 pub(crate) fn detach(thread: Pid, signal: i32) -> nix::Result<()> {
     let signal = ptr::without_provenance_mut::<libc::c_void>(signal as usize);
     let no_address = ptr::null_mut::<libc::c_void>();
-    // SAFETY: the request takes the signal's number in the place of a pointer, and has no effect on this process's memory.
+    // SAFETY: the request takes the number of the signal in place of a pointer, and does not access
+    // memory of this process.
     let result = unsafe { libc::ptrace(libc::PTRACE_DETACH, thread.as_raw(), no_address, signal) };
     Errno::result(result).map(drop)
 }
@@ -99,7 +110,8 @@ mod tests {
 
     use super::*;
 
-    /// Traced by this thread, not interrupted, and stopped where a real-time signal was to end it.
+    /// Returns a child, traced by this thread, that stopped when a real-time signal was about to
+    /// end it.
     fn stopped_at_a_signal() -> (Child, i32) {
         let mut command = Command::new("cat");
         command.stdin(Stdio::piped()).stdout(Stdio::piped());
@@ -121,8 +133,8 @@ mod tests {
     }
 
     #[test]
-    fn a_signal_that_stopped_a_thread_is_passed_on_when_it_is_let_go() {
-        if !Need::Ptrace.met("a_signal_that_stopped_a_thread_is_passed_on_when_it_is_let_go") {
+    fn detaching_delivers_the_signal_of_the_stop() {
+        if !Need::Ptrace.met("detaching_delivers_the_signal_of_the_stop") {
             return;
         }
         let (mut child, signal) = stopped_at_a_signal();
@@ -131,12 +143,12 @@ mod tests {
     }
 
     #[test]
-    fn a_signal_that_stopped_a_thread_is_not_lost_when_the_tracer_dies() {
-        if !Need::Ptrace.met("a_signal_that_stopped_a_thread_is_not_lost_when_the_tracer_dies") {
+    fn the_end_of_the_tracer_delivers_the_pending_signal() {
+        if !Need::Ptrace.met("the_end_of_the_tracer_delivers_the_pending_signal") {
             return;
         }
         let (mut child, signal) = thread::spawn(stopped_at_a_signal).join().unwrap();
-        // The thread is joined a moment before the kernel lets go of what it traced.
+        // The join returns shortly before the kernel detaches the traced threads.
         let mut end = Vec::new();
         child.stdout.take().unwrap().read_to_end(&mut end).unwrap();
         assert_eq!(child.wait().unwrap().signal(), Some(signal));

@@ -1,9 +1,11 @@
-//! Whether a missing page is for userfaultfd to fill. `/proc/self/smaps` says so too, but counts all pages of the process to say it: 14 to
-//! 30 ms a GiB, against 0.1 ms here.
+//! Detection of memory that a userfaultfd fills. `/proc/self/smaps` lists it too, but visits all
+//! pages of the process: 14 to 30 ms a GiB, compared with 0.1 ms here.
 //!
-//! `UFFDIO_COPY` fails with `ENOENT` where its destination is in no mapping that is registered, with whomever. In one that is, it would
-//! next read its source, which can't be read: so it fails either way, and changes nothing. That a mapping that is
-//! registered with somebody else counts is not written down, so it's tried out first: a kernel that doesn't tell isn't believed.
+//! `UFFDIO_COPY` fails with `ENOENT` if its destination is in no mapping that is registered with
+//! any userfaultfd. In a registered mapping, the kernel next reads the source, which is unreadable
+//! here. So the call always fails, and changes nothing. It is not documented that mappings
+//! registered with another userfaultfd count, so this is tested first. Without that behavior, the
+//! result is not used.
 
 #![allow(unsafe_code)]
 
@@ -17,7 +19,7 @@ use nix::sys::mman::{MapFlags, ProtFlags, mmap_anonymous, munmap};
 
 use super::page_size;
 
-/// One that may be asked.
+/// A userfaultfd for queries.
 #[derive(Debug)]
 pub(super) struct Userfaultfd {
     fault: OwnedFd,
@@ -25,48 +27,51 @@ pub(super) struct Userfaultfd {
 }
 
 impl Userfaultfd {
-    /// `None` where the process may not have any, or the kernel doesn't tell.
-    pub(super) fn that_tells() -> Option<Self> {
-        let asked = Self {
+    /// Creates a userfaultfd, or returns `None` if the process may not have one, or if the kernel
+    /// does not detect mappings of another userfaultfd.
+    pub(super) fn probe() -> Option<Self> {
+        let uffd = Self {
             fault: open().ok()?,
             source: Unreadable::new().ok()?,
         };
-        let address = asked.source.address();
+        let address = uffd.source.address();
         let other = open().ok()?;
         register(&other, address).ok()?;
-        (!asked.leaves_alone(address)).then_some(asked)
+        (!uffd.is_unregistered(address)).then_some(uffd)
     }
 
-    /// Whether the mapping at `address`, of a page, is registered with no userfaultfd, of this process or another. Where nothing is
-    /// mapped, none has it.
-    pub(super) fn leaves_alone(&self, address: u64) -> bool {
+    /// Returns `true` if the mapping of the page at `address` is registered with no userfaultfd, of
+    /// this process or another. An unmapped page is not registered.
+    pub(super) fn is_unregistered(&self, address: u64) -> bool {
         let mut copy = ioctl::Copy {
             to: address,
             from: self.source.address(),
             len: page_size(),
             ..Default::default()
         };
-        // SAFETY: the kernel reads and writes the structure, which is laid out as its own (asserted below). It writes nothing to
-        // `to`, as `from` can't be read: `source` is mapped without any access while it lives.
+        // SAFETY: the kernel reads and writes the structure, which has the layout of the kernel's
+        // (asserted below). It writes nothing to `to`, because `from` is unreadable: `source` is
+        // mapped without access.
         let copied = unsafe { ioctl::copy(self.fault.as_raw_fd(), &raw mut copy) };
         copied == Err(Errno::ENOENT)
     }
 }
 
-/// One that sees no faults of the kernel, as anybody may have it (Linux 5.11).
+/// Opens a userfaultfd for user-mode faults only, which needs no privilege (Linux 5.11).
 fn open() -> nix::Result<OwnedFd> {
     /// `UFFD_USER_MODE_ONLY`
     const USER_MODE_ONLY: libc::c_int = 1;
     let flags = libc::O_CLOEXEC | libc::O_NONBLOCK | USER_MODE_ONLY;
     // SAFETY: the call takes flags only.
     let opened = Errno::result(unsafe { libc::syscall(libc::SYS_userfaultfd, flags) })?;
-    // SAFETY: a new descriptor, which nobody else has.
+    // SAFETY: a new descriptor, which has no other owner.
     let fault = unsafe { OwnedFd::from_raw_fd(opened as libc::c_int) };
     let mut api = ioctl::Api {
         api: ioctl::API,
         ..Default::default()
     };
-    // SAFETY: the kernel reads and writes the structure, which is laid out as its own. No feature is asked for.
+    // SAFETY: the kernel reads and writes the structure, which has the layout of the kernel's. No
+    // feature is requested.
     unsafe { ioctl::api(fault.as_raw_fd(), &raw mut api) }?;
     Ok(fault)
 }
@@ -78,20 +83,21 @@ fn register(fault: &OwnedFd, address: u64) -> nix::Result<()> {
         mode: ioctl::MISSING,
         ..Default::default()
     };
-    // SAFETY: the kernel reads and writes the structure, which is laid out as its own. Nobody waits for the page that it's about: only
-    // `Unreadable` is registered, which no access gets as far as to be missing.
+    // SAFETY: the kernel reads and writes the structure, which has the layout of the kernel's. No
+    // access waits for the page: only `Unreadable` is registered, whose accesses fail before they
+    // are page faults.
     unsafe { ioctl::register(fault.as_raw_fd(), &raw mut register) }?;
     Ok(())
 }
 
-/// A page that may not be accessed.
+/// A page without access permissions.
 #[derive(Debug)]
 struct Unreadable(NonNull<libc::c_void>);
 
 impl Unreadable {
     fn new() -> nix::Result<Self> {
         let none = ProtFlags::PROT_NONE;
-        // SAFETY: a new mapping, where the kernel likes.
+        // SAFETY: a new mapping at an address that the kernel chooses.
         unsafe { mmap_anonymous(None, len(), none, MapFlags::MAP_PRIVATE) }.map(Self)
     }
 
@@ -102,7 +108,7 @@ impl Unreadable {
 
 impl Drop for Unreadable {
     fn drop(&mut self) {
-        // SAFETY: mapped by `new`, and nobody was handed its address but the kernel.
+        // SAFETY: mapped by `new`, and accessed by no code.
         let unmapped = unsafe { munmap(self.0, len().get()) };
         debug_assert_eq!(unmapped, Ok(()));
     }
@@ -165,7 +171,8 @@ mod tests {
     use std::sync::Mutex;
     use test_machine::Need;
 
-    /// One test at a time: the kernel joins two pages of which neither is registered, and registers them as one.
+    /// Serializes the tests: the kernel merges two adjacent pages, neither of which is registered,
+    /// and registers them as one.
     static TURN: Mutex<()> = Mutex::new(());
 
     /// `struct uffdio_range`
@@ -177,41 +184,41 @@ mod tests {
 
     nix::ioctl_read!(unregister, 0xaa, 0x01, Range);
 
-    fn asked(test: &str) -> Option<Userfaultfd> {
-        let asked = Userfaultfd::that_tells();
+    fn uffd(test: &str) -> Option<Userfaultfd> {
+        let uffd = Userfaultfd::probe();
         assert!(
-            asked.is_some() || !Need::Userfaultfd.met(test),
-            "there is one, and it tells nothing"
+            uffd.is_some() || !Need::Userfaultfd.met(test),
+            "a userfaultfd exists, but the probe failed"
         );
-        asked
+        uffd
     }
 
     #[test]
-    fn what_another_has_is_told_from_what_nobody_has() {
+    fn registrations_with_another_userfaultfd_are_detected() {
         let _turn = TURN.lock();
-        let Some(asked) = asked("what_another_has_is_told_from_what_nobody_has") else {
+        let Some(uffd) = uffd("registrations_with_another_userfaultfd_are_detected") else {
             return;
         };
         let page = Unreadable::new().unwrap();
-        assert!(asked.leaves_alone(page.address()));
+        assert!(uffd.is_unregistered(page.address()));
         let other = open().unwrap();
         register(&other, page.address()).unwrap();
-        assert!(!asked.leaves_alone(page.address()));
-        // By more than closing: a child that another test has just forked may have the descriptor too.
+        assert!(!uffd.is_unregistered(page.address()));
+        // Closing is not sufficient: a child that another test forks may inherit the descriptor.
         let mut range = Range {
             start: page.address(),
             len: page_size(),
         };
-        // SAFETY: the kernel reads the structure, which is laid out as its own.
+        // SAFETY: the kernel reads the structure, which has the layout of the kernel's.
         unsafe { unregister(other.as_raw_fd(), &raw mut range) }.unwrap();
-        assert!(asked.leaves_alone(page.address()));
+        assert!(uffd.is_unregistered(page.address()));
     }
 
     #[test]
-    fn smaps_is_read_only_where_userfaultfd_has_what_is_asked_for() {
-        let name = "smaps_is_read_only_where_userfaultfd_has_what_is_asked_for";
+    fn smaps_is_read_only_for_registered_memory() {
+        let name = "smaps_is_read_only_for_registered_memory";
         let _turn = TURN.lock();
-        if asked(name).is_none() {
+        if uffd(name).is_none() {
             return;
         }
         let (free, taken) = (Unreadable::new().unwrap(), Unreadable::new().unwrap());

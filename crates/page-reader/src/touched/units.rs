@@ -1,4 +1,4 @@
-//! A set of units of RAM as a compressed bitmap: equal words that follow each other are kept once.
+//! A set of units of RAM as a run-length encoded bitmap.
 
 use std::ops::Range;
 
@@ -6,28 +6,29 @@ use super::UNIT;
 
 const BITS: u64 = u64::BITS as u64;
 
-/// Units of [`UNIT`] bytes, by their number.
+/// A set of units of [`UNIT`] bytes.
 ///
-/// A range takes at most three entries, and 64 units at most one: the memory grows with what is in the set, and not with
-/// the RAM.
+/// A range takes at most three entries, and 64 units at most one. The memory depends on the
+/// contents of the set, not on the size of the RAM.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(super) struct Units {
-    /// Ascending. No two that follow each other have the same bits. Behind the last, no unit is in the set.
-    words: Vec<Words>,
+pub(super) struct UnitSet {
+    /// Ascending. Adjacent entries have different bits. No unit after the last entry is in the set.
+    words: Vec<WordRun>,
 }
 
-/// Words of 64 units each that have the same bits, from the end of the entry before on.
+/// Consecutive words of 64 units with the same bits, from the end of the previous entry.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Words {
+struct WordRun {
     end: u64,
     bits: u64,
 }
 
-impl Units {
-    /// Returns the units that any of the byte ranges touches. A list of ranges is made only where they do not ascend.
+impl UnitSet {
+    /// Returns the units that overlap any of the byte ranges. Ranges that are not ascending are
+    /// collected and sorted.
     pub(super) fn of(ranges: impl Iterator<Item = Range<u64>>) -> Self {
         let mut units = Self::default();
-        // Where the last range started, in bytes, and where the units end that are in the set.
+        // The start of the last range in bytes, and the end of the units in the set.
         let (mut last, mut end) = (0, 0);
         let mut ranges = ranges.filter(|range| !range.is_empty());
         while let Some(range) = ranges.next() {
@@ -60,7 +61,7 @@ impl Units {
         ranges
     }
 
-    /// Adds units that follow all those in the set.
+    /// Adds units after all units in the set.
     fn push(&mut self, units: &Range<u64>) {
         let last = units.end - 1;
         let head = u64::MAX << (units.start % BITS);
@@ -75,7 +76,7 @@ impl Units {
         }
     }
 
-    /// Adds these bits to words of which the first may be the last that has any.
+    /// Adds bits to words, the first of which may be the last word in the set.
     fn set(&mut self, words: Range<u64>, bits: u64) {
         let shared = self.words.pop_if(|last| last.end > words.start);
         let before = shared.map_or(0, |shared| shared.bits);
@@ -86,17 +87,17 @@ impl Units {
         self.extend(words.end, bits);
     }
 
-    /// The words from the last entry to `end` have these bits.
+    /// Sets the bits of the words from the last entry to `end`.
     fn extend(&mut self, end: u64, bits: u64) {
         match self.words.last_mut() {
             Some(last) if last.end >= end => {}
             Some(last) if last.bits == bits => last.end = end,
             _ if end == 0 => {}
-            _ => self.words.push(Words { end, bits }),
+            _ => self.words.push(WordRun { end, bits }),
         }
     }
 
-    /// Returns whether a unit is in the set, and the next one of which the opposite is true.
+    /// Returns whether a unit is in the set, and the next unit for which the opposite holds.
     pub(super) fn run(&self, unit: u64) -> (bool, u64) {
         let word = unit / BITS;
         let entry = self.words.partition_point(|entry| entry.end <= word);
@@ -104,7 +105,7 @@ impl Units {
         let here = rest.peek().map_or(0, |entry| entry.bits);
         let present = here >> (unit % BITS) & 1 == 1;
         let ends = |bits: u64| if present { !bits } else { bits };
-        // What is before the unit in its word does not count.
+        // Bits before the unit do not count.
         let behind = ends(here) & u64::MAX << (unit % BITS);
         if behind != 0 {
             return (present, word * BITS + u64::from(behind.trailing_zeros()));
@@ -129,7 +130,7 @@ mod tests {
 
     const UNITS: u64 = 1000;
 
-    fn runs(units: &Units) -> Vec<Range<u64>> {
+    fn runs(units: &UnitSet) -> Vec<Range<u64>> {
         let (mut runs, mut at) = (Vec::new(), 0);
         while at < UNITS {
             let (present, end) = units.run(at);
@@ -144,7 +145,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn every_unit_is_in_the_set_as_in_a_list_of_flags(
+        fn a_set_agrees_with_a_list_of_flags(
             steps in prop::collection::vec((0..140_u64, 0..200_u64, 0..UNIT), 0..12),
         ) {
             let (mut ranges, mut at) = (Vec::new(), 0);
@@ -161,7 +162,7 @@ mod tests {
                     flags[unit as usize] = true;
                 }
             }
-            let units = Units::of(ranges.into_iter());
+            let units = UnitSet::of(ranges.into_iter());
             for unit in 0..UNITS {
                 let present = flags[unit as usize];
                 let end = (unit..UNITS).find(|at| flags[*at as usize] != present);
@@ -175,18 +176,18 @@ mod tests {
     }
 
     #[test]
-    fn memory_is_for_what_is_in_the_set_and_not_for_the_ram() {
+    fn memory_depends_on_the_set_not_on_the_ram_size() {
         const RAM: u64 = 1 << 52;
-        assert!(Units::of(std::iter::empty()).words.is_empty());
+        assert!(UnitSet::of(std::iter::empty()).words.is_empty());
         let far = [0..RAM / 2, RAM - 1..RAM];
-        let units = Units::of(far.into_iter());
+        let units = UnitSet::of(far.into_iter());
         assert!(units.words.len() <= 6, "{units:?}");
         assert_eq!(units.run(0), (true, RAM / 2 / UNIT));
         assert_eq!(units.run(RAM / 2 / UNIT), (false, RAM / UNIT - 1));
-        // Every other page, of so much RAM.
+        // Every other page.
         let pages = 64 << 10;
         let scattered = (0..pages).map(|page| 2 * page * UNIT..(2 * page + 1) * UNIT);
-        let units = Units::of(scattered);
+        let units = UnitSet::of(scattered);
         assert!(units.words.len() as u64 <= 2 * pages / BITS + 1);
     }
 }

@@ -1,4 +1,4 @@
-//! The threads of a process, all of them stopped: the part of it that runs on the thread that traces.
+//! Stops all threads of a process. This code runs on the tracing thread.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -12,28 +12,29 @@ use nix::libc;
 use nix::unistd::Pid;
 
 use super::{ProcessStopError, TRIES, Unresponsive};
-use crate::process::is_not_there;
+use crate::process::is_not_found;
 use crate::sys::ptrace;
 
-/// Until it is looked again, at first.
-const SOON: Duration = Duration::from_micros(20);
+/// The initial interval between two polls.
+const FIRST_POLL: Duration = Duration::from_micros(20);
 
-/// The threads of a process, as the thread that traces them knows them.
+/// The threads of a process, as seen by the tracing thread.
 pub(super) struct Threads {
     pid: u32,
-    /// Its id is the process's.
+    /// The first thread, whose id is the process id.
     pub(super) first: Pid,
     within: Duration,
     deadline: Instant,
-    known: BTreeMap<Pid, Known>,
-    /// All that were ever traced, and are not forgotten. Locked while one is.
+    known: BTreeMap<Pid, Tracking>,
+    /// All threads that were traced and not reaped. Locked while one is reaped.
     pub(super) shared: Arc<Mutex<Vec<Pid>>>,
 }
 
+/// The tracing state of a thread.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Known {
+enum Tracking {
     Traced(ptrace::Thread),
-    /// Ended before it could be traced. Its id may be a new thread's next.
+    /// The thread ended before it could be traced. Its id may be reused for a new thread.
     Ended,
 }
 
@@ -53,10 +54,11 @@ impl Threads {
         self.shared.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Stops all of them, and says how many that are.
+    /// Stops all threads, and returns their number.
     ///
-    /// Threads that run make new ones meanwhile. When a list is taken while all that are known stand still, with all in it that the kernel counts, and
-    /// nothing in it is new or about to vanish, there's none left that could.
+    /// Running threads create new ones. No further thread can exist once a list of threads is taken
+    /// while all known threads are stopped, the list has as many entries as the kernel counts, and
+    /// no entry is new or about to end.
     pub(super) fn stop(&mut self) -> Result<usize, ProcessStopError> {
         loop {
             let in_flux = self.trace_all()?;
@@ -65,25 +67,28 @@ impl Threads {
                 (_, true) if self.deadline <= Instant::now() => {
                     return Err(self.unresponsive(self.first));
                 }
-                (_, true) => thread::sleep(SOON),
+                (_, true) => thread::sleep(FIRST_POLL),
                 (0, false) => return Err(ProcessStopError::Gone { pid: self.pid }),
                 (stopped, false) => return Ok(stopped),
             }
         }
     }
 
-    /// Whether there may be others: where there was a new one, or one that ends, or fewer than there are. The kernel's list breaks off at a thread that
-    /// vanishes while it is taken, whatever comes after, and may have that thread or not. (Only the first stays for as long as there are others.)
+    /// Traces all listed threads, and returns `true` if there may be others.
+    ///
+    /// There may be others if an entry was new or is ending, or if the list is incomplete. The
+    /// kernel ends the list early at a thread that ends while the list is taken, and may or may not
+    /// include that thread. Only the first thread stays listed for as long as there are others.
     fn trace_all(&mut self) -> Result<bool, ProcessStopError> {
         let list = self.list()?;
         let mut in_flux = status(self.pid, None)?.threads != list.len();
         for thread in list {
             let known = self.known.get(&thread).copied();
-            if matches!(known, Some(Known::Traced(_))) {
+            if matches!(known, Some(Tracking::Traced(_))) {
                 continue;
             }
             let now = self.trace(thread)?;
-            in_flux |= known != Some(now) || (now == Known::Ended && thread != self.first);
+            in_flux |= known != Some(now) || (now == Tracking::Ended && thread != self.first);
             self.known.insert(thread, now);
         }
         Ok(in_flux)
@@ -103,25 +108,25 @@ impl Threads {
         list().map_err(failed(pid, "listing its threads"))
     }
 
-    fn trace(&self, thread: Pid) -> Result<Known, ProcessStopError> {
+    fn trace(&self, thread: Pid) -> Result<Tracking, ProcessStopError> {
         let pid = self.pid;
         for _ in 0..TRIES {
             match ptrace::seize(thread) {
                 Ok(()) => {
                     self.shared().push(thread);
-                    // Fails where it's about to end, which is told then.
+                    // Fails if the thread is about to end, which is reported later.
                     let _ = ptrace::interrupt(thread);
-                    return Ok(Known::Traced(ptrace::Thread::Runs));
+                    return Ok(Tracking::Traced(ptrace::Thread::Runs));
                 }
-                Err(Errno::ESRCH) => return Ok(Known::Ended),
-                // It has ended, is traced already, or may not be.
+                Err(Errno::ESRCH) => return Ok(Tracking::Ended),
+                // It has ended, is already traced, or may not be traced.
                 Err(Errno::EPERM) => match status(pid, Some(thread)) {
-                    Ok(status) if status.has_ended => return Ok(Known::Ended),
+                    Ok(status) if status.has_ended => return Ok(Tracking::Ended),
                     Ok(Status { tracer: 0, .. }) => {}
                     Ok(Status { tracer, .. }) => {
                         return Err(ProcessStopError::Traced { pid, tracer });
                     }
-                    Err(ProcessStopError::Gone { .. }) => return Ok(Known::Ended),
+                    Err(ProcessStopError::Gone { .. }) => return Ok(Tracking::Ended),
                     Err(error) => return Err(error),
                 },
                 Err(errno) => return Err(failed(pid, "PTRACE_SEIZE")(errno.into())),
@@ -132,14 +137,15 @@ impl Threads {
         Err(ProcessStopError::NotPermitted { pid, yama })
     }
 
-    /// How many stand still, and whether one isn't traced any more.
+    /// Waits until no traced thread runs. Returns the number of stopped threads, and whether a
+    /// thread is no longer traced.
     fn wait_for_all(&mut self) -> Result<(usize, bool), ProcessStopError> {
-        let mut pause = SOON;
+        let mut pause = FIRST_POLL;
         let mut lost_some = false;
         loop {
             let (mut stopped, mut running) = (0, None);
             for thread in self.traced() {
-                let state = self.look_at(thread)?;
+                let state = self.poll(thread)?;
                 match state {
                     Some(ptrace::Thread::Runs) => running = Some(thread),
                     Some(ptrace::Thread::Stopped { .. }) => stopped += 1,
@@ -147,13 +153,14 @@ impl Threads {
                 }
                 lost_some |= state.is_none();
                 match state {
-                    Some(state) => self.known.insert(thread, Known::Traced(state)),
+                    Some(state) => self.known.insert(thread, Tracking::Traced(state)),
                     None => self.known.remove(&thread),
                 };
-                // It may be the first by now, having run another program while it was about to be traced: by that id nobody asked it to
-                // stop. (No other process's thread can be: ptrace takes this from its tracer alone.)
+                // The thread may have executed another program while it was being traced, and be
+                // the first thread now. It was not interrupted under that id. (ptrace accepts this
+                // call from the tracer only, so no thread of another process is affected.)
                 if state.is_none() && ptrace::interrupt(self.first).is_ok() {
-                    let first = Known::Traced(ptrace::Thread::Runs);
+                    let first = Tracking::Traced(ptrace::Thread::Runs);
                     self.known.insert(self.first, first);
                 }
             }
@@ -180,22 +187,25 @@ impl Threads {
     }
 
     fn traced(&self) -> Vec<Pid> {
-        let traced =
-            |(thread, known): (&Pid, &Known)| matches!(known, Known::Traced(_)).then_some(*thread);
+        let traced = |(thread, known): (&Pid, &Tracking)| {
+            matches!(known, Tracking::Traced(_)).then_some(*thread)
+        };
         self.known.iter().filter_map(traced).collect()
     }
 
-    /// `None` where it isn't traced any more.
-    fn look_at(&self, thread: Pid) -> Result<Option<ptrace::Thread>, ProcessStopError> {
+    /// Returns the state of a thread, or `None` if it is no longer traced.
+    fn poll(&self, thread: Pid) -> Result<Option<ptrace::Thread>, ProcessStopError> {
         match ptrace::state(thread) {
-            // A thread that runs another program waits until all others are forgotten, and takes on the id of the first.
+            // A thread that executes another program waits until all others are reaped, and takes
+            // over the id of the first.
             Ok(ptrace::Thread::Ended) if thread != self.first => {
                 self.shared()
-                    .retain(|other| *other != thread || !ptrace::forget_ended(thread));
+                    .retain(|other| *other != thread || !ptrace::reap_exited(thread));
                 Ok(None)
             }
-            // The end of the first isn't told before the others ended; and where the process is a child of this one, another that takes
-            // its place isn't told from it.
+            // The end of the first thread is not reported before the others have ended. If the
+            // process is a child of this process, a thread that takes its place cannot be
+            // distinguished from it.
             Ok(ptrace::Thread::Runs) if thread == self.first => Ok(match status(self.pid, None) {
                 Ok(status) if status.has_ended => Some(ptrace::Thread::Ended),
                 Ok(Status { tracer: 0, .. }) => None,
@@ -210,37 +220,40 @@ impl Threads {
         }
     }
 
-    /// Those that aren't stopped, or can't be let go for they were killed, the kernel lets go when this thread ends.
-    pub(super) fn let_go(&self) {
+    /// Detaches all stopped threads.
+    ///
+    /// The kernel detaches the remaining ones, which are not stopped or were killed, when this
+    /// thread ends.
+    pub(super) fn detach_all(&self) {
         for (thread, known) in &self.known {
-            if let Known::Traced(ptrace::Thread::Stopped { signal }) = known {
+            if let Tracking::Traced(ptrace::Thread::Stopped { signal }) = known {
                 let _ = ptrace::detach(*thread, *signal);
             }
         }
     }
 }
 
-/// What `/proc` says of a thread.
+/// The state of a thread according to `/proc`.
 pub(super) struct Status {
-    /// The process it is of.
+    /// The id of its process.
     pub(super) group: u32,
     has_ended: bool,
-    /// It sleeps where no signal wakes it up.
+    /// It sleeps without reacting to signals.
     is_uninterruptible: bool,
-    /// 0 for none.
+    /// The id of its tracer, or 0.
     tracer: u32,
-    /// That its process has, those included that have ended and were not waited for.
+    /// The number of threads of its process, including those that have ended and were not reaped.
     threads: usize,
 }
 
-/// Of a process, or of one of its threads.
+/// Returns the state of a process, or of one of its threads.
 pub(super) fn status(pid: u32, thread: Option<Pid>) -> Result<Status, ProcessStopError> {
     let path = match thread {
         None => format!("/proc/{pid}/status"),
         Some(thread) => format!("/proc/{pid}/task/{thread}/status"),
     };
     let text = fs::read(path).map_err(failed(pid, "reading its status"))?;
-    // The name, on the first line, is whatever the process likes, but has no line feed.
+    // The process chooses its name, on the first line, but the name has no line feed.
     let text = String::from_utf8_lossy(&text);
     let value = |key: &str| {
         let line = text.lines().find_map(|line| line.strip_prefix(key));
@@ -256,7 +269,7 @@ pub(super) fn status(pid: u32, thread: Option<Pid>) -> Result<Status, ProcessSto
     })
 }
 
-/// What a thread that does not stop is doing.
+/// Returns the activity of a thread that does not stop.
 pub(super) fn reason(pid: u32, thread: Pid) -> Unresponsive {
     if !status(pid, Some(thread)).is_ok_and(|status| status.is_uninterruptible) {
         return Unresponsive::Running;
@@ -267,18 +280,18 @@ pub(super) fn reason(pid: u32, thread: Pid) -> Unresponsive {
     let number = call.next().and_then(|number| number.parse().ok());
     let flags = call.next().and_then(|flags| flags.strip_prefix("0x"));
     let flags = flags.and_then(|flags| libc::c_long::from_str_radix(flags, 16).ok());
-    if number.is_some_and(|number| makes_a_child(number, flags.unwrap_or(0))) {
+    if number.is_some_and(|number| is_vfork(number, flags.unwrap_or(0))) {
         return Unresponsive::Vfork;
     }
-    // "0" where the kernel doesn't tell.
+    // "0" if the kernel does not report it.
     let function = read("wchan")
         .ok()
         .filter(|name| !matches!(&name[..], "" | "0"));
     Unresponsive::Uninterruptible { function }
 }
 
-/// Whether it's a call that waits for a child to run a program: the only wait of such a call.
-fn makes_a_child(call: libc::c_long, flags: libc::c_long) -> bool {
+/// Returns `true` if a call blocks only to wait for a child to execute a program.
+fn is_vfork(call: libc::c_long, flags: libc::c_long) -> bool {
     #[cfg(target_arch = "x86_64")]
     if call == libc::SYS_vfork {
         return true;
@@ -292,7 +305,7 @@ pub(super) fn failed(
     operation: &'static str,
 ) -> impl FnOnce(io::Error) -> ProcessStopError {
     move |source| {
-        if is_not_there(&source) {
+        if is_not_found(&source) {
             ProcessStopError::Gone { pid }
         } else {
             ProcessStopError::System {

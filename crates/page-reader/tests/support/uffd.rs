@@ -1,4 +1,4 @@
-//! Memory whose missing pages are somebody else's to fill.
+//! Registration of memory with a userfaultfd.
 
 use std::fs::File;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
@@ -36,13 +36,14 @@ mod ioctl {
     nix::ioctl_read!(unregister, 0xaa, 0x01, super::Range);
 }
 
-/// Memory registered for missing pages, until this is dropped.
+/// Memory that is registered for page faults until this value is dropped.
 pub(crate) struct Registered {
     fault: OwnedFd,
     range: Range,
 }
 
-/// By more than closing: a child that another test has just forked may have the descriptor too.
+/// Unregisters the memory. Closing is not sufficient: a child that another test forks may inherit
+/// the descriptor.
 impl Drop for Registered {
     fn drop(&mut self) {
         // SAFETY: the kernel reads the structure.
@@ -50,12 +51,13 @@ impl Drop for Registered {
     }
 }
 
-/// Registers the first `len` bytes. Nothing answers their faults.
+/// Registers the first `len` bytes for missing pages. Their faults are not handled.
 pub(crate) fn register_missing(mapping: &Mapping, len: usize) -> Registered {
     register(mapping, len, 1, 0)
 }
 
-/// Registers the first `len` bytes of shared memory for pages that the file has and the mapping does not.
+/// Registers the first `len` bytes of shared memory for pages that the file has and the mapping
+/// does not have.
 pub(crate) fn register_minor(mapping: &Mapping, len: usize) -> Registered {
     // UFFDIO_REGISTER_MODE_MINOR, UFFD_FEATURE_MINOR_SHMEM
     register(mapping, len, 4, 1 << 10)
@@ -75,8 +77,8 @@ fn register(mapping: &Mapping, len: usize, mode: u64, features: u64) -> Register
         mode,
         ioctls: 0,
     };
-    // SAFETY: USERFAULTFD_IOC_NEW gives a descriptor that is nobody else's; the others read and write structures of their own. No access to
-    // the range is made while it's registered.
+    // SAFETY: USERFAULTFD_IOC_NEW returns a descriptor without another owner. The other calls read
+    // and write local structures. The range is not accessed while it is registered.
     unsafe {
         let fault = OwnedFd::from_raw_fd(ioctl::new(device.as_raw_fd()).unwrap());
         ioctl::api(fault.as_raw_fd(), &raw mut api).unwrap();

@@ -1,6 +1,12 @@
-//! A guest's bytes, and mappings to hold them.
+//! Guest memory for tests, and mappings that hold it.
 
-#![allow(dead_code, unsafe_code)] // each test binary uses its part
+#![allow(
+    dead_code,
+    unused_imports,
+    unused_macros,
+    reason = "each test binary uses a part"
+)]
+#![allow(unsafe_code)]
 
 use std::num::NonZeroUsize;
 use std::ops::Range;
@@ -12,27 +18,47 @@ use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap_anonymous, m
 use page_reader::HostMemory;
 
 #[cfg(target_os = "linux")]
+pub(crate) mod child;
+#[cfg(target_os = "linux")]
+pub(crate) mod populated;
+#[cfg(target_os = "linux")]
+pub(crate) mod target;
+#[cfg(target_os = "linux")]
 pub(crate) mod uffd;
+
+/// Returns from the test `$test` if the machine lacks `$need`.
+#[cfg(target_os = "linux")]
+macro_rules! need {
+    ($need:ident, $test:expr) => {
+        if !test_machine::Need::$need.met($test) {
+            return;
+        }
+    };
+}
+
+#[cfg(target_os = "linux")]
+pub(crate) use need;
 
 pub(crate) const PAGE: usize = 4096;
 
-/// Large mappings are of address space only.
+/// Large mappings reserve address space only.
 const NO_RESERVE: MapFlags = MapFlags::MAP_NORESERVE;
 
-/// Bytes of which no two neighbouring pages, and no two words of a page, are alike.
+/// Returns bytes in which adjacent pages differ, and adjacent words of a page differ.
 pub(crate) fn pattern(len: usize) -> Vec<u8> {
     (0..len)
         .map(|i| ((i as u64 + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 56) as u8)
         .collect()
 }
 
-/// Anonymous memory, shared with forked children or private to each.
+/// Anonymous memory, shared with forked children or private to each process.
 ///
-/// What is private lies between guard pages: the kernel joins neighbours that are alike, also those of two tests, and then tells of both as one.
+/// Private memory is between guard pages: the kernel merges adjacent mappings of the same kind,
+/// also those of two tests, and then lists them as one.
 pub(crate) struct Mapping {
     start: NonNull<libc::c_void>,
     len: usize,
-    /// Bytes, on either side.
+    /// The size of the guard on each side in bytes.
     guard: usize,
 }
 
@@ -51,7 +77,7 @@ impl Mapping {
         mapping
     }
 
-    /// Address space to grow into.
+    /// Reserves address space.
     pub(crate) fn inaccessible(len: usize) -> Self {
         Self::reserved(len, 0, MapFlags::MAP_PRIVATE | NO_RESERVE)
     }
@@ -69,7 +95,7 @@ impl Mapping {
 
     fn reserved(len: usize, guard: usize, flags: MapFlags) -> Self {
         let whole = NonZeroUsize::new(len + 2 * guard).unwrap();
-        // SAFETY: a new mapping, where the kernel likes.
+        // SAFETY: a new mapping at an address that the kernel chooses.
         let start = unsafe { mmap_anonymous(None, whole, ProtFlags::PROT_NONE, flags) }.unwrap();
         // SAFETY: inside the mapping.
         let start = unsafe { start.byte_add(guard) };
@@ -78,7 +104,7 @@ impl Mapping {
 
     pub(crate) fn write(&self, bytes: &[u8]) {
         assert!(bytes.len() <= self.len);
-        // SAFETY: mapped, writable, and written by nobody else in these tests while this runs.
+        // SAFETY: mapped and writable. These tests have no other writer meanwhile.
         unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), self.as_ptr(), bytes.len()) }
     }
 
@@ -92,7 +118,7 @@ impl Mapping {
         let flags = kind | NO_RESERVE;
         let protection = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
         let length = NonZeroUsize::new(len).unwrap();
-        // SAFETY: a new mapping, where the kernel likes.
+        // SAFETY: a new mapping at an address that the kernel chooses.
         let start = unsafe { nix::sys::mman::mmap(None, length, protection, flags, file, 0) };
         Self {
             start: start.unwrap(),
@@ -108,10 +134,10 @@ impl Mapping {
         unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), to, bytes.len()) }
     }
 
-    /// Lets the first `len` bytes be read and written.
+    /// Makes the first `len` bytes readable and writable.
     pub(crate) fn allow(&self, len: usize) {
         assert!(len <= self.len);
-        // SAFETY: inside the mapping, of which nothing is borrowed but as memory that may change.
+        // SAFETY: inside the mapping, which is borrowed only as memory that may change.
         unsafe {
             mprotect(
                 self.start,
@@ -125,11 +151,11 @@ impl Mapping {
     pub(crate) fn advise(&self, range: Range<usize>, advice: MmapAdvise) -> nix::Result<()> {
         assert!(range.start <= range.end && range.end <= self.len);
         let start = self.start.as_ptr().wrapping_byte_add(range.start);
-        // SAFETY: inside the mapping, of which nothing is borrowed but as memory that may change.
+        // SAFETY: inside the mapping, which is borrowed only as memory that may change.
         unsafe { madvise(NonNull::new(start).unwrap(), range.len(), advice) }
     }
 
-    /// Bytes of it that are in this process's page tables.
+    /// Returns how many bytes of the mapping are in this process's page tables.
     #[cfg(target_os = "linux")]
     pub(crate) fn resident(&self) -> u64 {
         let smaps = std::fs::read_to_string("/proc/self/smaps").unwrap();
@@ -156,27 +182,29 @@ impl Mapping {
     }
 
     pub(crate) fn memory(&self) -> HostMemory<'_> {
-        // SAFETY: mapped until drop, which the borrow holds off; written through raw pointers only.
+        // SAFETY: mapped until drop, which the borrow prevents; written through raw pointers only.
         unsafe { HostMemory::new(self.as_ptr(), self.len) }
     }
 }
 
-// SAFETY: an address range, that any thread may use.
+// SAFETY: an address range, which any thread may use.
 unsafe impl Sync for Mapping {}
 
 impl Drop for Mapping {
     fn drop(&mut self) {
         let (guard, whole) = (self.guard, self.len + 2 * self.guard);
-        // SAFETY: the mapping is this value's own, and no borrow of it is left.
+        // SAFETY: this value owns the mapping, and no borrow of it is left.
         unsafe { munmap(self.start.byte_sub(guard), whole) }.unwrap();
     }
 }
 
-/// What this thread touches from now on waits among the new pages of one processor. `MADV_PAGEOUT` takes those of the processor that it's
-/// called on, and leaves those of others in memory.
+/// Binds this thread to its current processor.
+///
+/// `MADV_PAGEOUT` swaps out the new pages of the processor that calls it, and keeps those of other
+/// processors in memory.
 #[cfg(target_os = "linux")]
 pub(crate) fn stay_on_this_processor() {
-    // SAFETY: the set is this function's own, of integers, and read during the call.
+    // SAFETY: the set is a local variable of integers, which is read during the call.
     unsafe {
         let mut set: libc::cpu_set_t = std::mem::zeroed();
         libc::CPU_SET(libc::sched_getcpu().cast_unsigned() as usize, &mut set);
@@ -185,7 +213,7 @@ pub(crate) fn stay_on_this_processor() {
     }
 }
 
-/// A swap file in use.
+/// An enabled swap file.
 #[cfg(target_os = "linux")]
 pub(crate) struct Swap {
     path: std::ffi::CString,
@@ -194,7 +222,8 @@ pub(crate) struct Swap {
 
 #[cfg(target_os = "linux")]
 impl Swap {
-    /// `None`, after saying so, where the file system takes no swap files.
+    /// Enables a swap file of `len` bytes, or prints that `test` is not run and returns `None` if the
+    /// file system does not support swap files.
     pub(crate) fn on(len: usize, test: &str) -> Option<Self> {
         let swap = Self::in_temp_dir(len);
         if swap.is_none() {
@@ -210,7 +239,8 @@ impl Swap {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("swap");
         let mut file = vec![0; len];
-        // A swap header: version and last page after the boot block, the magic at the end of the page.
+        // A swap header: version and last page after the boot block, the magic at the end of the
+        // page.
         file[1024..1028].copy_from_slice(&1_u32.to_ne_bytes());
         file[1028..1032].copy_from_slice(&((len / PAGE - 1) as u32).to_ne_bytes());
         file[PAGE - 10..PAGE].copy_from_slice(b"SWAPSPACE2");
@@ -233,14 +263,15 @@ impl Drop for Swap {
     }
 }
 
-/// This program where any user can run it, until it's dropped.
+/// Copies this program to a directory where every user can execute it, until the value is dropped.
 #[cfg(target_os = "linux")]
-pub(crate) fn for_anyone() -> Program {
+pub(crate) fn world_executable() -> Program {
     use std::os::unix::fs::PermissionsExt;
 
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("test");
-    // By another process: what this one writes to, a child that a thread forks meanwhile holds open, and nobody may run.
+    // Copied by another process: a child that a thread forks meanwhile inherits the descriptors of
+    // this one, and a file that is open for writing cannot be executed.
     let copied = std::process::Command::new("cp")
         .arg(std::env::current_exe().unwrap())
         .arg(&path)
