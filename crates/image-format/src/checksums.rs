@@ -1,4 +1,4 @@
-//! Checksums of the RAM's chunks, computed while their bytes pass by.
+//! Checksums of chunks of RAM, computed while an image is written.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -6,32 +6,32 @@ use std::ops::Range;
 use bitvec::BitArr;
 use bitvec::array::BitArray;
 
-/// The bytes of RAM that one checksum stands for: 1 MiB, from a multiple of it on. What of them is present in the image counts, in ascending
-/// order.
+/// The number of bytes of RAM that one checksum covers: 1 MiB, aligned. A checksum covers the
+/// present bytes of the chunk in ascending order.
 ///
-/// Of a guest of 1 TiB the sums are 32 MiB, as much as a bit for each page of 4 KiB.
+/// The checksums of a guest of 1 TiB take 32 MiB, like a bitmap with a bit for each page of 4 KiB.
 pub const CHUNK_SIZE: u64 = 1 << 20;
 
 /// A BLAKE3 hash.
 pub type Checksum = [u8; 32];
 
-/// The checksum of one chunk, from its present bytes in ascending order.
+/// An incremental checksum of one chunk, over its present bytes in ascending order.
 #[derive(Clone, Debug, Default)]
 pub struct ChunkSum(blake3::Hasher);
 
 impl ChunkSum {
-    /// Of no bytes so far.
+    /// Creates a checksum of no bytes.
     #[must_use]
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// `bytes` follow.
+    /// Appends `bytes`.
     pub fn update(&mut self, bytes: &[u8]) {
         self.0.update(bytes);
     }
 
-    /// The sum of all bytes.
+    /// Returns the checksum of all bytes.
     #[must_use]
     pub fn finish(&self) -> Checksum {
         self.0.finalize().into()
@@ -40,35 +40,38 @@ impl ChunkSum {
 
 /// The checksums of an image that is being written.
 ///
-/// Fed in ascending order, as a dump goes, it is done when the dump is. Where bytes come late or a second time (a page written again,
-/// a page beside one that was), their chunk's sum can't be had from what passed by: the chunk is [stale](Self::stale), and to be
-/// [replaced](Self::replace) by the sum of what is in the file.
+/// If bytes are fed in ascending order, as a dump does, the checksums are complete when the dump
+/// is. If bytes are late or repeated (a page is written again, or a neighbor of a written page),
+/// the checksum of their chunk cannot be computed incrementally. The chunk is then
+/// [stale](Self::stale), and its checksum must be [replaced](Self::replace) by that of the bytes in
+/// the file.
 ///
-/// Memory: 32 bytes a chunk that bytes are present of, in blocks of 512; as much again in [`finish`](Self::finish). The size of the RAM takes none.
+/// Memory: 32 bytes for each chunk with present bytes, in blocks of 512 chunks, and the same amount
+/// again in [`finish`](Self::finish). The memory does not grow with the size of the RAM.
 #[derive(Clone, Debug)]
 pub struct Checksums {
     chunks: u64,
-    /// By the number of the first chunk of each.
+    /// Keyed by the number of the first chunk of the block.
     blocks: BTreeMap<u64, Block>,
-    current: Option<Current>,
+    current: Option<OpenChunk>,
 }
 
-/// The sums of chunks beside each other, some of which have present bytes.
+/// The checksums of adjacent chunks, some of which have present bytes.
 #[derive(Clone, Debug)]
 struct Block {
     sums: Vec<Checksum>,
-    /// Chunks with present bytes.
-    present: BitArr!(for BLOCK, in u64),
-    stale: BitArr!(for BLOCK, in u64),
+    /// The chunks with present bytes.
+    present: BitArr!(for BLOCK_CHUNKS, in u64),
+    stale: BitArr!(for BLOCK_CHUNKS, in u64),
 }
 
-/// Chunks of a block.
-const BLOCK: usize = 512;
+/// The number of chunks in a block.
+const BLOCK_CHUNKS: usize = 512;
 
 impl Block {
     fn new() -> Self {
         Self {
-            sums: vec![[0; 32]; BLOCK],
+            sums: vec![[0; 32]; BLOCK_CHUNKS],
             present: BitArray::ZERO,
             stale: BitArray::ZERO,
         }
@@ -76,7 +79,7 @@ impl Block {
 }
 
 #[derive(Clone, Debug)]
-struct Current {
+struct OpenChunk {
     chunk: u64,
     /// The guest offset from which on bytes may follow.
     next: u64,
@@ -84,7 +87,7 @@ struct Current {
 }
 
 impl Checksums {
-    /// For RAM of `ram_size` bytes, of which none is present yet.
+    /// Creates the checksums of RAM of `ram_size` bytes, none of which is present yet.
     #[must_use]
     pub fn new(ram_size: u64) -> Self {
         Self {
@@ -94,18 +97,18 @@ impl Checksums {
         }
     }
 
-    /// The block of a chunk, and its place there.
+    /// Returns the block of a chunk, and the index of the chunk in it.
     fn block(&mut self, chunk: u64) -> (&mut Block, usize) {
         assert!(chunk < self.chunks, "chunk {chunk} of {}", self.chunks);
-        let within = chunk % BLOCK as u64;
+        let within = chunk % BLOCK_CHUNKS as u64;
         let block = self.blocks.entry(chunk - within);
         (block.or_insert_with(Block::new), within as usize)
     }
 
-    /// The bytes from the guest offset `offset` on are `bytes`, from now on.
+    /// Adds `bytes`, which are present at the guest offset `offset`, replacing earlier ones.
     ///
     /// # Panics
-    /// Panics where they reach past the last chunk.
+    /// Panics if the bytes end past the last chunk.
     pub fn feed(&mut self, offset: u64, bytes: &[u8]) {
         let (mut offset, mut bytes) = (offset, bytes);
         while !bytes.is_empty() {
@@ -138,7 +141,7 @@ impl Checksums {
                 }
                 let mut sum = ChunkSum::new();
                 sum.update(bytes);
-                self.current = Some(Current {
+                self.current = Some(OpenChunk {
                     chunk,
                     next: end,
                     sum,
@@ -154,7 +157,8 @@ impl Checksums {
         }
     }
 
-    /// The chunks, as ranges of guest offsets, whose sums are not those of their present bytes.
+    /// Returns the chunks, as ranges of guest offsets, whose checksums do not match their present
+    /// bytes.
     pub fn stale(&self) -> impl Iterator<Item = Range<u64>> {
         self.blocks.iter().flat_map(|(first, block)| {
             block.stale.iter_ones().map(move |at| {
@@ -164,10 +168,10 @@ impl Checksums {
         })
     }
 
-    /// Takes `sum` for the chunk from the guest offset `start` on.
+    /// Sets the checksum of the chunk at the guest offset `start`.
     ///
     /// # Panics
-    /// Panics where there is no such chunk.
+    /// Panics if there is no such chunk.
     pub fn replace(&mut self, start: u64, sum: Checksum) {
         self.end_chunk();
         let (block, at) = self.block(start / CHUNK_SIZE);
@@ -176,7 +180,8 @@ impl Checksums {
         block.present.set(at, true);
     }
 
-    /// The sums of the chunks with present bytes, ascending: [`Footer::checksums`](crate::Footer::checksums).
+    /// Returns the checksums of the chunks with present bytes, ascending, for
+    /// [`Footer::checksums`](crate::Footer::checksums).
     #[must_use]
     pub fn finish(mut self) -> Vec<Checksum> {
         self.end_chunk();
@@ -200,7 +205,7 @@ mod tests {
     const MIB: usize = CHUNK_SIZE as usize;
 
     #[test]
-    fn the_present_bytes_of_each_chunk_are_summed_in_order() {
+    fn checksums_cover_the_present_bytes_in_order() {
         let mut sums = Checksums::new(4 * CHUNK_SIZE);
         sums.feed(4096, &[1; 4096]);
         sums.feed(16384, &[2; 4096]);
@@ -217,7 +222,7 @@ mod tests {
     }
 
     #[test]
-    fn one_large_piece_is_the_same_as_many_small_ones() {
+    fn one_large_piece_equals_many_small_ones() {
         let bytes: Vec<u8> = (0..3 * MIB + 5000).map(|i| (i % 251) as u8).collect();
         let (mut one, mut many) = (
             Checksums::new(4 * CHUNK_SIZE),
@@ -232,7 +237,7 @@ mod tests {
     }
 
     #[test]
-    fn what_comes_late_or_again_makes_its_chunk_stale_until_it_is_replaced() {
+    fn late_and_repeated_bytes_make_a_chunk_stale() {
         let mut sums = Checksums::new(3 * CHUNK_SIZE);
         sums.feed(8192, &[1; 4096]);
         sums.feed(0, &[2; 4096]); // late

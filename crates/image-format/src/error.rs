@@ -1,4 +1,4 @@
-//! Why a footer could not be read or written.
+//! Errors of reading and writing a footer.
 
 use std::io;
 
@@ -6,18 +6,20 @@ use thiserror::Error;
 
 use crate::footer::Placement;
 
-/// Why a footer could not be read or written.
+/// An error of reading or writing a footer.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum FooterError {
-    /// The file does not end in a footer and does not begin with the header of a packed image.
+    /// The file does not end in a footer, and does not start with the header of a packed image.
     #[error(
-        "it is neither sealed nor packed, or its end was cut off: if it is raw RAM, name that format"
+        "the file is neither sealed nor packed, or its end was cut off: if it is raw RAM, name \
+         that format"
     )]
     NotSealed,
-    /// The file begins as a packed image does, and is shorter than that image.
+    /// The file starts like a packed image, and is shorter than that image.
     #[error(
-        "it is a packed image that was cut off after {actual} bytes{}: copy it again (if it is raw RAM that only begins like one, name that format)",
+        "the file is a packed image that was cut off after {actual} bytes{}: copy it again, or \
+         name the raw format if it is raw RAM that starts like a packed image",
         claimed.map_or(String::new(), |claimed| format!(" of {claimed}"))
     )]
     Truncated {
@@ -26,9 +28,10 @@ pub enum FooterError {
         /// The length of the file in bytes.
         actual: u64,
     },
-    /// The file begins as a packed image does, and is longer than that image.
+    /// The file starts like a packed image, and is longer than that image.
     #[error(
-        "it is a packed image of {claimed} bytes, and has {actual}: cut off what was appended to it (if it is raw RAM that only begins like one, name that format)"
+        "the file is a packed image of {claimed} bytes, but has {actual} bytes: remove the \
+         appended bytes, or name the raw format if it is raw RAM that starts like a packed image"
     )]
     Trailing {
         /// The length that the header states in bytes.
@@ -36,73 +39,74 @@ pub enum FooterError {
         /// The length of the file in bytes.
         actual: u64,
     },
-    /// The file ends as a sealed image does, and is of a length that only images of version 1 and raw RAM have. The guest may have
-    /// written what stands at the end of its RAM.
+    /// The file ends like an image of version 1, and its length is one that raw RAM can have. The
+    /// guest may have written the end of its RAM.
     #[error(
-        "it may be an image of version 1, or raw RAM that ends like one, as its {len} bytes are a multiple of 512: name its format"
+        "the file may be an image of version 1, or raw RAM that ends like one, because its length \
+         of {len} bytes is a multiple of 512: name its format"
     )]
     Ambiguous {
         /// The length of the file in bytes.
         len: u64,
     },
-    /// The image is of another format than the caller named.
-    #[error("it is {}: name that format, or none", found.name())]
+    /// The format of the image differs from the one that the caller named.
+    #[error("the file is {}: name that format, or none", found.name())]
     OtherPlacement {
-        /// Where its footer says that its pages are.
+        /// The placement according to the footer.
         found: Placement,
     },
-    /// The footer is of a later version of the format.
+    /// The version of the footer is not supported.
     #[error(
-        "its footer is of version {version}, this library reads up to version 2: use a later one"
+        "the footer has version {version}, but only versions up to 2 are supported: use a newer \
+         release"
     )]
     Version {
-        /// The version it states.
+        /// The version of the footer.
         version: u32,
     },
     /// The footer is damaged.
-    #[error("its footer is damaged at offset {offset:#x}")]
+    #[error("the footer is damaged at offset {offset:#x}")]
     Damaged {
-        /// The offset in the file from which on it can't be right, in bytes.
+        /// The file offset of the first invalid field, in bytes.
         offset: u64,
-        /// What doesn't fit, if the checksum didn't say it.
+        /// The inconsistency, or `None` if a magic number or checksum is wrong.
         source: Option<Invalid>,
     },
-    /// What the footer says doesn't fit together, though its checksum is right; or, writing, what was given.
-    #[error("its footer contradicts itself")]
+    /// The footer is inconsistent although its checksum is correct, or the footer to be written is.
+    #[error("the footer is inconsistent")]
     Invalid(#[from] Invalid),
-    /// The footer is larger than this library takes.
-    #[error(
-        "a footer of {len} bytes is too large: save in larger pages, so that there are fewer runs"
-    )]
+    /// The footer exceeds the maximum length.
+    #[error("a footer of {len} bytes is too large: use larger pages, which result in fewer runs")]
     TooLarge {
-        /// Its length in bytes.
+        /// The length of the footer in bytes.
         len: u64,
     },
-    /// The file is open for appending. Nothing was written: on Linux each write would go to the end
-    /// of the file, whatever its offset.
+    /// The file is open for appending. Nothing was written: on Linux, each write would go to the
+    /// end of the file, regardless of its offset.
     #[error(
-        "a footer can't be written to a file that is open for appending: open it without O_APPEND"
+        "failed to write the footer to a file that is open for appending: open it without O_APPEND"
     )]
     Append,
-    /// The system could not read or write it.
-    #[error("its footer can't be {operation} at offset {offset:#x}")]
+    /// A system call failed.
+    #[error("failed to {operation} the footer at offset {offset:#x}")]
     Io {
-        /// `read` or `written`.
+        /// `read` or `write`.
         operation: &'static str,
-        /// The offset in the file, in bytes.
+        /// The file offset in bytes.
         offset: u64,
-        /// What the system said.
+        /// The system error.
         source: io::Error,
     },
 }
 
-/// What of a footer doesn't fit.
+/// An inconsistency of a footer.
 #[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Invalid {
-    /// Not a memory's size, or not a page's.
+    /// The size of the RAM or of a page is not supported.
     #[error(
-        "no RAM has {ram_size:#x} bytes in pages of {page_size:#x}: at most 2^52, in whole pages of 512 or more"
+        "a RAM size of {ram_size:#x} bytes with pages of {page_size:#x} bytes is not supported: \
+         use at most 2^52 bytes, and whole pages of a power of two from 512 bytes"
     )]
     Sizes {
         /// The size of the RAM in bytes.
@@ -110,27 +114,27 @@ pub enum Invalid {
         /// The size of a page in bytes.
         page_size: u64,
     },
-    /// A field has a value that means nothing.
-    #[error("the {field} {value} means nothing")]
+    /// A field has an undefined value.
+    #[error("the {field} has the undefined value {value}")]
     Field {
-        /// The field.
+        /// The name of the field.
         field: &'static str,
-        /// What it says.
+        /// The value of the field.
         value: u8,
     },
     /// A full image names a parent.
     #[error("a full image has no parent")]
     FullWithParent,
-    /// A region is empty, or not after the one before.
-    #[error("region {index} is empty or not after the one before")]
+    /// A region is empty, or not after the previous one.
+    #[error("region {index} is empty or not after the previous one")]
     Region {
-        /// Its index.
+        /// The index of the region.
         index: usize,
     },
-    /// The regions are not as large as the RAM.
-    #[error("the regions have {sum:#x} bytes, the RAM has {ram_size:#x}")]
+    /// The sizes of the regions do not add up to the RAM size.
+    #[error("the regions have {sum:#x} bytes, but the RAM has {ram_size:#x} bytes")]
     RegionsSum {
-        /// The bytes of all regions.
+        /// The total size of the regions in bytes.
         sum: u64,
         /// The size of the RAM in bytes.
         ram_size: u64,
@@ -138,68 +142,69 @@ pub enum Invalid {
     /// A run is empty, not of whole pages, or not inside the RAM.
     #[error("run {index} is empty, not of whole pages, or not inside the RAM")]
     Run {
-        /// Its index.
+        /// The index of the run.
         index: usize,
     },
-    /// A run overlaps the one before or lies before it; in a full image, doesn't follow it.
-    #[error("run {index} doesn't follow the one before")]
+    /// A run overlaps the previous one or is before it. In a full image, a run is not adjacent to
+    /// the previous one.
+    #[error("run {index} does not follow the previous one")]
     Order {
-        /// Its index.
+        /// The index of the run.
         index: usize,
     },
-    /// A run is stored where it can't be.
-    #[error("run {index} can't be stored at offset {offset:#x} of the file")]
+    /// A run is stored at an invalid offset.
+    #[error("run {index} has the invalid file offset {offset:#x}")]
     StoredAt {
-        /// Its index.
+        /// The index of the run.
         index: usize,
-        /// The offset in the file, in bytes.
+        /// The file offset in bytes.
         offset: u64,
     },
-    /// The runs of a packed image have a gap between them, or overlap.
+    /// The runs of a packed image overlap or have a gap between them.
     #[error(
-        "packed runs leave a gap or overlap: at {offset:#x} of the file, where {expected:#x} was next"
+        "packed runs overlap or have a gap: the file offset is {offset:#x} instead of {expected:#x}"
     )]
     Packing {
-        /// Where the next run should be, in bytes.
+        /// The expected file offset of the next run, in bytes.
         expected: u64,
-        /// Where it is, in bytes.
+        /// The actual file offset, in bytes.
         offset: u64,
     },
-    /// A full image says nothing of its last pages.
-    #[error("a full image ends at {offset:#x} of its RAM")]
+    /// The runs of a full image do not cover the end of the RAM.
+    #[error("the runs of a full image end at {offset:#x}, before the end of the RAM")]
     NotFull {
-        /// The guest offset after its last page, in bytes.
+        /// The guest offset after the last run, in bytes.
         offset: u64,
     },
-    /// Not as many checksums as chunks with present bytes.
+    /// The number of checksums differs from that of chunks with present bytes.
     #[error("there are {checksums} checksums for {chunks} chunks")]
     Checksums {
-        /// The checksums.
+        /// The number of checksums.
         checksums: u64,
-        /// The chunks that have present bytes.
+        /// The number of chunks with present bytes.
         chunks: u64,
     },
-    /// Too much metadata.
-    #[error("{len} bytes of metadata are more than 16 MiB: keep them in a file of their own")]
+    /// The metadata is too long.
+    #[error("{len} bytes of metadata exceed the limit of 16 MiB: store them in a separate file")]
     Metadata {
-        /// Its length in bytes.
+        /// The length of the metadata in bytes.
         len: u64,
     },
-    /// The header of a packed image is damaged, or is that of another image.
-    #[error("the header at the start of the file is damaged, or of another image")]
+    /// The header of a packed image is damaged or belongs to another image.
+    #[error("the header at the start of the file is damaged or belongs to another image")]
     Header,
-    /// The padding is not zeros, or the file's length is a multiple of 512.
-    #[error("the footer is not padded as it should be")]
+    /// The padding is not zeros, or the length of the file is a multiple of 512.
+    #[error("the padding of the footer is invalid")]
     Padding,
-    /// Numbers of the footer's parts don't add up to its length.
-    #[error("its parts are not as long as it is")]
+    /// The lengths of the footer's parts do not add up to its length.
+    #[error("the lengths of its parts do not add up to the length of the footer")]
     Length,
-    /// The footer doesn't stand where the pages end.
-    #[error("it stands at {offset:#x}, the pages end at {data_end:#x}")]
+    /// The footer does not start where the pages end.
+    #[error("the footer starts at {offset:#x}, but the pages end at {data_end:#x}")]
     Position {
-        /// Where it stands in the file, in bytes.
+        /// The file offset of the footer, in bytes.
         offset: u64,
-        /// Where the pages end in the file, in bytes.
+        /// The file offset of the end of the pages, in bytes.
         data_end: u64,
     },
 }

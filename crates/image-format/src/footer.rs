@@ -1,4 +1,4 @@
-//! What a footer says, and what makes it consistent.
+//! The contents of a footer, and their consistency.
 
 use std::ops::Range;
 
@@ -6,28 +6,31 @@ use crate::checksums::{CHUNK_SIZE, Checksum};
 use crate::error::Invalid;
 use crate::id::ImageId;
 
-/// What an image holds, and of what.
+/// The footer of a sealed or packed image: its pages, identity, checksums and metadata.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Footer {
-    /// The version of the format. Images are written in [`Version::CURRENT`]; older ones stay readable.
+    /// The version of the format. New images have [`Version::CURRENT`]; older versions stay
+    /// readable.
     pub version: Version,
-    /// The state of the guest's RAM that the image stands for, on top of its parents if it is a diff.
+    /// The state of the guest's RAM that the image represents, for a diff on top of its parents.
     pub id: ImageId,
-    /// Whether pages that are in no run are clean, and on what.
+    /// Whether the image is full or a diff, and the parent of a diff.
     pub kind: Kind,
-    /// Where present pages are in the file.
+    /// The location of present pages in the file.
     pub placement: Placement,
     /// The size of the guest's RAM in bytes, a multiple of the page size.
     pub ram_size: u64,
-    /// The page of the image in bytes, a power of two.
+    /// The page size of the image in bytes, a power of two.
     pub page_size: u64,
-    /// The guest-physical address ranges of the RAM, ascending, in the order of the memory file. Their sizes add up to `ram_size`.
+    /// The guest-physical address ranges of the RAM, ascending, in the order of the memory file.
+    /// Their sizes add up to `ram_size`.
     pub regions: Vec<Range<u64>>,
-    /// The pages that the image speaks for, ascending. In a full image, all.
+    /// The present and zero pages, ascending. In a full image, the runs cover all pages.
     pub runs: Vec<Run>,
-    /// The sums of the [chunks](CHUNK_SIZE) that have present bytes, ascending.
+    /// The checksums of the [chunks](CHUNK_SIZE) with present bytes, ascending.
     pub checksums: Vec<Checksum>,
-    /// Whatever the caller keeps with the image: the vCPUs' state, say. At most [`MAX_METADATA`](Self::MAX_METADATA) bytes.
+    /// Metadata of the caller, such as vCPU state. At most [`MAX_METADATA`](Self::MAX_METADATA)
+    /// bytes.
     pub metadata: Vec<u8>,
 }
 
@@ -35,26 +38,27 @@ pub struct Footer {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 #[non_exhaustive]
 pub enum Version {
-    /// Packed images have no header, and a file may be of any length. Where that is a multiple of 512, nothing tells the file from raw RAM
-    /// that a guest wrote a footer to, and [`Footer::read`] refuses it.
+    /// Packed images have no header, and a file may have any length. If the length is a multiple of
+    /// 512, the file cannot be distinguished from raw RAM to which a guest wrote a footer, and
+    /// [`Footer::read`] refuses it.
     V1,
-    /// Packed images begin with a header. No file's length is a multiple of 512.
+    /// Packed images start with a header. The length of a file is never a multiple of 512.
     #[default]
     V2,
 }
 
 impl Version {
-    /// The version that images are written in.
+    /// The version in which images are written.
     pub const CURRENT: Self = Self::V2;
 
-    pub(crate) fn number(self) -> u32 {
+    pub(crate) fn to_wire(self) -> u32 {
         match self {
             Self::V1 => 1,
             Self::V2 => 2,
         }
     }
 
-    pub(crate) fn of(number: u32) -> Option<Self> {
+    pub(crate) fn from_wire(number: u32) -> Option<Self> {
         match number {
             1 => Some(Self::V1),
             2 => Some(Self::V2),
@@ -62,8 +66,9 @@ impl Version {
         }
     }
 
-    /// The size of the smallest page in bytes. Raw RAM of version 2 is whole pages, so a multiple of [`RAW_UNIT`].
-    fn smallest_page(self) -> u64 {
+    /// Returns the smallest page size in bytes. In version 2 it makes the length of raw RAM a
+    /// multiple of [`RAW_UNIT`].
+    fn min_page_size(self) -> u64 {
         match self {
             Self::V1 => 1,
             Self::V2 => RAW_UNIT,
@@ -71,33 +76,38 @@ impl Version {
     }
 }
 
-/// Raw RAM is a multiple of this many bytes, 512, as a page has no less. Sealed and packed images of version 2 never are.
+/// The unit of the length of raw RAM in bytes: 512, the smallest page size.
+///
+/// The length of raw RAM is a multiple of this unit. The length of a sealed or packed image of
+/// version 2 never is.
 pub const RAW_UNIT: u64 = 512;
 
-/// The largest RAM of an image: 4 PiB, the 52 bits of physical address that x86-64 and Armv8.2-A end at.
+/// The largest RAM size of an image: 4 PiB, the limit of the 52-bit physical addresses of x86-64
+/// and Armv8.2-A.
 pub const MAX_RAM_SIZE: u64 = 1 << 52;
 
-/// The least length of a packed image's header in bytes.
-pub(crate) const SMALLEST_HEADER: u64 = 4096;
+/// The minimum length of a packed image's header in bytes.
+pub(crate) const MIN_HEADER: u64 = 4096;
 
-/// Whether an image is all of the RAM.
+/// The kind of an image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
     /// Every page is present or zero.
     Full,
-    /// Pages in no run are clean: as they are in the parent.
+    /// Pages in no run are clean: unchanged from the parent.
     Diff {
-        /// The id of the state that the diff was taken on top of, if the writer knew it.
+        /// The identifier of the state below the diff, if the writer knew it.
         parent: Option<ImageId>,
     },
 }
 
-/// Where present pages are.
+/// The location of present pages in the file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Placement {
-    /// At their guest offsets; the footer follows the last page of the RAM.
+    /// At their guest offsets. The footer follows the last page of the RAM.
     InPlace,
-    /// One after another behind the [header](Footer::data_start); the footer follows the last one.
+    /// One after another, after the [header](Footer::data_start). The footer follows the last
+    /// present page.
     Packed,
 }
 
@@ -110,28 +120,28 @@ impl Placement {
     }
 }
 
-/// Pages that follow each other, with the same fate.
+/// Consecutive pages with the same storage state.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Run {
     /// The guest offset of the first byte.
     pub start: u64,
     /// The length in bytes.
     pub len: u64,
-    /// Whether the bytes are in the file.
+    /// The location of the bytes.
     pub stored: Stored,
 }
 
-/// Whether bytes are in the file.
+/// The location of the bytes of a run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Stored {
-    /// From this offset of the file on.
+    /// In the file, at this offset.
     At(u64),
-    /// They are not; they read as zeros.
+    /// Not in the file. They read as zeros.
     Zeros,
 }
 
 impl Run {
-    /// Bytes of `range` (guest offsets) that are at `offset` of the file.
+    /// Creates a run of the guest offsets `range` whose bytes are at `offset` of the file.
     #[must_use]
     pub fn present(range: Range<u64>, offset: u64) -> Self {
         Self {
@@ -141,7 +151,7 @@ impl Run {
         }
     }
 
-    /// Bytes of `range` (guest offsets) that are zeros.
+    /// Creates a run of the guest offsets `range` whose bytes are zeros.
     #[must_use]
     pub fn zeros(range: Range<u64>) -> Self {
         Self {
@@ -150,13 +160,14 @@ impl Run {
         }
     }
 
-    /// The guest offsets, from the first byte to after the last. Those of a run that is not valid may be cut.
+    /// Returns the guest offsets of the run. The end of an invalid run saturates.
     #[must_use]
     pub fn range(&self) -> Range<u64> {
         self.start..self.start.saturating_add(self.len)
     }
 
-    /// Where its bytes are in the file, from the guest offset `from` on, if they are.
+    /// Returns the file offset of the byte at the guest offset `from`, or `None` if the run is
+    /// zeros.
     #[must_use]
     pub fn stored_at(&self, from: u64) -> Option<u64> {
         match self.stored {
@@ -166,20 +177,20 @@ impl Run {
     }
 }
 
-/// The present bytes of one [chunk](CHUNK_SIZE), and the sum that they must have.
+/// A [chunk](CHUNK_SIZE) with present bytes, and their checksum.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Chunk<'a> {
-    /// The chunk's number.
+    /// The number of the chunk.
     pub number: u64,
-    /// The guest offsets of its first byte and after its last, present or not.
+    /// The guest offsets of the whole chunk, including bytes that are not present.
     pub range: Range<u64>,
-    /// The sum of its present bytes in ascending order.
+    /// The checksum of the present bytes in ascending order.
     pub checksum: Checksum,
     runs: &'a [Run],
 }
 
 impl Chunk<'_> {
-    /// The present bytes: their guest offsets, and where they are in the file.
+    /// Returns the present bytes: their guest offsets, and their offset in the file.
     pub fn pieces(&self) -> impl Iterator<Item = (Range<u64>, u64)> {
         self.runs.iter().filter_map(|run| {
             let range = run.range();
@@ -190,11 +201,11 @@ impl Chunk<'_> {
 }
 
 impl Footer {
-    /// The most bytes of metadata that a footer takes: 16 MiB.
+    /// The maximum length of metadata in bytes: 16 MiB.
     pub const MAX_METADATA: usize = 16 << 20;
 
-    /// Where the pages begin in the file, in bytes: behind the header of a packed image of version 2, which is as long as a page and at least 4096
-    /// bytes, and otherwise at 0.
+    /// Returns the file offset of the first page. In a packed image of version 2, it is the length
+    /// of the header: that of a page, at least 4096 bytes. Otherwise it is 0.
     #[must_use]
     pub fn data_start(&self) -> u64 {
         match (self.version, self.placement) {
@@ -203,34 +214,34 @@ impl Footer {
         }
     }
 
-    /// Where the pages end in the file and the footer begins, in bytes.
+    /// Returns the file offset after the last page, where the footer starts.
     #[must_use]
     pub fn data_end(&self) -> u64 {
-        self.end_of(self.present_bytes())
+        self.data_end_for(self.present_bytes())
     }
 
-    pub(crate) fn end_of(&self, present: u64) -> u64 {
+    pub(crate) fn data_end_for(&self, present: u64) -> u64 {
         match self.placement {
             Placement::InPlace => self.ram_size,
             Placement::Packed => self.data_start().saturating_add(present),
         }
     }
 
-    /// The bytes that are in the file.
+    /// Returns the number of present bytes, those in the file.
     #[must_use]
     pub fn present_bytes(&self) -> u64 {
         let present = self.runs.iter().filter(|run| run.stored != Stored::Zeros);
         present.fold(0, |sum, run| sum.saturating_add(run.len))
     }
 
-    /// The bytes that are known to be zeros, and not in the file.
+    /// Returns the number of bytes in runs of zeros.
     #[must_use]
     pub fn zero_bytes(&self) -> u64 {
         let zeros = self.runs.iter().filter(|run| run.stored == Stored::Zeros);
         zeros.fold(0, |sum, run| sum.saturating_add(run.len))
     }
 
-    /// The parent's id, if the image is a diff that names one.
+    /// Returns the parent's identifier, or `None` for a full image or a diff that names no parent.
     #[must_use]
     pub fn parent(&self) -> Option<ImageId> {
         match self.kind {
@@ -239,7 +250,7 @@ impl Footer {
         }
     }
 
-    /// The run that speaks for the byte at the guest offset `offset`, if one does.
+    /// Returns the run that includes the guest offset `offset`.
     #[must_use]
     pub fn run_at(&self, offset: u64) -> Option<&Run> {
         let after = self.runs.partition_point(|run| run.start <= offset);
@@ -247,14 +258,14 @@ impl Footer {
         run.range().contains(&offset).then_some(run)
     }
 
-    /// The first run that starts after the guest offset `offset`.
+    /// Returns the first run that starts after the guest offset `offset`.
     #[must_use]
     pub fn run_after(&self, offset: u64) -> Option<&Run> {
         let after = self.runs.partition_point(|run| run.start <= offset);
         self.runs.get(after)
     }
 
-    /// The chunks that have present bytes, ascending, each with its checksum.
+    /// Returns the chunks with present bytes and their checksums, ascending.
     pub fn chunks(&self) -> impl Iterator<Item = Chunk<'_>> {
         let mut sums = self.checksums.iter();
         self.present_chunks().map_while(move |(number, runs)| {
@@ -267,7 +278,7 @@ impl Footer {
         })
     }
 
-    /// The chunks that have present bytes, with the runs that reach into each.
+    /// Returns the numbers of the chunks with present bytes, each with the runs that overlap it.
     fn present_chunks(&self) -> impl Iterator<Item = (u64, &[Run])> {
         let (mut runs, mut chunk) = (&self.runs[..], 0);
         std::iter::from_fn(move || {
@@ -284,62 +295,66 @@ impl Footer {
         })
     }
 
-    /// Whether all that the footer says fits together: what [`write`](Self::write) and [`read`](Self::read) insist on.
+    /// Checks that the footer is consistent, as [`write`](Self::write) and [`read`](Self::read)
+    /// require.
     ///
     /// # Errors
-    /// [`Invalid`], the first thing that doesn't fit.
+    /// Returns the first inconsistency as [`Invalid`].
     pub fn check(&self) -> Result<(), Invalid> {
         self.check_with(self.runs.iter().copied()).map(|_| ())
     }
 
-    /// As [`check`](Self::check), of a footer with `runs` in place of its own. Returns what was counted.
+    /// Checks the footer with `runs` in place of its own, and returns their totals.
     pub(crate) fn check_with(
         &self,
         runs: impl Iterator<Item = Run> + Clone,
-    ) -> Result<Counted, Invalid> {
+    ) -> Result<RunTotals, Invalid> {
         self.check_head()?;
-        let mut counted = Counted::default();
+        let mut totals = RunTotals::default();
         for run in runs.clone() {
-            counted.add(&run, self)?;
+            totals.add(&run, self)?;
         }
-        counted.check_end(self)?;
+        totals.check_end(self)?;
         if self.placement == Placement::Packed {
             self.check_packed(runs)?;
         }
-        let (checksums, chunks) = (self.checksums.len() as u64, counted.chunks);
+        let (checksums, chunks) = (self.checksums.len() as u64, totals.chunks);
         if checksums != chunks {
             return Err(Invalid::Checksums { checksums, chunks });
         }
-        Ok(counted)
+        Ok(totals)
     }
 
-    /// Whether all but runs and checksums fits together.
+    /// Checks everything except runs and checksums.
     ///
     /// # Errors
-    /// [`Invalid`], the first thing that doesn't fit.
+    /// Returns the first inconsistency as [`Invalid`].
     pub fn check_head(&self) -> Result<(), Invalid> {
         check_sizes(self.version, self.ram_size, self.page_size)?;
         check_regions(&self.regions, self.ram_size)?;
         check_metadata(self.metadata.len() as u64)
     }
 
-    /// Present runs fill the file from where its pages start, in any order.
+    /// Checks that present runs fill the file from [`data_start`](Self::data_start), in any order.
     fn check_packed(&self, runs: impl Iterator<Item = Run> + Clone) -> Result<(), Invalid> {
         let at = |run: Run| match run.stored {
             Stored::At(offset) => Some((offset, run.len)),
             Stored::Zeros => None,
         };
         let stored = runs.filter_map(at);
-        // Pages of one pass are in order. Only those of several have to be sorted, which takes memory.
-        if self.follow(stored.clone()).is_ok() {
+        // Pages of one pass are in order. Those of several passes are sorted, which takes memory.
+        if self.check_contiguous(stored.clone()).is_ok() {
             return Ok(());
         }
         let mut stored: Vec<_> = stored.collect();
         stored.sort_unstable();
-        self.follow(stored)
+        self.check_contiguous(stored)
     }
 
-    fn follow(&self, stored: impl IntoIterator<Item = (u64, u64)>) -> Result<(), Invalid> {
+    fn check_contiguous(
+        &self,
+        stored: impl IntoIterator<Item = (u64, u64)>,
+    ) -> Result<(), Invalid> {
         let mut end = self.data_start();
         for (offset, len) in stored {
             if offset != end {
@@ -348,29 +363,29 @@ impl Footer {
                     offset,
                 });
             }
-            // Runs are inside the RAM and don't overlap: below 2^53.
+            // Runs are inside the RAM and do not overlap, so the sum is below 2^53.
             end += len;
         }
         Ok(())
     }
 }
 
-/// What is known of runs that were found valid one after another.
+/// Totals of valid runs, added one after another.
 #[derive(Clone, Copy, Debug, Default)]
-pub(crate) struct Counted {
+pub(crate) struct RunTotals {
     pub(crate) runs: u64,
-    /// The guest offset after the last.
+    /// The guest offset after the last run.
     end: u64,
     pub(crate) present: u64,
-    /// Chunks that have present bytes.
+    /// The number of chunks with present bytes.
     pub(crate) chunks: u64,
-    /// The number of the chunk after the last of those.
+    /// The number of the chunk after the last chunk with present bytes.
     next_chunk: u64,
 }
 
-impl Counted {
+impl RunTotals {
     pub(crate) fn add(&mut self, run: &Run, footer: &Footer) -> Result<(), Invalid> {
-        // On 64-bit hosts an index is as large as a number in a file.
+        // On 64-bit hosts, an index can hold every number of a file.
         check_run(self.runs as usize, run, self.end, footer)?;
         self.runs += 1;
         self.end = run.start + run.len;
@@ -391,16 +406,16 @@ impl Counted {
     }
 }
 
-/// Where the pages of a packed image of version 2 begin in the file.
+/// Returns the file offset of the first page in a packed image of version 2.
 #[must_use]
 pub fn packed_start(page_size: u64) -> u64 {
-    SMALLEST_HEADER.max(page_size)
+    MIN_HEADER.max(page_size)
 }
 
-/// Whether these are the address ranges of RAM of `ram_size` bytes.
+/// Checks that `regions` are the address ranges of RAM of `ram_size` bytes.
 ///
 /// # Errors
-/// [`Invalid::Region`] and [`Invalid::RegionsSum`].
+/// Returns [`Invalid::Region`] or [`Invalid::RegionsSum`].
 pub fn check_regions(regions: &[Range<u64>], ram_size: u64) -> Result<(), Invalid> {
     let (mut last, mut sum) = (0, 0_u64);
     for (index, region) in regions.iter().enumerate() {
@@ -408,7 +423,7 @@ pub fn check_regions(regions: &[Range<u64>], ram_size: u64) -> Result<(), Invali
             return Err(Invalid::Region { index });
         }
         last = region.end;
-        // They don't overlap, so the sum is below 2^64.
+        // Regions do not overlap, so the sum is below 2^64.
         sum += region.end - region.start;
     }
     if sum == ram_size {
@@ -418,10 +433,10 @@ pub fn check_regions(regions: &[Range<u64>], ram_size: u64) -> Result<(), Invali
     }
 }
 
-/// Whether so many bytes of metadata fit into a footer.
+/// Checks that metadata of `len` bytes fits into a footer.
 ///
 /// # Errors
-/// [`Invalid::Metadata`].
+/// Returns [`Invalid::Metadata`].
 pub fn check_metadata(len: u64) -> Result<(), Invalid> {
     if len > Footer::MAX_METADATA as u64 {
         return Err(Invalid::Metadata { len });
@@ -429,10 +444,10 @@ pub fn check_metadata(len: u64) -> Result<(), Invalid> {
     Ok(())
 }
 
-/// Whether RAM can be so large, in such pages.
+/// Checks the size of RAM and pages.
 pub(crate) fn check_sizes(version: Version, ram_size: u64, page_size: u64) -> Result<(), Invalid> {
     let fits = (1..=MAX_RAM_SIZE).contains(&ram_size);
-    let page = page_size.is_power_of_two() && page_size >= version.smallest_page();
+    let page = page_size.is_power_of_two() && page_size >= version.min_page_size();
     if fits && page && ram_size.is_multiple_of(page_size) {
         Ok(())
     } else {
@@ -443,7 +458,7 @@ pub(crate) fn check_sizes(version: Version, ram_size: u64, page_size: u64) -> Re
     }
 }
 
-/// Whether `run`, number `index`, may follow one that ends at `last`.
+/// Checks that `run`, with the number `index`, may follow a run that ends at `last`.
 pub(crate) fn check_run(
     index: usize,
     run: &Run,

@@ -1,13 +1,15 @@
-//! Names of states of a guest's RAM.
+//! Identifiers of images.
 
 use std::fmt;
 use std::io;
 use std::str::FromStr;
 
-/// Names the state of a guest's RAM that an image stands for, alone or on top of its parents: 128 random bits.
+/// The identifier of a state of a guest's RAM, which an image represents alone or on top of its
+/// parents: 128 random bits.
 ///
-/// A diff names its parent by it. Images made of others keep the name where they stand for the same state: a chain that is merged has the
-/// id of its last diff, so the next diff fits on it.
+/// A diff names its parent by this identifier. An image that is made of others and represents the
+/// same state has the same identifier. For example, a merged chain has the identifier of its last
+/// diff, so the next diff applies to it.
 ///
 /// # Examples
 /// ```
@@ -21,23 +23,23 @@ use std::str::FromStr;
 pub struct ImageId([u8; 16]);
 
 impl ImageId {
-    /// A new name, from the system's random numbers.
+    /// Creates an identifier from the system's random numbers.
     ///
     /// # Errors
-    /// The system has none to give.
+    /// Returns an error if the system has no random numbers.
     pub fn random() -> io::Result<Self> {
         let mut bytes = [0; 16];
         getrandom::fill(&mut bytes).map_err(io::Error::other)?;
         Ok(Self(bytes))
     }
 
-    /// The name that these bytes are.
+    /// Creates an identifier from its bytes.
     #[must_use]
     pub const fn from_bytes(bytes: [u8; 16]) -> Self {
         Self(bytes)
     }
 
-    /// The bytes, as they stand in the footer.
+    /// Returns the bytes, as stored in the footer.
     #[must_use]
     pub const fn to_bytes(self) -> [u8; 16] {
         self.0
@@ -56,9 +58,9 @@ impl fmt::Debug for ImageId {
     }
 }
 
-/// A text is no [`ImageId`].
+/// The error of parsing an [`ImageId`] from text.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("an image's id is 32 hexadecimal digits")]
+#[error("invalid image id: give 32 hexadecimal digits")]
 pub struct ParseIdError;
 
 impl FromStr for ImageId {

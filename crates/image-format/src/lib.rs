@@ -1,18 +1,50 @@
-//! The format of memory images: what makes one mean the same everywhere.
+//! Reads and writes the footer of virtual-machine memory images.
 //!
-//! A raw image is bytes at their guest offsets; which pages of a raw diff are there, and which of them are zeros, only the holes of its file
-//! tell, and a copy may dig or fill those. A *sealed* image ends in a [`Footer`], which says it: each run of pages is *present* (its
-//! bytes are in the file), *zero* (they are not, and read as zeros) or, in a diff, *clean* (not in this image). It names the image and its
-//! parent, and has a checksum for each [chunk](CHUNK_SIZE) of RAM.
+//! A raw memory image does not record which pages of a diff are present, and which are zeros. Only
+//! the holes of its file do, and a copy may add or fill holes. A *sealed* image ends in a
+//! [`Footer`] that records this. Each run of pages is *present* (its bytes are in the file), *zero*
+//! (not in the file, reads as zeros) or, in a diff, *clean* (not in the image). The footer
+//! identifies the image and its parent, and has a checksum for each [chunk](CHUNK_SIZE) of RAM.
 //!
-//! Two placements have the same footer. *In place*, present pages are at their guest offsets, and the first `ram_size` bytes map as
-//! before. *Packed*, they stand one after another behind a header, and the footer says where.
+//! ```
+//! use std::fs::File;
+//! use image_format::{Footer, ImageId, Kind, Placement, Run, Version};
 //!
-//! No file is taken for an image because of bytes that a guest controls, and none that was cut off at a block's boundary is taken for anything:
-//! see [below](#what-a-reader-recognises).
+//! # let dir = tempfile::tempdir()?;
+//! # let path = dir.path().join("full.mem");
+//! # let footer = Footer {
+//! #     version: Version::CURRENT,
+//! #     id: ImageId::random()?,
+//! #     kind: Kind::Full,
+//! #     placement: Placement::Packed,
+//! #     ram_size: 1 << 20,
+//! #     page_size: 4096,
+//! #     regions: vec![0..1 << 20],
+//! #     runs: vec![Run::zeros(0..1 << 20)],
+//! #     checksums: Vec::new(),
+//! #     metadata: Vec::new(),
+//! # };
+//! # footer.write(&File::create_new(&path)?)?;
+//! // Fails for raw RAM, and for an image that was cut off.
+//! let footer = Footer::read(&File::open(&path)?)?;
+//! println!("{}: {} bytes present", footer.id, footer.present_bytes());
+//! for chunk in footer.chunks() {
+//!     // Compare the bytes of `chunk.pieces()` with `chunk.checksum`.
+//! }
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
 //!
-//! # By task
-//! **Write a footer** after the pages, computing checksums while they pass by:
+//! There are two placements. *In place*, present pages are at their guest offsets, and the first
+//! `ram_size` bytes of the file can be mapped as RAM. *Packed*, they follow a header one after
+//! another, and the footer records their positions.
+//!
+//! A file is never recognized as an image because of bytes that a guest controls, and a file that
+//! was cut off at a block boundary is never recognized at all. See
+//! [below](#how-a-reader-recognizes-a-file).
+//!
+//! # Examples
+//!
+//! **Write a footer** after the pages. Checksums are computed while the pages are written:
 //! ```
 //! use std::fs::File;
 //! use std::os::unix::fs::FileExt;
@@ -24,11 +56,11 @@
 //! let (ram_size, page_size) = (1 << 30, 4096);
 //! let file = File::create_new(&path)?;
 //! let page = [7; 4096];
-//! let start = packed_start(page_size); // behind the header, which is written with the footer
+//! let start = packed_start(page_size); // after the header, which the footer writes
 //! file.write_all_at(&page, start)?;
 //!
 //! let mut checksums = Checksums::new(ram_size);
-//! checksums.feed(8192, &page); // a guest offset, not the file's
+//! checksums.feed(8192, &page); // at a guest offset
 //! let footer = Footer {
 //!     version: Version::CURRENT,
 //!     id: ImageId::random()?,
@@ -39,22 +71,25 @@
 //!     regions: vec![0..ram_size],
 //!     runs: vec![Run::present(8192..12288, start), Run::zeros(16384..20480)],
 //!     checksums: checksums.finish(),
-//!     metadata: b"vCPU state, say".to_vec(),
+//!     metadata: b"vCPU state".to_vec(),
 //! };
-//! footer.write(&file)?; // one more run of 4 KiB would not be checked by any sum: that is an error
+//! footer.write(&file)?;
 //!
-//! // And read it back, believing nothing before it is checked.
+//! // Read it back. Everything is checked.
 //! let read = Footer::read(&File::open(&path)?)?;
 //! assert_eq!(read, footer);
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
-//! **Read one of version 1 that is as long as raw RAM**: [`Footer::read_as`], for callers that know what the file is.
-//!
-//! **Check a chunk**: [`Footer::chunks`] names every chunk that has bytes in the file, with the sum that they must have.
+//! - [`Footer::read_as`] reads an image of version 1 whose length is one that raw RAM can have. The
+//!   caller must know the format of the file.
+//! - [`Footer::chunks`] returns every chunk with bytes in the file, and the checksum of these
+//!   bytes.
 //!
 //! # Limitations
-//! The reader keeps runs and checksums in memory: 32 bytes a run, twice that while the list grows, and 32 bytes a MiB of present RAM. It takes no more of
-//! them than the file proves to have, and refuses a footer of more than [`MAX_FOOTER`] bytes. [`Footer::write_with`] writes runs that are not in memory.
+//! The reader keeps runs and checksums in memory: 32 bytes a run, twice that while the list grows,
+//! and 32 bytes for each MiB of present RAM. It allocates memory only for entries that the file
+//! has, and refuses a footer of more than [`MAX_FOOTER`] bytes. [`Footer::write_with`] writes runs
+//! that are not in memory.
 
 #![doc = include_str!("../FORMAT.md")]
 #![forbid(unsafe_code)]
@@ -65,6 +100,7 @@ mod footer;
 mod header;
 mod id;
 mod read;
+mod wire;
 mod write;
 
 pub use checksums::{CHUNK_SIZE, Checksum, Checksums, ChunkSum};
@@ -75,8 +111,9 @@ pub use footer::{
 };
 pub use header::{HEADER_PAGE, Header};
 pub use id::{ImageId, ParseIdError};
-pub use read::MAX_FOOTER;
+pub use wire::MAX_FOOTER;
 
+/// Compiles the README's example as a test.
 #[cfg(doctest)]
 #[doc = include_str!("../README.md")]
 struct Readme;

@@ -1,4 +1,4 @@
-//! A footer from bytes that may say anything.
+//! Parses a footer from untrusted bytes.
 
 use std::fs::File;
 use std::io;
@@ -8,50 +8,52 @@ use std::os::unix::fs::FileExt;
 use crate::checksums::Checksum;
 use crate::error::{FooterError, Invalid};
 use crate::footer::{
-    Counted, Footer, Kind, Placement, RAW_UNIT, Run, Stored, Version, check_metadata, check_sizes,
+    Footer, Kind, Placement, RAW_UNIT, Run, RunTotals, Stored, Version, check_metadata, check_sizes,
 };
 use crate::header::{HEADER_MAGIC, HEADER_PAGE, Header};
 use crate::id::ImageId;
-use crate::write::{END_MAGIC, HEADER, MAGIC, NOWHERE, Parts, TRAILER, padding};
+use crate::wire::{END_MAGIC, HEADER, MAGIC, MAX_FOOTER, PartCounts, TRAILER, ZERO_RUN, padding};
 
-/// The most bytes that a footer may have without its last 64: 1 GiB, more than 40 million runs.
-pub const MAX_FOOTER: u64 = 1 << 30;
-
-/// Bytes read at a time.
+/// The number of bytes in one read.
 const BUFFER: usize = 64 << 10;
 
 impl Footer {
     /// Reads the footer of a sealed or packed image.
     ///
-    /// Nothing that the file says is believed before it is checked: memory is taken for no more runs and checksums than were read and found valid, and
-    /// a footer that is returned passed [`check`](Self::check), and its own checksum. The pages are not looked at.
+    /// Every field is checked before it is used. Memory is allocated only for runs and checksums
+    /// that were read and found valid. A returned footer has passed [`check`](Self::check), and its
+    /// own checksum matches. The pages are not read.
     ///
-    /// Raw RAM is never taken for an image, whatever the guest wrote to it: its length is a multiple of [`RAW_UNIT`], which no image of version 2 has,
-    /// and images of version 1 that have it are refused.
+    /// Raw RAM is never recognized as an image, regardless of its contents. The length of raw RAM
+    /// is a multiple of [`RAW_UNIT`]. Images of version 2 never have such a length, and images of
+    /// version 1 with such a length are refused.
     ///
     /// # Errors
-    /// [`FooterError`]: [`Truncated`](FooterError::Truncated) for a packed image that was cut off, [`Ambiguous`](FooterError::Ambiguous) for one of
-    /// version 1 that may be raw RAM, [`NotSealed`](FooterError::NotSealed) for anything else that does not end in a footer.
+    /// Returns [`Truncated`](FooterError::Truncated) for a packed image that was cut off,
+    /// [`Ambiguous`](FooterError::Ambiguous) for an image of version 1 that may be raw RAM, and
+    /// [`NotSealed`](FooterError::NotSealed) for any other file that does not end in a footer. See
+    /// [`FooterError`] for other errors.
     pub fn read(file: &File) -> Result<Self, FooterError> {
         Self::read_as(file, None)
     }
 
-    /// Reads the footer of an image that the caller knows to be sealed or packed: also of one of version 1 that [`read`](Self::read) can't tell from raw
-    /// RAM.
+    /// Reads the footer of an image that the caller knows to be sealed or packed. This includes
+    /// images of version 1 that [`read`](Self::read) cannot distinguish from raw RAM.
     ///
     /// # Errors
-    /// As [`read`](Self::read), but no [`Ambiguous`](FooterError::Ambiguous); [`OtherPlacement`](FooterError::OtherPlacement) for an image of another
-    /// format.
+    /// As for [`read`](Self::read), except for [`Ambiguous`](FooterError::Ambiguous). Returns
+    /// [`OtherPlacement`](FooterError::OtherPlacement) for an image of another format.
     pub fn read_as(file: &File, format: impl Into<Option<Placement>>) -> Result<Self, FooterError> {
         let failed = |source| io_error(0, source);
         let len = file.metadata().map_err(failed)?.len();
         Self::read_from(len, format, |buf, offset| file.read_exact_at(buf, offset))
     }
 
-    /// As [`read_as`](Self::read_as), of a file of `len` bytes that `read_at` (buffer to be filled, offset) gives.
+    /// Reads a footer like [`read_as`](Self::read_as), from a file of `len` bytes. `read_at` fills
+    /// the given buffer with the bytes at the given offset.
     ///
     /// # Errors
-    /// As [`read_as`](Self::read_as).
+    /// As for [`read_as`](Self::read_as).
     pub fn read_from(
         len: u64,
         format: impl Into<Option<Placement>>,
@@ -61,13 +63,13 @@ impl Footer {
         let header = read_header(len, &mut read_at)?;
         let trailer = read_trailer(len, &mut read_at)?;
         let Some(trailer) = trailer else {
-            return Err(header.refused(len));
+            return Err(header.into_error(len));
         };
         if len.is_multiple_of(RAW_UNIT) && format.is_none() {
-            // It may be raw RAM, and all of this the guest's: nothing more is read of it.
+            // The file may be raw RAM, and all of its bytes those of the guest.
             return Err(match header {
-                Start::Other => FooterError::Ambiguous { len },
-                header => header.refused(len),
+                FileStart::Other => FooterError::Ambiguous { len },
+                header => header.into_error(len),
             });
         }
         let trailer = Trailer::new(&trailer, len)?;
@@ -76,12 +78,14 @@ impl Footer {
             let found = footer.placement;
             return Err(FooterError::OtherPlacement { found });
         }
-        // What stands at the start of an image in place is the guest's.
+        // The first bytes of an image in place are those of the guest.
         if footer.data_start() > 0
-            && header != Start::Header(Header::new(&footer, trailer.start, len))
+            && header != FileStart::Header(Header::new(&footer, trailer.start, len))
         {
             return Err(match header {
-                Start::Header(header) if header.len != len => Start::Header(header).refused(len),
+                FileStart::Header(header) if header.len != len => {
+                    FileStart::Header(header).into_error(len)
+                }
                 _ => damaged(0, Invalid::Header),
             });
         }
@@ -89,19 +93,19 @@ impl Footer {
     }
 }
 
-/// What a file begins with.
+/// The beginning of a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Start {
-    /// No packed image of version 2 begins so.
+enum FileStart {
+    /// No packed image of version 2 starts like this.
     Other,
-    /// A header of which a part is missing or wrong.
+    /// A header with missing or wrong bytes.
     Damaged,
     Header(Header),
 }
 
-impl Start {
-    /// Why a file that does not end in a footer, or may be raw, is no image.
-    fn refused(self, actual: u64) -> FooterError {
+impl FileStart {
+    /// Returns the error of a file that does not end in a footer, or may be raw.
+    fn into_error(self, actual: u64) -> FooterError {
         match self {
             Self::Other => FooterError::NotSealed,
             Self::Damaged => FooterError::Truncated {
@@ -128,18 +132,18 @@ impl Start {
 fn read_header(
     len: u64,
     read_at: &mut impl FnMut(&mut [u8], u64) -> io::Result<()>,
-) -> Result<Start, FooterError> {
+) -> Result<FileStart, FooterError> {
     let mut page = [0; HEADER_PAGE];
-    let there = len.min(HEADER_PAGE as u64) as usize;
-    read_at(&mut page[..there], 0).map_err(|source| io_error(0, source))?;
+    let header_len = len.min(HEADER_PAGE as u64) as usize;
+    read_at(&mut page[..header_len], 0).map_err(|source| io_error(0, source))?;
     if page[..8] != *HEADER_MAGIC {
-        return Ok(Start::Other);
+        return Ok(FileStart::Other);
     }
-    let header = Header::from_bytes(&page).filter(|_| there == HEADER_PAGE);
-    Ok(header.map_or(Start::Damaged, Start::Header))
+    let header = Header::from_bytes(&page).filter(|_| header_len == HEADER_PAGE);
+    Ok(header.map_or(FileStart::Damaged, FileStart::Header))
 }
 
-/// The last bytes of a file; `None` where no image ends so.
+/// Returns the last bytes of a file, or `None` if no image ends like this.
 fn read_trailer(
     len: u64,
     read_at: &mut impl FnMut(&mut [u8], u64) -> io::Result<()>,
@@ -152,22 +156,22 @@ fn read_trailer(
     Ok((bytes[56..] == *END_MAGIC).then_some(bytes))
 }
 
-/// What the last bytes of an image say.
+/// The last 64 bytes of an image.
 struct Trailer {
     version: Version,
     checksum: [u8; 32],
-    /// Where the footer begins.
+    /// The file offset of the footer.
     start: u64,
-    /// Its length without the trailer.
+    /// The length of the footer without the trailer.
     body: u64,
 }
 
 impl Trailer {
-    /// That of a file of `len` bytes.
+    /// Parses the trailer of a file of `len` bytes.
     fn new(bytes: &[u8; TRAILER as usize], len: u64) -> Result<Self, FooterError> {
         let at = len - TRAILER;
         let version = u32_at(bytes, 48);
-        let version = Version::of(version).ok_or(FooterError::Version { version })?;
+        let version = Version::from_wire(version).ok_or(FooterError::Version { version })?;
         let (start, body) = (u64_at(bytes, 32), u64_at(bytes, 40));
         if start.checked_add(body) != Some(at) || body < HEADER || u32_at(bytes, 52) != 0 {
             return Err(FooterError::Damaged {
@@ -194,14 +198,14 @@ impl Trailer {
         read_at: impl FnMut(&mut [u8], u64) -> io::Result<()>,
     ) -> Result<Footer, FooterError> {
         let start = self.start;
-        let mut body = Body {
+        let mut body = BodyReader {
             read_at,
             version: self.version,
             offset: start,
             left: self.body,
             hasher: blake3::Hasher::new(),
             buffer: Vec::new(),
-            taken: 0,
+            consumed: 0,
         };
         let footer = body.footer(start)?;
         if body.hasher.finalize().as_bytes()[..] != self.checksum {
@@ -230,40 +234,40 @@ fn damaged(offset: u64, invalid: Invalid) -> FooterError {
     }
 }
 
-/// What the checksum of the footer is over, read piece by piece.
-struct Body<R> {
+/// A reader for the part of the footer that its checksum covers.
+struct BodyReader<R> {
     read_at: R,
     version: Version,
-    /// Of the bytes that were not read yet.
+    /// The file offset of the bytes that were not read yet.
     offset: u64,
     left: u64,
     hasher: blake3::Hasher,
     buffer: Vec<u8>,
-    taken: usize,
+    consumed: usize,
 }
 
-impl<R: FnMut(&mut [u8], u64) -> io::Result<()>> Body<R> {
-    fn take<const N: usize>(&mut self) -> Result<[u8; N], FooterError> {
+impl<R: FnMut(&mut [u8], u64) -> io::Result<()>> BodyReader<R> {
+    fn read_array<const N: usize>(&mut self) -> Result<[u8; N], FooterError> {
         let mut bytes = [0; N];
-        self.take_into(&mut bytes)?;
+        self.read_exact(&mut bytes)?;
         Ok(bytes)
     }
 
-    fn take_into(&mut self, mut bytes: &mut [u8]) -> Result<(), FooterError> {
+    fn read_exact(&mut self, mut bytes: &mut [u8]) -> Result<(), FooterError> {
         while !bytes.is_empty() {
-            if self.taken == self.buffer.len() {
-                self.fill()?;
+            if self.consumed == self.buffer.len() {
+                self.refill()?;
             }
-            let from = &self.buffer[self.taken..];
+            let from = &self.buffer[self.consumed..];
             let (now, later) = bytes.split_at_mut(from.len().min(bytes.len()));
             now.copy_from_slice(&from[..now.len()]);
-            self.taken += now.len();
+            self.consumed += now.len();
             bytes = later;
         }
         Ok(())
     }
 
-    fn fill(&mut self) -> Result<(), FooterError> {
+    fn refill(&mut self) -> Result<(), FooterError> {
         let len = self.left.min(BUFFER as u64);
         if len == 0 {
             return Err(self.damaged(Invalid::Length));
@@ -272,31 +276,33 @@ impl<R: FnMut(&mut [u8], u64) -> io::Result<()>> Body<R> {
         (self.read_at)(&mut self.buffer, self.offset)
             .map_err(|source| io_error(self.offset, source))?;
         self.hasher.update(&self.buffer);
-        (self.offset, self.left, self.taken) = (self.offset + len, self.left - len, 0);
+        (self.offset, self.left, self.consumed) = (self.offset + len, self.left - len, 0);
         Ok(())
     }
 
-    fn number(&mut self) -> Result<u64, FooterError> {
-        Ok(u64::from_le_bytes(self.take()?))
+    fn read_u64(&mut self) -> Result<u64, FooterError> {
+        Ok(u64::from_le_bytes(self.read_array()?))
     }
 
-    /// `invalid` was found just before where this stands.
+    /// Returns the error of a field that ends at the current position.
     fn damaged(&self, invalid: Invalid) -> FooterError {
         FooterError::Damaged {
-            offset: self.offset - (self.buffer.len() - self.taken) as u64,
+            offset: self.offset - (self.buffer.len() - self.consumed) as u64,
             source: Some(invalid),
         }
     }
 
     fn footer(&mut self, start: u64) -> Result<Footer, FooterError> {
         let len = self.left;
-        if self.take()? != *MAGIC || self.take()? != self.version.number().to_le_bytes() {
+        if self.read_array()? != *MAGIC
+            || self.read_array()? != self.version.to_wire().to_le_bytes()
+        {
             return Err(FooterError::Damaged {
                 offset: start,
                 source: None,
             });
         }
-        let [placement, kind, has_parent, zero] = self.take()?;
+        let [placement, kind, has_parent, zero] = self.read_array()?;
         let field = |field, value| Invalid::Field { field, value };
         let placement = match placement {
             0 => Placement::InPlace,
@@ -306,8 +312,8 @@ impl<R: FnMut(&mut [u8], u64) -> io::Result<()>> Body<R> {
         if zero != 0 {
             return Err(self.damaged(field("reserved byte", zero)));
         }
-        let id = ImageId::from_bytes(self.take()?);
-        let parent: [u8; 16] = self.take()?;
+        let id = ImageId::from_bytes(self.read_array()?);
+        let parent: [u8; 16] = self.read_array()?;
         let parent = match has_parent {
             0 if parent == [0; 16] => None,
             1 => Some(ImageId::from_bytes(parent)),
@@ -319,12 +325,12 @@ impl<R: FnMut(&mut [u8], u64) -> io::Result<()>> Body<R> {
             (1, parent) => Kind::Diff { parent },
             (other, _) => return Err(self.damaged(field("kind", other))),
         };
-        let (ram_size, page_size) = (self.number()?, self.number()?);
+        let (ram_size, page_size) = (self.read_u64()?, self.read_u64()?);
         check_sizes(self.version, ram_size, page_size).map_err(|invalid| self.damaged(invalid))?;
-        let (regions, runs) = (self.number()?, self.number()?);
-        let (checksums, metadata) = (self.number()?, self.number()?);
+        let (regions, runs) = (self.read_u64()?, self.read_u64()?);
+        let (checksums, metadata) = (self.read_u64()?, self.read_u64()?);
         check_metadata(metadata).map_err(|invalid| self.damaged(invalid))?;
-        let parts = Parts {
+        let parts = PartCounts {
             regions,
             runs,
             checksums,
@@ -346,7 +352,7 @@ impl<R: FnMut(&mut [u8], u64) -> io::Result<()>> Body<R> {
             checksums: Vec::new(),
             metadata: Vec::new(),
         };
-        // As many as the chunks that the runs reach into, before memory is taken for them.
+        // Compared with the number of chunks before memory is allocated for the checksums.
         let chunks = self.runs(runs, &mut footer)?;
         if checksums != chunks {
             return Err(self.damaged(Invalid::Checksums { checksums, chunks }));
@@ -354,17 +360,17 @@ impl<R: FnMut(&mut [u8], u64) -> io::Result<()>> Body<R> {
         for _ in 0..checksums {
             footer
                 .checksums
-                .push(self.take::<{ size_of::<Checksum>() }>()?);
+                .push(self.read_array::<{ size_of::<Checksum>() }>()?);
         }
         while (footer.metadata.len() as u64) < metadata {
-            // Piece by piece, as it is read.
+            // Grown while it is read.
             let have = footer.metadata.len();
             let more = BUFFER.min(metadata as usize - have);
             footer.metadata.resize(have + more, 0);
-            self.take_into(&mut footer.metadata[have..])?;
+            self.read_exact(&mut footer.metadata[have..])?;
         }
         for _ in 0..padding {
-            if self.take()? != [0] {
+            if self.read_array()? != [0] {
                 return Err(self.damaged(Invalid::Padding));
             }
         }
@@ -374,7 +380,7 @@ impl<R: FnMut(&mut [u8], u64) -> io::Result<()>> Body<R> {
     fn regions(&mut self, count: u64) -> Result<Vec<Range<u64>>, FooterError> {
         let mut regions = Vec::<Range<u64>>::new();
         for index in 0..count as usize {
-            let (start, size) = (self.number()?, self.number()?);
+            let (start, size) = (self.read_u64()?, self.read_u64()?);
             let last = regions.last().map_or(0, |region| region.end);
             match start.checked_add(size) {
                 Some(end) if size > 0 && start >= last => regions.push(start..end),
@@ -384,24 +390,26 @@ impl<R: FnMut(&mut [u8], u64) -> io::Result<()>> Body<R> {
         Ok(regions)
     }
 
-    /// Each is checked as it comes: a file that is one large hole is refused at its first run, and takes no memory. Returns the number of chunks
-    /// that they reach into.
+    /// Reads runs, and returns the number of chunks that the present ones overlap.
+    ///
+    /// Each run is checked immediately: a file that is one large hole is refused at its first run,
+    /// without allocation.
     fn runs(&mut self, count: u64, footer: &mut Footer) -> Result<u64, FooterError> {
-        let mut counted = Counted::default();
+        let mut totals = RunTotals::default();
         for _ in 0..count {
-            let (start, len, stored) = (self.number()?, self.number()?, self.number()?);
+            let (start, len, stored) = (self.read_u64()?, self.read_u64()?, self.read_u64()?);
             let stored = match stored {
-                NOWHERE => Stored::Zeros,
+                ZERO_RUN => Stored::Zeros,
                 offset => Stored::At(offset),
             };
             let run = Run { start, len, stored };
-            let added = counted.add(&run, footer);
+            let added = totals.add(&run, footer);
             added.map_err(|invalid| self.damaged(invalid))?;
             footer.runs.push(run);
         }
-        let whole = counted.check_end(footer);
+        let whole = totals.check_end(footer);
         whole.map_err(|invalid| self.damaged(invalid))?;
-        Ok(counted.chunks)
+        Ok(totals.chunks)
     }
 }
 

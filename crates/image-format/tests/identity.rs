@@ -1,4 +1,5 @@
-//! What a file is depends on nothing that a guest can write to its RAM, and survives no cut.
+//! Recognition of images: it does not depend on bytes that a guest can write, and detects files
+//! that were cut off.
 
 mod support;
 
@@ -11,10 +12,10 @@ use proptest::prelude::*;
 use rstest::rstest;
 use support::read_as;
 
-/// The smallest page, so that there are as many cuts at page boundaries as can be.
+/// The smallest page size, for as many cuts at page boundaries as possible.
 const PAGE: u64 = 512;
 
-/// A full image of the RAM `ram`, every page of it in the file.
+/// Returns a full image of `ram`, with every page in the file.
 fn image(version: Version, placement: Placement, ram: &[u8], metadata: usize) -> Vec<u8> {
     let ram_size = ram.len() as u64;
     let at = match (version, placement) {
@@ -47,7 +48,8 @@ fn read(bytes: &[u8]) -> Result<Footer, FooterError> {
     read_as(bytes, None)
 }
 
-/// A length of metadata at which an image of version 1 is as long as raw RAM may be.
+/// Returns an image of version 1 with metadata of such a length that raw RAM can have the length of
+/// the file.
 fn aligned(placement: Placement, ram: &[u8]) -> Vec<u8> {
     let images = (0..RAW_UNIT as usize).map(|len| image(Version::V1, placement, ram, len));
     let mut aligned = images.filter(|bytes| (bytes.len() as u64).is_multiple_of(RAW_UNIT));
@@ -55,7 +57,7 @@ fn aligned(placement: Placement, ram: &[u8]) -> Vec<u8> {
 }
 
 #[rstest]
-fn no_image_is_as_long_as_raw_ram(
+fn no_image_has_a_length_of_raw_ram(
     #[values(Placement::InPlace, Placement::Packed)] placement: Placement,
 ) {
     let mut padded = 0;
@@ -72,14 +74,18 @@ fn no_image_is_as_long_as_raw_ram(
 }
 
 #[test]
-fn a_packed_image_cut_at_any_length_is_reported_as_such() {
+fn a_packed_image_cut_anywhere_is_reported_as_truncated() {
     let bytes = image(Version::V2, Placement::Packed, &[3; 8192], 100);
     for cut in 8..bytes.len() {
         for format in [None, Some(Placement::Packed)] {
             let error = read_as(&bytes[..cut], format).unwrap_err();
             let whole = (cut >= 4096).then_some(bytes.len() as u64);
             assert!(
-                matches!(error, FooterError::Truncated { claimed, actual } if claimed == whole && actual == cut as u64),
+                matches!(
+                    error,
+                    FooterError::Truncated { claimed, actual }
+                        if claimed == whole && actual == cut as u64
+                ),
                 "{cut}: {error:?}"
             );
         }
@@ -87,19 +93,23 @@ fn a_packed_image_cut_at_any_length_is_reported_as_such() {
 }
 
 #[test]
-fn bytes_behind_a_packed_image_are_reported_as_such() {
+fn bytes_appended_to_a_packed_image_are_reported() {
     let mut bytes = image(Version::V2, Placement::Packed, &[3; 8192], 100);
     let claimed_len = bytes.len() as u64;
     bytes.push(0);
     let error = read(&bytes).unwrap_err();
     assert!(
-        matches!(error, FooterError::Trailing { claimed, actual } if claimed == claimed_len && actual == claimed + 1),
+        matches!(
+            error,
+            FooterError::Trailing { claimed, actual }
+                if claimed == claimed_len && actual == claimed + 1
+        ),
         "{error:?}"
     );
 }
 
 #[test]
-fn every_flipped_bit_of_a_header_is_noticed() {
+fn every_flipped_bit_of_a_header_is_detected() {
     let mut bytes = image(Version::V2, Placement::Packed, &[3; 8192], 100);
     for bit in 0..8 * 4096 {
         bytes[bit / 8] ^= 1 << (bit % 8);
@@ -118,11 +128,11 @@ fn the_header_of_another_image_is_refused() {
 }
 
 #[rstest]
-fn raw_ram_that_ends_as_an_image_is_not_opened(
+fn raw_ram_that_ends_like_an_image_is_refused(
     #[values(Version::V1, Version::V2)] version: Version,
     #[values(Placement::InPlace, Placement::Packed)] placement: Placement,
 ) {
-    // A whole image as the last bytes of RAM: from its beginning on, and in the last page alone.
+    // A complete image at the end of the RAM.
     let image = image(version, placement, &[3; 2048], 0);
     for before in [0, 512, 4096] {
         let len = (before + image.len()).next_multiple_of(512);
@@ -130,7 +140,7 @@ fn raw_ram_that_ends_as_an_image_is_not_opened(
         ram.extend(&image);
         assert!(read(&ram).is_err());
     }
-    // The one that would be right, if it were not raw.
+    // An image of version 1 that is also valid raw RAM.
     let whole = aligned(placement, &[3; 2048]);
     let error = read(&whole).unwrap_err();
     assert!(matches!(error, FooterError::Ambiguous { len } if len == whole.len() as u64));
@@ -151,9 +161,7 @@ fn an_ambiguous_image_opens_if_its_format_is_named(
 }
 
 #[rstest]
-fn eight_bytes_at_the_end_of_ram_are_never_read_as_a_version(
-    #[values(0, 1, 2, 3, u32::MAX)] version: u32,
-) {
+fn a_magic_number_at_the_end_of_ram_is_ambiguous(#[values(0, 1, 2, 3, u32::MAX)] version: u32) {
     let mut ram = vec![9; 8192];
     ram[8192 - 8..].copy_from_slice(b"memsnap\xff");
     ram[8192 - 16..8192 - 12].copy_from_slice(&version.to_le_bytes());
@@ -164,7 +172,7 @@ fn eight_bytes_at_the_end_of_ram_are_never_read_as_a_version(
 }
 
 #[test]
-fn a_packed_header_in_the_first_page_of_ram_changes_no_sealed_image() {
+fn a_header_in_the_ram_of_a_sealed_image_is_ignored() {
     let forged = image(Version::V2, Placement::Packed, &[5; 4096], 0);
     let sealed = image(Version::V2, Placement::InPlace, &forged[..8192], 30);
     assert_eq!(read(&sealed).unwrap().placement, Placement::InPlace);
@@ -172,18 +180,18 @@ fn a_packed_header_in_the_first_page_of_ram_changes_no_sealed_image() {
 }
 
 #[test]
-fn a_sealed_image_in_the_ram_of_a_packed_one_does_not_replace_it() {
+fn a_sealed_image_in_the_ram_of_a_packed_one_is_ignored() {
     let inner = image(Version::V2, Placement::InPlace, &[5; 1024], 0);
     let mut ram = vec![0; 4096 - inner.len()];
     ram.extend(&inner);
     let packed = image(Version::V2, Placement::Packed, &ram, 30);
     assert_eq!(read(&packed).unwrap().placement, Placement::Packed);
-    // Cut behind the inner image.
+    // Cut after the inner image.
     assert!(read(&packed[..8192]).is_err());
 }
 
 #[test]
-fn a_header_page_is_as_long_as_a_larger_page() {
+fn the_header_is_as_long_as_a_large_page() {
     let page = 64 << 10;
     let file = tempfile::tempfile().unwrap();
     file.write_all_at(&vec![4; page as usize], page).unwrap();
@@ -205,7 +213,7 @@ fn a_header_page_is_as_long_as_a_larger_page() {
     assert_eq!(Footer::read(&file).unwrap(), footer);
 }
 
-/// RAM of whole pages that is any bytes, or has images in it.
+/// Returns RAM of whole pages with arbitrary bytes, or with an image in it.
 fn any_ram() -> impl Strategy<Value = Vec<u8>> {
     let bytes = (1..20_usize, any::<u64>()).prop_map(|(pages, seed)| {
         let mut random = seed;
@@ -231,7 +239,7 @@ fn any_ram() -> impl Strategy<Value = Vec<u8>> {
             let image = image(version, placement, &vec![6; pages * 512], metadata);
             let mut ram = vec![0; before * 512];
             ram.extend(image);
-            // At the end of the RAM.
+            // The image is at the end of the RAM.
             let gap = ram.len().next_multiple_of(512) - ram.len();
             ram.splice(..0, vec![0; gap]);
             ram
@@ -241,13 +249,14 @@ fn any_ram() -> impl Strategy<Value = Vec<u8>> {
 
 proptest! {
     #[test]
-    fn raw_ram_is_never_opened_whatever_it_holds(ram in any_ram()) {
+    fn raw_ram_with_any_contents_is_refused(ram in any_ram()) {
         prop_assert!(read(&ram).is_err());
-        prop_assert!(read_as(&ram, Some(Placement::Packed)).is_err() || ram.ends_with(b"memsnap\xff"));
+        let packed = read_as(&ram, Some(Placement::Packed));
+        prop_assert!(packed.is_err() || ram.ends_with(b"memsnap\xff"));
     }
 
     #[test]
-    fn an_image_opens_whole_and_at_no_page_boundary_whatever_its_ram_holds(
+    fn an_image_cut_at_any_page_boundary_is_refused(
         ram in any_ram(),
         packed in any::<bool>(),
         metadata in 0..600_usize,
@@ -262,7 +271,7 @@ proptest! {
     }
 
     #[test]
-    fn an_image_cut_at_any_length_is_an_error(
+    fn an_image_cut_at_any_length_is_refused(
         seed in any::<u8>(),
         pages in 1..8_usize,
         packed in any::<bool>(),

@@ -1,4 +1,5 @@
-//! What a file merely claims takes no memory. Alone in its process, whose allocations it counts.
+//! The memory that reading and writing takes. A separate test binary, because it counts the
+//! allocations of its process.
 
 use std::os::unix::fs::FileExt;
 
@@ -10,7 +11,7 @@ use peak_alloc::PeakAlloc;
 #[global_allocator]
 static MEMORY: PeakAlloc = PeakAlloc;
 
-/// The most memory that `work` took at a time, in bytes.
+/// Returns the result of `work`, and the peak of the memory that it allocated, in bytes.
 fn peak<T>(work: impl FnOnce() -> T) -> (T, usize) {
     let before = MEMORY.current_usage();
     MEMORY.reset_peak_usage();
@@ -18,15 +19,15 @@ fn peak<T>(work: impl FnOnce() -> T) -> (T, usize) {
     (made, MEMORY.peak_usage().saturating_sub(before))
 }
 
-/// The parts one after the other: the peak is the process's.
+/// One test for all parts, because the peak is that of the process.
 #[test]
-fn memory_is_taken_for_what_was_found_valid_only() {
+fn memory_is_allocated_for_valid_entries_only() {
     claimed_checksums();
     largest_ram();
     runs_of_a_footer();
 }
 
-/// A file of 8 KiB, the rest of it holes, that claims a GiB of checksums.
+/// A file of 8 KiB, the rest of it holes, that claims to have 1 GiB of checksums.
 fn claimed_checksums() {
     let file = tempfile::tempfile().unwrap();
     let footer = Footer {
@@ -57,7 +58,7 @@ fn claimed_checksums() {
     assert!(peak < 1 << 20, "{peak} bytes");
 }
 
-/// The sums of the largest RAM that there is, of which two chunks are present.
+/// The checksums of the largest RAM, two chunks of which are present.
 fn largest_ram() {
     let (sums, peak) = peak(|| {
         let mut sums = Checksums::new(MAX_RAM_SIZE);
@@ -69,7 +70,8 @@ fn largest_ram() {
     assert!(peak < 1 << 20, "{peak} bytes");
 }
 
-/// Written from an iterator, runs need no memory; read, 32 bytes each, and twice that while the list grows.
+/// Runs that are written from an iterator need no memory. Runs that are read need 32 bytes each,
+/// and twice that while the list grows.
 fn runs_of_a_footer() {
     const RUNS: u64 = 1 << 18;
     let ram_size = 2 * RUNS * 4096;

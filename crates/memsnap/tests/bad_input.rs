@@ -98,7 +98,7 @@ fn a_chain_that_is_none_is_refused_by_every_verb(#[case] files: &str, #[case] sa
 #[case::no_whole_pages("full odd -o out", 2, &["whole number of pages"])]
 #[case::no_pages("restore raw:odd -o out", 1, &["odd", "can't be raw"])]
 #[case::of_unknown_format("restore small -o out", 1, &["small", "neither sealed nor packed", "raw:FILE"])]
-#[case::of_another_format("restore sealed:full.mem -o out", 1, &["full.mem", "it is packed"])]
+#[case::of_another_format("restore sealed:full.mem -o out", 1, &["full.mem", "is packed"])]
 #[case::a_raw_parent("convert full.raw --raw-diff --parent raw:full.raw -o out --layout sealed", 2, &["full.raw", "no id"])]
 #[case::a_parent_of_another_size("convert small --raw-diff --parent full.mem -o out --layout sealed", 1, &["of different guests"])]
 #[case::metadata_missing("full ram -o out --metadata none", 3, &["metadata", "none"])]
