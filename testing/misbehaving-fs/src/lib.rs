@@ -1,9 +1,9 @@
-//! A FUSE file system that passes a directory through, and misbehaves as it is told to.
+//! A FUSE file system for tests that passes a directory through and misbehaves on request.
 //!
-//! File systems exist whose `SEEK_HOLE` and `SEEK_DATA` report holes where there is data. This one
-//! does the same on demand, so that tests can show that no byte depends on it. The server is a
-//! thread of the test's process. It passes regular files of one directory through; there are no
-//! directories below it.
+//! Some file systems report holes with `SEEK_HOLE` and `SEEK_DATA` where a file has data. This one
+//! does so on demand, so that tests can show that no byte depends on such reports. The server is a
+//! thread of the test's process. It passes the regular files of one directory through, without
+//! subdirectories.
 //!
 //! ```no_run
 //! use misbehaving_fs::{Behaviour, Lseek, MisbehavingFs};
@@ -14,7 +14,7 @@
 //!     lseek: Lseek::AllHole,
 //!     ..Behaviour::default()
 //! });
-//! // lseek(SEEK_DATA) of the image is ENXIO from here on.
+//! // From now on, lseek(SEEK_DATA) of the image fails with ENXIO.
 //! # Ok::<(), std::io::Error>(())
 //! ```
 #![cfg(target_os = "linux")]
@@ -31,45 +31,47 @@ use tempfile::TempDir;
 
 use server::Server;
 
-/// How the file system answers `SEEK_HOLE` and `SEEK_DATA`.
+/// The results of `SEEK_HOLE` and `SEEK_DATA`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Lseek {
-    /// As the file below answers. What was written through a mapping, or into the writeback cache,
-    /// has not arrived there: the kernel does not write it back before it asks.
+    /// Those of the underlying file. Data that was written through a mapping or to the writeback
+    /// cache is missing there, because the kernel does not write it back before it sends the
+    /// request.
     #[default]
     Exact,
-    /// All of the file is a hole: `SEEK_HOLE` returns the offset, `SEEK_DATA` fails with `ENXIO`.
+    /// The whole file is a hole: `SEEK_HOLE` returns the offset, `SEEK_DATA` fails with `ENXIO`.
     AllHole,
-    /// `SEEK_HOLE` fails with `ENXIO` inside the file, as APFS does for clones.
+    /// `SEEK_HOLE` fails with `ENXIO` inside the file, like on APFS for clones.
     HoleIsEnxio,
     /// `SEEK_DATA` fails with `ENXIO` although there is data.
     DataIsEnxio,
 }
 
-/// How the file system answers reads.
+/// The results of reads.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Reads {
-    /// With all bytes that were asked for.
+    /// All requested bytes.
     #[default]
     Whole,
-    /// With at most 1,000 bytes, past the page cache.
+    /// At most 1,000 bytes. Bypasses the page cache.
     Short,
-    /// With `EIO` where the byte at this offset is asked for, past the page cache.
+    /// `EIO` if the read includes the byte at this offset. Bypasses the page cache.
     FailAt(u64),
 }
 
-/// How the file system misbehaves.
+/// The behavior of the file system.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Behaviour {
-    /// How it answers `SEEK_HOLE` and `SEEK_DATA`.
+    /// The results of `SEEK_HOLE` and `SEEK_DATA`.
     pub lseek: Lseek,
-    /// How it answers reads of files that are opened from then on.
+    /// The results of reads, for files that are opened from now on.
     pub reads: Reads,
-    /// Whether writes stay in the kernel until they are written back. Decided by the mount.
+    /// Whether the kernel caches writes until it writes them back. Determined when the file system
+    /// is mounted.
     pub writeback_cache: bool,
 }
 
-/// A mounted file system; unmounted and removed when dropped.
+/// A mounted file system, unmounted and removed on drop.
 #[derive(Debug)]
 pub struct MisbehavingFs {
     behaviour: Arc<Mutex<Behaviour>>,
@@ -82,7 +84,8 @@ impl MisbehavingFs {
     /// Mounts an empty file system.
     ///
     /// # Errors
-    /// Where FUSE is missing, or the process may not mount: ask `test_machine::Need::Fuse` first.
+    /// Returns an error if FUSE is missing or the process may not mount. Check
+    /// `test_machine::Need::Fuse` first.
     pub fn mount(behaviour: Behaviour) -> io::Result<Self> {
         let (below, mount_point) = (tempfile::tempdir()?, tempfile::tempdir()?);
         let shared = Arc::new(Mutex::new(behaviour));
@@ -98,7 +101,7 @@ impl MisbehavingFs {
         })
     }
 
-    /// Changes how it misbehaves from here on, except for the writeback cache.
+    /// Changes the behavior from now on, except for the writeback cache.
     pub fn set(&self, behaviour: Behaviour) {
         *self
             .behaviour
@@ -106,13 +109,13 @@ impl MisbehavingFs {
             .unwrap_or_else(PoisonError::into_inner) = behaviour;
     }
 
-    /// The mounted directory.
+    /// Returns the mounted directory.
     #[must_use]
     pub fn path(&self) -> &Path {
         self.mount_point.path()
     }
 
-    /// The directory that is passed through.
+    /// Returns the underlying directory.
     #[must_use]
     pub fn below(&self) -> &Path {
         self.below.path()
@@ -120,11 +123,11 @@ impl MisbehavingFs {
 }
 
 impl Drop for MisbehavingFs {
-    /// Also ends what waits for the server: a process whose threads, the server among them, have
-    /// ended would wait for ever to write back a mapping.
+    /// Unmounts by force, which also ends waiting requests. Otherwise a process whose threads have
+    /// ended, the server among them, would never finish writing back a mapping.
     fn drop(&mut self) {
         let force = MntFlags::MNT_FORCE | MntFlags::MNT_DETACH;
-        // Then the mount stays, which the temporary directory reports by not going away.
+        // If this fails, the mount remains, and the temporary directory is not removed.
         let _ = umount2(self.mount_point.path(), force);
     }
 }

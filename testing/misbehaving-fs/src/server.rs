@@ -1,4 +1,4 @@
-//! The file system's side: one directory of regular files.
+//! The FUSE server: one directory of regular files.
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
@@ -21,17 +21,17 @@ use nix::unistd::{Whence, lseek};
 
 use crate::{Behaviour, Lseek, Reads};
 
-/// Names and attributes are asked for each time.
+/// The kernel does not cache names and attributes.
 const TTL: Duration = Duration::ZERO;
-/// The bytes of a short read.
-const SHORT: usize = 1000;
+/// The maximum number of bytes in a short read.
+const SHORT_READ: usize = 1000;
 
 pub(crate) struct Server {
     dir: PathBuf,
     behaviour: Arc<Mutex<Behaviour>>,
     writeback_cache: bool,
     root: u64,
-    /// By inode number, until the file system is unmounted: also without a name.
+    /// Open files by inode number, kept until unmount, even without a name.
     files: Mutex<HashMap<u64, Arc<File>>>,
 }
 
@@ -89,8 +89,9 @@ impl Server {
         Ok(attributes(&self.file(ino)?.metadata()?, ino))
     }
 
-    /// Past the page cache where the kernel would hide what reads do. Otherwise what is dirty stays so:
-    /// without these flags, each `open` and each `close` writes it back.
+    /// Returns flags that bypass the page cache if it would hide the results of reads. The other
+    /// flags keep dirty pages in the cache: without them, the kernel writes back on each `open` and
+    /// `close`.
     fn open_flags(&self) -> FopenFlags {
         match self.behaviour().reads {
             Reads::Whole => FopenFlags::FOPEN_KEEP_CACHE | FopenFlags::FOPEN_NOFLUSH,
@@ -103,7 +104,7 @@ impl Server {
         let mut bytes = vec![0; size as usize];
         match self.behaviour().reads {
             Reads::Whole => {}
-            Reads::Short => bytes.truncate(SHORT),
+            Reads::Short => bytes.truncate(SHORT_READ),
             Reads::FailAt(at) if (offset..offset + u64::from(size)).contains(&at) => {
                 return Err(Errno::EIO);
             }
@@ -177,11 +178,11 @@ fn attributes(metadata: &fs::Metadata, ino: INodeNo) -> FileAttr {
     }
 }
 
-/// Replies with what `result` is.
-macro_rules! answer {
-    ($reply:ident, $result:expr, $value:ident => $good:expr) => {
+/// Replies with `$success`, or with the error of `$result`.
+macro_rules! reply_with {
+    ($reply:ident, $result:expr, $value:ident => $success:expr) => {
         match $result {
-            Ok($value) => $good,
+            Ok($value) => $success,
             Err(errno) => $reply.error(errno),
         }
     };
@@ -198,11 +199,11 @@ impl Filesystem for Server {
     }
 
     fn lookup(&self, _: &Request, _: INodeNo, name: &OsStr, reply: ReplyEntry) {
-        answer!(reply, self.look_up(name), attr => reply.entry(&TTL, &attr, Generation(0)));
+        reply_with!(reply, self.look_up(name), attr => reply.entry(&TTL, &attr, Generation(0)));
     }
 
     fn getattr(&self, _: &Request, ino: INodeNo, _: Option<FileHandle>, reply: ReplyAttr) {
-        answer!(reply, self.attributes(ino), attr => reply.attr(&TTL, &attr));
+        reply_with!(reply, self.attributes(ino), attr => reply.attr(&TTL, &attr));
     }
 
     fn setattr(
@@ -235,12 +236,12 @@ impl Filesystem for Server {
             }
             self.attributes(ino)
         };
-        answer!(reply, set(), attr => reply.attr(&TTL, &attr));
+        reply_with!(reply, set(), attr => reply.attr(&TTL, &attr));
     }
 
     fn unlink(&self, _: &Request, _: INodeNo, name: &OsStr, reply: ReplyEmpty) {
         let removed = fs::remove_file(self.path(name)).map_err(Errno::from);
-        answer!(reply, removed, _done => reply.ok());
+        reply_with!(reply, removed, _value => reply.ok());
     }
 
     fn rename(
@@ -256,7 +257,7 @@ impl Filesystem for Server {
         let flags = nix::fcntl::RenameFlags::from_bits_truncate(flags.bits());
         let (from, to) = (self.path(name), self.path(new_name));
         let renamed = renameat2(AT_FDCWD, &from, AT_FDCWD, &to, flags).map_err(from_nix);
-        answer!(reply, renamed, _done => reply.ok());
+        reply_with!(reply, renamed, _value => reply.ok());
     }
 
     fn open(&self, _: &Request, _: INodeNo, _: OpenFlags, reply: ReplyOpen) {
@@ -274,7 +275,7 @@ impl Filesystem for Server {
         reply: ReplyCreate,
     ) {
         let flags = self.open_flags();
-        answer!(reply, self.create(name, mode), attr =>
+        reply_with!(reply, self.create(name, mode), attr =>
             reply.created(&TTL, &attr, Generation(0), FileHandle(0), flags));
     }
 
@@ -289,7 +290,7 @@ impl Filesystem for Server {
         _: Option<LockOwner>,
         reply: ReplyData,
     ) {
-        answer!(reply, self.read(ino, offset, size), bytes => reply.data(&bytes));
+        reply_with!(reply, self.read(ino, offset, size), bytes => reply.data(&bytes));
     }
 
     fn write(
@@ -305,7 +306,7 @@ impl Filesystem for Server {
         reply: ReplyWrite,
     ) {
         let write = || Ok::<_, Errno>(self.file(ino)?.write_all_at(data, offset)?);
-        answer!(reply, write(), _done => reply.written(data.len() as u32));
+        reply_with!(reply, write(), _value => reply.written(data.len() as u32));
     }
 
     fn flush(&self, _: &Request, _: INodeNo, _: FileHandle, _: LockOwner, reply: ReplyEmpty) {
@@ -314,7 +315,7 @@ impl Filesystem for Server {
 
     fn fsync(&self, _: &Request, ino: INodeNo, _: FileHandle, _: bool, reply: ReplyEmpty) {
         let sync = || Ok::<_, Errno>(self.file(ino)?.sync_all()?);
-        answer!(reply, sync(), _done => reply.ok());
+        reply_with!(reply, sync(), _value => reply.ok());
     }
 
     fn fsyncdir(&self, _: &Request, _: INodeNo, _: FileHandle, _: bool, reply: ReplyEmpty) {
@@ -338,7 +339,7 @@ impl Filesystem for Server {
             names.sort();
             Ok::<_, Errno>(names)
         };
-        answer!(reply, list(), names => {
+        reply_with!(reply, list(), names => {
             let dots = [".", ".."].map(|name| (self.root, name.into()));
             let all = dots.into_iter().chain(names).enumerate();
             for (index, (ino, name)) in all.skip(offset as usize) {
@@ -352,7 +353,7 @@ impl Filesystem for Server {
     }
 
     fn statfs(&self, _: &Request, _: INodeNo, reply: ReplyStatfs) {
-        // Room for whatever a test writes.
+        // Enough space for every test.
         reply.statfs(1 << 30, 1 << 30, 1 << 30, 1 << 20, 1 << 20, 4096, 255, 4096);
     }
 
@@ -371,7 +372,7 @@ impl Filesystem for Server {
             let (offset, length) = (offset.cast_signed(), length.cast_signed());
             fallocate(&*self.file(ino)?, flags, offset, length).map_err(from_nix)
         };
-        answer!(reply, allocate(), _done => reply.ok());
+        reply_with!(reply, allocate(), _value => reply.ok());
     }
 
     fn lseek(
@@ -383,6 +384,6 @@ impl Filesystem for Server {
         whence: i32,
         reply: ReplyLseek,
     ) {
-        answer!(reply, self.seek(ino, offset, whence), found => reply.offset(found));
+        reply_with!(reply, self.seek(ino, offset, whence), found => reply.offset(found));
     }
 }

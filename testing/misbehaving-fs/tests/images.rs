@@ -1,4 +1,4 @@
-//! Images on a file system that reports written bytes as a hole are read as they were written.
+//! Images on a file system that reports written bytes as a hole are read correctly.
 #![cfg(target_os = "linux")]
 
 mod support;
@@ -15,11 +15,11 @@ use misbehaving_fs::{Behaviour, Lseek, MisbehavingFs, Reads};
 use page_reader::{HostMemory, PageReader};
 use rstest::rstest;
 use sparse_file::{HolesUnknown, PagesUnknown};
-use support::{PAGE, RAM, answering, mount, reading};
+use support::{PAGE, RAM, mount, with_lseek, with_reads};
 
 const ALL: ControlFlow<()> = ControlFlow::Continue(());
 
-/// No page of it is zeros, but for the last eighth.
+/// Returns RAM whose pages are nonzero, except for the last eighth.
 fn ram(stamp: u8) -> Vec<u8> {
     let mut ram: Vec<u8> = (0..RAM).map(|at| (at / PAGE % 251) as u8 + stamp).collect();
     ram[(RAM / 8 * 7) as usize..].fill(0);
@@ -44,7 +44,7 @@ fn dirty(pages: &[u64]) -> DirtyBitmap {
     dirty
 }
 
-/// How many are marked.
+/// Returns the number of marked pages.
 fn pages(marks: &DirtyBitmap) -> u64 {
     marks.runs().map(|run| (run.end - run.start) / PAGE).sum()
 }
@@ -62,20 +62,20 @@ fn restored(chain: &Chain) -> Vec<u8> {
 fn mapped(chain: &Chain) -> Vec<u8> {
     let mapped = MappedChain::open(chain).unwrap();
     let mut bytes = vec![0; RAM as usize];
-    // SAFETY: mapped for as long as `mapped` lives, which is longer than the reading takes.
+    // SAFETY: mapped for the lifetime of `mapped`, which outlives the copy.
     let memory = unsafe { HostMemory::new(mapped.as_ptr(), mapped.len()) };
     memory.copy_to(&mut bytes);
     bytes
 }
 
-const LIES: [Lseek; 4] = [
+const REPORTS: [Lseek; 4] = [
     Lseek::Exact,
     Lseek::AllHole,
     Lseek::HoleIsEnxio,
     Lseek::DataIsEnxio,
 ];
 
-fn opened(path: &Path, layout: &Layout) -> Chain {
+fn open_chain(path: &Path, layout: &Layout) -> Chain {
     match layout {
         Layout::Raw => Chain::open_raw(path, PAGE).unwrap(),
         _ => Chain::open(path, PAGE).unwrap(),
@@ -86,9 +86,9 @@ fn opened(path: &Path, layout: &Layout) -> Chain {
 #[case::raw(Layout::Raw)]
 #[case::sealed(Layout::Sealed(Seal::new()))]
 #[case::packed(Layout::Packed(Seal::new()))]
-fn full_images_are_read_whatever_holes_are_reported(#[case] layout: Layout) {
+fn full_images_are_read_with_any_reported_holes(#[case] layout: Layout) {
     let Some(fs) = mount(
-        "full_images_are_read_whatever_holes_are_reported",
+        "full_images_are_read_with_any_reported_holes",
         Behaviour::default(),
     ) else {
         return;
@@ -96,25 +96,25 @@ fn full_images_are_read_whatever_holes_are_reported(#[case] layout: Layout) {
     let (image, other) = (fs.path().join("full.mem"), fs.path().join("other.mem"));
     full(&image, layout.clone(), &ram(1));
     full(&other, layout.clone(), &ram(2));
-    for lie in LIES {
-        fs.set(answering(lie));
-        let chain = opened(&image, &layout);
-        assert!(restored(&chain) == ram(1), "{lie:?}");
-        assert!(mapped(&chain) == ram(1), "{lie:?}");
+    for report in REPORTS {
+        fs.set(with_lseek(report));
+        let chain = open_chain(&image, &layout);
+        assert!(restored(&chain) == ram(1), "{report:?}");
+        assert!(mapped(&chain) == ram(1), "{report:?}");
         let flat = fs.path().join("flat.mem");
         chain.flatten(&flat).unwrap();
-        assert!(std::fs::read(&flat).unwrap() == ram(1), "{lie:?}");
-        // All pages but the zeros of both differ.
-        let later = opened(&other, &layout);
+        assert!(std::fs::read(&flat).unwrap() == ram(1), "{report:?}");
+        // All pages differ, except for the zeros of both.
+        let later = open_chain(&other, &layout);
         let changed = compare(&chain, &later, RAM, PAGE, &|_| ALL).unwrap();
-        assert_eq!(pages(&changed), RAM / 8 * 7 / PAGE, "{lie:?}");
+        assert_eq!(pages(&changed), RAM / 8 * 7 / PAGE, "{report:?}");
     }
 }
 
-/// What stands between the pages of a sealed image is data, so that it is looked at.
+/// Bytes between the pages of a sealed image are treated as data, so that verification reads them.
 #[test]
-fn verify_finds_bytes_between_pages_whatever_holes_are_reported() {
-    const TEST: &str = "verify_finds_bytes_between_pages_whatever_holes_are_reported";
+fn verify_finds_bytes_between_pages_with_any_holes() {
+    const TEST: &str = "verify_finds_bytes_between_pages_with_any_holes";
     let Some(fs) = mount(TEST, Behaviour::default()) else {
         return;
     };
@@ -122,16 +122,16 @@ fn verify_finds_bytes_between_pages_whatever_holes_are_reported() {
     full(&image, Layout::Sealed(Seal::new()), &ram(1));
     let file = std::fs::File::options().write(true).open(&image).unwrap();
     std::os::unix::fs::FileExt::write_all_at(&file, &[9], RAM - PAGE).unwrap();
-    for lie in LIES {
-        fs.set(answering(lie));
+    for report in REPORTS {
+        fs.set(with_lseek(report));
         let found = Image::open(&image).unwrap().verify(&|_, _| ALL);
         let damages = found.unwrap().damages;
-        assert_eq!(damages.len(), 1, "{lie:?}");
-        assert_eq!(damages[0].offset(), RAM - PAGE, "{lie:?}");
+        assert_eq!(damages.len(), 1, "{report:?}");
+        assert_eq!(damages[0].offset(), RAM - PAGE, "{report:?}");
     }
 }
 
-/// Counts how often it is read.
+/// A reader that counts its reads.
 struct Counted(Vec<u8>, Cell<u32>);
 
 impl PageReader for Counted {
@@ -167,7 +167,9 @@ fn a_raw_diff_on_fuse_is_refused_before_ram_is_read() {
         matches!(
             &error,
             SnapshotError::AmbiguousDiff {
-                source: AmbiguousDiff::Holes(PagesUnknown::Holes(HolesUnknown::FileSystem { file_system })),
+                source: AmbiguousDiff::Holes(PagesUnknown::Holes(
+                    HolesUnknown::FileSystem { file_system }
+                )),
                 ..
             } if file_system == "fuse"
         ),
@@ -175,7 +177,7 @@ fn a_raw_diff_on_fuse_is_refused_before_ram_is_read() {
     );
     assert!(error.to_string().contains("Layout::Packed"), "{error}");
     assert_eq!(reader.1.get(), 0);
-    // Nothing was written, so that all of the RAM still can be.
+    // Nothing was written, so a full image still can be written.
     writer.write_full(&reader).unwrap();
     drop(writer);
     drop(epoch);
@@ -199,8 +201,8 @@ fn a_raw_diff_on_fuse_is_not_read_by_its_holes() {
         .unwrap();
     writer.write_diff(&ram(2), &dirty(&[3, 9])).unwrap();
     writer.commit().unwrap();
-    for lie in LIES {
-        fs.set(answering(lie));
+    for report in REPORTS {
+        fs.set(with_lseek(report));
         let mut chain = Chain::open_raw(&base, PAGE).unwrap();
         let error = chain.push_raw(&diff).unwrap_err();
         assert!(
@@ -213,7 +215,7 @@ fn a_raw_diff_on_fuse_is_not_read_by_its_holes() {
             ),
             "{error:?}"
         );
-        // Its pages, given by the caller.
+        // The caller provides the pages of the diff.
         chain
             .push_pages(&diff, [3, 9].map(|page| page * PAGE..(page + 1) * PAGE))
             .unwrap();
@@ -222,7 +224,7 @@ fn a_raw_diff_on_fuse_is_not_read_by_its_holes() {
             let page = (page * PAGE) as usize..((page + 1) * PAGE) as usize;
             expected[page.clone()].copy_from_slice(&ram(2)[page]);
         }
-        assert!(restored(&chain) == expected, "{lie:?}");
+        assert!(restored(&chain) == expected, "{report:?}");
     }
 }
 
@@ -232,7 +234,7 @@ fn a_raw_diff_on_fuse_is_not_read_by_its_holes() {
 fn sealed_and_packed_diffs_need_no_holes(#[case] layout: fn(Seal) -> Layout) {
     let Some(fs) = mount(
         "sealed_and_packed_diffs_need_no_holes",
-        answering(Lseek::AllHole),
+        with_lseek(Lseek::AllHole),
     ) else {
         return;
     };
@@ -254,8 +256,8 @@ fn sealed_and_packed_diffs_need_no_holes(#[case] layout: fn(Seal) -> Layout) {
     assert!(restored(&chain) == expected);
 }
 
-/// Every layout on a file system that answers reads as `reads`.
-fn images(fs: &MisbehavingFs, reads: Reads, check: impl Fn(Chain, &str)) {
+/// Runs `check` for every layout, on a file system with the given results of reads.
+fn for_each_layout(fs: &MisbehavingFs, reads: Reads, check: impl Fn(Chain, &str)) {
     let layouts = [
         ("raw", Layout::Raw),
         ("sealed", Layout::Sealed(Seal::new())),
@@ -265,17 +267,17 @@ fn images(fs: &MisbehavingFs, reads: Reads, check: impl Fn(Chain, &str)) {
         fs.set(Behaviour::default());
         let path = fs.path().join(name);
         full(&path, layout.clone(), &ram(1));
-        fs.set(reading(reads));
-        check(opened(&path, &layout), name);
+        fs.set(with_reads(reads));
+        check(open_chain(&path, &layout), name);
     }
 }
 
 #[test]
-fn short_reads_are_read_on() {
-    let Some(fs) = mount("short_reads_are_read_on", Behaviour::default()) else {
+fn short_reads_are_continued() {
+    let Some(fs) = mount("short_reads_are_continued", Behaviour::default()) else {
         return;
     };
-    images(&fs, Reads::Short, |chain, name| {
+    for_each_layout(&fs, Reads::Short, |chain, name| {
         assert!(restored(&chain) == ram(1), "{name}");
     });
 }
@@ -289,7 +291,7 @@ fn a_read_error_inside_an_image_is_reported_with_its_offset() {
         return;
     };
     let bad = 2 << 20;
-    images(&fs, Reads::FailAt(bad), |chain, name| {
+    for_each_layout(&fs, Reads::FailAt(bad), |chain, name| {
         let mut ram = vec![0; RAM as usize];
         let error = chain.restore_zeroed(ram.as_mut_slice()).unwrap_err();
         let ImageError::Read { offset, source, .. } = &error else {

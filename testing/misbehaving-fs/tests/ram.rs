@@ -12,10 +12,10 @@ use nix::errno::Errno;
 use nix::unistd::{Whence, lseek};
 use page_reader::{FileReader, PageReader};
 use rstest::rstest;
-use support::{Mapping, PAGE, RAM, answering, mount, sparse};
+use support::{Mapping, PAGE, RAM, mount, sparse, with_lseek};
 use test_machine::{Overlay, TinyTmpfs};
 
-/// The page that is written.
+/// The offset of the written page.
 const WRITTEN: u64 = 1 << 20;
 
 fn expected() -> Vec<u8> {
@@ -24,13 +24,13 @@ fn expected() -> Vec<u8> {
     ram
 }
 
-fn may_hold_anything(reader: &impl PageReader, offset: u64) -> bool {
+fn is_populated(reader: &impl PageReader, offset: u64) -> bool {
     reader
         .populated(0..RAM)
         .any(|range| range.contains(&offset))
 }
 
-/// A full dump that leaves out all that it may.
+/// Returns a full image, written with everything skipped that may be skipped.
 fn dump(reader: &(impl PageReader + ?Sized)) -> Vec<u8> {
     let dir = tempfile::tempdir().unwrap();
     let dest = dir.path().join("full.mem");
@@ -44,7 +44,7 @@ fn dump(reader: &(impl PageReader + ?Sized)) -> Vec<u8> {
     std::fs::read(dest).unwrap()
 }
 
-/// The kernel does not write back what was written through a mapping before it asks the server.
+/// The kernel does not write back a mapping before it sends the request to the server.
 #[test]
 fn ram_written_through_a_mapping_on_fuse_is_dumped() {
     let Some(fs) = mount(
@@ -56,11 +56,11 @@ fn ram_written_through_a_mapping_on_fuse_is_dumped() {
     let file = sparse(&fs.path().join("ram"));
     let mapping = Mapping::of(&file);
     mapping.write(WRITTEN, 0x5a);
-    // What makes the test one: the file system calls all of it a hole.
+    // The precondition of the test: the file system reports one hole.
     assert_eq!(lseek(&file, 0, Whence::SeekData), Err(Errno::ENXIO));
 
-    assert!(may_hold_anything(&FileReader::new(&file), WRITTEN));
-    assert!(may_hold_anything(&mapping.reader(), WRITTEN));
+    assert!(is_populated(&FileReader::new(&file), WRITTEN));
+    assert!(is_populated(&mapping.reader(), WRITTEN));
     assert!(dump(&FileReader::new(&file)) == expected());
     assert!(dump(&mapping.reader()) == expected());
 }
@@ -83,12 +83,13 @@ fn ram_in_the_writeback_cache_of_fuse_is_dumped() {
 }
 
 #[rstest]
-fn ram_is_dumped_whatever_holes_are_reported(
-    #[values(Lseek::Exact, Lseek::AllHole, Lseek::HoleIsEnxio, Lseek::DataIsEnxio)] answers: Lseek,
+fn ram_is_dumped_with_any_reported_holes(
+    #[values(Lseek::Exact, Lseek::AllHole, Lseek::HoleIsEnxio, Lseek::DataIsEnxio)]
+    lseek_results: Lseek,
 ) {
     let Some(fs) = mount(
-        "ram_is_dumped_whatever_holes_are_reported",
-        answering(answers),
+        "ram_is_dumped_with_any_reported_holes",
+        with_lseek(lseek_results),
     ) else {
         return;
     };
@@ -96,12 +97,12 @@ fn ram_is_dumped_whatever_holes_are_reported(
     file.write_all_at(&[0x5a; PAGE as usize], WRITTEN).unwrap();
     assert!(dump(&FileReader::new(&file)) == expected());
     assert!(dump(&Mapping::of(&file).reader()) == expected());
-    // A part of it, which is listed on its own.
+    // A part of the file, which is queried separately.
     let part = FileReader::range(&file, WRITTEN, RAM - WRITTEN);
     assert!(part.populated(0..PAGE).any(|range| range.contains(&0)));
 }
 
-/// What the crate promises of the file systems whose reports are used, on those that are here.
+/// The file systems whose reports are used, as far as this machine supports them.
 #[rstest]
 #[case::ext4(Some((test_machine::Need::Ext4, test_machine::LoopFs::Ext4)))]
 #[case::xfs(Some((test_machine::Need::Xfs, test_machine::LoopFs::Xfs)))]
@@ -151,23 +152,23 @@ fn a_page_written_through_a_mapping_is_data_at_once(
     let mut byte = [1];
     mapping.reader().read_at(read_first, &mut byte).unwrap();
     mapping.write(WRITTEN, 0x5a);
-    assert!(may_hold_anything(&FileReader::new(&file), WRITTEN));
-    assert!(may_hold_anything(&mapping.reader(), WRITTEN));
-    // What was read of an unwritten extent is in the page cache, and so is data.
+    assert!(is_populated(&FileReader::new(&file), WRITTEN));
+    assert!(is_populated(&mapping.reader(), WRITTEN));
+    // The page of an unwritten extent that was read is in the page cache, and therefore data.
     assert!(
         over == "unwritten extent"
-            || tells != may_hold_anything(&FileReader::new(&file), 2 * WRITTEN),
-        "an untouched page is skipped where the file system tells"
+            || tells != is_populated(&FileReader::new(&file), 2 * WRITTEN),
+        "an untouched page is skipped where holes are reported"
     );
     assert!(dump(&FileReader::new(&file)) == expected());
     file.sync_all().unwrap();
     assert!(dump(&FileReader::new(&file)) == expected());
-    // Written again, after it was written back.
+    // Written again after the writeback.
     mapping.write(WRITTEN, 0x5a);
     assert!(dump(&mapping.reader()) == expected());
 }
 
-/// Nothing but a copy of what the server says is behind the overlay.
+/// The overlay passes on the reports of the FUSE server.
 #[test]
 fn ram_in_a_layer_on_fuse_is_dumped() {
     let Some(fs) = mount("ram_in_a_layer_on_fuse_is_dumped", Behaviour::default()) else {
@@ -183,14 +184,14 @@ fn ram_in_a_layer_on_fuse_is_dumped() {
     let mapping = Mapping::of(&file);
     mapping.write(WRITTEN, 0x5a);
     let seen = File::open(overlay.path().join("ram")).unwrap();
-    // What makes the test one: overlayfs passes on what the server says, that all of it is a hole.
+    // The server reports that the whole file is a hole, and overlayfs passes this on.
     assert_eq!(lseek(&seen, 0, Whence::SeekData), Err(Errno::ENXIO));
     sparse_file::check_holes_are_zeros(&seen).unwrap_err();
-    assert!(may_hold_anything(&FileReader::new(&seen), WRITTEN));
+    assert!(is_populated(&FileReader::new(&seen), WRITTEN));
     assert!(dump(&FileReader::new(&seen)) == expected());
 }
 
-/// Skipping what a truncated file lost would commit zeros for it.
+/// Skipping the part that a truncated file lost would commit zeros.
 #[test]
 fn ram_that_shrinks_while_it_is_listed_fails_the_dump() {
     let file = tempfile::tempfile().unwrap();
@@ -205,7 +206,7 @@ fn ram_that_shrinks_while_it_is_listed_fails_the_dump() {
     writer.write_full(&reader).unwrap_err();
 }
 
-/// Is truncated once it was asked what is populated.
+/// A reader that truncates its file when it is queried for populated ranges.
 struct Shrinking<'f>(FileReader<&'f File>, &'f File);
 
 impl PageReader for Shrinking<'_> {

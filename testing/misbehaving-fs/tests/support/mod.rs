@@ -1,6 +1,6 @@
 //! RAM that is mapped from a file.
 
-#![allow(dead_code, reason = "each test binary uses its part")]
+#![allow(dead_code, reason = "each test binary uses a part")]
 #![allow(unsafe_code)]
 
 use std::fs::File;
@@ -16,28 +16,28 @@ use test_machine::Need;
 pub(crate) const PAGE: u64 = 4096;
 pub(crate) const RAM: u64 = 4 << 20;
 
-/// Mounted for `test`, or not here.
+/// Mounts the file system for `test`, or returns `None` if the machine does not support it.
 pub(crate) fn mount(test: &str, behaviour: Behaviour) -> Option<MisbehavingFs> {
     Need::Fuse
         .met(test)
         .then(|| MisbehavingFs::mount(behaviour).expect("mounted"))
 }
 
-pub(crate) fn answering(lseek: Lseek) -> Behaviour {
+pub(crate) fn with_lseek(lseek: Lseek) -> Behaviour {
     Behaviour {
         lseek,
         ..Behaviour::default()
     }
 }
 
-pub(crate) fn reading(reads: Reads) -> Behaviour {
+pub(crate) fn with_reads(reads: Reads) -> Behaviour {
     Behaviour {
         reads,
         ..Behaviour::default()
     }
 }
 
-/// A new file of RAM, all of it a hole.
+/// Creates a file of RAM that is one hole.
 pub(crate) fn sparse(path: &Path) -> File {
     let file = File::options()
         .read(true)
@@ -49,29 +49,29 @@ pub(crate) fn sparse(path: &Path) -> File {
     file
 }
 
-/// All of a file of RAM, mapped shared as a guest maps it.
+/// A whole file of RAM, mapped shared like by a VMM.
 pub(crate) struct Mapping(NonNull<u8>);
 
 impl Mapping {
     pub(crate) fn of(file: &File) -> Self {
         let len = NonZeroUsize::new(RAM as usize).expect("some RAM");
         let access = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
-        // SAFETY: a new mapping, which nothing of this process is in.
+        // SAFETY: a new mapping at an address that the kernel chooses.
         let start = unsafe { mmap(None, len, access, MapFlags::MAP_SHARED, file, 0) };
         Self(start.expect("mapped").cast())
     }
 
-    /// Fills the page at `offset`, as a guest does.
+    /// Fills the page at `offset`, like a guest.
     pub(crate) fn write(&self, offset: u64, value: u8) {
         for at in offset..offset + PAGE {
             assert!(at < RAM);
-            // SAFETY: inside the mapping, which is writable for as long as this lives.
+            // SAFETY: inside the mapping, which is writable for the lifetime of this value.
             unsafe { self.0.as_ptr().add(at as usize).write_volatile(value) };
         }
     }
 
     pub(crate) fn reader(&self) -> MappedMemory<'_> {
-        // SAFETY: mapped for as long as this is borrowed.
+        // SAFETY: mapped for as long as this value is borrowed.
         let memory = unsafe { HostMemory::new(self.0.as_ptr(), RAM as usize) };
         let layout = RamLayout::new([(0, RAM)]).expect("a layout");
         MappedMemory::new(layout, [memory]).expect("it covers the layout")
@@ -80,7 +80,7 @@ impl Mapping {
 
 impl Drop for Mapping {
     fn drop(&mut self) {
-        // SAFETY: what `of` mapped; no reader outlives this.
+        // SAFETY: mapped by `of`; no reader outlives this value.
         let _ = unsafe { munmap(self.0.cast(), RAM as usize) };
     }
 }
