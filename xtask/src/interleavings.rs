@@ -1,5 +1,5 @@
-//! The loom models of `dirty-bitmap` and `hvf-backend`, and mutants of the protocols that each
-//! model must detect.
+//! The loom models of `dirty-bitmap`, `hvf-backend` and `kvm-backend`, and mutants of the protocols
+//! that each model must detect.
 
 use anyhow::{Context, bail, ensure};
 use xshell::{Shell, cmd};
@@ -43,6 +43,12 @@ const HVF_BACKEND: Modelled = Modelled {
     filter: "interleavings",
 };
 
+const KVM_BACKEND: Modelled = Modelled {
+    name: "kvm-backend",
+    targets: &["--lib"],
+    filter: "interleavings",
+};
+
 /// One line of a crate, made wrong.
 struct Mutant {
     what: &'static str,
@@ -54,7 +60,7 @@ struct Mutant {
     model: &'static str,
 }
 
-const MUTANTS: [Mutant; 15] = [
+const MUTANTS: [Mutant; 21] = [
     Mutant {
         what: "a marker does not look again after marking",
         of: DIRTY_BITMAP,
@@ -196,6 +202,63 @@ const MUTANTS: [Mutant; 15] = [
         wrong: "                Err(CLOSED) => return Ok(Stopped(self)),",
         model: "tracker::vcpus::interleavings::checkpoints_of_two_threads_exclude_each_other",
     },
+    Mutant {
+        what: "a pause counts the vCPUs of each state by a scan of its own",
+        of: KVM_BACKEND,
+        file: "linux/vcpus/run_states.rs",
+        right: "            match state.load(Ordering::Acquire) {
+                IDLE => {}
+                RUNNING => running += 1,
+                _ => pending += 1,
+            }",
+        wrong: "            running += usize::from(state.load(Ordering::Acquire) == RUNNING);
+        }
+        for state in &set.states {
+            pending += usize::from(matches!(state.load(Ordering::Acquire), PENDING | ADOPTED));",
+        model: "linux::vcpus::run_states::interleavings::a_vcpu_against_two_pauses",
+    },
+    Mutant {
+        what: "an idle vCPU enters the guest without the lock",
+        of: KVM_BACKEND,
+        file: "linux/vcpus/run_states.rs",
+        right: "        if self.word.load(Ordering::Relaxed) == PENDING {",
+        wrong: "        if self.word.load(Ordering::Relaxed) != ADOPTED {",
+        model: "linux::vcpus::run_states::interleavings::a_vcpu_against_two_pauses",
+    },
+    Mutant {
+        what: "a vCPU has completed its I/O without ordering",
+        of: KVM_BACKEND,
+        file: "linux/vcpus/run_states.rs",
+        right: "        self.word.0.store(IDLE, Ordering::Release);",
+        wrong: "        self.word.0.store(IDLE, Ordering::Relaxed);",
+        model: "linux::vcpus::run_states::interleavings::a_vcpu_against_two_pauses",
+    },
+    Mutant {
+        what: "a pause loads the states without ordering",
+        of: KVM_BACKEND,
+        file: "linux/vcpus/run_states.rs",
+        right: "            match state.load(Ordering::Acquire) {",
+        wrong: "            match state.load(Ordering::Relaxed) {",
+        model: "linux::vcpus::run_states::interleavings::a_vcpu_against_two_pauses",
+    },
+    Mutant {
+        what: "a vCPU that waits for the end of a pause does not look again",
+        of: KVM_BACKEND,
+        file: "linux/vcpus/run_states.rs",
+        right: "        while set.paused {",
+        wrong: "        if set.paused {",
+        model: "linux::vcpus::run_states::interleavings::a_vcpu_that_waits_against_the_next_pause",
+    },
+    Mutant {
+        what: "an adopted vCPU completes its I/O without the lock",
+        of: KVM_BACKEND,
+        file: "linux/vcpus/run_states.rs",
+        right: "                let set = self.all.lock_released();
+                self.word.0.store(PENDING, Ordering::Relaxed);
+                drop(set);",
+        wrong: "                self.word.0.store(PENDING, Ordering::Relaxed);",
+        model: "linux::vcpus::run_states::interleavings::a_vcpu_adopted_during_a_pause",
+    },
 ];
 
 /// Runs the models and, without a bound, shows that they detect the mutants.
@@ -212,7 +275,7 @@ pub fn run(sh: &Shell, bound: Bound) -> anyhow::Result<()> {
             name,
             targets,
             filter,
-        } in [DIRTY_BITMAP, HVF_BACKEND]
+        } in [DIRTY_BITMAP, HVF_BACKEND, KVM_BACKEND]
         {
             cmd!(
                 sh,

@@ -188,6 +188,48 @@ fn a_vcpu_that_was_dropped_without_pending_io_does_not_keep_from_pausing() {
 }
 
 #[test]
+fn an_adopted_vcpu_whose_completion_fails_can_complete_later() {
+    if !Need::Kvm.met("an_adopted_vcpu_whose_completion_fails_can_complete_later") {
+        return;
+    }
+    let guest = Guest::booted(Program::TwoOuts);
+    let mut adopted = guest.vcpus.adopt(guest.vm.create_vcpu(1).unwrap());
+    // KVM_RUN fails, as it does where memory cannot be had.
+    adopted.get_kvm_run().kvm_dirty_regs = u64::MAX;
+    adopted.complete_io(|exit| panic!("{exit:?}")).unwrap_err();
+    assert_eq!(adopted.get_kvm_run().immediate_exit, 0);
+    let refused = PauseError::IoPending { pending: 1 };
+    assert_eq!(guest.vcpus.pause().unwrap_err(), refused);
+    adopted.get_kvm_run().kvm_dirty_regs = 0;
+    adopted.complete_io(|exit| panic!("{exit:?}")).unwrap();
+    drop(guest.vcpus.pause().unwrap());
+}
+
+#[test]
+fn a_vcpu_goes_on_after_a_panic_of_its_exit_handler() {
+    if !Need::Kvm.met("a_vcpu_goes_on_after_a_panic_of_its_exit_handler") {
+        return;
+    }
+    // A store to a device in two exits.
+    let mut guest = Guest::booted(Program::WideStore);
+    guest.map_devices_up_to(2 * LOW_SIZE);
+    guest.set_regs(|regs| regs.rdi = LOW_SIZE);
+    assert!(matches!(
+        guest.vcpu.run(),
+        Ok(VcpuExit::MmioWrite(LOW_SIZE, _))
+    ));
+    let vcpu = &mut guest.vcpu;
+    let complete = std::panic::AssertUnwindSafe(|| vcpu.complete_io(|_| panic!("planned")));
+    std::panic::catch_unwind(complete).unwrap_err();
+    assert_eq!(guest.vcpu.get_kvm_run().immediate_exit, 0);
+    let refused = PauseError::IoPending { pending: 1 };
+    assert_eq!(guest.vcpus.pause().unwrap_err(), refused);
+    guest.vcpu.complete_io(|exit| panic!("{exit:?}")).unwrap();
+    drop(guest.vcpus.pause().unwrap());
+    assert!(matches!(guest.vcpu.run(), Ok(VcpuExit::IoOut(DONE, _))));
+}
+
+#[test]
 fn a_pause_is_refused_while_a_vcpu_is_in_the_guest() {
     if !Need::Kvm.met("a_pause_is_refused_while_a_vcpu_is_in_the_guest") {
         return;

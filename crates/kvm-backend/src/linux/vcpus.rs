@@ -1,22 +1,17 @@
 //! Which vCPUs run, which have I/O pending, and when all of them are paused.
 
+mod pause_error;
+mod run_states;
+
 use std::io;
 use std::ops::Deref;
-use std::sync::atomic::{AtomicU8, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 
 use kvm_bindings::kvm_run;
 use kvm_ioctls::{VcpuExit, VcpuFd, VmFd};
-use thiserror::Error;
 
-/// The vCPU has left the guest, and KVM has nothing to complete.
-const IDLE: u8 = 0;
-/// `KVM_RUN` is under way.
-const RUNNING: u8 = 1;
-/// `KVM_RUN` has returned. KVM may have to complete the instruction of the exit.
-const PENDING: u8 = 2;
-/// Taken over as it was: perhaps pending, and perhaps while the others are paused.
-const ADOPTED: u8 = 3;
+pub use pause_error::PauseError;
+use run_states::{RunState, RunStates};
 
 /// The vCPUs of a virtual machine, for the one moment when none of them may write memory.
 ///
@@ -89,25 +84,9 @@ const ADOPTED: u8 = 3;
 /// # }
 /// ```
 #[derive(Clone, Debug)]
-pub struct Vcpus(Arc<Shared>);
-
-#[derive(Debug)]
-struct Shared {
+pub struct Vcpus {
     vm: Arc<VmFd>,
-    state: Mutex<State>,
-    /// Notified when the vCPUs may run again.
-    released: Condvar,
-}
-
-#[derive(Debug, Default)]
-struct State {
-    /// What each vCPU does. Only its own thread changes it: from [`IDLE`] with the lock held.
-    doing: Vec<Arc<AtomicU8>>,
-    /// vCPUs that were dropped with I/O pending.
-    abandoned: usize,
-    /// There was a vCPU at some time.
-    known: bool,
-    paused: bool,
+    states: Arc<RunStates>,
 }
 
 /// A vCPU that [`Vcpus`] know of. It is run by this value only; all else is done through the descriptor to which it derefs.
@@ -120,8 +99,8 @@ struct State {
 #[derive(Debug)]
 pub struct Vcpu {
     fd: VcpuFd,
-    doing: Arc<AtomicU8>,
-    vcpus: Vcpus,
+    /// Dropped after the descriptor is closed.
+    state: RunState,
 }
 
 /// No vCPU is in the guest, none has I/O pending, and none comes in until this is dropped.
@@ -133,11 +112,10 @@ impl Vcpus {
     /// No vCPU of `vm` so far.
     #[must_use]
     pub fn new(vm: &Arc<VmFd>) -> Self {
-        Self(Arc::new(Shared {
+        Self {
             vm: Arc::clone(vm),
-            state: Mutex::default(),
-            released: Condvar::new(),
-        }))
+            states: Arc::new(RunStates::new()),
+        }
     }
 
     /// Creates a vCPU of this number.
@@ -145,13 +123,16 @@ impl Vcpus {
     /// # Errors
     /// Whatever `KVM_CREATE_VCPU` says.
     pub fn create(&self, id: u64) -> io::Result<Vcpu> {
-        Ok(self.add(self.0.vm.create_vcpu(id)?, IDLE))
+        let fd = self.vm.create_vcpu(id)?;
+        let state = self.states.add_new();
+        Ok(Vcpu { fd, state })
     }
 
     /// Takes a vCPU of this virtual machine that was created elsewhere, and may have run.
     #[must_use]
     pub fn adopt(&self, fd: VcpuFd) -> Vcpu {
-        self.add(fd, ADOPTED)
+        let state = self.states.add_adopted();
+        Vcpu { fd, state }
     }
 
     /// Keeps all vCPUs out of the guest, where they are. It does not make them leave: that is the VMM's work, by signals to
@@ -160,60 +141,14 @@ impl Vcpus {
     /// # Errors
     /// [`PauseError`]: a vCPU runs, has I/O pending, or was dropped with I/O pending.
     pub fn pause(&self) -> Result<Paused, PauseError> {
-        let mut state = self.lock();
-        if state.paused {
-            return Err(PauseError::AlreadyPaused);
-        }
-        if !state.known {
-            return Err(PauseError::NoVcpu);
-        }
-        let count = |what| {
-            // What a vCPU's thread wrote to guest memory happened before.
-            let doing = state
-                .doing
-                .iter()
-                .map(|doing| doing.load(Ordering::Acquire));
-            doing.filter(|doing| *doing == what).count()
-        };
-        let (running, pending) = (count(RUNNING), count(PENDING) + count(ADOPTED));
-        if running > 0 {
-            return Err(PauseError::Running { running });
-        }
-        if pending > 0 {
-            return Err(PauseError::IoPending { pending });
-        }
-        let abandoned = state.abandoned;
-        if abandoned > 0 {
-            return Err(PauseError::Abandoned { abandoned });
-        }
-        state.paused = true;
-        drop(state);
+        self.states.pause()?;
         Ok(Paused(self.clone()))
     }
 
     /// The virtual machine.
     #[must_use]
     pub fn vm(&self) -> &Arc<VmFd> {
-        &self.0.vm
-    }
-
-    fn add(&self, fd: VcpuFd, doing: u8) -> Vcpu {
-        let doing = Arc::new(AtomicU8::new(doing));
-        let mut state = self.lock();
-        state.doing.push(Arc::clone(&doing));
-        state.known = true;
-        drop(state);
-        Vcpu {
-            fd,
-            doing,
-            vcpus: self.clone(),
-        }
-    }
-
-    fn lock(&self) -> MutexGuard<'_, State> {
-        // Nothing in here is changed half-way.
-        let state = self.0.state.lock();
-        state.unwrap_or_else(PoisonError::into_inner)
+        &self.vm
     }
 }
 
@@ -223,10 +158,8 @@ impl Vcpu {
     /// # Errors
     /// Whatever `KVM_RUN` says: `EINTR` after a signal.
     pub fn run(&mut self) -> Result<VcpuExit<'_>, kvm_ioctls::Error> {
-        self.enter();
-        let exit = self.fd.run();
-        self.doing.store(PENDING, Ordering::Release);
-        exit
+        let _in_guest = self.state.enter();
+        self.fd.run()
     }
 
     /// Completes the instruction for which the vCPU last left the guest, without running any other.
@@ -240,26 +173,23 @@ impl Vcpu {
     /// called for an instruction of one exit, nor where nothing is pending.
     ///
     /// # Errors
-    /// Whatever `KVM_RUN` says, other than the `EINTR` that ends this. The I/O stays pending.
+    /// Whatever `KVM_RUN` says, other than the `EINTR` that ends this. The I/O stays pending, as it
+    /// does when `handle` panics: call this again.
     pub fn complete_io(&mut self, mut handle: impl FnMut(VcpuExit<'_>)) -> io::Result<()> {
-        match self.doing.load(Ordering::Relaxed) {
-            IDLE => return Ok(()),
-            ADOPTED => self.enter(),
-            _ => {}
+        if !self.state.begin_completion() {
+            return Ok(());
         }
-        self.fd.set_kvm_immediate_exit(1);
-        let completed = loop {
-            match self.fd.run().map_err(io::Error::from) {
+        let immediate = ImmediateExit::set(&mut self.fd);
+        loop {
+            match immediate.0.run().map_err(io::Error::from) {
                 Ok(exit) => handle(exit),
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => break Ok(()),
-                Err(error) => break Err(error),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => break,
+                Err(error) => return Err(error),
             }
-        };
-        self.fd.set_kvm_immediate_exit(0);
-        if completed.is_ok() {
-            self.doing.store(IDLE, Ordering::Release);
         }
-        completed
+        drop(immediate);
+        self.state.completed();
+        Ok(())
     }
 
     /// Closes a vCPU that is not to run again, without completing its I/O.
@@ -267,8 +197,8 @@ impl Vcpu {
     /// The caller knows that no other descriptor of the vCPU is open, in this process or elsewhere, but those that were
     /// [adopted](Vcpus::adopt): then nothing can run the vCPU any more, and pending I/O is never completed. An instruction that was to
     /// store what it read does not.
-    pub fn close(self) {
-        self.doing.store(IDLE, Ordering::Relaxed);
+    pub fn close(mut self) {
+        self.state.completed();
     }
 
     /// What KVM shares with the VMM of this vCPU: the details of an exit.
@@ -283,31 +213,23 @@ impl Vcpu {
 
     /// Whether it is one of these.
     pub(crate) fn is_of(&self, paused: &Paused) -> bool {
-        Arc::ptr_eq(&self.vcpus.0, &paused.0.0)
-    }
-
-    fn enter(&self) {
-        // Pending, it keeps the others from being paused, too.
-        if self.doing.load(Ordering::Relaxed) != PENDING {
-            let mut state = self.vcpus.lock();
-            while state.paused {
-                let waited = self.vcpus.0.released.wait(state);
-                state = waited.unwrap_or_else(PoisonError::into_inner);
-            }
-            self.doing.store(RUNNING, Ordering::Relaxed);
-            return;
-        }
-        self.doing.store(RUNNING, Ordering::Relaxed);
+        self.state.is_of(&paused.0.states)
     }
 }
 
-impl Drop for Vcpu {
+/// Has `KVM_RUN` return at once, until this is dropped: also where an exit's handler panics.
+struct ImmediateExit<'a>(&'a mut VcpuFd);
+
+impl<'a> ImmediateExit<'a> {
+    fn set(fd: &'a mut VcpuFd) -> Self {
+        fd.set_kvm_immediate_exit(1);
+        Self(fd)
+    }
+}
+
+impl Drop for ImmediateExit<'_> {
     fn drop(&mut self) {
-        let mut state = self.vcpus.lock();
-        state.doing.retain(|doing| !Arc::ptr_eq(doing, &self.doing));
-        if self.doing.load(Ordering::Relaxed) != IDLE {
-            state.abandoned += 1;
-        }
+        self.0.set_kvm_immediate_exit(0);
     }
 }
 
@@ -329,44 +251,6 @@ impl Paused {
 
 impl Drop for Paused {
     fn drop(&mut self) {
-        self.0.lock().paused = false;
-        self.0.0.released.notify_all();
+        self.0.states.resume();
     }
-}
-
-/// The vCPUs are not paused.
-#[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum PauseError {
-    /// Some are in the guest.
-    #[error(
-        "{running} vCPUs are in the guest: make them leave by a signal to their threads, then complete their I/O"
-    )]
-    Running {
-        /// How many.
-        running: usize,
-    },
-    /// Some have left the guest, and KVM may still have to write what their exits were answered with.
-    #[error(
-        "{pending} vCPUs may have I/O pending, which writes guest memory when it is completed: call Vcpu::complete_io on each"
-    )]
-    IoPending {
-        /// How many.
-        pending: usize,
-    },
-    /// Some were dropped with I/O pending. A duplicate of their descriptor may live on, and completes it.
-    #[error(
-        "{abandoned} vCPUs were dropped with I/O pending, which another descriptor of them would complete unseen: call \
-         Vcpu::complete_io before a vCPU is dropped, or Vcpu::close where there is no other descriptor"
-    )]
-    Abandoned {
-        /// How many.
-        abandoned: usize,
-    },
-    /// None was created or adopted here: those of the machine are not known, and may run.
-    #[error("these Vcpus have no vCPU: create the machine's vCPUs by them, or have them adopted")]
-    NoVcpu,
-    /// They are paused already.
-    #[error("the vCPUs are paused already, by another thread: drop that Paused first")]
-    AlreadyPaused,
 }

@@ -238,7 +238,7 @@ pub enum RestoreError {
     Nested,
 }
 
-#[cfg(test)]
+#[cfg(all(test, not(memsnap_loom)))]
 mod tests {
     use super::*;
 

@@ -1,0 +1,434 @@
+//! What each vCPU does, and how a pause keeps all of them out of the guest.
+
+#[cfg(not(memsnap_loom))]
+use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::{Arc, PoisonError};
+#[cfg(not(memsnap_loom))]
+use std::sync::{Condvar, Mutex, MutexGuard};
+
+#[cfg(memsnap_loom)]
+use loom::sync::atomic::{AtomicU8, Ordering};
+#[cfg(memsnap_loom)]
+use loom::sync::{Condvar, Mutex, MutexGuard};
+
+use super::pause_error::PauseError;
+
+/// The vCPU has left the guest, and KVM has nothing to complete.
+const IDLE: u8 = 0;
+/// `KVM_RUN` is under way.
+const RUNNING: u8 = 1;
+/// `KVM_RUN` has returned. KVM may have to complete the instruction of the exit.
+const PENDING: u8 = 2;
+/// Taken over as it was: perhaps pending, and perhaps while the others are paused.
+const ADOPTED: u8 = 3;
+
+/// The states of a set of vCPUs.
+///
+/// # Protocol
+/// Only its own vCPU changes a state. A state that permits a pause, [`IDLE`], is left with the lock
+/// held and while nothing is paused. [`ADOPTED`] is left in the same way, as a vCPU may be adopted
+/// during a pause. All other changes need no lock: before and after them the state forbids a pause.
+///
+/// A pause holds the lock and loads each state once. Every vCPU found idle stays idle until the
+/// lock is released, and from then on until the pause ends. A second load could find a vCPU running
+/// that the first found pending, and a count of each state by a load of its own could miss it.
+#[derive(Debug)]
+pub(super) struct RunStates {
+    set: Mutex<Set>,
+    /// Notified when the vCPUs may run again.
+    released: Condvar,
+}
+
+#[derive(Debug)]
+struct Set {
+    states: Vec<Arc<Word>>,
+    /// vCPUs that were dropped with I/O pending.
+    abandoned: usize,
+    /// There was a vCPU at some time.
+    known: bool,
+    paused: bool,
+}
+
+/// The state of one vCPU. Its changes take `&mut self`, so that one thread at a time makes them.
+#[derive(Debug)]
+pub(super) struct RunState {
+    word: Arc<Word>,
+    all: Arc<RunStates>,
+}
+
+/// A vCPU in the guest. When dropped, it has left the guest, perhaps with I/O pending.
+#[derive(Debug)]
+#[must_use = "the vCPU is in the guest as long as this lives"]
+pub(super) struct InGuest<'a>(&'a Word);
+
+#[derive(Debug)]
+struct Word(AtomicU8);
+
+impl RunStates {
+    pub(super) fn new() -> Self {
+        Self {
+            set: Mutex::new(Set {
+                states: Vec::new(),
+                abandoned: 0,
+                known: false,
+                paused: false,
+            }),
+            released: Condvar::new(),
+        }
+    }
+
+    /// Adds a vCPU that has never run.
+    pub(super) fn add_new(self: &Arc<Self>) -> RunState {
+        self.add(IDLE)
+    }
+
+    /// Adds a vCPU that may have run, and may have I/O pending.
+    pub(super) fn add_adopted(self: &Arc<Self>) -> RunState {
+        self.add(ADOPTED)
+    }
+
+    /// Keeps all vCPUs out of the guest until [`resume`](Self::resume).
+    pub(super) fn pause(&self) -> Result<(), PauseError> {
+        let mut set = self.lock();
+        if set.paused {
+            return Err(PauseError::AlreadyPaused);
+        }
+        if !set.known {
+            return Err(PauseError::NoVcpu);
+        }
+        let (mut running, mut pending) = (0, 0);
+        for state in &set.states {
+            // One load of each state: see the protocol. The writes of an idle vCPU's thread to
+            // guest memory happened before.
+            match state.load(Ordering::Acquire) {
+                IDLE => {}
+                RUNNING => running += 1,
+                _ => pending += 1,
+            }
+        }
+        if running > 0 {
+            return Err(PauseError::Running { running });
+        }
+        if pending > 0 {
+            return Err(PauseError::IoPending { pending });
+        }
+        if set.abandoned > 0 {
+            let abandoned = set.abandoned;
+            return Err(PauseError::Abandoned { abandoned });
+        }
+        set.paused = true;
+        Ok(())
+    }
+
+    /// Ends a pause.
+    pub(super) fn resume(&self) {
+        self.lock().paused = false;
+        self.released.notify_all();
+    }
+
+    fn add(self: &Arc<Self>, state: u8) -> RunState {
+        let word = Arc::new(Word(AtomicU8::new(state)));
+        let mut set = self.lock();
+        set.states.push(Arc::clone(&word));
+        set.known = true;
+        drop(set);
+        RunState {
+            word,
+            all: Arc::clone(self),
+        }
+    }
+
+    /// Takes the lock once no pause is under way.
+    fn lock_released(&self) -> MutexGuard<'_, Set> {
+        let mut set = self.lock();
+        while set.paused {
+            let waited = self.released.wait(set);
+            set = waited.unwrap_or_else(PoisonError::into_inner);
+        }
+        set
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Set> {
+        // No panic under the lock leaves the set half-changed.
+        self.set.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl RunState {
+    /// Enters the guest. Waits while the vCPUs are paused.
+    pub(super) fn enter(&mut self) -> InGuest<'_> {
+        if self.word.load(Ordering::Relaxed) == PENDING {
+            // It forbids a pause before and after this.
+            self.word.0.store(RUNNING, Ordering::Relaxed);
+        } else {
+            let set = self.all.lock_released();
+            self.word.0.store(RUNNING, Ordering::Relaxed);
+            drop(set);
+        }
+        InGuest(&self.word)
+    }
+
+    /// Prepares the completion of pending I/O, and returns whether there may be any. Waits while
+    /// the vCPUs are paused, which they can be where this one was adopted.
+    ///
+    /// Until [`completed`](Self::completed) the I/O counts as pending, also after an error or a
+    /// panic.
+    pub(super) fn begin_completion(&mut self) -> bool {
+        match self.word.load(Ordering::Relaxed) {
+            IDLE => false,
+            ADOPTED => {
+                let set = self.all.lock_released();
+                self.word.0.store(PENDING, Ordering::Relaxed);
+                drop(set);
+                true
+            }
+            _ => true,
+        }
+    }
+
+    /// Notes that no I/O is pending.
+    pub(super) fn completed(&mut self) {
+        self.word.0.store(IDLE, Ordering::Release);
+    }
+
+    /// Returns whether it is the state of one of these vCPUs.
+    pub(super) fn is_of(&self, all: &Arc<RunStates>) -> bool {
+        Arc::ptr_eq(&self.all, all)
+    }
+}
+
+impl Drop for RunState {
+    fn drop(&mut self) {
+        let mut set = self.all.lock();
+        set.states.retain(|word| !Arc::ptr_eq(word, &self.word));
+        if self.word.load(Ordering::Relaxed) != IDLE {
+            set.abandoned += 1;
+        }
+    }
+}
+
+impl Drop for InGuest<'_> {
+    fn drop(&mut self) {
+        self.0.0.store(PENDING, Ordering::Release);
+    }
+}
+
+impl Word {
+    fn load(&self, order: Ordering) -> u8 {
+        let state = self.0.load(order);
+        #[cfg(all(test, not(memsnap_loom)))]
+        tests::after_load(self);
+        state
+    }
+}
+
+#[cfg(all(test, not(memsnap_loom)))]
+mod tests {
+    use std::cell::Cell;
+
+    use super::*;
+
+    thread_local! {
+        /// Makes a pending vCPU enter the guest right after each load of its state by this thread.
+        static ENTER_AFTER_LOAD: Cell<bool> = const { Cell::new(false) };
+    }
+
+    pub(super) fn after_load(word: &Word) {
+        if ENTER_AFTER_LOAD.get() {
+            // What the thread of a pending vCPU does, which takes no lock.
+            let (from, to) = (PENDING, RUNNING);
+            let (success, failure) = (Ordering::Relaxed, Ordering::Relaxed);
+            let _ = word.0.compare_exchange(from, to, success, failure);
+        }
+    }
+
+    fn vcpus() -> Arc<RunStates> {
+        Arc::new(RunStates::new())
+    }
+
+    #[test]
+    fn pause_is_refused_if_a_pending_vcpu_enters_between_loads() {
+        let vcpus = vcpus();
+        let mut vcpu = vcpus.add_new();
+        drop(vcpu.enter());
+        ENTER_AFTER_LOAD.set(true);
+        let paused = vcpus.pause();
+        ENTER_AFTER_LOAD.set(false);
+        assert_eq!(vcpu.word.0.load(Ordering::Relaxed), RUNNING);
+        assert_eq!(paused, Err(PauseError::IoPending { pending: 1 }));
+        assert_eq!(vcpus.pause(), Err(PauseError::Running { running: 1 }));
+    }
+
+    #[test]
+    fn each_state_permits_or_forbids_a_pause() {
+        let vcpus = vcpus();
+        assert_eq!(vcpus.pause(), Err(PauseError::NoVcpu));
+        let mut vcpu = vcpus.add_new();
+        assert!(!vcpu.begin_completion());
+        assert_eq!(vcpus.pause(), Ok(()));
+        assert_eq!(vcpus.pause(), Err(PauseError::AlreadyPaused));
+        vcpus.resume();
+        let in_guest = vcpu.enter();
+        assert_eq!(vcpus.pause(), Err(PauseError::Running { running: 1 }));
+        drop(in_guest);
+        assert_eq!(vcpus.pause(), Err(PauseError::IoPending { pending: 1 }));
+        assert!(vcpu.begin_completion());
+        vcpu.completed();
+        assert_eq!(vcpus.pause(), Ok(()));
+        vcpus.resume();
+        drop(vcpu);
+        assert_eq!(vcpus.pause(), Ok(()));
+    }
+
+    #[test]
+    fn failed_completion_of_an_adopted_vcpu_stays_pending() {
+        let vcpus = vcpus();
+        let mut vcpu = vcpus.add_adopted();
+        assert!(vcpu.begin_completion());
+        // KVM_RUN failed: it was not completed.
+        assert_eq!(vcpus.pause(), Err(PauseError::IoPending { pending: 1 }));
+        assert!(vcpu.begin_completion());
+        vcpu.completed();
+        assert_eq!(vcpus.pause(), Ok(()));
+    }
+
+    #[test]
+    fn dropping_a_vcpu_with_pending_io_forbids_every_pause() {
+        let vcpus = vcpus();
+        let mut vcpu = vcpus.add_new();
+        drop(vcpu.enter());
+        drop(vcpu);
+        assert_eq!(vcpus.pause(), Err(PauseError::Abandoned { abandoned: 1 }));
+    }
+}
+
+/// Every interleaving, under `RUSTFLAGS="--cfg memsnap_loom" cargo test -p kvm-backend --lib
+/// --release interleavings`.
+#[cfg(all(test, memsnap_loom))]
+mod interleavings {
+    use loom::sync::atomic::AtomicU64;
+    use loom::thread;
+
+    use super::*;
+
+    /// Tries all interleavings with `MEMSNAP_THOROUGH=1`, otherwise those with at most 3
+    /// preemptions.
+    fn model(model: impl Fn() + Send + Sync + 'static) {
+        let thorough = std::env::var_os("MEMSNAP_THOROUGH").is_some_and(|value| value == "1");
+        let mut builder = loom::model::Builder::new();
+        builder.preemption_bound = (!thorough).then_some(3);
+        builder.check(model);
+    }
+
+    struct Guest {
+        vcpus: Arc<RunStates>,
+        written: AtomicU64,
+    }
+
+    impl Guest {
+        fn new() -> Arc<Self> {
+            Arc::new(Self {
+                vcpus: Arc::new(RunStates::new()),
+                written: AtomicU64::new(0),
+            })
+        }
+
+        /// Writes memory as a vCPU in the guest does.
+        fn write(&self) {
+            let written = self.written.load(Ordering::Relaxed);
+            self.written.store(written + 1, Ordering::Relaxed);
+        }
+
+        /// Looks at the memory twice during a pause that is under way, and ends the pause.
+        fn look_and_resume(&self) {
+            self.look_twice(|| ());
+            self.vcpus.resume();
+        }
+
+        /// The same, and lets the other threads go as far as they can between the looks: a vCPU
+        /// that does not wait for the end of the pause writes there.
+        fn let_run_and_resume(&self) {
+            self.look_twice(thread::yield_now);
+            self.vcpus.resume();
+        }
+
+        fn look_twice(&self, between: impl FnOnce()) {
+            let written = self.written.load(Ordering::Relaxed);
+            between();
+            let still = self.written.load(Ordering::Relaxed);
+            assert_eq!(still, written, "a vCPU wrote during the pause");
+        }
+    }
+
+    #[test]
+    fn a_vcpu_against_two_pauses() {
+        model(|| {
+            let guest = Guest::new();
+            let mut vcpu = guest.vcpus.add_new();
+            let running = thread::spawn({
+                let guest = Arc::clone(&guest);
+                move || {
+                    for _ in 0..2 {
+                        let in_guest = vcpu.enter();
+                        guest.write();
+                        drop(in_guest);
+                    }
+                    assert!(vcpu.begin_completion());
+                    guest.write();
+                    vcpu.completed();
+                }
+            });
+            for _ in 0..2 {
+                if guest.vcpus.pause().is_ok() {
+                    guest.look_and_resume();
+                }
+            }
+            running.join().unwrap();
+        });
+    }
+
+    #[test]
+    fn a_vcpu_that_waits_against_the_next_pause() {
+        model(|| {
+            let guest = Guest::new();
+            let mut vcpu = guest.vcpus.add_new();
+            guest.vcpus.pause().unwrap();
+            let running = thread::spawn({
+                let guest = Arc::clone(&guest);
+                move || {
+                    let in_guest = vcpu.enter();
+                    guest.write();
+                    drop(in_guest);
+                }
+            });
+            guest.let_run_and_resume();
+            if guest.vcpus.pause().is_ok() {
+                guest.let_run_and_resume();
+            }
+            running.join().unwrap();
+        });
+    }
+
+    #[test]
+    fn a_vcpu_adopted_during_a_pause() {
+        model(|| {
+            let guest = Guest::new();
+            let _first = guest.vcpus.add_new();
+            guest.vcpus.pause().unwrap();
+            let mut vcpu = guest.vcpus.add_adopted();
+            let completing = thread::spawn({
+                let guest = Arc::clone(&guest);
+                move || {
+                    assert!(vcpu.begin_completion());
+                    guest.write();
+                    vcpu.completed();
+                }
+            });
+            guest.let_run_and_resume();
+            completing.join().unwrap();
+            guest.vcpus.pause().unwrap();
+            assert_eq!(guest.written.load(Ordering::Relaxed), 1);
+            guest.let_run_and_resume();
+        });
+    }
+}
