@@ -99,8 +99,9 @@ pub(crate) enum Message {
 pub(crate) struct Filled {
     /// Bytes that were filled, and their waiters woken.
     pub(crate) bytes: u64,
-    /// Why not all were. [`Errno::EAGAIN`]: a message other than a fault is unread, or its cause has
-    /// not gone on yet. [`Errno::EEXIST`]: the next page is not missing.
+    /// Why not all were. [`Errno::EAGAIN`]: a message other than a fault is unread, or its cause
+    /// has not gone on yet. [`Errno::EEXIST`]: the next page is not missing. [`Errno::ENOENT`]: the
+    /// next page is not registered.
     pub(crate) stop: Option<Errno>,
 }
 
@@ -239,16 +240,17 @@ impl Userfaultfd {
 
     /// Fills the missing pages at `to` with `bytes`, whole pages, and wakes whoever waits for them.
     pub(crate) fn copy(&self, to: u64, bytes: &[u8]) -> Filled {
-        fill(bytes.len() as u64, |done, len| {
+        fill(self.page, bytes.len() as u64, |done, len| {
             let mut copy = abi::Copy {
                 to: to + done,
-                from: bytes[done as usize..].as_ptr() as u64,
+                from: bytes[done as usize..][..len as usize].as_ptr() as u64,
                 len,
                 mode: 0,
                 done: 0,
             };
-            // SAFETY: `Copy` is laid out as the kernel's struct; it reads `len` bytes, which is what is left of `bytes`, and writes
-            // only to missing pages of ranges registered with this descriptor.
+            // SAFETY: `Copy` is laid out as the kernel's struct; it reads `len` bytes of `bytes`,
+            // as sliced above, and writes only to missing pages of ranges registered with this
+            // descriptor.
             let answer = unsafe { abi::copy(self.descriptor.as_raw_fd(), &raw mut copy) };
             (answer, copy.done)
         })
@@ -270,7 +272,7 @@ impl Userfaultfd {
         start: u64,
         len: u64,
     ) -> Filled {
-        fill(len, |done, len| {
+        fill(self.page, len, |done, len| {
             let mut set = abi::Set {
                 start: start + done,
                 len,
@@ -298,13 +300,27 @@ impl Userfaultfd {
     }
 }
 
-/// Repeats `request` after partial answers: it gets the bytes done so far and the bytes left, and answers
-/// with the bytes that it did.
-fn fill(len: u64, mut request: impl FnMut(u64, u64) -> (nix::Result<i32>, i64)) -> Filled {
-    let mut bytes = 0;
+/// Repeats `request` after partial answers: it gets the bytes done so far and the bytes to do,
+/// whole pages, and answers with the bytes that it did.
+///
+/// A request must not cross a border of the kernel's mappings, and memory that one call has mapped
+/// can be several of them: `madvise`, `mlock2`, `mprotect`, `mbind` and others split a mapping
+/// where a part of it becomes different. The kernel then fills nothing and answers ENOENT, as it
+/// does for memory that is not registered. So a refused range is halved, down to one page.
+fn fill(
+    page: u64,
+    len: u64,
+    mut request: impl FnMut(u64, u64) -> (nix::Result<i32>, i64),
+) -> Filled {
+    let (mut bytes, mut step) = (0, len);
     while bytes < len {
-        match request(bytes, len - bytes) {
-            (Ok(_), _) => bytes = len,
+        let asked = step.min(len - bytes);
+        match request(bytes, asked) {
+            (Ok(_), _) => {
+                bytes += asked;
+                step = len.min(2 * asked);
+            }
+            (Err(Errno::ENOENT), _) if asked > page => step = (asked / 2).next_multiple_of(page),
             // A part was done: what stopped it shows at the next request (ioctl_userfaultfd(2)).
             (Err(Errno::EAGAIN), done) if done > 0 => bytes += done as u64,
             (Err(stop), _) => {
@@ -451,7 +467,7 @@ mod tests {
         #[case] stop: Option<Errno>,
     ) {
         let mut asked = Vec::new();
-        let filled = fill(4 * 4096, |at, len| {
+        let filled = fill(4096, 4 * 4096, |at, len| {
             asked.push((at, len));
             match at {
                 0 => (Err(AGAIN), 4096),
@@ -461,5 +477,41 @@ mod tests {
         let bytes = pages * 4096;
         assert_eq!(filled, Filled { bytes, stop });
         assert_eq!(asked, [(0, 4 * 4096), (4096, 3 * 4096)]);
+    }
+
+    /// Eleven pages in several mappings, or with a page that is not registered.
+    #[rstest]
+    #[case::one_mapping(&[11], None)]
+    #[case::two_mappings(&[5, 6], None)]
+    #[case::a_page_of_its_own(&[5, 1, 5], None)]
+    #[case::every_page_of_its_own(&[1; 11], None)]
+    #[case::the_first_is_missing(&[0, 11], Some(0))]
+    #[case::one_is_missing(&[7, 0, 4], Some(7))]
+    fn a_fill_ends_each_request_at_the_end_of_a_mapping(
+        #[case] mappings: &[u64],
+        #[case] missing: Option<u64>,
+    ) {
+        let mut requests = 0;
+        let mut filled_pages = Vec::new();
+        let filled = fill(4096, 11 * 4096, |at, len| {
+            requests += 1;
+            let pages = at / 4096..(at + len) / 4096;
+            let mut start = 0;
+            let fits = mappings.iter().any(|len| {
+                start += len;
+                start - len <= pages.start && pages.end <= start
+            });
+            let absent = missing.is_some_and(|page| pages.contains(&page));
+            if !fits || absent {
+                return (Err(Errno::ENOENT), -i64::from(Errno::ENOENT as i32));
+            }
+            filled_pages.extend(pages);
+            (Ok(0), len as i64)
+        });
+        let pages = missing.unwrap_or(11);
+        let (bytes, stop) = (pages * 4096, missing.map(|_| Errno::ENOENT));
+        assert_eq!(filled, Filled { bytes, stop });
+        assert!(filled_pages.into_iter().eq(0..pages));
+        assert!(requests <= 3 * 11, "{requests} requests");
     }
 }
