@@ -313,10 +313,23 @@ impl<P: WriteProtection> Stage2Tracker<P> {
 
     /// Ends the tracking: unprotects all of the RAM, and returns the write protection.
     ///
+    /// Marks all of the RAM, also if it fails: later writes are not tracked.
+    ///
     /// # Errors
     /// Returns the error of the platform. Some of the RAM may still be protected.
+    #[expect(
+        clippy::missing_panics_doc,
+        reason = "the bitmap covers the RAM: checked when the tracker is made"
+    )]
     pub fn stop(self) -> Result<P, P::Error> {
-        self.protection.lift(0..self.layout.ram_size())?;
+        let ram = 0..self.layout.ram_size();
+        let lifted = self.protection.lift(ram.clone());
+        let marked = self.bitmap().set_range(ram.start, ram.end);
+        assert!(
+            marked.is_ok(),
+            "the bitmap covers the RAM: checked when made"
+        );
+        lifted?;
         Ok(self.protection)
     }
 }

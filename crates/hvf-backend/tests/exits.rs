@@ -150,13 +150,16 @@ fn a_bitmap_of_other_ram_is_an_error() {
 }
 
 #[test]
-fn stop_unprotects_all_ram() {
+fn stop_unprotects_and_marks_all_ram() {
     let memory = Arc::new(Memory::new(3 * MIB).unwrap());
     let bitmap = Arc::new(TrackedBitmap::tracked(0, 3 * MIB, page_size().unwrap()).unwrap());
     let tracker =
         Stage2Tracker::new(layout(), &bitmap, Policy::Pages, Mprotect::new(&memory)).unwrap();
     tracker.arm().unwrap().release().unwrap();
+    assert!(bitmap.is_clean());
     tracker.stop().unwrap();
+    // Later writes are not tracked.
+    assert_eq!(bitmap.dirty_bytes(), 3 * MIB);
     // A write to a protected page would end the process, because no handler is installed.
     (0..3 * MIB)
         .step_by(4096)

@@ -275,6 +275,89 @@ fn what_no_log_has_seen_is_marked_when_one_starts() {
     }
 }
 
+/// How a log comes to its end.
+#[derive(Clone, Copy, Debug)]
+enum End {
+    Stop,
+    StopThenWrite,
+    DropWithSlots,
+    AdoptedStop,
+    AdoptedDrop,
+}
+
+#[rstest]
+fn the_pages_of_a_log_that_ends_are_marked(
+    #[values(
+        End::Stop,
+        End::StopThenWrite,
+        End::DropWithSlots,
+        End::AdoptedStop,
+        End::AdoptedDrop
+    )]
+    end: End,
+    #[values(Reprotect::WhenRead, Reprotect::WhenMarked)] reprotect: Reprotect,
+) {
+    if !Need::Kvm.met("the_pages_of_a_log_that_ends_are_marked") {
+        return;
+    }
+    let mut guest = Guest::touching();
+    let marks = Arc::clone(guest.ram.dirty_bitmap());
+    let start = |slots: &Arc<RamSlots>| {
+        let log = DirtyLog::start_with(slots, reprotect).unwrap();
+        log.harvest_running().unwrap();
+        marks.drain().unwrap();
+        log
+    };
+    match end {
+        End::Stop => {
+            let log = start(&guest.slots);
+            guest.touch(&TOUCHED);
+            log.stop().unwrap();
+        }
+        End::StopThenWrite => {
+            start(&guest.slots).stop().unwrap();
+            marks.drain().unwrap();
+            guest.touch(&TOUCHED);
+            drop(guest.slots);
+        }
+        End::DropWithSlots => {
+            let log = start(&guest.slots);
+            guest.touch(&TOUCHED);
+            drop(log);
+            let marked = pages(&marks.drain().unwrap());
+            let touched = pages_of(&TOUCHED);
+            assert!(marked.is_disjoint(&touched), "the log is on, and has them");
+            drop(guest.slots);
+        }
+        End::AdoptedStop | End::AdoptedDrop => {
+            // SAFETY: `guest.slots` are these very slots, and outlive what is made here.
+            #[allow(unsafe_code)]
+            let adopted = unsafe { RamSlots::adopt(&guest.vm, &guest.ram, 0) }.unwrap();
+            let adopted = Arc::new(adopted);
+            let log = start(&adopted);
+            guest.touch(&TOUCHED);
+            match end {
+                End::AdoptedStop => log.stop().unwrap(),
+                _ => drop(log),
+            }
+        }
+    }
+    let marked = pages(&marks.drain().unwrap());
+    assert!(marked.is_superset(&pages_of(&TOUCHED)));
+}
+
+#[test]
+fn slots_that_were_never_logged_end_without_marks() {
+    if !Need::Kvm.met("slots_that_were_never_logged_end_without_marks") {
+        return;
+    }
+    let guest = Guest::new();
+    let marks = Arc::clone(guest.ram.dirty_bitmap());
+    marks.drain().unwrap();
+    drop(guest.slots);
+    assert!(marks.is_clean());
+}
+
 #[test]
 fn ram_registered_again_is_refused_and_its_log_keeps_its_pages() {
     if !Need::Kvm.met("ram_registered_again_is_refused_and_its_log_keeps_its_pages") {

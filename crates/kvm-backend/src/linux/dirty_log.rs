@@ -26,6 +26,10 @@ const CLEAR_PAGES: usize = 1 << 18;
 ///
 /// A guest's RAM has one log at a time: of two, each would take pages that the other never sees.
 ///
+/// A log that ends takes what it holds with it. So all of the RAM is marked when the log is
+/// [stopped](Self::stop) and when the slots are dropped. To have only the written pages in the last
+/// snapshot, harvest before.
+///
 /// # Running vCPUs
 /// [`harvest_running`](Self::harvest_running) may come at any time. When it has returned, every page written before it
 /// began is marked in the bitmap, and each page it marked is write-protected again, so that a later write is in a later
@@ -145,6 +149,7 @@ impl DirtyLog {
         } else if reprotect == Reprotect::WhenMarked {
             return Err(StartError::NoManualProtect);
         }
+        slots.set_logged();
         for region in slots.ram().layout().regions() {
             slots.log_dirty_pages(region, true)?;
         }
@@ -213,17 +218,22 @@ impl DirtyLog {
 
     /// Switches the log off: the guest writes at full speed again.
     ///
-    /// What was written since the last harvest is forgotten, and what is written from here on is in no log: the next
-    /// [`start`](Self::start) marks all of the RAM.
+    /// All of the RAM is marked, on an error too, as what was written since the last harvest is in
+    /// the log that ends here. What is written from here on is in no log: the next
+    /// [`start`](Self::start) marks all of the RAM again, and so does the end of the slots
+    /// ([`RamSlots`]).
     ///
     /// # Errors
     /// [`SlotError`]; some slots may still be logged.
     pub fn stop(self) -> Result<(), SlotError> {
-        self.slots.ram().log().on = false;
-        for region in self.slots.ram().layout().regions() {
-            self.slots.log_dirty_pages(region, false)?;
-        }
-        Ok(())
+        let ram = self.slots.ram();
+        ram.log().on = false;
+        let mut regions = ram.layout().regions().iter();
+        let stopped = regions.try_for_each(|region| self.slots.log_dirty_pages(region, false));
+        // After that: what is written meanwhile is in the log still, or was written before the
+        // mark.
+        ram.mark_all();
+        stopped
     }
 
     fn harvest_region(

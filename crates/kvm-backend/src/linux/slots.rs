@@ -9,6 +9,7 @@
 
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, kvm_userspace_memory_region};
 use kvm_ioctls::{Cap, VmFd};
@@ -19,7 +20,10 @@ use super::ram::GuestRam;
 
 /// Guest RAM, each region in a memory slot of a virtual machine.
 ///
-/// Dropped, it takes the slots out of the virtual machine: a vCPU still running finds no memory. The RAM is unmapped only after that.
+/// Dropped, it takes the slots out of the virtual machine: a vCPU still running finds no memory.
+/// The RAM is unmapped only after that. If a [`DirtyLog`](crate::DirtyLog) of these slots was ever
+/// started, all of the RAM is marked then: what was written since the last harvest, or after the
+/// log was stopped, is in no log that could be read.
 ///
 /// # Examples
 /// ```no_run
@@ -44,6 +48,8 @@ pub struct RamSlots {
     own: bool,
     /// How many are ours to take out again: those of the first regions.
     registered: usize,
+    /// Whether a dirty log of these slots was started.
+    logged: AtomicBool,
 }
 
 impl RamSlots {
@@ -104,6 +110,11 @@ impl RamSlots {
         &self.vm
     }
 
+    /// Notes that a dirty log of these slots is about to start.
+    pub(crate) fn set_logged(&self) {
+        self.logged.store(true, Ordering::Relaxed);
+    }
+
     /// The memory slot of a region.
     pub(crate) fn slot_of(&self, region: &RamRange) -> u32 {
         self.first_slot + region.region as u32
@@ -131,6 +142,7 @@ impl RamSlots {
             first_slot,
             own: false,
             registered: 0,
+            logged: AtomicBool::new(false),
         })
     }
 
@@ -180,6 +192,10 @@ impl Drop for RamSlots {
             // Slots that are gone have no log.
             let mut log = self.ram.log();
             (log.on, log.registered) = (false, false);
+        }
+        if *self.logged.get_mut() {
+            // Last: no vCPU writes by these slots any more.
+            self.ram.mark_all();
         }
     }
 }
