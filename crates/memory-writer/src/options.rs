@@ -133,8 +133,9 @@ impl Options {
         }
     }
 
-    /// The guest-physical address of the memory file's first byte, which every bitmap given to `write_diff` must start at.
-    /// Unless told, it is what the first bitmap says.
+    /// The guest-physical address of the memory file's first byte, at which every bitmap given to
+    /// [`write_diff`](MemoryWriter::write_diff) and every epoch that is released must start. By
+    /// default it is what the first of these says, and 0 for a file that is committed without any.
     pub fn ram_start(mut self, address: u64) -> Self {
         self.ram_start = Some(address);
         self

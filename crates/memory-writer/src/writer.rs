@@ -435,7 +435,6 @@ impl MemoryWriter {
         runs: impl Fn() -> I,
         ram: Option<u64>,
     ) -> Result<u64, SnapshotError> {
-        let ram = self.ram_start.or(ram);
         let (ram_size, page_size) = (self.ram_size, self.page_size);
         let pages = || WholePages::new(runs(), page_size);
         let (mut count, mut total) = (0, 0);
@@ -445,11 +444,10 @@ impl MemoryWriter {
         });
         self.check_diff(count)?;
         self.check_raw_diff(pages())?;
-        self.begin()?;
-        self.ram_start = ram;
-        if let (Held::ByFooter(sealing), Some(ram)) = (&mut self.held, ram) {
-            sealing.set_ram_start(ram);
+        if let Some(ram) = ram {
+            self.learn_ram_start(ram);
         }
+        self.begin()?;
         let read_untouched = self.read_untouched;
         let (sink, watch) = self.sink();
         let meter = Meter::new(watch, page_size, total);
@@ -504,6 +502,14 @@ impl MemoryWriter {
                 ram,
             }),
             _ => Ok(()),
+        }
+    }
+
+    /// Takes the start of a bitmap that was [checked](Self::check_bitmap) for that of the RAM.
+    fn learn_ram_start(&mut self, ram_start: u64) {
+        self.ram_start = Some(ram_start);
+        if let Held::ByFooter(sealing) = &mut self.held {
+            sealing.set_ram_start(ram_start);
         }
     }
 
@@ -601,7 +607,7 @@ impl MemoryWriter {
     /// [`SnapshotError::BitmapSize`], [`SnapshotError::BitmapStart`], [`SnapshotError::EpochNotWritten`] and
     /// [`SnapshotError::EpochReclaimed`]: nothing was committed. Otherwise as [`commit`](Self::commit).
     pub fn commit_and_release<K, B: Deref<Target = DirtyBitmap<K>>>(
-        self,
+        mut self,
         epoch: Epoch<B, K>,
     ) -> Result<(), SnapshotError> {
         self.check_epoch(&epoch)?;
@@ -616,28 +622,36 @@ impl MemoryWriter {
 
     /// Checks that every page that `epoch` has taken a mark of was written after that.
     ///
+    /// The epoch's bitmap is also what the writer learns the start of the RAM from, if neither
+    /// [`Options::ram_start`] nor a diff said it before: a full image and the diffs on top of it
+    /// name the same addresses then. So this comes before [`finish`](Self::finish), which writes
+    /// them.
+    ///
     /// [`commit_and_release`](Self::commit_and_release) does so. Call it where the file is committed otherwise, as part of a group:
     /// before [`finish`](Self::finish), which [`Epoch::release_after`] may run along with the group's commit.
     ///
-    /// What counts is what this writer wrote: a [full write](Self::write_full) that began after the marks were taken, and
-    /// [diffs](Self::write_diff) of [`Epoch::bitmap`] or of what [`Epoch::take_more`] returned. A diff of the bitmap that the guest marks
-    /// does not count, nor does [`share_full`](Self::share_full), which also undoes the writes before it. A
-    /// [clean](DirtyBitmap::is_clean) part needs no write. Whether a full write was of the RAM that the epoch's bitmap is
-    /// about, only the caller knows: the size is compared, and the start where [`Options::ram_start`] or a diff has told it.
+    /// What counts is what this writer wrote: a [full write](Self::write_full) that began after the
+    /// marks were taken, and [diffs](Self::write_diff) of [`Epoch::bitmap`] or of what
+    /// [`Epoch::take_more`] returned. A diff of the bitmap that the guest marks does not count, nor
+    /// does [`share_full`](Self::share_full), which also undoes the writes before it. A
+    /// [clean](DirtyBitmap::is_clean) part needs no write. Whether a full write was of the RAM that
+    /// the epoch's bitmap is about, only the caller knows: the size is compared, and the start with
+    /// what was said of it.
     ///
     /// # Errors
     /// [`SnapshotError::EpochNotWritten`], [`SnapshotError::BitmapSize`] and [`SnapshotError::BitmapStart`].
     pub fn check_epoch<K, B: Deref<Target = DirtyBitmap<K>>>(
-        &self,
+        &mut self,
         epoch: &Epoch<B, K>,
     ) -> Result<(), SnapshotError> {
         self.check_bitmap(epoch.bitmap())?;
-        if self.written.covers(epoch) {
-            return Ok(());
+        if !self.written.covers(epoch) {
+            return Err(SnapshotError::EpochNotWritten {
+                dest: self.stage.dest_path().to_owned(),
+            });
         }
-        Err(SnapshotError::EpochNotWritten {
-            dest: self.stage.dest_path().to_owned(),
-        })
+        self.learn_ram_start(epoch.bitmap().ram_start());
+        Ok(())
     }
 
     /// The staged file, whole and ready to be committed as part of an [`atomic_file::AtomicGroup`], beside the vCPUs' state, say.

@@ -1,0 +1,74 @@
+//! A full image and the diffs on top of it name the same RAM, whichever bitmap said where it is.
+
+use atomic_file::AtomicGroup;
+use dirty_bitmap::{DirtyBitmap, Epoch};
+use memory_image::Chain;
+use memory_writer::{ImageId, Layout, MemoryWriter, Seal};
+use rstest::rstest;
+
+const START: u64 = 0x4000_0000;
+const SIZE: u64 = 1 << 20;
+const PAGE: u64 = 4096;
+
+#[derive(Clone, Copy)]
+enum Kind {
+    Sealed,
+    Packed,
+}
+
+impl Kind {
+    fn of(self, seal: Seal) -> Layout {
+        match self {
+            Self::Sealed => Layout::Sealed(seal),
+            Self::Packed => Layout::Packed(seal),
+        }
+    }
+}
+
+/// Commits alone, or in a group.
+fn commit(mut writer: MemoryWriter, epoch: Epoch<&DirtyBitmap>, in_a_group: bool) {
+    if !in_a_group {
+        return writer.commit_and_release(epoch).unwrap();
+    }
+    writer.check_epoch(&epoch).unwrap();
+    let mut group = AtomicGroup::new();
+    group.add(writer.finish().unwrap()).unwrap();
+    epoch.release_after(|| group.commit()).unwrap();
+}
+
+#[rstest]
+fn a_diff_goes_on_top_of_a_full_image_of_the_same_bitmap(
+    #[values(Kind::Sealed, Kind::Packed)] full: Kind,
+    #[values(Kind::Sealed, Kind::Packed)] diff: Kind,
+    #[values(false, true)] in_a_group: bool,
+) {
+    let directory = tempfile::tempdir().unwrap();
+    let path = |name: &str| directory.path().join(name);
+    let mut ram = vec![1; SIZE as usize];
+    let bitmap = DirtyBitmap::new(START, SIZE, PAGE).unwrap();
+    bitmap.set_range(START, SIZE).unwrap();
+
+    let epoch = bitmap.begin_epoch().unwrap();
+    let mut writer = MemoryWriter::options()
+        .layout(full.of(Seal::new()))
+        .open(path("full"), SIZE, PAGE)
+        .unwrap();
+    let id: ImageId = writer.image_id().unwrap();
+    writer.write_full(&ram).unwrap();
+    commit(writer, epoch, in_a_group);
+
+    ram[5000] = 9;
+    bitmap.set_dirty(START + 5000).unwrap();
+    let epoch = bitmap.begin_epoch().unwrap();
+    let mut writer = MemoryWriter::options()
+        .layout(diff.of(Seal::new().parent(id)))
+        .open(path("diff"), SIZE, PAGE)
+        .unwrap();
+    writer.write_diff(&ram, epoch.bitmap()).unwrap();
+    commit(writer, epoch, in_a_group);
+
+    let chain = Chain::open_sealed(&[path("full"), path("diff")]).unwrap();
+    let mut restored = vec![0; SIZE as usize];
+    chain.restore(&mut restored[..]).unwrap();
+    assert!(restored == ram);
+}
