@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 use anyhow::Context;
 use xshell::{Shell, cmd};
 
-use crate::packages::Install;
 use crate::python::{Build, Wheel};
+use harness::packages::Install;
 
 /// A program from crates.io.
 pub struct CargoTool {

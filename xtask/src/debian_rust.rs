@@ -2,7 +2,7 @@
 
 use xshell::{PushEnv, Shell};
 
-use crate::packages::Package;
+use harness::packages::Package;
 
 /// The oldest compiler of this workspace: `rust-version` in Cargo.toml.
 pub const OLDEST_RUST: &str = env!("CARGO_PKG_RUST_VERSION");

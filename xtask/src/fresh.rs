@@ -14,9 +14,9 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, bail, ensure};
 use xshell::{Shell, cmd};
 
-use crate::interrupt::Interrupt;
-use crate::packages::{Install, Package};
-use crate::process::Process;
+use harness::interrupt::Interrupt;
+use harness::packages::{Install, Package};
+use harness::process::Process;
 
 /// The Debian release.
 const SUITE: &str = "bookworm";

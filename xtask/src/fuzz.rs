@@ -6,8 +6,8 @@ use anyhow::{Context, bail};
 use indicatif::HumanCount;
 use xshell::{Shell, cmd};
 
-use crate::packages::{Install, Package};
-use crate::recorded::Record;
+use harness::packages::{Install, Package};
+use harness::record::Record;
 
 const PACKAGES: [Package; 1] = [Package::new("g++", "g++")];
 

@@ -308,8 +308,8 @@ impl<'a> Copy<'a> {
         let to = "target/loom/mutants";
         sh.remove_path(to)?;
         sh.create_dir(to)?;
-        // The documents that the crates include, too.
-        cmd!(sh, "cp -R crates docs {to}/").quiet().run()?;
+        // Also the documents that the crates include, and the crates that their tests use.
+        cmd!(sh, "cp -R crates docs testing {to}/").quiet().run()?;
         sh.copy_file("Cargo.lock", to)?;
         let manifest = sh.read_file("Cargo.toml")?;
         let manifest = manifest.lines().map(|line| match line {

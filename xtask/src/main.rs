@@ -21,17 +21,13 @@ mod fresh;
 mod fs_matrix;
 mod fuzz;
 mod interleavings;
-mod interrupt;
 #[cfg(target_os = "linux")]
 mod linux_guest;
 mod mutants;
-mod packages;
-mod process;
 mod python;
 #[cfg(target_os = "linux")]
 mod qemu_e2e;
 mod ram;
-mod recorded;
 #[cfg(target_os = "linux")]
 mod sanitize;
 #[cfg(target_os = "linux")]
@@ -40,10 +36,8 @@ mod steps;
 #[cfg(target_os = "linux")]
 mod write_log;
 
-use std::path::Path;
 use std::process::ExitCode;
 
-use anyhow::Context;
 use clap::{Parser, Subcommand};
 use xshell::Shell;
 
@@ -80,39 +74,31 @@ enum Task {
 }
 
 fn main() -> ExitCode {
-    match run(Xtask::parse().task) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("error: {error:#}");
-            ExitCode::FAILURE
-        }
-    }
+    let task = Xtask::parse().task;
+    harness::run(|sh| run(sh, task))
 }
 
-fn run(task: Task) -> anyhow::Result<()> {
-    let sh = Shell::new()?;
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent();
-    sh.change_dir(root.context("xtask lies in the workspace")?);
+fn run(sh: &Shell, task: Task) -> anyhow::Result<()> {
     match task {
-        Task::Adaptive(adaptive) => adaptive.run(&sh),
-        Task::Bench(bench) => bench.run(&sh),
-        Task::CheckMacos(check) => check.run(&sh),
-        Task::Ci(ci) => ci.run(&sh),
+        Task::Adaptive(adaptive) => adaptive.run(sh),
+        Task::Bench(bench) => bench.run(sh),
+        Task::CheckMacos(check) => check.run(sh),
+        Task::Ci(ci) => ci.run(sh),
         #[cfg(target_os = "linux")]
-        Task::Crash(crash) => crash.run(&sh),
-        Task::Demo(demo) => demo.run(&sh),
+        Task::Crash(crash) => crash.run(sh),
+        Task::Demo(demo) => demo.run(sh),
         #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
-        Task::Faults(faults) => faults.run(&sh),
-        Task::FsMatrix(matrix) => matrix.run(&sh),
-        Task::Fuzz(fuzz) => fuzz.run(&sh),
-        Task::Mutants(mutants) => mutants.run(&sh),
-        Task::Prove(prove) => prove.run(&sh),
+        Task::Faults(faults) => faults.run(sh),
+        Task::FsMatrix(matrix) => matrix.run(sh),
+        Task::Fuzz(fuzz) => fuzz.run(sh),
+        Task::Mutants(mutants) => mutants.run(sh),
+        Task::Prove(prove) => prove.run(sh),
         #[cfg(target_os = "linux")]
-        Task::QemuE2e(e2e) => e2e.run(&sh),
+        Task::QemuE2e(e2e) => e2e.run(sh),
         #[cfg(target_os = "linux")]
-        Task::Sanitize(sanitize) => sanitize.run(&sh),
+        Task::Sanitize(sanitize) => sanitize.run(sh),
         #[cfg(target_os = "linux")]
-        Task::Soak(soak) => soak.run(&sh),
-        Task::Test(test) => test.run(&sh),
+        Task::Soak(soak) => soak.run(sh),
+        Task::Test(test) => test.run(sh),
     }
 }

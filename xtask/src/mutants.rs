@@ -10,8 +10,8 @@ use serde::Deserialize;
 use xshell::{Shell, cmd};
 
 use crate::cargo_tool::CargoTool;
-use crate::packages::Install;
-use crate::recorded::Record;
+use harness::packages::Install;
+use harness::record::Record;
 
 const TOOL: CargoTool = CargoTool {
     name: "cargo-mutants",

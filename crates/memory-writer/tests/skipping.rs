@@ -15,7 +15,7 @@ use proptest::prelude::*;
 use rstest::rstest;
 use support::{Place, Until, pattern};
 use test_machine::rounds;
-use test_machine::tracked::Memory;
+use write_faults::Memory;
 
 const KIB: u64 = 1 << 10;
 const SIZE: u64 = 4 << 20;

@@ -11,7 +11,7 @@ use memory_writer::{CancelToken, Durability, MemoryWriter, Progress, SnapshotErr
 use page_reader::{HostMemory, PageReader};
 use rstest::rstest;
 use support::{Place, Until, pattern};
-use test_machine::tracked::Memory;
+use write_faults::Memory;
 
 const SIZE: u64 = 4 << 20;
 const PAGE: u64 = 16384;

@@ -10,8 +10,8 @@ use std::sync::Arc;
 use anyhow::Context;
 use dirty_bitmap::{Policy, TakenBitmap, TrackedBitmap, WriteTracker};
 #[cfg(target_os = "linux")]
-use test_machine::tracked::Userfaultfd;
-use test_machine::tracked::{FaultHandler, Memory, Mprotect, PageFaults, page_size};
+use write_faults::Userfaultfd;
+use write_faults::{FaultHandler, Memory, Mprotect, PageFaults, page_size};
 
 use super::guest::{Dirty, Epoch, Guest, Ram, Tracker};
 use super::ledger::{self, Layout, Registers, Verdict, Words};

@@ -231,7 +231,7 @@ impl Kind {
             Self::Hvf => anyhow::bail!("the Hypervisor framework takes macOS on Apple silicon"),
             #[cfg(target_os = "linux")]
             Self::Userfaultfd => {
-                test_machine::tracked::open_userfaultfd()?;
+                write_faults::open_userfaultfd()?;
                 Ok(())
             }
             #[cfg(not(target_os = "linux"))]

@@ -9,8 +9,8 @@ use xshell::{PushEnv, Shell, cmd};
 
 use super::mach_o::{self, HYPERVISOR, MacOs};
 use super::{TARGET, Toolchain};
-use crate::packages::Install;
 use crate::python::{Build, Wheel};
+use harness::packages::Install;
 
 /// One version, so that an upgrade is a change like any other.
 const ZIG: Wheel = Wheel {

@@ -11,7 +11,7 @@ use anyhow::{Context, bail, ensure};
 use xshell::{Cmd, PushEnv, Shell, cmd};
 
 use crate::debian_rust::{self, OLDEST_RUST};
-use crate::packages::Install;
+use harness::packages::Install;
 
 const TARGET: &str = "aarch64-apple-darwin";
 

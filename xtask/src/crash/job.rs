@@ -12,7 +12,7 @@ use super::kept::Kept;
 use super::record::{self, record};
 use super::replay::Replay;
 use super::scenarios::Scenario;
-use crate::interrupt::Interrupt;
+use harness::interrupt::Interrupt;
 
 /// How states are chosen, and where recordings stay.
 pub struct Settings<'a> {

@@ -19,14 +19,15 @@ use std::thread;
 use std::time::Instant;
 
 use anyhow::{Context, bail, ensure};
-use test_machine::{Need, TinyTmpfs, not_run};
+use test_machine::{Need, TinyTmpfs};
 use xshell::Shell;
 
-use crate::fs_matrix::mounts::keep_private;
-use crate::interrupt::Interrupt;
-use crate::packages::{Install, Package};
-use crate::recorded::Record;
 use disk::FileSystem;
+use harness::interrupt::Interrupt;
+use harness::namespace::keep_private;
+use harness::packages::{Install, Package};
+use harness::record::Record;
+use harness::runs_here;
 use job::{Done, Job, Settings};
 use kept::Kept;
 use replay::Replay;
@@ -212,16 +213,6 @@ impl Crash {
 
 /// What the needs of this task take.
 const TAKES: &str = " (that takes root, loop devices, FUSE and the tools)";
-
-/// Whether there is what it takes; says so where not, and fails in CI.
-pub fn runs_here(need: Need, what: &str, takes: &str, ci: bool) -> anyhow::Result<bool> {
-    if need.is_met() {
-        return Ok(true);
-    }
-    ensure!(!ci, "{what}: this machine has no {need}, and CI demands it");
-    not_run(what, &format!("this machine has no {need}{takes}"));
-    Ok(false)
-}
 
 /// Does the jobs, several at a time, each in a directory of its own. The first that can't be done ends all.
 fn work(jobs: VecDeque<Job>, settings: &Settings, room: &Path) -> anyhow::Result<Vec<Done>> {

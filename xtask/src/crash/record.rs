@@ -21,10 +21,10 @@ use super::disk::{FileSystem, Journal, Loop, Mounted};
 use super::scenarios::{Scenario, Witness};
 use super::start;
 use super::states::{Log, MARKS, STEP};
-use crate::interrupt::Interrupt;
 use crate::linux_guest::escaped;
-use crate::process::Process;
 use crate::write_log;
+use harness::interrupt::Interrupt;
+use harness::process::Process;
 
 /// The directories that a scenario is carried out in, one after the other: nobody else syncs anything; and a neighbour syncs all the time,
 /// so that names may get to the disk at any moment.

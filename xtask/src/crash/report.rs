@@ -9,7 +9,7 @@ use xshell::Shell;
 use super::disk::FileSystem;
 use super::job::Done;
 use super::scenarios::mutants;
-use crate::recorded::Record;
+use harness::record::Record;
 
 pub struct Report {
     pub done: Vec<Done>,

@@ -31,7 +31,7 @@ use restore::Files;
 use snapshots::Snapshots;
 use verify::Proof;
 
-use crate::interrupt::Interrupt;
+use harness::interrupt::Interrupt;
 
 /// Snapshot a running guest, restore it into a new one, and prove that it goes on correctly
 ///

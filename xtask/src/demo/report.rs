@@ -7,7 +7,7 @@ use std::time::Duration;
 use comfy_table::{CellAlignment, Table, presets};
 use indicatif::{BinaryBytes, HumanCount, ProgressBar, ProgressStyle};
 
-use crate::interrupt::Interrupt;
+use harness::interrupt::Interrupt;
 
 /// One progress bar for all phases, on the standard error; silent where that is no terminal. Whoever tells it of progress is told where
 /// somebody wants to go on no further.

@@ -19,7 +19,7 @@ use serde::{Deserialize, Serialize};
 use super::said::Said;
 use super::{scenarios, tracer};
 use crate::crash::scenarios::Witness;
-use crate::process::this_program;
+use harness::process::this_program;
 
 /// Carries out a scenario that its parent traces.
 #[derive(clap::Args, Clone, Debug)]

@@ -22,7 +22,7 @@ use super::tracer::{self, Call, End, Trace};
 use crate::crash::check::Tidying;
 use crate::crash::scenarios::commits::RAM;
 use crate::fs_matrix::site::names;
-use crate::interrupt::Interrupt;
+use harness::interrupt::Interrupt;
 
 /// In which a run ends, also on a machine that is very slow.
 pub const WITHIN: Duration = Duration::from_secs(120);

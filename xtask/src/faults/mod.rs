@@ -20,12 +20,12 @@ use anyhow::{Context, bail};
 use test_machine::{Need, TinyTmpfs};
 use xshell::Shell;
 
-use crate::crash::runs_here;
-use crate::fs_matrix::mounts::keep_private;
-use crate::interrupt::Interrupt;
-use crate::recorded::Record;
 use child::Child;
 use fault::Fault;
+use harness::interrupt::Interrupt;
+use harness::namespace::keep_private;
+use harness::record::Record;
+use harness::runs_here;
 use job::{Settings, again};
 use report::Report;
 use scenarios::Case;

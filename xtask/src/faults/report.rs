@@ -11,7 +11,7 @@ use xshell::Shell;
 use super::fault::{Fault, How};
 use super::job::Done;
 use super::judge::Harm;
-use crate::recorded::Record;
+use harness::record::Record;
 
 pub struct Report {
     pub done: Vec<Done>,

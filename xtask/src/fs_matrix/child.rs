@@ -9,8 +9,8 @@ use nix::sys::resource::{Resource, setrlimit};
 use nix::sys::signal::{Signal, raise};
 
 use super::subject::{Sabotage, Subject};
-use crate::process::this_program;
 use crate::ram::Stamped;
+use harness::process::this_program;
 
 /// The page of the snapshots that children write, and the bytes that one system call of theirs writes.
 pub const PAGE: u64 = 16 << 10;

@@ -26,9 +26,9 @@ use std::time::Instant;
 use anyhow::bail;
 use xshell::Shell;
 
-use crate::interrupt::Interrupt;
-use crate::packages::Install;
 use child::Child;
+use harness::interrupt::Interrupt;
+use harness::packages::Install;
 use inside::Inside;
 use kind::{Kind, Place};
 use report::Report;
@@ -125,7 +125,7 @@ impl FsMatrix {
         if jobs.iter().any(here) {
             self.install.ensure(sh, mounts::PACKAGES, "fs-matrix")?;
             #[cfg(target_os = "linux")]
-            mounts::keep_private()?;
+            harness::namespace::keep_private()?;
         }
         let run = Run::new(
             &self,

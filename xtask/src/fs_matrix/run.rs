@@ -17,8 +17,8 @@ use super::report::MountReport;
 use super::{FsMatrix, checks};
 #[cfg(target_os = "linux")]
 use super::{guest, power};
-use crate::interrupt::Interrupt;
-use crate::process::{Process, this_program};
+use harness::interrupt::Interrupt;
+use harness::process::{Process, this_program};
 
 /// One mount to check.
 pub enum Job {

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, bail};
 use xshell::{Shell, cmd};
 
-use crate::packages::patiently;
+use harness::packages::patiently;
 
 /// Downloads `packages`, and what they depend on, to `packages` in `dir`, with package lists and a source list of our own: nothing of this
 /// machine's configuration is touched. A package may be in the components contrib and non-free.

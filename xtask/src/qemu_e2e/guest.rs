@@ -14,12 +14,12 @@ use xshell::Shell;
 
 use super::console::{Console, Fault, Place};
 use super::qmp::Qmp;
-use crate::interrupt::Interrupt;
 use crate::linux_guest::archive::Archive;
 use crate::linux_guest::debian::{download, only_entry_with, unpack_package};
 use crate::linux_guest::qemu;
-use crate::packages::Package;
-use crate::process::Process;
+use harness::interrupt::Interrupt;
+use harness::packages::Package;
+use harness::process::Process;
 
 /// What this machine needs to run guests.
 pub const PACKAGES: &[Package] = &[Package::new("qemu-system-x86", "qemu-system-x86_64")];

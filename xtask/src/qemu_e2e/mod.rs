@@ -15,9 +15,9 @@ use anyhow::{Context, bail};
 use indicatif::BinaryBytes;
 use xshell::Shell;
 
-use crate::interrupt::Interrupt;
-use crate::packages::Install;
 use guest::{Guest, Kit, RAM, Room};
+use harness::interrupt::Interrupt;
+use harness::packages::Install;
 use proof::Proof;
 use tool::{LAYOUTS, Memsnap, Tool};
 

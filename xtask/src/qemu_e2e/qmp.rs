@@ -8,7 +8,7 @@ use anyhow::{Context, bail};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use crate::interrupt::Interrupt;
+use harness::interrupt::Interrupt;
 
 /// The longest that QEMU may take to answer: it does so at once, but for loading its own program.
 const PATIENCE: Duration = Duration::from_secs(300);

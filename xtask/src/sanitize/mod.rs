@@ -10,8 +10,8 @@ use test_machine::not_run;
 use xshell::{Cmd, PushEnv, Shell, cmd};
 
 use crate::debian_rust;
-use crate::packages::{Install, Package};
-use crate::recorded::Record;
+use harness::packages::{Install, Package};
+use harness::record::Record;
 use skipped::{LEFT_OUT, SKIPPED};
 
 /// What names the functions of a report, and the sanitizer's own library with a linker that knows it.

@@ -15,8 +15,8 @@ use memory_writer::{ImageId, Layout, MemoryWriter, Seal};
 use page_reader::FileReader;
 use serde::{Deserialize, Serialize};
 
-use crate::interrupt::Interrupt;
-use crate::process::Process;
+use harness::interrupt::Interrupt;
+use harness::process::Process;
 
 /// What the process is to save.
 #[derive(Debug, Serialize, Deserialize)]

@@ -12,7 +12,7 @@ use std::time::Duration;
 use anyhow::Context;
 use dirty_bitmap::Policy;
 use page_reader::{HostMemory, PageReader};
-use test_machine::tracked::{Memory, Mprotect, Userfaultfd};
+use write_faults::{Memory, Mprotect, Userfaultfd};
 
 use super::subject::{Stop, Subject};
 use crate::demo::embedded::Watch;

@@ -26,13 +26,13 @@ use clap::ValueEnum;
 use test_machine::Need;
 use xshell::Shell;
 
-use crate::crash::runs_here;
 use crate::demo::guest::Kind;
-use crate::fs_matrix::mounts::keep_private;
-use crate::interrupt::Interrupt;
-use crate::process::this_program;
-use crate::recorded::Record;
 use crate::write_log::Random;
+use harness::interrupt::Interrupt;
+use harness::namespace::keep_private;
+use harness::process::this_program;
+use harness::record::Record;
+use harness::runs_here;
 use life::{Life, Limit};
 use plan::Means;
 use tally::{Held, Tally};

@@ -278,7 +278,7 @@ fn fresh(context: &Context<'_>) -> anyhow::Result<()> {
 fn fresh(context: &Context<'_>) -> anyhow::Result<()> {
     let times = crate::fresh::run(context.sh, context.install)?;
     let cores = std::thread::available_parallelism()?;
-    let record = crate::recorded::Record::from(context.record);
+    let record = harness::record::Record::from(context.record);
     let how = format!("{cores} cores");
     record.conclude(context.sh, "cargo xtask prove fresh", &times, &how)
 }

@@ -1,6 +1,6 @@
 //! Signals that end a suite: they reach what runs below it.
 
-use crate::interrupt::Interrupt;
+use harness::interrupt::Interrupt;
 
 /// From now on a first SIGINT or SIGTERM does not end this process: the step that runs fails, and
 /// no other is started. SIGTERM is passed on to what runs below (on Linux). SIGINT is not, because a

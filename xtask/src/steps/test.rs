@@ -3,7 +3,7 @@
 use xshell::{Shell, cmd};
 
 use super::{Context, Options, Step, Suite, is_installed};
-use crate::packages::{Install, Package};
+use harness::packages::{Install, Package};
 
 /// What the tests use besides the Rust toolchain.
 const PACKAGES: &[Package] = &[

@@ -14,7 +14,7 @@ use dirty_bitmap::{Policy, TrackedBitmap};
 use hvf_backend::{Answer, Exception, Exit, Stage2Tracker};
 use page_reader::{PageReader, RamLayout};
 use test_machine::Need;
-use test_machine::tracked::FaultHandler;
+use write_faults::FaultHandler;
 
 pub use protection::Protection;
 

@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::PathBuf;
 
-use crate::process::Silence;
+use harness::process::Silence;
 
 /// The file that QEMU writes a guest's console to.
 pub struct Console(pub PathBuf);
@@ -73,8 +73,8 @@ mod tests {
     use rstest::rstest;
 
     use super::*;
-    use crate::interrupt::Interrupt;
-    use crate::process::Process;
+    use harness::interrupt::Interrupt;
+    use harness::process::Process;
 
     const PANIC: &str =
         "BUG: unable to handle page fault\nRIP: 0010:apfs_x\nKernel panic - not syncing\n";

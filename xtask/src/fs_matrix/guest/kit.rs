@@ -12,7 +12,7 @@ use super::unpack;
 use crate::fs_matrix::kind::Kind;
 use crate::linux_guest::archive::Archive;
 use crate::linux_guest::debian::{only_entry, only_entry_with};
-use crate::packages::Package;
+use harness::packages::Package;
 
 /// What this machine needs to run guests and to build a kernel module.
 pub const PACKAGES: &[Package] = &[

@@ -16,9 +16,9 @@ use anyhow::Context;
 pub use kit::{Kit, PACKAGES};
 
 use super::kind::Kind;
-use crate::interrupt::Interrupt;
 use crate::linux_guest::{escaped, qemu};
-use crate::process::Process;
+use harness::interrupt::Interrupt;
+use harness::process::Process;
 
 /// The name of the port that the guest writes its findings to.
 const PORT: &str = "findings";

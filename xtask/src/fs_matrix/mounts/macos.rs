@@ -8,9 +8,11 @@ use std::process::Command;
 use anyhow::{Context, bail};
 use tempfile::{NamedTempFile, TempDir};
 
-use super::{Images, Mount, elsewhere, kernel};
+use harness::kernel;
+
+use super::{Images, Mount, elsewhere};
 use crate::fs_matrix::kind::Kind;
-use crate::packages::Package;
+use harness::packages::Package;
 
 /// macOS has all of it on board.
 pub const PACKAGES: &[Package] = &[];

@@ -8,12 +8,13 @@ mod native;
 use std::any::Any;
 use std::path::{Path, PathBuf};
 
+use harness::kernel;
 use tempfile::NamedTempFile;
 
 #[cfg(target_os = "macos")]
 pub use macos::{PACKAGES, mount};
 #[cfg(target_os = "linux")]
-pub use native::{PACKAGES, keep_private, mount};
+pub use native::{PACKAGES, mount};
 
 /// A mounted directory; unmounted when dropped.
 pub struct Mount {
@@ -78,12 +79,4 @@ fn elsewhere() -> anyhow::Result<(PathBuf, Box<dyn Any + Send>)> {
 fn elsewhere() -> anyhow::Result<(PathBuf, Box<dyn Any + Send>)> {
     let dir = tempfile::tempdir()?;
     Ok((dir.path().to_owned(), Box::new(dir)))
-}
-
-/// The kernel that runs here, by name and release.
-pub fn kernel() -> String {
-    nix::sys::utsname::uname().map_or_else(
-        |_| "an unknown kernel".into(),
-        |name| format!("{} {}", name.sysname().display(), name.release().display()),
-    )
 }

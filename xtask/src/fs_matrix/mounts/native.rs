@@ -3,15 +3,12 @@
 use std::path::Path;
 
 use anyhow::{Context, bail};
-use nix::errno::Errno;
-use nix::mount::MsFlags;
-use nix::sched::{CloneFlags, unshare};
 use test_machine::{LoopFs, LoopMount, Overlay, TinyTmpfs};
 
-use super::{Images, Mount, elsewhere, kernel};
+use super::{Images, Mount, elsewhere};
 use crate::fs_matrix::kind::Kind;
-use crate::packages::Package;
-use crate::process::this_program;
+use harness::kernel;
+use harness::packages::Package;
 
 /// What it takes to make the images and to look at the checks' system calls.
 pub const PACKAGES: &[Package] = &[
@@ -20,25 +17,6 @@ pub const PACKAGES: &[Package] = &[
     Package::new("btrfs-progs", "mkfs.btrfs"),
     Package::new("strace", "strace"),
 ];
-
-/// Enters a mount namespace of its own: what is mounted from here on ends with this process and its
-/// children, also when they are killed. To be called before the first thread is started.
-///
-/// # Errors
-///
-/// Fails in a chroot whose directory is no mount point: mounts in it could appear outside.
-pub fn keep_private() -> anyhow::Result<()> {
-    // Afterwards it cannot be found in a chroot: it was started from a mount of the old namespace.
-    this_program()?;
-    unshare(CloneFlags::CLONE_NEWNS).context("can't enter a mount namespace")?;
-    let private = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
-    match nix::mount::mount(None::<&str>, "/", None::<&str>, private, None::<&str>) {
-        Err(Errno::EINVAL) => bail!(
-            "the root directory is no mount point, so mounts can't be kept private: before `chroot DIR`, run `mount --bind DIR DIR`"
-        ),
-        done => done.context("can't keep mounts private"),
-    }
-}
 
 pub fn mount(kind: Kind, images: &Images) -> anyhow::Result<Mount> {
     let fs = match kind {

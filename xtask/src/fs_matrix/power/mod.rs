@@ -18,9 +18,9 @@ use indicatif::ProgressBar;
 use super::finding::{Family, Finding, Line, Outcome};
 use super::guest::{self, Disk, Kit};
 use super::kind::Kind;
-use crate::interrupt::Interrupt;
 use crate::linux_guest::escaped;
 use crate::write_log::Random;
+use harness::interrupt::Interrupt;
 
 /// The check's name.
 pub const CHECK: &str = "power lost in a commit loop";

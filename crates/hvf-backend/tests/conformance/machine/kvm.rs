@@ -17,7 +17,7 @@ use kvm_bindings::{KVM_MEM_READONLY, kvm_userspace_memory_region};
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
 use page_reader::{PageReader, RamLayout};
 use support::{CODE, DONE, INPUT, INPUT_SIZE, Program, STACK, TABLES};
-use test_machine::tracked::{PageFaults, Userfaultfd};
+use write_faults::{PageFaults, Userfaultfd};
 
 use super::{
     Guest, HIGH, HIGH_SIZE, LOW_SIZE, Machine, Protection, Tracker, handle_fault, new_tracker,

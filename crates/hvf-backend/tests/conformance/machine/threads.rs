@@ -7,8 +7,8 @@ use std::sync::Arc;
 use dirty_bitmap::Policy;
 use page_reader::RamLayout;
 #[cfg(target_os = "linux")]
-use test_machine::tracked::Userfaultfd;
-use test_machine::tracked::{Memory, Mprotect, PageFaults, page_size as host_page_size};
+use write_faults::Userfaultfd;
+use write_faults::{Memory, Mprotect, PageFaults, page_size as host_page_size};
 
 use super::{
     Guest, HIGH, HIGH_SIZE, LOW_SIZE, Machine, Protection, Tracker, handle_fault, new_tracker,

@@ -1,4 +1,5 @@
-//! What runs printed, kept in docs/reliability.md: so that its figures are a run's, and anybody's run can be held against them.
+//! The closing lines of runs, kept in docs/reliability.md: its figures come from runs, and another
+//! run can be compared with them.
 
 use anyhow::{Context, bail};
 use xshell::{Shell, cmd};
@@ -15,7 +16,6 @@ pub struct Record {
     record: bool,
 }
 
-#[cfg(target_os = "linux")]
 impl From<bool> for Record {
     fn from(record: bool) -> Self {
         Self { record }
@@ -23,7 +23,8 @@ impl From<bool> for Record {
 }
 
 impl Record {
-    /// Prints `said`, the closing line of `run`, and keeps it where that was asked for. `how` has what else the figures depend on: a seed, a time.
+    /// Prints `said`, the closing line of `run`, and keeps it where that was asked for. `how` is what
+    /// else the figures depend on: a seed, a time.
     pub fn conclude(self, sh: &Shell, run: &str, said: &str, how: &str) -> anyhow::Result<()> {
         println!("{said}");
         if !self.record {
@@ -32,7 +33,7 @@ impl Record {
         let on = format!(
             "{}, {}, {how}",
             cmd!(sh, "date --utc +%F").quiet().read()?,
-            crate::fs_matrix::mounts::kernel()
+            crate::kernel()
         );
         let page = sh.read_file(PAGE)?;
         let page = with_row(&page, run, said, &on)?;
@@ -83,7 +84,7 @@ mod tests {
 
     #[test]
     fn the_page_has_a_place_for_what_runs_printed() {
-        let page = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/reliability.md");
+        let page = concat!(env!("CARGO_MANIFEST_DIR"), "/../../docs/reliability.md");
         let page = std::fs::read_to_string(page).expect("the page");
         with_row(&page, "a run", "nothing", "a machine").expect("its place");
     }

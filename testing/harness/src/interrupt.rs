@@ -6,7 +6,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use anyhow::bail;
 use signal_hook::consts::{SIGINT, SIGTERM};
 
-/// Whether somebody asked this process to end. Everything that waits or works for long looks here, so that guards get to clean up.
+/// Whether this process was asked to end. Everything that waits or works for long checks it, so that
+/// guards clean up.
 #[derive(Clone, Default)]
 pub struct Interrupt(Arc<AtomicBool>);
 
@@ -26,7 +27,6 @@ impl Interrupt {
     }
 
     /// As a signal does.
-    #[cfg(any(test, target_os = "linux"))]
     pub fn ask(&self) {
         self.0.store(true, Ordering::Relaxed);
     }

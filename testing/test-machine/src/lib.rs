@@ -1,4 +1,5 @@
-//! What this machine offers the workspace's tests: the small file systems they run on, and memory whose writes fault.
+//! What this machine offers the workspace's tests: its capabilities, and the small file systems
+//! that tests run on.
 //!
 //! A test that needs something a machine may lack asks [`Need::met`] first. Where the thing is missing, one
 //! line says so past the test harness's capture, and the test returns. Where it is missing but named in
@@ -11,7 +12,6 @@
 mod loop_mount;
 #[cfg(target_os = "linux")]
 mod mounts;
-pub mod tracked;
 
 #[cfg(target_os = "linux")]
 pub use loop_mount::{LoopFs, LoopMount, tool};

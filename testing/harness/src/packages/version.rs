@@ -4,7 +4,7 @@ use std::cmp::Ordering;
 
 /// Whether the upstream part of the package version `found` is at least `needed`, which has up to
 /// three numbers.
-pub fn at_least(found: &str, needed: &str) -> bool {
+pub(super) fn at_least(found: &str, needed: &str) -> bool {
     // A pre-release is older than its release: "1.95" alone would be before "1.95.0~beta".
     let mut needed = needed.to_owned();
     while needed.split('.').count() < 3 {

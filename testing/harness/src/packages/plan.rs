@@ -11,7 +11,7 @@ const RECENT: Duration = Duration::from_hours(24);
 
 /// Apt's package lists.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Lists {
+pub(super) enum Lists {
     /// They are absent or old.
     Old,
     /// They look recent.
@@ -24,7 +24,7 @@ pub enum Lists {
 
 impl Lists {
     /// Judges lists that this process did not update. `age` is `None` where unknown or negative.
-    pub fn judge(present: bool, age: Option<Duration>) -> Self {
+    pub(super) fn judge(present: bool, age: Option<Duration>) -> Self {
         if present && age.is_some_and(|age| age <= RECENT) {
             Self::Recent
         } else {
@@ -39,7 +39,7 @@ impl Lists {
 
 /// The machine and what may be done to it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Machine {
+pub(super) struct Machine {
     pub root: bool,
     pub has_apt: bool,
     /// False with `--no-install`.
@@ -48,14 +48,14 @@ pub struct Machine {
 }
 
 impl Machine {
-    pub fn can_install(&self) -> bool {
+    pub(super) fn can_install(&self) -> bool {
         self.root && self.has_apt && self.allowed
     }
 }
 
 /// A package and its versions.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct State {
+pub(super) struct State {
     pub package: Package,
     /// Whether the file that shows it exists.
     pub present: bool,
@@ -69,7 +69,7 @@ pub struct State {
 
 /// What is wrong with a package.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Problem {
+pub(super) enum Problem {
     Missing,
     TooOld {
         found: String,
@@ -104,7 +104,7 @@ impl Display for Problem {
 
 /// The next thing to do.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Step {
+pub(super) enum Step {
     /// Nothing: all packages are as they must be.
     Done,
     /// Update the package lists.
@@ -116,7 +116,7 @@ pub enum Step {
 }
 
 /// Decides what to do next about `packages`.
-pub fn decide(machine: &Machine, packages: &[State]) -> Step {
+pub(super) fn decide(machine: &Machine, packages: &[State]) -> Step {
     let problems: Vec<_> = packages
         .iter()
         .filter_map(|state| Some((state.clone(), problem(state, packages)?)))
@@ -200,7 +200,7 @@ fn is_offered(state: &State, packages: &[State]) -> bool {
 }
 
 /// States what is missing and how to install it.
-pub fn report(machine: &Machine, why: &str, problems: &[(State, Problem)]) -> String {
+pub(super) fn report(machine: &Machine, why: &str, problems: &[(State, Problem)]) -> String {
     let mut text = format!("missing for {why}:\n");
     let mut names = Vec::new();
     for (state, problem) in problems {

@@ -1,7 +1,8 @@
 //! Memory whose writes are tracked by real page faults: a guest's RAM where there is no hypervisor.
 //!
-//! A [`Memory`] is mapped in this process, and threads that write it are the vCPUs. [`Userfaultfd`] or [`Mprotect`] protects it, as a
-//! [`WriteProtection`], and calls back for each write that hits the protection.
+//! A [`Memory`] is mapped in this process, and threads that write it are the vCPUs. [`Userfaultfd`]
+//! or [`Mprotect`] protects it, as a [`WriteProtection`], and calls back for each write that hits
+//! the protection.
 
 mod memory;
 mod mprotect;

@@ -1,4 +1,5 @@
-//! Processes that are ended with all their children, whatever happens here, and the lines that they write.
+//! Child processes that end with all their children, however this process ends, and the lines that
+//! they write.
 
 use std::env;
 use std::io::{self, BufRead, BufReader};
@@ -26,14 +27,14 @@ pub fn this_program() -> anyhow::Result<&'static Path> {
     Ok(PROGRAM.get_or_init(|| program))
 }
 
-/// A running process and the lines of its standard output. Dropped, it and its process group are killed.
+/// A running process and the lines of its standard output. Dropping it kills its process group.
 pub struct Process {
     child: Child,
     lines: Receiver<io::Result<String>>,
     interrupt: Interrupt,
 }
 
-/// A process said nothing for so many seconds.
+/// A process printed nothing for so many seconds.
 #[derive(Debug, thiserror::Error)]
 #[error("nothing heard for {0} s")]
 pub struct Silence(u64);
@@ -68,8 +69,8 @@ impl Process {
         })
     }
 
-    /// The next line with its end, which the last may lack; `None` once the process has closed its output. The error is [`Silence`] where
-    /// none came within that time.
+    /// Returns the next line with its line end, which the last may lack; `None` once the process has
+    /// closed its output. The error is [`Silence`] where no line came within that time.
     pub fn next(&self, within: Duration) -> anyhow::Result<Option<String>> {
         let deadline = Instant::now() + within;
         loop {

@@ -1,0 +1,73 @@
+//! What `xtask` and the programs under `testing/` share.
+//!
+//! `cargo xtask NAME` runs most of these programs. Each has a `main` that calls [`run`]. Their
+//! children and their cleanup on Ctrl-C are in [`process`] and [`interrupt`]; the Debian packages
+//! that they install are in [`packages`]; the figures that `--record` keeps are in [`record`].
+//!
+//! This crate links no crate under `crates/`, and neither does `xtask`, which depends on it.
+
+#![allow(
+    missing_docs,
+    clippy::missing_errors_doc,
+    clippy::missing_panics_doc,
+    reason = "for the workspace's own programs"
+)]
+
+pub mod interrupt;
+#[cfg(target_os = "linux")]
+pub mod namespace;
+pub mod packages;
+pub mod process;
+pub mod record;
+
+use std::path::Path;
+use std::process::ExitCode;
+
+use anyhow::{Context, ensure};
+use test_machine::{Need, not_run};
+use xshell::Shell;
+
+/// Runs a program in the workspace's root: prints its error, and returns its exit code.
+pub fn run(program: impl FnOnce(&Shell) -> anyhow::Result<()>) -> ExitCode {
+    let done = workspace_shell().and_then(|sh| program(&sh));
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Returns a shell whose directory is the workspace's root.
+fn workspace_shell() -> anyhow::Result<Shell> {
+    let sh = Shell::new()?;
+    sh.change_dir(workspace()?);
+    Ok(sh)
+}
+
+/// Returns the workspace's root.
+pub fn workspace() -> anyhow::Result<&'static Path> {
+    let testing = Path::new(env!("CARGO_MANIFEST_DIR")).parent();
+    let root = testing.and_then(Path::parent);
+    root.context("testing/harness lies in the workspace")
+}
+
+/// Returns the kernel that runs here, by name and release.
+pub fn kernel() -> String {
+    nix::sys::utsname::uname().map_or_else(
+        |_| "an unknown kernel".into(),
+        |name| format!("{} {}", name.sysname().display(), name.release().display()),
+    )
+}
+
+/// Returns whether this machine has `need`. Reports that `what` is not run where it has not, which
+/// is an error in CI. `takes` follows in the report: what the need consists of.
+pub fn runs_here(need: Need, what: &str, takes: &str, ci: bool) -> anyhow::Result<bool> {
+    if need.is_met() {
+        return Ok(true);
+    }
+    ensure!(!ci, "{what}: this machine has no {need}, and CI demands it");
+    not_run(what, &format!("this machine has no {need}{takes}"));
+    Ok(false)
+}
