@@ -3,7 +3,6 @@
 #![forbid(unsafe_code)]
 
 pub mod fio;
-pub mod report;
 
 use std::path::{Path, PathBuf};
 

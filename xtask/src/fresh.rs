@@ -12,11 +12,10 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail, ensure};
-use xshell::{Shell, cmd};
-
 use harness::interrupt::Interrupt;
 use harness::packages::{Install, Package};
 use harness::process::Process;
+use xshell::{Shell, cmd};
 
 /// The Debian release.
 const SUITE: &str = "bookworm";
@@ -34,7 +33,7 @@ const TOOLCHAIN: &str = "opt/rust";
 const CLONE: &str = "root/repository";
 
 /// Runs the README's commands on a fresh machine, the second one twice. Returns how long each took.
-pub fn run(sh: &Shell, install: Install) -> anyhow::Result<String> {
+pub(crate) fn run(sh: &Shell, install: Install) -> anyhow::Result<String> {
     let [demo, test] = commands(&sh.read_file("README.md")?)?;
     run_each(
         sh,

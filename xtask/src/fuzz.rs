@@ -1,13 +1,12 @@
-//! `cargo xtask fuzz`: feed the readers whatever libFuzzer thinks of.
+//! `cargo xtask fuzz`: feed the readers inputs from libFuzzer.
 
 use std::path::Path;
 
 use anyhow::{Context, bail};
-use indicatif::HumanCount;
-use xshell::{Shell, cmd};
-
 use harness::packages::{Install, Package};
 use harness::record::Record;
+use indicatif::HumanCount;
+use xshell::{Shell, cmd};
 
 const PACKAGES: [Package; 1] = [Package::new("g++", "g++")];
 
@@ -19,12 +18,12 @@ const FLAGS: &str = "--cfg fuzzing -Zsanitizer=address -Ccodegen-units=1 -Cpasse
 /// For a target that is named, flags don't reach build scripts, which the sanitizer would stop.
 const TARGET: &str = "x86_64-unknown-linux-gnu";
 
-/// Feed image footers, chains, dirty logs and RAM layouts with whatever libFuzzer thinks of
+/// Feed image footers, chains, dirty logs and RAM layouts with inputs from libFuzzer
 ///
-/// Begins with the inputs in fuzz/corpus; what it finds beyond goes to target/fuzz/corpus. An input that breaks a target is kept in
-/// target/fuzz, and named. Linux on x86-64.
+/// Begins with the inputs in fuzz/corpus; what it finds beyond goes to target/fuzz/corpus. An input
+/// that breaks a target is kept in target/fuzz, and named. Linux on x86-64.
 #[derive(clap::Args)]
-pub struct Fuzz {
+pub(crate) struct Fuzz {
     #[command(flatten)]
     install: Install,
     #[command(flatten)]
@@ -49,7 +48,7 @@ pub struct Fuzz {
 }
 
 impl Fuzz {
-    pub fn run(self, sh: &Shell) -> anyhow::Result<()> {
+    pub(crate) fn run(self, sh: &Shell) -> anyhow::Result<()> {
         self.install.ensure(sh, &PACKAGES, "libFuzzer")?;
         let manifest = "fuzz/Cargo.toml";
         {

@@ -8,7 +8,7 @@ const LOOM: &str = "--cfg memsnap_loom";
 
 /// How much of what loom can distinguish is tried.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Bound {
+pub(crate) enum Bound {
     /// What a few preemptions reach: seconds.
     Preemptions,
     /// Everything: minutes.
@@ -262,7 +262,7 @@ const MUTANTS: [Mutant; 21] = [
 ];
 
 /// Runs the models and, without a bound, shows that they detect the mutants.
-pub fn run(sh: &Shell, bound: Bound) -> anyhow::Result<()> {
+pub(crate) fn run(sh: &Shell, bound: Bound) -> anyhow::Result<()> {
     let _loom = sh.push_env("RUSTFLAGS", LOOM);
     let thorough = match bound {
         Bound::Preemptions => "0",
@@ -296,7 +296,7 @@ pub fn run(sh: &Shell, bound: Bound) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The crates, in a workspace of their own, to be spoilt.
+/// The crates, in a workspace of their own, in which the mutants are made.
 struct Copy<'a> {
     sh: &'a Shell,
     /// Given back by dropping.
@@ -333,7 +333,7 @@ impl<'a> Copy<'a> {
         let right = sh.read_file(&file)?;
         ensure!(
             right.matches(mutant.right).count() == 1,
-            "the line to spoil is not there, or not once"
+            "the line to change is not there, or not once"
         );
         sh.write_file(&file, right.replace(mutant.right, mutant.wrong))?;
         let _dir = sh.push_env("CARGO_TARGET_DIR", "..");

@@ -1,45 +1,30 @@
-//! Every developer task, one door: `cargo xtask TASK`.
+//! Every developer task: `cargo xtask TASK`.
+//!
+//! A task is code of this crate that runs other programs, or a program under `testing/` that this
+//! crate has built and becomes. This crate links no crate under `crates/`.
 
-#![allow(
-    unreachable_pub,
-    reason = "nothing in a binary is reachable from outside: pub is for its other modules"
-)]
-
-mod adaptive;
 mod bench;
 mod cargo_tool;
-mod chart;
 mod check_macos;
-#[cfg(target_os = "linux")]
-mod crash;
 mod debian_rust;
-mod demo;
-#[cfg(all(target_os = "linux", target_arch = "x86_64"))]
-mod faults;
 #[cfg(target_os = "linux")]
 mod fresh;
-mod fs_matrix;
 mod fuzz;
 mod interleavings;
-#[cfg(target_os = "linux")]
-mod linux_guest;
 mod mutants;
+mod program;
 mod python;
 #[cfg(target_os = "linux")]
-mod qemu_e2e;
-mod ram;
-#[cfg(target_os = "linux")]
 mod sanitize;
-#[cfg(target_os = "linux")]
-mod soak;
 mod steps;
-#[cfg(target_os = "linux")]
-mod write_log;
 
+use std::ffi::OsString;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 use xshell::Shell;
+
+use program::Arguments;
 
 /// Every developer task, one door.
 #[derive(Parser)]
@@ -51,54 +36,81 @@ struct Xtask {
 
 #[derive(Subcommand)]
 enum Task {
-    Adaptive(adaptive::Adaptive),
+    /// Compare the policies of the write tracker over traces of guest writes
+    #[command(disable_help_flag = true)]
+    Adaptive(Arguments),
     Bench(bench::Bench),
     CheckMacos(check_macos::CheckMacos),
     Ci(steps::Ci),
+    /// Check what a loss of power at any moment leaves on real file systems
     #[cfg(target_os = "linux")]
-    Crash(crash::Crash),
-    Demo(demo::Demo),
+    #[command(disable_help_flag = true)]
+    Crash(Arguments),
+    /// Snapshot a running guest, restore it into a new one, and prove that it goes on correctly
+    #[command(disable_help_flag = true)]
+    Demo(Arguments),
+    /// Make every system call of every scenario go wrong, once in each way it can
     #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
-    Faults(faults::Faults),
-    FsMatrix(fs_matrix::FsMatrix),
+    #[command(disable_help_flag = true)]
+    Faults(Arguments),
+    /// Mount each file system for real, run the library on it, and say what holds
+    #[command(disable_help_flag = true)]
+    FsMatrix(Arguments),
     Fuzz(fuzz::Fuzz),
     Mutants(mutants::Mutants),
     Prove(steps::Prove),
+    /// Snapshot a Linux guest in QEMU, restore the chain into another QEMU, and prove that it goes
+    /// on correctly
     #[cfg(target_os = "linux")]
-    QemuE2e(qemu_e2e::QemuE2e),
+    #[command(disable_help_flag = true)]
+    QemuE2e(Arguments),
     #[cfg(target_os = "linux")]
     Sanitize(sanitize::Sanitize),
+    /// Save guests again and again while things go wrong, and compare everything that was saved
     #[cfg(target_os = "linux")]
-    Soak(soak::Soak),
+    #[command(disable_help_flag = true)]
+    Soak(Arguments),
     Test(steps::Test),
 }
 
 fn main() -> ExitCode {
-    let task = Xtask::parse().task;
+    let task = Xtask::parse_from(arguments()).task;
     harness::run(|sh| run(sh, task))
+}
+
+/// Returns the command line. `help TASK` becomes `TASK --help`, which a program answers itself.
+fn arguments() -> Vec<OsString> {
+    let mut arguments: Vec<_> = std::env::args_os().collect();
+    if let [_, help, _] = arguments.as_slice()
+        && help == "help"
+    {
+        arguments.remove(1);
+        arguments.push("--help".into());
+    }
+    arguments
 }
 
 fn run(sh: &Shell, task: Task) -> anyhow::Result<()> {
     match task {
-        Task::Adaptive(adaptive) => adaptive.run(sh),
+        Task::Adaptive(arguments) => arguments.run("adaptive"),
         Task::Bench(bench) => bench.run(sh),
         Task::CheckMacos(check) => check.run(sh),
         Task::Ci(ci) => ci.run(sh),
         #[cfg(target_os = "linux")]
-        Task::Crash(crash) => crash.run(sh),
-        Task::Demo(demo) => demo.run(sh),
+        Task::Crash(arguments) => arguments.run("crash-states"),
+        Task::Demo(arguments) => arguments.run("demo"),
         #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
-        Task::Faults(faults) => faults.run(sh),
-        Task::FsMatrix(matrix) => matrix.run(sh),
+        Task::Faults(arguments) => arguments.run("syscall-faults"),
+        Task::FsMatrix(arguments) => arguments.run("fs-matrix"),
         Task::Fuzz(fuzz) => fuzz.run(sh),
         Task::Mutants(mutants) => mutants.run(sh),
         Task::Prove(prove) => prove.run(sh),
         #[cfg(target_os = "linux")]
-        Task::QemuE2e(e2e) => e2e.run(sh),
+        Task::QemuE2e(arguments) => arguments.run("qemu-e2e"),
         #[cfg(target_os = "linux")]
         Task::Sanitize(sanitize) => sanitize.run(sh),
         #[cfg(target_os = "linux")]
-        Task::Soak(soak) => soak.run(sh),
+        Task::Soak(arguments) => arguments.run("soak"),
         Task::Test(test) => test.run(sh),
     }
 }

@@ -6,12 +6,12 @@ use std::ops::AddAssign;
 use std::path::Path;
 
 use anyhow::{Context, bail, ensure};
+use harness::packages::Install;
+use harness::record::Record;
 use serde::Deserialize;
 use xshell::{Shell, cmd};
 
 use crate::cargo_tool::CargoTool;
-use harness::packages::Install;
-use harness::record::Record;
 
 const TOOL: CargoTool = CargoTool {
     name: "cargo-mutants",
@@ -19,8 +19,8 @@ const TOOL: CargoTool = CargoTool {
     wheel: None,
 };
 
-/// What of a crate is tried with the same test files, in tiers: those first that notice most mutants and take a moment. Only mutants that a tier
-/// does not notice are tried with the next.
+/// What of a crate is tried with the same test files, in tiers: those first that notice most
+/// mutants and take a moment. Only mutants that a tier does not notice are tried with the next.
 struct Part {
     /// Only what is in these files of its `src`, or with `except` all but that.
     files: &'static [&'static str],
@@ -111,7 +111,7 @@ const CRATES: [(&str, &[Part]); 4] = [
 ];
 
 /// Returns the names of the crates of which mutants are made.
-pub fn crates() -> [&'static str; 4] {
+pub(crate) fn crates() -> [&'static str; 4] {
     CRATES.map(|(name, _)| name)
 }
 
@@ -123,11 +123,13 @@ const ALL: &str = "0/1";
 
 /// Change the code in small ways, one at a time, and see the tests notice
 ///
-/// cargo-mutants makes the changes, in a copy of the workspace; each is tested by the tests of its own crate. .cargo/mutants.toml tells which changes are not
-/// made, each with the reason why no test could notice. Exit code 0 says that of every crate 90 % were noticed at least; those that were not
-/// are listed, in target/mutants. All of them take hours: --shard 0/20 takes one twentieth, of every file some.
+/// cargo-mutants makes the changes, in a copy of the workspace; each is tested by the tests of its
+/// own crate. .cargo/mutants.toml tells which changes are not made, each with the reason why no
+/// test could notice. Exit code 0 says that of every crate 90 % were noticed at least; those that
+/// were not are listed, in target/mutants. All of them take hours: --shard 0/20 takes one
+/// twentieth, of every file some.
 #[derive(clap::Args)]
-pub struct Mutants {
+pub(crate) struct Mutants {
     #[command(flatten)]
     install: Install,
     #[command(flatten)]
@@ -185,7 +187,7 @@ impl Outcomes {
 }
 
 impl Mutants {
-    pub fn run(self, sh: &Shell) -> anyhow::Result<()> {
+    pub(crate) fn run(self, sh: &Shell) -> anyhow::Result<()> {
         let Some(tool) = TOOL.ensure(sh, self.install, "mutants")? else {
             bail!("nothing was tested");
         };
@@ -248,7 +250,8 @@ impl Mutants {
         Ok(all)
     }
 
-    /// Tries `mutants` with the tests of `targets`: what became of them, and the names of those that nothing noticed.
+    /// Tries `mutants` with the tests of `targets`: what became of them, and the names of those
+    /// that nothing noticed.
     fn pass(
         &self,
         sh: &Shell,
@@ -262,12 +265,14 @@ impl Mutants {
         let jobs = self.jobs.to_string();
         // That a case fails is enough: it need not be a small one.
         let _first_failure = sh.push_env("PROPTEST_MAX_SHRINK_ITERS", "0");
-        // What is not run is not built either: linking takes longer than most tests, and the documentation's examples longest of all.
+        // What is not run is not built either: linking takes longer than most tests, and the
+        // documentation's examples longest of all.
         let targets: Vec<_> = targets
             .iter()
             .map(|it| format!("--cargo-arg={it}"))
             .collect();
-        // Exit codes other than 0 tell of mutants that were missed, or of what went wrong: the outcomes know better.
+        // Exit codes other than 0 tell of mutants that were missed, or of what went wrong: the
+        // outcomes know better.
         cmd!(
             sh,
             "{tool} mutants --package {name} --jobs {jobs} {mutants...} --output {out} {targets...}"

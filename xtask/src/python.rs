@@ -5,12 +5,11 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, ensure};
+use harness::packages::{Install, Package, patiently};
 use xshell::{Shell, cmd};
 
-use harness::packages::{Install, Package, patiently};
-
 /// A Python package that has a program for each platform.
-pub struct Wheel {
+pub(crate) struct Wheel {
     pub package: &'static str,
     pub version: &'static str,
     /// The path of the program in the package.
@@ -21,7 +20,7 @@ pub struct Wheel {
 }
 
 /// The package for one platform, pinned.
-pub struct Build {
+pub(crate) struct Build {
     /// As in [`std::env::consts::OS`].
     pub os: &'static str,
     /// As in [`std::env::consts::ARCH`].
@@ -32,7 +31,7 @@ pub struct Build {
 impl Wheel {
     /// Returns the path of the program, which is downloaded into `dir` where it is missing. Prints
     /// why there is none.
-    pub fn ensure(
+    pub(crate) fn ensure(
         &self,
         sh: &Shell,
         install: Install,

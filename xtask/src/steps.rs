@@ -15,32 +15,32 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 use anyhow::{Context as _, ensure};
+use harness::packages::Install;
+use harness::process::this_program;
 use test_machine::{Need, REQUIRE};
 use xshell::{Cmd, Shell, cmd};
 
 use durations::Durations;
-use harness::packages::Install;
-use harness::process::this_program;
 use left_out::LeftOut;
 
-pub use ci::Ci;
-pub use prove::Prove;
-pub use test::Test;
+pub(crate) use ci::Ci;
+pub(crate) use prove::Prove;
+pub(crate) use test::Test;
 
 /// One of the three commands that run steps.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Suite {
+pub(crate) struct Suite {
     /// As in `cargo xtask NAME`.
     pub name: &'static str,
     pub steps: &'static [Step],
 }
 
 /// Every suite, in the order in which a change meets them.
-pub const SUITES: [Suite; 3] = [test::SUITE, ci::SUITE, prove::SUITE];
+pub(crate) const SUITES: [Suite; 3] = [test::SUITE, ci::SUITE, prove::SUITE];
 
 /// A part of a suite that is run, timed and reported by itself.
 #[derive(Clone, Copy, Debug)]
-pub struct Step {
+pub(crate) struct Step {
     pub name: &'static str,
     /// What holds where it passes, for docs/testing.md.
     pub proves: &'static str,
@@ -59,7 +59,7 @@ impl Eq for Step {}
 
 /// Options of all three commands.
 #[derive(clap::Args, Clone, Debug)]
-pub struct Options {
+pub(crate) struct Options {
     /// Only these steps [default: all]
     #[arg(value_name = "STEP")]
     steps: Vec<String>,
@@ -74,7 +74,7 @@ pub struct Options {
 }
 
 /// What a step runs with.
-pub struct Context<'a> {
+pub(crate) struct Context<'a> {
     pub sh: &'a Shell,
     pub install: Install,
     /// `CI=true` is set: what this machine lacks is an error.
@@ -90,14 +90,14 @@ pub struct Context<'a> {
 
 impl Context<'_> {
     /// Returns the command `cargo xtask ARGUMENTS`.
-    pub fn xtask(&self, arguments: &str) -> Cmd<'_> {
+    pub(crate) fn xtask(&self, arguments: &str) -> Cmd<'_> {
         println!("$ cargo xtask {arguments}");
         let (sh, program) = (self.sh, &self.program);
         cmd!(sh, "{program}").args(arguments.split(' ')).quiet()
     }
 
     /// Reports that `what` is not run. An error in CI.
-    pub fn leave_out(&self, what: &str, why: &str) -> anyhow::Result<()> {
+    pub(crate) fn leave_out(&self, what: &str, why: &str) -> anyhow::Result<()> {
         ensure!(!self.ci, "{what} was not run: {why}");
         println!("NOT RUN {what}: {why}");
         self.left_out.add(what, why)
@@ -105,7 +105,7 @@ impl Context<'_> {
 
     /// Returns whether this machine has `need`, and reports that `what` is not run where it has
     /// not.
-    pub fn has(&self, need: Need, what: &str) -> anyhow::Result<bool> {
+    pub(crate) fn has(&self, need: Need, what: &str) -> anyhow::Result<bool> {
         if need.is_met() {
             return Ok(true);
         }
@@ -134,7 +134,7 @@ impl Suite {
     }
 
     /// Runs the steps that are asked for.
-    pub fn run(&self, sh: &Shell, options: &Options) -> anyhow::Result<()> {
+    pub(crate) fn run(&self, sh: &Shell, options: &Options) -> anyhow::Result<()> {
         let mut steps = Vec::new();
         for name in &options.steps {
             steps.push(self.step(name)?);

@@ -3,8 +3,9 @@
 use std::hint::black_box;
 use std::time::Instant;
 
-use benches::{Random, report};
+use benches::Random;
 use dirty_bitmap::DirtyBitmap;
+use figures::report;
 
 use crate::cases::{OURS, SQUIB};
 use crate::{Comparison, named, named_goals};

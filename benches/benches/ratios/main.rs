@@ -19,13 +19,13 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::Context;
-use benches::report::{self, Report};
 use benches::{fio, place, place_in};
 use cases::ram::{Content, Ram};
 use cases::{
     Case, Contender, Dirty, LIMIT, OURS, Pattern, SQUIB, contender, diff, full, raw, recycled,
 };
 use clap::Parser;
+use figures::report::{self, Report};
 use memory_writer::MemoryWriter;
 use page_reader::PageReader;
 

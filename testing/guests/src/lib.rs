@@ -5,10 +5,8 @@
 //! or a part of this process, and its writes are tracked. The [`oracle`] computes the same ledger
 //! without a guest.
 //!
-//! A guest's RAM that need not run is [`ram::Stamped`].
-//!
-//! The tasks of `xtask` run these guests. The crate is separate from `xtask` because its loops
-//! read every word of the RAM: it is compiled with optimisation, and `xtask` is not.
+//! `demo`, `soak` and `adaptive` run these guests. The crate is separate from them because its
+//! loops read every word of the RAM: it is compiled with optimisation, and they are not.
 
 #![allow(
     missing_docs,
@@ -25,7 +23,6 @@ pub mod hvf;
 pub mod kvm;
 pub mod ledger;
 pub mod oracle;
-pub mod ram;
 
 /// The examples of the README, which use most crates: this one is compiled after them.
 #[cfg(doctest)]

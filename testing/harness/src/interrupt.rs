@@ -6,8 +6,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use anyhow::bail;
 use signal_hook::consts::{SIGINT, SIGTERM};
 
-/// Whether this process was asked to end. Everything that waits or works for long checks it, so that
-/// guards clean up.
+/// Whether this process was asked to end. Everything that waits or works for long checks it, so
+/// that guards clean up.
 #[derive(Clone, Default)]
 pub struct Interrupt(Arc<AtomicBool>);
 

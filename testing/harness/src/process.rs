@@ -69,8 +69,8 @@ impl Process {
         })
     }
 
-    /// Returns the next line with its line end, which the last may lack; `None` once the process has
-    /// closed its output. The error is [`Silence`] where no line came within that time.
+    /// Returns the next line with its line end, which the last may lack; `None` once the process
+    /// has closed its output. The error is [`Silence`] where no line came within that time.
     pub fn next(&self, within: Duration) -> anyhow::Result<Option<String>> {
         let deadline = Instant::now() + within;
         loop {

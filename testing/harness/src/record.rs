@@ -23,8 +23,8 @@ impl From<bool> for Record {
 }
 
 impl Record {
-    /// Prints `said`, the closing line of `run`, and keeps it where that was asked for. `how` is what
-    /// else the figures depend on: a seed, a time.
+    /// Prints `said`, the closing line of `run`, and keeps it where that was asked for. `how` is
+    /// what else the figures depend on: a seed, a time.
     pub fn conclude(self, sh: &Shell, run: &str, said: &str, how: &str) -> anyhow::Result<()> {
         println!("{said}");
         if !self.record {

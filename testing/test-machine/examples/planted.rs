@@ -5,7 +5,7 @@
 use std::hint::black_box;
 use std::thread;
 
-/// Owned by whoever says so.
+/// A pointer that claims to be owned.
 struct Shared(*mut u64);
 
 // SAFETY: none: that is the mistake.

@@ -1,9 +1,10 @@
 //! What this machine offers the workspace's tests: its capabilities, and the small file systems
 //! that tests run on.
 //!
-//! A test that needs something a machine may lack asks [`Need::met`] first. Where the thing is missing, one
-//! line says so past the test harness's capture, and the test returns. Where it is missing but named in
-//! `MEMSNAP_REQUIRE` (comma-separated, or `all`; `cargo xtask test` sets `all` in CI), the test fails.
+//! A test that needs something a machine may lack asks [`Need::met`] first. Where the thing is
+//! missing, one line says so past the test harness's capture, and the test returns. Where it is
+//! missing but named in `MEMSNAP_REQUIRE` (comma-separated, or `all`; `cargo xtask test` sets `all`
+//! in CI), the test fails.
 //!
 //! A test repeats what it does a few times, and many times where [`thorough`] says so: `cargo xtask
 //! prove`.
@@ -55,7 +56,8 @@ pub enum Need {
     Kvm,
     /// The process may mount file systems and change users: effective user 0 with `CAP_SYS_ADMIN`.
     Root,
-    /// `/dev/userfaultfd` opens: page faults of this process, kernel-mode ones too, can be handled in user space.
+    /// `/dev/userfaultfd` opens: page faults of this process, kernel-mode ones too, can be handled
+    /// in user space.
     Userfaultfd,
     /// `strace` is installed and may trace: system calls of a child process can be made to fail.
     Strace,
@@ -67,19 +69,23 @@ pub enum Need {
     Ext4,
     /// An XFS image can be made and loop-mounted: privilege, loop devices, xfsprogs.
     Xfs,
-    /// An XFS image in blocks of 16 KiB can be made and loop-mounted: as `Xfs`, and Linux 6.12 or newer.
+    /// An XFS image in blocks of 16 KiB can be made and loop-mounted: as `Xfs`, and Linux 6.12 or
+    /// newer.
     Xfs16k,
     /// A btrfs image can be made and loop-mounted: privilege, loop devices, btrfs-progs.
     Btrfs,
-    /// An exFAT image can be made and loop-mounted: privilege, loop devices, FUSE, exfatprogs, exfat-fuse.
+    /// An exFAT image can be made and loop-mounted: privilege, loop devices, FUSE, exfatprogs,
+    /// exfat-fuse.
     Exfat,
     /// A Mac of Apple silicon runs virtual machines for processes: `kern.hv_support` is 1.
     Hypervisor,
     /// A program for arm64 can be assembled and emulated: LLVM's tools, QEMU.
     Aarch64,
-    /// A Linux guest for x86-64 can be emulated: QEMU, and a Debian of the same kind to download the kernel from.
+    /// A Linux guest for x86-64 can be emulated: QEMU, and a Debian of the same kind to download
+    /// the kernel from.
     LinuxGuest,
-    /// A disk whose every write is logged can be mounted: privilege, loop devices, FUSE, QEMU's storage daemon.
+    /// A disk whose every write is logged can be mounted: privilege, loop devices, FUSE, QEMU's
+    /// storage daemon.
     LoggedDisk,
     /// hugetlbfs can be mounted and gives huge pages on demand: privilege, and memory for them.
     HugePages,
@@ -175,7 +181,8 @@ impl Need {
         }
     }
 
-    /// Whether this machine has it; says so on a line of its own, with the name of the asking `test`, where not.
+    /// Whether this machine has it; says so on a line of its own, with the name of the asking
+    /// `test`, where not.
     ///
     /// # Panics
     /// Panics where the need is not met and `MEMSNAP_REQUIRE` names it.

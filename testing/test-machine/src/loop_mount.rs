@@ -49,7 +49,8 @@ impl LoopFs {
     fn mkfs(self) -> Command {
         let mut mkfs = tool(&format!("mkfs.{}", self.name()));
         match self {
-            // A block of 4 KiB, as on every disk of a usual size; small images get 1 KiB by default.
+            // A block of 4 KiB, as on every disk of a usual size; small images get 1 KiB by
+            // default.
             Self::Ext4 => mkfs.args(["-q", "-F", "-b", "4096"]),
             Self::Ext4SmallInodes => mkfs.args(["-q", "-F", "-b", "4096", "-I", "128"]),
             Self::Xfs | Self::Btrfs => mkfs.arg("-q"),
@@ -68,7 +69,8 @@ impl LoopFs {
         mount
     }
 
-    /// Whether the tools, loop devices and, for exFAT, FUSE are here. Privilege is another matter: `Need::Root`.
+    /// Whether the tools, loop devices and, for exFAT, FUSE are here. Privilege is another matter:
+    /// `Need::Root`.
     pub(crate) fn has_tools(self) -> bool {
         let helper = match self {
             Self::Exfat => "mount.exfat-fuse",
@@ -92,7 +94,8 @@ impl fmt::Display for LoopFs {
     }
 }
 
-/// A freshly made, empty file system over a loop device; unmounted and removed with its image when dropped.
+/// A freshly made, empty file system over a loop device; unmounted and removed with its image when
+/// dropped.
 #[derive(Debug)]
 pub struct LoopMount {
     // Before the image: unmounted first.

@@ -13,10 +13,11 @@ use nix::mount::{MntFlags, MsFlags, mount, umount2};
 pub struct TinyTmpfs(Mounted);
 
 impl TinyTmpfs {
-    /// Mounts a tmpfs of `bytes` bytes (rounded up to a page by the kernel) in a new temporary directory.
+    /// Mounts a tmpfs of `bytes` bytes (rounded up to a page by the kernel) in a new temporary
+    /// directory.
     ///
     /// # Errors
-    /// Whatever `mount(2)` says, `EPERM` without `CAP_SYS_ADMIN`.
+    /// Fails as `mount(2)` does: `EPERM` without `CAP_SYS_ADMIN`.
     pub fn new(bytes: u64) -> io::Result<Self> {
         Self::with(&format!("size={bytes},mode=0777"))
     }
@@ -57,7 +58,7 @@ impl HugeFs {
     /// Mounts one in a new temporary directory, with at most `bytes` bytes of pages if given.
     ///
     /// # Errors
-    /// Whatever `mount(2)` says, `EPERM` without `CAP_SYS_ADMIN`.
+    /// Fails as `mount(2)` does: `EPERM` without `CAP_SYS_ADMIN`.
     pub fn new(bytes: Option<u64>) -> io::Result<Self> {
         let size = bytes.map_or(String::new(), |bytes| format!(",size={bytes}"));
         let options = format!("pagesize=2M{size}");
@@ -106,7 +107,7 @@ impl ReadOnlyBind {
     /// Binds `source`, read-only, to a new temporary directory.
     ///
     /// # Errors
-    /// Whatever `mount(2)` says, `EPERM` without `CAP_SYS_ADMIN`.
+    /// Fails as `mount(2)` does: `EPERM` without `CAP_SYS_ADMIN`.
     pub fn of(source: &Path) -> io::Result<Self> {
         let bind = MsFlags::MS_BIND;
         let mounted =
@@ -138,12 +139,12 @@ pub struct Overlay {
 }
 
 impl Overlay {
-    /// Lays `upper` over `lower`; the kernel works in `work`, an empty directory on the file system of
-    /// `upper`.
+    /// Lays `upper` over `lower`; the kernel works in `work`, an empty directory on the file system
+    /// of `upper`.
     ///
     /// # Errors
-    /// Whatever `mount(2)` says, `EPERM` without `CAP_SYS_ADMIN`, `EINVAL` where the kernel cannot use
-    /// one of the directories, `ENODEV` where it has no overlayfs.
+    /// Fails as `mount(2)` does: `EPERM` without `CAP_SYS_ADMIN`, `EINVAL` where the kernel cannot
+    /// use one of the directories, `ENODEV` where it has no overlayfs.
     pub fn of(lower: &Path, upper: &Path, work: &Path) -> io::Result<Self> {
         let options = format!(
             "lowerdir={},upperdir={},workdir={}",
@@ -213,7 +214,8 @@ impl Mounted {
 
 impl Drop for Mounted {
     fn drop(&mut self) {
-        // Lazy: a failing test may still hold files open. The directory goes only once nothing is mounted on it.
+        // Lazy: a failing test may still hold files open. The directory goes only once nothing is
+        // mounted on it.
         if umount2(&self.dir, MntFlags::MNT_DETACH).is_ok() {
             let _ = std::fs::remove_dir(&self.dir);
         }

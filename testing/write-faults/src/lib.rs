@@ -18,16 +18,19 @@ pub use mprotect::Mprotect;
 #[cfg(target_os = "linux")]
 pub use userfaultfd::{Userfaultfd, open_userfaultfd};
 
-/// A write protection whose faults this process answers itself. Ranges are offsets in the memory, of whole pages of the machine.
+/// A write protection whose faults this process answers itself. Ranges are offsets in the memory,
+/// of whole pages of the machine.
 pub trait PageFaults: WriteProtection<Error = io::Error> + Clone + Send + Sync + 'static {
-    /// Calls `on_write` with the offset of each write that hits the protection, from several threads at once. The write waits until that
-    /// has returned, and is tried again: `on_write` is to lift the protection.
+    /// Calls `on_write` with the offset of each write that hits the protection, from several
+    /// threads at once. The write waits until that has returned, and is tried again: `on_write` is
+    /// to lift the protection.
     ///
-    /// It may be called from a signal handler ([`Mprotect`]), so as long as all goes well it must neither allocate nor wait for a lock.
-    /// Its error is fatal to the process: the write can neither go on nor fail.
+    /// It may be called from a signal handler ([`Mprotect`]), so as long as all goes well it must
+    /// neither allocate nor wait for a lock. Its error is fatal to the process: the write can
+    /// neither go on nor fail.
     ///
     /// # Errors
-    /// Whatever the system says to a handler.
+    /// Fails where the system refuses a handler.
     fn answer(
         &self,
         on_write: impl Fn(u64) -> io::Result<()> + Send + Sync + 'static,

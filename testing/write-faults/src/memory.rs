@@ -24,7 +24,8 @@ pub struct Memory {
     len: usize,
 }
 
-// SAFETY: a mapping belongs to the process, not to a thread, and is accessed by atomic loads and stores only.
+// SAFETY: a mapping belongs to the process, not to a thread, and is accessed by atomic loads and
+// stores only.
 unsafe impl Send for Memory {}
 // SAFETY: as above; what a racing load sees is one word or the other, as of any guest's memory.
 unsafe impl Sync for Memory {}
@@ -42,8 +43,8 @@ impl Memory {
         Ok(Self::in_small_pages(start.cast(), size))
     }
 
-    /// Maps a new file of `len` bytes. What is written to the file by its descriptor appears in the memory and never faults: as a
-    /// hypervisor's host writes to its guest.
+    /// Maps a new file of `len` bytes. What is written to the file by its descriptor appears in the
+    /// memory and never faults: as a hypervisor's host writes to its guest.
     ///
     /// # Errors
     /// As [`new`](Self::new), and what the making of the file says.
@@ -54,8 +55,8 @@ impl Memory {
         #[cfg(not(target_os = "linux"))]
         let file = tempfile::tempfile()?;
         file.set_len(len)?;
-        // SAFETY: as above. The file is as long, and nobody else has it yet; whoever truncates it makes loads past its end fail, not
-        // reach other objects.
+        // SAFETY: as above. The file is as long, and nobody else has it yet; whoever truncates it
+        // makes loads past its end fail, not reach other objects.
         let start = unsafe { mmap(None, size, READ_WRITE, MapFlags::MAP_SHARED, &file, 0)? };
         Ok((Self::in_small_pages(start.cast(), size), file))
     }
@@ -63,8 +64,8 @@ impl Memory {
     fn in_small_pages(start: NonNull<u8>, len: NonZeroUsize) -> Self {
         let len = len.get();
         #[cfg(target_os = "linux")]
-        // SAFETY: the range is a mapping just made. Pages are tracked singly, so the kernel needn't make huge ones.
-        // Kernels without huge pages refuse, which is as good.
+        // SAFETY: the range is a mapping just made. Pages are tracked singly, so the kernel needn't
+        // make huge ones. Kernels without huge pages refuse, which is as good.
         let _ = unsafe { madvise(start.cast(), len, MmapAdvise::MADV_NOHUGEPAGE) };
         Self { start, len }
     }
@@ -86,7 +87,8 @@ impl Memory {
     /// At an offset that isn't a multiple of 8 inside the memory.
     #[must_use]
     pub fn load(&self, offset: u64) -> u64 {
-        // SAFETY: `word` keeps the address inside the mapping, which is readable for its whole life, and aligned.
+        // SAFETY: `word` keeps the address inside the mapping, which is readable for its whole
+        // life, and aligned.
         unsafe { AtomicU64::from_ptr(self.word(offset)) }.load(Ordering::Relaxed)
     }
 
@@ -95,7 +97,8 @@ impl Memory {
     /// # Panics
     /// As [`load`](Self::load).
     pub fn store(&self, offset: u64, word: u64) {
-        // SAFETY: as for `load`; a protected page is made writable in the fault handler before the store is repeated.
+        // SAFETY: as for `load`; a protected page is made writable in the fault handler before the
+        // store is repeated.
         unsafe { AtomicU64::from_ptr(self.word(offset)) }.store(word, Ordering::Relaxed);
     }
 
@@ -121,7 +124,8 @@ impl Memory {
         } else {
             ProtFlags::PROT_READ
         };
-        // SAFETY: checked above to be inside the mapping, to which no reference exists; it stays readable.
+        // SAFETY: checked above to be inside the mapping, to which no reference exists; it stays
+        // readable.
         unsafe {
             let start = self.start.add(range.start as usize);
             mprotect(start.cast(), (range.end - range.start) as usize, access)
@@ -158,8 +162,8 @@ impl PageReader for Memory {
     fn host_memory(&self, offset: u64, len: usize) -> Option<HostMemory<'_>> {
         let offset = usize::try_from(offset).ok()?;
         let len = len.min(self.len.checked_sub(offset)?);
-        // SAFETY: inside the mapping, by the line above; it is readable as long as `self` lives, and written by atomic
-        // stores only.
+        // SAFETY: inside the mapping, by the line above; it is readable as long as `self` lives,
+        // and written by atomic stores only.
         (len > 0).then(|| unsafe { HostMemory::new(self.start.as_ptr().add(offset), len) })
     }
 }
@@ -167,15 +171,16 @@ impl PageReader for Memory {
 /// The bytes of a page of this machine.
 ///
 /// # Errors
-/// Where the system doesn't tell.
+/// Fails where the system does not report it.
 pub fn page_size() -> io::Result<u64> {
     let size = sysconf(SysconfVar::PAGE_SIZE)?.and_then(|size| u64::try_from(size).ok());
-    size.ok_or_else(|| io::Error::other("this machine does not tell its page size"))
+    size.ok_or_else(|| io::Error::other("this machine does not report its page size"))
 }
 
 impl Drop for Memory {
     fn drop(&mut self) {
-        // SAFETY: the mapping made by `new` or `shared`; whoever could access it holds a borrow of `self`.
+        // SAFETY: the mapping made by `new` or `shared`; whoever could access it holds a borrow of
+        // `self`.
         let unmapped = unsafe { munmap(self.start.cast(), self.len) };
         debug_assert!(unmapped.is_ok());
     }

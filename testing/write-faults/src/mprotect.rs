@@ -1,6 +1,8 @@
-//! Write protection by `mprotect`: a store to a protected page raises a signal, in whose handler the callback runs. Works on every Unix.
+//! Write protection by `mprotect`: a store to a protected page raises a signal, in whose handler
+//! the callback runs. Works on every Unix.
 //!
-//! The handler does what a signal handler may: it reads atomics, and calls back what is bound to do no more.
+//! The handler does what a signal handler may: it reads atomics, and calls back what is bound to do
+//! no more.
 
 #![allow(unsafe_code)]
 
@@ -95,7 +97,8 @@ struct Slot {
     start: AtomicUsize,
     len: AtomicUsize,
     region: AtomicPtr<Region>,
-    /// Handlers that look at the slot right now: they come before they read the length, and it changes hands only without them.
+    /// Handlers that look at the slot right now: they come before they read the length, and it
+    /// changes hands only without them.
     handlers: AtomicUsize,
 }
 
@@ -108,7 +111,7 @@ static SLOTS: [Slot; 64] = [const {
     }
 }; 64];
 
-/// Held by whoever occupies a slot.
+/// Held by the occupant of a slot.
 static OCCUPYING: Mutex<()> = Mutex::new(());
 
 fn occupy(region: &Region) -> io::Result<usize> {
@@ -136,8 +139,8 @@ fn handle(address: usize) -> bool {
         let start = slot.start.load(Ordering::Acquire);
         let offset = address.wrapping_sub(start);
         let opened = offset < len && {
-            // SAFETY: the slot has a length, and this handler was counted before it was read: whoever takes the slot back
-            // waits for the count before the region is dropped.
+            // SAFETY: the slot has a length, and this handler was counted before it was read:
+            // whoever takes the slot back waits for the count before the region is dropped.
             let region = unsafe { &*slot.region.load(Ordering::Acquire) };
             (region.on_write)(offset as u64).is_ok()
         };
@@ -169,8 +172,8 @@ fn install_handler() -> io::Result<()> {
     let _ = PREVIOUS.set(previous.map(|action| action.expect("asked for every signal")));
     for signal in SIGNALS {
         let handler: Handler = on_fault;
-        // SAFETY: the handler has the signature that SA_SIGINFO asks for, runs on the thread's alternate stack where
-        // there is one, and only does what a signal handler may (see above).
+        // SAFETY: the handler has the signature that SA_SIGINFO asks for, runs on the thread's
+        // alternate stack where there is one, and only does what a signal handler may (see above).
         unsafe {
             let mut action: libc::sigaction = std::mem::zeroed();
             action.sa_sigaction = handler as libc::sighandler_t;
@@ -187,7 +190,8 @@ extern "C" fn on_fault(
     info: *mut libc::siginfo_t,
     context: *mut libc::c_void,
 ) {
-    // SAFETY: with SA_SIGINFO the kernel passes a valid siginfo, whose address field these two signals fill.
+    // SAFETY: with SA_SIGINFO the kernel passes a valid siginfo, whose address field these two
+    // signals fill.
     let address = unsafe { (*info).si_addr() } as usize;
     // Whoever was interrupted may be about to look at theirs.
     let errno = Errno::last_raw();
@@ -206,7 +210,8 @@ extern "C" fn on_fault(
             let handler: Handler = unsafe { std::mem::transmute(action.sa_sigaction) };
             handler(signal, info, context);
         }
-        // SAFETY: the default action is always valid; the instruction faults again and ends the process.
+        // SAFETY: the default action is always valid; the instruction faults again and ends the
+        // process.
         _ => unsafe {
             libc::signal(signal, libc::SIG_DFL);
         },

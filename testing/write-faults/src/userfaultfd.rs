@@ -1,5 +1,6 @@
-//! Write protection by userfaultfd (Linux): a write to a protected page stops its thread, also where the kernel or a virtual machine
-//! makes it; a handler thread calls back, and lets the write go on.
+//! Write protection by userfaultfd (Linux): a write to a protected page stops its thread, also
+//! where the kernel or a virtual machine makes it; a handler thread calls back, and lets the write
+//! go on.
 
 #![allow(unsafe_code)]
 
@@ -31,7 +32,8 @@ mod abi {
     pub(super) const WRITEPROTECT_MODE_DONTWAKE: u64 = 1 << 1;
     pub(super) const EVENT_PAGEFAULT: u8 = 0x12;
     pub(super) const PAGEFAULT_FLAG_WP: u64 = 1 << 1;
-    /// `struct uffd_msg`: the event in byte 0, a page fault's flags in bytes 8..16, its address in 16..24.
+    /// `struct uffd_msg`: the event in byte 0, a page fault's flags in bytes 8..16, its address in
+    /// 16..24.
     pub(super) const MESSAGE: usize = 32;
 
     #[repr(C)]
@@ -103,7 +105,8 @@ pub fn open_userfaultfd() -> io::Result<File> {
     Ok(descriptor)
 }
 
-/// Protects memory by userfaultfd: a [`Memory`](super::Memory), or any other that is mapped in this process.
+/// Protects memory by userfaultfd: a [`Memory`](super::Memory), or any other that is mapped in this
+/// process.
 #[derive(Clone)]
 pub struct Userfaultfd {
     inner: Arc<Inner>,
@@ -128,11 +131,13 @@ struct Piece {
 }
 
 impl Userfaultfd {
-    /// For the first `len` bytes of `memory`, all of which it must [hand out](PageReader::host_memory), in as many pieces as it likes, of whole
-    /// pages. Nothing is protected yet. Faults will be answered by as many `threads`.
+    /// For the first `len` bytes of `memory`, all of which it must [hand
+    /// out](PageReader::host_memory), in as many pieces as it likes, of whole pages. Nothing is
+    /// protected yet. Faults will be answered by as many `threads`.
     ///
     /// # Errors
-    /// Memory that is not handed out, or not taken by userfaultfd: mapped by another kind of file, or registered already.
+    /// Memory that is not handed out, or not taken by userfaultfd: mapped by another kind of file,
+    /// or registered already.
     pub fn new(
         memory: &Arc<impl PageReader + Send + Sync + 'static>,
         len: u64,
@@ -151,7 +156,8 @@ impl Userfaultfd {
                 mode: abi::REGISTER_MODE_WP,
                 ioctls: 0,
             };
-            // SAFETY: `Register` is laid out as the kernel's struct; the range is mapped as long as `memory` is kept.
+            // SAFETY: `Register` is laid out as the kernel's struct; the range is mapped as long as
+            // `memory` is kept.
             unsafe { abi::register(descriptor.as_raw_fd(), &raw mut register) }?;
             pieces.push(Piece {
                 offset,
@@ -242,7 +248,8 @@ impl Inner {
     /// Answers faults until `closed` hangs up.
     fn handle(&self, closed: &PipeReader, on_write: &OnWrite) {
         if let Err(error) = self.answer(closed, on_write) {
-            // Whoever waits in a fault would wait for ever, and closing the descriptor would let writes pass unmarked.
+            // Whoever waits in a fault would wait for ever, and closing the descriptor would let
+            // writes pass unmarked.
             eprintln!("error: the userfaultfd handler can't go on: {error}");
             std::process::abort();
         }
@@ -306,7 +313,8 @@ impl Inner {
             start: address & !(self.page - 1),
             len: self.page,
         };
-        // SAFETY: `Range` is laid out as the kernel's struct; waking a thread that need not wait makes it look again.
+        // SAFETY: `Range` is laid out as the kernel's struct; waking a thread that need not wait
+        // makes it look again.
         unsafe { abi::wake(self.descriptor.as_raw_fd(), &raw mut waiting) }?;
         Ok(())
     }
@@ -325,9 +333,11 @@ impl Inner {
     fn set_in_piece(&self, start: u64, len: u64, mode: u64) -> io::Result<()> {
         loop {
             let mut request = abi::WriteProtect { start, len, mode };
-            // SAFETY: `WriteProtect` is laid out as the kernel's struct; the range is inside a piece, which is kept mapped.
+            // SAFETY: `WriteProtect` is laid out as the kernel's struct; the range is inside a
+            // piece, which is kept mapped.
             match unsafe { abi::write_protect(self.descriptor.as_raw_fd(), &raw mut request) } {
-                // The address space is being changed: try again (userfaultfd_writeprotect(2), EAGAIN).
+                // The address space is being changed: try again (userfaultfd_writeprotect(2),
+                // EAGAIN).
                 Err(Errno::EAGAIN) => {}
                 done => return done.map(drop).map_err(io::Error::from),
             }

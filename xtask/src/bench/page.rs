@@ -4,16 +4,15 @@ use std::fmt::Write;
 use std::fs;
 use std::path::Path;
 
-use benches::report::{Case, Report};
-
-use crate::chart::{Bars, Group};
+use figures::chart::{Bars, Group};
+use figures::report::{Case, Report};
 
 /// The peer that charts are drawn in times of.
 const PEER: &str = "squib-snapshot";
 const LIMIT: &str = "raw limit";
 
 /// Writes `benchmarks.md` and its charts to `dir`.
-pub fn save(report: &Report, dir: &Path) -> anyhow::Result<()> {
+pub(super) fn save(report: &Report, dir: &Path) -> anyhow::Result<()> {
     for group in ["full", "diff"] {
         let chart = chart(report, group).svg()?;
         fs::write(dir.join(format!("benchmarks-{group}.svg")), chart)?;
@@ -96,7 +95,7 @@ fn page(report: &Report) -> String {
 fn reached(case: &Case, (name, goal): &(String, f64)) -> String {
     let verdict = match case.ratio(name) {
         Some(ratio) if ratio >= *goal => "reached".into(),
-        // Nobody is faster than the disk.
+        // No contender is faster than the disk.
         _ if name == PEER && case.ratio(LIMIT).is_some() => {
             let limit =
                 case.ratio(PEER).unwrap_or(f64::NAN) / case.ratio(LIMIT).unwrap_or(f64::NAN);

@@ -1,16 +1,18 @@
-//! Executables for macOS, linked on any system by the linker in the Python package `ziglang`, and checked.
+//! Executables for macOS, linked on any system by the linker in the Python package `ziglang`, and
+//! checked.
 
 use std::collections::BTreeMap;
+use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, ensure};
+use harness::packages::Install;
 use serde_json::Value;
 use xshell::{PushEnv, Shell, cmd};
 
 use super::mach_o::{self, HYPERVISOR, MacOs};
 use super::{TARGET, Toolchain};
 use crate::python::{Build, Wheel};
-use harness::packages::Install;
 
 /// One version, so that an upgrade is a change like any other.
 const ZIG: Wheel = Wheel {
@@ -40,13 +42,17 @@ struct Linked {
     oldest: MacOs,
 }
 
-/// What `cargo xtask` builds on a Mac, and the example of the same features. The demo's guest has
-/// more than 64 GiB of addresses, which macOS 13 brought.
+/// What `cargo xtask` builds on a Mac, by the selection and the features of all its commands, and
+/// the example of the same features. The demo's guest has more than 64 GiB of addresses, which
+/// macOS 13 brought.
 const PROGRAMS: Linked = Linked {
-    arguments: "--package xtask --bin xtask --package hvf-backend --example snapshot \
+    arguments: "--bin xtask --bin fs-matrix --bin demo --example snapshot \
         --features page-reader/serde,page-reader/vm-memory",
     oldest: MacOs(13, 0),
 };
+
+/// The programs that must start without the hypervisor framework: they link no backend.
+const WITHOUT_HYPERVISOR: [&str; 2] = ["xtask", "fs-matrix"];
 
 /// The least and the most that a user of `hvf-backend` can select.
 const SELECTIONS: [Linked; 2] = [
@@ -60,8 +66,8 @@ const SELECTIONS: [Linked; 2] = [
     },
 ];
 
-/// The linker and the C compiler that cargo is told of: crates bring some C.
-pub fn env<'sh>(sh: &'sh Shell, dir: &Path) -> Vec<PushEnv<'sh>> {
+/// The linker and the C compiler for cargo: crates bring some C.
+pub(super) fn env<'sh>(sh: &'sh Shell, dir: &Path) -> Vec<PushEnv<'sh>> {
     if cfg!(target_os = "macos") {
         return Vec::new();
     }
@@ -93,7 +99,7 @@ fn sdk(dir: &Path) -> PathBuf {
 }
 
 /// Makes what compiles and links ready, or says what is missing: false.
-pub fn prepare(sh: &Shell, install: Install, dir: &Path) -> anyhow::Result<bool> {
+pub(super) fn prepare(sh: &Shell, install: Install, dir: &Path) -> anyhow::Result<bool> {
     if cfg!(target_os = "macos") {
         return Ok(true);
     }
@@ -106,7 +112,7 @@ pub fn prepare(sh: &Shell, install: Install, dir: &Path) -> anyhow::Result<bool>
 }
 
 /// Links programs and checks them. With `quick`, those of one selection of features.
-pub fn link(sh: &Shell, toolchain: Toolchain, quick: bool) -> anyhow::Result<()> {
+pub(super) fn link(sh: &Shell, toolchain: Toolchain, quick: bool) -> anyhow::Result<()> {
     let since = framework(sh)?;
     let built_for = oldest_macos(sh)?;
     let selections = SELECTIONS.iter().filter(|_| !quick);
@@ -115,7 +121,10 @@ pub fn link(sh: &Shell, toolchain: Toolchain, quick: bool) -> anyhow::Result<()>
         ensure!(!linked.is_empty(), "cargo build {arguments} linked nothing");
         for path in linked {
             let name = path.display();
-            let found = mach_o::check(&sh.read_binary_file(&path)?, &since)
+            let program = path.file_name().and_then(OsStr::to_str);
+            let hypervisor = !program.is_some_and(|name| WITHOUT_HYPERVISOR.contains(&name));
+            let bytes = sh.read_binary_file(&path)?;
+            let found = mach_o::check(&bytes, hypervisor.then_some(&since))
                 .with_context(|| format!("{name} is no program for macOS"))?;
             ensure!(
                 found.built_for == built_for,
@@ -155,8 +164,8 @@ fn executables(sh: &Shell, toolchain: Toolchain, what: &str) -> anyhow::Result<V
     Ok(paths)
 }
 
-/// The functions of the hypervisor framework and the macOS that each came with, as `applevisor-sys` declares them: Apple's stub of the framework
-/// comes with Xcode only.
+/// The functions of the hypervisor framework and the macOS that each came with, as `applevisor-sys`
+/// declares them: Apple's stub of the framework comes with Xcode only.
 fn framework(sh: &Shell) -> anyhow::Result<BTreeMap<String, MacOs>> {
     let metadata = cmd!(
         sh,
@@ -243,7 +252,8 @@ fn stub(name: &str, exports: &str) -> String {
     )
 }
 
-/// `zig cc` goes by its own option where a macOS toolchain goes by `-mmacosx-version-min`, `--target` or `-arch`.
+/// `zig cc` goes by its own option where a macOS toolchain goes by `-mmacosx-version-min`,
+/// `--target` or `-arch`.
 fn write_tools(sh: &Shell, dir: &Path, zig: &Path, oldest: MacOs) -> anyhow::Result<()> {
     let (zig, sdk, MacOs(major, minor)) = (zig.display(), sdk(dir), oldest);
     let sdk = sdk.display();
@@ -280,12 +290,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_alias_for_xtask_has_the_features_that_are_linked() {
-        let config = include_str!("../../../.cargo/config.toml");
-        let features = PROGRAMS.arguments.split_once("--features ");
-        let (_, features) = features.expect("features");
-        let alias = format!("xtask = \"run --quiet --package xtask --features {features} --\"\n");
-        assert!(config.contains(&alias), "{config}");
+    fn what_is_linked_has_the_features_of_the_programs_that_tasks_run() {
+        let features = format!("--features {}", harness::FEATURES);
+        assert!(PROGRAMS.arguments.ends_with(&features));
     }
 
     #[test]

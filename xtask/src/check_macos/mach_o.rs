@@ -12,12 +12,12 @@ use object::{BigEndian, LittleEndian, Object, ObjectSection};
 
 /// `dyld` looks libraries up by these names.
 const SYSTEM: &str = "/usr/lib/libSystem.B.dylib";
-pub const HYPERVISOR: &str =
+pub(super) const HYPERVISOR: &str =
     "/System/Library/Frameworks/Hypervisor.framework/Versions/A/Hypervisor";
 
 /// A version of macOS: major and minor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct MacOs(pub u16, pub u8);
+pub(super) struct MacOs(pub u16, pub u8);
 
 impl fmt::Display for MacOs {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -33,7 +33,7 @@ impl From<Version> for MacOs {
 
 /// An executable that would start.
 #[derive(Debug, PartialEq, Eq)]
-pub struct Executable {
+pub(super) struct Executable {
     /// The oldest macOS that it says it is for.
     pub built_for: MacOs,
     /// The oldest that has every function it calls of the hypervisor framework.
@@ -42,8 +42,13 @@ pub struct Executable {
     pub calls: usize,
 }
 
-/// Checks the load commands of an executable that uses the hypervisor. `since` has the framework's functions and the macOS that each came with.
-pub fn check(bytes: &[u8], since: &BTreeMap<String, MacOs>) -> anyhow::Result<Executable> {
+/// Checks the load commands of an executable. `hypervisor` has the functions of the hypervisor
+/// framework and the macOS that each came with, for a program that uses it; `None` for a program
+/// that must not load it.
+pub(super) fn check(
+    bytes: &[u8],
+    hypervisor: Option<&BTreeMap<String, MacOs>>,
+) -> anyhow::Result<Executable> {
     let header = MachHeader64::<LittleEndian>::parse(bytes, 0)?;
     let endian = header.endian().context("not a Mach-O file of 64 bits")?;
     ensure!(header.cputype(endian) == CPU_TYPE_ARM64, "not for arm64");
@@ -82,11 +87,11 @@ pub fn check(bytes: &[u8], since: &BTreeMap<String, MacOs>) -> anyhow::Result<Ex
         signed,
         "no ad hoc signature: Apple silicon kills unsigned programs"
     );
-    for library in [SYSTEM, HYPERVISOR] {
-        ensure!(
-            libraries.iter().any(|name| name == library),
-            "it doesn't load {library}"
-        );
+    let loads = |library| libraries.iter().any(|name| name == library);
+    ensure!(loads(SYSTEM), "it doesn't load {SYSTEM}");
+    match hypervisor {
+        Some(_) => ensure!(loads(HYPERVISOR), "it doesn't load {HYPERVISOR}"),
+        None => ensure!(!loads(HYPERVISOR), "it loads {HYPERVISOR}"),
     }
     let foreign = libraries
         .iter()
@@ -116,13 +121,16 @@ pub fn check(bytes: &[u8], since: &BTreeMap<String, MacOs>) -> anyhow::Result<Ex
             .into_name()
             .context("an import without a name")?;
         let name = String::from_utf8_lossy(name);
-        let since = since
-            .get(name.trim_start_matches('_'))
+        let since = hypervisor
+            .and_then(|since| since.get(name.trim_start_matches('_')))
             .with_context(|| format!("{name} is no function of the framework"))?;
         calls_need = calls_need.max(*since);
         calls += 1;
     }
-    ensure!(calls > 0, "it calls nothing of the hypervisor framework");
+    ensure!(
+        calls > 0 || hypervisor.is_none(),
+        "it calls nothing of the hypervisor framework"
+    );
     Ok(Executable {
         built_for,
         calls_need,
@@ -140,7 +148,8 @@ mod tests {
     const NAMES: u32 = 0x1020;
     const SIGNATURE: u32 = 0x1100;
 
-    /// The least that passes, by parts to spoil. Numbers are those of Apple's `mach-o/loader.h`, `nlist.h` and `cs_blobs.h`.
+    /// The least that passes, by parts to spoil. Numbers are those of Apple's `mach-o/loader.h`,
+    /// `nlist.h` and `cs_blobs.h`.
     struct Parts {
         cpu: u32,
         kind: u32,
@@ -246,7 +255,7 @@ mod tests {
     fn checked(parts: &Parts) -> anyhow::Result<Executable> {
         let since = [("hv_vm_map", MacOs(11, 0)), ("hv_gic_create", MacOs(15, 0))];
         let since = since.map(|(name, since)| (name.to_owned(), since));
-        check(&parts.file(), &since.into())
+        check(&parts.file(), Some(&since.into()))
     }
 
     #[rstest]
@@ -266,6 +275,18 @@ mod tests {
             calls: 1,
         };
         assert_eq!(checked(&parts).expect("it passes"), found);
+    }
+
+    #[test]
+    fn a_program_without_a_hypervisor_must_not_load_the_framework() {
+        let parts = Parts {
+            libraries: vec![SYSTEM],
+            ..Parts::whole()
+        };
+        let found = check(&parts.file(), None).expect("it passes");
+        assert_eq!(found.calls, 0);
+        let error = check(&Parts::whole().file(), None).expect_err("it loads the framework");
+        assert!(error.to_string().contains("it loads /System"), "{error}");
     }
 
     #[rstest]

@@ -42,7 +42,7 @@ const BREAKS: [Break; 2] = [
 ];
 
 /// Lints a copy of a crate as it is, then with one line broken at a time.
-pub fn run(sh: &Shell, toolchain: Toolchain, dir: &Path) -> anyhow::Result<()> {
+pub(super) fn run(sh: &Shell, toolchain: Toolchain, dir: &Path) -> anyhow::Result<()> {
     let copy = dir.join("self-check");
     let file = copy.join(CRATE).join(FILE);
     copy_crate(sh, &copy)?;

@@ -23,7 +23,7 @@ const BUILD: [&str; 6] = [
 const MANIFEST: &str = "[package]\nname = \"empty\"\nedition = \"2024\"\n[workspace]\n";
 
 /// Returns a directory for rustc's `--sysroot`. Builds it if `dir` has none of this compiler.
-pub fn sysroot(sh: &Shell, dir: &Path) -> anyhow::Result<PathBuf> {
+pub(super) fn sysroot(sh: &Shell, dir: &Path) -> anyhow::Result<PathBuf> {
     let version = cmd!(sh, "/usr/bin/rustc -vV").quiet().read()?;
     let mut key = DefaultHasher::new();
     (version, BUILD, UNOPTIMISED).hash(&mut key);

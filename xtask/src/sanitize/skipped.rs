@@ -3,7 +3,7 @@
 use super::Sanitizer;
 
 /// What is run with neither.
-pub const LEFT_OUT: [(&str, &str); 5] = [
+pub(super) const LEFT_OUT: [(&str, &str); 5] = [
     (
         "most of atomic-file's tests",
         "they are about what system calls say and who else is there: its library's, groups, recycling and replacing are run",
@@ -20,7 +20,7 @@ pub const LEFT_OUT: [(&str, &str); 5] = [
     ("memsnap", "it is a program, and tested from outside"),
 ];
 
-pub struct Skipped {
+pub(super) struct Skipped {
     /// By this one; by none where there is none.
     pub sanitizer: Option<Sanitizer>,
     /// The crate.
@@ -34,7 +34,7 @@ pub struct Skipped {
 const KERNELS: &str =
     "what a file system does is the kernel's, and not watched: tmpfs has the same threads";
 
-pub const SKIPPED: &[Skipped] = &[
+pub(super) const SKIPPED: &[Skipped] = &[
     Skipped {
         sanitizer: Some(Sanitizer::Thread),
         of: "sparse-file",

@@ -42,7 +42,7 @@ impl Drop for Load {
 }
 
 /// Runs both suites, several times, beside busy loops.
-pub fn run(context: &Context<'_>) -> anyhow::Result<()> {
+pub(super) fn run(context: &Context<'_>) -> anyhow::Result<()> {
     let _load = Load::begin()?;
     let _times = context.sh.push_env(UNDER_LOAD, "1");
     for time in 1..=TIMES {

@@ -11,7 +11,7 @@ const EVERYTHING: [&str; 3] = ["Cargo.toml", "Cargo.lock", ".cargo"];
 
 /// Steps, and what they are limited to.
 #[derive(Debug)]
-pub struct Selection {
+pub(super) struct Selection {
     /// The revision that was compared with.
     pub since: String,
     pub steps: Vec<&'static Step>,
@@ -20,7 +20,7 @@ pub struct Selection {
 }
 
 /// Selects the steps that are about what changed since `rev`, in commits and in the work tree.
-pub fn select(sh: &Shell, rev: Option<&str>) -> anyhow::Result<Selection> {
+pub(super) fn select(sh: &Shell, rev: Option<&str>) -> anyhow::Result<Selection> {
     let since = match rev {
         Some(rev) => rev.to_owned(),
         None => default_revision(sh),
@@ -54,7 +54,7 @@ fn default_revision(sh: &Shell) -> String {
 }
 
 /// Returns whether `step` is about the file at `path`.
-pub fn is_about(step: &Step, path: &str) -> bool {
+pub(super) fn is_about(step: &Step, path: &str) -> bool {
     step.paths.iter().any(|place| is_within(path, place))
 }
 
@@ -95,6 +95,8 @@ mod tests {
     #[rstest]
     #[case::one_crate(&["crates/image-format/src/read.rs"], &["tests", "macos", "demo", "crash", "faults", "soak", "fs-matrix", "fuzzing", "sanitize", "load"])]
     #[case::a_model(&["crates/hvf-backend/src/tracker/vcpus.rs"], &["tests", "interleavings", "macos", "demo", "sanitize", "load"])]
+    #[case::a_program(&["testing/soak/src/main.rs"], &["tests", "macos", "soak", "load"])]
+    #[case::the_scenarios(&["testing/scenarios/src/lib.rs"], &["tests", "macos", "crash", "faults", "fs-matrix", "load"])]
     #[case::a_page(&["docs/reliability.md"], &[])]
     #[case::the_readme(&["README.md"], &["fresh"])]
     fn a_path_selects_the_steps_about_it(#[case] paths: &[&str], #[case] expected: &[&str]) {
@@ -125,7 +127,7 @@ mod tests {
 
     #[test]
     fn a_longer_name_is_not_within_a_shorter_one() {
-        assert!(!is_within("xtask/src/crash_report.rs", "xtask/src/crash"));
+        assert!(!is_within("testing/soak-report/src/lib.rs", "testing/soak"));
     }
 
     #[test]

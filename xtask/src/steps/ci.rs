@@ -10,7 +10,7 @@ use crate::check_macos::CheckMacos;
 use crate::debian_rust::OLDEST_RUST;
 use crate::interleavings::{self, Bound};
 
-pub const SUITE: Suite = Suite {
+pub(super) const SUITE: Suite = Suite {
     name: "ci",
     steps: &[
         Step {
@@ -108,13 +108,13 @@ pub const SUITE: Suite = Suite {
 /// xtask prove`. Without root or packages it runs what it can and lists the rest; with CI=true that
 /// is an error.
 #[derive(clap::Args)]
-pub struct Ci {
+pub(crate) struct Ci {
     #[command(flatten)]
     options: Options,
 }
 
 impl Ci {
-    pub fn run(self, sh: &Shell) -> anyhow::Result<()> {
+    pub(crate) fn run(self, sh: &Shell) -> anyhow::Result<()> {
         SUITE.run(sh, &self.options)
     }
 }
@@ -177,7 +177,7 @@ fn macos(context: &Context<'_>) -> anyhow::Result<()> {
 }
 
 /// Checks for macOS, or reports that this machine cannot. `quick` as in `cargo xtask check-macos`.
-pub fn check_macos(context: &Context<'_>, quick: bool) -> anyhow::Result<()> {
+pub(super) fn check_macos(context: &Context<'_>, quick: bool) -> anyhow::Result<()> {
     let install = context.install;
     if (CheckMacos { install, quick }).check(context.sh)? {
         return Ok(());

@@ -8,26 +8,26 @@ use xshell::Shell;
 const FILE: &str = "target/xtask/durations.json";
 
 /// `1` while other work runs on purpose: the times of such runs are not kept.
-pub const UNDER_LOAD: &str = "MEMSNAP_UNDER_LOAD";
+pub(super) const UNDER_LOAD: &str = "MEMSNAP_UNDER_LOAD";
 
 /// Seconds by suite and step.
 #[derive(Debug, Default)]
-pub struct Durations(BTreeMap<String, u64>);
+pub(super) struct Durations(BTreeMap<String, u64>);
 
 impl Durations {
     /// Reads what was kept. A file that cannot be read is as good as none.
-    pub fn load(sh: &Shell) -> Self {
+    pub(super) fn load(sh: &Shell) -> Self {
         let text = sh.read_file(FILE).unwrap_or_default();
         Self(serde_json::from_str(&text).unwrap_or_default())
     }
 
     /// Returns the seconds that the step took when it last passed.
-    pub fn last(&self, step: &str) -> Option<u64> {
+    pub(super) fn last(&self, step: &str) -> Option<u64> {
         self.0.get(step).copied()
     }
 
     /// Keeps the seconds that the step took, unless it ran under load.
-    pub fn set(&mut self, sh: &Shell, step: &str, seconds: u64) -> anyhow::Result<()> {
+    pub(super) fn set(&mut self, sh: &Shell, step: &str, seconds: u64) -> anyhow::Result<()> {
         if sh.var_os(UNDER_LOAD).is_some_and(|load| load == "1") {
             return Ok(());
         }

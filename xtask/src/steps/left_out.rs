@@ -7,13 +7,13 @@ use test_machine::NOT_RUN;
 use xshell::Shell;
 
 /// The list that tests append to, as `test_machine::not_run` writes it.
-pub struct LeftOut {
+pub(super) struct LeftOut {
     path: std::path::PathBuf,
 }
 
 impl LeftOut {
     /// Begins an empty list. Processes that `sh` starts from now on append to it.
-    pub fn begin(sh: &Shell) -> anyhow::Result<Self> {
+    pub(super) fn begin(sh: &Shell) -> anyhow::Result<Self> {
         let path = sh.current_dir().join("target/xtask/not-run.txt");
         sh.write_file(&path, "")
             .context("can't begin the list of what is not run")?;
@@ -22,7 +22,7 @@ impl LeftOut {
     }
 
     /// Appends `what` to the list.
-    pub fn add(&self, what: &str, why: &str) -> anyhow::Result<()> {
+    pub(super) fn add(&self, what: &str, why: &str) -> anyhow::Result<()> {
         use std::io::Write;
 
         let list = std::fs::File::options().append(true).open(&self.path);
@@ -31,7 +31,7 @@ impl LeftOut {
     }
 
     /// Prints the list by reason.
-    pub fn print(&self) -> anyhow::Result<()> {
+    pub(super) fn print(&self) -> anyhow::Result<()> {
         let list = std::fs::read_to_string(&self.path).context("can't read what was not run")?;
         print!("{}", by_reason(&list));
         Ok(())

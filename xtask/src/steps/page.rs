@@ -15,7 +15,7 @@ const END: &str = "<!-- end of the table that `--record` writes -->\n";
 type Times = BTreeMap<String, String>;
 
 /// Writes the times of the steps of `suite` that were run, and keeps those of the others.
-pub fn record(sh: &Shell, suite: &Suite, times: &[(&str, u64)]) -> anyhow::Result<()> {
+pub(super) fn record(sh: &Shell, suite: &Suite, times: &[(&str, u64)]) -> anyhow::Result<()> {
     let page = sh.read_file(PAGE)?;
     let mut all = recorded(&page)?;
     let date = cmd!(sh, "date --utc +%F").quiet().read()?;

@@ -5,7 +5,7 @@ use xshell::{Shell, cmd};
 use super::{Context, Options, Step, Suite, busy, changed, ci, test};
 use crate::interleavings;
 
-pub const SUITE: Suite = Suite {
+pub(super) const SUITE: Suite = Suite {
     name: "prove",
     steps: &[
         Step {
@@ -27,13 +27,18 @@ pub const SUITE: Suite = Suite {
         Step {
             name: "macos",
             proves: "as in ci; and the example links with the fewest and the most features, for macOS 11 and 26",
-            paths: &["crates", "xtask/src/check_macos"],
+            paths: &[
+                "crates",
+                "testing",
+                "xtask/src/check_macos",
+                "xtask/src/check_macos.rs",
+            ],
             run: macos,
         },
         Step {
             name: "demo",
             proves: "the demo passes with RAM on both sides of the MMIO gap",
-            paths: &["crates", "testing/guests", "xtask/src/demo"],
+            paths: &["crates", "testing/demo", "testing/guests"],
             run: demo,
         },
         Step {
@@ -45,8 +50,8 @@ pub const SUITE: Suite = Suite {
                 "crates/memory-image",
                 "crates/memory-writer",
                 "crates/sparse-file",
-                "xtask/src/crash",
-                "xtask/src/write_log.rs",
+                "testing/crash-states",
+                "testing/scenarios",
             ],
             run: crash,
         },
@@ -60,8 +65,8 @@ pub const SUITE: Suite = Suite {
                 "crates/memory-image",
                 "crates/memory-writer",
                 "crates/sparse-file",
-                "xtask/src/crash",
-                "xtask/src/faults",
+                "testing/scenarios",
+                "testing/syscall-faults",
             ],
             run: faults,
         },
@@ -78,7 +83,8 @@ pub const SUITE: Suite = Suite {
                 "crates/page-reader",
                 "crates/sparse-file",
                 "testing/guests",
-                "xtask/src/soak",
+                "testing/soak",
+                "testing/write-faults",
             ],
             run: soak,
         },
@@ -91,8 +97,9 @@ pub const SUITE: Suite = Suite {
                 "crates/memory-image",
                 "crates/memory-writer",
                 "crates/sparse-file",
-                "xtask/src/fs_matrix",
-                "xtask/src/linux_guest",
+                "testing/fs-matrix",
+                "testing/linux-guest",
+                "testing/scenarios",
             ],
             run: fs_matrix,
         },
@@ -112,7 +119,7 @@ pub const SUITE: Suite = Suite {
         Step {
             name: "sanitize",
             proves: "ThreadSanitizer and AddressSanitizer report nothing, and find what is planted",
-            paths: &["crates", "xtask/src/sanitize"],
+            paths: &["crates", "xtask/src/sanitize", "xtask/src/sanitize.rs"],
             run: sanitize,
         },
         Step {
@@ -136,7 +143,7 @@ pub const SUITE: Suite = Suite {
         Step {
             name: "fresh",
             proves: "the README's two commands pass on a minimal Debian with stale package lists",
-            paths: &["xtask", "README.md"],
+            paths: &["testing/demo", "testing/harness", "xtask", "README.md"],
             run: fresh,
         },
     ],
@@ -148,7 +155,7 @@ pub const SUITE: Suite = Suite {
 /// All of it takes many hours; name steps, or let --changed choose them. Before each step it prints
 /// how long the step took last time. Random steps print their seed.
 #[derive(clap::Args)]
-pub struct Prove {
+pub(crate) struct Prove {
     #[command(flatten)]
     options: Options,
     /// Only the steps that are about what changed since REV, and was not committed [default: the
@@ -158,7 +165,7 @@ pub struct Prove {
 }
 
 impl Prove {
-    pub fn run(self, sh: &Shell) -> anyhow::Result<()> {
+    pub(crate) fn run(self, sh: &Shell) -> anyhow::Result<()> {
         let Some(rev) = &self.changed else {
             return SUITE.run(sh, &self.options);
         };

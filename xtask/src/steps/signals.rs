@@ -3,9 +3,9 @@
 use harness::interrupt::Interrupt;
 
 /// From now on a first SIGINT or SIGTERM does not end this process: the step that runs fails, and
-/// no other is started. SIGTERM is passed on to what runs below (on Linux). SIGINT is not, because a
-/// terminal sends it to all of them. A second signal ends this process at once.
-pub fn pass_on() -> anyhow::Result<Interrupt> {
+/// no other is started. SIGTERM is passed on to what runs below (on Linux). SIGINT is not, because
+/// a terminal sends it to all of them. A second signal ends this process at once.
+pub(super) fn pass_on() -> anyhow::Result<Interrupt> {
     let interrupt = Interrupt::catch()?;
     #[cfg(target_os = "linux")]
     below::end_on_sigterm()?;
@@ -20,37 +20,43 @@ mod below {
     use std::thread;
     use std::time::Duration;
 
+    use anyhow::Context as _;
     use nix::sys::signal::{Signal, kill};
     use nix::unistd::Pid;
     use signal_hook::consts::SIGTERM;
     use signal_hook::iterator::Signals;
 
     /// Starts a thread that ends what runs below this process once SIGTERM comes.
-    pub fn end_on_sigterm() -> anyhow::Result<()> {
+    pub(super) fn end_on_sigterm() -> anyhow::Result<()> {
         let program = fs::read_link("/proc/self/exe")?;
+        let programs = program
+            .parent()
+            .context("a program has a directory")?
+            .to_owned();
         let mut signals = Signals::new([SIGTERM])?;
         thread::spawn(move || {
             signals.forever().next();
             let mut ended = HashSet::new();
             // Until this process ends: what is asked to end may still start others.
             loop {
-                end_below(Pid::this().as_raw(), &program, &mut ended);
+                end_below(Pid::this().as_raw(), &programs, &mut ended);
                 thread::sleep(Duration::from_millis(100));
             }
         });
         Ok(())
     }
 
-    /// Sends SIGTERM, once, to the children of `parent` and all below them.
-    fn end_below(parent: i32, program: &Path, ended: &mut HashSet<i32>) {
+    /// Sends SIGTERM, once, to the children of `parent` and all below them, but not to what a
+    /// program in the directory `programs` started.
+    fn end_below(parent: i32, programs: &Path, ended: &mut HashSet<i32>) {
         for child in children(parent) {
             if ended.insert(child) {
                 let _ = kill(Pid::from_raw(child), Signal::SIGTERM);
             }
-            // This program ends what it started by itself.
-            let same = fs::read_link(format!("/proc/{child}/exe")).is_ok_and(|exe| exe == program);
-            if !same {
-                end_below(child, program, ended);
+            // xtask and the programs that it runs end what they started. cargo does not.
+            let program = fs::read_link(format!("/proc/{child}/exe"));
+            if !program.is_ok_and(|program| program.parent() == Some(programs)) {
+                end_below(child, programs, ended);
             }
         }
     }

@@ -1,9 +1,9 @@
 //! `cargo xtask test`: what a contributor runs before each push.
 
+use harness::packages::{Install, Package};
 use xshell::{Shell, cmd};
 
 use super::{Context, Options, Step, Suite, is_installed};
-use harness::packages::{Install, Package};
 
 /// What the tests use besides the Rust toolchain.
 const PACKAGES: &[Package] = &[
@@ -18,7 +18,7 @@ const PACKAGES: &[Package] = &[
     Package::new("qemu-system-common", "qemu-storage-daemon"),
 ];
 
-pub const SUITE: Suite = Suite {
+pub(super) const SUITE: Suite = Suite {
     name: "test",
     steps: &[
         Step {
@@ -61,13 +61,13 @@ pub const SUITE: Suite = Suite {
 /// the environment, or MEMSNAP_REQUIRE=all, a test that cannot run fails. Every run does the same
 /// work: seeds are fixed.
 #[derive(clap::Args)]
-pub struct Test {
+pub(crate) struct Test {
     #[command(flatten)]
     options: Options,
 }
 
 impl Test {
-    pub fn run(self, sh: &Shell) -> anyhow::Result<()> {
+    pub(crate) fn run(self, sh: &Shell) -> anyhow::Result<()> {
         SUITE.run(sh, &self.options)
     }
 }
@@ -94,14 +94,14 @@ fn tests(context: &Context<'_>) -> anyhow::Result<()> {
 }
 
 /// Installs the packages that tests use, or prints what is missing.
-pub fn install_packages(sh: &Shell, install: Install) -> anyhow::Result<()> {
+pub(super) fn install_packages(sh: &Shell, install: Install) -> anyhow::Result<()> {
     install.ensure(sh, PACKAGES, "the tests")?;
     Ok(())
 }
 
 /// Runs all unit and integration tests: by nextest where it is installed, which runs tests of
 /// several programs at a time.
-pub fn run_tests(sh: &Shell) -> anyhow::Result<()> {
+pub(super) fn run_tests(sh: &Shell) -> anyhow::Result<()> {
     // The benchmarks build peers and criterion, and are run by `cargo xtask ci`.
     let scope = [
         "--locked",

@@ -1,4 +1,4 @@
-//! Pausing a vCPU at whatever instruction it is at: a signal to its thread makes `KVM_RUN` return.
+//! Pausing a vCPU between any two instructions: a signal to its thread makes `KVM_RUN` return.
 
 #![allow(unsafe_code)]
 

@@ -1,0 +1,284 @@
+//! `cargo xtask crash`.
+
+mod disk;
+mod job;
+mod mutants;
+mod record;
+mod replay;
+mod report;
+mod saved_recording;
+mod states;
+
+use std::collections::VecDeque;
+use std::hash::{BuildHasher, RandomState};
+use std::path::Path;
+use std::process::ExitCode;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::Instant;
+
+use anyhow::{Context, bail, ensure};
+use clap::Parser;
+use harness::interrupt::Interrupt;
+use harness::namespace::keep_private;
+use harness::packages::{Install, Package};
+use harness::record::Record;
+use harness::runs_here;
+use scenarios::Scenario;
+use scenarios::child::Child;
+use test_machine::{Need, TinyTmpfs};
+use xshell::Shell;
+
+use disk::FileSystem;
+use job::{Done, Job, Settings};
+use replay::Replay;
+use report::Report;
+use saved_recording::SavedRecording;
+
+const PACKAGES: &[Package] = &[
+    Package::new("qemu-system-common", "qemu-storage-daemon"),
+    Package::new("e2fsprogs", "mkfs.ext4"),
+    Package::new("xfsprogs", "mkfs.xfs"),
+    Package::new("btrfs-progs", "mkfs.btrfs"),
+    Package::new("exfatprogs", "mkfs.exfat"),
+    Package::new("exfat-fuse", "mount.exfat-fuse"),
+];
+
+/// Check what a loss of power at any moment leaves on real file systems
+///
+/// Carries out scenarios of this workspace on mounted file systems while every write and flush of
+/// their disks is logged. Then makes disks out of the log as a loss of power may leave them: every
+/// prefix, and prefixes with writes that no flush has followed dropped or torn. Each is mounted,
+/// recovered and looked at. At the end, commits that lack a step show that this finds what it is
+/// for. Exit code 0 says that no state had lost or torn anything, and that each of those commits
+/// was found out.
+///
+/// On Linux, as root. The recording of a scenario with a state that fails stays under target/crash.
+#[derive(Parser)]
+#[command(name = "cargo xtask crash", bin_name = "cargo xtask crash")]
+#[command(args_conflicts_with_subcommands = true)]
+struct Crash {
+    /// Only these scenarios, comma-separated, and no mutants
+    #[arg(long, value_delimiter = ',', value_name = "SCENARIO", value_parser = known)]
+    only: Vec<String>,
+    /// Only these file systems, comma-separated
+    #[arg(long, value_enum, value_delimiter = ',', value_name = "FS")]
+    fs: Vec<FileSystem>,
+    /// At most so many states of each scenario on each file system
+    #[arg(long, default_value_t = 300, value_parser = clap::value_parser!(u32).range(1..))]
+    states: u32,
+    /// Look again at the state of this number, of a recording that was kept; with one --only and
+    /// one --fs
+    #[arg(long, value_name = "NUMBER")]
+    state: Option<usize>,
+    /// What states are chosen by [default: another one each time, which is printed]
+    #[arg(long)]
+    seed: Option<u64>,
+    /// Keep all recordings
+    #[arg(long)]
+    keep: bool,
+    /// Only these commits that lack a step, comma-separated
+    #[arg(long, value_delimiter = ',', value_name = "MUTANT", value_parser = known_mutant)]
+    mutant: Vec<String>,
+    /// List the scenarios, the mutants and the file systems, and do nothing
+    #[arg(long)]
+    list: bool,
+    #[command(flatten)]
+    install: Install,
+    #[command(flatten)]
+    record: Record,
+    #[command(subcommand)]
+    part: Option<Part>,
+}
+
+/// What this program does as a child of itself.
+#[derive(clap::Subcommand)]
+enum Part {
+    #[command(hide = true)]
+    Writer(Child),
+}
+
+pub(crate) fn main() -> ExitCode {
+    let crash = Crash::parse();
+    harness::run(|sh| crash.run(sh))
+}
+
+/// Where the mutants must be found, on one at least: the others hide some mistakes.
+const REVEALING: [FileSystem; 3] = [
+    FileSystem::Ext4NoAutoDaAlloc,
+    FileSystem::Ext4Writeback,
+    FileSystem::Xfs,
+];
+
+/// Scenarios at a time: recording waits for the kernel most of the time, and checking for its
+/// mounts.
+const WORKERS: usize = 12;
+
+fn known(name: &str) -> Result<String, String> {
+    match scenario(name) {
+        Some(_) => Ok(name.into()),
+        None => Err("--list lists the scenarios".into()),
+    }
+}
+
+fn known_mutant(name: &str) -> Result<String, String> {
+    match mutants::ALL.iter().any(|mutant| mutant.name == name) {
+        true => Ok(name.into()),
+        false => Err("--list lists the mutants".into()),
+    }
+}
+
+/// Mutants are scenarios too, if asked for: ones that fail.
+fn scenario(name: &str) -> Option<&'static Scenario> {
+    let mutants = mutants::ALL.iter().chain([&mutants::CONTROL]);
+    scenarios::ALL
+        .iter()
+        .chain(mutants)
+        .find(|scenario| scenario.name == name)
+}
+
+impl Crash {
+    fn run(self, sh: &Shell) -> anyhow::Result<()> {
+        if let Some(Part::Writer(writer)) = &self.part {
+            return writer.run();
+        }
+        if self.list {
+            list();
+            return Ok(());
+        }
+        let ci = sh.var_os("CI").is_some_and(|ci| ci == "true");
+        self.install.ensure(sh, PACKAGES, "crash")?;
+        if !runs_here(Need::LoggedDisk, "crash", TAKES, ci)? {
+            return Ok(());
+        }
+        let mut file_systems = Vec::new();
+        for fs in FileSystem::ALL {
+            let wanted = self.fs.is_empty() || self.fs.contains(&fs);
+            if wanted && runs_here(fs.need(), fs.name(), TAKES, ci)? {
+                file_systems.push(fs);
+            }
+        }
+        if !file_systems.iter().any(|fs| REVEALING.contains(fs)) {
+            let on = REVEALING.map(FileSystem::name).join(", ");
+            ensure!(self.mutant.is_empty(), "mutants are looked for on {on}");
+        }
+        let interrupt = Interrupt::catch()?;
+        keep_private()?;
+        // Goes with this process, however it ends.
+        let room = TinyTmpfs::new(8 << 30).context("a tmpfs for the disks")?;
+        let home = sh.current_dir().join("target/crash");
+        if let Some(number) = self.state {
+            return self.again(number, &home, room.path());
+        }
+        let settings = Settings {
+            seed: self.seed.unwrap_or_else(|| RandomState::new().hash_one(0)),
+            limit: self.states as usize,
+            keep: self.keep,
+            home: &home,
+            interrupt: &interrupt,
+        };
+        println!("seed {}", settings.seed);
+        let start = Instant::now();
+        let done = work(self.jobs(&file_systems), &settings, room.path())?;
+        Report {
+            done,
+            file_systems,
+            time: start.elapsed(),
+        }
+        .conclude(sh, self.record, settings.seed)
+    }
+
+    fn jobs(&self, file_systems: &[FileSystem]) -> VecDeque<Job> {
+        let mut jobs = VecDeque::new();
+        let mut add = |fs, scenario, mutant| {
+            jobs.push_back(Job {
+                fs,
+                scenario,
+                mutant,
+            });
+        };
+        let all = self.only.is_empty() && self.mutant.is_empty();
+        let named = self.only.iter().filter_map(|name| scenario(name));
+        for scenario in named.chain(scenarios::ALL.iter().filter(|_| all)) {
+            for fs in file_systems {
+                add(*fs, scenario, false);
+            }
+        }
+        for fs in file_systems.iter().filter(|fs| REVEALING.contains(fs)) {
+            let wanted = |name| all || self.mutant.iter().any(|mutant| mutant == name);
+            let mutants = mutants::ALL.iter().filter(|mutant| wanted(mutant.name));
+            mutants.for_each(|mutant| add(*fs, mutant, true));
+            if all || !self.mutant.is_empty() {
+                add(*fs, &mutants::CONTROL, false);
+            }
+        }
+        jobs
+    }
+
+    /// Looks at one state of a recording that was kept.
+    fn again(&self, number: usize, home: &Path, room: &Path) -> anyhow::Result<()> {
+        let ([name], [fs]) = (self.only.as_slice(), self.fs.as_slice()) else {
+            bail!("--state takes one scenario and one file system: --only SCENARIO --fs FS");
+        };
+        let scenario = scenario(name).context("a scenario that is known")?;
+        let (recording, states) = SavedRecording::new(home, *fs, name).load()?;
+        let state = states.get(number);
+        let state = state.with_context(|| format!("there are {} states", states.len()))?;
+        println!("{}", recording.log.describe(state));
+        let replay = Replay::new(*fs, scenario, &recording, room)?;
+        let tidying = job::tidying(number);
+        if let Err(violation) = replay.look(state, tidying)? {
+            bail!("{violation}");
+        }
+        println!("nothing lost, nothing torn");
+        Ok(())
+    }
+}
+
+/// What the needs of this task take.
+const TAKES: &str = " (that takes root, loop devices, FUSE and the tools)";
+
+/// Does the jobs, several at a time, each in a directory of its own. The first that can't be done
+/// ends all.
+fn work(jobs: VecDeque<Job>, settings: &Settings, room: &Path) -> anyhow::Result<Vec<Done>> {
+    let jobs = Mutex::new(jobs.into_iter().enumerate());
+    let done = Mutex::new(Ok(Vec::new()));
+    let next = || locked(&jobs).next();
+    let worker = || {
+        while let Some((number, job)) = next() {
+            let result = job.run(settings, &room.join(number.to_string()));
+            let mut done = locked(&done);
+            match (&mut *done, result) {
+                (Ok(done), Ok(this)) => {
+                    this.iter().for_each(report::line);
+                    done.extend(this);
+                }
+                (Ok(_), Err(error)) => {
+                    let of = format!("{} on {}", job.scenario.name, job.fs.name());
+                    *done = Err(error.context(of));
+                    settings.interrupt.ask();
+                }
+                (Err(_), _) => return,
+            }
+        }
+    };
+    thread::scope(|scope| (0..WORKERS).for_each(|_| drop(scope.spawn(worker))));
+    done.into_inner().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn list() {
+    for (title, all) in [("scenarios", scenarios::ALL), ("mutants", mutants::ALL)] {
+        println!("{title}:");
+        for scenario in all {
+            println!("  {:18} {}", scenario.name, scenario.about);
+        }
+    }
+    println!("file systems:");
+    for fs in FileSystem::ALL {
+        println!("  {}", fs.name());
+    }
+}

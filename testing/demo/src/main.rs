@@ -1,0 +1,280 @@
+//! Snapshots a running guest, restores the chain into a new one, and proves that it continues
+//! correctly.
+//!
+//! The restored RAM must equal the original's byte for byte. Then both guests continue, check their
+//! ledgers, and must reach the digest that [`guests::oracle`] computes without any guest.
+//!
+//! Run it by `cargo xtask demo`.
+
+mod picture;
+mod report;
+mod restore;
+mod snapshots;
+mod verify;
+
+#[cfg(test)]
+mod tests;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use anyhow::{Context, bail};
+use clap::Parser;
+use guests::guest::{Guest, Kind};
+use guests::ledger::Layout;
+use guests::oracle;
+use harness::interrupt::Interrupt;
+use indicatif::{BinaryBytes, HumanCount};
+use xshell::Shell;
+
+use picture::Picture;
+use report::{Progress, Snapshot, say};
+use restore::Files;
+use snapshots::Snapshots;
+use verify::Proof;
+
+/// Snapshot a running guest, restore it into a new one, and prove that it goes on correctly
+///
+/// A guest keeps a ledger with checksums in its RAM. A full snapshot is taken while it works, then
+/// a diff each round. The chain is restored into a new guest, whose RAM must equal the original's
+/// byte for byte; then both go on, check their ledgers, and must reach the digest of a ledger that
+/// is computed without any guest. Exit code 0 says that all of this held.
+#[derive(Parser)]
+#[command(name = "cargo xtask demo", bin_name = "cargo xtask demo")]
+struct Demo {
+    /// The guest's RAM, in binary units: 256M, 4G, 1.5GiB
+    #[arg(long, default_value = "256M", value_parser = ram_size)]
+    ram: u64,
+    /// Diffs to take after the full snapshot
+    #[arg(long, default_value_t = 8)]
+    rounds: u64,
+    /// Steps that the guest works in each round; a step rewrites a page
+    #[arg(long, default_value_t = 20_000, value_parser = clap::value_parser!(u64).range(1..=1 << 32))]
+    steps: u64,
+    /// What runs; the best that this machine has unless given
+    #[arg(long, value_enum)]
+    guest: Option<Kind>,
+    /// The directory for the snapshots: choose the file system to write to [default: target/demo]
+    #[arg(long)]
+    dir: Option<PathBuf>,
+    /// Keep the snapshot files
+    #[arg(long)]
+    keep: bool,
+}
+
+fn main() -> ExitCode {
+    let demo = Demo::parse();
+    harness::run(|sh| demo.run(sh))
+}
+
+impl Demo {
+    fn run(self, sh: &Shell) -> anyhow::Result<()> {
+        let interrupt = Interrupt::catch()?;
+        let out = sh.current_dir().join("target").join("demo");
+        let kind = self.announce()?;
+        let dir = self.dir.as_deref().unwrap_or(&out);
+        for dir in [dir, &out] {
+            fs::create_dir_all(dir).with_context(|| format!("can't make {}", dir.display()))?;
+        }
+        let snapshots = tempfile::Builder::new()
+            .prefix("snapshots-")
+            .tempdir_in(dir)
+            .with_context(|| {
+                format!("can't make a directory for snapshots in {}", dir.display())
+            })?;
+        let plan = Plan {
+            kind,
+            layout: Layout::of(self.ram),
+            rounds: self.rounds,
+            steps: self.steps,
+            dir: snapshots.path(),
+        };
+        let progress = Progress::new(interrupt);
+        let story = plan.carry_out(&progress, |_| Ok(()));
+        progress.phase("removing the snapshots", 0);
+        let (kept, removed) = if self.keep {
+            (Some(snapshots.keep()), Ok(()))
+        } else {
+            (None, snapshots.close())
+        };
+        progress.finish();
+        // Whatever that made of what was under way.
+        progress.interrupted()?;
+        let story = story?;
+
+        say(report::table(&story.table))?;
+        say(report::LEGEND)?;
+        say(story.picture.text())?;
+        let svg = out.join("dirty-pages.svg");
+        let saved = story.picture.save(&svg);
+        saved.with_context(|| format!("can't write {}", svg.display()))?;
+        say(format_args!("the picture as SVG: {}", svg.display()))?;
+        if let Some(kept) = kept {
+            say(format_args!("the snapshots: {}", kept.display()))?;
+        }
+        removed.context("can't remove the snapshots")?;
+        story.close()
+    }
+
+    /// Says which guest runs, and why.
+    fn announce(&self) -> anyhow::Result<Kind> {
+        let ram = BinaryBytes(self.ram);
+        if let Some(kind) = self.guest {
+            say(format_args!("guest: {kind}, {ram} of RAM (as asked for)"))?;
+            return Ok(kind);
+        }
+        let (kind, why_not) = Kind::best();
+        let why = match why_not.as_slice() {
+            [] => "the best this machine can have".to_owned(),
+            reasons => format!("no better one: {}", reasons.join("; ")),
+        };
+        say(format_args!("guest: {kind}, {ram} of RAM ({why})"))?;
+        Ok(kind)
+    }
+}
+
+/// The size of a guest's RAM as given on the command line.
+fn ram_size(text: &str) -> Result<u64, String> {
+    let config = parse_size::Config::new().with_binary();
+    let size = config
+        .parse_size(text)
+        .map_err(|error| format!("{error}: write 256M or 4G"))?;
+    // The largest page of a machine that this runs on.
+    const MULTIPLE: u64 = 64 << 10;
+    if size < Layout::MIN_RAM {
+        return Err(format!(
+            "the ledger needs at least {}",
+            BinaryBytes(Layout::MIN_RAM)
+        ));
+    }
+    if !size.is_multiple_of(MULTIPLE) {
+        return Err(format!(
+            "{size} bytes are no multiple of {}",
+            BinaryBytes(MULTIPLE)
+        ));
+    }
+    if size > Layout::MAX_RAM {
+        return Err(format!(
+            "the demo's machine has at most {}",
+            BinaryBytes(Layout::MAX_RAM)
+        ));
+    }
+    Ok(size)
+}
+
+/// Steps that a guest works before anybody looks: for the progress bar, and for who wants to end.
+const SPELL: u64 = 1 << 12;
+
+/// What to do, to which guest.
+struct Plan<'a> {
+    kind: Kind,
+    layout: Layout,
+    rounds: u64,
+    steps: u64,
+    dir: &'a Path,
+}
+
+/// What was done, and found.
+struct Story {
+    table: Vec<Snapshot>,
+    picture: Picture,
+    proof: Proof,
+    pages: u64,
+    ram: u64,
+}
+
+impl Plan<'_> {
+    /// The whole demo. `tamper` may spoil the files before they are restored: the tests see to it
+    /// that the proof then fails.
+    fn carry_out(
+        &self,
+        progress: &Progress,
+        tamper: impl FnOnce(&mut Files) -> anyhow::Result<()>,
+    ) -> anyhow::Result<Story> {
+        let mut original = self.kind.create(self.layout)?;
+        original.boot()?;
+        // Before the first snapshot, enough work to have written a good part of the RAM.
+        self.work(
+            &mut *original,
+            self.steps.max(self.layout.pages / 2),
+            progress,
+            "the guest boots and works",
+        )?;
+        let tracker = original.track()?;
+        let page_size = tracker.dirty().page_size();
+
+        let mut snapshots = Snapshots::new(
+            tracker,
+            self.dir,
+            Picture::new(self.layout.ram, original.gap()),
+            progress,
+        );
+        snapshots.full(&mut *original, self.steps.div_ceil(16))?;
+        for round in 1..=self.rounds {
+            self.work(
+                &mut *original,
+                self.steps,
+                progress,
+                &format!("round {round} of {}", self.rounds),
+            )?;
+            snapshots.diff(&mut *original, round)?;
+        }
+        snapshots.settle()?;
+        tamper(&mut snapshots.files)?;
+
+        let mut restored = self.kind.create(self.layout)?;
+        snapshots
+            .files
+            .restore(&mut *restored, page_size, progress)?;
+        let different = verify::compare(&original.ram(), &restored.ram(), self.layout, progress)?;
+        let mut proof = verify::go_on(&mut *original, &mut *restored, self.layout, progress)?;
+        proof.mismatches.splice(0..0, different);
+        Ok(Story {
+            table: snapshots.table,
+            picture: snapshots.picture,
+            proof,
+            pages: self.layout.pages,
+            ram: self.layout.ram,
+        })
+    }
+
+    /// Has the guest work for `steps` steps.
+    fn work(
+        &self,
+        guest: &mut dyn Guest,
+        steps: u64,
+        progress: &Progress,
+        phase: &str,
+    ) -> anyhow::Result<()> {
+        let start = guest.steps();
+        progress.phase(phase, steps);
+        while guest.steps() < start + steps {
+            guest.work_until((guest.steps() + SPELL).min(start + steps))?;
+            progress.at(guest.steps() - start)?;
+        }
+        Ok(())
+    }
+}
+
+impl Story {
+    /// The closing line: what was compared and equal, or an error that says what was not.
+    fn close(self) -> anyhow::Result<()> {
+        let Proof {
+            mismatches,
+            steps,
+            digest,
+        } = self.proof;
+        if !mismatches.is_empty() {
+            bail!("not verified: {}", mismatches.join("; "));
+        }
+        say(format_args!(
+            "verified: {} of RAM restored from {} files equal the original's, byte for byte; after {} more steps both guests find all {} pages of their ledgers whole and reach the digest {digest:#018x}, as does the ledger computed without a guest",
+            BinaryBytes(self.ram),
+            self.table.len(),
+            HumanCount(steps),
+            HumanCount(self.pages),
+        ))?;
+        Ok(())
+    }
+}

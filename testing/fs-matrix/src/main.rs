@@ -1,0 +1,254 @@
+//! Runs named checks of the library on file systems that are mounted for real, and reports what
+//! holds.
+//!
+//! This machine's kernel mounts some of them, Debian's kernel in QEMU the others; where there is a
+//! disk, the power is cut in a commit loop. Mutants of the library show that the checks can fail.
+//!
+//! Run it by `cargo xtask fs-matrix`, as root. In the guests this program itself runs the checks.
+
+mod checks;
+mod finding;
+mod fixture;
+#[cfg(target_os = "linux")]
+mod guest;
+mod kind;
+mod mounts;
+#[cfg(target_os = "linux")]
+mod nfs;
+#[cfg(target_os = "linux")]
+mod power;
+#[cfg(target_os = "linux")]
+mod proxy;
+mod report;
+mod run;
+mod trace;
+mod worker;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Instant;
+
+use anyhow::bail;
+use clap::Parser;
+use harness::interrupt::Interrupt;
+use harness::packages::Install;
+use scenarios::child::Child;
+use scenarios::target::Mutant;
+use xshell::Shell;
+
+use kind::{Kind, Place};
+use report::Report;
+use run::{Job, Run};
+use worker::Worker;
+
+/// Mount each file system for real, run the library on it, and say what holds
+///
+/// On Linux, as root: ext4, XFS, btrfs and tmpfs by this machine's kernel; APFS, HFS+, exFAT, NFS
+/// v3 and NFS v4.2 by Debian's kernel in QEMU. On macOS: APFS, HFS+, exFAT in disk images, and NFS
+/// v3. Exit code 0 says that no promise of the library is broken anywhere.
+#[derive(Parser)]
+#[command(name = "cargo xtask fs-matrix", bin_name = "cargo xtask fs-matrix")]
+#[command(args_conflicts_with_subcommands = true)]
+struct FsMatrix {
+    /// Only these mounts, comma-separated
+    #[arg(long, value_enum, value_delimiter = ',', value_name = "MOUNT")]
+    only: Vec<Kind>,
+    /// List the mounts and the checks, and do nothing
+    #[arg(long)]
+    list: bool,
+    /// Keep the disk images and logs under target/fs-matrix/run
+    #[arg(long)]
+    keep: bool,
+    /// Write all findings to this file
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+    /// Write the tables to this file
+    #[arg(long, value_name = "FILE")]
+    markdown: Option<PathBuf>,
+    /// Check a directory that is mounted already, under this label; again for more. Only these,
+    /// unless --only names others
+    #[arg(long = "mount", value_name = "LABEL=PATH", value_parser = labelled)]
+    mounts: Vec<(String, PathBuf)>,
+    /// Only the checks of these names
+    #[arg(long, value_name = "NAME")]
+    check: Vec<String>,
+    #[command(flatten)]
+    install: Install,
+    /// How often the power is lost (Linux); 0 for not at all
+    #[arg(long, default_value_t = 20)]
+    cuts: u32,
+    /// Leave out checks that take a minute on a file system in a guest, and give guests one CPU
+    #[arg(long)]
+    quick: bool,
+    /// Check a deliberately broken library instead: shows that the checks can fail
+    #[arg(long, value_enum, hide = true)]
+    mutant: Option<Mutant>,
+    #[command(subcommand)]
+    part: Option<Part>,
+}
+
+/// What this program does as a child of itself.
+#[derive(clap::Subcommand)]
+enum Part {
+    #[command(hide = true)]
+    Worker(Worker),
+    #[command(hide = true)]
+    Writer(Child),
+    #[cfg(target_os = "linux")]
+    #[command(hide = true)]
+    Guest(guest::in_guest::Guest),
+    #[cfg(target_os = "linux")]
+    #[command(hide = true)]
+    Power(power::in_guest::Power),
+}
+
+fn labelled(text: &str) -> Result<(String, PathBuf), String> {
+    match text.split_once('=') {
+        Some((label, path)) if !label.is_empty() && !path.is_empty() => {
+            Ok((label.into(), path.into()))
+        }
+        _ => Err("write LABEL=PATH".into()),
+    }
+}
+
+fn main() -> ExitCode {
+    let matrix = FsMatrix::parse();
+    harness::run(|sh| matrix.run(sh))
+}
+
+impl FsMatrix {
+    fn run(self, sh: &Shell) -> anyhow::Result<()> {
+        match self.part {
+            Some(Part::Worker(worker)) => return worker.run(),
+            Some(Part::Writer(writer)) => return writer.run(),
+            #[cfg(target_os = "linux")]
+            Some(Part::Guest(guest)) => return guest.run(),
+            #[cfg(target_os = "linux")]
+            Some(Part::Power(power)) => return power.run(),
+            None => {}
+        }
+        if self.list {
+            list();
+            return Ok(());
+        }
+        let start = Instant::now();
+        let interrupt = Interrupt::catch()?;
+        let jobs = self.jobs()?;
+        let here = |job: &Job| matches!(job, Job::Here(kind) if kind.place() == Place::Here);
+        if jobs.iter().any(here) {
+            self.install.ensure(sh, mounts::PACKAGES, "fs-matrix")?;
+            #[cfg(target_os = "linux")]
+            harness::namespace::keep_private()?;
+        }
+        let run = Run::new(
+            &self,
+            interrupt,
+            #[cfg(target_os = "linux")]
+            self.kit(sh, &jobs)?,
+        );
+        let mounts = run.all(jobs)?;
+        let report = Report {
+            mounts,
+            seconds: start.elapsed().as_secs(),
+        };
+        self.conclude(&report)
+    }
+
+    fn jobs(&self) -> anyhow::Result<Vec<Job>> {
+        let kinds: Vec<Kind> = match (self.only.as_slice(), self.mounts.as_slice()) {
+            ([], []) => Kind::here().collect(),
+            (only, _) => only.to_vec(),
+        };
+        if let Some(kind) = kinds.iter().find(|kind| kind.place() == Place::Nowhere) {
+            bail!("{kind} can't be mounted on this system");
+        }
+        if !kinds.is_empty() && !nix::unistd::geteuid().is_root() {
+            bail!("mounting takes root: run as root, or check your own directories with --mount");
+        }
+        let users = self.mounts.iter().cloned();
+        let mut jobs = Vec::new();
+        #[cfg(target_os = "linux")]
+        jobs.extend(self.power_loss(&kinds));
+        jobs.extend(kinds.into_iter().map(Job::Here));
+        jobs.extend(users.map(|(label, path)| Job::User(label, path)));
+        Ok(jobs)
+    }
+
+    #[cfg(target_os = "linux")]
+    fn power_loss(&self, kinds: &[Kind]) -> Option<Job> {
+        let wanted = self.check.is_empty() || self.check.iter().any(|name| name == power::CHECK);
+        let kinds: Vec<_> = kinds
+            .iter()
+            .copied()
+            .filter(|kind| power::applies(*kind))
+            .collect();
+        (wanted && self.cuts > 0 && !kinds.is_empty()).then_some(Job::PowerLoss(kinds))
+    }
+
+    /// What guests are made of, where a job needs one.
+    #[cfg(target_os = "linux")]
+    fn kit(&self, sh: &Shell, jobs: &[Job]) -> anyhow::Result<Option<guest::Kit>> {
+        let in_guest = |job: &Job| match job {
+            Job::Here(kind) => kind.place() == Place::Guest,
+            Job::PowerLoss(_) => true,
+            Job::User(..) => false,
+        };
+        if !jobs.iter().any(in_guest) {
+            return Ok(None);
+        }
+        let missing = self.install.ensure(sh, guest::PACKAGES, "fs-matrix")?;
+        if let Some(package) = missing.first() {
+            bail!(
+                "guests need {}, which is in the package {}",
+                package.shows,
+                package.name
+            );
+        }
+        let dir = sh.current_dir().join("target/fs-matrix");
+        let say = |what: &str| eprintln!("{what}");
+        // The emulated CPUs of three guests would wait for each other on a machine with two.
+        let cpus = if self.quick { 1 } else { 2 };
+        guest::Kit::prepare(sh, &dir, cpus, self.install.allowed(), &say).map(Some)
+    }
+
+    /// Prints and saves, and fails where something is broken or was not checked.
+    fn conclude(&self, report: &Report) -> anyhow::Result<()> {
+        print!("{}", report.text());
+        println!("\n{} mounts in {} s", report.mounts.len(), report.seconds);
+        if let Some(path) = &self.json {
+            report.save_json(path)?;
+        }
+        if let Some(path) = &self.markdown {
+            report.save_markdown(path)?;
+        }
+        let unfinished = report.failed().count();
+        match report.broken() {
+            0 if unfinished == 0 => Ok(()),
+            broken => bail!("{broken} broken, {unfinished} mounts not checked to the end"),
+        }
+    }
+}
+
+fn list() {
+    println!("mounts:");
+    for kind in Kind::here() {
+        let place = match kind.place() {
+            Place::Guest => "by Debian's kernel in QEMU",
+            _ => "by this machine's kernel",
+        };
+        println!("  {:10} {kind}, {place}", kind.name());
+    }
+    println!("checks:");
+    for check in checks::everywhere() {
+        println!("  {:11} {}", check.family.name(), check.name);
+    }
+    for check in checks::with_server() {
+        println!("  {:11} {} (NFS)", check.family.name(), check.name);
+    }
+    #[cfg(target_os = "linux")]
+    println!(
+        "  {:11} {} (file systems on a disk)",
+        finding::Family::Power.name(),
+        power::CHECK
+    );
+}

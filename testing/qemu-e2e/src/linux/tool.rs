@@ -1,0 +1,100 @@
+//! The one place where snapshots are taken, checked and restored: by the command-line tool, as an
+//! operator would.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, bail};
+use xshell::{Shell, cmd};
+
+/// The guest's page, and the memory files', in bytes.
+pub(super) const PAGE: u64 = 4096;
+
+pub(super) const LAYOUTS: [&str; 3] = ["raw", "sealed", "packed"];
+
+/// `memsnap`, built.
+#[derive(Clone, Debug)]
+pub(super) struct Memsnap(PathBuf);
+
+impl Memsnap {
+    pub(super) fn build(sh: &Shell) -> anyhow::Result<Self> {
+        let features = harness::FEATURES;
+        cmd!(
+            sh,
+            "cargo build --quiet --locked --bin memsnap --features {features}"
+        )
+        .quiet()
+        .run()?;
+        let target = sh.var_os("CARGO_TARGET_DIR").unwrap_or("target".into());
+        Ok(Self(sh.current_dir().join(target).join("debug/memsnap")))
+    }
+}
+
+/// Snapshots of the RAM of a guest that is paused, in one layout.
+#[derive(Clone, Debug)]
+pub(super) struct Tool {
+    pub memsnap: Memsnap,
+    pub layout: &'static str,
+}
+
+impl Tool {
+    /// Writes all of the file `ram` to `out`.
+    pub(super) fn full(&self, ram: &Path, out: &Path) -> anyhow::Result<()> {
+        let mut command = self.command("full");
+        command.arg(ram).arg("-o").arg(out);
+        run(command.args(["--layout", self.layout]))
+    }
+
+    /// Writes to `out` what in the file `ram` is not as it was at the end of `chain`.
+    pub(super) fn diff(&self, chain: &[&Path], ram: &Path, out: &Path) -> anyhow::Result<()> {
+        let mut command = self.reading("diff");
+        command.args(chain).arg("--ram").arg(ram).arg("-o").arg(out);
+        run(command.args(["--layout", self.layout]))
+    }
+
+    /// Whether the images are whole and follow each other, as far as this layout can tell.
+    pub(super) fn verify(&self, chain: &[&Path]) -> anyhow::Result<()> {
+        let mut command = self.reading("verify");
+        command.args(chain);
+        if self.layout == "raw" {
+            command.arg("--allow-raw");
+        }
+        run(&mut command)
+    }
+
+    /// Writes `chain` as one full image to `out`.
+    pub(super) fn merge(&self, chain: &[&Path], out: &Path) -> anyhow::Result<()> {
+        let mut command = self.reading("merge");
+        run(command.args(chain).arg("-o").arg(out))
+    }
+
+    /// Makes the file `ram` out of a full image.
+    pub(super) fn restore(&self, image: &Path, ram: &Path) -> anyhow::Result<()> {
+        let mut command = self.reading("restore");
+        run(command.arg(image).arg("-o").arg(ram))
+    }
+
+    /// A verb that reads images of this layout. Raw ones don't say that they are.
+    fn reading(&self, verb: &str) -> Command {
+        let mut command = self.command(verb);
+        if self.layout == "raw" {
+            command.args(["--format", "raw"]);
+        }
+        command
+    }
+
+    fn command(&self, verb: &str) -> Command {
+        let mut command = Command::new(&self.memsnap.0);
+        command.args([verb, "--quiet"]);
+        command
+    }
+}
+
+fn run(command: &mut Command) -> anyhow::Result<()> {
+    let output = command.output().context("can't run memsnap")?;
+    if output.status.success() {
+        return Ok(());
+    }
+    let said = String::from_utf8_lossy(&output.stderr);
+    bail!("{command:?} ended with {}: {}", output.status, said.trim())
+}

@@ -1,0 +1,208 @@
+//! That a second QEMU goes on where the first one stopped, and that a snapshot that is not right
+//! would not pass for one that is.
+
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, bail};
+
+use super::console::{Fault, Place};
+use super::guest::{PATIENCE, Room};
+use super::tool::{LAYOUTS, PAGE, Tool};
+use super::{Chain, name, paths, seconds};
+
+/// Rounds that a restored guest must work.
+const AFTER: u64 = 8;
+
+/// A guest without its last diff counts as dead once it is silent for so many times what [`AFTER`]
+/// rounds of the right one took.
+const DEAD: u32 = 2;
+
+/// A guest that was killed, and all that is left of it.
+pub(super) struct Proof<'a> {
+    pub room: &'a Room<'a>,
+    /// In each layout.
+    pub chains: [Chain; LAYOUTS.len()],
+    /// The devices as the last snapshot has them.
+    pub devices: String,
+    pub place: Place,
+}
+
+impl Proof<'_> {
+    pub(super) fn carry_out(&self) -> anyhow::Result<()> {
+        let mut slowest = Duration::ZERO;
+        for chain in &self.chains {
+            slowest = slowest.max(self.restored_guest_goes_on(chain)?);
+        }
+        let newest = self.chains.last().context("there are layouts")?;
+        self.spoilt_page_is_found(newest)?;
+        self.missing_diff_is_found(newest, slowest * DEAD)
+    }
+
+    /// How long the restored guest took to come up and to work.
+    fn restored_guest_goes_on(&self, Chain { tool, files }: &Chain) -> anyhow::Result<Duration> {
+        let (chain, layout) = (paths(files), tool.layout);
+        let start = Instant::now();
+        tool.verify(&chain)?;
+        let name = format!("restored-{layout}");
+        let ram = self.restore(&name, tool, &chain)?;
+        if let Some(page) = first_difference(&self.room.file("ram"), &ram)? {
+            bail!(
+                "not proven: page {page} of the restored RAM is not as the guest left it ({layout})"
+            );
+        }
+        println!(
+            "{layout}: {} files verified, merged and restored in {}: the RAM is as the guest left it, byte for byte",
+            chain.len(),
+            seconds(start.elapsed())
+        );
+        let start = Instant::now();
+        let last = self.goes_on(&name)?;
+        let took = start.elapsed();
+        let first = self.place.round + 1;
+        println!("{layout}: a second QEMU works rounds {first} to {last}, all files ok");
+        fs::remove_file(ram)?;
+        Ok(took)
+    }
+
+    /// Merges `chain` and makes a RAM file of it.
+    fn restore(&self, ram: &str, tool: &Tool, chain: &[&Path]) -> anyhow::Result<PathBuf> {
+        let image = self.room.file(&format!("{ram}.mem"));
+        tool.merge(chain, &image)?;
+        let ram = self.room.file(ram);
+        tool.restore(&image, &ram)?;
+        Ok(ram)
+    }
+
+    fn goes_on(&self, ram: &str) -> anyhow::Result<u64> {
+        let mut guest = self
+            .room
+            .bring_back(ram, &self.devices, self.place.clone())?;
+        guest.work(AFTER)
+    }
+
+    /// What is wrong with a guest that can't be right, each of whose rounds may take as long as
+    /// `within`.
+    fn fault(&self, ram: &str, within: Duration) -> anyhow::Result<Fault> {
+        let mut guest = self
+            .room
+            .bring_back(ram, &self.devices, self.place.clone())?;
+        match guest.watch(AFTER, within)? {
+            Err(fault) => Ok(fault),
+            Ok(_) => bail!("not proven: the guest with {ram} goes on all the same"),
+        }
+    }
+
+    fn spoilt_page_is_found(&self, Chain { tool, files }: &Chain) -> anyhow::Result<()> {
+        let ram = self.restore("spoilt", tool, &paths(files))?;
+        let page = spoil(&ram, self.place.round)?;
+        match self.fault("spoilt", PATIENCE)? {
+            fault @ Fault::Broken(_) => println!("page {page} spoilt: found out, {fault}"),
+            fault => bail!("not proven: page {page} of a file was spoilt, but {fault}"),
+        }
+        Ok(())
+    }
+
+    fn missing_diff_is_found(
+        &self,
+        Chain { tool, files }: &Chain,
+        dead: Duration,
+    ) -> anyhow::Result<()> {
+        let (_, older) = files.split_last().context("a chain has a last image")?;
+        self.restore("left-out", tool, &paths(older))?;
+        let fault = self.fault("left-out", dead)?;
+        println!("{} left out: found out, {fault}", name(older.len()));
+        Ok(())
+    }
+}
+
+/// Flips a byte of the page that begins the first file of `round`, and of what a move of that page
+/// may have left; returns the first.
+fn spoil(ram: &Path, round: u64) -> anyhow::Result<u64> {
+    let mark = format!("memsnap round {round} part 1\n");
+    let bytes = fs::read(ram)?;
+    let pages = (0..).zip(bytes.chunks(PAGE as usize));
+    let found: Vec<u64> = pages
+        .filter(|(_, bytes)| bytes.starts_with(mark.as_bytes()))
+        .map(|(page, _)| page)
+        .collect();
+    let file = File::options().write(true).open(ram)?;
+    for page in &found {
+        let at = page * PAGE + PAGE / 2;
+        file.write_all_at(&[bytes[at as usize] ^ 1], at)?;
+    }
+    let first = found.first().copied();
+    first.with_context(|| format!("no page of the guest's RAM begins with {mark:?}"))
+}
+
+/// The first page in which two files differ.
+fn first_difference(one: &Path, other: &Path) -> anyhow::Result<Option<u64>> {
+    let (one, other) = (fs::read(one)?, fs::read(other)?);
+    if one.len() != other.len() {
+        bail!("{} bytes of RAM became {}", one.len(), other.len());
+    }
+    let mut pages = one.chunks(PAGE as usize).zip(other.chunks(PAGE as usize));
+    Ok(pages
+        .position(|(one, other)| one != other)
+        .map(|page| page as u64))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// RAM of four pages, the third of which begins a file of round 7.
+    fn ram(dir: &Path) -> PathBuf {
+        let mut bytes = vec![0; 4 * PAGE as usize];
+        let mark = b"memsnap round 7 part 1\n";
+        bytes[2 * PAGE as usize..][..mark.len()].copy_from_slice(mark);
+        let path = dir.join("ram");
+        fs::write(&path, bytes).expect("a file");
+        path
+    }
+
+    #[test]
+    fn one_page_is_spoilt_and_is_the_first_difference() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let (ram, copy) = (ram(dir.path()), dir.path().join("copy"));
+        fs::copy(&ram, &copy).expect("a copy");
+        assert_eq!(first_difference(&ram, &copy).expect("two files"), None);
+        assert_eq!(spoil(&copy, 7).expect("a page"), 2);
+        assert_eq!(first_difference(&ram, &copy).expect("two files"), Some(2));
+    }
+
+    #[test]
+    fn a_page_that_was_moved_is_spoilt_where_it_was_and_where_it_is() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let ram = ram(dir.path());
+        let file = File::options().write(true).open(&ram).expect("a file");
+        file.write_all_at(b"memsnap round 7 part 1\n", 3 * PAGE)
+            .expect("a copy");
+        let before = fs::read(&ram).expect("a file");
+        assert_eq!(spoil(&ram, 7).expect("a page"), 2);
+        let after = fs::read(&ram).expect("a file");
+        let pages = before
+            .chunks(PAGE as usize)
+            .zip(after.chunks(PAGE as usize));
+        let differ: Vec<_> = pages.map(|(before, after)| before != after).collect();
+        assert_eq!(differ, [false, false, true, true]);
+    }
+
+    #[test]
+    fn nothing_is_spoilt_where_no_page_is_known_to_be_a_files() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let error = spoil(&ram(dir.path()), 70).expect_err("there is none");
+        assert!(error.to_string().starts_with("no page"), "{error}");
+    }
+
+    #[test]
+    fn ram_of_another_size_is_an_error() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let (ram, short) = (ram(dir.path()), dir.path().join("short"));
+        fs::write(&short, [0; PAGE as usize]).expect("a file");
+        let error = first_difference(&ram, &short).expect_err("it is shorter");
+        assert_eq!(error.to_string(), "16384 bytes of RAM became 4096");
+    }
+}

@@ -1,0 +1,431 @@
+//! The system calls that a scenario makes, and how each can fail: what its manual page says, and
+//! what disks and NFS are known to add.
+
+use nix::errno::Errno::{self, *};
+use nix::libc::{self, c_long};
+
+/// Calls that fail alike.
+#[derive(Debug)]
+pub(super) struct Kind {
+    pub name: &'static str,
+    number: c_long,
+    /// Which calls of that number.
+    of: Of,
+    /// What it fails with when it has done nothing.
+    pub errors: &'static [Errno],
+    /// What it fails with when it has done all, and the answer was lost. Over NFS the client then
+    /// asks again, and is told that a file that it moved is not there, or that one which it made is
+    /// there already; on a soft mount it gives up.
+    pub lost: &'static [Errno],
+    /// Whether it may do a part of what it was asked for: its third argument is how many bytes.
+    pub short: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Of {
+    All,
+    /// `openat` that may create the file.
+    Creating,
+    /// `mmap` of a file.
+    File,
+    /// `fcntl` that asks for a lease.
+    Lease,
+    /// `fcntl` that makes another descriptor.
+    Duplicate,
+    /// `renameat2` with flags.
+    Flags,
+}
+
+/// Every file system may find its disk unreadable, and NFS the file or the server gone.
+const LOOKING: &[Errno] = &[EIO, ESTALE];
+/// What takes room.
+const ROOM: &[Errno] = &[EIO, ENOSPC, EDQUOT, EINTR, ESTALE];
+
+const fn kind(name: &'static str, number: c_long, errors: &'static [Errno]) -> Kind {
+    Kind {
+        name,
+        number,
+        of: Of::All,
+        errors,
+        lost: &[],
+        short: false,
+    }
+}
+
+/// Of calls with the same number the first that fits.
+pub(super) static KINDS: &[Kind] = &[
+    Kind {
+        of: Of::Creating,
+        // An NFS server has made it, and says so the second time.
+        lost: &[EEXIST, EIO],
+        ..kind(
+            "creat",
+            libc::SYS_openat,
+            &[EIO, ENOSPC, EDQUOT, EINTR, ESTALE, EMFILE, ENFILE, EROFS],
+        )
+    },
+    kind(
+        "openat",
+        libc::SYS_openat,
+        &[EIO, EINTR, ESTALE, EMFILE, ENFILE, ENOMEM],
+    ),
+    // The descriptor is gone whatever it says: NFS tells of writes that failed. That it were not
+    // gone can't be.
+    Kind {
+        lost: &[EIO, EINTR, ENOSPC, EDQUOT],
+        ..kind("close", libc::SYS_close, &[])
+    },
+    kind("fstat", libc::SYS_fstat, LOOKING),
+    kind("newfstatat", libc::SYS_newfstatat, LOOKING),
+    kind("statx", libc::SYS_statx, LOOKING),
+    kind("fstatfs", libc::SYS_fstatfs, &[EIO, ESTALE, EINTR, ENOSYS]),
+    kind("readlinkat", libc::SYS_readlinkat, LOOKING),
+    kind("readlink", libc::SYS_readlink, LOOKING),
+    kind("getdents64", libc::SYS_getdents64, LOOKING),
+    kind("fgetxattr", libc::SYS_fgetxattr, &[EIO, ESTALE, EOPNOTSUPP]),
+    kind(
+        "flistxattr",
+        libc::SYS_flistxattr,
+        &[EIO, ESTALE, EOPNOTSUPP, ERANGE],
+    ),
+    kind("lseek", libc::SYS_lseek, &[EIO, ESTALE, EINVAL]),
+    Kind {
+        short: true,
+        ..kind("read", libc::SYS_read, &[EIO, EINTR, EAGAIN, ESTALE])
+    },
+    Kind {
+        short: true,
+        ..kind("pread64", libc::SYS_pread64, &[EIO, EINTR, EAGAIN, ESTALE])
+    },
+    Kind {
+        lost: &[EIO],
+        short: true,
+        ..kind(
+            "write",
+            libc::SYS_write,
+            &[EIO, ENOSPC, EDQUOT, EINTR, EAGAIN, ESTALE, EFBIG],
+        )
+    },
+    Kind {
+        lost: &[EIO],
+        short: true,
+        ..kind(
+            "pwrite64",
+            libc::SYS_pwrite64,
+            &[EIO, ENOSPC, EDQUOT, EINTR, EAGAIN, ESTALE, EFBIG],
+        )
+    },
+    Kind {
+        lost: &[EIO, EINTR],
+        ..kind("fsync", libc::SYS_fsync, ROOM)
+    },
+    Kind {
+        lost: &[EIO, EINTR],
+        ..kind("fdatasync", libc::SYS_fdatasync, ROOM)
+    },
+    Kind {
+        lost: &[EIO, EINTR],
+        ..kind(
+            "ftruncate",
+            libc::SYS_ftruncate,
+            &[EIO, ENOSPC, EDQUOT, EINTR, ESTALE, EFBIG],
+        )
+    },
+    Kind {
+        lost: &[EIO, EINTR],
+        ..kind(
+            "fallocate",
+            libc::SYS_fallocate,
+            &[EIO, ENOSPC, EDQUOT, EINTR, ESTALE, EFBIG, EOPNOTSUPP],
+        )
+    },
+    kind("fchmod", libc::SYS_fchmod, &[EIO, ESTALE, EPERM, EROFS]),
+    Kind {
+        of: Of::Flags,
+        lost: &[ENOENT, EEXIST, EIO, EINTR, ESTALE],
+        // The last two: no such call, no such flag. Then there are other ways.
+        ..kind(
+            "renameat2",
+            libc::SYS_renameat2,
+            &[EIO, ENOSPC, EDQUOT, EINTR, ESTALE, EINVAL, ENOSYS],
+        )
+    },
+    Kind {
+        lost: &[ENOENT, EIO, EINTR, ESTALE],
+        ..kind("renameat", libc::SYS_renameat, ROOM)
+    },
+    Kind {
+        lost: &[ENOENT, EIO, EINTR, ESTALE],
+        ..kind("rename", libc::SYS_rename, ROOM)
+    },
+    Kind {
+        lost: &[EEXIST, EIO, EINTR, ESTALE],
+        ..kind(
+            "linkat",
+            libc::SYS_linkat,
+            &[EIO, ENOSPC, EDQUOT, EINTR, ESTALE, EMLINK, EPERM],
+        )
+    },
+    Kind {
+        lost: &[ENOENT, EIO, EINTR],
+        ..kind(
+            "unlinkat",
+            libc::SYS_unlinkat,
+            &[EIO, ENOSPC, EDQUOT, EINTR, ESTALE, EBUSY],
+        )
+    },
+    Kind {
+        lost: &[ENOENT, EIO, EINTR],
+        ..kind(
+            "unlink",
+            libc::SYS_unlink,
+            &[EIO, ENOSPC, EDQUOT, EINTR, ESTALE, EBUSY],
+        )
+    },
+    // EWOULDBLOCK would say of another process what is not so.
+    kind("flock", libc::SYS_flock, &[EIO, EINTR, ENOLCK, EOPNOTSUPP]),
+    Kind {
+        of: Of::Lease,
+        // EAGAIN: another process has the file open.
+        ..kind("lease", libc::SYS_fcntl, &[EAGAIN, EINTR, EINVAL, ENOMEM])
+    },
+    Kind {
+        of: Of::Duplicate,
+        ..kind("dup", libc::SYS_fcntl, &[EMFILE])
+    },
+    kind(
+        "ioctl",
+        libc::SYS_ioctl,
+        &[EIO, ENOSPC, EDQUOT, EINTR, ESTALE, EOPNOTSUPP],
+    ),
+    // ENOSYS, of kernels before 3.17, makes the standard library keep a descriptor of /dev/urandom.
+    kind("getrandom", libc::SYS_getrandom, &[EINTR, EAGAIN]),
+    Kind {
+        of: Of::File,
+        ..kind("mmap", libc::SYS_mmap, &[ENOMEM, EAGAIN, ENODEV])
+    },
+    // A container's filter, a limit, a kernel without it.
+    kind(
+        "io_uring_setup",
+        libc::SYS_io_uring_setup,
+        &[ENOSYS, EPERM, ENOMEM, EMFILE],
+    ),
+    kind(
+        "io_uring_enter",
+        libc::SYS_io_uring_enter,
+        &[EINTR, EAGAIN, EBUSY],
+    ),
+    // No call, but it fails like one: a write that was handed to the kernel by io_uring.
+    Kind {
+        lost: &[EIO],
+        short: true,
+        ..kind(
+            "completion",
+            -1,
+            &[
+                EIO, ENOSPC, EDQUOT, EINTR, EAGAIN, ESTALE, EFBIG, ECANCELED, EINVAL, EOPNOTSUPP,
+            ],
+        )
+    },
+    kind("clone3", libc::SYS_clone3, &[EAGAIN, ENOMEM]),
+];
+
+/// Calls that reach no file, so that no fault of theirs is one of storage.
+pub(super) const LEFT_OUT: &[(&str, c_long, &str)] = &[
+    (
+        "mmap",
+        libc::SYS_mmap,
+        "memory: where it ends, Rust ends the process",
+    ),
+    (
+        "munmap",
+        libc::SYS_munmap,
+        "fails only for part of a mapping",
+    ),
+    ("mremap", libc::SYS_mremap, "memory"),
+    ("mprotect", libc::SYS_mprotect, "memory"),
+    ("madvise", libc::SYS_madvise, "advice"),
+    ("brk", libc::SYS_brk, "memory"),
+    ("futex", libc::SYS_futex, "threads wait"),
+    ("sched_yield", libc::SYS_sched_yield, "threads wait"),
+    ("clock_nanosleep", libc::SYS_clock_nanosleep, "threads wait"),
+    ("poll", libc::SYS_poll, "waits for random numbers"),
+    ("fcntl", libc::SYS_fcntl, "a descriptor's flags"),
+    (
+        "setfsuid",
+        libc::SYS_setfsuid,
+        "asks whose files are created",
+    ),
+    ("restart_syscall", libc::SYS_restart_syscall, "threads wait"),
+    ("rseq", libc::SYS_rseq, "a thread starts"),
+    (
+        "set_robust_list",
+        libc::SYS_set_robust_list,
+        "a thread starts",
+    ),
+    ("sigaltstack", libc::SYS_sigaltstack, "a thread starts"),
+    (
+        "rt_sigprocmask",
+        libc::SYS_rt_sigprocmask,
+        "a thread starts",
+    ),
+    ("prctl", libc::SYS_prctl, "a thread starts: its name"),
+    ("exit", libc::SYS_exit, "a thread ends"),
+    ("gettid", libc::SYS_gettid, "about the process itself"),
+    ("getpid", libc::SYS_getpid, "about the process itself"),
+    ("geteuid", libc::SYS_geteuid, "about the process itself"),
+    ("getegid", libc::SYS_getegid, "about the process itself"),
+    (
+        "rt_sigaction",
+        libc::SYS_rt_sigaction,
+        "a signal is handled",
+    ),
+    (
+        "rt_sigreturn",
+        libc::SYS_rt_sigreturn,
+        "a signal was handled",
+    ),
+    ("prlimit64", libc::SYS_prlimit64, "about the process itself"),
+    (
+        "sched_getaffinity",
+        libc::SYS_sched_getaffinity,
+        "about the process itself",
+    ),
+    ("tgkill", libc::SYS_tgkill, "marks of this program"),
+    ("kill", libc::SYS_kill, "marks of this program"),
+    ("exit_group", libc::SYS_exit_group, "the process ends"),
+];
+
+/// What a call is.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Class {
+    Fails(&'static Kind),
+    LeftOut,
+    /// It is in no list.
+    Unknown,
+}
+
+impl Class {
+    pub(super) fn of(number: c_long, arguments: [u64; 6]) -> Self {
+        let fits = |kind: &&Kind| kind.number == number && kind.of.fits(arguments);
+        if let Some(kind) = KINDS.iter().find(fits) {
+            return Self::Fails(kind);
+        }
+        match LEFT_OUT.iter().any(|(_, left_out, _)| *left_out == number) {
+            true => Self::LeftOut,
+            false => Self::Unknown,
+        }
+    }
+}
+
+impl Of {
+    fn fits(self, arguments: [u64; 6]) -> bool {
+        match self {
+            Self::All => true,
+            Self::Creating => arguments[2] as libc::c_int & libc::O_CREAT != 0,
+            Self::Lease => arguments[1] as libc::c_int == libc::F_SETLEASE,
+            Self::Duplicate => arguments[1] as libc::c_int == libc::F_DUPFD_CLOEXEC,
+            Self::File => arguments[4] as libc::c_int >= 0,
+            Self::Flags => arguments[4] != 0,
+        }
+    }
+}
+
+impl Kind {
+    pub(super) fn named(name: &str) -> Option<&'static Self> {
+        KINDS.iter().find(|kind| kind.name == name)
+    }
+
+    pub(super) fn removes(&self) -> bool {
+        [libc::SYS_unlink, libc::SYS_unlinkat].contains(&self.number)
+    }
+
+    /// A sync that fails may have lost what was written: success must not be reported then.
+    pub(super) fn is_sync(&self) -> bool {
+        [libc::SYS_fsync, libc::SYS_fdatasync].contains(&self.number)
+    }
+}
+
+/// Of all that are in the table.
+pub(super) fn errno(name: &str) -> Option<Errno> {
+    let all = KINDS
+        .iter()
+        .flat_map(|kind| kind.errors.iter().chain(kind.lost));
+    all.copied().find(|errno| format!("{errno:?}") == name)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn name(number: c_long, arguments: [u64; 6]) -> Option<&'static str> {
+        match Class::of(number, arguments) {
+            Class::Fails(kind) => Some(kind.name),
+            _ => None,
+        }
+    }
+
+    #[test]
+    fn calls_of_one_number_are_told_apart_by_what_they_are_asked_for() {
+        let open = |flags: libc::c_int| name(libc::SYS_openat, [0, 0, flags as u64, 0, 0, 0]);
+        assert_eq!(open(libc::O_RDONLY), Some("openat"));
+        assert_eq!(
+            open(libc::O_RDWR | libc::O_CREAT | libc::O_EXCL),
+            Some("creat")
+        );
+        let mmap = |fd: i32| name(libc::SYS_mmap, [0, 0, 0, 0, fd as u32 as u64, 0]);
+        assert_eq!((mmap(3), mmap(-1)), (Some("mmap"), None));
+        assert!(matches!(
+            Class::of(libc::SYS_mmap, [0, 0, 0, 0, u64::MAX, 0]),
+            Class::LeftOut
+        ));
+        assert!(matches!(
+            Class::of(libc::SYS_reboot, [0; 6]),
+            Class::Unknown
+        ));
+    }
+
+    #[test]
+    fn every_name_means_one_kind_and_every_error_can_be_given_by_name() {
+        for kind in KINDS {
+            assert!(
+                std::ptr::eq(Kind::named(kind.name).expect("a kind"), kind),
+                "{}",
+                kind.name
+            );
+            assert!(
+                !kind.errors.is_empty() || !kind.lost.is_empty(),
+                "{}",
+                kind.name
+            );
+            for error in kind.errors.iter().chain(kind.lost) {
+                assert_eq!(errno(&format!("{error:?}")), Some(*error));
+            }
+        }
+        assert_eq!(errno("ECHILD"), None);
+    }
+
+    #[test]
+    fn what_disks_are_feared_for_is_asked_of_every_call_that_changes_something() {
+        for name in [
+            "creat",
+            "write",
+            "pwrite64",
+            "fsync",
+            "ftruncate",
+            "renameat",
+            "linkat",
+        ] {
+            let errors = Kind::named(name).expect("a kind").errors;
+            for error in [EIO, ENOSPC, EDQUOT, EINTR, ESTALE] {
+                assert!(errors.contains(&error), "{name}: {error:?}");
+            }
+        }
+        for name in ["renameat", "renameat2", "unlinkat"] {
+            assert!(
+                Kind::named(name).expect("a kind").lost.contains(&ENOENT),
+                "{name}"
+            );
+        }
+    }
+}

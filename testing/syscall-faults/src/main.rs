@@ -1,0 +1,24 @@
+//! Makes every system call and io_uring completion of a scenario go wrong, in each way it can.
+//!
+//! The program carries out the scenarios of [`scenarios`], and some more, in a child process that
+//! it traces, once for each call and each injected fault. It compares what the library returned
+//! with what is on disk, what the dirty bitmap holds, and what the process has open. Mutants show
+//! that it finds what it looks for.
+//!
+//! Run it by `cargo xtask faults`, on Linux on x86-64.
+
+#[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+mod linux;
+
+use std::process::ExitCode;
+
+#[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+fn main() -> ExitCode {
+    linux::main()
+}
+
+#[cfg(not(all(target_os = "linux", target_arch = "x86_64")))]
+fn main() -> ExitCode {
+    eprintln!("error: syscall-faults runs on Linux on x86-64 only");
+    ExitCode::FAILURE
+}

@@ -1,0 +1,316 @@
+//! `cargo xtask sanitize`: the tests once more, with every access to memory watched.
+
+mod skipped;
+
+use std::time::Instant;
+
+use anyhow::{bail, ensure};
+use clap::ValueEnum;
+use harness::packages::{Install, Package};
+use harness::record::Record;
+use test_machine::not_run;
+use xshell::{Cmd, PushEnv, Shell, cmd};
+
+use crate::debian_rust;
+use skipped::{LEFT_OUT, SKIPPED};
+
+/// What names the functions of a report, and the sanitizer's own library with a linker that knows
+/// it.
+const PACKAGES: [Package; 3] = [
+    Package::new("llvm-22", "llvm-symbolizer-22"),
+    Package::new("clang-22", "clang-22"),
+    Package::new(
+        "libclang-rt-22-dev",
+        "/usr/lib/llvm-22/lib/clang/22/lib/linux/libclang_rt.tsan-x86_64.a",
+    ),
+];
+
+const SYMBOLIZER: &str = "/usr/bin/llvm-symbolizer-22";
+
+/// For a target that is named, flags don't reach build scripts and macros, which run without the
+/// sanitizer.
+const TARGET: &str = "x86_64-unknown-linux-gnu";
+
+/// Everything that a crate tests.
+const ALL: &[&str] = &["--lib", "--tests"];
+
+/// The crates whose tests are run, and which of them: [`LEFT_OUT`] says why not all.
+const CRATES: [(&str, &[&str]); 8] = [
+    (
+        "atomic-file",
+        &[
+            "--lib",
+            "--test",
+            "group",
+            "--test",
+            "recycling",
+            "--test",
+            "replace",
+        ],
+    ),
+    ("dirty-bitmap", ALL),
+    ("sparse-file", ALL),
+    ("memory-writer", ALL),
+    (
+        "page-reader",
+        &[
+            "--lib",
+            "--test",
+            "concurrent_writer",
+            "--test",
+            "conformance",
+            "--test",
+            "layout",
+        ],
+    ),
+    ("image-format", ALL),
+    ("memory-image", ALL),
+    ("hvf-backend", &["--lib", "--test", "exits"]),
+];
+
+/// Returns the names of the crates whose tests are run.
+pub(crate) fn crates() -> [&'static str; 8] {
+    CRATES.map(|(name, _)| name)
+}
+
+/// Run the tests with every access to memory watched: data races, use after free, out of bounds
+///
+/// Builds the crates with ThreadSanitizer (and the standard library, whose locks it must see) or
+/// AddressSanitizer, and runs their tests. First it shows that mistakes made on purpose are found.
+/// What a sanitizer can't follow is not run, and said with the reason. Linux on x86-64.
+///
+/// It takes Debian's packages of a Rust toolchain with the standard library's source, and of clang
+/// and LLVM, which it installs as root.
+#[derive(clap::Args)]
+pub(crate) struct Sanitize {
+    #[command(flatten)]
+    install: Install,
+    #[command(flatten)]
+    record: Record,
+    /// Only this one
+    #[arg(value_enum)]
+    sanitizer: Option<Sanitizer>,
+    /// Only the tests of these crates, comma-separated
+    #[arg(long, value_delimiter = ',', value_name = "CRATE", value_parser = crates())]
+    only: Vec<String>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Sanitizer {
+    /// Data races
+    Thread,
+    /// Use after free, out of bounds
+    Address,
+}
+
+/// What is made on purpose, and what the sanitizer calls it.
+struct Planted {
+    mistake: &'static str,
+    found_as: &'static str,
+}
+
+/// What the tests of a crate came to.
+#[derive(Default)]
+struct Sum {
+    tests: u64,
+    reports: usize,
+}
+
+impl Sanitize {
+    pub(crate) fn run(self, sh: &Shell) -> anyhow::Result<()> {
+        let mut missing = self
+            .install
+            .ensure(sh, &debian_rust::PACKAGES, "sanitize")?;
+        missing.extend(self.install.ensure(sh, &PACKAGES, "sanitize")?);
+        ensure!(missing.is_empty(), "nothing can be built with a sanitizer");
+        for (what, why) in LEFT_OUT {
+            not_run(what, why);
+        }
+        let all = [Sanitizer::Thread, Sanitizer::Address];
+        let mut closing = Vec::new();
+        for sanitizer in all {
+            if self.sanitizer.is_none_or(|only| only == sanitizer) {
+                closing.push(self.run_with(sh, sanitizer)?);
+            }
+        }
+        let of = match self.only.as_slice() {
+            [] => "all of it".into(),
+            crates => crates.join(", "),
+        };
+        let said = closing.join("; ");
+        self.record.conclude(sh, "cargo xtask sanitize", &said, &of)
+    }
+
+    fn run_with(&self, sh: &Shell, sanitizer: Sanitizer) -> anyhow::Result<String> {
+        let start = Instant::now();
+        let name = sanitizer.name();
+        let _env = sanitizer.env(sh);
+        for planted in sanitizer.planted() {
+            find(sh, sanitizer, planted)?;
+        }
+        let mut all = Sum::default();
+        for (name, targets) in CRATES {
+            if !self.only.is_empty() && !self.only.iter().any(|only| only == name) {
+                continue;
+            }
+            let start = Instant::now();
+            let sum = test(sh, sanitizer, name, targets)?;
+            let Sum { tests, reports } = sum;
+            let time = start.elapsed().as_secs();
+            println!("{name}: {tests} tests, {reports} reports ({time} s)");
+            all.tests += tests;
+            all.reports += reports;
+        }
+        let (tests, reports) = (all.tests, all.reports);
+        ensure!(reports == 0, "{reports} reports, which are above");
+        ensure!(tests > 0, "no test was run");
+        let found: Vec<_> = sanitizer
+            .planted()
+            .iter()
+            .map(|planted| planted.mistake)
+            .collect();
+        Ok(format!(
+            "{name}: {tests} tests, {reports} reports; planted and found: {} ({} s)",
+            found.join(", "),
+            start.elapsed().as_secs(),
+        ))
+    }
+}
+
+impl Sanitizer {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Thread => "thread",
+            Self::Address => "address",
+        }
+    }
+
+    /// For every command alike.
+    fn env(self, sh: &Shell) -> Vec<PushEnv<'_>> {
+        let name = self.name();
+        let mut env = vec![sh.push_env("CARGO_TARGET_DIR", format!("target/sanitize/{name}"))];
+        let flags = format!("-Zsanitizer={name}");
+        // Allocations that are too large to be had are tested, too; reports are counted, and the
+        // tests go on.
+        let options = "allocator_may_return_null=1:exitcode=66";
+        match self {
+            Self::Thread => {
+                env.extend(debian_rust::env(sh));
+                let clang = "-Zexternal-clangrt -Clinker=clang-22 -Clink-arg=-fsanitize=thread";
+                env.push(sh.push_env("RUSTFLAGS", format!("{flags} {clang}")));
+                let suppressed = sh.current_dir().join("xtask/src/sanitize/thread.supp");
+                let suppressed = suppressed.display();
+                let options = format!(
+                    "{options}:external_symbolizer_path={SYMBOLIZER}:suppressions={suppressed}"
+                );
+                env.push(sh.push_env("TSAN_OPTIONS", options));
+            }
+            Self::Address => {
+                // The sanitizer is in every toolchain; the flag for it is not stable.
+                env.push(sh.push_env("RUSTC_BOOTSTRAP", "1"));
+                env.push(sh.push_env("RUSTFLAGS", flags));
+                env.push(sh.push_env("ASAN_SYMBOLIZER_PATH", SYMBOLIZER));
+                // Leaks can't be looked for under strace, which tests use; `cargo xtask soak`
+                // counts what is held.
+                env.push(sh.push_env("ASAN_OPTIONS", format!("{options}:detect_leaks=0")));
+            }
+        }
+        env
+    }
+
+    fn cargo<'sh>(self, sh: &'sh Shell, command: &str) -> Cmd<'sh> {
+        match self {
+            Self::Thread => {
+                let cargo = debian_rust::CARGO;
+                cmd!(
+                    sh,
+                    "{cargo} {command} --locked --target {TARGET} -Zbuild-std"
+                )
+            }
+            Self::Address => cmd!(sh, "cargo {command} --locked --target {TARGET}"),
+        }
+    }
+
+    fn planted(self) -> &'static [Planted] {
+        match self {
+            Self::Thread => &[Planted {
+                mistake: "race",
+                found_as: "WARNING: ThreadSanitizer: data race",
+            }],
+            Self::Address => &[
+                Planted {
+                    mistake: "use-after-free",
+                    found_as: "ERROR: AddressSanitizer: heap-use-after-free",
+                },
+                Planted {
+                    mistake: "out-of-bounds",
+                    found_as: "ERROR: AddressSanitizer: heap-buffer-overflow",
+                },
+            ],
+        }
+    }
+
+    /// What every report of it begins with.
+    fn report(self) -> &'static str {
+        match self {
+            Self::Thread => "WARNING: ThreadSanitizer:",
+            Self::Address => "ERROR: AddressSanitizer:",
+        }
+    }
+}
+
+/// Has a mistake made, which must be found.
+fn find(sh: &Shell, sanitizer: Sanitizer, planted: &Planted) -> anyhow::Result<()> {
+    let mistake = planted.mistake;
+    let made = sanitizer
+        .cargo(sh, "run")
+        .args(["--package", "test-machine", "--example", "planted", "--"])
+        .arg(mistake)
+        .ignore_status()
+        .output()?;
+    let said = String::from_utf8_lossy(&made.stderr);
+    if !said.contains(planted.found_as) {
+        bail!("the planted mistake is not found: {mistake}\n{said}");
+    }
+    println!("found: {mistake}");
+    Ok(())
+}
+
+/// Runs the tests of one crate.
+fn test(sh: &Shell, sanitizer: Sanitizer, name: &str, targets: &[&str]) -> anyhow::Result<Sum> {
+    let skipped = || {
+        let skipped = SKIPPED.iter();
+        skipped.filter(move |skipped| {
+            skipped.of == name && skipped.sanitizer.is_none_or(|by| by == sanitizer)
+        })
+    };
+    for skipped in skipped() {
+        not_run(skipped.test, skipped.why);
+    }
+    let skips = skipped().flat_map(|skipped| ["--skip", skipped.test]);
+    let output = sanitizer
+        .cargo(sh, "test")
+        .args(["--package", name, "--all-features"])
+        .args(targets)
+        .args(["--no-fail-fast", "--"])
+        .args(skips)
+        .ignore_status()
+        .output()?;
+    let said = [&output.stdout, &output.stderr].map(|said| String::from_utf8_lossy(said));
+    let tests = said[0].lines().filter_map(|line| {
+        let (_, counts) = line.split_once("test result: ")?;
+        let (passed, _) = counts.split_once(" passed")?;
+        passed.rsplit(' ').next()?.parse::<u64>().ok()
+    });
+    let tests = tests.sum();
+    let said = said.concat();
+    let reports = said.matches(sanitizer.report()).count();
+    if reports > 0 || !output.status.success() {
+        println!("{said}");
+    }
+    ensure!(
+        reports > 0 || output.status.success(),
+        "the tests of {name} fail, without a report"
+    );
+    Ok(Sum { tests, reports })
+}
