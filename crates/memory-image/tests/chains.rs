@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use atomic_file::{AtomicWriter, CommitError};
 use dirty_bitmap::DirtyBitmap;
 use memory_image::{Chain, HostRam, ImageError, Link, MappedImage, RamTarget, Unclear};
-use memory_writer::{CancelToken, Durability, Layout, MemoryWriter, SnapshotError};
+use memory_writer::{CancelToken, Durability, MemoryWriter, SnapshotError};
 use page_reader::PageReader;
 use proptest::prelude::*;
 use rstest::rstest;
@@ -800,8 +800,9 @@ fn a_chain_flattened_where_files_share_blocks_takes_room_for_its_diffs_alone() {
     assert!(std::fs::read(path("flat")).unwrap() == ram);
 
     // Nor for zeros that a diff merely names.
-    let options =
-        MemoryWriter::options().layout(Layout::Packed(memory_writer::Seal::new().on_raw_image()));
+    let options = MemoryWriter::options().layout(memory_writer::Layout::Packed(
+        memory_writer::Seal::new().on_raw_image(),
+    ));
     let mut writer = options.open(path("zeros"), size, PAGE).unwrap();
     writer
         .write_zeros(|| std::iter::once(8 << 20..24 << 20))
