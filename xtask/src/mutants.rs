@@ -83,13 +83,14 @@ const CRATES: [(&str, &[Part]); 4] = [
                     &["chains", "damage", "lazy_kvm", "lazy_memory"],
                     &["lazy_ram", "oracle", "secrets"],
                     &["chain_memory", "claimed_ram", "diff_chains", "long_chains"],
+                    &["lazy_split", "ram_start"],
                 ],
             },
             Part {
                 files: LAZY,
                 except: false,
                 tests: &[
-                    &["lazy_memory", "lazy_ram"],
+                    &["lazy_memory", "lazy_ram", "lazy_split"],
                     &[
                         "chain_memory",
                         "chains",
@@ -101,6 +102,7 @@ const CRATES: [(&str, &[Part]); 4] = [
                         "long_chains",
                         "mapped_chain",
                         "oracle",
+                        "ram_start",
                         "sealed",
                         "secrets",
                     ],
