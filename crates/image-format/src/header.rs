@@ -1,5 +1,7 @@
 //! The header of a packed image.
 
+use std::ops::Range;
+
 use crate::footer::{Footer, Kind, MAX_RAM_SIZE, MIN_HEADER, RAW_UNIT, Version};
 use crate::id::ImageId;
 use crate::wire::{HEADER, MAX_FOOTER, TRAILER};
@@ -7,6 +9,8 @@ use crate::wire::{HEADER, MAX_FOOTER, TRAILER};
 pub(crate) const HEADER_MAGIC: &[u8; 8] = b"memsnap\x01";
 /// The length of the header without the zeros up to the first page, in bytes.
 pub const HEADER_PAGE: usize = MIN_HEADER as usize;
+/// The position of the id.
+pub(crate) const ID: Range<u64> = 16..32;
 /// The position of the checksum, which covers all bytes before it.
 const SUM: usize = HEADER_PAGE - 32;
 
@@ -118,7 +122,7 @@ impl Header {
         let number = |at: usize| bytes[at..].first_chunk().copied().map(u64::from_le_bytes);
         let header = Self {
             diff: bytes[12] == 1,
-            id: ImageId::from_bytes(*bytes[16..].first_chunk()?),
+            id: ImageId::from_bytes(*bytes[ID.start as usize..].first_chunk()?),
             data_start: number(32)?,
             footer: number(40)?,
             len: number(48)?,

@@ -5,12 +5,12 @@ use std::io;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 
-use crate::checksums::Checksum;
+use crate::checksums::{Checksum, ChunkSum};
 use crate::error::{FooterError, Invalid};
 use crate::footer::{
     Footer, Kind, Placement, RAW_UNIT, Run, RunTotals, Stored, Version, check_metadata, check_sizes,
 };
-use crate::header::{HEADER_MAGIC, HEADER_PAGE, Header};
+use crate::header::{HEADER_MAGIC, HEADER_PAGE, Header, ID};
 use crate::id::ImageId;
 use crate::wire::{END_MAGIC, HEADER, MAGIC, MAX_FOOTER, PartCounts, TRAILER, ZERO_RUN, padding};
 
@@ -27,6 +27,10 @@ impl Footer {
     /// Raw RAM is never recognized as an image, regardless of its contents. The length of raw RAM
     /// is a multiple of [`RAW_UNIT`]. Images of version 2 never have such a length, and images of
     /// version 1 with such a length are refused.
+    ///
+    /// If a file begins with the header of a packed image and ends with the footer of a sealed one, it
+    /// is read as sealed only if the checksum of its first chunk matches. Otherwise it is a packed image
+    /// that was cut off.
     ///
     /// # Errors
     /// Returns [`Truncated`](FooterError::Truncated) for a packed image that was cut off,
@@ -73,7 +77,13 @@ impl Footer {
             });
         }
         let trailer = Trailer::new(&trailer, len)?;
-        let footer = trailer.footer(read_at)?;
+        let footer = trailer.footer(&mut read_at)?;
+        if matches!(header, FileStart::Header(_))
+            && footer.placement == Placement::InPlace
+            && !first_page_is_ram(&footer, &mut read_at)?
+        {
+            return Err(header.into_error(len));
+        }
         if format.is_some_and(|format| format != footer.placement) {
             let found = footer.placement;
             return Err(FooterError::OtherPlacement { found });
@@ -91,6 +101,35 @@ impl Footer {
         }
         Ok(footer)
     }
+}
+
+/// Returns whether the header of a packed image at the start of a file is RAM of the sealed image
+/// that `footer` ends.
+///
+/// If the guest planted the footer of a sealed image, a packed image that is cut off behind it ends
+/// like a sealed one. The checksum of the first chunk tells the two apart. It covers the random id in
+/// the header, which was chosen after the guest wrote the footer.
+fn first_page_is_ram(
+    footer: &Footer,
+    read_at: &mut impl FnMut(&mut [u8], u64) -> io::Result<()>,
+) -> Result<bool, FooterError> {
+    let has_id = |run: &Run| run.stored != Stored::Zeros && run.range().end >= ID.end;
+    let first = footer.chunks().next().filter(|chunk| chunk.number == 0);
+    let Some(chunk) = first.filter(|_| footer.run_at(0).is_some_and(has_id)) else {
+        return Ok(false);
+    };
+    let mut sum = ChunkSum::new();
+    let mut buffer = vec![0; BUFFER];
+    for (range, mut at) in chunk.pieces() {
+        let mut left = range.end - range.start;
+        while left > 0 {
+            let piece = &mut buffer[..left.min(BUFFER as u64) as usize];
+            read_at(piece, at).map_err(|source| io_error(at, source))?;
+            sum.update(piece);
+            (at, left) = (at + piece.len() as u64, left - piece.len() as u64);
+        }
+    }
+    Ok(sum.finish() == chunk.checksum)
 }
 
 /// The beginning of a file.
@@ -195,7 +234,7 @@ impl Trailer {
 
     fn footer(
         &self,
-        read_at: impl FnMut(&mut [u8], u64) -> io::Result<()>,
+        read_at: &mut impl FnMut(&mut [u8], u64) -> io::Result<()>,
     ) -> Result<Footer, FooterError> {
         let start = self.start;
         let mut body = BodyReader {

@@ -190,6 +190,91 @@ fn a_sealed_image_in_the_ram_of_a_packed_one_is_ignored() {
     assert!(read(&packed[..8192]).is_err());
 }
 
+/// A sealed image of the RAM `ram` as a guest can plant it: with an id and a header page of its own.
+fn planted_footer(version: Version, ram: &[u8], runs: Vec<Run>) -> Vec<u8> {
+    let ram_size = ram.len() as u64;
+    let mut checksums = Checksums::new(ram_size);
+    for run in &runs {
+        if let Some(at) = run.stored_at(run.start) {
+            let end = at + (run.range().end - run.start);
+            checksums.feed(at, &ram[at as usize..end as usize]);
+        }
+    }
+    let footer = Footer {
+        version,
+        id: ImageId::from_bytes([8; 16]),
+        kind: Kind::Full,
+        placement: Placement::InPlace,
+        ram_size,
+        page_size: if version == Version::V1 { 8 } else { PAGE },
+        regions: vec![0..ram_size],
+        runs,
+        checksums: checksums.finish(),
+        metadata: Vec::new(),
+    };
+    let file = tempfile::tempfile().unwrap();
+    let len = footer.write(&file).unwrap();
+    let mut bytes = vec![0; (len - ram_size) as usize];
+    file.read_exact_at(&mut bytes, ram_size).unwrap();
+    bytes
+}
+
+/// The guest knows all of its RAM, where the footer will be in the file, and not the id.
+#[rstest]
+#[case::all_present(Version::V2, vec![Run::present(0..8192, 0)])]
+#[case::header_is_zeros(Version::V2, vec![Run::zeros(0..4096), Run::present(4096..8192, 4096)])]
+#[case::id_is_zeros(Version::V1, vec![Run::present(0..8, 0), Run::zeros(8..4096), Run::present(4096..8192, 4096)])]
+#[case::nothing_present(Version::V2, vec![Run::zeros(0..8192)])]
+fn a_packed_image_cut_at_a_planted_footer_is_reported(
+    #[case] version: Version,
+    #[case] runs: Vec<Run>,
+    #[values(None, Some(Placement::InPlace), Some(Placement::Packed))] format: Option<Placement>,
+) {
+    let guess = image(Version::V2, Placement::Packed, &[5; 4096], 0);
+    let planted = planted_footer(version, &guess[..8192], runs);
+    let mut ram = vec![5; 4096];
+    ram.extend(&planted);
+    ram.resize(ram.len().next_multiple_of(512) + 512, 5);
+    let mut packed = image(Version::V2, Placement::Packed, &ram, 30);
+    let cut = 8192 + planted.len();
+    assert_eq!(packed[8192..cut], planted);
+    assert_ne!(cut % 512, 0);
+    let whole = packed.len() as u64;
+    packed.truncate(cut);
+    let error = read_as(&packed, format).unwrap_err();
+    assert!(
+        matches!(error, FooterError::Truncated { claimed: Some(claimed), actual } if claimed == whole && actual == cut as u64),
+        "{error:?}"
+    );
+}
+
+/// Whatever length the planted header states: shorter, as long, or longer than the sealed image.
+#[test]
+fn a_sealed_image_of_ram_with_a_planted_header_is_opened() {
+    for forged in [1024, 4096, 1 << 20] {
+        let forged = image(Version::V2, Placement::Packed, &vec![5; forged], 0);
+        for (ram, metadata) in [(8192, 30), (4096, 0), (4096, 1000)] {
+            let mut ram_bytes = forged[..ram.min(forged.len() / 512 * 512)].to_vec();
+            ram_bytes.resize(ram, 3);
+            let sealed = image(Version::V2, Placement::InPlace, &ram_bytes, metadata);
+            for format in [None, Some(Placement::InPlace)] {
+                let footer = read_as(&sealed, format).unwrap();
+                assert_eq!(footer.ram_size, ram as u64);
+            }
+            assert!(read_as(&sealed, Some(Placement::Packed)).is_err());
+            // Pages of zeros inside the planted header are not in the file.
+            let zeros = vec![
+                Run::present(0..512, 0),
+                Run::zeros(512..3584),
+                Run::present(3584..ram as u64, 3584),
+            ];
+            let mut sealed = ram_bytes.clone();
+            sealed.extend(planted_footer(Version::V2, &ram_bytes, zeros));
+            assert_eq!(read(&sealed).unwrap().placement, Placement::InPlace);
+        }
+    }
+}
+
 #[test]
 fn the_header_is_as_long_as_a_large_page() {
     let page = 64 << 10;
