@@ -29,6 +29,9 @@ use segments::{Segment, Source};
 /// Sealed images are checked to follow each other: a diff that names another parent than the id below it is refused. What the
 /// bytes sum to is for [`Image::verify`].
 ///
+/// An id names a state, so an id may come again: a diff that leads back to an older state has its id. What is refused is the same file twice, and an image
+/// whose id is in the chain and whose parent is not the newest image.
+///
 /// # Many images
 /// A chain may have any number of images. Opening one more, and reading a byte, takes time that grows with the logarithm of their number.
 ///
@@ -53,7 +56,7 @@ pub struct Chain {
     holes: PageHoles,
 }
 
-/// What must not be in a chain twice, or differ within it.
+/// What images of a chain are compared with.
 #[derive(Debug, Default)]
 pub(crate) struct Members {
     ids: HashSet<ImageId>,
@@ -64,9 +67,12 @@ pub(crate) struct Members {
 }
 
 impl Members {
-    pub(crate) fn contains(&self, image: &Image) -> bool {
-        let same_id = image.id().is_some_and(|id| self.ids.contains(&id));
-        same_id || self.files.contains(&image.identity)
+    pub(crate) fn has_file_of(&self, image: &Image) -> bool {
+        self.files.contains(&image.identity)
+    }
+
+    pub(crate) fn has_id_of(&self, image: &Image) -> bool {
+        image.id().is_some_and(|id| self.ids.contains(&id))
     }
 
     fn add(&mut self, layer: usize, image: &Image) {

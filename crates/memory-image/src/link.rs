@@ -66,19 +66,19 @@ impl Chain {
     }
 
     fn check_link(&self, image: &Image) -> Result<(), Link> {
-        if self.members.contains(image) {
+        if self.members.has_file_of(image) {
             return Err(Link::Repeated);
         }
         let Some(footer) = image.footer() else {
             // A raw diff names nobody.
             return Ok(());
         };
-        if !image.is_diff() {
-            return Err(Link::Full);
-        }
         match (footer.parent(), self.newest().id()) {
-            (None, None) => Ok(()),
+            // Its id may be in the chain: the guest is back in an older state.
             (Some(parent), Some(newest)) if parent == newest => Ok(()),
+            _ if self.members.has_id_of(image) => Err(Link::Repeated),
+            _ if !image.is_diff() => Err(Link::Full),
+            (None, None) => Ok(()),
             (None, Some(_)) => Err(Link::NoParent),
             (Some(parent), newest) => Err(self.elsewhere(parent, newest)),
         }

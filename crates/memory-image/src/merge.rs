@@ -3,6 +3,7 @@
 use std::fs;
 use std::path::Path;
 
+use image_format::RAW_UNIT;
 use memory_writer::{MemoryWriter, Options, Seal};
 
 use crate::chain::Chain;
@@ -59,7 +60,7 @@ impl Chain {
         if let Some(replaced) = self.images().find(is_dest) {
             options = options.replace_only(replaced.version()?);
         }
-        let mut writer = options.open(dest, self.size(), self.page_size())?;
+        let mut writer = options.open(dest, self.size(), self.writable_page_size())?;
         let bytes = self.write_to(&mut writer)?;
         self.check_unchanged()?;
         writer.commit()?;
@@ -99,6 +100,13 @@ impl Chain {
         Ok(self.stored_runs().map(|run| run.end - run.start).sum())
     }
 
+    /// Returns the page size to write the chain in: its [own](Self::page_size), but no less than the 512 bytes that an image's page has today. Images of
+    /// version 1 may have smaller ones. A chain of diffs in smaller pages can't be written: a larger page would also hold clean memory.
+    #[must_use]
+    pub fn writable_page_size(&self) -> u64 {
+        self.page_size().max(RAW_UNIT)
+    }
+
     /// Fails if an image was resized or written to since it was opened. To be called when all is read, before what was
     /// made of it is put to use.
     ///
@@ -110,14 +118,17 @@ impl Chain {
 
     /// The seal of an image that stands for the same state as this chain: its id, its parent if it is a chain of diffs, its regions, and
     /// the metadata of its newest image.
+    ///
+    /// A raw image says none of these. Regions are the guest's, and so those of any sealed or packed image of the chain. Id and metadata are of one state: if
+    /// the newest image is raw, the seal has a new id and no metadata, as those of an older image would be of an older state.
     pub fn seal(&self) -> Seal {
         let newest = self.images().last().and_then(|image| image.footer());
         let mut seal = Seal::new();
+        if let Some(footer) = self.oldest_sealed().and_then(Image::footer) {
+            seal = seal.regions(footer.regions.iter().cloned());
+        }
         if let Some(footer) = newest {
-            seal = seal
-                .id(footer.id)
-                .regions(footer.regions.iter().cloned())
-                .metadata(footer.metadata.clone());
+            seal = seal.id(footer.id).metadata(footer.metadata.clone());
         }
         let oldest = self.images().next().and_then(|image| image.footer());
         match (self.is_full(), oldest.and_then(|footer| footer.parent())) {

@@ -65,8 +65,11 @@ impl Chain {
         self.restore_runs(target, self.stored_runs())
     }
 
-    /// Writes `runs` of the RAM to `target`, which is as large as the RAM.
-    fn restore_runs<T: RamTarget + ?Sized>(
+    /// Writes `runs` of the RAM (ranges of bytes) to `target`, zeros too, whatever it held there. The rest of the target stays as it is.
+    ///
+    /// # Errors
+    /// See [`restore`](Self::restore).
+    pub fn restore_runs<T: RamTarget + ?Sized>(
         &self,
         target: &mut T,
         runs: impl Iterator<Item = Range<u64>>,
