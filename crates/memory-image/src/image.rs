@@ -1,6 +1,6 @@
 //! One image: raw, sealed or packed.
 
-use std::fs::{File, Metadata};
+use std::fs::{self, File, Metadata};
 use std::io;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
@@ -155,6 +155,25 @@ impl Image {
         &self.path
     }
 
+    /// Returns the directory that its file is in, also where it was opened by a link from another one.
+    ///
+    /// # Errors
+    /// [`ImageError::Open`]: the path leads nowhere any more.
+    pub fn directory(&self) -> Result<PathBuf, ImageError> {
+        let path = match fs::canonicalize(&self.path) {
+            // The working directory may be deeper than an absolute path can name.
+            Err(error) if is_too_long(&error) && !self.path.is_symlink() => self.path.clone(),
+            found => found.map_err(|source| ImageError::Open {
+                path: self.path.clone(),
+                source,
+            })?,
+        };
+        Ok(match path.parent() {
+            Some(dir) if !dir.as_os_str().is_empty() => dir.to_owned(),
+            _ => PathBuf::from("."),
+        })
+    }
+
     /// The size of the guest's RAM in bytes; a raw image is as large.
     #[must_use]
     pub fn ram_size(&self) -> u64 {
@@ -266,4 +285,8 @@ impl Image {
             source,
         }
     }
+}
+
+fn is_too_long(error: &io::Error) -> bool {
+    error.raw_os_error() == Some(nix::errno::Errno::ENAMETOOLONG as i32)
 }

@@ -56,15 +56,10 @@ impl Image {
         page_size: u64,
         holes: &mut PageHoles,
     ) -> Result<PageSet, ImageError> {
-        // Where the file is: a link to it may be on another file system.
-        let path = std::fs::canonicalize(&self.path).map_err(|source| ImageError::Open {
-            path: self.path.clone(),
-            source,
-        })?;
-        let dir = path.parent().unwrap_or(&path);
+        let dir = self.directory()?;
         let file = self.file()?;
         holes
-            .check(&file, dir, page_size)
+            .check(&file, &dir, page_size)
             .map_err(|why| self.unclear(Unclear::Holes(why)))?;
         let mut pages = PageSet::new(page_size);
         let knowledge = self.each_data_extent(extents, |data| {

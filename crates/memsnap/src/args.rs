@@ -128,7 +128,8 @@ impl ImageFile {
 pub struct Formats {
     /// The format of images given without one before their path (raw:FILE, sealed:FILE, packed:FILE)
     ///
-    /// Raw images say nothing of themselves, and all that they hold was written by the guest, so they are never recognised.
+    /// Raw images say nothing of themselves, and all that they hold was written by the guest, so they are never recognised. The first image of a
+    /// chain is taken for a full one if it is raw, unless an option says that it is a diff, and every later one for a diff.
     #[arg(long, default_value = "auto")]
     pub format: Format,
 }
@@ -159,10 +160,10 @@ pub struct Output {
 #[derive(Clone, Debug, Default, Args)]
 pub struct Extras {
     /// Keep the bytes of this file with the image: the vCPUs' state, say
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", requires = "output")]
     pub metadata: Option<PathBuf>,
     /// A range of guest-physical addresses that the RAM has, as ADDRESS:SIZE (0x100000000:2GiB); repeat it in ascending order
-    #[arg(long, value_name = "ADDRESS:SIZE", value_parser = range)]
+    #[arg(long, value_name = "ADDRESS:SIZE", value_parser = range, requires = "output")]
     pub region_at: Vec<Range<u64>>,
 }
 
@@ -185,6 +186,18 @@ impl Extras {
     /// `inputs`, and the files that these arguments name.
     pub fn and_inputs(&self, inputs: impl IntoIterator<Item = PathBuf>) -> Vec<PathBuf> {
         inputs.into_iter().chain(self.metadata.clone()).collect()
+    }
+
+    /// Refuses regions other than `of_guest`, which the image that these are for must have to fit.
+    pub fn check_regions(&self, of_guest: Option<&[Range<u64>]>) -> Result<(), Failure> {
+        match of_guest {
+            Some(of_guest) if !self.region_at.is_empty() && self.region_at != of_guest => {
+                Err(Failure::OtherRegionsGiven {
+                    regions: text_of(of_guest),
+                })
+            }
+            _ => Ok(()),
+        }
     }
 
     pub fn is_empty(&self) -> bool {
@@ -300,6 +313,12 @@ pub fn page_size(text: &str) -> Result<u64, String> {
         size if size.is_power_of_two() => Ok(size),
         size => Err(format!("{size} bytes: a page's size is a power of two")),
     }
+}
+
+/// Regions, as they are given.
+pub fn text_of(regions: &[Range<u64>]) -> String {
+    let text = |region: &Range<u64>| format!("{:#x}:{}", region.start, region.end - region.start);
+    regions.iter().map(text).collect::<Vec<_>>().join(" ")
 }
 
 /// Decimal, or hexadecimal after `0x`.

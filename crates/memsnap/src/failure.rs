@@ -42,6 +42,11 @@ pub enum Failure {
     )]
     DiffInLargerPages { page_size: u64 },
     #[error(
+        "its pages have {page_size} bytes, as those of version 1 may, and an image is written in pages of 512 or more: \
+         merge diffs with their full image, or restore RAM of no whole number of 512 bytes into a file that exists"
+    )]
+    OldPages { page_size: u64 },
+    #[error(
         "{path:?} has more than 16 MiB: metadata is kept in memory, so keep this beside the image"
     )]
     TooMuchMetadata { path: PathBuf },
@@ -86,10 +91,32 @@ pub enum Failure {
         "the RAM of process {pid} was mapped elsewhere while the snapshot was prepared: try again"
     )]
     RamMoved { pid: u32 },
+    #[cfg(target_os = "linux")]
+    #[error(
+        "--region {one} and --region {other} name the same memory, which would be saved twice: name each region once"
+    )]
+    RegionTwice { one: String, other: String },
     #[error("name the guest's RAM, once: its file, or a process by --pid")]
     NoRam,
     #[error("the two states have {old} and {new} bytes of RAM: they are of different guests")]
     OtherGuest { old: u64, new: u64 },
+    #[error(
+        "the two states are of guests whose RAM is at other addresses: at {old}, and at {new}; name states of one guest"
+    )]
+    OtherRegions { old: String, new: String },
+    #[error(
+        "the image's guest has its RAM at {regions}, and the image would not fit with other regions: leave out --region-at"
+    )]
+    OtherRegionsGiven { regions: String },
+    #[error(
+        "{path:?} is raw, and no raw file says whether it is a full image or a diff on top of the old state: add \
+         --raw-full or --raw-diff"
+    )]
+    RawNewState { path: PathBuf },
+    #[error(
+        "--raw-full and --raw-diff are for a new state whose first image is raw: leave them out"
+    )]
+    NoRawNewState,
     #[error("both states have the id {id}: they are the same one")]
     SameState { id: memory_image::ImageId },
     #[error(
@@ -188,6 +215,17 @@ pub enum Failure {
         needed: u64,
         available: u64,
     },
+    #[cfg(target_os = "linux")]
+    #[error(
+        "the RAM needs {needed} bytes of {path:?}, and the file system cannot set them aside: {available} are available, and \
+         what the old RAM has counts only where the new RAM has something, too; make room there, or restore to a new file; \
+         nothing was written"
+    )]
+    NoRoomOver {
+        path: PathBuf,
+        needed: u64,
+        available: u64,
+    },
     #[error("cannot write {path:?}, which is as it was")]
     TargetNotWritable {
         path: PathBuf,
@@ -225,12 +263,16 @@ impl Failure {
             | Self::StreamToTerminal
             | Self::RawHasNoSeal { .. }
             | Self::DiffInLargerPages { .. }
+            | Self::OldPages { .. }
             | Self::RamIsImage { .. }
             | Self::NotARawDiff { .. }
             | Self::ParentIsRaw { .. }
             | Self::TooMuchMetadata { .. }
             | Self::RegionsOverlap
             | Self::NoLayout { .. }
+            | Self::OtherRegionsGiven { .. }
+            | Self::RawNewState { .. }
+            | Self::NoRawNewState
             | Self::NoNewState
             | Self::NoRam
             | Self::NoSuchPicture { .. }
@@ -238,6 +280,7 @@ impl Failure {
             | Self::TargetNotPrivate { .. }
             | Self::TargetInUse { .. } => USAGE,
             Self::OtherGuest { .. }
+            | Self::OtherRegions { .. }
             | Self::SameState { .. }
             | Self::Damaged { .. }
             | Self::NothingToVerify { .. }
@@ -261,9 +304,12 @@ impl Failure {
             | Self::TargetNotWritable { .. }
             | Self::NoWritesThere { .. } => FAILED,
             #[cfg(target_os = "linux")]
-            Self::NothingMapped { .. } | Self::RamMoved { .. } | Self::NoHugePages { .. } => FAILED,
+            Self::NothingMapped { .. }
+            | Self::RamMoved { .. }
+            | Self::NoRoomOver { .. }
+            | Self::NoHugePages { .. } => FAILED,
             #[cfg(target_os = "linux")]
-            Self::NoRegion { .. } => USAGE,
+            Self::NoRegion { .. } | Self::RegionTwice { .. } => USAGE,
             Self::Interrupted { .. } => interrupt::exit_code(),
         }
     }

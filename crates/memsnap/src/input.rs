@@ -1,5 +1,6 @@
 //! The images that a verb is given.
 
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use memory_image::{Chain, Image, ImageError, Unclear};
@@ -87,6 +88,27 @@ pub fn put_together(
         }
     }
     Ok(chain)
+}
+
+/// The guest-physical addresses of the RAM, which raw images don't say.
+pub fn regions(chain: &Chain) -> Option<&[Range<u64>]> {
+    let footer = chain.images().find_map(Image::footer);
+    footer.map(|footer| &footer.regions[..])
+}
+
+/// Warns where the result of `chain` has no metadata because its newest image is raw: that of an older one is of an older state.
+pub fn warn_of_old_metadata(session: &Session, chain: &Chain) {
+    let newest_is_raw = chain
+        .images()
+        .last()
+        .is_some_and(|it| it.footer().is_none());
+    let has_some = |image: &&Image| image.footer().is_some_and(|it| !it.metadata.is_empty());
+    if let (true, Some(image)) = (newest_is_raw, chain.images().find(has_some)) {
+        session.warn(&format!(
+            "the metadata of {:?} is not kept: it is of an older state than the last file, which is raw and has none",
+            image.path()
+        ));
+    }
 }
 
 /// Sums the pages of all sealed images: what is made of them gets checksums of its own, which would be right for wrong bytes.

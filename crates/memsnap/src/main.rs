@@ -23,6 +23,7 @@ mod sys;
 mod target;
 mod verbs;
 mod words;
+mod zeros;
 
 use std::process::ExitCode;
 

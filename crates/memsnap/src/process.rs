@@ -1,6 +1,7 @@
 //! RAM in the memory of another process.
 
 use std::ffi::OsString;
+use std::fmt;
 use std::fs::{self, File};
 use std::ops::Range;
 use std::os::unix::ffi::OsStringExt;
@@ -38,6 +39,16 @@ pub enum Region {
     /// The mapping that this address is in.
     At(u64),
     Range(Range<u64>),
+}
+
+impl fmt::Display for Region {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Named(name) => f.write_str(name),
+            Self::At(address) => write!(f, "{address:#x}"),
+            Self::Range(range) => write!(f, "{:#x}:{}", range.start, range.end - range.start),
+        }
+    }
 }
 
 impl Region {
@@ -97,6 +108,7 @@ impl ProcessRam {
             return Err(Failure::NoRegion { pid, proposed }.into());
         }
         let regions = find_all(named, &maps)?;
+        check_apart(named, &regions)?;
         let mut ram = Self {
             pid,
             memory: open(pid, &regions)?,
@@ -250,6 +262,20 @@ fn file_behind(pid: u32, region: &ProcessRegion) -> Option<File> {
 
 fn find_all(named: &[Region], maps: &ProcessMaps) -> anyhow::Result<Vec<Range<u64>>> {
     named.iter().map(|region| region.find(maps)).collect()
+}
+
+/// Refuses RAM that is named twice.
+fn check_apart(named: &[Region], regions: &[Range<u64>]) -> Result<(), Failure> {
+    for (index, later) in regions.iter().enumerate() {
+        let overlaps = |it: &Range<u64>| it.start < later.end && later.start < it.end;
+        if let Some(earlier) = regions[..index].iter().position(overlaps) {
+            return Err(Failure::RegionTwice {
+                one: named[earlier].to_string(),
+                other: named[index].to_string(),
+            });
+        }
+    }
+    Ok(())
 }
 
 fn open(pid: u32, regions: &[Range<u64>]) -> Result<ProcessMemory, ProcessMemoryError> {

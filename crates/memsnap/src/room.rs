@@ -20,17 +20,16 @@ pub fn check_new(path: &Path, dir: &Path, chain: &Chain, raw_diff: bool) -> Resu
     // Of a raw image the holes are left out as it is read.
     let known = chain.images().all(|image| image.footer().is_some());
     match sys::free_in(dir) {
-        Some(free) if known && raw_diff => check(path, chain.known_runs(), &free, 0),
-        Some(free) if known => check(path, chain.stored_runs(), &free, 0),
+        Some(free) if known && raw_diff => check(path, chain.known_runs(), &free),
+        Some(free) if known => check(path, chain.stored_runs(), &free),
         _ => Ok(()),
     }
 }
 
-/// Refuses to write what `chain` stores over a file that has `has` bytes already.
-#[cfg(target_os = "linux")]
-pub fn check_over(path: &Path, file: &File, has: u64, chain: &Chain) -> Result<(), Failure> {
-    match sys::free_for(file) {
-        Some(free) => check(path, chain.stored_runs(), &free, has),
+/// Refuses to write `runs` to a new file in `dir` that cannot hold them.
+pub fn check_runs(path: &Path, dir: &Path, runs: Vec<Range<u64>>) -> Result<(), Failure> {
+    match sys::free_in(dir) {
+        Some(free) => check(path, runs.into_iter(), &free),
         None => Ok(()),
     }
 }
@@ -44,19 +43,18 @@ pub fn check_bytes(path: &Path, dir: &Path, needed: u64) -> Result<(), Failure> 
     }
 }
 
-fn check(
-    path: &Path,
-    runs: impl Iterator<Item = Range<u64>>,
-    free: &Free,
-    has: u64,
-) -> Result<(), Failure> {
-    let block = free.block;
-    let whole = |run: Range<u64>| run.end.next_multiple_of(block) - run.start / block * block;
-    let needed = runs.map(whole).sum();
-    compare(path, needed, free.bytes.saturating_add(has))
+fn check(path: &Path, runs: impl Iterator<Item = Range<u64>>, free: &Free) -> Result<(), Failure> {
+    compare(path, in_blocks(runs, free.block), free.bytes)
 }
 
-fn compare(path: &Path, needed: u64, available: u64) -> Result<(), Failure> {
+/// The bytes of the blocks that `runs` reach into.
+pub fn in_blocks(runs: impl Iterator<Item = Range<u64>>, block: u64) -> u64 {
+    let whole = |run: Range<u64>| run.end.next_multiple_of(block) - run.start / block * block;
+    runs.map(whole).sum()
+}
+
+/// Refuses to write `needed` bytes where `available` are.
+pub fn compare(path: &Path, needed: u64, available: u64) -> Result<(), Failure> {
     if needed <= available {
         return Ok(());
     }
@@ -100,9 +98,14 @@ impl Place {
     }
 }
 
-struct Free {
-    bytes: u64,
-    block: u64,
+/// What a file system has left.
+#[derive(Debug)]
+pub struct Free {
+    pub bytes: u64,
+    pub block: u64,
+    /// Bytes in all: 0 where it does not say.
+    #[cfg(target_os = "linux")]
+    pub of: u64,
 }
 
 #[cfg(target_os = "linux")]
@@ -111,16 +114,21 @@ mod sys {
     use std::path::Path;
 
     use nix::sys::statfs::{
-        EXT4_SUPER_MAGIC, FsType, HUGETLBFS_MAGIC, Statfs, TMPFS_MAGIC, XFS_SUPER_MAGIC, fstatfs,
-        statfs,
+        EXT4_SUPER_MAGIC, FsType, HUGETLBFS_MAGIC, Statfs, TMPFS_MAGIC, fstatfs, statfs,
     };
 
     use super::Free;
 
-    /// XFS shares blocks with what a new file is a copy of, but not with what is written to it.
-    pub(super) fn free_for(file: &File) -> Option<Free> {
-        let found = fstatfs(file).ok()?;
-        free(&found, &[TMPFS_MAGIC, EXT4_SUPER_MAGIC, XFS_SUPER_MAGIC])
+    /// What this user may still write to the file system of `file`. Blocks that are kept for root do not
+    /// count, also for root: ext4 counts what it keeps for itself among them.
+    pub fn free_for(file: &File) -> nix::Result<Free> {
+        let found = fstatfs(file)?;
+        let block = u64::try_from(found.block_size()).unwrap_or(4096).max(512);
+        Ok(Free {
+            bytes: found.blocks_available().saturating_mul(block),
+            block,
+            of: found.blocks().saturating_mul(block),
+        })
     }
 
     pub(super) fn free_in(dir: &Path) -> Option<Free> {
@@ -138,6 +146,7 @@ mod sys {
         Some(Free {
             bytes: found.blocks_free().saturating_mul(block),
             block,
+            of: found.blocks().saturating_mul(block),
         })
     }
 
@@ -161,4 +170,6 @@ mod sys {
     }
 }
 
+#[cfg(target_os = "linux")]
+pub use sys::free_for;
 pub use sys::is_on_hugetlbfs;

@@ -11,6 +11,7 @@ use crate::args::Output;
 use crate::failure::Failure;
 use crate::session::Session;
 use crate::verbs::info::Info;
+use crate::zeros::without_zeros;
 use crate::{input, room};
 
 /// Refuses an output that exists, or is an input by whatever name, before anything is read.
@@ -96,6 +97,33 @@ pub fn check_room(writer: &MemoryWriter, chain: &Chain) -> Result<(), Failure> {
     let raw_diff = writer.image_id().is_none() && !chain.is_full();
     let dir = dir_of(writer.temp_path());
     room::check_new(writer.dest_path(), dir, chain, raw_diff)
+}
+
+/// The same for a file that is sparse where the RAM is zero: where all that the images store would not fit, they are read to see
+/// what of it is zeros.
+pub fn check_room_but_zeros(
+    session: &Session,
+    writer: &MemoryWriter,
+    chain: &Chain,
+) -> anyhow::Result<()> {
+    if check_room(writer, chain).is_ok() {
+        return Ok(());
+    }
+    let stored: Vec<_> = chain.stored_runs().collect();
+    let needed = without_zeros(session, chain, &stored)?;
+    let dir = dir_of(writer.temp_path());
+    Ok(room::check_runs(writer.dest_path(), dir, needed)?)
+}
+
+/// The page size of an image made of `chain`, which may have smaller pages than are written today.
+pub fn page_size(chain: &Chain) -> Result<u64, Failure> {
+    let page_size = chain.writable_page_size();
+    let of_diffs = !chain.is_full() && page_size > chain.page_size();
+    if of_diffs || !chain.size().is_multiple_of(page_size) {
+        let page_size = chain.page_size();
+        return Err(Failure::OldPages { page_size });
+    }
+    Ok(page_size)
 }
 
 /// The directory that `path` is in.

@@ -4,6 +4,7 @@ use std::io::{self, PipeReader};
 use std::ops::ControlFlow;
 use std::path::Path;
 
+use anyhow::Context;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressFinish, ProgressStyle};
 use memory_writer::{MemoryWriter, Options};
 
@@ -20,7 +21,10 @@ pub struct Session {
 
 impl Session {
     pub fn begin(quiet: bool) -> anyhow::Result<Self> {
-        let interrupt = Interrupt::listen()?;
+        let interrupt = Interrupt::listen().context(
+            "cannot start the thread that listens for signals: raise the limit of threads and processes (ulimit -u, \
+             pids.max), or end some",
+        )?;
         Ok(Self {
             quiet,
             bars: !quiet,

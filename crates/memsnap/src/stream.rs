@@ -5,6 +5,7 @@ use std::io::{self, BufReader, IsTerminal, PipeReader, Read, Seek, Write};
 use std::num::NonZeroUsize;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError, mpsc};
 use std::thread;
 
 use anyhow::Context;
@@ -265,11 +266,31 @@ pub fn to_stdout(session: &Session, mut image: File, path: &Path) -> anyhow::Res
         stream.include_checksum(true)?;
         stream.set_pledged_src_size(Some(len))?;
         let threads = thread::available_parallelism().map_or(1, NonZeroUsize::get);
-        stream.multithread(threads as u32)?;
+        // The library makes its threads as it begins, and fails if it gets none.
+        if can_start(threads + 1) {
+            stream.multithread(threads as u32)?;
+        }
         copy(image, len, &mut stream, path, |piece| bar.inc(piece))?;
         Ok(stream.finish()?.flush()?)
     };
     send().context("the stream was not sent whole")
+}
+
+/// Whether this process may have so many more threads at once.
+fn can_start(threads: usize) -> bool {
+    let (release, wait) = mpsc::channel::<()>();
+    let wait = &Mutex::new(wait);
+    thread::scope(move |scope| {
+        let stand_by = move || {
+            let wait = wait.lock().unwrap_or_else(PoisonError::into_inner);
+            // Until the other end is dropped.
+            let _ = wait.recv();
+        };
+        let start = |_| thread::Builder::new().spawn_scoped(scope, stand_by).is_ok();
+        let all = (0..threads).all(start);
+        drop(release);
+        all
+    })
 }
 
 /// Copies all of the `len` bytes that the image at `path` has.

@@ -198,3 +198,65 @@ fn errors_are_in_the_words_of_the_command_line() {
     let lost = "convert raw:ram -o out --metadata vcpus";
     work.fails(lost, 2, &["no parent, id or metadata"]);
 }
+
+/// The working directory is deeper than an absolute path can name.
+#[test]
+fn raw_outputs_where_no_absolute_path_leads_are_described_and_read() {
+    let work = Work::with_chain();
+    let dir = work.path("").display().to_string();
+    let (memsnap, ram) = (support::MEMSNAP, work.path("ram").display().to_string());
+    let script = format!(
+        "set -e; cd {dir}; name=$(printf 'd%.0s' $(seq 250)); \
+         for level in $(seq 20); do mkdir $name; cd -P $name; done; \
+         {memsnap} full {ram} -o x.raw --layout raw; \
+         {memsnap} diff {dir}/full.mem --ram {ram} -o d.raw --layout raw; \
+         {memsnap} restore {dir}/full.mem -o new; \
+         {memsnap} restore {dir}/full.mem raw:d.raw -o again; \
+         cmp again x.raw"
+    );
+    support::Ended::of(std::process::Command::new("sh").args(["-c", &script])).good();
+}
+
+/// Root may have as many as it likes.
+#[cfg(target_os = "linux")]
+#[test]
+fn a_limit_of_threads_is_named_or_done_without() {
+    use std::os::unix::fs::PermissionsExt;
+    use std::os::unix::process::CommandExt;
+    if !test_machine::Need::Root.met("a_limit_of_threads_is_named_or_done_without") {
+        return;
+    }
+    const USER: u32 = 1_234_567;
+    let work = Work::with_chain();
+    let public = tempfile::tempdir().unwrap();
+    let open_to_all = || fs::Permissions::from_mode(0o755);
+    fs::set_permissions(public.path(), open_to_all()).unwrap();
+    let copies = [
+        (work.path("full.mem"), public.path().join("full.mem")),
+        (support::MEMSNAP.into(), public.path().join("memsnap")),
+    ];
+    for (from, to) in copies {
+        fs::copy(from, &to).unwrap();
+        fs::set_permissions(to, open_to_all()).unwrap();
+    }
+    let limited = |threads: u32| {
+        let mut command = Command::new("prlimit");
+        command.arg(format!("--nproc={threads}"));
+        command.arg(public.path().join("memsnap"));
+        command.args(["convert", "full.mem", "-o", "-", "--zstd"]);
+        command.current_dir(public.path()).uid(USER).gid(USER);
+        command.output().unwrap()
+    };
+    let refused = limited(1);
+    let error = String::from_utf8_lossy(&refused.stderr);
+    assert_eq!(refused.status.code(), Some(3), "{error}");
+    assert!(error.contains("ulimit -u"), "{error}");
+    // One thread to listen for signals, and none to compress.
+    let sent = limited(2);
+    assert!(sent.status.success(), "{sent:?}");
+    fs::write(work.path("stream"), sent.stdout).unwrap();
+    let mut receive = work.command("convert - --zstd -o got.mem");
+    receive.stdin(File::open(work.path("stream")).unwrap());
+    Ended::of(&mut receive).good();
+    assert!(work.read("got.mem") == work.read("full.mem"));
+}

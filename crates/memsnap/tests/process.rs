@@ -23,7 +23,7 @@ use page_reader::StoppedProcess;
 use rstest::rstest;
 use support::held::Held;
 use support::{Ended, PAGE, RAM, Work};
-use test_machine::{Need, Overlay, TinyTmpfs};
+use test_machine::{LoopFs, LoopMount, Need, Overlay, TinyTmpfs};
 
 /// The file whose bytes the other process has as its guest's RAM.
 const ROLE: &str = "MEMSNAP_TEST_RAM";
@@ -424,6 +424,49 @@ fn a_file_on_an_overlay_that_the_process_has_as_ram_is_not_the_output() {
         );
         work.fails(&command, 2, &["one of the inputs"]);
         assert!(fs::read(path).unwrap() == work.read("ram"));
+    }
+}
+
+/// On btrfs, mappings are listed by another device than files have.
+#[test]
+fn a_file_on_btrfs_that_the_process_has_as_ram_is_not_the_output() {
+    const TEST: &str = "a_file_on_btrfs_that_the_process_has_as_ram_is_not_the_output";
+    if !Need::Ptrace.met(TEST) || !Need::Root.met(TEST) || !Need::Btrfs.met(TEST) {
+        return;
+    }
+    let work = Work::with_chain();
+    let disk = LoopMount::new(LoopFs::Btrfs).unwrap();
+    let ram = disk.path().join("guest-ram");
+    let monitor = Monitor::set_up(&work, "ram", |command| {
+        command.env(FILE, &ram);
+    });
+    let (pid, address) = (monitor.pid(), monitor.address.clone());
+    for region in ["guest-ram", &address] {
+        let full = format!(
+            "full --pid {pid} --region {region} --force -o {}",
+            ram.display()
+        );
+        work.fails(&full, 2, &["one of the inputs"]);
+        assert!(fs::read(&ram).unwrap() == work.read("ram"));
+    }
+}
+
+/// The image would have the RAM twice.
+#[test]
+fn ram_that_is_named_twice_is_refused() {
+    if !Need::Ptrace.met("ram_that_is_named_twice_is_refused") {
+        return;
+    }
+    let work = Work::with_chain();
+    let monitor = Monitor::with(&work, "ram");
+    let (pid, address) = (monitor.pid(), &monitor.address);
+    for (one, other) in [
+        ("guest-ram", "guest-ram"),
+        ("guest-ram", &**address),
+        (&*format!("{address}:1MiB"), &*format!("{address}:4KiB")),
+    ] {
+        let full = format!("full --pid {pid} --region {one} --region {other} -o out");
+        work.fails(&full, 2, &["the same memory", "once"]);
     }
 }
 

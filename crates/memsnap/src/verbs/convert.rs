@@ -54,7 +54,7 @@ pub struct Convert {
     #[arg(long, value_name = "FILE", requires = "raw_diff", value_parser = ImageFile::parser())]
     parent: Option<ImageFile>,
     /// Take the holes of the raw diff for clean pages, also where the file system can't be believed
-    #[arg(long)]
+    #[arg(long, requires = "raw_diff")]
     trust_holes: bool,
     /// Don't compare the image with its checksums first
     #[arg(long)]
@@ -222,7 +222,11 @@ impl Convert {
         let page_size = match (image.footer(), self.page_size) {
             (Some(footer), Some(asked)) if image.is_diff() && asked > footer.page_size => {
                 let page_size = footer.page_size;
-                return Err(Failure::DiffInLargerPages { page_size }.into());
+                return Err(match page_size < image_format::RAW_UNIT {
+                    true => Failure::OldPages { page_size },
+                    false => Failure::DiffInLargerPages { page_size },
+                }
+                .into());
             }
             (Some(footer), Some(asked)) => Some(asked.min(footer.page_size)),
             (_, asked) => asked,
@@ -244,7 +248,7 @@ impl Convert {
         staged: Option<AtomicWriter>,
         check: impl FnOnce() -> anyhow::Result<()>,
     ) -> anyhow::Result<Verdict> {
-        let (size, page_size) = (chain.size(), self.page_size_of(chain));
+        let (size, page_size) = (chain.size(), self.page_size_of(chain)?);
         let layout = self.layout.unwrap_or_else(|| layout_of_first(chain));
         let says_more = !self.extras.is_empty() || self.parent.is_some();
         if layout == Layout::Raw && says_more {
@@ -263,8 +267,9 @@ impl Convert {
         Ok(Verdict::Good)
     }
 
-    fn page_size_of(&self, chain: &Chain) -> u64 {
-        self.page_size.unwrap_or(chain.page_size())
+    fn page_size_of(&self, chain: &Chain) -> Result<u64, Failure> {
+        let page_size = save::page_size(chain)?;
+        Ok(self.page_size.unwrap_or(page_size))
     }
 
     fn options(
@@ -274,7 +279,7 @@ impl Convert {
         layout: Layout,
         extras: ReadExtras,
     ) -> anyhow::Result<Options> {
-        let mut seal = extras.add_to(chain.seal(), chain.size())?;
+        let mut seal = chain.seal();
         if let Some(file) = &self.parent {
             let parent = file.open(Format::Auto)?;
             let (old, new) = (parent.ram_size(), chain.size());
@@ -285,8 +290,14 @@ impl Convert {
                 let path = file.path.clone();
                 return Err(Failure::ParentIsRaw { path }.into());
             };
-            seal = seal.parent(id);
+            // Those of its guest, which a raw diff doesn't say.
+            let regions = parent.footer().map(|footer| &footer.regions[..]);
+            self.extras.check_regions(regions)?;
+            seal = seal
+                .parent(id)
+                .regions(regions.unwrap_or_default().iter().cloned());
         }
+        let seal = extras.add_to(seal, chain.size())?;
         Ok(session
             .options("converting")
             .layout(layout.with(seal))
@@ -315,7 +326,7 @@ impl Convert {
             .tempdir_in(std::env::temp_dir())
             .context("cannot make a directory to pack the stream in")?;
         let dest = dir.path().join("image");
-        let mut writer = options.open(dest, chain.size(), self.page_size_of(chain))?;
+        let mut writer = options.open(dest, chain.size(), self.page_size_of(chain)?)?;
         save::check_room(&writer, chain)?;
         check()?;
         save::write_chain(&mut writer, chain)?;

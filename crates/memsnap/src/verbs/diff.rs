@@ -1,6 +1,7 @@
 //! `memsnap diff`: what changed between two states.
 
 use std::collections::HashSet;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use anyhow::Context;
@@ -12,7 +13,9 @@ use page_reader::{PageReader, Touched};
 use serde::Serialize;
 
 use crate::Verdict;
-use crate::args::{Extras, Formats, ImageFile, InProcess, Layout, Output, RawImages};
+use crate::args::{
+    Extras, Format, Formats, ImageFile, InProcess, Layout, Output, RawImages, text_of,
+};
 use crate::failure::Failure;
 use crate::print::{self, count, size};
 use crate::ram::{Ram, RamFile};
@@ -22,7 +25,8 @@ use crate::{input, save};
 /// Take a diff: the pages of a new state of the RAM that differ from an old one
 ///
 /// The old state comes first: a full image, or one and its diffs, oldest first. The new state is RAM, by --ram or --pid (pause the guest meanwhile); or
-/// the last file, a full image or a diff on top of the old ones; or a chain of its own, by --to.
+/// the last file, a full image or a diff on top of the old ones; or a chain of its own, by --to. A raw file does not say whether it is a full image or a diff:
+/// add --raw-full or --raw-diff where the new state begins with one.
 ///
 /// The diff names the old state as its parent, and has the id of the new one; RAM gets a new id. Without --output nothing is
 /// written, and the exit status is 1 if the states differ.
@@ -32,6 +36,7 @@ use crate::{input, save};
     memsnap diff full.mem d1.mem --ram /dev/shm/guest -o d2.mem\n  \
     memsnap diff yesterday.mem today.mem -o day.mem\n  \
     memsnap diff full.mem d1.mem d2.mem --to full.mem --to d1.mem -o back.mem\n  \
+    memsnap diff full.mem raw:d1.raw --raw-diff\n  \
     memsnap diff full.mem --pid 4242 --region /memfd:ram -o d1.mem\n  \
     memsnap diff a.mem b.mem")]
 pub struct Diff {
@@ -44,6 +49,12 @@ pub struct Diff {
     /// The new state: an image; repeat it for a chain, oldest first
     #[arg(long, value_name = "FILE", value_parser = ImageFile::parser())]
     to: Vec<ImageFile>,
+    /// The new state's first image is raw, and a full image
+    #[arg(long, conflicts_with = "raw_diff")]
+    raw_full: bool,
+    /// The new state's images begin with a raw one, and are diffs on top of the old state
+    #[arg(long)]
+    raw_diff: bool,
     #[command(flatten)]
     formats: Formats,
     #[command(flatten)]
@@ -55,7 +66,7 @@ pub struct Diff {
     #[arg(long, requires = "output")]
     force: bool,
     /// How the pages stand in the diff
-    #[arg(long, default_value = "packed")]
+    #[arg(long, default_value = "packed", requires = "output")]
     layout: Layout,
     /// Don't compare the images with their checksums first
     #[arg(long)]
@@ -73,6 +84,7 @@ impl Diff {
     pub fn run(&self, session: &Session) -> anyhow::Result<Verdict> {
         let session = &self.process.session(session);
         let (old_files, new_files) = self.states()?;
+        let new_is_diff = self.new_is_diff(new_files)?;
         let output = self.output.as_ref().map(|path| Output {
             path: path.clone(),
             force: self.force,
@@ -90,12 +102,15 @@ impl Diff {
         let mut new = match (&self.ram, self.process.find()?) {
             (Some(path), _) => New::Ram(Ram::File(RamFile::open(path)?)),
             (None, Some(ram)) => New::Ram(ram),
-            (None, None) => New::Images(self.new_chain(session, old_files, new_files)?),
+            (None, None) => {
+                New::Images(self.new_chain(session, old_files, new_files, new_is_diff)?)
+            }
         };
         if old.size() != new.size() {
             let (old, new) = (old.size(), new.size());
             return Err(Failure::OtherGuest { old, new }.into());
         }
+        self.check_regions(&old, &new)?;
         let writer = match &output {
             None => None,
             Some(output) => Some(self.stage(session, output, &old, &new)?),
@@ -119,7 +134,36 @@ impl Diff {
     }
 
     fn page_size(&self, old: &Chain) -> u64 {
-        self.raw.page_size.unwrap_or(old.page_size())
+        let smallest = old.writable_page_size();
+        self.raw.page_size.unwrap_or(smallest)
+    }
+
+    /// Both states, and the diff, are of RAM at the same addresses, as far as images say.
+    fn check_regions(&self, old: &Chain, new: &New) -> Result<(), Failure> {
+        let (old, new) = (input::regions(old), new.regions());
+        if let (Some(old), Some(new)) = (old, new)
+            && old != new
+        {
+            let (old, new) = (text_of(old), text_of(new));
+            return Err(Failure::OtherRegions { old, new });
+        }
+        self.extras.check_regions(old.or(new))
+    }
+
+    /// Whether the command line says that a raw first image of the new state is a diff. `None` where the image says what
+    /// it is, or there is none.
+    fn new_is_diff(&self, new: &[ImageFile]) -> Result<Option<bool>, Failure> {
+        let is_raw = |file: &&ImageFile| file.format(self.formats.format) == Format::Raw;
+        let raw = new.first().filter(is_raw);
+        match (raw, self.raw_full, self.raw_diff) {
+            (None, false, false) => Ok(None),
+            (None, ..) => Err(Failure::NoRawNewState),
+            (Some(file), false, false) => {
+                let path = file.path.clone();
+                Err(Failure::RawNewState { path })
+            }
+            (Some(_), _, is_diff) => Ok(Some(is_diff)),
+        }
     }
 
     /// The files of the old state, and of the new one: none where that is RAM.
@@ -141,10 +185,16 @@ impl Diff {
         session: &Session,
         old: &[ImageFile],
         new: &[ImageFile],
+        is_diff: Option<bool>,
     ) -> anyhow::Result<Chain> {
-        let files = match new {
-            [one] if one.open(self.formats.format)?.is_diff() => [old, new].concat(),
-            new => new.to_vec(),
+        let on_top = match (new, is_diff) {
+            (_, Some(is_diff)) => is_diff,
+            ([one], None) => one.open(self.formats.format)?.is_diff(),
+            (_, None) => false,
+        };
+        let files = match on_top {
+            true => [old, new].concat(),
+            false => new.to_vec(),
         };
         input::full_chain(session, &files, self.formats, &self.raw)
     }
@@ -201,9 +251,11 @@ impl Diff {
                 "the old state is raw and has no id: nothing will tell whether the diff fits on it",
             );
         }
-        let regions = old.images().find_map(Image::footer);
-        if let (Some(footer), New::Ram(_)) = (regions, new) {
-            seal = seal.regions(footer.regions.iter().cloned());
+        if let Some(regions) = input::regions(old) {
+            seal = seal.regions(regions.iter().cloned());
+        }
+        if let (New::Images(chain), true) = (new, self.layout != Layout::Raw) {
+            input::warn_of_old_metadata(session, chain);
         }
         let seal = self.extras.add_to(seal, old.size())?;
         let options = session
@@ -253,6 +305,13 @@ impl New {
         match self {
             Self::Ram(ram) => ram.reader(),
             Self::Images(chain) => Box::new(chain),
+        }
+    }
+
+    fn regions(&self) -> Option<&[Range<u64>]> {
+        match self {
+            Self::Ram(_) => None,
+            Self::Images(chain) => input::regions(chain),
         }
     }
 

@@ -1,7 +1,6 @@
 //! `memsnap info`: what files are.
 
 use std::fs::File;
-use std::path::Path;
 
 use anyhow::Context;
 use clap::Args;
@@ -124,7 +123,7 @@ impl Info {
         };
         match image.footer() {
             Some(footer) => Ok(common.sealed(footer)),
-            None => common.raw(&file, path, probed),
+            None => common.raw(&file, image, probed),
         }
     }
 
@@ -160,7 +159,8 @@ impl Info {
         }
     }
 
-    fn raw(mut self, file: &File, path: &Path, probed: &mut PageHoles) -> anyhow::Result<Self> {
+    fn raw(mut self, file: &File, image: &Image, probed: &mut PageHoles) -> anyhow::Result<Self> {
+        let path = image.path();
         let mut hole = Pages::default();
         let listing = || format!("cannot list the extents of {path:?}");
         for extent in extents(file).with_context(listing)? {
@@ -171,12 +171,10 @@ impl Info {
                 sparse_file::Kind::Hole => hole.add(len),
             }
         }
-        let real = path.canonicalize();
-        let path = real.with_context(|| format!("cannot find the directory of {path:?}"))?;
-        let dir = path.parent().unwrap_or(&path);
+        let dir = image.directory()?;
         self.holes = Some(Holes {
             file_system: file_system_name(file).ok(),
-            tell_clean_from_zero: match probed.check(file, dir, 4096) {
+            tell_clean_from_zero: match probed.check(file, &dir, 4096) {
                 Ok(()) => Some(true),
                 Err(PagesUnknown::Probe(_) | PagesUnknown::Sync(_)) => None,
                 Err(_) => Some(false),

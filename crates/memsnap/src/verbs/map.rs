@@ -44,8 +44,8 @@ pub struct Map {
     #[arg(long, requires = "output")]
     force: bool,
     /// Columns to fill; the terminal's unless told
-    #[arg(long, value_name = "COLUMNS", conflicts_with = "output")]
-    width: Option<usize>,
+    #[arg(long, value_name = "COLUMNS", conflicts_with_all = ["output", "json"], value_parser = clap::value_parser!(u16).range(1..))]
+    width: Option<u16>,
     /// The runs of pages, as JSON: a list of objects, sizes and offsets in bytes. A path that is not UTF-8 is an object: text, and bytes_hex
     #[arg(long, conflicts_with = "output")]
     json: bool,
@@ -61,7 +61,7 @@ impl Map {
         if self.json {
             print::json(&maps)?;
         } else {
-            print::line(&terminal::text(&maps, self.width))?;
+            print::line(&terminal::text(&maps, self.width.map(usize::from)))?;
         }
         Ok(Verdict::Good)
     }

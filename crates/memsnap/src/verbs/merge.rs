@@ -12,7 +12,8 @@ use crate::{input, save};
 
 /// Make one image of a full image and its diffs, or one diff of diffs
 ///
-/// The result stands for the same state as the last file, and has its id: the next diff fits on it.
+/// The result stands for the same state as the last file, and has its id: the next diff fits on it. Where the last file is raw, the result has a new id and no
+/// metadata; regions are those of any file that has some. A raw first file is taken for a full image, unless --raw-diffs is given.
 #[derive(Debug, Args)]
 #[command(
     group = ArgGroup::new("where").required(true).args(["output", "in_place"]),
@@ -72,7 +73,11 @@ impl Merge {
             // What another writer puts there meanwhile stays.
             options = options.replace_only(first.version()?);
         }
-        let mut writer = save::stage(session, &output, options, chain.size(), chain.page_size())?;
+        let page_size = save::page_size(&chain)?;
+        if layout != Layout::Raw {
+            input::warn_of_old_metadata(session, &chain);
+        }
+        let mut writer = save::stage(session, &output, options, chain.size(), page_size)?;
         save::check_room(&writer, &chain)?;
         // Once there is a place for the result: this takes as long as the rest.
         if !self.no_verify {

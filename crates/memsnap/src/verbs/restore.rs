@@ -1,6 +1,8 @@
 //! `memsnap restore`: a chain's RAM, for a guest to go on with.
 
 mod in_place;
+#[cfg(target_os = "linux")]
+mod reserve;
 
 use std::path::PathBuf;
 
@@ -20,7 +22,8 @@ use in_place::{Begun, InPlace};
 ///
 /// A new file appears once it is whole, and is sparse where the RAM is zero. A file or memfd that exists (/proc/PID/fd/N) is written in place,
 /// where a monitor has it mapped; it must be as large as the RAM and empty, or --force be given. It is checked before anything of it is
-/// overwritten: the images' checksums, the room, whether it can be written. If writing fails after that or is interrupted, it is left empty.
+/// overwritten: the images' checksums, whether it can be written, and the room, which is reserved on ext4, XFS, tmpfs and hugetlbfs. Other file systems (btrfs) cannot do
+/// that: as much as the RAM needs must be free, and a warning is given. If writing fails after that or is interrupted, it is left empty.
 /// RAM that memsnap is reading is refused, and memsnap refuses to read RAM that is being restored; a VMM's own locks of the file are no hindrance.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  \
@@ -81,9 +84,11 @@ impl Restore {
             path: self.output.clone(),
             force: false,
         };
-        let options = session.options("restoring").skip_untouched(true);
-        let mut writer = save::stage(session, &output, options, chain.size(), chain.page_size())?;
-        save::check_room(&writer, chain)?;
+        let options = session.options("restoring");
+        let options = options.skip_untouched(true).skip_zeros(true);
+        let page_size = save::page_size(chain)?;
+        let mut writer = save::stage(session, &output, options, chain.size(), page_size)?;
+        save::check_room_but_zeros(session, &writer, chain)?;
         self.check(session, chain)?;
         save::write_chain(&mut writer, chain)?;
         save::commit(session, writer)
@@ -98,20 +103,18 @@ impl Restore {
         };
         let in_use = self.force && target.holds_anything()?;
         check_use(&target)?;
-        target.check_room(chain)?;
+        // A signal gives back what is reserved.
+        session.hold();
         target.check_writing()?;
-        if !in_use {
-            // Of the pages just written.
-            target.empty_ends();
-        }
+        let plan = target.reserve(chain, in_use)?;
         self.check(session, chain)?;
         // That took its time, and a guest may have been started with the file meanwhile.
         check_use(&target)?;
-        session.hold();
+        session.check("the output was not written to")?;
         let begun = Begun::now(&mut target);
         let target = &mut *begun.target;
-        let restored = target.empty().and_then(|()| {
-            chain.restore_zeroed(target)?;
+        let restored = target.begin(plan).and_then(|runs| {
+            chain.restore_runs(target, runs.into_iter())?;
             let synced = target.file.sync_all();
             synced.with_context(|| format!("cannot bring {path:?} to its disk"))?;
             chain.check_unchanged()?;

@@ -2,24 +2,40 @@
 
 use std::fs::{File, Metadata};
 use std::io;
+use std::ops::Range;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
 
 use anyhow::Context;
 use indicatif::ProgressBar;
 use memory_image::{Chain, RamTarget};
+#[cfg(target_os = "linux")]
+use nix::errno::Errno;
 use page_reader::{FileReader, HostMemory, PageReader, SecretBuffer};
 use sparse_file::{Source, SpaceError, WriteOptions, punch_hole, write_runs};
 
 use crate::failure::Failure;
 use crate::interrupt::Overwriting;
 use crate::session::Session;
+#[cfg(target_os = "linux")]
+use crate::verbs::restore::reserve::{self, Plan};
+#[cfg(target_os = "linux")]
+use crate::zeros;
 use crate::{print, target, words};
 #[cfg(target_os = "linux")]
 use crate::{room, sys::Mapping};
 
 /// Bytes read, or zeros written, at a time.
 const CHUNK: usize = 1 << 20;
+/// Zeros that are shorter are written with what is around them.
+#[cfg(target_os = "linux")]
+const SHORTEST_HOLE: u64 = 32 << 10;
+
+/// What is to be written of the RAM.
+#[cfg(not(target_os = "linux"))]
+pub(super) struct Plan {
+    runs: Vec<Range<u64>>,
+}
 
 /// RAM that holds a part of what it is to hold. No guest is to start with that, so it is emptied if this is dropped by a
 /// panic.
@@ -140,39 +156,92 @@ impl<'s> InPlace<'s> {
         Ok(false)
     }
 
-    /// Refuses RAM that is too small for what the images store: what it has already counts. Huge pages
-    /// were reserved.
+    /// Takes the room for what the images store, or refuses. Huge pages were reserved.
     #[cfg(target_os = "linux")]
-    pub(super) fn check_room(&self, chain: &Chain) -> anyhow::Result<()> {
-        let metadata = self.file.metadata();
-        let metadata = metadata.with_context(|| format!("cannot look at {:?}", self.path))?;
-        let has = metadata.blocks() * 512;
-        Ok(room::check_over(self.path, &self.file, has, chain)?)
+    pub(super) fn reserve(&self, chain: &Chain, holds: bool) -> anyhow::Result<Plan> {
+        match self.mapping {
+            Some(_) => Ok(Plan::to_empty(chain)),
+            None => reserve::reserve(self.session, self.path, &self.file, chain, holds),
+        }
+    }
+
+    /// Other systems have no such call.
+    #[cfg(not(target_os = "linux"))]
+    pub(super) fn reserve(&self, chain: &Chain, _: bool) -> anyhow::Result<Plan> {
+        Ok(Plan {
+            runs: chain.stored_runs().collect(),
+        })
+    }
+
+    /// Makes zeros of all that is not written, from where on the RAM is lost, and returns what is.
+    #[cfg(target_os = "linux")]
+    pub(super) fn begin(&self, plan: Plan) -> anyhow::Result<Vec<Range<u64>>> {
+        if let Some(reserved) = plan.reserved {
+            reserved.keep();
+        }
+        if plan.empty_first {
+            self.empty()?;
+            return Ok(plan.runs);
+        }
+        let starts = std::iter::once(0).chain(plan.runs.iter().map(|run| run.end));
+        let ends = plan.runs.iter().map(|run| run.start);
+        let gaps = starts
+            .zip(ends.chain([self.size]))
+            .map(|(start, end)| start..end);
+        for gap in gaps.filter(|gap| !gap.is_empty()) {
+            self.make_zeros(gap)
+                .with_context(|| format!("cannot make zeros of {:?}", self.path))?;
+        }
+        Ok(plan.runs)
     }
 
     #[cfg(not(target_os = "linux"))]
-    pub(super) fn check_room(&self, _: &Chain) -> anyhow::Result<()> {
-        Ok(())
+    pub(super) fn begin(&self, plan: Plan) -> anyhow::Result<Vec<Range<u64>>> {
+        self.empty()?;
+        Ok(plan.runs)
     }
 
     /// Whether the first and the last byte can be written: by writing what they are. A seal, a limit
     /// on the size of files, or a file system that fails every write is found before anything is lost.
-    pub(super) fn check_writing(&self) -> Result<(), Failure> {
-        let rewrite = |at| {
+    ///
+    /// Holes are holes afterwards.
+    pub(super) fn check_writing(&mut self) -> anyhow::Result<()> {
+        let looking = || format!("cannot look at {:?}", self.path);
+        let metadata = self.file.metadata().with_context(looking)?;
+        let block = metadata.blksize().max(4096);
+        let rewrite = |at: u64| -> io::Result<()> {
+            let around = at / block * block..self.size.min((at / block + 1) * block);
+            let reader = FileReader::new(&self.file);
+            let is_hole = reader.populated(around.clone()).next().is_none();
             let mut byte = [0];
             self.file.read_exact_at(&mut byte, at)?;
-            self.write(&byte, at)
+            self.write(&byte, at)?;
+            if is_hole {
+                // Zeros are right, too.
+                let _ = punch_hole(&self.file, around);
+            }
+            Ok(())
         };
         match rewrite(0).and_then(|()| rewrite(self.size - 1)) {
             // What the file has may be what the RAM needs.
             Err(error) if error.kind() != io::ErrorKind::StorageFull => {
-                Err(Failure::TargetNotWritable {
+                return Err(Failure::TargetNotWritable {
                     path: self.path.to_owned(),
                     source: error,
-                })
+                }
+                .into());
             }
-            _ => Ok(()),
+            _ => {}
         }
+        #[cfg(target_os = "linux")]
+        if self.mapping.is_some() && metadata.blocks() == 0 {
+            // The pages are given up, and reserved like the others again.
+            let given_up = punch_hole(&self.file, 0..self.size);
+            given_up.with_context(|| format!("cannot make zeros of {:?}", self.path))?;
+            self.mapping = None;
+            self.mapping = huge_pages(self.path, &self.file, self.size)?;
+        }
+        Ok(())
     }
 
     /// Whether whoever opens the path gets this file, in its size.
@@ -195,15 +264,6 @@ impl<'s> InPlace<'s> {
         self.file.write_all_at(bytes, offset)
     }
 
-    /// Gives up the pages of the first and the last byte again, of which it is known that they are zeros.
-    pub(super) fn empty_ends(&self) {
-        let unit = 4096.min(self.size);
-        for range in [0..unit, self.size - unit..self.size] {
-            // Zeros are right, too.
-            let _ = punch_hole(&self.file, range);
-        }
-    }
-
     /// Makes all of it zeros.
     pub(super) fn empty(&self) -> anyhow::Result<()> {
         self.write_zeros()
@@ -224,13 +284,50 @@ impl<'s> InPlace<'s> {
             }
             return Ok(());
         }
-        match punch_hole(&self.file, all.clone()) {
+        self.make_zeros(all)
+    }
+
+    /// A hole, or zeros where the file system has no such call.
+    fn make_zeros(&self, range: Range<u64>) -> anyhow::Result<()> {
+        match punch_hole(&self.file, range.clone()) {
             Err(SpaceError::Unsupported { .. }) => {}
             punched => return Ok(punched?),
         }
         let on = &mut |_| std::ops::ControlFlow::Continue(());
-        write_runs(&self.file, [all], &Zeros, &WriteOptions::new(), on)?;
+        write_runs(&self.file, [range], &Zeros, &WriteOptions::new(), on)?;
         Ok(())
+    }
+
+    /// Writes bytes of the RAM over what was emptied or reserved: of long zeros, holes.
+    #[cfg(target_os = "linux")]
+    fn write_sparse(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
+        if self.mapping.is_some() {
+            return match HostMemory::from(bytes).is_zero() {
+                // As it is since it was emptied.
+                true => Ok(()),
+                false => self.write(bytes, offset),
+            };
+        }
+        let mut blocks = zeros::blocks(offset, bytes).peekable();
+        while let Some(first) = blocks.next() {
+            let mut range = first.range;
+            while let Some(next) = blocks.next_if(|next| next.is_zero == first.is_zero) {
+                range.end = next.range.end;
+            }
+            let is_hole = first.is_zero
+                && range.end - range.start >= SHORTEST_HOLE
+                && punch_hole(&self.file, range.clone()).is_ok();
+            if !is_hole {
+                let piece = (range.start - offset) as usize..(range.end - offset) as usize;
+                self.write(&bytes[piece], range.start)?;
+            }
+        }
+        Ok(())
+    }
+
+    #[cfg(not(target_os = "linux"))]
+    fn write_sparse(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
+        self.write(bytes, offset)
     }
 }
 
@@ -243,11 +340,15 @@ fn huge_pages(path: &Path, file: &File, size: u64) -> anyhow::Result<Option<Mapp
     }
     match Mapping::of(file, size) {
         Ok(mapping) => Ok(Some(mapping)),
-        Err(source) => Err(Failure::NoHugePages {
-            path: path.to_owned(),
-            source,
+        Err(source) if source.raw_os_error() == Some(Errno::ENOMEM as i32) => {
+            let path = path.to_owned();
+            Err(Failure::NoHugePages { path, source }.into())
         }
-        .into()),
+        // A seal, for example.
+        Err(source) => {
+            let path = path.to_owned();
+            Err(Failure::TargetNotWritable { path, source }.into())
+        }
     }
 }
 
@@ -260,7 +361,7 @@ impl RamTarget for InPlace<'_> {
         if self.session.flow().is_break() {
             return Err(io::Error::other("interrupted"));
         }
-        self.write(bytes, offset)?;
+        self.write_sparse(offset, bytes)?;
         self.bar.set_position(offset);
         Ok(())
     }
