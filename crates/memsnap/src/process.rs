@@ -233,8 +233,9 @@ fn is_file_of(region: &ProcessRegion, file: &fs::Metadata) -> bool {
     region.inode != 0 && (device, region.inode) == (file.dev(), file.ino())
 }
 
-/// Opens the file that a mapping shows: by way of the mapping, which takes a privilege, or of a descriptor that the
-/// process still has of it.
+/// Opens the file that a mapping shows: through the mapping, which takes a privilege, or through a
+/// descriptor that the process still has of it. Devices are not compared: on btrfs and overlayfs a
+/// mapping is listed with another device than its file has.
 fn file_behind(pid: u32, region: &ProcessRegion) -> Option<File> {
     if region.inode == 0 {
         return None;
@@ -244,8 +245,7 @@ fn file_behind(pid: u32, region: &ProcessRegion) -> Option<File> {
         let flags = (OFlag::O_NONBLOCK | OFlag::O_NOCTTY).bits();
         let file = File::options().read(true).custom_flags(flags).open(path);
         let file = file.ok()?;
-        let metadata = file.metadata().ok()?;
-        (metadata.is_file() && is_file_of(region, &metadata)).then_some(file)
+        file.metadata().ok()?.is_file().then_some(file)
     };
     let Range { start, end } = region.addresses;
     let mapping = format!("/proc/{pid}/map_files/{start:x}-{end:x}");
@@ -254,7 +254,7 @@ fn file_behind(pid: u32, region: &ProcessRegion) -> Option<File> {
         let mut paths = descriptors.flatten().map(|descriptor| descriptor.path());
         paths.find_map(|path| {
             let metadata = fs::metadata(&path).ok()?;
-            let same = metadata.is_file() && is_file_of(region, &metadata);
+            let same = metadata.is_file() && metadata.ino() == region.inode;
             same.then(|| open(&path))?
         })
     })

@@ -16,7 +16,7 @@ use nix::sys::signal::Signal;
 use rstest::rstest;
 use support::held::Held;
 use support::{Ended, PAGE, RAM, Work};
-use test_machine::{HugeFs, Need, TinyTmpfs};
+use test_machine::{HugeFs, LoopFs, LoopMount, Need, TinyTmpfs};
 
 /// RAM in a memfd of this process, and its path.
 fn memfd(len: u64) -> (File, String) {
@@ -367,14 +367,28 @@ fn ram_that_is_being_restored_is_not_read(#[case] command: &str) {
     assert!(matches!(code, Some(0 | 1)), "{code:?}");
 }
 
-/// By way of a mapping of a process: this one.
-#[test]
-fn a_process_whose_ram_is_being_restored_is_not_read() {
-    if !Need::Strace.met("a_process_whose_ram_is_being_restored_is_not_read") {
+/// Through a mapping of the process. On btrfs, mappings are listed by another device than files.
+#[rstest]
+#[case::here(false)]
+#[case::btrfs(true)]
+fn a_process_whose_ram_is_being_restored_is_not_read(#[case] on_btrfs: bool) {
+    const TEST: &str = "a_process_whose_ram_is_being_restored_is_not_read";
+    if !Need::Strace.met(TEST) || on_btrfs && !(Need::Root.met(TEST) && Need::Btrfs.met(TEST)) {
         return;
     }
     let work = Work::with_chain();
-    let guest = work.create("guest", RAM);
+    let disk = on_btrfs.then(|| LoopMount::new(LoopFs::Btrfs).unwrap());
+    let ram = match &disk {
+        None => work.path("guest"),
+        Some(disk) => {
+            let ram = disk.path().join("guest");
+            std::os::unix::fs::symlink(&ram, work.path("guest")).unwrap();
+            ram
+        }
+    };
+    let guest = File::create_new(&ram).unwrap();
+    guest.set_len(RAM).unwrap();
+    let guest = File::options().read(true).write(true).open(&ram).unwrap();
     let mut monitor = Command::new("python3");
     let script = "import mmap, sys\n\
         file = open('guest', 'r+b'); ram = mmap.mmap(file.fileno(), 0)\n\
@@ -385,10 +399,7 @@ fn a_process_whose_ram_is_being_restored_is_not_read() {
         .stdin(std::process::Stdio::piped())
         .stdout(std::process::Stdio::piped());
     let Ok(mut monitor) = monitor.spawn() else {
-        return test_machine::not_run(
-            "a_process_whose_ram_is_being_restored_is_not_read",
-            "there is no python3",
-        );
+        return test_machine::not_run(TEST, "there is no python3");
     };
     let mut mapped = [0; 6];
     std::io::Read::read_exact(monitor.stdout.as_mut().unwrap(), &mut mapped).unwrap();
@@ -396,7 +407,7 @@ fn a_process_whose_ram_is_being_restored_is_not_read() {
     let full = format!(
         "full --pid {} --live --region {} -o out",
         monitor.id(),
-        work.path("guest").display()
+        ram.display()
     );
     work.fails(&full, 3, &["memsnap restore", "wait"]);
     assert_eq!(held.release().0.code(), Some(0));

@@ -88,6 +88,8 @@ impl Convert {
             let file = image.version()?.file().try_clone();
             let file = file.with_context(|| format!("cannot send {:?}", self.input.path))?;
             stream::to_stdout(session, file, &self.input.path)?;
+            // The receiver finds the damage by the checksums; the sender fails too.
+            chain.check_unchanged()?;
             return Ok(Verdict::Good);
         }
         self.pack_and_send(session, &chain, extras, check)
