@@ -1,4 +1,4 @@
-//! A full image and the diffs taken after it, read as one.
+//! Chains: a full image and the diffs taken after it, read as one image.
 
 mod extents;
 pub(crate) mod segments;
@@ -14,53 +14,64 @@ use sparse_file::PageHoles;
 
 use crate::error::{ImageError, Unclear};
 use crate::image::Image;
-use crate::page_set::{PageSet, joined};
+use crate::page_set::{PageSet, coalesce};
 use extents::ExtentMap;
 use segments::{Segment, Source};
 
-/// A full image and the diffs taken after it, oldest first: the guest's RAM as it was at the last of them. Or diffs alone, to be made one.
+/// A full image and the diffs taken after it, oldest first, read as one image of the guest's RAM at
+/// the last snapshot.
 ///
-/// A chain of diffs alone knows only the pages that its diffs hold ([`known_runs`](Self::known_runs)). Reading another page is
-/// [`ImageError::NotInDiffs`]: the page was clean, and its bytes are in an older image.
+/// A chain may also consist of diffs alone, to be merged into one diff.
 ///
-/// The images are opened and looked through once; their bytes are read when asked for. They must not change while the
-/// chain is open.
+/// A chain of diffs alone holds only the pages in its diffs ([`known_runs`](Self::known_runs)).
+/// Reading any other page is [`ImageError::NotInDiffs`]: the page was clean, and its bytes are in
+/// an older image.
 ///
-/// Sealed images are checked to follow each other: a diff that names another parent than the id below it is refused. What the
-/// bytes sum to is for [`Image::verify`].
+/// The images are opened and indexed once. Their bytes are read on demand. The files must not
+/// change while the chain is open.
 ///
-/// An id names a state, so an id may come again: a diff that leads back to an older state has its id. What is refused is the same file twice, and an image
-/// whose id is in the chain and whose parent is not the newest image.
+/// The chain checks that sealed images follow each other: a diff whose parent is not the id of the
+/// image below it is refused. The chain does not verify checksums: [`Image::verify`] does.
+///
+/// An id identifies a state, so it may occur more than once: a diff that leads back to an older
+/// state has the id of that state. The chain refuses the same file twice, and an image whose id is
+/// in the chain and whose parent is not the newest image.
 ///
 /// # Many images
-/// A chain may have any number of images. Opening one more, and reading a byte, takes time that grows with the logarithm of their number.
+/// A chain may have any number of images. The time to open one more image, and to read a byte,
+/// grows with the logarithm of their number.
 ///
-/// Memory: at most 64 bytes for each run of pages that is contiguous in one image's file and in no newer image, and what each [`Image`]
-/// takes: some 1,000 bytes, and of a sealed one its footer. Nothing grows with the size of the RAM.
+/// Memory: at most 64 bytes for each run of pages that is contiguous in one image's file and in no
+/// newer image, and the size of each [`Image`]: about 1,000 bytes, and for a sealed image its
+/// footer. Memory use does not grow with the size of the RAM.
 ///
-/// Descriptors: this process keeps at most a quarter of the descriptors that it may have (`RLIMIT_NOFILE`) open for images. While all images fit, a file that is replaced by a commit, or removed, does no harm: the chain goes on reading the old
-/// one. Beyond that the file that was opened first is closed, and opened again when it is read, by its absolute path. If that leads to another file by then, or
-/// to one that was written to, the read fails with [`ImageError::Replaced`]; it never returns other bytes. So leave the images of a
-/// long chain in place while it is in use, [merge](Self::merge) it, or raise the limit before opening it, above all in a process that gives up
-/// the right to open files. An image that can't be found by its path (a memfd, a file without a name) stays open.
+/// Descriptors: this process keeps at most a quarter of its descriptor limit (`RLIMIT_NOFILE`) open
+/// for images. While all images fit, a file may be replaced by a commit, or removed: the chain
+/// continues to read the old file. Beyond the limit the file that was opened first is closed. It is
+/// opened again by its absolute path when it is read. If the path leads to another file by then, or
+/// the file was written to, the read fails with [`ImageError::Replaced`]. It never returns other
+/// bytes. Leave the images of a long chain in place while the chain is in use, [merge](Self::merge)
+/// the chain, or raise the limit before opening it. This matters most in a process that drops the
+/// permission to open files. An image that cannot be found by its path (a memfd, an unlinked file)
+/// stays open.
 #[derive(Debug)]
 pub struct Chain {
     page_size: u64,
     full: bool,
-    /// The oldest first.
+    /// Oldest first.
     pub(crate) layers: Vec<Image>,
-    /// Where every page of the RAM is, but the zeros of a full base.
+    /// The location of every page of the RAM, except the zeros of a full base.
     extents: ExtentMap,
     pub(crate) members: Members,
-    /// What was found out about the file systems of raw diffs.
+    /// Cached probe results about the file systems of raw diffs.
     holes: PageHoles,
 }
 
-/// What images of a chain are compared with.
+/// Identities of a chain's images, to which a new image is compared.
 #[derive(Debug, Default)]
 pub(crate) struct Members {
     ids: HashSet<ImageId>,
-    /// Devices and inodes.
+    /// Pairs of device and inode.
     files: HashSet<(u64, u64)>,
     /// The oldest layer that has a footer.
     sealed: Option<usize>,
@@ -85,43 +96,47 @@ impl Members {
 }
 
 impl Chain {
-    /// Opens the full image `base`, sealed or packed, of a guest whose snapshots are in pages of `page_size` bytes.
+    /// Opens the full image `base`, sealed or packed, as the base of a chain with pages of
+    /// `page_size` bytes.
     ///
     /// # Errors
-    /// [`ImageError`]: what [`Image::open`] gives, a diff, or no whole number of pages.
+    /// Fails with the errors of [`Image::open`], and if the image is a diff or not a whole number
+    /// of pages.
     pub fn open(base: impl AsRef<Path>, page_size: u64) -> Result<Self, ImageError> {
         let chain = Self::empty(page_size, true)?;
-        chain.begun(Image::open(base)?)
+        chain.with_base(Image::open(base)?)
     }
 
-    /// As [`open`](Self::open), of a raw image.
+    /// Opens the full raw image `base`, as [`open`](Self::open) opens a sealed one.
     ///
     /// # Errors
-    /// What [`Image::open_raw`] gives; otherwise as [`open`](Self::open).
+    /// Fails with the errors of [`Image::open_raw`]; otherwise as [`open`](Self::open).
     pub fn open_raw(base: impl AsRef<Path>, page_size: u64) -> Result<Self, ImageError> {
         let chain = Self::empty(page_size, true)?;
-        chain.begun(Image::open_raw(base)?)
+        chain.with_base(Image::open_raw(base)?)
     }
 
-    /// Begins with an image that was opened: a full one, or a diff to be put together with those taken after it. A raw image is taken for a full one.
+    /// Creates a chain from an opened image: a full image, or a diff to be merged with later diffs.
+    /// A raw image is treated as full.
     ///
     /// # Errors
     /// As [`open`](Self::open) and [`open_diff`](Self::open_diff).
     pub fn from_image(oldest: Image, page_size: u64) -> Result<Self, ImageError> {
         let chain = Self::empty(page_size, !oldest.is_diff())?;
-        chain.begun(oldest)
+        chain.with_base(oldest)
     }
 
-    /// Begins with a diff that was opened, as [`open_diff`](Self::open_diff) does: a raw image is taken for a diff.
+    /// Creates a chain of diffs from an opened diff, as [`open_diff`](Self::open_diff) does. A raw
+    /// image is treated as a diff.
     ///
     /// # Errors
     /// As [`open_diff`](Self::open_diff).
     pub fn from_diff(oldest: Image, page_size: u64) -> Result<Self, ImageError> {
-        Self::empty(page_size, false)?.begun(oldest)
+        Self::empty(page_size, false)?.with_base(oldest)
     }
 
-    /// With its first image.
-    fn begun(mut self, image: Image) -> Result<Self, ImageError> {
+    /// Adds the first image to an empty chain.
+    fn with_base(mut self, image: Image) -> Result<Self, ImageError> {
         if self.full && image.is_diff() {
             return Err(ImageError::NotFull { path: image.path });
         }
@@ -135,10 +150,12 @@ impl Chain {
         Ok(self)
     }
 
-    /// Opens images that are all sealed or packed, oldest first, in the smallest of their page sizes: a full one and diffs, or diffs alone.
+    /// Opens sealed or packed images, oldest first: a full image and diffs, or diffs alone. The
+    /// chain uses the smallest of their page sizes.
     ///
     /// # Errors
-    /// As [`open`](Self::open) and [`push`](Self::push); [`ImageError::NoImages`] for none.
+    /// Fails as [`open`](Self::open) and [`push`](Self::push) do, and with [`ImageError::NoImages`]
+    /// for an empty list.
     pub fn open_sealed<P: AsRef<Path>>(paths: &[P]) -> Result<Self, ImageError> {
         let images = paths.iter().map(Image::open);
         let images = images.collect::<Result<Vec<_>, _>>()?;
@@ -148,28 +165,29 @@ impl Chain {
         let page_size = page_sizes.min().ok_or(ImageError::NoImages)?;
         let mut images = images.into_iter();
         let oldest = images.next().ok_or(ImageError::NoImages)?;
-        let mut chain = Self::empty(page_size, !oldest.is_diff())?.begun(oldest)?;
+        let mut chain = Self::empty(page_size, !oldest.is_diff())?.with_base(oldest)?;
         for image in images {
             chain.push_image(image)?;
         }
         Ok(chain)
     }
 
-    /// Opens the diff `oldest`, sealed or packed, to be put together with the diffs taken after it into one. Pages that none of them holds are not known:
-    /// reading one is [`ImageError::NotInDiffs`].
+    /// Opens the diff `oldest`, sealed or packed, as the first image of a chain of diffs that are
+    /// to be merged into one. Reading a page that none of the diffs holds is
+    /// [`ImageError::NotInDiffs`].
     ///
     /// # Errors
     /// As [`push`](Self::push).
     pub fn open_diff(oldest: impl AsRef<Path>, page_size: u64) -> Result<Self, ImageError> {
         let chain = Self::empty(page_size, false)?;
-        chain.begun(Image::open(oldest)?)
+        chain.with_base(Image::open(oldest)?)
     }
 
-    /// Begins with a raw diff that was opened, as [`from_diff`](Self::from_diff) does, and takes its holes for what is clean, as
-    /// [`push_by_holes`](Self::push_by_holes) does. Says why they may be wrong.
+    /// Creates a chain of diffs from an opened raw diff whose holes are taken for clean pages, as
+    /// [`push_by_holes`](Self::push_by_holes) does. Also returns why the holes may be wrong.
     ///
     /// # Errors
-    /// As [`from_diff`](Self::from_diff), but no [`ImageError::UnclearDiff`].
+    /// Fails as [`from_diff`](Self::from_diff) does, except with [`ImageError::UnclearDiff`].
     pub fn from_diff_by_holes(
         oldest: Image,
         page_size: u64,
@@ -195,28 +213,33 @@ impl Chain {
         })
     }
 
-    /// Adds the diff that was taken next, sealed or packed. It says which pages it holds, and that it was taken on top of the newest image here.
+    /// Adds the next diff, sealed or packed. Its footer lists the pages that it holds and names its
+    /// parent, which must be the newest image of the chain.
     ///
     /// # Errors
-    /// [`ImageError::Link`] for a diff that doesn't follow the newest image; [`ImageError::SizeDiffers`] or [`ImageError::RegionsDiffer`] for a diff of
-    /// another guest; what [`open`](Self::open) gives. The chain stays as it was.
+    /// [`ImageError::Link`] for a diff that does not follow the newest image;
+    /// [`ImageError::SizeDiffers`] or [`ImageError::RegionsDiffer`] for a diff of another guest;
+    /// the errors of [`open`](Self::open). The chain is unchanged on error.
     pub fn push(&mut self, diff: impl AsRef<Path>) -> Result<(), ImageError> {
         self.push_image(Image::open(diff)?)
     }
 
-    /// Adds the raw diff that was taken next. Its pages are what its file system does not report as holes, where it can be believed
-    /// (see the [crate's page](crate#how-pages-are-told-from-gaps)).
+    /// Adds the next raw diff. The diff holds the pages that its file system does not report as
+    /// holes, where that report is trusted (see the [crate
+    /// documentation](crate#pages-and-gaps-of-a-raw-diff)).
     ///
     /// # Errors
-    /// [`ImageError::UnclearDiff`] where it can't be told which pages the diff holds; otherwise as [`push`](Self::push).
+    /// [`ImageError::UnclearDiff`] if the holes do not show which pages the diff holds; otherwise
+    /// as [`push`](Self::push).
     pub fn push_raw(&mut self, diff: impl AsRef<Path>) -> Result<(), ImageError> {
         self.push_image(Image::open_raw(diff)?)
     }
 
-    /// Adds the diff that was taken next and opened, as [`push`](Self::push) or [`push_raw`](Self::push_raw) does.
+    /// Adds the next diff, which is already open, as [`push`](Self::push) or
+    /// [`push_raw`](Self::push_raw) does.
     ///
     /// # Errors
-    /// As these.
+    /// Fails as [`push`](Self::push) and [`push_raw`](Self::push_raw) do.
     pub fn push_image(&mut self, image: Image) -> Result<(), ImageError> {
         self.check_follows(&image)?;
         let pages = self.pages_of_diff(&image)?;
@@ -224,11 +247,12 @@ impl Chain {
         Ok(())
     }
 
-    /// Adds the raw diff that was taken next, and takes its holes for what is clean, whether they can be believed or not. Says why they can't:
-    /// whoever goes on knows that clean and zero pages of the diff may have been taken for each other.
+    /// Adds the next raw diff, and takes its holes for clean pages whether or not they are trusted.
+    /// Returns why they are not trusted: clean and zero pages of the diff may then have been
+    /// confused with each other.
     ///
     /// # Errors
-    /// As [`push_raw`](Self::push_raw), but no [`ImageError::UnclearDiff`].
+    /// Fails as [`push_raw`](Self::push_raw) does, except with [`ImageError::UnclearDiff`].
     pub fn push_by_holes(&mut self, diff: impl AsRef<Path>) -> Result<Option<Unclear>, ImageError> {
         let image = Image::open_raw(diff)?;
         self.check_follows(&image)?;
@@ -237,7 +261,7 @@ impl Chain {
         Ok(unclear)
     }
 
-    /// The pages of a diff by its holes, and why these may be wrong.
+    /// Returns the pages of a diff by its holes, and why these may be wrong.
     fn pages_by_holes(&mut self, image: &Image) -> Result<(Pages, Option<Unclear>), ImageError> {
         match self.pages_of_diff(image) {
             Ok(pages) => Ok((pages, None)),
@@ -249,12 +273,13 @@ impl Chain {
         }
     }
 
-    /// Adds the raw diff that was taken next, which holds the pages that `runs` (ranges of bytes) touch, whatever its holes
-    /// say: the runs of the bitmap that it was written from, say. `once(0..size)` is a diff of every page.
+    /// Adds the next raw diff, which holds the pages that `runs` (ranges of bytes) touch,
+    /// regardless of its holes. `runs` may be the runs of the bitmap that the diff was written
+    /// from. `once(0..size)` is a diff of every page.
     ///
     /// # Errors
-    /// [`ImageError::BadRun`] for a run that is not inside the image; otherwise as [`push_raw`](Self::push_raw). The chain stays
-    /// as it was.
+    /// [`ImageError::BadRun`] for a run that is not inside the image; otherwise as
+    /// [`push_raw`](Self::push_raw). The chain is unchanged on error.
     pub fn push_pages(
         &mut self,
         diff: impl AsRef<Path>,
@@ -284,54 +309,56 @@ impl Chain {
         }
     }
 
-    /// The size of the guest's RAM in bytes.
+    /// Returns the size of the guest's RAM in bytes.
     #[must_use]
     pub fn size(&self) -> u64 {
         self.base().size
     }
 
-    /// Whether it has a full base, and so all of the RAM.
+    /// Returns whether the chain has a full base, and so holds all of the RAM.
     #[must_use]
     pub fn is_full(&self) -> bool {
         self.full
     }
 
-    /// The id of the state that the chain stands for: its newest image's, if that is sealed.
+    /// Returns the id of the state that the chain represents: the id of its newest image, if that
+    /// image is sealed.
     #[must_use]
     pub fn id(&self) -> Option<ImageId> {
         self.layers.last().and_then(Image::id)
     }
 
-    /// The page of the images in bytes.
+    /// Returns the page size of the chain in bytes.
     #[must_use]
     pub fn page_size(&self) -> u64 {
         self.page_size
     }
 
-    /// How many images there are, the base among them.
+    /// Returns the number of images, including the base.
     #[must_use]
     #[expect(clippy::len_without_is_empty, reason = "there is always a base")]
     pub fn len(&self) -> usize {
         self.layers.len()
     }
 
-    /// The paths of the images, the base first.
+    /// Returns the paths of the images, the base first.
     pub fn paths(&self) -> impl Iterator<Item = &Path> {
         self.layers.iter().map(Image::path)
     }
 
-    /// The images, the base first.
+    /// Returns the images, the base first.
     pub fn images(&self) -> impl Iterator<Item = &Image> {
         self.layers.iter()
     }
 
-    /// The runs of pages that any of the images speaks for, ascending, in bytes. Whatever lies between them is zeros; in a chain of diffs, clean.
+    /// Returns the runs of pages that any of the images covers, ascending, in bytes. The gaps
+    /// between them are zeros. In a chain of diffs, the gaps are clean pages.
     pub fn known_runs(&self) -> impl Iterator<Item = Range<u64>> {
-        self.runs(0..self.size(), |source| source != Source::Nowhere)
+        self.runs(0..self.size(), |source| source != Source::Hole)
     }
 
-    /// The runs of pages that are stored in any of the images, ascending, in bytes. Whatever lies between them is zeros, or, in a chain of diffs,
-    /// may be clean.
+    /// Returns the runs of pages that are stored in any of the images, ascending, in bytes. The
+    /// gaps between them are zeros. In a chain of diffs, the gaps may also be clean pages.
     pub fn stored_runs(&self) -> impl Iterator<Item = Range<u64>> {
         self.stored_in(0..self.size())
     }
@@ -348,10 +375,10 @@ impl Chain {
         )
     }
 
-    /// Returns the runs of pages that an image says are zeros. The zeros of a full base are in none
-    /// of them.
+    /// Returns the runs of pages that an image records as zeros. They do not include the zeros of a
+    /// full base.
     pub(crate) fn zero_runs(&self) -> impl Iterator<Item = Range<u64>> {
-        self.runs(0..self.size(), |source| source == Source::Zeroed)
+        self.runs(0..self.size(), |source| source == Source::Zero)
     }
 
     fn runs(
@@ -361,26 +388,26 @@ impl Chain {
     ) -> impl Iterator<Item = Range<u64>> {
         let segments = self.segments(within);
         let wanted = segments.filter(move |segment| wanted(segment.source));
-        joined(wanted.map(|segment| segment.range))
+        coalesce(wanted.map(|segment| segment.range))
     }
 
     pub(crate) fn base(&self) -> &Image {
         &self.layers[0]
     }
 
-    /// The oldest image that has a footer.
+    /// Returns the oldest image that has a footer.
     pub(crate) fn oldest_sealed(&self) -> Option<&Image> {
         self.members.sealed.map(|layer| &self.layers[layer])
     }
 
     fn add(&mut self, newest: Image, pages: Pages) {
         let layer = self.layers.len();
-        let zeros_are_clear = layer == 0 && self.full;
+        let omit_zeros = layer == 0 && self.full;
         let mut add = |range: Range<u64>, stored: Option<u64>| match stored {
             Some(offset) => self.extents.add(range, Source::Stored { layer, offset }),
-            // What no layer has is zeros.
-            None if zeros_are_clear => {}
-            None => self.extents.add(range, Source::Zeroed),
+            // Pages that are in no layer are zeros.
+            None if omit_zeros => {}
+            None => self.extents.add(range, Source::Zero),
         };
         match pages {
             Pages::InFooter => {
@@ -390,7 +417,7 @@ impl Chain {
             Pages::Listed(pages) => {
                 for Range { start: mut at, end } in pages.into_runs() {
                     while at < end {
-                        let (stored, next) = newest.place(at);
+                        let (stored, next) = newest.locate(at);
                         add(at..next.min(end), stored);
                         at = next;
                     }
@@ -401,15 +428,15 @@ impl Chain {
         self.layers.push(newest);
     }
 
-    /// Fills `buf` from `offset` on; the error names the image.
+    /// Reads the bytes from `offset` on into `buf`. The error names the image.
     pub(crate) fn read(&self, offset: u64, buf: &mut [u8]) -> Result<(), ImageError> {
         let mut rest = buf;
         for Segment { range, source } in self.segments(offset..offset + rest.len() as u64) {
             let (piece, later) = rest.split_at_mut((range.end - range.start) as usize);
             match source {
                 Source::Stored { layer, offset } => self.layers[layer].read_file(offset, piece)?,
-                Source::Nowhere if !self.full => return Err(self.not_in_diffs(range.start)),
-                Source::Nowhere | Source::Zeroed => piece.fill(0),
+                Source::Hole if !self.full => return Err(self.not_in_diffs(range.start)),
+                Source::Hole | Source::Zero => piece.fill(0),
             }
             rest = later;
         }
@@ -424,17 +451,17 @@ impl Chain {
     }
 }
 
-/// Which pages a layer speaks for.
+/// The pages that a layer covers.
 enum Pages {
-    /// Those in the runs of its footer.
+    /// The pages in the runs of its footer.
     InFooter,
-    /// These, wherever its footer says that they are, if it has one.
+    /// The listed pages, at the positions that its footer gives, if it has one.
     Listed(PageSet),
 }
 
-/// The guest's RAM, each page from the newest image that holds it.
+/// Reads the guest's RAM, each page from the newest image that holds it.
 ///
-/// Reading a page that no image of a chain of diffs holds fails with [`ImageError::NotInDiffs`].
+/// Reading a page that is in no image of a chain of diffs fails with [`ImageError::NotInDiffs`].
 impl PageReader for Chain {
     fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
         let inside = offset
@@ -449,13 +476,13 @@ impl PageReader for Chain {
         })
     }
 
-    /// Returns what is stored. Of a chain of diffs it returns all: reading a page that none of them holds then fails, while a page that is left
-    /// out would be taken for zeros.
+    /// Returns the stored runs. For a chain of diffs it returns the whole range: reading a page
+    /// that none of them holds fails, while an omitted page would be taken for zeros.
     fn populated(&self, range: Range<u64>) -> PopulatedRanges<'_> {
         if !self.full {
             return Box::new(std::iter::once(range).filter(|range| !range.is_empty()));
         }
-        // What lies past the end, a read tells.
+        // Included, so that reading past the end reports the error.
         let past = self.size().max(range.start)..range.end;
         let past = std::iter::once(past).filter(|past| !past.is_empty());
         let stored = self.stored_in(range.start..range.end.min(self.size()));

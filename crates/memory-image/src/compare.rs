@@ -10,7 +10,7 @@ use dirty_bitmap::{DirtyBitmap, GeometryError};
 use page_reader::{PageReader, SecretBuffer, Touched};
 use thiserror::Error;
 
-use crate::page_set::joined;
+use crate::page_set::coalesce;
 
 /// Bytes of each source that are compared at a time, and between two calls of the progress function.
 const STRETCH: u64 = 1 << 20;
@@ -212,5 +212,5 @@ fn populated_by_either<A: PageReader + ?Sized, B: PageReader + ?Sized>(
         let start = range.start - range.start % STRETCH;
         start..range.end.next_multiple_of(STRETCH).min(ram_size)
     });
-    joined(stretches).collect()
+    coalesce(stretches).collect()
 }

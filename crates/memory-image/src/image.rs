@@ -1,4 +1,4 @@
-//! One image: raw, sealed or packed.
+//! A single memory image: raw, sealed or packed.
 
 use std::fs::{self, File, Metadata};
 use std::io;
@@ -12,22 +12,23 @@ use memory_writer::FileVersion;
 use crate::error::ImageError;
 use crate::image_file::{ImageFile, ReopenError};
 
-/// How the pages stand in an image's file, as the caller says.
+/// The layout of the pages in an image's file.
 ///
-/// A raw image says nothing of itself, and all of its bytes are the guest's: what looks like a footer at its end may be one that the guest wrote. So a
-/// file is taken for a raw image only where the caller says so.
+/// A raw image consists of the guest's bytes alone: bytes that look like a footer at its end may
+/// have been written by the guest. A file is therefore read as a raw image only on request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Format {
-    /// Pages at their guest offsets, and nothing else.
+    /// Pages at their guest offsets, without a footer.
     Raw,
-    /// The same, and a footer.
+    /// Pages at their guest offsets, and a footer.
     Sealed,
-    /// A header, pages one after another, and a footer.
+    /// A header, consecutive pages, and a footer.
     Packed,
 }
 
-/// A memory image that was opened and, if it is sealed, whose [`Footer`] was read and found consistent. Its pages are read when they are asked
-/// for, and checked by [`verify`](Self::verify).
+/// An open memory image. If the image is sealed, its [`Footer`] was read and is consistent.
+///
+/// Pages are read on demand. [`verify`](Self::verify) checks them.
 ///
 /// # Examples
 /// ```
@@ -52,26 +53,30 @@ pub struct Image {
     file: ImageFile,
     pub(crate) size: u64,
     pub(crate) footer: Option<Footer>,
-    /// Device and inode.
+    /// Device and inode of the file.
     pub(crate) identity: (u64, u64),
-    /// When it was opened, before anything was read.
+    /// Metadata at the time of opening, before anything was read.
     opened: Metadata,
 }
 
 impl Image {
-    /// Opens the image at `path`, which is sealed or packed.
+    /// Opens the sealed or packed image at `path`.
     ///
     /// # Errors
-    /// [`ImageError`]: no regular file with bytes in it; [`ImageError::Footer`] for one that is neither, is cut off, damaged or of a later version, or
-    /// may as well be raw (one of version 1 whose length is a multiple of 512: name its format to [`open_as`](Self::open_as)).
+    /// [`ImageError`] if `path` is not a regular file or is empty. [`ImageError::Footer`] if the
+    /// file is neither sealed nor packed, is truncated, damaged or of a later version, or may also
+    /// be raw (an image of version 1 whose length is a multiple of 512: pass its format to
+    /// [`open_as`](Self::open_as)).
     pub fn open(path: impl AsRef<Path>) -> Result<Self, ImageError> {
         Self::open_file(path.as_ref(), |file| Footer::read(file).map(Some))
     }
 
-    /// Opens the raw image at `path`. Nothing that the file holds is looked at, so nothing that a guest wrote to its RAM matters.
+    /// Opens the raw image at `path`. The content of the file is not examined, so nothing that a
+    /// guest wrote to its RAM affects the result.
     ///
     /// # Errors
-    /// [`ImageError`]: no regular file with bytes in it; [`ImageError::NotRaw`] for a length that no raw image has.
+    /// [`ImageError`] if `path` is not a regular file or is empty; [`ImageError::NotRaw`] if its
+    /// length is not valid for a raw image.
     ///
     /// # Examples
     /// ```
@@ -80,7 +85,7 @@ impl Image {
     /// # let path = dir.path().join("ram");
     /// # std::fs::write(&path, [7; 4096])?;
     ///
-    /// assert!(Image::open(&path).is_err()); // it may be a sealed one that was cut off
+    /// assert!(Image::open(&path).is_err()); // it may be a truncated sealed image
     /// assert_eq!(Image::open_raw(&path)?.ram_size(), 4096);
     /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
@@ -96,10 +101,11 @@ impl Image {
         })
     }
 
-    /// Opens the image at `path`, which is of this format.
+    /// Opens the image at `path` in the given format.
     ///
     /// # Errors
-    /// As [`open`](Self::open) and [`open_raw`](Self::open_raw); [`ImageError::Footer`] for an image of another format.
+    /// Fails as [`open`](Self::open) and [`open_raw`](Self::open_raw) do, and with
+    /// [`ImageError::Footer`] for an image of another format.
     pub fn open_as(path: impl AsRef<Path>, format: Format) -> Result<Self, ImageError> {
         let placement = match format {
             Format::Raw => return Self::open_raw(path),
@@ -133,7 +139,7 @@ impl Image {
             source,
         })?;
         if let Some(footer) = &mut footer {
-            // They were grown as they were read, to up to twice their size.
+            // They were grown while they were read, up to twice their size.
             footer.runs.shrink_to_fit();
             footer.checksums.shrink_to_fit();
         }
@@ -149,19 +155,20 @@ impl Image {
         })
     }
 
-    /// Where it was opened.
+    /// Returns the path that the image was opened at.
     #[must_use]
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// Returns the directory that its file is in, also where it was opened by a link from another one.
+    /// Returns the directory of its file, also if the image was opened by a link in another
+    /// directory.
     ///
     /// # Errors
-    /// [`ImageError::Open`]: the path leads nowhere any more.
+    /// [`ImageError::Open`] if the path no longer leads anywhere.
     pub fn directory(&self) -> Result<PathBuf, ImageError> {
         let path = match fs::canonicalize(&self.path) {
-            // The working directory may be deeper than an absolute path can name.
+            // The working directory may be nested deeper than an absolute path can express.
             Err(error) if is_too_long(&error) && !self.path.is_symlink() => self.path.clone(),
             found => found.map_err(|source| ImageError::Open {
                 path: self.path.clone(),
@@ -174,13 +181,13 @@ impl Image {
         })
     }
 
-    /// The size of the guest's RAM in bytes; a raw image is as large.
+    /// Returns the size of the guest's RAM in bytes. A raw image has the same size.
     #[must_use]
     pub fn ram_size(&self) -> u64 {
         self.size
     }
 
-    /// How its pages stand in its file.
+    /// Returns the layout of its pages.
     #[must_use]
     pub fn format(&self) -> Format {
         match self.footer.as_ref().map(|footer| footer.placement) {
@@ -190,19 +197,19 @@ impl Image {
         }
     }
 
-    /// What its footer says; `None` for a raw image.
+    /// Returns its footer, or `None` for a raw image.
     #[must_use]
     pub fn footer(&self) -> Option<&Footer> {
         self.footer.as_ref()
     }
 
-    /// The id of the state that it stands for; `None` for a raw image.
+    /// Returns the id of the state that the image represents, or `None` for a raw image.
     #[must_use]
     pub fn id(&self) -> Option<ImageId> {
         self.footer.as_ref().map(|footer| footer.id)
     }
 
-    /// Whether it is known to be a diff: a raw one doesn't say.
+    /// Returns whether the image is known to be a diff. A raw image does not record this.
     #[must_use]
     pub fn is_diff(&self) -> bool {
         self.footer
@@ -210,24 +217,26 @@ impl Image {
             .is_some_and(|footer| footer.kind != Kind::Full)
     }
 
-    /// Whether the first bytes of the file are the RAM's, as far as they are present.
+    /// Returns whether present pages are at their guest offsets in the file.
     pub(crate) fn in_place(&self) -> bool {
         self.footer
             .as_ref()
             .is_none_or(|footer| footer.placement == Placement::InPlace)
     }
 
-    /// Returns the version of its file that was opened, for a writer that is to
-    /// [replace only](memory_writer::Options::replace_only) that. Keeps the file open.
+    /// Returns the version of its file that was opened, for a writer that may [replace
+    /// only](memory_writer::Options::replace_only) this version. The value keeps the file open.
     ///
     /// # Errors
-    /// [`ImageError::Replaced`], or [`ImageError::Open`]: the file was closed meanwhile, and can't be opened again.
+    /// [`ImageError::Replaced`] or [`ImageError::Open`] if the file was closed meanwhile and cannot
+    /// be opened again.
     pub fn version(&self) -> Result<FileVersion, ImageError> {
         Ok(FileVersion::new(self.file()?, &self.opened))
     }
 
-    /// Fails if its file was resized or written to since it was opened: what was read of it may be neither what it was
-    /// nor what it is. A file that was replaced by another one, or removed, is as it was.
+    /// Fails if the file was resized or written to since it was opened: bytes read from it may then
+    /// belong to no single version. A file that was replaced by another one, or removed, counts as
+    /// unchanged.
     ///
     /// # Errors
     /// [`ImageError::Changed`]; otherwise as [`version`](Self::version).
@@ -243,7 +252,7 @@ impl Image {
         }
     }
 
-    /// Returns the file, which may have been closed meanwhile and is opened again then.
+    /// Returns the file, which is opened again if it was closed meanwhile.
     ///
     /// # Errors
     /// [`ImageError::Replaced`], or [`ImageError::Open`].
@@ -258,8 +267,9 @@ impl Image {
         })
     }
 
-    /// Where in the file the RAM's bytes from `offset` on are, if they are there, and up to which offset in RAM that goes on.
-    pub(crate) fn place(&self, offset: u64) -> (Option<u64>, u64) {
+    /// Returns the position in the file of the RAM's bytes from `offset` on, if they are stored,
+    /// and the RAM offset at which this state ends.
+    pub(crate) fn locate(&self, offset: u64) -> (Option<u64>, u64) {
         let Some(footer) = &self.footer else {
             return (Some(offset), u64::MAX);
         };

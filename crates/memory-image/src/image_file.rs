@@ -1,13 +1,14 @@
-//! The files of images, of which a bounded number is open at a time, however many images there are.
+//! A pool of image files of which a bounded number is open at a time.
 //!
-//! A file that is over the bound is closed, the one that was opened first before others, and opened again when it is read. A
-//! name says nothing about the bytes behind it, so a file that is opened again must be the one that was closed: the same inode, as
-//! long and last written at the same time, with the same last bytes. Those are the checksum of a sealed image's footer, in which
-//! its random id is. A raw image has none, so its inode must not have been changed either, by whatever means. A file that
-//! can't be found by its name when it is to be closed stays open.
+//! When the limit is exceeded, the file that was opened first is closed. It is opened again when it
+//! is read. A name proves nothing about the file that it leads to, so the reopened file must be the
+//! one that was closed: the same inode, length, modification time and last bytes. In a sealed image
+//! the last bytes are the checksum of its footer, which covers its random id. A raw image has no
+//! such checksum, so its change time must be the same too. A file that cannot be found by its name
+//! when it is to be closed stays open.
 //!
-//! Lock order: the state of a file, then [`POOL`]. Whoever takes a file out of the pool releases the pool before it takes the
-//! file's state, and is the only one to close it.
+//! Lock order: the state of a file, then [`POOL`]. A thread that takes a file out of the pool
+//! releases the pool before it locks the file's state, and is the only one to close the file.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File, Metadata};
@@ -19,7 +20,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use nix::errno::Errno;
 use nix::sys::resource::{Resource, getrlimit};
 
-/// Bytes at the end of a file that are compared when it is opened again: a footer ends with its checksum in these.
+/// Number of bytes at the end of a file that are compared when it is reopened. They include the
+/// footer's checksum.
 const END: usize = 64;
 
 /// The files that are open and can be closed.
@@ -30,7 +32,7 @@ static POOL: Mutex<Pool> = Mutex::new(Pool {
 
 struct Pool {
     next: u64,
-    /// By ticket: in the order in which they were opened.
+    /// Keyed by ticket: in the order of opening.
     open: BTreeMap<u64, Arc<Slot>>,
 }
 
@@ -49,27 +51,27 @@ struct Slot {
 #[derive(Debug)]
 struct State {
     file: Option<Arc<File>>,
-    /// Its place in the pool, if it is there.
+    /// Its key in the pool, if it is there.
     ticket: Option<u64>,
-    /// How to open it again; known since it was closed for the first time.
-    way_back: Option<WayBack>,
+    /// How to reopen the file. Set when the file is closed for the first time.
+    reopen_target: Option<ReopenTarget>,
 }
 
 #[derive(Debug)]
-struct WayBack {
-    /// Absolute, and of no links.
+struct ReopenTarget {
+    /// An absolute path without symbolic links.
     path: PathBuf,
     end: [u8; END],
 }
 
-/// What tells a file from another one, and from itself after a write.
+/// Identifies a file and its version.
 #[derive(Debug, PartialEq, Eq)]
 struct Stamp {
     device: u64,
     inode: u64,
     len: u64,
     modified: (i64, i64),
-    /// Not of a sealed image: links to it may be made, its mode and owner may be set.
+    /// `None` for a sealed image: hard links to it may be made, and its mode and owner may be set.
     changed: Option<(i64, i64)>,
 }
 
@@ -86,20 +88,22 @@ impl Stamp {
     }
 }
 
-/// Why a file can't be opened again.
+/// Why a file cannot be reopened.
 #[derive(Debug)]
 pub(crate) enum ReopenError {
-    /// Its path leads to nothing, to another file, or to what was written to meanwhile.
+    /// Its path leads nowhere or to another file, or the file was written to meanwhile.
     Replaced,
-    /// What the system said.
+    /// The error of the operating system.
     Io(io::Error),
 }
 
 impl ImageFile {
-    /// Opens a file for the first time. Closes files of other images if the process can't have more descriptors.
+    /// Opens a file for the first time. Closes files of other images if the process has no
+    /// descriptor left.
     pub(crate) fn open(path: &Path) -> io::Result<File> {
         loop {
-            // O_NONBLOCK: opening a FIFO must not wait for its writer. A regular file does not care.
+            // O_NONBLOCK: opening a FIFO must not wait for its writer. It has no effect on a
+            // regular file.
             let opened = File::options()
                 .read(true)
                 .custom_flags(nix::libc::O_NONBLOCK)
@@ -111,7 +115,7 @@ impl ImageFile {
         }
     }
 
-    /// Takes a file that was just opened at `path`.
+    /// Adds a file that was just opened at `path`.
     pub(crate) fn new(path: &Path, file: File, metadata: &Metadata, sealed: bool) -> Self {
         let slot = Arc::new(Slot {
             path: path.to_owned(),
@@ -120,15 +124,15 @@ impl ImageFile {
             state: Mutex::new(State {
                 file: None,
                 ticket: None,
-                way_back: None,
+                reopen_target: None,
             }),
         });
         slot.admit(&mut locked(&slot.state), Arc::new(file));
-        close_more_than(most());
+        close_more_than(open_limit());
         Self(slot)
     }
 
-    /// Returns the file, opened again if it was closed.
+    /// Returns the file, reopened if it was closed.
     pub(crate) fn get(&self) -> Result<Arc<File>, ReopenError> {
         let mut state = locked(&self.0.state);
         if let Some(file) = &state.file {
@@ -137,7 +141,7 @@ impl ImageFile {
         let file = Arc::new(self.0.reopen(&state)?);
         self.0.admit(&mut state, Arc::clone(&file));
         drop(state);
-        close_more_than(most());
+        close_more_than(open_limit());
         Ok(file)
     }
 }
@@ -146,7 +150,7 @@ impl Drop for ImageFile {
     fn drop(&mut self) {
         let ticket = locked(&self.0.state).ticket;
         let taken = ticket.and_then(|ticket| locked(&POOL).open.remove(&ticket));
-        // Closed when the pool is unlocked.
+        // Closed after the pool is unlocked.
         drop(taken);
     }
 }
@@ -161,26 +165,30 @@ impl Slot {
         state.ticket = Some(ticket);
     }
 
-    /// Closes the file, which is not in the pool any more, if it can be opened again. Returns whether it was closed.
+    /// Closes the file, which is no longer in the pool, if it can be reopened. Returns whether it
+    /// was closed.
     fn close(&self) -> bool {
         let mut state = locked(&self.state);
         state.ticket = None;
         let Some(file) = state.file.take() else {
             return false;
         };
-        let way_back = state.way_back.take().or_else(|| self.way_back(&file));
-        state.way_back = way_back.filter(|way| self.is_at(&way.path));
-        let can_be_closed = state.way_back.is_some();
+        let reopen_target = state
+            .reopen_target
+            .take()
+            .or_else(|| self.reopen_target(&file));
+        state.reopen_target = reopen_target.filter(|target| self.is_at(&target.path));
+        let can_be_closed = state.reopen_target.is_some();
         if !can_be_closed {
             state.file = Some(file);
         }
         can_be_closed
     }
 
-    fn way_back(&self, file: &File) -> Option<WayBack> {
+    fn reopen_target(&self, file: &File) -> Option<ReopenTarget> {
         let path = fs::canonicalize(&self.path).ok()?;
         let end = end_of(file, self.stamp.len).ok()?;
-        Some(WayBack { path, end })
+        Some(ReopenTarget { path, end })
     }
 
     fn is_at(&self, path: &Path) -> bool {
@@ -189,8 +197,8 @@ impl Slot {
     }
 
     fn reopen(&self, state: &State) -> Result<File, ReopenError> {
-        let way_back = state.way_back.as_ref().ok_or(ReopenError::Replaced)?;
-        let file = ImageFile::open(&way_back.path).map_err(|error| match error.kind() {
+        let reopen_target = state.reopen_target.as_ref().ok_or(ReopenError::Replaced)?;
+        let file = ImageFile::open(&reopen_target.path).map_err(|error| match error.kind() {
             io::ErrorKind::NotFound | io::ErrorKind::NotADirectory => ReopenError::Replaced,
             _ => ReopenError::Io(error),
         })?;
@@ -198,14 +206,14 @@ impl Slot {
         if Stamp::of(&metadata, self.sealed) != self.stamp {
             return Err(ReopenError::Replaced);
         }
-        match end_of(&file, self.stamp.len).map_err(ReopenError::Io)? == way_back.end {
+        match end_of(&file, self.stamp.len).map_err(ReopenError::Io)? == reopen_target.end {
             true => Ok(file),
             false => Err(ReopenError::Replaced),
         }
     }
 }
 
-/// Returns the last bytes of a file of `len` bytes, after zeros if it has fewer.
+/// Returns the last bytes of a file of `len` bytes, padded with leading zeros.
 fn end_of(file: &File, len: u64) -> io::Result<[u8; END]> {
     let mut end = [0; END];
     let bytes = len.min(END as u64);
@@ -213,7 +221,7 @@ fn end_of(file: &File, len: u64) -> io::Result<[u8; END]> {
     Ok(end)
 }
 
-/// Closes the oldest file that can be opened again. Returns false if there is none.
+/// Closes the oldest file that can be reopened. Returns false if there is none.
 fn close_one() -> bool {
     while let Some(oldest) = take_oldest(0) {
         if oldest.close() {
@@ -229,7 +237,7 @@ fn close_more_than(most: usize) {
     }
 }
 
-/// Takes the oldest file out of the pool if there are more than `most`.
+/// Removes the oldest file from the pool if there are more than `most`.
 fn take_oldest(most: usize) -> Option<Arc<Slot>> {
     let mut pool = locked(&POOL);
     if pool.open.len() <= most {
@@ -238,8 +246,9 @@ fn take_oldest(most: usize) -> Option<Arc<Slot>> {
     pool.open.pop_first().map(|(_, slot)| slot)
 }
 
-/// Returns how many files may be open: a quarter of what the process may have, which has use for others.
-fn most() -> usize {
+/// Returns the limit of open files: a quarter of the process's limit, which leaves descriptors for
+/// other uses.
+fn open_limit() -> usize {
     let limit = getrlimit(Resource::RLIMIT_NOFILE).map_or(u64::MAX, |(soft, _)| soft);
     usize::try_from(limit / 4).map_or(usize::MAX, |quarter| quarter.max(1))
 }

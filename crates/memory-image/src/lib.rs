@@ -1,7 +1,11 @@
-//! The read side of virtual-machine memory snapshots.
+//! Reads virtual-machine memory snapshots: full images and chains of diffs.
+//!
+//! A snapshot series is a full image of a guest's RAM and the diffs taken after it. This crate
+//! reads such a chain as one image, checks it, merges it, restores it to memory, and starts guests
+//! on it without reading all of it first.
 //!
 //! # By task
-//! **Put a chain together** (a full image and the diffs taken after it, oldest first) and read it as one:
+//! **Read a chain** (a full image and the diffs taken after it, oldest first) as one image:
 //! ```
 //! use memory_image::Chain;
 //! use page_reader::PageReader;
@@ -33,57 +37,72 @@
 //! # assert_eq!(ram[8191..8193], [1, 2]);
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
-//! **Sealed and packed images** ([`image_format`]) say themselves which pages they hold, and whose diffs they are: [`Chain::open_sealed`] takes them all at
-//! once and refuses what doesn't follow, [`Image::verify`] finds bit rot and truncation, [`Chain::merge`] writes a chain in any layout.
+//! **Sealed and packed images** ([`image_format`]) record which pages they hold and which image
+//! they are a diff of. [`Chain::open_sealed`] opens all of them at once and refuses a diff that
+//! does not follow its predecessor. [`Image::verify`] detects bit rot and truncation.
+//! [`Chain::merge`] writes a chain in any layout.
 //!
-//! **Find out what changed** between two states: [`compare`].
+//! **Find the pages that changed** between two states: [`compare`].
 //!
-//! **Start a guest at once**, without reading or merging what it starts from. What it writes stays its own:
+//! **Start a guest at once**, without reading or merging its images. The guest's writes never
+//! change the files:
 //!
-//! | from | | how long until it runs |
-//! |---|---|---|
-//! | a full image | [`MappedImage`] maps it copy-on-write | one `mmap` |
-//! | a chain | [`MappedChain`] maps the longest runs of its images, and copies the others | grows with the runs: about 10 us each |
-//! | a chain, on Linux | `LazyRam` reads pages as they are touched (userfaultfd), the rest meanwhile; first what a `WorkingSet` says | below a millisecond |
+//! - [`MappedImage`] maps a full image copy-on-write. The guest starts after one `mmap`.
+//! - [`MappedChain`] maps the longest runs of a chain's images and copies the others. The time
+//!   grows with the number of runs: about 10 us each.
+//! - `LazyRam` (Linux, userfaultfd) reads a page of a chain when it is first touched, and the other
+//!   pages in the background, those of a `WorkingSet` first. The guest starts in less than a
+//!   millisecond.
 //!
-//! A VMM with private anonymous mappings of its own has them filled by `LazyRamOptions::adopt`. Shared memory
-//! is refused there: others that have it would find zeros in missing pages. Restore a chain into it at once
-//! ([`Chain::restore`]), before others use it. `examples/lazy_restore.rs` starts guests in all ways.
+//! `LazyRamOptions::adopt` fills private anonymous memory that the VMM has mapped itself. Shared
+//! memory is refused: its other users would find zeros in missing pages. Restore a chain into
+//! shared memory ([`Chain::restore`]) before others use it. `examples/lazy_restore.rs` starts
+//! guests in each of these ways.
 //!
-//! # What a file is
-//! [`Image::open`] opens sealed and packed images, and nothing else: a file that was cut off, is damaged, or is anything else, is an error. A raw image is
-//! only the guest's bytes, so a file is read as one where the caller says so ([`Image::open_raw`]), and never because of what it holds: a guest that
-//! writes a footer into its last page changes bytes of its RAM, and nothing else.
+//! # Image formats
+//! [`Image::open`] opens sealed and packed images only. A truncated or damaged file, or a file of
+//! any other kind, is an error. A raw image consists of the guest's bytes alone, so a file is read
+//! as a raw image only on request ([`Image::open_raw`]), never because of its content. A guest that
+//! writes a footer into its last page changes bytes of its RAM and nothing else.
 //!
-//! # How pages are told from gaps
-//! A raw diff holds its pages at their offsets and nothing between: what was clean is a hole, and reads as zeros. A page of the guest that was
-//! zeroed reads as zeros too. Only the file system's holes tell the two apart, so [`Chain::push_raw`] uses them only
-//! where [`sparse_file::PageHoles`] knows that they are reported correctly: on ext4, XFS, btrfs and
-//! tmpfs of Linux, and on overlayfs over the first three, where probing the directory that the diff is in (a symbolic link followed) shows
-//! that holes are kept down to the page, and that written zeros are no holes. Otherwise,
-//! and where the file was visibly rewritten since (no hole is left, or one begins inside a page), it refuses: applying such a diff would
-//! silently put zeros over live memory, or leave stale memory where zeros belong. Whoever kept the list of pages can give it to [`Chain::push_pages`].
+//! # Pages and gaps of a raw diff
+//! A raw diff holds its pages at their guest offsets. Clean pages are holes and read as zeros. A
+//! page that the guest zeroed reads as zeros too. Only the file system's holes distinguish the two.
 //!
-//! Of a raw *full* image, holes only say what need not be read. On any other file system all of it is
-//! read, which gives the same bytes and takes longer.
+//! [`Chain::push_raw`] uses the holes only where [`sparse_file::PageHoles`] knows that they are
+//! reported correctly: on ext4, XFS, btrfs and tmpfs of Linux, and on overlayfs over the first
+//! three. In addition, a probe of the diff's directory (after resolving a symbolic link) must show
+//! that holes are kept with page granularity and that written zeros are not holes. `push_raw`
+//! refuses the diff in all other cases, and where the file was visibly rewritten (it has no hole,
+//! or a hole begins inside a page). Applying such a diff would silently put zeros over live memory,
+//! or leave stale memory where zeros belong. A caller that has the list of pages passes it to
+//! [`Chain::push_pages`].
 //!
-//! A raw diff does not say how large its pages are. Read it in pages of the size that it was written
-//! in: larger ones would take clean memory beside a page for zeros.
+//! In a raw *full* image, holes only show what need not be read. On other file systems the whole
+//! file is read, which gives the same bytes and takes longer.
 //!
-//! What can't be seen in a raw diff: a tool that digs holes where whole pages are zero (`cp --sparse=always`, `tar -S`). Copy raw diffs with tools that keep holes as
-//! they are, and on file systems that have them. Nor a hole of a file on tmpfs that was touched through a mapping, which fills it: do not map a raw
-//! diff by other means than [`MappedChain`], which maps no hole of a diff.
+//! A raw diff does not record its page size. Read it with the page size that it was written with:
+//! with larger pages, clean memory beside a page would be read as zeros.
 //!
-//! Sealed and packed images have none of these doubts: their footers say it, on every file system and after every copy.
+//! Two changes to a raw diff cannot be detected. A tool may punch holes where whole pages are zero
+//! (`cp --sparse=always`, `tar -S`): copy raw diffs with tools that keep holes as they are, to file
+//! systems that support holes. On tmpfs, touching a hole through a mapping fills the hole: map a
+//! raw diff only by [`MappedChain`], which maps no hole of a diff.
 //!
-//! # How guests start, as system calls
-//! | | |
-//! |---|---|
-//! | `MappedChain` | `lseek` (`SEEK_DATA`, `SEEK_HOLE`) of the diffs; `mmap` of anonymous memory, then `MAP_PRIVATE`, `MAP_FIXED` of files over it, the oldest first; `pread` of what is copied |
-//! | `LazyRam` | `userfaultfd`, or `USERFAULTFD_IOC_NEW` of `/dev/userfaultfd`; `MADV_DONTFORK`, `UFFDIO_REGISTER` and `MADV_DONTNEED` of anonymous memory; for each fault `pread` and `UFFDIO_COPY`, or `UFFDIO_ZEROPAGE`, or `UFFDIO_POISON` (Linux 6.6); at the end `UFFDIO_UNREGISTER`, `UFFDIO_WAKE` and `MADV_DOFORK` |
+//! Sealed and packed images have none of these limitations: their footers list the pages, on every
+//! file system and after every copy.
+//!
+//! # System calls
+//! - `MappedChain`: `lseek` (`SEEK_DATA`, `SEEK_HOLE`) on the diffs; `mmap` of anonymous memory,
+//!   then `MAP_PRIVATE`, `MAP_FIXED` mappings of files over it, the oldest first; `pread` of the
+//!   copied bytes.
+//! - `LazyRam`: `userfaultfd`, or `USERFAULTFD_IOC_NEW` of `/dev/userfaultfd`; `MADV_DONTFORK`,
+//!   `UFFDIO_REGISTER` and `MADV_DONTNEED` of anonymous memory; for each fault `pread` and
+//!   `UFFDIO_COPY`, or `UFFDIO_ZEROPAGE`, or `UFFDIO_POISON` (Linux 6.6); at the end
+//!   `UFFDIO_UNREGISTER`, `UFFDIO_WAKE` and `MADV_DOFORK`.
 //!
 //! # Limitations
-//! Reading a chain doesn't check what its bytes sum to: [`Image::verify`] does.
+//! Reading a chain does not verify checksums: [`Image::verify`] does.
 
 mod chain;
 mod compare;

@@ -1,4 +1,4 @@
-//! Whether an image follows the ones below it.
+//! Checks that an image follows the newest image of a chain.
 
 use image_format::ImageId;
 
@@ -7,7 +7,7 @@ use crate::error::{ImageError, Link};
 use crate::image::Image;
 
 impl Chain {
-    /// Whether `image` may be of a chain with pages of this size.
+    /// Checks that `image` fits the chain's page size.
     pub(crate) fn check_pages(&self, image: &Image) -> Result<(), ImageError> {
         let (path, page_size) = (image.path.clone(), self.page_size());
         match &image.footer {
@@ -27,7 +27,7 @@ impl Chain {
         }
     }
 
-    /// Whether the chain has all of the RAM.
+    /// Checks that the chain has a full base.
     pub(crate) fn check_full(&self) -> Result<(), ImageError> {
         if self.is_full() {
             return Ok(());
@@ -36,7 +36,7 @@ impl Chain {
         Err(ImageError::NotFull { path })
     }
 
-    /// Whether `image` is the diff taken after the newest here.
+    /// Checks that `image` is the diff taken after the newest image of the chain.
     pub(crate) fn check_follows(&self, image: &Image) -> Result<(), ImageError> {
         let base = self.base();
         let path = || image.path.clone();
@@ -70,22 +70,22 @@ impl Chain {
             return Err(Link::Repeated);
         }
         let Some(footer) = image.footer() else {
-            // A raw diff names nobody.
+            // A raw diff has no parent.
             return Ok(());
         };
         match (footer.parent(), self.newest().id()) {
-            // Its id may be in the chain: the guest is back in an older state.
+            // Its id may be in the chain: the guest is in an older state again.
             (Some(parent), Some(newest)) if parent == newest => Ok(()),
             _ if self.members.has_id_of(image) => Err(Link::Repeated),
             _ if !image.is_diff() => Err(Link::Full),
             (None, None) => Ok(()),
             (None, Some(_)) => Err(Link::NoParent),
-            (Some(parent), newest) => Err(self.elsewhere(parent, newest)),
+            (Some(parent), newest) => Err(self.classify_parent(parent, newest)),
         }
     }
 
-    /// Where the parent is that isn't the newest.
-    fn elsewhere(&self, parent: ImageId, newest: Option<ImageId>) -> Link {
+    /// Explains why `parent` is not the newest image.
+    fn classify_parent(&self, parent: ImageId, newest: Option<ImageId>) -> Link {
         let below = self.images().find(|image| image.id() == Some(parent));
         match (below, newest) {
             (Some(image), _) => Link::Reordered {

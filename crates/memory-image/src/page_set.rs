@@ -1,17 +1,17 @@
-//! Sets of pages of one image, as runs.
+//! Page sets of one image, as runs.
 
 use std::ops::Range;
 
-/// The pages that an image holds. Takes 16 bytes a run, whatever the size of the RAM.
+/// The pages that an image holds. Takes 16 bytes for each run, independent of the size of the RAM.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct PageSet {
     page_size: u64,
-    /// In bytes, in the order in which they were added.
+    /// In bytes, in the order of addition.
     runs: Vec<Range<u64>>,
 }
 
 impl PageSet {
-    /// Returns a set of no page.
+    /// Returns an empty set.
     pub(crate) fn new(page_size: u64) -> Self {
         Self {
             page_size,
@@ -32,15 +32,17 @@ impl PageSet {
         }
     }
 
-    /// Returns the runs of pages in the set: ascending, in bytes, each as long as it can be.
+    /// Returns the runs of pages in the set: ascending, in bytes, each as long as possible.
     pub(crate) fn into_runs(mut self) -> impl Iterator<Item = Range<u64>> {
         self.runs.sort_unstable_by_key(|run| run.start);
-        joined(self.runs.into_iter())
+        coalesce(self.runs.into_iter())
     }
 }
 
 /// Joins ascending ranges that touch or overlap.
-pub(crate) fn joined(ranges: impl Iterator<Item = Range<u64>>) -> impl Iterator<Item = Range<u64>> {
+pub(crate) fn coalesce(
+    ranges: impl Iterator<Item = Range<u64>>,
+) -> impl Iterator<Item = Range<u64>> {
     let mut ranges = ranges.peekable();
     std::iter::from_fn(move || {
         let mut range = ranges.next()?;
@@ -56,7 +58,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn pages_added_in_any_order_are_listed_as_the_longest_runs() {
+    fn pages_added_in_any_order_become_the_longest_runs() {
         let mut set = PageSet::new(4096);
         assert_eq!(set.clone().into_runs().count(), 0);
         set.add(&(5000..5000));

@@ -1,4 +1,4 @@
-//! What the holes of a raw image say.
+//! Finds the pages of a raw image by the holes of its file.
 
 use std::fs::File;
 use std::io;
@@ -8,24 +8,25 @@ use sparse_file::{Extents, Kind, Knowledge, PageHoles, extents, reported_extents
 
 use crate::error::{ImageError, Unclear};
 use crate::image::Image;
-use crate::page_set::{PageSet, joined};
+use crate::page_set::{PageSet, coalesce};
 
 /// A way to list the extents of a file.
 type List = fn(&File) -> io::Result<Extents<&File>>;
 
 impl Image {
-    /// The pages of a full image that may hold anything but zeros: all of them, where the holes of its
-    /// file system are not known to be reported correctly.
+    /// Returns the pages of a full image that may be nonzero: all pages, if holes are not known to
+    /// be reported correctly.
     pub(crate) fn stored_pages(&self, page_size: u64) -> Result<PageSet, ImageError> {
         self.pages_of(extents, page_size)
     }
 
-    /// The pages of a diff by the holes that are reported for it, right or wrong.
+    /// Returns the pages of a diff by its reported holes, which may be wrong.
     pub(crate) fn pages_by_reported_holes(&self, page_size: u64) -> Result<PageSet, ImageError> {
         self.pages_of(reported_extents, page_size)
     }
 
-    /// Returns the ranges of the file that are reported as data, ascending, in bytes; what lies past its end counts as data.
+    /// Returns the ranges of the file that are reported as data, ascending, in bytes. Bytes past
+    /// the end count as data.
     pub(crate) fn reported_data(&self) -> Result<Vec<Range<u64>>, ImageError> {
         let failed = |source| self.read_error(0, source);
         let file = self.file()?;
@@ -38,7 +39,7 @@ impl Image {
             }
         }
         data.push(end..u64::MAX);
-        Ok(joined(data.into_iter()).collect())
+        Ok(coalesce(data.into_iter()).collect())
     }
 
     fn pages_of(&self, list: List, page_size: u64) -> Result<PageSet, ImageError> {
@@ -50,32 +51,33 @@ impl Image {
         Ok(pages)
     }
 
-    /// The pages that a diff holds, if its holes tell them.
+    /// Returns the pages that a diff holds, if its holes show them.
     pub(crate) fn diff_pages(
         &self,
         page_size: u64,
         holes: &mut PageHoles,
     ) -> Result<PageSet, ImageError> {
+        // Probe the directory of the file itself: a link to it may be on another file system.
         let dir = self.directory()?;
         let file = self.file()?;
         holes
             .check(&file, &dir, page_size)
-            .map_err(|why| self.unclear(Unclear::Holes(why)))?;
+            .map_err(|why| self.ambiguous(Unclear::Holes(why)))?;
         let mut pages = PageSet::new(page_size);
         let knowledge = self.each_data_extent(extents, |data| {
-            let torn = [data.start, data.end]
+            let unaligned = [data.start, data.end]
                 .into_iter()
                 .find(|offset| !offset.is_multiple_of(page_size));
-            if let Some(offset) = torn {
-                return Err(self.unclear(Unclear::TornPage { offset }));
+            if let Some(offset) = unaligned {
+                return Err(self.ambiguous(Unclear::TornPage { offset }));
             }
             pages.add(&data);
             Ok(())
         })?;
         match knowledge {
             Knowledge::Reported => Ok(pages),
-            Knowledge::CutShort => Err(self.unclear(Unclear::Changed)),
-            _ => Err(self.unclear(Unclear::NoHoles)),
+            Knowledge::CutShort => Err(self.ambiguous(Unclear::Changed)),
+            _ => Err(self.ambiguous(Unclear::NoHoles)),
         }
     }
 
@@ -104,7 +106,7 @@ impl Image {
         Ok(listing.knowledge())
     }
 
-    fn unclear(&self, why: Unclear) -> ImageError {
+    fn ambiguous(&self, why: Unclear) -> ImageError {
         ImageError::UnclearDiff {
             path: self.path.clone(),
             why,

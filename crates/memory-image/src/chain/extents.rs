@@ -1,30 +1,31 @@
-//! Which layer of a chain has each byte of the RAM: one ordered map over all layers.
+//! The index of a chain: an ordered map from RAM offsets to layers.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
 
 use super::segments::Source;
 
-/// The extents of a chain, by the offset in RAM at which each begins. They do not overlap. What lies between them is in no layer.
+/// The extents of a chain, keyed by their start in the RAM. Extents do not overlap. The gaps
+/// between them are in no layer.
 ///
-/// Adding an extent takes time that grows with the logarithm of their number: what it replaces was added once, and at most one
-/// extent more than before remains at each of its ends.
+/// The amortized time to add an extent grows with the logarithm of their number: each replaced
+/// extent was added once, and at most one extra extent remains at each end.
 #[derive(Debug, Default)]
 pub(crate) struct ExtentMap {
     extents: BTreeMap<u64, Extent>,
 }
 
-/// Bytes of the RAM that one layer has, contiguous in its file, or zeros.
+/// Bytes of the RAM that are contiguous in one layer's file, or zeros.
 #[derive(Clone, Copy, Debug)]
 struct Extent {
     end: u64,
     layer: u32,
-    /// In the layer's file, or [`ZEROED`].
+    /// Offset in the layer's file, or [`ZEROS`].
     offset: u64,
 }
 
-/// No file is so long.
-const ZEROED: u64 = u64::MAX;
+/// Marks an extent of zeros. No file is that long.
+const ZEROS: u64 = u64::MAX;
 
 impl Extent {
     fn new(end: u64, source: Source) -> Self {
@@ -34,18 +35,18 @@ impl Extent {
                 layer: u32::try_from(layer).expect("no process has so many images"),
                 offset,
             },
-            Source::Zeroed | Source::Nowhere => Self {
+            Source::Zero | Source::Hole => Self {
                 end,
                 layer: 0,
-                offset: ZEROED,
+                offset: ZEROS,
             },
         }
     }
 
-    /// Returns where the bytes are from `len` bytes after the first on.
+    /// Returns the source of the bytes from `len` bytes after the start on.
     fn source(&self, len: u64) -> Source {
         match self.offset {
-            ZEROED => Source::Zeroed,
+            ZEROS => Source::Zero,
             offset => Source::Stored {
                 layer: self.layer as usize,
                 offset: offset + len,
@@ -55,12 +56,12 @@ impl Extent {
 }
 
 impl ExtentMap {
-    /// Puts `range` of a newer layer over what is there.
+    /// Adds `range` of a newer layer, which replaces older extents.
     pub(crate) fn add(&mut self, range: Range<u64>, source: Source) {
         if range.is_empty() {
             return;
         }
-        self.cut_out(&range);
+        self.remove(&range);
         if let Some((start, before)) = self.extents.range_mut(..range.start).next_back()
             && before.end == range.start
             && before.source(range.start - start) == source
@@ -72,7 +73,7 @@ impl ExtentMap {
         self.extents.insert(range.start, extent);
     }
 
-    fn cut_out(&mut self, range: &Range<u64>) {
+    fn remove(&mut self, range: &Range<u64>) {
         let mut last = None;
         if let Some((start, before)) = self.extents.range_mut(..range.start).next_back()
             && before.end > range.start
@@ -81,7 +82,7 @@ impl ExtentMap {
             before.end = range.start;
         }
         let inside = self.extents.extract_if(range.clone(), |_, _| true);
-        // The last of them is the only one that may reach beyond the range.
+        // Only the last one can extend past the range.
         if let Some((start, extent)) = inside.last().or(last)
             && extent.end > range.end
         {
@@ -91,7 +92,7 @@ impl ExtentMap {
         }
     }
 
-    /// Returns the extents that reach into `within`, ascending and cut to it.
+    /// Returns the extents that overlap `within`, ascending and clipped to it.
     pub(crate) fn within(
         &self,
         within: Range<u64>,
@@ -99,7 +100,7 @@ impl ExtentMap {
         let Range { start, end } = within;
         let first = self.extents.range(..=start).next_back();
         let first = first.filter(|(_, extent)| extent.end > start && start < end);
-        // An empty range would be a panic.
+        // `BTreeMap::range` panics on an inverted range.
         let after = start.saturating_add(1);
         let later = self.extents.range(after..end.max(after));
         first.into_iter().chain(later).map(move |(at, extent)| {
@@ -118,9 +119,9 @@ mod tests {
     const SIZE: u64 = 64;
 
     proptest! {
-        /// Against a list of bytes, which every layer overwrites.
+        /// Compares the map with a list of bytes, which every layer overwrites.
         #[test]
-        fn the_newest_layer_wins_byte_by_byte(
+        fn newest_layer_wins_for_every_byte(
             layers in prop::collection::vec(
                 prop::collection::vec((0..SIZE, 1..20_u64, 0..80_u64, any::<bool>()), 0..6),
                 1..12,
@@ -133,7 +134,7 @@ mod tests {
                 for (start, len, offset, zeroed) in extents {
                     let end = SIZE.min(start + len);
                     let source = |at| match zeroed {
-                        true => Source::Zeroed,
+                        true => Source::Zero,
                         false => Source::Stored { layer, offset: offset + at - start },
                     };
                     map.add(start..end, source(start));
@@ -160,7 +161,7 @@ mod tests {
     }
 
     #[test]
-    fn an_extent_that_is_replaced_is_not_kept() {
+    fn replaced_extents_are_removed() {
         let mut map = ExtentMap::default();
         for layer in 0..1000 {
             for page in 0..10 {

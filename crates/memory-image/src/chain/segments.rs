@@ -1,11 +1,11 @@
-//! Where the chain's bytes are: runs of one image each, and zeros between.
+//! Segments: runs of RAM that are contiguous in one image's file, or zeros.
 
 use std::ops::Range;
 
 use super::Chain;
 use crate::image::Image;
 
-/// A run of the guest's RAM that is all in one image, contiguous there too, or all zeros.
+/// A run of the guest's RAM that is contiguous in one image's file, or all zeros.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Segment {
     /// Offsets in the guest's RAM, in bytes.
@@ -13,19 +13,20 @@ pub(crate) struct Segment {
     pub(crate) source: Source,
 }
 
-/// Where the bytes of a segment are.
+/// The location of a segment's bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Source {
-    /// In a layer's file, from this offset on.
+    /// In a layer's file, starting at this offset.
     Stored { layer: usize, offset: u64 },
-    /// Zeros, since no layer has the pages.
-    Nowhere,
-    /// Zeros, since a diff says so, whatever older layers have.
-    Zeroed,
+    /// Zeros, because no layer has the pages.
+    Hole,
+    /// Zeros, because a diff records them as zeros, regardless of older layers.
+    Zero,
 }
 
 impl Chain {
-    /// Returns the segments of `within`, which ends no later than the RAM: ascending, without gaps, each as long as it can be.
+    /// Returns the segments of `within`, which must end inside the RAM: ascending, without gaps,
+    /// each as long as possible.
     pub(crate) fn segments(&self, within: Range<u64>) -> impl Iterator<Item = Segment> + use<'_> {
         let Range { start: mut at, end } = within;
         let mut extents = self.extents.within(within).peekable();
@@ -37,7 +38,7 @@ impl Chain {
                 Some(extent) => extent,
                 None => {
                     let next = extents.peek().map_or(end, |(range, _)| range.start);
-                    (at..next, Source::Nowhere)
+                    (at..next, Source::Hole)
                 }
             };
             at = range.end;
@@ -60,7 +61,7 @@ mod tests {
 
     const PAGE: u64 = 4096;
 
-    /// A base whose pages 2 to 8 are stored, of 12.
+    /// Returns a chain whose base stores pages 2 to 8 of 12.
     fn chain(dir: &tempfile::TempDir) -> Chain {
         let file = |name: &str, stored: Range<u64>| {
             let path = dir.path().join(name);
@@ -79,7 +80,7 @@ mod tests {
     }
 
     #[test]
-    fn segments_cover_the_ram_and_name_the_newest_image() {
+    fn segments_cover_the_ram_with_the_newest_images() {
         let dir = tempfile::tempdir().unwrap();
         let expected = [
             (0..2, None),
@@ -96,7 +97,7 @@ mod tests {
                     layer,
                     offset: pages.start * PAGE,
                 },
-                None => Source::Nowhere,
+                None => Source::Hole,
             },
         });
         let chain = chain(&dir);
@@ -104,7 +105,7 @@ mod tests {
     }
 
     #[test]
-    fn segments_are_clipped_to_the_bytes_asked_for() {
+    fn segments_are_clipped_to_the_requested_range() {
         let dir = tempfile::tempdir().unwrap();
         let chain = chain(&dir);
         let within = 3 * PAGE + 100..4 * PAGE + 1;

@@ -306,9 +306,9 @@ fn each_span(chain: &Chain, data: &FileData, mut each: impl FnMut(Span)) {
     for (Segment { range, source }, is_data) in data.segments(chain) {
         let go_on = match source {
             Source::Stored { layer, .. } => layer + 1,
-            Source::Nowhere if zeros_are_in_the_base => 1,
+            Source::Hole if zeros_are_in_the_base => 1,
             // Nothing is mapped beneath zeros that its file does not have.
-            Source::Nowhere | Source::Zeroed => 0,
+            Source::Hole | Source::Zero => 0,
         };
         while let Some(span) = open.pop_if(|span| span.layer >= go_on) {
             each(span);

@@ -347,7 +347,7 @@ impl Filler {
         }
         match segment.source {
             Source::Stored { .. } => self.load(whole, buffer, By::Handler),
-            Source::Nowhere | Source::Zeroed => self.zero(whole, By::Handler),
+            Source::Hole | Source::Zero => self.zero(whole, By::Handler),
         }
     }
 
