@@ -36,7 +36,7 @@ const fn whole(tests: &'static [&'static [&'static str]]) -> Part {
     }
 }
 
-/// Of memory-image, what fills memory as it is touched: other tests are about it.
+/// The part of memory-image that fills memory on demand: other tests cover it.
 const LAZY: &[&str] = &["restore/lazy.rs", "restore/lazy/*.rs", "working_set.rs"];
 
 /// The crates that a lost page would be lost in, and their parts.

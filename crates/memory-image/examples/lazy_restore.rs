@@ -1,4 +1,5 @@
-//! Starts "guests" on a chain without merging it: mapped, and filled as it is touched, without and with a recorded working set.
+//! Starts simulated guests on an unmerged chain: mapped, and filled on demand, without and with a
+//! recorded working set.
 //!
 //! `cargo run --release -p memory-image --example lazy_restore [MIB]`
 
@@ -26,7 +27,7 @@ mod linux {
     type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
 
     const PAGE: u64 = 4096;
-    /// Pages that a guest touches before it has done what it was started for.
+    /// Pages that a guest touches until it has done its task.
     const TOUCHED: u64 = 500;
 
     pub(super) fn run() -> Result<()> {
@@ -64,8 +65,8 @@ mod linux {
         let useful = begun.elapsed();
         ram.wait()?;
         println!(
-            "filled as touched: the first page after {first:?}, {TOUCHED} of them after {useful:?} and {faults} faults, \
-             all of {} MiB after {:?}",
+            "filled on demand: the first page after {first:?}, {TOUCHED} pages after {useful:?} \
+             and {faults} faults, all of {} MiB after {:?}",
             ram.progress().loaded >> 20,
             begun.elapsed()
         );
@@ -88,7 +89,7 @@ mod linux {
         Ok(())
     }
 
-    /// What a guest would do: a byte here and there.
+    /// Touches scattered bytes as a guest would.
     fn touch(ram: &impl PageReader, steps: std::ops::Range<u64>) -> Result<()> {
         let pages = ram.host_memory(0, usize::MAX).ok_or("no memory")?.len() as u64 / PAGE;
         for step in steps {
@@ -98,7 +99,7 @@ mod linux {
         Ok(())
     }
 
-    /// A full snapshot and nine diffs of scattered runs of pages.
+    /// Takes a full snapshot and nine diffs of scattered runs of pages.
     fn take_snapshots(dir: &Path, size: u64) -> Result<Vec<PathBuf>> {
         let ram = vec![7; size as usize];
         let mut snapshots = Vec::new();

@@ -1,4 +1,4 @@
-//! Which pages of two sources differ.
+//! Finds the pages in which two sources differ.
 
 use std::io;
 use std::num::NonZeroUsize;
@@ -12,25 +12,27 @@ use thiserror::Error;
 
 use crate::page_set::coalesce;
 
-/// Bytes of each source that are compared at a time, and between two calls of the progress function.
-const STRETCH: u64 = 1 << 20;
-/// Memory is not faster than a few of them.
+/// Bytes of each source that are compared at a time, between two calls of the progress function.
+const CHUNK: u64 = 1 << 20;
+/// More threads do not increase the memory throughput.
 const THREADS: usize = 8;
 
-/// The most pages that a bitmap is made for, a bit each, because an image says that its RAM has so many: 2^33, 32 TiB in pages of 4 KiB, take 1 GiB. The
-/// size of the file proves nothing: pages of zeros take no room in it.
+/// Upper bound on the number of pages, at one bit each. 2^33 pages, 32 TiB in pages of 4 KiB, take
+/// 1 GiB. The limit exists because an image may claim any RAM size: pages of zeros take no space in
+/// its file.
 const MAX_PAGES: u64 = 1 << 33;
 
 /// Why two sources could not be compared.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum CompareError {
-    /// There is no such RAM.
-    #[error("RAM of that size can't be compared in such pages")]
+    /// The RAM size and page size are not valid together.
+    #[error("failed to compare RAM of this size in pages of this size")]
     Geometry(#[from] GeometryError),
     /// The RAM has more than 2^33 pages.
     #[error(
-        "RAM of {ram_size:#x} bytes has too many pages of {page_size:#x} to keep account of: compare it in larger ones"
+        "RAM of {ram_size:#x} bytes has too many pages of {page_size:#x} bytes to compare: \
+         use larger pages"
     )]
     TooManyPages {
         /// The size of the RAM in bytes.
@@ -39,29 +41,36 @@ pub enum CompareError {
         page_size: u64,
     },
     /// A source could not be read.
-    #[error("the {which} can't be read at offset {offset:#x}")]
+    #[error("failed to read the {which} source at offset {offset:#x}")]
     Read {
-        /// `older` or `newer` source.
+        /// Either `older` or `newer`.
         which: &'static str,
-        /// The guest offset from which on bytes were wanted.
+        /// The guest offset at which the read began.
         offset: u64,
-        /// What it said.
+        /// The error of the source.
         source: io::Error,
     },
-    /// The progress function said [`ControlFlow::Break`].
+    /// The progress function returned [`ControlFlow::Break`].
     #[error("cancelled after {compared} bytes")]
     Cancelled {
-        /// Bytes compared until then.
+        /// Bytes compared so far.
         compared: u64,
     },
 }
 
-/// Marks the pages of `newer` that differ from `older`, two states of the same `ram_size` bytes of RAM, in pages of `page_size` bytes: what a diff has to
-/// hold. The bitmap starts at 0.
+/// Returns a bitmap of the pages in which `newer` differs from `older`: the pages that a diff must
+/// hold.
 ///
-/// What a source [does not have](PageReader::populated) is not read: reading untouched RAM would allocate it. Memory for that is as of [`Touched`]; of the
-/// bitmap that is returned, the host gives memory for what differs. `progress` is told the bytes that are done, first those of which
-/// neither source has any, and may cancel; it is called from several threads, one at a time. As many threads as the machine has processors read, at most 8.
+/// The sources are two states of the same `ram_size` bytes of RAM, in pages of `page_size` bytes.
+/// The bitmap starts at 0.
+///
+/// Ranges that a source [does not have](PageReader::populated) are not read: reading untouched RAM
+/// would allocate it. [`Touched`] documents the memory that this takes. The returned bitmap takes
+/// memory for the pages that differ.
+///
+/// `progress` receives the number of compared bytes and may cancel. The first call reports the
+/// bytes that neither source has. It is called from several threads, one at a time. The number of
+/// reading threads is the number of processors, at most 8.
 ///
 /// # Errors
 /// [`CompareError`].
@@ -96,25 +105,25 @@ where
         });
     }
     let changed = DirtyBitmap::new(0, ram_size, page_size)?;
-    // Around what one has, the other may have nothing, which a read would allocate.
+    // Where one source has data, the other may have none, and a read would allocate memory.
     let (older, newer) = (
         &Touched::new(older, ram_size),
         &Touched::new(newer, ram_size),
     );
     let runs = populated_by_either(older, newer, ram_size);
     let read: u64 = runs.iter().map(|run| run.end - run.start).sum();
-    let stretches = runs.iter().flat_map(|run| {
-        let starts = run.clone().step_by(STRETCH as usize);
-        starts.map(|start| start..run.end.min(start.saturating_add(STRETCH)))
+    let chunks = runs.iter().flat_map(|run| {
+        let starts = run.clone().step_by(CHUNK as usize);
+        starts.map(|start| start..run.end.min(start.saturating_add(CHUNK)))
     });
-    let work = Mutex::new(stretches);
-    // What neither has is done.
+    let work = Mutex::new(chunks);
+    // Ranges that neither source has count as compared.
     let state = Mutex::new((ram_size - read, None));
     if progress(ram_size - read).is_break() {
         let compared = ram_size - read;
         return Err(CompareError::Cancelled { compared });
     }
-    let compare_stretches = || {
+    let compare_chunks = || {
         let (mut before, mut after) = (SecretBuffer::new(), SecretBuffer::new());
         loop {
             let next = work.lock().unwrap_or_else(PoisonError::into_inner).next();
@@ -144,10 +153,10 @@ where
     let threads = thread::available_parallelism().map_or(1, NonZeroUsize::get);
     thread::scope(|scope| {
         for _ in 1..threads.min(THREADS) {
-            // Fewer threads take longer, and that is all.
-            let _ = thread::Builder::new().spawn_scoped(scope, compare_stretches);
+            // With fewer threads the comparison only takes longer.
+            let _ = thread::Builder::new().spawn_scoped(scope, compare_chunks);
         }
-        compare_stretches();
+        compare_chunks();
     });
     match state.into_inner().unwrap_or_else(PoisonError::into_inner) {
         (_, Some(error)) => Err(error),
@@ -188,7 +197,8 @@ fn mark(changed: &DirtyBitmap, page_size: u64, start: u64, before: &[u8], after:
     }
 }
 
-/// The stretches that either source has anything in, as runs: as many as there are ranges in the sources, and not as there are stretches.
+/// Returns the chunks in which either source has data, joined to runs. The number of runs depends
+/// on the ranges in the sources and not on the number of chunks.
 fn populated_by_either<A: PageReader + ?Sized, B: PageReader + ?Sized>(
     older: &Touched<'_, A>,
     newer: &Touched<'_, B>,
@@ -208,9 +218,9 @@ fn populated_by_either<A: PageReader + ?Sized, B: PageReader + ?Sized>(
             older.next()
         }
     });
-    let stretches = ascending.map(|range| {
-        let start = range.start - range.start % STRETCH;
-        start..range.end.next_multiple_of(STRETCH).min(ram_size)
+    let chunks = ascending.map(|range| {
+        let start = range.start - range.start % CHUNK;
+        start..range.end.next_multiple_of(CHUNK).min(ram_size)
     });
-    coalesce(stretches).collect()
+    coalesce(chunks).collect()
 }

@@ -36,7 +36,8 @@ pub enum Format {
 /// # use memory_writer::{Layout, MemoryWriter, Seal};
 /// # let dir = tempfile::tempdir()?;
 /// # let path = dir.path().join("full.mem");
-/// # let mut writer = MemoryWriter::options().layout(Layout::Sealed(Seal::new())).open(&path, 1 << 20, 4096)?;
+/// # let options = MemoryWriter::options().layout(Layout::Sealed(Seal::new()));
+/// # let mut writer = options.open(&path, 1 << 20, 4096)?;
 /// # writer.write_full(&vec![1; 1 << 20])?;
 /// # writer.commit()?;
 ///

@@ -12,7 +12,8 @@
 //! # use dirty_bitmap::DirtyBitmap;
 //! # use memory_writer::MemoryWriter;
 //! # let dir = tempfile::tempdir()?;
-//! # let (full, diff, merged) = (dir.path().join("full"), dir.path().join("diff"), dir.path().join("merged"));
+//! # let path = |name: &str| dir.path().join(name);
+//! # let (full, diff, merged) = (path("full"), path("diff"), path("merged"));
 //! # let mut writer = MemoryWriter::open(&full, 1 << 20, 4096)?;
 //! # writer.write_full(&vec![1; 1 << 20])?;
 //! # writer.commit()?;

@@ -1,4 +1,4 @@
-//! Images as guest memory, without reading them.
+//! Guest memory that maps images copy-on-write.
 
 mod chain;
 mod data;
@@ -15,18 +15,20 @@ pub(crate) use region::{Region, host_page};
 use crate::error::ImageError;
 use crate::image::Image;
 
-/// A full image, raw or sealed, mapped copy-on-write (`MAP_PRIVATE`): RAM for a guest that starts at once and reads its pages when it touches
-/// them. What the guest writes stays its own; the bytes of the file never change.
+/// A full image, raw or sealed, mapped copy-on-write (`MAP_PRIVATE`): RAM for a guest that starts
+/// at once and reads its pages when it touches them. The guest's writes never change the file.
 ///
-/// On tmpfs, a page that is touched where the file has a hole is allocated in the file, which then takes more memory and has fewer
-/// holes, of the same bytes. That does a full image no harm. Do not map a raw diff, which nothing tells from a full image: each of its holes
-/// that is touched would be taken for a page of zeros later.
+/// On tmpfs, touching a page where the file has a hole allocates the page in the file. The file
+/// then takes more memory and has fewer holes, with the same content, which does not affect a full
+/// image. Do not map a raw diff, which cannot be distinguished from a full image: each touched hole
+/// would later be taken for a page of zeros.
 ///
-/// The RAM is one range of host memory in the order of the memory file. A guest of several regions takes each
-/// region from its offset on; the file's offsets and so the host's addresses are page-aligned where the regions are.
+/// The RAM is one range of host memory in the order of the memory file. For a guest of several
+/// regions, use each region from its offset on. The host address of a region is page-aligned if its
+/// offset is.
 ///
-/// The file must not be cut short while it is mapped: touching a page that is gone is a `SIGBUS`. Replacing it by a commit is no
-/// harm, because the mapping keeps the old file.
+/// The file must not be truncated while it is mapped: touching a page past its end raises `SIGBUS`.
+/// A commit may replace the file, because the mapping keeps the old file.
 ///
 /// # Examples
 /// ```
@@ -39,7 +41,7 @@ use crate::image::Image;
 /// let ram = MappedImage::open_raw(&path)?;
 /// println!("a guest of {} bytes at {:p}", ram.len(), ram.as_ptr());
 /// let mut byte = [0];
-/// ram.read_at(4096, &mut byte)?; // what a running guest has there now
+/// ram.read_at(4096, &mut byte)?; // the current byte of a running guest
 /// assert_eq!(byte, [7]);
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
@@ -52,8 +54,8 @@ impl MappedImage {
     /// Maps the full sealed image at `path`, readable and writable.
     ///
     /// # Errors
-    /// [`ImageError::NotFull`] for a diff, [`ImageError::Packed`] for an image whose pages are not at their offsets, [`ImageError::Map`],
-    /// and what [`Image::open`] gives.
+    /// [`ImageError::NotFull`] for a diff, [`ImageError::Packed`] for a packed image,
+    /// [`ImageError::Map`], and the errors of [`Image::open`].
     pub fn open(path: impl AsRef<Path>) -> Result<Self, ImageError> {
         Self::of(Image::open(path)?)
     }
@@ -61,7 +63,7 @@ impl MappedImage {
     /// Maps the raw image at `path`, readable and writable.
     ///
     /// # Errors
-    /// [`ImageError::Map`], and what [`Image::open_raw`] gives.
+    /// [`ImageError::Map`], and the errors of [`Image::open_raw`].
     pub fn open_raw(path: impl AsRef<Path>) -> Result<Self, ImageError> {
         Self::of(Image::open_raw(path)?)
     }
@@ -81,13 +83,14 @@ impl MappedImage {
         Ok(Self { ram })
     }
 
-    /// The address of the first byte, aligned to the host's page. Valid for reads and writes as long as this value lives.
+    /// Returns the address of the first byte, aligned to the host's page. It is valid for reads and
+    /// writes as long as this value lives.
     #[must_use]
     pub fn as_ptr(&self) -> *mut u8 {
         self.ram.as_ptr()
     }
 
-    /// The size of the RAM in bytes: a raw file's when it was mapped.
+    /// Returns the size of the RAM in bytes. For a raw file this is the size when it was mapped.
     #[must_use]
     #[expect(clippy::len_without_is_empty, reason = "a mapping is never empty")]
     pub fn len(&self) -> usize {
@@ -95,7 +98,7 @@ impl MappedImage {
     }
 }
 
-/// The RAM as the guest has it now: the image, and what was written since.
+/// Reads the RAM as the guest has it now: the image and the guest's writes.
 impl PageReader for MappedImage {
     fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
         self.ram.read_at(offset, buf)

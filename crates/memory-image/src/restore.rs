@@ -1,4 +1,4 @@
-//! A chain's bytes into memory.
+//! Restores a chain to memory.
 
 mod host_ram;
 #[cfg(target_os = "linux")]
@@ -14,18 +14,18 @@ pub use host_ram::HostRam;
 use crate::chain::Chain;
 use crate::error::ImageError;
 
-/// Bytes moved at a time.
+/// Bytes copied at a time.
 pub(crate) const CHUNK: u64 = 1 << 20;
 
-/// Memory that a guest's RAM can be restored to, addressed by the offset from the start of the memory file.
+/// Memory that a guest's RAM can be restored to, addressed by the offset in the memory file.
 pub trait RamTarget {
-    /// The bytes that there is room for.
+    /// Returns the size of the memory in bytes.
     fn size(&self) -> u64;
 
-    /// Puts `bytes` at `offset`.
+    /// Writes `bytes` at `offset`.
     ///
     /// # Errors
-    /// Whatever keeps the bytes from being put there.
+    /// Fails if the bytes cannot be written there.
     fn write_at(&mut self, offset: u64, bytes: &[u8]) -> io::Result<()>;
 }
 
@@ -47,17 +47,19 @@ impl RamTarget for [u8] {
 }
 
 impl Chain {
-    /// Writes all of the RAM to `target`, zeros too, whatever it held.
+    /// Writes all of the RAM to `target`, including zeros, regardless of its previous content.
     ///
     /// # Errors
-    /// [`ImageError::NotFull`], [`ImageError::TargetSize`], [`ImageError::Read`], [`ImageError::Replaced`] or [`ImageError::Target`]; the target may hold
-    /// part of the RAM then.
+    /// [`ImageError::NotFull`], [`ImageError::TargetSize`], [`ImageError::Read`],
+    /// [`ImageError::Replaced`] or [`ImageError::Target`]. After an error the target may hold a
+    /// part of the RAM.
     pub fn restore<T: RamTarget + ?Sized>(&self, target: &mut T) -> Result<(), ImageError> {
         self.restore_runs(target, std::iter::once(0..self.size()))
     }
 
-    /// Writes what the images store to `target`, which holds nothing but zeros: memory that was just mapped, say. Zeros that are in
-    /// no image are not written, so pages that the guest never used take no memory.
+    /// Writes the stored pages to `target`, which must hold only zeros, such as newly mapped
+    /// memory. Zeros that are in no image are not written, so pages that the guest never used take
+    /// no memory.
     ///
     /// # Errors
     /// See [`restore`](Self::restore).

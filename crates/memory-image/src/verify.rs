@@ -1,4 +1,4 @@
-//! Whether the bytes of an image are those that were written.
+//! Verifies the bytes of an image against its checksums.
 
 use std::num::NonZeroUsize;
 use std::ops::{ControlFlow, Range};
@@ -14,47 +14,48 @@ use crate::image::Image;
 
 /// Bytes read at a time.
 const PIECE: u64 = 1 << 20;
-/// More threads than this find no work on any device.
+/// More threads do not increase the throughput of any device.
 const THREADS: usize = 8;
-/// Damages that are listed; more are counted.
+/// Maximum number of listed damages. Further damages are only counted.
 const LISTED: usize = 1000;
 
-/// What [`Image::verify`] found.
+/// The result of [`Image::verify`].
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Verified {
-    /// Bytes of pages that were summed.
+    /// Bytes of pages that were checksummed.
     pub bytes: u64,
-    /// Chunks that were summed.
+    /// Chunks that were checksummed.
     pub chunks: u64,
-    /// What is not as it was written, ascending by offset in the file; no more than the first thousand that were found.
+    /// The damages, ascending by offset in the file: at most the first thousand that were found.
     pub damages: Vec<Damage>,
-    /// How many damages were found.
+    /// The number of damages that were found.
     pub found: u64,
 }
 
 impl Verified {
-    /// Whether everything is as it was written.
+    /// Returns whether no damage was found.
     #[must_use]
     pub fn is_whole(&self) -> bool {
         self.found == 0
     }
 }
 
-/// Bytes that are not as they were written.
+/// Bytes that differ from the bytes that were written.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Damage {
-    /// The present pages of a chunk don't sum to what they did.
+    /// The present pages of a chunk do not match its checksum.
     Chunk {
-        /// Its number.
+        /// The number of the chunk.
         number: u64,
-        /// The guest offsets that it stands for, in bytes.
+        /// The guest offsets that it covers, in bytes.
         guest: Range<u64>,
-        /// Where its first present byte is in the file.
+        /// The offset of its first present byte in the file.
         offset: u64,
     },
-    /// There is something where nothing was written, in a file with pages at their offsets. Restoring doesn't read it; mapping the file as it is would.
+    /// Nonzero bytes where nothing was written, in a file with pages at their guest offsets.
+    /// Restoring does not read them. Mapping the file as it is would expose them.
     NotZero {
         /// The offset in RAM and in the file of the first byte.
         offset: u64,
@@ -62,7 +63,7 @@ pub enum Damage {
 }
 
 impl Damage {
-    /// Where it is in the file, in bytes.
+    /// Returns its offset in the file, in bytes.
     #[must_use]
     pub fn offset(&self) -> u64 {
         match self {
@@ -72,14 +73,16 @@ impl Damage {
 }
 
 impl Image {
-    /// Reads all pages and compares them with the footer's checksums; also finds what is not zero between the pages of a sealed image, or before those of
-    /// a packed one.
+    /// Reads all pages and compares them with the footer's checksums. Also finds nonzero bytes
+    /// between the pages of a sealed image, or before the pages of a packed image.
     ///
-    /// `progress` is told the bytes that are done and, first, how many there are; it may cancel. Takes memory for one piece of 1 MiB a
-    /// thread, and as many threads as the machine has processors, at most 8.
+    /// `progress` receives the number of checked bytes and the total. The first call reports the
+    /// total. It may cancel. Verification allocates 1 MiB for each thread. The number of threads is
+    /// the number of processors, at most 8.
     ///
     /// # Errors
-    /// [`ImageError::Footer`] for a raw image, [`ImageError::Read`] where the file can't be read, [`ImageError::Cancelled`]. Damage is no error.
+    /// [`ImageError::Footer`] for a raw image, [`ImageError::Read`] if the file cannot be read,
+    /// [`ImageError::Cancelled`]. Damage is not an error.
     ///
     /// # Examples
     /// ```
@@ -89,7 +92,8 @@ impl Image {
     /// # use memory_writer::{Layout, MemoryWriter, Seal};
     /// # let dir = tempfile::tempdir()?;
     /// # let path = dir.path().join("full.mem");
-    /// # let mut writer = MemoryWriter::options().layout(Layout::Sealed(Seal::new())).open(&path, 1 << 20, 4096)?;
+    /// # let options = MemoryWriter::options().layout(Layout::Sealed(Seal::new()));
+    /// # let mut writer = options.open(&path, 1 << 20, 4096)?;
     /// # writer.write_full(&vec![1; 1 << 20])?;
     /// # writer.commit()?;
     ///
@@ -109,7 +113,8 @@ impl Image {
         };
         let gaps = self.gaps(footer)?;
         let gap_bytes: u64 = gaps.iter().map(|gap| gap.end - gap.start).sum();
-        // A chain may have thousands of images with a page or two each: no thread for nothing.
+        // A chain may have thousands of images with one or two pages each: start no thread without
+        // work.
         let most = footer.checksums.len() + (gap_bytes / PIECE) as usize + gaps.len();
         let total = footer.present_bytes() + gap_bytes;
         let pieces = gaps.into_iter().flat_map(|gap| {
@@ -120,14 +125,14 @@ impl Image {
         let work = Mutex::new(footer.chunks().map(Work::Chunk).chain(pieces));
         let state = Mutex::new(State::default());
         let threads = thread::available_parallelism().map_or(1, NonZeroUsize::get);
-        let work_on = || {
+        let check_work = || {
             let mut buffer = SecretBuffer::new();
             loop {
                 let next = work.lock().unwrap_or_else(PoisonError::into_inner).next();
                 let Some(next) = next else { return };
-                let result = self.look_at(&next, &mut buffer);
+                let result = self.check(&next, &mut buffer);
                 let mut state = state.lock().unwrap_or_else(PoisonError::into_inner);
-                if state.take(result, total, progress).is_break() {
+                if state.record(result, total, progress).is_break() {
                     return;
                 }
             }
@@ -137,10 +142,10 @@ impl Image {
         }
         thread::scope(|scope| {
             for _ in 1..threads.min(THREADS).min(most) {
-                // Fewer threads take longer, and that is all.
-                let _ = thread::Builder::new().spawn_scoped(scope, work_on);
+                // With fewer threads the verification only takes longer.
+                let _ = thread::Builder::new().spawn_scoped(scope, check_work);
             }
-            work_on();
+            check_work();
         });
         let state = state.into_inner().unwrap_or_else(PoisonError::into_inner);
         if let Some(error) = state.failed {
@@ -151,8 +156,9 @@ impl Image {
         Ok(found)
     }
 
-    /// What of the file is data and in no run that is present: zeros, if nobody wrote to it. A packed image has such bytes only between its header,
-    /// which was read with the footer, and its first page.
+    /// Returns the ranges of the file that are data and in no present run. They are zeros unless
+    /// the file was modified. A packed image has such bytes only between its header, which was read
+    /// with the footer, and its first page.
     fn gaps(&self, footer: &Footer) -> Result<Vec<Range<u64>>, ImageError> {
         let all = match self.in_place() {
             true => 0..self.size,
@@ -190,14 +196,14 @@ impl Image {
         Ok(gaps)
     }
 
-    fn look_at(&self, work: &Work<'_>, buffer: &mut SecretBuffer) -> Result<Look, ImageError> {
+    fn check(&self, work: &Work<'_>, buffer: &mut SecretBuffer) -> Result<Checked, ImageError> {
         match work {
             Work::Chunk(chunk) => {
                 let mut sum = ChunkSum::new();
                 let (mut bytes, mut first) = (0, None);
                 for (range, offset) in chunk.pieces() {
                     let len = range.end - range.start;
-                    // Within a chunk, so no more than 1 MiB.
+                    // Inside a chunk, so at most 1 MiB.
                     let stored = buffer.sized(len as usize);
                     self.read_file(offset, stored)?;
                     sum.update(stored);
@@ -209,7 +215,7 @@ impl Image {
                     guest: chunk.range.clone(),
                     offset: first.unwrap_or(0),
                 });
-                Ok(Look {
+                Ok(Checked {
                     chunk: true,
                     bytes,
                     damage,
@@ -222,7 +228,7 @@ impl Image {
                     true => None,
                     false => gap.iter().position(|byte| *byte != 0),
                 };
-                Ok(Look {
+                Ok(Checked {
                     chunk: false,
                     bytes: range.end - range.start,
                     damage: at.map(|at| Damage::NotZero {
@@ -239,7 +245,7 @@ enum Work<'f> {
     Gap(Range<u64>),
 }
 
-struct Look {
+struct Checked {
     chunk: bool,
     bytes: u64,
     damage: Option<Damage>,
@@ -248,34 +254,34 @@ struct Look {
 #[derive(Default)]
 struct State {
     found: Verified,
-    /// Chunks and gaps.
+    /// Bytes of chunks and gaps.
     done: u64,
     failed: Option<ImageError>,
 }
 
 impl State {
-    fn take(
+    fn record(
         &mut self,
-        result: Result<Look, ImageError>,
+        result: Result<Checked, ImageError>,
         total: u64,
         progress: &(dyn Fn(u64, u64) -> ControlFlow<()> + Sync),
     ) -> ControlFlow<()> {
         if self.failed.is_some() {
             return ControlFlow::Break(());
         }
-        let look = match result {
-            Ok(look) => look,
+        let checked = match result {
+            Ok(checked) => checked,
             Err(error) => {
                 self.failed = Some(error);
                 return ControlFlow::Break(());
             }
         };
-        self.done += look.bytes;
-        if look.chunk {
+        self.done += checked.bytes;
+        if checked.chunk {
             self.found.chunks += 1;
-            self.found.bytes += look.bytes;
+            self.found.bytes += checked.bytes;
         }
-        if let Some(damage) = look.damage {
+        if let Some(damage) = checked.damage {
             self.found.found += 1;
             if self.found.damages.len() < LISTED {
                 self.found.damages.push(damage);

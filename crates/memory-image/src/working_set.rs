@@ -1,4 +1,4 @@
-//! What a guest touched first after it was restored.
+//! Working sets: the pages that a guest touched after it was restored.
 
 use std::fs::File;
 use std::io::{self, Read, Write};
@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use atomic_file::{AtomicWriter, CommitError, OpenError};
 use thiserror::Error;
 
-/// Runs of pages in a working set at most. A guest that touches more has no working set but its RAM.
+/// Maximum number of runs in a working set. A guest that touches more runs uses all of its RAM.
 const MAX_RUNS: usize = 1 << 20;
 
 const MAGIC: [u8; 8] = *b"MEMSNAPW";
@@ -17,13 +17,15 @@ const VERSION: u32 = 1;
 const HEADER: usize = 24;
 const RUN: usize = 16;
 
-/// The pages that a guest touched after it was restored, in the order in which it first did: what to bring in first the next time.
+/// The pages that a guest touched after it was restored, in the order of the first touch: the pages
+/// to read first at the next restore.
 ///
-/// Recorded by a [`LazyRam`](crate::LazyRam). It's advice: whatever it says, the guest's RAM comes out right. Memory: 16 bytes for each run
-/// of pages touched one after another, 16 MiB at most; what is touched after that is not recorded.
+/// [`LazyRam`](crate::LazyRam) records it. A working set is only a hint: the content of the guest's
+/// RAM does not depend on it. It takes 16 bytes for each run of pages touched in sequence, 16 MiB
+/// at most. Later touches are not recorded.
 ///
 /// # The file
-/// | bytes, little-endian | what |
+/// | bytes, little-endian | content |
 /// |---|---|
 /// | 0..8 | `MEMSNAPW` |
 /// | 8..12 | the version, 1 |
@@ -31,7 +33,8 @@ const RUN: usize = 16;
 /// | 16..24 | the size of the guest's RAM in bytes |
 /// | then, 16 each | the runs: offset in the RAM and length, in bytes |
 ///
-/// Every run is inside the RAM and not empty, and together they are no longer than it.
+/// Every run is inside the RAM and not empty. The total length of the runs is at most the size of
+/// the RAM.
 ///
 /// # Examples
 /// See [`LazyRam`](crate::LazyRam#examples).
@@ -49,8 +52,8 @@ impl WorkingSet {
         }
     }
 
-    /// Adds pages touched for the first time. The last one may end past the RAM, which need not be a whole
-    /// number of the host's pages.
+    /// Adds pages that were touched for the first time. The last page may end past the RAM, whose
+    /// size need not be a multiple of the host's page.
     pub(crate) fn touch(&mut self, pages: Range<u64>) {
         let pages = pages.start..pages.end.min(self.ram_size);
         let full = self.runs.len() == MAX_RUNS;
@@ -61,27 +64,29 @@ impl WorkingSet {
         }
     }
 
-    /// The runs of pages, in bytes from the start of the RAM, in the order of their first touch. Neighbours touched one after the other are one run.
+    /// Returns the runs of pages, in bytes from the start of the RAM, in the order of their first
+    /// touch. Adjacent pages touched in sequence are one run.
     pub fn runs(&self) -> impl Iterator<Item = Range<u64>> {
         self.runs.iter().cloned()
     }
 
-    /// How many bytes are in it.
+    /// Returns the number of bytes in the runs.
     #[must_use]
     pub fn bytes(&self) -> u64 {
         self.runs.iter().map(|run| run.end - run.start).sum()
     }
 
-    /// The size of the guest's RAM in bytes.
+    /// Returns the size of the guest's RAM in bytes.
     #[must_use]
     pub fn ram_size(&self) -> u64 {
         self.ram_size
     }
 
-    /// Writes it to a file, replaced atomically and durably, with mode 0600.
+    /// Writes the working set to a file, which it replaces atomically and durably, with mode 0600.
     ///
     /// # Errors
-    /// [`WorkingSetError`]; unless it is [`Commit`](WorkingSetError::Commit), which says more, the file is as it was.
+    /// [`WorkingSetError`]. The destination is unchanged, except after
+    /// [`Commit`](WorkingSetError::Commit), which reports the state of the destination.
     pub fn save(&self, path: impl AsRef<Path>) -> Result<(), WorkingSetError> {
         let mut stage = AtomicWriter::open(path.as_ref())?;
         let written = stage.write_all(&self.encode());
@@ -92,10 +97,11 @@ impl WorkingSet {
         Ok(stage.commit()?)
     }
 
-    /// Reads it from a file.
+    /// Reads a working set from a file.
     ///
     /// # Errors
-    /// [`WorkingSetError::Read`]; [`WorkingSetError::Malformed`] for anything but a working set that was saved.
+    /// [`WorkingSetError::Read`]; [`WorkingSetError::Malformed`] for a file that is not a saved
+    /// working set.
     pub fn load(path: impl AsRef<Path>) -> Result<Self, WorkingSetError> {
         let path = path.as_ref();
         let bytes = read_at_most(path, HEADER + MAX_RUNS * RUN);
@@ -124,7 +130,7 @@ impl WorkingSet {
         let (sum, body) = rest.split_first_chunk::<4>().ok_or("it is too short")?;
         let (ram_size, runs) = body.split_first_chunk::<8>().ok_or("it is too short")?;
         if *magic != MAGIC {
-            return Err("it does not begin as one");
+            return Err("it does not begin with MEMSNAPW");
         }
         if u32::from_le_bytes(*version) != VERSION {
             return Err("its version is not 1");
@@ -156,7 +162,7 @@ impl WorkingSet {
     }
 }
 
-/// What stands after the checksum, with what stands before it.
+/// Prepends the header to the bytes that its checksum covers.
 fn framed(body: &[u8]) -> Vec<u8> {
     let mut bytes = MAGIC.to_vec();
     bytes.extend(VERSION.to_le_bytes());
@@ -165,16 +171,16 @@ fn framed(body: &[u8]) -> Vec<u8> {
     bytes
 }
 
-/// The bytes of a regular file, if there are not more.
+/// Reads a regular file of at most `most` bytes.
 fn read_at_most(path: &Path, most: usize) -> io::Result<Vec<u8>> {
-    // O_NONBLOCK: opening a FIFO must not wait for its writer. A regular file does not care.
+    // O_NONBLOCK: opening a FIFO must not wait for its writer. It has no effect on a regular file.
     let nonblock = nix::libc::O_NONBLOCK;
     let file = File::options()
         .read(true)
         .custom_flags(nonblock)
         .open(path)?;
     if !file.metadata()?.is_file() {
-        return Err(io::Error::other("it is not a regular file"));
+        return Err(io::Error::other("not a regular file"));
     }
     let mut bytes = Vec::new();
     file.take(most as u64 + 1).read_to_end(&mut bytes)?;
@@ -188,16 +194,16 @@ fn read_at_most(path: &Path, most: usize) -> io::Result<Vec<u8>> {
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum WorkingSetError {
-    /// The file can't be read.
-    #[error("cannot read the working set {path:?}")]
+    /// The file cannot be read.
+    #[error("failed to read the working set {path:?}")]
     Read {
         /// The file.
         path: PathBuf,
-        /// What the system said.
+        /// The error of the operating system.
         source: io::Error,
     },
-    /// The file holds something else.
-    #[error("{path:?} is no working set: {what}; record it again")]
+    /// The file is not a working set.
+    #[error("{path:?} is not a valid working set, because {what}: record it again")]
     Malformed {
         /// The file.
         path: PathBuf,
@@ -205,18 +211,18 @@ pub enum WorkingSetError {
         what: &'static str,
     },
     /// The new file could not be staged.
-    #[error("the working set was not saved")]
+    #[error("failed to stage the working set")]
     Stage(#[from] OpenError),
     /// The new file could not be written.
-    #[error("the working set {path:?} was not saved")]
+    #[error("failed to write the working set {path:?}")]
     Write {
         /// The destination.
         path: PathBuf,
-        /// What the system said.
+        /// The error of the operating system.
         source: io::Error,
     },
-    /// The new file was not committed; the error says whether the destination was replaced.
-    #[error("the commit of the working set failed")]
+    /// The new file was not committed. The error reports whether the destination was replaced.
+    #[error("failed to commit the working set")]
     Commit(#[from] CommitError),
 }
 
@@ -235,7 +241,7 @@ mod tests {
         set
     }
 
-    /// A file of these runs, whatever they are, with the right checksum.
+    /// Encodes these runs, valid or not, with the right checksum.
     fn file(ram_size: u64, runs: &[[u64; 2]]) -> Vec<u8> {
         let words = std::iter::once(&ram_size).chain(runs.as_flattened());
         framed(
@@ -246,7 +252,7 @@ mod tests {
     }
 
     #[test]
-    fn neighbours_touched_one_after_the_other_are_one_run() {
+    fn adjacent_pages_touched_in_sequence_form_one_run() {
         let runs = [
             7 * 4096..10 * 4096,
             3 * 4096..5 * 4096,
@@ -257,7 +263,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_saved_is_loaded_again() {
+    fn saved_working_set_is_loaded_unchanged() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("set");
         std::fs::write(&path, b"old").unwrap();
@@ -266,9 +272,9 @@ mod tests {
         assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1);
     }
 
-    /// The layout is a promise: this is a file of version 1.
+    /// The layout is stable: this is a file of version 1.
     #[test]
-    fn the_file_is_laid_out_as_documented() {
+    fn file_layout_matches_the_documentation() {
         let bytes = file(8192, &[[4096, 4096]]);
         assert_eq!(&bytes[..12], b"MEMSNAPW\x01\0\0\0");
         assert_eq!(
@@ -288,7 +294,7 @@ mod tests {
     #[case::half_a_run(file(8192, &[[0, 1]])[..HEADER + 8].to_vec(), "checksum")]
     #[case::another_file(vec![7; 1000], "begin")]
     #[case::no_bytes(vec![], "short")]
-    fn a_hostile_file_is_refused(#[case] bytes: Vec<u8>, #[case] says: &str) {
+    fn malformed_file_is_refused(#[case] bytes: Vec<u8>, #[case] says: &str) {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("set");
         std::fs::write(&path, bytes).unwrap();
@@ -300,7 +306,7 @@ mod tests {
     }
 
     #[test]
-    fn a_run_cut_in_half_is_refused_whatever_the_checksum() {
+    fn truncated_run_with_a_valid_checksum_is_refused() {
         let mut bytes = sample().encode();
         bytes.truncate(bytes.len() - 8);
         assert_eq!(
@@ -310,14 +316,14 @@ mod tests {
     }
 
     #[test]
-    fn another_version_is_refused() {
+    fn unknown_version_is_refused() {
         let mut bytes = sample().encode();
         bytes[8] = 2;
         assert_eq!(WorkingSet::decode(&bytes), Err("its version is not 1"));
     }
 
     #[test]
-    fn what_is_no_regular_file_or_too_large_is_not_read() {
+    fn irregular_or_oversized_file_is_not_read() {
         let dir = tempfile::tempdir().unwrap();
         let (fifo, huge) = (dir.path().join("fifo"), dir.path().join("huge"));
         nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRWXU).unwrap();
@@ -329,7 +335,7 @@ mod tests {
     }
 
     #[test]
-    fn a_guest_that_touches_everything_at_random_is_recorded_up_to_a_bound() {
+    fn number_of_recorded_runs_is_bounded() {
         let mut set = WorkingSet::of(u64::MAX);
         for page in 0..MAX_RUNS as u64 + 10 {
             set.touch(page * 8192..page * 8192 + 4096);
@@ -343,7 +349,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn any_bytes_are_decoded_or_refused(
+        fn arbitrary_bytes_are_decoded_or_refused(
             bytes in prop_oneof![
                 prop::collection::vec(any::<u8>(), 0..200),
                 prop::collection::vec(any::<u8>(), 0..200).prop_map(|body| framed(&body)),

@@ -1,8 +1,8 @@
-//! What a chain takes of memory: as much as its images hold, whatever the size of the RAM.
+//! The memory of a chain depends on the pages that its images store, not on the size of the RAM.
 
 #![allow(unsafe_code)]
 
-mod common;
+mod support;
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::fs::{self, File};
@@ -10,22 +10,22 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use common::write_packed;
 use image_format::{
     Checksums, Footer, ImageId, Kind, Placement, Run, Stored, Version, packed_start,
 };
 use memory_image::{Chain, Image};
 use memory_writer::MemoryWriter;
 use page_reader::PageReader;
+use support::write_packed;
 
-/// The system's allocator, counting.
+/// The system's allocator with counters.
 struct Counting;
 
 static LIVE: AtomicUsize = AtomicUsize::new(0);
 static PEAK: AtomicUsize = AtomicUsize::new(0);
 static CALLS: AtomicUsize = AtomicUsize::new(0);
 
-// SAFETY: every call goes to the system's allocator as it is.
+// SAFETY: every call is forwarded unchanged to the system's allocator.
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         CALLS.fetch_add(1, Ordering::Relaxed);
@@ -48,10 +48,10 @@ static ALLOCATOR: Counting = Counting;
 const PAGE: u64 = 4096;
 /// The bitmap of one layer would be 2 MiB.
 const RAM: u64 = 64 << 30;
-/// Bytes that a layer of one page may take: its footer, its path, its descriptor's place, its page's extent.
+/// Upper bound of the memory of a layer of one page: its footer, path, descriptor entry and extent.
 const A_LAYER: usize = 2048;
 
-/// A full image of one page, and diffs of one each.
+/// Writes a full image of one page, and diffs of one page each.
 fn images(dir: &std::path::Path, count: u64) -> Vec<PathBuf> {
     let mut parent = None;
     let image = |number: u64| {
@@ -64,7 +64,7 @@ fn images(dir: &std::path::Path, count: u64) -> Vec<PathBuf> {
     (0..count).map(image).collect()
 }
 
-/// Calls of the allocator, and bytes at most in use above those before.
+/// Returns the number of allocator calls, and the peak of the additional bytes in use.
 fn counted<T>(work: impl FnOnce() -> T) -> (T, usize, usize) {
     let (calls, live) = (CALLS.load(Ordering::Relaxed), LIVE.load(Ordering::Relaxed));
     PEAK.store(live, Ordering::Relaxed);
@@ -73,15 +73,15 @@ fn counted<T>(work: impl FnOnce() -> T) -> (T, usize, usize) {
     (result, calls, PEAK.load(Ordering::Relaxed) - live)
 }
 
-/// One test, as nothing else of the process may be counted.
+/// One test, because nothing else of the process may be counted.
 #[test]
-fn memory_is_for_what_the_images_hold_and_reading_takes_none() {
+fn memory_depends_on_stored_pages_and_reads_allocate_nothing() {
     let dir = tempfile::tempdir().unwrap();
     let paths = images(dir.path(), 250);
     let open = |count: usize| Chain::open_sealed(&paths[..count]).unwrap();
     let (few, calls_for_few, _) = counted(|| open(125));
     let (many, calls_for_many, peak) = counted(|| open(250));
-    // The footer's reader has a buffer of 64 KiB.
+    // The reader of the footer has a buffer of 64 KiB.
     assert!(peak < 250 * A_LAYER + (128 << 10), "{peak} bytes");
     let ratio = calls_for_many as f64 / calls_for_few as f64;
     assert!(ratio < 2.2, "{calls_for_few} and {calls_for_many} calls");
@@ -101,7 +101,7 @@ fn memory_is_for_what_the_images_hold_and_reading_takes_none() {
         assert_eq!(calls, 1, "the iterator's own");
     }
 
-    // Runs that do not follow each other, and the zeros between.
+    // Runs that are not adjacent, and the zeros between them.
     const RUNS: u64 = 20_000;
     const SMALL: u64 = 512;
     let runs: Vec<_> = (0..RUNS).map(|run| (2 * run, vec![1; 512])).collect();
@@ -118,7 +118,7 @@ fn memory_is_for_what_the_images_hold_and_reading_takes_none() {
     merging_claimed_zeros_takes_no_memory(dir.path());
 }
 
-/// A bit a page would be 32 MiB.
+/// A bit for each page would be 32 MiB.
 const CLAIMED: u64 = 1 << 40;
 
 /// Writes a diff of RAM of [`CLAIMED`] bytes, with `runs` at `id`, on top of `parent`.
@@ -149,7 +149,7 @@ fn write_diff(path: &std::path::Path, [parent, id]: [u8; 2], runs: Vec<Run>, pag
     footer.write(&file).unwrap();
 }
 
-/// A diff that says that nearly all of the RAM is zeros, and one of a page.
+/// Writes and merges a diff that records nearly all of the RAM as zeros, and a diff of one page.
 fn merging_claimed_zeros_takes_no_memory(dir: &std::path::Path) {
     let paths = ["zeros.mem", "page.mem"].map(|name| dir.join(name));
     let (page, at) = (vec![7; PAGE as usize], CLAIMED / 2);
@@ -165,7 +165,7 @@ fn merging_claimed_zeros_takes_no_memory(dir: &std::path::Path) {
             chain.merge(options, &merged).unwrap()
         });
         assert_eq!(bytes, PAGE);
-        // Buffers of the engine that writes.
+        // Buffers of the I/O engine.
         assert!(peak < 16 << 20, "{peak} bytes");
         let image = Image::open(&merged).unwrap();
         let footer = image.footer().unwrap();

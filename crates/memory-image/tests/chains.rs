@@ -1,4 +1,4 @@
-//! Chains of snapshots taken by the writer, read, merged and restored.
+//! Reads, merges and restores chains of snapshots that the writer has taken.
 
 use std::ops::Range;
 use std::os::unix::fs::{FileExt, PermissionsExt};
@@ -16,7 +16,7 @@ use sparse_file::PagesUnknown;
 const SIZE: u64 = 1 << 20;
 const PAGE: u64 = 16384;
 
-/// A guest that is written to, and the snapshots taken of it.
+/// A guest with dirty tracking, and its snapshots.
 struct Guest {
     dir: tempfile::TempDir,
     ram: Vec<u8>,
@@ -49,7 +49,7 @@ impl Guest {
         let epoch = self.dirty.begin_epoch().unwrap();
         let mut writer = MemoryWriter::options()
             .durability(Durability::None)
-            // A test of all pages gives them to `push_pages`.
+            // A test in which all pages are dirty passes them to `push_pages`.
             .allow_ambiguous_diff(true)
             .open(&path, SIZE, PAGE)
             .unwrap();
@@ -72,7 +72,7 @@ impl Guest {
         chain
     }
 
-    /// Full, then three diffs; the second zeroes what the first wrote.
+    /// Takes a full image and three diffs. The second diff zeroes what the first wrote.
     fn with_history() -> Self {
         let mut guest = Self::new();
         guest.write(0, SIZE / 2, 1);
@@ -87,8 +87,8 @@ impl Guest {
         guest
     }
 
-    /// With history, and one diff more of `pages` pages from page 7 on, which is not in the chain.
-    fn with_a_diff_to_come(pages: u64) -> (Self, PathBuf) {
+    /// Adds to the history a diff of `pages` pages from page 7 on, which is not in the chain.
+    fn with_pending_diff(pages: u64) -> (Self, PathBuf) {
         let mut guest = Self::with_history();
         guest.write(7 * PAGE, pages * PAGE, 9);
         let diff = guest.save();
@@ -104,7 +104,7 @@ fn whole(reader: &impl PageReader) -> Vec<u8> {
 }
 
 #[test]
-fn a_chain_reads_as_the_ram_at_its_last_snapshot() {
+fn chain_reads_as_the_ram_at_its_last_snapshot() {
     let guest = Guest::with_history();
     let chain = guest.chain();
     assert!(whole(&chain) == guest.ram);
@@ -119,9 +119,9 @@ fn a_chain_reads_as_the_ram_at_its_last_snapshot() {
     );
 }
 
-/// Also from a restart point before the last.
+/// Includes chains that end before the last snapshot.
 #[test]
-fn every_prefix_of_a_chain_is_the_ram_at_that_time() {
+fn every_prefix_of_a_chain_reads_as_its_ram() {
     let mut guest = Guest::new();
     let mut history = Vec::new();
     for round in 0..5_u8 {
@@ -143,7 +143,7 @@ fn every_prefix_of_a_chain_is_the_ram_at_that_time() {
 #[case(3 * PAGE + 99, 3 * PAGE)]
 #[case(SIZE - 1, 1)]
 #[case(SIZE, 0)]
-fn a_chain_reads_any_range(#[case] offset: u64, #[case] len: u64) {
+fn chain_reads_any_range(#[case] offset: u64, #[case] len: u64) {
     let guest = Guest::with_history();
     let mut bytes = vec![0xee; len as usize];
     guest.chain().read_at(offset, &mut bytes).unwrap();
@@ -154,7 +154,7 @@ fn a_chain_reads_any_range(#[case] offset: u64, #[case] len: u64) {
 #[case(SIZE, 1)]
 #[case(SIZE - 1, 2)]
 #[case(u64::MAX, 1)]
-fn a_read_past_the_end_is_an_error(#[case] offset: u64, #[case] len: usize) {
+fn read_past_the_end_is_an_error(#[case] offset: u64, #[case] len: usize) {
     let error = Guest::with_history()
         .chain()
         .read_at(offset, &mut vec![0; len])
@@ -163,7 +163,7 @@ fn a_read_past_the_end_is_an_error(#[case] offset: u64, #[case] len: usize) {
 }
 
 #[test]
-fn a_flattened_chain_is_one_full_image_and_keeps_holes() {
+fn flattened_chain_is_one_full_image_and_keeps_holes() {
     let guest = Guest::with_history();
     let flat = guest.path("flat.mem");
     let (progress, told) = std::sync::mpsc::channel();
@@ -180,7 +180,7 @@ fn a_flattened_chain_is_one_full_image_and_keeps_holes() {
 }
 
 #[test]
-fn what_no_image_stores_stays_a_hole_when_flattened() {
+fn pages_in_no_image_stay_holes_when_flattened() {
     let guest = Guest::new();
     let (base, flat) = (guest.path("base"), guest.path("flat"));
     std::fs::File::create(&base).unwrap().set_len(SIZE).unwrap();
@@ -195,13 +195,13 @@ fn what_no_image_stores_stays_a_hole_when_flattened() {
 }
 
 #[test]
-fn a_chain_may_be_flattened_onto_its_own_base() {
+fn chain_may_be_flattened_onto_its_own_base() {
     let guest = Guest::with_history();
     guest.chain().flatten(&guest.snapshots[0]).unwrap();
     assert!(std::fs::read(&guest.snapshots[0]).unwrap() == guest.ram);
 }
 
-/// Merges to `dest`, and calls `act` when the merge has begun to write.
+/// Merges to `dest`, and calls `act` once the merge has begun to write.
 fn merged_while(guest: &Guest, dest: &Path, mut act: impl FnMut() + Send + 'static) -> ImageError {
     let options = MemoryWriter::options().progress(move |_| act());
     let before = std::fs::read_dir(guest.dir.path()).unwrap().count();
@@ -212,7 +212,7 @@ fn merged_while(guest: &Guest, dest: &Path, mut act: impl FnMut() + Send + 'stat
 }
 
 #[test]
-fn a_merge_onto_its_base_does_not_undo_another_writer() {
+fn merge_onto_its_base_keeps_the_file_of_another_writer() {
     let guest = Guest::with_history();
     let base = guest.snapshots[0].clone();
     let link = guest.path("link");
@@ -237,11 +237,11 @@ fn a_merge_onto_its_base_does_not_undo_another_writer() {
     }
 }
 
-/// Nothing tells which of its bytes were read before.
+/// It is unknown which of its bytes were read before the write.
 #[rstest]
 #[case::base(0)]
 #[case::diff(1)]
-fn an_image_that_is_written_to_during_a_merge_is_an_error(#[case] changed: usize) {
+fn image_written_during_a_merge_is_an_error(#[case] changed: usize) {
     let guest = Guest::with_history();
     let image = guest.snapshots[changed].clone();
     let file = std::fs::File::options().write(true).open(&image).unwrap();
@@ -249,7 +249,7 @@ fn an_image_that_is_written_to_during_a_merge_is_an_error(#[case] changed: usize
     let error = merged_while(&guest, &dest, move || {
         let later = std::time::SystemTime::now() + std::time::Duration::from_secs(1);
         file.write_all_at(&[0x5a; 4096], 0).unwrap();
-        // As it is once the file system's clock has ticked.
+        // Simulates the next tick of the file system's clock.
         file.set_modified(later).unwrap();
     });
     assert!(
@@ -260,7 +260,7 @@ fn an_image_that_is_written_to_during_a_merge_is_an_error(#[case] changed: usize
 }
 
 #[test]
-fn a_cancelled_flatten_leaves_the_destination_and_nothing_behind() {
+fn cancelled_flatten_keeps_the_destination_and_no_other_file() {
     let guest = Guest::with_history();
     let flat = guest.path("flat.mem");
     std::fs::write(&flat, b"old").unwrap();
@@ -284,7 +284,7 @@ fn a_cancelled_flatten_leaves_the_destination_and_nothing_behind() {
 }
 
 #[test]
-fn a_restore_writes_zeros_over_whatever_was_there() {
+fn restore_overwrites_previous_bytes_with_zeros() {
     let guest = Guest::with_history();
     let mut ram = vec![0xee; SIZE as usize];
     guest.chain().restore(ram.as_mut_slice()).unwrap();
@@ -292,7 +292,7 @@ fn a_restore_writes_zeros_over_whatever_was_there() {
 }
 
 #[test]
-fn a_restore_to_zeroed_memory_writes_only_what_is_stored() {
+fn restore_to_zeroed_memory_writes_only_stored_pages() {
     struct Counting(Vec<u8>, u64);
     impl RamTarget for Counting {
         fn size(&self) -> u64 {
@@ -319,12 +319,12 @@ fn a_restore_to_zeroed_memory_writes_only_what_is_stored() {
 }
 
 #[test]
-fn a_guest_of_two_regions_is_restored_in_place() {
+fn guest_of_two_regions_is_restored_in_place() {
     let mut guest = Guest::with_history();
     let split = 5 * 4096 + 1;
     let mut ram = vec![0xee_u8; SIZE as usize];
     let (low, high) = ram.split_at_mut(split);
-    // SAFETY: both halves live until the end of the block, and nothing else touches them in it.
+    // SAFETY: both halves live until the end of the block, and nothing else accesses them in it.
     #[allow(unsafe_code)]
     let mut target = unsafe {
         HostRam::new([
@@ -334,7 +334,7 @@ fn a_guest_of_two_regions_is_restored_in_place() {
     };
     assert_eq!(target.size(), SIZE);
     guest.chain().restore(&mut target).unwrap();
-    // In the second alone.
+    // Only in the second region.
     target.write_at(9 * PAGE, &[7; 3]).unwrap();
     guest.write(9 * PAGE, 3, 7);
     assert!(target.write_at(SIZE - 1, &[0, 0]).is_err());
@@ -342,7 +342,7 @@ fn a_guest_of_two_regions_is_restored_in_place() {
 }
 
 #[test]
-fn memory_of_another_size_is_not_restored_to() {
+fn restore_to_memory_of_another_size_is_refused() {
     let mut ram = vec![7; SIZE as usize / 2];
     let error = Guest::with_history()
         .chain()
@@ -355,9 +355,10 @@ fn memory_of_another_size_is_not_restored_to() {
     assert!(ram.iter().all(|byte| *byte == 7));
 }
 
-/// Overwriting the file that a guest was restored from: a commit replaces it, and the mapping keeps the old one.
+/// Overwrites the file that a guest was restored from: a commit replaces it, and the mapping keeps
+/// the old file.
 #[test]
-fn a_mapped_image_is_private_and_survives_the_next_snapshot() {
+fn mapped_image_is_private_and_survives_the_next_snapshot() {
     let mut guest = Guest::new();
     guest.write(0, SIZE, 1);
     let path = guest.save();
@@ -365,7 +366,7 @@ fn a_mapped_image_is_private_and_survives_the_next_snapshot() {
     assert_eq!(mapped.len() as u64, SIZE);
     assert!(whole(&mapped) == guest.ram);
 
-    // SAFETY: inside the mapping, which nothing else accesses meanwhile.
+    // SAFETY: inside the mapping, which nothing else accesses at the time.
     #[allow(unsafe_code)]
     unsafe {
         mapped.as_ptr().add(4096).write(99);
@@ -388,7 +389,7 @@ fn a_mapped_image_is_private_and_survives_the_next_snapshot() {
 #[rstest]
 #[case::smaller(SIZE / 2)]
 #[case::larger(2 * SIZE)]
-fn a_diff_whose_base_is_of_another_size_is_refused(#[case] size: u64) {
+fn diff_of_another_ram_size_is_refused(#[case] size: u64) {
     let guest = Guest::with_history();
     let other = guest.path("other");
     std::fs::File::create(&other)
@@ -405,7 +406,7 @@ fn a_diff_whose_base_is_of_another_size_is_refused(#[case] size: u64) {
         chain.push_pages(&other, []).unwrap_err(),
         ImageError::SizeDiffers { .. }
     ));
-    assert!(whole(&chain) == guest.ram, "the chain stays as it was");
+    assert!(whole(&chain) == guest.ram, "the chain is unchanged");
 }
 
 fn opened(make: impl FnOnce(&Path)) -> ImageError {
@@ -420,7 +421,7 @@ fn opened(make: impl FnOnce(&Path)) -> ImageError {
 }
 
 #[test]
-fn what_is_no_image_is_refused() {
+fn file_that_is_not_an_image_is_refused() {
     assert!(matches!(opened(|_| ()), ImageError::Open { .. }));
     assert!(matches!(
         opened(|path| std::fs::create_dir(path).unwrap()),
@@ -441,7 +442,7 @@ fn what_is_no_image_is_refused() {
     let fifo = |path: &Path| nix::unistd::mkfifo(path, nix::sys::stat::Mode::S_IRWXU).unwrap();
     assert!(
         matches!(opened(fifo), ImageError::NotAFile { .. }),
-        "and a FIFO is not waited for"
+        "opening a FIFO does not block"
     );
     let error = Chain::open_raw("/", 0).unwrap_err();
     assert!(matches!(
@@ -451,7 +452,7 @@ fn what_is_no_image_is_refused() {
 }
 
 #[test]
-fn an_image_cut_short_since_it_was_opened_is_named_in_the_error() {
+fn error_names_the_image_truncated_after_open() {
     let guest = Guest::with_history();
     let chain = guest.chain();
     std::fs::File::options()
@@ -479,7 +480,7 @@ fn an_image_cut_short_since_it_was_opened_is_named_in_the_error() {
     );
 }
 
-fn unclear(error: ImageError) -> Unclear {
+fn ambiguity(error: ImageError) -> Unclear {
     match error {
         ImageError::UnclearDiff { why, .. } => why,
         other => panic!("{other:?}"),
@@ -487,12 +488,12 @@ fn unclear(error: ImageError) -> Unclear {
 }
 
 #[test]
-fn a_diff_whose_holes_were_filled_by_a_copy_is_refused_unless_its_pages_are_given() {
-    let (guest, diff) = Guest::with_a_diff_to_come(1);
+fn copied_diff_without_holes_requires_its_pages() {
+    let (guest, diff) = Guest::with_pending_diff(1);
     std::fs::write(guest.path("dense"), std::fs::read(&diff).unwrap()).unwrap();
     let mut chain = guest.chain();
     assert!(matches!(
-        unclear(chain.push_raw(guest.path("dense")).unwrap_err()),
+        ambiguity(chain.push_raw(guest.path("dense")).unwrap_err()),
         Unclear::NoHoles
     ));
     chain
@@ -502,7 +503,7 @@ fn a_diff_whose_holes_were_filled_by_a_copy_is_refused_unless_its_pages_are_give
 }
 
 #[test]
-fn a_raw_image_is_in_a_chain_once() {
+fn raw_image_is_accepted_only_once() {
     let guest = Guest::with_history();
     let mut chain = guest.chain();
     for path in &guest.snapshots {
@@ -522,8 +523,8 @@ fn a_raw_image_is_in_a_chain_once() {
 }
 
 #[test]
-fn who_insists_gets_a_diff_by_its_holes_and_is_told_why_they_cannot_be_believed() {
-    let (guest, diff) = Guest::with_a_diff_to_come(1);
+fn push_by_holes_returns_the_ambiguity_reason() {
+    let (guest, diff) = Guest::with_pending_diff(1);
     let mut chain = guest.chain();
     assert!(chain.push_by_holes(&diff).unwrap().is_none());
     assert!(whole(&chain) == guest.ram);
@@ -533,23 +534,23 @@ fn who_insists_gets_a_diff_by_its_holes_and_is_told_why_they_cannot_be_believed(
     let mut chain = guest.chain();
     let why = chain.push_by_holes(guest.path("dense")).unwrap();
     assert!(matches!(why, Some(Unclear::NoHoles)), "{why:?}");
-    assert!(whole(&chain) == dense, "zeros for what was clean");
+    assert!(whole(&chain) == dense, "clean pages are taken for zeros");
 }
 
 #[test]
-fn of_ram_that_ends_before_the_range_the_rest_counts_as_populated() {
+fn populated_includes_the_range_past_the_end() {
     let chain = Guest::with_history().chain();
     let past = chain.populated(0..SIZE + PAGE).last();
-    assert_eq!(past, Some(SIZE..SIZE + PAGE), "a read tells");
+    assert_eq!(past, Some(SIZE..SIZE + PAGE), "the read reports the error");
     assert!(chain.populated(0..SIZE).all(|range| !range.is_empty()));
 }
 
 #[test]
-fn a_diff_with_a_hole_dug_into_a_page_is_refused() {
-    let (guest, diff) = Guest::with_a_diff_to_come(2);
+fn diff_with_a_hole_inside_a_page_is_refused() {
+    let (guest, diff) = Guest::with_pending_diff(2);
     let file = std::fs::File::options().write(true).open(&diff).unwrap();
     sparse_file::punch_hole(&file, 7 * PAGE + 4096..8 * PAGE).unwrap();
-    let why = unclear(guest.chain().push_raw(&diff).unwrap_err());
+    let why = ambiguity(guest.chain().push_raw(&diff).unwrap_err());
     assert!(
         matches!(why, Unclear::TornPage { offset } if offset == 7 * PAGE + 4096),
         "{why:?}"
@@ -557,10 +558,10 @@ fn a_diff_with_a_hole_dug_into_a_page_is_refused() {
 }
 
 #[test]
-fn a_diff_of_smaller_pages_than_the_file_system_s_holes_is_refused() {
+fn raw_diff_with_pages_smaller_than_holes_is_refused() {
     let guest = Guest::with_history();
     let mut chain = Chain::open_raw(&guest.snapshots[0], 512).unwrap();
-    let why = unclear(chain.push_raw(&guest.snapshots[1]).unwrap_err());
+    let why = ambiguity(chain.push_raw(&guest.snapshots[1]).unwrap_err());
     assert!(
         matches!(
             why,
@@ -572,10 +573,10 @@ fn a_diff_of_smaller_pages_than_the_file_system_s_holes_is_refused() {
 
 #[cfg(target_os = "linux")]
 #[test]
-fn a_diff_on_a_file_system_of_larger_blocks_is_refused() {
+fn raw_diff_on_a_file_system_with_larger_blocks_is_refused() {
     use test_machine::{LoopFs, LoopMount, Need};
 
-    if !Need::Xfs16k.met("a_diff_on_a_file_system_of_larger_blocks_is_refused") {
+    if !Need::Xfs16k.met("raw_diff_on_a_file_system_with_larger_blocks_is_refused") {
         return;
     }
     let guest = Guest::with_history();
@@ -583,8 +584,8 @@ fn a_diff_on_a_file_system_of_larger_blocks_is_refused() {
     let copy = mount.path().join("diff");
     std::fs::File::create(&copy).unwrap().set_len(SIZE).unwrap();
     let mut chain = Chain::open_raw(&guest.snapshots[0], 4096).unwrap();
-    chain.push_raw(&guest.snapshots[1]).unwrap(); // what one directory is believed, another is not
-    let why = unclear(chain.push_raw(&copy).unwrap_err());
+    chain.push_raw(&guest.snapshots[1]).unwrap(); // trust applies to one directory only
+    let why = ambiguity(chain.push_raw(&copy).unwrap_err());
     assert!(
         matches!(
             why,
@@ -604,7 +605,7 @@ fn a_diff_on_a_file_system_of_larger_blocks_is_refused() {
 #[rstest]
 #[case::backwards(Range { start: 2 * PAGE, end: PAGE })]
 #[case::past_the_end(0..SIZE + PAGE)]
-fn a_run_that_is_not_inside_the_image_is_refused(#[case] run: Range<u64>) {
+fn run_outside_the_image_is_refused(#[case] run: Range<u64>) {
     let mut guest = Guest::with_history();
     let mut chain = guest.chain();
     let next = guest.save();
@@ -617,7 +618,7 @@ fn a_run_that_is_not_inside_the_image_is_refused(#[case] run: Range<u64>) {
 }
 
 #[test]
-fn the_runs_of_a_finer_bitmap_name_the_pages_that_were_written_for_it() {
+fn runs_of_a_finer_bitmap_select_the_written_pages() {
     let mut guest = Guest::with_history();
     guest.write(7 * PAGE + 5000, 100, 9);
     let runs: Vec<_> = guest.dirty.runs().collect();
@@ -661,7 +662,7 @@ proptest! {
     }
 }
 
-/// Names and mounts that only Linux has.
+/// Tests of links, mounts and descriptors on Linux.
 #[cfg(target_os = "linux")]
 mod names_and_mounts {
     use std::os::fd::AsRawFd as _;
@@ -670,7 +671,7 @@ mod names_and_mounts {
 
     use super::*;
 
-    /// The file system to ask is the file's own, wherever its name stands.
+    /// The file system of the file itself must be checked, not the one of its name.
     #[rstest]
     #[case::behind_a_link(|file: &Path, name: &Path| {
         std::os::unix::fs::symlink(file, name).unwrap();
@@ -680,10 +681,10 @@ mod names_and_mounts {
         std::fs::File::create(name).unwrap();
         Some(FileMount::of(file, name))
     })]
-    fn a_diff_whose_name_is_on_a_file_system_of_smaller_blocks_is_refused(
+    fn holes_are_judged_by_the_file_system_of_the_file_itself(
         #[case] name_it: fn(&Path, &Path) -> Option<FileMount>,
     ) {
-        if !Need::Xfs16k.met("a_diff_whose_name_is_on_a_file_system_of_smaller_blocks_is_refused") {
+        if !Need::Xfs16k.met("holes_are_judged_by_the_file_system_of_the_file_itself") {
             return;
         }
         let guest = Guest::with_history();
@@ -691,11 +692,11 @@ mod names_and_mounts {
         let (diff, name) = (large_blocks.path().join("diff"), guest.path("diff"));
         let file = std::fs::File::create(&diff).unwrap();
         file.set_len(SIZE).unwrap();
-        // One dirty page, and with it three clean ones that look like data.
+        // One dirty page. The three clean pages of the same block look like data.
         file.write_all_at(&[9; 4096], PAGE + 4096).unwrap();
         let _mount = name_it(&diff, &name);
         let mut chain = Chain::open_raw(&guest.snapshots[0], 4096).unwrap();
-        let why = unclear(chain.push_raw(&name).unwrap_err());
+        let why = ambiguity(chain.push_raw(&name).unwrap_err());
         assert!(
             matches!(
                 why,
@@ -705,7 +706,8 @@ mod names_and_mounts {
         );
     }
 
-    /// A file mounted over another, as container runtimes do; unmounted when dropped.
+    /// A file that is bind-mounted over another one, as container runtimes do. Dropping it unmounts
+    /// the file.
     struct FileMount(PathBuf);
 
     impl FileMount {
@@ -723,9 +725,9 @@ mod names_and_mounts {
         }
     }
 
-    /// What a service manager or a sandbox hands over; nothing can be created beside that name.
+    /// Service managers and sandboxes pass descriptors. No file can be created beside such a name.
     #[test]
-    fn a_diff_may_be_given_by_its_descriptor() {
+    fn diff_may_be_opened_by_its_descriptor() {
         let guest = Guest::with_history();
         let mut chain = Chain::open_raw(&guest.snapshots[0], PAGE).unwrap();
         for diff in &guest.snapshots[1..] {
@@ -736,9 +738,9 @@ mod names_and_mounts {
         assert!(whole(&chain) == guest.ram);
     }
 
-    /// A name says nothing about the bytes behind it, and neither does a length.
+    /// Neither a name nor a length shows what a file holds.
     #[test]
-    fn a_sparse_file_of_any_length_takes_no_memory() {
+    fn sparse_file_of_any_length_takes_no_memory() {
         const HUGE: u64 = 1 << 62;
         let fd =
             nix::sys::memfd::memfd_create(c"huge", nix::sys::memfd::MFdFlags::empty()).unwrap();
@@ -763,10 +765,10 @@ mod names_and_mounts {
 
 #[cfg(target_os = "linux")]
 #[test]
-fn a_chain_flattened_where_files_share_blocks_takes_room_for_its_diffs_alone() {
+fn flattening_with_reflinks_allocates_only_the_diffs() {
     use test_machine::{LoopFs, LoopMount, Need};
 
-    if !Need::Xfs.met("a_chain_flattened_where_files_share_blocks_takes_room_for_its_diffs_alone") {
+    if !Need::Xfs.met("flattening_with_reflinks_allocates_only_the_diffs") {
         return;
     }
     let mount = LoopMount::new(LoopFs::Xfs).unwrap();
@@ -794,12 +796,12 @@ fn a_chain_flattened_where_files_share_blocks_takes_room_for_its_diffs_alone() {
     chain.push_raw(path("diff")).unwrap();
     let before = free();
     chain.flatten(path("flat")).unwrap();
-    // XFS may give back meanwhile what it had allocated ahead of the earlier files.
+    // XFS may meanwhile free blocks that it had preallocated for earlier files.
     let took = before.saturating_sub(free());
     assert!(took < 4 << 20, "took {took} bytes");
     assert!(std::fs::read(path("flat")).unwrap() == ram);
 
-    // Nor for zeros that a diff merely names.
+    // Zeros that a diff records take no space either.
     let options = MemoryWriter::options().layout(memory_writer::Layout::Packed(
         memory_writer::Seal::new().on_raw_image(),
     ));

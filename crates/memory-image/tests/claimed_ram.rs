@@ -1,4 +1,4 @@
-//! A small file may claim any amount of RAM: memory is taken for what files hold.
+//! A small file may claim any amount of RAM. Memory is allocated for stored pages only.
 
 #![cfg(target_os = "linux")]
 
@@ -18,7 +18,7 @@ use test_machine::Need;
 const PAGE: u64 = 4096;
 const MOST: u64 = 64 << 20;
 
-/// A full image of zeros, in a file of 4 KiB and a footer.
+/// Writes a full image of zeros, in a file of 4 KiB and a footer.
 fn image(dir: &Path, ram_size: u64) -> PathBuf {
     let footer = Footer {
         version: Version::CURRENT,
@@ -38,7 +38,7 @@ fn image(dir: &Path, ram_size: u64) -> PathBuf {
     path
 }
 
-/// Bytes of memory that the process had at most since `reset`.
+/// Returns the peak memory of the process since `reset`, in bytes.
 fn peak() -> u64 {
     let status = fs::read_to_string("/proc/self/status").unwrap();
     let line = status.lines().find(|line| line.starts_with("VmHWM:"));
@@ -50,7 +50,7 @@ fn reset() {
     fs::write("/proc/self/clear_refs", "5").unwrap();
 }
 
-/// The result of `work`, which took little memory.
+/// Runs `work`, and asserts that it takes little memory.
 fn little<T>(what: &str, ram_size: u64, work: impl FnOnce() -> T) -> T {
     reset();
     let before = peak();
@@ -68,7 +68,7 @@ fn options(layout: Layout) -> Options {
     options.layout(layout).durability(Durability::None)
 }
 
-/// Mapping so much may be too much for the address space, or for the machine's settings.
+/// Mapping this much may exceed the address space or the machine's settings.
 fn is_mapped_or_refused(result: Result<(), ImageError>) {
     match result {
         Ok(())
@@ -78,9 +78,9 @@ fn is_mapped_or_refused(result: Result<(), ImageError>) {
     }
 }
 
-/// One test, as nothing else of the process may take memory meanwhile.
+/// One test, because nothing else of the process may take memory at the same time.
 #[test]
-fn ram_that_a_small_file_claims_takes_no_memory() {
+fn claimed_ram_takes_no_memory() {
     let dir = tempfile::tempdir().unwrap();
     let out = dir.path().join("out");
     for ram_size in [40, 44, 46, 48, 52].map(|bits| 1 << bits) {
@@ -117,7 +117,7 @@ fn ram_that_a_small_file_claims_takes_no_memory() {
                     assert_eq!(bytes, 0);
                     fs::remove_file(&out).unwrap();
                 }
-                // No file of this file system is so large.
+                // This file system has no files of this size.
                 Err(ImageError::Merge(error)) => assert!(!out.exists(), "{error:?}"),
                 Err(other) => panic!("{other:?}"),
             }
@@ -130,7 +130,7 @@ fn ram_that_a_small_file_claims_takes_no_memory() {
         match compared {
             Ok(changed) => assert_eq!(changed.dirty_bytes(), 0),
             Err(CompareError::TooManyPages { .. }) => assert!(ram_size > 1 << 45),
-            // The machine gives no address space for the bitmap.
+            // The machine has no address space for the bitmap.
             Err(CompareError::Geometry(_)) => {}
             Err(other) => panic!("{other:?}"),
         }
@@ -143,7 +143,7 @@ fn ram_that_a_small_file_claims_takes_no_memory() {
         is_mapped_or_refused(little("mapping", ram_size, || {
             MappedChain::open(&chain).map(drop)
         }));
-        if Need::Userfaultfd.met("ram_that_a_small_file_claims_takes_no_memory") {
+        if Need::Userfaultfd.met("claimed_ram_takes_no_memory") {
             is_mapped_or_refused(little("restoring", ram_size, || {
                 LazyRam::options().start(chain).map(drop)
             }));
@@ -152,7 +152,7 @@ fn ram_that_a_small_file_claims_takes_no_memory() {
 }
 
 #[test]
-fn a_comparison_of_nothing_can_be_cancelled() {
+fn comparison_without_reads_can_be_cancelled() {
     let dir = tempfile::tempdir().unwrap();
     let chain = Chain::open_sealed(&[image(dir.path(), 1 << 40)]).unwrap();
     let error = compare(&chain, &chain, 1 << 40, PAGE, &|_| ControlFlow::Break(())).unwrap_err();
@@ -162,7 +162,7 @@ fn a_comparison_of_nothing_can_be_cancelled() {
     );
 }
 
-/// Entries of page tables that this process has, in bytes.
+/// Returns the size of the page tables of this process, in bytes.
 fn page_tables() -> u64 {
     let status = fs::read_to_string("/proc/self/status").unwrap();
     let line = status.lines().find(|line| line.starts_with("VmPTE:"));
@@ -170,11 +170,11 @@ fn page_tables() -> u64 {
     1024 * kib.unwrap().parse::<u64>().unwrap()
 }
 
-/// A working set of all the RAM, which an image of zeros merely claims.
+/// A working set of all the RAM that an image of zeros merely claims.
 #[test]
-fn a_working_set_of_claimed_ram_maps_no_zeros() {
+fn working_set_of_claimed_ram_maps_no_zeros() {
     const RAM: u64 = 64 << 30;
-    if !Need::Userfaultfd.met("a_working_set_of_claimed_ram_maps_no_zeros") {
+    if !Need::Userfaultfd.met("working_set_of_claimed_ram_maps_no_zeros") {
         return;
     }
     let dir = tempfile::tempdir().unwrap();
@@ -192,14 +192,14 @@ fn a_working_set_of_claimed_ram_maps_no_zeros() {
     let options = LazyRam::options().working_set(working_set);
     let ram = match options.start(chain) {
         Ok(ram) => ram,
-        // The machine gives no address space for it.
+        // The machine has no address space for it.
         Err(
             ImageError::Reserve { .. } | ImageError::Userfaultfd(UserfaultfdError::Register { .. }),
         ) => return,
         Err(other) => panic!("{other:?}"),
     };
     ram.wait().unwrap();
-    // Two bytes a KiB of RAM, were all of it mapped: 128 MiB.
+    // Mapping all of the RAM would take two bytes for each KiB: 128 MiB.
     let taken = page_tables().saturating_sub(before);
     assert!(taken < 8 << 20, "{taken} bytes of page tables");
     let mut last = [1; 4096];

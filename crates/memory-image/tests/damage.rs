@@ -1,4 +1,4 @@
-//! Whatever bit of a sealed or packed image is another, and wherever it ends: it is noticed.
+//! Every flipped bit and every truncation of a sealed or packed image is detected.
 
 use std::fs::File;
 use std::ops::ControlFlow;
@@ -13,7 +13,7 @@ use test_machine::rounds;
 
 type Make = fn(Seal) -> Layout;
 
-/// A full image of few and small pages and the diff after it: written ones, zeros and gaps.
+/// Writes a full image with few small pages, and a diff with written pages, zeros and gaps.
 fn small(make: Make) -> (tempfile::TempDir, [PathBuf; 2]) {
     const PAGE: u64 = 512;
     const RAM: u64 = 5 * PAGE;
@@ -44,8 +44,8 @@ fn small(make: Make) -> (tempfile::TempDir, [PathBuf; 2]) {
     (dir, paths)
 }
 
-/// Whether the image at `path` is refused or found damaged.
-fn noticed(path: &Path) -> bool {
+/// Returns whether the image at `path` is refused or found damaged.
+fn is_detected(path: &Path) -> bool {
     let found = Image::open(path).and_then(|image| image.verify(&|_, _| ControlFlow::Continue(())));
     found.map_or(true, |found| !found.is_whole())
 }
@@ -59,33 +59,33 @@ fn flip(file: &File, at: u64, bits: u8) {
 #[rstest]
 #[case::sealed(Layout::Sealed)]
 #[case::packed(Layout::Packed)]
-fn every_flipped_bit_is_noticed(#[case] make: Make) {
+fn every_flipped_bit_is_detected(#[case] make: Make) {
     let (_dir, paths) = small(make);
     for path in &paths {
         let file = File::options().read(true).write(true).open(path).unwrap();
         let len = file.metadata().unwrap().len();
-        // Two or three bits of each byte, or all.
+        // Two or three bits of each byte, or all of them.
         for bit in (0..8 * len).step_by(rounds(3, 1)) {
             let (at, bits) = (bit / 8, 1 << (bit % 8));
             flip(&file, at, bits);
-            assert!(noticed(path), "bit {bit} of {len} bytes in {path:?}");
+            assert!(is_detected(path), "bit {bit} of {len} bytes in {path:?}");
             flip(&file, at, bits);
         }
-        assert!(!noticed(path));
+        assert!(!is_detected(path));
     }
 }
 
 #[rstest]
 #[case::sealed(Layout::Sealed)]
 #[case::packed(Layout::Packed)]
-fn every_truncation_is_noticed(#[case] make: Make) {
+fn every_truncation_is_detected(#[case] make: Make) {
     let (_dir, paths) = small(make);
     for path in &paths {
         let file = File::options().write(true).open(path).unwrap();
         let len = file.metadata().unwrap().len();
         for len in (0..len).rev() {
             file.set_len(len).unwrap();
-            assert!(noticed(path), "{path:?} cut to {len}");
+            assert!(is_detected(path), "{path:?} cut to {len}");
         }
     }
 }

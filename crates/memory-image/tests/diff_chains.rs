@@ -1,4 +1,4 @@
-//! Chains of diffs without a full image: what they know, and what they refuse.
+//! Chains of diffs without a full image: covered pages and refused operations.
 
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
@@ -25,7 +25,7 @@ fn options(layout: Layout) -> Options {
         .allow_ambiguous_diff(true)
 }
 
-/// A diff of these pages, whose bytes are `value`.
+/// Writes a diff of these pages, filled with `value`.
 fn diff(path: &Path, layout: Layout, value: u8, pages: &[u64]) {
     let dirty = DirtyBitmap::new(0, SIZE, PAGE).unwrap();
     for page in pages {
@@ -38,7 +38,7 @@ fn diff(path: &Path, layout: Layout, value: u8, pages: &[u64]) {
     writer.commit().unwrap();
 }
 
-/// A chain of two diffs: page 1 is 2, pages 2 and 9 are 3, page 3 is zeros.
+/// Returns a chain of two diffs: page 1 is 2, pages 2 and 9 are 3, page 3 is zeros.
 fn diffs(dir: &Path, make: Make) -> Chain {
     let path = |name: &str| -> PathBuf { dir.join(name) };
     let sealed = !matches!(make(Seal::new()), Layout::Raw);
@@ -56,7 +56,7 @@ fn diffs(dir: &Path, make: Make) -> Chain {
     chain
 }
 
-/// The seal of a diff that was taken after this image.
+/// Returns the seal of a diff that was taken after this image.
 fn on(parent: &Path, sealed: bool) -> Seal {
     match sealed {
         true => Seal::new().parent(Image::open(parent).unwrap().id().unwrap()),
@@ -68,7 +68,7 @@ fn on(parent: &Path, sealed: bool) -> Seal {
 #[case::raw_diffs(raw)]
 #[case::sealed_diffs(Layout::Sealed)]
 #[case::packed_diffs(Layout::Packed)]
-fn a_page_that_no_diff_holds_is_an_error_and_not_zeros(#[case] make: Make) {
+fn page_in_no_diff_is_an_error_and_not_zeros(#[case] make: Make) {
     let dir = tempfile::tempdir().unwrap();
     let chain = diffs(dir.path(), make);
     for (page, value) in [(1, 2), (2, 3), (3, 0), (9, 3)] {
@@ -93,7 +93,7 @@ fn a_page_that_no_diff_holds_is_an_error_and_not_zeros(#[case] make: Make) {
 }
 
 #[test]
-fn a_chain_of_diffs_is_not_taken_for_all_of_the_ram() {
+fn chain_of_diffs_is_not_treated_as_full() {
     let dir = tempfile::tempdir().unwrap();
     let chain = diffs(dir.path(), Layout::Packed);
     let full = vec![1; SIZE as usize];
@@ -119,7 +119,7 @@ fn a_chain_of_diffs_is_not_taken_for_all_of_the_ram() {
 }
 
 #[rstest]
-fn diffs_merge_to_a_diff_of_the_pages_that_they_hold(
+fn merged_diff_holds_the_pages_of_its_diffs(
     #[values(raw, Layout::Sealed, Layout::Packed)] from: Make,
     #[values(raw, Layout::Sealed, Layout::Packed)] to: Make,
     #[values(512, PAGE)] page: u64,
@@ -147,7 +147,7 @@ fn diffs_merge_to_a_diff_of_the_pages_that_they_hold(
 }
 
 #[rstest]
-fn a_chain_of_diffs_is_not_written_in_larger_pages(
+fn chain_of_diffs_is_not_written_in_larger_pages(
     #[values(raw, Layout::Sealed, Layout::Packed)] from: Make,
     #[values(raw, Layout::Sealed, Layout::Packed)] to: Make,
 ) {
@@ -177,9 +177,9 @@ fn a_chain_of_diffs_is_not_written_in_larger_pages(
     assert!(!merged.exists());
 }
 
-/// All of its memory is known, so no page of it is too large.
+/// A full chain knows all of the memory, so no page size is too large.
 #[rstest]
-fn a_full_chain_is_written_in_larger_pages(
+fn full_chain_is_written_in_larger_pages(
     #[values(raw, Layout::Sealed, Layout::Packed)] make: Make,
 ) {
     let dir = tempfile::tempdir().unwrap();

@@ -1,32 +1,33 @@
-//! A KVM guest on RAM that is filled as it touches it.
+//! A KVM guest on RAM that is filled on demand.
 #![cfg(all(target_os = "linux", target_arch = "x86_64"))]
 #![allow(unsafe_code)]
 
-mod common;
+mod support;
 
 use std::io;
 use std::ptr::NonNull;
 use std::sync::Arc;
 
-use common::{Images, whole};
 use kvm_backend::{GuestRam, RamSlots, long_mode, open_kvm};
 use kvm_ioctls::VcpuExit;
 use memory_image::{LazyRam, LazyRamOptions, MappedChain};
 use page_reader::RamLayout;
 use rstest::rstest;
+use support::{Images, whole};
 use test_machine::Need;
 
 const MIB: u64 = 1 << 20;
 const SIZE: u64 = 32 * MIB;
 const PAGE: u64 = 4096;
 
-/// Where things are in RAM, which is zeros below what is summed: the processor takes its task state from the lowest bytes.
+/// Guest-physical layout. RAM below the summed words is zeros: the processor reads its task state
+/// from the lowest bytes.
 const TABLES: u64 = 0x1000;
 const CODE: u64 = 0x10000;
 const STACK: u64 = 0x12000;
 const FROM: u64 = MIB;
 
-/// Adds up the words from rsi on, rcx of them, and stores the sum in the place of the last.
+/// Adds up rcx words from rsi on, and stores the sum in place of the last.
 const SUM: [u8; 20] = [
     0x31, 0xc0, // xor eax, eax
     0x48, 0x03, 0x06, // add rax, [rsi]
@@ -67,7 +68,7 @@ fn sum(memory: *mut u8) -> u64 {
     loop {
         match vcpu.run() {
             Ok(VcpuExit::IoOut(0x80, _)) => break,
-            // While it waits for a page, the kernel may wake it for other work.
+            // While the vCPU waits for a page, the kernel may wake it for other work.
             Err(error) if io::Error::from(error).kind() == io::ErrorKind::Interrupted => {}
             other => panic!("{other:?}"),
         }
@@ -84,8 +85,8 @@ fn expected(images: &Images) -> u64 {
 #[rstest]
 #[case::ahead(LazyRam::options())]
 #[case::on_demand(LazyRam::options().prefetch(false))]
-fn a_vcpu_finds_the_images_bytes_in_pages_that_it_waits_for(#[case] options: LazyRamOptions) {
-    let test = "a_vcpu_finds_the_images_bytes_in_pages_that_it_waits_for";
+fn vcpu_reads_the_images_bytes_in_missing_pages(#[case] options: LazyRamOptions) {
+    let test = "vcpu_reads_the_images_bytes_in_missing_pages";
     if !Need::Userfaultfd.met(test) || !Need::Kvm.met(test) {
         return;
     }
@@ -94,15 +95,15 @@ fn a_vcpu_finds_the_images_bytes_in_pages_that_it_waits_for(#[case] options: Laz
     let sum = sum(ram.as_ptr());
     assert_eq!(sum, expected(&images));
     ram.wait().unwrap();
-    // What the guest wrote is not undone.
+    // The guest's writes are not overwritten.
     images.ram[SIZE as usize - 8..].copy_from_slice(&sum.to_le_bytes());
     assert!(whole(&ram, SIZE as usize)[FROM as usize..] == images.ram[FROM as usize..]);
 }
 
-/// As a balloon device does: pages that were filled, and pages that were not.
+/// Like a balloon device: discards pages that were filled, and pages that were not.
 #[test]
-fn a_vcpu_finds_zeros_in_pages_that_were_discarded() {
-    let test = "a_vcpu_finds_zeros_in_pages_that_were_discarded";
+fn vcpu_reads_zeros_in_discarded_pages() {
+    let test = "vcpu_reads_zeros_in_discarded_pages";
     if !Need::Userfaultfd.met(test) || !Need::Kvm.met(test) {
         return;
     }
@@ -113,7 +114,7 @@ fn a_vcpu_finds_zeros_in_pages_that_were_discarded() {
     for (page, pages) in [(2000, 100), (4990, 20), (8000, 1)] {
         let (start, len) = ((page * PAGE) as usize, (pages * PAGE) as usize);
         let address = ram.as_ptr().wrapping_add(start);
-        common::regions::advise(address, len as u64, nix::libc::MADV_DONTNEED).unwrap();
+        support::regions::advise(address, len as u64, nix::libc::MADV_DONTNEED).unwrap();
         images.ram[start..start + len].fill(0);
     }
     assert_eq!(sum(ram.as_ptr()), expected(&images));
@@ -121,8 +122,8 @@ fn a_vcpu_finds_zeros_in_pages_that_were_discarded() {
 }
 
 #[test]
-fn a_vcpu_finds_the_images_bytes_in_a_mapped_chain() {
-    if !Need::Kvm.met("a_vcpu_finds_the_images_bytes_in_a_mapped_chain") {
+fn vcpu_reads_the_images_bytes_in_a_mapped_chain() {
+    if !Need::Kvm.met("vcpu_reads_the_images_bytes_in_a_mapped_chain") {
         return;
     }
     let images = images();

@@ -1,9 +1,8 @@
-//! What happens to memory while it is filled: others that share it, children, and a VMM that discards,
-//! unmaps or moves parts of it.
+//! Lazily filled memory that is shared, inherited by children, discarded, unmapped or moved.
 #![cfg(target_os = "linux")]
 #![allow(unsafe_code)]
 
-mod common;
+mod support;
 
 use std::fs::File;
 use std::io::{Read, Write};
@@ -12,8 +11,6 @@ use std::os::unix::fs::FileExt;
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use common::regions::{Regions, advise, assert_unreadable, flags, page_at};
-use common::{Images, whole};
 use memory_image::{HostRam, ImageError, LazyRam, LazyRamOptions, UserfaultfdError, WorkingSet};
 use nix::libc;
 use nix::sys::memfd::{MFdFlags, memfd_create};
@@ -22,6 +19,8 @@ use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::{ForkResult, fork};
 use page_reader::PageReader;
 use rstest::rstest;
+use support::regions::{Regions, advise, assert_unreadable, flags, page_at};
+use support::{Images, whole};
 use test_machine::{Need, rounds};
 
 const PAGE: u64 = 4096;
@@ -78,7 +77,7 @@ fn memory_of_a_file_is_refused(#[case] file: OwnedFd, #[case] kind: MapFlags) {
     assert!(
         matches!(userfaultfd_error(error), UserfaultfdError::Shared { len, .. } if len == 4 * MIB)
     );
-    // It is as it was, for everybody.
+    // The memory is unchanged for all users.
     assert_eq!(&regions.page(5 * PAGE).unwrap()[..8], b"back end");
     assert_eq!(regions.page(0).unwrap(), ZEROS);
     let flags = flags(regions.address(0).addr());
@@ -108,7 +107,7 @@ fn huge_pages_of_hugetlbfs_are_refused() {
     if !Need::Userfaultfd.met("huge_pages_of_hugetlbfs_are_refused") {
         return;
     }
-    // Without a reservation, so that there need not be any huge page.
+    // Without a reservation, so that no huge page need be available.
     let flags = MapFlags::MAP_PRIVATE | MapFlags::MAP_HUGETLB | MapFlags::MAP_NORESERVE;
     let regions = Regions::with(&[4 * MIB], flags);
     let error = regions.adopt(on_demand(), images().chain()).unwrap_err();
@@ -118,10 +117,11 @@ fn huge_pages_of_hugetlbfs_are_refused() {
     ));
 }
 
-/// As a vhost-user back end: another process with the memory, which looks at all of it once told to.
+/// Like a vhost-user back end: another process with the memory, which reads all of it once it is
+/// notified.
 #[test]
-fn a_back_end_of_shared_memory_never_sees_zeros() {
-    if !Need::Userfaultfd.met("a_back_end_of_shared_memory_never_sees_zeros") {
+fn shared_memory_back_end_never_reads_zeros() {
+    if !Need::Userfaultfd.met("shared_memory_back_end_never_reads_zeros") {
         return;
     }
     let images = images();
@@ -131,11 +131,11 @@ fn a_back_end_of_shared_memory_never_sees_zeros() {
     let (start, len) = regions.0[0];
     let child = child(|| {
         let _ = go.read(&mut [0]);
-        // SAFETY: mapped, and written by nobody since the parent has told.
+        // SAFETY: mapped, and no longer written since the parent has notified the child.
         let seen = unsafe { std::slice::from_raw_parts(start, len) };
         seen == images.ram
     });
-    // Filled as it is touched, the child would see zeros; so it is restored at once.
+    // With lazy filling the child would read zeros, so the memory is restored at once.
     regions.adopt(on_demand(), images.chain()).unwrap_err();
     // SAFETY: mapped, and the child waits.
     let mut ram = unsafe { HostRam::new(regions.0.iter().copied()) };
@@ -144,7 +144,7 @@ fn a_back_end_of_shared_memory_never_sees_zeros() {
     child.succeeds();
 }
 
-/// A forked child that does something without the parent's threads.
+/// A forked child that acts without the parent's threads.
 struct Child(nix::unistd::Pid);
 
 fn child(act: impl FnOnce() -> bool) -> Child {
@@ -154,7 +154,7 @@ fn child(act: impl FnOnce() -> bool) -> Child {
         ForkResult::Child => {
             nix::unistd::alarm::set(120);
             let code = i32::from(!act());
-            // SAFETY: ends the process, without what the parent wants done at its end.
+            // SAFETY: ends the process, without the parent's exit handlers.
             unsafe { libc::_exit(code) }
         }
     }
@@ -168,9 +168,9 @@ impl Child {
     }
 }
 
-/// What a system call that reads the first byte answers.
+/// Returns the errno of a system call that reads the first byte.
 fn errno_of(pipe: i32, address: *const u8) -> i32 {
-    // SAFETY: the kernel reads one byte, and says so where it can't.
+    // SAFETY: the kernel reads one byte, and reports an error if it cannot.
     match unsafe { libc::write(pipe, address.cast(), 1) } {
         -1 => nix::errno::Errno::last_raw(),
         _ => 0,
@@ -180,28 +180,28 @@ fn errno_of(pipe: i32, address: *const u8) -> i32 {
 #[rstest]
 #[case::on_demand(on_demand())]
 #[case::ahead(LazyRam::options())]
-fn a_forked_child_never_reads_zeros(#[case] options: LazyRamOptions) {
-    if !Need::Userfaultfd.met("a_forked_child_never_reads_zeros") {
+fn forked_child_never_reads_zeros(#[case] options: LazyRamOptions) {
+    if !Need::Userfaultfd.met("forked_child_never_reads_zeros") {
         return;
     }
     let images = images();
     let regions = Regions::new(&[2 * MIB, 2 * MIB]);
-    // The VMM has withheld a part itself.
+    // The VMM has excluded a part itself.
     let (start, _) = regions.0[1];
     let own = NonNull::new(start).unwrap().cast();
-    // SAFETY: mapped; the advice is for children.
+    // SAFETY: mapped; the advice affects only children.
     unsafe { madvise(own, PAGE as usize, MmapAdvise::MADV_DONTFORK) }.unwrap();
     let ram = regions.adopt(options, images.chain()).unwrap();
     let (_read, pipe) = std::io::pipe().unwrap();
     let pipe = pipe.as_raw_fd();
     let addresses = [0, 3 * PAGE, 2 * MIB + 100 * PAGE].map(|offset| regions.address(offset));
     let expected = [0, 3, 612].map(|page| bytes(&images, page)[0]);
-    // Once all is in, the child may have it; before, not.
+    // The child inherits the memory only after filling has completed.
     child(|| {
         let mut answers = addresses.iter().zip(expected);
         answers.all(|(address, byte)| match errno_of(pipe, *address) {
             libc::EFAULT => true,
-            // SAFETY: readable, as the kernel has just read it.
+            // SAFETY: readable, because the kernel has just read it.
             0 => unsafe { address.read_volatile() == byte },
             _ => false,
         })
@@ -221,7 +221,7 @@ fn a_forked_child_never_reads_zeros(#[case] options: LazyRamOptions) {
 }
 
 fn write(start: *mut u8, _: usize) {
-    // SAFETY: mapped, and this test's.
+    // SAFETY: mapped, and owned by this test.
     unsafe { start.write(9) };
 }
 
@@ -231,7 +231,7 @@ fn read(start: *mut u8, _: usize) {
 }
 
 fn lock(start: *mut u8, len: usize) {
-    // SAFETY: the call brings in every page, and changes none.
+    // SAFETY: the call populates every page, and changes no byte.
     assert_eq!(unsafe { libc::mlock(start.cast(), len) }, 0);
 }
 
@@ -246,8 +246,8 @@ fn write_huge_pages(start: *mut u8, len: usize) {
 #[case::read(read)]
 #[case::locked(lock)]
 #[case::of_huge_pages(write_huge_pages)]
-fn memory_that_held_bytes_gets_those_of_the_images(#[case] hold: fn(*mut u8, usize)) {
-    if !Need::Userfaultfd.met("memory_that_held_bytes_gets_those_of_the_images") {
+fn previous_content_of_adopted_memory_is_discarded(#[case] hold: fn(*mut u8, usize)) {
+    if !Need::Userfaultfd.met("previous_content_of_adopted_memory_is_discarded") {
         return;
     }
     let images = images();
@@ -265,14 +265,14 @@ enum Owner {
     Vmm,
 }
 
-/// As a balloon device does with what the guest has no use for.
+/// Like a balloon device, which discards pages that the guest does not use.
 #[rstest]
-fn a_discarded_page_is_zeros(
+fn discarded_page_is_zeros(
     #[values(Owner::Library, Owner::Vmm)] owner: Owner,
     #[values(libc::MADV_DONTNEED, libc::MADV_FREE)] advice: libc::c_int,
     #[values(false, true)] ahead: bool,
 ) {
-    if !Need::Userfaultfd.met("a_discarded_page_is_zeros") {
+    if !Need::Userfaultfd.met("discarded_page_is_zeros") {
         return;
     }
     let mut images = images();
@@ -287,12 +287,13 @@ fn a_discarded_page_is_zeros(
         let memory = ram.host_memory(page * PAGE, 1).unwrap();
         memory.as_ptr().cast_mut()
     };
-    // Filled, and one beside it that is filled by the same fault; never touched; twice.
+    // A filled page, and a neighbour that the same fault fills; an untouched page; a page discarded
+    // twice.
     assert_eq!(page_at(address(20)).unwrap(), bytes(&images, 20));
     for page in [20, 21, 300, 300, 700, 1023] {
         let filled = page < 22;
         if filled && advice == libc::MADV_FREE {
-            // The kernel may keep the bytes of a filled page, for as long as it likes.
+            // The kernel may keep the bytes of a filled page for any time.
             continue;
         }
         advise(address(page), PAGE, advice).unwrap();
@@ -302,8 +303,8 @@ fn a_discarded_page_is_zeros(
         let lost = &mut images.ram[(page * PAGE) as usize..][..PAGE as usize];
         lost.fill(0);
     }
-    // A page that was discarded is the guest's, who writes to it.
-    // SAFETY: inside the memory, which nothing else accesses meanwhile.
+    // The guest writes to a discarded page.
+    // SAFETY: inside the memory, which nothing else accesses at the time.
     unsafe { address(700).write(7) };
     images.ram[(700 * PAGE) as usize] = 7;
     ram.wait().unwrap();
@@ -323,14 +324,14 @@ fn a_discarded_page_is_zeros(
         page.fill(0);
     }
     assert!(found == images.ram);
-    // As any memory, once all is in.
+    // After completion the memory is ordinary memory.
     advise(address(40), PAGE, libc::MADV_DONTNEED).unwrap();
     assert_eq!(page_at(address(40)).unwrap(), ZEROS);
 }
 
 #[test]
-fn discarding_while_reading_ahead_leaves_zeros() {
-    if !Need::Userfaultfd.met("discarding_while_reading_ahead_leaves_zeros") {
+fn discarding_during_prefetch_leaves_zeros() {
+    if !Need::Userfaultfd.met("discarding_during_prefetch_leaves_zeros") {
         return;
     }
     for round in 0..rounds(5, 50) {
@@ -347,14 +348,14 @@ fn discarding_while_reading_ahead_leaves_zeros() {
     }
 }
 
-/// As a balloon of many queues does: faults never cease, and yet all comes in. The threads go on until it
-/// has.
+/// Like a balloon device with many queues: filling completes although faults never cease. The
+/// threads run until it has completed.
 #[rstest]
 #[case::read_ahead(true)]
 #[case::read_by_whoever_waits(false)]
-fn all_comes_in_while_threads_discard_and_touch(#[case] ahead: bool) {
+fn filling_completes_while_threads_discard_and_touch(#[case] ahead: bool) {
     const THREADS: u64 = 12;
-    if !Need::Userfaultfd.met("all_comes_in_while_threads_discard_and_touch") {
+    if !Need::Userfaultfd.met("filling_completes_while_threads_discard_and_touch") {
         return;
     }
     let pages = 32 * MIB / PAGE;
@@ -370,7 +371,7 @@ fn all_comes_in_while_threads_discard_and_touch(#[case] ahead: bool) {
                 let address = ram.as_ptr().wrapping_add(page(thread));
                 while !ended.load(Ordering::Relaxed) {
                     advise(address, PAGE, libc::MADV_DONTNEED).unwrap();
-                    // SAFETY: inside the memory, and read only.
+                    // SAFETY: inside the memory, and only read.
                     assert_eq!(unsafe { address.read_volatile() }, 0);
                 }
             });
@@ -381,19 +382,19 @@ fn all_comes_in_while_threads_discard_and_touch(#[case] ahead: bool) {
     });
     for thread in 0..THREADS {
         let start = page(thread);
-        // A thread may have begun when all was in.
+        // A thread may have started after filling had completed.
         advise(ram.as_ptr().wrapping_add(start), PAGE, libc::MADV_DONTNEED).unwrap();
         images.ram[start..start + PAGE as usize].fill(0);
     }
     assert!(whole(&ram, ram.len()) == images.ram);
 }
 
-/// The kernel has `madvise` wait until its message is read: whoever reads it must not end before.
+/// The kernel blocks `madvise` until its message is read: the reader must not end before.
 #[rstest]
 #[case::all_in(true)]
 #[case::dropped(false)]
-fn a_discard_goes_on_when_filling_ends(#[case] all_in: bool) {
-    if !Need::Userfaultfd.met("a_discard_goes_on_when_filling_ends") {
+fn blocked_discard_continues_when_filling_ends(#[case] all_in: bool) {
+    if !Need::Userfaultfd.met("blocked_discard_continues_when_filling_ends") {
         return;
     }
     let chain = std::sync::Arc::new(images().chain());
@@ -433,15 +434,15 @@ fn assert_unmapped(error: &ImageError, offset: u64, len: u64) {
 #[rstest]
 #[case::all_in(true)]
 #[case::dropped(false)]
-fn what_replaces_unmapped_memory_is_left_alone(#[case] all_in: bool) {
-    if !Need::Userfaultfd.met("what_replaces_unmapped_memory_is_left_alone") {
+fn mapping_that_replaces_unmapped_memory_is_untouched(#[case] all_in: bool) {
+    if !Need::Userfaultfd.met("mapping_that_replaces_unmapped_memory_is_untouched") {
         return;
     }
     let images = images();
     let regions = Regions::new(&[4 * MIB]);
     let ram = regions.adopt(on_demand(), images.chain()).unwrap();
     let hole = NonNull::new(regions.address(8 * PAGE)).unwrap();
-    // SAFETY: nothing accesses these pages; the second mapping is this test's.
+    // SAFETY: nothing accesses these pages. The test owns the second mapping.
     unsafe {
         munmap(hole.cast(), 4 * PAGE as usize).unwrap();
         let length = std::num::NonZeroUsize::new(4 * PAGE as usize);
@@ -456,7 +457,7 @@ fn what_replaces_unmapped_memory_is_left_alone(#[case] all_in: bool) {
         assert_eq!(regions.page(7 * PAGE).unwrap(), bytes(&images, 7));
         assert_eq!(regions.page(12 * PAGE).unwrap(), bytes(&images, 12));
     }
-    // `munmap` has returned once its message was read, and the error is kept right after that.
+    // `munmap` returns once its message was read, and the error is recorded right after that.
     while ram.error().is_none() {
         std::thread::yield_now();
     }
@@ -470,7 +471,7 @@ fn what_replaces_unmapped_memory_is_left_alone(#[case] all_in: bool) {
     }
 }
 
-/// Without care, memory that is moved loses its userfaultfd.
+/// Without the remap event, moved memory loses its userfaultfd.
 #[test]
 fn moved_memory_never_shows_zeros() {
     if !Need::Userfaultfd.met("moved_memory_never_shows_zeros") {
@@ -495,12 +496,12 @@ fn moved_memory_never_shows_zeros() {
     assert_unreadable(elsewhere.page(3 * PAGE));
     assert_eq!(regions.page(7 * PAGE).unwrap(), bytes(&images, 7));
     drop(ram);
-    // A page that was discarded is zeros here as well.
+    // A discarded page is zeros here as well.
     advise(elsewhere.address(0), PAGE, libc::MADV_DONTNEED).unwrap();
     assert_eq!(elsewhere.page(0).unwrap(), ZEROS);
 }
 
-/// The old addresses stay mapped and registered, without what was filled there.
+/// The old addresses stay mapped and registered, without the filled pages.
 #[rstest]
 #[case::touched_before_all_is_in(true)]
 #[case::touched_after_all_is_in(false)]
@@ -541,8 +542,8 @@ fn memory_moved_without_unmapping_never_shows_zeros(#[case] before: bool) {
 }
 
 #[test]
-fn memory_by_which_a_mapping_grows_is_zeros() {
-    if !Need::Userfaultfd.met("memory_by_which_a_mapping_grows_is_zeros") {
+fn memory_added_by_mapping_growth_is_zeros() {
+    if !Need::Userfaultfd.met("memory_added_by_mapping_growth_is_zeros") {
         return;
     }
     let images = images();
@@ -563,10 +564,10 @@ fn memory_by_which_a_mapping_grows_is_zeros() {
     regions.0[0].1 = new;
 }
 
-/// A RAM of 9 pages of 512 bytes: 4608 bytes.
+/// RAM of 9 pages of 512 bytes: 4608 bytes.
 #[test]
-fn a_working_set_that_ends_inside_a_page_is_loaded() {
-    if !Need::Userfaultfd.met("a_working_set_that_ends_inside_a_page_is_loaded") {
+fn working_set_that_ends_inside_a_page_is_loaded() {
+    if !Need::Userfaultfd.met("working_set_that_ends_inside_a_page_is_loaded") {
         return;
     }
     let images = Images::new(9 * 512, 512).with([0..9]);
@@ -589,10 +590,10 @@ fn a_working_set_that_ends_inside_a_page_is_loaded() {
     assert!(whole(&ram, ram.len()) == images.ram);
 }
 
-/// A page that cannot be read, is discarded and touched again, is touched for the first time once.
+/// A page that cannot be read, is discarded and touched again has only one first touch.
 #[test]
-fn a_page_is_recorded_once_whatever_happens_to_it() {
-    if !Need::Userfaultfd.met("a_page_is_recorded_once_whatever_happens_to_it") {
+fn page_is_recorded_once_after_errors_and_discards() {
+    if !Need::Userfaultfd.met("page_is_recorded_once_after_errors_and_discards") {
         return;
     }
     let images = Images::new(2 * PAGE, PAGE).with([0..2]);

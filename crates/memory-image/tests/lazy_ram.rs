@@ -1,15 +1,13 @@
-//! RAM that is filled as it is touched: by threads and by system calls, while all else is read ahead.
+//! RAM that is filled on demand: by threads and by system calls, during prefetching.
 #![cfg(target_os = "linux")]
 #![allow(unsafe_code)]
 
-mod common;
+mod support;
 
 use std::io::{self, Write};
 use std::sync::Arc;
 use std::time::Duration;
 
-use common::regions::{Regions, assert_unreadable, flags, page_at};
-use common::{Images, whole};
 use memory_image::{
     ImageError, LazyRam, LazyRamOptions, UserfaultfdError, WorkingSet, WorkingSetError,
 };
@@ -17,6 +15,8 @@ use nix::libc;
 use page_reader::PageReader;
 use proptest::prelude::*;
 use rstest::rstest;
+use support::regions::{Regions, assert_unreadable, flags, page_at};
+use support::{Images, whole};
 use test_machine::{Need, rounds};
 
 const PAGE: u64 = 4096;
@@ -52,8 +52,8 @@ fn random(seed: u64) -> impl Iterator<Item = u64> {
 #[case::on_demand(on_demand())]
 #[case::a_page_a_fault(on_demand().fault_around(1))]
 #[case::many_pages_a_fault(on_demand().fault_around(MIB + 1))]
-fn threads_that_touch_pages_at_random_find_the_images_bytes(#[case] options: LazyRamOptions) {
-    if !Need::Userfaultfd.met("threads_that_touch_pages_at_random_find_the_images_bytes") {
+fn threads_touching_random_pages_read_the_images_bytes(#[case] options: LazyRamOptions) {
+    if !Need::Userfaultfd.met("threads_touching_random_pages_read_the_images_bytes") {
         return;
     }
     let images = full_and_two_diffs();
@@ -79,15 +79,15 @@ fn threads_that_touch_pages_at_random_find_the_images_bytes(#[case] options: Laz
 }
 
 #[test]
-fn writes_are_the_guest_s_own_and_reading_ahead_does_not_undo_them() {
-    if !Need::Userfaultfd.met("writes_are_the_guest_s_own_and_reading_ahead_does_not_undo_them") {
+fn prefetch_does_not_overwrite_guest_writes() {
+    if !Need::Userfaultfd.met("prefetch_does_not_overwrite_guest_writes") {
         return;
     }
     let mut images = full_and_two_diffs();
     let before = std::fs::read(images.path(0)).unwrap();
     let ram = LazyRam::options().start(images.chain()).unwrap();
     for offset in (0..ram.len()).rev().step_by(3 * PAGE as usize) {
-        // SAFETY: inside the memory, which nothing else accesses meanwhile.
+        // SAFETY: inside the memory, which nothing else accesses at the time.
         unsafe { ram.as_ptr().add(offset).write(99) };
         images.ram[offset] = 99;
     }
@@ -97,8 +97,8 @@ fn writes_are_the_guest_s_own_and_reading_ahead_does_not_undo_them() {
 }
 
 #[test]
-fn once_all_is_in_the_memory_is_as_any_other() {
-    if !Need::Userfaultfd.met("once_all_is_in_the_memory_is_as_any_other") {
+fn completed_memory_is_ordinary_memory() {
+    if !Need::Userfaultfd.met("completed_memory_is_ordinary_memory") {
         return;
     }
     let images = full_and_two_diffs();
@@ -107,7 +107,7 @@ fn once_all_is_in_the_memory_is_as_any_other() {
     ram.wait().unwrap();
     let faults = ram.progress().faults;
     images.cut(0, 0);
-    // Zeros are in no image: these pages were never put there.
+    // Zeros are in no image, so these pages were never filled.
     assert!(whole(&ram, ram.len()) == images.ram);
     assert_eq!(ram.progress().faults, faults);
     assert!(!flags(address).contains(&"um".to_owned()));
@@ -115,22 +115,22 @@ fn once_all_is_in_the_memory_is_as_any_other() {
     assert!(ram.error().is_none());
 }
 
-/// To a child, what is missing would be zeros.
+/// A child would find zeros in missing pages.
 #[test]
-fn a_forked_child_does_not_have_memory_that_is_not_all_in() {
-    if !Need::Userfaultfd.met("a_forked_child_does_not_have_memory_that_is_not_all_in") {
+fn forked_child_does_not_inherit_incomplete_memory() {
+    if !Need::Userfaultfd.met("forked_child_does_not_inherit_incomplete_memory") {
         return;
     }
     let ram = on_demand().start(full_and_two_diffs().chain()).unwrap();
     assert!(flags(ram.as_ptr().addr()).contains(&"dc".to_owned()));
 }
 
-/// It has every descriptor that this process had.
+/// The child has every descriptor of this process.
 #[rstest]
 #[case::while_it_is_filled(false)]
 #[case::when_all_is_in(true)]
-fn a_forked_child_that_lives_on_holds_up_nobody(#[case] all_in: bool) {
-    if !Need::Userfaultfd.met("a_forked_child_that_lives_on_holds_up_nobody") {
+fn surviving_forked_child_does_not_block_filling(#[case] all_in: bool) {
+    if !Need::Userfaultfd.met("surviving_forked_child_does_not_block_filling") {
         return;
     }
     let ram = on_demand().start(full_and_two_diffs().chain()).unwrap();
@@ -157,9 +157,9 @@ fn a_forked_child_that_lives_on_holds_up_nobody(#[case] all_in: bool) {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(rounds(12, 24)))]
 
-    /// Also of pages smaller than the host's, and where the RAM ends inside one of those.
+    /// Includes pages smaller than the host's, and RAM that ends inside a page of the host.
     #[test]
-    fn any_chain_comes_out_right(
+    fn any_chain_is_filled_completely(
         page in prop::sample::select(vec![512, 4096, 16384_u64]),
         pages in 1..300_u64,
         layers in prop::collection::vec(prop::collection::vec((0..300_u64, 1..60_u64), 0..12), 1..4),
@@ -167,7 +167,7 @@ proptest! {
         prefetch in any::<bool>(),
         record in any::<bool>(),
     ) {
-        if !Need::Userfaultfd.met("any_chain_comes_out_right") {
+        if !Need::Userfaultfd.met("any_chain_is_filled_completely") {
             return Ok(());
         }
         let mut images = Images::new(pages * page, page);
@@ -190,13 +190,13 @@ proptest! {
 }
 
 #[test]
-fn a_page_that_cannot_be_read_is_an_error_and_never_zeros() {
-    if !Need::Userfaultfd.met("a_page_that_cannot_be_read_is_an_error_and_never_zeros") {
+fn unreadable_page_is_an_error_and_never_zeros() {
+    if !Need::Userfaultfd.met("unreadable_page_is_an_error_and_never_zeros") {
         return;
     }
     let images = Images::new(MIB, PAGE).with([0..256]);
     let ram = on_demand().start(images.chain()).unwrap();
-    // In the middle of what one fault would bring in.
+    // In the middle of the range that one fault fills.
     images.cut(0, 35 * PAGE);
     assert!(page(&ram, 34 * PAGE).unwrap() == images.ram[34 * PAGE as usize..][..4096]);
     assert!(ram.error().is_none(), "its neighbours matter to nobody yet");
@@ -214,10 +214,8 @@ fn a_page_that_cannot_be_read_is_an_error_and_never_zeros() {
 }
 
 #[test]
-fn an_image_that_cannot_be_read_ahead_is_reported_and_the_rest_of_it_is_no_zeros() {
-    if !Need::Userfaultfd
-        .met("an_image_that_cannot_be_read_ahead_is_reported_and_the_rest_of_it_is_no_zeros")
-    {
+fn prefetch_read_error_is_reported_and_pages_are_not_zeros() {
+    if !Need::Userfaultfd.met("prefetch_read_error_is_reported_and_pages_are_not_zeros") {
         return;
     }
     let images = full_and_two_diffs();
@@ -239,8 +237,8 @@ fn an_image_that_cannot_be_read_ahead_is_reported_and_the_rest_of_it_is_no_zeros
 #[rstest]
 #[case::ahead(LazyRam::options())]
 #[case::on_demand(on_demand())]
-fn a_monitor_s_own_regions_are_filled(#[case] options: LazyRamOptions) {
-    if !Need::Userfaultfd.met("a_monitor_s_own_regions_are_filled") {
+fn adopted_regions_are_filled(#[case] options: LazyRamOptions) {
+    if !Need::Userfaultfd.met("adopted_regions_are_filled") {
         return;
     }
     let images = full_and_two_diffs();
@@ -255,10 +253,8 @@ fn a_monitor_s_own_regions_are_filled(#[case] options: LazyRamOptions) {
 }
 
 #[test]
-fn a_monitor_s_memory_that_is_not_all_in_is_inaccessible_once_nobody_fills_it() {
-    if !Need::Userfaultfd
-        .met("a_monitor_s_memory_that_is_not_all_in_is_inaccessible_once_nobody_fills_it")
-    {
+fn incomplete_adopted_memory_is_inaccessible_after_drop() {
+    if !Need::Userfaultfd.met("incomplete_adopted_memory_is_inaccessible_after_drop") {
         return;
     }
     let images = full_and_two_diffs();
@@ -272,8 +268,8 @@ fn a_monitor_s_memory_that_is_not_all_in_is_inaccessible_once_nobody_fills_it() 
 }
 
 #[test]
-fn memory_that_cannot_be_filled_is_refused_and_stays_as_it_was() {
-    if !Need::Userfaultfd.met("memory_that_cannot_be_filled_is_refused_and_stays_as_it_was") {
+fn memory_that_cannot_be_filled_is_refused_unchanged() {
+    if !Need::Userfaultfd.met("memory_that_cannot_be_filled_is_refused_unchanged") {
         return;
     }
     let images = full_and_two_diffs();
@@ -298,8 +294,8 @@ fn memory_that_cannot_be_filled_is_refused_and_stays_as_it_was() {
 }
 
 #[test]
-fn it_may_be_dropped_at_any_moment() {
-    if !Need::Userfaultfd.met("it_may_be_dropped_at_any_moment") {
+fn lazy_ram_may_be_dropped_at_any_time() {
+    if !Need::Userfaultfd.met("lazy_ram_may_be_dropped_at_any_time") {
         return;
     }
     let images = full_and_two_diffs();
@@ -314,14 +310,14 @@ fn it_may_be_dropped_at_any_moment() {
 }
 
 #[test]
-fn what_was_recorded_and_read_first_does_not_fault_again() {
-    if !Need::Userfaultfd.met("what_was_recorded_and_read_first_does_not_fault_again") {
+fn working_set_pages_do_not_fault_again() {
+    if !Need::Userfaultfd.met("working_set_pages_do_not_fault_again") {
         return;
     }
     let images = full_and_two_diffs();
     let chain = Arc::new(images.chain());
     let touch = |ram: &LazyRam| {
-        // Stored, and zeros; 7 and 8 one after the other.
+        // Stored pages and zeros. Pages 7 and 8 are touched in sequence.
         for number in [3000, 7, 8, 1200, 905, 7, 4000, 20] {
             let start = (number * PAGE) as usize;
             assert!(page(ram, number * PAGE).unwrap() == images.ram[start..][..4096]);
@@ -330,7 +326,7 @@ fn what_was_recorded_and_read_first_does_not_fault_again() {
     };
     let ram = LazyRam::options()
         .record(true)
-        // Not while recording.
+        // Recording disables prefetching.
         .fault_around(1 << 20)
         .start(Arc::clone(&chain))
         .unwrap();
@@ -348,7 +344,8 @@ fn what_was_recorded_and_read_first_does_not_fault_again() {
         .working_set(WorkingSet::load(&file).unwrap())
         .start(Arc::clone(&chain))
         .unwrap();
-    // As a monitor does that would rather start a little later than fault. Two of the pages are zeros, and not the last.
+    // Like a VMM that prefers a slightly later start to faults. Two of the pages are zeros, but not
+    // the last.
     while ram.progress().loaded < 5 * PAGE {
         std::thread::yield_now();
     }
@@ -357,10 +354,10 @@ fn what_was_recorded_and_read_first_does_not_fault_again() {
     assert!(whole(&ram, ram.len()) == images.ram);
 }
 
-/// It may have been recorded on a machine with smaller pages.
+/// The set may have been recorded on a machine with smaller pages.
 #[test]
-fn a_working_set_need_not_be_of_whole_pages() {
-    if !Need::Userfaultfd.met("a_working_set_need_not_be_of_whole_pages") {
+fn working_set_may_have_partial_pages() {
+    if !Need::Userfaultfd.met("working_set_may_have_partial_pages") {
         return;
     }
     let images = full_and_two_diffs();
@@ -379,10 +376,10 @@ fn a_working_set_need_not_be_of_whole_pages() {
 }
 
 #[test]
-fn a_working_set_of_another_guest_is_refused() {
+fn working_set_of_another_ram_size_is_refused() {
     let dir = tempfile::tempdir().unwrap();
     let other = Images::new(2 * MIB, PAGE).with([0..1]);
-    if !Need::Userfaultfd.met("a_working_set_of_another_guest_is_refused") {
+    if !Need::Userfaultfd.met("working_set_of_another_ram_size_is_refused") {
         return;
     }
     let recorded = LazyRam::options().start(other.chain()).unwrap().recorded();
@@ -401,7 +398,7 @@ fn a_working_set_of_another_guest_is_refused() {
     ));
 }
 
-/// In a thread whose credentials are its own: those of the process stay.
+/// Runs in a thread with its own credentials. The credentials of the process do not change.
 fn in_thread<T: Send>(change: fn(), work: impl FnOnce() -> T + Send) -> T {
     std::thread::scope(|scope| {
         let thread = scope.spawn(|| {
@@ -413,14 +410,15 @@ fn in_thread<T: Send>(change: fn(), work: impl FnOnce() -> T + Send) -> T {
 }
 
 #[test]
-fn where_userfaultfd_is_not_permitted_the_error_says_what_to_do() {
-    let test = "where_userfaultfd_is_not_permitted_the_error_says_what_to_do";
+fn missing_userfaultfd_permission_error_names_the_remedies() {
+    let test = "missing_userfaultfd_permission_error_names_the_remedies";
     if !Need::Root.met(test) || unprivileged() {
         return;
     }
     let chain = full_and_two_diffs().chain();
     let nobody = || {
-        // SAFETY: the call takes no address, and changes this thread only: no libc around it tells the others.
+        // SAFETY: the call takes no address and changes only this thread, because no libc wrapper
+        // applies it to the others.
         let changed = unsafe { libc::syscall(libc::SYS_setresuid, 65534, 65534, 65534) };
         assert_eq!(changed, 0);
     };
@@ -432,16 +430,18 @@ fn where_userfaultfd_is_not_permitted_the_error_says_what_to_do() {
 }
 
 #[test]
-fn without_privilege_the_device_is_enough() {
-    let test = "without_privilege_the_device_is_enough";
+fn device_permission_suffices_without_privilege() {
+    let test = "device_permission_suffices_without_privilege";
     if !Need::Root.met(test) || !Need::Userfaultfd.met(test) {
         return;
     }
     let images = full_and_two_diffs();
     let no_capabilities = || {
-        // capset(2): version 3, this thread; two sets of effective, permitted and inheritable capabilities, all empty.
+        // capset(2): version 3, this thread; two sets of effective, permitted and inheritable
+        // capabilities, all empty.
         let (header, none) = ([0x2008_0522_u32, 0], [0_u32; 6]);
-        // SAFETY: both are laid out as the kernel's structs and outlive the call, which changes this thread only.
+        // SAFETY: both have the layout of the kernel's structs and outlive the call, which changes
+        // only this thread.
         let changed = unsafe { libc::syscall(libc::SYS_capset, header.as_ptr(), none.as_ptr()) };
         assert_eq!(changed, 0);
     };
@@ -449,7 +449,7 @@ fn without_privilege_the_device_is_enough() {
     assert!(page(&ram, 0).unwrap() == images.ram[..4096]);
 }
 
-/// Whether anybody may use userfaultfd here.
+/// Returns whether every user may use userfaultfd here.
 fn unprivileged() -> bool {
     let path = "/proc/sys/vm/unprivileged_userfaultfd";
     let open = std::fs::read_to_string(path).is_ok_and(|text| text.trim() == "1");
@@ -460,10 +460,11 @@ fn unprivileged() -> bool {
     open
 }
 
-/// Under Linux with locks per mapping, whoever faults while the memory is being unregistered may sleep on, unless woken after it.
+/// On Linux with per-mapping locks, a thread that faults while the memory is being unregistered may
+/// sleep on, unless it is woken afterwards.
 #[test]
-fn no_access_waits_for_ever_while_the_last_page_comes_in() {
-    if !Need::Userfaultfd.met("no_access_waits_for_ever_while_the_last_page_comes_in") {
+fn no_access_hangs_while_the_last_page_is_filled() {
+    if !Need::Userfaultfd.met("no_access_hangs_while_the_last_page_is_filled") {
         return;
     }
     let (done, finished) = std::sync::mpsc::channel();
@@ -477,6 +478,6 @@ fn no_access_waits_for_ever_while_the_last_page_comes_in() {
         }
         done.send(()).unwrap();
     });
-    // The thread would never end: so the test can't wait for it.
+    // The thread would never end, so the test cannot join it.
     finished.recv_timeout(Duration::from_secs(120)).unwrap();
 }

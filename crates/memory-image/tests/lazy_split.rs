@@ -1,20 +1,20 @@
-//! Memory that is several mappings of the kernel's, which a call on a part of it has split.
+//! Memory that consists of several kernel mappings, because a call on a part of it has split it.
 #![cfg(target_os = "linux")]
 #![allow(unsafe_code)]
 
-mod common;
+mod support;
 
 use std::io;
 use std::ops::Range;
 use std::sync::Arc;
 
-use common::regions::{Regions, advise};
-use common::{Images, whole};
 use dirty_bitmap::{Policy, TrackedBitmap, WriteProtection, WriteTracker};
 use memory_image::{LazyRam, LazyRamOptions, WorkingSet};
 use nix::errno::Errno;
 use nix::libc;
 use rstest::rstest;
+use support::regions::{Regions, advise};
+use support::{Images, whole};
 use test_machine::Need;
 
 const PAGE: u64 = 4096;
@@ -37,7 +37,7 @@ fn on_demand() -> LazyRamOptions {
 fn protect(start: *mut u8, pages: Range<u64>, protection: libc::c_int) -> io::Result<()> {
     let len = (pages.end - pages.start) * PAGE;
     let start = start.wrapping_add((pages.start * PAGE) as usize);
-    // SAFETY: the memory is the test's, and no Rust reference covers it.
+    // SAFETY: the test owns the memory, and no Rust reference covers it.
     let done = unsafe { libc::mprotect(start.cast(), len as usize, protection) };
     Ok(Errno::result(done).map(drop)?)
 }
@@ -77,14 +77,14 @@ fn make_every_second_page_read_only(start: *mut u8) {
     }
 }
 
-/// The working set of a guest that touched all of its memory.
+/// Returns the working set of a guest that touched all of its memory.
 fn all_touched(images: &Images) -> WorkingSet {
     let ram = on_demand().record(true).start(images.chain()).unwrap();
     whole(&ram, ram.len());
     ram.recorded()
 }
 
-/// How the memory comes in.
+/// The way in which the memory is filled.
 #[derive(Clone, Copy)]
 enum By {
     Wait,
@@ -137,7 +137,7 @@ fn memory_of_several_mappings_is_filled(
     assert!(whole(&ram, ram.len()) == images.ram);
 }
 
-/// Protects the memory from a host address on.
+/// Protects memory, starting at a host address.
 struct ByMprotect(*mut u8);
 
 impl WriteProtection for ByMprotect {

@@ -1,7 +1,7 @@
-//! Chains of more images than the process can have open.
+//! Chains with more images than the process may have descriptors.
 #![cfg(target_os = "linux")]
 
-mod common;
+mod support;
 
 use std::fs::{self, File};
 use std::io;
@@ -10,7 +10,6 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
-use common::{is_alone, whole, write_packed};
 use dirty_bitmap::DirtyBitmap;
 use memory_image::{Chain, Image, ImageError, ImageId, LazyRam, MappedChain, MappedImage, compare};
 use memory_writer::{Durability, Layout, MemoryWriter, Seal};
@@ -18,11 +17,12 @@ use nix::sys::resource::{Resource, setrlimit};
 use nix::sys::stat::{UtimensatFlags, utimensat};
 use nix::sys::time::TimeSpec;
 use page_reader::PageReader;
+use support::{is_alone, whole, write_packed};
 use test_machine::{Need, rounds};
 
 const PAGE: u64 = 4096;
 const PAGES: u64 = 256;
-/// Descriptors of a process that can't have all images open: a quarter of them are for images.
+/// Descriptor limit of a process that cannot keep all images open: a quarter of them is for images.
 const FEW: u64 = 64;
 const OPEN: usize = 16;
 
@@ -41,7 +41,7 @@ enum Form {
     Packed,
 }
 
-/// A full image and diffs, of which each changes one page more.
+/// A full image and diffs, each of which changes one more page.
 struct Guest {
     dir: tempfile::TempDir,
     ram: Vec<u8>,
@@ -49,7 +49,7 @@ struct Guest {
     newest: Option<ImageId>,
 }
 
-/// Opens an image of any form: raw ones of these tests are never as others are.
+/// Opens an image of any form. The raw images of these tests never look like sealed ones.
 fn open(path: &Path) -> Image {
     Image::open(path)
         .or_else(|_| Image::open_raw(path))
@@ -70,12 +70,13 @@ impl Guest {
         guest
     }
 
-    /// The page that a layer has alone, or first.
+    /// Returns the page that only this layer holds, or that it holds first.
     fn page_of(layer: usize) -> u64 {
         layer as u64 * 7 % PAGES
     }
 
-    /// Changes the page of the next layer, in the first layer all; returns the path for it, and the page.
+    /// Changes the page of the next layer, or all pages in the first layer. Returns the path of the
+    /// layer and the page.
     fn change(&mut self) -> (PathBuf, u64) {
         let layer = self.paths.len();
         let path = self.dir.path().join(format!("{layer}.mem"));
@@ -156,7 +157,7 @@ fn more_layers_than_descriptors_are_read_in_every_way() {
     for _ in 1..150 {
         guest.save([Form::Sealed, Form::Packed][guest.paths.len() % 2]);
     }
-    // What is sealed can't follow a raw image.
+    // A sealed diff cannot follow a raw image.
     for _ in 150..300 {
         guest.save(Form::Raw);
     }
@@ -167,7 +168,7 @@ fn more_layers_than_descriptors_are_read_in_every_way() {
     assert!(open_descriptors() < OPEN + 10);
     assert!(whole(&chain, ram.len()) == *ram);
 
-    // Another one beside it, of the same process.
+    // Another chain in the same process.
     let sealed = Chain::open_sealed(&guest.paths[..150]).unwrap();
     assert_eq!(sealed.len(), 150);
     let mut restored = vec![0; ram.len()];
@@ -197,10 +198,13 @@ fn more_layers_than_descriptors_are_read_in_every_way() {
         }
     }
     drop((chain, sealed));
-    assert!(open_descriptors() < 10, "closed with their chains");
+    assert!(
+        open_descriptors() < 10,
+        "descriptors are closed with their chains"
+    );
 }
 
-/// Each thread closes what another one reads.
+/// Each thread closes files that another one reads.
 #[test]
 fn threads_that_share_few_descriptors_read_the_right_bytes() {
     if !is_alone("threads_that_share_few_descriptors_read_the_right_bytes") {
@@ -223,10 +227,10 @@ fn threads_that_share_few_descriptors_read_the_right_bytes() {
     assert!(open_descriptors() < 10);
 }
 
-/// Others have taken what the images were to have.
+/// Other files use the descriptors that the images would use.
 #[test]
-fn images_make_room_where_the_process_has_no_descriptor_left() {
-    if !is_alone("images_make_room_where_the_process_has_no_descriptor_left") {
+fn images_are_closed_when_no_descriptor_is_left() {
+    if !is_alone("images_are_closed_when_no_descriptor_is_left") {
         return;
     }
     let guest = Guest::new(OPEN, |_| Form::Packed);
@@ -242,8 +246,8 @@ fn images_make_room_where_the_process_has_no_descriptor_left() {
 }
 
 #[test]
-fn a_chain_of_ten_thousand_layers_is_opened_and_read() {
-    if !is_alone("a_chain_of_ten_thousand_layers_is_opened_and_read") {
+fn chain_of_ten_thousand_layers_is_opened_and_read() {
+    if !is_alone("chain_of_ten_thousand_layers_is_opened_and_read") {
         return;
     }
     let mut guest = Guest::new(0, |_| Form::Packed);
@@ -270,7 +274,7 @@ fn touch_as(path: &Path, like: &fs::Metadata) {
     utimensat(nix::fcntl::AT_FDCWD, path, &time, &time, follow).unwrap();
 }
 
-/// Writes bytes of another image into the file, and hides that it did as well as a tool can.
+/// Overwrites the file with bytes of another image, and hides the change as well as a tool can.
 fn write_over(path: &Path, bytes: &[u8]) {
     let before = fs::metadata(path).unwrap();
     let file = File::options().write(true).open(path).unwrap();
@@ -287,8 +291,8 @@ fn assert_replaced(error: &ImageError, expected: &Path) {
 }
 
 #[test]
-fn a_closed_image_that_was_replaced_is_an_error_and_no_other_bytes() {
-    if !is_alone("a_closed_image_that_was_replaced_is_an_error_and_no_other_bytes") {
+fn replaced_closed_image_is_an_error_and_never_other_bytes() {
+    if !is_alone("replaced_closed_image_is_an_error_and_never_other_bytes") {
         return;
     }
     have_few_descriptors();
@@ -317,7 +321,7 @@ fn a_closed_image_that_was_replaced_is_an_error_and_no_other_bytes() {
             const CLOSED: usize = 3;
             const STILL_OPEN: usize = 39;
             for layer in [CLOSED, STILL_OPEN] {
-                // As long as the one that it replaces.
+                // Has the same length as the replaced image.
                 fs::copy(&other.paths[layer - 1], &other.paths[0]).unwrap();
                 replace(&other.paths[0], &guest.paths[layer]);
             }
@@ -351,8 +355,8 @@ fn a_closed_image_that_was_replaced_is_an_error_and_no_other_bytes() {
 }
 
 #[test]
-fn a_sealed_image_may_be_linked_and_guarded_while_it_is_closed() {
-    if !is_alone("a_sealed_image_may_be_linked_and_guarded_while_it_is_closed") {
+fn closed_sealed_image_may_be_linked_and_change_mode() {
+    if !is_alone("closed_sealed_image_may_be_linked_and_change_mode") {
         return;
     }
     have_few_descriptors();
@@ -366,8 +370,8 @@ fn a_sealed_image_may_be_linked_and_guarded_while_it_is_closed() {
 }
 
 #[test]
-fn an_image_that_its_path_does_not_lead_to_stays_open() {
-    if !is_alone("an_image_that_its_path_does_not_lead_to_stays_open") {
+fn image_not_reachable_by_its_path_stays_open() {
+    if !is_alone("image_not_reachable_by_its_path_stays_open") {
         return;
     }
     have_few_descriptors();
@@ -403,10 +407,10 @@ fn an_image_that_its_path_does_not_lead_to_stays_open() {
     assert!(whole(&chain, guest.ram.len()) == guest.ram);
 }
 
-/// A daemon opens by relative paths, and goes to `/` then.
+/// A daemon opens files by relative paths and then changes to `/`.
 #[test]
-fn the_directory_of_the_process_may_change_meanwhile() {
-    if !is_alone("the_directory_of_the_process_may_change_meanwhile") {
+fn current_directory_may_change_after_open() {
+    if !is_alone("current_directory_may_change_after_open") {
         return;
     }
     have_few_descriptors();

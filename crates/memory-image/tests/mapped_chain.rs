@@ -1,6 +1,6 @@
-//! Chains as guest memory, mapped.
+//! Chains that are mapped as guest memory.
 
-mod common;
+mod support;
 
 #[cfg(target_os = "linux")]
 use std::fs::File;
@@ -9,17 +9,17 @@ use std::ops::Range;
 #[cfg(target_os = "linux")]
 use std::path::Path;
 
-use common::{Images, whole};
 use dirty_bitmap::DirtyBitmap;
 use memory_image::{Chain, ImageError, MappedChain};
 use memory_writer::{Durability, Layout, MemoryWriter, Seal};
 use page_reader::PageReader;
 use proptest::prelude::*;
 use rstest::rstest;
+use support::{Images, whole};
 
 const PAGE: u64 = 16384;
 
-/// A full image, and three diffs of scattered pages and of a longer run.
+/// Returns a full image and three diffs of scattered pages and of a longer run.
 fn scattered() -> Images {
     Images::new(64 * PAGE, PAGE)
         .with([0..64])
@@ -29,7 +29,7 @@ fn scattered() -> Images {
 }
 
 #[test]
-fn a_mapped_chain_is_the_ram_at_its_last_snapshot() {
+fn mapped_chain_reads_as_the_ram_at_its_last_snapshot() {
     let images = scattered();
     let ram = MappedChain::open(&images.chain()).unwrap();
     assert_eq!(ram.len(), images.ram.len());
@@ -40,16 +40,14 @@ fn a_mapped_chain_is_the_ram_at_its_last_snapshot() {
     assert!(ram.read_at(64 * PAGE - 1, &mut [0; 2]).is_err());
 }
 
-/// The base's mapping goes on under the pages that diffs have over it, and the first diff's under the second's.
+/// The base's mapping continues under pages of the diffs, and the first diff's under pages of the
+/// second.
 #[rstest]
 #[case::nothing(1, 64)]
 #[case::the_base(3, 20 + 2)]
 #[case::the_base_and_the_longest_diff(5, 3 + 2)]
 #[case::everything(1000, 0)]
-fn the_longest_runs_are_mapped_and_the_rest_is_copied(
-    #[case] max_mappings: usize,
-    #[case] copied: u64,
-) {
+fn longest_runs_are_mapped_and_others_are_copied(#[case] max_mappings: usize, #[case] copied: u64) {
     let images = Images::new(64 * PAGE, PAGE)
         .with([0..64])
         .with([30..50])
@@ -63,9 +61,9 @@ fn the_longest_runs_are_mapped_and_the_rest_is_copied(
     assert_eq!(ram.mapped(), (64 - copied) * PAGE);
 }
 
-/// As a full snapshot leaves where it found zeros.
+/// A full snapshot leaves a hole where it found zeros.
 #[test]
-fn a_base_full_of_holes_takes_one_mapping() {
+fn base_full_of_holes_takes_one_mapping() {
     let images = Images::new(64 * PAGE, PAGE)
         .with((1..20).map(|i| 3 * i..3 * i + 2))
         .with([17..18]);
@@ -77,7 +75,8 @@ fn a_base_full_of_holes_takes_one_mapping() {
     assert_eq!((ram.mapped(), ram.copied()), (38 * PAGE, PAGE));
 }
 
-/// Pages that are as far apart in the file as in the RAM may have another page's bytes between them in the file.
+/// Pages with the same distance in the file and in the RAM may have another page's bytes between
+/// them in the file.
 #[test]
 fn zeros_of_a_packed_base_are_zeros_when_it_is_mapped() {
     let dir = tempfile::tempdir().unwrap();
@@ -90,7 +89,8 @@ fn zeros_of_a_packed_base_are_zeros_when_it_is_mapped() {
         .open(&path, ram.len() as u64, PAGE)
         .unwrap();
     writer.write_full(&ram).unwrap();
-    // Even pages of the lower half stand at their own offsets, pages of the upper half between them.
+    // Even pages of the lower half are at their own offsets, and pages of the upper half are
+    // between them.
     for page in (0..32).map(|page| if page % 2 == 0 { page } else { page + 32 }) {
         ram[(page * PAGE) as usize..][..PAGE as usize].fill(page as u8 + 1);
         let dirty = DirtyBitmap::new(0, ram.len() as u64, PAGE).unwrap();
@@ -111,7 +111,7 @@ fn zeros_of_a_packed_base_are_zeros_when_it_is_mapped() {
 }
 
 #[test]
-fn what_the_guest_writes_is_its_own_and_a_replaced_image_does_no_harm() {
+fn guest_writes_stay_private_and_images_may_be_replaced() {
     let mut images = scattered();
     let ram = MappedChain::options()
         .max_mappings(9)
@@ -119,7 +119,7 @@ fn what_the_guest_writes_is_its_own_and_a_replaced_image_does_no_harm() {
         .unwrap();
     let before = std::fs::read(images.path(0)).unwrap();
     for offset in (0..ram.len()).step_by(PAGE as usize) {
-        // SAFETY: inside the mapping, which nothing else accesses meanwhile.
+        // SAFETY: inside the mapping, which nothing else accesses at the time.
         #[allow(unsafe_code)]
         unsafe {
             ram.as_ptr().add(offset).write(99);
@@ -136,7 +136,7 @@ fn what_the_guest_writes_is_its_own_and_a_replaced_image_does_no_harm() {
 #[rstest]
 #[case::to_be_mapped(1000)]
 #[case::to_be_copied(1)]
-fn an_image_cut_short_since_it_was_opened_is_named_in_the_error(#[case] max_mappings: usize) {
+fn error_names_the_image_truncated_after_open(#[case] max_mappings: usize) {
     let images = scattered();
     let chain = images.chain();
     images.cut(2, 47 * PAGE);
@@ -152,12 +152,12 @@ fn an_image_cut_short_since_it_was_opened_is_named_in_the_error(#[case] max_mapp
     assert_eq!(path, images.path(2));
 }
 
-/// With as many mappings as a process may have, each beside one of another kind.
+/// Uses up all mappings of the process, each next to one of another kind.
 #[cfg(target_os = "linux")]
 #[test]
-fn a_process_without_mappings_is_told_to_use_fewer_or_to_merge() {
+fn exhausted_mappings_error_names_the_remedies() {
     use nix::sys::mman::{MapFlags, ProtFlags, mmap_anonymous, mprotect};
-    if !common::is_alone("a_process_without_mappings_is_told_to_use_fewer_or_to_merge") {
+    if !support::is_alone("exhausted_mappings_error_names_the_remedies") {
         return;
     }
     const HOST_PAGE: usize = 4096;
@@ -185,7 +185,7 @@ fn a_process_without_mappings_is_told_to_use_fewer_or_to_merge() {
         .take_while(|page| protect(*page, ProtFlags::PROT_READ).is_ok())
         .last()
         .unwrap();
-    // Some for the allocator and the test, fewer than the chain takes.
+    // Leave some for the allocator and the test, fewer than the chain takes.
     (split - 60..=split).for_each(|page| protect(page, ProtFlags::PROT_NONE).unwrap());
     let error = MappedChain::open(&chain).unwrap_err();
     assert!(
@@ -201,7 +201,7 @@ fn a_process_without_mappings_is_told_to_use_fewer_or_to_merge() {
     assert!(whole(&few, few.len()) == images.ram);
 }
 
-/// What the file system reports as data.
+/// Returns the ranges that the file system reports as data.
 #[cfg(target_os = "linux")]
 fn data(path: &Path) -> Vec<Range<u64>> {
     let file = File::open(path).unwrap();
@@ -213,11 +213,11 @@ fn data(path: &Path) -> Vec<Range<u64>> {
         .collect()
 }
 
-/// Writes to one byte in `step`.
+/// Writes to every `step`th byte.
 #[cfg(target_os = "linux")]
 fn touch(ram: &MappedChain, step: usize) {
     for offset in (0..ram.len()).step_by(step) {
-        // SAFETY: inside the mapping, which nothing else accesses meanwhile.
+        // SAFETY: inside the mapping, which nothing else accesses at the time.
         #[allow(unsafe_code)]
         unsafe {
             ram.as_ptr().add(offset).write(99);
@@ -225,7 +225,8 @@ fn touch(ram: &MappedChain, step: usize) {
     }
 }
 
-/// On tmpfs, touching a hole through a mapping fills it, and then the hole is taken for a page that the diff holds.
+/// On tmpfs, touching a hole through a mapping fills it, and the hole is later taken for a page of
+/// the diff.
 #[cfg(target_os = "linux")]
 #[rstest]
 fn mapping_a_chain_on_tmpfs_fills_no_hole_of_a_raw_diff(
@@ -256,10 +257,10 @@ fn mapping_a_chain_on_tmpfs_fills_no_hole_of_a_raw_diff(
     assert!(whole(&chain(), images.ram.len()) == images.ram);
 }
 
-/// A caller may say that a diff holds pages which its file has as holes: zeros.
+/// A caller may list pages of a diff that are holes in its file: zeros.
 #[cfg(target_os = "linux")]
 #[rstest]
-fn pages_of_a_diff_that_are_holes_of_its_file_stay_holes(
+fn diff_pages_that_are_holes_of_the_file_stay_holes(
     #[values(1, 3, 5, 7, 16_384)] max_mappings: usize,
 ) {
     let mut images = Images::within(Path::new("/dev/shm"), 64 * PAGE, PAGE)
@@ -282,7 +283,7 @@ fn pages_of_a_diff_that_are_holes_of_its_file_stay_holes(
     assert_eq!(data(images.path(1)), before);
 }
 
-/// The mappings of this process in a range of addresses.
+/// Returns the number of mappings of this process in a range of addresses.
 #[cfg(target_os = "linux")]
 fn mappings(range: Range<usize>) -> usize {
     let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
@@ -295,7 +296,7 @@ fn mappings(range: Range<usize>) -> usize {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(test_machine::rounds(12, 48)))]
 
-    /// Also of pages smaller than the host's, where mappings can't begin and end where runs do.
+    /// Includes pages smaller than the host's, where mappings cannot begin and end where runs do.
     #[test]
     fn any_chain_is_mapped_with_as_many_mappings_as_allowed(
         page in prop::sample::select(vec![512, 4096, 16384_u64]),
@@ -325,7 +326,8 @@ proptest! {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(test_machine::rounds(48, 500)))]
 
-    /// Diffs that fill each other's holes, so that one mapping could go on under another diff's pages.
+    /// Diffs that fill each other's holes, so that one mapping could continue under another diff's
+    /// pages.
     #[test]
     fn no_number_of_mappings_fills_holes_of_diffs_on_tmpfs(
         pieces in prop::collection::vec((0..4_usize, 1..5_u64), 1..60),

@@ -1,4 +1,4 @@
-//! Random chains of every kind of image, read in every way, against the RAM that they were taken of.
+//! Reads random chains of all kinds of images in every way, and compares the result with the RAM.
 
 use std::fs::{self, File};
 use std::io;
@@ -15,25 +15,26 @@ use memory_writer::{Durability, Layout, MemoryWriter, Options, Seal};
 use page_reader::PageReader;
 use proptest::prelude::*;
 
-/// How a layer's pages get into its file.
+/// The way in which a layer's pages are written to its file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Form {
     Raw,
     Sealed,
     Packed,
-    /// A footer that names zeros, which no writer of diffs does; its pages stand in reverse order where they are packed.
+    /// A hand-made footer that records zeros, which no writer of diffs does. In a packed file the
+    /// pages are in reverse order.
     ByHand(Placement),
 }
 
-/// What the guest does before a pass: fills these pages, with zeros if the value is 0.
+/// The guest's writes before a pass: fills these pages with the value, which may be 0.
 type Writes = Vec<(u64, u64, u8)>;
 
 #[derive(Clone, Debug)]
 struct Layer {
     form: Form,
-    /// Its page is the chain's times two to this power.
+    /// Binary logarithm of the layer's page size divided by the chain's.
     coarser: u32,
-    /// One write each, through one writer. Those of a base before `full` are superseded by it.
+    /// One write each, through one writer. Writes of a base before `full` are superseded by it.
     passes: Vec<Writes>,
     full: prop::sample::Index,
 }
@@ -48,7 +49,7 @@ fn layer(base: bool) -> impl Strategy<Value = Layer> {
         Form::ByHand(Placement::InPlace),
     ];
     let forms = &forms[..if base { 4 } else { 6 }];
-    // Mostly single pages: what follows in the RAM is to be anywhere in a packed file.
+    // Mostly single pages, so that adjacent pages of the RAM are scattered in a packed file.
     let write = (
         0..64_u64,
         prop::sample::select(vec![1, 1, 1, 1, 2, 12_u64]),
@@ -68,16 +69,16 @@ fn layer(base: bool) -> impl Strategy<Value = Layer> {
         })
 }
 
-/// A guest, and the images taken of it.
+/// A guest and its images.
 struct Guest {
     dir: tempfile::TempDir,
     page: u64,
     ram: Vec<u8>,
     dirty: DirtyBitmap,
-    /// With the pages that each holds at least.
+    /// The images, with the pages that each holds at least.
     images: Vec<(PathBuf, Vec<Range<u64>>)>,
     newest: Option<ImageId>,
-    /// Makes every page that is written differ from every other.
+    /// A counter that makes every written page unique.
     written: u64,
 }
 
@@ -253,7 +254,7 @@ fn whole(reader: &impl PageReader, size: usize) -> Vec<u8> {
     bytes
 }
 
-/// The pages that differ, as a test that fails is to say them.
+/// Returns the pages that differ, for the message of a failing test.
 fn wrong(found: &[u8], expected: &[u8], page: u64) -> Vec<usize> {
     let pages = found
         .chunks(page as usize)
@@ -280,7 +281,7 @@ fn restored_to_memory(chain: &Chain, split: usize) -> [Vec<u8>; 3] {
     chain.restore(all.as_mut_slice()).unwrap();
     chain.restore_zeroed(stored.as_mut_slice()).unwrap();
     let (low, high) = regions.split_at_mut(split);
-    // SAFETY: both halves live until the target is dropped, and nothing else touches them in it.
+    // SAFETY: both halves live until the target is dropped, and nothing else accesses them.
     #[allow(unsafe_code)]
     let mut target = unsafe {
         HostRam::new([
@@ -342,7 +343,7 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(test_machine::rounds(128, 1000)))]
 
     #[test]
-    fn every_way_to_read_any_chain_gives_the_guest_s_ram(
+    fn every_way_to_read_any_chain_yields_the_guest_ram(
         page in prop::sample::select(vec![512, 1024, 4096, 16384_u64]),
         pages in 1..24_u64,
         base in layer(true),
@@ -352,7 +353,7 @@ proptest! {
         prefetch in any::<bool>(),
         around in prop::sample::select(vec![1, 8192, 65536_u64]),
     ) {
-        // Whole pages of every layer, and not always of the host.
+        // Whole pages of every layer, but not always of the host.
         let size = pages * (page << 2);
         let mut guest = Guest::new(size, page);
         guest.take(&base);
@@ -402,7 +403,7 @@ proptest! {
             assert_ram(&how, &merged(&guest, &chain, layout))?;
         }
         if let Some(found) = lazily(&guest, prefetch, around) {
-            assert_ram("filled as it is touched", &found)?;
+            assert_ram("filled on demand", &found)?;
         }
 
         let changed = compare(&first, &chain, size, page, &|_| ControlFlow::Continue(())).unwrap();

@@ -1,4 +1,4 @@
-//! A full image and the diffs on top of it name the same RAM, whichever bitmap said where it is.
+//! A full image and the diffs on top of it record the same RAM range, for any bitmap.
 
 use atomic_file::AtomicGroup;
 use dirty_bitmap::{DirtyBitmap, Epoch};
@@ -25,7 +25,7 @@ impl Kind {
     }
 }
 
-/// Commits alone, or in a group.
+/// Commits a single file, or a group.
 fn commit(mut writer: MemoryWriter, epoch: Epoch<&DirtyBitmap>, in_a_group: bool) {
     if !in_a_group {
         return writer.commit_and_release(epoch).unwrap();
@@ -37,7 +37,7 @@ fn commit(mut writer: MemoryWriter, epoch: Epoch<&DirtyBitmap>, in_a_group: bool
 }
 
 #[rstest]
-fn a_diff_goes_on_top_of_a_full_image_of_the_same_bitmap(
+fn diff_and_full_image_of_one_bitmap_cover_the_same_ram(
     #[values(Kind::Sealed, Kind::Packed)] full: Kind,
     #[values(Kind::Sealed, Kind::Packed)] diff: Kind,
     #[values(false, true)] in_a_group: bool,

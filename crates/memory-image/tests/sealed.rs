@@ -1,4 +1,4 @@
-//! Sealed and packed images: read, linked, verified, merged, and the same after whatever a copy does to holes.
+//! Reads, links, verifies, merges and copies sealed and packed images.
 
 use std::fs::{self, File};
 use std::io;
@@ -27,7 +27,7 @@ fn raw(_: Seal) -> Layout {
     Layout::Raw
 }
 
-/// A guest that is written to, and the snapshots taken of it.
+/// A guest with dirty tracking, and its snapshots.
 struct Guest {
     dir: tempfile::TempDir,
     ram: Vec<u8>,
@@ -85,7 +85,7 @@ impl Guest {
         path
     }
 
-    /// Full, then three diffs; the second zeroes what the first wrote.
+    /// Takes a full image and three diffs. The second diff zeroes what the first wrote.
     fn with_history(make: Make) -> Self {
         let mut guest = Self::new();
         guest.write(PAGE, SIZE / 2, 1);
@@ -119,7 +119,7 @@ fn verify(path: &Path) -> Result<Verified, ImageError> {
 #[rstest]
 #[case::sealed(Layout::Sealed)]
 #[case::packed(Layout::Packed)]
-fn a_chain_reads_and_restores_as_the_ram_at_its_last_snapshot(#[case] make: Make) {
+fn sealed_chain_reads_and_restores_as_its_last_ram(#[case] make: Make) {
     let guest = Guest::with_history(make);
     let chain = guest.chain();
     assert_eq!(
@@ -160,7 +160,7 @@ fn pages_that_were_dirty_together_may_be_zeros_in_part(#[case] make: Make) {
 #[rstest]
 #[case::sealed(Layout::Sealed)]
 #[case::packed(Layout::Packed)]
-fn a_full_image_may_have_zeros_between_its_pages(#[case] make: Make) {
+fn full_image_may_have_zeros_between_its_pages(#[case] make: Make) {
     let mut guest = Guest::new();
     guest.write(PAGE, 4 * PAGE, 1);
     guest.write(9 * PAGE, 3 * PAGE, 2);
@@ -171,7 +171,7 @@ fn a_full_image_may_have_zeros_between_its_pages(#[case] make: Make) {
 }
 
 #[test]
-fn layouts_may_be_mixed_in_one_chain_and_raw_diffs_put_on_top() {
+fn chain_may_mix_layouts_with_raw_diffs_on_top() {
     let mut guest = Guest::new();
     guest.write(0, SIZE / 3, 1);
     guest.save(Layout::Packed);
@@ -187,7 +187,7 @@ fn layouts_may_be_mixed_in_one_chain_and_raw_diffs_put_on_top() {
     assert_eq!(chain.id(), None, "a raw image names no state");
 }
 
-/// A guest that starts from the chain without its being merged has this RAM.
+/// Asserts that a guest that starts from the unmerged chain has this RAM.
 fn assert_starts_as(chain: &Chain, ram: &[u8]) {
     for most in [1, 5, 16_384] {
         let mapped = MappedChain::options()
@@ -208,7 +208,7 @@ fn assert_starts_as(chain: &Chain, ram: &[u8]) {
     }
 }
 
-/// A footer written by hand: pages 1 and 2 zero, page 5 present.
+/// Writes a diff with a hand-made footer: pages 1 and 2 are zeros, page 5 is present.
 fn diff_with_zeros(path: &Path, parent: Option<ImageId>, placement: Placement) -> Footer {
     let file = File::create(path).unwrap();
     let at = match placement {
@@ -241,7 +241,7 @@ fn diff_with_zeros(path: &Path, parent: Option<ImageId>, placement: Placement) -
 #[rstest]
 #[case::in_place(Placement::InPlace)]
 #[case::packed(Placement::Packed)]
-fn zeros_of_a_diff_are_zeros_and_neither_clean_nor_read(#[case] placement: Placement) {
+fn zeros_of_a_diff_are_neither_clean_nor_read(#[case] placement: Placement) {
     let guest = Guest::with_history(Layout::Sealed);
     let diff = guest.path("zeros");
     diff_with_zeros(&diff, guest.newest, placement);
@@ -266,7 +266,7 @@ fn zeros_of_a_diff_are_zeros_and_neither_clean_nor_read(#[case] placement: Place
 #[case::to_raw(raw)]
 #[case::to_sealed(Layout::Sealed)]
 #[case::to_packed(Layout::Packed)]
-fn a_merged_chain_is_the_same_state_and_takes_the_next_diff(#[case] make: Make) {
+fn merged_chain_keeps_its_id_and_accepts_the_next_diff(#[case] make: Make) {
     let mut guest = Guest::with_history(Layout::Packed);
     let chain = guest.chain();
     let merged = guest.path("merged");
@@ -305,7 +305,7 @@ fn a_merged_chain_is_the_same_state_and_takes_the_next_diff(#[case] make: Make) 
 #[rstest]
 #[case::to_sealed(Layout::Sealed)]
 #[case::to_packed(Layout::Packed)]
-fn diffs_merge_to_one_diff_that_stands_for_all(#[case] make: Make) {
+fn merged_diff_replaces_all_its_diffs(#[case] make: Make) {
     let mut guest = Guest::with_history(Layout::Sealed);
     let diffs = Chain::open_sealed(&guest.snapshots[1..]).unwrap();
     assert!(!diffs.is_full());
@@ -331,13 +331,13 @@ fn diffs_merge_to_one_diff_that_stands_for_all(#[case] make: Make) {
     assert!(matches!(error, ImageError::NotFull { .. }));
     let error = diffs.flatten(guest.path("flat")).unwrap_err();
     assert!(matches!(error, ImageError::NotFull { .. }));
-    // What no diff holds is not known to be zeros.
+    // Pages that no diff holds are not known to be zeros.
     assert!(diffs.populated(PAGE..SIZE).eq([PAGE..SIZE]));
     assert_eq!(diffs.populated(PAGE..PAGE).count(), 0);
 }
 
 #[test]
-fn a_chain_whose_links_do_not_fit_is_refused_by_name() {
+fn link_error_names_the_diff_and_the_reason() {
     let guest = Guest::with_history(Layout::Sealed);
     let [base, one, two, three] = &guest.snapshots[..] else {
         panic!("four snapshots");
@@ -356,7 +356,7 @@ fn a_chain_whose_links_do_not_fit_is_refused_by_name() {
     assert!(matches!(why(&[base, one, three]), Link::Missing { .. }));
     assert!(matches!(why(&[one, two, base]), Link::Full));
 
-    // A branch: a second diff on the same parent.
+    // A branch: a second diff with the same parent.
     let branch = guest.path("branch");
     diff_with_zeros(&branch, Image::open(base).unwrap().id(), Placement::Packed);
     let parent = base.clone();
@@ -366,7 +366,7 @@ fn a_chain_whose_links_do_not_fit_is_refused_by_name() {
     diff_with_zeros(&nobody, None, Placement::Packed);
     assert_eq!(why(&[base, &nobody]), Link::NoParent);
 
-    // The base was taken anew: another state, another id.
+    // The base was taken again: another state and another id.
     let again = Guest::with_history(Layout::Sealed);
     assert!(matches!(
         why(&[&again.snapshots[0], one]),
@@ -409,14 +409,14 @@ fn images_of_other_guests_are_refused() {
         ),
         "{error:?}"
     );
-    // Told both at once, the chain has the smaller pages.
+    // Opened together, the chain uses the smaller page size.
     let chain = Chain::open_sealed(&[&guest.snapshots[..], &[other]].concat()).unwrap();
     assert_eq!(chain.page_size(), 2048);
     assert!(whole(&chain) == guest.ram);
 }
 
 #[test]
-fn a_raw_file_is_no_sealed_image_and_a_diff_no_base() {
+fn raw_file_is_not_sealed_and_diff_is_not_a_base() {
     let mut guest = Guest::new();
     let raw_file = guest.save(raw);
     assert!(matches!(
@@ -443,7 +443,7 @@ fn a_raw_file_is_no_sealed_image_and_a_diff_no_base() {
 }
 
 #[test]
-fn a_sealed_full_image_maps_as_a_raw_one_and_a_packed_one_does_not() {
+fn full_sealed_image_maps_and_packed_image_does_not() {
     let guest = Guest::with_history(Layout::Sealed);
     let flat = guest.path("flat");
     let chain = guest.chain();
@@ -465,7 +465,7 @@ fn a_sealed_full_image_maps_as_a_raw_one_and_a_packed_one_does_not() {
 #[rstest]
 #[case::sealed(Layout::Sealed)]
 #[case::packed(Layout::Packed)]
-fn flipped_bits_are_noticed_all_over_a_larger_image(#[case] make: Make) {
+fn flipped_bits_are_detected_throughout_a_large_image(#[case] make: Make) {
     let guest = Guest::with_history(make);
     for path in &guest.snapshots[..2] {
         let file = File::options().read(true).write(true).open(path).unwrap();
@@ -476,8 +476,8 @@ fn flipped_bits_are_noticed_all_over_a_larger_image(#[case] make: Make) {
             file.read_exact_at(&mut byte, at).unwrap();
             let flipped = [byte[0] ^ 1 << (at % 8)];
             file.write_all_at(&flipped, at).unwrap();
-            let noticed = verify(path).is_ok_and(|found| !found.is_whole());
-            assert!(noticed, "byte {at} of {len} in {path:?}");
+            let detected = verify(path).is_ok_and(|found| !found.is_whole());
+            assert!(detected, "byte {at} of {len} in {path:?}");
             file.write_all_at(&byte, at).unwrap();
         }
         assert!(verify(path).unwrap().is_whole());
@@ -523,7 +523,7 @@ fn damage_is_named_by_chunk_and_offset() {
 }
 
 #[test]
-fn verifying_tells_progress_and_can_be_cancelled() {
+fn verification_reports_progress_and_can_be_cancelled() {
     let guest = Guest::with_history(Layout::Sealed);
     let image = Image::open(&guest.snapshots[0]).unwrap();
     let seen = std::sync::Mutex::new(Vec::new());
@@ -540,9 +540,9 @@ fn verifying_tells_progress_and_can_be_cancelled() {
     assert!(matches!(error, ImageError::Cancelled));
 }
 
-/// Each page that is not zero and in no run is one.
+/// Each page that is nonzero and in no run is one damage.
 #[test]
-fn of_many_damages_a_thousand_are_listed_and_all_are_counted_and_read() {
+fn a_thousand_damages_are_listed_and_all_are_counted() {
     const DAMAGES: u64 = 1010;
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("full");
@@ -572,13 +572,13 @@ fn of_many_damages_a_thousand_are_listed_and_all_are_counted_and_read() {
     assert!(total >= PAGE + DAMAGES * PAGE, "{total}");
 }
 
-/// Copies as tools do: with holes dug where there are zeros, filled where there are holes, through an archive.
+/// Copies by tools that punch holes into zeros, fill holes with zeros, or create archives.
 #[rstest]
 #[case::holes_dug(&["cp", "--sparse=always"])]
 #[case::holes_filled(&["cp", "--sparse=never"])]
 #[case::archived(&["tar"])]
 #[case::archived_sparse(&["tar", "-S"])]
-fn a_copy_restores_to_the_same_ram_unless_it_is_raw(#[case] tool: &[&str]) {
+fn copies_of_sealed_images_restore_to_the_same_ram(#[case] tool: &[&str]) {
     for make in [raw, Layout::Sealed as Make, Layout::Packed as Make] {
         let guest = Guest::with_history(make);
         let name = |path: &Path| path.file_name().unwrap().to_owned();
@@ -634,12 +634,12 @@ fn a_copy_restores_to_the_same_ram_unless_it_is_raw(#[case] tool: &[&str]) {
 }
 
 #[test]
-fn comparing_two_chains_gives_the_pages_of_a_diff() {
+fn comparing_two_chains_yields_the_pages_of_a_diff() {
     let guest = Guest::with_history(Layout::Packed);
     let older = Chain::open_sealed(&guest.snapshots[..2]).unwrap();
     let newer = guest.chain();
-    let go_on = &|_| ControlFlow::Continue(());
-    let changed = compare(&older, &newer, SIZE, PAGE, go_on).unwrap();
+    let proceed = &|_| ControlFlow::Continue(());
+    let changed = compare(&older, &newer, SIZE, PAGE, proceed).unwrap();
     let runs: Vec<_> = changed.runs().collect();
     assert_eq!(
         runs,
@@ -650,14 +650,14 @@ fn comparing_two_chains_gives_the_pages_of_a_diff() {
         ]
     );
     assert!(
-        compare(&newer, &newer, SIZE, PAGE, go_on)
+        compare(&newer, &newer, SIZE, PAGE, proceed)
             .unwrap()
             .is_clean()
     );
 }
 
 #[test]
-fn comparing_tells_progress_can_be_cancelled_and_names_what_cannot_be_read() {
+fn comparison_reports_progress_cancellation_and_read_errors() {
     let guest = Guest::with_history(Layout::Packed);
     let chain = guest.chain();
     let seen = std::sync::Mutex::new(Vec::new());
@@ -671,8 +671,8 @@ fn comparing_tells_progress_can_be_cancelled_and_names_what_cannot_be_read() {
     let error = compare(&guest.ram, &chain, SIZE, PAGE, &|_| ControlFlow::Break(())).unwrap_err();
     assert!(matches!(error, CompareError::Cancelled { .. }), "{error:?}");
     let short = &guest.ram[..2 << 20];
-    let go_on = &|_| ControlFlow::Continue(());
-    let error = compare(&chain, &short, SIZE, PAGE, go_on).unwrap_err();
+    let proceed = &|_| ControlFlow::Continue(());
+    let error = compare(&chain, &short, SIZE, PAGE, proceed).unwrap_err();
     let CompareError::Read {
         which: "newer",
         offset,
@@ -684,7 +684,7 @@ fn comparing_tells_progress_can_be_cancelled_and_names_what_cannot_be_read() {
     assert_eq!(offset, 2 << 20);
 }
 
-/// Zeros, of which it has none but the second MiB; the others can't be read.
+/// A source of zeros that has only the second MiB. The others cannot be read.
 struct OneMebibyte;
 
 impl PageReader for OneMebibyte {
@@ -700,9 +700,9 @@ impl PageReader for OneMebibyte {
 }
 
 #[test]
-fn comparing_reads_only_what_one_of_the_two_has() {
-    let go_on = &|_| ControlFlow::Continue(());
-    let changed = compare(&OneMebibyte, &OneMebibyte, SIZE, PAGE, go_on).unwrap();
+fn comparison_reads_only_populated_ranges() {
+    let proceed = &|_| ControlFlow::Continue(());
+    let changed = compare(&OneMebibyte, &OneMebibyte, SIZE, PAGE, proceed).unwrap();
     assert!(changed.is_clean());
 }
 
@@ -710,7 +710,7 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(test_machine::rounds(12, 48)))]
 
     #[test]
-    fn any_chain_in_any_layouts_restores_merges_and_compares_right(
+    fn any_chain_in_any_layout_restores_merges_and_compares(
         rounds in prop::collection::vec(
             (prop::collection::vec((0..SIZE, 1..40_000u64, 0..3u8), 0..6), any::<bool>()),
             1..6,
@@ -733,7 +733,7 @@ proptest! {
         chain.restore_zeroed(ram.as_mut_slice()).unwrap();
         prop_assert!(ram == guest.ram);
 
-        // Merge a part from `split` on, and the chain is the same.
+        // Merging the part from `split` on does not change the chain.
         let split = split.min(guest.snapshots.len() - 1);
         let merged = guest.path("merged");
         let part = Chain::open_sealed(&guest.snapshots[split..]).unwrap();
@@ -746,8 +746,8 @@ proptest! {
         prop_assert_eq!(again.id(), chain.id());
 
         let before = &states[split];
-        let go_on = &|_| ControlFlow::Continue(());
-        let changed = compare(before, &chain, SIZE, PAGE, go_on).unwrap();
+        let proceed = &|_| ControlFlow::Continue(());
+        let changed = compare(before, &chain, SIZE, PAGE, proceed).unwrap();
         for page in 0..SIZE / PAGE {
             let bytes = (page * PAGE) as usize..((page + 1) * PAGE) as usize;
             let differs = before[bytes.clone()] != guest.ram[bytes];

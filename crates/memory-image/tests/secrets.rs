@@ -1,4 +1,5 @@
-//! What passes through this process on the way to a file, or from one, does not stay in its memory.
+//! Guest bytes that pass through this process on the way to or from a file do not stay in its
+//! memory.
 #![cfg(target_os = "linux")]
 
 use std::fs::File;
@@ -17,15 +18,15 @@ use test_machine::Need;
 
 const PAGE: u64 = 4096;
 const SIZE: u64 = 4 << 20;
-/// Every so many bytes of the guest's RAM.
+/// Distance of the secrets in the guest's RAM, in bytes.
 const SECRET: u64 = 16;
 
-/// The secret is nowhere in this process but where somebody read it to.
+/// The secret is in this process's memory only where a read has put it.
 fn secret(at: u64) -> u8 {
     (at % SECRET) as u8 ^ 0xa5
 }
 
-/// A guest whose RAM is full of it, in another process, say: nothing but bytes can be had.
+/// A guest whose RAM is full of secrets. It can only be read, like the RAM of another process.
 struct Guest;
 
 impl PageReader for Guest {
@@ -37,7 +38,7 @@ impl PageReader for Guest {
     }
 }
 
-/// Where it is brought back to.
+/// The target of the restore.
 struct Elsewhere;
 
 impl RamTarget for Elsewhere {
@@ -50,8 +51,8 @@ impl RamTarget for Elsewhere {
     }
 }
 
-/// Where in this process's memory the secret is. Not looked at is this thread's stack: the frames of functions that have returned are
-/// the compiler's, and BLAKE3's.
+/// Returns the addresses of the secret in this process's memory. The stack of this thread is not
+/// searched: the frames of returned functions belong to the compiler and to BLAKE3.
 fn found() -> Vec<u64> {
     let here = 0_u8;
     let on_stack = (&raw const here) as u64;
@@ -67,7 +68,7 @@ fn found() -> Vec<u64> {
         }
         for start in range.clone().step_by(1 << 20) {
             let bytes = buffer.sized((range.end - start).min(1 << 20) as usize);
-            // Not all that is mapped can be read.
+            // Some mappings cannot be read.
             if memory.read_exact_at(bytes, start).is_err() {
                 continue;
             }
@@ -75,7 +76,7 @@ fn found() -> Vec<u64> {
                 let window = bytes.get(from..from + SECRET as usize);
                 window.is_some_and(|window| (0..).zip(window).all(|(at, byte)| *byte == secret(at)))
             };
-            // Sixteen bytes at any place hold eight at a multiple of eight.
+            // Sixteen bytes at any address include eight at a multiple of eight.
             let words = bytes.chunks_exact(8).enumerate();
             let candidates = words.filter_map(|(word, bytes)| {
                 let phase = bytes[0] ^ secret(0);
@@ -92,7 +93,7 @@ fn found() -> Vec<u64> {
     found
 }
 
-/// A full image and a diff of a few pages.
+/// Saves a full image and a diff of a few pages.
 fn saved(dir: &Path, engine: Engine, layout: fn(Seal) -> Layout) -> [PathBuf; 2] {
     let [full, diff] = ["full", "diff"].map(|name| dir.join(name));
     let options = |seal| {
@@ -111,13 +112,13 @@ fn saved(dir: &Path, engine: Engine, layout: fn(Seal) -> Layout) -> [PathBuf; 2]
         .open(&diff, SIZE, PAGE)
         .unwrap();
     writer.write_diff(&Guest, &dirty).unwrap();
-    // A second time, so that what was summed is read back.
+    // Writes again, so that checksummed bytes are read back.
     writer.write_diff(&Guest, &dirty).unwrap();
     writer.commit().unwrap();
     [full, diff]
 }
 
-fn brought_back([full, diff]: [PathBuf; 2]) {
+fn restored([full, diff]: [PathBuf; 2]) {
     Image::open(&diff)
         .unwrap()
         .verify(&|_, _| ControlFlow::Continue(()))
@@ -128,15 +129,15 @@ fn brought_back([full, diff]: [PathBuf; 2]) {
     chain
         .merge(MemoryWriter::options(), full.with_extension("merged"))
         .unwrap();
-    if Need::Userfaultfd.met("brought_back") {
+    if Need::Userfaultfd.met("restored") {
         let ram = LazyRam::options().start(chain).unwrap();
         ram.wait().unwrap();
     }
 }
 
 #[test]
-fn no_buffer_keeps_what_was_saved_or_brought_back() {
-    // One processor, so that this thread does all the summing.
+fn saves_and_restores_leave_no_guest_bytes_in_buffers() {
+    // One processor, so that this thread does all the checksumming.
     let this = Pid::from_raw(0);
     let allowed = sched_getaffinity(this).unwrap();
     let first = (0..CpuSet::count()).find(|cpu| allowed.is_set(*cpu).unwrap());
@@ -152,12 +153,12 @@ fn no_buffer_keeps_what_was_saved_or_brought_back() {
             let files = saved(dir.path(), engine, layout);
             let now = found();
             assert!(now.is_empty(), "{engine:?}, {name}, saved: {now:x?}");
-            brought_back(files);
+            restored(files);
             let now = found();
             assert!(now.is_empty(), "{engine:?}, {name}, brought back: {now:x?}");
         }
     }
-    // That it would have been found.
+    // Checks that the search would have found it.
     let mut kept = vec![0; 64 << 10];
     Guest.read_at(0, &mut kept).unwrap();
     assert_ne!(found(), [0; 0]);

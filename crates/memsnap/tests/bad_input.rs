@@ -54,12 +54,12 @@ fn wrong_usage_is_refused_before_anything_is_written(#[case] command: &str, #[ca
 #[rstest]
 #[case::missing("full.mem d2.mem", &["d2.mem", "not in the chain"])]
 #[case::reordered("full.mem d2.mem d1.mem", &["d2.mem", "not in the chain"])]
-#[case::repeated("full.mem d1.mem d1.mem", &["d1.mem", "name each image once"])]
+#[case::repeated("full.mem d1.mem d1.mem", &["d1.mem", "give each image once"])]
 #[case::late("full.mem d1.mem other.mem", &["other.mem", "not in the chain"])]
 #[case::two_full("full.mem full2.mem", &["full2.mem", "is a full image"])]
 #[case::another_guest("full.mem small.mem", &["small.mem", "bytes of RAM"])]
 #[case::other_addresses("full.mem moved.mem", &["moved.mem", "other addresses"])]
-#[case::onto_raw("raw:ram d1.mem", &["d1.mem", "raw image has no id"])]
+#[case::onto_raw("raw:ram d1.mem", &["d1.mem", "newest image is raw"])]
 #[case::diff_first("d1.mem full.mem", &["full.mem", "is a full image"])]
 fn a_chain_that_is_none_is_refused_by_every_verb(#[case] files: &str, #[case] says: &[&str]) {
     let work = Work::with_chain();
@@ -96,7 +96,7 @@ fn a_chain_that_is_none_is_refused_by_every_verb(#[case] files: &str, #[case] sa
 #[case::empty("info empty", 1, &["empty"])]
 #[case::empty_ram("full empty -o out", 3, &["empty"])]
 #[case::no_whole_pages("full odd -o out", 2, &["whole number of pages"])]
-#[case::no_pages("restore raw:odd -o out", 1, &["odd", "can't be raw"])]
+#[case::no_pages("restore raw:odd -o out", 1, &["odd", "is not a raw image"])]
 #[case::of_unknown_format("restore small -o out", 1, &["small", "neither sealed nor packed", "raw:FILE"])]
 #[case::of_another_format("restore sealed:full.mem -o out", 1, &["full.mem", "is packed"])]
 #[case::a_raw_parent("convert full.raw --raw-diff --parent raw:full.raw -o out --layout sealed", 2, &["full.raw", "no id"])]

@@ -44,7 +44,7 @@ pub(super) const SKIPPED: &[Skipped] = &[
     Skipped {
         sanitizer: None,
         of: "memory-image",
-        test: "no_buffer_keeps_what_was_saved_or_brought_back",
+        test: "saves_and_restores_leave_no_guest_bytes_in_buffers",
         why: "it looks through all memory of the process, of which a sanitizer has terabytes",
     },
     Skipped {

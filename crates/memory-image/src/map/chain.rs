@@ -1,4 +1,4 @@
-//! A chain as guest memory, without merging or reading it.
+//! Guest memory that maps a chain copy-on-write.
 
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
@@ -14,20 +14,27 @@ use crate::chain::segments::{Segment, Source};
 use crate::error::ImageError;
 use crate::restore::{CHUNK, HostRam, RamTarget};
 
-/// A chain mapped copy-on-write (`MAP_PRIVATE`) as one range of host memory: RAM for a guest that starts at once and reads its pages
-/// when it touches them. What the guest writes stays its own; the bytes of the files never change.
+/// A chain mapped copy-on-write (`MAP_PRIVATE`) as one range of host memory: RAM for a guest that
+/// starts at once and reads its pages when it touches them. The guest's writes never change the
+/// files.
 ///
-/// No hole of a diff is mapped, so a raw diff keeps its holes, which say what was clean. On tmpfs, a page that is touched where the full
-/// base has a hole is allocated in the base's file, which then takes more memory and has fewer holes, of the same bytes.
+/// No hole of a diff is mapped, so a raw diff keeps its holes, which mark its clean pages. On
+/// tmpfs, touching a page where the full base has a hole allocates the page in the base's file. The
+/// file then takes more memory and has fewer holes, with the same content.
 ///
-/// The longest runs of pages are mapped, each from its own image, and short ones copied when the chain is mapped: a process has no
-/// more than so many mappings (`vm.max_map_count`, 65,530 by default on Linux). What is under them in older images is mapped as if they weren't there,
-/// unless it is a hole of a diff, so a base takes one mapping. Each run takes some 10 us, mapped or copied; this suits a chain whose diffs are clustered,
-/// or few. Meanwhile 48 bytes are taken for each run that is copied, and 16 for each run of data in a diff's file. Where a chain is scattered, [`copied`](Self::copied) shows it, and on Linux `LazyRam` starts as fast as ever.
+/// The longest runs of pages are mapped, each from its own image. Short runs are copied when the
+/// chain is mapped, because the number of mappings of a process is limited (`vm.max_map_count`,
+/// 65,530 by default on Linux). A mapping of an older image continues under the runs of newer
+/// images, except over holes of a diff, so a base takes one mapping.
 ///
-/// The files must not be cut short while they are mapped: touching a page that is gone is a `SIGBUS`. Replacing one by a
-/// commit is no harm, because the mapping keeps the old file. The chain itself isn't needed any more, and no descriptor is: a chain may
-/// have any number of images.
+/// Each run takes about 10 us, mapped or copied. This suits a chain whose diffs are clustered, or
+/// few. While the chain is being mapped, 48 bytes are allocated for each copied run, and 16 bytes
+/// for each run of data in a diff's file. [`copied`](Self::copied) shows whether a chain is too
+/// scattered. `LazyRam` (on Linux) starts as fast on such a chain as on any other.
+///
+/// The files must not be truncated while they are mapped: touching a page past the end raises
+/// `SIGBUS`. A commit may replace a file, because the mapping keeps the old file. The chain may be
+/// dropped after it was mapped. No descriptor stays open, so a chain may have any number of images.
 ///
 /// # Examples
 /// ```
@@ -41,9 +48,10 @@ use crate::restore::{CHUNK, HostRam, RamTarget};
 /// let mut chain = Chain::open_raw(&full, 4096)?;
 /// chain.push_pages(&diff, [65536..131072])?;
 /// let ram = MappedChain::open(&chain)?;
-/// println!("a guest of {} bytes at {:p}, {} of them copied", ram.len(), ram.as_ptr(), ram.copied());
+/// println!("RAM of {} bytes at {:p}", ram.len(), ram.as_ptr());
+/// println!("{} bytes were copied", ram.copied());
 /// let mut bytes = [0; 2];
-/// ram.read_at(65535, &mut bytes)?; // what a running guest has there now
+/// ram.read_at(65535, &mut bytes)?; // the current bytes of a running guest
 /// assert_eq!(bytes, [7, 8]);
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
@@ -54,7 +62,7 @@ pub struct MappedChain {
     copied: u64,
 }
 
-/// How a chain is mapped: [`MappedChain::options`].
+/// Options for mapping a chain, created by [`MappedChain::options`].
 #[derive(Clone, Debug)]
 #[must_use = "options do nothing until `map`"]
 pub struct MappedChainOptions {
@@ -70,33 +78,35 @@ impl MappedChain {
         Self::options().map(chain)
     }
 
-    /// Says how a chain is to be mapped.
+    /// Returns the default options.
     pub fn options() -> MappedChainOptions {
         MappedChainOptions {
             max_mappings: 16_384,
         }
     }
 
-    /// The address of the first byte, aligned to the host's page. Valid for reads and writes as long as this value lives.
+    /// Returns the address of the first byte, aligned to the host's page. It is valid for reads and
+    /// writes as long as this value lives.
     #[must_use]
     pub fn as_ptr(&self) -> *mut u8 {
         self.ram.as_ptr()
     }
 
-    /// The size of the RAM in bytes.
+    /// Returns the size of the RAM in bytes.
     #[must_use]
     #[expect(clippy::len_without_is_empty, reason = "a mapping is never empty")]
     pub fn len(&self) -> usize {
         self.ram.len()
     }
 
-    /// How many bytes of the RAM were mapped from the images' files.
+    /// Returns the number of bytes of the RAM that are mapped from the images' files.
     #[must_use]
     pub fn mapped(&self) -> u64 {
         self.mapped
     }
 
-    /// How many bytes of the RAM were copied. What was neither mapped nor copied is zeros.
+    /// Returns the number of bytes of the RAM that were copied. Bytes that were neither mapped nor
+    /// copied are zeros.
     #[must_use]
     pub fn copied(&self) -> u64 {
         self.copied
@@ -104,7 +114,8 @@ impl MappedChain {
 }
 
 impl MappedChainOptions {
-    /// The most mappings that the RAM may take of those the process can have; 16,384 if not given. With 1 everything is copied.
+    /// Sets the maximum number of the process's mappings that the RAM may take. The default is
+    /// 16,384. With 1, everything is copied.
     pub fn max_mappings(mut self, mappings: usize) -> Self {
         self.max_mappings = mappings;
         self
@@ -113,9 +124,13 @@ impl MappedChainOptions {
     /// Maps the chain, readable and writable.
     ///
     /// # Errors
-    /// [`ImageError::NotFull`] for a chain of diffs; [`ImageError::Reserve`] where there is no address space for the RAM;
-    /// [`ImageError::TooManyMappings`] where the process has fewer mappings left than it may take; [`ImageError::Map`], also for an image that was cut short
-    /// since it was opened; [`ImageError::Replaced`]; [`ImageError::Read`] for what is copied.
+    /// - [`ImageError::NotFull`] for a chain of diffs
+    /// - [`ImageError::Reserve`] if there is no address space for the RAM
+    /// - [`ImageError::TooManyMappings`] if the process has fewer mappings left than the RAM may
+    ///   take
+    /// - [`ImageError::Map`], also for an image that was truncated since it was opened
+    /// - [`ImageError::Replaced`]
+    /// - [`ImageError::Read`] if a copied run cannot be read
     pub fn map(&self, chain: &Chain) -> Result<MappedChain, ImageError> {
         chain.check_full()?;
         let (size, page) = (chain.size(), host_page());
@@ -125,7 +140,8 @@ impl MappedChainOptions {
 
         let (stored, copies) = plan.copies(chain, page);
         let copied = copies.iter().map(|copy| len(&copy.range)).sum();
-        // A copy over mapped pages has the kernel read these first: at least not their neighbours too.
+        // Copying over mapped pages makes the kernel read them first. Disable reading of
+        // neighbouring pages.
         let advised = |advised: io::Result<()>| {
             advised.map_err(|source| ImageError::Reserve { size, source })
         };
@@ -140,7 +156,7 @@ impl MappedChainOptions {
     }
 }
 
-/// The RAM as the guest has it now: the images, and what was written since.
+/// Reads the RAM as the guest has it now: the images and the guest's writes.
 impl PageReader for MappedChain {
     fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
         self.ram.read_at(offset, buf)
@@ -151,24 +167,27 @@ impl PageReader for MappedChain {
     }
 }
 
-/// Segments of one layer that one mapping shows, as they have the same distance to each other in the RAM and in the file. Between them is nothing
-/// but pages of newer layers, which come over it; and in a base that is not packed, zeros, which its file has in their place.
+/// Segments of one layer that one mapping covers, because their distances in the RAM and in the
+/// file are the same. The gaps between them are pages of newer layers, which are put over the
+/// mapping, and, in a base that is not packed, zeros that the file has in the same places.
 ///
-/// All of it is data in the file of a diff: a page that is copied over a mapping reads the file's page under it first.
+/// In a diff, the whole span is data of the file: copying a page over a mapping first reads the
+/// file's page under it.
 ///
-/// Ordered by what mapping it saves from being copied.
+/// Ordered by the number of bytes that mapping it saves from being copied.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 struct Span {
     own: u64,
     layer: usize,
     start: u64,
     end: u64,
-    /// Where `start` is in the layer's file.
+    /// Offset of `start` in the layer's file.
     offset: u64,
 }
 
 impl Span {
-    /// The part of it in whole pages of the host; empty where the file has the bytes at other places of a page.
+    /// Returns the part in whole pages of the host. Empty if RAM and file offset are not congruent
+    /// modulo the page size.
     fn whole_pages(&self, page: u64) -> Range<u64> {
         let start = self.start.next_multiple_of(page);
         let end = self.end - self.end % page;
@@ -177,14 +196,14 @@ impl Span {
     }
 }
 
-/// Bytes of a layer's file that no mapping shows.
+/// Bytes of a layer's file that no mapping covers.
 struct Copy {
     layer: usize,
     offset: u64,
     range: Range<u64>,
 }
 
-/// Copies in the order of the files, each of which is opened once, however many can be open at a time.
+/// Copies in file order, so that each file is opened once, independent of the limit of open files.
 fn copy(chain: &Chain, mut copies: Vec<Copy>, ram: &mut HostRam<'_>) -> Result<(), ImageError> {
     copies.sort_unstable_by_key(|copy| (copy.layer, copy.offset));
     let mut buffer = SecretBuffer::new();
@@ -205,7 +224,7 @@ fn copy(chain: &Chain, mut copies: Vec<Copy>, ram: &mut HostRam<'_>) -> Result<(
     Ok(())
 }
 
-/// What to map, the oldest layer first.
+/// The mappings to make, the oldest layer first.
 struct Plan {
     spans: Vec<Span>,
     data: FileData,
@@ -213,7 +232,7 @@ struct Plan {
 
 impl Plan {
     fn new(chain: &Chain, page: u64, max_mappings: usize) -> Result<Self, ImageError> {
-        // Each mapping may cut another one in two.
+        // Each mapping may split another one.
         let most = max_mappings.saturating_sub(1) / 2;
         if most == 0 {
             return Ok(Self {
@@ -248,12 +267,16 @@ impl Plan {
             let file = image.file()?;
             let file_size = file.metadata().map_err(failed)?.len();
             if file_size < offset + len(&range) {
-                let cut = "it was cut short since it was opened";
-                return Err(failed(io::Error::new(io::ErrorKind::UnexpectedEof, cut)));
+                let truncated = "the file was truncated since it was opened";
+                return Err(failed(io::Error::new(
+                    io::ErrorKind::UnexpectedEof,
+                    truncated,
+                )));
             }
             let mapped = ram.map_over(range, &file, offset);
             ram = mapped.map_err(|source| match source.kind() {
-                // The address space is reserved and takes no memory: what is missing is a mapping.
+                // The address space is reserved and uses no memory, so this error means that the
+                // limit of mappings is reached.
                 io::ErrorKind::OutOfMemory => ImageError::TooManyMappings {
                     path: image.path.clone(),
                     source,
@@ -264,7 +287,8 @@ impl Plan {
         Ok(ram)
     }
 
-    /// Returns how many bytes the images store, and what of it no mapping shows.
+    /// Returns the number of bytes that the images store, and the parts of them that no mapping
+    /// covers.
     fn copies(&self, chain: &Chain, page: u64) -> (u64, Vec<Copy>) {
         let (mut stored, mut copies) = (0, Vec::new());
         for (Segment { range, source }, _) in self.data.segments(chain) {
@@ -272,8 +296,8 @@ impl Plan {
                 continue;
             };
             stored += len(&range);
-            let shown = self.shown(layer, &range, page);
-            let parts = [range.start..shown.start, shown.end..range.end];
+            let covered = self.covered(layer, &range, page);
+            let parts = [range.start..covered.start, covered.end..range.end];
             let parts = parts.into_iter().filter(|part| !part.is_empty());
             copies.extend(parts.map(|part| Copy {
                 layer,
@@ -284,33 +308,34 @@ impl Plan {
         (stored, copies)
     }
 
-    /// Returns what of a layer's segment a mapping shows: all, all but its ends, or nothing at its start.
-    fn shown(&self, layer: usize, segment: &Range<u64>, page: u64) -> Range<u64> {
+    /// Returns the part of a layer's segment that a mapping covers: all, all but its ends, or an
+    /// empty range at its start.
+    fn covered(&self, layer: usize, segment: &Range<u64>, page: u64) -> Range<u64> {
         let Range { start, end } = *segment;
         let after = self
             .spans
             .partition_point(|span| (span.layer, span.start) <= (layer, start));
         let span = self.spans[..after].last();
         let span = span.filter(|span| span.layer == layer && end <= span.end);
-        let shown = span.map_or(start..start, |span| span.whole_pages(page));
-        shown.start.clamp(start, end)..shown.end.clamp(start, end)
+        let covered = span.map_or(start..start, |span| span.whole_pages(page));
+        covered.start.clamp(start, end)..covered.end.clamp(start, end)
     }
 }
 
-/// Calls back for every span of the chain, each as long as it can be.
+/// Calls `each` for every span of the chain, each as long as possible.
 fn each_span(chain: &Chain, data: &FileData, mut each: impl FnMut(Span)) {
-    // Packed pages that follow each other in the RAM may have any other page between them in the file.
+    // Pages that are adjacent in the RAM may have other pages between them in a packed file.
     let zeros_are_in_the_base = chain.base().in_place();
-    // By layer, ascending: a span ends where an older layer has the bytes.
+    // Ascending by layer. A span ends where an older layer has the bytes.
     let mut open: Vec<Span> = Vec::new();
     for (Segment { range, source }, is_data) in data.segments(chain) {
-        let go_on = match source {
+        let continuing = match source {
             Source::Stored { layer, .. } => layer + 1,
             Source::Hole if zeros_are_in_the_base => 1,
-            // Nothing is mapped beneath zeros that its file does not have.
+            // No older layer is mapped beneath zeros that its file does not have.
             Source::Hole | Source::Zero => 0,
         };
-        while let Some(span) = open.pop_if(|span| span.layer >= go_on) {
+        while let Some(span) = open.pop_if(|span| span.layer >= continuing) {
             each(span);
         }
         let Source::Stored { layer, offset } = source else {
@@ -321,8 +346,8 @@ fn each_span(chain: &Chain, data: &FileData, mut each: impl FnMut(Span)) {
         }
         let same_layer = |span: &mut Span| span.layer == layer;
         if let Some(mut span) = open.pop_if(same_layer) {
-            let in_line = offset.wrapping_sub(span.offset) == range.start - span.start;
-            if in_line && data.covers(layer, span.offset + (span.end - span.start)..offset) {
+            let contiguous = offset.wrapping_sub(span.offset) == range.start - span.start;
+            if contiguous && data.covers(layer, span.offset + (span.end - span.start)..offset) {
                 span.own += len(&range);
                 span.end = range.end;
                 open.push(span);

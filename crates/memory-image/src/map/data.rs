@@ -1,8 +1,9 @@
-//! What of the images' files a mapping may show.
+//! The parts of the images' files that a mapping may cover.
 //!
-//! tmpfs allocates a page of the file when a hole of it is touched through a mapping, also a private one of a file that was
-//! opened to be read. In a raw diff that turns clean memory into zeros for whoever reads its holes next. So a mapping of a diff
-//! shows no hole, on any file system: what a file system is called does not tell where its pages are (overlayfs).
+//! tmpfs allocates a page of the file when a hole is touched through a mapping, even a private
+//! mapping of a file that is open for reading only. In a raw diff this turns clean memory into
+//! zeros for the next reader of its holes. So no mapping of a diff covers a hole, on any file
+//! system: the type of a file system does not show where its pages are stored (overlayfs).
 
 use std::ops::Range;
 
@@ -10,15 +11,15 @@ use crate::chain::Chain;
 use crate::chain::segments::{Segment, Source};
 use crate::error::ImageError;
 
-/// The data of a chain's files, by layer, as the file systems report it. All of a full base counts as data: its holes are zeros, filled or
-/// not.
+/// The data of a chain's files, by layer, as the file systems report it. A full base counts
+/// entirely as data: its holes are zeros, whether or not they are filled.
 pub(super) struct FileData {
-    /// Ascending, in bytes. Of a layer whose file was not looked at, all.
+    /// Ascending, in bytes. A layer whose file was not examined has one run of everything.
     layers: Vec<Vec<Range<u64>>>,
 }
 
 impl FileData {
-    /// Takes all of the files for data.
+    /// Treats all files as data.
     pub(super) fn all(chain: &Chain) -> Self {
         let all = std::iter::once(0..u64::MAX).collect();
         Self {
@@ -26,7 +27,7 @@ impl FileData {
         }
     }
 
-    /// Lists the data of the diffs that have any page of the RAM. Each file is opened once.
+    /// Lists the data of the diffs that hold any page of the RAM. Opens each file once.
     pub(super) fn list(chain: &Chain) -> Result<Self, ImageError> {
         let mut data = Self::all(chain);
         let mut used = vec![false; chain.len()];
@@ -41,7 +42,7 @@ impl FileData {
         Ok(data)
     }
 
-    /// Whether these bytes of a layer's file are all data.
+    /// Returns whether these bytes of a layer's file are all data.
     pub(super) fn covers(&self, layer: usize, bytes: Range<u64>) -> bool {
         bytes.is_empty() || {
             let run = self.run_at(layer, bytes.start);
@@ -49,7 +50,8 @@ impl FileData {
         }
     }
 
-    /// Returns the segments of the chain, cut where data of their files begins or ends, and whether each is data.
+    /// Returns the segments of the chain, split where data of their files begins or ends, and
+    /// whether each is data.
     pub(super) fn segments<'c>(
         &'c self,
         chain: &'c Chain,

@@ -1,4 +1,4 @@
-//! Address space of this process that is one guest's RAM.
+//! A range of this process's address space that holds one guest's RAM.
 
 #![allow(unsafe_code)]
 
@@ -17,31 +17,32 @@ use page_reader::{HostMemory, PageReader};
 use crate::restore::HostRam;
 
 const READ_WRITE: ProtFlags = ProtFlags::PROT_READ.union(ProtFlags::PROT_WRITE);
-// Private pages are reserved when they are written: a guest rarely writes all of its RAM.
+// No swap is reserved: a guest rarely writes all of its RAM.
 const PRIVATE: MapFlags = MapFlags::MAP_PRIVATE.union(MapFlags::MAP_NORESERVE);
 
-/// A range of private, writable memory, unmapped when dropped.
+/// A range of private, writable memory. Dropping it unmaps the memory.
 #[derive(Debug)]
 pub(crate) struct Region {
     start: NonNull<c_void>,
     len: NonZeroUsize,
 }
 
-// SAFETY: the mapping belongs to no thread; `munmap` may be called from any.
+// SAFETY: the mapping is not tied to a thread; `munmap` may be called from any thread.
 unsafe impl Send for Region {}
-// SAFETY: through `&self` an address is handed out and bytes are copied by `HostMemory::copy_to`, which bears any concurrent writer.
+// SAFETY: `&self` only gives out an address and copies bytes by `HostMemory::copy_to`, which
+// tolerates concurrent writers.
 unsafe impl Sync for Region {}
 
 impl Region {
-    /// The first `len` bytes of `file`, copy-on-write.
+    /// Maps the first `len` bytes of `file` copy-on-write.
     pub(crate) fn of_file(file: &File, len: u64) -> io::Result<Self> {
         let len = in_memory(len)?;
-        // SAFETY: no address is asked for, so the kernel picks a range that nothing else uses.
+        // SAFETY: no address is requested, so the kernel picks an unused range.
         let start = unsafe { mmap(None, len, READ_WRITE, PRIVATE, file, 0) }?;
         Ok(Self { start, len })
     }
 
-    /// Zeros.
+    /// Maps anonymous zeros.
     pub(crate) fn zeros(len: u64) -> io::Result<Self> {
         let len = in_memory(len)?;
         // SAFETY: as for `of_file`.
@@ -49,28 +50,28 @@ impl Region {
         Ok(Self { start, len })
     }
 
-    /// Shows the bytes of `file` from `offset` on at `range` of the region, copy-on-write, in place of what was there. All three
-    /// borders are multiples of the host's page.
+    /// Maps the bytes of `file` from `offset` on over `range` of the region, copy-on-write. Both
+    /// ends of the range and the offset must be multiples of the host's page.
     pub(crate) fn map_over(self, range: Range<u64>, file: &File, offset: u64) -> io::Result<Self> {
         assert!(range.start < range.end && range.end <= self.len.get() as u64);
         let len = in_memory(range.end - range.start)?;
         let at = self.start.addr().checked_add(range.start as usize);
         let offset = i64::try_from(offset).map_err(io::Error::other)?;
         let flags = PRIVATE | MapFlags::MAP_FIXED;
-        // SAFETY: what is replaced is inside the region (asserted), which is ours alone: `self` is taken by value, so nobody
-        // borrows any of it.
+        // SAFETY: the replaced range is inside the region (asserted), which this value owns. `self`
+        // is taken by value, so nothing borrows any of it.
         match unsafe { mmap(at, len, READ_WRITE, flags, file, offset) } {
             Ok(_) => Ok(self),
             Err(errno) => {
-                self.give_up(&range);
+                self.unmap_except(&range);
                 Err(errno.into())
             }
         }
     }
 
-    /// Unmaps all but `failed`, whole pages for which `mmap` has failed. Linux before 6.12 may have unmapped those, and their addresses may be
-    /// another mapping's by now.
-    fn give_up(self, failed: &Range<u64>) {
+    /// Unmaps all of the region except `failed`, the pages for which `mmap` failed. Linux before
+    /// 6.12 may have unmapped these, and another mapping may use their addresses by now.
+    fn unmap_except(self, failed: &Range<u64>) {
         let region = ManuallyDrop::new(self);
         let end = region.len.get() as u64;
         for kept in [0..failed.start, failed.end..end] {
@@ -78,14 +79,14 @@ impl Region {
                 let start = region
                     .start
                     .map_addr(|at| at.saturating_add(kept.start as usize));
-                // SAFETY: a part of the region that is mapped still, is borrowed by nobody as `self` is gone, and is not
-                // unmapped again, as `self` is not dropped.
+                // SAFETY: this part of the region is still mapped. Nothing borrows it, because
+                // `self` is taken by value. It is unmapped once, because `self` is not dropped.
                 let _ = unsafe { munmap(start, len.get()) };
             }
         }
     }
 
-    /// Has a page that is touched read by itself, or else with its neighbours.
+    /// Selects whether touching a page reads it alone or with its neighbours.
     pub(crate) fn read_single_pages(&self, single: bool) -> io::Result<()> {
         let advice = match single {
             true => MmapAdvise::MADV_RANDOM,
@@ -95,25 +96,28 @@ impl Region {
         Ok(unsafe { madvise(self.start, self.len.get(), advice) }?)
     }
 
-    /// The region's first `len` bytes, to be written before there is a guest.
+    /// Returns the region's first `len` bytes as a restore target, to be written before a guest
+    /// runs.
     pub(crate) fn as_target(&mut self, len: u64) -> HostRam<'_> {
         assert!(len <= self.len.get() as u64);
-        // SAFETY: the range is mapped and writable as long as `self` is, and borrowed from it exclusively.
+        // SAFETY: the range is mapped and writable as long as `self`, and borrowed from it
+        // exclusively.
         unsafe { HostRam::new([(self.as_ptr(), len as usize)]) }
     }
 
-    /// The address of the first byte, aligned to the host's page.
+    /// Returns the address of the first byte, aligned to the host's page.
     pub(crate) fn as_ptr(&self) -> *mut u8 {
         self.start.as_ptr().cast()
     }
 
-    /// The size in bytes.
+    /// Returns the size in bytes.
     pub(crate) fn len(&self) -> usize {
         self.len.get()
     }
 
     fn memory(&self, offset: u64) -> Option<HostMemory<'_>> {
-        // SAFETY: the region is readable from `start` on for `len` bytes, and stays until `self` drops.
+        // SAFETY: the region is readable from `start` on for `len` bytes, and stays mapped until
+        // `self` drops.
         let all = unsafe { HostMemory::new(self.as_ptr(), self.len()) };
         let start = usize::try_from(offset)
             .ok()
@@ -124,7 +128,8 @@ impl Region {
 
 impl Drop for Region {
     fn drop(&mut self) {
-        // SAFETY: exactly what `mmap` returned; borrows of it ended with `self`. Failing would take an address that is not page-aligned.
+        // SAFETY: the range is the one that `mmap` returned, and borrows of it ended with `self`.
+        // The call fails only for an unaligned address.
         let _ = unsafe { munmap(self.start, self.len.get()) };
     }
 }
@@ -146,11 +151,11 @@ impl PageReader for Region {
     }
 }
 
-/// The page of this machine in bytes.
+/// Returns the page size of this machine in bytes.
 pub(crate) fn host_page() -> u64 {
     let page = sysconf(SysconfVar::PAGE_SIZE).ok().flatten();
     page.and_then(|page| u64::try_from(page).ok())
-        .expect("POSIX has every system tell its page size")
+        .expect("POSIX requires a page size")
 }
 
 fn in_memory(len: u64) -> io::Result<NonZeroUsize> {

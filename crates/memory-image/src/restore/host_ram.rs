@@ -1,4 +1,4 @@
-//! Mapped guest memory as a target, without a reference to it.
+//! A restore target that writes to mapped guest memory without a reference to it.
 
 #![allow(unsafe_code)]
 
@@ -8,7 +8,7 @@ use std::ptr;
 
 use super::RamTarget;
 
-/// The RAM of a guest that does not run yet, as it is mapped in this process: its regions in the order of the memory file.
+/// The mapped RAM of a guest that does not run yet: its regions in the order of the memory file.
 ///
 /// # Examples
 /// ```
@@ -30,11 +30,11 @@ pub struct HostRam<'a> {
 }
 
 impl HostRam<'_> {
-    /// Names the regions: address and length in bytes of each.
+    /// Creates a target from the address and the length in bytes of each region.
     ///
     /// # Safety
-    /// For the lifetime of the value every region must stay mapped and writable, no two may overlap, and nothing else may read or
-    /// write them: no vCPU runs, no device is active.
+    /// For the lifetime of the value every region must stay mapped and writable, no two regions may
+    /// overlap, and nothing else may read or write them: no vCPU runs and no device is active.
     #[must_use]
     pub unsafe fn new(regions: impl IntoIterator<Item = (*mut u8, usize)>) -> Self {
         Self {
@@ -60,8 +60,9 @@ impl RamTarget for HostRam<'_> {
                 continue;
             }
             let (now, later) = bytes.split_at(bytes.len().min(len - offset));
-            // SAFETY: `offset + now.len()` is at most `len`, so the bytes written are inside a region, which the constructor's
-            // caller promised to be mapped, writable and ours alone; `now` is a shared slice, so no part of it.
+            // SAFETY: `offset + now.len()` is at most `len`, so the written bytes are inside a
+            // region. The constructor's caller promised that the region is mapped, writable and not
+            // otherwise accessed. `now` is a shared slice, so it is no part of the region.
             unsafe { ptr::copy_nonoverlapping(now.as_ptr(), start.add(offset), now.len()) };
             (offset, bytes) = (0, later);
         }

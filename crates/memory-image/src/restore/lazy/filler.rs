@@ -1,4 +1,5 @@
-//! What fills the memory: one page and its neighbours for whoever waits, and all the rest in order.
+//! Fills the memory: the page of a fault and its neighbours on demand, and everything else in
+//! order.
 
 use std::collections::{BTreeSet, VecDeque};
 use std::ops::Range;
@@ -10,7 +11,7 @@ use nix::sys::eventfd::EventFd;
 use page_reader::{FlaggedRegion, SecretBuffer};
 
 use super::memory::Memory;
-use super::present::Present;
+use super::page_bits::PageBits;
 use super::turns::Turns;
 use super::userfaultfd::{Filled, Message, Userfaultfd, UserfaultfdError};
 use crate::chain::Chain;
@@ -18,112 +19,116 @@ use crate::chain::segments::Source;
 use crate::error::ImageError;
 use crate::working_set::WorkingSet;
 
-/// Bytes that are read and put into memory at a time where nobody waits for them.
+/// Bytes that the prefetcher reads at a time.
 const PIECE: u64 = 1 << 20;
-/// Bytes that are put into memory at a time, so that a fault need not wait for all of a piece.
+/// Bytes that are filled at a time, so that a fault need not wait for a whole piece.
 const STEP: u64 = 64 << 10;
-/// Bytes ahead of that which the disk is told of, so that it reads while they are copied.
+/// Distance of the read-ahead advice, so that the disk reads while bytes are copied.
 const READ_AHEAD: u64 = 4 << 20;
-/// Runs of a working set that the kernel is told of before the first of them is read: they are small, and a disk is fast only at many at once.
+/// Runs of a working set for which read-ahead is requested at once. The runs are small, and a disk
+/// is fast only with many requests in flight.
 const RUNS_AHEAD: usize = 256;
 
 #[derive(Debug)]
 pub(crate) struct Filler {
     pub(crate) chain: Arc<Chain>,
     pub(crate) memory: Memory,
-    /// Whether the memory was mapped for this, and not by a VMM.
+    /// Whether the memory was mapped by this crate, and not by a VMM.
     pub(crate) own: bool,
     pub(crate) fault: Userfaultfd,
-    /// Whether the kernel can poison a page (Linux 6.6).
+    /// Whether the kernel can poison pages (Linux 6.6).
     pub(crate) can_poison: bool,
     pub(crate) page: u64,
-    /// Bytes, aligned to their number, that one fault brings in at most.
+    /// Maximum number of bytes that one fault reads, aligned to their length.
     pub(crate) around: u64,
-    /// Pages that no longer come from the images: filled, unreadable, discarded, or unmapped.
+    /// Pages that are no longer filled from the images: filled, unreadable, discarded, or unmapped.
     ///
-    /// Changed only under the lock of `ledger`, together with the pages themselves: a page that is
+    /// Changed only under the lock of `ledger`, together with the pages themselves. A page that is
     /// missing and settled was discarded, and is zeros.
-    pub(crate) settled: Present,
+    pub(crate) settled: PageBits,
     pub(crate) ledger: Mutex<Ledger>,
-    /// Messages other than faults that were read.
+    /// Number of messages other than faults that were read.
     pub(crate) changes: AtomicU64,
-    /// The handler waits for the lock of `ledger`. The lock is not fair, so the prefetcher waits until it
-    /// has it.
-    pub(crate) urgent: AtomicBool,
-    /// The prefetcher waits for the lock of `ledger`, or for its turn. Cleared under the lock.
-    pub(crate) ahead_waits: AtomicBool,
-    /// Signalled when no fault is being answered any more, and when a turn of the prefetcher begins or
-    /// ends.
+    /// Set while the handler waits for the lock of `ledger`. The lock is not fair, so the
+    /// prefetcher waits until the handler has it.
+    pub(crate) handler_waits: AtomicBool,
+    /// Set while the prefetcher waits for the lock of `ledger`, or for its turn. Cleared under the
+    /// lock.
+    pub(crate) prefetcher_waits: AtomicBool,
+    /// Signalled when no fault is being handled any more, and when a turn of the prefetcher begins
+    /// or ends.
     pub(crate) turn: Condvar,
     pub(crate) recorded: Option<Mutex<WorkingSet>>,
     pub(crate) working_set: Option<WorkingSet>,
     pub(crate) loaded: AtomicU64,
     pub(crate) faults: AtomicU64,
-    /// Bytes that the images have, counted when first asked for.
-    pub(crate) stored: OnceLock<u64>,
+    /// Bytes that the images store, counted on first use.
+    pub(crate) stored_bytes: OnceLock<u64>,
     /// The first error.
     pub(crate) failure: OnceLock<Arc<ImageError>>,
     pub(crate) phase: Mutex<Phase>,
     pub(crate) ended: Condvar,
-    /// Whoever fills what nobody waits for is to end.
-    pub(crate) stop: AtomicBool,
-    /// Missing pages are missing no more: all were filled, or none will be.
-    pub(crate) released: AtomicBool,
-    /// Readable once whoever answers faults is to end. A pipe would hang up only when no forked child has its other end any more.
-    pub(crate) dismissed: EventFd,
+    /// Set to stop the prefetcher.
+    pub(crate) stop_prefetch: AtomicBool,
+    /// Set once fault handling has ended: all pages were filled, or the memory is inaccessible.
+    pub(crate) finished: AtomicBool,
+    /// Readable once the fault handler is to end. A pipe would not work: a forked child may keep
+    /// its other end open.
+    pub(crate) stopping: EventFd,
 }
 
-/// What is known of messages and pages beside [`Filler::settled`].
+/// State of messages and pages, in addition to [`Filler::settled`].
 #[derive(Debug, Default)]
 pub(crate) struct Ledger {
-    /// Addresses of faults that are to be answered.
+    /// Addresses of faults that are not handled yet.
     waiting: VecDeque<u64>,
-    /// Whose turn it is to fill pages.
+    /// Schedules the handler and the prefetcher.
     turns: Turns,
-    /// Pages that could not be read, and were made inaccessible.
-    denied: BTreeSet<u64>,
-    /// Ranges that are not in memory any more.
+    /// Pages that could not be read, and were poisoned or made inaccessible.
+    inaccessible: BTreeSet<u64>,
+    /// Ranges that were unmapped or moved.
     unmapped: Vec<Range<u64>>,
-    /// Addresses from and to which parts of the memory were moved, to be made inaccessible.
+    /// Addresses from and to which parts of the memory were moved. They are to be made
+    /// inaccessible.
     moved: Vec<Range<u64>>,
 }
 
-/// Who fills pages.
+/// The thread that fills pages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum By {
-    /// The thread that answers faults. It reads the messages, but for the turns of the prefetcher.
+enum Role {
+    /// The thread that handles faults. It reads the messages, except in turns of the prefetcher.
     Handler,
-    /// A thread that reads ahead.
+    /// A thread that fills pages in the background.
     Prefetcher,
 }
 
-/// How far bringing in everything is.
+/// The state of prefetching.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Phase {
-    /// Not asked for yet.
+    /// Not requested yet.
     Idle,
-    /// A thread is at it.
+    /// In progress.
     Running,
-    /// All is in, or the error is kept.
+    /// Complete, or failed.
     Ended,
 }
 
 impl Filler {
-    /// Returns the address of the next page that an access waits for, if there is one. Everything that
-    /// happened to the memory before the access is noted.
+    /// Returns the address of the next page that an access waits for, if there is one. Records all
+    /// changes of the memory before the access.
     pub(crate) fn next_fault(&self) -> Result<Option<u64>, ImageError> {
         let mut ledger = self.read_messages()?;
-        let ahead_waits = self.ahead_waits.load(Ordering::Relaxed) && !self.stopped();
-        if !ledger.waiting.is_empty() && ledger.turns.begin_ahead(ahead_waits) {
+        let prefetcher_waits = self.prefetcher_waits.load(Ordering::Relaxed) && !self.stopped();
+        if !ledger.waiting.is_empty() && ledger.turns.begin_prefetch(prefetcher_waits) {
             self.turn.notify_all();
-            while ledger.turns.is_ahead() && !self.stopped() {
+            while ledger.turns.is_prefetching() && !self.stopped() {
                 ledger = self.turn_changes(ledger);
             }
             drop(ledger);
             ledger = self.read_messages()?;
         }
         let next = ledger.waiting.pop_front();
-        ledger.turns.answer(next.is_some());
+        ledger.turns.handle(next.is_some());
         if next.is_none() {
             self.turn.notify_all();
         }
@@ -135,56 +140,57 @@ impl Filler {
         waited.unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Takes the lock, the handler first; the prefetcher once it may fill pages, or is to stop.
-    fn lock(&self, by: By) -> MutexGuard<'_, Ledger> {
+    /// Takes the lock, the handler first. The prefetcher gets it once it may fill pages, or is to
+    /// stop.
+    fn lock(&self, by: Role) -> MutexGuard<'_, Ledger> {
         match by {
-            By::Handler => {
-                self.urgent.store(true, Ordering::Relaxed);
+            Role::Handler => {
+                self.handler_waits.store(true, Ordering::Relaxed);
                 let ledger = locked(&self.ledger);
-                self.urgent.store(false, Ordering::Relaxed);
+                self.handler_waits.store(false, Ordering::Relaxed);
                 ledger
             }
-            By::Prefetcher => {
-                // Before it waits for anything, so that the handler gives it a turn.
-                self.ahead_waits.store(true, Ordering::Relaxed);
-                while self.urgent.load(Ordering::Relaxed) {
+            Role::Prefetcher => {
+                // Set before it waits for anything, so that the handler gives it a turn.
+                self.prefetcher_waits.store(true, Ordering::Relaxed);
+                while self.handler_waits.load(Ordering::Relaxed) {
                     std::thread::yield_now();
                 }
                 let mut ledger = locked(&self.ledger);
-                while !ledger.turns.may_read_ahead() && !self.stopped() {
+                while !ledger.turns.may_prefetch() && !self.stopped() {
                     ledger = self.turn_changes(ledger);
                 }
-                self.ahead_waits.store(false, Ordering::Relaxed);
+                self.prefetcher_waits.store(false, Ordering::Relaxed);
                 ledger
             }
         }
     }
 
-    /// Reads all messages, and notes what they say.
+    /// Reads and records all messages.
     fn read_messages(&self) -> Result<MutexGuard<'_, Ledger>, ImageError> {
         loop {
-            // A page must not be filled between the message that it is discarded and the note of that: the
-            // discarding thread goes on as soon as the message is read.
-            let mut ledger = self.lock(By::Handler);
-            self.note_all(&mut ledger)?;
+            // A page must not be filled after the message that it is discarded is read and before
+            // this is recorded: the discarding thread continues as soon as the message is read.
+            let mut ledger = self.lock(Role::Handler);
+            self.record_messages(&mut ledger)?;
             let Some(moved) = ledger.moved.pop() else {
                 return Ok(ledger);
             };
             drop(ledger);
-            // The old addresses are mapped still after MREMAP_DONTUNMAP, and are often not after another
-            // move: what is there now may not be this memory.
+            // After MREMAP_DONTUNMAP the old addresses are still mapped. After another move they
+            // often are not, and another mapping may be there now.
             for registered in still_registered(moved) {
-                self.deny_moved(registered);
+                self.revoke_moved_pages(registered);
             }
         }
     }
 
-    /// Reads and notes all messages. Returns how many were no faults.
-    fn note_all(&self, ledger: &mut Ledger) -> Result<u32, ImageError> {
+    /// Reads and records all messages. Returns the number of messages other than faults.
+    fn record_messages(&self, ledger: &mut Ledger) -> Result<u32, ImageError> {
         let mut changes = 0;
         while let Some(message) = self.fault.next_message().map_err(wait_error)? {
             changes += u32::from(!matches!(message, Message::Fault(_)));
-            self.note(ledger, message);
+            self.record_message(ledger, message);
         }
         Ok(changes)
     }
@@ -196,7 +202,7 @@ impl Filler {
         }
     }
 
-    fn note(&self, ledger: &mut Ledger, message: Message) {
+    fn record_message(&self, ledger: &mut Ledger, message: Message) {
         if let Message::Fault(address) = message {
             return ledger.waiting.push_back(address);
         }
@@ -205,7 +211,7 @@ impl Filler {
             Message::Fault(_) => unreachable!("returned above"),
             Message::Removed(addresses) => {
                 for pages in self.memory.at(addresses) {
-                    ledger.denied.retain(|page| !pages.contains(page));
+                    ledger.inaccessible.retain(|page| !pages.contains(page));
                     self.settled.add(pages);
                 }
                 return;
@@ -221,14 +227,14 @@ impl Filler {
             let (offset, len) = (pages.start, pages.end - pages.start);
             self.settled.add(pages.clone());
             ledger.unmapped.push(pages);
-            self.fail(UserfaultfdError::Unmapped { offset, len }.into());
+            self.record_error(UserfaultfdError::Unmapped { offset, len }.into());
         }
     }
 
-    /// Has accesses to missing pages fail, where memory was moved to or from. Nothing answers their
-    /// faults: the pages at the new address are no part of the guest's RAM, and those at the old address
-    /// have lost what they held.
-    fn deny_moved(&self, moved: Range<u64>) {
+    /// Makes accesses to missing pages fail where memory was moved to or from. Their faults are not
+    /// handled: the pages at the new address are not part of the guest's RAM, and the pages at the
+    /// old address have lost their content.
+    fn revoke_moved_pages(&self, moved: Range<u64>) {
         let mut at = moved.start;
         while at < moved.end && self.can_poison {
             let poisoned = self.fault.poison(at, moved.end - at);
@@ -237,38 +243,43 @@ impl Filler {
                 None => {}
                 Some(Errno::EEXIST) => at += self.page,
                 Some(Errno::EAGAIN) => {
-                    // What happens meanwhile to this range, happens to memory that is the VMM's own.
+                    // Other changes of this range affect only the VMM's own memory.
                     let mut ledger = locked(&self.ledger);
                     match self.fault.next_message() {
-                        Ok(Some(message)) => self.note(&mut ledger, message),
+                        Ok(Some(message)) => self.record_message(&mut ledger, message),
                         Ok(None) => std::thread::yield_now(),
                         Err(_) => return,
                     }
                 }
-                // It was unmapped, there.
+                // This page was unmapped.
                 Some(_) => at += self.page,
             }
         }
-        let denied = match self.can_poison {
+        let inaccessible = match self.can_poison {
             true => self.fault.unregister(moved.start, moved.end - moved.start),
-            false => Memory::deny_moved(&self.fault, &moved),
+            false => Memory::revoke_moved(&self.fault, &moved),
         };
-        // Where it fails, the range was unmapped meanwhile.
-        let _ = denied;
+        // It fails only if the range was unmapped meanwhile.
+        let _ = inaccessible;
     }
 
-    /// Fills the page that an access waits for, and what is around it in the same image; if it can't be read, it is poisoned.
+    /// Handles a fault: fills the page and the bytes around it that are adjacent in the same image.
+    /// A page that cannot be read is poisoned.
     ///
     /// # Errors
-    /// Neither can be done.
-    pub(crate) fn answer(&self, address: u64, buffer: &mut SecretBuffer) -> Result<(), ImageError> {
+    /// Fails if the page can be neither filled nor poisoned.
+    pub(crate) fn handle_fault(
+        &self,
+        address: u64,
+        buffer: &mut SecretBuffer,
+    ) -> Result<(), ImageError> {
         self.faults.fetch_add(1, Ordering::Relaxed);
         let Some(page) = self.memory.offset_of(address) else {
-            return self.answer_settled(address, None);
+            return self.handle_settled(address, None);
         };
         let page = page..page + self.page;
         if self.settled.contains(page.start) {
-            return self.answer_settled(address, Some(page.start));
+            return self.handle_settled(address, Some(page.start));
         }
         if let Some(recorded) = &self.recorded {
             locked(recorded).touch(page.clone());
@@ -276,38 +287,38 @@ impl Filler {
         let before = self.changes.load(Ordering::Relaxed);
         let filled = self
             .fill_around(&page, buffer)
-            // It may be only the neighbours that can't be read.
+            // Perhaps only the neighbours cannot be read.
             .or_else(|_| self.fill_page(&page, buffer));
         match filled {
-            // The last page came in, or filling was given up, since the fault was taken.
-            _ if self.released.load(Ordering::Acquire) => Ok(()),
-            // Who has filled the page has woken the access.
+            // The last page was filled, or filling was aborted, after the fault was received.
+            _ if self.finished.load(Ordering::Acquire) => Ok(()),
+            // Role the page has woken the access.
             Ok(()) if self.changes.load(Ordering::Relaxed) == before => Ok(()),
-            // The page may have been discarded, and not filled.
-            Ok(()) => self.answer_settled(address, Some(page.start)),
+            // The page may have been discarded instead of filled.
+            Ok(()) => self.handle_settled(address, Some(page.start)),
             Err(error) => {
-                self.fail(error);
-                self.deny(page)
+                self.record_error(error);
+                self.poison(page)
             }
         }
     }
 
-    /// Answers a fault on a page that does not come from the images: one that was discarded, which is
-    /// zeros now; one that was filled since the fault was taken; or one beside the guest's RAM, by which
-    /// its mapping has grown.
-    fn answer_settled(&self, address: u64, page: Option<u64>) -> Result<(), ImageError> {
+    /// Handles a fault on a page that is not filled from the images: a page that was discarded,
+    /// which is zeros now; a page that was filled after the fault was received; or a page outside
+    /// the guest's RAM, by which its mapping has grown.
+    fn handle_settled(&self, address: u64, page: Option<u64>) -> Result<(), ImageError> {
         loop {
             let ledger = locked(&self.ledger);
-            let is_denied = page.is_some_and(|page| ledger.denied.contains(&page));
-            let stop = match is_denied {
+            let is_inaccessible = page.is_some_and(|page| ledger.inaccessible.contains(&page));
+            let stop = match is_inaccessible {
                 true => Some(Errno::EEXIST),
                 false => self.fault.zero(address, self.page).stop,
             };
             drop(ledger);
             match stop {
-                Some(Errno::EAGAIN) => self.let_change(By::Handler)?,
+                Some(Errno::EAGAIN) => self.let_changes_continue(Role::Handler)?,
                 None => return Ok(()),
-                // It is there, or not registered any more: the access goes on.
+                // The page is present, or no longer registered: the access continues.
                 Some(Errno::EEXIST | Errno::ENOENT) => {
                     let woken = self.fault.wake(address, self.page);
                     return woken.map_err(|errno| fill_error(page.unwrap_or_default(), errno));
@@ -317,10 +328,10 @@ impl Filler {
         }
     }
 
-    /// Gives the thread time that is in `madvise`, `munmap` or `mremap`, and with the handler also takes
-    /// its message: until it goes on, no page can be filled.
-    fn let_change(&self, by: By) -> Result<(), ImageError> {
-        if by == By::Handler {
+    /// Lets a thread in `madvise`, `munmap` or `mremap` continue. The handler also reads its
+    /// message. No page can be filled until the thread has continued.
+    fn let_changes_continue(&self, by: Role) -> Result<(), ImageError> {
+        if by == Role::Handler {
             drop(self.read_messages()?);
         }
         std::thread::yield_now();
@@ -335,7 +346,7 @@ impl Filler {
         let Some(segment) = segment else {
             return self.fill_page(page, buffer);
         };
-        // Whole pages of it, the last page of the RAM too where that ends inside.
+        // Whole pages of the segment, including the last page of the RAM if the RAM ends inside it.
         let start = segment.range.start.next_multiple_of(self.page);
         let end = match segment.range.end {
             end if end == self.chain.size() => end.next_multiple_of(self.page),
@@ -346,47 +357,47 @@ impl Filler {
             return self.fill_page(page, buffer);
         }
         match segment.source {
-            Source::Stored { .. } => self.load(whole, buffer, By::Handler),
-            Source::Hole | Source::Zero => self.zero(whole, By::Handler),
+            Source::Stored { .. } => self.load(whole, buffer, Role::Handler),
+            Source::Hole | Source::Zero => self.zero(whole, Role::Handler),
         }
     }
 
     fn fill_page(&self, page: &Range<u64>, buffer: &mut SecretBuffer) -> Result<(), ImageError> {
         let bytes = self.read(page, buffer)?;
-        self.put(page, bytes, By::Handler)
+        self.put(page, bytes, Role::Handler)
     }
 
-    /// Brings in everything; nobody waits for it but [`wait`](super::LazyRam::wait).
+    /// Fills all pages in the background. Only [`wait`](super::LazyRam::wait) waits for it.
     pub(crate) fn fill_everything(&self) {
         match self.fill_working_set().and_then(|()| self.fill_stored()) {
-            Err(error) => self.fail(error),
-            // What is missing now is zeros in the images, and in memory without our doing.
-            Ok(()) if !self.stopped() => self.release(),
+            Err(error) => self.record_error(error),
+            // Pages that are missing now are zeros in the images, and become zeros on access.
+            Ok(()) if !self.stopped() => self.finish(),
             Ok(()) => {}
         }
         *locked(&self.phase) = Phase::Ended;
         self.ended.notify_all();
     }
 
-    /// Reads the pages of the working set, and makes pages of it zeros that the images do not
-    /// store, as many bytes as they store at most. A page of zeros takes an entry in the page
-    /// table, and the working set may name all of the RAM that an image merely claims to have. The
-    /// others become zeros when they are touched.
+    /// Fills the pages of the working set. Pages of it that the images do not store are filled with
+    /// zeros, up to the number of bytes that the images store. The limit exists because a page of
+    /// zeros takes an entry in the page table, and the working set may contain all of the RAM that
+    /// an image merely claims. The other pages become zeros on access.
     fn fill_working_set(&self) -> Result<(), ImageError> {
         let Some(working_set) = &self.working_set else {
             return Ok(());
         };
         let mut zeros_left = self.stored_bytes();
         let mut buffer = SecretBuffer::new();
-        let (mut told, mut ahead) = (0, working_set.runs());
+        let (mut advised, mut ahead) = (0, working_set.runs());
         for (index, run) in working_set.runs().enumerate() {
             if self.stopped() {
                 break;
             }
-            if index == told {
+            if index == advised {
                 let next = ahead.by_ref().take(RUNS_AHEAD);
-                next.for_each(|run| self.will_need(run));
-                told += RUNS_AHEAD;
+                next.for_each(|run| self.request_read_ahead(run));
+                advised += RUNS_AHEAD;
             }
             let start = run.start - run.start % self.page;
             let end = run.end.next_multiple_of(self.page);
@@ -395,10 +406,10 @@ impl Filler {
             for stored in self.stored_pages(start..end).chain([no_more]) {
                 let gap = at..stored.start.min(at.saturating_add(zeros_left));
                 zeros_left -= gap.end - gap.start;
-                self.in_pieces(gap, |piece| self.zero(piece, By::Prefetcher))?;
+                self.in_pieces(gap, |piece| self.zero(piece, Role::Prefetcher))?;
                 at = stored.end;
                 self.in_pieces(stored, |piece| {
-                    self.load(piece, &mut buffer, By::Prefetcher)
+                    self.load(piece, &mut buffer, Role::Prefetcher)
                 })?;
             }
         }
@@ -407,22 +418,22 @@ impl Filler {
 
     fn fill_stored(&self) -> Result<(), ImageError> {
         let mut buffer = SecretBuffer::new();
-        let mut told = 0;
+        let mut advised = 0;
         let stored = self.stored_pages(0..self.memory.len());
         for run in stored.take_while(|_| !self.stopped()) {
             self.in_pieces(run, |piece| {
-                told = piece.start.max(told);
-                while told < self.clip(piece.end + READ_AHEAD) {
-                    self.will_need(told..told + PIECE);
-                    told += PIECE;
+                advised = piece.start.max(advised);
+                while advised < self.clip(piece.end + READ_AHEAD) {
+                    self.request_read_ahead(advised..advised + PIECE);
+                    advised += PIECE;
                 }
-                self.load(piece, &mut buffer, By::Prefetcher)
+                self.load(piece, &mut buffer, Role::Prefetcher)
             })?;
         }
         Ok(())
     }
 
-    /// Until there is an error, or it is to stop.
+    /// Calls `each` for the pieces of a run until an error, or until stopped.
     fn in_pieces(
         &self,
         run: Range<u64>,
@@ -436,10 +447,10 @@ impl Filler {
     }
 
     fn stopped(&self) -> bool {
-        self.stop.load(Ordering::Relaxed)
+        self.stop_prefetch.load(Ordering::Relaxed)
     }
 
-    /// The runs of the memory's pages of which any byte is in an image.
+    /// Returns the runs of pages of which an image stores any byte.
     fn stored_pages(&self, within: Range<u64>) -> impl Iterator<Item = Range<u64>> {
         let bytes = within.start..self.clip(within.end);
         let mut stored = self
@@ -460,8 +471,13 @@ impl Filler {
         })
     }
 
-    /// Reads what is missing of the range and puts it into memory.
-    fn load(&self, pages: Range<u64>, buffer: &mut SecretBuffer, by: By) -> Result<(), ImageError> {
+    /// Reads the missing pages of the range and fills them.
+    fn load(
+        &self,
+        pages: Range<u64>,
+        buffer: &mut SecretBuffer,
+        by: Role,
+    ) -> Result<(), ImageError> {
         let mut rest = pages;
         while let Some(missing) = self.settled.first_missing(rest.clone()) {
             rest.start = missing.end;
@@ -484,7 +500,7 @@ impl Filler {
         Ok(bytes)
     }
 
-    fn put(&self, pages: &Range<u64>, bytes: &[u8], by: By) -> Result<(), ImageError> {
+    fn put(&self, pages: &Range<u64>, bytes: &[u8], by: Role) -> Result<(), ImageError> {
         self.settle(pages.clone(), by, |address, part| {
             let from = (part.start - pages.start) as usize..(part.end - pages.start) as usize;
             let filled = self.fault.copy(address, &bytes[from]);
@@ -493,26 +509,27 @@ impl Filler {
         })
     }
 
-    fn zero(&self, pages: Range<u64>, by: By) -> Result<(), ImageError> {
+    fn zero(&self, pages: Range<u64>, by: Role) -> Result<(), ImageError> {
         self.settle(pages, by, |address, part| {
             self.fault.zero(address, part.end - part.start)
         })
     }
 
-    /// Fills what is not settled of `pages` by `fill`, which gets an address and the range that is there.
+    /// Fills the pages of `pages` that are not settled by `fill`, which gets an address and the
+    /// range at that address.
     ///
     /// # Errors
-    /// [`UserfaultfdError::Fill`]. [`UserfaultfdError::Occupied`] where a page is there that is not
-    /// settled: it was not filled from the images.
+    /// [`UserfaultfdError::Fill`]. [`UserfaultfdError::Occupied`] if a page that is not settled is
+    /// present: something else filled it.
     fn settle(
         &self,
         pages: Range<u64>,
-        by: By,
+        by: Role,
         fill: impl Fn(u64, &Range<u64>) -> Filled,
     ) -> Result<(), ImageError> {
         let settled = self.settle_in_turns(pages, by, fill);
-        if by == By::Prefetcher {
-            // There may have been nothing left to fill in its turn, or an error.
+        if by == Role::Prefetcher {
+            // The turn may not have ended yet: there was nothing left to fill, or an error.
             self.end_turn(&mut locked(&self.ledger));
         }
         settled
@@ -521,17 +538,17 @@ impl Filler {
     fn settle_in_turns(
         &self,
         pages: Range<u64>,
-        by: By,
+        by: Role,
         fill: impl Fn(u64, &Range<u64>) -> Filled,
     ) -> Result<(), ImageError> {
         let mut rest = pages;
-        // The handler does not stop: somebody waits.
-        while by == By::Handler || !self.stopped() {
+        // The handler does not stop, because an access waits.
+        while by == Role::Handler || !self.stopped() {
             if self.settled.first_missing(rest.clone()).is_none() {
                 break;
             }
             let mut ledger = self.lock(by);
-            if by == By::Prefetcher && self.stopped() {
+            if by == Role::Prefetcher && self.stopped() {
                 break;
             }
             let Some(missing) = self.settled.first_missing(rest.clone()) else {
@@ -545,27 +562,28 @@ impl Filler {
             rest.start = done.end;
             let next = done.end;
             self.settled.add(done);
-            if by == By::Prefetcher && bytes > 0 {
+            if by == Role::Prefetcher && bytes > 0 {
                 self.end_turn(&mut ledger);
             }
             match stop {
                 None => {}
                 Some(Errno::EAGAIN) => {
-                    // The handler reads no messages in a turn of the prefetcher, which would wait for ever.
-                    if by == By::Prefetcher && ledger.turns.is_ahead() {
-                        let changes = self.note_all(&mut ledger)?;
+                    // The handler reads no messages in a turn of the prefetcher, which would
+                    // otherwise wait forever.
+                    if by == Role::Prefetcher && ledger.turns.is_prefetching() {
+                        let changes = self.record_messages(&mut ledger)?;
                         if ledger.turns.changed(changes) {
                             self.turn.notify_all();
                         }
                     }
                     drop(ledger);
-                    self.let_change(by)?;
+                    self.let_changes_continue(by)?;
                 }
                 Some(Errno::EEXIST) => {
                     self.make_inaccessible(&mut ledger, next)?;
                     let occupied = || UserfaultfdError::Occupied { offset: next }.into();
-                    // Also where it is the neighbour of the page that is asked for.
-                    self.fail(occupied());
+                    // Record it even if the page is only a neighbour of the faulting page.
+                    self.record_error(occupied());
                     return Err(occupied());
                 }
                 Some(errno) => return Err(fill_error(next, errno)),
@@ -574,30 +592,32 @@ impl Filler {
         Ok(())
     }
 
-    /// Makes one page inaccessible, whatever it holds, and wakes whoever waits for it.
+    /// Makes one page inaccessible, regardless of its content, and wakes accesses that wait for it.
     fn make_inaccessible(&self, ledger: &mut Ledger, page: u64) -> Result<(), ImageError> {
         let failed = |errno| fill_error(page, errno);
-        self.memory.deny(page..page + self.page).map_err(failed)?;
-        ledger.denied.insert(page);
+        self.memory
+            .make_inaccessible(page..page + self.page)
+            .map_err(failed)?;
+        ledger.inaccessible.insert(page);
         self.settled.add(page..page + self.page);
         let mut parts = self.memory.parts(page..page + self.page);
         parts.try_for_each(|(address, _)| self.fault.wake(address, self.page).map_err(failed))
     }
 
-    /// The images' bytes end with the RAM, memory with a page.
+    /// Clips an offset to the RAM: the images end with the RAM, the memory with a page.
     fn clip(&self, end: u64) -> u64 {
         end.min(self.chain.size())
     }
 
-    /// Has the disk begin with what is going to be read.
-    fn will_need(&self, bytes: Range<u64>) {
+    /// Requests read-ahead of these bytes.
+    fn request_read_ahead(&self, bytes: Range<u64>) {
         let bytes = self.clip(bytes.start)..self.clip(bytes.end);
         for segment in self.chain.segments(bytes) {
             if let Source::Stored { layer, offset } = segment.source {
                 let len = (segment.range.end - segment.range.start) as i64;
                 let advice = nix::fcntl::PosixFadviseAdvice::POSIX_FADV_WILLNEED;
-                // Advice: a file that can't be opened is found out by whoever reads it, and a file system that doesn't take it
-                // reads when it's asked.
+                // Errors are ignored: reading the file reports an error to open it, and a file
+                // system without support for the advice reads on demand.
                 if let Ok(file) = self.chain.image(layer).file() {
                     let _ = nix::fcntl::posix_fadvise(&*file, offset as i64, len, advice);
                 }
@@ -606,19 +626,20 @@ impl Filler {
     }
 
     pub(crate) fn stored_bytes(&self) -> u64 {
-        *self.stored.get_or_init(|| {
+        *self.stored_bytes.get_or_init(|| {
             let runs = self.stored_pages(0..self.memory.len());
             runs.map(|run| run.end - run.start).sum()
         })
     }
 
-    /// Keeps the first error.
-    pub(crate) fn fail(&self, error: ImageError) {
+    /// Records an error. Only the first one is kept.
+    pub(crate) fn record_error(&self, error: ImageError) {
         let _ = self.failure.set(Arc::new(error));
     }
 
-    /// Has an access to a page that can't be filled fail, instead of waiting for ever or finding zeros.
-    fn deny(&self, page: Range<u64>) -> Result<(), ImageError> {
+    /// Makes accesses to a page that cannot be filled fail, instead of waiting forever or finding
+    /// zeros.
+    fn poison(&self, page: Range<u64>) -> Result<(), ImageError> {
         loop {
             let mut ledger = locked(&self.ledger);
             let Some((address, _)) = self.memory.parts(page.clone()).next() else {
@@ -626,20 +647,20 @@ impl Filler {
             };
             if self.settled.contains(page.start) {
                 drop(ledger);
-                return self.answer_settled(address, Some(page.start));
+                return self.handle_settled(address, Some(page.start));
             }
             if !self.can_poison {
                 return self.make_inaccessible(&mut ledger, page.start);
             }
             match self.fault.poison(address, self.page).stop {
                 None => {
-                    ledger.denied.insert(page.start);
+                    ledger.inaccessible.insert(page.start);
                     self.settled.add(page);
                     return Ok(());
                 }
                 Some(Errno::EAGAIN) => {
                     drop(ledger);
-                    self.let_change(By::Handler)?;
+                    self.let_changes_continue(Role::Handler)?;
                 }
                 Some(Errno::EEXIST) => return self.make_inaccessible(&mut ledger, page.start),
                 Some(errno) => return Err(fill_error(page.start, errno)),
@@ -647,7 +668,7 @@ impl Filler {
         }
     }
 
-    /// The parts of the memory that are still mapped.
+    /// Returns the parts of the memory that are still mapped.
     fn mapped(&self) -> Vec<Range<u64>> {
         let mut unmapped = locked(&self.ledger).unmapped.clone();
         unmapped.sort_by_key(|range| range.start);
@@ -664,78 +685,81 @@ impl Filler {
         mapped
     }
 
-    /// No page is missing any more, and nobody has to answer.
-    fn release(&self) {
-        self.released.store(true, Ordering::Release);
+    /// Ends filling: no page is missing any more, and no fault needs a handler.
+    fn finish(&self) {
+        self.finished.store(true, Ordering::Release);
         let mapped = self.mapped();
         let unregister = |range: &Range<u64>| self.memory.unregister(&self.fault, range.clone());
         if let Err(errno) = mapped.iter().try_for_each(unregister) {
-            // Some pages may be missing still, to be answered as zeros.
-            self.released.store(false, Ordering::Release);
-            return self.fail(fill_error(0, errno));
+            // Some pages may still be missing, and their faults are to be handled with zeros.
+            self.finished.store(false, Ordering::Release);
+            return self.record_error(fill_error(0, errno));
         }
-        if let Err(error) = self.memory.give_back(&mapped) {
-            self.fail(error.into());
+        if let Err(error) = self.memory.restore_to_children(&mapped) {
+            self.record_error(error.into());
         }
-        self.dismiss();
+        self.stop_handler();
     }
 
-    /// Whoever answers faults is to end.
-    pub(crate) fn dismiss(&self) {
-        // It can't fail: this is a counter that is far from its end.
-        let _ = self.dismissed.write(1);
+    /// Stops the fault handler.
+    pub(crate) fn stop_handler(&self) {
+        // It cannot fail: the counter is far from its limit.
+        let _ = self.stopping.write(1);
     }
 
-    /// No missing page will be filled any more: from here on an access to the memory fails, so that none waits for ever or finds zeros.
-    pub(crate) fn give_up(&self, why: ImageError) {
-        self.fail(why);
-        self.shut();
+    /// Aborts filling. Every later access to the memory fails, so that none waits forever or finds
+    /// zeros.
+    pub(crate) fn abort(&self, why: ImageError) {
+        self.record_error(why);
+        self.revoke();
         *locked(&self.phase) = Phase::Ended;
         self.ended.notify_all();
     }
 
     /// Makes the memory inaccessible.
-    pub(crate) fn shut(&self) {
-        self.stop.store(true, Ordering::Relaxed);
-        // Under the lock, so that the prefetcher sees it or is waiting.
+    pub(crate) fn revoke(&self) {
+        self.stop_prefetch.store(true, Ordering::Relaxed);
+        // Take the lock, so that the prefetcher sees the flag or is waiting.
         drop(locked(&self.ledger));
         self.turn.notify_all();
-        self.released.store(true, Ordering::Release);
+        self.finished.store(true, Ordering::Release);
         for range in self.mapped() {
-            // Unregistered, missing pages are zeros: only once they are inaccessible.
-            let denied = self.memory.deny(range.clone());
-            let denied = denied.and_then(|()| self.memory.unregister(&self.fault, range.clone()));
-            if let Err(errno) = denied {
-                self.fail(fill_error(range.start, errno));
+            // Unregister only inaccessible memory: unregistered missing pages are zeros.
+            let inaccessible = self.memory.make_inaccessible(range.clone());
+            let inaccessible =
+                inaccessible.and_then(|()| self.memory.unregister(&self.fault, range.clone()));
+            if let Err(errno) = inaccessible {
+                self.record_error(fill_error(range.start, errno));
                 // Accesses to missing pages wait from now on.
                 if let Err(error) = self.fault.leave_open() {
-                    self.fail(wait_error(error));
+                    self.record_error(wait_error(error));
                 }
             }
         }
-        self.let_changes_end();
+        self.drain_changes();
     }
 
-    /// Gives up memory that is going to be unmapped.
-    pub(crate) fn abandon(&self) {
+    /// Unregisters memory that is going to be unmapped.
+    pub(crate) fn unregister_all(&self) {
         if let Err(errno) = self.memory.unregister(&self.fault, 0..self.memory.len()) {
-            self.fail(fill_error(0, errno));
+            self.record_error(fill_error(0, errno));
         }
-        self.let_changes_end();
+        self.drain_changes();
     }
 
-    /// Lets every thread go on that waits for its message to be read. Nothing is registered any more.
-    fn let_changes_end(&self) {
+    /// Lets every thread continue that waits for its message to be read. Nothing is registered any
+    /// more.
+    fn drain_changes(&self) {
         while self.fault.is_changing() {
-            if let Err(error) = self.let_change(By::Handler) {
-                return self.fail(error);
+            if let Err(error) = self.let_changes_continue(Role::Handler) {
+                return self.record_error(error);
             }
         }
     }
 }
 
-/// Returns the parts of a range of addresses that are registered with a userfaultfd, or all of it where
-/// the kernel does not tell.
+/// Returns the parts of a range of addresses that are registered with a userfaultfd, or all of it
+/// if the kernel does not report this.
 fn still_registered(addresses: Range<u64>) -> Vec<Range<u64>> {
     let Ok(mappings) = FlaggedRegion::of_this_process() else {
         return vec![addresses];
@@ -750,7 +774,7 @@ fn still_registered(addresses: Range<u64>) -> Vec<Range<u64>> {
     parts.filter(|part| !part.is_empty()).collect()
 }
 
-/// Why no message can be read.
+/// Returns the error for a failure to read messages.
 pub(crate) fn wait_error(error: std::io::Error) -> ImageError {
     UserfaultfdError::Wait(error).into()
 }
@@ -760,7 +784,8 @@ fn fill_error(offset: u64, errno: Errno) -> ImageError {
     UserfaultfdError::Fill { offset, source }.into()
 }
 
-/// Nothing that is done under these locks can panic half-way.
+/// Locks a mutex. Poisoning is ignored: no code panics while it leaves the protected state
+/// inconsistent.
 pub(crate) fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -1,4 +1,4 @@
-//! The memory to fill, by address: no reference to it exists.
+//! The memory to fill, by address. No reference to it exists.
 
 #![allow(unsafe_code)]
 
@@ -16,51 +16,53 @@ use super::userfaultfd::{Userfaultfd, UserfaultfdError};
 /// The regions of a guest's RAM in the order of the memory file.
 #[derive(Debug)]
 pub(crate) struct Memory {
-    regions: Vec<Place>,
-    /// Addresses of which a forked child gets a copy, unless it is withheld.
+    regions: Vec<Region>,
+    /// Addresses that forked children inherit, unless they are excluded.
     inheritable: Vec<Range<u64>>,
 }
 
-/// One region.
+/// A region's place in the memory file and in the address space.
 #[derive(Debug)]
-struct Place {
-    /// In the memory file.
+struct Region {
+    /// Offset in the memory file.
     offset: u64,
     address: u64,
     len: u64,
 }
 
 impl Memory {
-    /// Names the regions: address and length in bytes of each.
+    /// Creates the memory from the address and the length in bytes of each region.
     ///
     /// # Safety
-    /// As long as the value is used, every region stays mapped, no two overlap, no Rust reference covers any of them, and their missing pages
-    /// are for the holder of the value to fill, and to make inaccessible.
+    /// As long as the value is used, every region stays mapped, no two regions overlap, no Rust
+    /// reference covers any of them, and only the holder of the value fills their missing pages or
+    /// makes them inaccessible.
     pub(crate) unsafe fn new(regions: impl IntoIterator<Item = (*mut u8, usize)>) -> Self {
         let mut offset = 0;
         let regions = regions.into_iter().map(|(start, len)| {
             let (address, len) = (start.expose_provenance() as u64, len as u64);
             offset += len;
-            Place {
+            Region {
                 offset: offset - len,
                 address,
                 len,
             }
         });
         let regions: Vec<_> = regions.collect();
-        let addresses = |region: &Place| region.address..region.address.saturating_add(region.len);
+        let addresses = |region: &Region| region.address..region.address.saturating_add(region.len);
         Self {
             inheritable: regions.iter().map(addresses).collect(),
             regions,
         }
     }
 
-    /// Checks that no other mapping, process or descriptor has any of the memory, which a caller has
-    /// mapped: to them, missing pages would be zeros. Notes which parts a forked child gets a copy of.
+    /// Checks that no other mapping, process or descriptor has any of the memory, which a caller
+    /// has mapped: others would find zeros in missing pages. Records the parts that forked children
+    /// inherit.
     pub(crate) fn check_private(&mut self) -> Result<(), UserfaultfdError> {
         let mappings = FlaggedRegion::of_this_process().map_err(UserfaultfdError::Unchecked)?;
         let mut inheritable = Vec::new();
-        for Place { address, len, .. } in &self.regions {
+        for Region { address, len, .. } in &self.regions {
             let (start, len) = (*address, *len);
             let mut at = start;
             let end = start.saturating_add(len);
@@ -100,23 +102,26 @@ impl Memory {
         Ok(())
     }
 
-    /// Withholds the memory from children that are forked from now on, as to them missing pages would be
-    /// zeros.
-    pub(crate) fn withhold(&self) -> Result<(), UserfaultfdError> {
+    /// Excludes the memory from children that are forked from now on: they would find zeros in
+    /// missing pages.
+    pub(crate) fn exclude_from_children(&self) -> Result<(), UserfaultfdError> {
         let (advice, what) = (
             MmapAdvise::MADV_DONTFORK,
-            "it cannot be withheld from forked children",
+            "failed to exclude it from forked children",
         );
         let all = [0..self.len()];
         self.advise(&all, advice, what)
     }
 
-    /// Lets forked children have again what they had before [`withhold`](Self::withhold), as far as it is
-    /// still `mapped`.
-    pub(crate) fn give_back(&self, mapped: &[Range<u64>]) -> Result<(), UserfaultfdError> {
+    /// Lets forked children inherit the memory as before
+    /// [`exclude_from_children`](Self::exclude_from_children), where it is still `mapped`.
+    pub(crate) fn restore_to_children(
+        &self,
+        mapped: &[Range<u64>],
+    ) -> Result<(), UserfaultfdError> {
         let (advice, what) = (
             MmapAdvise::MADV_DOFORK,
-            "it cannot be given to forked children again",
+            "failed to let forked children inherit it again",
         );
         self.advise(mapped, advice, what)
     }
@@ -135,7 +140,8 @@ impl Memory {
             for Range { start, end } in inherited.filter(|range| !range.is_empty()) {
                 let len = end - start;
                 let at = pointer(start);
-                // SAFETY: mapped, by the promise to `new`; the advice changes nothing for this process.
+                // SAFETY: mapped, by the contract of `new`. The advice changes nothing for this
+                // process.
                 let advised = at.and_then(|at| unsafe { madvise(at, len as usize, advice) });
                 advised.map_err(|errno| {
                     let source = errno.into();
@@ -151,7 +157,7 @@ impl Memory {
         Ok(())
     }
 
-    /// Discards whatever the memory holds.
+    /// Discards the content of the memory.
     pub(crate) fn discard(&self) -> Result<(), UserfaultfdError> {
         /// Locked memory too (Linux 5.18).
         const DONTNEED_LOCKED: libc::c_int = 24;
@@ -159,7 +165,7 @@ impl Memory {
             let (start, len) = (region.address, region.len);
             let discard = |advice| {
                 let at = pointer(start)?.as_ptr();
-                // SAFETY: mapped, private, and ours to fill, by the promise to `new`.
+                // SAFETY: mapped, private, and filled only by the holder, by the contract of `new`.
                 Errno::result(unsafe { libc::madvise(at, len as usize, advice) }).map(drop)
             };
             let discarded = match discard(libc::MADV_DONTNEED) {
@@ -169,7 +175,7 @@ impl Memory {
             discarded.map_err(|errno| UserfaultfdError::Prepare {
                 start,
                 len,
-                what: "its old bytes cannot be discarded",
+                what: "failed to discard its previous content",
                 source: errno.into(),
             })
         })
@@ -186,7 +192,8 @@ impl Memory {
             .map(move |region| (pointer(region.address), region.len as usize))
     }
 
-    /// A range of the memory file, region by region: the address of each part, and which part it is.
+    /// Returns the parts of a range of the memory file, region by region: the address and the range
+    /// of each part.
     pub(crate) fn parts(&self, range: Range<u64>) -> impl Iterator<Item = (u64, Range<u64>)> {
         self.regions.iter().filter_map(move |region| {
             let start = range.start.max(region.offset);
@@ -195,7 +202,7 @@ impl Memory {
         })
     }
 
-    /// The ranges of the memory file at these addresses.
+    /// Returns the ranges of the memory file at these addresses.
     pub(crate) fn at(&self, addresses: Range<u64>) -> impl Iterator<Item = Range<u64>> {
         self.regions.iter().filter_map(move |region| {
             let start = addresses.start.max(region.address) - region.address;
@@ -205,7 +212,7 @@ impl Memory {
         })
     }
 
-    /// The offset in the memory file of an address.
+    /// Returns the offset in the memory file of an address.
     pub(crate) fn offset_of(&self, address: u64) -> Option<u64> {
         self.regions.iter().find_map(|region| {
             let offset = address.checked_sub(region.address)?;
@@ -213,16 +220,17 @@ impl Memory {
         })
     }
 
-    /// Has every access to a missing page wait for `fault`. Returns whether missing pages can be poisoned.
+    /// Registers the memory, so that accesses to missing pages wait for `fault`. Returns whether
+    /// missing pages can be poisoned.
     pub(crate) fn register(&self, fault: &Userfaultfd) -> Result<bool, UserfaultfdError> {
         self.regions.iter().try_fold(true, |poison, region| {
-            // SAFETY: mapped, and ours to fill, by the promise to `new`.
+            // SAFETY: mapped, and filled only by the holder, by the contract of `new`.
             let here = unsafe { fault.register(region.address, region.len) }?;
             Ok(poison && here)
         })
     }
 
-    /// Has whoever waits for a page look again.
+    /// Wakes all waiting accesses, which then fault again if their page is missing.
     pub(crate) fn wake(&self, fault: &Userfaultfd) -> Result<(), UserfaultfdError> {
         self.regions.iter().try_for_each(|region| {
             let woken = fault.wake(region.address, region.len);
@@ -230,26 +238,27 @@ impl Memory {
         })
     }
 
-    /// Lets the missing pages of a range be zeros again, and wakes whoever waits.
+    /// Unregisters a range, after which missing pages are zeros, and wakes waiting accesses.
     pub(crate) fn unregister(&self, fault: &Userfaultfd, range: Range<u64>) -> nix::Result<()> {
         self.parts(range)
             .try_for_each(|(address, part)| fault.unregister(address, part.end - part.start))
     }
 
     /// Makes whole pages inaccessible, filled or not.
-    pub(crate) fn deny(&self, range: Range<u64>) -> nix::Result<()> {
+    pub(crate) fn make_inaccessible(&self, range: Range<u64>) -> nix::Result<()> {
         self.parts(range).try_for_each(|(address, part)| {
             let len = (part.end - part.start) as usize;
-            // SAFETY: mapped, and ours to make inaccessible, by the promise to `new`.
+            // SAFETY: mapped, and made inaccessible only by the holder, by the contract of `new`.
             unsafe { mprotect(pointer(address)?, len, ProtFlags::PROT_NONE) }
         })
     }
 
-    /// Makes memory inaccessible that was moved by `mremap`, and wakes whoever waits for its pages.
-    pub(crate) fn deny_moved(fault: &Userfaultfd, moved: &Range<u64>) -> nix::Result<()> {
+    /// Makes memory that `mremap` has moved inaccessible, and wakes accesses that wait for its
+    /// pages.
+    pub(crate) fn revoke_moved(fault: &Userfaultfd, moved: &Range<u64>) -> nix::Result<()> {
         let len = moved.end - moved.start;
-        // SAFETY: the kernel says that a part of the memory was moved there, which was ours to make
-        // inaccessible, by the promise to `new`.
+        // SAFETY: the kernel reports that a part of the memory was moved there. Only the holder
+        // makes it inaccessible, by the contract of `new`.
         unsafe { mprotect(pointer(moved.start)?, len as usize, ProtFlags::PROT_NONE) }?;
         fault.unregister(moved.start, len)
     }
@@ -257,7 +266,8 @@ impl Memory {
     pub(crate) fn host_memory(&self, range: Range<u64>) -> Option<HostMemory<'_>> {
         let (address, part) = self.parts(range).next()?;
         let start = std::ptr::with_exposed_provenance(address as usize);
-        // SAFETY: mapped as long as `self`, and covered by no reference, by the promise to `new`. Missing pages are filled when touched.
+        // SAFETY: mapped as long as `self`, and covered by no reference, by the contract of `new`.
+        // Missing pages are filled when they are touched.
         Some(unsafe { HostMemory::new(start, (part.end - part.start) as usize) })
     }
 }

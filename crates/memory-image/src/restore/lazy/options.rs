@@ -1,4 +1,4 @@
-//! How RAM is filled, and the start of it.
+//! Options of lazily filled RAM, and its start.
 
 #![allow(unsafe_code)]
 
@@ -11,15 +11,15 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use super::filler::{Filler, Ledger, Phase};
 use super::memory::Memory;
-use super::present::Present;
+use super::page_bits::PageBits;
 use super::userfaultfd::{Userfaultfd, UserfaultfdError};
-use super::{LazyRam, answer_faults};
+use super::{LazyRam, handle_faults};
 use crate::chain::Chain;
 use crate::error::ImageError;
 use crate::map::{Region, host_page};
 use crate::working_set::WorkingSet;
 
-/// How RAM is filled as it is touched: [`LazyRam::options`].
+/// Options for filling RAM on demand, created by [`LazyRam::options`].
 #[derive(Clone, Debug)]
 #[must_use = "options do nothing until `start` or `adopt`"]
 pub struct LazyRamOptions {
@@ -27,7 +27,7 @@ pub struct LazyRamOptions {
     working_set: Option<WorkingSet>,
     record: bool,
     fault_around: u64,
-    /// Whether the kernel may be asked to poison pages.
+    /// Whether to use the kernel's page poisoning.
     poison: bool,
 }
 
@@ -44,85 +44,95 @@ impl Default for LazyRamOptions {
 }
 
 impl LazyRamOptions {
-    /// Whether everything is read ahead while the guest runs; yes if not given. If not, pages come when they are touched, and the rest when
-    /// somebody [waits](LazyRam::wait) for it.
+    /// Sets whether to prefetch all pages while the guest runs. The default is true. With false, a
+    /// page is read when it is touched, and [`LazyRam::wait`] reads the others.
     pub fn prefetch(mut self, prefetch: bool) -> Self {
         self.prefetch = prefetch;
         self
     }
 
-    /// Reads these pages before all others, in this order. Of those that are zeros and not in the
-    /// images, as many bytes are filled as the images store; the others are zeros when they are
-    /// touched.
+    /// Sets the pages to read first, in this order. Pages of the set that are zeros and not in the
+    /// images are filled up to the number of bytes that the images store. The others become zeros
+    /// when they are touched.
     pub fn working_set(mut self, working_set: WorkingSet) -> Self {
         self.working_set = Some(working_set);
         self
     }
 
-    /// Whether to [record](LazyRam::recorded) what is touched. Nothing is read ahead then and every page faults by itself, so this is the slow way to
-    /// start: once for an image, to start the faster from then on.
+    /// Sets whether to [record](LazyRam::recorded) touched pages. Recording disables prefetching,
+    /// and every page faults separately. This makes the start slow: record once for an image, so
+    /// that later starts are faster.
     pub fn record(mut self, record: bool) -> Self {
         self.record = record;
         self
     }
 
-    /// How many bytes, aligned to their number, one fault may bring in at most, rounded to a power of two and no less than a page; 64 KiB if
-    /// not given.
+    /// Sets the maximum number of bytes that one fault reads. The range is aligned to its length.
+    /// The number is rounded to a power of two of at least one page. The default is 64 KiB.
     pub fn fault_around(mut self, bytes: u64) -> Self {
         self.fault_around = bytes;
         self
     }
 
-    /// Maps memory for the chain's RAM, as one range, and begins to fill it.
+    /// Maps memory for the chain's RAM, as one range, and starts to fill it.
     ///
     /// # Errors
-    /// [`ImageError::NotFull`] for a chain of diffs; [`ImageError::Reserve`]; [`ImageError::Userfaultfd`] where this process may not use it, which says what to do about it;
-    /// [`ImageError::WorkingSetSize`].
+    /// - [`ImageError::NotFull`] for a chain of diffs
+    /// - [`ImageError::Reserve`] if there is no address space
+    /// - [`ImageError::Userfaultfd`] if userfaultfd is not available to this process; the message
+    ///   says how to permit it
+    /// - [`ImageError::WorkingSetSize`] for a working set of another RAM size
     pub fn start(self, chain: impl Into<Arc<Chain>>) -> Result<LazyRam, ImageError> {
         let chain = chain.into();
         let size = chain.size();
         let failed = |source| ImageError::Reserve { size, source };
         let len = size.checked_next_multiple_of(host_page());
         let region = Region::zeros(len.unwrap_or(u64::MAX)).map_err(failed)?;
-        // SAFETY: the region is fresh, ours, and outlives the filler's use of it: it drops after the threads have ended.
+        // SAFETY: the region is new and owned by the `LazyRam`. It is dropped after the threads
+        // that fill it have ended.
         let memory = unsafe { Memory::new([(region.as_ptr(), region.len())]) };
         self.fill(chain, memory, Some(region))
     }
 
-    /// Begins to fill memory that the caller has mapped, as a guest of several regions has it: address and length in bytes of each, in the order of the
-    /// memory file.
+    /// Starts to fill memory that the caller has mapped, such as the regions of a guest: address
+    /// and length in bytes of each region, in the order of the memory file.
     ///
-    /// Whatever the memory holds is discarded. If the value is dropped before everything is in, the
-    /// memory is made inaccessible, as its missing pages would be zeros otherwise.
+    /// The previous content of the memory is discarded. If the value is dropped before filling has
+    /// completed, the memory is made inaccessible, because its missing pages would otherwise be
+    /// zeros.
     ///
-    /// The memory must be private and anonymous. Of shared memory, and of a memory file mapped privately,
-    /// another mapping, another process or `read(2)` would find zeros where pages are missing, and a
-    /// back end that writes before the page is filled would lose what it wrote. It is refused, so restore
-    /// the chain into it ([`Chain::restore`]) before others use it.
+    /// The memory must be private and anonymous. Shared memory, and a privately mapped memory file,
+    /// are refused: another mapping, another process or `read(2)` would find zeros in missing
+    /// pages, and a back end that writes to a page before it is filled would lose its write.
+    /// Restore the chain into such memory ([`Chain::restore`]) before others use it.
     ///
-    /// `/proc/self/smaps` is read to tell, which takes the longer the more memory the process has.
+    /// This check reads `/proc/self/smaps`. The time for it grows with the memory of the process.
     ///
     /// # Errors
-    /// [`ImageError::TargetSize`] where the regions are not as large as the RAM;
-    /// [`UserfaultfdError::Shared`], [`UserfaultfdError::HugePages`] or [`UserfaultfdError::Unchecked`];
-    /// otherwise as [`start`](Self::start). The memory is as it was, unless its bytes could not be
-    /// discarded ([`UserfaultfdError::Prepare`]), or no second thread can be started, where it is
+    /// - [`ImageError::TargetSize`] if the regions are not as large as the RAM
+    /// - [`UserfaultfdError::Shared`], [`UserfaultfdError::HugePages`] or
+    ///   [`UserfaultfdError::Unchecked`]
+    /// - the errors of [`start`](Self::start)
+    ///
+    /// The memory is unchanged on error, with two exceptions. After [`UserfaultfdError::Prepare`] a
+    /// part of it may have been discarded. If the second thread cannot be started, it is
     /// inaccessible.
     ///
     /// # Safety
-    /// As long as the value lives,
+    /// As long as the value lives:
     /// - every region stays mapped, readable and writable; no two overlap;
-    /// - no Rust reference covers any of it, and Rust code of this process accesses it through raw pointers by atomic or volatile
-    ///   operations only.
+    /// - no Rust reference covers any of it, and Rust code of this process accesses it only by
+    ///   atomic or volatile operations on raw pointers.
     ///
-    /// Once it is dropped, the memory is accessed only if [`wait`](LazyRam::wait) has returned `Ok`.
+    /// After the value is dropped, the memory may be accessed only if [`wait`](LazyRam::wait) has
+    /// returned `Ok`.
     pub unsafe fn adopt(
         self,
         chain: impl Into<Arc<Chain>>,
         regions: impl IntoIterator<Item = (*mut u8, usize)>,
     ) -> Result<LazyRam, ImageError> {
         let chain = chain.into();
-        // SAFETY: what `Memory::new` asks is what this function asks of its caller.
+        // SAFETY: the caller of this function promises what `Memory::new` requires.
         let mut memory = unsafe { Memory::new(regions) };
         if memory.len() != chain.size() {
             return Err(ImageError::TargetSize {
@@ -146,13 +156,13 @@ impl LazyRamOptions {
         if let Some(working_set) = ram_size.filter(|size| *size != image) {
             return Err(ImageError::WorkingSetSize { image, working_set });
         }
-        let settled = Present::none(memory.len(), page).map_err(|source| ImageError::Reserve {
+        let settled = PageBits::none(memory.len(), page).map_err(|source| ImageError::Reserve {
             size: image,
             source,
         })?;
         let fault = Userfaultfd::open(page)?;
         let own = region.is_some();
-        memory.withhold()?;
+        memory.exclude_from_children()?;
         let registered = memory.register(&fault).and_then(|can_poison| {
             discard(&memory, &fault)?;
             Ok(can_poison)
@@ -160,9 +170,9 @@ impl LazyRamOptions {
         let can_poison = match registered {
             Ok(can_poison) => can_poison && self.poison,
             Err(error) => {
-                // The error that is told is the first.
+                // Report the first error.
                 let _ = memory.unregister(&fault, 0..memory.len());
-                let _ = memory.give_back(&[0..memory.len()]);
+                let _ = memory.restore_to_children(&[0..memory.len()]);
                 return Err(error.into());
             }
         };
@@ -171,15 +181,15 @@ impl LazyRamOptions {
             false => self.fault_around.clamp(page, 1 << 30).next_power_of_two(),
         };
         let ahead = self.prefetch && !self.record;
-        let dismissed = EventFd::from_flags(EfdFlags::EFD_CLOEXEC)
+        let stopping = EventFd::from_flags(EfdFlags::EFD_CLOEXEC)
             .map_err(|errno| UserfaultfdError::Thread(errno.into()))?;
         let phase = if ahead { Phase::Running } else { Phase::Idle };
         let filler = Arc::new(Filler {
             settled,
             ledger: Mutex::new(Ledger::default()),
             changes: AtomicU64::new(0),
-            urgent: AtomicBool::new(false),
-            ahead_waits: AtomicBool::new(false),
+            handler_waits: AtomicBool::new(false),
+            prefetcher_waits: AtomicBool::new(false),
             turn: Condvar::new(),
             chain,
             memory,
@@ -192,13 +202,13 @@ impl LazyRamOptions {
             working_set: self.working_set,
             loaded: AtomicU64::new(0),
             faults: AtomicU64::new(0),
-            stored: OnceLock::new(),
+            stored_bytes: OnceLock::new(),
             failure: OnceLock::new(),
             phase: Mutex::new(phase),
             ended: Condvar::new(),
-            stop: AtomicBool::new(false),
-            released: AtomicBool::new(false),
-            dismissed,
+            stop_prefetch: AtomicBool::new(false),
+            finished: AtomicBool::new(false),
+            stopping,
         });
         let mut ram = LazyRam {
             filler,
@@ -206,8 +216,8 @@ impl LazyRamOptions {
             _region: region,
         };
         ram.spawn("lazy-ram-faults", |filler| {
-            if let Err(error) = answer_faults(filler) {
-                filler.give_up(error);
+            if let Err(error) = handle_faults(filler) {
+                filler.abort(error);
             }
         })?;
         if ahead {
@@ -217,8 +227,8 @@ impl LazyRamOptions {
     }
 }
 
-/// Discards what the memory holds, which is registered: the kernel has `madvise` wait until its message
-/// is read.
+/// Discards the content of the registered memory. The kernel blocks `madvise` until its message is
+/// read.
 fn discard(memory: &Memory, fault: &Userfaultfd) -> Result<(), UserfaultfdError> {
     let discarded = thread::scope(|scope| {
         let thread = thread::Builder::new().name("lazy-ram-discard".into());
@@ -226,7 +236,7 @@ fn discard(memory: &Memory, fault: &Userfaultfd) -> Result<(), UserfaultfdError>
         let discarding = discarding.map_err(UserfaultfdError::Thread)?;
         let mut read = Ok(());
         while !discarding.is_finished() {
-            // An access that waits already is woken below, and asks again.
+            // A waiting access is woken below, and faults again.
             if let Err(error) = fault.next_message() {
                 read = Err(UserfaultfdError::Wait(error));
             }
@@ -249,7 +259,7 @@ impl LazyRam {
         let filler = Arc::clone(&self.filler);
         let thread = thread::Builder::new().name(name.into());
         let thread = thread.spawn(move || {
-            let _ended = Ended(&filler);
+            let _guard = AbortOnPanic(&filler);
             work(&filler);
         });
         self.threads.push(thread.map_err(UserfaultfdError::Thread)?);
@@ -257,14 +267,14 @@ impl LazyRam {
     }
 }
 
-/// Gives up should the thread panic: no access is to wait for ever.
-pub(super) struct Ended<'f>(pub(super) &'f Filler);
+/// Aborts filling on drop if the thread panics, to unblock waiting accesses.
+pub(super) struct AbortOnPanic<'f>(pub(super) &'f Filler);
 
-impl Drop for Ended<'_> {
+impl Drop for AbortOnPanic<'_> {
     fn drop(&mut self) {
         if thread::panicking() {
             let panicked = io::Error::other("a thread panicked");
-            self.0.give_up(UserfaultfdError::Thread(panicked).into());
+            self.0.abort(UserfaultfdError::Thread(panicked).into());
         }
     }
 }
@@ -280,7 +290,7 @@ mod tests {
 
     use super::*;
 
-    /// Memory of one page in an image, and one that isn't.
+    /// Starts RAM of one page that is stored in the image and one page that is not.
     fn start(options: LazyRamOptions) -> (LazyRam, tempfile::NamedTempFile) {
         let file = tempfile::NamedTempFile::new().unwrap();
         std::fs::write(file.path(), vec![7; host_page() as usize]).unwrap();
@@ -289,7 +299,7 @@ mod tests {
         (options.start(chain).unwrap(), file)
     }
 
-    /// As a system call finds the page.
+    /// Reads a page by a system call.
     fn read(ram: &LazyRam, page: u64) -> nix::Result<()> {
         let memory = page_reader::PageReader::host_memory(ram, page * host_page(), 1).unwrap();
         byte_at(memory.as_ptr())
@@ -297,16 +307,14 @@ mod tests {
 
     fn byte_at(address: *const u8) -> nix::Result<()> {
         let (_read, write) = io::pipe().unwrap();
-        // SAFETY: the kernel reads one byte, and says so where it can't.
+        // SAFETY: the kernel reads one byte, and reports an error if it cannot.
         let written = unsafe { libc::write(write.as_raw_fd(), address.cast(), 1) };
         Errno::result(written).map(drop)
     }
 
     #[test]
-    fn where_the_kernel_cannot_poison_a_page_that_cannot_be_read_is_made_inaccessible() {
-        if !Need::Userfaultfd
-            .met("where_the_kernel_cannot_poison_a_page_that_cannot_be_read_is_made_inaccessible")
-        {
+    fn without_poison_an_unreadable_page_is_made_inaccessible() {
+        if !Need::Userfaultfd.met("without_poison_an_unreadable_page_is_made_inaccessible") {
             return;
         }
         let mut options = LazyRam::options().prefetch(false);
@@ -319,12 +327,12 @@ mod tests {
         assert_eq!(read(&ram, 0), Err(Errno::EFAULT));
     }
 
-    /// By the same descriptor, as no other can.
+    /// The test fills the page by the same descriptor, because no other can.
     #[rstest]
     #[case::touched(true)]
     #[case::ahead(false)]
-    fn a_page_that_something_else_filled_is_an_error(#[case] touched: bool) {
-        if !Need::Userfaultfd.met("a_page_that_something_else_filled_is_an_error") {
+    fn page_filled_by_something_else_is_an_error(#[case] touched: bool) {
+        if !Need::Userfaultfd.met("page_filled_by_something_else_is_an_error") {
             return;
         }
         let file = tempfile::NamedTempFile::new().unwrap();
@@ -335,7 +343,7 @@ mod tests {
         let page = host_page();
         assert_eq!(ram.filler.fault.zero(address + 2 * page, page).stop, None);
         if touched {
-            // Its neighbour is what the fault is about.
+            // The fault is about its neighbour.
             assert_eq!(read(&ram, 1), Ok(()));
         }
         let why = ram.wait().unwrap_err();
@@ -379,8 +387,8 @@ mod tests {
     }
 
     #[test]
-    fn nobody_waits_for_a_thread_that_panicked() {
-        if !Need::Userfaultfd.met("nobody_waits_for_a_thread_that_panicked") {
+    fn panic_of_a_thread_unblocks_waiters() {
+        if !Need::Userfaultfd.met("panic_of_a_thread_unblocks_waiters") {
             return;
         }
         let (mut ram, _file) = start(LazyRam::options().prefetch(false));

@@ -1,4 +1,4 @@
-//! The kernel's userfaultfd: faults on missing pages, and what fills them.
+//! The kernel's userfaultfd: receives faults on missing pages and fills these.
 
 #![allow(unsafe_code)]
 
@@ -16,7 +16,7 @@ use thiserror::Error;
 mod abi {
     pub(super) const API: u64 = 0xaa;
     pub(super) const REGISTER_MODE_MISSING: u64 = 1;
-    /// Bits of what a registered range offers.
+    /// Bits of the operations that a registered range supports.
     pub(super) const OFFERS_COPY: u64 = 1 << 0x03;
     pub(super) const OFFERS_ZEROPAGE: u64 = 1 << 0x04;
     pub(super) const OFFERS_POISON: u64 = 1 << 0x08;
@@ -27,9 +27,9 @@ mod abi {
     pub(super) const EVENT_REMAP: u8 = 0x14;
     pub(super) const EVENT_REMOVE: u8 = 0x15;
     pub(super) const EVENT_UNMAP: u8 = 0x16;
-    /// `struct uffd_msg`: the event in byte 0, its arguments from byte 8 on. Those of a page fault are
-    /// flags and an address, of a removal or unmapping a start and an end, of a move the old and the
-    /// new start and the length.
+    /// `struct uffd_msg`: the event in byte 0, its arguments from byte 8 on. The arguments of a
+    /// page fault are flags and an address; of a removal or unmapping, a start and an end; of a
+    /// move, the old start, the new start and the length.
     pub(super) const MESSAGE: usize = 32;
 
     #[repr(C)]
@@ -81,31 +81,33 @@ mod abi {
     nix::ioctl_readwrite!(poison, 0xaa, 0x08, Set);
 }
 
-/// A message of the kernel.
+/// A message from the kernel.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Message {
     /// A thread waits for the page at this address.
     Fault(u64),
-    /// `madvise` discards the pages at these addresses: `MADV_DONTNEED`, `MADV_FREE`, `MADV_REMOVE`.
+    /// `madvise` discards the pages at these addresses: `MADV_DONTNEED`, `MADV_FREE` or
+    /// `MADV_REMOVE`.
     Removed(Range<u64>),
-    /// `munmap`, or a mapping over it, has taken these addresses away.
+    /// `munmap`, or a mapping over them, has removed these addresses.
     Unmapped(Range<u64>),
     /// `mremap` has moved the pages at these addresses to the address `to`.
     Moved { from: Range<u64>, to: u64 },
 }
 
-/// How far a request to fill pages got.
+/// The result of a request to fill pages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Filled {
-    /// Bytes that were filled, and their waiters woken.
+    /// Bytes that were filled, and whose waiting accesses were woken.
     pub(crate) bytes: u64,
-    /// Why not all were. [`Errno::EAGAIN`]: a message other than a fault is unread, or its cause
-    /// has not gone on yet. [`Errno::EEXIST`]: the next page is not missing. [`Errno::ENOENT`]: the
-    /// next page is not registered.
+    /// Why the request stopped early. [`Errno::EAGAIN`]: a message other than a fault is unread, or
+    /// its cause is still in progress. [`Errno::EEXIST`]: the next page is not missing.
+    /// [`Errno::ENOENT`]: the next page is not registered.
     pub(crate) stop: Option<Errno>,
 }
 
-/// A descriptor that gets the faults on missing pages of the ranges registered with it, and fills these pages and no others.
+/// A userfaultfd descriptor. It receives the faults on missing pages of the ranges registered with
+/// it, and fills only these pages.
 #[derive(Debug)]
 pub(crate) struct Userfaultfd {
     descriptor: File,
@@ -113,13 +115,14 @@ pub(crate) struct Userfaultfd {
 }
 
 impl Userfaultfd {
-    /// For faults of this process in pages of `page` bytes, those that the kernel takes on behalf of a vCPU or a system call among them.
+    /// Opens a descriptor for faults of this process in pages of `page` bytes, including faults
+    /// that the kernel takes on behalf of a vCPU or a system call.
     pub(crate) fn open(page: u64) -> Result<Self, UserfaultfdError> {
         let flags = libc::O_CLOEXEC | libc::O_NONBLOCK;
         // SAFETY: the call takes flags and no address.
         let opened = unsafe { libc::syscall(libc::SYS_userfaultfd, flags) };
         let descriptor = match Errno::result(opened) {
-            // SAFETY: a new descriptor, which nobody else owns.
+            // SAFETY: a new descriptor, which nothing else owns.
             Ok(descriptor) => unsafe { File::from_raw_fd(descriptor as i32) },
             Err(Errno::EPERM) => Self::from_device(flags)?,
             Err(Errno::ENOSYS) => return Err(UserfaultfdError::Missing),
@@ -127,27 +130,28 @@ impl Userfaultfd {
         };
         let mut api = abi::Api {
             api: abi::API,
-            // Without them, memory that is moved loses its registration, and its missing pages are zeros; and
-            // discarded pages could not be told from missing ones.
+            // Without these features, memory that is moved loses its registration, and its missing
+            // pages are zeros. Discarded pages could not be distinguished from missing ones.
             features: abi::FEATURE_EVENT_REMAP
                 | abi::FEATURE_EVENT_REMOVE
                 | abi::FEATURE_EVENT_UNMAP,
             ioctls: 0,
         };
-        // SAFETY: `Api` is laid out as the kernel's struct and outlives the call.
+        // SAFETY: `Api` has the layout of the kernel's struct and outlives the call.
         let agreed = unsafe { abi::api(descriptor.as_raw_fd(), &raw mut api) };
         agreed.map_err(|errno| UserfaultfdError::Open(errno.into()))?;
         Ok(Self { descriptor, page })
     }
 
-    /// The device stands for a permission that files have, where the call itself takes a privilege.
+    /// Opens the device, which requires file permissions, where the system call requires a
+    /// privilege.
     fn from_device(flags: i32) -> Result<File, UserfaultfdError> {
         let device = File::options()
             .read(true)
             .write(true)
             .open("/dev/userfaultfd");
         let device = device.map_err(UserfaultfdError::NotPermitted)?;
-        // SAFETY: the request takes flags and returns a new descriptor, which nobody else owns.
+        // SAFETY: the request takes flags and returns a new descriptor, which nothing else owns.
         unsafe {
             let opened = abi::new(device.as_raw_fd(), flags);
             let opened = opened.map_err(|errno| UserfaultfdError::NotPermitted(errno.into()))?;
@@ -155,10 +159,11 @@ impl Userfaultfd {
         }
     }
 
-    /// Has every access to a missing page of the range wait until the page is filled. Returns whether it can be poisoned instead.
+    /// Registers a range, so that every access to a missing page waits until the page is filled.
+    /// Returns whether missing pages can be poisoned instead.
     ///
     /// # Safety
-    /// The range is mapped, and its missing pages are the caller's to fill.
+    /// The range must be mapped, and only the caller may fill its missing pages.
     pub(crate) unsafe fn register(&self, start: u64, len: u64) -> Result<bool, UserfaultfdError> {
         let mut register = abi::Register {
             start,
@@ -166,7 +171,8 @@ impl Userfaultfd {
             mode: abi::REGISTER_MODE_MISSING,
             ioctls: 0,
         };
-        // SAFETY: `Register` is laid out as the kernel's struct; the range is the caller's promise.
+        // SAFETY: `Register` has the layout of the kernel's struct. The caller vouches for the
+        // range.
         let registered = unsafe { abi::register(self.descriptor.as_raw_fd(), &raw mut register) };
         registered.map_err(|errno| UserfaultfdError::Register {
             start,
@@ -180,18 +186,19 @@ impl Userfaultfd {
         Ok(register.ioctls & abi::OFFERS_POISON != 0)
     }
 
-    /// Lets the missing pages of the range be what they would be otherwise, and wakes whoever waits.
+    /// Unregisters a range, after which missing pages are zeros, and wakes waiting accesses.
     pub(crate) fn unregister(&self, start: u64, len: u64) -> nix::Result<()> {
         let mut range = abi::Range { start, len };
-        // SAFETY: `Range` is laid out as the kernel's struct; the call touches no memory.
+        // SAFETY: `Range` has the layout of the kernel's struct; the call touches no memory.
         unsafe { abi::unregister(self.descriptor.as_raw_fd(), &raw mut range) }?;
-        // The kernel (6.18) wakes before it locks the mapping, and since 6.7 faults hold the lock of a mapping only: who faults in between
-        // would sleep for ever.
+        // The kernel (6.18) wakes before it locks the mapping. Since 6.7 a fault holds only the
+        // lock of its mapping, so a thread that faults in between would sleep forever without this
+        // call.
         self.wake(start, len)
     }
 
-    /// Returns the next message, if there is one. Faults come before other messages, whatever happened
-    /// first.
+    /// Returns the next message, if there is one. Faults come before other messages, regardless of
+    /// the order of events.
     pub(crate) fn next_message(&self) -> io::Result<Option<Message>> {
         let mut message = [0; abi::MESSAGE];
         match (&self.descriptor).read(&mut message) {
@@ -220,11 +227,11 @@ impl Userfaultfd {
         }
     }
 
-    /// Returns whether the cause of a message other than a fault has not gone on yet: a thread in
+    /// Returns whether the cause of a message other than a fault is still in progress: a thread in
     /// `madvise`, `munmap` or `mremap` waits for its message to be read, or was just woken.
     ///
-    /// Once a range is unregistered, no further message is about it, and after this call has returned
-    /// `false` none is on its way.
+    /// After a range is unregistered, no further message is about it. After this call has returned
+    /// `false`, no such message is pending.
     pub(crate) fn is_changing(&self) -> bool {
         let mut nothing = abi::Set {
             start: 0,
@@ -232,13 +239,14 @@ impl Userfaultfd {
             mode: 0,
             done: 0,
         };
-        // SAFETY: `Set` is laid out as the kernel's struct. An empty range is invalid, so nothing is filled;
-        // the kernel answers EAGAIN before it looks at the range.
+        // SAFETY: `Set` has the layout of the kernel's struct. An empty range is invalid, so
+        // nothing is filled. The kernel returns EAGAIN before it checks the range.
         let answer = unsafe { abi::zeropage(self.descriptor.as_raw_fd(), &raw mut nothing) };
         answer == Err(Errno::EAGAIN)
     }
 
-    /// Fills the missing pages at `to` with `bytes`, whole pages, and wakes whoever waits for them.
+    /// Fills the missing pages at `to` with `bytes`, whole pages, and wakes the accesses that wait
+    /// for them.
     pub(crate) fn copy(&self, to: u64, bytes: &[u8]) -> Filled {
         fill(self.page, bytes.len() as u64, |done, len| {
             let mut copy = abi::Copy {
@@ -248,20 +256,21 @@ impl Userfaultfd {
                 mode: 0,
                 done: 0,
             };
-            // SAFETY: `Copy` is laid out as the kernel's struct; it reads `len` bytes of `bytes`,
-            // as sliced above, and writes only to missing pages of ranges registered with this
-            // descriptor.
+            // SAFETY: `Copy` has the layout of the kernel's struct. The kernel reads `len` bytes of
+            // `bytes`, as sliced above, and writes only to missing pages of ranges registered with
+            // this descriptor.
             let answer = unsafe { abi::copy(self.descriptor.as_raw_fd(), &raw mut copy) };
             (answer, copy.done)
         })
     }
 
-    /// Fills missing pages with zeros, which takes no memory, and wakes.
+    /// Fills missing pages with zeros, which takes no memory, and wakes waiting accesses.
     pub(crate) fn zero(&self, start: u64, len: u64) -> Filled {
         self.set(abi::zeropage, start, len)
     }
 
-    /// Has every access to the missing pages end in `SIGBUS`, or in `EFAULT` for the kernel's own, and wakes.
+    /// Poisons missing pages and wakes waiting accesses. An access then gets `SIGBUS`, or `EFAULT`
+    /// if the kernel makes it.
     pub(crate) fn poison(&self, start: u64, len: u64) -> Filled {
         self.set(abi::poison, start, len)
     }
@@ -279,34 +288,35 @@ impl Userfaultfd {
                 mode: 0,
                 done: 0,
             };
-            // SAFETY: `Set` is laid out as the structs of both requests, which change only missing pages of ranges registered with
-            // this descriptor.
+            // SAFETY: `Set` has the layout of the structs of both requests, which change only
+            // missing pages of ranges registered with this descriptor.
             let answer = unsafe { request(self.descriptor.as_raw_fd(), &raw mut set) };
             (answer, set.done)
         })
     }
 
-    /// Keeps the userfaultfd open until the process ends: pages that are still missing would be zeros
-    /// once it is closed.
+    /// Keeps the userfaultfd open until the process ends: missing pages would become zeros once it
+    /// is closed.
     pub(crate) fn leave_open(&self) -> io::Result<()> {
         self.descriptor.try_clone().map(std::mem::forget)
     }
 
-    /// Has whoever waits for a page of the range look again.
+    /// Wakes accesses that wait for a page of the range. They fault again if the page is missing.
     pub(crate) fn wake(&self, start: u64, len: u64) -> nix::Result<()> {
         let mut range = abi::Range { start, len };
-        // SAFETY: `Range` is laid out as the kernel's struct; the call touches no memory.
+        // SAFETY: `Range` has the layout of the kernel's struct; the call touches no memory.
         unsafe { abi::wake(self.descriptor.as_raw_fd(), &raw mut range) }.map(drop)
     }
 }
 
-/// Repeats `request` after partial answers: it gets the bytes done so far and the bytes to do,
-/// whole pages, and answers with the bytes that it did.
+/// Repeats `request` after partial results. It gets the bytes done so far and the bytes to do,
+/// whole pages, and returns the bytes that it did.
 ///
-/// A request must not cross a border of the kernel's mappings, and memory that one call has mapped
-/// can be several of them: `madvise`, `mlock2`, `mprotect`, `mbind` and others split a mapping
-/// where a part of it becomes different. The kernel then fills nothing and answers ENOENT, as it
-/// does for memory that is not registered. So a refused range is halved, down to one page.
+/// A request must not cross the end of one of the kernel's mappings. Memory that one call has
+/// mapped can consist of several: `madvise`, `mlock2`, `mprotect`, `mbind` and other calls split a
+/// mapping where a part of it becomes different. For a request across mappings the kernel fills
+/// nothing and returns ENOENT, as for memory that is not registered. A refused range is therefore
+/// halved, down to one page.
 fn fill(
     page: u64,
     len: u64,
@@ -321,7 +331,8 @@ fn fill(
                 step = len.min(2 * asked);
             }
             (Err(Errno::ENOENT), _) if asked > page => step = (asked / 2).next_multiple_of(page),
-            // A part was done: what stopped it shows at the next request (ioctl_userfaultfd(2)).
+            // A part was done. The next request returns the reason for stopping
+            // (ioctl_userfaultfd(2)).
             (Err(Errno::EAGAIN), done) if done > 0 => bytes += done as u64,
             (Err(stop), _) => {
                 let stop = Some(stop);
@@ -338,7 +349,7 @@ impl AsFd for Userfaultfd {
     }
 }
 
-/// Why memory can't be filled as it is touched.
+/// Errors of filling memory on demand.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum UserfaultfdError {
@@ -347,31 +358,33 @@ pub enum UserfaultfdError {
         "this kernel has no userfaultfd (CONFIG_USERFAULTFD): restore or map the chain instead"
     )]
     Missing,
-    /// The process may not handle faults that the kernel takes, as on behalf of a vCPU.
+    /// The process is not permitted to handle faults that the kernel takes, such as on behalf of a
+    /// vCPU.
     #[error(
-        "userfaultfd is not permitted: let the process open /dev/userfaultfd (Linux 6.1), give it CAP_SYS_PTRACE, \
-         or set the sysctl vm.unprivileged_userfaultfd to 1"
+        "userfaultfd is not permitted: let the process open /dev/userfaultfd (Linux 6.1), \
+         give it CAP_SYS_PTRACE, or set the sysctl vm.unprivileged_userfaultfd to 1"
     )]
     NotPermitted(#[source] io::Error),
-    /// The kernel gives no descriptor for another reason.
-    #[error("userfaultfd does not open")]
+    /// The kernel returned no descriptor for another reason.
+    #[error("failed to open userfaultfd")]
     Open(#[source] io::Error),
-    /// The kernel does not take the memory.
+    /// The kernel refused to register the memory.
     #[error(
-        "{len:#x} bytes at {start:#x} can't be registered with userfaultfd: they must be whole pages of private anonymous \
-         memory, mapped writable, and registered with no other"
+        "{len:#x} bytes at {start:#x} cannot be registered with userfaultfd: give whole pages of \
+         private anonymous memory that is mapped writable and registered with no other userfaultfd"
     )]
     Register {
         /// The address of the memory.
         start: u64,
         /// Its length in bytes.
         len: u64,
-        /// What the system said.
+        /// The error of the operating system.
         source: io::Error,
     },
-    /// Memory that can't be filled page by page.
+    /// The memory consists of huge pages, which cannot be filled page by page.
     #[error(
-        "{len:#x} bytes at {start:#x} are huge pages of hugetlbfs: give memory of the host's own page size"
+        "{len:#x} bytes at {start:#x} are huge pages of hugetlbfs: \
+         give memory of the host's own page size"
     )]
     HugePages {
         /// The address of the memory.
@@ -379,10 +392,10 @@ pub enum UserfaultfdError {
         /// Its length in bytes.
         len: u64,
     },
-    /// Memory that others may have too: to them, pages that are still missing would be zeros.
+    /// Other users may share the memory: they would find zeros in pages that are still missing.
     #[error(
-        "{len:#x} bytes at {start:#x} are not private anonymous memory ({mapping}): other mappings and readers of it would \
-         find zeros in pages that are not filled yet; restore the chain into it before anything else uses it \
+        "{len:#x} bytes at {start:#x} are not private anonymous memory ({mapping}), and its other \
+         users would find zeros in missing pages: restore the chain into it before anything else uses it \
          (Chain::restore)"
     )]
     Shared {
@@ -390,14 +403,14 @@ pub enum UserfaultfdError {
         start: u64,
         /// Its length in bytes.
         len: u64,
-        /// The mapping that is shared or of a file, as `/proc/self/smaps` lists it.
+        /// The mapping that is shared or of a file, as listed in `/proc/self/smaps`.
         mapping: String,
     },
-    /// The kind of the memory is unknown.
-    #[error("it is unknown whether the memory is private: mount /proc")]
+    /// The check that the memory is private failed.
+    #[error("failed to check that the memory is private: mount /proc")]
     Unchecked(#[source] ProcessMapsError),
-    /// The memory cannot be emptied, or withheld from forked children.
-    #[error("{len:#x} bytes at {start:#x} cannot be prepared: {what}")]
+    /// The memory cannot be discarded, or cannot be excluded from forked children.
+    #[error("failed to prepare {len:#x} bytes at {start:#x}: {what}")]
     Prepare {
         /// The address of the memory.
         start: u64,
@@ -405,22 +418,22 @@ pub enum UserfaultfdError {
         len: u64,
         /// What failed.
         what: &'static str,
-        /// What the system said.
+        /// The error of the operating system.
         source: io::Error,
     },
-    /// A page holds bytes that were not put there by this restore.
+    /// Something other than this restore put a page into the memory.
     #[error(
-        "the page at offset {offset:#x} of the guest's RAM was filled by something else, and was made inaccessible: leave \
-         the memory alone until the restore has finished"
+        "the page at offset {offset:#x} of the guest's RAM was filled by something else, and was \
+         made inaccessible: do not write to the memory until the restore has finished"
     )]
     Occupied {
         /// Where, in bytes from the start of the RAM.
         offset: u64,
     },
-    /// Memory was unmapped or moved while it was filled.
+    /// Memory was unmapped or moved while it was being filled.
     #[error(
-        "{len:#x} bytes at offset {offset:#x} of the guest's RAM were unmapped or moved: keep the memory mapped until the \
-         restore has finished"
+        "{len:#x} bytes at offset {offset:#x} of the guest's RAM were unmapped or moved: keep the \
+         memory mapped until the restore has finished"
     )]
     Unmapped {
         /// Where, in bytes from the start of the RAM.
@@ -429,19 +442,20 @@ pub enum UserfaultfdError {
         len: u64,
     },
     /// A thread could not be started, or panicked.
-    #[error("no thread fills the memory")]
+    #[error("failed to run a thread that fills the memory")]
     Thread(#[source] io::Error),
-    /// Faults can't be waited for any more; the memory was made inaccessible.
-    #[error("faults can't be waited for any more: the memory was made inaccessible")]
+    /// Faults can no longer be received. The memory was made inaccessible.
+    #[error("failed to receive faults: the memory was made inaccessible")]
     Wait(#[source] io::Error),
     /// A page could not be put into the memory.
     #[error(
-        "no page can be put at offset {offset:#x} of the guest's RAM: was it unmapped, or is the host out of memory?"
+        "failed to fill the page at offset {offset:#x} of the guest's RAM: check that the memory \
+         is mapped and that the host has free memory"
     )]
     Fill {
         /// Where, in bytes from the start of the RAM.
         offset: u64,
-        /// What the system said.
+        /// The error of the operating system.
         source: io::Error,
     },
 }
@@ -454,13 +468,13 @@ mod tests {
 
     const AGAIN: Errno = Errno::EAGAIN;
 
-    /// Four pages, the first of which is filled by the first request.
+    /// Requests four pages, of which the first request fills one.
     #[rstest]
     #[case::all(Ok(0), 0, 4, None)]
     #[case::changing(Err(AGAIN), -i64::from(AGAIN as i32), 1, Some(AGAIN))]
     #[case::changing_in_older_kernels(Err(AGAIN), 0, 1, Some(AGAIN))]
     #[case::occupied(Err(Errno::EEXIST), -i64::from(Errno::EEXIST as i32), 1, Some(Errno::EEXIST))]
-    fn a_fill_goes_on_after_the_part_that_was_done(
+    fn fill_continues_after_a_partial_result(
         #[case] answer: nix::Result<i32>,
         #[case] done: i64,
         #[case] pages: u64,
@@ -479,7 +493,7 @@ mod tests {
         assert_eq!(asked, [(0, 4 * 4096), (4096, 3 * 4096)]);
     }
 
-    /// Eleven pages in several mappings, or with a page that is not registered.
+    /// Requests eleven pages in several mappings, or with a page that is not registered.
     #[rstest]
     #[case::one_mapping(&[11], None)]
     #[case::two_mappings(&[5, 6], None)]
@@ -487,7 +501,7 @@ mod tests {
     #[case::every_page_of_its_own(&[1; 11], None)]
     #[case::the_first_is_missing(&[0, 11], Some(0))]
     #[case::one_is_missing(&[7, 0, 4], Some(7))]
-    fn a_fill_ends_each_request_at_the_end_of_a_mapping(
+    fn fill_requests_end_at_the_end_of_a_mapping(
         #[case] mappings: &[u64],
         #[case] missing: Option<u64>,
     ) {

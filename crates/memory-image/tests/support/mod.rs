@@ -1,6 +1,6 @@
-//! Images made page by page, and what a guest of them has in its RAM.
+//! Images that are written page by page, and the RAM that they represent.
 
-// Every test file has its own copy of this module and uses a part of it.
+// Every test file compiles its own copy of this module and uses a part of it.
 #![allow(dead_code, unreachable_pub)]
 
 #[cfg(target_os = "linux")]
@@ -27,7 +27,7 @@ impl Images {
         Self::within(&std::env::temp_dir(), size, page)
     }
 
-    /// Images in a new directory within this one.
+    /// Creates the images in a new directory within `dir`.
     pub fn within(dir: &Path, size: u64, page: u64) -> Self {
         Self {
             dir: tempfile::tempdir_in(dir).unwrap(),
@@ -37,7 +37,7 @@ impl Images {
         }
     }
 
-    /// Adds an image that holds these pages, with bytes that no other image has there.
+    /// Adds an image that holds these pages, with bytes that differ from every other image.
     pub fn with(mut self, pages: impl IntoIterator<Item = Range<u64>>) -> Self {
         let layer = self.layers.len();
         let path = self.dir.path().join(format!("{layer}.mem"));
@@ -73,7 +73,7 @@ impl Images {
         self.dir.path()
     }
 
-    /// As something does that does not know that the image is in use.
+    /// Truncates an image, as a program does that does not know that the image is in use.
     pub fn cut(&self, layer: usize, size: u64) {
         let file = File::options().write(true).open(self.path(layer)).unwrap();
         file.set_len(size).unwrap();
@@ -86,8 +86,8 @@ pub fn whole(reader: &impl PageReader, size: usize) -> Vec<u8> {
     bytes
 }
 
-/// Whether this process is to carry out `test` itself. It is where it runs nothing else: otherwise the test is carried out in a child that does,
-/// as it changes what the whole process can have.
+/// Returns whether this process runs only `test`. If not, runs the test in a child process and
+/// asserts that it passes: the test changes limits of the whole process.
 pub fn is_alone(test: &str) -> bool {
     const ALONE: &str = "MEMORY_IMAGE_TEST_ALONE";
     if std::env::var_os(ALONE).is_some() {
@@ -107,8 +107,9 @@ pub fn is_alone(test: &str) -> bool {
     false
 }
 
-/// Writes a packed image by hand, which takes a tenth of the time of a writer that stages: of `ram_size` bytes, with the bytes of these pages. One without a
-/// parent is full, and its other pages are zeros.
+/// Writes a packed image of `ram_size` bytes with the bytes of these pages, without `MemoryWriter`,
+/// whose staging takes ten times as long. An image without a parent is full, and its other pages
+/// are zeros.
 pub fn write_packed(
     path: &Path,
     ram_size: u64,

@@ -1,4 +1,4 @@
-//! Memory that a VMM has mapped, and what the kernel says of it.
+//! Memory as mapped by a VMM, and its state in the kernel.
 
 #![allow(unsafe_code)]
 
@@ -15,11 +15,11 @@ use nix::sys::mman::{self, MapFlags, ProtFlags};
 const PAGE: usize = 4096;
 const READ_WRITE: ProtFlags = ProtFlags::PROT_READ.union(ProtFlags::PROT_WRITE);
 
-/// A guest's regions: address and length of each.
+/// The regions of a guest: address and length of each.
 pub struct Regions(pub Vec<(*mut u8, usize)>);
 
 impl Regions {
-    /// Private anonymous memory.
+    /// Maps private anonymous memory.
     pub fn new(lengths: &[u64]) -> Self {
         Self::with(lengths, MapFlags::MAP_PRIVATE)
     }
@@ -28,7 +28,7 @@ impl Regions {
         let map = |len: &u64| {
             let len = *len as usize;
             let length = NonZeroUsize::new(len).unwrap();
-            // SAFETY: a new mapping, where the kernel likes.
+            // SAFETY: a new mapping, at an address that the kernel picks.
             let start = unsafe { mman::mmap_anonymous(None, length, READ_WRITE, flags) };
             (start.unwrap().as_ptr().cast(), len)
         };
@@ -43,7 +43,8 @@ impl Regions {
     }
 
     pub fn adopt(&self, options: LazyRamOptions, chain: Chain) -> Result<LazyRam, ImageError> {
-        // SAFETY: the memory is unmapped after whoever fills it; only system calls and `read_at` read it.
+        // SAFETY: the memory is unmapped after the `LazyRam` is dropped. Only system calls and
+        // `read_at` read it.
         unsafe { options.adopt(chain, self.0.iter().copied()) }
     }
 
@@ -66,16 +67,16 @@ impl Regions {
 impl Drop for Regions {
     fn drop(&mut self) {
         for (start, len) in &self.0 {
-            // SAFETY: mapped by this type; nobody fills it any more.
+            // SAFETY: mapped by this type, and no longer filled.
             unsafe { mman::munmap(NonNull::new(*start).unwrap().cast(), *len) }.unwrap();
         }
     }
 }
 
-/// Reads a page as a system call does: through a pipe, so that what can't be read is an error and no signal.
+/// Reads a page through a pipe, so that an unreadable page is an error and not a signal.
 pub fn page_at(address: *const u8) -> io::Result<Vec<u8>> {
     let (mut read, write) = io::pipe()?;
-    // SAFETY: the kernel reads the page, and says so where it can't.
+    // SAFETY: the kernel reads the page, and reports an error if it cannot.
     let written = unsafe { libc::write(write.as_raw_fd(), address.cast(), PAGE) };
     Errno::result(written)?;
     drop(write);
@@ -88,13 +89,13 @@ pub fn assert_unreadable(page: io::Result<Vec<u8>>) {
     assert_eq!(page.unwrap_err().raw_os_error(), Some(libc::EFAULT));
 }
 
-/// `madvise` of pages that hold nothing but what the images have, or something to lose on purpose.
+/// Calls `madvise` on pages whose content may be lost.
 pub fn advise(address: *mut u8, len: u64, advice: libc::c_int) -> nix::Result<()> {
-    // SAFETY: the tests lose what they mean to lose.
+    // SAFETY: the tests expect the loss of content.
     Errno::result(unsafe { libc::madvise(address.cast(), len as usize, advice) }).map(drop)
 }
 
-/// What the kernel says of a mapping: proc_pid_smaps(5), VmFlags.
+/// Returns the flags of a mapping: VmFlags in proc_pid_smaps(5).
 pub fn flags(address: usize) -> Vec<String> {
     let smaps = std::fs::read_to_string("/proc/self/smaps").unwrap();
     let mut lines = smaps.lines();

@@ -1,4 +1,5 @@
-//! Which pages no longer come from the images: a bit a page, set by several threads.
+//! The set of pages that are no longer filled from the images: a bit for each page, set by several
+//! threads.
 
 use std::io;
 use std::ops::Range;
@@ -10,17 +11,17 @@ use zerocopy::FromZeros;
 const BITS: u64 = u64::BITS as u64;
 
 #[derive(Debug)]
-pub(crate) struct Present {
+pub(crate) struct PageBits {
     words: Box<[AtomicU64]>,
     page: u64,
 }
 
-impl Present {
-    /// No page of `len` bytes, whole pages. The host gives memory for the bits when they are set, so that RAM that an image
-    /// merely claims takes none.
+impl PageBits {
+    /// Returns an empty set for `len` bytes, whole pages. The host allocates memory for the bits
+    /// when they are set, so that RAM that an image merely claims takes none.
     ///
     /// # Errors
-    /// There is no address space for the bits.
+    /// Fails if there is no address space for the bits.
     pub(crate) fn none(len: u64, page: u64) -> io::Result<Self> {
         let words = usize::try_from((len / page).div_ceil(BITS)).ok();
         let words = words.and_then(|words| <[AtomicU64]>::new_box_zeroed_with_elems(words).ok());
@@ -28,15 +29,15 @@ impl Present {
         Ok(Self { words, page })
     }
 
-    /// Adds a range of whole pages, after they were filled, denied or discarded. Returns how many bytes of it
-    /// are new.
+    /// Adds a range of whole pages, after they were filled, poisoned or discarded. Returns the
+    /// number of bytes that were not in the set before.
     pub(crate) fn add(&self, bytes: Range<u64>) -> u64 {
         let (mut at, end) = (bytes.start / self.page, bytes.end / self.page);
         let mut new = 0;
         while at < end {
             let next = end.min((at / BITS + 1) * BITS);
             let mask = u64::MAX >> (BITS - (next - at)) << (at % BITS);
-            // Release: who finds the page here finds it filled.
+            // Release: a thread that finds the bit set finds the page filled.
             let before = self.words[(at / BITS) as usize].fetch_or(mask, Release);
             new += (mask & !before).count_ones();
             at = next;
@@ -49,7 +50,7 @@ impl Present {
         self.words[(page / BITS) as usize].load(Acquire) >> (page % BITS) & 1 == 1
     }
 
-    /// Returns the first run in a range of whole pages that was not added yet.
+    /// Returns the first run in a range of whole pages that is not in the set.
     pub(crate) fn first_missing(&self, bytes: Range<u64>) -> Option<Range<u64>> {
         let (from, end) = (bytes.start / self.page, bytes.end / self.page);
         let start = self.find(from, end, 0);
@@ -57,7 +58,7 @@ impl Present {
         (start < stop).then(|| start * self.page..stop * self.page)
     }
 
-    /// The first page from `at` on whose bit is as those of `wanted`, or else `end`.
+    /// Returns the first page from `at` on whose bit equals the bits of `wanted`, or else `end`.
     fn find(&self, mut at: u64, end: u64, wanted: u64) -> u64 {
         while at < end {
             let word = self.words[(at / BITS) as usize].load(Acquire);
@@ -82,11 +83,11 @@ mod tests {
 
     proptest! {
         #[test]
-        fn missing_runs_are_what_was_not_added(
+        fn missing_runs_are_the_pages_not_added(
             added in prop::collection::vec((0..PAGES, 0..100_u64), 0..10),
             asked in (0..PAGES, 0..=PAGES),
         ) {
-            let present = Present::none(PAGES * PAGE, PAGE).unwrap();
+            let present = PageBits::none(PAGES * PAGE, PAGE).unwrap();
             let mut oracle = vec![false; PAGES as usize];
             for (start, len) in added {
                 let end = PAGES.min(start + len);
