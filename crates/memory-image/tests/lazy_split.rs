@@ -9,10 +9,11 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use dirty_bitmap::{Policy, TrackedBitmap, WriteProtection, WriteTracker};
-use memory_image::{LazyRam, LazyRamOptions, WorkingSet};
+use memory_image::{LazyRam, WorkingSet};
 use nix::errno::Errno;
 use nix::libc;
 use rstest::rstest;
+use support::lazy_images::on_demand;
 use support::regions::{Regions, advise};
 use support::{Images, whole};
 use test_machine::Need;
@@ -28,10 +29,6 @@ fn images() -> Images {
     Images::new(4 * MIB, PAGE)
         .with([0..300, 302..600, 650..1024])
         .with([100..104, 590..655])
-}
-
-fn on_demand() -> LazyRamOptions {
-    LazyRam::options().prefetch(false)
 }
 
 fn protect(start: *mut u8, pages: Range<u64>, protection: libc::c_int) -> io::Result<()> {

@@ -1,120 +1,21 @@
 //! Reads, links, verifies, merges and copies sealed and packed images.
 
-use std::fs::{self, File};
-use std::io;
-use std::ops::{ControlFlow, Range};
-use std::os::unix::fs::FileExt;
-use std::path::{Path, PathBuf};
+mod support;
+
+use std::fs::{self};
+use std::ops::ControlFlow;
+use std::path::Path;
 use std::process::Command;
 
-use dirty_bitmap::DirtyBitmap;
-use image_format::{Checksums, Footer, Kind, Placement, Run, Version, packed_start};
-use memory_image::{
-    Chain, CompareError, Damage, FooterError, Image, ImageError, ImageId, Link, MappedChain,
-    MappedImage, Verified, compare,
-};
-use memory_writer::{Durability, Layout, MemoryWriter, Options, Seal};
-use page_reader::{PageReader, PopulatedRanges};
+use image_format::Placement;
+use memory_image::{Chain, Image, ImageError, Link, MappedChain, MappedImage, compare};
+use memory_writer::Layout;
+use page_reader::PageReader;
 use proptest::prelude::*;
 use rstest::rstest;
-
-const PAGE: u64 = 4096;
-const SIZE: u64 = 3 << 20;
-
-type Make = fn(Seal) -> Layout;
-
-fn raw(_: Seal) -> Layout {
-    Layout::Raw
-}
-
-/// A guest with dirty tracking, and its snapshots.
-struct Guest {
-    dir: tempfile::TempDir,
-    ram: Vec<u8>,
-    dirty: DirtyBitmap,
-    snapshots: Vec<PathBuf>,
-    newest: Option<ImageId>,
-}
-
-fn options(layout: Layout) -> Options {
-    MemoryWriter::options()
-        .layout(layout)
-        .durability(Durability::None)
-}
-
-impl Guest {
-    fn new() -> Self {
-        Self {
-            dir: tempfile::tempdir().unwrap(),
-            ram: vec![0; SIZE as usize],
-            dirty: DirtyBitmap::new(0, SIZE, PAGE).unwrap(),
-            snapshots: Vec::new(),
-            newest: None,
-        }
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.dir.path().join(name)
-    }
-
-    fn write(&mut self, at: u64, len: u64, value: u8) {
-        let end = (at + len).min(SIZE);
-        self.ram[at as usize..end as usize].fill(value);
-        self.dirty.set_range(at, end - at).unwrap();
-    }
-
-    fn save(&mut self, make: Make) -> PathBuf {
-        let path = self.path(&format!("{}.mem", self.snapshots.len()));
-        let taken = self.dirty.drain().unwrap();
-        let seal = match self.newest {
-            Some(parent) => Seal::new().parent(parent),
-            None => Seal::new(),
-        };
-        let mut writer = options(make(seal))
-            .skip_zeros(true)
-            .open(&path, SIZE, PAGE)
-            .unwrap();
-        if self.snapshots.is_empty() {
-            writer.write_full(&self.ram).unwrap();
-        } else {
-            writer.write_diff(&self.ram, &taken).unwrap();
-        }
-        self.newest = writer.image_id();
-        writer.commit().unwrap();
-        self.snapshots.push(path.clone());
-        path
-    }
-
-    /// Takes a full image and three diffs. The second diff zeroes what the first wrote.
-    fn with_history(make: Make) -> Self {
-        let mut guest = Self::new();
-        guest.write(PAGE, SIZE / 2, 1);
-        guest.save(make);
-        guest.write(3 * PAGE + 100, 5000, 2);
-        guest.write(SIZE - 1, 1, 2);
-        guest.save(make);
-        guest.write(3 * PAGE, PAGE, 0);
-        guest.save(make);
-        guest.write(40 * PAGE, 2 * PAGE, 4);
-        guest.write(255 * PAGE, 2 * PAGE, 5);
-        guest.save(make);
-        guest
-    }
-
-    fn chain(&self) -> Chain {
-        Chain::open_sealed(&self.snapshots).unwrap()
-    }
-}
-
-fn whole(reader: &impl PageReader) -> Vec<u8> {
-    let mut bytes = vec![0xee; SIZE as usize];
-    reader.read_at(0, &mut bytes).unwrap();
-    bytes
-}
-
-fn verify(path: &Path) -> Result<Verified, ImageError> {
-    Image::open(path)?.verify(&|_, _| ControlFlow::Continue(()))
-}
+use support::sealed_guest::{
+    Guest, Make, PAGE, SIZE, diff_with_zeros, options, raw, verify, whole,
+};
 
 #[rstest]
 #[case::sealed(Layout::Sealed)]
@@ -206,36 +107,6 @@ fn assert_starts_as(chain: &Chain, ram: &[u8]) {
         lazy.wait().unwrap();
         assert!(whole(&lazy) == ram);
     }
-}
-
-/// Writes a diff with a hand-made footer: pages 1 and 2 are zeros, page 5 is present.
-fn diff_with_zeros(path: &Path, parent: Option<ImageId>, placement: Placement) -> Footer {
-    let file = File::create(path).unwrap();
-    let at = match placement {
-        Placement::InPlace => 5 * PAGE,
-        Placement::Packed => packed_start(PAGE),
-    };
-    let bytes = [9; PAGE as usize];
-    file.write_all_at(&bytes, at).unwrap();
-    let mut checksums = Checksums::new(SIZE);
-    checksums.feed(5 * PAGE, &bytes);
-    let footer = Footer {
-        version: Version::CURRENT,
-        id: ImageId::random().unwrap(),
-        kind: Kind::Diff { parent },
-        placement,
-        ram_size: SIZE,
-        page_size: PAGE,
-        regions: vec![0..SIZE],
-        runs: vec![
-            Run::zeros(PAGE..3 * PAGE),
-            Run::present(5 * PAGE..6 * PAGE, at),
-        ],
-        checksums: checksums.finish(),
-        metadata: Vec::new(),
-    };
-    footer.write(&file).unwrap();
-    footer
 }
 
 #[rstest]
@@ -337,112 +208,6 @@ fn merged_diff_replaces_all_its_diffs(#[case] make: Make) {
 }
 
 #[test]
-fn link_error_names_the_diff_and_the_reason() {
-    let guest = Guest::with_history(Layout::Sealed);
-    let [base, one, two, three] = &guest.snapshots[..] else {
-        panic!("four snapshots");
-    };
-    let why = |paths: &[&PathBuf]| match Chain::open_sealed(paths) {
-        Err(ImageError::Link { path, newest, why }) => {
-            assert_eq!(&path, *paths.last().unwrap());
-            assert_eq!(&newest, paths[paths.len() - 2]);
-            why
-        }
-        other => panic!("{other:?}"),
-    };
-    assert!(matches!(why(&[base, two]), Link::Missing { .. }));
-    assert!(matches!(why(&[base, one, one]), Link::Repeated));
-    assert!(matches!(why(&[base, one, two, base]), Link::Repeated));
-    assert!(matches!(why(&[base, one, three]), Link::Missing { .. }));
-    assert!(matches!(why(&[one, two, base]), Link::Full));
-
-    // A branch: a second diff with the same parent.
-    let branch = guest.path("branch");
-    diff_with_zeros(&branch, Image::open(base).unwrap().id(), Placement::Packed);
-    let parent = base.clone();
-    assert_eq!(why(&[base, one, &branch]), Link::Reordered { parent });
-
-    let nobody = guest.path("nobody");
-    diff_with_zeros(&nobody, None, Placement::Packed);
-    assert_eq!(why(&[base, &nobody]), Link::NoParent);
-
-    // The base was taken again: another state and another id.
-    let again = Guest::with_history(Layout::Sealed);
-    assert!(matches!(
-        why(&[&again.snapshots[0], one]),
-        Link::Missing { .. }
-    ));
-}
-
-#[test]
-fn images_of_other_guests_are_refused() {
-    let guest = Guest::with_history(Layout::Sealed);
-    let other = guest.path("other");
-    let regions = [0..PAGE, 1 << 32..(1 << 32) + SIZE - PAGE];
-    let seal = Seal::new().parent(guest.newest.unwrap()).regions(regions);
-    let mut writer = options(Layout::Packed(seal))
-        .open(&other, SIZE, PAGE)
-        .unwrap();
-    writer.write_diff(&guest.ram, &guest.dirty).unwrap();
-    writer.commit().unwrap();
-    let error = guest.chain().push(&other).unwrap_err();
-    assert!(
-        matches!(error, ImageError::RegionsDiffer { .. }),
-        "{error:?}"
-    );
-
-    let seal = Seal::new().parent(guest.newest.unwrap());
-    let mut writer = options(Layout::Packed(seal))
-        .open(&other, SIZE, 2048)
-        .unwrap();
-    writer.write_diff(&guest.ram, &guest.dirty).unwrap();
-    writer.commit().unwrap();
-    let error = guest.chain().push(&other).unwrap_err();
-    assert!(
-        matches!(
-            error,
-            ImageError::PageSizeDiffers {
-                image: 2048,
-                chain: PAGE,
-                ..
-            }
-        ),
-        "{error:?}"
-    );
-    // Opened together, the chain uses the smaller page size.
-    let chain = Chain::open_sealed(&[&guest.snapshots[..], &[other]].concat()).unwrap();
-    assert_eq!(chain.page_size(), 2048);
-    assert!(whole(&chain) == guest.ram);
-}
-
-#[test]
-fn raw_file_is_not_sealed_and_diff_is_not_a_base() {
-    let mut guest = Guest::new();
-    let raw_file = guest.save(raw);
-    assert!(matches!(
-        Image::open(&raw_file),
-        Err(ImageError::Footer {
-            source: FooterError::NotSealed,
-            ..
-        })
-    ));
-    let sealed = Guest::with_history(Layout::Sealed);
-    let diff = &sealed.snapshots[1];
-    assert!(matches!(
-        Chain::open(diff, PAGE),
-        Err(ImageError::NotFull { .. })
-    ));
-    assert!(matches!(
-        MappedImage::open(diff),
-        Err(ImageError::NotFull { .. })
-    ));
-    assert!(matches!(
-        Chain::open_sealed::<&Path>(&[]),
-        Err(ImageError::NoImages)
-    ));
-}
-
-#[test]
 fn full_sealed_image_maps_and_packed_image_does_not() {
     let guest = Guest::with_history(Layout::Sealed);
     let flat = guest.path("flat");
@@ -460,116 +225,6 @@ fn full_sealed_image_maps_and_packed_image_does_not() {
         MappedImage::open(&flat),
         Err(ImageError::Packed { .. })
     ));
-}
-
-#[rstest]
-#[case::sealed(Layout::Sealed)]
-#[case::packed(Layout::Packed)]
-fn flipped_bits_are_detected_throughout_a_large_image(#[case] make: Make) {
-    let guest = Guest::with_history(make);
-    for path in &guest.snapshots[..2] {
-        let file = File::options().read(true).write(true).open(path).unwrap();
-        let len = file.metadata().unwrap().len();
-        let pages = Image::open(path).unwrap().footer().unwrap().data_start();
-        for at in (pages..len).step_by(50_929) {
-            let mut byte = [0];
-            file.read_exact_at(&mut byte, at).unwrap();
-            let flipped = [byte[0] ^ 1 << (at % 8)];
-            file.write_all_at(&flipped, at).unwrap();
-            let detected = verify(path).is_ok_and(|found| !found.is_whole());
-            assert!(detected, "byte {at} of {len} in {path:?}");
-            file.write_all_at(&byte, at).unwrap();
-        }
-        assert!(verify(path).unwrap().is_whole());
-    }
-}
-
-#[test]
-fn damage_is_named_by_chunk_and_offset() {
-    let guest = Guest::with_history(Layout::Packed);
-    let path = &guest.snapshots[0];
-    let footer = Image::open(path).unwrap().footer().cloned().unwrap();
-    let run = footer.run_at(300 * PAGE).unwrap();
-    let at = run.stored_at(300 * PAGE).unwrap();
-    let file = File::options().write(true).open(path).unwrap();
-    file.write_all_at(&[0xff; 3], at).unwrap();
-    let found = verify(path).unwrap();
-    assert_eq!(found.found, 1);
-    let [
-        Damage::Chunk {
-            number: 1,
-            guest: range,
-            ..
-        },
-    ] = &found.damages[..]
-    else {
-        panic!("{found:?}");
-    };
-    assert_eq!(*range, 1 << 20..2 << 20);
-    assert_eq!(Some(found.damages[0].offset()), run.stored_at(1 << 20));
-
-    let sealed = Guest::with_history(Layout::Sealed);
-    let path = &sealed.snapshots[1];
-    let file = File::options().write(true).open(path).unwrap();
-    file.write_all_at(&[1], 100 * PAGE + 77).unwrap();
-    let found = verify(path).unwrap();
-    assert_eq!(
-        found.damages,
-        [Damage::NotZero {
-            offset: 100 * PAGE + 77
-        }]
-    );
-    assert_eq!(found.damages[0].offset(), 100 * PAGE + 77);
-}
-
-#[test]
-fn verification_reports_progress_and_can_be_cancelled() {
-    let guest = Guest::with_history(Layout::Sealed);
-    let image = Image::open(&guest.snapshots[0]).unwrap();
-    let seen = std::sync::Mutex::new(Vec::new());
-    image
-        .verify(&|done, total| {
-            seen.lock().unwrap().push((done, total));
-            ControlFlow::Continue(())
-        })
-        .unwrap();
-    let seen = seen.into_inner().unwrap();
-    let total = seen[0].1;
-    assert_eq!((seen[0].0, seen.last().unwrap().0), (0, total));
-    let error = image.verify(&|_, _| ControlFlow::Break(())).unwrap_err();
-    assert!(matches!(error, ImageError::Cancelled));
-}
-
-/// Each page that is nonzero and in no run is one damage.
-#[test]
-fn a_thousand_damages_are_listed_and_all_are_counted() {
-    const DAMAGES: u64 = 1010;
-    let dir = tempfile::tempdir().unwrap();
-    let path = dir.path().join("full");
-    let size = 2 * DAMAGES * PAGE;
-    let sealed = options(Layout::Sealed(Seal::new())).skip_zeros(true);
-    let mut writer = sealed.open(&path, size, PAGE).unwrap();
-    let mut ram = vec![0; size as usize];
-    ram[0] = 1;
-    writer.write_full(&ram).unwrap();
-    writer.commit().unwrap();
-    let file = File::options().write(true).open(&path).unwrap();
-    for damage in 0..DAMAGES {
-        file.write_all_at(&[1], (2 * damage + 1) * PAGE).unwrap();
-    }
-
-    let seen = std::sync::Mutex::new((0, 0));
-    let image = Image::open(&path).unwrap();
-    let found = image
-        .verify(&|done, total| {
-            *seen.lock().unwrap() = (done, total);
-            ControlFlow::Continue(())
-        })
-        .unwrap();
-    assert_eq!((found.found, found.damages.len()), (DAMAGES, 1000));
-    let (done, total) = seen.into_inner().unwrap();
-    assert_eq!(done, total);
-    assert!(total >= PAGE + DAMAGES * PAGE, "{total}");
 }
 
 /// Copies by tools that punch holes into zeros, fill holes with zeros, or create archives.
@@ -631,79 +286,6 @@ fn copies_of_sealed_images_restore_to_the_same_ram(#[case] tool: &[&str]) {
             "{tool:?}"
         );
     }
-}
-
-#[test]
-fn comparing_two_chains_yields_the_pages_of_a_diff() {
-    let guest = Guest::with_history(Layout::Packed);
-    let older = Chain::open_sealed(&guest.snapshots[..2]).unwrap();
-    let newer = guest.chain();
-    let proceed = &|_| ControlFlow::Continue(());
-    let changed = compare(&older, &newer, SIZE, PAGE, proceed).unwrap();
-    let runs: Vec<_> = changed.runs().collect();
-    assert_eq!(
-        runs,
-        [
-            3 * PAGE..4 * PAGE,
-            40 * PAGE..42 * PAGE,
-            255 * PAGE..257 * PAGE
-        ]
-    );
-    assert!(
-        compare(&newer, &newer, SIZE, PAGE, proceed)
-            .unwrap()
-            .is_clean()
-    );
-}
-
-#[test]
-fn comparison_reports_progress_cancellation_and_read_errors() {
-    let guest = Guest::with_history(Layout::Packed);
-    let chain = guest.chain();
-    let seen = std::sync::Mutex::new(Vec::new());
-    compare(&guest.ram, &chain, SIZE, PAGE, &|done| {
-        seen.lock().unwrap().push(done);
-        ControlFlow::Continue(())
-    })
-    .unwrap();
-    let seen = seen.into_inner().unwrap();
-    assert!(seen.is_sorted() && seen.last() == Some(&SIZE), "{seen:?}");
-    let error = compare(&guest.ram, &chain, SIZE, PAGE, &|_| ControlFlow::Break(())).unwrap_err();
-    assert!(matches!(error, CompareError::Cancelled { .. }), "{error:?}");
-    let short = &guest.ram[..2 << 20];
-    let proceed = &|_| ControlFlow::Continue(());
-    let error = compare(&chain, &short, SIZE, PAGE, proceed).unwrap_err();
-    let CompareError::Read {
-        which: "newer",
-        offset,
-        ..
-    } = error
-    else {
-        panic!("{error:?}");
-    };
-    assert_eq!(offset, 2 << 20);
-}
-
-/// A source of zeros that has only the second MiB. The others cannot be read.
-struct OneMebibyte;
-
-impl PageReader for OneMebibyte {
-    fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
-        assert_eq!((offset, buf.len()), (1 << 20, 1 << 20));
-        buf.fill(0);
-        Ok(())
-    }
-
-    fn populated(&self, _: Range<u64>) -> PopulatedRanges<'_> {
-        Box::new(std::iter::once(1 << 20..2 << 20))
-    }
-}
-
-#[test]
-fn comparison_reads_only_populated_ranges() {
-    let proceed = &|_| ControlFlow::Continue(());
-    let changed = compare(&OneMebibyte, &OneMebibyte, SIZE, PAGE, proceed).unwrap();
-    assert!(changed.is_clean());
 }
 
 proptest! {

@@ -4,7 +4,11 @@
 #![allow(dead_code, unreachable_pub)]
 
 #[cfg(target_os = "linux")]
+pub mod lazy_images;
+pub mod raw_guest;
+#[cfg(target_os = "linux")]
 pub mod regions;
+pub mod sealed_guest;
 
 use std::fs::File;
 use std::ops::Range;

@@ -1,0 +1,122 @@
+//! Verification of sealed and packed images.
+
+mod support;
+
+use std::fs::File;
+use std::ops::ControlFlow;
+use std::os::unix::fs::FileExt;
+
+use memory_image::{Damage, Image, ImageError};
+use memory_writer::{Layout, Seal};
+use rstest::rstest;
+use support::sealed_guest::{Guest, Make, PAGE, options, verify};
+
+#[rstest]
+#[case::sealed(Layout::Sealed)]
+#[case::packed(Layout::Packed)]
+fn flipped_bits_are_detected_throughout_a_large_image(#[case] make: Make) {
+    let guest = Guest::with_history(make);
+    for path in &guest.snapshots[..2] {
+        let file = File::options().read(true).write(true).open(path).unwrap();
+        let len = file.metadata().unwrap().len();
+        let pages = Image::open(path).unwrap().footer().unwrap().data_start();
+        for at in (pages..len).step_by(50_929) {
+            let mut byte = [0];
+            file.read_exact_at(&mut byte, at).unwrap();
+            let flipped = [byte[0] ^ 1 << (at % 8)];
+            file.write_all_at(&flipped, at).unwrap();
+            let detected = verify(path).is_ok_and(|found| !found.is_whole());
+            assert!(detected, "byte {at} of {len} in {path:?}");
+            file.write_all_at(&byte, at).unwrap();
+        }
+        assert!(verify(path).unwrap().is_whole());
+    }
+}
+
+#[test]
+fn damage_is_named_by_chunk_and_offset() {
+    let guest = Guest::with_history(Layout::Packed);
+    let path = &guest.snapshots[0];
+    let footer = Image::open(path).unwrap().footer().cloned().unwrap();
+    let run = footer.run_at(300 * PAGE).unwrap();
+    let at = run.stored_at(300 * PAGE).unwrap();
+    let file = File::options().write(true).open(path).unwrap();
+    file.write_all_at(&[0xff; 3], at).unwrap();
+    let found = verify(path).unwrap();
+    assert_eq!(found.found, 1);
+    let [
+        Damage::Chunk {
+            number: 1,
+            guest: range,
+            ..
+        },
+    ] = &found.damages[..]
+    else {
+        panic!("{found:?}");
+    };
+    assert_eq!(*range, 1 << 20..2 << 20);
+    assert_eq!(Some(found.damages[0].offset()), run.stored_at(1 << 20));
+
+    let sealed = Guest::with_history(Layout::Sealed);
+    let path = &sealed.snapshots[1];
+    let file = File::options().write(true).open(path).unwrap();
+    file.write_all_at(&[1], 100 * PAGE + 77).unwrap();
+    let found = verify(path).unwrap();
+    assert_eq!(
+        found.damages,
+        [Damage::NotZero {
+            offset: 100 * PAGE + 77
+        }]
+    );
+    assert_eq!(found.damages[0].offset(), 100 * PAGE + 77);
+}
+
+#[test]
+fn verification_reports_progress_and_can_be_cancelled() {
+    let guest = Guest::with_history(Layout::Sealed);
+    let image = Image::open(&guest.snapshots[0]).unwrap();
+    let seen = std::sync::Mutex::new(Vec::new());
+    image
+        .verify(&|done, total| {
+            seen.lock().unwrap().push((done, total));
+            ControlFlow::Continue(())
+        })
+        .unwrap();
+    let seen = seen.into_inner().unwrap();
+    let total = seen[0].1;
+    assert_eq!((seen[0].0, seen.last().unwrap().0), (0, total));
+    let error = image.verify(&|_, _| ControlFlow::Break(())).unwrap_err();
+    assert!(matches!(error, ImageError::Cancelled));
+}
+
+/// Each page that is nonzero and in no run is one damage.
+#[test]
+fn a_thousand_damages_are_listed_and_all_are_counted() {
+    const DAMAGES: u64 = 1010;
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("full");
+    let size = 2 * DAMAGES * PAGE;
+    let sealed = options(Layout::Sealed(Seal::new())).skip_zeros(true);
+    let mut writer = sealed.open(&path, size, PAGE).unwrap();
+    let mut ram = vec![0; size as usize];
+    ram[0] = 1;
+    writer.write_full(&ram).unwrap();
+    writer.commit().unwrap();
+    let file = File::options().write(true).open(&path).unwrap();
+    for damage in 0..DAMAGES {
+        file.write_all_at(&[1], (2 * damage + 1) * PAGE).unwrap();
+    }
+
+    let seen = std::sync::Mutex::new((0, 0));
+    let image = Image::open(&path).unwrap();
+    let found = image
+        .verify(&|done, total| {
+            *seen.lock().unwrap() = (done, total);
+            ControlFlow::Continue(())
+        })
+        .unwrap();
+    assert_eq!((found.found, found.damages.len()), (DAMAGES, 1000));
+    let (done, total) = seen.into_inner().unwrap();
+    assert_eq!(done, total);
+    assert!(total >= PAGE + DAMAGES * PAGE, "{total}");
+}
