@@ -89,7 +89,13 @@ const CRATES: [(&str, &[Part]); 4] = [
                     &["chains", "damage", "lazy_kvm", "lazy_memory", "raw_diffs"],
                     &["bad_input", "comparison", "lazy_ram", "oracle", "secrets"],
                     &["chain_memory", "claimed_ram", "diff_chains", "long_chains"],
-                    &["lazy_sharing", "lazy_split", "lazy_start", "ram_start"],
+                    &[
+                        "lazy_sharing",
+                        "lazy_split",
+                        "lazy_start",
+                        "merged_seals",
+                        "ram_start",
+                    ],
                 ],
             },
             Part {
@@ -116,6 +122,7 @@ const CRATES: [(&str, &[Part]); 4] = [
                         "links",
                         "long_chains",
                         "mapped_chain",
+                        "merged_seals",
                         "oracle",
                         "ram_start",
                         "raw_diffs",

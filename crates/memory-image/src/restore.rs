@@ -62,15 +62,16 @@ impl Chain {
     /// no memory.
     ///
     /// # Errors
-    /// See [`restore`](Self::restore).
+    /// Fails as [`restore`](Self::restore) does.
     pub fn restore_zeroed<T: RamTarget + ?Sized>(&self, target: &mut T) -> Result<(), ImageError> {
         self.restore_runs(target, self.stored_runs())
     }
 
-    /// Writes `runs` of the RAM (ranges of bytes) to `target`, zeros too, whatever it held there. The rest of the target stays as it is.
+    /// Writes `runs` of the RAM (ranges of bytes) to `target`, including zeros, regardless of its
+    /// previous content. The rest of the target is unchanged.
     ///
     /// # Errors
-    /// See [`restore`](Self::restore).
+    /// Fails as [`restore`](Self::restore) does.
     pub fn restore_runs<T: RamTarget + ?Sized>(
         &self,
         target: &mut T,

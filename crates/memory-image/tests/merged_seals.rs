@@ -1,4 +1,4 @@
-//! What a merged image says of itself: also where the newest image is raw, or of version 1.
+//! The seals of merged images, including chains whose newest image is raw or of version 1.
 
 use std::fs::File;
 use std::ops::Range;
@@ -42,7 +42,7 @@ impl Guest {
         path
     }
 
-    /// Of one page, which becomes `value`.
+    /// Takes a diff of one page, which becomes `value`.
     fn diff(&mut self, name: &str, layout: Layout, page: u64, value: u8) -> PathBuf {
         let path = self.path(name);
         let at = page * PAGE;
@@ -72,7 +72,7 @@ fn whole(reader: &impl PageReader) -> Vec<u8> {
     bytes
 }
 
-/// Regions are the guest's, metadata and id are of one state.
+/// Regions belong to the guest. Metadata and id belong to one state.
 #[test]
 fn merging_with_a_raw_newest_image_keeps_the_regions_alone() {
     let mut guest = Guest::new();
@@ -109,7 +109,7 @@ fn merging_diffs_with_a_raw_newest_one_makes_a_diff_that_fits() {
     assert!(whole(&chain) == guest.ram);
 }
 
-/// A diff from a newer state to an older one has the id of the older one.
+/// A diff from a newer state to an older one has the id of the older state.
 #[test]
 fn a_diff_may_lead_back_to_an_older_state() {
     let mut guest = Guest::new();
@@ -126,13 +126,13 @@ fn a_diff_may_lead_back_to_an_older_state() {
         .merge(options(Layout::Packed(chain.seal())), &merged)
         .unwrap();
     assert_eq!(id(&merged), id(&full));
-    // And there again, by a copy: the same file twice stays a mistake.
+    // Forward again, by a copy. The same file twice is refused.
     let copy = guest.path("copy");
     std::fs::copy(&there, &copy).unwrap();
     assert!(Chain::open_sealed(&[&full, &there, &back, &copy]).is_ok());
     let error = Chain::open_sealed(&[&full, &there, &back, &there]).unwrap_err();
     assert!(matches!(error, ImageError::Link { .. }), "{error:?}");
-    // A copy that does not follow is one.
+    // A copy that does not follow is refused as repeated.
     let error = Chain::open_sealed(&[&full, &there, &copy]).unwrap_err();
     let repeated = memory_image::Link::Repeated;
     assert!(
@@ -141,7 +141,7 @@ fn a_diff_may_lead_back_to_an_older_state() {
     );
 }
 
-/// A packed image of version 1, in pages of 256 bytes.
+/// Writes a packed image of version 1, in pages of 256 bytes.
 fn old_image(path: &Path, kind: Kind, ram: &[u8]) {
     let len = ram.len() as u64;
     let mut checksums = Checksums::new(len);
@@ -185,7 +185,7 @@ fn images_of_version_1_in_small_pages_are_merged_and_flattened() {
     assert!(whole(&Chain::open(&merged, 512).unwrap()) == guest.ram);
     chain.flatten(guest.path("flat")).unwrap();
     assert!(std::fs::read(guest.path("flat")).unwrap() == guest.ram);
-    // A diff in them can't be written in larger ones.
+    // A diff in these pages cannot be written in larger ones.
     let diff = guest.path("diff");
     old_image(&diff, Kind::Diff { parent: None }, &guest.ram);
     let image = Image::open_as(&diff, memory_image::Format::Packed).unwrap();
