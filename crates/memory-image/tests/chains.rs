@@ -6,7 +6,6 @@ use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use atomic_file::{AtomicWriter, CommitError};
-use dirty_bitmap::DirtyBitmap;
 use memory_image::{Chain, HostRam, ImageError, MappedImage, RamTarget, Unclear};
 use memory_writer::{CancelToken, MemoryWriter, SnapshotError};
 use page_reader::PageReader;
@@ -77,11 +76,11 @@ fn read_past_the_end_is_an_error(#[case] offset: u64, #[case] len: usize) {
 fn flattened_chain_is_one_full_image_and_keeps_holes() {
     let guest = Guest::with_history();
     let flat = guest.path("flat.mem");
-    let (progress, told) = std::sync::mpsc::channel();
+    let (progress, reports) = std::sync::mpsc::channel();
     let options = MemoryWriter::options().progress(move |now| progress.send(now).unwrap());
     guest.chain().merge(options, &flat).unwrap();
     assert!(std::fs::read(&flat).unwrap() == guest.ram);
-    let last = told.iter().last().unwrap();
+    let last = reports.iter().last().unwrap();
     assert_eq!((last.bytes_done, last.bytes_total), (SIZE, SIZE));
     assert_eq!(
         std::fs::metadata(&flat).unwrap().permissions().mode() & 0o777,
@@ -340,6 +339,7 @@ proptest! {
 #[cfg(target_os = "linux")]
 #[test]
 fn flattening_with_reflinks_allocates_only_the_diffs() {
+    use dirty_bitmap::DirtyBitmap;
     use test_machine::{LoopFs, LoopMount, Need};
 
     if !Need::Xfs.met("flattening_with_reflinks_allocates_only_the_diffs") {

@@ -102,7 +102,7 @@ fn shared_memory_back_end_never_reads_zeros() {
     let images = images();
     let file = memfd();
     let regions = Regions::of_file(&file, 4 * MIB, MapFlags::MAP_SHARED);
-    let (mut go, mut tell) = std::io::pipe().unwrap();
+    let (mut go, mut notify) = std::io::pipe().unwrap();
     let (start, len) = regions.0[0];
     let child = child(|| {
         let _ = go.read(&mut [0]);
@@ -115,7 +115,7 @@ fn shared_memory_back_end_never_reads_zeros() {
     // SAFETY: mapped, and the child waits.
     let mut ram = unsafe { HostRam::new(regions.0.iter().copied()) };
     images.chain().restore(&mut ram).unwrap();
-    tell.write_all(b"!").unwrap();
+    notify.write_all(b"!").unwrap();
     child.succeeds();
 }
 

@@ -57,7 +57,7 @@ fn working_set_pages_do_not_fault_again() {
     let expected = expected.map(|pages| pages.start * PAGE..pages.end * PAGE);
     assert!(recorded.runs().eq(expected), "{recorded:?}");
     ram.wait().unwrap();
-    assert_eq!(ram.recorded(), recorded, "what nobody touched is not in it");
+    assert_eq!(ram.recorded(), recorded, "untouched pages are not recorded");
 
     let file = images.dir().join("set");
     recorded.save(&file).unwrap();
@@ -137,13 +137,13 @@ fn missing_userfaultfd_permission_error_names_the_remedies() {
         return;
     }
     let chain = full_and_two_diffs().chain();
-    let nobody = || {
+    let as_another_user = || {
         // SAFETY: the call takes no address and changes only this thread, because no libc wrapper
         // applies it to the others.
         let changed = unsafe { libc::syscall(libc::SYS_setresuid, 65534, 65534, 65534) };
         assert_eq!(changed, 0);
     };
-    let error = in_thread(nobody, || on_demand().start(chain)).unwrap_err();
+    let error = in_thread(as_another_user, || on_demand().start(chain)).unwrap_err();
     let ImageError::Userfaultfd(why @ UserfaultfdError::NotPermitted(_)) = error else {
         panic!("{error:?}");
     };
@@ -175,7 +175,7 @@ fn unprivileged() -> bool {
     let path = "/proc/sys/vm/unprivileged_userfaultfd";
     let open = std::fs::read_to_string(path).is_ok_and(|text| text.trim() == "1");
     if open {
-        let line = b"NOT RUN: on this machine userfaultfd is permitted to anybody\n";
+        let line = b"NOT RUN: on this machine every user may use userfaultfd\n";
         io::stderr().write_all(line).unwrap();
     }
     open

@@ -35,9 +35,9 @@ fn link_error_names_the_diff_and_the_reason() {
     let parent = base.clone();
     assert_eq!(why(&[base, one, &branch]), Link::Reordered { parent });
 
-    let nobody = guest.path("nobody");
-    diff_with_zeros(&nobody, None, Placement::Packed);
-    assert_eq!(why(&[base, &nobody]), Link::NoParent);
+    let orphan = guest.path("orphan");
+    diff_with_zeros(&orphan, None, Placement::Packed);
+    assert_eq!(why(&[base, &orphan]), Link::NoParent);
 
     // The base was taken again: another state and another id.
     let again = Guest::with_history(Layout::Sealed);

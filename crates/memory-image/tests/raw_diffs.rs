@@ -2,14 +2,9 @@
 
 mod support;
 
-use std::os::unix::fs::FileExt;
-use std::path::{Path, PathBuf};
-
 use memory_image::{Chain, ImageError, Link, Unclear};
-use page_reader::PageReader;
-use rstest::rstest;
 use sparse_file::PagesUnknown;
-use support::raw_guest::{Guest, PAGE, SIZE, whole};
+use support::raw_guest::{Guest, PAGE, whole};
 
 fn ambiguity(error: ImageError) -> Unclear {
     match error {
@@ -97,6 +92,7 @@ fn raw_diff_with_pages_smaller_than_holes_is_refused() {
 #[cfg(target_os = "linux")]
 #[test]
 fn raw_diff_on_a_file_system_with_larger_blocks_is_refused() {
+    use support::raw_guest::SIZE;
     use test_machine::{LoopFs, LoopMount, Need};
 
     if !Need::Xfs16k.met("raw_diff_on_a_file_system_with_larger_blocks_is_refused") {
@@ -142,9 +138,14 @@ fn runs_of_a_finer_bitmap_select_the_written_pages() {
 #[cfg(target_os = "linux")]
 mod names_and_mounts {
     use std::os::fd::AsRawFd as _;
+    use std::os::unix::fs::FileExt;
+    use std::path::{Path, PathBuf};
 
+    use page_reader::PageReader;
+    use rstest::rstest;
     use test_machine::{LoopFs, LoopMount, Need};
 
+    use super::support::raw_guest::SIZE;
     use super::*;
 
     /// The file system of the file itself must be checked, not the one of its name.

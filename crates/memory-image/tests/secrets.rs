@@ -155,7 +155,7 @@ fn saves_and_restores_leave_no_guest_bytes_in_buffers() {
             assert!(now.is_empty(), "{engine:?}, {name}, saved: {now:x?}");
             restored(files);
             let now = found();
-            assert!(now.is_empty(), "{engine:?}, {name}, brought back: {now:x?}");
+            assert!(now.is_empty(), "{engine:?}, {name}, restored: {now:x?}");
         }
     }
     // Checks that the search would have found it.
