@@ -43,7 +43,7 @@
 //! does not follow its predecessor. [`Image::verify`] detects bit rot and truncation.
 //! [`Chain::merge`] writes a chain in any layout.
 //!
-//! **Find the pages that changed** between two states: [`compare`].
+//! **Find the pages that changed** between two states: [`compare()`].
 //!
 //! **Start a guest at once**, without reading or merging its images. The guest's writes never
 //! change the files:
