@@ -1,4 +1,4 @@
-//! Why a snapshot was not taken.
+//! Errors of taking snapshots.
 
 use std::fmt;
 use std::io;
@@ -10,45 +10,50 @@ use image_format::FooterError;
 use sparse_file::{SpaceError, WriteError};
 use thiserror::Error;
 
+use crate::footer_builder::SealError;
 use crate::raw_diff::AmbiguousDiff;
-use crate::sealing::SealError;
-use crate::unwritten::WipeError;
+use crate::stale_pages::WipeError;
 
-/// Why a snapshot was not taken. Unless it is [`Commit`](Self::Commit), which says more, the destination is as it was.
+/// An error of taking a snapshot. The destination is unchanged, except after
+/// [`Commit`](Self::Commit), which states what is there.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum SnapshotError {
-    /// No memory file has this size or this page.
-    #[error("no memory file for this guest")]
+    /// The size of the RAM or of a page is invalid.
+    #[error("invalid RAM geometry")]
     Ram(#[from] RamError),
     /// The file could not be staged.
-    #[error("no snapshot was begun")]
+    #[error("failed to stage the snapshot")]
     Open(#[from] OpenError),
-    /// Guest memory could not be read, or the staged file not be written.
+    /// Guest memory could not be read, or the staged file could not be written.
     #[error("{step} failed at offset {offset:#x} for the snapshot {dest:?}{}", step.advice(source))]
     MemoryIo {
         /// The snapshot's destination.
         dest: PathBuf,
-        /// Which side failed.
+        /// The step that failed.
         step: MemoryIoStep,
-        /// The offset in the file, in bytes, of the first byte that is missing; reading guest memory, its offset in the RAM.
+        /// The offset of the first missing byte in the file, or of the first unreadable byte in the
+        /// RAM.
         offset: u64,
-        /// What the reader or the system said.
+        /// The error of the reader or of the system.
         source: io::Error,
     },
-    /// The bitmap covers another number of bytes than the memory file.
+    /// The bitmap and the memory file differ in size.
     #[error(
-        "the bitmap covers {bitmap:#x} bytes, the memory file has {file:#x}: give the bitmap of this guest's RAM"
+        "the bitmap covers {bitmap:#x} bytes, but the memory file has {file:#x}: pass the bitmap of \
+         this guest's RAM"
     )]
     BitmapSize {
-        /// The bytes that the bitmap covers.
+        /// The number of bytes that the bitmap covers.
         bitmap: u64,
-        /// The bytes of the memory file.
+        /// The size of the memory file in bytes.
         file: u64,
     },
-    /// The bitmap starts at another guest-physical address than [`Options::ram_start`](crate::Options::ram_start), or the bitmap before it, said.
+    /// The bitmap starts at another guest-physical address than
+    /// [`Options::ram_start`](crate::Options::ram_start) or the previous bitmap.
     #[error(
-        "the bitmap starts at {bitmap:#x}, this guest's RAM at {ram:#x}: give the bitmap of this guest's RAM"
+        "the bitmap starts at {bitmap:#x}, but this guest's RAM starts at {ram:#x}: pass the bitmap of \
+         this guest's RAM"
     )]
     BitmapStart {
         /// The first address that the bitmap covers.
@@ -56,157 +61,174 @@ pub enum SnapshotError {
         /// The first address of the RAM.
         ram: u64,
     },
-    /// A run of bytes is empty, ends past the RAM, begins before the last one ended, or is to be of
-    /// whole pages and is not.
+    /// A run of bytes is empty, ends past the RAM, begins before the previous run ended, or is not
+    /// of whole pages where these are required.
     #[error(
-        "the run {start:#x}..{end:#x} is not one of pages of {page_size:#x} bytes in RAM of {ram_size:#x}: give runs that ascend, \
-         don't overlap and end with the RAM"
+        "invalid run {start:#x}..{end:#x} of pages of {page_size:#x} bytes in RAM of {ram_size:#x} \
+         bytes: pass runs that ascend, do not overlap and are inside the RAM"
     )]
     Run {
         /// The first byte of the run.
         start: u64,
-        /// The end of the run.
+        /// The end of the run, exclusive.
         end: u64,
-        /// The page of the memory file, in bytes.
+        /// The size of a page of the memory file in bytes.
         page_size: u64,
-        /// The bytes of the memory file.
+        /// The size of the memory file in bytes.
         ram_size: u64,
     },
-    /// The [`CancelToken`](crate::CancelToken) was used.
+    /// A [`CancelToken`](crate::CancelToken) cancelled the write.
     #[error("the snapshot {dest:?} was cancelled after {written} bytes of this write")]
     Cancelled {
         /// The snapshot's destination.
         dest: PathBuf,
-        /// Bytes written by the call that was cancelled.
+        /// Bytes that the cancelled call had written.
         written: u64,
     },
-    /// A write failed, panicked or was cancelled before, so the staged file may lack pages.
+    /// An earlier write failed, panicked or was cancelled, so the staged file may lack pages.
     #[error(
-        "the snapshot {dest:?} is incomplete, an earlier write to it did not succeed: open a new writer"
+        "the snapshot {dest:?} is incomplete, because an earlier write failed: open a new writer"
     )]
     Incomplete {
         /// The snapshot's destination.
         dest: PathBuf,
     },
-    /// Nothing was written, so there is nothing to commit.
+    /// Nothing was written, so nothing can be committed.
     #[error("the snapshot {dest:?} is empty: call write_full or write_diff first")]
     NothingWritten {
         /// The snapshot's destination.
         dest: PathBuf,
     },
-    /// There are no random numbers for the snapshot's id.
-    #[error("no id can be made for the snapshot {dest:?}: give one to Seal::id")]
+    /// The system provided no random numbers for the snapshot's id.
+    #[error("failed to generate an id for the snapshot {dest:?}: pass one to Seal::id")]
     Id {
         /// The snapshot's destination.
         dest: PathBuf,
-        /// What the system said.
+        /// The error of the system.
         source: io::Error,
     },
-    /// [`Seal::parent`](crate::Seal::parent) was given, and all of the RAM written: a full snapshot stands on no other.
-    #[error("the snapshot {dest:?} is to be full, and names a parent: name none")]
+    /// All of the RAM was written although [`Seal::parent`](crate::Seal::parent) was set: a full
+    /// snapshot has no parent.
+    #[error("the full snapshot {dest:?} has a parent: omit Seal::parent")]
     FullWithParent {
         /// The snapshot's destination.
         dest: PathBuf,
     },
-    /// A sealed or packed diff was to be written without [`Seal::parent`](crate::Seal::parent): no chain of images with ids would take it.
+    /// A sealed or packed diff was to be written without [`Seal::parent`](crate::Seal::parent): no
+    /// chain of images with ids accepts it.
     #[error(
-        "the snapshot {dest:?} is to be a diff, and names no parent: give the id of the image before to Seal::parent, or Seal::on_raw_image if that has none"
+        "the diff {dest:?} has no parent: pass the id of the previous image to Seal::parent, or use \
+         Seal::on_raw_image if it has no id"
     )]
     DiffWithoutParent {
         /// The snapshot's destination.
         dest: PathBuf,
     },
-    /// Metadata was given for a raw snapshot.
+    /// Metadata was passed for a raw snapshot.
     #[error(
-        "the snapshot {dest:?} is raw and has no place for metadata: choose Layout::Sealed or Layout::Packed"
+        "the snapshot {dest:?} is raw and cannot store metadata: choose Layout::Sealed or \
+         Layout::Packed"
     )]
     NotSealed {
         /// The snapshot's destination.
         dest: PathBuf,
     },
-    /// The pages of a raw diff could not be told from its holes. From `write_diff`, nothing was written.
+    /// The pages of a raw diff cannot be told from its holes. If `write_diff` returned this,
+    /// nothing was written.
     #[error(
         "the raw diff {dest:?} could not be read back: choose Layout::Sealed or Layout::Packed, \
-         which say which pages they hold"
+         which list their pages"
     )]
     AmbiguousDiff {
         /// The snapshot's destination.
         dest: PathBuf,
-        /// What keeps its holes from telling its pages.
+        /// The reason why the holes do not identify the pages.
         source: AmbiguousDiff,
     },
-    /// The footer can't be written: as soon as that is known, so before pages are written where regions or metadata don't fit.
-    #[error("the snapshot {dest:?} can't be sealed")]
+    /// The footer cannot be written. Reported as early as possible: before pages are written, if
+    /// regions or metadata do not fit.
+    #[error("failed to seal the snapshot {dest:?}")]
     Seal {
         /// The snapshot's destination.
         dest: PathBuf,
-        /// What of the footer doesn't fit, or what the system said.
+        /// The limit of the footer that was exceeded, or the error of the system.
         source: FooterError,
     },
-    /// The commit failed; its error says whether the destination was replaced.
-    #[error("the commit of the snapshot failed")]
+    /// The commit failed. Its error states whether the destination was replaced.
+    #[error("failed to commit the snapshot")]
     Commit(#[from] CommitError),
-    /// The epoch was to be released, and has marks whose pages were not written since they were taken. Nothing was committed.
+    /// The epoch that was to be released has marks whose pages were not written since they were
+    /// taken. Nothing was committed.
     #[error(
-        "the snapshot {dest:?} was not committed, it lacks pages of the epoch to release: give write_diff what each \
-         take_more returns, or the epoch's bitmap, and begin a full write after the epoch"
+        "the snapshot {dest:?} was not committed, because it lacks pages of the epoch to release: pass \
+         the epoch's bitmap, or what each take_more returns, to write_diff, and begin a full write \
+         after the epoch"
     )]
     EpochNotWritten {
         /// The snapshot's destination.
         dest: PathBuf,
     },
-    /// The marks of the epoch were reclaimed while the snapshot was taken. It was not committed: a later save may have put its own
-    /// at the destination.
+    /// The marks of the epoch were reclaimed while the snapshot was taken. It was not committed: a
+    /// later save may have committed its own file.
     #[error("the snapshot {dest:?} was not committed")]
     EpochReclaimed {
         /// The snapshot's destination.
         dest: PathBuf,
-        /// What became of the epoch.
+        /// The reason why the epoch cannot be released.
         source: EpochReclaimed,
     },
 }
 
-/// The size of a memory file, or of its page, is impossible.
+/// An invalid size of a memory file or of its pages.
 #[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum RamError {
     /// `ram_size` is 0.
-    #[error("the RAM has no bytes: pass the guest's RAM size as ram_size")]
+    #[error("the RAM size is 0: pass the guest's RAM size as ram_size")]
     NoRam,
-    /// No machine addresses that much.
-    #[error("RAM of {ram_size:#x} bytes is larger than any machine can address, 2^52")]
+    /// `ram_size` exceeds the address space of every machine.
+    #[error(
+        "the RAM size {ram_size:#x} exceeds the maximum of 2^52 bytes: pass the guest's RAM size as \
+         ram_size"
+    )]
     TooLarge {
-        /// The size asked for, in bytes.
+        /// The requested size in bytes.
         ram_size: u64,
     },
     /// `page_size` is 0 or not a power of two.
-    #[error("a page of {page_size} bytes: the page size must be a power of two")]
+    #[error(
+        "the page size {page_size} is not a power of two: pass 4096, or 16384 on Apple silicon"
+    )]
     PageSizeNotPowerOfTwo {
-        /// The page size asked for, in bytes.
+        /// The requested page size in bytes.
         page_size: u64,
     },
-    /// `page_size` is below 512: raw RAM is told from images by being a multiple of that.
-    #[error("a page of {page_size} bytes: the page size must be at least 512")]
+    /// `page_size` is below 512: image files are told from raw RAM by a size that is not a multiple
+    /// of 512.
+    #[error("the page size {page_size} is too small: pass at least 512")]
     PageTooSmall {
-        /// The page size asked for, in bytes.
+        /// The requested page size in bytes.
         page_size: u64,
     },
     /// `page_size` is larger than the RAM.
-    #[error("a page of {page_size} bytes is larger than the RAM of {ram_size} bytes")]
+    #[error(
+        "the page size {page_size} is larger than the RAM of {ram_size} bytes: pass a smaller one"
+    )]
     PageLargerThanRam {
-        /// The page size asked for, in bytes.
+        /// The requested page size in bytes.
         page_size: u64,
         /// The size of the RAM in bytes.
         ram_size: u64,
     },
-    /// `ram_size` is no multiple of `page_size`.
+    /// `ram_size` is not a multiple of `page_size`.
     #[error(
-        "RAM of {ram_size:#x} bytes is no whole number of pages of {page_size:#x} bytes: use a smaller page"
+        "the RAM size {ram_size:#x} is not a multiple of the page size {page_size:#x}: pass a smaller \
+         page size"
     )]
     NotWholePages {
-        /// The size asked for, in bytes.
+        /// The requested size in bytes.
         ram_size: u64,
-        /// The page size asked for, in bytes.
+        /// The requested page size in bytes.
         page_size: u64,
     },
 }
@@ -221,9 +243,10 @@ pub enum MemoryIoStep {
     Read,
     /// Writing the staged file.
     Write,
-    /// Wiping what a recycled file held before and was not written; see [`Options::recycle`](crate::Options::recycle).
+    /// Wiping the bytes of a recycled file that were not overwritten; see
+    /// [`Options::recycle`](crate::Options::recycle).
     Wipe,
-    /// Reading back what was written in several passes, for its checksum.
+    /// Reading chunks back that were written in several passes, for their checksums.
     ReadBack,
 }
 
@@ -231,7 +254,7 @@ impl MemoryIoStep {
     fn advice(self, error: &io::Error) -> &'static str {
         match (self, error.kind()) {
             (Self::Read, io::ErrorKind::UnexpectedEof) => {
-                ": the reader ends there, it must cover all of the RAM"
+                ": the reader ends there, but must cover all of the RAM"
             }
             (Self::Write | Self::SetSize | Self::Wipe, io::ErrorKind::StorageFull) => {
                 ": make room on the file system"
@@ -254,7 +277,7 @@ impl fmt::Display for MemoryIoStep {
             Self::Read => "reading guest memory",
             Self::Write => "writing",
             Self::Wipe => "wiping the bytes of an older snapshot",
-            Self::ReadBack => "reading back what was written",
+            Self::ReadBack => "reading back the written chunks",
         })
     }
 }
@@ -325,7 +348,7 @@ impl SnapshotError {
                 (MemoryIoStep::Write, offset, io::ErrorKind::WriteZero.into())
             }
             WriteError::Cancelled { written } => return Self::Cancelled { dest, written },
-            // The runs come from a bitmap that covers the file, so this is a failure of the write, whatever it is.
+            // The runs come from a bitmap that covers the file, so this is a failure of the write.
             other => (MemoryIoStep::Write, 0, io::Error::other(other)),
         };
         Self::MemoryIo {

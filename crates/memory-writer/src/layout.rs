@@ -1,29 +1,31 @@
-//! Which of the layouts a snapshot's file has.
+//! Layouts of memory files.
 
 use std::ops::Range;
 
 use image_format::ImageId;
 
-/// How the pages stand in the file, and what is said of them.
+/// The order of the pages in the file, and whether a footer describes them.
 #[derive(Clone, Debug, Default)]
 #[non_exhaustive]
 pub enum Layout {
-    /// Pages at their guest offsets and nothing else: whoever maps or merges raw memory files can use it. Which pages a diff holds, only the
-    /// holes of its file tell.
+    /// Pages at their guest offsets and nothing else. Any program that maps or merges raw memory
+    /// files can use it. Only the holes of the file record which pages a diff holds.
     #[default]
     Raw,
-    /// The same, and after the last page of the RAM a footer: which pages are there, zero or clean, whose diff it is, checksums. The first
-    /// `ram_size` bytes are those of a raw file. See [`image_format`].
+    /// The same, with a footer after the last page of the RAM: the pages that are present, zero or
+    /// clean, the parent of a diff, and checksums. The first `ram_size` bytes are those of a raw
+    /// file. See [`image_format`].
     Sealed(Seal),
-    /// A header that says how long the file is, the pages that are present, one after another, and the same footer. Needs no holes, and where a
-    /// diff's pages are scattered it is several times faster to write. `memory-image` reads it; nothing maps it as it is.
+    /// A header that contains the length of the file, the pages that are present, one after
+    /// another, and the same footer. It needs no holes, and scattered pages of a diff are written
+    /// several times faster. `memory-image` reads it; it cannot be mapped directly.
     Packed(Seal),
 }
 
-/// What a footer says that the pages don't.
+/// Metadata stored in the footer.
 ///
 /// # Examples
-/// A full snapshot and a diff on top of it, with the vCPUs' state:
+/// Takes a full snapshot and a diff on top of it, with the state of the vCPUs:
 /// ```
 /// use dirty_bitmap::DirtyBitmap;
 /// use memory_writer::{Layout, MemoryWriter, Seal};
@@ -58,10 +60,10 @@ pub struct Seal {
     pub(crate) metadata: Vec<u8>,
 }
 
-/// What a snapshot is taken on top of.
+/// The parent of a snapshot.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) enum Parent {
-    /// Not said: right for full snapshots alone.
+    /// Not set: valid for full snapshots only.
     #[default]
     Unnamed,
     /// An image without an id.
@@ -70,41 +72,43 @@ pub(crate) enum Parent {
 }
 
 impl Seal {
-    /// A new id, no parent, one region of RAM, no metadata.
+    /// Creates a seal with a new id, no parent, one region of RAM and no metadata.
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// The id of the snapshot. A new one unless told, which is right for every new state of a guest; an image that stands for the same state as
-    /// another has its id.
+    /// Sets the id of the snapshot. The default is a new id, which is correct for every new state
+    /// of a guest. An image with the same state as another one has the same id.
     pub fn id(mut self, id: ImageId) -> Self {
         self.id = Some(id);
         self
     }
 
-    /// The snapshot that a diff is taken on top of, which a chain is checked by. Without it, or [`on_raw_image`](Self::on_raw_image),
-    /// [`write_diff`](crate::MemoryWriter::write_diff) refuses to make a diff.
+    /// Sets the parent of a diff, which a chain checks. Without a parent or
+    /// [`on_raw_image`](Self::on_raw_image), [`write_diff`](crate::MemoryWriter::write_diff)
+    /// refuses to write a diff.
     pub fn parent(mut self, parent: ImageId) -> Self {
         self.parent = Parent::Image(parent);
         self
     }
 
-    /// States that a diff is taken on top of a raw image. That has no id, so nothing will tell whether the diff fits on it; on a sealed or packed
-    /// image, it does not.
+    /// Declares that a diff is taken on top of a raw image. A raw image has no id, so a chain
+    /// cannot check that the diff fits. The diff is refused on top of a sealed or packed image.
     pub fn on_raw_image(mut self) -> Self {
         self.parent = Parent::Raw;
         self
     }
 
-    /// The guest-physical address ranges of the RAM, ascending, in the order of the memory file. One from
-    /// [`Options::ram_start`](crate::Options::ram_start) on, unless told.
+    /// Sets the guest-physical address ranges of the RAM, ascending, in the order of the memory
+    /// file. The default is one range that starts at
+    /// [`Options::ram_start`](crate::Options::ram_start).
     pub fn regions(mut self, regions: impl IntoIterator<Item = Range<u64>>) -> Self {
         self.regions = Some(regions.into_iter().collect());
         self
     }
 
-    /// Whatever belongs to the snapshot and is small: the vCPUs' state, say. At most 16 MiB; see also
-    /// [`MemoryWriter::set_metadata`](crate::MemoryWriter::set_metadata).
+    /// Sets small data that belongs to the snapshot, such as the state of the vCPUs. At most 16
+    /// MiB; see also [`MemoryWriter::set_metadata`](crate::MemoryWriter::set_metadata).
     pub fn metadata(mut self, bytes: impl Into<Vec<u8>>) -> Self {
         self.metadata = bytes.into();
         self

@@ -1,72 +1,19 @@
-//! How a snapshot is to be taken, and how it is watched meanwhile.
+//! Options of snapshots.
 
 use std::fmt;
-use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use atomic_file::{AtomicWriter, Durability, FileVersion, Preserve, Symlinks};
 use sparse_file::{Engine, WriteOptions};
 
 use crate::error::SnapshotError;
 use crate::layout::Layout;
-use crate::needed::Skip;
+use crate::nonzero_runs::Skip;
+use crate::progress::{CancelToken, Observer, Progress};
 use crate::writer::MemoryWriter;
 
-/// How far one `write_full` or `write_diff` has come.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct Progress {
-    /// Bytes written so far, or [skipped](Options::skip_zeros).
-    pub bytes_done: u64,
-    /// Bytes to write or skip in all.
-    pub bytes_total: u64,
-    /// The page of the memory file, in bytes.
-    pub page_size: u64,
-}
-
-impl Progress {
-    /// Pages of the memory file written so far, whole ones.
-    #[must_use]
-    pub fn pages_done(&self) -> u64 {
-        self.bytes_done / self.page_size
-    }
-
-    /// Pages of the memory file to write in all.
-    #[must_use]
-    pub fn pages_total(&self) -> u64 {
-        self.bytes_total / self.page_size
-    }
-}
-
-/// Ends a write from another thread: all clones are one token.
-///
-/// The write under way ends once the chunks in flight are done, with [`SnapshotError::Cancelled`], a later one at once; the writer
-/// then refuses to commit, and dropping it removes the staged file. A commit under way is not interrupted.
-#[derive(Clone, Debug, Default)]
-pub struct CancelToken(Arc<AtomicBool>);
-
-impl CancelToken {
-    /// A token that nothing has cancelled.
-    #[must_use]
-    pub fn new() -> Self {
-        Self::default()
-    }
-
-    /// Cancels, for good.
-    pub fn cancel(&self) {
-        self.0.store(true, Ordering::Relaxed);
-    }
-
-    /// Whether anything has cancelled.
-    #[must_use]
-    pub fn is_cancelled(&self) -> bool {
-        self.0.load(Ordering::Relaxed)
-    }
-}
-
-/// Options for a [`MemoryWriter`]; made by [`MemoryWriter::options`]. The defaults are those of [`MemoryWriter::open`].
+/// Options for a [`MemoryWriter`], created by [`MemoryWriter::options`]. The defaults are those of
+/// [`MemoryWriter::open`].
 ///
 /// # Examples
 /// ```
@@ -94,26 +41,7 @@ pub struct Options {
     pub(crate) layout: Layout,
     pub(crate) ram_start: Option<u64>,
     pub(crate) allow_ambiguous: bool,
-    pub(crate) watch: Watch,
-}
-
-/// Who is told of progress, and who may cancel.
-pub(crate) struct Watch {
-    progress: Option<Box<dyn FnMut(Progress) + Send>>,
-    cancel: CancelToken,
-}
-
-impl Watch {
-    pub(crate) fn tell(&mut self, progress: Progress) -> ControlFlow<()> {
-        if let Some(callback) = &mut self.progress {
-            callback(progress);
-        }
-        if self.cancel.is_cancelled() {
-            ControlFlow::Break(())
-        } else {
-            ControlFlow::Continue(())
-        }
-    }
+    pub(crate) observer: Observer,
 }
 
 impl Options {
@@ -126,122 +54,135 @@ impl Options {
             layout: Layout::Raw,
             ram_start: None,
             allow_ambiguous: false,
-            watch: Watch {
+            observer: Observer {
                 progress: None,
                 cancel: CancelToken::new(),
             },
         }
     }
 
-    /// The guest-physical address of the memory file's first byte, at which every bitmap given to
-    /// [`write_diff`](MemoryWriter::write_diff) and every epoch that is released must start. By
-    /// default it is what the first of these says, and 0 for a file that is committed without any.
+    /// Sets the guest-physical address of the first byte of the memory file. Every bitmap that is
+    /// passed to [`write_diff`](MemoryWriter::write_diff) and every epoch that is released must
+    /// start there. The default is the start of the first such bitmap, and 0 for a file that is
+    /// committed without one.
     pub fn ram_start(mut self, address: u64) -> Self {
         self.ram_start = Some(address);
         self
     }
 
-    /// How the pages stand in the file, and whether it is sealed by a footer: [`Layout::Raw`] unless told otherwise.
+    /// Sets the order of the pages in the file, and whether a footer seals it. The default is
+    /// [`Layout::Raw`].
     ///
-    /// Sealing sums every byte as it passes by, of the copy that is written; it takes 24 bytes of memory for each run of pages, up to three times that while a full dump's list of them grows, and 32 for each MiB of RAM that
-    /// is written, twice that at the commit.
+    /// FooterBuilder computes a checksum of every byte, from the copy that is written. It uses 24 bytes
+    /// of memory for each run of pages, up to three times that while the list of a full dump grows,
+    /// and 32 bytes for each MiB of RAM that is written, twice that during the commit.
     pub fn layout(mut self, layout: Layout) -> Self {
         self.layout = layout;
         self
     }
 
-    /// Whether to write a raw diff that could not be read back by its holes: false unless given.
+    /// Sets whether to write a raw diff whose pages could not be told from its holes. The default
+    /// is false.
     ///
-    /// `memory-image` tells the pages of a raw diff from its holes, and only where they are known to
-    /// be reported correctly: on ext4, XFS, btrfs and tmpfs of Linux, and on overlayfs over the first
-    /// three, in pages of at least a block, if at least one page is clean. Anywhere else (FUSE,
-    /// network file systems, macOS)
-    /// [`write_diff`](MemoryWriter::write_diff) refuses to write one: give it
-    /// [`Layout::Sealed`] or [`Layout::Packed`], which say which pages they hold.
+    /// `memory-image` derives the pages of a raw diff from its holes, and only where holes are
+    /// known to be reported correctly: on ext4, XFS, btrfs and tmpfs of Linux, and on overlayfs
+    /// over the first three, in pages of at least a block, if at least one page is clean. On other
+    /// file systems (FUSE, network file systems, macOS) [`write_diff`](MemoryWriter::write_diff)
+    /// refuses to write a raw diff. [`Layout::Sealed`] and [`Layout::Packed`] list their pages and
+    /// can be used instead.
     ///
-    /// For callers that keep the list of the pages themselves, and read the diff with
-    /// `memory_image::Chain::push_pages`. The bytes of the pages are right in either case.
+    /// Suits callers that keep the list of the pages themselves and read the diff with
+    /// `memory_image::Chain::push_pages`. The bytes of the pages are correct in either case.
     pub fn allow_ambiguous_diff(mut self, allow: bool) -> Self {
         self.allow_ambiguous = allow;
         self
     }
 
-    /// What `commit` waits for; [`Durability::Full`] unless told otherwise. With less, marks are
-    /// [released](crate::MemoryWriter::commit_and_release) before the file is sure to survive a power loss.
+    /// Sets the durability that `commit` waits for. The default is [`Durability::Full`]. With less,
+    /// marks are [released](crate::MemoryWriter::commit_and_release) before the file is certain to
+    /// survive a power loss.
     pub fn durability(mut self, durability: Durability) -> Self {
         self.stage = self.stage.durability(durability);
         self
     }
 
-    /// The permission bits of the snapshot, `0o600` unless told otherwise: guest memory holds secrets.
+    /// Sets the permission bits of the snapshot. The default is `0o600`, because guest memory holds
+    /// secrets.
     pub fn mode(mut self, mode: u32) -> Self {
         self.stage = self.stage.mode(mode);
         self
     }
 
-    /// Which of the replaced file's owner, group, mode, access control list and extended attributes the snapshot
-    /// gets; none by default. See [`atomic_file::Preserve`].
+    /// Sets which of the replaced file's owner, group, mode, access control list and extended
+    /// attributes the snapshot gets. The default is none. See [`atomic_file::Preserve`].
     pub fn preserve(mut self, preserve: Preserve) -> Self {
         self.stage = self.stage.preserve(preserve);
         self
     }
 
-    /// Whether to fail rather than replace a destination that exists; see [`atomic_file::Options::no_clobber`].
+    /// Sets whether to fail if the destination exists; see [`atomic_file::Options::no_clobber`].
     pub fn no_clobber(mut self, no_clobber: bool) -> Self {
         self.stage = self.stage.no_clobber(no_clobber);
         self
     }
 
-    /// Replaces this version of the destination and no other; see [`atomic_file::Options::replace_only`].
+    /// Replaces only this version of the destination; see [`atomic_file::Options::replace_only`].
     ///
-    /// For a snapshot that is made from the one it replaces: another writer's commit since then stays.
+    /// Suits a snapshot that is made from the one it replaces: a later commit of another writer is
+    /// not replaced.
     pub fn replace_only(mut self, version: FileVersion) -> Self {
         self.stage = self.stage.replace_only(version);
         self
     }
 
-    /// Stages in `dir`, which must be on the destination's file system; see [`atomic_file::Options::staging_dir`].
+    /// Stages the file in `dir`, which must be on the destination's file system; see
+    /// [`atomic_file::Options::staging_dir`].
     pub fn staging_dir(mut self, dir: impl Into<PathBuf>) -> Self {
         self.stage = self.stage.staging_dir(dir);
         self
     }
 
-    /// What to do where the destination is a symbolic link; [`Symlinks::Follow`] unless told otherwise.
+    /// Sets how a destination that is a symbolic link is treated. The default is
+    /// [`Symlinks::Follow`].
     pub fn symlinks(mut self, symlinks: Symlinks) -> Self {
         self.stage = self.stage.symlinks(symlinks);
         self
     }
 
-    /// Overwrites the snapshot that the last commit replaced, if it has at most `max_bytes` bytes allocated and nobody has it: see
-    /// [`atomic_file::Options::recycle`], which tells when it can't be had; then the file is a new one, which is no error.
+    /// Overwrites the snapshot that the last commit replaced, if at most `max_bytes` bytes are
+    /// allocated to it and no process has it open. Otherwise a new file is used, which is not an
+    /// error. See [`atomic_file::Options::recycle`] for the conditions.
     ///
-    /// Faster where a large snapshot is replaced again and again, at the price of twice its space. The old bytes never show: what is not
-    /// written is wiped by `commit`, or [`finish`](MemoryWriter::finish), and a diff is as sparse as in a new file. Takes
-    /// memory of a bit per page, where pages are written.
+    /// Recycling is faster where a large snapshot is replaced repeatedly, and takes twice the
+    /// space. The old bytes are never visible: `commit` or [`finish`](MemoryWriter::finish) wipes
+    /// what was not overwritten, and a diff is as sparse as in a new file. Uses a bit of memory per
+    /// page, where pages are written.
     pub fn recycle(mut self, max_bytes: u64) -> Self {
         self.stage = self.stage.recycle(max_bytes);
         self
     }
 
-    /// Leaves zeros out of full dumps: they are holes, or whatever stands for zeros on the file system, and read back the same.
+    /// Skips pages of zeros in full dumps. They become holes, or the file system's equivalent, and
+    /// read back as zeros.
     ///
-    /// All of the RAM that was ever touched is read by this process to find them, at the speed of its
-    /// memory. Runs of less than 32 KiB are written with what is around them, as leaving them out
-    /// takes longer. RAM that the reader knows to be untouched is left out without reading it. What a
-    /// reader doesn't hand out as memory is read twice, unless it is zero.
+    /// To find zeros, this process reads all RAM that was ever touched, at the speed of memory.
+    /// Runs of less than 32 KiB of zeros are written with the data around them, because skipping
+    /// them takes longer. RAM that the reader knows to be untouched is skipped without being read.
+    /// Pages that are not zero are read twice from a reader that does not expose its memory.
     ///
-    /// For [`write_full`](MemoryWriter::write_full) only. A diff records a page that became zero as written: left out, it
-    /// would be taken for one that did not change.
+    /// Applies to [`write_full`](MemoryWriter::write_full) only. A diff records a page that became
+    /// zero as written: a skipped page would count as unchanged.
     pub fn skip_zeros(mut self, skip: bool) -> Self {
         self.skip.zeros = skip;
         self
     }
 
-    /// Leaves out of full dumps, without reading it, the RAM that the reader knows that nobody wrote; see
-    /// [`PageReader::populated`](page_reader::PageReader::populated), which says of which RAM that is known. It reads back as the same zeros.
+    /// Skips untouched RAM in full dumps without reading it. Skipped pages read back as zeros. See
+    /// [`PageReader::populated`](page_reader::PageReader::populated) for the RAM whose state is
+    /// known.
     ///
-    /// For [`write_full`](MemoryWriter::write_full) only. The writes of a guest that runs meanwhile must be tracked since before it
-    /// is called, as always.
+    /// Applies to [`write_full`](MemoryWriter::write_full) only. If the guest runs during the dump,
+    /// its writes must be tracked from before the call.
     ///
     /// # Examples
     /// ```
@@ -263,26 +204,28 @@ impl Options {
         self
     }
 
-    /// Reads RAM that was never touched like any other, and does not ask which that is. Not with
+    /// Sets whether to read untouched RAM like any other, without a query for it. Excludes
     /// [`skip_untouched`](Self::skip_untouched).
     ///
-    /// Asking makes system calls that a seccomp filter of a VMM may kill for: `userfaultfd`, `ioctl` of
-    /// it and of `/proc/self/pagemap`, `openat` of files in `/proc/self`, `lseek`, `fstatfs`, and
-    /// `madvise(MADV_POPULATE_READ)`. The price of not asking is that reading makes the host allocate
-    /// untouched RAM, and that a page that cannot be had is a `SIGBUS` where it is copied.
+    /// The query makes system calls that the seccomp filter of a VMM may not permit: `userfaultfd`,
+    /// `ioctl` of it and of `/proc/self/pagemap`, `openat` of files in `/proc/self`, `lseek`,
+    /// `fstatfs`, and `madvise(MADV_POPULATE_READ)`. Without the query, reads make the host
+    /// allocate untouched RAM, and a page that cannot be provided causes a `SIGBUS` when it is
+    /// copied.
     pub fn read_untouched(mut self, read: bool) -> Self {
         self.read_untouched = read;
         self
     }
 
-    /// The way bytes get to the file; the default works everywhere.
+    /// Sets the I/O engine. The default works everywhere.
     pub fn engine(mut self, engine: Engine) -> Self {
         self.write = self.write.engine(engine);
         self
     }
 
-    /// At most how many bytes one system call writes, and so how often progress is told and cancelling heeded: 1 MiB unless told
-    /// otherwise; see [`WriteOptions::chunk_size`].
+    /// Sets the maximum number of bytes that one system call writes, and thereby how often progress
+    /// is reported and cancellation is checked. The default is 1 MiB; see
+    /// [`WriteOptions::chunk_size`].
     pub fn chunk_size(mut self, bytes: usize) -> Self {
         self.write = self.write.chunk_size(bytes);
         self
@@ -290,21 +233,26 @@ impl Options {
 
     /// Calls `callback` on the writing thread before the first byte and after each chunk.
     pub fn progress(mut self, callback: impl FnMut(Progress) + Send + 'static) -> Self {
-        self.watch.progress = Some(Box::new(callback));
+        self.observer.progress = Some(Box::new(callback));
         self
     }
 
-    /// Lets `token` end a write.
+    /// Lets `token` cancel writes.
     pub fn cancel(mut self, token: CancelToken) -> Self {
-        self.watch.cancel = token;
+        self.observer.cancel = token;
         self
     }
 
-    /// Stages a memory file of `ram_size` bytes in pages of `page_size` bytes, to replace `dest` or become it.
+    /// Stages a memory file of `ram_size` bytes in pages of `page_size` bytes. The file replaces or
+    /// creates `dest` when it is committed.
     ///
     /// # Errors
-    /// [`SnapshotError::Ram`] for sizes that no memory file has, [`SnapshotError::Open`] where nothing can be staged,
-    /// [`SnapshotError::MemoryIo`] where the file can't be that large. Nothing is left behind.
+    /// - [`SnapshotError::Ram`] if a size is invalid.
+    /// - [`SnapshotError::Open`] if the file cannot be staged.
+    /// - [`SnapshotError::MemoryIo`] if the staged file cannot get its size.
+    /// - [`SnapshotError::Seal`] if regions or metadata do not fit the footer.
+    ///
+    /// No file is left behind.
     pub fn open(
         self,
         dest: impl AsRef<Path>,
@@ -314,12 +262,11 @@ impl Options {
         MemoryWriter::open_with(dest.as_ref(), ram_size, page_size, self)
     }
 
-    /// Stages a file to replace `dest` or become it, before the size of the RAM is known: that of
-    /// an image that is still to come from elsewhere. [`open_on`](Self::open_on) makes it a memory
-    /// file.
+    /// Stages a file for `dest` before the size of the RAM is known, for an image that is still to
+    /// be received. [`open_on`](Self::open_on) turns it into a memory file.
     ///
     /// # Errors
-    /// [`SnapshotError::Open`] where nothing can be staged. Nothing is left behind.
+    /// [`SnapshotError::Open`] if the file cannot be staged. No file is left behind.
     ///
     /// # Examples
     /// ```
@@ -339,11 +286,12 @@ impl Options {
         Ok(self.stage.open(dest)?)
     }
 
-    /// As [`open`](Self::open), on a file that was [staged](Self::stage) and not written. What
-    /// concerns staging and the commit (durability, mode, links) is as it was given then.
+    /// Opens a memory file like [`open`](Self::open), on a file that was [staged](Self::stage) and
+    /// is not written. The options of staging and of the commit (durability, mode, links) are those
+    /// that were passed to `stage`.
     ///
     /// # Errors
-    /// As [`open`](Self::open), but no [`SnapshotError::Open`].
+    /// As [`open`](Self::open), except [`SnapshotError::Open`].
     pub fn open_on(
         self,
         stage: AtomicWriter,
@@ -364,14 +312,14 @@ impl fmt::Debug for Options {
             .field("layout", &self.layout)
             .field("ram_start", &self.ram_start)
             .field("allow_ambiguous", &self.allow_ambiguous)
-            .field("watch", &self.watch)
+            .field("observer", &self.observer)
             .finish()
     }
 }
 
-impl fmt::Debug for Watch {
+impl fmt::Debug for Observer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Watch")
+        f.debug_struct("Observer")
             .field("progress", &self.progress.is_some())
             .field("cancel", &self.cancel)
             .finish()

@@ -1,4 +1,4 @@
-//! Sets of pages of the memory file, a bit each, in blocks that exist once any of their pages is in.
+//! Sets of pages of the memory file: bitmaps in blocks that are allocated on demand.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -6,22 +6,23 @@ use std::ops::Range;
 use bitvec::BitArr;
 use bitvec::array::BitArray;
 
-/// Pages of a block.
+/// Pages per block.
 const BLOCK: u64 = 4096;
 
 type Block = BitArr!(for BLOCK as usize, in u64);
 
-/// The pages of a memory file that were written. The file's size takes no memory, what was written a bit per page of each block of 4096.
+/// A set of pages of a memory file. Uses a bit per page in each block of 4096 pages that contains a
+/// page of the set.
 #[derive(Debug)]
 pub(crate) struct PageSet {
     blocks: BTreeMap<u64, Box<Block>>,
     page_size: u64,
-    /// All the pages that there are.
+    /// The total number of pages.
     pages: u64,
 }
 
 impl PageSet {
-    /// No page of a file of `size` bytes, whole pages.
+    /// Creates an empty set for a file of `size` bytes, which is a multiple of `page_size`.
     pub(crate) fn new(size: u64, page_size: u64) -> Self {
         Self {
             blocks: BTreeMap::new(),
@@ -30,7 +31,7 @@ impl PageSet {
         }
     }
 
-    /// Adds a run of bytes, of whole pages.
+    /// Adds a run of bytes that consists of whole pages.
     pub(crate) fn add(&mut self, run: &Range<u64>) {
         let (mut page, end) = (run.start / self.page_size, run.end / self.page_size);
         while page < end {
@@ -72,12 +73,12 @@ impl PageSet {
         None
     }
 
-    /// The size of the file in bytes.
+    /// Returns the size of the file in bytes.
     pub(crate) fn size(&self) -> u64 {
         self.pages * self.page_size
     }
 
-    /// Returns the runs of bytes that are not in the set, ascending, and as long as can be.
+    /// Returns the maximal runs of bytes that are not in the set, in ascending order.
     pub(crate) fn missing(&self) -> impl Iterator<Item = Range<u64>> {
         let size = self.size();
         let mut from = 0;
@@ -89,7 +90,7 @@ impl PageSet {
     }
 }
 
-/// The block of the first of these pages, and which of its pages they are.
+/// Returns the block of the first of these pages, and the pages' range inside the block.
 fn in_block(pages: Range<u64>) -> (u64, Range<usize>) {
     let (block, start) = (pages.start / BLOCK, pages.start % BLOCK);
     let end = BLOCK.min(start + (pages.end - pages.start));
@@ -107,7 +108,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn pages_are_found_as_in_a_list_of_flags(
+        fn queries_match_a_list_of_flags(
             added in prop::collection::vec((0..PAGES, 1..2 * BLOCK), 0..6),
             asked in (0..=PAGES, 0..=PAGES),
         ) {
@@ -135,7 +136,7 @@ mod tests {
     }
 
     #[test]
-    fn the_size_of_the_file_takes_no_memory() {
+    fn memory_use_does_not_depend_on_the_file_size() {
         let mut set = PageSet::new(1 << 52, PAGE);
         assert_eq!(set.missing().collect::<Vec<_>>(), [0..1 << 52]);
         set.add(&(PAGE << 42..(PAGE << 42) + PAGE));

@@ -1,4 +1,4 @@
-//! The pages of a raw diff, and whether its holes will tell them.
+//! Tracks the pages of a raw diff and checks that its holes identify them.
 
 use std::fs::File;
 use std::ops::Range;
@@ -9,20 +9,20 @@ use thiserror::Error;
 
 use crate::page_set::PageSet;
 
-/// Why a raw diff could not be read back: its pages cannot be told from its holes.
+/// The reason why a raw diff could not be read back: its pages cannot be told from its holes.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum AmbiguousDiff {
-    /// Holes of the destination's file system do not tell which pages were written.
+    /// Holes do not identify written pages on the destination's file system.
     #[error(transparent)]
     Holes(#[from] PagesUnknown),
     /// A diff of every page has no hole, like a copy whose holes were filled with zeros.
-    #[error("every page of it is dirty, so that it has no hole")]
+    #[error("every page is dirty, so the file has no hole")]
     EveryPage,
     /// The file system reports other pages than those that were written.
-    #[error("the page at {offset:#x} is reported wrongly by its file system")]
+    #[error("the file system reports the wrong state of the page at {offset:#x}")]
     NotAsWritten {
-        /// The page's offset, in bytes.
+        /// The offset of the page in bytes.
         offset: u64,
     },
 }
@@ -35,7 +35,7 @@ pub(crate) struct RawDiff {
 }
 
 impl RawDiff {
-    /// A diff without pages in `file`.
+    /// Creates a diff without pages in `file`.
     pub(crate) fn begin(file: &File, ram_size: u64, page_size: u64) -> Result<Self, AmbiguousDiff> {
         PageHoles::check_new(file, page_size)?;
         Ok(Self {
@@ -44,7 +44,7 @@ impl RawDiff {
         })
     }
 
-    /// Whether a hole is left once `runs` of whole pages, ascending, are written as well.
+    /// Checks that a hole remains after `runs` of whole pages, which ascend, are written too.
     pub(crate) fn check_hole_is_left(
         &self,
         runs: impl Iterator<Item = Range<u64>>,
@@ -60,19 +60,20 @@ impl RawDiff {
         Err(AmbiguousDiff::EveryPage)
     }
 
-    /// A run of whole pages is being written.
+    /// Records that a run of whole pages is being written.
     pub(crate) fn add(&mut self, run: &Range<u64>) {
         self.pages.add(run);
     }
 
-    /// Whether the holes of the written file are what was not written.
+    /// Checks that the holes of the written file are the pages that were not written.
     pub(crate) fn check_written(&self, file: &File) -> Result<(), AmbiguousDiff> {
         if self.pages.missing().next().is_none() {
-            // More were marked while they were written.
+            // Pages were marked during the write.
             return Err(AmbiguousDiff::EveryPage);
         }
-        // Delayed allocation may cover more than was written, and blocks that are being written count
-        // as reserved. Both end with a sync, which is left to the commit if it is not needed here.
+        // Delayed allocation may cover more than was written, and blocks that are being written
+        // count as reserved. A sync ends both. The commit syncs anyway, so sync here only if
+        // needed.
         if self.check_extents(file).is_ok() {
             return Ok(());
         }
@@ -88,7 +89,7 @@ impl RawDiff {
         }
     }
 
-    /// The offset of the first page that is listed as something else than it is.
+    /// Returns the offset of the first page whose reported state is wrong.
     fn first_difference(&self, file: &File) -> Result<Option<u64>, AmbiguousDiff> {
         let failed = |error| PagesUnknown::from(HolesUnknown::Io(error));
         let mut at = 0;
@@ -154,7 +155,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_with_reserved_blocks_is_refused() {
+    fn file_with_reserved_blocks_is_refused() {
         let (_dir, file, diff) = diff(&[0]);
         sparse_file::reserve(&file, 8 * PAGE).unwrap();
         file.write_all_at(&[7; PAGE as usize], 0).unwrap();
@@ -169,7 +170,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_that_holds_the_written_pages_is_accepted() {
+    fn file_with_exactly_the_written_pages_is_accepted() {
         let (_dir, file, diff) = diff(&[0, 3]);
         for page in [0, 3] {
             file.write_all_at(&[0; PAGE as usize], page * PAGE).unwrap();
@@ -177,9 +178,9 @@ mod tests {
         diff.check_written(&file).unwrap();
     }
 
-    /// A bitmap that is marked meanwhile may give more pages than were checked.
+    /// A bitmap that is marked during the write may yield more pages than were checked.
     #[test]
-    fn a_file_of_every_page_is_refused() {
+    fn file_of_every_page_is_refused() {
         let (_dir, file, diff) = diff(&[0, 1, 2, 3, 4, 5, 6, 7]);
         file.write_all_at(&[7; 8 * PAGE as usize], 0).unwrap();
         let error = diff.check_written(&file).unwrap_err();
@@ -187,7 +188,7 @@ mod tests {
     }
 
     #[test]
-    fn passes_that_leave_no_hole_together_are_refused() {
+    fn passes_that_together_leave_no_hole_are_refused() {
         let (.., diff) = diff(&[0, 1, 2, 3]);
         diff.check_hole_is_left([4 * PAGE..7 * PAGE].into_iter())
             .unwrap();

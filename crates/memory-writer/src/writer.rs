@@ -1,4 +1,4 @@
-//! Open, write, commit.
+//! Opens, writes and commits memory snapshots.
 
 use std::fs::File;
 use std::ops::{Deref, Range};
@@ -11,23 +11,26 @@ use page_reader::{PageReader, Touched};
 use sparse_file::{SpaceError, WriteOptions, grow, punch_hole, share_blocks};
 
 use crate::error::{RamError, SnapshotError};
-use crate::held::Held;
+use crate::footer_builder::FooterBuilder;
 use crate::layout::{Layout, Parent};
-use crate::meter::Meter;
-use crate::needed::{Needed, Skip};
-use crate::options::{Options, Watch};
-use crate::pages::WholePages;
+use crate::nonzero_runs::{NonzeroRuns, Skip};
+use crate::options::Options;
+use crate::page_record::PageRecord;
+use crate::progress::{Observer, ProgressCounter};
 use crate::raw_diff::RawDiff;
-use crate::sealing::Sealing;
-use crate::sink::Sink;
-use crate::unwritten::{Unwritten, WipeError, Zeros};
+use crate::stale_pages::{StalePages, WipeError, Zeros};
+use crate::whole_pages::WholePages;
+use crate::write_target::WriteTarget;
 
-/// A memory snapshot under way: staged beside its destination until [`commit`](Self::commit) puts it there.
+/// A memory snapshot that is staged beside its destination until [`commit`](Self::commit) replaces
+/// the destination.
 ///
-/// Dropped without a commit, it leaves the destination as it was and nothing behind.
+/// Dropping the writer without a commit removes the staged file and leaves the destination
+/// unchanged.
 ///
-/// `write_full` and `write_diff` may be called in any order and as often as needed; the last write of a page counts. A write that
-/// fails, panics or is cancelled leaves a file that lacks pages, so the writer then refuses to commit.
+/// `write_full` and `write_diff` may be called in any order and as often as needed; the last write
+/// of a page counts. A write that fails, panics or is cancelled leaves a file that lacks pages, so
+/// the writer then refuses to commit.
 #[derive(Debug)]
 #[must_use = "a writer that is dropped leaves no snapshot"]
 pub struct MemoryWriter {
@@ -38,37 +41,43 @@ pub struct MemoryWriter {
     write: WriteOptions,
     skip: Skip,
     read_untouched: bool,
-    watch: Watch,
+    observer: Observer,
     state: State,
-    /// What is to be wiped before the file is committed: in a recycled stage, and where a full dump left out what had been written.
-    unwritten: Option<Unwritten>,
-    held: Held,
-    /// Which marks of epochs were written.
+    /// Bytes that are wiped before the commit: in a recycled file, and where a full dump skipped
+    /// pages that an earlier write had written.
+    stale_pages: Option<StalePages>,
+    pages: PageRecord,
+    /// The marks of epochs whose pages were written.
     written: Coverage,
 }
 
-/// A diff of at least this part of the RAM does not read what is known to be untouched.
-const ASK_FROM: u64 = 64;
+/// A diff of at least 1 / `SKIP_FRACTION` of the RAM does not read pages that are known to be
+/// untouched.
+const SKIP_FRACTION: u64 = 64;
 
-/// What the staged file is worth.
+/// Completeness of the staged file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum State {
     Empty,
-    /// A write has begun and not succeeded: it is under way, or it failed, panicked or was cancelled.
+    /// A write is under way, or has failed, panicked or been cancelled.
     Incomplete,
-    Whole,
+    Complete,
 }
 
 impl MemoryWriter {
-    /// Stages a memory file of `ram_size` bytes in pages of `page_size` bytes, to replace `dest` or become it, with the
-    /// default [`Options`].
+    /// Stages a memory file of `ram_size` bytes in pages of `page_size` bytes with the default
+    /// [`Options`]. The file replaces or creates `dest` when it is committed.
     ///
-    /// `page_size` is a power of two, 16 KiB on Apple Silicon and 4 KiB on most other hosts; `ram_size` is a multiple of it.
+    /// `page_size` is a power of two: 16 KiB on Apple silicon and 4 KiB on most other hosts.
+    /// `ram_size` is a multiple of it.
     ///
     /// # Errors
-    /// [`SnapshotError::Ram`] for sizes that no memory file has, [`SnapshotError::Open`] where nothing can be staged,
-    /// [`SnapshotError::MemoryIo`] where the file can't be that large, [`SnapshotError::Seal`] where regions or metadata don't fit the
-    /// footer. Nothing is left behind.
+    /// - [`SnapshotError::Ram`] if a size is invalid.
+    /// - [`SnapshotError::Open`] if the file cannot be staged.
+    /// - [`SnapshotError::MemoryIo`] if the staged file cannot get its size.
+    /// - [`SnapshotError::Seal`] if regions or metadata do not fit the footer.
+    ///
+    /// No file is left behind.
     pub fn open(
         dest: impl AsRef<Path>,
         ram_size: u64,
@@ -77,7 +86,7 @@ impl MemoryWriter {
         Self::options().open(dest, ram_size, page_size)
     }
 
-    /// Durability, mode, progress, cancellation and whatever else is not the default.
+    /// Returns a builder for durability, mode, progress, cancellation and other options.
     pub fn options() -> Options {
         Options::new()
     }
@@ -105,7 +114,7 @@ impl MemoryWriter {
             read_untouched,
             layout,
             ram_start,
-            watch,
+            observer,
             allow_ambiguous,
             ..
         } = options;
@@ -114,28 +123,28 @@ impl MemoryWriter {
             Layout::Sealed(seal) => (Placement::InPlace, Some(seal)),
             Layout::Packed(seal) => (Placement::Packed, Some(seal)),
         };
-        let sealing = seal.map(|seal| {
+        let footer = seal.map(|seal| {
             let ram_start = ram_start.unwrap_or(0);
-            Sealing::new(seal, placement, ram_size, page_size, ram_start)
+            FooterBuilder::new(seal, placement, ram_size, page_size, ram_start)
         });
         let dest = || stage.dest_path().to_owned();
-        let sealing = sealing
+        let footer = footer
             .transpose()
             .map_err(|error| SnapshotError::from_seal(dest(), error))?;
-        let held = match sealing {
-            Some(sealing) => Held::ByFooter(sealing),
-            None if allow_ambiguous => Held::ByCaller,
-            None => Held::Nothing,
+        let pages = match footer {
+            Some(footer) => PageRecord::Footer(footer),
+            None if allow_ambiguous => PageRecord::Caller,
+            None => PageRecord::Empty,
         };
         if placement == Placement::InPlace {
             resize(stage.file(), ram_size)
                 .map_err(|error| SnapshotError::from_grow(dest(), ram_size, error))?;
         }
-        let unwritten = match (stage.recycled(), placement) {
+        let stale_pages = match (stage.recycled(), placement) {
             (false, _) => None,
-            (true, Placement::InPlace) => Some(Unwritten::all(ram_size, page_size)),
+            (true, Placement::InPlace) => Some(StalePages::all(ram_size, page_size)),
             (true, Placement::Packed) => {
-                // Packed pages leave no gaps, but the one between the header and the first.
+                // Packed pages leave one gap: between the header and the first page.
                 wipe_header(stage.file(), packed_start(page_size), &write)
                     .map_err(|error| SnapshotError::from_wipe(dest(), error))?;
                 None
@@ -149,78 +158,83 @@ impl MemoryWriter {
             write,
             skip,
             read_untouched,
-            watch,
+            observer,
             state: State::Empty,
-            unwritten,
-            held,
+            stale_pages,
+            pages,
             written: Coverage::new(),
         })
     }
 
-    /// The size of the memory file in bytes.
+    /// Returns the size of the memory file in bytes.
     #[must_use]
     pub fn ram_size(&self) -> u64 {
         self.ram_size
     }
 
-    /// The page of the memory file in bytes.
+    /// Returns the size of a page of the memory file in bytes.
     #[must_use]
     pub fn page_size(&self) -> u64 {
         self.page_size
     }
 
-    /// Where the snapshot will be.
+    /// Returns the path that the commit replaces or creates.
     #[must_use]
     pub fn dest_path(&self) -> &Path {
         self.stage.dest_path()
     }
 
-    /// Where it is staged.
+    /// Returns the path of the staged file.
     #[must_use]
     pub fn temp_path(&self) -> &Path {
         self.stage.temp_path()
     }
 
-    /// Whether the staged file is an older snapshot's, on request of [`Options::recycle`].
+    /// Returns whether the staged file is an older snapshot that [`Options::recycle`] reuses.
     #[must_use]
     pub fn recycled(&self) -> bool {
         self.stage.recycled()
     }
 
-    /// The id of the snapshot, which a diff on top of it names as its parent; `None` for a raw one.
+    /// Returns the id of the snapshot, or `None` for a raw one. A diff on top of the snapshot names
+    /// the id as its parent.
     #[must_use]
     pub fn image_id(&self) -> Option<ImageId> {
-        self.held.sealing().map(Sealing::id)
+        self.pages.footer().map(FooterBuilder::id)
     }
 
-    /// Keeps `bytes` with the snapshot in place of [`Seal::metadata`](crate::Seal::metadata): the vCPUs' state, as it is once they are paused.
+    /// Stores `bytes` with the snapshot and replaces [`Seal::metadata`](crate::Seal::metadata).
+    /// Suits the state of the vCPUs, which is known once they are paused.
     ///
     /// # Errors
-    /// [`SnapshotError::NotSealed`]: a raw file has no place for them. [`SnapshotError::Seal`] for more than 16 MiB. Either way the writer stays as it
-    /// was.
+    /// - [`SnapshotError::NotSealed`]: a raw file cannot hold metadata.
+    /// - [`SnapshotError::Seal`] for more than 16 MiB.
+    ///
+    /// The writer is unchanged after either error.
     pub fn set_metadata(&mut self, bytes: impl Into<Vec<u8>>) -> Result<(), SnapshotError> {
         let dest = || self.stage.dest_path().to_owned();
-        let Held::ByFooter(sealing) = &mut self.held else {
+        let PageRecord::Footer(footer) = &mut self.pages else {
             return Err(SnapshotError::NotSealed { dest: dest() });
         };
-        let set = sealing.set_metadata(bytes.into());
+        let set = footer.set_metadata(bytes.into());
         set.map_err(|source| SnapshotError::Seal {
             dest: dest(),
             source,
         })
     }
 
-    /// Writes all of the RAM, every byte of `[0, ram_size)`, zeros too unless [`Options::skip_zeros`] or
-    /// [`Options::skip_untouched`] leave them out.
+    /// Writes all of the RAM: every byte of `[0, ram_size)`. Pages of zeros are written too, unless
+    /// [`Options::skip_zeros`] or [`Options::skip_untouched`] skips them.
     ///
-    /// RAM that the reader [knows](page_reader::PageReader::populated) to be untouched is not read:
-    /// reading would make the host allocate it. Zeros are written in its place.
+    /// RAM that the reader [knows](page_reader::PageReader::populated) to be untouched is not read,
+    /// because a read would make the host allocate it. Zeros are written in its place.
     ///
     /// # Errors
-    /// [`SnapshotError::FullWithParent`]: nothing was written. [`SnapshotError::MemoryIo`] or [`SnapshotError::Cancelled`]; the writer
-    /// can't be committed then.
+    /// - [`SnapshotError::FullWithParent`]: nothing was written.
+    /// - [`SnapshotError::MemoryIo`] or [`SnapshotError::Cancelled`]: the writer can no longer be
+    ///   committed.
     pub fn write_full<R: PageReader + ?Sized>(&mut self, reader: &R) -> Result<(), SnapshotError> {
-        let parent = self.held.sealing().map(Sealing::parent);
+        let parent = self.pages.footer().map(FooterBuilder::parent);
         if matches!(parent, Some(Parent::Image(_))) {
             return Err(SnapshotError::FullWithParent {
                 dest: self.stage.dest_path().to_owned(),
@@ -229,10 +243,10 @@ impl MemoryWriter {
         let written_before = self.state != State::Empty;
         self.begin()?;
         let began = Coverage::begin_full();
-        self.held.begin_full();
-        if self.skip.anything() && written_before && self.in_place() {
-            // Where this leaves out zeros, nothing may be left of that.
-            self.unwritten = Some(Unwritten::all(self.ram_size, self.page_size));
+        self.pages.begin_full();
+        if self.skip.is_enabled() && written_before && self.in_place() {
+            // A full dump that skips zeros must not leave bytes of an earlier write.
+            self.stale_pages = Some(StalePages::all(self.ram_size, self.page_size));
         }
         let (ram_size, page_size) = (self.ram_size, self.page_size);
         let skip = self.skip;
@@ -240,33 +254,35 @@ impl MemoryWriter {
             true => Touched::unknown(reader, ram_size).without_faulting_in(),
             false => Touched::new(reader, ram_size),
         };
-        let (sink, watch) = self.sink();
-        let meter = Meter::new(watch, page_size, ram_size);
-        if skip.anything() {
-            let needed = Needed::new(reader, skip, ram_size, page_size, &meter);
-            sink.write(reader, needed, ram_size, None, &meter)?;
+        let (target, observer) = self.target();
+        let counter = ProgressCounter::new(observer, page_size, ram_size);
+        if skip.is_enabled() {
+            let needed = NonzeroRuns::new(reader, skip, ram_size, page_size, &counter);
+            target.write(reader, needed, ram_size, None, &counter)?;
         } else {
-            sink.write(
+            target.write(
                 reader,
                 std::iter::once(0..ram_size),
                 ram_size,
                 Some(1),
-                &meter,
+                &counter,
             )?;
         }
         self.written.add_full(began);
-        self.state = State::Whole;
+        self.state = State::Complete;
         Ok(())
     }
 
-    /// Makes the snapshot all of a raw image, whose blocks it shares until a page is written: no time and no space, where
-    /// [the file system can](sparse_file::share_blocks). Returns false, and has written nothing, where it can't, and for a layout that is not raw: then
-    /// [write](Self::write_full) the image's bytes.
+    /// Copies a raw image into the snapshot by sharing its blocks, where [the file system
+    /// can](sparse_file::share_blocks). This takes no time, and no space until a page is written.
+    ///
+    /// Returns false and writes nothing where the file system cannot share blocks, and for a layout
+    /// that is not raw. [Write](Self::write_full) the bytes of the image in that case.
     ///
     /// # Errors
-    /// [`SnapshotError::MemoryIo`]; the writer can't be committed then.
+    /// [`SnapshotError::MemoryIo`]: the writer can no longer be committed.
     pub fn share_full(&mut self, image: &File) -> Result<bool, SnapshotError> {
-        if self.held.sealing().is_some() {
+        if self.pages.footer().is_some() {
             return Ok(false);
         }
         let before = self.state;
@@ -282,32 +298,44 @@ impl MemoryWriter {
                 return Err(SnapshotError::from_share(dest, error));
             }
         }
-        self.unwritten = None;
-        self.held.begin_full();
-        // The image's pages have replaced what was written of the RAM.
+        self.stale_pages = None;
+        self.pages.begin_full();
+        // The image has replaced all pages of the RAM that were written.
         self.written.clear();
-        self.state = State::Whole;
+        self.state = State::Complete;
         Ok(true)
     }
 
-    /// Writes the pages that `dirty` has marks in, and returns how many pages of the memory file that were.
+    /// Writes the pages that `dirty` marks. Returns the number of pages of the memory file that
+    /// were written.
     ///
-    /// The bitmap may be of any kind and have any page size: what it marks is widened to whole pages of the file. It stays as it is:
-    /// give an [`Epoch`]'s bitmap, and [commit and release](Self::commit_and_release) it.
-    /// A diff without any dirty page is a file of one hole, and can be committed. Pages that are marked and
-    /// [known](page_reader::PageReader::populated) to be untouched are written as zeros without reading
-    /// them, if at least 1/64 of the RAM is marked. Give a [`Touched`] to have it so in any case, where the
-    /// guest gives pages back (a balloon) after it wrote them.
+    /// The bitmap may be of any kind and have any page size: its marks are widened to whole pages
+    /// of the file. It is not changed: pass the bitmap of an [`Epoch`], and [commit and
+    /// release](Self::commit_and_release) the epoch. A diff without a dirty page is a file of one
+    /// hole and can be committed.
     ///
-    /// Which pages a raw diff holds, only the holes of its file tell. Where they cannot, it is refused before anything is written: see
-    /// [`Options::allow_ambiguous_diff`]. Before the commit, the holes of its file are compared with what was written. After [`write_full`](Self::write_full) the file is a full image and holds every page:
-    /// nothing is checked then.
+    /// Marked pages that are [known](page_reader::PageReader::populated) to be untouched are
+    /// written as zeros without being read if at least 1/64 of the RAM is marked. Pass a
+    /// [`Touched`] to get this in every case, for a guest that returns pages to the host (a
+    /// balloon) after it wrote them.
+    ///
+    /// Only the holes of the file record which pages a raw diff holds. Where holes are not
+    /// reliable, the diff is refused before anything is written: see
+    /// [`Options::allow_ambiguous_diff`]. Before the commit, the holes of the file are compared
+    /// with what was written. After [`write_full`](Self::write_full) the file is a full image that
+    /// holds every page, and is not checked.
     ///
     /// # Errors
-    /// [`SnapshotError::BitmapSize`] or [`SnapshotError::BitmapStart`] where the bitmap is of another RAM,
-    /// [`SnapshotError::AmbiguousDiff`] where a raw diff could not be read back,
-    /// [`SnapshotError::DiffWithoutParent`] for a sealed diff that no chain would take, [`SnapshotError::Seal`] for more runs than a footer has room
-    /// for: nothing was written, and the writer stays as it was. [`SnapshotError::MemoryIo`] or [`SnapshotError::Cancelled`]; the writer can't be committed then.
+    /// Nothing was written and the writer is unchanged after:
+    ///
+    /// - [`SnapshotError::BitmapSize`] or [`SnapshotError::BitmapStart`] if the bitmap covers other
+    ///   RAM.
+    /// - [`SnapshotError::AmbiguousDiff`] if a raw diff could not be read back.
+    /// - [`SnapshotError::DiffWithoutParent`] for a sealed diff that no chain accepts.
+    /// - [`SnapshotError::Seal`] for more runs than a footer can list.
+    ///
+    /// The writer can no longer be committed after [`SnapshotError::MemoryIo`] or
+    /// [`SnapshotError::Cancelled`].
     pub fn write_diff<R: PageReader + ?Sized>(
         &mut self,
         reader: &R,
@@ -320,16 +348,17 @@ impl MemoryWriter {
         Ok(pages)
     }
 
-    /// Writes the pages that runs of bytes reach into, and returns how many pages of the memory
-    /// file that were: as [`write_diff`](Self::write_diff), for callers that know runs and need no
-    /// bitmap of all the RAM.
+    /// Writes the pages that overlap the given runs of bytes. Returns the number of pages of the
+    /// memory file that were written. Like [`write_diff`](Self::write_diff), for callers that know
+    /// runs and need no bitmap of all the RAM.
     ///
-    /// `runs` is called more than once, and returns the same runs each time: ranges of bytes of the
-    /// RAM, ascending and apart. No mark of an epoch counts as written by this.
+    /// `runs` is called more than once and returns the same runs each time: ranges of bytes of the
+    /// RAM that ascend and do not overlap. Does not count as a write of any mark of an epoch.
     ///
     /// # Errors
-    /// [`SnapshotError::Run`] for a run that is empty, ends past the RAM or begins before the last
-    /// one ended: nothing was written, and the writer stays as it was. Otherwise as `write_diff`.
+    /// [`SnapshotError::Run`] for a run that is empty, ends past the RAM or begins before the
+    /// previous run ended: nothing was written and the writer is unchanged. Otherwise as
+    /// `write_diff`.
     ///
     /// # Examples
     /// ```
@@ -355,40 +384,40 @@ impl MemoryWriter {
         self.write_pages(reader, runs, None)
     }
 
-    /// Makes pages zeros, where that is known without reading them, and takes no room for them
-    /// where the layout can say so: the footer of a sealed or packed diff does, and a raw file that
-    /// holds all of the RAM gets holes. In a raw diff, whose holes are clean pages, zeros are
-    /// written.
+    /// Records pages as zeros without reading them. The pages take no space in the footer of a
+    /// sealed or packed diff, and become holes in a raw file that holds all of the RAM. In a raw
+    /// diff, whose holes are clean pages, zeros are written.
     ///
-    /// `runs` is called more than once, and returns the same runs each time: ranges of bytes of the
-    /// RAM, ascending and apart, of whole pages of the memory file. Memory: 16 bytes a run.
+    /// `runs` is called more than once and returns the same runs each time: ranges of bytes of the
+    /// RAM that ascend, do not overlap and consist of whole pages of the memory file. Uses 16 bytes
+    /// of memory a run.
     ///
     /// # Errors
     /// [`SnapshotError::Run`] for a run that is empty, is not of whole pages, ends past the RAM or
-    /// begins before the last one ended. Otherwise as [`write_diff`](Self::write_diff).
+    /// begins before the previous run ended. Otherwise as [`write_diff`](Self::write_diff).
     pub fn write_zeros<I: Iterator<Item = Range<u64>>>(
         &mut self,
         runs: impl Fn() -> I,
     ) -> Result<(), SnapshotError> {
         let count = self.check_runs(runs(), self.page_size)?;
-        match &self.held {
-            Held::ByFooter(_) => self.declare_zeros(&runs, count),
-            Held::All => self.dig_zeros(&runs),
-            Held::Nothing | Held::ByHoles(_) | Held::ByCaller => {
+        match &self.pages {
+            PageRecord::Footer(_) => self.list_zeros(&runs, count),
+            PageRecord::All => self.punch_zeros(&runs),
+            PageRecord::Empty | PageRecord::Holes(_) | PageRecord::Caller => {
                 self.write_pages(&Zeros, runs, None).map(drop)
             }
         }
     }
 
-    /// Has the footer name zeros. Pages that have a place in the file already become zeros there.
-    fn declare_zeros<I: Iterator<Item = Range<u64>>>(
+    /// Lists runs of zeros in the footer. Overwrites pages that are already in the file with zeros.
+    fn list_zeros<I: Iterator<Item = Range<u64>>>(
         &mut self,
         runs: &impl Fn() -> I,
         count: u64,
     ) -> Result<(), SnapshotError> {
         self.check_diff(count)?;
-        let placed = self.held.sealing().map_or_else(Vec::new, |sealing| {
-            let placed = runs().flat_map(|run| sealing.placed(run));
+        let placed = self.pages.footer().map_or_else(Vec::new, |footer| {
+            let placed = runs().flat_map(|run| footer.placed(run));
             placed.collect()
         });
         if placed.is_empty() {
@@ -396,16 +425,16 @@ impl MemoryWriter {
         } else {
             self.write_pages(&Zeros, || placed.iter().cloned(), None)?;
         }
-        if let Held::ByFooter(sealing) = &mut self.held {
-            sealing.add_zeros(runs());
+        if let PageRecord::Footer(footer) = &mut self.pages {
+            footer.add_zeros(runs());
         }
-        self.state = State::Whole;
+        self.state = State::Complete;
         Ok(())
     }
 
-    /// Makes holes in a raw file that holds all of the RAM, or writes zeros where the file system
-    /// has none.
-    fn dig_zeros<I: Iterator<Item = Range<u64>>>(
+    /// Punches holes in a raw file that holds all of the RAM, or writes zeros where the file system
+    /// has no holes.
+    fn punch_zeros<I: Iterator<Item = Range<u64>>>(
         &mut self,
         runs: &impl Fn() -> I,
     ) -> Result<(), SnapshotError> {
@@ -414,7 +443,7 @@ impl MemoryWriter {
             match punch_hole(self.stage.file(), run.clone()) {
                 Ok(()) => {}
                 Err(SpaceError::Unsupported { .. }) => {
-                    self.state = State::Whole;
+                    self.state = State::Complete;
                     return self.write_pages(&Zeros, runs, None).map(drop);
                 }
                 Err(error) => {
@@ -423,12 +452,12 @@ impl MemoryWriter {
                 }
             }
         }
-        self.state = State::Whole;
+        self.state = State::Complete;
         Ok(())
     }
 
-    /// Writes the pages of the memory file that `runs` reach into. `ram` is the guest-physical
-    /// address at which the RAM starts, if a bitmap says so.
+    /// Writes the pages of the memory file that overlap `runs`. `ram` is the guest-physical start
+    /// address of the RAM, if a bitmap provides it.
     fn write_pages<R: PageReader + ?Sized, I: Iterator<Item = Range<u64>>>(
         &mut self,
         reader: &R,
@@ -445,28 +474,28 @@ impl MemoryWriter {
         self.check_diff(count)?;
         self.check_raw_diff(pages())?;
         if let Some(ram) = ram {
-            self.learn_ram_start(ram);
+            self.set_ram_start(ram);
         }
         self.begin()?;
         let read_untouched = self.read_untouched;
-        let (sink, watch) = self.sink();
-        let meter = Meter::new(watch, page_size, total);
-        // What is marked was written, so it is there. Where so much is marked, it may be all of the
-        // RAM, touched or not; asking takes less time than writing then.
+        let (target, observer) = self.target();
+        let counter = ProgressCounter::new(observer, page_size, total);
+        // Marked pages were written, so they are populated. Many marks may mean that all of the RAM
+        // is marked, touched or not: then the query takes less time than the writes it saves.
         let reader = &if read_untouched {
             Touched::unknown(reader, ram_size).without_faulting_in()
-        } else if total >= ram_size / ASK_FROM {
+        } else if total >= ram_size / SKIP_FRACTION {
             Touched::new(reader, ram_size)
         } else {
             Touched::unknown(reader, ram_size)
         };
-        let written = sink.write(reader, pages(), total, Some(count), &meter)?;
-        self.state = State::Whole;
+        let written = target.write(reader, pages(), total, Some(count), &counter)?;
+        self.state = State::Complete;
         Ok(written / page_size)
     }
 
-    /// Checks that runs are ascending, apart, inside the RAM, and begin and end at multiples of
-    /// `unit`. Returns how many they are.
+    /// Checks that runs ascend, do not overlap, are inside the RAM, and begin and end at multiples
+    /// of `unit`. Returns the number of runs.
     fn check_runs(
         &self,
         runs: impl Iterator<Item = Range<u64>>,
@@ -488,7 +517,7 @@ impl MemoryWriter {
         Ok(count)
     }
 
-    /// Whether a bitmap is one of this RAM, as far as that is known.
+    /// Checks that a bitmap covers this RAM, as far as the RAM's range is known.
     fn check_bitmap<K>(&self, bitmap: &DirtyBitmap<K>) -> Result<(), SnapshotError> {
         if bitmap.ram_size() != self.ram_size {
             return Err(SnapshotError::BitmapSize {
@@ -505,31 +534,31 @@ impl MemoryWriter {
         }
     }
 
-    /// Takes the start of a bitmap that was [checked](Self::check_bitmap) for that of the RAM.
-    fn learn_ram_start(&mut self, ram_start: u64) {
+    /// Sets the start of the RAM to that of a bitmap that was [checked](Self::check_bitmap).
+    fn set_ram_start(&mut self, ram_start: u64) {
         self.ram_start = Some(ram_start);
-        if let Held::ByFooter(sealing) = &mut self.held {
-            sealing.set_ram_start(ram_start);
+        if let PageRecord::Footer(footer) = &mut self.pages {
+            footer.set_ram_start(ram_start);
         }
     }
 
-    /// Whether a footer can say that this is a diff of `runs` runs, and a chain would take it.
+    /// Checks that a footer can describe a diff of `runs` runs, and that a chain accepts the diff.
     fn check_diff(&self, runs: u64) -> Result<(), SnapshotError> {
-        let Held::ByFooter(sealing) = &self.held else {
+        let PageRecord::Footer(footer) = &self.pages else {
             return Ok(());
         };
         let dest = || self.stage.dest_path().to_owned();
-        if sealing.parent() == Parent::Unnamed && !sealing.is_full() {
+        if footer.parent() == Parent::Unnamed && !footer.is_full() {
             return Err(SnapshotError::DiffWithoutParent { dest: dest() });
         }
-        let room = sealing.check_room(runs);
+        let room = footer.check_room(runs);
         room.map_err(|source| SnapshotError::Seal {
             dest: dest(),
             source,
         })
     }
 
-    /// Whether a raw diff with `runs` of pages can be read back.
+    /// Checks that a raw diff with `runs` of pages can be read back.
     fn check_raw_diff(
         &mut self,
         runs: impl Iterator<Item = Range<u64>>,
@@ -538,13 +567,16 @@ impl MemoryWriter {
             return Ok(());
         }
         let check = || {
-            if matches!(self.held, Held::Nothing) {
+            if matches!(self.pages, PageRecord::Empty) {
                 let begun = RawDiff::begin(self.stage.file(), self.ram_size, self.page_size)?;
-                self.held = Held::ByHoles(begun);
+                self.pages = PageRecord::Holes(begun);
             }
-            match &self.held {
-                Held::ByHoles(diff) => diff.check_hole_is_left(runs),
-                Held::Nothing | Held::All | Held::ByCaller | Held::ByFooter(_) => Ok(()),
+            match &self.pages {
+                PageRecord::Holes(diff) => diff.check_hole_is_left(runs),
+                PageRecord::Empty
+                | PageRecord::All
+                | PageRecord::Caller
+                | PageRecord::Footer(_) => Ok(()),
             }
         };
         let dest = || self.stage.dest_path().to_owned();
@@ -554,24 +586,25 @@ impl MemoryWriter {
         })
     }
 
-    /// What of the replaced file the snapshot will not have; see [`atomic_file::AtomicWriter::not_preserved`].
+    /// Returns the attributes of the replaced file that the snapshot will not get; see
+    /// [`atomic_file::AtomicWriter::not_preserved`].
     #[must_use]
     pub fn not_preserved(&self) -> &[NotPreserved] {
         self.stage.not_preserved()
     }
 
-    /// Where a write goes, and who watches it.
-    fn sink(&mut self) -> (Sink<'_>, &mut Watch) {
-        let sink = Sink {
+    /// Returns the target of a write and the observer of its progress.
+    fn target(&mut self) -> (WriteTarget<'_>, &mut Observer) {
+        let target = WriteTarget {
             stage: &self.stage,
             options: &self.write,
-            unwritten: &mut self.unwritten,
-            held: &mut self.held,
+            stale_pages: &mut self.stale_pages,
+            pages: &mut self.pages,
         };
-        (sink, &mut self.watch)
+        (target, &mut self.observer)
     }
 
-    /// Whatever ends the write from here on but its success leaves the writer incomplete.
+    /// Marks the writer as incomplete until the write that begins has succeeded.
     fn begin(&mut self) -> Result<(), SnapshotError> {
         if self.state == State::Incomplete {
             return Err(self.incomplete());
@@ -580,32 +613,39 @@ impl MemoryWriter {
         Ok(())
     }
 
-    /// Syncs the file, puts it at its destination, and syncs the directory: once this has returned, the snapshot is there after a power loss
-    /// too (see [`Options::durability`]).
+    /// Syncs the file, renames it to its destination, and syncs the directory. Once this has
+    /// returned, the snapshot survives a power loss (see [`Options::durability`]).
     ///
     /// # Errors
-    /// [`SnapshotError::NothingWritten`], [`SnapshotError::Incomplete`], [`SnapshotError::MemoryIo`] (a recycled file could not
-    /// be wiped), [`SnapshotError::AmbiguousDiff`] and [`SnapshotError::Seal`]: the destination is as it was.
-    /// [`SnapshotError::Commit`] says which of old and new is there. Nothing is left behind but what the error names.
+    /// - [`SnapshotError::NothingWritten`], [`SnapshotError::Incomplete`],
+    ///   [`SnapshotError::MemoryIo`] (a recycled file could not be wiped),
+    ///   [`SnapshotError::AmbiguousDiff`] and [`SnapshotError::Seal`]: the destination is
+    ///   unchanged.
+    /// - [`SnapshotError::Commit`] states whether the old or the new file is at the destination.
+    ///
+    /// No file is left behind except those that the error names.
     pub fn commit(self) -> Result<(), SnapshotError> {
         Ok(self.finish()?.commit()?)
     }
 
-    /// Commits as [`commit`](Self::commit) does, and releases the epoch whose pages were written once that has returned. On any
-    /// error, the marks are back in the bitmap.
+    /// Commits as [`commit`](Self::commit) does, and then releases the epoch whose pages were
+    /// written. On any error, the marks are restored to the bitmap.
     ///
-    /// It first [checks](Self::check_epoch) that every page of the epoch was written. Once the epoch was
-    /// [reclaimed](DirtyBitmap::reclaim_epoch), nothing is committed: a later save may have put its own file there. While the
-    /// commit runs, the epoch can't be reclaimed.
+    /// First [checks](Self::check_epoch) that every page of the epoch was written. Commits nothing
+    /// if the epoch was [reclaimed](DirtyBitmap::reclaim_epoch): a later save may have committed
+    /// its own file. The epoch cannot be reclaimed while the commit runs.
     ///
-    /// The marks are forgotten when the commit returns, whatever the [durability](crate::Options::durability). With
-    /// [`Durability::Full`](crate::Durability::Full) the file is there after a power loss. With less than that the caller has chosen
-    /// that it may not be: snapshots on top of it that are durable lack its pages then, and a chain with an empty or torn raw file in it
-    /// is wrong without notice.
+    /// The marks are released when the commit returns, at any
+    /// [durability](crate::Options::durability). With [`Durability::Full`](crate::Durability::Full)
+    /// the file then survives a power loss. With less durability a power loss may remove it: later
+    /// snapshots that are durable then lack its pages, and a chain that contains an empty or torn
+    /// raw file restores wrong memory without an error.
     ///
     /// # Errors
-    /// [`SnapshotError::BitmapSize`], [`SnapshotError::BitmapStart`], [`SnapshotError::EpochNotWritten`] and
-    /// [`SnapshotError::EpochReclaimed`]: nothing was committed. Otherwise as [`commit`](Self::commit).
+    /// - [`SnapshotError::BitmapSize`], [`SnapshotError::BitmapStart`],
+    ///   [`SnapshotError::EpochNotWritten`] and [`SnapshotError::EpochReclaimed`]: nothing was
+    ///   committed.
+    /// - Otherwise as [`commit`](Self::commit).
     pub fn commit_and_release<K, B: Deref<Target = DirtyBitmap<K>>>(
         mut self,
         epoch: Epoch<B, K>,
@@ -620,26 +660,28 @@ impl MemoryWriter {
             })
     }
 
-    /// Checks that every page that `epoch` has taken a mark of was written after that.
+    /// Checks that every page whose mark `epoch` holds was written after the mark was taken.
     ///
-    /// The epoch's bitmap is also what the writer learns the start of the RAM from, if neither
-    /// [`Options::ram_start`] nor a diff said it before: a full image and the diffs on top of it
-    /// name the same addresses then. So this comes before [`finish`](Self::finish), which writes
-    /// them.
+    /// [`commit_and_release`](Self::commit_and_release) includes this check. Call it where the file
+    /// is committed as part of a group: before [`finish`](Self::finish), which
+    /// [`Epoch::release_after`] may run together with the commit of the group.
     ///
-    /// [`commit_and_release`](Self::commit_and_release) does so. Call it where the file is committed otherwise, as part of a group:
-    /// before [`finish`](Self::finish), which [`Epoch::release_after`] may run along with the group's commit.
+    /// If neither [`Options::ram_start`] nor a diff has set the start of the RAM, the check takes
+    /// it from the epoch's bitmap, so that a full image and the diffs on top of it name the same
+    /// addresses. `finish` writes the addresses, so the check must come first.
     ///
-    /// What counts is what this writer wrote: a [full write](Self::write_full) that began after the
-    /// marks were taken, and [diffs](Self::write_diff) of [`Epoch::bitmap`] or of what
-    /// [`Epoch::take_more`] returned. A diff of the bitmap that the guest marks does not count, nor
-    /// does [`share_full`](Self::share_full), which also undoes the writes before it. A
-    /// [clean](DirtyBitmap::is_clean) part needs no write. Whether a full write was of the RAM that
-    /// the epoch's bitmap is about, only the caller knows: the size is compared, and the start with
-    /// what was said of it.
+    /// Only writes of this writer count: a [full write](Self::write_full) that began after the
+    /// marks were taken, and [diffs](Self::write_diff) of [`Epoch::bitmap`] or of a bitmap that
+    /// [`Epoch::take_more`] returned. A diff of the bitmap that the guest marks does not count.
+    /// [`share_full`](Self::share_full) does not count and undoes the writes before it. A
+    /// [clean](DirtyBitmap::is_clean) part needs no write.
+    ///
+    /// The check compares the size and the known start of the RAM. It cannot determine whether a
+    /// full write read the RAM that the epoch's bitmap covers.
     ///
     /// # Errors
-    /// [`SnapshotError::EpochNotWritten`], [`SnapshotError::BitmapSize`] and [`SnapshotError::BitmapStart`].
+    /// [`SnapshotError::EpochNotWritten`], [`SnapshotError::BitmapSize`] and
+    /// [`SnapshotError::BitmapStart`].
     pub fn check_epoch<K, B: Deref<Target = DirtyBitmap<K>>>(
         &mut self,
         epoch: &Epoch<B, K>,
@@ -650,50 +692,53 @@ impl MemoryWriter {
                 dest: self.stage.dest_path().to_owned(),
             });
         }
-        self.learn_ram_start(epoch.bitmap().ram_start());
+        self.set_ram_start(epoch.bitmap().ram_start());
         Ok(())
     }
 
-    /// The staged file, whole and ready to be committed as part of an [`atomic_file::AtomicGroup`], beside the vCPUs' state, say.
+    /// Completes the staged file and returns it, for a commit as part of an
+    /// [`atomic_file::AtomicGroup`]: for example together with the state of the vCPUs.
     ///
     /// # Errors
-    /// [`SnapshotError::NothingWritten`], [`SnapshotError::Incomplete`], [`SnapshotError::MemoryIo`] (a recycled file could not
-    /// be wiped), [`SnapshotError::AmbiguousDiff`] and [`SnapshotError::Seal`]: the destination is as it was, and nothing is left behind.
+    /// [`SnapshotError::NothingWritten`], [`SnapshotError::Incomplete`],
+    /// [`SnapshotError::MemoryIo`] (a recycled file could not be wiped),
+    /// [`SnapshotError::AmbiguousDiff`] and [`SnapshotError::Seal`]: the destination is unchanged
+    /// and no file is left behind.
     pub fn finish(self) -> Result<AtomicWriter, SnapshotError> {
         let dest = || self.stage.dest_path().to_owned();
         match self.state {
-            State::Whole => {}
+            State::Complete => {}
             State::Incomplete => return Err(self.incomplete()),
             State::Empty => return Err(SnapshotError::NothingWritten { dest: dest() }),
         }
         let file = self.stage.file();
-        if let Some(unwritten) = &self.unwritten {
-            unwritten
+        if let Some(stale_pages) = &self.stale_pages {
+            stale_pages
                 .wipe(file, &self.write)
                 .map_err(|error| SnapshotError::from_wipe(dest(), error))?;
         }
-        match self.held {
-            Held::ByHoles(diff) => {
+        match self.pages {
+            PageRecord::Holes(diff) => {
                 diff.check_written(file)
                     .map_err(|source| SnapshotError::AmbiguousDiff {
                         dest: dest(),
                         source,
                     })?;
             }
-            Held::ByFooter(sealing) => {
-                sealing
+            PageRecord::Footer(footer) => {
+                footer
                     .seal(file)
                     .map_err(|error| SnapshotError::from_seal(dest(), error))?;
             }
-            Held::Nothing | Held::All | Held::ByCaller => {}
+            PageRecord::Empty | PageRecord::All | PageRecord::Caller => {}
         }
         Ok(self.stage)
     }
 
     fn in_place(&self) -> bool {
-        self.held
-            .sealing()
-            .is_none_or(|sealing| sealing.map.placement() == Placement::InPlace)
+        self.pages
+            .footer()
+            .is_none_or(|footer| footer.map.placement() == Placement::InPlace)
     }
 
     fn incomplete(&self) -> SnapshotError {
@@ -703,7 +748,7 @@ impl MemoryWriter {
     }
 }
 
-/// A new file is grown; a recycled one may be longer.
+/// Sets the length of a staged file: grows a new file, and shrinks a recycled file that is longer.
 fn resize(file: &File, len: u64) -> Result<(), SpaceError> {
     let shrink = || {
         if file.metadata()?.len() > len {
@@ -719,10 +764,10 @@ fn resize(file: &File, len: u64) -> Result<(), SpaceError> {
     grow(file, len)
 }
 
-/// Makes zeros of what a recycled file has between the header of a packed image and its first page.
+/// Overwrites a recycled file with zeros between the header of a packed image and its first page.
 fn wipe_header(file: &File, data_start: u64, options: &WriteOptions) -> Result<(), WipeError> {
     if data_start > packed_start(0) {
-        let mut rest = Unwritten::all(data_start, packed_start(0));
+        let mut rest = StalePages::all(data_start, packed_start(0));
         rest.remove(&(0..packed_start(0)));
         rest.wipe(file, options)?;
     }

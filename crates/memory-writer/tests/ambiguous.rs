@@ -1,4 +1,4 @@
-//! A raw diff that could not be read back is refused, before anything is written.
+//! A raw diff that could not be read back is refused before anything is written.
 #![cfg(target_os = "linux")]
 
 use std::cell::Cell;
@@ -14,7 +14,7 @@ use test_machine::{LoopFs, LoopMount, Need};
 
 const RAM: u64 = 1 << 20;
 
-/// RAM of ones, which counts how often it is read.
+/// RAM of ones that counts how often it is read.
 #[derive(Default)]
 struct Ones(Cell<u32>);
 
@@ -34,12 +34,12 @@ fn dirty(addresses: impl IntoIterator<Item = u64>) -> DirtyBitmap {
     dirty
 }
 
-/// Of a diff on top of some image.
+/// Returns the seal of a diff on top of an arbitrary image.
 fn seal() -> Seal {
     Seal::new().parent(ImageId::from_bytes([7; 16]))
 }
 
-/// The reason for which a raw diff of `pages` is refused in `dir`.
+/// Returns the reason why a raw diff of `marks` is refused in `dir`.
 fn refused(dir: &Path, page_size: u64, marks: &DirtyBitmap) -> AmbiguousDiff {
     let before = marks.dirty_bytes();
     let (dest, ram) = (dir.join("diff.mem"), Ones::default());
@@ -60,7 +60,7 @@ fn refused(dir: &Path, page_size: u64, marks: &DirtyBitmap) -> AmbiguousDiff {
     source
 }
 
-/// The same diff where it says which pages it holds.
+/// Asserts that the same diff is accepted in a layout that lists its pages.
 fn accepted(dir: &Path, page_size: u64, layout: Layout, marks: &DirtyBitmap) {
     let dest = dir.join("diff.mem");
     let options = MemoryWriter::options().layout(layout);
@@ -71,10 +71,10 @@ fn accepted(dir: &Path, page_size: u64, layout: Layout, marks: &DirtyBitmap) {
 }
 
 #[rstest]
-fn a_raw_diff_in_pages_smaller_than_a_block_is_refused(
+fn raw_diff_in_pages_smaller_than_a_block_is_refused(
     #[values(Need::Ext4, Need::Xfs16k)] need: Need,
 ) {
-    if !need.met("a_raw_diff_in_pages_smaller_than_a_block_is_refused") {
+    if !need.met("raw_diff_in_pages_smaller_than_a_block_is_refused") {
         return;
     }
     let (fs, page_size, block) = match need {
@@ -97,7 +97,7 @@ fn a_raw_diff_in_pages_smaller_than_a_block_is_refused(
 }
 
 #[test]
-fn a_raw_diff_of_every_page_is_refused() {
+fn raw_diff_of_every_page_is_refused() {
     let dir = tempfile::tempdir().unwrap();
     let all = dirty((0..RAM).step_by(1024));
     let why = refused(dir.path(), 4096, &all);
@@ -110,7 +110,7 @@ fn a_raw_diff_of_every_page_is_refused() {
 }
 
 #[test]
-fn a_second_raw_diff_that_leaves_no_hole_is_refused() {
+fn second_raw_diff_that_leaves_no_hole_is_refused() {
     let dir = tempfile::tempdir().unwrap();
     let dest = dir.path().join("diff.mem");
     let (ram, half) = (Ones::default(), RAM / 2);
@@ -132,14 +132,14 @@ fn a_second_raw_diff_that_leaves_no_hole_is_refused() {
         "{error:?}"
     );
     assert_eq!(ram.0.get(), read);
-    // The writer stays as it was.
+    // The writer is unchanged.
     writer.write_diff(&ram, &first).unwrap();
     writer.commit().unwrap();
 }
 
-/// It holds every page, so that no hole says anything.
+/// The file holds every page, so its holes are not needed.
 #[test]
-fn pages_written_after_a_full_dump_need_no_holes() {
+fn diff_after_a_full_dump_needs_no_holes() {
     let dir = tempfile::tempdir().unwrap();
     let dest = dir.path().join("live.mem");
     let mut writer = MemoryWriter::open(&dest, RAM, 1024).unwrap();

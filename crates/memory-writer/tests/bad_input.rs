@@ -1,4 +1,4 @@
-//! Every bad input is a typed error, the old file is untouched, and nothing is left behind.
+//! Every invalid input returns a typed error, leaves the old file unchanged and no file behind.
 
 mod support;
 
@@ -18,16 +18,16 @@ fn ram() -> Vec<u8> {
 }
 
 #[rstest]
-#[case::ram_of_no_bytes(0, PAGE, RamError::NoRam)]
-#[case::ram_that_is_no_whole_number_of_pages(SIZE + 4096, PAGE, RamError::NotWholePages { ram_size: SIZE + 4096, page_size: PAGE })]
+#[case::zero_ram_size(0, PAGE, RamError::NoRam)]
+#[case::ram_size_not_a_multiple_of_the_page_size(SIZE + 4096, PAGE, RamError::NotWholePages { ram_size: SIZE + 4096, page_size: PAGE })]
 #[case::ram_of_2_63(1 << 63, PAGE, RamError::TooLarge { ram_size: 1 << 63 })]
-#[case::the_largest_number(u64::MAX, 1, RamError::TooLarge { ram_size: u64::MAX })]
-#[case::page_size_zero_returns(SIZE, 0, RamError::PageSizeNotPowerOfTwo { page_size: 0 })]
-#[case::more_than_any_machine_has(1 << 56, PAGE, RamError::TooLarge { ram_size: 1 << 56 })]
+#[case::maximum_u64(u64::MAX, 1, RamError::TooLarge { ram_size: u64::MAX })]
+#[case::zero_page_size(SIZE, 0, RamError::PageSizeNotPowerOfTwo { page_size: 0 })]
+#[case::beyond_the_address_space(1 << 56, PAGE, RamError::TooLarge { ram_size: 1 << 56 })]
 #[case::page_below_512(SIZE, 256, RamError::PageTooSmall { page_size: 256 })]
-#[case::page_no_power_of_two(SIZE, 12288, RamError::PageSizeNotPowerOfTwo { page_size: 12288 })]
+#[case::page_size_not_a_power_of_two(SIZE, 12288, RamError::PageSizeNotPowerOfTwo { page_size: 12288 })]
 #[case::page_larger_than_ram(SIZE, 2 * SIZE, RamError::PageLargerThanRam { page_size: 2 * SIZE, ram_size: SIZE })]
-fn an_impossible_size_is_refused(
+fn invalid_size_is_refused(
     #[case] ram_size: u64,
     #[case] page_size: u64,
     #[case] expected: RamError,
@@ -43,13 +43,13 @@ fn an_impossible_size_is_refused(
 
 #[cfg(target_os = "linux")]
 #[test]
-fn a_size_that_the_file_system_cannot_have_is_refused() {
+fn size_beyond_the_file_system_limit_is_refused() {
     use test_machine::{LoopFs, LoopMount, Need};
 
-    if !Need::Ext4.met("a_size_that_the_file_system_cannot_have_is_refused") {
+    if !Need::Ext4.met("size_beyond_the_file_system_limit_is_refused") {
         return;
     }
-    // 16 TiB are the most here; tmpfs takes anything.
+    // The maximum file size is 16 TiB here; tmpfs accepts any size.
     let ext4 = LoopMount::new(LoopFs::Ext4).unwrap();
     let place = Place::on(ext4.path());
     let error = MemoryWriter::open(&place.dest, 1 << 52, PAGE).unwrap_err();
@@ -67,7 +67,7 @@ fn a_size_that_the_file_system_cannot_have_is_refused() {
 }
 
 #[test]
-fn a_bitmap_of_another_range_is_refused_and_the_writer_goes_on() {
+fn bitmap_of_another_size_leaves_the_writer_usable() {
     let place = Place::new();
     let mut writer = MemoryWriter::open(&place.dest, SIZE, PAGE).unwrap();
     let error = writer
@@ -83,7 +83,7 @@ fn a_bitmap_of_another_range_is_refused_and_the_writer_goes_on() {
 }
 
 #[test]
-fn a_bitmap_of_another_ram_start_is_refused() {
+fn bitmap_with_another_ram_start_is_refused() {
     let place = Place::new();
     let at = |start| DirtyBitmap::new(start, SIZE, PAGE).unwrap();
     let refused = |error: SnapshotError, expected: (u64, u64)| {
@@ -114,7 +114,7 @@ fn a_bitmap_of_another_ram_start_is_refused() {
 }
 
 #[test]
-fn open_and_commit_does_not_publish_0_bytes() {
+fn commit_without_a_write_is_refused() {
     let place = Place::new();
     let writer = MemoryWriter::open(&place.dest, SIZE, PAGE).unwrap();
     assert!(matches!(
@@ -127,9 +127,13 @@ fn open_and_commit_does_not_publish_0_bytes() {
 type Failure = fn() -> io::Error;
 
 #[rstest]
-#[case::that_fails(SIZE / 2, || io::Error::other("the guest is gone"), io::ErrorKind::Other)]
-#[case::that_is_short(SIZE - 1, || io::ErrorKind::UnexpectedEof.into(), io::ErrorKind::UnexpectedEof)]
-fn a_reader(#[case] offset: u64, #[case] then: Failure, #[case] expected: io::ErrorKind) {
+#[case::fails(SIZE / 2, || io::Error::other("the guest is gone"), io::ErrorKind::Other)]
+#[case::ends_early(SIZE - 1, || io::ErrorKind::UnexpectedEof.into(), io::ErrorKind::UnexpectedEof)]
+fn failing_reader_leaves_the_old_file(
+    #[case] offset: u64,
+    #[case] then: Failure,
+    #[case] expected: io::ErrorKind,
+) {
     let reader = Until {
         ram: ram(),
         offset,
@@ -159,7 +163,7 @@ fn a_reader(#[case] offset: u64, #[case] then: Failure, #[case] expected: io::Er
 }
 
 #[test]
-fn a_reader_whose_host_memory_ends_early_is_short() {
+fn reader_whose_host_memory_ends_early_is_short() {
     let place = Place::new();
     let mut writer = MemoryWriter::open(&place.dest, SIZE, PAGE).unwrap();
     let error = writer
@@ -183,7 +187,7 @@ fn a_reader_whose_host_memory_ends_early_is_short() {
 }
 
 #[test]
-fn a_reader_that_panics_midway_leaves_a_writer_that_refuses_to_commit() {
+fn writer_refuses_to_commit_after_a_reader_panics() {
     let place = Place::new();
     let mut writer = MemoryWriter::open(&place.dest, SIZE, PAGE).unwrap();
     let reader = Until {
@@ -196,7 +200,7 @@ fn a_reader_that_panics_midway_leaves_a_writer_that_refuses_to_commit() {
 }
 
 #[test]
-fn a_panic_with_the_writer_on_the_stack_leaves_nothing_behind() {
+fn panic_that_drops_the_writer_leaves_no_file() {
     let place = Place::new();
     let save = || {
         let mut writer = MemoryWriter::open(&place.dest, SIZE, PAGE).unwrap();
@@ -207,9 +211,9 @@ fn a_panic_with_the_writer_on_the_stack_leaves_nothing_behind() {
     place.assert_untouched();
 }
 
-/// Nor where a later write would succeed.
+/// A later write that would succeed does not help.
 #[test]
-fn commit_does_not_succeed_after_a_failed_write() {
+fn commit_after_a_failed_write_is_refused() {
     let place = Place::new();
     let mut writer = MemoryWriter::open(&place.dest, SIZE, PAGE).unwrap();
     let failing = Until {
@@ -226,7 +230,7 @@ fn commit_does_not_succeed_after_a_failed_write() {
 }
 
 #[test]
-fn a_page_that_was_dirty_when_a_save_failed_is_in_the_next_diff() {
+fn page_dirty_at_a_failed_save_is_in_the_next_diff() {
     let place = Place::new();
     let dirty = DirtyBitmap::new(0, SIZE, 4096).unwrap();
     dirty.set_dirty(5 * PAGE).unwrap();
@@ -250,7 +254,7 @@ fn a_page_that_was_dirty_when_a_save_failed_is_in_the_next_diff() {
 }
 
 #[test]
-fn a_destination_that_is_a_directory_is_refused() {
+fn directory_as_destination_is_refused() {
     let place = Place::new();
     let dir = place.path().join("guest.mem.d");
     std::fs::create_dir(&dir).unwrap();
@@ -266,7 +270,7 @@ fn a_destination_that_is_a_directory_is_refused() {
 }
 
 #[test]
-fn a_destination_in_a_missing_directory_is_refused() {
+fn destination_in_a_missing_directory_is_refused() {
     let place = Place::new();
     let error = MemoryWriter::open(place.path().join("missing/guest.mem"), SIZE, PAGE).unwrap_err();
     assert!(
@@ -277,7 +281,7 @@ fn a_destination_in_a_missing_directory_is_refused() {
 }
 
 #[test]
-fn a_destination_that_is_a_dangling_symlink_is_refused() {
+fn dangling_symlink_as_destination_is_refused() {
     let place = Place::new();
     let link = place.path().join("link.mem");
     std::os::unix::fs::symlink("nowhere/guest.mem", &link).unwrap();
@@ -294,10 +298,10 @@ fn a_destination_that_is_a_dangling_symlink_is_refused() {
 
 #[cfg(target_os = "linux")]
 #[test]
-fn a_destination_in_a_read_only_directory_is_refused() {
+fn destination_in_a_read_only_directory_is_refused() {
     use test_machine::{Need, ReadOnlyBind};
 
-    if !Need::Root.met("a_destination_in_a_read_only_directory_is_refused") {
+    if !Need::Root.met("destination_in_a_read_only_directory_is_refused") {
         return;
     }
     let place = Place::new();
@@ -309,10 +313,10 @@ fn a_destination_in_a_read_only_directory_is_refused() {
 
 #[cfg(target_os = "linux")]
 #[test]
-fn a_full_disk_is_an_error_that_says_so_and_the_old_snapshot_stays() {
+fn full_disk_is_reported_and_keeps_the_old_snapshot() {
     use test_machine::{Need, TinyTmpfs};
 
-    if !Need::Root.met("a_full_disk_is_an_error_that_says_so_and_the_old_snapshot_stays") {
+    if !Need::Root.met("full_disk_is_reported_and_keeps_the_old_snapshot") {
         return;
     }
     let tiny = TinyTmpfs::new(SIZE / 2).unwrap();
@@ -342,9 +346,9 @@ fn a_full_disk_is_an_error_that_says_so_and_the_old_snapshot_stays() {
     assert_nothing_but(tiny.path(), &["guest.mem"]);
 }
 
-/// In a process of its own, since the limit is the process's.
+/// Runs in a child process, because the limit applies to the whole process.
 #[test]
-fn a_file_size_limit_is_an_error_not_the_process_s_end() {
+fn file_size_limit_is_an_error_and_no_signal() {
     const DEST: &str = "MEMSNAP_TEST_DEST";
     if let Some(dest) = std::env::var_os(DEST) {
         use nix::sys::resource::{Resource, setrlimit};
@@ -356,7 +360,7 @@ fn a_file_size_limit_is_an_error_not_the_process_s_end() {
         assert_eq!(source.kind(), io::ErrorKind::FileTooLarge);
         assert!(error.to_string().contains("RLIMIT_FSIZE"), "{error}");
 
-        // A packed file meets it while it grows, a sealed one when its footer is written.
+        // A packed file reaches the limit while it grows, a sealed one when its footer is written.
         let dest = std::env::var_os(DEST).unwrap();
         let ram = vec![1; SIZE as usize];
         let full = |layout, size| {
@@ -377,10 +381,7 @@ fn a_file_size_limit_is_an_error_not_the_process_s_end() {
     }
     let place = Place::new();
     let child = std::process::Command::new(std::env::current_exe().unwrap())
-        .args([
-            "--exact",
-            "a_file_size_limit_is_an_error_not_the_process_s_end",
-        ])
+        .args(["--exact", "file_size_limit_is_an_error_and_no_signal"])
         .env(DEST, &place.dest)
         .output()
         .unwrap();

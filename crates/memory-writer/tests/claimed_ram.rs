@@ -1,4 +1,5 @@
-//! RAM of any size takes memory for what is written of it. Alone in its process, whose memory it measures.
+//! RAM of any size takes memory only for what is written of it. The only test of its process, whose
+//! memory it measures.
 
 #![cfg(target_os = "linux")]
 
@@ -10,11 +11,11 @@ use dirty_bitmap::DirtyBitmap;
 use memory_writer::{Durability, MemoryWriter};
 use page_reader::{PageReader, PopulatedRanges};
 
-/// As much as a file of ext4 may have, half of it; a bit per page would be 256 MiB.
+/// Half of the maximum size of a file on ext4. A bit per page would take 256 MiB.
 const RAM: u64 = 8 << 40;
 const PAGE: u64 = 4096;
 
-/// RAM that nobody touched, but for one page.
+/// RAM that is untouched except for one page.
 struct Untouched;
 
 const TOUCHED: Range<u64> = RAM / 2..RAM / 2 + PAGE;
@@ -31,7 +32,7 @@ impl PageReader for Untouched {
     }
 }
 
-/// The most memory that this process had, in bytes.
+/// Returns the peak memory use of this process in bytes.
 fn peak() -> u64 {
     let status = fs::read_to_string("/proc/self/status").unwrap();
     let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
@@ -40,7 +41,7 @@ fn peak() -> u64 {
 }
 
 #[test]
-fn a_raw_snapshot_of_vast_ram_takes_memory_for_its_pages() {
+fn raw_snapshot_takes_memory_for_written_pages_only() {
     let dir = tempfile::tempdir().unwrap();
     let dest = dir.path().join("mem");
     let dirty = DirtyBitmap::new(0, RAM, PAGE).unwrap();
@@ -63,7 +64,7 @@ fn a_raw_snapshot_of_vast_ram_takes_memory_for_its_pages() {
     };
     write(false, 0);
     write(true, 0);
-    // The first one that may be recycled leaves its file for the next, where the file system can.
+    // The first recyclable file is left for the next one, where the file system can.
     let _ = (write(false, 1 << 30), write(false, 1 << 30));
     let taken = peak() - before;
     assert!(taken < 64 << 20, "{taken} bytes");

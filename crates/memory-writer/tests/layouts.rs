@@ -1,4 +1,4 @@
-//! Sealed and packed snapshots: what their footers say is what was written, and what was written sums to what they say.
+//! The footers of sealed and packed snapshots match the pages and bytes that were written.
 
 mod support;
 
@@ -21,7 +21,7 @@ const PAGE: u64 = 4096;
 
 type Make = fn(Seal) -> Layout;
 
-/// What the image at `path` makes of `ram`, after every sum in it was found right.
+/// Applies the image at `path` to `ram`, after checking every checksum in it.
 fn applied(path: &Path, mut ram: Vec<u8>) -> (Footer, Vec<u8>) {
     let file = File::open(path).unwrap();
     let footer = Footer::read(&file).expect("it is sealed");
@@ -57,7 +57,7 @@ fn dirty(size: u64, pages: &[u64]) -> DirtyBitmap {
 #[rstest]
 #[case::sealed(Layout::Sealed, Placement::InPlace)]
 #[case::packed(Layout::Packed, Placement::Packed)]
-fn a_full_snapshot_says_that_it_has_every_page(#[case] make: Make, #[case] placement: Placement) {
+fn footer_of_a_full_snapshot_lists_every_page(#[case] make: Make, #[case] placement: Placement) {
     let place = Place::new();
     let ram = pattern(3 << 20, 1);
     let mut writer = options(make(Seal::new()))
@@ -85,7 +85,7 @@ fn a_full_snapshot_says_that_it_has_every_page(#[case] make: Make, #[case] place
 #[rstest]
 #[case::sealed(Layout::Sealed)]
 #[case::packed(Layout::Packed)]
-fn a_diff_tells_a_page_of_zeros_from_a_clean_one(#[case] make: Make) {
+fn footer_of_a_diff_separates_zeros_from_clean_pages(#[case] make: Make) {
     let place = Place::new();
     let size = 4 << 20;
     let mut ram = pattern(size as usize, 2);
@@ -120,7 +120,7 @@ fn a_diff_tells_a_page_of_zeros_from_a_clean_one(#[case] make: Make) {
 #[rstest]
 #[case::sealed(Layout::Sealed)]
 #[case::packed(Layout::Packed)]
-fn a_diff_of_nothing_is_a_footer(#[case] make: Make) {
+fn diff_without_pages_is_a_footer(#[case] make: Make) {
     let place = Place::new();
     let mut writer = options(make(Seal::new().on_raw_image()))
         .open(&place.dest, 1 << 20, PAGE)
@@ -136,7 +136,7 @@ fn a_diff_of_nothing_is_a_footer(#[case] make: Make) {
 #[rstest]
 #[case::sealed(Layout::Sealed)]
 #[case::packed(Layout::Packed)]
-fn what_a_full_dump_leaves_out_is_zeros_in_its_map(#[case] make: Make) {
+fn pages_that_a_full_dump_skips_are_zeros_in_the_footer(#[case] make: Make) {
     let place = Place::new();
     let size = 4 << 20;
     let mut ram = vec![0; size as usize];
@@ -145,7 +145,7 @@ fn what_a_full_dump_leaves_out_is_zeros_in_its_map(#[case] make: Make) {
         .skip_zeros(true)
         .open(&place.dest, size, PAGE)
         .unwrap();
-    // What is written before, and zero by the time of the full dump, is zeros afterwards.
+    // Pages that were written before and are zero at the time of the full dump become zeros.
     writer
         .write_diff(&pattern(size as usize, 9), &dirty(size, &[900]))
         .unwrap();
@@ -162,7 +162,7 @@ fn what_a_full_dump_leaves_out_is_zeros_in_its_map(#[case] make: Make) {
 }
 
 #[test]
-fn a_recycled_packed_stage_shows_nothing_of_what_it_was() {
+fn recycled_packed_file_contains_no_old_bytes() {
     let place = Place::recycling();
     let size = 4 << 20;
     let save = |ram: &Vec<u8>, pages: &[u64]| {
@@ -186,8 +186,8 @@ fn a_recycled_packed_stage_shows_nothing_of_what_it_was() {
 }
 
 #[test]
-fn bytes_are_summed_as_they_are_written_even_if_the_guest_writes_meanwhile() {
-    /// RAM that is different each time that it is read.
+fn checksums_match_the_file_while_the_guest_writes() {
+    /// RAM that changes with every read.
     struct Running(std::cell::Cell<u8>);
     impl page_reader::PageReader for Running {
         fn read_at(&self, _: u64, buf: &mut [u8]) -> io::Result<()> {
@@ -210,7 +210,7 @@ fn bytes_are_summed_as_they_are_written_even_if_the_guest_writes_meanwhile() {
 }
 
 #[test]
-fn what_does_not_fit_a_seal_is_refused() {
+fn raw_layout_refuses_metadata_and_full_refuses_a_parent() {
     let place = Place::new();
     let open = |layout| options(layout).open(&place.dest, 1 << 20, PAGE).unwrap();
     let ram = vec![0; 1 << 20];
@@ -234,12 +234,12 @@ fn what_does_not_fit_a_seal_is_refused() {
     place.assert_untouched();
 }
 
-/// What is known before a byte is written is said then.
+/// Errors that are known before a byte is written are returned then.
 #[rstest]
 #[case::regions_too_small(Seal::new().regions([0..4096]))]
 #[case::regions_not_ascending(Seal::new().regions([1 << 20..(1 << 20) + (512 << 10), 0..512 << 10]))]
 #[case::too_much_metadata(Seal::new().metadata(vec![0; (16 << 20) + 1]))]
-fn a_seal_that_does_not_fit_is_refused_at_open(
+fn invalid_seal_is_refused_at_open(
     #[case] seal: Seal,
     #[values(Layout::Sealed, Layout::Packed)] make: Make,
 ) {
@@ -261,7 +261,7 @@ fn a_seal_that_does_not_fit_is_refused_at_open(
 }
 
 #[test]
-fn too_much_metadata_is_refused_and_the_writer_goes_on() {
+fn too_much_metadata_leaves_the_writer_usable() {
     let place = Place::new();
     let seal = Seal::new().metadata(b"before".to_vec());
     let mut writer = options(Layout::Packed(seal))
@@ -278,7 +278,7 @@ fn too_much_metadata_is_refused_and_the_writer_goes_on() {
 #[rstest]
 #[case::sealed(Layout::Sealed)]
 #[case::packed(Layout::Packed)]
-fn a_sealed_diff_without_a_parent_is_refused_before_it_is_written(#[case] make: Make) {
+fn sealed_diff_without_a_parent_is_refused_before_writes(#[case] make: Make) {
     let place = Place::new();
     let ram = pattern(1 << 20, 1);
     let open = |seal| {
@@ -293,7 +293,7 @@ fn a_sealed_diff_without_a_parent_is_refused_before_it_is_written(#[case] make: 
         "{error:?}"
     );
     assert!(error.to_string().contains("Seal::parent"), "{error}");
-    // The writer is as it was: a full snapshot needs no parent, and pages may be written again.
+    // The writer is unchanged: a full snapshot needs no parent, and pages may be written again.
     writer.write_full(&ram).unwrap();
     writer.write_diff(&ram, &dirty(1 << 20, &[3])).unwrap();
     writer.commit().unwrap();
@@ -308,7 +308,7 @@ fn a_sealed_diff_without_a_parent_is_refused_before_it_is_written(#[case] make: 
 
 /// Every other page of 46 GiB: its footer would have 48 million runs.
 #[test]
-fn a_footer_over_its_limit_is_refused_before_pages_are_written() {
+fn footer_over_its_limit_is_refused_before_writes() {
     struct Unread;
     impl page_reader::PageReader for Unread {
         fn read_at(&self, _: u64, _: &mut [u8]) -> io::Result<()> {
@@ -342,7 +342,7 @@ fn a_footer_over_its_limit_is_refused_before_pages_are_written() {
 }
 
 #[test]
-fn a_recycled_file_shows_nothing_between_the_header_and_a_large_page() {
+fn recycled_file_is_wiped_between_header_and_first_page() {
     let place = Place::recycling();
     let (size, page) = (4 << 20, 64 << 10);
     let save = |pages: &[u64]| {
@@ -355,7 +355,7 @@ fn a_recycled_file_shows_nothing_between_the_header_and_a_large_page() {
         assert!(writer.recycled());
         writer.commit().unwrap();
     };
-    // A raw file of secrets is recycled.
+    // The second writer recycles a raw file of secrets.
     for _ in 0..2 {
         let mut writer = MemoryWriter::options()
             .recycle(1 << 30)
@@ -372,7 +372,7 @@ fn a_recycled_file_shows_nothing_between_the_header_and_a_large_page() {
 }
 
 #[test]
-fn a_reader_that_fails_is_named_by_the_offset_in_ram_also_where_pages_are_packed() {
+fn read_error_of_a_packed_diff_names_the_offset_in_ram() {
     let place = Place::new();
     let reader = Until {
         ram: vec![1; 1 << 20],
@@ -393,7 +393,7 @@ fn a_reader_that_fails_is_named_by_the_offset_in_ram_also_where_pages_are_packed
     else {
         panic!("{error:?}");
     };
-    // What is gathered for one request fails as one.
+    // Bytes that are gathered for one request fail together.
     assert_eq!(offset, 10 * PAGE);
     assert!(matches!(
         writer.commit(),
@@ -402,9 +402,9 @@ fn a_reader_that_fails_is_named_by_the_offset_in_ram_also_where_pages_are_packed
     place.assert_untouched();
 }
 
-/// Runs that are next to each other in the file, and longer than what is written at once.
+/// Runs that are adjacent in the file and longer than one write.
 #[test]
-fn long_runs_are_packed_byte_for_byte_and_fail_where_the_reader_does() {
+fn long_packed_runs_match_and_report_the_failed_offset() {
     let place = Place::new();
     let size = 8 << 20;
     let ram = pattern(size as usize, 4);
@@ -461,7 +461,7 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(test_machine::rounds(24, 96)))]
 
     #[test]
-    fn any_sequence_of_writes_of_one_snapshot_restores_to_what_was_written_last(
+    fn any_sequence_of_writes_restores_the_last_write(
         (size, steps) in (1..800u64).prop_flat_map(|pages| (Just(pages * PAGE), steps(pages * PAGE))),
         packed in any::<bool>(),
         skip in any::<bool>(),

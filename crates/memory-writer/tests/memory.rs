@@ -1,4 +1,4 @@
-//! What a sealed snapshot takes memory for. Alone in its process, whose allocations it counts.
+//! Memory use of a sealed snapshot. The only test of its process, whose allocations it counts.
 
 use dirty_bitmap::DirtyBitmap;
 use memory_writer::{Durability, Layout, MemoryWriter, Seal};
@@ -20,7 +20,8 @@ impl page_reader::PageReader for Sevens {
     }
 }
 
-/// The most memory that a diff of the pages that `dirty` marks took: while pages were written, and while the footer was. And how much was kept between.
+/// Returns the peak memory use of a diff of the pages that `dirty` marks, while pages and while the
+/// footer are written, and the memory that is kept between the two.
 fn peaks(layout: Layout, dirty: &DirtyBitmap) -> (usize, usize, usize) {
     let dir = tempfile::tempdir().unwrap();
     let before = MEMORY.current_usage();
@@ -40,7 +41,7 @@ fn peaks(layout: Layout, dirty: &DirtyBitmap) -> (usize, usize, usize) {
 }
 
 #[test]
-fn a_diff_takes_24_bytes_a_run_and_its_footer_no_more() {
+fn diff_takes_24_bytes_a_run_and_its_footer_no_more() {
     let [scattered, one_run] = [(); 2].map(|()| DirtyBitmap::new(0, SIZE, PAGE).unwrap());
     for run in 0..RUNS {
         scattered.set_dirty(2 * PAGE * run).unwrap();
@@ -48,7 +49,7 @@ fn a_diff_takes_24_bytes_a_run_and_its_footer_no_more() {
     one_run.set_range(0, RUNS * PAGE).unwrap();
     for make in [Layout::Sealed, Layout::Packed] {
         let layout = || make(Seal::new().on_raw_image());
-        // The buffers of the engine are the same.
+        // Both use the same buffers of the engine.
         let (buffers, _, _) = peaks(layout(), &one_run);
         let (writing, kept, sealing) = peaks(layout(), &scattered);
         let runs = 24 * RUNS as usize;

@@ -1,4 +1,5 @@
-//! Any sequence of guest writes, rebuilds, saves that fail and saves that don't, against a naive copy of the RAM.
+//! Compares any sequence of guest writes, rebuilds, failing and successful saves with a naive copy
+//! of the RAM.
 
 mod support;
 
@@ -45,11 +46,12 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(test_machine::rounds(32, 128)))]
 
     #[test]
-    fn the_chain_restores_what_the_guest_had((size, steps) in case()) {
+    fn chain_restores_the_guests_memory((size, steps) in case()) {
         let dir = tempfile::tempdir().unwrap();
         let mut ram = vec![0_u8; size as usize];
         let dirty = DirtyBitmap::new(0, size, PAGE.min(size)).unwrap();
-        // What the snapshots so far restore to, and the naive copy of the RAM at the last of them.
+        // The memory that the snapshots restore to, and the naive copy of the RAM at the last of
+        // them.
         let mut restored = vec![0_u8; size as usize];
         let open = |name: &str| {
             let options = MemoryWriter::options().allow_ambiguous_diff(true).durability(Durability::None).chunk_size(4096);

@@ -1,4 +1,4 @@
-//! A guest in another process, which ends in the middle of a snapshot.
+//! A guest in another process that exits during a snapshot.
 
 #![cfg(target_os = "linux")]
 
@@ -11,7 +11,7 @@ use memory_writer::{MemoryIoStep, MemoryWriter, Options, SnapshotError};
 use page_reader::{PageReader, PopulatedRanges, ProcessMaps, ProcessMemory, ProcessMemoryError};
 use rstest::rstest;
 
-/// Kills the process when it's asked what is populated, or read the second time.
+/// Kills the process on the query for populated pages, or on the second read.
 struct Killing {
     memory: ProcessMemory,
     process: RefCell<Child>,
@@ -45,7 +45,7 @@ impl PageReader for Killing {
 }
 
 #[rstest]
-fn a_process_that_ends_meanwhile_fails_the_snapshot_and_is_no_zeros(
+fn exit_of_the_process_fails_the_snapshot(
     #[values(true, false)] skip: bool,
     #[values(true, false)] on_asking: bool,
 ) {

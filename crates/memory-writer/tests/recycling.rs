@@ -1,4 +1,4 @@
-//! A recycled file is told from a new one by nothing but its inode number.
+//! A snapshot in a recycled file equals one in a new file, except for the inode number.
 #![cfg(target_os = "linux")]
 
 mod support;
@@ -19,7 +19,7 @@ use test_machine::{LoopFs, LoopMount, Need, TinyTmpfs, recycling_dir, rounds};
 
 const SIZE: u64 = 1 << 20;
 
-/// Diffs of every page, and in pages that are smaller than a block, among others.
+/// The tests include diffs of every page and pages smaller than a block.
 fn recycling() -> Options {
     any_diff().recycle(1 << 30)
 }
@@ -55,24 +55,25 @@ fn full(options: Options, dest: &Path, ram: &[u8]) -> bool {
     recycled
 }
 
-/// A spare that is full of old bytes.
-fn with_spare(dest: &Path, size: u64) {
+/// Leaves a recyclable file full of old bytes beside `dest`.
+fn leave_recyclable_file(dest: &Path, size: u64) {
     for seed in [1, 2] {
         full(recycling(), dest, &pattern(size as usize, seed));
     }
 }
 
-/// A child that a test starts has, until its `exec`, what another had open a moment ago: nothing is recycled then.
+/// Serializes tests: until its `exec`, a child that a test starts has the files of other tests
+/// open, and an open file is not recycled.
 fn one_at_a_time() -> std::sync::MutexGuard<'static, ()> {
     static TURN: std::sync::Mutex<()> = std::sync::Mutex::new(());
     TURN.lock()
         .unwrap_or_else(std::sync::PoisonError::into_inner)
 }
 
-fn assert_like_a_new_one(dir: &Path, old: u64, page: u64, pages: &[u64]) {
+fn assert_equals_new_file(dir: &Path, old: u64, page: u64, pages: &[u64]) {
     let (dest, fresh) = (dir.join("recycled"), dir.join("new"));
     let ram = pattern(SIZE as usize, 3);
-    with_spare(&dest, old);
+    leave_recyclable_file(&dest, old);
     for (options, path) in [(recycling(), &dest), (any_diff(), &fresh)] {
         let mut writer = options.open(path, SIZE, page).unwrap();
         assert_eq!(writer.recycled(), *path == dest);
@@ -82,12 +83,12 @@ fn assert_like_a_new_one(dir: &Path, old: u64, page: u64, pages: &[u64]) {
     assert!(std::fs::read(&dest).unwrap() == std::fs::read(&fresh).unwrap());
     assert_eq!(data(&dest), data(&fresh));
     let allocated = |path| std::fs::metadata(path).unwrap().blocks() * 512;
-    // The tree of extents may have grown and shrunk another way.
+    // The extent tree may have grown and shrunk in another order.
     assert!(allocated(&dest).abs_diff(allocated(&fresh)) <= 64 << 10);
     std::fs::remove_file(fresh).unwrap();
 }
 
-fn assert_all_like_new_ones(dir: &Path) {
+fn assert_all_equal_new_files(dir: &Path) {
     for page in [512, 4096, 16384] {
         let last = SIZE / page - 1;
         let every_other: Vec<_> = (0..last).step_by(2).collect();
@@ -100,11 +101,11 @@ fn assert_all_like_new_ones(dir: &Path) {
             &every_other,
             &all,
         ] {
-            assert_like_a_new_one(dir, SIZE, page, pages);
+            assert_equals_new_file(dir, SIZE, page, pages);
         }
     }
     for old in [SIZE / 4, SIZE * 2] {
-        assert_like_a_new_one(dir, old, 4096, &[0, 5]);
+        assert_equals_new_file(dir, old, 4096, &[0, 5]);
     }
 }
 
@@ -112,28 +113,25 @@ fn assert_all_like_new_ones(dir: &Path) {
 #[case::ext4(Need::Ext4, LoopFs::Ext4)]
 #[case::xfs(Need::Xfs, LoopFs::Xfs)]
 #[case::btrfs(Need::Btrfs, LoopFs::Btrfs)]
-fn a_recycled_diff_is_a_new_one_byte_for_byte_and_hole_for_hole(
-    #[case] need: Need,
-    #[case] fs: LoopFs,
-) {
+fn recycled_diff_has_the_bytes_and_holes_of_a_new_one(#[case] need: Need, #[case] fs: LoopFs) {
     let _turn = one_at_a_time();
-    if need.met("a_recycled_diff_is_a_new_one_byte_for_byte_and_hole_for_hole") {
+    if need.met("recycled_diff_has_the_bytes_and_holes_of_a_new_one") {
         let mount = LoopMount::new(fs).unwrap();
-        assert_all_like_new_ones(mount.path());
+        assert_all_equal_new_files(mount.path());
     }
 }
 
 #[test]
-fn a_recycled_diff_on_tmpfs_is_a_new_one_byte_for_byte_and_hole_for_hole() {
+fn recycled_diff_on_tmpfs_equals_a_new_one() {
     let _turn = one_at_a_time();
-    if Need::Root.met("a_recycled_diff_on_tmpfs_is_a_new_one_byte_for_byte_and_hole_for_hole") {
+    if Need::Root.met("recycled_diff_on_tmpfs_equals_a_new_one") {
         let tmpfs = TinyTmpfs::new(16 << 20).unwrap();
-        assert_all_like_new_ones(tmpfs.path());
+        assert_all_equal_new_files(tmpfs.path());
     }
 }
 
 #[test]
-fn full_snapshots_take_turns_in_two_files() {
+fn full_snapshots_alternate_between_two_files() {
     let _turn = one_at_a_time();
     let dir = recycling_dir();
     let dest = dir.path().join("mem");
@@ -151,11 +149,11 @@ fn full_snapshots_take_turns_in_two_files() {
 }
 
 #[test]
-fn a_failed_snapshot_in_a_recycled_file_leaves_the_old_one() {
+fn failed_snapshot_in_a_recycled_file_keeps_the_old_one() {
     let _turn = one_at_a_time();
     let dir = recycling_dir();
     let dest = dir.path().join("mem");
-    with_spare(&dest, SIZE);
+    leave_recyclable_file(&dest, SIZE);
     let mut writer = recycling().open(&dest, SIZE, 4096).unwrap();
     assert!(writer.recycled());
     let reader = Until {
@@ -173,11 +171,11 @@ fn a_failed_snapshot_in_a_recycled_file_leaves_the_old_one() {
 }
 
 #[test]
-fn a_recycled_file_is_wiped_before_it_joins_a_group() {
+fn recycled_file_is_wiped_before_it_joins_a_group() {
     let _turn = one_at_a_time();
     let dir = recycling_dir();
     let dest = dir.path().join("mem");
-    with_spare(&dest, SIZE);
+    leave_recyclable_file(&dest, SIZE);
     let mut writer = recycling().open(&dest, SIZE, 4096).unwrap();
     assert!(writer.recycled());
     writer
@@ -189,7 +187,7 @@ fn a_recycled_file_is_wiped_before_it_joins_a_group() {
     assert_eq!(data(&dest), [7 * 4096..8 * 4096]);
 }
 
-/// Not a test of its own: what `under_strace` runs.
+/// Not a test of its own: `under_strace` runs it.
 #[test]
 fn child() {
     let Some(dir) = std::env::var_os(DIR) else {
@@ -252,16 +250,16 @@ fn under_strace(dir: &Path, tampering: &str, any_diff: bool) -> String {
 }
 
 #[test]
-fn where_holes_cannot_be_punched_what_was_not_written_is_zeros() {
+fn pages_are_zeroed_where_holes_cannot_be_punched() {
     let _turn = one_at_a_time();
-    if !Need::Strace.met("where_holes_cannot_be_punched_what_was_not_written_is_zeros") {
+    if !Need::Strace.met("pages_are_zeroed_where_holes_cannot_be_punched") {
         return;
     }
-    // Also where punching fails only the second time.
+    // Punching fails at the first or at the second call.
     for when in ["1+", "2+"] {
         let dir = recycling_dir();
         let dest = dir.path().join("mem");
-        with_spare(&dest, SIZE);
+        leave_recyclable_file(&dest, SIZE);
         let punching = format!("inject=fallocate:error=EOPNOTSUPP:when={when}");
         assert_eq!(under_strace(dir.path(), &punching, true), "committed");
         let mut expected = vec![0; SIZE as usize];
@@ -271,16 +269,16 @@ fn where_holes_cannot_be_punched_what_was_not_written_is_zeros() {
     }
 }
 
-/// Zeros in place of holes would be taken for pages of the diff.
+/// Zeros in place of holes would count as pages of the diff.
 #[test]
-fn a_raw_diff_whose_old_pages_became_zeros_is_not_committed() {
+fn raw_diff_with_zeros_in_place_of_holes_is_refused() {
     let _turn = one_at_a_time();
-    if !Need::Strace.met("a_raw_diff_whose_old_pages_became_zeros_is_not_committed") {
+    if !Need::Strace.met("raw_diff_with_zeros_in_place_of_holes_is_refused") {
         return;
     }
     let dir = recycling_dir();
     let dest = dir.path().join("mem");
-    with_spare(&dest, SIZE);
+    leave_recyclable_file(&dest, SIZE);
     let report = under_strace(
         dir.path(),
         "inject=fallocate:error=EOPNOTSUPP:when=1+",
@@ -291,21 +289,21 @@ fn a_raw_diff_whose_old_pages_became_zeros_is_not_committed() {
 }
 
 #[test]
-fn what_cannot_be_wiped_is_not_committed() {
+fn file_that_cannot_be_wiped_is_not_committed() {
     let _turn = one_at_a_time();
-    if !Need::Strace.met("what_cannot_be_wiped_is_not_committed") {
+    if !Need::Strace.met("file_that_cannot_be_wiped_is_not_committed") {
         return;
     }
     let dir = recycling_dir();
     let dest = dir.path().join("mem");
-    with_spare(&dest, SIZE);
+    leave_recyclable_file(&dest, SIZE);
     let report = under_strace(dir.path(), "inject=fallocate:error=EIO:when=2+", true);
     assert_eq!(report, format!("not wiped at {}: Some({})", 8 * 4096, 5));
     assert!(std::fs::read(&dest).unwrap() == pattern(SIZE as usize, 2));
     support::assert_nothing_but(dir.path(), &["mem"]);
 }
 
-/// One snapshot: its size and page, and the writes that make it.
+/// A snapshot: its size, its page size, and the writes that make it.
 #[derive(Clone, Debug)]
 struct Save {
     pages: u64,
@@ -330,7 +328,7 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(rounds(6, 24)))]
 
     #[test]
-    fn no_old_byte_ever_shows(saves in prop::collection::vec(save(), 3..8)) {
+    fn recycled_file_contains_no_old_byte(saves in prop::collection::vec(save(), 3..8)) {
         let _turn = one_at_a_time();
         let dir = recycling_dir();
         let dest = dir.path().join("mem");

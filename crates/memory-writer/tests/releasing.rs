@@ -1,4 +1,4 @@
-//! Marks are released if their pages are in the file, and by no other commit.
+//! A commit releases marks only if their pages are in the file.
 
 mod support;
 
@@ -29,7 +29,8 @@ fn ram() -> Vec<u8> {
     vec![1; SIZE as usize]
 }
 
-/// The epoch has marks of `pages`, and its release is refused before anything is committed.
+/// Asserts that the epoch has marks of `pages`, and that its release is refused before anything is
+/// committed.
 fn assert_refused(place: &Place, writer: MemoryWriter, epoch: Epoch<&DirtyBitmap>, pages: &[u64]) {
     let marks = epoch.bitmap().dirty_bytes();
     assert_eq!(marks, pages.len() as u64 * PAGE);
@@ -41,14 +42,14 @@ fn assert_refused(place: &Place, writer: MemoryWriter, epoch: Epoch<&DirtyBitmap
     place.assert_untouched();
 }
 
-fn is_back(bitmap: &DirtyBitmap, pages: &[u64]) -> bool {
+fn is_restored(bitmap: &DirtyBitmap, pages: &[u64]) -> bool {
     pages
         .iter()
         .all(|page| bitmap.is_dirty(page * PAGE).unwrap())
 }
 
 #[test]
-fn what_was_taken_after_the_diff_and_not_written_is_not_released() {
+fn marks_taken_after_the_diff_are_not_released() {
     let (place, dirty) = (Place::new(), marked(&[0]));
     let mut epoch = dirty.begin_epoch().unwrap();
     let mut writer = open(&place);
@@ -56,11 +57,11 @@ fn what_was_taken_after_the_diff_and_not_written_is_not_released() {
     mark(&dirty, &[2]);
     epoch.take_more().unwrap();
     assert_refused(&place, writer, epoch, &[0, 2]);
-    assert!(is_back(&dirty, &[0, 2]));
+    assert!(is_restored(&dirty, &[0, 2]));
 }
 
 #[test]
-fn a_page_marked_again_and_not_written_again_is_not_released() {
+fn page_marked_again_after_its_write_is_not_released() {
     let (place, dirty) = (Place::new(), marked(&[0]));
     let mut epoch = dirty.begin_epoch().unwrap();
     let mut writer = open(&place);
@@ -68,32 +69,32 @@ fn a_page_marked_again_and_not_written_again_is_not_released() {
     mark(&dirty, &[0]);
     epoch.take_more().unwrap();
     assert_refused(&place, writer, epoch, &[0]);
-    assert!(is_back(&dirty, &[0]));
+    assert!(is_restored(&dirty, &[0]));
 }
 
 #[test]
-fn the_epoch_of_another_bitmap_is_not_released() {
+fn epoch_of_another_bitmap_is_not_released() {
     let (place, dirty, other) = (Place::new(), marked(&[0]), marked(&[1]));
     let (written, epoch) = (dirty.begin_epoch().unwrap(), other.begin_epoch().unwrap());
     let mut writer = open(&place);
     writer.write_diff(&ram(), written.bitmap()).unwrap();
     assert_refused(&place, writer, epoch, &[1]);
-    assert!(is_back(&other, &[1]));
+    assert!(is_restored(&other, &[1]));
 }
 
 #[test]
-fn an_epoch_begun_after_the_full_write_is_not_released() {
+fn epoch_begun_after_the_full_write_is_not_released() {
     let (place, dirty) = (Place::new(), marked(&[]));
     let mut writer = open(&place);
     writer.write_full(&ram()).unwrap();
     mark(&dirty, &[1]);
     let epoch = dirty.begin_epoch().unwrap();
     assert_refused(&place, writer, epoch, &[1]);
-    assert!(is_back(&dirty, &[1]));
+    assert!(is_restored(&dirty, &[1]));
 }
 
 #[test]
-fn an_epoch_of_other_ram_is_not_released() {
+fn epoch_of_other_ram_is_not_released() {
     let (place, ram) = (Place::new(), ram());
     let dirty = DirtyBitmap::new(0, 4 * SIZE, PAGE).unwrap();
     mark(&dirty, &[1]);
@@ -103,7 +104,7 @@ fn an_epoch_of_other_ram_is_not_released() {
     let error = writer.commit_and_release(epoch).unwrap_err();
     let refused = matches!(error, SnapshotError::BitmapSize { .. });
     assert!(refused, "{error}");
-    assert!(is_back(&dirty, &[1]));
+    assert!(is_restored(&dirty, &[1]));
 
     let dirty = marked(&[1]);
     let mut writer = MemoryWriter::options()
@@ -115,23 +116,23 @@ fn an_epoch_of_other_ram_is_not_released() {
     let error = writer.commit_and_release(epoch).unwrap_err();
     let refused = matches!(error, SnapshotError::BitmapStart { .. });
     assert!(refused, "{error}");
-    assert!(is_back(&dirty, &[1]));
+    assert!(is_restored(&dirty, &[1]));
     place.assert_untouched();
 }
 
 #[test]
-fn a_diff_of_the_live_bitmap_releases_no_epoch() {
+fn diff_of_the_bitmap_in_use_releases_no_epoch() {
     let (place, dirty) = (Place::new(), marked(&[1]));
     let mut writer = open(&place);
     writer.write_diff(&ram(), &dirty).unwrap();
     mark(&dirty, &[2]);
     let epoch = dirty.begin_epoch().unwrap();
     assert_refused(&place, writer, epoch, &[1, 2]);
-    assert!(is_back(&dirty, &[1, 2]));
+    assert!(is_restored(&dirty, &[1, 2]));
 }
 
 #[test]
-fn a_first_part_that_was_not_written_is_not_released() {
+fn first_part_that_was_not_written_is_not_released() {
     let (place, dirty) = (Place::new(), marked(&[0]));
     let mut epoch = dirty.begin_epoch().unwrap();
     let mut writer = open(&place);
@@ -140,16 +141,16 @@ fn a_first_part_that_was_not_written_is_not_released() {
         .write_diff(&ram(), epoch.take_more().unwrap())
         .unwrap();
     assert_refused(&place, writer, epoch, &[0, 2]);
-    assert!(is_back(&dirty, &[0, 2]));
+    assert!(is_restored(&dirty, &[0, 2]));
 }
 
 /// Btrfs can share the blocks of an image.
 #[cfg(target_os = "linux")]
 #[test]
-fn a_shared_image_replaces_what_was_written_of_the_epoch() {
+fn shared_image_discards_the_writes_of_the_epoch() {
     use test_machine::{LoopFs, LoopMount, Need};
 
-    if !Need::Btrfs.met("a_shared_image_replaces_what_was_written_of_the_epoch") {
+    if !Need::Btrfs.met("shared_image_discards_the_writes_of_the_epoch") {
         return;
     }
     let mount = LoopMount::new(LoopFs::Btrfs).unwrap();
@@ -163,7 +164,7 @@ fn a_shared_image_replaces_what_was_written_of_the_epoch() {
     let error = writer.commit_and_release(epoch).unwrap_err();
     let refused = matches!(error, SnapshotError::EpochNotWritten { .. });
     assert!(refused, "{error}");
-    assert!(is_back(&dirty, &[0]));
+    assert!(is_restored(&dirty, &[0]));
 }
 
 #[test]
@@ -189,7 +190,7 @@ fn pre_copy_of_a_diff_or_of_all_the_ram_releases_the_epoch() {
 }
 
 #[test]
-fn a_full_write_while_an_epoch_is_open_covers_it() {
+fn full_write_while_an_epoch_is_open_covers_it() {
     let (place, dirty, ram) = (Place::new(), marked(&[0]), ram());
     let mut epoch = dirty.begin_epoch().unwrap();
     mark(&dirty, &[1]);
@@ -201,7 +202,7 @@ fn a_full_write_while_an_epoch_is_open_covers_it() {
 }
 
 #[test]
-fn an_epoch_of_a_rebuilt_bitmap_is_released() {
+fn epoch_of_a_rebuilt_bitmap_is_released() {
     let (place, dirty, ram) = (Place::new(), marked(&[3]), ram());
     for granule in [16384, 1024] {
         mark(&dirty, &[5]);
@@ -217,7 +218,7 @@ fn an_epoch_of_a_rebuilt_bitmap_is_released() {
     }
 }
 
-/// The durability is the caller's choice: see `commit_and_release`.
+/// The caller chooses the durability: see `commit_and_release`.
 #[test]
 fn marks_are_released_at_the_commit_at_any_durability() {
     let (place, ram) = (Place::new(), ram());
@@ -235,7 +236,7 @@ fn marks_are_released_at_the_commit_at_any_durability() {
 }
 
 #[test]
-fn a_reclaimed_save_does_not_replace_the_next_one() {
+fn reclaimed_save_does_not_replace_the_next_one() {
     let (place, dirty, mut ram) = (Place::new(), marked(&[0]), ram());
     let save = || {
         let parent = memory_writer::ImageId::from_bytes([7; 16]);

@@ -1,11 +1,11 @@
-//! Alone in its process, whose memory it measures.
+//! Memory use of dumps. The only test of its process, whose memory it measures.
 #![cfg(target_os = "linux")]
 
 use dirty_bitmap::DirtyBitmap;
 use memory_writer::{Durability, Layout, MemoryWriter, Seal};
 use write_faults::Memory;
 
-/// The most memory that this process had, in bytes.
+/// Returns the peak memory use of this process in bytes.
 fn peak() -> u64 {
     let status = std::fs::read_to_string("/proc/self/status").unwrap();
     let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
@@ -13,9 +13,9 @@ fn peak() -> u64 {
     kib.parse::<u64>().unwrap() << 10
 }
 
-/// The parts one after the other: the peak is the process's.
+/// The parts run one after the other, because the peak is that of the whole process.
 #[test]
-fn untouched_memory_is_dumped_without_touching_it_and_written_memory_through_small_buffers() {
+fn dumps_neither_touch_nor_buffer_the_ram() {
     untouched();
     written();
 }
@@ -42,7 +42,7 @@ fn untouched() {
 }
 
 fn written() {
-    // More than the limit below.
+    // Larger than the limit below.
     const SIZE: u64 = 40 << 20;
     let layouts = [
         || Layout::Raw,

@@ -1,4 +1,4 @@
-//! What a full dump leaves out reads back as the same zeros, whatever was in the file before.
+//! Pages that a full dump skips read back as zeros, whatever the file contained before.
 
 mod support;
 
@@ -27,8 +27,8 @@ fn skipping() -> Options {
         .skip_untouched(true)
 }
 
-/// At most so many bytes of blocks, and those of a map of them.
-fn assert_takes_at_most(path: &Path, bytes: u64) {
+/// Asserts that at most `bytes` bytes of blocks are allocated, and the blocks of their extent map.
+fn assert_allocates_at_most(path: &Path, bytes: u64) {
     let allocated = allocated(path);
     // Other systems may store a small hole as zeros.
     assert!(
@@ -41,7 +41,7 @@ fn allocated(path: &Path) -> u64 {
     std::fs::metadata(path).unwrap().blocks() * 512
 }
 
-/// RAM of zeros but for `data`.
+/// Returns RAM that is zero outside `data`.
 fn sparse(data: &[Range<u64>]) -> Vec<u8> {
     let mut ram = vec![0; SIZE as usize];
     for range in data {
@@ -80,11 +80,11 @@ fn zeros_that_are_skipped_take_no_blocks(
         dump(options(), &place.dest, &without_memory(&ram), page);
     }
     assert!(place.read() == ram);
-    assert_takes_at_most(&place.dest, (256 + 2 * 16) * KIB);
+    assert_allocates_at_most(&place.dest, (256 + 2 * 16) * KIB);
 }
 
 #[test]
-fn nothing_is_skipped_unless_asked_for() {
+fn nothing_is_skipped_by_default() {
     let place = Place::new();
     dump(MemoryWriter::options(), &place.dest, &sparse(&[]), PAGE);
     assert!(allocated(&place.dest) >= SIZE);
@@ -94,16 +94,16 @@ fn nothing_is_skipped_unless_asked_for() {
 #[case::zeros(MemoryWriter::options().skip_zeros(true))]
 #[case::untouched(MemoryWriter::options().skip_untouched(true))]
 #[case::both(skipping())]
-fn a_guest_of_zeros_is_a_hole(#[case] options: Options) {
+fn guest_of_zeros_is_a_hole(#[case] options: Options) {
     let (place, ram) = (Place::new(), Memory::new(SIZE).unwrap());
     dump(options, &place.dest, &ram, PAGE);
     assert!(place.read() == sparse(&[]));
-    assert_takes_at_most(&place.dest, 0);
+    assert_allocates_at_most(&place.dest, 0);
 }
 
-/// Every other page: skipping them would take longer than writing them.
+/// Every other page is zero: skipping them would take longer than writing them.
 #[test]
-fn short_runs_of_zeros_are_written_with_what_is_around_them() {
+fn short_runs_of_zeros_are_written() {
     let place = Place::new();
     let pages: Vec<_> = (0..SIZE / PAGE / 2)
         .map(|at| at * 2 * PAGE..(at * 2 + 1) * PAGE)
@@ -120,7 +120,7 @@ fn short_runs_of_zeros_are_written_with_what_is_around_them() {
 }
 
 #[test]
-fn a_page_that_became_zero_is_in_the_diff() {
+fn page_that_became_zero_is_in_the_diff() {
     let (place, dirty) = (Place::new(), DirtyBitmap::new(0, SIZE, PAGE).unwrap());
     dirty.set_range(0, 256 * KIB).unwrap();
     let mut writer = skipping().open(&place.dest, SIZE, PAGE).unwrap();
@@ -130,7 +130,7 @@ fn a_page_that_became_zero_is_in_the_diff() {
 }
 
 #[test]
-fn what_was_written_before_and_is_zero_now_is_zero_in_the_file() {
+fn skipped_page_with_an_earlier_write_is_zero() {
     let (place, dirty) = (Place::new(), DirtyBitmap::new(0, SIZE, PAGE).unwrap());
     dirty.set_range(0, 256 * KIB).unwrap();
     for diff in [true, false] {
@@ -145,12 +145,12 @@ fn what_was_written_before_and_is_zero_now_is_zero_in_the_file() {
         writer.write_full(&ram).unwrap();
         writer.commit().unwrap();
         assert!(place.read() == ram);
-        assert_takes_at_most(&place.dest, 76 * KIB);
+        assert_allocates_at_most(&place.dest, 76 * KIB);
     }
 }
 
 #[test]
-fn what_of_a_recycled_file_is_skipped_is_zero() {
+fn skipped_page_of_a_recycled_file_is_zero() {
     let place = Place::recycling();
     let options = || skipping().recycle(1 << 30);
     for seed in 1..=2 {
@@ -162,7 +162,7 @@ fn what_of_a_recycled_file_is_skipped_is_zero() {
 }
 
 #[rstest]
-fn bytes_that_cannot_be_read_are_not_taken_for_zeros(#[values(0, 5 * PAGE, 3 << 20)] offset: u64) {
+fn unreadable_bytes_do_not_count_as_zeros(#[values(0, 5 * PAGE, 3 << 20)] offset: u64) {
     let place = Place::new();
     let reader = Until {
         ram: sparse(&[]),
@@ -184,14 +184,14 @@ fn bytes_that_cannot_be_read_are_not_taken_for_zeros(#[values(0, 5 * PAGE, 3 << 
     place.assert_untouched();
 }
 
-/// Nothing but what `populated` says.
+/// Fails reads outside the ranges that `populated` returns.
 struct Knows<'a>(&'a [u8], Vec<Range<u64>>);
 
 impl PageReader for Knows<'_> {
     fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
         let len = buf.len() as u64;
         let known = self.1.iter().any(|range| {
-            // With what is close around.
+            // Pages close to a range may be read.
             range.start.saturating_sub(64 * KIB) <= offset
                 && offset + len <= range.end.saturating_add(64 * KIB)
         });
@@ -208,10 +208,10 @@ impl PageReader for Knows<'_> {
 #[rstest]
 #[case::nothing(vec![])]
 #[case::everything(vec![0..SIZE])]
-#[case::more_than_there_is(vec![0..u64::MAX])]
+#[case::beyond_the_ram(vec![0..u64::MAX])]
 #[case::bytes(vec![4097..4098, 4098..4099, 1 << 20..(1 << 20) + 1, SIZE - 1..SIZE])]
 #[case::past_the_end(vec![SIZE..SIZE + 5])]
-fn only_what_may_be_populated_is_read(
+fn only_pages_that_may_be_populated_are_read(
     #[case] ranges: Vec<Range<u64>>,
     #[values(true, false)] zeros: bool,
     #[values(512, 16384)] page: u64,
@@ -234,9 +234,9 @@ fn only_what_may_be_populated_is_read(
     assert!(place.read() == ram);
 }
 
-/// Against its contract: what was read ahead is of other bytes.
+/// The ranges descend, against the contract: bytes that were read ahead are of other pages.
 #[test]
-fn a_reader_whose_ranges_go_back_does_no_harm() {
+fn descending_ranges_of_a_reader_are_harmless() {
     let place = Place::new();
     let data = 512 * KIB..512 * KIB + PAGE;
     let ram = sparse(std::slice::from_ref(&data));
@@ -249,7 +249,7 @@ fn a_reader_whose_ranges_go_back_does_no_harm() {
 #[rstest]
 #[case::zeros_at_the_end(&[0..64 * KIB])]
 #[case::zeros_first(&[SIZE - 64 * KIB..SIZE])]
-#[case::nothing_but_zeros(&[])]
+#[case::only_zeros(&[])]
 #[case::some(&[KIB..2 * KIB, 300 * KIB..600 * KIB, 3 << 20..(3 << 20) + 1])]
 fn progress_ends_at_the_total(#[case] data: &[Range<u64>]) {
     let place = Place::new();
@@ -266,7 +266,7 @@ fn progress_ends_at_the_total(#[case] data: &[Range<u64>]) {
 }
 
 #[test]
-fn looking_for_something_in_zeros_can_be_cancelled() {
+fn scan_of_zeros_can_be_cancelled() {
     let (place, cancel) = (Place::new(), CancelToken::new());
     let token = cancel.clone();
     let mut writer = MemoryWriter::options()
@@ -340,14 +340,14 @@ fn save() -> impl Strategy<Value = Save> {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(rounds(24, 96)))]
 
-    /// The file is the oracle's, after any writes in any order, in new files and recycled ones.
+    /// The file equals the oracle's after any writes in any order, in new and in recycled files.
     #[test]
-    fn what_is_skipped_reads_as_zeros(saves in prop::collection::vec(save(), 1..5)) {
+    fn skipped_pages_read_as_zeros(saves in prop::collection::vec(save(), 1..5)) {
         let dir = tempfile::tempdir().unwrap();
         let dest = dir.path().join("mem");
         let size = PAGES * PAGE;
         for save in saves {
-            // A guest that starts untouched, and a copy of what it has.
+            // A guest that starts untouched, and a copy of its memory.
             let guest = Memory::new(size).unwrap();
             let mut ram = vec![0_u8; size as usize];
             let dirty = DirtyBitmap::new(0, size, PAGE).unwrap();

@@ -1,4 +1,4 @@
-//! What a full dump, a diff and any sequence of both leave in the file.
+//! Contents of the file after a full dump, a diff, and sequences of both.
 
 mod support;
 
@@ -25,7 +25,7 @@ fn bitmap(page_size: u64) -> DirtyBitmap {
     DirtyBitmap::new(START, SIZE, page_size).unwrap()
 }
 
-/// `base` with the pages of the file that `runs` touch replaced by `ram`'s.
+/// Returns `base` with the pages of the file that `runs` touch replaced by those of `ram`.
 fn merged(base: &[u8], ram: &[u8], runs: impl Iterator<Item = std::ops::Range<u64>>) -> Vec<u8> {
     let mut merged = base.to_vec();
     for run in runs {
@@ -36,7 +36,7 @@ fn merged(base: &[u8], ram: &[u8], runs: impl Iterator<Item = std::ops::Range<u6
 }
 
 #[test]
-fn a_full_snapshot_is_the_ram() {
+fn full_snapshot_equals_the_ram() {
     let (place, ram) = (Place::new(), ram(1));
     let mut writer = MemoryWriter::open(&place.dest, SIZE, PAGE).unwrap();
     assert_eq!((writer.ram_size(), writer.page_size()), (SIZE, PAGE));
@@ -52,7 +52,7 @@ fn a_full_snapshot_is_the_ram() {
 }
 
 #[test]
-fn a_full_snapshot_writes_zeros_too() {
+fn full_snapshot_writes_zeros() {
     let place = Place::new();
     let mut writer = MemoryWriter::open(&place.dest, SIZE, PAGE).unwrap();
     writer.write_full(&vec![0; SIZE as usize]).unwrap();
@@ -81,9 +81,9 @@ fn diff_then_full_is_at_the_right_offsets() {
     assert!(place.read() == ram(2));
 }
 
-/// Full while the guest runs, then what it dirtied meanwhile, then commit.
+/// A full write while the guest runs, the diff of what it dirtied during the write, and a commit.
 #[test]
-fn a_pre_copy_snapshot_is_the_ram_at_the_pause() {
+fn pre_copy_snapshot_equals_the_ram_at_the_pause() {
     let (place, mut ram, dirty) = (Place::new(), ram(1), bitmap(4096));
     let mut epoch = dirty.begin_epoch().unwrap();
     let mut writer = MemoryWriter::open(&place.dest, SIZE, PAGE).unwrap();
@@ -102,7 +102,7 @@ fn a_pre_copy_snapshot_is_the_ram_at_the_pause() {
 }
 
 #[test]
-fn marks_are_released_by_a_commit_that_succeeds_and_by_no_other() {
+fn only_a_successful_commit_releases_marks() {
     let (place, ram, dirty) = (Place::new(), ram(1), bitmap(PAGE));
     let save = || {
         let epoch = dirty.begin_epoch().unwrap();
@@ -133,7 +133,7 @@ fn marks_are_released_by_a_commit_that_succeeds_and_by_no_other() {
 }
 
 #[test]
-fn a_diff_has_the_size_of_the_ram_and_only_the_dirty_pages() {
+fn diff_has_the_size_of_the_ram_and_the_dirty_pages() {
     let (place, ram, dirty) = (Place::new(), ram(1), bitmap(PAGE));
     for index in [0, 7, 8] {
         dirty.set_dirty_by_index(index).unwrap();
@@ -152,7 +152,7 @@ fn a_diff_has_the_size_of_the_ram_and_only_the_dirty_pages() {
 }
 
 #[rstest]
-fn a_bitmap_finer_than_the_file_page_is_not_refused_nor_a_coarser_one(
+fn finer_and_coarser_bitmaps_are_accepted(
     #[values(512, 4096, 16384, 65536, 1 << 21)] granule: u64,
 ) {
     let (place, ram, dirty) = (Place::new(), ram(1), bitmap(granule));
@@ -175,9 +175,7 @@ fn a_bitmap_finer_than_the_file_page_is_not_refused_nor_a_coarser_one(
 }
 
 #[rstest]
-fn a_bitmap_that_was_rebuilt_makes_the_same_diff_or_a_larger_one(
-    #[values(512, 65536)] granule: u64,
-) {
+fn rebuilt_bitmap_yields_the_same_or_a_larger_diff(#[values(512, 65536)] granule: u64) {
     let (place, ram, dirty) = (Place::new(), ram(1), bitmap(PAGE));
     dirty.set_dirty(START + 5 * PAGE).unwrap();
     dirty.rebuild(granule).unwrap();
@@ -191,7 +189,7 @@ fn a_bitmap_that_was_rebuilt_makes_the_same_diff_or_a_larger_one(
 }
 
 #[test]
-fn a_diff_of_a_clean_guest_is_one_hole() {
+fn diff_of_a_clean_guest_is_one_hole() {
     let place = Place::new();
     let mut writer = MemoryWriter::open(&place.dest, SIZE, PAGE).unwrap();
     assert_eq!(writer.write_diff(&ram(1), &bitmap(4096)).unwrap(), 0);
@@ -200,7 +198,7 @@ fn a_diff_of_a_clean_guest_is_one_hole() {
 }
 
 #[test]
-fn a_reader_without_host_memory_gives_the_same_bytes() {
+fn reader_without_host_memory_yields_the_same_bytes() {
     let (place, dirty) = (Place::new(), bitmap(4096));
     dirty.set_range(START + 1000, 2 << 20).unwrap();
     let reader = Until {
@@ -219,7 +217,7 @@ fn a_reader_without_host_memory_gives_the_same_bytes() {
 }
 
 #[test]
-fn aligned_memory_that_a_reader_hands_out_is_written_from_where_it_is() {
+fn aligned_host_memory_is_written_without_a_copy() {
     struct Mapped(Memory);
     impl PageReader for Mapped {
         fn read_at(&self, offset: u64, _: &mut [u8]) -> io::Result<()> {
@@ -239,7 +237,7 @@ fn aligned_memory_that_a_reader_hands_out_is_written_from_where_it_is() {
 }
 
 #[test]
-fn a_snapshot_is_for_its_owner_only_unless_told_otherwise() {
+fn default_mode_grants_access_to_the_owner_only() {
     let (place, ram) = (Place::new(), ram(1));
     for (options, mode) in [
         (MemoryWriter::options(), 0o600),
@@ -282,7 +280,7 @@ fn no_clobber_and_a_staging_directory_are_passed_on() {
     assert_eq!(writer.temp_path().parent().unwrap(), staging);
 }
 
-fn telling_progress(place: &Place) -> (MemoryWriter, mpsc::Receiver<Progress>) {
+fn reporting_progress(place: &Place) -> (MemoryWriter, mpsc::Receiver<Progress>) {
     let (send, receive) = mpsc::channel();
     let writer = MemoryWriter::options()
         .progress(move |progress| send.send(progress).unwrap())
@@ -295,7 +293,7 @@ fn telling_progress(place: &Place) -> (MemoryWriter, mpsc::Receiver<Progress>) {
 fn progress_counts_bytes_and_pages_up_to_the_total() {
     let (place, dirty) = (Place::new(), bitmap(4096));
     dirty.set_range(START, 2 << 20).unwrap();
-    let (mut writer, receive) = telling_progress(&place);
+    let (mut writer, receive) = reporting_progress(&place);
     writer.write_diff(&ram(1), &dirty).unwrap();
     let seen: Vec<_> = receive.try_iter().collect();
     assert!(seen.is_sorted_by(|a, b| a.bytes_done < b.bytes_done) && seen.len() >= 3);
@@ -321,11 +319,11 @@ fn progress_counts_bytes_and_pages_up_to_the_total() {
 }
 
 #[test]
-fn of_a_diff_progress_counts_the_dirty_pages() {
+fn progress_of_a_diff_counts_the_dirty_pages() {
     let (place, dirty) = (Place::new(), bitmap(PAGE));
     dirty.set_range(START + 3 * PAGE, 2 * PAGE).unwrap();
     dirty.set_dirty(START + 100 * PAGE).unwrap();
-    let (mut writer, receive) = telling_progress(&place);
+    let (mut writer, receive) = reporting_progress(&place);
     writer.write_diff(&ram(1), &dirty).unwrap();
     let seen: Vec<_> = receive.try_iter().collect();
     assert!(seen.iter().all(|progress| progress.bytes_total == 3 * PAGE));
@@ -333,7 +331,7 @@ fn of_a_diff_progress_counts_the_dirty_pages() {
 }
 
 #[test]
-fn pages_marked_during_the_write_never_make_more_done_than_there_is_in_all() {
+fn progress_never_exceeds_the_total_while_pages_are_marked() {
     let (place, dirty) = (Place::new(), std::sync::Arc::new(bitmap(PAGE)));
     dirty.set_dirty_by_index(0).unwrap();
     let (send, receive) = mpsc::channel();
@@ -356,21 +354,21 @@ fn pages_marked_during_the_write_never_make_more_done_than_there_is_in_all() {
 }
 
 #[test]
-fn another_thread_cancels_a_write_under_way() {
+fn another_thread_cancels_a_running_write() {
     let place = Place::new();
     let (cancel, (send, receive)) = (CancelToken::new(), mpsc::sync_channel(0));
     let mut writer = MemoryWriter::options()
         .cancel(cancel.clone())
         .progress(move |progress| send.send(progress).unwrap_or_default())
-        // Far more chunks than are ever in flight at once.
+        // Many more chunks than are ever in flight at once.
         .chunk_size(4096)
         .open(&place.dest, SIZE, PAGE)
         .unwrap();
     let canceller = std::thread::spawn(move || {
-        // The write waits for each of its reports to be taken, so it is under way here.
+        // The write waits for each of its reports to be received, so it is still under way here.
         while receive.recv().unwrap().bytes_done == 0 {}
         cancel.cancel();
-        // Until the writer is dropped.
+        // Receives until the writer is dropped.
         while receive.recv().is_ok() {}
     });
     let error = writer.write_full(&ram(1)).unwrap_err();
@@ -387,7 +385,7 @@ fn another_thread_cancels_a_write_under_way() {
 }
 
 #[test]
-fn a_cancelled_token_stops_a_write_before_its_first_byte() {
+fn cancelled_token_stops_a_write_before_its_first_byte() {
     let (place, cancel) = (Place::new(), CancelToken::new());
     cancel.cancel();
     let mut writer = MemoryWriter::options()
@@ -404,7 +402,7 @@ fn a_cancelled_token_stops_a_write_before_its_first_byte() {
 }
 
 #[test]
-fn memory_and_vcpu_state_are_committed_as_one() {
+fn memory_and_vcpu_state_are_committed_together() {
     use std::io::Write as _;
 
     let place = Place::new();
@@ -423,7 +421,7 @@ fn memory_and_vcpu_state_are_committed_as_one() {
 }
 
 #[test]
-fn two_writers_at_once_both_end_whole_and_the_last_commit_wins() {
+fn concurrent_writers_commit_and_the_last_one_wins() {
     let place = Place::new();
     let mut first = MemoryWriter::open(&place.dest, SIZE, PAGE).unwrap();
     let mut second = MemoryWriter::open(&place.dest, SIZE, PAGE).unwrap();
@@ -445,16 +443,16 @@ mod sharing {
 
     use super::*;
 
-    /// Btrfs has it; the others here say that they don't, and are written to as ever.
+    /// Btrfs shares blocks. The others report that they cannot, and can still be written to.
     #[rstest]
     #[case::shared(Need::Btrfs, LoopFs::Btrfs, true)]
-    #[case::not_here(Need::Ext4, LoopFs::Ext4, false)]
-    fn a_full_snapshot_may_share_the_blocks_of_an_image(
+    #[case::unsupported(Need::Ext4, LoopFs::Ext4, false)]
+    fn full_snapshot_can_share_the_blocks_of_an_image(
         #[case] need: Need,
         #[case] fs: LoopFs,
         #[case] shared: bool,
     ) {
-        if !need.met("a_full_snapshot_may_share_the_blocks_of_an_image") {
+        if !need.met("full_snapshot_can_share_the_blocks_of_an_image") {
             return;
         }
         let mount = LoopMount::new(fs).unwrap();

@@ -1,4 +1,4 @@
-//! Saving RAM allocates none of it, whatever it is made of, and is never a `SIGBUS`.
+//! Saving RAM of any kind allocates none of it and never raises a `SIGBUS`.
 #![cfg(target_os = "linux")]
 #![allow(unsafe_code)]
 
@@ -25,21 +25,21 @@ use test_machine::{HugeFs, Need, TinyTmpfs};
 
 const PAGE: u64 = 4096;
 const SIZE: u64 = 8 << 20;
-/// Pages that hold something.
+/// Pages that hold data.
 const WRITTEN: [u64; 5] = [0, 1, 2, 1000, 2047];
 
-/// RAM that is mapped.
+/// Mapped RAM.
 struct Mapped {
     start: NonNull<c_void>,
-    /// What it maps.
+    /// The file that is mapped.
     file: Option<File>,
 }
 
 impl Mapped {
     fn of_file(file: File) -> Self {
-        // Of hugetlbfs no page is reserved.
+        // On hugetlbfs no page is reserved.
         let flags = MapFlags::MAP_SHARED | MapFlags::MAP_NORESERVE;
-        // SAFETY: a new mapping, where the kernel likes.
+        // SAFETY: a new mapping at an address that the kernel chooses.
         let start = unsafe { mmap(None, len(), both(), flags, file.as_fd(), 0) }.unwrap();
         Self {
             start,
@@ -47,10 +47,12 @@ impl Mapped {
         }
     }
 
-    /// Between pages of another kind: the kernel joins neighbours that are alike.
+    /// Maps memory between pages of another kind, because the kernel merges adjacent mappings of
+    /// the same kind.
     fn anonymous(flags: MapFlags) -> Self {
         let whole = NonZeroUsize::new((SIZE + 2 * PAGE) as usize).unwrap();
-        // SAFETY: a new mapping, where the kernel likes, and a part of it. The guards stay.
+        // SAFETY: a new mapping at an address that the kernel chooses, and a part of it. The guard
+        // pages remain.
         let start = unsafe {
             let start = mmap_anonymous(None, whole, ProtFlags::PROT_NONE, flags).unwrap();
             let start = start.byte_add(PAGE as usize);
@@ -60,11 +62,11 @@ impl Mapped {
         Self { start, file: None }
     }
 
-    /// Writes through the mapping, which has the pages from then on.
+    /// Writes through the mapping, which populates the pages.
     fn write(self) -> Self {
         for page in WRITTEN {
             let to = self.start.cast::<u8>().as_ptr();
-            // SAFETY: inside the mapping, which nothing else has.
+            // SAFETY: inside the mapping, to which no other reference exists.
             unsafe {
                 to.add((page * PAGE) as usize + 17)
                     .write((page % 251) as u8 + 1)
@@ -73,7 +75,8 @@ impl Mapped {
         self
     }
 
-    /// Bytes that this process has of the mapping, and bytes that the file has.
+    /// Returns the bytes of the mapping that are resident in this process, and the bytes allocated
+    /// to the file.
     fn resident(&self) -> (u64, u64) {
         let smaps = std::fs::read_to_string("/proc/self/smaps").unwrap();
         let start = format!("{:x}-", self.start.addr());
@@ -97,7 +100,7 @@ impl PageReader for Mapped {
 
     fn host_memory(&self, offset: u64, len: usize) -> Option<HostMemory<'_>> {
         let len = len.min(SIZE.checked_sub(offset)? as usize);
-        // SAFETY: mapped for as long as self is, and written by nothing meanwhile.
+        // SAFETY: mapped for the lifetime of `self`, and not written during the borrow.
         let all = unsafe { HostMemory::new(self.start.as_ptr().cast(), SIZE as usize) };
         (len > 0).then(|| all.slice(offset as usize..offset as usize + len))
     }
@@ -105,7 +108,7 @@ impl PageReader for Mapped {
 
 impl Drop for Mapped {
     fn drop(&mut self) {
-        // SAFETY: mapped by the constructor; readers borrow self.
+        // SAFETY: mapped by the constructor; readers borrow `self`.
         unsafe { munmap(self.start, SIZE as usize) }.unwrap();
     }
 }
@@ -123,13 +126,13 @@ enum Ram {
     Private,
     SharedAnonymous,
     Memfd,
-    /// A file on a tmpfs that has no page left.
+    /// A file on a full tmpfs.
     FullTmpfs,
-    /// A file on a hugetlbfs that has no page left, of which none is there.
+    /// A file on a full hugetlbfs, none of whose pages is allocated.
     NoHugePages,
 }
 
-/// The RAM, and what is mounted for it.
+/// Returns the RAM and the file systems mounted for it.
 fn ram(kind: Ram) -> (Mapped, Option<TinyTmpfs>, Option<HugeFs>) {
     match kind {
         Ram::Private => {
@@ -150,7 +153,7 @@ fn ram(kind: Ram) -> (Mapped, Option<TinyTmpfs>, Option<HugeFs>) {
             (ram, Some(tmpfs), None)
         }
         Ram::NoHugePages => {
-            // One page at most, if the machine has any.
+            // At most one page, if the machine has any.
             let huge = HugeFs::new(Some(2 << 20)).unwrap();
             (sized(create(&huge.path().join("ram"))), None, Some(huge))
         }
@@ -171,7 +174,7 @@ fn sized(file: File) -> Mapped {
     Mapped::of_file(file)
 }
 
-/// All ways to write, and to leave out.
+/// Calls `save` with every engine and combination of skip options.
 fn ways(mut save: impl FnMut(Options, &str)) {
     let layouts = [
         || Layout::Raw,
@@ -200,7 +203,7 @@ fn ways(mut save: impl FnMut(Options, &str)) {
 }
 
 #[rstest]
-fn a_full_dump_leaves_untouched_ram_untouched(
+fn full_dump_does_not_touch_ram(
     #[values(
         Ram::Private,
         Ram::SharedAnonymous,
@@ -210,7 +213,7 @@ fn a_full_dump_leaves_untouched_ram_untouched(
     )]
     kind: Ram,
 ) {
-    if !Need::Root.met("a_full_dump_leaves_untouched_ram_untouched") {
+    if !Need::Root.met("full_dump_does_not_touch_ram") {
         return;
     }
     let (ram, _tmpfs, _huge) = ram(kind);
@@ -228,16 +231,16 @@ fn a_full_dump_leaves_untouched_ram_untouched(
         let packed = way.contains("Packed");
         writer.commit().unwrap();
         assert_eq!(ram.resident(), before, "{way}");
-        // Packed pages stand elsewhere.
+        // Packed pages have other offsets.
         assert!(packed || place.read()[..SIZE as usize] == expected, "{way}");
     });
 }
 
 #[rstest]
-fn a_diff_of_all_pages_leaves_untouched_ram_untouched(
+fn diff_of_all_pages_does_not_touch_ram(
     #[values(Ram::Memfd, Ram::FullTmpfs, Ram::NoHugePages)] kind: Ram,
 ) {
-    if !Need::Root.met("a_diff_of_all_pages_leaves_untouched_ram_untouched") {
+    if !Need::Root.met("diff_of_all_pages_does_not_touch_ram") {
         return;
     }
     let (ram, _tmpfs, _huge) = ram(kind);
@@ -258,7 +261,7 @@ fn a_diff_of_all_pages_leaves_untouched_ram_untouched(
 
 /// Pages of 64 KiB, of which 4 KiB were written.
 #[test]
-fn large_pages_of_the_image_do_not_touch_ram_around() {
+fn large_image_pages_do_not_touch_adjacent_ram() {
     let (ram, ..) = ram(Ram::Memfd);
     let place = Place::new();
     let before = ram.resident();
@@ -274,9 +277,9 @@ fn large_pages_of_the_image_do_not_touch_ram_around() {
     }
 }
 
-/// So that nothing is called that a filter may forbid.
+/// No call is made that a filter may forbid.
 #[test]
-fn untouched_ram_is_read_on_request_and_not_asked_about() {
+fn read_untouched_reads_without_a_query() {
     let (ram, ..) = ram(Ram::Memfd);
     let place = Place::new();
     let before = ram.resident();
@@ -304,7 +307,7 @@ impl PageReader for NotAsked<'_> {
     }
 }
 
-/// A reader that knows nothing, over memory of which most cannot be had.
+/// A reader without knowledge of populated pages, over memory of which most cannot be provided.
 struct KnowsNothing(Mapped);
 
 impl PageReader for KnowsNothing {
@@ -322,14 +325,14 @@ impl PageReader for KnowsNothing {
 }
 
 #[rstest]
-fn memory_that_cannot_be_had_is_an_error_and_no_sigbus(
+fn memory_that_cannot_be_provided_is_an_error(
     #[values(Ram::FullTmpfs, Ram::NoHugePages)] kind: Ram,
 ) {
-    if !Need::Root.met("memory_that_cannot_be_had_is_an_error_and_no_sigbus") {
+    if !Need::Root.met("memory_that_cannot_be_provided_is_an_error") {
         return;
     }
     let (ram, _tmpfs, _huge) = ram(kind);
-    // The one huge page there may be.
+    // The one huge page that may exist.
     let other = _huge
         .as_ref()
         .map(|huge| sized(create(&huge.path().join("other"))));

@@ -1,4 +1,4 @@
-//! Pages that are known to be zeros, and pages that are given as runs.
+//! Pages that are known to be zeros, and pages that are passed as runs.
 
 mod support;
 
@@ -31,7 +31,7 @@ fn open(dest: &Path, layout: Layout, ambiguous: bool) -> MemoryWriter {
     options.open(dest, SIZE, PAGE).unwrap()
 }
 
-/// Fills `ram` with what the sealed or packed image holds.
+/// Applies the sealed or packed image to `ram`.
 fn apply(path: &Path, ram: &mut [u8]) {
     let file = File::open(path).unwrap();
     for run in Footer::read(&file).unwrap().runs {
@@ -46,7 +46,7 @@ fn apply(path: &Path, ram: &mut [u8]) {
 #[rstest]
 #[case::sealed(Layout::Sealed)]
 #[case::packed(Layout::Packed)]
-fn zeros_of_a_diff_take_no_room(#[case] make: Make) {
+fn zeros_of_a_diff_take_no_space(#[case] make: Make) {
     let place = Place::new();
     let mut writer = open(&place.dest, make(Seal::new().on_raw_image()), false);
     writer.write_zeros(|| [PAGE..9 * PAGE].into_iter()).unwrap();
@@ -65,7 +65,7 @@ fn zeros_of_a_diff_take_no_room(#[case] make: Make) {
 }
 
 #[test]
-fn zeros_of_a_full_raw_file_take_no_room() {
+fn zeros_of_a_full_raw_file_take_no_space() {
     let place = Place::new();
     let mut writer = open(&place.dest, Layout::Raw, false);
     let mut ram = pattern(SIZE as usize, 3);
@@ -84,7 +84,7 @@ fn zeros_of_a_full_raw_file_take_no_room() {
 #[case::past_the_ram(&[SIZE - PAGE..SIZE + PAGE])]
 #[case::descending(&[4 * PAGE..5 * PAGE, PAGE..2 * PAGE])]
 #[case::overlapping(&[0..2 * PAGE, PAGE..3 * PAGE])]
-fn runs_that_are_not_ascending_pages_of_the_ram_are_refused(
+fn invalid_runs_are_refused(
     #[case] runs: &[Range<u64>],
     #[values(raw, Layout::Sealed, Layout::Packed)] make: Make,
 ) {
@@ -95,10 +95,10 @@ fn runs_that_are_not_ascending_pages_of_the_ram_are_refused(
     assert!(matches!(written, Err(SnapshotError::Run { .. })));
     let zeroed = writer.write_zeros(|| runs.iter().cloned());
     assert!(matches!(zeroed, Err(SnapshotError::Run { .. })));
-    // Zeros that a page has beside other bytes are not known.
+    // Zeros in a part of a page are refused: the rest of the page is unknown.
     let part = writer.write_zeros(|| std::iter::once(0..512));
     assert!(matches!(part, Err(SnapshotError::Run { .. })));
-    // It stays as it was.
+    // The writer is unchanged.
     writer.write_full(&ram).unwrap();
     writer.commit().unwrap();
 }
@@ -106,7 +106,7 @@ fn runs_that_are_not_ascending_pages_of_the_ram_are_refused(
 #[rstest]
 #[case::sealed(Layout::Sealed)]
 #[case::packed(Layout::Packed)]
-fn a_diff_of_zeros_names_its_parent(#[case] make: Make) {
+fn diff_of_zeros_has_a_parent(#[case] make: Make) {
     let place = Place::new();
     let mut writer = open(&place.dest, make(Seal::new()), false);
     let error = writer.write_zeros(|| std::iter::once(0..PAGE)).unwrap_err();
@@ -125,7 +125,7 @@ enum Step {
     Zeros(Vec<Range<u64>>),
 }
 
-/// Runs of pages, ascending, in bytes.
+/// Generates ascending runs of pages, in bytes.
 fn runs() -> impl Strategy<Value = Vec<Range<u64>>> {
     prop::collection::btree_set(0..=PAGES, 0..7).prop_map(|bounds| {
         let bounds: Vec<_> = bounds.into_iter().collect();
@@ -145,9 +145,9 @@ fn step() -> impl Strategy<Value = Step> {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(test_machine::rounds(48, 256)))]
 
-    /// Against copies of the bytes, page by page.
+    /// Compares with copies of the bytes, page by page.
     #[test]
-    fn the_last_write_of_a_page_counts(
+    fn last_write_of_a_page_counts(
         steps in prop::collection::vec(step(), 1..6),
         recycle in any::<bool>(),
     ) {

@@ -1,4 +1,4 @@
-//! A directory to snapshot into, and readers that misbehave.
+//! Directories for snapshots, and readers that fail.
 
 #![allow(dead_code, reason = "not every test file uses all of it")]
 
@@ -9,7 +9,7 @@ use page_reader::PageReader;
 
 pub(crate) const OLD: &[u8] = b"the snapshot before";
 
-/// A directory with a destination in it that holds an older snapshot.
+/// A directory that contains a destination with an older snapshot.
 pub(crate) struct Place {
     dir: tempfile::TempDir,
     pub(crate) dest: PathBuf,
@@ -24,7 +24,7 @@ impl Place {
         Self::of(tempfile::tempdir_in(mount).unwrap())
     }
 
-    /// Where replaced files are recycled.
+    /// Creates a directory on a file system that supports recycling.
     pub(crate) fn recycling() -> Self {
         Self::of(test_machine::recycling_dir())
     }
@@ -60,14 +60,15 @@ pub(crate) fn assert_nothing_but(dir: &Path, expected: &[&str]) {
     assert_eq!(names, expected, "nothing may be left behind");
 }
 
-/// Bytes that differ from page to page and within a page.
+/// Returns bytes that differ from page to page and within a page.
 pub(crate) fn pattern(size: usize, seed: u8) -> Vec<u8> {
     (0..size)
         .map(|at| (at / 512) as u8 ^ (at as u8).wrapping_mul(31) ^ seed)
         .collect()
 }
 
-/// A reader that can hand out no memory, so that every byte goes through `read_at`; it does `then` from `offset` on.
+/// A reader that does not expose its memory, so that every byte passes through `read_at`. It calls
+/// `then` for reads from `offset` on.
 pub(crate) struct Until<F> {
     pub(crate) ram: Vec<u8>,
     pub(crate) offset: u64,

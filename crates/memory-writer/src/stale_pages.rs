@@ -1,4 +1,4 @@
-//! What a recycled stage still holds of the snapshot that it was, until it is written or wiped.
+//! Bytes of a recycled file that are not overwritten yet.
 
 use std::fs::File;
 use std::io;
@@ -10,31 +10,31 @@ use sparse_file::{Source, SpaceError, WriteError, WriteOptions, punch_hole, writ
 use crate::page_set::PageSet;
 
 #[derive(Debug)]
-pub(crate) struct Unwritten {
-    /// The pages that were written. The others have their old bytes.
+pub(crate) struct StalePages {
+    /// The pages that were written. All others have their old bytes.
     written: PageSet,
 }
 
-impl Unwritten {
-    /// All the pages of a file of `ram_size` bytes.
+impl StalePages {
+    /// Creates a set of all pages of a file of `ram_size` bytes.
     pub(crate) fn all(ram_size: u64, page_size: u64) -> Self {
         Self {
             written: PageSet::new(ram_size, page_size),
         }
     }
 
-    /// A run of bytes, of whole pages, is being written.
+    /// Removes a run of bytes that is being written. It consists of whole pages.
     pub(crate) fn remove(&mut self, run: &Range<u64>) {
         self.written.add(run);
     }
 
-    /// The runs of bytes that were not written, ascending, and as long as can be: a block that pages share is freed once none
-    /// of them is written.
+    /// Returns the maximal runs of bytes that were not written, in ascending order. A block that
+    /// several pages share is freed if none of them is written.
     fn runs(&self) -> impl Iterator<Item = Range<u64>> {
         self.written.missing()
     }
 
-    /// Makes them the holes that they are in a new file, or zeros where the file system can't.
+    /// Punches holes as in a new file, or writes zeros where the file system has no holes.
     pub(crate) fn wipe(&self, file: &File, options: &WriteOptions) -> Result<(), WipeError> {
         for run in self.runs() {
             match punch_hole(file, run.clone()) {
@@ -54,13 +54,13 @@ impl Unwritten {
     }
 }
 
-/// Why old bytes are still there.
+/// The step that failed to remove old bytes.
 pub(crate) enum WipeError {
     Punch(Range<u64>, io::Error),
     Zero(WriteError),
 }
 
-/// Zeros, wherever.
+/// A reader that returns zeros at every offset.
 pub(crate) struct Zeros;
 
 impl Source for Zeros {
@@ -84,7 +84,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_wiped_is_zeros_whatever_the_buffer_held() {
+    fn reader_of_zeros_overwrites_the_buffer() {
         let mut buf = [7; 9];
         Source::read_at(&Zeros, 3, &mut buf).unwrap();
         assert_eq!(buf, [0; 9]);
@@ -96,9 +96,12 @@ mod tests {
     #[case::ends(&[0..4096, 61440..65536], &[4096..61440])]
     #[case::middle_in_any_order(&[8192..12288, 4096..8192, 4096..8192], &[0..4096, 12288..65536])]
     #[case::every_other(&[0..4096, 8192..12288, 16384..65536], &[4096..8192, 12288..16384])]
-    fn what_is_not_written_is_left(#[case] written: &[Range<u64>], #[case] left: &[Range<u64>]) {
-        let mut unwritten = Unwritten::all(65536, 4096);
-        written.iter().for_each(|run| unwritten.remove(run));
-        assert_eq!(unwritten.runs().collect::<Vec<_>>(), left);
+    fn stale_runs_are_those_not_removed(
+        #[case] written: &[Range<u64>],
+        #[case] left: &[Range<u64>],
+    ) {
+        let mut stale = StalePages::all(65536, 4096);
+        written.iter().for_each(|run| stale.remove(run));
+        assert_eq!(stale.runs().collect::<Vec<_>>(), left);
     }
 }

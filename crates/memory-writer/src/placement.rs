@@ -1,4 +1,4 @@
-//! Where pages stand in the file of a sealed or packed image, decided as they are written.
+//! Assigns offsets in the file of a sealed or packed image to pages as they are written.
 
 use std::cell::{Cell, RefCell};
 use std::fs::File;
@@ -9,10 +9,11 @@ use image_format::{Checksums, Placement};
 use page_reader::PageReader;
 use sparse_file::{Source, grow};
 
-/// A packed file grows by so many bytes at a time: direct writes within its size are faster than those that extend it.
+/// Bytes by which a packed file grows: direct writes inside its size are faster than those that
+/// extend it.
 const GROWTH: u64 = 64 << 20;
 
-/// Bytes that follow each other in RAM and in the file.
+/// Bytes that are contiguous in RAM and in the file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Extent {
     pub(crate) guest: u64,
@@ -25,7 +26,7 @@ impl Extent {
         self.guest..self.guest + self.len
     }
 
-    /// What of it lies in `range` (guest offsets).
+    /// Returns the part of the extent inside `range` of guest offsets.
     pub(crate) fn within(&self, range: &Range<u64>) -> Option<Self> {
         let start = self.guest.max(range.start);
         let end = (self.guest + self.len).min(range.end);
@@ -36,8 +37,8 @@ impl Extent {
         })
     }
 
-    /// Takes up `next` where it follows, in RAM and in the file.
-    fn join(&mut self, next: &Self) -> bool {
+    /// Appends `next` if it follows in RAM and in the file. Returns whether it did.
+    fn try_append(&mut self, next: &Self) -> bool {
         let follows = self.guest + self.len == next.guest && self.file + self.len == next.file;
         if follows {
             self.len += next.len;
@@ -47,23 +48,26 @@ impl Extent {
 }
 
 fn push(extents: &mut Vec<Extent>, next: Extent) {
-    if !extents.last_mut().is_some_and(|last| last.join(&next)) {
+    if !extents
+        .last_mut()
+        .is_some_and(|last| last.try_append(&next))
+    {
         extents.push(next);
     }
 }
 
-/// The pages that are in the file.
+/// The extents of the pages that are in the file.
 #[derive(Debug)]
-pub(crate) struct Map {
+pub(crate) struct ExtentMap {
     placement: Placement,
-    /// Ascending by guest offset, not overlapping.
+    /// In ascending order of guest offsets, not overlapping.
     extents: Vec<Extent>,
-    /// Where the next page goes in a packed file.
+    /// The offset of the next page in a packed file.
     next: u64,
 }
 
-impl Map {
-    /// Of no pages, the first of which goes to the offset `start` of a packed file.
+impl ExtentMap {
+    /// Creates an empty map. The first page of a packed file is placed at `start`.
     pub(crate) fn new(placement: Placement, start: u64) -> Self {
         Self {
             placement,
@@ -80,7 +84,7 @@ impl Map {
         &self.extents
     }
 
-    /// The extents that reach into `range`, cut to it.
+    /// Returns the parts of the extents that overlap `range`.
     pub(crate) fn within<'m>(&'m self, range: &'m Range<u64>) -> impl Iterator<Item = Extent> + 'm {
         let first = self
             .extents
@@ -90,49 +94,50 @@ impl Map {
             .map_while(move |extent| extent.within(range))
     }
 
-    /// Takes up the pages that a pass has written and that were not there: they come between the others.
-    fn take_up(&mut self, new: Vec<Extent>, next: u64) {
+    /// Merges the extents that a pass has added.
+    fn merge(&mut self, new: Vec<Extent>, next: u64) {
         self.next = next;
         if self.extents.is_empty() {
             self.extents = new;
             return;
         }
-        // In place: of a large guest the list is large.
+        // Sorts in place: the list of a large guest is large.
         self.extents.extend_from_slice(&new);
         drop(new);
         self.extents.sort_unstable_by_key(|extent| extent.guest);
-        self.extents.dedup_by(|next, last| last.join(next));
+        self.extents.dedup_by(|next, last| last.try_append(next));
     }
 }
 
-/// One write of pages: decides where each goes, gathers their bytes in the order of the file, and sums them as they pass by.
-pub(crate) struct Pass<'p, R: ?Sized> {
+/// A write of pages. Assigns an offset to each page, reads the pages in the order of the file, and
+/// computes their checksums.
+pub(crate) struct WritePass<'p, R: ?Sized> {
     reader: &'p R,
     file: &'p File,
-    map: &'p Map,
+    map: &'p ExtentMap,
     checksums: RefCell<&'p mut Checksums>,
     written: RefCell<Vec<Extent>>,
-    /// What of it was not in the file before; not kept if nothing was.
+    /// Extents that were not in the file before. Unused if the map is empty.
     new: RefCell<Vec<Extent>>,
-    /// Index of the extent whose bytes are asked for.
+    /// Index of the extent that was read last.
     at: Cell<usize>,
     next: Cell<u64>,
     grown: Cell<u64>,
-    /// No more bytes than this are written by the pass.
-    most: u64,
-    /// No more extents than this fit into a footer.
-    most_extents: usize,
-    full_up: Cell<bool>,
+    /// Maximum number of bytes that the pass writes.
+    max_len: u64,
+    /// Maximum number of extents that the footer has room for.
+    max_extents: usize,
+    footer_full: Cell<bool>,
 }
 
-impl<'p, R: PageReader + ?Sized> Pass<'p, R> {
+impl<'p, R: PageReader + ?Sized> WritePass<'p, R> {
     pub(crate) fn new(
         reader: &'p R,
         file: &'p File,
-        map: &'p Map,
+        map: &'p ExtentMap,
         checksums: &'p mut Checksums,
-        most: u64,
-        most_extents: usize,
+        max_len: u64,
+        max_extents: usize,
     ) -> Self {
         Self {
             reader,
@@ -144,55 +149,56 @@ impl<'p, R: PageReader + ?Sized> Pass<'p, R> {
             at: Cell::new(0),
             next: Cell::new(map.next),
             grown: Cell::new(map.next),
-            most: map.next.saturating_add(most),
-            most_extents,
-            full_up: Cell::new(false),
+            max_len: map.next.saturating_add(max_len),
+            max_extents,
+            footer_full: Cell::new(false),
         }
     }
 
-    /// So many runs of RAM are coming: a list that need not grow has room for no more.
-    pub(crate) fn expect(&self, runs: u64) {
-        // Where there is no memory for all of them, it grows as they come.
+    /// Reserves memory for `runs` runs of RAM, so that the list does not grow beyond its need.
+    pub(crate) fn reserve(&self, runs: u64) {
+        // If this allocation fails, the list grows as runs are added.
         let runs = usize::try_from(runs).unwrap_or(0);
         let _ = self.written.borrow_mut().try_reserve_exact(runs);
     }
 
-    /// The runs of the file that take these runs of RAM, in their order. Ends early where the footer would have no room for more.
+    /// Returns the runs of the file for runs of RAM, in the same order. Ends early if the footer
+    /// has no room for more.
     pub(crate) fn file_runs(
         &self,
         runs: impl Iterator<Item = Range<u64>>,
     ) -> impl Iterator<Item = Range<u64>> {
-        runs.flat_map(|run| self.pieces(run)).map_while(|piece| {
+        runs.flat_map(|run| self.split(run)).map_while(|piece| {
             let mut written = self.written.borrow_mut();
             push(&mut written, piece);
             let extents = match self.map.extents.is_empty() {
                 true => written.len(),
                 false => self.map.extents.len() + self.new.borrow().len(),
             };
-            self.full_up.set(extents > self.most_extents);
-            (!self.full_up.get()).then_some(piece.file..piece.file + piece.len)
+            self.footer_full.set(extents > self.max_extents);
+            (!self.footer_full.get()).then_some(piece.file..piece.file + piece.len)
         })
     }
 
-    /// Whether the footer had no room for more.
-    pub(crate) fn is_full_up(&self) -> bool {
-        self.full_up.get()
+    /// Returns whether the footer had no room for more runs.
+    pub(crate) fn is_footer_full(&self) -> bool {
+        self.footer_full.get()
     }
 
-    /// A run of RAM, cut where pages that are in the file already begin and end.
-    fn pieces(&self, run: Range<u64>) -> Vec<Extent> {
+    /// Splits a run of RAM at the borders of extents that are already in the file.
+    fn split(&self, run: Range<u64>) -> Vec<Extent> {
         let mut pieces = Vec::new();
         let mut at = run.start;
         for old in self.map.within(&run) {
-            self.new_piece(at..old.guest, &mut pieces);
+            self.place_new(at..old.guest, &mut pieces);
             pieces.push(old);
             at = old.guest_range().end;
         }
-        self.new_piece(at..run.end, &mut pieces);
+        self.place_new(at..run.end, &mut pieces);
         pieces
     }
 
-    fn new_piece(&self, range: Range<u64>, pieces: &mut Vec<Extent>) {
+    fn place_new(&self, range: Range<u64>, pieces: &mut Vec<Extent>) {
         if range.is_empty() {
             return;
         }
@@ -218,7 +224,7 @@ impl<'p, R: PageReader + ?Sized> Pass<'p, R> {
         pieces.push(extent);
     }
 
-    /// The guest offset of the byte that is asked for at this offset of the file.
+    /// Returns the guest offset of the byte at offset `file` of the file.
     pub(crate) fn guest_offset(&self, file: u64) -> u64 {
         let written = self.written.borrow();
         let holds = |extent: &&Extent| (extent.file..extent.file + extent.len).contains(&file);
@@ -228,37 +234,37 @@ impl<'p, R: PageReader + ?Sized> Pass<'p, R> {
 
     fn grow(&self, end: u64) {
         if end > self.grown.get() {
-            let len = self.most.min(end + GROWTH).max(end);
-            // A file that can't be so large says so when it is written.
+            let len = self.max_len.min(end + GROWTH).max(end);
+            // If the file cannot get this size, the write reports the error.
             let _ = grow(self.file, len);
             self.grown.set(len);
         }
     }
 
-    /// What the map is to take up, now that all is written.
-    pub(crate) fn finish(self) -> Placed {
+    /// Returns the extents to merge into the map once all is written.
+    pub(crate) fn finish(self) -> NewExtents {
         let first = self.map.extents.is_empty();
-        Placed {
+        NewExtents {
             extents: if first { self.written } else { self.new }.into_inner(),
             next: self.next.get(),
         }
     }
 }
 
-/// Pages that a pass has put into the file, and that were not there.
-pub(crate) struct Placed {
+/// Extents that a pass has added to the file.
+pub(crate) struct NewExtents {
     extents: Vec<Extent>,
     next: u64,
 }
 
-impl Placed {
-    pub(crate) fn into_map(self, map: &mut Map) {
-        map.take_up(self.extents, self.next);
+impl NewExtents {
+    pub(crate) fn merge_into(self, map: &mut ExtentMap) {
+        map.merge(self.extents, self.next);
     }
 }
 
-/// Bytes by their offset in the file, asked for in the order of its runs.
-impl<R: PageReader + ?Sized> Source for Pass<'_, R> {
+/// Reads bytes by their offset in the file, in the order of the file's runs.
+impl<R: PageReader + ?Sized> Source for WritePass<'_, R> {
     fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
         let written = self.written.borrow();
         let mut checksums = self.checksums.borrow_mut();
@@ -268,7 +274,7 @@ impl<R: PageReader + ?Sized> Source for Pass<'_, R> {
             let from = self.at.get();
             let at = written[from..].iter().position(holds).map(|at| from + at);
             let at = at.or_else(|| written.iter().position(holds));
-            let at = at.ok_or_else(|| io::Error::other("no run has this offset"))?;
+            let at = at.ok_or_else(|| io::Error::other("no run contains this offset"))?;
             self.at.set(at);
             let extent = written[at];
             let within = offset - extent.file;
@@ -276,7 +282,7 @@ impl<R: PageReader + ?Sized> Source for Pass<'_, R> {
                 usize::try_from(extent.len - within).map_or(buf.len(), |len| len.min(buf.len()));
             let (now, later) = buf.split_at_mut(len);
             self.reader.read_at(extent.guest + within, now)?;
-            // Of the copy that is written, whatever the guest does meanwhile.
+            // Checksum the copy that is written: the guest may change the page concurrently.
             checksums.feed(extent.guest + within, now);
             (offset, buf) = (offset + len as u64, later);
         }
@@ -292,9 +298,9 @@ mod tests {
 
     #[rstest]
     #[case::in_both(14, 104, 1)]
-    #[case::in_ram_alone(14, 105, 2)]
-    #[case::in_the_file_alone(15, 104, 2)]
-    fn what_follows_in_ram_and_in_the_file_is_one_extent(
+    #[case::in_ram_only(14, 105, 2)]
+    #[case::in_the_file_only(15, 104, 2)]
+    fn contiguous_extents_are_joined(
         #[case] guest: u64,
         #[case] file: u64,
         #[case] extents: usize,

@@ -1,4 +1,4 @@
-//! The footer of a snapshot, put together while its pages are written.
+//! Assembles the footer of a snapshot while its pages are written.
 
 use std::fs::File;
 use std::io;
@@ -14,15 +14,15 @@ use page_reader::SecretBuffer;
 use sparse_file::{SpaceError, grow};
 
 use crate::layout::{Parent, Seal};
-use crate::placing::{Extent, Map};
+use crate::placement::{Extent, ExtentMap};
 
-/// Why there is no footer.
+/// Reasons why the footer cannot be written.
 pub(crate) enum SealError {
-    /// There are no random numbers.
+    /// The system provided no random numbers.
     Id(io::Error),
-    /// At this offset of the file.
+    /// The offset in the file, and the error.
     ReadBack(u64, io::Error),
-    /// To this size.
+    /// The size that the file could not get, and the error.
     Grow(u64, SpaceError),
     Footer(FooterError),
 }
@@ -34,21 +34,22 @@ impl From<Invalid> for SealError {
 }
 
 #[derive(Debug)]
-pub(crate) struct Sealing {
-    /// Everything but its runs and checksums, which are known at the end.
+pub(crate) struct FooterBuilder {
+    /// The footer without runs and checksums, which are known at the end.
     footer: Footer,
     parent: Parent,
-    /// Whether the region is the one that starts where the RAM does, for want of others.
+    /// Whether the footer has the default region, which begins at the start of the RAM.
     one_region: bool,
-    pub(crate) map: Map,
-    /// Pages that are zeros unless the map has them: ascending, apart.
+    pub(crate) map: ExtentMap,
+    /// Pages that are zeros unless the map contains them. Ascending and not overlapping.
     zeros: Vec<Range<u64>>,
     pub(crate) checksums: Checksums,
 }
 
-impl Sealing {
-    /// For RAM that starts at the guest-physical address `ram_start`, unless the seal names its regions. Whatever would make the footer invalid is
-    /// refused here, before pages are written.
+impl FooterBuilder {
+    /// Creates a footer for RAM that starts at the guest-physical address `ram_start`, unless the
+    /// seal lists its regions. Returns every reason that makes the footer invalid before pages are
+    /// written.
     pub(crate) fn new(
         seal: Seal,
         placement: Placement,
@@ -79,7 +80,7 @@ impl Sealing {
         };
         footer.check_head()?;
         Ok(Self {
-            map: Map::new(placement, footer.data_start()),
+            map: ExtentMap::new(placement, footer.data_start()),
             zeros: Vec::new(),
             footer,
             parent: seal.parent,
@@ -106,7 +107,7 @@ impl Sealing {
         Ok(())
     }
 
-    /// The RAM starts at this guest-physical address, as the first bitmap says.
+    /// Sets the guest-physical start address of the RAM, taken from the first bitmap.
     pub(crate) fn set_ram_start(&mut self, ram_start: u64) {
         // A bitmap ends inside the address space.
         let end = ram_start.saturating_add(self.footer.ram_size);
@@ -115,11 +116,11 @@ impl Sealing {
         }
     }
 
-    /// Everything is about to be written, and nothing of what was counts.
+    /// Prepares for a write of all of the RAM: discards all earlier writes.
     pub(crate) fn begin_full(&mut self) {
         self.footer.kind = Kind::Full;
-        self.map = Map::new(self.map.placement(), self.footer.data_start());
-        // What the map lacks is zeros.
+        self.map = ExtentMap::new(self.map.placement(), self.footer.data_start());
+        // Pages that are not in the map are zeros.
         self.zeros = vec![0..self.footer.ram_size];
         self.checksums = Checksums::new(self.footer.ram_size);
     }
@@ -130,7 +131,8 @@ impl Sealing {
         placed.map(|extent| extent.guest_range()).collect()
     }
 
-    /// Adds runs of pages that are zeros where the map does not have them: ascending, apart.
+    /// Adds runs of pages that are zeros unless the map contains them. The runs ascend and do not
+    /// overlap.
     pub(crate) fn add_zeros(&mut self, runs: impl Iterator<Item = Range<u64>>) {
         self.zeros.extend(runs);
         self.zeros.sort_unstable_by_key(|run| run.start);
@@ -143,7 +145,8 @@ impl Sealing {
         });
     }
 
-    /// Whether the footer has room for `runs` runs of a first diff, and the sums of its first bytes.
+    /// Checks that the footer has room for `runs` runs of a first diff, and for the checksums of
+    /// its first bytes.
     pub(crate) fn check_room(&self, runs: u64) -> Result<(), FooterError> {
         if self.map.extents().is_empty() {
             let runs = runs.saturating_add(self.zeros.len() as u64);
@@ -152,8 +155,9 @@ impl Sealing {
         Ok(())
     }
 
-    /// The most extents that the footer has room for. A full image has runs of zeros between them.
-    pub(crate) fn most_extents(&self) -> usize {
+    /// Returns the maximum number of extents that the footer has room for. A full image has runs of
+    /// zeros between them.
+    pub(crate) fn max_extents(&self) -> usize {
         let most = MAX_FOOTER / 24;
         let first = self.map.extents().is_empty();
         // Less than 2^26.
@@ -164,14 +168,14 @@ impl Sealing {
         }) as usize
     }
 
-    /// What a footer of more runs than there is room for would be.
-    pub(crate) fn no_room(&self) -> FooterError {
+    /// Returns the error for more runs than the footer has room for.
+    pub(crate) fn too_many_runs(&self) -> FooterError {
         FooterError::TooLarge {
             len: MAX_FOOTER + 24,
         }
     }
 
-    /// Writes the footer behind the pages.
+    /// Writes the footer after the pages.
     pub(crate) fn seal(mut self, file: &File) -> Result<(), SealError> {
         self.refresh(file)?;
         let Self {
@@ -193,7 +197,7 @@ impl Sealing {
         Ok(())
     }
 
-    /// Sums chunks that were written in several passes, from the file.
+    /// Computes the checksums of chunks that were written in several passes, from the file.
     fn refresh(&mut self, file: &File) -> Result<(), SealError> {
         let stale: Vec<_> = self.checksums.stale().collect();
         let mut buffer = SecretBuffer::new();
@@ -203,7 +207,7 @@ impl Sealing {
                 file: offset, len, ..
             } in self.map.within(&chunk)
             {
-                // Within a chunk, so no more than 1 MiB.
+                // Inside one chunk, so at most 1 MiB.
                 let bytes = buffer.sized(len as usize);
                 file.read_exact_at(bytes, offset)
                     .map_err(|error| SealError::ReadBack(offset, error))?;
@@ -215,8 +219,8 @@ impl Sealing {
     }
 }
 
-/// The runs of an image with these extents, and with `zeros` where no extent is, ascending. Not a
-/// list: of a large guest it would take more memory than the extents.
+/// Returns the runs of an image with these extents and with `zeros` between the extents, in
+/// ascending order. Lazy: for a large guest, a list would take more memory than the extents.
 fn runs<'a>(
     extents: &'a [Extent],
     zeros: &'a [Range<u64>],
@@ -247,7 +251,7 @@ mod tests {
 
     use super::*;
 
-    /// Extents of guest offset and length.
+    /// Extents as guest offset and length.
     #[rstest]
     #[case::none(&[], &[], &[])]
     #[case::zeros_alone(&[], &[2..4], &[(2..4, false)])]

@@ -1,15 +1,17 @@
-//! A bitmap's runs as runs of whole pages of the memory file.
+//! Converts the runs of a bitmap to runs of whole pages of the memory file.
 
 use std::ops::Range;
 
-/// Widens ascending runs to multiples of the page, and joins those that touch or overlap then: no page comes twice.
+/// Iterator that widens ascending runs to multiples of the page size and joins runs that then touch
+/// or overlap. No page occurs twice.
 pub(crate) struct WholePages<I: Iterator> {
     runs: std::iter::Peekable<I>,
     page_size: u64,
 }
 
 impl<I: Iterator<Item = Range<u64>>> WholePages<I> {
-    /// `page_size` is a power of two, and the end of the last run rounds up to no more than 2^63.
+    /// Creates the iterator. `page_size` is a power of two, and the end of the last run rounds up
+    /// to at most 2^63.
     pub(crate) fn new(runs: I, page_size: u64) -> Self {
         Self {
             runs: runs.peekable(),
@@ -46,13 +48,13 @@ mod tests {
 
     #[rstest]
     #[case::nothing(&[], &[])]
-    #[case::whole_pages_stay(&[0..4096, 8192..16384], &[0..4096, 8192..16384])]
-    #[case::a_byte_is_its_page(&[5000..5001], &[4096..8192])]
-    #[case::a_run_over_a_border_is_both_pages(&[4095..4097], &[0..8192])]
-    #[case::two_runs_in_one_page_are_that_page_once(&[0..512, 1024..1536], &[0..4096])]
+    #[case::whole_pages_are_unchanged(&[0..4096, 8192..16384], &[0..4096, 8192..16384])]
+    #[case::byte_becomes_its_page(&[5000..5001], &[4096..8192])]
+    #[case::run_across_a_border_becomes_both_pages(&[4095..4097], &[0..8192])]
+    #[case::two_runs_in_a_page_become_one_page(&[0..512, 1024..1536], &[0..4096])]
     #[case::runs_that_touch_only_when_widened_are_joined(&[0..512, 4096..4608], &[0..8192])]
     #[case::many_in_a_row(&[0..1, 4096..4097, 8192..8193, 16384..16385], &[0..12288, 16384..20480])]
-    fn runs_become_whole_pages(#[case] runs: &[Range<u64>], #[case] pages: &[Range<u64>]) {
+    fn runs_are_widened_to_whole_pages(#[case] runs: &[Range<u64>], #[case] pages: &[Range<u64>]) {
         let widened: Vec<_> = WholePages::new(runs.iter().cloned(), 4096).collect();
         assert_eq!(widened, pages);
     }

@@ -1,69 +1,73 @@
-//! The parts of the RAM that a full dump can't leave out, found while it is being written.
+//! Finds the runs of a full dump that must be written, while it is being written.
 //!
-//! The reader is a [`Touched`]: what it knows to be untouched is never read, whatever is left out.
+//! The reader is a [`Touched`]: RAM that is known to be untouched is never read.
 
 use std::ops::{ControlFlow, Range};
 
 use page_reader::{HostMemory, PageReader, PopulatedRanges, SecretBuffer, Touched};
 
-use crate::meter::Meter;
-use crate::pages::WholePages;
+use crate::progress::ProgressCounter;
+use crate::whole_pages::WholePages;
 
-/// What a full dump may leave out, where it reads as zeros without being written.
+/// The pages that a full dump may skip, where they read as zeros without being written.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Skip {
     /// Pages of zeros, found by reading them.
     pub(crate) zeros: bool,
-    /// What the reader knows that nobody wrote.
+    /// Pages that the reader knows to be untouched.
     pub(crate) untouched: bool,
 }
 
 impl Skip {
-    pub(crate) fn anything(self) -> bool {
+    pub(crate) fn is_enabled(self) -> bool {
         self.zeros || self.untouched
     }
 }
 
-/// Fewer bytes of zeros than this are written with what is around them: an extent more in the file takes longer.
-const WORTH: u64 = 32 << 10;
-/// Zeros are looked for in pages of at least so many bytes: those of hosts, and the blocks of most file systems.
-const SMALLEST_PAGE: u64 = 4 << 10;
-/// Runs end where a multiple of this does, so that what was just looked at is written before more is.
-const STRETCH: u64 = 1 << 20;
-/// Bytes read at a time from a reader that hands out no memory.
+/// Minimum length of zeros to skip. Shorter ones are written with the data around them: another
+/// extent in the file takes longer.
+const MIN_SKIP: u64 = 32 << 10;
+/// Minimum size of the pages that are compared with zeros: the page size of most hosts, and the
+/// block size of most file systems.
+const MIN_PAGE_SIZE: u64 = 4 << 10;
+/// Runs end at multiples of this, so that memory is written soon after it was examined.
+const MAX_RUN: u64 = 1 << 20;
+/// Bytes read at a time from a reader that does not expose its memory.
 const WINDOW: u64 = 256 << 10;
 
-/// Runs of whole pages, ascending. What is between them may be left out.
-pub(crate) struct Needed<'a, 'w, R: ?Sized> {
+/// Iterator over ascending runs of whole pages that must be written. The pages between the runs may
+/// be skipped.
+pub(crate) struct NonzeroRuns<'a, 'w, R: ?Sized> {
     reader: &'a Touched<'a, R>,
     zeros: bool,
     page_size: u64,
     ram_size: u64,
-    /// What may hold anything but zeros, beyond `left`.
+    /// Ranges after `left` that may hold data.
     populated: WholePages<PopulatedRanges<'a>>,
-    /// What is left of the range in hand, to be looked at.
+    /// The part of the current range that is not examined yet.
     left: Range<u64>,
-    /// What was found and not given out yet. Empty, it is where the last run ended.
+    /// The run that was found and not returned yet. If empty, its position is the end of the last
+    /// run.
     run: Range<u64>,
-    /// Up to where the meter knows.
-    counted: u64,
+    /// Offset up to which skipped bytes are reported as progress.
+    reported: u64,
     window: Window,
     /// Memory that the kernel has faulted in.
     mapped: Range<u64>,
-    meter: &'a Meter<'w>,
+    progress: &'a ProgressCounter<'w>,
 }
 
-impl<'a, 'w, R: PageReader + ?Sized> Needed<'a, 'w, R> {
-    /// `ram_size` is a multiple of `page_size`, which is a power of two.
+impl<'a, 'w, R: PageReader + ?Sized> NonzeroRuns<'a, 'w, R> {
+    /// Creates an iterator. `ram_size` is a multiple of `page_size`, which is a power of two.
     pub(crate) fn new(
         reader: &'a Touched<'a, R>,
         skip: Skip,
         ram_size: u64,
         page_size: u64,
-        meter: &'a Meter<'w>,
+        progress: &'a ProgressCounter<'w>,
     ) -> Self {
-        let page_size = page_size.max(SMALLEST_PAGE);
-        // Zeros are left out where nobody wrote them, too.
+        let page_size = page_size.max(MIN_PAGE_SIZE);
+        // Option `zeros` includes untouched pages.
         let populated = reader.populated(0..ram_size);
         Self {
             reader,
@@ -73,17 +77,17 @@ impl<'a, 'w, R: PageReader + ?Sized> Needed<'a, 'w, R> {
             populated: WholePages::new(populated, page_size),
             left: 0..0,
             run: 0..0,
-            counted: 0,
+            reported: 0,
             window: Window::default(),
             mapped: 0..0,
-            meter,
+            progress,
         }
     }
 
-    /// What is next to be looked at, all of which is needed or not.
-    fn part(&self) -> Range<u64> {
+    /// Returns the next part to examine. It is written or skipped as a whole.
+    fn next_part(&self) -> Range<u64> {
         let Range { start, end } = self.left;
-        let step = if self.zeros { self.page_size } else { STRETCH };
+        let step = if self.zeros { self.page_size } else { MAX_RUN };
         start..(start / step + 1).saturating_mul(step).min(end)
     }
 
@@ -95,7 +99,7 @@ impl<'a, 'w, R: PageReader + ?Sized> Needed<'a, 'w, R> {
                 return self.window.is_zero(self.reader, at..range.end, last);
             };
             let end = at + memory.len() as u64;
-            // What cannot be had is not zero: writing it will say why.
+            // Memory that cannot be faulted in counts as not zero: the write reports the error.
             if !self.is_mapped(at..end) || !memory.is_zero() {
                 return false;
             }
@@ -104,7 +108,8 @@ impl<'a, 'w, R: PageReader + ?Sized> Needed<'a, 'w, R> {
         true
     }
 
-    /// Faults memory in, with what follows it: a load that finds no page is a `SIGBUS`.
+    /// Faults in memory together with the memory after it: loading a page that cannot be provided
+    /// raises `SIGBUS`.
     fn is_mapped(&mut self, range: Range<u64>) -> bool {
         if self.mapped.start <= range.start && range.end <= self.mapped.end {
             return true;
@@ -118,7 +123,7 @@ impl<'a, 'w, R: PageReader + ?Sized> Needed<'a, 'w, R> {
             self.mapped = range.start..range.start + memory.len() as u64;
             return range.end <= self.mapped.end;
         }
-        // What follows may be what can't be had.
+        // The failure may be in the memory after the requested range.
         let asked = (range.end - range.start) as usize;
         let memory = self.reader.host_memory(range.start, asked);
         memory.is_some_and(|memory| memory.len() >= asked && self.reader.fault_in(memory).is_ok())
@@ -130,63 +135,65 @@ impl<'a, 'w, R: PageReader + ?Sized> Needed<'a, 'w, R> {
         run
     }
 
-    /// Everything between the last run and `end` is left out.
-    fn left_out(&mut self, end: u64) -> ControlFlow<()> {
-        let bytes = end - self.counted.max(self.run.end).min(end);
-        self.counted = end;
-        self.meter.left_out(bytes)
+    /// Reports everything between the last run and `end` as skipped.
+    fn report_skipped(&mut self, end: u64) -> ControlFlow<()> {
+        let bytes = end - self.reported.max(self.run.end).min(end);
+        self.reported = end;
+        self.progress.skipped(bytes)
     }
 }
 
-impl<R: PageReader + ?Sized> Iterator for Needed<'_, '_, R> {
+impl<R: PageReader + ?Sized> Iterator for NonzeroRuns<'_, '_, R> {
     type Item = Range<u64>;
 
-    /// Ends early once the meter says so.
+    /// Returns `None` early if the progress report requests it.
     fn next(&mut self) -> Option<Range<u64>> {
         loop {
             if self.left.is_empty() {
                 match self.populated.next() {
-                    // The last page may be smaller. A reader that goes back breaks its contract, and must do no more harm.
+                    // The last page may be smaller. A reader whose ranges descend breaks its
+                    // contract; skip what was examined before.
                     Some(range) => {
                         self.left = range.start.max(self.run.end)..range.end.min(self.ram_size);
                         continue;
                     }
                     None if self.run.is_empty() => {
-                        let _ = self.left_out(self.ram_size);
+                        let _ = self.report_skipped(self.ram_size);
                         return None;
                     }
                     None => return Some(self.take_run()),
                 }
             }
-            let worth = self.left.start - self.run.end >= WORTH;
-            if worth && !self.run.is_empty() {
+            let long_enough = self.left.start - self.run.end >= MIN_SKIP;
+            if long_enough && !self.run.is_empty() {
                 return Some(self.take_run());
             }
-            let part = self.part();
+            let part = self.next_part();
             let skipped = self.zeros && self.is_zero(part.clone());
             self.left.start = part.end;
             if skipped {
-                let stretch = part.end.is_multiple_of(STRETCH);
-                if worth && stretch && self.left_out(part.end).is_break() {
+                let at_border = part.end.is_multiple_of(MAX_RUN);
+                if long_enough && at_border && self.report_skipped(part.end).is_break() {
                     return None;
                 }
                 continue;
             }
-            if worth {
-                if self.left_out(part.start).is_break() {
+            if long_enough {
+                if self.report_skipped(part.start).is_break() {
                     return None;
                 }
                 self.run.start = part.start;
             }
             self.run.end = part.end;
-            if part.end.is_multiple_of(STRETCH) {
+            if part.end.is_multiple_of(MAX_RUN) {
                 return Some(self.take_run());
             }
         }
     }
 }
 
-/// Bytes read ahead from a reader that hands out no memory. They are looked at and read again if they are to be written.
+/// Bytes read ahead from a reader that does not expose its memory. They are examined, and read
+/// again if they must be written.
 #[derive(Default)]
 struct Window {
     range: Range<u64>,
@@ -194,7 +201,8 @@ struct Window {
 }
 
 impl Window {
-    /// Bytes that can't be read are not zero: writing them will tell why. Reads no further than `last`.
+    /// Returns whether bytes are zeros. Bytes that cannot be read count as not zero: the write
+    /// reports the error. Reads no further than `last`.
     fn is_zero<R: PageReader + ?Sized>(
         &mut self,
         reader: &R,
