@@ -1,4 +1,4 @@
-//! Times writing memory straight to a file against reading it into the writer's buffer first.
+//! Compares writing memory directly to a file with reading it into the writer's buffer first.
 //!
 //! `cargo run --release -p sparse-file --example copy_or_direct -- [DIRECTORY] [MIB]`
 
@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use sparse_file::{Engine, Source, WriteOptions, grow, write_runs};
 
-/// The same bytes, but none of their addresses.
+/// The same bytes without their addresses.
 struct Copied<'a>(&'a [u8]);
 
 impl Source for Copied<'_> {
@@ -40,7 +40,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let copied = Copied(&ram);
     let direct = Direct(&ram);
     let (mut straight, mut copy) = (Vec::new(), Vec::new());
-    // In turn, so that both meet the same state of the machine.
+    // Alternate, so that both see the same state of the machine.
     for _ in 0..9 {
         straight.push(time(&direct)?);
         copy.push(time(&copied)?);
@@ -54,7 +54,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     Ok(())
 }
 
-/// A sized wrapper, as a slice can't be a trait object.
+/// A sized wrapper, because a slice cannot be a trait object.
 struct Direct<'a>(&'a [u8]);
 
 impl Source for Direct<'_> {

@@ -1,13 +1,14 @@
-//! A page-aligned buffer without unsafe code.
+//! Provides a page-aligned buffer without unsafe code.
 
 use zeroize::Zeroizing;
 
 use crate::Memory;
 
-/// As large as any page or direct-I/O alignment in use (64 KiB pages on arm64).
+/// The alignment of buffers: at least any page size or direct-I/O alignment in use (64 KiB pages on
+/// arm64).
 pub(crate) const ALIGNMENT: usize = 64 << 10;
 
-/// Bytes whose first one stands at a multiple of 64 KiB, wiped when it is dropped: guest memory passes through.
+/// A buffer that is aligned to 64 KiB and wiped on drop, because it holds copies of guest memory.
 #[derive(Debug)]
 pub(crate) struct AlignedBuffer {
     bytes: Zeroizing<Vec<u8>>,
@@ -15,19 +16,19 @@ pub(crate) struct AlignedBuffer {
 }
 
 impl AlignedBuffer {
-    /// `len` zero bytes.
+    /// Creates a buffer of `len` zero bytes.
     pub(crate) fn new(len: usize) -> Self {
         let bytes = Zeroizing::new(vec![0; len + ALIGNMENT]);
         let start = bytes.as_ptr().align_offset(ALIGNMENT);
         Self { bytes, start }
     }
 
-    /// All bytes from the aligned one on: `len` of them, and at most 64 KiB more.
+    /// Returns all bytes from the aligned one on: `len` of them, and at most 64 KiB more.
     pub(crate) fn bytes(&mut self) -> &mut [u8] {
         &mut self.bytes[self.start..]
     }
 
-    /// The first `len` bytes from the aligned one on, for the kernel to read.
+    /// Returns the first `len` aligned bytes, for the kernel to read.
     pub(crate) fn memory(&self, len: usize) -> Memory<'_> {
         Memory::from(&self.bytes[self.start..][..len])
     }
@@ -38,7 +39,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_buffer_is_aligned_and_holds_what_was_asked_for() {
+    fn buffer_is_aligned_and_has_the_requested_length() {
         for len in [1, 4096, 1 << 20] {
             let mut buffer = AlignedBuffer::new(len);
             assert_eq!(buffer.bytes().as_ptr().addr() % ALIGNMENT, 0);

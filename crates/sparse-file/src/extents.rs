@@ -1,4 +1,4 @@
-//! The data and hole ranges of an open file.
+//! Lists the data and hole ranges of an open file.
 
 use std::borrow::Borrow;
 use std::fs::File;
@@ -12,25 +12,25 @@ use nix::unistd::{Whence, lseek};
 use crate::holes::{HolesUnknown, check_holes_are_zeros};
 use crate::sys;
 
-/// Whether a range is stored or reads as zeros without being stored.
+/// The kind of a range: stored, or a hole that reads as zeros without being stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Kind {
-    /// Stored, or not known not to be: the bytes may be anything, zeros too.
+    /// Stored, or not known to be a hole. The bytes may have any value, including zero.
     Data,
-    /// Reads as zeros. A range that was only reserved (`fallocate`) and never written counts as a hole.
+    /// Reads as zeros. A range that was reserved (`fallocate`) and never written counts as a hole.
     Hole,
 }
 
-/// A range of a file, in bytes.
+/// A contiguous range of a file that is all data or all hole.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Extent {
-    /// The bytes it covers; never empty.
+    /// The range in bytes. Never empty.
     pub range: Range<u64>,
     /// Data or hole.
     pub kind: Kind,
 }
 
-/// What [`Extents`] rest on.
+/// The source of the information in [`Extents`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Knowledge {
@@ -39,29 +39,31 @@ pub enum Knowledge {
     /// The file system reported that the whole range is data: it has no hole, or this file system
     /// reports everything as data.
     NoHoleReported,
-    /// What the file system reports is not used: [`check_holes_are_zeros`] says why. The one data
-    /// extent is a safe assumption.
+    /// The reports of the file system are not used: [`check_holes_are_zeros`] returns the reason.
+    /// One data extent is a safe assumption.
     NotUsed,
-    /// The file system has no `SEEK_HOLE`. The one data extent is a safe assumption.
+    /// The file system does not support `SEEK_HOLE`. One data extent is a safe assumption.
     Unsupported,
-    /// The rest of the range was listed as data without asking: the calls allowed by
-    /// [`Extents::limit_calls`] were used up, the file changed meanwhile (on overlayfs: its file
-    /// system too), or the file system gave an answer that it cannot give for such an offset.
+    /// The rest of the range was listed as data without a query. Possible reasons: the calls that
+    /// [`Extents::limit_calls`] permits were used up, the file changed during the listing (on
+    /// overlayfs: or its file system), or the file system returned a position that is invalid for
+    /// the queried offset.
     CutShort,
 }
 
 /// Lists the extents of `file` from 0 to its length at the time of this call.
 ///
-/// The ranges cover `[0, len)` without gap or overlap, and neighbours differ in kind. A hole is
-/// listed only where it is known to read as zeros: the file system is one whose reports are
+/// The ranges cover `[0, len)` without gap or overlap, and adjacent ranges differ in kind. A hole
+/// is listed only where it is known to read as zeros: the reports of the file system are
 /// [used](check_holes_are_zeros), and it reported the hole. Everything else is data.
 ///
-/// The listing costs one `lseek(2)` an extent. A file that grows meanwhile is listed up to its old
-/// length. What a shrinking file loses is listed as data, so that reading it fails. What is written
-/// into a hole after the hole was reported is not in the listing.
+/// The listing costs one `lseek(2)` an extent. A file that grows during the listing is listed up to
+/// its old length. The removed part of a file that shrinks is listed as data, so that reading it
+/// fails. Data that is written into a hole after the hole was reported is not in the listing.
 ///
-/// The *file position* moves and is put back when the iterator drops, so don't `read` or `seek`
-/// through this descriptor meanwhile. Positioned I/O (`read_at`, `pwrite`) is not affected.
+/// The *file position* is moved and restored when the iterator is dropped. Do not `read` or `seek`
+/// through this descriptor during the listing. Positioned I/O (`read_at`, `pwrite`) is not
+/// affected.
 ///
 /// # Errors
 /// Those of `fstat(2)`, `fstatfs(2)` and `lseek(2)`.
@@ -90,9 +92,9 @@ pub fn extents(file: &File) -> io::Result<Extents<&File>> {
     extents_in(file, 0..len)
 }
 
-/// Lists the extents of `range` of `file`, as [`extents`] lists those of a whole file.
+/// Lists the extents of `range` of `file`, like [`extents`] for a whole file.
 ///
-/// What of the range is past the end of the file is listed as data, so that reading it fails.
+/// The part of the range past the end of the file is listed as data, so that reading it fails.
 ///
 /// # Errors
 /// As [`extents`].
@@ -111,10 +113,11 @@ pub fn extents_in<F: Borrow<File>>(file: F, range: Range<u64>) -> io::Result<Ext
     }
 }
 
-/// Lists what the file system reports, also where it is not [used](check_holes_are_zeros).
+/// Lists the extents that the file system reports, even where its reports are not
+/// [used](check_holes_are_zeros).
 ///
-/// What it lists as a hole may hold data. For reports about a file system, and for users who insist
-/// that the holes are right. Otherwise as [`extents`].
+/// A listed hole may contain data. Suits reports about a file system, and callers that know from
+/// elsewhere that the holes are correct. Otherwise as [`extents`].
 ///
 /// # Errors
 /// As [`extents`].
@@ -130,8 +133,7 @@ fn reported_extents_in<F: Borrow<File>>(
 ) -> io::Result<Extents<F>> {
     let mut extents = Extents::new(file, range)?;
     extents.confirm = confirm;
-    // The first boundary is looked up here, so that `knowledge` has an answer before the first
-    // extent is taken.
+    // Find the first boundary here, so that `knowledge` is valid before the first extent is taken.
     extents.ahead = match extents.find() {
         Err(error) if is_unsupported(&error) => {
             extents.rest_is_data(Knowledge::Unsupported).map(Ok)
@@ -148,25 +150,26 @@ fn reported_extents_in<F: Borrow<File>>(
     Ok(extents)
 }
 
-/// The extents of a file in ascending order: see [`extents`].
+/// An iterator over the extents of a file in ascending order: see [`extents`].
 #[derive(Debug)]
 pub struct Extents<F: Borrow<File> = File> {
     file: F,
     /// The length of the file when the listing began.
     len: u64,
-    /// Where the range ends.
+    /// The end of the range to list.
     end: u64,
-    /// Everything below has been found.
+    /// The extents below this offset have been found.
     at: u64,
-    /// What `at` is listed as until the next boundary. It is a hole only where `SEEK_HOLE` has just
+    /// The kind of the range from `at` to the next boundary. A hole only if `SEEK_HOLE` has just
     /// returned `at`.
     kind: Kind,
     knowledge: Knowledge,
     /// Whether the file may have been moved to another file system before a hole was reported
-    /// (overlayfs): ask again after each.
+    /// (overlayfs). If set, check again after each hole.
     confirm: bool,
     calls_left: u64,
-    /// Found, but not yet known to end there: its neighbour may be of the same kind.
+    /// The extent that was found last. It may continue, because the next one may be of the same
+    /// kind.
     ahead: Option<io::Result<Extent>>,
     position: libc::off_t,
 }
@@ -189,24 +192,24 @@ impl<F: Borrow<File>> Extents<F> {
         })
     }
 
-    /// What the listing rests on, so far: [`Knowledge::CutShort`] may still come.
+    /// Returns the source of the listing so far. Can still change to [`Knowledge::CutShort`].
     #[must_use]
     pub fn knowledge(&self) -> Knowledge {
         self.knowledge
     }
 
-    /// Whether the file system itself told holes from data. Where not, "data" means no more than
-    /// "perhaps data".
+    /// Returns whether the file system reported holes and data. If not, an extent of data may
+    /// contain holes.
     #[must_use]
     pub fn are_exact(&self) -> bool {
         self.knowledge == Knowledge::Reported
     }
 
-    /// Allows `calls` more calls of `lseek(2)`; when they are used up, the rest of the file is
-    /// listed as data and [`knowledge`](Self::knowledge) is [`Knowledge::CutShort`].
+    /// Limits the listing to `calls` more calls of `lseek(2)`. When they are used up, the rest of
+    /// the file is listed as data and [`knowledge`](Self::knowledge) is [`Knowledge::CutShort`].
     ///
-    /// For file systems where such a call is slow, and reading data takes less time than looking
-    /// for holes.
+    /// Suits file systems where the call is slow and reading data takes less time than finding
+    /// holes.
     #[must_use]
     pub fn limit_calls(mut self, calls: u64) -> Self {
         self.calls_left = calls;
@@ -223,9 +226,10 @@ impl<F: Borrow<File>> Extents<F> {
         }
     }
 
-    /// The next range as the file system gives it; may be of the same kind as the one before.
+    /// Returns the next range that the file system reports. It may be of the same kind as the
+    /// previous one.
     fn find(&mut self) -> io::Result<Option<Extent>> {
-        // A boundary where one was just found means that the file changes. Accept that once.
+        // The same boundary twice means that the file changes. Accept this once.
         for _ in 0..2 {
             if self.at >= self.end {
                 return Ok(None);
@@ -238,13 +242,14 @@ impl<F: Borrow<File>> Extents<F> {
                 Kind::Hole => (Kind::Data, self.seek(Whence::SeekData)?),
             };
             let end = match (self.kind, found) {
-                // No answer to a question about the bytes from here on.
+                // Not a valid answer for the bytes from `at` on.
                 (_, Some(end)) if end < self.at => break,
                 (_, Some(end)) => end.min(self.len),
-                // No data from here on, if the file still reaches as far.
+                // No more data. The hole ends at the end of the file, which may have shrunk.
                 (Kind::Hole, None) => self.file.borrow().metadata()?.len().min(self.len),
-                // There is a hole at the end of every file, so this is past the end of a file that
-                // shrank, or no answer: APFS gives it for clones, with data behind.
+                // A hole follows the end of every file, so `at` is past the end of a file that
+                // shrank, or the answer is wrong: APFS returns this for clones although data
+                // follows.
                 (Kind::Data, None) => break,
             };
             if self.kind == Kind::Hole && self.confirm && !self.are_holes_zeros()? {
@@ -307,12 +312,14 @@ impl<F: Borrow<File>> FusedIterator for Extents<F> {}
 
 impl<F: Borrow<File>> Drop for Extents<F> {
     fn drop(&mut self) {
-        // It was the position a moment ago, so the call can't fail but by another's doing.
+        // Restores a position that was valid before: the call fails only if the descriptor was
+        // closed elsewhere.
         let _ = lseek(self.file.borrow(), self.position, Whence::SeekSet);
     }
 }
 
-/// `lseek(2)` gives EINVAL for a `whence` that it doesn't know; network and FUSE file systems pass on the others.
+/// Returns whether the file system does not support `SEEK_HOLE`. `lseek(2)` returns EINVAL for a
+/// `whence` that it does not support. The other errors come from network and FUSE file systems.
 fn is_unsupported(error: &io::Error) -> bool {
     let Some(errno) = error.raw_os_error().map(Errno::from_raw) else {
         return false;

@@ -1,18 +1,19 @@
-//! Whether the holes that a file system reports for an open file may be used, and what for.
+//! Decides whether the holes that a file system reports for an open file are reliable.
 //!
-//! This is the only place where that is decided. `SEEK_HOLE` and `SEEK_DATA` are answered by each
-//! file system in its own way, and POSIX allows that written bytes are reported as a hole only
-//! where they are zeros. File systems that get this wrong report no error:
+//! This decision is made only here. Each file system implements `SEEK_HOLE` and `SEEK_DATA` in its
+//! own way. POSIX permits that written bytes are reported as a hole only if they are zeros. File
+//! systems that violate this report no error:
 //!
-//! - FUSE passes the question to its server, and does not write back pages that were dirtied
-//!   through a mapping before: RAM that a guest wrote is in a reported hole. The same goes for
-//!   `write(2)` with the writeback cache.
+//! - FUSE forwards the call to its server without writing back pages that were dirtied through a
+//!   mapping: RAM that a guest wrote may be in a reported hole. The same applies to `write(2)` with
+//!   the writeback cache.
 //! - OpenZFS before 2.2.2 and 2.1.14 could report a hole for data that was not written out.
-//! - APFS answers ENXIO inside clones.
+//! - APFS returns ENXIO inside clones.
 //!
-//! So a report is used only where the implementation is known: ext4, XFS, btrfs and tmpfs of Linux,
-//! and overlayfs where the file is seen to be stored on one of the first three.
-//! Everywhere else all is data. That costs reading what could have been skipped, and nothing else.
+//! A report is therefore used only where the implementation is known: ext4, XFS, btrfs and tmpfs of
+//! Linux, and overlayfs where the file is found to be stored on one of the first three. Everywhere
+//! else the whole file counts as data. The only cost is that ranges are read that could have been
+//! skipped.
 
 use std::fs::File;
 use std::io;
@@ -23,70 +24,84 @@ use nix::unistd::fsync;
 use crate::probe::{Capabilities, ProbeError, SeekHole, WrittenZeros};
 use crate::sys;
 
-/// Why the holes that are reported for a file are not used.
+/// The reason why the holes that are reported for a file are not used.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum HolesUnknown {
-    /// A directory, device, FIFO or socket.
-    #[error("it is not a regular file")]
+    /// The file is a directory, device, FIFO or socket.
+    #[error("the file is not a regular file")]
     NotAFile,
-    /// Its file system is not one whose implementation is known to report holes correctly.
+    /// The implementation of the file system is not known to report holes correctly.
     #[error(
-        "its file system ({file_system}) is not known to report holes correctly: use ext4, XFS, \
+        "the file system ({file_system}) is not known to report holes correctly: use ext4, XFS, \
          btrfs or tmpfs on Linux"
     )]
     FileSystem {
         /// The name of the file system, or its number in hexadecimal.
         file_system: String,
     },
-    /// The system failed to say what the file is.
-    #[error("failed to find out which file system it is on")]
+    /// The type of the file or of its file system could not be determined.
+    #[error("failed to determine the file system of the file")]
     Io(#[from] io::Error),
 }
 
-/// Returns `Ok` if what is reported as a hole of `file` is known to read as zeros: also while the
-/// file is written through mappings, and before anything was written back.
+/// Returns `Ok` if every range that is reported as a hole of `file` is known to read as zeros. This
+/// includes a file that is being written through mappings and was not written back yet.
 ///
-/// This is what [`extents`](crate::extents()) lists holes by. It takes one `fstat(2)` and one
-/// `fstatfs(2)`, on overlayfs at most four calls more, reads nothing and writes nothing. It holds for the file that is open, so ask again
-/// for another file.
+/// [`extents`](crate::extents()) lists holes according to this check. The check makes one
+/// `fstat(2)` and one `fstatfs(2)`, on overlayfs at most four calls more, and neither reads nor
+/// writes data. It is valid for the open file only: repeat it for another file.
 ///
-/// | file system | what answers | dirty pages |
-/// |---|---|---|
-/// | ext4 | `ext4_llseek`, `iomap_seek_data` | delayed blocks are data; unwritten extents are looked up in the page cache |
-/// | XFS | `xfs_file_llseek`, `iomap_seek_data` | the same, and the copy-on-write fork of a reflinked file |
-/// | btrfs | `find_desired_extent` | delayed allocation and ordered extents are data |
-/// | tmpfs, memfd, shared anonymous memory | `shmem_file_llseek`, `mapping_seek_hole_data` | the page cache is the file; what was swapped out is data |
+/// | file system | implementation |
+/// |---|---|
+/// | ext4 | `ext4_llseek`, `iomap_seek_data` |
+/// | XFS | `xfs_file_llseek`, `iomap_seek_data` |
+/// | btrfs | `find_desired_extent` |
+/// | tmpfs, memfd, shared anonymous memory | `shmem_file_llseek`, `mapping_seek_hole_data` |
 ///
-/// Each of them makes the first write to a page of a mapping allocate or reserve the block
-/// (`page_mkwrite`), so that a page that is dirty in memory only is data as well. ext2 and ext3 have
-/// the number of ext4; the driver of ext2 reports everything as data.
+/// Dirty pages are reported as data:
 ///
-/// overlayfs, which containers run on, answers by the file system that stores the file (`ovl_llseek`),
-/// and reads, writes and maps of a file that is open for writing go to the same inode
-/// (`ovl_read_iter`, `ovl_write_iter`, `ovl_mmap`). So a file on overlayfs is treated as one on ext4,
-/// XFS or btrfs if it is known to be stored there:
+/// - ext4 reports delayed blocks as data and looks up unwritten extents in the page cache.
+/// - XFS does the same, and includes the copy-on-write fork of a reflinked file.
+/// - btrfs reports delayed allocation and ordered extents as data.
+/// - In tmpfs, memfd and shared anonymous memory the page cache is the file. Swapped-out pages are
+///   data.
+///
+/// On each of them, the first write to a page of a mapping allocates or reserves the block
+/// (`page_mkwrite`), so that a page that is dirty in memory only is data as well. ext2 and ext3
+/// have the number of ext4; the driver of ext2 reports everything as data.
+///
+/// overlayfs, on which containers run, forwards the call to the file system that stores the file
+/// (`ovl_llseek`). Reads, writes and maps of a file that is open for writing use the same inode
+/// (`ovl_read_iter`, `ovl_write_iter`, `ovl_mmap`). A file on overlayfs is therefore treated as one
+/// on ext4, XFS or btrfs if it is known to be stored there:
 ///
 /// - The file system below must support `FS_IOC_FIEMAP` (`ovl_fiemap`). FUSE, network file systems
 ///   other than SMB, OpenZFS and tmpfs do not.
-/// - With `FIEMAP_FLAG_XATTR` only ext4, XFS and f2fs support it. ext4 is recognized by `FS_EXTENT_FL`
-///   (`ovl_fileattr_get`), XFS by the attributes that `statx(2)` knows (`ovl_getattr`).
+/// - With `FIEMAP_FLAG_XATTR` only ext4, XFS and f2fs support it. ext4 is recognized by
+///   `FS_EXTENT_FL` (`ovl_fileattr_get`), XFS by the attributes that `statx(2)` supports
+///   (`ovl_getattr`).
 /// - Of the others, btrfs is recognized by its name space of extended attributes (`ovl_xattr_get`).
 ///
-/// The answers come from the inode that stores the file at that moment. The first opening for writing
-/// moves a file from a lower layer to the upper one (`ovl_copy_up`), possibly to another file system.
-/// [`extents`](crate::extents()) therefore asks again after each hole that overlayfs reported.
+/// The results come from the inode that stores the file at that moment. The first open for writing
+/// moves a file from a lower layer to the upper one (`ovl_copy_up`), possibly to another file
+/// system. [`extents`](crate::extents()) therefore checks again after each hole that overlayfs
+/// reported.
 ///
-/// A file that was mapped before it was moved, through a descriptor that was opened for reading, is
-/// the old file in that mapping, and the new one in reads and reports: overlayfs documents this.
-/// With the mount option `metacopy=on`, a file of which only the attributes were changed has its data
-/// in a lower layer and its attributes in the upper one. Only `FS_IOC_FIEMAP` is then answered by the
-/// data's file system. A file that is open for writing is never in this state.
+/// If a file was mapped through a read-only descriptor before it was moved, the mapping shows the
+/// old file, while reads and reports refer to the new one: overlayfs documents this. With the mount
+/// option `metacopy=on`, a file of which only the attributes were changed has its data in a lower
+/// layer and its attributes in the upper one. Only `FS_IOC_FIEMAP` is then answered by the file
+/// system of the data. A file that is open for writing is never in this state.
 ///
-/// Not used, and all data, are the reports of: FUSE (virtiofs too) and network file systems, whose
-/// server decides; OpenZFS, f2fs, bcachefs and others, of which too little is known; hugetlbfs,
-/// which reports none; overlayfs over any of these and over tmpfs, which nothing tells from a server;
-/// block devices; and every file system of macOS.
+/// The reports of these are not used, and everything counts as data:
+///
+/// - FUSE (including virtiofs) and network file systems, whose server decides.
+/// - OpenZFS, f2fs, bcachefs and others, whose implementations are not examined.
+/// - hugetlbfs, which reports no holes.
+/// - overlayfs over any of these and over tmpfs, which cannot be distinguished from a server.
+/// - Block devices.
+/// - Every file system of macOS.
 ///
 /// # Errors
 /// [`HolesUnknown`].
@@ -111,9 +126,9 @@ pub fn check_holes_are_zeros(file: &File) -> Result<(), HolesUnknown> {
     Err(HolesUnknown::FileSystem { file_system })
 }
 
-/// Returns whether `file` is known to be stored on ext4, XFS or btrfs of Linux: on overlayfs too, by
-/// the evidence that [`check_holes_are_zeros`] lists. Nothing but the page cache has such a file in
-/// memory, so no process can fill it by userfaultfd.
+/// Returns whether `file` is known to be stored on ext4, XFS or btrfs of Linux. This includes
+/// overlayfs, by the evidence that [`check_holes_are_zeros`] lists. Such a file is in memory only
+/// in the page cache, so no process can fill it by userfaultfd.
 ///
 /// # Errors
 /// Those of `fstatfs(2)`.
@@ -121,8 +136,8 @@ pub fn is_on_disk(file: &File) -> io::Result<bool> {
     sys::is_on_disk(file)
 }
 
-/// Returns what the file system of `file` calls itself, or its number in hexadecimal where this crate
-/// has no name for it.
+/// Returns the name of the file system of `file`, or its number in hexadecimal if this crate has no
+/// name for it.
 ///
 /// # Errors
 /// Those of `fstatfs(2)`.
@@ -130,70 +145,72 @@ pub fn file_system_name(file: &File) -> io::Result<String> {
     sys::file_system_name(file)
 }
 
-/// Why the pages that were written to a file cannot be told from the holes between them.
+/// The reason why the written pages of a file cannot be distinguished from the holes between them.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum PagesUnknown {
     /// The holes that are reported for the file are not used.
     #[error(transparent)]
     Holes(#[from] HolesUnknown),
-    /// Another file system begins at the file itself (a bind mount of a single file), so no file
-    /// beside it is on the same.
-    #[error("it is a mount of its own, so its file system cannot be probed through its directory")]
+    /// The file is a mount of its own (a bind mount of a single file), so no other file of the
+    /// directory is on the same file system.
+    #[error("the file is a mount point, so its file system cannot be probed through its directory")]
     MountedAlone,
-    /// It is in a layer of an overlayfs, and new files beside it are stored on another file system.
+    /// The file is in a lower layer of an overlayfs, and new files in its directory are stored on
+    /// another file system.
     #[error(
-        "it is in a lower layer of an overlayfs, on another file system than new files: copy it to \
-         a directory on ext4, XFS, btrfs or tmpfs, or mount this one into the container"
+        "the file is in a lower layer of an overlayfs, on another file system than new files: copy \
+         it to a directory on ext4, XFS, btrfs or tmpfs, or mount its directory into the container"
     )]
     OtherLayer,
-    /// The directory could not be probed; it must be writable for that.
-    #[error("its file system could not be probed")]
+    /// The directory could not be probed. The probe needs write access.
+    #[error("failed to probe the file system")]
     Probe(#[from] ProbeError),
-    /// The file system keeps no holes as small as a page.
+    /// The file system does not keep holes as small as a page.
     #[error(
-        "its file system ({file_system}) keeps no holes of {page_size} bytes: use pages of at \
+        "the file system ({file_system}) keeps no holes of {page_size} bytes: use pages of at \
          least {granularity} bytes"
     )]
     Coarse {
         /// The name of the file system.
         file_system: String,
-        /// The page, in bytes.
+        /// The page size in bytes.
         page_size: u64,
         /// The smallest hole that was kept, in bytes.
         granularity: u64,
     },
     /// The probe found that written bytes are reported as a hole, or holes as data.
-    #[error("its file system ({file_system}) does not report which bytes were written")]
+    #[error("the file system ({file_system}) does not report which bytes were written")]
     NotReported {
         /// The name of the file system.
         file_system: String,
     },
-    /// Blocks were set aside for the file (`fallocate`) and not written. They are a hole until they are read,
-    /// and data for as long as what was read is in the page cache.
-    #[error("the blocks at {offset:#x} were reserved and never written: do not preallocate it")]
+    /// Blocks were reserved for the file (`fallocate`) and not written. They are reported as a hole
+    /// until they are read, and then as data while they are in the page cache.
+    #[error("the blocks at {offset:#x} are reserved but not written: do not preallocate the file")]
     Reserved {
-        /// The first of them, in bytes.
+        /// The offset of the first such block in bytes.
         offset: u64,
     },
-    /// The file system writes zeros around what is written to blocks that were set aside, so that
-    /// what is left of them does not show: ext4 with `dioread_lock` or `data=journal`.
+    /// The file system writes zeros around data that is written to reserved blocks, so that the
+    /// rest of these blocks is reported as data: ext4 with `dioread_lock` or `data=journal`.
     #[error(
-        "ext4 is mounted with {option} there, and writes zeros beside what is written to reserved blocks: mount it without"
+        "ext4 is mounted with {option} and writes zeros around data in reserved blocks: mount it \
+         without this option"
     )]
     ZerosBeside {
-        /// The mount option, as the system names it.
+        /// The mount option as the system names it.
         option: &'static str,
     },
-    /// What was written could not be synced, and may be reported differently once it is.
-    #[error("failed to sync it")]
+    /// The file could not be synced, and a sync may change its reported extents.
+    #[error("failed to sync the file")]
     Sync(#[source] io::Error),
 }
 
-/// The probe looks for no smaller holes.
-const FINEST: u64 = 4096;
+/// The smallest hole that the probe examines.
+const MIN_GRANULARITY: u64 = 4096;
 
-/// Checks whether files tell by their holes which pages were written; each directory is probed
+/// Checks whether the holes of files identify the pages that were written. Probes each directory
 /// once.
 #[derive(Debug, Default)]
 pub struct PageHoles {
@@ -201,26 +218,27 @@ pub struct PageHoles {
 }
 
 impl PageHoles {
-    /// Nothing was probed yet.
+    /// Creates a checker without probe results.
     #[must_use]
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// Returns `Ok` if a new `file` will tell by its holes which pages of `page_size` bytes were
-    /// written, as far as that is known before: [`check`](Self::check) will then find nothing but
-    /// what this cannot know. Writes nothing.
+    /// Returns `Ok` if the holes of a new `file` are expected to identify written pages of
+    /// `page_size` bytes. [`check`](Self::check) then fails only for reasons that cannot be known
+    /// in advance. Writes nothing.
     ///
     /// # Errors
-    /// [`PagesUnknown::Holes`]; [`PagesUnknown::Coarse`] where a page is smaller than 4 KiB or a
-    /// block of the file system; [`PagesUnknown::ZerosBeside`].
+    /// - [`PagesUnknown::Holes`].
+    /// - [`PagesUnknown::Coarse`] if a page is smaller than 4 KiB or a block of the file system.
+    /// - [`PagesUnknown::ZerosBeside`].
     pub fn check_new(file: &File, page_size: u64) -> Result<(), PagesUnknown> {
         check_holes_are_zeros(file)?;
         if let Some(option) = sys::zeros_beside(file).map_err(HolesUnknown::Io)? {
             return Err(PagesUnknown::ZerosBeside { option });
         }
         let block = sys::file_system_block(file).map_err(HolesUnknown::Io)?;
-        let granularity = block.max(FINEST);
+        let granularity = block.max(MIN_GRANULARITY);
         if granularity <= page_size {
             return Ok(());
         }
@@ -231,8 +249,8 @@ impl PageHoles {
         })
     }
 
-    /// Returns `Ok` if no blocks of `file` were reserved and not written. The file should be synced:
-    /// blocks that are being written may count as reserved.
+    /// Returns `Ok` if all reserved blocks of `file` were written. Sync the file first: blocks that
+    /// are being written may count as reserved.
     ///
     /// # Errors
     /// [`PagesUnknown::Reserved`], [`PagesUnknown::Holes`].
@@ -243,20 +261,22 @@ impl PageHoles {
         }
     }
 
-    /// Returns `Ok` if what was written to `file`, in `dir`, is reported as data and all else as a
-    /// hole, down to pages of `page_size` bytes.
+    /// Returns `Ok` if the written pages of `file`, in `dir`, are reported as data and all others
+    /// as a hole, down to pages of `page_size` bytes.
     ///
-    /// This takes more than [`check_holes_are_zeros`]: it also has to be known that no hole was
-    /// filled by the file system, and that no zeros that were written became a hole. So `dir` is
-    /// probed by [`Capabilities::probe`], which writes a nameless file there, and `file` is synced:
-    /// delayed allocation may cover more than was written. Blocks that were reserved and not written
-    /// are refused: once they were read, they are reported as data.
+    /// This requires more than [`check_holes_are_zeros`]: the file system must not have filled a
+    /// hole, nor turned written zeros into a hole. [`Capabilities::probe`] probes `dir`, which
+    /// writes an unnamed file there. `file` is synced, because delayed allocation may cover more
+    /// than was written. Reserved blocks that were not written are refused: they are reported as
+    /// data once they were read.
     ///
-    /// What cannot be seen: a copy of the file that filled some of its holes, or dug out pages of
-    /// zeros; on tmpfs, holes that were read through a mapping, which fills them; and on ext4,
-    /// blocks that another program reserved and wrote in part before the file system was mounted as
-    /// it is (see [`PagesUnknown::ZerosBeside`]). For a file that overlayfs stores on ext4, the
-    /// options of that mount are not seen either.
+    /// The check cannot detect:
+    ///
+    /// - A copy of the file that filled some of its holes, or punched out pages of zeros.
+    /// - On tmpfs, holes that were read through a mapping, which fills them.
+    /// - On ext4, blocks that another program reserved and wrote in part before the file system got
+    ///   its present mount options (see [`PagesUnknown::ZerosBeside`]).
+    /// - The mount options of an ext4 that stores the file under overlayfs.
     ///
     /// # Errors
     /// [`PagesUnknown`].
@@ -291,11 +311,11 @@ impl PageHoles {
                 self.probed.len() - 1
             }
         };
-        tells_pages(&self.probed[known].1, page_size)
+        check_capabilities(&self.probed[known].1, page_size)
     }
 }
 
-fn tells_pages(here: &Capabilities, page_size: u64) -> Result<(), PagesUnknown> {
+fn check_capabilities(here: &Capabilities, page_size: u64) -> Result<(), PagesUnknown> {
     let file_system = || here.file_system.clone();
     match (here.seek_hole, here.written_zeros) {
         (SeekHole::Exact { granularity }, WrittenZeros::Data) if granularity <= page_size => Ok(()),
@@ -324,15 +344,15 @@ mod tests {
     #[case::written_zeros_become_holes(EXACT, WrittenZeros::Hole, false)]
     #[case::all_data(SeekHole::AllData, WrittenZeros::Unknown, false)]
     #[case::data_in_holes(SeekHole::Unreliable, WrittenZeros::Unknown, false)]
-    fn pages_are_told_only_where_data_and_holes_both_stay(
+    fn pages_are_identified_only_if_data_and_holes_are_kept(
         #[case] seek_hole: SeekHole,
         #[case] written_zeros: WrittenZeros,
-        #[case] told: bool,
+        #[case] expected: bool,
     ) {
         let dir = tempfile::tempdir().unwrap();
         let mut here = Capabilities::probe(dir.path()).unwrap();
         here.seek_hole = seek_hole;
         here.written_zeros = written_zeros;
-        assert_eq!(tells_pages(&here, 4096).is_ok(), told);
+        assert_eq!(check_capabilities(&here, 4096).is_ok(), expected);
     }
 }

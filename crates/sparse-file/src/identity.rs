@@ -1,4 +1,4 @@
-//! Whether two files are one, also where overlayfs gives one file two numbers.
+//! Compares the identity of files, including files on overlayfs, which have several inode numbers.
 
 use std::fs::{self, File, FileType, Metadata};
 use std::io;
@@ -9,11 +9,11 @@ use std::time::SystemTime;
 
 use crate::sys;
 
-/// What tells one file from another.
+/// The identity of a file.
 ///
-/// `st_dev` and `st_ino` do not suffice on overlayfs: a file has other numbers there than in the
-/// directory of the layer that stores it, and in each further overlayfs of that layer. Whoever
-/// overwrites a file that is also an input compares by this type.
+/// `st_dev` and `st_ino` are not sufficient on overlayfs: a file has other numbers there than in
+/// the directory of the layer that stores it, and in each further overlayfs of that layer. Compare
+/// with this type before overwriting a file that may also be an input.
 ///
 /// # Examples
 /// ```
@@ -35,7 +35,7 @@ pub struct FileIdentity {
     stored: Stored,
 }
 
-/// What overlayfs passes on from the file that it stores (`ovl_getattr`).
+/// Attributes that overlayfs takes from the file that it stores (`ovl_getattr`).
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Stored {
     kind: FileType,
@@ -47,7 +47,7 @@ struct Stored {
 }
 
 impl FileIdentity {
-    /// Returns the identity of the file that `path` leads to now.
+    /// Returns the identity of the file that `path` currently refers to.
     ///
     /// # Errors
     /// Those of `stat(2)` and `statfs(2)`.
@@ -83,15 +83,15 @@ impl FileIdentity {
         }
     }
 
-    /// Returns whether both are one file, as far as can be told.
+    /// Returns whether both refer to one file, as far as this can be determined.
     ///
-    /// That is so if device and inode number agree. It is also so if they don't, at least one of the
-    /// two is on overlayfs, and both agree in length, blocks, and the times of creation, modification
-    /// and change to the nanosecond: these are the ones of the file that is stored.
+    /// They do if device and inode number are equal. They also do if at least one of them is on
+    /// overlayfs and both have the same length, blocks, and times of creation, modification and
+    /// change to the nanosecond: overlayfs takes these from the stored file.
     ///
-    /// Two files on different mounts that one program made at the same time with the same length are
-    /// therefore mistaken for one, rarely; a file that is written between the two questions is not
-    /// recognized.
+    /// In rare cases this is wrong: two files of the same length that one program created on
+    /// different mounts at the same time count as one, and a file that is written between the two
+    /// queries is not recognized.
     #[must_use]
     pub fn may_be(&self, other: &Self) -> bool {
         if self.device == other.device {

@@ -1,14 +1,15 @@
-//! What a file system does with holes and alignment, measured; the extents of a file; runs of memory written at the device's
-//! speed.
+//! Writes sparse files and finds their holes: a file system's capabilities are measured, and only
+//! reliable holes are used.
 //!
-//! For programs that store large, mostly empty memory (a guest's RAM, a database's pages, a disk image) and want
-//! holes where a file system has them and right bytes everywhere.
+//! Programs that store large, mostly empty memory (a guest's RAM, a database's pages, a disk image)
+//! need holes where a file system supports them, and correct bytes everywhere. This crate probes
+//! file systems, lists the extents of a file, and writes runs of memory at the speed of the device.
 //!
-//! # Ask a file system what it does
+//! # Probe a file system
 //!
-//! [`Capabilities::probe`] writes a small unnamed file and looks at what became of it: names of file systems and
-//! operating systems decide nothing. It says what happened to that file, and not that holes of any
-//! other file are reported correctly: see [below](#use-the-holes-of-a-file).
+//! [`Capabilities::probe`] writes a small unnamed file and examines the result. Names of file
+//! systems and operating systems decide nothing. The result describes that file only: whether holes
+//! of other files are reported correctly is a [separate question](#use-the-holes-of-a-file).
 //!
 //! ```
 //! use sparse_file::{Capabilities, HoleSupport};
@@ -24,9 +25,10 @@
 //!
 //! # Write the pages that changed
 //!
-//! [`write_runs`] pulls the bytes of each run from a [`Source`] and writes them at their offsets. A source that can
-//! name the [`Memory`] that holds its bytes has it written from there by the kernel, without a copy and without a Rust reference
-//! to it, so vCPUs may go on writing it. [`grow`] gives the file its length, trailing clean pages included.
+//! [`write_runs`] reads the bytes of each run from a [`Source`] and writes them at their offsets.
+//! If a source provides the [`Memory`] that holds its bytes, the kernel reads it directly: without
+//! a copy, and without a Rust reference, so that vCPUs may write to it concurrently. [`grow`] sets
+//! the length of the file, including trailing clean pages.
 //!
 //! ```
 //! use sparse_file::{Source, WriteError, WriteOptions, grow, write_runs};
@@ -53,20 +55,27 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 //!
-//! ## Which engine writes
+//! ## Engines
 //!
-//! [`Engine::Auto`] looks at the job, the file and the machine; each engine can be chosen by hand, and all give the same bytes.
+//! [`Engine::Auto`] selects an engine by the job, the file and the machine. Each engine can be
+//! selected explicitly, and all write the same bytes.
 //!
-//! | on | taken | what it does |
-//! |---|---|---|
-//! | Linux, the file takes direct I/O | [`Engine::IoUring`] | up to 64 requests (32 MiB) in flight, straight from the source's memory to the device |
-//! | the same, io_uring missing or forbidden (old kernels, `kernel.io_uring_disabled`, seccomp in containers) | [`Engine::Threads`] | 8 threads with direct `pwrite` for ranges of 256 KiB and more, the page cache for the rest |
-//! | no direct I/O, jobs up to 1 MiB, no threads to be had | [`Engine::Positioned`] | one `pwrite` after the other, through the page cache |
-//! | macOS | [`Engine::Positioned`] | the same, with `F_NOCACHE` for jobs of more than 1 MiB |
+//! - [`Engine::IoUring`]: on Linux, if the file supports direct I/O. Keeps up to 64 requests (32
+//!   MiB) in flight, directly from the source's memory to the device.
+//! - [`Engine::Threads`]: the same, if io_uring is missing or forbidden (old kernels,
+//!   `kernel.io_uring_disabled`, seccomp in containers). 8 threads make direct `pwrite` calls for
+//!   ranges of 256 KiB and more. Smaller ranges go through the page cache.
+//! - [`Engine::Positioned`]: without direct I/O, for jobs up to 1 MiB, and if no thread can be
+//!   created. Makes one `pwrite` after another, through the page cache.
+//! - On macOS always [`Engine::Positioned`], with `F_NOCACHE` for jobs of more than 1 MiB.
 //!
-//! Direct I/O wants whole aligned blocks. What is not goes another way, range by range and never the whole file: parts of blocks
-//! at both ends of a run, and what the file system refuses, through the page cache; memory at an address that doesn't suit,
-//! through aligned buffers. A block is never written both ways at once.
+//! Direct I/O requires whole aligned blocks. Other data is written separately, range by range:
+//!
+//! - Parts of blocks at both ends of a run, and ranges that the file system refuses, go through the
+//!   page cache.
+//! - Memory at an unsuitable address is copied to aligned buffers.
+//!
+//! A block is never written in both ways at once.
 //!
 //! ```
 //! use sparse_file::{Engine, WriteError, WriteOptions, write_runs};
@@ -85,65 +94,78 @@
 //!
 //! # Use the holes of a file
 //!
-//! File systems report holes where there is data: FUSE for what was written through a mapping, older
-//! OpenZFS for what was not written out, APFS inside clones. They report no error. So a hole is used
-//! only where the implementation is known, and everything else is data:
+//! Some file systems report holes where there is data: FUSE for pages that were written through a
+//! mapping, older OpenZFS for data that was not written out, APFS inside clones. They report no
+//! error. A hole is therefore used only if the implementation is known. Everything else counts as
+//! data.
 //!
-//! | purpose | ask | used on | elsewhere |
-//! |---|---|---|---|
-//! | skip what a guest never touched in a RAM file that it may be writing; skip the zeros of an image | [`extents`], [`extents_in`]; [`check_holes_are_zeros`] says why not | ext4, XFS, btrfs, tmpfs and memfds, on Linux; overlayfs (containers) over the first three | all is data, and is read |
-//! | tell the pages of a diff by the holes between them | [`PageHoles`] | the same, in pages of at least a block and 4 KiB, after a sync and a probe of the directory | refused: keep a list of the pages |
-//! | report what a file system says, right or wrong | [`reported_extents`] | everywhere | - |
+//! - [`extents`](crate::extents()) and [`extents_in`] skip the parts of a RAM file that a guest
+//!   never touched, even while the guest runs, and the zeros of an image. They use the holes of
+//!   ext4, XFS, btrfs, tmpfs and memfds on Linux, and of overlayfs (containers) over the first
+//!   three. Elsewhere the whole file is data and is read. [`check_holes_are_zeros`] returns the
+//!   reason.
+//! - [`PageHoles`] identifies the pages of a diff by the holes between them: on the same file
+//!   systems, in pages of at least a block and 4 KiB, after a sync and a probe of the directory.
+//!   Elsewhere it refuses: keep a list of the pages.
+//! - [`reported_extents`] lists what a file system reports, correct or not.
 //!
-//! Reading a hole instead of skipping it costs the speed of the page cache: some seconds for each 10
-//! GiB of a sparse file. It gives the same bytes.
+//! Reading a hole instead of skipping it takes some seconds for each 10 GiB of a sparse file, at
+//! the speed of the page cache. The bytes are the same.
 //!
-//! # Make room, give it back
+//! # Allocate and free blocks
 //!
-//! [`reserve`] takes blocks in advance, [`punch_hole`] frees them, [`share_blocks`] takes another file's (reflink), [`allocated_bytes`] counts them.
+//! [`reserve`] allocates blocks in advance, [`punch_hole`] frees them, [`share_blocks`] shares
+//! those of another file (reflink), and [`allocated_bytes`] counts them.
 //!
-//! # What file systems were seen to do
+//! # Measured behaviour of file systems
 //!
-//! A sparse file with a few pages in it, after `fsync`. ext4, XFS, btrfs, tmpfs and exFAT (FUSE) are held to their
-//! line by this crate's tests; the others were measured once with Linux 6.1's drivers.
+//! Results for a sparse file with a few pages, after `fsync`. The tests of this crate check ext4,
+//! XFS, btrfs, tmpfs and exFAT (FUSE). The others were measured once with the drivers of Linux 6.1.
 //!
 //! | file system | holes | `SEEK_HOLE` | punching | direct I/O |
 //! |---|---|---|---|---|
 //! | ext4, XFS, btrfs | yes | exact | frees | yes |
-//! | tmpfs | yes | exact | frees | accepted, without meaning |
+//! | tmpfs | yes | exact | frees | accepted, without effect |
 //! | exFAT (FUSE and kernel driver) | **none** | all data | no | yes |
 //! | HFS+ | **none** | all data | no | yes |
 //! | APFS (linux-apfs-rw 0.3.0) | unknown: `st_blocks` is 0 | all data | no | no |
-//! | NFS v3 over ext4 | as the server's | all data | no | yes |
-//! | NFS v4.2 over ext4 | as the server's | exact | yes | yes |
+//! | NFS v3 over ext4 | those of the server | all data | no | yes |
+//! | NFS v4.2 over ext4 | those of the server | exact | yes | yes |
 //!
-//! So on exFAT and HFS+ a diff is stored dense, with the right bytes, and can't be told from its holes: keep a map of what is
-//! present beside the bytes. What `SEEK_HOLE` says on NFS v4.2 is exact, and not used: its server
-//! decides it.
+//! On exFAT and HFS+ a diff is therefore stored densely, with correct bytes, and its pages cannot
+//! be distinguished from holes: store a map of the pages beside the bytes. The reports of NFS v4.2
+//! are exact but not used, because the server decides them.
 //!
 //! # How it works
 //!
-//! - Probing: `O_TMPFILE` (or create and unlink), `ftruncate`, some `pwrite`, `fsync`, then `fstat`, `lseek`, `statx`
-//!   (`STATX_DIOALIGN`), `fcntl(F_SETFL, O_DIRECT)` with aligned `pwrite` and `pread`, and `fallocate(PUNCH_HOLE)`.
-//! - Extents: one `fstat`, one `fstatfs`, one `lseek` an extent; on overlayfs `ioctl(FS_IOC_FIEMAP)`,
-//!   `FS_IOC_GETFLAGS` and `statx`, or `fgetxattr`, before the first and after each hole. `ENXIO` from `SEEK_HOLE` is never a
-//!   hole, and from `SEEK_DATA` only where `SEEK_HOLE` has just returned that offset.
-//! - Writing, positioned: one `getrlimit`, then one `pwrite` a chunk of at most 1 MiB, cut at multiples of 1 MiB; `EINTR`, `EAGAIN`
-//!   and short writes are gone on with.
-//! - Writing, with requests in flight: `open` of `/proc/self/fd/N` with `O_DIRECT`, `statx(STATX_DIOALIGN)`, then `io_uring_setup`
-//!   and one `io_uring_enter` for some requests of at most 1 MiB, or `clone3` and `pwrite`. A request that comes back
-//!   short, interrupted or refused is finished by `pwrite` through the page cache.
-//! - `RLIMIT_FSIZE` is looked up before the kernel would answer with the deadly signal `SIGXFSZ`, and `EFBIG` given instead.
+//! - Probing: `O_TMPFILE` (or create and unlink), `ftruncate`, some `pwrite`, `fsync`, then
+//!   `fstat`, `lseek`, `statx` (`STATX_DIOALIGN`), `fcntl(F_SETFL, O_DIRECT)` with aligned `pwrite`
+//!   and `pread`, and `fallocate(PUNCH_HOLE)`.
+//! - Extents: one `fstat`, one `fstatfs`, one `lseek` an extent. On overlayfs
+//!   `ioctl(FS_IOC_FIEMAP)`, `FS_IOC_GETFLAGS` and `statx`, or `fgetxattr`, before the first and
+//!   after each hole. `ENXIO` from `SEEK_HOLE` is never a hole, and from `SEEK_DATA` only if
+//!   `SEEK_HOLE` has just returned that offset.
+//! - Positioned writes: one `getrlimit`, then one `pwrite` a chunk of at most 1 MiB, cut at
+//!   multiples of 1 MiB. Interrupted and short writes and `EAGAIN` are retried.
+//! - Writes with requests in flight: `open` of `/proc/self/fd/N` with `O_DIRECT`,
+//!   `statx(STATX_DIOALIGN)`, then `io_uring_setup` and one `io_uring_enter` for some requests of
+//!   at most 1 MiB, or `clone3` and `pwrite`. A request that is short, interrupted or refused is
+//!   finished by `pwrite` through the page cache.
+//! - `RLIMIT_FSIZE` is checked before a write for which the kernel would send the fatal signal
+//!   `SIGXFSZ`. `EFBIG` is returned instead.
 //!
 //! # Limitations
 //!
-//! - Linux and macOS. The macOS side is type-checked and was never run.
-//! - Nothing here syncs for durability, and no file is replaced atomically: that is for the layer above.
-//! - A limit lowered by another thread while [`write_runs`] runs is not noticed.
-//! - Direct I/O needs a descriptor of its own: a file that is open for appending, may not be opened again for writing, or can't be
-//!   reached at `/proc/self/fd` is written through the page cache.
-//! - macOS doesn't tell whether a file had `F_NOCACHE`: after [`write_runs`] it has not.
-//! - The extents of a file that someone else changes are a hint.
+//! - Linux and macOS only. The macOS code is type-checked and was never run.
+//! - The crate neither syncs files for durability nor replaces them atomically. Both are for the
+//!   caller.
+//! - If another thread lowers the limit while [`write_runs`] runs, this is not noticed.
+//! - Direct I/O needs a second descriptor. A file that is open for appending, that cannot be
+//!   reopened for writing, or that is not reachable at `/proc/self/fd` is written through the page
+//!   cache.
+//! - macOS does not report whether `F_NOCACHE` is set on a file: it is cleared after
+//!   [`write_runs`].
+//! - If another program changes a file, its extents may be outdated.
 //!
 //! There are no cargo features.
 

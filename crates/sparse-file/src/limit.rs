@@ -1,20 +1,21 @@
-//! The process's file-size limit, asked before the kernel enforces it by a deadly signal.
+//! Checks the process's file-size limit before the kernel enforces it by a fatal signal.
 
 use std::fs::File;
 use std::io;
 
 use nix::sys::resource::{Resource, getrlimit};
 
-/// How large this process may make a file.
+/// The maximum length to which this process may grow a file.
 ///
-/// A write that starts at `RLIMIT_FSIZE`, or a size beyond it, raises `SIGXFSZ`, which ends the process unless
-/// it ignores that signal (`setrlimit(2)`). So the limit is looked up first and the same `EFBIG` given without asking the
-/// kernel: no signal disposition of the host program is touched.
+/// A write that starts at `RLIMIT_FSIZE`, or a size beyond it, raises `SIGXFSZ`, which ends the
+/// process unless it ignores that signal (`setrlimit(2)`). The limit is therefore checked first,
+/// and the same `EFBIG` is returned without the system call. The signal disposition of the host
+/// program is not changed.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct SizeLimit(u64);
 
 impl SizeLimit {
-    /// The limit in force for `file`: only regular files have one.
+    /// Returns the limit for `file`. Only regular files have one.
     pub(crate) fn of(file: &File) -> io::Result<Self> {
         if !file.metadata()?.is_file() {
             return Ok(Self(u64::MAX));
@@ -23,17 +24,18 @@ impl SizeLimit {
         Ok(Self(soft))
     }
 
-    /// `EFBIG` where a write at `offset` would raise the signal; a write that only ends past the limit comes back short.
+    /// Returns `EFBIG` if a write at `offset` would raise the signal. A write that only ends past
+    /// the limit is short.
     pub(crate) fn allow_write_at(self, offset: u64) -> io::Result<()> {
         self.allow(offset < self.0)
     }
 
-    /// The largest offset up to which bytes may be written.
+    /// Returns the largest offset up to which bytes may be written.
     pub(crate) fn end(self) -> u64 {
         self.0
     }
 
-    /// `EFBIG` where growing a file to `len` bytes would raise the signal.
+    /// Returns `EFBIG` if growing a file to `len` bytes would raise the signal.
     pub(crate) fn allow_len(self, len: u64) -> io::Result<()> {
         self.allow(len <= self.0)
     }

@@ -1,4 +1,4 @@
-//! An address range of this process that the kernel reads and Rust never does.
+//! Address ranges of this process that only the kernel reads.
 
 #![allow(unsafe_code)]
 
@@ -7,10 +7,11 @@ use std::io;
 use std::marker::PhantomData;
 use std::os::fd::AsRawFd;
 
-/// A range of this process's memory that stays readable for `'a` and may change at any moment, as a guest's RAM
-/// does under a running vCPU.
+/// A range of this process's memory that remains readable for `'a` and may change at any time, such
+/// as a guest's RAM while a vCPU runs.
 ///
-/// It is an address and a length, never a reference or a slice: only the kernel looks at the bytes.
+/// Consists of an address and a length and is never converted to a reference or a slice: only the
+/// kernel reads the bytes.
 #[derive(Clone, Copy, Debug)]
 pub struct Memory<'a> {
     start: *const u8,
@@ -18,20 +19,20 @@ pub struct Memory<'a> {
     source: PhantomData<&'a ()>,
 }
 
-// SAFETY: an address and a length; what `new` was promised, that the range stays mapped for `'a`, holds on every thread, and
-// that the bytes may change under whoever reads them is part of it.
+// SAFETY: an address and a length. The caller of `new` promised that the range stays mapped for
+// `'a`, which holds on every thread, and that concurrent changes of the bytes are permitted.
 unsafe impl Send for Memory<'_> {}
 
 // SAFETY: as for `Send`; no method changes anything.
 unsafe impl Sync for Memory<'_> {}
 
 impl<'a> Memory<'a> {
-    /// Names `len` bytes from `start` on.
+    /// Creates a range of `len` bytes that starts at `start`.
     ///
     /// # Safety
-    /// For `'a` the whole range must stay mapped in this process, and must not be handed to anything that needs
-    /// the bytes kept from being read (memory of another allocation, say). Its contents may change at any time, by any
-    /// thread, vCPU or device.
+    /// For `'a` the whole range must stay mapped in this process. Reading it must not violate the
+    /// aliasing rules of its owner (memory of another allocation, for example). Its contents may
+    /// change at any time, by any thread, vCPU or device.
     #[must_use]
     pub unsafe fn new(start: *const u8, len: usize) -> Self {
         Self {
@@ -41,25 +42,25 @@ impl<'a> Memory<'a> {
         }
     }
 
-    /// The address of the first byte.
+    /// Returns the address of the first byte.
     #[must_use]
     pub fn as_ptr(self) -> *const u8 {
         self.start
     }
 
-    /// The length in bytes.
+    /// Returns the length in bytes.
     #[must_use]
     pub fn len(self) -> usize {
         self.len
     }
 
-    /// Whether the range has no bytes.
+    /// Returns whether the range is empty.
     #[must_use]
     pub fn is_empty(self) -> bool {
         self.len == 0
     }
 
-    /// The first `len` bytes, or all where there are fewer.
+    /// Returns the first `len` bytes, or all if there are fewer.
     pub(crate) fn first(self, len: usize) -> Self {
         Self {
             len: self.len.min(len),
@@ -67,7 +68,7 @@ impl<'a> Memory<'a> {
         }
     }
 
-    /// What follows the first `len` bytes; empty where there are no more.
+    /// Returns the bytes after the first `len`. Empty if there are none.
     pub(crate) fn after(self, len: usize) -> Self {
         let len = len.min(self.len);
         Self {
@@ -77,13 +78,13 @@ impl<'a> Memory<'a> {
         }
     }
 
-    /// One `pwrite(2)` of the range to `offset`: the number of bytes that the kernel took.
+    /// Writes the range to `offset` by one `pwrite(2)` and returns the number of bytes written.
     pub(crate) fn write_at(self, file: &File, offset: u64) -> io::Result<usize> {
         let offset =
             libc::off_t::try_from(offset).map_err(|_| io::Error::from_raw_os_error(libc::EFBIG))?;
-        // SAFETY: pwrite only reads memory, through the kernel, which answers EFAULT for an address that it can't
-        // read; that the range may be read was promised to `new`, or follows from the slice in `from`. `file` is
-        // borrowed, so the descriptor is open.
+        // SAFETY: pwrite only reads memory, through the kernel, which returns EFAULT for an
+        // unreadable address. That the range may be read was promised to `new`, or follows from the
+        // slice in `from`. `file` is borrowed, so the descriptor is open.
         let taken = unsafe { libc::pwrite(file.as_raw_fd(), self.start.cast(), self.len, offset) };
         usize::try_from(taken).map_err(|_| io::Error::last_os_error())
     }

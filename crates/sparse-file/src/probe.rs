@@ -1,4 +1,4 @@
-//! What a file system does with holes, punching and direct I/O, found out by doing it.
+//! Probes how a file system treats holes, punching and direct I/O.
 
 mod direct;
 mod sample;
@@ -12,23 +12,23 @@ use sample::Sample;
 
 use crate::sys;
 
-/// What the file system of one directory does, as measured by [`Capabilities::probe`].
+/// The capabilities of the file system of a directory, as measured by [`Capabilities::probe`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Capabilities {
-    /// What the file system calls itself, for reports; a number in hexadecimal for one that this crate has no name for.
-    /// Nothing here was concluded from it.
+    /// The name of the file system, for reports. A number in hexadecimal if this crate has no name
+    /// for it. No other field is derived from it.
     pub file_system: String,
     /// Whether ranges that were never written take space.
     pub holes: HoleSupport,
-    /// Whether `SEEK_HOLE` and `SEEK_DATA` can be believed.
+    /// Whether `SEEK_HOLE` and `SEEK_DATA` are reliable.
     pub seek_hole: SeekHole,
-    /// Whether zeros that were written can be told from what was never written.
+    /// Whether written zeros are distinguishable from ranges that were never written.
     pub written_zeros: WrittenZeros,
-    /// What [`punch_hole`](crate::punch_hole()) does.
+    /// The effect of [`punch_hole`](crate::punch_hole()).
     pub punch: Punch,
-    /// Direct I/O (`O_DIRECT` on Linux, `F_NOCACHE` on macOS): `None` where it can't be switched on or no aligned write
-    /// and read worked.
+    /// Direct I/O (`O_DIRECT` on Linux, `F_NOCACHE` on macOS). `None` if it cannot be enabled, or
+    /// if no aligned write and read worked.
     pub direct_io: Option<DirectIo>,
     /// The file system's preferred size of a read or write, in bytes (`st_blksize`).
     pub preferred_block_size: u64,
@@ -38,96 +38,99 @@ pub struct Capabilities {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum HoleSupport {
-    /// Only what is written is stored.
+    /// Only written ranges are stored.
     Sparse,
     /// Everything up to the file's length is stored: HFS+, exFAT.
     Dense,
-    /// The file system reports no holes, and an allocation that can't be: the Linux driver of APFS says 0 for all files.
+    /// The file system reports no holes, and an impossible allocation: the Linux driver of APFS
+    /// reports 0 for all files.
     Unknown,
 }
 
-/// Whether `SEEK_HOLE` and `SEEK_DATA` can be believed.
+/// Whether `SEEK_HOLE` and `SEEK_DATA` are reliable.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum SeekHole {
-    /// Holes and data are told apart.
+    /// Holes and data are reported correctly.
     Exact {
-        /// The finest hole in bytes: a written byte turns no more than this into data, and gaps of this size
-        /// between data are kept, small as they are.
+        /// The smallest hole in bytes: a written byte turns at most this much into data, and gaps
+        /// of this size between data are kept.
         granularity: u64,
     },
-    /// Everything is reported as data: safe, and no knowledge.
+    /// Everything is reported as data. This is safe, but provides no information.
     AllData,
     /// The calls fail.
     Unsupported,
-    /// Written, synced bytes were reported as a hole: never use them here.
+    /// Written and synced bytes were reported as a hole: do not use the reports.
     Unreliable,
 }
 
-/// What `SEEK_HOLE` says of zeros that were written.
+/// The report of `SEEK_HOLE` for zeros that were written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum WrittenZeros {
-    /// They are data like all else.
+    /// They are reported as data.
     Data,
-    /// They are a hole: file systems that compress may store no block of zeros (ZFS). A page of zeros that was written can't be
-    /// told here from one that was not.
+    /// They are reported as a hole: file systems that compress may store no block of zeros (ZFS). A
+    /// page of zeros that was written is not distinguishable from one that was not.
     Hole,
-    /// `SEEK_HOLE` tells nothing.
+    /// `SEEK_HOLE` provides no information.
     Unknown,
 }
 
-/// What punching a hole into data does.
+/// The effect of punching a hole into data.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Punch {
-    /// The range reads as zeros and its space was seen to be free again.
+    /// The range reads as zeros, and its space was found to be free.
     Frees,
-    /// The range reads as zeros; that space was freed could not be seen.
+    /// The range reads as zeros. Whether space was freed is unknown.
     Zeroes,
     /// The call fails: write zeros instead.
     Unsupported,
 }
 
-/// Why a directory could not be probed. Whatever the probe had written is gone.
+/// An error of probing a directory. Everything that the probe wrote is removed.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ProbeError {
-    /// No temporary file could be made.
+    /// No temporary file could be created.
     #[error(
-        "cannot probe the file system of {dir:?}: no temporary file can be made there; give an existing, writable directory"
+        "failed to create a temporary file in {dir:?} to probe its file system: pass an existing, \
+         writable directory"
     )]
     CreateFile {
         /// The directory that was to be probed.
         dir: PathBuf,
-        /// `ENOENT`, `ENOTDIR`, `EACCES`, `EROFS` and the like.
+        /// The error of the system: `ENOENT`, `ENOTDIR`, `EACCES`, `EROFS` and others.
         source: io::Error,
     },
-    /// A system call failed that a working file system carries out.
+    /// A system call failed that succeeds on a working file system.
     #[error(
-        "cannot probe the file system of {dir:?}: failed to {operation} a temporary file of 16 MiB"
+        "failed to probe the file system of {dir:?}: could not {operation} a temporary file of 16 MiB"
     )]
     Io {
         /// The directory that was to be probed.
         dir: PathBuf,
-        /// What was to be done with the temporary file.
+        /// The operation on the temporary file that failed.
         operation: &'static str,
-        /// `ENOSPC` where there is no room (half a MiB with holes, 16 MiB without), `EFBIG` under a small `RLIMIT_FSIZE`.
+        /// The error of the system: `ENOSPC` if there is no space (0.5 MiB with holes, 16 MiB
+        /// without), `EFBIG` under a small `RLIMIT_FSIZE`.
         source: io::Error,
     },
 }
 
 impl Capabilities {
-    /// Finds out what the file system of `dir` does by writing, syncing, punching and reading an unnamed file of 16 MiB there,
-    /// of which some 460 KiB are written.
+    /// Probes the file system of `dir` by writing, syncing, punching and reading an unnamed file of
+    /// 16 MiB there, of which about 460 KiB are written.
     ///
-    /// It costs one or two `fsync`; keep the answer for as long as the directory stays on that mount. The file has no
-    /// name, or loses it at once where the file system knows no unnamed files, so it is gone in every case: after an error,
-    /// too.
+    /// The probe makes one or two `fsync` calls. Keep the result for as long as the directory stays
+    /// on that mount. The file has no name, or is unlinked at once where the file system does not
+    /// support unnamed files, so it is removed in every case, including errors.
     ///
     /// # Errors
-    /// [`ProbeError`], whose source is the failed call's error. What a file system merely can't do is an answer, not an
-    /// error.
+    /// [`ProbeError`], whose source is the error of the failed call. A missing capability is a
+    /// result, not an error.
     ///
     /// # Examples
     /// ```
@@ -175,7 +178,7 @@ impl Capabilities {
         let punch = sample.punch().map_err(doing("punch a hole into"))?;
         Ok(Self {
             file_system: sys::file_system_name(&file).map_err(doing("name the file system of"))?,
-            holes: HoleSupport::judge(seek_hole, allocated),
+            holes: HoleSupport::from_evidence(seek_hole, allocated),
             seek_hole,
             written_zeros,
             punch,
@@ -186,12 +189,14 @@ impl Capabilities {
 }
 
 impl HoleSupport {
-    /// Judges by the extents reported for the synced sample and, where those say nothing, by the bytes allocated to it.
-    fn judge(seek_hole: SeekHole, allocated: u64) -> Self {
+    /// Derives the support from the extents reported for the synced sample or, if these provide no
+    /// information, from the bytes allocated to it.
+    fn from_evidence(seek_hole: SeekHole, allocated: u64) -> Self {
         match (seek_hole, allocated) {
             (SeekHole::Exact { .. }, _) => Self::Sparse,
             (_, sample::LEN..) => Self::Dense,
-            // Between what must be there and half of the file. Less than what was written can't be true.
+            // Between the minimum allocation and half of the file. Less than what was written is
+            // impossible.
             (_, sample::WRITTEN..=sample::HALF) => Self::Sparse,
             _ => Self::Unknown,
         }
@@ -199,7 +204,8 @@ impl HoleSupport {
 }
 
 impl fmt::Display for Capabilities {
-    /// One line for a report: `xfs: holes, SEEK_HOLE exact to 4096, punching frees, direct I/O at 512/512, blocks of 4096`.
+    /// Formats a line for a report: `xfs: holes, SEEK_HOLE exact to 4096, punching frees, direct
+    /// I/O at 512/512, blocks of 4096`.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let holes = match self.holes {
             HoleSupport::Sparse => "holes",
@@ -209,9 +215,9 @@ impl fmt::Display for Capabilities {
         write!(f, "{}: {holes}, SEEK_HOLE ", self.file_system)?;
         match self.seek_hole {
             SeekHole::Exact { granularity } => write!(f, "exact to {granularity}")?,
-            SeekHole::AllData => f.write_str("says all data")?,
+            SeekHole::AllData => f.write_str("reports all data")?,
             SeekHole::Unsupported => f.write_str("unsupported")?,
-            SeekHole::Unreliable => f.write_str("loses data")?,
+            SeekHole::Unreliable => f.write_str("unreliable")?,
         }
         if self.written_zeros == WrittenZeros::Hole {
             f.write_str(", written zeros become holes")?;
@@ -241,26 +247,26 @@ mod tests {
 
     const EXACT: SeekHole = SeekHole::Exact { granularity: 4096 };
 
-    /// What the drivers were measured to say of a sparse file with little in it.
+    /// Measured reports of the drivers for a sparse file with little data.
     #[rstest]
     #[case::ext4_xfs_btrfs_tmpfs(EXACT, sample::WRITTEN, HoleSupport::Sparse)]
     #[case::nfs_3_over_ext4(SeekHole::AllData, sample::WRITTEN, HoleSupport::Sparse)]
     #[case::hfs_plus_and_exfat(SeekHole::AllData, sample::LEN, HoleSupport::Dense)]
-    #[case::apfs_on_linux_says_0(SeekHole::AllData, 0, HoleSupport::Unknown)]
-    #[case::holes_seen_though_allocation_lies(EXACT, 0, HoleSupport::Sparse)]
+    #[case::apfs_on_linux_reports_0(SeekHole::AllData, 0, HoleSupport::Unknown)]
+    #[case::holes_reported_despite_wrong_allocation(EXACT, 0, HoleSupport::Sparse)]
     #[case::less_than_was_written(SeekHole::Unsupported, sample::WRITTEN - 512, HoleSupport::Unknown)]
     #[case::neither_sparse_nor_dense(SeekHole::AllData, sample::LEN - 512, HoleSupport::Unknown)]
-    #[case::seek_that_loses_data_proves_nothing(SeekHole::Unreliable, 0, HoleSupport::Unknown)]
-    fn holes_are_judged_by_evidence_that_can_be_true(
+    #[case::unreliable_seek_is_ignored(SeekHole::Unreliable, 0, HoleSupport::Unknown)]
+    fn holes_are_derived_from_possible_evidence(
         #[case] seek_hole: SeekHole,
         #[case] allocated: u64,
         #[case] verdict: HoleSupport,
     ) {
-        assert_eq!(HoleSupport::judge(seek_hole, allocated), verdict);
+        assert_eq!(HoleSupport::from_evidence(seek_hole, allocated), verdict);
     }
 
     #[test]
-    fn a_report_line_names_every_capability() {
+    fn report_line_names_every_capability() {
         let capabilities = Capabilities {
             file_system: "xfs".into(),
             holes: HoleSupport::Sparse,

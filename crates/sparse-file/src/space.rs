@@ -1,4 +1,4 @@
-//! The length of a file and the blocks behind it.
+//! Changes the length of a file and the allocation of its blocks.
 
 use std::fs::File;
 use std::io;
@@ -8,39 +8,40 @@ use std::os::unix::fs::MetadataExt;
 use crate::limit::SizeLimit;
 use crate::sys;
 
-/// Why the length or the blocks of a file could not be changed.
+/// An error of changing the length or the blocks of a file.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum SpaceError {
-    /// The file system can't do it. Nothing was changed: go on without.
-    #[error("this file system cannot {operation}: go on without it, the bytes stay right")]
+    /// The file system does not support the operation. The file is unchanged.
+    #[error("the file system cannot {operation}: continue without it, the bytes are correct")]
     Unsupported {
-        /// What was to be done.
+        /// The operation that failed.
         operation: &'static str,
     },
-    /// The range ends before it starts or past the largest file offset.
-    #[error("the range {}..{} is no range of a file: give start <= end <= 2^63 - 1", range.start, range.end)]
+    /// The range ends before it starts, or past the largest file offset.
+    #[error("the range {}..{} is not a valid file range: pass start <= end <= 2^63 - 1", range.start, range.end)]
     InvalidRange {
-        /// The range as it was given.
+        /// The invalid range.
         range: Range<u64>,
     },
     /// The system call failed.
-    #[error("cannot {operation} for bytes {}..{}", range.start, range.end)]
+    #[error("failed to {operation} for bytes {}..{}", range.start, range.end)]
     Io {
-        /// What was to be done.
+        /// The operation that failed.
         operation: &'static str,
-        /// The bytes concerned.
+        /// The range of bytes that the operation applied to.
         range: Range<u64>,
-        /// `EFBIG` past `RLIMIT_FSIZE` or the file system's own limit, `ENOSPC`, `EDQUOT`, `EBADF` for a descriptor that may
-        /// not be written.
+        /// The error of the system: `EFBIG` past `RLIMIT_FSIZE` or the limit of the file system,
+        /// `ENOSPC`, `EDQUOT`, `EBADF` for a descriptor that is not open for writing.
         source: io::Error,
     },
 }
 
-/// The bytes that the file system says it has allocated to `file` (`st_blocks`, in units of 512 bytes).
+/// Returns the number of bytes that the file system reports as allocated to `file` (`st_blocks`, in
+/// units of 512 bytes).
 ///
-/// A hint for reports: delayed allocation counts only after an `fsync`, compression and metadata blocks count on some
-/// file systems, and some drivers always say 0.
+/// Use it for reports only: delayed allocation counts only after an `fsync`, compression and
+/// metadata blocks count on some file systems, and some drivers always report 0.
 ///
 /// # Errors
 /// Those of `fstat(2)`.
@@ -48,14 +49,16 @@ pub fn allocated_bytes(file: &File) -> io::Result<u64> {
     Ok(file.metadata()?.blocks() * 512)
 }
 
-/// Makes `file` at least `len` bytes long, the new part a hole where the file system has holes. Never shrinks it.
+/// Grows `file` to at least `len` bytes. The new part is a hole if the file system supports holes.
+/// Never shrinks the file.
 ///
-/// The length decides what a reader sees past the last write: a dump whose last pages are clean has to be grown, a
-/// seek alone changes nothing. Not for two threads that set the length of one file at a time.
+/// The length determines what a reader sees past the last write: a dump whose last pages are clean
+/// must be grown, because a seek alone changes nothing. Two threads must not set the length of one
+/// file concurrently.
 ///
 /// # Errors
-/// [`SpaceError::Io`]: `EFBIG` where `RLIMIT_FSIZE` or the file system does not allow that length (never `SIGXFSZ`),
-/// `ENOSPC` on a file system without holes.
+/// [`SpaceError::Io`]: `EFBIG` where `RLIMIT_FSIZE` or the file system does not permit that length
+/// (never `SIGXFSZ`), `ENOSPC` on a file system without holes.
 ///
 /// # Examples
 /// ```
@@ -77,15 +80,19 @@ pub fn grow(file: &File, len: u64) -> Result<(), SpaceError> {
     grow().map_err(|source| failed("grow the file", 0..len, source))
 }
 
-/// Makes `file` at least `len` bytes long and sets blocks aside, so that later writes don't run out of space.
+/// Grows `file` to at least `len` bytes and reserves blocks, so that later writes do not run out of
+/// space.
 ///
-/// Never shrinks the file and never changes a byte. The new ranges are listed as holes by [`extents`](crate::extents())
-/// until they are written, although their blocks are taken. On Linux all of `[0, len)` is reserved, holes
-/// included; on macOS only what lies past the file's present end.
+/// Never shrinks the file and never changes a byte. [`extents`](crate::extents()) lists the new
+/// ranges as holes until they are written, although their blocks are allocated. On Linux all of
+/// `[0, len)` is reserved, including holes. On macOS only the part past the present end of the file
+/// is reserved.
 ///
 /// # Errors
-/// [`SpaceError::Unsupported`] where the file system can't (the C library's slow stand-in, which writes every block, is
-/// not used), [`SpaceError::Io`] with `ENOSPC` or `EFBIG` where there is no room; the file may then have been grown in part.
+/// - [`SpaceError::Unsupported`] if the file system does not support it. The slow emulation of the
+///   C library, which writes every block, is not used.
+/// - [`SpaceError::Io`] with `ENOSPC` or `EFBIG` if there is no space. The file may then have been
+///   grown in part.
 pub fn reserve(file: &File, len: u64) -> Result<(), SpaceError> {
     checked(&(0..len))?;
     let reserve = || {
@@ -100,14 +107,17 @@ pub fn reserve(file: &File, len: u64) -> Result<(), SpaceError> {
     reserve().map_err(|source| failed("reserve blocks", 0..len, source))
 }
 
-/// Makes the first `len` bytes of `to` those of `from` without copying them: both share the blocks until one is written to.
+/// Replaces the first `len` bytes of `to` with those of `from` without copying them: both files
+/// share the blocks until one of them is written.
 ///
-/// Takes no time and no space, whatever the length; on btrfs, and XFS as `mkfs` makes it. `to` may have to be grown first. Not on
-/// macOS, whose APFS clones whole files only.
+/// Takes no time and no space, for any length. Works on btrfs, and on XFS with the defaults of
+/// `mkfs`. `to` may have to be grown first. Not available on macOS, whose APFS clones whole files
+/// only.
 ///
 /// # Errors
-/// [`SpaceError::Unsupported`] where the file system can't, the files are on two of them, or `len` is no whole number of its blocks:
-/// copy. [`SpaceError::Io`] else.
+/// - [`SpaceError::Unsupported`] if the file system does not support it, the files are on different
+///   file systems, or `len` is not a multiple of the block size: copy the bytes instead.
+/// - [`SpaceError::Io`] for other failures.
 pub fn share_blocks(from: &File, to: &File, len: u64) -> Result<(), SpaceError> {
     checked(&(0..len))?;
     if len == 0 {
@@ -117,12 +127,14 @@ pub fn share_blocks(from: &File, to: &File, len: u64) -> Result<(), SpaceError> 
         .map_err(|source| failed("share another file's blocks", 0..len, source))
 }
 
-/// Makes `range` read as zeros and gives back the blocks that lie wholly inside it. The file keeps its length.
+/// Makes `range` read as zeros and frees the blocks that are entirely inside it. The length of the
+/// file does not change.
 ///
-/// What of the range lies past the end of the file is left alone.
+/// The part of the range past the end of the file is ignored.
 ///
 /// # Errors
-/// [`SpaceError::Unsupported`] where the file system has no such call: write zeros instead. [`SpaceError::Io`] else.
+/// - [`SpaceError::Unsupported`] if the file system does not support it: write zeros instead.
+/// - [`SpaceError::Io`] for other failures.
 ///
 /// # Examples
 /// ```

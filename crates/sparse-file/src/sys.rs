@@ -1,4 +1,5 @@
-//! The calls that differ by platform. Lengths and offsets have been checked to fit `off_t`.
+//! System calls that differ by platform. The callers have checked that lengths and offsets fit
+//! `off_t`.
 
 use nix::unistd::{SysconfVar, sysconf};
 
@@ -20,9 +21,9 @@ pub(crate) use macos::{
     reports_holes_correctly, reserve, set_direct, share_blocks, zeros_beside,
 };
 
-/// Of the processor, in bytes.
+/// Returns the page size of the processor in bytes.
 pub(crate) fn page_size() -> usize {
-    // 4096 where it is not told, which POSIX doesn't allow.
+    // Falls back to 4096 if the system reports none, which POSIX does not permit.
     sysconf(SysconfVar::PAGE_SIZE)
         .ok()
         .flatten()
@@ -30,7 +31,8 @@ pub(crate) fn page_size() -> usize {
         .unwrap_or(4096)
 }
 
-/// Whether an error number says that the file system or the kernel has no such operation.
+/// Returns whether an error number means that the file system or the kernel does not support an
+/// operation.
 pub(crate) fn is_unsupported(errno: i32) -> bool {
     // ENOTSUP and EOPNOTSUPP are one number on Linux and two on macOS.
     errno == libc::EOPNOTSUPP || [libc::ENOTSUP, libc::ENOSYS, libc::ENOTTY].contains(&errno)

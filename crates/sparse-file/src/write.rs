@@ -1,4 +1,4 @@
-//! Writing ranges of a source to the same ranges of a file.
+//! Writes ranges of a source to the same ranges of a file.
 
 mod auto;
 mod chunks;
@@ -24,16 +24,17 @@ use crate::limit::SizeLimit;
 use chunks::Chunks;
 use progress::Progress;
 
-/// Where the bytes come from, addressed by their offset in the file.
+/// A source of bytes, addressed by their offset in the file.
 pub trait Source {
-    /// Fills all of `buf` with the bytes from `offset` on, or fails. What is in `buf` before is of no meaning.
+    /// Fills all of `buf` with the bytes from `offset` on. Previous contents of `buf` are ignored.
     ///
     /// # Errors
-    /// Whatever keeps the bytes from being had.
+    /// Any reason why the bytes cannot be read.
     fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()>;
 
-    /// The memory of this process that holds the bytes from `offset` on: at least 1 and at most `len` bytes of it, or `None`
-    /// where they have to be [read](Self::read_at). The kernel takes them from there, and nothing is copied.
+    /// Returns the memory of this process that holds the bytes from `offset` on: at least 1 and at
+    /// most `len` bytes. Returns `None` if they must be [read](Self::read_at). The kernel reads the
+    /// memory directly, without a copy.
     fn memory_at(&self, offset: u64, len: usize) -> Option<Memory<'_>> {
         let _ = (offset, len);
         None
@@ -63,63 +64,68 @@ fn rest(bytes: &[u8], offset: u64) -> &[u8] {
         .unwrap_or_default()
 }
 
-/// Why a write ended early. Chunks before that were written; of the rest, nothing is in flight.
+/// An error of writing runs. The chunks before it were written; no request is in flight.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum WriteError {
     /// A run ends before it starts, or past the largest file offset.
-    #[error("the run {}..{} is no range of a file: give start <= end <= 2^63 - 1", run.start, run.end)]
+    #[error("the run {}..{} is not a valid file range: pass start <= end <= 2^63 - 1", run.start, run.end)]
     InvalidRun {
-        /// The run as it was given.
+        /// The invalid run.
         run: Range<u64>,
     },
-    /// The source could not give its bytes; for memory, the kernel could not read the address (`EFAULT`).
-    #[error("the source gave no bytes for offset {offset}: write again once it can be read")]
+    /// The source failed to provide its bytes, or the kernel could not read the memory (`EFAULT`).
+    #[error("failed to read the source at offset {offset}")]
     Source {
-        /// Offset of the first byte that is missing.
+        /// The offset of the first missing byte.
         offset: u64,
-        /// The source's own error.
+        /// The error of the source.
         source: io::Error,
     },
     /// The file could not be written.
-    #[error("cannot write {len} bytes at offset {offset}{}", advice(source))]
+    #[error("failed to write {len} bytes at offset {offset}{}", advice(source))]
     Destination {
-        /// Offset of the first byte that was not written.
+        /// The offset of the first byte that was not written.
         offset: u64,
-        /// How many bytes were to be written there.
+        /// The number of bytes of the failed write.
         len: usize,
-        /// `ENOSPC`, `EDQUOT`, `EFBIG` (also for `RLIMIT_FSIZE`, in place of `SIGXFSZ`), `EIO`, `EBADF` and the like.
+        /// The error of the system: `ENOSPC`, `EDQUOT`, `EFBIG` (also for `RLIMIT_FSIZE`, in place
+        /// of `SIGXFSZ`), `EIO`, `EBADF` and others.
         source: io::Error,
     },
-    /// The file took no byte and gave no error: a device at its end.
-    #[error("the file takes no byte at offset {offset}, {len} were left: is it large enough?")]
+    /// The file accepted no byte and returned no error: a device at its end.
+    #[error(
+        "the file accepts no byte at offset {offset}, with {len} bytes left: use a larger file or device"
+    )]
     ZeroWrite {
-        /// Offset of the first byte that was not written.
+        /// The offset of the first byte that was not written.
         offset: u64,
-        /// How many bytes were to be written there.
+        /// The number of bytes of the failed write.
         len: usize,
     },
     /// The file is open for appending. Nothing was written: on Linux each write would go to the end
-    /// of the file, whatever its offset.
+    /// of the file, regardless of its offset.
     #[error(
-        "cannot write by offset to a file that is open for appending: open it without O_APPEND"
+        "failed to write at an offset of a file that is open for appending: open it without O_APPEND"
     )]
     Append,
-    /// The engine that was asked for can't be had here. Nothing was written.
+    /// The requested engine is not available. Nothing was written.
     #[error(
-        "cannot write by {engine:?} here: choose Engine::Auto, which takes the best that there is"
+        "the engine {engine:?} is not available: choose Engine::Auto, which picks the fastest \
+         available one"
     )]
     Engine {
-        /// The engine.
+        /// The requested engine.
         engine: Engine,
-        /// For io_uring `ENOSYS` where the kernel has none, `EPERM` or `EACCES` where it is forbidden (`kernel.io_uring_disabled`,
-        /// seccomp); for threads `EAGAIN` where the process may have no more.
+        /// The error of the system. For io_uring `ENOSYS` if the kernel does not support it,
+        /// `EPERM` or `EACCES` if it is forbidden (`kernel.io_uring_disabled`, seccomp). For
+        /// threads `EAGAIN` if the process cannot create more.
         source: io::Error,
     },
-    /// The progress function said [`ControlFlow::Break`].
+    /// The progress function returned [`ControlFlow::Break`].
     #[error("cancelled after {written} bytes")]
     Cancelled {
-        /// Bytes written until then.
+        /// The number of bytes written before.
         written: u64,
     },
 }
@@ -129,34 +135,34 @@ fn advice(error: &io::Error) -> &'static str {
         io::ErrorKind::StorageFull => ": make room on the file system",
         io::ErrorKind::QuotaExceeded => ": raise the quota or make room within it",
         io::ErrorKind::FileTooLarge => {
-            ": raise RLIMIT_FSIZE or choose a file system that takes files of this size"
+            ": raise RLIMIT_FSIZE or choose a file system that supports files of this size"
         }
         _ => "",
     }
 }
 
-/// Writes the bytes of `runs` (ranges of offsets, in bytes) from `source` to the same offsets of `file`.
+/// Writes the bytes of `runs` (ranges of offsets, in bytes) from `source` to the same offsets of
+/// `file`. Returns the number of bytes written. Bytes of overlapping runs that are not consecutive
+/// count each time they are written.
 ///
-/// Every write names its offset; the file position is neither used nor moved, and nothing outside of the runs is
-/// written, so they may come in any order. Runs may be empty or overlap, and one that touches or overlaps the one
-/// before it is written together with it. The file grows with the writes but not beyond the last: [`grow`](crate::grow())
-/// it first to its final size.
+/// Every write is positioned: the file position is neither used nor moved. Nothing outside the runs
+/// is written, so they may be in any order. Runs may be empty or overlap, and one that touches or
+/// overlaps the previous one is written together with it. The file grows with the writes but not
+/// beyond the last: [`grow`](crate::grow()) it first to its final size.
 ///
-/// Short writes are continued, `EINTR` and `EAGAIN` retried. Memory use is bounded whatever the runs: none where the source
-/// hands out its own memory, aligned as the file wants it; else one chunk, and with requests in flight at most 16 MiB more. `progress` gets the bytes written so
-/// far after each piece of at most a chunk; [`ControlFlow::Break`] ends the call with [`WriteError::Cancelled`] once what was in
-/// flight is written.
+/// Short writes are continued, and `EINTR` and `EAGAIN` are retried. Memory use is bounded for any
+/// runs: none if the source exposes its own memory, aligned as the file requires; otherwise one
+/// chunk, and at most 16 MiB more with requests in flight. `progress` receives the number of bytes
+/// written so far after each piece of at most a chunk. [`ControlFlow::Break`] ends the call with
+/// [`WriteError::Cancelled`] once the requests in flight are complete.
 ///
-/// The source is called on this thread alone, and when the call returns or unwinds nothing is in flight: whatever
-/// the [`Engine`], no borrow of the source outlives it. The bytes are in the page cache or with the device then; a sync is the
-/// caller's.
-///
-/// Returns the bytes written; bytes of runs that overlap without standing next to each other count as often as they
-/// are written.
+/// The source is called on this thread only. When the call returns or unwinds, no request is in
+/// flight: with every [`Engine`], no borrow of the source outlives the call. The bytes are then in
+/// the page cache or on the device; the caller syncs the file.
 ///
 /// # Errors
-/// [`WriteError`]; of several failures in flight the one at the lowest offset. The file then holds the new bytes in some of the
-/// runs and may hold parts of chunks.
+/// [`WriteError`]; of several failures in flight, the one at the lowest offset. The file then
+/// contains the new bytes in some of the runs and may contain parts of chunks.
 ///
 /// # Examples
 /// ```
@@ -206,7 +212,7 @@ pub fn write_runs<S: Source + ?Sized>(
     }
 }
 
-/// What is to be written, whichever engine does it.
+/// The arguments of a write, shared by all engines.
 struct Job<'a, 'm, I, S: ?Sized> {
     file: &'a File,
     limit: SizeLimit,
@@ -216,7 +222,7 @@ struct Job<'a, 'm, I, S: ?Sized> {
     progress: Progress<'a>,
 }
 
-/// Chunks as an engine gets them.
+/// An iterator over the chunks for an engine.
 trait Pieces: Iterator<Item = Result<Range<u64>, WriteError>> {}
 
 impl<I: Iterator<Item = Result<Range<u64>, WriteError>>> Pieces for I {}
@@ -225,7 +231,7 @@ fn unavailable(engine: Engine) -> impl Fn(io::Error) -> WriteError {
     move |source| WriteError::Engine { engine, source }
 }
 
-/// Where a write was refused, how much of it, and why.
+/// Returns the offset, length and error number of a refused write.
 #[cfg(test)]
 #[track_caller]
 fn refused<T: std::fmt::Debug>(result: Result<T, WriteError>) -> (u64, usize, std::io::Error) {

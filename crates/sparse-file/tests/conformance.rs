@@ -1,4 +1,4 @@
-//! What every engine owes on every file system.
+//! Properties of every engine on every file system.
 #![cfg(target_os = "linux")]
 
 mod support;
@@ -27,17 +27,18 @@ const ENGINES: [Engine; 4] = [
 ];
 
 const PAGE: u64 = 4096;
-/// With a partial page at the end.
+/// Ends with a partial page.
 const LEN: u64 = 256 * PAGE + 1234;
 
-fn every_way() -> impl Iterator<Item = WriteOptions> {
+fn every_option() -> impl Iterator<Item = WriteOptions> {
     ENGINES.into_iter().flat_map(|engine| {
         [4 << 10, 64 << 10, 1 << 20]
             .map(|chunk| WriteOptions::new().engine(engine).chunk_size(chunk))
     })
 }
 
-/// Unsorted, overlapping, adjacent and empty runs, of pages and of odd bytes, some up to the end.
+/// Generates unsorted, overlapping, adjacent and empty runs, of pages and of odd bytes, some up to
+/// the end.
 fn any_runs() -> impl Strategy<Value = Vec<Range<u64>>> {
     let odd = (0..=LEN, 0..=20 * PAGE).prop_map(|(start, len)| start..(start + len).min(LEN));
     let pages = (0..=256u64, 0..20u64)
@@ -62,7 +63,7 @@ fn for_any_runs(cases: u32, property: impl Fn(Vec<Range<u64>>)) {
         .expect("holds for all runs");
 }
 
-/// One run after the other.
+/// Writes one run after the other to a vector.
 fn oracle(ram: &[u8], runs: &[Range<u64>]) -> Vec<u8> {
     let mut bytes = vec![0; ram.len()];
     for run in runs {
@@ -73,10 +74,10 @@ fn oracle(ram: &[u8], runs: &[Range<u64>]) -> Vec<u8> {
 }
 
 #[rstest]
-fn the_bytes_are_those_of_a_naive_writer(
+fn written_bytes_match_a_naive_writer(
     #[values(Fs::TempDir, Fs::Tmpfs, Fs::Ext4, Fs::Xfs, Fs::Btrfs, Fs::Exfat)] fs: Fs,
 ) {
-    let Some(place) = fs.mount("the_bytes_are_those_of_a_naive_writer") else {
+    let Some(place) = fs.mount("written_bytes_match_a_naive_writer") else {
         return;
     };
     let ram = ram(LEN as usize);
@@ -96,7 +97,9 @@ fn the_bytes_are_those_of_a_naive_writer(
         let expected = oracle(&ram, &runs);
         let once: u64 = union(&runs).iter().map(|run| run.end - run.start).sum();
         let all: u64 = runs.iter().map(|run| run.end - run.start).sum();
-        for (options, write) in every_way().flat_map(|way| ways.map(|write| (way.clone(), write))) {
+        for (options, write) in
+            every_option().flat_map(|way| ways.map(|write| (way.clone(), write)))
+        {
             let file = place.file();
             grow(&file, LEN).expect("grown");
             let written = write(&file, &runs, &options);
@@ -109,7 +112,7 @@ fn the_bytes_are_those_of_a_naive_writer(
 /// Writes the runs from one kind of source.
 type Write<'a> = dyn Fn(&File, &[Range<u64>], &WriteOptions) -> u64 + 'a;
 
-/// Writes, and checks what progress said.
+/// Writes and checks the reported progress.
 fn checked_write<S: Source + ?Sized>(
     file: &File,
     runs: &[Range<u64>],
@@ -128,10 +131,10 @@ fn checked_write<S: Source + ?Sized>(
 }
 
 #[rstest]
-fn holes_are_where_nothing_was_written(
+fn holes_are_the_ranges_that_were_not_written(
     #[values(Fs::TempDir, Fs::Tmpfs, Fs::Ext4, Fs::Xfs, Fs::Btrfs)] fs: Fs,
 ) {
-    let Some(place) = fs.mount("holes_are_where_nothing_was_written") else {
+    let Some(place) = fs.mount("holes_are_the_ranges_that_were_not_written") else {
         return;
     };
     let here = Capabilities::probe(place.path()).expect("probed");
@@ -147,7 +150,7 @@ fn holes_are_where_nothing_was_written(
             .map(|run| run.start / PAGE * PAGE..run.end / PAGE * PAGE)
             .filter(|run| run.start < run.end)
             .collect();
-        for options in every_way() {
+        for options in every_option() {
             let file = place.file();
             grow(&file, LEN).expect("grown");
             write_runs(
@@ -167,7 +170,7 @@ fn holes_are_where_nothing_was_written(
     });
 }
 
-/// `data` and the holes around it, up to `LEN`.
+/// Returns `data` and the holes around it, up to `LEN`.
 fn with_holes(data: &[Range<u64>]) -> Vec<Extent> {
     let mut at = 0;
     let mut all = Vec::new();
@@ -183,13 +186,13 @@ fn with_holes(data: &[Range<u64>]) -> Vec<Extent> {
 }
 
 #[rstest]
-fn only_what_is_written_takes_space(#[values(Fs::Tmpfs, Fs::Ext4, Fs::Xfs, Fs::Btrfs)] fs: Fs) {
-    let Some(place) = fs.mount("only_what_is_written_takes_space") else {
+fn only_written_ranges_take_space(#[values(Fs::Tmpfs, Fs::Ext4, Fs::Xfs, Fs::Btrfs)] fs: Fs) {
+    let Some(place) = fs.mount("only_written_ranges_take_space") else {
         return;
     };
     let ram = ram(16 << 20);
     let runs = (0..8u64).map(|n| n * (2 << 20)..n * (2 << 20) + 4 * PAGE);
-    for options in every_way() {
+    for options in every_option() {
         let file = place.file();
         grow(&file, 16 << 20).expect("grown");
         write_runs(&file, runs.clone(), ram.as_slice(), &options, &mut go_on).expect("written");
@@ -200,16 +203,15 @@ fn only_what_is_written_takes_space(#[values(Fs::Tmpfs, Fs::Ext4, Fs::Xfs, Fs::B
     }
 }
 
-/// Firecracker's dump of several slots moved the file position over clean pages and never came to the last ones.
+/// Firecracker's dump of several slots moved the file position over clean pages and never reached
+/// the last ones.
 #[rstest]
-fn a_seek_missing_over_trailing_clean_pages_shortens_nothing(
-    #[values(Fs::TempDir, Fs::Tmpfs, Fs::Exfat)] fs: Fs,
-) {
-    let Some(place) = fs.mount("a_seek_missing_over_trailing_clean_pages_shortens_nothing") else {
+fn trailing_clean_pages_are_part_of_the_file(#[values(Fs::TempDir, Fs::Tmpfs, Fs::Exfat)] fs: Fs) {
+    let Some(place) = fs.mount("trailing_clean_pages_are_part_of_the_file") else {
         return;
     };
     let ram = ram(LEN as usize);
-    for options in every_way() {
+    for options in every_option() {
         let file = place.file();
         grow(&file, LEN).expect("grown");
         let runs = [8 * PAGE..9 * PAGE, 0..PAGE];
@@ -220,13 +222,13 @@ fn a_seek_missing_over_trailing_clean_pages_shortens_nothing(
 }
 
 #[test]
-fn a_file_open_for_appending_is_refused_and_left_as_it_is() {
+fn file_open_for_appending_is_refused_and_unchanged() {
     let file = tempfile::NamedTempFile::new().expect("file");
     file.as_file().write_all_at(&[7; 100], 0).expect("written");
     let appending = File::options().append(true).open(file.path());
     let appending = appending.expect("open for appending");
     let ram = ram(1 << 20);
-    for options in every_way() {
+    for options in every_option() {
         let written = write_runs(&appending, [0..4096], ram.as_slice(), &options, &mut go_on);
         assert!(matches!(written, Err(WriteError::Append)), "{written:?}");
     }
@@ -234,19 +236,19 @@ fn a_file_open_for_appending_is_refused_and_left_as_it_is() {
 }
 
 #[test]
-fn the_file_position_is_neither_used_nor_moved() {
+fn file_position_is_neither_used_nor_moved() {
     use std::io::{Seek, SeekFrom};
     let mut file = tempfile::tempfile().expect("file");
     file.seek(SeekFrom::Start(77)).expect("seek");
     let ram = ram(LEN as usize);
-    for options in every_way() {
+    for options in every_option() {
         write_runs(&file, [0..LEN], ram.as_slice(), &options, &mut go_on).expect("written");
         assert_eq!(file.stream_position().expect("position"), 77);
         assert!(contents(&file) == ram);
     }
 }
 
-/// Gives what it has until `fails_at`, then does as told.
+/// A source that calls a closure for reads from `fails_at` on.
 struct Failing<'a> {
     ram: &'a [u8],
     fails_at: u64,
@@ -263,7 +265,7 @@ impl Source for Failing<'_> {
 }
 
 #[test]
-fn a_source_that_fails_midway_is_named_with_its_offset_and_all_before_is_written() {
+fn failing_source_is_reported_with_its_offset() {
     let ram = ram(LEN as usize);
     let source = Failing {
         ram: &ram,
@@ -287,7 +289,7 @@ fn a_source_that_fails_midway_is_named_with_its_offset_and_all_before_is_written
 }
 
 #[test]
-fn a_source_that_panics_midway_leaves_nothing_in_flight() {
+fn panicking_source_leaves_nothing_in_flight() {
     let ram = ram(LEN as usize);
     let source = Failing {
         ram: &ram,
@@ -300,14 +302,14 @@ fn a_source_that_panics_midway_leaves_nothing_in_flight() {
         let write = || write_runs(&file, [0..LEN], &source, &options, &mut go_on);
         catch_unwind(AssertUnwindSafe(write)).expect_err("panics");
         assert!(contents(&file) == ram[..64 << 10]);
-        // The file is as good as before.
+        // The file is still usable.
         write_runs(&file, [0..LEN], ram.as_slice(), &options, &mut go_on).expect("written");
         assert!(contents(&file) == ram);
     }
 }
 
 #[test]
-fn a_break_cancels_after_the_chunk_in_hand_and_counts_all_that_was_in_flight() {
+fn cancellation_counts_the_requests_in_flight() {
     let ram = Shifted::new(&ram(LEN as usize), 0);
     for engine in ENGINES {
         let options = WriteOptions::new().engine(engine).chunk_size(16 << 10);
@@ -335,7 +337,7 @@ fn a_break_cancels_after_the_chunk_in_hand_and_counts_all_that_was_in_flight() {
 }
 
 #[test]
-fn a_progress_function_that_panics_leaves_nothing_in_flight() {
+fn panicking_progress_function_leaves_nothing_in_flight() {
     let ram = Shifted::new(&ram(LEN as usize), 0);
     for engine in ENGINES {
         let options = WriteOptions::new().engine(engine).chunk_size(16 << 10);
@@ -350,16 +352,16 @@ fn a_progress_function_that_panics_leaves_nothing_in_flight() {
         let before = contents(&file);
         std::thread::sleep(std::time::Duration::from_millis(20));
         assert!(contents(&file) == before, "{engine:?}");
-        // The file is as good as before.
+        // The file is still usable.
         write_runs(&file, [0..LEN], &*ram, &options, &mut go_on).expect("written");
         assert!(contents(&file) == *ram);
     }
 }
 
 #[test]
-fn an_invalid_run_is_refused_after_the_runs_before_it() {
+fn invalid_run_is_refused_after_the_runs_before_it() {
     let ram = ram(LEN as usize);
-    for options in every_way() {
+    for options in every_option() {
         let file = tempfile::tempfile().expect("file");
         let invalid = Range { start: 9, end: 8 };
         let runs = [0..PAGE, invalid.clone(), PAGE..2 * PAGE];
@@ -373,9 +375,9 @@ fn an_invalid_run_is_refused_after_the_runs_before_it() {
 }
 
 #[test]
-fn a_run_past_the_end_of_the_source_is_the_sources_error() {
+fn run_past_the_end_of_the_source_is_a_source_error() {
     let ram = ram(10_000);
-    for options in every_way() {
+    for options in every_option() {
         let file = tempfile::tempfile().expect("file");
         let result = write_runs(&file, [0..10_001], ram.as_slice(), &options, &mut go_on);
         assert!(

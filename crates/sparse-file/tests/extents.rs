@@ -1,4 +1,4 @@
-//! Listing extents of files that are dense, sparse, reserved, or changing meanwhile.
+//! Lists extents of files that are dense, sparse, reserved, or changed during the listing.
 #![cfg(target_os = "linux")]
 
 mod support;
@@ -32,7 +32,7 @@ fn striped(fs: Fs, test: &str) -> Option<(support::Place, File)> {
     Some((place, file))
 }
 
-/// Fails unless the extents cover `[0, len)` and neighbours differ.
+/// Fails unless the extents cover `[0, len)` and adjacent ones differ in kind.
 fn covering(listed: impl Iterator<Item = std::io::Result<Extent>>, len: u64) -> Vec<Extent> {
     let listed: Vec<_> = listed.map(|extent| extent.expect("listed")).collect();
     let mut at = 0;
@@ -51,12 +51,10 @@ fn one(range: Range<u64>, kind: Kind) -> Vec<Extent> {
     vec![Extent { range, kind }]
 }
 
-/// Callers of a SEEK_DATA that cost 25 ms on btrfs made it for each page.
+/// Programs that made one SEEK_DATA call per page were slow: the call took 25 ms on btrfs.
 #[rstest]
-fn slow_seek_data_is_called_once_an_extent(
-    #[values(Fs::Tmpfs, Fs::Ext4, Fs::Xfs, Fs::Btrfs)] fs: Fs,
-) {
-    let Some((_place, file)) = striped(fs, "slow_seek_data_is_called_once_an_extent") else {
+fn seek_data_is_called_once_per_extent(#[values(Fs::Tmpfs, Fs::Ext4, Fs::Xfs, Fs::Btrfs)] fs: Fs) {
+    let Some((_place, file)) = striped(fs, "seek_data_is_called_once_per_extent") else {
         return;
     };
     let mut enough = extents(&file).expect("listed").limit_calls(PAGES);
@@ -65,7 +63,7 @@ fn slow_seek_data_is_called_once_an_extent(
 }
 
 #[test]
-fn a_listing_that_may_make_no_more_calls_calls_the_rest_data_and_says_so() {
+fn listing_at_its_call_limit_reports_the_rest_as_data() {
     let Some((_place, file)) = striped(Fs::Tmpfs, "a_listing_that_may_make_no_more_calls") else {
         return;
     };
@@ -83,7 +81,7 @@ fn a_listing_that_may_make_no_more_calls_calls_the_rest_data_and_says_so() {
     );
 }
 
-/// A page map made of allocated ranges would take reserved but unwritten ones for data.
+/// A page map made of allocated ranges would count reserved but unwritten ones as data.
 #[rstest]
 fn posix_fallocated_ranges_are_holes_until_written(
     #[values(Fs::Tmpfs, Fs::Ext4, Fs::Xfs, Fs::Btrfs)] fs: Fs,
@@ -113,10 +111,10 @@ fn posix_fallocated_ranges_are_holes_until_written(
 }
 
 #[test]
-fn a_file_system_without_holes_gives_one_data_extent_that_claims_no_knowledge() {
+fn file_system_without_holes_yields_one_data_extent() {
     let Some((_place, file)) = striped(
         Fs::Exfat,
-        "a_file_system_without_holes_gives_one_data_extent_that_claims_no_knowledge",
+        "file_system_without_holes_yields_one_data_extent",
     ) else {
         return;
     };
@@ -136,12 +134,12 @@ fn a_file_system_without_holes_gives_one_data_extent_that_claims_no_knowledge() 
     assert_eq!(contents(&file)[PAGE as usize], 7);
 }
 
-/// EINVAL and EOPNOTSUPP, injected where the kernel would give them.
+/// EINVAL and EOPNOTSUPP are injected where the kernel would return them.
 #[rstest]
 #[case::einval("EINVAL")]
 #[case::eopnotsupp("EOPNOTSUPP")]
-fn a_kernel_without_seek_hole_gives_one_data_extent_that_claims_no_knowledge(#[case] errno: &str) {
-    const TEST: &str = "a_kernel_without_seek_hole_gives_one_data_extent_that_claims_no_knowledge";
+fn kernel_without_seek_hole_yields_one_data_extent(#[case] errno: &str) {
+    const TEST: &str = "kernel_without_seek_hole_yields_one_data_extent";
     let file = tempfile::tempfile().expect("file");
     if child_task().is_some() {
         grow(&file, PAGE).expect("grown");
@@ -159,11 +157,10 @@ fn a_kernel_without_seek_hole_gives_one_data_extent_that_claims_no_knowledge(#[c
     }
 }
 
-/// A driver that answers every question with the offset 0.
+/// Simulates a driver that always returns offset 0.
 #[test]
-fn a_file_system_that_never_gets_further_does_not_make_the_listing_loop_for_ever() {
-    const TEST: &str =
-        "a_file_system_that_never_gets_further_does_not_make_the_listing_loop_for_ever";
+fn listing_ends_if_seek_makes_no_progress() {
+    const TEST: &str = "listing_ends_if_seek_makes_no_progress";
     if child_task().is_some() {
         let file = tempfile::tempfile().expect("file");
         grow(&file, PAGE).expect("grown");
@@ -177,7 +174,7 @@ fn a_file_system_that_never_gets_further_does_not_make_the_listing_loop_for_ever
 }
 
 #[test]
-fn a_dense_file_is_one_data_extent() {
+fn dense_file_is_one_data_extent() {
     let file = tempfile::tempfile().expect("file");
     file.write_all_at(&[7; 10_000], 0).expect("written");
     assert_eq!(
@@ -187,13 +184,13 @@ fn a_dense_file_is_one_data_extent() {
 }
 
 #[test]
-fn an_empty_file_has_no_extents() {
+fn empty_file_has_no_extents() {
     let file = tempfile::tempfile().expect("file");
     assert_eq!(covering(extents(&file).expect("listed"), 0), []);
 }
 
 #[test]
-fn a_pipe_is_an_error() {
+fn pipe_is_an_error() {
     let (pipe, _writer) = std::io::pipe().expect("pipe");
     let file = File::from(std::os::fd::OwnedFd::from(pipe));
     let error = extents(&file).expect_err("no file");
@@ -201,8 +198,8 @@ fn a_pipe_is_an_error() {
 }
 
 #[test]
-fn what_a_file_loses_while_it_is_listed_is_data() {
-    const TEST: &str = "what_a_file_loses_while_it_is_listed_is_data";
+fn data_that_a_shrinking_file_loses_is_data() {
+    const TEST: &str = "data_that_a_shrinking_file_loses_is_data";
     let Some((_place, file)) = striped(Fs::Tmpfs, TEST) else {
         return;
     };
@@ -217,7 +214,7 @@ fn what_a_file_loses_while_it_is_listed_is_data() {
 }
 
 #[test]
-fn a_hole_that_a_shrinking_file_loses_is_data() {
+fn hole_that_a_shrinking_file_loses_is_data() {
     let file = tempfile::tempfile().expect("file");
     grow(&file, 100 * PAGE).expect("grown");
     file.write_all_at(&[7; PAGE as usize], 0).expect("written");
@@ -237,9 +234,9 @@ fn a_hole_that_a_shrinking_file_loses_is_data() {
     );
 }
 
-/// What is past the end may be anything: a read says that it is not there.
+/// A read past the end returns nothing, which reports the error.
 #[test]
-fn a_range_past_the_end_of_the_file_is_data() {
+fn range_past_the_end_of_the_file_is_data() {
     let file = tempfile::tempfile().expect("file");
     grow(&file, 100 * PAGE).expect("grown");
     let listed: Vec<_> = extents_in(&file, 10 * PAGE..300 * PAGE)
@@ -256,15 +253,15 @@ fn a_range_past_the_end_of_the_file_is_data() {
     );
 }
 
-/// APFS does that for clones, with data behind.
+/// APFS returns this for clones although data follows.
 #[rstest]
 #[case::at_the_start(2, 0)]
 #[case::in_the_middle(6, 5)]
-fn enxio_from_seek_hole_is_no_hole(#[case] call: u32, #[case] page: u64) {
-    const TEST: &str = "enxio_from_seek_hole_is_no_hole";
+fn enxio_from_seek_hole_is_not_a_hole(#[case] call: u32, #[case] page: u64) {
+    const TEST: &str = "enxio_from_seek_hole_is_not_a_hole";
     if child_task().is_some() {
         let (_place, file) = striped(Fs::Tmpfs, TEST).expect("mounted for the parent");
-        // Data at its start.
+        // Data at the start of the file.
         file.write_all_at(&[7; PAGE as usize], 0).expect("written");
         let mut listing = extents(&file).expect("listed");
         let listed = covering(listing.by_ref(), PAGES * PAGE);
@@ -281,17 +278,17 @@ fn enxio_from_seek_hole_is_no_hole(#[case] call: u32, #[case] page: u64) {
             2 => "case_1_at_the_start",
             _ => "case_2_in_the_middle",
         };
-        // The first call asks for the position.
+        // The first call queries the position.
         let inject = format!("error=ENXIO:when={call}");
         let case = format!("{TEST}::{case}");
         expect_success(strace_child("lseek", &inject, None, &case, "list"));
     }
 }
 
-/// `SEEK_DATA` says that there is no data only where `SEEK_HOLE` has just said that there is a hole.
+/// `SEEK_DATA` proves that no data follows only if `SEEK_HOLE` has just returned a hole there.
 #[test]
-fn enxio_from_seek_data_after_an_answer_that_is_none_is_no_hole() {
-    const TEST: &str = "enxio_from_seek_data_after_an_answer_that_is_none_is_no_hole";
+fn enxio_from_seek_data_after_an_invalid_answer_is_not_a_hole() {
+    const TEST: &str = "enxio_from_seek_data_after_an_invalid_answer_is_not_a_hole";
     if child_task().is_some() {
         let file = tempfile::tempfile().expect("file");
         file.write_all_at(&[7; 8192], 0).expect("written");
@@ -304,26 +301,26 @@ fn enxio_from_seek_data_after_an_answer_that_is_none_is_no_hole() {
         );
     }
     if test_machine::Need::Strace.met(TEST) {
-        // SEEK_HOLE of 4096 is 0, an offset before the one that was asked for.
+        // SEEK_HOLE of 4096 returns 0, an offset before the queried one.
         expect_success(strace_child("lseek", "retval=0:when=2", None, TEST, "list"));
     }
 }
 
 #[test]
-fn a_file_that_grows_meanwhile_is_listed_up_to_its_old_length() {
+fn growing_file_is_listed_up_to_its_old_length() {
     let Some((_place, file)) = striped(Fs::Tmpfs, "a_file_that_grows_meanwhile") else {
         return;
     };
     let mut listing = extents(&file).expect("listed");
     let first: Vec<_> = listing.by_ref().take(20).collect();
-    // Past a gap: the last hole of the old file goes on.
+    // After a gap: the last hole of the old file continues.
     file.write_all_at(&[7; PAGE as usize], (PAGES + 99) * PAGE)
         .expect("grown");
     covering(first.into_iter().chain(listing), PAGES * PAGE);
 }
 
 #[test]
-fn a_file_that_changes_all_the_while_is_covered_and_the_listing_ends() {
+fn constantly_changing_file_is_covered_and_the_listing_ends() {
     let Some((_place, file)) = striped(Fs::Tmpfs, "a_file_that_changes_all_the_while") else {
         return;
     };
@@ -348,7 +345,7 @@ fn a_file_that_changes_all_the_while_is_covered_and_the_listing_ends() {
 }
 
 #[test]
-fn the_file_position_is_put_back() {
+fn file_position_is_restored() {
     let mut file = tempfile::tempfile().expect("file");
     grow(&file, 100 * PAGE).expect("grown");
     file.seek(SeekFrom::Start(5)).expect("seek");

@@ -1,4 +1,5 @@
-//! Full disks, limits, quotas and interrupted calls, each one the kernel's own or injected into the real call.
+//! Full disks, limits, quotas and interrupted calls, caused by the kernel or injected into the
+//! system call.
 #![cfg(target_os = "linux")]
 
 mod support;
@@ -33,7 +34,7 @@ fn options() -> WriteOptions {
         .chunk_size(CHUNK)
 }
 
-/// Where a write was refused, how much of it, and why.
+/// Returns the offset, length and error of a refused write.
 #[track_caller]
 fn refused<T: std::fmt::Debug>(result: Result<T, WriteError>) -> (u64, usize, std::io::Error) {
     match result {
@@ -47,11 +48,11 @@ fn refused<T: std::fmt::Debug>(result: Result<T, WriteError>) -> (u64, usize, st
 }
 
 #[test]
-fn a_disk_that_fills_up_midway_is_enospc_at_the_first_byte_that_had_no_room() {
-    if !Need::Root.met("a_disk_that_fills_up_midway_is_enospc_at_the_first_byte_that_had_no_room") {
+fn full_disk_is_enospc_at_the_first_byte_that_does_not_fit() {
+    if !Need::Root.met("full_disk_is_enospc_at_the_first_byte_that_does_not_fit") {
         return;
     }
-    // Not a multiple of the chunk: the last write that fits in part is a short one.
+    // Not a multiple of the chunk: the last write that fits in part is short.
     let tmpfs = TinyTmpfs::new(300 << 10).expect("mounted");
     let file = tempfile::tempfile_in(tmpfs.path()).expect("file");
     let ram = ram(LEN as usize);
@@ -60,7 +61,7 @@ fn a_disk_that_fills_up_midway_is_enospc_at_the_first_byte_that_had_no_room() {
         let result = write_runs(&file, [0..LEN], ram.as_slice(), &options, &mut go_on);
         let (offset, len, source) = refused(result);
         assert_eq!(source.kind(), ErrorKind::StorageFull);
-        // In flight, a later chunk may have had the room of an earlier one.
+        // With requests in flight, a later chunk may have used the space of an earlier one.
         let room = if engine == Engine::Positioned {
             256 << 10
         } else {
@@ -69,16 +70,17 @@ fn a_disk_that_fills_up_midway_is_enospc_at_the_first_byte_that_had_no_room() {
         assert!((room..=300 << 10).contains(&offset), "{engine:?}: {offset}");
         assert!(len > 0 && len <= CHUNK, "{len}");
         assert!(contents(&file)[..offset as usize] == ram[..offset as usize]);
-        // Again from the start: what is there can be overwritten, and it ends at the same place.
+        // Again from the start: written blocks can be overwritten, and the write ends at the same
+        // offset.
     }
 }
 
 #[test]
-fn past_rlimit_fsize_is_efbig_after_a_real_short_write_and_not_death_by_sigxfsz() {
+fn write_past_rlimit_fsize_is_efbig_without_sigxfsz() {
     const LIMIT: u64 = 100_000;
     if child_task().is_none() {
         return expect_success(child(
-            "past_rlimit_fsize_is_efbig_after_a_real_short_write_and_not_death_by_sigxfsz",
+            "write_past_rlimit_fsize_is_efbig_without_sigxfsz",
             "limited",
         ));
     }
@@ -95,12 +97,12 @@ fn past_rlimit_fsize_is_efbig_after_a_real_short_write_and_not_death_by_sigxfsz(
             false => write_runs(&file, [0..LEN], &Copied(&ram), &options, &mut go_on),
         };
         let (offset, len, source) = refused(result);
-        // In the middle of a chunk: the kernel had taken its first part.
+        // In the middle of a chunk: the kernel had accepted its first part.
         assert_eq!((offset, len as u64), (LIMIT, 2 * CHUNK as u64 - LIMIT));
         assert_eq!(source.kind(), ErrorKind::FileTooLarge);
         assert!(contents(&file) == ram[..LIMIT as usize]);
     }
-    // What lies below the limit can still be written, and the limit itself is allowed.
+    // The range below the limit can still be written, including its last byte.
     write_runs(&file, [0..LIMIT], &*ram, &options(), &mut go_on).expect("written");
     grow(&file, LIMIT).expect("the limit itself");
     let error = grow(&file, LIMIT + 1).expect_err("too large");
@@ -117,7 +119,8 @@ fn past_rlimit_fsize_is_efbig_after_a_real_short_write_and_not_death_by_sigxfsz(
     );
 }
 
-/// Runs `test` as a child with `inject`ed failures of `pwrite64`, at least one of which must have happened.
+/// Runs `test` as a child with `inject`ed failures of `pwrite64`, at least one of which must have
+/// occurred.
 fn with_injected(inject: &str, test: &str, task: &str) {
     let log = tempfile::NamedTempFile::new().expect("log");
     expect_success(strace_child(
@@ -138,8 +141,8 @@ fn injected(log: &Path) -> usize {
 #[rstest]
 #[case::eintr("EINTR")]
 #[case::eagain("EAGAIN")]
-fn interrupted_and_put_off_writes_are_made_again(#[case] errno: &str) {
-    const TEST: &str = "interrupted_and_put_off_writes_are_made_again";
+fn interrupted_and_delayed_writes_are_retried(#[case] errno: &str) {
+    const TEST: &str = "interrupted_and_delayed_writes_are_retried";
     if child_task().is_some() {
         let file = tempfile::tempfile().expect("file");
         let ram = ram(LEN as usize);
@@ -162,11 +165,11 @@ fn interrupted_and_put_off_writes_are_made_again(#[case] errno: &str) {
 #[case::case_edquot("EDQUOT", ErrorKind::QuotaExceeded)]
 #[case::case_efbig("EFBIG", ErrorKind::FileTooLarge)]
 #[case::case_eio("EIO", ErrorKind::Other)]
-fn a_failed_write_is_the_destinations_error_with_its_errno_and_offset(
+fn failed_write_is_reported_with_its_errno_and_offset(
     #[case] errno: &str,
     #[case] kind: ErrorKind,
 ) {
-    const TEST: &str = "a_failed_write_is_the_destinations_error_with_its_errno_and_offset";
+    const TEST: &str = "failed_write_is_reported_with_its_errno_and_offset";
     if child_task().is_some() {
         let file = tempfile::tempfile().expect("file");
         let ram = ram(LEN as usize);
@@ -187,10 +190,11 @@ fn a_failed_write_is_the_destinations_error_with_its_errno_and_offset(
     }
 }
 
-/// One file system's hole is another's full disk: probing a disk with no room must not leave its file there.
+/// The file of the probe takes space where holes are not supported, so it must be removed from a
+/// full disk.
 #[test]
-fn probing_a_full_disk_fails_with_enospc_and_leaves_nothing() {
-    if !Need::Root.met("probing_a_full_disk_fails_with_enospc_and_leaves_nothing") {
+fn probe_of_a_full_disk_is_enospc_and_leaves_no_file() {
+    if !Need::Root.met("probe_of_a_full_disk_is_enospc_and_leaves_no_file") {
         return;
     }
     let tmpfs = TinyTmpfs::new(32 << 10).expect("mounted");
@@ -199,7 +203,7 @@ fn probing_a_full_disk_fails_with_enospc_and_leaves_nothing() {
         matches!(error, ProbeError::Io { source, .. } if source.kind() == ErrorKind::StorageFull)
     );
     assert_eq!(std::fs::read_dir(tmpfs.path()).expect("dir").count(), 0);
-    // And its space is free again, as soon as no child has its file that another test was just forking.
+    // The space is free again once no child of a concurrent test has inherited the file.
     let start = std::time::Instant::now();
     while let Err(error) = std::fs::write(tmpfs.path().join("all"), [1; 32 << 10]) {
         assert_eq!(error.kind(), ErrorKind::StorageFull);

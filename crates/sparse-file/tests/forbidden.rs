@@ -1,4 +1,4 @@
-//! Engines that the kernel or a container forbids, for real: a child process gives itself a seccomp filter.
+//! Engines that the kernel or a container forbids: a child process installs a seccomp filter.
 #![cfg(target_os = "linux")]
 #![allow(unsafe_code)]
 
@@ -15,7 +15,8 @@ use test_machine::Need;
 
 const LEN: u64 = 8 << 20;
 
-/// Makes the system calls fail with their error number for this thread and those that it starts.
+/// Makes the system calls fail with their error number for this thread and the threads that it
+/// starts.
 fn forbid(calls: &[(i64, i32)]) {
     let statement = |code: u32, k: u32, jf: u8| libc::sock_filter {
         code: code as u16,
@@ -43,7 +44,7 @@ fn forbid(calls: &[(i64, i32)]) {
     // SAFETY: a flag of this thread, without memory.
     let result = unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) };
     assert_eq!(result, 0, "{}", io::Error::last_os_error());
-    // SAFETY: `filter` names `program`, which lives until the call has copied it.
+    // SAFETY: `filter` points to `program`, which lives until the call has copied it.
     let result = unsafe {
         libc::prctl(
             libc::PR_SET_SECCOMP,
@@ -70,12 +71,12 @@ fn write_by(engine: Engine) -> Result<(), WriteError> {
 #[case::eperm(SYS_io_uring_setup, libc::EPERM)]
 #[case::eacces(SYS_io_uring_setup, libc::EACCES)]
 #[case::enomem(SYS_io_uring_setup, libc::ENOMEM)]
-#[case::eperm_once_it_is_used(SYS_io_uring_enter, libc::EPERM)]
-fn io_uring_forbidden_by_seccomp_falls_back_by_itself(#[case] call: i64, #[case] errno: i32) {
-    const TEST: &str = "io_uring_forbidden_by_seccomp_falls_back_by_itself";
+#[case::eperm_on_first_use(SYS_io_uring_enter, libc::EPERM)]
+fn io_uring_forbidden_by_seccomp_falls_back(#[case] call: i64, #[case] errno: i32) {
+    const TEST: &str = "io_uring_forbidden_by_seccomp_falls_back";
     if child_task().is_none() {
         let case = match (call == SYS_io_uring_enter, errno) {
-            (true, _) => "case_5_eperm_once_it_is_used",
+            (true, _) => "case_5_eperm_on_first_use",
             (_, libc::ENOSYS) => "case_1_enosys",
             (_, libc::EPERM) => "case_2_eperm",
             (_, libc::EACCES) => "case_3_eacces",
@@ -96,10 +97,10 @@ fn io_uring_forbidden_by_seccomp_falls_back_by_itself(#[case] call: i64, #[case]
 }
 
 #[test]
-fn without_a_ring_and_without_threads_the_calling_thread_writes() {
+fn calling_thread_writes_without_ring_and_threads() {
     if child_task().is_none() {
         return expect_success(child(
-            "without_a_ring_and_without_threads_the_calling_thread_writes",
+            "calling_thread_writes_without_ring_and_threads",
             "forbidden",
         ));
     }
@@ -117,7 +118,7 @@ fn without_a_ring_and_without_threads_the_calling_thread_writes() {
     );
 }
 
-/// What was traced of a child that writes by [`Engine::Auto`]: its lines.
+/// Returns the lines of a trace of a child that writes with [`Engine::Auto`].
 fn trace(test: &str, inject: &str) -> Vec<String> {
     let log = tempfile::NamedTempFile::new().expect("log");
     expect_success(strace_child(
@@ -131,7 +132,7 @@ fn trace(test: &str, inject: &str) -> Vec<String> {
     log.lines().map(Into::into).collect()
 }
 
-/// The threads that made the call.
+/// Returns the threads that made the call.
 fn callers<'l>(lines: &'l [String], call: &str) -> HashSet<&'l str> {
     lines
         .iter()
@@ -141,8 +142,8 @@ fn callers<'l>(lines: &'l [String], call: &str) -> HashSet<&'l str> {
 }
 
 #[test]
-fn a_file_that_takes_direct_io_is_written_by_a_ring_and_else_by_threads() {
-    const TEST: &str = "a_file_that_takes_direct_io_is_written_by_a_ring_and_else_by_threads";
+fn direct_io_uses_a_ring_or_else_threads() {
+    const TEST: &str = "direct_io_uses_a_ring_or_else_threads";
     if child_task().is_some() {
         return write_by(Engine::Auto).expect("written");
     }
@@ -152,7 +153,7 @@ fn a_file_that_takes_direct_io_is_written_by_a_ring_and_else_by_threads() {
         return;
     }
     if Need::Strace.met(TEST) {
-        // The five hundredth call never comes.
+        // No five hundredth call is made.
         let ring = trace(TEST, "error=EPERM:when=500");
         assert_eq!(callers(&ring, "io_uring_enter").len(), 1);
         assert!(callers(&ring, "pwrite64").is_empty());
@@ -163,12 +164,9 @@ fn a_file_that_takes_direct_io_is_written_by_a_ring_and_else_by_threads() {
 }
 
 #[test]
-fn aligned_memory_is_handed_over_without_a_write_through_the_page_cache() {
+fn aligned_memory_bypasses_the_page_cache() {
     if child_task().is_none() {
-        return expect_success(child(
-            "aligned_memory_is_handed_over_without_a_write_through_the_page_cache",
-            "forbidden",
-        ));
+        return expect_success(child("aligned_memory_bypasses_the_page_cache", "forbidden"));
     }
     forbid(&[(SYS_pwrite64, libc::EIO)]);
     let error = write_by(Engine::Positioned).expect_err("forbidden");

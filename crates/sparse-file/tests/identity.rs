@@ -1,4 +1,4 @@
-//! Whether two names lead to one file, on overlayfs too.
+//! Compares the identity of files, including files on overlayfs.
 #![cfg(target_os = "linux")]
 
 mod support;
@@ -12,7 +12,7 @@ use sparse_file::FileIdentity;
 use support::{Fs, Place};
 use test_machine::{Overlay, TinyTmpfs};
 
-/// Layers, and what is mounted of them.
+/// The layers of an overlay and their mounts.
 struct Layers {
     lower: PathBuf,
     upper: PathBuf,
@@ -22,7 +22,8 @@ struct Layers {
 }
 
 impl Layers {
-    /// Whose lower one, with a file "low" in it, is on another file system if `apart`.
+    /// Mounts an overlay whose lower layer contains a file "low". The lower layer is on another
+    /// file system if `apart`.
     fn on(fs: Fs, apart: bool, test: &str) -> Option<Self> {
         let place = fs.mount(test)?;
         let other = apart.then(|| TinyTmpfs::new(8 << 20).expect("mounted"));
@@ -43,7 +44,7 @@ impl Layers {
     }
 }
 
-fn are_one(one: &Path, other: &Path) -> bool {
+fn are_same(one: &Path, other: &Path) -> bool {
     let [one, other] = [one, other].map(|path| FileIdentity::at(path).expect("identified"));
     assert_eq!(one.may_be(&other), other.may_be(&one));
     one.may_be(&other)
@@ -55,42 +56,43 @@ fn numbers(path: &Path) -> (u64, u64) {
 }
 
 #[rstest]
-fn a_file_of_a_layer_is_the_one_on_the_overlay(
+fn file_of_a_layer_is_the_same_as_on_the_overlay(
     #[values(Fs::Ext4, Fs::Xfs, Fs::Btrfs, Fs::Tmpfs)] fs: Fs,
     #[values(false, true)] apart: bool,
 ) {
-    let Some(layers) = Layers::on(fs, apart, "a_file_of_a_layer_is_the_one_on_the_overlay") else {
+    let Some(layers) = Layers::on(fs, apart, "file_of_a_layer_is_the_same_as_on_the_overlay")
+    else {
         return;
     };
     let merged = |name| layers.merged.path().join(name);
-    // Of another length: it may be made in the same tick of the clock.
+    // Use another length: the file may be created in the same tick of the clock.
     fs::write(merged("new"), b"more bytes").expect("written");
     for (layer, name) in [(&layers.lower, "low"), (&layers.upper, "new")] {
         let stored = layer.join(name);
-        // What makes the test one.
+        // Without this, the test would prove nothing.
         assert_ne!(numbers(&stored), numbers(&merged(name)));
-        assert!(are_one(&stored, &merged(name)), "{name}");
+        assert!(are_same(&stored, &merged(name)), "{name}");
         let open = FileIdentity::of(File::open(merged(name)).expect("opened")).expect("identified");
         assert!(open.is_file());
         assert!(open.may_be(&FileIdentity::at(&stored).expect("identified")));
     }
-    assert!(!are_one(&merged("low"), &merged("new")));
-    assert!(!are_one(&layers.lower.join("low"), &merged("new")));
+    assert!(!are_same(&merged("low"), &merged("new")));
+    assert!(!are_same(&layers.lower.join("low"), &merged("new")));
 
-    // The first opening for writing moves it.
+    // The first open for writing moves the file to the upper layer.
     let written = File::options().append(true).open(merged("low"));
     fs::File::set_len(&written.expect("opened"), 3).expect("cut");
-    assert!(!are_one(&layers.lower.join("low"), &merged("low")));
-    assert!(are_one(&layers.upper.join("low"), &merged("low")));
+    assert!(!are_same(&layers.lower.join("low"), &merged("low")));
+    assert!(are_same(&layers.upper.join("low"), &merged("low")));
 }
 
 #[test]
-fn files_of_one_mount_are_told_by_their_numbers() {
-    const TEST: &str = "files_of_one_mount_are_told_by_their_numbers";
+fn files_of_one_mount_are_compared_by_their_numbers() {
+    const TEST: &str = "files_of_one_mount_are_compared_by_their_numbers";
     let Some(layers) = Layers::on(Fs::Ext4, false, TEST) else {
         return;
     };
-    // With times in steps of milliseconds, some of them agree in all but their numbers.
+    // With times in steps of milliseconds, some of them agree in everything but their numbers.
     let paths: Vec<_> = (0..200)
         .map(|number| layers.merged.path().join(number.to_string()))
         .collect();
@@ -98,8 +100,8 @@ fn files_of_one_mount_are_told_by_their_numbers() {
         File::create(path).expect("made");
     }
     for two in paths.windows(2) {
-        assert!(!are_one(&two[0], &two[1]));
+        assert!(!are_same(&two[0], &two[1]));
     }
     fs::hard_link(&paths[0], layers.merged.path().join("link")).expect("linked");
-    assert!(are_one(&paths[0], &layers.merged.path().join("link")));
+    assert!(are_same(&paths[0], &layers.merged.path().join("link")));
 }

@@ -1,4 +1,4 @@
-//! Memory that others write, or that is not there, while it is being written to a file.
+//! Memory that is changed or unreadable while it is being written to a file.
 #![cfg(target_os = "linux")]
 #![allow(unsafe_code)]
 
@@ -22,17 +22,17 @@ const ENGINES: [Engine; 4] = [
 const PAGE: usize = 4096;
 const LEN: usize = 256 * PAGE;
 
-/// An anonymous mapping, known by its address only.
+/// An anonymous mapping, accessed only by its address.
 struct Mapping(*mut u8);
 
-// SAFETY: an address may be known to any thread; every access below is atomic or the kernel's.
+// SAFETY: any thread may have the address; every access below is atomic or by the kernel.
 unsafe impl Sync for Mapping {}
 
 impl Mapping {
     fn new() -> Self {
         let access = libc::PROT_READ | libc::PROT_WRITE;
         let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
-        // SAFETY: a new mapping, at an address of the kernel's choice.
+        // SAFETY: a new mapping, at an address that the kernel chooses.
         let start = unsafe { libc::mmap(ptr::null_mut(), LEN, access, flags, -1, 0) };
         assert_ne!(start, libc::MAP_FAILED);
         Self(start.cast())
@@ -40,7 +40,7 @@ impl Mapping {
 
     fn store(&self, at: usize, value: u8) {
         assert!(at < LEN);
-        // SAFETY: within the mapping, writable, and only ever accessed atomically.
+        // SAFETY: inside the mapping, writable, and only ever accessed atomically.
         unsafe { AtomicU8::from_ptr(self.0.add(at)) }.store(value, Ordering::Relaxed);
     }
 
@@ -55,7 +55,7 @@ impl Mapping {
 
 impl Drop for Mapping {
     fn drop(&mut self) {
-        // SAFETY: the mapping is this value's own, and nothing borrowed from it is left.
+        // SAFETY: this value owns the mapping, and nothing borrowed from it remains.
         unsafe { libc::munmap(self.0.cast(), LEN) };
     }
 }
@@ -68,13 +68,13 @@ impl Source for Mapping {
     fn memory_at(&self, offset: u64, len: usize) -> Option<Memory<'_>> {
         let offset = offset as usize;
         assert!(offset + len <= LEN);
-        // SAFETY: within the mapping, which lives as long as `self`.
+        // SAFETY: inside the mapping, which lives as long as `self`.
         Some(unsafe { Memory::new(self.0.add(offset), len) })
     }
 }
 
 #[test]
-fn memory_that_a_vcpu_writes_meanwhile_is_written_as_it_is_at_some_moment() {
+fn concurrently_changed_memory_is_written_as_it_was_once() {
     let ram = Mapping::new();
     (0..LEN).for_each(|at| ram.store(at, 1));
     let file = tempfile::tempfile().expect("file");
@@ -100,7 +100,7 @@ fn memory_that_a_vcpu_writes_meanwhile_is_written_as_it_is_at_some_moment() {
 }
 
 #[test]
-fn memory_that_cannot_be_read_is_the_sources_error_at_its_very_page() {
+fn unreadable_memory_is_a_source_error_at_its_page() {
     let ram = Mapping::new();
     (0..LEN).for_each(|at| ram.store(at, 1));
     ram.forbid(100);
@@ -114,7 +114,7 @@ fn memory_that_cannot_be_read_is_the_sources_error_at_its_very_page() {
         };
         assert_eq!(offset, 100 * PAGE as u64, "{engine:?}");
         assert_eq!(source.raw_os_error(), Some(libc::EFAULT));
-        // The kernel wrote short up to there, and that was kept.
+        // The short write of the kernel up to there was kept.
         assert!(contents(&file) == vec![1; 100 * PAGE]);
     }
 }

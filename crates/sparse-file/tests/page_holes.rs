@@ -1,4 +1,4 @@
-//! Whether the holes of a file tell which pages were written.
+//! Checks when the holes of a file identify the pages that were written.
 #![cfg(target_os = "linux")]
 
 mod support;
@@ -18,19 +18,21 @@ use test_machine::{LoopFs, LoopMount, Need, Overlay, TinyTmpfs};
 const PAGE: u64 = 4096;
 
 #[rstest]
-fn pages_are_told_where_a_block_is_a_page(
+fn pages_are_identified_where_a_block_is_a_page(
     #[values(Fs::Tmpfs, Fs::Ext4, Fs::Xfs, Fs::Btrfs)] fs: Fs,
 ) {
-    let Some(place) = fs.mount("pages_are_told_where_a_block_is_a_page") else {
+    let Some(place) = fs.mount("pages_are_identified_where_a_block_is_a_page") else {
         return;
     };
     let file = place.file();
     grow(&file, 64 * PAGE).expect("grown");
     file.write_all_at(&[7; 8192], 5 * PAGE).expect("written");
     let mut holes = PageHoles::new();
-    holes.check(&file, place.path(), PAGE).expect("told");
-    holes.check(&file, place.path(), 4 * PAGE).expect("told");
-    // In smaller pages than a block.
+    holes.check(&file, place.path(), PAGE).expect("identified");
+    holes
+        .check(&file, place.path(), 4 * PAGE)
+        .expect("identified");
+    // In pages smaller than a block.
     let error = holes.check(&file, place.path(), 1024).expect_err("coarse");
     assert!(
         matches!(
@@ -46,8 +48,8 @@ fn pages_are_told_where_a_block_is_a_page(
 }
 
 #[test]
-fn pages_smaller_than_a_block_are_not_told() {
-    if !Need::Xfs16k.met("pages_smaller_than_a_block_are_not_told") {
+fn pages_smaller_than_a_block_are_refused() {
+    if !Need::Xfs16k.met("pages_smaller_than_a_block_are_refused") {
         return;
     }
     let mount = LoopMount::new(LoopFs::Xfs16k).expect("mounted");
@@ -58,13 +60,13 @@ fn pages_smaller_than_a_block_are_not_told() {
         error.to_string().contains("pages of at least 16384 bytes"),
         "{error}"
     );
-    holes.check(&file, mount.path(), 16384).expect("told");
+    holes.check(&file, mount.path(), 16384).expect("identified");
 }
 
-/// A huge page is written whole, although a block of the file system is small.
+/// A huge page is written as a whole, although the file system reports small blocks.
 #[test]
-fn pages_of_a_tmpfs_of_huge_pages_are_not_told() {
-    const TEST: &str = "pages_of_a_tmpfs_of_huge_pages_are_not_told";
+fn pages_of_a_tmpfs_of_huge_pages_are_refused() {
+    const TEST: &str = "pages_of_a_tmpfs_of_huge_pages_are_refused";
     if !Need::Root.met(TEST) {
         return;
     }
@@ -73,8 +75,8 @@ fn pages_of_a_tmpfs_of_huge_pages_are_not_told() {
         return;
     };
     let file = tempfile::tempfile_in(mount.path()).expect("file");
-    let told = PageHoles::new().check(&file, mount.path(), PAGE);
-    // Linux 6.14 and later take a small page for a small write.
+    let result = PageHoles::new().check(&file, mount.path(), PAGE);
+    // Linux 6.14 and later allocate a small page for a small write.
     let small = {
         let sample = tempfile::tempfile_in(mount.path()).expect("file");
         grow(&sample, 8 << 20).expect("grown");
@@ -86,13 +88,13 @@ fn pages_of_a_tmpfs_of_huge_pages_are_not_told() {
             * 512
             == PAGE
     };
-    assert_eq!(told.is_ok(), small, "{told:?}");
+    assert_eq!(result.is_ok(), small, "{result:?}");
 }
 
-/// Reading them puts zeros into the page cache, and what is there is reported as data.
+/// Reading them puts zeros into the page cache, which are reported as data.
 #[rstest]
-fn a_file_with_reserved_blocks_is_refused(#[values(Fs::Ext4, Fs::Xfs)] fs: Fs) {
-    let Some(place) = fs.mount("a_file_with_reserved_blocks_is_refused") else {
+fn file_with_reserved_blocks_is_refused(#[values(Fs::Ext4, Fs::Xfs)] fs: Fs) {
+    let Some(place) = fs.mount("file_with_reserved_blocks_is_refused") else {
         return;
     };
     let file = place.file();
@@ -105,7 +107,7 @@ fn a_file_with_reserved_blocks_is_refused(#[values(Fs::Ext4, Fs::Xfs)] fs: Fs) {
     let reported = data
         .filter(|extent| extent.kind == sparse_file::Kind::Data)
         .any(|extent| extent.range.contains(&(100 * PAGE)));
-    assert!(reported, "a page that nobody wrote");
+    assert!(reported, "a page that was not written");
     let error = PageHoles::new().check(&file, place.path(), PAGE);
     assert!(
         matches!(error, Err(PagesUnknown::Reserved { offset: 4096 })),
@@ -113,10 +115,10 @@ fn a_file_with_reserved_blocks_is_refused(#[values(Fs::Ext4, Fs::Xfs)] fs: Fs) {
     );
 }
 
-/// What is left of a small reserved extent is zeros that count as written.
+/// The rest of a small reserved extent becomes zeros that count as written.
 #[test]
-fn an_ext4_that_writes_zeros_beside_pages_is_refused() {
-    if !Need::Ext4.met("an_ext4_that_writes_zeros_beside_pages_is_refused") {
+fn ext4_that_writes_zeros_around_pages_is_refused() {
+    if !Need::Ext4.met("ext4_that_writes_zeros_around_pages_is_refused") {
         return;
     }
     let mount = LoopMount::new(LoopFs::Ext4).expect("mounted");
@@ -131,7 +133,7 @@ fn an_ext4_that_writes_zeros_beside_pages_is_refused() {
     file.write_all_at(&[7; PAGE as usize], PAGE)
         .expect("written");
     file.sync_all().expect("synced");
-    // Why: nothing tells the pages that nobody wrote.
+    // This is the reason for the refusal: written pages are not distinguishable from the zeros.
     PageHoles::check_reserved(&file).expect("no extent is left as reserved");
     let extents = sparse_file::extents(&file).expect("listed");
     let extents: Vec<_> = extents
@@ -151,11 +153,11 @@ fn an_ext4_that_writes_zeros_beside_pages_is_refused() {
         "{refused:?}"
     );
     remount("remount,dioread_nolock");
-    PageHoles::check_new(&new, PAGE).expect("told");
+    PageHoles::check_new(&new, PAGE).expect("identified");
 }
 
 #[test]
-fn holes_of_no_regular_file_are_used() {
+fn holes_of_files_that_are_not_regular_are_not_used() {
     let null = File::open("/dev/null").expect("opened");
     let error = check_holes_are_zeros(&null).expect_err("a device");
     assert!(matches!(error, HolesUnknown::NotAFile), "{error:?}");
@@ -178,20 +180,22 @@ fn holes_of_a_memfd_are_used_and_those_of_huge_pages_are_not() {
 #[case::ext4(Fs::Ext4)]
 #[case::xfs(Fs::Xfs)]
 #[case::btrfs(Fs::Btrfs)]
-fn pages_on_an_overlay_are_told_as_on_its_layer(#[case] fs: Fs) {
-    let Some(place) = fs.mount("pages_on_an_overlay_are_told_as_on_its_layer") else {
+fn pages_on_an_overlay_are_identified_as_on_its_layer(#[case] fs: Fs) {
+    let Some(place) = fs.mount("pages_on_an_overlay_are_identified_as_on_its_layer") else {
         return;
     };
     let overlay = Overlay::within(place.path()).expect("mounted");
     let file = tempfile::tempfile_in(overlay.path()).expect("file");
-    PageHoles::check_new(&file, PAGE).expect("told of an empty file");
+    PageHoles::check_new(&file, PAGE).expect("identified in an empty file");
     grow(&file, 64 * PAGE).expect("grown");
-    PageHoles::check_new(&file, PAGE).expect("told of a file with nothing in it");
+    PageHoles::check_new(&file, PAGE).expect("identified in a file without data");
     file.write_all_at(&[7; 8192], 5 * PAGE).expect("written");
     check_holes_are_zeros(&file).expect("used");
     assert_eq!(data(&file), [5 * PAGE..7 * PAGE]);
     let mut holes = PageHoles::new();
-    holes.check(&file, overlay.path(), PAGE).expect("told");
+    holes
+        .check(&file, overlay.path(), PAGE)
+        .expect("identified");
     let error = holes.check(&file, overlay.path(), 1024);
     assert!(
         matches!(error, Err(PagesUnknown::Coarse { .. })),
@@ -199,7 +203,7 @@ fn pages_on_an_overlay_are_told_as_on_its_layer(#[case] fs: Fs) {
     );
 }
 
-/// Nothing tells it from a server that makes holes up.
+/// It cannot be distinguished from a server that reports wrong holes.
 #[test]
 fn holes_of_an_overlay_on_tmpfs_are_not_used() {
     let Some(place) = Fs::Tmpfs.mount("holes_of_an_overlay_on_tmpfs_are_not_used") else {
@@ -216,8 +220,8 @@ fn holes_of_an_overlay_on_tmpfs_are_not_used() {
     assert_eq!(data(&file), [0..64 * PAGE]);
 }
 
-/// An overlay of directories on two file systems, the lower of which has a file "ram" with data in
-/// its second and its last page.
+/// Mounts an overlay of directories on two file systems. The lower one contains a file "ram" with
+/// data in its second and its last page.
 fn over_two(lower: &Path, upper: &Path) -> Overlay {
     let ram = File::create(lower.join("ram")).expect("file");
     grow(&ram, 64 * PAGE).expect("grown");
@@ -233,8 +237,8 @@ fn over_two(lower: &Path, upper: &Path) -> Overlay {
 
 /// The probe writes to the upper layer.
 #[test]
-fn pages_of_a_file_in_a_layer_elsewhere_are_not_told() {
-    const TEST: &str = "pages_of_a_file_in_a_layer_elsewhere_are_not_told";
+fn pages_of_a_file_in_another_layer_are_refused() {
+    const TEST: &str = "pages_of_a_file_in_another_layer_are_refused";
     let (Some(lower), Some(upper)) = (Fs::Xfs.mount(TEST), Fs::Ext4.mount(TEST)) else {
         return;
     };
@@ -243,17 +247,19 @@ fn pages_of_a_file_in_a_layer_elsewhere_are_not_told() {
     let file = File::open(&path).expect("opened");
     check_holes_are_zeros(&file).expect("used");
     let mut holes = PageHoles::new();
-    let error = holes.check(&file, overlay.path(), PAGE).expect_err("told");
+    let error = holes
+        .check(&file, overlay.path(), PAGE)
+        .expect_err("not identified");
     assert!(matches!(error, PagesUnknown::OtherLayer), "{error:?}");
-    // The file beside it, where the probe writes.
+    // A new file in the same directory, where the probe writes.
     let new = tempfile::tempfile_in(overlay.path()).expect("file");
-    holes.check(&new, overlay.path(), PAGE).expect("told");
+    holes.check(&new, overlay.path(), PAGE).expect("identified");
 }
 
-/// The first opening for writing moves the file to the upper layer.
+/// The first open for writing moves the file to the upper layer.
 #[test]
-fn a_file_that_is_moved_to_another_layer_while_it_is_listed_is_data() {
-    const TEST: &str = "a_file_that_is_moved_to_another_layer_while_it_is_listed_is_data";
+fn file_moved_to_another_layer_during_the_listing_is_data() {
+    const TEST: &str = "file_moved_to_another_layer_during_the_listing_is_data";
     let (Some(lower), Some(upper)) = (Fs::Ext4.mount(TEST), Fs::Tmpfs.mount(TEST)) else {
         return;
     };

@@ -1,4 +1,4 @@
-//! Probing says what was measured by hand, on each file system that can be mounted here.
+//! Compares probe results with manual measurements on each file system that can be mounted here.
 #![cfg(target_os = "linux")]
 
 mod support;
@@ -16,7 +16,8 @@ use test_machine::{LoopFs, LoopMount, Need, ReadOnlyBind};
 
 const EXACT: SeekHole = SeekHole::Exact { granularity: 4096 };
 
-/// HFS+ and exFAT have been documented as having holes. What a driver was seen to do is what counts.
+/// HFS+ and exFAT have been documented as having holes. The measured behaviour of the driver
+/// counts.
 #[rstest]
 #[case::ext4(
     Fs::Ext4,
@@ -50,7 +51,7 @@ const EXACT: SeekHole = SeekHole::Exact { granularity: 4096 };
     Punch::Frees,
     AlignmentBasis::Measured
 )]
-#[case::exfat_documented_as_having_holes(
+#[case::exfat(
     Fs::Exfat,
     "fuse",
     HoleSupport::Dense,
@@ -58,7 +59,7 @@ const EXACT: SeekHole = SeekHole::Exact { granularity: 4096 };
     Punch::Unsupported,
     AlignmentBasis::Measured
 )]
-fn a_probe_says_what_was_measured(
+fn probe_matches_measurements(
     #[case] fs: Fs,
     #[case] name: &str,
     #[case] holes: HoleSupport,
@@ -66,7 +67,7 @@ fn a_probe_says_what_was_measured(
     #[case] punch: Punch,
     #[case] basis: AlignmentBasis,
 ) {
-    let Some(place) = fs.mount("a_probe_says_what_was_measured") else {
+    let Some(place) = fs.mount("probe_matches_measurements") else {
         return;
     };
     let here = Capabilities::probe(place.path()).expect("probed");
@@ -94,17 +95,18 @@ fn a_probe_says_what_was_measured(
                 .into_string()
                 .expect("plain")
         })
-        // ext4's own; and FUSE's, of a removed file until the driver hears of its last close.
+        // ext4's own directory; and FUSE's name of a removed file until the driver receives its
+        // last close.
         .filter(|name| name != "lost+found" && !name.starts_with(".fuse_hidden"))
         .collect();
     assert_eq!(left, [""; 0]);
 }
 
 #[rstest]
-fn direct_io_works_at_the_alignment_found(
+fn direct_io_works_at_the_probed_alignment(
     #[values(Fs::Ext4, Fs::Xfs, Fs::Btrfs, Fs::Tmpfs, Fs::Exfat)] fs: Fs,
 ) {
-    let Some(place) = fs.mount("direct_io_works_at_the_alignment_found") else {
+    let Some(place) = fs.mount("direct_io_works_at_the_probed_alignment") else {
         return;
     };
     let direct = Capabilities::probe(place.path())
@@ -129,8 +131,8 @@ fn direct_io_works_at_the_alignment_found(
     );
     assert!(buffer[piece] == vec![7; offset]);
     if direct.basis == AlignmentBasis::Reported {
-        // No coarser than needed: half of it is refused.
-        // (Of a piece of many pages: Linux 6.18 takes one within a page at any address.)
+        // Half of the alignment is refused, so it is not coarser than needed. (For a piece of many
+        // pages: Linux 6.18 accepts one inside a page at any address.)
         let half = &buffer[start + memory / 2..start + memory / 2 + (32 << 10)];
         file.write_at(half, offset as u64)
             .expect_err("memory at half the alignment");
@@ -143,8 +145,8 @@ fn direct_io_works_at_the_alignment_found(
 #[rstest]
 #[case::ext4(Need::Ext4, LoopFs::Ext4)]
 #[case::xfs(Need::Xfs, LoopFs::Xfs)]
-fn a_disk_of_4_kib_sectors_asks_for_offsets_of_4_kib(#[case] need: Need, #[case] fs: LoopFs) {
-    if !need.met("a_disk_of_4_kib_sectors_asks_for_offsets_of_4_kib") {
+fn disk_of_4_kib_sectors_requires_offsets_of_4_kib(#[case] need: Need, #[case] fs: LoopFs) {
+    if !need.met("disk_of_4_kib_sectors_requires_offsets_of_4_kib") {
         return;
     }
     let mount = LoopMount::with_sectors(fs, 4096).expect("mounted");
@@ -154,10 +156,10 @@ fn a_disk_of_4_kib_sectors_asks_for_offsets_of_4_kib(#[case] need: Need, #[case]
     assert_eq!(direct.basis, AlignmentBasis::Reported);
 }
 
-/// Where a block is larger than the gaps of a diff, those gaps are stored as zeros.
+/// If a block is larger than the gaps of a diff, those gaps are stored as zeros.
 #[test]
-fn holes_finer_than_the_file_system_s_block_are_not_promised() {
-    if !Need::Xfs16k.met("holes_finer_than_the_file_system_s_block_are_not_promised") {
+fn granularity_of_holes_is_at_least_a_block() {
+    if !Need::Xfs16k.met("granularity_of_holes_is_at_least_a_block") {
         return;
     }
     let mount = LoopMount::new(LoopFs::Xfs16k).expect("mounted");
@@ -165,10 +167,10 @@ fn holes_finer_than_the_file_system_s_block_are_not_promised() {
     assert_eq!(here.seek_hole, SeekHole::Exact { granularity: 16384 });
 }
 
-/// What isn't synced may not be allocated yet.
+/// Data that is not synced may not be allocated yet.
 #[test]
-fn a_sample_that_cannot_be_synced_is_an_error_and_leaves_nothing() {
-    const TEST: &str = "a_sample_that_cannot_be_synced_is_an_error_and_leaves_nothing";
+fn sample_that_cannot_be_synced_is_an_error() {
+    const TEST: &str = "sample_that_cannot_be_synced_is_an_error";
     if let Some(dir) = child_task() {
         let error = Capabilities::probe(Path::new(&dir)).expect_err("not synced");
         return assert!(
@@ -185,10 +187,11 @@ fn a_sample_that_cannot_be_synced_is_an_error_and_leaves_nothing() {
     }
 }
 
-/// Kernels before 6.1 and some file systems don't tell; ext4 with its answer withheld is one of them.
+/// Kernels before 6.1 and some file systems do not report it. An injected error makes ext4 one of
+/// them.
 #[test]
-fn an_alignment_that_the_kernel_does_not_report_is_measured() {
-    const TEST: &str = "an_alignment_that_the_kernel_does_not_report_is_measured";
+fn alignment_that_the_kernel_does_not_report_is_measured() {
+    const TEST: &str = "alignment_that_the_kernel_does_not_report_is_measured";
     if let Some(dir) = child_task() {
         let here = Capabilities::probe(Path::new(&dir)).expect("probed");
         let direct = here.direct_io.expect("direct I/O");
@@ -216,7 +219,7 @@ fn direct_file(path: &Path) -> File {
 }
 
 #[test]
-fn a_directory_that_is_missing_is_named() {
+fn missing_directory_is_named() {
     let dir = tempfile::tempdir().expect("dir");
     let missing = dir.path().join("missing");
     let error = Capabilities::probe(&missing).expect_err("missing");
@@ -225,8 +228,8 @@ fn a_directory_that_is_missing_is_named() {
 }
 
 #[test]
-fn a_read_only_directory_is_an_error_of_its_own() {
-    if !Need::Root.met("a_read_only_directory_is_an_error_of_its_own") {
+fn read_only_directory_is_an_error() {
+    if !Need::Root.met("read_only_directory_is_an_error") {
         return;
     }
     let dir = tempfile::tempdir().expect("dir");
@@ -237,7 +240,7 @@ fn a_read_only_directory_is_an_error_of_its_own() {
 }
 
 #[test]
-fn the_empty_parent_of_a_bare_name_is_the_current_directory() {
+fn empty_parent_of_a_bare_name_is_the_current_directory() {
     let parent = Path::new("memory.img").parent().expect("a parent");
     let bare = Capabilities::probe(parent).expect("probed");
     assert_eq!(bare, Capabilities::probe(Path::new(".")).expect("probed"));

@@ -1,4 +1,4 @@
-//! Growing, reserving and punching.
+//! Grows, reserves and punches files.
 #![cfg(target_os = "linux")]
 
 mod support;
@@ -15,7 +15,7 @@ use support::{Fs, contents, ram};
 #[rstest]
 #[case::grow(grow)]
 #[case::reserve(reserve)]
-fn a_file_is_never_shrunk(#[case] set: fn(&File, u64) -> Result<(), SpaceError>) {
+fn file_is_never_shrunk(#[case] set: fn(&File, u64) -> Result<(), SpaceError>) {
     let file = tempfile::tempfile().expect("file");
     let bytes = ram(10_000);
     file.write_all_at(&bytes, 0).expect("written");
@@ -29,12 +29,12 @@ fn a_file_is_never_shrunk(#[case] set: fn(&File, u64) -> Result<(), SpaceError>)
 }
 
 #[rstest]
-fn a_punched_range_reads_as_zeros_and_its_neighbours_stay(
+fn punched_range_reads_as_zeros_and_the_rest_is_unchanged(
     #[values(Fs::Tmpfs, Fs::Ext4, Fs::Xfs, Fs::Btrfs)] fs: Fs,
     #[values(0..1, 1..2, 4096..8192, 5000..50_000, 8191..8193, 90_000..100_000, 90_000..i64::MAX as u64, 200_000..300_000)]
     range: Range<u64>,
 ) {
-    let Some(place) = fs.mount("a_punched_range_reads_as_zeros_and_its_neighbours_stay") else {
+    let Some(place) = fs.mount("punched_range_reads_as_zeros_and_the_rest_is_unchanged") else {
         return;
     };
     let file = place.file();
@@ -48,7 +48,7 @@ fn a_punched_range_reads_as_zeros_and_its_neighbours_stay(
 }
 
 #[test]
-fn punching_gives_the_blocks_back() {
+fn punching_frees_the_blocks() {
     let file = tempfile::tempfile().expect("file");
     file.write_all_at(&ram(1 << 20), 0).expect("written");
     file.sync_all().expect("synced");
@@ -63,9 +63,8 @@ fn punching_gives_the_blocks_back() {
 }
 
 #[test]
-fn a_file_system_that_cannot_punch_says_so_and_the_bytes_stay() {
-    let Some(place) = Fs::Exfat.mount("a_file_system_that_cannot_punch_says_so_and_the_bytes_stay")
-    else {
+fn unsupported_punch_is_reported_and_changes_no_bytes() {
+    let Some(place) = Fs::Exfat.mount("unsupported_punch_is_reported_and_changes_no_bytes") else {
         return;
     };
     let file = place.file();
@@ -79,14 +78,14 @@ fn a_file_system_that_cannot_punch_says_so_and_the_bytes_stay() {
 #[rstest]
 #[case::ends_before_it_starts(Range { start: 9, end: 8 })]
 #[case::past_the_largest_offset(0..1 << 63)]
-fn an_invalid_range_is_refused(#[case] range: Range<u64>) {
+fn invalid_range_is_refused(#[case] range: Range<u64>) {
     let file = tempfile::tempfile().expect("file");
     let error = punch_hole(&file, range.clone()).expect_err("invalid");
     assert!(matches!(error, SpaceError::InvalidRange { range: named } if named == range));
 }
 
 #[test]
-fn a_length_of_2_to_the_63_is_refused() {
+fn length_of_2_to_the_63_is_refused() {
     let file = tempfile::tempfile().expect("file");
     for set in [grow, reserve] {
         let error = set(&file, 1 << 63).expect_err("invalid");
@@ -98,8 +97,8 @@ fn a_length_of_2_to_the_63_is_refused() {
 }
 
 #[test]
-fn reserving_more_than_there_is_says_so() {
-    if !test_machine::Need::Root.met("reserving_more_than_there_is_says_so") {
+fn reserving_more_than_the_free_space_is_an_error() {
+    if !test_machine::Need::Root.met("reserving_more_than_the_free_space_is_an_error") {
         return;
     }
     let tmpfs = test_machine::TinyTmpfs::new(64 << 10).expect("mounted");
@@ -115,12 +114,8 @@ fn reserving_more_than_there_is_says_so() {
 #[case::xfs(Fs::Xfs, true)]
 #[case::ext4(Fs::Ext4, false)]
 #[case::tmpfs(Fs::Tmpfs, false)]
-fn shared_blocks_are_the_same_bytes_until_one_file_is_written_to(
-    #[case] fs: Fs,
-    #[case] can: bool,
-) {
-    let Some(place) = fs.mount("shared_blocks_are_the_same_bytes_until_one_file_is_written_to")
-    else {
+fn shared_blocks_hold_the_same_bytes_until_a_write(#[case] fs: Fs, #[case] can: bool) {
+    let Some(place) = fs.mount("shared_blocks_hold_the_same_bytes_until_a_write") else {
         return;
     };
     let (from, to) = (place.file(), place.file());

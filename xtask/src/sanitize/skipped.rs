@@ -38,7 +38,7 @@ pub(super) const SKIPPED: &[Skipped] = &[
     Skipped {
         sanitizer: Some(Sanitizer::Thread),
         of: "sparse-file",
-        test: "the_bytes_are_those_of_a_naive_writer",
+        test: "written_bytes_match_a_naive_writer",
         why: "the naive writer goes byte by byte, for minutes, on one thread; the others write by every engine, too",
     },
     Skipped {

@@ -1,4 +1,4 @@
-//! Direct I/O: at which alignment of memory and offset it works, by doing it.
+//! Probes the alignments of memory and offset at which direct I/O works.
 
 use std::fs::File;
 use std::io;
@@ -8,36 +8,37 @@ use super::sample::{NOISE, noise};
 use crate::buffer::AlignedBuffer;
 use crate::sys;
 
-/// No disk has larger sectors, no file system asks for more.
-const LARGEST: usize = 64 << 10;
-const SMALLEST: usize = 512;
+/// The largest alignment to try: no disk has larger sectors, and no file system requires more.
+const MAX_ALIGN: usize = 64 << 10;
+const MIN_ALIGN: usize = 512;
 
-/// Direct I/O that was seen to work: what was written came back.
+/// The alignments at which direct I/O was found to work: written bytes were read back.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub struct DirectIo {
-    /// The address of a buffer must be a multiple of this many bytes.
+    /// The required alignment of a buffer's address in bytes.
     pub memory_align: usize,
-    /// The file offset and the length must be multiples of this many bytes.
+    /// The required alignment of the file offset and the length in bytes.
     pub offset_align: usize,
-    /// Where the two come from.
+    /// The source of the alignments.
     pub basis: AlignmentBasis,
 }
 
-/// Where an alignment comes from.
+/// The source of an alignment.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum AlignmentBasis {
     /// The kernel reports it (`STATX_DIOALIGN`), and it worked.
     Reported,
-    /// The smallest of 512 bytes to 64 KiB that worked, raised to the block in which the file system keeps data. Some
-    /// take less by writing through the page cache without saying so: btrfs for parts of a block.
+    /// The smallest of 512 bytes to 64 KiB that worked, raised to the block size of the file
+    /// system. Some file systems accept less by silently writing through the page cache: btrfs for
+    /// parts of a block.
     Measured,
 }
 
-/// Tries direct I/O in the noise and the 64 KiB behind it; what stands there after is of no use.
+/// Tries direct I/O in the noise and the 64 KiB after it. The contents are arbitrary afterwards.
 ///
-/// `block` is the unit in which the file system keeps data, where that is known.
+/// `block` is the block size of the file system, if known.
 pub(super) fn probe(file: &File, block: Option<u64>) -> io::Result<Option<DirectIo>> {
     match sys::set_direct(file, true) {
         Ok(()) => {}
@@ -54,7 +55,7 @@ fn alignment(file: &File, block: Option<u64>) -> io::Result<Option<DirectIo>> {
     match sys::reported_direct_alignment(file) {
         Some((0, _) | (_, 0)) => return Ok(None),
         Some((memory_align, offset_align))
-            if memory_align.max(offset_align) <= LARGEST
+            if memory_align.max(offset_align) <= MAX_ALIGN
                 && attempt.works(memory_align, offset_align)? =>
         {
             return Ok(Some(DirectIo {
@@ -63,10 +64,10 @@ fn alignment(file: &File, block: Option<u64>) -> io::Result<Option<DirectIo>> {
                 basis: AlignmentBasis::Reported,
             }));
         }
-        // Not told, or what was told does not work.
+        // Not reported, or the reported alignment does not work.
         _ => {}
     }
-    let Some(offset) = smallest(|align| attempt.works(LARGEST, align))? else {
+    let Some(offset) = smallest(|align| attempt.works(MAX_ALIGN, align))? else {
         return Ok(None);
     };
     let Some(memory) = smallest(|align| attempt.works(align, offset))? else {
@@ -74,7 +75,7 @@ fn alignment(file: &File, block: Option<u64>) -> io::Result<Option<DirectIo>> {
     };
     let block = block
         .and_then(|block| usize::try_from(block).ok())
-        .filter(|block| block.is_power_of_two() && *block <= LARGEST)
+        .filter(|block| block.is_power_of_two() && *block <= MAX_ALIGN)
         .unwrap_or(4096);
     Ok(Some(DirectIo {
         memory_align: memory.max(block),
@@ -84,8 +85,8 @@ fn alignment(file: &File, block: Option<u64>) -> io::Result<Option<DirectIo>> {
 }
 
 fn smallest(mut works: impl FnMut(usize) -> io::Result<bool>) -> io::Result<Option<usize>> {
-    let mut align = SMALLEST;
-    while align <= LARGEST {
+    let mut align = MIN_ALIGN;
+    while align <= MAX_ALIGN {
         if works(align)? {
             return Ok(Some(align));
         }
@@ -104,30 +105,32 @@ impl<'f> Attempt<'f> {
     fn new(file: &'f File) -> Self {
         Self {
             file,
-            // A piece of at most LARGEST bytes that starts at most LARGEST bytes behind a 64 KiB boundary.
-            buffer: AlignedBuffer::new(2 * LARGEST),
+            // A piece of at most MAX_ALIGN bytes that starts at most MAX_ALIGN bytes after a 64 KiB
+            // boundary.
+            buffer: AlignedBuffer::new(2 * MAX_ALIGN),
             noise: noise(),
         }
     }
 
-    /// Whether direct I/O works at an address and an offset that are multiples of the alignments and, below [`LARGEST`], of
-    /// nothing larger: for the shortest piece, and for one of many pages. The block layer of Linux 6.18 takes a piece
-    /// within one page at any address, and refuses the same address for more.
+    /// Returns whether direct I/O works at an address and an offset that are multiples of the
+    /// alignments and, below [`MAX_ALIGN`], of nothing larger: for the shortest piece, and for one
+    /// of many pages. The block layer of Linux 6.18 accepts a piece inside one page at any address,
+    /// and refuses the same address for more.
     fn works(&mut self, memory_align: usize, offset_align: usize) -> io::Result<bool> {
-        Ok(self.comes_back(memory_align, offset_align, offset_align)?
-            && self.comes_back(memory_align, offset_align, LARGEST)?)
+        Ok(self.round_trips(memory_align, offset_align, offset_align)?
+            && self.round_trips(memory_align, offset_align, MAX_ALIGN)?)
     }
 
-    /// Whether what one call writes is what one call reads.
-    fn comes_back(&mut self, start: usize, offset: usize, len: usize) -> io::Result<bool> {
+    /// Returns whether one call reads the bytes that another has written.
+    fn round_trips(&mut self, start: usize, offset: usize, len: usize) -> io::Result<bool> {
         let at = NOISE.start + offset as u64;
         let wanted = &self.noise[..len];
         let piece = &mut self.buffer.bytes()[start..start + len];
         piece.copy_from_slice(wanted);
-        let wrote = accepted(self.file.write_at(piece, at))?;
+        let written = accepted(self.file.write_at(piece, at))?;
         piece.fill(0);
         let read = accepted(self.file.read_at(piece, at))?;
-        Ok(wrote == Some(len) && read == Some(len) && piece == wanted)
+        Ok(written == Some(len) && read == Some(len) && piece == wanted)
     }
 }
 
@@ -151,10 +154,10 @@ mod tests {
 
     use super::*;
 
-    /// Linux 6.18 takes one of a single page there.
+    /// Linux 6.18 accepts this for a piece of a single page.
     #[test]
-    fn an_alignment_that_does_not_suit_a_piece_of_many_pages_does_not_work() {
-        if !Need::Ext4.met("an_alignment_that_does_not_suit_a_piece_of_many_pages_does_not_work") {
+    fn alignment_unsuitable_for_many_pages_is_refused() {
+        if !Need::Ext4.met("alignment_unsuitable_for_many_pages_is_refused") {
             return;
         }
         let mount = LoopMount::new(LoopFs::Ext4).expect("mounted");

@@ -1,4 +1,4 @@
-//! The file that is written to see what the file system makes of it.
+//! The file that the probe writes and examines.
 
 use std::fs::File;
 use std::io;
@@ -13,22 +13,22 @@ use crate::{Extent, Kind, Knowledge, SpaceError, allocated_bytes, grow, punch_ho
 
 pub(super) const LEN: u64 = 16 << 20;
 pub(super) const HALF: u64 = LEN / 2;
-/// The block of noise alone; the single byte may be stored with the metadata.
+/// The block of noise only: the single byte may be stored with the metadata.
 pub(super) const WRITTEN: u64 = 64 << 10;
-/// Where the noise stands; at a multiple of every block size in use.
+/// The range of the noise, at a multiple of every block size in use.
 pub(super) const NOISE: Range<u64> = HALF..HALF + WRITTEN;
 const BYTE_AT: u64 = 12 << 20;
-/// Zeros that are written like any other bytes, in blocks of their own.
+/// The range of written zeros, in blocks of their own.
 const ZEROS: Range<u64> = HALF / 2..HALF / 2 + (64 << 10);
-/// Gaps like those between the pages of a diff, with data of their size before and after each: a file system may keep large gaps
-/// and store small ones as zeros, as macOS's APFS is said to.
+/// Gaps like those between the pages of a diff, with data of their size before and after each. A
+/// file system may keep large gaps and store small ones as zeros; APFS on macOS reportedly does.
 const GAPS: [u64; 3] = [4 << 10, 16 << 10, 64 << 10];
 const STEPS: u64 = 4;
 const LADDERS_AT: u64 = 13 << 20;
-/// The largest gap of the sample that is none of `GAPS` is almost this.
+/// Upper bound of the gaps of the sample that are not in `GAPS`.
 const LARGE_GAP: u64 = 4 << 20;
 
-/// A sparse file with a block of noise, a block of zeros and a single byte in it, synced.
+/// A synced sparse file that contains a block of noise, a block of zeros and a single byte.
 #[derive(Debug)]
 pub(super) struct Sample<'f> {
     file: &'f File,
@@ -37,7 +37,7 @@ pub(super) struct Sample<'f> {
 impl<'f> Sample<'f> {
     pub(super) fn write(file: &'f File) -> io::Result<Self> {
         grow(file, LEN).map_err(into_io)?;
-        // Within RLIMIT_FSIZE because `grow` was.
+        // Inside RLIMIT_FSIZE, because `grow` was.
         file.write_all_at(&noise(), NOISE.start)?;
         file.write_all_at(&[1], BYTE_AT)?;
         file.write_all_at(&vec![0; (ZEROS.end - ZEROS.start) as usize], ZEROS.start)?;
@@ -47,7 +47,8 @@ impl<'f> Sample<'f> {
                 file.write_all_at(&data, step.start)?;
             }
         }
-        // Delayed allocation counts no block before. Not std's sync: no drive has to be flushed.
+        // Delayed allocation counts blocks only after a sync. Not std's sync: the drive need not be
+        // flushed.
         fsync(file)?;
         Ok(Self { file })
     }
@@ -95,7 +96,7 @@ impl<'f> Sample<'f> {
         })
     }
 
-    /// Whether the zeros that were written are listed as data, where `seek_hole` can be believed.
+    /// Returns whether written zeros are listed as data, if `seek_hole` is reliable.
     pub(super) fn written_zeros(&self, seek_hole: SeekHole) -> io::Result<WrittenZeros> {
         if !matches!(seek_hole, SeekHole::Exact { .. }) {
             return Ok(WrittenZeros::Unknown);
@@ -109,14 +110,14 @@ impl<'f> Sample<'f> {
         Ok(WrittenZeros::Data)
     }
 
-    /// Punches the noise out. The sample is of no further use.
+    /// Punches the noise out. The sample cannot be used afterwards.
     pub(super) fn punch(&mut self) -> io::Result<Punch> {
         fsync(self.file)?;
         let before = self.allocated()?;
         match punch_hole(self.file, NOISE) {
             Ok(()) => {}
             Err(SpaceError::Unsupported { .. }) => return Ok(Punch::Unsupported),
-            // Drivers differ in how they refuse a mode that they don't know.
+            // Drivers return different errors for an unsupported mode.
             Err(SpaceError::Io { source, .. }) if source.raw_os_error() == Some(libc::EINVAL) => {
                 return Ok(Punch::Unsupported);
             }
@@ -133,13 +134,15 @@ impl<'f> Sample<'f> {
     }
 }
 
-/// Where the data between gaps of `gap` bytes stands: at multiples of `gap`, farther than that from all else.
+/// Returns the data ranges between gaps of `gap` bytes: at multiples of `gap`, and farther than
+/// that from all other data.
 fn ladder(gap: u64) -> impl Iterator<Item = Range<u64>> {
     let start = LADDERS_AT + 16 * gap;
     (0..STEPS).map(move |step| start + 2 * step * gap..start + (2 * step + 1) * gap)
 }
 
-/// Bytes that no file system compresses away or stores as a hole: a xorshift generator (Marsaglia 2003).
+/// Returns bytes that no file system compresses or stores as a hole, from a xorshift generator
+/// (Marsaglia 2003).
 pub(super) fn noise() -> Vec<u8> {
     let mut state = 0x9E37_79B9_7F4A_7C15_u64;
     let words = (0..WRITTEN / 8).flat_map(|_| {
@@ -164,9 +167,9 @@ mod tests {
 
     const EXACT: SeekHole = SeekHole::Exact { granularity: 4096 };
 
-    /// As ZFS does with compression on: nothing is stored for a block of zeros.
+    /// As on ZFS with compression: no block of zeros is stored.
     #[test]
-    fn a_file_system_that_stores_no_block_of_zeros_is_found_out() {
+    fn file_system_that_stores_no_zeros_is_detected() {
         let file = tempfile::tempfile().expect("a file");
         let sample = Sample::write(&file).expect("written");
         assert_eq!(

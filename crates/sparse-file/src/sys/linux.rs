@@ -42,7 +42,8 @@ fn fallocate_range(file: &File, mode: FallocateFlags, range: Range<u64>) -> io::
     }
 }
 
-/// `FICLONERANGE`. What can't be shared is [unsupported](super::is_unsupported), for whatever reason.
+/// Shares blocks by `FICLONERANGE`. Every reason why blocks cannot be shared counts as
+/// [unsupported](super::is_unsupported).
 pub(crate) fn share_blocks(from: &File, to: &File, len: u64) -> io::Result<()> {
     let range = libc::file_clone_range {
         src_fd: from.as_raw_fd().into(),
@@ -50,16 +51,18 @@ pub(crate) fn share_blocks(from: &File, to: &File, len: u64) -> io::Result<()> {
         src_length: len,
         dest_offset: 0,
     };
-    // SAFETY: FICLONERANGE reads a file_clone_range, which `range` is for the length of the call; both files are borrowed, so open.
+    // SAFETY: FICLONERANGE reads a file_clone_range, which `range` is for the length of the call;
+    // both files are borrowed, so open.
     let result = unsafe { libc::ioctl(to.as_raw_fd(), libc::FICLONERANGE, &raw const range) };
     match Errno::result(result) {
-        // Of another file system; of odd length; files of different kinds (compressed, encrypted) on one.
+        // Different file systems; a length that is not whole blocks; different kinds of files
+        // (compressed, encrypted).
         Err(Errno::EXDEV | Errno::EINVAL | Errno::EPERM) => Err(Errno::EOPNOTSUPP.into()),
         result => Ok(result.map(drop)?),
     }
 }
 
-/// Turns `O_DIRECT` on or off; `EINVAL` where the file system has none.
+/// Sets or clears `O_DIRECT`. Returns `EINVAL` if the file system does not support it.
 pub(crate) fn set_direct(file: &File, on: bool) -> io::Result<()> {
     let mut flags = OFlag::from_bits_retain(fcntl(file, FcntlArg::F_GETFL)?);
     flags.set(OFlag::O_DIRECT, on);
@@ -67,9 +70,11 @@ pub(crate) fn set_direct(file: &File, on: bool) -> io::Result<()> {
     Ok(())
 }
 
-/// A second open file description of the regular file behind `file`, for writing past the page cache.
+/// Opens a second file description of the regular file behind `file`, for writing past the page
+/// cache.
 ///
-/// It takes over no more than `file` may do: one that is not open for writing, or for appending only, is refused.
+/// Has no more access than `file`: a file that is not open for writing, or open for appending only,
+/// is refused.
 pub(crate) fn reopen_direct(file: &File) -> io::Result<File> {
     let metadata = file.metadata()?;
     let flags = OFlag::from_bits_retain(fcntl(file, FcntlArg::F_GETFL)?);
@@ -85,7 +90,7 @@ pub(crate) fn reopen_direct(file: &File) -> io::Result<File> {
         .custom_flags((kept | OFlag::O_DIRECT).bits())
         .open(format!("/proc/self/fd/{}", file.as_raw_fd()))?;
     let reopened = direct.metadata()?;
-    // What is mounted at /proc may be something else.
+    // Another file system than procfs may be mounted at /proc.
     if (reopened.dev(), reopened.ino()) == (metadata.dev(), metadata.ino()) {
         Ok(direct)
     } else {
@@ -93,8 +98,9 @@ pub(crate) fn reopen_direct(file: &File) -> io::Result<File> {
     }
 }
 
-/// Memory and offset alignment of direct I/O in bytes by `STATX_DIOALIGN` (Linux 6.1): `(0, 0)` says that the file has no
-/// direct I/O, `None` that kernel or file system don't tell.
+/// Returns the alignment of memory and offset for direct I/O in bytes by `STATX_DIOALIGN` (Linux
+/// 6.1). `(0, 0)` means that the file does not support direct I/O, `None` that the kernel or the
+/// file system does not report it.
 pub(crate) fn reported_direct_alignment(file: &File) -> Option<(usize, usize)> {
     let statx = statx(file, libc::STATX_DIOALIGN)?;
     (statx.stx_mask & libc::STATX_DIOALIGN != 0).then_some((
@@ -103,11 +109,11 @@ pub(crate) fn reported_direct_alignment(file: &File) -> Option<(usize, usize)> {
     ))
 }
 
-/// `None` where the kernel has no `statx(2)`, or it fails.
+/// Returns `None` if the kernel does not support `statx(2)`, or if it fails.
 fn statx(file: &File, mask: libc::c_uint) -> Option<libc::statx> {
     let mut buffer = MaybeUninit::<libc::statx>::zeroed();
-    // SAFETY: the path is a C string, which with AT_EMPTY_PATH makes the borrowed, so open, descriptor the object;
-    // `buffer` is a statx that the kernel may fill.
+    // SAFETY: the path is a C string, which with AT_EMPTY_PATH selects the borrowed, so open,
+    // descriptor; `buffer` is a statx that the kernel may fill.
     let result = unsafe {
         libc::statx(
             file.as_raw_fd(),
@@ -120,12 +126,14 @@ fn statx(file: &File, mask: libc::c_uint) -> Option<libc::statx> {
     if result != 0 {
         return None;
     }
-    // SAFETY: `buffer` started as zeros, and statx is a struct of integers, for which every bit pattern is valid.
+    // SAFETY: `buffer` started as zeros, and statx is a struct of integers, for which every bit
+    // pattern is valid.
     Some(unsafe { buffer.assume_init() })
 }
 
-/// Magic numbers of `statfs(2)` that file systems of this day give; names as in `/proc/filesystems`.
-/// Source: `include/uapi/linux/magic.h`, and for those marked * the driver's own source.
+/// Magic numbers that `statfs(2)` returns for current file systems, with the names of
+/// `/proc/filesystems`. Source: `include/uapi/linux/magic.h`, and for those marked * the driver's
+/// own source.
 const NAMES: &[(u32, &str)] = &[
     (0xEF53, "ext2/ext3/ext4"),
     (0x5846_5342, "xfs"),
@@ -155,44 +163,46 @@ const EXT4: u32 = 0xEF53;
 /// [`crate::check_holes_are_zeros`].
 const DISK_FILE_SYSTEMS: [u32; 3] = [EXT4, 0x5846_5342, 0x9123_683E];
 
-/// As in [`NAMES`].
+/// The number in [`NAMES`].
 const TMPFS: u32 = 0x0102_1994;
 
-/// As in [`NAMES`].
+/// The number in [`NAMES`].
 const OVERLAY: u32 = 0x794C_7630;
 
-/// Whether it is known of the file's file system that what it reports as a hole reads as zeros.
+/// Returns whether every range that the file's file system reports as a hole is known to read as
+/// zeros.
 pub(crate) fn reports_holes_correctly(file: &File) -> io::Result<bool> {
     Ok(magic(file)? == TMPFS || is_on_disk(file)?)
 }
 
-/// Whether the file is known to be stored on ext4, XFS or btrfs, be it under an overlayfs.
+/// Returns whether the file is known to be stored on ext4, XFS or btrfs, including under overlayfs.
 pub(crate) fn is_on_disk(file: &File) -> io::Result<bool> {
     let magic = magic(file)?;
     Ok(DISK_FILE_SYSTEMS.contains(&magic) || (magic == OVERLAY && overlay::layer(file).is_some()))
 }
 
-/// Whether the file is stored on another file system than the one it is found on, which may change.
+/// Returns whether the file is stored on another file system than it is accessed through. That file
+/// system may change.
 pub(crate) fn is_layered(file: &File) -> io::Result<bool> {
     Ok(magic(file)? == OVERLAY)
 }
 
-/// The same of the file that `path` leads to.
+/// Returns the same for the file at `path`.
 pub(crate) fn is_layered_at(path: &Path) -> io::Result<bool> {
     Ok(magic_of(&statfs(path)?) == OVERLAY)
 }
 
-/// Whether both files, which are [layered](is_layered), are stored on one file system, as far as is
-/// known.
+/// Returns whether both files, which are [layered](is_layered), are stored on one file system, as
+/// far as known.
 pub(crate) fn on_one_layer(one: &File, other: &File) -> io::Result<bool> {
-    // overlayfs gives the files of each file system below another device (without `xino`).
+    // overlayfs assigns a device number per file system below (without `xino`).
     let one_device = one.metadata()?.dev() == other.metadata()?.dev();
     let layer = overlay::layer(one);
     Ok(one_device && layer.is_some() && layer == overlay::layer(other))
 }
 
-/// The larger of what the file system and the file call their block, in bytes: that of a tmpfs of huge pages is one of them, where
-/// the file system says 4 KiB.
+/// Returns the larger of the block sizes of the file system and of the file, in bytes. On a tmpfs
+/// of huge pages the file's is a huge page, while the file system reports 4 KiB.
 pub(crate) fn file_system_block(file: &File) -> io::Result<u64> {
     let of_file_system = u64::try_from(fstatfs(file)?.block_size()).map_err(io::Error::other)?;
     Ok(of_file_system.max(file.metadata()?.blksize()))
@@ -213,7 +223,7 @@ struct FiemapExtent {
     reserved: [u32; 3],
 }
 
-/// `struct fiemap`, with room for some extents.
+/// `struct fiemap` with an array of extents.
 #[repr(C)]
 struct Fiemap {
     start: u64,
@@ -244,8 +254,8 @@ const FIEMAP_EXTENT_UNWRITTEN: u32 = 0x800;
 /// `_IOWR('f', 11, struct fiemap)`; the size in it is that of the header, 32 bytes.
 const FS_IOC_FIEMAP: libc::Ioctl = 0xC020_660B_u32 as libc::Ioctl;
 
-/// The offset of the first extent of `file` that has blocks and was never written, or `None`, also
-/// where the file system does not list extents: tmpfs.
+/// Returns the offset of the first extent of `file` that has blocks and was never written. Returns
+/// `None` if there is none, or if the file system does not list extents: tmpfs.
 pub(crate) fn first_unwritten(file: &File) -> io::Result<Option<u64>> {
     let len = file.metadata()?.len();
     let mut at = 0;
@@ -282,12 +292,12 @@ pub(crate) fn first_unwritten(file: &File) -> io::Result<Option<u64>> {
     Ok(None)
 }
 
-/// Mount options of ext4 with which it writes zeros into what is left of a small unwritten extent
-/// when a part of it is written, as `/proc/self/mountinfo` shows them.
+/// Mount options with which ext4 writes zeros into the rest of a small unwritten extent when a part
+/// of it is written, as shown in `/proc/self/mountinfo`.
 const ZEROS_BESIDE: [&str; 3] = ["nodioread_nolock", "dioread_lock", "data=journal"];
 
-/// The first of [`ZEROS_BESIDE`] that the mount of `file` shows, or `None`, also where the system
-/// does not say. For a file that overlayfs stores on ext4, it does not.
+/// Returns the first of [`ZEROS_BESIDE`] that the mount of `file` has. Returns `None` if there is
+/// none, or if the system does not report it, as for a file that overlayfs stores on ext4.
 pub(crate) fn zeros_beside(file: &File) -> io::Result<Option<&'static str>> {
     if magic(file)? != EXT4 {
         return Ok(None);
@@ -303,7 +313,7 @@ pub(crate) fn zeros_beside(file: &File) -> io::Result<Option<&'static str>> {
     Ok(ZEROS_BESIDE.into_iter().find(is_shown))
 }
 
-/// The number of the mount by which the file was opened.
+/// Returns the number of the mount through which the file was opened.
 fn mount_id(file: &File) -> Option<String> {
     let info = std::fs::read_to_string(format!("/proc/self/fdinfo/{}", file.as_raw_fd())).ok()?;
     let mut lines = info.lines();
@@ -311,12 +321,12 @@ fn mount_id(file: &File) -> Option<String> {
     Some(id.trim().to_owned())
 }
 
-/// Whether a file and a directory were opened through one mount, as far as the system says, of one
-/// device.
+/// Returns whether a file and a directory were opened through one mount. Compares their devices if
+/// the system does not report the mounts.
 pub(crate) fn on_one_mount(one: &File, other: &File) -> io::Result<bool> {
     let (one_mount, other_mount) = (mount_id(one), mount_id(other));
     if is_layered(one)? {
-        // A directory and a file on one overlayfs may be of different devices.
+        // A directory and a file on one overlayfs may have different devices.
         return Ok(one_mount.is_some() && one_mount == other_mount);
     }
     Ok(one.metadata()?.dev() == other.metadata()?.dev() && one_mount == other_mount)
@@ -327,7 +337,7 @@ fn magic(file: &File) -> io::Result<u32> {
 }
 
 fn magic_of(file_system: &Statfs) -> u32 {
-    // As wide as the field is on every architecture; the upper half is sign or nothing.
+    // As wide as the field on every architecture; the upper half is a sign extension or zero.
     #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)]
     let magic = file_system.filesystem_type().0 as u32;
     magic

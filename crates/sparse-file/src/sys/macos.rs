@@ -12,12 +12,13 @@ use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
 use nix::sys::statfs::fstatfs;
 
-/// `F_PUNCHHOLE` refuses a range that is not of whole blocks, so the parts of blocks at both ends are written as zeros.
+/// Punches a hole by `F_PUNCHHOLE`, which refuses a range that is not of whole blocks. Parts of
+/// blocks at both ends are therefore overwritten with zeros.
 pub(crate) fn punch_hole(file: &File, range: Range<u64>) -> io::Result<()> {
     let block = u64::from(fstatfs(file)?.block_size()).max(1);
     let start = range.start.next_multiple_of(block).min(range.end);
     let end = (range.end - range.end % block).max(start);
-    // First, so that an unsupported call leaves the bytes alone.
+    // First, so that an unsupported call changes no bytes.
     if start < end {
         punch_blocks(file, start..end)?;
     }
@@ -36,13 +37,14 @@ fn punch_blocks(file: &File, blocks: Range<u64>) -> io::Result<()> {
         fp_offset: blocks.start as libc::off_t,
         fp_length: (blocks.end - blocks.start) as libc::off_t,
     };
-    // SAFETY: F_PUNCHHOLE reads an fpunchhole_t, which `hole` is for the length of the call; `file` is borrowed, so open.
+    // SAFETY: F_PUNCHHOLE reads an fpunchhole_t, which `hole` is for the length of the call; `file`
+    // is borrowed, so open.
     let result = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_PUNCHHOLE, &raw const hole) };
     Errno::result(result)?;
     Ok(())
 }
 
-/// APFS clones whole files, to new names.
+/// Unsupported: APFS clones only whole files, to new names.
 pub(crate) fn share_blocks(_from: &File, _to: &File, _len: u64) -> io::Result<()> {
     Err(Errno::ENOTSUP.into())
 }
@@ -58,7 +60,8 @@ fn write_zeros(file: &File, range: Range<u64>) -> io::Result<()> {
     Ok(())
 }
 
-/// `F_PREALLOCATE`'s length is what to add behind the blocks that the file has, and it leaves the file's length alone.
+/// The length of `F_PREALLOCATE` is what to add after the present blocks of the file. It does not
+/// change the length of the file.
 #[allow(
     clippy::cast_possible_wrap,
     reason = "checked by the callers in space.rs"
@@ -82,7 +85,7 @@ pub(crate) fn reserve(file: &File, len: u64) -> io::Result<()> {
     Ok(())
 }
 
-/// Turns `F_NOCACHE` on or off: macOS has no `O_DIRECT`.
+/// Sets or clears `F_NOCACHE`: macOS has no `O_DIRECT`.
 pub(crate) fn set_direct(file: &File, on: bool) -> io::Result<()> {
     // SAFETY: F_NOCACHE takes an int by value; `file` is borrowed, so the descriptor is open.
     let result = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_NOCACHE, libc::c_int::from(on)) };
@@ -90,12 +93,13 @@ pub(crate) fn set_direct(file: &File, on: bool) -> io::Result<()> {
     Ok(())
 }
 
-/// `F_NOCACHE` on a file for as long as this lives. It can't be asked for beforehand, so it is off afterwards.
+/// Sets `F_NOCACHE` on a file until it is dropped. The previous state cannot be queried, so it is
+/// cleared on drop.
 #[derive(Debug)]
 pub(crate) struct Uncached<'f>(&'f File);
 
 impl<'f> Uncached<'f> {
-    /// A hint: a file that doesn't take it is written as it is.
+    /// Sets `F_NOCACHE` as a hint: a file that does not support it is written without.
     pub(crate) fn new(file: &'f File) -> Self {
         let _ = set_direct(file, true);
         Self(file)
@@ -108,65 +112,65 @@ impl Drop for Uncached<'_> {
     }
 }
 
-/// macOS has no second open file description of a file but by its path.
+/// Unsupported: macOS opens a second description of a file only by its path.
 pub(crate) fn reopen_direct(_file: &File) -> io::Result<File> {
     Err(Errno::ENOTSUP.into())
 }
 
-/// macOS reports no alignment.
+/// Returns `None`: macOS reports no alignment.
 pub(crate) fn reported_direct_alignment(_file: &File) -> Option<(usize, usize)> {
     None
 }
 
-/// None of macOS's: APFS answers ENXIO inside clones, and has reported holes where data was written
+/// Returns false: APFS returns ENXIO inside clones, and has reported holes where data was written
 /// through a mapping.
 #[allow(clippy::unnecessary_wraps, reason = "the signature is Linux's")]
 pub(crate) fn reports_holes_correctly(_file: &File) -> io::Result<bool> {
     Ok(false)
 }
 
-/// Not known of the file systems of macOS.
+/// Returns false: unknown for the file systems of macOS.
 #[allow(clippy::unnecessary_wraps, reason = "the signature is Linux's")]
 pub(crate) fn is_on_disk(_file: &File) -> io::Result<bool> {
     Ok(false)
 }
 
-/// Of no file system of macOS.
+/// Returns false: no file system of macOS is layered.
 #[allow(clippy::unnecessary_wraps, reason = "the signature is Linux's")]
 pub(crate) fn is_layered(_file: &File) -> io::Result<bool> {
     Ok(false)
 }
 
-/// Of no file system of macOS.
+/// Returns false: no file system of macOS is layered.
 #[allow(clippy::unnecessary_wraps, reason = "the signature is Linux's")]
 pub(crate) fn is_layered_at(_path: &std::path::Path) -> io::Result<bool> {
     Ok(false)
 }
 
-/// Not asked, as no file is layered.
+/// Not called, because no file is layered.
 #[allow(clippy::unnecessary_wraps, reason = "the signature is Linux's")]
 pub(crate) fn on_one_layer(_one: &File, _other: &File) -> io::Result<bool> {
     Ok(false)
 }
 
-/// What the file system calls its block, in bytes.
+/// Returns the block size of the file system in bytes.
 pub(crate) fn file_system_block(file: &File) -> io::Result<u64> {
     Ok(u64::from(fstatfs(file)?.block_size()))
 }
 
-/// That is ext4's.
+/// Returns `None`: applies to ext4 only.
 #[allow(clippy::unnecessary_wraps, reason = "the signature is Linux's")]
 pub(crate) fn zeros_beside(_file: &File) -> io::Result<Option<&'static str>> {
     Ok(None)
 }
 
-/// macOS does not list extents.
+/// Returns `None`: macOS does not list extents.
 #[allow(clippy::unnecessary_wraps, reason = "the signature is Linux's")]
 pub(crate) fn first_unwritten(_file: &File) -> io::Result<Option<u64>> {
     Ok(None)
 }
 
-/// macOS mounts no single files.
+/// macOS does not mount single files.
 pub(crate) fn on_one_mount(one: &File, other: &File) -> io::Result<bool> {
     Ok(one.metadata()?.dev() == other.metadata()?.dev())
 }

@@ -1,8 +1,9 @@
-//! The engine that suits the file, the job and the machine.
+//! Selects the engine for the file, the job and the machine.
 
 use super::{Job, Pieces, Source, WriteError, positioned};
 
-/// Bytes up to which a job goes through the page cache: with the sync after it, that was no slower than a ring on ext4.
+/// Maximum size in bytes of a job that is written through the page cache: including the sync
+/// afterwards, that was not slower than a ring on ext4.
 const SMALL: u64 = 1 << 20;
 
 pub(super) fn write<I: Pieces, S: Source + ?Sized>(
@@ -52,7 +53,8 @@ fn large<I: Pieces, S: Source + ?Sized>(job: Job<'_, '_, I, S>) -> Result<u64, W
     }
 }
 
-/// macOS writes a file under a lock of its own, so threads would wait for each other; what pays is to leave the page cache alone.
+/// macOS writes a file under a lock, so threads would wait for each other. Bypassing the page cache
+/// is faster.
 #[cfg(not(target_os = "linux"))]
 fn large<I: Pieces, S: Source + ?Sized>(job: Job<'_, '_, I, S>) -> Result<u64, WriteError> {
     let _uncached = crate::sys::Uncached::new(job.file);

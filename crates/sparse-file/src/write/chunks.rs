@@ -1,17 +1,18 @@
-//! Runs, joined where they touch and cut where a chunk ends.
+//! Joins adjacent runs and cuts them at chunk borders.
 
 use std::ops::Range;
 
 use super::WriteError;
 
-/// Turns runs into pieces that don't cross a multiple of the chunk size. Looks no further ahead than the chunk in hand.
+/// An iterator that turns runs into pieces that do not cross a multiple of the chunk size. Reads no
+/// runs beyond the current chunk.
 #[derive(Debug)]
 pub(super) struct Chunks<I> {
     runs: I,
     chunk_size: u64,
-    /// What is left of the run in hand.
+    /// The rest of the current run.
     run: Range<u64>,
-    /// Taken from `runs`, but not part of `run`.
+    /// The run after `run` that was already taken from `runs`.
     next: Option<Result<Range<u64>, WriteError>>,
 }
 
@@ -25,7 +26,7 @@ impl<I: Iterator<Item = Range<u64>>> Chunks<I> {
         }
     }
 
-    /// The next run that is not empty, or why it is none.
+    /// Returns the next run that is not empty, or the reason why it is invalid.
     fn pull(&mut self) -> Option<Result<Range<u64>, WriteError>> {
         let run = self.runs.find(|run| run.start != run.end)?;
         let valid = run.start < run.end && libc::off_t::try_from(run.end).is_ok();
@@ -38,7 +39,7 @@ impl<I: Iterator<Item = Range<u64>>> Chunks<I> {
 }
 
 impl<I: Iterator<Item = Range<u64>>> Iterator for Chunks<I> {
-    /// Never empty. Nothing is asked for after an error.
+    /// Never empty. The iterator is not called again after an error.
     type Item = Result<Range<u64>, WriteError>;
 
     fn next(&mut self) -> Option<Self::Item> {
@@ -76,15 +77,18 @@ mod tests {
     #[case::nothing(&[], &[])]
     #[case::empty_runs(&[5..5, 0..0], &[])]
     #[case::adjacent_runs_are_one_write(&[0..4, 4..8, 8..12], &[0..12])]
-    #[case::an_empty_run_between_does_not_part_them(&[0..4, 99..99, 4..8], &[0..8])]
+    #[case::empty_run_between_does_not_separate_them(&[0..4, 99..99, 4..8], &[0..8])]
     #[case::overlapping_runs_are_one_write(&[0..8, 4..12], &[0..12])]
-    #[case::a_run_inside_another_is_written_once(&[0..12, 4..8], &[0..12])]
-    #[case::a_gap_is_kept(&[0..4, 5..8], &[0..4, 5..8])]
+    #[case::run_inside_another_is_written_once(&[0..12, 4..8], &[0..12])]
+    #[case::gap_is_kept(&[0..4, 5..8], &[0..4, 5..8])]
     #[case::unsorted_runs_keep_their_order(&[8..12, 0..4], &[8..12, 0..4])]
     #[case::cut_at_multiples_of_the_chunk(&[10..40], &[10..16, 16..32, 32..40])]
     #[case::joined_across_a_chunks_end(&[10..16, 16..20], &[10..16, 16..20])]
     #[case::joined_after_a_cut(&[0..20, 20..32], &[0..16, 16..32])]
-    fn runs_become_chunks(#[case] runs: &[Range<u64>], #[case] chunks: &[Range<u64>]) {
+    fn runs_are_joined_and_cut_into_chunks(
+        #[case] runs: &[Range<u64>],
+        #[case] chunks: &[Range<u64>],
+    ) {
         let made: Vec<_> = Chunks::new(runs.iter().cloned(), 16)
             .map(|chunk| chunk.expect("all runs are valid"))
             .collect();
@@ -94,7 +98,7 @@ mod tests {
     #[rstest]
     #[case::ends_before_it_starts(Range { start: 9, end: 8 })]
     #[case::ends_past_the_largest_offset(0..1 << 63)]
-    fn an_invalid_run_comes_after_what_stood_before_it(#[case] invalid: Range<u64>) {
+    fn invalid_run_is_returned_after_the_runs_before_it(#[case] invalid: Range<u64>) {
         let mut chunks = Chunks::new([0..4, invalid.clone()].into_iter(), 16);
         assert_eq!(chunks.next().expect("a chunk").expect("valid"), 0..4);
         let error = chunks.next().expect("the run").expect_err("invalid");
@@ -102,7 +106,7 @@ mod tests {
     }
 
     #[test]
-    fn the_last_chunk_of_the_largest_file_does_not_overflow() {
+    fn last_chunk_of_the_largest_file_does_not_overflow() {
         let end = i64::MAX as u64;
         let mut chunks = Chunks::new(std::iter::once(end - 1..end), 1 << 30);
         assert_eq!(
@@ -112,7 +116,7 @@ mod tests {
     }
 
     #[test]
-    fn no_more_runs_are_pulled_than_the_chunk_in_hand_needs() {
+    fn only_runs_of_the_current_chunk_are_pulled() {
         let mut pulled = 0;
         let runs = (0..1000u64).map(|page| page * 4..page * 4 + 4);
         let mut chunks = Chunks::new(runs.inspect(|_| pulled += 1), 16);

@@ -1,4 +1,4 @@
-//! io_uring where the system has none.
+//! The io_uring engine on systems without io_uring.
 
 use std::io;
 

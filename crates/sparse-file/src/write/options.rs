@@ -1,34 +1,40 @@
-//! How to write.
+//! Options of writes.
 
-/// The way bytes get to the file. All give the same bytes; they differ in speed, and in what is left in the page cache.
+/// The mechanism that writes bytes to the file. All engines write the same bytes. They differ in
+/// speed and in the contents of the page cache.
 ///
-/// [`Threads`](Self::Threads) and [`IoUring`](Self::IoUring) write whole, aligned blocks past the page cache where the file takes
-/// direct I/O, straight from the memory of a source that hands it out. What is left goes through the page cache: the parts of
-/// blocks at the ends of a run, a run that the file system refuses, and all of a file that has no direct I/O. A direct write to a
-/// file opened for appending, or not reachable as `/proc/self/fd/N`, can't be had either.
+/// [`Threads`](Self::Threads) and [`IoUring`](Self::IoUring) write whole, aligned blocks past the
+/// page cache if the file supports direct I/O, directly from the memory of a source that exposes
+/// it. Everything else goes through the page cache: parts of blocks at the ends of a run, runs that
+/// the file system refuses, and files without direct I/O. Direct I/O is also unavailable for a file
+/// that is open for appending, or that is not reachable as `/proc/self/fd/N`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Engine {
-    /// The best that there is, and never an error that another engine would not give.
+    /// Picks the fastest available engine. Never fails where another engine would succeed.
     ///
-    /// On Linux, for a file that takes direct I/O, [`IoUring`](Self::IoUring), or [`Threads`](Self::Threads) where no ring can
-    /// be made (old kernels, containers that forbid it, memory limits). Else, and for small jobs,
-    /// [`Positioned`](Self::Positioned). On macOS always that, with `F_NOCACHE` while a large job is written.
+    /// On Linux, for a file that supports direct I/O, this is [`IoUring`](Self::IoUring), or
+    /// [`Threads`](Self::Threads) if no ring can be created (old kernels, containers that forbid
+    /// it, memory limits). In other cases, and for small jobs, [`Positioned`](Self::Positioned). On
+    /// macOS always the latter, with `F_NOCACHE` during a large job.
     #[default]
     Auto,
-    /// One `pwrite(2)` after the other on the calling thread: works on every file.
+    /// Makes one `pwrite(2)` after another on the calling thread. Works on every file.
     Positioned,
-    /// 8 threads for the length of the call, one `pwrite(2)` after the other in each, for ranges of 256 KiB and more; smaller ones
-    /// go through the page cache, as the threads would wait for each other.
+    /// Uses 8 threads for the duration of the call. Each makes one `pwrite(2)` after another for
+    /// ranges of 256 KiB and more. Smaller ranges go through the page cache, because the threads
+    /// would wait for each other.
     Threads,
-    /// A ring of `io_uring(7)` for the length of the call, with at most 64 requests of together 32 MiB in flight. Linux.
+    /// Uses a ring of `io_uring(7)` for the duration of the call, with at most 64 requests of
+    /// together 32 MiB in flight. Linux only.
     ///
-    /// The kernel may still tidy up after the ring when the call has returned, for some 60 ms, and wakes the calling thread for it
-    /// once: an interruptible wait of it ends early then (`EINTR` from `epoll_wait` or `KVM_RUN`, though no signal came).
+    /// The kernel may clean up the ring for about 60 ms after the call has returned, and wakes the
+    /// calling thread once for it. This ends an interruptible wait of the thread early: `EINTR`
+    /// from `epoll_wait` or `KVM_RUN` without a signal.
     IoUring,
 }
 
-/// Options of [`write_runs`](crate::write_runs()); the defaults are right for any file system.
+/// Options of [`write_runs`](crate::write_runs()). The defaults suit every file system.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct WriteOptions {
     pub(super) engine: Engine,
@@ -36,12 +42,12 @@ pub struct WriteOptions {
 }
 
 impl WriteOptions {
-    /// The smallest chunk: a page.
+    /// The smallest chunk size: a page.
     pub const MIN_CHUNK_SIZE: usize = 4 << 10;
-    /// The largest chunk. macOS refuses a write of 2 GiB, Linux cuts it short.
+    /// The largest chunk size. macOS refuses a write of 2 GiB, and Linux shortens it.
     pub const MAX_CHUNK_SIZE: usize = 1 << 30;
 
-    /// [`Engine::Auto`] with chunks of 1 MiB.
+    /// Creates options with [`Engine::Auto`] and chunks of 1 MiB.
     #[must_use]
     pub const fn new() -> Self {
         Self {
@@ -50,16 +56,17 @@ impl WriteOptions {
         }
     }
 
-    /// The engine to write with.
+    /// Sets the engine.
     #[must_use]
     pub const fn engine(mut self, engine: Engine) -> Self {
         self.engine = engine;
         self
     }
 
-    /// At most how many bytes one call writes, and how many lie between two calls of the progress function. Rounded up to a
-    /// power of two within [`MIN_CHUNK_SIZE`](Self::MIN_CHUNK_SIZE) and [`MAX_CHUNK_SIZE`](Self::MAX_CHUNK_SIZE); a chunk never
-    /// crosses a multiple of it in the file.
+    /// Sets the maximum number of bytes that one call writes, and that are written between two
+    /// calls of the progress function. Rounded up to a power of two between
+    /// [`MIN_CHUNK_SIZE`](Self::MIN_CHUNK_SIZE) and [`MAX_CHUNK_SIZE`](Self::MAX_CHUNK_SIZE). A
+    /// chunk never crosses a multiple of this size in the file.
     #[must_use]
     pub fn chunk_size(mut self, bytes: usize) -> Self {
         self.chunk_size = bytes
@@ -86,7 +93,7 @@ mod tests {
     #[case(4097, 8192)]
     #[case(1 << 20, 1 << 20)]
     #[case(usize::MAX, 1 << 30)]
-    fn any_chunk_size_becomes_one_that_works(#[case] given: usize, #[case] used: usize) {
+    fn any_chunk_size_becomes_a_valid_one(#[case] given: usize, #[case] used: usize) {
         assert_eq!(WriteOptions::new().chunk_size(given).chunk_size, used);
     }
 }

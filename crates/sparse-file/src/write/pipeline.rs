@@ -1,5 +1,5 @@
-//! Keeps requests in flight, for the engines that can: cuts chunks into what may go directly and what can't, and sees every
-//! byte to its end.
+//! Keeps requests in flight. Separates chunks into direct and cached parts, and completes every
+//! request.
 
 use std::io;
 use std::ops::Range;
@@ -12,14 +12,15 @@ use crate::Memory;
 use crate::buffer::{ALIGNMENT, AlignedBuffer};
 use crate::limit::SizeLimit;
 
-/// Bytes of the largest request: larger ones were no faster.
+/// Maximum size of a request in bytes: larger ones were not faster.
 const REQUEST: usize = 1 << 20;
-/// Bytes of all requests in flight.
+/// Maximum number of bytes of all requests in flight.
 const IN_FLIGHT: u64 = 32 << 20;
-/// Bytes of all buffers, for sources that don't hand out their memory.
+/// Maximum number of bytes of all buffers, for sources that do not expose their memory.
 const BUFFERS: usize = 16 << 20;
 
-/// A write of whole blocks. It owns what the kernel reads, or names memory of the source.
+/// A write of whole blocks. Owns the buffer that the kernel reads, or refers to memory of the
+/// source.
 #[derive(Debug)]
 pub(super) struct Request<'m> {
     offset: u64,
@@ -37,7 +38,8 @@ impl Request<'_> {
         self.offset
     }
 
-    /// Not empty, and at most [`REQUEST`] bytes. Stays where it is when the request is moved.
+    /// Returns the memory to write. Not empty, and at most [`REQUEST`] bytes. Its address does not
+    /// change when the request is moved.
     pub(super) fn memory(&self) -> Memory<'_> {
         match &self.bytes {
             Bytes::Source(memory) => *memory,
@@ -46,23 +48,26 @@ impl Request<'_> {
     }
 }
 
-/// Where requests are in flight. When it is dropped, or the scope that it belongs to ends, none is any more.
+/// A queue of requests in flight. After it is dropped, or after the scope that it belongs to has
+/// ended, no request is in flight.
 pub(super) trait Queue<'m> {
-    /// How many requests it takes without giving one back.
+    /// The maximum number of requests in flight.
     const DEPTH: usize;
-    /// Bytes below which a range is not worth a request, and better off in the page cache.
-    const SMALLEST: u64;
+    /// The minimum length of a range in bytes. Shorter ranges are faster through the page cache.
+    const MIN_LEN: u64;
 
-    /// Takes a request to write all its bytes at its offset.
+    /// Submits a request to write all its bytes at its offset.
     fn submit(&mut self, request: Request<'m>);
 
-    /// Waits for any request to end, and says how many bytes of it were written; `None` if there is none.
+    /// Waits for any request to complete and returns the number of bytes written. Returns `None` if
+    /// no request is in flight.
     fn complete(&mut self) -> Option<(Request<'m>, io::Result<usize>)>;
 }
 
 /// Writes the job through `queue`.
 ///
-/// After a failure nothing more is begun, all that is in flight is waited for, and what failed at the lowest offset is reported.
+/// After a failure, no new request is submitted and all requests in flight are waited for. Then the
+/// failure at the lowest offset is returned.
 pub(super) fn write<'m, Q, I, S>(
     queue: Q,
     alignment: Alignment,
@@ -102,7 +107,8 @@ where
     }
 }
 
-/// The failure at the lower offset; one that has none, as being cancelled, only if there is no other.
+/// Returns the failure at the lower offset. One without an offset, such as a cancellation, is
+/// returned only if there is no other.
 fn lower(first: Option<WriteError>, second: WriteError) -> WriteError {
     let offset = |error: &WriteError| match error {
         WriteError::Source { offset, .. }
@@ -120,9 +126,9 @@ struct Pipeline<'a, Q> {
     queue: Q,
     alignment: Alignment,
     limit: SizeLimit,
-    /// For what can't be written directly.
+    /// Writes the parts that cannot be written directly.
     rest: Positioned<'a>,
-    /// The blocks that are being written, no two the same.
+    /// The blocks that are being written. They do not overlap.
     in_flight: Vec<Range<u64>>,
     buffers: Buffers,
     progress: Progress<'a>,
@@ -136,7 +142,7 @@ impl<'m, Q: Queue<'m>> Pipeline<'_, Q> {
     ) -> Result<(), WriteError> {
         let end = chunk.end.min(self.limit.end()).max(chunk.start);
         let mut blocks = self.alignment.blocks_in(chunk.start..end);
-        if blocks.end - blocks.start < Q::SMALLEST {
+        if blocks.end - blocks.start < Q::MIN_LEN {
             blocks = end..end;
         }
         self.cached(source, chunk.start..blocks.start)?;
@@ -154,7 +160,7 @@ impl<'m, Q: Queue<'m>> Pipeline<'_, Q> {
             })
     }
 
-    /// Puts whole blocks in flight.
+    /// Submits whole blocks.
     fn direct<S: Source + ?Sized>(
         &mut self,
         source: &'m S,
@@ -170,7 +176,7 @@ impl<'m, Q: Queue<'m>> Pipeline<'_, Q> {
             };
             let request = Request { offset: at, bytes };
             let end = at + request.memory().len() as u64;
-            self.make_way(&(at..end))?;
+            self.wait_for_slot(&(at..end))?;
             self.in_flight.push(at..end);
             self.queue.submit(request);
             at = end;
@@ -195,7 +201,7 @@ impl<'m, Q: Queue<'m>> Pipeline<'_, Q> {
         Ok(Bytes::Copy { buffer, len })
     }
 
-    /// Writes parts of blocks, on this thread.
+    /// Writes parts of blocks on this thread.
     fn cached<S: Source + ?Sized>(
         &mut self,
         source: &S,
@@ -205,14 +211,15 @@ impl<'m, Q: Queue<'m>> Pipeline<'_, Q> {
             return Ok(());
         }
         let len = range.end - range.start;
-        self.make_way(&self.alignment.blocks_around(&range))?;
+        self.wait_for_slot(&self.alignment.blocks_around(&range))?;
         self.rest.write(source, range, &mut self.progress)?;
-        self.progress.wrote(len)
+        self.progress.advance(len)
     }
 
-    /// Waits until there is room for one more request, and none in flight for `blocks`: of two writes to one block the later has
-    /// to win, and the page cache must not take up a block that is being written past it.
-    fn make_way(&mut self, blocks: &Range<u64>) -> Result<(), WriteError> {
+    /// Waits until another request can be submitted and none is in flight for `blocks`. Of two
+    /// writes to one block the later must win, and the page cache must not read a block while a
+    /// direct write to it is in flight.
+    fn wait_for_slot(&mut self, blocks: &Range<u64>) -> Result<(), WriteError> {
         let meets = |other: &Range<u64>| other.start < blocks.end && blocks.start < other.end;
         while self.in_flight.len() == Q::DEPTH
             || self.bytes_in_flight() >= IN_FLIGHT
@@ -227,7 +234,8 @@ impl<'m, Q: Queue<'m>> Pipeline<'_, Q> {
         self.in_flight.iter().map(|one| one.end - one.start).sum()
     }
 
-    /// Waits for one request and finishes what the kernel left of it; `None` if none is in flight.
+    /// Waits for one request and finishes what the kernel did not write. Returns `None` if no
+    /// request is in flight.
     fn complete(&mut self) -> Option<Result<(), WriteError>> {
         let (request, result) = self.queue.complete()?;
         self.in_flight.retain(|one| one.start != request.offset);
@@ -236,7 +244,7 @@ impl<'m, Q: Queue<'m>> Pipeline<'_, Q> {
         if let Bytes::Copy { buffer, .. } = request.bytes {
             self.buffers.free.push(buffer);
         }
-        Some(finished.and_then(|()| self.progress.wrote(len)))
+        Some(finished.and_then(|()| self.progress.advance(len)))
     }
 
     fn finish(
@@ -248,8 +256,9 @@ impl<'m, Q: Queue<'m>> Pipeline<'_, Q> {
         let taken = match result {
             Ok(taken) if taken == memory.len() => return Ok(()),
             Ok(taken) => taken,
-            // What was interrupted or not ready, what the file system takes only through the page cache, and memory that can't be
-            // read somewhere, which a write through the page cache finds to the byte.
+            // Retry through the page cache: the request was interrupted or not ready, the file
+            // system refuses direct I/O for it, or a part of the memory is unreadable. The retry
+            // finds the exact offset of the failure.
             Err(error)
                 if error.raw_os_error().is_some_and(|errno| {
                     [libc::EINTR, libc::EAGAIN, libc::ECANCELED].contains(&errno)
@@ -272,11 +281,11 @@ impl<'m, Q: Queue<'m>> Pipeline<'_, Q> {
     }
 }
 
-/// A bounded number of buffers, made when they are first needed.
+/// A bounded number of buffers, created on first use.
 struct Buffers {
     size: usize,
     free: Vec<AlignedBuffer>,
-    to_be_made: usize,
+    remaining: usize,
 }
 
 impl Buffers {
@@ -284,13 +293,13 @@ impl Buffers {
         Self {
             size,
             free: Vec::new(),
-            to_be_made: BUFFERS / (size + ALIGNMENT),
+            remaining: BUFFERS / (size + ALIGNMENT),
         }
     }
 
     fn take(&mut self) -> Option<AlignedBuffer> {
         self.free.pop().or_else(|| {
-            self.to_be_made = self.to_be_made.checked_sub(1)?;
+            self.remaining = self.remaining.checked_sub(1)?;
             Some(AlignedBuffer::new(self.size))
         })
     }

@@ -18,12 +18,12 @@ pub(super) fn write<I: Pieces, S: Source + ?Sized>(
         let chunk = chunk?;
         let len = chunk.end - chunk.start;
         positioned.write(job.source, chunk, &mut job.progress)?;
-        job.progress.wrote(len)?;
+        job.progress.advance(len)?;
     }
     Ok(job.progress.written())
 }
 
-/// Writes on the calling thread, through the page cache unless the file was opened otherwise.
+/// Writes on the calling thread, through the page cache unless the file was opened for direct I/O.
 #[derive(Debug)]
 pub(super) struct Positioned<'f> {
     file: &'f File,
@@ -42,8 +42,9 @@ impl<'f> Positioned<'f> {
         }
     }
 
-    /// Writes `range`, at most a chunk of it. Memory is handed to the kernel as it is: that took 0.7 to 0.8 of the time of a
-    /// copy through the buffer (256 MiB in chunks of 1 MiB, buffered, on ext4 and tmpfs; `examples/copy_or_direct.rs`).
+    /// Writes `range`, which is at most a chunk. The kernel reads memory directly: that took 0.7 to
+    /// 0.8 of the time of a copy through the buffer (256 MiB in chunks of 1 MiB, buffered, on ext4
+    /// and tmpfs; `examples/copy_or_direct.rs`).
     pub(super) fn write<S: Source + ?Sized>(
         &mut self,
         source: &S,
@@ -70,7 +71,7 @@ impl<'f> Positioned<'f> {
         Ok(())
     }
 
-    /// Writes what other ways left of `memory`.
+    /// Writes the part of `memory` that another engine did not write.
     pub(super) fn finish(
         &self,
         memory: Memory<'_>,
@@ -106,7 +107,8 @@ pub(super) fn read<S: Source + ?Sized>(
         .map_err(|source| WriteError::Source { offset, source })
 }
 
-/// Calls `sink` until all of `memory` is at `offset`, and `wait` before asking a sink again that was not ready.
+/// Calls `sink` until all of `memory` is written at `offset`. Calls `wait` before a retry of a sink
+/// that was not ready.
 fn write_all(
     mut sink: impl FnMut(Memory<'_>, u64) -> io::Result<usize>,
     mut wait: impl FnMut() -> Result<(), WriteError>,
@@ -149,11 +151,11 @@ mod tests {
     use super::super::refused;
     use super::*;
 
-    /// What one system call does: takes at most so many bytes, or fails.
-    type Step = Result<usize, i32>;
+    /// The result of one system call: the maximum number of bytes that it writes, or its error.
+    type CallResult = Result<usize, i32>;
 
-    /// A real file behind a kernel that follows `script` and then takes everything.
-    fn write_through(script: &[Step]) -> (Vec<u8>, Result<(), WriteError>, u32) {
+    /// Writes to a real file through a kernel that follows `script` and then accepts everything.
+    fn write_through(script: &[CallResult]) -> (Vec<u8>, Result<(), WriteError>, u32) {
         let bytes: Vec<u8> = (0..100).collect();
         let file = tempfile::tempfile().expect("temporary file");
         let mut script = script.iter();
@@ -186,7 +188,7 @@ mod tests {
     }
 
     #[test]
-    fn interrupted_calls_are_made_again_at_once() {
+    fn interrupted_calls_are_retried_at_once() {
         let (stored, result, waits) =
             write_through(&[Err(libc::EINTR), Ok(50), Err(libc::EINTR), Err(libc::EINTR)]);
         result.expect("all written");
@@ -195,7 +197,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_that_is_not_ready_is_asked_again_after_a_wait() {
+    fn file_that_is_not_ready_is_retried_after_a_wait() {
         let (stored, result, waits) =
             write_through(&[Err(libc::EAGAIN), Ok(50), Err(libc::EAGAIN)]);
         result.expect("all written");
@@ -204,13 +206,13 @@ mod tests {
     }
 
     #[test]
-    fn waiting_for_a_file_that_never_gets_ready_can_be_cancelled() {
+    fn wait_for_a_file_that_is_never_ready_can_be_cancelled() {
         let (_, result, _) = write_through(&[Err(libc::EAGAIN); 5]);
         assert!(matches!(result, Err(WriteError::Cancelled { .. })));
     }
 
     #[test]
-    fn a_write_of_nothing_is_an_error_and_no_endless_loop() {
+    fn write_of_no_bytes_is_an_error_and_no_endless_loop() {
         let (stored, result, _) = write_through(&[Ok(40), Ok(0)]);
         assert_eq!(stored.len(), 40);
         assert!(matches!(
@@ -223,7 +225,7 @@ mod tests {
     }
 
     #[test]
-    fn a_failure_names_the_first_byte_not_written() {
+    fn failure_names_the_first_unwritten_byte() {
         let (_, result, _) = write_through(&[Ok(40), Err(libc::EIO)]);
         let (offset, len, source) = refused(result);
         assert_eq!((offset, len), (47, 60));

@@ -1,4 +1,4 @@
-//! What is written so far, and the caller's say in whether to go on.
+//! Counts written bytes and checks for cancellation.
 
 use std::fmt;
 use std::ops::ControlFlow;
@@ -7,10 +7,11 @@ use std::time::Duration;
 
 use super::WriteError;
 
-/// How long a file that isn't ready is left alone; the caller is asked each time, so a wait can be cancelled.
+/// Pause before a retry of a file that is not ready. The caller is polled before each retry, so
+/// that a wait can be cancelled.
 const NOT_READY_PAUSE: Duration = Duration::from_millis(1);
 
-/// The caller's progress function, which is not called again once it said [`ControlFlow::Break`].
+/// The caller's progress function. It is not called again after it returned [`ControlFlow::Break`].
 pub(super) struct Progress<'p> {
     report: &'p mut dyn FnMut(u64) -> ControlFlow<()>,
     written: u64,
@@ -30,19 +31,19 @@ impl<'p> Progress<'p> {
         self.written
     }
 
-    /// Counts `bytes` more and asks whether to go on.
-    pub(super) fn wrote(&mut self, bytes: u64) -> Result<(), WriteError> {
+    /// Adds `bytes` to the count and polls for cancellation.
+    pub(super) fn advance(&mut self, bytes: u64) -> Result<(), WriteError> {
         self.written += bytes;
-        self.go_on()
+        self.poll()
     }
 
-    /// Waits for a file that is not ready, and asks whether to go on.
+    /// Waits for a file that is not ready, and polls for cancellation.
     pub(super) fn wait(&mut self) -> Result<(), WriteError> {
         thread::sleep(NOT_READY_PAUSE);
-        self.go_on()
+        self.poll()
     }
 
-    fn go_on(&mut self) -> Result<(), WriteError> {
+    fn poll(&mut self) -> Result<(), WriteError> {
         self.cancelled = self.cancelled || (self.report)(self.written).is_break();
         if self.cancelled {
             return Err(WriteError::Cancelled {

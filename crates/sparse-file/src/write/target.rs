@@ -1,4 +1,4 @@
-//! The file as direct I/O sees it.
+//! A file opened for direct I/O, and its alignments.
 
 use std::fs::File;
 use std::io;
@@ -7,7 +7,8 @@ use std::os::unix::fs::MetadataExt;
 
 use crate::{Memory, sys};
 
-/// No file system in use keeps data in larger blocks; network file systems name the size of their transfers.
+/// The largest block size that is used: no file system in use has larger blocks, and network file
+/// systems report the size of their transfers.
 const LARGEST_BLOCK: usize = 64 << 10;
 
 /// A descriptor to write whole blocks to.
@@ -18,16 +19,17 @@ pub(super) struct Target {
 }
 
 impl Target {
-    /// Past the page cache where that can be had, else through it.
+    /// Opens the file for direct I/O if possible, otherwise for writes through the page cache.
     pub(super) fn of(file: &File) -> io::Result<Self> {
         Self::direct(file).map_or_else(|| Self::cached(file), Ok)
     }
 
-    /// Past the page cache; `None` where that can't be had.
+    /// Opens the file for direct I/O. Returns `None` if that is not possible.
     pub(super) fn direct(file: &File) -> Option<Self> {
         let direct = sys::reopen_direct(file).ok()?;
         let reported = sys::reported_direct_alignment(&direct);
-        // What is written directly must share no page of the page cache and no block of the file system with what is not.
+        // Direct writes must not share a page of the page cache or a block of the file system with
+        // cached writes.
         let page = sys::page_size();
         let block = usize::try_from(file.metadata().ok()?.blksize())
             .ok()
@@ -44,7 +46,7 @@ impl Target {
         })
     }
 
-    /// Through the page cache, where all alignments will do.
+    /// Opens the file for writes through the page cache, which accept every alignment.
     fn cached(file: &File) -> io::Result<Self> {
         Ok(Self {
             file: file.try_clone()?,
@@ -56,28 +58,29 @@ impl Target {
     }
 }
 
-/// Powers of two, in bytes.
+/// Alignments: powers of two, in bytes.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Alignment {
-    /// Of addresses.
+    /// The alignment of addresses.
     memory: usize,
-    /// Of offsets and lengths.
+    /// The alignment of offsets and lengths.
     block: usize,
 }
 
 impl Alignment {
-    /// The whole blocks in `range`; empty, but within it, if there are none.
+    /// Returns the whole blocks inside `range`. If there are none, the result is empty and inside
+    /// `range`.
     pub(super) fn blocks_in(self, range: Range<u64>) -> Range<u64> {
         let start = self.up(range.start).min(range.end);
         start..self.down(range.end).max(start)
     }
 
-    /// The blocks of which `range` has a part.
+    /// Returns the blocks that overlap `range`.
     pub(super) fn blocks_around(self, range: &Range<u64>) -> Range<u64> {
         self.down(range.start)..self.up(range.end)
     }
 
-    /// As much from the start of `memory` as can be written directly.
+    /// Returns the longest prefix of `memory` that can be written directly.
     pub(super) fn suitable(self, memory: Memory<'_>) -> Option<Memory<'_>> {
         let blocks = memory.first(memory.len() - memory.len() % self.block);
         (!blocks.is_empty() && blocks.as_ptr().addr().is_multiple_of(self.memory)).then_some(blocks)
@@ -87,7 +90,7 @@ impl Alignment {
         offset - offset % self.block as u64
     }
 
-    /// Offsets are below 2^63, so nothing overflows.
+    /// Rounds up to a block. Offsets are below 2^63, so this does not overflow.
     fn up(self, offset: u64) -> u64 {
         offset.next_multiple_of(self.block as u64)
     }
@@ -106,12 +109,12 @@ mod tests {
 
     #[rstest]
     #[case::whole_blocks(4096..12288, 4096..12288)]
-    #[case::a_head_and_a_tail(4095..12289, 4096..12288)]
+    #[case::partial_blocks_at_both_ends(4095..12289, 4096..12288)]
     #[case::part_of_one_block(100..200, 200..200)]
-    #[case::parts_of_two(100..4196, 4096..4096)]
+    #[case::parts_of_two_blocks(100..4196, 4096..4096)]
     #[case::nothing(4096..4096, 4096..4096)]
-    #[case::the_last_block_there_is(i64::MAX as u64 - 5000..i64::MAX as u64, (1 << 63) - 4096..(1 << 63) - 4096)]
-    fn a_range_is_cut_at_whole_blocks(#[case] range: Range<u64>, #[case] blocks: Range<u64>) {
+    #[case::last_block_of_the_largest_file(i64::MAX as u64 - 5000..i64::MAX as u64, (1 << 63) - 4096..(1 << 63) - 4096)]
+    fn range_is_cut_at_whole_blocks(#[case] range: Range<u64>, #[case] blocks: Range<u64>) {
         let cut = SECTORS.blocks_in(range.clone());
         let (head, tail) = (range.start..cut.start, cut.end..range.end);
         assert!(head.start <= head.end && cut.start <= cut.end && tail.start <= tail.end);
@@ -122,7 +125,7 @@ mod tests {
     }
 
     #[test]
-    fn memory_suits_in_whole_blocks_from_an_aligned_address_on() {
+    fn suitable_memory_is_aligned_and_in_whole_blocks() {
         let buffer = crate::buffer::AlignedBuffer::new(16384);
         let memory = buffer.memory(10_000);
         let len = |memory| SECTORS.suitable(memory).map(Memory::len);

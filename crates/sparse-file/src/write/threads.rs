@@ -1,4 +1,4 @@
-//! Requests in flight in threads, one `pwrite(2)` each.
+//! Keeps requests in flight in threads, one `pwrite(2)` each.
 
 use std::fs::File;
 use std::io;
@@ -11,7 +11,7 @@ use super::target::Target;
 use super::{Engine, Job, Pieces, Source, WriteError, unavailable};
 
 const THREADS: usize = 8;
-/// A thread makes one system call after the other.
+/// Stack size of a thread, which only makes system calls.
 const STACK: usize = 64 << 10;
 
 pub(super) fn write<I: Pieces, S: Source + ?Sized>(
@@ -26,7 +26,7 @@ pub(super) fn write<I: Pieces, S: Source + ?Sized>(
 
 type Done<'m> = (Request<'m>, io::Result<usize>);
 
-/// Threads of one scope, which end when this is dropped and its requests are written.
+/// Threads of one scope. They exit after the pool is dropped and its requests are written.
 pub(super) struct Pool<'m> {
     todo: Sender<Request<'m>>,
     done: Receiver<Done<'m>>,
@@ -34,8 +34,10 @@ pub(super) struct Pool<'m> {
 }
 
 impl<'m> Pool<'m> {
+    /// Starts the threads.
+    ///
     /// # Errors
-    /// `EAGAIN` where the process may have no more threads, not even one.
+    /// `EAGAIN` if the process cannot create a single thread.
     pub(super) fn start<'scope>(
         scope: &'scope Scope<'scope, 'm>,
         file: &'m File,
@@ -68,16 +70,17 @@ fn work<'m>(file: &File, todo: &Mutex<Receiver<Request<'m>>>, done: &Sender<Done
         let next = todo.lock().unwrap_or_else(PoisonError::into_inner).recv();
         let Ok(request) = next else { return };
         let result = request.memory().write_at(file, request.offset());
-        // The pool goes early only when the caller unwinds.
+        // The receiver is gone only if the caller is unwinding.
         let _ = done.send((request, result));
     }
 }
 
 impl<'m> Queue<'m> for Pool<'m> {
     const DEPTH: usize = 2 * THREADS;
-    /// ext4 keeps a file locked while a direct `pwrite` fills a hole, so that threads wait for each other: scattered runs of 16 to
-    /// 128 KiB took 1.5 to 4 times as long as through the page cache. (A ring's requests give the lock back at once.)
-    const SMALLEST: u64 = 256 << 10;
+    /// ext4 locks a file while a direct `pwrite` fills a hole, so that threads wait for each other:
+    /// scattered runs of 16 to 128 KiB took 1.5 to 4 times as long as through the page cache. (The
+    /// requests of a ring release the lock at once.)
+    const MIN_LEN: u64 = 256 << 10;
 
     fn submit(&mut self, request: Request<'m>) {
         self.todo.send(request).expect("threads wait for requests");

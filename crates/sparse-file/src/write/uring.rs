@@ -1,4 +1,4 @@
-//! Requests in flight in an `io_uring(7)`.
+//! Keeps requests in flight in an `io_uring(7)`.
 
 #![allow(unsafe_code)]
 
@@ -15,9 +15,10 @@ use super::target::Target;
 use super::{Engine, Job, Pieces, Source, WriteError, unavailable};
 
 const ENTRIES: u32 = 64;
-/// The kernel is told of new requests once so many bytes wait, so that small ones share a system call.
+/// Number of queued bytes after which requests are submitted, so that small ones share a system
+/// call.
 const BATCH: usize = 256 << 10;
-/// Before the kernel is asked again after it had no resources for a request.
+/// Pause before a retry after the kernel had no resources for a request.
 const PAUSE: Duration = Duration::from_millis(1);
 
 pub(super) fn write<I: Pieces, S: Source + ?Sized>(
@@ -28,23 +29,25 @@ pub(super) fn write<I: Pieces, S: Source + ?Sized>(
     pipeline::write(ring, target.alignment, job)
 }
 
-/// A ring of its own for one call.
+/// A ring for one call of `write_runs`.
 pub(super) struct Ring<'f, 'm> {
     ring: IoUring,
     file: &'f File,
-    /// What is in flight, by the number that the kernel gives back.
+    /// The requests in flight, indexed by the number that the kernel returns.
     slots: Vec<Option<Request<'m>>>,
     free: Vec<usize>,
-    /// Bytes that the kernel has not been told of.
+    /// Queued bytes that are not submitted yet.
     waiting: usize,
 }
 
 impl<'f> Ring<'f, '_> {
+    /// Creates a ring for `file`.
+    ///
     /// # Errors
-    /// `ENOSYS` where the kernel has none; `EPERM` or `EACCES` where it is forbidden, by `kernel.io_uring_disabled` or a
-    /// container's seccomp filter; `ENOMEM`.
+    /// `ENOSYS` if the kernel does not support it; `EPERM` or `EACCES` if it is forbidden, by
+    /// `kernel.io_uring_disabled` or a container's seccomp filter; `ENOMEM`.
     pub(super) fn new(file: &'f File) -> io::Result<Self> {
-        // Completions are handled when this thread asks for them, not by interrupting it: Linux 6.1.
+        // Handle completions when this thread polls for them, not by interrupting it: Linux 6.1.
         let mut ring = IoUring::builder()
             .setup_single_issuer()
             .setup_defer_taskrun()
@@ -53,8 +56,8 @@ impl<'f> Ring<'f, '_> {
                 Some(libc::EINVAL) => IoUring::new(ENTRIES),
                 _ => Err(error),
             })?;
-        // A filter may forbid io_uring_enter alone.
-        // SAFETY: an operation that has neither memory nor a descriptor.
+        // A filter may forbid io_uring_enter alone. SAFETY: an operation that has neither memory
+        // nor a descriptor.
         unsafe { ring.submission().push(&opcode::Nop::new().build()) }.map_err(io::Error::other)?;
         while ring.completion().next().is_none() {
             match ring.submit_and_wait(1) {
@@ -72,13 +75,14 @@ impl<'f> Ring<'f, '_> {
         })
     }
 
-    /// Hands over what waits, and waits for `wanted` completions. It may return early.
+    /// Submits queued requests and waits for `wanted` completions. May return early.
     fn enter(&mut self, wanted: usize) {
         self.waiting = 0;
         match self.ring.submit_and_wait(wanted) {
             Ok(_) => {}
             Err(error) if error.raw_os_error() == Some(libc::EINTR) => {}
-            // EAGAIN or EBUSY: no memory for a request, which stays in the queue. What is in flight can't be left there.
+            // EAGAIN or EBUSY: no memory for a request, which remains queued. Retry, because the
+            // requests in flight must be waited for.
             Err(_) => thread::sleep(PAUSE),
         }
     }
@@ -86,10 +90,13 @@ impl<'f> Ring<'f, '_> {
 
 impl<'m> Queue<'m> for Ring<'_, 'm> {
     const DEPTH: usize = ENTRIES as usize;
-    const SMALLEST: u64 = 0;
+    const MIN_LEN: u64 = 0;
 
     fn submit(&mut self, request: Request<'m>) {
-        let slot = self.free.pop().expect("no more than DEPTH at a time");
+        let slot = self
+            .free
+            .pop()
+            .expect("at most DEPTH requests are in flight");
         let (offset, memory) = (request.offset(), request.memory());
         let len = u32::try_from(memory.len()).expect("a request is at most 1 MiB");
         let entry = opcode::Write::new(types::Fd(self.file.as_raw_fd()), memory.as_ptr(), len)
@@ -98,10 +105,10 @@ impl<'m> Queue<'m> for Ring<'_, 'm> {
             .user_data(slot as u64);
         self.waiting += memory.len();
         self.slots[slot] = Some(request);
-        // SAFETY: the kernel only reads the memory, which the request owns or whose mapping was promised for 'm. The request stays
-        // in its slot until its completion was seen, also when this ring is dropped; it outlives neither 'm nor the file that
-        // the ring borrows.
-        unsafe { self.ring.submission().push(&entry) }.expect("as many entries as slots");
+        // SAFETY: the kernel only reads the memory, which the request owns or whose mapping was
+        // promised for 'm. The request stays in its slot until its completion was seen, also when
+        // this ring is dropped; it outlives neither 'm nor the file that the ring borrows.
+        unsafe { self.ring.submission().push(&entry) }.expect("the queue has an entry per slot");
         if self.waiting >= BATCH {
             self.enter(0);
         }
@@ -121,7 +128,7 @@ impl<'m> Queue<'m> for Ring<'_, 'm> {
         let slot = done.user_data() as usize;
         let request = self.slots[slot]
             .take()
-            .expect("what completes was in flight");
+            .expect("a completed request was in flight");
         self.free.push(slot);
         let result = usize::try_from(done.result())
             .map_err(|_| io::Error::from_raw_os_error(-done.result()));
@@ -129,7 +136,7 @@ impl<'m> Queue<'m> for Ring<'_, 'm> {
     }
 }
 
-/// Waits for all that is in flight.
+/// Waits for all requests in flight.
 impl Drop for Ring<'_, '_> {
     fn drop(&mut self) {
         while self.complete().is_some() {}

@@ -1,4 +1,4 @@
-//! The file systems that the tests run on, sources of bytes, and child processes of the test binary.
+//! File systems for tests, sources of bytes, and child processes of the test binary.
 
 #![allow(dead_code, unreachable_pub, reason = "each test binary uses its part")]
 
@@ -12,20 +12,20 @@ use std::process::Command;
 use sparse_file::{Memory, Source};
 use test_machine::{LoopFs, LoopMount, Need, TinyTmpfs};
 
-/// A file system to run on.
+/// A file system to run a test on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fs {
-    /// Whatever the directory for temporary files is on.
+    /// The file system of the directory for temporary files.
     TempDir,
     Tmpfs,
     Ext4,
     Xfs,
     Btrfs,
-    /// Has no holes.
+    /// Without holes.
     Exfat,
 }
 
-/// A directory on it.
+/// A directory on a file system, and its mount.
 pub enum Place {
     Dir(tempfile::TempDir),
     Tmpfs(TinyTmpfs),
@@ -33,7 +33,8 @@ pub enum Place {
 }
 
 impl Fs {
-    /// An empty directory on it for `test`; `None`, after saying so, where this machine can't make one.
+    /// Mounts the file system for `test` and returns an empty directory on it. Prints a notice and
+    /// returns `None` if this machine cannot mount it.
     pub fn mount(self, test: &str) -> Option<Place> {
         let (need, fs) = match self {
             Self::TempDir => return Some(Place::Dir(tempfile::tempdir().expect("a directory"))),
@@ -66,7 +67,7 @@ impl Place {
     }
 }
 
-/// `len` bytes without a zero byte, no two pages of them alike.
+/// Returns `len` bytes without a zero byte. All pages differ.
 pub fn ram(len: usize) -> Vec<u8> {
     (0..len)
         .map(|at| (at.wrapping_mul(31) ^ (at >> 12).wrapping_mul(97)) as u8 | 1)
@@ -79,7 +80,7 @@ pub fn contents(file: &File) -> Vec<u8> {
     bytes
 }
 
-/// Bytes that are read, never handed out by address.
+/// A source that is read and does not expose its address.
 pub struct Copied<'a>(pub &'a [u8]);
 
 impl Source for Copied<'_> {
@@ -88,7 +89,7 @@ impl Source for Copied<'_> {
     }
 }
 
-/// The bytes, the first of them `shift` bytes past an address that suits all direct I/O.
+/// Bytes of which the first is `shift` bytes after an address that is aligned for all direct I/O.
 pub struct Shifted {
     bytes: Vec<u8>,
     range: Range<usize>,
@@ -117,7 +118,8 @@ impl std::ops::Deref for Shifted {
     }
 }
 
-/// Memory in mappings of 5000 bytes, every third of which has to be read: pieces smaller than a chunk, and mixed.
+/// Memory in mappings of 5000 bytes, every third of which must be read: pieces smaller than a
+/// chunk, of both kinds.
 pub struct Pieces<'a>(pub &'a [u8]);
 
 impl Source for Pieces<'_> {
@@ -137,7 +139,7 @@ pub fn go_on(_: u64) -> ControlFlow<()> {
     ControlFlow::Continue(())
 }
 
-/// What `runs` cover, sorted and joined.
+/// Returns the union of `runs`, sorted and joined.
 pub fn union(runs: &[Range<u64>]) -> Vec<Range<u64>> {
     let mut runs: Vec<_> = runs.iter().filter(|run| !run.is_empty()).cloned().collect();
     runs.sort_by_key(|run| run.start);
@@ -153,17 +155,18 @@ pub fn union(runs: &[Range<u64>]) -> Vec<Range<u64>> {
 
 const CHILD: &str = "SPARSE_FILE_TEST_CHILD";
 
-/// What this process was started for by [`child`], if it was.
+/// Returns the task for which [`child`] started this process, if it did.
 pub fn child_task() -> Option<String> {
     std::env::var(CHILD).ok()
 }
 
-/// This test binary again, running only `test`, which finds `task` in [`child_task`].
+/// Returns a command that runs only `test` of this binary, with `task` for [`child_task`].
 pub fn child(test: &str, task: &str) -> Command {
     through(Command::new(exe()), test, task)
 }
 
-/// The same under `strace` with every `call` treated as `inject` says; what was traced goes to `log`.
+/// Returns the same command under `strace`, which injects `inject` into every `call`. The trace is
+/// written to `log`.
 pub fn strace_child(
     call: &str,
     inject: &str,
@@ -192,7 +195,7 @@ fn exe() -> PathBuf {
     std::env::current_exe().expect("own path")
 }
 
-/// Runs it and fails with its output unless it ran one test well.
+/// Runs the command and fails with its output unless one test ran and passed.
 pub fn expect_success(mut command: Command) {
     let output = command.output().expect("started");
     let stdout = String::from_utf8_lossy(&output.stdout);

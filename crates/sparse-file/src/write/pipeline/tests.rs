@@ -1,4 +1,4 @@
-//! Completions that a kernel gives rarely, put between a pipeline and real queues that write to a real file.
+//! Injects rare completions between a pipeline and real queues that write to a real file.
 
 use std::cell::RefCell;
 use std::collections::VecDeque;
@@ -15,22 +15,22 @@ use super::super::uring::Ring;
 use super::*;
 
 #[derive(Clone, Copy, Debug)]
-enum Way {
+enum EngineKind {
     Ring,
     Threads,
 }
 
-/// What becomes of a request.
+/// The injected result of a request.
 #[derive(Clone, Copy, Debug)]
-enum Step {
+enum Completion {
     Whole,
-    /// So many bytes of it are written.
+    /// Only this number of bytes is written.
     Short(usize),
-    /// Nothing is.
+    /// Nothing is written.
     Error(i32),
 }
 
-/// What was in flight.
+/// A log of the requests in flight.
 #[derive(Debug, Default)]
 struct Log {
     submitted: usize,
@@ -41,12 +41,12 @@ struct Log {
     most_copied: usize,
 }
 
-/// A queue that follows `script`, and `real` after its end. What the script decides completes last, or when it is three
-/// requests.
+/// A queue that follows `script`, and then forwards to `real`. Scripted completions are returned
+/// last, or once there are three of them.
 struct Scripted<'t, 'm, Q> {
     real: Q,
     file: &'t std::fs::File,
-    script: VecDeque<Step>,
+    script: VecDeque<Completion>,
     decided: VecDeque<(Request<'m>, io::Result<usize>)>,
     log: &'t RefCell<Log>,
 }
@@ -64,7 +64,7 @@ fn copied(request: &Request<'_>) -> usize {
 
 impl<'m, Q: Queue<'m>> Queue<'m> for Scripted<'_, 'm, Q> {
     const DEPTH: usize = Q::DEPTH;
-    const SMALLEST: u64 = 0;
+    const MIN_LEN: u64 = 0;
 
     fn submit(&mut self, request: Request<'m>) {
         let mut log = self.log.borrow_mut();
@@ -82,12 +82,12 @@ impl<'m, Q: Queue<'m>> Queue<'m> for Scripted<'_, 'm, Q> {
         let bytes = log.in_flight.iter().map(|one| one.end - one.start).sum();
         log.most_bytes = log.most_bytes.max(bytes);
         let result = match self.script.pop_front() {
-            None | Some(Step::Whole) => return self.real.submit(request),
-            Some(Step::Short(len)) => {
+            None | Some(Completion::Whole) => return self.real.submit(request),
+            Some(Completion::Short(len)) => {
                 let part = request.memory().first(len);
                 part.write_at(self.file, request.offset)
             }
-            Some(Step::Error(errno)) => Err(io::Error::from_raw_os_error(errno)),
+            Some(Completion::Error(errno)) => Err(io::Error::from_raw_os_error(errno)),
         };
         self.decided.push_back((request, result));
     }
@@ -106,7 +106,7 @@ impl<'m, Q: Queue<'m>> Queue<'m> for Scripted<'_, 'm, Q> {
 
 const CHUNK: usize = 16 << 10;
 
-/// No byte is zero, and no two chunks are alike.
+/// Returns bytes of which none is zero. All chunks differ.
 fn ram(len: usize) -> AlignedBuffer {
     let mut ram = AlignedBuffer::new(len);
     for (at, byte) in ram.bytes().iter_mut().enumerate() {
@@ -115,7 +115,7 @@ fn ram(len: usize) -> AlignedBuffer {
     ram
 }
 
-/// Bytes that have to be copied.
+/// A source that must be copied.
 struct Copied<'a>(&'a [u8]);
 
 impl Source for Copied<'_> {
@@ -125,8 +125,8 @@ impl Source for Copied<'_> {
 }
 
 fn through<S: Source + ?Sized>(
-    way: Way,
-    script: &[Step],
+    kind: EngineKind,
+    script: &[Completion],
     runs: &[Range<u64>],
     chunk_size: usize,
     source: &S,
@@ -154,12 +154,12 @@ fn through<S: Source + ?Sized>(
             }
         };
     }
-    let result = match way {
-        Way::Ring => {
+    let result = match kind {
+        EngineKind::Ring => {
             let ring = Ring::new(&target.file).expect("a ring");
             super::write(scripted!(ring), target.alignment, job)
         }
-        Way::Threads => thread::scope(|scope| {
+        EngineKind::Threads => thread::scope(|scope| {
             let pool = Pool::start(scope, &target.file).expect("threads");
             super::write(scripted!(pool), target.alignment, job)
         }),
@@ -172,24 +172,24 @@ fn through<S: Source + ?Sized>(
 const LEN: usize = 40 * CHUNK;
 
 #[rstest]
-#[case::short(&[Step::Short(1), Step::Short(4096), Step::Whole, Step::Short(CHUNK - 1)])]
-#[case::nothing_taken(&[Step::Short(0), Step::Whole, Step::Short(0)])]
-#[case::interrupted(&[Step::Error(libc::EINTR), Step::Whole, Step::Error(libc::EINTR)])]
-#[case::cancelled_by_the_kernel(&[Step::Error(libc::ECANCELED)])]
-#[case::not_ready(&[Step::Error(libc::EAGAIN), Step::Error(libc::EAGAIN)])]
-#[case::refused_by_the_file_system(&[Step::Whole, Step::Error(libc::EINVAL), Step::Error(libc::EOPNOTSUPP)])]
-#[case::unreadable_for_direct_io(&[Step::Error(libc::EFAULT)])]
-fn what_the_kernel_left_of_a_request_is_written_after_all(
-    #[values(Way::Ring, Way::Threads)] way: Way,
-    #[case] script: &[Step],
+#[case::short(&[Completion::Short(1), Completion::Short(4096), Completion::Whole, Completion::Short(CHUNK - 1)])]
+#[case::nothing_written(&[Completion::Short(0), Completion::Whole, Completion::Short(0)])]
+#[case::interrupted(&[Completion::Error(libc::EINTR), Completion::Whole, Completion::Error(libc::EINTR)])]
+#[case::cancelled_by_the_kernel(&[Completion::Error(libc::ECANCELED)])]
+#[case::not_ready(&[Completion::Error(libc::EAGAIN), Completion::Error(libc::EAGAIN)])]
+#[case::refused_by_the_file_system(&[Completion::Whole, Completion::Error(libc::EINVAL), Completion::Error(libc::EOPNOTSUPP)])]
+#[case::unreadable_for_direct_io(&[Completion::Error(libc::EFAULT)])]
+fn rest_of_an_incomplete_request_is_written(
+    #[values(EngineKind::Ring, EngineKind::Threads)] kind: EngineKind,
+    #[case] script: &[Completion],
     #[values(true, false)] in_place: bool,
 ) {
     let mut ram = ram(LEN);
     let ram = &ram.bytes()[..LEN];
     let all = [0..LEN as u64];
     let (stored, result, log) = match in_place {
-        true => through(way, script, &all, CHUNK, ram),
-        false => through(way, script, &all, CHUNK, &Copied(ram)),
+        true => through(kind, script, &all, CHUNK, ram),
+        false => through(kind, script, &all, CHUNK, &Copied(ram)),
     };
     assert_eq!(result.expect("written"), LEN as u64);
     assert!(stored == ram);
@@ -197,33 +197,33 @@ fn what_the_kernel_left_of_a_request_is_written_after_all(
 }
 
 #[rstest]
-fn of_several_failures_in_flight_the_lowest_is_reported_and_nothing_more_is_begun(
-    #[values(Way::Ring, Way::Threads)] way: Way,
+fn lowest_failure_in_flight_is_reported(
+    #[values(EngineKind::Ring, EngineKind::Threads)] kind: EngineKind,
     #[values(libc::ENOSPC, libc::EDQUOT, libc::EIO, libc::EFBIG)] errno: i32,
 ) {
     let mut ram = ram(160 * CHUNK);
     let ram = &ram.bytes()[..160 * CHUNK];
-    // The end first, so that the first to fail, chunk 153, is not the lowest.
+    // The end first, so that the first failure, chunk 153, does not have the lowest offset.
     let (middle, end) = (150 * CHUNK as u64, 160 * CHUNK as u64);
     let runs = [middle..end, 0..middle];
-    let mut script = [Step::Whole; 16];
+    let mut script = [Completion::Whole; 16];
     for failing in [3, 12, 15] {
-        script[failing] = Step::Error(errno);
+        script[failing] = Completion::Error(errno);
     }
-    let (stored, result, log) = through(way, &script, &runs, CHUNK, ram);
+    let (stored, result, log) = through(kind, &script, &runs, CHUNK, ram);
     let (offset, len, source) = refused(result);
     assert_eq!(source.raw_os_error(), Some(errno));
     assert_eq!((offset, len), (2 * CHUNK as u64, CHUNK));
     assert!(log.in_flight.is_empty() && log.submitted < 100, "{log:?}");
-    // What was in flight is written, each byte once.
+    // Requests in flight were written, each byte once.
     let written = stored.iter().filter(|byte| **byte != 0).count();
     assert_eq!(written, (log.submitted - 3) * CHUNK);
 }
 
-/// Every completion of a write of eight requests goes wrong once, in every way that there is.
+/// Fails every completion of a write of eight requests once, in every possible kind.
 #[rstest]
-fn whichever_completion_goes_wrong_nothing_is_taken_for_written_that_is_not(
-    #[values(Way::Ring, Way::Threads)] way: Way,
+fn any_failed_completion_is_never_counted_as_written(
+    #[values(EngineKind::Ring, EngineKind::Threads)] kind: EngineKind,
     #[values(true, false)] in_place: bool,
 ) {
     use libc::{
@@ -235,17 +235,17 @@ fn whichever_completion_goes_wrong_nothing_is_taken_for_written_that_is_not(
     let mut ram = ram(LEN);
     let ram = &ram.bytes()[..LEN];
     let at = |number: usize, step| {
-        let mut script = vec![Step::Whole; number];
+        let mut script = vec![Completion::Whole; number];
         script.push(step);
         let all = [0..LEN as u64];
         match in_place {
-            true => through(way, &script, &all, CHUNK, ram),
-            false => through(way, &script, &all, CHUNK, &Copied(ram)),
+            true => through(kind, &script, &all, CHUNK, ram),
+            false => through(kind, &script, &all, CHUNK, &Copied(ram)),
         }
     };
-    let retried = [EINTR, EAGAIN, ECANCELED, EINVAL, EOPNOTSUPP, EFAULT].map(Step::Error);
-    let short = (0..CHUNK).step_by(SECTOR).map(Step::Short);
-    let odd = [1, SECTOR - 1, CHUNK - 1].map(Step::Short);
+    let retried = [EINTR, EAGAIN, ECANCELED, EINVAL, EOPNOTSUPP, EFAULT].map(Completion::Error);
+    let short = (0..CHUNK).step_by(SECTOR).map(Completion::Short);
+    let odd = [1, SECTOR - 1, CHUNK - 1].map(Completion::Short);
     let mended: Vec<_> = retried.into_iter().chain(short).chain(odd).collect();
     for number in 0..REQUESTS {
         for step in &mended {
@@ -254,7 +254,7 @@ fn whichever_completion_goes_wrong_nothing_is_taken_for_written_that_is_not(
             assert!(stored == ram, "{number}: {step:?}");
         }
         for errno in [EIO, ENOSPC, EDQUOT, ESTALE, EFBIG] {
-            let (stored, result, log) = at(number, Step::Error(errno));
+            let (stored, result, log) = at(number, Completion::Error(errno));
             let offset = number * CHUNK;
             let (at, len, source) = refused(result);
             assert_eq!(source.raw_os_error(), Some(errno));
@@ -267,8 +267,8 @@ fn whichever_completion_goes_wrong_nothing_is_taken_for_written_that_is_not(
 
 /// [`Scripted`] checks each request against those in flight.
 #[rstest]
-fn two_writes_to_one_block_are_never_in_flight_at_once(
-    #[values(Way::Ring, Way::Threads)] way: Way,
+fn writes_to_one_block_are_never_in_flight_together(
+    #[values(EngineKind::Ring, EngineKind::Threads)] kind: EngineKind,
 ) {
     let mut ram = ram(LEN);
     let ram = &ram.bytes()[..LEN];
@@ -277,20 +277,22 @@ fn two_writes_to_one_block_are_never_in_flight_at_once(
         .map(|start| start..start + 9000)
         .chain([0..LEN as u64, 0..LEN as u64])
         .collect();
-    let (stored, result, _) = through(way, &[], &runs, CHUNK, ram);
+    let (stored, result, _) = through(kind, &[], &runs, CHUNK, ram);
     result.expect("written");
     assert!(stored == ram);
 }
 
 #[rstest]
-fn what_is_in_flight_is_bounded(#[values(Way::Ring, Way::Threads)] way: Way) {
+fn requests_in_flight_are_bounded(
+    #[values(EngineKind::Ring, EngineKind::Threads)] kind: EngineKind,
+) {
     let mut ram = ram(64 << 20);
     let ram = &ram.bytes()[..64 << 20];
-    let (stored, result, log) = through(way, &[], &[0..64 << 20], 64 << 20, ram);
+    let (stored, result, log) = through(kind, &[], &[0..64 << 20], 64 << 20, ram);
     result.expect("written");
     assert!(stored == ram);
     assert!(log.most > 1 && log.most_bytes <= IN_FLIGHT, "{log:?}");
-    let (stored, result, log) = through(way, &[], &[0..64 << 20], 1 << 20, &Copied(ram));
+    let (stored, result, log) = through(kind, &[], &[0..64 << 20], 1 << 20, &Copied(ram));
     result.expect("written");
     assert!(stored == ram);
     let buffers = log.most_copied * (REQUEST + ALIGNMENT);
