@@ -67,7 +67,8 @@ const CRATES: [(&str, &[Part]); 4] = [
     (
         "memory-writer",
         &[whole(&[
-            &["bad_input", "layouts", "oracle", "process", "snapshots"],
+            &["bad_input", "destinations", "layout_errors", "layouts"],
+            &["oracle", "process", "progress", "snapshots"],
             &["ambiguous", "recycling", "resident", "skipping"],
             &["claimed_ram", "memory", "releasing", "untouched", "zeros"],
         ])],

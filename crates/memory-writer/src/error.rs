@@ -133,8 +133,8 @@ pub enum SnapshotError {
         /// The snapshot's destination.
         dest: PathBuf,
     },
-    /// The pages of a raw diff cannot be told from its holes. If `write_diff` returned this,
-    /// nothing was written.
+    /// The pages of a raw diff cannot be distinguished from its holes. If `write_diff` returned
+    /// this, nothing was written.
     #[error(
         "the raw diff {dest:?} could not be read back: choose Layout::Sealed or Layout::Packed, \
          which list their pages"
@@ -203,8 +203,8 @@ pub enum RamError {
         /// The requested page size in bytes.
         page_size: u64,
     },
-    /// `page_size` is below 512: image files are told from raw RAM by a size that is not a multiple
-    /// of 512.
+    /// `page_size` is below 512: image files are distinguished from raw RAM by a size that is not a
+    /// multiple of 512.
     #[error("the page size {page_size} is too small: pass at least 512")]
     PageTooSmall {
         /// The requested page size in bytes.

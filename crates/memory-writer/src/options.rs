@@ -73,16 +73,16 @@ impl Options {
     /// Sets the order of the pages in the file, and whether a footer seals it. The default is
     /// [`Layout::Raw`].
     ///
-    /// FooterBuilder computes a checksum of every byte, from the copy that is written. It uses 24 bytes
-    /// of memory for each run of pages, up to three times that while the list of a full dump grows,
-    /// and 32 bytes for each MiB of RAM that is written, twice that during the commit.
+    /// FooterBuilder computes a checksum of every byte, from the copy that is written. It uses 24
+    /// bytes of memory for each run of pages, up to three times that while the list of a full dump
+    /// grows, and 32 bytes for each MiB of RAM that is written, twice that during the commit.
     pub fn layout(mut self, layout: Layout) -> Self {
         self.layout = layout;
         self
     }
 
-    /// Sets whether to write a raw diff whose pages could not be told from its holes. The default
-    /// is false.
+    /// Sets whether to write a raw diff whose pages could not be distinguished from its holes. The
+    /// default is false.
     ///
     /// `memory-image` derives the pages of a raw diff from its holes, and only where holes are
     /// known to be reported correctly: on ext4, XFS, btrfs and tmpfs of Linux, and on overlayfs

@@ -5,7 +5,7 @@ use crate::raw_diff::RawDiff;
 
 /// The record of the pages that the staged file holds.
 #[derive(Debug)]
-#[expect(clippy::large_enum_variant, reason = "there is one of it in a writer")]
+#[expect(clippy::large_enum_variant, reason = "a writer has only one")]
 pub(crate) enum PageRecord {
     /// Nothing is written to a raw file.
     Empty,

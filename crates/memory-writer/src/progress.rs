@@ -33,7 +33,8 @@ impl Progress {
 
 /// A token that cancels a write from another thread. All clones share one state.
 ///
-/// A write that is under way ends with [`SnapshotError::Cancelled`](crate::SnapshotError::Cancelled) once the chunks in flight are
+/// A write that is under way ends with
+/// [`SnapshotError::Cancelled`](crate::SnapshotError::Cancelled) once the chunks in flight are
 /// complete; a later write fails immediately. The writer then refuses to commit, and dropping it
 /// removes the staged file. A commit that is under way is not interrupted.
 #[derive(Clone, Debug, Default)]

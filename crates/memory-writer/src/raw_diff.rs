@@ -9,7 +9,8 @@ use thiserror::Error;
 
 use crate::page_set::PageSet;
 
-/// The reason why a raw diff could not be read back: its pages cannot be told from its holes.
+/// The reason why a raw diff could not be read back: its pages cannot be distinguished from its
+/// holes.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum AmbiguousDiff {

@@ -6,7 +6,7 @@ use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use dirty_bitmap::DirtyBitmap;
-use memory_writer::{Layout, MemoryIoStep, MemoryWriter, OpenError, RamError, Seal, SnapshotError};
+use memory_writer::{Layout, MemoryIoStep, MemoryWriter, RamError, Seal, SnapshotError};
 use rstest::rstest;
 use support::{Place, Until, assert_nothing_but, pattern};
 
@@ -251,64 +251,6 @@ fn page_dirty_at_a_failed_save_is_in_the_next_diff() {
     dirty.set_dirty(9 * PAGE).unwrap();
     assert_eq!(save(&ram()).unwrap(), 2);
     assert!(dirty.is_clean());
-}
-
-#[test]
-fn directory_as_destination_is_refused() {
-    let place = Place::new();
-    let dir = place.path().join("guest.mem.d");
-    std::fs::create_dir(&dir).unwrap();
-    let error = MemoryWriter::open(&dir, SIZE, PAGE).unwrap_err();
-    assert!(
-        matches!(
-            error,
-            SnapshotError::Open(OpenError::NotAFile { is_dir: true, .. })
-        ),
-        "{error:?}"
-    );
-    assert_nothing_but(&dir, &[]);
-}
-
-#[test]
-fn destination_in_a_missing_directory_is_refused() {
-    let place = Place::new();
-    let error = MemoryWriter::open(place.path().join("missing/guest.mem"), SIZE, PAGE).unwrap_err();
-    assert!(
-        matches!(error, SnapshotError::Open(OpenError::OpenDirectory { .. })),
-        "{error:?}"
-    );
-    place.assert_untouched();
-}
-
-#[test]
-fn dangling_symlink_as_destination_is_refused() {
-    let place = Place::new();
-    let link = place.path().join("link.mem");
-    std::os::unix::fs::symlink("nowhere/guest.mem", &link).unwrap();
-    let error = MemoryWriter::open(&link, SIZE, PAGE).unwrap_err();
-    assert!(
-        matches!(
-            error,
-            SnapshotError::Open(OpenError::DanglingSymlink { .. })
-        ),
-        "{error:?}"
-    );
-    assert_nothing_but(place.path(), &["guest.mem", "link.mem"]);
-}
-
-#[cfg(target_os = "linux")]
-#[test]
-fn destination_in_a_read_only_directory_is_refused() {
-    use test_machine::{Need, ReadOnlyBind};
-
-    if !Need::Root.met("destination_in_a_read_only_directory_is_refused") {
-        return;
-    }
-    let place = Place::new();
-    let read_only = ReadOnlyBind::of(place.path()).unwrap();
-    let error = MemoryWriter::open(read_only.path().join("guest.mem"), SIZE, PAGE).unwrap_err();
-    assert!(matches!(error, SnapshotError::Open(_)), "{error:?}");
-    place.assert_untouched();
 }
 
 #[cfg(target_os = "linux")]

@@ -2,57 +2,15 @@
 
 mod support;
 
-use std::fs::File;
 use std::io;
-use std::os::unix::fs::FileExt;
-use std::path::Path;
 
 use dirty_bitmap::DirtyBitmap;
-use image_format::{ChunkSum, Footer, Kind, Placement, Stored};
-use memory_writer::{
-    Durability, FooterError, ImageId, Layout, MemoryIoStep, MemoryWriter, Options, Seal,
-    SnapshotError,
-};
+use image_format::{Kind, Placement};
+use memory_writer::{Durability, ImageId, Layout, MemoryWriter, Seal, SnapshotError};
 use proptest::prelude::*;
 use rstest::rstest;
+use support::images::{Make, PAGE, applied, dirty, options};
 use support::{Place, Until, pattern};
-
-const PAGE: u64 = 4096;
-
-type Make = fn(Seal) -> Layout;
-
-/// Applies the image at `path` to `ram`, after checking every checksum in it.
-fn applied(path: &Path, mut ram: Vec<u8>) -> (Footer, Vec<u8>) {
-    let file = File::open(path).unwrap();
-    let footer = Footer::read(&file).expect("it is sealed");
-    for chunk in footer.chunks() {
-        let mut sum = ChunkSum::new();
-        for (range, at) in chunk.pieces() {
-            let bytes = &mut ram[range.start as usize..range.end as usize];
-            file.read_exact_at(bytes, at).unwrap();
-            sum.update(bytes);
-        }
-        assert_eq!(sum.finish(), chunk.checksum, "chunk {}", chunk.number);
-    }
-    for run in &footer.runs {
-        if run.stored == Stored::Zeros {
-            ram[run.start as usize..run.range().end as usize].fill(0);
-        }
-    }
-    (footer, ram)
-}
-
-fn options(layout: Layout) -> Options {
-    MemoryWriter::options().layout(layout)
-}
-
-fn dirty(size: u64, pages: &[u64]) -> DirtyBitmap {
-    let dirty = DirtyBitmap::new(0, size, PAGE).unwrap();
-    for page in pages {
-        dirty.set_dirty_by_index(*page).unwrap();
-    }
-    dirty
-}
 
 #[rstest]
 #[case::sealed(Layout::Sealed, Placement::InPlace)]
@@ -210,138 +168,6 @@ fn checksums_match_the_file_while_the_guest_writes() {
 }
 
 #[test]
-fn raw_layout_refuses_metadata_and_full_refuses_a_parent() {
-    let place = Place::new();
-    let open = |layout| options(layout).open(&place.dest, 1 << 20, PAGE).unwrap();
-    let ram = vec![0; 1 << 20];
-
-    let parent = Seal::new().parent(ImageId::from_bytes([1; 16]));
-    let mut writer = open(Layout::Sealed(parent));
-    let error = writer
-        .write_full(&ram)
-        .expect_err("a full snapshot has no parent");
-    assert!(matches!(error, SnapshotError::FullWithParent { .. }));
-    drop(writer);
-
-    let mut writer = open(Layout::Raw);
-    assert_eq!(writer.image_id(), None);
-    let error = writer
-        .set_metadata(b"state".to_vec())
-        .expect_err("no place for it");
-    assert!(matches!(error, SnapshotError::NotSealed { .. }));
-    drop(writer);
-
-    place.assert_untouched();
-}
-
-/// Errors that are known before a byte is written are returned then.
-#[rstest]
-#[case::regions_too_small(Seal::new().regions([0..4096]))]
-#[case::regions_not_ascending(Seal::new().regions([1 << 20..(1 << 20) + (512 << 10), 0..512 << 10]))]
-#[case::too_much_metadata(Seal::new().metadata(vec![0; (16 << 20) + 1]))]
-fn invalid_seal_is_refused_at_open(
-    #[case] seal: Seal,
-    #[values(Layout::Sealed, Layout::Packed)] make: Make,
-) {
-    let place = Place::new();
-    let error = options(make(seal))
-        .open(&place.dest, 1 << 20, PAGE)
-        .unwrap_err();
-    assert!(
-        matches!(
-            error,
-            SnapshotError::Seal {
-                source: FooterError::Invalid(_),
-                ..
-            }
-        ),
-        "{error:?}"
-    );
-    place.assert_untouched();
-}
-
-#[test]
-fn too_much_metadata_leaves_the_writer_usable() {
-    let place = Place::new();
-    let seal = Seal::new().metadata(b"before".to_vec());
-    let mut writer = options(Layout::Packed(seal))
-        .open(&place.dest, 1 << 20, PAGE)
-        .unwrap();
-    let error = writer.set_metadata(vec![0; (16 << 20) + 1]).unwrap_err();
-    assert!(matches!(error, SnapshotError::Seal { .. }), "{error:?}");
-    writer.write_full(&vec![1; 1 << 20]).unwrap();
-    writer.commit().unwrap();
-    let (footer, _) = applied(&place.dest, vec![0; 1 << 20]);
-    assert_eq!(footer.metadata, b"before");
-}
-
-#[rstest]
-#[case::sealed(Layout::Sealed)]
-#[case::packed(Layout::Packed)]
-fn sealed_diff_without_a_parent_is_refused_before_writes(#[case] make: Make) {
-    let place = Place::new();
-    let ram = pattern(1 << 20, 1);
-    let open = |seal| {
-        options(make(seal))
-            .open(&place.dest, 1 << 20, PAGE)
-            .unwrap()
-    };
-    let mut writer = open(Seal::new());
-    let error = writer.write_diff(&ram, &dirty(1 << 20, &[3])).unwrap_err();
-    assert!(
-        matches!(error, SnapshotError::DiffWithoutParent { .. }),
-        "{error:?}"
-    );
-    assert!(error.to_string().contains("Seal::parent"), "{error}");
-    // The writer is unchanged: a full snapshot needs no parent, and pages may be written again.
-    writer.write_full(&ram).unwrap();
-    writer.write_diff(&ram, &dirty(1 << 20, &[3])).unwrap();
-    writer.commit().unwrap();
-    assert_eq!(applied(&place.dest, vec![0; 1 << 20]).0.kind, Kind::Full);
-
-    let mut writer = open(Seal::new().on_raw_image());
-    writer.write_diff(&ram, &dirty(1 << 20, &[3])).unwrap();
-    writer.commit().unwrap();
-    let kind = Kind::Diff { parent: None };
-    assert_eq!(applied(&place.dest, vec![0; 1 << 20]).0.kind, kind);
-}
-
-/// Every other page of 46 GiB: its footer would have 48 million runs.
-#[test]
-fn footer_over_its_limit_is_refused_before_writes() {
-    struct Unread;
-    impl page_reader::PageReader for Unread {
-        fn read_at(&self, _: u64, _: &mut [u8]) -> io::Result<()> {
-            unreachable!("no page is to be read")
-        }
-    }
-    let place = Place::new();
-    let (size, page) = (46 << 30, 512);
-    let dirty = DirtyBitmap::new(0, size, page).unwrap();
-    let words = vec![0x5555_5555_5555_5555; (size / page / 64) as usize];
-    dirty.mark_log(0, page, &words).unwrap();
-    let mut writer = options(Layout::Packed(Seal::new().on_raw_image()))
-        .open(&place.dest, size, page)
-        .unwrap();
-    let error = writer.write_diff(&Unread, &dirty).unwrap_err();
-    assert!(
-        matches!(
-            error,
-            SnapshotError::Seal {
-                source: FooterError::TooLarge { .. },
-                ..
-            }
-        ),
-        "{error:?}"
-    );
-    assert!(
-        matches!(writer.commit(), Err(SnapshotError::NothingWritten { .. })),
-        "nothing was begun"
-    );
-    place.assert_untouched();
-}
-
-#[test]
 fn recycled_file_is_wiped_between_header_and_first_page() {
     let place = Place::recycling();
     let (size, page) = (4 << 20, 64 << 10);
@@ -369,37 +195,6 @@ fn recycled_file_is_wiped_between_header_and_first_page() {
     assert!(bytes[4096..page as usize].iter().all(|byte| *byte == 0));
     assert!(!bytes.windows(16).any(|window| window == [0x77; 16]));
     applied(&place.dest, vec![0; size as usize]);
-}
-
-#[test]
-fn read_error_of_a_packed_diff_names_the_offset_in_ram() {
-    let place = Place::new();
-    let reader = Until {
-        ram: vec![1; 1 << 20],
-        offset: 200 * PAGE,
-        then: || io::Error::other("planted"),
-    };
-    let mut writer = options(Layout::Packed(Seal::new().on_raw_image()))
-        .open(&place.dest, 1 << 20, PAGE)
-        .unwrap();
-    let error = writer
-        .write_diff(&reader, &dirty(1 << 20, &[10, 220]))
-        .expect_err("it fails");
-    let SnapshotError::MemoryIo {
-        step: MemoryIoStep::Read,
-        offset,
-        ..
-    } = error
-    else {
-        panic!("{error:?}");
-    };
-    // Bytes that are gathered for one request fail together.
-    assert_eq!(offset, 10 * PAGE);
-    assert!(matches!(
-        writer.commit(),
-        Err(SnapshotError::Incomplete { .. })
-    ));
-    place.assert_untouched();
 }
 
 /// Runs that are adjacent in the file and longer than one write.

@@ -1,4 +1,4 @@
-//! Pages that a full dump skips read back as zeros, whatever the file contained before.
+//! Pages that a full dump skips read back as zeros for any previous contents of the file.
 
 mod support;
 

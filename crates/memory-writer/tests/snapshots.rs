@@ -4,10 +4,9 @@ mod support;
 
 use std::io;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
-use std::sync::mpsc;
 
 use dirty_bitmap::DirtyBitmap;
-use memory_writer::{CancelToken, Durability, MemoryWriter, Progress, SnapshotError};
+use memory_writer::{Durability, MemoryWriter, SnapshotError};
 use page_reader::{HostMemory, PageReader};
 use rstest::rstest;
 use support::{Place, Until, pattern};
@@ -93,8 +92,8 @@ fn pre_copy_snapshot_equals_the_ram_at_the_pause() {
             ram[page * 4096 + 17] ^= 0xff;
             dirty.set_dirty(START + page as u64 * 4096).unwrap();
         }
-        let meanwhile = epoch.take_more().unwrap();
-        assert_eq!(writer.write_diff(&ram, meanwhile).unwrap(), 3);
+        let dirtied = epoch.take_more().unwrap();
+        assert_eq!(writer.write_diff(&ram, dirtied).unwrap(), 3);
     }
     writer.commit_and_release(epoch).unwrap();
     assert!(place.read() == ram);
@@ -278,127 +277,6 @@ fn no_clobber_and_a_staging_directory_are_passed_on() {
         .open(&place.dest, SIZE, PAGE)
         .unwrap();
     assert_eq!(writer.temp_path().parent().unwrap(), staging);
-}
-
-fn reporting_progress(place: &Place) -> (MemoryWriter, mpsc::Receiver<Progress>) {
-    let (send, receive) = mpsc::channel();
-    let writer = MemoryWriter::options()
-        .progress(move |progress| send.send(progress).unwrap())
-        .open(&place.dest, SIZE, PAGE)
-        .unwrap();
-    (writer, receive)
-}
-
-#[test]
-fn progress_counts_bytes_and_pages_up_to_the_total() {
-    let (place, dirty) = (Place::new(), bitmap(4096));
-    dirty.set_range(START, 2 << 20).unwrap();
-    let (mut writer, receive) = reporting_progress(&place);
-    writer.write_diff(&ram(1), &dirty).unwrap();
-    let seen: Vec<_> = receive.try_iter().collect();
-    assert!(seen.is_sorted_by(|a, b| a.bytes_done < b.bytes_done) && seen.len() >= 3);
-    assert_eq!(
-        (
-            seen[0].bytes_done,
-            seen[0].bytes_total,
-            seen[0].pages_total()
-        ),
-        (0, 2 << 20, 128)
-    );
-    let last = seen.last().unwrap();
-    assert_eq!(
-        (last.bytes_done, last.pages_done(), last.pages_total()),
-        (2 << 20, 128, 128)
-    );
-    writer.write_full(&ram(1)).unwrap();
-    assert_eq!(
-        receive.try_iter().last().unwrap().pages_done(),
-        SIZE / PAGE,
-        "each write counts anew"
-    );
-}
-
-#[test]
-fn progress_of_a_diff_counts_the_dirty_pages() {
-    let (place, dirty) = (Place::new(), bitmap(PAGE));
-    dirty.set_range(START + 3 * PAGE, 2 * PAGE).unwrap();
-    dirty.set_dirty(START + 100 * PAGE).unwrap();
-    let (mut writer, receive) = reporting_progress(&place);
-    writer.write_diff(&ram(1), &dirty).unwrap();
-    let seen: Vec<_> = receive.try_iter().collect();
-    assert!(seen.iter().all(|progress| progress.bytes_total == 3 * PAGE));
-    assert_eq!(seen.last().unwrap().bytes_done, 3 * PAGE);
-}
-
-#[test]
-fn progress_never_exceeds_the_total_while_pages_are_marked() {
-    let (place, dirty) = (Place::new(), std::sync::Arc::new(bitmap(PAGE)));
-    dirty.set_dirty_by_index(0).unwrap();
-    let (send, receive) = mpsc::channel();
-    let marked = std::sync::Arc::clone(&dirty);
-    let mut writer = MemoryWriter::options()
-        .progress(move |progress| {
-            marked.set_dirty_by_index(200).unwrap();
-            send.send(progress).unwrap();
-        })
-        .open(&place.dest, SIZE, PAGE)
-        .unwrap();
-    assert_eq!(writer.write_diff(&ram(1), &dirty).unwrap(), 2);
-    let seen: Vec<_> = receive.try_iter().collect();
-    assert_eq!(seen[0].pages_total(), 1);
-    assert!(
-        seen.iter()
-            .all(|progress| progress.bytes_done <= progress.bytes_total),
-        "{seen:?}"
-    );
-}
-
-#[test]
-fn another_thread_cancels_a_running_write() {
-    let place = Place::new();
-    let (cancel, (send, receive)) = (CancelToken::new(), mpsc::sync_channel(0));
-    let mut writer = MemoryWriter::options()
-        .cancel(cancel.clone())
-        .progress(move |progress| send.send(progress).unwrap_or_default())
-        // Many more chunks than are ever in flight at once.
-        .chunk_size(4096)
-        .open(&place.dest, SIZE, PAGE)
-        .unwrap();
-    let canceller = std::thread::spawn(move || {
-        // The write waits for each of its reports to be received, so it is still under way here.
-        while receive.recv().unwrap().bytes_done == 0 {}
-        cancel.cancel();
-        // Receives until the writer is dropped.
-        while receive.recv().is_ok() {}
-    });
-    let error = writer.write_full(&ram(1)).unwrap_err();
-    let SnapshotError::Cancelled { written, .. } = error else {
-        panic!("{error}")
-    };
-    assert!(0 < written && written < SIZE);
-    assert!(matches!(
-        writer.commit().unwrap_err(),
-        SnapshotError::Incomplete { .. }
-    ));
-    canceller.join().unwrap();
-    place.assert_untouched();
-}
-
-#[test]
-fn cancelled_token_stops_a_write_before_its_first_byte() {
-    let (place, cancel) = (Place::new(), CancelToken::new());
-    cancel.cancel();
-    let mut writer = MemoryWriter::options()
-        .cancel(cancel)
-        .open(&place.dest, SIZE, PAGE)
-        .unwrap();
-    let error = writer.write_full(&ram(1)).unwrap_err();
-    assert!(
-        matches!(error, SnapshotError::Cancelled { written: 0, .. }),
-        "{error}"
-    );
-    drop(writer);
-    place.assert_untouched();
 }
 
 #[test]

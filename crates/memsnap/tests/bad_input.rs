@@ -469,6 +469,6 @@ fn ram_that_is_no_whole_number_of_pages_takes_smaller_ones() {
     work.fails(
         "full ram -o out --page-size 8KiB",
         3,
-        &["whole number of pages", "smaller page"],
+        &["not a multiple of the page size", "smaller page"],
     );
 }

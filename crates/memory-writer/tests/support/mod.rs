@@ -2,6 +2,8 @@
 
 #![allow(dead_code, reason = "not every test file uses all of it")]
 
+pub(crate) mod images;
+
 use std::io;
 use std::path::{Path, PathBuf};
 
