@@ -264,7 +264,13 @@ fn find(sh: &Shell, sanitizer: Sanitizer, planted: &Planted) -> anyhow::Result<(
     let mistake = planted.mistake;
     let made = sanitizer
         .cargo(sh, "run")
-        .args(["--package", "test-machine", "--example", "planted", "--"])
+        .args([
+            "--package",
+            "test-machine",
+            "--example",
+            "memory_mutants",
+            "--",
+        ])
         .arg(mistake)
         .ignore_status()
         .output()?;

@@ -1,12 +1,11 @@
-//! What this machine offers the workspace's tests: its capabilities, and the small file systems
-//! that tests run on.
+//! Test support: checks of the machine's capabilities, and small file systems that tests run on.
 //!
-//! A test that needs something a machine may lack asks [`Need::met`] first. Where the thing is
-//! missing, one line says so past the test harness's capture, and the test returns. Where it is
-//! missing but named in `MEMSNAP_REQUIRE` (comma-separated, or `all`; `cargo xtask test` sets `all`
-//! in CI), the test fails.
+//! A test that needs a capability that a machine may lack calls [`Need::met`] first. If the
+//! capability is missing, the call prints one line past the test harness's capture, and the test
+//! returns. The test fails instead if `MEMSNAP_REQUIRE` lists the capability (comma-separated, or
+//! `all`; `cargo xtask test` sets `all` in CI).
 //!
-//! A test repeats what it does a few times, and many times where [`thorough`] says so: `cargo xtask
+//! A test repeats its work a few times, and many times if [`thorough`] returns true: `cargo xtask
 //! prove`.
 
 #[cfg(target_os = "linux")]
@@ -34,30 +33,30 @@ pub const NOT_RUN: &str = "MEMSNAP_NOT_RUN";
 /// The environment variable that makes tests [`thorough`].
 pub const THOROUGH: &str = "MEMSNAP_THOROUGH";
 
-/// Returns whether tests repeat what they do many times, with other random numbers each time, and
+/// Returns whether tests repeat their work many times, with other random numbers each time, and
 /// wait for races.
 ///
-/// `cargo xtask prove tests` sets `MEMSNAP_THOROUGH=1`. Without it, a test does the same each time.
+/// `cargo xtask prove tests` sets `MEMSNAP_THOROUGH=1`. Without it, a test is deterministic.
 #[must_use]
 pub fn thorough() -> bool {
     std::env::var_os(THOROUGH).is_some_and(|value| value == "1")
 }
 
-/// Returns `few`, or `many` where tests are [`thorough`].
+/// Returns `few`, or `many` if tests are [`thorough`].
 #[must_use]
 pub fn rounds<T>(few: T, many: T) -> T {
     if thorough() { many } else { few }
 }
 
-/// Something that a test needs and a machine may lack.
+/// A capability that a test needs and a machine may lack.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Need {
     /// `/dev/kvm` opens for reading and writing.
     Kvm,
     /// The process may mount file systems and change users: effective user 0 with `CAP_SYS_ADMIN`.
     Root,
-    /// `/dev/userfaultfd` opens: page faults of this process, kernel-mode ones too, can be handled
-    /// in user space.
+    /// `/dev/userfaultfd` opens: page faults of this process, including kernel-mode ones, can be
+    /// handled in user space.
     Userfaultfd,
     /// `strace` is installed and may trace: system calls of a child process can be made to fail.
     Strace,
@@ -65,16 +64,16 @@ pub enum Need {
     Ptrace,
     /// A FUSE file system of a process can be mounted: privilege, `/dev/fuse`.
     Fuse,
-    /// An ext4 image can be made and loop-mounted: privilege, loop devices, e2fsprogs.
+    /// An ext4 image can be created and loop-mounted: privilege, loop devices, e2fsprogs.
     Ext4,
-    /// An XFS image can be made and loop-mounted: privilege, loop devices, xfsprogs.
+    /// An XFS image can be created and loop-mounted: privilege, loop devices, xfsprogs.
     Xfs,
-    /// An XFS image in blocks of 16 KiB can be made and loop-mounted: as `Xfs`, and Linux 6.12 or
-    /// newer.
+    /// An XFS image in blocks of 16 KiB can be created and loop-mounted: as `Xfs`, and Linux 6.12
+    /// or newer.
     Xfs16k,
-    /// A btrfs image can be made and loop-mounted: privilege, loop devices, btrfs-progs.
+    /// A btrfs image can be created and loop-mounted: privilege, loop devices, btrfs-progs.
     Btrfs,
-    /// An exFAT image can be made and loop-mounted: privilege, loop devices, FUSE, exfatprogs,
+    /// An exFAT image can be created and loop-mounted: privilege, loop devices, FUSE, exfatprogs,
     /// exfat-fuse.
     Exfat,
     /// A Mac of Apple silicon runs virtual machines for processes: `kern.hv_support` is 1.
@@ -87,12 +86,12 @@ pub enum Need {
     /// A disk whose every write is logged can be mounted: privilege, loop devices, FUSE, QEMU's
     /// storage daemon.
     LoggedDisk,
-    /// hugetlbfs can be mounted and gives huge pages on demand: privilege, and memory for them.
+    /// hugetlbfs can be mounted and provides huge pages on demand: privilege, and memory for them.
     HugePages,
 }
 
 impl Need {
-    /// Every need that this crate knows.
+    /// All needs.
     pub const ALL: [Self; 16] = [
         Self::Kvm,
         Self::Root,
@@ -112,7 +111,7 @@ impl Need {
         Self::HugePages,
     ];
 
-    /// The name used in `MEMSNAP_REQUIRE`.
+    /// Returns the name used in `MEMSNAP_REQUIRE`.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
@@ -135,7 +134,7 @@ impl Need {
         }
     }
 
-    /// Whether this machine has it, without a word.
+    /// Returns whether this machine meets the need. Prints nothing.
     #[must_use]
     pub fn is_met(self) -> bool {
         let opens = |path| {
@@ -148,7 +147,7 @@ impl Need {
         match self {
             Self::Kvm => opens("/dev/kvm"),
             Self::Userfaultfd => opens("/dev/userfaultfd"),
-            // In a virtual machine of its own, macOS has none; nor has any other system.
+            // macOS inside a virtual machine supports no hypervisor; nor does any other system.
             Self::Hypervisor => std::process::Command::new("sysctl")
                 .args(["-n", "kern.hv_support"])
                 .stderr(std::process::Stdio::null())
@@ -181,11 +180,11 @@ impl Need {
         }
     }
 
-    /// Whether this machine has it; says so on a line of its own, with the name of the asking
-    /// `test`, where not.
+    /// Returns whether this machine meets the need. If not, prints a line with the name of the
+    /// calling `test`.
     ///
     /// # Panics
-    /// Panics where the need is not met and `MEMSNAP_REQUIRE` names it.
+    /// Panics if the need is not met and `MEMSNAP_REQUIRE` lists it.
     #[must_use]
     pub fn met(self, test: &str) -> bool {
         let met = self.is_met();
@@ -210,27 +209,28 @@ impl fmt::Display for Need {
     }
 }
 
-/// Reports that `test` is not run, past the test harness, and appends it to the file that
+/// Reports past the test harness that `test` is not run, and appends the report to the file that
 /// `MEMSNAP_NOT_RUN` names.
 pub fn not_run(test: &str, why: &str) {
     let line = format!("NOT RUN {test}: {why}\n");
-    // Not eprintln!: the harness would keep the line of a passing test to itself.
+    // Not eprintln!: the harness captures the output of passing tests.
     let _ = std::io::stderr().write_all(line.as_bytes());
     if let Some(path) = std::env::var_os(NOT_RUN) {
         let list = std::fs::File::options()
             .append(true)
             .create(true)
             .open(path);
-        // One write: lines of several processes do not mix.
+        // A single write, so that lines of several processes are not mixed.
         let _ = list.and_then(|mut list| list.write_all(line.as_bytes()));
     }
 }
 
-/// Returns a new directory on a file system where replaced files are recycled: the directory for
-/// temporary files, or `/dev/shm` where that is on another file system (overlayfs in a container).
+/// Returns a new directory on a file system where replaced files are recycled: in the directory for
+/// temporary files, or in `/dev/shm` if the former is on another file system (overlayfs in a
+/// container).
 ///
 /// # Panics
-/// Panics where neither is on such a file system.
+/// Panics if neither is on such a file system.
 #[must_use]
 pub fn recycling_dir() -> tempfile::TempDir {
     let dir = tempfile::tempdir().expect("a temporary directory");
@@ -240,7 +240,8 @@ pub fn recycling_dir() -> tempfile::TempDir {
     let dir = tempfile::tempdir_in("/dev/shm").expect("a directory in /dev/shm");
     assert!(
         recycles(dir.path()),
-        "neither the directory for temporary files nor /dev/shm is on ext4, XFS, btrfs or tmpfs: set TMPDIR"
+        "neither the directory for temporary files nor /dev/shm is on ext4, XFS, btrfs or tmpfs: set \
+         TMPDIR to a directory on one of them"
     );
     dir
 }
@@ -265,7 +266,7 @@ fn recycles(_: &std::path::Path) -> bool {
     true
 }
 
-/// Whether all the tools are there.
+/// Returns whether all the tools are installed.
 fn run(tools: &[&str]) -> bool {
     tools.iter().all(|tool| {
         std::process::Command::new(tool)
@@ -320,7 +321,8 @@ fn can_mount() -> bool {
     TinyTmpfs::new(64 * 1024).is_ok()
 }
 
-/// Allows huge pages on demand, for good: tests of several processes use them at the same time.
+/// Returns whether the machine provides huge pages. Permits them on demand and never revokes this,
+/// because tests of several processes use them at the same time.
 #[cfg(target_os = "linux")]
 fn gives_huge_pages() -> bool {
     const ON_DEMAND: &str = "/proc/sys/vm/nr_overcommit_hugepages";
@@ -332,7 +334,7 @@ fn gives_huge_pages() -> bool {
     if allowed().is_some_and(|allowed| allowed < ENOUGH) {
         let _ = std::fs::write(ON_DEMAND, ENOUGH.to_string());
     }
-    // By default a mapping reserves its pages.
+    // A mapping reserves its pages by default.
     allowed() >= Some(ENOUGH) && mounts::HugeFs::new(None).is_ok_and(|fs| fs.has_pages(8))
 }
 

@@ -1,4 +1,4 @@
-//! Real file systems in an image file, mounted over a loop device.
+//! Mounts real file systems from image files over loop devices.
 
 use std::fmt;
 use std::io;
@@ -9,12 +9,12 @@ use tempfile::NamedTempFile;
 
 use crate::mounts::Mounted;
 
-/// A file system that an image can be made of.
+/// A file system that can be created in an image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LoopFs {
     /// ext4 by the kernel's driver (e2fsprogs).
     Ext4,
-    /// ext4 with inodes of 128 bytes, which have no room for a time of creation (e2fsprogs).
+    /// ext4 with inodes of 128 bytes, which have no field for a time of creation (e2fsprogs).
     Ext4SmallInodes,
     /// XFS by the kernel's driver (xfsprogs).
     Xfs,
@@ -22,12 +22,12 @@ pub enum LoopFs {
     Xfs16k,
     /// btrfs by the kernel's driver (btrfs-progs).
     Btrfs,
-    /// exFAT by the FUSE driver (exfatprogs, exfat-fuse): a file system that has no holes.
+    /// exFAT by the FUSE driver (exfatprogs, exfat-fuse): a file system without holes.
     Exfat,
 }
 
 impl LoopFs {
-    /// The file system's own name, as in `mkfs.NAME`.
+    /// Returns the name of the file system, as in `mkfs.NAME`.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
@@ -38,7 +38,8 @@ impl LoopFs {
         }
     }
 
-    /// XFS refuses less than 300 MiB, btrfs less than 109 MiB; the image is sparse.
+    /// Returns the size of the image, which is sparse. XFS refuses less than 300 MiB, btrfs less
+    /// than 109 MiB.
     fn image_size(self) -> u64 {
         match self {
             Self::Xfs | Self::Xfs16k | Self::Btrfs => 320 << 20,
@@ -49,8 +50,7 @@ impl LoopFs {
     fn mkfs(self) -> Command {
         let mut mkfs = tool(&format!("mkfs.{}", self.name()));
         match self {
-            // A block of 4 KiB, as on every disk of a usual size; small images get 1 KiB by
-            // default.
+            // A block of 4 KiB, as on disks of usual sizes. Small images have 1 KiB by default.
             Self::Ext4 => mkfs.args(["-q", "-F", "-b", "4096"]),
             Self::Ext4SmallInodes => mkfs.args(["-q", "-F", "-b", "4096", "-I", "128"]),
             Self::Xfs | Self::Btrfs => mkfs.arg("-q"),
@@ -69,8 +69,8 @@ impl LoopFs {
         mount
     }
 
-    /// Whether the tools, loop devices and, for exFAT, FUSE are here. Privilege is another matter:
-    /// `Need::Root`.
+    /// Returns whether the tools, loop devices and, for exFAT, FUSE are available. `Need::Root`
+    /// checks the privilege.
     pub(crate) fn has_tools(self) -> bool {
         let helper = match self {
             Self::Exfat => "mount.exfat-fuse",
@@ -94,25 +94,26 @@ impl fmt::Display for LoopFs {
     }
 }
 
-/// A freshly made, empty file system over a loop device; unmounted and removed with its image when
-/// dropped.
+/// A new, empty file system over a loop device. Unmounted and removed with its image on drop.
 #[derive(Debug)]
 pub struct LoopMount {
-    // Before the image: unmounted first.
+    // Before the image, so that it is unmounted first.
     mounted: Mounted,
     _image: NamedTempFile,
 }
 
 impl LoopMount {
-    /// Makes a file system in a temporary image file and mounts it, on a disk of 512-byte sectors.
+    /// Creates a file system in a temporary image file and mounts it, on a disk of 512-byte
+    /// sectors.
     ///
     /// # Errors
-    /// The output of the tool that failed (`mkfs`, `losetup` or `mount`), or that it is missing.
+    /// The output of the tool that failed (`mkfs`, `losetup` or `mount`), or the error of starting
+    /// it.
     pub fn new(fs: LoopFs) -> io::Result<Self> {
         Self::on_image(fs, NamedTempFile::new()?)
     }
 
-    /// The same in a file that the caller made, and may have told to stay.
+    /// Creates and mounts a file system in a file of the caller, who may keep it.
     ///
     /// # Errors
     /// As [`new`](Self::new).
@@ -120,7 +121,8 @@ impl LoopMount {
         Self::made(fs, image, 512)
     }
 
-    /// The same as [`new`](Self::new) on a disk whose sectors have 512 to 4096 bytes.
+    /// Creates a file system like [`new`](Self::new) on a disk whose sectors have 512 to 4096
+    /// bytes.
     ///
     /// # Errors
     /// As [`new`](Self::new).
@@ -136,7 +138,7 @@ impl LoopMount {
         let device = device.trim_end();
         let mounted = run(fs.mkfs().arg(device))
             .and_then(|_| Mounted::new(|dir| run(fs.mount().arg(device).arg(dir)).map(drop)));
-        // Detaches now where that failed, else as soon as the mount is gone.
+        // Detaches now if mounting failed, otherwise once the file system is unmounted.
         run(tool("losetup").args(["--detach", device]))?;
         Ok(Self {
             mounted: mounted?,
@@ -144,7 +146,7 @@ impl LoopMount {
         })
     }
 
-    /// The mounted directory.
+    /// Returns the mount point.
     #[must_use]
     pub fn path(&self) -> &Path {
         self.mounted.path()
@@ -168,13 +170,15 @@ fn run(command: &mut Command) -> io::Result<String> {
     )))
 }
 
-/// A command of the administrator's, wherever Debian puts it.
+/// Returns a command for an administrator's tool. Also looks in the directories where Debian
+/// installs them.
 #[must_use]
 pub fn tool(name: &str) -> Command {
     Command::new(find_tool(name).unwrap_or_else(|| name.into()))
 }
 
-/// Looks in `PATH` and where Debian puts the tools of the administrator, which `PATH` may lack.
+/// Returns the path of a tool, from `PATH` and from the administrator's directories of Debian,
+/// which `PATH` may lack.
 pub(crate) fn find_tool(name: &str) -> Option<PathBuf> {
     let path = std::env::var_os("PATH").unwrap_or_default();
     std::env::split_paths(&path)

@@ -1,4 +1,4 @@
-//! File systems mounted for one test and unmounted when the guard drops.
+//! Mounts file systems for one test and unmounts them when the guard is dropped.
 
 use std::fs::File;
 use std::io;
@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use nix::fcntl::{FallocateFlags, fallocate};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
-/// A tmpfs of a few bytes, to fill up.
+/// A small tmpfs that a test can fill up.
 #[derive(Debug)]
 pub struct TinyTmpfs(Mounted);
 
@@ -17,15 +17,15 @@ impl TinyTmpfs {
     /// directory.
     ///
     /// # Errors
-    /// Fails as `mount(2)` does: `EPERM` without `CAP_SYS_ADMIN`.
+    /// Those of `mount(2)`: `EPERM` without `CAP_SYS_ADMIN`.
     pub fn new(bytes: u64) -> io::Result<Self> {
         Self::with(&format!("size={bytes},mode=0777"))
     }
 
-    /// Mounts a tmpfs that stores files in huge pages wherever it can.
+    /// Mounts a tmpfs that stores files in huge pages if possible.
     ///
     /// # Errors
-    /// As [`new`](Self::new); `EINVAL` where the kernel has no huge pages for tmpfs.
+    /// As [`new`](Self::new); `EINVAL` if the kernel does not support huge pages for tmpfs.
     pub fn of_huge_pages(bytes: u64) -> io::Result<Self> {
         Self::with(&format!("size={bytes},mode=0777,huge=always"))
     }
@@ -43,7 +43,7 @@ impl TinyTmpfs {
         .map(Self)
     }
 
-    /// The mounted directory.
+    /// Returns the mount point.
     #[must_use]
     pub fn path(&self) -> &Path {
         self.0.path()
@@ -55,10 +55,10 @@ impl TinyTmpfs {
 pub struct HugeFs(Mounted);
 
 impl HugeFs {
-    /// Mounts one in a new temporary directory, with at most `bytes` bytes of pages if given.
+    /// Mounts a hugetlbfs in a new temporary directory, limited to `bytes` bytes of pages if given.
     ///
     /// # Errors
-    /// Fails as `mount(2)` does: `EPERM` without `CAP_SYS_ADMIN`.
+    /// Those of `mount(2)`: `EPERM` without `CAP_SYS_ADMIN`.
     pub fn new(bytes: Option<u64>) -> io::Result<Self> {
         let size = bytes.map_or(String::new(), |bytes| format!(",size={bytes}"));
         let options = format!("pagesize=2M{size}");
@@ -75,13 +75,13 @@ impl HugeFs {
         .map(Self)
     }
 
-    /// The mounted directory.
+    /// Returns the mount point.
     #[must_use]
     pub fn path(&self) -> &Path {
         self.0.path()
     }
 
-    /// Returns whether so many pages can be had now.
+    /// Returns whether this number of pages can be allocated now.
     pub(crate) fn has_pages(&self, pages: u64) -> bool {
         let path = self.path().join("probe");
         let allocated = File::create(&path).and_then(|file| {
@@ -99,7 +99,7 @@ impl AsRef<Path> for TinyTmpfs {
     }
 }
 
-/// A read-only view of a directory: what a permission bit cannot do to root.
+/// A read-only view of a directory. Applies to root too, unlike permission bits.
 #[derive(Debug)]
 pub struct ReadOnlyBind(Mounted);
 
@@ -107,7 +107,7 @@ impl ReadOnlyBind {
     /// Binds `source`, read-only, to a new temporary directory.
     ///
     /// # Errors
-    /// Fails as `mount(2)` does: `EPERM` without `CAP_SYS_ADMIN`.
+    /// Those of `mount(2)`: `EPERM` without `CAP_SYS_ADMIN`.
     pub fn of(source: &Path) -> io::Result<Self> {
         let bind = MsFlags::MS_BIND;
         let mounted =
@@ -123,28 +123,28 @@ impl ReadOnlyBind {
         Ok(Self(mounted))
     }
 
-    /// The mounted directory.
+    /// Returns the mount point.
     #[must_use]
     pub fn path(&self) -> &Path {
         self.0.path()
     }
 }
 
-/// An overlayfs: a directory with another one on top that takes what is written.
+/// An overlayfs of two directories. The upper one receives all writes.
 #[derive(Debug)]
 pub struct Overlay {
-    // Before its layers: unmounted first.
+    // Before its layers, so that it is unmounted first.
     mounted: Mounted,
     _layers: Option<tempfile::TempDir>,
 }
 
 impl Overlay {
-    /// Lays `upper` over `lower`; the kernel works in `work`, an empty directory on the file system
+    /// Mounts `upper` over `lower`. The kernel uses `work`, an empty directory on the file system
     /// of `upper`.
     ///
     /// # Errors
-    /// Fails as `mount(2)` does: `EPERM` without `CAP_SYS_ADMIN`, `EINVAL` where the kernel cannot
-    /// use one of the directories, `ENODEV` where it has no overlayfs.
+    /// Those of `mount(2)`: `EPERM` without `CAP_SYS_ADMIN`, `EINVAL` if the kernel cannot use one
+    /// of the directories, `ENODEV` if it does not support overlayfs.
     pub fn of(lower: &Path, upper: &Path, work: &Path) -> io::Result<Self> {
         let options = format!(
             "lowerdir={},upperdir={},workdir={}",
@@ -167,7 +167,7 @@ impl Overlay {
         })
     }
 
-    /// Lays a new directory in `dir` over another one there, both empty: what a new container has.
+    /// Mounts an overlay of two new, empty directories in `dir`, as in a new container.
     ///
     /// # Errors
     /// As [`of`](Self::of).
@@ -185,14 +185,14 @@ impl Overlay {
         })
     }
 
-    /// The mounted, merged directory.
+    /// Returns the mount point, with the merged directories.
     #[must_use]
     pub fn path(&self) -> &Path {
         self.mounted.path()
     }
 }
 
-/// A mount point in a directory of its own; lazily unmounted, then removed.
+/// A mount point in a directory of its own, lazily unmounted and removed on drop.
 #[derive(Debug)]
 pub(crate) struct Mounted {
     dir: PathBuf,
@@ -214,8 +214,8 @@ impl Mounted {
 
 impl Drop for Mounted {
     fn drop(&mut self) {
-        // Lazy: a failing test may still hold files open. The directory goes only once nothing is
-        // mounted on it.
+        // Unmount lazily, because a failed test may still have files open. Remove the directory
+        // only if nothing is mounted on it.
         if umount2(&self.dir, MntFlags::MNT_DETACH).is_ok() {
             let _ = std::fs::remove_dir(&self.dir);
         }

@@ -1,8 +1,9 @@
-//! Memory whose writes are tracked by real page faults: a guest's RAM where there is no hypervisor.
+//! Memory whose writes are tracked by real page faults: a guest's RAM on a machine without a
+//! hypervisor.
 //!
-//! A [`Memory`] is mapped in this process, and threads that write it are the vCPUs. [`Userfaultfd`]
-//! or [`Mprotect`] protects it, as a [`WriteProtection`], and calls back for each write that hits
-//! the protection.
+//! A [`Memory`] is mapped in this process, and threads that write to it act as vCPUs.
+//! [`Userfaultfd`] or [`Mprotect`] protects it, as a [`WriteProtection`], and calls back for each
+//! write to a protected page.
 
 mod memory;
 mod mprotect;
@@ -18,32 +19,32 @@ pub use mprotect::Mprotect;
 #[cfg(target_os = "linux")]
 pub use userfaultfd::{Userfaultfd, open_userfaultfd};
 
-/// A write protection whose faults this process answers itself. Ranges are offsets in the memory,
+/// A write protection whose faults this process handles itself. Ranges are offsets in the memory,
 /// of whole pages of the machine.
 pub trait PageFaults: WriteProtection<Error = io::Error> + Clone + Send + Sync + 'static {
-    /// Calls `on_write` with the offset of each write that hits the protection, from several
-    /// threads at once. The write waits until that has returned, and is tried again: `on_write` is
-    /// to lift the protection.
+    /// Calls `on_write` with the offset of each write to a protected page, concurrently from
+    /// several threads. The write waits until the call has returned and is then repeated:
+    /// `on_write` must unprotect the page.
     ///
-    /// It may be called from a signal handler ([`Mprotect`]), so as long as all goes well it must
-    /// neither allocate nor wait for a lock. Its error is fatal to the process: the write can
-    /// neither go on nor fail.
+    /// The call may be made from a signal handler ([`Mprotect`]), so it must neither allocate nor
+    /// wait for a lock unless it fails. An error aborts the process, because the write can neither
+    /// continue nor fail.
     ///
     /// # Errors
-    /// Fails where the system refuses a handler.
+    /// The errors of the system when the handler is installed.
     fn answer(
         &self,
         on_write: impl Fn(u64) -> io::Result<()> + Send + Sync + 'static,
     ) -> io::Result<FaultHandler>;
 
-    /// Waits until `on_write` has returned for every write that went on before.
+    /// Waits until `on_write` has returned for every write that continued before.
     ///
-    /// A page that `on_write` opens may be written before it returns, or before it is called for
-    /// another write to that page.
+    /// A page that `on_write` unprotects may be written before it returns, or before it is called
+    /// for another write to that page.
     fn wait_until_answered(&self);
 }
 
-/// Answers write faults. Dropped, it first makes all of the memory writable.
+/// Handles write faults. When it is dropped, it first makes all of the memory writable.
 #[must_use = "faults are answered as long as this lives"]
 pub struct FaultHandler {
     _dropped: Box<dyn Send + Sync>,

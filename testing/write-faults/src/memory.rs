@@ -1,4 +1,4 @@
-//! Memory mapped in this process, used as a guest's RAM. No reference ever covers it.
+//! Memory mapped in this process that serves as a guest's RAM. No reference ever covers it.
 
 #![allow(unsafe_code)]
 
@@ -17,7 +17,7 @@ use nix::sys::mman::{MmapAdvise, madvise};
 use nix::unistd::{SysconfVar, sysconf};
 use page_reader::{HostMemory, PageReader};
 
-/// A mapping of this process, readable and, but for its write protection, writable.
+/// A mapping of this process. It is readable and, unless write-protected, writable.
 #[derive(Debug)]
 pub struct Memory {
     start: NonNull<u8>,
@@ -27,27 +27,27 @@ pub struct Memory {
 // SAFETY: a mapping belongs to the process, not to a thread, and is accessed by atomic loads and
 // stores only.
 unsafe impl Send for Memory {}
-// SAFETY: as above; what a racing load sees is one word or the other, as of any guest's memory.
+// SAFETY: as above. A racing load returns the old or the new word, as from any guest's memory.
 unsafe impl Sync for Memory {}
 
 impl Memory {
     /// Maps `len` bytes of zeros.
     ///
     /// # Errors
-    /// What `mmap` says; [`InvalidInput`](io::ErrorKind::InvalidInput) for a `len` of 0.
+    /// Those of `mmap`; [`InvalidInput`](io::ErrorKind::InvalidInput) for a `len` of 0.
     pub fn new(len: u64) -> io::Result<Self> {
         let size = size(len)?;
         let kind = MapFlags::MAP_PRIVATE | MapFlags::MAP_NORESERVE;
-        // SAFETY: a new mapping at an address of the kernel's choice replaces none.
+        // SAFETY: a new mapping at an address that the kernel chooses replaces none.
         let start = unsafe { mmap_anonymous(None, size, READ_WRITE, kind)? };
         Ok(Self::in_small_pages(start.cast(), size))
     }
 
-    /// Maps a new file of `len` bytes. What is written to the file by its descriptor appears in the
-    /// memory and never faults: as a hypervisor's host writes to its guest.
+    /// Maps a new file of `len` bytes. Bytes that are written to the file through its descriptor
+    /// appear in the memory and never fault, like a hypervisor host's writes to its guest.
     ///
     /// # Errors
-    /// As [`new`](Self::new), and what the making of the file says.
+    /// As [`new`](Self::new), and those of creating the file.
     pub fn shared(len: u64) -> io::Result<(Self, File)> {
         let size = size(len)?;
         #[cfg(target_os = "linux")]
@@ -55,8 +55,8 @@ impl Memory {
         #[cfg(not(target_os = "linux"))]
         let file = tempfile::tempfile()?;
         file.set_len(len)?;
-        // SAFETY: as above. The file is as long, and nobody else has it yet; whoever truncates it
-        // makes loads past its end fail, not reach other objects.
+        // SAFETY: as above. The file has this length, and no other process has it open yet. If it
+        // is truncated, loads past its end fail and do not reach other objects.
         let start = unsafe { mmap(None, size, READ_WRITE, MapFlags::MAP_SHARED, &file, 0)? };
         Ok((Self::in_small_pages(start.cast(), size), file))
     }
@@ -64,8 +64,8 @@ impl Memory {
     fn in_small_pages(start: NonNull<u8>, len: NonZeroUsize) -> Self {
         let len = len.get();
         #[cfg(target_os = "linux")]
-        // SAFETY: the range is a mapping just made. Pages are tracked singly, so the kernel needn't
-        // make huge ones. Kernels without huge pages refuse, which is as good.
+        // SAFETY: the range is the new mapping. Pages are tracked singly, so huge pages are of no
+        // use. Kernels without huge pages refuse the call, which has the same effect.
         let _ = unsafe { madvise(start.cast(), len, MmapAdvise::MADV_NOHUGEPAGE) };
         Self { start, len }
     }
@@ -74,17 +74,17 @@ impl Memory {
         self.start.as_ptr()
     }
 
-    /// Bytes, at least 1.
+    /// Returns the length in bytes, at least 1.
     #[must_use]
     #[allow(clippy::len_without_is_empty)]
     pub fn len(&self) -> usize {
         self.len
     }
 
-    /// The word at `offset`.
+    /// Returns the word at `offset`.
     ///
     /// # Panics
-    /// At an offset that isn't a multiple of 8 inside the memory.
+    /// Panics if the offset is not a multiple of 8 inside the memory.
     #[must_use]
     pub fn load(&self, offset: u64) -> u64 {
         // SAFETY: `word` keeps the address inside the mapping, which is readable for its whole
@@ -92,7 +92,7 @@ impl Memory {
         unsafe { AtomicU64::from_ptr(self.word(offset)) }.load(Ordering::Relaxed)
     }
 
-    /// Replaces the word at `offset`. Where it is protected, this faults.
+    /// Replaces the word at `offset`. Faults if the page is protected.
     ///
     /// # Panics
     /// As [`load`](Self::load).
@@ -105,7 +105,7 @@ impl Memory {
     /// Copies `bytes` to `offset`.
     ///
     /// # Panics
-    /// Where they don't fit.
+    /// Panics if they do not fit.
     pub fn write(&self, offset: u64, bytes: &[u8]) {
         let inside = offset.checked_add(bytes.len() as u64);
         assert!(inside.is_some_and(|end| end <= self.len as u64));
@@ -116,7 +116,7 @@ impl Memory {
         }
     }
 
-    /// Makes a range of whole pages writable or not.
+    /// Sets whether a range of whole pages is writable.
     pub(super) fn set_writable(&self, range: Range<u64>, writable: bool) -> nix::Result<()> {
         assert!(range.start <= range.end && range.end <= self.len as u64);
         let access = if writable {
@@ -168,10 +168,10 @@ impl PageReader for Memory {
     }
 }
 
-/// The bytes of a page of this machine.
+/// Returns the page size of this machine in bytes.
 ///
 /// # Errors
-/// Fails where the system does not report it.
+/// The error of the system if it does not report the size.
 pub fn page_size() -> io::Result<u64> {
     let size = sysconf(SysconfVar::PAGE_SIZE)?.and_then(|size| u64::try_from(size).ok());
     size.ok_or_else(|| io::Error::other("this machine does not report its page size"))
@@ -179,8 +179,7 @@ pub fn page_size() -> io::Result<u64> {
 
 impl Drop for Memory {
     fn drop(&mut self) {
-        // SAFETY: the mapping made by `new` or `shared`; whoever could access it holds a borrow of
-        // `self`.
+        // SAFETY: the mapping made by `new` or `shared`; every access borrows `self`.
         let unmapped = unsafe { munmap(self.start.cast(), self.len) };
         debug_assert!(unmapped.is_ok());
     }

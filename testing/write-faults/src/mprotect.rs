@@ -1,8 +1,8 @@
-//! Write protection by `mprotect`: a store to a protected page raises a signal, in whose handler
-//! the callback runs. Works on every Unix.
+//! Write protection by `mprotect`: a store to a protected page raises a signal, whose handler calls
+//! back. Works on every Unix.
 //!
-//! The handler does what a signal handler may: it reads atomics, and calls back what is bound to do
-//! no more.
+//! The handler is async-signal-safe: it only reads atomics, and the callback is bound to the same
+//! rule.
 
 #![allow(unsafe_code)]
 
@@ -27,7 +27,7 @@ pub struct Mprotect {
 }
 
 impl Mprotect {
-    /// Nothing is protected yet.
+    /// Creates a protection under which no page is protected yet.
     #[must_use]
     pub fn new(memory: &Arc<Memory>) -> Self {
         Self {
@@ -43,7 +43,7 @@ impl WriteProtection for Mprotect {
         Ok(self.memory.set_writable(range, false)?)
     }
 
-    /// Linux refuses where the process would have too many mappings (`vm.max_map_count`).
+    /// Linux refuses if the process would have too many mappings (`vm.max_map_count`).
     fn lift(&self, range: Range<u64>) -> io::Result<()> {
         Ok(self.memory.set_writable(range, true)?)
     }
@@ -63,7 +63,7 @@ impl PageFaults for Mprotect {
         Ok(FaultHandler::new(Occupied { region, slot }))
     }
 
-    /// The thread that writes calls back itself, and goes on after that.
+    /// The writing thread runs the callback itself and continues afterwards.
     fn wait_until_answered(&self) {}
 }
 
@@ -80,7 +80,7 @@ struct Occupied {
 impl Drop for Occupied {
     fn drop(&mut self) {
         let memory = &self.region.memory;
-        // Unprotected first: a fault after the slot is free would be nobody's.
+        // Unprotect first: after the slot is free, a fault has no handler.
         let writable = memory.set_writable(0..memory.len() as u64, true);
         debug_assert!(writable.is_ok());
         let slot = &SLOTS[self.slot];
@@ -92,13 +92,13 @@ impl Drop for Occupied {
     }
 }
 
-/// A tracked range of addresses, for the handler to find. A length of 0: nothing tracked.
+/// A tracked range of addresses that the handler can find. A length of 0 means that it is free.
 struct Slot {
     start: AtomicUsize,
     len: AtomicUsize,
     region: AtomicPtr<Region>,
-    /// Handlers that look at the slot right now: they come before they read the length, and it
-    /// changes hands only without them.
+    /// The number of handlers that are reading the slot. They are counted before they read the
+    /// length, and the slot is reassigned only if there are none.
     handlers: AtomicUsize,
 }
 
@@ -111,22 +111,21 @@ static SLOTS: [Slot; 64] = [const {
     }
 }; 64];
 
-/// Held by the occupant of a slot.
+/// Held while a slot is being occupied.
 static OCCUPYING: Mutex<()> = Mutex::new(());
 
 fn occupy(region: &Region) -> io::Result<usize> {
     let _one = OCCUPYING.lock().unwrap_or_else(PoisonError::into_inner);
     let is_free = |slot: &Slot| slot.region.load(Ordering::Acquire).is_null();
-    let index = SLOTS
-        .iter()
-        .position(is_free)
-        .ok_or_else(|| io::Error::other("too many tracked memories in one process"))?;
+    let index = SLOTS.iter().position(is_free).ok_or_else(|| {
+        io::Error::other("too many tracked memories in this process: drop one first")
+    })?;
     let slot = &SLOTS[index];
     slot.region
         .store(ptr::from_ref(region).cast_mut(), Ordering::Release);
     slot.start
         .store(region.memory.start() as usize, Ordering::Release);
-    // Last: the handler looks at the rest only where the length says so.
+    // Last: the handler reads the other fields only if the length is not 0.
     slot.len.store(region.memory.len(), Ordering::SeqCst);
     Ok(index)
 }
@@ -139,8 +138,8 @@ fn handle(address: usize) -> bool {
         let start = slot.start.load(Ordering::Acquire);
         let offset = address.wrapping_sub(start);
         let opened = offset < len && {
-            // SAFETY: the slot has a length, and this handler was counted before it was read:
-            // whoever takes the slot back waits for the count before the region is dropped.
+            // SAFETY: the slot has a length, and this handler was counted before it was read: the
+            // thread that frees the slot waits for the count before the region is dropped.
             let region = unsafe { &*slot.region.load(Ordering::Acquire) };
             (region.on_write)(offset as u64).is_ok()
         };
@@ -151,7 +150,7 @@ fn handle(address: usize) -> bool {
 
 type Handler = extern "C" fn(libc::c_int, *mut libc::siginfo_t, *mut libc::c_void);
 
-/// What was installed before, for faults that are none of ours: Rust's own stack overflow report.
+/// The previous handlers, for faults at other addresses: Rust's own stack overflow report.
 static PREVIOUS: OnceLock<[libc::sigaction; 2]> = OnceLock::new();
 
 fn install_handler() -> io::Result<()> {
@@ -162,18 +161,18 @@ fn install_handler() -> io::Result<()> {
     }
     let mut previous = [const { None }; 2];
     for (signal, previous) in SIGNALS.into_iter().zip(&mut previous) {
-        // SAFETY: a sigaction is plain data; a null new action only asks for the present one.
+        // SAFETY: a sigaction is plain data; a null new action only queries the present one.
         *previous = Some(unsafe {
             let mut action = std::mem::zeroed();
             Errno::result(libc::sigaction(signal, ptr::null(), &raw mut action))?;
             action
         });
     }
-    let _ = PREVIOUS.set(previous.map(|action| action.expect("asked for every signal")));
+    let _ = PREVIOUS.set(previous.map(|action| action.expect("queried for each signal")));
     for signal in SIGNALS {
         let handler: Handler = on_fault;
-        // SAFETY: the handler has the signature that SA_SIGINFO asks for, runs on the thread's
-        // alternate stack where there is one, and only does what a signal handler may (see above).
+        // SAFETY: the handler has the signature that SA_SIGINFO requires, runs on the thread's
+        // alternate stack if there is one, and is async-signal-safe (see above).
         unsafe {
             let mut action: libc::sigaction = std::mem::zeroed();
             action.sa_sigaction = handler as libc::sighandler_t;
@@ -193,7 +192,7 @@ extern "C" fn on_fault(
     // SAFETY: with SA_SIGINFO the kernel passes a valid siginfo, whose address field these two
     // signals fill.
     let address = unsafe { (*info).si_addr() } as usize;
-    // Whoever was interrupted may be about to look at theirs.
+    // The interrupted code may be about to read errno.
     let errno = Errno::last_raw();
     let handled = handle(address);
     Errno::set_raw(errno);
@@ -206,7 +205,7 @@ extern "C" fn on_fault(
     });
     match previous {
         Some(action) if action.sa_flags & libc::SA_SIGINFO != 0 => {
-            // SAFETY: an action with SA_SIGINFO has a handler of this very signature.
+            // SAFETY: an action with SA_SIGINFO has a handler of this signature.
             let handler: Handler = unsafe { std::mem::transmute(action.sa_sigaction) };
             handler(signal, info, context);
         }

@@ -1,6 +1,6 @@
-//! Write protection by userfaultfd (Linux): a write to a protected page stops its thread, also
-//! where the kernel or a virtual machine makes it; a handler thread calls back, and lets the write
-//! go on.
+//! Write protection by userfaultfd (Linux): a write to a protected page stops its thread, including
+//! writes by the kernel or a virtual machine. A handler thread calls back and then lets the write
+//! continue.
 
 #![allow(unsafe_code)]
 
@@ -25,7 +25,7 @@ mod abi {
     pub(super) const FEATURE_PAGEFAULT_FLAG_WP: u64 = 1 << 0;
     /// Shared memory too (Linux 5.19).
     pub(super) const FEATURE_WP_HUGETLBFS_SHMEM: u64 = 1 << 12;
-    /// Pages never touched are protected as well (Linux 6.4).
+    /// Untouched pages are protected as well (Linux 6.4).
     pub(super) const FEATURE_WP_UNPOPULATED: u64 = 1 << 13;
     pub(super) const REGISTER_MODE_WP: u64 = 1 << 1;
     pub(super) const WRITEPROTECT_MODE_WP: u64 = 1 << 0;
@@ -71,10 +71,10 @@ mod abi {
     nix::ioctl_readwrite!(write_protect, 0xaa, 0x06, WriteProtect);
 }
 
-/// A userfaultfd that write-protects any memory, touched or not.
+/// Opens a userfaultfd that write-protects any memory, touched or not.
 ///
 /// # Errors
-/// What is missing for it.
+/// The reason why the kernel or the permissions do not allow it.
 pub fn open_userfaultfd() -> io::Result<File> {
     let failed =
         |what: &str, source: io::Error| io::Error::new(source.kind(), format!("{what}: {source}"));
@@ -83,7 +83,7 @@ pub fn open_userfaultfd() -> io::Result<File> {
         .write(true)
         .open("/dev/userfaultfd")
         .map_err(|error| failed("/dev/userfaultfd does not open", error))?;
-    // SAFETY: the request takes flags and returns a new descriptor, which nobody else owns.
+    // SAFETY: the request takes flags and returns a new descriptor, which has no other owner.
     let descriptor = unsafe {
         let flags = libc::O_CLOEXEC | libc::O_NONBLOCK;
         let descriptor = abi::new(device.as_raw_fd(), flags)
@@ -117,13 +117,13 @@ struct Inner {
     pieces: Vec<Piece>,
     page: u64,
     threads: usize,
-    /// Threads that may have taken a fault which is not answered yet.
+    /// Threads that may have taken a fault which is not handled yet.
     answering: AtomicUsize,
-    /// Mapped as long as this lives.
+    /// Keeps the memory mapped.
     _memory: Arc<dyn PageReader + Send + Sync>,
 }
 
-/// A part of the memory that is in one piece.
+/// A contiguous part of the memory.
 struct Piece {
     offset: u64,
     address: u64,
@@ -131,13 +131,13 @@ struct Piece {
 }
 
 impl Userfaultfd {
-    /// For the first `len` bytes of `memory`, all of which it must [hand
-    /// out](PageReader::host_memory), in as many pieces as it likes, of whole pages. Nothing is
-    /// protected yet. Faults will be answered by as many `threads`.
+    /// Creates a protection for the first `len` bytes of `memory`, all of which it must
+    /// [expose](PageReader::host_memory), in any number of pieces of whole pages. No page is
+    /// protected yet. `threads` threads will handle faults.
     ///
     /// # Errors
-    /// Memory that is not handed out, or not taken by userfaultfd: mapped by another kind of file,
-    /// or registered already.
+    /// Memory that is not exposed, or that userfaultfd refuses: mapped by an unsupported kind of
+    /// file, or registered already.
     pub fn new(
         memory: &Arc<impl PageReader + Send + Sync + 'static>,
         len: u64,
@@ -149,7 +149,8 @@ impl Userfaultfd {
         while offset < len {
             let rest = usize::try_from(len - offset).unwrap_or(usize::MAX);
             let piece = memory.host_memory(offset, rest);
-            let piece = piece.ok_or_else(|| io::Error::other("memory without a host address"))?;
+            let piece = piece
+                .ok_or_else(|| io::Error::other("the memory does not expose its host address"))?;
             let mut register = abi::Register {
                 start: piece.as_ptr() as u64,
                 len: piece.len() as u64,
@@ -215,7 +216,7 @@ impl PageFaults for Userfaultfd {
         Ok(FaultHandler::new(threads))
     }
 
-    /// The kernel drops a fault that no thread has taken when its write goes on.
+    /// The kernel drops a fault that no thread has taken when its write continues.
     fn wait_until_answered(&self) {
         while self.inner.answering.load(SeqCst) != 0 {
             thread::yield_now();
@@ -225,32 +226,33 @@ impl PageFaults for Userfaultfd {
 
 struct Threads {
     inner: Arc<Inner>,
-    /// The threads end when the other end hangs up.
+    /// Closing this end stops the threads.
     hang_up: Option<PipeWriter>,
     running: Vec<JoinHandle<()>>,
 }
 
 impl Drop for Threads {
     fn drop(&mut self) {
-        // Writable first: a fault without threads would wait for ever. Who waits is woken.
+        // Make the memory writable first, which wakes waiting threads: a fault without a handler
+        // would wait forever.
         let len = self.inner.pieces.iter().map(|piece| piece.len).sum();
         let writable = self.inner.set(0..len, 0);
         debug_assert!(writable.is_ok());
         drop(self.hang_up.take());
         for thread in self.running.drain(..) {
-            // It returns or aborts the process; it does not unwind.
+            // The thread returns or aborts the process; it does not unwind.
             let _ = thread.join();
         }
     }
 }
 
 impl Inner {
-    /// Answers faults until `closed` hangs up.
+    /// Handles faults until `closed` hangs up.
     fn handle(&self, closed: &PipeReader, on_write: &OnWrite) {
         if let Err(error) = self.answer(closed, on_write) {
-            // Whoever waits in a fault would wait for ever, and closing the descriptor would let
+            // Abort: threads in a fault would wait forever, and closing the descriptor would let
             // writes pass unmarked.
-            eprintln!("error: the userfaultfd handler can't go on: {error}");
+            eprintln!("error: the userfaultfd handler failed: {error}");
             std::process::abort();
         }
     }
@@ -266,18 +268,22 @@ impl Inner {
                 Err(Errno::EINTR) => continue,
                 polled => _ = polled?,
             }
-            // Counted first: a fault that is taken has always been counted.
+            // Count first, so that every taken fault is counted.
             self.answering.fetch_add(1, SeqCst);
             let taken = (&self.descriptor).read(&mut message);
             let answered = match taken {
-                Ok(abi::MESSAGE) => self.admit(&message, on_write),
+                Ok(abi::MESSAGE) => self.handle_write(&message, on_write),
                 _ => Ok(()),
             };
             self.answering.fetch_sub(1, SeqCst);
             answered?;
             match taken {
                 Ok(abi::MESSAGE) => {}
-                Ok(short) => return Err(io::Error::other(format!("a message of {short} bytes"))),
+                Ok(short) => {
+                    return Err(io::Error::other(format!(
+                        "short userfaultfd message of {short} bytes"
+                    )));
+                }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                     if ready[1].any() == Some(true) {
                         return Ok(());
@@ -289,32 +295,33 @@ impl Inner {
         }
     }
 
-    /// Calls back for a write that waits, and only then lets it go on.
-    fn admit(&self, message: &[u8; abi::MESSAGE], on_write: &OnWrite) -> io::Result<()> {
+    /// Calls back for a waiting write, and then lets it continue.
+    fn handle_write(&self, message: &[u8; abi::MESSAGE], on_write: &OnWrite) -> io::Result<()> {
         let word = |at: usize| {
             u64::from_ne_bytes(
                 message[at..at + 8]
                     .try_into()
-                    .expect("eight bytes are eight"),
+                    .expect("the slice has eight bytes"),
             )
         };
         let (flags, address) = (word(8), word(16));
         if message[0] != abi::EVENT_PAGEFAULT || flags & abi::PAGEFAULT_FLAG_WP == 0 {
             return Err(io::Error::other(format!(
-                "event {:#x} with flags {flags:#x}",
+                "unexpected event {:#x} with flags {flags:#x}",
                 message[0]
             )));
         }
         let piece = |piece: &&Piece| (piece.address..piece.address + piece.len).contains(&address);
         let piece = self.pieces.iter().find(piece);
-        let piece = piece.ok_or_else(|| io::Error::other("a fault at a foreign address"))?;
+        let piece =
+            piece.ok_or_else(|| io::Error::other("fault at an address outside the memory"))?;
         on_write(piece.offset + (address - piece.address))?;
         let mut waiting = abi::Range {
             start: address & !(self.page - 1),
             len: self.page,
         };
-        // SAFETY: `Range` is laid out as the kernel's struct; waking a thread that need not wait
-        // makes it look again.
+        // SAFETY: `Range` is laid out as the kernel's struct; a thread that is woken without need
+        // checks the page again.
         unsafe { abi::wake(self.descriptor.as_raw_fd(), &raw mut waiting) }?;
         Ok(())
     }

@@ -1,14 +1,15 @@
-//! Mistakes with memory, made on purpose, for `cargo xtask sanitize` to show that it would find one: `race`, `use-after-free`, `out-of-bounds`.
+//! Deliberate memory errors that `cargo xtask sanitize` must find: `race`, `use-after-free`,
+//! `out-of-bounds`.
 
 #![allow(unsafe_code)]
 
 use std::hint::black_box;
 use std::thread;
 
-/// A pointer that claims to be owned.
+/// A pointer that is shared without synchronization.
 struct Shared(*mut u64);
 
-// SAFETY: none: that is the mistake.
+// SAFETY: none: this is the deliberate error.
 unsafe impl Send for Shared {}
 
 fn main() {
@@ -16,11 +17,11 @@ fn main() {
         Some("race") => race(),
         Some("use-after-free") => use_after_free(),
         Some("out-of-bounds") => out_of_bounds(),
-        other => panic!("race, use-after-free or out-of-bounds, not {other:?}"),
+        other => panic!("expected race, use-after-free or out-of-bounds, got {other:?}"),
     }
 }
 
-/// Two threads write to one word.
+/// Writes to one word from two threads.
 fn race() {
     let word = Box::into_raw(Box::new(0));
     let threads = [1, 2].map(|value| {
@@ -32,9 +33,9 @@ fn race() {
         })
     });
     for thread in threads {
-        thread.join().expect("it only writes");
+        thread.join().expect("the thread only writes");
     }
-    // SAFETY: made by `into_raw` above, and the threads have ended.
+    // SAFETY: made by `into_raw` above, and the threads have exited.
     drop(unsafe { Box::from_raw(word) });
 }
 
@@ -48,6 +49,6 @@ fn use_after_free() {
 
 fn out_of_bounds() {
     let words = black_box(vec![7_u64; 4]);
-    // SAFETY: none: there are four.
+    // SAFETY: none: the array has four elements.
     black_box(unsafe { words.as_ptr().wrapping_add(4).read_volatile() });
 }
