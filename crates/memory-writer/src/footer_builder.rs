@@ -254,15 +254,15 @@ mod tests {
     /// Extents as guest offset and length.
     #[rstest]
     #[case::none(&[], &[], &[])]
-    #[case::zeros_alone(&[], &[2..4], &[(2..4, false)])]
-    #[case::extents_alone(&[(2, 2)], &[], &[(2..4, true)])]
+    #[case::zeros_only(&[], &[2..4], &[(2..4, false)])]
+    #[case::extents_only(&[(2, 2)], &[], &[(2..4, true)])]
     #[case::all(&[(2, 2)], &[0..10], &[(0..2, false), (2..4, true), (4..10, false)])]
-    #[case::an_extent_inside(&[(3, 1)], &[2..6], &[(2..3, false), (3..4, true), (4..6, false)])]
-    #[case::an_extent_over(&[(1, 8)], &[2..4, 5..6], &[(1..9, true)])]
+    #[case::extent_inside(&[(3, 1)], &[2..6], &[(2..3, false), (3..4, true), (4..6, false)])]
+    #[case::extent_around(&[(1, 8)], &[2..4, 5..6], &[(1..9, true)])]
     #[case::ends_overlap(&[(2, 2), (6, 2)], &[3..7], &[(2..4, true), (4..6, false), (6..8, true)])]
-    #[case::neighbours(&[(2, 2)], &[0..2, 4..5], &[(0..2, false), (2..4, true), (4..5, false)])]
+    #[case::adjacent(&[(2, 2)], &[0..2, 4..5], &[(0..2, false), (2..4, true), (4..5, false)])]
     #[case::several_in_a_gap(&[(8, 1)], &[0..1, 3..4, 7..10], &[(0..1, false), (3..4, false), (7..8, false), (8..9, true), (9..10, false)])]
-    fn zeros_are_what_no_extent_has(
+    fn zeros_are_listed_outside_extents(
         #[case] extents: &[(u64, u64)],
         #[case] zeros: &[Range<u64>],
         #[case] expected: &[(Range<u64>, bool)],

@@ -136,10 +136,10 @@ mod tests {
     }
 
     #[rstest]
-    #[case::a_written_page_is_a_hole(&[2, 5], &[2], 5)]
-    #[case::a_hole_was_filled(&[2], &[2, 6], 6)]
+    #[case::written_page_is_a_hole(&[2, 5], &[2], 5)]
+    #[case::hole_was_filled(&[2], &[2, 6], 6)]
     #[case::nothing_was_written(&[0], &[], 0)]
-    fn a_file_that_holds_other_pages_is_refused(
+    fn file_with_other_pages_is_refused(
         #[case] said: &[u64],
         #[case] held: &[u64],
         #[case] at: u64,

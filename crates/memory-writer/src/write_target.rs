@@ -16,7 +16,7 @@ use crate::stale_pages::StalePages;
 
 /// The target of one write and the records of what was written.
 pub(crate) struct WriteTarget<'w> {
-    pub(crate) stage: &'w AtomicWriter,
+    pub(crate) staged: &'w AtomicWriter,
     pub(crate) options: &'w WriteOptions,
     pub(crate) stale_pages: &'w mut Option<StalePages>,
     pub(crate) pages: &'w mut PageRecord,
@@ -33,7 +33,7 @@ impl WriteTarget<'_> {
         count: Option<u64>,
         counter: &ProgressCounter<'_>,
     ) -> Result<u64, SnapshotError> {
-        let dest = || self.stage.dest_path().to_owned();
+        let dest = || self.staged.dest_path().to_owned();
         let cancelled = |written| SnapshotError::Cancelled {
             dest: dest(),
             written,
@@ -54,7 +54,7 @@ impl WriteTarget<'_> {
                 diff.add(run);
             }
         });
-        let (file, options) = (self.stage.file(), self.options);
+        let (file, options) = (self.staged.file(), self.options);
         let progress = &mut |bytes| counter.wrote(bytes);
         let written = match footer {
             None => write_runs(file, runs, &ReaderSource(reader), options, progress),

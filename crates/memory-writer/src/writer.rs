@@ -34,7 +34,7 @@ use crate::write_target::WriteTarget;
 #[derive(Debug)]
 #[must_use = "a writer that is dropped leaves no snapshot"]
 pub struct MemoryWriter {
-    stage: AtomicWriter,
+    staged: AtomicWriter,
     ram_size: u64,
     page_size: u64,
     ram_start: Option<u64>,
@@ -102,7 +102,7 @@ impl MemoryWriter {
     }
 
     pub(crate) fn open_on(
-        stage: AtomicWriter,
+        staged: AtomicWriter,
         ram_size: u64,
         page_size: u64,
         options: Options,
@@ -127,7 +127,7 @@ impl MemoryWriter {
             let ram_start = ram_start.unwrap_or(0);
             FooterBuilder::new(seal, placement, ram_size, page_size, ram_start)
         });
-        let dest = || stage.dest_path().to_owned();
+        let dest = || staged.dest_path().to_owned();
         let footer = footer
             .transpose()
             .map_err(|error| SnapshotError::from_seal(dest(), error))?;
@@ -137,21 +137,21 @@ impl MemoryWriter {
             None => PageRecord::Empty,
         };
         if placement == Placement::InPlace {
-            resize(stage.file(), ram_size)
+            resize(staged.file(), ram_size)
                 .map_err(|error| SnapshotError::from_grow(dest(), ram_size, error))?;
         }
-        let stale_pages = match (stage.recycled(), placement) {
+        let stale_pages = match (staged.recycled(), placement) {
             (false, _) => None,
             (true, Placement::InPlace) => Some(StalePages::all(ram_size, page_size)),
             (true, Placement::Packed) => {
                 // Packed pages leave one gap: between the header and the first page.
-                wipe_header(stage.file(), packed_start(page_size), &write)
+                wipe_header(staged.file(), packed_start(page_size), &write)
                     .map_err(|error| SnapshotError::from_wipe(dest(), error))?;
                 None
             }
         };
         Ok(Self {
-            stage,
+            staged,
             ram_size,
             page_size,
             ram_start,
@@ -181,19 +181,19 @@ impl MemoryWriter {
     /// Returns the path that the commit replaces or creates.
     #[must_use]
     pub fn dest_path(&self) -> &Path {
-        self.stage.dest_path()
+        self.staged.dest_path()
     }
 
     /// Returns the path of the staged file.
     #[must_use]
     pub fn temp_path(&self) -> &Path {
-        self.stage.temp_path()
+        self.staged.temp_path()
     }
 
     /// Returns whether the staged file is an older snapshot that [`Options::recycle`] reuses.
     #[must_use]
     pub fn recycled(&self) -> bool {
-        self.stage.recycled()
+        self.staged.recycled()
     }
 
     /// Returns the id of the snapshot, or `None` for a raw one. A diff on top of the snapshot names
@@ -212,7 +212,7 @@ impl MemoryWriter {
     ///
     /// The writer is unchanged after either error.
     pub fn set_metadata(&mut self, bytes: impl Into<Vec<u8>>) -> Result<(), SnapshotError> {
-        let dest = || self.stage.dest_path().to_owned();
+        let dest = || self.staged.dest_path().to_owned();
         let PageRecord::Footer(footer) = &mut self.pages else {
             return Err(SnapshotError::NotSealed { dest: dest() });
         };
@@ -237,7 +237,7 @@ impl MemoryWriter {
         let parent = self.pages.footer().map(FooterBuilder::parent);
         if matches!(parent, Some(Parent::Image(_))) {
             return Err(SnapshotError::FullWithParent {
-                dest: self.stage.dest_path().to_owned(),
+                dest: self.staged.dest_path().to_owned(),
             });
         }
         let written_before = self.state != State::Empty;
@@ -287,14 +287,14 @@ impl MemoryWriter {
         }
         let before = self.state;
         self.begin()?;
-        match share_blocks(image, self.stage.file(), self.ram_size) {
+        match share_blocks(image, self.staged.file(), self.ram_size) {
             Ok(()) => {}
             Err(SpaceError::Unsupported { .. }) => {
                 self.state = before;
                 return Ok(false);
             }
             Err(error) => {
-                let dest = self.stage.dest_path().to_owned();
+                let dest = self.staged.dest_path().to_owned();
                 return Err(SnapshotError::from_share(dest, error));
             }
         }
@@ -440,14 +440,14 @@ impl MemoryWriter {
     ) -> Result<(), SnapshotError> {
         self.begin()?;
         for run in runs() {
-            match punch_hole(self.stage.file(), run.clone()) {
+            match punch_hole(self.staged.file(), run.clone()) {
                 Ok(()) => {}
                 Err(SpaceError::Unsupported { .. }) => {
                     self.state = State::Complete;
                     return self.write_pages(&Zeros, runs, None).map(drop);
                 }
                 Err(error) => {
-                    let dest = self.stage.dest_path().to_owned();
+                    let dest = self.staged.dest_path().to_owned();
                     return Err(SnapshotError::from_punch(dest, run.start, error));
                 }
             }
@@ -547,7 +547,7 @@ impl MemoryWriter {
         let PageRecord::Footer(footer) = &self.pages else {
             return Ok(());
         };
-        let dest = || self.stage.dest_path().to_owned();
+        let dest = || self.staged.dest_path().to_owned();
         if footer.parent() == Parent::Unnamed && !footer.is_full() {
             return Err(SnapshotError::DiffWithoutParent { dest: dest() });
         }
@@ -568,7 +568,7 @@ impl MemoryWriter {
         }
         let check = || {
             if matches!(self.pages, PageRecord::Empty) {
-                let begun = RawDiff::begin(self.stage.file(), self.ram_size, self.page_size)?;
+                let begun = RawDiff::begin(self.staged.file(), self.ram_size, self.page_size)?;
                 self.pages = PageRecord::Holes(begun);
             }
             match &self.pages {
@@ -579,7 +579,7 @@ impl MemoryWriter {
                 | PageRecord::Footer(_) => Ok(()),
             }
         };
-        let dest = || self.stage.dest_path().to_owned();
+        let dest = || self.staged.dest_path().to_owned();
         check().map_err(|source| SnapshotError::AmbiguousDiff {
             dest: dest(),
             source,
@@ -590,13 +590,13 @@ impl MemoryWriter {
     /// [`atomic_file::AtomicWriter::not_preserved`].
     #[must_use]
     pub fn not_preserved(&self) -> &[NotPreserved] {
-        self.stage.not_preserved()
+        self.staged.not_preserved()
     }
 
     /// Returns the target of a write and the observer of its progress.
     fn target(&mut self) -> (WriteTarget<'_>, &mut Observer) {
         let target = WriteTarget {
-            stage: &self.stage,
+            staged: &self.staged,
             options: &self.write,
             stale_pages: &mut self.stale_pages,
             pages: &mut self.pages,
@@ -651,7 +651,7 @@ impl MemoryWriter {
         epoch: Epoch<B, K>,
     ) -> Result<(), SnapshotError> {
         self.check_epoch(&epoch)?;
-        let dest = self.stage.dest_path().to_owned();
+        let dest = self.staged.dest_path().to_owned();
         epoch
             .release_after(|| self.commit())
             .map_err(|error| match error {
@@ -689,7 +689,7 @@ impl MemoryWriter {
         self.check_bitmap(epoch.bitmap())?;
         if !self.written.covers(epoch) {
             return Err(SnapshotError::EpochNotWritten {
-                dest: self.stage.dest_path().to_owned(),
+                dest: self.staged.dest_path().to_owned(),
             });
         }
         self.set_ram_start(epoch.bitmap().ram_start());
@@ -705,13 +705,13 @@ impl MemoryWriter {
     /// [`SnapshotError::AmbiguousDiff`] and [`SnapshotError::Seal`]: the destination is unchanged
     /// and no file is left behind.
     pub fn finish(self) -> Result<AtomicWriter, SnapshotError> {
-        let dest = || self.stage.dest_path().to_owned();
+        let dest = || self.staged.dest_path().to_owned();
         match self.state {
             State::Complete => {}
             State::Incomplete => return Err(self.incomplete()),
             State::Empty => return Err(SnapshotError::NothingWritten { dest: dest() }),
         }
-        let file = self.stage.file();
+        let file = self.staged.file();
         if let Some(stale_pages) = &self.stale_pages {
             stale_pages
                 .wipe(file, &self.write)
@@ -732,7 +732,7 @@ impl MemoryWriter {
             }
             PageRecord::Empty | PageRecord::All | PageRecord::Caller => {}
         }
-        Ok(self.stage)
+        Ok(self.staged)
     }
 
     fn in_place(&self) -> bool {
@@ -743,7 +743,7 @@ impl MemoryWriter {
 
     fn incomplete(&self) -> SnapshotError {
         SnapshotError::Incomplete {
-            dest: self.stage.dest_path().to_owned(),
+            dest: self.staged.dest_path().to_owned(),
         }
     }
 }

@@ -8,7 +8,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use dirty_bitmap::DirtyBitmap;
 use memory_writer::{Layout, MemoryIoStep, MemoryWriter, RamError, Seal, SnapshotError};
 use rstest::rstest;
-use support::{Place, Until, assert_nothing_but, pattern};
+use support::{Place, Until, pattern};
 
 const SIZE: u64 = 4 << 20;
 const PAGE: u64 = 16384;
@@ -285,7 +285,7 @@ fn full_disk_is_reported_and_keeps_the_old_snapshot() {
     );
     writer.commit().unwrap_err();
     assert_eq!(std::fs::read(&dest).unwrap(), support::OLD);
-    assert_nothing_but(tiny.path(), &["guest.mem"]);
+    support::assert_nothing_but(tiny.path(), &["guest.mem"]);
 }
 
 /// Runs in a child process, because the limit applies to the whole process.
