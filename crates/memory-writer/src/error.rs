@@ -203,8 +203,8 @@ pub enum RamError {
         /// The requested page size in bytes.
         page_size: u64,
     },
-    /// `page_size` is below 512: image files are distinguished from raw RAM by a size that is not a
-    /// multiple of 512.
+    /// `page_size` is below 512: raw RAM is distinguished from images by a size that is a multiple
+    /// of 512.
     #[error("the page size {page_size} is too small: pass at least 512")]
     PageTooSmall {
         /// The requested page size in bytes.

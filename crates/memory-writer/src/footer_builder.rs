@@ -33,6 +33,7 @@ impl From<Invalid> for SealError {
     }
 }
 
+/// The footer of a sealed or packed image that is being written.
 #[derive(Debug)]
 pub(crate) struct FooterBuilder {
     /// The footer without runs and checksums, which are known at the end.

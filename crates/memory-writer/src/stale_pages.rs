@@ -9,6 +9,7 @@ use sparse_file::{Source, SpaceError, WriteError, WriteOptions, punch_hole, writ
 
 use crate::page_set::PageSet;
 
+/// The pages of a file whose old bytes are not overwritten yet.
 #[derive(Debug)]
 pub(crate) struct StalePages {
     /// The pages that were written. All others have their old bytes.
