@@ -1,24 +1,10 @@
-//! Snapshot KVM guests: guest RAM as a page source, the dirty log, vCPU state.
+//! Snapshots of KVM guests: guest RAM as a page source, the dirty log, the state of vCPUs.
 //!
-//! **Linux only; on other systems this crate is empty.** RAM and dirty log work on x86-64, arm64 and RISC-V, the state of vCPUs
-//! on x86-64. `/dev/kvm` must open: [`open_kvm`] says what is missing where it doesn't.
-//!
-//! # By task
-//! **Give a guest RAM**, of one region or several, each a memory slot:
-//! [`GuestRam`] owns the mappings, [`RamSlots`] registers them. The host reads and writes through `GuestRam`, and what it writes is marked dirty.
-//! A monitor with mappings and slots of its own keeps them: [`GuestRamOptions::adopt`], [`RamSlots::adopt`].
-//!
-//! **Know what the guest wrote**: [`DirtyLog`] moves KVM's log into the RAM's [`DirtyBitmap`](dirty_bitmap::DirtyBitmap), whatever
-//! the bitmap's page size, with the guest running or paused.
-//!
-//! **Save**: make the vCPUs leave the guest, complete their I/O ([`Vcpu::complete_io`]), pause them ([`Vcpus::pause`]), capture
-//! their state, harvest, take an epoch of the bitmap, write its pages (`GuestRam` is a
-//! [`PageReader`](page_reader::PageReader) that hands out host addresses), release the epoch once the file is durable. The order matters,
-//! and the types keep it: see [`Vcpus`](Vcpus#order-at-a-pause).
-//!
-//! **Save and restore vCPUs**: [`VcpuState`]; [`VmState`] for interrupt controllers, timer and clock. Both are serde types.
-//!
-//! **Run a program without firmware or kernel**: [`long_mode::boot`].
+//! A snapshot of a running guest needs three things from KVM: the pages that the guest wrote since
+//! the last snapshot, a moment at which no vCPU writes memory, and the state of the vCPUs at that
+//! moment. KVM offers each of them, but in the wrong order they lose pages: KVM completes pending
+//! I/O, and writes guest memory, only when a vCPU runs again. The types of this crate permit the
+//! right order only.
 //!
 //! # Example
 //! A guest that writes a page, saved and restored in a new virtual machine:
@@ -26,7 +12,9 @@
 //! # #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {
 //! use std::sync::Arc;
-//! use kvm_backend::{DirtyLog, GuestRam, RamSlots, VcpuState, Vcpus, create_vm, long_mode, open_kvm};
+//! use kvm_backend::{
+//!     DirtyLog, GuestRam, RamSlots, VcpuState, Vcpus, create_vm, long_mode, open_kvm,
+//! };
 //! use kvm_ioctls::VcpuExit;
 //! use page_reader::{PageReader, RamLayout};
 //!
@@ -49,8 +37,8 @@
 //! let start = long_mode::Start { entry: 0x8000, stack: 0x10_0000, page_tables: 0x1000 };
 //! long_mode::boot(&kvm, &ram, &vcpu, &start)?;
 //!
-//! let log = DirtyLog::start(&slots)?; // all of the RAM is marked
-//! ram.dirty_bitmap().begin_epoch()?.release()?; // a full snapshot goes between the two
+//! let log = DirtyLog::start(&slots)?; // marks all of the RAM
+//! ram.dirty_bitmap().begin_epoch()?.release()?; // in between: write a full snapshot
 //! assert!(matches!(vcpu.run()?, VcpuExit::IoOut(0x80, [1])));
 //!
 //! vcpu.complete_io(|_| ())?;
@@ -58,9 +46,9 @@
 //! let state = VcpuState::capture(&kvm, &paused, &vcpu)?;
 //! let harvest = log.harvest(paused)?;
 //! assert!(ram.dirty_bitmap().is_dirty(0x10_0000)?);
-//! let mut image = vec![0; layout.ram_size() as usize]; // memory-writer writes files
+//! let mut image = vec![0; layout.ram_size() as usize]; // or write a file with memory-writer
 //! ram.read_at(0, &mut image)?;
-//! drop(harvest); // the guest may go on
+//! drop(harvest); // the vCPUs may run again
 //!
 //! let (vm, ram, _slots, vcpus) = new_vm()?;
 //! let mut vcpu = vcpus.create(0)?;
@@ -74,26 +62,60 @@
 //! # fn main() {}
 //! ```
 //!
-//! # How it works
-//! | step | system calls |
-//! |---|---|
-//! | RAM | `mmap` of address space, then `MAP_SHARED`, `MAP_NORESERVE` of the RAM in it, congruent to its guest address modulo 2 MiB; or of a sealed `memfd_create` |
-//! | slots | `KVM_SET_USER_MEMORY_REGION`; with size 0 before the RAM is unmapped |
-//! | dirty log | `KVM_MEM_LOG_DIRTY_PAGES`; `KVM_GET_DIRTY_LOG`, and where offered `KVM_CLEAR_DIRTY_LOG` after the pages are marked |
-//! | vCPU | `KVM_GET_*` and `KVM_SET_*`: MP_STATE, REGS, SREGS, XSAVE(2), XCRS, DEBUGREGS, LAPIC, MSRS, CPUID2, TSC_KHZ, NESTED_STATE, VCPU_EVENTS |
-//! | machine | `KVM_GET_*` and `KVM_SET_*`: IRQCHIP, PIT2, CLOCK |
+//! # By task
+//! **Give a guest RAM** of one or several regions, each a memory slot: [`GuestRam`] owns the
+//! mappings, [`RamSlots`] registers them. The host reads and writes through `GuestRam`, which marks
+//! what the host writes. A VMM that has its own mappings and slots keeps them:
+//! [`GuestRamOptions::adopt`], [`RamSlots::adopt`].
 //!
-//! No Rust reference ever covers guest memory: it is accessed word by word with atomic operations, or by address by the kernel.
+//! **Find the pages that the guest wrote**: [`DirtyLog`] moves KVM's log into the RAM's
+//! [`DirtyBitmap`](dirty_bitmap::DirtyBitmap). The page size of the bitmap is free. The guest may
+//! run.
+//!
+//! **Save a guest**, in the order that the types enforce ([`Vcpus`](Vcpus#order-at-a-pause)):
+//!
+//! 1. make the vCPUs leave the guest, and complete their I/O ([`Vcpu::complete_io`]);
+//! 2. pause them ([`Vcpus::pause`]);
+//! 3. capture their state ([`VcpuState::capture`]);
+//! 4. harvest the log ([`DirtyLog::harvest`]);
+//! 5. begin an epoch of the bitmap, and write its pages (`GuestRam` is a
+//!    [`PageReader`](page_reader::PageReader) that provides host addresses);
+//! 6. release the epoch once the file is durable.
+//!
+//! **Save and restore vCPUs**: [`VcpuState`]. [`VmState`] has the interrupt controllers, the timer
+//! and the clock. Both are serde types.
+//!
+//! **Run a program without firmware or kernel**: [`long_mode::boot`].
+//!
+//! # Platforms
+//! Linux only; on other systems this crate is empty. RAM and the dirty log work on x86-64, arm64
+//! and RISC-V, the state of vCPUs on x86-64. The user must be permitted to open `/dev/kvm`: the
+//! error of [`open_kvm`] says what is missing.
+//!
+//! # How it works
+//! - **RAM**: `mmap` of address space, then of the RAM in it (`MAP_SHARED`, `MAP_NORESERVE`), each
+//!   host address congruent to its guest address modulo 2 MiB. The memory is anonymous or a sealed
+//!   `memfd_create`.
+//! - **Slots**: `KVM_SET_USER_MEMORY_REGION`, and again with size 0 before the RAM is unmapped.
+//! - **Dirty log**: `KVM_MEM_LOG_DIRTY_PAGES` and `KVM_GET_DIRTY_LOG`; where KVM offers it,
+//!   `KVM_CLEAR_DIRTY_LOG` after the pages are marked.
+//! - **vCPU**: `KVM_GET_*` and `KVM_SET_*` of MP_STATE, REGS, SREGS, XSAVE(2), XCRS, DEBUGREGS,
+//!   LAPIC, MSRS, CPUID2, TSC_KHZ, NESTED_STATE and VCPU_EVENTS.
+//! - **Virtual machine**: `KVM_GET_*` and `KVM_SET_*` of IRQCHIP, PIT2 and CLOCK.
+//!
+//! No Rust reference ever covers guest memory. It is accessed word by word with atomic operations,
+//! or by the kernel by address.
 //!
 //! # Limitations
-//! - Devices other than KVM's own are the monitor's to save, and every path by which one writes guest memory is the monitor's to mark:
+//! - The VMM saves the devices that it emulates itself, and marks what they write to guest memory:
 //!   [`GuestRam::mark`].
-//! - Not captured: the page-directory pointers of 32-bit PAE guests (KVM reads them anew from RAM), machine-check banks, Xen and SEV state,
-//!   the wall clock's progress while the guest is saved.
-//! - Dirty rings, read-only slots and `guest_memfd` are not used. A machine whose dirty ring was enabled has no complete log: on x86-64 KVM
-//!   refuses to read it, on arm64 it lacks what vCPUs write.
+//! - Not captured: the page-directory pointers of 32-bit PAE guests (KVM reads them from RAM
+//!   again), machine-check banks, Xen and SEV state, and the time for which the guest was saved.
+//! - Dirty rings, read-only slots and `guest_memfd` are not used. The log of a virtual machine
+//!   whose dirty ring was enabled is incomplete: on x86-64 KVM refuses to read it, on arm64 it
+//!   lacks the writes of the vCPUs.
 
-// Elsewhere the text above names what isn't there.
+// Elsewhere the links above have no targets.
 #![cfg_attr(
     not(all(target_os = "linux", target_arch = "x86_64")),
     allow(rustdoc::broken_intra_doc_links)
@@ -117,9 +139,24 @@ mod linux;
         target_arch = "riscv64"
     )
 ))]
-pub use linux::*;
+pub use linux::{
+    dirty_log::{DirtyLog, Harvest, HarvestError, PausedHarvest, Reprotect, StartError},
+    open::{OpenKvmError, create_vm, open_kvm, open_kvm_at},
+    ram::{BitmapMismatch, GuestRam, GuestRamError, GuestRamOptions},
+    slots::{RamSlots, SlotError},
+    vcpus::{PauseError, Paused, Vcpu, Vcpus},
+};
 
-/// The README's example, as a test.
+#[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+pub use linux::x86_64::{
+    capture::CaptureError,
+    long_mode,
+    restore::{RestoreError, Restored},
+    vcpu_state::{Msr, VcpuState},
+    vm_state::{IrqChip, VmState, VmStateError},
+};
+
+/// Runs the example of the README as a test.
 #[cfg(all(doctest, target_os = "linux", target_arch = "x86_64"))]
 #[doc = include_str!("../README.md")]
 struct Readme;

@@ -1,4 +1,4 @@
-//! A virtual machine is created whatever interrupts the call.
+//! Creation of virtual machines while signals interrupt the call.
 #![cfg(target_os = "linux")]
 
 use std::sync::Arc;
@@ -9,14 +9,15 @@ use nix::sys::pthread::{pthread_kill, pthread_self};
 use nix::sys::signal::Signal;
 use test_machine::Need;
 
-/// Each has mappings of its own. The more there are, the longer may KVM be interrupted while it locks them all.
+/// Threads, each with its own stack mapping. KVM locks all mappings, and can be interrupted
+/// meanwhile: more mappings take longer.
 const SLEEPERS: usize = 300;
-/// Where nobody asks again, each of them fails.
+/// The number of virtual machines to create. Without retries each creation fails.
 const CREATED: usize = 30;
 
 #[test]
-fn a_thread_that_signals_come_to_creates_virtual_machines() {
-    if !Need::Kvm.met("a_thread_that_signals_come_to_creates_virtual_machines") {
+fn create_vm_retries_when_a_signal_interrupts_it() {
+    if !Need::Kvm.met("create_vm_retries_when_a_signal_interrupts_it") {
         return;
     }
     let kvm = kvm_backend::open_kvm().unwrap();
@@ -33,12 +34,12 @@ fn a_thread_that_signals_come_to_creates_virtual_machines() {
         let sleepers: Vec<_> = (0..SLEEPERS).map(|_| scope.spawn(sleeper)).collect();
         scope.spawn(|| {
             while !done.load(Ordering::Acquire) {
-                // The creator lives: the scope keeps it here.
+                // The creator exists: it waits for the end of the scope.
                 pthread_kill(creator, Signal::SIGUSR2).unwrap();
                 thread::yield_now();
             }
         });
-        // From here on: each creation is among signals.
+        // From here on signals arrive during each creation.
         while came.load(Ordering::Relaxed) == 0 {
             thread::yield_now();
         }

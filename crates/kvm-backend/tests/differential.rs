@@ -1,4 +1,5 @@
-//! Random guests against a naive copy of their RAM, and against themselves in another machine.
+//! Compares random guests with a naive copy of their RAM, and with themselves in another virtual
+//! machine.
 #![cfg(all(target_os = "linux", target_arch = "x86_64"))]
 
 mod support;
@@ -17,9 +18,10 @@ use test_machine::{Need, rounds};
 
 const REGION: u64 = 2 << 20;
 const VCPUS: u64 = 3;
-/// Each vCPU has its own list of addresses to write to, and its own stack.
+/// The size of a vCPU's list of addresses to write to. Each vCPU also has its own stack.
 const LIST: u64 = 0x2000;
-/// Where the programs write: behind what they need themselves, and in the high region.
+/// The first address that the programs write to, after their own memory. They also write to the
+/// high region.
 const FIRST_TARGET: u64 = 0x30000;
 
 /// Pseudo-random numbers (xorshift).
@@ -54,7 +56,7 @@ fn start_of(vcpu: u64) -> long_mode::Start {
     }
 }
 
-/// Runs programs that write to random addresses, and stands at the barrier during a pause.
+/// Runs a program that writes to random addresses, and waits at the barrier during a pause.
 fn write_at_random(
     mut vcpu: Vcpu,
     number: u64,
@@ -103,10 +105,10 @@ fn assert_same(image: &[u8], ram: &[u8], round: usize) {
 }
 
 #[rstest]
-fn every_pause_of_several_vcpus_has_an_image_equal_to_the_ram(
+fn image_of_every_pause_of_several_vcpus_equals_the_ram(
     #[values(Reprotect::WhenRead, Reprotect::WhenMarked)] reprotect: Reprotect,
 ) {
-    if !Need::Kvm.met("every_pause_of_several_vcpus_has_an_image_equal_to_the_ram") {
+    if !Need::Kvm.met("image_of_every_pause_of_several_vcpus_equals_the_ram") {
         return;
     }
     let mut random = Random(0x9e37_79b9_7f4a_7c15);
@@ -142,7 +144,7 @@ fn every_pause_of_several_vcpus_has_an_image_equal_to_the_ram(
             });
         }
         for round in 0..rounds {
-            // While the guest runs: something happens to the log, to other slots, or to the RAM.
+            // While the guest runs, change the log, other slots, or the RAM.
             let mut other = None;
             match random.below(6) {
                 0 => {
@@ -184,13 +186,13 @@ fn every_pause_of_several_vcpus_has_an_image_equal_to_the_ram(
             drop(harvest);
             at_pause.wait();
             match random.below(4) {
-                // The save failed: the marks are back.
+                // The save failed: dropping the epoch restores the marks.
                 0 => drop(epoch),
                 _ => epoch.release().unwrap(),
             }
         }
     });
-    // The machine ends without a last harvest.
+    // The virtual machine ends without a last harvest.
     drop(log);
     drop(slots);
     let epoch = bitmap.begin_epoch().unwrap();
@@ -198,7 +200,7 @@ fn every_pause_of_several_vcpus_has_an_image_equal_to_the_ram(
     assert_same(&image, &whole(&ram), rounds);
 }
 
-/// Numbers that a guest's kernel may have in registers of each kind.
+/// Fills registers of each kind with random values that a guest's kernel may set.
 fn fill_with_random_state(guest: &Guest, random: &mut Random) {
     guest.set_regs(|regs| {
         let kvm_regs { rdi, rsp, rip, .. } = *regs;
@@ -228,7 +230,7 @@ fn fill_with_random_state(guest: &Guest, random: &mut Random) {
     let written = guest.vcpu.set_msrs(&Msrs::from_entries(&entries).unwrap());
     assert_eq!(written.unwrap(), entries.len());
     let mut xsave = guest.vcpu.get_xsave().unwrap();
-    // Registers xmm0 to xmm15 of the legacy area, and the bit that says they are in use.
+    // Registers xmm0 to xmm15 of the legacy area, and the bit that marks them as in use.
     for word in &mut xsave.region[40..104] {
         *word = random.next() as u32;
     }
@@ -256,7 +258,7 @@ fn capture(guest: &mut Guest) -> VcpuState {
     guest.vcpu.complete_io(|exit| panic!("{exit:?}")).unwrap();
     let paused = guest.vcpus.pause().unwrap();
     let mut state = VcpuState::capture(&guest.kvm, &paused, &guest.vcpu).unwrap();
-    // It goes on by itself.
+    // The time-stamp counter runs on.
     let time_stamp_counter = |index: u32| index == 0x10;
     state.msrs.retain(|msr| !time_stamp_counter(msr.index));
     state
@@ -267,8 +269,8 @@ fn fingerprint(state: &VcpuState) -> serde_json::Value {
 }
 
 #[test]
-fn a_random_state_goes_on_in_another_machine_as_in_its_own() {
-    if !Need::Kvm.met("a_random_state_goes_on_in_another_machine_as_in_its_own") {
+fn restored_random_state_runs_like_the_original() {
+    if !Need::Kvm.met("restored_random_state_runs_like_the_original") {
         return;
     }
     let mut random = Random(0x0123_4567_89ab_cdef);

@@ -23,7 +23,7 @@ fn layout() -> RamLayout {
     RamLayout::new([(0, LOW_SIZE), (HIGH, HIGH_SIZE)]).unwrap()
 }
 
-/// The line of `/proc/self/maps` whose range has `address`, from its permissions on.
+/// Returns the line of `/proc/self/maps` whose range contains `address`, from its permissions on.
 fn mapping_of(address: usize) -> String {
     let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
     let mut lines = maps.lines();
@@ -35,8 +35,9 @@ fn mapping_of(address: usize) -> String {
     line.unwrap().split_once(' ').unwrap().1.to_owned()
 }
 
-/// What is mapped at `address`, as device and inode: anonymous shared memory has them too. Other tests map memory of their own wherever
-/// some was let go, so that an address alone doesn't tell whose it is.
+/// Returns the device and inode mapped at `address`, which anonymous shared memory has too. Other
+/// tests may map memory where this one unmapped some, so the address alone does not identify a
+/// mapping.
 fn file_at(address: usize) -> String {
     let mapping = mapping_of(address);
     let [_permissions, _offset, device, inode, ..] =
@@ -48,7 +49,7 @@ fn file_at(address: usize) -> String {
     format!(" {device} {inode} ")
 }
 
-/// Whether this process has any of the file mapped, anywhere.
+/// Returns whether this process has any of the file mapped, anywhere.
 fn is_mapped(file: &str) -> bool {
     std::fs::read_to_string("/proc/self/maps")
         .unwrap()
@@ -57,7 +58,7 @@ fn is_mapped(file: &str) -> bool {
 }
 
 #[test]
-fn new_ram_is_zero_between_guard_pages_and_congruent_to_its_guest_address() {
+fn new_ram_is_zeroed_guarded_and_congruent() {
     let layout = RamLayout::new([(0x5000, 3 * PAGE), (HIGH, HIGH_SIZE)]).unwrap();
     let ram = GuestRam::new(layout.clone()).unwrap();
     for region in layout.regions() {
@@ -80,7 +81,7 @@ fn new_ram_is_zero_between_guard_pages_and_congruent_to_its_guest_address() {
 }
 
 #[test]
-fn bytes_written_at_any_alignment_are_read_back_by_address_offset_and_host_memory() {
+fn writes_at_any_alignment_are_read_back_by_every_method() {
     let ram = GuestRam::new(layout()).unwrap();
     let bytes: Vec<u8> = (1..=64).collect();
     for start in 0..16 {
@@ -97,7 +98,7 @@ fn bytes_written_at_any_alignment_are_read_back_by_address_offset_and_host_memor
             assert_eq!((around[0], around[len + 1]), (0, 0));
         }
     }
-    // Across the border of two regions, where only the memory file is contiguous.
+    // Across the border of two regions, which is contiguous only in the memory file.
     ram.write_at(LOW_SIZE - 4, &bytes[..8]).unwrap();
     let mut ends = [0; 4];
     ram.read(HIGH, &mut ends).unwrap();
@@ -109,7 +110,7 @@ fn bytes_written_at_any_alignment_are_read_back_by_address_offset_and_host_memor
 }
 
 #[test]
-fn access_outside_the_ram_is_an_error_and_changes_nothing() {
+fn access_outside_the_ram_fails_and_changes_nothing() {
     let ram = GuestRam::new(layout()).unwrap();
     for address in [
         LOW_SIZE - 1,
@@ -135,7 +136,7 @@ fn access_outside_the_ram_is_an_error_and_changes_nothing() {
 }
 
 #[test]
-fn a_memfd_holds_the_ram_at_its_offsets_and_keeps_its_size() {
+fn memfd_has_the_ram_at_its_offsets_and_a_sealed_size() {
     let ram = GuestRam::options()
         .memfd("guest")
         .allocate(layout())
@@ -146,7 +147,7 @@ fn a_memfd_holds_the_ram_at_its_offsets_and_keeps_its_size() {
     file.read_exact_at(&mut bytes, LOW_SIZE).unwrap();
     assert_eq!(&bytes, b"high");
     assert_eq!(file.metadata().unwrap().len(), LOW_SIZE + HIGH_SIZE);
-    // Shrunk, it would take the guest's memory away under it.
+    // Shrinking the file would remove memory of the guest.
     assert!(file.set_len(LOW_SIZE).is_err());
     let address = ram.host_memory(0, 1).unwrap().as_ptr().addr();
     assert!(mapping_of(address).contains("/memfd:guest"));
@@ -154,7 +155,7 @@ fn a_memfd_holds_the_ram_at_its_offsets_and_keeps_its_size() {
 }
 
 #[test]
-fn huge_pages_are_asked_for() {
+fn huge_pages_are_advised() {
     let ram = GuestRam::options().huge_pages().allocate(layout()).unwrap();
     let start = ram.host_memory(0, 1).unwrap().as_ptr().addr();
     let smaps = std::fs::read_to_string("/proc/self/smaps").unwrap();
@@ -167,7 +168,7 @@ fn huge_pages_are_asked_for() {
 }
 
 #[test]
-fn a_bitmap_of_ones_own_is_marked_at_its_own_addresses() {
+fn given_bitmap_is_marked_at_its_own_addresses() {
     let layout = RamLayout::single(1 << 30, 1 << 20).unwrap();
     for start in [0, 1 << 30] {
         let dirty = Arc::new(DirtyBitmap::new(start, 1 << 20, 16384).unwrap());
@@ -188,14 +189,14 @@ fn a_bitmap_of_ones_own_is_marked_at_its_own_addresses() {
 }
 
 #[test]
-fn memory_of_ones_own_is_adopted_where_it_fits() {
+fn memory_of_the_caller_is_adopted_if_it_fits() {
     let owner = GuestRam::new(layout()).unwrap();
     let addresses: Vec<_> = [0, LOW_SIZE]
         .map(|offset| owner.host_memory(offset, 1).unwrap().as_ptr().cast_mut())
         .map(|address| NonNull::new(address).unwrap())
         .into();
-    // SAFETY: both regions' mappings, which live in `owner` until the end of the test and are accessed by atomic
-    // operations only. The addresses of the other cases are refused.
+    // SAFETY: both regions' mappings, which `owner` keeps until the end of the test, and which are
+    // accessed by atomic operations only. The addresses of the other cases are refused.
     #[allow(unsafe_code)]
     let adopt =
         |addresses: &[NonNull<u8>]| unsafe { GuestRam::options().adopt(layout(), addresses) };
@@ -223,7 +224,7 @@ fn memory_of_ones_own_is_adopted_where_it_fits() {
 }
 
 #[test]
-fn more_ram_than_the_address_space_is_an_error_that_says_so() {
+fn ram_larger_than_the_address_space_is_an_allocation_error() {
     let layout = RamLayout::single(0, 1 << 60).unwrap();
     let dirty = Arc::new(DirtyBitmap::new(0, 1 << 52, 1 << 40).unwrap());
     let error = GuestRam::options()
@@ -245,12 +246,12 @@ fn more_ram_than_the_address_space_is_an_error_that_says_so() {
 }
 
 #[test]
-fn overlapping_slots_are_refused_and_those_of_the_same_call_taken_back() {
-    if !Need::Kvm.met("overlapping_slots_are_refused_and_those_of_the_same_call_taken_back") {
+fn failed_registration_removes_the_slots_of_the_call() {
+    if !Need::Kvm.met("failed_registration_removes_the_slots_of_the_call") {
         return;
     }
     let guest = Guest::new();
-    // The second region is free, the third is where the guest has its own.
+    // The first region is free, the second overlaps one of the guest's.
     let layout = RamLayout::new([(1 << 33, 1 << 20), (HIGH + PAGE, 1 << 20)]).unwrap();
     let ram = Arc::new(GuestRam::new(layout).unwrap());
     let error = RamSlots::register(&guest.vm, &ram, 2).unwrap_err();
@@ -271,14 +272,14 @@ fn overlapping_slots_are_refused_and_those_of_the_same_call_taken_back() {
     assert!(matches!(again, Err(SlotError::Refused { slot: 2, .. })));
     drop(slots);
     assert_eq!(Arc::strong_count(&ram), 1);
-    // Were the slots still there, other memory could not take their place.
+    // If the slots were still registered, other memory could not take their place.
     let other = Arc::new(GuestRam::new(ram.layout().clone()).unwrap());
     RamSlots::register(&guest.vm, &other, 2).unwrap();
 }
 
 #[test]
-fn a_slot_number_that_kvm_does_not_have_is_refused() {
-    if !Need::Kvm.met("a_slot_number_that_kvm_does_not_have_is_refused") {
+fn slot_number_above_the_limit_of_kvm_is_refused() {
+    if !Need::Kvm.met("slot_number_above_the_limit_of_kvm_is_refused") {
         return;
     }
     let guest = Guest::new();
@@ -289,8 +290,8 @@ fn a_slot_number_that_kvm_does_not_have_is_refused() {
 }
 
 #[test]
-fn a_guest_whose_slots_are_dropped_finds_no_memory_and_harms_nobody() {
-    if !Need::Kvm.met("a_guest_whose_slots_are_dropped_finds_no_memory_and_harms_nobody") {
+fn guest_without_its_slots_finds_no_memory() {
+    if !Need::Kvm.met("guest_without_its_slots_finds_no_memory") {
         return;
     }
     let mut guest = Guest::touching();
@@ -304,17 +305,17 @@ fn a_guest_whose_slots_are_dropped_finds_no_memory_and_harms_nobody() {
     } = guest;
     let file = file_at(ram.host_memory(0, 1).unwrap().as_ptr().addr());
     drop((slots, vm));
-    assert_eq!(Arc::strong_count(&ram), 1); // the vCPU's machine lives on, without it
+    assert_eq!(Arc::strong_count(&ram), 1); // the vCPU keeps the VM, but not the RAM
     drop(ram);
     assert!(!is_mapped(&file));
-    // It has no instruction to fetch any more.
+    // There is no instruction to fetch any more.
     let exit = vcpu.run();
     assert!(!matches!(exit, Ok(VcpuExit::IoOut(DONE, _))), "{exit:?}");
 }
 
 #[test]
-fn slots_registered_by_the_monitor_are_logged_and_left_to_it() {
-    if !Need::Kvm.met("slots_registered_by_the_monitor_are_logged_and_left_to_it") {
+fn adopted_slots_are_logged_and_stay_registered() {
+    if !Need::Kvm.met("adopted_slots_are_logged_and_stay_registered") {
         return;
     }
     let mut guest = Guest::touching();
@@ -331,16 +332,16 @@ fn slots_registered_by_the_monitor_are_logged_and_left_to_it() {
 
 #[rstest]
 #[case::missing("/nonexistent/kvm", "load the kvm_intel or kvm_amd module")]
-#[case::another_device("/dev/null", "does not speak KVM's interface 12")]
-fn without_kvm_the_error_says_what_to_do(#[case] device: &str, #[case] says: &str) {
+#[case::another_device("/dev/null", "version -1 of the KVM interface, not 12")]
+fn error_without_kvm_says_what_to_do(#[case] device: &str, #[case] says: &str) {
     let error = open_kvm_at(Path::new(device)).unwrap_err();
     let text = error.to_string();
     assert!(text.contains(device) && text.contains(says), "{text}");
 }
 
 #[test]
-fn a_device_that_may_not_be_opened_is_a_matter_of_permission() {
-    if !Need::Root.met("a_device_that_may_not_be_opened_is_a_matter_of_permission") {
+fn device_without_permission_is_reported_as_not_permitted() {
+    if !Need::Root.met("device_without_permission_is_reported_as_not_permitted") {
         return;
     }
     let dir = tempfile::tempdir().unwrap();
@@ -362,8 +363,8 @@ fn kvm_opens() {
 }
 
 #[test]
-fn a_host_write_is_seen_by_the_running_guest() {
-    if !Need::Kvm.met("a_host_write_is_seen_by_the_running_guest") {
+fn running_guest_sees_a_host_write() {
+    if !Need::Kvm.met("running_guest_sees_a_host_write") {
         return;
     }
     let mut guest = Guest::booted(Program::Scatter);

@@ -1,4 +1,4 @@
-//! The long-mode processor that guests of one program start with.
+//! The long-mode state in which guests of one program start.
 #![cfg(all(target_os = "linux", target_arch = "x86_64"))]
 
 mod support;
@@ -21,22 +21,22 @@ const GIB: u64 = 1 << 30;
 #[case::four_gib_and_a_gap(&[(0, 3 * GIB), (4 * GIB, GIB)], 2 + 4)]
 #[case::ragged_at_both_ends(&[(0x1ff000, 0x202000 + (2 << 20))], 3 + 2)]
 #[case::past_512_gib(&[(0, GIB), (1 << 39, GIB)], 1 + 2 * 2)]
-fn page_tables_take_large_pages_where_they_can(#[case] regions: &[(u64, u64)], #[case] pages: u64) {
+fn page_tables_use_large_pages_where_possible(#[case] regions: &[(u64, u64)], #[case] pages: u64) {
     let layout = RamLayout::new(regions.iter().copied()).unwrap();
     assert_eq!(page_table_bytes(&layout).unwrap(), pages * 4096);
 }
 
 #[test]
-fn ram_above_the_lower_half_of_the_address_space_is_refused() {
+fn ram_above_the_lower_half_is_refused() {
     let layout = RamLayout::new([(0, GIB), (1 << 47, GIB)]).unwrap();
     let error = page_table_bytes(&layout).unwrap_err();
     assert!(matches!(error, BootError::AddressTooHigh { end } if end == (1 << 47) + GIB));
 }
 
-/// 4 GiB with an MMIO gap, and a region that is ragged: every border is written by the guest.
+/// Uses 4 GiB with an MMIO gap, and an unaligned region. The guest writes at every border.
 #[test]
-fn a_program_reaches_all_of_its_ram_and_nothing_else() {
-    if !Need::Kvm.met("a_program_reaches_all_of_its_ram_and_nothing_else") {
+fn program_reaches_all_of_its_ram_and_nothing_else() {
+    if !Need::Kvm.met("program_reaches_all_of_its_ram_and_nothing_else") {
         return;
     }
     let regions = [(0, 3 * GIB), (4 * GIB, GIB), (6 * GIB + 0x5000, 0x403000)];
@@ -65,8 +65,8 @@ fn a_program_reaches_all_of_its_ram_and_nothing_else() {
 }
 
 #[test]
-fn several_vcpus_share_the_tables() {
-    if !Need::Kvm.met("several_vcpus_share_the_tables") {
+fn several_vcpus_share_the_page_tables() {
+    if !Need::Kvm.met("several_vcpus_share_the_page_tables") {
         return;
     }
     let guest = Guest::booted(Program::TwoOuts);
@@ -83,14 +83,26 @@ fn several_vcpus_share_the_tables() {
 }
 
 #[rstest]
-#[case::entry_in_the_gap(Start { entry: LOW_SIZE, ..GOOD }, "the first instruction is at 0x400000, where there is no RAM")]
-#[case::no_stack(Start { stack: 0, ..GOOD }, "the top of the stack is at 0xffffffffffffffff, where there is no RAM")]
+#[case::entry_in_the_gap(
+    Start { entry: LOW_SIZE, ..GOOD },
+    "the first instruction is at 0x400000, where there is no RAM"
+)]
+#[case::no_stack(
+    Start { stack: 0, ..GOOD },
+    "the top of the stack is at 0xffffffffffffffff, where there is no RAM"
+)]
 #[case::stack_in_the_tables(Start { stack: TABLES + 0x1000, ..GOOD }, "among the page tables")]
 #[case::odd_tables(Start { page_tables: TABLES + 8, ..GOOD }, "give a multiple of 4096")]
-#[case::tables_past_the_end(Start { page_tables: HIGH + HIGH_SIZE - 0x1000, ..GOOD }, "give `page_table_bytes` of RAM")]
-#[case::tables_at_the_last_address(Start { page_tables: u64::MAX - 0xfff, ..GOOD }, "give `page_table_bytes` of RAM")]
-fn a_bad_start_is_refused_before_anything_is_written(#[case] start: Start, #[case] says: &str) {
-    if !Need::Kvm.met("a_bad_start_is_refused_before_anything_is_written") {
+#[case::tables_past_the_end(
+    Start { page_tables: HIGH + HIGH_SIZE - 0x1000, ..GOOD },
+    "give them `page_table_bytes` of RAM"
+)]
+#[case::tables_at_the_last_address(
+    Start { page_tables: u64::MAX - 0xfff, ..GOOD },
+    "give them `page_table_bytes` of RAM"
+)]
+fn bad_start_is_refused_before_any_write(#[case] start: Start, #[case] says: &str) {
+    if !Need::Kvm.met("bad_start_is_refused_before_any_write") {
         return;
     }
     let guest = Guest::new();
@@ -106,8 +118,8 @@ const GOOD: Start = Start {
 };
 
 #[test]
-fn a_stack_may_end_where_the_ram_ends() {
-    if !Need::Kvm.met("a_stack_may_end_where_the_ram_ends") {
+fn stack_may_end_at_the_end_of_the_ram() {
+    if !Need::Kvm.met("stack_may_end_at_the_end_of_the_ram") {
         return;
     }
     let kvm = open_kvm().unwrap();

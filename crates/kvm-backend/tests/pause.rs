@@ -1,4 +1,4 @@
-//! A pause: what KVM writes to memory when it completes an instruction is in the last harvest.
+//! The pause: the last harvest has what KVM writes to memory when it completes an instruction.
 #![cfg(all(target_os = "linux", target_arch = "x86_64"))]
 #![allow(unsafe_code)]
 
@@ -19,13 +19,13 @@ use rstest::rstest;
 use support::{DONE, Guest, LOW_SIZE, PAGE, Program};
 use test_machine::Need;
 
-/// Where a program has KVM write: a page that nothing else writes.
+/// The address to which a program makes KVM write, on a page that nothing else writes.
 const TARGET: u64 = 0x30000;
 const PORT: u16 = 0x90;
-/// What the devices answer.
+/// The byte that the devices return.
 const ANSWER: u8 = 0x77;
 
-/// Answers as a device does.
+/// Handles an exit as a device does.
 fn answer(exit: VcpuExit<'_>) {
     match exit {
         VcpuExit::IoIn(PORT, data) | VcpuExit::MmioRead(_, data) => data.fill(ANSWER),
@@ -33,7 +33,7 @@ fn answer(exit: VcpuExit<'_>) {
     }
 }
 
-/// Saves the pages that the log has, as a VMM does that pauses its guest: what `image` becomes.
+/// Saves the pages in the log into `image`, as a VMM that pauses its guest does.
 fn save(guest: &mut Guest, log: &DirtyLog, image: &mut [u8]) -> VcpuState {
     guest.vcpu.complete_io(answer).unwrap();
     let paused = guest.vcpus.pause().unwrap();
@@ -55,12 +55,12 @@ fn save(guest: &mut Guest, log: &DirtyLog, image: &mut [u8]) -> VcpuState {
 #[case::string_ins_of_more_than_one_exit(Program::Ins, 3 * PAGE)]
 #[case::string_copy_from_mmio(Program::Movs, 5)]
 #[case::push_from_mmio(Program::Push, 8)]
-fn a_pending_read_is_in_the_image_and_the_state(
+fn pending_read_is_in_the_image_and_the_state(
     #[case] program: Program,
     #[case] bytes: u64,
     #[values(Reprotect::WhenRead, Reprotect::WhenMarked)] reprotect: Reprotect,
 ) {
-    if !Need::Kvm.met("a_pending_read_is_in_the_image_and_the_state") {
+    if !Need::Kvm.met("pending_read_is_in_the_image_and_the_state") {
         return;
     }
     let mut guest = Guest::booted(program);
@@ -71,16 +71,16 @@ fn a_pending_read_is_in_the_image_and_the_state(
         (regs.rdi, regs.rcx, regs.rdx) = (TARGET, bytes, u64::from(PORT));
         (regs.rsi, regs.rsp) = (LOW_SIZE + 0x1000, TARGET + 8);
     });
-    // The first exit is answered, and nothing more.
+    // Only the first exit is handled.
     answer(guest.vcpu.run().unwrap());
     let refused = PauseError::IoPending { pending: 1 };
     assert_eq!(guest.vcpus.pause().unwrap_err(), refused);
 
     let state = save(&mut guest, &log, &mut image);
     assert!(image == guest.image(), "the image is not the RAM");
-    assert_eq!(image[TARGET as usize], ANSWER, "what KVM wrote last");
+    assert_eq!(image[TARGET as usize], ANSWER, "the last write of KVM");
 
-    // A new machine goes on to the end, with every byte in place.
+    // A new virtual machine runs to the end, with every byte in place.
     let new = Guest::new();
     new.ram.write_at(0, &image).unwrap();
     let _ = state.restore(&new.vm, &new.vcpu).unwrap();
@@ -102,8 +102,8 @@ fn a_pending_read_is_in_the_image_and_the_state(
 }
 
 #[test]
-fn a_pause_waits_for_the_io_of_every_vcpu() {
-    if !Need::Kvm.met("a_pause_waits_for_the_io_of_every_vcpu") {
+fn pause_requires_completed_io_of_every_vcpu() {
+    if !Need::Kvm.met("pause_requires_completed_io_of_every_vcpu") {
         return;
     }
     let mut guest = Guest::booted(Program::TwoOuts);
@@ -120,7 +120,7 @@ fn a_pause_waits_for_the_io_of_every_vcpu() {
     drop(paused);
     drop(guest.vcpus.pause().unwrap());
 
-    // One that is closed has nothing that it could complete, and one from elsewhere may have.
+    // A closed vCPU has nothing to complete. An adopted one may have.
     guest.run();
     guest.vcpu.close();
     drop(guest.vcpus.pause().unwrap());
@@ -132,8 +132,8 @@ fn a_pause_waits_for_the_io_of_every_vcpu() {
 
 /// KVM keeps a vCPU that has another descriptor.
 #[test]
-fn a_pause_is_refused_once_a_vcpu_with_pending_io_was_dropped() {
-    if !Need::Kvm.met("a_pause_is_refused_once_a_vcpu_with_pending_io_was_dropped") {
+fn pause_is_refused_after_a_drop_with_pending_io() {
+    if !Need::Kvm.met("pause_is_refused_after_a_drop_with_pending_io") {
         return;
     }
     let mut guest = Guest::booted(Program::Ins);
@@ -148,17 +148,17 @@ fn a_pause_is_refused_once_a_vcpu_with_pending_io_was_dropped() {
         vm,
         ..
     } = guest;
-    // SAFETY: the vCPU has it open.
+    // SAFETY: the vCPU has the descriptor open.
     let other = unsafe { BorrowedFd::borrow_raw(vcpu.as_raw_fd()) };
     let other = other.try_clone_to_owned().unwrap();
     drop(vcpu);
     let refused = PauseError::Abandoned { abandoned: 1 };
     assert_eq!(vcpus.pause().unwrap_err(), refused);
 
-    // Why: a harvest now would lack what is written by the other descriptor.
+    // The reason: a harvest now would lack the write through the other descriptor.
     log.harvest_running().unwrap();
     ram.dirty_bitmap().drain().unwrap();
-    // SAFETY: it is a descriptor of a vCPU of this machine, and nobody else's.
+    // SAFETY: it is a descriptor of a vCPU of this virtual machine, and has no other owner.
     let other = unsafe { vm.create_vcpu_from_rawfd(other.into_raw_fd()) };
     let mut other = vcpus.adopt(other.unwrap());
     other.complete_io(answer).unwrap();
@@ -170,8 +170,8 @@ fn a_pause_is_refused_once_a_vcpu_with_pending_io_was_dropped() {
 }
 
 #[test]
-fn a_vcpu_that_was_dropped_without_pending_io_does_not_keep_from_pausing() {
-    if !Need::Kvm.met("a_vcpu_that_was_dropped_without_pending_io_does_not_keep_from_pausing") {
+fn vcpu_dropped_without_pending_io_permits_a_pause() {
+    if !Need::Kvm.met("vcpu_dropped_without_pending_io_permits_a_pause") {
         return;
     }
     let mut guest = Guest::booted(Program::TwoOuts);
@@ -181,20 +181,20 @@ fn a_vcpu_that_was_dropped_without_pending_io_does_not_keep_from_pausing() {
     guest.vcpu.complete_io(|exit| panic!("{exit:?}")).unwrap();
     drop(guest.vcpu);
     drop(guest.vcpus.pause().unwrap());
-    // Adopted and never asked to complete what may be pending.
+    // This one was adopted, and never completed what may be pending.
     drop(guest.vcpus.adopt(guest.vm.create_vcpu(2).unwrap()));
     let refused = PauseError::Abandoned { abandoned: 1 };
     assert_eq!(guest.vcpus.pause().unwrap_err(), refused);
 }
 
 #[test]
-fn an_adopted_vcpu_whose_completion_fails_can_complete_later() {
-    if !Need::Kvm.met("an_adopted_vcpu_whose_completion_fails_can_complete_later") {
+fn adopted_vcpu_completes_after_a_failed_completion() {
+    if !Need::Kvm.met("adopted_vcpu_completes_after_a_failed_completion") {
         return;
     }
     let guest = Guest::booted(Program::TwoOuts);
     let mut adopted = guest.vcpus.adopt(guest.vm.create_vcpu(1).unwrap());
-    // KVM_RUN fails, as it does where memory cannot be had.
+    // KVM_RUN fails, as it does without memory.
     adopted.get_kvm_run().kvm_dirty_regs = u64::MAX;
     adopted.complete_io(|exit| panic!("{exit:?}")).unwrap_err();
     assert_eq!(adopted.get_kvm_run().immediate_exit, 0);
@@ -206,8 +206,8 @@ fn an_adopted_vcpu_whose_completion_fails_can_complete_later() {
 }
 
 #[test]
-fn a_vcpu_goes_on_after_a_panic_of_its_exit_handler() {
-    if !Need::Kvm.met("a_vcpu_goes_on_after_a_panic_of_its_exit_handler") {
+fn vcpu_continues_after_a_panic_of_its_exit_handler() {
+    if !Need::Kvm.met("vcpu_continues_after_a_panic_of_its_exit_handler") {
         return;
     }
     // A store to a device in two exits.
@@ -230,8 +230,8 @@ fn a_vcpu_goes_on_after_a_panic_of_its_exit_handler() {
 }
 
 #[test]
-fn a_pause_is_refused_while_a_vcpu_is_in_the_guest() {
-    if !Need::Kvm.met("a_pause_is_refused_while_a_vcpu_is_in_the_guest") {
+fn pause_is_refused_while_a_vcpu_is_in_the_guest() {
+    if !Need::Kvm.met("pause_is_refused_while_a_vcpu_is_in_the_guest") {
         return;
     }
     let mut guest = Guest::booted(Program::Scatter);
@@ -246,25 +246,26 @@ fn a_pause_is_refused_while_a_vcpu_is_in_the_guest() {
         loop {
             match vcpus.pause() {
                 Err(PauseError::Running { running: 1 }) => break,
-                // Its thread has not come to run it yet.
+                // The thread has not entered the guest yet.
                 Ok(paused) => drop(paused),
-                // Another signal may interrupt it.
+                // Another signal may interrupt the vCPU.
                 Err(PauseError::IoPending { .. }) => {}
                 Err(other) => panic!("{other}"),
             }
             thread::yield_now();
         }
-        ram.write(support::INPUT, &[1]).unwrap(); // it ends
+        ram.write(support::INPUT, &[1]).unwrap(); // ends the program
         running.join().unwrap();
     });
     guest.vcpu.complete_io(|exit| panic!("{exit:?}")).unwrap();
     drop(guest.vcpus.pause().unwrap());
 }
 
-/// Each vCPU has a thread, which gets orders: the guest does not go on before the last harvest is dropped.
+/// The vCPU has a thread, which receives requests to run. The guest does not continue before the
+/// last harvest is dropped.
 #[test]
-fn vcpus_with_threads_of_their_own_wait_for_the_end_of_the_pause() {
-    if !Need::Kvm.met("vcpus_with_threads_of_their_own_wait_for_the_end_of_the_pause") {
+fn vcpu_threads_wait_for_the_end_of_the_pause() {
+    if !Need::Kvm.met("vcpu_threads_wait_for_the_end_of_the_pause") {
         return;
     }
     let guest = Guest::booted(Program::TwoOuts);
@@ -289,7 +290,7 @@ fn vcpus_with_threads_of_their_own_wait_for_the_end_of_the_pause() {
     let first = answers.recv().unwrap();
     let harvest = log.harvest(vcpus.pause().unwrap()).unwrap();
     go.send(()).unwrap();
-    // However long this takes: the vCPU is kept out.
+    // However long this takes, the vCPU stays out of the guest.
     for _ in 0..1000 {
         thread::yield_now();
         assert_eq!(turns.load(Ordering::SeqCst), 1);
@@ -302,8 +303,8 @@ fn vcpus_with_threads_of_their_own_wait_for_the_end_of_the_pause() {
 }
 
 #[test]
-fn the_vcpus_of_another_machine_are_refused() {
-    if !Need::Kvm.met("the_vcpus_of_another_machine_are_refused") {
+fn vcpus_of_another_vm_are_refused() {
+    if !Need::Kvm.met("vcpus_of_another_vm_are_refused") {
         return;
     }
     let (guest, other) = (Guest::booted(Program::Mix), Guest::booted(Program::Mix));
@@ -315,7 +316,7 @@ fn the_vcpus_of_another_machine_are_refused() {
         log.harvest(paused),
         Err(HarvestError::OtherMachine)
     ));
-    // Of the same machine, but of another set: its own vCPUs may run.
+    // Another set of the same virtual machine: its vCPUs may run.
     let unknown = Vcpus::new(&guest.vm);
     assert_eq!(unknown.pause().unwrap_err(), PauseError::NoVcpu);
     let _second = unknown.create(1).unwrap();

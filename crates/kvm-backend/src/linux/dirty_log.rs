@@ -1,4 +1,4 @@
-//! KVM's dirty log, moved into a bitmap.
+//! Moves KVM's dirty log into a bitmap.
 
 use std::io;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -13,48 +13,54 @@ use super::slots::{RamSlots, SlotError};
 use super::sys;
 use super::vcpus::Paused;
 
-/// Pages cleared by one call: 1 GiB in pages of 4 KiB. KVM holds the guest's page-table lock meanwhile, and vCPUs that fault wait.
+/// The number of pages that one call clears: 1 GiB in pages of 4 KiB. Meanwhile KVM holds the lock
+/// of the guest's page tables, and vCPUs that fault wait.
 const CLEAR_PAGES: usize = 1 << 18;
 
 /// KVM's log of the pages that a guest writes.
 ///
-/// A harvest moves it into the [bitmap of the guest's RAM](crate::GuestRam::dirty_bitmap), where the host's writes are marked too.
+/// A harvest moves the log into the [bitmap of the guest's RAM](crate::GuestRam::dirty_bitmap), in
+/// which the host's writes are marked too.
 ///
-/// On from [`start`](Self::start) until [`stop`](Self::stop): a value that is merely dropped leaves the log on, and the next
-/// `start` finds what it holds. What was written before the first `start` is in no log, so `start` marks all of the RAM. The
-/// chain of snapshots begins with a full one, of an epoch begun after `start`.
+/// The log is on from [`start`](Self::start) until [`stop`](Self::stop). Dropping the value leaves
+/// the log on, and the next `start` finds its contents. No log has what was written before the
+/// first `start`, so `start` marks all of the RAM. A chain of snapshots therefore begins with a
+/// full one, of an epoch begun after `start`.
 ///
-/// A guest's RAM has one log at a time: of two, each would take pages that the other never sees.
+/// The RAM of a guest has one log at a time: two logs would take pages from each other.
 ///
-/// A log that ends takes what it holds with it. So all of the RAM is marked when the log is
-/// [stopped](Self::stop) and when the slots are dropped. To have only the written pages in the last
-/// snapshot, harvest before.
+/// [Stopping](Self::stop) the log or dropping the slots discards its contents, so both mark all of
+/// the RAM. To have only the written pages in the last snapshot, harvest before.
 ///
 /// # Running vCPUs
-/// [`harvest_running`](Self::harvest_running) may come at any time. When it has returned, every page written before it
-/// began is marked in the bitmap, and each page it marked is write-protected again, so that a later write is in a later
-/// harvest. Hence the order for a copy of a *running* guest: harvest, take the marks out, copy those pages, and again.
-/// A page written while it is copied may be copied torn: a later harvest has it. The last round, for an image
-/// of one instant, is [`harvest`](Self::harvest). It takes a [`Paused`], which there is only when every vCPU has left the guest
-/// and completed its I/O. Every device thread that writes guest memory must have stopped, too.
+/// [`harvest_running`](Self::harvest_running) may be called at any time. When it returns, every
+/// page that was written before the call is marked in the bitmap. Each page that it marked is
+/// write-protected again, so a later write is in a later harvest. The order for a copy of a
+/// *running* guest is therefore: harvest, take the marks, copy those pages, repeat. A page that is
+/// written while it is copied may be torn: a later harvest has it. The last round, for a consistent
+/// image, is [`harvest`](Self::harvest). It takes a [`Paused`], which exists only when every vCPU
+/// has left the guest and has completed its I/O. Every device thread that writes guest memory must
+/// have stopped, too.
 ///
-/// A vCPU is stopped when `KVM_RUN` has returned: what the processor logged by itself (Intel's PML) KVM has added by then.
+/// A vCPU has left the guest when `KVM_RUN` has returned. KVM has then added what the processor
+/// itself logged (Intel's PML).
 ///
-/// # What is in the log
-/// The guest's writes, the processor's own to the guest's page tables (accessed and dirty bits), and KVM's (the page of kvmclock).
-/// A page that the guest reads for the first time may be in it too, since KVM maps it writable at once.
-/// Not the host's writes: [`GuestRam::write`](crate::GuestRam::write) marks them itself.
+/// # Contents of the log
+/// The log has the guest's writes, the processor's own writes to the guest's page tables (accessed
+/// and dirty bits), and KVM's writes (the page of kvmclock). It may also have a page that the guest
+/// reads for the first time, since KVM maps that page writable at once. It does not have the host's
+/// writes: [`GuestRam::write`](crate::GuestRam::write) marks them itself.
 #[derive(Debug)]
 pub struct DirtyLog {
     slots: Arc<RamSlots>,
     reprotect: Reprotect,
-    /// One harvest at a time: of two that run together, each would have only a part of the log. For each region, whether its log
-    /// could not be read the last time.
+    /// Serializes harvests: two that run together would each have a part of the log. The elements
+    /// say, for each region, whether the last attempt to read its log failed.
     harvesting: Mutex<Box<[bool]>>,
     _claim: Claim,
 }
 
-/// What makes a log the only one of its RAM.
+/// The claim that makes a log the only one of its RAM.
 #[derive(Debug)]
 struct Claim(Arc<RamSlots>);
 
@@ -64,39 +70,43 @@ impl Drop for Claim {
     }
 }
 
-/// When KVM protects logged pages against the next write.
+/// The time at which KVM protects logged pages against the next write.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Reprotect {
-    /// As they are read from the log (`KVM_GET_DIRTY_LOG` alone): every KVM has it.
+    /// KVM protects the pages as they are read from the log (`KVM_GET_DIRTY_LOG` alone). Every KVM
+    /// supports this.
     WhenRead,
-    /// Only when told to, once they are marked in the bitmap (`KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2`, Linux 5.0 and 5.2):
-    /// the log itself keeps what could not be marked.
+    /// KVM protects the pages on request, after they are marked in the bitmap
+    /// (`KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2`, Linux 5.0 and 5.2). Pages that could not be marked
+    /// stay in the log.
     ///
-    /// `KVM_DIRTY_LOG_INITIALLY_SET` isn't asked for: with it the first harvest would report all of RAM.
+    /// `KVM_DIRTY_LOG_INITIALLY_SET` is not enabled: with it the first harvest would report all of
+    /// the RAM.
     WhenMarked,
 }
 
-/// What one harvest found.
+/// The result of one harvest.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Harvest {
-    /// Pages that the log reported, each counted whether or not it was marked already.
+    /// The number of pages that the log reported, including those that were marked already.
     pub pages: u64,
-    /// The size of such a page in bytes: the host's.
+    /// The size of such a page in bytes: the page size of the host.
     pub page_size: u64,
 }
 
-/// What the last harvest of a paused guest found. The vCPUs stay paused as long as it lives: drop it when the pages are copied.
+/// The result of the last harvest of a paused guest. The vCPUs stay paused until the value is
+/// dropped: drop it when the pages are copied.
 #[derive(Debug)]
-#[must_use = "dropped, it lets the vCPUs run"]
+#[must_use = "the vCPUs may run when this is dropped"]
 pub struct PausedHarvest {
     found: Harvest,
     _paused: Paused,
 }
 
 impl PausedHarvest {
-    /// What was found.
+    /// Returns the result of the harvest.
     #[must_use]
     pub fn found(&self) -> Harvest {
         self.found
@@ -104,11 +114,11 @@ impl PausedHarvest {
 }
 
 impl DirtyLog {
-    /// Switches the log on for every slot, in the best way this KVM offers. All of the RAM is marked then, unless the log has been on
-    /// since an earlier `DirtyLog`.
+    /// Switches the log on for every slot, with the best [`Reprotect`] that this KVM offers. Marks
+    /// all of the RAM, unless the log has been on since an earlier `DirtyLog`.
     ///
     /// # Errors
-    /// [`StartError`]. Slots may be left with the log on, which costs speed and nothing else.
+    /// [`StartError`]. The log of some slots may stay on, which costs speed only.
     pub fn start(slots: &Arc<RamSlots>) -> Result<Self, StartError> {
         let reprotect = if offers_manual_protect(slots) {
             Reprotect::WhenMarked
@@ -118,7 +128,7 @@ impl DirtyLog {
         Self::start_with(slots, reprotect)
     }
 
-    /// Switches the log on for every slot. How pages are protected again holds for the whole virtual machine.
+    /// Switches the log on for every slot. `reprotect` applies to the whole virtual machine.
     ///
     /// # Errors
     /// As [`start`](Self::start), and [`StartError::NoManualProtect`].
@@ -132,7 +142,7 @@ impl DirtyLog {
             Claim(Arc::clone(slots))
         };
         if offers_manual_protect(slots) {
-            // Said either way: somebody may have switched it before.
+            // Set in both cases: the VMM may have changed it before.
             let enable = match reprotect {
                 Reprotect::WhenRead => 0,
                 Reprotect::WhenMarked => u64::from(KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE),
@@ -153,7 +163,8 @@ impl DirtyLog {
         for region in slots.ram().layout().regions() {
             slots.log_dirty_pages(region, true)?;
         }
-        // What was written before is in no log. Whether that of slots that are the caller's has stayed on is not known.
+        // No log has what was written before. Of slots that belong to the caller it is not known
+        // whether the log has stayed on.
         let was_on = std::mem::replace(&mut slots.ram().log().on, slots.are_own());
         if !(was_on && slots.are_own()) {
             slots.ram().mark_all();
@@ -166,21 +177,22 @@ impl DirtyLog {
         })
     }
 
-    /// When KVM protects logged pages again.
+    /// Returns the time at which KVM protects logged pages again.
     #[must_use]
     pub fn reprotect(&self) -> Reprotect {
         self.reprotect
     }
 
-    /// The slots logged.
+    /// Returns the slots that are logged.
     #[must_use]
     pub fn slots(&self) -> &Arc<RamSlots> {
         &self.slots
     }
 
-    /// Marks every page that the log has, and has KVM log the next write to each: the last harvest of an image of one instant.
+    /// Marks every page in the log and protects it again, while the vCPUs are paused: the last
+    /// harvest of a consistent image.
     ///
-    /// The vCPUs stay paused until what it returns is dropped; on an error they may run at once.
+    /// The vCPUs stay paused until the returned value is dropped. On an error they may run at once.
     ///
     /// # Errors
     /// As [`harvest_running`](Self::harvest_running), and [`HarvestError::OtherMachine`].
@@ -194,13 +206,15 @@ impl DirtyLog {
         })
     }
 
-    /// The same of a guest that may run: what it finds may be copied, and is not of one instant.
+    /// Marks every page in the log and protects it again, while the guest may run. The pages may be
+    /// copied, but they are not a consistent image.
     ///
     /// # Errors
-    /// [`HarvestError`]. No page is lost: one that was taken from KVM's log is marked in the bitmap, the others are in the
-    /// log still, and harvesting again continues. Where the log of a slot could not be read, since something else had switched it
-    /// off, all pages of the slot are marked once it can be read again. A save that fails after the harvest keeps its marks by the bitmap's
-    /// [epoch](dirty_bitmap::Epoch).
+    /// [`HarvestError`]. No page is lost: a page that was taken from KVM's log is marked in the
+    /// bitmap, the others are still in the log, and the next harvest continues. If the log of a
+    /// slot could not be read because the VMM had switched it off, all pages of the slot are marked
+    /// once it can be read again. A save that fails after the harvest keeps its marks through the
+    /// bitmap's [epoch](dirty_bitmap::Epoch).
     pub fn harvest_running(&self) -> Result<Harvest, HarvestError> {
         let mut unreadable = self
             .harvesting
@@ -216,12 +230,11 @@ impl DirtyLog {
         Ok(harvest)
     }
 
-    /// Switches the log off: the guest writes at full speed again.
+    /// Switches the log off. The guest then writes at full speed again.
     ///
-    /// All of the RAM is marked, on an error too, as what was written since the last harvest is in
-    /// the log that ends here. What is written from here on is in no log: the next
-    /// [`start`](Self::start) marks all of the RAM again, and so does the end of the slots
-    /// ([`RamSlots`]).
+    /// Marks all of the RAM, even on an error, since the log that ends here may hold writes since
+    /// the last harvest. Later writes are in no log: the next [`start`](Self::start) marks all of
+    /// the RAM again, and so does dropping the slots ([`RamSlots`]).
     ///
     /// # Errors
     /// [`SlotError`]; some slots may still be logged.
@@ -230,7 +243,7 @@ impl DirtyLog {
         ram.log().on = false;
         let mut regions = ram.layout().regions().iter();
         let stopped = regions.try_for_each(|region| self.slots.log_dirty_pages(region, false));
-        // After that: what is written meanwhile is in the log still, or was written before the
+        // Mark after the log is off: every write that the log held or missed until now precedes the
         // mark.
         ram.mark_all();
         stopped
@@ -255,7 +268,7 @@ impl DirtyLog {
                     source: error.into(),
                 }
             })?;
-        // Its log was off, or its slot gone: what was written meanwhile is in no log.
+        // The log was off, or the slot was removed: no log has the writes of that time.
         if std::mem::take(unreadable) {
             self.slots.ram().mark_all_of(region);
         }
@@ -264,26 +277,29 @@ impl DirtyLog {
                 .mark_log(bitmap.ram_start() + region.offset, sys::page_size(), &words)
                 .map_err(|source| HarvestError::Mark { slot, source })
         };
-        // With `WhenRead` the log is empty now, and the marks are all there is: nothing may come in between.
+        // With `WhenRead` the log is empty now, and only the marks remain: nothing may come in
+        // between.
         let pages = mark()?;
         if self.reprotect == Reprotect::WhenMarked && pages > 0 {
             let cleared = self.clear(region, slot, &words);
-            // Once more. Between the mark and the clearing a page was not yet protected: another thread may have taken
-            // the mark out and copied the page, and then the guest written it, which the clearing forgot.
+            // Mark again. Between the mark and the clearing a page was not yet protected: another
+            // thread may have taken the mark and copied the page, and then the guest wrote it, and
+            // the clearing dropped that write from the log.
             mark()?;
             cleared?;
         }
         Ok(pages)
     }
 
-    /// Has KVM forget the pages in `words`, no others, and protect them.
+    /// Clears the pages in `words` in KVM's log, no others, and protects them.
     fn clear(&self, region: &RamRange, slot: u32, words: &[u64]) -> Result<(), HarvestError> {
         let pages = region.size / sys::page_size();
         for (chunk, words) in words.chunks(CLEAR_PAGES / 64).enumerate() {
             if words.iter().all(|word| *word == 0) {
                 continue;
             }
-            // A chunk starts at a multiple of 64 and ends at one or at the slot's end, as the call demands.
+            // As the call requires, a chunk starts at a multiple of 64, and ends at one or at the
+            // slot's end.
             let first = chunk * CLEAR_PAGES;
             let count = (pages - first as u64).min(CLEAR_PAGES as u64) as u32;
             sys::clear_dirty_log(self.slots.vm(), slot, first as u64, count, words).map_err(
@@ -304,64 +320,67 @@ fn offers_manual_protect(slots: &RamSlots) -> bool {
     offered > 0 && offered as u32 & KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE != 0
 }
 
-/// The dirty log can't be switched on.
+/// An error of switching the dirty log on.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum StartError {
-    /// This RAM has a log.
+    /// The RAM has a log already.
     #[error("the dirty log of this RAM was started already: use that DirtyLog, or drop it first")]
     AlreadyStarted,
-    /// This KVM has no `KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2`.
+    /// KVM does not offer `KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2`.
     #[error(
-        "this KVM can't protect logged pages on demand (KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, Linux 5.2): use `DirtyLog::start`, \
-         which takes what there is"
+        "this KVM can't protect logged pages on demand (KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, \
+         Linux 5.2): use `DirtyLog::start`, which selects a supported way"
     )]
     NoManualProtect,
-    /// KVM offers the capability and refuses to enable it.
-    #[error("KVM offers KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 and refuses to set it")]
+    /// KVM offers the capability, but refuses to enable it.
+    #[error("KVM offers KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, but refuses to set it")]
     EnableManualProtect(#[source] io::Error),
-    /// A slot can't be logged.
+    /// The log of a slot can't be switched on.
     #[error(transparent)]
     Slot(#[from] SlotError),
 }
 
-/// The dirty log can't be read to its end. No page is lost: see [`DirtyLog::harvest`].
+/// An error of a harvest. No page is lost: see [`DirtyLog::harvest`].
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum HarvestError {
-    /// The vCPUs that are paused are another machine's. Nothing was harvested.
+    /// The paused vCPUs belong to another virtual machine. Nothing was harvested.
     #[error(
-        "the paused vCPUs are of another virtual machine than the logged slots: pause those of this one"
+        "the paused vCPUs belong to another virtual machine than the logged slots: \
+         pause the vCPUs of this one"
     )]
     OtherMachine,
     /// `KVM_GET_DIRTY_LOG` failed.
     #[error(
-        "KVM_GET_DIRTY_LOG of memory slot {slot} failed: the slot is gone, or its log was switched off, by somebody else"
+        "KVM_GET_DIRTY_LOG of memory slot {slot} failed: the slot was removed or its log switched \
+         off, not by this crate; restore the slot with its log on, then harvest again"
     )]
     Get {
         /// The slot number.
         slot: u32,
-        /// What KVM said.
+        /// The error of KVM.
         #[source]
         source: io::Error,
     },
     /// `KVM_CLEAR_DIRTY_LOG` failed.
     #[error(
-        "KVM_CLEAR_DIRTY_LOG of memory slot {slot} failed: its pages are marked, and will be once more by the next harvest"
+        "KVM_CLEAR_DIRTY_LOG of memory slot {slot} failed: its pages are marked, and the next \
+         harvest marks them again"
     )]
     Clear {
         /// The slot number.
         slot: u32,
-        /// What KVM said.
+        /// The error of KVM.
         #[source]
         source: io::Error,
     },
-    /// The bitmap refused a part of the log; the rest of that slot's log is marked.
+    /// The bitmap refused a part of the log. The rest of that slot's log is marked.
     #[error("the log of memory slot {slot} does not fit the bitmap")]
     Mark {
         /// The slot number.
         slot: u32,
-        /// What the bitmap said.
+        /// The error of the bitmap.
         #[source]
         source: dirty_bitmap::DirtyLogError,
     },

@@ -1,4 +1,4 @@
-//! `/dev/kvm`, and what to do where it does not open.
+//! Opens `/dev/kvm`, and explains why it can't be opened.
 
 use std::ffi::CString;
 use std::io;
@@ -12,7 +12,8 @@ use thiserror::Error;
 /// Opens `/dev/kvm`.
 ///
 /// # Errors
-/// [`OpenKvmError`] tells what the host lacks: the module, the permission, or a KVM of the stable interface.
+/// [`OpenKvmError`] names what the host lacks: the module, the permission, or a KVM with the stable
+/// interface.
 ///
 /// # Examples
 /// ```no_run
@@ -24,7 +25,7 @@ pub fn open_kvm() -> Result<Kvm, OpenKvmError> {
     open_kvm_at(Path::new("/dev/kvm"))
 }
 
-/// Opens the KVM device at `device`, for a sandbox that has it elsewhere.
+/// Opens the KVM device at `device`, for a sandbox with the device at another path.
 ///
 /// # Errors
 /// As [`open_kvm`].
@@ -41,13 +42,14 @@ pub fn open_kvm_at(device: &Path) -> Result<Kvm, OpenKvmError> {
     }
 }
 
-/// Creates a virtual machine of the host's default type, whatever interrupts the call.
+/// Creates a virtual machine of the host's default type, and retries when the call is interrupted.
 ///
-/// `KVM_CREATE_VM` ends with `EINTR` where the kernel has work for the calling thread: a signal, or, without any signal, the end of a request
-/// that it had given to io_uring. A thread that has just saved a guest and creates the next one meets that now and then. QEMU asks again for the same reason.
+/// `KVM_CREATE_VM` fails with `EINTR` when the kernel has work for the calling thread: a signal, or
+/// the completion of an io_uring request. A thread that has just saved a guest and creates the next
+/// one may encounter the latter. QEMU retries for the same reason.
 ///
 /// # Errors
-/// Whatever `KVM_CREATE_VM` says, other than `EINTR`.
+/// Any error of `KVM_CREATE_VM` other than `EINTR`.
 ///
 /// # Examples
 /// ```no_run
@@ -63,48 +65,54 @@ pub fn create_vm(kvm: &Kvm) -> io::Result<VmFd> {
     }
 }
 
-/// The KVM device can't be used.
+/// An error of opening the KVM device.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum OpenKvmError {
-    /// There is no such device.
+    /// The device does not exist.
     #[error(
-        "there is no {}: load the kvm_intel or kvm_amd module, switch virtualization on in the firmware, \
-         or, in a virtual machine, ask its host for nested virtualization", .device.display()
+        "{} does not exist: load the kvm_intel or kvm_amd module, switch virtualization on in the \
+         firmware, or, in a virtual machine, enable nested virtualization on its host",
+        .device.display()
     )]
     Missing {
-        /// The device asked for.
+        /// The path of the device.
         device: PathBuf,
-        /// What `open(2)` said.
+        /// The error of `open(2)`.
         #[source]
         source: io::Error,
     },
-    /// The device is there, and this user may not open it for reading and writing.
+    /// The device exists, but this user may not open it for reading and writing.
     #[error(
-        "{} may not be opened for reading and writing: add the user to the device's group, usually `kvm`, \
-         or pass the device into the container", .device.display()
+        "no permission to open {} for reading and writing: add the user to the device's group, \
+         usually `kvm`, or pass the device into the container",
+        .device.display()
     )]
     NotPermitted {
-        /// The device asked for.
+        /// The path of the device.
         device: PathBuf,
-        /// What `open(2)` said.
+        /// The error of `open(2)`.
         #[source]
         source: io::Error,
     },
-    /// It opened, and is no KVM, or one from before Linux 2.6.22.
-    #[error("{} does not speak KVM's interface 12: it says {version}", .device.display())]
+    /// The device is not KVM, or KVM is older than Linux 2.6.22.
+    #[error(
+        "{} has version {version} of the KVM interface, not 12: name the KVM device, \
+         or use a newer kernel",
+        .device.display()
+    )]
     NotKvm {
-        /// The device asked for.
+        /// The path of the device.
         device: PathBuf,
-        /// The interface version it gave; -1 where it is no KVM at all.
+        /// The interface version of the device; -1 if it is not KVM.
         version: i32,
     },
-    /// Anything else.
-    #[error("{} can't be opened", .device.display())]
+    /// The device can't be opened for another reason.
+    #[error("failed to open {}", .device.display())]
     Io {
-        /// The device asked for.
+        /// The path of the device.
         device: PathBuf,
-        /// What `open(2)` said.
+        /// The error of `open(2)`.
         #[source]
         source: io::Error,
     },
@@ -115,7 +123,7 @@ impl OpenKvmError {
         let device = device.into();
         match source.kind() {
             io::ErrorKind::NotFound => Self::Missing { device, source },
-            // A device node with no driver behind it says ENXIO or ENODEV.
+            // Opening a device node without a driver fails with ENXIO or ENODEV.
             _ if matches!(source.raw_os_error(), Some(6 | 19)) => Self::Missing { device, source },
             io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => {
                 Self::NotPermitted { device, source }

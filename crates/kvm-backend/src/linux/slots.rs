@@ -1,9 +1,10 @@
-//! Guest RAM in a virtual machine's memory slots.
+//! The registration of guest RAM in a virtual machine's memory slots.
 //!
-//! KVM keeps a host address, not the memory behind it: were that unmapped, and something else mapped in its place, the
-//! guest would write there. vCPU descriptors keep the virtual machine alive whatever happens to its own, so that no
-//! owner can know that the guest has ended. The rule here is therefore the other way round: RAM stays mapped
-//! until KVM has confirmed that the slot is gone; if it never does, for ever.
+//! RAM stays mapped until KVM has confirmed that its slot is removed. If KVM never confirms it, the
+//! RAM is never unmapped. The reason: KVM keeps a host address, not the memory behind it. If that
+//! memory were unmapped and other memory mapped in its place, the guest would write there. No owner
+//! can know that the guest has ended, since vCPU descriptors keep the virtual machine alive after
+//! its own descriptor is closed.
 
 #![allow(unsafe_code)]
 
@@ -20,10 +21,10 @@ use super::ram::GuestRam;
 
 /// Guest RAM, each region in a memory slot of a virtual machine.
 ///
-/// Dropped, it takes the slots out of the virtual machine: a vCPU still running finds no memory.
-/// The RAM is unmapped only after that. If a [`DirtyLog`](crate::DirtyLog) of these slots was ever
-/// started, all of the RAM is marked then: what was written since the last harvest, or after the
-/// log was stopped, is in no log that could be read.
+/// Dropping the value removes the slots from the virtual machine: a vCPU that still runs finds no
+/// memory. The RAM is unmapped only after that. If a [`DirtyLog`](crate::DirtyLog) of these slots
+/// was ever started, all of the RAM is marked then: no readable log has what was written since the
+/// last harvest, or after the log was stopped.
 ///
 /// # Examples
 /// ```no_run
@@ -44,26 +45,28 @@ pub struct RamSlots {
     vm: Arc<VmFd>,
     ram: Arc<GuestRam>,
     first_slot: u32,
-    /// Whether the slots are ours, not the caller's.
+    /// Whether this value registered the slots, not the caller.
     own: bool,
-    /// How many are ours to take out again: those of the first regions.
+    /// The number of slots to remove on drop: those of the first regions.
     registered: usize,
     /// Whether a dirty log of these slots was started.
     logged: AtomicBool,
 }
 
 impl RamSlots {
-    /// Gives the RAM to the guest: region `i` becomes memory slot `first_slot + i`, readable, writable and executable.
+    /// Registers the RAM with the virtual machine: region `i` becomes memory slot `first_slot + i`,
+    /// readable, writable and executable.
     ///
     /// # Errors
-    /// [`SlotError`]. The slots registered before the one that failed are taken out again.
+    /// [`SlotError`]. The slots that this call registered are removed again.
     pub fn register(
         vm: &Arc<VmFd>,
         ram: &Arc<GuestRam>,
         first_slot: u32,
     ) -> Result<Self, SlotError> {
         let mut slots = Self::named(vm, ram, first_slot)?;
-        // Done once more, it would switch off the log of the slots that there are, which forgets what it holds.
+        // A second registration would switch off the log of the existing slots, which discards its
+        // contents.
         if std::mem::replace(&mut ram.log().registered, true) {
             return Err(SlotError::AlreadyRegistered);
         }
@@ -75,16 +78,17 @@ impl RamSlots {
         Ok(slots)
     }
 
-    /// Names slots that the caller has registered already, and will take out again: of exactly these regions and
-    /// host addresses, region `i` in slot `first_slot + i`.
+    /// Uses slots that the caller has registered and removes: of exactly these regions and host
+    /// addresses, region `i` in slot `first_slot + i`.
     ///
     /// # Errors
     /// [`SlotError::SlotNumber`].
     ///
     /// # Safety
-    /// As long as the value lives, the slots are registered as said, without `KVM_MEM_READONLY` or a guest memory file:
-    /// their flags are set anew when a [`DirtyLog`](crate::DirtyLog) starts and stops. Memory that is in a slot stays mapped, also once the value is
-    /// gone, until the caller has taken the slot out.
+    /// As long as the value exists, the slots are registered as described, without
+    /// `KVM_MEM_READONLY` or a guest memory file: a [`DirtyLog`](crate::DirtyLog) replaces their
+    /// flags when it starts and stops. The memory in a slot stays mapped until the caller has
+    /// removed the slot, even after the value is dropped.
     pub unsafe fn adopt(
         vm: &Arc<VmFd>,
         ram: &Arc<GuestRam>,
@@ -93,34 +97,35 @@ impl RamSlots {
         Self::named(vm, ram, first_slot)
     }
 
-    /// Whether nothing else sets the slots' flags.
+    /// Returns whether this value registered the slots, so that nothing else sets their flags.
     pub(crate) fn are_own(&self) -> bool {
         self.own
     }
 
-    /// The RAM in the slots.
+    /// Returns the RAM in the slots.
     #[must_use]
     pub fn ram(&self) -> &Arc<GuestRam> {
         &self.ram
     }
 
-    /// The virtual machine.
+    /// Returns the virtual machine.
     #[must_use]
     pub fn vm(&self) -> &Arc<VmFd> {
         &self.vm
     }
 
-    /// Notes that a dirty log of these slots is about to start.
+    /// Records that a dirty log of these slots is about to start.
     pub(crate) fn set_logged(&self) {
         self.logged.store(true, Ordering::Relaxed);
     }
 
-    /// The memory slot of a region.
+    /// Returns the memory slot of a region.
     pub(crate) fn slot_of(&self, region: &RamRange) -> u32 {
         self.first_slot + region.region as u32
     }
 
-    /// Switches KVM's dirty log for a region's slot. On while it is on already, it keeps what it holds.
+    /// Switches KVM's dirty log of a region's slot. A log that is on already keeps its contents
+    /// when it is switched on.
     pub(crate) fn log_dirty_pages(&self, region: &RamRange, on: bool) -> Result<(), SlotError> {
         let flags = if on { KVM_MEM_LOG_DIRTY_PAGES } else { 0 };
         self.set(region, region.size, flags)
@@ -155,9 +160,10 @@ impl RamSlots {
             memory_size: size,
             userspace_addr: self.ram.host_address(region.region) as u64,
         };
-        // SAFETY: the address is that of the region's mapping, which is as large as the region (by construction of
-        // GuestRam, or the promise of its adopter). `self.ram` keeps it mapped, and `drop` lets go of `self.ram` only
-        // after KVM has let go of the slot. Overlaps with other slots KVM refuses.
+        // SAFETY: the address is that of the region's mapping, which is as large as the region (by
+        // construction of GuestRam, or by the contract of its adopter). `self.ram` keeps it mapped,
+        // and `drop` releases `self.ram` only after KVM has removed the slot. KVM refuses overlaps
+        // with other slots.
         unsafe { self.vm.set_user_memory_region(memory) }.map_err(|error| {
             let (guest_start, size) = (region.guest_start, region.size);
             let source = io::Error::from(error);
@@ -182,43 +188,43 @@ impl RamSlots {
 impl Drop for RamSlots {
     fn drop(&mut self) {
         for region in &self.ram.layout().regions()[..self.registered] {
-            // A slot of size 0 is a slot deleted: when the call returns, no vCPU uses it any more.
+            // Size 0 deletes the slot: when the call returns, no vCPU uses it any more.
             if self.set(region, 0, 0).is_err() {
-                // A vCPU may still write there, so the memory must never become anything else.
+                // A vCPU may still write there, so the memory must never be unmapped and reused.
                 std::mem::forget(Arc::clone(&self.ram));
             }
         }
         if self.are_own() {
-            // Slots that are gone have no log.
+            // Removed slots have no log.
             let mut log = self.ram.log();
             (log.on, log.registered) = (false, false);
         }
         if *self.logged.get_mut() {
-            // Last: no vCPU writes by these slots any more.
+            // Mark last: no vCPU writes through these slots any more.
             self.ram.mark_all();
         }
     }
 }
 
-/// KVM does not take guest RAM as it is.
+/// An error of registering guest RAM.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum SlotError {
-    /// A slot number that this KVM doesn't have.
-    #[error("memory slot {slot}: this KVM has slots 0 to {limit} exclusive, so begin lower")]
+    /// The slot number is above the limit of this KVM.
+    #[error("no memory slot {slot}: the slots of this KVM are below {limit}; begin lower")]
     SlotNumber {
-        /// The highest slot number needed.
+        /// The highest slot number that the RAM needs.
         slot: u64,
-        /// How many slots KVM has.
+        /// The number of slots of KVM.
         limit: u64,
     },
-    /// The RAM is in the slots of another `RamSlots`.
+    /// The RAM is registered by another `RamSlots`.
     #[error("the RAM is registered already: share that RamSlots, or drop it first")]
     AlreadyRegistered,
-    /// Another slot has some of these guest-physical addresses.
+    /// Another slot contains some of these guest-physical addresses.
     #[error(
-        "memory slot {slot} for {size:#x} bytes at guest-physical {guest_start:#x} overlaps another slot: \
-         leave a gap in the layout for what is there, or take that slot out first"
+        "memory slot {slot} for {size:#x} bytes at guest-physical {guest_start:#x} overlaps \
+         another slot: leave a gap in the layout for that slot, or remove it first"
     )]
     Overlap {
         /// The slot number.
@@ -227,14 +233,15 @@ pub enum SlotError {
         guest_start: u64,
         /// Its size in bytes.
         size: u64,
-        /// What KVM said.
+        /// The error of KVM.
         #[source]
         source: io::Error,
     },
     /// KVM refused for another reason.
     #[error(
-        "KVM refused memory slot {slot} for {size:#x} bytes at guest-physical {guest_start:#x}: \
-         the slot number may be in use, or the address past the guest's physical address width"
+        "KVM refused memory slot {slot} for {size:#x} bytes at guest-physical \
+         {guest_start:#x}: the slot number may be in use, or the address above the guest's \
+         physical address width"
     )]
     Refused {
         /// The slot number.
@@ -243,7 +250,7 @@ pub enum SlotError {
         guest_start: u64,
         /// Its size in bytes.
         size: u64,
-        /// What KVM said.
+        /// The error of KVM.
         #[source]
         source: io::Error,
     },

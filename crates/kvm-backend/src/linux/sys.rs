@@ -1,4 +1,4 @@
-//! Mappings of guest RAM, and the KVM calls that `kvm-ioctls` does not have.
+//! Mappings of guest RAM, and the KVM calls that `kvm-ioctls` lacks.
 
 #![allow(unsafe_code)]
 
@@ -16,21 +16,23 @@ use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap, mmap_anonym
 use nix::unistd::{SysconfVar, ftruncate, sysconf};
 use page_reader::HostMemory;
 
-/// The bytes of a machine word, the unit in which guest memory is stored to.
+/// The size of a machine word in bytes, the unit of stores to guest memory.
 const WORD: usize = size_of::<usize>();
 
-/// What a host address and the guest-physical one it backs agree in: with less, neither the host nor KVM could use a 2 MiB page.
+/// The modulus in which a host address and its guest-physical address agree. With a smaller one,
+/// neither the host nor KVM could use a 2 MiB page.
 const HUGE_PAGE: usize = 2 << 20;
 
-/// The host's page size in bytes, which is also that of KVM's dirty log.
+/// Returns the host's page size in bytes, which is also the page size of KVM's dirty log.
 pub(crate) fn page_size() -> u64 {
     match sysconf(SysconfVar::PAGE_SIZE) {
         Ok(Some(size)) => size as u64,
-        other => unreachable!("POSIX has PAGE_SIZE on every system, not {other:?}"),
+        other => unreachable!("POSIX requires PAGE_SIZE on every system: {other:?}"),
     }
 }
 
-/// A memory file of `len` bytes that nobody can shrink or grow: a mapping of it never faults past its end.
+/// Creates a memory file of `len` bytes whose size is sealed: a mapping of it never faults past its
+/// end.
 pub(crate) fn sealed_memfd(name: &str, len: u64) -> nix::Result<OwnedFd> {
     let len = i64::try_from(len).map_err(|_| Errno::EFBIG)?;
     let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
@@ -41,24 +43,27 @@ pub(crate) fn sealed_memfd(name: &str, len: u64) -> nix::Result<OwnedFd> {
     Ok(memfd)
 }
 
-/// Memory of this process that backs one range of guest RAM: readable and writable as long as the value lives.
+/// A mapping of this process that backs one range of guest RAM, readable and writable as long as
+/// the value exists.
 #[derive(Debug)]
 pub(crate) struct Mapping {
     start: NonNull<u8>,
     len: usize,
-    /// The address space to give back; `None` where the memory is somebody else's.
+    /// The address space to unmap on drop; `None` if the memory belongs to the caller.
     reserved: Option<(NonNull<u8>, usize)>,
 }
 
-// SAFETY: a mapping belongs to the process, not to a thread, and nothing here gives out a reference to it.
+// SAFETY: a mapping belongs to the process, not to a thread, and no reference to it is ever given
+// out.
 unsafe impl Send for Mapping {}
-// SAFETY: `store` and `host_memory` access the bytes with atomic operations only, which may race with each other
-// and with the guest.
+// SAFETY: `store` and `host_memory` access the bytes with atomic operations only, which may race
+// with each other and with the guest.
 unsafe impl Sync for Mapping {}
 
 impl Mapping {
-    /// Maps `len` bytes, shared and without reserving swap, of `file` (a memory file and an offset in it) or of new
-    /// anonymous memory. The address is congruent to `guest_start` modulo 2 MiB, and unmapped pages stand on both sides.
+    /// Maps `len` bytes, shared and without reserving swap, of `file` (a memory file and an offset
+    /// in it) or of new anonymous memory. The address is congruent to `guest_start` modulo 2 MiB,
+    /// between unmapped guard pages.
     pub(crate) fn new(
         len: usize,
         guest_start: u64,
@@ -67,11 +72,12 @@ impl Mapping {
         let length = NonZeroUsize::new(len).ok_or(Errno::EINVAL)?;
         let reserve = length.checked_add(2 * HUGE_PAGE).ok_or(Errno::ENOMEM)?;
         let unused = MapFlags::MAP_PRIVATE | MapFlags::MAP_NORESERVE;
-        // SAFETY: a new mapping at an address of the kernel's choice replaces nothing.
+        // SAFETY: a new mapping at an address that the kernel chooses replaces nothing.
         let reservation =
             unsafe { mmap_anonymous(None, reserve, ProtFlags::PROT_NONE, unused) }?.cast::<u8>();
 
-        // At least one page in, and at most 2 MiB further: `len` bytes and a page after them are left of the 4 MiB.
+        // The start is at least one page into the reservation, and at most 2 MiB further. So `len`
+        // bytes and a guard page fit into the rest of the additional 4 MiB.
         let page = page_size() as usize;
         let first = reservation.addr().get() + page;
         let ahead = (guest_start as usize).wrapping_sub(first) % HUGE_PAGE;
@@ -79,7 +85,8 @@ impl Mapping {
         let access = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
         let flags = MapFlags::MAP_SHARED | MapFlags::MAP_NORESERVE | MapFlags::MAP_FIXED;
         let mapped = match file {
-            // SAFETY: [start, start + len) is inside the reservation made above, which nobody else knows of yet.
+            // SAFETY: [start, start + len) is inside the reservation made above, which no other
+            // code has.
             Some((file, offset)) => unsafe {
                 mmap(
                     Some(start),
@@ -94,7 +101,8 @@ impl Mapping {
             None => unsafe { mmap_anonymous(Some(start), length, access, flags) },
         };
         let mapped = mapped.inspect_err(|_| {
-            // SAFETY: the reservation made above, in which nothing was mapped. That it can't be unmapped costs address space only.
+            // SAFETY: the reservation made above, in which nothing was mapped. A failure costs
+            // address space only.
             let _ = unsafe { munmap(reservation.cast(), reserve.get()) };
         })?;
         Ok(Self {
@@ -104,11 +112,12 @@ impl Mapping {
         })
     }
 
-    /// Names memory that is somebody else's.
+    /// Uses memory that the caller has mapped.
     ///
     /// # Safety
-    /// As long as the value lives, the range is mapped readable and writable, no Rust reference covers any of it, and
-    /// Rust code of this process that accesses it does so by atomic or volatile operations.
+    /// As long as the value exists, the range is mapped readable and writable, no Rust reference
+    /// covers any of it, and Rust code of this process that accesses it does so by atomic or
+    /// volatile operations.
     pub(crate) unsafe fn adopt(start: NonNull<u8>, len: usize) -> Self {
         Self {
             start,
@@ -117,23 +126,24 @@ impl Mapping {
         }
     }
 
-    /// The address of the first byte.
+    /// Returns the address of the first byte.
     pub(crate) fn as_ptr(&self) -> *mut u8 {
         self.start.as_ptr()
     }
 
-    /// Asks for huge pages; the host may have none.
+    /// Asks the host for huge pages, which it need not provide.
     pub(crate) fn advise_huge_pages(&self) -> nix::Result<()> {
-        // SAFETY: the whole mapping, which lives; the advice changes no content.
+        // SAFETY: the whole mapping, which exists; the advice changes no content.
         unsafe { madvise(self.start.cast(), self.len, MmapAdvise::MADV_HUGEPAGE) }
     }
 
-    /// The bytes from `offset` on, `len` of them.
+    /// Returns the `len` bytes from `offset` on.
     pub(crate) fn host_memory(&self, offset: usize, len: usize) -> HostMemory<'_> {
         self.check(offset, len);
         let start = self.start.as_ptr().wrapping_add(offset);
-        // SAFETY: inside the mapping (checked), which stays while `self` is borrowed. No reference to it is ever made; `store` writes it with
-        // atomic operations, and `adopt` asks its caller for the same. A memory file behind it is sealed.
+        // SAFETY: inside the mapping (checked), which stays while `self` is borrowed. No reference
+        // to it is ever made; `store` writes it with atomic operations, and `adopt` requires the
+        // same of its caller. A memory file behind it is sealed.
         unsafe { HostMemory::new(start, len) }
     }
 
@@ -145,8 +155,9 @@ impl Mapping {
         let (words, tail) = rest.as_chunks::<WORD>();
         store_bytes(&mut to, head);
         for word in words {
-            // SAFETY: inside the mapping (checked above), and aligned since `head` took what was missing.
-            // The reference is to an atomic, lives for this store, and claims nothing about who else reads or writes.
+            // SAFETY: inside the mapping (checked above), and aligned since `head` ends at a word
+            // border. The reference is to an atomic, exists for this store only, and makes no claim
+            // about other reads and writes.
             unsafe { (*to.cast::<AtomicUsize>()).store(usize::from_ne_bytes(*word), Relaxed) };
             to = to.wrapping_add(WORD);
         }
@@ -154,7 +165,7 @@ impl Mapping {
 
         fn store_bytes(to: &mut *mut u8, bytes: &[u8]) {
             for byte in bytes {
-                // SAFETY: as for words, of which a byte needs no alignment.
+                // SAFETY: as for words; a byte needs no alignment.
                 unsafe { (*to.cast::<AtomicU8>()).store(*byte, Relaxed) };
                 *to = to.wrapping_add(1);
             }
@@ -173,14 +184,16 @@ impl Mapping {
 impl Drop for Mapping {
     fn drop(&mut self) {
         if let Some((start, len)) = self.reserved {
-            // SAFETY: the reservation that `new` made. `HostMemory`s of it borrow `self`, and a slot that gives it to a
-            // guest holds the RAM until KVM has let go of it. A failure leaves it mapped, which is harmless.
+            // SAFETY: the reservation that `new` made. A `HostMemory` of it borrows `self`, and a
+            // slot that maps it for a guest holds the RAM until KVM has removed the slot. A failure
+            // leaves it mapped, which is harmless.
             let _ = unsafe { munmap(start.cast(), len) };
         }
     }
 }
 
-/// KVM_CLEAR_DIRTY_LOG: forgets the pages set in `words` (those of the log from `first_page` on), and protects them again.
+/// Clears the pages set in `words` (those of the log from `first_page` on) in KVM's log, and
+/// protects them again (`KVM_CLEAR_DIRTY_LOG`).
 pub(crate) fn clear_dirty_log(
     vm: &VmFd,
     slot: u32,
@@ -197,8 +210,8 @@ pub(crate) fn clear_dirty_log(
             dirty_bitmap: words.as_ptr().cast_mut().cast(),
         },
     };
-    // SAFETY: the descriptor is a VM's; KVM reads `num_pages` bits, which `words` has (asserted), and writes only the
-    // bits of the structure.
+    // SAFETY: the descriptor is that of a VM. KVM reads `num_pages` bits, which `words` has
+    // (asserted), and writes only the bits of the structure.
     unsafe { ioctl::clear_dirty_log(vm.as_raw_fd(), &raw mut clear) }.map(drop)
 }
 

@@ -1,7 +1,11 @@
-//! A guest small enough for a test: one vCPU at privilege level 3, RAM around a gap, and programs of a few instructions.
+//! A small guest: one vCPU at privilege level 3, RAM around a gap, and programs of a few
+//! instructions.
 
-// Every test file has its own copy of this module and uses a part of it.
+// Every test file compiles this module and uses a part of it.
 #![allow(dead_code, unreachable_pub, unsafe_code)]
+
+pub mod dirty_pages;
+pub mod state;
 
 use std::io;
 use std::sync::Arc;
@@ -11,35 +15,37 @@ use kvm_ioctls::{Kvm, VcpuExit, VmFd};
 use page_reader::{PageReader, RamLayout};
 
 pub const PAGE: u64 = 4096;
-/// RAM from 0, and from `HIGH` on.
+/// The RAM has a region from 0 on, and one from `HIGH` on.
 pub const LOW_SIZE: u64 = 4 << 20;
 pub const HIGH: u64 = 4 << 30;
 pub const HIGH_SIZE: u64 = 4 << 20;
 
-/// Where things are in RAM.
+/// The addresses of the parts of a program.
 pub const TABLES: u64 = 0x1000;
 pub const CODE: u64 = 0x10000;
 pub const STACK: u64 = 0x11000;
 pub const INPUT: u64 = 0x12000;
 pub const INPUT_SIZE: u64 = 0xe000;
 
-/// The port on which a program says that it is done.
+/// The port to which a program writes when it is done.
 pub const DONE: u16 = 0x80;
 
-/// A program: position-independent, no calls, entered anew or going on after its `out`.
+/// A program: position-independent, without calls, started at its entry or continued after its
+/// `out`.
 #[derive(Clone, Copy, Debug)]
 pub enum Program {
     /// Increments the word at each of the rcx addresses in the list at rsi.
     Touch,
-    /// Increments words of random pages until the word at rdx is not 0. rdi: bytes of low RAM; r10: pages in all; r11: size of the gap.
+    /// Increments words of random pages until the word at rdx is not 0. rdi: size of the low RAM;
+    /// r10: number of pages; r11: size of the gap.
     Scatter,
-    /// Loads 96 bytes at rsi into vector registers; then, going on, stores them at rdi.
+    /// Loads 96 bytes at rsi into vector registers; when continued, stores them at rdi.
     Vectors,
-    /// r13 steps at a time, mixes the words of the page at rdi into rax, and rax into them.
+    /// Mixes the words of the page at rdi into rax, and rax into them, in r13 steps at a time.
     Mix,
     /// `out`s al twice, incrementing it in between.
     TwoOuts,
-    /// Is done with the byte that it gets `in`.
+    /// Reads a byte with `in`, and is done with that byte.
     In,
     /// Stores 16 bytes of zeros at rdi, then is done.
     WideStore,
@@ -51,7 +57,7 @@ pub enum Program {
     Push,
 }
 
-// Global symbols: the compiler may put this text and what refers to it into different objects.
+// The symbols are global: the compiler may put this text and its uses into different objects.
 core::arch::global_asm!(
     ".pushsection .rodata",
     ".irp program, touch, scatter, vectors, mix, two_outs, in_out, wide_store, ins, movs, push",
@@ -162,7 +168,8 @@ impl Program {
                     static $end: u8;
                 }
                 let (begin, end) = (&raw const $begin, &raw const $end);
-                // SAFETY: both labels are in the read-only bytes assembled above, the first before the second.
+                // SAFETY: both labels are in the read-only bytes assembled above, the first before
+                // the second.
                 unsafe { std::slice::from_raw_parts(begin, end.offset_from_unsigned(begin)) }
             }};
         }
@@ -192,12 +199,12 @@ pub struct Guest {
 }
 
 impl Guest {
-    /// RAM and a vCPU in its reset state.
+    /// Creates RAM and a vCPU in its reset state.
     pub fn new() -> Self {
         Self::with(|_| ())
     }
 
-    /// The same, with something done to the virtual machine before its vCPU is created.
+    /// Does the same, and calls `prepare` before the vCPU is created.
     pub fn with(prepare: impl FnOnce(&VmFd)) -> Self {
         Self::with_ram([(0, LOW_SIZE), (HIGH, HIGH_SIZE)], prepare)
     }
@@ -224,14 +231,15 @@ impl Guest {
         }
     }
 
-    /// RAM, and a vCPU at the start of `program`.
+    /// Creates RAM and a vCPU at the start of `program`.
     pub fn booted(program: Program) -> Self {
         let guest = Self::new();
         guest.boot(program);
         guest
     }
 
-    /// A guest that has run `Touch`: what the program itself needs is mapped, and so no longer reported for being read.
+    /// Creates a guest that has run `Touch`: the pages of the program itself are mapped, so reading
+    /// them no longer reports them.
     pub fn touching() -> Self {
         let mut guest = Self::booted(Program::Touch);
         guest.touch(&[STACK]);
@@ -248,7 +256,7 @@ impl Guest {
         long_mode::boot(&self.kvm, &self.ram, &self.vcpu, &start).unwrap();
     }
 
-    /// A log, and no page in it or in the bitmap.
+    /// Starts a log, and empties it and the bitmap.
     pub fn log(&self, reprotect: Reprotect) -> DirtyLog {
         let log = DirtyLog::start_with(&self.slots, reprotect).unwrap();
         log.harvest_running().unwrap();
@@ -262,7 +270,7 @@ impl Guest {
         self.vcpu.set_regs(&regs).unwrap();
     }
 
-    /// Has its page tables map `size` bytes from 0, of which the RAM may be a part: behind it is a device.
+    /// Makes the page tables map `size` bytes from 0 on. The part that is not RAM is a device.
     pub fn map_devices_up_to(&self, size: u64) {
         let larger = GuestRam::new(RamLayout::single(0, size).unwrap()).unwrap();
         let start = long_mode::Start {
@@ -276,16 +284,16 @@ impl Guest {
         self.ram.write(TABLES, &tables).unwrap();
     }
 
-    /// Runs until the program says it is done; the byte it said.
+    /// Runs until the program is done, and returns its byte.
     pub fn run(&mut self) -> u8 {
         run(&mut self.vcpu)
     }
 
-    /// Has the program `Touch` write to each of these addresses.
+    /// Makes the program `Touch` write to each of these addresses.
     pub fn touch(&mut self, addresses: &[u64]) {
         let list: Vec<u8> = addresses.iter().flat_map(|a| a.to_le_bytes()).collect();
         assert!(list.len() as u64 <= INPUT_SIZE);
-        self.ram.write(INPUT, &list).unwrap(); // This marks its pages: a host write.
+        self.ram.write(INPUT, &list).unwrap(); // a host write, which marks its pages
         self.set_regs(|regs| {
             regs.rip = CODE;
             regs.rsi = INPUT;
@@ -294,7 +302,7 @@ impl Guest {
         self.run();
     }
 
-    /// All of RAM.
+    /// Returns the contents of the RAM.
     pub fn image(&self) -> Vec<u8> {
         let mut image = vec![0; self.ram.layout().ram_size() as usize];
         self.ram.read_at(0, &mut image).unwrap();
@@ -313,7 +321,7 @@ pub fn run(vcpu: &mut Vcpu) -> u8 {
     }
 }
 
-/// The offset in the memory file of a guest-physical address.
+/// Returns the offset in the memory file of a guest-physical address.
 pub fn offset(guest_address: u64) -> u64 {
     match guest_address {
         high if high >= HIGH => high - HIGH + LOW_SIZE,

@@ -1,42 +1,47 @@
-//! Why the vCPUs are not paused.
+//! The error of a pause.
 
 use thiserror::Error;
 
-/// The vCPUs are not paused.
+/// An error of pausing the vCPUs.
 #[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum PauseError {
-    /// Some are in the guest.
+    /// Some vCPUs are in the guest.
     #[error(
-        "{running} vCPUs are in the guest: make them leave by a signal to their threads, then complete their I/O"
+        "{running} vCPUs are in the guest: make them leave by a signal to their threads, then \
+         complete their I/O"
     )]
     Running {
         /// How many.
         running: usize,
     },
-    /// Some have left the guest, and KVM may still have to write what their exits were answered
-    /// with.
+    /// Some vCPUs have left the guest, and KVM may still have to write the results of their exits.
     #[error(
-        "{pending} vCPUs may have I/O pending, which writes guest memory when it is completed: call Vcpu::complete_io on each"
+        "{pending} vCPUs may have I/O pending, whose completion writes guest memory: call \
+         Vcpu::complete_io on each"
     )]
     IoPending {
         /// How many.
         pending: usize,
     },
-    /// Some were dropped with I/O pending. A duplicate of their descriptor may live on, and
-    /// completes it.
+    /// Some vCPUs were dropped with I/O pending. A duplicate of their descriptor may still be open
+    /// and complete it.
     #[error(
-        "{abandoned} vCPUs were dropped with I/O pending, which another descriptor of them would complete unseen: call \
-         Vcpu::complete_io before a vCPU is dropped, or Vcpu::close where there is no other descriptor"
+        "{abandoned} vCPUs were dropped with I/O pending, which another descriptor of them could \
+         complete unnoticed: call Vcpu::complete_io before a vCPU is dropped, or Vcpu::close if it \
+         has no other descriptor"
     )]
     Abandoned {
         /// How many.
         abandoned: usize,
     },
-    /// None was created or adopted here: those of the machine are not known, and may run.
-    #[error("these Vcpus have no vCPU: create the machine's vCPUs by them, or have them adopted")]
+    /// No vCPU was created or adopted here. Those of the virtual machine are unknown, and may run.
+    #[error(
+        "no vCPU was created or adopted through these Vcpus: create the vCPUs with \
+         Vcpus::create, or pass them to Vcpus::adopt"
+    )]
     NoVcpu,
-    /// They are paused already.
-    #[error("the vCPUs are paused already, by another thread: drop that Paused first")]
+    /// The vCPUs are paused already.
+    #[error("the vCPUs are paused already: drop the existing Paused or PausedHarvest first")]
     AlreadyPaused,
 }

@@ -1,4 +1,4 @@
-//! What each vCPU does, and how a pause keeps all of them out of the guest.
+//! The state of each vCPU, and the pause that keeps all of them out of the guest.
 
 #[cfg(not(memsnap_loom))]
 use std::sync::atomic::{AtomicU8, Ordering};
@@ -13,13 +13,13 @@ use loom::sync::{Condvar, Mutex, MutexGuard};
 
 use super::pause_error::PauseError;
 
-/// The vCPU has left the guest, and KVM has nothing to complete.
+/// The vCPU is not in the guest, and KVM has nothing to complete.
 const IDLE: u8 = 0;
 /// `KVM_RUN` is under way.
 const RUNNING: u8 = 1;
 /// `KVM_RUN` has returned. KVM may have to complete the instruction of the exit.
 const PENDING: u8 = 2;
-/// Taken over as it was: perhaps pending, and perhaps while the others are paused.
+/// The vCPU was adopted: it may be pending, and it may have been adopted during a pause.
 const ADOPTED: u8 = 3;
 
 /// The states of a set of vCPUs.
@@ -44,21 +44,23 @@ struct Set {
     states: Vec<Arc<Word>>,
     /// vCPUs that were dropped with I/O pending.
     abandoned: usize,
-    /// There was a vCPU at some time.
+    /// Whether there ever was a vCPU.
     known: bool,
     paused: bool,
 }
 
-/// The state of one vCPU. Its changes take `&mut self`, so that one thread at a time makes them.
+/// The state of one vCPU. Methods that change it take `&mut self`, so that only one thread at a
+/// time does.
 #[derive(Debug)]
 pub(super) struct RunState {
     word: Arc<Word>,
     all: Arc<RunStates>,
 }
 
-/// A vCPU in the guest. When dropped, it has left the guest, perhaps with I/O pending.
+/// A guard of a vCPU in the guest. Dropping it records that the vCPU has left, perhaps with I/O
+/// pending.
 #[derive(Debug)]
-#[must_use = "the vCPU is in the guest as long as this lives"]
+#[must_use = "the vCPU counts as being in the guest until this is dropped"]
 pub(super) struct InGuest<'a>(&'a Word);
 
 #[derive(Debug)]
@@ -158,7 +160,7 @@ impl RunState {
     /// Enters the guest. Waits while the vCPUs are paused.
     pub(super) fn enter(&mut self) -> InGuest<'_> {
         if self.word.load(Ordering::Relaxed) == PENDING {
-            // It forbids a pause before and after this.
+            // Both states forbid a pause, so this needs no lock.
             self.word.0.store(RUNNING, Ordering::Relaxed);
         } else {
             let set = self.all.lock_released();
@@ -168,10 +170,10 @@ impl RunState {
         InGuest(&self.word)
     }
 
-    /// Prepares the completion of pending I/O, and returns whether there may be any. Waits while
-    /// the vCPUs are paused, which they can be where this one was adopted.
+    /// Prepares the completion of pending I/O, and returns whether any may be pending. Waits while
+    /// the vCPUs are paused, which is possible for an adopted one.
     ///
-    /// Until [`completed`](Self::completed) the I/O counts as pending, also after an error or a
+    /// Until [`completed`](Self::completed) the I/O counts as pending, even after an error or a
     /// panic.
     pub(super) fn begin_completion(&mut self) -> bool {
         match self.word.load(Ordering::Relaxed) {
@@ -186,12 +188,12 @@ impl RunState {
         }
     }
 
-    /// Notes that no I/O is pending.
+    /// Records that no I/O is pending.
     pub(super) fn completed(&mut self) {
         self.word.0.store(IDLE, Ordering::Release);
     }
 
-    /// Returns whether it is the state of one of these vCPUs.
+    /// Returns whether this is the state of a vCPU of `all`.
     pub(super) fn is_of(&self, all: &Arc<RunStates>) -> bool {
         Arc::ptr_eq(&self.all, all)
     }
@@ -235,7 +237,7 @@ mod tests {
 
     pub(super) fn after_load(word: &Word) {
         if ENTER_AFTER_LOAD.get() {
-            // What the thread of a pending vCPU does, which takes no lock.
+            // Does what the thread of a pending vCPU does, which takes no lock.
             let (from, to) = (PENDING, RUNNING);
             let (success, failure) = (Ordering::Relaxed, Ordering::Relaxed);
             let _ = word.0.compare_exchange(from, to, success, failure);
@@ -285,7 +287,7 @@ mod tests {
         let vcpus = vcpus();
         let mut vcpu = vcpus.add_adopted();
         assert!(vcpu.begin_completion());
-        // KVM_RUN failed: it was not completed.
+        // KVM_RUN failed: the I/O was not completed.
         assert_eq!(vcpus.pause(), Err(PauseError::IoPending { pending: 1 }));
         assert!(vcpu.begin_completion());
         vcpu.completed();
@@ -302,8 +304,8 @@ mod tests {
     }
 }
 
-/// Every interleaving, under `RUSTFLAGS="--cfg memsnap_loom" cargo test -p kvm-backend --lib
-/// --release interleavings`.
+/// Models of every interleaving. Run them with `RUSTFLAGS="--cfg memsnap_loom" cargo test -p
+/// kvm-backend --lib --release interleavings`.
 #[cfg(all(test, memsnap_loom))]
 mod interleavings {
     use loom::sync::atomic::AtomicU64;
@@ -339,20 +341,20 @@ mod interleavings {
             self.written.store(written + 1, Ordering::Relaxed);
         }
 
-        /// Looks at the memory twice during a pause that is under way, and ends the pause.
-        fn look_and_resume(&self) {
-            self.look_twice(|| ());
+        /// Checks the memory during a pause that is in progress, and ends the pause.
+        fn check_and_resume(&self) {
+            self.check_twice(|| ());
             self.vcpus.resume();
         }
 
-        /// The same, and lets the other threads go as far as they can between the looks: a vCPU
-        /// that does not wait for the end of the pause writes there.
-        fn let_run_and_resume(&self) {
-            self.look_twice(thread::yield_now);
+        /// Does the same, and lets the other threads run as far as they can between the checks: a
+        /// vCPU that does not wait for the end of the pause then writes.
+        fn yield_check_and_resume(&self) {
+            self.check_twice(thread::yield_now);
             self.vcpus.resume();
         }
 
-        fn look_twice(&self, between: impl FnOnce()) {
+        fn check_twice(&self, between: impl FnOnce()) {
             let written = self.written.load(Ordering::Relaxed);
             between();
             let still = self.written.load(Ordering::Relaxed);
@@ -380,7 +382,7 @@ mod interleavings {
             });
             for _ in 0..2 {
                 if guest.vcpus.pause().is_ok() {
-                    guest.look_and_resume();
+                    guest.check_and_resume();
                 }
             }
             running.join().unwrap();
@@ -401,9 +403,9 @@ mod interleavings {
                     drop(in_guest);
                 }
             });
-            guest.let_run_and_resume();
+            guest.yield_check_and_resume();
             if guest.vcpus.pause().is_ok() {
-                guest.let_run_and_resume();
+                guest.yield_check_and_resume();
             }
             running.join().unwrap();
         });
@@ -424,11 +426,11 @@ mod interleavings {
                     vcpu.completed();
                 }
             });
-            guest.let_run_and_resume();
+            guest.yield_check_and_resume();
             completing.join().unwrap();
             guest.vcpus.pause().unwrap();
             assert_eq!(guest.written.load(Ordering::Relaxed), 1);
-            guest.let_run_and_resume();
+            guest.yield_check_and_resume();
         });
     }
 }

@@ -1,8 +1,8 @@
-//! How kernel structures are written down: byte for byte, as the ABI has them.
+//! Serialization of kernel structures as the bytes of their ABI.
 //!
-//! The ABI of these structures is as stable as the kernel, so their bytes are a format of their own. In binary formats they are a
-//! byte string, in readable ones a string of hexadecimal digits. Read back, their length must be exact: `kvm-bindings`' own
-//! implementation cuts off or zero-fills silently.
+//! The ABI of these structures is stable, so their bytes are a file format. Binary formats store a
+//! byte string, human-readable formats a string of hexadecimal digits. Deserialization requires the
+//! exact length: the implementation of `kvm-bindings` silently truncates or zero-fills.
 
 use std::fmt;
 use std::marker::PhantomData;
@@ -11,7 +11,7 @@ use serde::de::{self, Deserializer, Visitor};
 use serde::{Deserialize, Serialize, Serializer};
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
-/// Gives the bytes of `T` to serde; for fields, by `#[serde(with = "abi")]`.
+/// Serializes the bytes of `T`; for fields with `#[serde(with = "abi")]`.
 pub(super) fn serialize<T: IntoBytes + Immutable + ?Sized, S: Serializer>(
     value: &T,
     serializer: S,
@@ -29,7 +29,7 @@ pub(super) fn serialize<T: IntoBytes + Immutable + ?Sized, S: Serializer>(
     serializer.serialize_str(&digits)
 }
 
-/// Takes a `T` from exactly its bytes.
+/// Deserializes a `T` from exactly its bytes.
 pub(super) fn deserialize<'de, T: FromBytes, D: Deserializer<'de>>(
     deserializer: D,
 ) -> Result<T, D::Error> {
@@ -38,7 +38,7 @@ pub(super) fn deserialize<'de, T: FromBytes, D: Deserializer<'de>>(
         .map_err(|_| de::Error::invalid_length(bytes.len(), &Size(size_of::<T>(), "exactly ")))
 }
 
-/// A structure that may be missing; by `#[serde(with = "abi::option")]`.
+/// Optional structures, for fields with `#[serde(with = "abi::option")]`.
 pub(super) mod option {
     use super::{Abi, Deserialize, Deserializer, FromBytes, Immutable, IntoBytes, Serialize};
     use serde::Serializer;
@@ -57,7 +57,7 @@ pub(super) mod option {
     }
 }
 
-/// An array of structures as one string of bytes; by `#[serde(with = "abi::list")]`.
+/// Arrays of structures as one string of bytes, for fields with `#[serde(with = "abi::list")]`.
 pub(super) mod list {
     use super::{Deserializer, FromBytes, Immutable, IntoBytes, Serializer, Size, bytes, de};
 
@@ -79,7 +79,7 @@ pub(super) mod list {
     }
 }
 
-/// Bytes of any number; reading half of everything above.
+/// Deserialization of any number of bytes.
 mod bytes {
     use super::{Bytes, Deserializer, PhantomData};
 
@@ -147,8 +147,8 @@ impl<'de, T: FromBytes> Deserialize<'de> for Abi<T> {
     }
 }
 
-/// The number of a format, as the first field of what is written in it: another number is an error, before anything else is
-/// misread.
+/// The version of a format, serialized as the first field. Another version is an error before any
+/// other field is misread.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct FormatVersion<const CURRENT: u32>;
 
@@ -163,7 +163,8 @@ impl<'de, const CURRENT: u32> Deserialize<'de> for FormatVersion<CURRENT> {
         match u32::deserialize(deserializer)? {
             version if version == CURRENT => Ok(Self),
             version => Err(de::Error::custom(format_args!(
-                "state in format {version}: this version of kvm-backend reads format {CURRENT}"
+                "state in format {version}, but this version of kvm-backend reads format \
+                 {CURRENT}: use the version of kvm-backend that wrote it"
             ))),
         }
     }

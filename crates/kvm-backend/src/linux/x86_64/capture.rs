@@ -1,4 +1,4 @@
-//! Reading a vCPU's state out.
+//! Capture of a vCPU's state.
 
 use std::io;
 
@@ -14,11 +14,12 @@ use super::{msrs, xsave};
 use crate::linux::vcpus::{Paused, Vcpu};
 
 impl VcpuState {
-    /// Captures the state of `vcpu`, with every vCPU [paused](crate::Vcpus::pause): none runs (one can send another an
-    /// interrupt), and none has an instruction that KVM has yet to complete.
+    /// Captures the state of `vcpu`. Every vCPU must be [paused](crate::Vcpus::pause): none runs
+    /// (one can send another an interrupt), and none has an instruction that KVM has yet to
+    /// complete.
     ///
     /// # Errors
-    /// [`CaptureError`] names the call that KVM refused.
+    /// [`CaptureError`] names the call that failed.
     pub fn capture(kvm: &Kvm, paused: &Paused, vcpu: &Vcpu) -> Result<Self, CaptureError> {
         if !vcpu.is_of(paused) {
             return Err(CaptureError::NotPaused);
@@ -27,8 +28,9 @@ impl VcpuState {
     }
 
     fn capture_idle(kvm: &Kvm, vm: &VmFd, vcpu: &VcpuFd) -> Result<Self, CaptureError> {
-        // The order: reading mp_state lets a pending INIT or SIPI take effect, so it is first. The events are last, since
-        // other calls may still move an interrupt there (KVM_GET_LAPIC syncs posted ones).
+        // The order matters. Reading mp_state first lets a pending INIT or SIPI take effect. The
+        // events are last, since other calls may still add an interrupt (KVM_GET_LAPIC syncs posted
+        // ones).
         let mp_state = vcpu.get_mp_state().map_err(failed("KVM_GET_MP_STATE"))?;
         let regs = vcpu.get_regs().map_err(failed("KVM_GET_REGS"))?;
         let sregs = vcpu.get_sregs().map_err(failed("KVM_GET_SREGS"))?;
@@ -74,7 +76,8 @@ impl VcpuState {
     }
 }
 
-/// What CPUID was set to. KVM fills the first entries of the array and leaves the others as they are: zero.
+/// Returns the CPUID entries that were set. KVM fills the first entries of the array, and the
+/// others stay zero.
 fn cpuid(vcpu: &VcpuFd) -> Result<Vec<kvm_cpuid_entry2>, CaptureError> {
     let array = vcpu
         .get_cpuid2(KVM_MAX_CPUID_ENTRIES)
@@ -94,7 +97,7 @@ fn nested(vm: &VmFd, vcpu: &VcpuFd) -> Result<Option<Vec<u8>>, CaptureError> {
     let mut buffer = KvmNestedStateBuffer::empty();
     vcpu.nested_state(&mut buffer)
         .map_err(failed("KVM_GET_NESTED_STATE"))?;
-    // Also with nothing behind it the header counts: it says where VMXON was executed.
+    // The header counts even without data after it: it has the address of the VMXON region.
     Ok(Some(buffer.as_bytes()[..buffer.size as usize].to_vec()))
 }
 
@@ -105,19 +108,19 @@ fn failed(call: &'static str) -> impl Fn(kvm_ioctls::Error) -> CaptureError {
     }
 }
 
-/// A vCPU's state can't be captured.
+/// An error of capturing a vCPU's state.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum CaptureError {
-    /// The vCPU is not among those that are paused.
-    #[error("the vCPU is none of those that are paused: pause the Vcpus that it was created by")]
+    /// The vCPU is not one of the paused ones.
+    #[error("the vCPU is not one of the paused ones: pause the Vcpus that created or adopted it")]
     NotPaused,
-    /// KVM refused a call.
-    #[error("{call} failed: the state of this vCPU can't be captured as a whole")]
+    /// A call of KVM failed.
+    #[error("{call} failed: the state of this vCPU can't be captured completely")]
     Refused {
         /// The KVM call.
         call: &'static str,
-        /// What KVM said.
+        /// The error of KVM.
         #[source]
         source: io::Error,
     },

@@ -1,8 +1,11 @@
-//! A vCPU in 64-bit user mode, without firmware or kernel: for demonstrations, tests, and guests that are one program.
+//! Starts a vCPU in 64-bit user mode, without firmware or kernel: for demonstrations, tests, and
+//! guests that are one program.
 //!
-//! The program sees all of its RAM at its guest-physical addresses and runs at privilege level 3 with I/O privilege, so it talks to
-//! its monitor by `in` and `out`. There are no interrupts and no descriptor tables: an exception, an access
-//! outside the RAM too, ends in [`VcpuExit::Shutdown`](kvm_ioctls::VcpuExit::Shutdown). SSE works, AVX and AVX-512 where the host has them.
+//! The program sees all of its RAM at its guest-physical addresses. It runs at privilege level 3
+//! with I/O privilege, so it communicates with its VMM by `in` and `out`. There are no interrupts
+//! and no descriptor tables: an exception, including an access outside the RAM, ends in
+//! [`VcpuExit::Shutdown`](kvm_ioctls::VcpuExit::Shutdown). SSE works, and so do AVX and AVX-512 if
+//! the host has them.
 
 use std::io;
 
@@ -14,15 +17,17 @@ use page_reader::{OutsideRam, RamLayout};
 use thiserror::Error;
 use zerocopy::IntoBytes;
 
-use crate::GuestRam;
+use crate::linux::ram::GuestRam;
 
-/// Bytes that a page-table entry of the lowest and of the second level maps (Intel SDM vol. 3A, 4.5: 9 bits a level).
+/// The number of bytes that a page-table entry of the lowest and of the second level maps (Intel
+/// SDM vol. 3A, 4.5: 9 bits a level).
 const PAGE: u64 = 1 << 12;
 const LARGE_PAGE: u64 = 1 << 21;
-/// The end of the lower half of 48-bit linear addresses: what four levels of tables reach.
+/// The end of the lower half of 48-bit linear addresses, which four levels of tables reach.
 const LINEAR_END: u64 = 1 << 47;
 
-/// Bits of a page-table entry (Intel SDM vol. 3A, table 4-15 and following). Accessed and dirty are set beforehand, so that the processor needn't.
+/// Bits of a page-table entry (Intel SDM vol. 3A, table 4-15 and following). Accessed and dirty are
+/// set in advance, so that the processor does not write them.
 const PRESENT: u64 = 1;
 const WRITABLE: u64 = 1 << 1;
 const USER: u64 = 1 << 2;
@@ -32,7 +37,8 @@ const LARGE: u64 = 1 << 7;
 const TABLE: u64 = PRESENT | WRITABLE | USER | ACCESSED;
 const LEAF: u64 = TABLE | DIRTY;
 
-/// CR0: protection, coprocessor monitoring, its type and native errors, write protection, paging (Intel SDM vol. 3A, 2.5).
+/// CR0: protection, monitor coprocessor, extension type, numeric error, write protection, paging
+/// (Intel SDM vol. 3A, 2.5).
 const CR0: u64 = 1 | 1 << 1 | 1 << 4 | 1 << 5 | 1 << 16 | 1 << 31;
 /// CR4: physical address extension, FXSAVE, SIMD exceptions.
 const CR4: u64 = 1 << 5 | 1 << 9 | 1 << 10;
@@ -45,19 +51,21 @@ const XCR0_VECTORS: u64 = 0b1110_0111;
 /// RFLAGS: the bit that is always 1, and I/O privilege for level 3.
 const RFLAGS: u64 = 1 << 1 | 3 << 12;
 
-/// Where a program starts. Guest-physical addresses, which are its linear addresses too.
+/// The start of a program: guest-physical addresses, which are also its linear addresses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Start {
-    /// The first instruction.
+    /// The address of the first instruction.
     pub entry: u64,
-    /// The stack pointer: the address after the stack's first (highest) byte. The System V ABI wants `rsp + 8` to be a multiple of 16
-    /// where a function begins.
+    /// The stack pointer: the address after the stack's first (highest) byte. The System V ABI
+    /// requires `rsp + 8` to be a multiple of 16 where a function begins.
     pub stack: u64,
-    /// Where the page tables go: a multiple of 4096, [`page_table_bytes`] of RAM that the program leaves alone.
+    /// The address of the page tables: a multiple of 4096, with [`page_table_bytes`] of RAM that
+    /// the program does not use.
     pub page_tables: u64,
 }
 
-/// The bytes of page tables that a layout needs: 4 KiB for each started GiB of RAM, and some.
+/// Returns the number of bytes of page tables that a layout needs: 4 KiB for each started GiB of
+/// RAM, and a few more pages.
 ///
 /// # Errors
 /// [`BootError::AddressTooHigh`].
@@ -75,13 +83,15 @@ pub fn page_table_bytes(layout: &RamLayout) -> Result<u64, BootError> {
     PageTables::new(layout, 0).map(|tables| tables.bytes())
 }
 
-/// Writes page tables into `ram` and has `vcpu` start at `start.entry` when it is run.
+/// Writes page tables into `ram`, and sets the registers of `vcpu` so that it starts at
+/// `start.entry` when it is run.
 ///
-/// CPUID is what KVM offers. All registers not named by [`Start`] are 0, but for the segments and flags.
-/// Several vCPUs may start on the same tables, each with a stack of its own.
+/// CPUID is set to everything that KVM supports. All registers not named by [`Start`] are 0, except
+/// for the segments and flags. Several vCPUs may start with the same tables, each with its own
+/// stack.
 ///
 /// # Errors
-/// [`BootError`]. What was written to RAM stays there.
+/// [`BootError`]. The bytes written to RAM stay there.
 ///
 /// # Examples
 /// ```
@@ -158,7 +168,7 @@ pub fn boot(kvm: &Kvm, ram: &GuestRam, vcpu: &VcpuFd, start: &Start) -> Result<(
     vcpu.set_regs(&regs).map_err(failed("KVM_SET_REGS"))
 }
 
-/// XCR0 with all vector registers that the processor has; `None` where it has no XSAVE.
+/// Returns XCR0 with all vector registers that the processor has; `None` without XSAVE.
 fn vectors(cpuid: &CpuId) -> Option<u64> {
     /// CPUID leaf 0xd, subleaf 0: the bits that XCR0 may have (Intel SDM vol. 2A, CPUID).
     const XSAVE_LEAF: u32 = 0xd;
@@ -176,8 +186,8 @@ enum SegmentType {
     BusyTss,
 }
 
-/// A flat segment for privilege level 3 (Intel SDM vol. 3A, 3.4.5; the types: tables 3-1 and 3-2). No descriptor table holds it; the selectors
-/// are what one would have.
+/// Returns a flat segment for privilege level 3 (Intel SDM vol. 3A, 3.4.5; types: tables 3-1 and
+/// 3-2). No descriptor table holds it; its selector is that of a usual table.
 fn segment(kind: SegmentType) -> kvm_segment {
     let flat = kvm_segment {
         limit: u32::MAX,
@@ -200,7 +210,7 @@ fn segment(kind: SegmentType) -> kvm_segment {
             db: 1,
             ..flat
         },
-        // Without one there is no entry to long mode, though nothing here uses it.
+        // Entering long mode requires one, though nothing here uses it.
         SegmentType::BusyTss => kvm_segment {
             selector: 0x18,
             limit: 0x67,
@@ -213,10 +223,10 @@ fn segment(kind: SegmentType) -> kvm_segment {
     }
 }
 
-/// Four levels of tables that map each byte of RAM to itself, and nothing else.
+/// Four levels of page tables that map each byte of RAM to itself, and nothing else.
 struct PageTables {
     base: u64,
-    /// The root first. A table's address is `base` plus its place.
+    /// The tables, beginning with the root. The address of a table is `base` plus its offset here.
     pages: Vec<[u64; 512]>,
 }
 
@@ -277,34 +287,34 @@ fn failed(call: &'static str) -> impl Fn(kvm_ioctls::Error) -> BootError {
     }
 }
 
-/// A vCPU can't be started.
+/// An error of starting a vCPU.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum BootError {
-    /// RAM that four levels of page tables don't reach.
-    #[error("RAM ends at {end:#x}: a program sees the lower 2^47 bytes only")]
+    /// Four levels of page tables do not reach all of the RAM.
+    #[error("RAM ends at {end:#x}: a program sees the lower 2^47 bytes only; place it lower")]
     AddressTooHigh {
         /// The guest-physical address after the RAM.
         end: u64,
     },
-    /// The page tables don't start at a page.
-    #[error("page tables at {address:#x}: give a multiple of 4096")]
+    /// The page tables do not start at a page border.
+    #[error("the page tables at {address:#x} are not aligned: give a multiple of 4096")]
     MisalignedPageTables {
-        /// The address given.
+        /// The given address.
         address: u64,
     },
-    /// The page tables don't fit there.
-    #[error("the page tables don't fit: give `page_table_bytes` of RAM")]
+    /// The page tables do not fit at their address.
+    #[error("the page tables do not fit into the RAM: give them `page_table_bytes` of RAM")]
     PageTables(#[from] OutsideRam),
-    /// An address that is no RAM.
-    #[error("{what} is at {address:#x}, where there is no RAM")]
+    /// An address of [`Start`] is not RAM.
+    #[error("{what} is at {address:#x}, where there is no RAM: give an address in the layout")]
     NotRam {
         /// What is there.
         what: &'static str,
         /// Its guest-physical address.
         address: u64,
     },
-    /// An address among the page tables.
+    /// An address of [`Start`] is among the page tables.
     #[error("{what} is at {address:#x}, among the page tables: move one or the other")]
     InPageTables {
         /// What is there.
@@ -312,12 +322,12 @@ pub enum BootError {
         /// Its guest-physical address.
         address: u64,
     },
-    /// KVM refused.
+    /// A call of KVM failed.
     #[error("{call} failed: the vCPU must be new, never run, and the host's processor 64-bit")]
     Kvm {
         /// The KVM call.
         call: &'static str,
-        /// What KVM said.
+        /// The error of KVM.
         #[source]
         source: io::Error,
     },

@@ -1,19 +1,20 @@
-//! Model-specific registers, read and written in batches, around those that KVM refuses.
+//! Reads and writes model-specific registers in batches, and skips those that KVM refuses.
 
 use kvm_bindings::{KVM_MAX_MSR_ENTRIES, Msrs, kvm_msr_entry};
 use kvm_ioctls::VcpuFd;
 
 use super::vcpu_state::Msr;
 
-/// MSRs in one call. KVM refuses its own constant, 256, as one too many (`msr_io` in Linux arch/x86/kvm/x86.c compares with `>=`).
+/// The number of MSRs in one call. KVM refuses its own constant, 256, as one too many (`msr_io` in
+/// Linux arch/x86/kvm/x86.c compares with `>=`).
 const BATCH: usize = KVM_MAX_MSR_ENTRIES - 1;
 
 /// The time-stamp counter (Intel SDM vol. 4, 2.1).
 pub(super) const IA32_TSC: u32 = 0x10;
-/// The time at which the local APIC's timer fires in TSC-deadline mode (the same).
+/// The time at which the local APIC's timer fires in TSC-deadline mode (Intel SDM vol. 4, 2.1).
 pub(super) const IA32_TSC_DEADLINE: u32 = 0x6e0;
 
-/// Reads the MSRs `indices`: those KVM reads, and those it does not.
+/// Reads the MSRs `indices`. Returns those that KVM read, and the indices of those that it refused.
 pub(super) fn read(
     vcpu: &VcpuFd,
     indices: &[u32],
@@ -23,7 +24,7 @@ pub(super) fn read(
     while !rest.is_empty() {
         let batch = &rest[..rest.len().min(BATCH)];
         let mut entries = entries(batch.iter().map(|index| (*index, 0)));
-        // KVM stops before the first that it refuses, and says how many it did.
+        // KVM stops before the first that it refuses, and returns the number that it read.
         let done = vcpu.get_msrs(&mut entries)?;
         readable.extend(entries.as_slice()[..done].iter().map(|entry| Msr {
             index: entry.index,
@@ -35,7 +36,7 @@ pub(super) fn read(
     Ok((readable, unreadable))
 }
 
-/// Writes `msrs`, in order, around those that KVM refuses. What that comes to, [`read`] tells.
+/// Writes `msrs` in order, and skips those that KVM refuses. [`read`] shows the result.
 pub(super) fn write(vcpu: &VcpuFd, msrs: &[Msr]) -> Result<(), kvm_ioctls::Error> {
     let mut rest = msrs;
     while !rest.is_empty() {
@@ -63,8 +64,8 @@ mod tests {
     use test_machine::Need;
 
     #[test]
-    fn msrs_that_kvm_does_not_read_are_named_and_those_behind_them_read() {
-        if !Need::Kvm.met("msrs_that_kvm_does_not_read_are_named_and_those_behind_them_read") {
+    fn read_skips_and_reports_the_msrs_that_kvm_refuses() {
+        if !Need::Kvm.met("read_skips_and_reports_the_msrs_that_kvm_refuses") {
             return;
         }
         let vm = crate::create_vm(&crate::open_kvm().unwrap()).unwrap();

@@ -1,4 +1,4 @@
-//! Putting a vCPU's state back.
+//! Restoration of a vCPU's state.
 
 use std::io;
 
@@ -12,58 +12,65 @@ use super::msrs::{self, IA32_TSC, IA32_TSC_DEADLINE};
 use super::vcpu_state::{Msr, VcpuState};
 use super::xsave;
 
-/// How far two rates of the time-stamp counter may differ and still be the same, in parts per million: KVM's own default
-/// (`tsc_tolerance_ppm`, Linux arch/x86/kvm/x86.c). Calibration at boot differs by more than nothing on one and the same machine.
+/// The tolerance between two rates of the time-stamp counter that count as equal, in parts per
+/// million: KVM's own default (`tsc_tolerance_ppm`, Linux arch/x86/kvm/x86.c). Calibration at boot
+/// gives slightly different rates on the same machine.
 const TSC_TOLERANCE_PPM: u64 = 250;
 
-/// The local APIC's timer register: byte offset, mask bit, and the mode bits with TSC-deadline's value (Intel SDM vol. 3A, 11.5.1 and 11.5.4.1).
+/// The local APIC's timer register: byte offset, mask bit, mode bits, and the mode TSC-deadline
+/// (Intel SDM vol. 3A, 11.5.1 and 11.5.4.1).
 const LVT_TIMER: usize = 0x320;
 const LVT_MASKED: u32 = 1 << 16;
 const LVT_MODE: u32 = 0b11 << 17;
 const LVT_TSC_DEADLINE: u32 = 0b10 << 17;
 
-/// What a restored vCPU has that the captured one had not.
+/// The differences between a restored vCPU and the captured one.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 #[must_use = "an MSR that differs may be one that the guest relies on"]
 #[non_exhaustive]
 pub struct Restored {
-    /// MSRs that read otherwise than they were captured, with the captured values: KVM refused them, or took and ignored them
-    /// (the time-stamp counter, where it runs under another hypervisor that doesn't shift it).
+    /// The MSRs whose values differ from the captured ones, with the captured values. KVM refused
+    /// them, or accepted and ignored them (for example the time-stamp counter, if KVM runs under
+    /// another hypervisor that does not shift it).
     ///
-    /// The time-stamp counter is among them where it is more than two seconds off, and a deadline that has passed is not.
+    /// The time-stamp counter is listed if it is off by more than two seconds. An expired deadline
+    /// is not listed.
     pub differing_msrs: Vec<Msr>,
-    /// The TSC-deadline timer was unmasked without a deadline, and is set to fire at once.
+    /// Whether the TSC-deadline timer was unmasked without a deadline, and is set to fire at once.
     ///
-    /// KVM clears the deadline when it has passed, and does not report the interrupt until it has delivered it. A timer captured in
-    /// between would never fire again, and the guest hang; one tick too many any guest survives.
+    /// KVM clears the deadline when it expires, and does not report the interrupt until it has
+    /// delivered it. A timer captured in between would never fire again, and the guest would hang.
+    /// An additional tick is harmless to a guest.
     pub timer_rearmed: bool,
 }
 
 impl VcpuState {
-    /// Gives this state to `vcpu`, a vCPU of `vm` that has never run.
+    /// Restores this state into `vcpu`, a vCPU of `vm` that has never run.
     ///
-    /// The guest's RAM must be restored first: KVM reads page-directory pointers from it, and writes a paravirtual clock into
-    /// it. [`VmState`](super::VmState) comes after all vCPUs.
+    /// Restore the guest's RAM first: KVM reads page-directory pointers from it, and writes a
+    /// paravirtual clock into it. Restore [`VmState`](crate::VmState) after all vCPUs.
     ///
-    /// The time-stamp counter goes on from where it was captured: the time in between did not happen. Restore all vCPUs of a guest
-    /// within a second, so that KVM synchronises their counters.
+    /// The time-stamp counter continues from the captured value, without the time in between.
+    /// Restore all vCPUs of a guest within a second, so that KVM synchronizes their counters.
     ///
     /// # Errors
-    /// [`RestoreError`]. The vCPU is of no use then: restore into a new one.
+    /// [`RestoreError`]. The vCPU is unusable then: restore into a new one.
     pub fn restore(&self, vm: &VmFd, vcpu: &VcpuFd) -> Result<Restored, RestoreError> {
-        // The order matters. The counter's rate is first, since KVM turns a counter's value into an offset by it.
+        // The order matters. The counter's rate is first, since KVM uses it to convert a counter's
+        // value into an offset.
         self.restore_tsc_rate(vcpu)?;
-        // CPUID: what KVM accepts from here on (CR4, XCR0, MSRs) depends on it.
+        // CPUID determines what KVM accepts from here on (CR4, XCR0, MSRs).
         let cpuid = CpuId::from_entries(&self.cpuid).map_err(|_| RestoreError::TooManyCpuids {
             entries: self.cpuid.len(),
         })?;
         vcpu.set_cpuid2(&cpuid).map_err(failed("KVM_SET_CPUID2"))?;
-        // With the APIC base: it says in which mode the local APIC's registers are to be read.
+        // These include the APIC base, which determines how the local APIC's registers are
+        // interpreted.
         vcpu.set_sregs(&self.sregs)
             .map_err(failed("KVM_SET_SREGS"))?;
         vcpu.set_xcrs(&self.xcrs).map_err(failed("KVM_SET_XCRS"))?;
         xsave::write(vm, vcpu, &self.xsave).map_err(failed("KVM_SET_XSAVE"))?;
-        // Drops pending exceptions, so it is before the events.
+        // This drops pending exceptions, so it precedes the events.
         vcpu.set_regs(&self.regs).map_err(failed("KVM_SET_REGS"))?;
         vcpu.set_debug_regs(&self.debug_regs)
             .map_err(failed("KVM_SET_DEBUGREGS"))?;
@@ -76,7 +83,7 @@ impl VcpuState {
         // After the special registers, which make a vCPU at its reset vector runnable.
         vcpu.set_mp_state(self.mp_state)
             .map_err(failed("KVM_SET_MP_STATE"))?;
-        // With everything else in place: this may enter the guest's own guest.
+        // Last: this may enter the nested guest.
         self.restore_nested(vm, vcpu)?;
         Ok(Restored {
             differing_msrs,
@@ -111,7 +118,8 @@ impl VcpuState {
         }
     }
 
-    /// The MSRs with the timer's deadline last: it needs the counter, and a local APIC in TSC-deadline mode. True where the deadline is made up.
+    /// Returns the MSRs with the timer's deadline last, since it needs the counter and a local APIC
+    /// in TSC-deadline mode; and whether a lost deadline was replaced by the captured time.
     fn msrs_in_order(&self) -> (Vec<Msr>, bool) {
         let (mut msrs, mut deadlines): (Vec<Msr>, Vec<Msr>) = self
             .msrs
@@ -149,13 +157,13 @@ impl VcpuState {
     }
 }
 
-/// Those of `wanted` that `vcpu` shows otherwise.
+/// Returns those of `wanted` whose values in `vcpu` differ.
 fn differing(vcpu: &VcpuFd, wanted: &[Msr]) -> Result<Vec<Msr>, RestoreError> {
     let indices: Vec<_> = wanted.iter().map(|msr| msr.index).collect();
     let (present, _) = msrs::read(vcpu, &indices).map_err(failed("KVM_GET_MSRS"))?;
     let tsc_khz = vcpu.get_tsc_khz().map_or(u64::MAX, u64::from);
     let as_wanted = |wanted: &Msr, present: &Msr| match wanted.index {
-        // It runs; and KVM takes writes a second apart for one, to keep vCPUs together.
+        // The counter runs, and KVM treats writes within a second as equal, to synchronize vCPUs.
         IA32_TSC => present.value.abs_diff(wanted.value) / 2000 <= tsc_khz,
         IA32_TSC_DEADLINE if present.value == 0 => true,
         _ => present.value == wanted.value,
@@ -168,7 +176,7 @@ fn differing(vcpu: &VcpuFd, wanted: &[Msr]) -> Result<Vec<Msr>, RestoreError> {
     Ok(differing)
 }
 
-/// Whether the timer fires at a deadline of the time-stamp counter, and may.
+/// Returns whether the timer is in TSC-deadline mode and unmasked.
 fn waits_for_deadline(lapic: &kvm_lapic_state) -> bool {
     let timer = u32::read_from_bytes(&lapic.regs.as_bytes()[LVT_TIMER..LVT_TIMER + 4]);
     timer.is_ok_and(|timer| timer & (LVT_MODE | LVT_MASKED) == LVT_TSC_DEADLINE)
@@ -181,59 +189,61 @@ fn failed(call: &'static str) -> impl Fn(kvm_ioctls::Error) -> RestoreError {
     }
 }
 
-/// A vCPU's state can't be put back. The vCPU has a part of it, and is of no use.
+/// An error of restoring a vCPU's state. The vCPU has a part of it, and is unusable.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum RestoreError {
-    /// KVM refused a part.
+    /// A call of KVM failed.
     #[error(
-        "{call} failed: the vCPU must be new, never run, and this host's processor and KVM must have every feature that \
-         the captured CPUID offers"
+        "{call} failed: the vCPU must never have run, and this host's processor and KVM must have \
+         every feature that the captured CPUID offers"
     )]
     Kvm {
         /// The KVM call.
         call: &'static str,
-        /// What KVM said.
+        /// The error of KVM.
         #[source]
         source: io::Error,
     },
-    /// The captured time-stamp counter runs at a rate that this processor can't be made to show.
+    /// The captured time-stamp counter runs at a rate that this host can't provide.
     #[error(
-        "the captured time-stamp counter runs at {captured} kHz, this host's at {here} kHz, and its processor can't scale it: \
-         restore on a host of the same rate"
+        "the captured time-stamp counter runs at {captured} kHz, this host's at {here} kHz, and \
+         its processor can't scale it: restore on a host with the same rate"
     )]
     TscRate {
         /// The captured rate in kHz.
         captured: u32,
         /// This host's rate in kHz.
         here: u32,
-        /// What KVM said.
+        /// The error of KVM.
         #[source]
         source: io::Error,
     },
-    /// More CPUID entries than KVM takes.
+    /// The state has more CPUID entries than KVM accepts.
     #[error(
-        "the state has {entries} CPUID entries, more than KVM takes: it was not captured from a vCPU"
+        "the state has {entries} CPUID entries, more than KVM accepts: it was not captured from a \
+         vCPU"
     )]
     TooManyCpuids {
         /// The number of entries.
         entries: usize,
     },
-    /// The state has a local APIC, the virtual machine none in the kernel.
+    /// The state has a local APIC, but the virtual machine has none in the kernel.
     #[error(
-        "the captured vCPU had its local APIC in the kernel: create the interrupt controller (VmFd::create_irq_chip, or a split one) \
-         before the vCPU"
+        "the captured vCPU had its local APIC in the kernel: create the interrupt controller \
+         (VmFd::create_irq_chip, or a split one) before the vCPU"
     )]
     NoLapic,
-    /// The virtual machine has its local APICs in the kernel, and the state has none.
+    /// The virtual machine has its local APICs in the kernel, but the state has none.
     #[error(
-        "the captured vCPU had no local APIC in the kernel: restore into a virtual machine without an interrupt controller there"
+        "the captured vCPU had no local APIC in the kernel: restore into a virtual machine \
+         without an interrupt controller in the kernel"
     )]
     LapicNotCaptured,
-    /// The state has a nested hypervisor's, which this KVM does not take.
+    /// The state has that of a nested hypervisor, which this KVM does not accept.
     #[error(
-        "the captured vCPU could run guests of its own, and this KVM can't: load its module with `nested=1`, or restore \
-         on a host that has that"
+        "the captured vCPU could run nested guests, but this KVM can't: load its module with \
+         `nested=1`, or restore on a host with nesting"
     )]
     Nested,
 }
@@ -243,8 +253,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_deadline_is_written_after_the_counter() {
-        let state = include_bytes!("../../../tests/formats/vcpu-state-1.postcard");
+    fn deadline_is_written_after_the_counter() {
+        let state = include_bytes!("../../../tests/golden/vcpu-state-1.postcard");
         let mut state: VcpuState = postcard::from_bytes(state).unwrap();
         let deadline = Msr {
             index: IA32_TSC_DEADLINE,

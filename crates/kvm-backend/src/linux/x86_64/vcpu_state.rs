@@ -1,4 +1,4 @@
-//! What a vCPU holds, as data.
+//! The state of a vCPU as data.
 
 use kvm_bindings::{
     kvm_cpuid_entry2, kvm_debugregs, kvm_lapic_state, kvm_mp_state, kvm_regs, kvm_sregs,
@@ -8,25 +8,32 @@ use serde::{Deserialize, Serialize};
 
 use super::abi::{self, FormatVersion};
 
-/// The state of one vCPU: what a new one must be given so that the guest goes on as if nothing had happened.
+/// The state of one vCPU, from which a new vCPU continues the guest.
 ///
-/// [Captured](Self::capture) from a vCPU that is [paused](crate::Vcpus::pause), [restored](Self::restore) into one that has never run. In between it is data, for
-/// any serde format: kernel structures stand in it byte for byte (as hexadecimal digits in readable formats), and the
-/// number of the format stands first, so that state of another format is an error and not misread.
+/// It is [captured](Self::capture) from a vCPU that is [paused](crate::Vcpus::pause), and
+/// [restored](Self::restore) into one that has never run. In between it is data for any serde
+/// format. Kernel structures are stored byte for byte (as hexadecimal digits in human-readable
+/// formats). The version of the format is the first field, so that state of another format is an
+/// error and is not misread.
 ///
 /// # Examples
 /// ```no_run
 /// use kvm_backend::VcpuState;
-/// # fn example(kvm: &kvm_ioctls::Kvm, vcpus: &kvm_backend::Vcpus, vcpu: &kvm_backend::Vcpu,
-/// #     new_vm: &kvm_ioctls::VmFd, new_vcpu: &kvm_ioctls::VcpuFd) -> Result<(), Box<dyn std::error::Error>> {
-/// let paused = vcpus.pause()?; // after each has completed its I/O
+/// # fn example(
+/// #     kvm: &kvm_ioctls::Kvm,
+/// #     vcpus: &kvm_backend::Vcpus,
+/// #     vcpu: &kvm_backend::Vcpu,
+/// #     new_vm: &kvm_ioctls::VmFd,
+/// #     new_vcpu: &kvm_ioctls::VcpuFd,
+/// # ) -> Result<(), Box<dyn std::error::Error>> {
+/// let paused = vcpus.pause()?; // after each vCPU has completed its I/O
 /// let state = VcpuState::capture(kvm, &paused, vcpu)?;
 /// let bytes = postcard::to_stdvec(&state)?;
 ///
-/// let state: VcpuState = postcard::from_bytes(&bytes)?; // the RAM is restored already
+/// let state: VcpuState = postcard::from_bytes(&bytes)?; // after the RAM is restored
 /// let restored = state.restore(new_vm, new_vcpu)?;
 /// for msr in &restored.differing_msrs {
-///     eprintln!("MSR {:#x} is not {:#x}, as it was", msr.index, msr.value);
+///     eprintln!("MSR {:#x} was not restored to {:#x}", msr.index, msr.value);
 /// }
 /// # Ok(())
 /// # }
@@ -44,31 +51,33 @@ pub struct VcpuState {
     /// Debug registers.
     #[serde(with = "abi")]
     pub debug_regs: kvm_debugregs,
-    /// Extended control registers: XCR0 says which vector state is on.
+    /// Extended control registers. XCR0 has the enabled vector state.
     #[serde(with = "abi")]
     pub xcrs: kvm_xcrs,
-    /// x87, SSE, AVX and further vector state: an XSAVE area in the standard (not compacted) format, at least 4096 bytes.
+    /// x87, SSE, AVX and further vector state: an XSAVE area in the standard (not compacted)
+    /// format, of at least 4096 bytes.
     #[serde(with = "abi::list")]
     pub xsave: Vec<u8>,
     /// Model-specific registers, in the order in which KVM lists them.
     pub msrs: Vec<Msr>,
-    /// MSRs that KVM lists and would not read. They are not in [`msrs`](Self::msrs).
+    /// The indices of MSRs that KVM lists but refuses to read. They are not in
+    /// [`msrs`](Self::msrs).
     pub unreadable_msrs: Vec<u32>,
     /// Pending and injected exceptions, interrupts and NMIs, the interrupt shadow, SMM.
     #[serde(with = "abi")]
     pub events: kvm_vcpu_events,
-    /// Whether it runs, halts or waits for a startup IPI.
+    /// The run state: running, halted or waiting for a startup IPI.
     #[serde(with = "abi")]
     pub mp_state: kvm_mp_state,
-    /// The local APIC, where it is in the kernel.
+    /// The local APIC, if it is in the kernel.
     #[serde(with = "abi::option")]
     pub lapic: Option<kvm_lapic_state>,
-    /// What CPUID answers. Empty where it was never set.
+    /// The CPUID entries. Empty if CPUID was never set.
     #[serde(with = "abi::list")]
     pub cpuid: Vec<kvm_cpuid_entry2>,
-    /// The rate of the time-stamp counter in kHz, where KVM knows it.
+    /// The rate of the time-stamp counter in kHz, if KVM knows it.
     pub tsc_khz: Option<u32>,
-    /// A hypervisor's state inside the guest (`KVM_GET_NESTED_STATE`), where this KVM can nest.
+    /// The state of a hypervisor inside the guest (`KVM_GET_NESTED_STATE`), if this KVM can nest.
     #[serde(with = "nested")]
     pub nested: Option<Vec<u8>>,
 }
@@ -76,13 +85,13 @@ pub struct VcpuState {
 /// A model-specific register.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Msr {
-    /// Its number, as `rdmsr` takes it.
+    /// The number of the register, the operand of `rdmsr`.
     pub index: u32,
-    /// Its value.
+    /// The value of the register.
     pub value: u64,
 }
 
-/// The nested state: bytes that may be missing.
+/// Serialization of the nested state as optional bytes.
 mod nested {
     use super::abi;
     use serde::{Deserialize, Deserializer, Serialize, Serializer};

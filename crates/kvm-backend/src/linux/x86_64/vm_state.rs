@@ -1,4 +1,4 @@
-//! What the virtual machine itself holds: interrupt controllers, timer, clock.
+//! The state of a virtual machine's interrupt controllers, timer and clock.
 
 use std::fmt;
 use std::io;
@@ -14,31 +14,33 @@ use zerocopy::IntoBytes;
 
 use super::abi::{self, FormatVersion};
 
-/// The chips of `KVM_CREATE_IRQCHIP`, in the order in which they are put back.
+/// The chips of `KVM_CREATE_IRQCHIP`, in the order of their restoration.
 const CHIPS: [u32; 3] = [
     KVM_IRQCHIP_PIC_MASTER,
     KVM_IRQCHIP_PIC_SLAVE,
     KVM_IRQCHIP_IOAPIC,
 ];
 
-/// The state of a virtual machine beside its RAM and vCPUs: what devices KVM emulates itself, and the guest's clock.
+/// The state of a virtual machine other than its RAM and vCPUs: the devices that KVM emulates
+/// itself, and the guest's clock.
 ///
-/// Like [`VcpuState`](super::VcpuState) it is data for any serde format.
+/// Like [`VcpuState`](crate::VcpuState) it is data for any serde format.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[non_exhaustive]
 pub struct VmState {
     format: FormatVersion<1>,
-    /// Both PICs and the I/O APIC; empty where they are not in the kernel.
+    /// Both PICs and the I/O APIC; empty if they are not in the kernel.
     pub irqchips: Vec<IrqChip>,
-    /// The timer, where it is in the kernel.
+    /// The timer, if it is in the kernel.
     #[serde(with = "abi::option")]
     pub pit: Option<kvm_pit_state2>,
-    /// The clock that kvmclock shows, in nanoseconds since the virtual machine was made, and when that was.
+    /// The time of kvmclock in nanoseconds since the virtual machine was created, and the host time
+    /// of the reading.
     #[serde(with = "abi")]
     pub clock: kvm_clock_data,
 }
 
-/// One interrupt controller.
+/// The state of one interrupt controller.
 #[derive(Clone, Copy, Serialize, Deserialize)]
 pub struct IrqChip(#[serde(with = "abi")] pub kvm_irqchip);
 
@@ -58,7 +60,7 @@ impl fmt::Debug for IrqChip {
 }
 
 impl VmState {
-    /// Captures the state of `vm`, none of whose vCPUs is running.
+    /// Captures the state of `vm`, none of whose vCPUs may be running.
     ///
     /// # Errors
     /// [`VmStateError::Kvm`].
@@ -81,10 +83,10 @@ impl VmState {
         })
     }
 
-    /// Gives this state to `vm`, whose vCPUs are restored already and have not run: an interrupt pending in the I/O APIC is delivered to a local
-    /// APIC at once.
+    /// Restores this state into `vm`, after its vCPUs are restored and before they run: an
+    /// interrupt that is pending in the I/O APIC is delivered to a local APIC at once.
     ///
-    /// The clock goes on from where it was captured, as the time-stamp counter does.
+    /// The clock continues from the captured time, as the time-stamp counter does.
     ///
     /// # Errors
     /// [`VmStateError`].
@@ -95,7 +97,8 @@ impl VmState {
         for IrqChip(chip) in &self.irqchips {
             exists(vm.set_irqchip(chip), "KVM_SET_IRQCHIP")?.ok_or(VmStateError::NoIrqChip)?;
         }
-        // Without the flags: they say what was known when it was read, and KVM_CLOCK_REALTIME would add the time since.
+        // Without the flags, which describe the reading: KVM_CLOCK_REALTIME would add the time
+        // since.
         let clock = kvm_clock_data {
             clock: self.clock.clock,
             ..kvm_clock_data::default()
@@ -104,12 +107,12 @@ impl VmState {
     }
 }
 
-/// `None` where KVM says that it has no such device.
+/// Returns `None` if KVM reports that the device was not created.
 fn exists<T>(
     result: Result<T, kvm_ioctls::Error>,
     call: &'static str,
 ) -> Result<Option<T>, VmStateError> {
-    /// What KVM answers for a device that was not created.
+    /// The error of KVM for a device that was not created.
     const ENXIO: i32 = 6;
     match result {
         Ok(value) => Ok(Some(value)),
@@ -125,29 +128,32 @@ fn failed(call: &'static str) -> impl Fn(kvm_ioctls::Error) -> VmStateError {
     }
 }
 
-/// A virtual machine's state can't be captured or put back.
+/// An error of capturing or restoring a virtual machine's state.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum VmStateError {
-    /// KVM refused.
+    /// A call of KVM failed.
     #[error(
-        "{call} failed: the state of the virtual machine is not captured, or put back in part; begin again with a new machine"
+        "{call} failed: the state of the virtual machine was not captured, or was restored in \
+         part; restore into a new virtual machine"
     )]
     Kvm {
         /// The KVM call.
         call: &'static str,
-        /// What KVM said.
+        /// The error of KVM.
         #[source]
         source: io::Error,
     },
-    /// The state has interrupt controllers, the virtual machine none.
+    /// The state has interrupt controllers, but the virtual machine has none.
     #[error(
-        "the captured virtual machine had its interrupt controllers in the kernel: call VmFd::create_irq_chip before creating vCPUs"
+        "the captured virtual machine had its interrupt controllers in the kernel: call \
+         VmFd::create_irq_chip before creating vCPUs"
     )]
     NoIrqChip,
-    /// The state has a timer, the virtual machine none.
+    /// The state has a timer, but the virtual machine has none.
     #[error(
-        "the captured virtual machine had its timer in the kernel: call VmFd::create_pit2 before restoring"
+        "the captured virtual machine had its timer in the kernel: call VmFd::create_pit2 before \
+         restoring"
     )]
     NoPit,
 }

@@ -1,4 +1,5 @@
-//! The XSAVE area, whose size depends on the processor and on what the process may use of it.
+//! Reads and writes the XSAVE area, whose size depends on the processor and on the features that
+//! the process may use.
 
 #![allow(unsafe_code)]
 
@@ -6,10 +7,10 @@ use kvm_bindings::{Xsave, kvm_xsave};
 use kvm_ioctls::{Cap, VcpuFd, VmFd};
 use zerocopy::{FromBytes, IntoBytes};
 
-/// The size of `kvm_xsave` without what Linux 5.17 put behind it.
+/// The size of `kvm_xsave` without its extension in Linux 5.17.
 const LEGACY: usize = size_of::<kvm_xsave>();
 
-/// The bytes that KVM reads and writes for a vCPU of this virtual machine.
+/// Returns the number of bytes that KVM reads and writes for a vCPU of this virtual machine.
 fn size(vm: &VmFd) -> usize {
     LEGACY.max(vm.check_extension_int(Cap::Xsave2).max(0) as usize)
 }
@@ -18,12 +19,13 @@ fn area(size: usize) -> Xsave {
     Xsave::new((size - LEGACY).div_ceil(size_of::<u32>())).expect("an XSAVE area is some kilobytes")
 }
 
-/// The XSAVE area of a vCPU.
+/// Returns the XSAVE area of a vCPU.
 pub(super) fn read(vm: &VmFd, vcpu: &VcpuFd) -> Result<Vec<u8>, kvm_ioctls::Error> {
     let size = size(vm);
     let mut area = area(size);
     if vm.check_extension(Cap::Xsave2) {
-        // SAFETY: KVM writes as many bytes as KVM_CAP_XSAVE2 says for this VM, which `area` was made for.
+        // SAFETY: KVM writes the number of bytes that KVM_CAP_XSAVE2 reports for this VM, and
+        // `area` has that size.
         unsafe { vcpu.get_xsave2(&mut area) }?;
     } else {
         // SAFETY: only the fixed part is replaced; the length stays.
@@ -35,9 +37,11 @@ pub(super) fn read(vm: &VmFd, vcpu: &VcpuFd) -> Result<Vec<u8>, kvm_ioctls::Erro
     Ok(bytes)
 }
 
-/// Gives a vCPU an XSAVE area; what is missing in `bytes` is zero: state in its initial configuration.
+/// Writes the XSAVE area of a vCPU. If `bytes` is shorter, the rest is zero: state in its initial
+/// configuration.
 ///
-/// More than this KVM takes are bytes of state components that it does not have. If any is in use, XSTATE_BV says so, and KVM refuses.
+/// If `bytes` is longer, its additional bytes belong to state components that this KVM lacks. If
+/// any is in use, XSTATE_BV has its bit, and KVM refuses the area.
 pub(super) fn write(vm: &VmFd, vcpu: &VcpuFd, bytes: &[u8]) -> Result<(), kvm_ioctls::Error> {
     let mut words = vec![0u32; size(vm).max(bytes.len()).div_ceil(size_of::<u32>())];
     words.as_mut_bytes()[..bytes.len()].copy_from_slice(bytes);
@@ -47,6 +51,7 @@ pub(super) fn write(vm: &VmFd, vcpu: &VcpuFd, bytes: &[u8]) -> Result<(), kvm_io
     let fixed = <[u32; 1024]>::read_from_bytes(region.as_bytes()).expect("split at its size");
     // SAFETY: only the fixed part is replaced; the length stays.
     unsafe { area.as_mut_fam_struct() }.xsave.region = fixed;
-    // SAFETY: KVM reads as many bytes as KVM_CAP_XSAVE2 says for this VM, and `area` has at least those.
+    // SAFETY: KVM reads the number of bytes that KVM_CAP_XSAVE2 reports for this VM, and `area` has
+    // at least those.
     unsafe { vcpu.set_xsave2(&area) }
 }

@@ -1,0 +1,10 @@
+//! The implementation on Linux, the only system with KVM.
+
+pub(crate) mod dirty_log;
+pub(crate) mod open;
+pub(crate) mod ram;
+pub(crate) mod slots;
+mod sys;
+pub(crate) mod vcpus;
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod x86_64;

@@ -1,0 +1,190 @@
+//! The start and the end of a dirty log: all of the RAM is marked unless the log stayed on.
+#![cfg(all(target_os = "linux", target_arch = "x86_64"))]
+
+mod support;
+
+use std::sync::Arc;
+
+use dirty_bitmap::DirtyBitmap;
+use kvm_backend::{DirtyLog, RamSlots, Reprotect, SlotError, StartError};
+use rstest::rstest;
+use support::dirty_pages::{TOUCHED, logged, pages, pages_of};
+use support::{Guest, HIGH_SIZE, LOW_SIZE};
+use test_machine::Need;
+
+#[test]
+fn log_started_again_has_the_writes_since_its_drop() {
+    if !Need::Kvm.met("log_started_again_has_the_writes_since_its_drop") {
+        return;
+    }
+    let mut guest = Guest::touching();
+    drop(guest.log(Reprotect::WhenRead));
+    guest.touch(&TOUCHED);
+    let log = DirtyLog::start_with(&guest.slots, Reprotect::WhenRead).unwrap();
+    assert_eq!(pages(&logged(&guest, &log)), pages_of(&TOUCHED));
+}
+
+#[test]
+fn stopped_log_logs_nothing() {
+    if !Need::Kvm.met("stopped_log_logs_nothing") {
+        return;
+    }
+    let mut guest = Guest::touching();
+    guest.log(Reprotect::WhenRead).stop().unwrap();
+    assert!(guest.vm.get_dirty_log(0, LOW_SIZE as usize).is_err());
+    guest.touch(&TOUCHED);
+    let log = guest.log(Reprotect::WhenRead);
+    assert!(pages(&logged(&guest, &log)).is_empty());
+}
+
+#[test]
+fn start_marks_all_ram_unless_the_log_stayed_on() {
+    if !Need::Kvm.met("start_marks_all_ram_unless_the_log_stayed_on") {
+        return;
+    }
+    let mut guest = Guest::touching();
+    let marks = Arc::clone(guest.ram.dirty_bitmap());
+    let all = |marks: &DirtyBitmap| marks.drain().unwrap().dirty_bytes() == LOW_SIZE + HIGH_SIZE;
+    let log = DirtyLog::start(&guest.slots).unwrap();
+    assert!(all(&marks), "the first log");
+    drop(log);
+    let log = DirtyLog::start(&guest.slots).unwrap();
+    assert!(!all(&marks), "it was on all the time");
+    log.stop().unwrap();
+    guest.touch(&TOUCHED);
+    let log = DirtyLog::start(&guest.slots).unwrap();
+    assert!(all(&marks), "a log after one that was stopped");
+    // Of slots that belong to the caller it is not known that the log has stayed on.
+    drop(log);
+    // SAFETY: `guest.slots` are these very slots, and outlive what is made here.
+    #[allow(unsafe_code)]
+    let adopted = unsafe { RamSlots::adopt(&guest.vm, &guest.ram, 0) }.unwrap();
+    let adopted = Arc::new(adopted);
+    for _ in 0..2 {
+        drop(DirtyLog::start(&adopted).unwrap());
+        assert!(all(&marks), "a log of slots that are not its own");
+    }
+}
+
+/// The way in which a log ends.
+#[derive(Clone, Copy, Debug)]
+enum End {
+    Stop,
+    StopThenWrite,
+    DropWithSlots,
+    AdoptedStop,
+    AdoptedDrop,
+}
+
+#[rstest]
+fn pages_of_a_log_that_ends_are_marked(
+    #[values(
+        End::Stop,
+        End::StopThenWrite,
+        End::DropWithSlots,
+        End::AdoptedStop,
+        End::AdoptedDrop
+    )]
+    end: End,
+    #[values(Reprotect::WhenRead, Reprotect::WhenMarked)] reprotect: Reprotect,
+) {
+    if !Need::Kvm.met("pages_of_a_log_that_ends_are_marked") {
+        return;
+    }
+    let mut guest = Guest::touching();
+    let marks = Arc::clone(guest.ram.dirty_bitmap());
+    let start = |slots: &Arc<RamSlots>| {
+        let log = DirtyLog::start_with(slots, reprotect).unwrap();
+        log.harvest_running().unwrap();
+        marks.drain().unwrap();
+        log
+    };
+    match end {
+        End::Stop => {
+            let log = start(&guest.slots);
+            guest.touch(&TOUCHED);
+            log.stop().unwrap();
+        }
+        End::StopThenWrite => {
+            start(&guest.slots).stop().unwrap();
+            marks.drain().unwrap();
+            guest.touch(&TOUCHED);
+            drop(guest.slots);
+        }
+        End::DropWithSlots => {
+            let log = start(&guest.slots);
+            guest.touch(&TOUCHED);
+            drop(log);
+            let marked = pages(&marks.drain().unwrap());
+            let touched = pages_of(&TOUCHED);
+            assert!(marked.is_disjoint(&touched), "the log is on, and has them");
+            drop(guest.slots);
+        }
+        End::AdoptedStop | End::AdoptedDrop => {
+            // SAFETY: `guest.slots` are these very slots, and outlive what is made here.
+            #[allow(unsafe_code)]
+            let adopted = unsafe { RamSlots::adopt(&guest.vm, &guest.ram, 0) }.unwrap();
+            let adopted = Arc::new(adopted);
+            let log = start(&adopted);
+            guest.touch(&TOUCHED);
+            match end {
+                End::AdoptedStop => log.stop().unwrap(),
+                _ => drop(log),
+            }
+        }
+    }
+    let marked = pages(&marks.drain().unwrap());
+    assert!(marked.is_superset(&pages_of(&TOUCHED)));
+}
+
+#[test]
+fn dropping_slots_that_were_never_logged_marks_nothing() {
+    if !Need::Kvm.met("dropping_slots_that_were_never_logged_marks_nothing") {
+        return;
+    }
+    let guest = Guest::new();
+    let marks = Arc::clone(guest.ram.dirty_bitmap());
+    marks.drain().unwrap();
+    drop(guest.slots);
+    assert!(marks.is_clean());
+}
+
+#[test]
+fn second_registration_is_refused_and_the_log_keeps_its_pages() {
+    if !Need::Kvm.met("second_registration_is_refused_and_the_log_keeps_its_pages") {
+        return;
+    }
+    let mut guest = Guest::touching();
+    let log = guest.log(Reprotect::WhenRead);
+    guest.touch(&TOUCHED);
+    for first_slot in [0, 8] {
+        let again = RamSlots::register(&guest.vm, &guest.ram, first_slot);
+        assert!(matches!(again, Err(SlotError::AlreadyRegistered)));
+    }
+    assert_eq!(pages(&logged(&guest, &log)), pages_of(&TOUCHED));
+    // The RAM can be registered again once its slots are removed.
+    drop(log);
+    drop(guest.slots);
+    drop(RamSlots::register(&guest.vm, &guest.ram, 0).unwrap());
+}
+
+/// Two logs would take pages from each other, through one value of the slots or through two.
+#[test]
+fn second_log_of_the_same_ram_is_refused() {
+    if !Need::Kvm.met("second_log_of_the_same_ram_is_refused") {
+        return;
+    }
+    let mut guest = Guest::touching();
+    let log = guest.log(Reprotect::WhenRead);
+    // SAFETY: `guest.slots` are these very slots, and outlive what is made here.
+    #[allow(unsafe_code)]
+    let adopted = unsafe { RamSlots::adopt(&guest.vm, &guest.ram, 0) }.unwrap();
+    for slots in [&guest.slots, &Arc::new(adopted)] {
+        let second = DirtyLog::start(slots);
+        assert!(matches!(second, Err(StartError::AlreadyStarted)));
+    }
+    guest.touch(&TOUCHED);
+    assert_eq!(pages(&logged(&guest, &log)), pages_of(&TOUCHED));
+    drop(log);
+    DirtyLog::start(&guest.slots).unwrap();
+}
