@@ -1,4 +1,4 @@
-//! Guests for machines without a hypervisor: the ledger runs as a part of this process, on memory
+//! Guests for hosts without a hypervisor. The ledger runs as a part of this process, on memory
 //! whose writes are tracked by real page faults.
 
 #[cfg(test)]
@@ -16,7 +16,7 @@ use write_faults::{FaultHandler, Memory, Mprotect, PageFaults, page_size};
 use super::guest::{Dirty, Epoch, Guest, Ram, Tracker};
 use super::ledger::{self, Layout, Registers, Verdict, Words};
 
-/// How writes are noticed.
+/// The method of tracking writes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Tracking {
     #[cfg(target_os = "linux")]
@@ -24,7 +24,7 @@ pub enum Tracking {
     Mprotect,
 }
 
-/// A tracker, and the protection whose faults it is told of.
+/// A write tracker, and the page protection whose faults it handles.
 pub struct Watch<P> {
     tracker: Arc<WriteTracker>,
     protection: P,
@@ -39,11 +39,11 @@ impl<P: PageFaults> Watch<P> {
         let handler = protection.answer({
             let (tracker, protection) = (Arc::clone(&tracker), protection.clone());
             move |offset| {
-                let opened = tracker.on_write_fault(offset, &protection);
-                opened.map(drop).map_err(io::Error::other)
+                let unprotected = tracker.on_write_fault(offset, &protection);
+                unprotected.map(drop).map_err(io::Error::other)
             }
         })?;
-        // What was written before is no diff's: the first snapshot is a full one.
+        // Clear the marks: the first snapshot is a full one, so no diff needs the earlier writes.
         tracker.arm(&protection)?.release()?;
         Ok(Self {
             tracker,
@@ -76,7 +76,7 @@ pub struct Embedded {
     registers: Registers,
 }
 
-/// The memory as the ledger sees it.
+/// The ledger's access to the memory.
 struct Access<'a>(&'a Memory);
 
 impl Words for Access<'_> {
@@ -90,9 +90,9 @@ impl Words for Access<'_> {
 }
 
 impl Embedded {
-    /// A guest with empty memory.
+    /// Creates a guest with empty memory.
     pub fn new(layout: Layout, tracking: Tracking) -> anyhow::Result<Self> {
-        let memory = Memory::new(layout.ram).context("no memory for the guest")?;
+        let memory = Memory::new(layout.ram).context("failed to map the memory of the guest")?;
         Ok(Self {
             tracking,
             memory: Arc::new(memory),

@@ -1,4 +1,4 @@
-//! What the demo asks of a guest, and which guests there are.
+//! The interface of guests, and the kinds of guests.
 
 use std::fmt;
 use std::io;
@@ -17,74 +17,76 @@ use super::ledger::{Layout, Verdict};
 
 /// A guest with a ledger in its RAM: a virtual machine, or a part of this process.
 ///
-/// A new guest has empty memory. It either [boots](Self::boot), or becomes another guest: its
-/// memory is [written](Self::write) from that guest's snapshots and its
-/// [processor](Self::set_processor) set to that guest's.
+/// A new guest has empty memory. It either [boots](Self::boot), or continues another guest: its
+/// memory is [written](Self::write) from that guest's snapshots, and its
+/// [processor](Self::set_processor) is set to that guest's state.
 pub trait Guest: Send {
     /// Loads the program and puts the processor at its start.
     fn boot(&mut self) -> anyhow::Result<()>;
 
-    /// Works until `step` steps are done, then waits for the next order.
+    /// Runs the guest until `step` steps are done. The guest then waits for the next command.
     fn work_until(&mut self, step: u64) -> anyhow::Result<()>;
 
-    /// Has the guest go on, and pauses it at whatever instruction it then is: in the middle of a
-    /// step. A guest that can be stopped between steps only stays where it is.
+    /// Runs the guest, and pauses it at an arbitrary instruction in the middle of a step. A guest
+    /// that can be stopped only between steps does not run.
     fn pause(&mut self) -> anyhow::Result<()> {
         Ok(())
     }
 
-    /// Steps done.
+    /// Returns the number of steps done.
     fn steps(&self) -> u64;
 
-    /// Has the guest check its own ledger.
+    /// Makes the guest check its own ledger.
     fn check(&mut self) -> anyhow::Result<Verdict>;
 
-    /// The guest's RAM, readable while it works.
+    /// Returns the guest's RAM, which is readable while the guest runs.
     fn ram(&self) -> Ram;
 
-    /// Writes to the RAM of a guest that does not work, before its writes are tracked.
+    /// Writes to the RAM of a guest that does not run, before its writes are tracked.
     fn write(&mut self, offset: u64, bytes: &[u8]) -> anyhow::Result<()>;
 
-    /// Where the guest's addresses have a hole, as the offset into the RAM of what follows it.
+    /// Returns the offset into the RAM of the first byte after the hole in the guest's addresses,
+    /// if they have one.
     fn gap(&self) -> Option<u64> {
         None
     }
 
-    /// Begins to track writes.
+    /// Starts tracking writes.
     fn track(&mut self) -> anyhow::Result<Arc<dyn Tracker>>;
 
-    /// With the guest [paused](Self::pause): what its processor holds.
+    /// Returns the state of the processor of a [paused](Self::pause) guest.
     fn processor(&mut self) -> anyhow::Result<Vec<u8>>;
 
-    /// Has the processor hold what [`processor`](Self::processor) said of another guest.
+    /// Sets the processor to the state that [`processor`](Self::processor) returned for another
+    /// guest.
     fn set_processor(&mut self, state: &[u8]) -> anyhow::Result<()>;
 }
 
-/// Knows which pages a guest writes. The guest may work meanwhile: no write is missed. To be
-/// dropped when the guest does not.
+/// A tracker of the pages that a guest writes. The guest may run meanwhile: no write is missed.
+/// Drop it only when the guest does not run.
 pub trait Tracker: Send + Sync {
-    /// The pages written, by byte offset into the RAM.
+    /// Returns the pages written, by byte offset into the RAM.
     fn dirty(&self) -> Dirty<'_>;
 
-    /// Begins a save: takes out every page written so far, and tracks the next write to it again.
+    /// Begins a save: takes every page written so far, and tracks the next write to it again.
     fn begin(&self) -> anyhow::Result<Epoch>;
 
-    /// Adds to the save what was written since, tracks the next writes again, and says what that
-    /// was.
+    /// Adds the pages written since to the save, tracks the next writes to them again, and returns
+    /// these pages.
     fn take_more<'e>(&self, epoch: &'e mut Epoch) -> anyhow::Result<&'e TakenBitmap>;
 }
 
-/// The pages that a guest wrote, to be read and marked: who takes them depends on how they are
-/// known.
+/// The pages that a guest wrote, for reading and marking. The method of tracking determines how
+/// they are taken.
 #[derive(Clone, Copy)]
 pub enum Dirty<'a> {
-    /// By a hypervisor's log.
+    /// Found by a hypervisor's log.
     Logged(&'a DirtyBitmap),
-    /// By write faults.
+    /// Found by write faults.
     Tracked(&'a TrackedBitmap),
 }
 
-/// Calls the same method of either.
+/// Calls the same method of either bitmap.
 macro_rules! of_either {
     ($dirty:expr, $bitmap:ident => $call:expr) => {
         match $dirty {
@@ -120,7 +122,7 @@ impl<'a> Dirty<'a> {
     }
 }
 
-/// The pages of one save: dirty again unless it becomes durable.
+/// The pages of one save. They become dirty again unless the save is released.
 pub enum Epoch {
     Logged(dirty_bitmap::Epoch<Arc<DirtyBitmap>>),
     Tracked(TrackedEpoch),
@@ -134,7 +136,7 @@ impl Epoch {
         }
     }
 
-    /// The pages are durable.
+    /// Ends the save: its pages are durable.
     pub fn release(self) -> Result<(), EpochReclaimed> {
         match self {
             Self::Logged(epoch) => epoch.release(),
@@ -142,7 +144,7 @@ impl Epoch {
         }
     }
 
-    /// For trackers that protect again what they take.
+    /// Returns the epoch of a tracker that protects the pages it takes.
     pub fn tracked(&mut self) -> anyhow::Result<&mut TrackedEpoch> {
         match self {
             Self::Tracked(epoch) => Ok(epoch),
@@ -171,10 +173,10 @@ impl PageReader for Ram {
     }
 }
 
-/// A way to have a guest, the best first.
+/// A kind of guest; the best first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Kind {
-    /// A virtual machine of KVM's (Linux on x86-64): writes tracked by its dirty log
+    /// A KVM virtual machine (Linux on x86-64): writes tracked by its dirty log
     Kvm,
     /// A virtual machine of Apple's Hypervisor framework (macOS on Apple silicon): writes tracked
     /// by stage-2 protection
@@ -186,7 +188,7 @@ pub enum Kind {
 }
 
 impl Kind {
-    /// The best guest that this machine can have, and why none of the better ones.
+    /// Returns the best kind of guest on this host, and why the better ones are not available.
     pub fn best() -> (Self, Vec<String>) {
         let mut why_not = Vec::new();
         for kind in [Self::Kvm, Self::Hvf, Self::Userfaultfd] {
@@ -198,7 +200,7 @@ impl Kind {
         (Self::Mprotect, why_not)
     }
 
-    /// A guest of this kind with empty memory.
+    /// Creates a guest of this kind with empty memory.
     pub fn create(self, layout: Layout) -> anyhow::Result<Box<dyn Guest>> {
         let guest: anyhow::Result<Box<dyn Guest>> = match self {
             #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
@@ -212,30 +214,30 @@ impl Kind {
             Self::Mprotect => {
                 Embedded::new(layout, Tracking::Mprotect).map(|guest| Box::new(guest) as _)
             }
-            // Those of other machines; no machine has all.
+            // The kinds of other hosts; no host has all kinds.
             kind => kind.available().and_then(|()| unreachable!()),
         };
-        guest.with_context(|| format!("no guest in {self}"))
+        guest.with_context(|| format!("failed to create a guest in {self}"))
     }
 
-    /// Whether this machine can have such a guest, or why not.
+    /// Checks that this host supports this kind of guest.
     fn available(self) -> anyhow::Result<()> {
         match self {
             #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
             Self::Kvm => super::kvm::available(),
             #[cfg(not(all(target_os = "linux", target_arch = "x86_64")))]
-            Self::Kvm => anyhow::bail!("KVM guests take Linux on x86-64"),
+            Self::Kvm => anyhow::bail!("KVM guests require Linux on x86-64"),
             #[cfg(all(target_os = "macos", target_arch = "aarch64"))]
             Self::Hvf => super::hvf::available(),
             #[cfg(not(all(target_os = "macos", target_arch = "aarch64")))]
-            Self::Hvf => anyhow::bail!("the Hypervisor framework takes macOS on Apple silicon"),
+            Self::Hvf => anyhow::bail!("the Hypervisor framework requires macOS on Apple silicon"),
             #[cfg(target_os = "linux")]
             Self::Userfaultfd => {
                 write_faults::open_userfaultfd()?;
                 Ok(())
             }
             #[cfg(not(target_os = "linux"))]
-            Self::Userfaultfd => anyhow::bail!("userfaultfd takes Linux"),
+            Self::Userfaultfd => anyhow::bail!("userfaultfd requires Linux"),
             Self::Mprotect => Ok(()),
         }
     }
@@ -246,7 +248,8 @@ impl fmt::Display for Kind {
         f.write_str(match self {
             Self::Kvm => "a KVM virtual machine (x86-64, long mode), tracked by KVM's dirty log",
             Self::Hvf => {
-                "a virtual machine of the Hypervisor framework (arm64), tracked by stage-2 write protection"
+                "a virtual machine of the Hypervisor framework (arm64), tracked by stage-2 write \
+                 protection"
             }
             Self::Userfaultfd => "this process, tracked by userfaultfd write-protection",
             Self::Mprotect => "this process, tracked by mprotect and its signal",

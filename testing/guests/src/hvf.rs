@@ -1,13 +1,14 @@
-//! The guest in a virtual machine of Apple's Hypervisor framework: `ledger_aarch64.s` on a vCPU of
-//! its.
+//! A guest in a virtual machine of Apple's Hypervisor framework: `ledger_aarch64.s` on a vCPU of
+//! the framework.
 //!
-//! What it begins with is compiled everywhere, so that the program can be tested under an emulator.
+//! The program and the initial state are compiled on every platform, so that an emulator can test
+//! them.
 
 #[cfg(all(target_os = "macos", target_arch = "aarch64"))]
 mod machine;
-#[cfg(all(target_os = "macos", target_arch = "aarch64"))]
-mod place;
 mod program;
+#[cfg(all(target_os = "macos", target_arch = "aarch64"))]
+mod shared_vm;
 mod start;
 #[cfg(test)]
 mod tests;
@@ -15,13 +16,13 @@ mod tests;
 #[cfg(all(target_os = "macos", target_arch = "aarch64"))]
 pub use machine::Machine;
 
-/// What the guest rings, by `hvc`: it is where it was to work until.
+/// Doorbell value, rung with `hvc`: the requested step is reached.
 const ARRIVED: u16 = 1;
-/// What the guest rings: its ledger is checked.
+/// Doorbell value: the ledger is checked.
 const CHECKED: u16 = 2;
 
-/// Whether this machine has the framework and this program may use it, or why not.
+/// Checks that this host has the framework and permits this program to use it.
 #[cfg(all(target_os = "macos", target_arch = "aarch64"))]
 pub fn available() -> anyhow::Result<()> {
-    place::available()
+    shared_vm::available()
 }

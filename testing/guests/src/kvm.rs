@@ -1,4 +1,4 @@
-//! The guest in a virtual machine: `ledger.s` on a vCPU of KVM's.
+//! A guest in a virtual machine: `ledger.s` on a vCPU of KVM.
 
 mod pause;
 mod program;
@@ -17,25 +17,25 @@ use page_reader::{PageReader, RamLayout};
 use super::guest::{Dirty, Epoch, Guest, Ram, Tracker};
 use super::ledger::{self, Layout, Verdict, Words, front};
 
-/// The port of the guest's bell.
+/// The port of the guest's doorbell.
 const PORT: u16 = 0x80;
-/// What the guest rings: it is where it was to work until.
+/// Doorbell value: the requested step is reached.
 const ARRIVED: u8 = 1;
-/// What the guest rings: its ledger is checked.
+/// Doorbell value: the ledger is checked.
 const CHECKED: u8 = 2;
 
-/// What the host may order.
+/// The commands of the host.
 const WORK: u64 = 0;
 const CHECK: u64 = 1;
 
-/// Where the page tables lie, the program above them, and, growing down towards that from the front
-/// page, the stack.
+/// The page tables, the program above them, and the stack, which grows from the front page down
+/// towards the program.
 const PAGE_TABLES: u64 = 4096;
 const PROGRAM: u64 = Layout::FRONT - (64 << 10);
 const STACK: u64 = Layout::FRONT;
 
-/// Steps after which a guest that is to be paused waits of its own accord: ten times what it does
-/// until the nudge.
+/// The number of steps after which a guest that is to be paused stops by itself: ten times as many
+/// as it does until the interrupt.
 const PAUSE_WITHIN: u64 = 400;
 
 /// A virtual machine with one vCPU.
@@ -48,15 +48,15 @@ pub struct Machine {
     layout: Layout,
 }
 
-/// Why a vCPU stopped.
-enum Stop {
-    /// The guest rang its bell.
-    Bell(u8),
-    /// A signal came.
-    Nudge,
+/// The reason why a vCPU stopped.
+enum StopReason {
+    /// The guest rang its doorbell with this value.
+    Doorbell(u8),
+    /// A signal interrupted the vCPU.
+    Interrupted,
 }
 
-/// The machine's RAM as the host uses it: every store is marked dirty.
+/// The host's access to the RAM: every store is marked dirty.
 struct Access<'a>(&'a GuestRam);
 
 impl Words for Access<'_> {
@@ -73,20 +73,21 @@ impl Words for Access<'_> {
     }
 }
 
-/// Whether this machine has KVM, or why not.
+/// Checks that this host has KVM.
 pub fn available() -> anyhow::Result<()> {
     let kvm = kvm_backend::open_kvm()?;
-    kvm_backend::create_vm(&kvm).context("KVM makes no virtual machine")?;
+    kvm_backend::create_vm(&kvm).context("failed to create a KVM virtual machine")?;
     Ok(())
 }
 
 impl Machine {
-    /// A machine with empty memory, laid out as x86 has it: a hole of 1 GiB below 4 GiB.
+    /// Creates a machine with empty memory in the layout of x86: a hole of 1 GiB below 4 GiB.
     pub fn new(layout: Layout) -> anyhow::Result<Self> {
         Self::with_regions(RamLayout::x86_with_gap(layout.ram)?, layout)
     }
 
-    /// A machine with empty memory in these regions, the lowest of which has the first 2 MiB.
+    /// Creates a machine with empty memory in these regions, the lowest of which contains the first
+    /// 2 MiB.
     pub fn with_regions(regions: RamLayout, layout: Layout) -> anyhow::Result<Self> {
         let kvm = kvm_backend::open_kvm()?;
         let vm = Arc::new(kvm_backend::create_vm(&kvm)?);
@@ -108,59 +109,61 @@ impl Machine {
         Access(&self.ram)
     }
 
-    /// Lets the guest run until it rings its bell or a signal comes.
-    fn run(&mut self) -> anyhow::Result<Stop> {
-        let bell = match self.vcpu.run() {
-            Ok(VcpuExit::IoOut(PORT, &[bell])) => bell,
-            Ok(exit) => bail!("the guest stopped by {exit:?}"),
+    /// Runs the guest until it rings its doorbell or a signal arrives.
+    fn run(&mut self) -> anyhow::Result<StopReason> {
+        let value = match self.vcpu.run() {
+            Ok(VcpuExit::IoOut(PORT, &[value])) => value,
+            Ok(exit) => bail!("the guest stopped with an unexpected exit: {exit:?}"),
             Err(error) if error.errno() == libc::EINTR => {
                 self.complete_io()?;
-                return Ok(Stop::Nudge);
+                return Ok(StopReason::Interrupted);
             }
-            Err(error) => return Err(error).context("KVM_RUN"),
+            Err(error) => return Err(error).context("KVM_RUN failed"),
         };
-        // KVM ends an `out` when the vCPU is run again: until then its state is that of the middle
-        // of an instruction.
+        // KVM completes an `out` when the vCPU is run again. Until then its state is that in the
+        // middle of the instruction.
         self.complete_io()?;
-        Ok(Stop::Bell(bell))
+        Ok(StopReason::Doorbell(value))
     }
 
     fn complete_io(&mut self) -> anyhow::Result<()> {
-        let mut further = None;
+        let mut second = None;
         self.vcpu
-            .complete_io(|exit| further = Some(format!("{exit:?}")))?;
-        match further {
+            .complete_io(|exit| second = Some(format!("{exit:?}")))?;
+        match second {
             None => Ok(()),
-            Some(exit) => bail!("the guest stopped once more in one instruction: {exit}"),
+            Some(exit) => bail!("the guest stopped twice in one instruction: {exit}"),
         }
     }
 
-    /// Lets the guest run until it rings its bell for `expected`.
+    /// Runs the guest until it rings its doorbell with `expected`.
     fn run_until(&mut self, expected: u8) -> anyhow::Result<()> {
         loop {
             match self.run()? {
-                Stop::Bell(bell) if bell == expected => return Ok(()),
-                Stop::Bell(bell) => bail!("the guest rings {bell} for {expected}"),
-                Stop::Nudge => {}
+                StopReason::Doorbell(value) if value == expected => return Ok(()),
+                StopReason::Doorbell(value) => {
+                    bail!("the guest rang its doorbell with {value}, not {expected}")
+                }
+                StopReason::Interrupted => {}
             }
         }
     }
 }
 
-/// The log, and the vCPUs that write what is in there.
-struct Watch {
+/// A tracker by KVM's dirty log.
+struct LogTracker {
     log: DirtyLog,
     vcpus: Vcpus,
 }
 
-impl Watch {
-    /// Moves the log into the bitmap. A guest that is paused stays so until its pages are copied:
-    /// the thread that has it saved is the one that runs it.
+impl LogTracker {
+    /// Moves the log into the bitmap. A paused guest stays paused until its pages are copied: one
+    /// thread both runs and saves it.
     fn harvest(&self) -> anyhow::Result<()> {
         match self.vcpus.pause() {
             Ok(paused) => drop(self.log.harvest(paused)?),
-            // It works on, or is about to: an image of one instant takes the state of the
-            // processor, which there is of a paused guest only.
+            // The guest runs, or is about to. A consistent image includes the state of the
+            // processor, which only a paused guest has.
             Err(PauseError::Running { .. } | PauseError::IoPending { .. }) => {
                 self.log.harvest_running()?;
             }
@@ -170,7 +173,7 @@ impl Watch {
     }
 }
 
-impl Tracker for Watch {
+impl Tracker for LogTracker {
     fn dirty(&self) -> Dirty<'_> {
         Dirty::Logged(self.log.slots().ram().dirty_bitmap())
     }
@@ -185,7 +188,7 @@ impl Tracker for Watch {
         self.harvest()?;
         match epoch {
             Epoch::Logged(epoch) => Ok(epoch.take_more()?),
-            Epoch::Tracked(_) => bail!("an epoch of another tracker"),
+            Epoch::Tracked(_) => bail!("the epoch belongs to another tracker"),
         }
     }
 }
@@ -219,12 +222,14 @@ impl Guest for Machine {
     fn pause(&mut self) -> anyhow::Result<()> {
         let steps = self.steps();
         self.front().store(front::UNTIL, steps + PAUSE_WITHIN);
-        // Anywhere in the next steps, a different place each time.
+        // The pause is somewhere in the next steps, at a different instruction each time.
         let after = Duration::from_micros(20 + steps % 64);
-        match pause::nudged(after, || self.run())?? {
-            // On a busy host the nudge may come late.
-            Stop::Nudge | Stop::Bell(ARRIVED) => Ok(()),
-            Stop::Bell(bell) => bail!("the guest rings {bell} on its way"),
+        match pause::interrupted(after, || self.run())?? {
+            // On a busy host the interrupt may be late.
+            StopReason::Interrupted | StopReason::Doorbell(ARRIVED) => Ok(()),
+            StopReason::Doorbell(value) => {
+                bail!("the guest rang its doorbell with {value} before the pause")
+            }
         }
     }
 
@@ -253,9 +258,9 @@ impl Guest for Machine {
 
     fn track(&mut self) -> anyhow::Result<Arc<dyn Tracker>> {
         let log = DirtyLog::start(&self.slots)?;
-        // What was written before is no diff's: the first snapshot is a full one.
+        // Clear the marks: the first snapshot is a full one, so no diff needs the earlier writes.
         self.ram.dirty_bitmap().begin_epoch()?.release()?;
-        Ok(Arc::new(Watch {
+        Ok(Arc::new(LogTracker {
             log,
             vcpus: self.vcpus.clone(),
         }))
@@ -269,7 +274,8 @@ impl Guest for Machine {
 
     fn set_processor(&mut self, state: &[u8]) -> anyhow::Result<()> {
         let state: VcpuState = postcard::from_bytes(state).context("not the state of a vCPU")?;
-        // An MSR that KVM refuses is none that the ledger reads: it runs at privilege level 3.
+        // The ledger reads no MSRs, since it runs at privilege level 3, so it does not matter which
+        // ones KVM refuses.
         let _ = state.restore(self.slots.vm(), &self.vcpu)?;
         Ok(())
     }

@@ -1,27 +1,26 @@
-//! The guest's work: a ledger, kept page by page in the guest's RAM, that can prove its own
+//! The program of the guests: a ledger in pages of the guest's RAM, which can prove its own
 //! integrity.
 //!
-//! This is the reference. The embedded guests run it over real memory, the oracle runs it over a
-//! map, and `kvm/ledger.s` is the same algorithm in machine code, register for variable. All must
-//! reach one digest.
+//! This is the reference implementation. The embedded guests run it on real memory, the oracle runs
+//! it on a map, and `kvm/ledger.s` is the same algorithm in machine code, register for variable.
+//! All must produce the same digest.
 //!
 //! **A page** is 512 words of 8 bytes: its number, its version (how often it was written),
-//! [`ENTRIES`] entries used in turn, and a checksum over all that. A page never written is all
-//! zeros, and the checksum of zeros is zero.
+//! [`ENTRIES`] entries used in turn, and a checksum of all these. A page that was never written is
+//! all zeros, and the checksum of zeros is zero.
 //!
-//! **A step** picks a page, proves it whole, appends an entry derived from the step and the digest
-//! so far, and seals it with a new checksum. **The index**, elsewhere in RAM, repeats every page's
-//! version: a page that came from an older snapshot has a good checksum, but not the version that
-//! the index remembers.
+//! **A step** picks a page, verifies it, appends an entry derived from the step and the digest so
+//! far, and updates the checksum. **The index**, elsewhere in RAM, repeats the version of every
+//! page: a page from an older snapshot has a valid checksum, but not the version in the index.
 //!
-//! **The processor's registers** hold what is nowhere in RAM ([`Registers`]): a guest restored
-//! without its vCPU state cannot reach the right digest.
+//! **The processor's registers** have state that is nowhere in RAM ([`Registers`]): a guest
+//! restored without its vCPU state cannot produce the right digest.
 
-/// Bytes of a ledger page: the smallest page that any tracker here knows.
+/// The size of a ledger page in bytes: the smallest page of any tracker here.
 pub const PAGE: u64 = 4096;
-/// Bytes of a word, the unit of every access.
+/// The size of a word in bytes, the unit of every access.
 pub const WORD: u64 = 8;
-/// Entries of a page: all words but number, version and checksum.
+/// The number of entries of a page: all words except number, version and checksum.
 pub const ENTRIES: u64 = PAGE / WORD - 3;
 
 /// Offsets of a page's words, in bytes.
@@ -30,45 +29,45 @@ pub const VERSION: u64 = 8;
 pub const ENTRY: u64 = 16;
 pub const CHECKSUM: u64 = PAGE - WORD;
 
-/// Pages that are written again and again: 20 steps of 32.
+/// The number of pages that are written repeatedly: in 20 of 32 steps.
 pub const HOT: u64 = 64;
-/// Of this many steps of the roaming kind, one jumps elsewhere.
+/// One of this many roaming steps jumps to a random page.
 pub const JUMP: u64 = 128;
 /// The odd multiplier of `mix`: 2^64 divided by the golden ratio (Knuth, The Art of Computer
 /// Programming 3, 6.4).
 pub const GOLDEN: u64 = 0x9e37_79b9_7f4a_7c15;
-/// Where the random numbers begin; any number but 0.
+/// The first state of the random numbers; any number except 0.
 pub const SEED: u64 = 0x0123_4567_89ab_cdef;
-/// "Which page was at fault" where no page was.
+/// The value of [`front::FIRST_FAULT`] if no page was at fault.
 pub const NO_PAGE: u64 = u64::MAX;
 
-/// Where the front page, the ledger and its index lie, as byte offsets into the RAM.
+/// The places of the front page, the ledger and its index, as byte offsets into the RAM.
 ///
-/// The first 2 MiB are the machine's: page tables and the guest's program where the guest is a
-/// virtual machine, and the front page with everything that guest and host say to each other.
+/// The first 2 MiB are reserved. They have the front page, through which guest and host
+/// communicate, and in a virtual machine the page tables and the guest's program.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Layout {
-    /// Bytes of RAM.
+    /// The size of the RAM in bytes.
     pub ram: u64,
-    /// Pages of the ledger.
+    /// The number of pages of the ledger.
     pub pages: u64,
 }
 
 impl Layout {
-    /// The front page: the last of the first 2 MiB.
+    /// The front page: the last page of the first 2 MiB.
     pub const FRONT: u64 = Self::LEDGER - PAGE;
     /// The first page of the ledger.
     pub const LEDGER: u64 = 2 << 20;
-    /// The least RAM: it leaves room for the hot pages, and some more.
+    /// The minimum size of the RAM, which has room for more than the hot pages.
     pub const MIN_RAM: u64 = 4 << 20;
 
-    /// The most RAM whose page tables fit below the guest's program.
+    /// The maximum size of the RAM: its page tables fit below the guest's program.
     pub const MAX_RAM: u64 = 256 << 30;
 
-    /// Divides `ram` bytes, a multiple of [`PAGE`] and at least [`Self::MIN_RAM`].
+    /// Returns the layout of `ram` bytes, a multiple of [`PAGE`] and at least [`Self::MIN_RAM`].
     pub const fn of(ram: u64) -> Self {
         let pages = (ram - Self::LEDGER) / PAGE;
-        // An index page serves as many ledger pages as it has words.
+        // An index page has the versions of as many ledger pages as it has words.
         let index = pages.div_ceil(PAGE / WORD + 1);
         Self {
             ram,
@@ -76,12 +75,12 @@ impl Layout {
         }
     }
 
-    /// The offset of ledger page `number`.
+    /// Returns the offset of ledger page `number`.
     pub fn page(self, number: u64) -> u64 {
         Self::LEDGER + number * PAGE
     }
 
-    /// The offset of the index.
+    /// Returns the offset of the index.
     pub fn index(self) -> u64 {
         self.page(self.pages)
     }
@@ -92,7 +91,7 @@ impl Layout {
     not(all(target_os = "linux", target_arch = "x86_64")),
     allow(
         dead_code,
-        reason = "an embedded guest takes its orders as function calls"
+        reason = "an embedded guest takes its commands as function calls"
     )
 )]
 pub mod front {
@@ -102,64 +101,64 @@ pub mod front {
         Layout::FRONT + number * super::WORD
     }
 
-    /// From the host: the step to work until.
+    /// Set by the host: the step at which to stop.
     pub const UNTIL: u64 = word(0);
-    /// From the host: 0 to work, 1 to check.
+    /// Set by the host: the command, 0 to work or 1 to check.
     pub const ORDER: u64 = word(1);
-    /// From the host, once: the end of the low RAM and the size of the hole above it (the last
-    /// address and 0: no hole).
+    /// Set by the host once: the end of the low RAM, and the size of the hole above it (the last
+    /// address and 0 if there is no hole).
     pub const GAP_START: u64 = word(2);
     pub const GAP_SIZE: u64 = word(3);
-    /// From the host, once: pages of the ledger.
+    /// Set by the host once: the number of pages of the ledger.
     pub const PAGES: u64 = word(4);
 
-    /// The guest's: the state of its random numbers.
+    /// State of the guest: the random numbers.
     pub const RANDOM: u64 = word(8);
-    /// The guest's: the page written last by the sequential steps.
+    /// State of the guest: the page last written by the sequential steps.
     pub const CURSOR: u64 = word(9);
-    /// The guest's: the page written last by the roaming steps.
+    /// State of the guest: the page last written by the roaming steps.
     pub const ROAMER: u64 = word(10);
-    /// The guest's: steps done. In a register too; a check compares them.
+    /// State of the guest: the number of steps done. A check compares it with the register.
     pub const STEPS: u64 = word(11);
 
-    /// To the host: how many pages were found stale or torn, and the first of them.
+    /// Result for the host: the number of pages found stale or torn, and the first of them.
     pub const FAULTS: u64 = word(16);
     pub const FIRST_FAULT: u64 = word(17);
-    /// To the host, after a check: the digest over registers, pages and index.
+    /// Result for the host after a check: the digest of registers, pages and index.
     pub const DIGEST: u64 = word(18);
 }
 
-/// Memory as the ledger uses it: words at byte offsets into the RAM.
+/// Memory of the ledger: words at byte offsets into the RAM.
 pub trait Words {
-    /// The word at `offset`.
+    /// Returns the word at `offset`.
     fn load(&self, offset: u64) -> u64;
     /// Replaces the word at `offset`.
     fn store(&mut self, offset: u64, word: u64);
 }
 
-/// What the guest keeps in processor registers only.
+/// The state that the guest keeps in processor registers only.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct Registers {
-    /// Steps done.
+    /// The number of steps done.
     pub step: u64,
     /// The running digest.
     pub digest: u64,
-    /// The sum of all entries: in a vector register, so that the FPU's state counts too.
+    /// The sum of all entries. It is in a vector register, to cover the state of the FPU too.
     pub sum: u64,
 }
 
-/// What a check found.
+/// The result of a check.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Verdict {
-    /// Pages found stale or torn, while working or checking.
+    /// The number of pages found stale or torn, while working or checking.
     pub faults: u64,
     /// The first of them.
     pub first_fault: u64,
-    /// The digest over registers, pages and index.
+    /// The digest of registers, pages and index.
     pub digest: u64,
 }
 
-/// What the host writes before the guest's first instruction.
+/// Writes the initial state of the ledger, before the guest's first instruction.
 pub fn prepare(memory: &mut impl Words, layout: Layout) {
     memory.store(front::PAGES, layout.pages);
     memory.store(front::GAP_START, u64::MAX);
@@ -167,7 +166,7 @@ pub fn prepare(memory: &mut impl Words, layout: Layout) {
     memory.store(front::FIRST_FAULT, NO_PAGE);
 }
 
-/// Works on the ledger for one step.
+/// Executes one step.
 pub fn step(memory: &mut impl Words, layout: Layout, registers: &mut Registers) {
     registers.step += 1;
     let number = pick(memory, layout);
@@ -190,7 +189,7 @@ pub fn step(memory: &mut impl Words, layout: Layout, registers: &mut Registers) 
     memory.store(front::STEPS, registers.step);
 }
 
-/// Walks the whole ledger, and the registers first.
+/// Checks the registers and the whole ledger.
 pub fn check(memory: &mut impl Words, layout: Layout, registers: Registers) -> Verdict {
     let mut digest = mix(mix(registers.digest, registers.sum), registers.step);
     if memory.load(front::STEPS) != registers.step {
@@ -208,7 +207,7 @@ pub fn check(memory: &mut impl Words, layout: Layout, registers: Registers) -> V
     verdict(memory)
 }
 
-/// What the front page says after a check.
+/// Returns the result that is in the front page after a check.
 pub fn verdict(memory: &impl Words) -> Verdict {
     Verdict {
         faults: memory.load(front::FAULTS),
@@ -217,8 +216,8 @@ pub fn verdict(memory: &impl Words) -> Verdict {
     }
 }
 
-/// The page of the next step: hot pages, a sequence, runs that begin anywhere, and now and then any
-/// page at all.
+/// Returns the page of the next step: a hot page, the next of a sequence, the next of a run that
+/// began at a random page, or sometimes a random page.
 fn pick(memory: &mut impl Words, layout: Layout) -> u64 {
     let random = xorshift(memory.load(front::RANDOM));
     memory.store(front::RANDOM, random);
@@ -235,41 +234,41 @@ fn pick(memory: &mut impl Words, layout: Layout) -> u64 {
     }
 }
 
-/// The page after the one that `place` remembers; the first after the last.
-fn advance(memory: &mut impl Words, place: u64, layout: Layout) -> u64 {
-    let next = memory.load(place) + 1;
+/// Advances the page number at `at`, from the last page to the first, and returns it.
+fn advance(memory: &mut impl Words, at: u64, layout: Layout) -> u64 {
+    let next = memory.load(at) + 1;
     let next = if next == layout.pages { 0 } else { next };
-    memory.store(place, next);
+    memory.store(at, next);
     next
 }
 
-/// The next random number after `x` (Marsaglia, "Xorshift RNGs", Journal of Statistical Software 8
-/// (2003) 14).
+/// Returns the random number after `x` (Marsaglia, "Xorshift RNGs", Journal of Statistical Software
+/// 8 (2003) 14).
 fn xorshift(mut x: u64) -> u64 {
     x ^= x << 13;
     x ^= x >> 7;
     x ^ (x << 17)
 }
 
-/// The random number `x` as one below `n`.
+/// Scales the random number `x` to one below `n`.
 fn scale(x: u64, n: u64) -> u64 {
     ((u128::from(x) * u128::from(n)) >> 64) as u64
 }
 
-/// Adds a word to a digest. For a given word it is one-to-one, so one changed word always changes
+/// Adds a word to a digest. For a given word this is one-to-one, so one changed word always changes
 /// the result.
 fn mix(digest: u64, word: u64) -> u64 {
     (digest.rotate_left(5) ^ word).wrapping_mul(GOLDEN)
 }
 
-/// The checksum that the page at `page` ought to have.
+/// Computes the checksum of the page at `page`.
 fn checksum(memory: &impl Words, page: u64) -> u64 {
     (page..page + CHECKSUM)
         .step_by(WORD as usize)
         .fold(0, |sum, at| mix(sum, memory.load(at)))
 }
 
-/// Whether a page is what was last written to it: not torn, not stale, not another one.
+/// Returns whether a page has its last contents: neither torn, nor stale, nor another page.
 fn is_whole(memory: &impl Words, page: u64, index: u64, number: u64, checksum: u64) -> bool {
     let version = memory.load(page + VERSION);
     memory.load(page + CHECKSUM) == checksum

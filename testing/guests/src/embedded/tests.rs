@@ -5,7 +5,7 @@ use rstest::rstest;
 
 use super::*;
 
-fn here(
+fn is_available(
     tracking: Tracking,
     #[cfg_attr(not(target_os = "linux"), expect(unused))] test: &str,
 ) -> bool {
@@ -29,11 +29,8 @@ fn dirty(tracker: &Arc<dyn Tracker>) -> Vec<Range<u64>> {
 #[rstest]
 #[cfg_attr(target_os = "linux", case::by_userfaultfd(Tracking::Userfaultfd))]
 #[case::by_mprotect(Tracking::Mprotect)]
-fn exactly_the_pages_written_since_the_harvest_are_marked(#[case] tracking: Tracking) {
-    if !here(
-        tracking,
-        "exactly_the_pages_written_since_the_harvest_are_marked",
-    ) {
+fn only_pages_written_since_the_harvest_are_marked(#[case] tracking: Tracking) {
+    if !is_available(tracking, "only_pages_written_since_the_harvest_are_marked") {
         return;
     }
     let page = page_size().unwrap();
@@ -53,8 +50,8 @@ fn exactly_the_pages_written_since_the_harvest_are_marked(#[case] tracking: Trac
 #[rstest]
 #[cfg_attr(target_os = "linux", case::by_userfaultfd(Tracking::Userfaultfd))]
 #[case::by_mprotect(Tracking::Mprotect)]
-fn two_guests_of_one_process_are_tracked_apart(#[case] tracking: Tracking) {
-    if !here(tracking, "two_guests_of_one_process_are_tracked_apart") {
+fn two_guests_of_one_process_are_tracked_separately(#[case] tracking: Tracking) {
+    if !is_available(tracking, "two_guests_of_one_process_are_tracked_separately") {
         return;
     }
     let page = page_size().unwrap();
@@ -67,15 +64,15 @@ fn two_guests_of_one_process_are_tracked_apart(#[case] tracking: Tracking) {
     assert_eq!(dirty(&tracker), [page..2 * page, 4 * page..5 * page]);
 }
 
-/// Linux counts mappings (`vm.max_map_count`, 65,530 unless changed), and every second page
-/// writable is one mapping a page.
+/// Linux limits the number of mappings (`vm.max_map_count`, 65,530 by default). If every second
+/// page is writable, each page is a mapping.
 #[cfg(target_os = "linux")]
 #[test]
-fn more_scattered_pages_than_mappings_are_marked_all_the_same() {
+fn more_scattered_pages_than_mappings_are_all_marked() {
     const CHILD: &str = "GUESTS_TEST_MAPPINGS";
-    // A process of its own: other tests need mappings too.
+    // Runs in its own process, since other tests need mappings too.
     if std::env::var_os(CHILD).is_none() {
-        let name = "embedded::tests::more_scattered_pages_than_mappings_are_marked_all_the_same";
+        let name = "embedded::tests::more_scattered_pages_than_mappings_are_all_marked";
         let test = std::process::Command::new(std::env::current_exe().unwrap())
             .args(["--exact", name])
             .env(CHILD, "1")
@@ -106,10 +103,10 @@ fn more_scattered_pages_than_mappings_are_marked_all_the_same() {
 #[rstest]
 #[cfg_attr(target_os = "linux", case::by_userfaultfd(Tracking::Userfaultfd))]
 #[case::by_mprotect(Tracking::Mprotect)]
-fn copying_what_was_marked_while_it_is_written_misses_no_write(#[case] tracking: Tracking) {
-    if !here(
+fn copying_marked_pages_during_writes_misses_no_write(#[case] tracking: Tracking) {
+    if !is_available(
         tracking,
-        "copying_what_was_marked_while_it_is_written_misses_no_write",
+        "copying_marked_pages_during_writes_misses_no_write",
     ) {
         return;
     }
@@ -125,7 +122,7 @@ fn copying_what_was_marked_while_it_is_written_misses_no_write(#[case] tracking:
             }
         }
     };
-    // Each page once a round: what is missed stays missed.
+    // Each page is written once a round, so a missed write stays missed.
     for round in 1..=test_machine::rounds(6, 60) {
         let done = AtomicBool::new(false);
         std::thread::scope(|scope| {

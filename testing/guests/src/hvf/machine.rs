@@ -1,4 +1,4 @@
-//! The guest: RAM, the state of a processor, and the way they work.
+//! A guest: its RAM, the state of its processor, and their operation.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -7,47 +7,48 @@ use std::time::Duration;
 
 use anyhow::{Context, bail};
 use dirty_bitmap::TakenBitmap;
-use hvf_backend::{Answer, Canceller, Exit, GuestRam, HvError, Vcpu, VcpuState};
+use hvf_backend::{Answer, Canceller, Exit, GuestRam, HvError, Stage2Tracker, Vcpu, VcpuState};
 use page_reader::PageReader;
 
-use super::place::Place;
+use super::shared_vm::{OptionalStage, SharedVmGuest};
 use super::{ARRIVED, CHECKED, program, start};
 use crate::guest::{Dirty, Epoch, Guest, Ram, Tracker};
 use crate::ledger::{self, Layout, Verdict, Words, front};
 
-/// What the host may order.
+/// The commands of the host.
 const WORK: u64 = 0;
 const CHECK: u64 = 1;
 
-/// Exception classes (ESR_EL2.EC): `hvc` in AArch64, whose number is in the lower 16 bits of the
+/// The exception class (ESR_EL2.EC) of `hvc` in AArch64. Its operand is in the lower 16 bits of the
 /// syndrome.
 const HVC: u64 = 0x16;
 
-/// Steps after which a guest that is to be paused waits of its own accord: ten times what it does
-/// until the nudge.
+/// The number of steps after which a guest that is to be paused stops by itself: ten times as many
+/// as it does until the interrupt.
 const PAUSE_WITHIN: u64 = 400;
 
-/// Between two nudges. One alone may come just before the vCPU is made to run, and change nothing.
-const AGAIN: Duration = Duration::from_micros(50);
+/// The interval between two interrupts. A single one may arrive just before the vCPU runs, without
+/// effect.
+const INTERVAL: Duration = Duration::from_micros(50);
 
-/// A guest: in the virtual machine of this process when it works.
+/// A guest, which takes the virtual machine of this process when it runs.
 pub struct Machine {
-    place: Arc<Place>,
-    /// What the vCPU held when it last left; each order is given to a new one.
+    shared: Arc<SharedVmGuest>,
+    /// The state of the vCPU when it last left the guest. Each run restores it into a new vCPU.
     processor: VcpuState,
     layout: Layout,
 }
 
-/// Why a vCPU stopped.
+/// The reason why a vCPU stopped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Stop {
-    /// The guest rang its bell.
-    Bell(u16),
-    /// It was nudged.
-    Nudge,
+enum StopReason {
+    /// The guest rang its doorbell with this value.
+    Doorbell(u16),
+    /// The vCPU was interrupted.
+    Interrupted,
 }
 
-/// The machine's RAM as the host uses it: every store is marked dirty.
+/// The host's access to the RAM: every store is marked dirty.
 struct Access<'a>(&'a GuestRam);
 
 impl Words for Access<'_> {
@@ -65,44 +66,46 @@ impl Words for Access<'_> {
 }
 
 impl Machine {
-    /// A machine with empty memory.
+    /// Creates a machine with empty memory.
     pub fn new(layout: Layout) -> anyhow::Result<Self> {
         super::available()?;
         let regions = start::regions(layout.ram)?;
         Ok(Self {
             processor: start::state(&regions),
-            place: Place::new(GuestRam::new(regions)?),
+            shared: SharedVmGuest::new(GuestRam::new(regions)?),
             layout,
         })
     }
 
     fn front(&self) -> Access<'_> {
-        Access(&self.place.ram)
+        Access(&self.shared.ram)
     }
 
-    /// Lets the guest run until it rings its bell, or is nudged.
-    fn run(&mut self, nudge_after: Option<Duration>) -> anyhow::Result<Stop> {
-        let seat = self.place.take_seat()?;
-        let mut vcpu = seat.vm.create_vcpu()?;
+    /// Runs the guest until it rings its doorbell or is interrupted.
+    fn run(&mut self, interrupt_after: Option<Duration>) -> anyhow::Result<StopReason> {
+        let lease = self.shared.lease_vm()?;
+        let mut vcpu = lease.vm.create_vcpu()?;
         let offset = self.processor.vtimer.resuming_offset();
-        // A register that is not as it was is none that the ledger uses: it would not reach its
-        // digest.
+        // Registers that differ do not matter: the ledger does not use them. If it did, its digest
+        // would be wrong.
         let _ = self.processor.restore(&vcpu, offset)?;
-        let stop = match nudge_after {
-            Some(after) => nudged(&vcpu.canceller(), after, || run(&self.place, &mut vcpu))?,
-            None => run(&self.place, &mut vcpu),
+        let stop = match interrupt_after {
+            Some(after) => interrupted(&vcpu.canceller(), after, || run(&self.shared, &mut vcpu))?,
+            None => run(&self.shared, &mut vcpu),
         };
         self.processor = VcpuState::capture(&vcpu)?;
         stop
     }
 
-    /// Lets the guest run until it rings its bell for `expected`.
+    /// Runs the guest until it rings its doorbell with `expected`.
     fn run_until(&mut self, expected: u16) -> anyhow::Result<()> {
         loop {
             match self.run(None)? {
-                Stop::Bell(bell) if bell == expected => return Ok(()),
-                Stop::Bell(bell) => bail!("the guest rings {bell} for {expected}"),
-                Stop::Nudge => {}
+                StopReason::Doorbell(value) if value == expected => return Ok(()),
+                StopReason::Doorbell(value) => {
+                    bail!("the guest rang its doorbell with {value}, not {expected}")
+                }
+                StopReason::Interrupted => {}
             }
         }
     }
@@ -110,13 +113,13 @@ impl Machine {
 
 impl Drop for Machine {
     fn drop(&mut self) {
-        self.place.leave();
+        self.shared.release_vm();
     }
 }
 
-/// Runs the vCPU, and answers its write faults, until it stops for another reason.
-fn run(place: &Place, vcpu: &mut Vcpu) -> anyhow::Result<Stop> {
-    let tracker = place.tracker.get();
+/// Runs the vCPU and handles its write faults, until it stops for another reason.
+fn run(shared: &SharedVmGuest, vcpu: &mut Vcpu) -> anyhow::Result<StopReason> {
+    let tracker = shared.tracker.get();
     loop {
         let in_guest = tracker.map(|tracker| (tracker, tracker.enter()));
         let exit = vcpu.run()?;
@@ -128,44 +131,47 @@ fn run(place: &Place, vcpu: &mut Vcpu) -> anyhow::Result<Stop> {
         drop(in_guest);
         return match exit {
             Exit::Exception(exception) if exception.syndrome >> 26 & 0x3f == HVC => {
-                Ok(Stop::Bell(exception.syndrome as u16))
+                Ok(StopReason::Doorbell(exception.syndrome as u16))
             }
-            Exit::Canceled => Ok(Stop::Nudge),
-            exit => bail!("the guest stopped by {exit:x?}"),
+            Exit::Canceled => Ok(StopReason::Interrupted),
+            exit => bail!("the guest stopped with an unexpected exit: {exit:x?}"),
         };
     }
 }
 
-/// Does `work` on this thread, whose vCPU is made to leave its guest from `after` on until `work`
-/// returns.
-fn nudged<T>(vcpu: &Canceller, after: Duration, work: impl FnOnce() -> T) -> Result<T, HvError> {
+/// Calls `work` on this thread, and interrupts its vCPU from `after` on until `work` returns.
+fn interrupted<T>(
+    vcpu: &Canceller,
+    after: Duration,
+    work: impl FnOnce() -> T,
+) -> Result<T, HvError> {
     let done = AtomicBool::new(false);
     thread::scope(|scope| {
-        let nudger = scope.spawn(|| {
+        let interrupter = scope.spawn(|| {
             thread::sleep(after);
             while !done.load(Ordering::Acquire) {
                 vcpu.cancel()?;
-                thread::sleep(AGAIN);
+                thread::sleep(INTERVAL);
             }
             Ok(())
         });
         let result = work();
         done.store(true, Ordering::Release);
-        // The nudger does not panic.
-        nudger.join().unwrap_or(Ok(())).map(|()| result)
+        // The interrupting thread does not panic.
+        interrupter.join().unwrap_or(Ok(())).map(|()| result)
     })
 }
 
-/// The place is the tracker's other end.
-struct Watch(Arc<Place>);
+/// A tracker by the guest's stage-2 protection.
+struct StageTracker(Arc<SharedVmGuest>);
 
-impl Watch {
-    fn tracker(&self) -> anyhow::Result<&hvf_backend::Stage2Tracker<super::place::Stage>> {
+impl StageTracker {
+    fn tracker(&self) -> anyhow::Result<&Stage2Tracker<OptionalStage>> {
         self.0.tracker.get().context("the guest is not tracked")
     }
 }
 
-impl Tracker for Watch {
+impl Tracker for StageTracker {
     fn dirty(&self) -> Dirty<'_> {
         Dirty::Tracked(self.0.ram.dirty_bitmap())
     }
@@ -181,15 +187,15 @@ impl Tracker for Watch {
 
 impl Guest for Machine {
     fn boot(&mut self) -> anyhow::Result<()> {
-        let regions = self.place.ram.layout().clone();
+        let regions = self.shared.ram.layout().clone();
         let mut front = self.front();
         ledger::prepare(&mut front, self.layout);
         if let [low, high, ..] = regions.regions() {
             front.store(front::GAP_START, low.offset_end());
             front.store(front::GAP_SIZE, high.guest_start - low.guest_end());
         }
-        self.place.ram.write_at(start::PROGRAM, program::bytes())?;
-        self.place
+        self.shared.ram.write_at(start::PROGRAM, program::bytes())?;
+        self.shared
             .ram
             .write_at(start::PAGE_TABLE, &hvf_backend::el1::page_table())?;
         self.processor = start::state(&regions);
@@ -205,12 +211,14 @@ impl Guest for Machine {
     fn pause(&mut self) -> anyhow::Result<()> {
         let steps = self.steps();
         self.front().store(front::UNTIL, steps + PAUSE_WITHIN);
-        // Anywhere in the next steps, a different place each time.
+        // The pause is somewhere in the next steps, at a different instruction each time.
         let after = Duration::from_micros(20 + steps % 64);
         match self.run(Some(after))? {
-            // On a busy host the nudge may come late.
-            Stop::Nudge | Stop::Bell(ARRIVED) => Ok(()),
-            Stop::Bell(bell) => bail!("the guest rings {bell} on its way"),
+            // On a busy host the interrupt may be late.
+            StopReason::Interrupted | StopReason::Doorbell(ARRIVED) => Ok(()),
+            StopReason::Doorbell(value) => {
+                bail!("the guest rang its doorbell with {value} before the pause")
+            }
         }
     }
 
@@ -226,21 +234,21 @@ impl Guest for Machine {
     }
 
     fn ram(&self) -> Ram {
-        Ram::new(Arc::clone(&self.place.ram))
+        Ram::new(Arc::clone(&self.shared.ram))
     }
 
     fn write(&mut self, offset: u64, bytes: &[u8]) -> anyhow::Result<()> {
-        Ok(self.place.ram.write_at(offset, bytes)?)
+        Ok(self.shared.ram.write_at(offset, bytes)?)
     }
 
     fn gap(&self) -> Option<u64> {
-        let regions = self.place.ram.layout().regions();
+        let regions = self.shared.ram.layout().regions();
         regions.get(1).map(|high| high.offset)
     }
 
     fn track(&mut self) -> anyhow::Result<Arc<dyn Tracker>> {
-        self.place.track()?;
-        Ok(Arc::new(Watch(Arc::clone(&self.place))))
+        self.shared.track()?;
+        Ok(Arc::new(StageTracker(Arc::clone(&self.shared))))
     }
 
     fn processor(&mut self) -> anyhow::Result<Vec<u8>> {

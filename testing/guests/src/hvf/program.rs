@@ -1,14 +1,14 @@
-//! The guest's program: a blob to be copied to any address of the guest.
+//! The guest's program: position-independent code that is copied into the guest.
 
 use super::{ARRIVED, CHECKED};
 use crate::ledger::{self, Layout, front};
 
-/// The offset of a word in the front page, from its offset in the RAM.
+/// Returns the offset of a word in the front page, from its offset in the RAM.
 const fn in_front(word: u64) -> u64 {
     word - Layout::FRONT
 }
 
-/// Hands the numbers that `ledger_aarch64.s` names to `$macro`, after `$first`.
+/// Passes the constants that `ledger_aarch64.s` names to `$macro`, after `$first`.
 macro_rules! with_numbers {
     ($macro:ident!($($first:tt)*)) => {
         $macro! {
@@ -45,7 +45,7 @@ macro_rules! with_numbers {
 #[cfg(all(target_os = "macos", target_arch = "aarch64"))]
 pub(super) use assembled::bytes;
 
-/// Assembled into this binary.
+/// The program, assembled into this binary.
 #[cfg(all(target_os = "macos", target_arch = "aarch64"))]
 mod assembled {
     #![allow(unsafe_code)]
@@ -60,7 +60,7 @@ mod assembled {
                 ".globl _ledger_program",
                 ".private_extern _ledger_program",
                 "_ledger_program:",
-                // One label for all of it: what comes after another label the linker may move.
+                // One label for all of it: the linker may move code after another label.
                 ".quad Lledger_end - Lledger_start",
                 "Lledger_start:",
                 include_str!("ledger_aarch64.s"),
@@ -73,27 +73,30 @@ mod assembled {
     with_numbers!(assemble!());
 
     unsafe extern "C" {
-        /// The length in bytes, and then the program.
+        /// The length of the program in bytes, followed by the program.
         #[link_name = "ledger_program"]
         static LENGTH: u64;
     }
 
-    /// The program's bytes; its first one is its entry.
+    /// Returns the program's bytes. The first one is its entry.
     pub(in super::super) fn bytes() -> &'static [u8] {
         let length = &raw const LENGTH;
-        // SAFETY: the word above, aligned and read-only, and behind it as many bytes as it says,
-        // read-only too.
+        // SAFETY: the word is aligned and read-only, and is followed by that number of read-only
+        // bytes.
         unsafe { std::slice::from_raw_parts(length.add(1).cast(), length.read() as usize) }
     }
 }
 
-/// The source with the numbers in place, for an assembler.
+/// Returns the source with the constants inserted, for an assembler.
 #[cfg(test)]
 pub(super) fn source() -> String {
     let mut source = include_str!("ledger_aarch64.s").to_owned();
     macro_rules! replace {
         ($($name:ident = $value:expr,)*) => {
-            $(source = source.replace(concat!("{", stringify!($name), "}"), &($value).to_string());)*
+            $(
+                let placeholder = concat!("{", stringify!($name), "}");
+                source = source.replace(placeholder, &($value).to_string());
+            )*
         };
     }
     with_numbers!(replace!());

@@ -1,4 +1,4 @@
-//! Where the guest's RAM lies, and what its processor holds at its first instruction.
+//! The layout of the guest's RAM, and the state of its processor at the first instruction.
 
 use hvf_backend::{VcpuState, el1};
 use page_reader::{LayoutError, RamLayout};
@@ -7,7 +7,7 @@ use crate::ledger::{Layout, PAGE};
 
 const GIB: u64 = 1 << 30;
 
-/// Where the RAM begins, and how much of it lies there; what doesn't fit lies from 8 GiB on.
+/// The start of the low RAM and its maximum size. The rest of the RAM starts at 8 GiB.
 pub(super) const LOW: u64 = 2 * GIB;
 const LOW_SIZE: u64 = 2 * GIB;
 const HIGH: u64 = 8 * GIB;
@@ -16,15 +16,15 @@ const HIGH: u64 = 8 * GIB;
 pub(super) const PAGE_TABLE: u64 = PAGE;
 pub(super) const PROGRAM: u64 = Layout::FRONT - (64 << 10);
 
-/// RAM of `size` bytes, with a hole in its addresses if it is large.
+/// Returns the layout of `size` bytes of RAM, with a hole in its addresses if it is large.
 pub(super) fn regions(size: u64) -> Result<RamLayout, LayoutError> {
     let low = size.min(LOW_SIZE);
     let high = (HIGH, size - low);
     RamLayout::new(std::iter::once((LOW, low)).chain((high.1 > 0).then_some(high)))
 }
 
-/// The bits of the guest's addresses: as many as the framework gives by default, or what the RAM
-/// needs.
+/// Returns the number of bits of the guest's addresses: the default of the framework, or more if
+/// the RAM needs them.
 pub(super) fn address_bits(regions: &RamLayout) -> u32 {
     match regions.regions().last() {
         Some(last) if last.guest_end() > 1 << 36 => 40,
@@ -32,7 +32,7 @@ pub(super) fn address_bits(regions: &RamLayout) -> u32 {
     }
 }
 
-/// The processor at the first instruction.
+/// Returns the state of the processor at the first instruction.
 pub(super) fn state(regions: &RamLayout) -> VcpuState {
     let start = el1::Start {
         entry: LOW + PROGRAM,

@@ -1,5 +1,5 @@
-//! The guest's program, assembled and run by an emulator of the same processor: a real MMU, the
-//! same first instruction, the same memory.
+//! Assembles the guest's program and runs it in an emulator of the same processor: with a real MMU,
+//! the same initial state and the same memory.
 
 use std::fmt::Write as _;
 use std::fs::{self, File};
@@ -18,21 +18,21 @@ use crate::oracle;
 
 const LAYOUT: Layout = Layout::of(8 << 20);
 
-/// QEMU's `virt` has its RAM from here on, and places the device tree there; the guest's lies
+/// The start of the RAM of QEMU's `virt`, where it places the device tree. The guest's RAM is
 /// higher.
 const QEMU_RAM: u64 = 1 << 30;
 
-/// Where the stand-in for the host lies, above all of the guest.
+/// The address of the program that replaces the host, above the guest.
 const HOST: u64 = start::LOW + (256 << 20);
-/// Bytes of QEMU's RAM: its file has holes where nothing is written.
+/// The size of QEMU's RAM in bytes. Its file is sparse.
 const QEMU_RAM_SIZE: u64 = HOST + (1 << 20) - QEMU_RAM;
 
-/// What the stand-in tells: the syndromes of the exits, one after another.
+/// The address of the results of that program: the syndromes of the exits, in order.
 const SYNDROMES: u64 = HOST + 0x8000;
 
-/// A program of the emulated machine's higher exception level, which does what the host does: gives
-/// the processor its first state, hears the guest's bell, orders the ledger checked, and switches
-/// the machine off at the second bell, or at whatever else.
+/// Returns a program for the emulated machine's higher exception level, which replaces the host: it
+/// sets the processor's initial state, handles the guest's doorbell, commands a check of the
+/// ledger, and switches the machine off at the second doorbell or at any other exit.
 fn host_program(state: &hvf_backend::VcpuState) -> String {
     let mut text = String::from(
         "        mov     x0, #(1 << 31)          // HCR_EL2.RW: the guest is AArch64
@@ -43,7 +43,7 @@ fn host_program(state: &hvf_backend::VcpuState) -> String {
         msr     vbar_el2, x0
 ",
     );
-    // Labels of ordinary literals: `mov` takes 16 bits at a time.
+    // Loads from a literal pool, since `mov` takes 16 bits at a time.
     let load = |text: &mut String, register: &str, value: u64| {
         writeln!(text, "ldr {register}, ={value:#x}").unwrap();
     };
@@ -64,7 +64,7 @@ fn host_program(state: &hvf_backend::VcpuState) -> String {
     {
         load(&mut text, &format!("x{number}"), *value);
     }
-    let (order, front) = (front::ORDER - Layout::FRONT, start::LOW + Layout::FRONT);
+    let (command, front) = (front::ORDER - Layout::FRONT, start::LOW + Layout::FRONT);
     write!(
         text,
         "       eret
@@ -78,25 +78,25 @@ vectors:
         b.ne    off
         mov     x1, #1
         ldr     x2, ={front:#x}
-        str     x1, [x2, #{order}]
+        str     x1, [x2, #{command}]
         eret
         .org    vectors + 0x480         // An interrupt: there is none.
 off:    ldr     x0, =0x84000008         // PSCI SYSTEM_OFF
         smc     #0
         b       off
 ",
-        arrived = bell(ARRIVED),
+        arrived = doorbell_syndrome(ARRIVED),
     )
     .unwrap();
     text
 }
 
-/// The syndrome of an `hvc`: class 0x16, a 32-bit instruction, the number.
-fn bell(number: u16) -> u64 {
+/// Returns the syndrome of an `hvc`: class 0x16, a 32-bit instruction, the operand.
+fn doorbell_syndrome(number: u16) -> u64 {
     0x16 << 26 | 1 << 25 | u64::from(number)
 }
 
-/// The machine code of `source`.
+/// Returns the machine code of `source`.
 fn assembled(source: &str, dir: &Path, name: &str) -> Vec<u8> {
     let file = |extension| dir.join(name).with_extension(extension);
     let (text, object, binary) = (file("s"), file("o"), file("bin"));
@@ -115,25 +115,27 @@ fn run(command: &mut Command) {
     assert!(output.status.success(), "{command:?}: {output:?}");
 }
 
-/// The guest's RAM in the file of QEMU's.
+/// The guest's RAM in the file of QEMU's RAM.
 struct Ram<'a> {
     file: &'a File,
     regions: &'a RamLayout,
 }
 
 impl Ram<'_> {
-    fn place(&self, offset: u64) -> u64 {
+    fn file_offset(&self, offset: u64) -> u64 {
         self.regions.guest_address_of(offset).unwrap() - QEMU_RAM
     }
 
     fn write(&self, offset: u64, bytes: &[u8]) {
-        self.file.write_all_at(bytes, self.place(offset)).unwrap();
+        self.file
+            .write_all_at(bytes, self.file_offset(offset))
+            .unwrap();
     }
 
     fn page(&self, offset: u64) -> Vec<u8> {
         let mut page = vec![0; PAGE as usize];
         self.file
-            .read_exact_at(&mut page, self.place(offset))
+            .read_exact_at(&mut page, self.file_offset(offset))
             .unwrap();
         page
     }
@@ -143,7 +145,7 @@ impl Words for Ram<'_> {
     fn load(&self, offset: u64) -> u64 {
         let mut word = [0; 8];
         self.file
-            .read_exact_at(&mut word, self.place(offset))
+            .read_exact_at(&mut word, self.file_offset(offset))
             .unwrap();
         u64::from_le_bytes(word)
     }
@@ -153,10 +155,10 @@ impl Words for Ram<'_> {
     }
 }
 
-/// The ledger without any guest.
-struct Model(Vec<u8>);
+/// The memory of a ledger without a guest.
+struct PlainMemory(Vec<u8>);
 
-impl Words for Model {
+impl Words for PlainMemory {
     fn load(&self, offset: u64) -> u64 {
         let at = offset as usize;
         u64::from_le_bytes(self.0[at..at + WORD as usize].try_into().unwrap())
@@ -168,12 +170,12 @@ impl Words for Model {
     }
 }
 
-/// Runs the guest's program for so many steps, and a check, after `spoil`. The syndromes of its
-/// exits, and its RAM.
+/// Runs the guest's program for `steps` steps and a check, after `corrupt`, and calls `inspect`
+/// with its RAM. Returns the syndromes of its exits.
 fn emulate(
     regions: &RamLayout,
     steps: u64,
-    spoil: impl FnOnce(&mut Ram<'_>),
+    corrupt: impl FnOnce(&mut Ram<'_>),
     inspect: impl FnOnce(&Ram<'_>),
 ) -> [u64; 2] {
     let dir = tempfile::tempdir().unwrap();
@@ -202,7 +204,7 @@ fn emulate(
     ram.write(start::PAGE_TABLE, &hvf_backend::el1::page_table());
     let host = assembled(&host_program(&start::state(regions)), dir.path(), "host");
     file.write_all_at(&host, HOST - QEMU_RAM).unwrap();
-    spoil(&mut ram);
+    corrupt(&mut ram);
 
     let mut qemu = Command::new("qemu-system-aarch64")
         .args(["-M", "virt,virtualization=on,memory-backend=ram"])
@@ -249,14 +251,17 @@ fn emulate(
 
 #[rstest]
 #[case::in_one_piece(&[(start::LOW, 8 << 20)], 20_000)]
-#[case::on_both_sides_of_a_hole(&[(start::LOW, 5 << 20), (start::LOW + (64 << 20), 3 << 20)], 20_000)]
+#[case::on_both_sides_of_a_hole(
+    &[(start::LOW, 5 << 20), (start::LOW + (64 << 20), 3 << 20)],
+    20_000
+)]
 #[case::that_is_empty(&[(start::LOW, 8 << 20)], 0)]
-fn the_program_for_arm64_keeps_the_very_ledger(#[case] ram: &[(u64, u64)], #[case] steps: u64) {
-    if !Need::Aarch64.met("the_program_for_arm64_keeps_the_very_ledger") {
+fn arm64_program_keeps_the_same_ledger(#[case] ram: &[(u64, u64)], #[case] steps: u64) {
+    if !Need::Aarch64.met("arm64_program_keeps_the_same_ledger") {
         return;
     }
     let regions = RamLayout::new(ram.iter().copied()).unwrap();
-    let mut model = Model(vec![0; LAYOUT.ram as usize]);
+    let mut model = PlainMemory(vec![0; LAYOUT.ram as usize]);
     let mut registers = Registers::default();
     ledger::prepare(&mut model, LAYOUT);
     while registers.step < steps {
@@ -279,23 +284,31 @@ fn the_program_for_arm64_keeps_the_very_ledger(#[case] ram: &[(u64, u64)], #[cas
         }
     };
     let syndromes = emulate(&regions, steps, |_| (), inspect);
-    assert_eq!(syndromes, [bell(ARRIVED), bell(CHECKED)], "{syndromes:#x?}");
+    assert_eq!(
+        syndromes,
+        [doorbell_syndrome(ARRIVED), doorbell_syndrome(CHECKED)],
+        "{syndromes:#x?}"
+    );
 }
 
 #[test]
-fn the_program_for_arm64_notices_a_page_that_is_not_what_it_wrote() {
-    if !Need::Aarch64.met("the_program_for_arm64_notices_a_page_that_is_not_what_it_wrote") {
+fn arm64_program_detects_a_changed_page() {
+    if !Need::Aarch64.met("arm64_program_detects_a_changed_page") {
         return;
     }
     let regions = RamLayout::single(start::LOW, LAYOUT.ram).unwrap();
-    // A page that no step of these few writes, so that only the check looks at it.
-    let spoil = |ram: &mut Ram<'_>| ram.store(LAYOUT.page(LAYOUT.pages - 3) + ledger::ENTRY, 1);
+    // None of these few steps writes this page, so only the check reads it.
+    let corrupt = |ram: &mut Ram<'_>| ram.store(LAYOUT.page(LAYOUT.pages - 3) + ledger::ENTRY, 1);
     let inspect = |ram: &Ram<'_>| {
         let verdict = ledger::verdict(ram);
         assert_eq!((verdict.faults, verdict.first_fault), (1, LAYOUT.pages - 3));
     };
-    let syndromes = emulate(&regions, 10, spoil, inspect);
-    assert_eq!(syndromes, [bell(ARRIVED), bell(CHECKED)], "{syndromes:#x?}");
+    let syndromes = emulate(&regions, 10, corrupt, inspect);
+    assert_eq!(
+        syndromes,
+        [doorbell_syndrome(ARRIVED), doorbell_syndrome(CHECKED)],
+        "{syndromes:#x?}"
+    );
 }
 
 #[rstest]
@@ -307,7 +320,7 @@ fn large_ram_has_a_hole_in_its_addresses(#[case] size: u64, #[case] expected: &[
 }
 
 #[test]
-fn the_largest_ram_is_within_what_the_page_table_translates() {
+fn page_table_translates_the_largest_ram() {
     let regions = start::regions(Layout::MAX_RAM).unwrap();
     assert!(regions.regions()[1].guest_end() <= 512 << 30);
 }

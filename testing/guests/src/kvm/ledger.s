@@ -1,7 +1,8 @@
-# The guest's program: the ledger of ../ledger.rs in machine code. 64-bit, at privilege level 3, no stack frames, no
-# interrupts, no relocations. A routine that returns something says so: `register: what`.
+# The guest's program: the ledger of ../ledger.rs in machine code. 64-bit, at privilege level 3, no
+# stack frames, no interrupts, no relocations. The label of a routine names its result:
+# `register: value`.
 #
-# Registers, from the first instruction to the last:
+# Registers with a fixed use:
 #
 #   rbx  front page            r12  index, as an offset into the RAM
 #   r8   end of the low RAM    r13  multiplier of `mix`
@@ -9,9 +10,9 @@
 #   r10  pages of the ledger   r15  the running digest
 #   rbp  this step's page      xmm0 the sum of all entries
 #
-# The host sets rbx and rsp; everything else begins as 0.
+# The host sets rbx and rsp; all other registers are 0 at the start.
 
-# Global: the compiler may put this text and what refers to it into different objects.
+# Global: the compiler may put this text and its uses into different objects.
         .globl  ledger_program, ledger_program_end
         .hidden ledger_program, ledger_program_end
 
@@ -20,13 +21,13 @@ ledger_program:
         mov     r9,  [rbx + {GAP_SIZE}]
         mov     r10, [rbx + {PAGES}]
         mov     r13, {GOLDEN}
-        mov     r12, r10                        # The index follows the last page.
+        mov     r12, r10                # The index follows the last page.
         shl     r12, 12
         add     r12, {LEDGER}
 
-# ---- what the host asks for --------------------------------------------------------------------------------------
+# ---- commands of the host -----------------------------------------------------------------------
 
-orders:
+commands:
         cmp     qword ptr [rbx + {ORDER}], 0
         jne     audit
 work:
@@ -36,15 +37,15 @@ work:
         jmp     work
 arrived:
         mov     eax, {ARRIVED}
-        out     {PORT}, al                      # The host reads the bell, writes an order, and lets us go on.
-        jmp     orders
+        out     {PORT}, al              # The host writes a command, and resumes.
+        jmp     commands
 audit:
         call    check
         mov     eax, {CHECKED}
         out     {PORT}, al
-        jmp     orders
+        jmp     commands
 
-# ---- one step ----------------------------------------------------------------------------------------------------
+# ---- one step ----------------------------------------------------------------------------------
 
 step:
         inc     r14
@@ -52,13 +53,13 @@ step:
         call    locate
         call    prove
 
-        mov     rax, r15                        # The digest takes in the step, then the page...
+        mov     rax, r15                # The digest covers the step, then the page...
         mov     rdx, r14
         call    mix
         mov     rdx, rbp
         call    mix
         mov     r15, rax
-        movq    xmm1, rax                       # ...and is the entry, which the sum takes in.
+        movq    xmm1, rax               # ...and is the entry, which is added to the sum.
         paddq   xmm0, xmm1
 
         mov     [rsi + {NUMBER}], rbp
@@ -66,21 +67,21 @@ step:
         inc     rax
         mov     [rsi + {VERSION}], rax
         mov     r11, rax
-        xor     edx, edx                        # Entries are used in turn.
+        xor     edx, edx                # Entries are used in turn.
         mov     ecx, {ENTRIES}
         div     rcx
         mov     [rsi + rdx*8 + {ENTRY}], r15
 
-        call    checksum                        # Until the next three stores are done the page is torn:
-        mov     [rsi + {CHECKSUM}], rax         # a guest paused before that is mended by its registers only.
+        call    checksum                # The page is torn until the next three stores are done:
+        mov     [rsi + {CHECKSUM}], rax # only its registers can complete a guest paused here.
         mov     [rdi], r11
         mov     [rbx + {STEPS}], r14
         ret
 
-# ---- the whole ledger --------------------------------------------------------------------------------------------
+# ---- check of the ledger -----------------------------------------------------------------------
 
 check:
-        mov     rax, r15                        # First what only the processor knows.
+        mov     rax, r15                # First the state of the registers.
         movq    rdx, xmm0
         call    mix
         mov     rdx, r14
@@ -92,7 +93,7 @@ check:
         call    fault
 2:      xor     ebp, ebp
 3:      call    locate
-        call    prove                           # rax is the checksum now.
+        call    prove                   # rax is the checksum now.
         mov     rdx, rax
         mov     rax, r11
         call    mix
@@ -105,11 +106,11 @@ check:
         mov     [rbx + {DIGEST}], r11
         ret
 
-# ---- which page --------------------------------------------------------------------------------------------------
+# ---- choice of the page ------------------------------------------------------------------------
 
-pick:                                           # rbp: the page of this step.
+pick:                                   # rbp: the page of this step.
         mov     rax, [rbx + {RANDOM}]
-        mov     rcx, rax                        # xorshift 13, 7, 17
+        mov     rcx, rax                # xorshift 13, 7, 17
         shl     rcx, 13
         xor     rax, rcx
         mov     rcx, rax
@@ -124,26 +125,26 @@ pick:                                           # rbp: the page of this step.
         and     edi, 31
         mov     ecx, {HOT}
         cmp     edi, 20
-        jb      pick_below                      # One of the hot pages.
+        jb      pick_below              # One of the hot pages.
         lea     rsi, [rbx + {CURSOR}]
         cmp     edi, 26
-        jb      advance                         # The next of the sequence.
+        jb      advance                 # The next of the sequence.
         mov     rcx, r10
         cmp     edi, 31
-        je      pick_below                      # Any page.
+        je      pick_below              # Any page.
         lea     rsi, [rbx + {ROAMER}]
         test    eax, ({JUMP} - 1) << 5
-        jnz     advance                         # The next of a run,
-        call    pick_below                      # or the first of a new one.
+        jnz     advance                 # The next of a run,
+        call    pick_below              # or the first of a new one.
         mov     [rsi], rbp
         ret
 
-pick_below:                                     # rbp: the random number rax as a page below rcx.
+pick_below:                             # rbp: the random number rax as a page below rcx.
         mul     rcx
         mov     rbp, rdx
         ret
 
-advance:                                        # rbp: the page after the one at rsi; the first after the last.
+advance:                                # rbp: the page after the one at rsi, or the first.
         xor     ecx, ecx
         mov     rbp, [rsi]
         inc     rbp
@@ -152,14 +153,14 @@ advance:                                        # rbp: the page after the one at
         mov     [rsi], rbp
         ret
 
-# ---- pages -------------------------------------------------------------------------------------------------------
+# ---- pages -------------------------------------------------------------------------------------
 
-locate:                                         # rsi: address of page rbp; rdi: of its index word.
+locate:                                 # rsi: address of page rbp; rdi: of its index word.
         mov     rsi, rbp
         shl     rsi, 12
         add     rsi, {LEDGER}
         lea     rdi, [r12 + rbp*8]
-        xor     eax, eax                        # RAM above the low end lies higher by the size of the hole.
+        xor     eax, eax                # RAM above the low end is after the hole.
         cmp     rsi, r8
         cmovae  rax, r9
         add     rsi, rax
@@ -169,14 +170,14 @@ locate:                                         # rsi: address of page rbp; rdi:
         add     rdi, rax
         ret
 
-prove:                                          # rax: the checksum of page rsi, after counting a fault if it is not whole.
+prove:                                  # rax: the checksum of page rsi; counts a fault.
         call    checksum
         cmp     rax, [rsi + {CHECKSUM}]
         jne     fault
         mov     rdx, [rsi + {VERSION}]
         cmp     rdx, [rdi]
         jne     fault
-        test    rdx, rdx                        # A page never written has no number.
+        test    rdx, rdx                # A page never written has no number.
         jz      2f
         cmp     rbp, [rsi + {NUMBER}]
         jne     fault
@@ -189,7 +190,7 @@ fault:
 2:      inc     qword ptr [rbx + {FAULTS}]
         ret
 
-checksum:                                       # rax: the digest of all words of page rsi but the last.
+checksum:                               # rax: the digest of all words of page rsi but the last.
         xor     eax, eax
         xor     ecx, ecx
 2:      rol     rax, 5
@@ -200,7 +201,7 @@ checksum:                                       # rax: the digest of all words o
         jb      2b
         ret
 
-mix:                                            # rax: the digest rax with the word rdx added.
+mix:                                    # rax: the digest rax with the word rdx added.
         rol     rax, 5
         xor     rax, rdx
         imul    rax, r13

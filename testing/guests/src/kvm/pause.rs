@@ -1,4 +1,4 @@
-//! Pausing a vCPU between any two instructions: a signal to its thread makes `KVM_RUN` return.
+//! Pauses a vCPU between any two instructions: a signal to its thread makes `KVM_RUN` return.
 
 #![allow(unsafe_code)]
 
@@ -9,38 +9,40 @@ use std::time::Duration;
 use nix::sys::pthread::{pthread_kill, pthread_self};
 use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
 
-/// Interrupts a system call, and does nothing else.
-const NUDGE: Signal = Signal::SIGUSR2;
+/// The signal, which only interrupts a system call.
+const INTERRUPT: Signal = Signal::SIGUSR2;
 
-/// Between two nudges. One alone may come just before the vCPU runs, and change nothing.
-const AGAIN: Duration = Duration::from_micros(50);
+/// The interval between two signals. A single one may arrive just before the vCPU runs, without
+/// effect.
+const INTERVAL: Duration = Duration::from_micros(50);
 
-/// Does `work` on this thread, which is nudged by signals from `after` on until `work` returns.
-pub(super) fn nudged<T>(after: Duration, work: impl FnOnce() -> T) -> nix::Result<T> {
+/// Calls `work` on this thread, and interrupts the thread with signals from `after` on until `work`
+/// returns.
+pub(super) fn interrupted<T>(after: Duration, work: impl FnOnce() -> T) -> nix::Result<T> {
     extern "C" fn nothing(_: libc::c_int) {}
-    // No SA_RESTART: the system call is to return.
+    // No SA_RESTART: the system call must return.
     let action = SigAction::new(
         SigHandler::Handler(nothing),
         SaFlags::empty(),
         SigSet::empty(),
     );
     // SAFETY: a handler that does nothing is safe at any instruction.
-    unsafe { sigaction(NUDGE, &action) }?;
+    unsafe { sigaction(INTERRUPT, &action) }?;
     let worker = pthread_self();
     let done = AtomicBool::new(false);
     thread::scope(|scope| {
-        let nudger = scope.spawn(|| {
+        let interrupter = scope.spawn(|| {
             thread::sleep(after);
             while !done.load(Ordering::Acquire) {
-                // The worker lives: the scope keeps it here.
-                pthread_kill(worker, NUDGE)?;
-                thread::sleep(AGAIN);
+                // The worker exists: it waits for the end of the scope.
+                pthread_kill(worker, INTERRUPT)?;
+                thread::sleep(INTERVAL);
             }
             nix::Result::Ok(())
         });
         let result = work();
         done.store(true, Ordering::Release);
-        // The nudger does not panic.
-        nudger.join().unwrap_or(Ok(())).map(|()| result)
+        // The interrupting thread does not panic.
+        interrupter.join().unwrap_or(Ok(())).map(|()| result)
     })
 }

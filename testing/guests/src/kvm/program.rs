@@ -1,5 +1,5 @@
-//! The guest's program, assembled into this binary: a blob to be copied to any address of the
-//! guest.
+//! The guest's program, assembled into this binary: position-independent code that is copied into
+//! the guest.
 
 #![allow(unsafe_code)]
 
@@ -8,7 +8,7 @@ use std::arch::global_asm;
 use super::{ARRIVED, CHECKED, PORT};
 use crate::ledger::{self, Layout, front};
 
-/// The offset of a word in the front page, from its address in the RAM.
+/// Returns the offset of a word in the front page, from its offset in the RAM.
 const fn in_front(word: u64) -> u64 {
     word - Layout::FRONT
 }
@@ -51,10 +51,10 @@ unsafe extern "C" {
     static END: u8;
 }
 
-/// The program's bytes; its first one is its entry.
+/// Returns the program's bytes. The first one is its entry.
 pub(super) fn bytes() -> &'static [u8] {
     let (start, end) = (&raw const START, &raw const END);
-    // SAFETY: both labels are of one section, the second after the first, with nothing but the
-    // program, read-only, between them.
+    // SAFETY: both labels are in one section, the second after the first, and only the read-only
+    // program is between them.
     unsafe { std::slice::from_raw_parts(start, end.offset_from_unsigned(start)) }
 }

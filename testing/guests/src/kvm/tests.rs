@@ -1,4 +1,4 @@
-//! What only a virtual machine has: pauses in the middle of a step, vector registers, a hole in its
+//! Properties of virtual machines: pauses in the middle of a step, vector registers, a hole in the
 //! addresses.
 
 use test_machine::Need;
@@ -14,7 +14,7 @@ fn machine() -> Machine {
     machine
 }
 
-/// A machine with the memory of another, and its vCPU's state after `change`.
+/// Creates a machine with the memory of another, and its vCPU's state after `change`.
 fn successor(old: &mut Machine, change: impl FnOnce(&mut VcpuState)) -> Machine {
     let mut ram = vec![0; LAYOUT.ram as usize];
     old.ram.read_at(0, &mut ram).unwrap();
@@ -28,13 +28,13 @@ fn successor(old: &mut Machine, change: impl FnOnce(&mut VcpuState)) -> Machine 
 }
 
 #[test]
-fn a_machine_paused_in_the_middle_of_a_step_goes_on_as_another() {
-    if !Need::Kvm.met("a_machine_paused_in_the_middle_of_a_step_goes_on_as_another") {
+fn vm_paused_in_a_step_continues_as_another() {
+    if !Need::Kvm.met("vm_paused_in_a_step_continues_as_another") {
         return;
     }
     let mut machine = machine();
     let mut inside = 0;
-    // On a busy machine every pause may come at the end of the last step: only a thorough run waits
+    // On a busy host every pause may come at the end of the last step: only a thorough run waits
     // for others.
     let mut round = 0;
     while round < test_machine::rounds(10, 40) || (test_machine::thorough() && inside == 0) {
@@ -42,7 +42,7 @@ fn a_machine_paused_in_the_middle_of_a_step_goes_on_as_another() {
         machine.work_until(round * 200).unwrap();
         machine.pause().unwrap();
         let registers = machine.vcpu.get_regs().unwrap();
-        // The register counts a step when it begins, the front page when it ends.
+        // The register counts a step at its start, the front page at its end.
         inside += u32::from(registers.r14 != machine.steps());
         machine = successor(&mut machine, |_| ());
     }
@@ -52,8 +52,8 @@ fn a_machine_paused_in_the_middle_of_a_step_goes_on_as_another() {
 }
 
 #[test]
-fn a_machine_without_its_vector_registers_is_found_out() {
-    if !Need::Kvm.met("a_machine_without_its_vector_registers_is_found_out") {
+fn vm_without_its_vector_registers_is_detected() {
+    if !Need::Kvm.met("vm_without_its_vector_registers_is_detected") {
         return;
     }
     // XMM0 in an XSAVE area: Intel SDM vol. 1, table 13-1.
@@ -70,11 +70,11 @@ fn a_machine_without_its_vector_registers_is_found_out() {
 }
 
 #[test]
-fn the_ledger_goes_on_above_a_hole_in_the_addresses() {
-    if !Need::Kvm.met("the_ledger_goes_on_above_a_hole_in_the_addresses") {
+fn ledger_continues_above_a_hole_in_the_addresses() {
+    if !Need::Kvm.met("ledger_continues_above_a_hole_in_the_addresses") {
         return;
     }
-    // The hole in the midst of a small ledger, not of a large one at 3 GiB.
+    // The hole is in the middle of a small ledger, instead of at 3 GiB of a large one.
     let regions = [(0, 5 << 20), (64 << 20, 3 << 20)];
     let mut machine = Machine::with_regions(RamLayout::new(regions).unwrap(), LAYOUT).unwrap();
     assert_eq!(machine.gap(), Some(5 << 20));
@@ -87,8 +87,8 @@ fn the_ledger_goes_on_above_a_hole_in_the_addresses() {
 }
 
 #[test]
-fn a_guest_that_leaves_its_ram_is_an_error() {
-    if !Need::Kvm.met("a_guest_that_leaves_its_ram_is_an_error") {
+fn guest_that_leaves_its_ram_is_an_error() {
+    if !Need::Kvm.met("guest_that_leaves_its_ram_is_an_error") {
         return;
     }
     let mut machine = machine();
