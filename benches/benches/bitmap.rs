@@ -1,4 +1,4 @@
-//! Marking and walking a dirty bitmap, beside squib-snapshot's.
+//! Marks and walks a dirty bitmap, in comparison with squib-snapshot.
 
 use std::hint::black_box;
 use std::time::Instant;
@@ -44,7 +44,7 @@ fn mark(c: &mut Criterion) {
 }
 
 fn walk(c: &mut Criterion) {
-    // With `--test` nothing is timed, and to dirty half of 1 TiB takes 20 s.
+    // With `--test` nothing is timed, and marking half of 1 TiB takes 20 s.
     let tests = std::env::args().any(|argument| argument == "--test");
     let ram: u64 = if tests { 1 << 34 } else { 1 << 40 };
     let mut group = c.benchmark_group("walk 1 TiB");
@@ -66,7 +66,7 @@ fn walk(c: &mut Criterion) {
         group.bench_function(BenchmarkId::new("dirty-bitmap", share), |b| {
             b.iter(|| ours.runs().map(|run| run.end - run.start).sum::<u64>());
         });
-        // Its walk as its own writer does it: a question a page.
+        // Walks as its own writer does: one query for each page.
         group.bench_function(BenchmarkId::new("squib-snapshot", share), |b| {
             b.iter(|| {
                 (0..ram / PAGE)
@@ -78,7 +78,8 @@ fn walk(c: &mut Criterion) {
     group.finish();
 }
 
-/// What a pause waits for: an epoch begins, and is extended, where a few pages are dirty.
+/// Measures the part of a pause that depends on the bitmap: an epoch begins, and is extended, with
+/// a few dirty pages.
 fn epoch(c: &mut Criterion) {
     const DIRTY: u64 = 1000;
     let mut group = c.benchmark_group("take 1,000 marks out");

@@ -1,9 +1,9 @@
-//! Full dumps, diffs, commits and merging, to durable, beside the peers. `MEMSNAP_BENCH_DIR` chooses the file system; with
-//! `--test`, everything once and small.
+//! Writes full dumps, diffs, commits and merged images, durably, in comparison with the peers.
+//! `MEMSNAP_BENCH_DIR` selects the file system. With `--test`, everything runs once and is small.
 
 #![allow(
     unreachable_pub,
-    reason = "what a benchmark shares with another is in a module"
+    reason = "modules that benchmarks share have public items"
 )]
 
 mod cases;
@@ -16,13 +16,17 @@ use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_m
 use memory_image::Chain;
 use memory_writer::MemoryWriter;
 
-/// Whether only to try that everything runs.
-fn trying() -> bool {
+/// Returns whether to only check that everything runs.
+fn is_smoke_test() -> bool {
     std::env::args().any(|argument| argument == "--test")
 }
 
 fn gib(count: u64) -> u64 {
-    if trying() { count << 24 } else { count << 30 }
+    if is_smoke_test() {
+        count << 24
+    } else {
+        count << 30
+    }
 }
 
 fn run(c: &mut Criterion, case: &Case<'_>) {
@@ -43,7 +47,7 @@ fn run(c: &mut Criterion, case: &Case<'_>) {
     group.finish();
 }
 
-/// The RAM of each full dump.
+/// Returns the RAM of each full dump.
 fn rams(size: u64) -> [(&'static str, Ram); 4] {
     [
         ("random bytes", Ram::new(size, Content::Random)),

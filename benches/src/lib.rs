@@ -1,4 +1,4 @@
-//! What the benchmarks share: where they write, what they find, and random numbers.
+//! Code shared by the benchmarks: the directory to write to, fio, and random numbers.
 
 #![forbid(unsafe_code)]
 
@@ -12,21 +12,23 @@ use sparse_file::Capabilities;
 /// The environment variable that names the directory to write to.
 pub const DIR: &str = "MEMSNAP_BENCH_DIR";
 
-/// A new directory in `MEMSNAP_BENCH_DIR`, or in `target/` where that is not set, and the name of its file system.
+/// Creates a directory in `MEMSNAP_BENCH_DIR`, or in `target/` if that is not set. Returns it with
+/// the name of its file system.
 ///
 /// # Errors
-/// The directory can't be made, or it is on tmpfs: writing to memory measures no disk.
+/// The directory can't be created, or it is on tmpfs: writing to memory does not measure a disk.
 pub fn place() -> anyhow::Result<(tempfile::TempDir, String)> {
     let target = || PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../target"));
     place_in(&std::env::var_os(DIR).map_or_else(target, PathBuf::from))
 }
 
-/// The same in `parent`.
+/// Creates a directory in `parent`. Returns it with the name of its file system.
 ///
 /// # Errors
 /// As [`place`].
 pub fn place_in(parent: &Path) -> anyhow::Result<(tempfile::TempDir, String)> {
-    std::fs::create_dir_all(parent).with_context(|| format!("{}", parent.display()))?;
+    std::fs::create_dir_all(parent)
+        .with_context(|| format!("failed to create {}", parent.display()))?;
     let file_system = Capabilities::probe(parent)?.file_system;
     if file_system == "tmpfs" {
         bail!(
@@ -37,12 +39,12 @@ pub fn place_in(parent: &Path) -> anyhow::Result<(tempfile::TempDir, String)> {
     Ok((tempfile::tempdir_in(parent)?, file_system))
 }
 
-/// Pseudo-random numbers, the same in every run (SplitMix64, Steele et al. 2014).
+/// A generator of pseudo-random numbers, the same in every run (SplitMix64, Steele et al. 2014).
 #[derive(Debug)]
 pub struct Random(pub u64);
 
 impl Random {
-    /// The next number.
+    /// Returns the next number.
     pub fn next_u64(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mixed = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -51,7 +53,7 @@ impl Random {
     }
 }
 
-/// `count` different numbers below `below`, in no order.
+/// Returns `count` different numbers below `below`, unordered.
 #[must_use]
 pub fn scattered(count: u64, below: u64) -> Vec<u64> {
     let mut random = Random(2);

@@ -1,4 +1,5 @@
-//! What is measured: the same work done by us, by peers, and by a writer that does nothing else.
+//! The measured cases: the same work done by this project, by its peers, and by a writer that does
+//! nothing else.
 
 pub mod ram;
 pub mod raw;
@@ -15,18 +16,18 @@ use vm_memory::{Bytes, GuestAddress};
 
 use ram::Ram;
 
-/// Names of contenders.
+/// The names of the contenders.
 pub const OURS: &str = "memsnap";
 pub const SQUIB: &str = "squib-snapshot";
 pub const VM_MEMORY: &str = "vm-memory";
 pub const LIMIT: &str = "raw limit";
 
-/// What stands at the destination before each run.
+/// The destination before each run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Before {
     Nothing,
-    /// What this contender wrote the last time.
-    ThePrevious,
+    /// The file that this contender wrote in the previous run.
+    Previous,
 }
 
 /// A snapshot of some pages, by several contenders.
@@ -40,7 +41,7 @@ pub struct Case<'a> {
 
 pub struct Contender<'a> {
     pub name: &'static str,
-    /// Writes to a path, and says what that took.
+    /// Writes to a path, and returns the time.
     pub run: Box<dyn Fn(&Path) -> Duration + 'a>,
 }
 
@@ -56,7 +57,7 @@ pub fn contender<'a>(name: &'static str, run: impl Fn(&Path) + 'a) -> Contender<
 }
 
 impl Case<'_> {
-    /// Where a contender writes to, made ready.
+    /// Prepares and returns the destination of a contender.
     pub fn destination(&self, place: &Path, contender: usize) -> PathBuf {
         let dir = place.join(contender.to_string());
         if self.before == Before::Nothing {
@@ -67,7 +68,7 @@ impl Case<'_> {
     }
 }
 
-/// Which pages a guest wrote.
+/// The pattern of the pages that a guest wrote.
 #[derive(Clone, Copy, Debug)]
 pub enum Pattern {
     /// In runs of 64 pages.
@@ -75,7 +76,7 @@ pub enum Pattern {
     Random,
 }
 
-/// Both bitmaps of the same dirty pages, and their runs.
+/// Both bitmaps with the same dirty pages, and their runs.
 pub struct Dirty {
     pub ours: DirtyBitmap,
     pub squib: squib_snapshot::DirtyBitmap,
@@ -84,7 +85,7 @@ pub struct Dirty {
 }
 
 impl Dirty {
-    /// One in `one_in` pages of `page` bytes.
+    /// Marks one in `one_in` pages of `page` bytes.
     pub fn new(size: u64, page: u64, one_in: u64, pattern: Pattern) -> Self {
         let (pages, count) = (size / page, size / page / one_in);
         const CLUSTER: u64 = 64;
@@ -113,7 +114,7 @@ impl Dirty {
 
 const FILE_PAGE: u64 = 16 << 10;
 
-/// A full dump: `options` are ours.
+/// Returns the case of a full dump. `options` apply to this project's writer.
 pub fn full<'a>(ram: &'a Ram, name: &str, options: fn() -> Options) -> Case<'a> {
     let size = ram.size;
     Case {
@@ -147,11 +148,12 @@ pub fn full<'a>(ram: &'a Ram, name: &str, options: fn() -> Options) -> Case<'a> 
     }
 }
 
-/// A full dump over the one before, whose file ours writes to again.
+/// Returns the case of a full dump over the previous one, whose file this project's writer
+/// recycles.
 pub fn recycled<'a>(ram: &'a Ram, name: &str) -> Case<'a> {
     let size = ram.size;
     let mut case = full(ram, name, || MemoryWriter::options().recycle(u64::MAX));
-    case.before = Before::ThePrevious;
+    case.before = Before::Previous;
     case.contenders.retain(|contender| contender.name != LIMIT);
     case.contenders.push(contender(LIMIT, move |dest| {
         if dest.exists() {
@@ -163,7 +165,7 @@ pub fn recycled<'a>(ram: &'a Ram, name: &str) -> Case<'a> {
     case
 }
 
-/// A diff in the raw layout.
+/// Returns the case of a diff in the raw layout.
 pub fn diff<'a>(ram: &'a Ram, dirty: &'a Dirty, name: &str) -> Case<'a> {
     let (size, page) = (ram.size, dirty.page);
     Case {

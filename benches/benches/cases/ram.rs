@@ -1,4 +1,4 @@
-//! A guest's RAM in one region, as every contender reads it.
+//! A guest's RAM in one region, which every contender reads.
 
 use std::io;
 
@@ -11,13 +11,13 @@ pub struct Ram {
     pub size: u64,
 }
 
-/// What a guest left in its pages of 4 KiB.
+/// The contents of the pages of 4 KiB.
 #[derive(Clone, Copy, Debug)]
 pub enum Content {
     Random,
-    /// Of 100 pages so many are zeros that were written; the others are random.
+    /// This many of 100 pages are written zeros; the others are random.
     Zero(u64),
-    /// The same, but those pages were never touched.
+    /// This many of 100 pages were never touched; the others are random.
     Untouched(u64),
 }
 
@@ -31,7 +31,8 @@ impl Ram {
         let mut page = vec![0; PAGE as usize];
         let zeros = vec![0; PAGE as usize];
         for at in (0..size).step_by(PAGE as usize) {
-            // Zeros in stretches of 64 pages. What a guest touches takes a huge page at a time, so what it does not comes in those.
+            // Zeros come in runs of 64 pages. A guest touches one huge page at a time, so untouched
+            // pages come in runs of that size.
             let (share, stretch, touch) = match content {
                 Content::Random => (0, 1, true),
                 Content::Zero(share) => (share, 64, true),
@@ -55,7 +56,7 @@ impl Ram {
     }
 }
 
-/// The same for squib-snapshot.
+/// Reads the same RAM for squib-snapshot.
 impl squib_snapshot::PageReader for Ram {
     fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
         let read = self.memory.read_slice(buf, GuestAddress(offset));

@@ -1,5 +1,6 @@
-//! The limit: the same bytes at the same offsets by a bare io_uring writer with direct I/O, made durable and renamed like a
-//! snapshot. It checks nothing that a snapshot must.
+//! The limit: writes the same bytes to the same offsets with a bare io_uring writer and direct I/O,
+//! makes them durable and renames the file like a snapshot. It does none of the checks of a
+//! snapshot.
 
 #![allow(unsafe_code)]
 
@@ -23,12 +24,12 @@ pub fn fresh(dest: &Path, size: u64, runs: &[Range<u64>], ram: &dyn PageReader) 
     });
 }
 
-/// Overwrites the file that is there, and syncs it.
+/// Overwrites the existing file, and syncs it.
 pub fn overwrite(dest: &Path, runs: &[Range<u64>], ram: &dyn PageReader) {
     change(dest, |file| write(file, runs, ram));
 }
 
-/// Has `fill` write a new file, syncs it, and renames it to `dest`.
+/// Calls `fill` with a new file, syncs it, and renames it to `dest`.
 pub fn replace(dest: &Path, fill: impl FnOnce(&File)) {
     let stage = dest.with_extension("raw");
     let file = open(&stage, true);
@@ -41,14 +42,14 @@ pub fn replace(dest: &Path, fill: impl FnOnce(&File)) {
         .unwrap();
 }
 
-/// Has `fill` write to the file that is there, and syncs it.
+/// Calls `fill` with the existing file, and syncs it.
 pub fn change(dest: &Path, fill: impl FnOnce(&File)) {
     let file = open(dest, false);
     fill(&file);
     file.sync_all().unwrap();
 }
 
-/// Opens for direct writes.
+/// Opens a file for direct writes.
 fn open(path: &Path, create: bool) -> File {
     let mut options = File::options();
     options
@@ -61,7 +62,7 @@ fn open(path: &Path, create: bool) -> File {
 /// Writes `runs` of `ram` to their offsets.
 pub fn write(file: &File, runs: &[Range<u64>], ram: &dyn PageReader) {
     let mut ring = IoUring::new(IN_FLIGHT).unwrap();
-    let mut flying = 0;
+    let mut in_flight = 0;
     for run in runs {
         let mut at = run.start;
         while at < run.end {
@@ -70,26 +71,27 @@ pub fn write(file: &File, runs: &[Range<u64>], ram: &dyn PageReader) {
             let write =
                 opcode::Write::new(Fd(file.as_raw_fd()), memory.as_ptr(), memory.len() as u32);
             let entry = write.offset(at).build().user_data(memory.len() as u64);
-            if flying == IN_FLIGHT {
-                reap(&mut ring, &mut flying, 1);
+            if in_flight == IN_FLIGHT {
+                reap(&mut ring, &mut in_flight, 1);
             }
-            // SAFETY: the memory is the guest's and the file open until `reap` has seen all of what is submitted.
+            // SAFETY: the guest's memory stays mapped and the file open until `reap` has seen the
+            // completion of everything submitted.
             unsafe { ring.submission().push(&entry).unwrap() };
-            flying += 1;
-            if flying % 8 == 0 {
+            in_flight += 1;
+            if in_flight % 8 == 0 {
                 ring.submit().unwrap();
             }
             at += memory.len() as u64;
         }
     }
-    let all = flying as usize;
-    reap(&mut ring, &mut flying, all);
+    let all = in_flight as usize;
+    reap(&mut ring, &mut in_flight, all);
 }
 
-fn reap(ring: &mut IoUring, flying: &mut u32, at_least: usize) {
+fn reap(ring: &mut IoUring, in_flight: &mut u32, at_least: usize) {
     ring.submit_and_wait(at_least).unwrap();
     for done in ring.completion() {
         assert_eq!(i64::from(done.result()), done.user_data() as i64);
-        *flying -= 1;
+        *in_flight -= 1;
     }
 }

@@ -1,4 +1,4 @@
-//! The limits of packed images and of reading: the same bytes, and nothing checked.
+//! The limits of packed images and of reading: the same bytes, without checks.
 
 #![allow(unsafe_code)]
 
@@ -13,12 +13,12 @@ use page_reader::PageReader;
 
 use crate::cases::raw::{IN_FLIGHT, PIECE, change, replace, write};
 
-/// Writes `runs` of `ram` one after another to a new file, syncs it, and renames it to `dest`.
+/// Writes `runs` of `ram` contiguously to a new file, syncs it, and renames it to `dest`.
 pub fn packed(dest: &Path, runs: &[Range<u64>], ram: &dyn PageReader) {
     replace(dest, |file| pack(file, runs, ram));
 }
 
-/// The same over the file that is there.
+/// Writes `runs` of `ram` contiguously over the existing file, and syncs it.
 pub fn packed_over(dest: &Path, runs: &[Range<u64>], ram: &dyn PageReader) {
     change(dest, |file| pack(file, runs, ram));
 }
@@ -41,7 +41,7 @@ fn pack(file: &File, runs: &[Range<u64>], ram: &dyn PageReader) {
     write(file, &[0..len], &&*packed);
 }
 
-/// Reads all of a file past the page cache, as fast as it comes.
+/// Reads all of a file with direct I/O, as fast as possible.
 pub fn read(path: &Path) {
     let mut options = File::options();
     let file = options
@@ -65,8 +65,8 @@ pub fn read(path: &Path) {
                 buffer[start..].as_ptr().cast_mut(),
                 PIECE as u32,
             );
-            // SAFETY: the buffer is the kernel's until its completion was seen, and Rust looks at none of its bytes; the loop ends
-            // once nothing is in flight.
+            // SAFETY: only the kernel uses the buffer until its completion was seen, and Rust reads
+            // none of its bytes. The loop ends when nothing is in flight.
             unsafe {
                 ring.submission()
                     .push(&read.offset(at).build().user_data(number))

@@ -1,4 +1,4 @@
-//! Marking and walking dirty bitmaps.
+//! Marks and walks dirty bitmaps.
 
 use std::hint::black_box;
 use std::time::Instant;
@@ -11,7 +11,7 @@ use crate::cases::{OURS, SQUIB};
 use crate::{Comparison, named, named_goals};
 
 impl Comparison<'_> {
-    /// Marking and walking, without any file.
+    /// Compares marking and walking, without files.
     pub fn bitmap(&mut self) {
         const PAGE: u64 = 4096;
         let size = 1024 * self.gib;
@@ -38,12 +38,12 @@ impl Comparison<'_> {
                 let bytes: u64 = ours.runs().map(|run| run.end - run.start).sum();
                 black_box(bytes);
             };
-            // As its own writer does it: a question a page.
+            // Walks as its own writer does: one query for each page.
             let walk_squib = || {
                 let dirty = (0..pages).filter(|page| squib.is_dirty_by_index(*page));
                 black_box(dirty.count());
             };
-            self.by_turns(&name, goal, &walk_ours, &walk_squib);
+            self.run_in_turns(&name, goal, &walk_ours, &walk_squib);
         }
         let size = self.gib;
         let ours = DirtyBitmap::new(0, size, PAGE).unwrap();
@@ -72,12 +72,12 @@ impl Comparison<'_> {
                         black_box(squib.set_dirty(address));
                     })
                 };
-                self.by_turns(&name, 1.0, &mark_ours, &mark_squib);
+                self.run_in_turns(&name, 1.0, &mark_ours, &mark_squib);
             }
         }
     }
 
-    fn by_turns(&mut self, name: &str, goal: f64, ours: &dyn Fn(), squib: &dyn Fn()) {
+    fn run_in_turns(&mut self, name: &str, goal: f64, ours: &dyn Fn(), squib: &dyn Fn()) {
         let mut seconds = vec![Vec::new(); 2];
         for round in 0..=self.rounds {
             for (number, run) in [ours, squib].into_iter().enumerate() {
@@ -96,6 +96,6 @@ impl Comparison<'_> {
             contenders: named([OURS, SQUIB].into_iter(), seconds),
             goals: named_goals(if goal > 0.0 { &goals } else { &[] }),
         };
-        self.found(found);
+        self.record(found);
     }
 }

@@ -1,4 +1,4 @@
-//! Chains of very many images.
+//! Opens and maps chains of many images.
 
 use std::fs::File;
 use std::io;
@@ -28,22 +28,22 @@ impl PageReader for Ones {
 }
 
 impl Comparison<'_> {
-    /// Opens chains, and reads what scattered pages there are. The limit opens the same files and looks at the same footers or
-    /// extents, one after the other.
+    /// Compares opening chains of diffs with scattered pages. The limit opens the same files and
+    /// reads the same footers or extents, one after the other.
     pub fn chains(&mut self) {
-        let diffs = |many| if self.trying { 20 } else { many };
+        let diffs = |many| if self.smoke_test { 20 } else { many };
         let (sealed, raw) = (diffs(10_000), diffs(2000));
         let opened = "open a chain of 10,000 packed diffs of 64 GiB";
         let mapped = "map a chain of 10,000 packed diffs of 64 GiB";
         if self.wants(opened) || self.wants(mapped) {
             let paths = self.many(sealed, 64 * self.gib, 16, Layout::Packed);
             let open = |_: &Path| drop(Chain::open_sealed(&paths).unwrap());
-            let look = |_: &Path| {
+            let read = |_: &Path| {
                 for path in &paths {
                     Footer::read(&File::open(path).unwrap()).unwrap();
                 }
             };
-            self.opened(opened, sealed, 0.2, open, look);
+            self.opened(opened, sealed, 0.2, open, read);
             self.mapped(mapped, &Chain::open_sealed(&paths).unwrap());
             remove(&paths);
         }
@@ -56,15 +56,16 @@ impl Comparison<'_> {
                     chain.push_raw(path).unwrap();
                 }
             };
-            let look = |_: &Path| {
+            let read = |_: &Path| {
                 for path in &paths {
                     let file = File::open(path).unwrap();
                     let count = extents(&file).unwrap().map(Result::unwrap).count();
                     assert!(count > 0);
                 }
             };
-            // What the file system's holes are worth takes calls that the limit does without.
-            self.opened(name, raw, 0.05, open, look);
+            // Checking whether the file system's holes are reliable takes calls that the limit does
+            // not make.
+            self.opened(name, raw, 0.05, open, read);
             remove(&paths);
         }
     }
@@ -87,19 +88,19 @@ impl Comparison<'_> {
         images: u64,
         goal: f64,
         open: impl Fn(&Path),
-        look: impl Fn(&Path),
+        read: impl Fn(&Path),
     ) {
         let case = Case {
             name: name.into(),
             group: "read",
             bytes: images * PAGE,
             before: Before::Nothing,
-            contenders: vec![contender(OURS, open), contender(LIMIT, look)],
+            contenders: vec![contender(OURS, open), contender(LIMIT, read)],
         };
         self.run(&case, &[(LIMIT, goal)]);
     }
 
-    /// A full image of zeros, and diffs of `pages` pages each.
+    /// Writes a full image of zeros, and diffs of `pages` pages each.
     fn many(
         &self,
         diffs: u64,
@@ -136,7 +137,7 @@ impl Comparison<'_> {
     }
 }
 
-/// A guest that has not touched any page.
+/// A guest whose pages were never touched.
 struct Untouched;
 
 impl PageReader for Untouched {

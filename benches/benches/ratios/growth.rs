@@ -1,4 +1,4 @@
-//! What a dump takes beside its bytes, and as RAM grows.
+//! The memory that a dump takes, and its time as RAM grows.
 
 use std::fs;
 use std::io;
@@ -12,7 +12,7 @@ use crate::Comparison;
 use crate::cases::ram::{Content, Ram};
 
 impl Comparison<'_> {
-    /// How much memory a dump takes that is not the guest's.
+    /// Measures the memory of a dump in addition to the guest's.
     pub fn memory(&mut self) {
         let name = "memory of a full dump of 8 GiB";
         if !self.wants(name) {
@@ -25,28 +25,28 @@ impl Comparison<'_> {
         };
         let before = resident();
         let dest = self.place.join("guest.mem");
-        let peak = std::sync::atomic::AtomicU64::new(0);
-        let tell = std::sync::Arc::new(peak);
-        let seen = std::sync::Arc::clone(&tell);
+        let peak = std::sync::Arc::new(std::sync::atomic::AtomicU64::new(0));
+        let seen = std::sync::Arc::clone(&peak);
         let mut writer = MemoryWriter::options()
             .progress(move |_| {
-                tell.fetch_max(resident(), std::sync::atomic::Ordering::Relaxed);
+                seen.fetch_max(resident(), std::sync::atomic::Ordering::Relaxed);
             })
             .open(&dest, ram.size, 16 << 10)
             .unwrap();
         writer.write_full(&ram).unwrap();
         writer.commit().unwrap();
         fs::remove_file(&dest).unwrap();
-        let peak = seen.load(std::sync::atomic::Ordering::Relaxed);
+        let peak = peak.load(std::sync::atomic::Ordering::Relaxed);
         let more = peak.saturating_sub(before) as f64 / f64::from(1 << 20);
         self.figure(
             name,
-            format!("{more:.1} MiB beside the guest's"),
+            format!("{more:.1} MiB in addition to the guest's"),
             "at most 32 MiB",
         );
     }
 
-    /// Whether time grows as the bytes do, and not with RAM that was never touched.
+    /// Measures whether time grows with the number of bytes, and not with RAM that was never
+    /// touched.
     pub fn growth(&mut self) {
         if self.wants("growth") {
             let ram = Ram::new(self.gib, Content::Random);
@@ -69,7 +69,7 @@ impl Comparison<'_> {
                 let ram = Ram::new(gib * self.gib, Content::Untouched(100));
                 let options = MemoryWriter::options().skip_untouched(true);
                 let seconds = self.dump(&ram.reader(), ram.size, options);
-                let name = format!("full dump of {gib} GiB that nobody touched");
+                let name = format!("full dump of {gib} GiB that was never touched");
                 self.figure(&name, format!("{:.2} ms", seconds * 1e3), "");
             }
         }
@@ -87,7 +87,7 @@ impl Comparison<'_> {
     }
 }
 
-/// Bytes of this process that are in memory.
+/// Returns the resident size of this process in bytes.
 pub fn resident() -> u64 {
     let statm = fs::read_to_string("/proc/self/statm").unwrap_or_default();
     let pages = statm
@@ -97,7 +97,7 @@ pub fn resident() -> u64 {
     pages.unwrap_or(0) * 4096
 }
 
-/// More RAM than there is memory: the same bytes again and again.
+/// A guest with more RAM than the host's memory: the same bytes repeated.
 struct Repeated<'a> {
     ram: GuestMemoryReader<&'a GuestMemoryMmap>,
     size: u64,

@@ -1,4 +1,4 @@
-//! Sealed and packed images: written, verified, merged.
+//! Writes, verifies and merges sealed and packed images.
 
 use std::fs::File;
 use std::ops::ControlFlow;
@@ -19,9 +19,9 @@ use crate::cases::{
 use crate::growth::resident;
 use crate::{Comparison, bare};
 
-/// Ours, without a footer.
+/// The contender of this project, without a footer.
 const RAW_LAYOUT: &str = "raw layout";
-/// Reads the same bytes past the page cache, and looks at none.
+/// The contender that reads the same bytes with direct I/O and checks none.
 const READER: &str = "bare reader";
 
 const PAGE: u64 = 4096;
@@ -42,7 +42,7 @@ impl Comparison<'_> {
         let case = packed_diff(&ram, &dirty, name, Before::Nothing);
         self.run(&case, &[(SQUIB, 4.0), (LIMIT, 0.85)]);
         let name = "diff 1 % of 1 GiB, 4 KiB random, packed over the previous";
-        let case = packed_diff(&ram, &dirty, name, Before::ThePrevious);
+        let case = packed_diff(&ram, &dirty, name, Before::Previous);
         self.run(&case, &[(SQUIB, 6.0), (LIMIT, 0.85)]);
         for (what, options) in [("sealed", sealed as fn() -> Options), ("packed", packed)] {
             let name = format!("full 1 GiB, random bytes, {what}");
@@ -60,7 +60,8 @@ impl Comparison<'_> {
         self.merge(&ram);
     }
 
-    /// How soon a guest of 32 GiB has its first page, from ten diffs on a base of which little was touched.
+    /// Measures the time until a guest of 32 GiB has its first page, from ten diffs on a base with
+    /// few touched pages.
     pub fn start(&mut self) {
         let name = "first page of a guest of 32 GiB from a chain of 11";
         if !self.wants(name) {
@@ -72,10 +73,10 @@ impl Comparison<'_> {
             let mut times: Vec<f64> = (0..self.rounds)
                 .map(|_| {
                     let chain = Chain::open_sealed(&paths).unwrap();
-                    let begun = Instant::now();
+                    let started = Instant::now();
                     let guest = start(chain);
                     guest.read_at(0, &mut [0; PAGE as usize]).unwrap();
-                    begun.elapsed().as_secs_f64() * 1e3
+                    started.elapsed().as_secs_f64() * 1e3
                 })
                 .collect();
             times.sort_unstable_by(f64::total_cmp);
@@ -90,13 +91,13 @@ impl Comparison<'_> {
         }
     }
 
-    /// A packed full image and ten packed diffs of one in `one_in` pages.
+    /// Writes a packed full image and ten packed diffs of one in `one_in` pages.
     fn chain(&self, ram: &Ram, one_in: u64, pattern: Pattern) -> Vec<PathBuf> {
         let path = |number: u64| self.place.join(format!("{number}.mem"));
         let mut paths = vec![path(0)];
         let mut parent = write(&path(0), packed().skip_untouched(true), ram, None);
         for number in 1..=10 {
-            // Other pages each time.
+            // Each diff has different pages.
             let dirty = Dirty::new(ram.size, PAGE, one_in + number, pattern);
             let layout = Layout::Packed(Seal::new().parent(parent));
             let options = MemoryWriter::options().layout(layout);
@@ -115,7 +116,7 @@ impl Comparison<'_> {
             assert!(found.is_whole());
         };
         let timed = |run: &dyn Fn(&Path)| {
-            forget(&path);
+            evict(&path);
             let start = Instant::now();
             run(&path);
             start.elapsed()
@@ -147,7 +148,7 @@ impl Comparison<'_> {
         std::fs::remove_file(&path).unwrap();
     }
 
-    /// Ten diffs onto their base.
+    /// Compares merging ten diffs onto their base.
     fn merge(&mut self, ram: &Ram) {
         let paths = self.chain(ram, 100, Pattern::Random);
         let merged = |options: Options, dest: &Path, paths: &[PathBuf]| {
@@ -199,7 +200,7 @@ fn packed_diff<'a>(ram: &'a Ram, dirty: &'a Dirty, name: &str, before: Before) -
         let options = MemoryWriter::options().layout(Layout::Packed(seal));
         let options = match before {
             Before::Nothing => options,
-            Before::ThePrevious => options.recycle(u64::MAX),
+            Before::Previous => options.recycle(u64::MAX),
         };
         let mut writer = options.open(dest, size, PAGE).unwrap();
         writer.write_diff(&ram.reader(), &dirty.ours).unwrap();
@@ -207,7 +208,7 @@ fn packed_diff<'a>(ram: &'a Ram, dirty: &'a Dirty, name: &str, before: Before) -
     });
     case.contenders.insert(0, ours);
     case.contenders.push(contender(LIMIT, move |dest| {
-        if before == Before::ThePrevious && dest.exists() {
+        if before == Before::Previous && dest.exists() {
             bare::packed_over(dest, &dirty.runs, &ram.reader());
         } else {
             bare::packed(dest, &dirty.runs, &ram.reader());
@@ -239,8 +240,8 @@ fn timed_contender<'a>(name: &'static str, run: impl Fn(&Path) -> Duration + 'a)
     }
 }
 
-/// Out of the page cache.
-fn forget(path: &Path) {
+/// Removes a file from the page cache.
+fn evict(path: &Path) {
     let file = File::open(path).unwrap();
     file.sync_all().unwrap();
     let advice = nix::fcntl::PosixFadviseAdvice::POSIX_FADV_DONTNEED;

@@ -1,10 +1,12 @@
-//! The comparison: every contender by turns, so that a busy moment is everybody's, and the medians' ratios. `cargo xtask bench` runs it.
+//! Compares the contenders in turns, so that a busy moment affects all of them, and prints the
+//! ratios of their medians. It is a harness of its own, since criterion does not interleave
+//! benchmarks. `cargo xtask bench` runs it.
 //!
-//! With `--test` it does everything once and small.
+//! With `--test` everything runs once and is small.
 
 #![allow(
     unreachable_pub,
-    reason = "what a benchmark shares with another is in a module"
+    reason = "modules that benchmarks share have public items"
 )]
 
 mod bare;
@@ -32,22 +34,23 @@ use page_reader::PageReader;
 /// Compare with the peers and the limit
 #[derive(Parser)]
 struct Arguments {
-    /// The directory to write to: chooses the file system [default: target/, or MEMSNAP_BENCH_DIR]
+    /// The directory to write to, which selects the file system [default: target/, or
+    /// MEMSNAP_BENCH_DIR]
     #[arg(long)]
     dir: Option<PathBuf>,
-    /// How often each contender runs, at least 5
+    /// Number of runs of each contender, at least 5
     #[arg(long, default_value_t = 7)]
     rounds: usize,
-    /// Write what was found to this file
+    /// Write the results to this file
     #[arg(long)]
     json: Option<PathBuf>,
-    /// Only the cases whose name contains this
+    /// Run only the cases whose name contains this
     #[arg(long, default_value = "")]
     only: String,
-    /// Everything once and small
+    /// Run everything once and small
     #[arg(long)]
     test: bool,
-    /// What cargo says
+    /// Passed by cargo
     #[arg(long, hide = true)]
     bench: bool,
 }
@@ -67,7 +70,7 @@ fn main() -> anyhow::Result<()> {
             arguments.rounds.max(5)
         },
         only: &arguments.only,
-        trying: arguments.test,
+        smoke_test: arguments.test,
         report: Report::default(),
     };
     comparison.report.rounds = comparison.rounds;
@@ -82,7 +85,7 @@ fn main() -> anyhow::Result<()> {
     comparison.growth();
     if let Some(path) = &arguments.json {
         let json = serde_json::to_string_pretty(&comparison.report)?;
-        fs::write(path, json).with_context(|| format!("can't write {}", path.display()))?;
+        fs::write(path, json).with_context(|| format!("failed to write {}", path.display()))?;
     }
     Ok(())
 }
@@ -106,8 +109,8 @@ struct Comparison<'a> {
     gib: u64,
     rounds: usize,
     only: &'a str,
-    /// Once and small: what is measured then says nothing.
-    trying: bool,
+    /// Whether everything runs once and is small: the times are then meaningless.
+    smoke_test: bool,
     report: Report,
 }
 
@@ -125,11 +128,13 @@ impl Comparison<'_> {
                 .skip_zeros(true)
                 .skip_untouched(true)
         };
-        // Little memory at a time, as a monitor has it: looking for what is untouched takes a walk of it all. Here the others touch all of theirs by reading it.
+        // Little memory exists at a time, as in a VMM: finding untouched pages takes a walk of all
+        // of it. The other contenders touch all of their RAM by reading it, so they have a RAM of
+        // their own.
         {
             let (alone, read) = (ram(Content::Untouched(95)), ram(Content::Untouched(95)));
             let name = "full 1 GiB, 95 % never touched, not read";
-            // The limit knows beforehand what was touched, and writes just that.
+            // The limit knows in advance which pages were touched, and writes only those.
             let touched: Vec<_> = alone.reader().populated(0..gib).collect();
             let mut case = skipping(&read, name, skip_untouched);
             case.contenders[0] = skipping(&alone, name, skip_untouched).contenders.remove(0);
@@ -182,7 +187,7 @@ impl Comparison<'_> {
         self.run(&case, &[(SQUIB, 1.8), (LIMIT, 0.85)]);
     }
 
-    /// By turns, `rounds` times, after once that doesn't count.
+    /// Runs the contenders in turns, `rounds` times, after one run that is not counted.
     fn run(&mut self, case: &Case<'_>, goals: &[(&str, f64)]) {
         if !self.wants(&case.name) {
             return;
@@ -208,10 +213,10 @@ impl Comparison<'_> {
             contenders: named(names, seconds),
             goals: named_goals(goals),
         };
-        self.found(found);
+        self.record(found);
     }
 
-    /// Of a case that ran: what the disk took, by who wrote to it directly.
+    /// Adds the throughput of the contenders that write to the disk directly, for a case that ran.
     fn throughput(&mut self, name: &str) {
         let Some(case) = self.report.cases.iter().find(|case| case.name == name) else {
             return;
@@ -232,8 +237,8 @@ impl Comparison<'_> {
         self.figure(&what, parts.join(", "), "");
     }
 
-    fn found(&mut self, case: report::Case) {
-        if self.trying {
+    fn record(&mut self, case: report::Case) {
+        if self.smoke_test {
             println!("ran: {}", case.name);
             return;
         }
@@ -248,7 +253,7 @@ impl Comparison<'_> {
     }
 
     fn figure(&mut self, name: &str, value: String, limit: &str) {
-        if self.trying {
+        if self.smoke_test {
             println!("ran: {name}");
             return;
         }
@@ -277,7 +282,7 @@ fn named_goals(goals: &[(&str, f64)]) -> Vec<(String, f64)> {
         .collect()
 }
 
-/// A full dump without the limit's: what it does not write is not its case.
+/// Returns the case of a full dump without the limit, which does not skip pages.
 fn skipping<'a>(ram: &'a Ram, name: &str, options: fn() -> memory_writer::Options) -> Case<'a> {
     let mut case = full(ram, name, options);
     case.contenders.retain(|contender| contender.name != LIMIT);
