@@ -1,5 +1,5 @@
 //! Compares the contenders in turns, so that a busy moment affects all of them, and prints the
-//! ratios of their medians. It is a harness of its own, since criterion does not interleave
+//! ratios of their medians. It is a separate harness, since criterion does not interleave
 //! benchmarks. `cargo xtask bench` runs it.
 //!
 //! With `--test` everything runs once and is small.

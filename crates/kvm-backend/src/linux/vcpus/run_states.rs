@@ -25,13 +25,14 @@ const ADOPTED: u8 = 3;
 /// The states of a set of vCPUs.
 ///
 /// # Protocol
-/// Only its own vCPU changes a state. A state that permits a pause, [`IDLE`], is left with the lock
-/// held and while nothing is paused. [`ADOPTED`] is left in the same way, as a vCPU may be adopted
-/// during a pause. All other changes need no lock: before and after them the state forbids a pause.
+/// Only the vCPU itself changes its state. A state that permits a pause, [`IDLE`], is left with the
+/// lock held and while nothing is paused. [`ADOPTED`] is left in the same way, as a vCPU may be
+/// adopted during a pause. All other changes need no lock: before and after them the state forbids
+/// a pause.
 ///
 /// A pause holds the lock and loads each state once. Every vCPU found idle stays idle until the
 /// lock is released, and from then on until the pause ends. A second load could find a vCPU running
-/// that the first found pending, and a count of each state by a load of its own could miss it.
+/// that the first found pending, and counting each state with a separate load could miss it.
 #[derive(Debug)]
 pub(super) struct RunStates {
     set: Mutex<Set>,
