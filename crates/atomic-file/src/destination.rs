@@ -12,7 +12,7 @@ use crate::directory::{Directory, Stat};
 use crate::error::{Obstacle, OpenError};
 use crate::options::Symlinks;
 use crate::record::is_record_name;
-use crate::stage::parse_name;
+use crate::staged_file::kind_of_name;
 use crate::sys;
 
 /// Links followed before the path is taken for a loop: Linux's own limit (`MAXSYMLINKS`).
@@ -59,7 +59,7 @@ impl Destination {
                         is_dir: other.is_dir(),
                     });
                 }
-                _ if is_record_name(&name) || parse_name(&name).is_some() => {
+                _ if is_record_name(&name) || kind_of_name(&name).is_some() => {
                     return Err(OpenError::ReservedName {
                         path: dir.path_of(&name),
                     });
@@ -82,7 +82,7 @@ impl Destination {
 pub(crate) fn check_replaceable(dest: &Destination) -> Result<(), OpenError> {
     const STICKY: u32 = 0o1000;
     /// In bytes: ten pages, what `mkswap` takes. So most small files need no look.
-    const SMALLEST_SWAP: u64 = 10 * 4096;
+    const MIN_SWAP_SIZE: u64 = 10 * 4096;
     let refuse = |obstacle| {
         Err(OpenError::CannotReplace {
             path: dest.path.clone(),
@@ -103,7 +103,7 @@ pub(crate) fn check_replaceable(dest: &Destination) -> Result<(), OpenError> {
     if found.append_only {
         return refuse(Obstacle::AppendOnly);
     }
-    if entry.is_file() && entry.size >= SMALLEST_SWAP && sys::is_swap(entry.id) {
+    if entry.is_file() && entry.size >= MIN_SWAP_SIZE && sys::is_swap(entry.id) {
         return refuse(Obstacle::Swap);
     }
     let dir = &dest.dir.stat;

@@ -14,7 +14,7 @@ use nix::sys::stat::{FileStat, Mode, SFlag, fstat, fstatat};
 use nix::unistd::{UnlinkatFlags, linkat, unlinkat};
 
 use crate::options::Durability;
-use crate::shared;
+use crate::permissions;
 use crate::sys::{self, retry};
 
 /// Which file it is, as long as the file system stays mounted and the file open.
@@ -180,7 +180,7 @@ impl Directory {
     pub(crate) fn others_may_create(&self) -> bool {
         *self
             .shared
-            .get_or_init(|| shared::is_shared(self.as_fd(), &self.stat))
+            .get_or_init(|| permissions::others_may_create(self.as_fd(), &self.stat))
     }
 
     /// Creates `name`, readable and writable by its owner alone. `EEXIST` whatever stands there, a link included.

@@ -10,12 +10,14 @@ use crate::destination::Destination;
 use crate::directory::{Directory, stat_of};
 use crate::error::{AddError, CommitStep, GroupCommitError, Leftover, Refusal};
 use crate::options::Durability;
-use crate::outcome::PublishError;
 use crate::record::{self, Member, Old, record_name};
-use crate::recover::{LONGEST, is_foreign, is_obeyed, old_file, protects_all, rename_member};
-use crate::stage::{Stage, new_id};
+use crate::recover::{
+    MAX_RECORD_LEN, is_foreign, is_trusted, old_file, protects_all, rename_member,
+};
+use crate::rename::PublishError;
+use crate::staged_file::{StagedFile, new_id};
 use crate::sys;
-use crate::turn::take_turn;
+use crate::ticket::acquire_ticket;
 use crate::writer::AtomicWriter;
 
 /// Files of one directory that are replaced together: all new or all old, also after a crash at any point.
@@ -96,7 +98,7 @@ impl AtomicGroup {
     fn refuse(&self, writer: &AtomicWriter) -> Option<Refusal> {
         let dir = &writer.dest.dir;
         let others = || self.members.iter().map(|member| &member.dest);
-        if writer.stage.dir().stat.id != dir.stat.id {
+        if writer.staged.dir().stat.id != dir.stat.id {
             Some(Refusal::StagedElsewhere)
         } else if others().any(|other| other.dir.stat.id != dir.stat.id) {
             Some(Refusal::OtherDirectory)
@@ -104,18 +106,18 @@ impl AtomicGroup {
             Some(Refusal::SameDestination)
         } else if others().any(|other| is_same_file(writer, other)) {
             Some(Refusal::SameFile)
-        } else if self.record_len + len_in_record(writer) > LONGEST {
+        } else if self.record_len + len_in_record(writer) > MAX_RECORD_LEN {
             Some(Refusal::TooManyMembers)
         } else if writer.no_clobber {
             Some(Refusal::NoClobber)
         } else if writer.replace_only.is_some() {
             Some(Refusal::ReplaceOnly)
-        } else if !writer.stage.is_locked() {
+        } else if !writer.staged.is_locked() {
             Some(Refusal::NoLocks)
         } else if !sys::has_lasting_inode_numbers(dir).unwrap_or(false) {
             Some(Refusal::NoInodeNumbers)
         } else if dir
-            .generation(writer.stage.name())
+            .generation(writer.staged.name())
             .is_ok_and(|found| found == 0)
         {
             Some(Refusal::NoGenerations)
@@ -175,7 +177,7 @@ impl AtomicGroup {
 }
 
 fn len_in_record(writer: &AtomicWriter) -> u64 {
-    record::len_of_member(writer.stage.name(), &writer.dest.name)
+    record::len_of_member(writer.staged.name(), &writer.dest.name)
 }
 
 /// Whether the destinations, which have different names in one directory, are one file.
@@ -188,18 +190,19 @@ fn is_same_file(writer: &AtomicWriter, other: &Destination) -> bool {
     {
         return true;
     }
-    folded(&dest.name) == folded(&other.name) && ignores_case(&dest.dir, writer.stage.name())
+    case_folded(&dest.name) == case_folded(&other.name)
+        && ignores_case(&dest.dir, writer.staged.name())
 }
 
 /// The name of a staged file, which is random and in small letters, is looked up in capitals. Inode
 /// numbers tell nothing: a FUSE server may give one file as many as it has spellings.
-fn ignores_case(dir: &Directory, stage: &OsStr) -> bool {
-    dir.entry(&stage.to_ascii_uppercase())
+fn ignores_case(dir: &Directory, staged: &OsStr) -> bool {
+    dir.entry(&staged.to_ascii_uppercase())
         .is_ok_and(|entry| entry.is_some())
 }
 
 /// A name as directories that do not distinguish upper and lower case have it.
-fn folded(name: &OsStr) -> OsString {
+fn case_folded(name: &OsStr) -> OsString {
     match name.to_str() {
         // Through capitals, as one small letter may be several of them.
         Some(name) => name.to_uppercase().to_lowercase().into(),
@@ -246,7 +249,7 @@ impl Commit {
         for (member, intent) in self.members.iter().zip(&intents) {
             rename_member(&self.dir, intent).map_err(|error| {
                 let (path, source) = (member.dest.path.clone(), error.of_rename());
-                match self.taken_by(&intent.dest, &source) {
+                match self.foreign_owner(&intent.dest, &source) {
                     Some(owner) => GroupCommitError::DestinationTaken {
                         path,
                         owner,
@@ -274,7 +277,7 @@ impl Commit {
     }
 
     /// The user whose file at `dest` is what kept a rename from replacing it, if there is one.
-    fn taken_by(&self, dest: &OsStr, error: &io::Error) -> Option<u32> {
+    fn foreign_owner(&self, dest: &OsStr, error: &io::Error) -> Option<u32> {
         let of_a_file = matches!(
             error.kind(),
             io::ErrorKind::PermissionDenied | io::ErrorKind::IsADirectory
@@ -292,7 +295,7 @@ impl Commit {
             writer
                 .finish(self.durability)
                 .map_err(|(step, error)| at(step)(error))?;
-            let stat = writer.stage.check().map_err(at(CommitStep::Check))?;
+            let stat = writer.staged.check().map_err(at(CommitStep::Check))?;
             let entry = self.dir.entry(&writer.dest.name);
             let in_the_way = entry.map_err(at(CommitStep::Check))?;
             if in_the_way.is_some_and(|entry| entry.is_dir()) {
@@ -303,7 +306,7 @@ impl Commit {
                 inode: stat.id.inode,
                 size: stat.size,
                 old: Old::Unknown,
-                stage: writer.stage.name().to_owned(),
+                staged: writer.staged.name().to_owned(),
                 dest: writer.dest.name.clone(),
             });
         }
@@ -311,7 +314,7 @@ impl Commit {
     }
 
     /// Whether a member's staged file belongs to another user than this one.
-    fn gives_files_away(&self) -> io::Result<bool> {
+    fn changes_owners(&self) -> io::Result<bool> {
         for writer in &self.members {
             if stat_of(writer.file())?.uid != sys::file_owner() {
                 return Ok(true);
@@ -321,15 +324,15 @@ impl Commit {
     }
 
     /// Writes the record, when no other group over the same destinations is under way.
-    fn stage_record(&self, intents: &[Member]) -> Result<Stage, Failure> {
+    fn stage_record(&self, intents: &[Member]) -> Result<StagedFile, Failure> {
         let at = |(step, error)| (step, self.record.clone(), error);
         let of_record = |error| at((CommitStep::Record, error));
         let create = || {
-            let record = Stage::create(&self.dir, OsStr::new(""))?;
+            let record = StagedFile::create(&self.dir, OsStr::new(""))?;
             if !record.is_locked() {
                 return Err(io::Error::from(io::ErrorKind::Unsupported));
             }
-            if !is_obeyed(&self.dir, &stat_of(record.file())?) {
+            if !is_trusted(&self.dir, &stat_of(record.file())?) {
                 return Err(io::Error::new(
                     io::ErrorKind::Unsupported,
                     "the file system gives this user's files another owner or mode, so that no \
@@ -338,7 +341,7 @@ impl Commit {
                 ));
             }
             let stat = stat_of(record.file())?;
-            if self.gives_files_away()? && !protects_all(&self.dir, &stat) {
+            if self.changes_owners()? && !protects_all(&self.dir, &stat) {
                 return Err(io::Error::new(
                     io::ErrorKind::PermissionDenied,
                     "the group's files belong to another user, who could take them for leftovers: \
@@ -354,7 +357,7 @@ impl Commit {
             .iter()
             .map(|member| member.dest.as_os_str())
             .collect();
-        take_turn(&mut record, self.id, &dests).map_err(at)?;
+        acquire_ticket(&mut record, self.id, &dests).map_err(at)?;
         let write = || {
             let mut members = intents.to_vec();
             for member in &mut members {
@@ -369,20 +372,20 @@ impl Commit {
     }
 
     /// The commit point, but for the sync of the directory. From here on nothing is ours to remove.
-    fn publish(&mut self, mut record: Stage) -> Result<Stage, GroupCommitError> {
+    fn publish(&mut self, mut record: StagedFile) -> Result<StagedFile, GroupCommitError> {
         match record.publish(&self.dir, &record_name(self.id), false) {
             Ok(_) => {
-                self.leave_stages();
+                self.disarm_members();
                 Ok(record)
             }
-            Err(PublishError::Not(error)) => {
+            Err(PublishError::NotPublished(error)) => {
                 drop(record);
                 let failure = (CommitStep::Record, self.record.clone(), error);
                 Err(self.nothing_replaced(failure))
             }
             Err(PublishError::Unknown { rename, look }) => {
-                record.leave();
-                self.leave_stages();
+                record.disarm();
+                self.disarm_members();
                 Err(GroupCommitError::Unknown {
                     record: self.record.clone(),
                     rename,
@@ -392,9 +395,9 @@ impl Commit {
         }
     }
 
-    fn leave_stages(&mut self) {
+    fn disarm_members(&mut self) {
         for member in &mut self.members {
-            member.stage.leave();
+            member.staged.disarm();
         }
     }
 
@@ -418,9 +421,9 @@ mod tests {
         let open = |name| AtomicWriter::open(dir.path().join(name)).unwrap();
         let mut group = AtomicGroup::new();
         // As if there were others.
-        group.record_len = LONGEST - len_in_record(&open("memory"));
+        group.record_len = MAX_RECORD_LEN - len_in_record(&open("memory"));
         group.add(open("memory")).unwrap();
-        assert_eq!(group.record_len, LONGEST);
+        assert_eq!(group.record_len, MAX_RECORD_LEN);
         let error = group.add(open("vcpu")).unwrap_err();
         assert_eq!(error.refusal, Refusal::TooManyMembers);
     }
@@ -440,7 +443,7 @@ mod tests {
                 inode: 0,
                 size: 0,
                 old: Old::Unknown,
-                stage: writer.stage.name().to_owned(),
+                staged: writer.staged.name().to_owned(),
                 dest: writer.dest.name.clone(),
             })
             .collect();

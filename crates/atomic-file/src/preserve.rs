@@ -179,7 +179,7 @@ pub struct NotPreserved {
 
 /// Gives `file` the permission bits `mode`, and those attributes of the file at `dest` that are to be
 /// preserved. What was not permitted and may be left out is returned.
-pub(crate) fn give(
+pub(crate) fn apply(
     file: &File,
     dest: &Destination,
     preserve: Preserve,
@@ -189,7 +189,7 @@ pub(crate) fn give(
         attribute: Attribute::Mode,
         source,
     };
-    let mut giving = Giving {
+    let mut copy = AttributeCopy {
         file,
         preserve,
         lost: Vec::new(),
@@ -214,14 +214,14 @@ pub(crate) fn give(
         sys::set_mode(file, mode).map_err(mode_of)?;
         return Ok(Vec::new());
     }
-    if may_be_planted(&old, &dest.dir) {
-        giving.nothing(&old)?;
+    if is_untrusted(&old, &dest.dir) {
+        copy.nothing(&old)?;
         sys::set_mode(file, mode).map_err(mode_of)?;
-        return Ok(giving.lost);
+        return Ok(copy.lost);
     }
-    giving.ownership(&old)?;
+    copy.ownership(&old)?;
     let has_acl = match opened {
-        Some(opened) => giving.extended(opened)?,
+        Some(opened) => copy.extended(opened)?,
         None => false,
     };
     let mode = match preserve.mode {
@@ -229,7 +229,7 @@ pub(crate) fn give(
         false => mode,
     };
     sys::set_mode(file, mode).map_err(mode_of)?;
-    Ok(giving.lost)
+    Ok(copy.lost)
 }
 
 /// What is at the destination: a file, and that file opened to read its attributes, where they are
@@ -266,7 +266,7 @@ fn look(
 }
 
 /// Whether a user whom the new file is not meant for may have put the file `old` into `dir`.
-fn may_be_planted(old: &Stat, dir: &Directory) -> bool {
+fn is_untrusted(old: &Stat, dir: &Directory) -> bool {
     const ROOT: u32 = 0;
     let trusted = [sys::file_owner(), ROOT, dir.stat.uid];
     dir.others_may_create() && (!trusted.contains(&old.uid) || old.links != 1)
@@ -291,13 +291,13 @@ fn narrowed(old: &Stat, new: &Stat, acl_left_out: bool) -> u32 {
     mode
 }
 
-struct Giving<'f> {
+struct AttributeCopy<'f> {
     file: &'f File,
     preserve: Preserve,
     lost: Vec<NotPreserved>,
 }
 
-impl Giving<'_> {
+impl AttributeCopy<'_> {
     fn result(&mut self, attribute: Attribute, result: io::Result<()>) -> Result<(), NotPreserved> {
         let Err(source) = result else {
             return Ok(());
@@ -395,7 +395,7 @@ impl Giving<'_> {
             acl_left_out |= names.iter().any(|name| sys::is_acl(name));
         }
         for name in names {
-            if xattrs && !sys::is_acl(&name) && !is_of_contents(&name) {
+            if xattrs && !sys::is_acl(&name) && !describes_contents(&name) {
                 let copied = copy_xattr(&old, self.file, &name);
                 self.result(Attribute::Xattr(name), copied)?;
             }
@@ -405,7 +405,7 @@ impl Giving<'_> {
 }
 
 /// Whether an extended attribute speaks of a file's bytes, which the new file does not have.
-fn is_of_contents(name: &OsStr) -> bool {
+fn describes_contents(name: &OsStr) -> bool {
     name == "security.ima" || name == "security.evm"
 }
 

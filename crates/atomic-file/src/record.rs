@@ -30,7 +30,7 @@
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt as _;
 
-use crate::stage::{PREFIX, StageName, parse_name};
+use crate::staged_file::{NameKind, PREFIX, kind_of_name};
 
 /// The name of records of version 1.
 const VERSION_1_NAME: &str = ".atomic-file-group";
@@ -44,7 +44,7 @@ const WITH_DESTINATION: u32 = 2;
 /// Whether `name` is a published record's.
 pub(crate) fn is_record_name(name: &OsStr) -> bool {
     let id = || name.to_str()?.strip_prefix(PREFIX)?.strip_suffix(SUFFIX);
-    name == VERSION_1_NAME || id().is_some_and(crate::stage::is_id)
+    name == VERSION_1_NAME || id().is_some_and(crate::staged_file::is_id)
 }
 
 /// The name of the record whose ticket has this ID.
@@ -57,7 +57,7 @@ pub(crate) struct Member {
     pub(crate) inode: u64,
     pub(crate) size: u64,
     pub(crate) old: Old,
-    pub(crate) stage: OsString,
+    pub(crate) staged: OsString,
     pub(crate) dest: OsString,
 }
 
@@ -92,9 +92,9 @@ use Unreadable::{Damaged, Torn};
 pub(crate) const EMPTY: u64 = 8 + 4 + 4 + 8 + 4;
 
 /// In bytes, what a member with these names adds to a record.
-pub(crate) fn len_of_member(stage: &OsStr, dest: &OsStr) -> u64 {
+pub(crate) fn len_of_member(staged: &OsStr, dest: &OsStr) -> u64 {
     const FIXED: usize = 8 + 8 + 1 + 8 + 8 + 2 + 2;
-    (FIXED + stage.len() + dest.len()) as u64
+    (FIXED + staged.len() + dest.len()) as u64
 }
 
 pub(crate) fn encode(members: &[Member]) -> Vec<u8> {
@@ -110,7 +110,7 @@ pub(crate) fn encode(members: &[Member]) -> Vec<u8> {
         body.push(kind);
         body.extend(inode.to_le_bytes());
         body.extend(generation.to_le_bytes());
-        for name in [&member.stage, &member.dest] {
+        for name in [&member.staged, &member.dest] {
             let name = name.as_bytes();
             let len = u16::try_from(name.len()).expect("a name that a file has is far shorter");
             body.extend(len.to_le_bytes());
@@ -176,19 +176,19 @@ fn members_of(mut rest: &[u8], version: u32, count: u32) -> Result<Vec<Member>, 
         } else {
             Old::Unknown
         };
-        let stage = take_name(&mut rest)?;
-        if parse_name(&stage) != Some(StageName::Locked) {
+        let staged = take_name(&mut rest)?;
+        if kind_of_name(&staged) != Some(NameKind::Locked) {
             return Err("a staged file has another file's name");
         }
         let dest = take_name(&mut rest)?;
-        if is_record_name(&dest) || parse_name(&dest).is_some() {
+        if is_record_name(&dest) || kind_of_name(&dest).is_some() {
             return Err("a destination has a staged file's or a record's name");
         }
         members.push(Member {
             inode,
             size,
             old,
-            stage,
+            staged,
             dest,
         });
     }
@@ -230,7 +230,7 @@ fn take_name(rest: &mut &[u8]) -> Result<OsString, &'static str> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::stage::stage_name;
+    use crate::staged_file::protocol_name;
     use proptest::prelude::*;
     use rstest::rstest;
 
@@ -240,7 +240,7 @@ mod tests {
             inode: 11,
             size: 4096,
             old: Old::Unknown,
-            stage: stage_name(&dest, 3, StageName::Locked),
+            staged: protocol_name(&dest, 3, NameKind::Locked),
             dest,
         }
     }
@@ -267,7 +267,7 @@ mod tests {
         ) {
             let members = names.iter().map(|(name, old)| Member { old: *old, ..member(name) });
             let members: Vec<_> = members.collect();
-            let lens = members.iter().map(|member| len_of_member(&member.stage, &member.dest));
+            let lens = members.iter().map(|member| len_of_member(&member.staged, &member.dest));
             let bytes = encode(&members);
             prop_assert_eq!(bytes.len() as u64, EMPTY + lens.sum::<u64>());
             prop_assert_eq!(decode(&bytes), Ok(members));
@@ -315,7 +315,7 @@ mod tests {
     #[test]
     fn a_file_that_is_no_stage_is_not_taken_for_one() {
         let stranger = Member {
-            stage: "passwd".into(),
+            staged: "passwd".into(),
             ..member(b"shadow")
         };
         assert_eq!(
@@ -363,14 +363,14 @@ mod tests {
 
     #[test]
     fn version_1_stays_readable() {
-        let hex = include_str!("../tests/data/record-v1.hex");
+        let hex = include_str!("../tests/golden/record-v1.hex");
         let bytes: Vec<u8> = hex
             .split_whitespace()
             .map(|byte| u8::from_str_radix(byte, 16).expect("hex"))
             .collect();
         // That version counted the staged files of a destination.
         let third = |dest: &[u8]| Member {
-            stage: format!("{PREFIX}{:08x}-3.stage", crc32fast::hash(dest)).into(),
+            staged: format!("{PREFIX}{:08x}-3.stage", crc32fast::hash(dest)).into(),
             ..member(dest)
         };
         assert_eq!(

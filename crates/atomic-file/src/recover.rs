@@ -9,9 +9,9 @@ use std::path::{Path, PathBuf};
 use crate::directory::{Directory, Stat, stat_of};
 use crate::error::RecoverError;
 use crate::options::Durability;
-use crate::outcome::{PublishError, make_sure};
 use crate::record::{self, Member, Old, Unreadable, is_record_name};
-use crate::stage::{Inspected, PREFIX, StageName, parse_name, remove_if_dead};
+use crate::rename::{PublishError, confirm_rename};
+use crate::staged_file::{Inspection, NameKind, PREFIX, kind_of_name, remove_if_orphaned};
 use crate::sweep::{SweepReport, sweep_open};
 use crate::sys::{Lock, Unlock, file_owner, lock, try_lock};
 
@@ -77,10 +77,10 @@ pub fn recover(dir: impl AsRef<Path>) -> Result<RecoverReport, RecoverError> {
     let mut report = RecoverReport::default();
     let mut stuck = Vec::new();
     for name in records(&list(&dir)?) {
-        match settle(&dir, name, &mut report) {
-            Ok(Settled::Gone) => {}
-            Ok(Settled::Foreign) => report.foreign.push(dir.path_of(name)),
-            Ok(Settled::Busy { .. }) => report.busy = true,
+        match recover_pending(&dir, name, &mut report) {
+            Ok(Recovery::Removed) => {}
+            Ok(Recovery::Foreign) => report.foreign.push(dir.path_of(name)),
+            Ok(Recovery::InProgress { .. }) => report.busy = true,
             Err(error) => stuck.push(error.error),
         }
     }
@@ -115,7 +115,7 @@ fn records(names: &[OsString]) -> impl Iterator<Item = &OsString> {
 /// Fails only where a group that has `dest` cannot be completed. Other groups are none of this
 /// destination's business, and so is a record that cannot be read: the file at `dest` once this
 /// writer has committed is not what the record says was there, and so stays.
-pub(crate) fn settle_for(
+pub(crate) fn recover_pending_for(
     dir: &Directory,
     dest: &OsStr,
     names: &[OsString],
@@ -123,8 +123,10 @@ pub(crate) fn settle_for(
 ) -> Result<(), RecoverError> {
     for name in records(names) {
         loop {
-            match settle(dir, name, &mut RecoverReport::default()) {
-                Ok(Settled::Busy { record, own }) if wait && own && is_member(dest, &record) => {
+            match recover_pending(dir, name, &mut RecoverReport::default()) {
+                Ok(Recovery::InProgress { record, own })
+                    if wait && own && is_member(dest, &record) =>
+                {
                     // Until its owner has finished, or died.
                     if lock(&record).is_err() {
                         break;
@@ -147,12 +149,12 @@ fn is_member(dest: &OsStr, record: &File) -> bool {
 }
 
 /// Whether no group, of whatever user, is published in `dir` or about to be.
-pub(crate) fn no_group_is_under_way(dir: &Directory) -> io::Result<bool> {
+pub(crate) fn no_group_in_progress(dir: &Directory) -> io::Result<bool> {
     for name in dir.names(PREFIX)? {
-        let stands = match parse_name(&name) {
-            Some(StageName::Ticket) => !matches!(
-                remove_if_dead(dir, &name),
-                Inspected::Removed | Inspected::Gone
+        let stands = match kind_of_name(&name) {
+            Some(NameKind::Ticket) => !matches!(
+                remove_if_orphaned(dir, &name),
+                Inspection::Removed | Inspection::Missing
             ),
             _ => is_record_name(&name),
         };
@@ -164,9 +166,12 @@ pub(crate) fn no_group_is_under_way(dir: &Directory) -> io::Result<bool> {
 }
 
 /// Whether no record stands in `dir` that a recovery by this user would obey.
-pub(crate) fn no_record_is_obeyed(dir: &Directory) -> io::Result<bool> {
+pub(crate) fn no_trusted_record(dir: &Directory) -> io::Result<bool> {
     for name in records(&dir.names(PREFIX)?) {
-        if dir.entry(name)?.is_some_and(|entry| is_obeyed(dir, &entry)) {
+        if dir
+            .entry(name)?
+            .is_some_and(|entry| is_trusted(dir, &entry))
+        {
             return Ok(false);
         }
     }
@@ -198,7 +203,7 @@ pub(crate) struct Records {
 impl Records {
     /// Reads the records that came to `dir` since the last call; where a user is given, only those
     /// that may protect that user's files.
-    pub(crate) fn look(&mut self, dir: &Directory, user: Option<u32>) -> io::Result<()> {
+    pub(crate) fn refresh(&mut self, dir: &Directory, user: Option<u32>) -> io::Result<()> {
         for name in records(&dir.names(PREFIX)?) {
             if self.seen.contains(name) {
                 continue;
@@ -208,7 +213,7 @@ impl Records {
             };
             // The name is random: no other record will have it.
             self.seen.insert(name.clone());
-            let protects = match is_obeyed(dir, &entry) || is_roots(dir, &entry) {
+            let protects = match is_trusted(dir, &entry) || is_root_record(dir, &entry) {
                 true => Protects::All,
                 false => Protects::FilesOf(entry.uid),
             };
@@ -223,7 +228,7 @@ impl Records {
     fn add(&mut self, dir: &Directory, name: &OsStr, owner: u32, protects: Protects) {
         match self.read(dir, name, owner) {
             Ok(Ok(members)) => {
-                let named = members.into_iter().map(|member| (member.stage, protects));
+                let named = members.into_iter().map(|member| (member.staged, protects));
                 self.named.extend(named);
             }
             Ok(Err(Unreadable::Torn(_))) => {}
@@ -246,7 +251,7 @@ impl Records {
             return read(&file);
         }
         let read = self.read.entry(owner).or_default();
-        let Some(bytes) = bytes_of(&file, LONGEST.min(MOST_OF_OTHERS - *read))? else {
+        let Some(bytes) = bytes_of(&file, MAX_RECORD_LEN.min(MAX_FOREIGN_BYTES - *read))? else {
             return Ok(Err(Unreadable::Damaged("too long")));
         };
         *read += bytes.len() as u64;
@@ -254,27 +259,27 @@ impl Records {
     }
 
     /// Whether the file `stage` of the user `uid` is named by a record seen, and so is not an orphan.
-    pub(crate) fn name(&self, stage: &OsStr, uid: u32) -> bool {
+    pub(crate) fn name(&self, staged: &OsStr, uid: u32) -> bool {
         [Protects::All, Protects::FilesOf(uid)]
             .into_iter()
-            .any(|by| self.unknown.contains(&by) || self.named.contains(&(stage.to_owned(), by)))
+            .any(|by| self.unknown.contains(&by) || self.named.contains(&(staged.to_owned(), by)))
     }
 }
 
 /// Whether a record is root's doing.
-fn is_roots(dir: &Directory, record: &Stat) -> bool {
+fn is_root_record(dir: &Directory, record: &Stat) -> bool {
     const ROOT: u32 = 0;
-    record.uid == ROOT && is_its_owners_doing(dir, record)
+    record.uid == ROOT && only_owner_could_write(dir, record)
 }
 
 /// Whether a record is one of those that protect staged files of all users from all sweeps: root's,
 /// and where no other user may create files, the directory owner's.
 pub(crate) fn protects_all(dir: &Directory, record: &Stat) -> bool {
-    is_roots(dir, record) || (record.uid == dir.stat.uid && !dir.others_may_create())
+    is_root_record(dir, record) || (record.uid == dir.stat.uid && !dir.others_may_create())
 }
 
 /// Whether no other user can have given a file of its owner this name, or written to it.
-fn is_its_owners_doing(dir: &Directory, record: &Stat) -> bool {
+fn only_owner_could_write(dir: &Directory, record: &Stat) -> bool {
     const GROUP_AND_OTHERS: u32 = 0o077;
     record.is_file()
         && (!dir.others_may_create() || (record.links == 1 && record.mode & GROUP_AND_OTHERS == 0))
@@ -284,20 +289,20 @@ fn is_its_owners_doing(dir: &Directory, record: &Stat) -> bool {
 ///
 /// It must not be another user's doing. Where others may create files, a file of this user may have
 /// been given the record's name by a hard link, or have been written to by others.
-pub(crate) fn is_obeyed(dir: &Directory, record: &Stat) -> bool {
+pub(crate) fn is_trusted(dir: &Directory, record: &Stat) -> bool {
     let own = record.uid == file_owner();
     let owners = record.uid == dir.stat.uid && !dir.others_may_create();
-    (own || owners) && is_its_owners_doing(dir, record)
+    (own || owners) && only_owner_could_write(dir, record)
 }
 
 /// What became of a record.
-pub(crate) enum Settled {
+pub(crate) enum Recovery {
     /// It was removed, by this call or before.
-    Gone,
+    Removed,
     /// It is not one to obey.
     Foreign,
     /// Its owner lives.
-    Busy {
+    InProgress {
         record: File,
         /// Whether the record belongs to this user. Another user's must not be waited for: a process
         /// can be stopped.
@@ -321,11 +326,11 @@ impl From<RecoverError> for Stuck {
 }
 
 /// Completes the group whose record is `name` and removes the record, if its owner is dead.
-pub(crate) fn settle(
+pub(crate) fn recover_pending(
     dir: &Directory,
     name: &OsStr,
     report: &mut RecoverReport,
-) -> Result<Settled, Stuck> {
+) -> Result<Recovery, Stuck> {
     let path = dir.path_of(name);
     let failed = |operation| {
         let path = path.clone();
@@ -337,22 +342,22 @@ pub(crate) fn settle(
     };
     loop {
         let Some(entry) = dir.entry(name).map_err(failed("look for"))? else {
-            return Ok(Settled::Gone);
+            return Ok(Recovery::Removed);
         };
-        if !is_obeyed(dir, &entry) {
-            return Ok(Settled::Foreign);
+        if !is_trusted(dir, &entry) {
+            return Ok(Recovery::Foreign);
         }
         let file = match dir.open_file(name) {
             Ok(file) => file,
             // Its owner has just finished.
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Settled::Gone),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Recovery::Removed),
             Err(error) => return Err(failed("open")(error).into()),
         };
         match try_lock(&file).map_err(failed("lock"))? {
             Lock::Held => {}
             Lock::Taken => {
                 let own = entry.uid == file_owner();
-                return Ok(Settled::Busy { record: file, own });
+                return Ok(Recovery::InProgress { record: file, own });
             }
             Lock::Unsupported(error) => return Err(failed("lock")(error).into()),
         }
@@ -383,14 +388,14 @@ pub(crate) fn settle(
 }
 
 /// In bytes: at least twelve thousand members; no record is larger.
-pub(crate) const LONGEST: u64 = 4 << 20;
+pub(crate) const MAX_RECORD_LEN: u64 = 4 << 20;
 /// At most how many bytes are read of the records of each other user in one sweep: what any user can
 /// have root read. What else they name is kept.
-const MOST_OF_OTHERS: u64 = 4 * LONGEST;
+const MAX_FOREIGN_BYTES: u64 = 4 * MAX_RECORD_LEN;
 
 /// The members of a record, from its beginning.
 pub(crate) fn read(file: &File) -> io::Result<Result<Vec<Member>, Unreadable>> {
-    let bytes = bytes_of(file, LONGEST)?;
+    let bytes = bytes_of(file, MAX_RECORD_LEN)?;
     Ok(bytes.map_or(Err(Unreadable::Damaged("too long")), |bytes| {
         record::decode(&bytes)
     }))
@@ -420,11 +425,11 @@ fn roll_forward(
     let (mut in_place, mut superseded) = (Vec::new(), Vec::new());
     for member in members {
         let path = dir.path_of(&member.dest);
-        match find(dir, record, owner, member)? {
-            Found::Staged => staged.push(member),
-            Found::InPlace => in_place.push(path),
-            Found::Superseded => superseded.push(path),
-            Found::Lost => lost.push(path),
+        match member_state(dir, record, owner, member)? {
+            MemberState::Staged => staged.push(member),
+            MemberState::InPlace => in_place.push(path),
+            MemberState::Superseded => superseded.push(path),
+            MemberState::Lost => lost.push(path),
         }
     }
     if !lost.is_empty() {
@@ -459,7 +464,7 @@ fn roll_forward(
         })
 }
 
-enum Found {
+enum MemberState {
     Staged,
     InPlace,
     Superseded,
@@ -468,12 +473,12 @@ enum Found {
 }
 
 /// Where a member of a record that belongs to the user `owner` has got to.
-fn find(
+fn member_state(
     dir: &Directory,
     record: &OsStr,
     owner: u32,
     member: &Member,
-) -> Result<Found, RecoverError> {
+) -> Result<MemberState, RecoverError> {
     let inspect = |name: &OsStr| {
         let path = dir.path_of(name);
         move |source| RecoverError::Io {
@@ -485,7 +490,7 @@ fn find(
     let entry = |name: &OsStr| dir.entry(name).map_err(inspect(name));
     let dest = entry(&member.dest)?;
     if dest.is_some_and(|dest| dest.id.inode == member.inode) {
-        return Ok(Found::InPlace);
+        return Ok(MemberState::InPlace);
     }
     if dest.is_some_and(|dest| dest.is_dir()) {
         return Err(RecoverError::DestinationIsDirectory {
@@ -493,23 +498,24 @@ fn find(
             record: dir.path_of(record),
         });
     }
-    match entry(&member.stage)? {
+    match entry(&member.staged)? {
         // No one sweeps it while the record stands. So it was renamed, and its destination then
         // replaced again or removed; or against the rules somebody removed it.
-        None if member.old == Old::Unknown => return Ok(Found::Superseded),
+        None if member.old == Old::Unknown => return Ok(MemberState::Superseded),
         None => {
             let now = old_file(dir, &member.dest).map_err(inspect(&member.dest))?;
             return Ok(match now == member.old {
-                true => Found::Lost,
-                false => Found::Superseded,
+                true => MemberState::Lost,
+                false => MemberState::Superseded,
             });
         }
-        Some(stage)
-            if stage.is_file() && (stage.id.inode, stage.size) == (member.inode, member.size) => {}
+        Some(staged)
+            if staged.is_file()
+                && (staged.id.inode, staged.size) == (member.inode, member.size) => {}
         // Where the directory is a copy, no inode number is what the record says.
         Some(_) => {
             return Err(RecoverError::StageChanged {
-                stage: dir.path_of(&member.stage),
+                stage: dir.path_of(&member.staged),
                 dest: dir.path_of(&member.dest),
                 record: dir.path_of(record),
             });
@@ -529,8 +535,8 @@ fn find(
                 record: dir.path_of(record),
             })
         }
-        _ if replaced_since => Ok(Found::Superseded),
-        _ => Ok(Found::Staged),
+        _ if replaced_since => Ok(MemberState::Superseded),
+        _ => Ok(MemberState::Staged),
     }
 }
 
@@ -561,10 +567,10 @@ pub(crate) fn rename_member(dir: &Directory, member: &Member) -> Result<(), Publ
         dir.entry(name)
             .map(|entry| entry.is_some_and(|entry| entry.id.inode == member.inode))
     };
-    make_sure(
-        || dir.rename(&member.stage, dir, &member.dest),
+    confirm_rename(
+        || dir.rename(&member.staged, dir, &member.dest),
         || is_at(&member.dest),
-        || is_at(&member.stage).is_ok_and(|here| here),
+        || is_at(&member.staged).is_ok_and(|here| here),
     )
 }
 
@@ -574,7 +580,7 @@ mod tests {
 
     #[test]
     fn a_record_that_no_group_can_have_is_not_read_to_its_end() {
-        const LIMIT: u64 = LONGEST;
+        const LIMIT: u64 = MAX_RECORD_LEN;
         let file = tempfile::tempfile().unwrap();
         for (len, too_long) in [(LIMIT, false), (LIMIT + 1, true), (1 << 40, true)] {
             file.set_len(len).unwrap();

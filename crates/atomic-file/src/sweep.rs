@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use crate::directory::Directory;
 use crate::error::SweepError;
 use crate::recover::Records;
-use crate::stage::{Inspected, Orphan, PREFIX, StageName, parse_name};
+use crate::staged_file::{Inspection, NameKind, Orphan, PREFIX, kind_of_name};
 
 /// How many files are locked at a time. The records are looked for once while they are: one listing
 /// for each file would take time with the square of their number.
@@ -90,48 +90,48 @@ pub(crate) fn sweep_open(dir: &Directory, remove: bool) -> Result<SweepReport, S
     })?;
     let staged = names
         .iter()
-        .filter_map(|name| Some((name, parse_name(name)?)));
+        .filter_map(|name| Some((name, kind_of_name(name)?)));
     sweep_names(dir, &staged.collect::<Vec<_>>(), remove)
 }
 
 /// Sweeps these names in `dir` alone.
 pub(crate) fn sweep_names(
     dir: &Directory,
-    staged: &[(&OsString, StageName)],
+    staged: &[(&OsString, NameKind)],
     remove: bool,
 ) -> Result<SweepReport, SweepError> {
     let mut report = SweepReport::default();
     let mut records = Records::default();
     // Before anything is locked, so that no lock is held for long.
-    let _ = records.look(dir, None);
+    let _ = records.refresh(dir, None);
     for batch in staged.chunks(BATCH) {
         let locked: Vec<_> = batch
             .iter()
             .map(|(name, kind)| match kind {
-                StageName::Locked | StageName::Spare | StageName::Ticket => Orphan::lock(dir, name),
-                StageName::Unlocked => Err(Inspected::Kept(io::Error::new(
+                NameKind::Locked | NameKind::Recycled | NameKind::Ticket => Orphan::lock(dir, name),
+                NameKind::Unlocked => Err(Inspection::Retained(io::Error::new(
                     io::ErrorKind::Unsupported,
                     "staged without a lock: only you can know whether its writer lives",
                 ))),
             })
             .collect();
-        records.look(dir, None).map_err(|source| SweepError {
+        records.refresh(dir, None).map_err(|source| SweepError {
             operation: "look for group records in",
             path: dir.path().to_owned(),
             source,
         })?;
         for ((name, kind), orphan) in batch.iter().zip(locked) {
             let inspected = match orphan {
-                Ok(orphan) => orphan.settle(dir, name, &records, remove),
+                Ok(orphan) => orphan.resolve(dir, name, &records, remove),
                 Err(inspected) => inspected,
             };
             let path = dir.path_of(name);
             match inspected {
-                Inspected::Removed if *kind == StageName::Spare => report.spares.push(path),
-                Inspected::Removed => report.removed.push(path),
-                Inspected::Living => report.living.push(path),
-                Inspected::Kept(reason) => report.kept.push(Kept { path, reason }),
-                Inspected::Gone => {}
+                Inspection::Removed if *kind == NameKind::Recycled => report.spares.push(path),
+                Inspection::Removed => report.removed.push(path),
+                Inspection::InUse => report.living.push(path),
+                Inspection::Retained(reason) => report.kept.push(Kept { path, reason }),
+                Inspection::Missing => {}
             }
         }
     }

@@ -23,9 +23,9 @@ mod platform;
 
 use platform::flush;
 pub(crate) use platform::{
-    copy_acl, counts_openers, exchange, file_owner, generation, has_acl, has_attributes,
-    has_lasting_inode_numbers, has_only_us, is_acl, is_swap, may_act_for, remove_acl, rename_new,
-    restrictions,
+    copy_acl, exchange, file_owner, generation, has_acl, has_attributes, has_lasting_inode_numbers,
+    is_acl, is_exclusively_open, is_swap, may_act_for, remove_acl, rename_new, restrictions,
+    supports_leases,
 };
 
 /// What a system says against replacing a file.
@@ -84,7 +84,7 @@ pub(crate) fn sync(fd: impl AsFd, durability: Durability) -> io::Result<()> {
 /// `F_FULLFSYNC` and `F_BARRIERFSYNC` fail with `ENOTTY` on exFAT, `ENOTSUP` on SMB, `EINVAL` or `ENOTTY` on FUSE.
 /// `EIO` or `ENOSPC` mean that data was lost, and a second, weaker call might report success over the loss.
 #[cfg(any(target_vendor = "apple", test))]
-fn where_unsupported(
+fn fall_back_if_unsupported(
     first: io::Result<()>,
     weaker: impl FnOnce() -> io::Result<()>,
 ) -> io::Result<()> {
@@ -212,7 +212,7 @@ mod tests {
         #[case] errno: Errno,
         #[case] falls_back: bool,
     ) {
-        let result = where_unsupported(Err(errno.into()), || Ok(()));
+        let result = fall_back_if_unsupported(Err(errno.into()), || Ok(()));
         assert_eq!(result.is_ok(), falls_back);
         if let Err(error) = result {
             assert_eq!(

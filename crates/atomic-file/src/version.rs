@@ -111,7 +111,7 @@ impl FileVersion {
     ///
     /// # Errors
     /// [`WouldBlock`](io::ErrorKind::WouldBlock) where another program holds it for longer than that.
-    pub(crate) fn take_turn(&self) -> io::Result<Option<Unlock<'_>>> {
+    pub(crate) fn lock_for_commit(&self) -> io::Result<Option<Unlock<'_>>> {
         const TRIES: u32 = 1000;
         const PAUSE: Duration = Duration::from_millis(1);
         for _ in 0..TRIES {

@@ -12,12 +12,12 @@ use nix::unistd::{Uid, fchown};
 use crate::directory::{Directory, Stat, stat_of};
 use crate::error::{CommitError, CommitStep, Leftover, OpenError};
 use crate::options::{Durability, Options};
-use crate::outcome::{PublishError, has_no_links};
+use crate::preflight::{PreflightError, preflight};
 use crate::preserve::{self, Attribute, NotPreserved, Preserve};
-use crate::recover::{list, settle_for};
-use crate::rehearsal::{RehearsalError, rehearse};
-use crate::spare;
-use crate::stage::{PREFIX, STAGED_MODE, Stage, remove_leftovers};
+use crate::recover::{list, recover_pending_for};
+use crate::recycle;
+use crate::rename::{PublishError, has_no_links};
+use crate::staged_file::{PREFIX, STAGED_MODE, StagedFile, remove_leftovers};
 use crate::sys;
 use crate::version::FileVersion;
 
@@ -43,7 +43,7 @@ use crate::version::FileVersion;
 /// ```
 #[derive(Debug)]
 pub struct AtomicWriter {
-    pub(crate) stage: Stage,
+    pub(crate) staged: StagedFile,
     pub(crate) dest: Destination,
     mode: u32,
     preserve: Preserve,
@@ -84,7 +84,7 @@ impl AtomicWriter {
         };
         let listing = |source| OpenError::io("list the directory of", path, source);
         let names = dest.dir.names(PREFIX).map_err(listing)?;
-        settle_for(&dest.dir, &dest.name, &names, false).map_err(recover)?;
+        recover_pending_for(&dest.dir, &dest.name, &names, false).map_err(recover)?;
         // After the recovery, which may have replaced it.
         if let Some(version) = &options.replace_only {
             let is_there = version.is_at(&dest);
@@ -93,7 +93,7 @@ impl AtomicWriter {
                     path: path.to_owned(),
                 });
             }
-            let turn = version.take_turn();
+            let turn = version.lock_for_commit();
             drop(turn.map_err(|source| OpenError::io("lock", path, source))?);
         }
         let dest_owner = dest.entry.filter(Stat::is_file).map(|entry| entry.uid);
@@ -114,26 +114,26 @@ impl AtomicWriter {
             remove_leftovers(&staging, &dest.name, dest_owner, &names);
         }
         if elsewhere || options.no_clobber {
-            rehearse(&staging, &dest.dir, &dest.name, options.no_clobber)
+            preflight(&staging, &dest.dir, &dest.name, options.no_clobber)
                 .map_err(|error| explain(error, path, &dest.dir, &staging, options))?;
         }
         let recycle = options.recycle.filter(|_| !elsewhere);
-        let spare = match recycle {
-            Some(max_bytes) => spare::take(&dest.dir, &dest.name, max_bytes),
+        let reused = match recycle {
+            Some(max_bytes) => recycle::reuse(&dest.dir, &dest.name, max_bytes),
             None => {
-                spare::remove(&dest.dir, &dest.name);
+                recycle::remove(&dest.dir, &dest.name);
                 None
             }
         };
-        let recycled = spare.is_some();
-        let stage = spare
-            .map_or_else(|| Stage::create(&staging, &dest.name), Ok)
+        let recycled = reused.is_some();
+        let staged = reused
+            .map_or_else(|| StagedFile::create(&staging, &dest.name), Ok)
             .map_err(|source| not_staged(&staging, path, source))?;
-        let not_preserved = try_attributes(&stage, &dest, options)?;
+        let not_preserved = try_attributes(&staged, &dest, options)?;
         // So does the commit, beside the staged file: a limit on descriptors is found now.
         drop(dest.dir.open_to_list().map_err(listing)?);
         Ok(Self {
-            stage,
+            staged,
             dest,
             mode: options.mode,
             preserve: options.preserve,
@@ -158,7 +158,7 @@ impl AtomicWriter {
     /// the destination's does no harm to it; but then this path leads elsewhere, and [`file`](Self::file) does not.
     #[must_use]
     pub fn temp_path(&self) -> &Path {
-        self.stage.path()
+        self.staged.path()
     }
 
     /// What of the replaced file the new file will not have, though
@@ -181,7 +181,7 @@ impl AtomicWriter {
     /// The staged file, open for reading and writing.
     #[must_use]
     pub fn file(&self) -> &File {
-        self.stage.file()
+        self.staged.file()
     }
 
     /// The staged file, open for reading and writing.
@@ -189,7 +189,7 @@ impl AtomicWriter {
     /// A commit refuses to go on where another `File` was put in its place.
     #[must_use]
     pub fn file_mut(&mut self) -> &mut File {
-        self.stage.file_mut()
+        self.staged.file_mut()
     }
 
     /// Writes all of `buf` at `offset` bytes from the file's start, from any thread, whatever the file's position.
@@ -212,11 +212,11 @@ impl AtomicWriter {
         // Before what takes its time.
         let changed = |version: &FileVersion| version.is_at(&self.dest).is_ok_and(|is| !is);
         if self.replace_only.as_ref().is_some_and(changed) {
-            return Err(destination_changed(self.stage, self.dest));
+            return Err(destination_changed(self.staged, self.dest));
         }
         let finished = self.finish(self.durability);
         let Self {
-            mut stage,
+            mut staged,
             dest,
             mode: _,
             preserve: _,
@@ -228,35 +228,39 @@ impl AtomicWriter {
             recycled: _,
         } = self;
         // An older group, completed only after us, would replace what we commit now.
-        let settle =
-            || list(&dest.dir).and_then(|names| settle_for(&dest.dir, &dest.name, &names, true));
+        let recover_pending = || {
+            list(&dest.dir)
+                .and_then(|names| recover_pending_for(&dest.dir, &dest.name, &names, true))
+        };
         let ready = finished
-            .and_then(|()| stage.check().map_err(|error| (CommitStep::Check, error)))
-            .and_then(|_| settle().map_err(|error| (CommitStep::Recover, io::Error::other(error))));
+            .and_then(|()| staged.check().map_err(|error| (CommitStep::Check, error)))
+            .and_then(|_| {
+                recover_pending().map_err(|error| (CommitStep::Recover, io::Error::other(error)))
+            });
         if let Err((step, source)) = ready {
-            return Err(not_replaced(stage, dest, step, source));
+            return Err(not_replaced(staged, dest, step, source));
         }
         // Only a directory that is synced keeps the old file from coming back as the destination once it is overwritten.
         let old = recycle
             .filter(|_| durability == Durability::Full && !no_clobber)
-            .and_then(|max_bytes| spare::lock_old(&dest.dir, &dest.name, max_bytes));
+            .and_then(|max_bytes| recycle::lock_old(&dest.dir, &dest.name, max_bytes));
         // From here to the rename, no other writer that has read the same file replaces it.
         let compare = |version| -> io::Result<_> {
-            let turn = FileVersion::take_turn(version)?;
+            let turn = FileVersion::lock_for_commit(version)?;
             Ok((turn, version.is_at(&dest)?))
         };
         let turn = match replace_only.as_ref().map(compare) {
             None => None,
             Some(Ok((turn, true))) => turn,
-            Some(Ok((_, false))) => return Err(destination_changed(stage, dest)),
+            Some(Ok((_, false))) => return Err(destination_changed(staged, dest)),
             Some(Err(source)) => {
-                return Err(not_replaced(stage, dest, CommitStep::Compare, source));
+                return Err(not_replaced(staged, dest, CommitStep::Compare, source));
             }
         };
-        let replaced = match publish(&mut stage, &dest, no_clobber, old) {
+        let replaced = match publish(&mut staged, &dest, no_clobber, old) {
             Ok(replaced) => replaced,
-            Err(PublishError::Not(source)) => {
-                return Err(not_replaced(stage, dest, CommitStep::Rename, source));
+            Err(PublishError::NotPublished(source)) => {
+                return Err(not_replaced(staged, dest, CommitStep::Rename, source));
             }
             Err(PublishError::Unknown { rename, look }) => {
                 return Err(CommitError::Unknown {
@@ -268,20 +272,20 @@ impl AtomicWriter {
         };
         drop(turn);
         // Release the lock: it would block the next writer.
-        drop(stage);
+        drop(staged);
         // A group may have been published between the last look and the rename, and its owner have
         // died. Its record says what was here then, so that no recovery replaces what is here now;
         // but one that looked before the rename must end before this commit returns. Other
         // failures do not concern this file.
-        let _ = settle();
+        let _ = recover_pending();
         let synced = match durability {
             Durability::Full => dest.dir.sync(durability),
             Durability::Barrier | Durability::None => Ok(()),
         };
         let leftover = match replaced {
             Replaced::Removed(leftover) => leftover,
-            Replaced::Exchanged(old) if synced.is_ok() => spare::keep(old, &dest.name).err(),
-            Replaced::Exchanged(old) => spare::remove_replaced(old).err(),
+            Replaced::Exchanged(old) if synced.is_ok() => recycle::retain(old, &dest.name).err(),
+            Replaced::Exchanged(old) => recycle::remove_replaced(old).err(),
         };
         match (synced, leftover) {
             (Ok(()), None) => Ok(()),
@@ -314,14 +318,14 @@ impl AtomicWriter {
 
     fn give_attributes(&self) -> io::Result<()> {
         let Self {
-            stage,
+            staged,
             dest,
             preserve,
             mode,
             ..
         } = self;
         let lost =
-            preserve::give(stage.file(), dest, *preserve, *mode).map_err(io::Error::other)?;
+            preserve::apply(staged.file(), dest, *preserve, *mode).map_err(io::Error::other)?;
         // The destination may have changed since the caller was informed of what is lost.
         let is_known = |lost: &NotPreserved| {
             let mut known = self.not_preserved.iter();
@@ -338,7 +342,7 @@ impl AtomicWriter {
     /// # Errors
     /// [`Leftover`] names the file that could not be removed.
     pub fn discard(self) -> Result<(), Leftover> {
-        self.stage.discard()
+        self.staged.discard()
     }
 }
 
@@ -347,25 +351,25 @@ enum Replaced {
     /// Its name is gone; the stage's may have been left.
     Removed(Option<Leftover>),
     /// It has the stage's name.
-    Exchanged(Stage),
+    Exchanged(StagedFile),
 }
 
 /// Puts the stage in place, in exchange for `old` where that is given and the file system can.
 fn publish(
-    stage: &mut Stage,
+    staged: &mut StagedFile,
     dest: &Destination,
     no_clobber: bool,
-    old: Option<Stage>,
+    old: Option<StagedFile>,
 ) -> Result<Replaced, PublishError> {
     if let Some(old) = old {
-        match stage.exchange(old) {
+        match staged.exchange(old) {
             Ok(old) => return Ok(Replaced::Exchanged(old)),
             // Nothing has changed: rename, and let that have the last word.
-            Err(PublishError::Not(_)) => {}
+            Err(PublishError::NotPublished(_)) => {}
             Err(unknown @ PublishError::Unknown { .. }) => return Err(unknown),
         }
     }
-    stage
+    staged
         .publish(&dest.dir, &dest.name, no_clobber)
         .map(Replaced::Removed)
 }
@@ -410,15 +414,15 @@ fn cross_file_system(dest: &Directory, staging: &Directory) -> OpenError {
 
 /// What a failed rehearsal means.
 fn explain(
-    error: RehearsalError,
+    error: PreflightError,
     path: &Path,
     dest: &Directory,
     staging: &Directory,
     options: &Options,
 ) -> OpenError {
     let source = match error {
-        RehearsalError::Failed(source) => source,
-        RehearsalError::Left(source) => {
+        PreflightError::Io(source) => source,
+        PreflightError::Leftover(source) => {
             return OpenError::Leftover {
                 path: path.to_owned(),
                 source,
@@ -443,15 +447,15 @@ fn explain(
 /// is written any more. Writing drops the set-id bits, and a file that its owner may not write cannot
 /// be opened again for direct I/O.
 fn try_attributes(
-    stage: &Stage,
+    staged: &StagedFile,
     dest: &Destination,
     options: &Options,
 ) -> Result<Vec<NotPreserved>, OpenError> {
     let Options { preserve, mode, .. } = *options;
     let path = &dest.path;
     let set_mode = |source| OpenError::io("set the mode of the file staged for", path, source);
-    let owner = stat_of(stage.file()).map_err(set_mode)?.uid;
-    let given = preserve::give(stage.file(), dest, preserve, mode);
+    let owner = stat_of(staged.file()).map_err(set_mode)?.uid;
+    let given = preserve::apply(staged.file(), dest, preserve, mode);
     let not_preserved = given.map_err(|source| match (&source.attribute, preserve) {
         (Attribute::Mode, _) => set_mode(source.source),
         _ => OpenError::NotPreserved {
@@ -460,11 +464,11 @@ fn try_attributes(
         },
     })?;
     // From here to the commit it is this user's alone.
-    if stat_of(stage.file()).map_err(set_mode)?.uid != owner {
+    if stat_of(staged.file()).map_err(set_mode)?.uid != owner {
         let owner = Some(Uid::from_raw(owner));
-        sys::retry(|| fchown(stage.file(), owner, None)).map_err(set_mode)?;
+        sys::retry(|| fchown(staged.file(), owner, None)).map_err(set_mode)?;
     }
-    sys::set_mode(stage.file(), STAGED_MODE).map_err(set_mode)?;
+    sys::set_mode(staged.file(), STAGED_MODE).map_err(set_mode)?;
     Ok(not_preserved)
 }
 
@@ -481,15 +485,15 @@ fn not_staged(dir: &Directory, path: &Path, source: io::Error) -> OpenError {
     }
 }
 
-fn destination_changed(stage: Stage, dest: Destination) -> CommitError {
+fn destination_changed(staged: StagedFile, dest: Destination) -> CommitError {
     CommitError::DestinationChanged {
         dest: dest.path,
-        leftover: stage.discard().err(),
+        leftover: staged.discard().err(),
     }
 }
 
 fn not_replaced(
-    stage: Stage,
+    staged: StagedFile,
     dest: Destination,
     step: CommitStep,
     source: io::Error,
@@ -498,6 +502,6 @@ fn not_replaced(
         dest: dest.path,
         step,
         source,
-        leftover: stage.discard().err(),
+        leftover: staged.discard().err(),
     }
 }

@@ -2,7 +2,7 @@
 //!
 //! A run is recorded first; then it is repeated once for each of its calls, with that very call tampered with.
 
-mod common;
+mod support;
 
 use std::cell::Cell;
 use std::collections::HashMap;
@@ -10,8 +10,8 @@ use std::fs;
 use std::path::Path;
 
 use atomic_file::{AtomicWriter, recover, sweep};
-use common::{Held, assert_names, commit, group, names, same_text};
 use rstest::rstest;
+use support::{Held, assert_names, commit, group, names, same_text};
 use test_machine::{Need, recycling_dir, rounds};
 
 /// What a spare may hold; more than these tests write.
@@ -19,26 +19,26 @@ const MAX: u64 = 1 << 20;
 
 const FILES: [&str; 3] = ["memory", "vcpu", "devices"];
 
-/// Not a test of its own: what `common::command` runs.
+/// Not a test of its own: what `support::command` runs.
 #[test]
 fn child() {
-    let Some((job, dir)) = common::job() else {
+    let Some((job, dir)) = support::job() else {
         return;
     };
     let dest = dir.join("dest");
     let elsewhere = || AtomicWriter::options().staging_dir(dir.join("staging"));
-    common::traced(&dir, || match job.as_str() {
-        "replace" => common::replace(&AtomicWriter::options().mode(0o640), &dest),
-        "no clobber" => common::replace(&AtomicWriter::options().no_clobber(true), &dest),
-        "elsewhere" => common::replace(&elsewhere(), &dest),
+    support::traced(&dir, || match job.as_str() {
+        "replace" => support::replace(&AtomicWriter::options().mode(0o640), &dest),
+        "no clobber" => support::replace(&AtomicWriter::options().no_clobber(true), &dest),
+        "elsewhere" => support::replace(&elsewhere(), &dest),
         "recycles" => match AtomicWriter::options().recycle(MAX).open(&dest) {
             Ok(writer) => writer.recycled().to_string(),
             Err(error) => format!("{error:?}"),
         },
-        "recycle" => common::replace(&AtomicWriter::options().recycle(MAX), &dest),
+        "recycle" => support::replace(&AtomicWriter::options().recycle(MAX), &dest),
         "group" => match group(&dir, &FILES, "new") {
             Err(error) => format!("not opened: {error}"),
-            Ok(group) => common::group_state_of(group.commit()),
+            Ok(group) => support::group_state_of(group.commit()),
         },
         "discard" => match AtomicWriter::open(&dest).expect("open").discard() {
             Ok(()) => "ok".into(),
@@ -71,7 +71,7 @@ fn strace(job: &str, dir: &Path, log: &Path, tampering: &[String]) -> Option<Str
         args.push("--seccomp-bpf");
     }
     args.extend(tampering.iter().flat_map(|what| ["-e", what]));
-    common::under_strace(job, dir, &args)
+    support::under_strace(job, dir, &args)
 }
 
 /// The calls between the marks, each with its number among the calls of its name, as `strace` counts them for `when=`:
@@ -594,7 +594,7 @@ fn a_group_killed_at_any_call_is_all_old_or_all_new_once_recovered() {
 fn half_done(dir: &Path) {
     old_files(dir);
     let log = tempfile::NamedTempFile::new().unwrap();
-    let kill = kill("renameat", common::RENAMES_BEFORE_MEMBERS + 2).unwrap();
+    let kill = kill("renameat", support::RENAMES_BEFORE_MEMBERS + 2).unwrap();
     assert_eq!(strace("group", dir, log.path(), &kill), None);
 }
 

@@ -1,6 +1,6 @@
 //! Replacing several files together.
 
-mod common;
+mod support;
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -9,22 +9,22 @@ use atomic_file::{
     AtomicGroup, AtomicWriter, CommitError, CommitStep, GroupCommitError, OpenError,
 };
 use atomic_file::{RecoverError, RecoverReport, Refusal, recover, sweep};
-use common::{assert_names, commit, group, names, record, records, same_text};
 use rstest::rstest;
+use support::{assert_names, commit, group, names, record, records, same_text};
 use test_machine::Need;
 
 const FILES: [&str; 2] = ["memory", "vcpu"];
 
-/// Not a test of its own: what `common::command` runs.
+/// Not a test of its own: what `support::command` runs.
 #[test]
 fn child() {
-    let Some((job, dir)) = common::job() else {
+    let Some((job, dir)) = support::job() else {
         return;
     };
     match job.as_str() {
-        "commit" => common::traced(&dir, || match group(&dir, &FILES, "new") {
+        "commit" => support::traced(&dir, || match group(&dir, &FILES, "new") {
             Err(error) => format!("not opened: {error}"),
-            Ok(group) => common::group_state_of(group.commit()),
+            Ok(group) => support::group_state_of(group.commit()),
         }),
         other => panic!("no such job: {other}"),
     }
@@ -40,10 +40,10 @@ fn old_files() -> tempfile::TempDir {
 
 /// Commits a group that is killed at its `nth` rename of a member.
 fn die_at_rename(dir: &Path, nth: usize) {
-    let nth = nth + common::RENAMES_BEFORE_MEMBERS;
+    let nth = nth + support::RENAMES_BEFORE_MEMBERS;
     let kill = format!("inject=renameat:signal=KILL:when={nth}");
     let args = ["-o", "/dev/null", "-e", &kill];
-    assert_eq!(common::under_strace("commit", dir, &args), None);
+    assert_eq!(support::under_strace("commit", dir, &args), None);
 }
 
 /// A directory in which a group was killed after it had renamed `renamed` of its two members.
@@ -300,7 +300,10 @@ fn a_recycled_stages_name_is_never_renamed() {
     else {
         panic!("another error: {error:?}");
     };
-    assert_eq!((named, record), (stage.clone(), common::record(dir.path())));
+    assert_eq!(
+        (named, record),
+        (stage.clone(), support::record(dir.path()))
+    );
     assert_eq!(
         same_text(dir.path(), &FILES),
         "old",
@@ -582,7 +585,7 @@ fn where_a_staged_file_is_gone_the_group_is_torn_and_said_to_be(#[values(0, 1)] 
             _ => (vec![memory.clone()], vec![]),
         };
         assert_eq!((in_place, staged), (new, old));
-        assert_eq!(record, common::record(dir.path()));
+        assert_eq!(record, support::record(dir.path()));
         assert_eq!((texts(), names(dir.path())), (before.clone(), left.clone()));
     }
     // Only its own destinations wait for someone to decide.
@@ -591,7 +594,7 @@ fn where_a_staged_file_is_gone_the_group_is_torn_and_said_to_be(#[values(0, 1)] 
     assert!(matches!(error, OpenError::Recover { .. }), "{error:?}");
     // As the error says.
     fs::write(&memory, "old").unwrap();
-    fs::remove_file(common::record(dir.path())).unwrap();
+    fs::remove_file(support::record(dir.path())).unwrap();
     sweep(dir.path()).unwrap();
     assert_eq!(same_text(dir.path(), &FILES), "old");
     assert_names(dir.path(), &["memory", "third", "vcpu"]);

@@ -3,7 +3,7 @@
 //! The other user is a thread with that user's rights over files.
 #![cfg(target_os = "linux")]
 
-mod common;
+mod support;
 
 use std::error::Error;
 use std::ffi::OsString;
@@ -18,10 +18,10 @@ use std::time::Duration;
 use atomic_file::{
     AtomicGroup, AtomicWriter, GroupCommitError, OpenError, Preserve, RecoverError, recover, sweep,
 };
-use common::{Held, commit};
 use nix::sys::stat::Mode;
 use nix::unistd::{Gid, Uid, mkfifo, setfsgid, setfsuid};
 use rstest::rstest;
+use support::{Held, commit};
 use test_machine::{LoopFs, LoopMount, Need, rounds};
 
 const STRANGER: u32 = 12345;
@@ -31,14 +31,14 @@ const MEMBERS: [&str; 2] = ["vm.mem", "vm.state"];
 const SECRET: &[u8] = b"the guest's keys";
 const PRECIOUS: &[u8] = b"precious";
 
-/// Not a test of its own: what `common::command` runs, as another user than root.
+/// Not a test of its own: what `support::command` runs, as another user than root.
 #[test]
 fn child() {
-    let Some((job, dir)) = common::job() else {
+    let Some((job, dir)) = support::job() else {
         return;
     };
     if job == "sweep" {
-        return common::traced(&dir, || {
+        return support::traced(&dir, || {
             let report = sweep(&dir).unwrap();
             format!(
                 "{} removed, {} kept",
@@ -48,13 +48,13 @@ fn child() {
         });
     }
     if let Some(name) = job.strip_prefix("preserve ") {
-        return common::traced(&dir, || {
+        return support::traced(&dir, || {
             let options = AtomicWriter::options().preserve(Preserve::all());
-            common::replace(&options, &dir.join(name))
+            support::replace(&options, &dir.join(name))
         });
     }
     if job == "group that preserves" {
-        return common::traced(&dir, || {
+        return support::traced(&dir, || {
             let mut group = AtomicGroup::new();
             for name in MEMBERS {
                 let options = AtomicWriter::options().preserve(Preserve::all());
@@ -62,14 +62,14 @@ fn child() {
                 writer.write_all_at(b"new", 0).unwrap();
                 group.add(writer).unwrap();
             }
-            common::group_state_of(group.commit())
+            support::group_state_of(group.commit())
         });
     }
     become_user(USER);
     match job.as_str() {
-        "group" => common::traced(&dir, || match common::group(&dir, &MEMBERS, "new") {
+        "group" => support::traced(&dir, || match support::group(&dir, &MEMBERS, "new") {
             Err(error) => format!("not opened: {error}"),
-            Ok(group) => common::group_state_of(group.commit()),
+            Ok(group) => support::group_state_of(group.commit()),
         }),
         other => panic!("no such job: {other}"),
     }
@@ -104,7 +104,7 @@ impl Place {
     }
 
     fn assert_ours_untouched(&self) {
-        assert_eq!(common::names(&self.path("ours")), ["dest", "victim"]);
+        assert_eq!(support::names(&self.path("ours")), ["dest", "victim"]);
         for name in ["ours/dest", "ours/victim"] {
             let stat = fs::metadata(self.path(name)).unwrap();
             assert_eq!(fs::read(self.path(name)).unwrap(), PRECIOUS, "{name}");
@@ -180,7 +180,7 @@ fn assert_no_secret(dir: &Path) {
 /// The names of stages and spares, where there are any.
 fn stages(place: &Place) -> Vec<PathBuf> {
     let is_stage = |name: &OsString| name.to_string_lossy().starts_with(".atomic-file-");
-    let names = common::names(&place.path("dir")).into_iter();
+    let names = support::names(&place.path("dir")).into_iter();
     let dir = place.path("dir");
     names.filter(is_stage).map(|name| dir.join(name)).collect()
 }
@@ -575,7 +575,7 @@ fn no_stranger_splits_a_group_by_planting_a_destination() {
     let place = Place::new(0o1777);
     let dir = place.path("dir");
     let [memory, state] = MEMBERS.map(|name| dir.join(name));
-    let second = common::RENAMES_BEFORE_MEMBERS + 2;
+    let second = support::RENAMES_BEFORE_MEMBERS + 2;
     let mut held = Held::start("group", &dir, "renameat", "delay_enter", second);
     held.wait_until(|| memory.exists());
     as_stranger(|| plant(&place, std::slice::from_ref(&state), "a file"));
@@ -602,8 +602,8 @@ fn no_stranger_splits_a_group_by_planting_a_destination() {
         (report.in_place, report.completed),
         (vec![memory], vec![state])
     );
-    assert_eq!(common::same_text(&dir, &MEMBERS), "new");
-    assert_eq!(common::names(&dir), MEMBERS);
+    assert_eq!(support::same_text(&dir, &MEMBERS), "new");
+    assert_eq!(support::names(&dir), MEMBERS);
 }
 
 /// In a directory that is the stranger's alone root obeys the stranger's records: they cause no more
@@ -739,7 +739,7 @@ fn a_sweep_reads_a_bounded_part_of_a_strangers_records(
     });
     let calls = "trace=openat,read,getdents64";
     let args = ["-o", trace.to_str().unwrap(), "-e", calls];
-    let swept = || common::under_strace("sweep", &dir, &args).unwrap();
+    let swept = || support::under_strace("sweep", &dir, &args).unwrap();
     assert_eq!(swept(), expected);
     let calls = fs::read_to_string(&trace).unwrap();
     let opened = |name: &str| calls.lines().filter(|call| call.contains(name)).count();
@@ -773,7 +773,7 @@ fn bytes_read(calls: &str) -> u64 {
 fn die_at(job: &str, dir: &Path, call: &str, nth: usize) {
     let kill = format!("inject={call}:signal=KILL:when={nth}");
     let args = ["-o", "/dev/null", "-e", &kill];
-    assert_eq!(common::under_strace(job, dir, &args), None);
+    assert_eq!(support::under_strace(job, dir, &args), None);
 }
 
 /// `dir/dest` of the stranger, in a directory of the stranger.
@@ -798,7 +798,7 @@ fn no_owner_takes_the_files_of_roots_group_for_leftovers(#[values(0, 1)] renamed
     }
     let place = strangers_place(&MEMBERS);
     let dir = place.path("dir");
-    let nth = common::RENAMES_BEFORE_MEMBERS + 1 + renamed;
+    let nth = support::RENAMES_BEFORE_MEMBERS + 1 + renamed;
     die_at("group that preserves", &dir, "renameat", nth);
     let staged = stages(&place);
     as_stranger(|| {
@@ -814,10 +814,10 @@ fn no_owner_takes_the_files_of_roots_group_for_leftovers(#[values(0, 1)] renamed
     let report = recover(&dir).unwrap();
     let counts = (report.in_place.len(), report.completed.len());
     assert_eq!(counts, (renamed, MEMBERS.len() - renamed));
-    assert_eq!(common::same_text(&dir, &MEMBERS), "new");
+    assert_eq!(support::same_text(&dir, &MEMBERS), "new");
     let owner = |name| fs::metadata(dir.join(name)).unwrap().uid();
     assert_eq!(MEMBERS.map(owner), [STRANGER; 2]);
-    assert_eq!(common::names(&dir), MEMBERS);
+    assert_eq!(support::names(&dir), MEMBERS);
 }
 
 /// A record protects the files of its own user only, unless nobody else can have written it.
@@ -833,7 +833,7 @@ fn a_group_that_could_not_protect_its_files_is_refused(#[case] mode: u32, #[case
     if mode == 0o755 {
         std::os::unix::fs::chown(&dir, Some(USER), None).unwrap();
     }
-    let group = as_user(USER, || common::group(&dir, &MEMBERS, "new").unwrap());
+    let group = as_user(USER, || support::group(&dir, &MEMBERS, "new").unwrap());
     // As a user with the capability to give files away does.
     for stage in stages(&place) {
         std::os::unix::fs::chown(stage, Some(STRANGER), None).unwrap();
@@ -871,7 +871,7 @@ fn what_is_left_for_another_users_file_is_removed_by_the_next_writer(
         assert_eq!((stat.uid(), stat.mode() & 0o7777), expected);
     }
     commit(&AtomicWriter::options(), &dir.join("dest"), SECRET).unwrap();
-    assert_eq!(common::names(&dir), ["dest"]);
+    assert_eq!(support::names(&dir), ["dest"]);
 }
 
 /// What a group of `USER` does not undo, killed before it renamed a member.
@@ -880,8 +880,13 @@ fn killed_group_of_another_user(dir: &Path) {
     for name in MEMBERS {
         fs::write(dir.join(name), "old").unwrap();
     }
-    die_at("group", dir, "renameat", common::RENAMES_BEFORE_MEMBERS + 1);
-    common::record(dir);
+    die_at(
+        "group",
+        dir,
+        "renameat",
+        support::RENAMES_BEFORE_MEMBERS + 1,
+    );
+    support::record(dir);
 }
 
 /// `vm.mem` has the inode number that the group's record says, and is another file.
@@ -939,7 +944,7 @@ fn a_recycled_file_is_not_taken_for_the_one_of_a_record() {
     let options = AtomicWriter::options().recycle(1 << 20);
     for bytes in [PRECIOUS, SECRET] {
         let writer = options.open(&memory).unwrap();
-        common::write_whole(&writer, bytes).unwrap();
+        support::write_whole(&writer, bytes).unwrap();
         writer.commit().unwrap();
     }
     let report = as_user(USER, || recover(&dir)).unwrap();

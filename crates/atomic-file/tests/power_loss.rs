@@ -4,7 +4,7 @@
 //! and removed since the directory was last synced, the directory is built as it may be found, with every file that was not
 //! synced torn; and the real `recover` is let loose on it.
 
-mod common;
+mod support;
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -12,8 +12,8 @@ use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 
 use atomic_file::{AtomicWriter, recover};
-use common::{assert_names, group, same_text};
 use rstest::rstest;
+use support::{assert_names, group, same_text};
 use test_machine::{Need, recycling_dir};
 
 fn files(job: &str) -> &'static [&'static str] {
@@ -23,13 +23,13 @@ fn files(job: &str) -> &'static [&'static str] {
     }
 }
 
-/// Not a test of its own: what `common::command` runs.
+/// Not a test of its own: what `support::command` runs.
 #[test]
 fn child() {
-    let Some((job, dir)) = common::job() else {
+    let Some((job, dir)) = support::job() else {
         return;
     };
-    common::traced(&dir, || match job.as_str() {
+    support::traced(&dir, || match job.as_str() {
         "recycle" => {
             for text in TEXTS {
                 let writer = AtomicWriter::options()
@@ -37,14 +37,14 @@ fn child() {
                     .open(dir.join("dest"));
                 let writer = writer.expect("open");
                 assert!(writer.recycled());
-                common::write_whole(&writer, text.as_bytes()).expect("write");
+                support::write_whole(&writer, text.as_bytes()).expect("write");
                 writer.commit().expect("commit");
             }
             "ok".into()
         }
-        "replace" => common::replace(&AtomicWriter::options(), &dir.join("dest")),
+        "replace" => support::replace(&AtomicWriter::options(), &dir.join("dest")),
         "recover" => recover(&dir).map_or_else(|error| format!("{error:?}"), |_| "ok".into()),
-        _ => common::group_state_of(group(&dir, files(&job), "new").expect("open").commit()),
+        _ => support::group_state_of(group(&dir, files(&job), "new").expect("open").commit()),
     });
 }
 
@@ -76,7 +76,10 @@ fn traced_steps(job: &str, dir: &Path) -> Vec<Step> {
     let log = tempfile::NamedTempFile::new().unwrap();
     let calls = "trace=openat,pwrite64,fsync,fdatasync,renameat,renameat2,linkat,unlinkat";
     let args = ["-y", "-e", calls, "-o", log.path().to_str().unwrap()];
-    assert_eq!(common::under_strace(job, dir, &args).as_deref(), Some("ok"));
+    assert_eq!(
+        support::under_strace(job, dir, &args).as_deref(),
+        Some("ok")
+    );
     let log = fs::read_to_string(log.path()).unwrap();
     let inside = log
         .split_once("mark-begin")
@@ -330,7 +333,7 @@ fn a_recovery_makes_the_names_durable_before_it_removes_the_record_and_then_the_
         "-e",
         "inject=renameat:signal=KILL:when=4",
     ];
-    assert_eq!(common::under_strace("group", dir.path(), &kill), None);
+    assert_eq!(support::under_strace("group", dir.path(), &kill), None);
     let steps = traced_steps("recover", dir.path());
     let [Step::Rename(_, first), Step::Rename(_, second), rest @ ..] = steps.as_slice() else {
         panic!("{steps:?}");

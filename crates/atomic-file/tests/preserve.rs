@@ -1,16 +1,16 @@
 //! What the replaced file had beside its bytes.
 #![cfg(target_os = "linux")]
 
-mod common;
+mod support;
 
 use std::fs;
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _, chown};
 use std::path::Path;
 
 use atomic_file::{AtomicGroup, AtomicWriter, Attribute, OpenError, Preserve};
-use common::{assert_names, commit, dir_with_old};
 use nix::unistd::{Gid, Uid, setfsgid, setfsuid};
 use rstest::rstest;
+use support::{assert_names, commit, dir_with_old};
 use test_machine::Need;
 
 const OWNER: u32 = 12345;
@@ -302,16 +302,16 @@ fn a_mode_means_nothing_more_by_an_inherited_list(#[case] preserve: Preserve, #[
     );
 }
 
-/// Not a test of its own: what `common::command` runs.
+/// Not a test of its own: what `support::command` runs.
 #[test]
 fn child() {
-    let Some((_, dir)) = common::job() else {
+    let Some((_, dir)) = support::job() else {
         return;
     };
-    common::traced(&dir, || {
+    support::traced(&dir, || {
         let preserve = Preserve::all().if_permitted(true);
         let options = AtomicWriter::options().preserve(preserve);
-        common::replace(&options, &dir.join("dest"))
+        support::replace(&options, &dir.join("dest"))
     });
 }
 
@@ -327,7 +327,7 @@ fn a_destination_that_is_replaced_meanwhile_fails_no_commit_that_preserves_what_
     let log = tempfile::NamedTempFile::new().unwrap();
     let path = log.path().to_str().unwrap();
     let args = ["-o", path, "-e", "trace=openat"];
-    let done = common::under_strace("preserve", dir.path(), &args);
+    let done = support::under_strace("preserve", dir.path(), &args);
     assert_eq!(done.as_deref(), Some("ok"));
     // Which of that thread's calls it is.
     let calls = fs::read_to_string(path).unwrap();
@@ -342,7 +342,7 @@ fn a_destination_that_is_replaced_meanwhile_fails_no_commit_that_preserves_what_
     let opened = calls.iter().filter(|line| opens(line)).count();
     let number = calls.iter().rposition(|line| opens(line)).unwrap() + 1;
 
-    let mut held = common::Held::start("preserve", dir.path(), "openat", "delay_enter", number);
+    let mut held = support::Held::start("preserve", dir.path(), "openat", "delay_enter", number);
     held.wait_for_calls("\"dest\", O_RDONLY", opened);
     commit(&AtomicWriter::options(), &dest, b"meanwhile").unwrap();
     assert_eq!(held.release().as_deref(), Some("ok"));

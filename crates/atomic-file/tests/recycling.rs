@@ -1,7 +1,7 @@
 //! The replaced file as the next stage: who gets it, and who must never notice.
 #![cfg(target_os = "linux")]
 
-mod common;
+mod support;
 
 use std::fs::{self, File};
 use std::os::fd::AsRawFd as _;
@@ -9,8 +9,8 @@ use std::os::unix::fs::{FileExt as _, MetadataExt as _, symlink};
 use std::path::{Path, PathBuf};
 
 use atomic_file::{AtomicGroup, AtomicWriter, Durability, Options, sweep};
-use common::{assert_names, names, same_text};
 use rstest::rstest;
+use support::{assert_names, names, same_text};
 use test_machine::{LoopFs, LoopMount, Need, TinyTmpfs, recycling_dir, rounds};
 
 const MIB: u64 = 1 << 20;
@@ -63,10 +63,10 @@ fn with_spare() -> (tempfile::TempDir, PathBuf, PathBuf) {
     (dir, dest, spares[0].clone())
 }
 
-/// Not a test of its own: what `common::command` runs.
+/// Not a test of its own: what `support::command` runs.
 #[test]
 fn child() {
-    let Some((job, dir)) = common::job() else {
+    let Some((job, dir)) = support::job() else {
         return;
     };
     assert_eq!(job, "race");
@@ -658,7 +658,7 @@ fn racing_writers_and_sweepers_never_show_a_torn_file_nor_pile_up_spares() {
                 })
             })
             .collect();
-        let child = common::report(common::command("race", dir.path()));
+        let child = support::report(support::command("race", dir.path()));
         let ended: Vec<_> = writers.into_iter().map(|writer| writer.join()).collect();
         done.store(true, std::sync::atomic::Ordering::Relaxed);
         assert!(ended.iter().all(Result::is_ok), "a writer was harmed");

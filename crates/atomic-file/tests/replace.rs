@@ -1,6 +1,6 @@
 //! Replacing one file.
 
-mod common;
+mod support;
 
 use std::ffi::OsStr;
 use std::fs;
@@ -12,14 +12,14 @@ use std::process::Command;
 use std::sync::Barrier;
 
 use atomic_file::{AtomicWriter, CommitError, CommitStep, Durability, OpenError, Symlinks};
-use common::{assert_names, command, commit, dir_with_old, names, report};
 use rstest::rstest;
+use support::{assert_names, command, commit, dir_with_old, names, report};
 use test_machine::{Need, rounds};
 
-/// Not a test of its own: what `common::command` runs.
+/// Not a test of its own: what `support::command` runs.
 #[test]
 fn child() {
-    let Some((job, dir)) = common::job() else {
+    let Some((job, dir)) = support::job() else {
         return;
     };
     let dest = dir.join("dest");

@@ -1,6 +1,6 @@
 //! Writers that replace one version of a file and no other.
 
-mod common;
+mod support;
 
 use std::fs::{self, File, Permissions};
 use std::os::unix::fs::PermissionsExt as _;
@@ -12,19 +12,19 @@ use std::time::{Duration, SystemTime};
 use atomic_file::{
     AtomicGroup, AtomicWriter, CommitError, CommitStep, FileVersion, OpenError, Options, Refusal,
 };
-use common::{Held, assert_names, commit, dir_with_old};
 use rstest::rstest;
+use support::{Held, assert_names, commit, dir_with_old};
 use test_machine::Need;
 
-/// Not a test of its own: what `common::command` runs.
+/// Not a test of its own: what `support::command` runs.
 #[test]
 fn child() {
-    let Some((job, dir)) = common::job() else {
+    let Some((job, dir)) = support::job() else {
         return;
     };
     let dest = dir.join("dest");
-    common::traced(&dir, || match job.as_str() {
-        "replace only" => common::replace(&only(&dest), &dest),
+    support::traced(&dir, || match job.as_str() {
+        "replace only" => support::replace(&only(&dest), &dest),
         other => panic!("no such job: {other}"),
     });
 }

@@ -150,20 +150,20 @@ pub(crate) fn generation(dir: impl AsFd, name: &OsStr) -> io::Result<u64> {
 /// file system gives none.
 fn generation_of_handle(file: &File) -> io::Result<u64> {
     /// `MAX_HANDLE_SZ` of Linux's `include/linux/exportfs.h`.
-    const LONGEST: usize = 128;
+    const MAX_HANDLE_LEN: usize = 128;
     /// No time until the year 2262 has it.
-    const OF_A_HANDLE: u64 = 1 << 63;
+    const FROM_HANDLE: u64 = 1 << 63;
     /// `struct file_handle` of Linux's `include/linux/fs.h`.
     #[repr(C)]
     struct Handle {
         length: libc::c_uint,
         kind: libc::c_int,
-        bytes: [u8; LONGEST],
+        bytes: [u8; MAX_HANDLE_LEN],
     }
     let mut handle = Handle {
-        length: LONGEST as libc::c_uint,
+        length: MAX_HANDLE_LEN as libc::c_uint,
         kind: 0,
-        bytes: [0; LONGEST],
+        bytes: [0; MAX_HANDLE_LEN],
     };
     let mut mount: libc::c_int = 0;
     let answered = retry(|| {
@@ -188,7 +188,7 @@ fn generation_of_handle(file: &File) -> io::Result<u64> {
         // The file system has no handles, or a sandbox forbids the call.
         Err(_) => return Ok(0),
     }
-    let length = (handle.length as usize).min(LONGEST);
+    let length = (handle.length as usize).min(MAX_HANDLE_LEN);
     let bytes = handle.kind.to_le_bytes().into_iter();
     // FNV-1a.
     let digest = bytes
@@ -196,7 +196,7 @@ fn generation_of_handle(file: &File) -> io::Result<u64> {
         .fold(0xcbf2_9ce4_8422_2325, |digest: u64, byte| {
             (digest ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3)
         });
-    Ok(digest | OF_A_HANDLE)
+    Ok(digest | FROM_HANDLE)
 }
 
 /// Takes the access control list of a file away: one that its directory had it inherit.
@@ -283,7 +283,7 @@ fn magic_of(fd: impl AsFd) -> io::Result<u32> {
 ///
 /// A stacked one (overlayfs, FUSE) maps files of the one below in place of its own, and a network one knows
 /// nothing of other machines.
-pub(crate) fn counts_openers(fd: impl AsFd) -> io::Result<bool> {
+pub(crate) fn supports_leases(fd: impl AsFd) -> io::Result<bool> {
     const EXT: u32 = libc::EXT4_SUPER_MAGIC as u32;
     const XFS: u32 = libc::XFS_SUPER_MAGIC as u32;
     const BTRFS: u32 = libc::BTRFS_SUPER_MAGIC as u32;
@@ -295,7 +295,7 @@ pub(crate) fn counts_openers(fd: impl AsFd) -> io::Result<bool> {
 ///
 /// The kernel grants a write lease only then. It is given back at once: what matters is that it was granted, and one who
 /// opens the file meanwhile, this process too, would have to wait for it.
-pub(crate) fn has_only_us(file: &File) -> bool {
+pub(crate) fn is_exclusively_open(file: &File) -> bool {
     /// Linux's `include/uapi/asm-generic/fcntl.h`; libc has no constant for it.
     const F_SETSIG: libc::c_int = 10;
     let fd = file.as_raw_fd();

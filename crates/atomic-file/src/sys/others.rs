@@ -19,16 +19,16 @@ use crate::options::Durability;
 /// Waits until what `fd` holds is on the medium, or cannot be overtaken by later writes.
 #[cfg(target_vendor = "apple")]
 pub(super) fn flush(fd: BorrowedFd<'_>, durability: Durability) -> io::Result<()> {
-    use super::where_unsupported;
+    use super::fall_back_if_unsupported;
     use nix::fcntl::{FcntlArg, fcntl};
     let full = || {
         let flushed = retry(|| fcntl(fd, FcntlArg::F_FULLFSYNC).map(drop));
-        where_unsupported(flushed, || retry(|| nix::unistd::fsync(fd)))
+        fall_back_if_unsupported(flushed, || retry(|| nix::unistd::fsync(fd)))
     };
     if durability == Durability::Full {
         return full();
     }
-    where_unsupported(
+    fall_back_if_unsupported(
         retry(|| fcntl(fd, FcntlArg::F_BARRIERFSYNC).map(drop)),
         full,
     )
@@ -174,12 +174,12 @@ pub(crate) fn has_lasting_inode_numbers(fd: impl AsFd) -> io::Result<bool> {
 }
 
 /// There are no leases.
-pub(crate) fn counts_openers(_: impl AsFd) -> io::Result<bool> {
+pub(crate) fn supports_leases(_: impl AsFd) -> io::Result<bool> {
     Ok(false)
 }
 
 /// There are no leases: nobody can tell.
-pub(crate) fn has_only_us(_: &File) -> bool {
+pub(crate) fn is_exclusively_open(_: &File) -> bool {
     false
 }
 

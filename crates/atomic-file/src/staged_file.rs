@@ -37,8 +37,8 @@ use std::time::Duration;
 
 use crate::directory::{Directory, FileId, Stat, stat_of};
 use crate::error::Leftover;
-use crate::outcome::{PublishError, has_no_such_call, make_sure};
 use crate::recover::Records;
+use crate::rename::{PublishError, confirm_rename, has_no_such_call};
 use crate::sweep::sweep_names;
 use crate::sys::{Lock, Unlock, file_owner, try_lock};
 
@@ -47,7 +47,7 @@ const LOCKED: &str = ".stage";
 /// For file systems without locks: nobody can tell whether the owner of such a stage lives.
 const UNLOCKED: &str = ".unlocked-stage";
 /// One per destination, so without an ID: see `spare.rs`.
-const SPARE: &str = ".spare";
+const RECYCLED: &str = ".spare";
 /// A group's record that is not published: see `turn.rs`.
 const TICKET: &str = ".intent";
 
@@ -56,10 +56,10 @@ const TICKET: &str = ".intent";
 pub(crate) const STAGED_MODE: u32 = 0o600;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum StageName {
+pub(crate) enum NameKind {
     Locked,
     Unlocked,
-    Spare,
+    Recycled,
     Ticket,
 }
 
@@ -79,31 +79,31 @@ fn is_hex(text: &str) -> bool {
 }
 
 /// Whether `name` is one that this module gives to stages and spares.
-pub(crate) fn parse_name(name: &OsStr) -> Option<StageName> {
+pub(crate) fn kind_of_name(name: &OsStr) -> Option<NameKind> {
     let rest = name.to_str()?.strip_prefix(PREFIX)?;
     if let Some(id) = rest.strip_suffix(TICKET) {
-        return is_id(id).then_some(StageName::Ticket);
+        return is_id(id).then_some(NameKind::Ticket);
     }
-    if let Some(hash) = rest.strip_suffix(SPARE) {
-        return (hash.len() == 8 && is_hex(hash)).then_some(StageName::Spare);
+    if let Some(hash) = rest.strip_suffix(RECYCLED) {
+        return (hash.len() == 8 && is_hex(hash)).then_some(NameKind::Recycled);
     }
     let (rest, kind) = if let Some(rest) = rest.strip_suffix(UNLOCKED) {
-        (rest, StageName::Unlocked)
+        (rest, NameKind::Unlocked)
     } else {
-        (rest.strip_suffix(LOCKED)?, StageName::Locked)
+        (rest.strip_suffix(LOCKED)?, NameKind::Locked)
     };
     let (hash, id) = rest.split_once('-')?;
     // Earlier versions counted, in as many digits as it took.
     (hash.len() == 8 && is_hex(hash) && id.len() <= 16 && is_hex(id)).then_some(kind)
 }
 
-pub(crate) fn stage_name(dest: &OsStr, id: u64, kind: StageName) -> OsString {
+pub(crate) fn protocol_name(dest: &OsStr, id: u64, kind: NameKind) -> OsString {
     let hash = crc32fast::hash(dest.as_bytes());
     match kind {
-        StageName::Locked => format!("{PREFIX}{hash:08x}-{id:016x}{LOCKED}"),
-        StageName::Unlocked => format!("{PREFIX}{hash:08x}-{id:016x}{UNLOCKED}"),
-        StageName::Spare => format!("{PREFIX}{hash:08x}{SPARE}"),
-        StageName::Ticket => format!("{PREFIX}{id:016x}{TICKET}"),
+        NameKind::Locked => format!("{PREFIX}{hash:08x}-{id:016x}{LOCKED}"),
+        NameKind::Unlocked => format!("{PREFIX}{hash:08x}-{id:016x}{UNLOCKED}"),
+        NameKind::Recycled => format!("{PREFIX}{hash:08x}{RECYCLED}"),
+        NameKind::Ticket => format!("{PREFIX}{id:016x}{TICKET}"),
     }
     .into()
 }
@@ -111,7 +111,7 @@ pub(crate) fn stage_name(dest: &OsStr, id: u64, kind: StageName) -> OsString {
 /// Whether `name` is that of a file staged for `dest`, or for another destination of the same hash.
 fn is_stage_of(dest: &OsStr, name: &OsStr) -> bool {
     let hash = format!("{PREFIX}{:08x}-", crc32fast::hash(dest.as_bytes()));
-    parse_name(name) == Some(StageName::Locked) && name.as_bytes().starts_with(hash.as_bytes())
+    kind_of_name(name) == Some(NameKind::Locked) && name.as_bytes().starts_with(hash.as_bytes())
 }
 
 /// Removes what killed writers to `dest` left, of the `names` in `dir`.
@@ -132,7 +132,7 @@ pub(crate) fn remove_leftovers(
     let leftovers: Vec<_> = names
         .iter()
         .filter(|name| is_stage_of(dest, name) && ours(name))
-        .map(|name| (name, StageName::Locked))
+        .map(|name| (name, NameKind::Locked))
         .collect();
     if !leftovers.is_empty() {
         // What stays is for sweepers, and in no writer's way.
@@ -140,38 +140,38 @@ pub(crate) fn remove_leftovers(
     }
 }
 
-pub(crate) fn spare_name(dest: &OsStr) -> OsString {
-    stage_name(dest, 0, StageName::Spare)
+pub(crate) fn recycled_name(dest: &OsStr) -> OsString {
+    protocol_name(dest, 0, NameKind::Recycled)
 }
 
 /// What became of a stage that may be dead.
 #[derive(Debug)]
-pub(crate) enum Inspected {
+pub(crate) enum Inspection {
     Removed,
-    Gone,
-    Living,
-    Kept(io::Error),
+    Missing,
+    InUse,
+    Retained(io::Error),
 }
 
 /// Removes the stage `name` if its owner is dead. Never waits, and never touches a living one.
-pub(crate) fn remove_if_dead(dir: &Directory, name: &OsStr) -> Inspected {
+pub(crate) fn remove_if_orphaned(dir: &Directory, name: &OsStr) -> Inspection {
     let orphan = match Orphan::lock(dir, name) {
         Ok(orphan) => orphan,
         Err(inspected) => return inspected,
     };
     let mut records = Records::default();
-    let looked = stat_of(&orphan.file).and_then(|stat| records.look(dir, Some(stat.uid)));
+    let looked = stat_of(&orphan.file).and_then(|stat| records.refresh(dir, Some(stat.uid)));
     match looked {
-        Ok(()) => orphan.settle(dir, name, &records, true),
-        Err(error) => Inspected::Kept(error),
+        Ok(()) => orphan.resolve(dir, name, &records, true),
+        Err(error) => Inspection::Retained(error),
     }
 }
 
-fn inspected(result: io::Result<Inspected>) -> Inspected {
+fn or_retained(result: io::Result<Inspection>) -> Inspection {
     match result {
         Ok(inspected) => inspected,
-        Err(error) if error.kind() == ErrorKind::NotFound => Inspected::Gone,
-        Err(error) => Inspected::Kept(error),
+        Err(error) if error.kind() == ErrorKind::NotFound => Inspection::Missing,
+        Err(error) => Inspection::Retained(error),
     }
 }
 
@@ -189,55 +189,55 @@ impl Drop for Orphan {
 
 impl Orphan {
     /// Locks the staged file `name`, or says why that is not to be removed.
-    pub(crate) fn lock(dir: &Directory, name: &OsStr) -> Result<Self, Inspected> {
+    pub(crate) fn lock(dir: &Directory, name: &OsStr) -> Result<Self, Inspection> {
         let attempt = || {
             match dir.entry(name)? {
-                None => return Ok(Err(Inspected::Gone)),
+                None => return Ok(Err(Inspection::Missing)),
                 Some(entry) if !entry.is_file() => {
-                    return Ok(Err(kept("has a stage's name, but is no regular file")));
+                    return Ok(Err(retained("has a stage's name, but is no regular file")));
                 }
                 Some(_) => {}
             }
             let file = dir.open_file(name)?;
             Ok(match try_lock(&file)? {
                 Lock::Held => Ok(Self { file }),
-                Lock::Taken => Err(Inspected::Living),
-                Lock::Unsupported(error) => Err(Inspected::Kept(error)),
+                Lock::Taken => Err(Inspection::InUse),
+                Lock::Unsupported(error) => Err(Inspection::Retained(error)),
             })
         };
-        attempt().unwrap_or_else(|error| Err(inspected(Err(error))))
+        attempt().unwrap_or_else(|error| Err(or_retained(Err(error))))
     }
 
     /// Says what became of the staged file, or would become of it if it was to be removed. `records`
     /// must have been looked for since it was locked.
-    pub(crate) fn settle(
+    pub(crate) fn resolve(
         self,
         dir: &Directory,
         name: &OsStr,
         records: &Records,
         remove: bool,
-    ) -> Inspected {
-        let attempt = || -> io::Result<Inspected> {
+    ) -> Inspection {
+        let attempt = || -> io::Result<Inspection> {
             let stat = stat_of(&self.file)?;
             if records.name(name, stat.uid) {
-                return Ok(kept(
+                return Ok(retained(
                     "a group commit that names it is pending in the directory: call `recover`",
                 ));
             }
             if dir.entry(name)?.map(|entry| entry.id) != Some(stat.id) {
-                return Ok(Inspected::Gone);
+                return Ok(Inspection::Missing);
             }
             if remove {
                 dir.remove(name)?;
             }
-            Ok(Inspected::Removed)
+            Ok(Inspection::Removed)
         };
-        inspected(attempt())
+        or_retained(attempt())
     }
 }
 
-fn kept(reason: &'static str) -> Inspected {
-    Inspected::Kept(io::Error::other(reason))
+fn retained(reason: &'static str) -> Inspection {
+    Inspection::Retained(io::Error::other(reason))
 }
 
 /// Locks a file that was just created. Who has its lock already is about to see that it's no stage of a dead owner, or removes it.
@@ -254,7 +254,7 @@ fn lock_new(file: &File) -> io::Result<Lock> {
 }
 
 #[derive(Debug)]
-pub(crate) struct Stage {
+pub(crate) struct StagedFile {
     dir: Arc<Directory>,
     name: OsString,
     path: PathBuf,
@@ -262,52 +262,52 @@ pub(crate) struct Stage {
     id: FileId,
     locked: bool,
     /// Whether `name` is ours to remove.
-    named: bool,
+    unlink_on_drop: bool,
 }
 
-impl Stage {
+impl StagedFile {
     /// Stages an empty file, mode 0600, for a destination called `dest`.
     pub(crate) fn create(dir: &Arc<Directory>, dest: &OsStr) -> io::Result<Self> {
-        let mut kind = StageName::Locked;
+        let mut kind = NameKind::Locked;
         loop {
-            let name = stage_name(dest, new_id(), kind);
+            let name = protocol_name(dest, new_id(), kind);
             let file = match dir.create_new(&name) {
                 Ok(file) => file,
                 Err(error) if error.kind() == ErrorKind::AlreadyExists => {
                     // The name is random: it is ours, and the answer that it was created was lost.
-                    let _: Inspected = remove_if_dead(dir, &name);
+                    let _: Inspection = remove_if_orphaned(dir, &name);
                     continue;
                 }
                 Err(error) => {
                     // Over NFS the answer may have been lost, and the file be there. Whoever sweeps it takes it for a dead one.
-                    let _: Inspected = remove_if_dead(dir, &name);
+                    let _: Inspection = remove_if_orphaned(dir, &name);
                     return Err(error);
                 }
             };
             // The one failure after which our file has no identity yet: it is a moment old, and its name still means it.
             let id = stat_of(&file).inspect_err(|_| drop(dir.remove(&name)))?.id;
-            let mut stage = Self {
+            let mut staged = Self {
                 dir: Arc::clone(dir),
                 path: dir.path_of(&name),
                 name,
                 id,
                 file,
                 locked: false,
-                named: true,
+                unlink_on_drop: true,
             };
-            if kind == StageName::Unlocked {
-                return Ok(stage);
+            if kind == NameKind::Unlocked {
+                return Ok(staged);
             }
-            match lock_new(&stage.file)? {
-                Lock::Held if stage.name_is_ours()? => {
-                    stage.locked = true;
-                    return Ok(stage);
+            match lock_new(&staged.file)? {
+                Lock::Held if staged.check_linked()? => {
+                    staged.locked = true;
+                    return Ok(staged);
                 }
                 // A sweeper was faster than our lock: what is at the name, if anything, is not ours to remove. Nor is what somebody
                 // holds who is no sweeper.
-                Lock::Held | Lock::Taken => stage.named = false,
+                Lock::Held | Lock::Taken => staged.unlink_on_drop = false,
                 // Dropping the stage removes it.
-                Lock::Unsupported(_) => kind = StageName::Unlocked,
+                Lock::Unsupported(_) => kind = NameKind::Unlocked,
             }
         }
     }
@@ -322,33 +322,33 @@ impl Stage {
         if !matches!(try_lock(&file)?, Lock::Held) {
             return Ok(None);
         }
-        let stage = Self {
+        let staged = Self {
             dir: Arc::clone(dir),
             path: dir.path_of(name),
             name: name.to_owned(),
             id: stat_of(&file)?.id,
             file,
             locked: true,
-            named: false,
+            unlink_on_drop: false,
         };
-        Ok(stage.name_is_ours()?.then_some(stage))
+        Ok(staged.check_linked()?.then_some(staged))
     }
 
     /// From here on dropping removes the file's name.
-    pub(crate) fn own_name(&mut self) {
-        self.named = true;
+    pub(crate) fn arm(&mut self) {
+        self.unlink_on_drop = true;
     }
 
     /// Renames the file within its directory, to a new name of a file staged for `dest`.
-    pub(crate) fn move_to_stage_of(&mut self, dest: &OsStr) -> io::Result<()> {
-        self.move_to(&stage_name(dest, new_id(), StageName::Locked))
+    pub(crate) fn move_to_staged_name(&mut self, dest: &OsStr) -> io::Result<()> {
+        self.move_to(&protocol_name(dest, new_id(), NameKind::Locked))
     }
 
     /// Renames the stage within its directory, to `name`, which is random: nothing stands there.
     pub(crate) fn rename_to(&mut self, name: OsString) -> Result<(), PublishError> {
         let dir = Arc::clone(&self.dir);
         self.publish(&dir, &name, false)?;
-        self.stands_at(&dir, name);
+        self.moved_to(&dir, name);
         Ok(())
     }
 
@@ -370,7 +370,7 @@ impl Stage {
     pub(crate) fn exchange(&mut self, mut old: Self) -> Result<Self, PublishError> {
         let (dir, dest) = (Arc::clone(&self.dir), old.name.clone());
         self.attempt(&dir, &dest, |_, own| dir.exchange(own, &dest))?;
-        self.named = false;
+        self.unlink_on_drop = false;
         // rename(2) would have refused a directory that came there in the last moment.
         if let Ok(Some(there)) = dir.entry(&self.name)
             && there.is_dir()
@@ -378,8 +378,8 @@ impl Stage {
             let is_dir = || io::Error::from(ErrorKind::IsADirectory);
             return Err(match dir.exchange(&self.name, &dest) {
                 Ok(()) => {
-                    self.named = true;
-                    PublishError::Not(is_dir())
+                    self.unlink_on_drop = true;
+                    PublishError::NotPublished(is_dir())
                 }
                 Err(errno) => PublishError::Unknown {
                     rename: is_dir(),
@@ -389,7 +389,7 @@ impl Stage {
         }
         old.path.clone_from(&self.path);
         old.name.clone_from(&self.name);
-        old.named = true;
+        old.unlink_on_drop = true;
         Ok(old)
     }
 
@@ -418,11 +418,11 @@ impl Stage {
     }
 
     /// Whether the stage's name still means its file.
-    pub(crate) fn has_name(&self) -> bool {
-        self.name_is_ours().is_ok_and(|ours| ours)
+    pub(crate) fn is_linked(&self) -> bool {
+        self.check_linked().is_ok_and(|ours| ours)
     }
 
-    fn name_is_ours(&self) -> io::Result<bool> {
+    fn check_linked(&self) -> io::Result<bool> {
         Ok(self.dir.entry(&self.name)?.map(|entry| entry.id) == Some(self.id))
     }
 
@@ -434,7 +434,7 @@ impl Stage {
                 "the writer's `File` was exchanged for another file",
             ));
         }
-        if !self.name_is_ours()? {
+        if !self.check_linked()? {
             return Err(io::Error::new(
                 ErrorKind::NotFound,
                 "somebody removed or replaced the staged file",
@@ -454,18 +454,18 @@ impl Stage {
     ) -> Result<Option<Leftover>, PublishError> {
         if !no_clobber {
             self.attempt(dir, name, |from, own| from.rename(own, dir, name))?;
-            self.named = false;
+            self.unlink_on_drop = false;
             return Ok(None);
         }
         match self.attempt(dir, name, |from, own| from.rename_new(own, dir, name)) {
             Ok(()) => {
-                self.named = false;
+                self.unlink_on_drop = false;
                 Ok(None)
             }
-            Err(PublishError::Not(error)) if has_no_such_call(&error) => {
+            Err(PublishError::NotPublished(error)) if has_no_such_call(&error) => {
                 let link = || self.dir.link(&self.name, dir, name);
                 // The stage's own name stays in any case, and tells nothing.
-                make_sure(link, || self.is_at(dir, name), || false)?;
+                confirm_rename(link, || self.is_at(dir, name), || false)?;
                 Ok(self.remove().err())
             }
             Err(error) => Err(error),
@@ -479,7 +479,7 @@ impl Stage {
         call: impl Fn(&Directory, &OsStr) -> nix::Result<()>,
     ) -> Result<(), PublishError> {
         let moved = || call(&self.dir, &self.name);
-        make_sure(moved, || self.is_at(dir, name), || self.has_name())
+        confirm_rename(moved, || self.is_at(dir, name), || self.is_linked())
     }
 
     fn is_at(&self, dir: &Directory, name: &OsStr) -> io::Result<bool> {
@@ -491,16 +491,16 @@ impl Stage {
     }
 
     /// After it was moved to `name` in `dir`, makes that the stage's own name again.
-    pub(crate) fn stands_at(&mut self, dir: &Arc<Directory>, name: OsString) {
+    pub(crate) fn moved_to(&mut self, dir: &Arc<Directory>, name: OsString) {
         self.dir = Arc::clone(dir);
         self.path = dir.path_of(&name);
         self.name = name;
-        self.named = true;
+        self.unlink_on_drop = true;
     }
 
     /// Gives up the stage's name to whoever recovers: it is not removed.
-    pub(crate) fn leave(&mut self) {
-        self.named = false;
+    pub(crate) fn disarm(&mut self) {
+        self.unlink_on_drop = false;
     }
 
     /// Removes the stage.
@@ -509,10 +509,10 @@ impl Stage {
     }
 
     fn remove(&mut self) -> Result<(), Leftover> {
-        if !std::mem::take(&mut self.named) {
+        if !std::mem::take(&mut self.unlink_on_drop) {
             return Ok(());
         }
-        let removed = match self.name_is_ours() {
+        let removed = match self.check_linked() {
             // Against the rules somebody removed the stage, and the slot is another writer's now.
             Ok(false) => Ok(()),
             // Where the look fails, the rules are to be relied upon: we hold the lock.
@@ -525,7 +525,7 @@ impl Stage {
     }
 }
 
-impl Drop for Stage {
+impl Drop for StagedFile {
     fn drop(&mut self) {
         // Nowhere to report to: `discard` is for those who want to know, and a sweep finds what stays.
         let _ = self.remove();
@@ -546,12 +546,12 @@ mod tests {
             dest in proptest::collection::vec(1u8.., 1..=255),
             id: u64,
             kind in prop_oneof![
-                Just(StageName::Locked), Just(StageName::Unlocked), Just(StageName::Spare),
-                Just(StageName::Ticket),
+                Just(NameKind::Locked), Just(NameKind::Unlocked), Just(NameKind::Recycled),
+                Just(NameKind::Ticket),
             ],
         ) {
-            let name = stage_name(OsStr::from_bytes(&dest), id, kind);
-            prop_assert_eq!(parse_name(&name), Some(kind));
+            let name = protocol_name(OsStr::from_bytes(&dest), id, kind);
+            prop_assert_eq!(kind_of_name(&name), Some(kind));
             prop_assert!(name.len() <= 64);
         }
     }
@@ -573,6 +573,6 @@ mod tests {
     #[case(".atomic-file-01234567.intent")]
     #[case(".atomic-file-0123456789abcdef.group")]
     fn any_other_name_is_not(#[case] name: &str) {
-        assert_eq!(parse_name(OsStr::new(name)), None);
+        assert_eq!(kind_of_name(OsStr::new(name)), None);
     }
 }

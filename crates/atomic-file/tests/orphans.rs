@@ -1,20 +1,20 @@
 //! What killed writers leave, and who removes it.
 
-mod common;
+mod support;
 
 use std::ffi::OsStr;
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use atomic_file::{AtomicWriter, Options, preview_sweep, sweep};
-use common::{assert_names, commit, dir_with_old, names};
 use rstest::rstest;
+use support::{assert_names, commit, dir_with_old, names};
 use test_machine::{Need, rounds};
 
-/// Not a test of its own: what `common::command` runs.
+/// Not a test of its own: what `support::command` runs.
 #[test]
 fn child() {
-    let Some((job, dir)) = common::job() else {
+    let Some((job, dir)) = support::job() else {
         return;
     };
     match job.as_str() {
@@ -33,7 +33,7 @@ fn child() {
         }
         "replace" => {
             let options = AtomicWriter::options();
-            common::traced(&dir, || common::replace(&options, &dir.join("dest")));
+            support::traced(&dir, || support::replace(&options, &dir.join("dest")));
         }
         other => panic!("no such job: {other}"),
     }
@@ -42,7 +42,7 @@ fn child() {
 /// The stage that a writer to `dir/dest` left when it was killed.
 fn dead_stage(dir: &Path) -> PathBuf {
     let before = names(dir);
-    assert_eq!(common::report(common::command("die", dir)), None);
+    assert_eq!(support::report(support::command("die", dir)), None);
     let mut new = names(dir);
     new.retain(|name| !before.contains(name));
     assert_eq!(new.len(), 1, "{new:?}");
@@ -72,7 +72,7 @@ fn leftovers_do_not_pile_up() {
     let (dir, _) = dir_with_old();
     for _ in 0..3 {
         let _ = fs::remove_file(dir.path().join("unused"));
-        assert_eq!(common::report(common::command("die", dir.path())), None);
+        assert_eq!(support::report(support::command("die", dir.path())), None);
         assert_eq!(names(dir.path()).len(), 2);
     }
 }
@@ -104,7 +104,7 @@ fn a_sweep_spares_living_writers_in_other_processes() {
     use std::io::{BufRead as _, BufReader};
     use std::process::Stdio;
     let (dir, dest) = dir_with_old();
-    let mut command = common::command("live", dir.path());
+    let mut command = support::command("live", dir.path());
     let mut child = command
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
@@ -178,7 +178,7 @@ fn without_locks_writers_work_and_their_leftovers_are_kept_and_named() {
     let without_locks = |more: &[&str]| {
         let mut args = vec!["-o", "/dev/null", "-e", "inject=flock:error=ENOLCK"];
         args.extend(more);
-        common::under_strace("replace", dir.path(), &args)
+        support::under_strace("replace", dir.path(), &args)
     };
     assert_eq!(without_locks(&[]).as_deref(), Some("ok"));
     assert_eq!(fs::read(&dest).unwrap(), b"new");

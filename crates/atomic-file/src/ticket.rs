@@ -18,20 +18,22 @@ use std::time::Duration;
 use crate::directory::Directory;
 use crate::error::{CommitStep, RecoverError};
 use crate::record::is_record_name;
-use crate::recover::{RecoverReport, Settled, list, read, settle};
-use crate::stage::{Stage, StageName, new_id, parse_name, remove_if_dead, stage_name};
+use crate::recover::{RecoverReport, Recovery, list, read, recover_pending};
+use crate::staged_file::{
+    NameKind, StagedFile, kind_of_name, new_id, protocol_name, remove_if_orphaned,
+};
 use crate::sys::{Lock, Unlock, file_owner, try_lock};
 
 /// Returns once no other group of this user over `dests` is being committed, and `record` has its
 /// ticket's name. Completes dead groups on the way.
-pub(crate) fn take_turn(
-    record: &mut Stage,
+pub(crate) fn acquire_ticket(
+    record: &mut StagedFile,
     id: u64,
     dests: &[&OsStr],
 ) -> Result<(), (CommitStep, io::Error)> {
     const PAUSE: Duration = Duration::from_millis(1);
     let dir = Arc::clone(record.dir());
-    let ticket = stage_name(OsStr::new(""), id, StageName::Ticket);
+    let ticket = protocol_name(OsStr::new(""), id, NameKind::Ticket);
     let of_record = |error| (CommitStep::Record, error);
     let mut shown = false;
     loop {
@@ -50,7 +52,7 @@ pub(crate) fn take_turn(
             .iter()
             .any(|rival| !is_record_name(rival) && *rival < ticket);
         if shown && withdraws {
-            let name = stage_name(OsStr::new(""), new_id(), StageName::Locked);
+            let name = protocol_name(OsStr::new(""), new_id(), NameKind::Locked);
             let withdraw = record.rename_to(name);
             withdraw.map_err(|error| of_record(error.of_rename()))?;
             shown = false;
@@ -65,8 +67,8 @@ fn rivals(dir: &Directory, own: &OsStr, dests: &[&OsStr]) -> Result<Vec<OsString
     let mut stuck = None;
     rivals.retain(|name| {
         if is_record_name(name) {
-            match settle(dir, name, &mut RecoverReport::default()) {
-                Ok(Settled::Busy { record, own: true }) => shares(&record, dests),
+            match recover_pending(dir, name, &mut RecoverReport::default()) {
+                Ok(Recovery::InProgress { record, own: true }) => shares(&record, dests),
                 Ok(_) => false,
                 Err(error) => {
                     if error
@@ -80,19 +82,19 @@ fn rivals(dir: &Directory, own: &OsStr, dests: &[&OsStr]) -> Result<Vec<OsString
                 }
             }
         } else {
-            name != own && is_living_ticket(dir, name, dests)
+            name != own && is_active_ticket(dir, name, dests)
         }
     });
     stuck.map_or(Ok(rivals), Err)
 }
 
-fn is_living_ticket(dir: &Directory, name: &OsStr, dests: &[&OsStr]) -> bool {
+fn is_active_ticket(dir: &Directory, name: &OsStr, dests: &[&OsStr]) -> bool {
     let own_file = |name| {
         let entry = dir.entry(name).ok()??;
         (entry.is_file() && entry.uid == file_owner()).then_some(())?;
         dir.open_file(name).ok()
     };
-    if parse_name(name) != Some(StageName::Ticket) {
+    if kind_of_name(name) != Some(NameKind::Ticket) {
         return false;
     }
     let Some(file) = own_file(name) else {
@@ -102,7 +104,7 @@ fn is_living_ticket(dir: &Directory, name: &OsStr, dests: &[&OsStr]) -> bool {
         Ok(Lock::Taken) => shares(&file, dests),
         Ok(Lock::Held) => {
             drop(Unlock(&file));
-            remove_if_dead(dir, name);
+            remove_if_orphaned(dir, name);
             false
         }
         Ok(Lock::Unsupported(_)) | Err(_) => false,

@@ -8,7 +8,7 @@ use nix::errno::Errno;
 #[derive(Debug)]
 pub(crate) enum PublishError {
     /// It did not, for certain.
-    Not(io::Error),
+    NotPublished(io::Error),
     /// It may have: neither the rename nor a look at its outcome succeeded.
     Unknown { rename: io::Error, look: io::Error },
 }
@@ -17,7 +17,7 @@ impl PublishError {
     /// What the system said of the rename itself.
     pub(crate) fn of_rename(self) -> io::Error {
         match self {
-            Self::Not(error) | Self::Unknown { rename: error, .. } => error,
+            Self::NotPublished(error) | Self::Unknown { rename: error, .. } => error,
         }
     }
 }
@@ -27,7 +27,7 @@ impl PublishError {
 /// Over NFS the answer to a rename that happened may be lost, and the request sent again then fails with `ENOENT` or
 /// `EEXIST`; an interrupted rename may have happened or not. So the destination is looked at (`is_there`), and
 /// where that fails too, the origin (`is_here`).
-pub(crate) fn make_sure(
+pub(crate) fn confirm_rename(
     call: impl Fn() -> nix::Result<()>,
     is_there: impl Fn() -> io::Result<bool>,
     is_here: impl Fn() -> bool,
@@ -39,8 +39,8 @@ pub(crate) fn make_sure(
         match is_there() {
             Ok(true) => return Ok(()),
             Ok(false) if errno == Errno::EINTR => {}
-            Ok(false) => return Err(PublishError::Not(errno.into())),
-            Err(_) if is_here() => return Err(PublishError::Not(errno.into())),
+            Ok(false) => return Err(PublishError::NotPublished(errno.into())),
+            Err(_) if is_here() => return Err(PublishError::NotPublished(errno.into())),
             Err(look) => {
                 return Err(PublishError::Unknown {
                     rename: errno.into(),
@@ -84,10 +84,10 @@ mod tests {
         #[case] here: bool,
         #[case] outcome: &str,
     ) {
-        let result = make_sure(|| Err(said), || there.map_err(Into::into), || here);
+        let result = confirm_rename(|| Err(said), || there.map_err(Into::into), || here);
         let got = match result {
             Ok(()) => "there",
-            Err(PublishError::Not(error)) => {
+            Err(PublishError::NotPublished(error)) => {
                 assert_eq!(error.raw_os_error(), Some(said as i32));
                 "not"
             }
@@ -115,7 +115,7 @@ mod tests {
                 Ok(())
             }
         };
-        assert!(make_sure(call, || Ok(happened), || !happened).is_ok());
+        assert!(confirm_rename(call, || Ok(happened), || !happened).is_ok());
         assert_eq!(made.get(), calls);
     }
 

@@ -1,7 +1,7 @@
 //! What would fail at the commit fails when a writer is opened, and says what to do.
 #![cfg(target_os = "linux")]
 
-mod common;
+mod support;
 
 use std::fs;
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _, chown};
@@ -9,10 +9,10 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use atomic_file::{AtomicWriter, Obstacle, OpenError};
-use common::{assert_names, commit, dir_with_old};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::unistd::{Gid, Uid, setfsgid, setfsuid};
 use rstest::rstest;
+use support::{assert_names, commit, dir_with_old};
 use test_machine::Need;
 
 /// An attribute of `chattr`, cleared when dropped.
@@ -277,11 +277,11 @@ fn swap_space_in_use_is_found_at_open() {
     commit(&AtomicWriter::options(), &dest, b"new").unwrap();
 }
 
-/// Not a test of its own: what `common::command` runs.
+/// Not a test of its own: what `support::command` runs.
 #[test]
 fn child() {
     use nix::sys::resource::{Resource, setrlimit};
-    let Some((_, dir)) = common::job() else {
+    let Some((_, dir)) = support::job() else {
         return;
     };
     let dest = dir.join("dest");
@@ -309,7 +309,7 @@ fn child() {
 #[test]
 fn too_few_descriptors_are_found_at_open_and_are_no_group_commit() {
     let (dir, _) = dir_with_old();
-    let said = common::report(common::command("few descriptors", dir.path())).unwrap();
+    let said = support::report(support::command("few descriptors", dir.path())).unwrap();
     let said: Vec<_> = said.split('|').collect();
     assert!(said[0].contains("cannot open the directory"), "{said:?}");
     let is_of_the_listing = |said: &&str| said.contains("cannot list the directory");

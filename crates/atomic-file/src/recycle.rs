@@ -32,40 +32,41 @@ use nix::unistd::{getegid, geteuid};
 use crate::directory::{Directory, FileId, stat_of};
 use crate::error::Leftover;
 use crate::recover;
-use crate::stage::{Inspected, STAGED_MODE, Stage, remove_if_dead, spare_name};
+use crate::staged_file::{Inspection, STAGED_MODE, StagedFile, recycled_name, remove_if_orphaned};
 use crate::sys::{self, retry};
 
 /// Makes the spare of `dest`, if there is one and it can be used, a staged file. It has its old bytes and length.
 ///
 /// One that can't be used is removed, unless it is another taker's by now, or no file at all.
-pub(crate) fn take(dir: &Arc<Directory>, dest: &OsStr, max_bytes: u64) -> Option<Stage> {
-    let mut spare = adopt(dir, &spare_name(dest), OFlag::O_RDWR).ok()??;
-    spare.own_name();
+pub(crate) fn reuse(dir: &Arc<Directory>, dest: &OsStr, max_bytes: u64) -> Option<StagedFile> {
+    let mut recycled = adopt(dir, &recycled_name(dest), OFlag::O_RDWR).ok()??;
+    recycled.arm();
     let ready = || -> io::Result<bool> {
         // O_NONBLOCK, which opening asked for, is no matter of `write`, but one of io_uring.
-        retry(|| fcntl(spare.file(), FcntlArg::F_SETFL(OFlag::empty())))?;
+        retry(|| fcntl(recycled.file(), FcntlArg::F_SETFL(OFlag::empty())))?;
         Ok(
-            is_like_new(&spare, max_bytes)? && recover::no_group_is_under_way(dir)? && {
-                sys::set_mode(spare.file(), STAGED_MODE)?;
-                sys::has_only_us(spare.file()) && stat_of(spare.file())?.links == 1
+            is_like_new(&recycled, max_bytes)? && recover::no_group_in_progress(dir)? && {
+                sys::set_mode(recycled.file(), STAGED_MODE)?;
+                sys::is_exclusively_open(recycled.file()) && stat_of(recycled.file())?.links == 1
             },
         )
     };
     // Whatever stands in the way, dropping removes the spare, and a new file will do.
-    (ready().is_ok_and(|ready| ready) && spare.move_to_stage_of(dest).is_ok()).then_some(spare)
+    (ready().is_ok_and(|ready| ready) && recycled.move_to_staged_name(dest).is_ok())
+        .then_some(recycled)
 }
 
 /// Locks the file that `dest` means, to be exchanged; `None` where it can't become a spare.
-pub(crate) fn lock_old(dir: &Arc<Directory>, dest: &OsStr, max_bytes: u64) -> Option<Stage> {
-    let lock = || -> io::Result<Option<Stage>> {
-        if !sys::counts_openers(dir)? {
+pub(crate) fn lock_old(dir: &Arc<Directory>, dest: &OsStr, max_bytes: u64) -> Option<StagedFile> {
+    let lock = || -> io::Result<Option<StagedFile>> {
+        if !sys::supports_leases(dir)? {
             return Ok(None);
         }
         let Some(old) = adopt(dir, dest, OFlag::O_RDONLY)? else {
             return Ok(None);
         };
         // After the file was seen in place: if a group put it there, its record stands until it has no more to say.
-        let usable = is_like_new(&old, max_bytes)? && recover::no_record_is_obeyed(dir)?;
+        let usable = is_like_new(&old, max_bytes)? && recover::no_trusted_record(dir)?;
         Ok(usable.then_some(old))
     };
     lock().ok()?
@@ -74,21 +75,22 @@ pub(crate) fn lock_old(dir: &Arc<Directory>, dest: &OsStr, max_bytes: u64) -> Op
 /// Makes what a commit replaced the spare of `dest`, or removes it.
 ///
 /// Only once the directory is synced, so that it can't come back as the destination.
-pub(crate) fn keep(mut old: Stage, dest: &OsStr) -> Result<(), Leftover> {
-    if !old.has_name() {
+pub(crate) fn retain(mut old: StagedFile, dest: &OsStr) -> Result<(), Leftover> {
+    if !old.is_linked() {
         return remove_replaced(old);
     }
     // That its next writer can open it, and nobody who could not read the destination.
     let private = sys::set_mode(old.file(), STAGED_MODE).is_ok();
-    if private && sys::has_only_us(old.file()) && old.move_to(&spare_name(dest)).is_ok() {
-        old.leave();
+    if private && sys::is_exclusively_open(old.file()) && old.move_to(&recycled_name(dest)).is_ok()
+    {
+        old.disarm();
     }
     old.discard()
 }
 
 /// Removes what a commit replaced: the file that was locked, or what somebody put in its place in the last moment.
-pub(crate) fn remove_replaced(old: Stage) -> Result<(), Leftover> {
-    if old.has_name() {
+pub(crate) fn remove_replaced(old: StagedFile) -> Result<(), Leftover> {
+    if old.is_linked() {
         return old.discard();
     }
     let (dir, name) = (Arc::clone(old.dir()), old.name().to_owned());
@@ -110,10 +112,10 @@ fn remove_stray(dir: &Directory, name: &OsStr, stray: FileId) -> io::Result<()> 
     const TRIES: u32 = 1000;
     const PAUSE: Duration = Duration::from_millis(1);
     for _ in 0..TRIES {
-        match remove_if_dead(dir, name) {
-            Inspected::Removed | Inspected::Gone => return Ok(()),
-            Inspected::Kept(error) => return Err(error),
-            Inspected::Living => {}
+        match remove_if_orphaned(dir, name) {
+            Inspection::Removed | Inspection::Missing => return Ok(()),
+            Inspection::Retained(error) => return Err(error),
+            Inspection::InUse => {}
         }
         if dir.entry(name)?.map(|entry| entry.id) != Some(stray) {
             // A stage of somebody's by now.
@@ -127,22 +129,22 @@ fn remove_stray(dir: &Directory, name: &OsStr, stray: FileId) -> io::Result<()> 
 /// Removes the spare of `dest`, for a writer who does not recycle.
 pub(crate) fn remove(dir: &Directory, dest: &OsStr) {
     // Somebody else's, or no file: not what this writer has to do with.
-    let _: Inspected = remove_if_dead(dir, &spare_name(dest));
+    let _: Inspection = remove_if_orphaned(dir, &recycled_name(dest));
 }
 
-fn adopt(dir: &Arc<Directory>, name: &OsStr, access: OFlag) -> io::Result<Option<Stage>> {
+fn adopt(dir: &Arc<Directory>, name: &OsStr, access: OFlag) -> io::Result<Option<StagedFile>> {
     match dir.entry(name)? {
-        Some(entry) if entry.is_file() => Stage::adopt(dir, name, dir.open_for(access, name)?),
+        Some(entry) if entry.is_file() => StagedFile::adopt(dir, name, dir.open_for(access, name)?),
         _ => Ok(None),
     }
 }
 
 /// Whether the file is what a new one would be, but for its bytes, length and mode, and is not larger than `max_bytes`.
-fn is_like_new(stage: &Stage, max_bytes: u64) -> io::Result<bool> {
+fn is_like_new(staged: &StagedFile, max_bytes: u64) -> io::Result<bool> {
     /// On a directory: what is created in it gets its group.
     const SET_GROUP_ID: u32 = 0o2000;
-    let dir = stage.dir();
-    let file = stat_of(stage.file())?;
+    let dir = staged.dir();
+    let file = stat_of(staged.file())?;
     let gid = if dir.stat.mode & SET_GROUP_ID == 0 {
         getegid().as_raw()
     } else {
@@ -152,6 +154,6 @@ fn is_like_new(stage: &Stage, max_bytes: u64) -> io::Result<bool> {
         && file.links == 1
         && file.allocated <= max_bytes
         && (file.uid, file.gid) == (geteuid().as_raw(), gid)
-        && sys::counts_openers(stage.file())?
-        && !sys::has_attributes(stage.file())?)
+        && sys::supports_leases(staged.file())?
+        && !sys::has_attributes(staged.file())?)
 }

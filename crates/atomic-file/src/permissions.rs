@@ -32,10 +32,10 @@ use crate::sys;
 /// ```
 pub fn others_may_write(dir: impl AsFd) -> io::Result<bool> {
     let dir = dir.as_fd();
-    Ok(is_shared(dir, &stat_of(dir)?))
+    Ok(others_may_create(dir, &stat_of(dir)?))
 }
 
-pub(crate) fn is_shared(dir: BorrowedFd<'_>, stat: &Stat) -> bool {
+pub(crate) fn others_may_create(dir: BorrowedFd<'_>, stat: &Stat) -> bool {
     const OTHERS_WRITE: u32 = 0o002;
     const GROUP_WRITES: u32 = 0o020;
     if stat.mode & OTHERS_WRITE != 0 {

@@ -2,7 +2,7 @@
 
 #![allow(unsafe_code)]
 
-mod common;
+mod support;
 
 use std::fs::{self, File};
 use std::os::unix::fs::MetadataExt as _;
@@ -12,25 +12,25 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use atomic_file::{AtomicWriter, Options, recover, sweep};
-use common::{Held, assert_names, commit, group, group_state_of};
 use nix::unistd::ForkResult;
 use rstest::rstest;
+use support::{Held, assert_names, commit, group, group_state_of};
 use test_machine::{Need, not_run, thorough};
 
 /// A published record of a group that someone is committing.
 const RECORD: &str = ".atomic-file-0123456789abcdef.group";
 const FILES: [&str; 3] = ["memory", "vcpu", "devices"];
 
-/// Not a test of its own: what `common::command` runs.
+/// Not a test of its own: what `support::command` runs.
 #[test]
 fn child() {
-    let Some((job, dir)) = common::job() else {
+    let Some((job, dir)) = support::job() else {
         return;
     };
-    common::traced(&dir, || match job.as_str() {
+    support::traced(&dir, || match job.as_str() {
         "group" => group_state_of(group(&dir, &FILES, "group's").unwrap().commit()),
         "recover" => format!("{:?}", recover(&dir).unwrap().completed.len()),
-        "single" => common::replace(&AtomicWriter::options(), &dir.join(FILES[0])),
+        "single" => support::replace(&AtomicWriter::options(), &dir.join(FILES[0])),
         "name of the stage" => {
             let writer = AtomicWriter::open(dir.join("dest")).unwrap();
             let path = writer.temp_path().display().to_string();
@@ -58,7 +58,7 @@ fn a_new_stage_that_is_looked_at_is_still_its_writers() {
         "-e",
         taken,
     ];
-    let first = common::under_strace("name of the stage", dir.path(), &args);
+    let first = support::under_strace("name of the stage", dir.path(), &args);
     assert!(first.unwrap().ends_with(".stage"));
     let trace = fs::read_to_string(&log).unwrap();
     assert_eq!(trace.matches("(INJECTED)").count(), 3, "{trace}");
@@ -141,13 +141,13 @@ fn a_commit_is_not_undone_by_a_group_that_died_meanwhile(#[case] existed: bool) 
     // It has looked for records, and is about to rename.
     let mut held = Held::start("single", dir.path(), "renameat", "delay_enter", 1);
     held.wait_for_a_call();
-    let nth = common::RENAMES_BEFORE_MEMBERS + 1;
+    let nth = support::RENAMES_BEFORE_MEMBERS + 1;
     let kill = format!("inject=renameat:signal=KILL:when={nth}");
     assert_eq!(
-        common::under_strace("group", dir.path(), &["-e", &kill]),
+        support::under_strace("group", dir.path(), &["-e", &kill]),
         None
     );
-    common::record(dir.path());
+    support::record(dir.path());
     assert_eq!(held.release().as_deref(), Some("ok"));
     recover(dir.path()).unwrap();
     let texts = FILES.map(|name| fs::read_to_string(dir.path().join(name)).unwrap());
@@ -167,13 +167,13 @@ fn a_commit_waits_for_a_recovery_that_looked_before_it() {
     old_files(dir.path());
     let mut single = Held::start("single", dir.path(), "renameat", "delay_enter", 1);
     single.wait_for_a_call();
-    let nth = common::RENAMES_BEFORE_MEMBERS + 1;
+    let nth = support::RENAMES_BEFORE_MEMBERS + 1;
     let kill = format!("inject=renameat:signal=KILL:when={nth}");
     assert_eq!(
-        common::under_strace("group", dir.path(), &["-e", &kill]),
+        support::under_strace("group", dir.path(), &["-e", &kill]),
         None
     );
-    let inode = fs::metadata(common::record(dir.path())).unwrap().ino();
+    let inode = fs::metadata(support::record(dir.path())).unwrap().ino();
     let mut recovery = Held::start("recover", dir.path(), "renameat", "delay_enter", 1);
     recovery.wait_for_a_call();
     thread::scope(|scope| {
@@ -207,11 +207,11 @@ fn a_stopped_group_holds_up_only_groups_that_share_a_file() {
     let dir = tempfile::tempdir().unwrap();
     old_files(dir.path());
     // Its ticket is there, and its record is about to be published.
-    let nth = common::RENAMES_BEFORE_MEMBERS;
+    let nth = support::RENAMES_BEFORE_MEMBERS;
     let mut held = Held::start("group", dir.path(), "renameat", "delay_enter", nth);
     let has_ticket = || {
         let is_ticket = |name: &std::ffi::OsString| name.to_string_lossy().ends_with(".intent");
-        common::names(dir.path()).iter().any(is_ticket)
+        support::names(dir.path()).iter().any(is_ticket)
     };
     held.wait_until(has_ticket);
     let others = group(dir.path(), &["other", "another"], "new").unwrap();
@@ -240,8 +240,8 @@ fn a_stopped_group_holds_up_only_groups_that_share_a_file() {
 fn half_done(dir: &Path) {
     old_files(dir);
     let kill = ["-e", "inject=renameat:signal=KILL:when=4"];
-    assert_eq!(common::under_strace("group", dir, &kill), None);
-    common::record(dir);
+    assert_eq!(support::under_strace("group", dir, &kill), None);
+    support::record(dir);
 }
 
 /// Whoever completes it has looked at what is left to be replaced, and replaces that.
@@ -257,7 +257,7 @@ fn what_is_committed_while_a_dead_group_is_completed_is_not_replaced_by_it() {
     // Another destination's commit has nothing to wait for.
     commit(&Options::default(), &dir.path().join("other"), b"").unwrap();
     let newest = |name| commit(&Options::default(), &dir.path().join(name), b"newest").unwrap();
-    let inode = fs::metadata(common::record(dir.path())).unwrap().ino();
+    let inode = fs::metadata(support::record(dir.path())).unwrap().ino();
     thread::scope(|scope| {
         let next = scope.spawn(|| newest(FILES[1]));
         completing.wait_until(|| is_waited_for(inode));
@@ -271,7 +271,7 @@ fn what_is_committed_while_a_dead_group_is_completed_is_not_replaced_by_it() {
 
 #[test]
 fn a_child_that_was_forked_meanwhile_keeps_no_lock() {
-    let (_dir, dest) = common::dir_with_old();
+    let (_dir, dest) = support::dir_with_old();
     let writer = AtomicWriter::open(&dest).unwrap();
     // SAFETY: the child makes system calls only.
     let ForkResult::Parent { child } = (unsafe { nix::unistd::fork() }).unwrap() else {
