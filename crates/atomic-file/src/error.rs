@@ -1,4 +1,4 @@
-//! The errors: one type per operation, each naming the path it is about.
+//! Error types: one per operation, each naming the affected path.
 
 use std::fmt;
 use std::io;
@@ -10,7 +10,8 @@ use crate::preserve::NotPreserved;
 use crate::recover::RecoverReport;
 use crate::writer::AtomicWriter;
 
-/// Why nothing was staged. The destination is as it was, and nothing was left behind but what the error names.
+/// An error of opening a writer. The destination is unchanged, and no file is left behind except
+/// those that the error names.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum OpenError {
@@ -20,9 +21,9 @@ pub enum OpenError {
         /// The path given.
         path: PathBuf,
     },
-    /// The name is one that this crate gives to staged files or group records: a sweep would remove what is committed there, or
-    /// a recovery read it.
-    #[error("{path:?} is a name for staged files and group records: choose another")]
+    /// The name is reserved for staged files and group records: a sweep would remove such a file,
+    /// or a recovery read it.
+    #[error("{path:?} is reserved for staged files and group records: choose another name")]
     ReservedName {
         /// The destination, or where its link leads to.
         path: PathBuf,
@@ -32,10 +33,10 @@ pub enum OpenError {
     OpenDirectory {
         /// The directory.
         path: PathBuf,
-        /// What the system said.
+        /// The error of the system.
         source: io::Error,
     },
-    /// A directory, device, FIFO or socket stands at the destination.
+    /// The destination is a directory, device, FIFO or socket.
     #[error(
         "{path:?} is {}: only a regular file can be replaced",
         if *is_dir { "a directory" } else { "a device, FIFO or socket" }
@@ -46,7 +47,7 @@ pub enum OpenError {
         /// Whether it is a directory.
         is_dir: bool,
     },
-    /// The destination is a symbolic link that leads nowhere.
+    /// The destination is a dangling symbolic link.
     #[error(
         "{path:?} is a symbolic link to {target:?}, which does not exist (a disk not mounted?): \
          create the target, or replace the link itself with `Symlinks::Replace`"
@@ -54,13 +55,13 @@ pub enum OpenError {
     DanglingSymlink {
         /// The destination.
         path: PathBuf,
-        /// Where the last link leads to, as the link says it.
+        /// The target of the last link, as stored in the link.
         target: PathBuf,
     },
     /// The destination is a symbolic link in a directory that [others may write
-    /// to](crate::others_may_write), and one that another user may have put there.
+    /// to](crate::others_may_write), and another user may have created it.
     #[error(
-        "{path:?} is a symbolic link of user {owner}, in a directory where others may put some: \
+        "{path:?} is a symbolic link of user {owner}, in a directory where others may create links: \
          name its target, or replace the link itself with `Symlinks::Replace`"
     )]
     UntrustedSymlink {
@@ -69,33 +70,33 @@ pub enum OpenError {
         /// The user id of the link's owner.
         owner: u32,
     },
-    /// The destination exists, and [`no_clobber`](crate::Options::no_clobber) was asked for.
+    /// The destination exists, and [`no_clobber`](crate::Options::no_clobber) is set.
     #[error(
-        "{path:?} exists already, and replacing it was ruled out by `no_clobber`: choose another name, or remove it"
+        "{path:?} exists, and `no_clobber` is set: choose another name, or remove it"
     )]
     AlreadyExists {
         /// The destination.
         path: PathBuf,
     },
-    /// The destination is not the version to [replace only](crate::Options::replace_only).
+    /// The destination is not the version to [replace](crate::Options::replace_only).
     #[error(
-        "{path:?} was replaced, removed or written to by another writer since it was read: it is as that writer left it; \
-         read it again"
+        "{path:?} was replaced, removed or written to by another writer since it was read: \
+         read it again and open a new writer"
     )]
     DestinationChanged {
         /// The destination.
         path: PathBuf,
     },
-    /// The rename of the commit cannot succeed.
+    /// The rename of the commit would fail.
     #[error("{path:?} cannot be replaced: {obstacle}")]
     CannotReplace {
         /// The destination.
         path: PathBuf,
-        /// What stands in the way.
+        /// The reason.
         obstacle: Obstacle,
     },
-    /// The new file cannot get what the replaced one has, and [`preserve`](crate::Options::preserve)
-    /// asks for it.
+    /// The new file cannot receive an attribute of the replaced file that
+    /// [`preserve`](crate::Options::preserve) requests.
     #[error(
         "{path:?} would lose its {}: open it without preserving that, or with `Preserve::if_permitted`",
         source.attribute
@@ -103,25 +104,25 @@ pub enum OpenError {
     NotPreserved {
         /// The destination.
         path: PathBuf,
-        /// Which attribute, and what the system said.
+        /// The attribute and the error of the system.
         source: NotPreserved,
     },
-    /// No file can be created in the destination's directory, or in the staging directory.
+    /// No file can be created in the destination's directory or in the staging directory.
     #[error(
-        "cannot stage a file for {path:?}: no file can be created in {dir:?}; get write permission \
-         there, mount its file system writable, or choose another directory"
+        "cannot stage a file for {path:?}: no file can be created in {dir:?}; grant write permission \
+         for it, mount its file system writable, or choose another directory"
     )]
     NotWritable {
         /// The destination.
         path: PathBuf,
         /// The directory.
         dir: PathBuf,
-        /// What the system said.
+        /// The error of the system.
         source: io::Error,
     },
     /// The staging directory is on another file system than the destination.
     #[error(
-        "cannot stage in {staging_dir:?}: {dest_dir:?} is on another file system, and no rename leads there; \
+        "cannot stage in {staging_dir:?}: {dest_dir:?} is on another file system; \
          stage in a directory of the same mount"
     )]
     CrossFileSystem {
@@ -130,40 +131,40 @@ pub enum OpenError {
         /// The staging directory.
         staging_dir: PathBuf,
     },
-    /// The file system can neither rename without replacing nor make hard links.
+    /// The file system supports neither a rename without replacing nor hard links.
     #[error(
-        "the file system of {path:?} cannot put a file in place without replacing: open without `no_clobber`"
+        "the file system of {path:?} cannot rename without replacing: open without `no_clobber`"
     )]
     NoClobberUnsupported {
         /// The destination.
         path: PathBuf,
-        /// What the system said.
+        /// The error of the system.
         source: io::Error,
     },
-    /// The empty file with which the commit was rehearsed (for `no_clobber` or `staging_dir`) could not be removed.
-    #[error("cannot remove the file with which replacing {path:?} was tried out")]
+    /// The empty file of the preflight (for `no_clobber` or `staging_dir`) could not be removed.
+    #[error("cannot remove the file that checked whether {path:?} can be replaced: sweep the directory")]
     Leftover {
         /// The destination.
         path: PathBuf,
-        /// What was left, and why.
+        /// The remaining file, and why it could not be removed.
         source: Leftover,
     },
-    /// A group commit left behind in the destination's directory by a killed process could not be completed.
-    #[error("cannot complete the group commit found in the directory of {path:?}")]
+    /// A group commit of a killed process in the destination's directory could not be completed.
+    #[error("cannot complete the group commit pending in the directory of {path:?}")]
     Recover {
         /// The destination.
         path: PathBuf,
-        /// Why not.
+        /// The error of the recovery.
         source: RecoverError,
     },
     /// Any other failure of a system call.
     #[error("cannot {operation} {path:?}")]
     Io {
-        /// What failed, as a verb: `inspect`, say.
+        /// The failed operation, as a verb such as `inspect`.
         operation: &'static str,
-        /// What it failed on.
+        /// The affected path.
         path: PathBuf,
-        /// What the system said.
+        /// The error of the system.
         source: io::Error,
     },
 }
@@ -178,34 +179,34 @@ impl OpenError {
     }
 }
 
-/// Why a rename onto the destination cannot succeed, as far as that is known in advance.
+/// A condition, detected by `open`, that makes the rename onto the destination fail.
 #[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Obstacle {
-    /// Something is mounted at the destination.
-    #[error("something is mounted there; unmount it, or name the file that is mounted")]
+    /// The destination is a mount point.
+    #[error("it is a mount point; unmount it, or give the path of the mounted file")]
     MountPoint,
     /// The destination is immutable.
     #[error("it is immutable; clear the attribute with `chattr -i` (macOS: `chflags nouchg`)")]
     Immutable,
-    /// The destination can only be appended to.
+    /// The destination is append-only.
     #[error("it is append-only; clear the attribute with `chattr -a` (macOS: `chflags nouappnd`)")]
     AppendOnly,
     /// The destination is in use as swap space.
-    #[error("it is in use as swap space; take it out of use with `swapoff`")]
+    #[error("it is in use as swap space; disable it with `swapoff`")]
     Swap,
     /// The destination's directory, or the staging directory, is immutable.
     #[error(
         "its directory, or the staging directory, is immutable; clear the attribute with `chattr -i`"
     )]
     ImmutableDirectory,
-    /// Files in the destination's directory, or in the staging directory, can be created but not
+    /// The destination's directory, or the staging directory, is append-only: its files cannot be
     /// renamed.
     #[error(
         "its directory, or the staging directory, is append-only; clear the attribute with `chattr -a`"
     )]
     AppendOnlyDirectory,
-    /// The destination is another user's, and so is its directory, which is sticky.
+    /// The destination and its directory belong to other users, and the directory is sticky.
     #[error(
         "it belongs to user {owner}, and its directory is sticky: only that user, the directory's \
          owner and root can replace it; choose another name"
@@ -216,34 +217,35 @@ pub enum Obstacle {
     },
 }
 
-/// A staged file that could not be removed. It is dead: [`sweep`](crate::sweep) removes it, and so does the next writer to the same
-/// destination, unless it is the empty file of a rehearsal ([`OpenError::Leftover`]).
+/// A staged file that could not be removed.
+///
+/// It is orphaned: [`sweep`](crate::sweep) removes it, and so does the next writer to the same
+/// destination, unless it is the empty file of a preflight ([`OpenError::Leftover`]).
 #[derive(Debug, Error)]
 #[error("the staged file {path:?} could not be removed")]
 pub struct Leftover {
     /// The staged file.
     pub path: PathBuf,
-    /// Why it could not be removed.
+    /// The error of the removal.
     pub source: io::Error,
 }
 
-/// What a failed commit was doing.
+/// A step of a commit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum CommitStep {
-    /// Looking for group commits that killed processes left behind in the directory, and completing
-    /// them.
+    /// Looking for group commits of killed processes in the directory, and completing them.
     Recover,
-    /// Making sure that the stage's name still means the file that was written.
+    /// Verifying that the name of the staged file still refers to the file that was written.
     Check,
-    /// Writing and syncing the group's intent record.
+    /// Writing and syncing the group record.
     Record,
     /// Setting the mode and the preserved attributes of the staged file.
     Attributes,
-    /// Bringing the file's bytes to the medium.
+    /// Syncing the bytes of the staged file.
     Sync,
-    /// Comparing the destination with the version to [replace only](crate::Options::replace_only),
-    /// under its lock.
+    /// Comparing the destination with the version to [replace](crate::Options::replace_only), under
+    /// its lock.
     Compare,
     /// Renaming the staged file.
     Rename,
@@ -252,84 +254,86 @@ pub enum CommitStep {
 impl fmt::Display for CommitStep {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
-            Self::Recover => "looking for group commits left behind in the directory",
+            Self::Recover => "completing the group commits pending in the directory",
             Self::Check => "finding the staged file",
-            Self::Record => "writing the group's intent record",
+            Self::Record => "writing the group record",
             Self::Attributes => "setting the mode and attributes of the staged file",
             Self::Sync => "syncing the staged file",
-            Self::Compare => "comparing it with the file that was read",
+            Self::Compare => "comparing the destination with the file that was read",
             Self::Rename => "renaming the staged file",
         })
     }
 }
 
-/// Why [`commit`](AtomicWriter::commit) failed, by what holds now.
+/// An error of [`commit`](AtomicWriter::commit), by the state that it leaves.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum CommitError {
-    /// The destination is what it was, and the staged file is gone. Open a new writer to try again.
+    /// The destination is unchanged, and the staged file was removed. Open a new writer to try
+    /// again.
     ///
-    /// With `no_clobber`, a source of the kind [`AlreadyExists`](io::ErrorKind::AlreadyExists) means that the
-    /// destination came into being since the writer was opened.
-    #[error("{dest:?} was not replaced, {step} failed{}", and_left(leftover.as_ref()))]
+    /// With `no_clobber`, a source of the kind [`AlreadyExists`](io::ErrorKind::AlreadyExists)
+    /// means that the destination was created after the writer was opened.
+    #[error("{dest:?} was not replaced: {step} failed{}", and_left(leftover.as_ref()))]
     NotReplaced {
         /// The destination.
         dest: PathBuf,
-        /// What failed.
+        /// The step that failed.
         step: CommitStep,
-        /// How it failed.
+        /// The error of the step.
         source: io::Error,
-        /// Set where the staged file could not even be removed.
+        /// The staged file, if it could not be removed.
         leftover: Option<Leftover>,
     },
-    /// The destination is not the version to [replace only](crate::Options::replace_only) any more. It
-    /// is as the other writer left it, and the staged file is gone.
+    /// The destination is no longer the version to [replace](crate::Options::replace_only). It is
+    /// unchanged, and the staged file was removed.
     #[error(
-        "{dest:?} was not replaced: another writer replaced, removed or wrote to it since it was read; it is as that writer \
-         left it; read it again{}", and_left(leftover.as_ref())
+        "{dest:?} was not replaced: another writer replaced, removed or wrote to it since it was read; \
+         read it again and open a new writer{}", and_left(leftover.as_ref())
     )]
     DestinationChanged {
         /// The destination.
         dest: PathBuf,
-        /// Set where the staged file could not even be removed.
+        /// The staged file, if it could not be removed.
         leftover: Option<Leftover>,
     },
-    /// The destination is the new file, whole, for every process; whether it still is after a power loss is unknown,
-    /// as the directory could not be synced. Either the old or the new file will be there, whole.
+    /// The destination is the complete new file for every process, but its directory could not be
+    /// synced. After a power loss, it is the complete old file or the complete new file.
     #[error(
         "{dest:?} was replaced, but its directory could not be synced: \
-         a power loss may bring the old file back; commit again to be sure{}", and_left(leftover.as_ref())
+         a power loss may restore the old file; commit again{}", and_left(leftover.as_ref())
     )]
     ReplacedDurabilityUnknown {
         /// The destination.
         dest: PathBuf,
-        /// Why the directory could not be synced.
+        /// The error of the sync.
         source: io::Error,
-        /// Set where the stage's name could not be removed: `no_clobber` by `link` leaves it to the new file, recycling to the
-        /// old one.
+        /// The name of the staged file, if it could not be removed. It refers to the new file after
+        /// `no_clobber` by `link`, and to the old file after recycling.
         leftover: Option<Leftover>,
     },
-    /// The destination is the new file, as durable as was asked for, but the stage's name could not be removed: `no_clobber` by
-    /// `link` leaves it to the new file, recycling to the old one.
-    #[error("{dest:?} was replaced, but its staged name was left behind; sweep the directory")]
+    /// The destination is the new file, with the requested durability, but the name of the staged
+    /// file could not be removed. It refers to the new file after `no_clobber` by `link`, and to
+    /// the old file after recycling.
+    #[error("{dest:?} was replaced, but the name of its staged file remains; sweep the directory")]
     ReplacedStageLeft {
         /// The destination.
         dest: PathBuf,
-        /// What was left, and why.
+        /// The remaining file, and why it could not be removed.
         source: Leftover,
     },
-    /// The rename failed and so did looking for its outcome: a network file system that went away. The destination is
-    /// the old file or the new one, whole.
+    /// The rename failed, and its outcome could not be determined: a network file system became
+    /// unavailable. The destination is the complete old file or the complete new file.
     #[error(
-        "whether {dest:?} was replaced is unknown: renaming failed ({rename}) and the outcome cannot be read; \
-         look at the destination once its file system answers again"
+        "{dest:?} may have been replaced: the rename failed ({rename}) and its outcome cannot be read; \
+         inspect the destination once its file system is available"
     )]
     Unknown {
         /// The destination.
         dest: PathBuf,
-        /// What the rename said.
+        /// The error of the rename.
         rename: io::Error,
-        /// What looking at the destination said.
+        /// The error of inspecting the destination.
         source: io::Error,
     },
 }
@@ -340,103 +344,104 @@ fn and_left(leftover: Option<&Leftover>) -> String {
     })
 }
 
-/// Why a writer was not taken into an [`AtomicGroup`](crate::AtomicGroup). Hands the writer back.
+/// An error of adding a writer to an [`AtomicGroup`](crate::AtomicGroup). Returns the writer.
 #[derive(Debug, Error)]
 #[error("{:?} cannot join the group: {refusal}", writer.dest_path())]
 pub struct AddError {
-    /// Why.
+    /// The reason.
     pub refusal: Refusal,
-    /// The writer, as it was.
+    /// The unchanged writer.
     pub writer: Box<AtomicWriter>,
 }
 
-/// Why a writer cannot be a member of a group.
+/// A reason why a writer cannot be a member of a group.
 #[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Refusal {
     /// It is staged in another directory than the group's first member.
-    #[error("it is staged in another directory than the members; a group lives in one directory")]
+    #[error("it is staged in another directory than the other members; use one directory per group")]
     OtherDirectory,
-    /// It is staged elsewhere than in the directory of its destination.
-    #[error("it is staged elsewhere than beside its destination; open it without `staging_dir`")]
+    /// It is not staged in the directory of its destination.
+    #[error("it is not staged in the directory of its destination; open it without `staging_dir`")]
     StagedElsewhere,
     /// A member has the same destination.
-    #[error("another member has the same destination")]
+    #[error("another member has the same destination; add each destination once")]
     SameDestination,
     /// It was opened with `no_clobber`.
     #[error(
-        "a promise not to replace cannot be kept by a recovery after a crash; open it without `no_clobber`"
+        "a recovery after a crash cannot guarantee `no_clobber`; open it without that option"
     )]
     NoClobber,
     /// It was opened with `replace_only`.
     #[error(
-        "a promise to replace one version only cannot be kept by a recovery after a crash; open it without `replace_only`"
+        "a recovery after a crash cannot guarantee `replace_only`; open it without that option"
     )]
     ReplaceOnly,
     /// The file system has no working `flock`.
     #[error(
-        "its file system cannot lock files, and recovery could not tell a dead group from a living one"
+        "its file system cannot lock files, and recovery could not detect interrupted groups; commit the files one by one"
     )]
     NoLocks,
-    /// The destination's name differs from a member's in the case of its letters only, and the directory
-    /// does not distinguish case; or both names mean one file there.
+    /// The destination's name and that of a member refer to the same file, or differ only in case
+    /// in a directory that ignores case.
     #[error(
-        "the name of another member means the same file: the directory does not distinguish upper \
-         and lower case"
+        "the name of another member refers to the same file: the directory ignores \
+         case; add each file once"
     )]
     SameFile,
-    /// The group has so many members that its record would be too long for recoveries to read.
+    /// The record of the group would exceed the maximum length that recoveries read.
     #[error("the group has too many members for its record; commit it in parts")]
     TooManyMembers,
-    /// The file system tells neither when a file was created nor gives it a handle, so that a recovery
-    /// could take a file committed later for one that was there before.
+    /// The file system stores neither a time of creation nor a file handle, so a recovery could not
+    /// detect that a later commit replaced the destination.
     #[error(
-        "its file system gives files neither a time of creation nor a handle, and recovery could \
+        "its file system provides neither a time of creation nor a file handle, and recovery could \
          undo a later commit; commit the files one by one"
     )]
     NoGenerations,
-    /// The file system keeps no inode numbers from mount to mount (FAT, exFAT), or may not (FUSE).
+    /// The file system does not keep inode numbers across mounts (FAT, exFAT), or may not (FUSE).
     #[error(
-        "its file system may not keep inode numbers, and recovery could not recognise the staged files"
+        "its file system may not keep inode numbers, and recovery could not recognise the staged files; commit the files one by one"
     )]
     NoInodeNumbers,
 }
 
-/// Why [`AtomicGroup::commit`](crate::AtomicGroup::commit) failed, by what holds now.
+/// An error of [`AtomicGroup::commit`](crate::AtomicGroup::commit), by the state that it leaves.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum GroupCommitError {
-    /// Every destination is what it was, and the staged files are gone.
-    #[error("nothing was replaced, {step} failed on {path:?}{}", leftovers.iter().map(|left| and_left(Some(left))).collect::<String>())]
+    /// Every destination is unchanged, and the staged files were removed.
+    #[error("nothing was replaced: {step} failed on {path:?}{}", leftovers.iter().map(|left| and_left(Some(left))).collect::<String>())]
     NothingReplaced {
-        /// What failed.
+        /// The step that failed.
         step: CommitStep,
-        /// The destination or record that it failed on.
+        /// The affected destination or record.
         path: PathBuf,
-        /// How it failed.
+        /// The error of the step.
         source: io::Error,
-        /// The staged files that could not even be removed.
+        /// The staged files that could not be removed.
         leftovers: Vec<Leftover>,
     },
-    /// The intent record stands, but not everything was done: some destinations may be new already. The next
-    /// [`open`](AtomicWriter::open) in the directory, or [`recover`](crate::recover), replaces the others.
+    /// The group record is published, but some destinations may still be old. The next
+    /// [`open`](AtomicWriter::open) in the directory, or [`recover`](crate::recover), replaces
+    /// them.
     ///
-    /// Where the record itself could not be synced, a power loss before that may take it away; then every destination
-    /// is the old one.
+    /// If the record could not be synced, a power loss before the recovery may remove it. Every
+    /// destination is then old.
     #[error(
-        "the group is not all replaced yet, {path:?} failed: recovery will complete it; call `recover` on the directory"
+        "the group is only partly replaced: {path:?} failed; call `recover` on the directory to complete it"
     )]
     WillBeCompleted {
-        /// What it stopped at.
+        /// The path that failed.
         path: PathBuf,
-        /// How it failed.
+        /// The error of the step.
         source: io::Error,
     },
-    /// The intent record stands, but another user has put a file at a destination, which cannot be
-    /// replaced. Some destinations may be new already. Recovery completes the group once that file
-    /// is removed, and keeps all staged files until then.
+    /// The group record is published, but another user has created a file at a destination, which
+    /// cannot be replaced. Some destinations may be new. Recovery completes the group once that
+    /// file is removed, and keeps all staged files until then.
     #[error(
-        "the group is not all replaced yet: {path:?} is now a file of user {owner}; remove it \
+        "the group is only partly replaced: {path:?} is now a file of user {owner}; remove it \
          (in a sticky directory, only that user, the directory's owner and root can) and call \
          `recover` on the directory"
     )]
@@ -445,67 +450,69 @@ pub enum GroupCommitError {
         path: PathBuf,
         /// The user id of its owner.
         owner: u32,
-        /// What the system said.
+        /// The error of the system.
         source: io::Error,
     },
-    /// Whether the intent record stands is unknown: renaming it failed, and so did looking for the outcome.
-    /// [`recover`](crate::recover) will complete the group or undo it; until then nothing is replaced.
+    /// Publishing the group record failed, and its outcome could not be determined.
+    /// [`recover`](crate::recover) completes or undoes the group. Until then nothing is replaced.
     #[error(
-        "whether the group will be replaced is unknown: publishing {record:?} failed ({rename}) and the outcome \
-         cannot be read; call `recover` once the file system answers again"
+        "the group may be replaced by a recovery: publishing {record:?} failed ({rename}) and its outcome \
+         cannot be read; call `recover` once the file system is available"
     )]
     Unknown {
         /// The record.
         record: PathBuf,
-        /// What the rename said.
+        /// The error of the rename.
         rename: io::Error,
-        /// What looking at the record said.
+        /// The error of inspecting the record.
         source: io::Error,
     },
-    /// Every destination is the new file, but the directory could not be synced. The record stays, so that after a power
-    /// loss recovery still makes them all new.
+    /// Every destination is the new file, but the directory could not be synced. The record
+    /// remains, so that after a power loss a recovery replaces them again.
     #[error(
-        "all was replaced, but {dir:?} could not be synced: recovery will make it durable; call `recover`"
+        "all files were replaced, but {dir:?} could not be synced; call `recover` to make them durable"
     )]
     ReplacedDurabilityUnknown {
         /// The directory.
         dir: PathBuf,
-        /// Why it could not be synced.
+        /// The error of the sync.
         source: io::Error,
     },
-    /// Every destination is the new file, as durable as was asked for; only the record could not be removed for good.
-    /// Recovery will do so.
+    /// Every destination is the new file, with the requested durability, but the record could not
+    /// be removed durably. A recovery removes it.
     #[error(
-        "all was replaced, but the intent record {record:?} could not be removed; call `recover`"
+        "all files were replaced, but the group record {record:?} could not be removed; call `recover`"
     )]
     ReplacedRecordLeft {
         /// The record.
         record: PathBuf,
-        /// Why it could not be removed.
+        /// The error of the removal.
         source: io::Error,
     },
 }
 
-/// Why a group commit left behind by a killed process could not be completed. Nothing is guessed at: the record and
-/// the staged files it names stay. Only writers to the group's own destinations are held up by it.
+/// An error of completing the group commit of a killed process.
+///
+/// Recovery never guesses: the record and the staged files that it names remain. Only writers to
+/// the group's own destinations are blocked.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum RecoverError {
-    /// The record is not one, or not whole, or of a version this one does not know.
+    /// The record is invalid, incomplete, or of an unknown version.
     #[error(
-        "the group's intent record {path:?} is damaged ({problem}): some files of the group may be old and some new; \
-         look at them, remove the record, then sweep the directory"
+        "the group record {path:?} is damaged ({problem}): some files of the group may be old and some new; \
+         inspect them, remove the record, then sweep the directory"
     )]
     Damaged {
         /// The record.
         path: PathBuf,
-        /// What is wrong with it.
+        /// The kind of damage.
         problem: &'static str,
     },
     /// A member's destination is a directory now.
     #[error(
         "the group commit recorded in {record:?} cannot be completed: {dest:?} is a directory now; \
-         move it away and call `recover`, or remove the record to give the group up"
+         move it away and call `recover`, or remove the record to abandon the group"
     )]
     DestinationIsDirectory {
         /// The destination.
@@ -513,10 +520,10 @@ pub enum RecoverError {
         /// The record.
         record: PathBuf,
     },
-    /// Another user has put a file at a member's destination since the group was published.
+    /// Another user has created a file at a member's destination since the group was published.
     #[error(
         "the group commit recorded in {record:?} cannot be completed: {dest:?} is now a file of \
-         user {owner}; remove it and call `recover`, or remove the record to give the group up"
+         user {owner}; remove it and call `recover`, or remove the record to abandon the group"
     )]
     DestinationTaken {
         /// The destination.
@@ -526,7 +533,8 @@ pub enum RecoverError {
         /// The record.
         record: PathBuf,
     },
-    /// Groups that could not be completed. All others were, and the directory was swept.
+    /// Some groups could not be completed. All other groups were completed, and the directory was
+    /// swept.
     #[error(
         "{} in {dir:?} could not be completed",
         match others.len() { 0 => "a group commit".into(), others => format!("{} group commits", others + 1) }
@@ -534,69 +542,69 @@ pub enum RecoverError {
     Stuck {
         /// The directory.
         dir: PathBuf,
-        /// Why one of them could not.
+        /// The error of one group.
         #[source]
         first: Box<RecoverError>,
-        /// Why the others could not.
+        /// The errors of the other groups.
         others: Vec<RecoverError>,
-        /// What was done.
+        /// The result for the other groups.
         report: Box<RecoverReport>,
     },
-    /// The name of a member's staged file means another file now.
+    /// The name of a member's staged file refers to another file.
     #[error(
-        "{stage:?} is not the file that the group staged for {dest:?}, so it was not renamed: \
-         was the directory copied? Remove {record:?} once the files are as they should be"
+        "{stage:?} is not the file that the group staged for {dest:?}, so it was not renamed \
+         (the directory may be a copy): bring the files to one state, then remove {record:?}"
     )]
     StageChanged {
         /// The staged file.
         stage: PathBuf,
-        /// The destination it was meant for.
+        /// Its destination.
         dest: PathBuf,
         /// The record.
         record: PathBuf,
     },
-    /// Staged files of a published group are gone, though their destinations were not replaced by
-    /// them: somebody removed them. The group's other files are left as they are.
+    /// Staged files of a published group were removed before they replaced their destinations. The
+    /// other files of the group are unchanged.
     #[error(
         "the group commit recorded in {record:?} cannot be completed: the staged files for {lost:?} \
-         are gone; already new are {in_place:?}, still staged {staged:?}. Bring the destinations to \
+         are missing; {in_place:?} are new, {staged:?} are staged: bring the destinations to \
          one state, remove the record, then sweep the directory"
     )]
     StagesLost {
-        /// The destinations whose staged files are gone, and which are as they were before the group.
+        /// The old destinations whose staged files are missing.
         lost: Vec<PathBuf>,
-        /// The destinations that are as they were before the group and could still be replaced.
+        /// The old destinations whose staged files remain.
         staged: Vec<PathBuf>,
         /// The destinations that are the group's new files.
         in_place: Vec<PathBuf>,
         /// The record.
         record: PathBuf,
     },
-    /// The record was completed or there was none, but dead stages could not be swept.
-    #[error("the group is settled, but dead stages remain")]
+    /// No group is pending any more, but orphaned staged files could not be swept.
+    #[error("all groups are complete, but orphaned staged files remain")]
     Sweep(#[from] SweepError),
-    /// A system call failed. Calling again goes on where it stopped.
+    /// A system call failed. Calling again resumes the recovery.
     #[error("cannot {operation} {path:?}")]
     Io {
-        /// What failed, as a verb.
+        /// The failed operation, as a verb.
         operation: &'static str,
-        /// What it failed on.
+        /// The affected path.
         path: PathBuf,
-        /// What the system said.
+        /// The error of the system.
         source: io::Error,
     },
 }
 
-/// Why a directory could not be swept.
+/// An error of sweeping a directory.
 #[derive(Debug, Error)]
 #[error("cannot {operation} the directory {path:?}")]
 #[non_exhaustive]
 pub struct SweepError {
-    /// What failed, as a verb.
+    /// The failed operation, as a verb.
     pub operation: &'static str,
     /// The directory.
     pub path: PathBuf,
-    /// What the system said.
+    /// The error of the system.
     pub source: io::Error,
 }
 
@@ -605,7 +613,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_commit_that_failed_says_at_what_and_what_it_left() {
+    fn a_commit_error_names_the_step_and_the_leftover() {
         let failed = |step, leftover| {
             CommitError::NotReplaced {
                 dest: "memory".into(),
@@ -621,7 +629,7 @@ mod tests {
         };
         assert_eq!(
             failed(CommitStep::Sync, None),
-            "\"memory\" was not replaced, syncing the staged file failed"
+            "\"memory\" was not replaced: syncing the staged file failed"
         );
         let text = failed(CommitStep::Rename, Some(left));
         for part in ["renaming", "the stage", "read-only", "sweep the directory"] {

@@ -1,4 +1,4 @@
-//! Several files put in place together.
+//! Group commits: several files replaced together.
 
 use std::ffi::{OsStr, OsString};
 use std::io;
@@ -20,21 +20,24 @@ use crate::sys;
 use crate::ticket::acquire_ticket;
 use crate::writer::AtomicWriter;
 
-/// Files of one directory that are replaced together: all new or all old, also after a crash at any point.
+/// A group of files of one directory that are replaced together: all new or all old, also after a
+/// crash at any point.
 ///
-/// A small record of what is about to be renamed is published first, and removed when all is done. Where a crash leaves it
-/// behind, the next [`open`](AtomicWriter::open) or [`commit`](AtomicWriter::commit) in the directory, or
-/// [`recover`](crate::recover), completes the renames. What the kernel cannot offer is that *readers* see all files
-/// change in one instant: between the first rename and the last, or between a crash and the recovery, one who opens the files
-/// by name may find some new and some old. Readers who care call `recover` first, or keep an id in each file.
+/// The commit publishes a small record of the renames, and removes it after the last one. If a
+/// crash leaves the record behind, the next [`open`](AtomicWriter::open) or
+/// [`commit`](AtomicWriter::commit) in the directory, or [`recover`](crate::recover), completes the
+/// renames. *Readers* do not see all files change in one instant: between the first and the last
+/// rename, or between a crash and the recovery, a reader that opens the files by name may find some
+/// new and some old. Such a reader must call `recover` first, or store an identifier in each file.
 ///
-/// The group waits for as much as the most demanding of its members ([`Durability`]). Two groups of
-/// one user that share a destination take turns, so that they never mix.
+/// The group uses the strongest [`Durability`] of its members. Two groups of one user with a common
+/// destination are serialized, so that their files never mix.
 ///
-/// A commit of one file that returned `Ok` is never undone by a recovery: the record says what each
-/// destination was when the group was published, and one that is something else since stays.
-/// If that is a file of another user than the group's and root, it is taken for no commit: the
-/// group's staged files stay as well, and recovery fails until that file is removed.
+/// A recovery never undoes a commit of one file that returned `Ok`: the record identifies each
+/// destination's old file, and a destination that was replaced since stays. If the file at a
+/// destination belongs to a user other than the group's user and root, it is not considered a
+/// commit. The staged files of the group then remain, and recovery fails until that file is
+/// removed.
 ///
 /// # Examples
 /// ```
@@ -57,7 +60,7 @@ use crate::writer::AtomicWriter;
 #[derive(Debug)]
 pub struct AtomicGroup {
     members: Vec<AtomicWriter>,
-    /// How long its record is, in bytes.
+    /// Length of the group's record, in bytes.
     record_len: u64,
 }
 
@@ -71,16 +74,17 @@ impl Default for AtomicGroup {
 }
 
 impl AtomicGroup {
-    /// A group without members; its commit does nothing.
+    /// Returns a group without members. Its commit does nothing.
     #[must_use]
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// Adds a writer. It may have been written to already, and need not have been: it is not reachable from here.
+    /// Adds a writer. All bytes must have been written, because the group does not return the
+    /// writer.
     ///
     /// # Errors
-    /// [`AddError`] hands the writer back where it cannot be a member: see [`Refusal`].
+    /// Returns an [`AddError`] with the writer if it cannot be a member: see [`Refusal`].
     pub fn add(&mut self, writer: AtomicWriter) -> Result<(), AddError> {
         match self.refuse(&writer) {
             None => {
@@ -126,22 +130,22 @@ impl AtomicGroup {
         }
     }
 
-    /// How many members it has.
+    /// Returns the number of members.
     #[must_use]
     pub fn len(&self) -> usize {
         self.members.len()
     }
 
-    /// Whether it has no members.
+    /// Returns whether the group has no members.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.members.is_empty()
     }
 
-    /// Removes every staged file.
+    /// Removes the staged files of all members.
     ///
     /// # Errors
-    /// The files that could not be removed.
+    /// Returns the files that could not be removed.
     pub fn discard(self) -> Result<(), Vec<Leftover>> {
         let leftovers = discard_all(self.members);
         if leftovers.is_empty() {
@@ -153,10 +157,10 @@ impl AtomicGroup {
 
     /// Replaces every destination, or none.
     ///
-    /// Waits while another group of this user that shares a destination is being committed.
+    /// Waits while another group of this user with a common destination is being committed.
     ///
     /// # Errors
-    /// [`GroupCommitError`] says which state holds now, and what will make it a final one.
+    /// Returns a [`GroupCommitError`] that states what was replaced and how to complete the group.
     pub fn commit(self) -> Result<(), GroupCommitError> {
         let Some(first) = self.members.first() else {
             return Ok(());
@@ -180,11 +184,12 @@ fn len_in_record(writer: &AtomicWriter) -> u64 {
     record::len_of_member(writer.staged.name(), &writer.dest.name)
 }
 
-/// Whether the destinations, which have different names in one directory, are one file.
+/// Returns whether the destinations, which have different names in one directory, are the same
+/// file.
 fn is_same_file(writer: &AtomicWriter, other: &Destination) -> bool {
     let dest = &writer.dest;
     let ids = [dest, other].map(|dest| dest.entry.map(|entry| (entry.id, entry.links)));
-    // A file with several links may have both names.
+    // Two names of a file with several links are different destinations.
     if let [Some((one, 1)), Some((another, 1))] = ids
         && one == another
     {
@@ -194,17 +199,17 @@ fn is_same_file(writer: &AtomicWriter, other: &Destination) -> bool {
         && ignores_case(&dest.dir, writer.staged.name())
 }
 
-/// The name of a staged file, which is random and in small letters, is looked up in capitals. Inode
-/// numbers tell nothing: a FUSE server may give one file as many as it has spellings.
+/// Looks up the staged file's name, which is random and lower-case, in upper case. Inode numbers
+/// are not compared: a FUSE server may return a different one for each spelling.
 fn ignores_case(dir: &Directory, staged: &OsStr) -> bool {
     dir.entry(&staged.to_ascii_uppercase())
         .is_ok_and(|entry| entry.is_some())
 }
 
-/// A name as directories that do not distinguish upper and lower case have it.
+/// Returns the name as a case-insensitive directory compares it.
 fn case_folded(name: &OsStr) -> OsString {
     match name.to_str() {
-        // Through capitals, as one small letter may be several of them.
+        // Convert to upper case first: some lower-case letters become several upper-case ones.
         Some(name) => name.to_uppercase().to_lowercase().into(),
         None => name.to_ascii_lowercase(),
     }
@@ -217,7 +222,7 @@ fn discard_all(members: Vec<AtomicWriter>) -> Vec<Leftover> {
         .collect()
 }
 
-/// A commit under way.
+/// A commit in progress.
 struct Commit {
     dir: Arc<Directory>,
     id: u64,
@@ -226,7 +231,7 @@ struct Commit {
     members: Vec<AtomicWriter>,
 }
 
-/// Why nothing was replaced: what failed, on what, and how.
+/// The failed step, the affected path, and the error.
 type Failure = (CommitStep, PathBuf, io::Error);
 
 impl Commit {
@@ -239,7 +244,7 @@ impl Commit {
             Ok(staged) => staged,
             Err(failure) => return Err(self.nothing_replaced(failure)),
         };
-        // Held to the end: its lock says that we live, and keeps others from recovering.
+        // Hold the record's lock to the end: it keeps other processes from recovering this group.
         let record = self.publish(record)?;
 
         let stopped = |path, source| GroupCommitError::WillBeCompleted { path, source };
@@ -276,7 +281,7 @@ impl Commit {
         })
     }
 
-    /// The user whose file at `dest` is what kept a rename from replacing it, if there is one.
+    /// Returns the user whose file at `dest` caused the rename to fail, if any.
     fn foreign_owner(&self, dest: &OsStr, error: &io::Error) -> Option<u32> {
         let of_a_file = matches!(
             error.kind(),
@@ -286,8 +291,7 @@ impl Commit {
         (of_a_file && is_foreign(&entry, sys::file_owner())).then_some(entry.uid)
     }
 
-    /// Brings every member's bytes to the medium, and then the names of their stages: a record that survives a power loss
-    /// never names a stage that does not.
+    /// Syncs every member and checks its destination.
     fn prepare(&self) -> Result<Vec<Member>, Failure> {
         let mut intents = Vec::with_capacity(self.members.len());
         for writer in &self.members {
@@ -313,7 +317,7 @@ impl Commit {
         Ok(intents)
     }
 
-    /// Whether a member's staged file belongs to another user than this one.
+    /// Returns whether a member's staged file belongs to another user.
     fn changes_owners(&self) -> io::Result<bool> {
         for writer in &self.members {
             if stat_of(writer.file())?.uid != sys::file_owner() {
@@ -323,7 +327,7 @@ impl Commit {
         Ok(false)
     }
 
-    /// Writes the record, when no other group over the same destinations is under way.
+    /// Writes the record once no other group with a common destination is in progress.
     fn stage_record(&self, intents: &[Member]) -> Result<StagedFile, Failure> {
         let at = |(step, error)| (step, self.record.clone(), error);
         let of_record = |error| at((CommitStep::Record, error));
@@ -335,8 +339,8 @@ impl Commit {
             if !is_trusted(&self.dir, &stat_of(record.file())?) {
                 return Err(io::Error::new(
                     io::ErrorKind::Unsupported,
-                    "the file system gives this user's files another owner or mode, so that no \
-                     recovery could trust the record: commit the files one by one, or in a \
+                    "the file system changes the owner or mode of this user's files, so that no \
+                     recovery could trust the record; commit the files one by one, or in a \
                      directory that no one else may write to",
                 ));
             }
@@ -344,7 +348,7 @@ impl Commit {
             if self.changes_owners()? && !protects_all(&self.dir, &stat) {
                 return Err(io::Error::new(
                     io::ErrorKind::PermissionDenied,
-                    "the group's files belong to another user, who could take them for leftovers: \
+                    "the group's files belong to another user, whose sweep would remove them; \
                      only root's groups, and those of the directory's owner where no others may \
                      write, can preserve an owner",
                 ));
@@ -371,7 +375,8 @@ impl Commit {
         Ok(record)
     }
 
-    /// The commit point, but for the sync of the directory. From here on nothing is ours to remove.
+    /// Publishes the record. This is the commit point once the directory is synced: the staged
+    /// files are no longer removed on drop.
     fn publish(&mut self, mut record: StagedFile) -> Result<StagedFile, GroupCommitError> {
         match record.publish(&self.dir, &record_name(self.id), false) {
             Ok(_) => {
@@ -416,11 +421,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_member_too_many_is_handed_back() {
+    fn a_writer_beyond_the_record_limit_is_returned() {
         let dir = tempfile::tempdir().unwrap();
         let open = |name| AtomicWriter::open(dir.path().join(name)).unwrap();
         let mut group = AtomicGroup::new();
-        // As if there were others.
+        // Simulate a group with other members.
         group.record_len = MAX_RECORD_LEN - len_in_record(&open("memory"));
         group.add(open("memory")).unwrap();
         assert_eq!(group.record_len, MAX_RECORD_LEN);
@@ -429,7 +434,7 @@ mod tests {
     }
 
     #[test]
-    fn the_length_of_a_record_is_counted() {
+    fn the_record_length_matches_its_encoding() {
         let dir = tempfile::tempdir().unwrap();
         let mut group = AtomicGroup::new();
         for name in ["memory", "vcpu"] {
@@ -451,8 +456,8 @@ mod tests {
     }
 
     #[test]
-    fn two_names_of_one_file_are_the_same_where_case_is_ignored() {
-        const TEST: &str = "two_names_of_one_file_are_the_same_where_case_is_ignored";
+    fn names_of_one_file_match_if_the_directory_ignores_case() {
+        const TEST: &str = "names_of_one_file_match_if_the_directory_ignores_case";
         const NAMES: [(&str, &str, bool); 4] = [
             ("vm.mem", "VM.MEM", true),
             ("\u{e9}tat", "\u{c9}tat", true),
@@ -476,7 +481,7 @@ mod tests {
         }
     }
 
-    /// Such a file has one link; one with several may have both names.
+    /// A file with several links may have both names.
     #[test]
     fn hard_links_are_different_destinations() {
         let dir = tempfile::tempdir().unwrap();

@@ -1,12 +1,8 @@
-//! Replace files atomically and durably, one or several at once.
+//! Replaces files atomically and durably, one file or a group at once.
 //!
-//! At every instant the destination is the old file whole or the new file whole. Once
-//! [`commit`](AtomicWriter::commit) has returned `Ok` it is the new one, after a power loss too. An error says
-//! which of the two it is, or that this can't be known, and names whatever else is left in the directory.
-//!
-//! # Examples
-//!
-//! Replace a file:
+//! A program that overwrites a file in place can leave a mixture of old and new bytes if it is
+//! killed, fails to write, or loses power. This crate writes a staged file beside the destination,
+//! syncs it, renames it onto the destination, and syncs the directory:
 //! ```
 //! use std::io::Write;
 //! use atomic_file::AtomicWriter;
@@ -18,8 +14,14 @@
 //! writer.commit()?;
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
+//! At every instant the destination is the complete old file or the complete new file. After
+//! [`commit`](AtomicWriter::commit) returns `Ok`, it is the new file, also after a power loss. An
+//! error states which of the two files the destination is, or that this is unknown. It also names
+//! every staged file that it leaves in the directory.
 //!
-//! Write at offsets, from several threads, and choose what else there is to choose:
+//! # Examples
+//!
+//! Write at offsets and from several threads, with non-default options:
 //! ```
 //! use atomic_file::{AtomicWriter, Durability};
 //! # let dir = tempfile::tempdir()?;
@@ -38,7 +40,7 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 //!
-//! Tell apart what a failed commit means:
+//! Handle the states that a failed commit can leave:
 //! ```
 //! use atomic_file::{AtomicWriter, CommitError};
 //! # let dir = tempfile::tempdir()?;
@@ -46,218 +48,239 @@
 //!
 //! match AtomicWriter::open(&dest)?.commit() {
 //!     Ok(()) => println!("new, durable"),
-//!     Err(CommitError::NotReplaced { .. }) => println!("still the old one; write again"),
-//!     Err(CommitError::ReplacedDurabilityUnknown { .. }) => println!("new, but maybe not after a power loss"),
+//!     Err(CommitError::NotReplaced { .. }) => println!("still the old file; write again"),
+//!     Err(CommitError::ReplacedDurabilityUnknown { .. }) => println!("new, but a power loss may undo it"),
 //!     Err(other) => return Err(other.into()),
 //! }
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 //!
-//! Replace files that belong together: see [`AtomicGroup`]. On start-up, finish what a crash interrupted and
-//! remove what it left: see [`recover`] and [`sweep`].
+//! [`AtomicGroup`] replaces files that belong together. Call [`recover`] at start-up to complete
+//! interrupted group commits and remove orphaned staged files. [`sweep`] only removes orphaned
+//! staged files.
 //!
 //! # How it works, as system calls
 //!
-//! What `open`, two writes and a commit do on Linux:
+//! On Linux, `open`, two writes and `commit` make these calls:
 //! ```text
-//! openat(AT_FDCWD, "vm", O_DIRECTORY|O_CLOEXEC)     = 3   held: all below is relative to it
-//! newfstatat(3, "vm.mem", AT_SYMLINK_NOFOLLOW)            a file, or nothing; a link is followed by hand
-//! statx(3, ""), statx(3, "vm.mem")                        neither immutable, nor append-only, nor a mount point
-//! openat(3, "."), getdents64                              no group commit was interrupted here, and no
-//!                                                         staged file of "vm.mem" is left
-//! newfstatat(3, ".atomic-file-2670fefa.spare")      ENOENT: no writer recycles here
+//! openat(AT_FDCWD, "vm", O_DIRECTORY|O_CLOEXEC)     = 3   kept open: all later calls are relative to it
+//! newfstatat(3, "vm.mem", AT_SYMLINK_NOFOLLOW)            a file, or ENOENT; this crate follows links itself
+//! statx(3, ""), statx(3, "vm.mem")                        not immutable, not append-only, not a mount point
+//! openat(3, "."), getdents64                              no interrupted group commit, and
+//!                                                         no orphaned staged file of "vm.mem"
+//! newfstatat(3, ".atomic-file-2670fefa.spare")      ENOENT: no recycled file
 //! openat(3, ".atomic-file-2670fefa-ebd32fc78d6c5729.stage", O_RDWR|O_CREAT|O_EXCL|O_NOFOLLOW|O_CLOEXEC, 0600) = 4
-//! flock(4, LOCK_EX|LOCK_NB)                               its owner lives
-//! newfstatat(3, ".atomic-file-2670fefa-….stage")          and was not taken for dead before it locked
-//! fgetxattr(4, "system.posix_acl_access")                 which the directory may have it inherit: removed
-//! openat(3, ".")                                          the commit will need as many descriptors
+//! flock(4, LOCK_EX|LOCK_NB)                               marks the staged file as in use
+//! newfstatat(3, ".atomic-file-2670fefa-….stage")          not swept before the lock was acquired
+//! fgetxattr(4, "system.posix_acl_access")                 an inherited list, which is removed
+//! openat(3, ".")                                          detects a descriptor limit in advance
 //! pwrite64(4, ...) ...
-//! fsync(4)                                                the bytes; then, if another mode than 0600 was asked for,
-//! fchmod(4, mode)                                         that, or what is to be preserved
-//! fsync(4)                                                and once more
-//! newfstatat(3, ".atomic-file-2670fefa-….stage")          is it still ours?
-//! openat(3, "."), getdents64                              no group commit has "vm.mem"
+//! fsync(4)                                                syncs the bytes; if a mode other than 0600 is requested:
+//! fchmod(4, mode)                                         sets it and the preserved attributes
+//! fsync(4)                                                syncs them
+//! newfstatat(3, ".atomic-file-2670fefa-….stage")          is it still this writer's file?
+//! openat(3, "."), getdents64                              no pending group commit includes "vm.mem"
 //! renameat(3, ".atomic-file-2670fefa-….stage", 3, "vm.mem")
-//! flock(4, LOCK_UN)                                       also for a child that another thread has just forked
-//! openat(3, "."), getdents64                              nor was one published just before the rename
-//! fsync(3)                                                the name
+//! flock(4, LOCK_UN)                                       a forked child may still have the descriptor
+//! openat(3, "."), getdents64                              no group was published just before the rename
+//! fsync(3)                                                syncs the new name
 //! ```
-//! On macOS the syncs are `fcntl(F_FULLFSYNC)`, as `fsync` there leaves the bytes in the drive's cache. Where a file
-//! system has no such call (`ENOTTY`, `ENOTSUP`, `EINVAL`, and no other error) it is `fsync`.
+//! On macOS, a sync is `fcntl(F_FULLFSYNC)`, because `fsync` leaves the bytes in the drive's cache
+//! there. If that call fails with `ENOTTY`, `ENOTSUP` or `EINVAL`, the file system does not support
+//! it and `fsync` is used. Other errors cause no fallback.
 //!
-//! A call interrupted by a signal (`EINTR`) is made again. A *failed* sync never is: the kernel may have dropped the pages it
-//! could not write, and a second sync would call that success. After any error of the rename the destination is compared with
-//! the staged file (device, inode, size), as a network file system may lose the answer to a rename that happened.
+//! A call that a signal interrupts (`EINTR`) is repeated. A *failed* sync is never repeated: the
+//! kernel may have dropped the pages that it could not write, and a second sync would then report
+//! success. After any error of the rename, the destination is compared with the staged file
+//! (device, inode, size), because a network file system may lose the reply to a rename that took
+//! effect.
 //!
 //! ## Detecting orphaned staged files
 //!
-//! A staged file's name is short for every destination (255 bytes fit), plain ASCII, and random,
-//! so that no other user can occupy it. Its writer holds a `flock` on it, which goes when the process
-//! does, however it ends. So a process that finds a staged file can distinguish an orphan from a file being written
-//! by trying to lock it, between threads, processes, and NFS clients. The mode is 0600 until the
-//! commit has synced the bytes, so that no other user can hold that lock. Then it gets its mode, and
-//! its owner where that is preserved, and is synced again.
+//! The name of a staged file has a fixed length for every destination, so destination names of up
+//! to 255 bytes fit. It is ASCII and random, so that no other user can occupy it. The writer holds
+//! a `flock` on its staged file. The kernel releases that lock when the process ends. A process
+//! that finds a staged file tries to lock it: if it succeeds, the file is orphaned. This works
+//! between threads, processes and NFS clients. The mode is 0600 until the commit has synced the
+//! bytes, so that no other user can hold the lock. The commit then sets the final mode, and the
+//! owner if it is preserved, and syncs the file again.
 //!
-//! A writer lists its directory when it is opened, and removes the orphans of its own destination:
-//! those of this user, and those of the user whom the destination belongs to.
-//! [`sweep`] removes those of all destinations. The protocol is written down in the source,
-//! `src/stage.rs`.
+//! `open` lists the directory and removes the orphaned staged files of its own destination that
+//! belong to this user or to the destination's owner. [`sweep`] removes the orphaned staged files
+//! of all destinations. `src/staged_file.rs` describes the protocol.
 //!
-//! Where a file system has no such locks (an NFS mount without its daemon), staged files get another
-//! name, and only their own writer removes them.
+//! On a file system without such locks (an NFS mount without its lock daemon), staged files have a
+//! different name, and only their own writer removes them.
 //!
 //! ## What fails early
 //!
-//! [`Options::open`] refuses what is known to fail at the commit: a destination that is a directory, a
-//! mount point, immutable, append-only or swap space in use; one that a sticky directory protects from this user; a
-//! directory whose files cannot be renamed; attributes that cannot be preserved; a staging directory
-//! that no rename leads out of; a file system without `no_clobber` where that is asked for.
+//! [`Options::open`] fails if the commit is known to fail:
+//! - The destination is a directory, a mount point, immutable, append-only, or swap space in use.
+//! - A sticky directory protects the destination from this user.
+//! - Files in the directory cannot be renamed.
+//! - Attributes cannot be preserved.
+//! - The staging directory is on another file system.
+//! - `no_clobber` is requested and the file system does not support it.
 //!
 //! ## Recycling
 //!
-//! With [`Options::recycle`] `open` takes the file that the commit before last had written, if it is there and nobody
-//! has it, and the commit keeps the file that it replaces:
+//! With [`Options::recycle`], `open` reuses the file that the previous commit replaced, if it
+//! exists and no other process has it open. The commit keeps the file that it replaces:
 //! ```text
 //! openat(3, ".atomic-file-2670fefa.spare", O_RDWR|O_NOFOLLOW|O_CLOEXEC) = 4
-//! flock(4, LOCK_EX|LOCK_NB)                               no other taker; then, is it still what the name means?
-//! fstat(4), fstatfs(4), flistxattr(4)                     one name, our own, no attributes, on a file system that counts openers
-//! openat(3, "."), getdents64                              no user's group is under way: see below
-//! fchmod(4, 0600)                                         from here on nobody can open it who might not open the new file,
-//! fcntl(4, F_SETLEASE, F_WRLCK), F_UNLCK                  and nobody has it open, or mapped, who could before
+//! flock(4, LOCK_EX|LOCK_NB)                               excludes other writers; then the name is checked
+//! fstat(4), fstatfs(4), flistxattr(4)                     one link, own user, no attributes, leases work
+//! openat(3, "."), getdents64                              no group of any user is in progress: see below
+//! fchmod(4, 0600)                                         no other user can open it from here on
+//! fcntl(4, F_SETLEASE, F_WRLCK), F_UNLCK                  no process has it open or mapped
 //! renameat2(3, ".atomic-file-2670fefa.spare", 3, ".atomic-file-2670fefa-….stage", RENAME_NOREPLACE)
 //! pwrite64(4, ...) ...
 //! fsync(4)
-//! openat(3, "vm.mem", O_RDONLY|O_NOFOLLOW|O_CLOEXEC) = 5  the old file, locked and looked at in the same way
+//! openat(3, "vm.mem", O_RDONLY|O_NOFOLLOW|O_CLOEXEC) = 5  the old file, locked and checked in the same way
 //! renameat2(3, ".atomic-file-2670fefa-….stage", 3, "vm.mem", RENAME_EXCHANGE)
-//! fsync(3)                                                the old file will never be "vm.mem" again
-//! fchmod(5, 0600); fcntl(5, F_SETLEASE, F_WRLCK), F_UNLCK somebody has it: then it is removed
+//! fsync(3)                                                a crash cannot restore the old file any more
+//! fchmod(5, 0600); fcntl(5, F_SETLEASE, F_WRLCK), F_UNLCK if another process has it open, it is removed
 //! renameat2(3, ".atomic-file-2670fefa-….stage", 3, ".atomic-file-2670fefa.spare", RENAME_NOREPLACE)
 //! ```
-//! The spare's name is a promise: it is given only after the sync of the directory, so whoever finds a file there, in whatever
-//! process and after whatever crash, may overwrite it at once. Under a stage's name the old file is a dead stage, and removed like one.
-//! The protocol is written down in the source, `src/spare.rs`.
+//! A file receives the recycled name only after the sync of the directory. Therefore any process
+//! may overwrite a file of that name, also after a crash. Before that, the old file has the name of
+//! a staged file and counts as an orphaned one. `src/recycle.rs` describes the protocol.
 //!
 //! ## Groups
 //!
-//! [`AtomicGroup::commit`] does this; `S` is a sync of the directory:
+//! [`AtomicGroup::commit`] takes these steps. `S` stands for a sync of the directory:
 //!
-//! 1. syncs every staged file, waits while another group of this user over the same destinations is
-//!    under way (`src/turn.rs`), and writes and syncs the record: the staged files' names, inode
-//!    numbers and sizes, the destinations' names and what they are now, a CRC-32; `S`, so that no
-//!    record survives that names a staged file which does not;
-//! 2. renames the record to `.atomic-file-ID.group`; `S`. **This is the commit point**: before it a
-//!    crash means all old, after it all new;
-//! 3. renames every staged file to its destination; `S`;
-//! 4. removes the record; `S`, so that it never comes back to a directory that has moved on.
+//! 1. Sync every staged file. Wait while another group of this user with a common destination is in
+//!    progress (`src/ticket.rs`). Write and sync the group record: the names, inode numbers and
+//!    sizes of the staged files, the names of the destinations and what they are now, and a CRC-32.
+//!    `S`, so that no record survives that names a staged file which does not.
+//! 2. Rename the record to `.atomic-file-ID.group`. `S`. **This is the commit point**: after an
+//!    earlier crash all destinations are old, after a later crash all become new.
+//! 3. Rename every staged file to its destination. `S`.
+//! 4. Remove the record. `S`, so that a crash cannot restore it after later commits.
 //!
-//! Its owner holds the record's lock until the end. A record whose lock is free belongs to a dead
-//! process, and the next writer in the directory continues at step 3; while one
-//! does, a commit of one of the group's destinations waits.
+//! The group's process holds the lock of the record until the last step. A record that can be
+//! locked belongs to a process that died. The next writer in the directory continues at step 3.
+//! Meanwhile, a commit of one of the group's destinations waits.
 //!
-//! **A recovery undoes no commit.** Before it renames anything it looks at every member. Where the
-//! destination is the recorded inode, it is done. Where it is anything but what the record says was
-//! there, by inode number and generation, a later commit replaced it, and that stays. Otherwise
-//! the staged file is renamed. The generation is the time of creation, or where the file system keeps
-//! none, a digest of the file's handle; where it has neither, groups are [refused](Refusal). A spare is
-//! not taken while a group of any user is under way, as its generation stays what it was. A commit of a single file looks for records before its rename and
-//! again after it, so that a recovery that looked before the rename has ended when the commit returns.
+//! **A recovery never undoes a commit.** Before it renames anything, it checks every member:
+//! - The destination is the recorded staged file: the member is complete.
+//! - The destination is not the recorded old file, by inode number and generation: a later commit
+//!   replaced it, and its file stays.
+//! - Otherwise the staged file is renamed.
 //!
-//! **A record concerns its own members only.** One that cannot be completed (a staged file is another
-//! file now, a destination is a directory) makes writers to its members fail, and no others, until
-//! someone decides; [`recover`] reports it, completes all other groups, and sweeps. So it is where a
-//! staged file is gone and its destination is still the recorded one: the group's other files are left
-//! as they are. Where that is so of all its files, all are old, and the group is given up. A record that is
-//! damaged is reported and ignored, and the staged files of its user are kept. A record that is torn,
-//! as a power loss leaves it with [`Durability::None`], never got to its commit point and is removed.
+//! The generation is the time of creation. On a file system without that time, it is a digest of
+//! the file's handle. On a file system with neither, groups are [refused](Refusal). A recycled file
+//! keeps its generation, so it is not reused while a group of any user is in progress. A commit of
+//! a single file looks for group records before its rename and again after it. Therefore a recovery
+//! that checked the destination before the rename has ended when the commit returns.
 //!
-//! **A record is obeyed only if it is this user's**, or the directory's owner's where no one else may
-//! write; others are ignored and never waited for. In a directory where others may write, it must
-//! also have one name and be accessible to its owner alone. A record can only have files with a
-//! staged file's name renamed within its directory.
+//! **A record affects only its own members.** A record cannot be completed if a staged file was
+//! replaced by another file or a destination is now a directory. Writers to its members then fail
+//! until a user resolves it; other writers do not. [`recover`] reports such a record, completes all
+//! other groups, and sweeps. The same applies if a staged file was removed and its destination is
+//! still the recorded one: the other files of the group stay as they are. If that holds for all
+//! files of a group, all are old, and the record is dropped. A damaged record is reported and
+//! ignored, and the staged files of its user are kept. A torn record, which a power loss leaves
+//! with [`Durability::None`], did not reach its commit point and is removed.
 //!
-//! **No sweep removes what a record names**, of the staged files of the record's own user; and of all
-//! users, where the record is root's or is obeyed. Root's staged files belong to another user from
-//! the moment that a preserved owner is set. A process of another user that may give files away
-//! commits them in no group unless its record is obeyed by all.
+//! **A record is trusted only if it belongs to this user**, or to the directory's owner if no other
+//! user may write there. Other records are ignored and never waited for. In a directory where other
+//! users may write, a trusted record must also have a single link and be accessible to its owner
+//! alone. A record can only cause renames within its directory, and only of files with the name of
+//! a staged file.
 //!
-//! Records of version 1, named `.atomic-file-group`, are still completed. They do not say what a
-//! destination was, so a commit made since then cannot be distinguished from the file before the group.
+//! **A sweep keeps the staged files that a record names**, if they belong to the record's own user.
+//! If the record is root's or is trusted, this applies to the files of all users: root's staged
+//! files change their owner when the owner is preserved. A process that is not root and may change
+//! owners can commit such files in a group only if its record is trusted by all users.
+//!
+//! Records of version 1, named `.atomic-file-group`, are still completed. They do not record the
+//! old destination, so later commits cannot be distinguished from it.
 //!
 //! ## Replacing a file that was read
 //!
-//! The last writer to commit wins, whatever was there. A writer whose bytes were made from those of
-//! the destination gives the [`FileVersion`] that it read to [`Options::replace_only`]. A commit of
-//! another writer since then is noticed by `open` and by the commit, which replaces nothing:
+//! By default, the last writer to commit wins. A writer whose bytes were derived from the
+//! destination passes the [`FileVersion`] that it read to [`Options::replace_only`]. If another
+//! writer committed since then, `open` or the commit fails and replaces nothing:
 //! ```text
 //! fsync(4)
-//! openat(3, "."), getdents64                              no group commit has "vm.mem"
-//! flock(5, LOCK_EX|LOCK_NB)                               the file that was read: no other such writer replaces it now
-//! newfstatat(3, "vm.mem")                                 is it that file, as it was?
+//! openat(3, "."), getdents64                              no pending group commit includes "vm.mem"
+//! flock(5, LOCK_EX|LOCK_NB)                               the file that was read: excludes other such writers
+//! newfstatat(3, "vm.mem")                                 is it that file, unchanged?
 //! renameat(3, ".atomic-file-2670fefa-….stage", 3, "vm.mem")
 //! flock(5, LOCK_UN)
 //! ```
-//! Of several such writers that have read the same file, one replaces it (on file systems with locks). No system call compares and
-//! renames in one step, and other writers do not take that lock: the commit of a writer *without*
-//! `replace_only` between the last look and the rename, two system calls in a row, is replaced.
+//! If several such writers have read the same file, one of them replaces it (on file systems with
+//! locks). No system call compares and renames in one step, and other writers do not take that
+//! lock. Therefore the commit of a writer *without* `replace_only` between the comparison and the
+//! rename, two consecutive system calls, is replaced.
 //!
 //! # What may be on the medium after a crash
 //!
-//! Assumed of the file system and the medium:
-//! - what was synced successfully stays, and reads back as it was written;
-//! - a rename is atomic: after a crash each of the two names is what it was before or what it was after, and the
-//!   destination's name never means nothing, if it meant something before;
-//! - nothing is assumed of the order in which anything not synced gets there: writes, names, and lengths may each
-//!   arrive or not, whole or torn.
+//! The file system and the medium are assumed to behave as follows:
+//! - Data that was synced successfully stays and reads back as it was written.
+//! - A rename is atomic. After a crash, each of the two names refers to what it referred to before
+//!   the rename or to what it referred to after it. A destination that existed before always
+//!   exists.
+//! - Nothing is assumed about the order of changes that were not synced. Each write, name and
+//!   length may be lost, complete or torn.
 //!
-//! A killed process is the simpler case: the kernel keeps everything it did, in order.
+//! If a process is killed, the kernel keeps all completed calls in order.
 //!
 //! | crash after | [`Full`](Durability::Full): the destination is | left in the directory |
 //! |---|---|---|
-//! | `open`, writes | old | the stage, perhaps, with anything in it |
-//! | sync of the file | old | the stage, perhaps, whole |
-//! | rename | old or new, whole | the stage if old |
+//! | `open`, writes | old | the staged file, possibly, with any contents |
+//! | sync of the file | old | the staged file, possibly, complete |
+//! | rename | old or new, complete | the staged file if old |
 //! | sync of the directory: `commit` returns | **new** | nothing |
 //!
-//! With [`Options::recycle`] the rename is an exchange, so that after it the old file may be found under the stage's name; and once
-//! the directory is synced, as the spare. Both are known to [`sweep`] and to the next writer.
+//! With [`Options::recycle`], the rename is an exchange. The old file then has the name of the
+//! staged file, and after the sync of the directory the recycled name. [`sweep`] and the next
+//! writer handle both.
 //!
-//! With [`Barrier`](Durability::Barrier) the commit ends one row earlier; with [`None`](Durability::None) neither sync takes
-//! place, and after a power loss (not after a kill) the destination may be empty or torn.
+//! With [`Barrier`](Durability::Barrier), the commit ends one row earlier. With
+//! [`None`](Durability::None), neither sync takes place. After a power loss (but not after a kill)
+//! the destination may then be empty or torn.
 //!
 //! | crash in a group's | the destinations are | after recovery |
 //! |---|---|---|
-//! | step 1 | old | old; stages swept |
-//! | step 2 | old | old, or new if the record got there |
-//! | step 3, 4 | each old or new, whole | **new** |
+//! | step 1 | old | old; staged files swept |
+//! | step 2 | old | old, or new if the record is on the medium |
+//! | step 3, 4 | each old or new, complete | **new** |
 //! | after `commit` returned | **new** | |
 //!
 //! # Limitations
 //!
-//! - What is replaced is the *name*. Other hard links to the old file keep it, and a process that has it open goes on reading
-//!   it. The new file has the mode asked for and the owner of a file newly created, unless [`Options::preserve`] says otherwise.
-//! - A `fork`ed child that does not `exec` holds the locks on where its parent is killed, and runs destructors if it unwinds: let
-//!   it `_exit`.
-//! - Locks are advisory, and names are only names: somebody else who may write to the directory can remove or exchange a
-//!   stage. The commit notices when the stage is not its own file any more; it cannot notice in the instant of the rename.
-//! - A directory that may be written to but not read cannot be synced, nor opened here.
-//! - Groups need locks, and inode numbers that outlive a mount: FAT, exFAT and FUSE file systems are
-//!   [refused](Refusal). A file system that cannot sync a directory reports so at every commit with
-//!   [`Full`](Durability::Full); choose a weaker durability there.
-//! - A lease cannot tell of one who, in the middle of `open(2)`, has looked the destination's name up and not opened the file
-//!   yet, and stays there from before one recycling commit until the next writer has taken the spare; of an NFS client that was
-//!   given the file by this machine; of what `sendfile` and `splice` have under way. These may see new bytes in the old file.
-//! - In a directory that does not distinguish upper and lower case, names of one file that differ in
-//!   case (or in Unicode composition) are different destinations to all that waits or takes turns.
-//! - Readers see a group's files change one after another.
-//! - Groups of different users over the same destinations do not wait for each other, and may mix.
-//! - Opening a writer lists the directory once, and committing lists it twice: keep snapshots out of
-//!   directories of hundreds of thousands of files.
-//! - A process of this user that is stopped in the middle of a group's commit holds up the commits of
-//!   that group's own files, until it is continued or killed.
+//! - A commit replaces the *name*. Other hard links to the old file keep it, and a process that has
+//!   it open continues to read it. The new file has the requested mode and the owner of a newly
+//!   created file, unless [`Options::preserve`] is set.
+//! - A `fork`ed child that does not `exec` keeps the locks if its parent is killed, and runs
+//!   destructors if it unwinds. Let it call `_exit`.
+//! - Locks are advisory. Another user who may write to the directory can remove or exchange a
+//!   staged file. The commit detects that its staged file was replaced, except in the instant of
+//!   the rename.
+//! - A directory without read permission cannot be synced, so it cannot be used.
+//! - Groups need locks, and inode numbers that are stable across mounts. FAT, exFAT and FUSE file
+//!   systems are [refused](Refusal). A file system that cannot sync a directory fails every commit
+//!   with [`Full`](Durability::Full); choose a weaker durability there.
+//! - A lease does not detect these users of the old file, which may see new bytes in it: a process
+//!   inside `open(2)` that has looked up the destination's name and opens the file only after a
+//!   recycling commit and the next `open`; an NFS client that this machine serves; `sendfile` and
+//!   `splice` in progress.
+//! - In a directory that ignores case, names of one file that differ in case (or in Unicode
+//!   composition) count as different destinations for waiting and serialization.
+//! - Readers see the files of a group change one by one.
+//! - Groups of different users with common destinations do not wait for each other, and their files
+//!   may mix.
+//! - `open` lists the directory once, and `commit` lists it twice. Avoid directories of hundreds of
+//!   thousands of files.
+//! - If a process of this user is stopped (`SIGSTOP`) during a group commit, commits of that
+//!   group's files wait until it is continued or killed.
 //!
 //! # Features
 //!
-//! None. Unix only; made for Linux and macOS.
+//! None. This crate supports Linux and macOS, and compiles on other Unix systems.
 
 mod destination;
 mod directory;

@@ -1,4 +1,4 @@
-//! How a file is to be replaced.
+//! Options of a writer.
 
 use std::path::{Path, PathBuf};
 
@@ -7,46 +7,48 @@ use crate::preserve::Preserve;
 use crate::version::FileVersion;
 use crate::writer::AtomicWriter;
 
-/// What a commit waits for before it says that it is done. Ordered from weakest to strongest.
+/// The durability that a commit waits for, ordered from weakest to strongest.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[non_exhaustive]
 pub enum Durability {
-    /// Nothing. The replacement is atomic for every process on this machine, also when this one is killed, but a power
-    /// loss or a crash of the system soon after may leave an empty or torn file.
+    /// No durability. The replacement is atomic for every process on this machine, also if this
+    /// process is killed. A power loss or a crash of the system soon afterwards may leave an empty
+    /// or torn file.
     None,
-    /// The file's bytes reach the medium before its new name does, so that a power loss leaves the old file whole or
-    /// the new one whole; which of the two is open for a while.
+    /// The bytes of the file reach the medium before its new name does. A power loss leaves the
+    /// complete old file or the complete new file. Which of the two is undefined for a short time.
     ///
-    /// On macOS `F_BARRIERFSYNC`. Linux has no call that orders without flushing, so there the file is synced exactly
-    /// as for [`Full`](Self::Full), and only the sync of the directory is saved.
+    /// Uses `F_BARRIERFSYNC` on macOS. Linux has no call that orders writes without flushing them:
+    /// the file is synced as for [`Full`](Self::Full), and only the sync of the directory is
+    /// omitted.
     Barrier,
-    /// When commit has returned, the new file is there after a power loss too.
+    /// After the commit returns, a power loss does not undo it.
     ///
-    /// `fsync` of the file and of its directory; on macOS `F_FULLFSYNC`, which also empties the drive's own cache, or
-    /// `fsync` where the file system has nothing better.
+    /// Uses `fsync` for the file and its directory. On macOS uses `F_FULLFSYNC`, which also flushes
+    /// the drive's cache, or `fsync` if the file system does not support that.
     #[default]
     Full,
 }
 
-/// What to do where the destination is a symbolic link.
+/// The handling of a destination that is a symbolic link.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Symlinks {
-    /// Replace the file the link leads to, and leave the link: what `open(2)` would have written to.
+    /// Replaces the target of the link and keeps the link, as writing through `open(2)` does.
     ///
-    /// The default, because the other choice loses something without a word: the link of an operator who put the
-    /// files on a larger disk, and the room on the small one. A link that leads nowhere is an error, as it is most
-    /// often a disk that is not mounted. A link in a directory that [others may write to](crate::others_may_write) is
-    /// followed only where that is a sticky one (`/tmp`) and the link belongs to this user or to the directory's owner, as with
-    /// Linux's `fs.protected_symlinks`.
+    /// This is the default, because [`Replace`](Self::Replace) silently loses the link of an
+    /// operator who moved the files to a larger disk. A dangling link is an error: usually a disk
+    /// is not mounted. In a directory that [others may write to](crate::others_may_write), a link
+    /// is followed only if the directory is sticky (`/tmp`) and the link belongs to this user or to
+    /// the directory's owner, as with Linux's `fs.protected_symlinks`.
     #[default]
     Follow,
-    /// Replace the link itself, dangling or not, by a regular file; what it led to is left alone. What `rename(2)`
-    /// does, and the right choice where others may write to the directory.
+    /// Replaces the link itself by a regular file, as `rename(2)` does, and leaves its target
+    /// unchanged. The link may be dangling. Choose this if other users may write to the directory.
     Replace,
 }
 
-/// Options for opening an [`AtomicWriter`]; made by [`AtomicWriter::options`].
+/// Options for opening an [`AtomicWriter`], returned by [`AtomicWriter::options`].
 ///
 /// # Examples
 /// ```
@@ -93,92 +95,104 @@ impl Default for Options {
 }
 
 impl Options {
-    /// The permission bits of the new file, `0o600` unless told otherwise. Exactly these, whatever the umask and
-    /// whatever the replaced file had (but see [`preserve`](Self::preserve)); bits above `0o7777` are ignored.
+    /// Sets the permission bits of the new file. The default is `0o600`. Neither the umask nor the
+    /// replaced file changes them (but see [`preserve`](Self::preserve)). Bits above `0o7777` are
+    /// ignored.
     ///
-    /// Nor has it an access control list, unless one is preserved: one that its directory has new
-    /// files inherit is removed (on Linux).
+    /// An access control list that the file inherits from its directory is removed (on Linux),
+    /// unless a list is preserved.
     ///
-    /// Until the commit the staged file has the mode `0o600`, so that no other user can open it, and
-    /// its owner can open it again for direct I/O. The commit syncs the file's bytes, then sets the
-    /// mode, as writing drops the set-id bits, and syncs the file again.
+    /// Until the commit, the staged file has the mode `0o600`. No other user can open it, and its
+    /// owner can reopen it for direct I/O. The commit syncs the bytes, sets the mode, and syncs the
+    /// file again. It sets the mode last because writing drops the set-id bits.
     pub fn mode(mut self, mode: u32) -> Self {
         self.mode = mode & 0o7777;
         self
     }
 
-    /// Which attributes of the replaced file the new file gets; none by default.
+    /// Selects the attributes of the replaced file that the new file receives. The default is none.
     pub fn preserve(mut self, preserve: Preserve) -> Self {
         self.preserve = preserve;
         self
     }
 
-    /// What [`commit`](AtomicWriter::commit) waits for; [`Durability::Full`] unless told otherwise.
+    /// Sets the durability that [`commit`](AtomicWriter::commit) waits for. The default is
+    /// [`Durability::Full`].
     pub fn durability(mut self, durability: Durability) -> Self {
         self.durability = durability;
         self
     }
 
-    /// Whether to fail rather than replace a destination that exists.
+    /// Sets whether to fail instead of replacing an existing destination. The default is `false`.
     ///
-    /// Checked when opening, and again, atomically, by the commit itself (`RENAME_NOREPLACE`, `RENAME_EXCL`, or `link`
-    /// where the file system lacks those). A file system with none of them is refused when opening, by trying.
+    /// `open` checks this, and the commit checks it again atomically (`RENAME_NOREPLACE`,
+    /// `RENAME_EXCL`, or `link` if the file system supports neither). `open` fails on a file system
+    /// that supports none of these calls.
     pub fn no_clobber(mut self, no_clobber: bool) -> Self {
         self.no_clobber = no_clobber;
         self
     }
 
-    /// Replaces this version of the destination and no other; for bytes that were made from it.
+    /// Replaces only this version of the destination. For bytes that were derived from it.
     ///
-    /// Where the destination is another file, is gone, or was written to, [`open`](Self::open) fails with
+    /// If the destination was replaced, removed or written to, [`open`](Self::open) fails with
     /// [`OpenError::DestinationChanged`], and the commit with
-    /// [`CommitError::DestinationChanged`](crate::CommitError::DestinationChanged). Both replace nothing.
+    /// [`CommitError::DestinationChanged`](crate::CommitError::DestinationChanged). Both replace
+    /// nothing.
     ///
-    /// Of the writers with this option that have the same version, one replaces it, on file systems with
-    /// locks: they take an `flock` of the old file for the time of the last look and the rename. A
-    /// program that holds such a lock for longer than about a second makes `open` and the commit fail. The commit of a writer *without* this option is noticed until that last look,
-    /// just before the rename; in the time between the two it is replaced, as no system call does both in one step.
+    /// If several writers with this option have the same version, one of them replaces it, on file
+    /// systems with locks: they hold a `flock` on the old file from the comparison to the rename.
+    /// If another program holds such a lock for more than about a second, `open` and the commit
+    /// fail. The commit of a writer *without* this option is detected until the comparison just
+    /// before the rename. If it falls between the two, it is replaced, because no system call
+    /// compares and renames in one step.
     ///
-    /// With [`Symlinks::Replace`], a link is no version of the file that it leads to.
-    /// The old file is open meanwhile, so it is not kept for [recycling](Self::recycle). Such a writer cannot join an
-    /// [`AtomicGroup`](crate::AtomicGroup).
+    /// With [`Symlinks::Replace`], a link never matches the version of its target. The old file
+    /// stays open, so it is not kept for [recycling](Self::recycle). A writer with this option
+    /// cannot join an [`AtomicGroup`](crate::AtomicGroup).
     pub fn replace_only(mut self, version: FileVersion) -> Self {
         self.replace_only = Some(version);
         self
     }
 
-    /// Stages in `dir` rather than beside the destination.
+    /// Stages the file in `dir` instead of the destination's directory.
     ///
-    /// Both must be on one file system, or else no rename leads from one to the other. Opening compares the
-    /// two directories' devices and then really renames an empty file across, which also finds bind mounts and project
-    /// quotas: nothing is written only to be refused by the commit.
+    /// Both directories must be on one file system, so that a rename is possible. `open` compares
+    /// their devices and renames an empty file from one to the other. This also detects bind mounts
+    /// and project quotas before data is written.
     pub fn staging_dir(mut self, dir: impl Into<PathBuf>) -> Self {
         self.staging_dir = Some(dir.into());
         self
     }
 
-    /// What to do where the destination is a symbolic link; [`Symlinks::Follow`] unless told otherwise.
+    /// Sets the handling of a destination that is a symbolic link. The default is
+    /// [`Symlinks::Follow`].
     pub fn symlinks(mut self, symlinks: Symlinks) -> Self {
         self.symlinks = symlinks;
         self
     }
 
-    /// Keeps the file that [`commit`](AtomicWriter::commit) replaces, to be the stage of the next writer to the same destination:
-    /// blocks that are overwritten need be neither freed nor found. For large files replaced again and again.
+    /// Keeps the file that [`commit`](AtomicWriter::commit) replaces, and reuses it as the staged
+    /// file of the next writer to the same destination. Use this for large files that are replaced
+    /// repeatedly: overwriting allocated blocks avoids freeing and allocating them.
     ///
-    /// **Such a stage has its old bytes**: see [`AtomicWriter::recycled`], which says whether it does.
+    /// **A recycled file has its old bytes.** [`AtomicWriter::recycled`] returns whether the staged
+    /// file is recycled.
     ///
-    /// One file is kept per destination, beside it, and only if it has at most `max_bytes` bytes allocated. The next writer
-    /// with this option takes it, the next without removes it, and so does [`sweep`](crate::sweep()).
+    /// At most one file per destination is kept, in the same directory, and only if at most
+    /// `max_bytes` bytes are allocated to it. The next writer with this option reuses it. The next
+    /// writer without it removes the file, and so does [`sweep`](crate::sweep()).
     ///
-    /// Nobody sees a file change that they have open or mapped, or know by another name: it is kept and taken only
-    /// if it has one name and the kernel grants a lease on it, which it does where nobody else has it open. Nor is one that a new
-    /// file would not be like: of another owner or group, or with extended attributes. In all these cases, and
-    /// - on another file system than ext4, XFS, btrfs and tmpfs, or another system than Linux,
-    /// - with a weaker durability than [`Full`](Durability::Full), as the old file must not be what a power loss brings back,
-    /// - with a [`staging_dir`](Self::staging_dir) elsewhere than beside the destination, and in a group's commit,
-    ///
-    /// the old file goes as it would without this option, which is no error.
+    /// A file that another process has open or mapped, or that has another name, never changes: a
+    /// file is kept and reused only if it has a single link and the kernel grants a lease on it. A
+    /// file that differs from a new one in owner, group or extended attributes is not reused
+    /// either. In these cases the old file is removed as without this option, which is not an
+    /// error. The same applies:
+    /// - on file systems other than ext4, XFS, btrfs and tmpfs, and on systems other than Linux,
+    /// - with a durability weaker than [`Full`](Durability::Full), because a power loss must not
+    ///   restore the old file,
+    /// - with a [`staging_dir`](Self::staging_dir) other than the destination's directory, and in a
+    ///   group commit.
     ///
     /// # Examples
     /// ```
@@ -203,13 +217,14 @@ impl Options {
         self
     }
 
-    /// Stages a new file that is to replace, or become, `dest`.
+    /// Stages a new file for `dest`.
     ///
-    /// First completes the group commits that killed processes left behind in the directory, and removes what killed
-    /// writers to this very destination left. [`sweep`](crate::sweep()) does so for all destinations.
+    /// First completes the group commits of killed processes in the directory, and removes the
+    /// orphaned staged files of this destination. [`sweep`](crate::sweep()) removes those of all
+    /// destinations.
     ///
     /// # Errors
-    /// See [`OpenError`]. Nothing is left behind but what the error names.
+    /// Returns an [`OpenError`]. No file is left behind except those that the error names.
     pub fn open(&self, dest: impl AsRef<Path>) -> Result<AtomicWriter, OpenError> {
         AtomicWriter::open_with(dest.as_ref(), self)
     }

@@ -1,5 +1,5 @@
-//! Giving the new file what the replaced one had: owner, group, mode, access control list, extended
-//! attributes.
+//! Copying attributes of the replaced file to the new file: owner, group, mode, access control
+//! list, extended attributes.
 
 use std::ffi::{OsStr, OsString};
 use std::fmt;
@@ -15,34 +15,36 @@ use crate::destination::Destination;
 use crate::directory::{Directory, Stat, stat_of};
 use crate::sys;
 
-/// The attributes of the replaced file that the new file gets. The default is none of them: the new
-/// file is as one newly created, with the [mode](crate::Options::mode) asked for.
+/// The attributes of the replaced file that the new file receives.
 ///
-/// They are read from the destination and given to the new file by the commit, after the last write
-/// and before the sync. Opening the writer tries it, so that what is not permitted is known before
-/// anything is written. A destination that does not exist, or is a symbolic link that is replaced
-/// itself, has nothing to preserve.
+/// The default is none: the new file has the attributes of a newly created file, with the requested
+/// [mode](crate::Options::mode).
 ///
-/// **Only a file that was there when the writer was opened** passes anything on. Of one that came
-/// to the destination later nothing is preserved: the new file has the
-/// [mode](crate::Options::mode) asked for. Where the destination was another file at the opening,
-/// the commit fails instead, unless [`if_permitted`](Self::if_permitted) is set: then nothing of it
-/// is preserved either.
+/// The commit reads them from the destination and sets them on the new file after the last write
+/// and before the sync. `open` tries this, so that missing permissions are detected before data is
+/// written. A destination that does not exist, or is a symbolic link to be replaced, has no
+/// attributes to preserve.
 ///
-/// **A file that another user may have planted** passes nothing on, which counts as not permitted: the
-/// other user could read the new file. In a directory where others may create files, that is a file of
-/// another user than this one, root and the directory's owner, or one with several hard links.
+/// **Only a file that existed when the writer was opened** is a source of attributes. If the
+/// destination was created later, nothing is preserved, and the new file has the requested
+/// [mode](crate::Options::mode). If the destination was replaced by another file since, the commit
+/// fails, unless [`if_permitted`](Self::if_permitted) is set: then nothing is preserved.
 ///
-/// **What is not permitted**: a process without privileges can keep the owner only of its own files,
+/// **A file that another user may have planted** is not a source of attributes, because that user
+/// could read the new file. This counts as not permitted. In a directory where other users may
+/// create files, such a file belongs to a user other than this one, root and the directory's owner,
+/// or has several hard links.
+///
+/// **Missing permissions**: an unprivileged process can preserve the owner only of its own files,
 /// and the group only if it is a member. [`Options::open`](crate::Options::open) then fails with
 /// [`OpenError::NotPreserved`](crate::OpenError::NotPreserved). With
-/// [`if_permitted`](Self::if_permitted) the attribute is left out, and
-/// [`AtomicWriter::not_preserved`](crate::AtomicWriter::not_preserved) says so.
+/// [`if_permitted`](Self::if_permitted) the attribute is omitted, and
+/// [`AtomicWriter::not_preserved`](crate::AtomicWriter::not_preserved) lists it.
 ///
-/// **A preserved mode never means more than it did.** Where the owner is another than before, the
-/// set-user-id bit is left out. Where the group is another, or an access control list was left out,
-/// the group gets only what all others have, and the set-group-id bit is left out. A list that the new
-/// file inherits from its directory is removed, as the mode would mean more with it.
+/// **A preserved mode never grants more than before.** If the owner differs, the set-user-id bit is
+/// dropped. If the group differs, or an access control list was omitted, the group receives only
+/// the permissions of all other users, and the set-group-id bit is dropped. A list that the new
+/// file inherits from its directory is removed, because it would grant more.
 ///
 /// # Examples
 /// ```
@@ -74,12 +76,12 @@ pub struct Preserve {
 }
 
 impl Preserve {
-    /// Preserves nothing.
+    /// Returns a set of no attributes.
     pub fn nothing() -> Self {
         Self::default()
     }
 
-    /// Preserves everything.
+    /// Returns a set of all attributes.
     pub fn all() -> Self {
         Self {
             owner: true,
@@ -91,41 +93,42 @@ impl Preserve {
         }
     }
 
-    /// Whether the new file belongs to the old one's owner.
+    /// Sets whether to preserve the owner.
     pub fn owner(mut self, preserve: bool) -> Self {
         self.owner = preserve;
         self
     }
 
-    /// Whether the new file has the old one's group.
+    /// Sets whether to preserve the group.
     pub fn group(mut self, preserve: bool) -> Self {
         self.group = preserve;
         self
     }
 
-    /// Whether the new file has the old one's permission bits, rather than those of
+    /// Sets whether to preserve the permission bits, instead of those of
     /// [`Options::mode`](crate::Options::mode).
     pub fn mode(mut self, preserve: bool) -> Self {
         self.mode = preserve;
         self
     }
 
-    /// Whether the new file has the old one's access control list, or none if it had none.
+    /// Sets whether to preserve the access control list. If the old file has none, the new one has
+    /// none.
     pub fn acl(mut self, preserve: bool) -> Self {
         self.acl = preserve;
         self
     }
 
-    /// Whether the new file has the old one's extended attributes, the security label and file
-    /// capabilities among them. Signatures of the old contents (`security.ima`, `security.evm`) are
-    /// left out.
+    /// Sets whether to preserve the extended attributes, including the security label and file
+    /// capabilities. Signatures of the old contents (`security.ima`, `security.evm`) are never
+    /// copied.
     pub fn xattrs(mut self, preserve: bool) -> Self {
         self.xattrs = preserve;
         self
     }
 
-    /// Whether to leave out what is not permitted, rather than to fail. Errors of other kinds are
-    /// errors all the same.
+    /// Sets whether to omit attributes that this process is not permitted to set, instead of
+    /// failing. Other errors still fail.
     pub fn if_permitted(mut self, if_permitted: bool) -> Self {
         self.if_permitted = if_permitted;
         self
@@ -136,21 +139,21 @@ impl Preserve {
     }
 }
 
-/// An attribute that a file has beside its bytes.
+/// An attribute of a file.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Attribute {
-    /// The user that it belongs to.
+    /// The owner.
     Owner,
-    /// The group that it belongs to.
+    /// The group.
     Group,
     /// The permission bits.
     Mode,
     /// The access control list.
     Acl,
-    /// All extended attributes: they cannot be listed.
+    /// All extended attributes, if they cannot be listed.
     Xattrs,
-    /// The extended attribute of this name.
+    /// The extended attribute with this name.
     Xattr(OsString),
 }
 
@@ -167,18 +170,18 @@ impl fmt::Display for Attribute {
     }
 }
 
-/// An attribute of the replaced file that the new file cannot get.
+/// An attribute of the replaced file that the new file cannot receive.
 #[derive(Debug, Error)]
 #[error("the {attribute} of the replaced file cannot be preserved")]
 pub struct NotPreserved {
     /// The attribute.
     pub attribute: Attribute,
-    /// What the system said.
+    /// The error of the system.
     pub source: io::Error,
 }
 
-/// Gives `file` the permission bits `mode`, and those attributes of the file at `dest` that are to be
-/// preserved. What was not permitted and may be left out is returned.
+/// Sets the permission bits `mode` on `file`, and the attributes of the file at `dest` that are to
+/// be preserved. Returns the attributes that were omitted.
 pub(crate) fn apply(
     file: &File,
     dest: &Destination,
@@ -194,7 +197,7 @@ pub(crate) fn apply(
         preserve,
         lost: Vec::new(),
     };
-    // Any bits of the group's would give it something.
+    // Remove an inherited list first: with it, the group bits would grant access to its entries.
     sys::remove_acl(file).map_err(mode_of)?;
     let at_open = dest.entry.filter(|_| preserve.anything());
     let now = match at_open {
@@ -232,16 +235,15 @@ pub(crate) fn apply(
     Ok(copy.lost)
 }
 
-/// What is at the destination: a file, and that file opened to read its attributes, where they are
-/// asked for; `None` where there is no file.
+/// Returns the file at the destination, opened for reading if its attributes are requested; `None`
+/// if there is no file.
 ///
-/// Other writers may replace it meanwhile. What was opened is one file, and all is taken from that.
+/// Other writers may replace the file meanwhile. All attributes are taken from the one opened file.
 fn look(
     dest: &Destination,
     preserve: Preserve,
 ) -> io::Result<Option<(Stat, Option<io::Result<File>>)>> {
-    /// How often it may be gone between the look and the opening, which only removing it and putting
-    /// another in place brings about.
+    /// Upper bound on attempts: the file may be removed and replaced between the two calls.
     const TRIES: u32 = 100;
     for _ in 0..TRIES {
         let entry = dest.dir.entry(&dest.name)?;
@@ -265,14 +267,15 @@ fn look(
     Ok(None)
 }
 
-/// Whether a user whom the new file is not meant for may have put the file `old` into `dir`.
+/// Returns whether another user may have put the file `old` into `dir`.
 fn is_untrusted(old: &Stat, dir: &Directory) -> bool {
     const ROOT: u32 = 0;
     let trusted = [sys::file_owner(), ROOT, dir.stat.uid];
     dir.others_may_create() && (!trusted.contains(&old.uid) || old.links != 1)
 }
 
-/// The old file's permission bits, less what would mean more for another owner or group.
+/// Returns the old file's permission bits without those that would grant more to another owner or
+/// group.
 fn narrowed(old: &Stat, new: &Stat, acl_left_out: bool) -> u32 {
     const SET_USER_ID: u32 = 0o4000;
     const SET_GROUP_ID: u32 = 0o2000;
@@ -284,7 +287,7 @@ fn narrowed(old: &Stat, new: &Stat, acl_left_out: bool) -> u32 {
     if old.gid != new.gid {
         mode &= !SET_GROUP_ID;
     }
-    // With a list, the group's bits are the most that anyone in it may do.
+    // With a list, the group bits are the upper bound of all its entries.
     if old.gid != new.gid || acl_left_out {
         mode &= !GROUP | (mode & 0o007) << 3;
     }
@@ -316,7 +319,7 @@ impl AttributeCopy<'_> {
         Ok(())
     }
 
-    /// Leaves out all that was asked for.
+    /// Omits all requested attributes.
     fn nothing(&mut self, old: &Stat) -> Result<(), NotPreserved> {
         let Preserve {
             owner,
@@ -335,8 +338,8 @@ impl AttributeCopy<'_> {
         ];
         for (_, attribute) in asked_for.into_iter().filter(|(asked_for, _)| *asked_for) {
             let reason = format!(
-                "it belongs to user {} and has {} hard links, in a directory where others may \
-                 create files: who put it there could read the new file",
+                "it belongs to user {} and has {} hard links, in a directory where other users may \
+                 create files: the user who created it could read the new file",
                 old.uid, old.links
             );
             let refused = io::Error::new(io::ErrorKind::PermissionDenied, reason);
@@ -351,7 +354,7 @@ impl AttributeCopy<'_> {
             attribute: Attribute::Owner,
             source,
         })?;
-        // The group first: who gives the file away may no longer change it.
+        // Set the group first: after a change of the owner, this process may not set it.
         if self.preserve.group && own.gid != old.gid {
             let gid = Gid::from_raw(old.gid);
             let given = sys::retry(|| fchown(self.file, None, Some(gid)));
@@ -365,7 +368,7 @@ impl AttributeCopy<'_> {
         Ok(())
     }
 
-    /// Whether the old file has an access control list that the new one did not get.
+    /// Returns whether the old file has an access control list that the new file did not receive.
     fn extended(&mut self, opened: io::Result<File>) -> Result<bool, NotPreserved> {
         let Preserve { acl, xattrs, .. } = self.preserve;
         let listed = opened.and_then(|old| {
@@ -382,7 +385,7 @@ impl AttributeCopy<'_> {
                 if acl || xattrs {
                     self.result(Attribute::Xattrs, Err(error))?;
                 }
-                // For all that is known.
+                // The file may have a list.
                 return Ok(true);
             }
         };
@@ -404,7 +407,7 @@ impl AttributeCopy<'_> {
     }
 }
 
-/// Whether an extended attribute speaks of a file's bytes, which the new file does not have.
+/// Returns whether an extended attribute depends on the contents of the file.
 fn describes_contents(name: &OsStr) -> bool {
     name == "security.ima" || name == "security.evm"
 }
@@ -413,7 +416,7 @@ pub(crate) fn copy_xattr(from: &File, to: &File, name: &OsStr) -> io::Result<()>
     let value = from.get_xattr(name)?;
     let there = to.get_xattr(name).ok().flatten();
     match value {
-        // The label that a new file gets is often the same, and may not be set.
+        // The security label of a new file is often the same, and setting it may be forbidden.
         Some(value) if there.as_ref() == Some(&value) => Ok(()),
         Some(value) => to.set_xattr(name, &value),
         None if there.is_some() => to.remove_xattr(name),
@@ -429,12 +432,12 @@ mod tests {
     use rstest::rstest;
 
     #[rstest]
-    #[case::the_same(0o6775, false, false, false, 0o6775)]
+    #[case::same_owner_and_group(0o6775, false, false, false, 0o6775)]
     #[case::another_owner(0o6775, true, false, false, 0o2775)]
     #[case::another_group(0o6774, false, true, false, 0o4744)]
-    #[case::a_list_left_out(0o2771, false, false, true, 0o2711)]
-    #[case::others_may_more_than_the_group(0o0607, false, true, false, 0o0607)]
-    fn a_preserved_mode_never_means_more_than_it_did(
+    #[case::list_omitted(0o2771, false, false, true, 0o2711)]
+    #[case::others_have_more_than_the_group(0o0607, false, true, false, 0o0607)]
+    fn a_preserved_mode_never_grants_more(
         #[case] mode: u32,
         #[case] other_owner: bool,
         #[case] other_group: bool,

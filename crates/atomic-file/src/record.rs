@@ -1,15 +1,15 @@
-//! The intent record of a group commit: its names and its bytes.
+//! The group record: file names and binary format.
 //!
 //! # Names
-//! A record is called `.atomic-file-ID.group`, ID being 16 random hexadecimal digits: a name that
-//! another user can predict is a name that another user can occupy. A directory may hold several
-//! records. A record that is not published yet, its group's ticket (see `turn.rs`), is called
-//! `.atomic-file-ID.intent`. Version 1 had the one name `.atomic-file-group`, which is still read.
+//! The name of a record is `.atomic-file-ID.group`. ID is 16 random hexadecimal digits, so that no
+//! other user can predict and occupy the name. A directory may hold several records. An unpublished
+//! record, which is its group's ticket (see `ticket.rs`), is named `.atomic-file-ID.intent`. In
+//! version 1 the name was `.atomic-file-group`; it is still read.
 //!
 //! # Bytes
-//! Little-endian, version 3:
+//! Version 3, little-endian:
 //!
-//! | bytes | what |
+//! | bytes | contents |
 //! |---|---|
 //! | 8 | `ATOMGRP\n` |
 //! | 4 | version |
@@ -19,13 +19,13 @@
 //! | 8 | its size in bytes |
 //! | 1 | what the destination was when the record was written: 0 nothing, 1 a file, 2 unknown |
 //! | 8 | that file's inode number |
-//! | 8 | its generation: when that file was created, in nanoseconds since 1970; or a digest of its handle |
+//! | 8 | its generation: its time of creation in nanoseconds since 1970, or a digest of its handle |
 //! | 2 + n | length of the staged file's name, and the name |
 //! | 2 + n | length of the destination's name, and the name |
-//! | 4 | CRC-32 of everything before |
+//! | 4 | CRC-32 of all preceding bytes |
 //!
-//! Version 2 has the generation 0 where the file system keeps no time of creation. Version 1 has
-//! neither the record's length nor the three fields about the destination.
+//! In version 2 the generation is 0 if the file system stores no time of creation. Version 1 lacks
+//! the record's length and the three fields about the destination.
 
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt as _;
@@ -38,16 +38,16 @@ const SUFFIX: &str = ".group";
 
 const MAGIC: &[u8; 8] = b"ATOMGRP\n";
 const VERSION: u32 = 3;
-/// Since which there is the record's length, and what the destination was.
+/// The first version with the record's length and the old destination.
 const WITH_DESTINATION: u32 = 2;
 
-/// Whether `name` is a published record's.
+/// Returns whether `name` is the name of a published record.
 pub(crate) fn is_record_name(name: &OsStr) -> bool {
     let id = || name.to_str()?.strip_prefix(PREFIX)?.strip_suffix(SUFFIX);
     name == VERSION_1_NAME || id().is_some_and(crate::staged_file::is_id)
 }
 
-/// The name of the record whose ticket has this ID.
+/// Returns the name of the record with this ID.
 pub(crate) fn record_name(id: u64) -> OsString {
     format!("{PREFIX}{id:016x}{SUFFIX}").into()
 }
@@ -61,26 +61,27 @@ pub(crate) struct Member {
     pub(crate) dest: OsString,
 }
 
-/// What a destination was just before its group was published.
+/// The state of a destination just before its group was published.
 ///
-/// A destination that is something else now was replaced by a later commit, which a recovery must
-/// not undo.
+/// If it differs now, a later commit replaced the destination. A recovery must not undo that
+/// commit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Old {
     Nothing,
-    /// An inode number may be used again, so it comes with its [generation](crate::directory::Directory::generation).
+    /// Inode numbers are reused, so the [generation](crate::directory::Directory::generation) is
+    /// stored too.
     File {
         inode: u64,
         generation: u64,
     },
-    /// In records of version 1.
+    /// Not recorded, in version 1.
     Unknown,
 }
 
-/// Why bytes are not a record.
+/// An error of decoding a record.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Unreadable {
-    /// It was never written whole: a power loss cut short a group that did not wait for its record
+    /// The record was not written completely: a power loss interrupted a group without syncs
     /// (`Durability::None`).
     Torn(&'static str),
     Damaged(&'static str),
@@ -88,10 +89,10 @@ pub(crate) enum Unreadable {
 
 use Unreadable::{Damaged, Torn};
 
-/// In bytes, of a record without members.
+/// Length of a record without members, in bytes.
 pub(crate) const EMPTY: u64 = 8 + 4 + 4 + 8 + 4;
 
-/// In bytes, what a member with these names adds to a record.
+/// Returns the length in bytes that a member with these names adds to a record.
 pub(crate) fn len_of_member(staged: &OsStr, dest: &OsStr) -> u64 {
     const FIXED: usize = 8 + 8 + 1 + 8 + 8 + 2 + 2;
     (FIXED + staged.len() + dest.len()) as u64
@@ -112,7 +113,7 @@ pub(crate) fn encode(members: &[Member]) -> Vec<u8> {
         body.extend(generation.to_le_bytes());
         for name in [&member.staged, &member.dest] {
             let name = name.as_bytes();
-            let len = u16::try_from(name.len()).expect("a name that a file has is far shorter");
+            let len = u16::try_from(name.len()).expect("file names are far shorter");
             body.extend(len.to_le_bytes());
             body.extend(name);
         }
@@ -131,10 +132,10 @@ fn u32_of(len: usize) -> u32 {
     u32::try_from(len).expect("fewer members than a process has descriptors")
 }
 
-/// The members, or what is wrong with the bytes.
+/// Decodes the members of a record.
 pub(crate) fn decode(bytes: &[u8]) -> Result<Vec<Member>, Unreadable> {
     if bytes.iter().all(|byte| *byte == 0) {
-        return Err(Torn("no bytes but zeros"));
+        return Err(Torn("all bytes are zero"));
     }
     if MAGIC.starts_with(bytes) {
         return Err(Torn("cut short"));
@@ -157,7 +158,7 @@ pub(crate) fn decode(bytes: &[u8]) -> Result<Vec<Member>, Unreadable> {
     let checksum = u32::from_le_bytes(*checksum);
     if crc32fast::hash(body) != checksum {
         return Err(match checksum {
-            // The last blocks were never written, and read as zeros.
+            // The last blocks were not written, and read as zeros.
             0 => Torn("ends in zeros"),
             _ => Damaged("checksum mismatch"),
         });
@@ -216,7 +217,7 @@ fn take<const N: usize>(rest: &mut &[u8]) -> Result<[u8; N], &'static str> {
     Ok(*head)
 }
 
-/// A name that stays within the directory.
+/// Takes a file name that stays within the directory.
 fn take_name(rest: &mut &[u8]) -> Result<OsString, &'static str> {
     let len = usize::from(u16::from_le_bytes(take(rest)?));
     let (name, tail) = rest.split_at_checked(len).ok_or("too short")?;
@@ -274,7 +275,7 @@ mod tests {
         }
 
         #[test]
-        fn no_record_is_accepted_with_one_byte_changed_or_the_end_cut_off(
+        fn changed_or_truncated_records_are_rejected(
             name in names(),
             at: proptest::sample::Index,
             bit in 0..8,
@@ -291,7 +292,7 @@ mod tests {
         }
 
         #[test]
-        fn no_bytes_make_the_decoder_panic(bytes: Vec<u8>) {
+        fn the_decoder_never_panics(bytes: Vec<u8>) {
             let _ = decode(&bytes);
             let mut signed = [MAGIC.as_slice(), &VERSION.to_le_bytes(), &bytes].concat();
             signed.extend(crc32fast::hash(&signed).to_le_bytes());
@@ -313,19 +314,19 @@ mod tests {
     }
 
     #[test]
-    fn a_file_that_is_no_stage_is_not_taken_for_one() {
-        let stranger = Member {
+    fn a_member_must_have_the_name_of_a_staged_file() {
+        let invalid = Member {
             staged: "passwd".into(),
             ..member(b"shadow")
         };
         assert_eq!(
-            decode(&encode(&[stranger])),
+            decode(&encode(&[invalid])),
             Err(Damaged("a staged file has another file's name"))
         );
     }
 
     #[test]
-    fn torn_bytes_are_told_from_damaged_ones() {
+    fn torn_and_damaged_records_are_distinguished() {
         let whole = encode(&[member(b"memory")]);
         let with = |change: fn(&mut Vec<u8>)| {
             let mut bytes = whole.clone();
@@ -344,7 +345,7 @@ mod tests {
     #[rstest]
     #[case::a_record(".atomic-file-0123456789abcdef.group")]
     #[case::a_staged_file(".atomic-file-01234567-0.stage")]
-    fn no_destination_is_a_file_of_the_protocol(#[case] dest: &str) {
+    fn a_destination_must_not_have_a_reserved_name(#[case] dest: &str) {
         let bytes = encode(&[member(dest.as_bytes())]);
         let expected = Damaged("a destination has a staged file's or a record's name");
         assert_eq!(decode(&bytes), Err(expected));
@@ -357,7 +358,7 @@ mod tests {
     #[case(".atomic-file-0123456789ABCDEF.group", false)]
     #[case(".atomic-file-0123456789abcdef.intent", false)]
     #[case("atomic-file-0123456789abcdef.group", false)]
-    fn a_record_is_known_by_its_name(#[case] name: &str, #[case] is_record: bool) {
+    fn record_names_are_recognised(#[case] name: &str, #[case] is_record: bool) {
         assert_eq!(is_record_name(OsStr::new(name)), is_record);
     }
 
@@ -368,7 +369,7 @@ mod tests {
             .split_whitespace()
             .map(|byte| u8::from_str_radix(byte, 16).expect("hex"))
             .collect();
-        // That version counted the staged files of a destination.
+        // Version 1 numbered the staged files of a destination.
         let third = |dest: &[u8]| Member {
             staged: format!("{PREFIX}{:08x}-3.stage", crc32fast::hash(dest)).into(),
             ..member(dest)

@@ -1,4 +1,4 @@
-//! Finishing what a killed process left half-done.
+//! Recovery of interrupted group commits.
 
 use std::collections::{HashMap, HashSet};
 use std::ffi::{OsStr, OsString};
@@ -15,56 +15,56 @@ use crate::staged_file::{Inspection, NameKind, PREFIX, kind_of_name, remove_if_o
 use crate::sweep::{SweepReport, sweep_open};
 use crate::sys::{Lock, Unlock, file_owner, lock, try_lock};
 
-/// What [`recover`] found and did.
+/// The result of [`recover`].
 #[derive(Debug, Default)]
 #[non_exhaustive]
 pub struct RecoverReport {
-    /// Destinations replaced by this call.
+    /// Destinations that this call replaced.
     pub completed: Vec<PathBuf>,
-    /// Destinations that the killed process had replaced already.
+    /// Destinations that were replaced before the process was killed.
     pub in_place: Vec<PathBuf>,
-    /// Destinations that a later commit, by the group's own user or root, has replaced; that
-    /// commit's file stays, and the group's file for it is gone.
+    /// Destinations that a later commit by the group's user or root replaced. The file of that
+    /// commit stays, and the group's file was removed.
     pub superseded: Vec<PathBuf>,
-    /// Destinations of groups that are given up: all of their staged files are gone, and every
-    /// destination is still what it was before the group. Where only some of a group's staged files
-    /// are gone, that is an error, [`RecoverError::StagesLost`].
+    /// Destinations of abandoned groups: all of a group's staged files are missing, and every
+    /// destination is still the old file. If only some staged files of a group are missing,
+    /// recovery fails with [`RecoverError::StagesLost`].
     pub lost: Vec<PathBuf>,
-    /// Whether a group commit is under way in the directory, by a process that lives; nothing was done about it.
+    /// Whether a running process is committing a group in the directory. That group is not changed.
     pub busy: bool,
-    /// Intent records that a power loss had cut short, removed. Their groups did not wait for the
-    /// medium ([`Durability::None`]), so some of their files may be old and some new.
+    /// Group records that a power loss had torn, and that were removed. Their groups were committed
+    /// without syncs ([`Durability::None`]), so some of their files may be old and some new.
     pub discarded: Vec<PathBuf>,
-    /// Files with an intent record's name that were ignored: another user put them there, or may
-    /// have.
+    /// Files with the name of a group record that were ignored, because another user created them
+    /// or may have.
     pub foreign: Vec<PathBuf>,
-    /// What became of the stages found, those of unpublished groups among them.
+    /// The result of the sweep, which includes the staged files of unpublished groups.
     pub swept: SweepReport,
 }
 
-/// Completes the group commits that killed processes left published in `dir`, then [sweeps](crate::sweep) the directory,
-/// which undoes the unpublished ones.
+/// Completes the published group commits of killed processes in `dir`, then [sweeps](crate::sweep)
+/// the directory, which undoes the unpublished ones.
 ///
-/// [`AtomicWriter::open`](crate::AtomicWriter::open) and every commit complete the published groups in their directory too;
-/// call this on start-up, before reading the files of a group, as readers know nothing of records.
-/// Calling it twice, or killing it at any point and calling it again, does no harm. It never waits.
+/// [`AtomicWriter::open`](crate::AtomicWriter::open) and every commit also complete the published
+/// groups in their directory. Call this at start-up, before reading the files of a group: reading a
+/// file recovers nothing. The call may be repeated, also after it was killed. It never waits.
 ///
-/// Only the records of this user are obeyed, and those of the directory's owner where no other user
-/// may create files in it. All that a record can cause is that a file with a staged file's name is
-/// renamed within `dir`.
+/// Only the records of this user are trusted, and those of the directory's owner if no other user
+/// may create files in it. A record can only cause renames within `dir`, and only of files with the
+/// name of a staged file.
 ///
 /// # Errors
-/// [`RecoverError::Stuck`] names the groups that could not be completed. Nothing is guessed at: a
-/// damaged record, or a staged file that is not the one recorded, is left as it is, and so is a group
-/// some of whose staged files are gone, or whose destination was taken by a file of another user. All other groups
-/// were completed and the directory was swept nevertheless.
+/// Returns [`RecoverError::Stuck`] with the groups that could not be completed. Recovery never
+/// guesses. It leaves unchanged: a damaged record, a staged file that is not the recorded one, a
+/// group that lacks some of its staged files, and a group with a destination that another user's
+/// file has taken. All other groups are completed, and the directory is swept.
 ///
 /// # Examples
 /// ```
 /// # let dir = tempfile::tempdir()?;
 /// let report = atomic_file::recover(dir.path())?;
 /// for path in &report.completed {
-///     eprintln!("{} is now the new one", path.display());
+///     eprintln!("{} was replaced", path.display());
 /// }
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
@@ -96,7 +96,7 @@ pub fn recover(dir: impl AsRef<Path>) -> Result<RecoverReport, RecoverError> {
     })
 }
 
-/// The names of the protocol's files in `dir`.
+/// Returns the names in `dir` that begin with this crate's prefix.
 pub(crate) fn list(dir: &Directory) -> Result<Vec<OsString>, RecoverError> {
     dir.names(PREFIX).map_err(|source| RecoverError::Io {
         operation: "list the directory",
@@ -109,12 +109,12 @@ fn records(names: &[OsString]) -> impl Iterator<Item = &OsString> {
     names.iter().filter(|name| is_record_name(name))
 }
 
-/// Completes the dead groups among the records in `names`. Where `wait` is set, waits for those in
-/// progress of this user that have the destination `dest`.
+/// Completes the interrupted groups among the records in `names`. If `wait` is set, waits for
+/// groups of this user in progress that include the destination `dest`.
 ///
-/// Fails only where a group that has `dest` cannot be completed. Other groups are none of this
-/// destination's business, and so is a record that cannot be read: the file at `dest` once this
-/// writer has committed is not what the record says was there, and so stays.
+/// Fails only if a group that includes `dest` cannot be completed. Other groups do not concern this
+/// destination. Neither does an unreadable record: after this writer's commit, the file at `dest`
+/// is not the recorded old file, and so stays.
 pub(crate) fn recover_pending_for(
     dir: &Directory,
     dest: &OsStr,
@@ -127,7 +127,7 @@ pub(crate) fn recover_pending_for(
                 Ok(Recovery::InProgress { record, own })
                     if wait && own && is_member(dest, &record) =>
                 {
-                    // Until its owner has finished, or died.
+                    // Wait until its process finishes or dies.
                     if lock(&record).is_err() {
                         break;
                     }
@@ -148,7 +148,7 @@ fn is_member(dest: &OsStr, record: &File) -> bool {
     members.is_ok_and(|members| members.iter().any(|member| member.dest == dest))
 }
 
-/// Whether no group, of whatever user, is published in `dir` or about to be.
+/// Returns whether no group of any user is published in `dir` or holds a ticket.
 pub(crate) fn no_group_in_progress(dir: &Directory) -> io::Result<bool> {
     for name in dir.names(PREFIX)? {
         let stands = match kind_of_name(&name) {
@@ -165,7 +165,7 @@ pub(crate) fn no_group_in_progress(dir: &Directory) -> io::Result<bool> {
     Ok(true)
 }
 
-/// Whether no record stands in `dir` that a recovery by this user would obey.
+/// Returns whether `dir` has no record that a recovery by this user would trust.
 pub(crate) fn no_trusted_record(dir: &Directory) -> io::Result<bool> {
     for name in records(&dir.names(PREFIX)?) {
         if dir
@@ -178,11 +178,11 @@ pub(crate) fn no_trusted_record(dir: &Directory) -> io::Result<bool> {
     Ok(true)
 }
 
-/// Whose files a record keeps from being swept.
+/// The users whose staged files a record protects from a sweep.
 ///
-/// A foreign record protects the files of its own user only: otherwise anyone could keep a sweep
-/// from removing anything. Root's protects all: where owners are preserved, root's staged files are
-/// given to other users before they are renamed, and nobody but root can write such a record.
+/// A foreign record protects the files of its own user only: otherwise any user could block all
+/// sweeps. A record of root protects all: when owners are preserved, root's staged files change
+/// their owner before they are renamed, and only root can write such a record.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 enum Protects {
     All,
@@ -194,15 +194,16 @@ enum Protects {
 pub(crate) struct Records {
     seen: HashSet<OsString>,
     named: HashSet<(OsString, Protects)>,
-    /// Of records that may name any file: damaged ones, and those that were not read.
+    /// Protection by records that may name any file: damaged records, and records that were not
+    /// read.
     unknown: HashSet<Protects>,
-    /// How many bytes were read of the records of other users.
+    /// Bytes read so far of the records of each other user.
     read: HashMap<u32, u64>,
 }
 
 impl Records {
-    /// Reads the records that came to `dir` since the last call; where a user is given, only those
-    /// that may protect that user's files.
+    /// Reads the records that were published in `dir` since the last call. If a user is given,
+    /// reads only those that may protect that user's files.
     pub(crate) fn refresh(&mut self, dir: &Directory, user: Option<u32>) -> io::Result<()> {
         for name in records(&dir.names(PREFIX)?) {
             if self.seen.contains(name) {
@@ -211,7 +212,7 @@ impl Records {
             let Some(entry) = dir.entry(name)? else {
                 continue;
             };
-            // The name is random: no other record will have it.
+            // The name is random, so no later record has the same one.
             self.seen.insert(name.clone());
             let protects = match is_trusted(dir, &entry) || is_root_record(dir, &entry) {
                 true => Protects::All,
@@ -232,7 +233,7 @@ impl Records {
                 self.named.extend(named);
             }
             Ok(Err(Unreadable::Torn(_))) => {}
-            // Its owner has just finished.
+            // Its process has just finished.
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
             Ok(Err(Unreadable::Damaged(_))) | Err(_) => {
                 self.unknown.insert(protects);
@@ -258,7 +259,8 @@ impl Records {
         Ok(record::decode(&bytes))
     }
 
-    /// Whether the file `stage` of the user `uid` is named by a record seen, and so is not an orphan.
+    /// Returns whether a record names the staged file `staged` of the user `uid`, so that it is not
+    /// orphaned.
     pub(crate) fn name(&self, staged: &OsStr, uid: u32) -> bool {
         [Protects::All, Protects::FilesOf(uid)]
             .into_iter()
@@ -266,51 +268,51 @@ impl Records {
     }
 }
 
-/// Whether a record is root's doing.
+/// Returns whether only root can have written a record.
 fn is_root_record(dir: &Directory, record: &Stat) -> bool {
     const ROOT: u32 = 0;
     record.uid == ROOT && only_owner_could_write(dir, record)
 }
 
-/// Whether a record is one of those that protect staged files of all users from all sweeps: root's,
-/// and where no other user may create files, the directory owner's.
+/// Returns whether a record protects the staged files of all users: one of root, or of the
+/// directory's owner if no other user may create files.
 pub(crate) fn protects_all(dir: &Directory, record: &Stat) -> bool {
     is_root_record(dir, record) || (record.uid == dir.stat.uid && !dir.others_may_create())
 }
 
-/// Whether no other user can have given a file of its owner this name, or written to it.
+/// Returns whether no user other than its owner can have created or written to a record.
 fn only_owner_could_write(dir: &Directory, record: &Stat) -> bool {
     const GROUP_AND_OTHERS: u32 = 0o077;
     record.is_file()
         && (!dir.others_may_create() || (record.links == 1 && record.mode & GROUP_AND_OTHERS == 0))
 }
 
-/// Whether a record is one that this user's recoveries carry out.
+/// Returns whether this user's recoveries execute a record.
 ///
-/// It must not be another user's doing. Where others may create files, a file of this user may have
-/// been given the record's name by a hard link, or have been written to by others.
+/// Another user must not have created it. In a directory where other users may create files, they
+/// may have hard-linked a file of this user to the record's name, or have written to it.
 pub(crate) fn is_trusted(dir: &Directory, record: &Stat) -> bool {
     let own = record.uid == file_owner();
     let owners = record.uid == dir.stat.uid && !dir.others_may_create();
     (own || owners) && only_owner_could_write(dir, record)
 }
 
-/// What became of a record.
+/// The result of recovering one record.
 pub(crate) enum Recovery {
-    /// It was removed, by this call or before.
+    /// The record was removed, by this call or before.
     Removed,
-    /// It is not one to obey.
+    /// The record is not trusted.
     Foreign,
-    /// Its owner lives.
+    /// The process of the group is running.
     InProgress {
         record: File,
-        /// Whether the record belongs to this user. Another user's must not be waited for: a process
-        /// can be stopped.
+        /// Whether the record belongs to this user. Never wait for another user's record: its
+        /// process may be stopped.
         own: bool,
     },
 }
 
-/// A record that could not be completed, and the destinations it concerns: none if it cannot be read.
+/// A record that could not be completed, and its destinations: none if it is unreadable.
 pub(crate) struct Stuck {
     pub(crate) error: RecoverError,
     pub(crate) dests: Vec<OsString>,
@@ -325,7 +327,7 @@ impl From<RecoverError> for Stuck {
     }
 }
 
-/// Completes the group whose record is `name` and removes the record, if its owner is dead.
+/// Completes the group with the record `name` and removes the record, if its process died.
 pub(crate) fn recover_pending(
     dir: &Directory,
     name: &OsStr,
@@ -349,7 +351,7 @@ pub(crate) fn recover_pending(
         }
         let file = match dir.open_file(name) {
             Ok(file) => file,
-            // Its owner has just finished.
+            // Its process has just finished.
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Recovery::Removed),
             Err(error) => return Err(failed("open")(error).into()),
         };
@@ -362,7 +364,7 @@ pub(crate) fn recover_pending(
             Lock::Unsupported(error) => return Err(failed("lock")(error).into()),
         }
         let _unlock = Unlock(&file);
-        // Under the lock the name is ours to remove, if it still means the file that we looked at.
+        // The name may be removed under the lock, if it still refers to the inspected file.
         let locked = stat_of(&file).map_err(failed("inspect"))?.id;
         let now = dir.entry(name).map_err(failed("look for"))?;
         if locked != entry.id || now.map(|now| now.id) != Some(locked) {
@@ -375,25 +377,25 @@ pub(crate) fn recover_pending(
                     dests: members.into_iter().map(|member| member.dest).collect(),
                 })?;
             }
-            // It never got to its commit point, as far as the medium knows.
+            // It did not reach its commit point on the medium.
             Err(Unreadable::Torn(_)) => report.discarded.push(path.clone()),
             Err(Unreadable::Damaged(problem)) => {
                 return Err(RecoverError::Damaged { path, problem }.into());
             }
         }
         dir.remove(name).map_err(failed("remove"))?;
-        // So that it never comes back to a directory that has moved on.
+        // So that a crash cannot restore it after later commits.
         dir.sync(Durability::Full).map_err(failed("remove"))?;
     }
 }
 
-/// In bytes: at least twelve thousand members; no record is larger.
+/// Maximum length of a record in bytes: at least twelve thousand members.
 pub(crate) const MAX_RECORD_LEN: u64 = 4 << 20;
-/// At most how many bytes are read of the records of each other user in one sweep: what any user can
-/// have root read. What else they name is kept.
+/// Maximum number of bytes read of the records of each other user in one sweep. It bounds what any
+/// user can make root read. Staged files of records beyond it are kept.
 const MAX_FOREIGN_BYTES: u64 = 4 * MAX_RECORD_LEN;
 
-/// The members of a record, from its beginning.
+/// Reads a record from its beginning.
 pub(crate) fn read(file: &File) -> io::Result<Result<Vec<Member>, Unreadable>> {
     let bytes = bytes_of(file, MAX_RECORD_LEN)?;
     Ok(bytes.map_or(Err(Unreadable::Damaged("too long")), |bytes| {
@@ -401,19 +403,19 @@ pub(crate) fn read(file: &File) -> io::Result<Result<Vec<Member>, Unreadable>> {
     }))
 }
 
-/// All bytes of a file, unless it is longer than `limit`.
+/// Returns all bytes of a file, or `None` if it is longer than `limit`.
 fn bytes_of(mut file: &File, limit: u64) -> io::Result<Option<Vec<u8>>> {
     if file.metadata()?.len() > limit {
         return Ok(None);
     }
     let mut bytes = Vec::new();
     file.rewind()?;
-    // It may be growing.
+    // The file may be growing.
     file.take(limit).read_to_end(&mut bytes)?;
     Ok(Some(bytes))
 }
 
-/// Replaces what is not replaced yet, once every member has been found to be what the record says.
+/// Checks every member against the record, then renames the members that are still staged.
 fn roll_forward(
     dir: &Directory,
     record: &OsStr,
@@ -433,7 +435,7 @@ fn roll_forward(
         }
     }
     if !lost.is_empty() {
-        // All old: it never happened.
+        // All members are old: the group is abandoned.
         if lost.len() == members.len() {
             report.lost.append(&mut lost);
             return Ok(());
@@ -468,11 +470,11 @@ enum MemberState {
     Staged,
     InPlace,
     Superseded,
-    /// Its staged file is gone, and its destination is what it was before the group.
+    /// The staged file is missing, and the destination is the old file.
     Lost,
 }
 
-/// Where a member of a record that belongs to the user `owner` has got to.
+/// Returns the state of a member of a record that belongs to the user `owner`.
 fn member_state(
     dir: &Directory,
     record: &OsStr,
@@ -499,8 +501,8 @@ fn member_state(
         });
     }
     match entry(&member.staged)? {
-        // No one sweeps it while the record stands. So it was renamed, and its destination then
-        // replaced again or removed; or against the rules somebody removed it.
+        // A sweep keeps it while the record exists. It was renamed, and the destination then
+        // replaced or removed; or another program removed it.
         None if member.old == Old::Unknown => return Ok(MemberState::Superseded),
         None => {
             let now = old_file(dir, &member.dest).map_err(inspect(&member.dest))?;
@@ -512,7 +514,7 @@ fn member_state(
         Some(staged)
             if staged.is_file()
                 && (staged.id.inode, staged.size) == (member.inode, member.size) => {}
-        // Where the directory is a copy, no inode number is what the record says.
+        // In a copied directory, no inode number matches the record.
         Some(_) => {
             return Err(RecoverError::StageChanged {
                 stage: dir.path_of(&member.staged),
@@ -522,12 +524,13 @@ fn member_state(
         }
     }
     let replaced_since = match (dest, member.old) {
-        // There is nothing that could be undone, or nothing that could tell.
+        // There is no commit to undo, or no record of the old file.
         (None, _) | (_, Old::Unknown) => false,
         (Some(_), old) => old_file(dir, &member.dest).map_err(inspect(&member.dest))? != old,
     };
     match dest {
-        // It may have been put there to have the staged file given up: it is no later commit.
+        // Another user may have created it to make recovery drop the staged file: do not treat it
+        // as a commit.
         Some(dest) if replaced_since && is_foreign(&dest, owner) => {
             Err(RecoverError::DestinationTaken {
                 dest: dir.path_of(&member.dest),
@@ -540,13 +543,13 @@ fn member_state(
     }
 }
 
-/// Whether a file belongs to another user than `owner` and root.
+/// Returns whether a file belongs to a user other than `owner` and root.
 pub(crate) fn is_foreign(file: &Stat, owner: u32) -> bool {
     const ROOT: u32 = 0;
     file.uid != owner && file.uid != ROOT
 }
 
-/// What is at a destination, for a record to say.
+/// Returns the identity of a destination's old file, for the record.
 pub(crate) fn old_file(dir: &Directory, dest: &OsStr) -> io::Result<Old> {
     let Some(entry) = dir.entry(dest)? else {
         return Ok(Old::Nothing);
@@ -561,7 +564,7 @@ pub(crate) fn old_file(dir: &Directory, dest: &OsStr) -> io::Result<Old> {
     }
 }
 
-/// Puts one member of a published group in place.
+/// Renames one member of a published group to its destination.
 pub(crate) fn rename_member(dir: &Directory, member: &Member) -> Result<(), PublishError> {
     let is_at = |name: &OsStr| {
         dir.entry(name)
@@ -579,7 +582,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_record_that_no_group_can_have_is_not_read_to_its_end() {
+    fn an_overlong_record_is_not_read() {
         const LIMIT: u64 = MAX_RECORD_LEN;
         let file = tempfile::tempfile().unwrap();
         for (len, too_long) in [(LIMIT, false), (LIMIT + 1, true), (1 << 40, true)] {

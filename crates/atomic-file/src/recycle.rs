@@ -1,23 +1,28 @@
-//! The spare: a file that a commit replaced, kept to be the next stage of the same destination.
+//! Recycled files: a replaced file that is kept and becomes the next staged file of the same
+//! destination.
 //!
-//! There is at most one per destination, as it has a name without an ID, `.atomic-file-HASH.spare`, HASH as in a stage's.
-//! Whoever takes it may overwrite it at once. Three rules make this safe:
+//! There is at most one per destination: its name, `.atomic-file-HASH.spare`, has no ID. HASH is
+//! that of a staged file's name. A writer that takes it may overwrite it at once. Three rules make
+//! this safe:
 //!
-//! 1. A file gets that name only after the sync of the directory that made its replacement durable: no power loss can
-//!    bring it back as the destination. Until then it stands under the stage's name, for which the new file was
-//!    exchanged, and whoever finds it there takes it for a dead stage and removes it.
-//! 2. The name is given without replacing, taken (renamed to a stage's name) and removed only under the file's lock, once it
-//!    was seen to mean the locked file. So is the destination's own file before it is exchanged, that nobody takes
-//!    it for dead and the name for free in between.
-//! 3. It is taken only where it has no other name and nobody else has it open or mapped, which the kernel proves by
-//!    granting a lease. Its mode is set before that look: one who might not open the new file can't do so after.
+//! 1. A file receives that name only after the sync of the directory that made its replacement
+//!    durable: no power loss can restore it as the destination. Until then it has the name of the
+//!    staged file for which it was exchanged, and counts as an orphaned staged file.
+//! 2. The name is created without replacing. It is renamed or removed only under the file's lock,
+//!    after verifying that it refers to the locked file. The destination's file is also locked
+//!    before the exchange, so that no sweep removes it and frees the name in between.
+//! 3. The file is reused only if it has no other name and no other process has it open or mapped,
+//!    which the kernel proves by granting a lease. Its mode is set before that check, so that no
+//!    other user can open it afterwards.
 //!
-//! A group's record tells by inode number and generation whether a destination was replaced since. So a
-//! spare is not taken while a group of whatever user is published or has a ticket: its record may
-//! say that this very file is the destination, and would take it for unchanged once it is committed
-//! again. A group that shows its ticket later looks at the destination later.
+//! A group record detects by inode number and generation whether a destination was replaced. A
+//! recycled file keeps both. It is therefore not reused while a group of any user is published or
+//! holds a ticket: the record may name this very file as the old destination, and would take it for
+//! unchanged after it is committed again. A group that creates its ticket later inspects its
+//! destinations later.
 //!
-//! A file that a group's record may still name is never exchanged: a recovery would take it for a stage of that group.
+//! A file that a group record may still name is never exchanged: a recovery would take it for a
+//! staged file of that group.
 
 use std::ffi::OsStr;
 use std::io;
@@ -35,14 +40,15 @@ use crate::recover;
 use crate::staged_file::{Inspection, STAGED_MODE, StagedFile, recycled_name, remove_if_orphaned};
 use crate::sys::{self, retry};
 
-/// Makes the spare of `dest`, if there is one and it can be used, a staged file. It has its old bytes and length.
+/// Reuses the recycled file of `dest`, if it exists and is usable, as a staged file. It keeps its
+/// old bytes and length.
 ///
-/// One that can't be used is removed, unless it is another taker's by now, or no file at all.
+/// An unusable file is removed, unless another writer has taken it or it is not a regular file.
 pub(crate) fn reuse(dir: &Arc<Directory>, dest: &OsStr, max_bytes: u64) -> Option<StagedFile> {
     let mut recycled = adopt(dir, &recycled_name(dest), OFlag::O_RDWR).ok()??;
     recycled.arm();
     let ready = || -> io::Result<bool> {
-        // O_NONBLOCK, which opening asked for, is no matter of `write`, but one of io_uring.
+        // Clear O_NONBLOCK, which was set on open: io_uring honours it for regular files.
         retry(|| fcntl(recycled.file(), FcntlArg::F_SETFL(OFlag::empty())))?;
         Ok(
             is_like_new(&recycled, max_bytes)? && recover::no_group_in_progress(dir)? && {
@@ -51,12 +57,12 @@ pub(crate) fn reuse(dir: &Arc<Directory>, dest: &OsStr, max_bytes: u64) -> Optio
             },
         )
     };
-    // Whatever stands in the way, dropping removes the spare, and a new file will do.
+    // On any failure fall back to a new file; drop unlinks this one.
     (ready().is_ok_and(|ready| ready) && recycled.move_to_staged_name(dest).is_ok())
         .then_some(recycled)
 }
 
-/// Locks the file that `dest` means, to be exchanged; `None` where it can't become a spare.
+/// Locks the file at `dest` for the exchange; `None` if it cannot be recycled.
 pub(crate) fn lock_old(dir: &Arc<Directory>, dest: &OsStr, max_bytes: u64) -> Option<StagedFile> {
     let lock = || -> io::Result<Option<StagedFile>> {
         if !sys::supports_leases(dir)? {
@@ -65,21 +71,22 @@ pub(crate) fn lock_old(dir: &Arc<Directory>, dest: &OsStr, max_bytes: u64) -> Op
         let Some(old) = adopt(dir, dest, OFlag::O_RDONLY)? else {
             return Ok(None);
         };
-        // After the file was seen in place: if a group put it there, its record stands until it has no more to say.
+        // Check this after the lock: if a group renamed the file here, its record exists until the
+        // group is complete.
         let usable = is_like_new(&old, max_bytes)? && recover::no_trusted_record(dir)?;
         Ok(usable.then_some(old))
     };
     lock().ok()?
 }
 
-/// Makes what a commit replaced the spare of `dest`, or removes it.
+/// Renames a replaced file to the recycled name of `dest`, or removes it.
 ///
-/// Only once the directory is synced, so that it can't come back as the destination.
+/// The directory must be synced, so that a crash cannot restore the file as the destination.
 pub(crate) fn retain(mut old: StagedFile, dest: &OsStr) -> Result<(), Leftover> {
     if !old.is_linked() {
         return remove_replaced(old);
     }
-    // That its next writer can open it, and nobody who could not read the destination.
+    // The next writer must be able to open it, and no user who could not read the destination.
     let private = sys::set_mode(old.file(), STAGED_MODE).is_ok();
     if private && sys::is_exclusively_open(old.file()) && old.move_to(&recycled_name(dest)).is_ok()
     {
@@ -88,17 +95,18 @@ pub(crate) fn retain(mut old: StagedFile, dest: &OsStr) -> Result<(), Leftover> 
     old.discard()
 }
 
-/// Removes what a commit replaced: the file that was locked, or what somebody put in its place in the last moment.
+/// Removes a replaced file: the locked one, or another one that replaced it just before the
+/// exchange.
 pub(crate) fn remove_replaced(old: StagedFile) -> Result<(), Leftover> {
     if old.is_linked() {
         return old.discard();
     }
     let (dir, name) = (Arc::clone(old.dir()), old.name().to_owned());
     let path: PathBuf = old.path().clone();
-    // Its lock has no more to say, and whoever waits is to hold none.
+    // Release the lock before waiting for another one.
     drop(old);
     let removed = match dir.entry(&name) {
-        // A link, say: nobody else will remove it, and so nobody else can have the name.
+        // Not a regular file: no other process removes it, so the name cannot change.
         Ok(Some(entry)) if !entry.is_file() => dir.remove(&name),
         Ok(Some(entry)) => remove_stray(&dir, &name, entry.id),
         Ok(None) => Ok(()),
@@ -107,7 +115,8 @@ pub(crate) fn remove_replaced(old: StagedFile) -> Result<(), Leftover> {
     removed.map_err(|source| Leftover { path, source })
 }
 
-/// Removes a file that another writer's commit had put in place, and that writer or the next may have locked still: until they let go of it.
+/// Removes a file that another writer's commit renamed here. That writer or the next one may still
+/// hold its lock: wait for the release.
 fn remove_stray(dir: &Directory, name: &OsStr, stray: FileId) -> io::Result<()> {
     const TRIES: u32 = 1000;
     const PAUSE: Duration = Duration::from_millis(1);
@@ -118,7 +127,7 @@ fn remove_stray(dir: &Directory, name: &OsStr, stray: FileId) -> io::Result<()> 
             Inspection::InUse => {}
         }
         if dir.entry(name)?.map(|entry| entry.id) != Some(stray) {
-            // A stage of somebody's by now.
+            // The name is another writer's staged file now.
             return Ok(());
         }
         thread::sleep(PAUSE);
@@ -126,9 +135,9 @@ fn remove_stray(dir: &Directory, name: &OsStr, stray: FileId) -> io::Result<()> 
     Ok(())
 }
 
-/// Removes the spare of `dest`, for a writer who does not recycle.
+/// Removes the recycled file of `dest`, for a writer without recycling.
 pub(crate) fn remove(dir: &Directory, dest: &OsStr) {
-    // Somebody else's, or no file: not what this writer has to do with.
+    // Ignore errors: it may be in use by another writer or not be a file.
     let _: Inspection = remove_if_orphaned(dir, &recycled_name(dest));
 }
 
@@ -139,9 +148,10 @@ fn adopt(dir: &Arc<Directory>, name: &OsStr, access: OFlag) -> io::Result<Option
     }
 }
 
-/// Whether the file is what a new one would be, but for its bytes, length and mode, and is not larger than `max_bytes`.
+/// Returns whether the file equals a new one except for its bytes, length and mode, and has at most
+/// `max_bytes` allocated.
 fn is_like_new(staged: &StagedFile, max_bytes: u64) -> io::Result<bool> {
-    /// On a directory: what is created in it gets its group.
+    /// On a directory: new files receive its group.
     const SET_GROUP_ID: u32 = 0o2000;
     let dir = staged.dir();
     let file = stat_of(staged.file())?;

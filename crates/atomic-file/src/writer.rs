@@ -1,4 +1,4 @@
-//! One file, staged and put in place.
+//! Staging one file and committing it.
 
 use std::fs::File;
 use std::io::{self, Seek, SeekFrom, Write};
@@ -21,10 +21,10 @@ use crate::staged_file::{PREFIX, STAGED_MODE, StagedFile, remove_leftovers};
 use crate::sys;
 use crate::version::FileVersion;
 
-/// A new file in the making, that [`commit`](Self::commit) puts in the place of another at once and whole.
+/// A staged file that atomically replaces its destination on [`commit`](Self::commit).
 ///
-/// Until then it has a name of its own in the destination's directory. Dropping the writer, also by a panic,
-/// removes it.
+/// Until the commit, it has a name of its own in the destination's directory. Dropping the writer
+/// removes it, also during a panic.
 ///
 /// # Examples
 /// ```
@@ -51,21 +51,21 @@ pub struct AtomicWriter {
     pub(crate) durability: Durability,
     pub(crate) no_clobber: bool,
     pub(crate) replace_only: Option<FileVersion>,
-    /// At most how many bytes of the replaced file are kept as a spare.
+    /// Maximum size of a replaced file that is kept for reuse, in bytes.
     recycle: Option<u64>,
     recycled: bool,
 }
 
 impl AtomicWriter {
-    /// Stages a new file that is to replace, or become, `dest`, with the defaults of [`Options`].
+    /// Stages a new file for `dest` with the default [`Options`].
     ///
     /// # Errors
-    /// See [`OpenError`]. Nothing is left behind but what the error names.
+    /// Returns an [`OpenError`]. No file is left behind except those that the error names.
     pub fn open(dest: impl AsRef<Path>) -> Result<Self, OpenError> {
         Self::options().open(dest)
     }
 
-    /// What else can be chosen.
+    /// Returns a builder for non-default options.
     pub fn options() -> Options {
         Options::default()
     }
@@ -85,7 +85,7 @@ impl AtomicWriter {
         let listing = |source| OpenError::io("list the directory of", path, source);
         let names = dest.dir.names(PREFIX).map_err(listing)?;
         recover_pending_for(&dest.dir, &dest.name, &names, false).map_err(recover)?;
-        // After the recovery, which may have replaced it.
+        // A recovery may have replaced the destination, so compare after it.
         if let Some(version) = &options.replace_only {
             let is_there = version.is_at(&dest);
             if !is_there.map_err(|source| OpenError::io("inspect", path, source))? {
@@ -130,7 +130,8 @@ impl AtomicWriter {
             .map_or_else(|| StagedFile::create(&staging, &dest.name), Ok)
             .map_err(|source| not_staged(&staging, path, source))?;
         let not_preserved = try_attributes(&staged, &dest, options)?;
-        // So does the commit, beside the staged file: a limit on descriptors is found now.
+        // The commit lists the directory with the staged file open: detect the descriptor limit
+        // now.
         drop(dest.dir.open_to_list().map_err(listing)?);
         Ok(Self {
             staged,
@@ -146,70 +147,75 @@ impl AtomicWriter {
         })
     }
 
-    /// The destination, as it was given to `open`.
+    /// Returns the destination as it was given to `open`.
     #[must_use]
     pub fn dest_path(&self) -> &Path {
         &self.dest.path
     }
 
-    /// Where the file is staged: the destination's directory as given (or where its link leads to), and the stage's name.
+    /// Returns the path of the staged file: the destination's directory as given (or the directory
+    /// that its link leads to), and the name of the staged file.
     ///
-    /// A relative path stays relative. The writer itself does not use it, so changing the current directory or renaming
-    /// the destination's does no harm to it; but then this path leads elsewhere, and [`file`](Self::file) does not.
+    /// A relative path stays relative. The writer does not use this path, so changing the current
+    /// directory or renaming the destination's directory is harmless. The path then leads
+    /// elsewhere, but [`file`](Self::file) does not.
     #[must_use]
     pub fn temp_path(&self) -> &Path {
         self.staged.path()
     }
 
-    /// What of the replaced file the new file will not have, though
-    /// [`preserve`](Options::preserve) asks for it [if permitted](Preserve::if_permitted).
+    /// Returns the attributes of the replaced file that the new file will lack, if
+    /// [`preserve`](Options::preserve) requests them [if permitted](Preserve::if_permitted).
     #[must_use]
     pub fn not_preserved(&self) -> &[NotPreserved] {
         &self.not_preserved
     }
 
-    /// Whether the staged file is one that was replaced earlier and has that one's length and bytes still, on request of
-    /// [`Options::recycle`].
+    /// Returns whether the staged file is a replaced file that [`Options::recycle`] reused.
     ///
-    /// Then whoever writes must set the length, and overwrite or wipe all the rest: what is left of the old bytes would be committed
-    /// with the new. Else the staged file is new, and empty.
+    /// A recycled file still has its old length and bytes. The caller must set the length and
+    /// overwrite or zero all other bytes: old bytes that remain are committed. Otherwise the staged
+    /// file is new and empty.
     #[must_use]
     pub fn recycled(&self) -> bool {
         self.recycled
     }
 
-    /// The staged file, open for reading and writing.
+    /// Returns the staged file, open for reading and writing.
     #[must_use]
     pub fn file(&self) -> &File {
         self.staged.file()
     }
 
-    /// The staged file, open for reading and writing.
+    /// Returns the staged file, open for reading and writing.
     ///
-    /// A commit refuses to go on where another `File` was put in its place.
+    /// A commit fails if this `File` was replaced by another one.
     #[must_use]
     pub fn file_mut(&mut self) -> &mut File {
         self.staged.file_mut()
     }
 
-    /// Writes all of `buf` at `offset` bytes from the file's start, from any thread, whatever the file's position.
+    /// Writes all of `buf` at `offset` bytes from the start of the file. Neither uses nor changes
+    /// the file's position, so several threads may call it.
     ///
     /// # Errors
-    /// Those of `pwrite(2)`; interrupted and short writes are gone on with. What was written before the error stays.
+    /// Returns the errors of `pwrite(2)`. Interrupted and short writes are retried. Bytes written
+    /// before the error stay.
     pub fn write_all_at(&self, buf: &[u8], offset: u64) -> io::Result<()> {
         self.file().write_all_at(buf, offset)
     }
 
     /// Syncs the file, renames it onto the destination, and syncs the directory.
     ///
-    /// How much of that is for [`Durability`] to say. Of several writers to one destination, the last to commit wins. While a group of
-    /// which the destination is one is being completed, this waits.
-    /// An empty file is committed like any other.
+    /// [`Durability`] selects which syncs take place. If several writers commit to one destination,
+    /// the last one wins. Waits while a group that includes the destination is being completed.
+    /// Empty files are committed like any other.
     ///
     /// # Errors
-    /// [`CommitError`] says which of the two files the destination is now. It is never a mixture.
+    /// Returns a [`CommitError`] that states which of the two files the destination is now. It is
+    /// never a mixture.
     pub fn commit(self) -> Result<(), CommitError> {
-        // Before what takes its time.
+        // Check before the sync, which can take long.
         let changed = |version: &FileVersion| version.is_at(&self.dest).is_ok_and(|is| !is);
         if self.replace_only.as_ref().is_some_and(changed) {
             return Err(destination_changed(self.staged, self.dest));
@@ -227,7 +233,7 @@ impl AtomicWriter {
             recycle,
             recycled: _,
         } = self;
-        // An older group, completed only after us, would replace what we commit now.
+        // An older pending group would later replace the file that is committed now.
         let recover_pending = || {
             list(&dest.dir)
                 .and_then(|names| recover_pending_for(&dest.dir, &dest.name, &names, true))
@@ -240,11 +246,12 @@ impl AtomicWriter {
         if let Err((step, source)) = ready {
             return Err(not_replaced(staged, dest, step, source));
         }
-        // Only a directory that is synced keeps the old file from coming back as the destination once it is overwritten.
+        // The old file may be overwritten only if the directory was synced: otherwise a power loss
+        // could restore it as the destination.
         let old = recycle
             .filter(|_| durability == Durability::Full && !no_clobber)
             .and_then(|max_bytes| recycle::lock_old(&dest.dir, &dest.name, max_bytes));
-        // From here to the rename, no other writer that has read the same file replaces it.
+        // From here to the rename, the lock excludes other writers that have read the same file.
         let compare = |version| -> io::Result<_> {
             let turn = FileVersion::lock_for_commit(version)?;
             Ok((turn, version.is_at(&dest)?))
@@ -273,10 +280,10 @@ impl AtomicWriter {
         drop(turn);
         // Release the lock: it would block the next writer.
         drop(staged);
-        // A group may have been published between the last look and the rename, and its owner have
-        // died. Its record says what was here then, so that no recovery replaces what is here now;
-        // but one that looked before the rename must end before this commit returns. Other
-        // failures do not concern this file.
+        // A group may have been published between the check and the rename, and its process have
+        // died. Its record names the file that was here then, so no later recovery replaces the new
+        // file. A recovery that checked before the rename must end before this commit returns.
+        // Other failures do not concern this file.
         let _ = recover_pending();
         let synced = match durability {
             Durability::Full => dest.dir.sync(durability),
@@ -301,11 +308,11 @@ impl AtomicWriter {
         }
     }
 
-    /// Gives the staged file, which no one writes to any more, what it is to have as the destination,
-    /// and syncs it.
+    /// Syncs the staged file, sets its final mode and attributes, and syncs it again. No writes may
+    /// follow.
     ///
-    /// Its bytes are synced before, which can take long: until then it is this user's alone, and no
-    /// other can open it or has it left behind by a kill.
+    /// The first sync can take long. Until it is complete the file stays private, so that no other
+    /// user can open it, also if this process is killed.
     pub(crate) fn finish(&self, durability: Durability) -> Result<(), (CommitStep, io::Error)> {
         let sync = || sys::sync(self.file(), durability).map_err(|error| (CommitStep::Sync, error));
         if self.mode != STAGED_MODE || self.preserve.anything() {
@@ -326,7 +333,7 @@ impl AtomicWriter {
         } = self;
         let lost =
             preserve::apply(staged.file(), dest, *preserve, *mode).map_err(io::Error::other)?;
-        // The destination may have changed since the caller was informed of what is lost.
+        // The destination may have changed since `not_preserved` was returned to the caller.
         let is_known = |lost: &NotPreserved| {
             let mut known = self.not_preserved.iter();
             known.any(|known| known.attribute == lost.attribute)
@@ -337,24 +344,25 @@ impl AtomicWriter {
         }
     }
 
-    /// Removes the staged file. What dropping does too, but this says whether it worked.
+    /// Removes the staged file. Dropping the writer does so too, but ignores errors.
     ///
     /// # Errors
-    /// [`Leftover`] names the file that could not be removed.
+    /// Returns a [`Leftover`] that names the file that could not be removed.
     pub fn discard(self) -> Result<(), Leftover> {
         self.staged.discard()
     }
 }
 
-/// What became of the old file.
+/// State of the replaced file after the rename.
 enum Replaced {
-    /// Its name is gone; the stage's may have been left.
+    /// Unlinked. The name of the staged file may remain.
     Removed(Option<Leftover>),
-    /// It has the stage's name.
+    /// Linked under the name of the staged file.
     Exchanged(StagedFile),
 }
 
-/// Puts the stage in place, in exchange for `old` where that is given and the file system can.
+/// Renames the staged file onto the destination, or exchanges it with `old` if that is given and
+/// the file system supports it.
 fn publish(
     staged: &mut StagedFile,
     dest: &Destination,
@@ -364,7 +372,7 @@ fn publish(
     if let Some(old) = old {
         match staged.exchange(old) {
             Ok(old) => return Ok(Replaced::Exchanged(old)),
-            // Nothing has changed: rename, and let that have the last word.
+            // The exchange changed nothing: fall back to a rename.
             Err(PublishError::NotPublished(_)) => {}
             Err(unknown @ PublishError::Unknown { .. }) => return Err(unknown),
         }
@@ -412,7 +420,7 @@ fn cross_file_system(dest: &Directory, staging: &Directory) -> OpenError {
     }
 }
 
-/// What a failed rehearsal means.
+/// Converts the error of a preflight.
 fn explain(
     error: PreflightError,
     path: &Path,
@@ -443,9 +451,10 @@ fn explain(
     }
 }
 
-/// Tries what the commit will do: the mode and the attributes that are asked for are set once nothing
-/// is written any more. Writing drops the set-id bits, and a file that its owner may not write cannot
-/// be opened again for direct I/O.
+/// Sets the mode and the attributes as the commit will, and resets them to those of a staged file.
+///
+/// The commit sets them after the last write: writing drops the set-id bits, and a file that its
+/// owner may not write cannot be reopened for direct I/O.
 fn try_attributes(
     staged: &StagedFile,
     dest: &Destination,
@@ -463,7 +472,7 @@ fn try_attributes(
             source,
         },
     })?;
-    // From here to the commit it is this user's alone.
+    // Until the commit the file is accessible to this user alone.
     if stat_of(staged.file()).map_err(set_mode)?.uid != owner {
         let owner = Some(Uid::from_raw(owner));
         sys::retry(|| fchown(staged.file(), owner, None)).map_err(set_mode)?;
