@@ -1,4 +1,4 @@
-//! Which directory and name a commit will replace.
+//! Resolving the destination: its directory and name.
 
 use std::ffi::{OsStr, OsString};
 use std::io;
@@ -15,16 +15,16 @@ use crate::record::is_record_name;
 use crate::staged_file::kind_of_name;
 use crate::sys;
 
-/// Links followed before the path is taken for a loop: Linux's own limit (`MAXSYMLINKS`).
+/// Maximum number of links that are followed: Linux's own limit (`MAXSYMLINKS`).
 const MAX_LINKS: usize = 40;
 
 #[derive(Debug)]
 pub(crate) struct Destination {
     pub(crate) dir: Arc<Directory>,
     pub(crate) name: OsString,
-    /// As the caller gave it.
+    /// The path as the caller passed it.
     pub(crate) path: PathBuf,
-    /// What was there when it was resolved.
+    /// The entry at the time of resolving.
     pub(crate) entry: Option<Stat>,
 }
 
@@ -78,10 +78,10 @@ impl Destination {
     }
 }
 
-/// Finds what is known in advance to stand in the way of renaming a file onto `dest`.
+/// Fails if a rename onto `dest` is known to fail.
 pub(crate) fn check_replaceable(dest: &Destination) -> Result<(), OpenError> {
     const STICKY: u32 = 0o1000;
-    /// In bytes: ten pages, what `mkswap` takes. So most small files need no look.
+    /// The minimum of `mkswap`, ten pages, in bytes. Smaller files need no check.
     const MIN_SWAP_SIZE: u64 = 10 * 4096;
     let refuse = |obstacle| {
         Err(OpenError::CannotReplace {
@@ -113,8 +113,7 @@ pub(crate) fn check_replaceable(dest: &Destination) -> Result<(), OpenError> {
     Ok(())
 }
 
-/// Finds what is known in advance to keep files in `dir` from being renamed, for the destination
-/// `path`.
+/// Fails if files in `dir` are known not to be renamable, for the destination `path`.
 pub(crate) fn check_directory(dir: &Directory, path: &Path) -> Result<(), OpenError> {
     let found = dir.restrictions(OsStr::new(""));
     let obstacle = if found.immutable {
@@ -130,7 +129,7 @@ pub(crate) fn check_directory(dir: &Directory, path: &Path) -> Result<(), OpenEr
     })
 }
 
-/// Goes where a link points to, which must exist.
+/// Resolves the target of a link, which must exist.
 fn step(dir: &Directory, target: &Path, path: &Path) -> Result<(Directory, OsString), OpenError> {
     let dangling = || OpenError::DanglingSymlink {
         path: path.to_owned(),
@@ -156,7 +155,8 @@ fn step(dir: &Directory, target: &Path, path: &Path) -> Result<(Directory, OsStr
     }
 }
 
-/// Directory and file name; `None` where the path can only name a directory. (`Path` would ignore a trailing slash.)
+/// Splits a path into directory and file name; `None` if it can only name a directory. (`Path`
+/// ignores a trailing slash.)
 fn split(path: &Path) -> Option<(&Path, &OsStr)> {
     let bytes = path.as_os_str().as_bytes();
     if bytes.ends_with(b"/") || bytes.ends_with(b"/.") {
@@ -173,9 +173,13 @@ fn parent_to_show(parent: &Path) -> PathBuf {
     }
 }
 
-/// Linux's rule for links in a directory where everybody may put some, `fs.protected_symlinks`: the kernel applies it
-/// to links that it follows itself, and these we follow by hand. Stricter: it holds wherever others may write, and the directory need not be
-/// a sticky one. Where it is not, others may exchange a link after we have seen whose it is, so that none is followed.
+/// Returns whether a link may be followed.
+///
+/// This is Linux's rule for links in a directory that all users may write to,
+/// `fs.protected_symlinks`. The kernel applies it to links that it follows itself, but this crate
+/// follows links itself. The rule here is stricter: it applies wherever other users may write,
+/// sticky or not. If the directory is not sticky, other users may exchange a link after its owner
+/// was checked, so no link is followed.
 fn may_follow(link: &Stat, dir: &Stat, others_may_write: bool) -> bool {
     const STICKY: u32 = 0o1000;
     let trusted = || link.uid == nix::unistd::geteuid().as_raw() || link.uid == dir.uid;
@@ -188,15 +192,15 @@ mod tests {
     use crate::directory::Directory;
 
     #[rstest::rstest]
-    #[case::anybodys_in_a_directory_of_ones_own(0o755, false, 1, 2, true)]
-    #[case::ones_own_in_a_directory_open_to_others(0o1777, true, 0, 2, true)]
-    #[case::the_directorys_owners(0o1777, true, 2, 2, true)]
+    #[case::another_users_in_a_private_directory(0o755, false, 1, 2, true)]
+    #[case::own_in_a_shared_sticky_directory(0o1777, true, 0, 2, true)]
+    #[case::of_the_directory_owner(0o1777, true, 2, 2, true)]
     #[case::another_users(0o1777, true, 1, 2, false)]
-    #[case::ones_own_where_names_are_others_to_change(0o777, true, 0, 0, false)]
+    #[case::own_in_a_shared_directory(0o777, true, 0, 0, false)]
     #[case::another_users_where_a_group_may_write(0o1775, true, 1, 2, false)]
-    #[case::ones_own_where_a_group_may_change_names(0o2775, true, 0, 0, false)]
-    #[case::anybodys_where_the_group_is_private(0o775, false, 1, 2, true)]
-    fn only_links_that_no_stranger_can_have_put_there_are_followed(
+    #[case::own_where_a_group_may_write(0o2775, true, 0, 0, false)]
+    #[case::another_users_where_the_group_is_private(0o775, false, 1, 2, true)]
+    fn only_links_of_trusted_users_are_followed(
         #[case] mode: u32,
         #[case] others_may_write: bool,
         #[case] link_of: u32,
@@ -205,7 +209,7 @@ mod tests {
     ) {
         let here = Directory::open(Path::new("/")).unwrap().stat;
         let me = nix::unistd::geteuid().as_raw();
-        // Three users: this one, and two that it is not.
+        // Three different users; 0 is this one.
         let uid = |number: u32| me.wrapping_add(number);
         let link = Stat {
             uid: uid(link_of),

@@ -1,4 +1,4 @@
-//! A directory held by descriptor: whatever happens to its path meanwhile, every call below means this directory.
+//! A directory held by descriptor: all calls refer to this directory, also after its path changes.
 
 use std::ffi::{CStr, CString, OsStr, OsString};
 use std::fs::File;
@@ -17,14 +17,14 @@ use crate::options::Durability;
 use crate::permissions;
 use crate::sys::{self, retry};
 
-/// Which file it is, as long as the file system stays mounted and the file open.
+/// The identity of a file, while its file system is mounted and the file is open.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct FileId {
     pub(crate) device: u64,
     pub(crate) inode: u64,
 }
 
-/// What this crate needs of `stat(2)`.
+/// The fields of `stat(2)` that this crate uses.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Stat {
     pub(crate) id: FileId,
@@ -35,7 +35,7 @@ pub(crate) struct Stat {
     pub(crate) links: u64,
     /// In bytes.
     pub(crate) allocated: u64,
-    /// When it was last written to: seconds since 1970, and nanoseconds.
+    /// The time of modification: seconds since 1970, and nanoseconds.
     pub(crate) modified: (i64, i64),
 }
 
@@ -57,7 +57,7 @@ impl Stat {
     }
 }
 
-// The fields' types differ between systems: what is a conversion here is none there.
+// The types of the fields differ between systems.
 #[allow(clippy::unnecessary_cast)]
 impl From<FileStat> for Stat {
     fn from(stat: FileStat) -> Self {
@@ -71,14 +71,14 @@ impl From<FileStat> for Stat {
             uid: stat.st_uid as u32,
             gid: stat.st_gid as u32,
             links: stat.st_nlink as u64,
-            // In units of 512 bytes, whatever the block size of the file system.
+            // In units of 512 bytes, independent of the block size of the file system.
             allocated: (stat.st_blocks as u64).saturating_mul(512),
             modified: (stat.st_mtime as i64, stat.st_mtime_nsec as i64),
         }
     }
 }
 
-/// `stat(2)` of an open file or directory.
+/// Returns the `stat(2)` of an open file or directory.
 pub(crate) fn stat_of(fd: impl AsFd) -> io::Result<Stat> {
     let fd = fd.as_fd();
     retry(|| fstat(fd)).map(Stat::from)
@@ -87,10 +87,10 @@ pub(crate) fn stat_of(fd: impl AsFd) -> io::Result<Stat> {
 #[derive(Debug)]
 pub(crate) struct Directory {
     fd: OwnedFd,
-    /// As it was called when opened, for messages and paths to show; empty for the current directory.
+    /// The path at the time of opening, for messages; empty for the current directory.
     path: PathBuf,
     pub(crate) stat: Stat,
-    /// Looked up once, where somebody asks.
+    /// Whether other users may create files, determined on first use.
     shared: OnceLock<bool>,
 }
 
@@ -104,18 +104,18 @@ const OPEN_DIR: OFlag = OFlag::O_RDONLY
     .union(OFlag::O_DIRECTORY)
     .union(OFlag::O_CLOEXEC);
 
-/// `O_NONBLOCK`, so that not even a FIFO put there a moment ago could hold us up.
+/// `O_NONBLOCK`, so that opening a FIFO does not block.
 const OPEN_FILE: OFlag = OFlag::O_NOFOLLOW
     .union(OFlag::O_CLOEXEC)
     .union(OFlag::O_NONBLOCK);
 
 impl Directory {
-    /// Opens `path`, the empty path (parent of a bare file name) being the current directory.
+    /// Opens `path`. The empty path (the parent of a bare file name) is the current directory.
     pub(crate) fn open(path: &Path) -> io::Result<Self> {
         Self::open_from(nix::fcntl::AT_FDCWD, path, path.to_owned())
     }
 
-    /// Opens `path`, relative to this directory; what symbolic links mean.
+    /// Opens `path` relative to this directory, as for the target of a symbolic link.
     pub(crate) fn open_below(&self, path: &Path) -> io::Result<Self> {
         Self::open_from(self.as_fd(), path, self.path.join(path))
     }
@@ -136,7 +136,7 @@ impl Directory {
         })
     }
 
-    /// What to call the directory in a message.
+    /// Returns the path of the directory for a message.
     pub(crate) fn path(&self) -> &Path {
         if self.path.as_os_str().is_empty() {
             Path::new(".")
@@ -149,7 +149,7 @@ impl Directory {
         self.path.join(name)
     }
 
-    /// What stands at `name`, not following it; `None` where nothing does.
+    /// Returns the entry `name`, without following a link; `None` if it does not exist.
     pub(crate) fn entry(&self, name: &OsStr) -> io::Result<Option<Stat>> {
         match retry(|| fstatat(self, name, AtFlags::AT_SYMLINK_NOFOLLOW)) {
             Ok(stat) => Ok(Some(stat.into())),
@@ -158,16 +158,16 @@ impl Directory {
         }
     }
 
-    /// What tells the file at `name` from all others that have its inode number, before or after:
-    /// when it was created, in nanoseconds since 1970; where the file system keeps no such time, a
-    /// digest of its handle, with the highest bit set; 0 where there is neither. Nothing changes it
-    /// later.
+    /// Returns a number that distinguishes the file at `name` from all earlier and later files with
+    /// its inode number. It is the time of creation in nanoseconds since 1970. If the file system
+    /// stores no such time, it is a digest of the file's handle with the highest bit set. It is 0
+    /// if there is neither. It never changes.
     pub(crate) fn generation(&self, name: &OsStr) -> io::Result<u64> {
         sys::generation(self, name)
     }
 
-    /// What the system says against replacing `name`, or, where that is empty, against renaming
-    /// anything in this directory.
+    /// Returns the attributes that forbid replacing `name` or, if that is empty, renaming files in
+    /// this directory.
     pub(crate) fn restrictions(&self, name: &OsStr) -> sys::Restrictions {
         c_string(name).map_or_else(
             |_| sys::Restrictions::default(),
@@ -175,7 +175,7 @@ impl Directory {
         )
     }
 
-    /// Whether others than the directory's owner and root may create files in it: see
+    /// Returns whether users other than the directory's owner and root may create files in it: see
     /// [`others_may_write`](crate::others_may_write).
     pub(crate) fn others_may_create(&self) -> bool {
         *self
@@ -183,15 +183,16 @@ impl Directory {
             .get_or_init(|| permissions::others_may_create(self.as_fd(), &self.stat))
     }
 
-    /// Creates `name`, readable and writable by its owner alone. `EEXIST` whatever stands there, a link included.
+    /// Creates `name`, readable and writable by its owner alone. Fails with `EEXIST` if the name
+    /// exists, also as a link.
     pub(crate) fn create_new(&self, name: &OsStr) -> io::Result<File> {
         let flags =
             OFlag::O_RDWR | OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
         retry(|| openat(self, name, flags, Mode::S_IRUSR | Mode::S_IWUSR)).map(File::from)
     }
 
-    /// Opens the file at `name`, to lock it and to read it. For writing where that is allowed: NFS asks for it
-    /// before it locks.
+    /// Opens the file at `name` for locking and reading. Opens it for writing too if that is
+    /// allowed: NFS requires it for locking.
     pub(crate) fn open_file(&self, name: &OsStr) -> io::Result<File> {
         self.open_for(OFlag::O_RDWR, name)
             .or_else(|_| self.open_for(OFlag::O_RDONLY, name))
@@ -201,27 +202,30 @@ impl Directory {
         retry(|| openat(self, name, OPEN_FILE | access, Mode::empty())).map(File::from)
     }
 
-    /// One attempt: whether an interrupted or failed rename happened is for the caller to find out.
+    /// Makes one attempt. The caller determines whether an interrupted or failed rename took
+    /// effect.
     pub(crate) fn rename(&self, from: &OsStr, to: &Self, name: &OsStr) -> nix::Result<()> {
         nix::fcntl::renameat(self, from, to, name)
     }
 
-    /// As [`rename`](Self::rename), but never replaces: `EEXIST`.
+    /// Renames like [`rename`](Self::rename), but fails with `EEXIST` instead of replacing.
     pub(crate) fn rename_new(&self, from: &OsStr, to: &Self, name: &OsStr) -> nix::Result<()> {
         sys::rename_new(self, &c_string(from)?, to, &c_string(name)?)
     }
 
-    /// One attempt, as with [`rename`](Self::rename). Both names exist before and after, or nothing changes.
+    /// Exchanges two names, in one attempt like [`rename`](Self::rename). Both names exist before
+    /// and after, or nothing changes.
     pub(crate) fn exchange(&self, one: &OsStr, other: &OsStr) -> nix::Result<()> {
         sys::exchange(self, &c_string(one)?, &c_string(other)?)
     }
 
-    /// One attempt, as with [`rename`](Self::rename). `EEXIST` where `name` exists.
+    /// Makes a hard link, in one attempt like [`rename`](Self::rename). Fails with `EEXIST` if
+    /// `name` exists.
     pub(crate) fn link(&self, from: &OsStr, to: &Self, name: &OsStr) -> nix::Result<()> {
         linkat(self, from, to, name, AtFlags::empty())
     }
 
-    /// Removes `name`; not an error where it is gone already.
+    /// Removes `name`. Succeeds if it does not exist.
     pub(crate) fn remove(&self, name: &OsStr) -> io::Result<()> {
         match retry(|| unlinkat(self, name, UnlinkatFlags::NoRemoveDir)) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
@@ -237,12 +241,13 @@ impl Directory {
         sys::sync(self, durability)
     }
 
-    /// Through "." and not a duplicate: a descriptor of its own has a position of its own.
+    /// Opens the directory again through ".". A duplicate of the descriptor would share its
+    /// position.
     pub(crate) fn open_to_list(&self) -> io::Result<OwnedFd> {
         retry(|| openat(self, ".", OPEN_DIR, Mode::empty()))
     }
 
-    /// The names in the directory that begin with `prefix`, in the file system's order.
+    /// Returns the names in the directory that begin with `prefix`, in the file system's order.
     pub(crate) fn names(&self, prefix: &str) -> io::Result<Vec<OsString>> {
         let names = sys::names(self.open_to_list()?, prefix)?;
         Ok(names.iter().map(|name| os_string(name)).collect())

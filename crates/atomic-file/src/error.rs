@@ -61,8 +61,8 @@ pub enum OpenError {
     /// The destination is a symbolic link in a directory that [others may write
     /// to](crate::others_may_write), and another user may have created it.
     #[error(
-        "{path:?} is a symbolic link of user {owner}, in a directory where others may create links: \
-         name its target, or replace the link itself with `Symlinks::Replace`"
+        "{path:?} is a symbolic link of user {owner}, in a directory where others may create \
+         links: name its target, or replace the link itself with `Symlinks::Replace`"
     )]
     UntrustedSymlink {
         /// The link.
@@ -71,9 +71,7 @@ pub enum OpenError {
         owner: u32,
     },
     /// The destination exists, and [`no_clobber`](crate::Options::no_clobber) is set.
-    #[error(
-        "{path:?} exists, and `no_clobber` is set: choose another name, or remove it"
-    )]
+    #[error("{path:?} exists, and `no_clobber` is set: choose another name, or remove it")]
     AlreadyExists {
         /// The destination.
         path: PathBuf,
@@ -98,7 +96,8 @@ pub enum OpenError {
     /// The new file cannot receive an attribute of the replaced file that
     /// [`preserve`](crate::Options::preserve) requests.
     #[error(
-        "{path:?} would lose its {}: open it without preserving that, or with `Preserve::if_permitted`",
+        "{path:?} would lose its {}: open it without preserving that, or with \
+         `Preserve::if_permitted`",
         source.attribute
     )]
     NotPreserved {
@@ -109,8 +108,8 @@ pub enum OpenError {
     },
     /// No file can be created in the destination's directory or in the staging directory.
     #[error(
-        "cannot stage a file for {path:?}: no file can be created in {dir:?}; grant write permission \
-         for it, mount its file system writable, or choose another directory"
+        "cannot stage a file for {path:?}: no file can be created in {dir:?}; grant write \
+         permission for it, mount its file system writable, or choose another directory"
     )]
     NotWritable {
         /// The destination.
@@ -142,7 +141,9 @@ pub enum OpenError {
         source: io::Error,
     },
     /// The empty file of the preflight (for `no_clobber` or `staging_dir`) could not be removed.
-    #[error("cannot remove the file that checked whether {path:?} can be replaced: sweep the directory")]
+    #[error(
+        "cannot remove the file that checked whether {path:?} can be replaced: sweep the directory"
+    )]
     Leftover {
         /// The destination.
         path: PathBuf,
@@ -197,13 +198,15 @@ pub enum Obstacle {
     Swap,
     /// The destination's directory, or the staging directory, is immutable.
     #[error(
-        "its directory, or the staging directory, is immutable; clear the attribute with `chattr -i`"
+        "its directory, or the staging directory, is immutable; clear the attribute with `chattr \
+         -i`"
     )]
     ImmutableDirectory,
     /// The destination's directory, or the staging directory, is append-only: its files cannot be
     /// renamed.
     #[error(
-        "its directory, or the staging directory, is append-only; clear the attribute with `chattr -a`"
+        "its directory, or the staging directory, is append-only; clear the attribute with \
+         `chattr -a`"
     )]
     AppendOnlyDirectory,
     /// The destination and its directory belong to other users, and the directory is sticky.
@@ -288,8 +291,8 @@ pub enum CommitError {
     /// The destination is no longer the version to [replace](crate::Options::replace_only). It is
     /// unchanged, and the staged file was removed.
     #[error(
-        "{dest:?} was not replaced: another writer replaced, removed or wrote to it since it was read; \
-         read it again and open a new writer{}", and_left(leftover.as_ref())
+        "{dest:?} was not replaced: another writer replaced, removed or wrote to it since it was \
+         read; read it again and open a new writer{}", and_left(leftover.as_ref())
     )]
     DestinationChanged {
         /// The destination.
@@ -325,8 +328,8 @@ pub enum CommitError {
     /// The rename failed, and its outcome could not be determined: a network file system became
     /// unavailable. The destination is the complete old file or the complete new file.
     #[error(
-        "{dest:?} may have been replaced: the rename failed ({rename}) and its outcome cannot be read; \
-         inspect the destination once its file system is available"
+        "{dest:?} may have been replaced: the rename failed ({rename}) and its outcome cannot be \
+         read; inspect the destination once its file system is available"
     )]
     Unknown {
         /// The destination.
@@ -359,7 +362,9 @@ pub struct AddError {
 #[non_exhaustive]
 pub enum Refusal {
     /// It is staged in another directory than the group's first member.
-    #[error("it is staged in another directory than the other members; use one directory per group")]
+    #[error(
+        "it is staged in another directory than the other members; use one directory per group"
+    )]
     OtherDirectory,
     /// It is not staged in the directory of its destination.
     #[error("it is not staged in the directory of its destination; open it without `staging_dir`")]
@@ -368,9 +373,7 @@ pub enum Refusal {
     #[error("another member has the same destination; add each destination once")]
     SameDestination,
     /// It was opened with `no_clobber`.
-    #[error(
-        "a recovery after a crash cannot guarantee `no_clobber`; open it without that option"
-    )]
+    #[error("a recovery after a crash cannot guarantee `no_clobber`; open it without that option")]
     NoClobber,
     /// It was opened with `replace_only`.
     #[error(
@@ -379,7 +382,8 @@ pub enum Refusal {
     ReplaceOnly,
     /// The file system has no working `flock`.
     #[error(
-        "its file system cannot lock files, and recovery could not detect interrupted groups; commit the files one by one"
+        "its file system cannot lock files, and recovery could not detect interrupted groups; \
+         commit the files one by one"
     )]
     NoLocks,
     /// The destination's name and that of a member refer to the same file, or differ only in case
@@ -401,7 +405,8 @@ pub enum Refusal {
     NoGenerations,
     /// The file system does not keep inode numbers across mounts (FAT, exFAT), or may not (FUSE).
     #[error(
-        "its file system may not keep inode numbers, and recovery could not recognise the staged files; commit the files one by one"
+        "its file system may not keep inode numbers, and recovery could not recognise the staged \
+         files; commit the files one by one"
     )]
     NoInodeNumbers,
 }
@@ -411,7 +416,10 @@ pub enum Refusal {
 #[non_exhaustive]
 pub enum GroupCommitError {
     /// Every destination is unchanged, and the staged files were removed.
-    #[error("nothing was replaced: {step} failed on {path:?}{}", leftovers.iter().map(|left| and_left(Some(left))).collect::<String>())]
+    #[error(
+        "nothing was replaced: {step} failed on {path:?}{}",
+        leftovers.iter().map(|left| and_left(Some(left))).collect::<String>()
+    )]
     NothingReplaced {
         /// The step that failed.
         step: CommitStep,
@@ -429,7 +437,8 @@ pub enum GroupCommitError {
     /// If the record could not be synced, a power loss before the recovery may remove it. Every
     /// destination is then old.
     #[error(
-        "the group is only partly replaced: {path:?} failed; call `recover` on the directory to complete it"
+        "the group is only partly replaced: {path:?} failed; call `recover` on the directory to \
+         complete it"
     )]
     WillBeCompleted {
         /// The path that failed.
@@ -456,8 +465,8 @@ pub enum GroupCommitError {
     /// Publishing the group record failed, and its outcome could not be determined.
     /// [`recover`](crate::recover) completes or undoes the group. Until then nothing is replaced.
     #[error(
-        "the group may be replaced by a recovery: publishing {record:?} failed ({rename}) and its outcome \
-         cannot be read; call `recover` once the file system is available"
+        "the group may be replaced by a recovery: publishing {record:?} failed ({rename}) and its \
+         outcome cannot be read; call `recover` once the file system is available"
     )]
     Unknown {
         /// The record.
@@ -470,7 +479,8 @@ pub enum GroupCommitError {
     /// Every destination is the new file, but the directory could not be synced. The record
     /// remains, so that after a power loss a recovery replaces them again.
     #[error(
-        "all files were replaced, but {dir:?} could not be synced; call `recover` to make them durable"
+        "all files were replaced, but {dir:?} could not be synced; call `recover` to make them \
+         durable"
     )]
     ReplacedDurabilityUnknown {
         /// The directory.
@@ -481,7 +491,8 @@ pub enum GroupCommitError {
     /// Every destination is the new file, with the requested durability, but the record could not
     /// be removed durably. A recovery removes it.
     #[error(
-        "all files were replaced, but the group record {record:?} could not be removed; call `recover`"
+        "all files were replaced, but the group record {record:?} could not be removed; call \
+         `recover`"
     )]
     ReplacedRecordLeft {
         /// The record.
@@ -500,8 +511,8 @@ pub enum GroupCommitError {
 pub enum RecoverError {
     /// The record is invalid, incomplete, or of an unknown version.
     #[error(
-        "the group record {path:?} is damaged ({problem}): some files of the group may be old and some new; \
-         inspect them, remove the record, then sweep the directory"
+        "the group record {path:?} is damaged ({problem}): some files of the group may be old and \
+         some new; inspect them, remove the record, then sweep the directory"
     )]
     Damaged {
         /// The record.
@@ -537,7 +548,10 @@ pub enum RecoverError {
     /// swept.
     #[error(
         "{} in {dir:?} could not be completed",
-        match others.len() { 0 => "a group commit".into(), others => format!("{} group commits", others + 1) }
+        match others.len() {
+            0 => "a group commit".into(),
+            others => format!("{} group commits", others + 1),
+        }
     )]
     Stuck {
         /// The directory.
@@ -566,9 +580,9 @@ pub enum RecoverError {
     /// Staged files of a published group were removed before they replaced their destinations. The
     /// other files of the group are unchanged.
     #[error(
-        "the group commit recorded in {record:?} cannot be completed: the staged files for {lost:?} \
-         are missing; {in_place:?} are new, {staged:?} are staged: bring the destinations to \
-         one state, remove the record, then sweep the directory"
+        "the group commit recorded in {record:?} cannot be completed: the staged files for \
+         {lost:?} are missing; {in_place:?} are new, {staged:?} are staged: bring the destinations \
+         to one state, remove the record, then sweep the directory"
     )]
     StagesLost {
         /// The old destinations whose staged files are missing.

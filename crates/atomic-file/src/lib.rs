@@ -49,7 +49,9 @@
 //! match AtomicWriter::open(&dest)?.commit() {
 //!     Ok(()) => println!("new, durable"),
 //!     Err(CommitError::NotReplaced { .. }) => println!("still the old file; write again"),
-//!     Err(CommitError::ReplacedDurabilityUnknown { .. }) => println!("new, but a power loss may undo it"),
+//!     Err(CommitError::ReplacedDurabilityUnknown { .. }) => {
+//!         println!("new, but a power loss may undo it");
+//!     }
 //!     Err(other) => return Err(other.into()),
 //! }
 //! # Ok::<(), Box<dyn std::error::Error>>(())
@@ -63,27 +65,28 @@
 //!
 //! On Linux, `open`, two writes and `commit` make these calls:
 //! ```text
-//! openat(AT_FDCWD, "vm", O_DIRECTORY|O_CLOEXEC)     = 3   kept open: all later calls are relative to it
-//! newfstatat(3, "vm.mem", AT_SYMLINK_NOFOLLOW)            a file, or ENOENT; this crate follows links itself
-//! statx(3, ""), statx(3, "vm.mem")                        not immutable, not append-only, not a mount point
-//! openat(3, "."), getdents64                              no interrupted group commit, and
-//!                                                         no orphaned staged file of "vm.mem"
-//! newfstatat(3, ".atomic-file-2670fefa.spare")      ENOENT: no recycled file
-//! openat(3, ".atomic-file-2670fefa-ebd32fc78d6c5729.stage", O_RDWR|O_CREAT|O_EXCL|O_NOFOLLOW|O_CLOEXEC, 0600) = 4
-//! flock(4, LOCK_EX|LOCK_NB)                               marks the staged file as in use
-//! newfstatat(3, ".atomic-file-2670fefa-….stage")          not swept before the lock was acquired
-//! fgetxattr(4, "system.posix_acl_access")                 an inherited list, which is removed
-//! openat(3, ".")                                          detects a descriptor limit in advance
+//! openat(AT_FDCWD, "vm", O_DIRECTORY|O_CLOEXEC) = 3  all later calls are relative to it
+//! newfstatat(3, "vm.mem", AT_SYMLINK_NOFOLLOW)  a file, or ENOENT; this crate follows links itself
+//! statx(3, ""), statx(3, "vm.mem")        not immutable, not append-only, not a mount point
+//! openat(3, "."), getdents64              no interrupted group commit, and
+//!                                         no orphaned staged file of "vm.mem"
+//! newfstatat(3, ".atomic-file-2670fefa.spare")  ENOENT: no recycled file
+//! openat(3, ".atomic-file-2670fefa-ebd32fc78d6c5729.stage",
+//!        O_RDWR|O_CREAT|O_EXCL|O_NOFOLLOW|O_CLOEXEC, 0600) = 4
+//! flock(4, LOCK_EX|LOCK_NB)               marks the staged file as in use
+//! newfstatat(3, ".atomic-file-2670fefa-….stage")  not swept before the lock was acquired
+//! fgetxattr(4, "system.posix_acl_access") an inherited list, which is removed
+//! openat(3, ".")                          detects a descriptor limit in advance
 //! pwrite64(4, ...) ...
-//! fsync(4)                                                syncs the bytes; if a mode other than 0600 is requested:
-//! fchmod(4, mode)                                         sets it and the preserved attributes
-//! fsync(4)                                                syncs them
-//! newfstatat(3, ".atomic-file-2670fefa-….stage")          is it still this writer's file?
-//! openat(3, "."), getdents64                              no pending group commit includes "vm.mem"
+//! fsync(4)                                syncs the bytes; if a mode other than 0600 is requested:
+//! fchmod(4, mode)                         sets it and the preserved attributes
+//! fsync(4)                                syncs them
+//! newfstatat(3, ".atomic-file-2670fefa-….stage")  is it still this writer's file?
+//! openat(3, "."), getdents64              no pending group commit includes "vm.mem"
 //! renameat(3, ".atomic-file-2670fefa-….stage", 3, "vm.mem")
-//! flock(4, LOCK_UN)                                       a forked child may still have the descriptor
-//! openat(3, "."), getdents64                              no group was published just before the rename
-//! fsync(3)                                                syncs the new name
+//! flock(4, LOCK_UN)                       a forked child may still have the descriptor
+//! openat(3, "."), getdents64              no group was published just before the rename
+//! fsync(3)                                syncs the new name
 //! ```
 //! On macOS, a sync is `fcntl(F_FULLFSYNC)`, because `fsync` leaves the bytes in the drive's cache
 //! there. If that call fails with `ENOTTY`, `ENOTSUP` or `EINVAL`, the file system does not support
@@ -128,19 +131,23 @@
 //! exists and no other process has it open. The commit keeps the file that it replaces:
 //! ```text
 //! openat(3, ".atomic-file-2670fefa.spare", O_RDWR|O_NOFOLLOW|O_CLOEXEC) = 4
-//! flock(4, LOCK_EX|LOCK_NB)                               excludes other writers; then the name is checked
-//! fstat(4), fstatfs(4), flistxattr(4)                     one link, own user, no attributes, leases work
-//! openat(3, "."), getdents64                              no group of any user is in progress: see below
-//! fchmod(4, 0600)                                         no other user can open it from here on
-//! fcntl(4, F_SETLEASE, F_WRLCK), F_UNLCK                  no process has it open or mapped
-//! renameat2(3, ".atomic-file-2670fefa.spare", 3, ".atomic-file-2670fefa-….stage", RENAME_NOREPLACE)
+//! flock(4, LOCK_EX|LOCK_NB)               excludes other writers; then the name is checked
+//! fstat(4), fstatfs(4), flistxattr(4)     one link, own user, no attributes, leases work
+//! openat(3, "."), getdents64              no group of any user is in progress: see below
+//! fchmod(4, 0600)                         no other user can open it from here on
+//! fcntl(4, F_SETLEASE, F_WRLCK), F_UNLCK  no process has it open or mapped
+//! renameat2(3, ".atomic-file-2670fefa.spare", 3, ".atomic-file-2670fefa-….stage",
+//!           RENAME_NOREPLACE)
 //! pwrite64(4, ...) ...
 //! fsync(4)
-//! openat(3, "vm.mem", O_RDONLY|O_NOFOLLOW|O_CLOEXEC) = 5  the old file, locked and checked in the same way
+//! openat(3, "vm.mem", O_RDONLY|O_NOFOLLOW|O_CLOEXEC) = 5
+//!                                         the old file: locked and checked like the first
 //! renameat2(3, ".atomic-file-2670fefa-….stage", 3, "vm.mem", RENAME_EXCHANGE)
-//! fsync(3)                                                a crash cannot restore the old file any more
-//! fchmod(5, 0600); fcntl(5, F_SETLEASE, F_WRLCK), F_UNLCK if another process has it open, it is removed
-//! renameat2(3, ".atomic-file-2670fefa-….stage", 3, ".atomic-file-2670fefa.spare", RENAME_NOREPLACE)
+//! fsync(3)                                a crash cannot restore the old file any more
+//! fchmod(5, 0600); fcntl(5, F_SETLEASE, F_WRLCK), F_UNLCK
+//!                                         if another process has it open, it is removed
+//! renameat2(3, ".atomic-file-2670fefa-….stage", 3, ".atomic-file-2670fefa.spare",
+//!           RENAME_NOREPLACE)
 //! ```
 //! A file receives the recycled name only after the sync of the directory. Therefore any process
 //! may overwrite a file of that name, also after a crash. Before that, the old file has the name of
@@ -205,9 +212,9 @@
 //! writer committed since then, `open` or the commit fails and replaces nothing:
 //! ```text
 //! fsync(4)
-//! openat(3, "."), getdents64                              no pending group commit includes "vm.mem"
-//! flock(5, LOCK_EX|LOCK_NB)                               the file that was read: excludes other such writers
-//! newfstatat(3, "vm.mem")                                 is it that file, unchanged?
+//! openat(3, "."), getdents64              no pending group commit includes "vm.mem"
+//! flock(5, LOCK_EX|LOCK_NB)               the file that was read: excludes other such writers
+//! newfstatat(3, "vm.mem")                 is it that file, unchanged?
 //! renameat(3, ".atomic-file-2670fefa-….stage", 3, "vm.mem")
 //! flock(5, LOCK_UN)
 //! ```

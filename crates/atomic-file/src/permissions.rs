@@ -1,4 +1,4 @@
-//! Who may write to a directory.
+//! Permissions of directories.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -8,20 +8,20 @@ use nix::unistd::{Gid, Group, Uid, User};
 use crate::directory::{Stat, stat_of};
 use crate::sys;
 
-/// Whether others than the owner of `dir` and root may create, and so plant, files in it.
+/// Returns whether users other than the owner of `dir` and root may create files in it.
 ///
-/// They may where its mode lets everybody write, or its group, unless that group is root's or the
-/// owner's private one. Private is a group of the owner's name that lists no other member; where
-/// neither has a name, one with the owner's number. So a directory that a umask of 002 made
-/// writable for a user's own group counts as that user's alone. Where the directory has an access
-/// control list, the group's bits may stand for anybody, and it counts as others'.
+/// They may if the mode grants write permission to all users, or to its group, unless that is
+/// root's or the owner's private group. A private group has the owner's name and lists no other
+/// member; if neither has a name, it has the owner's number. So a directory that a umask of 002
+/// made writable for a user's own group belongs to that user alone. If the directory has an access
+/// control list, the group bits may apply to any user, and the group counts as other users.
 ///
-/// This is the rule for all that this crate decides by it: which links are followed, which group
-/// records are obeyed, which replaced files pass anything on. Lists of access control that macOS
-/// keeps beside the mode are not looked at.
+/// This crate applies this rule to decide which links are followed, which group records are
+/// trusted, and which replaced files are a source of attributes. The access control lists of macOS
+/// are not checked.
 ///
 /// # Errors
-/// Those of `fstat(2)`.
+/// Returns the errors of `fstat(2)`.
 ///
 /// # Examples
 /// ```
@@ -44,8 +44,8 @@ pub(crate) fn others_may_create(dir: BorrowedFd<'_>, stat: &Stat) -> bool {
     stat.mode & GROUP_WRITES != 0 && (sys::has_acl(dir) || !is_private(stat.gid, stat.uid))
 }
 
-/// Whether nobody but root and the user `owner` is in the group `gid`, as far as its name and its list
-/// of members tell.
+/// Returns whether the group `gid` has no members except root and the user `owner`, according to
+/// its name and member list.
 fn is_private(gid: u32, owner: u32) -> bool {
     const ROOT: u32 = 0;
     let named = |group: &Group, name: &str| group.mem.iter().all(|member| member == name);
@@ -91,13 +91,13 @@ mod tests {
     #[case::the_group_of_root_writes(0o775, USER, 0, false)]
     #[case::all_but_the_group_write(0o757, USER, USER, true)]
     #[case::all_write(0o1777, 0, 0, true)]
-    fn others_may_write_where_the_mode_or_a_shared_group_lets_them(
+    fn others_may_write_by_mode_or_shared_group(
         #[case] mode: u32,
         #[case] owner: u32,
         #[case] group: u32,
         #[case] expected: bool,
     ) {
-        if !Need::Root.met("others_may_write_where_the_mode_or_a_shared_group_lets_them") {
+        if !Need::Root.met("others_may_write_by_mode_or_shared_group") {
             return;
         }
         let (_dir, open) = directory(0o700);
@@ -106,11 +106,11 @@ mod tests {
         assert_eq!(others_may_write(&open).unwrap(), expected);
     }
 
-    /// The bits of the group are then the most that anyone in the list may do.
+    /// With a list, the group bits are the upper bound of all its entries.
     #[test]
     #[cfg(target_os = "linux")]
-    fn a_list_makes_the_bits_of_a_private_group_those_of_others() {
-        const TEST: &str = "a_list_makes_the_bits_of_a_private_group_those_of_others";
+    fn an_acl_makes_group_bits_apply_to_other_users() {
+        const TEST: &str = "an_acl_makes_group_bits_apply_to_other_users";
         /// `u::rwx,u:12345:rwx,g::r-x,m::rwx,o::---`, as Linux's `posix_acl_xattr.h` has it.
         const LIST: &[(u16, u16, u32)] = &[
             (0x01, 7, u32::MAX),

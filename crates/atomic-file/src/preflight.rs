@@ -1,4 +1,4 @@
-//! Trying a commit out before anything is written.
+//! Preflight: a check of the commit's system calls before data is written.
 
 use std::ffi::OsStr;
 use std::io;
@@ -8,19 +8,19 @@ use crate::directory::Directory;
 use crate::error::Leftover;
 use crate::staged_file::{NameKind, StagedFile, new_id, protocol_name};
 
-/// Why a rehearsal failed.
+/// An error of a preflight.
 #[derive(Debug)]
 pub(crate) enum PreflightError {
-    /// The commit could not be made.
+    /// The commit would fail.
     Io(io::Error),
-    /// It could, but the file it was tried with stays.
+    /// The file of the preflight could not be removed.
     Leftover(Leftover),
 }
 
-/// Moves an empty file from `staging` to `dest` exactly as the commit will, to learn now whether it can.
+/// Renames an empty file from `staging` to `dest` with the calls of the commit.
 ///
-/// Where both are one directory, what a killed process left of it is removed by the next writer to
-/// the same destination.
+/// If both are one directory, the next writer to the same destination removes the file of a killed
+/// process.
 pub(crate) fn preflight(
     staging: &Arc<Directory>,
     dest: &Arc<Directory>,

@@ -19,7 +19,7 @@
 //! | 8 | its size in bytes |
 //! | 1 | what the destination was when the record was written: 0 nothing, 1 a file, 2 unknown |
 //! | 8 | that file's inode number |
-//! | 8 | its generation: its time of creation in nanoseconds since 1970, or a digest of its handle |
+//! | 8 | its generation: nanoseconds since 1970 at its creation, or a digest of its handle |
 //! | 2 + n | length of the staged file's name, and the name |
 //! | 2 + n | length of the destination's name, and the name |
 //! | 4 | CRC-32 of all preceding bytes |

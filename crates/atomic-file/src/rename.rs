@@ -1,20 +1,20 @@
-//! What a rename did, whatever it said.
+//! Determines whether a failed rename took effect.
 
 use std::io;
 
 use nix::errno::Errno;
 
-/// Why a file did not move.
+/// An error of a rename.
 #[derive(Debug)]
 pub(crate) enum PublishError {
-    /// It did not, for certain.
+    /// The rename did not take effect.
     NotPublished(io::Error),
-    /// It may have: neither the rename nor a look at its outcome succeeded.
+    /// The rename may have taken effect: both it and the inspection of its outcome failed.
     Unknown { rename: io::Error, look: io::Error },
 }
 
 impl PublishError {
-    /// What the system said of the rename itself.
+    /// Returns the error of the rename itself.
     pub(crate) fn of_rename(self) -> io::Error {
         match self {
             Self::NotPublished(error) | Self::Unknown { rename: error, .. } => error,
@@ -22,11 +22,11 @@ impl PublishError {
     }
 }
 
-/// Makes a `call` that is to move a file, and after any error finds out whether it did.
+/// Makes a `call` that renames a file, and after any error determines whether it took effect.
 ///
-/// Over NFS the answer to a rename that happened may be lost, and the request sent again then fails with `ENOENT` or
-/// `EEXIST`; an interrupted rename may have happened or not. So the destination is looked at (`is_there`), and
-/// where that fails too, the origin (`is_here`).
+/// Over NFS, the reply to a rename that took effect may be lost. The repeated request then fails
+/// with `ENOENT` or `EEXIST`. An interrupted rename may have taken effect or not. So the
+/// destination is inspected (`is_there`), and if that fails too, the source (`is_here`).
 pub(crate) fn confirm_rename(
     call: impl Fn() -> nix::Result<()>,
     is_there: impl Fn() -> io::Result<bool>,
@@ -51,7 +51,7 @@ pub(crate) fn confirm_rename(
     }
 }
 
-/// Whether `error` means that the file system does not know the call: to rename without replacing.
+/// Returns whether `error` means that the file system does not support a rename without replacing.
 pub(crate) fn has_no_such_call(error: &io::Error) -> bool {
     matches!(
         Errno::from_raw(error.raw_os_error().unwrap_or(0)),
@@ -59,7 +59,7 @@ pub(crate) fn has_no_such_call(error: &io::Error) -> bool {
     )
 }
 
-/// Whether `error`, of `link(2)`, means that the file system has no hard links.
+/// Returns whether `error` of `link(2)` means that the file system has no hard links.
 pub(crate) fn has_no_links(error: &io::Error) -> bool {
     has_no_such_call(error) || error.raw_os_error() == Some(Errno::EPERM as i32)
 }
@@ -70,15 +70,15 @@ mod tests {
     use rstest::rstest;
     use std::cell::Cell;
 
-    /// An NFS client that says one thing and a server that did another.
+    /// Each case is an error of an NFS client, and the actual state on its server.
     #[rstest]
     #[case::lost_reply(Errno::ENOENT, Ok(true), false, "there")]
     #[case::lost_reply_to_a_link(Errno::EEXIST, Ok(true), true, "there")]
     #[case::stale_but_done(Errno::ESTALE, Ok(true), false, "there")]
     #[case::not_done(Errno::EIO, Ok(false), true, "not")]
-    #[case::destination_mute_origin_not(Errno::EIO, Err(Errno::EIO), true, "not")]
-    #[case::all_mute(Errno::EIO, Err(Errno::ESTALE), false, "unknown")]
-    fn after_a_failed_rename_the_file_system_is_asked_what_happened(
+    #[case::destination_unreadable(Errno::EIO, Err(Errno::EIO), true, "not")]
+    #[case::both_unreadable(Errno::EIO, Err(Errno::ESTALE), false, "unknown")]
+    fn a_failed_rename_is_verified_on_the_file_system(
         #[case] said: Errno,
         #[case] there: Result<bool, Errno>,
         #[case] here: bool,
@@ -102,7 +102,7 @@ mod tests {
     #[rstest]
     #[case::not_done(false, 2)]
     #[case::done(true, 1)]
-    fn an_interrupted_rename_is_made_again_only_if_it_did_not_happen(
+    fn an_interrupted_rename_is_repeated_only_if_not_done(
         #[case] happened: bool,
         #[case] calls: u32,
     ) {
@@ -125,7 +125,7 @@ mod tests {
     #[case(Errno::ENOTSUP, true, true)]
     #[case(Errno::EPERM, false, true)]
     #[case(Errno::EIO, false, false)]
-    fn a_file_system_that_lacks_a_call_is_told_from_one_that_fails(
+    fn unsupported_calls_are_distinguished_from_failures(
         #[case] errno: Errno,
         #[case] no_such_call: bool,
         #[case] no_links: bool,

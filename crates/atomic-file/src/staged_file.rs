@@ -1,29 +1,29 @@
-//! A staged file: created, locked, moved into place or removed.
+//! Staged files: creation, locking, renaming and removal.
 //!
 //! # Names and locks
-//! A staged file is called `.atomic-file-HASH-ID.stage`: HASH is the CRC-32 of the destination's
-//! name, so that the name has a fixed length, and ID is 16 random
-//! hexadecimal digits. No other user can predict a name, and so none can occupy it. A writer lists
-//! the directory when it is opened, and removes the orphaned staged files of its own destination.
+//! The name of a staged file is `.atomic-file-HASH-ID.stage`. HASH is the CRC-32 of the
+//! destination's name, so that the name has a fixed length. ID is 16 random hexadecimal digits, so
+//! that no other user can predict and occupy the name. `open` lists the directory and removes the
+//! orphaned staged files of its own destination.
 //!
-//! A writer holds the `flock` of its staged file from just after its creation until it is in place
-//! or removed. The mode is 0600 until all bytes are synced, so no other user can open the file to
-//! hold its lock; then it gets the mode and the owner that it is to have, and is synced again.
-//! Two rules make this safe in the moment between creating and locking:
+//! A writer holds the `flock` of its staged file from just after its creation until it is renamed
+//! or removed. The mode is 0600 until all bytes are synced, so that no other user can open the file
+//! and hold its lock. The commit then sets the final mode and owner, and syncs the file again. Two
+//! rules close the gap between creating and locking:
 //!
-//! 1. A creator that got the lock looks whether the name still means its file, and takes another
-//!    name if not. One that did not get it waits: a sweeper has it for a moment, and leaves the file
-//!    where a record names it.
-//! 2. A staged file is unlinked only under its lock: by its owner, or by a sweeper that, *after*
-//!    getting the lock, has seen that no published group record names the file and then that the
-//!    name still means the locked file.
+//! 1. After locking the file, its creator verifies that the name still refers to it, and chooses
+//!    another name if not. If the file is already locked, the creator waits: a sweeper holds the
+//!    lock briefly, and keeps the file if a record names it.
+//! 2. A staged file is unlinked only under its lock: by its writer, or by a sweeper. The sweeper
+//!    verifies, *after* locking, first that no published group record names the file and then that
+//!    the name still refers to the locked file.
 //!
-//! What a commit [exchanged](Stage::exchange) for its staged file stands under the staged file's
-//! name, locked by that commit; `spare.rs` describes what becomes of it.
+//! A file that a commit [exchanged](StagedFile::exchange) for its staged file has the staged file's
+//! name and is locked by that commit. `recycle.rs` describes the next steps.
 //!
-//! So a name can change its meaning only through the holder of the lock, and a sweeper's last look
-//! stays true until it unlinks. An owner that has died publishes no record any more, hence the order
-//! of a sweeper's looks.
+//! Only the holder of the lock can change what a name refers to, so a sweeper's last check holds
+//! until it unlinks the file. A writer that died publishes no more records, which is why the
+//! sweeper checks the records first.
 
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
@@ -44,15 +44,14 @@ use crate::sys::{Lock, Unlock, file_owner, try_lock};
 
 pub(crate) const PREFIX: &str = ".atomic-file-";
 const LOCKED: &str = ".stage";
-/// For file systems without locks: nobody can tell whether the owner of such a stage lives.
+/// For file systems without locks: whether the writer is running cannot be determined.
 const UNLOCKED: &str = ".unlocked-stage";
-/// One per destination, so without an ID: see `spare.rs`.
+/// One per destination, so without an ID: see `recycle.rs`.
 const RECYCLED: &str = ".spare";
-/// A group's record that is not published: see `turn.rs`.
+/// The unpublished record of a group: see `ticket.rs`.
 const TICKET: &str = ".intent";
 
-/// The mode of every staged file until it is committed: readable and writable by its owner,
-/// independent of the mode it is to get, and not to be opened by anyone else.
+/// The mode of every staged file until the commit: no other user can open it.
 pub(crate) const STAGED_MODE: u32 = 0o600;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -63,12 +62,12 @@ pub(crate) enum NameKind {
     Ticket,
 }
 
-/// Random digits of a name, which no other process guesses.
+/// Returns a random ID, which other processes cannot predict.
 pub(crate) fn new_id() -> u64 {
     RandomState::new().build_hasher().finish()
 }
 
-/// Whether `text` is an ID as [`new_id`] makes them, written out.
+/// Returns whether `text` is an ID of [`new_id`] in hexadecimal digits.
 pub(crate) fn is_id(text: &str) -> bool {
     text.len() == 16 && is_hex(text)
 }
@@ -78,7 +77,7 @@ fn is_hex(text: &str) -> bool {
     !text.is_empty() && text.bytes().all(is_digit)
 }
 
-/// Whether `name` is one that this module gives to stages and spares.
+/// Returns the kind of a name that this module creates; `None` for other names.
 pub(crate) fn kind_of_name(name: &OsStr) -> Option<NameKind> {
     let rest = name.to_str()?.strip_prefix(PREFIX)?;
     if let Some(id) = rest.strip_suffix(TICKET) {
@@ -93,7 +92,7 @@ pub(crate) fn kind_of_name(name: &OsStr) -> Option<NameKind> {
         (rest.strip_suffix(LOCKED)?, NameKind::Locked)
     };
     let (hash, id) = rest.split_once('-')?;
-    // Earlier versions counted, in as many digits as it took.
+    // Earlier versions used a counter with a variable number of digits.
     (hash.len() == 8 && is_hex(hash) && id.len() <= 16 && is_hex(id)).then_some(kind)
 }
 
@@ -108,16 +107,17 @@ pub(crate) fn protocol_name(dest: &OsStr, id: u64, kind: NameKind) -> OsString {
     .into()
 }
 
-/// Whether `name` is that of a file staged for `dest`, or for another destination of the same hash.
+/// Returns whether `name` is that of a file staged for `dest`, or for another destination with the
+/// same hash.
 fn is_stage_of(dest: &OsStr, name: &OsStr) -> bool {
     let hash = format!("{PREFIX}{:08x}-", crc32fast::hash(dest.as_bytes()));
     kind_of_name(name) == Some(NameKind::Locked) && name.as_bytes().starts_with(hash.as_bytes())
 }
 
-/// Removes what killed writers to `dest` left, of the `names` in `dir`.
+/// Removes the orphaned staged files of `dest` among the `names` in `dir`.
 ///
-/// A writer that preserves the owner may have given its file to the destination's, `dest_owner`. Other
-/// users' files are not opened: they are not this writer's to remove.
+/// A writer that preserves the owner may have changed it to `dest_owner`, the owner of the
+/// destination. Files of other users are not opened, because this writer must not remove them.
 pub(crate) fn remove_leftovers(
     dir: &Directory,
     dest: &OsStr,
@@ -135,7 +135,7 @@ pub(crate) fn remove_leftovers(
         .map(|name| (name, NameKind::Locked))
         .collect();
     if !leftovers.is_empty() {
-        // What stays is for sweepers, and in no writer's way.
+        // Files that remain do not affect writers. A sweep reports them.
         let _ = sweep_names(dir, &leftovers, true);
     }
 }
@@ -144,7 +144,7 @@ pub(crate) fn recycled_name(dest: &OsStr) -> OsString {
     protocol_name(dest, 0, NameKind::Recycled)
 }
 
-/// What became of a stage that may be dead.
+/// The result of inspecting a staged file that may be orphaned.
 #[derive(Debug)]
 pub(crate) enum Inspection {
     Removed,
@@ -153,7 +153,8 @@ pub(crate) enum Inspection {
     Retained(io::Error),
 }
 
-/// Removes the stage `name` if its owner is dead. Never waits, and never touches a living one.
+/// Removes the staged file `name` if it is orphaned. Never waits, and never changes a file that is
+/// in use.
 pub(crate) fn remove_if_orphaned(dir: &Directory, name: &OsStr) -> Inspection {
     let orphan = match Orphan::lock(dir, name) {
         Ok(orphan) => orphan,
@@ -175,7 +176,7 @@ fn or_retained(result: io::Result<Inspection>) -> Inspection {
     }
 }
 
-/// A staged file that no one had locked, locked until this is dropped.
+/// A staged file that was not locked by its writer, locked until this is dropped.
 #[derive(Debug)]
 pub(crate) struct Orphan {
     file: File,
@@ -188,13 +189,16 @@ impl Drop for Orphan {
 }
 
 impl Orphan {
-    /// Locks the staged file `name`, or says why that is not to be removed.
+    /// Locks the staged file `name`, or returns why it must not be removed.
     pub(crate) fn lock(dir: &Directory, name: &OsStr) -> Result<Self, Inspection> {
         let attempt = || {
             match dir.entry(name)? {
                 None => return Ok(Err(Inspection::Missing)),
                 Some(entry) if !entry.is_file() => {
-                    return Ok(Err(retained("has a stage's name, but is no regular file")));
+                    return Ok(Err(retained(
+                        "has the name of a staged file, but is not a regular \
+                         file",
+                    )));
                 }
                 Some(_) => {}
             }
@@ -208,8 +212,8 @@ impl Orphan {
         attempt().unwrap_or_else(|error| Err(or_retained(Err(error))))
     }
 
-    /// Says what became of the staged file, or would become of it if it was to be removed. `records`
-    /// must have been looked for since it was locked.
+    /// Removes the staged file if `remove` is set, and returns the result that removing it has or
+    /// would have. `records` must have been refreshed since the file was locked.
     pub(crate) fn resolve(
         self,
         dir: &Directory,
@@ -240,7 +244,8 @@ fn retained(reason: &'static str) -> Inspection {
     Inspection::Retained(io::Error::other(reason))
 }
 
-/// Locks a file that was just created. Who has its lock already is about to see that it's no stage of a dead owner, or removes it.
+/// Locks a file that was just created. A sweeper may hold the lock briefly; it will release or
+/// unlink.
 fn lock_new(file: &File) -> io::Result<Lock> {
     const TRIES: u32 = 100;
     const PAUSE: Duration = Duration::from_millis(1);
@@ -261,12 +266,12 @@ pub(crate) struct StagedFile {
     file: File,
     id: FileId,
     locked: bool,
-    /// Whether `name` is ours to remove.
+    /// Whether `name` belongs to this object, so that drop removes it.
     unlink_on_drop: bool,
 }
 
 impl StagedFile {
-    /// Stages an empty file, mode 0600, for a destination called `dest`.
+    /// Creates an empty staged file of mode 0600 for the destination name `dest`.
     pub(crate) fn create(dir: &Arc<Directory>, dest: &OsStr) -> io::Result<Self> {
         let mut kind = NameKind::Locked;
         loop {
@@ -274,17 +279,19 @@ impl StagedFile {
             let file = match dir.create_new(&name) {
                 Ok(file) => file,
                 Err(error) if error.kind() == ErrorKind::AlreadyExists => {
-                    // The name is random: it is ours, and the answer that it was created was lost.
+                    // The name is random: this process created the file, and the reply was lost.
                     let _: Inspection = remove_if_orphaned(dir, &name);
                     continue;
                 }
                 Err(error) => {
-                    // Over NFS the answer may have been lost, and the file be there. Whoever sweeps it takes it for a dead one.
+                    // Over NFS the reply may have been lost and the file exist. It is not locked,
+                    // so it is orphaned.
                     let _: Inspection = remove_if_orphaned(dir, &name);
                     return Err(error);
                 }
             };
-            // The one failure after which our file has no identity yet: it is a moment old, and its name still means it.
+            // The file's identity is unknown only here. Its name was just created, so it refers to
+            // it.
             let id = stat_of(&file).inspect_err(|_| drop(dir.remove(&name)))?.id;
             let mut staged = Self {
                 dir: Arc::clone(dir),
@@ -303,17 +310,18 @@ impl StagedFile {
                     staged.locked = true;
                     return Ok(staged);
                 }
-                // A sweeper was faster than our lock: what is at the name, if anything, is not ours to remove. Nor is what somebody
-                // holds who is no sweeper.
+                // A sweeper locked the file first, or another program holds the lock: the name no
+                // longer belongs to this writer.
                 Lock::Held | Lock::Taken => staged.unlink_on_drop = false,
-                // Dropping the stage removes it.
+                // Dropping the staged file removes it.
                 Lock::Unsupported(_) => kind = NameKind::Unlocked,
             }
         }
     }
 
-    /// Locks a file that is there already, opened by `name`, as if it were a stage; `None` where somebody else holds the lock or
-    /// the name means another file by now. Its name stays until [`own_name`](Self::own_name) makes it this stage's own.
+    /// Locks an existing file, which was opened by `name`, as a staged file. Returns `None` if
+    /// another process holds the lock or the name refers to another file by now. Drop keeps the
+    /// name until [`arm`](Self::arm) is called.
     pub(crate) fn adopt(
         dir: &Arc<Directory>,
         name: &OsStr,
@@ -334,17 +342,17 @@ impl StagedFile {
         Ok(staged.check_linked()?.then_some(staged))
     }
 
-    /// From here on dropping removes the file's name.
+    /// Makes drop remove the file's name.
     pub(crate) fn arm(&mut self) {
         self.unlink_on_drop = true;
     }
 
-    /// Renames the file within its directory, to a new name of a file staged for `dest`.
+    /// Renames the file within its directory to a new staged name for `dest`.
     pub(crate) fn move_to_staged_name(&mut self, dest: &OsStr) -> io::Result<()> {
         self.move_to(&protocol_name(dest, new_id(), NameKind::Locked))
     }
 
-    /// Renames the stage within its directory, to `name`, which is random: nothing stands there.
+    /// Renames the file within its directory to the random name `name`.
     pub(crate) fn rename_to(&mut self, name: OsString) -> Result<(), PublishError> {
         let dir = Arc::clone(&self.dir);
         self.publish(&dir, &name, false)?;
@@ -352,7 +360,7 @@ impl StagedFile {
         Ok(())
     }
 
-    /// Renames the stage within its directory, to `name`, which must be free.
+    /// Renames the file within its directory to `name`, which must not exist.
     pub(crate) fn move_to(&mut self, name: &OsStr) -> io::Result<()> {
         let dir = Arc::clone(&self.dir);
         self.attempt(&dir, name, |from, own| from.rename_new(own, &dir, name))
@@ -362,16 +370,17 @@ impl StagedFile {
         Ok(())
     }
 
-    /// Exchanges the stage with `old`, which is in the same directory: `old` takes over the stage's name and is returned as its owner. The
-    /// staged file is in place then, and its descriptor and lock are given up.
+    /// Exchanges the staged file with `old`, which is in the same directory. Returns `old` as the
+    /// owner of the staged file's name. This object gives up its name.
     ///
-    /// The name may mean another file than `old` where somebody replaced that in the last moment;
-    /// [`has_name`](Self::has_name) tells.
+    /// The name may refer to a file other than `old`, if that was replaced just before the call.
+    /// [`is_linked`](Self::is_linked) detects this.
     pub(crate) fn exchange(&mut self, mut old: Self) -> Result<Self, PublishError> {
         let (dir, dest) = (Arc::clone(&self.dir), old.name.clone());
         self.attempt(&dir, &dest, |_, own| dir.exchange(own, &dest))?;
         self.unlink_on_drop = false;
-        // rename(2) would have refused a directory that came there in the last moment.
+        // The destination became a directory just before the call, which rename(2) would have
+        // refused.
         if let Ok(Some(there)) = dir.entry(&self.name)
             && there.is_dir()
         {
@@ -417,7 +426,7 @@ impl StagedFile {
         self.locked
     }
 
-    /// Whether the stage's name still means its file.
+    /// Returns whether the name still refers to this file. Errors count as `false`.
     pub(crate) fn is_linked(&self) -> bool {
         self.check_linked().is_ok_and(|ours| ours)
     }
@@ -426,26 +435,28 @@ impl StagedFile {
         Ok(self.dir.entry(&self.name)?.map(|entry| entry.id) == Some(self.id))
     }
 
-    /// Fails unless both the descriptor and the name still mean the file that was created.
+    /// Fails unless both the descriptor and the name still refer to the file that was created.
     pub(crate) fn check(&self) -> io::Result<Stat> {
         let stat = stat_of(&self.file)?;
         if stat.id != self.id {
             return Err(io::Error::other(
-                "the writer's `File` was exchanged for another file",
+                "the writer's `File` was replaced by another one",
             ));
         }
         if !self.check_linked()? {
             return Err(io::Error::new(
                 ErrorKind::NotFound,
-                "somebody removed or replaced the staged file",
+                "another program removed or replaced the staged file",
             ));
         }
         Ok(stat)
     }
 
-    /// Renames the stage to `name` in `dir`, replacing what is there unless `no_clobber`.
+    /// Renames the staged file to `name` in `dir`. Replaces an existing file unless `no_clobber` is
+    /// set.
     ///
-    /// `Ok` means that `name` is the stage; with a [`Leftover`] where the stage's own name for it remains.
+    /// `Ok` means that `name` refers to the staged file. It contains a [`Leftover`] if the staged
+    /// file's old name remains.
     pub(crate) fn publish(
         &mut self,
         dir: &Directory,
@@ -464,7 +475,7 @@ impl StagedFile {
             }
             Err(PublishError::NotPublished(error)) if has_no_such_call(&error) => {
                 let link = || self.dir.link(&self.name, dir, name);
-                // The stage's own name stays in any case, and tells nothing.
+                // The old name exists in any case, so it does not show whether the link was made.
                 confirm_rename(link, || self.is_at(dir, name), || false)?;
                 Ok(self.remove().err())
             }
@@ -490,7 +501,7 @@ impl StagedFile {
         Ok((entry.id, entry.size) == (own.id, own.size))
     }
 
-    /// After it was moved to `name` in `dir`, makes that the stage's own name again.
+    /// Records that the file was renamed to `name` in `dir`, and makes drop remove that name.
     pub(crate) fn moved_to(&mut self, dir: &Arc<Directory>, name: OsString) {
         self.dir = Arc::clone(dir);
         self.path = dir.path_of(&name);
@@ -498,12 +509,12 @@ impl StagedFile {
         self.unlink_on_drop = true;
     }
 
-    /// Gives up the stage's name to whoever recovers: it is not removed.
+    /// Makes drop keep the file's name, for a recovery.
     pub(crate) fn disarm(&mut self) {
         self.unlink_on_drop = false;
     }
 
-    /// Removes the stage.
+    /// Removes the staged file.
     pub(crate) fn discard(mut self) -> Result<(), Leftover> {
         self.remove()
     }
@@ -513,9 +524,9 @@ impl StagedFile {
             return Ok(());
         }
         let removed = match self.check_linked() {
-            // Against the rules somebody removed the stage, and the slot is another writer's now.
+            // Another program replaced the staged file: the name is not this writer's any more.
             Ok(false) => Ok(()),
-            // Where the look fails, the rules are to be relied upon: we hold the lock.
+            // If the check fails, rely on the protocol: this writer holds the lock.
             Ok(true) | Err(_) => self.dir.remove(&self.name),
         };
         removed.map_err(|source| Leftover {
@@ -527,7 +538,7 @@ impl StagedFile {
 
 impl Drop for StagedFile {
     fn drop(&mut self) {
-        // Nowhere to report to: `discard` is for those who want to know, and a sweep finds what stays.
+        // `discard` reports errors. A sweep removes a file that remains.
         let _ = self.remove();
         if self.locked {
             drop(Unlock(&self.file));
@@ -542,7 +553,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn every_name_given_to_a_stage_is_recognised_and_short(
+        fn protocol_names_are_short_and_recognised(
             dest in proptest::collection::vec(1u8.., 1..=255),
             id: u64,
             kind in prop_oneof![
@@ -572,7 +583,7 @@ mod tests {
     #[case(".atomic-file-01234567-0.spare")]
     #[case(".atomic-file-01234567.intent")]
     #[case(".atomic-file-0123456789abcdef.group")]
-    fn any_other_name_is_not(#[case] name: &str) {
+    fn other_names_are_not_recognised(#[case] name: &str) {
         assert_eq!(kind_of_name(OsStr::new(name)), None);
     }
 }

@@ -1,4 +1,4 @@
-//! Removing what killed processes left.
+//! Sweeping: removal of orphaned staged files.
 
 use std::ffi::OsString;
 use std::io;
@@ -9,50 +9,51 @@ use crate::error::SweepError;
 use crate::recover::Records;
 use crate::staged_file::{Inspection, NameKind, Orphan, PREFIX, kind_of_name};
 
-/// How many files are locked at a time. The records are looked for once while they are: one listing
-/// for each file would take time with the square of their number.
+/// Number of files that are locked at a time. The records are listed once per batch: one listing
+/// per file would take quadratic time.
 const BATCH: usize = 64;
 
-/// What [`sweep`] found.
+/// The result of [`sweep`].
 #[derive(Debug, Default)]
 #[non_exhaustive]
 pub struct SweepReport {
-    /// Dead stages, removed.
+    /// Orphaned staged files that were removed.
     pub removed: Vec<PathBuf>,
-    /// Stages whose writers live, in this process or another; not touched.
+    /// Staged files in use by this or another process. They were not changed.
     pub living: Vec<PathBuf>,
-    /// Files kept for [recycling](crate::Options::recycle), removed: no writer was killed, and the next will
-    /// write a new file.
+    /// Recycled files (see [`Options::recycle`](crate::Options::recycle)) that were removed. The
+    /// next writer creates a new file.
     pub spares: Vec<PathBuf>,
-    /// What has a stage's name and was kept for another reason.
+    /// Files with the name of a staged file that were kept for another reason.
     pub kept: Vec<Kept>,
 }
 
-/// Something with a stage's name that was not removed.
+/// A directory entry with the name of a staged file that was not removed.
 #[derive(Debug)]
 #[non_exhaustive]
 pub struct Kept {
-    /// Where it is.
+    /// Its path.
     pub path: PathBuf,
-    /// Why it was kept: no permission to open it, no locks on its file system, a group commit pending, not a file.
+    /// Why it was kept: no permission to open it, no locks on its file system, a pending group
+    /// commit, or not a regular file.
     pub reason: io::Error,
 }
 
-/// Removes from `dir` the staged files of writers that were killed, whatever their destinations, and the spares of those that recycle, and nothing else.
-/// Never waits.
+/// Removes the orphaned staged files of all destinations from `dir`, and the recycled files, and
+/// nothing else. Never waits.
 ///
-/// A stage is dead if its name is a stage's and nobody holds its lock. Living writers hold it, in
-/// this process, in others, and where the file system knows such locks (NFS does) on other machines.
-/// What the record of an interrupted group commit names is kept: call [`recover`](crate::recover).
-/// Each record is read once. Of each other user's records at most 16 MiB are read: where that user
-/// has more, all staged files of that user are kept.
+/// A staged file is orphaned if no process holds its lock. A running writer holds the lock in this
+/// process, in other processes and, if the file system supports it (NFS does), on other machines.
+/// Files that the record of an interrupted group commit names are kept: call
+/// [`recover`](crate::recover). Each record is read once. At most 16 MiB of the records of each
+/// other user are read. If such a user has more, all staged files of that user are kept.
 ///
-/// A writer that is opened removes the orphaned staged files of its own destination. Those of
-/// destinations that nothing is written to any more stay until this is called, on start-up or from
-/// time to time.
+/// `open` removes the orphaned staged files of its own destination. Those of destinations that are
+/// no longer written remain until this function is called: call it at start-up or periodically.
 ///
 /// # Errors
-/// [`SweepError`] where the directory cannot be opened or listed. What stands in the way of a single file is in the report.
+/// Returns a [`SweepError`] if the directory cannot be opened or listed. The report contains the
+/// errors of single files.
 ///
 /// # Examples
 /// ```
@@ -65,11 +66,11 @@ pub fn sweep(dir: impl AsRef<Path>) -> Result<SweepReport, SweepError> {
     sweep_open(&open(dir.as_ref())?, true)
 }
 
-/// Says what [`sweep`] would do, and removes nothing: [`SweepReport::removed`] and
-/// [`SweepReport::spares`] are what it would remove.
+/// Returns the report that [`sweep`] would return, but removes nothing: [`SweepReport::removed`]
+/// and [`SweepReport::spares`] list the files that it would remove.
 ///
 /// # Errors
-/// As with [`sweep`].
+/// Returns the errors of [`sweep`].
 pub fn preview_sweep(dir: impl AsRef<Path>) -> Result<SweepReport, SweepError> {
     sweep_open(&open(dir.as_ref())?, false)
 }
@@ -94,7 +95,7 @@ pub(crate) fn sweep_open(dir: &Directory, remove: bool) -> Result<SweepReport, S
     sweep_names(dir, &staged.collect::<Vec<_>>(), remove)
 }
 
-/// Sweeps these names in `dir` alone.
+/// Sweeps only these names in `dir`.
 pub(crate) fn sweep_names(
     dir: &Directory,
     staged: &[(&OsString, NameKind)],
@@ -102,7 +103,7 @@ pub(crate) fn sweep_names(
 ) -> Result<SweepReport, SweepError> {
     let mut report = SweepReport::default();
     let mut records = Records::default();
-    // Before anything is locked, so that no lock is held for long.
+    // Read the records before locking, so that locks are held only briefly.
     let _ = records.refresh(dir, None);
     for batch in staged.chunks(BATCH) {
         let locked: Vec<_> = batch
@@ -111,7 +112,7 @@ pub(crate) fn sweep_names(
                 NameKind::Locked | NameKind::Recycled | NameKind::Ticket => Orphan::lock(dir, name),
                 NameKind::Unlocked => Err(Inspection::Retained(io::Error::new(
                     io::ErrorKind::Unsupported,
-                    "staged without a lock: only you can know whether its writer lives",
+                    "staged without a lock: remove it once its writer has ended",
                 ))),
             })
             .collect();

@@ -1,4 +1,4 @@
-//! The few system calls that `std` and `nix` do not offer as this crate needs them.
+//! System calls that `std` and `nix` do not provide in the required form.
 
 #![allow(unsafe_code)]
 
@@ -28,7 +28,7 @@ pub(crate) use platform::{
     supports_leases,
 };
 
-/// What a system says against replacing a file.
+/// Attributes that forbid replacing a file.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Restrictions {
     pub(crate) immutable: bool,
@@ -36,7 +36,7 @@ pub(crate) struct Restrictions {
     pub(crate) mount_point: bool,
 }
 
-/// Makes `call` until a signal no longer interrupts it. Only for calls that are harmless when made twice.
+/// Repeats `call` while a signal interrupts it. Only for calls that are harmless when repeated.
 pub(crate) fn retry<T>(mut call: impl FnMut() -> nix::Result<T>) -> io::Result<T> {
     loop {
         match call() {
@@ -46,10 +46,10 @@ pub(crate) fn retry<T>(mut call: impl FnMut() -> nix::Result<T>) -> io::Result<T
     }
 }
 
-/// Gives the file exactly these permission bits. A new one was created with 0600, less what the umask took.
+/// Sets exactly these permission bits. A new file has 0600 without the bits of the umask.
 ///
-/// Fails where the system drops set-id bits without an error, as Linux does with the set-group-id
-/// bit of a file whose group is not one of the process's.
+/// Fails if the system silently drops set-id bits, as Linux does with the set-group-id bit if the
+/// file's group is not one of the process's groups.
 pub(crate) fn set_mode(file: &File, mode: u32) -> io::Result<()> {
     const PERMISSIONS: u32 = 0o7777;
     const SET_ID: u32 = 0o6000;
@@ -61,16 +61,17 @@ pub(crate) fn set_mode(file: &File, mode: u32) -> io::Result<()> {
     if mode & SET_ID != 0 && stat_of(file)?.mode & SET_ID != mode & SET_ID {
         return Err(io::Error::new(
             io::ErrorKind::PermissionDenied,
-            "the system does not let this process set the set-user-id or set-group-id bit",
+            "this process is not permitted to set the set-user-id or set-group-id bit",
         ));
     }
     Ok(())
 }
 
-/// Brings what `fd` (a file or a directory) holds to where `durability` wants it.
+/// Syncs `fd`, a file or a directory, as `durability` requires.
 ///
-/// Interrupted calls are made again: `EINTR` says that the call did not run to its end, not that a write failed.
-/// Any other failure is final for this descriptor, as the kernel may have dropped the pages it could not write.
+/// Interrupted calls are repeated: `EINTR` means that the call did not complete, not that a write
+/// failed. Any other error is final for this descriptor, because the kernel may have dropped the
+/// pages that it could not write.
 pub(crate) fn sync(fd: impl AsFd, durability: Durability) -> io::Result<()> {
     let fd = fd.as_fd();
     match durability {
@@ -79,10 +80,12 @@ pub(crate) fn sync(fd: impl AsFd, durability: Durability) -> io::Result<()> {
     }
 }
 
-/// Takes the `weaker` way where `first` failed because the file system has no such call, and only there.
+/// Calls `weaker` if `first` failed because the file system does not support the call, and only
+/// then.
 ///
-/// `F_FULLFSYNC` and `F_BARRIERFSYNC` fail with `ENOTTY` on exFAT, `ENOTSUP` on SMB, `EINVAL` or `ENOTTY` on FUSE.
-/// `EIO` or `ENOSPC` mean that data was lost, and a second, weaker call might report success over the loss.
+/// `F_FULLFSYNC` and `F_BARRIERFSYNC` fail with `ENOTTY` on exFAT, `ENOTSUP` on SMB, `EINVAL` or
+/// `ENOTTY` on FUSE. `EIO` or `ENOSPC` mean that data was lost, and a second, weaker call might
+/// report success over the loss.
 #[cfg(any(target_vendor = "apple", test))]
 fn fall_back_if_unsupported(
     first: io::Result<()>,
@@ -101,9 +104,9 @@ fn fall_back_if_unsupported(
     }
 }
 
-/// The names in a directory that begin with `prefix`, in the file system's order.
+/// Returns the names in a directory that begin with `prefix`, in the file system's order.
 ///
-/// nix's `Dir` loses the descriptor where `fdopendir` fails, which over NFS it can: it asks the server about the directory.
+/// nix's `Dir` leaks the descriptor if `fdopendir` fails, which can happen over NFS.
 pub(crate) fn names(dir: OwnedFd, prefix: &str) -> io::Result<Vec<CString>> {
     #[cfg(not(any(target_os = "linux", target_os = "android")))]
     use libc::readdir;
@@ -114,13 +117,14 @@ pub(crate) fn names(dir: OwnedFd, prefix: &str) -> io::Result<Vec<CString>> {
 
     impl Drop for Listing {
         fn drop(&mut self) {
-            // SAFETY: fdopendir(3) gave the stream, and nobody uses it any more.
+            // SAFETY: fdopendir(3) returned the stream, and it is not used after this.
             unsafe { libc::closedir(self.0.as_ptr()) };
         }
     }
 
     let open = || {
-        // SAFETY: fdopendir(3) takes a descriptor, which `dir` keeps open; only where it succeeds the stream owns it.
+        // SAFETY: fdopendir(3) takes a descriptor, which `dir` keeps open. The stream owns it only
+        // on success.
         let stream = unsafe { libc::fdopendir(dir.as_raw_fd()) };
         NonNull::new(stream).ok_or_else(Errno::last)
     };
@@ -129,7 +133,7 @@ pub(crate) fn names(dir: OwnedFd, prefix: &str) -> io::Result<Vec<CString>> {
     let mut names = Vec::new();
     loop {
         Errno::clear();
-        // SAFETY: the stream is open, and no other thread has it.
+        // SAFETY: the stream is open, and no other thread uses it.
         let entry = unsafe { readdir(listing.0.as_ptr()) };
         if entry.is_null() {
             return match Errno::last_raw() {
@@ -137,8 +141,9 @@ pub(crate) fn names(dir: OwnedFd, prefix: &str) -> io::Result<Vec<CString>> {
                 errno => Err(io::Error::from_raw_os_error(errno)),
             };
         }
-        // SAFETY: readdir(3) gave an entry, whose name ends in NUL, and which stays as it is until the stream is read again. The
-        // entry may be shorter than its type, so no reference is made to it.
+        // SAFETY: readdir(3) returned an entry. Its name is NUL-terminated, and it is unchanged
+        // until the next read of the stream. The entry may be shorter than its type, so no
+        // reference to it is made.
         let name = unsafe { CStr::from_ptr((&raw const (*entry).d_name).cast()) };
         if name.to_bytes().starts_with(prefix.as_bytes()) {
             names.push(name.to_owned());
@@ -146,18 +151,18 @@ pub(crate) fn names(dir: OwnedFd, prefix: &str) -> io::Result<Vec<CString>> {
     }
 }
 
-/// What asking for a lock without waiting said.
+/// The result of trying to lock a file.
 #[derive(Debug)]
 pub(crate) enum Lock {
-    /// Ours, until the last descriptor of this open file is closed.
+    /// This open file holds the lock, until its last descriptor is closed.
     Held,
-    /// Somebody else's: they live.
+    /// Another open file holds the lock: it is in use.
     Taken,
     /// The file system has no such locks.
     Unsupported(io::Error),
 }
 
-/// Asks for the exclusive `flock` of `file` without waiting.
+/// Tries to acquire the exclusive `flock` of `file` without waiting.
 pub(crate) fn try_lock(file: &File) -> io::Result<Lock> {
     loop {
         let error = match file.try_lock() {
@@ -176,14 +181,14 @@ pub(crate) fn try_lock(file: &File) -> io::Result<Lock> {
     }
 }
 
-/// Gives up the `flock` of a file when dropped. Left to the last descriptor, it would be held on by a child that another thread has just
-/// forked, and the file be taken for a living owner's.
+/// A guard that releases the `flock` of a file on drop. A child that another thread has just forked
+/// may still have the descriptor, and would hold the lock until it closes it.
 #[derive(Debug)]
 pub(crate) struct Unlock<'f>(pub(crate) &'f File);
 
 impl Drop for Unlock<'_> {
     fn drop(&mut self) {
-        // Where it can't be, closing does.
+        // If this fails, closing releases it.
         let _ = self.0.unlock();
     }
 }
@@ -208,23 +213,20 @@ mod tests {
     #[case::quota(Errno::EDQUOT, false)]
     #[case::stale(Errno::ESTALE, false)]
     #[case::not_permitted(Errno::EPERM, false)]
-    fn a_sync_falls_back_on_exactly_the_three_errors_that_mean_unsupported(
-        #[case] errno: Errno,
-        #[case] falls_back: bool,
-    ) {
+    fn a_sync_falls_back_only_if_unsupported(#[case] errno: Errno, #[case] falls_back: bool) {
         let result = fall_back_if_unsupported(Err(errno.into()), || Ok(()));
         assert_eq!(result.is_ok(), falls_back);
         if let Err(error) = result {
             assert_eq!(
                 error.raw_os_error(),
                 Some(errno as i32),
-                "the first error is kept"
+                "the first error is returned"
             );
         }
     }
 
     #[test]
-    fn an_interrupted_call_is_made_again_and_any_other_failure_is_not() {
+    fn only_interrupted_calls_are_repeated() {
         let mut left = vec![Errno::EIO, Errno::EINTR, Errno::EINTR];
         let error =
             retry::<()>(|| Err(left.pop().expect("a call after a final failure"))).unwrap_err();

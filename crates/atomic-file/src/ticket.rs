@@ -1,13 +1,15 @@
-//! Taking turns: groups of one user over the same destinations, so that they never mix.
+//! Tickets: they serialize the groups of one user with common destinations, so that these never
+//! mix.
 //!
-//! A group shows its unpublished record under a ticket's name, `.atomic-file-ID.intent`, before it
-//! lists the directory. It goes on only if the listing shows no living rival: another group of this
-//! user that has one of its destinations, published or with a ticket. Of two groups, the one that
-//! lists later sees the other, as both show their tickets first. Of two that see each other, the one
-//! with the larger ID withdraws its ticket and waits. So at most one goes on, and one always does.
+//! A group renames its unpublished record to its ticket's name, `.atomic-file-ID.intent`, before it
+//! lists the directory. It continues only if the listing contains no active rival: a group of this
+//! user with a common destination, published or with a ticket. Of two groups, the one that lists
+//! later sees the other's ticket, because both create their tickets first. If both see each other,
+//! the one with the larger ID withdraws its ticket and waits. Therefore at most one continues, and
+//! one always does.
 //!
-//! Tickets and records of other users are not waited for: a process can be stopped, and a file be
-//! planted. Groups of different users over the same destinations may mix.
+//! Tickets and records of other users are not waited for: their process can be stopped, or the file
+//! be planted. Groups of different users with common destinations may mix.
 
 use std::ffi::{OsStr, OsString};
 use std::io;
@@ -24,8 +26,8 @@ use crate::staged_file::{
 };
 use crate::sys::{Lock, Unlock, file_owner, try_lock};
 
-/// Returns once no other group of this user over `dests` is being committed, and `record` has its
-/// ticket's name. Completes dead groups on the way.
+/// Waits until no other group of this user with a destination in `dests` is in progress and
+/// `record` has its ticket's name. Completes interrupted groups.
 pub(crate) fn acquire_ticket(
     record: &mut StagedFile,
     id: u64,
@@ -61,7 +63,8 @@ pub(crate) fn acquire_ticket(
     }
 }
 
-/// The names of other living groups' records and tickets that have one of `dests`.
+/// Returns the names of the records and tickets of other active groups with a destination in
+/// `dests`.
 fn rivals(dir: &Directory, own: &OsStr, dests: &[&OsStr]) -> Result<Vec<OsString>, RecoverError> {
     let mut rivals = list(dir)?;
     let mut stuck = None;
@@ -111,7 +114,8 @@ fn is_active_ticket(dir: &Directory, name: &OsStr, dests: &[&OsStr]) -> bool {
     }
 }
 
-/// Whether a record has one of `dests`. One that is just being written has, for all that is known.
+/// Returns whether a record includes a destination in `dests`. A record that is still being written
+/// counts as if it does.
 fn shares(record: &std::fs::File, dests: &[&OsStr]) -> bool {
     match read(record) {
         Ok(Ok(members)) => members

@@ -1,4 +1,4 @@
-//! Which file a commit is to replace, and what that was when it was read.
+//! Versions of a file, for commits that replace only the version that was read.
 
 use std::fs::{File, Metadata};
 use std::io;
@@ -11,14 +11,14 @@ use crate::destination::Destination;
 use crate::directory::{FileId, Stat};
 use crate::sys::{Lock, Unlock, try_lock};
 
-/// One version of a file: which file it is, and what it was when it was read.
+/// A version of a file: its identity and its state when it was read.
 ///
-/// A writer that is opened with [`Options::replace_only`](crate::Options::replace_only) replaces this
-/// version and no other: what another writer put in its place since then stays.
+/// A writer with [`Options::replace_only`](crate::Options::replace_only) replaces only this
+/// version. A file that another writer has committed since stays.
 ///
-/// The file is known by its device and inode, its size, and the time of its last write. It is held
-/// open, so no other file gets its inode number, and no writer [recycles](crate::Options::recycle) it. Its mode, owner and attributes
-/// may change, and links to it may be made: those are no other version.
+/// A version is identified by device, inode, size and time of modification. The file is kept open,
+/// so that its inode number is not reused and no writer [recycles](crate::Options::recycle) it.
+/// Changes of its mode, owner, attributes and links do not make it another version.
 ///
 /// # Examples
 /// ```
@@ -39,7 +39,9 @@ use crate::sys::{Lock, Unlock, try_lock};
 /// writer.write_all_at((text.parse::<u64>()? + 1).to_string().as_bytes(), 0)?;
 /// match writer.commit() {
 ///     Ok(()) => println!("incremented"),
-///     Err(CommitError::DestinationChanged { .. }) => println!("another writer was faster: read it again"),
+///     Err(CommitError::DestinationChanged { .. }) => {
+///         println!("another writer committed first: read the file again");
+///     }
 ///     Err(other) => return Err(other.into()),
 /// }
 /// # Ok::<(), Box<dyn std::error::Error>>(())
@@ -50,7 +52,7 @@ pub struct FileVersion {
     stamp: Stamp,
 }
 
-/// What distinguishes a version from the others.
+/// The identity of a version.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Stamp {
     id: FileId,
@@ -68,8 +70,8 @@ impl From<&Stat> for Stamp {
 }
 
 impl FileVersion {
-    /// Returns the version of `file` that `metadata` describes: the file's own, taken before its bytes
-    /// are read.
+    /// Returns the version of `file` with this `metadata`, which must have been read from `file`
+    /// before its bytes.
     #[must_use]
     pub fn new(file: Arc<File>, metadata: &Metadata) -> Self {
         let id = FileId {
@@ -90,27 +92,28 @@ impl FileVersion {
         &self.file
     }
 
-    /// Whether the open file is this version still: it was not resized or written to.
+    /// Returns whether the open file is still this version: it was not resized or written to.
     ///
     /// # Errors
-    /// Those of `fstat(2)`.
+    /// Returns the errors of `fstat(2)`.
     pub fn is_current(&self) -> io::Result<bool> {
         Ok(Stamp::from(&crate::directory::stat_of(&*self.file)?) == self.stamp)
     }
 
-    /// Whether `dest` is this version.
+    /// Returns whether `dest` is this version.
     pub(crate) fn is_at(&self, dest: &Destination) -> io::Result<bool> {
         let entry = dest.dir.entry(&dest.name)?;
         Ok(entry.is_some_and(|entry| entry.is_file() && Stamp::from(&entry) == self.stamp))
     }
 
-    /// Locks the file, so that of several writers that are to replace it only one looks whether it
-    /// is there and replaces it at a time.
+    /// Locks the file, so that writers that replace the same version compare and rename one at a
+    /// time.
     ///
-    /// Such a writer holds the lock for a moment. `None` where the file system has no locks.
+    /// A writer holds the lock only briefly. Returns `None` if the file system has no locks.
     ///
     /// # Errors
-    /// [`WouldBlock`](io::ErrorKind::WouldBlock) where another program holds it for longer than that.
+    /// Returns [`WouldBlock`](io::ErrorKind::WouldBlock) if another program holds the lock for
+    /// longer.
     pub(crate) fn lock_for_commit(&self) -> io::Result<Option<Unlock<'_>>> {
         const TRIES: u32 = 1000;
         const PAUSE: Duration = Duration::from_millis(1);
@@ -124,7 +127,7 @@ impl FileVersion {
         }
         Err(io::Error::new(
             io::ErrorKind::WouldBlock,
-            "another program holds a lock on the file that is to be replaced: end it, or let it \
+            "another program holds a lock on the file to be replaced; end that program, or make it \
              unlock the file",
         ))
     }

@@ -1,4 +1,4 @@
-//! As Linux has it, and Android.
+//! Linux and Android.
 
 #![allow(unsafe_code)]
 
@@ -22,14 +22,15 @@ use crate::directory::FileId;
 use crate::options::Durability;
 use crate::preserve::copy_xattr;
 
-/// Waits until what `fd` holds is on the medium: there is no weaker call that orders anything.
+/// Syncs `fd` to the medium. Linux has no weaker call that orders writes.
 pub(super) fn flush(fd: BorrowedFd<'_>, _: Durability) -> io::Result<()> {
     retry(|| nix::unistd::fsync(fd))
 }
 
-/// Renames without replacing: `EEXIST` where `to` exists.
+/// Renames without replacing; fails with `EEXIST` if `to` exists.
 ///
-/// One attempt, not repeated on `EINTR`: whether an interrupted rename happened is for the caller to find out.
+/// Makes one attempt, which is not repeated on `EINTR`. The caller determines whether an
+/// interrupted rename took effect.
 pub(crate) fn rename_new(
     from_dir: impl AsFd,
     from: &CStr,
@@ -39,7 +40,7 @@ pub(crate) fn rename_new(
     renameat2(from_dir, from, to_dir, to, libc::RENAME_NOREPLACE)
 }
 
-/// Exchanges what two names in `dir` mean, at once. One attempt, as with [`rename_new`].
+/// Exchanges two names in `dir` atomically. Makes one attempt, like [`rename_new`].
 pub(crate) fn exchange(dir: impl AsFd, one: &CStr, other: &CStr) -> nix::Result<()> {
     renameat2(&dir, one, &dir, other, libc::RENAME_EXCHANGE)
 }
@@ -51,9 +52,9 @@ fn renameat2(
     to: &CStr,
     flags: libc::c_uint,
 ) -> nix::Result<()> {
-    // By number: not every libc that Rust supports on Linux wraps it.
-    // SAFETY: renameat2(2) reads the two paths, which `CStr` guarantees to be NUL-terminated and alive here,
-    // and takes two descriptors, which `AsFd` guarantees to be open for the length of the call.
+    // Called by number, because not every libc that Rust supports on Linux wraps it.
+    // SAFETY: renameat2(2) reads the two paths, which `CStr` guarantees to be NUL-terminated and
+    // alive here. It takes two descriptors, which `AsFd` guarantees to be open during the call.
     let result = unsafe {
         libc::syscall(
             libc::SYS_renameat2,
@@ -67,19 +68,19 @@ fn renameat2(
     Errno::result(result).map(drop)
 }
 
-/// Whether an extended attribute is an access control list.
+/// Returns whether an extended attribute is an access control list.
 pub(crate) fn is_acl(name: &OsStr) -> bool {
     ACLS.iter().any(|acl| name == *acl)
 }
 
-/// POSIX's and NFS version 4's.
+/// The lists of POSIX and of NFS version 4.
 const ACLS: [&str; 2] = ["system.posix_acl_access", "system.nfs4_acl"];
 
-/// Gives `to` the access control list of `from`, or none if that has none.
+/// Copies the access control list of `from` to `to`. Removes it if `from` has none.
 pub(crate) fn copy_acl(from: &File, to: &File) -> io::Result<()> {
     for acl in ACLS {
         match copy_xattr(from, to, OsStr::new(acl)) {
-            // No file of this file system has such a list.
+            // The file system does not support such lists.
             Err(error) if error.kind() == io::ErrorKind::Unsupported => {}
             result => result?,
         }
@@ -87,19 +88,20 @@ pub(crate) fn copy_acl(from: &File, to: &File) -> io::Result<()> {
     Ok(())
 }
 
-/// What the system says against replacing `name` in `dir`; the empty name is `dir` itself. Nothing where
-/// it does not say.
+/// Returns the attributes that forbid replacing `name` in `dir`. The empty name is `dir` itself.
+/// Unknown attributes count as not set.
 pub(crate) fn restrictions(dir: impl AsFd, name: &CStr) -> Restrictions {
     let flags = libc::AT_SYMLINK_NOFOLLOW | libc::AT_EMPTY_PATH | libc::AT_NO_AUTOMOUNT;
     let mut buffer = MaybeUninit::<libc::statx>::zeroed();
     let dir = dir.as_fd().as_raw_fd();
-    // SAFETY: statx(2) reads the path, which `CStr` guarantees to be NUL-terminated, and writes at most
-    // one `struct statx`, to a buffer of that type.
+    // SAFETY: statx(2) reads the path, which `CStr` guarantees to be NUL-terminated, and writes at
+    // most one `struct statx` to a buffer of that type.
     let result = unsafe { libc::statx(dir, name.as_ptr(), flags, 0, buffer.as_mut_ptr()) };
     if result != 0 {
         return Restrictions::default();
     }
-    // SAFETY: all bytes of the buffer were zeros, or written by the kernel, and every field is an integer.
+    // SAFETY: all bytes of the buffer were zeroed or written by the kernel, and every field is an
+    // integer.
     let found = unsafe { buffer.assume_init() }.stx_attributes;
     let has = |attribute: libc::c_int| found & attribute as u64 != 0;
     Restrictions {
@@ -109,32 +111,32 @@ pub(crate) fn restrictions(dir: impl AsFd, name: &CStr) -> Restrictions {
     }
 }
 
-/// The user that files created by this thread belong to: the effective one, unless `setfsuid(2)` said
-/// otherwise.
+/// Returns the user that owns files created by this thread: the effective user, unless
+/// `setfsuid(2)` changed it.
 pub(crate) fn file_owner() -> u32 {
-    // No user has this id, so that nothing is changed; the answer is the id before.
+    // No user has this ID, so nothing changes. The call returns the current ID.
     setfsuid(Uid::from_raw(u32::MAX)).as_raw()
 }
 
-/// Whether this thread may rename files of the users `owners` that a sticky directory protects: it is
-/// one of them, or has the capability `CAP_FOWNER`.
+/// Returns whether this thread may rename files of the users `owners` in a sticky directory: it is
+/// one of them or has the capability `CAP_FOWNER`.
 pub(crate) fn may_act_for(owners: [u32; 2]) -> bool {
     const CAP_FOWNER: u64 = 1 << 3;
     let Ok(status) = std::fs::read_to_string("/proc/thread-self/status") else {
         return geteuid().is_root() || owners.contains(&geteuid().as_raw());
     };
     let field = |name| status.lines().find_map(|line| line.strip_prefix(name));
-    // Real, effective, saved, and the one that counts for files.
+    // The fields are the real, effective, saved and file system user.
     let uid = || field("Uid:")?.split_whitespace().nth(3)?.parse().ok();
     let capabilities = || u64::from_str_radix(field("CapEff:")?.trim(), 16).ok();
     uid().is_none_or(|uid: u32| owners.contains(&uid))
         || capabilities().is_none_or(|found| found & CAP_FOWNER != 0)
 }
 
-/// What tells the file at `name` from all others that have its inode number, before or after: see
+/// Returns the generation of the file at `name`: see
 /// [`Directory::generation`](crate::directory::Directory::generation).
 pub(crate) fn generation(dir: impl AsFd, name: &OsStr) -> io::Result<u64> {
-    // Such a descriptor asks for no permission on the file, and opens nothing.
+    // `O_PATH` requires no permission on the file and does not open it.
     let flags = OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
     let dir = dir.as_fd();
     let file = File::from(retry(|| openat(dir, name, flags, Mode::empty()))?);
@@ -146,12 +148,12 @@ pub(crate) fn generation(dir: impl AsFd, name: &OsStr) -> io::Result<u64> {
     }
 }
 
-/// A digest of the file's handle, which no other file of the file system has or will have; 0 where the
-/// file system gives none.
+/// Returns a digest of the file's handle, which is unique in the file system for all time; 0 if
+/// there is no handle.
 fn generation_of_handle(file: &File) -> io::Result<u64> {
     /// `MAX_HANDLE_SZ` of Linux's `include/linux/exportfs.h`.
     const MAX_HANDLE_LEN: usize = 128;
-    /// No time until the year 2262 has it.
+    /// Marks a digest. No time before the year 2262 has this bit.
     const FROM_HANDLE: u64 = 1 << 63;
     /// `struct file_handle` of Linux's `include/linux/fs.h`.
     #[repr(C)]
@@ -167,10 +169,10 @@ fn generation_of_handle(file: &File) -> io::Result<u64> {
     };
     let mut mount: libc::c_int = 0;
     let answered = retry(|| {
-        // By number: not every libc that Rust supports on Linux wraps it.
-        // SAFETY: name_to_handle_at(2) reads the path, which is NUL-terminated, and takes a descriptor
-        // that the borrowed file keeps open. It writes to `mount`, and to `handle`, of whose bytes
-        // it writes no more than `length` says there are.
+        // Called by number, because not every libc that Rust supports on Linux wraps it.
+        // SAFETY: name_to_handle_at(2) reads the path, which is NUL-terminated, and takes a
+        // descriptor that the borrowed file keeps open. It writes to `mount` and to `handle`, and
+        // at most `length` bytes to its `bytes`.
         Errno::result(unsafe {
             libc::syscall(
                 libc::SYS_name_to_handle_at,
@@ -199,7 +201,7 @@ fn generation_of_handle(file: &File) -> io::Result<u64> {
     Ok(digest | FROM_HANDLE)
 }
 
-/// Takes the access control list of a file away: one that its directory had it inherit.
+/// Removes the access control list that a file inherited from its directory.
 pub(crate) fn remove_acl(file: &File) -> io::Result<()> {
     let list = ACLS[0];
     match file.get_xattr(list) {
@@ -210,8 +212,8 @@ pub(crate) fn remove_acl(file: &File) -> io::Result<()> {
     }
 }
 
-/// Whether `dir` has an access control list, for all that is known. Every directory of NFS version 4
-/// has one of its own kind, which says nothing.
+/// Returns whether `dir` has or may have an access control list. The lists of NFS version 4 are
+/// ignored, because every directory has one there.
 pub(crate) fn has_acl(dir: impl AsFd) -> bool {
     let listed = dir
         .as_fd()
@@ -223,7 +225,7 @@ pub(crate) fn has_acl(dir: impl AsFd) -> bool {
     }
 }
 
-/// Whether the file with this device and inode number is in use as swap space, as far as that is known.
+/// Returns whether the file with this device and inode number is known to be in use as swap space.
 pub(crate) fn is_swap(id: FileId) -> bool {
     let Ok(table) = std::fs::read("/proc/swaps") else {
         return false;
@@ -236,7 +238,7 @@ pub(crate) fn is_swap(id: FileId) -> bool {
     })
 }
 
-/// The bytes that the kernel wrote as a backslash and three octal digits.
+/// Decodes the kernel's escapes: a backslash and three octal digits.
 fn unescaped(text: &[u8]) -> Vec<u8> {
     let mut bytes = Vec::new();
     let mut rest = text;
@@ -259,9 +261,9 @@ fn unescaped(text: &[u8]) -> Vec<u8> {
     bytes
 }
 
-/// Whether the file system under `fd` gives files the same inode number after it is mounted again.
+/// Returns whether the file system of `fd` keeps inode numbers across mounts.
 ///
-/// FAT and exFAT store none and make them up as they go, and so may whatever serves a FUSE mount.
+/// FAT and exFAT store none and assign them on demand, and so may a FUSE server.
 pub(crate) fn has_lasting_inode_numbers(fd: impl AsFd) -> io::Result<bool> {
     /// `EXFAT_SUPER_MAGIC` of Linux's `include/uapi/linux/magic.h`; libc has no constant for it.
     const EXFAT: u32 = 0x2011_BAB0;
@@ -270,19 +272,20 @@ pub(crate) fn has_lasting_inode_numbers(fd: impl AsFd) -> io::Result<bool> {
     Ok(!matches!(magic_of(fd)?, EXFAT | MSDOS | FUSE))
 }
 
-/// The number that tells which file system it is.
+/// Returns the magic number of the file system.
 fn magic_of(fd: impl AsFd) -> io::Result<u32> {
     let fd = fd.as_fd();
     let statfs = retry(|| nix::sys::statfs::fstatfs(fd))?;
-    // Magic numbers are 32 bits wide; the field's own width and sign differ between architectures.
+    // Magic numbers are 32 bits wide. The width and sign of the field differ between architectures.
     Ok(statfs.filesystem_type().0 as u32)
 }
 
-/// Whether the kernel counts everybody who has a file of this file system open or mapped, so that
-/// [`has_only_us`] can be believed. A list of those that the tests of this crate run on.
+/// Returns whether the kernel counts all users of a file of this file system, open or mapped, so
+/// that [`is_exclusively_open`] is reliable. This crate's tests run on each file system in the
+/// list.
 ///
-/// A stacked one (overlayfs, FUSE) maps files of the one below in place of its own, and a network one knows
-/// nothing of other machines.
+/// A stacked file system (overlayfs, FUSE) maps files of the lower one instead of its own. A
+/// network file system does not count the users on other machines.
 pub(crate) fn supports_leases(fd: impl AsFd) -> io::Result<bool> {
     const EXT: u32 = libc::EXT4_SUPER_MAGIC as u32;
     const XFS: u32 = libc::XFS_SUPER_MAGIC as u32;
@@ -291,19 +294,21 @@ pub(crate) fn supports_leases(fd: impl AsFd) -> io::Result<bool> {
     Ok(matches!(magic_of(fd)?, EXT | XFS | BTRFS | TMPFS))
 }
 
-/// Whether nobody but `file` itself has that file open or mapped.
+/// Returns whether no other open file or mapping refers to the file of `file`.
 ///
-/// The kernel grants a write lease only then. It is given back at once: what matters is that it was granted, and one who
-/// opens the file meanwhile, this process too, would have to wait for it.
+/// The kernel grants a write lease only in this case. The lease is released at once, because it
+/// would delay every process that opens the file, including this one.
 pub(crate) fn is_exclusively_open(file: &File) -> bool {
     /// Linux's `include/uapi/asm-generic/fcntl.h`; libc has no constant for it.
     const F_SETSIG: libc::c_int = 10;
     let fd = file.as_raw_fd();
-    // One who opens the file in the moment between makes the kernel send the holder a signal, by default SIGIO, which kills.
-    // Nothing is done about SIGURG by default, and who handles it is used to its coming for nothing.
+    // A process that opens the file in between makes the kernel send a signal, by default SIGIO,
+    // which kills this process. SIGURG is ignored by default, and handlers of it expect spurious
+    // signals.
     let lease = |command, argument: libc::c_int| {
         retry(|| {
-            // SAFETY: F_SETSIG and F_SETLEASE take an integer each, and no memory; `file` is borrowed, so open.
+            // SAFETY: F_SETSIG and F_SETLEASE take an integer and no memory. `file` is borrowed, so
+            // it is open.
             Errno::result(unsafe { libc::fcntl(fd, command, argument) })
         })
         .is_ok()
@@ -313,13 +318,13 @@ pub(crate) fn is_exclusively_open(file: &File) -> bool {
         && lease(libc::F_SETLEASE, libc::c_int::from(libc::F_UNLCK))
 }
 
-/// Whether `file` has extended attributes that a new file would not have, an access control list among them. So many that a list of them does
-/// not fit are an error, `ERANGE`.
+/// Returns whether `file` has extended attributes that a new file would lack, including an access
+/// control list. Fails with `ERANGE` if their list is too long.
 pub(crate) fn has_attributes(file: &File) -> io::Result<bool> {
     let mut names = [0_u8; 1024];
     let listed = retry(|| {
-        // SAFETY: flistxattr(2) writes at most `names.len()` bytes to `names`, which outlives the call; `file` is borrowed,
-        // so open.
+        // SAFETY: flistxattr(2) writes at most `names.len()` bytes to `names`, which outlives the
+        // call. `file` is borrowed, so it is open.
         Errno::result(unsafe {
             libc::flistxattr(file.as_raw_fd(), names.as_mut_ptr().cast(), names.len())
         })
@@ -329,7 +334,7 @@ pub(crate) fn has_attributes(file: &File) -> io::Result<bool> {
         Err(error) if error.raw_os_error() == Some(libc::ENOTSUP) => 0,
         Err(error) => return Err(error),
     };
-    // Security modules label every file, new ones too.
+    // Security modules also label new files.
     Ok(names[..length]
         .split(|byte| *byte == 0)
         .any(|name| !name.is_empty() && !name.starts_with(b"security.")))

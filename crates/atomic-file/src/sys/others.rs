@@ -1,4 +1,4 @@
-//! As all others have it, Apple's systems first of all.
+//! Apple's systems, and all others except Linux.
 
 #![allow(unsafe_code)]
 
@@ -16,7 +16,7 @@ use super::{Restrictions, retry};
 use crate::directory::FileId;
 use crate::options::Durability;
 
-/// Waits until what `fd` holds is on the medium, or cannot be overtaken by later writes.
+/// Syncs `fd` to the medium, or orders its writes before later ones.
 #[cfg(target_vendor = "apple")]
 pub(super) fn flush(fd: BorrowedFd<'_>, durability: Durability) -> io::Result<()> {
     use super::fall_back_if_unsupported;
@@ -34,15 +34,16 @@ pub(super) fn flush(fd: BorrowedFd<'_>, durability: Durability) -> io::Result<()
     )
 }
 
-/// Waits until what `fd` holds is on the medium.
+/// Syncs `fd` to the medium.
 #[cfg(not(target_vendor = "apple"))]
 pub(super) fn flush(fd: BorrowedFd<'_>, _: Durability) -> io::Result<()> {
     retry(|| nix::unistd::fsync(fd))
 }
 
-/// Renames without replacing: `EEXIST` where `to` exists.
+/// Renames without replacing; fails with `EEXIST` if `to` exists.
 ///
-/// One attempt, not repeated on `EINTR`: whether an interrupted rename happened is for the caller to find out.
+/// Makes one attempt, which is not repeated on `EINTR`. The caller determines whether an
+/// interrupted rename took effect.
 #[cfg(target_vendor = "apple")]
 pub(crate) fn rename_new(
     from_dir: impl AsFd,
@@ -51,8 +52,8 @@ pub(crate) fn rename_new(
     to: &CStr,
 ) -> nix::Result<()> {
     use std::os::fd::AsRawFd;
-    // SAFETY: renameatx_np(2) reads the two paths, which `CStr` guarantees to be NUL-terminated and alive here,
-    // and takes two descriptors, which `AsFd` guarantees to be open for the length of the call.
+    // SAFETY: renameatx_np(2) reads the two paths, which `CStr` guarantees to be NUL-terminated and
+    // alive here. It takes two descriptors, which `AsFd` guarantees to be open during the call.
     let result = unsafe {
         libc::renameatx_np(
             from_dir.as_fd().as_raw_fd(),
@@ -65,23 +66,23 @@ pub(crate) fn rename_new(
     Errno::result(result).map(drop)
 }
 
-/// Renames without replacing: nowhere else is there such a call, and `link` does it.
+/// Fails: these systems have no such call. The caller uses `link`.
 #[cfg(not(target_vendor = "apple"))]
 pub(crate) fn rename_new(_: impl AsFd, _: &CStr, _: impl AsFd, _: &CStr) -> nix::Result<()> {
     Err(Errno::ENOTSUP)
 }
 
-/// Without leases (see [`has_only_us`]) nothing is ever exchanged.
+/// Fails. It is never called without leases, see [`is_exclusively_open`].
 pub(crate) fn exchange(_: impl AsFd, _: &CStr, _: &CStr) -> nix::Result<()> {
     Err(Errno::ENOTSUP)
 }
 
-/// Access control lists are not kept in extended attributes.
+/// Returns `false`: access control lists are not extended attributes here.
 pub(crate) fn is_acl(_: &OsStr) -> bool {
     false
 }
 
-/// Gives `to` the access control list of `from`, or none if that has none.
+/// Copies the access control list of `from` to `to`. Removes it if `from` has none.
 #[cfg(target_vendor = "apple")]
 pub(crate) fn copy_acl(from: &File, to: &File) -> io::Result<()> {
     use std::os::fd::AsRawFd;
@@ -91,29 +92,29 @@ pub(crate) fn copy_acl(from: &File, to: &File) -> io::Result<()> {
     Errno::result(result).map(drop).map_err(io::Error::from)
 }
 
-/// Gives `to` the access control list of `from`: not known how.
+/// Fails: not implemented for these systems.
 #[cfg(not(target_vendor = "apple"))]
 pub(crate) fn copy_acl(_: &File, _: &File) -> io::Result<()> {
     Err(io::ErrorKind::Unsupported.into())
 }
 
-/// Takes an access control list away: not known how. One that is inherited stays.
+/// Does nothing: an inherited list stays on these systems.
 pub(crate) fn remove_acl(_: &File) -> io::Result<()> {
     Ok(())
 }
 
-/// Whether `dir` has an access control list: what it gives is not in the mode.
+/// Returns `false`: the mode does not include the access control list here.
 pub(crate) fn has_acl(_: impl AsFd) -> bool {
     false
 }
 
-/// Swap space is the system's own, in a directory that nobody saves to.
+/// Returns `false`: swap space is in a directory of the system.
 pub(crate) fn is_swap(_: FileId) -> bool {
     false
 }
 
-/// What the system says against replacing `name` in `dir`; the empty name is `dir` itself. Nothing where
-/// it does not say.
+/// Returns the attributes that forbid replacing `name` in `dir`. The empty name is `dir` itself.
+/// Unknown attributes count as not set.
 pub(crate) fn restrictions(dir: impl AsFd, name: &CStr) -> Restrictions {
     let dir = dir.as_fd();
     let stat = if name.is_empty() {
@@ -138,17 +139,17 @@ pub(crate) fn restrictions(dir: impl AsFd, name: &CStr) -> Restrictions {
     restrictions
 }
 
-/// The user that files created by this process belong to.
+/// Returns the user that owns files created by this process.
 pub(crate) fn file_owner() -> u32 {
     geteuid().as_raw()
 }
 
-/// Whether this process may rename files of the users `owners` that a sticky directory protects.
+/// Returns whether this process may rename files of the users `owners` in a sticky directory.
 pub(crate) fn may_act_for(owners: [u32; 2]) -> bool {
     geteuid().is_root() || owners.contains(&geteuid().as_raw())
 }
 
-/// When the file at `name` was created: see
+/// Returns the generation of the file at `name`, its time of creation: see
 /// [`Directory::generation`](crate::directory::Directory::generation).
 pub(crate) fn generation(dir: impl AsFd, name: &OsStr) -> io::Result<u64> {
     let dir = dir.as_fd();
@@ -163,9 +164,9 @@ pub(crate) fn generation(dir: impl AsFd, name: &OsStr) -> io::Result<u64> {
     Ok(created)
 }
 
-/// Whether the file system under `fd` gives files the same inode number after it is mounted again.
+/// Returns whether the file system of `fd` keeps inode numbers across mounts.
 ///
-/// FAT and exFAT store none and make them up as they go, and so may whatever serves a FUSE mount.
+/// FAT and exFAT store none and assign them on demand, and so may a FUSE server.
 pub(crate) fn has_lasting_inode_numbers(fd: impl AsFd) -> io::Result<bool> {
     let fd = fd.as_fd();
     let statfs = retry(|| nix::sys::statfs::fstatfs(fd))?;
@@ -173,17 +174,17 @@ pub(crate) fn has_lasting_inode_numbers(fd: impl AsFd) -> io::Result<bool> {
     Ok(!matches!(name, "exfat" | "msdos" | "msdosfs") && !name.contains("fuse"))
 }
 
-/// There are no leases.
+/// Returns `false`: these systems have no leases.
 pub(crate) fn supports_leases(_: impl AsFd) -> io::Result<bool> {
     Ok(false)
 }
 
-/// There are no leases: nobody can tell.
+/// Returns `false`: these systems have no leases.
 pub(crate) fn is_exclusively_open(_: &File) -> bool {
     false
 }
 
-/// Nothing is recycled there.
+/// Returns `true`, so that no file is recycled.
 pub(crate) fn has_attributes(_: &File) -> io::Result<bool> {
     Ok(true)
 }
