@@ -46,7 +46,7 @@ const CRATES: [(&str, &[Part]); 4] = [
         &[whole(&[
             &["group", "power_loss", "recycling", "replace"],
             &["hostile", "leftovers", "meanwhile"],
-            &["known_in_advance", "preserve", "replace_only"],
+            &["preflight", "preserve", "replace_only"],
             &["faults"],
         ])],
     ),

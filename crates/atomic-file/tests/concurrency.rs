@@ -1,4 +1,4 @@
-//! What others do in the same moment: look at a stage that was just made, complete the same group, fork.
+//! Concurrent processes: sweepers, recoveries, other groups, forks.
 
 #![allow(unsafe_code)]
 
@@ -17,11 +17,11 @@ use rstest::rstest;
 use support::{Held, assert_names, commit, group, group_state_of};
 use test_machine::{Need, not_run, thorough};
 
-/// A published record of a group that someone is committing.
+/// The published record of a group in progress.
 const RECORD: &str = ".atomic-file-0123456789abcdef.group";
 const FILES: [&str; 3] = ["memory", "vcpu", "devices"];
 
-/// Not a test of its own: what `support::command` runs.
+/// Runs the job of `support::command`; not a test by itself.
 #[test]
 fn child() {
     let Some((job, dir)) = support::job() else {
@@ -31,7 +31,7 @@ fn child() {
         "group" => group_state_of(group(&dir, &FILES, "group's").unwrap().commit()),
         "recover" => format!("{:?}", recover(&dir).unwrap().completed.len()),
         "single" => support::replace(&AtomicWriter::options(), &dir.join(FILES[0])),
-        "name of the stage" => {
+        "staged name" => {
             let writer = AtomicWriter::open(dir.join("dest")).unwrap();
             let path = writer.temp_path().display().to_string();
             writer.discard().unwrap();
@@ -41,10 +41,10 @@ fn child() {
     });
 }
 
-/// A sweeper that looks at a new stage has its lock for a moment.
+/// A sweeper that inspects a new staged file holds its lock briefly.
 #[test]
-fn a_new_stage_that_is_looked_at_is_still_its_writers() {
-    if !Need::Strace.met("a_new_stage_that_is_looked_at_is_still_its_writers") {
+fn a_writer_waits_for_a_sweeper_to_unlock_its_file() {
+    if !Need::Strace.met("a_writer_waits_for_a_sweeper_to_unlock_its_file") {
         return;
     }
     let dir = tempfile::tempdir().unwrap();
@@ -58,7 +58,7 @@ fn a_new_stage_that_is_looked_at_is_still_its_writers() {
         "-e",
         taken,
     ];
-    let first = support::under_strace("name of the stage", dir.path(), &args);
+    let first = support::under_strace("staged name", dir.path(), &args);
     assert!(first.unwrap().ends_with(".stage"));
     let trace = fs::read_to_string(&log).unwrap();
     assert_eq!(trace.matches("(INJECTED)").count(), 3, "{trace}");
@@ -68,18 +68,18 @@ fn a_new_stage_that_is_looked_at_is_still_its_writers() {
     assert_names(dir.path(), &[]);
 }
 
-/// What a sweeper finds while a record stands it leaves as it is: the stage is its writer's.
+/// A sweeper keeps all staged files while a record exists.
 #[test]
-fn a_new_stage_is_kept_by_sweepers_while_a_record_stands() {
-    const TEST: &str = "a_new_stage_is_kept_by_sweepers_while_a_record_stands";
+fn sweepers_keep_unlocked_new_files_while_a_record_exists() {
+    const TEST: &str = "sweepers_keep_unlocked_new_files_while_a_record_exists";
     if !Need::Strace.met(TEST) {
         return;
     }
     let dir = tempfile::tempdir().unwrap();
     let record = File::create(dir.path().join(RECORD)).unwrap();
     record.lock().unwrap();
-    // The stage exists, and is not locked yet.
-    let mut held = Held::start("name of the stage", dir.path(), "flock", "delay_enter", 1);
+    // The staged file exists, and is not locked yet.
+    let mut held = Held::start("staged name", dir.path(), "flock", "delay_enter", 1);
     held.wait_for_a_call();
     let report = sweep(dir.path()).unwrap();
     assert!(report.removed.is_empty(), "{report:?}");
@@ -88,10 +88,10 @@ fn a_new_stage_is_kept_by_sweepers_while_a_record_stands() {
 }
 
 #[test]
-fn racing_sweepers_leave_new_stages_to_their_writers() {
-    const TEST: &str = "racing_sweepers_leave_new_stages_to_their_writers";
+fn racing_sweepers_keep_new_staged_files() {
+    const TEST: &str = "racing_sweepers_keep_new_staged_files";
     if !thorough() {
-        // A sweeper that is kept from the processor has a lock for longer than a writer waits.
+        // A sweeper without processor time holds a lock for longer than a writer waits.
         return not_run(
             TEST,
             "it depends on the scheduler: `cargo xtask prove tests` runs it",
@@ -123,13 +123,13 @@ fn old_files(dir: &Path) {
     }
 }
 
-/// The record says what each destination was when the group was published, and the single commit's
-/// file is something else.
+/// The record identifies each destination at the time of publishing, and the single commit's file
+/// differs.
 #[rstest]
 #[case::of_an_old_file(true)]
 #[case::of_no_file(false)]
-fn a_commit_is_not_undone_by_a_group_that_died_meanwhile(#[case] existed: bool) {
-    const TEST: &str = "a_commit_is_not_undone_by_a_group_that_died_meanwhile";
+fn a_commit_is_not_undone_by_an_interrupted_group(#[case] existed: bool) {
+    const TEST: &str = "a_commit_is_not_undone_by_an_interrupted_group";
     if !Need::Strace.met(TEST) {
         return;
     }
@@ -138,7 +138,7 @@ fn a_commit_is_not_undone_by_a_group_that_died_meanwhile(#[case] existed: bool) 
     if !existed {
         fs::remove_file(dir.path().join(FILES[0])).unwrap();
     }
-    // It has looked for records, and is about to rename.
+    // The commit has looked for records, and is about to rename.
     let mut held = Held::start("single", dir.path(), "renameat", "delay_enter", 1);
     held.wait_for_a_call();
     let nth = support::RENAMES_BEFORE_MEMBERS + 1;
@@ -155,11 +155,11 @@ fn a_commit_is_not_undone_by_a_group_that_died_meanwhile(#[case] existed: bool) 
     assert_names(dir.path(), &FILES);
 }
 
-/// A recovery that looked at the destination just before the single commit's rename replaces it just
-/// after: then the commit has not returned yet.
+/// A recovery that checked the destination just before the single commit's rename replaces it just
+/// after. The commit has not returned yet.
 #[test]
-fn a_commit_waits_for_a_recovery_that_looked_before_it() {
-    const TEST: &str = "a_commit_waits_for_a_recovery_that_looked_before_it";
+fn a_commit_waits_for_a_recovery_that_checked_earlier() {
+    const TEST: &str = "a_commit_waits_for_a_recovery_that_checked_earlier";
     if !Need::Strace.met(TEST) {
         return;
     }
@@ -183,30 +183,30 @@ fn a_commit_waits_for_a_recovery_that_looked_before_it() {
         assert_eq!(recovery.release().as_deref(), Some("3"));
         assert_eq!(single.join().unwrap().as_deref(), Some("ok"));
     });
-    // Both were under way at once, and the group came last. From here on nothing changes it.
+    // Both were in progress, and the group renamed last. The result is final.
     commit(&Options::default(), &dir.path().join(FILES[0]), b"newest").unwrap();
     recover(dir.path()).unwrap();
     let texts = FILES.map(|name| fs::read_to_string(dir.path().join(name)).unwrap());
     assert_eq!(texts, ["newest", "group's", "group's"]);
 }
 
-/// Whether someone waits for the lock of the file with this inode number.
+/// Returns whether a process waits for the lock of the file with this inode number.
 fn is_waited_for(inode: u64) -> bool {
     let locks = fs::read_to_string("/proc/locks").unwrap();
     let waits = |line: &str| line.contains("->") && line.contains(&format!(":{inode} "));
     locks.lines().any(waits)
 }
 
-/// Groups over the same files take turns; others do not wait.
+/// Groups with common files are serialized; others do not wait.
 #[test]
-fn a_stopped_group_holds_up_only_groups_that_share_a_file() {
-    const TEST: &str = "a_stopped_group_holds_up_only_groups_that_share_a_file";
+fn a_stopped_group_blocks_only_groups_with_common_files() {
+    const TEST: &str = "a_stopped_group_blocks_only_groups_with_common_files";
     if !Need::Strace.met(TEST) {
         return;
     }
     let dir = tempfile::tempdir().unwrap();
     old_files(dir.path());
-    // Its ticket is there, and its record is about to be published.
+    // Its ticket exists, and its record is about to be published.
     let nth = support::RENAMES_BEFORE_MEMBERS;
     let mut held = Held::start("group", dir.path(), "renameat", "delay_enter", nth);
     let has_ticket = || {
@@ -222,7 +222,7 @@ fn a_stopped_group_holds_up_only_groups_that_share_a_file() {
     let sharing = group(dir.path(), &[FILES[2], "other"], "last").unwrap();
     thread::scope(|scope| {
         let sharing = scope.spawn(|| sharing.commit());
-        // Not a proof that it waits: that it does is what the files say in the end.
+        // This does not prove that it waits; the contents of the files do.
         thread::sleep(Duration::from_millis(50));
         assert_eq!(held.release().as_deref(), Some("ok"));
         sharing.join().unwrap().unwrap();
@@ -244,9 +244,9 @@ fn half_done(dir: &Path) {
     support::record(dir);
 }
 
-/// Whoever completes it has looked at what is left to be replaced, and replaces that.
+/// The recovery has checked the remaining members, and is about to rename them.
 #[test]
-fn what_is_committed_while_a_dead_group_is_completed_is_not_replaced_by_it() {
+fn a_recovery_keeps_files_committed_during_it() {
     if !Need::Strace.met("what_is_committed_while_a_dead_group_is_completed_is_not_replaced") {
         return;
     }
@@ -254,7 +254,7 @@ fn what_is_committed_while_a_dead_group_is_completed_is_not_replaced_by_it() {
     half_done(dir.path());
     let mut completing = Held::start("recover", dir.path(), "renameat", "delay_enter", 1);
     completing.wait_for_a_call();
-    // Another destination's commit has nothing to wait for.
+    // A commit of another destination does not wait.
     commit(&Options::default(), &dir.path().join("other"), b"").unwrap();
     let newest = |name| commit(&Options::default(), &dir.path().join(name), b"newest").unwrap();
     let inode = fs::metadata(support::record(dir.path())).unwrap().ino();
@@ -270,7 +270,7 @@ fn what_is_committed_while_a_dead_group_is_completed_is_not_replaced_by_it() {
 }
 
 #[test]
-fn a_child_that_was_forked_meanwhile_keeps_no_lock() {
+fn a_forked_child_keeps_no_lock() {
     let (_dir, dest) = support::dir_with_old();
     let writer = AtomicWriter::open(&dest).unwrap();
     // SAFETY: the child makes system calls only.

@@ -1,6 +1,8 @@
-//! Every system call of a commit made to fail, and every one made the last: by `strace`, on the real thing.
+//! Injected faults: `strace` makes every system call of a commit fail, or the last one before a
+//! kill.
 //!
-//! A run is recorded first; then it is repeated once for each of its calls, with that very call tampered with.
+//! A run is recorded first. It is then repeated once for each of its calls, with a fault injected
+//! into that call.
 
 mod support;
 
@@ -14,12 +16,12 @@ use rstest::rstest;
 use support::{Held, assert_names, commit, group, names, same_text};
 use test_machine::{Need, recycling_dir, rounds};
 
-/// What a spare may hold; more than these tests write.
+/// The size limit of recycled files; these tests write less.
 const MAX: u64 = 1 << 20;
 
 const FILES: [&str; 3] = ["memory", "vcpu", "devices"];
 
-/// Not a test of its own: what `support::command` runs.
+/// Runs the job of `support::command`; not a test by itself.
 #[test]
 fn child() {
     let Some((job, dir)) = support::job() else {
@@ -59,14 +61,14 @@ fn child() {
     });
 }
 
-const CALLS: &str = "trace=?open,openat,?fstat,?newfstatat,?fstatat64,?statx,flock,fchmod,fsync,fdatasync,?rename,\
-    renameat,renameat2,linkat,?unlink,unlinkat,write,pwrite64,read,getdents64,?fstatfs,?statfs,?lseek,close,\
-    fcntl,flistxattr,ftruncate";
+const CALLS: &str = "trace=?open,openat,?fstat,?newfstatat,?fstatat64,?statx,flock,fchmod,fsync,\
+    fdatasync,?rename,renameat,renameat2,linkat,?unlink,unlinkat,write,pwrite64,read,getdents64,\
+    ?fstatfs,?statfs,?lseek,close,fcntl,flistxattr,ftruncate";
 
 fn strace(job: &str, dir: &Path, log: &Path, tampering: &[String]) -> Option<String> {
     let log = log.to_str().expect("a plain path");
     let mut args = vec!["-e", CALLS, "-o", log];
-    // The other calls do not stop at the tracer. A signal must come at the stop before the call.
+    // Only traced calls stop. A signal must arrive at the stop before the call.
     if !tampering.iter().any(|what| what.contains("signal=")) {
         args.push("--seccomp-bpf");
     }
@@ -74,8 +76,8 @@ fn strace(job: &str, dir: &Path, log: &Path, tampering: &[String]) -> Option<Str
     support::under_strace(job, dir, &args)
 }
 
-/// The calls between the marks, each with its number among the calls of its name, as `strace` counts them for `when=`:
-/// for each thread, from its start.
+/// The calls between the marks, each with its number among the calls of its name, as `strace`
+/// counts them for `when=`: per thread, from its start.
 fn recorded(log: &Path) -> Vec<(String, usize)> {
     let log = fs::read_to_string(log).expect("read the trace");
     let thread_of = |line: &str| line.split_once(' ').expect("a thread id").0.to_owned();
@@ -106,14 +108,11 @@ fn recorded(log: &Path) -> Vec<(String, usize)> {
             "{name} {number} would hit another thread as well"
         );
     }
-    assert!(
-        calls.len() > 5,
-        "the trace is not what it was taken for: {log}"
-    );
+    assert!(calls.len() > 5, "unexpected trace: {log}");
     calls
 }
 
-/// A directory where `job` does what its name says.
+/// A directory in which `job` runs.
 fn scratch(job: &str) -> tempfile::TempDir {
     match job {
         "recycle" => recycling_dir(),
@@ -121,7 +120,7 @@ fn scratch(job: &str) -> tempfile::TempDir {
     }
 }
 
-/// Every call of `job`, as it runs in a directory made by `prepare`.
+/// Every call of `job` in a directory that `prepare` sets up.
 fn calls_of(job: &str, prepare: &impl Fn(&Path)) -> Vec<(String, usize)> {
     let scratch = scratch(job);
     let (dir, log) = (scratch.path().join("dir"), scratch.path().join("log"));
@@ -135,7 +134,8 @@ fn calls_of(job: &str, prepare: &impl Fn(&Path)) -> Vec<(String, usize)> {
     recorded(&log)
 }
 
-/// Runs `job` once for every one of its calls, tampered with as `how` says, and lets `check` look at the directory.
+/// Runs `job` once for each of its calls, with the fault of `how` injected, and calls `check` on
+/// the directory.
 fn tamper(
     job: &str,
     prepare: impl Fn(&Path),
@@ -146,7 +146,7 @@ fn tamper(
     tamper_with(calls, job, prepare, how, check);
 }
 
-/// Runs `job` once for every one of `calls`.
+/// Runs `job` once for each of `calls`.
 fn tamper_with(
     calls: Vec<(String, usize)>,
     job: &str,
@@ -169,16 +169,15 @@ fn tamper_with(
         check(&dir, report.as_deref(), &context);
         runs += 1;
     }
-    assert!(runs > 5, "{runs} runs are no test");
+    assert!(runs > 5, "only {runs} runs");
 }
 
 fn error(call: &str, number: usize, errno: &str) -> Option<Vec<String>> {
-    // A close that did not happen leaks a descriptor in a process that ends.
+    // A failed close only leaks a descriptor in a process that ends.
     (call != "close").then(|| vec![format!("inject={call}:error={errno}:when={number}")])
 }
 
-/// Fails each call of `job` with one of `errnos`, in turn, or with each of them where tests are
-/// thorough.
+/// Fails each call of `job` with one of `errnos`, in turn. Thorough tests use each of them.
 fn fail_each(
     job: &str,
     prepare: impl Fn(&Path),
@@ -205,12 +204,12 @@ fn one_old_file(dir: &Path) {
     fs::create_dir(dir.join("staging")).unwrap();
 }
 
-/// The spare of `dest`.
-const SPARE: &str = ".atomic-file-88662993.spare";
+/// The recycled file of `dest`.
+const RECYCLED: &str = ".atomic-file-88662993.spare";
 
 fn old_file_and_spare(dir: &Path) {
     one_old_file(dir);
-    fs::write(dir.join(SPARE), "older").unwrap();
+    fs::write(dir.join(RECYCLED), "older").unwrap();
 }
 
 fn no_file(dir: &Path) {
@@ -232,8 +231,8 @@ fn text(dir: &Path) -> String {
 
 fn assert_only_dest(dir: &Path, context: &str) {
     let mut found = names(dir);
-    // A spare is not left behind: it is one, and the next writer's.
-    found.retain(|name| name != "dest" && name != "staging" && name != SPARE);
+    // A recycled file is not a leftover: the next writer reuses it.
+    found.retain(|name| name != "dest" && name != "staging" && name != RECYCLED);
     assert!(found.is_empty(), "left behind {found:?}: {context}");
     assert!(
         names(&dir.join("staging")).is_empty(),
@@ -246,11 +245,8 @@ fn assert_only_dest(dir: &Path, context: &str) {
 #[case::no_clobber("no clobber", no_file)]
 #[case::elsewhere("elsewhere", one_old_file)]
 #[case::recycle("recycle", old_file_and_spare)]
-fn whatever_call_fails_the_error_tells_the_truth_and_nothing_is_left_behind(
-    #[case] job: &str,
-    #[case] prepare: fn(&Path),
-) {
-    const TEST: &str = "whatever_call_fails_the_error_tells_the_truth_and_nothing_is_left_behind";
+fn errors_state_the_result_and_no_file_is_left(#[case] job: &str, #[case] prepare: fn(&Path)) {
+    const TEST: &str = "errors_state_the_result_and_no_file_is_left";
     if !Need::Strace.met(TEST) {
         return;
     }
@@ -259,7 +255,7 @@ fn whatever_call_fails_the_error_tells_the_truth_and_nothing_is_left_behind(
         prepare,
         &["EIO", "ENOSPC", "ESTALE", "EDQUOT"],
         |dir, report, context| {
-            let expected = match report.unwrap_or_else(|| panic!("it died: {context}")) {
+            let expected = match report.unwrap_or_else(|| panic!("the job was killed: {context}")) {
                 "ok" | "replaced" => "new",
                 "not replaced" | "not written" => "old",
                 report if report.starts_with("not opened: Leftover") => {
@@ -275,10 +271,10 @@ fn whatever_call_fails_the_error_tells_the_truth_and_nothing_is_left_behind(
     );
 }
 
-/// The clean-up fails as well: then the error must say what was left.
+/// The removal fails as well: the error must name the file.
 #[test]
-fn where_cleaning_up_fails_too_the_error_names_what_was_left() {
-    if !Need::Strace.met("where_cleaning_up_fails_too_the_error_names_what_was_left") {
+fn errors_name_files_that_could_not_be_removed() {
+    if !Need::Strace.met("errors_name_files_that_could_not_be_removed") {
         return;
     }
     let how = |call: &str, number| {
@@ -308,17 +304,17 @@ fn where_cleaning_up_fails_too_the_error_names_what_was_left() {
     assert_eq!(seen, [not, not, not, "replaced"]);
 }
 
-/// Every call whose answer decides whether the spare may be used.
+/// Every call whose result decides whether the recycled file may be used.
 #[rstest]
 #[case::no_attributes_here("flistxattr:error=EOPNOTSUPP", true)]
-#[case::so_many_attributes("flistxattr:error=ERANGE", false)]
+#[case::too_many_attributes("flistxattr:error=ERANGE", false)]
 #[case::attributes_unknown("flistxattr:error=EIO", false)]
 #[case::no_locks("flock:error=ENOLCK", false)]
-fn a_spare_is_used_only_where_it_is_known_to_be_like_a_new_file(
+fn a_recycled_file_is_used_only_if_it_equals_a_new_one(
     #[case] fault: &str,
     #[case] recycles: bool,
 ) {
-    if !Need::Strace.met("a_spare_is_used_only_where_it_is_known_to_be_like_a_new_file") {
+    if !Need::Strace.met("a_recycled_file_is_used_only_if_it_equals_a_new_one") {
         return;
     }
     let scratch = recycling_dir();
@@ -330,8 +326,8 @@ fn a_spare_is_used_only_where_it_is_known_to_be_like_a_new_file(
 }
 
 #[test]
-fn a_group_whose_stages_can_not_be_locked_is_refused() {
-    if !Need::Strace.met("a_group_whose_stages_can_not_be_locked_is_refused") {
+fn a_group_without_locks_is_refused() {
+    if !Need::Strace.met("a_group_without_locks_is_refused") {
         return;
     }
     let scratch = tempfile::tempdir().unwrap();
@@ -350,8 +346,8 @@ fn a_group_whose_stages_can_not_be_locked_is_refused() {
 #[rstest]
 #[case("discard", 1)]
 #[case("discard group", FILES.len())]
-fn what_a_discard_can_not_remove_it_names(#[case] job: &str, #[case] count: usize) {
-    if !Need::Strace.met("what_a_discard_can_not_remove_it_names") {
+fn discard_names_files_that_it_cannot_remove(#[case] job: &str, #[case] count: usize) {
+    if !Need::Strace.met("discard_names_files_that_it_cannot_remove") {
         return;
     }
     let scratch = tempfile::tempdir().unwrap();
@@ -374,8 +370,8 @@ fn what_a_discard_can_not_remove_it_names(#[case] job: &str, #[case] count: usiz
 #[case::no_clobber("no clobber", no_file)]
 #[case::group("group", old_files)]
 #[case::recycle("recycle", old_file_and_spare)]
-fn interrupted_calls_are_made_again(#[case] job: &str, #[case] prepare: fn(&Path)) {
-    if !Need::Strace.met("interrupted_calls_are_made_again") {
+fn interrupted_calls_are_repeated(#[case] job: &str, #[case] prepare: fn(&Path)) {
+    if !Need::Strace.met("interrupted_calls_are_repeated") {
         return;
     }
     // Calls that POSIX lets a signal interrupt; stat and lseek are not among them.
@@ -383,7 +379,7 @@ fn interrupted_calls_are_made_again(#[case] job: &str, #[case] prepare: fn(&Path
     let how = |call: &str, number| error(call, number, "EINTR").filter(|_| may_be(call));
     tamper(job, prepare, how, |dir, report, context| {
         assert_eq!(report, Some("ok"), "{context}");
-        assert_eq!(dir.join(SPARE).exists(), job == "recycle", "{context}");
+        assert_eq!(dir.join(RECYCLED).exists(), job == "recycle", "{context}");
     });
 }
 
@@ -407,10 +403,10 @@ fn no_clobber_falls_back_to_links(#[case] errno: &str) {
     assert_only_dest(scratch.path(), "links");
 }
 
-/// The stage keeps its name when it is linked, so that the name can't tell whether it was.
+/// A link keeps the old name, so that name does not show whether the link was made.
 #[test]
-fn whether_a_link_was_made_is_unknown_where_its_outcome_cannot_be_read() {
-    const TEST: &str = "whether_a_link_was_made_is_unknown_where_its_outcome_cannot_be_read";
+fn an_unverifiable_link_is_reported_as_unknown() {
+    const TEST: &str = "an_unverifiable_link_is_reported_as_unknown";
     if !Need::Strace.met(TEST) {
         return;
     }
@@ -422,7 +418,7 @@ fn whether_a_link_was_made_is_unknown_where_its_outcome_cannot_be_read() {
         no_file(&dir);
         strace("no clobber", &dir, &log, tampering)
     };
-    // The first link is the rehearsal's.
+    // The first link is that of the preflight.
     let mut tampering: Vec<String> = vec![
         "inject=renameat2:error=EINVAL".into(),
         "inject=linkat:error=EIO:when=2".into(),
@@ -438,8 +434,8 @@ fn whether_a_link_was_made_is_unknown_where_its_outcome_cannot_be_read() {
 #[rstest]
 #[case("EPERM")]
 #[case("EOPNOTSUPP")]
-fn no_clobber_is_refused_at_open_where_the_file_system_has_neither_way(#[case] errno: &str) {
-    if !Need::Strace.met("no_clobber_is_refused_at_open_where_the_file_system_has_neither_way") {
+fn open_refuses_no_clobber_without_support(#[case] errno: &str) {
+    if !Need::Strace.met("open_refuses_no_clobber_without_support") {
         return;
     }
     let scratch = tempfile::tempdir().unwrap();
@@ -460,17 +456,17 @@ fn no_clobber_is_refused_at_open_where_the_file_system_has_neither_way(#[case] e
 #[case::no_clobber("no clobber", no_file)]
 #[case::elsewhere("elsewhere", one_old_file)]
 #[case::recycle("recycle", old_file_and_spare)]
-fn killed_at_any_call_the_file_is_old_or_new_and_the_leftover_is_swept(
+fn killed_at_any_call_the_file_is_complete_and_sweep_cleans_up(
     #[case] job: &str,
     #[case] prepare: fn(&Path),
 ) {
-    const TEST: &str = "killed_at_any_call_the_file_is_old_or_new_and_the_leftover_is_swept";
+    const TEST: &str = "killed_at_any_call_the_file_is_complete_and_sweep_cleans_up";
     if !Need::Strace.met(TEST) {
         return;
     }
     let seen = std::cell::RefCell::new(std::collections::BTreeSet::new());
     tamper(job, prepare, kill, |dir, report, context| {
-        assert_eq!(report, None, "it lives: {context}");
+        assert_eq!(report, None, "the job was not killed: {context}");
         let now = text(dir);
         assert!(now == "old" || now == "new", "{now}: {context}");
         seen.borrow_mut().insert(now);
@@ -482,16 +478,15 @@ fn killed_at_any_call_the_file_is_old_or_new_and_the_leftover_is_swept(
     assert_eq!(seen.into_inner().len(), 2, "both outcomes were seen");
 }
 
-/// What was left by the rehearsal too, whose file has a name of its own for a moment.
+/// The file of the preflight, which has a second name briefly, is removed too.
 #[test]
-fn killed_at_any_call_a_writer_that_replaces_nothing_is_followed_by_another_without_a_sweep() {
-    const TEST: &str =
-        "killed_at_any_call_a_writer_that_replaces_nothing_is_followed_by_another_without_a_sweep";
+fn open_succeeds_after_a_no_clobber_writer_was_killed() {
+    const TEST: &str = "open_succeeds_after_a_no_clobber_writer_was_killed";
     if !Need::Strace.met(TEST) {
         return;
     }
     tamper("no clobber", no_file, kill, |dir, report, context| {
-        assert_eq!(report, None, "it lives: {context}");
+        assert_eq!(report, None, "the job was not killed: {context}");
         let dest = dir.join("dest");
         if !dest.exists() {
             let options = AtomicWriter::options().no_clobber(true);
@@ -503,9 +498,8 @@ fn killed_at_any_call_a_writer_that_replaces_nothing_is_followed_by_another_with
 }
 
 #[test]
-fn killed_at_any_call_a_recycling_writer_is_followed_by_another_without_a_sweep() {
-    const TEST: &str =
-        "killed_at_any_call_a_recycling_writer_is_followed_by_another_without_a_sweep";
+fn open_succeeds_after_a_recycling_writer_was_killed() {
+    const TEST: &str = "open_succeeds_after_a_recycling_writer_was_killed";
     if !Need::Strace.met(TEST) {
         return;
     }
@@ -514,7 +508,7 @@ fn killed_at_any_call_a_recycling_writer_is_followed_by_another_without_a_sweep(
         old_file_and_spare,
         kill,
         |dir, report, context| {
-            assert_eq!(report, None, "it lives: {context}");
+            assert_eq!(report, None, "the job was not killed: {context}");
             for text in ["next", "one more", "last"] {
                 let writer = AtomicWriter::options().recycle(MAX).open(dir.join("dest"));
                 let writer = writer.unwrap();
@@ -529,8 +523,8 @@ fn killed_at_any_call_a_recycling_writer_is_followed_by_another_without_a_sweep(
 }
 
 #[test]
-fn whatever_call_of_a_group_fails_the_error_tells_the_truth() {
-    if !Need::Strace.met("whatever_call_of_a_group_fails_the_error_tells_the_truth") {
+fn group_errors_state_the_result_for_any_failed_call() {
+    if !Need::Strace.met("group_errors_state_the_result_for_any_failed_call") {
         return;
     }
     let seen = std::cell::RefCell::new(std::collections::BTreeSet::new());
@@ -539,7 +533,7 @@ fn whatever_call_of_a_group_fails_the_error_tells_the_truth() {
         old_files,
         &["EIO", "ENOSPC"],
         |dir, report, context| {
-            let report = report.unwrap_or_else(|| panic!("it died: {context}"));
+            let report = report.unwrap_or_else(|| panic!("the job was killed: {context}"));
             let state = report.split(':').next().unwrap_or(report);
             seen.borrow_mut().insert(state.to_owned());
             match state {
@@ -567,13 +561,13 @@ fn whatever_call_of_a_group_fails_the_error_tells_the_truth() {
 }
 
 #[test]
-fn a_group_killed_at_any_call_is_all_old_or_all_new_once_recovered() {
-    if !Need::Strace.met("a_group_killed_at_any_call_is_all_old_or_all_new_once_recovered") {
+fn a_group_killed_at_any_call_recovers_to_old_or_new() {
+    if !Need::Strace.met("a_group_killed_at_any_call_recovers_to_old_or_new") {
         return;
     }
     let seen = std::cell::RefCell::new(Vec::new());
     tamper("group", old_files, kill, |dir, report, context| {
-        assert_eq!(report, None, "it lives: {context}");
+        assert_eq!(report, None, "the job was not killed: {context}");
         recover(dir).unwrap();
         seen.borrow_mut().push(same_text(dir, &FILES));
         assert_names(dir, &FILES);
@@ -599,12 +593,12 @@ fn half_done(dir: &Path) {
 }
 
 #[test]
-fn a_recovery_killed_at_any_call_is_completed_by_the_next() {
-    if !Need::Strace.met("a_recovery_killed_at_any_call_is_completed_by_the_next") {
+fn a_killed_recovery_is_completed_by_the_next() {
+    if !Need::Strace.met("a_killed_recovery_is_completed_by_the_next") {
         return;
     }
     tamper("recover", half_done, kill, |dir, report, context| {
-        assert_eq!(report, None, "it lives: {context}");
+        assert_eq!(report, None, "the job was not killed: {context}");
         recover(dir).unwrap();
         assert_eq!(same_text(dir, &FILES), "new", "{context}");
         assert_names(dir, &FILES);
@@ -612,8 +606,8 @@ fn a_recovery_killed_at_any_call_is_completed_by_the_next() {
 }
 
 #[test]
-fn a_recovery_whose_calls_fail_says_so_and_is_completed_by_the_next() {
-    if !Need::Strace.met("a_recovery_whose_calls_fail_says_so_and_is_completed_by_the_next") {
+fn a_failed_recovery_is_completed_by_the_next() {
+    if !Need::Strace.met("a_failed_recovery_is_completed_by_the_next") {
         return;
     }
     let how = |call: &str, number| error(call, number, "EIO");
@@ -628,8 +622,8 @@ fn a_recovery_whose_calls_fail_says_so_and_is_completed_by_the_next() {
 }
 
 #[test]
-fn a_failed_sync_is_never_tried_again_on_the_same_file() {
-    if !Need::Strace.met("a_failed_sync_is_never_tried_again_on_the_same_file") {
+fn a_failed_sync_is_never_repeated() {
+    if !Need::Strace.met("a_failed_sync_is_never_repeated") {
         return;
     }
     let scratch = tempfile::tempdir().unwrap();
@@ -646,19 +640,18 @@ fn a_failed_sync_is_never_tried_again_on_the_same_file() {
     assert_eq!(trace.matches("fsync(").count(), 1, "{trace}");
 }
 
-/// What becomes of what somebody puts in the destination's place between the last look and the exchange.
+/// Another program replaces the destination between the last check and the exchange.
 #[rstest]
 #[case::another_file(|dest: &Path| fs::write(dest, "theirs").unwrap(), "ok")]
 #[case::a_link(|dest: &Path| std::os::unix::fs::symlink("elsewhere", dest).unwrap(), "ok")]
 #[case::nothing(|_: &Path| (), "ok")]
 #[case::a_directory(|dest: &Path| fs::create_dir(dest).unwrap(), "not replaced")]
-#[case::a_file_that_its_writer_has_locked_still(locked_for_a_while, "ok")]
-fn what_replaces_the_destination_in_the_last_moment_is_replaced_as_by_a_rename(
+#[case::a_file_locked_by_its_writer(lock_briefly, "ok")]
+fn an_exchange_replaces_the_entries_that_a_rename_would(
     #[case] replace: fn(&Path),
     #[case] expected: &str,
 ) {
-    const TEST: &str =
-        "what_replaces_the_destination_in_the_last_moment_is_replaced_as_by_a_rename";
+    const TEST: &str = "an_exchange_replaces_the_entries_that_a_rename_would";
     if !Need::Strace.met(TEST) {
         return;
     }
@@ -676,8 +669,8 @@ fn what_replaces_the_destination_in_the_last_moment_is_replaced_as_by_a_rename(
     assert!(dest.is_dir() || fs::read(&dest).unwrap() == b"new");
 }
 
-/// Until a moment after the file was replaced.
-fn locked_for_a_while(dest: &Path) {
+/// Holds the lock until shortly after the file was replaced.
+fn lock_briefly(dest: &Path) {
     fs::write(dest, "theirs").unwrap();
     let file = fs::File::open(dest).unwrap();
     file.lock().unwrap();
@@ -691,10 +684,10 @@ fn locked_for_a_while(dest: &Path) {
     });
 }
 
-/// By default a holder is killed by the signal that tells of somebody who wants to open the file.
+/// The default signal of a broken lease would kill the holder.
 #[test]
-fn one_who_opens_the_spare_in_the_moment_of_the_lease_kills_nobody() {
-    const TEST: &str = "one_who_opens_the_spare_in_the_moment_of_the_lease_kills_nobody";
+fn opening_the_recycled_file_during_the_lease_is_harmless() {
+    const TEST: &str = "opening_the_recycled_file_during_the_lease_is_harmless";
     if !Need::Strace.met(TEST) {
         return;
     }
@@ -704,8 +697,8 @@ fn one_who_opens_the_spare_in_the_moment_of_the_lease_kills_nobody() {
     let lease = fcntls.nth(6).expect("a lease").1;
     let dir = recycling_dir();
     old_file_and_spare(dir.path());
-    let spare = dir.path().join(SPARE);
-    let inode = std::os::unix::fs::MetadataExt::ino(&fs::metadata(&spare).unwrap());
+    let recycled_file = dir.path().join(RECYCLED);
+    let inode = std::os::unix::fs::MetadataExt::ino(&fs::metadata(&recycled_file).unwrap());
     let leases = || {
         let locks = fs::read_to_string("/proc/locks").unwrap();
         let of_spare = |line: &&str| line.contains("LEASE") && line.contains(&format!(":{inode} "));
@@ -715,8 +708,8 @@ fn one_who_opens_the_spare_in_the_moment_of_the_lease_kills_nobody() {
     let mut held = Held::start("recycle", dir.path(), "fcntl", "delay_exit", lease);
     held.wait_until(|| !leases().is_empty());
     let (report, opened) = std::thread::scope(|scope| {
-        // Waits for the lease to be given up.
-        let opener = scope.spawn(|| fs::File::open(&spare));
+        // Waits until the lease is released.
+        let opener = scope.spawn(|| fs::File::open(&recycled_file));
         held.wait_until(is_breaking);
         (held.release(), opener.join().unwrap())
     });

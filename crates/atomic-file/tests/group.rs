@@ -1,4 +1,4 @@
-//! Replacing several files together.
+//! Group commits.
 
 mod support;
 
@@ -15,7 +15,7 @@ use test_machine::Need;
 
 const FILES: [&str; 2] = ["memory", "vcpu"];
 
-/// Not a test of its own: what `support::command` runs.
+/// Runs the job of `support::command`; not a test by itself.
 #[test]
 fn child() {
     let Some((job, dir)) = support::job() else {
@@ -56,7 +56,7 @@ fn killed_after(renamed: usize) -> tempfile::TempDir {
     dir
 }
 
-fn stages(dir: &Path) -> Vec<PathBuf> {
+fn staged_files(dir: &Path) -> Vec<PathBuf> {
     let is_stage = |name: &std::ffi::OsString| name.to_string_lossy().ends_with(".stage");
     names(dir)
         .into_iter()
@@ -65,7 +65,7 @@ fn stages(dir: &Path) -> Vec<PathBuf> {
         .collect()
 }
 
-/// The one group that could not be completed.
+/// Returns the error of the one group that could not be completed.
 #[track_caller]
 fn stuck(result: Result<RecoverReport, RecoverError>) -> RecoverError {
     let error = result.unwrap_err();
@@ -77,7 +77,7 @@ fn stuck(result: Result<RecoverReport, RecoverError>) -> RecoverError {
 }
 
 #[test]
-fn a_group_replaces_all_its_files_and_leaves_nothing_else() {
+fn a_group_replaces_all_files_and_leaves_no_other_file() {
     let dir = old_files();
     let group = group(dir.path(), &FILES, "new").unwrap();
     assert_eq!((group.len(), group.is_empty()), (2, false));
@@ -88,14 +88,14 @@ fn a_group_replaces_all_its_files_and_leaves_nothing_else() {
 }
 
 #[test]
-fn a_group_of_none_does_nothing() {
+fn an_empty_group_does_nothing() {
     let group = AtomicGroup::new();
     assert!(group.is_empty());
     group.commit().unwrap();
 }
 
 #[test]
-fn a_dropped_or_discarded_group_leaves_nothing() {
+fn a_dropped_or_discarded_group_leaves_no_file() {
     let dir = old_files();
     drop(group(dir.path(), &FILES, "new").unwrap());
     group(dir.path(), &FILES, "new").unwrap().discard().unwrap();
@@ -108,7 +108,7 @@ fn a_dropped_or_discarded_group_leaves_nothing() {
 #[case::staged_elsewhere("elsewhere", Refusal::StagedElsewhere)]
 #[case::the_same_destination("same", Refusal::SameDestination)]
 #[case::no_clobber("no clobber", Refusal::NoClobber)]
-fn who_cannot_be_a_member_is_handed_back(#[case] who: &str, #[case] expected: Refusal) {
+fn an_ineligible_writer_is_returned(#[case] who: &str, #[case] expected: Refusal) {
     let dir = tempfile::tempdir().unwrap();
     let other = dir.path().join("other");
     fs::create_dir(&other).unwrap();
@@ -126,7 +126,7 @@ fn who_cannot_be_a_member_is_handed_back(#[case] who: &str, #[case] expected: Re
     };
     let error = group.add(writer.unwrap()).unwrap_err();
     assert_eq!(error.refusal, expected);
-    error.writer.commit().expect("it is as good as before");
+    error.writer.commit().expect("the directory is unchanged");
     assert_eq!(group.len(), 1);
 }
 
@@ -143,7 +143,7 @@ fn a_file_system_without_lasting_inode_numbers_is_refused() {
 }
 
 #[test]
-fn nothing_is_replaced_where_a_directory_is_in_the_way() {
+fn a_directory_at_a_destination_fails_the_group() {
     let dir = old_files();
     let group = group(dir.path(), &["memory", "new"], "new").unwrap();
     fs::create_dir(dir.path().join("new")).unwrap();
@@ -162,7 +162,7 @@ fn nothing_is_replaced_where_a_directory_is_in_the_way() {
 }
 
 #[test]
-fn nothing_is_replaced_where_a_stage_was_exchanged() {
+fn a_replaced_staged_file_fails_the_group() {
     let dir = old_files();
     let memory = AtomicWriter::open(dir.path().join("memory")).unwrap();
     let vcpu = AtomicWriter::open(dir.path().join("vcpu")).unwrap();
@@ -198,7 +198,7 @@ fn racing_groups_over_the_same_files_never_mix() {
         }
         scope.spawn(|| {
             for _ in 0..100 {
-                recover(dir.path()).expect("recovery leaves the living alone");
+                recover(dir.path()).expect("recovery leaves groups in progress alone");
                 sweep(dir.path()).unwrap();
             }
         });
@@ -208,8 +208,8 @@ fn racing_groups_over_the_same_files_never_mix() {
 }
 
 #[rstest]
-fn a_published_group_of_a_killed_process_is_completed_by_recover(#[values(0, 1)] renamed: usize) {
-    if !Need::Strace.met("a_published_group_of_a_killed_process_is_completed_by_recover") {
+fn recover_completes_a_published_group(#[values(0, 1)] renamed: usize) {
+    if !Need::Strace.met("recover_completes_a_published_group") {
         return;
     }
     let dir = killed_after(renamed);
@@ -225,8 +225,8 @@ fn a_published_group_of_a_killed_process_is_completed_by_recover(#[values(0, 1)]
 }
 
 #[test]
-fn a_published_group_of_a_killed_process_is_completed_by_the_next_open() {
-    if !Need::Strace.met("a_published_group_of_a_killed_process_is_completed_by_the_next_open") {
+fn open_completes_a_published_group() {
+    if !Need::Strace.met("open_completes_a_published_group") {
         return;
     }
     let dir = killed_after(1);
@@ -237,12 +237,12 @@ fn a_published_group_of_a_killed_process_is_completed_by_the_next_open() {
 }
 
 #[test]
-fn a_published_group_of_a_killed_process_is_completed_by_the_next_group() {
-    if !Need::Strace.met("a_published_group_of_a_killed_process_is_completed_by_the_next_group") {
+fn a_group_commit_completes_a_published_group() {
+    if !Need::Strace.met("a_group_commit_completes_a_published_group") {
         return;
     }
     let dir = old_files();
-    // Opened before the other dies, committed after.
+    // Opened before the other process dies, committed afterwards.
     let ours = group(dir.path(), &FILES, "newer").unwrap();
     die_at_rename(dir.path(), 2);
     ours.commit().unwrap();
@@ -250,10 +250,10 @@ fn a_published_group_of_a_killed_process_is_completed_by_the_next_group() {
     assert_names(dir.path(), &FILES);
 }
 
-/// Completing the group later would put its older file over the newer one.
+/// A later recovery would replace the newer file by the group's older one.
 #[test]
-fn a_single_commit_completes_a_dead_group_first_so_that_the_later_commit_wins() {
-    const TEST: &str = "a_single_commit_completes_a_dead_group_first_so_that_the_later_commit_wins";
+fn a_commit_first_completes_an_interrupted_group() {
+    const TEST: &str = "a_commit_first_completes_an_interrupted_group";
     if !Need::Strace.met(TEST) {
         return;
     }
@@ -269,8 +269,8 @@ fn a_single_commit_completes_a_dead_group_first_so_that_the_later_commit_wins() 
 }
 
 #[test]
-fn a_sweep_spares_the_stages_of_a_published_group() {
-    if !Need::Strace.met("a_sweep_spares_the_stages_of_a_published_group") {
+fn a_sweep_keeps_the_files_of_a_published_group() {
+    if !Need::Strace.met("a_sweep_keeps_the_files_of_a_published_group") {
         return;
     }
     let dir = killed_after(0);
@@ -281,16 +281,16 @@ fn a_sweep_spares_the_stages_of_a_published_group() {
 }
 
 #[test]
-fn a_recycled_stages_name_is_never_renamed() {
-    if !Need::Strace.met("a_recycled_stages_name_is_never_renamed") {
+fn a_replaced_staged_file_is_not_renamed_by_recovery() {
+    if !Need::Strace.met("a_replaced_staged_file_is_not_renamed_by_recovery") {
         return;
     }
     let dir = killed_after(0);
-    let stage = stages(dir.path()).remove(1);
-    // The replacement comes first, lest it gets the inode number of what it replaces.
+    let staged = staged_files(dir.path()).remove(1);
+    // Create the replacement first, so that it gets another inode number.
     let other = dir.path().join("other");
     fs::write(&other, "new").unwrap();
-    fs::rename(&other, &stage).unwrap();
+    fs::rename(&other, &staged).unwrap();
     let error = stuck(recover(dir.path()));
     let RecoverError::StageChanged {
         stage: named,
@@ -302,20 +302,20 @@ fn a_recycled_stages_name_is_never_renamed() {
     };
     assert_eq!(
         (named, record),
-        (stage.clone(), support::record(dir.path()))
+        (staged.clone(), support::record(dir.path()))
     );
     assert_eq!(
         same_text(dir.path(), &FILES),
         "old",
         "nor is any other member"
     );
-    assert_eq!(fs::read(&stage).unwrap(), b"new");
+    assert_eq!(fs::read(&staged).unwrap(), b"new");
 }
 
-/// In a copy no inode number is what the record says, so that old and new cannot be distinguished.
+/// In a copy, no inode number matches the record, so old and new files cannot be distinguished.
 #[rstest]
-fn in_a_copied_directory_nothing_is_guessed(#[values(0, 1)] renamed: usize) {
-    if !Need::Strace.met("in_a_copied_directory_nothing_is_guessed") {
+fn recovery_never_guesses_in_a_copied_directory(#[values(0, 1)] renamed: usize) {
+    if !Need::Strace.met("recovery_never_guesses_in_a_copied_directory") {
         return;
     }
     let dir = killed_after(renamed);
@@ -336,8 +336,8 @@ fn in_a_copied_directory_nothing_is_guessed(#[values(0, 1)] renamed: usize) {
 #[case::a_bit_flipped(|bytes: &mut Vec<u8>| bytes[30] ^= 1)]
 #[case::junk(|bytes: &mut Vec<u8>| bytes.clone_from(&b"junk".to_vec()))]
 #[case::of_a_later_version(|bytes: &mut Vec<u8>| bytes[8] = 4)]
-fn a_damaged_record_is_reported_and_holds_no_writer_up(#[case] damage: fn(&mut Vec<u8>)) {
-    if !Need::Strace.met("a_damaged_record_is_reported_and_holds_no_writer_up") {
+fn a_damaged_record_is_reported_and_blocks_no_writer(#[case] damage: fn(&mut Vec<u8>)) {
+    if !Need::Strace.met("a_damaged_record_is_reported_and_blocks_no_writer") {
         return;
     }
     let dir = killed_after(1);
@@ -367,7 +367,7 @@ fn a_damaged_record_is_reported_and_holds_no_writer_up(#[case] damage: fn(&mut V
         .unwrap();
     assert_eq!(same_text(dir.path(), &FILES), "newest");
 
-    // As the error says: once the record is gone, the rest can be swept.
+    // As the error text says: once the record is removed, the rest can be swept.
     fs::remove_file(&path).unwrap();
     sweep(dir.path()).unwrap();
     assert_names(dir.path(), &["memory", "third", "vcpu"]);
@@ -378,11 +378,11 @@ fn a_damaged_record_is_reported_and_holds_no_writer_up(#[case] damage: fn(&mut V
 #[case::without_its_last_blocks(|bytes: &mut Vec<u8>| bytes[40..].fill(0))]
 #[case::zeros(|bytes: &mut Vec<u8>| bytes.fill(0))]
 #[case::empty(|bytes: &mut Vec<u8>| bytes.clear())]
-fn a_torn_record_never_got_to_its_commit_point(
+fn a_torn_record_is_removed(
     #[case] tear: fn(&mut Vec<u8>),
     #[values(false, true)] by_recover: bool,
 ) {
-    if !Need::Strace.met("a_torn_record_never_got_to_its_commit_point") {
+    if !Need::Strace.met("a_torn_record_is_removed") {
         return;
     }
     let dir = killed_after(0);
@@ -402,8 +402,8 @@ fn a_torn_record_never_got_to_its_commit_point(
 }
 
 #[test]
-fn a_group_with_a_directory_in_its_way_stops_its_members_only() {
-    if !Need::Strace.met("a_group_with_a_directory_in_its_way_stops_its_members_only") {
+fn a_directory_at_a_destination_blocks_only_its_group() {
+    if !Need::Strace.met("a_directory_at_a_destination_blocks_only_its_group") {
         return;
     }
     let dir = killed_after(1);
@@ -417,12 +417,12 @@ fn a_group_with_a_directory_in_its_way_stops_its_members_only() {
         "{error:?}"
     );
     assert_eq!(names(dir.path()), before);
-    // Others go on, alone and in groups.
+    // Other writers continue, alone and in groups.
     commit(&AtomicWriter::options(), &dir.path().join("third"), b"new").unwrap();
     let others = group(dir.path(), &["third", "fourth"], "newer").unwrap();
     others.commit().unwrap();
     assert_eq!(same_text(dir.path(), &["third", "fourth"]), "newer");
-    // Its members wait for someone to decide.
+    // Writers to its members fail until a user resolves it.
     let error = AtomicWriter::open(&memory).unwrap_err();
     assert!(
         matches!(
@@ -440,8 +440,8 @@ fn a_group_with_a_directory_in_its_way_stops_its_members_only() {
 }
 
 #[test]
-fn a_stuck_group_stops_writers_that_were_open_already() {
-    if !Need::Strace.met("a_stuck_group_stops_writers_that_were_open_already") {
+fn a_stuck_group_blocks_writers_opened_earlier() {
+    if !Need::Strace.met("a_stuck_group_blocks_writers_opened_earlier") {
         return;
     }
     let dir = old_files();
@@ -471,7 +471,7 @@ const PLANTED: &str = ".atomic-file-0123456789abcdef.group";
 #[case::a_directory(|path: &Path| fs::create_dir(path).unwrap())]
 #[case::a_symlink(|path: &Path| std::os::unix::fs::symlink("memory", path).unwrap())]
 #[case::a_fifo(|path: &Path| nix::unistd::mkfifo(path, nix::sys::stat::Mode::S_IRWXU).unwrap())]
-fn what_is_no_file_is_no_record(
+fn an_entry_that_is_not_a_file_is_not_a_record(
     #[case] plant: fn(&Path),
     #[values(".atomic-file-group", PLANTED)] name: &str,
 ) {
@@ -488,9 +488,9 @@ fn what_is_no_file_is_no_record(
 }
 
 #[test]
-fn a_strangers_record_in_a_directory_open_to_others_is_not_obeyed() {
+fn another_users_record_in_a_shared_directory_is_ignored() {
     use std::os::unix::fs::PermissionsExt as _;
-    const TEST: &str = "a_strangers_record_in_a_directory_open_to_others_is_not_obeyed";
+    const TEST: &str = "another_users_record_in_a_shared_directory_is_ignored";
     if !(Need::Root.met(TEST) && Need::Strace.met(TEST)) {
         return;
     }
@@ -515,9 +515,9 @@ fn a_strangers_record_in_a_directory_open_to_others_is_not_obeyed() {
 }
 
 #[test]
-fn one_s_own_record_in_a_directory_open_to_others_is_obeyed() {
+fn an_own_record_in_a_shared_directory_is_trusted() {
     use std::os::unix::fs::PermissionsExt as _;
-    if !Need::Strace.met("one_s_own_record_in_a_directory_open_to_others_is_obeyed") {
+    if !Need::Strace.met("an_own_record_in_a_shared_directory_is_trusted") {
         return;
     }
     let dir = killed_after(0);
@@ -527,8 +527,8 @@ fn one_s_own_record_in_a_directory_open_to_others_is_obeyed() {
 }
 
 #[test]
-fn a_member_replaced_since_is_reported_and_not_replaced_again() {
-    if !Need::Strace.met("a_member_replaced_since_is_reported_and_not_replaced_again") {
+fn a_member_replaced_later_stays_and_is_reported() {
+    if !Need::Strace.met("a_member_replaced_later_stays_and_is_reported") {
         return;
     }
     let dir = killed_after(1);
@@ -551,10 +551,10 @@ fn recovering_an_ordinary_directory_changes_nothing() {
     assert_names(dir.path(), &FILES);
 }
 
-/// Against the rules: nobody removes what a record names.
+/// The protocol never removes a file that a record names.
 #[rstest]
-fn where_a_staged_file_is_gone_the_group_is_torn_and_said_to_be(#[values(0, 1)] renamed: usize) {
-    if !Need::Strace.met("where_a_staged_file_is_gone_the_group_is_torn_and_said_to_be") {
+fn a_missing_staged_file_is_reported(#[values(0, 1)] renamed: usize) {
+    if !Need::Strace.met("a_missing_staged_file_is_reported") {
         return;
     }
     let dir = old_files();
@@ -564,7 +564,7 @@ fn where_a_staged_file_is_gone_the_group_is_torn_and_said_to_be(#[values(0, 1)] 
     let stage_of_vcpu = {
         let hash = format!(".atomic-file-{:08x}-", crc32fast::hash(b"vcpu"));
         let is_its = |path: &PathBuf| path.to_string_lossy().contains(&hash);
-        stages(dir.path()).into_iter().find(is_its).unwrap()
+        staged_files(dir.path()).into_iter().find(is_its).unwrap()
     };
     fs::remove_file(&stage_of_vcpu).unwrap();
     let (before, left) = (texts(), names(dir.path()));
@@ -588,11 +588,11 @@ fn where_a_staged_file_is_gone_the_group_is_torn_and_said_to_be(#[values(0, 1)] 
         assert_eq!(record, support::record(dir.path()));
         assert_eq!((texts(), names(dir.path())), (before.clone(), left.clone()));
     }
-    // Only its own destinations wait for someone to decide.
+    // Only writers to its own destinations fail until a user resolves it.
     commit(&AtomicWriter::options(), &dir.path().join("third"), b"new").unwrap();
     let error = AtomicWriter::open(&vcpu).unwrap_err();
     assert!(matches!(error, OpenError::Recover { .. }), "{error:?}");
-    // As the error says.
+    // As the error text says.
     fs::write(&memory, "old").unwrap();
     fs::remove_file(support::record(dir.path())).unwrap();
     sweep(dir.path()).unwrap();
@@ -601,13 +601,13 @@ fn where_a_staged_file_is_gone_the_group_is_torn_and_said_to_be(#[values(0, 1)] 
 }
 
 #[test]
-fn a_group_of_which_nothing_is_left_is_given_up_as_a_whole() {
-    if !Need::Strace.met("a_group_of_which_nothing_is_left_is_given_up_as_a_whole") {
+fn a_group_without_staged_files_is_abandoned() {
+    if !Need::Strace.met("a_group_without_staged_files_is_abandoned") {
         return;
     }
     let dir = killed_after(0);
-    for stage in stages(dir.path()) {
-        fs::remove_file(stage).unwrap();
+    for staged in staged_files(dir.path()) {
+        fs::remove_file(staged).unwrap();
     }
     let report = recover(dir.path()).unwrap();
     assert_eq!(report.lost, FILES.map(|name| dir.path().join(name)));
@@ -616,10 +616,10 @@ fn a_group_of_which_nothing_is_left_is_given_up_as_a_whole() {
     assert_names(dir.path(), &FILES);
 }
 
-/// A member that was put in place and then removed is no staged file that is gone.
+/// A member that was renamed and then removed is not a missing staged file.
 #[test]
-fn a_member_removed_since_is_not_missed() {
-    if !Need::Strace.met("a_member_removed_since_is_not_missed") {
+fn a_committed_member_may_be_removed_later() {
+    if !Need::Strace.met("a_committed_member_may_be_removed_later") {
         return;
     }
     let dir = killed_after(1);
@@ -629,12 +629,12 @@ fn a_member_removed_since_is_not_missed() {
     assert_eq!(report.completed, [dir.path().join("vcpu")]);
 }
 
-/// Its files have neither a time of creation nor a handle.
+/// The file system provides neither a time of creation nor a handle.
 #[cfg(target_os = "linux")]
 #[test]
-fn a_file_system_that_cannot_tell_files_apart_is_refused() {
+fn a_file_system_without_generations_is_refused() {
     use nix::mount::{MntFlags, MsFlags, mount, umount2};
-    if !Need::Root.met("a_file_system_that_cannot_tell_files_apart_is_refused") {
+    if !Need::Root.met("a_file_system_without_generations_is_refused") {
         return;
     }
     let dir = tempfile::tempdir().unwrap();

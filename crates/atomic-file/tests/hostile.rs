@@ -1,6 +1,7 @@
-//! Another user changes names under a save's feet: nothing of what is saved gets to that user, and nothing else of ours is touched.
+//! Another user replaces directory entries during saves: that user can read no saved bytes, and no
+//! other file changes.
 //!
-//! The other user is a thread with that user's rights over files.
+//! The other user is a thread with that user's file system IDs.
 #![cfg(target_os = "linux")]
 
 mod support;
@@ -24,14 +25,14 @@ use rstest::rstest;
 use support::{Held, commit};
 use test_machine::{LoopFs, LoopMount, Need, rounds};
 
-const STRANGER: u32 = 12345;
-/// Neither root nor the stranger.
+const OTHER_USER: u32 = 12345;
+/// A user other than root and `OTHER_USER`.
 const USER: u32 = 12346;
 const MEMBERS: [&str; 2] = ["vm.mem", "vm.state"];
 const SECRET: &[u8] = b"the guest's keys";
 const PRECIOUS: &[u8] = b"precious";
 
-/// Not a test of its own: what `support::command` runs, as another user than root.
+/// Runs the job of `support::command` as a user other than root; not a test by itself.
 #[test]
 fn child() {
     let Some((job, dir)) = support::job() else {
@@ -79,7 +80,8 @@ fn saves() -> usize {
     rounds(20, 100)
 }
 
-/// A directory that all may write to, in one that all may write to as well: `dir/dest` is saved to. What is in `ours` nobody means.
+/// A directory `dir`, in a parent directory that all users may write to, and a directory `ours`
+/// that must not change. Saves write `dir/dest`.
 struct Place {
     root: tempfile::TempDir,
 }
@@ -121,23 +123,23 @@ fn set_mode(path: &Path, mode: u32) {
     fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
 }
 
-/// Has this thread access files as the stranger does.
-fn become_stranger() {
-    become_user(STRANGER);
+/// Sets the file system IDs of this thread to those of the other user.
+fn become_other_user() {
+    become_user(OTHER_USER);
 }
 
 fn become_user(uid: u32) {
     setfsgid(Gid::from_raw(uid));
     setfsuid(Uid::from_raw(uid));
-    // It says the same user now, whom it was asked for in vain to change.
+    // The call returns the current user.
     assert_eq!(setfsuid(Uid::from_raw(uid)).as_raw(), uid);
 }
 
-/// Does `attack` as the stranger, and looks for the secret, over and over, while `save` is done.
+/// Repeats `attack` as the other user, and searches for the secret, while `save` runs.
 fn under_attack<T>(place: &Place, attack: impl Fn(&Place) + Sync, save: impl FnOnce() -> T) -> T {
     let (done, attacks) = (AtomicBool::new(false), AtomicUsize::new(0));
     let over_and_over = |what: &dyn Fn()| {
-        become_stranger();
+        become_other_user();
         while !done.load(Ordering::Relaxed) {
             what();
         }
@@ -161,7 +163,7 @@ fn under_attack<T>(place: &Place, attack: impl Fn(&Place) + Sync, save: impl FnO
     })
 }
 
-/// Of the files in `dir` that this thread may read, none has it.
+/// Fails if a file in `dir` that this thread may read contains the secret.
 fn assert_no_secret(dir: &Path) {
     for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
         let file = File::options()
@@ -169,23 +171,23 @@ fn assert_no_secret(dir: &Path) {
             .custom_flags(nix::libc::O_NONBLOCK)
             .open(entry.path());
         let mut bytes = Vec::new();
-        // Whatever may not be read, or is gone, tells nothing.
+        // A file that cannot be read discloses nothing.
         if file.is_ok_and(|mut file| file.read_to_end(&mut bytes).is_ok()) {
             let found = bytes.windows(SECRET.len()).any(|bytes| bytes == SECRET);
-            assert!(!found, "a stranger has read {:?}", entry.path());
+            assert!(!found, "another user has read {:?}", entry.path());
         }
     }
 }
 
-/// The names of stages and spares, where there are any.
-fn stages(place: &Place) -> Vec<PathBuf> {
+/// Returns the paths of staged and recycled files.
+fn staged_files(place: &Place) -> Vec<PathBuf> {
     let is_stage = |name: &OsString| name.to_string_lossy().starts_with(".atomic-file-");
     let names = support::names(&place.path("dir")).into_iter();
     let dir = place.path("dir");
     names.filter(is_stage).map(|name| dir.join(name)).collect()
 }
 
-/// What a stranger puts in the place of names in a directory that all may write to. Each may fail: that is the point of it.
+/// Replaces names as another user in a shared directory. Each call may fail.
 fn plant(place: &Place, names: &[PathBuf], what: &str) {
     for name in names {
         let _ = fs::remove_file(name);
@@ -194,12 +196,12 @@ fn plant(place: &Place, names: &[PathBuf], what: &str) {
             "a hard link" => fs::hard_link(place.path("ours/victim"), name),
             "a file" => fs::write(name, "planted").and_then(|()| open_to_all(name)),
             "a fifo" => mkfifo(name, Mode::from_bits_truncate(0o666)).map_err(Into::into),
-            other => panic!("{other} is nothing to plant"),
+            other => panic!("unknown entry: {other}"),
         };
     }
 }
 
-/// With a link to `ours` for a moment.
+/// Replaces `dir` briefly by a link to `ours`.
 fn swap_directory(place: &Place) {
     let (dir, away) = (place.path("dir"), place.path("away"));
     if fs::rename(&dir, &away).is_ok() {
@@ -210,14 +212,14 @@ fn swap_directory(place: &Place) {
 }
 
 #[rstest]
-#[case::of_the_stage(stages)]
+#[case::of_the_staged_file(staged_files)]
 #[case::of_the_destination(|place: &Place| vec![place.path("dir/dest")])]
-fn names_are_changed_for(
+fn replaced_names_disclose_no_secret(
     #[case] of: fn(&Place) -> Vec<PathBuf>,
     #[values("a link", "a hard link", "a file", "a fifo")] what: &str,
     #[values(0, 1 << 20)] recycle: u64,
 ) {
-    if !Need::Root.met("names_are_changed_for") {
+    if !Need::Root.met("replaced_names_disclose_no_secret") {
         return;
     }
     let place = Place::new(0o777);
@@ -225,7 +227,7 @@ fn names_are_changed_for(
         let names = of(place);
         plant(place, &names, what);
         thread::yield_now();
-        // For some saves to come through: in such a directory a stranger can see to it that none does.
+        // Let some saves succeed: in such a directory another user can make all of them fail.
         for name in names {
             let _ = fs::remove_file(name);
         }
@@ -239,20 +241,21 @@ fn names_are_changed_for(
     };
     under_attack(&place, attack, || {
         for _ in 0..saves() {
-            // What a stranger may hinder fails now and then.
+            // The other user can make some saves fail.
             let _ = save();
         }
     });
-    // It may be what the stranger had put in the stage's place just before that was renamed: who may rename names can do the same after a commit.
+    // The other user may have replaced the staged file just before the rename, and could do the
+    // same after a commit.
     let _ = fs::remove_file(place.path("dir/dest"));
-    save().expect("nobody is in the way any more");
+    save().expect("no attack is in progress");
     assert_eq!(fs::read(place.path("dir/dest")).unwrap(), SECRET);
     place.assert_ours_untouched();
 }
 
 #[test]
-fn the_directory_is_changed_for_a_link() {
-    if !Need::Root.met("the_directory_is_changed_for_a_link") {
+fn a_directory_replaced_by_a_link_is_harmless() {
+    if !Need::Root.met("a_directory_replaced_by_a_link_is_harmless") {
         return;
     }
     let place = Place::new(0o755);
@@ -260,7 +263,7 @@ fn the_directory_is_changed_for_a_link() {
         let mut saved = 0;
         while saved < saves() {
             let dest = place.path("dir/dest");
-            // Where it is away, there is nothing to be saved to; where the link is, that was asked for, and is no matter of this test.
+            // The directory may be missing or be the link: this test does not cover these cases.
             let Ok(dir) = File::open(place.path("dir")) else {
                 continue;
             };
@@ -278,17 +281,17 @@ fn the_directory_is_changed_for_a_link() {
 }
 
 #[rstest]
-fn in_a_directory_where_names_are_their_owners_nothing_is_in_the_way(
+fn saves_in_a_sticky_directory_always_succeed(
     #[values("a link", "a hard link", "a file", "a fifo")] what: &str,
 ) {
-    if !Need::Root.met("in_a_directory_where_names_are_their_owners_nothing_is_in_the_way") {
+    if !Need::Root.met("saves_in_a_sticky_directory_always_succeed") {
         return;
     }
     let place = Place::new(0o1777);
     let dest = place.path("dir/dest");
     fs::write(&dest, "old").unwrap();
     let attack = |place: &Place| {
-        plant(place, &stages(place), what);
+        plant(place, &staged_files(place), what);
         plant(place, &[place.path("dir/dest")], what);
     };
     under_attack(&place, attack, || {
@@ -304,15 +307,15 @@ fn in_a_directory_where_names_are_their_owners_nothing_is_in_the_way(
 #[rstest]
 #[case::a_link("a link")]
 #[case::a_fifo("a fifo")]
-fn a_first_save_to_a_name_that_a_stranger_has_taken_is_refused(#[case] what: &str) {
-    if !Need::Root.met("a_first_save_to_a_name_that_a_stranger_has_taken_is_refused") {
+fn a_destination_of_another_user_is_refused(#[case] what: &str) {
+    if !Need::Root.met("a_destination_of_another_user_is_refused") {
         return;
     }
     let place = Place::new(0o1777);
     let dest = place.path("dir/dest");
     thread::scope(|scope| {
         scope.spawn(|| {
-            become_stranger();
+            become_other_user();
             plant(&place, std::slice::from_ref(&dest), what);
         });
     });
@@ -321,7 +324,7 @@ fn a_first_save_to_a_name_that_a_stranger_has_taken_is_refused(#[case] what: &st
         "a link" => matches!(
             error,
             OpenError::UntrustedSymlink {
-                owner: STRANGER,
+                owner: OTHER_USER,
                 ..
             }
         ),
@@ -331,32 +334,32 @@ fn a_first_save_to_a_name_that_a_stranger_has_taken_is_refused(#[case] what: &st
     place.assert_ours_untouched();
 }
 
-/// Does `attack` as the stranger, to its end.
-fn as_stranger<T: Send>(attack: impl FnOnce() -> T + Send) -> T {
+/// Runs `attack` as the other user.
+fn as_other_user<T: Send>(attack: impl FnOnce() -> T + Send) -> T {
     thread::scope(|scope| {
-        let stranger = scope.spawn(|| {
-            become_stranger();
+        let other_user = scope.spawn(|| {
+            become_other_user();
             attack()
         });
-        stranger.join().unwrap()
+        other_user.join().unwrap()
     })
 }
 
 #[rstest]
 #[case::before_the_writer_is_opened(true)]
 #[case::while_the_writer_writes(false)]
-fn a_planted_file_passes_nothing_on(
+fn attributes_of_a_planted_file_are_not_preserved(
     #[case] before: bool,
     #[values("a file", "a hard link")] what: &str,
     #[values(0o1777, 0o777)] mode: u32,
 ) {
-    if !Need::Root.met("a_planted_file_passes_nothing_on") {
+    if !Need::Root.met("attributes_of_a_planted_file_are_not_preserved") {
         return;
     }
     let place = Place::new(mode);
     open_to_all(&place.path("ours/victim")).unwrap();
     let dest = place.path("dir/dest");
-    let planted = || as_stranger(|| plant(&place, std::slice::from_ref(&dest), what));
+    let planted = || as_other_user(|| plant(&place, std::slice::from_ref(&dest), what));
     if before {
         planted();
     }
@@ -381,13 +384,13 @@ fn a_planted_file_passes_nothing_on(
     writer.commit().unwrap();
     let stat = fs::metadata(&dest).unwrap();
     assert_eq!((stat.uid(), stat.mode() & 0o7777), (0, 0o600));
-    as_stranger(|| assert_no_secret(&place.path("dir")));
+    as_other_user(|| assert_no_secret(&place.path("dir")));
 }
 
-/// In a directory that is not sticky, a stranger may put another file in the place of one of ours.
+/// In a directory that is not sticky, another user may replace a file of this user.
 #[test]
-fn a_file_put_in_the_place_of_ours_passes_nothing_on() {
-    if !Need::Root.met("a_file_put_in_the_place_of_ours_passes_nothing_on") {
+fn attributes_of_a_replaced_file_are_not_preserved() {
+    if !Need::Root.met("attributes_of_a_replaced_file_are_not_preserved") {
         return;
     }
     let place = Place::new(0o777);
@@ -404,12 +407,12 @@ fn a_file_put_in_the_place_of_ours_passes_nothing_on() {
         let options = AtomicWriter::options().preserve(preserve);
         let writer = options.open(&dest).unwrap();
         assert!(writer.not_preserved().is_empty());
-        // So that no new file gets the inode number.
+        // Keeps the inode number in use.
         let old = File::open(&dest).unwrap();
-        as_stranger(|| plant(&place, std::slice::from_ref(&dest), what));
+        as_other_user(|| plant(&place, std::slice::from_ref(&dest), what));
         writer.write_all_at(SECRET, 0).unwrap();
         assert_eq!(writer.commit().is_ok(), if_permitted, "{what}");
-        as_stranger(|| assert_no_secret(&place.path("dir")));
+        as_other_user(|| assert_no_secret(&place.path("dir")));
         drop(old);
     }
 }
@@ -422,14 +425,14 @@ fn hash_of(dest: &Path) -> String {
 }
 
 #[test]
-fn another_users_files_take_no_name_from_a_writer() {
-    if !Need::Root.met("another_users_files_take_no_name_from_a_writer") {
+fn other_users_cannot_occupy_staged_names() {
+    if !Need::Root.met("other_users_cannot_occupy_staged_names") {
         return;
     }
     let place = Place::new(0o1777);
     let dest = place.path("dir/dest");
     let hash = hash_of(&dest);
-    as_stranger(|| {
+    as_other_user(|| {
         for number in 0..4096 {
             for name in [
                 format!("{hash}-{number:x}"),
@@ -443,10 +446,10 @@ fn another_users_files_take_no_name_from_a_writer() {
             }
         }
     });
-    // Root could remove what is in its way.
+    // Root could remove the files.
     thread::scope(|scope| {
         let another = scope.spawn(|| {
-            become_user(STRANGER + 1);
+            become_user(OTHER_USER + 1);
             for recycle in [0, 1 << 20, 1 << 20] {
                 commit(&AtomicWriter::options().recycle(recycle), &dest, SECRET).unwrap();
             }
@@ -457,7 +460,7 @@ fn another_users_files_take_no_name_from_a_writer() {
 }
 
 #[test]
-fn no_two_staged_files_have_the_same_name() {
+fn staged_names_are_unique() {
     let place = Place::new(0o700);
     let dest = place.path("dir/dest");
     let mut seen = std::collections::HashSet::new();
@@ -471,17 +474,17 @@ fn no_two_staged_files_have_the_same_name() {
 #[case::junk(b"junk".to_vec())]
 #[case::empty(Vec::new())]
 #[case::huge(vec![1; 5 << 20])]
-fn a_planted_record_holds_no_one_up(
+fn a_planted_record_blocks_no_writer(
     #[case] bytes: Vec<u8>,
     #[values(".atomic-file-group", ".atomic-file-0123456789abcdef.group")] name: &str,
     #[values(false, true)] locked: bool,
 ) {
-    if !Need::Root.met("a_planted_record_holds_no_one_up") {
+    if !Need::Root.met("a_planted_record_blocks_no_writer") {
         return;
     }
     let place = Place::new(0o1777);
     let (dir, record) = (place.path("dir"), place.path("dir").join(name));
-    let planted = as_stranger(|| {
+    let planted = as_other_user(|| {
         fs::write(&record, &bytes).unwrap();
         let file = File::open(&record).unwrap();
         if locked {
@@ -502,22 +505,18 @@ fn a_planted_record_holds_no_one_up(
     group.commit().unwrap();
     let report = recover(&dir).unwrap();
     assert_eq!(report.foreign, std::slice::from_ref(&record));
-    assert_eq!(
-        fs::read(&record).unwrap(),
-        bytes,
-        "it is not ours to remove"
-    );
+    assert_eq!(fs::read(&record).unwrap(), bytes, "another user owns it");
     drop(planted);
 }
 
-/// A record as a group of `of` would have it, for files that the stranger staged.
+/// Returns a record for files that the other user staged.
 fn forged(dir: &Path, dest: &str) -> Vec<u8> {
-    let stage = ".atomic-file-01234567-0123456789abcdef.stage";
-    fs::write(dir.join(stage), "forged").unwrap();
+    let staged = ".atomic-file-01234567-0123456789abcdef.stage";
+    fs::write(dir.join(staged), "forged").unwrap();
     let mut bytes = b"ATOMGRP\n\x01\0\0\0\x01\0\0\0".to_vec();
-    bytes.extend(fs::metadata(dir.join(stage)).unwrap().ino().to_le_bytes());
+    bytes.extend(fs::metadata(dir.join(staged)).unwrap().ino().to_le_bytes());
     bytes.extend(6u64.to_le_bytes());
-    for name in [stage, dest] {
+    for name in [staged, dest] {
         bytes.extend((name.len() as u16).to_le_bytes());
         bytes.extend(name.as_bytes());
     }
@@ -525,23 +524,23 @@ fn forged(dir: &Path, dest: &str) -> Vec<u8> {
     bytes
 }
 
-/// The owner of `dest` is root, whose recovery could rename anything.
+/// The owner of `dest` is root, whose recovery could rename any file.
 #[rstest]
 #[case::a_file_of_their_own(false)]
-#[case::a_hard_link_to_a_file_of_ours(true)]
-fn a_forged_record_has_nothing_renamed(#[case] linked: bool, #[values(0o1777, 0o777)] mode: u32) {
-    if !Need::Root.met("a_forged_record_has_nothing_renamed") {
+#[case::a_hard_link_to_another_users_file(true)]
+fn a_forged_record_renames_no_file(#[case] linked: bool, #[values(0o1777, 0o777)] mode: u32) {
+    if !Need::Root.met("a_forged_record_renames_no_file") {
         return;
     }
     let place = Place::new(mode);
     let dir = place.path("dir");
     fs::write(dir.join("dest"), PRECIOUS).unwrap();
     let record = dir.join(".atomic-file-0123456789abcdef.group");
-    // A file of ours that all may write to, kept somewhere on the same file system.
+    // A file of this user that all users may write to, elsewhere on the same file system.
     let ours = place.path("ours/open");
     fs::write(&ours, "").unwrap();
     open_to_all(&ours).unwrap();
-    as_stranger(|| {
+    as_other_user(|| {
         let bytes = forged(&dir, "dest");
         if linked {
             fs::write(&ours, &bytes).unwrap();
@@ -555,7 +554,7 @@ fn a_forged_record_has_nothing_renamed(#[case] linked: bool, #[values(0o1777, 0o
     assert_eq!(fs::read(dir.join("dest")).unwrap(), PRECIOUS);
 }
 
-/// As that user, to its end.
+/// Runs as that user.
 fn as_user<T: Send>(uid: u32, job: impl FnOnce() -> T + Send) -> T {
     thread::scope(|scope| {
         let user = scope.spawn(|| {
@@ -567,8 +566,8 @@ fn as_user<T: Send>(uid: u32, job: impl FnOnce() -> T + Send) -> T {
 }
 
 #[test]
-fn no_stranger_splits_a_group_by_planting_a_destination() {
-    const TEST: &str = "no_stranger_splits_a_group_by_planting_a_destination";
+fn planting_a_destination_does_not_split_a_group() {
+    const TEST: &str = "planting_a_destination_does_not_split_a_group";
     if !Need::Root.met(TEST) || !Need::Strace.met(TEST) {
         return;
     }
@@ -578,10 +577,10 @@ fn no_stranger_splits_a_group_by_planting_a_destination() {
     let second = support::RENAMES_BEFORE_MEMBERS + 2;
     let mut held = Held::start("group", &dir, "renameat", "delay_enter", second);
     held.wait_until(|| memory.exists());
-    as_stranger(|| plant(&place, std::slice::from_ref(&state), "a file"));
+    as_other_user(|| plant(&place, std::slice::from_ref(&state), "a file"));
     let said = held.release().unwrap();
     assert!(said.contains("DestinationTaken"), "{said}");
-    let staged = stages(&place);
+    let staged = staged_files(&place);
     for _ in 0..2 {
         let error = as_user(USER, || recover(&dir)).unwrap_err();
         let RecoverError::Stuck { first, others, .. } = error else {
@@ -590,10 +589,10 @@ fn no_stranger_splits_a_group_by_planting_a_destination() {
         assert!(others.is_empty(), "{others:?}");
         let taken = matches!(
             &*first,
-            RecoverError::DestinationTaken { dest, owner: STRANGER, .. } if *dest == state
+            RecoverError::DestinationTaken { dest, owner: OTHER_USER, .. } if *dest == state
         );
         assert!(taken, "{first:?}");
-        assert_eq!(stages(&place), staged, "nothing is removed");
+        assert_eq!(staged_files(&place), staged, "nothing is removed");
         assert_eq!(fs::read(&state).unwrap(), b"planted");
     }
     fs::remove_file(&state).unwrap();
@@ -606,42 +605,42 @@ fn no_stranger_splits_a_group_by_planting_a_destination() {
     assert_eq!(support::names(&dir), MEMBERS);
 }
 
-/// In a directory that is the stranger's alone root obeys the stranger's records: they cause no more
-/// than the stranger can do there. No name leads out of it.
+/// In a private directory of another user, root trusts that user's records. They can only rename
+/// files that the user could rename.
 #[test]
-fn a_record_in_its_owners_directory_stays_in_it() {
-    if !Need::Root.met("a_record_in_its_owners_directory_stays_in_it") {
+fn a_trusted_record_renames_only_in_its_directory() {
+    if !Need::Root.met("a_trusted_record_renames_only_in_its_directory") {
         return;
     }
     let place = Place::new(0o1777);
     let home = place.path("dir/home");
     let record = home.join(".atomic-file-0123456789abcdef.group");
-    as_stranger(|| {
+    as_other_user(|| {
         fs::create_dir(&home).unwrap();
         set_mode(&home, 0o755);
         fs::write(&record, forged(&home, "../../ours/victim")).unwrap();
     });
     recover(&home).unwrap_err();
     place.assert_ours_untouched();
-    as_stranger(|| fs::write(&record, forged(&home, "own")).unwrap());
+    as_other_user(|| fs::write(&record, forged(&home, "own")).unwrap());
     assert_eq!(recover(&home).unwrap().completed, [home.join("own")]);
-    // The record of root, or of anyone else, is not its owner's.
-    let bytes = as_stranger(|| forged(&home, "own"));
+    // A record of root or of any other user is not the directory owner's.
+    let bytes = as_other_user(|| forged(&home, "own"));
     fs::write(&record, bytes).unwrap();
-    std::os::unix::fs::chown(&record, Some(STRANGER + 1), None).unwrap();
+    std::os::unix::fs::chown(&record, Some(OTHER_USER + 1), None).unwrap();
     assert_eq!(recover(&home).unwrap().foreign, [record]);
 }
 
-/// A process can be stopped; root's commits must not depend on one of another user.
+/// A process can be stopped, so root's commits must not wait for another user's process.
 #[test]
-fn a_living_record_of_another_user_is_not_waited_for() {
-    if !Need::Root.met("a_living_record_of_another_user_is_not_waited_for") {
+fn another_users_group_in_progress_is_not_waited_for() {
+    if !Need::Root.met("another_users_group_in_progress_is_not_waited_for") {
         return;
     }
     let place = Place::new(0o1777);
     let home = place.path("dir/home");
     let record = home.join(".atomic-file-0123456789abcdef.group");
-    let locked = as_stranger(|| {
+    let locked = as_other_user(|| {
         fs::create_dir(&home).unwrap();
         set_mode(&home, 0o755);
         fs::write(&record, forged(&home, "own")).unwrap();
@@ -659,10 +658,10 @@ fn a_living_record_of_another_user_is_not_waited_for() {
     drop(locked);
 }
 
-/// As a process that waits for the lock of an orphaned file would keep it from being swept.
+/// A process that waits for the lock of an orphaned file could keep it from being swept.
 #[test]
-fn no_other_user_can_lock_a_staged_file() {
-    if !Need::Root.met("no_other_user_can_lock_a_staged_file") {
+fn other_users_cannot_lock_a_staged_file() {
+    if !Need::Root.met("other_users_cannot_lock_a_staged_file") {
         return;
     }
     let place = Place::new(0o1777);
@@ -670,26 +669,26 @@ fn no_other_user_can_lock_a_staged_file() {
         .mode(0o666)
         .open(place.path("dir/dest"))
         .unwrap();
-    let opened = as_stranger(|| File::open(writer.temp_path()).map(drop));
+    let opened = as_other_user(|| File::open(writer.temp_path()).map(drop));
     assert_eq!(opened.unwrap_err().kind(), io::ErrorKind::PermissionDenied);
     writer.commit().unwrap();
-    as_stranger(|| File::open(place.path("dir/dest")).map(drop)).unwrap();
+    as_other_user(|| File::open(place.path("dir/dest")).map(drop)).unwrap();
 }
 
-/// Root sweeps /tmp: the files of another user's interrupted group are that user's to complete.
+/// Root sweeps /tmp: another user's interrupted group must stay complete.
 #[test]
-fn a_sweep_by_root_keeps_what_another_users_group_names() {
-    if !Need::Root.met("a_sweep_by_root_keeps_what_another_users_group_names") {
+fn a_sweep_by_root_keeps_files_of_another_users_group() {
+    if !Need::Root.met("a_sweep_by_root_keeps_files_of_another_users_group") {
         return;
     }
     let place = Place::new(0o1777);
     let dir = place.path("dir");
-    as_stranger(|| {
+    as_other_user(|| {
         let record = dir.join(".atomic-file-0123456789abcdef.group");
         fs::write(record, forged(&dir, "dest")).unwrap();
         fs::write(dir.join(".atomic-file-01234567-1.stage"), "an orphan").unwrap();
     });
-    // It protects nothing of ours.
+    // It protects no file of this user.
     fs::write(dir.join(".atomic-file-01234567-2.stage"), "an orphan").unwrap();
     let report = sweep(&dir).unwrap();
     assert_eq!(
@@ -707,25 +706,22 @@ fn a_sweep_by_root_keeps_what_another_users_group_names() {
 #[rstest]
 #[case::that_name_nothing(b"", "200 removed, 0 kept")]
 #[case::that_are_damaged(b"junk", "0 removed, 200 kept")]
-fn a_sweep_reads_a_bounded_part_of_a_strangers_records(
-    #[case] begin: &[u8],
-    #[case] expected: &str,
-) {
-    const TEST: &str = "a_sweep_reads_a_bounded_part_of_a_strangers_records";
+fn a_sweep_limits_reads_of_other_users_records(#[case] begin: &[u8], #[case] expected: &str) {
+    const TEST: &str = "a_sweep_limits_reads_of_other_users_records";
     if !Need::Root.met(TEST) || !Need::Strace.met(TEST) {
         return;
     }
     let place = Place::new(0o1777);
     let dir = place.path("dir");
     let trace = place.path("trace");
-    as_stranger(|| {
+    as_other_user(|| {
         for number in 0..200 {
-            let stage = format!(".atomic-file-01234567-{number:016x}.stage");
-            fs::write(dir.join(stage), "").unwrap();
+            let staged = format!(".atomic-file-01234567-{number:016x}.stage");
+            fs::write(dir.join(staged), "").unwrap();
         }
     });
-    // As large as is read at all; one of them is enough to protect all of the stranger's files.
-    as_stranger(|| {
+    // As large as the limit. One of them protects all files of the other user.
+    as_other_user(|| {
         for number in 0..4 {
             let record = dir.join(format!(".atomic-file-{number:016x}.group"));
             fs::write(&record, begin).unwrap();
@@ -747,10 +743,13 @@ fn a_sweep_reads_a_bounded_part_of_a_strangers_records(
         assert_eq!(opened(&format!("{number:016x}.group\"")), 1);
     }
     let listings = calls.lines().filter(|call| call.contains("getdents64("));
-    assert!(listings.count() < 60, "not one for each staged file");
+    assert!(
+        listings.count() < 60,
+        "there are fewer records than staged files"
+    );
     assert!(bytes_read(&calls) < 17 << 20);
-    // Any further ones are not read: they may name anything of the stranger's.
-    as_stranger(|| {
+    // Further records are not read: they may name any file of the other user.
+    as_other_user(|| {
         fs::write(dir.join(".atomic-file-01234567-1.stage"), "").unwrap();
         for number in 4..24 {
             let record = dir.join(format!(".atomic-file-{number:016x}.group"));
@@ -762,7 +761,7 @@ fn a_sweep_reads_a_bounded_part_of_a_strangers_records(
     assert!(bytes_read(&fs::read_to_string(&trace).unwrap()) < 17 << 20);
 }
 
-/// What all calls of `read` in a trace returned.
+/// Returns the sum of the results of all `read` calls in a trace.
 fn bytes_read(calls: &str) -> u64 {
     let reads = calls.lines().filter(|call| call.contains(" read("));
     let returned = reads.filter_map(|call| call.rsplit_once("= ")?.1.parse::<u64>().ok());
@@ -776,32 +775,32 @@ fn die_at(job: &str, dir: &Path, call: &str, nth: usize) {
     assert_eq!(support::under_strace(job, dir, &args), None);
 }
 
-/// `dir/dest` of the stranger, in a directory of the stranger.
-fn strangers_place(names: &[&str]) -> Place {
+/// A directory of the other user with the file `dir/dest`.
+fn other_users_place(names: &[&str]) -> Place {
     let place = Place::new(0o755);
     let dir = place.path("dir");
     for name in names {
         fs::write(dir.join(name), "old").unwrap();
         set_mode(&dir.join(name), 0o644);
-        std::os::unix::fs::chown(dir.join(name), Some(STRANGER), None).unwrap();
+        std::os::unix::fs::chown(dir.join(name), Some(OTHER_USER), None).unwrap();
     }
-    std::os::unix::fs::chown(&dir, Some(STRANGER), None).unwrap();
+    std::os::unix::fs::chown(&dir, Some(OTHER_USER), None).unwrap();
     place
 }
 
-/// Root's staged files belong to the owner that they preserve before they are renamed.
+/// Root's staged files belong to the preserved owner before they are renamed.
 #[rstest]
-fn no_owner_takes_the_files_of_roots_group_for_leftovers(#[values(0, 1)] renamed: usize) {
-    const TEST: &str = "no_owner_takes_the_files_of_roots_group_for_leftovers";
+fn an_owners_sweep_keeps_the_files_of_roots_group(#[values(0, 1)] renamed: usize) {
+    const TEST: &str = "an_owners_sweep_keeps_the_files_of_roots_group";
     if !Need::Root.met(TEST) || !Need::Strace.met(TEST) {
         return;
     }
-    let place = strangers_place(&MEMBERS);
+    let place = other_users_place(&MEMBERS);
     let dir = place.path("dir");
     let nth = support::RENAMES_BEFORE_MEMBERS + 1 + renamed;
     die_at("group that preserves", &dir, "renameat", nth);
-    let staged = stages(&place);
-    as_stranger(|| {
+    let staged = staged_files(&place);
+    as_other_user(|| {
         assert!(sweep(&dir).unwrap().removed.is_empty());
         for name in MEMBERS {
             AtomicWriter::open(dir.join(name))
@@ -810,17 +809,17 @@ fn no_owner_takes_the_files_of_roots_group_for_leftovers(#[values(0, 1)] renamed
                 .unwrap();
         }
     });
-    assert_eq!(stages(&place), staged);
+    assert_eq!(staged_files(&place), staged);
     let report = recover(&dir).unwrap();
     let counts = (report.in_place.len(), report.completed.len());
     assert_eq!(counts, (renamed, MEMBERS.len() - renamed));
     assert_eq!(support::same_text(&dir, &MEMBERS), "new");
     let owner = |name| fs::metadata(dir.join(name)).unwrap().uid();
-    assert_eq!(MEMBERS.map(owner), [STRANGER; 2]);
+    assert_eq!(MEMBERS.map(owner), [OTHER_USER; 2]);
     assert_eq!(support::names(&dir), MEMBERS);
 }
 
-/// A record protects the files of its own user only, unless nobody else can have written it.
+/// A record protects only the files of its own user, unless no other user can have written it.
 #[rstest]
 #[case::where_others_may_write(0o1777, false)]
 #[case::where_its_record_is_obeyed_by_all(0o755, true)]
@@ -834,9 +833,9 @@ fn a_group_that_could_not_protect_its_files_is_refused(#[case] mode: u32, #[case
         std::os::unix::fs::chown(&dir, Some(USER), None).unwrap();
     }
     let group = as_user(USER, || support::group(&dir, &MEMBERS, "new").unwrap());
-    // As a user with the capability to give files away does.
-    for stage in stages(&place) {
-        std::os::unix::fs::chown(stage, Some(STRANGER), None).unwrap();
+    // A user with the capability to change owners.
+    for staged in staged_files(&place) {
+        std::os::unix::fs::chown(staged, Some(OTHER_USER), None).unwrap();
     }
     let committed = as_user(USER, || group.commit());
     match committed {
@@ -849,23 +848,23 @@ fn a_group_that_could_not_protect_its_files_is_refused(#[case] mode: u32, #[case
     }
 }
 
-/// At the first sync the file is still this user's alone; at the second it is the owner's.
+/// At the first sync the file belongs to this user, at the second to the preserved owner.
 #[rstest]
 #[case::while_the_bytes_are_synced(1, (0, 0o600))]
-#[case::when_it_has_its_attributes(2, (STRANGER, 0o644))]
-fn what_is_left_for_another_users_file_is_removed_by_the_next_writer(
+#[case::when_it_has_its_attributes(2, (OTHER_USER, 0o644))]
+fn the_next_writer_removes_a_file_given_to_another_user(
     #[case] sync: usize,
     #[case] expected: (u32, u32),
 ) {
-    const TEST: &str = "what_is_left_for_another_users_file_is_removed_by_the_next_writer";
+    const TEST: &str = "the_next_writer_removes_a_file_given_to_another_user";
     if !Need::Root.met(TEST) || !Need::Strace.met(TEST) {
         return;
     }
-    let place = strangers_place(&["dest"]);
+    let place = other_users_place(&["dest"]);
     let dir = place.path("dir");
     for _ in 0..3 {
         die_at("preserve dest", &dir, "fsync", sync);
-        let left = stages(&place);
+        let left = staged_files(&place);
         assert_eq!(left.len(), 1, "the next writer removes it: {left:?}");
         let stat = fs::metadata(&left[0]).unwrap();
         assert_eq!((stat.uid(), stat.mode() & 0o7777), expected);
@@ -874,7 +873,7 @@ fn what_is_left_for_another_users_file_is_removed_by_the_next_writer(
     assert_eq!(support::names(&dir), ["dest"]);
 }
 
-/// What a group of `USER` does not undo, killed before it renamed a member.
+/// A group of `USER` that was killed before it renamed a member.
 fn killed_group_of_another_user(dir: &Path) {
     set_mode(dir, 0o777);
     for name in MEMBERS {
@@ -889,8 +888,8 @@ fn killed_group_of_another_user(dir: &Path) {
     support::record(dir);
 }
 
-/// `vm.mem` has the inode number that the group's record says, and is another file.
-fn assert_root_s_commit_stays(dir: &Path, old: u64) {
+/// `vm.mem` has the inode number in the group's record, but is another file.
+fn assert_root_commit_stays(dir: &Path, old: u64) {
     let memory = dir.join(MEMBERS[0]);
     assert_eq!(fs::metadata(&memory).unwrap().ino(), old);
     let report = as_user(USER, || recover(dir)).unwrap();
@@ -899,7 +898,7 @@ fn assert_root_s_commit_stays(dir: &Path, old: u64) {
     assert_eq!(report.completed, [dir.join(MEMBERS[1])]);
 }
 
-/// Such a file system keeps no time of creation.
+/// This file system stores no time of creation.
 #[test]
 fn a_commit_to_a_used_inode_number_is_not_undone() {
     const TEST: &str = "a_commit_to_a_used_inode_number_is_not_undone";
@@ -927,13 +926,13 @@ fn a_commit_to_a_used_inode_number_is_not_undone() {
             break;
         }
     }
-    assert_root_s_commit_stays(&dir, old);
+    assert_root_commit_stays(&dir, old);
 }
 
-/// The old file may be the next stage, and has its time of creation.
+/// A recycled old file keeps its time of creation.
 #[test]
-fn a_recycled_file_is_not_taken_for_the_one_of_a_record() {
-    const TEST: &str = "a_recycled_file_is_not_taken_for_the_one_of_a_record";
+fn a_recycled_file_does_not_match_a_pending_record() {
+    const TEST: &str = "a_recycled_file_does_not_match_a_pending_record";
     if !Need::Root.met(TEST) || !Need::Strace.met(TEST) {
         return;
     }
@@ -952,17 +951,17 @@ fn a_recycled_file_is_not_taken_for_the_one_of_a_record() {
     assert_eq!(report.superseded, [memory]);
 }
 
-/// Members of a group that may write to a directory can put links there, and exchange them.
+/// Members of a group with write permission can create and exchange links in the directory.
 #[rstest]
-#[case::of_a_shared_group(0o2775, STRANGER + 1, false)]
-#[case::of_a_shared_group_sticky(0o3775, STRANGER + 1, false)]
+#[case::of_a_shared_group(0o2775, OTHER_USER + 1, false)]
+#[case::of_a_shared_group_sticky(0o3775, OTHER_USER + 1, false)]
 #[case::of_roots_group(0o775, 0, true)]
-fn a_link_is_not_followed_where_a_group_may_write(
+fn a_link_is_not_followed_if_a_group_may_write(
     #[case] mode: u32,
     #[case] gid: u32,
     #[case] followed: bool,
 ) {
-    if !Need::Root.met("a_link_is_not_followed_where_a_group_may_write") {
+    if !Need::Root.met("a_link_is_not_followed_if_a_group_may_write") {
         return;
     }
     let place = Place::new(0o755);
@@ -971,7 +970,7 @@ fn a_link_is_not_followed_where_a_group_may_write(
     set_mode(&dir, mode);
     let link = dir.join("out.mem");
     symlink(place.path("ours/victim"), &link).unwrap();
-    std::os::unix::fs::lchown(&link, Some(STRANGER), None).unwrap();
+    std::os::unix::fs::lchown(&link, Some(OTHER_USER), None).unwrap();
     match AtomicWriter::open(&link) {
         Ok(writer) => {
             assert!(followed);
@@ -979,7 +978,7 @@ fn a_link_is_not_followed_where_a_group_may_write(
         }
         Err(OpenError::UntrustedSymlink { owner, .. }) => {
             assert!(!followed);
-            assert_eq!(owner, STRANGER);
+            assert_eq!(owner, OTHER_USER);
         }
         Err(other) => panic!("another error: {other:?}"),
     }

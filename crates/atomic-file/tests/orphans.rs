@@ -1,4 +1,4 @@
-//! What killed writers leave, and who removes it.
+//! Orphaned staged files and their removal.
 
 mod support;
 
@@ -11,7 +11,7 @@ use rstest::rstest;
 use support::{assert_names, commit, dir_with_old, names};
 use test_machine::{Need, rounds};
 
-/// Not a test of its own: what `support::command` runs.
+/// Runs the job of `support::command`; not a test by itself.
 #[test]
 fn child() {
     let Some((job, dir)) = support::job() else {
@@ -26,7 +26,7 @@ fn child() {
         "live" => {
             let writer = AtomicWriter::open(dir.join("dest")).expect("open");
             println!("\nREPORT {}", writer.temp_path().display());
-            // Until the parent closes our standard input.
+            // Wait until the parent closes standard input.
             let _ = std::io::stdin().read_line(&mut String::new());
             writer.write_all_at(b"late", 0).expect("write");
             writer.commit().expect("commit");
@@ -39,8 +39,8 @@ fn child() {
     }
 }
 
-/// The stage that a writer to `dir/dest` left when it was killed.
-fn dead_stage(dir: &Path) -> PathBuf {
+/// The staged file of a killed writer to `dir/dest`.
+fn orphaned_file(dir: &Path) -> PathBuf {
     let before = names(dir);
     assert_eq!(support::report(support::command("die", dir)), None);
     let mut new = names(dir);
@@ -50,25 +50,22 @@ fn dead_stage(dir: &Path) -> PathBuf {
 }
 
 #[test]
-fn the_stage_of_a_killed_writer_is_removed_by_the_next_open_for_the_same_destination() {
+fn open_removes_the_orphaned_file_of_its_destination() {
     let (dir, dest) = dir_with_old();
-    let dead = dead_stage(dir.path());
-    assert_eq!(fs::read(&dead).unwrap(), b"half");
+    let orphaned = orphaned_file(dir.path());
+    assert_eq!(fs::read(&orphaned).unwrap(), b"half");
     let other = AtomicWriter::open(dir.path().join("other")).unwrap();
-    assert!(
-        dead.exists(),
-        "another destination's stages are not looked at"
-    );
+    assert!(orphaned.exists(), "files of another destination are kept");
     other.discard().unwrap();
     let writer = AtomicWriter::open(&dest).unwrap();
-    assert!(!dead.exists());
-    assert_ne!(writer.temp_path(), dead, "no name is used again");
+    assert!(!orphaned.exists());
+    assert_ne!(writer.temp_path(), orphaned, "names are never reused");
     writer.commit().unwrap();
     assert_names(dir.path(), &["dest"]);
 }
 
 #[test]
-fn leftovers_do_not_pile_up() {
+fn orphaned_files_do_not_accumulate() {
     let (dir, _) = dir_with_old();
     for _ in 0..3 {
         let _ = fs::remove_file(dir.path().join("unused"));
@@ -78,29 +75,29 @@ fn leftovers_do_not_pile_up() {
 }
 
 #[test]
-fn a_sweep_removes_dead_stages_and_nothing_else() {
+fn a_sweep_removes_only_orphaned_files() {
     let (dir, dest) = dir_with_old();
-    let dead = dead_stage(dir.path());
+    let orphaned = orphaned_file(dir.path());
     fs::write(dir.path().join(".atomic-file-notes"), "mine").unwrap();
-    let living = AtomicWriter::open(dir.path().join("other")).unwrap();
+    let in_use = AtomicWriter::open(dir.path().join("other")).unwrap();
     let link = dir.path().join(".atomic-file-00000000-0.stage");
     std::os::unix::fs::symlink(&dest, &link).unwrap();
 
     for (preview, sweep) in [(true, preview_sweep as fn(_) -> _), (false, sweep)] {
         let report = sweep(dir.path()).unwrap();
-        assert_eq!(report.removed, std::slice::from_ref(&dead));
-        assert_eq!(report.living, [living.temp_path()]);
+        assert_eq!(report.removed, std::slice::from_ref(&orphaned));
+        assert_eq!(report.living, [in_use.temp_path()]);
         assert_eq!(report.kept.len(), 1);
         assert_eq!(report.kept[0].path, link);
-        assert_eq!(dead.exists(), preview);
+        assert_eq!(orphaned.exists(), preview);
     }
-    living.commit().unwrap();
+    in_use.commit().unwrap();
     let link = link.file_name().unwrap().to_str().unwrap();
     assert_names(dir.path(), &[".atomic-file-notes", "dest", "other", link]);
 }
 
 #[test]
-fn a_sweep_spares_living_writers_in_other_processes() {
+fn a_sweep_keeps_files_in_use_by_other_processes() {
     use std::io::{BufRead as _, BufReader};
     use std::process::Stdio;
     let (dir, dest) = dir_with_old();
@@ -111,19 +108,19 @@ fn a_sweep_spares_living_writers_in_other_processes() {
         .spawn()
         .unwrap();
     let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
-    let stage = lines
+    let staged = lines
         .by_ref()
         .find_map(|line| Some(PathBuf::from(line.unwrap().split_once("REPORT ")?.1)))
         .unwrap();
     let report = sweep(dir.path()).unwrap();
     assert_eq!(
         (report.removed.len(), report.living),
-        (0, vec![stage.clone()])
+        (0, vec![staged.clone()])
     );
     commit(&AtomicWriter::options(), &dest, b"early").unwrap();
     assert!(
-        stage.exists(),
-        "nor does another writer to the same destination touch it"
+        staged.exists(),
+        "another writer to the same destination keeps it"
     );
     drop(child.stdin.take());
     assert!(child.wait().unwrap().success());
@@ -132,7 +129,7 @@ fn a_sweep_spares_living_writers_in_other_processes() {
 }
 
 #[test]
-fn sweepers_never_harm_writers_whatever_the_moment() {
+fn racing_sweepers_never_break_a_commit() {
     let (dir, _) = dir_with_old();
     let done = std::sync::atomic::AtomicBool::new(false);
     std::thread::scope(|scope| {
@@ -155,8 +152,8 @@ fn sweepers_never_harm_writers_whatever_the_moment() {
             .collect();
         let ended: Vec<_> = writers.into_iter().map(|writer| writer.join()).collect();
         done.store(true, std::sync::atomic::Ordering::Relaxed);
-        assert!(ended.iter().all(Result::is_ok), "a writer was harmed");
-        // What it may remove is a stage caught between its creation and its lock; its writer takes another name.
+        assert!(ended.iter().all(Result::is_ok), "a writer failed");
+        // It may remove a staged file that is not locked yet. Its writer then creates another one.
         sweeper.join().unwrap();
     });
     assert_names(dir.path(), &["dest", "other"]);
@@ -170,8 +167,8 @@ fn sweeping_a_missing_directory_is_an_error_that_names_it() {
 
 /// As on an NFS mount without a lock daemon.
 #[test]
-fn without_locks_writers_work_and_their_leftovers_are_kept_and_named() {
-    if !Need::Strace.met("without_locks_writers_work_and_their_leftovers_are_kept_and_named") {
+fn without_locks_orphaned_files_are_kept_and_reported() {
+    if !Need::Strace.met("without_locks_orphaned_files_are_kept_and_reported") {
         return;
     }
     let (dir, dest) = dir_with_old();
@@ -186,7 +183,7 @@ fn without_locks_writers_work_and_their_leftovers_are_kept_and_named() {
 
     assert_eq!(without_locks(&["-e", "inject=fsync:signal=KILL"]), None);
     assert_eq!(names(dir.path()).len(), 2);
-    // A sweeper with locks cannot know whether the writer lives.
+    // A sweeper with locks cannot determine whether the writer is running.
     let report = sweep(dir.path()).unwrap();
     assert_eq!(
         (report.removed.len(), report.living.len(), report.kept.len()),
@@ -202,18 +199,18 @@ fn without_locks_writers_work_and_their_leftovers_are_kept_and_named() {
 #[rstest]
 #[case::elsewhere("dest", |dir: &Path| AtomicWriter::options().staging_dir(dir.join("staging")))]
 #[case::no_clobber("new", |_: &Path| AtomicWriter::options().no_clobber(true))]
-fn a_rehearsal_takes_no_name_from_a_living_writer(
+fn a_preflight_takes_no_name_from_another_writer(
     #[case] name: &str,
     #[case] options: fn(&Path) -> Options,
 ) {
     let (dir, _) = dir_with_old();
     fs::create_dir(dir.path().join("staging")).unwrap();
     let dest = dir.path().join(name);
-    let living = [(); 3].map(|()| AtomicWriter::open(&dest).unwrap());
+    let in_use = [(); 3].map(|()| AtomicWriter::open(&dest).unwrap());
     for _ in 0..20 {
         drop(options(dir.path()).open(&dest).unwrap());
     }
-    for writer in living {
+    for writer in in_use {
         writer.write_all_at(b"whole", 0).unwrap();
         writer.commit().unwrap();
         assert_eq!(fs::read(&dest).unwrap(), b"whole");

@@ -1,8 +1,10 @@
-//! Every state that a power loss may leave, as the crate's documentation assumes of the medium, and what recovery makes of it.
+//! Recovery from every state that a power loss may leave, under the assumptions of the crate's
+//! documentation.
 //!
-//! One real commit is traced. Then, for a power loss after each of its calls and for every subset of the names created, renamed
-//! and removed since the directory was last synced, the directory is built as it may be found, with every file that was not
-//! synced torn; and the real `recover` is let loose on it.
+//! One real commit is traced. A power loss is then modelled after each of its calls, for every
+//! subset of the names created, renamed and removed since the last sync of the directory. The
+//! directory is built in that state, with every file that was not synced torn, and the real
+//! `recover` runs on it.
 
 mod support;
 
@@ -23,7 +25,7 @@ fn files(job: &str) -> &'static [&'static str] {
     }
 }
 
-/// Not a test of its own: what `support::command` runs.
+/// Runs the job of `support::command`; not a test by itself.
 #[test]
 fn child() {
     let Some((job, dir)) = support::job() else {
@@ -48,7 +50,7 @@ fn child() {
     });
 }
 
-/// What a call did to the directory.
+/// The effect of a call on the directory.
 #[derive(Clone, Debug, PartialEq)]
 enum Step {
     Create(String),
@@ -60,7 +62,7 @@ enum Step {
     SyncDir,
 }
 
-/// `dir` with the old files in it.
+/// A directory with the old files.
 fn old_files(job: &str) -> tempfile::TempDir {
     old_files_in(tempfile::tempdir().unwrap(), job)
 }
@@ -126,7 +128,7 @@ fn step(line: &str, dir: &Path) -> Step {
     }
 }
 
-/// A file, by the name it was created with; `None` for the one that was there before.
+/// A file, identified by the name of its creation; `None` for the file that existed before.
 type File = Option<String>;
 
 fn apply(names: &mut BTreeMap<String, File>, step: &Step) {
@@ -150,7 +152,8 @@ fn apply(names: &mut BTreeMap<String, File>, step: &Step) {
     }
 }
 
-/// Every directory that may be found after a power loss that follows `steps`, with the files that are whole.
+/// Returns every state of the directory that a power loss after `steps` may leave, with its
+/// complete files.
 fn states_after(steps: &[Step], files: &[&str]) -> Vec<(BTreeMap<String, File>, Vec<String>)> {
     let base: BTreeMap<_, _> = files
         .iter()
@@ -159,7 +162,7 @@ fn states_after(steps: &[Step], files: &[&str]) -> Vec<(BTreeMap<String, File>, 
     let (mut names, mut whole) = (base.clone(), Vec::new());
     for step in steps {
         match step {
-            // A file is known by the name that it was created with.
+            // A file is identified by the name of its creation.
             Step::SyncFile(name) => whole.extend(names[name].clone()),
             step => apply(&mut names, step),
         }
@@ -168,7 +171,7 @@ fn states_after(steps: &[Step], files: &[&str]) -> Vec<(BTreeMap<String, File>, 
     names.map(|names| (names, whole.clone())).collect()
 }
 
-/// The names that may be found after a power loss that follows `steps`, which began with those of `base`.
+/// Returns every set of names that a power loss after `steps` may leave, starting from `base`.
 fn names_after(steps: &[Step], mut base: BTreeMap<String, File>) -> Vec<BTreeMap<String, File>> {
     let synced = steps
         .iter()
@@ -193,7 +196,8 @@ fn names_after(steps: &[Step], mut base: BTreeMap<String, File>) -> Vec<BTreeMap
         .collect()
 }
 
-/// Builds the directory. The record is made again, as it holds inode numbers: from the layout in the documentation.
+/// Builds the directory. The record is rewritten according to the documented format, because it
+/// contains inode numbers.
 fn build(
     dir: &Path,
     names: &BTreeMap<String, File>,
@@ -211,9 +215,9 @@ fn build(
         })
         .collect();
     let mut body = Vec::new();
-    for (stage, dest) in &members {
-        let path = aside.join(stage);
-        fs::write(&path, if whole.contains(stage) { "new" } else { "n" }).unwrap();
+    for (staged, dest) in &members {
+        let path = aside.join(staged);
+        fs::write(&path, if whole.contains(staged) { "new" } else { "n" }).unwrap();
         let old = aside.join(dest);
         fs::write(&old, "old").unwrap();
         body.extend(fs::metadata(&path).unwrap().ino().to_le_bytes());
@@ -226,7 +230,7 @@ fn build(
         });
         body.extend(old.ino().to_le_bytes());
         body.extend(created.to_le_bytes());
-        for name in [stage, dest] {
+        for name in [staged, dest] {
             body.extend((name.len() as u16).to_le_bytes());
             body.extend(name.as_bytes());
         }
@@ -239,13 +243,13 @@ fn build(
     for (name, file) in names {
         let path = dir.join(name);
         match file {
-            // Where there is no group, nothing was put aside.
+            // Without a group, no file is staged under another name.
             None if aside.join(name).exists() => fs::hard_link(aside.join(name), path).unwrap(),
             None => fs::write(path, "old").unwrap(),
-            Some(stage) if aside.join(stage).exists() => {
-                fs::hard_link(aside.join(stage), path).unwrap()
+            Some(staged) if aside.join(staged).exists() => {
+                fs::hard_link(aside.join(staged), path).unwrap()
             }
-            Some(stage) if whole.contains(stage) => fs::write(path, &record).unwrap(),
+            Some(staged) if whole.contains(staged) => fs::write(path, &record).unwrap(),
             Some(_) => fs::write(path, &record[..record.len() / 2]).unwrap(),
         }
     }
@@ -255,11 +259,8 @@ fn build(
 #[rstest]
 #[case("replace", 10)]
 #[case("group", 60)]
-fn after_a_power_loss_at_any_point_all_is_old_or_all_is_new(
-    #[case] job: &str,
-    #[case] least: usize,
-) {
-    if !Need::Strace.met("after_a_power_loss_at_any_point_all_is_old_or_all_is_new") {
+fn a_power_loss_leaves_all_files_old_or_all_new(#[case] job: &str, #[case] least: usize) {
+    if !Need::Strace.met("a_power_loss_leaves_all_files_old_or_all_new") {
         return;
     }
     let (steps, files) = (traced_steps(job, old_files(job).path()), files(job));
@@ -270,7 +271,7 @@ fn after_a_power_loss_at_any_point_all_is_old_or_all_is_new(
             build(dir.path(), &names, &whole, &steps, files);
             let context = format!("after {:?} found {names:?}", &steps[..crash]);
             let committed = crash == steps.len();
-            // A record that came back later would speak of a directory that has moved on.
+            // A record that is restored later would describe an older state of the directory.
             assert!(
                 !committed || names.len() == files.len(),
                 "commit had returned: {context}"
@@ -287,7 +288,7 @@ fn after_a_power_loss_at_any_point_all_is_old_or_all_is_new(
             states += 1;
         }
     }
-    assert!(states >= least, "{states} states are no proof");
+    assert!(states >= least, "only {states} states");
 }
 
 #[test]
@@ -298,7 +299,7 @@ fn the_model_finds_a_commit_that_does_not_sync() {
         states_after(steps, &["dest"]).iter().any(|(names, whole)| {
             names["dest"]
                 .as_ref()
-                .is_some_and(|stage| !whole.contains(stage))
+                .is_some_and(|staged| !whole.contains(staged))
         })
     };
     let old = |steps: &[Step]| {
@@ -320,9 +321,8 @@ fn the_model_finds_a_commit_that_does_not_sync() {
 }
 
 #[test]
-fn a_recovery_makes_the_names_durable_before_it_removes_the_record_and_then_the_removal() {
-    const TEST: &str =
-        "a_recovery_makes_the_names_durable_before_it_removes_the_record_and_then_the_removal";
+fn recovery_syncs_before_and_after_removing_the_record() {
+    const TEST: &str = "recovery_syncs_before_and_after_removing_the_record";
     if !Need::Strace.met(TEST) {
         return;
     }
@@ -345,22 +345,25 @@ fn a_recovery_makes_the_names_durable_before_it_removes_the_record_and_then_the_
     assert!(record.ends_with(".group"), "{record}");
 }
 
-/// What two commits after each other write, each in the file that the one before it replaced.
+/// The contents that two consecutive commits write, each to the file that the previous one
+/// replaced.
 const TEXTS: [&str; 2] = ["newer", "newest"];
 
-const SPARE: &str = ".atomic-file-88662993.spare";
+const RECYCLED: &str = ".atomic-file-88662993.spare";
 
-/// The directory before the first: the old file, and an older one kept as a spare.
-fn with_spare() -> BTreeMap<String, File> {
-    let spare = (SPARE.to_owned(), Some(SPARE.to_owned()));
-    BTreeMap::from([("dest".to_owned(), None), spare])
+/// The directory before the first commit: the old file and an older recycled one.
+fn with_recycled_file() -> BTreeMap<String, File> {
+    let recycled_file = (RECYCLED.to_owned(), Some(RECYCLED.to_owned()));
+    BTreeMap::from([("dest".to_owned(), None), recycled_file])
 }
 
-/// What the files hold after a power loss that follows `steps`: `None` where a write was not synced.
+/// Returns the contents of the files after a power loss that follows `steps`: `None` for writes
+/// that were not synced.
 fn contents_after(steps: &[Step]) -> BTreeMap<File, Option<String>> {
-    let mut names = with_spare();
+    let mut names = with_recycled_file();
     let old = |text: &str| Some(text.to_owned());
-    let mut contents = BTreeMap::from([(None, old("old")), (names[SPARE].clone(), old("older"))]);
+    let mut contents =
+        BTreeMap::from([(None, old("old")), (names[RECYCLED].clone(), old("older"))]);
     let mut written = BTreeMap::new();
     for step in steps {
         match step {
@@ -375,21 +378,21 @@ fn contents_after(steps: &[Step]) -> BTreeMap<File, Option<String>> {
             step => apply(&mut names, step),
         }
     }
-    // Another writer, after a kill of this one, may have begun to overwrite it by then.
-    if let Some(spare) = names.get(SPARE) {
-        contents.insert(spare.clone(), None);
+    // If this writer was killed, another one may be overwriting the file by then.
+    if let Some(recycled_file) = names.get(RECYCLED) {
+        contents.insert(recycled_file.clone(), None);
     }
     contents
 }
 
 #[test]
-fn after_a_power_loss_at_any_point_of_recycled_commits_the_file_is_whole() {
-    const TEST: &str = "after_a_power_loss_at_any_point_of_recycled_commits_the_file_is_whole";
+fn a_power_loss_during_recycling_leaves_a_complete_file() {
+    const TEST: &str = "a_power_loss_during_recycling_leaves_a_complete_file";
     if !Need::Strace.met(TEST) {
         return;
     }
     let dir = old_files_in(recycling_dir(), "replace");
-    fs::write(dir.path().join(SPARE), "older").unwrap();
+    fs::write(dir.path().join(RECYCLED), "older").unwrap();
     let steps = traced_steps("recycle", dir.path());
     let count = |wanted: fn(&Step) -> bool| steps.iter().filter(|step| wanted(step)).count();
     assert_eq!(
@@ -408,7 +411,7 @@ fn after_a_power_loss_at_any_point_of_recycled_commits_the_file_is_whole() {
         let contents = contents_after(before);
         let syncs = before.iter().filter(|step| **step == Step::SyncDir).count();
         let texts = ["old", TEXTS[0], TEXTS[1]];
-        for names in names_after(before, with_spare()) {
+        for names in names_after(before, with_recycled_file()) {
             let context = format!("after {before:?} found {names:?} with {contents:?}");
             let dir = tempfile::tempdir().unwrap();
             for (name, file) in &names {
@@ -428,29 +431,29 @@ fn after_a_power_loss_at_any_point_of_recycled_commits_the_file_is_whole() {
             states += 1;
         }
     }
-    assert!(states >= 30, "{states} states are no proof");
+    assert!(states >= 30, "only {states} states");
 }
 
 #[test]
-fn the_model_finds_a_spare_that_is_overwritten_before_the_directory_is_synced() {
-    let (spare, stage, dest) = (
-        || SPARE.to_owned(),
+fn the_model_finds_reuse_before_the_directory_sync() {
+    let (recycled_file, staged, dest) = (
+        || RECYCLED.to_owned(),
         || "stage".to_owned(),
         || "dest".to_owned(),
     );
     let commit = |text: &str| {
         [
-            Step::Rename(spare(), stage()),
-            Step::Write(stage(), text.to_owned()),
-            Step::SyncFile(stage()),
-            Step::Exchange(stage(), dest()),
+            Step::Rename(recycled_file(), staged()),
+            Step::Write(staged(), text.to_owned()),
+            Step::SyncFile(staged()),
+            Step::Exchange(staged(), dest()),
             Step::SyncDir,
-            Step::Rename(stage(), spare()),
+            Step::Rename(staged(), recycled_file()),
         ]
     };
     let torn = |steps: &[Step]| {
         let contents = contents_after(steps);
-        let mut found = names_after(steps, with_spare()).into_iter();
+        let mut found = names_after(steps, with_recycled_file()).into_iter();
         found.any(|names| contents[&names["dest"]].is_none())
     };
     let found = |steps: &[Step]| (0..=steps.len()).any(|crash| torn(&steps[..crash]));
@@ -461,5 +464,5 @@ fn the_model_finds_a_spare_that_is_overwritten_before_the_directory_is_synced() 
     assert!(found(&without), "without the directory's sync");
     let mut early = good;
     early.swap(4, 5);
-    assert!(found(&early), "a spare before it");
+    assert!(found(&early), "reuse before the sync");
 }

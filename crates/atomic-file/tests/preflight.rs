@@ -1,4 +1,4 @@
-//! What would fail at the commit fails when a writer is opened, and says what to do.
+//! Failures of the commit that `open` detects.
 #![cfg(target_os = "linux")]
 
 mod support;
@@ -15,7 +15,7 @@ use rstest::rstest;
 use support::{assert_names, commit, dir_with_old};
 use test_machine::Need;
 
-/// An attribute of `chattr`, cleared when dropped.
+/// An attribute of `chattr` that is cleared on drop.
 struct Attribute(&'static str, PathBuf);
 
 impl Attribute {
@@ -95,8 +95,8 @@ fn an_append_only_staging_directory_is_found_at_open() {
 }
 
 #[test]
-fn a_file_that_something_is_mounted_on_is_found_at_open() {
-    if !Need::Root.met("a_file_that_something_is_mounted_on_is_found_at_open") {
+fn a_mount_point_is_found_at_open() {
+    if !Need::Root.met("a_mount_point_is_found_at_open") {
         return;
     }
     let (dir, dest) = dir_with_old();
@@ -116,42 +116,42 @@ fn a_file_that_something_is_mounted_on_is_found_at_open() {
     commit(&AtomicWriter::options(), &dest, b"new").unwrap();
 }
 
-const STRANGER: u32 = 12345;
+const OTHER_USER: u32 = 12345;
 
-/// On a thread with that user's rights over files.
-fn as_stranger<T: Send>(job: impl FnOnce() -> T + Send) -> T {
+/// Runs `job` on a thread with that user's file system IDs.
+fn as_other_user<T: Send>(job: impl FnOnce() -> T + Send) -> T {
     std::thread::scope(|scope| {
-        let stranger = scope.spawn(|| {
-            setfsgid(Gid::from_raw(STRANGER));
-            setfsuid(Uid::from_raw(STRANGER));
+        let other_user = scope.spawn(|| {
+            setfsgid(Gid::from_raw(OTHER_USER));
+            setfsuid(Uid::from_raw(OTHER_USER));
             job()
         });
-        stranger.join().unwrap()
+        other_user.join().unwrap()
     })
 }
 
-/// Root may replace what the sticky bit protects, and so may the owners.
+/// Root and the owners may replace files that the sticky bit protects.
 #[test]
-fn a_file_that_the_sticky_bit_protects_is_found_at_open() {
-    if !Need::Root.met("a_file_that_the_sticky_bit_protects_is_found_at_open") {
+fn a_sticky_directory_is_found_at_open() {
+    if !Need::Root.met("a_sticky_directory_is_found_at_open") {
         return;
     }
     let (dir, dest) = dir_with_old();
     fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o1777)).unwrap();
-    let owner = STRANGER + 1;
+    let owner = OTHER_USER + 1;
     chown(&dest, Some(owner), None).unwrap();
-    as_stranger(|| {
+    as_other_user(|| {
         assert_eq!(obstacle(&dest), Obstacle::OthersInStickyDirectory { owner });
         commit(&AtomicWriter::options(), &dir.path().join("own"), b"new").unwrap();
         commit(&AtomicWriter::options(), &dir.path().join("own"), b"newer").unwrap();
     });
-    // Not where it is not sticky, nor for the directory's owner, nor for root.
+    // This does not apply without the sticky bit, to the directory's owner, or to root.
     fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o777)).unwrap();
-    as_stranger(|| commit(&AtomicWriter::options(), &dest, b"new").unwrap());
+    as_other_user(|| commit(&AtomicWriter::options(), &dest, b"new").unwrap());
     chown(&dest, Some(owner), None).unwrap();
     fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o1755)).unwrap();
-    chown(dir.path(), Some(STRANGER), None).unwrap();
-    as_stranger(|| commit(&AtomicWriter::options(), &dest, b"newer").unwrap());
+    chown(dir.path(), Some(OTHER_USER), None).unwrap();
+    as_other_user(|| commit(&AtomicWriter::options(), &dest, b"newer").unwrap());
     chown(&dest, Some(owner), None).unwrap();
     commit(&AtomicWriter::options(), &dest, b"newest").unwrap();
 }
@@ -163,7 +163,7 @@ fn a_directory_without_write_permission_is_named_at_open() {
     }
     let (dir, dest) = dir_with_old();
     fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o755)).unwrap();
-    let error = as_stranger(|| AtomicWriter::open(&dest).unwrap_err());
+    let error = as_other_user(|| AtomicWriter::open(&dest).unwrap_err());
     let OpenError::NotWritable {
         dir: named, source, ..
     } = error
@@ -186,7 +186,7 @@ fn a_name_that_is_too_long_is_found_at_open() {
     commit(&AtomicWriter::options(), &name(255), b"new").unwrap();
 }
 
-/// The kernel drops it without an error.
+/// The kernel drops the bit silently.
 #[test]
 fn a_set_group_id_bit_that_cannot_be_set_is_found_at_open() {
     if !Need::Root.met("a_set_group_id_bit_that_cannot_be_set_is_found_at_open") {
@@ -194,11 +194,11 @@ fn a_set_group_id_bit_that_cannot_be_set_is_found_at_open() {
     }
     let (dir, dest) = dir_with_old();
     fs::remove_file(&dest).unwrap();
-    // What is created there has its group, which the stranger is not a member of.
-    chown(dir.path(), Some(STRANGER), Some(STRANGER + 1)).unwrap();
+    // New files there have the directory's group, and the other user is not a member of it.
+    chown(dir.path(), Some(OTHER_USER), Some(OTHER_USER + 1)).unwrap();
     fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o2755)).unwrap();
     let mode = |mode| AtomicWriter::options().mode(mode);
-    as_stranger(|| {
+    as_other_user(|| {
         let error = mode(0o2750).open(&dest).unwrap_err();
         assert!(matches!(error, OpenError::Io { .. }), "{error:?}");
         commit(&mode(0o750), &dest, b"new").unwrap();
@@ -207,7 +207,7 @@ fn a_set_group_id_bit_that_cannot_be_set_is_found_at_open() {
     assert_names(dir.path(), &["dest"]);
 }
 
-/// Whatever is written: the kernel drops them at the first write.
+/// The kernel drops set-id bits at the first write.
 #[rstest]
 #[case(0o4711)]
 #[case(0o2750)]
@@ -221,9 +221,9 @@ fn a_file_has_its_mode_after_the_last_write(#[case] mode: u32, #[values(false, t
     let dir = tempfile::tempdir().unwrap();
     fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o777)).unwrap();
     let dest = dir.path().join("dest");
-    as_stranger(|| {
+    as_other_user(|| {
         let writer = AtomicWriter::options().mode(mode).open(&dest).unwrap();
-        // As is done for direct I/O.
+        // Direct I/O reopens the file like this.
         let again = fs::File::options().write(true).open(writer.temp_path());
         again.expect("its owner may write to it until the commit");
         writer.write_all_at(b"new", 0).unwrap();
@@ -238,7 +238,7 @@ fn a_file_has_its_mode_after_the_last_write(#[case] mode: u32, #[values(false, t
     assert_eq!(fs::metadata(&dest).unwrap().mode() & 0o7777, mode);
 }
 
-/// Swap space in use, and out of use when dropped.
+/// Swap space that is disabled on drop.
 struct Swap(PathBuf);
 
 impl Drop for Swap {
@@ -260,7 +260,7 @@ fn swap_space_in_use_is_found_at_open() {
         return;
     }
     let dir = tempfile::tempdir().unwrap();
-    // Which the kernel lists in octal.
+    // The kernel escapes these characters in octal.
     let dest = dir.path().join("a swap\\file");
     fs::write(&dest, vec![0; 1 << 20]).unwrap();
     fs::set_permissions(&dest, fs::Permissions::from_mode(0o600)).unwrap();
@@ -277,7 +277,7 @@ fn swap_space_in_use_is_found_at_open() {
     commit(&AtomicWriter::options(), &dest, b"new").unwrap();
 }
 
-/// Not a test of its own: what `support::command` runs.
+/// Runs the job of `support::command`; not a test by itself.
 #[test]
 fn child() {
     use nix::sys::resource::{Resource, setrlimit};
@@ -307,7 +307,7 @@ fn child() {
 }
 
 #[test]
-fn too_few_descriptors_are_found_at_open_and_are_no_group_commit() {
+fn too_few_descriptors_are_found_at_open() {
     let (dir, _) = dir_with_old();
     let said = support::report(support::command("few descriptors", dir.path())).unwrap();
     let said: Vec<_> = said.split('|').collect();

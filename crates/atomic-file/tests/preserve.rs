@@ -1,4 +1,4 @@
-//! What the replaced file had beside its bytes.
+//! Preservation of attributes.
 #![cfg(target_os = "linux")]
 
 mod support;
@@ -18,7 +18,7 @@ const GROUP: u32 = 23456;
 const NOTE: &str = "user.note";
 const ACL: &str = "system.posix_acl_access";
 
-/// On a thread with that user's rights over files.
+/// Runs `job` on a thread with that user's file system IDs.
 fn as_user<T: Send>(uid: u32, job: impl FnOnce() -> T + Send) -> T {
     std::thread::scope(|scope| {
         let user = scope.spawn(|| {
@@ -52,7 +52,8 @@ fn set_mode(path: &Path, mode: u32) {
     fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
 }
 
-/// `dest` with everything that can be preserved, in a directory of user `OWNER + 2`; `None` where the file system has not all of it.
+/// Creates `dest` with all attributes in a directory of user `OWNER + 2`. Returns `None` if the
+/// file system does not support all of them.
 fn with_attributes(test: &str) -> Option<(tempfile::TempDir, std::path::PathBuf)> {
     if !Need::Root.met(test) {
         return None;
@@ -127,7 +128,7 @@ fn everything_is_preserved_on_request(#[values(false, true)] group: bool) {
 #[case::nothing(Preserve::nothing(), (0, 0, 0o600, false, false))]
 #[case::owner(Preserve::nothing().owner(true), (OWNER, 0, 0o600, false, false))]
 #[case::group(Preserve::nothing().group(true), (0, GROUP, 0o600, false, false))]
-// The group's bits were the list's, and meant another group.
+// The group bits belonged to the list and to another group.
 #[case::mode(Preserve::nothing().mode(true), (0, 0, 0o600, false, false))]
 #[case::xattrs(Preserve::nothing().xattrs(true), (0, 0, 0o600, false, true))]
 #[case::all_but_the_mode(Preserve::all().mode(false), (OWNER, GROUP, 0o600, true, true))]
@@ -150,10 +151,10 @@ fn only_what_is_asked_for_is_preserved(
     assert_eq!(found(&dest), expected);
 }
 
-/// The directory's owner may replace the file, and no more.
+/// The directory's owner may only replace the file.
 #[test]
-fn what_is_not_permitted_is_refused_before_anything_is_written() {
-    const TEST: &str = "what_is_not_permitted_is_refused_before_anything_is_written";
+fn open_fails_if_preserving_is_not_permitted() {
+    const TEST: &str = "open_fails_if_preserving_is_not_permitted";
     let Some((dir, dest)) = with_attributes(TEST) else {
         return;
     };
@@ -176,8 +177,8 @@ fn what_is_not_permitted_is_refused_before_anything_is_written() {
 }
 
 #[test]
-fn what_is_not_permitted_is_left_out_on_request_and_named() {
-    const TEST: &str = "what_is_not_permitted_is_left_out_on_request_and_named";
+fn if_permitted_omits_and_reports_attributes() {
+    const TEST: &str = "if_permitted_omits_and_reports_attributes";
     let Some((_dir, dest)) = with_attributes(TEST) else {
         return;
     };
@@ -206,7 +207,7 @@ fn what_is_not_permitted_is_left_out_on_request_and_named() {
     assert!(after.acl && after.note);
 }
 
-/// A file that the writer may not read has attributes that it cannot know.
+/// The writer cannot read the attributes of a file without read permission.
 #[test]
 fn attributes_that_cannot_be_read_are_named() {
     let Some((_dir, dest)) = with_attributes("attributes_that_cannot_be_read_are_named") else {
@@ -220,15 +221,18 @@ fn attributes_that_cannot_be_read_are_named() {
             .open(&dest)
             .unwrap_err();
         assert!(
-            matches!(&error, OpenError::NotPreserved { source, .. } if source.attribute == Attribute::Xattrs),
+            matches!(
+                &error,
+                OpenError::NotPreserved { source, .. } if source.attribute == Attribute::Xattrs
+            ),
             "{error:?}"
         );
     });
 }
 
-/// What is preserved is what the destination has at the commit.
+/// The attributes at the time of the commit are preserved.
 #[test]
-fn a_mode_that_is_changed_meanwhile_is_preserved() {
+fn a_mode_changed_after_open_is_preserved() {
     let (_dir, dest) = dir_with_old();
     let preserve = AtomicWriter::options().preserve(Preserve::nothing().mode(true));
     let writer = preserve.open(&dest).unwrap();
@@ -238,7 +242,7 @@ fn a_mode_that_is_changed_meanwhile_is_preserved() {
 }
 
 #[test]
-fn where_nothing_is_replaced_there_is_nothing_to_preserve() {
+fn a_new_destination_preserves_nothing() {
     let (dir, _) = dir_with_old();
     let new = dir.path().join("new");
     let options = AtomicWriter::options()
@@ -257,10 +261,10 @@ fn where_nothing_is_replaced_there_is_nothing_to_preserve() {
     assert_eq!(fs::metadata(&link).unwrap().mode() & 0o7777, 0o640);
 }
 
-/// New files in such a directory get a list of their own.
+/// New files in this directory inherit a list.
 #[test]
-fn a_file_without_a_list_is_replaced_by_one_without() {
-    const TEST: &str = "a_file_without_a_list_is_replaced_by_one_without";
+fn a_file_without_an_acl_is_replaced_by_one_without() {
+    const TEST: &str = "a_file_without_an_acl_is_replaced_by_one_without";
     if !Need::Root.met(TEST) {
         return;
     }
@@ -275,13 +279,13 @@ fn a_file_without_a_list_is_replaced_by_one_without() {
     assert_eq!(found(&dest).mode, 0o640);
 }
 
-/// What a new file inherits there would give the group's bits to others than the group.
+/// The inherited list would apply the group bits to other users.
 #[rstest]
 #[case::preserved(Preserve::nothing().mode(true), 0o600)]
 #[case::preserved_with_the_group(Preserve::nothing().mode(true).group(true), 0o600)]
 #[case::asked_for(Preserve::nothing(), 0o640)]
-fn a_mode_means_nothing_more_by_an_inherited_list(#[case] preserve: Preserve, #[case] mode: u32) {
-    const TEST: &str = "a_mode_means_nothing_more_by_an_inherited_list";
+fn an_inherited_acl_does_not_extend_the_mode(#[case] preserve: Preserve, #[case] mode: u32) {
+    const TEST: &str = "an_inherited_acl_does_not_extend_the_mode";
     if !Need::Root.met(TEST) {
         return;
     }
@@ -302,7 +306,7 @@ fn a_mode_means_nothing_more_by_an_inherited_list(#[case] preserve: Preserve, #[
     );
 }
 
-/// Not a test of its own: what `support::command` runs.
+/// Runs the job of `support::command`; not a test by itself.
 #[test]
 fn child() {
     let Some((_, dir)) = support::job() else {
@@ -315,11 +319,10 @@ fn child() {
     });
 }
 
-/// Between two calls of the commit: it has looked at the destination, and opens it.
+/// The destination is replaced between the commit's `stat` and `open`.
 #[test]
-fn a_destination_that_is_replaced_meanwhile_fails_no_commit_that_preserves_what_it_can() {
-    const TEST: &str =
-        "a_destination_that_is_replaced_meanwhile_fails_no_commit_that_preserves_what_it_can";
+fn replacing_the_destination_does_not_fail_if_permitted() {
+    const TEST: &str = "replacing_the_destination_does_not_fail_if_permitted";
     if !Need::Strace.met(TEST) {
         return;
     }
@@ -329,7 +332,7 @@ fn a_destination_that_is_replaced_meanwhile_fails_no_commit_that_preserves_what_
     let args = ["-o", path, "-e", "trace=openat"];
     let done = support::under_strace("preserve", dir.path(), &args);
     assert_eq!(done.as_deref(), Some("ok"));
-    // Which of that thread's calls it is.
+    // The number of the call in its thread.
     let calls = fs::read_to_string(path).unwrap();
     let of_thread = |line: &str| line.split(' ').next().unwrap().to_owned();
     let opens = |line: &str| line.contains("\"dest\", O_RDONLY");

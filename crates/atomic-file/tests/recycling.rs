@@ -1,4 +1,4 @@
-//! The replaced file as the next stage: who gets it, and who must never notice.
+//! Recycling of replaced files.
 #![cfg(target_os = "linux")]
 
 mod support;
@@ -20,7 +20,8 @@ fn recycling() -> Options {
     AtomicWriter::options().recycle(MIB)
 }
 
-/// A child that a test starts has, until its `exec`, whatever another had open a moment ago: no lease is granted then.
+/// A forked child has all descriptors of this process until its `exec`, and no lease is granted
+/// meanwhile.
 fn one_at_a_time() -> std::sync::MutexGuard<'static, ()> {
     static TURN: std::sync::Mutex<()> = std::sync::Mutex::new(());
     TURN.lock()
@@ -31,13 +32,13 @@ fn inode(path: &Path) -> u64 {
     fs::metadata(path).unwrap().ino()
 }
 
-fn spares(dir: &Path) -> Vec<PathBuf> {
-    let mut spares = names(dir);
-    spares.retain(|name| name.to_str().unwrap().ends_with(".spare"));
-    spares.iter().map(|name| dir.join(name)).collect()
+fn recycled_files(dir: &Path) -> Vec<PathBuf> {
+    let mut recycled_files = names(dir);
+    recycled_files.retain(|name| name.to_str().unwrap().ends_with(".spare"));
+    recycled_files.iter().map(|name| dir.join(name)).collect()
 }
 
-/// Writes a whole file of `byte`; whether its stage was recycled.
+/// Writes a file of `byte` and returns whether it was recycled.
 fn save(options: &Options, dest: &Path, byte: u8) -> bool {
     let writer = options.open(dest).unwrap();
     let recycled = writer.recycled();
@@ -49,21 +50,21 @@ fn save(options: &Options, dest: &Path, byte: u8) -> bool {
     recycled
 }
 
-/// A directory where `dest` holds 2s, and its spare 1s.
-fn with_spare() -> (tempfile::TempDir, PathBuf, PathBuf) {
+/// A directory with a `dest` of 2s and a recycled file of 1s.
+fn with_recycled_file() -> (tempfile::TempDir, PathBuf, PathBuf) {
     let dir = recycling_dir();
     let dest = dir.path().join("dest");
     assert!(!save(&recycling(), &dest, 1));
     assert_names(dir.path(), &["dest"]);
     assert!(!save(&recycling(), &dest, 2));
-    let spares = spares(dir.path());
-    assert_eq!(spares.len(), 1);
+    let recycled_files = recycled_files(dir.path());
+    assert_eq!(recycled_files.len(), 1);
     assert_eq!(names(dir.path()).len(), 2);
-    assert_eq!(fs::read(&spares[0]).unwrap(), [1; SIZE]);
-    (dir, dest, spares[0].clone())
+    assert_eq!(fs::read(&recycled_files[0]).unwrap(), [1; SIZE]);
+    (dir, dest, recycled_files[0].clone())
 }
 
-/// Not a test of its own: what `support::command` runs.
+/// Runs the job of `support::command`; not a test by itself.
 #[test]
 fn child() {
     let Some((job, dir)) = support::job() else {
@@ -77,27 +78,33 @@ fn child() {
 }
 
 #[test]
-fn two_files_take_turns() {
+fn two_files_alternate() {
     let _turn = one_at_a_time();
-    let (dir, dest, spare) = with_spare();
-    let inodes = [inode(&spare), inode(&dest)];
+    let (dir, dest, recycled_file) = with_recycled_file();
+    let inodes = [inode(&recycled_file), inode(&dest)];
     for turn in 0..6 {
         let writer = recycling().open(&dest).unwrap();
         assert!(writer.recycled());
-        assert!(spares(dir.path()).is_empty(), "it is the stage now");
+        assert!(
+            recycled_files(dir.path()).is_empty(),
+            "it is the staged file now"
+        );
         assert_eq!(inode(writer.temp_path()), inodes[turn % 2]);
         assert_eq!(fs::read(&dest).unwrap(), [turn as u8 + 2; SIZE], "the old");
         writer.write_all_at(&[turn as u8 + 3; SIZE], 0).unwrap();
         writer.commit().unwrap();
         assert_eq!(fs::read(&dest).unwrap(), [turn as u8 + 3; SIZE]);
         assert_eq!(inode(&dest), inodes[turn % 2]);
-        assert_eq!(spares(dir.path()), std::slice::from_ref(&spare));
+        assert_eq!(
+            recycled_files(dir.path()),
+            std::slice::from_ref(&recycled_file)
+        );
         assert_eq!(names(dir.path()).len(), 2);
     }
 }
 
 #[rstest]
-fn a_recycled_file_takes_no_other_writers_name(#[values(true, false)] living: bool) {
+fn a_recycled_file_takes_no_name_of_another_writer(#[values(true, false)] in_use: bool) {
     let _turn = one_at_a_time();
     let dir = recycling_dir();
     let dest = dir.path().join("dest");
@@ -106,7 +113,7 @@ fn a_recycled_file_takes_no_other_writers_name(#[values(true, false)] living: bo
     save(&recycling(), &dest, 2);
     let other = File::create(&first).unwrap();
     other.write_all_at(b"another's", 0).unwrap();
-    if living {
+    if in_use {
         other.lock().unwrap();
     } else {
         drop(other);
@@ -115,16 +122,17 @@ fn a_recycled_file_takes_no_other_writers_name(#[values(true, false)] living: bo
     assert!(writer.recycled());
     assert_ne!(writer.temp_path(), first);
     let kept = fs::read(&first).is_ok_and(|bytes| bytes == b"another's");
-    assert_eq!(kept, living, "an orphan is removed");
+    assert_eq!(kept, in_use, "an orphan is removed");
 }
 
-/// New files get the group of their directory where that has its set-group-ID bit, and their writer's elsewhere.
+/// New files have the group of their directory if that has the set-group-ID bit, and their writer's
+/// otherwise.
 #[rstest]
 #[case::the_writers(0o755)]
 #[case::the_directorys(0o2755)]
-fn a_file_of_the_group_that_a_new_one_would_have_is_recycled(#[case] mode: u32) {
+fn a_file_with_the_group_of_a_new_file_is_recycled(#[case] mode: u32) {
     use std::os::unix::fs::PermissionsExt as _;
-    if !Need::Root.met("a_file_of_the_group_that_a_new_one_would_have_is_recycled") {
+    if !Need::Root.met("a_file_with_the_group_of_a_new_file_is_recycled") {
         return;
     }
     let _turn = one_at_a_time();
@@ -139,9 +147,9 @@ fn a_file_of_the_group_that_a_new_one_would_have_is_recycled(#[case] mode: u32) 
 }
 
 #[test]
-fn a_recycled_stage_can_be_written_at_once_by_io_uring_too() {
+fn io_uring_can_write_a_recycled_file() {
     let _turn = one_at_a_time();
-    let (_dir, dest, _) = with_spare();
+    let (_dir, dest, _) = with_recycled_file();
     let writer = recycling().open(&dest).unwrap();
     assert!(writer.recycled());
     let flags = nix::fcntl::fcntl(writer.file(), nix::fcntl::FcntlArg::F_GETFL).unwrap();
@@ -153,7 +161,7 @@ fn a_recycled_stage_can_be_written_at_once_by_io_uring_too() {
     assert_eq!(flags & libc::O_ACCMODE, libc::O_RDWR);
     let flags = nix::fcntl::fcntl(writer.file(), nix::fcntl::FcntlArg::F_GETFD).unwrap();
     assert_ne!(flags & libc::FD_CLOEXEC, 0);
-    // Nor may a lease be left: whoever opened the file again, for direct I/O, say, would wait for it.
+    // No lease may remain: reopening the file, as for direct I/O, would block.
     let again = format!("/proc/self/fd/{}", writer.file().as_raw_fd());
     let again = File::options().write(true).open(again).unwrap();
     again.write_all_at(&[3; SIZE], 0).unwrap();
@@ -161,7 +169,7 @@ fn a_recycled_stage_can_be_written_at_once_by_io_uring_too() {
     assert_eq!(fs::read(&dest).unwrap(), [3; SIZE]);
 }
 
-/// A way of having a file and looking at its bytes later.
+/// A way of using a file and reading its bytes later.
 type Hold = fn(&Path) -> Box<dyn Fn() -> Vec<u8>>;
 
 fn open(path: &Path) -> Box<dyn Fn() -> Vec<u8>> {
@@ -192,7 +200,7 @@ fn second_name(path: &Path) -> Box<dyn Fn() -> Vec<u8>> {
     })
 }
 
-/// As a VM restored from it has it: mapped, and the descriptor closed.
+/// As a restored VM uses it: mapped, with the descriptor closed.
 fn map(path: &Path) -> Box<dyn Fn() -> Vec<u8>> {
     let map = Map::new(&File::open(path).unwrap());
     Box::new(move || map.bytes())
@@ -217,7 +225,8 @@ mod mapping {
 
         pub(crate) fn bytes(&self) -> Vec<u8> {
             let mut bytes = vec![0; SIZE];
-            // SAFETY: the mapping has SIZE readable bytes until it is dropped, and `bytes` as many; they don't overlap.
+            // SAFETY: the mapping has SIZE readable bytes until it is dropped, and `bytes` has the
+            // same size. They do not overlap.
             unsafe {
                 std::ptr::copy_nonoverlapping(self.0.as_ptr().cast(), bytes.as_mut_ptr(), SIZE);
             }
@@ -239,14 +248,14 @@ use mapping::Map;
 #[case::open_to_write(open_to_write)]
 #[case::mapped(map)]
 #[case::hard_linked(second_name)]
-fn who_has_the_old_file_keeps_its_bytes(#[case] hold: Hold) {
+fn users_of_the_old_file_keep_its_bytes(#[case] hold: Hold) {
     let _turn = one_at_a_time();
     let dir = recycling_dir();
     let dest = dir.path().join("dest");
     save(&recycling(), &dest, 1);
     let held = hold(&dest);
     save(&recycling(), &dest, 2);
-    assert!(spares(dir.path()).is_empty(), "it was not kept");
+    assert!(recycled_files(dir.path()).is_empty(), "it was not kept");
     assert!(!save(&recycling(), &dest, 3));
     assert_eq!(held(), [1; SIZE]);
     assert!(save(&recycling(), &dest, 4), "the one of 2s");
@@ -258,40 +267,40 @@ fn who_has_the_old_file_keeps_its_bytes(#[case] hold: Hold) {
 #[case::open_to_write(open_to_write)]
 #[case::mapped(map)]
 #[case::hard_linked(second_name)]
-fn who_has_the_spare_keeps_its_bytes(#[case] hold: Hold) {
+fn users_of_the_recycled_file_keep_its_bytes(#[case] hold: Hold) {
     let _turn = one_at_a_time();
-    let (dir, dest, spare) = with_spare();
-    let held = hold(&spare);
+    let (dir, dest, recycled_file) = with_recycled_file();
+    let held = hold(&recycled_file);
     assert!(!save(&recycling(), &dest, 3));
     assert_eq!(held(), [1; SIZE]);
     assert!(save(&recycling(), &dest, 4), "the one of 2s");
     assert_eq!(held(), [1; SIZE]);
-    assert_eq!(spares(dir.path()).len(), 1);
+    assert_eq!(recycled_files(dir.path()).len(), 1);
 }
 
-/// All that a lease rests on, on each file system that is believed: whoever has the file open or mapped is counted.
+/// Leases count all users of a file on each file system that supports recycling.
 #[rstest]
 #[case::ext4(Need::Ext4, LoopFs::Ext4)]
 #[case::xfs(Need::Xfs, LoopFs::Xfs)]
 #[case::btrfs(Need::Btrfs, LoopFs::Btrfs)]
-fn on_a_disk_files_are_recycled_unless_somebody_has_them(#[case] need: Need, #[case] fs: LoopFs) {
+fn files_on_disk_are_recycled_unless_in_use(#[case] need: Need, #[case] fs: LoopFs) {
     let _turn = one_at_a_time();
-    if need.met("on_a_disk_files_are_recycled_unless_somebody_has_them") {
+    if need.met("files_on_disk_are_recycled_unless_in_use") {
         let mount = LoopMount::new(fs).unwrap();
-        recycles_unless_held(mount.path());
+        assert_recycles_unless_in_use(mount.path());
     }
 }
 
 #[test]
-fn on_tmpfs_files_are_recycled_unless_somebody_has_them() {
+fn files_on_tmpfs_are_recycled_unless_in_use() {
     let _turn = one_at_a_time();
-    if Need::Root.met("on_tmpfs_files_are_recycled_unless_somebody_has_them") {
+    if Need::Root.met("files_on_tmpfs_are_recycled_unless_in_use") {
         let tmpfs = TinyTmpfs::new(MIB).unwrap();
-        recycles_unless_held(tmpfs.path());
+        assert_recycles_unless_in_use(tmpfs.path());
     }
 }
 
-fn recycles_unless_held(dir: &Path) {
+fn assert_recycles_unless_in_use(dir: &Path) {
     let dest = dir.join("dest");
     save(&recycling(), &dest, 1);
     save(&recycling(), &dest, 2);
@@ -309,13 +318,13 @@ fn recycles_unless_held(dir: &Path) {
 }
 
 #[test]
-fn on_a_file_system_without_exchange_a_commit_is_an_ordinary_one() {
+fn without_exchange_a_commit_renames() {
     let _turn = one_at_a_time();
-    if !Need::Exfat.met("on_a_file_system_without_exchange_a_commit_is_an_ordinary_one") {
+    if !Need::Exfat.met("without_exchange_a_commit_renames") {
         return;
     }
     let mount = LoopMount::new(LoopFs::Exfat).unwrap();
-    // It has no modes either: what it gives every file.
+    // The file system has no modes either: it gives every file the same one.
     let any = mount.path().join("any");
     fs::write(&any, "").unwrap();
     let mode = fs::metadata(&any).unwrap().mode();
@@ -332,9 +341,9 @@ fn on_a_file_system_without_exchange_a_commit_is_an_ordinary_one() {
 }
 
 #[test]
-fn a_stacked_file_system_that_hides_mappings_is_not_believed() {
+fn a_stacked_file_system_does_not_recycle() {
     let _turn = one_at_a_time();
-    if !Need::Root.met("a_stacked_file_system_that_hides_mappings_is_not_believed") {
+    if !Need::Root.met("a_stacked_file_system_does_not_recycle") {
         return;
     }
     let below = TinyTmpfs::new(8 * MIB).unwrap();
@@ -370,7 +379,7 @@ fn a_stacked_file_system_that_hides_mappings_is_not_believed() {
 }
 
 #[test]
-fn a_spare_holds_no_more_than_was_allowed() {
+fn a_recycled_file_obeys_the_size_limit() {
     let _turn = one_at_a_time();
     let dir = recycling_dir();
     let dest = dir.path().join("dest");
@@ -379,48 +388,51 @@ fn a_spare_holds_no_more_than_was_allowed() {
     save(&small, &dest, 2);
     assert_names(dir.path(), &["dest"]);
     save(&recycling(), &dest, 3);
-    assert_eq!(spares(dir.path()).len(), 1);
-    assert!(!save(&small, &dest, 4), "more than this one wants");
+    assert_eq!(recycled_files(dir.path()).len(), 1);
+    assert!(!save(&small, &dest, 4), "larger than the limit");
     assert_names(dir.path(), &["dest"]);
 
-    // A hole holds nothing.
+    // A hole has no allocated bytes.
     let writer = small.open(&dest).unwrap();
     writer.file().set_len(1 << 30).unwrap();
     writer.commit().unwrap();
     save(&small, &dest, 5);
-    assert_eq!(fs::metadata(&spares(dir.path())[0]).unwrap().len(), 1 << 30);
+    assert_eq!(
+        fs::metadata(&recycled_files(dir.path())[0]).unwrap().len(),
+        1 << 30
+    );
     assert!(save(&small, &dest, 6));
 }
 
 #[test]
-fn a_writer_that_does_not_recycle_removes_the_spare() {
+fn a_writer_without_recycling_removes_the_recycled_file() {
     let _turn = one_at_a_time();
-    let (dir, dest, _) = with_spare();
+    let (dir, dest, _) = with_recycled_file();
     let writer = AtomicWriter::open(&dest).unwrap();
     assert!(!writer.recycled());
-    assert!(spares(dir.path()).is_empty());
+    assert!(recycled_files(dir.path()).is_empty());
     writer.commit().unwrap();
     assert_names(dir.path(), &["dest"]);
 }
 
 #[test]
-fn another_destinations_spare_is_not_touched() {
+fn another_destinations_recycled_file_is_kept() {
     let _turn = one_at_a_time();
-    let (dir, dest, spare) = with_spare();
+    let (dir, dest, recycled_file) = with_recycled_file();
     let other = dir.path().join("other");
     assert!(!save(&recycling(), &other, 7));
     assert!(!save(&recycling(), &other, 8));
     assert!(!save(&AtomicWriter::options(), &other, 9));
-    assert_eq!(fs::read(&spare).unwrap(), [1; SIZE]);
+    assert_eq!(fs::read(&recycled_file).unwrap(), [1; SIZE]);
     assert!(save(&recycling(), &dest, 3));
 }
 
 #[rstest]
 #[case::barrier(Durability::Barrier)]
 #[case::none(Durability::None)]
-fn where_the_directory_is_not_synced_the_old_file_is_not_kept(#[case] durability: Durability) {
+fn the_old_file_is_kept_only_with_full_durability(#[case] durability: Durability) {
     let _turn = one_at_a_time();
-    let (dir, dest, _) = with_spare();
+    let (dir, dest, _) = with_recycled_file();
     let weak = recycling().durability(durability);
     assert!(save(&weak, &dest, 3), "what a full commit kept may be used");
     assert_names(dir.path(), &["dest"]);
@@ -429,22 +441,22 @@ fn where_the_directory_is_not_synced_the_old_file_is_not_kept(#[case] durability
 }
 
 #[test]
-fn with_a_staging_directory_nothing_is_recycled() {
+fn a_staging_directory_disables_recycling() {
     let _turn = one_at_a_time();
-    let (dir, dest, _) = with_spare();
+    let (dir, dest, _) = with_recycled_file();
     let staging = tempfile::tempdir_in(dir.path()).unwrap();
     let elsewhere = recycling().staging_dir(staging.path());
     assert!(!save(&elsewhere, &dest, 3));
     assert!(!save(&elsewhere, &dest, 4));
     assert!(names(staging.path()).is_empty());
-    assert!(spares(dir.path()).is_empty());
+    assert!(recycled_files(dir.path()).is_empty());
 }
 
 #[rstest]
 #[case::wider(0o600, 0o644)]
 #[case::narrower(0o644, 0o600)]
 #[case::not_even_for_its_owner(0o000, 0o440)]
-fn the_mode_is_set_anew_and_the_spare_is_its_owners_alone(#[case] first: u32, #[case] second: u32) {
+fn the_mode_is_reset_and_the_recycled_file_is_private(#[case] first: u32, #[case] second: u32) {
     let _turn = one_at_a_time();
     let dir = recycling_dir();
     let dest = dir.path().join("dest");
@@ -455,35 +467,31 @@ fn the_mode_is_set_anew_and_the_spare_is_its_owners_alone(#[case] first: u32, #[
         writer.commit().unwrap();
     }
     assert_eq!(mode(&dest), second);
-    for spare in spares(dir.path()) {
-        assert_eq!(mode(&spare), 0o600);
+    for recycled_file in recycled_files(dir.path()) {
+        assert_eq!(mode(&recycled_file), 0o600);
     }
     let writer = recycling().mode(0o604).open(&dest).unwrap();
-    assert_eq!(
-        mode(writer.temp_path()),
-        0o600,
-        "it gets its mode with the commit"
-    );
+    assert_eq!(mode(writer.temp_path()), 0o600, "the commit sets the mode");
     assert!(writer.recycled() || !nix::unistd::geteuid().is_root());
 }
 
 #[test]
-fn a_link_at_the_spares_name_is_not_followed() {
+fn a_link_at_the_recycled_name_is_not_followed() {
     let _turn = one_at_a_time();
-    let (dir, dest, spare) = with_spare();
+    let (dir, dest, recycled_file) = with_recycled_file();
     let victim = dir.path().join("victim");
-    fs::rename(&spare, &victim).unwrap();
-    symlink("victim", &spare).unwrap();
+    fs::rename(&recycled_file, &victim).unwrap();
+    symlink("victim", &recycled_file).unwrap();
     assert!(!save(&recycling(), &dest, 3));
     assert!(!save(&recycling(), &dest, 4));
     assert_eq!(fs::read(&victim).unwrap(), [1; SIZE]);
-    assert_eq!(names(dir.path()).len(), 3, "nor is anything kept beside it");
+    assert_eq!(names(dir.path()).len(), 3, "no file is kept beside it");
 }
 
 #[test]
-fn a_file_that_a_new_one_would_not_be_like_is_not_used() {
+fn a_file_that_differs_from_a_new_one_is_not_reused() {
     let _turn = one_at_a_time();
-    if !Need::Root.met("a_file_that_a_new_one_would_not_be_like_is_not_used") {
+    if !Need::Root.met("a_file_that_differs_from_a_new_one_is_not_reused") {
         return;
     }
     let of_user = |path: &Path| std::os::unix::fs::chown(path, Some(12345), None).unwrap();
@@ -493,7 +501,7 @@ fn a_file_that_a_new_one_would_not_be_like_is_not_used() {
             .args(["-n", "user.note", "-v", "mine"])
             .arg(path)
             .status();
-        // Not on every machine; python3 is.
+        // Not installed on every machine, unlike python3.
         if done.is_err() {
             let script = "import os, sys; os.setxattr(sys.argv[1], 'user.note', b'mine')";
             let done = std::process::Command::new("python3")
@@ -504,8 +512,8 @@ fn a_file_that_a_new_one_would_not_be_like_is_not_used() {
         }
     };
     for alter in [&of_user as &dyn Fn(&Path), &of_group, &attribute] {
-        let (dir, dest, spare) = with_spare();
-        alter(&spare);
+        let (dir, dest, recycled_file) = with_recycled_file();
+        alter(&recycled_file);
         assert!(!save(&recycling(), &dest, 3));
         alter(&dest);
         assert!(save(&recycling(), &dest, 4));
@@ -514,9 +522,9 @@ fn a_file_that_a_new_one_would_not_be_like_is_not_used() {
 }
 
 #[test]
-fn an_access_list_of_the_old_file_does_not_pass_to_the_new() {
+fn an_acl_of_the_old_file_is_not_inherited() {
     let _turn = one_at_a_time();
-    let (dir, dest, _) = with_spare();
+    let (dir, dest, _) = with_recycled_file();
     // Version 2; owner, user 12345, group, mask, others: all may read.
     let script = "import os, struct, sys\n\
         entries = [(1, 6, -1), (2, 4, 12345), (4, 0, -1), (16, 4, -1), (32, 0, -1)]\n\
@@ -532,21 +540,25 @@ fn an_access_list_of_the_old_file_does_not_pass_to_the_new() {
 }
 
 #[test]
-fn no_clobber_takes_a_spare_and_leaves_none() {
+fn no_clobber_reuses_a_file_and_keeps_none() {
     let _turn = one_at_a_time();
-    let (dir, dest, _) = with_spare();
+    let (dir, dest, _) = with_recycled_file();
     let options = recycling().no_clobber(true);
     assert!(options.open(&dest).is_err());
-    assert_eq!(spares(dir.path()).len(), 1, "what failed took nothing");
+    assert_eq!(
+        recycled_files(dir.path()).len(),
+        1,
+        "a failed open keeps the file"
+    );
     fs::remove_file(&dest).unwrap();
     assert!(save(&options, &dest, 3));
     assert_names(dir.path(), &["dest"]);
 }
 
 #[test]
-fn a_group_takes_recycled_stages_and_leaves_no_spare() {
+fn a_group_reuses_files_and_keeps_none() {
     let _turn = one_at_a_time();
-    let (dir, dest, _) = with_spare();
+    let (dir, dest, _) = with_recycled_file();
     let memory = recycling().open(&dest).unwrap();
     assert!(memory.recycled());
     let state = recycling().open(dir.path().join("state")).unwrap();
@@ -562,35 +574,35 @@ fn a_group_takes_recycled_stages_and_leaves_no_spare() {
 }
 
 #[test]
-fn a_dropped_or_discarded_stage_is_gone() {
+fn a_dropped_or_discarded_file_is_removed() {
     let _turn = one_at_a_time();
-    let (dir, dest, _) = with_spare();
+    let (dir, dest, _) = with_recycled_file();
     drop(recycling().open(&dest).unwrap());
     assert_names(dir.path(), &["dest"]);
-    let (dir, dest, _) = with_spare();
+    let (dir, dest, _) = with_recycled_file();
     recycling().open(&dest).unwrap().discard().unwrap();
     assert_names(dir.path(), &["dest"]);
     assert_eq!(fs::read(&dest).unwrap(), [2; SIZE]);
 }
 
 #[test]
-fn a_spare_is_swept_but_was_not_left_behind() {
+fn a_sweep_reports_recycled_files_separately() {
     let _turn = one_at_a_time();
-    let (dir, dest, spare) = with_spare();
-    let stage = recycling().open(dir.path().join("other")).unwrap();
+    let (dir, dest, recycled_file) = with_recycled_file();
+    let staged = recycling().open(dir.path().join("other")).unwrap();
     let report = sweep(dir.path()).unwrap();
-    assert_eq!(report.spares, [spare]);
+    assert_eq!(report.spares, [recycled_file]);
     assert!(report.removed.is_empty() && report.kept.is_empty());
-    assert_eq!(report.living, [stage.temp_path()]);
-    drop(stage);
+    assert_eq!(report.living, [staged.temp_path()]);
+    drop(staged);
     assert_names(dir.path(), &["dest"]);
     assert!(!save(&recycling(), &dest, 3));
 }
 
 #[test]
-fn of_two_writers_one_gets_the_spare_and_one_is_left() {
+fn of_two_writers_one_reuses_the_file() {
     let _turn = one_at_a_time();
-    let (dir, dest, _) = with_spare();
+    let (dir, dest, _) = with_recycled_file();
     let first = recycling().open(&dest).unwrap();
     let second = recycling().open(&dest).unwrap();
     assert!(first.recycled() && !second.recycled());
@@ -598,11 +610,11 @@ fn of_two_writers_one_gets_the_spare_and_one_is_left() {
         writer.write_all_at(&[byte; SIZE], 0).unwrap();
         writer.commit().unwrap();
         assert_eq!(fs::read(&dest).unwrap(), [byte; SIZE]);
-        assert_eq!(spares(dir.path()).len(), 1);
+        assert_eq!(recycled_files(dir.path()).len(), 1);
     }
     assert_eq!(names(dir.path()).len(), 2);
     assert_eq!(
-        fs::read(&spares(dir.path())[0]).unwrap(),
+        fs::read(&recycled_files(dir.path())[0]).unwrap(),
         [2; SIZE],
         "the first"
     );
@@ -620,9 +632,9 @@ fn save_any(dest: &Path, byte: u8) {
 }
 
 #[test]
-fn racing_writers_and_sweepers_never_show_a_torn_file_nor_pile_up_spares() {
+fn racing_recycling_writers_never_show_a_torn_file() {
     let _turn = one_at_a_time();
-    let (dir, dest, _) = with_spare();
+    let (dir, dest, _) = with_recycled_file();
     let done = std::sync::atomic::AtomicBool::new(false);
     let is_done = || done.load(std::sync::atomic::Ordering::Relaxed);
     let begun = std::sync::Barrier::new(2);
@@ -649,7 +661,7 @@ fn racing_writers_and_sweepers_never_show_a_torn_file_nor_pile_up_spares() {
             }
         });
         begun.wait();
-        // 2 is there already.
+        // The file already holds 2s.
         let writers: Vec<_> = (3..6)
             .map(|id| {
                 scope.spawn({
@@ -661,7 +673,7 @@ fn racing_writers_and_sweepers_never_show_a_torn_file_nor_pile_up_spares() {
         let child = support::report(support::command("race", dir.path()));
         let ended: Vec<_> = writers.into_iter().map(|writer| writer.join()).collect();
         done.store(true, std::sync::atomic::Ordering::Relaxed);
-        assert!(ended.iter().all(Result::is_ok), "a writer was harmed");
+        assert!(ended.iter().all(Result::is_ok), "a writer failed");
         assert_eq!(child.as_deref(), Some("raced"));
         sweeper.join().unwrap();
         assert!(reader.join().unwrap() > 1);
@@ -674,19 +686,19 @@ fn racing_writers_and_sweepers_never_show_a_torn_file_nor_pile_up_spares() {
     assert_names(dir.path(), &["dest"]);
 }
 
-/// A recovery would take it for the stage of that group, should it stand under that name again.
+/// Under its old name, a recovery would take it for a staged file of that group.
 #[test]
-fn a_file_that_a_groups_record_may_name_is_not_kept() {
+fn a_file_named_by_a_group_record_is_not_kept() {
     let _turn = one_at_a_time();
-    let (dir, dest, _) = with_spare();
+    let (dir, dest, _) = with_recycled_file();
     let path = dir.path().join(".atomic-file-0123456789abcdef.group");
     let writer = recycling().open(&dest).unwrap();
     assert!(writer.recycled());
     let record = File::create(&path).unwrap();
-    // Its owner lives.
+    // The group is in progress.
     record.lock().unwrap();
     writer.commit().unwrap();
-    assert!(spares(dir.path()).is_empty());
+    assert!(recycled_files(dir.path()).is_empty());
     fs::remove_file(&path).unwrap();
     assert_names(dir.path(), &["dest"]);
 }

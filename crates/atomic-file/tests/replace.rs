@@ -1,4 +1,4 @@
-//! Replacing one file.
+//! Commits of one file.
 
 mod support;
 
@@ -16,7 +16,7 @@ use rstest::rstest;
 use support::{assert_names, command, commit, dir_with_old, names, report};
 use test_machine::{Need, rounds};
 
-/// Not a test of its own: what `support::command` runs.
+/// Runs the job of `support::command`; not a test by itself.
 #[test]
 fn child() {
     let Some((job, dir)) = support::job() else {
@@ -37,7 +37,7 @@ fn child() {
             let temp = writer.temp_path().to_owned();
             let beside = temp.parent() == Some(Path::new("")) && temp.exists();
             writer.write_all_at(b"new", 0).expect("write");
-            // Somewhere else, from now on.
+            // Change the current directory.
             std::env::set_current_dir("/").expect("chdir");
             format!("{beside} {:?}", writer.commit())
         }
@@ -65,7 +65,7 @@ fn child() {
 #[case(Durability::Full)]
 #[case(Durability::Barrier)]
 #[case(Durability::None)]
-fn a_commit_replaces_the_file_and_leaves_nothing_else(#[case] durability: Durability) {
+fn a_commit_replaces_the_file_and_leaves_no_other_file(#[case] durability: Durability) {
     let (dir, dest) = dir_with_old();
     let mut writer = AtomicWriter::options()
         .durability(durability)
@@ -86,7 +86,7 @@ fn a_commit_replaces_the_file_and_leaves_nothing_else(#[case] durability: Durabi
 }
 
 #[test]
-fn an_empty_file_is_a_file() {
+fn an_empty_file_is_committed() {
     let (dir, dest) = dir_with_old();
     AtomicWriter::open(&dest).unwrap().commit().unwrap();
     assert_eq!(fs::metadata(&dest).unwrap().len(), 0);
@@ -94,7 +94,7 @@ fn an_empty_file_is_a_file() {
 }
 
 #[test]
-fn a_file_that_did_not_exist_comes_into_being_whole() {
+fn a_new_file_appears_complete() {
     let dir = tempfile::tempdir().unwrap();
     let dest = dir.path().join("dest");
     let writer = AtomicWriter::open(&dest).unwrap();
@@ -105,7 +105,7 @@ fn a_file_that_did_not_exist_comes_into_being_whole() {
 }
 
 #[test]
-fn dropping_or_discarding_a_writer_leaves_nothing() {
+fn dropping_or_discarding_a_writer_leaves_no_file() {
     let (dir, dest) = dir_with_old();
     let writer = AtomicWriter::open(&dest).unwrap();
     writer.write_all_at(b"new", 0).unwrap();
@@ -117,7 +117,7 @@ fn dropping_or_discarding_a_writer_leaves_nothing() {
 }
 
 #[test]
-fn a_panic_leaves_nothing() {
+fn a_panic_leaves_no_file() {
     let (dir, dest) = dir_with_old();
     let panicked = std::panic::catch_unwind(|| {
         let writer = AtomicWriter::open(&dest).unwrap();
@@ -135,7 +135,7 @@ fn a_panic_leaves_nothing() {
 #[case::not_even_for_its_owner(Some(0o000), 0o000)]
 #[case::set_group_id(Some(0o2750), 0o2750)]
 #[case::more_bits_than_there_are(Some(0o100_644), 0o644)]
-fn the_mode_is_what_was_asked_for(#[case] asked: Option<u32>, #[case] expected: u32) {
+fn the_mode_is_as_requested(#[case] asked: Option<u32>, #[case] expected: u32) {
     let (_dir, dest) = dir_with_old();
     fs::set_permissions(&dest, fs::Permissions::from_mode(0o644)).unwrap();
     let options = AtomicWriter::options();
@@ -148,7 +148,7 @@ fn the_mode_is_what_was_asked_for(#[case] asked: Option<u32>, #[case] expected: 
 }
 
 #[test]
-fn the_umask_changes_nothing_about_the_mode() {
+fn the_umask_does_not_change_the_mode() {
     let dir = tempfile::tempdir().unwrap();
     let said = report(command("umask", dir.path())).unwrap();
     assert_eq!(said, "Ok(()) Ok(())");
@@ -157,7 +157,7 @@ fn the_umask_changes_nothing_about_the_mode() {
 }
 
 #[test]
-fn a_bare_relative_path_works_and_so_does_chdir_after_open() {
+fn a_relative_path_survives_chdir_after_open() {
     let (dir, dest) = dir_with_old();
     assert_eq!(report(command("bare", dir.path())).unwrap(), "true Ok(())");
     assert_eq!(fs::read(&dest).unwrap(), b"new");
@@ -170,7 +170,7 @@ fn a_bare_relative_path_works_and_so_does_chdir_after_open() {
 #[case::newline_and_quote(b"a\n\"b'".to_vec())]
 #[case::as_long_as_a_name_can_be(vec![b'x'; 255])]
 #[cfg_attr(not(target_vendor = "apple"), case::as_long_and_not_utf8(vec![0xff; 255]))]
-fn any_name_that_a_file_can_have_works(#[case] name: Vec<u8>) {
+fn any_file_name_works(#[case] name: Vec<u8>) {
     let dir = tempfile::tempdir().unwrap();
     let dest = dir.path().join(OsStr::from_bytes(&name));
     commit(&AtomicWriter::options(), &dest, b"one").unwrap();
@@ -186,27 +186,23 @@ fn any_name_that_a_file_can_have_works(#[case] name: Vec<u8>) {
 }
 
 #[test]
-fn a_symlink_at_the_stages_name_is_neither_followed_nor_replaced() {
+fn a_symlink_at_a_staged_name_is_kept() {
     let (dir, dest) = dir_with_old();
     let victim = dir.path().join("victim");
     fs::write(&victim, "precious").unwrap();
-    let plant = stage_path(&dest);
+    let plant = staged_path(&dest);
     symlink(&victim, &plant).unwrap();
     commit(&AtomicWriter::options(), &dest, b"new").unwrap();
     assert_eq!(fs::read(&victim).unwrap(), b"precious");
-    assert_eq!(
-        fs::read_link(&plant).unwrap(),
-        victim,
-        "the link is not ours to remove"
-    );
+    assert_eq!(fs::read_link(&plant).unwrap(), victim, "the link is kept");
     assert_eq!(fs::read(&dest).unwrap(), b"new");
     assert!(fs::symlink_metadata(&dest).unwrap().is_file());
 }
 
 #[test]
-fn a_file_at_the_stages_name_is_never_truncated_while_its_owner_lives() {
+fn a_staged_file_in_use_is_never_truncated() {
     let (_dir, dest) = dir_with_old();
-    let plant = stage_path(&dest);
+    let plant = staged_path(&dest);
     fs::write(&plant, "precious").unwrap();
     let owner = fs::File::open(&plant).unwrap();
     owner.lock().unwrap();
@@ -215,22 +211,22 @@ fn a_file_at_the_stages_name_is_never_truncated_while_its_owner_lives() {
 }
 
 #[test]
-fn a_fifo_at_the_stages_name_holds_nobody_up() {
+fn a_fifo_at_a_staged_name_blocks_no_writer() {
     let (_dir, dest) = dir_with_old();
-    let plant = stage_path(&dest);
+    let plant = staged_path(&dest);
     nix::unistd::mkfifo(&plant, nix::sys::stat::Mode::S_IRWXU).unwrap();
     commit(&AtomicWriter::options(), &dest, b"new").unwrap();
     assert!(fs::symlink_metadata(&plant).unwrap().file_type().is_fifo());
 }
 
-/// A name that a file staged for `dest` had.
-fn stage_path(dest: &Path) -> PathBuf {
+/// A name of a file staged for `dest`.
+fn staged_path(dest: &Path) -> PathBuf {
     let writer = AtomicWriter::open(dest).unwrap();
     writer.temp_path().to_owned()
 }
 
 #[test]
-fn a_second_writer_does_not_truncate_the_first_ones_stage_and_the_last_commit_wins() {
+fn the_last_of_two_commits_wins() {
     let (dir, dest) = dir_with_old();
     let first = AtomicWriter::open(&dest).unwrap();
     first.write_all_at(b"first", 0).unwrap();
@@ -274,14 +270,14 @@ fn racing_threads_and_processes_never_show_a_torn_file() {
 }
 
 #[test]
-fn a_directory_renamed_away_meanwhile_takes_the_commit_with_it() {
+fn a_commit_follows_its_renamed_directory() {
     let dir = tempfile::tempdir().unwrap();
     let (before, after) = (dir.path().join("before"), dir.path().join("after"));
     fs::create_dir(&before).unwrap();
     let writer = AtomicWriter::open(before.join("dest")).unwrap();
     writer.write_all_at(b"new", 0).unwrap();
     fs::rename(&before, &after).unwrap();
-    // Another directory takes its place, with a file at the stage's name and at the destination's.
+    // Another directory replaces it, with a file at the staged name and at the destination's.
     fs::create_dir(&before).unwrap();
     fs::write(writer.temp_path(), "not ours").unwrap();
     fs::write(before.join("dest"), "not ours").unwrap();
@@ -314,7 +310,7 @@ fn a_removed_directory_is_an_error() {
 }
 
 #[test]
-fn a_stage_that_somebody_exchanged_is_not_published() {
+fn a_replaced_staged_file_is_not_committed() {
     let (dir, dest) = dir_with_old();
     let writer = AtomicWriter::open(&dest).unwrap();
     let temp = writer.temp_path().to_owned();
@@ -341,7 +337,7 @@ fn a_stage_that_somebody_exchanged_is_not_published() {
 }
 
 #[test]
-fn a_file_exchanged_behind_the_writers_back_is_not_published() {
+fn a_replaced_file_object_is_not_committed() {
     let (dir, dest) = dir_with_old();
     let mut writer = AtomicWriter::open(&dest).unwrap();
     *writer.file_mut() = tempfile::tempfile().unwrap();
@@ -361,7 +357,7 @@ fn a_file_exchanged_behind_the_writers_back_is_not_published() {
 }
 
 #[test]
-fn no_clobber_refuses_an_existing_destination_at_once() {
+fn no_clobber_open_refuses_an_existing_destination() {
     let (dir, dest) = dir_with_old();
     let error = AtomicWriter::options()
         .no_clobber(true)
@@ -375,7 +371,7 @@ fn no_clobber_refuses_an_existing_destination_at_once() {
 }
 
 #[test]
-fn no_clobber_refuses_a_destination_that_came_into_being_meanwhile() {
+fn no_clobber_commit_refuses_a_new_destination() {
     let dir = tempfile::tempdir().unwrap();
     let dest = dir.path().join("dest");
     let writer = AtomicWriter::options()
@@ -440,9 +436,8 @@ fn a_staging_directory_of_the_same_file_system_works() {
 
 #[cfg(target_os = "linux")]
 #[test]
-fn a_staging_directory_on_another_file_system_is_refused_before_anything_is_written() {
-    const TEST: &str =
-        "a_staging_directory_on_another_file_system_is_refused_before_anything_is_written";
+fn staging_on_another_file_system_is_refused_at_open() {
+    const TEST: &str = "staging_on_another_file_system_is_refused_at_open";
     if !Need::Root.met(TEST) {
         return;
     }
@@ -467,13 +462,12 @@ fn a_staging_directory_on_another_file_system_is_refused_before_anything_is_writ
     assert_names(dir.path(), &["dest"]);
 }
 
-/// The same device, and yet no rename leads across: only trying finds it.
+/// The devices are equal, so only a rename detects the boundary.
 #[cfg(target_os = "linux")]
 #[test]
-fn a_staging_directory_behind_a_bind_mount_is_refused_before_anything_is_written() {
+fn staging_behind_a_bind_mount_is_refused_at_open() {
     use nix::mount::{MntFlags, MsFlags, mount, umount2};
-    const TEST: &str =
-        "a_staging_directory_behind_a_bind_mount_is_refused_before_anything_is_written";
+    const TEST: &str = "staging_behind_a_bind_mount_is_refused_at_open";
     if !Need::Root.met(TEST) {
         return;
     }
@@ -504,7 +498,7 @@ fn a_staging_directory_behind_a_bind_mount_is_refused_before_anything_is_written
 #[case::relative("real/file")]
 #[case::through_the_parent("real/../real/file")]
 #[case::another_link("hop")]
-fn a_symlinked_destination_is_followed_and_stays_a_link(#[case] target: &str) {
+fn a_symlink_is_followed_and_kept(#[case] target: &str) {
     let dir = tempfile::tempdir().unwrap();
     fs::create_dir(dir.path().join("real")).unwrap();
     let file = dir.path().join("real/file");
@@ -567,8 +561,8 @@ fn a_loop_of_symlinks_is_an_error() {
 }
 
 #[test]
-fn a_strangers_symlink_in_a_directory_open_to_all_is_not_followed() {
-    if !Need::Root.met("a_strangers_symlink_in_a_directory_open_to_all_is_not_followed") {
+fn another_users_symlink_in_a_shared_directory_is_refused() {
+    if !Need::Root.met("another_users_symlink_in_a_shared_directory_is_refused") {
         return;
     }
     let dir = tempfile::tempdir().unwrap();
@@ -576,7 +570,7 @@ fn a_strangers_symlink_in_a_directory_open_to_all_is_not_followed() {
     let (victim, link) = (dir.path().join("victim"), dir.path().join("link"));
     fs::write(&victim, "precious").unwrap();
     symlink(&victim, &link).unwrap();
-    commit(&AtomicWriter::options(), &link, b"ours").expect("our own link is followed");
+    commit(&AtomicWriter::options(), &link, b"ours").expect("an own link is followed");
     std::os::unix::fs::lchown(&link, Some(12345), None).unwrap();
     let error = AtomicWriter::open(&link).unwrap_err();
     assert!(
@@ -590,7 +584,7 @@ fn a_strangers_symlink_in_a_directory_open_to_all_is_not_followed() {
 #[case::a_directory("dir", true)]
 #[case::a_fifo("fifo", false)]
 #[case::a_link_to_a_directory("link", true)]
-fn what_is_no_regular_file_is_not_replaced(#[case] name: &str, #[case] directory: bool) {
+fn only_a_regular_file_is_replaced(#[case] name: &str, #[case] directory: bool) {
     let dir = tempfile::tempdir().unwrap();
     fs::create_dir(dir.path().join("dir")).unwrap();
     symlink("dir/", dir.path().join("link")).unwrap();
@@ -636,15 +630,15 @@ fn a_path_without_a_file_name_is_an_error(#[case] path: &str) {
     assert!(matches!(error, OpenError::NoFileName { .. }), "{error:?}");
 }
 
-/// Committed there it would be swept, or read as a record that stops every later writer.
+/// A file with such a name would be swept, or read as a record that blocks later writers.
 #[rstest]
-#[case::a_stage(".atomic-file-0123abcd-0.stage", Symlinks::Replace)]
-#[case::a_stage_without_lock(".atomic-file-0123abcd-0.unlocked-stage", Symlinks::Replace)]
+#[case::a_staged_name(".atomic-file-0123abcd-0.stage", Symlinks::Replace)]
+#[case::a_staged_name_without_lock(".atomic-file-0123abcd-0.unlocked-stage", Symlinks::Replace)]
 #[case::a_record_of_version_1(".atomic-file-group", Symlinks::Replace)]
 #[case::a_record(".atomic-file-0123456789abcdef.group", Symlinks::Replace)]
 #[case::a_ticket(".atomic-file-0123456789abcdef.intent", Symlinks::Replace)]
 #[case::a_link_to_a_record("link", Symlinks::Follow)]
-fn a_name_of_the_protocols_own_is_refused(#[case] name: &str, #[case] symlinks: Symlinks) {
+fn a_reserved_name_is_refused(#[case] name: &str, #[case] symlinks: Symlinks) {
     let dir = tempfile::tempdir().unwrap();
     if name == "link" {
         fs::write(dir.path().join(".atomic-file-group"), b"").unwrap();
@@ -674,8 +668,8 @@ fn a_missing_directory_is_named() {
 
 #[cfg(target_os = "linux")]
 #[test]
-fn a_read_only_directory_is_an_error_and_the_old_file_stays() {
-    if !Need::Root.met("a_read_only_directory_is_an_error_and_the_old_file_stays") {
+fn a_read_only_directory_is_an_error() {
+    if !Need::Root.met("a_read_only_directory_is_an_error") {
         return;
     }
     let (dir, dest) = dir_with_old();
@@ -695,8 +689,8 @@ fn a_read_only_directory_is_an_error_and_the_old_file_stays() {
 
 #[cfg(target_os = "linux")]
 #[test]
-fn a_full_disk_leaves_the_old_file_and_nothing_else() {
-    if !Need::Root.met("a_full_disk_leaves_the_old_file_and_nothing_else") {
+fn a_full_disk_leaves_only_the_old_file() {
+    if !Need::Root.met("a_full_disk_leaves_only_the_old_file") {
         return;
     }
     let disk = test_machine::TinyTmpfs::new(64 << 10).unwrap();
@@ -711,7 +705,7 @@ fn a_full_disk_leaves_the_old_file_and_nothing_else() {
 }
 
 #[test]
-fn a_file_size_limit_leaves_the_old_file_and_nothing_else() {
+fn a_file_size_limit_leaves_only_the_old_file() {
     let (dir, dest) = dir_with_old();
     let child = command("size limit", dir.path());
     let mut limited = Command::new("sh");
@@ -775,7 +769,7 @@ fn slices_are_written_as_one() {
 }
 
 #[test]
-fn a_program_that_is_started_meanwhile_does_not_inherit_the_staged_file() {
+fn a_spawned_program_does_not_inherit_the_file() {
     use nix::fcntl::{FcntlArg, FdFlag, fcntl};
     let (_dir, dest) = dir_with_old();
     let writer = AtomicWriter::open(&dest).unwrap();

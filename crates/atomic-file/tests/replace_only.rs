@@ -1,4 +1,4 @@
-//! Writers that replace one version of a file and no other.
+//! Writers with `replace_only`.
 
 mod support;
 
@@ -16,7 +16,7 @@ use rstest::rstest;
 use support::{Held, assert_names, commit, dir_with_old};
 use test_machine::Need;
 
-/// Not a test of its own: what `support::command` runs.
+/// Runs the job of `support::command`; not a test by itself.
 #[test]
 fn child() {
     let Some((job, dir)) = support::job() else {
@@ -39,14 +39,14 @@ fn only(path: &Path) -> Options {
     AtomicWriter::options().replace_only(version(path))
 }
 
-/// What another process does to the destination.
+/// A change of the destination by another process.
 #[derive(Clone, Copy, Debug)]
 enum Other {
     Commits,
     Renames,
     Removes,
     Grows,
-    /// In place, in the same length.
+    /// In place, with the same length.
     Writes,
 }
 
@@ -63,7 +63,7 @@ impl Other {
             Self::Grows => fs::write(dest, "other").unwrap(),
             Self::Writes => {
                 fs::write(dest, "oth").unwrap();
-                // As it is once the file system's clock has ticked.
+                // The file system's clock must advance.
                 let later = SystemTime::now() + Duration::from_secs(1);
                 let file = File::options().write(true).open(dest).unwrap();
                 file.set_modified(later).unwrap();
@@ -73,7 +73,7 @@ impl Other {
 }
 
 #[rstest]
-fn what_another_writer_left_is_not_replaced(
+fn another_writers_file_is_not_replaced(
     #[values(
         Other::Commits,
         Other::Renames,
@@ -91,7 +91,10 @@ fn what_another_writer_left_is_not_replaced(
     let left = fs::read(&dest).ok();
     let error = writer.commit().unwrap_err();
     assert!(
-        matches!(&error, CommitError::DestinationChanged { dest: at, leftover: None } if *at == dest),
+        matches!(
+            &error,
+            CommitError::DestinationChanged { dest: at, leftover: None } if *at == dest
+        ),
         "{error:?}"
     );
     let text = error.to_string();
@@ -99,7 +102,7 @@ fn what_another_writer_left_is_not_replaced(
         text.contains("not replaced") && text.contains("another writer"),
         "{text}"
     );
-    // Nor is anything staged once that is known.
+    // `open` creates no staged file in this case.
     let error = options.open(&dest).unwrap_err();
     assert!(
         matches!(&error, OpenError::DestinationChanged { path } if *path == dest),
@@ -113,36 +116,36 @@ fn what_another_writer_left_is_not_replaced(
 }
 
 #[test]
-fn the_version_that_was_read_is_replaced() {
+fn an_unchanged_version_is_replaced() {
     let (dir, dest) = dir_with_old();
     let writer = only(&dest).open(&dest).unwrap();
     writer.write_all_at(b"new", 0).unwrap();
-    // Neither makes another version of it.
+    // These changes do not create another version.
     fs::set_permissions(&dest, Permissions::from_mode(0o640)).unwrap();
     fs::hard_link(&dest, dir.path().join("backup")).unwrap();
     writer.commit().unwrap();
     assert_eq!(fs::read(&dest).unwrap(), b"new");
     assert_eq!(fs::read(dir.path().join("backup")).unwrap(), b"old");
-    // By a link, too.
+    // Also through a link.
     let link = dir.path().join("link");
     std::os::unix::fs::symlink("dest", &link).unwrap();
     commit(&only(&link), &link, b"newer").unwrap();
     assert_eq!(fs::read(&dest).unwrap(), b"newer");
 }
 
-/// A writer that recycles puts an inode in place again that was there before.
+/// A recycling writer can rename an earlier inode to the destination again.
 #[test]
-fn recycling_does_not_bring_the_inode_of_a_version_back() {
+fn recycling_never_reuses_the_inode_of_a_version() {
     let (_dir, dest) = dir_with_old();
     let recycle = Options::default().recycle(1 << 20);
     // A file that a recycling writer may keep.
     commit(&recycle, &dest, b"111").unwrap();
     let mine = only(&dest).open(&dest).unwrap();
     let modified = fs::metadata(&dest).unwrap().modified().unwrap();
-    // The second takes the file that the first replaced, if that can be had.
+    // The second writer reuses the file that the first one replaced, if possible.
     for bytes in [b"222", b"333"] {
         commit(&recycle, &dest, bytes).unwrap();
-        // Only the inode distinguishes them.
+        // Only their inodes differ.
         let file = File::options().write(true).open(&dest).unwrap();
         file.set_modified(modified).unwrap();
     }
@@ -154,9 +157,9 @@ fn recycling_does_not_bring_the_inode_of_a_version_back() {
     assert_eq!(fs::read(&dest).unwrap(), b"333");
 }
 
-/// Each counts on from what it has read: no count is lost.
+/// Each writer increments the number that it read: no increment is lost.
 #[test]
-fn of_writers_with_the_same_version_one_replaces_it() {
+fn one_of_several_writers_replaces_a_version() {
     const THREADS: u64 = 4;
     const COUNTS: u64 = 25;
     let (dir, dest) = dir_with_old();
@@ -204,10 +207,10 @@ fn of_writers_with_the_same_version_one_replaces_it() {
     assert_names(dir.path(), &["dest"]);
 }
 
-/// Another such writer that looks now would see the old file, and replace the new one.
+/// Another such writer that compares now would see the old file, and replace the new one.
 #[test]
-fn the_old_file_is_locked_from_the_last_look_to_the_rename() {
-    if !Need::Strace.met("the_old_file_is_locked_from_the_last_look_to_the_rename") {
+fn the_old_file_is_locked_while_it_is_compared() {
+    if !Need::Strace.met("the_old_file_is_locked_while_it_is_compared") {
         return;
     }
     let (dir, dest) = dir_with_old();
@@ -225,7 +228,7 @@ fn the_old_file_is_locked_from_the_last_look_to_the_rename() {
 }
 
 #[test]
-fn a_file_that_another_program_has_locked_is_not_replaced() {
+fn a_file_locked_by_another_program_is_not_replaced() {
     let (dir, dest) = dir_with_old();
     let options = only(&dest);
     let writer = options.open(&dest).unwrap();
@@ -255,7 +258,7 @@ fn a_file_that_another_program_has_locked_is_not_replaced() {
 }
 
 #[test]
-fn a_group_takes_no_such_writer() {
+fn a_group_refuses_replace_only() {
     let (_dir, dest) = dir_with_old();
     let mut group = AtomicGroup::new();
     let error = group.add(only(&dest).open(&dest).unwrap()).unwrap_err();

@@ -1,4 +1,4 @@
-//! What the tests share: looking at directories, and running a job in a child process of its own.
+//! Shared helpers: directory listings, and jobs in child processes.
 
 #![allow(dead_code, reason = "each test binary uses its part")]
 
@@ -25,14 +25,14 @@ pub(crate) fn names(dir: &Path) -> Vec<OsString> {
     names
 }
 
-/// The published records of groups in `dir`.
+/// Returns the published group records in `dir`.
 pub(crate) fn records(dir: &Path) -> Vec<PathBuf> {
     let is_record = |name: &OsString| name.to_string_lossy().ends_with(".group");
     let names = names(dir).into_iter().filter(is_record);
     names.map(|name| dir.join(name)).collect()
 }
 
-/// The one published record in `dir`.
+/// Returns the only published record in `dir`.
 #[track_caller]
 pub(crate) fn record(dir: &Path) -> PathBuf {
     let mut records = records(dir);
@@ -40,7 +40,8 @@ pub(crate) fn record(dir: &Path) -> PathBuf {
     records.remove(0)
 }
 
-/// A group renames its record twice, to its ticket's name and to publish it, and then its members.
+/// The number of renames before those of members: the record is renamed to its ticket, and to
+/// publish it.
 pub(crate) const RENAMES_BEFORE_MEMBERS: usize = 2;
 
 /// Fails unless `dir` holds exactly these names.
@@ -57,7 +58,7 @@ pub(crate) fn commit(options: &Options, dest: &Path, bytes: &[u8]) -> Result<(),
     writer.commit()
 }
 
-/// A temporary directory with the file `dest` holding `old`.
+/// Returns a temporary directory with a file `dest` that contains `old`.
 pub(crate) fn dir_with_old() -> (tempfile::TempDir, PathBuf) {
     let dir = tempfile::tempdir().expect("temporary directory");
     let dest = dir.path().join("dest");
@@ -68,17 +69,19 @@ pub(crate) fn dir_with_old() -> (tempfile::TempDir, PathBuf) {
 const JOB: &str = "ATOMIC_FILE_TEST_JOB";
 const DIR: &str = "ATOMIC_FILE_TEST_DIR";
 
-/// The command that runs `job` on `dir` in a process of its own: this test binary again, in its test called `child`.
+/// Returns the command that runs `job` on `dir` in a new process: the test `child` of this test
+/// binary.
 pub(crate) fn command(job: &str, dir: &Path) -> Command {
     let mut command = Command::new(std::env::current_exe().expect("this test binary"));
     command.args(["--exact", "child", "--nocapture", "--test-threads=1"]);
     command.env(JOB, job).env(DIR, dir);
-    // Under `cargo run` it names many directories, and the loader's search of them would show in the trace.
+    // Under `cargo run` it lists many directories, and the loader's search would appear in the
+    // trace.
     command.env_remove("LD_LIBRARY_PATH");
     command
 }
 
-/// The command that runs `job` on `dir` under `strace` with these arguments.
+/// Returns the command that runs `job` on `dir` under `strace` with these arguments.
 fn strace_command<S: AsRef<OsStr>>(job: &str, dir: &Path, args: &[S]) -> Command {
     let command = command(job, dir);
     let mut strace = Command::new("strace");
@@ -93,13 +96,13 @@ fn strace_command<S: AsRef<OsStr>>(job: &str, dir: &Path, args: &[S]) -> Command
     strace
 }
 
-/// Runs `job` on `dir` under `strace` with these arguments; what it reported, or `None` where it
-/// was killed.
+/// Runs `job` on `dir` under `strace` with these arguments. Returns its report, or `None` if it was
+/// killed.
 pub(crate) fn under_strace<S: AsRef<OsStr>>(job: &str, dir: &Path, args: &[S]) -> Option<String> {
     report(strace_command(job, dir, args))
 }
 
-/// A job that `strace` holds at a system call until [`release`](Self::release).
+/// A job that `strace` delays at a system call until [`release`](Self::release).
 pub(crate) struct Held {
     /// The job itself: `strace -D` traces its parent.
     child: Child,
@@ -107,8 +110,8 @@ pub(crate) struct Held {
 }
 
 impl Held {
-    /// Starts `job` on `dir`. Each of its threads is held at its call `call` with this number,
-    /// before the call (`delay_enter`) or after it (`delay_exit`).
+    /// Starts `job` on `dir`. Each of its threads is delayed at the call `call` with this number,
+    /// before (`delay_enter`) or after it (`delay_exit`).
     pub(crate) fn start(job: &str, dir: &Path, call: &str, when: &str, number: usize) -> Self {
         let log = NamedTempFile::new().expect("a log");
         let path = log.path().to_str().expect("a plain path");
@@ -123,7 +126,7 @@ impl Held {
         Self { child, log }
     }
 
-    /// Waits for `condition`, which must come while the job is held.
+    /// Waits for `condition`, which must become true during the delay.
     pub(crate) fn wait_until(&mut self, condition: impl Fn() -> bool) {
         while !condition() {
             let ended = self.child.try_wait().expect("a child");
@@ -151,7 +154,7 @@ impl Held {
         fs::read_to_string(&self.log).expect("a log")
     }
 
-    /// Ends `strace`, and with it the delay.
+    /// Kills `strace`, which ends the delay.
     fn end_strace(&self) {
         let status = fs::read_to_string(format!("/proc/{}/status", self.child.id()));
         let tracer = status.ok().and_then(|status| {
@@ -165,7 +168,7 @@ impl Held {
         }
     }
 
-    /// Lets the job go on to its end, and returns what it reported.
+    /// Ends the delay, and returns the report of the job.
     pub(crate) fn release(mut self) -> Option<String> {
         self.end_strace();
         let mut stdout = String::new();
@@ -183,12 +186,12 @@ impl Drop for Held {
     }
 }
 
-/// In the child: the job and its directory.
+/// Returns the job and its directory, in the child process.
 pub(crate) fn job() -> Option<(String, PathBuf)> {
     Some((std::env::var(JOB).ok()?, std::env::var_os(DIR)?.into()))
 }
 
-/// Runs the child to its end; what its job reported, or `None` where it was killed.
+/// Runs the child process. Returns the report of its job, or `None` if it was killed.
 pub(crate) fn report(mut command: Command) -> Option<String> {
     let output = command.output().expect("start a child");
     let stdout = String::from_utf8_lossy(&output.stdout).into_owned();
@@ -210,13 +213,13 @@ fn open_descriptors() -> usize {
     names(Path::new("/proc/self/fd")).len()
 }
 
-/// Runs `job` between two marks in a trace, and reports what it returned.
+/// Runs `job` between two marks in a trace, and reports its result.
 pub(crate) fn traced(dir: &Path, job: impl FnOnce() -> String) {
     let mark = |name: &str| {
         let _ = fs::File::open(dir.join(name));
     };
-    // strace counts a thread's calls from its start, and each thread's alone: past what the harness's main thread makes
-    // while it starts, a number means the job's call and no other.
+    // strace counts the calls of each thread from its start. Raise the counts of this thread above
+    // those of the harness's main thread, so that a number refers to a call of the job only.
     for _ in 0..30 {
         let null = fs::File::options()
             .read(true)
@@ -252,7 +255,7 @@ pub(crate) fn state_of(result: Result<(), CommitError>) -> String {
     }
 }
 
-/// Writes all that the file is to hold, over what a recycled one holds.
+/// Writes the complete contents, also over those of a recycled file.
 pub(crate) fn write_whole(writer: &AtomicWriter, bytes: &[u8]) -> std::io::Result<()> {
     if writer.recycled() {
         writer.file().set_len(bytes.len() as u64)?;
@@ -286,7 +289,7 @@ pub(crate) fn group_state_of(result: Result<(), GroupCommitError>) -> String {
     }
 }
 
-/// Stages `text` for every one of `names`, in one group.
+/// Stages `text` for each of `names`, in one group.
 pub(crate) fn group(dir: &Path, names: &[&str], text: &str) -> Result<AtomicGroup, String> {
     let mut group = AtomicGroup::new();
     for name in names {
@@ -298,7 +301,7 @@ pub(crate) fn group(dir: &Path, names: &[&str], text: &str) -> Result<AtomicGrou
     Ok(group)
 }
 
-/// The one text that all of `names` hold; fails where they differ.
+/// Returns the text that all of `names` contain; fails if they differ.
 #[track_caller]
 pub(crate) fn same_text(dir: &Path, names: &[&str]) -> String {
     let texts: Vec<_> = names
