@@ -45,7 +45,7 @@ const CRATES: [(&str, &[Part]); 4] = [
         "atomic-file",
         &[whole(&[
             &["group", "power_loss", "recycling", "replace"],
-            &["hostile", "leftovers", "meanwhile"],
+            &["concurrency", "hostile", "orphans"],
             &["preflight", "preserve", "replace_only"],
             &["faults"],
         ])],

@@ -8,12 +8,29 @@ use std::sync::Arc;
 
 use nix::errno::Errno;
 
-use crate::directory::{Directory, Stat};
+use crate::directory::Directory;
 use crate::error::{Obstacle, OpenError};
-use crate::options::Symlinks;
-use crate::record::is_record_name;
-use crate::staged_file::kind_of_name;
+use crate::names::{is_record_name, kind_of_name};
+use crate::stat::Stat;
 use crate::sys;
+
+/// The handling of a destination that is a symbolic link.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Symlinks {
+    /// Replaces the target of the link and keeps the link, as writing through `open(2)` does.
+    ///
+    /// This is the default, because [`Replace`](Self::Replace) silently loses the link of an
+    /// operator who moved the files to a larger disk. A dangling link is an error: usually a disk
+    /// is not mounted. In a directory that [others may write to](crate::others_may_write), a link
+    /// is followed only if the directory is sticky (`/tmp`) and the link belongs to this user or to
+    /// the directory's owner, as with Linux's `fs.protected_symlinks`.
+    #[default]
+    Follow,
+    /// Replaces the link itself by a regular file, as `rename(2)` does, and leaves its target
+    /// unchanged. The link may be dangling. Choose this if other users may write to the directory.
+    Replace,
+}
 
 /// Maximum number of links that are followed: Linux's own limit (`MAXSYMLINKS`).
 const MAX_LINKS: usize = 40;

@@ -289,34 +289,46 @@
 //!
 //! None. This crate supports Linux and macOS, and compiles on other Unix systems.
 
+mod attribute;
 mod destination;
 mod directory;
+mod durability;
 mod error;
 mod group;
+mod names;
 mod options;
+mod orphan;
 mod permissions;
 mod preflight;
 mod preserve;
 mod record;
+mod records;
 mod recover;
 mod recycle;
 mod rename;
+mod report;
+mod retry;
 mod staged_file;
+mod stat;
 mod sweep;
 mod sys;
 mod ticket;
 mod version;
 mod writer;
 
+pub use attribute::{Attribute, NotPreserved};
+pub use destination::Symlinks;
+pub use durability::Durability;
 pub use error::{
-    AddError, CommitError, CommitStep, GroupCommitError, Leftover, Obstacle, OpenError,
-    RecoverError, Refusal, SweepError,
+    CommitError, CommitStep, GroupCommitError, Leftover, Obstacle, OpenError, RecoverError,
+    SweepError,
 };
-pub use group::AtomicGroup;
-pub use options::{Durability, Options, Symlinks};
+pub use group::{AddError, AtomicGroup, Refusal};
+pub use options::Options;
 pub use permissions::others_may_write;
-pub use preserve::{Attribute, NotPreserved, Preserve};
-pub use recover::{RecoverReport, recover};
-pub use sweep::{Kept, SweepReport, preview_sweep, sweep};
+pub use preserve::Preserve;
+pub use recover::recover;
+pub use report::{Kept, RecoverReport, SweepReport};
+pub use sweep::{preview_sweep, sweep};
 pub use version::FileVersion;
 pub use writer::AtomicWriter;

@@ -1,54 +1,14 @@
 //! Options of a writer.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
-use crate::error::OpenError;
+use crate::destination::Symlinks;
+use crate::durability::Durability;
 use crate::preserve::Preserve;
 use crate::version::FileVersion;
-use crate::writer::AtomicWriter;
 
-/// The durability that a commit waits for, ordered from weakest to strongest.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
-#[non_exhaustive]
-pub enum Durability {
-    /// No durability. The replacement is atomic for every process on this machine, also if this
-    /// process is killed. A power loss or a crash of the system soon afterwards may leave an empty
-    /// or torn file.
-    None,
-    /// The bytes of the file reach the medium before its new name does. A power loss leaves the
-    /// complete old file or the complete new file. Which of the two is undefined for a short time.
-    ///
-    /// Uses `F_BARRIERFSYNC` on macOS. Linux has no call that orders writes without flushing them:
-    /// the file is synced as for [`Full`](Self::Full), and only the sync of the directory is
-    /// omitted.
-    Barrier,
-    /// After the commit returns, a power loss does not undo it.
-    ///
-    /// Uses `fsync` for the file and its directory. On macOS uses `F_FULLFSYNC`, which also flushes
-    /// the drive's cache, or `fsync` if the file system does not support that.
-    #[default]
-    Full,
-}
-
-/// The handling of a destination that is a symbolic link.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
-#[non_exhaustive]
-pub enum Symlinks {
-    /// Replaces the target of the link and keeps the link, as writing through `open(2)` does.
-    ///
-    /// This is the default, because [`Replace`](Self::Replace) silently loses the link of an
-    /// operator who moved the files to a larger disk. A dangling link is an error: usually a disk
-    /// is not mounted. In a directory that [others may write to](crate::others_may_write), a link
-    /// is followed only if the directory is sticky (`/tmp`) and the link belongs to this user or to
-    /// the directory's owner, as with Linux's `fs.protected_symlinks`.
-    #[default]
-    Follow,
-    /// Replaces the link itself by a regular file, as `rename(2)` does, and leaves its target
-    /// unchanged. The link may be dangling. Choose this if other users may write to the directory.
-    Replace,
-}
-
-/// Options for opening an [`AtomicWriter`], returned by [`AtomicWriter::options`].
+/// Options for opening an [`AtomicWriter`](crate::AtomicWriter), returned by
+/// [`AtomicWriter::options`](crate::AtomicWriter::options).
 ///
 /// # Examples
 /// ```
@@ -116,7 +76,7 @@ impl Options {
         self
     }
 
-    /// Sets the durability that [`commit`](AtomicWriter::commit) waits for. The default is
+    /// Sets the durability that [`commit`](crate::AtomicWriter::commit) waits for. The default is
     /// [`Durability::Full`].
     pub fn durability(mut self, durability: Durability) -> Self {
         self.durability = durability;
@@ -136,7 +96,7 @@ impl Options {
     /// Replaces only this version of the destination. For bytes that were derived from it.
     ///
     /// If the destination was replaced, removed or written to, [`open`](Self::open) fails with
-    /// [`OpenError::DestinationChanged`], and the commit with
+    /// [`OpenError::DestinationChanged`](crate::OpenError::DestinationChanged), and the commit with
     /// [`CommitError::DestinationChanged`](crate::CommitError::DestinationChanged). Both replace
     /// nothing.
     ///
@@ -172,12 +132,13 @@ impl Options {
         self
     }
 
-    /// Keeps the file that [`commit`](AtomicWriter::commit) replaces, and reuses it as the staged
-    /// file of the next writer to the same destination. Use this for large files that are replaced
-    /// repeatedly: overwriting allocated blocks avoids freeing and allocating them.
+    /// Keeps the file that [`commit`](crate::AtomicWriter::commit) replaces, and reuses it as the
+    /// staged file of the next writer to the same destination. Use this for large files that are
+    /// replaced repeatedly: overwriting allocated blocks avoids freeing and allocating them.
     ///
-    /// **A recycled file has its old bytes.** [`AtomicWriter::recycled`] returns whether the staged
-    /// file is recycled.
+    /// **A recycled file has its old bytes.**
+    /// [`AtomicWriter::recycled`](crate::AtomicWriter::recycled) returns whether the staged file is
+    /// recycled.
     ///
     /// At most one file per destination is kept, in the same directory, and only if at most
     /// `max_bytes` bytes are allocated to it. The next writer with this option reuses it. The next
@@ -215,17 +176,5 @@ impl Options {
     pub fn recycle(mut self, max_bytes: u64) -> Self {
         self.recycle = Some(max_bytes);
         self
-    }
-
-    /// Stages a new file for `dest`.
-    ///
-    /// First completes the group commits of killed processes in the directory, and removes the
-    /// orphaned staged files of this destination. [`sweep`](crate::sweep()) removes those of all
-    /// destinations.
-    ///
-    /// # Errors
-    /// Returns an [`OpenError`]. No file is left behind except those that the error names.
-    pub fn open(&self, dest: impl AsRef<Path>) -> Result<AtomicWriter, OpenError> {
-        AtomicWriter::open_with(dest.as_ref(), self)
     }
 }

@@ -5,7 +5,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 
 use nix::unistd::{Gid, Group, Uid, User};
 
-use crate::directory::{Stat, stat_of};
+use crate::stat::{Stat, stat_of};
 use crate::sys;
 
 /// Returns whether users other than the owner of `dir` and root may create files in it.

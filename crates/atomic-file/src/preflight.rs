@@ -6,7 +6,8 @@ use std::sync::Arc;
 
 use crate::directory::Directory;
 use crate::error::Leftover;
-use crate::staged_file::{NameKind, StagedFile, new_id, protocol_name};
+use crate::names::{NameKind, new_id, protocol_name};
+use crate::staged_file::StagedFile;
 
 /// An error of a preflight.
 #[derive(Debug)]

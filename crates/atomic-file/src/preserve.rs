@@ -1,18 +1,19 @@
 //! Copying attributes of the replaced file to the new file: owner, group, mode, access control
 //! list, extended attributes.
 
-use std::ffi::{OsStr, OsString};
-use std::fmt;
+use std::ffi::OsStr;
 use std::fs::File;
 use std::io;
 
 use nix::fcntl::OFlag;
 use nix::unistd::{Gid, Uid, fchown};
-use thiserror::Error;
 use xattr::FileExt as _;
 
+use crate::attribute::{Attribute, NotPreserved};
 use crate::destination::Destination;
-use crate::directory::{Directory, Stat, stat_of};
+use crate::directory::Directory;
+use crate::retry::retry;
+use crate::stat::{Stat, stat_of};
 use crate::sys;
 
 /// The attributes of the replaced file that the new file receives.
@@ -137,47 +138,6 @@ impl Preserve {
     pub(crate) fn anything(self) -> bool {
         self.owner || self.group || self.mode || self.acl || self.xattrs
     }
-}
-
-/// An attribute of a file.
-#[derive(Clone, Debug, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum Attribute {
-    /// The owner.
-    Owner,
-    /// The group.
-    Group,
-    /// The permission bits.
-    Mode,
-    /// The access control list.
-    Acl,
-    /// All extended attributes, if they cannot be listed.
-    Xattrs,
-    /// The extended attribute with this name.
-    Xattr(OsString),
-}
-
-impl fmt::Display for Attribute {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Owner => f.write_str("owner"),
-            Self::Group => f.write_str("group"),
-            Self::Mode => f.write_str("mode"),
-            Self::Acl => f.write_str("access control list"),
-            Self::Xattrs => f.write_str("extended attributes"),
-            Self::Xattr(name) => write!(f, "extended attribute {name:?}"),
-        }
-    }
-}
-
-/// An attribute of the replaced file that the new file cannot receive.
-#[derive(Debug, Error)]
-#[error("the {attribute} of the replaced file cannot be preserved")]
-pub struct NotPreserved {
-    /// The attribute.
-    pub attribute: Attribute,
-    /// The error of the system.
-    pub source: io::Error,
 }
 
 /// Sets the permission bits `mode` on `file`, and the attributes of the file at `dest` that are to
@@ -357,12 +317,12 @@ impl AttributeCopy<'_> {
         // Set the group first: after a change of the owner, this process may not set it.
         if self.preserve.group && own.gid != old.gid {
             let gid = Gid::from_raw(old.gid);
-            let given = sys::retry(|| fchown(self.file, None, Some(gid)));
+            let given = retry(|| fchown(self.file, None, Some(gid)));
             self.result(Attribute::Group, given)?;
         }
         if self.preserve.owner && own.uid != old.uid {
             let uid = Uid::from_raw(old.uid);
-            let given = sys::retry(|| fchown(self.file, Some(uid), None));
+            let given = retry(|| fchown(self.file, Some(uid), None));
             self.result(Attribute::Owner, given)?;
         }
         Ok(())
@@ -399,7 +359,7 @@ impl AttributeCopy<'_> {
         }
         for name in names {
             if xattrs && !sys::is_acl(&name) && !describes_contents(&name) {
-                let copied = copy_xattr(&old, self.file, &name);
+                let copied = sys::copy_xattr(&old, self.file, &name);
                 self.result(Attribute::Xattr(name), copied)?;
             }
         }
@@ -410,18 +370,6 @@ impl AttributeCopy<'_> {
 /// Returns whether an extended attribute depends on the contents of the file.
 fn describes_contents(name: &OsStr) -> bool {
     name == "security.ima" || name == "security.evm"
-}
-
-pub(crate) fn copy_xattr(from: &File, to: &File, name: &OsStr) -> io::Result<()> {
-    let value = from.get_xattr(name)?;
-    let there = to.get_xattr(name).ok().flatten();
-    match value {
-        // The security label of a new file is often the same, and setting it may be forbidden.
-        Some(value) if there.as_ref() == Some(&value) => Ok(()),
-        Some(value) => to.set_xattr(name, &value),
-        None if there.is_some() => to.remove_xattr(name),
-        None => Ok(()),
-    }
 }
 
 #[cfg(test)]

@@ -30,27 +30,10 @@
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt as _;
 
-use crate::staged_file::{NameKind, PREFIX, kind_of_name};
-
-/// The name of records of version 1.
-const VERSION_1_NAME: &str = ".atomic-file-group";
-const SUFFIX: &str = ".group";
-
 const MAGIC: &[u8; 8] = b"ATOMGRP\n";
 const VERSION: u32 = 3;
 /// The first version with the record's length and the old destination.
 const WITH_DESTINATION: u32 = 2;
-
-/// Returns whether `name` is the name of a published record.
-pub(crate) fn is_record_name(name: &OsStr) -> bool {
-    let id = || name.to_str()?.strip_prefix(PREFIX)?.strip_suffix(SUFFIX);
-    name == VERSION_1_NAME || id().is_some_and(crate::staged_file::is_id)
-}
-
-/// Returns the name of the record with this ID.
-pub(crate) fn record_name(id: u64) -> OsString {
-    format!("{PREFIX}{id:016x}{SUFFIX}").into()
-}
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Member {
@@ -88,6 +71,8 @@ pub(crate) enum Unreadable {
 }
 
 use Unreadable::{Damaged, Torn};
+
+use crate::names::{NameKind, is_record_name, kind_of_name};
 
 /// Length of a record without members, in bytes.
 pub(crate) const EMPTY: u64 = 8 + 4 + 4 + 8 + 4;
@@ -231,7 +216,7 @@ fn take_name(rest: &mut &[u8]) -> Result<OsString, &'static str> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::staged_file::protocol_name;
+    use crate::names::{PREFIX, protocol_name};
     use proptest::prelude::*;
     use rstest::rstest;
 
@@ -349,17 +334,6 @@ mod tests {
         let bytes = encode(&[member(dest.as_bytes())]);
         let expected = Damaged("a destination has a staged file's or a record's name");
         assert_eq!(decode(&bytes), Err(expected));
-    }
-
-    #[rstest]
-    #[case(".atomic-file-group", true)]
-    #[case(".atomic-file-0123456789abcdef.group", true)]
-    #[case(".atomic-file-0123456789abcde.group", false)]
-    #[case(".atomic-file-0123456789ABCDEF.group", false)]
-    #[case(".atomic-file-0123456789abcdef.intent", false)]
-    #[case("atomic-file-0123456789abcdef.group", false)]
-    fn record_names_are_recognised(#[case] name: &str, #[case] is_record: bool) {
-        assert_eq!(is_record_name(OsStr::new(name)), is_record);
     }
 
     #[test]

@@ -34,11 +34,16 @@ use std::time::Duration;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::unistd::{getegid, geteuid};
 
-use crate::directory::{Directory, FileId, stat_of};
+use crate::directory::Directory;
 use crate::error::Leftover;
-use crate::recover;
-use crate::staged_file::{Inspection, STAGED_MODE, StagedFile, recycled_name, remove_if_orphaned};
-use crate::sys::{self, retry};
+use crate::names::recycled_name;
+use crate::orphan::{Inspection, remove_if_orphaned};
+use crate::records::no_trusted_record;
+use crate::recover::no_group_in_progress;
+use crate::retry::retry;
+use crate::staged_file::{STAGED_MODE, StagedFile};
+use crate::stat::{FileId, stat_of};
+use crate::sys;
 
 /// Reuses the recycled file of `dest`, if it exists and is usable, as a staged file. It keeps its
 /// old bytes and length.
@@ -51,7 +56,7 @@ pub(crate) fn reuse(dir: &Arc<Directory>, dest: &OsStr, max_bytes: u64) -> Optio
         // Clear O_NONBLOCK, which was set on open: io_uring honours it for regular files.
         retry(|| fcntl(recycled.file(), FcntlArg::F_SETFL(OFlag::empty())))?;
         Ok(
-            is_like_new(&recycled, max_bytes)? && recover::no_group_in_progress(dir)? && {
+            is_like_new(&recycled, max_bytes)? && no_group_in_progress(dir)? && {
                 sys::set_mode(recycled.file(), STAGED_MODE)?;
                 sys::is_exclusively_open(recycled.file()) && stat_of(recycled.file())?.links == 1
             },
@@ -73,7 +78,7 @@ pub(crate) fn lock_old(dir: &Arc<Directory>, dest: &OsStr, max_bytes: u64) -> Op
         };
         // Check this after the lock: if a group renamed the file here, its record exists until the
         // group is complete.
-        let usable = is_like_new(&old, max_bytes)? && recover::no_trusted_record(dir)?;
+        let usable = is_like_new(&old, max_bytes)? && no_trusted_record(dir)?;
         Ok(usable.then_some(old))
     };
     lock().ok()?

@@ -27,222 +27,22 @@
 
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
-use std::hash::{BuildHasher as _, Hasher as _, RandomState};
 use std::io::{self, ErrorKind};
-use std::os::unix::ffi::OsStrExt as _;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
-use crate::directory::{Directory, FileId, Stat, stat_of};
+use crate::directory::Directory;
 use crate::error::Leftover;
-use crate::recover::Records;
+use crate::names::{NameKind, new_id, protocol_name};
+use crate::orphan::{Inspection, remove_if_orphaned};
 use crate::rename::{PublishError, confirm_rename, has_no_such_call};
-use crate::sweep::sweep_names;
-use crate::sys::{Lock, Unlock, file_owner, try_lock};
-
-pub(crate) const PREFIX: &str = ".atomic-file-";
-const LOCKED: &str = ".stage";
-/// For file systems without locks: whether the writer is running cannot be determined.
-const UNLOCKED: &str = ".unlocked-stage";
-/// One per destination, so without an ID: see `recycle.rs`.
-const RECYCLED: &str = ".spare";
-/// The unpublished record of a group: see `ticket.rs`.
-const TICKET: &str = ".intent";
+use crate::stat::{FileId, Stat, stat_of};
+use crate::sys::{Lock, Unlock, try_lock};
 
 /// The mode of every staged file until the commit: no other user can open it.
 pub(crate) const STAGED_MODE: u32 = 0o600;
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum NameKind {
-    Locked,
-    Unlocked,
-    Recycled,
-    Ticket,
-}
-
-/// Returns a random ID, which other processes cannot predict.
-pub(crate) fn new_id() -> u64 {
-    RandomState::new().build_hasher().finish()
-}
-
-/// Returns whether `text` is an ID of [`new_id`] in hexadecimal digits.
-pub(crate) fn is_id(text: &str) -> bool {
-    text.len() == 16 && is_hex(text)
-}
-
-fn is_hex(text: &str) -> bool {
-    let is_digit = |digit| matches!(digit, b'0'..=b'9' | b'a'..=b'f');
-    !text.is_empty() && text.bytes().all(is_digit)
-}
-
-/// Returns the kind of a name that this module creates; `None` for other names.
-pub(crate) fn kind_of_name(name: &OsStr) -> Option<NameKind> {
-    let rest = name.to_str()?.strip_prefix(PREFIX)?;
-    if let Some(id) = rest.strip_suffix(TICKET) {
-        return is_id(id).then_some(NameKind::Ticket);
-    }
-    if let Some(hash) = rest.strip_suffix(RECYCLED) {
-        return (hash.len() == 8 && is_hex(hash)).then_some(NameKind::Recycled);
-    }
-    let (rest, kind) = if let Some(rest) = rest.strip_suffix(UNLOCKED) {
-        (rest, NameKind::Unlocked)
-    } else {
-        (rest.strip_suffix(LOCKED)?, NameKind::Locked)
-    };
-    let (hash, id) = rest.split_once('-')?;
-    // Earlier versions used a counter with a variable number of digits.
-    (hash.len() == 8 && is_hex(hash) && id.len() <= 16 && is_hex(id)).then_some(kind)
-}
-
-pub(crate) fn protocol_name(dest: &OsStr, id: u64, kind: NameKind) -> OsString {
-    let hash = crc32fast::hash(dest.as_bytes());
-    match kind {
-        NameKind::Locked => format!("{PREFIX}{hash:08x}-{id:016x}{LOCKED}"),
-        NameKind::Unlocked => format!("{PREFIX}{hash:08x}-{id:016x}{UNLOCKED}"),
-        NameKind::Recycled => format!("{PREFIX}{hash:08x}{RECYCLED}"),
-        NameKind::Ticket => format!("{PREFIX}{id:016x}{TICKET}"),
-    }
-    .into()
-}
-
-/// Returns whether `name` is that of a file staged for `dest`, or for another destination with the
-/// same hash.
-fn is_stage_of(dest: &OsStr, name: &OsStr) -> bool {
-    let hash = format!("{PREFIX}{:08x}-", crc32fast::hash(dest.as_bytes()));
-    kind_of_name(name) == Some(NameKind::Locked) && name.as_bytes().starts_with(hash.as_bytes())
-}
-
-/// Removes the orphaned staged files of `dest` among the `names` in `dir`.
-///
-/// A writer that preserves the owner may have changed it to `dest_owner`, the owner of the
-/// destination. Files of other users are not opened, because this writer must not remove them.
-pub(crate) fn remove_leftovers(
-    dir: &Directory,
-    dest: &OsStr,
-    dest_owner: Option<u32>,
-    names: &[OsString],
-) {
-    let owners = [Some(file_owner()), dest_owner];
-    let ours = |name: &OsStr| {
-        let entry = dir.entry(name).ok().flatten();
-        entry.is_some_and(|entry| owners.contains(&Some(entry.uid)))
-    };
-    let leftovers: Vec<_> = names
-        .iter()
-        .filter(|name| is_stage_of(dest, name) && ours(name))
-        .map(|name| (name, NameKind::Locked))
-        .collect();
-    if !leftovers.is_empty() {
-        // Files that remain do not affect writers. A sweep reports them.
-        let _ = sweep_names(dir, &leftovers, true);
-    }
-}
-
-pub(crate) fn recycled_name(dest: &OsStr) -> OsString {
-    protocol_name(dest, 0, NameKind::Recycled)
-}
-
-/// The result of inspecting a staged file that may be orphaned.
-#[derive(Debug)]
-pub(crate) enum Inspection {
-    Removed,
-    Missing,
-    InUse,
-    Retained(io::Error),
-}
-
-/// Removes the staged file `name` if it is orphaned. Never waits, and never changes a file that is
-/// in use.
-pub(crate) fn remove_if_orphaned(dir: &Directory, name: &OsStr) -> Inspection {
-    let orphan = match Orphan::lock(dir, name) {
-        Ok(orphan) => orphan,
-        Err(inspected) => return inspected,
-    };
-    let mut records = Records::default();
-    let looked = stat_of(&orphan.file).and_then(|stat| records.refresh(dir, Some(stat.uid)));
-    match looked {
-        Ok(()) => orphan.resolve(dir, name, &records, true),
-        Err(error) => Inspection::Retained(error),
-    }
-}
-
-fn or_retained(result: io::Result<Inspection>) -> Inspection {
-    match result {
-        Ok(inspected) => inspected,
-        Err(error) if error.kind() == ErrorKind::NotFound => Inspection::Missing,
-        Err(error) => Inspection::Retained(error),
-    }
-}
-
-/// A staged file that was not locked by its writer, locked until this is dropped.
-#[derive(Debug)]
-pub(crate) struct Orphan {
-    file: File,
-}
-
-impl Drop for Orphan {
-    fn drop(&mut self) {
-        drop(Unlock(&self.file));
-    }
-}
-
-impl Orphan {
-    /// Locks the staged file `name`, or returns why it must not be removed.
-    pub(crate) fn lock(dir: &Directory, name: &OsStr) -> Result<Self, Inspection> {
-        let attempt = || {
-            match dir.entry(name)? {
-                None => return Ok(Err(Inspection::Missing)),
-                Some(entry) if !entry.is_file() => {
-                    return Ok(Err(retained(
-                        "has the name of a staged file, but is not a regular \
-                         file",
-                    )));
-                }
-                Some(_) => {}
-            }
-            let file = dir.open_file(name)?;
-            Ok(match try_lock(&file)? {
-                Lock::Held => Ok(Self { file }),
-                Lock::Taken => Err(Inspection::InUse),
-                Lock::Unsupported(error) => Err(Inspection::Retained(error)),
-            })
-        };
-        attempt().unwrap_or_else(|error| Err(or_retained(Err(error))))
-    }
-
-    /// Removes the staged file if `remove` is set, and returns the result that removing it has or
-    /// would have. `records` must have been refreshed since the file was locked.
-    pub(crate) fn resolve(
-        self,
-        dir: &Directory,
-        name: &OsStr,
-        records: &Records,
-        remove: bool,
-    ) -> Inspection {
-        let attempt = || -> io::Result<Inspection> {
-            let stat = stat_of(&self.file)?;
-            if records.name(name, stat.uid) {
-                return Ok(retained(
-                    "a group commit that names it is pending in the directory: call `recover`",
-                ));
-            }
-            if dir.entry(name)?.map(|entry| entry.id) != Some(stat.id) {
-                return Ok(Inspection::Missing);
-            }
-            if remove {
-                dir.remove(name)?;
-            }
-            Ok(Inspection::Removed)
-        };
-        or_retained(attempt())
-    }
-}
-
-fn retained(reason: &'static str) -> Inspection {
-    Inspection::Retained(io::Error::other(reason))
-}
 
 /// Locks a file that was just created. A sweeper may hold the lock briefly; it will release or
 /// unlink.
@@ -543,47 +343,5 @@ impl Drop for StagedFile {
         if self.locked {
             drop(Unlock(&self.file));
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use proptest::prelude::*;
-
-    proptest! {
-        #[test]
-        fn protocol_names_are_short_and_recognised(
-            dest in proptest::collection::vec(1u8.., 1..=255),
-            id: u64,
-            kind in prop_oneof![
-                Just(NameKind::Locked), Just(NameKind::Unlocked), Just(NameKind::Recycled),
-                Just(NameKind::Ticket),
-            ],
-        ) {
-            let name = protocol_name(OsStr::from_bytes(&dest), id, kind);
-            prop_assert_eq!(kind_of_name(&name), Some(kind));
-            prop_assert!(name.len() <= 64);
-        }
-    }
-
-    #[rstest::rstest]
-    #[case("")]
-    #[case("memory.bin")]
-    #[case(".atomic-file-group")]
-    #[case(".atomic-file-.stage")]
-    #[case(".atomic-file-0123456-0.stage")]
-    #[case(".atomic-file-01234567-.stage")]
-    #[case(".atomic-file-01234567-0.stage~")]
-    #[case(".atomic-file-0123456G-0.stage")]
-    #[case(".atomic-file-01234567-00000000000000000.stage")]
-    #[case("x.atomic-file-01234567-0.stage")]
-    #[case(".atomic-file-0123456.spare")]
-    #[case(".atomic-file-0123456G.spare")]
-    #[case(".atomic-file-01234567-0.spare")]
-    #[case(".atomic-file-01234567.intent")]
-    #[case(".atomic-file-0123456789abcdef.group")]
-    fn other_names_are_not_recognised(#[case] name: &str) {
-        assert_eq!(kind_of_name(OsStr::new(name)), None);
     }
 }

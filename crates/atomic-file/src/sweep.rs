@@ -1,43 +1,20 @@
 //! Sweeping: removal of orphaned staged files.
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use crate::directory::Directory;
 use crate::error::SweepError;
-use crate::recover::Records;
-use crate::staged_file::{Inspection, NameKind, Orphan, PREFIX, kind_of_name};
+use crate::names::{NameKind, PREFIX, is_staged_for, kind_of_name};
+use crate::orphan::{Inspection, Orphan};
+use crate::records::Records;
+use crate::report::{Kept, SweepReport};
+use crate::sys::file_owner;
 
 /// Number of files that are locked at a time. The records are listed once per batch: one listing
 /// per file would take quadratic time.
 const BATCH: usize = 64;
-
-/// The result of [`sweep`].
-#[derive(Debug, Default)]
-#[non_exhaustive]
-pub struct SweepReport {
-    /// Orphaned staged files that were removed.
-    pub removed: Vec<PathBuf>,
-    /// Staged files in use by this or another process. They were not changed.
-    pub living: Vec<PathBuf>,
-    /// Recycled files (see [`Options::recycle`](crate::Options::recycle)) that were removed. The
-    /// next writer creates a new file.
-    pub spares: Vec<PathBuf>,
-    /// Files with the name of a staged file that were kept for another reason.
-    pub kept: Vec<Kept>,
-}
-
-/// A directory entry with the name of a staged file that was not removed.
-#[derive(Debug)]
-#[non_exhaustive]
-pub struct Kept {
-    /// Its path.
-    pub path: PathBuf,
-    /// Why it was kept: no permission to open it, no locks on its file system, a pending group
-    /// commit, or not a regular file.
-    pub reason: io::Error,
-}
 
 /// Removes the orphaned staged files of all destinations from `dir`, and the recycled files, and
 /// nothing else. Never waits.
@@ -137,4 +114,30 @@ pub(crate) fn sweep_names(
         }
     }
     Ok(report)
+}
+
+/// Removes the orphaned staged files of `dest` among the `names` in `dir`.
+///
+/// A writer that preserves the owner may have changed it to `dest_owner`, the owner of the
+/// destination. Files of other users are not opened, because this writer must not remove them.
+pub(crate) fn remove_leftovers(
+    dir: &Directory,
+    dest: &OsStr,
+    dest_owner: Option<u32>,
+    names: &[OsString],
+) {
+    let owners = [Some(file_owner()), dest_owner];
+    let ours = |name: &OsStr| {
+        let entry = dir.entry(name).ok().flatten();
+        entry.is_some_and(|entry| owners.contains(&Some(entry.uid)))
+    };
+    let leftovers: Vec<_> = names
+        .iter()
+        .filter(|name| is_staged_for(dest, name) && ours(name))
+        .map(|name| (name, NameKind::Locked))
+        .collect();
+    if !leftovers.is_empty() {
+        // Files that remain do not affect writers. A sweep reports them.
+        let _ = sweep_names(dir, &leftovers, true);
+    }
 }

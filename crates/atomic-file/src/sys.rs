@@ -2,7 +2,7 @@
 
 #![allow(unsafe_code)]
 
-use std::ffi::{CStr, CString};
+use std::ffi::{CStr, CString, OsStr};
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, IntoRawFd as _, OwnedFd};
@@ -10,9 +10,11 @@ use std::ptr::NonNull;
 
 use nix::errno::Errno;
 use nix::sys::stat::{Mode, fchmod};
+use xattr::FileExt as _;
 
-use crate::directory::stat_of;
-use crate::options::Durability;
+use crate::durability::Durability;
+use crate::retry::retry;
+use crate::stat::stat_of;
 
 #[cfg(any(target_os = "linux", target_os = "android"))]
 #[path = "sys/linux.rs"]
@@ -34,16 +36,6 @@ pub(crate) struct Restrictions {
     pub(crate) immutable: bool,
     pub(crate) append_only: bool,
     pub(crate) mount_point: bool,
-}
-
-/// Repeats `call` while a signal interrupts it. Only for calls that are harmless when repeated.
-pub(crate) fn retry<T>(mut call: impl FnMut() -> nix::Result<T>) -> io::Result<T> {
-    loop {
-        match call() {
-            Err(Errno::EINTR) => {}
-            result => return result.map_err(io::Error::from),
-        }
-    }
 }
 
 /// Sets exactly these permission bits. A new file has 0600 without the bits of the umask.
@@ -199,6 +191,19 @@ pub(crate) fn lock(file: &File) -> io::Result<()> {
     retry(|| file.lock().map_err(errno))
 }
 
+/// Copies an extended attribute of `from` to `to`. Removes it if `from` lacks it.
+pub(crate) fn copy_xattr(from: &File, to: &File, name: &OsStr) -> io::Result<()> {
+    let value = from.get_xattr(name)?;
+    let there = to.get_xattr(name).ok().flatten();
+    match value {
+        // The security label of a new file is often the same, and setting it may be forbidden.
+        Some(value) if there.as_ref() == Some(&value) => Ok(()),
+        Some(value) => to.set_xattr(name, &value),
+        None if there.is_some() => to.remove_xattr(name),
+        None => Ok(()),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -223,14 +228,5 @@ mod tests {
                 "the first error is returned"
             );
         }
-    }
-
-    #[test]
-    fn only_interrupted_calls_are_repeated() {
-        let mut left = vec![Errno::EIO, Errno::EINTR, Errno::EINTR];
-        let error =
-            retry::<()>(|| Err(left.pop().expect("a call after a final failure"))).unwrap_err();
-        assert_eq!(error.raw_os_error(), Some(Errno::EIO as i32));
-        assert!(left.is_empty());
     }
 }

@@ -19,11 +19,12 @@ use std::time::Duration;
 
 use crate::directory::Directory;
 use crate::error::{CommitStep, RecoverError};
-use crate::record::is_record_name;
-use crate::recover::{RecoverReport, Recovery, list, read, recover_pending};
-use crate::staged_file::{
-    NameKind, StagedFile, kind_of_name, new_id, protocol_name, remove_if_orphaned,
-};
+use crate::names::{NameKind, is_record_name, kind_of_name, new_id, protocol_name};
+use crate::orphan::remove_if_orphaned;
+use crate::records::{list, read};
+use crate::recover::{Recovery, recover_pending};
+use crate::report::RecoverReport;
+use crate::staged_file::StagedFile;
 use crate::sys::{Lock, Unlock, file_owner, try_lock};
 
 /// Waits until no other group of this user with a destination in `dests` is in progress and

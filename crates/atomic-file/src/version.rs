@@ -8,7 +8,7 @@ use std::thread;
 use std::time::Duration;
 
 use crate::destination::Destination;
-use crate::directory::{FileId, Stat};
+use crate::stat::{FileId, Stat, stat_of};
 use crate::sys::{Lock, Unlock, try_lock};
 
 /// A version of a file: its identity and its state when it was read.
@@ -97,7 +97,7 @@ impl FileVersion {
     /// # Errors
     /// Returns the errors of `fstat(2)`.
     pub fn is_current(&self) -> io::Result<bool> {
-        Ok(Stamp::from(&crate::directory::stat_of(&*self.file)?) == self.stamp)
+        Ok(Stamp::from(&stat_of(&*self.file)?) == self.stamp)
     }
 
     /// Returns whether `dest` is this version.

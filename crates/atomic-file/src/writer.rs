@@ -6,18 +6,25 @@ use std::os::unix::fs::FileExt as _;
 use std::path::Path;
 use std::sync::Arc;
 
-use crate::destination::{Destination, check_directory, check_replaceable};
 use nix::unistd::{Uid, fchown};
 
-use crate::directory::{Directory, Stat, stat_of};
+use crate::attribute::{Attribute, NotPreserved};
+use crate::destination::{Destination, check_directory, check_replaceable};
+use crate::directory::Directory;
+use crate::durability::Durability;
 use crate::error::{CommitError, CommitStep, Leftover, OpenError};
-use crate::options::{Durability, Options};
+use crate::names::PREFIX;
+use crate::options::Options;
 use crate::preflight::{PreflightError, preflight};
-use crate::preserve::{self, Attribute, NotPreserved, Preserve};
-use crate::recover::{list, recover_pending_for};
+use crate::preserve::{self, Preserve};
+use crate::records::list;
+use crate::recover::recover_pending_for;
 use crate::recycle;
 use crate::rename::{PublishError, has_no_links};
-use crate::staged_file::{PREFIX, STAGED_MODE, StagedFile, remove_leftovers};
+use crate::retry::retry;
+use crate::staged_file::{STAGED_MODE, StagedFile};
+use crate::stat::{Stat, stat_of};
+use crate::sweep::remove_leftovers;
 use crate::sys;
 use crate::version::FileVersion;
 
@@ -353,6 +360,20 @@ impl AtomicWriter {
     }
 }
 
+impl Options {
+    /// Stages a new file for `dest`.
+    ///
+    /// First completes the group commits of killed processes in the directory, and removes the
+    /// orphaned staged files of this destination. [`sweep`](crate::sweep()) removes those of all
+    /// destinations.
+    ///
+    /// # Errors
+    /// Returns an [`OpenError`]. No file is left behind except those that the error names.
+    pub fn open(&self, dest: impl AsRef<Path>) -> Result<AtomicWriter, OpenError> {
+        AtomicWriter::open_with(dest.as_ref(), self)
+    }
+}
+
 /// State of the replaced file after the rename.
 enum Replaced {
     /// Unlinked. The name of the staged file may remain.
@@ -475,7 +496,7 @@ fn try_attributes(
     // Until the commit the file is accessible to this user alone.
     if stat_of(staged.file()).map_err(set_mode)?.uid != owner {
         let owner = Some(Uid::from_raw(owner));
-        sys::retry(|| fchown(staged.file(), owner, None)).map_err(set_mode)?;
+        retry(|| fchown(staged.file(), owner, None)).map_err(set_mode)?;
     }
     sys::set_mode(staged.file(), STAGED_MODE).map_err(set_mode)?;
     Ok(not_preserved)

@@ -17,10 +17,11 @@ use nix::sys::stat::Mode;
 use nix::unistd::{Uid, geteuid, setfsuid};
 use xattr::FileExt as _;
 
-use super::{Restrictions, retry};
-use crate::directory::FileId;
-use crate::options::Durability;
-use crate::preserve::copy_xattr;
+use super::{Restrictions, copy_xattr};
+
+use crate::durability::Durability;
+use crate::retry::retry;
+use crate::stat::FileId;
 
 /// Syncs `fd` to the medium. Linux has no weaker call that orders writes.
 pub(super) fn flush(fd: BorrowedFd<'_>, _: Durability) -> io::Result<()> {

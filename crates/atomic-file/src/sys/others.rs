@@ -12,9 +12,11 @@ use nix::fcntl::AtFlags;
 use nix::sys::stat::{fstat, fstatat};
 use nix::unistd::geteuid;
 
-use super::{Restrictions, retry};
-use crate::directory::FileId;
-use crate::options::Durability;
+use super::Restrictions;
+
+use crate::durability::Durability;
+use crate::retry::retry;
+use crate::stat::FileId;
 
 /// Syncs `fd` to the medium, or orders its writes before later ones.
 #[cfg(target_vendor = "apple")]

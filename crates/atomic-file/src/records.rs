@@ -1,0 +1,202 @@
+//! The group records in a directory: which are trusted, and which staged files they protect.
+
+use std::collections::{HashMap, HashSet};
+use std::ffi::{OsStr, OsString};
+use std::fs::File;
+use std::io::{self, Read as _, Seek as _};
+
+use crate::directory::Directory;
+use crate::error::RecoverError;
+use crate::names::{PREFIX, is_record_name};
+use crate::record::{self, Member, Unreadable};
+use crate::stat::Stat;
+use crate::sys::file_owner;
+
+/// Returns the names in `dir` that begin with this crate's prefix.
+pub(crate) fn list(dir: &Directory) -> Result<Vec<OsString>, RecoverError> {
+    dir.names(PREFIX).map_err(|source| RecoverError::Io {
+        operation: "list the directory",
+        path: dir.path().to_owned(),
+        source,
+    })
+}
+
+pub(crate) fn records(names: &[OsString]) -> impl Iterator<Item = &OsString> {
+    names.iter().filter(|name| is_record_name(name))
+}
+
+/// Returns whether `dir` has no record that a recovery by this user would trust.
+pub(crate) fn no_trusted_record(dir: &Directory) -> io::Result<bool> {
+    for name in records(&dir.names(PREFIX)?) {
+        if dir
+            .entry(name)?
+            .is_some_and(|entry| is_trusted(dir, &entry))
+        {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
+
+/// The users whose staged files a record protects from a sweep.
+///
+/// A foreign record protects the files of its own user only: otherwise any user could block all
+/// sweeps. A record of root protects all: when owners are preserved, root's staged files change
+/// their owner before they are renamed, and only root can write such a record.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+enum Protects {
+    All,
+    FilesOf(u32),
+}
+
+/// The staged files that the published records of a directory name. Each record is read once.
+#[derive(Debug, Default)]
+pub(crate) struct Records {
+    seen: HashSet<OsString>,
+    named: HashSet<(OsString, Protects)>,
+    /// Protection by records that may name any file: damaged records, and records that were not
+    /// read.
+    unknown: HashSet<Protects>,
+    /// Bytes read so far of the records of each other user.
+    read: HashMap<u32, u64>,
+}
+
+impl Records {
+    /// Reads the records that were published in `dir` since the last call. If a user is given,
+    /// reads only those that may protect that user's files.
+    pub(crate) fn refresh(&mut self, dir: &Directory, user: Option<u32>) -> io::Result<()> {
+        for name in records(&dir.names(PREFIX)?) {
+            if self.seen.contains(name) {
+                continue;
+            }
+            let Some(entry) = dir.entry(name)? else {
+                continue;
+            };
+            // The name is random, so no later record has the same one.
+            self.seen.insert(name.clone());
+            let protects = match is_trusted(dir, &entry) || is_root_record(dir, &entry) {
+                true => Protects::All,
+                false => Protects::FilesOf(entry.uid),
+            };
+            let concerns = |user| protects == Protects::All || protects == Protects::FilesOf(user);
+            if entry.is_file() && user.is_none_or(concerns) {
+                self.add(dir, name, entry.uid, protects);
+            }
+        }
+        Ok(())
+    }
+
+    fn add(&mut self, dir: &Directory, name: &OsStr, owner: u32, protects: Protects) {
+        match self.read(dir, name, owner) {
+            Ok(Ok(members)) => {
+                let named = members.into_iter().map(|member| (member.staged, protects));
+                self.named.extend(named);
+            }
+            Ok(Err(Unreadable::Torn(_))) => {}
+            // Its process has just finished.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Ok(Err(Unreadable::Damaged(_))) | Err(_) => {
+                self.unknown.insert(protects);
+            }
+        }
+    }
+
+    fn read(
+        &mut self,
+        dir: &Directory,
+        name: &OsStr,
+        owner: u32,
+    ) -> io::Result<Result<Vec<Member>, Unreadable>> {
+        let file = dir.open_file(name)?;
+        if owner == file_owner() {
+            return read(&file);
+        }
+        let read = self.read.entry(owner).or_default();
+        let Some(bytes) = bytes_of(&file, MAX_RECORD_LEN.min(MAX_FOREIGN_BYTES - *read))? else {
+            return Ok(Err(Unreadable::Damaged("too long")));
+        };
+        *read += bytes.len() as u64;
+        Ok(record::decode(&bytes))
+    }
+
+    /// Returns whether a record names the staged file `staged` of the user `uid`, so that it is not
+    /// orphaned.
+    pub(crate) fn name(&self, staged: &OsStr, uid: u32) -> bool {
+        [Protects::All, Protects::FilesOf(uid)]
+            .into_iter()
+            .any(|by| self.unknown.contains(&by) || self.named.contains(&(staged.to_owned(), by)))
+    }
+}
+
+/// Returns whether only root can have written a record.
+fn is_root_record(dir: &Directory, record: &Stat) -> bool {
+    const ROOT: u32 = 0;
+    record.uid == ROOT && only_owner_could_write(dir, record)
+}
+
+/// Returns whether a record protects the staged files of all users: one of root, or of the
+/// directory's owner if no other user may create files.
+pub(crate) fn protects_all(dir: &Directory, record: &Stat) -> bool {
+    is_root_record(dir, record) || (record.uid == dir.stat.uid && !dir.others_may_create())
+}
+
+/// Returns whether no user other than its owner can have created or written to a record.
+fn only_owner_could_write(dir: &Directory, record: &Stat) -> bool {
+    const GROUP_AND_OTHERS: u32 = 0o077;
+    record.is_file()
+        && (!dir.others_may_create() || (record.links == 1 && record.mode & GROUP_AND_OTHERS == 0))
+}
+
+/// Returns whether this user's recoveries execute a record.
+///
+/// Another user must not have created it. In a directory where other users may create files, they
+/// may have hard-linked a file of this user to the record's name, or have written to it.
+pub(crate) fn is_trusted(dir: &Directory, record: &Stat) -> bool {
+    let own = record.uid == file_owner();
+    let owners = record.uid == dir.stat.uid && !dir.others_may_create();
+    (own || owners) && only_owner_could_write(dir, record)
+}
+
+/// Maximum length of a record in bytes: at least twelve thousand members.
+pub(crate) const MAX_RECORD_LEN: u64 = 4 << 20;
+
+/// Maximum number of bytes read of the records of each other user in one sweep. It bounds what any
+/// user can make root read. Staged files of records beyond it are kept.
+const MAX_FOREIGN_BYTES: u64 = 4 * MAX_RECORD_LEN;
+
+/// Reads a record from its beginning.
+pub(crate) fn read(file: &File) -> io::Result<Result<Vec<Member>, Unreadable>> {
+    let bytes = bytes_of(file, MAX_RECORD_LEN)?;
+    Ok(bytes.map_or(Err(Unreadable::Damaged("too long")), |bytes| {
+        record::decode(&bytes)
+    }))
+}
+
+/// Returns all bytes of a file, or `None` if it is longer than `limit`.
+fn bytes_of(mut file: &File, limit: u64) -> io::Result<Option<Vec<u8>>> {
+    if file.metadata()?.len() > limit {
+        return Ok(None);
+    }
+    let mut bytes = Vec::new();
+    file.rewind()?;
+    // The file may be growing.
+    file.take(limit).read_to_end(&mut bytes)?;
+    Ok(Some(bytes))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_overlong_record_is_not_read() {
+        const LIMIT: u64 = MAX_RECORD_LEN;
+        let file = tempfile::tempfile().unwrap();
+        for (len, too_long) in [(LIMIT, false), (LIMIT + 1, true), (1 << 40, true)] {
+            file.set_len(len).unwrap();
+            let problem = read(&file).unwrap().unwrap_err();
+            let refused = problem == Unreadable::Damaged("too long");
+            assert_eq!(refused, too_long, "{len}: {problem:?}");
+        }
+    }
+}
