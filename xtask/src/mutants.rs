@@ -44,10 +44,12 @@ const CRATES: [(&str, &[Part]); 4] = [
     (
         "atomic-file",
         &[whole(&[
-            &["group", "power_loss", "recycling", "replace"],
-            &["concurrency", "hostile", "orphans"],
+            &["destinations", "group", "power_loss", "recovery"],
+            &["recycling", "recycling_in_use", "replace"],
+            &["concurrency", "hostile", "hostile_records", "orphans"],
             &["preflight", "preserve", "replace_only"],
             &["faults"],
+            &["group_faults"],
         ])],
     ),
     (

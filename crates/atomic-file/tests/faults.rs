@@ -6,20 +6,17 @@
 
 mod support;
 
-use std::cell::Cell;
-use std::collections::HashMap;
 use std::fs;
 use std::path::Path;
 
-use atomic_file::{AtomicWriter, recover, sweep};
+use atomic_file::{AtomicWriter, sweep};
 use rstest::rstest;
+use support::faults::{
+    FILES, MAX, RECYCLED, assert_only_dest, calls_of, error, fail_each, kill, no_file,
+    old_file_and_spare, old_files, one_old_file, recorded, strace, tamper, text,
+};
 use support::{Held, assert_names, commit, group, names, same_text};
-use test_machine::{Need, recycling_dir, rounds};
-
-/// The size limit of recycled files; these tests write less.
-const MAX: u64 = 1 << 20;
-
-const FILES: [&str; 3] = ["memory", "vcpu", "devices"];
+use test_machine::{Need, recycling_dir};
 
 /// Runs the job of `support::command`; not a test by itself.
 #[test]
@@ -53,191 +50,8 @@ fn child() {
                 Vec::from_iter(left.iter().map(|left| &left.path))
             ),
         },
-        "recover" => match recover(&dir) {
-            Ok(_) => "ok".into(),
-            Err(error) => format!("{error:?}"),
-        },
         other => panic!("no such job: {other}"),
     });
-}
-
-const CALLS: &str = "trace=?open,openat,?fstat,?newfstatat,?fstatat64,?statx,flock,fchmod,fsync,\
-    fdatasync,?rename,renameat,renameat2,linkat,?unlink,unlinkat,write,pwrite64,read,getdents64,\
-    ?fstatfs,?statfs,?lseek,close,fcntl,flistxattr,ftruncate";
-
-fn strace(job: &str, dir: &Path, log: &Path, tampering: &[String]) -> Option<String> {
-    let log = log.to_str().expect("a plain path");
-    let mut args = vec!["-e", CALLS, "-o", log];
-    // Only traced calls stop. A signal must arrive at the stop before the call.
-    if !tampering.iter().any(|what| what.contains("signal=")) {
-        args.push("--seccomp-bpf");
-    }
-    args.extend(tampering.iter().flat_map(|what| ["-e", what]));
-    support::under_strace(job, dir, &args)
-}
-
-/// The calls between the marks, each with its number among the calls of its name, as `strace`
-/// counts them for `when=`: per thread, from its start.
-fn recorded(log: &Path) -> Vec<(String, usize)> {
-    let log = fs::read_to_string(log).expect("read the trace");
-    let thread_of = |line: &str| line.split_once(' ').expect("a thread id").0.to_owned();
-    let marked = log.lines().find(|line| line.contains("mark-begin"));
-    let job = thread_of(marked.expect("a mark"));
-    let (mut own, mut others) = (HashMap::new(), HashMap::new());
-    let (mut inside, mut calls) = (false, Vec::new());
-    for line in log.lines() {
-        let Some((name, arguments)) = line[job.len()..].trim_start().split_once('(') else {
-            continue;
-        };
-        let is_own = thread_of(line) == job;
-        let counts = if is_own { &mut own } else { &mut others };
-        let count = counts
-            .entry(name)
-            .and_modify(|count| *count += 1)
-            .or_insert(1);
-        inside &= !arguments.contains("mark-end");
-        if inside && is_own {
-            calls.push((name.to_owned(), *count));
-        }
-        inside |= arguments.contains("mark-begin");
-    }
-    for (name, number) in &calls {
-        let others = others.get(name.as_str()).copied().unwrap_or(0);
-        assert!(
-            others < *number,
-            "{name} {number} would hit another thread as well"
-        );
-    }
-    assert!(calls.len() > 5, "unexpected trace: {log}");
-    calls
-}
-
-/// A directory in which `job` runs.
-fn scratch(job: &str) -> tempfile::TempDir {
-    match job {
-        "recycle" => recycling_dir(),
-        _ => tempfile::tempdir().unwrap(),
-    }
-}
-
-/// Every call of `job` in a directory that `prepare` sets up.
-fn calls_of(job: &str, prepare: &impl Fn(&Path)) -> Vec<(String, usize)> {
-    let scratch = scratch(job);
-    let (dir, log) = (scratch.path().join("dir"), scratch.path().join("log"));
-    fs::create_dir(&dir).unwrap();
-    prepare(&dir);
-    assert_eq!(
-        strace(job, &dir, &log, &[]).as_deref(),
-        Some("ok"),
-        "untampered"
-    );
-    recorded(&log)
-}
-
-/// Runs `job` once for each of its calls, with the fault of `how` injected, and calls `check` on
-/// the directory.
-fn tamper(
-    job: &str,
-    prepare: impl Fn(&Path),
-    how: impl Fn(&str, usize) -> Option<Vec<String>>,
-    check: impl Fn(&Path, Option<&str>, &str),
-) {
-    let calls = calls_of(job, &prepare);
-    tamper_with(calls, job, prepare, how, check);
-}
-
-/// Runs `job` once for each of `calls`.
-fn tamper_with(
-    calls: Vec<(String, usize)>,
-    job: &str,
-    prepare: impl Fn(&Path),
-    how: impl Fn(&str, usize) -> Option<Vec<String>>,
-    check: impl Fn(&Path, Option<&str>, &str),
-) {
-    let mut runs = 0;
-    for (call, number) in calls {
-        let Some(tampering) = how(&call, number) else {
-            continue;
-        };
-        let scratch = scratch(job);
-        let (dir, log) = (scratch.path().join("dir"), scratch.path().join("log"));
-        fs::create_dir(&dir).unwrap();
-        prepare(&dir);
-        let report = strace(job, &dir, &log, &tampering);
-        let context = format!("{job}: {tampering:?}: {report:?}");
-        assert!(!context.contains("stays open"), "{context}");
-        check(&dir, report.as_deref(), &context);
-        runs += 1;
-    }
-    assert!(runs > 5, "only {runs} runs");
-}
-
-fn error(call: &str, number: usize, errno: &str) -> Option<Vec<String>> {
-    // A failed close only leaks a descriptor in a process that ends.
-    (call != "close").then(|| vec![format!("inject={call}:error={errno}:when={number}")])
-}
-
-/// Fails each call of `job` with one of `errnos`, in turn. Thorough tests use each of them.
-fn fail_each(
-    job: &str,
-    prepare: impl Fn(&Path),
-    errnos: &[&str],
-    check: impl Fn(&Path, Option<&str>, &str),
-) {
-    let calls = calls_of(job, &prepare);
-    for first in 0..rounds(1, errnos.len()) {
-        let turn = Cell::new(first);
-        let how = |call: &str, number| {
-            turn.set(turn.get() + 1);
-            error(call, number, errnos[turn.get() % errnos.len()])
-        };
-        tamper_with(calls.clone(), job, &prepare, how, &check);
-    }
-}
-
-fn kill(call: &str, number: usize) -> Option<Vec<String>> {
-    Some(vec![format!("inject={call}:signal=KILL:when={number}")])
-}
-
-fn one_old_file(dir: &Path) {
-    fs::write(dir.join("dest"), "old").unwrap();
-    fs::create_dir(dir.join("staging")).unwrap();
-}
-
-/// The recycled file of `dest`.
-const RECYCLED: &str = ".atomic-file-88662993.spare";
-
-fn old_file_and_spare(dir: &Path) {
-    one_old_file(dir);
-    fs::write(dir.join(RECYCLED), "older").unwrap();
-}
-
-fn no_file(dir: &Path) {
-    fs::create_dir(dir.join("staging")).unwrap();
-}
-
-fn old_files(dir: &Path) {
-    for name in FILES {
-        fs::write(dir.join(name), "old").unwrap();
-    }
-}
-
-fn text(dir: &Path) -> String {
-    match fs::read_to_string(dir.join("dest")) {
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => "old".into(),
-        text => text.unwrap(),
-    }
-}
-
-fn assert_only_dest(dir: &Path, context: &str) {
-    let mut found = names(dir);
-    // A recycled file is not a leftover: the next writer reuses it.
-    found.retain(|name| name != "dest" && name != "staging" && name != RECYCLED);
-    assert!(found.is_empty(), "left behind {found:?}: {context}");
-    assert!(
-        names(&dir.join("staging")).is_empty(),
-        "left behind in staging: {context}"
-    );
 }
 
 #[rstest]
@@ -520,105 +334,6 @@ fn open_succeeds_after_a_recycling_writer_was_killed() {
             }
         },
     );
-}
-
-#[test]
-fn group_errors_state_the_result_for_any_failed_call() {
-    if !Need::Strace.met("group_errors_state_the_result_for_any_failed_call") {
-        return;
-    }
-    let seen = std::cell::RefCell::new(std::collections::BTreeSet::new());
-    fail_each(
-        "group",
-        old_files,
-        &["EIO", "ENOSPC"],
-        |dir, report, context| {
-            let report = report.unwrap_or_else(|| panic!("the job was killed: {context}"));
-            let state = report.split(':').next().unwrap_or(report);
-            seen.borrow_mut().insert(state.to_owned());
-            match state {
-                "ok" => assert_eq!(same_text(dir, &FILES), "new", "{context}"),
-                "not replaced" | "not opened" => {
-                    assert_eq!(same_text(dir, &FILES), "old", "{context}")
-                }
-                "will be completed" | "replaced, record left" => {
-                    assert!(
-                        state != "will be completed" || names(dir).len() > FILES.len(),
-                        "{context}"
-                    );
-                    recover(dir).unwrap();
-                    assert_eq!(same_text(dir, &FILES), "new", "{context}");
-                }
-                _ => panic!("{context}"),
-            }
-            assert_names(dir, &FILES);
-        },
-    );
-    let seen = seen.into_inner();
-    for state in ["not replaced", "will be completed", "replaced, record left"] {
-        assert!(seen.contains(state), "no run ended {state}: {seen:?}");
-    }
-}
-
-#[test]
-fn a_group_killed_at_any_call_recovers_to_old_or_new() {
-    if !Need::Strace.met("a_group_killed_at_any_call_recovers_to_old_or_new") {
-        return;
-    }
-    let seen = std::cell::RefCell::new(Vec::new());
-    tamper("group", old_files, kill, |dir, report, context| {
-        assert_eq!(report, None, "the job was not killed: {context}");
-        recover(dir).unwrap();
-        seen.borrow_mut().push(same_text(dir, &FILES));
-        assert_names(dir, &FILES);
-    });
-    let seen = seen.into_inner();
-    let point = seen
-        .iter()
-        .position(|text| text == "new")
-        .expect("some are new");
-    assert!(point > 0 && seen[..point].iter().all(|text| text == "old"));
-    assert!(
-        seen[point..].iter().all(|text| text == "new"),
-        "there is one commit point: {seen:?}"
-    );
-}
-
-/// A group killed when it had renamed the first of three members.
-fn half_done(dir: &Path) {
-    old_files(dir);
-    let log = tempfile::NamedTempFile::new().unwrap();
-    let kill = kill("renameat", support::RENAMES_BEFORE_MEMBERS + 2).unwrap();
-    assert_eq!(strace("group", dir, log.path(), &kill), None);
-}
-
-#[test]
-fn a_killed_recovery_is_completed_by_the_next() {
-    if !Need::Strace.met("a_killed_recovery_is_completed_by_the_next") {
-        return;
-    }
-    tamper("recover", half_done, kill, |dir, report, context| {
-        assert_eq!(report, None, "the job was not killed: {context}");
-        recover(dir).unwrap();
-        assert_eq!(same_text(dir, &FILES), "new", "{context}");
-        assert_names(dir, &FILES);
-    });
-}
-
-#[test]
-fn a_failed_recovery_is_completed_by_the_next() {
-    if !Need::Strace.met("a_failed_recovery_is_completed_by_the_next") {
-        return;
-    }
-    let how = |call: &str, number| error(call, number, "EIO");
-    tamper("recover", half_done, how, |dir, report, context| {
-        if report == Some("ok") {
-            assert_eq!(same_text(dir, &FILES), "new", "{context}");
-        }
-        recover(dir).unwrap();
-        assert_eq!(same_text(dir, &FILES), "new", "{context}");
-        assert_names(dir, &FILES);
-    });
 }
 
 #[test]

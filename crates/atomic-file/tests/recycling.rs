@@ -6,63 +6,15 @@ mod support;
 use std::fs::{self, File};
 use std::os::fd::AsRawFd as _;
 use std::os::unix::fs::{FileExt as _, MetadataExt as _, symlink};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
-use atomic_file::{AtomicGroup, AtomicWriter, Durability, Options, sweep};
+use atomic_file::{AtomicGroup, AtomicWriter, Durability, sweep};
 use rstest::rstest;
+use support::recycling::{
+    SIZE, inode, one_at_a_time, recycled_files, recycling, save, with_recycled_file,
+};
 use support::{assert_names, names, same_text};
-use test_machine::{LoopFs, LoopMount, Need, TinyTmpfs, recycling_dir, rounds};
-
-const MIB: u64 = 1 << 20;
-const SIZE: usize = 64 << 10;
-
-fn recycling() -> Options {
-    AtomicWriter::options().recycle(MIB)
-}
-
-/// A forked child has all descriptors of this process until its `exec`, and no lease is granted
-/// meanwhile.
-fn one_at_a_time() -> std::sync::MutexGuard<'static, ()> {
-    static TURN: std::sync::Mutex<()> = std::sync::Mutex::new(());
-    TURN.lock()
-        .unwrap_or_else(std::sync::PoisonError::into_inner)
-}
-
-fn inode(path: &Path) -> u64 {
-    fs::metadata(path).unwrap().ino()
-}
-
-fn recycled_files(dir: &Path) -> Vec<PathBuf> {
-    let mut recycled_files = names(dir);
-    recycled_files.retain(|name| name.to_str().unwrap().ends_with(".spare"));
-    recycled_files.iter().map(|name| dir.join(name)).collect()
-}
-
-/// Writes a file of `byte` and returns whether it was recycled.
-fn save(options: &Options, dest: &Path, byte: u8) -> bool {
-    let writer = options.open(dest).unwrap();
-    let recycled = writer.recycled();
-    assert_eq!(recycled, writer.file().metadata().unwrap().len() > 0);
-    writer.file().set_len(SIZE as u64).unwrap();
-    writer.write_all_at(&[byte; SIZE], 0).unwrap();
-    writer.commit().unwrap();
-    assert_eq!(fs::read(dest).unwrap(), [byte; SIZE]);
-    recycled
-}
-
-/// A directory with a `dest` of 2s and a recycled file of 1s.
-fn with_recycled_file() -> (tempfile::TempDir, PathBuf, PathBuf) {
-    let dir = recycling_dir();
-    let dest = dir.path().join("dest");
-    assert!(!save(&recycling(), &dest, 1));
-    assert_names(dir.path(), &["dest"]);
-    assert!(!save(&recycling(), &dest, 2));
-    let recycled_files = recycled_files(dir.path());
-    assert_eq!(recycled_files.len(), 1);
-    assert_eq!(names(dir.path()).len(), 2);
-    assert_eq!(fs::read(&recycled_files[0]).unwrap(), [1; SIZE]);
-    (dir, dest, recycled_files[0].clone())
-}
+use test_machine::{LoopFs, LoopMount, Need, recycling_dir, rounds};
 
 /// Runs the job of `support::command`; not a test by itself.
 #[test]
@@ -169,154 +121,6 @@ fn io_uring_can_write_a_recycled_file() {
     assert_eq!(fs::read(&dest).unwrap(), [3; SIZE]);
 }
 
-/// A way of using a file and reading its bytes later.
-type Hold = fn(&Path) -> Box<dyn Fn() -> Vec<u8>>;
-
-fn open(path: &Path) -> Box<dyn Fn() -> Vec<u8>> {
-    let file = File::open(path).unwrap();
-    Box::new(move || {
-        let mut bytes = vec![0; SIZE];
-        file.read_exact_at(&mut bytes, 0).unwrap();
-        bytes
-    })
-}
-
-fn open_to_write(path: &Path) -> Box<dyn Fn() -> Vec<u8>> {
-    let file = File::options().read(true).write(true).open(path).unwrap();
-    Box::new(move || {
-        let mut bytes = vec![0; SIZE];
-        file.read_exact_at(&mut bytes, 0).unwrap();
-        bytes
-    })
-}
-
-fn second_name(path: &Path) -> Box<dyn Fn() -> Vec<u8>> {
-    let elsewhere = tempfile::tempdir_in(path.parent().unwrap()).unwrap();
-    let link = elsewhere.path().join("link");
-    fs::hard_link(path, &link).unwrap();
-    Box::new(move || {
-        assert!(elsewhere.path().exists());
-        fs::read(&link).unwrap()
-    })
-}
-
-/// As a restored VM uses it: mapped, with the descriptor closed.
-fn map(path: &Path) -> Box<dyn Fn() -> Vec<u8>> {
-    let map = Map::new(&File::open(path).unwrap());
-    Box::new(move || map.bytes())
-}
-
-#[allow(unsafe_code, reason = "a mapping is what is tested")]
-mod mapping {
-    use super::*;
-
-    pub(crate) struct Map(std::ptr::NonNull<std::ffi::c_void>);
-
-    impl Map {
-        pub(crate) fn new(file: &File) -> Self {
-            let length = std::num::NonZero::new(SIZE).unwrap();
-            let (prot, flags) = (
-                nix::sys::mman::ProtFlags::PROT_READ,
-                nix::sys::mman::MapFlags::MAP_PRIVATE,
-            );
-            // SAFETY: a new mapping at an address of the kernel's choice.
-            Self(unsafe { nix::sys::mman::mmap(None, length, prot, flags, file, 0) }.unwrap())
-        }
-
-        pub(crate) fn bytes(&self) -> Vec<u8> {
-            let mut bytes = vec![0; SIZE];
-            // SAFETY: the mapping has SIZE readable bytes until it is dropped, and `bytes` has the
-            // same size. They do not overlap.
-            unsafe {
-                std::ptr::copy_nonoverlapping(self.0.as_ptr().cast(), bytes.as_mut_ptr(), SIZE);
-            }
-            bytes
-        }
-    }
-
-    impl Drop for Map {
-        fn drop(&mut self) {
-            // SAFETY: it was mapped with this length, and nothing borrows from it.
-            unsafe { nix::sys::mman::munmap(self.0, SIZE) }.unwrap();
-        }
-    }
-}
-use mapping::Map;
-
-#[rstest]
-#[case::open(open as Hold)]
-#[case::open_to_write(open_to_write)]
-#[case::mapped(map)]
-#[case::hard_linked(second_name)]
-fn users_of_the_old_file_keep_its_bytes(#[case] hold: Hold) {
-    let _turn = one_at_a_time();
-    let dir = recycling_dir();
-    let dest = dir.path().join("dest");
-    save(&recycling(), &dest, 1);
-    let held = hold(&dest);
-    save(&recycling(), &dest, 2);
-    assert!(recycled_files(dir.path()).is_empty(), "it was not kept");
-    assert!(!save(&recycling(), &dest, 3));
-    assert_eq!(held(), [1; SIZE]);
-    assert!(save(&recycling(), &dest, 4), "the one of 2s");
-    assert_eq!(held(), [1; SIZE]);
-}
-
-#[rstest]
-#[case::open(open as Hold)]
-#[case::open_to_write(open_to_write)]
-#[case::mapped(map)]
-#[case::hard_linked(second_name)]
-fn users_of_the_recycled_file_keep_its_bytes(#[case] hold: Hold) {
-    let _turn = one_at_a_time();
-    let (dir, dest, recycled_file) = with_recycled_file();
-    let held = hold(&recycled_file);
-    assert!(!save(&recycling(), &dest, 3));
-    assert_eq!(held(), [1; SIZE]);
-    assert!(save(&recycling(), &dest, 4), "the one of 2s");
-    assert_eq!(held(), [1; SIZE]);
-    assert_eq!(recycled_files(dir.path()).len(), 1);
-}
-
-/// Leases count all users of a file on each file system that supports recycling.
-#[rstest]
-#[case::ext4(Need::Ext4, LoopFs::Ext4)]
-#[case::xfs(Need::Xfs, LoopFs::Xfs)]
-#[case::btrfs(Need::Btrfs, LoopFs::Btrfs)]
-fn files_on_disk_are_recycled_unless_in_use(#[case] need: Need, #[case] fs: LoopFs) {
-    let _turn = one_at_a_time();
-    if need.met("files_on_disk_are_recycled_unless_in_use") {
-        let mount = LoopMount::new(fs).unwrap();
-        assert_recycles_unless_in_use(mount.path());
-    }
-}
-
-#[test]
-fn files_on_tmpfs_are_recycled_unless_in_use() {
-    let _turn = one_at_a_time();
-    if Need::Root.met("files_on_tmpfs_are_recycled_unless_in_use") {
-        let tmpfs = TinyTmpfs::new(MIB).unwrap();
-        assert_recycles_unless_in_use(tmpfs.path());
-    }
-}
-
-fn assert_recycles_unless_in_use(dir: &Path) {
-    let dest = dir.join("dest");
-    save(&recycling(), &dest, 1);
-    save(&recycling(), &dest, 2);
-    assert!(save(&recycling(), &dest, 3));
-    for hold in [open as Hold, open_to_write, map, second_name] {
-        let held = hold(&dest);
-        save(&recycling(), &dest, 4);
-        save(&recycling(), &dest, 5);
-        save(&recycling(), &dest, 6);
-        assert_eq!(held(), [3; SIZE]);
-        drop(held);
-        save(&recycling(), &dest, 3);
-        assert!(save(&recycling(), &dest, 3));
-    }
-}
-
 #[test]
 fn without_exchange_a_commit_renames() {
     let _turn = one_at_a_time();
@@ -338,44 +142,6 @@ fn without_exchange_a_commit_renames() {
         ));
         assert_names(mount.path(), &["dest"]);
     }
-}
-
-#[test]
-fn a_stacked_file_system_does_not_recycle() {
-    let _turn = one_at_a_time();
-    if !Need::Root.met("a_stacked_file_system_does_not_recycle") {
-        return;
-    }
-    let below = TinyTmpfs::new(8 * MIB).unwrap();
-    for name in ["lower", "upper", "work", "merged"] {
-        fs::create_dir(below.path().join(name)).unwrap();
-    }
-    let merged = below.path().join("merged");
-    let at = |name| below.path().join(name).display().to_string();
-    let options = format!(
-        "lowerdir={},upperdir={},workdir={}",
-        at("lower"),
-        at("upper"),
-        at("work")
-    );
-    let mounted = nix::mount::mount(
-        Some("overlay"),
-        &merged,
-        Some("overlay"),
-        nix::mount::MsFlags::empty(),
-        Some(options.as_str()),
-    );
-    mounted.expect("mount");
-    let dest = merged.join("dest");
-    save(&recycling(), &dest, 1);
-    let held = map(&dest);
-    save(&recycling(), &dest, 2);
-    save(&recycling(), &dest, 3);
-    let (seen, left) = (held(), names(&merged));
-    drop(held);
-    nix::mount::umount(&merged).unwrap();
-    assert_eq!(seen, [1; SIZE]);
-    assert_eq!(left, ["dest"]);
 }
 
 #[test]

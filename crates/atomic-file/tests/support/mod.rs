@@ -2,6 +2,11 @@
 
 #![allow(dead_code, reason = "each test binary uses its part")]
 
+pub(crate) mod faults;
+pub(crate) mod groups;
+pub(crate) mod hostile;
+pub(crate) mod recycling;
+
 use std::ffi::{OsStr, OsString};
 use std::fs;
 use std::io::{Read as _, Write as _};
