@@ -13,8 +13,8 @@ pub(crate) const MAX: u64 = 1 << 20;
 
 pub(crate) const FILES: [&str; 3] = ["memory", "vcpu", "devices"];
 
-pub(crate) const CALLS: &str = "trace=?open,openat,?fstat,?newfstatat,?fstatat64,?statx,flock,fchmod,fsync,\
-    fdatasync,?rename,renameat,renameat2,linkat,?unlink,unlinkat,write,pwrite64,read,getdents64,\
+pub(crate) const CALLS: &str = "trace=?open,openat,?fstat,?newfstatat,?fstatat64,?statx,flock,\
+    fchmod,fsync,fdatasync,?rename,renameat,renameat2,linkat,?unlink,unlinkat,write,pwrite64,read,getdents64,\
     ?fstatfs,?statfs,?lseek,close,fcntl,flistxattr,ftruncate";
 
 pub(crate) fn strace(job: &str, dir: &Path, log: &Path, tampering: &[String]) -> Option<String> {
