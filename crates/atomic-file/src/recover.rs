@@ -14,7 +14,7 @@ use crate::record::{Member, Old, Unreadable};
 use crate::records::{is_trusted, list, read, records};
 use crate::rename::{PublishError, confirm_rename};
 use crate::report::RecoverReport;
-use crate::stat::{Stat, stat_of};
+use crate::stat::{FROM_HANDLE, Stat, stat_of};
 use crate::sweep::sweep_open;
 use crate::sys::{Lock, Unlock, file_owner, lock, try_lock};
 
@@ -311,10 +311,10 @@ fn member_state(
         None if member.old == Old::Unknown => return Ok(MemberState::Superseded),
         None => {
             let now = old_file(dir, &member.dest).map_err(inspect(&member.dest))?;
-            return Ok(match now == member.old {
-                true => MemberState::Lost,
-                false => MemberState::Superseded,
-            });
+            return match is_same_file(member.old, now).map_err(inspect(&member.dest))? {
+                true => Ok(MemberState::Lost),
+                false => Ok(MemberState::Superseded),
+            };
         }
         Some(staged)
             if staged.is_file()
@@ -331,7 +331,10 @@ fn member_state(
     let replaced_since = match (dest, member.old) {
         // There is no commit to undo, or no record of the old file.
         (None, _) | (_, Old::Unknown) => false,
-        (Some(_), old) => old_file(dir, &member.dest).map_err(inspect(&member.dest))? != old,
+        (Some(_), old) => {
+            let now = old_file(dir, &member.dest).map_err(inspect(&member.dest))?;
+            !is_same_file(old, now).map_err(inspect(&member.dest))?
+        }
     };
     match dest {
         // Another user may have created it to make recovery drop the staged file: do not treat it
@@ -369,6 +372,39 @@ pub(crate) fn old_file(dir: &Directory, dest: &OsStr) -> io::Result<Old> {
     }
 }
 
+/// Returns whether the destination, which is `now`, is still the `recorded` file.
+///
+/// # Errors
+/// Fails if the inode numbers are equal and the generations cannot be compared: they are of
+/// different kinds, or this process cannot read one. A sandbox may forbid one of the system calls.
+fn is_same_file(recorded: Old, now: Old) -> io::Result<bool> {
+    let (
+        Old::File { inode, generation },
+        Old::File {
+            inode: inode_now,
+            generation: generation_now,
+        },
+    ) = (recorded, now)
+    else {
+        return Ok(recorded == now);
+    };
+    if inode != inode_now {
+        return Ok(false);
+    }
+    // A record of version 2 without a generation: the inode number is all that it has.
+    if generation == 0 {
+        return Ok(true);
+    }
+    let is_digest = |generation: u64| generation & FROM_HANDLE != 0;
+    if generation_now == 0 || is_digest(generation) != is_digest(generation_now) {
+        return Err(io::Error::other(
+            "the system does not report which generation of the file this is: recover in a \
+             process that may call statx and name_to_handle_at",
+        ));
+    }
+    Ok(generation == generation_now)
+}
+
 /// Renames one member of a published group to its destination.
 pub(crate) fn rename_member(dir: &Directory, member: &Member) -> Result<(), PublishError> {
     let is_at = |name: &OsStr| {
@@ -380,4 +416,41 @@ pub(crate) fn rename_member(dir: &Directory, member: &Member) -> Result<(), Publ
         || is_at(&member.dest),
         || is_at(&member.staged).is_ok_and(|here| here),
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use rstest::rstest;
+
+    use super::*;
+
+    const TIME: u64 = 1_700_000_000_000_000_000;
+    const DIGEST: u64 = FROM_HANDLE | 7;
+
+    fn file(inode: u64, generation: u64) -> Old {
+        Old::File { inode, generation }
+    }
+
+    /// `None` if it cannot be determined: recovery must then change nothing.
+    #[rstest]
+    #[case::same_time(file(1, TIME), file(1, TIME), Some(true))]
+    #[case::another_time(file(1, TIME), file(1, TIME + 1), Some(false))]
+    #[case::same_digest(file(1, DIGEST), file(1, DIGEST), Some(true))]
+    #[case::another_digest(file(1, DIGEST), file(1, DIGEST + 1), Some(false))]
+    #[case::another_inode(file(1, TIME), file(2, 0), Some(false))]
+    #[case::time_and_digest(file(1, TIME), file(1, DIGEST), None)]
+    #[case::digest_and_time(file(1, DIGEST), file(1, TIME), None)]
+    #[case::time_is_not_reported(file(1, TIME), file(1, 0), None)]
+    #[case::digest_is_not_reported(file(1, DIGEST), file(1, 0), None)]
+    #[case::version_2_without_a_time(file(1, 0), file(1, DIGEST), Some(true))]
+    #[case::removed(file(1, TIME), Old::Nothing, Some(false))]
+    #[case::created(Old::Nothing, file(1, TIME), Some(false))]
+    #[case::still_missing(Old::Nothing, Old::Nothing, Some(true))]
+    fn generations_of_different_kinds_are_not_compared(
+        #[case] recorded: Old,
+        #[case] now: Old,
+        #[case] same: Option<bool>,
+    ) {
+        assert_eq!(is_same_file(recorded, now).ok(), same);
+    }
 }

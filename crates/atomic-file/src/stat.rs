@@ -7,6 +7,9 @@ use nix::sys::stat::{FileStat, SFlag, fstat};
 
 use crate::retry::retry;
 
+/// Marks a generation that is a digest of a file handle. No time before the year 2262 has this bit.
+pub(crate) const FROM_HANDLE: u64 = 1 << 63;
+
 /// The identity of a file, while its file system is mounted and the file is open.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct FileId {

@@ -7,6 +7,8 @@ use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
+use nix::fcntl::OFlag;
+
 use crate::destination::Destination;
 use crate::stat::{FileId, Stat, stat_of};
 use crate::sys::{Lock, Unlock, try_lock};
@@ -109,17 +111,31 @@ impl FileVersion {
     /// Locks the file, so that writers that replace the same version compare and rename one at a
     /// time.
     ///
-    /// A writer holds the lock only briefly. Returns `None` if the file system has no locks.
+    /// A writer holds the lock only briefly. The file is opened again: a lock belongs to the open
+    /// file, which clones of a version share. Returns `None` if the file system has no locks, or if
+    /// `dest` is another file.
     ///
     /// # Errors
     /// Returns [`WouldBlock`](io::ErrorKind::WouldBlock) if another program holds the lock for
     /// longer.
-    pub(crate) fn lock_for_commit(&self) -> io::Result<Option<Unlock<'_>>> {
+    pub(crate) fn lock_for_commit(&self, dest: &Destination) -> io::Result<Option<CommitLock>> {
         const TRIES: u32 = 1000;
         const PAUSE: Duration = Duration::from_millis(1);
+        let file = match dest.dir.open_for(OFlag::O_RDONLY, &dest.name) {
+            Ok(file) => file,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            // Its mode has changed since it was read.
+            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+                self.file.try_clone()?
+            }
+            Err(error) => return Err(error),
+        };
+        if stat_of(&file)?.id != self.stamp.id {
+            return Ok(None);
+        }
         for _ in 0..TRIES {
-            match try_lock(&self.file) {
-                Ok(Lock::Held) => return Ok(Some(Unlock(&self.file))),
+            match try_lock(&file) {
+                Ok(Lock::Held) => return Ok(Some(CommitLock(file))),
                 Ok(Lock::Taken) => thread::sleep(PAUSE),
                 // Over NFS, a file must be open for writing to be locked.
                 Ok(Lock::Unsupported(_)) | Err(_) => return Ok(None),
@@ -130,5 +146,39 @@ impl FileVersion {
             "another program holds a lock on the file to be replaced; end that program, or make it \
              unlock the file",
         ))
+    }
+}
+
+/// The lock of a file that is about to be replaced; released on drop.
+#[derive(Debug)]
+pub(crate) struct CommitLock(File);
+
+impl Drop for CommitLock {
+    fn drop(&mut self) {
+        drop(Unlock(&self.0));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::destination::Symlinks;
+
+    #[test]
+    fn clones_of_a_version_exclude_each_other() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("dest");
+        std::fs::write(&path, "old").unwrap();
+        let file = Arc::new(File::open(&path).unwrap());
+        let version = FileVersion::new(Arc::clone(&file), &file.metadata().unwrap());
+        let dest = Destination::resolve(&path, Symlinks::Follow).unwrap();
+        let lock = version.lock_for_commit(&dest).unwrap();
+        if lock.is_none() {
+            return test_machine::not_run("clones_of_a_version", "there are no locks");
+        }
+        let other = version.clone().lock_for_commit(&dest).unwrap_err();
+        assert_eq!(other.kind(), io::ErrorKind::WouldBlock);
+        drop(lock);
+        assert!(version.clone().lock_for_commit(&dest).unwrap().is_some());
     }
 }

@@ -100,7 +100,7 @@ impl AtomicWriter {
                     path: path.to_owned(),
                 });
             }
-            let turn = version.lock_for_commit();
+            let turn = version.lock_for_commit(&dest);
             drop(turn.map_err(|source| OpenError::io("lock", path, source))?);
         }
         let dest_owner = dest.entry.filter(Stat::is_file).map(|entry| entry.uid);
@@ -254,13 +254,15 @@ impl AtomicWriter {
             return Err(not_replaced(staged, dest, step, source));
         }
         // The old file may be overwritten only if the directory was synced: otherwise a power loss
-        // could restore it as the destination.
+        // could restore it as the destination. A version to replace is open, so it is not kept;
+        // locking it here would exclude this writer itself.
+        let keeps_old = durability == Durability::Full && !no_clobber && replace_only.is_none();
         let old = recycle
-            .filter(|_| durability == Durability::Full && !no_clobber)
+            .filter(|_| keeps_old)
             .and_then(|max_bytes| recycle::lock_old(&dest.dir, &dest.name, max_bytes));
         // From here to the rename, the lock excludes other writers that have read the same file.
         let compare = |version| -> io::Result<_> {
-            let turn = FileVersion::lock_for_commit(version)?;
+            let turn = FileVersion::lock_for_commit(version, &dest)?;
             Ok((turn, version.is_at(&dest)?))
         };
         let turn = match replace_only.as_ref().map(compare) {

@@ -157,6 +157,19 @@ fn recycling_never_reuses_the_inode_of_a_version() {
     assert_eq!(fs::read(&dest).unwrap(), b"333");
 }
 
+/// Recycling keeps the lock of the replaced file, which must not exclude the writer itself.
+#[test]
+fn a_version_is_replaced_by_a_recycling_writer() {
+    let (dir, dest) = dir_with_old();
+    let recycle = Options::default().recycle(1 << 20);
+    commit(&recycle, &dest, b"one").unwrap();
+    for bytes in [b"two", b"new"] {
+        commit(&only(&dest).recycle(1 << 20), &dest, bytes).unwrap();
+    }
+    assert_eq!(fs::read(&dest).unwrap(), b"new");
+    drop(dir);
+}
+
 /// Each writer increments the number that it read: no increment is lost.
 #[test]
 fn one_of_several_writers_replaces_a_version() {

@@ -21,7 +21,7 @@ use super::{Restrictions, copy_xattr};
 
 use crate::durability::Durability;
 use crate::retry::retry;
-use crate::stat::FileId;
+use crate::stat::{FROM_HANDLE, FileId};
 
 /// Syncs `fd` to the medium. Linux has no weaker call that orders writes.
 pub(super) fn flush(fd: BorrowedFd<'_>, _: Durability) -> io::Result<()> {
@@ -154,8 +154,6 @@ pub(crate) fn generation(dir: impl AsFd, name: &OsStr) -> io::Result<u64> {
 fn generation_of_handle(file: &File) -> io::Result<u64> {
     /// `MAX_HANDLE_SZ` of Linux's `include/linux/exportfs.h`.
     const MAX_HANDLE_LEN: usize = 128;
-    /// Marks a digest. No time before the year 2262 has this bit.
-    const FROM_HANDLE: u64 = 1 << 63;
     /// `struct file_handle` of Linux's `include/linux/fs.h`.
     #[repr(C)]
     struct Handle {
