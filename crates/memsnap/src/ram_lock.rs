@@ -1,7 +1,7 @@
 //! The lock by which memsnap keeps RAM from being read and restored at once.
 //!
 //! `restore` into RAM that exists holds it exclusively, and who reads RAM holds it shared. It is an
-//! `fcntl` lock (`F_OFD_SETLK`) of one byte far behind the end of any RAM, at [`AT`]. So it can't be mistaken for a
+//! `fcntl` lock (`F_OFD_SETLK`) of one byte far behind the end of any RAM, at a fixed offset. So it can't be mistaken for a
 //! lock of the VMM, which may hold any `flock`, or lock any part of the file that it uses.
 //!
 //! A VMM that has locked *all* of the file with `fcntl`, to the largest offset, keeps this lock out. It is
