@@ -1,5 +1,5 @@
 //! Writes full dumps, diffs, commits and merged images, durably, in comparison with the peers.
-//! `MEMSNAP_BENCH_DIR` selects the file system. With `--test`, everything runs once and is small.
+//! `RAMSNAP_BENCH_DIR` selects the file system. With `--test`, everything runs once and is small.
 
 #![allow(
     unreachable_pub,

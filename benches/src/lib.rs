@@ -10,9 +10,9 @@ use anyhow::{Context, bail};
 use sparse_file::Capabilities;
 
 /// The environment variable that names the directory to write to.
-pub const DIR: &str = "MEMSNAP_BENCH_DIR";
+pub const DIR: &str = "RAMSNAP_BENCH_DIR";
 
-/// Creates a directory in `MEMSNAP_BENCH_DIR`, or in `target/` if that is not set. Returns it with
+/// Creates a directory in `RAMSNAP_BENCH_DIR`, or in `target/` if that is not set. Returns it with
 /// the name of its file system.
 ///
 /// # Errors

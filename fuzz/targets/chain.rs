@@ -9,9 +9,9 @@ use std::os::unix::fs::FileExt;
 use image_format::Footer;
 use libfuzzer_sys::fuzz_target;
 use memory_image::{Chain, Image};
-use memsnap_fuzz::Sealed;
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use page_reader::PageReader;
+use ramsnap_fuzz::Sealed;
 
 /// RAM of more than this is looked at only where the footer is read.
 const SMALL: u64 = 1 << 20;

@@ -7,8 +7,8 @@ use std::os::unix::fs::FileExt;
 
 use image_format::{CHUNK_SIZE, Footer, Placement, RAW_UNIT, Stored};
 use libfuzzer_sys::fuzz_target;
-use memsnap_fuzz::Sealed;
 use nix::sys::memfd::{MFdFlags, memfd_create};
+use ramsnap_fuzz::Sealed;
 
 fuzz_target!(|bytes: &[u8]| {
     // As a whole file.

@@ -4,7 +4,7 @@
 use anyhow::{Context, bail, ensure};
 use xshell::{Shell, cmd};
 
-const LOOM: &str = "--cfg memsnap_loom";
+const LOOM: &str = "--cfg ramsnap_loom";
 
 /// How much of what loom can distinguish is tried.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -279,7 +279,7 @@ pub(crate) fn run(sh: &Shell, bound: Bound) -> anyhow::Result<()> {
         {
             cmd!(
                 sh,
-                "cargo test --locked --profile loom --package {name} {targets...} -- {filter}"
+                "cargo test --locked --profile loom --package ramsnap-{name} {targets...} -- {filter}"
             )
             .run()?;
         }
@@ -340,7 +340,7 @@ impl<'a> Copy<'a> {
         let test = || {
             cmd!(
                 sh,
-                "cargo test --quiet --profile loom --package {name} {targets...}"
+                "cargo test --quiet --profile loom --package ramsnap-{name} {targets...}"
             )
         };
         test()

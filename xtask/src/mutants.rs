@@ -304,7 +304,7 @@ impl Mutants {
         // outcomes know better.
         cmd!(
             sh,
-            "{tool} mutants --package {name} --jobs {jobs} {mutants...} --output {out} {targets...}"
+            "{tool} mutants --package ramsnap-{name} --jobs {jobs} {mutants...} --output {out} {targets...}"
         )
         .ignore_status()
         .run()?;

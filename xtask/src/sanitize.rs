@@ -296,7 +296,7 @@ fn test(sh: &Shell, sanitizer: Sanitizer, name: &str, targets: &[&str]) -> anyho
     let skips = skipped().flat_map(|skipped| ["--skip", skipped.test]);
     let output = sanitizer
         .cargo(sh, "test")
-        .args(["--package", name, "--all-features"])
+        .args(["--package", &format!("ramsnap-{name}"), "--all-features"])
         .args(targets)
         .args(["--no-fail-fast", "--"])
         .args(skips)

@@ -17,7 +17,7 @@ use vm_memory::{Bytes, GuestAddress};
 use ram::Ram;
 
 /// The names of the contenders.
-pub const OURS: &str = "memsnap";
+pub const OURS: &str = "ramsnap";
 pub const SQUIB: &str = "squib-snapshot";
 pub const VM_MEMORY: &str = "vm-memory";
 pub const LIMIT: &str = "raw limit";

@@ -35,7 +35,7 @@ use page_reader::PageReader;
 #[derive(Parser)]
 struct Arguments {
     /// The directory to write to, which selects the file system [default: target/, or
-    /// MEMSNAP_BENCH_DIR]
+    /// RAMSNAP_BENCH_DIR]
     #[arg(long)]
     dir: Option<PathBuf>,
     /// Number of runs of each contender, at least 5

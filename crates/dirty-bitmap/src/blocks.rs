@@ -299,7 +299,7 @@ impl Blocks {
     }
 }
 
-#[cfg(all(test, not(memsnap_loom)))]
+#[cfg(all(test, not(ramsnap_loom)))]
 mod tests {
     use std::time::Duration;
 

@@ -76,7 +76,7 @@ impl Edges {
     }
 }
 
-#[cfg(all(test, not(memsnap_loom)))]
+#[cfg(all(test, not(ramsnap_loom)))]
 mod tests {
     use super::*;
 

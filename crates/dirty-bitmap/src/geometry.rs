@@ -174,7 +174,7 @@ pub struct DifferentRam {
     pub other_size: u64,
 }
 
-#[cfg(all(test, not(memsnap_loom)))]
+#[cfg(all(test, not(ramsnap_loom)))]
 mod tests {
     use super::*;
 

@@ -251,7 +251,7 @@ pub(crate) fn pages_touched(offsets: &Range<u64>, shift: u32) -> Range<u64> {
     offsets.start >> shift..((offsets.end - 1) >> shift) + 1
 }
 
-#[cfg(all(test, not(memsnap_loom)))]
+#[cfg(all(test, not(ramsnap_loom)))]
 mod tests {
     use std::cell::Cell;
 

@@ -123,7 +123,7 @@ fn median<E>(
     Ok(all[count / 2])
 }
 
-#[cfg(all(test, not(memsnap_loom)))]
+#[cfg(all(test, not(ramsnap_loom)))]
 mod tests {
     use super::*;
 

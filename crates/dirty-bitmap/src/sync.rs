@@ -1,12 +1,12 @@
-//! The synchronization primitives: those of loom under `--cfg memsnap_loom`, those of std
+//! The synchronization primitives: those of loom under `--cfg ramsnap_loom`, those of std
 //! otherwise.
 
-#[cfg(memsnap_loom)]
+#[cfg(ramsnap_loom)]
 pub(crate) use loom::sync::atomic::{AtomicU64, Ordering};
-#[cfg(memsnap_loom)]
+#[cfg(ramsnap_loom)]
 pub(crate) use loom::sync::{Mutex, MutexGuard};
 
-#[cfg(not(memsnap_loom))]
+#[cfg(not(ramsnap_loom))]
 pub(crate) use std::sync::atomic::{AtomicU64, Ordering};
-#[cfg(not(memsnap_loom))]
+#[cfg(not(ramsnap_loom))]
 pub(crate) use std::sync::{Mutex, MutexGuard};

@@ -211,7 +211,7 @@ fn set_summary_bit(summary: &[AtomicU64], word: usize, was_clean: bool) -> bool 
 
 /// Allocates `count` zero words. A large allocation is not touched, so the host provides memory
 /// only when a mark is set.
-#[cfg(not(memsnap_loom))]
+#[cfg(not(ramsnap_loom))]
 fn zeros(count: u64) -> Result<Box<[AtomicU64]>, GeometryError> {
     use zerocopy::FromZeros;
 
@@ -220,7 +220,7 @@ fn zeros(count: u64) -> Result<Box<[AtomicU64]>, GeometryError> {
         .ok_or_else(|| out_of_memory::<AtomicU64>(count))
 }
 
-#[cfg(memsnap_loom)]
+#[cfg(ramsnap_loom)]
 fn zeros(count: u64) -> Result<Box<[AtomicU64]>, GeometryError> {
     defaults(count)
 }

@@ -147,7 +147,7 @@ impl WriteTracker {
 
     /// Creates a second tracker of the same RAM with another policy, for models of races between
     /// policies.
-    #[cfg(memsnap_loom)]
+    #[cfg(ramsnap_loom)]
     #[doc(hidden)]
     #[must_use]
     pub fn with_policy(&self, policy: Policy) -> Self {

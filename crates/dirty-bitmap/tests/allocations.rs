@@ -1,7 +1,7 @@
 //! The memory that an epoch allocates while the guest is paused: what it touches does not grow with
 //! the RAM.
 
-#![cfg(not(memsnap_loom))]
+#![cfg(not(ramsnap_loom))]
 #![allow(unsafe_code)]
 
 use std::alloc::{GlobalAlloc, Layout, System};

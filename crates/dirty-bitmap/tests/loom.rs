@@ -1,14 +1,14 @@
 //! Loom models of marking against draining and rebuilding.
 //!
-//! Run with `RUSTFLAGS="--cfg memsnap_loom" cargo test -p dirty-bitmap --test loom --release`.
+//! Run with `RUSTFLAGS="--cfg ramsnap_loom" cargo test -p ramsnap-dirty-bitmap --test loom --release`.
 //!
 //! The contents of the pages are atomics with relaxed ordering. A drain that takes a mark without
 //! seeing the write before it is therefore detected too.
 //!
-//! With `MEMSNAP_THOROUGH=1`, a model without a bound on preemptions is exhaustive, and other
+//! With `RAMSNAP_THOROUGH=1`, a model without a bound on preemptions is exhaustive, and other
 //! models state their bound. Without it, at most 2 preemptions are tried.
 
-#![cfg(memsnap_loom)]
+#![cfg(ramsnap_loom)]
 
 #[path = "support/exploration.rs"]
 mod exploration;

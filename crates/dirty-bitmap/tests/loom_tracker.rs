@@ -1,16 +1,16 @@
 //! Loom models of write faults against checkpoints and rebuilding.
 //!
 //! Run with
-//! `RUSTFLAGS="--cfg memsnap_loom" cargo test -p dirty-bitmap --test loom_tracker --release`.
+//! `RUSTFLAGS="--cfg ramsnap_loom" cargo test -p ramsnap-dirty-bitmap --test loom_tracker --release`.
 //!
 //! The machine is modelled like a hypervisor: a store checks the protection and writes in one step,
 //! because protecting waits until no CPU holds the old translation. The contents of the pages are
 //! relaxed atomics, so a checkpoint that takes a mark without the write before it is detected too.
 //!
-//! With `MEMSNAP_THOROUGH=1`, a model without a bound on preemptions is exhaustive, and other
+//! With `RAMSNAP_THOROUGH=1`, a model without a bound on preemptions is exhaustive, and other
 //! models state their bound. Without it, at most 2 preemptions are tried.
 
-#![cfg(memsnap_loom)]
+#![cfg(ramsnap_loom)]
 
 #[path = "support/exploration.rs"]
 mod exploration;

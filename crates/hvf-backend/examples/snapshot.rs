@@ -1,7 +1,7 @@
 //! Runs a guest of a few instructions that writes its RAM, and saves a full image followed by a
 //! diff.
 //!
-//! Run `cargo run --package hvf-backend --example snapshot [DIRECTORY]` on a Mac with Apple
+//! Run `cargo run --package ramsnap-hvf-backend --example snapshot [DIRECTORY]` on a Mac with Apple
 //! silicon. The workspace's cargo runner signs the program with the entitlement that the hypervisor
 //! requires.
 

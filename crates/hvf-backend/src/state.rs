@@ -161,7 +161,7 @@ struct UnsupportedFormat {
     known: u16,
 }
 
-#[cfg(all(test, not(memsnap_loom)))]
+#[cfg(all(test, not(ramsnap_loom)))]
 mod tests {
     use super::*;
 

@@ -91,7 +91,7 @@ fn is_mmu_fault(syndrome: u64) -> bool {
     matches!(syndrome & 0x3f, 0x04..=0x0f | 0x2b)
 }
 
-#[cfg(all(test, not(memsnap_loom)))]
+#[cfg(all(test, not(ramsnap_loom)))]
 mod tests {
     use proptest::prelude::*;
     use rstest::rstest;

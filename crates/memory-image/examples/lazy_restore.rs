@@ -1,7 +1,7 @@
 //! Starts simulated guests on an unmerged chain: mapped, and filled on demand, without and with a
 //! recorded working set.
 //!
-//! `cargo run --release -p memory-image --example lazy_restore [MIB]`
+//! `cargo run --release -p ramsnap-memory-image --example lazy_restore [MIB]`
 
 #[cfg(target_os = "linux")]
 fn main() -> Result<(), Box<dyn std::error::Error>> {

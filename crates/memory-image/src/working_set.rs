@@ -12,7 +12,7 @@ use thiserror::Error;
 /// Maximum number of runs in a working set. A guest that touches more runs uses all of its RAM.
 const MAX_RUNS: usize = 1 << 20;
 
-const MAGIC: [u8; 8] = *b"MEMSNAPW";
+const MAGIC: [u8; 8] = *b"RAMSNAPW";
 const VERSION: u32 = 1;
 const HEADER: usize = 24;
 const RUN: usize = 16;
@@ -27,7 +27,7 @@ const RUN: usize = 16;
 /// # The file
 /// | bytes, little-endian | content |
 /// |---|---|
-/// | 0..8 | `MEMSNAPW` |
+/// | 0..8 | `RAMSNAPW` |
 /// | 8..12 | the version, 1 |
 /// | 12..16 | CRC-32 (IEEE) of everything after it |
 /// | 16..24 | the size of the guest's RAM in bytes |
@@ -130,7 +130,7 @@ impl WorkingSet {
         let (sum, body) = rest.split_first_chunk::<4>().ok_or("it is too short")?;
         let (ram_size, runs) = body.split_first_chunk::<8>().ok_or("it is too short")?;
         if *magic != MAGIC {
-            return Err("it does not begin with MEMSNAPW");
+            return Err("it does not begin with RAMSNAPW");
         }
         if u32::from_le_bytes(*version) != VERSION {
             return Err("its version is not 1");
@@ -276,7 +276,7 @@ mod tests {
     #[test]
     fn file_layout_matches_the_documentation() {
         let bytes = file(8192, &[[4096, 4096]]);
-        assert_eq!(&bytes[..12], b"MEMSNAPW\x01\0\0\0");
+        assert_eq!(&bytes[..12], b"RAMSNAPW\x01\0\0\0");
         assert_eq!(
             &bytes[16..],
             [

@@ -180,7 +180,7 @@ fn working_set_of_claimed_ram_maps_no_zeros() {
     let dir = tempfile::tempdir().unwrap();
     let mut body = RAM.to_le_bytes().to_vec();
     body.extend([0, RAM].iter().flat_map(|word| word.to_le_bytes()));
-    let mut bytes = b"MEMSNAPW\x01\0\0\0".to_vec();
+    let mut bytes = b"RAMSNAPW\x01\0\0\0".to_vec();
     bytes.extend(crc32fast::hash(&body).to_le_bytes());
     bytes.extend(body);
     let set = dir.path().join("set");

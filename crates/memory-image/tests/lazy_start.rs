@@ -87,7 +87,7 @@ fn working_set_may_have_partial_pages() {
     let body: Vec<u8> = body.iter().flat_map(|word| word.to_le_bytes()).collect();
     let sum = crc32fast::hash(&body).to_le_bytes();
     let file = images.dir().join("set");
-    std::fs::write(&file, [b"MEMSNAPW\x01\0\0\0", &sum[..], &body].concat()).unwrap();
+    std::fs::write(&file, [b"RAMSNAPW\x01\0\0\0", &sum[..], &body].concat()).unwrap();
     let ram = LazyRam::options()
         .working_set(WorkingSet::load(&file).unwrap())
         .start(images.chain())

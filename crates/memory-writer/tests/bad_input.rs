@@ -291,7 +291,7 @@ fn full_disk_is_reported_and_keeps_the_old_snapshot() {
 /// Runs in a child process, because the limit applies to the whole process.
 #[test]
 fn file_size_limit_is_an_error_and_no_signal() {
-    const DEST: &str = "MEMSNAP_TEST_DEST";
+    const DEST: &str = "RAMSNAP_TEST_DEST";
     if let Some(dest) = std::env::var_os(DEST) {
         use nix::sys::resource::{Resource, setrlimit};
         setrlimit(Resource::RLIMIT_FSIZE, SIZE / 2, SIZE / 2).unwrap();

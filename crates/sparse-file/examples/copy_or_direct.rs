@@ -1,6 +1,6 @@
 //! Compares writing memory directly to a file with reading it into the writer's buffer first.
 //!
-//! `cargo run --release -p sparse-file --example copy_or_direct -- [DIRECTORY] [MIB]`
+//! `cargo run --release -p ramsnap-sparse-file --example copy_or_direct -- [DIRECTORY] [MIB]`
 
 use std::io;
 use std::ops::ControlFlow;

@@ -20,7 +20,7 @@ use indicatif::BinaryBytes;
 use xshell::Shell;
 
 use guest::{Guest, Kit, RAM, Room};
-use tool::{LAYOUTS, Memsnap, Tool};
+use tool::{LAYOUTS, Ramsnap, Tool};
 use verify::Proof;
 
 /// Snapshot a Linux guest in QEMU, restore the chain into another QEMU, and prove that it goes on
@@ -28,7 +28,7 @@ use verify::Proof;
 ///
 /// QEMU emulates a machine whose RAM is a file. In it, Debian's kernel runs a loop that writes
 /// files of random bytes to a tmpfs and checks the files of earlier rounds. Raw, sealed and packed,
-/// a full snapshot and two diffs of the RAM are taken with `memsnap`, while QEMU saves the devices.
+/// a full snapshot and two diffs of the RAM are taken with `ramsnap`, while QEMU saves the devices.
 /// Each chain is verified, merged and restored, and a second QEMU goes on from it: its rounds must
 /// follow the last snapshot's, and find all files whole. Then the same with one page spoilt, and
 /// with the last diff left out: that must be found. Exit code 0 says that all of this held.
@@ -80,13 +80,13 @@ impl QemuE2e {
             );
         }
         let kit = Kit::prepare(sh, &home, self.install.allowed())?;
-        let memsnap = Memsnap::build(sh)?;
+        let ramsnap = Ramsnap::build(sh)?;
         let room = Room {
             kit: &kit,
             dir: dir.path(),
             interrupt: &interrupt,
         };
-        let done = prove(&room, &memsnap);
+        let done = prove(&room, &ramsnap);
         if self.keep {
             println!("kept: {}", dir.keep().display());
         } else {
@@ -96,7 +96,7 @@ impl QemuE2e {
     }
 }
 
-fn prove(room: &Room<'_>, memsnap: &Memsnap) -> anyhow::Result<()> {
+fn prove(room: &Room<'_>, ramsnap: &Ramsnap) -> anyhow::Result<()> {
     let start = Instant::now();
     let mut guest = room.boot("ram")?;
     println!(
@@ -107,7 +107,7 @@ fn prove(room: &Room<'_>, memsnap: &Memsnap) -> anyhow::Result<()> {
     );
     let chain = |layout| Chain {
         tool: Tool {
-            memsnap: memsnap.clone(),
+            ramsnap: ramsnap.clone(),
             layout,
         },
         files: Vec::new(),

@@ -2,7 +2,7 @@
 //!
 //! A test that needs a capability that a machine may lack calls [`Need::met`] first. If the
 //! capability is missing, the call prints one line past the test harness's capture, and the test
-//! returns. The test fails instead if `MEMSNAP_REQUIRE` lists the capability (comma-separated, or
+//! returns. The test fails instead if `RAMSNAP_REQUIRE` lists the capability (comma-separated, or
 //! `all`; `cargo xtask test` sets `all` in CI).
 //!
 //! A test repeats its work a few times, and many times if [`thorough`] returns true: `cargo xtask
@@ -22,21 +22,21 @@ use std::fmt;
 use std::io::Write as _;
 
 /// The environment variable that lists the needs that must be met on this machine.
-pub const REQUIRE: &str = "MEMSNAP_REQUIRE";
+pub const REQUIRE: &str = "RAMSNAP_REQUIRE";
 
 /// The environment variable that names a file to which each test that is not run appends a line.
 ///
 /// `cargo xtask test` sets it, and prints the file at the end: a test harness hides what a passing
 /// test prints.
-pub const NOT_RUN: &str = "MEMSNAP_NOT_RUN";
+pub const NOT_RUN: &str = "RAMSNAP_NOT_RUN";
 
 /// The environment variable that makes tests [`thorough`].
-pub const THOROUGH: &str = "MEMSNAP_THOROUGH";
+pub const THOROUGH: &str = "RAMSNAP_THOROUGH";
 
 /// Returns whether tests repeat their work many times, with other random numbers each time, and
 /// wait for races.
 ///
-/// `cargo xtask prove tests` sets `MEMSNAP_THOROUGH=1`. Without it, a test is deterministic.
+/// `cargo xtask prove tests` sets `RAMSNAP_THOROUGH=1`. Without it, a test is deterministic.
 #[must_use]
 pub fn thorough() -> bool {
     std::env::var_os(THOROUGH).is_some_and(|value| value == "1")
@@ -111,7 +111,7 @@ impl Need {
         Self::HugePages,
     ];
 
-    /// Returns the name used in `MEMSNAP_REQUIRE`.
+    /// Returns the name used in `RAMSNAP_REQUIRE`.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
@@ -184,7 +184,7 @@ impl Need {
     /// calling `test`.
     ///
     /// # Panics
-    /// Panics if the need is not met and `MEMSNAP_REQUIRE` lists it.
+    /// Panics if the need is not met and `RAMSNAP_REQUIRE` lists it.
     #[must_use]
     pub fn met(self, test: &str) -> bool {
         let met = self.is_met();
@@ -210,7 +210,7 @@ impl fmt::Display for Need {
 }
 
 /// Reports past the test harness that `test` is not run, and appends the report to the file that
-/// `MEMSNAP_NOT_RUN` names.
+/// `RAMSNAP_NOT_RUN` names.
 pub fn not_run(test: &str, why: &str) {
     let line = format!("NOT RUN {test}: {why}\n");
     // Not eprintln!: the harness captures the output of passing tests.

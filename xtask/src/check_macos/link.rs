@@ -47,7 +47,7 @@ struct Linked {
 /// macOS 13 brought.
 const PROGRAMS: Linked = Linked {
     arguments: "--bin xtask --bin fs-matrix --bin demo --example snapshot \
-        --features page-reader/serde,page-reader/vm-memory",
+        --features ramsnap-page-reader/serde,ramsnap-page-reader/vm-memory",
     oldest: MacOs(13, 0),
 };
 
@@ -57,11 +57,11 @@ const WITHOUT_HYPERVISOR: [&str; 2] = ["xtask", "fs-matrix"];
 /// The least and the most that a user of `hvf-backend` can select.
 const SELECTIONS: [Linked; 2] = [
     Linked {
-        arguments: "--package hvf-backend --example snapshot",
+        arguments: "--package ramsnap-hvf-backend --example snapshot",
         oldest: MacOs(11, 0),
     },
     Linked {
-        arguments: "--package hvf-backend --example snapshot --all-features",
+        arguments: "--package ramsnap-hvf-backend --example snapshot --all-features",
         oldest: MacOs(26, 0),
     },
 ];

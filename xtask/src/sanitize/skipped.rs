@@ -17,7 +17,7 @@ pub(super) const LEFT_OUT: [(&str, &str); 5] = [
         "it is about when threads and virtual machines have their page faults, of which a sanitizer has many more",
     ),
     ("kvm-backend", "what it does is a virtual machine's"),
-    ("memsnap", "it is a program, and tested from outside"),
+    ("ramsnap", "it is a program, and tested from outside"),
 ];
 
 pub(super) struct Skipped {

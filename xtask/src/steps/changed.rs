@@ -114,7 +114,7 @@ mod tests {
 
     #[test]
     fn a_changed_task_looks_at_all_crates() {
-        let (steps, crates) = for_paths(&["crates/memsnap/src/main.rs", "xtask/src/mutants.rs"]);
+        let (steps, crates) = for_paths(&["crates/ramsnap/src/main.rs", "xtask/src/mutants.rs"]);
         assert!(steps.iter().any(|step| step.name == "mutants"));
         assert!(crates.is_empty());
     }

@@ -8,7 +8,7 @@ use xshell::Shell;
 const FILE: &str = "target/xtask/durations.json";
 
 /// `1` while other work runs on purpose: the times of such runs are not kept.
-pub(super) const UNDER_LOAD: &str = "MEMSNAP_UNDER_LOAD";
+pub(super) const UNDER_LOAD: &str = "RAMSNAP_UNDER_LOAD";
 
 /// Seconds by suite and step.
 #[derive(Debug, Default)]

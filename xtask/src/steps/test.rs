@@ -58,7 +58,7 @@ pub(super) const SUITE: Suite = Suite {
 ///
 /// As root on Debian or Ubuntu it installs the packages that the tests use. Without root or
 /// packages it runs what it can and lists at the end what it did not run, and why. With CI=true in
-/// the environment, or MEMSNAP_REQUIRE=all, a test that cannot run fails. Every run does the same
+/// the environment, or RAMSNAP_REQUIRE=all, a test that cannot run fails. Every run does the same
 /// work: seeds are fixed.
 #[derive(clap::Args)]
 pub(crate) struct Test {

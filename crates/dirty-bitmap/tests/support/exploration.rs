@@ -1,9 +1,9 @@
-//! The number of interleavings that loom tries for a model: all with `MEMSNAP_THOROUGH=1`,
+//! The number of interleavings that loom tries for a model: all with `RAMSNAP_THOROUGH=1`,
 //! otherwise those with few preemptions.
 
 use loom::model::Builder;
 
-/// The most preemptions without `MEMSNAP_THOROUGH=1`. A preemption stops a thread that could
+/// The most preemptions without `RAMSNAP_THOROUGH=1`. A preemption stops a thread that could
 /// continue.
 const FEW: usize = 2;
 
@@ -18,7 +18,7 @@ pub(crate) fn with_preemptions(bound: usize, model: impl Fn() + Send + Sync + 's
 }
 
 fn check(bound: Option<usize>, model: impl Fn() + Send + Sync + 'static) {
-    let thorough = std::env::var_os("MEMSNAP_THOROUGH").is_some_and(|value| value == "1");
+    let thorough = std::env::var_os("RAMSNAP_THOROUGH").is_some_and(|value| value == "1");
     let mut builder = Builder::new();
     builder.preemption_bound = if thorough {
         bound

@@ -133,7 +133,7 @@ fn concurrent_writes_saves_and_rebuilds_lose_no_page(
     policy: Policy,
 ) {
     const PAGES: u64 = 4 * 512;
-    let thorough = std::env::var_os("MEMSNAP_THOROUGH").is_some_and(|value| value == "1");
+    let thorough = std::env::var_os("RAMSNAP_THOROUGH").is_some_and(|value| value == "1");
     let (min_writes, min_saves) = if thorough { (20_000, 30) } else { (2000, 6) };
     let machine = Machine::new(0, PAGES, 4096);
     let tracker = machine.tracked(policy);

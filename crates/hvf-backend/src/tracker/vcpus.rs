@@ -1,12 +1,12 @@
 //! Mutual exclusion of running vCPUs and checkpoints of a stopped guest.
 
-#[cfg(memsnap_loom)]
+#[cfg(ramsnap_loom)]
 use loom::sync::atomic::{AtomicU32, Ordering};
-#[cfg(memsnap_loom)]
+#[cfg(ramsnap_loom)]
 use loom::thread::yield_now;
-#[cfg(not(memsnap_loom))]
+#[cfg(not(ramsnap_loom))]
 use std::sync::atomic::{AtomicU32, Ordering};
-#[cfg(not(memsnap_loom))]
+#[cfg(not(ramsnap_loom))]
 use std::thread::yield_now;
 
 /// The bit that is set while a checkpoint excludes vCPUs. The bits below count the running vCPUs.
@@ -89,7 +89,7 @@ impl Drop for Stopped<'_> {
     }
 }
 
-#[cfg(all(test, not(memsnap_loom)))]
+#[cfg(all(test, not(ramsnap_loom)))]
 mod tests {
     use std::sync::atomic::AtomicU64;
 
@@ -139,8 +139,8 @@ mod tests {
 }
 
 /// Loom models. Run with
-/// `RUSTFLAGS="--cfg memsnap_loom" cargo test -p hvf-backend --lib --release interleavings`.
-#[cfg(all(test, memsnap_loom))]
+/// `RUSTFLAGS="--cfg ramsnap_loom" cargo test -p ramsnap-hvf-backend --lib --release interleavings`.
+#[cfg(all(test, ramsnap_loom))]
 mod interleavings {
     use std::sync::Arc;
 
@@ -149,10 +149,10 @@ mod interleavings {
 
     use super::*;
 
-    /// Tries all interleavings with `MEMSNAP_THOROUGH=1`, otherwise those with at most 2
+    /// Tries all interleavings with `RAMSNAP_THOROUGH=1`, otherwise those with at most 2
     /// preemptions.
     fn model(model: impl Fn() + Send + Sync + 'static) {
-        let thorough = std::env::var_os("MEMSNAP_THOROUGH").is_some_and(|value| value == "1");
+        let thorough = std::env::var_os("RAMSNAP_THOROUGH").is_some_and(|value| value == "1");
         let mut builder = loom::model::Builder::new();
         builder.preemption_bound = (!thorough).then_some(2);
         builder.check(model);

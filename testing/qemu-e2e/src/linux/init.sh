@@ -9,7 +9,7 @@ round=0
 while :; do
     round=$((round + 1))
     for part in 1 2 3 4; do
-        { echo "memsnap round $round part $part"; $b head -c 65536 /dev/urandom; } >$round.$part
+        { echo "ramsnap round $round part $part"; $b head -c 65536 /dev/urandom; } >$round.$part
     done
     $b md5sum $round.? >$round.sums
     [ $round -le $keep ] || $b rm $((round - keep)).*

@@ -12,28 +12,28 @@ pub(super) const PAGE: u64 = 4096;
 
 pub(super) const LAYOUTS: [&str; 3] = ["raw", "sealed", "packed"];
 
-/// `memsnap`, built.
+/// `ramsnap`, built.
 #[derive(Clone, Debug)]
-pub(super) struct Memsnap(PathBuf);
+pub(super) struct Ramsnap(PathBuf);
 
-impl Memsnap {
+impl Ramsnap {
     pub(super) fn build(sh: &Shell) -> anyhow::Result<Self> {
         let features = harness::FEATURES;
         cmd!(
             sh,
-            "cargo build --quiet --locked --bin memsnap --features {features}"
+            "cargo build --quiet --locked --bin ramsnap --features {features}"
         )
         .quiet()
         .run()?;
         let target = sh.var_os("CARGO_TARGET_DIR").unwrap_or("target".into());
-        Ok(Self(sh.current_dir().join(target).join("debug/memsnap")))
+        Ok(Self(sh.current_dir().join(target).join("debug/ramsnap")))
     }
 }
 
 /// Snapshots of the RAM of a guest that is paused, in one layout.
 #[derive(Clone, Debug)]
 pub(super) struct Tool {
-    pub memsnap: Memsnap,
+    pub ramsnap: Ramsnap,
     pub layout: &'static str,
 }
 
@@ -84,14 +84,14 @@ impl Tool {
     }
 
     fn command(&self, verb: &str) -> Command {
-        let mut command = Command::new(&self.memsnap.0);
+        let mut command = Command::new(&self.ramsnap.0);
         command.args([verb, "--quiet"]);
         command
     }
 }
 
 fn run(command: &mut Command) -> anyhow::Result<()> {
-    let output = command.output().context("can't run memsnap")?;
+    let output = command.output().context("can't run ramsnap")?;
     if output.status.success() {
         return Ok(());
     }

@@ -121,7 +121,7 @@ impl Proof<'_> {
 /// Flips a byte of the page that begins the first file of `round`, and of what a move of that page
 /// may have left; returns the first.
 fn spoil(ram: &Path, round: u64) -> anyhow::Result<u64> {
-    let mark = format!("memsnap round {round} part 1\n");
+    let mark = format!("ramsnap round {round} part 1\n");
     let bytes = fs::read(ram)?;
     let pages = (0..).zip(bytes.chunks(PAGE as usize));
     let found: Vec<u64> = pages
@@ -156,7 +156,7 @@ mod tests {
     /// RAM of four pages, the third of which begins a file of round 7.
     fn ram(dir: &Path) -> PathBuf {
         let mut bytes = vec![0; 4 * PAGE as usize];
-        let mark = b"memsnap round 7 part 1\n";
+        let mark = b"ramsnap round 7 part 1\n";
         bytes[2 * PAGE as usize..][..mark.len()].copy_from_slice(mark);
         let path = dir.join("ram");
         fs::write(&path, bytes).expect("a file");
@@ -178,7 +178,7 @@ mod tests {
         let dir = tempfile::tempdir().expect("a directory");
         let ram = ram(dir.path());
         let file = File::options().write(true).open(&ram).expect("a file");
-        file.write_all_at(b"memsnap round 7 part 1\n", 3 * PAGE)
+        file.write_all_at(b"ramsnap round 7 part 1\n", 3 * PAGE)
             .expect("a copy");
         let before = fs::read(&ram).expect("a file");
         assert_eq!(spoil(&ram, 7).expect("a page"), 2);

@@ -1,14 +1,14 @@
 //! The state of each vCPU, and the pause that keeps all of them out of the guest.
 
-#[cfg(not(memsnap_loom))]
+#[cfg(not(ramsnap_loom))]
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, PoisonError};
-#[cfg(not(memsnap_loom))]
+#[cfg(not(ramsnap_loom))]
 use std::sync::{Condvar, Mutex, MutexGuard};
 
-#[cfg(memsnap_loom)]
+#[cfg(ramsnap_loom)]
 use loom::sync::atomic::{AtomicU8, Ordering};
-#[cfg(memsnap_loom)]
+#[cfg(ramsnap_loom)]
 use loom::sync::{Condvar, Mutex, MutexGuard};
 
 use super::pause_error::PauseError;
@@ -219,13 +219,13 @@ impl Drop for InGuest<'_> {
 impl Word {
     fn load(&self, order: Ordering) -> u8 {
         let state = self.0.load(order);
-        #[cfg(all(test, not(memsnap_loom)))]
+        #[cfg(all(test, not(ramsnap_loom)))]
         tests::after_load(self);
         state
     }
 }
 
-#[cfg(all(test, not(memsnap_loom)))]
+#[cfg(all(test, not(ramsnap_loom)))]
 mod tests {
     use std::cell::Cell;
 
@@ -305,19 +305,19 @@ mod tests {
     }
 }
 
-/// Models of every interleaving. Run them with `RUSTFLAGS="--cfg memsnap_loom" cargo test -p
+/// Models of every interleaving. Run them with `RUSTFLAGS="--cfg ramsnap_loom" cargo test -p
 /// kvm-backend --lib --release interleavings`.
-#[cfg(all(test, memsnap_loom))]
+#[cfg(all(test, ramsnap_loom))]
 mod interleavings {
     use loom::sync::atomic::AtomicU64;
     use loom::thread;
 
     use super::*;
 
-    /// Tries all interleavings with `MEMSNAP_THOROUGH=1`, otherwise those with at most 3
+    /// Tries all interleavings with `RAMSNAP_THOROUGH=1`, otherwise those with at most 3
     /// preemptions.
     fn model(model: impl Fn() + Send + Sync + 'static) {
-        let thorough = std::env::var_os("MEMSNAP_THOROUGH").is_some_and(|value| value == "1");
+        let thorough = std::env::var_os("RAMSNAP_THOROUGH").is_some_and(|value| value == "1");
         let mut builder = loom::model::Builder::new();
         builder.preemption_bound = (!thorough).then_some(3);
         builder.check(model);

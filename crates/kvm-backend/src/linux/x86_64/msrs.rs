@@ -58,7 +58,7 @@ fn entries(msrs: impl Iterator<Item = (u32, u64)>) -> Msrs {
     Msrs::from_entries(&entries).expect("a batch is smaller than KVM_MAX_MSR_ENTRIES")
 }
 
-#[cfg(all(test, not(memsnap_loom)))]
+#[cfg(all(test, not(ramsnap_loom)))]
 mod tests {
     use super::*;
     use test_machine::Need;

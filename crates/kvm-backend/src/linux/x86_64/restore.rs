@@ -248,7 +248,7 @@ pub enum RestoreError {
     Nested,
 }
 
-#[cfg(all(test, not(memsnap_loom)))]
+#[cfg(all(test, not(ramsnap_loom)))]
 mod tests {
     use super::*;
 

@@ -1,0 +1,90 @@
+//! The command line: what `--help` and the man pages say.
+
+use clap::{Parser, Subcommand};
+
+use crate::Verdict;
+use crate::session::Session;
+use crate::verbs::{
+    completions, convert, demo, diff, full, info, man, map, merge, restore, sweep, verify,
+};
+
+/// Snapshots of virtual-machine memory: look at them, check them, put them together, take them and bring them back.
+///
+/// A snapshot is a file: a full image holds all of a guest's RAM, a diff the pages that changed since. A full image and its diffs,
+/// oldest first, are a chain. Files are raw (bytes at their guest offsets), sealed (the same, and a footer with ids, a map and
+/// checksums) or packed (the footer, and only the pages that are there). Sealed and packed files say what they are; a raw one is
+/// given as raw:FILE, or by --format raw.
+#[derive(Debug, Parser)]
+#[command(name = "ramsnap", version, after_long_help = AFTER, max_term_width = 100)]
+pub struct Cli {
+    /// Say nothing but errors, warnings and what was asked for; no progress bar
+    #[arg(short, long, global = true)]
+    pub quiet: bool,
+    #[command(subcommand)]
+    pub verb: Verb,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Verb {
+    Info(info::InfoArgs),
+    Verify(verify::Verify),
+    Map(map::Map),
+    Full(full::Full),
+    Diff(diff::Diff),
+    Merge(merge::Merge),
+    Convert(convert::Convert),
+    Restore(restore::Restore),
+    Sweep(sweep::Sweep),
+    Demo(demo::Demo),
+    Man(man::Man),
+    Completions(completions::Completions),
+}
+
+impl Verb {
+    pub fn run(&self, session: &Session) -> anyhow::Result<Verdict> {
+        match self {
+            Self::Info(info) => info.run(),
+            Self::Verify(verify) => verify.run(session),
+            Self::Map(map) => map.run(session),
+            Self::Full(full) => full.run(session),
+            Self::Diff(diff) => diff.run(session),
+            Self::Merge(merge) => merge.run(session),
+            Self::Convert(convert) => convert.run(session),
+            Self::Restore(restore) => restore.run(session),
+            Self::Sweep(sweep) => sweep.run(session),
+            Self::Demo(demo) => demo.run(session),
+            Self::Man(man) => man.run(session),
+            Self::Completions(completions) => completions.run(),
+        }
+    }
+}
+
+const AFTER: &str = "\
+A tour:
+  ramsnap demo                                       all of it on a small guest that is made up
+  ramsnap full /dev/shm/ram -o full.mem              take a full image of paused RAM
+  ramsnap diff full.mem --ram /dev/shm/ram -o d1.mem later: the pages that changed since
+  ramsnap info full.mem d1.mem                       what the files are
+  ramsnap verify full.mem d1.mem                     whether they are whole and follow each other
+  ramsnap map full.mem d1.mem                        which pages each holds
+  ramsnap merge full.mem d1.mem -o new.mem           one full image of both
+  ramsnap convert full.mem -o - --zstd | ssh host ramsnap convert - --zstd -o full.mem
+  ramsnap restore full.mem d1.mem -o /dev/shm/ram2   the RAM as it was, for a new guest
+  ramsnap sweep --dry-run .                          what killed writers left here
+
+Exit status:
+  0    done; the check came out well
+  1    the check failed: damaged, not linked, different, or no image that can be checked
+  2    wrong usage: nothing was written
+  3    anything else: an I/O error, no permission, no room
+  128 and the number of a signal: interrupted by SIGINT (130), SIGTERM (143), SIGHUP (129), SIGQUIT (131),
+       SIGALRM (142), SIGUSR1, SIGUSR2, SIGXCPU, SIGVTALRM or SIGPROF, unless it was ignored from the start, as SIGHUP is under nohup
+
+Whatever the exit status but 0, an output that was named is as it was before, unless the message says that it is in place: files are \
+staged beside it and put in place when they are whole and on the disk. Restoring into RAM that exists is the exception: once writing \
+has begun, a failure leaves it empty. A second signal does not end the emptying; a third one does, with exit status 3, and ramsnap says that a \
+part of the RAM is left. A process whose RAM is read by --pid is stopped last, when all else is prepared, and goes on before \
+the image is committed; meanwhile ramsnap is not suspended by SIGTSTP (Ctrl-Z). Otherwise a second signal ends ramsnap at \
+once; what it had staged is removed by the next one that writes the same output, or by `ramsnap sweep`.
+
+JSON: a path is a string or, where it is not UTF-8, an object: `text`, with U+FFFD for what is not, and `bytes_hex`, all of its bytes.";

@@ -1,0 +1,355 @@
+//! What the tool itself refuses, and which exit code a failure has.
+
+use std::path::PathBuf;
+
+use image_format::FooterError;
+use memory_image::{CompareError, ImageError};
+use memory_writer::SnapshotError;
+use thiserror::Error;
+
+use crate::interrupt;
+
+/// The answer is no: damaged, not linked, different.
+pub const NEGATIVE: u8 = 1;
+/// The command line asks for what can't be.
+const USAGE: u8 = 2;
+/// Everything else.
+pub const FAILED: u8 = 3;
+
+/// What the tool itself refuses.
+#[derive(Debug, Error)]
+pub enum Failure {
+    #[error("{path:?} exists: name another file, or add --force to replace it")]
+    OutputExists { path: PathBuf },
+    #[error("the output {path:?} is one of the inputs: name another file")]
+    OutputIsInput { path: PathBuf },
+    #[error("{path:?} would replace one of its inputs: name another file, or say --in-place")]
+    MergeOntoInput { path: PathBuf },
+    #[error("`-` is a stream, which is always compressed: add --zstd")]
+    StreamNotCompressed,
+    #[error("--zstd is for streams: name `-` as input or output")]
+    NoStream,
+    #[error("a stream is packed: leave out --layout, or say --layout packed")]
+    StreamLayout,
+    #[error("the stream would go to the terminal: redirect it to a file or a pipe")]
+    StreamToTerminal,
+    #[error(
+        "{path:?} is a raw image, and a raw image has no parent, id or metadata: choose --layout sealed or packed"
+    )]
+    RawHasNoSeal { path: PathBuf },
+    #[error(
+        "a diff in larger pages would hold bytes that it doesn't know: choose no page larger than {page_size}, or merge it first"
+    )]
+    DiffInLargerPages { page_size: u64 },
+    #[error(
+        "its pages have {page_size} bytes, as those of version 1 may, and an image is written in pages of 512 or more: \
+         merge diffs with their full image, or restore RAM of no whole number of 512 bytes into a file that exists"
+    )]
+    OldPages { page_size: u64 },
+    #[error(
+        "{path:?} has more than 16 MiB: metadata is kept in memory, so keep this beside the image"
+    )]
+    TooMuchMetadata { path: PathBuf },
+    #[error("the regions overlap, or don't ascend: give them by ascending address and apart")]
+    RegionsOverlap,
+    #[error(
+        "the regions have {sum} bytes in all, the RAM has {ram_bytes}: give all of them, ascending and apart"
+    )]
+    NoLayout { ram_bytes: u64, sum: u128 },
+    #[error("{path:?} is empty: no guest has RAM of 0 bytes")]
+    NoBytes { path: PathBuf },
+    #[error(
+        "{path:?} is not RAM: {size} bytes are no whole number of pages; if it is a sealed or packed image, use `ramsnap convert`"
+    )]
+    RamIsImage { path: PathBuf, size: u64 },
+    #[error(
+        "{path:?} is sealed or packed, and says itself whose diff it is: leave out --raw-diff and --parent"
+    )]
+    NotARawDiff { path: PathBuf },
+    #[error("{path:?} is raw and has no id: seal it by `ramsnap convert`, or leave out --parent")]
+    ParentIsRaw { path: PathBuf },
+    #[error("{path:?} is not a regular file or memfd: give the file that the guest's RAM is in")]
+    NotRam { path: PathBuf },
+    #[error(
+        "{path:?} changed its size from {before} to {now} bytes while it was read: stop whoever resizes it, and try again"
+    )]
+    RamResized {
+        path: PathBuf,
+        before: u64,
+        now: u64,
+    },
+    #[cfg(target_os = "linux")]
+    #[error("process {pid} has nothing mapped at {address:#x}: see /proc/{pid}/maps")]
+    NothingMapped { pid: u32, address: u64 },
+    #[cfg(target_os = "linux")]
+    #[error(
+        "where the RAM is in process {pid} is not said: add --region; its largest mappings are:{proposed}"
+    )]
+    NoRegion { pid: u32, proposed: String },
+    #[cfg(target_os = "linux")]
+    #[error(
+        "the RAM of process {pid} was mapped elsewhere while the snapshot was prepared: try again"
+    )]
+    RamMoved { pid: u32 },
+    #[cfg(target_os = "linux")]
+    #[error(
+        "--region {one} and --region {other} name the same memory, which would be saved twice: name each region once"
+    )]
+    RegionTwice { one: String, other: String },
+    #[error("name the guest's RAM, once: its file, or a process by --pid")]
+    NoRam,
+    #[error("the two states have {old} and {new} bytes of RAM: they are of different guests")]
+    OtherGuest { old: u64, new: u64 },
+    #[error(
+        "the two states are of guests whose RAM is at other addresses: at {old}, and at {new}; name states of one guest"
+    )]
+    OtherRegions { old: String, new: String },
+    #[error(
+        "the image's guest has its RAM at {regions}, and the image would not fit with other regions: leave out --region-at"
+    )]
+    OtherRegionsGiven { regions: String },
+    #[error(
+        "{path:?} is raw, and no raw file says whether it is a full image or a diff on top of the old state: add \
+         --raw-full or --raw-diff"
+    )]
+    RawNewState { path: PathBuf },
+    #[error(
+        "--raw-full and --raw-diff are for a new state whose first image is raw: leave them out"
+    )]
+    NoRawNewState,
+    #[error("both states have the id {id}: they are the same one")]
+    SameState { id: memory_image::ImageId },
+    #[error(
+        "name the new state, once: an image last, after the old one, or by --to; or RAM, by --ram or --pid"
+    )]
+    NoNewState,
+    #[error(
+        "{path:?} is damaged in {found} places: `ramsnap verify` lists them; take it again, or go on with --no-verify"
+    )]
+    Damaged { path: PathBuf, found: u64 },
+    #[error(
+        "{path:?} is a raw image, which has no checksums: leave out --verify, or restore what `ramsnap convert` sealed"
+    )]
+    NothingToVerify { path: PathBuf },
+    #[error("the stream is damaged in {found} places: send it again")]
+    StreamDamaged { found: u64 },
+    #[error(
+        "the stream is cut short, or not one that `ramsnap convert --zstd` wrote: send it again"
+    )]
+    StreamBroken,
+    #[error(
+        "the stream does not begin as a packed image of version 2 does: send one by `ramsnap convert FILE -o - --zstd`"
+    )]
+    StreamNotPacked,
+    #[error(
+        "the stream goes on after the {len} bytes of its image: send the image alone, by `ramsnap convert FILE -o - --zstd`"
+    )]
+    StreamTooLong { len: u64 },
+    #[error("the stream ends after {received} bytes of an image of {len}: send it again")]
+    StreamCut { received: u64, len: u64 },
+    #[error(
+        "a stream is a packed image that says itself what it is: leave out --raw-diff, --parent, and any format but packed"
+    )]
+    StreamFormat,
+    #[error(
+        "the file system {mount:?} ({file_system}) is full: {written} of {len} bytes of the stream were written in {dir:?}, and \
+         {available} more are available; make room there, or name an output elsewhere"
+    )]
+    SpoolFull {
+        dir: PathBuf,
+        mount: PathBuf,
+        file_system: String,
+        written: u64,
+        len: u64,
+        available: u64,
+        source: std::io::Error,
+    },
+    #[error("the image has {image} bytes of RAM, {path:?} has {target}: they must be equal")]
+    TargetSize {
+        path: PathBuf,
+        image: u64,
+        target: u64,
+    },
+    #[error(
+        "{path:?} leads over the link {link:?}, which another user may have put there: name the file itself, or remove the link"
+    )]
+    ForeignLink { path: PathBuf, link: PathBuf },
+    #[error(
+        "{path:?} belongs to user {owner}, and others may access the RAM in it: name another file, make it \
+         this user's and private (chown, chmod 600), or add --force"
+    )]
+    TargetNotPrivate { path: PathBuf, owner: u32 },
+    #[error("another restore writes to {path:?}: wait for its end, or name another file")]
+    TargetBusy { path: PathBuf },
+    #[error(
+        "another ramsnap reads the RAM {path:?}: wait for its end, or name another file; nothing was written"
+    )]
+    TargetRead { path: PathBuf },
+    #[error(
+        "`ramsnap restore` is writing to {ram}, which holds a part of what it is to hold: wait for its end, and try again"
+    )]
+    RamBeingRestored { ram: String },
+    #[error(
+        "the work is done and in place, but the report of it cannot be written to stdout; it says: {report}"
+    )]
+    NotReported {
+        report: String,
+        source: std::io::Error,
+    },
+    #[error(
+        "{path:?} changed its size while it was sent: leave it alone meanwhile, and send it again"
+    )]
+    SentResized { path: PathBuf },
+    #[error(
+        "{path:?} was replaced or resized while RAM was restored to it: stop whoever does that, and restore again"
+    )]
+    TargetReplaced { path: PathBuf },
+    #[error("{path:?} is not empty: add --force to overwrite it in place")]
+    TargetInUse { path: PathBuf },
+    #[error(
+        "the RAM needs {needed} bytes of {path:?}, and {available} are available: make room on its file system; \
+         nothing was written"
+    )]
+    NoRoom {
+        path: PathBuf,
+        needed: u64,
+        available: u64,
+    },
+    #[cfg(target_os = "linux")]
+    #[error(
+        "the RAM needs {needed} bytes of {path:?}, and the file system cannot set them aside: {available} are available, and \
+         what the old RAM has counts only where the new RAM has something, too; make room there, or restore to a new file; \
+         nothing was written"
+    )]
+    NoRoomOver {
+        path: PathBuf,
+        needed: u64,
+        available: u64,
+    },
+    #[error("cannot write {path:?}, which is as it was")]
+    TargetNotWritable {
+        path: PathBuf,
+        source: std::io::Error,
+    },
+    #[error(
+        "{path:?} is on hugetlbfs, which has no write(2): to restore RAM there, make the file in its size first"
+    )]
+    NoWritesThere { path: PathBuf },
+    #[cfg(target_os = "linux")]
+    #[error(
+        "there are not enough huge pages for {path:?}, which is as it was: raise vm.nr_hugepages, or the size of \
+         its hugetlbfs"
+    )]
+    NoHugePages {
+        path: PathBuf,
+        source: std::io::Error,
+    },
+    #[error("{path:?} is no picture that can be drawn: let its name end in .svg or .png")]
+    NoSuchPicture { path: PathBuf },
+    #[error("interrupted: {left}")]
+    Interrupted { left: &'static str },
+}
+
+impl Failure {
+    fn exit_code(&self) -> u8 {
+        match self {
+            Self::OutputExists { .. }
+            | Self::OutputIsInput { .. }
+            | Self::MergeOntoInput { .. }
+            | Self::StreamNotCompressed
+            | Self::NoStream
+            | Self::StreamLayout
+            | Self::StreamFormat
+            | Self::StreamToTerminal
+            | Self::RawHasNoSeal { .. }
+            | Self::DiffInLargerPages { .. }
+            | Self::OldPages { .. }
+            | Self::RamIsImage { .. }
+            | Self::NotARawDiff { .. }
+            | Self::ParentIsRaw { .. }
+            | Self::TooMuchMetadata { .. }
+            | Self::RegionsOverlap
+            | Self::NoLayout { .. }
+            | Self::OtherRegionsGiven { .. }
+            | Self::RawNewState { .. }
+            | Self::NoRawNewState
+            | Self::NoNewState
+            | Self::NoRam
+            | Self::NoSuchPicture { .. }
+            | Self::ForeignLink { .. }
+            | Self::TargetNotPrivate { .. }
+            | Self::TargetInUse { .. } => USAGE,
+            Self::OtherGuest { .. }
+            | Self::OtherRegions { .. }
+            | Self::SameState { .. }
+            | Self::Damaged { .. }
+            | Self::NothingToVerify { .. }
+            | Self::StreamDamaged { .. }
+            | Self::StreamBroken
+            | Self::StreamNotPacked
+            | Self::StreamTooLong { .. }
+            | Self::StreamCut { .. }
+            | Self::TargetSize { .. } => NEGATIVE,
+            Self::NotRam { .. }
+            | Self::NoBytes { .. }
+            | Self::RamResized { .. }
+            | Self::NoRoom { .. }
+            | Self::SpoolFull { .. }
+            | Self::TargetBusy { .. }
+            | Self::TargetRead { .. }
+            | Self::RamBeingRestored { .. }
+            | Self::NotReported { .. }
+            | Self::SentResized { .. }
+            | Self::TargetReplaced { .. }
+            | Self::TargetNotWritable { .. }
+            | Self::NoWritesThere { .. } => FAILED,
+            #[cfg(target_os = "linux")]
+            Self::NothingMapped { .. }
+            | Self::RamMoved { .. }
+            | Self::NoRoomOver { .. }
+            | Self::NoHugePages { .. } => FAILED,
+            #[cfg(target_os = "linux")]
+            Self::NoRegion { .. } | Self::RegionTwice { .. } => USAGE,
+            Self::Interrupted { .. } => interrupt::exit_code(),
+        }
+    }
+}
+
+/// The exit code of a verb that ended with `error`: the first cause that has one says it.
+pub fn exit_code(error: &anyhow::Error) -> u8 {
+    error.chain().find_map(code_of).unwrap_or(FAILED)
+}
+
+fn code_of(cause: &(dyn std::error::Error + 'static)) -> Option<u8> {
+    if let Some(failure) = cause.downcast_ref::<Failure>() {
+        return Some(failure.exit_code());
+    }
+    if let Some(SnapshotError::Cancelled { .. }) = cause.downcast_ref() {
+        return Some(interrupt::exit_code());
+    }
+    if let Some(CompareError::Cancelled { .. }) = cause.downcast_ref() {
+        return Some(interrupt::exit_code());
+    }
+    #[cfg(target_os = "linux")]
+    if let Some(page_reader::ProcessStopError::Cancelled { .. }) = cause.downcast_ref() {
+        return Some(interrupt::exit_code());
+    }
+    match cause.downcast_ref()? {
+        ImageError::Cancelled => Some(interrupt::exit_code()),
+        // What an image is, or isn't.
+        ImageError::Empty { .. }
+        | ImageError::NotWholePages { .. }
+        | ImageError::NotRaw { .. }
+        | ImageError::SizeDiffers { .. }
+        | ImageError::NotFull { .. }
+        | ImageError::PageSizeDiffers { .. }
+        | ImageError::RegionsDiffer { .. }
+        | ImageError::Link { .. }
+        | ImageError::UnclearDiff { .. } => Some(NEGATIVE),
+        ImageError::Footer { source, .. } => match source {
+            FooterError::Io { .. } | FooterError::Append => Some(FAILED),
+            _ => Some(NEGATIVE),
+        },
+        _ => None,
+    }
+}

@@ -1,0 +1,60 @@
+//! Virtual-machine memory snapshots from the command line: `ramsnap --help` is the tour.
+
+#![allow(
+    unreachable_pub,
+    reason = "nothing in a binary is reachable from outside: pub is for its other modules"
+)]
+
+mod args;
+mod cli;
+mod failure;
+mod input;
+mod interrupt;
+mod print;
+#[cfg(target_os = "linux")]
+mod process;
+mod ram;
+mod ram_lock;
+mod room;
+mod save;
+mod session;
+mod stream;
+mod sys;
+mod target;
+mod verbs;
+mod words;
+mod zeros;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+use crate::cli::Cli;
+use crate::session::Session;
+
+/// What a verb found: the answer of a check, or that the work is done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Verdict {
+    Good,
+    Bad,
+}
+
+impl Verdict {
+    fn of(good: bool) -> Self {
+        if good { Self::Good } else { Self::Bad }
+    }
+}
+
+fn main() -> ExitCode {
+    // Wrong usage ends here, with 2.
+    let cli = Cli::parse();
+    let run = || cli.verb.run(&Session::begin(cli.quiet)?);
+    match run() {
+        Ok(Verdict::Good) => ExitCode::SUCCESS,
+        Ok(Verdict::Bad) => failure::NEGATIVE.into(),
+        Err(error) => {
+            words::complain(&error);
+            failure::exit_code(&error).into()
+        }
+    }
+}

@@ -1,0 +1,332 @@
+//! RAM in the memory of another process.
+
+use std::ffi::OsString;
+use std::fmt;
+use std::fs::{self, File};
+use std::ops::Range;
+use std::os::unix::ffi::OsStringExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::Context;
+use nix::fcntl::OFlag;
+use nix::sys::stat::makedev;
+use page_reader::{
+    PageReader, ProcessMaps, ProcessMemory, ProcessMemoryError, ProcessRegion, StoppedProcess,
+    UnexaminedProcess,
+};
+
+use sparse_file::FileIdentity;
+
+use crate::args;
+use crate::failure::Failure;
+use crate::interrupt::NotSuspended;
+use crate::print::Kept;
+use crate::ram;
+use crate::session::Session;
+
+/// How long a process may take to stop.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// How many regions are proposed.
+const PROPOSED: usize = 8;
+
+/// Where in a process the RAM is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Region {
+    /// The mapping whose name is this, or contains it.
+    Named(String),
+    /// The mapping that this address is in.
+    At(u64),
+    Range(Range<u64>),
+}
+
+impl fmt::Display for Region {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Named(name) => f.write_str(name),
+            Self::At(address) => write!(f, "{address:#x}"),
+            Self::Range(range) => write!(f, "{:#x}:{}", range.start, range.end - range.start),
+        }
+    }
+}
+
+impl Region {
+    /// `/memfd:ram`, `0x7f0000000000`, or `0x7f0000000000:2GiB`.
+    pub fn parse(text: &str) -> Result<Self, String> {
+        if !text.starts_with("0x") {
+            return Ok(Self::Named(text.to_owned()));
+        }
+        match text.contains(':') {
+            true => args::range(text).map(Self::Range),
+            false => args::address(text).map(Self::At),
+        }
+    }
+
+    fn find(&self, maps: &ProcessMaps) -> anyhow::Result<Range<u64>> {
+        match self {
+            Self::Named(name) => Ok(maps.named(name)?.addresses.clone()),
+            Self::Range(range) => Ok(range.clone()),
+            Self::At(address) => match maps.at(*address) {
+                Some(region) => Ok(region.addresses.clone()),
+                None => Err(Failure::NothingMapped {
+                    pid: maps.pid(),
+                    address: *address,
+                }
+                .into()),
+            },
+        }
+    }
+}
+
+/// Regions of a process, which stands still between [`hold`](ProcessRam::hold) and drop unless its
+/// guest is paused.
+pub struct ProcessRam {
+    pid: u32,
+    /// As they were named.
+    named: Vec<Region>,
+    live: bool,
+    regions: Vec<Range<u64>>,
+    memory: ProcessMemory,
+    /// The files that show the RAM, as far as they can be opened: none is restored to meanwhile.
+    files: Vec<File>,
+    /// Goes on when this is dropped.
+    stopped: Option<StoppedProcess>,
+    /// Dropped after it.
+    not_suspended: Option<NotSuspended>,
+    /// Dropped after it, too.
+    kept: Option<Kept>,
+}
+
+impl ProcessRam {
+    /// Finds the regions while the process runs.
+    pub fn find(pid: u32, named: &[Region], live: bool) -> anyhow::Result<Self> {
+        let maps = ProcessMaps::of(pid)?;
+        if named.is_empty() {
+            let proposed = maps.candidates().into_iter().take(PROPOSED);
+            let proposed = proposed.map(|region| format!("\n  {region}")).collect();
+            return Err(Failure::NoRegion { pid, proposed }.into());
+        }
+        let regions = find_all(named, &maps)?;
+        check_apart(named, &regions)?;
+        let mut ram = Self {
+            pid,
+            memory: open(pid, &regions)?,
+            named: named.to_vec(),
+            live,
+            regions,
+            files: Vec::new(),
+            stopped: None,
+            not_suspended: None,
+            kept: None,
+        };
+        ram.check_mapped(&maps)?;
+        ram.keep_from_restore(&maps)?;
+        let unexamined = ram.check_filled(&maps)?;
+        ram::warn_of_unexamined(&format!("the RAM of process {pid}"), &unexamined);
+        Ok(ram)
+    }
+
+    /// Stops the process, and looks again where its RAM is.
+    pub fn hold(&mut self, session: &Session) -> anyhow::Result<()> {
+        if !self.live {
+            let cancelled = || session.is_cancelled();
+            self.kept = Some(Kept::from_now_on());
+            let not_suspended = NotSuspended::from_now_on();
+            let hold = || "cannot hold back the signals that suspend ramsnap";
+            self.not_suspended = Some(not_suspended.with_context(hold)?);
+            self.stopped = Some(StoppedProcess::stop_unless(self.pid, PATIENCE, &cancelled)?);
+        }
+        // Its id stays its own from here on; it may have been another's before.
+        let maps = ProcessMaps::of(self.pid)?;
+        if find_all(&self.named, &maps)? != self.regions {
+            return Err(Failure::RamMoved { pid: self.pid }.into());
+        }
+        self.memory = open(self.pid, &self.regions)?;
+        Ok(())
+    }
+
+    /// Whether any of the regions shows the file at `path`.
+    pub fn is_mapped_from(&self, path: &Path) -> bool {
+        let (Ok(metadata), Ok(file), Ok(maps)) = (
+            path.metadata(),
+            FileIdentity::at(path),
+            ProcessMaps::of(self.pid),
+        ) else {
+            return false;
+        };
+        let shows = |region: &ProcessRegion| {
+            is_file_of(region, &metadata)
+                || region.inode != 0
+                    && mapped_files(self.pid, region).any(|mapped| mapped.may_be(&file))
+        };
+        self.regions
+            .iter()
+            .any(|range| regions_in(&maps, range).any(shows))
+    }
+
+    pub fn size(&self) -> u64 {
+        self.regions
+            .iter()
+            .map(|range| range.end - range.start)
+            .sum()
+    }
+
+    pub fn reader(&self) -> &(impl PageReader + Sync) {
+        &self.memory
+    }
+
+    pub fn check(&self) -> anyhow::Result<()> {
+        let maps = ProcessMaps::of(self.pid)?;
+        self.check_mapped(&maps)?;
+        // Filling may have begun after the process was opened.
+        self.check_filled(&maps).map(drop)
+    }
+
+    /// Refuses RAM that is being restored by way of its file.
+    fn keep_from_restore(&mut self, maps: &ProcessMaps) -> anyhow::Result<()> {
+        for range in &self.regions {
+            for region in regions_in(maps, range) {
+                if let Some(file) = file_behind(self.pid, region) {
+                    ram::check_not_restored(&file, &format!("the RAM of process {}", self.pid))?;
+                    self.files.push(file);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn check_mapped(&self, maps: &ProcessMaps) -> anyhow::Result<()> {
+        for range in &self.regions {
+            let end = regions_in(maps, range).last();
+            let end = end.map_or(range.start, |region| region.addresses.end);
+            if end < range.end {
+                let pid = self.pid;
+                return Err(Failure::NothingMapped { pid, address: end }.into());
+            }
+        }
+        Ok(())
+    }
+
+    /// Refuses RAM that another process is still filling: missing pages are read as zeros.
+    fn check_filled(&self, maps: &ProcessMaps) -> anyhow::Result<Vec<UnexaminedProcess>> {
+        let mut unexamined = Vec::new();
+        let mapped = |region: &&ProcessRegion| {
+            let addresses = &region.addresses;
+            let mut ram = self.regions.iter();
+            ram.any(|ram| addresses.start < ram.end && ram.start < addresses.end)
+        };
+        for region in maps.regions().iter().filter(mapped) {
+            let found = region.check_filled();
+            let found = found.with_context(|| format!("cannot capture {region}"))?;
+            unexamined.extend(found.into_iter().filter(|process| process.pid != self.pid));
+        }
+        unexamined.sort_by_key(|process| process.pid);
+        unexamined.dedup();
+        Ok(unexamined)
+    }
+}
+
+fn is_file_of(region: &ProcessRegion, file: &fs::Metadata) -> bool {
+    let (major, minor) = region.device;
+    let device = makedev(major.into(), minor.into());
+    region.inode != 0 && (device, region.inode) == (file.dev(), file.ino())
+}
+
+/// Opens the file that a mapping shows: through the mapping, which takes a privilege, or through a
+/// descriptor that the process still has of it. Devices are not compared: on btrfs and overlayfs a
+/// mapping is listed with another device than its file has.
+fn file_behind(pid: u32, region: &ProcessRegion) -> Option<File> {
+    if region.inode == 0 {
+        return None;
+    }
+    let open = |path: &Path| {
+        // O_NONBLOCK: opening a FIFO must not wait for its writer.
+        let flags = (OFlag::O_NONBLOCK | OFlag::O_NOCTTY).bits();
+        let file = File::options().read(true).custom_flags(flags).open(path);
+        let file = file.ok()?;
+        file.metadata().ok()?.is_file().then_some(file)
+    };
+    let Range { start, end } = region.addresses;
+    let mapping = format!("/proc/{pid}/map_files/{start:x}-{end:x}");
+    open(Path::new(&mapping)).or_else(|| {
+        let descriptors = fs::read_dir(format!("/proc/{pid}/fd")).ok()?;
+        let mut paths = descriptors.flatten().map(|descriptor| descriptor.path());
+        paths.find_map(|path| {
+            let metadata = fs::metadata(&path).ok()?;
+            let same = metadata.is_file() && metadata.ino() == region.inode;
+            same.then(|| open(&path))?
+        })
+    })
+}
+
+fn find_all(named: &[Region], maps: &ProcessMaps) -> anyhow::Result<Vec<Range<u64>>> {
+    named.iter().map(|region| region.find(maps)).collect()
+}
+
+/// Refuses RAM that is named twice.
+fn check_apart(named: &[Region], regions: &[Range<u64>]) -> Result<(), Failure> {
+    for (index, later) in regions.iter().enumerate() {
+        let overlaps = |it: &Range<u64>| it.start < later.end && later.start < it.end;
+        if let Some(earlier) = regions[..index].iter().position(overlaps) {
+            return Err(Failure::RegionTwice {
+                one: named[earlier].to_string(),
+                other: named[index].to_string(),
+            });
+        }
+    }
+    Ok(())
+}
+
+fn open(pid: u32, regions: &[Range<u64>]) -> Result<ProcessMemory, ProcessMemoryError> {
+    let ranges = regions
+        .iter()
+        .map(|range| (range.start, range.end - range.start));
+    ProcessMemory::open(pid, ranges)
+}
+
+/// The mappings that `range` is in, up to the first gap.
+fn regions_in<'m>(
+    maps: &'m ProcessMaps,
+    range: &Range<u64>,
+) -> impl Iterator<Item = &'m ProcessRegion> {
+    let (mut at, end) = (range.start, range.end);
+    std::iter::from_fn(move || {
+        let region = (at < end).then(|| maps.at(at))??;
+        at = region.addresses.end;
+        Some(region)
+    })
+}
+
+/// The files that a mapping may show: what the kernel leads to, which takes `CAP_CHECKPOINT_RESTORE`,
+/// and what is found by its name now. On overlayfs, mappings are listed by other numbers than files.
+fn mapped_files(pid: u32, region: &ProcessRegion) -> impl Iterator<Item = FileIdentity> {
+    let Range { start, end } = region.addresses;
+    let by_kernel = format!("/proc/{pid}/map_files/{start:x}-{end:x}").into();
+    let mut by_name = format!("/proc/{pid}/root").into_bytes();
+    by_name.extend(&region.name);
+    let by_name = region
+        .name
+        .starts_with(b"/")
+        .then(|| PathBuf::from(OsString::from_vec(by_name)));
+    [Some(by_kernel), by_name]
+        .into_iter()
+        .flatten()
+        .filter_map(|path: PathBuf| FileIdentity::at(&path).ok())
+}
+
+#[cfg(test)]
+mod tests {
+    use rstest::rstest;
+
+    use super::*;
+
+    #[rstest]
+    #[case::name("/memfd:ram", Some(Region::Named("/memfd:ram".into())))]
+    #[case::address("0x7f00", Some(Region::At(0x7f00)))]
+    #[case::range("0x1000:8KiB", Some(Region::Range(0x1000..0x3000)))]
+    #[case::no_number("0xram", None)]
+    fn a_region_is_a_name_an_address_or_a_range(#[case] text: &str, #[case] is: Option<Region>) {
+        assert_eq!(Region::parse(text).ok(), is);
+    }
+}

@@ -1,0 +1,230 @@
+//! RAM that is to be captured.
+
+use std::fs::File;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+
+use anyhow::Context;
+use image_format::RAW_UNIT;
+use memory_writer::SnapshotError;
+use nix::fcntl::OFlag;
+use nix::unistd::{SysconfVar, sysconf};
+#[cfg(target_os = "linux")]
+use page_reader::UnexaminedProcess;
+use page_reader::{FileReader, PageReader};
+
+use crate::failure::Failure;
+#[cfg(target_os = "linux")]
+use crate::print;
+#[cfg(target_os = "linux")]
+use crate::process::ProcessRam;
+use crate::ram_lock::{self, Holder, Mode};
+use crate::session::Session;
+
+/// A guest's RAM.
+pub enum Ram {
+    File(RamFile),
+    #[cfg(target_os = "linux")]
+    Process(Box<ProcessRam>),
+}
+
+impl Ram {
+    pub fn size(&self) -> u64 {
+        match self {
+            Self::File(ram) => ram.size,
+            #[cfg(target_os = "linux")]
+            Self::Process(ram) => ram.size(),
+        }
+    }
+
+    pub fn reader(&self) -> Box<dyn PageReader + Sync + '_> {
+        match self {
+            Self::File(ram) => Box::new(FileReader::range(&ram.file, 0, ram.size)),
+            #[cfg(target_os = "linux")]
+            Self::Process(ram) => Box::new(ram.reader()),
+        }
+    }
+
+    /// Stops a process, unless its guest is paused, until this is dropped.
+    ///
+    /// Comes last before the RAM is read: what fails, or takes time, must not happen while a guest
+    /// stands still.
+    #[cfg_attr(not(target_os = "linux"), expect(unused_variables))]
+    pub fn hold(&mut self, session: &Session) -> anyhow::Result<()> {
+        match self {
+            Self::File(_) => Ok(()),
+            #[cfg(target_os = "linux")]
+            Self::Process(ram) => ram.hold(session),
+        }
+    }
+
+    /// Refuses an output that a process has mapped as its RAM.
+    #[cfg_attr(not(target_os = "linux"), expect(unused_variables))]
+    pub fn check_output(&self, output: &Path) -> Result<(), Failure> {
+        match self {
+            // A file that was named was compared by its name.
+            Self::File(_) => Ok(()),
+            #[cfg(target_os = "linux")]
+            Self::Process(ram) => match ram.is_mapped_from(output) {
+                true => Err(Failure::OutputIsInput {
+                    path: output.to_owned(),
+                }),
+                false => Ok(()),
+            },
+        }
+    }
+
+    /// Whether it is still all there: what is gone would have been taken for untouched.
+    pub fn check(&self) -> anyhow::Result<()> {
+        match self {
+            Self::File(ram) => ram.check(),
+            #[cfg(target_os = "linux")]
+            Self::Process(ram) => ram.check(),
+        }
+    }
+
+    /// Why it could not be saved: of a file that was resized that tells more than that it ends too early.
+    pub fn explain(&self, error: SnapshotError) -> anyhow::Error {
+        match self {
+            Self::File(ram) => ram.check().err().unwrap_or_else(|| error.into()),
+            #[cfg(target_os = "linux")]
+            Self::Process(_) => error.into(),
+        }
+    }
+}
+
+/// RAM in a file or memfd, whose size must stay.
+#[derive(Debug)]
+pub struct RamFile {
+    path: PathBuf,
+    file: File,
+    size: u64,
+}
+
+impl RamFile {
+    /// What the file holds is the guest's, and is not looked at: only its size tells that it is no RAM.
+    pub fn open(path: &Path) -> anyhow::Result<Self> {
+        // O_NONBLOCK: opening a FIFO must not wait for its writer.
+        let file = File::options()
+            .read(true)
+            .custom_flags(OFlag::O_NONBLOCK.bits())
+            .open(path)
+            .with_context(|| format!("cannot open the RAM {path:?}"))?;
+        let metadata = file.metadata();
+        let metadata = metadata.with_context(|| format!("cannot look at the RAM {path:?}"))?;
+        let path = path.to_owned();
+        if !metadata.is_file() {
+            return Err(Failure::NotRam { path }.into());
+        }
+        let size = metadata.len();
+        if size == 0 {
+            return Err(Failure::NoBytes { path }.into());
+        }
+        if !size.is_multiple_of(RAW_UNIT) {
+            return Err(Failure::RamIsImage { path, size }.into());
+        }
+        check_not_restored(&file, &format!("{path:?}"))?;
+        let ram = Self { path, file, size };
+        ram.check_filled(true)?;
+        Ok(ram)
+    }
+
+    fn check(&self) -> anyhow::Result<()> {
+        let now = self.file.metadata();
+        let now = now.with_context(|| format!("cannot look at the RAM {:?}", self.path))?;
+        let now = now.len();
+        if now != self.size {
+            return Err(Failure::RamResized {
+                path: self.path.clone(),
+                before: self.size,
+                now,
+            }
+            .into());
+        }
+        // Filling may have begun after the file was opened.
+        self.check_filled(false)
+    }
+
+    /// Refuses RAM that a process is still filling as it is accessed: missing pages are read as zeros.
+    #[cfg(target_os = "linux")]
+    fn check_filled(&self, warn: bool) -> anyhow::Result<()> {
+        let path = &self.path;
+        let unexamined = page_reader::check_filled(&self.file)
+            .with_context(|| format!("cannot capture the RAM {path:?}"))?;
+        if warn {
+            warn_of_unexamined(&format!("{path:?}"), &unexamined);
+        }
+        Ok(())
+    }
+
+    #[cfg(not(target_os = "linux"))]
+    fn check_filled(&self, _warn: bool) -> anyhow::Result<()> {
+        Ok(())
+    }
+}
+
+/// Refuses RAM that a `ramsnap restore` is writing to. None begins while `file` is open.
+pub fn check_not_restored(file: &File, ram: &str) -> anyhow::Result<()> {
+    let locked = ram_lock::lock(file, Mode::Shared);
+    match locked.with_context(|| format!("cannot lock {ram}"))? {
+        Holder::Restore => Err(Failure::RamBeingRestored {
+            ram: ram.to_owned(),
+        }
+        .into()),
+        Holder::Us | Holder::Reader | Holder::Unknown => Ok(()),
+    }
+}
+
+/// Warns of processes that may be filling the RAM, and that could not be asked.
+#[cfg(target_os = "linux")]
+pub fn warn_of_unexamined(ram: &str, unexamined: &[UnexaminedProcess]) {
+    if let Some(first) = unexamined.first() {
+        let others = match unexamined.len() - 1 {
+            0 => String::new(),
+            others => format!(" and {others} more"),
+        };
+        print::complain(&format!(
+            "warning: {first}{others} could not be examined: if it is still filling {ram} by userfaultfd, missing pages \
+             are saved as zeros"
+        ));
+    }
+}
+
+/// The page of this host in bytes.
+pub fn host_page() -> u64 {
+    let page = sysconf(SysconfVar::PAGE_SIZE).ok().flatten();
+    page.map_or(4096, |page| page as u64)
+}
+
+#[cfg(all(test, target_os = "linux"))]
+#[path = "../tests/support/missing.rs"]
+#[allow(unsafe_code)]
+mod missing;
+
+#[cfg(all(test, target_os = "linux"))]
+mod tests {
+    use test_machine::Need;
+
+    use super::*;
+
+    #[test]
+    fn filling_that_begins_after_the_file_was_opened_is_found() {
+        let test = "filling_that_begins_after_the_file_was_opened_is_found";
+        if !Need::Userfaultfd.met(test) || !Need::Root.met(test) {
+            return;
+        }
+        let file = tempfile::NamedTempFile::new_in("/dev/shm").unwrap();
+        file.as_file().set_len(1 << 20).unwrap();
+        let ram = RamFile::open(file.path()).unwrap();
+        ram.check().unwrap();
+        let fault = missing::register(file.as_file(), 1 << 20);
+        let error = ram.check().unwrap_err();
+        let found = error.downcast_ref::<page_reader::LazyFillError>();
+        assert!(
+            matches!(found, Some(page_reader::LazyFillError::InProgress { pid, .. }) if *pid == std::process::id()),
+            "{error:?}"
+        );
+        drop(fault);
+        ram.check().unwrap();
+    }
+}

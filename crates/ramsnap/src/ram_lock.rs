@@ -1,0 +1,114 @@
+//! The lock by which ramsnap keeps RAM from being read and restored at once.
+//!
+//! `restore` into RAM that exists holds it exclusively, and who reads RAM holds it shared. It is an
+//! `fcntl` lock (`F_OFD_SETLK`) of one byte far behind the end of any RAM, at a fixed offset. So it can't be mistaken for a
+//! lock of the VMM, which may hold any `flock`, or lock any part of the file that it uses.
+//!
+//! A VMM that has locked *all* of the file with `fcntl`, to the largest offset, keeps this lock out. It is
+//! a lawful owner of its RAM, so it is not refused: then ramsnap does not notice that RAM is read and restored at
+//! once.
+
+#[cfg(target_os = "linux")]
+pub use linux::lock;
+#[cfg(not(target_os = "linux"))]
+pub use others::lock;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mode {
+    /// Of who reads the RAM.
+    Shared,
+    /// Of who restores to it.
+    Exclusive,
+}
+
+/// Who has the lock.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Holder {
+    /// This process, until the file is closed.
+    Us,
+    /// `ramsnap restore`.
+    Restore,
+    /// A ramsnap that reads the RAM.
+    #[cfg_attr(
+        not(target_os = "linux"),
+        expect(dead_code, reason = "elsewhere, readers have no lock")
+    )]
+    Reader,
+    /// A program that has locked all of the file; or nobody can have it there.
+    Unknown,
+}
+
+#[cfg(target_os = "linux")]
+mod linux {
+    use std::fs::File;
+    use std::io;
+
+    use nix::errno::Errno;
+    use nix::fcntl::{FcntlArg, fcntl};
+    use nix::libc;
+
+    use super::{Holder, Mode};
+
+    /// `ramsnap` in ASCII. No RAM is as large.
+    const AT: libc::off_t = 0x006d_656d_736e_6170;
+    const LEN: libc::off_t = 1;
+
+    /// Asks for the lock, without waiting.
+    pub fn lock(file: &File, mode: Mode) -> io::Result<Holder> {
+        let wanted = libc::flock {
+            l_type: match mode {
+                Mode::Shared => libc::F_RDLCK as libc::c_short,
+                Mode::Exclusive => libc::F_WRLCK as libc::c_short,
+            },
+            l_whence: libc::SEEK_SET as libc::c_short,
+            l_start: AT,
+            l_len: LEN,
+            l_pid: 0,
+        };
+        loop {
+            match fcntl(file, FcntlArg::F_OFD_SETLK(&wanted)) {
+                Ok(_) => return Ok(Holder::Us),
+                Err(Errno::EINTR) => continue,
+                Err(Errno::EAGAIN | Errno::EACCES) => {}
+                // NFS without its daemon, or a file system that has no locks.
+                Err(Errno::ENOLCK | Errno::EOPNOTSUPP | Errno::ENOSYS | Errno::EINVAL) => {
+                    return Ok(Holder::Unknown);
+                }
+                Err(errno) => return Err(errno.into()),
+            }
+            let mut found = wanted;
+            fcntl(file, FcntlArg::F_OFD_GETLK(&mut found))?;
+            let is = |kind: libc::c_int| libc::c_int::from(found.l_type) == kind;
+            if is(libc::F_UNLCK) {
+                // Given up meanwhile.
+                continue;
+            }
+            return Ok(match (found.l_start, found.l_len) {
+                (AT, LEN) if is(libc::F_WRLCK) => Holder::Restore,
+                (AT, LEN) => Holder::Reader,
+                _ => Holder::Unknown,
+            });
+        }
+    }
+}
+
+#[cfg(not(target_os = "linux"))]
+mod others {
+    use std::fs::{File, TryLockError};
+    use std::io;
+
+    use super::{Holder, Mode};
+
+    /// Asks for an `flock`, without waiting, to restore. Who reads asks for none: it could not be distinguished from
+    /// the VMM's.
+    pub fn lock(file: &File, mode: Mode) -> io::Result<Holder> {
+        match mode {
+            Mode::Shared => Ok(Holder::Unknown),
+            Mode::Exclusive => match file.try_lock() {
+                Ok(()) => Ok(Holder::Us),
+                Err(TryLockError::WouldBlock) => Ok(Holder::Restore),
+                Err(TryLockError::Error(error)) => Err(error),
+            },
+        }
+    }
+}

@@ -1,0 +1,344 @@
+//! Images on their way: the bytes of a packed one, compressed by zstd.
+
+use std::fs::File;
+use std::io::{self, BufReader, IsTerminal, PipeReader, Read, Seek, Write};
+use std::num::NonZeroUsize;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError, mpsc};
+use std::thread;
+
+use anyhow::Context;
+use image_format::{HEADER_PAGE, Header};
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use page_reader::SecretBuffer;
+use sparse_file::{FileIdentity, SpaceError, grow};
+use zstd::stream::{read::Decoder, write::Encoder};
+
+use crate::failure::Failure;
+use crate::room::Place;
+use crate::session::Session;
+
+/// What stands for stdin or stdout.
+pub const STREAM: &str = "-";
+
+/// zstd's own default: about as fast as a network.
+const LEVEL: i32 = 3;
+/// A window of 8 MiB.
+const WINDOW_LOG: u32 = 23;
+/// Bytes moved at a time.
+const PIECE: usize = 1 << 20;
+
+pub fn is_stream(path: &Path) -> bool {
+    path == Path::new(STREAM)
+}
+
+/// An image that comes by stdin: a packed one of version 2, which says first how long it is.
+pub struct Incoming<'s> {
+    session: &'s Session,
+    stream: Decoder<'static, BufReader<Stdin>>,
+    start: [u8; HEADER_PAGE],
+    header: Header,
+}
+
+impl<'s> Incoming<'s> {
+    /// Waits for the first page, and refuses anything but the beginning of an image.
+    pub fn begin(session: &'s Session) -> anyhow::Result<Self> {
+        let stdin = Stdin::new(session)?;
+        let decoder = || -> io::Result<_> {
+            let mut stream = Decoder::new(stdin)?;
+            // Memory for what is referred back to: as much as every decoder should take, no more.
+            stream.window_log_max(WINDOW_LOG)?;
+            Ok(stream)
+        };
+        let mut stream = decoder().context("cannot begin to decompress stdin")?;
+        let mut start = [0; HEADER_PAGE];
+        let received = read(session, &mut stream, &mut start)?;
+        let header = Header::read(&start).filter(|_| received == HEADER_PAGE);
+        Ok(Self {
+            session,
+            stream,
+            start,
+            header: header.ok_or(Failure::StreamNotPacked)?,
+        })
+    }
+
+    /// What the image says of itself, which is proven once it is all there.
+    pub fn header(&self) -> Header {
+        self.header
+    }
+
+    /// Decompresses the image to `file`, which is new and in `dir`: as many bytes as the header
+    /// says, and no more.
+    pub fn write_to(mut self, mut file: &File, dir: &Path) -> anyhow::Result<()> {
+        let len = self.header.len();
+        let failed = |written, source| full(file, dir, written, len, source);
+        // A limit of the size of files is known now.
+        grow(file, len).map_err(|error| match error {
+            SpaceError::Io { source, .. } => failed(0, source),
+            other => failed(0, io::Error::other(other)),
+        })?;
+        let bar = self.session.bar("receiving");
+        bar.set_length(len);
+        file.write_all(&self.start)
+            .map_err(|source| failed(0, source))?;
+        let mut received = HEADER_PAGE as u64;
+        let mut buffer = SecretBuffer::new();
+        let piece = buffer.sized(PIECE);
+        while received < len {
+            let most = PIECE.min(usize::try_from(len - received).unwrap_or(PIECE));
+            let found = read(self.session, &mut self.stream, &mut piece[..most])?;
+            if found == 0 {
+                return Err(Failure::StreamCut { received, len }.into());
+            }
+            file.write_all(&piece[..found])
+                .map_err(|source| failed(received, source))?;
+            received += found as u64;
+            bar.set_position(received);
+        }
+        match read(self.session, &mut self.stream, &mut piece[..1])? {
+            0 => Ok(()),
+            _ => Err(Failure::StreamTooLong { len }.into()),
+        }
+    }
+}
+
+/// Fills `buffer` as far as the stream goes on.
+fn read(session: &Session, stream: &mut impl Read, buffer: &mut [u8]) -> anyhow::Result<usize> {
+    let mut filled = 0;
+    while filled < buffer.len() {
+        match stream.read(&mut buffer[filled..]) {
+            Ok(0) => break,
+            Ok(len) => filled += len,
+            Err(error) => {
+                session.check("nothing was written")?;
+                if error.raw_os_error().is_some() {
+                    return Err(error).context("cannot read stdin");
+                }
+                // The library's words are about its format.
+                return Err(Failure::StreamBroken.into());
+            }
+        }
+    }
+    Ok(filled)
+}
+
+/// Why the stream can't be kept: where the file system is full, which and by how much.
+fn full(file: &File, dir: &Path, written: u64, len: u64, source: io::Error) -> anyhow::Error {
+    let is_full = matches!(
+        source.kind(),
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded
+    );
+    match Place::of(file, dir) {
+        Ok(place) if is_full => Failure::SpoolFull {
+            dir: dir.to_owned(),
+            mount: place.mount,
+            file_system: place.file_system,
+            written,
+            len,
+            available: place.available,
+            source,
+        }
+        .into(),
+        _ => anyhow::Error::from(source).context(format!(
+            "cannot keep the {len} bytes of the stream in {dir:?}"
+        )),
+    }
+}
+
+/// Stdin, until a signal comes while something is staged.
+#[derive(Debug)]
+struct Stdin {
+    file: File,
+    cancelled: PipeReader,
+}
+
+impl Stdin {
+    fn new(session: &Session) -> io::Result<Self> {
+        let file = io::stdin().as_fd().try_clone_to_owned()?.into();
+        let cancelled = session.hangs_up()?;
+        Ok(Self { file, cancelled })
+    }
+}
+
+impl Read for Stdin {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        loop {
+            let mut ready = [
+                PollFd::new(self.file.as_fd(), PollFlags::POLLIN),
+                PollFd::new(self.cancelled.as_fd(), PollFlags::POLLIN),
+            ];
+            match poll(&mut ready, PollTimeout::NONE) {
+                Err(Errno::EINTR) => continue,
+                polled => _ = polled?,
+            }
+            if ready[1].any() == Some(true) {
+                return Err(io::Error::other("interrupted"));
+            }
+            match self.file.read(buffer) {
+                // It may be shared with a process that has made it so.
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                read => return read,
+            }
+        }
+    }
+}
+
+/// A file without a name in `dir`, of mode 0600, for an image while it is checked.
+pub fn spool(dir: &Path) -> anyhow::Result<File> {
+    let file = nameless(dir).map_or_else(
+        || tempfile::NamedTempFile::new_in(dir).map(tempfile::NamedTempFile::into_file),
+        Ok,
+    );
+    file.with_context(|| format!("cannot keep the stream in {dir:?}"))
+}
+
+/// One that never had a name, where the file system has such files.
+#[cfg(target_os = "linux")]
+fn nameless(dir: &Path) -> Option<File> {
+    use std::os::unix::fs::OpenOptionsExt;
+    // O_EXCL: nobody can give it a name.
+    let flags = nix::libc::O_TMPFILE | nix::libc::O_EXCL;
+    let mut options = File::options();
+    let options = options.read(true).write(true).mode(0o600);
+    options.custom_flags(flags).open(dir).ok()
+}
+
+#[cfg(not(target_os = "linux"))]
+fn nameless(_: &Path) -> Option<File> {
+    None
+}
+
+/// A path by which an open file is opened again.
+pub fn path_of(file: &File) -> PathBuf {
+    format!("/dev/fd/{}", file.as_raw_fd()).into()
+}
+
+/// Refuses a terminal, before anything is read.
+pub fn check_stdout() -> Result<(), Failure> {
+    match io::stdout().is_terminal() {
+        true => Err(Failure::StreamToTerminal),
+        false => Ok(()),
+    }
+}
+
+/// Refuses an output that is what comes in: `ramsnap convert - --zstd -o FILE < FILE`.
+pub fn check_is_not_stdin(output: &Path) -> Result<(), Failure> {
+    match is_file_of(io::stdin().as_fd(), output) {
+        true => Err(Failure::OutputIsInput {
+            path: output.to_owned(),
+        }),
+        false => Ok(()),
+    }
+}
+
+/// Refuses to send a file to itself: `ramsnap convert FILE -o - --zstd >> FILE`.
+pub fn check_is_not_stdout(inputs: &[PathBuf]) -> Result<(), Failure> {
+    let stdout = io::stdout();
+    let same = inputs
+        .iter()
+        .find(|input| is_file_of(stdout.as_fd(), input));
+    match same.cloned() {
+        Some(path) => Err(Failure::OutputIsInput { path }),
+        None => Ok(()),
+    }
+}
+
+fn is_file_of(stream: BorrowedFd<'_>, path: &Path) -> bool {
+    let (Ok(stream), Ok(file)) = (FileIdentity::of(stream), FileIdentity::at(path)) else {
+        return false;
+    };
+    file.is_file() && file.may_be(&stream)
+}
+
+/// Compresses `image`, a packed one that is called `path`, to stdout.
+pub fn to_stdout(session: &Session, mut image: File, path: &Path) -> anyhow::Result<()> {
+    let mut begin = || -> io::Result<u64> {
+        image.rewind()?;
+        Ok(image.metadata()?.len())
+    };
+    let len = begin().with_context(|| format!("cannot read {path:?}"))?;
+    let bar = session.bar("sending");
+    bar.set_length(len);
+    let send = || -> anyhow::Result<()> {
+        let mut stream = Encoder::new(io::stdout().lock(), LEVEL)?;
+        stream.include_checksum(true)?;
+        stream.set_pledged_src_size(Some(len))?;
+        let threads = thread::available_parallelism().map_or(1, NonZeroUsize::get);
+        // The library makes its threads as it begins, and fails if it gets none.
+        if can_start(threads + 1) {
+            stream.multithread(threads as u32)?;
+        }
+        copy(image, len, &mut stream, path, |piece| bar.inc(piece))?;
+        Ok(stream.finish()?.flush()?)
+    };
+    send().context("the stream was not sent whole")
+}
+
+/// Whether this process may have so many more threads at once.
+fn can_start(threads: usize) -> bool {
+    let (release, wait) = mpsc::channel::<()>();
+    let wait = &Mutex::new(wait);
+    thread::scope(move |scope| {
+        let stand_by = move || {
+            let wait = wait.lock().unwrap_or_else(PoisonError::into_inner);
+            // Until the other end is dropped.
+            let _ = wait.recv();
+        };
+        let start = |_| thread::Builder::new().spawn_scoped(scope, stand_by).is_ok();
+        let all = (0..threads).all(start);
+        drop(release);
+        all
+    })
+}
+
+/// Copies all of the `len` bytes that the image at `path` has.
+fn copy(
+    mut image: impl Read,
+    len: u64,
+    to: &mut impl Write,
+    path: &Path,
+    progress: impl Fn(u64),
+) -> anyhow::Result<()> {
+    let mut buffer = SecretBuffer::new();
+    let piece = buffer.sized(PIECE);
+    let mut sent = 0;
+    loop {
+        let read = image.read(piece);
+        let read = read.with_context(|| format!("cannot read {path:?}"))?;
+        sent += read as u64;
+        if (read == 0 && sent < len) || sent > len {
+            let path = path.to_owned();
+            return Err(Failure::SentResized { path }.into());
+        }
+        if read == 0 {
+            return Ok(());
+        }
+        to.write_all(&piece[..read])?;
+        progress(read as u64);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use rstest::rstest;
+
+    use super::*;
+
+    #[rstest]
+    #[case::as_it_was(100, true)]
+    #[case::cut(99, false)]
+    #[case::grown(101, false)]
+    fn an_image_that_changes_its_size_is_not_sent_as_whole(#[case] now: usize, #[case] sent: bool) {
+        let (image, mut to) = (vec![7; now], Vec::new());
+        let copied = copy(&image[..], 100, &mut to, Path::new("it"), |_| ());
+        let resized = |error: &anyhow::Error| {
+            matches!(error.downcast_ref(), Some(Failure::SentResized { .. }))
+        };
+        match copied {
+            Ok(()) => assert!(sent && to == image),
+            Err(error) => assert!(!sent && resized(&error), "{error:?}"),
+        }
+    }
+}

@@ -1,0 +1,27 @@
+//! `ramsnap completions`: what shells complete.
+
+use clap::{Args, CommandFactory};
+use clap_complete::Shell;
+
+use crate::Verdict;
+use crate::cli::Cli;
+use crate::print;
+
+/// Print what a shell needs to complete commands
+#[derive(Debug, Args)]
+#[command(
+    after_help = "Example:\n  ramsnap completions bash > ~/.local/share/bash-completion/completions/ramsnap"
+)]
+pub struct Completions {
+    /// The shell
+    shell: Shell,
+}
+
+impl Completions {
+    pub fn run(&self) -> anyhow::Result<Verdict> {
+        let mut script = Vec::new();
+        clap_complete::generate(self.shell, &mut Cli::command(), "ramsnap", &mut script);
+        print::line(String::from_utf8_lossy(&script).trim_end())?;
+        Ok(Verdict::Good)
+    }
+}

@@ -1,0 +1,347 @@
+//! `ramsnap convert`: the same image in another layout, or on its way to elsewhere.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::Context;
+use atomic_file::AtomicWriter;
+use clap::Args;
+use image_format::{Footer, Header, Version};
+use memory_image::{Chain, Image};
+use memory_writer::{Options, SnapshotError};
+use sparse_file::PageHoles;
+
+use crate::Verdict;
+use crate::args::{Extras, Format, Formats, ImageFile, Layout, Output, RawImages, ReadExtras};
+use crate::failure::Failure;
+use crate::session::Session;
+use crate::stream::{self, Incoming, is_stream};
+use crate::verbs::merge::layout_of_first;
+use crate::{input, room, save};
+
+/// Write an image in another layout, or as a stream
+///
+/// The result has the same pages, id, parent, regions and metadata. A raw image has none of these, and gets a new id.
+///
+/// With --zstd, `-` stands for stdin or stdout: the bytes of a packed image, compressed. What comes in is checked before the output
+/// appears, and takes no more room than the image's first page claims.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  \
+    ramsnap convert full.mem -o full.raw --layout raw\n  \
+    ramsnap convert raw:old.raw -o old.mem --layout sealed\n  \
+    ramsnap convert full.mem -o - --zstd | ssh host ramsnap convert - --zstd -o full.mem\n  \
+    ramsnap convert d1.raw --raw-diff --parent old.mem -o d1.mem --layout packed")]
+pub struct Convert {
+    /// The image; `-` for a stream on stdin
+    #[arg(value_name = "FILE", value_parser = ImageFile::parser())]
+    input: ImageFile,
+    #[command(flatten)]
+    formats: Formats,
+    #[command(flatten)]
+    output: Output,
+    /// How the pages stand in the result; as in the image unless told
+    #[arg(long)]
+    layout: Option<Layout>,
+    /// `-` is a compressed stream
+    #[arg(long)]
+    zstd: bool,
+    /// The page of the result; the image's unless told
+    #[arg(long, value_name = "SIZE", value_parser = crate::args::page_size)]
+    page_size: Option<u64>,
+    /// The image is raw, and a diff
+    #[arg(long, conflicts_with = "format")]
+    raw_diff: bool,
+    /// The sealed or packed image that the raw diff was taken after
+    #[arg(long, value_name = "FILE", requires = "raw_diff", value_parser = ImageFile::parser())]
+    parent: Option<ImageFile>,
+    /// Take the holes of the raw diff for clean pages, also where the file system can't be believed
+    #[arg(long, requires = "raw_diff")]
+    trust_holes: bool,
+    /// Don't compare the image with its checksums first
+    #[arg(long)]
+    no_verify: bool,
+    #[command(flatten)]
+    extras: Extras,
+}
+
+impl Convert {
+    pub fn run(&self, session: &Session) -> anyhow::Result<Verdict> {
+        self.check()?;
+        let extras = self.extras.read()?;
+        if is_stream(&self.input.path) {
+            return self.receive(session, extras);
+        }
+        let chain = self.open(session, self.open_input()?)?;
+        let check = || match self.no_verify {
+            true => Ok(()),
+            false => input::check_sums(session, chain.images()),
+        };
+        if !is_stream(&self.output.path) {
+            return self.convert(session, &chain, extras, None, check);
+        }
+        let is_current = |footer: &Footer| footer.version == Version::CURRENT;
+        let packed = layout_of_first(&chain) == Layout::Packed;
+        let as_it_is = packed && chain.images().filter_map(Image::footer).all(is_current);
+        if as_it_is && self.keeps_pages() {
+            check()?;
+            // Not by its path, which may lead to another file by now.
+            let image = chain.images().next().context("there is no image")?;
+            let file = image.version()?.file().try_clone();
+            let file = file.with_context(|| format!("cannot send {:?}", self.input.path))?;
+            stream::to_stdout(session, file, &self.input.path)?;
+            // The receiver finds the damage by the checksums; the sender fails too.
+            chain.check_unchanged()?;
+            return Ok(Verdict::Good);
+        }
+        self.pack_and_send(session, &chain, extras, check)
+    }
+
+    /// Finds out all that can be known before the first byte of the stream is read, and what its
+    /// first page says before the rest.
+    fn receive(&self, session: &Session, extras: ReadExtras) -> anyhow::Result<Verdict> {
+        let staged = match is_stream(&self.output.path) {
+            true => None,
+            false => Some(save::stage_early(session, &self.output)?),
+        };
+        let dir = match &staged {
+            Some(staged) => save::dir_of(staged.temp_path()).to_owned(),
+            None => std::env::temp_dir(),
+        };
+        let as_it_is = self.keeps_pages() && self.layout.is_none_or(|it| it == Layout::Packed);
+        let file = match &staged {
+            Some(staged) if as_it_is => staged.file().try_clone()?,
+            _ => stream::spool(&dir)?,
+        };
+        let incoming = Incoming::begin(session)?;
+        self.check_header(incoming.header(), staged.as_ref(), as_it_is, &dir)?;
+        incoming.write_to(&file, &dir)?;
+
+        let from_stdin = || "the image that came by stdin is not usable";
+        let image = Image::open_as(stream::path_of(&file), memory_image::Format::Packed);
+        let image = image.with_context(from_stdin)?;
+        let found = input::sum(session, &image).with_context(from_stdin)?.found;
+        if found > 0 {
+            return Err(Failure::StreamDamaged { found }.into());
+        }
+        match staged {
+            Some(staged) if as_it_is => {
+                drop((image, file));
+                save::commit_staged(session, staged)?;
+                Ok(Verdict::Good)
+            }
+            None if as_it_is => {
+                stream::to_stdout(session, file, &self.input.path)?;
+                Ok(Verdict::Good)
+            }
+            Some(_) => {
+                let chain = self.open(session, image)?;
+                self.convert(session, &chain, extras, staged, || Ok(()))
+            }
+            None => {
+                let chain = self.open(session, image)?;
+                self.pack_and_send(session, &chain, extras, || Ok(()))
+            }
+        }
+    }
+
+    /// Refuses an image that can't become what is asked for, by its first page.
+    fn check_header(
+        &self,
+        header: Header,
+        staged: Option<&AtomicWriter>,
+        as_it_is: bool,
+        dir: &Path,
+    ) -> anyhow::Result<()> {
+        let page_size = header.most_page_size();
+        if header.is_diff() && self.page_size.is_some_and(|asked| asked > page_size) {
+            return Err(Failure::DiffInLargerPages { page_size }.into());
+        }
+        if let (true, Some(Layout::Raw), Some(staged)) = (header.is_diff(), self.layout, staged) {
+            let page_size = self.page_size.unwrap_or(page_size);
+            PageHoles::check_new(staged.file(), page_size).map_err(|why| {
+                SnapshotError::AmbiguousDiff {
+                    dest: staged.dest_path().to_owned(),
+                    source: why.into(),
+                }
+            })?;
+        }
+        // Where it is written a second time, its pages are.
+        let again = if as_it_is { 0 } else { header.present_bytes() };
+        let needed = header.len().saturating_add(again);
+        room::check_bytes(&self.output.path, dir, needed)?;
+        Ok(())
+    }
+
+    fn open_input(&self) -> anyhow::Result<Image> {
+        if !self.raw_diff {
+            return self.input.open(self.formats.format);
+        }
+        // Nothing that a guest can write makes this an image.
+        if Image::open(&self.input.path).is_ok() {
+            let path = self.input.path.clone();
+            return Err(Failure::NotARawDiff { path }.into());
+        }
+        self.input.open(Format::Raw)
+    }
+
+    fn check(&self) -> Result<(), Failure> {
+        let streams = [&self.input.path, &self.output.path].map(|path| is_stream(path));
+        match (streams.contains(&true), self.zstd) {
+            (true, false) => return Err(Failure::StreamNotCompressed),
+            (false, true) => return Err(Failure::NoStream),
+            _ => {}
+        }
+        let format = self.input.format(self.formats.format);
+        let is_packed = matches!(format, Format::Auto | Format::Packed) && !self.raw_diff;
+        if streams[0] && !is_packed {
+            return Err(Failure::StreamFormat);
+        }
+        if streams[1] {
+            if self.layout.is_some_and(|layout| layout != Layout::Packed) {
+                return Err(Failure::StreamLayout);
+            }
+            stream::check_stdout()?;
+            return stream::check_is_not_stdout(&self.inputs());
+        }
+        if self.layout == Some(Layout::Raw) && !(self.extras.is_empty() && self.parent.is_none()) {
+            let path = self.output.path.clone();
+            return Err(Failure::RawHasNoSeal { path });
+        }
+        if streams[0] {
+            stream::check_is_not_stdin(&self.output.path)?;
+        }
+        save::check_output(&self.output, &self.inputs())
+    }
+
+    /// All files that are read.
+    fn inputs(&self) -> Vec<PathBuf> {
+        let image = Some(&self.input).filter(|input| !is_stream(&input.path));
+        let images = image.into_iter().chain(&self.parent);
+        self.extras.and_inputs(images.map(|file| file.path.clone()))
+    }
+
+    /// The image alone, in pages that both it and the result have whole.
+    fn open(&self, session: &Session, image: Image) -> anyhow::Result<Chain> {
+        let page_size = match (image.footer(), self.page_size) {
+            (Some(footer), Some(asked)) if image.is_diff() && asked > footer.page_size => {
+                let page_size = footer.page_size;
+                return Err(match page_size < image_format::RAW_UNIT {
+                    true => Failure::OldPages { page_size },
+                    false => Failure::DiffInLargerPages { page_size },
+                }
+                .into());
+            }
+            (Some(footer), Some(asked)) => Some(asked.min(footer.page_size)),
+            (_, asked) => asked,
+        };
+        let raw = RawImages {
+            page_size,
+            trust_holes: self.trust_holes,
+        };
+        input::put_together(session, vec![image], &raw, self.raw_diff)
+    }
+
+    /// Writes the image to the output, or to what is `staged` for it, and checks it once there is a
+    /// place for the result.
+    fn convert(
+        &self,
+        session: &Session,
+        chain: &Chain,
+        extras: ReadExtras,
+        staged: Option<AtomicWriter>,
+        check: impl FnOnce() -> anyhow::Result<()>,
+    ) -> anyhow::Result<Verdict> {
+        let (size, page_size) = (chain.size(), self.page_size_of(chain)?);
+        let layout = self.layout.unwrap_or_else(|| layout_of_first(chain));
+        let says_more = !self.extras.is_empty() || self.parent.is_some();
+        if layout == Layout::Raw && says_more {
+            let path = self.output.path.clone();
+            return Err(Failure::RawHasNoSeal { path }.into());
+        }
+        let options = self.options(session, chain, layout, extras)?;
+        let mut writer = match staged {
+            Some(staged) => options.open_on(staged, size, page_size)?,
+            None => save::stage(session, &self.output, options, size, page_size)?,
+        };
+        save::check_room(&writer, chain)?;
+        check()?;
+        save::write_chain(&mut writer, chain)?;
+        save::commit(session, writer)?;
+        Ok(Verdict::Good)
+    }
+
+    fn page_size_of(&self, chain: &Chain) -> Result<u64, Failure> {
+        let page_size = save::page_size(chain)?;
+        Ok(self.page_size.unwrap_or(page_size))
+    }
+
+    fn options(
+        &self,
+        session: &Session,
+        chain: &Chain,
+        layout: Layout,
+        extras: ReadExtras,
+    ) -> anyhow::Result<Options> {
+        let mut seal = chain.seal();
+        if let Some(file) = &self.parent {
+            let parent = file.open(Format::Auto)?;
+            let (old, new) = (parent.ram_size(), chain.size());
+            if old != new {
+                return Err(Failure::OtherGuest { old, new }.into());
+            }
+            let Some(id) = parent.id() else {
+                let path = file.path.clone();
+                return Err(Failure::ParentIsRaw { path }.into());
+            };
+            // Those of its guest, which a raw diff doesn't say.
+            let regions = parent.footer().map(|footer| &footer.regions[..]);
+            self.extras.check_regions(regions)?;
+            seal = seal
+                .parent(id)
+                .regions(regions.unwrap_or_default().iter().cloned());
+        }
+        let seal = extras.add_to(seal, chain.size())?;
+        Ok(session
+            .options("converting")
+            .layout(layout.with(seal))
+            .skip_untouched(true)
+            .ram_start(0))
+    }
+
+    /// Whether the result has the pages and all else of a packed image, so that its bytes are the
+    /// image's.
+    fn keeps_pages(&self) -> bool {
+        self.page_size.is_none() && self.extras.is_empty()
+    }
+
+    /// Sends the image, packed in a file without a name.
+    fn pack_and_send(
+        &self,
+        session: &Session,
+        chain: &Chain,
+        extras: ReadExtras,
+        check: impl FnOnce() -> anyhow::Result<()>,
+    ) -> anyhow::Result<Verdict> {
+        let options = self.options(session, chain, Layout::Packed, extras)?;
+        // A fixed name could be taken by another user.
+        let dir = tempfile::Builder::new()
+            .prefix("ramsnap-stream-")
+            .tempdir_in(std::env::temp_dir())
+            .context("cannot make a directory to pack the stream in")?;
+        let dest = dir.path().join("image");
+        let mut writer = options.open(dest, chain.size(), self.page_size_of(chain)?)?;
+        save::check_room(&writer, chain)?;
+        check()?;
+        save::write_chain(&mut writer, chain)?;
+        let stage = writer.finish()?;
+        let file = stage
+            .file()
+            .try_clone()
+            .context("cannot send the packed image")?;
+        stage.discard()?;
+        dir.close()
+            .context("cannot remove the directory that the stream was packed in")?;
+        session.release()?;
+        stream::to_stdout(session, file, &self.input.path)?;
+        Ok(Verdict::Good)
+    }
+}

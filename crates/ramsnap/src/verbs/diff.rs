@@ -1,0 +1,396 @@
+//! `ramsnap diff`: what changed between two states.
+
+use std::collections::HashSet;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+
+use anyhow::Context;
+use clap::Args;
+use dirty_bitmap::DirtyBitmap;
+use memory_image::{Chain, Image, compare};
+use memory_writer::{ImageId, MemoryWriter, Seal, SnapshotError};
+use page_reader::{PageReader, Touched};
+use serde::Serialize;
+
+use crate::Verdict;
+use crate::args::{
+    Extras, Format, Formats, ImageFile, InProcess, Layout, Output, RawImages, text_of,
+};
+use crate::failure::Failure;
+use crate::print::{self, count, size};
+use crate::ram::{Ram, RamFile};
+use crate::session::Session;
+use crate::{input, save};
+
+/// Take a diff: the pages of a new state of the RAM that differ from an old one
+///
+/// The old state comes first: a full image, or one and its diffs, oldest first. The new state is RAM, by --ram or --pid (pause the guest meanwhile); or
+/// the last file, a full image or a diff on top of the old ones; or a chain of its own, by --to. A raw file does not say whether it is a full image or a diff:
+/// add --raw-full or --raw-diff where the new state begins with one.
+///
+/// The diff names the old state as its parent, and has the id of the new one; RAM gets a new id. Without --output nothing is
+/// written, and the exit status is 1 if the states differ.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  \
+    ramsnap diff full.mem --ram /dev/shm/guest -o d1.mem\n  \
+    ramsnap diff full.mem d1.mem --ram /dev/shm/guest -o d2.mem\n  \
+    ramsnap diff yesterday.mem today.mem -o day.mem\n  \
+    ramsnap diff full.mem d1.mem d2.mem --to full.mem --to d1.mem -o back.mem\n  \
+    ramsnap diff full.mem raw:d1.raw --raw-diff\n  \
+    ramsnap diff full.mem --pid 4242 --region /memfd:ram -o d1.mem\n  \
+    ramsnap diff a.mem b.mem")]
+pub struct Diff {
+    /// The old state's images, oldest first, and then, without --ram, --pid or --to, that of the new state
+    #[arg(required = true, value_name = "FILE", value_parser = ImageFile::parser())]
+    files: Vec<ImageFile>,
+    /// The new state: the RAM itself, a file or memfd as for `ramsnap full`
+    #[arg(long, value_name = "RAMFILE")]
+    ram: Option<PathBuf>,
+    /// The new state: an image; repeat it for a chain, oldest first
+    #[arg(long, value_name = "FILE", value_parser = ImageFile::parser())]
+    to: Vec<ImageFile>,
+    /// The new state's first image is raw, and a full image
+    #[arg(long, conflicts_with = "raw_diff")]
+    raw_full: bool,
+    /// The new state's images begin with a raw one, and are diffs on top of the old state
+    #[arg(long)]
+    raw_diff: bool,
+    #[command(flatten)]
+    formats: Formats,
+    #[command(flatten)]
+    process: InProcess,
+    /// The diff to write; it appears once it is whole
+    #[arg(short, long, value_name = "FILE")]
+    output: Option<PathBuf>,
+    /// Replace the output if it exists
+    #[arg(long, requires = "output")]
+    force: bool,
+    /// How the pages stand in the diff
+    #[arg(long, default_value = "packed", requires = "output")]
+    layout: Layout,
+    /// Don't compare the images with their checksums first
+    #[arg(long)]
+    no_verify: bool,
+    /// What differs, as JSON: sizes and offsets in bytes
+    #[arg(long, conflicts_with = "output")]
+    json: bool,
+    #[command(flatten)]
+    raw: RawImages,
+    #[command(flatten)]
+    extras: Extras,
+}
+
+impl Diff {
+    pub fn run(&self, session: &Session) -> anyhow::Result<Verdict> {
+        let session = &self.process.session(session);
+        let (old_files, new_files) = self.states()?;
+        let new_is_diff = self.new_is_diff(new_files)?;
+        let output = self.output.as_ref().map(|path| Output {
+            path: path.clone(),
+            force: self.force,
+        });
+        if let Some(output) = &output {
+            let images = [input::paths(old_files), input::paths(new_files)].concat();
+            let files = images.into_iter().chain(self.ram.clone());
+            save::check_output(output, &self.extras.and_inputs(files))?;
+            if self.layout == Layout::Raw && !self.extras.is_empty() {
+                let path = output.path.clone();
+                return Err(Failure::RawHasNoSeal { path }.into());
+            }
+        }
+        let old = input::full_chain(session, old_files, self.formats, &self.raw)?;
+        let mut new = match (&self.ram, self.process.find()?) {
+            (Some(path), _) => New::Ram(Ram::File(RamFile::open(path)?)),
+            (None, Some(ram)) => New::Ram(ram),
+            (None, None) => {
+                New::Images(self.new_chain(session, old_files, new_files, new_is_diff)?)
+            }
+        };
+        if old.size() != new.size() {
+            let (old, new) = (old.size(), new.size());
+            return Err(Failure::OtherGuest { old, new }.into());
+        }
+        self.check_regions(&old, &new)?;
+        let writer = match &output {
+            None => None,
+            Some(output) => Some(self.stage(session, output, &old, &new)?),
+        };
+        if !self.no_verify {
+            // A damaged page that the RAM has by now would be missing in the diff.
+            input::check_sums(session, new.images_beside(&old))?;
+        }
+        // Last, as it may stop a process.
+        new.hold(session)?;
+        let changed = self.changed(session, &old, &new)?;
+        match writer {
+            None => {
+                old.check_unchanged()?;
+                new.check()?;
+                drop(new);
+                self.tell(&changed)
+            }
+            Some(writer) => self.save(session, writer, &old, new, &changed),
+        }
+    }
+
+    fn page_size(&self, old: &Chain) -> u64 {
+        let smallest = old.writable_page_size();
+        self.raw.page_size.unwrap_or(smallest)
+    }
+
+    /// Both states, and the diff, are of RAM at the same addresses, as far as images say.
+    fn check_regions(&self, old: &Chain, new: &New) -> Result<(), Failure> {
+        let (old, new) = (input::regions(old), new.regions());
+        if let (Some(old), Some(new)) = (old, new)
+            && old != new
+        {
+            let (old, new) = (text_of(old), text_of(new));
+            return Err(Failure::OtherRegions { old, new });
+        }
+        self.extras.check_regions(old.or(new))
+    }
+
+    /// Whether the command line says that a raw first image of the new state is a diff. `None` where the image says what
+    /// it is, or there is none.
+    fn new_is_diff(&self, new: &[ImageFile]) -> Result<Option<bool>, Failure> {
+        let is_raw = |file: &&ImageFile| file.format(self.formats.format) == Format::Raw;
+        let raw = new.first().filter(is_raw);
+        match (raw, self.raw_full, self.raw_diff) {
+            (None, false, false) => Ok(None),
+            (None, ..) => Err(Failure::NoRawNewState),
+            (Some(file), false, false) => {
+                let path = file.path.clone();
+                Err(Failure::RawNewState { path })
+            }
+            (Some(_), _, is_diff) => Ok(Some(is_diff)),
+        }
+    }
+
+    /// The files of the old state, and of the new one: none where that is RAM.
+    fn states(&self) -> Result<(&[ImageFile], &[ImageFile]), Failure> {
+        let ram = self.ram.is_some();
+        match (ram, self.process.is_given(), &self.to[..]) {
+            (true, false, []) | (false, true, []) => Ok((&self.files, &[])),
+            (false, false, to @ [_, ..]) => Ok((&self.files, to)),
+            (false, false, []) if self.files.len() > 1 => {
+                Ok(self.files.split_at(self.files.len() - 1))
+            }
+            _ => Err(Failure::NoNewState),
+        }
+    }
+
+    /// The new state's images: on top of the old ones if it is one diff.
+    fn new_chain(
+        &self,
+        session: &Session,
+        old: &[ImageFile],
+        new: &[ImageFile],
+        is_diff: Option<bool>,
+    ) -> anyhow::Result<Chain> {
+        let on_top = match (new, is_diff) {
+            (_, Some(is_diff)) => is_diff,
+            ([one], None) => one.open(self.formats.format)?.is_diff(),
+            (_, None) => false,
+        };
+        let files = match on_top {
+            true => [old, new].concat(),
+            false => new.to_vec(),
+        };
+        input::full_chain(session, &files, self.formats, &self.raw)
+    }
+
+    fn changed(&self, session: &Session, old: &Chain, new: &New) -> anyhow::Result<DirtyBitmap> {
+        let bar = session.bar("comparing");
+        bar.set_length(old.size());
+        let page_size = self.page_size(old);
+        let progress = |done| {
+            bar.set_position(done);
+            session.flow()
+        };
+        let compared = compare(old, &new.reader(), old.size(), page_size, &progress);
+        compared.context("the two states can't be compared")
+    }
+
+    fn tell(&self, changed: &DirtyBitmap) -> anyhow::Result<Verdict> {
+        let found = Difference::of(changed);
+        if self.json {
+            print::json(&found)?;
+        } else if found.pages == 0 {
+            print::line("the same")?;
+        } else {
+            let (pages, runs) = (
+                count(found.pages, "page"),
+                count(found.runs.len() as u64, "run"),
+            );
+            let bytes = size(found.bytes);
+            print::line(&format!("{pages} differ: {bytes} in {runs}"))?;
+        }
+        Ok(Verdict::of(found.pages == 0))
+    }
+
+    /// Makes a place for the diff, and reads all that it says beside its pages.
+    fn stage(
+        &self,
+        session: &Session,
+        output: &Output,
+        old: &Chain,
+        new: &New,
+    ) -> anyhow::Result<MemoryWriter> {
+        if let New::Ram(ram) = new {
+            ram.check_output(&output.path)?;
+        }
+        let mut seal = new.seal();
+        if let Some(parent) = old.id() {
+            if new.id() == Some(parent) {
+                return Err(Failure::SameState { id: parent }.into());
+            }
+            seal = seal.parent(parent);
+        } else {
+            seal = seal.on_raw_image();
+            session.warn(
+                "the old state is raw and has no id: nothing will tell whether the diff fits on it",
+            );
+        }
+        if let Some(regions) = input::regions(old) {
+            seal = seal.regions(regions.iter().cloned());
+        }
+        if let (New::Images(chain), true) = (new, self.layout != Layout::Raw) {
+            input::warn_of_old_metadata(session, chain);
+        }
+        let seal = self.extras.add_to(seal, old.size())?;
+        let options = session
+            .options("saving")
+            .layout(self.layout.with(seal))
+            .ram_start(0);
+        save::stage(session, output, options, old.size(), self.page_size(old))
+    }
+
+    fn save(
+        &self,
+        session: &Session,
+        mut writer: MemoryWriter,
+        old: &Chain,
+        new: New,
+        changed: &DirtyBitmap,
+    ) -> anyhow::Result<Verdict> {
+        let reader = new.reader();
+        // A page may differ because the guest gave it back: reading it would allocate it again.
+        let written = writer.write_diff(&Touched::new(&reader, new.size()), changed);
+        drop(reader);
+        written.map_err(|error| new.explain(error))?;
+        old.check_unchanged()?;
+        new.check()?;
+        // A process that was stopped goes on.
+        drop(new);
+        save::commit(session, writer)?;
+        Ok(Verdict::Good)
+    }
+}
+
+/// The new state.
+enum New {
+    Ram(Ram),
+    Images(Chain),
+}
+
+impl New {
+    fn size(&self) -> u64 {
+        match self {
+            Self::Ram(ram) => ram.size(),
+            Self::Images(chain) => chain.size(),
+        }
+    }
+
+    fn reader(&self) -> Box<dyn PageReader + Sync + '_> {
+        match self {
+            Self::Ram(ram) => ram.reader(),
+            Self::Images(chain) => Box::new(chain),
+        }
+    }
+
+    fn regions(&self) -> Option<&[Range<u64>]> {
+        match self {
+            Self::Ram(_) => None,
+            Self::Images(chain) => input::regions(chain),
+        }
+    }
+
+    fn id(&self) -> Option<ImageId> {
+        match self {
+            Self::Ram(_) => None,
+            Self::Images(chain) => chain.id(),
+        }
+    }
+
+    /// The new state's, and nobody's child yet.
+    fn seal(&self) -> Seal {
+        match self {
+            Self::Ram(_) => Seal::new(),
+            Self::Images(chain) => chain.seal(),
+        }
+    }
+
+    /// Returns the images of both states, each once.
+    fn images_beside<'i>(&'i self, old: &'i Chain) -> impl Iterator<Item = &'i Image> {
+        let new = match self {
+            Self::Ram(_) => None,
+            Self::Images(chain) => Some(chain),
+        };
+        let known: HashSet<&Path> = old.paths().collect();
+        let new = new.into_iter().flat_map(Chain::images);
+        let beside = new.filter(move |image| !known.contains(image.path()));
+        old.images().chain(beside)
+    }
+
+    fn hold(&mut self, session: &Session) -> anyhow::Result<()> {
+        match self {
+            Self::Ram(ram) => ram.hold(session),
+            Self::Images(_) => Ok(()),
+        }
+    }
+
+    fn check(&self) -> anyhow::Result<()> {
+        match self {
+            Self::Ram(ram) => ram.check(),
+            Self::Images(chain) => Ok(chain.check_unchanged()?),
+        }
+    }
+
+    fn explain(&self, error: SnapshotError) -> anyhow::Error {
+        match self {
+            Self::Ram(ram) => ram.explain(error),
+            Self::Images(_) => error.into(),
+        }
+    }
+}
+
+#[derive(Debug, Serialize)]
+struct Difference {
+    page_bytes: u64,
+    pages: u64,
+    bytes: u64,
+    runs: Vec<Run>,
+}
+
+#[derive(Debug, Serialize)]
+struct Run {
+    offset: u64,
+    bytes: u64,
+}
+
+impl Difference {
+    fn of(changed: &DirtyBitmap) -> Self {
+        let runs = changed.runs().map(|run| Run {
+            offset: run.start,
+            bytes: run.end - run.start,
+        });
+        let runs: Vec<_> = runs.collect();
+        let bytes = runs.iter().map(|run| run.bytes).sum();
+        Self {
+            page_bytes: changed.page_size(),
+            pages: bytes / changed.page_size(),
+            bytes,
+            runs,
+        }
+    }
+}

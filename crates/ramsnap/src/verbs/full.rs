@@ -1,0 +1,83 @@
+//! `ramsnap full`: all of a guest's RAM.
+
+use std::path::PathBuf;
+
+use clap::Args;
+use memory_writer::Seal;
+
+use crate::Verdict;
+use crate::args::{Extras, InProcess, Layout, Output};
+use crate::failure::Failure;
+use crate::ram::{self, Ram, RamFile};
+use crate::save;
+use crate::session::Session;
+
+/// Take a full image of a guest's RAM
+///
+/// The RAM is a file that the guest maps shared (QEMU: -object memory-backend-file,share=on; a file in /dev/shm), or a memfd of a running
+/// monitor, as /proc/PID/fd/N; or, on Linux, mappings of a process. Pause the guest meanwhile: bytes that it changes are saved as they are when each is
+/// read. RAM that is zero or was never touched takes no room.
+/// RAM that a `ramsnap restore` is writing to is refused; a VMM's own locks of the file are no hindrance.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  \
+    ramsnap full /dev/shm/guest -o full.mem\n  \
+    ramsnap full /proc/4242/fd/17 -o full.mem --layout sealed --metadata vcpus.bin\n  \
+    ramsnap full --pid 4242 --region /memfd:ram -o full.mem")]
+pub struct Full {
+    /// The file or memfd that the guest's RAM is in
+    #[arg(value_name = "RAMFILE")]
+    ram: Option<PathBuf>,
+    #[command(flatten)]
+    process: InProcess,
+    #[command(flatten)]
+    output: Output,
+    /// How the pages stand in the image
+    #[arg(long, default_value = "packed")]
+    layout: Layout,
+    /// The page of the image; the host's unless told
+    #[arg(long, value_name = "SIZE", value_parser = crate::args::page_size)]
+    page_size: Option<u64>,
+    /// Write zeros and untouched RAM too
+    #[arg(long)]
+    keep_zeros: bool,
+    #[command(flatten)]
+    extras: Extras,
+}
+
+impl Full {
+    pub fn run(&self, session: &Session) -> anyhow::Result<Verdict> {
+        let session = &self.process.session(session);
+        let inputs = self.extras.and_inputs(self.ram.clone());
+        save::check_output(&self.output, &inputs)?;
+        if self.layout == Layout::Raw && !self.extras.is_empty() {
+            let path = self.output.path.clone();
+            return Err(Failure::RawHasNoSeal { path }.into());
+        }
+        let mut ram = self.open()?;
+        ram.check_output(&self.output.path)?;
+        let page_size = self.page_size.unwrap_or_else(ram::host_page);
+        let seal = self.extras.add_to(Seal::new(), ram.size())?;
+        let options = session
+            .options("saving")
+            .layout(self.layout.with(seal))
+            .skip_zeros(!self.keep_zeros)
+            .skip_untouched(!self.keep_zeros);
+        let mut writer = save::stage(session, &self.output, options, ram.size(), page_size)?;
+        ram.hold(session)?;
+        let written = writer.write_full(&ram.reader());
+        written.map_err(|error| ram.explain(error))?;
+        ram.check()?;
+        // A process that was stopped goes on.
+        drop(ram);
+        save::commit(session, writer)?;
+        Ok(Verdict::Good)
+    }
+
+    fn open(&self) -> anyhow::Result<Ram> {
+        match (&self.ram, self.process.is_given()) {
+            (Some(path), false) => Ok(Ram::File(RamFile::open(path)?)),
+            (None, _) => self.process.find()?.ok_or(Failure::NoRam.into()),
+            _ => Err(Failure::NoRam.into()),
+        }
+    }
+}

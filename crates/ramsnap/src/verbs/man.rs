@@ -1,0 +1,69 @@
+//! `ramsnap man`: manual pages.
+
+use std::ffi::OsString;
+use std::fs::{self, DirEntry};
+use std::io::{self, Write};
+use std::path::PathBuf;
+
+use anyhow::Context;
+use atomic_file::AtomicWriter;
+use clap::{Args, CommandFactory};
+
+use crate::Verdict;
+use crate::cli::Cli;
+use crate::failure::Failure;
+use crate::print::count;
+use crate::session::Session;
+
+/// Write the manual pages to a directory
+#[derive(Debug, Args)]
+#[command(after_help = "Example:\n  ramsnap man ~/.local/share/man/man1")]
+pub struct Man {
+    /// The directory, made if it is not there
+    #[arg(value_name = "DIR")]
+    dir: PathBuf,
+    /// Replace pages that exist
+    #[arg(long)]
+    force: bool,
+}
+
+impl Man {
+    pub fn run(&self, session: &Session) -> anyhow::Result<Verdict> {
+        let dir = &self.dir;
+        let failed = || format!("cannot write manual pages to {dir:?}");
+        fs::create_dir_all(dir).with_context(failed)?;
+        let pages = pages()?;
+        for (name, _) in &pages {
+            let path = dir.join(name);
+            if !self.force && path.symlink_metadata().is_ok() {
+                return Err(Failure::OutputExists { path }.into());
+            }
+        }
+        session.hold();
+        let options = AtomicWriter::options().mode(0o644).no_clobber(!self.force);
+        for (name, text) in &pages {
+            session.check("some of the pages were not written")?;
+            let mut writer = options.open(dir.join(name))?;
+            writer.write_all(text).with_context(failed)?;
+            writer.commit()?;
+        }
+        let pages = count(pages.len() as u64, "page");
+        session.report(&format!("{}: {pages}", dir.display()))?;
+        Ok(Verdict::Good)
+    }
+}
+
+/// The pages, one for the tool and one a verb, by name.
+fn pages() -> anyhow::Result<Vec<(OsString, Vec<u8>)>> {
+    let making = "cannot make the manual pages";
+    let dir = tempfile::tempdir().context(making)?;
+    clap_mangen::generate_to(Cli::command(), dir.path()).context(making)?;
+    let read = |entry: io::Result<DirEntry>| {
+        let entry = entry?;
+        Ok((entry.file_name(), fs::read(entry.path())?))
+    };
+    let pages = fs::read_dir(dir.path()).context(making)?.map(read);
+    let mut pages: Vec<_> = pages.collect::<io::Result<_>>().context(making)?;
+    pages.sort();
+    Ok(pages)
+}

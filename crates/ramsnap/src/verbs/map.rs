@@ -1,0 +1,188 @@
+//! `ramsnap map`: which pages images hold, as a picture.
+
+mod cells;
+mod drawing;
+mod terminal;
+
+use std::fs::File;
+use std::io::Write;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+
+use anyhow::Context;
+use atomic_file::AtomicWriter;
+use clap::Args;
+use image_format::Stored;
+use serde::Serialize;
+use sparse_file::extents;
+
+use crate::Verdict;
+use crate::args::{Formats, ImageFile};
+use crate::failure::Failure;
+use crate::print::JsonPath;
+use crate::session::Session;
+use crate::{input, print, save};
+
+/// Show which pages images hold: present, zero or clean
+///
+/// One image fills lines from the start of the RAM to its end; several have a line each. In the terminal, a cell stands for many pages, and its height for
+/// the share of them that is present.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  \
+    ramsnap map full.mem\n  \
+    ramsnap map full.mem d1.mem d2.mem -o chain.svg")]
+pub struct Map {
+    /// Images
+    #[arg(required = true, value_name = "FILE", value_parser = ImageFile::parser())]
+    files: Vec<ImageFile>,
+    #[command(flatten)]
+    formats: Formats,
+    /// Draw to this file, a .svg or .png
+    #[arg(short, long, value_name = "FILE")]
+    output: Option<PathBuf>,
+    /// Replace the output if it exists
+    #[arg(long, requires = "output")]
+    force: bool,
+    /// Columns to fill; the terminal's unless told
+    #[arg(long, value_name = "COLUMNS", conflicts_with_all = ["output", "json"], value_parser = clap::value_parser!(u16).range(1..))]
+    width: Option<u16>,
+    /// The runs of pages, as JSON: a list of objects, sizes and offsets in bytes. A path that is not UTF-8 is an object: text, and bytes_hex
+    #[arg(long, conflicts_with = "output")]
+    json: bool,
+}
+
+impl Map {
+    pub fn run(&self, session: &Session) -> anyhow::Result<Verdict> {
+        if let Some(path) = &self.output {
+            self.draw(session, path)?;
+            return Ok(Verdict::Good);
+        }
+        let maps = self.maps()?;
+        if self.json {
+            print::json(&maps)?;
+        } else {
+            print::line(&terminal::text(&maps, self.width.map(usize::from)))?;
+        }
+        Ok(Verdict::Good)
+    }
+
+    fn maps(&self) -> anyhow::Result<Vec<PageMap>> {
+        let maps = self
+            .files
+            .iter()
+            .map(|file| PageMap::of(file, self.formats));
+        let maps = maps.collect::<anyhow::Result<Vec<_>>>()?;
+        match maps.iter().find(|map| map.ram_bytes != maps[0].ram_bytes) {
+            None => Ok(maps),
+            Some(other) => {
+                let (old, new) = (maps[0].ram_bytes, other.ram_bytes);
+                Err(Failure::OtherGuest { old, new }.into())
+            }
+        }
+    }
+
+    fn draw(&self, session: &Session, path: &Path) -> anyhow::Result<()> {
+        let extension = path.extension().and_then(|extension| extension.to_str());
+        let draw = match extension {
+            Some("svg") => drawing::svg,
+            Some("png") => drawing::png,
+            _ => {
+                let path = path.to_owned();
+                return Err(Failure::NoSuchPicture { path }.into());
+            }
+        };
+        save::check_is_no_input(path, &input::paths(&self.files))?;
+        if !self.force && path.symlink_metadata().is_ok() {
+            let path = path.to_owned();
+            return Err(Failure::OutputExists { path }.into());
+        }
+        let picture = drawing::fit(&self.maps()?);
+        let bytes = draw(&picture).with_context(|| format!("cannot draw {path:?}"))?;
+        // Nothing of the guest's is in it but where its pages are.
+        let options = AtomicWriter::options()
+            .mode(0o644)
+            .preserve(save::preserve())
+            .no_clobber(!self.force);
+        session.hold();
+        let mut writer = options.open(path)?;
+        save::warn_of_lost(session, path, writer.not_preserved());
+        let written = writer.write_all(&bytes);
+        written.with_context(|| format!("cannot write the picture {path:?}"))?;
+        session.check("nothing was written")?;
+        writer.commit()?;
+        Ok(session.report(&format!("{}: {}", path.display(), picture.title()))?)
+    }
+}
+
+/// Which pages an image holds.
+#[derive(Debug, Serialize)]
+struct PageMap {
+    file: JsonPath,
+    ram_bytes: u64,
+    /// The smallest part of RAM that there can be a run of.
+    page_bytes: u64,
+    runs: Vec<Run>,
+}
+
+/// Whatever is in no run is clean.
+#[derive(Debug, Serialize)]
+struct Run {
+    offset: u64,
+    bytes: u64,
+    state: State,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+enum State {
+    Present,
+    Zero,
+    /// Of a raw image: zeros, or clean.
+    Hole,
+}
+
+impl PageMap {
+    fn of(file: &ImageFile, formats: Formats) -> anyhow::Result<Self> {
+        let image = file.open(formats.format)?;
+        let path = image.path();
+        let (page_bytes, runs) = match image.footer() {
+            Some(footer) => {
+                let run = |run: &image_format::Run| match run.stored {
+                    Stored::At(_) => Run::new(run.range(), State::Present),
+                    Stored::Zeros => Run::new(run.range(), State::Zero),
+                };
+                (footer.page_size, footer.runs.iter().map(run).collect())
+            }
+            None => (4096, holes(path)?),
+        };
+        Ok(Self {
+            file: path.to_owned().into(),
+            ram_bytes: image.ram_size(),
+            page_bytes,
+            runs,
+        })
+    }
+}
+
+impl Run {
+    fn new(range: Range<u64>, state: State) -> Self {
+        Self {
+            offset: range.start,
+            bytes: range.end - range.start,
+            state,
+        }
+    }
+}
+
+fn holes(path: &Path) -> anyhow::Result<Vec<Run>> {
+    let list = || {
+        let run = |extent: sparse_file::Extent| match extent.kind {
+            sparse_file::Kind::Data => Run::new(extent.range, State::Present),
+            sparse_file::Kind::Hole => Run::new(extent.range, State::Hole),
+        };
+        extents(&File::open(path)?)?
+            .map(|extent| extent.map(run))
+            .collect::<std::io::Result<_>>()
+    };
+    list().with_context(|| format!("cannot list the extents of {path:?}"))
+}

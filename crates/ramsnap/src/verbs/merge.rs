@@ -1,0 +1,111 @@
+//! `ramsnap merge`: a chain as one image.
+
+use std::path::PathBuf;
+
+use clap::{ArgGroup, Args};
+
+use crate::Verdict;
+use crate::args::{Formats, ImageFile, Layout, Output, RawImages};
+use crate::failure::Failure;
+use crate::session::Session;
+use crate::{input, save};
+
+/// Make one image of a full image and its diffs, or one diff of diffs
+///
+/// The result stands for the same state as the last file, and has its id: the next diff fits on it. Where the last file is raw, the result has a new id and no
+/// metadata; regions are those of any file that has some. A raw first file is taken for a full image, unless --raw-diffs is given.
+#[derive(Debug, Args)]
+#[command(
+    group = ArgGroup::new("where").required(true).args(["output", "in_place"]),
+    after_help = "Examples:\n  \
+        ramsnap merge full.mem d1.mem d2.mem -o new.mem\n  \
+        ramsnap merge d1.mem d2.mem -o both.mem\n  \
+        ramsnap merge raw:full.raw d1.mem -o new.mem --layout packed\n  \
+        ramsnap merge --in-place full.mem d1.mem"
+)]
+pub struct Merge {
+    /// Images, oldest first
+    #[arg(required = true, value_name = "FILE", value_parser = ImageFile::parser())]
+    files: Vec<ImageFile>,
+    #[command(flatten)]
+    formats: Formats,
+    /// The file to write; it appears once it is whole
+    #[arg(short, long, value_name = "FILE")]
+    output: Option<PathBuf>,
+    /// Replace the first file by the result
+    ///
+    /// At every instant, also after a crash, the old file is there whole, or the new one. The new file
+    /// has the old one's owner, group, mode, access control list and extended attributes, as far as
+    /// that is permitted. If another writer replaces the first file while it is merged, the merge fails,
+    /// and that writer's file stays.
+    #[arg(long)]
+    in_place: bool,
+    /// Replace the output if it exists
+    #[arg(long, requires = "output")]
+    force: bool,
+    /// How the pages stand in the result; that of the first file unless told
+    #[arg(long)]
+    layout: Option<Layout>,
+    /// The files are raw, and all of them diffs
+    #[arg(long, conflicts_with = "format")]
+    raw_diffs: bool,
+    /// Don't compare the files with their checksums first
+    #[arg(long)]
+    no_verify: bool,
+    #[command(flatten)]
+    raw: RawImages,
+}
+
+impl Merge {
+    pub fn run(&self, session: &Session) -> anyhow::Result<Verdict> {
+        let output = self.checked_output()?;
+        let chain = match self.raw_diffs {
+            true => input::raw_diffs(session, &self.files, &self.raw)?,
+            false => input::chain(session, &self.files, self.formats, &self.raw)?,
+        };
+        let layout = self.layout.unwrap_or_else(|| layout_of_first(&chain));
+        let mut options = session
+            .options("merging")
+            .layout(layout.with(chain.seal()))
+            .skip_untouched(true)
+            .ram_start(0);
+        if let (true, Some(first)) = (self.in_place, chain.images().next()) {
+            // What another writer puts there meanwhile stays.
+            options = options.replace_only(first.version()?);
+        }
+        let page_size = save::page_size(&chain)?;
+        if layout != Layout::Raw {
+            input::warn_of_old_metadata(session, &chain);
+        }
+        let mut writer = save::stage(session, &output, options, chain.size(), page_size)?;
+        save::check_room(&writer, &chain)?;
+        // Once there is a place for the result: this takes as long as the rest.
+        if !self.no_verify {
+            input::check_sums(session, chain.images())?;
+        }
+        save::write_chain(&mut writer, &chain)?;
+        save::commit(session, writer)?;
+        Ok(Verdict::Good)
+    }
+
+    fn checked_output(&self) -> Result<Output, Failure> {
+        let Some(path) = &self.output else {
+            let path = self.files[0].path.clone();
+            return Ok(Output { path, force: true });
+        };
+        if input::is_one_of(path, &input::paths(&self.files)) {
+            let path = path.clone();
+            return Err(Failure::MergeOntoInput { path });
+        }
+        let output = Output {
+            path: path.clone(),
+            force: self.force,
+        };
+        save::check_output(&output, &[])?;
+        Ok(output)
+    }
+}
+
+pub fn layout_of_first(chain: &memory_image::Chain) -> Layout {
+    chain.images().next().map_or(Layout::Raw, Layout::of)
+}

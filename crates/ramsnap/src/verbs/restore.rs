@@ -1,0 +1,130 @@
+//! `ramsnap restore`: a chain's RAM, for a guest to go on with.
+
+mod in_place;
+#[cfg(target_os = "linux")]
+mod reserve;
+
+use std::path::PathBuf;
+
+use anyhow::Context;
+use clap::Args;
+use memory_image::Chain;
+
+use crate::Verdict;
+use crate::args::{Formats, ImageFile, Output, RawImages};
+use crate::failure::Failure;
+use crate::print::size;
+use crate::session::Session;
+use crate::{input, save};
+use in_place::{Begun, InPlace};
+
+/// Bring the RAM back as it was: into a new file, or into RAM that is there
+///
+/// A new file appears once it is whole, and is sparse where the RAM is zero. A file or memfd that exists (/proc/PID/fd/N) is written in place,
+/// where a monitor has it mapped; it must be as large as the RAM and empty, or --force be given. It is checked before anything of it is
+/// overwritten: the images' checksums, whether it can be written, and the room, which is reserved on ext4, XFS, tmpfs and hugetlbfs. Other file systems (btrfs) cannot do
+/// that: as much as the RAM needs must be free, and a warning is given. If writing fails after that or is interrupted, it is left empty.
+/// RAM that ramsnap is reading is refused, and ramsnap refuses to read RAM that is being restored; a VMM's own locks of the file are no hindrance.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  \
+    ramsnap restore full.mem d1.mem -o /dev/shm/guest\n  \
+    ramsnap restore full.mem -o /proc/4242/fd/17 --force\n  \
+    ramsnap restore raw:full.raw d1.mem -o /dev/shm/guest")]
+pub struct Restore {
+    /// Images, oldest first
+    #[arg(required = true, value_name = "FILE", value_parser = ImageFile::parser())]
+    files: Vec<ImageFile>,
+    #[command(flatten)]
+    formats: Formats,
+    /// The file or memfd that the RAM goes to
+    #[arg(short, long, value_name = "RAMFILE")]
+    output: PathBuf,
+    /// Overwrite RAM that is not empty
+    #[arg(long)]
+    force: bool,
+    /// Refuse raw images, which have no checksums
+    #[arg(long, conflicts_with = "no_verify")]
+    verify: bool,
+    /// Don't compare the images with their checksums first
+    #[arg(long)]
+    no_verify: bool,
+    #[command(flatten)]
+    raw: RawImages,
+}
+
+impl Restore {
+    pub fn run(&self, session: &Session) -> anyhow::Result<Verdict> {
+        save::check_is_no_input(&self.output, &input::paths(&self.files))?;
+        let chain = input::full_chain(session, &self.files, self.formats, &self.raw)?;
+        if self.verify
+            && let Some(raw) = chain.images().find(|image| image.footer().is_none())
+        {
+            let path = raw.path().to_owned();
+            return Err(Failure::NothingToVerify { path }.into());
+        }
+        if self.output.exists() {
+            self.in_place(session, &chain)?;
+        } else {
+            self.new_file(session, &chain)?;
+        }
+        Ok(Verdict::Good)
+    }
+
+    /// Compares the images with their checksums: once there is a place for the RAM, and before it is
+    /// written.
+    fn check(&self, session: &Session, chain: &Chain) -> anyhow::Result<()> {
+        match self.no_verify {
+            true => Ok(()),
+            false => input::check_sums(session, chain.images()),
+        }
+    }
+
+    fn new_file(&self, session: &Session, chain: &Chain) -> anyhow::Result<()> {
+        let output = Output {
+            path: self.output.clone(),
+            force: false,
+        };
+        let options = session.options("restoring");
+        let options = options.skip_untouched(true).skip_zeros(true);
+        let page_size = save::page_size(chain)?;
+        let mut writer = save::stage(session, &output, options, chain.size(), page_size)?;
+        save::check_room_but_zeros(session, &writer, chain)?;
+        self.check(session, chain)?;
+        save::write_chain(&mut writer, chain)?;
+        save::commit(session, writer)
+    }
+
+    fn in_place(&self, session: &Session, chain: &Chain) -> anyhow::Result<()> {
+        let path = &self.output;
+        let mut target = InPlace::open(session, path, chain, self.force)?;
+        let check_use = |target: &InPlace<'_>| match !self.force && target.holds_anything()? {
+            true => Err(Failure::TargetInUse { path: path.clone() }.into()),
+            false => anyhow::Ok(()),
+        };
+        let in_use = self.force && target.holds_anything()?;
+        check_use(&target)?;
+        // A signal gives back what is reserved.
+        session.hold();
+        target.check_writing()?;
+        let plan = target.reserve(chain, in_use)?;
+        self.check(session, chain)?;
+        // That took its time, and a guest may have been started with the file meanwhile.
+        check_use(&target)?;
+        session.check("the output was not written to")?;
+        let begun = Begun::now(&mut target);
+        let target = &mut *begun.target;
+        let restored = target.begin(plan).and_then(|runs| {
+            chain.restore_runs(target, runs.into_iter())?;
+            let synced = target.file.sync_all();
+            synced.with_context(|| format!("cannot bring {path:?} to its disk"))?;
+            chain.check_unchanged()?;
+            Ok(target.check_in_place()?)
+        });
+        match restored {
+            Ok(()) => begun.end(),
+            Err(error) => return Err(begun.give_up(error)),
+        }
+        let ram = size(chain.size());
+        Ok(session.report(&format!("{}: {ram} of RAM", path.display()))?)
+    }
+}

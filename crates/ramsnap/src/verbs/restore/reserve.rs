@@ -1,0 +1,275 @@
+//! Room for RAM that is overwritten, taken before anything of it is lost.
+//!
+//! Rule: no byte of RAM that exists changes before the blocks for what replaces it are allocated. To compare
+//! what is needed with what a file system calls free is not enough: ext4 keeps blocks back for root and for itself,
+//! and blocks that files share are not freed by a hole.
+//!
+//! | file system | how |
+//! |---|---|
+//! | ext4, tmpfs | `fallocate` of what is missing; a block that is there is overwritten where it is |
+//! | XFS | `fallocate` with `FALLOC_FL_UNSHARE_RANGE`, as blocks may be shared with a copy |
+//! | hugetlbfs | the mapping reserves its pages |
+//! | others | nothing: btrfs writes what is overwritten to other blocks. As much as the RAM needs must be free, and a warning says that this may not be enough |
+//!
+//! On tmpfs, which counts exactly, the old RAM's own pages count as room if nothing else is left.
+
+use std::fs::File;
+use std::io;
+use std::ops::Range;
+use std::os::fd::AsFd;
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::Path;
+
+use anyhow::Context;
+use memory_image::Chain;
+use nix::errno::Errno;
+use nix::fcntl::{FallocateFlags, fallocate};
+use nix::sys::statfs::{EXT4_SUPER_MAGIC, TMPFS_MAGIC, XFS_SUPER_MAGIC, fstatfs};
+use page_reader::{HostMemory, SecretBuffer};
+use sparse_file::{Kind, extents, file_system_name, punch_hole};
+
+use crate::failure::Failure;
+use crate::room;
+use crate::session::Session;
+use crate::zeros::without_zeros;
+
+/// Bytes reserved by one call, and between two looks for signals.
+const STEP: u64 = 1 << 30;
+/// Bytes read at a time.
+const CHUNK: usize = 1 << 20;
+
+/// What is to be written of the RAM, and how.
+#[derive(Debug)]
+pub(super) struct Plan {
+    /// What is written. Everything else is zeros.
+    pub(super) runs: Vec<Range<u64>>,
+    /// Whether all of the file must be zeros before anything is written, as it has to give up blocks first.
+    pub(super) empty_first: bool,
+    /// Given back unless the restore begins.
+    pub(super) reserved: Option<Reserved>,
+}
+
+impl Plan {
+    /// To write what `chain` stores to a file that is emptied first.
+    pub(super) fn to_empty(chain: &Chain) -> Self {
+        Self {
+            runs: chain.stored_runs().collect(),
+            empty_first: true,
+            reserved: None,
+        }
+    }
+}
+
+/// Blocks that were allocated in holes of a file. Dropped, it makes them holes again.
+#[derive(Debug)]
+pub(super) struct Reserved {
+    file: File,
+    blocks_before: u64,
+    /// The holes of before.
+    holes: Vec<Range<u64>>,
+}
+
+impl Reserved {
+    /// Keeps the blocks: they are about to be written.
+    pub(super) fn keep(mut self) {
+        self.blocks_before = u64::MAX;
+    }
+}
+
+impl Drop for Reserved {
+    fn drop(&mut self) {
+        let blocks = self.file.metadata().map_or(0, |metadata| metadata.blocks());
+        if blocks <= self.blocks_before {
+            return;
+        }
+        // Where they are now does not tell: once they were read, reserved blocks are listed as data.
+        let mut buffer = SecretBuffer::new();
+        for hole in &self.holes {
+            for at in hole.clone().step_by(CHUNK) {
+                let end = hole.end.min(at + CHUNK as u64);
+                let bytes = buffer.sized((end - at) as usize);
+                let read = self.file.read_exact_at(bytes, at);
+                // Another program may have written there meanwhile.
+                if read.is_ok() && HostMemory::from(&*bytes).is_zero() {
+                    // What stays reserved is zeros, too.
+                    let _ = punch_hole(&self.file, at..end);
+                }
+            }
+        }
+    }
+}
+
+/// How a file system sets blocks aside that a write cannot lack.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Method {
+    /// By allocating what is missing.
+    Allocate,
+    /// The same, where what is free can be counted.
+    AllocateOrCount,
+    /// By allocating what is missing or shared.
+    Unshare,
+    /// In no way.
+    Unknown,
+}
+
+impl Method {
+    fn of(file: &File) -> Self {
+        match fstatfs(file).map(|found| found.filesystem_type()) {
+            Ok(EXT4_SUPER_MAGIC) => Self::Allocate,
+            Ok(TMPFS_MAGIC) => Self::AllocateOrCount,
+            Ok(XFS_SUPER_MAGIC) => Self::Unshare,
+            _ => Self::Unknown,
+        }
+    }
+
+    fn flags(self) -> FallocateFlags {
+        match self {
+            Self::Unshare => {
+                FallocateFlags::FALLOC_FL_KEEP_SIZE | FallocateFlags::FALLOC_FL_UNSHARE_RANGE
+            }
+            Self::Allocate | Self::AllocateOrCount | Self::Unknown => {
+                FallocateFlags::FALLOC_FL_KEEP_SIZE
+            }
+        }
+    }
+}
+
+/// Sees that what `chain` stores can be written to `file`, at `path`, which `holds` RAM or nothing but zeros. Not a byte
+/// of the file changes.
+pub(super) fn reserve(
+    session: &Session,
+    path: &Path,
+    file: &File,
+    chain: &Chain,
+    holds: bool,
+) -> anyhow::Result<Plan> {
+    let looking = || format!("cannot look at {path:?}");
+    let blocks_before = file.metadata().with_context(looking)?.blocks();
+    let method = Method::of(file);
+    let stored: Vec<_> = chain.stored_runs().collect();
+    if method == Method::Unknown {
+        return unreserved(session, path, file, stored, holds);
+    }
+    let holes = || -> io::Result<Vec<Range<u64>>> {
+        let listed =
+            extents(file)?.filter(|it| it.as_ref().map_or(true, |it| it.kind == Kind::Hole));
+        listed.map(|extent| Ok(extent?.range)).collect()
+    };
+    let holes = holes().with_context(looking)?;
+    let take = |runs: &[Range<u64>]| -> anyhow::Result<Option<Reserved>> {
+        let file = file.try_clone().with_context(looking)?;
+        let reserved = Reserved {
+            file,
+            blocks_before,
+            holes: holes.clone(),
+        };
+        match allocate(session, &reserved.file, runs, method.flags()) {
+            Ok(()) => Ok(Some(reserved)),
+            Err(Errno::ENOSPC | Errno::EDQUOT) => Ok(None),
+            Err(Errno::ECANCELED) => {
+                session.check("the output was not written to")?;
+                Ok(None)
+            }
+            Err(errno) => Err(errno.into()),
+        }
+    };
+    let plan = |runs, reserved| Plan {
+        runs,
+        empty_first: false,
+        reserved: Some(reserved),
+    };
+    match take(&stored) {
+        Ok(Some(reserved)) => return Ok(plan(stored, reserved)),
+        Ok(None) => {}
+        Err(error) if error.downcast_ref() == Some(&Errno::EOPNOTSUPP) => {
+            return unreserved(session, path, file, stored, holds);
+        }
+        Err(error) => {
+            return Err(error.context(format!("cannot reserve room for the RAM in {path:?}")));
+        }
+    }
+    // Zeros that are stored need no room.
+    let needed = without_zeros(session, chain, &stored)?;
+    if let Some(reserved) = take(&needed)? {
+        return Ok(plan(needed, reserved));
+    }
+    let free = room::free_for(file).with_context(looking)?;
+    let bytes = room::in_blocks(needed.iter().cloned(), free.block);
+    if method == Method::AllocateOrCount {
+        room::compare(path, bytes, free.bytes.saturating_add(blocks_before * 512))?;
+        return Ok(Plan {
+            runs: needed,
+            empty_first: true,
+            reserved: None,
+        });
+    }
+    let path = path.to_owned();
+    let available = free.bytes;
+    Err(Failure::NoRoomOver {
+        path,
+        needed: bytes,
+        available,
+    }
+    .into())
+}
+
+/// Where blocks can't be reserved: asks for as much as the RAM needs to be free, as the old RAM's may not be given back in
+/// time, and warns.
+fn unreserved(
+    session: &Session,
+    path: &Path,
+    file: &File,
+    stored: Vec<Range<u64>>,
+    holds: bool,
+) -> anyhow::Result<Plan> {
+    let plan = |runs| Plan {
+        runs,
+        empty_first: true,
+        reserved: None,
+    };
+    if !holds {
+        // There is nothing to lose.
+        return Ok(plan(stored));
+    }
+    let looking = || format!("cannot look at {path:?}");
+    let free = room::free_for(file).with_context(looking)?;
+    // Some network file systems have no numbers.
+    if free.of > 0 {
+        let needed = room::in_blocks(stored.iter().cloned(), free.block);
+        room::compare(path, needed, free.bytes)?;
+    }
+    let name = file_system_name(file).with_context(looking)?;
+    session.warn(&format!(
+        "{path:?} is on {name}, where ramsnap cannot reserve room: if another program fills it up meanwhile, \
+         the RAM is lost"
+    ));
+    Ok(plan(stored))
+}
+
+/// `ECANCELED` where a signal came.
+fn allocate(
+    session: &Session,
+    file: &impl AsFd,
+    runs: &[Range<u64>],
+    flags: FallocateFlags,
+) -> nix::Result<()> {
+    for run in runs {
+        let mut at = run.start;
+        while at < run.end {
+            if session.is_cancelled() {
+                return Err(Errno::ECANCELED);
+            }
+            let len = STEP.min(run.end - at);
+            let (start, size) = (at.try_into(), len.try_into());
+            let (Ok(start), Ok(size)) = (start, size) else {
+                return Err(Errno::EFBIG);
+            };
+            match fallocate(file, flags, start, size) {
+                Ok(()) => at += len,
+                Err(Errno::EINTR) => {}
+                Err(errno) => return Err(errno),
+            }
+        }
+    }
+    Ok(())
+}

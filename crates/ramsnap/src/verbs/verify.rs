@@ -1,0 +1,287 @@
+//! `ramsnap verify`: whether images are whole, and follow each other.
+
+use clap::Args;
+use memory_image::{Damage, ImageError, Verified};
+use serde::Serialize;
+
+use crate::args::{Formats, ImageFile, RawImages};
+use crate::input;
+use crate::print::{self, JsonPath, count, size};
+use crate::session::Session;
+use crate::{Verdict, failure, words};
+
+/// Check that images are whole and, if there are several, that each follows the one before
+///
+/// Every page is read and compared with the checksums. A raw image has none, so it can't be checked, which is a failure.
+#[derive(Debug, Args)]
+#[command(
+    after_help = "Examples:\n  ramsnap verify full.mem\n  ramsnap verify full.mem d1.mem d2.mem --json"
+)]
+pub struct Verify {
+    /// Images, oldest first
+    #[arg(required = true, value_name = "FILE", value_parser = ImageFile::parser())]
+    files: Vec<ImageFile>,
+    #[command(flatten)]
+    formats: Formats,
+    /// Only warn of raw images
+    #[arg(long)]
+    allow_raw: bool,
+    /// As JSON: an object, sizes and offsets in bytes. A path that is not UTF-8 is an object: text, and bytes_hex
+    #[arg(long)]
+    json: bool,
+}
+
+impl Verify {
+    pub fn run(&self, session: &Session) -> anyhow::Result<Verdict> {
+        let mut failed = None;
+        let mut files = Vec::new();
+        for file in &self.files {
+            let checked = Checked::file(session, file, self.formats);
+            files.push(checked.unwrap_or_else(|error| {
+                // It keeps none of the others from being checked.
+                let why = words::text(&error);
+                if let Some(other) = failed.replace(error) {
+                    words::complain(&other);
+                }
+                let file = file.path.clone().into();
+                let state = State::Unreadable { why };
+                Checked { file, state }
+            }));
+        }
+        let links = match &failed {
+            None => self.links(session, &files)?,
+            Some(_) => None,
+        };
+        let good = files.iter().all(|file| file.is_good(self.allow_raw));
+        let report = Report {
+            good: good && links.as_ref().is_none_or(Links::are_good),
+            files,
+            links,
+        };
+        if self.json {
+            print::json(&report)?;
+        } else {
+            print::line(&report.text())?;
+        }
+        match failed {
+            None => Ok(Verdict::of(report.good)),
+            Some(error) => Err(error),
+        }
+    }
+
+    fn links(&self, session: &Session, files: &[Checked]) -> anyhow::Result<Option<Links>> {
+        if files.len() < 2 {
+            return Ok(None);
+        }
+        if let Some(file) = files.iter().find(|file| !file.has_links(self.allow_raw)) {
+            let why = format!("{} can't be linked", file.file.display());
+            return Ok(Some(Links::Unknown { why }));
+        }
+        let raw = RawImages {
+            page_size: None,
+            trust_holes: true,
+        };
+        match input::chain(session, &self.files, self.formats, &raw) {
+            Ok(_) => Ok(Some(Links::Good)),
+            Err(error) if failure::exit_code(&error) == failure::NEGATIVE => {
+                let why = words::text(&error);
+                Ok(Some(Links::Broken { why }))
+            }
+            Err(error) => Err(error),
+        }
+    }
+}
+
+#[derive(Debug, Serialize)]
+struct Report {
+    good: bool,
+    files: Vec<Checked>,
+    /// Of several files.
+    links: Option<Links>,
+}
+
+#[derive(Debug, Serialize)]
+struct Checked {
+    file: JsonPath,
+    #[serde(flatten)]
+    state: State,
+}
+
+#[derive(Debug, Serialize)]
+#[serde(tag = "state", rename_all = "lowercase")]
+enum State {
+    Whole {
+        bytes: u64,
+        chunks: u64,
+    },
+    Damaged {
+        chunks: u64,
+        found: u64,
+        damages: Vec<Place>,
+    },
+    /// The footer can't be used, so nothing is known of the pages.
+    Unusable {
+        why: String,
+    },
+    /// It could not be opened or read.
+    Unreadable {
+        why: String,
+    },
+    Raw,
+}
+
+/// Where a damage is.
+#[derive(Debug, Serialize)]
+#[serde(untagged)]
+enum Place {
+    Chunk {
+        chunk: u64,
+        guest_start: u64,
+        guest_end: u64,
+        file_offset: u64,
+    },
+    NotZero {
+        not_zero_at: u64,
+    },
+}
+
+#[derive(Debug, Serialize)]
+#[serde(tag = "state", rename_all = "lowercase")]
+enum Links {
+    Good,
+    Broken { why: String },
+    Unknown { why: String },
+}
+
+impl Links {
+    fn are_good(&self) -> bool {
+        matches!(self, Self::Good)
+    }
+}
+
+impl Checked {
+    fn file(session: &Session, file: &ImageFile, formats: Formats) -> anyhow::Result<Self> {
+        let state = match file.open(formats.format) {
+            Ok(image) if image.footer().is_none() => State::Raw,
+            Ok(image) => State::of(input::sum(session, &image)?),
+            Err(error) => match error.downcast_ref() {
+                Some(ImageError::Footer { .. } | ImageError::NotRaw { .. })
+                    if failure::exit_code(&error) == failure::NEGATIVE =>
+                {
+                    let why = words::text(&error);
+                    State::Unusable { why }
+                }
+                _ => return Err(error),
+            },
+        };
+        let file = file.path.clone().into();
+        Ok(Self { file, state })
+    }
+
+    fn is_good(&self, allow_raw: bool) -> bool {
+        match self.state {
+            State::Whole { .. } => true,
+            State::Raw => allow_raw,
+            State::Damaged { .. } | State::Unusable { .. } | State::Unreadable { .. } => false,
+        }
+    }
+
+    /// Whether there is anything that says what it follows.
+    fn has_links(&self, allow_raw: bool) -> bool {
+        match self.state {
+            State::Whole { .. } | State::Damaged { .. } => true,
+            State::Raw => allow_raw,
+            State::Unusable { .. } | State::Unreadable { .. } => false,
+        }
+    }
+
+    fn text(&self) -> String {
+        let file = self.file.display();
+        match &self.state {
+            State::Whole { bytes, chunks } => {
+                let (bytes, chunks) = (size(*bytes), count(*chunks, "chunk"));
+                format!("{file}: whole, {bytes} in {chunks}")
+            }
+            State::Damaged { found, damages, .. } => {
+                let mut text = format!("{file}: DAMAGED in {}", count(*found, "place"));
+                for place in damages {
+                    text += &format!("\n  {}", place.text());
+                }
+                let more = found - damages.len() as u64;
+                if more > 0 {
+                    text += &format!("\n  and {more} more");
+                }
+                text
+            }
+            State::Unusable { why } => format!("{file}: UNUSABLE: {why}"),
+            State::Unreadable { why } => format!("{file}: NOT READ: {why}"),
+            State::Raw => format!(
+                "{file}: NOT CHECKED: it is raw and has no checksums; \
+                 seal it with `ramsnap convert --layout sealed` while it is known to be right"
+            ),
+        }
+    }
+}
+
+impl State {
+    fn of(found: Verified) -> Self {
+        let (bytes, chunks) = (found.bytes, found.chunks);
+        if found.is_whole() {
+            return Self::Whole { bytes, chunks };
+        }
+        Self::Damaged {
+            chunks,
+            found: found.found,
+            damages: found.damages.iter().map(Place::of).collect(),
+        }
+    }
+}
+
+impl Place {
+    fn of(damage: &Damage) -> Self {
+        match damage {
+            Damage::Chunk {
+                number,
+                guest,
+                offset,
+            } => Self::Chunk {
+                chunk: *number,
+                guest_start: guest.start,
+                guest_end: guest.end,
+                file_offset: *offset,
+            },
+            other => Self::NotZero {
+                not_zero_at: other.offset(),
+            },
+        }
+    }
+
+    fn text(&self) -> String {
+        match self {
+            Self::Chunk {
+                chunk,
+                guest_start,
+                guest_end,
+                file_offset,
+            } => format!(
+                "chunk {chunk}: RAM {guest_start:#x}..{guest_end:#x}, from {file_offset:#x} on in the file"
+            ),
+            Self::NotZero { not_zero_at } => {
+                format!("{not_zero_at:#x} in the file: not zero, and nothing was written there")
+            }
+        }
+    }
+}
+
+impl Report {
+    fn text(&self) -> String {
+        let mut lines: Vec<_> = self.files.iter().map(Checked::text).collect();
+        match &self.links {
+            None => {}
+            Some(Links::Good) => lines.push("each follows the one before".to_owned()),
+            Some(Links::Broken { why }) => lines.push(format!("NOT LINKED: {why}")),
+            Some(Links::Unknown { why }) => lines.push(format!("links NOT CHECKED: {why}")),
+        }
+        lines.join("\n")
+    }
+}

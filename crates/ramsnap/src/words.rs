@@ -1,0 +1,157 @@
+//! Messages in the words of the command line.
+//!
+//! A library's error speaks to a program: where it names a function or type to use, ramsnap says something else, or
+//! adds what to type.
+
+use atomic_file::RecoverError;
+use image_format::FooterError;
+use memory_image::{ImageError, Link};
+use memory_writer::{CommitError, OpenError, SnapshotError};
+
+use crate::failure::Failure;
+use crate::print;
+
+/// The message of an error: all of its causes, in words of the command line where a library's speak to a
+/// program.
+pub fn text(error: &anyhow::Error) -> String {
+    let causes = error
+        .chain()
+        .map(|cause| own_words(cause).unwrap_or_else(|| cause.to_string()));
+    // An I/O error that only carries another error shows that one's text.
+    let mut causes: Vec<_> = causes.collect();
+    causes.dedup();
+    causes.join(": ")
+}
+
+/// Says on stderr what failed, and what to do about it.
+pub fn complain(error: &anyhow::Error) {
+    print::complain(&format!("error: {}", text(error)));
+    if let Some(advice) = advice(error) {
+        print::complain(&format!("with ramsnap: {advice}"));
+    }
+}
+
+/// What ramsnap says in place of an error whose message names a part of a library.
+fn own_words(cause: &(dyn std::error::Error + 'static)) -> Option<String> {
+    if let Some(error) = cause.downcast_ref() {
+        return of_opening(error).or_else(|| Some(recovering(&error.to_string())));
+    }
+    if let Some(error) = cause.downcast_ref::<RecoverError>() {
+        return Some(recovering(&error.to_string()));
+    }
+    if let Some(error) = cause.downcast_ref() {
+        return of_snapshot(error);
+    }
+    if let Some(error) = cause.downcast_ref() {
+        return of_image(error);
+    }
+    if let Some(Link::NoParent) = cause.downcast_ref() {
+        return Some("it names no parent".to_owned());
+    }
+    match cause.downcast_ref()? {
+        FooterError::Version { version } => Some(format!(
+            "its footer is of version {version}, and this ramsnap reads up to version 2: use a later one"
+        )),
+        _ => None,
+    }
+}
+
+fn of_opening(error: &OpenError) -> Option<String> {
+    match error {
+        OpenError::DanglingSymlink { path, target } => Some(format!(
+            "{path:?} is a symbolic link to {target:?}, which does not exist (a disk not mounted?)"
+        )),
+        OpenError::UntrustedSymlink { path, owner } => Some(format!(
+            "{path:?} is a symbolic link of user {owner}, in a directory where anybody may put some"
+        )),
+        OpenError::AlreadyExists { path } => {
+            let path = path.clone();
+            Some(Failure::OutputExists { path }.to_string())
+        }
+        OpenError::NoClobberUnsupported { path, .. } => Some(format!(
+            "the file system of {path:?} cannot put a file in place without replacing what may be there"
+        )),
+        OpenError::NotPreserved { path, source } => {
+            Some(format!("{path:?} would lose its {}", source.attribute))
+        }
+        _ => None,
+    }
+}
+
+fn of_snapshot(error: &SnapshotError) -> Option<String> {
+    match error {
+        SnapshotError::Id { dest, .. } => Some(format!(
+            "there are no random numbers for the id of {dest:?}"
+        )),
+        SnapshotError::AmbiguousDiff { dest, .. } => {
+            Some(format!("the raw diff {dest:?} could not be read back"))
+        }
+        _ => None,
+    }
+}
+
+fn of_image(error: &ImageError) -> Option<String> {
+    match error {
+        ImageError::UnclearDiff { path, .. } => {
+            Some(format!("cannot tell which pages the diff {path:?} holds"))
+        }
+        ImageError::PageSizeDiffers { path, image, chain } => Some(format!(
+            "{path:?} has pages of {image} bytes, smaller than the {chain} of --page-size: give {image} or \
+             less, or leave it out"
+        )),
+        _ => None,
+    }
+}
+
+/// A message or reason of `atomic-file`, with the command for the function that it names.
+pub fn recovering(text: &str) -> String {
+    text.replace("call `recover`", "run `ramsnap sweep --recover`")
+}
+
+/// What to do on the command line about an error whose message speaks to a program.
+pub fn advice(error: &anyhow::Error) -> Option<&'static str> {
+    error.chain().find_map(|cause| {
+        if let Some(SnapshotError::AmbiguousDiff { .. }) = cause.downcast_ref() {
+            return Some("add --layout packed or --layout sealed");
+        }
+        if let Some(SnapshotError::Open(error)) = cause.downcast_ref() {
+            return match error {
+                OpenError::DestinationChanged { .. } => Some(AFTER_ANOTHER_WRITER),
+                OpenError::NoClobberUnsupported { .. } => Some("add --force"),
+                OpenError::Recover { .. } => Some("see `ramsnap sweep --recover`"),
+                OpenError::DanglingSymlink { .. } | OpenError::UntrustedSymlink { .. } => {
+                    Some("name the file that the link is to lead to, or remove the link")
+                }
+                _ => None,
+            };
+        }
+        if let Some(SnapshotError::Commit(CommitError::DestinationChanged { .. })) =
+            cause.downcast_ref()
+        {
+            return Some(AFTER_ANOTHER_WRITER);
+        }
+        match cause.downcast_ref()? {
+            ImageError::Footer {
+                source:
+                    FooterError::NotSealed
+                    | FooterError::Truncated { .. }
+                    | FooterError::Trailing { .. },
+                ..
+            } => Some("give a raw image as raw:FILE, and RAM to `diff` by --ram"),
+            ImageError::Footer {
+                source: FooterError::Ambiguous { .. },
+                ..
+            } => Some("give it as raw:FILE, sealed:FILE or packed:FILE"),
+            ImageError::UnclearDiff { .. } => {
+                Some("add --trust-holes to take the holes for clean pages all the same")
+            }
+            ImageError::Link {
+                why: Link::NoParent,
+                ..
+            } => Some("`ramsnap convert --raw-diff --parent` seals a raw diff with its parent"),
+            _ => None,
+        }
+    })
+}
+
+const AFTER_ANOTHER_WRITER: &str = "nothing was replaced; look at the file with `ramsnap info`, and run this again if it still applies";

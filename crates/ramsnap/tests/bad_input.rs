@@ -1,0 +1,474 @@
+//! What the tool refuses, with which exit code, and that it leaves everything as it was.
+
+mod support;
+
+use std::fs::{self, Permissions};
+use std::io;
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::process::CommandExt;
+use std::process::Command;
+
+use rstest::rstest;
+use support::{Ended, PAGE, RAM, RAMSNAP, Work};
+use test_machine::Need;
+
+#[rstest]
+#[case::nothing_named("merge -o out", "required")]
+#[case::no_place("merge full.mem d1.mem", "--output")]
+#[case::two_places("merge full.mem d1.mem -o out --in-place", "cannot be used with")]
+#[case::no_layout("convert full.mem -o out --layout tar", "possible values")]
+#[case::page_of_no_power("full ram -o out --page-size 5000", "power of two")]
+#[case::no_size("full ram -o out --page-size huge", "give bytes")]
+#[case::no_new_state("diff full.mem -o out", "name the new state")]
+#[case::an_image_is_no_ram("full full.mem -o out", "use `ramsnap convert`")]
+#[case::raw_with_metadata("full ram -o out --layout raw --metadata vcpus", "--layout sealed")]
+#[case::too_much_metadata("full ram -o out --metadata huge", "16 MiB")]
+#[case::regions_of_other_ram("full ram -o out --region-at 0:4MiB", "4194304 bytes")]
+#[case::regions_that_overlap("full ram -o out --region-at 0:4MiB --region-at 4096:4MiB", "apart")]
+#[case::regions_in_disorder(
+    "full ram -o out --region-at 8388608:4MiB --region-at 0:4MiB",
+    "ascending"
+)]
+#[case::stream_not_compressed("convert full.mem -o -", "add --zstd")]
+#[case::no_stream("convert full.mem -o out --zstd", "name `-`")]
+#[case::stream_of_other_layout("convert full.mem -o - --zstd --layout raw", "packed")]
+#[case::picture_of_no_kind("map full.mem -o map.gif", ".svg or .png")]
+#[case::output_is_there("full ram -o d1.mem", "--force")]
+#[case::picture_is_there("map full.mem -o there.svg", "--force")]
+#[case::full_onto_the_ram("full ram -o ram --force", "one of the inputs")]
+#[case::merged_onto_an_input("merge full.mem d1.mem -o full.mem", "--in-place")]
+#[case::merged_onto_the_last("merge full.mem d1.mem -o d1.mem --force", "--in-place")]
+#[case::converted_onto_itself("convert full.mem -o ./full.mem --force", "one of the inputs")]
+#[case::onto_a_link_to_it("convert full.mem -o link --force", "one of the inputs")]
+#[case::diff_onto_the_old("diff full.mem --ram ram -o full.mem --force", "one of the inputs")]
+#[case::restored_onto_an_image("restore full.mem d1.mem -o d1.mem --force", "one of the inputs")]
+#[case::ram_in_use("restore full.mem -o ram", "--force")]
+fn wrong_usage_is_refused_before_anything_is_written(#[case] command: &str, #[case] says: &str) {
+    let work = Work::with_chain();
+    fs::write(work.path("there.svg"), "").unwrap();
+    work.create("huge", (16 << 20) + 1);
+    std::os::unix::fs::symlink("full.mem", work.path("link")).unwrap();
+    work.fails(command, 2, &[says]);
+}
+
+#[rstest]
+#[case::missing("full.mem d2.mem", &["d2.mem", "not in the chain"])]
+#[case::reordered("full.mem d2.mem d1.mem", &["d2.mem", "not in the chain"])]
+#[case::repeated("full.mem d1.mem d1.mem", &["d1.mem", "give each image once"])]
+#[case::late("full.mem d1.mem other.mem", &["other.mem", "not in the chain"])]
+#[case::two_full("full.mem full2.mem", &["full2.mem", "is a full image"])]
+#[case::another_guest("full.mem small.mem", &["small.mem", "bytes of RAM"])]
+#[case::other_addresses("full.mem moved.mem", &["moved.mem", "other addresses"])]
+#[case::onto_raw("raw:ram d1.mem", &["d1.mem", "newest image is raw"])]
+#[case::diff_first("d1.mem full.mem", &["full.mem", "is a full image"])]
+fn a_chain_that_is_none_is_refused_by_every_verb(#[case] files: &str, #[case] says: &[&str]) {
+    let work = Work::with_chain();
+    work.good("full ram -o full2.mem");
+    work.good("diff full2.mem --ram first -o other.mem");
+    work.create("small", RAM / 2);
+    work.good("full small -o small.mem");
+    work.good("full first -o moved-full.mem --region-at 0x40000000:8MiB");
+    work.good("diff moved-full.mem --ram ram -o moved.mem");
+    work.fails(&format!("merge {files} -o out"), 1, says);
+    work.fails(&format!("restore {files} -o out"), 1, says);
+    let found = work.run(&format!("verify {files} --allow-raw"));
+    assert_eq!(found.code, Some(1), "{found:?}");
+    assert!(
+        says.iter().all(|word| found.out.contains(word)),
+        "{found:?}"
+    );
+    assert!(found.out.contains("NOT LINKED"), "{found:?}");
+}
+
+#[rstest]
+#[case::diff_alone("restore d1.mem -o out", 1, &["d1.mem", "is a diff"])]
+#[case::old_state_is_a_diff("diff d1.mem --ram ram -o out", 1, &["d1.mem", "is a diff"])]
+#[case::new_state_is_a_diff("diff full.mem --to d1.mem --to d2.mem -o out", 1, &["d1.mem", "is a diff"])]
+#[case::raw_where_sealed_is_demanded("convert full.raw --raw-diff --parent ram -o out --layout sealed", 1, &["ram", "neither sealed nor packed"])]
+#[case::other_size("diff full.mem --ram small -o out", 1, &["of different guests"])]
+#[case::target_of_other_size("restore full.mem -o small", 1, &["small", "must be equal"])]
+#[case::maps_of_two_guests("map full.mem raw:small", 1, &["of different guests"])]
+#[case::same_state("diff full.mem full.mem -o out", 1, &["the same one"])]
+#[case::no_file("info none.mem", 3, &["none.mem", "No such file"])]
+#[case::no_directory("full ram -o none/out", 3, &["none", "No such file"])]
+#[case::a_directory("full . -o out", 3, &["not a regular file"])]
+#[case::a_device("info /dev/null", 3, &["/dev/null", "not a regular file"])]
+#[case::empty("info empty", 1, &["empty"])]
+#[case::empty_ram("full empty -o out", 3, &["empty"])]
+#[case::no_whole_pages("full odd -o out", 2, &["whole number of pages"])]
+#[case::no_pages("restore raw:odd -o out", 1, &["odd", "is not a raw image"])]
+#[case::of_unknown_format("restore small -o out", 1, &["small", "neither sealed nor packed", "raw:FILE"])]
+#[case::of_another_format("restore sealed:full.mem -o out", 1, &["full.mem", "is packed"])]
+#[case::a_raw_parent("convert full.raw --raw-diff --parent raw:full.raw -o out --layout sealed", 2, &["full.raw", "no id"])]
+#[case::a_parent_of_another_size("convert small --raw-diff --parent full.mem -o out --layout sealed", 1, &["of different guests"])]
+#[case::metadata_missing("full ram -o out --metadata none", 3, &["metadata", "none"])]
+fn other_bad_input_is_named(#[case] command: &str, #[case] code: i32, #[case] says: &[&str]) {
+    let work = Work::with_chain();
+    work.good("full ram -o full.raw --layout raw");
+    work.create("small", RAM / 2);
+    work.create("empty", 0);
+    work.create("odd", RAM + 5);
+    work.fails(command, code, says);
+}
+
+/// Nor what was a sealed image, and is raw to those who say so.
+#[test]
+fn what_has_no_checksums_is_not_restored_as_verified() {
+    let work = Work::with_chain();
+    work.good("full ram -o full.raw --layout raw");
+    work.good("full ram -o sealed.mem --layout sealed");
+    fs::write(
+        work.path("cut.mem"),
+        &work.read("sealed.mem")[..RAM as usize / 2],
+    )
+    .unwrap();
+    for image in ["full.raw", "cut.mem"] {
+        let restore = format!("restore --verify raw:{image} -o out");
+        work.fails(&restore, 1, &[image, "no checksums", "--verify"]);
+    }
+}
+
+#[test]
+fn an_output_that_is_a_link_to_nothing_is_explained_in_the_tools_own_words() {
+    let work = Work::with_chain();
+    std::os::unix::fs::symlink("away", work.path("link")).unwrap();
+    let says = ["link", "away", "with ramsnap: name the file"];
+    work.run("full ram --force -o link").fails(3, &says);
+}
+
+#[rstest]
+#[case::merged("merge full.mem d1.mem -o out")]
+#[case::merged_in_place("merge --in-place full.mem d1.mem")]
+#[case::converted("convert full.mem -o out --layout raw")]
+#[case::sent("convert full.mem -o - --zstd")]
+#[case::the_new_state("diff other.mem full.mem -o out")]
+#[case::the_old_state("diff full.mem other.mem -o out")]
+#[case::below_ram("diff full.mem d1.mem --ram ram -o out")]
+#[case::restored("restore full.mem d1.mem -o out")]
+#[case::restored_in_place("restore full.mem d1.mem -o second --force")]
+fn damage_does_not_get_checksums_that_call_it_right(#[case] command: &str) {
+    let work = Work::with_chain();
+    work.good("full ram -o other.mem");
+    work.rot("full.mem", 5000);
+    work.fails(command, 1, &["full.mem", "damaged", "ramsnap verify"]);
+}
+
+#[rstest]
+#[case::merged("merge --no-verify full.mem d1.mem -o out")]
+#[case::converted("convert --no-verify full.mem -o out --layout raw")]
+#[case::restored("restore --no-verify full.mem d1.mem -o out")]
+#[case::compared("diff --no-verify full.mem d1.mem --ram ram -o out")]
+fn checksums_are_not_compared_on_request(#[case] command: &str) {
+    let work = Work::with_chain();
+    work.rot("full.mem", 5000);
+    work.good(command);
+    assert!(work.files().contains(&"out".to_owned()));
+}
+
+/// Checking sums takes as long as the whole work: nothing is to fail after it that can fail before.
+#[rstest]
+#[case::merged("merge full.mem d1.mem -o none/out")]
+#[case::converted("convert full.mem -o none/out")]
+#[case::compared("diff raw:second full.mem -o none/out")]
+#[case::restored("restore full.mem d1.mem -o none/out")]
+fn a_place_for_the_output_is_made_before_sums_are_checked(#[case] command: &str) {
+    let work = Work::with_chain();
+    work.rot("full.mem", 5000);
+    work.fails(command, 3, &["none"]);
+}
+
+/// By a name of its own, a hard link and a symbolic link.
+#[rstest]
+#[case::full("full ram -o OUT --force", "ram")]
+#[case::metadata("full ram -o OUT --force --metadata full.mem", "full.mem")]
+#[case::old("diff full.mem --ram ram -o OUT --force", "full.mem")]
+#[case::new("diff full.mem --ram ram -o OUT --force", "ram")]
+#[case::state("diff full.mem --to first -o OUT --force", "first")]
+#[case::metadata_of_a_diff("diff full.mem --ram ram -o OUT --force --metadata first", "first")]
+#[case::merged("merge full.mem d1.mem -o OUT --force", "d1.mem")]
+#[case::converted("convert full.mem -o OUT --force", "full.mem")]
+#[case::parent("convert ram --raw-diff --parent full.mem -o OUT --force", "full.mem")]
+#[case::metadata_of_an_image("convert full.mem --metadata d1.mem -o OUT --force", "d1.mem")]
+#[case::restored("restore full.mem d1.mem -o OUT --force", "d1.mem")]
+#[case::picture("map OUT full.mem -o OUT --force", "full.mem")]
+fn an_output_that_is_an_input_is_refused(#[case] command: &str, #[case] input: &str) {
+    let work = Work::with_chain();
+    fs::hard_link(work.path(input), work.path("hard.svg")).unwrap();
+    std::os::unix::fs::symlink(input, work.path("soft.svg")).unwrap();
+    let names = match command.starts_with("map") {
+        true => ["hard.svg", "soft.svg", "hard.svg"],
+        false => ["hard.svg", "soft.svg", input],
+    };
+    for name in names {
+        let says = match command.starts_with("merge") {
+            true => "would replace one of its inputs",
+            false => "is one of the inputs",
+        };
+        work.fails(&command.replace("OUT", name), 2, &[name, says]);
+    }
+}
+
+/// The directory of a layer, and the overlay: another device and another inode for one file.
+#[cfg(target_os = "linux")]
+#[rstest]
+#[case::the_layer("restore raw:LAYER -o MERGED --force")]
+#[case::the_overlay("restore raw:MERGED -o LAYER --force")]
+#[case::a_dump("full LAYER -o MERGED --force")]
+#[case::merged("merge LAYER d1.mem -o MERGED --force")]
+fn an_output_that_is_an_input_on_an_overlay_is_refused(
+    #[case] command: &str,
+    #[values("lower", "upper")] layer: &str,
+) {
+    use test_machine::{Overlay, TinyTmpfs};
+
+    if !Need::Root.met("an_output_that_is_an_input_on_an_overlay_is_refused") {
+        return;
+    }
+    let work = Work::with_chain();
+    let layers = TinyTmpfs::new(64 << 20).unwrap();
+    let [lower, upper, inside] = ["lower", "upper", "work"].map(|name| layers.path().join(name));
+    for dir in [&lower, &upper, &inside] {
+        fs::create_dir(dir).unwrap();
+    }
+    fs::copy(work.path("first"), layers.path().join(layer).join("image")).unwrap();
+    let overlay = Overlay::of(&lower, &upper, &inside).unwrap();
+    let stored = layers.path().join(layer).join("image");
+    let merged = overlay.path().join("image");
+    let says = match command.starts_with("merge") {
+        true => "would replace one of its inputs",
+        false => "is one of the inputs",
+    };
+    let command = command
+        .replace("LAYER", stored.to_str().unwrap())
+        .replace("MERGED", merged.to_str().unwrap());
+    work.fails(&command, 2, &["image", says]);
+    for path in [&stored, &merged] {
+        assert!(fs::read(path).unwrap() == work.read("first"), "{path:?}");
+    }
+    if command.starts_with("restore") {
+        let mut send = work.command(&format!("convert {} -o - --zstd", stored.display()));
+        let stdout = fs::File::options().append(true).open(&merged).unwrap();
+        // Where that moved the file to the upper layer, it is another one.
+        if layer == "upper" {
+            send.stdout(stdout);
+            Ended::of(&mut send).fails(2, &["image", "one of the inputs"]);
+        }
+    }
+}
+
+#[test]
+fn a_stream_is_not_written_to_the_file_it_comes_from() {
+    let work = Work::with_chain();
+    let open = || {
+        fs::File::options()
+            .read(true)
+            .append(true)
+            .open(work.path("full.mem"))
+    };
+    let before = work.read("full.mem");
+    let mut receive = work.command("convert - --zstd -o full.mem --force");
+    receive.stdin(open().unwrap());
+    Ended::of(&mut receive).fails(2, &["full.mem", "one of the inputs"]);
+    let mut send = work.command("convert full.mem -o - --zstd");
+    send.stdout(open().unwrap());
+    Ended::of(&mut send).fails(2, &["full.mem", "one of the inputs"]);
+    assert!(work.read("full.mem") == before);
+}
+
+#[test]
+fn an_image_that_was_cut_short_is_no_image() {
+    let work = Work::with_chain();
+    let bytes = work.read("d1.mem");
+    fs::write(work.path("d1.mem"), &bytes[..bytes.len() - 1]).unwrap();
+    let found = work.run("verify full.mem d1.mem");
+    assert_eq!(found.code, Some(1));
+    let says = format!("cut off after {} bytes of {}", bytes.len() - 1, bytes.len());
+    assert!(found.out.contains(&says), "{found:?}");
+    work.fails("merge full.mem d1.mem -o out", 1, &["d1.mem"]);
+}
+
+/// Resizes the RAM when its pages were read, and before they are written.
+#[cfg(target_os = "linux")]
+#[rstest]
+#[case::grows(1 << 20)]
+#[case::shrinks(-(1 << 20))]
+fn ram_that_changes_its_size_meanwhile_is_an_error(#[case] by: i64) {
+    if !Need::Strace.met("ram_that_changes_its_size_meanwhile_is_an_error") {
+        return;
+    }
+    let work = Work::with_ram();
+    let command = work.command("full ram -o out");
+    let held = support::held::Held::before(&command, &("pwrite64".to_owned(), 1)).expect("held");
+    assert_eq!(work.files().len(), 2, "there is a stage");
+    let ram = fs::File::options().write(true).open(work.path("ram"));
+    let size = RAM.checked_add_signed(by).unwrap();
+    ram.unwrap().set_len(size).unwrap();
+    let (status, error) = held.release();
+    assert_eq!(status.code(), Some(3), "{error}");
+    assert!(error.contains("changed its size"), "{error}");
+    assert_eq!(work.files(), ["ram"]);
+}
+
+#[cfg(target_os = "linux")]
+#[rstest]
+#[case::full("full ../ram -o out")]
+#[case::raw("full ../ram -o out --layout raw --keep-zeros")]
+#[case::merged("merge ../full.mem ../d1.mem -o out")]
+#[case::restored("restore ../full.mem -o out")]
+#[case::received("convert ../sealed.mem -o out --layout packed")]
+fn a_full_disk_is_an_error_that_says_so_and_leaves_nothing(#[case] command: &str) {
+    if !Need::Root.met("a_full_disk_is_an_error_that_says_so_and_leaves_nothing") {
+        return;
+    }
+    let work = Work::with_chain();
+    work.good("convert full.mem -o sealed.mem --layout sealed");
+    let disk = test_machine::TinyTmpfs::new(128 << 10).unwrap();
+    let command = command.replace("../", &format!("{}/", work.path("").display()));
+    let mut command = work.command(&command);
+    let ended = Ended::of(command.current_dir(disk.path()));
+    ended.fails(3, &["make room"]);
+    assert_eq!(support::list(disk.path()), [""; 0]);
+}
+
+/// Where the damage would be found after the images were read.
+#[cfg(target_os = "linux")]
+#[rstest]
+#[case::merged("merge ../full.mem ../d1.mem -o out")]
+#[case::restored("restore ../full.mem -o out")]
+#[case::converted("convert ../full.mem -o out --layout raw")]
+fn a_disk_without_room_is_noticed_before_images_are_read(#[case] command: &str) {
+    if !Need::Root.met("a_disk_without_room_is_noticed_before_images_are_read") {
+        return;
+    }
+    let work = Work::with_chain();
+    work.rot("full.mem", 5000);
+    let disk = test_machine::TinyTmpfs::new(128 << 10).unwrap();
+    let command = command.replace("../", &format!("{}/", work.path("").display()));
+    let mut command = work.command(&command);
+    let ended = Ended::of(command.current_dir(disk.path()));
+    ended.fails(3, &["make room", "131072 are available"]);
+    assert_eq!(support::list(disk.path()), [""; 0]);
+}
+
+/// In a raw diff, zeros that another image merely names are written.
+#[cfg(target_os = "linux")]
+#[test]
+fn a_raw_diff_of_zeros_without_room_is_refused_before_it_is_written() {
+    use memory_writer::{Layout, MemoryWriter, Seal};
+
+    if !Need::Root.met("a_raw_diff_of_zeros_without_room_is_refused_before_it_is_written") {
+        return;
+    }
+    let work = Work::empty();
+    let zeros = work.path("zeros.mem");
+    let options = MemoryWriter::options().layout(Layout::Packed(Seal::new().on_raw_image()));
+    let mut writer = options.open(&zeros, 1 << 40, 4096).unwrap();
+    writer
+        .write_zeros(|| std::iter::once(4096..1 << 40))
+        .unwrap();
+    writer.commit().unwrap();
+    let disk = test_machine::TinyTmpfs::new(128 << 10).unwrap();
+    let mut command = work.command(&format!("convert {} -o out --layout raw", zeros.display()));
+    let ended = Ended::of(command.current_dir(disk.path()));
+    let needed = format!("needs {} bytes", (1_u64 << 40) - 4096);
+    ended.fails(3, &[&needed, "131072 are available"]);
+    assert_eq!(support::list(disk.path()), [""; 0]);
+}
+
+#[rstest]
+#[case::pages(8)]
+#[case::footer(460)]
+fn a_limit_of_the_file_size_is_an_error_and_no_signal(#[case] kib: u64) {
+    let work = Work::with_ram();
+    let script = format!("ulimit -f {}; exec {RAMSNAP} full ram -o out", kib * 2);
+    let mut shell = Command::new("sh");
+    // POSIX counts in blocks of 512 bytes; bash does so when it is called sh.
+    shell.args(["-c", &script]).current_dir(work.path(""));
+    Ended::of(&mut shell).fails(3, &["out", "File too large"]);
+    assert_eq!(work.files(), ["ram"]);
+}
+
+#[test]
+fn without_permission_the_error_names_the_file() {
+    if !Need::Root.met("without_permission_the_error_names_the_file") {
+        return;
+    }
+    let work = Work::with_chain();
+    // Where anybody may run it. By `cp`, so that no child of another test has it open for writing: it would be busy.
+    let copied = Command::new("cp")
+        .args([RAMSNAP, "ramsnap"])
+        .current_dir(work.path(""))
+        .status();
+    assert!(copied.unwrap().success());
+    fs::set_permissions(work.path(""), Permissions::from_mode(0o755)).unwrap();
+    let nobody = |arguments: &str| {
+        let mut command = Command::new(work.path("ramsnap"));
+        command
+            .args(arguments.split(' '))
+            .current_dir(work.path(""));
+        Ended::of(command.uid(65534).gid(65534))
+    };
+    nobody("info full.mem").fails(3, &["full.mem", "Permission denied"]);
+    fs::set_permissions(work.path("full.mem"), Permissions::from_mode(0o644)).unwrap();
+    nobody("info full.mem").good();
+    nobody("verify full.mem").good();
+    nobody("convert full.mem -o out").fails(3, &["cannot stage", "Permission denied"]);
+    // RAM that may be read, and not be written.
+    let before = work.read("ram");
+    nobody("restore full.mem -o ram --force").fails(3, &["ram", "Permission denied"]);
+    assert!(work.read("ram") == before);
+}
+
+#[rstest]
+#[case::info("info full.mem", 0)]
+#[case::map("map full.mem", 0)]
+#[case::help("--help", 0)]
+#[case::verified("verify full.mem", 0)]
+#[case::damaged("verify rotten.mem", 1)]
+#[case::different("diff full.mem --ram ram", 1)]
+#[case::written("full ram -o out", 0)]
+#[case::stream("convert full.mem -o - --zstd", 3)]
+fn a_reader_that_went_away_is_no_panic_and_changes_no_answer(
+    #[case] command: &str,
+    #[case] code: i32,
+) {
+    let work = Work::with_chain();
+    work.copy("full.mem", "rotten.mem");
+    work.rot("rotten.mem", 5000);
+    let (reader, writer) = io::pipe().unwrap();
+    drop(reader);
+    let child = work
+        .command(command)
+        .stdout(writer)
+        .stderr(std::process::Stdio::piped())
+        .spawn();
+    let output = child.unwrap().wait_with_output().unwrap();
+    let error = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(code), "{error}");
+    assert!(!error.contains("panicked"), "{error}");
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn a_full_stdout_is_an_error() {
+    let work = Work::with_ram();
+    let full = fs::File::options().write(true).open("/dev/full").unwrap();
+    let mut command = work.command("info raw:ram");
+    let status = command
+        .stdout(full)
+        .stderr(std::process::Stdio::null())
+        .status();
+    assert_eq!(status.unwrap().code(), Some(3));
+}
+
+#[test]
+fn ram_that_is_no_whole_number_of_pages_takes_smaller_ones() {
+    let work = Work::empty();
+    work.create("ram", RAM + PAGE);
+    work.good("full ram -o full.mem --page-size 4KiB");
+    work.fails(
+        "full ram -o out --page-size 8KiB",
+        3,
+        &["not a multiple of the page size", "smaller page"],
+    );
+}

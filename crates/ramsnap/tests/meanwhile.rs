@@ -1,0 +1,189 @@
+//! What others do to the files of a verb while it works.
+
+#![cfg(target_os = "linux")]
+
+mod support;
+
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
+use std::process::Command;
+use std::time::{Duration, SystemTime};
+
+use rstest::rstest;
+use support::held::Held;
+use support::{PAGE, RAM, Work};
+use test_machine::Need;
+
+/// The first write of an output. The images were checked by then, and nothing of them was written.
+fn writing(work: &Work, command: &str) -> Held {
+    // In RAM that exists, the first two writes are to see whether there can be any.
+    let number = if command.ends_with("target") { 3 } else { 1 };
+    let write = ("pwrite64".to_owned(), number);
+    Held::before(&work.command(command), &write).expect("held")
+}
+
+#[test]
+fn a_merge_in_place_does_not_undo_another_writer() {
+    if !Need::Strace.met("a_merge_in_place_does_not_undo_another_writer") {
+        return;
+    }
+    let work = Work::with_chain();
+    work.good("convert full.mem -o theirs.mem --layout sealed");
+    let held = writing(&work, "merge --in-place full.mem d1.mem");
+    work.good("convert theirs.mem -o full.mem --force");
+    let theirs = work.read("full.mem");
+    let (status, error) = held.release();
+    assert_eq!(status.code(), Some(3), "{error}");
+    for words in [
+        "full.mem",
+        "not replaced",
+        "another writer",
+        "with ramsnap: nothing was replaced",
+    ] {
+        assert!(error.contains(words), "no {words} in {error}");
+    }
+    assert!(!error.contains("::"), "{error}");
+    assert!(work.read("full.mem") == theirs);
+    let left = [
+        "d1.mem",
+        "d2.mem",
+        "first",
+        "full.mem",
+        "ram",
+        "second",
+        "theirs.mem",
+    ];
+    assert_eq!(work.files(), left);
+    // And what is there now is merged.
+    work.good("merge --in-place full.mem d1.mem");
+    work.good("verify full.mem d2.mem");
+}
+
+/// What happens to an image while it is read.
+#[derive(Clone, Copy, Debug)]
+enum Fate {
+    Cut,
+    /// Cut, and written again from its start, as `cp` does.
+    Overwritten,
+    WrittenTo,
+}
+
+impl Fate {
+    fn befall(self, work: &Work, name: &str) {
+        let path = work.path(name);
+        let bytes = fs::read(&path).unwrap();
+        let file = File::options().write(true).open(&path).unwrap();
+        match self {
+            Self::Cut => file.set_len(bytes.len() as u64 / 2).unwrap(),
+            Self::Overwritten => {
+                file.set_len(0).unwrap();
+                file.write_all_at(&vec![0x5a; bytes.len()], 0).unwrap();
+            }
+            Self::WrittenTo => file.write_all_at(&[0x5a; PAGE as usize], PAGE).unwrap(),
+        }
+        // As it is once the file system's clock has ticked.
+        let later = SystemTime::now() + Duration::from_secs(1);
+        file.set_modified(later).unwrap();
+    }
+}
+
+#[rstest]
+fn an_image_that_changes_while_it_is_read_is_an_error(
+    #[values(
+        "merge full.mem d1.mem -o out",
+        "merge --in-place full.mem d1.mem",
+        "merge raw:full.raw -o out",
+        "convert full.mem -o out --layout sealed",
+        "restore full.mem d1.mem -o out",
+        "restore full.mem d1.mem -o target",
+        "diff full.mem d1.mem --ram ram -o out"
+    )]
+    command: &str,
+    #[values(Fate::Cut, Fate::Overwritten, Fate::WrittenTo)] fate: Fate,
+) {
+    if !Need::Strace.met("an_image_that_changes_while_it_is_read_is_an_error") {
+        return;
+    }
+    let work = Work::with_chain();
+    let target = work.create("target", RAM);
+    work.good("full ram -o full.raw --layout raw");
+    let before = work.files();
+    let image = match command.contains("raw:") {
+        true => "full.raw",
+        false => "full.mem",
+    };
+    // A raw image may be shared with the result, without a write.
+    if command.contains("raw:") && shares_blocks(&work) {
+        return;
+    }
+    let held = writing(&work, command);
+    fate.befall(&work, image);
+    let (status, error) = held.release();
+    assert_eq!(status.code(), Some(3), "{error}");
+    assert!(error.contains(image), "{error}");
+    assert_eq!(work.files().len(), before.len(), "{error}");
+    let mut left = vec![0; RAM as usize];
+    target.read_exact_at(&mut left, 0).unwrap();
+    assert!(left.iter().all(|byte| *byte == 0));
+}
+
+fn shares_blocks(work: &Work) -> bool {
+    let mut copy = Command::new("cp");
+    let copied = copy
+        .args(["--reflink=always", "full.raw", "shared"])
+        .current_dir(work.path(""))
+        .output()
+        .unwrap();
+    let _ = fs::remove_file(work.path("shared"));
+    copied.status.success()
+}
+
+/// The bytes of the file that was opened are the right ones.
+#[rstest]
+#[case::merged("merge full.mem d1.mem -o out", "diff out --ram second")]
+#[case::converted("convert full.mem -o out --layout sealed", "diff out --ram first")]
+#[case::restored("restore full.mem d1.mem -o out", "diff raw:out --ram second")]
+#[case::in_place("restore full.mem d1.mem -o target", "diff raw:target --ram second")]
+fn an_image_that_is_replaced_while_it_is_read_is_as_it_was(
+    #[case] command: &str,
+    #[case] is_right: &str,
+) {
+    if !Need::Strace.met("an_image_that_is_replaced_while_it_is_read_is_as_it_was") {
+        return;
+    }
+    let work = Work::with_chain();
+    work.create("target", RAM);
+    let held = writing(&work, command);
+    fs::write(work.path("other"), vec![0x5a; work.read("full.mem").len()]).unwrap();
+    fs::rename(work.path("other"), work.path("full.mem")).unwrap();
+    let (status, error) = held.release();
+    assert_eq!(status.code(), Some(0), "{error}");
+    work.good(is_right);
+}
+
+/// It would be another file's bytes that are sent as checked ones.
+#[test]
+fn an_image_that_is_sent_is_opened_once() {
+    if !Need::Strace.met("an_image_that_is_sent_is_opened_once") {
+        return;
+    }
+    let work = Work::with_chain();
+    let mut strace = Command::new("strace");
+    strace
+        .args([
+            "-f",
+            "-qq",
+            "-o",
+            "log",
+            "-e",
+            "trace=openat",
+            support::RAMSNAP,
+        ])
+        .args(["convert", "full.mem", "-o", "-", "--zstd"])
+        .current_dir(work.path(""))
+        .stdout(std::process::Stdio::null());
+    assert!(strace.status().unwrap().success());
+    let log = String::from_utf8(work.read("log")).unwrap();
+    let opened = log.lines().filter(|line| line.contains("\"full.mem\""));
+    assert_eq!(opened.count(), 1, "{log}");
+}

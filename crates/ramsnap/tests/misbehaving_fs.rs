@@ -1,0 +1,235 @@
+//! The tool on a file system that reports written bytes as a hole.
+#![cfg(target_os = "linux")]
+
+mod support;
+
+use std::fs::{self, File};
+use std::num::NonZeroUsize;
+use std::os::unix::fs::FileExt;
+use std::process::{Command, Stdio};
+
+use misbehaving_fs::{Behaviour, Lseek, MisbehavingFs};
+use rstest::rstest;
+use support::{Ended, PAGE, RAM, RAMSNAP, Work, noise};
+use test_machine::Need;
+
+fn mount(test: &str) -> Option<MisbehavingFs> {
+    Need::Fuse
+        .met(test)
+        .then(|| MisbehavingFs::mount(Behaviour::default()).unwrap())
+}
+
+fn lie(fs: &MisbehavingFs, lseek: Lseek) {
+    fs.set(Behaviour {
+        lseek,
+        ..Behaviour::default()
+    });
+}
+
+/// A working directory whose files with `fuse/` before their names are on the file system.
+fn work(fs: &MisbehavingFs) -> Work {
+    let work = Work::with_ram();
+    std::os::unix::fs::symlink(fs.path(), work.path("fuse")).unwrap();
+    work
+}
+
+/// A page that a guest wrote through a shared mapping of its RAM file, and that is dirty for as long
+/// as this lives.
+struct DirtyPage(std::ptr::NonNull<std::ffi::c_void>);
+
+#[allow(unsafe_code)]
+impl DirtyPage {
+    fn write(file: &File, offset: u64, value: u8) -> Self {
+        use nix::sys::mman::{MapFlags, ProtFlags, mmap};
+
+        let len = NonZeroUsize::new(RAM as usize).unwrap();
+        let access = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
+        // SAFETY: a new mapping, which nothing of this process is in.
+        let start = unsafe { mmap(None, len, access, MapFlags::MAP_SHARED, file, 0) }.unwrap();
+        for at in offset..offset + PAGE {
+            assert!(at < RAM);
+            // SAFETY: inside the mapping, which is writable.
+            unsafe {
+                start
+                    .cast::<u8>()
+                    .as_ptr()
+                    .add(at as usize)
+                    .write_volatile(value)
+            };
+        }
+        Self(start)
+    }
+}
+
+#[allow(unsafe_code)]
+impl Drop for DirtyPage {
+    fn drop(&mut self) {
+        // SAFETY: what `write` mapped; nothing else knows of it.
+        let _ = unsafe { nix::sys::mman::munmap(self.0, RAM as usize) };
+    }
+}
+
+#[rstest]
+fn full_saves_ram_that_a_guest_wrote_through_a_mapping(
+    #[values("raw", "sealed", "packed")] layout: &str,
+) {
+    let Some(fs) = mount("full_saves_ram_that_a_guest_wrote_through_a_mapping") else {
+        return;
+    };
+    let work = work(&fs);
+    let ram = work.create("fuse/ram", RAM);
+    let _dirty = DirtyPage::write(&ram, 5 * PAGE, 0x5a);
+    work.good(&format!("full fuse/ram -o full.mem --layout {layout}"));
+    work.good(&format!("restore {layout}:full.mem -o restored"));
+    let mut expected = vec![0; RAM as usize];
+    expected[5 * PAGE as usize..6 * PAGE as usize].fill(0x5a);
+    assert!(work.read("restored") == expected);
+    // The page differs from what a snapshot before had.
+    work.create("before", RAM);
+    work.good("full before -o before.mem");
+    let found = work.run("diff before.mem --ram fuse/ram --json").json();
+    assert_eq!(found["pages"], 1);
+}
+
+#[rstest]
+fn every_verb_reads_raw_images_whatever_holes_are_reported(
+    #[values(Lseek::Exact, Lseek::AllHole, Lseek::HoleIsEnxio, Lseek::DataIsEnxio)] answers: Lseek,
+) {
+    let Some(fs) = mount("every_verb_reads_raw_images_whatever_holes_are_reported") else {
+        return;
+    };
+    let work = work(&fs);
+    work.good("full ram -o fuse/full.raw --layout raw");
+    work.copy("ram", "old");
+    work.change(100, 3);
+    work.good("full ram -o new.mem");
+    lie(&fs, answers);
+
+    work.good("restore raw:fuse/full.raw -o restored");
+    work.assert_same("restored", "old");
+    work.good("convert raw:fuse/full.raw -o packed.mem --layout packed");
+    work.good("restore packed.mem -o from-packed");
+    work.assert_same("from-packed", "old");
+    work.good("merge raw:fuse/full.raw -o fuse/merged.raw");
+    work.good("restore raw:fuse/merged.raw -o from-merged");
+    work.assert_same("from-merged", "old");
+    let found = work.run("diff raw:fuse/full.raw new.mem --json").json();
+    assert_eq!(found["pages"], 3);
+    work.good("diff raw:fuse/full.raw --ram ram -o d1.mem");
+    let map = work.good("map raw:fuse/full.raw --json").json();
+    assert!(
+        map[0]["runs"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .all(|run| run["state"] == "present"),
+        "{map}"
+    );
+    let info = work.good("info raw:fuse/full.raw --json").json();
+    assert_eq!(info[0]["holes"]["tell_clean_from_zero"], false, "{info}");
+    assert_eq!(info[0]["holes"]["file_system"], "fuse", "{info}");
+}
+
+#[test]
+fn restore_does_not_take_written_ram_for_empty() {
+    let Some(fs) = mount("restore_does_not_take_written_ram_for_empty") else {
+        return;
+    };
+    let work = work(&fs);
+    work.good("full ram -o full.mem");
+    let target = work.create("fuse/target", RAM);
+    target.write_all_at(&noise(9, PAGE), 77 * PAGE).unwrap();
+    lie(&fs, Lseek::AllHole);
+    work.run("restore full.mem -o fuse/target")
+        .fails(2, &["not empty", "--force"]);
+    work.good("restore full.mem -o fuse/target --force");
+    work.assert_same("fuse/target", "ram");
+    // RAM that holds nothing is restored to, although that is not known without reading it.
+    work.create("fuse/empty", RAM);
+    work.good("restore full.mem -o fuse/empty");
+    work.assert_same("fuse/empty", "ram");
+}
+
+#[test]
+fn a_raw_diff_is_not_written_where_it_cannot_be_read() {
+    let Some(fs) = mount("a_raw_diff_is_not_written_where_it_cannot_be_read") else {
+        return;
+    };
+    let work = work(&fs);
+    work.good("full ram -o full.mem");
+    work.change(100, 3);
+    let says = &["fuse", "could not be read back", "--layout packed"];
+    work.run("diff full.mem --ram ram -o fuse/d1.raw --layout raw")
+        .fails(3, says);
+    work.good("diff full.mem --ram ram -o d1.raw --layout raw");
+    work.run("merge raw:d1.raw -o fuse/merged.raw --raw-diffs")
+        .fails(3, says);
+    work.run("convert raw:d1.raw -o fuse/converted.raw --raw-diff --layout raw")
+        .fails(3, says);
+    assert_eq!(fs::read_dir(fs.below()).unwrap().count(), 0);
+    // All pages differ: there would be no hole on any file system.
+    fs::write(work.path("ram"), noise(5, RAM)).unwrap();
+    work.run("diff full.mem --ram ram -o all.raw --layout raw")
+        .fails(3, &["every page", "--layout packed"]);
+    assert!(!work.path("all.raw").exists());
+    work.good("diff full.mem --ram ram -o all.mem --layout sealed");
+}
+
+#[test]
+fn a_raw_diff_is_not_read_by_holes_that_are_not_known_to_be_right() {
+    let Some(fs) = mount("a_raw_diff_is_not_read_by_holes_that_are_not_known_to_be_right") else {
+        return;
+    };
+    let work = work(&fs);
+    work.good("full ram -o full.raw --layout raw");
+    work.good("full ram -o full.mem");
+    work.change(100, 3);
+    work.good("diff full.mem --ram ram -o d1.raw --layout raw");
+    Command::new("cp")
+        .arg("--sparse=always")
+        .args([work.path("d1.raw"), work.path("fuse/d1.raw")])
+        .status()
+        .unwrap();
+    let says = &["fuse", "not known to report holes", "--trust-holes"];
+    for verb in [
+        "restore raw:full.raw raw:fuse/d1.raw -o out",
+        "merge raw:full.raw raw:fuse/d1.raw -o out",
+        "convert raw:fuse/d1.raw -o out --raw-diff --layout packed",
+    ] {
+        work.run(verb).fails(1, says);
+        assert!(!work.path("out").exists(), "{verb}");
+    }
+    // By the holes that are reported, on request, with a warning.
+    let ended = work.good("restore raw:full.raw raw:fuse/d1.raw -o out --trust-holes");
+    assert!(ended.err.contains("warning"), "{ended:?}");
+    work.assert_same("out", "ram");
+    let ended = work.good(
+        "convert raw:fuse/d1.raw -o d1.mem --raw-diff --trust-holes --layout packed --parent full.mem",
+    );
+    assert!(ended.err.contains("warning"), "{ended:?}");
+    work.good("restore full.mem d1.mem -o from-converted");
+    work.assert_same("from-converted", "ram");
+}
+
+/// APFS answers so for clones. The file system is one whose reports are used.
+#[test]
+fn enxio_from_seek_hole_loses_no_page_of_a_restore() {
+    if !Need::Strace.met("enxio_from_seek_hole_loses_no_page_of_a_restore") {
+        return;
+    }
+    let work = Work::with_ram();
+    work.good("full ram -o full.raw --layout raw");
+    // The first call asks for the position, and every second one from then on for a hole.
+    for call in [2, 4, 6] {
+        let _ = fs::remove_file(work.path("out"));
+        let mut strace = Command::new("strace");
+        strace
+            .args(["-f", "-qq", "-o", "/dev/null", "-e", "trace=lseek", "-e"])
+            .arg(format!("inject=lseek:error=ENXIO:when={call}"))
+            .args([RAMSNAP, "restore", "raw:full.raw", "-o", "out"])
+            .current_dir(work.path(""))
+            .stdin(Stdio::null());
+        Ended::of(&mut strace).good();
+        work.assert_same("out", "ram");
+    }
+}

@@ -1,0 +1,552 @@
+//! Restoring into RAM that exists.
+
+#![cfg(target_os = "linux")]
+
+mod support;
+
+use std::fs::File;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::Path;
+use std::process::Command;
+
+use nix::fcntl::{FcntlArg, SealFlag, fcntl};
+use nix::sys::memfd::{MFdFlags, memfd_create};
+use nix::sys::signal::Signal;
+use rstest::rstest;
+use support::held::Held;
+use support::{Ended, PAGE, RAM, Work};
+use test_machine::{HugeFs, LoopFs, LoopMount, Need, TinyTmpfs};
+
+/// RAM in a memfd of this process, and its path.
+fn memfd(len: u64) -> (File, String) {
+    let fd: OwnedFd = memfd_create("ram", MFdFlags::MFD_CLOEXEC).unwrap();
+    let file = File::from(fd);
+    file.set_len(len).unwrap();
+    let path = format!("/proc/{}/fd/{}", std::process::id(), file.as_raw_fd());
+    (file, path)
+}
+
+fn bytes(file: &File) -> Vec<u8> {
+    let mut bytes = vec![0; RAM as usize];
+    file.read_exact_at(&mut bytes, 0).unwrap();
+    bytes
+}
+
+#[test]
+fn a_guests_memfd_is_captured_and_another_one_restored_in_place() {
+    let work = Work::with_chain();
+    let (guest, path) = memfd(RAM);
+    guest.write_all_at(&work.read("first"), 0).unwrap();
+    work.good(&format!("full {path} -o full2.mem"));
+    guest.write_all_at(&work.read("ram"), 0).unwrap();
+    work.good(&format!("diff full2.mem --ram {path} -o d.mem"));
+
+    let (new, path) = memfd(RAM);
+    work.good(&format!("restore full2.mem d.mem -o {path}"));
+    assert!(bytes(&new) == work.read("ram"));
+    // What is zero takes no memory.
+    assert!(new.metadata().unwrap().blocks() * 512 < RAM / 2);
+}
+
+#[test]
+fn ram_in_use_is_overwritten_only_by_force_and_wholly() {
+    let work = Work::with_chain();
+    let (guest, path) = memfd(RAM);
+    guest
+        .write_all_at(&[7; 3 * PAGE as usize], 900 * PAGE)
+        .unwrap();
+    let before = bytes(&guest);
+    work.fails(
+        &format!("restore full.mem -o {path}"),
+        2,
+        &["not empty", "--force"],
+    );
+    assert!(bytes(&guest) == before);
+    work.good(&format!("restore full.mem -o {path} --force"));
+    assert!(bytes(&guest) == work.read("first"));
+}
+
+#[test]
+fn ram_of_another_size_stays_as_it_is() {
+    let work = Work::with_chain();
+    let (guest, path) = memfd(RAM + PAGE);
+    guest.write_all_at(&[7; 10], 0).unwrap();
+    work.fails(
+        &format!("restore full.mem -o {path} --force"),
+        1,
+        &["must be equal"],
+    );
+    let mut ten = [0; 10];
+    guest.read_exact_at(&mut ten, 0).unwrap();
+    assert_eq!(ten, [7; 10]);
+}
+
+/// From the fifth write on: the first two are to see whether there is any.
+#[test]
+fn a_restore_that_fails_in_the_middle_leaves_the_ram_empty() {
+    if !Need::Strace.met("a_restore_that_fails_in_the_middle_leaves_the_ram_empty") {
+        return;
+    }
+    let work = Work::with_chain();
+    let guest = work.create("guest", RAM);
+    guest.write_all_at(&[7; 10], 0).unwrap();
+    let mut strace = Command::new("strace");
+    strace
+        .args(["-f", "-qq", "-o", "/dev/null", "-e", "trace=pwrite64"])
+        .args(["-e", "inject=pwrite64:error=EIO:when=4+", support::RAMSNAP])
+        .args(["restore", "full.mem", "--force", "-o", "guest"])
+        .current_dir(work.path(""));
+    Ended::of(&mut strace).fails(3, &["Input/output error", "was emptied"]);
+    assert!(bytes(&guest).iter().all(|byte| *byte == 0));
+    assert_eq!(guest.metadata().unwrap().len(), RAM);
+}
+
+#[test]
+fn ram_stays_as_it_is_where_there_is_no_room() {
+    if !Need::Root.met("ram_stays_as_it_is_where_there_is_no_room") {
+        return;
+    }
+    let work = Work::with_chain();
+    // Room for a part of what is present.
+    let disk = TinyTmpfs::new(128 << 10).unwrap();
+    let path = disk.path().join("ram");
+    let guest = create(&path);
+    guest.write_all_at(&[7; 10], 0).unwrap();
+    let before = (bytes(&guest), guest.metadata().unwrap().blocks());
+    let restore = format!("restore full.mem --force -o {}", path.display());
+    work.fails(&restore, 3, &["make room", "131072", "nothing was written"]);
+    assert!((bytes(&guest), guest.metadata().unwrap().blocks()) == before);
+}
+
+/// What it has itself is room.
+#[test]
+fn ram_that_fills_its_file_system_is_overwritten() {
+    if !Need::Root.met("ram_that_fills_its_file_system_is_overwritten") {
+        return;
+    }
+    let work = Work::with_chain();
+    let disk = TinyTmpfs::new(512 << 10).unwrap();
+    let path = disk.path().join("ram");
+    let guest = create(&path);
+    let full = (0..).find_map(|page| guest.write_all_at(&[7; 4096], page * PAGE).err());
+    assert_eq!(full.unwrap().kind(), std::io::ErrorKind::StorageFull);
+    work.good(&format!("restore full.mem --force -o {}", path.display()));
+    assert!(bytes(&guest) == work.read("first"));
+}
+
+#[test]
+fn ram_that_is_sealed_against_writing_stays_as_it_is() {
+    let work = Work::with_chain();
+    let fd = memfd_create("ram", MFdFlags::MFD_ALLOW_SEALING).unwrap();
+    let guest = File::from(fd);
+    guest.set_len(RAM).unwrap();
+    guest.write_all_at(&[7; 10], 0).unwrap();
+    let before = bytes(&guest);
+    fcntl(&guest, FcntlArg::F_ADD_SEALS(SealFlag::F_SEAL_WRITE)).unwrap();
+    let path = format!("/proc/{}/fd/{}", std::process::id(), guest.as_raw_fd());
+    let restore = format!("restore full.mem --force -o {path}");
+    work.fails(&restore, 3, &["cannot write", "as it was"]);
+    assert!(bytes(&guest) == before);
+}
+
+/// RLIMIT_FSIZE: in blocks of 512 bytes.
+#[test]
+fn ram_larger_than_a_file_may_be_stays_as_it_is() {
+    let work = Work::with_chain();
+    let guest = work.create("guest", RAM);
+    guest.write_all_at(&[7; 10], 0).unwrap();
+    let before = bytes(&guest);
+    let script = format!(
+        "ulimit -f 8192; exec {} restore full.mem --force -o guest",
+        support::RAMSNAP
+    );
+    let mut shell = Command::new("sh");
+    shell.args(["-c", &script]).current_dir(work.path(""));
+    Ended::of(&mut shell).fails(3, &["cannot write", "File too large", "as it was"]);
+    assert!(bytes(&guest) == before);
+}
+
+#[test]
+fn ram_stays_as_it_is_where_an_image_is_damaged() {
+    let work = Work::with_chain();
+    let (guest, path) = memfd(RAM);
+    work.rot("full.mem", 5000);
+    // Empty, and not.
+    for force in ["", " --force"] {
+        let restore = format!("restore full.mem -o {path}{force}");
+        work.fails(&restore, 1, &["damaged"]);
+        assert_eq!(guest.metadata().unwrap().blocks() > 0, !force.is_empty());
+        guest.write_all_at(&[7; 10], 0).unwrap();
+    }
+    let mut ten = [0; 10];
+    guest.read_exact_at(&mut ten, 0).unwrap();
+    assert_eq!(ten, [7; 10]);
+}
+
+/// It has no write(2).
+#[test]
+fn ram_of_huge_pages_is_restored() {
+    if !Need::HugePages.met("ram_of_huge_pages_is_restored") {
+        return;
+    }
+    let work = Work::with_chain();
+    let huge = HugeFs::new(None).unwrap();
+    let path = huge.path().join("ram");
+    let guest = create(&path);
+    let restore = |images: &str| format!("restore {images} -o {}", path.display());
+    work.good(&restore("full.mem"));
+    assert!(bytes(&guest) == work.read("first"));
+    work.fails(&restore("full.mem d1.mem d2.mem"), 2, &["--force"]);
+    work.good(&restore("full.mem d1.mem d2.mem --force"));
+    assert!(bytes(&guest) == work.read("ram"));
+}
+
+#[test]
+fn a_new_file_of_huge_pages_is_refused_before_images_are_read() {
+    if !Need::HugePages.met("a_new_file_of_huge_pages_is_refused_before_images_are_read") {
+        return;
+    }
+    let work = Work::with_chain();
+    work.rot("full.mem", 5000);
+    let huge = HugeFs::new(None).unwrap();
+    let out = huge.path().join("out");
+    for verb in ["restore full.mem", "full ram", "merge full.mem d1.mem"] {
+        let command = format!("{verb} -o {}", out.display());
+        work.fails(&command, 3, &["hugetlbfs", "write(2)"]);
+    }
+    assert_eq!(support::list(huge.path()), [""; 0]);
+}
+
+#[test]
+fn ram_of_huge_pages_stays_as_it_is_where_there_are_too_few() {
+    if !Need::HugePages.met("ram_of_huge_pages_stays_as_it_is_where_there_are_too_few") {
+        return;
+    }
+    let work = Work::with_chain();
+    // Two of the four.
+    let huge = HugeFs::new(Some(4 << 20)).unwrap();
+    let path = huge.path().join("ram");
+    let guest = create(&path);
+    let zeros = bytes(&guest);
+    for force in ["", " --force"] {
+        let restore = format!("restore full.mem -o {}{force}", path.display());
+        work.fails(&restore, 3, &["huge pages", "as it was"]);
+    }
+    assert!(bytes(&guest) == zeros);
+    assert_eq!(guest.metadata().unwrap().blocks(), 0);
+}
+
+#[test]
+fn no_ram_goes_into_what_another_user_put_in_place() {
+    use std::os::unix::fs::{PermissionsExt, chown, lchown, symlink};
+    if !Need::Root.met("no_ram_goes_into_what_another_user_put_in_place") {
+        return;
+    }
+    let work = Work::with_chain();
+    let shared = tempfile::tempdir().unwrap();
+    let mode = |path: &Path, mode| {
+        std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)).unwrap();
+    };
+    mode(shared.path(), 0o1777);
+    let path = shared.path().join("guest");
+    let guest = create(&path);
+    let restore = format!("restore full.mem -o {}", path.display());
+    // A stranger's, then one that strangers may read.
+    mode(&path, 0o600);
+    chown(&path, Some(65534), None).unwrap();
+    work.fails(&restore, 2, &["65534", "--force"]);
+    chown(&path, Some(0), None).unwrap();
+    mode(&path, 0o644);
+    work.fails(&restore, 2, &["chmod 600", "--force"]);
+    assert_eq!(guest.metadata().unwrap().blocks(), 0);
+    // A stranger's link to a file of root.
+    std::fs::remove_file(&path).unwrap();
+    let roots = work.create("roots", RAM);
+    symlink(work.path("roots"), &path).unwrap();
+    lchown(&path, Some(65534), None).unwrap();
+    for (dir, force) in [(0o1777, ""), (0o1777, " --force"), (0o777, " --force")] {
+        mode(shared.path(), dir);
+        let code = work.run(&format!("{restore}{force}")).code;
+        assert!(matches!(code, Some(2 | 3)), "{code:?}");
+        assert_eq!(roots.metadata().unwrap().blocks(), 0);
+    }
+    // Nor where a group may write.
+    chown(shared.path(), None, Some(812_345)).unwrap();
+    for dir in [0o2775, 0o3775] {
+        mode(shared.path(), dir);
+        for restore in [&restore, &format!("{restore} --force")] {
+            work.fails(restore, 2, &["link", "another user"]);
+        }
+        let save = format!(
+            "full {} -o {} --force",
+            work.path("full.mem").display(),
+            path.display()
+        );
+        assert_ne!(work.run(&save).code, Some(0));
+        assert_eq!(roots.metadata().unwrap().blocks(), 0);
+    }
+    // One's own are followed.
+    mode(shared.path(), 0o1777);
+    lchown(&path, Some(0), None).unwrap();
+    work.good(&restore);
+    work.assert_same("roots", "first");
+}
+
+#[test]
+fn ram_written_by_another_during_a_restore_is_kept() {
+    if !Need::Strace.met("ram_written_by_another_during_a_restore_is_kept") {
+        return;
+    }
+    let work = Work::with_chain();
+    let guest = work.create("guest", RAM);
+    let restore = "restore full.mem -o guest";
+    let emptying = ("fallocate".to_owned(), 1);
+    let held = support::held::Held::before(&work.command(restore), &emptying).expect("held");
+    work.fails(restore, 3, &["another restore"]);
+    guest.write_all_at(&[7; 10], 900 * PAGE).unwrap();
+    let before = bytes(&guest);
+    let (status, error) = held.release();
+    assert_eq!(status.code(), Some(2), "{error}");
+    assert!(error.contains("not empty"), "{error}");
+    assert!(bytes(&guest) == before);
+}
+
+/// The last look: whoever opens the path from now on gets another file.
+#[test]
+fn ram_that_is_replaced_during_a_restore_is_an_error() {
+    if !Need::Strace.met("ram_that_is_replaced_during_a_restore_is_an_error") {
+        return;
+    }
+    let work = Work::with_chain();
+    let guest = work.create("guest", RAM);
+    let command = work.command("restore full.mem -o guest");
+    // All is written, and about to be brought to the disk.
+    let held = Held::before(&command, &("fsync".to_owned(), 1)).expect("held");
+    assert!(bytes(&guest) == work.read("first"));
+    let other = work.create("other", RAM);
+    other.write_all_at(&[7; 10], 0).unwrap();
+    let before = bytes(&other);
+    std::fs::rename(work.path("other"), work.path("guest")).unwrap();
+    let (status, error) = held.release();
+    assert_eq!(status.code(), Some(3), "{error}");
+    for words in ["guest", "was replaced or resized", "was emptied"] {
+        assert!(error.contains(words), "{error}");
+    }
+    assert!(bytes(&guest).iter().all(|byte| *byte == 0));
+    assert!(work.read("guest") == before);
+}
+
+/// The call that makes holes, and that reserves room.
+const EMPTYING: &str = "fallocate";
+
+/// A restore that is held when it has written a part of the RAM.
+fn half_restored(work: &Work) -> Held {
+    let command = work.command("restore full.mem -o guest");
+    // The first two writes are to see whether there can be any.
+    Held::before(&command, &("pwrite64".to_owned(), 4)).expect("held")
+}
+
+#[rstest]
+#[case::full("full guest -o out")]
+#[case::diff("diff full.mem --ram guest -o out")]
+#[case::compared("diff full.mem --ram guest")]
+#[case::raw_image("convert raw:guest -o out")]
+#[case::raw_base("merge raw:guest -o out")]
+fn ram_that_is_being_restored_is_not_read(#[case] command: &str) {
+    if !Need::Strace.met("ram_that_is_being_restored_is_not_read") {
+        return;
+    }
+    let work = Work::with_chain();
+    let guest = work.create("guest", RAM);
+    let held = half_restored(&work);
+    assert!(bytes(&guest) != work.read("first"));
+    work.fails(command, 3, &["ramsnap restore", "guest", "wait"]);
+    assert_eq!(held.release().0.code(), Some(0));
+    let code = work.run(command).code;
+    assert!(matches!(code, Some(0 | 1)), "{code:?}");
+}
+
+/// Through a mapping of the process. On btrfs, mappings are listed by another device than files.
+#[rstest]
+#[case::here(false)]
+#[case::btrfs(true)]
+fn a_process_whose_ram_is_being_restored_is_not_read(#[case] on_btrfs: bool) {
+    const TEST: &str = "a_process_whose_ram_is_being_restored_is_not_read";
+    if !Need::Strace.met(TEST) || on_btrfs && !(Need::Root.met(TEST) && Need::Btrfs.met(TEST)) {
+        return;
+    }
+    let work = Work::with_chain();
+    let disk = on_btrfs.then(|| LoopMount::new(LoopFs::Btrfs).unwrap());
+    let ram = match &disk {
+        None => work.path("guest"),
+        Some(disk) => {
+            let ram = disk.path().join("guest");
+            std::os::unix::fs::symlink(&ram, work.path("guest")).unwrap();
+            ram
+        }
+    };
+    let guest = File::create_new(&ram).unwrap();
+    guest.set_len(RAM).unwrap();
+    let guest = File::options().read(true).write(true).open(&ram).unwrap();
+    let mut monitor = Command::new("python3");
+    let script = "import mmap, sys\n\
+        file = open('guest', 'r+b'); ram = mmap.mmap(file.fileno(), 0)\n\
+        print('mapped', flush=True); sys.stdin.read()";
+    monitor
+        .args(["-c", script])
+        .current_dir(work.path(""))
+        .stdin(std::process::Stdio::piped())
+        .stdout(std::process::Stdio::piped());
+    let Ok(mut monitor) = monitor.spawn() else {
+        return test_machine::not_run(TEST, "there is no python3");
+    };
+    let mut mapped = [0; 6];
+    std::io::Read::read_exact(monitor.stdout.as_mut().unwrap(), &mut mapped).unwrap();
+    let held = half_restored(&work);
+    let full = format!(
+        "full --pid {} --live --region {} -o out",
+        monitor.id(),
+        ram.display()
+    );
+    work.fails(&full, 3, &["ramsnap restore", "wait"]);
+    assert_eq!(held.release().0.code(), Some(0));
+    assert!(bytes(&guest) == work.read("first"));
+    work.good(&full);
+    drop(monitor.stdin.take());
+    monitor.wait().unwrap();
+}
+
+#[test]
+fn ram_that_is_read_is_not_restored_to() {
+    if !Need::Strace.met("ram_that_is_read_is_not_restored_to") {
+        return;
+    }
+    let work = Work::with_chain();
+    work.copy("ram", "guest");
+    let command = work.command("full guest -o out");
+    let held = Held::before(&command, &("pwrite64".to_owned(), 1)).expect("held");
+    let restore = "restore full.mem -o guest --force";
+    work.fails(restore, 3, &["reads the RAM", "nothing was written"]);
+    work.assert_same("guest", "ram");
+    // Readers don't mind each other.
+    work.good("full guest -o again");
+    assert_eq!(held.release().0.code(), Some(0));
+    work.good("diff out --ram guest");
+    work.good(restore);
+}
+
+/// A VMM may lock its RAM as it likes.
+#[rstest]
+#[case::flock(false)]
+#[case::all_of_it_by_fcntl(true)]
+fn ram_that_its_vmm_has_locked_is_read_and_restored(#[case] by_fcntl: bool) {
+    let work = Work::with_chain();
+    work.copy("ram", "guest");
+    let guest = File::options()
+        .read(true)
+        .write(true)
+        .open(work.path("guest"))
+        .unwrap();
+    if by_fcntl {
+        let all = nix::libc::flock {
+            l_type: nix::libc::F_WRLCK as nix::libc::c_short,
+            l_whence: nix::libc::SEEK_SET as nix::libc::c_short,
+            l_start: 0,
+            l_len: 0,
+            l_pid: 0,
+        };
+        fcntl(&guest, FcntlArg::F_OFD_SETLK(&all)).unwrap();
+    } else {
+        guest.try_lock().unwrap();
+    }
+    work.good("full guest -o out");
+    work.good("diff full.mem --ram guest -o d.mem");
+    work.good("restore full.mem -o guest --force");
+    assert!(bytes(&guest) == work.read("first"));
+}
+
+/// People press Ctrl-C twice.
+#[test]
+fn a_second_signal_does_not_leave_a_part_of_the_ram() {
+    if !Need::Strace.met("a_second_signal_does_not_leave_a_part_of_the_ram") {
+        return;
+    }
+    let work = Work::with_chain();
+    // On tmpfs, where what is stored is reserved, a run at a time, once it is known that the last page can be written.
+    let guest = tempfile::NamedTempFile::new_in("/dev/shm").unwrap();
+    let path = guest.path().display().to_string();
+    let guest = guest.as_file();
+    guest.set_len(RAM).unwrap();
+    let chain = memory_image::Chain::open_sealed(&[work.path("full.mem")]).unwrap();
+    let reserving = 1 + chain.stored_runs().count();
+    for call in [("pwrite64", 4), (EMPTYING, reserving as u64 + 1)] {
+        guest.write_all_at(&[7; 10], 0).unwrap();
+        let command = work.command(&format!("restore full.mem -o {path} --force"));
+        let call = (call.0.to_owned(), call.1.try_into().unwrap());
+        let mut held = Held::before(&command, &call).expect("held");
+        assert!(!held.signal(Signal::SIGINT), "it empties the RAM");
+        assert!(!held.signal(Signal::SIGINT), "it goes on with that");
+        let (status, error) = held.release();
+        assert_eq!(status.code(), Some(130), "{error}");
+        for words in [&path, "part of the RAM", "one more signal", "emptied"] {
+            assert!(error.contains(words), "{error}");
+        }
+        assert!(bytes(guest).iter().all(|byte| *byte == 0));
+    }
+}
+
+#[test]
+fn a_third_signal_says_that_a_part_of_the_ram_is_left() {
+    if !Need::Strace.met("a_third_signal_says_that_a_part_of_the_ram_is_left") {
+        return;
+    }
+    let work = Work::with_chain();
+    let guest = work.create("guest", RAM);
+    let mut held = half_restored(&work);
+    assert!(!held.signal(Signal::SIGINT));
+    assert!(!held.signal(Signal::SIGTERM));
+    assert!(held.signal(Signal::SIGTERM), "the third ends it");
+    let (status, error) = held.release();
+    assert_eq!(status.code(), Some(3), "{error}");
+    for words in ["error: ", "guest", "part of the RAM", "start no guest"] {
+        assert!(error.contains(words), "{error}");
+    }
+    assert!(bytes(&guest).iter().any(|byte| *byte != 0));
+}
+
+/// Signals that would end a process without a word.
+#[rstest]
+fn other_deadly_signals_leave_no_part_of_the_ram(
+    #[values(
+        Signal::SIGUSR1,
+        Signal::SIGUSR2,
+        Signal::SIGXCPU,
+        Signal::SIGVTALRM,
+        Signal::SIGPROF
+    )]
+    signal: Signal,
+) {
+    if !Need::Strace.met("other_deadly_signals_leave_no_part_of_the_ram") {
+        return;
+    }
+    let work = Work::with_chain();
+    let guest = work.create("guest", RAM);
+    let mut held = half_restored(&work);
+    assert!(!held.signal(signal), "it empties the RAM");
+    let (status, error) = held.release();
+    assert_eq!(status.code(), Some(128 + signal as i32), "{error}");
+    assert!(bytes(&guest).iter().all(|byte| *byte == 0));
+}
+
+/// As large as the RAM.
+fn create(path: &Path) -> File {
+    let options = File::options()
+        .read(true)
+        .write(true)
+        .create_new(true)
+        .open(path);
+    let file = options.unwrap();
+    file.set_len(RAM).unwrap();
+    file
+}

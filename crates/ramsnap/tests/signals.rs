@@ -1,0 +1,485 @@
+//! Signals at any moment of a verb: it has done all, or nothing.
+
+mod support;
+
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::unix::process::ExitStatusExt;
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use rstest::rstest;
+use support::{RAMSNAP, Work, noise};
+use test_machine::{not_run, thorough};
+
+/// Sparse, and with enough in it that work on it takes a while.
+const SIZE: u64 = 4 << 30;
+const DATA: u64 = 128 << 20;
+
+/// When the signal comes.
+#[derive(Clone, Copy, Debug)]
+enum Moment {
+    After(Duration),
+    /// As soon as there is a file more than before.
+    Staged,
+}
+
+const MOMENTS: [Moment; 7] = [
+    Moment::After(Duration::ZERO),
+    Moment::After(Duration::from_millis(3)),
+    Moment::After(Duration::from_millis(10)),
+    Moment::After(Duration::from_millis(30)),
+    Moment::After(Duration::from_millis(100)),
+    Moment::Staged,
+    Moment::After(Duration::from_secs(60)),
+];
+
+/// `ram`, `full.mem` of what it was before, `d1.mem`.
+fn large() -> Work {
+    let work = Work::empty();
+    let ram = work.create("ram", SIZE);
+    let fill = |seed: u64| {
+        let block = noise(seed, 1 << 20);
+        for number in 0..DATA >> 20 {
+            ram.write_all_at(&block, number * (24 << 20)).unwrap();
+            ram.write_all_at(&number.to_le_bytes(), number * (24 << 20))
+                .unwrap();
+        }
+    };
+    fill(1);
+    work.good("full ram -o full.mem");
+    fill(2);
+    work.good("diff full.mem --ram ram -o d1.mem");
+    work
+}
+
+fn signal(child: &Child, signal: Signal) {
+    // It may have ended: it is not waited for yet, so its id is still its own.
+    kill(Pid::from_raw(child.id().cast_signed()), signal).unwrap();
+}
+
+/// Whether tests that depend on when a signal comes run; says that `test` does not, where not.
+fn may_race(test: &str) -> bool {
+    if !thorough() {
+        not_run(
+            test,
+            "it depends on when signals come: `cargo xtask prove tests` runs it",
+        );
+    }
+    thorough()
+}
+
+/// Signals at `moment`, and waits for the end.
+fn interrupted(work: &Work, command: &mut Command, moment: Moment, with: Signal) -> ExitStatus {
+    let before = work.files().len();
+    let mut child = command
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    let start = Instant::now();
+    let due = |ended: bool| match moment {
+        _ if ended => true,
+        Moment::After(delay) => start.elapsed() >= delay,
+        Moment::Staged => work.files().len() > before,
+    };
+    while !due(child.try_wait().unwrap().is_some()) {
+        sleep(Duration::from_micros(200));
+    }
+    if child.try_wait().unwrap().is_none() {
+        signal(&child, with);
+    }
+    child.wait().unwrap()
+}
+
+/// Waits until it heeds SIGINT itself.
+#[cfg(target_os = "linux")]
+fn until_it_listens(child: &Child) {
+    let status = format!("/proc/{}/status", child.id());
+    let listens = || {
+        let status = std::fs::read_to_string(&status).unwrap();
+        let caught = status.lines().find_map(|line| line.strip_prefix("SigCgt:"));
+        let caught = u64::from_str_radix(caught.unwrap().trim(), 16).unwrap();
+        caught >> (Signal::SIGINT as u32 - 1) & 1 == 1
+    };
+    while !listens() {
+        sleep(Duration::from_millis(1));
+    }
+}
+
+/// Ended by the tool itself, or before it had begun to listen.
+fn was_interrupted(status: ExitStatus, with: Signal) -> bool {
+    status.code() == code_of(with) || status.signal() == Some(with as i32)
+}
+
+/// As a shell has it.
+fn code_of(signal: Signal) -> Option<i32> {
+    Some(128 + signal as i32)
+}
+
+#[rstest]
+#[case::full("full ram -o out", Signal::SIGINT)]
+#[case::full_by_sigterm("full ram -o out --layout sealed", Signal::SIGTERM)]
+#[case::diff("diff full.mem --ram ram -o out", Signal::SIGINT)]
+#[case::merge("merge full.mem d1.mem -o out", Signal::SIGINT)]
+#[case::convert("convert full.mem -o out --layout sealed", Signal::SIGTERM)]
+#[case::restore("restore full.mem d1.mem -o out", Signal::SIGINT)]
+fn a_signal_at_any_time_leaves_all_or_nothing(#[case] command: &str, #[case] with: Signal) {
+    if !may_race("a_signal_at_any_time_leaves_all_or_nothing") {
+        return;
+    }
+    let work = large();
+    let before = work.files();
+    let mut stopped = 0;
+    for moment in MOMENTS {
+        let status = interrupted(&work, &mut work.command(command), moment, with);
+        if work.files() == before {
+            assert!(was_interrupted(status, with), "{moment:?}: {status:?}");
+            stopped += usize::from(status.code() == code_of(with));
+            continue;
+        }
+        assert_eq!(status.code(), Some(0), "{moment:?}");
+        let is = match command.starts_with("restore") {
+            true => "diff full.mem d1.mem --ram out",
+            false => "verify out",
+        };
+        work.good(is);
+        std::fs::remove_file(work.path("out")).unwrap();
+        assert_eq!(work.files(), before, "{moment:?}");
+    }
+    assert!(stopped > 0, "no signal was in time");
+}
+
+#[test]
+fn a_signal_at_any_time_leaves_one_of_the_bases() {
+    if !may_race("a_signal_at_any_time_leaves_one_of_the_bases") {
+        return;
+    }
+    let work = large();
+    let before = work.files();
+    let old = work.good("info full.mem --json").json()[0]["id"].clone();
+    for moment in MOMENTS {
+        let mut command = work.command("merge --in-place full.mem d1.mem");
+        let status = interrupted(&work, &mut command, moment, Signal::SIGINT);
+        assert_eq!(work.files(), before, "{moment:?}");
+        work.good("verify full.mem");
+        let id = work.good("info full.mem --json").json()[0]["id"].clone();
+        if status.code() == Some(0) {
+            assert_ne!(id, old);
+            return work.good("diff full.mem --ram ram").out.truncate(0);
+        }
+        assert!(
+            was_interrupted(status, Signal::SIGINT),
+            "{moment:?}: {status:?}"
+        );
+        assert_eq!(id, old);
+    }
+    panic!("the last one had time");
+}
+
+#[test]
+fn a_signal_at_any_time_leaves_all_ram_or_none() {
+    if !may_race("a_signal_at_any_time_leaves_all_ram_or_none") {
+        return;
+    }
+    let work = large();
+    let target = work.create("target", SIZE);
+    for moment in MOMENTS {
+        let mut command = work.command("restore full.mem d1.mem -o target --force");
+        let status = interrupted(&work, &mut command, moment, Signal::SIGINT);
+        if status.code() == Some(0) {
+            work.good("diff full.mem d1.mem --ram target");
+        } else {
+            assert!(
+                was_interrupted(status, Signal::SIGINT),
+                "{moment:?}: {status:?}"
+            );
+            // A file system may keep a block or two for its own.
+            assert!(target.metadata().unwrap().blocks() < 100, "{moment:?}");
+        }
+        sparse_file::punch_hole(&target, 0..SIZE).unwrap();
+    }
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn a_stream_that_stalls_is_interrupted_and_leaves_nothing() {
+    let work = Work::with_chain();
+    let before = work.files();
+    let mut command = work.command("convert - --zstd -o out");
+    // Nobody writes to it.
+    let mut child = command
+        .stdin(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    until_it_listens(&child);
+    signal(&child, Signal::SIGINT);
+    let stdin = child.stdin.take();
+    let status = child.wait().unwrap();
+    drop(stdin);
+    assert_eq!(status.code(), Some(130));
+    assert_eq!(work.files(), before);
+}
+
+#[rstest]
+#[case::verify("verify full.mem")]
+#[case::compare("diff full.mem --ram ram")]
+#[case::send("convert full.mem -o - --zstd")]
+#[case::pack_and_send("convert raw:ram -o - --zstd")]
+fn a_signal_at_any_time_ends_a_verb_that_reads(#[case] command: &str) {
+    if !may_race("a_signal_at_any_time_ends_a_verb_that_reads") {
+        return;
+    }
+    let work = large();
+    let before = work.files();
+    for moment in MOMENTS {
+        let mut command = work.command(command);
+        let command = command.env("TMPDIR", work.path(""));
+        let status = interrupted(&work, command, moment, Signal::SIGINT);
+        let ended = matches!(status.code(), Some(0 | 1));
+        assert!(
+            ended || was_interrupted(status, Signal::SIGINT),
+            "{moment:?}: {status:?}"
+        );
+        assert_eq!(work.files(), before, "{moment:?}");
+    }
+}
+
+#[test]
+fn a_demo_signalled_at_any_time_removes_its_files() {
+    if !may_race("a_demo_signalled_at_any_time_removes_its_files") {
+        return;
+    }
+    let work = Work::empty();
+    for moment in MOMENTS {
+        let mut command = Command::new(RAMSNAP);
+        let command = command.arg("demo").env("TMPDIR", work.path(""));
+        interrupted(&work, command, moment, Signal::SIGINT);
+        assert_eq!(work.files(), [""; 0], "{moment:?}");
+    }
+}
+
+/// Signals before chosen calls of the main thread, or before each call where tests are thorough.
+#[cfg(target_os = "linux")]
+mod at_calls {
+    use test_machine::Need;
+
+    use super::*;
+    use support::held::{Call, Held, SHARED, calls};
+
+    /// Runs `command` once for each call, with a signal before it. `check` gets the exit status.
+    /// `reset` undoes what a run that came to its end has done.
+    fn signalled(
+        command: &Command,
+        with: Signal,
+        reset: impl Fn(),
+        mut check: impl FnMut(&Call, ExitStatus),
+    ) {
+        let calls = calls(command, thorough());
+        reset();
+        for call in &calls {
+            let Some(mut held) = Held::before(command, call) else {
+                assert_eq!(call.0, SHARED, "it was not held at {call:?}");
+                reset();
+                continue;
+            };
+            held.signal(with);
+            check(call, held.release().0);
+            reset();
+        }
+    }
+
+    #[rstest]
+    #[case::full("full ram -o out", Signal::SIGINT)]
+    #[case::full_by_sigterm("full ram -o out --layout sealed", Signal::SIGTERM)]
+    #[case::diff("diff full.mem d1.mem --ram ram -o out", Signal::SIGINT)]
+    #[case::merge("merge full.mem d1.mem -o out", Signal::SIGINT)]
+    #[case::convert("convert full.mem -o out --layout sealed", Signal::SIGTERM)]
+    #[case::restore("restore full.mem d1.mem -o out", Signal::SIGINT)]
+    #[case::hangup("full ram -o out", Signal::SIGHUP)]
+    #[case::quit("merge full.mem d1.mem -o out", Signal::SIGQUIT)]
+    #[case::alarm("restore full.mem d1.mem -o out", Signal::SIGALRM)]
+    fn a_signal_leaves_all_or_nothing(#[case] command: &str, #[case] with: Signal) {
+        if !Need::Strace.met("a_signal_leaves_all_or_nothing") {
+            return;
+        }
+        let work = Work::with_chain();
+        let before = work.files();
+        let of_out = match command.split(' ').next() {
+            Some("restore") => "diff full.mem d1.mem --ram out",
+            Some("diff") => "verify full.mem d1.mem out",
+            _ => "verify out",
+        };
+        let reset = || drop(std::fs::remove_file(work.path("out")));
+        let (mut stopped, mut done) = (0, 0);
+        signalled(&work.command(command), with, reset, |call, status| {
+            if work.files() == before {
+                assert_eq!(status.code(), code_of(with), "{call:?}");
+                stopped += 1;
+                return;
+            }
+            assert_eq!(status.code(), Some(0), "{call:?}");
+            work.good(of_out);
+            std::fs::remove_file(work.path("out")).unwrap();
+            assert_eq!(work.files(), before, "{call:?}");
+            done += 1;
+        });
+        assert!(stopped > 3 && done > 0, "{stopped} {done}");
+    }
+
+    #[test]
+    fn a_signal_to_a_merge_in_place_leaves_one_of_the_bases() {
+        if !Need::Strace.met("a_signal_to_a_merge_in_place_leaves_one_of_the_bases") {
+            return;
+        }
+        let work = Work::with_chain();
+        work.copy("full.mem", "old.mem");
+        work.good("merge full.mem d1.mem -o new.mem");
+        let before = work.files();
+        let id = |name: &str| work.good(&format!("info {name} --json")).json()[0]["id"].clone();
+        let (old, new) = (id("full.mem"), id("new.mem"));
+        let reset = || work.copy("old.mem", "full.mem");
+        let command = work.command("merge --in-place full.mem d1.mem");
+        let mut seen = [0; 2];
+        signalled(&command, Signal::SIGINT, reset, |call, status| {
+            assert_eq!(work.files(), before, "{call:?}");
+            work.good("verify full.mem");
+            let done = status.code() == Some(0);
+            assert!(done || status.code() == Some(130), "{call:?}: {status:?}");
+            assert_eq!(id("full.mem"), if done { new.clone() } else { old.clone() });
+            seen[usize::from(done)] += 1;
+        });
+        assert!(seen.iter().all(|count| *count > 0), "{seen:?}");
+    }
+
+    #[test]
+    fn a_signal_to_a_restore_in_place_leaves_all_ram_or_none() {
+        if !Need::Strace.met("a_signal_to_a_restore_in_place_leaves_all_ram_or_none") {
+            return;
+        }
+        let work = Work::with_chain();
+        let target = work.create("target", support::RAM);
+        let command = work.command("restore full.mem d1.mem -o target --force");
+        let reset = || sparse_file::punch_hole(&target, 0..support::RAM).unwrap();
+        let mut seen = [0; 2];
+        signalled(&command, Signal::SIGINT, reset, |call, status| {
+            let done = status.code() == Some(0);
+            if done {
+                work.good("diff full.mem d1.mem --ram target");
+            } else {
+                assert_eq!(status.code(), Some(130), "{call:?}");
+                // A file system may keep a block or two for its own.
+                assert!(target.metadata().unwrap().blocks() < 100, "{call:?}");
+            }
+            seen[usize::from(done)] += 1;
+        });
+        assert!(seen[0] > 0, "{seen:?}");
+    }
+
+    #[rstest]
+    #[case::verify("verify full.mem")]
+    #[case::compare("diff full.mem --ram ram")]
+    #[case::send("convert full.mem -o - --zstd")]
+    #[case::pack_and_send("convert raw:ram -o - --zstd")]
+    fn a_verb_that_only_reads_ends_at_once(#[case] command: &str) {
+        if !Need::Strace.met("a_verb_that_only_reads_ends_at_once") {
+            return;
+        }
+        let work = Work::with_chain();
+        let before = work.files();
+        let mut command = work.command(command);
+        command.env("TMPDIR", work.path(""));
+        let mut stopped = 0;
+        signalled(
+            &command,
+            Signal::SIGINT,
+            || (),
+            |call, status| {
+                let ended = matches!(status.code(), Some(0 | 1));
+                assert!(ended || status.code() == Some(130), "{call:?}: {status:?}");
+                assert_eq!(work.files(), before, "{call:?}");
+                stopped += usize::from(!ended);
+            },
+        );
+        assert!(stopped > 1, "{stopped}");
+    }
+
+    #[test]
+    fn the_demo_removes_its_directory() {
+        if !Need::Strace.met("the_demo_removes_its_directory") {
+            return;
+        }
+        let work = Work::empty();
+        let mut command = work.command("demo");
+        command.env("TMPDIR", work.path(""));
+        for name in ["pwrite64", "fsync", "unlinkat"] {
+            let mut held = Held::before(&command, &(name.to_owned(), 1)).expect("held");
+            held.signal(Signal::SIGINT);
+            held.release();
+            assert_eq!(work.files(), [""; 0], "{name}");
+        }
+    }
+
+    #[test]
+    fn a_signal_that_nohup_ignores_stays_ignored() {
+        if !Need::Strace.met("a_signal_that_nohup_ignores_stays_ignored") {
+            return;
+        }
+        let work = Work::with_ram();
+        for (ignored, heeded) in [
+            (Signal::SIGHUP, Signal::SIGTERM),
+            (Signal::SIGINT, Signal::SIGHUP),
+        ] {
+            let mut command = Command::new("env");
+            command
+                .arg(format!("--ignore-signal={}", ignored.as_str()))
+                .args([RAMSNAP, "full", "ram", "-o", "out", "--force"])
+                .current_dir(work.path(""));
+            let write = ("pwrite64".to_owned(), 1);
+            let held = Held::before(&command, &write).expect("held");
+            held.send(ignored);
+            assert_eq!(held.release().0.code(), Some(0), "{ignored}");
+            let mut held = Held::before(&command, &write).expect("held");
+            held.signal(heeded);
+            assert_eq!(held.release().0.code(), code_of(heeded));
+        }
+        assert_eq!(work.files(), ["out", "ram"]);
+    }
+
+    /// The default action of a signal, before the tool listens.
+    #[test]
+    fn a_signal_before_it_listens_ends_the_process() {
+        if !Need::Strace.met("a_signal_before_it_listens_ends_the_process") {
+            return;
+        }
+        let work = Work::with_ram();
+        let before = work.files();
+        let command = work.command("full ram -o out");
+        let held = Held::before(&command, &("openat".to_owned(), 1)).expect("held");
+        held.send(Signal::SIGINT);
+        let status = held.release().0;
+        assert_eq!(status.signal(), Some(Signal::SIGINT as i32));
+        assert_eq!(work.files(), before);
+    }
+
+    /// The first signal is handled by the main thread, which can be late.
+    #[test]
+    fn what_a_second_signal_leaves_the_next_writer_removes() {
+        if !Need::Strace.met("what_a_second_signal_leaves_the_next_writer_removes") {
+            return;
+        }
+        let work = Work::with_ram();
+        let command = work.command("full ram -o out");
+        let mut held = Held::before(&command, &("pwrite64".to_owned(), 1)).expect("held");
+        assert!(!held.signal(Signal::SIGINT), "it cleans up");
+        // The main thread is held still.
+        assert!(held.signal(Signal::SIGTERM), "the second signal ends it");
+        assert_eq!(held.release().0.code(), Some(130));
+        assert_eq!(work.files().len(), 2, "the stage is left");
+        work.good("full ram -o out");
+        assert_eq!(work.files(), ["out", "ram"]);
+    }
+}
