@@ -4,7 +4,8 @@ use std::io;
 
 use image_format::{Checksums, Footer, FooterError, RAW_UNIT, packed_start};
 
-/// An image whose pages are all zeros, and whose footer is any bytes, with the header and the trailer that make a reader believe in them.
+/// An image whose pages are all zeros, and whose footer is any bytes, with the header and the
+/// trailer that make a reader believe in them.
 pub struct Sealed<'a> {
     header: Vec<u8>,
     start: u64,
@@ -22,7 +23,8 @@ const HEADER: usize = 96;
 const TRAILER: u64 = 64;
 
 impl<'a> Sealed<'a> {
-    /// `body` is what the trailer's checksum is over. It stands where what it says of its pages puts it.
+    /// `body` is what the trailer's checksum is over. It stands where what it says of its pages
+    /// puts it.
     pub fn new(body: &'a [u8]) -> Self {
         let number = |at: usize| {
             body.get(at..)?

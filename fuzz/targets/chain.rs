@@ -1,4 +1,5 @@
-//! Chains of images whose footers are any bytes: refused, or read as the naive putting together of what the footers say.
+//! Chains of images whose footers are any bytes: refused, or read as the naive putting together of
+//! what the footers say.
 #![no_main]
 
 use std::fs::File;

@@ -1,4 +1,5 @@
-//! Dirty logs of any words, at any address, in any page size: what lies inside the RAM is marked, and the rest is an error.
+//! Dirty logs of any words, at any address, in any page size: what lies inside the RAM is marked,
+//! and the rest is an error.
 #![no_main]
 
 use dirty_bitmap::DirtyBitmap;

@@ -1,4 +1,5 @@
-//! Footers of any bytes, with and without a checksum that is right: refused, or consistent and the same when written again.
+//! Footers of any bytes, with and without a checksum that is right: refused, or consistent and the
+//! same when written again.
 #![no_main]
 
 use std::fs::File;

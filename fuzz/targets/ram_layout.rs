@@ -1,4 +1,5 @@
-//! Tables of RAM regions of any numbers: refused, or a one-to-one translation of addresses and offsets.
+//! Tables of RAM regions of any numbers: refused, or a one-to-one translation of addresses and
+//! offsets.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;

@@ -1,6 +1,7 @@
 //! Loom models of marking against draining and rebuilding.
 //!
-//! Run with `RUSTFLAGS="--cfg ramsnap_loom" cargo test -p ramsnap-dirty-bitmap --test loom --release`.
+//! Run with `RUSTFLAGS="--cfg ramsnap_loom" cargo test -p ramsnap-dirty-bitmap --test loom
+//! --release`.
 //!
 //! The contents of the pages are atomics with relaxed ordering. A drain that takes a mark without
 //! seeing the write before it is therefore detected too.

@@ -1,7 +1,7 @@
 //! Loom models of epochs against marking, rebuilding, reclaiming and other epochs.
 //!
-//! Run with
-//! `RUSTFLAGS="--cfg ramsnap_loom" cargo test -p ramsnap-dirty-bitmap --test loom_epochs --release`.
+//! Run with `RUSTFLAGS="--cfg ramsnap_loom" cargo test -p ramsnap-dirty-bitmap --test loom_epochs
+//! --release`.
 //!
 //! The contents of the pages are atomics with relaxed ordering. A drain that takes a mark without
 //! seeing the write before it is therefore detected too.

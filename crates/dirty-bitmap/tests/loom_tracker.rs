@@ -1,7 +1,7 @@
 //! Loom models of write faults against checkpoints and rebuilding.
 //!
-//! Run with
-//! `RUSTFLAGS="--cfg ramsnap_loom" cargo test -p ramsnap-dirty-bitmap --test loom_tracker --release`.
+//! Run with `RUSTFLAGS="--cfg ramsnap_loom" cargo test -p ramsnap-dirty-bitmap --test loom_tracker
+//! --release`.
 //!
 //! The machine is modelled like a hypervisor: a store checks the protection and writes in one step,
 //! because protecting waits until no CPU holds the old translation. The contents of the pages are

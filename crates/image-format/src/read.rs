@@ -28,9 +28,9 @@ impl Footer {
     /// is a multiple of [`RAW_UNIT`]. Images of version 2 never have such a length, and images of
     /// version 1 with such a length are refused.
     ///
-    /// If a file begins with the header of a packed image and ends with the footer of a sealed one, it
-    /// is read as sealed only if the checksum of its first chunk matches. Otherwise it is a packed image
-    /// that was cut off.
+    /// If a file begins with the header of a packed image and ends with the footer of a sealed one,
+    /// it is read as sealed only if the checksum of its first chunk matches. Otherwise it is a
+    /// packed image that was cut off.
     ///
     /// # Errors
     /// Returns [`Truncated`](FooterError::Truncated) for a packed image that was cut off,
@@ -107,8 +107,8 @@ impl Footer {
 /// that `footer` ends.
 ///
 /// If the guest planted the footer of a sealed image, a packed image that is cut off behind it ends
-/// like a sealed one. The checksum of the first chunk tells the two apart. It covers the random id in
-/// the header, which was chosen after the guest wrote the footer.
+/// like a sealed one. The checksum of the first chunk tells the two apart. It covers the random id
+/// in the header, which was chosen after the guest wrote the footer.
 fn first_page_is_ram(
     footer: &Footer,
     read_at: &mut impl FnMut(&mut [u8], u64) -> io::Result<()>,

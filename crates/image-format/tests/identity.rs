@@ -190,7 +190,8 @@ fn a_sealed_image_in_the_ram_of_a_packed_one_is_ignored() {
     assert!(read(&packed[..8192]).is_err());
 }
 
-/// A sealed image of the RAM `ram` as a guest can plant it: with an id and a header page of its own.
+/// A sealed image of the RAM `ram` as a guest can plant it: with an id and a header page of its
+/// own.
 fn planted_footer(version: Version, ram: &[u8], runs: Vec<Run>) -> Vec<u8> {
     let ram_size = ram.len() as u64;
     let mut checksums = Checksums::new(ram_size);

@@ -11,25 +11,30 @@ use crate::error::ImageError;
 use crate::image::Image;
 
 impl Chain {
-    /// Writes the chain as one full raw image, staged beside `dest` and committed durably with mode 0600; what none of the images
-    /// stores stays a hole, unless it is shorter than 32 KiB. `dest` may be one of the chain's own images, as for [`merge`](Self::merge). Returns the bytes of the pages that the images store.
+    /// Writes the chain as one full raw image, staged beside `dest` and committed durably with mode
+    /// 0600; what none of the images stores stays a hole, unless it is shorter than 32 KiB. `dest`
+    /// may be one of the chain's own images, as for [`merge`](Self::merge). Returns the bytes of
+    /// the pages that the images store.
     ///
     /// # Errors
-    /// [`ImageError::NotFull`] for a chain of diffs; [`ImageError::Merge`], which says what `dest` is. Nothing is left behind but what the error names.
+    /// [`ImageError::NotFull`] for a chain of diffs; [`ImageError::Merge`], which says what `dest`
+    /// is. Nothing is left behind but what the error names.
     pub fn flatten(&self, dest: impl AsRef<Path>) -> Result<u64, ImageError> {
         self.check_full()?;
         self.merge(MemoryWriter::options(), dest)
     }
 
-    /// Writes the chain as one image, as `options` say: its layout, durability, progress. A chain with a full base becomes a full image, a chain of
-    /// diffs one diff. Returns the bytes of the pages that the images store.
+    /// Writes the chain as one image, as `options` say: its layout, durability, progress. A chain
+    /// with a full base becomes a full image, a chain of diffs one diff. Returns the bytes of the
+    /// pages that the images store.
     ///
-    /// `dest` may be one of the chain's own images. That image is replaced as it was when it was opened, and no other: what
-    /// another writer commits there meanwhile stays. See [`FileVersion`](memory_writer::FileVersion).
+    /// `dest` may be one of the chain's own images. That image is replaced as it was when it was
+    /// opened, and no other: what another writer commits there meanwhile stays. See
+    /// [`FileVersion`](memory_writer::FileVersion).
     ///
     /// # Errors
-    /// [`ImageError::Merge`], which says what `dest` is; [`ImageError::Changed`] if an image was written to meanwhile: `dest` is as
-    /// it was. Nothing is left behind but what the error names.
+    /// [`ImageError::Merge`], which says what `dest` is; [`ImageError::Changed`] if an image was
+    /// written to meanwhile: `dest` is as it was. Nothing is left behind but what the error names.
     ///
     /// # Examples
     /// ```
@@ -67,15 +72,17 @@ impl Chain {
         Ok(bytes)
     }
 
-    /// Writes all that the chain holds by a writer that was just opened, for RAM of [`size`](Self::size) bytes from address 0 on: what
-    /// [`merge`](Self::merge) does before it commits. Returns the bytes of the pages that the images store.
+    /// Writes all that the chain holds by a writer that was just opened, for RAM of
+    /// [`size`](Self::size) bytes from address 0 on: what [`merge`](Self::merge) does before it
+    /// commits. Returns the bytes of the pages that the images store.
     ///
-    /// A chain of diffs is written in pages of its own [size](Self::page_size) or smaller ones: a larger page would also hold clean memory, whose bytes
-    /// no diff has.
+    /// A chain of diffs is written in pages of its own [size](Self::page_size) or smaller ones: a
+    /// larger page would also hold clean memory, whose bytes no diff has.
     ///
     /// # Errors
-    /// [`ImageError::LargerPages`] for a chain of diffs and a writer of larger pages: nothing was written, and the writer stays as it was.
-    /// [`ImageError::Merge`]; the writer can't be committed then.
+    /// [`ImageError::LargerPages`] for a chain of diffs and a writer of larger pages: nothing was
+    /// written, and the writer stays as it was. [`ImageError::Merge`]; the writer can't be
+    /// committed then.
     pub fn write_to(&self, writer: &mut MemoryWriter) -> Result<u64, ImageError> {
         if !self.is_full() {
             if writer.page_size() > self.page_size() {
@@ -100,15 +107,17 @@ impl Chain {
         Ok(self.stored_runs().map(|run| run.end - run.start).sum())
     }
 
-    /// Returns the page size to write the chain in: its [own](Self::page_size), but no less than the 512 bytes that an image's page has today. Images of
-    /// version 1 may have smaller ones. A chain of diffs in smaller pages can't be written: a larger page would also hold clean memory.
+    /// Returns the page size to write the chain in: its [own](Self::page_size), but no less than
+    /// the 512 bytes that an image's page has today. Images of version 1 may have smaller ones. A
+    /// chain of diffs in smaller pages can't be written: a larger page would also hold clean
+    /// memory.
     #[must_use]
     pub fn writable_page_size(&self) -> u64 {
         self.page_size().max(RAW_UNIT)
     }
 
-    /// Fails if an image was resized or written to since it was opened. To be called when all is read, before what was
-    /// made of it is put to use.
+    /// Fails if an image was resized or written to since it was opened. To be called when all is
+    /// read, before what was made of it is put to use.
     ///
     /// # Errors
     /// As [`Image::check_unchanged`].
@@ -116,11 +125,12 @@ impl Chain {
         self.images().try_for_each(Image::check_unchanged)
     }
 
-    /// The seal of an image that stands for the same state as this chain: its id, its parent if it is a chain of diffs, its regions, and
-    /// the metadata of its newest image.
+    /// The seal of an image that stands for the same state as this chain: its id, its parent if it
+    /// is a chain of diffs, its regions, and the metadata of its newest image.
     ///
-    /// A raw image says none of these. Regions are the guest's, and so those of any sealed or packed image of the chain. Id and metadata are of one state: if
-    /// the newest image is raw, the seal has a new id and no metadata, as those of an older image would be of an older state.
+    /// A raw image says none of these. Regions are the guest's, and so those of any sealed or
+    /// packed image of the chain. Id and metadata are of one state: if the newest image is raw, the
+    /// seal has a new id and no metadata, as those of an older image would be of an older state.
     pub fn seal(&self) -> Seal {
         let newest = self.images().last().and_then(|image| image.footer());
         let mut seal = Seal::new();

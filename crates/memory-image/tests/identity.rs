@@ -1,4 +1,5 @@
-//! What a file is opened as: what the caller says, or what the library wrote, and never what a guest wrote to its RAM.
+//! What a file is opened as: what the caller says, or what the library wrote, and never what a
+//! guest wrote to its RAM.
 
 use std::fs;
 use std::os::unix::fs::FileExt;
@@ -190,7 +191,8 @@ fn an_image_of_more_ram_than_any_machine_has_is_refused() {
     assert!(footer.write(&file).is_err());
 }
 
-/// Bytes that a guest may leave at the end or the start of its RAM: whole images, parts of them, and what is none.
+/// Bytes that a guest may leave at the end or the start of its RAM: whole images, parts of them,
+/// and what is none.
 fn planted() -> impl Strategy<Value = Vec<u8>> {
     let image = (any::<bool>(), any::<bool>(), 1..6_usize, 0..700_usize).prop_map(
         |(packed, old, pages, metadata)| {

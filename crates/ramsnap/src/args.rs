@@ -126,10 +126,12 @@ impl ImageFile {
 /// In which formats images are read.
 #[derive(Clone, Copy, Debug, Default, Args)]
 pub struct Formats {
-    /// The format of images given without one before their path (raw:FILE, sealed:FILE, packed:FILE)
+    /// The format of images given without one before their path (raw:FILE, sealed:FILE,
+    /// packed:FILE)
     ///
-    /// Raw images say nothing of themselves, and all that they hold was written by the guest, so they are never recognised. The first image of a
-    /// chain is taken for a full one if it is raw, unless an option says that it is a diff, and every later one for a diff.
+    /// Raw images say nothing of themselves, and all that they hold was written by the guest, so
+    /// they are never recognised. The first image of a chain is taken for a full one if it is raw,
+    /// unless an option says that it is a diff, and every later one for a diff.
     #[arg(long, default_value = "auto")]
     pub format: Format,
 }
@@ -151,7 +153,8 @@ pub struct Output {
     /// The file to write; it appears once it is whole
     #[arg(id = "output", short = 'o', long, value_name = "FILE")]
     pub path: PathBuf,
-    /// Replace the output if it exists; its owner, group, mode, access control list and extended attributes are kept as far as permitted
+    /// Replace the output if it exists; its owner, group, mode, access control list and extended
+    /// attributes are kept as far as permitted
     #[arg(long)]
     pub force: bool,
 }
@@ -162,7 +165,8 @@ pub struct Extras {
     /// Keep the bytes of this file with the image: the vCPUs' state, say
     #[arg(long, value_name = "FILE", requires = "output")]
     pub metadata: Option<PathBuf>,
-    /// A range of guest-physical addresses that the RAM has, as ADDRESS:SIZE (0x100000000:2GiB); repeat it in ascending order
+    /// A range of guest-physical addresses that the RAM has, as ADDRESS:SIZE (0x100000000:2GiB);
+    /// repeat it in ascending order
     #[arg(long, value_name = "ADDRESS:SIZE", value_parser = range, requires = "output")]
     pub region_at: Vec<Range<u64>>,
 }
@@ -252,7 +256,8 @@ pub struct InProcess {
     #[cfg(target_os = "linux")]
     #[arg(long)]
     pub pid: Option<u32>,
-    /// Where in the process: a mapping's name or a part of it, an address in it, or ADDRESS:SIZE; repeat it for RAM in several
+    /// Where in the process: a mapping's name or a part of it, an address in it, or ADDRESS:SIZE;
+    /// repeat it for RAM in several
     #[cfg(target_os = "linux")]
     #[arg(long, value_name = "NAME|ADDRESS", requires = "pid", value_parser = Region::parse)]
     pub region: Vec<Region>,

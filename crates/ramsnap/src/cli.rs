@@ -8,12 +8,14 @@ use crate::verbs::{
     completions, convert, demo, diff, full, info, man, map, merge, restore, sweep, verify,
 };
 
-/// Snapshots of virtual-machine memory: look at them, check them, put them together, take them and bring them back.
+/// Snapshots of virtual-machine memory: look at them, check them, put them together, take them and
+/// bring them back.
 ///
-/// A snapshot is a file: a full image holds all of a guest's RAM, a diff the pages that changed since. A full image and its diffs,
-/// oldest first, are a chain. Files are raw (bytes at their guest offsets), sealed (the same, and a footer with ids, a map and
-/// checksums) or packed (the footer, and only the pages that are there). Sealed and packed files say what they are; a raw one is
-/// given as raw:FILE, or by --format raw.
+/// A snapshot is a file: a full image holds all of a guest's RAM, a diff the pages that changed
+/// since. A full image and its diffs, oldest first, are a chain. Files are raw (bytes at their
+/// guest offsets), sealed (the same, and a footer with ids, a map and checksums) or packed (the
+/// footer, and only the pages that are there). Sealed and packed files say what they are; a raw one
+/// is given as raw:FILE, or by --format raw.
 #[derive(Debug, Parser)]
 #[command(name = "ramsnap", version, after_long_help = AFTER, max_term_width = 100)]
 pub struct Cli {

@@ -14,7 +14,8 @@ use crate::words;
 /// The page of raw images, unless told: the smallest that hosts have.
 const RAW_PAGE: u64 = 4096;
 
-/// Opens images, oldest first, as one chain: a full image and its diffs, or diffs alone. The first is taken for a full one if it is raw.
+/// Opens images, oldest first, as one chain: a full image and its diffs, or diffs alone. The first
+/// is taken for a full one if it is raw.
 pub fn chain(
     session: &Session,
     files: &[ImageFile],
@@ -96,7 +97,8 @@ pub fn regions(chain: &Chain) -> Option<&[Range<u64>]> {
     footer.map(|footer| &footer.regions[..])
 }
 
-/// Warns where the result of `chain` has no metadata because its newest image is raw: that of an older one is of an older state.
+/// Warns where the result of `chain` has no metadata because its newest image is raw: that of an
+/// older one is of an older state.
 pub fn warn_of_old_metadata(session: &Session, chain: &Chain) {
     let newest_is_raw = chain
         .images()
@@ -111,7 +113,8 @@ pub fn warn_of_old_metadata(session: &Session, chain: &Chain) {
     }
 }
 
-/// Sums the pages of all sealed images: what is made of them gets checksums of its own, which would be right for wrong bytes.
+/// Sums the pages of all sealed images: what is made of them gets checksums of its own, which would
+/// be right for wrong bytes.
 pub fn check_sums<'i>(
     session: &Session,
     images: impl IntoIterator<Item = &'i Image>,

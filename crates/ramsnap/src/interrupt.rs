@@ -2,17 +2,20 @@
 //!
 //! So do SIGUSR1, SIGUSR2, SIGXCPU, SIGVTALRM and SIGPROF, which would end it without a word.
 //!
-//! As long as nothing is staged, a signal ends the process at once. While something is, the first one cancels the work, whose staged file
-//! is removed on the way out; a second one ends the process anyway, and what is staged is left for the next writer to find and remove.
-//! The exit code is 128 and the number of the first signal, as a shell has it. A signal that was ignored when the process started, as
-//! SIGHUP is by `nohup`, stays ignored.
+//! As long as nothing is staged, a signal ends the process at once. While something is, the first
+//! one cancels the work, whose staged file is removed on the way out; a second one ends the process
+//! anyway, and what is staged is left for the next writer to find and remove. The exit code is 128
+//! and the number of the first signal, as a shell has it. A signal that was ignored when the
+//! process started, as SIGHUP is by `nohup`, stays ignored.
 //!
-//! While RAM that exists [holds a part](Interrupt::overwrite) of what is restored, a second signal does not end the process either: no guest
-//! is to start with half of its RAM, and people press Ctrl-C twice. It says that a third one does. That one says what it
-//! leaves, and the exit code is that of a failure.
+//! While RAM that exists [holds a part](Interrupt::overwrite) of what is restored, a second signal
+//! does not end the process either: no guest is to start with half of its RAM, and people press
+//! Ctrl-C twice. It says that a third one does. That one says what it leaves, and the exit code is
+//! that of a failure.
 //!
-//! The thread that handles signals writes nothing else, and this only if the terminal takes it at once, so that it ends the process
-//! also where that takes no output. A process that was stopped runs again when this one ends.
+//! The thread that handles signals writes nothing else, and this only if the terminal takes it at
+//! once, so that it ends the process also where that takes no output. A process that was stopped
+//! runs again when this one ends.
 //!
 //! Signals that suspend are [held back](NotSuspended) while another process is stopped.
 
@@ -118,8 +121,9 @@ impl Interrupt {
             drop(locked(&self.waiting).take());
             return;
         }
-        // With the lock held: nobody stages anything in between, and RAM that holds a part does so still. Unless it does,
-        // nothing is said: a terminal that takes no output would keep this process, and one that it has stopped.
+        // With the lock held: nobody stages anything in between, and RAM that holds a part does so
+        // still. Unless it does, nothing is said: a terminal that takes no output would keep this
+        // process, and one that it has stopped.
         match &mut state.part {
             None => process::exit(exit_code().into()),
             Some(part) if !part.warned => {
@@ -145,7 +149,8 @@ impl Interrupt {
         locked(&self.state)
     }
 
-    /// From now on the RAM at `path` holds a part of what it is to hold, until what is returned is dropped.
+    /// From now on the RAM at `path` holds a part of what it is to hold, until what is returned is
+    /// dropped.
     pub fn overwrite(&self, path: &Path) -> Overwriting {
         self.locked().part = Some(Part {
             path: path.to_owned(),
@@ -209,8 +214,8 @@ fn suspending() -> SigSet {
 
 /// Holds back the signals that suspend this process, in this thread and those that it starts.
 ///
-/// While this process has stopped another one, that would stand still for as long. A signal that comes
-/// meanwhile suspends this process once this is dropped, unless it was continued before.
+/// While this process has stopped another one, that would stand still for as long. A signal that
+/// comes meanwhile suspends this process once this is dropped, unless it was continued before.
 #[cfg(target_os = "linux")]
 #[derive(Debug)]
 pub struct NotSuspended {

@@ -15,7 +15,8 @@ use indicatif::BinaryBytes;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use serde::ser::{Serialize, SerializeStruct, Serializer};
 
-/// A line on stdout. A reader that has seen enough (`| head`) is no failure: what was to be found out still is the exit code.
+/// A line on stdout. A reader that has seen enough (`| head`) is no failure: what was to be found
+/// out still is the exit code.
 pub fn line(text: &str) -> anyhow::Result<()> {
     try_line(text).context("cannot write to stdout")
 }
@@ -37,8 +38,8 @@ pub fn json_text(value: &impl Serialize) -> anyhow::Result<String> {
     serde_json::to_string_pretty(value).context("cannot make JSON of what was found")
 }
 
-/// A path in JSON: a string or, where it is not UTF-8, an object: `text`, in which U+FFFD stands for what
-/// is not, and `bytes_hex`, all of its bytes.
+/// A path in JSON: a string or, where it is not UTF-8, an object: `text`, in which U+FFFD stands
+/// for what is not, and `bytes_hex`, all of its bytes.
 #[derive(Clone, Debug)]
 pub struct JsonPath(PathBuf);
 
@@ -96,7 +97,8 @@ pub fn complain_at_once(text: &str) {
 }
 
 /// Keeps the lines for stderr until this is dropped: writing may block for as long as the terminal
-/// takes no output, and while this process has stopped another one, that would stand still for as long.
+/// takes no output, and while this process has stopped another one, that would stand still for as
+/// long.
 #[cfg(target_os = "linux")]
 #[derive(Debug)]
 pub struct Kept(());

@@ -298,8 +298,9 @@ fn regions_in<'m>(
     })
 }
 
-/// The files that a mapping may show: what the kernel leads to, which takes `CAP_CHECKPOINT_RESTORE`,
-/// and what is found by its name now. On overlayfs, mappings are listed by other numbers than files.
+/// The files that a mapping may show: what the kernel leads to, which takes
+/// `CAP_CHECKPOINT_RESTORE`, and what is found by its name now. On overlayfs, mappings are listed
+/// by other numbers than files.
 fn mapped_files(pid: u32, region: &ProcessRegion) -> impl Iterator<Item = FileIdentity> {
     let Range { start, end } = region.addresses;
     let by_kernel = format!("/proc/{pid}/map_files/{start:x}-{end:x}").into();

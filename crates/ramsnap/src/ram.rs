@@ -83,7 +83,8 @@ impl Ram {
         }
     }
 
-    /// Why it could not be saved: of a file that was resized that tells more than that it ends too early.
+    /// Why it could not be saved: of a file that was resized that tells more than that it ends too
+    /// early.
     pub fn explain(&self, error: SnapshotError) -> anyhow::Error {
         match self {
             Self::File(ram) => ram.check().err().unwrap_or_else(|| error.into()),
@@ -102,7 +103,8 @@ pub struct RamFile {
 }
 
 impl RamFile {
-    /// What the file holds is the guest's, and is not looked at: only its size tells that it is no RAM.
+    /// What the file holds is the guest's, and is not looked at: only its size tells that it is no
+    /// RAM.
     pub fn open(path: &Path) -> anyhow::Result<Self> {
         // O_NONBLOCK: opening a FIFO must not wait for its writer.
         let file = File::options()
@@ -145,7 +147,8 @@ impl RamFile {
         self.check_filled(false)
     }
 
-    /// Refuses RAM that a process is still filling as it is accessed: missing pages are read as zeros.
+    /// Refuses RAM that a process is still filling as it is accessed: missing pages are read as
+    /// zeros.
     #[cfg(target_os = "linux")]
     fn check_filled(&self, warn: bool) -> anyhow::Result<()> {
         let path = &self.path;

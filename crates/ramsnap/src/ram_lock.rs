@@ -1,12 +1,13 @@
 //! The lock by which ramsnap keeps RAM from being read and restored at once.
 //!
 //! `restore` into RAM that exists holds it exclusively, and who reads RAM holds it shared. It is an
-//! `fcntl` lock (`F_OFD_SETLK`) of one byte far behind the end of any RAM, at a fixed offset. So it can't be mistaken for a
-//! lock of the VMM, which may hold any `flock`, or lock any part of the file that it uses.
+//! `fcntl` lock (`F_OFD_SETLK`) of one byte far behind the end of any RAM, at a fixed offset. So it
+//! can't be mistaken for a lock of the VMM, which may hold any `flock`, or lock any part of the
+//! file that it uses.
 //!
-//! A VMM that has locked *all* of the file with `fcntl`, to the largest offset, keeps this lock out. It is
-//! a lawful owner of its RAM, so it is not refused: then ramsnap does not notice that RAM is read and restored at
-//! once.
+//! A VMM that has locked *all* of the file with `fcntl`, to the largest offset, keeps this lock
+//! out. It is a lawful owner of its RAM, so it is not refused: then ramsnap does not notice that
+//! RAM is read and restored at once.
 
 #[cfg(target_os = "linux")]
 pub use linux::lock;
@@ -99,8 +100,8 @@ mod others {
 
     use super::{Holder, Mode};
 
-    /// Asks for an `flock`, without waiting, to restore. Who reads asks for none: it could not be distinguished from
-    /// the VMM's.
+    /// Asks for an `flock`, without waiting, to restore. Who reads asks for none: it could not be
+    /// distinguished from the VMM's.
     pub fn lock(file: &File, mode: Mode) -> io::Result<Holder> {
         match mode {
             Mode::Shared => Ok(Holder::Unknown),

@@ -119,8 +119,8 @@ mod sys {
 
     use super::Free;
 
-    /// What this user may still write to the file system of `file`. Blocks that are kept for root do not
-    /// count, also for root: ext4 counts what it keeps for itself among them.
+    /// What this user may still write to the file system of `file`. Blocks that are kept for root
+    /// do not count, also for root: ext4 counts what it keeps for itself among them.
     pub fn free_for(file: &File) -> nix::Result<Free> {
         let found = fstatfs(file)?;
         let block = u64::try_from(found.block_size()).unwrap_or(4096).max(512);
@@ -136,8 +136,8 @@ mod sys {
         free(&found, &[TMPFS_MAGIC, EXT4_SUPER_MAGIC])
     }
 
-    /// A tmpfs without a limit, as that of memfds, has no blocks. What is reserved for root counts as
-    /// free: this may be root.
+    /// A tmpfs without a limit, as that of memfds, has no blocks. What is reserved for root counts
+    /// as free: this may be root.
     fn free(found: &Statfs, tell: &[FsType]) -> Option<Free> {
         if !tell.contains(&found.filesystem_type()) || found.blocks() == 0 {
             return None;

@@ -36,8 +36,8 @@ pub fn check_is_no_input(path: &Path, inputs: &[PathBuf]) -> Result<(), Failure>
     }
 }
 
-/// Stages a file of `ram_size` bytes of RAM at the output. A file that it replaces passes on its owner,
-/// group, mode, access control list and extended attributes, as far as that is permitted.
+/// Stages a file of `ram_size` bytes of RAM at the output. A file that it replaces passes on its
+/// owner, group, mode, access control list and extended attributes, as far as that is permitted.
 pub fn stage(
     session: &Session,
     output: &Output,
@@ -99,8 +99,8 @@ pub fn check_room(writer: &MemoryWriter, chain: &Chain) -> Result<(), Failure> {
     room::check_new(writer.dest_path(), dir, chain, raw_diff)
 }
 
-/// The same for a file that is sparse where the RAM is zero: where all that the images store would not fit, they are read to see
-/// what of it is zeros.
+/// The same for a file that is sparse where the RAM is zero: where all that the images store would
+/// not fit, they are read to see what of it is zeros.
 pub fn check_room_but_zeros(
     session: &Session,
     writer: &MemoryWriter,

@@ -32,8 +32,8 @@ impl Session {
         })
     }
 
-    /// Returns the same session without bars, for a verb that stops a process: a terminal that takes no
-    /// output (Ctrl-S, a stalled ssh) would keep the process stopped.
+    /// Returns the same session without bars, for a verb that stops a process: a terminal that
+    /// takes no output (Ctrl-S, a stalled ssh) would keep the process stopped.
     #[cfg(target_os = "linux")]
     pub fn without_bars(&self) -> Self {
         Self {
@@ -67,13 +67,14 @@ impl Session {
             })
     }
 
-    /// From now on, signals don't end the process: whoever calls this asks [`Self::check`] now and then.
+    /// From now on, signals don't end the process: whoever calls this asks [`Self::check`] now and
+    /// then.
     pub fn hold(&self) {
         self.interrupt.hold();
     }
 
-    /// From now on, and until what is returned is dropped, the RAM at `path` holds a part of what it is to
-    /// hold: signals that come meanwhile don't end the process before they have said so.
+    /// From now on, and until what is returned is dropped, the RAM at `path` holds a part of what
+    /// it is to hold: signals that come meanwhile don't end the process before they have said so.
     pub fn overwrite(&self, path: &Path) -> Overwriting {
         self.interrupt.overwrite(path)
     }

@@ -1,4 +1,5 @@
-//! What neither std nor nix offers as a safe call: the action of a signal, writing through a mapping.
+//! What neither std nor nix offers as a safe call: the action of a signal, writing through a
+//! mapping.
 
 #![allow(unsafe_code)]
 
@@ -11,8 +12,8 @@ use nix::libc;
 /// starts a job in the background.
 pub fn is_ignored(signal: i32) -> bool {
     let mut action = MaybeUninit::<libc::sigaction>::zeroed();
-    // SAFETY: no new action is given, so nothing changes; the old one is written to the structure, of
-    // which all zeros are a value too.
+    // SAFETY: no new action is given, so nothing changes; the old one is written to the structure,
+    // of which all zeros are a value too.
     let action = unsafe {
         if libc::sigaction(signal, ptr::null(), action.as_mut_ptr()) != 0 {
             return false;
@@ -83,8 +84,8 @@ mod mapping {
                 }
             }
             let to = self.start.cast::<u8>().as_ptr();
-            // SAFETY: inside the mapping, by the assertion, which is writable, lives as long as self, and is
-            // handed to nobody else in this process, so `bytes` is no part of it.
+            // SAFETY: inside the mapping, by the assertion, which is writable, lives as long as
+            // self, and is handed to nobody else in this process, so `bytes` is no part of it.
             unsafe { ptr::copy_nonoverlapping(bytes.as_ptr(), to.add(offset), bytes.len()) };
             Ok(())
         }

@@ -23,8 +23,8 @@ const STICKY: Mode = Mode::S_ISVTX;
 ///
 /// A link in a directory that [others may write to](atomic_file::others_may_write) is followed only
 /// where `atomic-file` does: the directory is sticky, and the link is this user's or the directory
-/// owner's. Unless `force`, the file is this user's, and only this user's to access where others may
-/// write to its directory. A file named by its descriptor in /proc is whoever's the process is:
+/// owner's. Unless `force`, the file is this user's, and only this user's to access where others
+/// may write to its directory. A file named by its descriptor in /proc is whoever's the process is:
 /// nobody can put another one there.
 pub fn open_and_lock(path: &Path, force: bool) -> anyhow::Result<File> {
     let opening = || format!("cannot open {path:?} to restore to");

@@ -1,7 +1,7 @@
 //! Messages in the words of the command line.
 //!
-//! A library's error speaks to a program: where it names a function or type to use, ramsnap says something else, or
-//! adds what to type.
+//! A library's error speaks to a program: where it names a function or type to use, ramsnap says
+//! something else, or adds what to type.
 
 use atomic_file::RecoverError;
 use image_format::FooterError;
@@ -11,8 +11,8 @@ use memory_writer::{CommitError, OpenError, SnapshotError};
 use crate::failure::Failure;
 use crate::print;
 
-/// The message of an error: all of its causes, in words of the command line where a library's speak to a
-/// program.
+/// The message of an error: all of its causes, in words of the command line where a library's speak
+/// to a program.
 pub fn text(error: &anyhow::Error) -> String {
     let causes = error
         .chain()

@@ -394,7 +394,8 @@ fn without_permission_the_error_names_the_file() {
         return;
     }
     let work = Work::with_chain();
-    // Where anybody may run it. By `cp`, so that no child of another test has it open for writing: it would be busy.
+    // Where anybody may run it. By `cp`, so that no child of another test has it open for writing:
+    // it would be busy.
     let copied = Command::new("cp")
         .args([RAMSNAP, "ramsnap"])
         .current_dir(work.path(""))

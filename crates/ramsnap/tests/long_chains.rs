@@ -12,7 +12,8 @@ use support::{Ended, PAGE, RAMSNAP, Work};
 
 const RAM: u64 = 1 << 20;
 
-/// The names, with their formats where they don't say them, of `count` images, of which each but the first is a diff of one page; and `ram`, the last state.
+/// The names, with their formats where they don't say them, of `count` images, of which each but
+/// the first is a diff of one page; and `ram`, the last state.
 fn chain(work: &Work, count: usize, packed: bool) -> Vec<String> {
     let mut ram = vec![1; RAM as usize];
     let mut parent = None;
@@ -92,8 +93,8 @@ fn every_verb_takes_more_images_than_descriptors(#[values(true, false)] packed: 
     run(&["diff"], &["--ram", "ram"]);
 }
 
-/// What one image takes, all together are to take: probing a file system takes tens of milliseconds, and starting a thread is more work than checking
-/// a page.
+/// What one image takes, all together are to take: probing a file system takes tens of
+/// milliseconds, and starting a thread is more work than checking a page.
 #[rstest]
 #[case::info_probes_a_directory("info", "fallocate", false)]
 #[case::verify_starts_a_thread("verify", "clone,clone3", true)]

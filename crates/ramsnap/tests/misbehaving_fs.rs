@@ -33,8 +33,8 @@ fn work(fs: &MisbehavingFs) -> Work {
     work
 }
 
-/// A page that a guest wrote through a shared mapping of its RAM file, and that is dirty for as long
-/// as this lives.
+/// A page that a guest wrote through a shared mapping of its RAM file, and that is dirty for as
+/// long as this lives.
 struct DirtyPage(std::ptr::NonNull<std::ffi::c_void>);
 
 #[allow(unsafe_code)]

@@ -1,4 +1,5 @@
-//! What the tool prints: reports that cannot be written, paths that are not text, several files of which one fails.
+//! What the tool prints: reports that cannot be written, paths that are not text, several files of
+//! which one fails.
 
 #![cfg(target_os = "linux")]
 

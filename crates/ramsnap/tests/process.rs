@@ -34,7 +34,8 @@ const HANGS: &str = "RAMSNAP_TEST_HANGS";
 /// The file that it maps as the RAM; a memfd unless set.
 const FILE: &str = "RAMSNAP_TEST_FILE";
 
-/// No test: what the other process does here. Maps a memfd with the bytes, says where, and waits to be killed.
+/// No test: what the other process does here. Maps a memfd with the bytes, says where, and waits to
+/// be killed.
 #[test]
 fn a_monitor() {
     let Some(path) = std::env::var_os(ROLE) else {

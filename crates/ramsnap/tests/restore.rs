@@ -473,7 +473,8 @@ fn a_second_signal_does_not_leave_a_part_of_the_ram() {
         return;
     }
     let work = Work::with_chain();
-    // On tmpfs, where what is stored is reserved, a run at a time, once it is known that the last page can be written.
+    // On tmpfs, where what is stored is reserved, a run at a time, once it is known that the last
+    // page can be written.
     let guest = tempfile::NamedTempFile::new_in("/dev/shm").unwrap();
     let path = guest.path().display().to_string();
     let guest = guest.as_file();

@@ -94,7 +94,8 @@ fn fill(dir: &Path, left: u64) {
     assert!(available() <= left, "{} of {left}", available());
 }
 
-/// What the file holds, and the MiB that it takes: a file system may keep a block or two for its own.
+/// What the file holds, and the MiB that it takes: a file system may keep a block or two for its
+/// own.
 fn bytes(file: &File) -> (Vec<u8>, u64) {
     let mut bytes = vec![0; LARGE as usize];
     file.read_exact_at(&mut bytes, 0).unwrap();

@@ -28,8 +28,8 @@ use test_machine::{Need, not_run};
 use xshell::Shell;
 
 /// The features that the tests select, as far as they change a dependency: programs that are built
-/// with them share the build of most dependencies with the tests. More features of hvf-backend would need
-/// a newer macOS.
+/// with them share the build of most dependencies with the tests. More features of hvf-backend
+/// would need a newer macOS.
 pub const FEATURES: &str = "ramsnap-page-reader/serde,ramsnap-page-reader/vm-memory";
 
 /// Runs a program in the workspace's root: prints its error, and returns its exit code.

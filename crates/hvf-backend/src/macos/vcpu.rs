@@ -202,8 +202,8 @@ impl Canceller {
 impl Drop for Vcpu {
     fn drop(&mut self) {
         *lock(&self.live_id) = None;
-        // SAFETY: the vCPU exists, belongs to this thread and is not running. If the call fails, the
-        // machine continues to exist, and creating the next machine returns an error.
+        // SAFETY: the vCPU exists, belongs to this thread and is not running. If the call fails,
+        // the machine continues to exist, and creating the next machine returns an error.
         let _ = unsafe { hv_vcpu_destroy(self.id) };
     }
 }

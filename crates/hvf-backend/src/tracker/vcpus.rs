@@ -138,8 +138,8 @@ mod tests {
     }
 }
 
-/// Loom models. Run with
-/// `RUSTFLAGS="--cfg ramsnap_loom" cargo test -p ramsnap-hvf-backend --lib --release interleavings`.
+/// Loom models. Run with `RUSTFLAGS="--cfg ramsnap_loom" cargo test -p ramsnap-hvf-backend --lib
+/// --release interleavings`.
 #[cfg(all(test, ramsnap_loom))]
 mod interleavings {
     use std::sync::Arc;

@@ -222,8 +222,8 @@ pub(crate) struct Swap {
 
 #[cfg(target_os = "linux")]
 impl Swap {
-    /// Enables a swap file of `len` bytes, or prints that `test` is not run and returns `None` if the
-    /// file system does not support swap files.
+    /// Enables a swap file of `len` bytes, or prints that `test` is not run and returns `None` if
+    /// the file system does not support swap files.
     pub(crate) fn on(len: usize, test: &str) -> Option<Self> {
         let swap = Self::in_temp_dir(len);
         if swap.is_none() {

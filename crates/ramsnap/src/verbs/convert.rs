@@ -20,10 +20,12 @@ use crate::{input, room, save};
 
 /// Write an image in another layout, or as a stream
 ///
-/// The result has the same pages, id, parent, regions and metadata. A raw image has none of these, and gets a new id.
+/// The result has the same pages, id, parent, regions and metadata. A raw image has none of these,
+/// and gets a new id.
 ///
-/// With --zstd, `-` stands for stdin or stdout: the bytes of a packed image, compressed. What comes in is checked before the output
-/// appears, and takes no more room than the image's first page claims.
+/// With --zstd, `-` stands for stdin or stdout: the bytes of a packed image, compressed. What comes
+/// in is checked before the output appears, and takes no more room than the image's first page
+/// claims.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  \
     ramsnap convert full.mem -o full.raw --layout raw\n  \

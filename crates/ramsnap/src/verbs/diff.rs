@@ -24,12 +24,13 @@ use crate::{input, save};
 
 /// Take a diff: the pages of a new state of the RAM that differ from an old one
 ///
-/// The old state comes first: a full image, or one and its diffs, oldest first. The new state is RAM, by --ram or --pid (pause the guest meanwhile); or
-/// the last file, a full image or a diff on top of the old ones; or a chain of its own, by --to. A raw file does not say whether it is a full image or a diff:
-/// add --raw-full or --raw-diff where the new state begins with one.
+/// The old state comes first: a full image, or one and its diffs, oldest first. The new state is
+/// RAM, by --ram or --pid (pause the guest meanwhile); or the last file, a full image or a diff on
+/// top of the old ones; or a chain of its own, by --to. A raw file does not say whether it is a
+/// full image or a diff: add --raw-full or --raw-diff where the new state begins with one.
 ///
-/// The diff names the old state as its parent, and has the id of the new one; RAM gets a new id. Without --output nothing is
-/// written, and the exit status is 1 if the states differ.
+/// The diff names the old state as its parent, and has the id of the new one; RAM gets a new id.
+/// Without --output nothing is written, and the exit status is 1 if the states differ.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  \
     ramsnap diff full.mem --ram /dev/shm/guest -o d1.mem\n  \
@@ -40,7 +41,8 @@ use crate::{input, save};
     ramsnap diff full.mem --pid 4242 --region /memfd:ram -o d1.mem\n  \
     ramsnap diff a.mem b.mem")]
 pub struct Diff {
-    /// The old state's images, oldest first, and then, without --ram, --pid or --to, that of the new state
+    /// The old state's images, oldest first, and then, without --ram, --pid or --to, that of the
+    /// new state
     #[arg(required = true, value_name = "FILE", value_parser = ImageFile::parser())]
     files: Vec<ImageFile>,
     /// The new state: the RAM itself, a file or memfd as for `ramsnap full`
@@ -150,8 +152,8 @@ impl Diff {
         self.extras.check_regions(old.or(new))
     }
 
-    /// Whether the command line says that a raw first image of the new state is a diff. `None` where the image says what
-    /// it is, or there is none.
+    /// Whether the command line says that a raw first image of the new state is a diff. `None`
+    /// where the image says what it is, or there is none.
     fn new_is_diff(&self, new: &[ImageFile]) -> Result<Option<bool>, Failure> {
         let is_raw = |file: &&ImageFile| file.format(self.formats.format) == Format::Raw;
         let raw = new.first().filter(is_raw);

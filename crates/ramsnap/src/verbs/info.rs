@@ -22,7 +22,8 @@ pub struct InfoArgs {
     files: Vec<ImageFile>,
     #[command(flatten)]
     formats: Formats,
-    /// As JSON: a list of objects, sizes in bytes. A path that is not UTF-8 is an object: text, and bytes_hex
+    /// As JSON: a list of objects, sizes in bytes. A path that is not UTF-8 is an object: text, and
+    /// bytes_hex
     #[arg(long)]
     json: bool,
 }
@@ -91,7 +92,8 @@ struct Pages {
 #[derive(Debug, Serialize)]
 struct Holes {
     file_system: Option<String>,
-    /// Whether pages of 4 KiB that were not written can be told from zeros; unknown where the directory can't be written to.
+    /// Whether pages of 4 KiB that were not written can be told from zeros; unknown where the
+    /// directory can't be written to.
     tell_clean_from_zero: Option<bool>,
 }
 

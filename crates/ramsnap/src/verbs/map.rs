@@ -25,8 +25,8 @@ use crate::{input, print, save};
 
 /// Show which pages images hold: present, zero or clean
 ///
-/// One image fills lines from the start of the RAM to its end; several have a line each. In the terminal, a cell stands for many pages, and its height for
-/// the share of them that is present.
+/// One image fills lines from the start of the RAM to its end; several have a line each. In the
+/// terminal, a cell stands for many pages, and its height for the share of them that is present.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  \
     ramsnap map full.mem\n  \
@@ -46,7 +46,8 @@ pub struct Map {
     /// Columns to fill; the terminal's unless told
     #[arg(long, value_name = "COLUMNS", conflicts_with_all = ["output", "json"], value_parser = clap::value_parser!(u16).range(1..))]
     width: Option<u16>,
-    /// The runs of pages, as JSON: a list of objects, sizes and offsets in bytes. A path that is not UTF-8 is an object: text, and bytes_hex
+    /// The runs of pages, as JSON: a list of objects, sizes and offsets in bytes. A path that is
+    /// not UTF-8 is an object: text, and bytes_hex
     #[arg(long, conflicts_with = "output")]
     json: bool,
 }

@@ -12,8 +12,9 @@ use crate::{input, save};
 
 /// Make one image of a full image and its diffs, or one diff of diffs
 ///
-/// The result stands for the same state as the last file, and has its id: the next diff fits on it. Where the last file is raw, the result has a new id and no
-/// metadata; regions are those of any file that has some. A raw first file is taken for a full image, unless --raw-diffs is given.
+/// The result stands for the same state as the last file, and has its id: the next diff fits on it.
+/// Where the last file is raw, the result has a new id and no metadata; regions are those of any
+/// file that has some. A raw first file is taken for a full image, unless --raw-diffs is given.
 #[derive(Debug, Args)]
 #[command(
     group = ArgGroup::new("where").required(true).args(["output", "in_place"]),
@@ -34,10 +35,10 @@ pub struct Merge {
     output: Option<PathBuf>,
     /// Replace the first file by the result
     ///
-    /// At every instant, also after a crash, the old file is there whole, or the new one. The new file
-    /// has the old one's owner, group, mode, access control list and extended attributes, as far as
-    /// that is permitted. If another writer replaces the first file while it is merged, the merge fails,
-    /// and that writer's file stays.
+    /// At every instant, also after a crash, the old file is there whole, or the new one. The new
+    /// file has the old one's owner, group, mode, access control list and extended attributes, as
+    /// far as that is permitted. If another writer replaces the first file while it is merged, the
+    /// merge fails, and that writer's file stays.
     #[arg(long)]
     in_place: bool,
     /// Replace the output if it exists

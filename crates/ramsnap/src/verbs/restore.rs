@@ -20,11 +20,14 @@ use in_place::{Begun, InPlace};
 
 /// Bring the RAM back as it was: into a new file, or into RAM that is there
 ///
-/// A new file appears once it is whole, and is sparse where the RAM is zero. A file or memfd that exists (/proc/PID/fd/N) is written in place,
-/// where a monitor has it mapped; it must be as large as the RAM and empty, or --force be given. It is checked before anything of it is
-/// overwritten: the images' checksums, whether it can be written, and the room, which is reserved on ext4, XFS, tmpfs and hugetlbfs. Other file systems (btrfs) cannot do
-/// that: as much as the RAM needs must be free, and a warning is given. If writing fails after that or is interrupted, it is left empty.
-/// RAM that ramsnap is reading is refused, and ramsnap refuses to read RAM that is being restored; a VMM's own locks of the file are no hindrance.
+/// A new file appears once it is whole, and is sparse where the RAM is zero. A file or memfd that
+/// exists (/proc/PID/fd/N) is written in place, where a monitor has it mapped; it must be as large
+/// as the RAM and empty, or --force be given. It is checked before anything of it is overwritten:
+/// the images' checksums, whether it can be written, and the room, which is reserved on ext4, XFS,
+/// tmpfs and hugetlbfs. Other file systems (btrfs) cannot do that: as much as the RAM needs must be
+/// free, and a warning is given. If writing fails after that or is interrupted, it is left empty.
+/// RAM that ramsnap is reading is refused, and ramsnap refuses to read RAM that is being restored;
+/// a VMM's own locks of the file are no hindrance.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  \
     ramsnap restore full.mem d1.mem -o /dev/shm/guest\n  \
@@ -70,8 +73,8 @@ impl Restore {
         Ok(Verdict::Good)
     }
 
-    /// Compares the images with their checksums: once there is a place for the RAM, and before it is
-    /// written.
+    /// Compares the images with their checksums: once there is a place for the RAM, and before it
+    /// is written.
     fn check(&self, session: &Session, chain: &Chain) -> anyhow::Result<()> {
         match self.no_verify {
             true => Ok(()),

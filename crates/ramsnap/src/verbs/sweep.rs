@@ -28,7 +28,8 @@ pub struct Sweep {
     /// Say what would be removed, and remove nothing
     #[arg(short = 'n', long)]
     dry_run: bool,
-    /// Complete interrupted commits of groups of files first: what such a group staged is kept otherwise
+    /// Complete interrupted commits of groups of files first: what such a group staged is kept
+    /// otherwise
     #[arg(long, conflicts_with = "dry_run")]
     recover: bool,
     /// As JSON: an object of lists. A path that is not UTF-8 is an object: text, and bytes_hex

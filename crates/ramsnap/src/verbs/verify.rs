@@ -12,7 +12,8 @@ use crate::{Verdict, failure, words};
 
 /// Check that images are whole and, if there are several, that each follows the one before
 ///
-/// Every page is read and compared with the checksums. A raw image has none, so it can't be checked, which is a failure.
+/// Every page is read and compared with the checksums. A raw image has none, so it can't be
+/// checked, which is a failure.
 #[derive(Debug, Args)]
 #[command(
     after_help = "Examples:\n  ramsnap verify full.mem\n  ramsnap verify full.mem d1.mem d2.mem --json"
@@ -26,7 +27,8 @@ pub struct Verify {
     /// Only warn of raw images
     #[arg(long)]
     allow_raw: bool,
-    /// As JSON: an object, sizes and offsets in bytes. A path that is not UTF-8 is an object: text, and bytes_hex
+    /// As JSON: an object, sizes and offsets in bytes. A path that is not UTF-8 is an object: text,
+    /// and bytes_hex
     #[arg(long)]
     json: bool,
 }

@@ -27,8 +27,9 @@ pub(crate) fn register(file: &File, len: u64) -> OwnedFd {
     let device = File::open("/dev/userfaultfd").unwrap();
     let mut api = [0xaa_u64, 0, 0];
     let mut range = [start.addr().get() as u64, len, MODE_MISSING, 0];
-    // SAFETY: the first request gives a new descriptor; the others read and write the arrays, which are
-    // laid out as `struct uffdio_api` and `struct uffdio_register`. Nothing accesses the mapping.
+    // SAFETY: the first request gives a new descriptor; the others read and write the arrays, which
+    // are laid out as `struct uffdio_api` and `struct uffdio_register`. Nothing accesses the
+    // mapping.
     unsafe {
         let fault = Errno::result(libc::ioctl(device.as_raw_fd(), NEW as _, 0)).unwrap();
         let fault = OwnedFd::from_raw_fd(fault);

@@ -101,7 +101,8 @@ impl Work {
         work
     }
 
-    /// And `full.mem`, `d1.mem` and `d2.mem`, a packed chain whose last state `ram` is; `first` and `second` are the states before.
+    /// And `full.mem`, `d1.mem` and `d2.mem`, a packed chain whose last state `ram` is; `first` and
+    /// `second` are the states before.
     pub(crate) fn with_chain() -> Self {
         let work = Self::with_ram();
         work.good("full ram -o full.mem");

@@ -140,8 +140,8 @@ impl Images {
         Ok(())
     }
 
-    /// Restores the RAM in a way chosen at random, which is returned, and compares it. `scratch` is a
-    /// file that may be made.
+    /// Restores the RAM in a way chosen at random, which is returned, and compares it. `scratch` is
+    /// a file that may be made.
     pub(super) fn compare(
         &self,
         expected: &Expected<'_>,

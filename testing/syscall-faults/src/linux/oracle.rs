@@ -18,7 +18,8 @@ pub(super) enum FaultViolation {
     /// Something that had been there, or a mark.
     Lost(String),
     Torn(String),
-    /// A staged file that is neither reported nor removed, or something that the process still holds.
+    /// A staged file that is neither reported nor removed, or something that the process still
+    /// holds.
     Leaked(String),
     /// What was said is not so; or nothing was said at all.
     Untrue(String),

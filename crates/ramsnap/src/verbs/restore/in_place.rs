@@ -37,8 +37,8 @@ pub(super) struct Plan {
     runs: Vec<Range<u64>>,
 }
 
-/// RAM that holds a part of what it is to hold. No guest is to start with that, so it is emptied if this is dropped by a
-/// panic.
+/// RAM that holds a part of what it is to hold. No guest is to start with that, so it is emptied if
+/// this is dropped by a panic.
 pub(super) struct Begun<'t, 's> {
     pub(super) target: &'t mut InPlace<'s>,
     overwriting: Option<Overwriting>,
@@ -201,8 +201,9 @@ impl<'s> InPlace<'s> {
         Ok(plan.runs)
     }
 
-    /// Whether the first and the last byte can be written: by writing what they are. A seal, a limit
-    /// on the size of files, or a file system that fails every write is found before anything is lost.
+    /// Whether the first and the last byte can be written: by writing what they are. A seal, a
+    /// limit on the size of files, or a file system that fails every write is found before anything
+    /// is lost.
     ///
     /// Holes are holes afterwards.
     pub(super) fn check_writing(&mut self) -> anyhow::Result<()> {
@@ -331,8 +332,8 @@ impl<'s> InPlace<'s> {
     }
 }
 
-/// Maps a file on hugetlbfs, which has no `write(2)`: all the pages that it lacks are reserved, or it
-/// is refused.
+/// Maps a file on hugetlbfs, which has no `write(2)`: all the pages that it lacks are reserved, or
+/// it is refused.
 #[cfg(target_os = "linux")]
 fn huge_pages(path: &Path, file: &File, size: u64) -> anyhow::Result<Option<Mapping>> {
     if !room::is_on_hugetlbfs(path) {

@@ -1,8 +1,8 @@
 //! Room for RAM that is overwritten, taken before anything of it is lost.
 //!
-//! Rule: no byte of RAM that exists changes before the blocks for what replaces it are allocated. To compare
-//! what is needed with what a file system calls free is not enough: ext4 keeps blocks back for root and for itself,
-//! and blocks that files share are not freed by a hole.
+//! Rule: no byte of RAM that exists changes before the blocks for what replaces it are allocated.
+//! To compare what is needed with what a file system calls free is not enough: ext4 keeps blocks
+//! back for root and for itself, and blocks that files share are not freed by a hole.
 //!
 //! | file system | how |
 //! |---|---|
@@ -43,7 +43,8 @@ const CHUNK: usize = 1 << 20;
 pub(super) struct Plan {
     /// What is written. Everything else is zeros.
     pub(super) runs: Vec<Range<u64>>,
-    /// Whether all of the file must be zeros before anything is written, as it has to give up blocks first.
+    /// Whether all of the file must be zeros before anything is written, as it has to give up
+    /// blocks first.
     pub(super) empty_first: bool,
     /// Given back unless the restore begins.
     pub(super) reserved: Option<Reserved>,
@@ -82,7 +83,8 @@ impl Drop for Reserved {
         if blocks <= self.blocks_before {
             return;
         }
-        // Where they are now does not tell: once they were read, reserved blocks are listed as data.
+        // Where they are now does not tell: once they were read, reserved blocks are listed as
+        // data.
         let mut buffer = SecretBuffer::new();
         for hole in &self.holes {
             for at in hole.clone().step_by(CHUNK) {
@@ -134,8 +136,8 @@ impl Method {
     }
 }
 
-/// Sees that what `chain` stores can be written to `file`, at `path`, which `holds` RAM or nothing but zeros. Not a byte
-/// of the file changes.
+/// Sees that what `chain` stores can be written to `file`, at `path`, which `holds` RAM or nothing
+/// but zeros. Not a byte of the file changes.
 pub(super) fn reserve(
     session: &Session,
     path: &Path,
@@ -213,8 +215,8 @@ pub(super) fn reserve(
     .into())
 }
 
-/// Where blocks can't be reserved: asks for as much as the RAM needs to be free, as the old RAM's may not be given back in
-/// time, and warns.
+/// Where blocks can't be reserved: asks for as much as the RAM needs to be free, as the old RAM's
+/// may not be given back in time, and warns.
 fn unreserved(
     session: &Session,
     path: &Path,
