@@ -523,6 +523,7 @@ mod tests {
     }
 
     #[test]
+    #[cfg(target_os = "linux")]
     fn names_of_one_file_match_if_the_directory_ignores_case() {
         const TEST: &str = "names_of_one_file_match_if_the_directory_ignores_case";
         const NAMES: [(&str, &str, bool); 4] = [

@@ -64,11 +64,10 @@ fn is_private(gid: u32, owner: u32) -> bool {
 mod tests {
     use std::fs::{File, Permissions};
     use std::os::unix::fs::{PermissionsExt as _, fchown};
-    use std::path::Path;
 
     use super::*;
     use rstest::rstest;
-    use test_machine::{Need, not_run};
+    use test_machine::Need;
 
     /// Users and groups without names.
     const USER: u32 = 812_345;
@@ -132,8 +131,8 @@ mod tests {
             bytes.extend(id.to_le_bytes());
         }
         let list = "system.posix_acl_access";
-        if xattr::set(dir.path() as &Path, list, &bytes).is_err() {
-            return not_run(TEST, "a file system without lists");
+        if xattr::set(dir.path() as &std::path::Path, list, &bytes).is_err() {
+            return test_machine::not_run(TEST, "a file system without lists");
         }
         assert!(others_may_write(&open).unwrap());
     }

@@ -9,6 +9,7 @@ use atomic_file::{Refusal, recover, sweep};
 use rstest::rstest;
 use support::groups::{FILES, old_files};
 use support::{assert_names, group, same_text};
+#[cfg(target_os = "linux")]
 use test_machine::Need;
 
 #[test]

@@ -14,7 +14,9 @@ use std::sync::Barrier;
 use atomic_file::{AtomicWriter, CommitError, CommitStep, Durability};
 use rstest::rstest;
 use support::{assert_names, command, commit, dir_with_old, names, report};
-use test_machine::{Need, rounds};
+#[cfg(target_os = "linux")]
+use test_machine::Need;
+use test_machine::rounds;
 
 /// Runs the job of `support::command`; not a test by itself.
 #[test]

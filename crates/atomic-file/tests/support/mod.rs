@@ -4,6 +4,7 @@
 
 pub(crate) mod faults;
 pub(crate) mod groups;
+#[cfg(target_os = "linux")]
 pub(crate) mod hostile;
 pub(crate) mod recycling;
 
