@@ -1,4 +1,4 @@
-//! Arguments that several verbs have.
+//! Arguments that several verbs share.
 
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
@@ -21,7 +21,7 @@ use crate::process::{ProcessRam, Region};
 use crate::ram::{self, Ram};
 use crate::session::Session;
 
-/// How the pages stand in a file.
+/// The arrangement of the pages in a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Layout {
@@ -51,7 +51,7 @@ impl Layout {
     }
 }
 
-/// How the pages stand in an image that is read.
+/// The arrangement of the pages in an image that is read.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub enum Format {
     /// Sealed or packed, as the file says; never raw
@@ -96,7 +96,7 @@ pub struct ImageFile {
 }
 
 impl ImageFile {
-    /// For clap.
+    /// Returns the parser for clap.
     pub fn parser() -> impl TypedValueParser<Value = Self> {
         OsStringValueParser::new().map(|text: OsString| Self::parse(&text))
     }
@@ -112,18 +112,18 @@ impl ImageFile {
         Self { path, format }
     }
 
-    /// The format that was given with it, or else `other`.
+    /// Returns the format given with the path, or else `other`.
     pub fn format(&self, other: Format) -> Format {
         self.format.unwrap_or(other)
     }
 
-    /// In the format that was given with it, or else in `other`.
+    /// Opens the image in the format given with the path, or else in `other`.
     pub fn open(&self, other: Format) -> anyhow::Result<Image> {
         self.format(other).open(&self.path)
     }
 }
 
-/// In which formats images are read.
+/// The formats in which images are read.
 #[derive(Clone, Copy, Debug, Default, Args)]
 pub struct Formats {
     /// The format of images given without one before their path (raw:FILE, sealed:FILE,
@@ -136,18 +136,18 @@ pub struct Formats {
     pub format: Format,
 }
 
-/// What raw images don't say themselves.
+/// Properties that raw images do not record.
 #[derive(Clone, Debug, Default, Args)]
 pub struct RawImages {
-    /// The page of raw images, 4 KiB unless told: 16KiB, say
+    /// The page size of raw images, such as 16KiB; by default 4 KiB
     #[arg(long, value_name = "SIZE", value_parser = page_size)]
     pub page_size: Option<u64>,
-    /// Take the holes of raw diffs for clean pages, also where the file system can't be believed
+    /// Take the holes of raw diffs for clean pages even if the file system reports holes unreliably
     #[arg(long)]
     pub trust_holes: bool,
 }
 
-/// Where an image goes.
+/// The destination of an image.
 #[derive(Clone, Debug, Args)]
 pub struct Output {
     /// The file to write; it appears once it is whole
@@ -159,7 +159,7 @@ pub struct Output {
     pub force: bool,
 }
 
-/// What the image is to say beside its pages.
+/// Data that the image records beside its pages.
 #[derive(Clone, Debug, Default, Args)]
 pub struct Extras {
     /// Keep the bytes of this file with the image: the vCPUs' state, say
@@ -172,12 +172,12 @@ pub struct Extras {
 }
 
 impl Extras {
-    /// `seal` with what was given here, which is of `ram_bytes` bytes of RAM.
+    /// Adds these values to `seal`, which is for `ram_bytes` bytes of RAM.
     pub fn add_to(&self, seal: Seal, ram_bytes: u64) -> anyhow::Result<Seal> {
         Ok(self.read()?.add_to(seal, ram_bytes)?)
     }
 
-    /// Reads the files, and checks all that can be known without the RAM.
+    /// Reads the files, and makes all checks that do not need the RAM.
     pub fn read(&self) -> anyhow::Result<ReadExtras> {
         let metadata = self.metadata.as_deref().map(read_metadata).transpose()?;
         if !self.region_at.is_sorted_by(|a, b| a.end <= b.start) {
@@ -187,7 +187,7 @@ impl Extras {
         Ok(ReadExtras { metadata, regions })
     }
 
-    /// `inputs`, and the files that these arguments name.
+    /// Returns `inputs` and the files that these arguments name.
     pub fn and_inputs(&self, inputs: impl IntoIterator<Item = PathBuf>) -> Vec<PathBuf> {
         inputs.into_iter().chain(self.metadata.clone()).collect()
     }
@@ -209,7 +209,7 @@ impl Extras {
     }
 }
 
-/// [`Extras`] whose files were read.
+/// [`Extras`] with the contents of their files.
 #[derive(Debug)]
 pub struct ReadExtras {
     metadata: Option<Vec<u8>>,
@@ -217,7 +217,7 @@ pub struct ReadExtras {
 }
 
 impl ReadExtras {
-    /// `seal` with what was given here, which is of `ram_bytes` bytes of RAM.
+    /// Adds these values to `seal`, which is for `ram_bytes` bytes of RAM.
     pub fn add_to(self, mut seal: Seal, ram_bytes: u64) -> Result<Seal, Failure> {
         if let Some(bytes) = self.metadata {
             seal = seal.metadata(bytes);
@@ -281,7 +281,7 @@ impl InProcess {
         }
     }
 
-    /// The RAM, of a process that runs on until [`Ram::hold`].
+    /// Returns the RAM of the process, which runs until [`Ram::hold`].
     pub fn find(&self) -> anyhow::Result<Option<Ram>> {
         let find = |pid| ProcessRam::find(pid, &self.region, self.live);
         let ram = self.pid.map(find).transpose()?;
@@ -289,7 +289,7 @@ impl InProcess {
     }
 }
 
-/// Other systems have no such thing.
+/// Reading the memory of a process is supported on Linux only.
 #[cfg(not(target_os = "linux"))]
 impl InProcess {
     pub fn is_given(&self) -> bool {
@@ -305,7 +305,7 @@ impl InProcess {
     }
 }
 
-/// `4096`, `16KiB`, `1.5 GiB`; K, M and G are powers of 1024.
+/// Parses a size: `4096`, `16KiB`, `1.5 GiB`. K, M and G are powers of 1024.
 pub fn size(text: &str) -> Result<u64, String> {
     parse_size::Config::new()
         .with_binary()
@@ -320,13 +320,13 @@ pub fn page_size(text: &str) -> Result<u64, String> {
     }
 }
 
-/// Regions, as they are given.
+/// Formats regions in the syntax of the command line.
 pub fn text_of(regions: &[Range<u64>]) -> String {
     let text = |region: &Range<u64>| format!("{:#x}:{}", region.start, region.end - region.start);
     regions.iter().map(text).collect::<Vec<_>>().join(" ")
 }
 
-/// Decimal, or hexadecimal after `0x`.
+/// Parses a number: decimal, or hexadecimal after `0x`.
 pub fn address(text: &str) -> Result<u64, String> {
     let number = match text.strip_prefix("0x") {
         Some(digits) => u64::from_str_radix(digits, 16),
@@ -335,7 +335,7 @@ pub fn address(text: &str) -> Result<u64, String> {
     number.map_err(|_| format!("{text}: give a number below 2^64, in hexadecimal after 0x"))
 }
 
-/// `0x100000000:2GiB`: an address and a size.
+/// Parses an address and a size: `0x100000000:2GiB`.
 pub fn range(text: &str) -> Result<Range<u64>, String> {
     let (start, len) = text
         .split_once(':')

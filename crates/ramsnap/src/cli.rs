@@ -82,7 +82,7 @@ Exit status:
   128 and the number of a signal: interrupted by SIGINT (130), SIGTERM (143), SIGHUP (129), SIGQUIT (131),
        SIGALRM (142), SIGUSR1, SIGUSR2, SIGXCPU, SIGVTALRM or SIGPROF, unless it was ignored from the start, as SIGHUP is under nohup
 
-Whatever the exit status but 0, an output that was named is as it was before, unless the message says that it is in place: files are \
+If the exit status is not 0, the named output is unchanged unless the message says that it is in place: files are \
 staged beside it and put in place when they are whole and on the disk. Restoring into RAM that exists is the exception: once writing \
 has begun, a failure leaves it empty. A second signal does not end the emptying; a third one does, with exit status 3, and ramsnap says that a \
 part of the RAM is left. A process whose RAM is read by --pid is stopped last, when all else is prepared, and goes on before \

@@ -1,4 +1,4 @@
-//! What the tool itself refuses, and which exit code a failure has.
+//! Errors of the tool itself, and the exit codes of failures.
 
 use std::path::PathBuf;
 
@@ -9,14 +9,14 @@ use thiserror::Error;
 
 use crate::interrupt;
 
-/// The answer is no: damaged, not linked, different.
+/// A check failed: damaged, not linked, different.
 pub const NEGATIVE: u8 = 1;
-/// The command line asks for what can't be.
+/// The command line is not valid.
 const USAGE: u8 = 2;
 /// Everything else.
 pub const FAILED: u8 = 3;
 
-/// What the tool itself refuses.
+/// An error of the tool itself.
 #[derive(Debug, Error)]
 pub enum Failure {
     #[error("{path:?} exists: name another file, or add --force to replace it")]
@@ -71,7 +71,7 @@ pub enum Failure {
     #[error("{path:?} is not a regular file or memfd: give the file that the guest's RAM is in")]
     NotRam { path: PathBuf },
     #[error(
-        "{path:?} changed its size from {before} to {now} bytes while it was read: stop whoever resizes it, and try again"
+        "{path:?} changed its size from {before} to {now} bytes while it was read: stop the program that resizes it, and try again"
     )]
     RamResized {
         path: PathBuf,
@@ -201,7 +201,7 @@ pub enum Failure {
     )]
     SentResized { path: PathBuf },
     #[error(
-        "{path:?} was replaced or resized while RAM was restored to it: stop whoever does that, and restore again"
+        "{path:?} was replaced or resized while RAM was restored to it: stop the program that does so, and restore again"
     )]
     TargetReplaced { path: PathBuf },
     #[error("{path:?} is not empty: add --force to overwrite it in place")]
@@ -315,7 +315,7 @@ impl Failure {
     }
 }
 
-/// The exit code of a verb that ended with `error`: the first cause that has one says it.
+/// Returns the exit code for `error`: that of the first cause that has one.
 pub fn exit_code(error: &anyhow::Error) -> u8 {
     error.chain().find_map(code_of).unwrap_or(FAILED)
 }
@@ -336,7 +336,7 @@ fn code_of(cause: &(dyn std::error::Error + 'static)) -> Option<u8> {
     }
     match cause.downcast_ref()? {
         ImageError::Cancelled => Some(interrupt::exit_code()),
-        // What an image is, or isn't.
+        // Properties of an image.
         ImageError::Empty { .. }
         | ImageError::NotWholePages { .. }
         | ImageError::NotRaw { .. }

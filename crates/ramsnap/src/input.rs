@@ -1,4 +1,4 @@
-//! The images that a verb is given.
+//! The images that are the input of a verb.
 
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -11,7 +11,7 @@ use crate::failure::Failure;
 use crate::session::Session;
 use crate::words;
 
-/// The page of raw images, unless told: the smallest that hosts have.
+/// The default page size of raw images: the smallest page size of any host.
 const RAW_PAGE: u64 = 4096;
 
 /// Opens images, oldest first, as one chain: a full image and its diffs, or diffs alone. The first
@@ -25,7 +25,7 @@ pub fn chain(
     put_together(session, open(files, formats.format)?, raw, false)
 }
 
-/// The same with all of the RAM.
+/// Opens images as one chain, and refuses a chain that does not hold all of the RAM.
 pub fn full_chain(
     session: &Session,
     files: &[ImageFile],
@@ -40,7 +40,7 @@ pub fn full_chain(
     Err(ImageError::NotFull { path }.into())
 }
 
-/// The same of raw diffs, which don't say that they are.
+/// Opens raw diffs as one chain. A raw diff does not record that it is a diff.
 pub fn raw_diffs(session: &Session, files: &[ImageFile], raw: &RawImages) -> anyhow::Result<Chain> {
     put_together(session, open(files, Format::Raw)?, raw, true)
 }
@@ -49,7 +49,8 @@ fn open(files: &[ImageFile], format: Format) -> anyhow::Result<Vec<Image>> {
     files.iter().map(|file| file.open(format)).collect()
 }
 
-/// These images as one chain, of diffs if `diffs` says so or the first does.
+/// Joins images to one chain, which is a chain of diffs if `diffs` is set or the first image is a
+/// diff.
 pub fn put_together(
     session: &Session,
     images: Vec<Image>,
@@ -91,14 +92,14 @@ pub fn put_together(
     Ok(chain)
 }
 
-/// The guest-physical addresses of the RAM, which raw images don't say.
+/// Returns the guest-physical addresses of the RAM. Raw images do not record them.
 pub fn regions(chain: &Chain) -> Option<&[Range<u64>]> {
     let footer = chain.images().find_map(Image::footer);
     footer.map(|footer| &footer.regions[..])
 }
 
-/// Warns where the result of `chain` has no metadata because its newest image is raw: that of an
-/// older one is of an older state.
+/// Warns if the result of `chain` has no metadata because its newest image is raw. The metadata of
+/// an older image describes an older state.
 pub fn warn_of_old_metadata(session: &Session, chain: &Chain) {
     let newest_is_raw = chain
         .images()
@@ -113,8 +114,8 @@ pub fn warn_of_old_metadata(session: &Session, chain: &Chain) {
     }
 }
 
-/// Sums the pages of all sealed images: what is made of them gets checksums of its own, which would
-/// be right for wrong bytes.
+/// Verifies the checksums of all sealed and packed images. The result gets new checksums, which
+/// would match damaged bytes.
 pub fn check_sums<'i>(
     session: &Session,
     images: impl IntoIterator<Item = &'i Image>,
@@ -133,7 +134,7 @@ pub fn check_sums<'i>(
     Ok(())
 }
 
-/// [`Image::verify`], with a bar.
+/// Runs [`Image::verify`] with a progress bar.
 pub fn sum(session: &Session, image: &Image) -> Result<memory_image::Verified, ImageError> {
     let name = image.path().file_name().unwrap_or_default().display();
     let bar = session.bar(&format!("checking {name}"));
@@ -144,7 +145,7 @@ pub fn sum(session: &Session, image: &Image) -> Result<memory_image::Verified, I
     })
 }
 
-/// Whether `path` is, by any name, one of `inputs`.
+/// Returns whether `path` is one of `inputs`, by any name.
 pub fn is_one_of(path: &Path, inputs: &[PathBuf]) -> bool {
     let Ok(output) = FileIdentity::at(path) else {
         return false;
@@ -153,7 +154,7 @@ pub fn is_one_of(path: &Path, inputs: &[PathBuf]) -> bool {
     inputs.iter().any(is_it)
 }
 
-/// The paths of images that are read.
+/// Returns the paths of the images.
 pub fn paths(files: &[ImageFile]) -> Vec<PathBuf> {
     files.iter().map(|file| file.path.clone()).collect()
 }

@@ -1,21 +1,22 @@
 //! Signals that end the process: SIGINT, SIGTERM, SIGHUP, SIGQUIT and SIGALRM.
 //!
-//! So do SIGUSR1, SIGUSR2, SIGXCPU, SIGVTALRM and SIGPROF, which would end it without a word.
+//! SIGUSR1, SIGUSR2, SIGXCPU, SIGVTALRM and SIGPROF are handled too: by default, they would end the
+//! process without a message.
 //!
-//! As long as nothing is staged, a signal ends the process at once. While something is, the first
-//! one cancels the work, whose staged file is removed on the way out; a second one ends the process
-//! anyway, and what is staged is left for the next writer to find and remove. The exit code is 128
-//! and the number of the first signal, as a shell has it. A signal that was ignored when the
+//! If nothing is staged, a signal ends the process at once. If a file is staged, the first signal
+//! cancels the work, and the staged file is removed before the process exits. A second signal ends
+//! the process at once, and the next writer finds and removes the staged file. The exit code is 128
+//! plus the number of the first signal, as in a shell. A signal that was ignored when the
 //! process started, as SIGHUP is by `nohup`, stays ignored.
 //!
-//! While RAM that exists [holds a part](Interrupt::overwrite) of what is restored, a second signal
-//! does not end the process either: no guest is to start with half of its RAM, and people press
-//! Ctrl-C twice. It says that a third one does. That one says what it leaves, and the exit code is
-//! that of a failure.
+//! While existing RAM is [partly restored](Interrupt::overwrite), a second signal does not end the
+//! process either: a guest must not start with half of its RAM, and users press Ctrl-C twice. The
+//! second signal prints that a third one ends the process. The third signal prints what is left,
+//! and the exit code is that of a failure.
 //!
-//! The thread that handles signals writes nothing else, and this only if the terminal takes it at
-//! once, so that it ends the process also where that takes no output. A process that was stopped
-//! runs again when this one ends.
+//! The thread that handles signals prints nothing else, and prints these messages only if the
+//! terminal accepts them at once. It therefore ends the process even if the terminal takes no
+//! output. A process that was stopped runs again when this one ends.
 //!
 //! Signals that suspend are [held back](NotSuspended) while another process is stopped.
 
@@ -46,7 +47,7 @@ const SIGNALS: [i32; 10] = [
 /// The first signal that came.
 static SIGNAL: AtomicI32 = AtomicI32::new(0);
 
-/// The exit code of a process that a signal ended: 128 and the signal's number.
+/// Returns the exit code of a process that a signal ended: 128 plus the number of the signal.
 pub fn exit_code() -> u8 {
     let signal = match SIGNAL.load(Ordering::Relaxed) {
         0 => SIGINT,
@@ -57,7 +58,7 @@ pub fn exit_code() -> u8 {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Work {
-    /// Nothing is to be cleaned up.
+    /// No file is staged.
     Reading,
     Staged,
     Cancelled,
@@ -66,7 +67,7 @@ enum Work {
 #[derive(Debug)]
 struct State {
     work: Work,
-    /// RAM that holds a part of what it is to hold.
+    /// Existing RAM that is partly restored.
     part: Option<Part>,
 }
 
@@ -77,7 +78,7 @@ struct Part {
     warned: bool,
 }
 
-/// Who is told of signals.
+/// The signal handler, and the state that decides what a signal does.
 #[derive(Clone, Debug)]
 pub struct Interrupt {
     state: Arc<Mutex<State>>,
@@ -87,7 +88,7 @@ pub struct Interrupt {
 }
 
 impl Interrupt {
-    /// Listens from now on, on a thread of its own.
+    /// Starts a thread that handles signals.
     pub fn listen() -> io::Result<Self> {
         let interrupt = Self {
             state: Arc::new(Mutex::new(State {
@@ -97,13 +98,13 @@ impl Interrupt {
             cancel: CancelToken::new(),
             waiting: Arc::default(),
         };
-        // Otherwise deadly: writing past RLIMIT_FSIZE is to be the error EFBIG.
+        // SIGXFSZ would end the process. Writing past RLIMIT_FSIZE then fails with EFBIG.
         flag::register(SIGXFSZ, Arc::default())?;
         let heeded = SIGNALS.iter().filter(|signal| !sys::is_ignored(**signal));
         let mut signals = Signals::new(heeded)?;
         let listener = interrupt.clone();
         thread::Builder::new().spawn(move || {
-            // Left to the main thread, which may hold them back.
+            // The main thread handles these, and may hold them back.
             let _ = suspending().thread_block();
             for signal in signals.forever() {
                 listener.signalled(signal);
@@ -121,9 +122,9 @@ impl Interrupt {
             drop(locked(&self.waiting).take());
             return;
         }
-        // With the lock held: nobody stages anything in between, and RAM that holds a part does so
-        // still. Unless it does, nothing is said: a terminal that takes no output would keep this
-        // process, and one that it has stopped.
+        // The lock is held, so no thread stages a file or finishes restoring RAM in between. A
+        // message is printed only for partly restored RAM: a terminal that takes no output would
+        // block this process, and a process that it has stopped.
         match &mut state.part {
             None => process::exit(exit_code().into()),
             Some(part) if !part.warned => {
@@ -149,8 +150,7 @@ impl Interrupt {
         locked(&self.state)
     }
 
-    /// From now on the RAM at `path` holds a part of what it is to hold, until what is returned is
-    /// dropped.
+    /// Records that the RAM at `path` is partly restored, until the returned value is dropped.
     pub fn overwrite(&self, path: &Path) -> Overwriting {
         self.locked().part = Some(Part {
             path: path.to_owned(),
@@ -159,7 +159,8 @@ impl Interrupt {
         Overwriting(self.clone())
     }
 
-    /// From now on there is something to clean up, until the process ends.
+    /// Records that a file is staged: the next signal cancels the work and does not end the
+    /// process.
     pub fn hold(&self) -> CancelToken {
         let mut state = self.locked();
         if state.work == Work::Reading {
@@ -168,8 +169,8 @@ impl Interrupt {
         self.cancel.clone()
     }
 
-    /// Returns a pipe that hangs up once the work is cancelled, for one that waits in `poll`. One
-    /// at a time.
+    /// Returns a pipe that hangs up once the work is cancelled, for a thread that waits in `poll`.
+    /// Only one such pipe may be in use: the next call closes the one before.
     pub fn hangs_up(&self) -> io::Result<PipeReader> {
         let (reader, writer) = io::pipe()?;
         let state = self.locked();
@@ -179,7 +180,7 @@ impl Interrupt {
         Ok(reader)
     }
 
-    /// Nothing is to be cleaned up any more.
+    /// Records that nothing is staged: the next signal ends the process.
     pub fn release(&self) {
         let mut state = self.locked();
         if state.work == Work::Staged {
@@ -192,7 +193,7 @@ impl Interrupt {
     }
 }
 
-/// See [`Interrupt::overwrite`].
+/// Partly restored RAM, until this is dropped. See [`Interrupt::overwrite`].
 #[derive(Debug)]
 pub struct Overwriting(Interrupt);
 
@@ -202,20 +203,20 @@ impl Drop for Overwriting {
     }
 }
 
-/// Nothing that is done under these locks can panic half-way.
+/// Ignores poisoning: no code under these locks can panic with the state half changed.
 fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Signals by which a terminal suspends a process. SIGSTOP can't be held back.
+/// Returns the signals by which a terminal suspends a process. SIGSTOP cannot be blocked.
 fn suspending() -> SigSet {
     SigSet::from_iter([Signal::SIGTSTP, Signal::SIGTTIN, Signal::SIGTTOU])
 }
 
-/// Holds back the signals that suspend this process, in this thread and those that it starts.
+/// A block on the signals that suspend this process, in this thread and the threads that it starts.
 ///
-/// While this process has stopped another one, that would stand still for as long. A signal that
-/// comes meanwhile suspends this process once this is dropped, unless it was continued before.
+/// If this process were suspended, a process that it has stopped would stay stopped. A blocked
+/// signal suspends this process once this is dropped, unless SIGCONT came before.
 #[cfg(target_os = "linux")]
 #[derive(Debug)]
 pub struct NotSuspended {

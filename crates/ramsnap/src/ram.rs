@@ -1,4 +1,4 @@
-//! RAM that is to be captured.
+//! The RAM of a guest, as the source of a snapshot.
 
 use std::fs::File;
 use std::os::unix::fs::OpenOptionsExt;
@@ -45,10 +45,10 @@ impl Ram {
         }
     }
 
-    /// Stops a process, unless its guest is paused, until this is dropped.
+    /// Stops the process, unless its guest is paused, until this is dropped.
     ///
-    /// Comes last before the RAM is read: what fails, or takes time, must not happen while a guest
-    /// stands still.
+    /// Called last before the RAM is read: steps that may fail or take time must not run while a
+    /// guest is stopped.
     #[cfg_attr(not(target_os = "linux"), expect(unused_variables))]
     pub fn hold(&mut self, session: &Session) -> anyhow::Result<()> {
         match self {
@@ -62,7 +62,7 @@ impl Ram {
     #[cfg_attr(not(target_os = "linux"), expect(unused_variables))]
     pub fn check_output(&self, output: &Path) -> Result<(), Failure> {
         match self {
-            // A file that was named was compared by its name.
+            // A named file was compared by its name.
             Self::File(_) => Ok(()),
             #[cfg(target_os = "linux")]
             Self::Process(ram) => match ram.is_mapped_from(output) {
@@ -74,7 +74,7 @@ impl Ram {
         }
     }
 
-    /// Whether it is still all there: what is gone would have been taken for untouched.
+    /// Checks that all of the RAM still exists. Missing RAM would have been read as untouched.
     pub fn check(&self) -> anyhow::Result<()> {
         match self {
             Self::File(ram) => ram.check(),
@@ -83,8 +83,8 @@ impl Ram {
         }
     }
 
-    /// Why it could not be saved: of a file that was resized that tells more than that it ends too
-    /// early.
+    /// Returns the reason why the RAM could not be saved. For a resized file, the reason is the
+    /// change of its size, not the early end that `error` reports.
     pub fn explain(&self, error: SnapshotError) -> anyhow::Error {
         match self {
             Self::File(ram) => ram.check().err().unwrap_or_else(|| error.into()),
@@ -94,7 +94,7 @@ impl Ram {
     }
 }
 
-/// RAM in a file or memfd, whose size must stay.
+/// RAM in a file or memfd, whose size must not change.
 #[derive(Debug)]
 pub struct RamFile {
     path: PathBuf,
@@ -103,8 +103,8 @@ pub struct RamFile {
 }
 
 impl RamFile {
-    /// What the file holds is the guest's, and is not looked at: only its size tells that it is no
-    /// RAM.
+    /// Opens the file. The contents are written by the guest and are not examined. Only the size
+    /// can show that the file is not RAM.
     pub fn open(path: &Path) -> anyhow::Result<Self> {
         // O_NONBLOCK: opening a FIFO must not wait for its writer.
         let file = File::options()
@@ -147,8 +147,7 @@ impl RamFile {
         self.check_filled(false)
     }
 
-    /// Refuses RAM that a process is still filling as it is accessed: missing pages are read as
-    /// zeros.
+    /// Refuses RAM that a process is still filling by userfaultfd: missing pages are read as zeros.
     #[cfg(target_os = "linux")]
     fn check_filled(&self, warn: bool) -> anyhow::Result<()> {
         let path = &self.path;
@@ -166,7 +165,7 @@ impl RamFile {
     }
 }
 
-/// Refuses RAM that a `ramsnap restore` is writing to. None begins while `file` is open.
+/// Refuses RAM that a `ramsnap restore` is writing to. No restore can begin while `file` is open.
 pub fn check_not_restored(file: &File, ram: &str) -> anyhow::Result<()> {
     let locked = ram_lock::lock(file, Mode::Shared);
     match locked.with_context(|| format!("cannot lock {ram}"))? {
@@ -178,7 +177,7 @@ pub fn check_not_restored(file: &File, ram: &str) -> anyhow::Result<()> {
     }
 }
 
-/// Warns of processes that may be filling the RAM, and that could not be asked.
+/// Warns of processes that may be filling the RAM and could not be examined.
 #[cfg(target_os = "linux")]
 pub fn warn_of_unexamined(ram: &str, unexamined: &[UnexaminedProcess]) {
     if let Some(first) = unexamined.first() {
@@ -193,7 +192,7 @@ pub fn warn_of_unexamined(ram: &str, unexamined: &[UnexaminedProcess]) {
     }
 }
 
-/// The page of this host in bytes.
+/// Returns the page size of this host in bytes.
 pub fn host_page() -> u64 {
     let page = sysconf(SysconfVar::PAGE_SIZE).ok().flatten();
     page.map_or(4096, |page| page as u64)

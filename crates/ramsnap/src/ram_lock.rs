@@ -1,13 +1,13 @@
-//! The lock by which ramsnap keeps RAM from being read and restored at once.
+//! The lock that prevents RAM from being read and restored at once.
 //!
-//! `restore` into RAM that exists holds it exclusively, and who reads RAM holds it shared. It is an
-//! `fcntl` lock (`F_OFD_SETLK`) of one byte far behind the end of any RAM, at a fixed offset. So it
-//! can't be mistaken for a lock of the VMM, which may hold any `flock`, or lock any part of the
-//! file that it uses.
+//! `restore` into existing RAM holds it exclusively, and readers of RAM hold it shared. It is an
+//! `fcntl` lock (`F_OFD_SETLK`) of one byte at a fixed offset far behind the end of any RAM. It is
+//! therefore never confused with a lock of the VMM, which may hold any `flock` or lock any part of
+//! the file that it uses.
 //!
-//! A VMM that has locked *all* of the file with `fcntl`, to the largest offset, keeps this lock
-//! out. It is a lawful owner of its RAM, so it is not refused: then ramsnap does not notice that
-//! RAM is read and restored at once.
+//! A VMM that has locked *all* of the file with `fcntl`, to the largest offset, conflicts with this
+//! lock. The VMM owns its RAM, so this is not an error: ramsnap then does not detect that RAM is
+//! read and restored at once.
 
 #[cfg(target_os = "linux")]
 pub use linux::lock;
@@ -16,13 +16,13 @@ pub use others::lock;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Mode {
-    /// Of who reads the RAM.
+    /// For reading the RAM.
     Shared,
-    /// Of who restores to it.
+    /// For restoring to the RAM.
     Exclusive,
 }
 
-/// Who has the lock.
+/// The holder of the lock.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Holder {
     /// This process, until the file is closed.
@@ -35,7 +35,7 @@ pub enum Holder {
         expect(dead_code, reason = "elsewhere, readers have no lock")
     )]
     Reader,
-    /// A program that has locked all of the file; or nobody can have it there.
+    /// A program that has locked all of the file; or the file system has no such locks.
     Unknown,
 }
 
@@ -54,7 +54,7 @@ mod linux {
     const AT: libc::off_t = 0x006d_656d_736e_6170;
     const LEN: libc::off_t = 1;
 
-    /// Asks for the lock, without waiting.
+    /// Requests the lock without waiting.
     pub fn lock(file: &File, mode: Mode) -> io::Result<Holder> {
         let wanted = libc::flock {
             l_type: match mode {
@@ -71,7 +71,7 @@ mod linux {
                 Ok(_) => return Ok(Holder::Us),
                 Err(Errno::EINTR) => continue,
                 Err(Errno::EAGAIN | Errno::EACCES) => {}
-                // NFS without its daemon, or a file system that has no locks.
+                // NFS without its lock daemon, or a file system without locks.
                 Err(Errno::ENOLCK | Errno::EOPNOTSUPP | Errno::ENOSYS | Errno::EINVAL) => {
                     return Ok(Holder::Unknown);
                 }
@@ -81,7 +81,7 @@ mod linux {
             fcntl(file, FcntlArg::F_OFD_GETLK(&mut found))?;
             let is = |kind: libc::c_int| libc::c_int::from(found.l_type) == kind;
             if is(libc::F_UNLCK) {
-                // Given up meanwhile.
+                // Released in the meantime.
                 continue;
             }
             return Ok(match (found.l_start, found.l_len) {
@@ -100,8 +100,8 @@ mod others {
 
     use super::{Holder, Mode};
 
-    /// Asks for an `flock`, without waiting, to restore. Who reads asks for none: it could not be
-    /// distinguished from the VMM's.
+    /// Requests an `flock` without waiting, to restore. Readers request none, as it could not be
+    /// distinguished from a lock of the VMM.
     pub fn lock(file: &File, mode: Mode) -> io::Result<Holder> {
         match mode {
             Mode::Shared => Ok(Holder::Unknown),

@@ -1,4 +1,4 @@
-//! An image, staged and committed.
+//! Staging and committing an image.
 
 use std::path::{Path, PathBuf};
 
@@ -14,9 +14,9 @@ use crate::verbs::info::Info;
 use crate::zeros::without_zeros;
 use crate::{input, room};
 
-/// Refuses an output that exists, or is an input by whatever name, before anything is read.
+/// Refuses an output that exists, or is an input by any name, before anything is read.
 ///
-/// `inputs` are all files that the verb reads: metadata and parents, too.
+/// `inputs` are all files that the verb reads, including metadata and parents.
 pub fn check_output(output: &Output, inputs: &[PathBuf]) -> Result<(), Failure> {
     check_is_no_input(&output.path, inputs)?;
     let path = output.path.clone();
@@ -26,7 +26,7 @@ pub fn check_output(output: &Output, inputs: &[PathBuf]) -> Result<(), Failure> 
     Ok(())
 }
 
-/// Refuses an output that is an input, through links too.
+/// Refuses an output that is an input, also through links.
 pub fn check_is_no_input(path: &Path, inputs: &[PathBuf]) -> Result<(), Failure> {
     match input::is_one_of(path, inputs) {
         true => Err(Failure::OutputIsInput {
@@ -36,8 +36,8 @@ pub fn check_is_no_input(path: &Path, inputs: &[PathBuf]) -> Result<(), Failure>
     }
 }
 
-/// Stages a file of `ram_size` bytes of RAM at the output. A file that it replaces passes on its
-/// owner, group, mode, access control list and extended attributes, as far as that is permitted.
+/// Stages an image of `ram_size` bytes of RAM at the output. The owner, group, mode, access control
+/// list and extended attributes of a replaced file are kept as far as permitted.
 pub fn stage(
     session: &Session,
     output: &Output,
@@ -50,8 +50,8 @@ pub fn stage(
     Ok(options.open_on(staged, ram_size, page_size)?)
 }
 
-/// Stages a file at the output, for an image whose RAM is not known yet: what is known to fail at
-/// the commit fails here.
+/// Stages a file at the output, for an image whose RAM size is not known yet. Errors of the commit
+/// that can be foreseen are returned here.
 pub fn stage_early(session: &Session, output: &Output) -> anyhow::Result<AtomicWriter> {
     let options = MemoryWriter::options();
     let options = options.no_clobber(!output.force).preserve(preserve());
@@ -80,27 +80,27 @@ fn stage_with(
     }
 }
 
-/// What a file passes on to the one that replaces it.
+/// Returns the attributes of a replaced file that are kept.
 pub fn preserve() -> Preserve {
     Preserve::all().if_permitted(true)
 }
 
-/// Says what a file could not pass on to the one that replaces it.
+/// Warns of the attributes of a replaced file that could not be kept.
 pub fn warn_of_lost(session: &Session, path: &Path, lost: &[NotPreserved]) {
     for lost in lost {
         session.warn(&format!("{path:?}: {lost}: {}", lost.source));
     }
 }
 
-/// Refuses what the output's file system cannot hold, before the images are read.
+/// Refuses an image that the file system of the output cannot hold, before the images are read.
 pub fn check_room(writer: &MemoryWriter, chain: &Chain) -> Result<(), Failure> {
     let raw_diff = writer.image_id().is_none() && !chain.is_full();
     let dir = dir_of(writer.temp_path());
     room::check_new(writer.dest_path(), dir, chain, raw_diff)
 }
 
-/// The same for a file that is sparse where the RAM is zero: where all that the images store would
-/// not fit, they are read to see what of it is zeros.
+/// Makes the same check for a file that is sparse where the RAM is zero. If the stored pages do not
+/// all fit, the images are read to find the pages that are zeros.
 pub fn check_room_but_zeros(
     session: &Session,
     writer: &MemoryWriter,
@@ -115,7 +115,8 @@ pub fn check_room_but_zeros(
     Ok(room::check_runs(writer.dest_path(), dir, needed)?)
 }
 
-/// The page size of an image made of `chain`, which may have smaller pages than are written today.
+/// Returns the page size of an image made of `chain`. The pages of `chain` may be smaller than
+/// those of any image that is written today.
 pub fn page_size(chain: &Chain) -> Result<u64, Failure> {
     let page_size = chain.writable_page_size();
     let of_diffs = !chain.is_full() && page_size > chain.page_size();
@@ -126,7 +127,7 @@ pub fn page_size(chain: &Chain) -> Result<u64, Failure> {
     Ok(page_size)
 }
 
-/// The directory that `path` is in.
+/// Returns the directory of `path`.
 pub fn dir_of(path: &Path) -> &Path {
     match path.parent() {
         Some(dir) if !dir.as_os_str().is_empty() => dir,
@@ -134,7 +135,7 @@ pub fn dir_of(path: &Path) -> &Path {
     }
 }
 
-/// Writes all that `chain` holds, and sees that it did not change meanwhile.
+/// Writes all pages of `chain`, and checks that its images did not change in the meantime.
 pub fn write_chain(writer: &mut MemoryWriter, chain: &Chain) -> anyhow::Result<()> {
     match chain.write_to(writer) {
         Ok(_) => Ok(chain.check_unchanged()?),
@@ -143,7 +144,7 @@ pub fn write_chain(writer: &mut MemoryWriter, chain: &Chain) -> anyhow::Result<(
     }
 }
 
-/// Puts the image in place, unless a signal came before, and says what it is.
+/// Commits the image unless a signal came before, and reports what it is.
 pub fn commit(session: &Session, writer: MemoryWriter) -> anyhow::Result<()> {
     session.check("nothing was written")?;
     let path = writer.dest_path().to_owned();
@@ -152,8 +153,8 @@ pub fn commit(session: &Session, writer: MemoryWriter) -> anyhow::Result<()> {
     report(session, &path, raw)
 }
 
-/// Puts a sealed or packed image in place that was written otherwise, unless a signal came before,
-/// and reports what it is.
+/// Commits a sealed or packed image that was not written by a [`MemoryWriter`], unless a signal
+/// came before, and reports what it is.
 pub fn commit_staged(session: &Session, staged: AtomicWriter) -> anyhow::Result<()> {
     session.check("nothing was written")?;
     let path = staged.dest_path().to_owned();

@@ -1,4 +1,4 @@
-//! What every verb has at hand: progress, signals, warnings.
+//! Services for every verb: progress, signals, warnings.
 
 use std::io::{self, PipeReader};
 use std::ops::ControlFlow;
@@ -42,7 +42,7 @@ impl Session {
         }
     }
 
-    /// A bar on stderr, if that is a terminal.
+    /// Returns a progress bar on stderr, which is hidden unless stderr is a terminal.
     pub fn bar(&self, what: &str) -> ProgressBar {
         let target = match self.bars {
             false => ProgressDrawTarget::hidden(),
@@ -56,7 +56,8 @@ impl Session {
             .with_finish(ProgressFinish::AndClear)
     }
 
-    /// A writer's options, with a bar, that a signal cancels. From now on signals clean up first.
+    /// Returns options of a writer with a progress bar, which a signal cancels. From now on,
+    /// signals do not end the process at once.
     pub fn options(&self, what: &str) -> Options {
         let bar = self.bar(what);
         MemoryWriter::options()
@@ -67,19 +68,18 @@ impl Session {
             })
     }
 
-    /// From now on, signals don't end the process: whoever calls this asks [`Self::check`] now and
-    /// then.
+    /// Keeps signals from ending the process. The caller must call [`Self::check`] regularly.
     pub fn hold(&self) {
         self.interrupt.hold();
     }
 
-    /// From now on, and until what is returned is dropped, the RAM at `path` holds a part of what
-    /// it is to hold: signals that come meanwhile don't end the process before they have said so.
+    /// Records that the RAM at `path` is partly restored, until the returned value is dropped. A
+    /// signal in that time does not end the process before a message says so.
     pub fn overwrite(&self, path: &Path) -> Overwriting {
         self.interrupt.overwrite(path)
     }
 
-    /// What progress functions return.
+    /// Returns the value that progress callbacks return.
     pub fn flow(&self) -> ControlFlow<()> {
         match self.is_cancelled() {
             true => ControlFlow::Break(()),
@@ -92,18 +92,21 @@ impl Session {
         self.interrupt.hangs_up()
     }
 
-    /// From now on, signals end the process again; an error if one has come.
+    /// Lets signals end the process again.
+    ///
+    /// # Errors
+    /// If a signal has come.
     pub fn release(&self) -> Result<(), Failure> {
         self.interrupt.release();
         self.check("nothing was written")
     }
 
-    /// Whether a signal has come while something was staged.
+    /// Returns whether a signal has come while something was staged.
     pub fn is_cancelled(&self) -> bool {
         self.interrupt.is_cancelled()
     }
 
-    /// An error once a signal has come, after which there is what `left` says.
+    /// Returns an error if a signal has come. `left` describes the state that is left behind.
     pub fn check(&self, left: &'static str) -> Result<(), Failure> {
         match self.is_cancelled() {
             true => Err(Failure::Interrupted { left }),
@@ -111,12 +114,12 @@ impl Session {
         }
     }
 
-    /// Something to know that is no failure.
+    /// Prints a warning.
     pub fn warn(&self, text: &str) {
         print::complain(&format!("warning: {text}"));
     }
 
-    /// What goes on: to stdout, unless quiet.
+    /// Prints a message about the progress to stdout, unless quiet.
     pub fn say(&self, text: &str) -> anyhow::Result<()> {
         match self.quiet {
             true => Ok(()),
@@ -124,7 +127,8 @@ impl Session {
         }
     }
 
-    /// What was done: to stdout, unless quiet. A failure says that it was done, and what.
+    /// Prints the result to stdout, unless quiet. The error states that the work is done, and the
+    /// result.
     pub fn report(&self, text: &str) -> Result<(), Failure> {
         match self.quiet {
             true => Ok(()),
@@ -132,7 +136,7 @@ impl Session {
         }
     }
 
-    /// The same where it was asked for.
+    /// Prints the result to stdout, also if quiet: the user requested it.
     pub fn report_as_asked(text: &str) -> Result<(), Failure> {
         print::try_line(text).map_err(|source| Failure::NotReported {
             report: text.to_owned(),

@@ -1,4 +1,4 @@
-//! Images on their way: the bytes of a packed one, compressed by zstd.
+//! Streams of images: the bytes of a packed image, compressed by zstd.
 
 use std::fs::File;
 use std::io::{self, BufReader, IsTerminal, PipeReader, Read, Seek, Write};
@@ -20,21 +20,21 @@ use crate::failure::Failure;
 use crate::room::Place;
 use crate::session::Session;
 
-/// What stands for stdin or stdout.
+/// The path that stands for stdin or stdout.
 pub const STREAM: &str = "-";
 
-/// zstd's own default: about as fast as a network.
+/// The default level of zstd, which is about as fast as a network.
 const LEVEL: i32 = 3;
 /// A window of 8 MiB.
 const WINDOW_LOG: u32 = 23;
-/// Bytes moved at a time.
+/// Bytes copied at a time.
 const PIECE: usize = 1 << 20;
 
 pub fn is_stream(path: &Path) -> bool {
     path == Path::new(STREAM)
 }
 
-/// An image that comes by stdin: a packed one of version 2, which says first how long it is.
+/// An image from stdin: a packed image of version 2, whose first page states its length.
 pub struct Incoming<'s> {
     session: &'s Session,
     stream: Decoder<'static, BufReader<Stdin>>,
@@ -48,7 +48,7 @@ impl<'s> Incoming<'s> {
         let stdin = Stdin::new(session)?;
         let decoder = || -> io::Result<_> {
             let mut stream = Decoder::new(stdin)?;
-            // Memory for what is referred back to: as much as every decoder should take, no more.
+            // Limits the memory for back references to the size that every decoder should support.
             stream.window_log_max(WINDOW_LOG)?;
             Ok(stream)
         };
@@ -64,17 +64,17 @@ impl<'s> Incoming<'s> {
         })
     }
 
-    /// What the image says of itself, which is proven once it is all there.
+    /// Returns the header of the image, which is verified once all of the image is received.
     pub fn header(&self) -> Header {
         self.header
     }
 
-    /// Decompresses the image to `file`, which is new and in `dir`: as many bytes as the header
-    /// says, and no more.
+    /// Decompresses the image to `file`, which is new and in `dir`. Never writes more bytes than
+    /// the header states.
     pub fn write_to(mut self, mut file: &File, dir: &Path) -> anyhow::Result<()> {
         let len = self.header.len();
         let failed = |written, source| full(file, dir, written, len, source);
-        // A limit of the size of files is known now.
+        // Fails now if the length exceeds the limit of the size of files.
         grow(file, len).map_err(|error| match error {
             SpaceError::Io { source, .. } => failed(0, source),
             other => failed(0, io::Error::other(other)),
@@ -104,7 +104,7 @@ impl<'s> Incoming<'s> {
     }
 }
 
-/// Fills `buffer` as far as the stream goes on.
+/// Fills `buffer`, or the start of it if the stream ends.
 fn read(session: &Session, stream: &mut impl Read, buffer: &mut [u8]) -> anyhow::Result<usize> {
     let mut filled = 0;
     while filled < buffer.len() {
@@ -116,7 +116,7 @@ fn read(session: &Session, stream: &mut impl Read, buffer: &mut [u8]) -> anyhow:
                 if error.raw_os_error().is_some() {
                     return Err(error).context("cannot read stdin");
                 }
-                // The library's words are about its format.
+                // The message of the library is about the format of zstd.
                 return Err(Failure::StreamBroken.into());
             }
         }
@@ -124,7 +124,8 @@ fn read(session: &Session, stream: &mut impl Read, buffer: &mut [u8]) -> anyhow:
     Ok(filled)
 }
 
-/// Why the stream can't be kept: where the file system is full, which and by how much.
+/// Returns the error for a stream that cannot be stored. If the file system is full, the error
+/// names it and the free space.
 fn full(file: &File, dir: &Path, written: u64, len: u64, source: io::Error) -> anyhow::Error {
     let is_full = matches!(
         source.kind(),
@@ -147,7 +148,7 @@ fn full(file: &File, dir: &Path, written: u64, len: u64, source: io::Error) -> a
     }
 }
 
-/// Stdin, until a signal comes while something is staged.
+/// Stdin, whose reads fail once a signal has come while something is staged.
 #[derive(Debug)]
 struct Stdin {
     file: File,
@@ -177,7 +178,7 @@ impl Read for Stdin {
                 return Err(io::Error::other("interrupted"));
             }
             match self.file.read(buffer) {
-                // It may be shared with a process that has made it so.
+                // Another process that shares the file may have made it nonblocking.
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
                 read => return read,
             }
@@ -185,7 +186,7 @@ impl Read for Stdin {
     }
 }
 
-/// A file without a name in `dir`, of mode 0600, for an image while it is checked.
+/// Creates a file without a name in `dir`, of mode 0600, for an image that is being checked.
 pub fn spool(dir: &Path) -> anyhow::Result<File> {
     let file = nameless(dir).map_or_else(
         || tempfile::NamedTempFile::new_in(dir).map(tempfile::NamedTempFile::into_file),
@@ -194,11 +195,11 @@ pub fn spool(dir: &Path) -> anyhow::Result<File> {
     file.with_context(|| format!("cannot keep the stream in {dir:?}"))
 }
 
-/// One that never had a name, where the file system has such files.
+/// Creates a file that never has a name, if the file system supports such files.
 #[cfg(target_os = "linux")]
 fn nameless(dir: &Path) -> Option<File> {
     use std::os::unix::fs::OpenOptionsExt;
-    // O_EXCL: nobody can give it a name.
+    // O_EXCL: the file cannot be linked to a name.
     let flags = nix::libc::O_TMPFILE | nix::libc::O_EXCL;
     let mut options = File::options();
     let options = options.read(true).write(true).mode(0o600);
@@ -210,7 +211,7 @@ fn nameless(_: &Path) -> Option<File> {
     None
 }
 
-/// A path by which an open file is opened again.
+/// Returns a path by which an open file is opened again.
 pub fn path_of(file: &File) -> PathBuf {
     format!("/dev/fd/{}", file.as_raw_fd()).into()
 }
@@ -223,7 +224,7 @@ pub fn check_stdout() -> Result<(), Failure> {
     }
 }
 
-/// Refuses an output that is what comes in: `ramsnap convert - --zstd -o FILE < FILE`.
+/// Refuses an output that is the file on stdin: `ramsnap convert - --zstd -o FILE < FILE`.
 pub fn check_is_not_stdin(output: &Path) -> Result<(), Failure> {
     match is_file_of(io::stdin().as_fd(), output) {
         true => Err(Failure::OutputIsInput {
@@ -252,7 +253,7 @@ fn is_file_of(stream: BorrowedFd<'_>, path: &Path) -> bool {
     file.is_file() && file.may_be(&stream)
 }
 
-/// Compresses `image`, a packed one that is called `path`, to stdout.
+/// Compresses `image`, the packed image at `path`, to stdout.
 pub fn to_stdout(session: &Session, mut image: File, path: &Path) -> anyhow::Result<()> {
     let mut begin = || -> io::Result<u64> {
         image.rewind()?;
@@ -266,7 +267,7 @@ pub fn to_stdout(session: &Session, mut image: File, path: &Path) -> anyhow::Res
         stream.include_checksum(true)?;
         stream.set_pledged_src_size(Some(len))?;
         let threads = thread::available_parallelism().map_or(1, NonZeroUsize::get);
-        // The library makes its threads as it begins, and fails if it gets none.
+        // The library starts its threads first, and fails if it cannot.
         if can_start(threads + 1) {
             stream.multithread(threads as u32)?;
         }
@@ -276,7 +277,7 @@ pub fn to_stdout(session: &Session, mut image: File, path: &Path) -> anyhow::Res
     send().context("the stream was not sent whole")
 }
 
-/// Whether this process may have so many more threads at once.
+/// Returns whether this process can start so many more threads at once.
 fn can_start(threads: usize) -> bool {
     let (release, wait) = mpsc::channel::<()>();
     let wait = &Mutex::new(wait);
@@ -293,7 +294,7 @@ fn can_start(threads: usize) -> bool {
     })
 }
 
-/// Copies all of the `len` bytes that the image at `path` has.
+/// Copies all `len` bytes of the image at `path`.
 fn copy(
     mut image: impl Read,
     len: u64,

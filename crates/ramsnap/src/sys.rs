@@ -1,5 +1,5 @@
-//! What neither std nor nix offers as a safe call: the action of a signal, writing through a
-//! mapping.
+//! Operations that neither std nor nix offers as safe functions: the action of a signal, and writes
+//! through a mapping.
 
 #![allow(unsafe_code)]
 
@@ -37,7 +37,7 @@ mod mapping {
     use nix::libc::c_void;
     use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap, munmap};
 
-    /// A file that is mapped shared, to be written where there is no `write(2)`: on hugetlbfs.
+    /// A shared mapping of a file, for writing to hugetlbfs, which has no `write(2)`.
     #[derive(Debug)]
     pub struct Mapping {
         start: NonNull<c_void>,
@@ -45,20 +45,20 @@ mod mapping {
     }
 
     impl Mapping {
-        /// Maps the first `len` bytes, and on hugetlbfs reserves the huge pages that they lack.
+        /// Maps the first `len` bytes. On hugetlbfs, this reserves the missing huge pages.
         pub fn of(file: &File, len: u64) -> io::Result<Self> {
             let len = usize::try_from(len).ok().and_then(NonZeroUsize::new);
             let len = len.ok_or(Errno::EINVAL)?;
             let access = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
-            // SAFETY: a new mapping, where the kernel likes.
+            // SAFETY: a new mapping, where the kernel chooses.
             let start = unsafe { mmap(None, len, access, MapFlags::MAP_SHARED, file, 0) }?;
             Ok(Self { start, len })
         }
 
-        /// Writes `bytes` at `offset`. A page that cannot be had is an error.
+        /// Writes `bytes` at `offset`. Fails if a page cannot be allocated.
         ///
         /// # Panics
-        /// Panics where the range ends past the mapping.
+        /// Panics if the range ends past the mapping.
         pub fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
             let offset = usize::try_from(offset).map_err(io::Error::other)?;
             let end = offset.checked_add(bytes.len());
@@ -68,7 +68,7 @@ mod mapping {
                 bytes.len(),
                 self.len
             );
-            // The kernel takes no other start than that of a page, which the mapping starts at.
+            // madvise requires the start of a page. The mapping starts at one.
             let before = offset % 4096;
             loop {
                 let populate = MmapAdvise::MADV_POPULATE_WRITE;
@@ -84,8 +84,9 @@ mod mapping {
                 }
             }
             let to = self.start.cast::<u8>().as_ptr();
-            // SAFETY: inside the mapping, by the assertion, which is writable, lives as long as
-            // self, and is handed to nobody else in this process, so `bytes` is no part of it.
+            // SAFETY: the range is inside the mapping, by the assertion. The mapping is writable
+            // and lives as long as `self`. Its address never leaves this type, so `bytes` does not
+            // overlap it.
             unsafe { ptr::copy_nonoverlapping(bytes.as_ptr(), to.add(offset), bytes.len()) };
             Ok(())
         }
@@ -93,7 +94,7 @@ mod mapping {
 
     impl Drop for Mapping {
         fn drop(&mut self) {
-            // SAFETY: mapped by `of`, and its address was given to nobody.
+            // SAFETY: mapped by `of`, and the address never left this type.
             let unmapped = unsafe { munmap(self.start, self.len.get()) };
             debug_assert_eq!(unmapped, Ok(()));
         }

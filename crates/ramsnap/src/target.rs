@@ -1,4 +1,4 @@
-//! The file that RAM is restored into, where there is one.
+//! The existing file that RAM is restored into.
 
 use std::ffi::OsStr;
 use std::fs::File;
@@ -15,17 +15,17 @@ use crate::failure::Failure;
 use crate::ram_lock::{self, Holder, Mode as LockMode};
 use crate::save;
 
-/// How many links are followed, as by Linux.
+/// The largest number of links that are followed, as in Linux.
 const LINKS: usize = 40;
 const STICKY: Mode = Mode::S_ISVTX;
 
-/// Opens the file at `path` for RAM to be written, and [locks](ram_lock) it until it is closed.
+/// Opens the file at `path` to write RAM to it, and [locks](ram_lock) it until it is closed.
 ///
 /// A link in a directory that [others may write to](atomic_file::others_may_write) is followed only
-/// where `atomic-file` does: the directory is sticky, and the link is this user's or the directory
-/// owner's. Unless `force`, the file is this user's, and only this user's to access where others
-/// may write to its directory. A file named by its descriptor in /proc is whoever's the process is:
-/// nobody can put another one there.
+/// if `atomic-file` would follow it: the directory is sticky, and the link is this user's or the
+/// directory owner's. Unless `force` is set, the file must belong to this user, and must be private
+/// if others may write to its directory. A file named by its descriptor in /proc is exempt from
+/// both rules: only its process controls it, and no other user can replace it.
 pub fn open_and_lock(path: &Path, force: bool) -> anyhow::Result<File> {
     let opening = || format!("cannot open {path:?} to restore to");
     let mut at = path.to_owned();
@@ -70,7 +70,7 @@ pub fn open_and_lock(path: &Path, force: bool) -> anyhow::Result<File> {
     Err(Errno::ELOOP).with_context(opening)
 }
 
-/// `None` if it is no regular file, which opening might act upon.
+/// Returns `None` if the file is not a regular file, as opening it may have effects.
 fn open_in(
     dir: &OwnedFd,
     name: &OsStr,
@@ -115,7 +115,7 @@ fn is_on_procfs(dir: &impl AsFd) -> bool {
     fstatfs(dir).is_ok_and(|fs| fs.filesystem_type() == PROC_SUPER_MAGIC)
 }
 
-/// Elsewhere `/dev/fd` has no links.
+/// On other systems, `/dev/fd` has no links.
 #[cfg(not(target_os = "linux"))]
 fn is_on_procfs(_: &impl AsFd) -> bool {
     false

@@ -36,7 +36,7 @@ fn another_process() {
     let _fault = match role {
         "fill" => Some(missing::register(&file, RAM)),
         _ => {
-            // Mapped for ever, and filled by nothing.
+            // Never unmapped, and filled by no process.
             drop(missing::register(&file, RAM));
             None
         }

@@ -8,7 +8,7 @@ use std::io::BufReader;
 use support::{PAGE, RAM, Work};
 
 #[test]
-fn one_image_fills_lines_and_tells_present_from_zero() {
+fn one_image_fills_lines_and_distinguishes_present_from_zero() {
     let work = Work::with_ram();
     work.good("full ram -o full.mem");
     let map = work.good("map full.mem --width 80").out;

@@ -1,4 +1,4 @@
-//! What the command line says is what the result is: raw files, regions, options.
+//! The command line decides the result: raw files, regions, options.
 
 mod support;
 
@@ -65,7 +65,7 @@ fn a_raw_new_state_is_what_the_command_line_says() {
     }
 }
 
-/// The RAM is in two regions.
+/// The arguments for RAM in two regions.
 const REGIONS: &str = "--region-at 0:4MiB --region-at 0x100000000:4MiB";
 
 fn regions(work: &Work, file: &str) -> serde_json::Value {
@@ -86,7 +86,7 @@ fn with_regions() -> Work {
 #[case::raw_full("diff two.mem raw:changed --raw-full -o out")]
 #[case::sealed_later("convert raw:diff.raw --raw-diff --parent two.mem -o out --layout packed")]
 #[case::of_ram("diff two.mem --ram changed -o out")]
-fn regions_are_the_guests_whatever_is_raw(#[case] command: &str) {
+fn regions_are_those_of_any_image_that_is_not_raw(#[case] command: &str) {
     let work = with_regions();
     work.good(command);
     assert_eq!(regions(&work, "out"), regions(&work, "two.mem"));
@@ -214,7 +214,7 @@ fn images_of_version_1_in_small_pages_stay_usable() {
     work.assert_same("restored", "first");
 }
 
-/// A stream is of version 2, whatever is sent.
+/// A stream has version 2, for images of every version.
 #[test]
 fn an_image_of_version_1_is_sent_as_one_of_version_2() {
     let work = Work::with_chain();

@@ -44,11 +44,11 @@ impl DirtyPage {
 
         let len = NonZeroUsize::new(RAM as usize).unwrap();
         let access = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
-        // SAFETY: a new mapping, which nothing of this process is in.
+        // SAFETY: a new mapping, which overlaps no other memory of this process.
         let start = unsafe { mmap(None, len, access, MapFlags::MAP_SHARED, file, 0) }.unwrap();
         for at in offset..offset + PAGE {
             assert!(at < RAM);
-            // SAFETY: inside the mapping, which is writable.
+            // SAFETY: the range is inside the mapping, which is writable.
             unsafe {
                 start
                     .cast::<u8>()
@@ -64,7 +64,7 @@ impl DirtyPage {
 #[allow(unsafe_code)]
 impl Drop for DirtyPage {
     fn drop(&mut self) {
-        // SAFETY: what `write` mapped; nothing else knows of it.
+        // SAFETY: `write` made the mapping, and its address never left this type.
         let _ = unsafe { nix::sys::mman::munmap(self.0, RAM as usize) };
     }
 }
@@ -84,7 +84,7 @@ fn full_saves_ram_that_a_guest_wrote_through_a_mapping(
     let mut expected = vec![0; RAM as usize];
     expected[5 * PAGE as usize..6 * PAGE as usize].fill(0x5a);
     assert!(work.read("restored") == expected);
-    // The page differs from what a snapshot before had.
+    // The page differs from that of the snapshot before.
     work.create("before", RAM);
     work.good("full before -o before.mem");
     let found = work.run("diff before.mem --ram fuse/ram --json").json();
@@ -92,10 +92,10 @@ fn full_saves_ram_that_a_guest_wrote_through_a_mapping(
 }
 
 #[rstest]
-fn every_verb_reads_raw_images_whatever_holes_are_reported(
+fn every_verb_reads_raw_images_despite_false_holes(
     #[values(Lseek::Exact, Lseek::AllHole, Lseek::HoleIsEnxio, Lseek::DataIsEnxio)] answers: Lseek,
 ) {
-    let Some(fs) = mount("every_verb_reads_raw_images_whatever_holes_are_reported") else {
+    let Some(fs) = mount("every_verb_reads_raw_images_despite_false_holes") else {
         return;
     };
     let work = work(&fs);
@@ -144,7 +144,7 @@ fn restore_does_not_take_written_ram_for_empty() {
         .fails(2, &["not empty", "--force"]);
     work.good("restore full.mem -o fuse/target --force");
     work.assert_same("fuse/target", "ram");
-    // RAM that holds nothing is restored to, although that is not known without reading it.
+    // Empty RAM is accepted, although it must be read to find that it is empty.
     work.create("fuse/empty", RAM);
     work.good("restore full.mem -o fuse/empty");
     work.assert_same("fuse/empty", "ram");
@@ -199,7 +199,7 @@ fn a_raw_diff_is_not_read_by_holes_that_are_not_known_to_be_right() {
         work.run(verb).fails(1, says);
         assert!(!work.path("out").exists(), "{verb}");
     }
-    // By the holes that are reported, on request, with a warning.
+    // On request, the reported holes are used, with a warning.
     let ended = work.good("restore raw:full.raw raw:fuse/d1.raw -o out --trust-holes");
     assert!(ended.err.contains("warning"), "{ended:?}");
     work.assert_same("out", "ram");

@@ -37,7 +37,7 @@ const FILE: &str = "RAMSNAP_TEST_FILE";
 /// No test: what the other process does here. Maps a memfd with the bytes, says where, and waits to
 /// be killed.
 #[test]
-fn a_monitor() {
+fn a_vmm() {
     let Some(path) = std::env::var_os(ROLE) else {
         return;
     };
@@ -53,19 +53,19 @@ fn a_monitor() {
     nix::unistd::ftruncate(&fd, RAM as i64).unwrap();
     let (len, flags) = (NonZeroUsize::new(ram.len()).unwrap(), MapFlags::MAP_SHARED);
     let protection = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
-    // SAFETY: a new mapping, where the kernel likes.
+    // SAFETY: a new mapping, where the kernel chooses.
     let start = unsafe { mmap(None, len, protection, flags, &fd, 0) }.unwrap();
     for (number, page) in ram.chunks(PAGE as usize).enumerate() {
         if page.iter().any(|byte| *byte != 0) {
             let to = start.as_ptr().wrapping_byte_add(number * PAGE as usize);
-            // SAFETY: inside the mapping, which nobody else has.
+            // SAFETY: the range is inside the mapping, whose address no other code has yet.
             unsafe { std::ptr::copy_nonoverlapping(page.as_ptr(), to.cast(), page.len()) };
         }
     }
     println!("\nRAM AT {:#x}", start.as_ptr().addr());
     if std::env::var_os(HANGS).is_some() {
         let flags = nix::libc::CLONE_VFORK | nix::libc::SIGCHLD;
-        // SAFETY: a fork, but for the parent's waiting; the child only waits to be killed.
+        // SAFETY: as a fork, except that the parent waits; the child only waits to be killed.
         let child = unsafe { nix::libc::syscall(nix::libc::SYS_clone, flags, 0, 0, 0, 0) };
         if child == 0 {
             let _ = nix::sys::prctl::set_pdeathsig(Signal::SIGKILL);
@@ -77,12 +77,12 @@ fn a_monitor() {
 }
 
 /// Ended when this is dropped.
-struct Monitor {
+struct Vmm {
     child: Child,
     address: String,
 }
 
-impl Monitor {
+impl Vmm {
     fn with(work: &Work, name: &str) -> Self {
         Self::set_up(work, name, |_| ())
     }
@@ -90,7 +90,7 @@ impl Monitor {
     fn set_up(work: &Work, name: &str, set_up: impl FnOnce(&mut Command)) -> Self {
         let mut command = Command::new(std::env::current_exe().unwrap());
         command
-            .args(["--exact", "a_monitor", "--nocapture"])
+            .args(["--exact", "a_vmm", "--nocapture"])
             .env(ROLE, work.path(name))
             .stdout(Stdio::piped());
         set_up(&mut command);
@@ -121,7 +121,7 @@ impl Monitor {
     }
 }
 
-impl Drop for Monitor {
+impl Drop for Vmm {
     fn drop(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();
@@ -134,8 +134,8 @@ fn ram_is_captured_from_a_process_by_name_address_or_range() {
         return;
     }
     let work = Work::with_chain();
-    let monitor = Monitor::with(&work, "ram");
-    let (pid, address) = (monitor.pid(), &monitor.address);
+    let vmm = Vmm::with(&work, "ram");
+    let (pid, address) = (vmm.pid(), &vmm.address);
     for (number, region) in [
         "/memfd:guest-ram".to_owned(),
         "guest-ram".to_owned(),
@@ -154,7 +154,7 @@ fn ram_is_captured_from_a_process_by_name_address_or_range() {
     let info = work.good("info 0.mem full.mem --json").json();
     assert!(info[0]["present"]["bytes"].as_u64() <= Some(120 * PAGE));
     // It goes on.
-    assert!(!monitor.is_stopped());
+    assert!(!vmm.is_stopped());
 
     work.good(&format!(
         "full --pid {pid} --region guest-ram --live -o live.mem"
@@ -188,16 +188,16 @@ fn a_terminal_that_takes_no_output_keeps_no_process_stopped(#[case] verb: &str) 
         return;
     }
     let work = Work::with_chain();
-    let monitor = Monitor::with(&work, "ram");
+    let vmm = Vmm::with(&work, "ram");
     let terminal = openpty(None, None).unwrap();
-    let command = format!("{verb} --pid {} --region guest-ram -o out", monitor.pid());
+    let command = format!("{verb} --pid {} --region guest-ram -o out", vmm.pid());
     // The staged file: warnings came before, and the process is stopped after it.
     let held = held_on_terminal(&work, &command, &terminal.slave, "renameat2");
-    assert!(!monitor.is_stopped());
+    assert!(!vmm.is_stopped());
     tcflow(&terminal.slave, FlowArg::TCOOFF).unwrap();
     let mut held = held.let_go_on();
     held.wait_until_it_writes();
-    assert!(!monitor.is_stopped());
+    assert!(!vmm.is_stopped());
     assert!(work.files().contains(&"out".to_owned()));
     // The first one cancels, as long as anything may be left to remove; the second one ends it.
     while !held.has_ended() {
@@ -214,16 +214,16 @@ fn a_second_signal_ends_a_capture_whose_terminal_is_stopped() {
         return;
     }
     let work = Work::with_chain();
-    let monitor = Monitor::with(&work, "ram");
+    let vmm = Vmm::with(&work, "ram");
     let terminal = openpty(None, None).unwrap();
-    let command = format!("full --pid {} --region guest-ram -o out", monitor.pid());
+    let command = format!("full --pid {} --region guest-ram -o out", vmm.pid());
     let mut held = held_on_terminal(&work, &command, &terminal.slave, "pwrite64");
-    assert!(monitor.is_stopped());
+    assert!(vmm.is_stopped());
     tcflow(&terminal.slave, FlowArg::TCOOFF).unwrap();
     assert!(!held.signal(Signal::SIGTERM), "it cancels");
     assert!(held.signal(Signal::SIGTERM), "the second one ends it");
     assert_eq!(held.release().0.code(), Some(143));
-    assert!(!monitor.is_stopped());
+    assert!(!vmm.is_stopped());
 }
 
 #[test]
@@ -232,8 +232,8 @@ fn a_diff_is_captured_from_a_process() {
         return;
     }
     let work = Work::with_chain();
-    let monitor = Monitor::with(&work, "ram");
-    let pid = monitor.pid();
+    let vmm = Vmm::with(&work, "ram");
+    let pid = vmm.pid();
     work.good(&format!(
         "diff full.mem d1.mem --pid {pid} --region guest-ram -o mine.mem"
     ));
@@ -250,8 +250,8 @@ fn what_is_not_there_is_named_and_the_process_goes_on() {
         return;
     }
     let work = Work::with_chain();
-    let monitor = Monitor::with(&work, "ram");
-    let pid = monitor.pid();
+    let vmm = Vmm::with(&work, "ram");
+    let pid = vmm.pid();
     let full = format!("full --pid {pid} -o out");
     work.fails(&full, 2, &["--region", "guest-ram"]);
     work.fails(
@@ -274,23 +274,23 @@ fn what_is_not_there_is_named_and_the_process_goes_on() {
     work.fails("full ram --region guest-ram -o out", 2, &["--pid"]);
     let diff = format!("diff full.mem --ram ram --pid {pid} --region guest-ram -o out");
     work.fails(&diff, 2, &["once"]);
-    assert!(!monitor.is_stopped());
+    assert!(!vmm.is_stopped());
     // The id of a process that has ended, and isn't anybody's.
-    drop(monitor);
+    drop(vmm);
     work.fails(&full, 3, &["does not exist"]);
 }
 
 #[test]
-fn who_may_not_trace_is_told_what_it_takes() {
+fn without_permission_to_trace_the_error_says_how_to_get_it() {
     use std::os::unix::fs::PermissionsExt;
     use std::os::unix::process::CommandExt;
 
-    let test = "who_may_not_trace_is_told_what_it_takes";
+    let test = "without_permission_to_trace_the_error_says_how_to_get_it";
     if !Need::Root.met(test) || !Need::Ptrace.met(test) {
         return;
     }
     let work = Work::with_ram();
-    let monitor = Monitor::with(&work, "ram");
+    let vmm = Vmm::with(&work, "ram");
     let copied = Command::new("cp")
         .args([support::RAMSNAP, "ramsnap"])
         .current_dir(work.path(""))
@@ -298,7 +298,7 @@ fn who_may_not_trace_is_told_what_it_takes() {
     assert!(copied.unwrap().success());
     fs::set_permissions(work.path(""), fs::Permissions::from_mode(0o777)).unwrap();
     let mut command = Command::new(work.path("ramsnap"));
-    let full = format!("full --pid {} --region guest-ram -o out", monitor.pid());
+    let full = format!("full --pid {} --region guest-ram -o out", vmm.pid());
     command.args(full.split(' ')).current_dir(work.path(""));
     Ended::of(command.uid(65534).gid(65534)).fails(3, &["may trace", "CAP_SYS_PTRACE"]);
     assert_eq!(work.files(), ["ramsnap", "ram"]);
@@ -313,9 +313,9 @@ fn the_process_runs_while_metadata_is_waited_for(#[case] verb: &str) {
         return;
     }
     let work = Work::with_chain();
-    let monitor = Monitor::with(&work, "ram");
+    let vmm = Vmm::with(&work, "ram");
     mkfifo(&work.path("fifo"), Mode::S_IRWXU).unwrap();
-    let pid = monitor.pid();
+    let pid = vmm.pid();
     let mut child = work
         .command(&format!(
             "{verb} --pid {pid} --region guest-ram --metadata fifo -o out"
@@ -327,7 +327,7 @@ fn the_process_runs_while_metadata_is_waited_for(#[case] verb: &str) {
         .write(true)
         .open(work.path("fifo"))
         .unwrap();
-    assert!(!monitor.is_stopped());
+    assert!(!vmm.is_stopped());
     fifo.write_all(b"vcpus").unwrap();
     drop(fifo);
     assert!(child.wait().unwrap().success());
@@ -344,9 +344,9 @@ fn all_that_can_fail_is_found_before_the_process_is_stopped() {
     let work = Work::with_chain();
     work.create("small", RAM / 2);
     work.good("full small -o small.mem");
-    let monitor = Monitor::with(&work, "ram");
-    let stopped = StoppedProcess::stop(monitor.pid(), Duration::from_secs(120)).unwrap();
-    let ram = format!("--pid {} --region guest-ram", monitor.pid());
+    let vmm = Vmm::with(&work, "ram");
+    let stopped = StoppedProcess::stop(vmm.pid(), Duration::from_secs(120)).unwrap();
+    let ram = format!("--pid {} --region guest-ram", vmm.pid());
     work.fails(&format!("full {ram} -o none/out"), 3, &["none"]);
     work.fails(&format!("full {ram} -o out --metadata none"), 3, &["none"]);
     let regions = format!("full {ram} -o out --region-at 0:4MiB");
@@ -383,8 +383,8 @@ fn a_file_that_the_process_has_as_ram_is_not_the_output() {
         return;
     }
     let work = Work::with_chain();
-    let monitor = Monitor::with(&work, "ram");
-    let pid = monitor.pid();
+    let vmm = Vmm::with(&work, "ram");
+    let pid = vmm.pid();
     let fds = fs::read_dir(format!("/proc/{pid}/fd")).unwrap();
     let path = fds.map(|fd| fd.unwrap().path()).find(|fd| {
         let target = fs::read_link(fd).unwrap();
@@ -414,10 +414,10 @@ fn a_file_on_an_overlay_that_the_process_has_as_ram_is_not_the_output() {
     fs::create_dir(&inside).unwrap();
     let overlay = Overlay::of(below.path(), &upper, &inside).unwrap();
     let ram = overlay.path().join("guest-ram");
-    let monitor = Monitor::set_up(&work, "ram", |command| {
+    let vmm = Vmm::set_up(&work, "ram", |command| {
         command.env(FILE, &ram);
     });
-    let pid = monitor.pid();
+    let pid = vmm.pid();
     for path in [&ram, &upper.join("guest-ram")] {
         let command = format!(
             "full --pid {pid} --region guest-ram --force -o {}",
@@ -438,10 +438,10 @@ fn a_file_on_btrfs_that_the_process_has_as_ram_is_not_the_output() {
     let work = Work::with_chain();
     let disk = LoopMount::new(LoopFs::Btrfs).unwrap();
     let ram = disk.path().join("guest-ram");
-    let monitor = Monitor::set_up(&work, "ram", |command| {
+    let vmm = Vmm::set_up(&work, "ram", |command| {
         command.env(FILE, &ram);
     });
-    let (pid, address) = (monitor.pid(), monitor.address.clone());
+    let (pid, address) = (vmm.pid(), vmm.address.clone());
     for region in ["guest-ram", &address] {
         let full = format!(
             "full --pid {pid} --region {region} --force -o {}",
@@ -459,8 +459,8 @@ fn ram_that_is_named_twice_is_refused() {
         return;
     }
     let work = Work::with_chain();
-    let monitor = Monitor::with(&work, "ram");
-    let (pid, address) = (monitor.pid(), &monitor.address);
+    let vmm = Vmm::with(&work, "ram");
+    let (pid, address) = (vmm.pid(), &vmm.address);
     for (one, other) in [
         ("guest-ram", "guest-ram"),
         ("guest-ram", &**address),
@@ -479,13 +479,13 @@ fn ctrl_z_waits_until_the_process_runs_again() {
         return;
     }
     let work = Work::with_chain();
-    let monitor = Monitor::with(&work, "ram");
+    let vmm = Vmm::with(&work, "ram");
     let command = work.command(&format!(
         "full --pid {} --region guest-ram -o out",
-        monitor.pid()
+        vmm.pid()
     ));
     let held = Held::before(&command, &("pwrite64".to_owned(), 1)).expect("held");
-    assert!(monitor.is_stopped());
+    assert!(vmm.is_stopped());
     let blocked = held.blocked_by_all_threads();
     for signal in [Signal::SIGTSTP, Signal::SIGTTOU] {
         assert!(blocked >> (signal as u32 - 1) & 1 == 1, "{signal}");
@@ -493,7 +493,7 @@ fn ctrl_z_waits_until_the_process_runs_again() {
     held.send(Signal::SIGTSTP);
     let held = held.let_go_on();
     held.wait_until_suspended();
-    assert!(!monitor.is_stopped());
+    assert!(!vmm.is_stopped());
     held.send(Signal::SIGCONT);
     assert_eq!(held.release().0.code(), Some(0));
     work.good("diff out --ram ram");
@@ -505,14 +505,14 @@ fn a_signal_ends_the_wait_for_a_process_that_does_not_stop() {
         return;
     }
     let work = Work::with_chain();
-    let monitor = Monitor::set_up(&work, "ram", |command| {
+    let vmm = Vmm::set_up(&work, "ram", |command| {
         command.env(HANGS, "1");
     });
     let before = work.files();
-    let full = format!("full --pid {} --region guest-ram -o out", monitor.pid());
+    let full = format!("full --pid {} --region guest-ram -o out", vmm.pid());
     let mut child = work.command(&full).spawn().unwrap();
     // It is tried, and will not be stopped before the time is up.
-    let status = format!("/proc/{}/status", monitor.pid());
+    let status = format!("/proc/{}/status", vmm.pid());
     while fs::read_to_string(&status)
         .unwrap()
         .contains("TracerPid:\t0\n")
@@ -535,15 +535,15 @@ fn capturing_a_process_gives_it_no_memory() {
         return;
     }
     let work = Work::with_chain();
-    let monitor = Monitor::with(&work, "ram");
+    let vmm = Vmm::with(&work, "ram");
     let resident = || {
-        let smaps = fs::read_to_string(format!("/proc/{}/smaps", monitor.pid())).unwrap();
+        let smaps = fs::read_to_string(format!("/proc/{}/smaps", vmm.pid())).unwrap();
         let mut lines = smaps.lines().skip_while(|line| !line.contains("guest-ram"));
         let rss = lines.find_map(|line| line.strip_prefix("Rss:"));
         rss.unwrap().trim().to_owned()
     };
     let before = resident();
-    let ram = format!("--pid {} --region guest-ram", monitor.pid());
+    let ram = format!("--pid {} --region guest-ram", vmm.pid());
     for layout in ["raw", "sealed", "packed"] {
         for zeros in ["", " --keep-zeros"] {
             work.good(&format!(

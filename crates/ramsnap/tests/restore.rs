@@ -252,7 +252,7 @@ fn no_ram_goes_into_what_another_user_put_in_place() {
     let path = shared.path().join("guest");
     let guest = create(&path);
     let restore = format!("restore full.mem -o {}", path.display());
-    // A stranger's, then one that strangers may read.
+    // A file of another user, then a file that other users may read.
     mode(&path, 0o600);
     chown(&path, Some(65534), None).unwrap();
     work.fails(&restore, 2, &["65534", "--force"]);
@@ -260,7 +260,7 @@ fn no_ram_goes_into_what_another_user_put_in_place() {
     mode(&path, 0o644);
     work.fails(&restore, 2, &["chmod 600", "--force"]);
     assert_eq!(guest.metadata().unwrap().blocks(), 0);
-    // A stranger's link to a file of root.
+    // A link of another user to a file of root.
     std::fs::remove_file(&path).unwrap();
     let roots = work.create("roots", RAM);
     symlink(work.path("roots"), &path).unwrap();
@@ -312,7 +312,7 @@ fn ram_written_by_another_during_a_restore_is_kept() {
     assert!(bytes(&guest) == before);
 }
 
-/// The last look: whoever opens the path from now on gets another file.
+/// The file is replaced before the last check: the path now leads to another file.
 #[test]
 fn ram_that_is_replaced_during_a_restore_is_an_error() {
     if !Need::Strace.met("ram_that_is_replaced_during_a_restore_is_an_error") {

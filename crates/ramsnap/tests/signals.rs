@@ -209,7 +209,7 @@ fn a_stream_that_stalls_is_interrupted_and_leaves_nothing() {
     let work = Work::with_chain();
     let before = work.files();
     let mut command = work.command("convert - --zstd -o out");
-    // Nobody writes to it.
+    // No process writes to the pipe.
     let mut child = command
         .stdin(Stdio::piped())
         .stderr(Stdio::null())

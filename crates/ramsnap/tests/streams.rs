@@ -12,7 +12,7 @@ use support::{Ended, RAMSNAP, Work};
 use test_machine::Need;
 
 #[rstest]
-fn an_image_arrives_as_it_was_sent_whatever_its_layout(
+fn an_image_of_any_layout_arrives_as_it_was_sent(
     #[values("raw", "sealed", "packed")] from: &str,
     #[values("raw", "sealed", "packed")] to: &str,
 ) {

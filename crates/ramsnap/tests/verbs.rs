@@ -33,7 +33,7 @@ fn a_full_image_and_two_diffs_restore_to_the_ram_in_every_layout(
 }
 
 #[test]
-fn a_full_image_leaves_out_zeros_unless_told_to_keep_them() {
+fn a_full_image_omits_zeros_unless_keep_zeros_is_given() {
     let work = Work::with_ram();
     work.good("full ram -o sparse.mem");
     work.good("full ram -o dense.mem --keep-zeros");
@@ -86,7 +86,7 @@ fn info_says_what_a_chain_is() {
 }
 
 #[test]
-fn metadata_and_regions_are_kept_by_whatever_becomes_of_the_image() {
+fn results_keep_regions_and_the_metadata_of_their_state() {
     let work = Work::with_ram();
     fs::write(work.path("vcpus"), "registers").unwrap();
     let regions = "--region-at 0:2MiB --region-at 0x100000000:6MiB";

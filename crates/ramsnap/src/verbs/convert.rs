@@ -1,4 +1,4 @@
-//! `ramsnap convert`: the same image in another layout, or on its way to elsewhere.
+//! `ramsnap convert`: an image in another layout, or as a stream.
 
 use std::path::{Path, PathBuf};
 
@@ -40,13 +40,13 @@ pub struct Convert {
     formats: Formats,
     #[command(flatten)]
     output: Output,
-    /// How the pages stand in the result; as in the image unless told
+    /// The layout of the result; by default that of the image
     #[arg(long)]
     layout: Option<Layout>,
     /// `-` is a compressed stream
     #[arg(long)]
     zstd: bool,
-    /// The page of the result; the image's unless told
+    /// The page size of the result; by default that of the image
     #[arg(long, value_name = "SIZE", value_parser = crate::args::page_size)]
     page_size: Option<u64>,
     /// The image is raw, and a diff
@@ -55,7 +55,8 @@ pub struct Convert {
     /// The sealed or packed image that the raw diff was taken after
     #[arg(long, value_name = "FILE", requires = "raw_diff", value_parser = ImageFile::parser())]
     parent: Option<ImageFile>,
-    /// Take the holes of the raw diff for clean pages, also where the file system can't be believed
+    /// Take the holes of the raw diff for clean pages, even if the file system
+    /// reports holes unreliably
     #[arg(long, requires = "raw_diff")]
     trust_holes: bool,
     /// Don't compare the image with its checksums first
@@ -85,7 +86,7 @@ impl Convert {
         let as_it_is = packed && chain.images().filter_map(Image::footer).all(is_current);
         if as_it_is && self.keeps_pages() {
             check()?;
-            // Not by its path, which may lead to another file by now.
+            // Not opened by its path, which may lead to another file now.
             let image = chain.images().next().context("there is no image")?;
             let file = image.version()?.file().try_clone();
             let file = file.with_context(|| format!("cannot send {:?}", self.input.path))?;
@@ -97,8 +98,8 @@ impl Convert {
         self.pack_and_send(session, &chain, extras, check)
     }
 
-    /// Finds out all that can be known before the first byte of the stream is read, and what its
-    /// first page says before the rest.
+    /// Makes all checks that do not need the stream before its first byte is read, and all checks
+    /// that need only its first page before the rest is read.
     fn receive(&self, session: &Session, extras: ReadExtras) -> anyhow::Result<Verdict> {
         let staged = match is_stream(&self.output.path) {
             true => None,
@@ -145,7 +146,7 @@ impl Convert {
         }
     }
 
-    /// Refuses an image that can't become what is asked for, by its first page.
+    /// Refuses an image that cannot be converted as requested, by its first page.
     fn check_header(
         &self,
         header: Header,
@@ -177,7 +178,7 @@ impl Convert {
         if !self.raw_diff {
             return self.input.open(self.formats.format);
         }
-        // Nothing that a guest can write makes this an image.
+        // Bytes that a guest can write never make a file an image here.
         if Image::open(&self.input.path).is_ok() {
             let path = self.input.path.clone();
             return Err(Failure::NotARawDiff { path }.into());
@@ -214,14 +215,15 @@ impl Convert {
         save::check_output(&self.output, &self.inputs())
     }
 
-    /// All files that are read.
+    /// Returns all files that are read.
     fn inputs(&self) -> Vec<PathBuf> {
         let image = Some(&self.input).filter(|input| !is_stream(&input.path));
         let images = image.into_iter().chain(&self.parent);
         self.extras.and_inputs(images.map(|file| file.path.clone()))
     }
 
-    /// The image alone, in pages that both it and the result have whole.
+    /// Opens the image as a chain of one, with a page size that divides that of the image and that
+    /// of the result.
     fn open(&self, session: &Session, image: Image) -> anyhow::Result<Chain> {
         let page_size = match (image.footer(), self.page_size) {
             (Some(footer), Some(asked)) if image.is_diff() && asked > footer.page_size => {
@@ -294,7 +296,7 @@ impl Convert {
                 let path = file.path.clone();
                 return Err(Failure::ParentIsRaw { path }.into());
             };
-            // Those of its guest, which a raw diff doesn't say.
+            // The regions of the guest, which a raw diff does not record.
             let regions = parent.footer().map(|footer| &footer.regions[..]);
             self.extras.check_regions(regions)?;
             seal = seal
@@ -315,7 +317,7 @@ impl Convert {
         self.page_size.is_none() && self.extras.is_empty()
     }
 
-    /// Sends the image, packed in a file without a name.
+    /// Packs the image in a file without a name, and sends it.
     fn pack_and_send(
         &self,
         session: &Session,
@@ -324,7 +326,7 @@ impl Convert {
         check: impl FnOnce() -> anyhow::Result<()>,
     ) -> anyhow::Result<Verdict> {
         let options = self.options(session, chain, Layout::Packed, extras)?;
-        // A fixed name could be taken by another user.
+        // Another user could create a file of a fixed name first.
         let dir = tempfile::Builder::new()
             .prefix("ramsnap-stream-")
             .tempdir_in(std::env::temp_dir())

@@ -1,4 +1,4 @@
-//! `ramsnap demo`: what the tool does, on a guest that is made up.
+//! `ramsnap demo`: a demonstration on a simulated guest.
 
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
@@ -14,20 +14,20 @@ use crate::session::Session;
 const PAGE: u64 = 4096;
 const RAM: u64 = 64 << 20;
 
-/// Show it: take snapshots of a small guest that is made up, look at them, and bring it back
+/// Demonstrate ramsnap: take, inspect and restore snapshots of a small simulated guest
 ///
 /// Needs no virtual machine and no privilege. What it prints after `$` can be typed.
 #[derive(Debug, Args)]
 #[command(after_help = "Example:\n  ramsnap demo --keep /tmp/ramsnap-demo")]
 pub struct Demo {
-    /// Make this directory, and leave the files there; a temporary one unless told
+    /// Create this directory and keep the files there; by default a temporary directory
     #[arg(long, value_name = "DIR")]
     keep: Option<PathBuf>,
 }
 
 impl Demo {
     pub fn run(&self, session: &Session) -> anyhow::Result<Verdict> {
-        // The directory is to be removed, whatever comes.
+        // The directory is removed in every case.
         session.hold();
         let temporary;
         let dir = match &self.keep {
@@ -48,7 +48,7 @@ impl Demo {
     }
 }
 
-/// In the current directory.
+/// Runs the demonstration in the current directory.
 struct Show<'s> {
     session: &'s Session,
 }
@@ -97,7 +97,7 @@ impl Show<'_> {
         self.command(command, Verdict::Bad)
     }
 
-    /// Does what a shell would.
+    /// Runs a command as a shell would.
     fn command(&self, command: &str, expected: Verdict) -> anyhow::Result<()> {
         self.session.check("the demo ends here")?;
         self.session.say(&format!("\n$ ramsnap {command}"))?;
@@ -111,7 +111,7 @@ impl Show<'_> {
     }
 }
 
-/// RAM that changes as if a guest ran on it.
+/// Simulated RAM of a guest.
 struct Guest {
     ram: File,
     random: u64,
@@ -152,7 +152,7 @@ impl Guest {
         Ok(self.ram.write_all_at(&words, page * PAGE)?)
     }
 
-    /// SplitMix64: the same show each time.
+    /// SplitMix64 with a fixed seed: every run is the same.
     fn next(&mut self) -> u64 {
         self.random = self.random.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mixed = (self.random ^ (self.random >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -161,7 +161,7 @@ impl Guest {
     }
 }
 
-/// A copy in which one bit is not what it was.
+/// Makes a copy with one flipped bit.
 fn rot(from: &str, to: &str) -> anyhow::Result<()> {
     let mut bytes = fs::read(from)?;
     bytes[5000] ^= 1;

@@ -1,4 +1,4 @@
-//! `ramsnap diff`: what changed between two states.
+//! `ramsnap diff`: the changes between two states.
 
 use std::collections::HashSet;
 use std::ops::Range;
@@ -67,13 +67,13 @@ pub struct Diff {
     /// Replace the output if it exists
     #[arg(long, requires = "output")]
     force: bool,
-    /// How the pages stand in the diff
+    /// The layout of the diff
     #[arg(long, default_value = "packed", requires = "output")]
     layout: Layout,
     /// Don't compare the images with their checksums first
     #[arg(long)]
     no_verify: bool,
-    /// What differs, as JSON: sizes and offsets in bytes
+    /// Print the differences as JSON: sizes and offsets in bytes
     #[arg(long, conflicts_with = "output")]
     json: bool,
     #[command(flatten)]
@@ -118,10 +118,10 @@ impl Diff {
             Some(output) => Some(self.stage(session, output, &old, &new)?),
         };
         if !self.no_verify {
-            // A damaged page that the RAM has by now would be missing in the diff.
+            // If the RAM equals a damaged page, the diff would lack that page.
             input::check_sums(session, new.images_beside(&old))?;
         }
-        // Last, as it may stop a process.
+        // The last step, as it may stop a process.
         new.hold(session)?;
         let changed = self.changed(session, &old, &new)?;
         match writer {
@@ -282,7 +282,7 @@ impl Diff {
         written.map_err(|error| new.explain(error))?;
         old.check_unchanged()?;
         new.check()?;
-        // A process that was stopped goes on.
+        // A stopped process resumes.
         drop(new);
         save::commit(session, writer)?;
         Ok(Verdict::Good)
@@ -324,7 +324,7 @@ impl New {
         }
     }
 
-    /// The new state's, and nobody's child yet.
+    /// Returns the seal of the new state, before the old state is set as its parent.
     fn seal(&self) -> Seal {
         match self {
             Self::Ram(_) => Seal::new(),

@@ -1,4 +1,4 @@
-//! `ramsnap full`: all of a guest's RAM.
+//! `ramsnap full`: a full image of a guest's RAM.
 
 use std::path::PathBuf;
 
@@ -15,7 +15,7 @@ use crate::session::Session;
 /// Take a full image of a guest's RAM
 ///
 /// The RAM is a file that the guest maps shared (QEMU: -object memory-backend-file,share=on; a file
-/// in /dev/shm), or a memfd of a running monitor, as /proc/PID/fd/N; or, on Linux, mappings of a
+/// in /dev/shm), or a memfd of a running VMM, as /proc/PID/fd/N; or, on Linux, mappings of a
 /// process. Pause the guest meanwhile: bytes that it changes are saved as they are when each is
 /// read. RAM that is zero or was never touched takes no room. RAM that a `ramsnap restore` is
 /// writing to is refused; a VMM's own locks of the file are no hindrance.
@@ -32,10 +32,10 @@ pub struct Full {
     process: InProcess,
     #[command(flatten)]
     output: Output,
-    /// How the pages stand in the image
+    /// The layout of the image
     #[arg(long, default_value = "packed")]
     layout: Layout,
-    /// The page of the image; the host's unless told
+    /// The page size of the image; by default that of the host
     #[arg(long, value_name = "SIZE", value_parser = crate::args::page_size)]
     page_size: Option<u64>,
     /// Write zeros and untouched RAM too
@@ -68,7 +68,7 @@ impl Full {
         let written = writer.write_full(&ram.reader());
         written.map_err(|error| ram.explain(error))?;
         ram.check()?;
-        // A process that was stopped goes on.
+        // A stopped process resumes.
         drop(ram);
         save::commit(session, writer)?;
         Ok(Verdict::Good)

@@ -1,4 +1,4 @@
-//! `ramsnap info`: what files are.
+//! `ramsnap info`: the properties of images.
 
 use std::fs::File;
 
@@ -46,7 +46,7 @@ impl InfoArgs {
                 print::line(&info.text())?;
             }
         }
-        // One that fails keeps none of the others from being looked at.
+        // A failure does not prevent the other files from being inspected.
         let last = failures.pop();
         for other in failures {
             words::complain(&other);
@@ -55,12 +55,12 @@ impl InfoArgs {
     }
 }
 
-/// What a file is.
+/// The properties of a file.
 #[derive(Debug, Serialize)]
 pub struct Info {
     file: JsonPath,
     layout: Layout,
-    /// A raw image doesn't say.
+    /// `None` for a raw image, which does not record it.
     kind: Option<&'static str>,
     id: Option<String>,
     parent: Option<String>,
@@ -88,12 +88,12 @@ struct Pages {
     runs: u64,
 }
 
-/// What the holes of a raw file are worth.
+/// The reliability of the holes of a raw file.
 #[derive(Debug, Serialize)]
 struct Holes {
     file_system: Option<String>,
-    /// Whether pages of 4 KiB that were not written can be told from zeros; unknown where the
-    /// directory can't be written to.
+    /// Whether unwritten pages of 4 KiB can be distinguished from zeros. Unknown if the directory
+    /// is not writable.
     tell_clean_from_zero: Option<bool>,
 }
 
@@ -186,7 +186,7 @@ impl Info {
         Ok(self)
     }
 
-    /// On one line.
+    /// Returns a summary on one line.
     pub fn summary(&self) -> String {
         let layout = self.layout_and_kind();
         let (ram, present) = (size(self.ram_bytes), size(self.present.bytes));
@@ -282,7 +282,7 @@ impl Holes {
     }
 }
 
-/// What lies between the runs.
+/// Returns the ranges between the runs.
 fn clean(footer: &Footer) -> Pages {
     let mut clean = Pages::default();
     let mut at = 0;

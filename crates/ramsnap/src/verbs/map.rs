@@ -1,4 +1,4 @@
-//! `ramsnap map`: which pages images hold, as a picture.
+//! `ramsnap map`: a picture of the pages that images hold.
 
 mod cells;
 mod drawing;
@@ -43,7 +43,7 @@ pub struct Map {
     /// Replace the output if it exists
     #[arg(long, requires = "output")]
     force: bool,
-    /// Columns to fill; the terminal's unless told
+    /// The width in columns; by default that of the terminal
     #[arg(long, value_name = "COLUMNS", conflicts_with_all = ["output", "json"], value_parser = clap::value_parser!(u16).range(1..))]
     width: Option<u16>,
     /// The runs of pages, as JSON: a list of objects, sizes and offsets in bytes. A path that is
@@ -99,7 +99,7 @@ impl Map {
         }
         let picture = drawing::fit(&self.maps()?);
         let bytes = draw(&picture).with_context(|| format!("cannot draw {path:?}"))?;
-        // Nothing of the guest's is in it but where its pages are.
+        // The picture shows only where pages are, not their contents.
         let options = AtomicWriter::options()
             .mode(0o644)
             .preserve(save::preserve())
@@ -115,17 +115,17 @@ impl Map {
     }
 }
 
-/// Which pages an image holds.
+/// The pages that an image holds.
 #[derive(Debug, Serialize)]
 struct PageMap {
     file: JsonPath,
     ram_bytes: u64,
-    /// The smallest part of RAM that there can be a run of.
+    /// The smallest possible length of a run, in bytes.
     page_bytes: u64,
     runs: Vec<Run>,
 }
 
-/// Whatever is in no run is clean.
+/// A run of pages of one state. Pages outside of all runs are clean.
 #[derive(Debug, Serialize)]
 struct Run {
     offset: u64,
@@ -138,7 +138,7 @@ struct Run {
 enum State {
     Present,
     Zero,
-    /// Of a raw image: zeros, or clean.
+    /// A hole of a raw image: zero or clean.
     Hole,
 }
 

@@ -1,4 +1,4 @@
-//! `ramsnap merge`: a chain as one image.
+//! `ramsnap merge`: one image made of a chain.
 
 use std::path::PathBuf;
 
@@ -44,7 +44,7 @@ pub struct Merge {
     /// Replace the output if it exists
     #[arg(long, requires = "output")]
     force: bool,
-    /// How the pages stand in the result; that of the first file unless told
+    /// The layout of the result; by default that of the first file
     #[arg(long)]
     layout: Option<Layout>,
     /// The files are raw, and all of them diffs
@@ -71,7 +71,7 @@ impl Merge {
             .skip_untouched(true)
             .ram_start(0);
         if let (true, Some(first)) = (self.in_place, chain.images().next()) {
-            // What another writer puts there meanwhile stays.
+            // A file that another writer puts there in the meantime stays.
             options = options.replace_only(first.version()?);
         }
         let page_size = save::page_size(&chain)?;

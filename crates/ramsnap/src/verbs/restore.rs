@@ -21,7 +21,7 @@ use in_place::{Begun, InPlace};
 /// Bring the RAM back as it was: into a new file, or into RAM that is there
 ///
 /// A new file appears once it is whole, and is sparse where the RAM is zero. A file or memfd that
-/// exists (/proc/PID/fd/N) is written in place, where a monitor has it mapped; it must be as large
+/// exists (/proc/PID/fd/N) is written in place, where a VMM has it mapped; it must be as large
 /// as the RAM and empty, or --force be given. It is checked before anything of it is overwritten:
 /// the images' checksums, whether it can be written, and the room, which is reserved on ext4, XFS,
 /// tmpfs and hugetlbfs. Other file systems (btrfs) cannot do that: as much as the RAM needs must be

@@ -1,4 +1,4 @@
-//! `ramsnap sweep`: the files that killed writers left.
+//! `ramsnap sweep`: removal of orphaned staged files.
 
 use std::path::{Path, PathBuf};
 
@@ -13,8 +13,8 @@ use crate::{Verdict, words};
 /// Remove the staged files that killed writers left in directories
 ///
 /// A writer stages its file beside the output, under a name such as
-/// .atomic-file-88662993-0f1e2d3c4b5a6978.stage, and locks it. A file that no one has locked is an
-/// orphan, whatever it was to become. Files kept for recycling are removed as well. Nothing else is
+/// .atomic-file-88662993-0f1e2d3c4b5a6978.stage, and locks it. A file without a lock is orphaned,
+/// for any output. Files kept for recycling are removed as well. Nothing else is
 /// touched, and nothing that a writer uses.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  \
@@ -37,7 +37,7 @@ pub struct Sweep {
     json: bool,
 }
 
-/// What was found in the directories.
+/// The files that were found in the directories.
 #[derive(Debug, Default, Serialize)]
 struct Found {
     dry_run: bool,
@@ -77,7 +77,7 @@ impl Sweep {
                 }
                 Err(error) => error,
             };
-            // The rest of the directory was swept all the same.
+            // The rest of the directory was swept nevertheless.
             match error.downcast() {
                 Ok(RecoverError::Stuck {
                     dir,

@@ -14,15 +14,15 @@ const API: libc::c_ulong = 0xc018_aa3f;
 const REGISTER: libc::c_ulong = 0xc020_aa00;
 const MODE_MISSING: u64 = 1;
 
-/// Maps the first `len` bytes of `file` for ever, and registers the mapping until the descriptor is
-/// closed.
+/// Maps the first `len` bytes of `file`, never unmaps them, and registers the mapping until the
+/// descriptor is closed.
 pub(crate) fn register(file: &File, len: u64) -> OwnedFd {
     let length = NonZeroUsize::new(len as usize).unwrap();
     let (protection, flags) = (
         ProtFlags::PROT_READ | ProtFlags::PROT_WRITE,
         MapFlags::MAP_SHARED,
     );
-    // SAFETY: a new mapping, where the kernel likes.
+    // SAFETY: a new mapping, where the kernel chooses.
     let start = unsafe { mmap(None, length, protection, flags, file, 0) }.unwrap();
     let device = File::open("/dev/userfaultfd").unwrap();
     let mut api = [0xaa_u64, 0, 0];

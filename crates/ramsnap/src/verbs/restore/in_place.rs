@@ -1,4 +1,4 @@
-//! RAM that exists, and is restored to.
+//! Restoring into existing RAM.
 
 use std::fs::{File, Metadata};
 use std::io;
@@ -31,14 +31,13 @@ const CHUNK: usize = 1 << 20;
 #[cfg(target_os = "linux")]
 const SHORTEST_HOLE: u64 = 32 << 10;
 
-/// What is to be written of the RAM.
+/// The parts of the RAM to write.
 #[cfg(not(target_os = "linux"))]
 pub(super) struct Plan {
     runs: Vec<Range<u64>>,
 }
 
-/// RAM that holds a part of what it is to hold. No guest is to start with that, so it is emptied if
-/// this is dropped by a panic.
+/// Partly restored RAM. No guest must start with it, so it is emptied if a panic drops this.
 pub(super) struct Begun<'t, 's> {
     pub(super) target: &'t mut InPlace<'s>,
     overwriting: Option<Overwriting>,
@@ -53,12 +52,12 @@ impl<'t, 's> Begun<'t, 's> {
         }
     }
 
-    /// All of it is there.
+    /// Marks the RAM as completely restored.
     pub(super) fn end(mut self) {
         self.overwriting = None;
     }
 
-    /// Empties it, and says that.
+    /// Empties the RAM, and adds to `error` whether it is empty.
     pub(super) fn give_up(mut self, error: anyhow::Error) -> anyhow::Error {
         let emptied = self.target.empty();
         self.overwriting = None;
@@ -92,13 +91,13 @@ impl Drop for Begun<'_, '_> {
     }
 }
 
-/// RAM that exists. It stays as it is until [`empty`](Self::empty).
+/// Existing RAM, which does not change before [`empty`](Self::empty).
 pub(super) struct InPlace<'s> {
     session: &'s Session,
     path: &'s Path,
-    /// Locked: another restore is refused, and so is who reads the RAM.
+    /// Locked: other restores and readers of the RAM are refused.
     pub(super) file: File,
-    /// Where the file has no `write(2)`.
+    /// `Some` if the file has no `write(2)`.
     #[cfg(target_os = "linux")]
     mapping: Option<Mapping>,
     size: u64,
@@ -137,7 +136,8 @@ impl<'s> InPlace<'s> {
         })
     }
 
-    /// What is known to be untouched is not read: where that is not known, all of it is.
+    /// Returns whether the RAM holds any data. Ranges that are known to be untouched are not read.
+    /// If the file system does not report them reliably, all of the RAM is read.
     pub(super) fn holds_anything(&self) -> anyhow::Result<bool> {
         let reader = FileReader::new(&self.file);
         let mut buffer = SecretBuffer::new();
@@ -245,7 +245,7 @@ impl<'s> InPlace<'s> {
         Ok(())
     }
 
-    /// Whether whoever opens the path gets this file, in its size.
+    /// Returns whether the path still leads to this file, and its size is unchanged.
     pub(super) fn check_in_place(&self) -> Result<(), Failure> {
         let identity = |it: Metadata| (it.dev(), it.ino(), it.len());
         let found = self.path.metadata().ok().map(identity);
@@ -265,7 +265,7 @@ impl<'s> InPlace<'s> {
         self.file.write_all_at(bytes, offset)
     }
 
-    /// Makes all of it zeros.
+    /// Makes all of the RAM zeros.
     pub(super) fn empty(&self) -> anyhow::Result<()> {
         self.write_zeros()
             .with_context(|| format!("cannot make zeros of {:?}", self.path))
@@ -288,7 +288,7 @@ impl<'s> InPlace<'s> {
         self.make_zeros(all)
     }
 
-    /// A hole, or zeros where the file system has no such call.
+    /// Makes a hole, or writes zeros if the file system does not support holes.
     fn make_zeros(&self, range: Range<u64>) -> anyhow::Result<()> {
         match punch_hole(&self.file, range.clone()) {
             Err(SpaceError::Unsupported { .. }) => {}
