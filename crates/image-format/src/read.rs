@@ -107,7 +107,7 @@ impl Footer {
 /// that `footer` ends.
 ///
 /// If the guest planted the footer of a sealed image, a packed image that is cut off behind it ends
-/// like a sealed one. The checksum of the first chunk tells the two apart. It covers the random id
+/// like a sealed one. The checksum of the first chunk distinguishes them. It covers the random id
 /// in the header, which was chosen after the guest wrote the footer.
 fn first_page_is_ram(
     footer: &Footer,

@@ -249,7 +249,7 @@ fn a_packed_image_cut_at_a_planted_footer_is_reported(
     );
 }
 
-/// Whatever length the planted header states: shorter, as long, or longer than the sealed image.
+/// The length in the planted header is shorter than, equal to, or longer than the sealed image.
 #[test]
 fn a_sealed_image_of_ram_with_a_planted_header_is_opened() {
     for forged in [1024, 4096, 1 << 20] {

@@ -228,7 +228,7 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(test_machine::rounds(64, 2000)))]
 
     #[test]
-    fn raw_ram_is_read_byte_for_byte_whatever_it_holds(
+    fn raw_ram_is_read_byte_for_byte_for_any_content(
         planted in planted(),
         at_end in any::<bool>(),
         pages in 1..8_usize,

@@ -112,7 +112,7 @@ fn discarding_during_prefetch_leaves_zeros() {
 /// threads run until it has completed.
 #[rstest]
 #[case::read_ahead(true)]
-#[case::read_by_whoever_waits(false)]
+#[case::read_by_the_waiting_thread(false)]
 fn filling_completes_while_threads_discard_and_touch(#[case] ahead: bool) {
     const THREADS: u64 = 12;
     if !Need::Userfaultfd.met("filling_completes_while_threads_discard_and_touch") {

@@ -246,9 +246,9 @@ fn any_failed_completion_is_never_counted_as_written(
     let retried = [EINTR, EAGAIN, ECANCELED, EINVAL, EOPNOTSUPP, EFAULT].map(Completion::Error);
     let short = (0..CHUNK).step_by(SECTOR).map(Completion::Short);
     let odd = [1, SECTOR - 1, CHUNK - 1].map(Completion::Short);
-    let mended: Vec<_> = retried.into_iter().chain(short).chain(odd).collect();
+    let recoverable: Vec<_> = retried.into_iter().chain(short).chain(odd).collect();
     for number in 0..REQUESTS {
-        for step in &mended {
+        for step in &recoverable {
             let (stored, result, _) = at(number, *step);
             assert_eq!(result.expect("written"), LEN as u64, "{number}: {step:?}");
             assert!(stored == ram, "{number}: {step:?}");
