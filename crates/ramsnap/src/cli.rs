@@ -1,4 +1,4 @@
-//! The command line: what `--help` and the man pages say.
+//! The command line, and the text of `--help` and the man pages.
 
 use clap::{Parser, Subcommand};
 

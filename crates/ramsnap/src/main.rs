@@ -1,4 +1,4 @@
-//! Virtual-machine memory snapshots from the command line: `ramsnap --help` is the tour.
+//! Virtual-machine memory snapshots from the command line: see `ramsnap --help`.
 
 #![allow(
     unreachable_pub,
@@ -32,7 +32,7 @@ use clap::Parser;
 use crate::cli::Cli;
 use crate::session::Session;
 
-/// What a verb found: the answer of a check, or that the work is done.
+/// The result of a verb: the answer of a check, or success.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Verdict {
     Good,
@@ -46,7 +46,7 @@ impl Verdict {
 }
 
 fn main() -> ExitCode {
-    // Wrong usage ends here, with 2.
+    // Exits with status 2 if the usage is wrong.
     let cli = Cli::parse();
     let run = || cli.verb.run(&Session::begin(cli.quiet)?);
     match run() {

@@ -15,13 +15,13 @@ use indicatif::BinaryBytes;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use serde::ser::{Serialize, SerializeStruct, Serializer};
 
-/// A line on stdout. A reader that has seen enough (`| head`) is no failure: what was to be found
-/// out still is the exit code.
+/// Prints a line to stdout. It is not an error if the reader has closed the pipe (`| head`): the
+/// exit code still reports the result.
 pub fn line(text: &str) -> anyhow::Result<()> {
     try_line(text).context("cannot write to stdout")
 }
 
-/// The same, as the system says it.
+/// Prints a line to stdout, and returns the error of the system.
 pub fn try_line(text: &str) -> io::Result<()> {
     let mut out = io::stdout().lock();
     match writeln!(out, "{text}").and_then(|()| out.flush()) {
@@ -73,10 +73,10 @@ impl Serialize for JsonPath {
     }
 }
 
-/// The lines that are kept while there is a [`Kept`].
+/// The lines that are held back while a [`Kept`] exists.
 static KEPT: Mutex<Option<Vec<String>>> = Mutex::new(None);
 
-/// A line on stderr, if anybody takes it.
+/// Prints a line to stderr. Errors are ignored.
 pub fn complain(text: &str) {
     if let Some(kept) = &mut *KEPT.lock().unwrap_or_else(PoisonError::into_inner) {
         kept.push(text.to_owned());
@@ -85,20 +85,19 @@ pub fn complain(text: &str) {
     let _ = writeln!(io::stderr(), "{text}");
 }
 
-/// A line on stderr, if that takes it within a second: for a thread that must not block.
+/// Prints a line to stderr if it accepts output within a second, for a thread that must not block.
 pub fn complain_at_once(text: &str) {
     const PATIENCE: u16 = 1000;
     let stderr = io::stderr();
     let mut ready = [PollFd::new(stderr.as_fd(), PollFlags::POLLOUT)];
     if poll(&mut ready, PollTimeout::from(PATIENCE)).is_ok_and(|ready| ready > 0) {
-        // Past the lock of stderr, which a thread may hold that waits for the terminal.
+        // Bypasses the lock of stderr: a thread that waits for the terminal may hold it.
         let _ = nix::unistd::write(stderr.as_fd(), format!("{text}\n").as_bytes());
     }
 }
 
-/// Keeps the lines for stderr until this is dropped: writing may block for as long as the terminal
-/// takes no output, and while this process has stopped another one, that would stand still for as
-/// long.
+/// Holds back the lines for stderr until this is dropped. Writing blocks while the terminal takes
+/// no output, which would keep a process stopped that this process has stopped.
 #[cfg(target_os = "linux")]
 #[derive(Debug)]
 pub struct Kept(());
@@ -122,12 +121,12 @@ impl Drop for Kept {
     }
 }
 
-/// `1.50 GiB`.
+/// Formats a size: `1.50 GiB`.
 pub fn size(bytes: u64) -> String {
     BinaryBytes(bytes).to_string()
 }
 
-/// `1 page`, `2 pages`.
+/// Formats a count: `1 page`, `2 pages`.
 pub fn count(number: u64, one: &str) -> String {
     match number {
         1 => format!("1 {one}"),

@@ -26,15 +26,15 @@ use crate::print::Kept;
 use crate::ram;
 use crate::session::Session;
 
-/// How long a process may take to stop.
+/// The longest time that a process may take to stop.
 const PATIENCE: Duration = Duration::from_secs(10);
-/// How many regions are proposed.
+/// The number of proposed regions.
 const PROPOSED: usize = 8;
 
-/// Where in a process the RAM is.
+/// The location of RAM in a process.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Region {
-    /// The mapping whose name is this, or contains it.
+    /// The mapping whose name equals or contains this text.
     Named(String),
     /// The mapping that this address is in.
     At(u64),
@@ -52,7 +52,7 @@ impl fmt::Display for Region {
 }
 
 impl Region {
-    /// `/memfd:ram`, `0x7f0000000000`, or `0x7f0000000000:2GiB`.
+    /// Parses `/memfd:ram`, `0x7f0000000000`, or `0x7f0000000000:2GiB`.
     pub fn parse(text: &str) -> Result<Self, String> {
         if !text.starts_with("0x") {
             return Ok(Self::Named(text.to_owned()));
@@ -79,22 +79,22 @@ impl Region {
     }
 }
 
-/// Regions of a process, which stands still between [`hold`](ProcessRam::hold) and drop unless its
-/// guest is paused.
+/// Regions of a process. The process is stopped from [`hold`](ProcessRam::hold) until drop, unless
+/// its guest is paused.
 pub struct ProcessRam {
     pid: u32,
-    /// As they were named.
+    /// The regions as named on the command line.
     named: Vec<Region>,
     live: bool,
     regions: Vec<Range<u64>>,
     memory: ProcessMemory,
-    /// The files that show the RAM, as far as they can be opened: none is restored to meanwhile.
+    /// The files that contain the RAM, as far as they can be opened. No restore can write to them.
     files: Vec<File>,
-    /// Goes on when this is dropped.
+    /// The process resumes when this is dropped.
     stopped: Option<StoppedProcess>,
-    /// Dropped after it.
+    /// Dropped after `stopped`.
     not_suspended: Option<NotSuspended>,
-    /// Dropped after it, too.
+    /// Dropped after `stopped`.
     kept: Option<Kept>,
 }
 
@@ -127,7 +127,7 @@ impl ProcessRam {
         Ok(ram)
     }
 
-    /// Stops the process, and looks again where its RAM is.
+    /// Stops the process, and checks that its RAM is still at the same addresses.
     pub fn hold(&mut self, session: &Session) -> anyhow::Result<()> {
         if !self.live {
             let cancelled = || session.is_cancelled();
@@ -137,7 +137,8 @@ impl ProcessRam {
             self.not_suspended = Some(not_suspended.with_context(hold)?);
             self.stopped = Some(StoppedProcess::stop_unless(self.pid, PATIENCE, &cancelled)?);
         }
-        // Its id stays its own from here on; it may have been another's before.
+        // The process id cannot be reused from here on. It may have belonged to another process
+        // before.
         let maps = ProcessMaps::of(self.pid)?;
         if find_all(&self.named, &maps)? != self.regions {
             return Err(Failure::RamMoved { pid: self.pid }.into());
@@ -146,7 +147,7 @@ impl ProcessRam {
         Ok(())
     }
 
-    /// Whether any of the regions shows the file at `path`.
+    /// Returns whether any of the regions maps the file at `path`.
     pub fn is_mapped_from(&self, path: &Path) -> bool {
         let (Ok(metadata), Ok(file), Ok(maps)) = (
             path.metadata(),
@@ -183,7 +184,7 @@ impl ProcessRam {
         self.check_filled(&maps).map(drop)
     }
 
-    /// Refuses RAM that is being restored by way of its file.
+    /// Refuses RAM whose file is being restored to.
     fn keep_from_restore(&mut self, maps: &ProcessMaps) -> anyhow::Result<()> {
         for range in &self.regions {
             for region in regions_in(maps, range) {
@@ -233,9 +234,9 @@ fn is_file_of(region: &ProcessRegion, file: &fs::Metadata) -> bool {
     region.inode != 0 && (device, region.inode) == (file.dev(), file.ino())
 }
 
-/// Opens the file that a mapping shows: through the mapping, which takes a privilege, or through a
-/// descriptor that the process still has of it. Devices are not compared: on btrfs and overlayfs a
-/// mapping is listed with another device than its file has.
+/// Opens the file of a mapping: through the mapping, which requires a privilege, or through a
+/// descriptor that the process still has open. Devices are not compared: on btrfs and overlayfs, a
+/// mapping is listed with another device than its file.
 fn file_behind(pid: u32, region: &ProcessRegion) -> Option<File> {
     if region.inode == 0 {
         return None;
@@ -285,7 +286,7 @@ fn open(pid: u32, regions: &[Range<u64>]) -> Result<ProcessMemory, ProcessMemory
     ProcessMemory::open(pid, ranges)
 }
 
-/// The mappings that `range` is in, up to the first gap.
+/// Returns the mappings that contain `range`, up to the first gap.
 fn regions_in<'m>(
     maps: &'m ProcessMaps,
     range: &Range<u64>,
@@ -298,9 +299,9 @@ fn regions_in<'m>(
     })
 }
 
-/// The files that a mapping may show: what the kernel leads to, which takes
-/// `CAP_CHECKPOINT_RESTORE`, and what is found by its name now. On overlayfs, mappings are listed
-/// by other numbers than files.
+/// Returns the files that may be mapped: the file that the kernel names, which requires
+/// `CAP_CHECKPOINT_RESTORE`, and the file that has the name of the mapping now. On overlayfs,
+/// mappings are listed with other numbers than files.
 fn mapped_files(pid: u32, region: &ProcessRegion) -> impl Iterator<Item = FileIdentity> {
     let Range { start, end } = region.addresses;
     let by_kernel = format!("/proc/{pid}/map_files/{start:x}-{end:x}").into();

@@ -14,10 +14,10 @@ use nix::sys::statvfs::fstatvfs;
 
 use crate::failure::Failure;
 
-/// Refuses to write what `chain` stores to a new file in `dir` that cannot hold it; if it is a raw
-/// diff, with zeros that images merely name: its holes are clean pages.
+/// Refuses to write the stored pages of `chain` to a new file if `dir` does not have the room. A
+/// raw diff also needs room for zeros that images do not store, as its holes are clean pages.
 pub fn check_new(path: &Path, dir: &Path, chain: &Chain, raw_diff: bool) -> Result<(), Failure> {
-    // Of a raw image the holes are left out as it is read.
+    // The holes of a raw image are left out as it is read.
     let known = chain.images().all(|image| image.footer().is_some());
     match sys::free_in(dir) {
         Some(free) if known && raw_diff => check(path, chain.known_runs(), &free),
@@ -26,7 +26,7 @@ pub fn check_new(path: &Path, dir: &Path, chain: &Chain, raw_diff: bool) -> Resu
     }
 }
 
-/// Refuses to write `runs` to a new file in `dir` that cannot hold them.
+/// Refuses to write `runs` to a new file if `dir` does not have the room.
 pub fn check_runs(path: &Path, dir: &Path, runs: Vec<Range<u64>>) -> Result<(), Failure> {
     match sys::free_in(dir) {
         Some(free) => check(path, runs.into_iter(), &free),
@@ -34,8 +34,8 @@ pub fn check_runs(path: &Path, dir: &Path, runs: Vec<Range<u64>>) -> Result<(), 
     }
 }
 
-/// Refuses to write `needed` bytes to new files in `dir`, for the output `path`, where there is not
-/// so much room.
+/// Refuses to write `needed` bytes to new files in `dir`, for the output `path`, if `dir` does not
+/// have the room.
 pub fn check_bytes(path: &Path, dir: &Path, needed: u64) -> Result<(), Failure> {
     match sys::free_in(dir) {
         Some(free) => compare(path, needed, free.bytes),
@@ -47,13 +47,13 @@ fn check(path: &Path, runs: impl Iterator<Item = Range<u64>>, free: &Free) -> Re
     compare(path, in_blocks(runs, free.block), free.bytes)
 }
 
-/// The bytes of the blocks that `runs` reach into.
+/// Returns the size of the blocks that `runs` overlap, in bytes.
 pub fn in_blocks(runs: impl Iterator<Item = Range<u64>>, block: u64) -> u64 {
     let whole = |run: Range<u64>| run.end.next_multiple_of(block) - run.start / block * block;
     runs.map(whole).sum()
 }
 
-/// Refuses to write `needed` bytes where `available` are.
+/// Refuses to write `needed` bytes if fewer are `available`.
 pub fn compare(path: &Path, needed: u64, available: u64) -> Result<(), Failure> {
     if needed <= available {
         return Ok(());
@@ -65,19 +65,19 @@ pub fn compare(path: &Path, needed: u64, available: u64) -> Result<(), Failure> 
     })
 }
 
-/// The file system that an open file is on.
+/// The file system of an open file.
 #[derive(Debug)]
 pub struct Place {
-    /// What it calls itself.
+    /// The name of the file-system type.
     pub file_system: String,
-    /// Where it is mounted, as far as its paths tell.
+    /// The mount point, as far as it can be derived from paths.
     pub mount: PathBuf,
     /// Bytes that this user may still write there.
     pub available: u64,
 }
 
 impl Place {
-    /// That of `file`, which is in `dir`.
+    /// Returns the file system of `file`, which is in `dir`.
     pub fn of(file: &File, dir: &Path) -> io::Result<Self> {
         let found = fstatvfs(file)?;
         // The types differ from system to system.
@@ -98,12 +98,12 @@ impl Place {
     }
 }
 
-/// What a file system has left.
+/// The free space of a file system.
 #[derive(Debug)]
 pub struct Free {
     pub bytes: u64,
     pub block: u64,
-    /// Bytes in all: 0 where it does not say.
+    /// The total size in bytes; 0 if the file system does not report it.
     #[cfg(target_os = "linux")]
     pub of: u64,
 }
@@ -119,8 +119,9 @@ mod sys {
 
     use super::Free;
 
-    /// What this user may still write to the file system of `file`. Blocks that are kept for root
-    /// do not count, also for root: ext4 counts what it keeps for itself among them.
+    /// Returns the space that this user may still write on the file system of `file`. Blocks that
+    /// are reserved for root do not count, not even for root: ext4 includes its own reserve in
+    /// them.
     pub fn free_for(file: &File) -> nix::Result<Free> {
         let found = fstatfs(file)?;
         let block = u64::try_from(found.block_size()).unwrap_or(4096).max(512);
@@ -136,8 +137,8 @@ mod sys {
         free(&found, &[TMPFS_MAGIC, EXT4_SUPER_MAGIC])
     }
 
-    /// A tmpfs without a limit, as that of memfds, has no blocks. What is reserved for root counts
-    /// as free: this may be root.
+    /// Returns `None` for a tmpfs without a limit, such as that of memfds, which has no blocks.
+    /// Blocks that are reserved for root count as free, as this user may be root.
     fn free(found: &Statfs, tell: &[FsType]) -> Option<Free> {
         if !tell.contains(&found.filesystem_type()) || found.blocks() == 0 {
             return None;

@@ -1,7 +1,7 @@
-//! Messages in the words of the command line.
+//! Messages for users of the command line.
 //!
-//! A library's error speaks to a program: where it names a function or type to use, ramsnap says
-//! something else, or adds what to type.
+//! The errors of the libraries are written for programs. If one names a function or type to use,
+//! ramsnap prints another message, or adds the command to type.
 
 use atomic_file::RecoverError;
 use image_format::FooterError;
@@ -11,19 +11,19 @@ use memory_writer::{CommitError, OpenError, SnapshotError};
 use crate::failure::Failure;
 use crate::print;
 
-/// The message of an error: all of its causes, in words of the command line where a library's speak
-/// to a program.
+/// Returns the message of an error with all of its causes. Messages of libraries that are written
+/// for programs are replaced.
 pub fn text(error: &anyhow::Error) -> String {
     let causes = error
         .chain()
         .map(|cause| own_words(cause).unwrap_or_else(|| cause.to_string()));
-    // An I/O error that only carries another error shows that one's text.
+    // An I/O error that only wraps another error has the same text.
     let mut causes: Vec<_> = causes.collect();
     causes.dedup();
     causes.join(": ")
 }
 
-/// Says on stderr what failed, and what to do about it.
+/// Prints to stderr what failed, and what to do about it.
 pub fn complain(error: &anyhow::Error) {
     print::complain(&format!("error: {}", text(error)));
     if let Some(advice) = advice(error) {
@@ -31,7 +31,7 @@ pub fn complain(error: &anyhow::Error) {
     }
 }
 
-/// What ramsnap says in place of an error whose message names a part of a library.
+/// Returns the message that replaces that of an error that names a part of a library.
 fn own_words(cause: &(dyn std::error::Error + 'static)) -> Option<String> {
     if let Some(error) = cause.downcast_ref() {
         return of_opening(error).or_else(|| Some(recovering(&error.to_string())));

@@ -10,10 +10,10 @@ use crate::session::Session;
 
 /// Bytes read at a time.
 const CHUNK: u64 = 1 << 20;
-/// What of it is looked at for zeros at a time.
+/// The unit in which zeros are detected, in bytes.
 const BLOCK: u64 = 4096;
 
-/// Returns what of `runs` of the RAM is not zeros, in blocks of 4 KiB.
+/// Returns the parts of `runs` that are not zeros, in blocks of 4 KiB.
 pub fn without_zeros(
     session: &Session,
     chain: &Chain,
@@ -46,7 +46,7 @@ pub fn without_zeros(
     Ok(found)
 }
 
-/// What a chain says in an I/O error.
+/// Returns the error that a chain wraps in an I/O error.
 fn unwrapped(error: io::Error) -> anyhow::Error {
     match error.downcast::<memory_image::ImageError>() {
         Ok(error) => error.into(),
@@ -54,13 +54,13 @@ fn unwrapped(error: io::Error) -> anyhow::Error {
     }
 }
 
-/// A part of some bytes of RAM that is in one block.
+/// A part of a range of RAM that is in one block.
 pub struct Block {
     pub range: Range<u64>,
     pub is_zero: bool,
 }
 
-/// The blocks of `bytes`, which stand at `offset` of the RAM.
+/// Returns the blocks of `bytes`, which are at `offset` in the RAM.
 pub fn blocks(offset: u64, bytes: &[u8]) -> impl Iterator<Item = Block> {
     let end = offset + bytes.len() as u64;
     let mut at = offset;

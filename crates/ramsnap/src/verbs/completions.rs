@@ -1,4 +1,4 @@
-//! `ramsnap completions`: what shells complete.
+//! `ramsnap completions`: completion scripts for shells.
 
 use clap::{Args, CommandFactory};
 use clap_complete::Shell;
@@ -7,7 +7,7 @@ use crate::Verdict;
 use crate::cli::Cli;
 use crate::print;
 
-/// Print what a shell needs to complete commands
+/// Print the completion script for a shell
 #[derive(Debug, Args)]
 #[command(
     after_help = "Example:\n  ramsnap completions bash > ~/.local/share/bash-completion/completions/ramsnap"

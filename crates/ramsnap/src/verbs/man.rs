@@ -19,7 +19,7 @@ use crate::session::Session;
 #[derive(Debug, Args)]
 #[command(after_help = "Example:\n  ramsnap man ~/.local/share/man/man1")]
 pub struct Man {
-    /// The directory, made if it is not there
+    /// The directory, which is created if missing
     #[arg(value_name = "DIR")]
     dir: PathBuf,
     /// Replace pages that exist
@@ -53,7 +53,7 @@ impl Man {
     }
 }
 
-/// The pages, one for the tool and one a verb, by name.
+/// Returns the pages by name: one for the tool and one for each verb.
 fn pages() -> anyhow::Result<Vec<(OsString, Vec<u8>)>> {
     let making = "cannot make the manual pages";
     let dir = tempfile::tempdir().context(making)?;

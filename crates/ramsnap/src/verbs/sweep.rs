@@ -13,23 +13,23 @@ use crate::{Verdict, words};
 /// Remove the staged files that killed writers left in directories
 ///
 /// A writer stages its file beside the output, under a name such as
-/// .atomic-file-88662993-0f1e2d3c4b5a6978.stage, and locks it. A file without a lock is orphaned,
-/// for any output. Files kept for recycling are removed as well. Nothing else is
-/// touched, and nothing that a writer uses.
+/// .atomic-file-88662993-0f1e2d3c4b5a6978.stage, and locks it. A file that is not locked is
+/// orphaned, and is removed regardless of its output. Files kept for recycling are removed as well.
+/// Other files, and files that a writer uses, are not touched.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  \
     ramsnap sweep --dry-run /var/lib/snapshots\n  \
     ramsnap sweep /var/lib/snapshots /dev/shm\n  \
     ramsnap sweep --recover /var/lib/snapshots")]
 pub struct Sweep {
-    /// Directories; not those in them. One that fails keeps none of the others from being swept
+    /// Directories, without their subdirectories. A failure does not stop the sweep of the others
     #[arg(required = true, value_name = "DIR")]
     dirs: Vec<PathBuf>,
-    /// Say what would be removed, and remove nothing
+    /// List the files that would be removed, and remove nothing
     #[arg(short = 'n', long)]
     dry_run: bool,
-    /// Complete interrupted commits of groups of files first: what such a group staged is kept
-    /// otherwise
+    /// Complete interrupted commits of groups of files first; without it, the staged files of such
+    /// groups are kept
     #[arg(long, conflicts_with = "dry_run")]
     recover: bool,
     /// As JSON: an object of lists. A path that is not UTF-8 is an object: text, and bytes_hex

@@ -1,4 +1,4 @@
-//! `ramsnap verify`: whether images are whole, and follow each other.
+//! `ramsnap verify`: checks that images are whole and follow each other.
 
 use clap::Args;
 use memory_image::{Damage, ImageError, Verified};
@@ -12,8 +12,8 @@ use crate::{Verdict, failure, words};
 
 /// Check that images are whole and, if there are several, that each follows the one before
 ///
-/// Every page is read and compared with the checksums. A raw image has none, so it can't be
-/// checked, which is a failure.
+/// Every page is read and compared with the checksums. A raw image has no checksums:
+/// it cannot be checked, which is a failure.
 #[derive(Debug, Args)]
 #[command(
     after_help = "Examples:\n  ramsnap verify full.mem\n  ramsnap verify full.mem d1.mem d2.mem --json"
@@ -40,7 +40,7 @@ impl Verify {
         for file in &self.files {
             let checked = Checked::file(session, file, self.formats);
             files.push(checked.unwrap_or_else(|error| {
-                // It keeps none of the others from being checked.
+                // A failure does not prevent the other files from being checked.
                 let why = words::text(&error);
                 if let Some(other) = failed.replace(error) {
                     words::complain(&other);
@@ -98,7 +98,7 @@ impl Verify {
 struct Report {
     good: bool,
     files: Vec<Checked>,
-    /// Of several files.
+    /// Present if there are several files.
     links: Option<Links>,
 }
 
@@ -121,18 +121,18 @@ enum State {
         found: u64,
         damages: Vec<Place>,
     },
-    /// The footer can't be used, so nothing is known of the pages.
+    /// The footer is not usable, so the pages are unknown.
     Unusable {
         why: String,
     },
-    /// It could not be opened or read.
+    /// The file could not be opened or read.
     Unreadable {
         why: String,
     },
     Raw,
 }
 
-/// Where a damage is.
+/// The location of damage.
 #[derive(Debug, Serialize)]
 #[serde(untagged)]
 enum Place {
@@ -188,7 +188,7 @@ impl Checked {
         }
     }
 
-    /// Whether there is anything that says what it follows.
+    /// Returns whether the file records which image it follows.
     fn has_links(&self, allow_raw: bool) -> bool {
         match self.state {
             State::Whole { .. } | State::Damaged { .. } => true,

@@ -1,9 +1,9 @@
-//! RAM in cells, and what share of each is what.
+//! RAM divided into cells, with the state of each cell.
 
 use crate::print::size;
 use crate::verbs::map::{PageMap, State};
 
-/// Parts of the RAM of one size, in lines.
+/// Lines of cells, each of which stands for a part of the RAM of the same size.
 #[derive(Debug, Default)]
 pub(super) struct Picture {
     pub(super) ram_bytes: u64,
@@ -17,7 +17,7 @@ pub(super) struct Line {
     pub(super) cells: Vec<Cell>,
 }
 
-/// Shares of a cell's bytes, from 0 to 1. The rest is clean.
+/// The shares of the bytes of a cell, from 0 to 1. The rest is clean.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub(super) struct Cell {
     pub(super) present: f64,
@@ -25,7 +25,7 @@ pub(super) struct Cell {
 }
 
 impl Picture {
-    /// One image in at most `lines` lines of `columns` cells.
+    /// Draws one image in at most `lines` lines of `columns` cells.
     pub(super) fn of_one(map: &PageMap, columns: u64, lines: u64) -> Self {
         let cell_bytes = cell_bytes(map, columns * lines);
         let cells = cells(map, cell_bytes);
@@ -41,7 +41,7 @@ impl Picture {
         }
     }
 
-    /// A line each, of at most `columns` cells.
+    /// Draws a line for each image, of at most `columns` cells.
     pub(super) fn of_several(maps: &[PageMap], columns: u64) -> Self {
         let Some(first) = maps.first() else {
             return Self::default();
@@ -68,14 +68,14 @@ impl Picture {
         format!("{ram} of RAM, {cell} a cell")
     }
 
-    /// The widest line.
+    /// Returns the length of the longest line.
     pub(super) fn columns(&self) -> usize {
         let cells = self.lines.iter().map(|line| line.cells.len());
         cells.max().unwrap_or(0)
     }
 }
 
-/// Whole pages, and no more than `most` cells.
+/// Returns the size of a cell: whole pages, with at most `most` cells.
 fn cell_bytes(map: &PageMap, most: u64) -> u64 {
     map.ram_bytes.div_ceil(most).div_ceil(map.page_bytes) * map.page_bytes
 }
@@ -100,7 +100,7 @@ fn cells(map: &PageMap, cell_bytes: u64) -> Vec<Cell> {
     cells
 }
 
-/// How much of a share is to be seen: the square root, so that a few pages are seen beside many.
+/// Returns the displayed value of a share: its square root, so that a few pages remain visible.
 pub(super) fn visible(share: f64) -> f64 {
     share.clamp(0.0, 1.0).sqrt()
 }

@@ -6,14 +6,14 @@ use svg::node::element::{Group, Rectangle, Text, Title};
 use crate::verbs::map::PageMap;
 use crate::verbs::map::cells::{Cell, Picture, visible};
 
-/// Cells of a line, and lines of one image.
+/// The cells in a line, and the lines of one image.
 const COLUMNS: u64 = 256;
 const LINES: u64 = 64;
-/// Pixels of a cell, and of a line with the gap below it.
+/// The size of a cell and of the gap below a line, in pixels.
 const WIDTH: usize = 4;
 const HEIGHT: usize = 12;
 const GAP: usize = 2;
-/// Around a drawing with labels.
+/// The margins of a drawing with labels.
 const LEFT: usize = 130;
 const TOP: usize = 48;
 const BELOW: usize = 16;
@@ -21,7 +21,7 @@ const BELOW: usize = 16;
 type Colour = [u8; 3];
 const CLEAN: Colour = [242, 242, 242];
 const ZERO: Colour = [190, 210, 232];
-/// A few pages, and all of a cell.
+/// The colours of a cell with a few pages, and with all pages.
 const FEW: Colour = [255, 215, 160];
 const ALL: Colour = [150, 10, 20];
 
@@ -94,7 +94,7 @@ fn rectangle(x: usize, y: usize, width: usize, height: usize, colour: Colour) ->
         .set("fill", format!("rgb({red},{green},{blue})"))
 }
 
-/// Without words: the cells alone.
+/// Draws the cells as PNG, without text.
 pub(super) fn png(picture: &Picture) -> anyhow::Result<Vec<u8>> {
     let width = picture.columns() * WIDTH;
     let height = picture.lines.len() * (HEIGHT + GAP);

@@ -7,11 +7,11 @@ use crate::verbs::map::cells::{Cell, Picture, visible};
 
 /// The most lines of one image.
 const LINES: u64 = 16;
-/// Columns where there is no terminal.
+/// The columns without a terminal.
 const COLUMNS: usize = 80;
-/// How full a cell is.
+/// The characters for the levels of a cell.
 const LEVELS: [char; 9] = [' ', '▁', '▂', '▃', '▄', '▅', '▆', '▇', '█'];
-/// The same as colours, from pale yellow to red, of the 256 that terminals have.
+/// The colours for the levels, from pale yellow to red, of the 256 colours of terminals.
 const COLOURS: [u8; 9] = [230, 229, 222, 216, 215, 209, 203, 197, 196];
 const ZERO: char = '·';
 /// A steel blue.
@@ -42,7 +42,7 @@ pub(super) fn text(maps: &[PageMap], width: Option<usize>) -> String {
     )
 }
 
-/// As many cells as there is room for beside the labels.
+/// Draws as many cells as fit beside the labels.
 fn fit(maps: &[PageMap], width: usize) -> Picture {
     let picture = |columns: usize| match maps {
         // A power of two, so that lines begin at round numbers.
@@ -60,7 +60,7 @@ fn margin(picture: &Picture) -> usize {
     labels.max().unwrap_or(0)
 }
 
-/// How a cell looks: as full as it is present, or a mark for zeros.
+/// Returns the character and colour of a cell: its share of present pages, or a mark for zeros.
 fn glyph(cell: &Cell) -> (char, Option<u8>) {
     if cell.present > 0.0 {
         // Rounded up: one page of a terabyte shows.

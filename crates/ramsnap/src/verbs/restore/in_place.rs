@@ -27,7 +27,7 @@ use crate::{room, sys::Mapping};
 
 /// Bytes read, or zeros written, at a time.
 const CHUNK: usize = 1 << 20;
-/// Zeros that are shorter are written with what is around them.
+/// The shortest run of zeros that becomes a hole. Shorter ones are written with the data around.
 #[cfg(target_os = "linux")]
 const SHORTEST_HOLE: u64 = 32 << 10;
 
@@ -156,7 +156,7 @@ impl<'s> InPlace<'s> {
         Ok(false)
     }
 
-    /// Takes the room for what the images store, or refuses. Huge pages were reserved.
+    /// Reserves the room for the stored pages, or refuses. Huge pages were reserved before.
     #[cfg(target_os = "linux")]
     pub(super) fn reserve(&self, chain: &Chain, holds: bool) -> anyhow::Result<Plan> {
         match self.mapping {
@@ -165,7 +165,7 @@ impl<'s> InPlace<'s> {
         }
     }
 
-    /// Other systems have no such call.
+    /// Plans without reserving room, which other systems do not support.
     #[cfg(not(target_os = "linux"))]
     pub(super) fn reserve(&self, chain: &Chain, _: bool) -> anyhow::Result<Plan> {
         Ok(Plan {
@@ -173,7 +173,8 @@ impl<'s> InPlace<'s> {
         })
     }
 
-    /// Makes zeros of all that is not written, from where on the RAM is lost, and returns what is.
+    /// Makes zeros of all ranges that will not be written, and returns the ranges to write. The old
+    /// RAM is lost from here on.
     #[cfg(target_os = "linux")]
     pub(super) fn begin(&self, plan: Plan) -> anyhow::Result<Vec<Range<u64>>> {
         if let Some(reserved) = plan.reserved {
@@ -201,11 +202,11 @@ impl<'s> InPlace<'s> {
         Ok(plan.runs)
     }
 
-    /// Whether the first and the last byte can be written: by writing what they are. A seal, a
-    /// limit on the size of files, or a file system that fails every write is found before anything
-    /// is lost.
+    /// Checks that the first and the last byte can be written, by writing their current values.
+    /// This detects a seal, a limit on the size of files, or a file system that fails every write
+    /// before any data is lost.
     ///
-    /// Holes are holes afterwards.
+    /// Holes are still holes afterwards.
     pub(super) fn check_writing(&mut self) -> anyhow::Result<()> {
         let looking = || format!("cannot look at {:?}", self.path);
         let metadata = self.file.metadata().with_context(looking)?;
@@ -218,13 +219,13 @@ impl<'s> InPlace<'s> {
             self.file.read_exact_at(&mut byte, at)?;
             self.write(&byte, at)?;
             if is_hole {
-                // Zeros are right, too.
+                // Zeros are correct as well.
                 let _ = punch_hole(&self.file, around);
             }
             Ok(())
         };
         match rewrite(0).and_then(|()| rewrite(self.size - 1)) {
-            // What the file has may be what the RAM needs.
+            // The space of the file itself may be enough for the RAM.
             Err(error) if error.kind() != io::ErrorKind::StorageFull => {
                 return Err(Failure::TargetNotWritable {
                     path: self.path.to_owned(),
@@ -236,7 +237,7 @@ impl<'s> InPlace<'s> {
         }
         #[cfg(target_os = "linux")]
         if self.mapping.is_some() && metadata.blocks() == 0 {
-            // The pages are given up, and reserved like the others again.
+            // Frees the pages, and reserves them again like the others.
             let given_up = punch_hole(&self.file, 0..self.size);
             given_up.with_context(|| format!("cannot make zeros of {:?}", self.path))?;
             self.mapping = None;
@@ -275,7 +276,7 @@ impl<'s> InPlace<'s> {
         let all = 0..self.size;
         #[cfg(target_os = "linux")]
         if let Some(mapping) = &self.mapping {
-            // A hole would give up the pages, which another process could take.
+            // A hole would free the pages, and another process could take them.
             let zeros = vec![0; CHUNK];
             for range in FileReader::new(&self.file).populated(all) {
                 for at in range.clone().step_by(CHUNK) {
@@ -299,12 +300,12 @@ impl<'s> InPlace<'s> {
         Ok(())
     }
 
-    /// Writes bytes of the RAM over what was emptied or reserved: of long zeros, holes.
+    /// Writes bytes of the RAM to an emptied or reserved range. Long runs of zeros become holes.
     #[cfg(target_os = "linux")]
     fn write_sparse(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
         if self.mapping.is_some() {
             return match HostMemory::from(bytes).is_zero() {
-                // As it is since it was emptied.
+                // Already zeros since the file was emptied.
                 true => Ok(()),
                 false => self.write(bytes, offset),
             };
@@ -332,8 +333,8 @@ impl<'s> InPlace<'s> {
     }
 }
 
-/// Maps a file on hugetlbfs, which has no `write(2)`: all the pages that it lacks are reserved, or
-/// it is refused.
+/// Maps a file on hugetlbfs, which has no `write(2)`. Reserves all missing pages, or refuses the
+/// file.
 #[cfg(target_os = "linux")]
 fn huge_pages(path: &Path, file: &File, size: u64) -> anyhow::Result<Option<Mapping>> {
     if !room::is_on_hugetlbfs(path) {
@@ -345,7 +346,7 @@ fn huge_pages(path: &Path, file: &File, size: u64) -> anyhow::Result<Option<Mapp
             let path = path.to_owned();
             Err(Failure::NoHugePages { path, source }.into())
         }
-        // A seal, for example.
+        // For example, a seal.
         Err(source) => {
             let path = path.to_owned();
             Err(Failure::TargetNotWritable { path, source }.into())

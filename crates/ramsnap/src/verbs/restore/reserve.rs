@@ -1,15 +1,15 @@
-//! Room for RAM that is overwritten, taken before anything of it is lost.
+//! Reserving room for RAM before existing RAM is overwritten.
 //!
-//! Rule: no byte of RAM that exists changes before the blocks for what replaces it are allocated.
-//! To compare what is needed with what a file system calls free is not enough: ext4 keeps blocks
-//! back for root and for itself, and blocks that files share are not freed by a hole.
+//! Rule: no byte of existing RAM changes before the blocks for the new RAM are allocated. It is not
+//! enough to compare the needed space with the free space that a file system reports: ext4 reserves
+//! blocks for root and for itself, and a hole does not free blocks that files share.
 //!
 //! | file system | how |
 //! |---|---|
-//! | ext4, tmpfs | `fallocate` of what is missing; a block that is there is overwritten where it is |
+//! | ext4, tmpfs | `fallocate` of missing blocks; existing blocks are overwritten in place |
 //! | XFS | `fallocate` with `FALLOC_FL_UNSHARE_RANGE`, as blocks may be shared with a copy |
 //! | hugetlbfs | the mapping reserves its pages |
-//! | others | nothing: btrfs writes what is overwritten to other blocks. As much as the RAM needs must be free, and a warning says that this may not be enough |
+//! | others | nothing: btrfs writes overwritten data to other blocks. As much as the RAM needs must be free, and a warning says that this may not be enough |
 //!
 //! On tmpfs, which counts exactly, the old RAM's own pages count as room if nothing else is left.
 
@@ -33,25 +33,24 @@ use crate::room;
 use crate::session::Session;
 use crate::zeros::without_zeros;
 
-/// Bytes reserved by one call, and between two looks for signals.
+/// Bytes reserved by one call, and between two checks for signals.
 const STEP: u64 = 1 << 30;
 /// Bytes read at a time.
 const CHUNK: usize = 1 << 20;
 
-/// What is to be written of the RAM, and how.
+/// The parts of the RAM to write, and how to write them.
 #[derive(Debug)]
 pub(super) struct Plan {
-    /// What is written. Everything else is zeros.
+    /// The ranges to write. All other ranges are zeros.
     pub(super) runs: Vec<Range<u64>>,
-    /// Whether all of the file must be zeros before anything is written, as it has to give up
-    /// blocks first.
+    /// Whether the file must be emptied before anything is written, as it must free blocks first.
     pub(super) empty_first: bool,
-    /// Given back unless the restore begins.
+    /// Released unless the restore begins.
     pub(super) reserved: Option<Reserved>,
 }
 
 impl Plan {
-    /// To write what `chain` stores to a file that is emptied first.
+    /// Plans to write the stored pages of `chain` to a file that is emptied first.
     pub(super) fn to_empty(chain: &Chain) -> Self {
         Self {
             runs: chain.stored_runs().collect(),
@@ -61,12 +60,12 @@ impl Plan {
     }
 }
 
-/// Blocks that were allocated in holes of a file. Dropped, it makes them holes again.
+/// Blocks that were allocated in holes of a file. They become holes again on drop.
 #[derive(Debug)]
 pub(super) struct Reserved {
     file: File,
     blocks_before: u64,
-    /// The holes of before.
+    /// The holes before the allocation.
     holes: Vec<Range<u64>>,
 }
 
@@ -83,17 +82,17 @@ impl Drop for Reserved {
         if blocks <= self.blocks_before {
             return;
         }
-        // Where they are now does not tell: once they were read, reserved blocks are listed as
-        // data.
+        // The current holes cannot be used: reserved blocks are listed as data once they were
+        // read.
         let mut buffer = SecretBuffer::new();
         for hole in &self.holes {
             for at in hole.clone().step_by(CHUNK) {
                 let end = hole.end.min(at + CHUNK as u64);
                 let bytes = buffer.sized((end - at) as usize);
                 let read = self.file.read_exact_at(bytes, at);
-                // Another program may have written there meanwhile.
+                // Another program may have written there in the meantime.
                 if read.is_ok() && HostMemory::from(&*bytes).is_zero() {
-                    // What stays reserved is zeros, too.
+                    // Blocks that stay reserved are zeros as well.
                     let _ = punch_hole(&self.file, at..end);
                 }
             }
@@ -101,16 +100,16 @@ impl Drop for Reserved {
     }
 }
 
-/// How a file system sets blocks aside that a write cannot lack.
+/// The method by which blocks are reserved on a file system, so that a write cannot fail.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Method {
-    /// By allocating what is missing.
+    /// Allocates missing blocks.
     Allocate,
-    /// The same, where what is free can be counted.
+    /// Allocates missing blocks, on a file system that counts free blocks exactly.
     AllocateOrCount,
-    /// By allocating what is missing or shared.
+    /// Allocates missing and shared blocks.
     Unshare,
-    /// In no way.
+    /// Blocks cannot be reserved.
     Unknown,
 }
 
@@ -136,8 +135,8 @@ impl Method {
     }
 }
 
-/// Sees that what `chain` stores can be written to `file`, at `path`, which `holds` RAM or nothing
-/// but zeros. Not a byte of the file changes.
+/// Ensures that the stored pages of `chain` can be written to `file`, at `path`. The file has RAM
+/// if `holds` is set, and only zeros otherwise. No byte of the file changes.
 pub(super) fn reserve(
     session: &Session,
     path: &Path,
@@ -190,7 +189,7 @@ pub(super) fn reserve(
             return Err(error.context(format!("cannot reserve room for the RAM in {path:?}")));
         }
     }
-    // Zeros that are stored need no room.
+    // Stored zeros need no room.
     let needed = without_zeros(session, chain, &stored)?;
     if let Some(reserved) = take(&needed)? {
         return Ok(plan(needed, reserved));
@@ -215,8 +214,8 @@ pub(super) fn reserve(
     .into())
 }
 
-/// Where blocks can't be reserved: asks for as much as the RAM needs to be free, as the old RAM's
-/// may not be given back in time, and warns.
+/// Handles file systems on which blocks cannot be reserved: requires as much free space as the RAM
+/// needs, as the blocks of the old RAM may not be freed in time, and warns.
 fn unreserved(
     session: &Session,
     path: &Path,
@@ -230,12 +229,12 @@ fn unreserved(
         reserved: None,
     };
     if !holds {
-        // There is nothing to lose.
+        // The file has no data to lose.
         return Ok(plan(stored));
     }
     let looking = || format!("cannot look at {path:?}");
     let free = room::free_for(file).with_context(looking)?;
-    // Some network file systems have no numbers.
+    // Some network file systems do not report their size.
     if free.of > 0 {
         let needed = room::in_blocks(stored.iter().cloned(), free.block);
         room::compare(path, needed, free.bytes)?;
@@ -248,7 +247,7 @@ fn unreserved(
     Ok(plan(stored))
 }
 
-/// `ECANCELED` where a signal came.
+/// Allocates blocks. Fails with `ECANCELED` if a signal came.
 fn allocate(
     session: &Session,
     file: &impl AsFd,
