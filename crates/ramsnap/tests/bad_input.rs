@@ -1,4 +1,4 @@
-//! What the tool refuses, with which exit code, and that it leaves everything as it was.
+//! Invalid input: the tool refuses it with the right exit code, and changes no file.
 
 mod support;
 
@@ -61,7 +61,7 @@ fn wrong_usage_is_refused_before_anything_is_written(#[case] command: &str, #[ca
 #[case::other_addresses("full.mem moved.mem", &["moved.mem", "other addresses"])]
 #[case::onto_raw("raw:ram d1.mem", &["d1.mem", "newest image is raw"])]
 #[case::diff_first("d1.mem full.mem", &["full.mem", "is a full image"])]
-fn a_chain_that_is_none_is_refused_by_every_verb(#[case] files: &str, #[case] says: &[&str]) {
+fn images_that_form_no_chain_are_refused_by_every_verb(#[case] files: &str, #[case] says: &[&str]) {
     let work = Work::with_chain();
     work.good("full ram -o full2.mem");
     work.good("diff full2.mem --ram first -o other.mem");
@@ -111,9 +111,9 @@ fn other_bad_input_is_named(#[case] command: &str, #[case] code: i32, #[case] sa
     work.fails(command, code, says);
 }
 
-/// Nor what was a sealed image, and is raw to those who say so.
+/// This includes a sealed image that is opened as raw.
 #[test]
-fn what_has_no_checksums_is_not_restored_as_verified() {
+fn images_without_checksums_are_refused_with_verify() {
     let work = Work::with_chain();
     work.good("full ram -o full.raw --layout raw");
     work.good("full ram -o sealed.mem --layout sealed");
@@ -129,7 +129,7 @@ fn what_has_no_checksums_is_not_restored_as_verified() {
 }
 
 #[test]
-fn an_output_that_is_a_link_to_nothing_is_explained_in_the_tools_own_words() {
+fn an_output_that_is_a_dangling_link_is_explained() {
     let work = Work::with_chain();
     std::os::unix::fs::symlink("away", work.path("link")).unwrap();
     let says = ["link", "away", "with ramsnap: name the file"];
@@ -146,7 +146,7 @@ fn an_output_that_is_a_link_to_nothing_is_explained_in_the_tools_own_words() {
 #[case::below_ram("diff full.mem d1.mem --ram ram -o out")]
 #[case::restored("restore full.mem d1.mem -o out")]
 #[case::restored_in_place("restore full.mem d1.mem -o second --force")]
-fn damage_does_not_get_checksums_that_call_it_right(#[case] command: &str) {
+fn damaged_pages_do_not_get_valid_checksums(#[case] command: &str) {
     let work = Work::with_chain();
     work.good("full ram -o other.mem");
     work.rot("full.mem", 5000);
@@ -165,7 +165,7 @@ fn checksums_are_not_compared_on_request(#[case] command: &str) {
     assert!(work.files().contains(&"out".to_owned()));
 }
 
-/// Checking sums takes as long as the whole work: nothing is to fail after it that can fail before.
+/// Verifying checksums takes as long as the rest: all checks that can precede it must do so.
 #[rstest]
 #[case::merged("merge full.mem d1.mem -o none/out")]
 #[case::converted("convert full.mem -o none/out")]
@@ -177,7 +177,7 @@ fn a_place_for_the_output_is_made_before_sums_are_checked(#[case] command: &str)
     work.fails(command, 3, &["none"]);
 }
 
-/// By a name of its own, a hard link and a symbolic link.
+/// The output is the same name, a hard link, or a symbolic link.
 #[rstest]
 #[case::full("full ram -o OUT --force", "ram")]
 #[case::metadata("full ram -o OUT --force --metadata full.mem", "full.mem")]
@@ -208,7 +208,7 @@ fn an_output_that_is_an_input_is_refused(#[case] command: &str, #[case] input: &
     }
 }
 
-/// The directory of a layer, and the overlay: another device and another inode for one file.
+/// A file has different device and inode numbers in the layer and in the overlay.
 #[cfg(target_os = "linux")]
 #[rstest]
 #[case::the_layer("restore raw:LAYER -o MERGED --force")]
@@ -248,7 +248,7 @@ fn an_output_that_is_an_input_on_an_overlay_is_refused(
     if command.starts_with("restore") {
         let mut send = work.command(&format!("convert {} -o - --zstd", stored.display()));
         let stdout = fs::File::options().append(true).open(&merged).unwrap();
-        // Where that moved the file to the upper layer, it is another one.
+        // If the file was copied up to the upper layer, it is another file.
         if layer == "upper" {
             send.stdout(stdout);
             Ended::of(&mut send).fails(2, &["image", "one of the inputs"]);
@@ -276,7 +276,7 @@ fn a_stream_is_not_written_to_the_file_it_comes_from() {
 }
 
 #[test]
-fn an_image_that_was_cut_short_is_no_image() {
+fn a_truncated_image_is_refused() {
     let work = Work::with_chain();
     let bytes = work.read("d1.mem");
     fs::write(work.path("d1.mem"), &bytes[..bytes.len() - 1]).unwrap();
@@ -287,7 +287,7 @@ fn an_image_that_was_cut_short_is_no_image() {
     work.fails("merge full.mem d1.mem -o out", 1, &["d1.mem"]);
 }
 
-/// Resizes the RAM when its pages were read, and before they are written.
+/// Resizes the RAM after its pages were read and before they are written.
 #[cfg(target_os = "linux")]
 #[rstest]
 #[case::grows(1 << 20)]
@@ -330,7 +330,7 @@ fn a_full_disk_is_an_error_that_says_so_and_leaves_nothing(#[case] command: &str
     assert_eq!(support::list(disk.path()), [""; 0]);
 }
 
-/// Where the damage would be found after the images were read.
+/// The damage would be found only after the images were read.
 #[cfg(target_os = "linux")]
 #[rstest]
 #[case::merged("merge ../full.mem ../d1.mem -o out")]
@@ -350,7 +350,7 @@ fn a_disk_without_room_is_noticed_before_images_are_read(#[case] command: &str) 
     assert_eq!(support::list(disk.path()), [""; 0]);
 }
 
-/// In a raw diff, zeros that another image merely names are written.
+/// A raw diff stores zeros that other images do not store.
 #[cfg(target_os = "linux")]
 #[test]
 fn a_raw_diff_of_zeros_without_room_is_refused_before_it_is_written() {
@@ -382,7 +382,7 @@ fn a_limit_of_the_file_size_is_an_error_and_no_signal(#[case] kib: u64) {
     let work = Work::with_ram();
     let script = format!("ulimit -f {}; exec {RAMSNAP} full ram -o out", kib * 2);
     let mut shell = Command::new("sh");
-    // POSIX counts in blocks of 512 bytes; bash does so when it is called sh.
+    // POSIX counts in blocks of 512 bytes; so does bash if it is run as sh.
     shell.args(["-c", &script]).current_dir(work.path(""));
     Ended::of(&mut shell).fails(3, &["out", "File too large"]);
     assert_eq!(work.files(), ["ram"]);
@@ -394,8 +394,8 @@ fn without_permission_the_error_names_the_file() {
         return;
     }
     let work = Work::with_chain();
-    // Where anybody may run it. By `cp`, so that no child of another test has it open for writing:
-    // it would be busy.
+    // Any user may run the copy. `cp` makes it, so that no child of another test has it open for
+    // writing, which would make it busy.
     let copied = Command::new("cp")
         .args([RAMSNAP, "ramsnap"])
         .current_dir(work.path(""))
@@ -414,7 +414,7 @@ fn without_permission_the_error_names_the_file() {
     nobody("info full.mem").good();
     nobody("verify full.mem").good();
     nobody("convert full.mem -o out").fails(3, &["cannot stage", "Permission denied"]);
-    // RAM that may be read, and not be written.
+    // RAM that is readable and not writable.
     let before = work.read("ram");
     nobody("restore full.mem -o ram --force").fails(3, &["ram", "Permission denied"]);
     assert!(work.read("ram") == before);
@@ -429,10 +429,7 @@ fn without_permission_the_error_names_the_file() {
 #[case::different("diff full.mem --ram ram", 1)]
 #[case::written("full ram -o out", 0)]
 #[case::stream("convert full.mem -o - --zstd", 3)]
-fn a_reader_that_went_away_is_no_panic_and_changes_no_answer(
-    #[case] command: &str,
-    #[case] code: i32,
-) {
+fn a_closed_pipe_causes_no_panic_and_changes_no_answer(#[case] command: &str, #[case] code: i32) {
     let work = Work::with_chain();
     work.copy("full.mem", "rotten.mem");
     work.rot("rotten.mem", 5000);

@@ -1,4 +1,4 @@
-//! What a file is taken for: never what its guest wrote, and never raw unless it is said.
+//! The detected format of a file: bytes of the guest never decide it, and raw must be requested.
 
 mod support;
 
@@ -53,13 +53,13 @@ fn a_sealed_image_without_its_footer_is_refused_by_every_verb(
     work.fails(command, 1, &["cut.mem", "its end was cut off", "raw:FILE"]);
 }
 
-/// What a guest may write where its RAM begins or ends.
+/// Returns bytes that a guest may write at the start or the end of its RAM.
 fn planted(work: &Work, what: &str) -> (usize, Vec<u8>) {
     let end = RAM as usize;
     match what {
         "eight bytes" => (end - 8, b"memsnap\xff".to_vec()),
         "a header" => (0, work.read("d1.mem")[..4096].to_vec()),
-        // A whole footer, with a bit changed in the middle of it.
+        // A complete footer with one flipped bit in its middle.
         "a broken footer" => {
             let image = work.read("sealed.mem");
             let mut footer = image[end..].to_vec();
@@ -79,7 +79,7 @@ fn planted(work: &Work, what: &str) -> (usize, Vec<u8>) {
 }
 
 #[rstest]
-fn what_a_guest_writes_to_its_ram_changes_nothing_but_its_ram(
+fn bytes_in_ram_never_change_the_detected_format(
     #[values("eight bytes", "a header", "a broken footer", "a footer", "an image")] what: &str,
     #[values("raw", "sealed", "packed")] layout: &str,
 ) {
@@ -102,11 +102,11 @@ fn what_a_guest_writes_to_its_ram_changes_nothing_but_its_ram(
     assert_eq!(info[0]["ram_bytes"], RAM);
     work.good(&format!("convert {new} -o other.mem --layout packed"));
     work.good("diff other.mem --ram ram");
-    // And the RAM as the new state of a diff.
+    // The RAM as the new state of a diff.
     work.good("diff full.mem d1.mem --ram ram -o d3.mem");
     work.good("restore full.mem d1.mem d3.mem -o again");
     work.assert_same("again", "ram");
-    // Raw RAM is no image, unless that is said.
+    // Raw RAM is an image only on request.
     work.run("restore ram -o no").fails(1, &["ram", "raw"]);
 }
 
@@ -118,7 +118,7 @@ fn formats_may_differ_within_a_chain() {
     work.good("diff raw:full.raw --ram ram -o d1.mem");
     work.good("restore raw:full.raw d1.mem -o out");
     work.assert_same("out", "ram");
-    // For all that have none of their own.
+    // The option applies to all files without a format of their own.
     work.good("merge --format raw full.raw packed:d1.mem -o new.raw --layout raw");
     work.assert_same("new.raw", "ram");
     fs::rename(work.path("full.raw"), work.path("raw:x")).unwrap();
@@ -138,7 +138,7 @@ fn a_sealed_diff_keeps_its_parent() {
         let relink = "convert d.mem --raw-diff --parent other.mem -o out --layout packed";
         work.fails(relink, 2, &["d.mem", "leave out --raw-diff"]);
     }
-    // Converted, it has the parent that it had.
+    // The converted diff has the same parent.
     work.good("convert d2.mem -o again.mem --layout sealed");
     let info = work.good("info d2.mem again.mem --json").json();
     assert_eq!(info[0]["parent"], info[1]["parent"]);

@@ -15,10 +15,11 @@ use nix::sys::memfd::{MFdFlags, memfd_create};
 use support::{RAM, Work, missing};
 use test_machine::Need;
 
-/// What the other process does: `fill PATH`, `fill` (a memfd of its own) or `map PATH`.
+/// The task of the other process: `fill PATH`, `fill` (a memfd of its own) or `map PATH`.
 const ROLE: &str = "RAMSNAP_TEST_ROLE";
 
-/// No test: the other process. Says its descriptor and the address, and waits to be killed.
+/// Not a test: runs as the other process. Prints its descriptor and the address, and waits to be
+/// killed.
 #[test]
 fn another_process() {
     let Ok(role) = std::env::var(ROLE) else {
@@ -47,7 +48,7 @@ fn another_process() {
     }
 }
 
-/// Killed when this is dropped.
+/// The other process, which is killed on drop.
 struct Other {
     child: Child,
     descriptor: String,
@@ -125,7 +126,7 @@ fn a_file_that_is_still_filled_is_not_captured() {
     work.good(&format!("diff new.mem --ram {path}"));
 }
 
-/// To the process that is named, missing pages are zeros: another one's userfaultfd fills them.
+/// The named process reads missing pages as zeros: the userfaultfd of another process fills them.
 #[test]
 fn ram_that_another_process_fills_is_not_captured() {
     let test = "ram_that_another_process_fills_is_not_captured";

@@ -93,8 +93,8 @@ fn every_verb_takes_more_images_than_descriptors(#[values(true, false)] packed: 
     run(&["diff"], &["--ram", "ram"]);
 }
 
-/// What one image takes, all together are to take: probing a file system takes tens of
-/// milliseconds, and starting a thread is more work than checking a page.
+/// All images together must take no more calls than one: probing a file system takes tens of
+/// milliseconds, and starting a thread takes longer than checking a page.
 #[rstest]
 #[case::info_probes_a_directory("info", "fallocate", false)]
 #[case::verify_starts_a_thread("verify", "clone,clone3", true)]

@@ -42,7 +42,7 @@ fn a_chain_has_a_line_an_image_and_a_single_page_shows() {
 }
 
 #[test]
-fn colours_are_for_those_who_want_them() {
+fn colours_are_printed_on_request() {
     let work = Work::with_ram();
     let mut command = work.command("map raw:ram --width 80");
     let map = support::Ended::of(command.env("CLICOLOR_FORCE", "1"))
@@ -77,7 +77,7 @@ fn an_svg_is_well_formed_and_labels_every_image() {
 }
 
 #[test]
-fn a_png_has_the_colours_of_what_is_where() {
+fn a_png_has_the_colours_of_the_page_states() {
     let work = Work::with_ram();
     work.good("full ram -o full.mem");
     work.good("map full.mem -o map.png");

@@ -126,7 +126,7 @@ fn metadata_of_an_older_state_is_not_kept_in_silence() {
     }
 }
 
-/// The result is raw by default.
+/// The result of converting a raw image is raw by default.
 #[rstest]
 #[case::metadata("convert raw:full.raw -o out --metadata vcpus", &["raw image", "--layout"])]
 #[case::regions("convert raw:full.raw -o out --region-at 0:8MiB", &["raw image", "--layout"])]

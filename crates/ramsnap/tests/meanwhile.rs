@@ -1,4 +1,4 @@
-//! What others do to the files of a verb while it works.
+//! Changes by other processes to the files of a verb while it works.
 
 #![cfg(target_os = "linux")]
 
@@ -14,9 +14,10 @@ use support::held::Held;
 use support::{PAGE, RAM, Work};
 use test_machine::Need;
 
-/// The first write of an output. The images were checked by then, and nothing of them was written.
+/// Holds a verb at the first write of its output. The images are checked by then, and none of their
+/// pages is written.
 fn writing(work: &Work, command: &str) -> Held {
-    // In RAM that exists, the first two writes are to see whether there can be any.
+    // In existing RAM, the first two writes only test whether it is writable.
     let number = if command.ends_with("target") { 3 } else { 1 };
     let write = ("pwrite64".to_owned(), number);
     Held::before(&work.command(command), &write).expect("held")
@@ -54,16 +55,16 @@ fn a_merge_in_place_does_not_undo_another_writer() {
         "theirs.mem",
     ];
     assert_eq!(work.files(), left);
-    // And what is there now is merged.
+    // Another merge reads the file that is there now.
     work.good("merge --in-place full.mem d1.mem");
     work.good("verify full.mem d2.mem");
 }
 
-/// What happens to an image while it is read.
+/// A change to an image while it is read.
 #[derive(Clone, Copy, Debug)]
 enum Fate {
     Cut,
-    /// Cut, and written again from its start, as `cp` does.
+    /// Truncated, and written again from its start, as `cp` does.
     Overwritten,
     WrittenTo,
 }
@@ -81,7 +82,7 @@ impl Fate {
             }
             Self::WrittenTo => file.write_all_at(&[0x5a; PAGE as usize], PAGE).unwrap(),
         }
-        // As it is once the file system's clock has ticked.
+        // The time stamp after the clock of the file system has ticked.
         let later = SystemTime::now() + Duration::from_secs(1);
         file.set_modified(later).unwrap();
     }
@@ -161,7 +162,7 @@ fn an_image_that_is_replaced_while_it_is_read_is_as_it_was(
     work.good(is_right);
 }
 
-/// It would be another file's bytes that are sent as checked ones.
+/// Otherwise the bytes of another file could be sent as verified ones.
 #[test]
 fn an_image_that_is_sent_is_opened_once() {
     if !Need::Strace.met("an_image_that_is_sent_is_opened_once") {

@@ -26,15 +26,14 @@ fn lie(fs: &MisbehavingFs, lseek: Lseek) {
     });
 }
 
-/// A working directory whose files with `fuse/` before their names are on the file system.
+/// Returns a working directory in which `fuse/` is on the file system.
 fn work(fs: &MisbehavingFs) -> Work {
     let work = Work::with_ram();
     std::os::unix::fs::symlink(fs.path(), work.path("fuse")).unwrap();
     work
 }
 
-/// A page that a guest wrote through a shared mapping of its RAM file, and that is dirty for as
-/// long as this lives.
+/// A page that a guest wrote through a shared mapping of its RAM file. It stays dirty until drop.
 struct DirtyPage(std::ptr::NonNull<std::ffi::c_void>);
 
 #[allow(unsafe_code)]
@@ -167,7 +166,7 @@ fn a_raw_diff_is_not_written_where_it_cannot_be_read() {
     work.run("convert raw:d1.raw -o fuse/converted.raw --raw-diff --layout raw")
         .fails(3, says);
     assert_eq!(fs::read_dir(fs.below()).unwrap().count(), 0);
-    // All pages differ: there would be no hole on any file system.
+    // All pages differ, so the diff would have no holes on any file system.
     fs::write(work.path("ram"), noise(5, RAM)).unwrap();
     work.run("diff full.mem --ram ram -o all.raw --layout raw")
         .fails(3, &["every page", "--layout packed"]);
@@ -211,7 +210,7 @@ fn a_raw_diff_is_not_read_by_holes_that_are_not_known_to_be_right() {
     work.assert_same("from-converted", "ram");
 }
 
-/// APFS answers so for clones. The file system is one whose reports are used.
+/// APFS returns this for clones. The test uses a file system whose reports are trusted.
 #[test]
 fn enxio_from_seek_hole_loses_no_page_of_a_restore() {
     if !Need::Strace.met("enxio_from_seek_hole_loses_no_page_of_a_restore") {
@@ -219,7 +218,7 @@ fn enxio_from_seek_hole_loses_no_page_of_a_restore() {
     }
     let work = Work::with_ram();
     work.good("full ram -o full.raw --layout raw");
-    // The first call asks for the position, and every second one from then on for a hole.
+    // The first call queries the position. Every second call after it looks for a hole.
     for call in [2, 4, 6] {
         let _ = fs::remove_file(work.path("out"));
         let mut strace = Command::new("strace");

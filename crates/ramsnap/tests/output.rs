@@ -1,5 +1,5 @@
-//! What the tool prints: reports that cannot be written, paths that are not text, several files of
-//! which one fails.
+//! Output of the tool: reports that cannot be written, paths that are not UTF-8, and failures of
+//! one of several files.
 
 #![cfg(target_os = "linux")]
 
@@ -16,7 +16,7 @@ use support::{Ended, Work};
 
 const ORPHAN: &str = ".atomic-file-00000000-0123456789abcdef.stage";
 
-/// Runs with a standard output that takes nothing.
+/// Runs the command with a standard output that is full.
 #[rstest]
 #[case::full("full ram -o out", "out", "out: packed full image")]
 #[case::diff("diff full.mem --ram ram -o out", "out", "out: packed diff image")]
@@ -88,7 +88,7 @@ fn paths_that_are_not_utf8_are_given_as_text_and_bytes() {
     assert_eq!(run("info")[0]["file"], expected);
     assert_eq!(run("map")[0]["file"], expected);
     assert_eq!(run("verify")["files"][0]["file"], expected);
-    // Others are text.
+    // Other paths are strings.
     assert_eq!(work.good("info --json d1.mem").json()[0]["file"], "d1.mem");
     let dir = OsStr::from_bytes(b"dir\xfe");
     fs::create_dir(work.path("").join(dir)).unwrap();
@@ -167,7 +167,7 @@ fn checks_go_on_after_a_file_that_cannot_be_read() {
 }
 
 #[test]
-fn errors_are_in_the_words_of_the_command_line() {
+fn errors_name_commands_and_options_not_functions() {
     let work = Work::with_chain();
     let receive = |bytes: &[u8]| {
         fs::write(work.path("stream"), bytes).unwrap();
@@ -188,7 +188,8 @@ fn errors_are_in_the_words_of_the_command_line() {
             "error: the stream is cut short, or not one that `ramsnap convert --zstd` wrote: send it again\n"
         );
     }
-    // A number that is none, a page larger than an image's, metadata that a raw image would lose.
+    // An invalid number, a page size larger than that of an image, metadata that a raw image would
+    // lose.
     work.fails("full ram -o out --region-at 0x:4KiB", 2, &["give a number"]);
     work.fails(
         "merge full.mem d1.mem -o out --page-size 8KiB",
@@ -200,7 +201,7 @@ fn errors_are_in_the_words_of_the_command_line() {
     work.fails(lost, 2, &["no parent, id or metadata"]);
 }
 
-/// The working directory is deeper than an absolute path can name.
+/// The path of the working directory is longer than the limit for absolute paths.
 #[test]
 fn raw_outputs_where_no_absolute_path_leads_are_described_and_read() {
     let work = Work::with_chain();
@@ -218,13 +219,13 @@ fn raw_outputs_where_no_absolute_path_leads_are_described_and_read() {
     support::Ended::of(std::process::Command::new("sh").args(["-c", &script])).good();
 }
 
-/// Root may have as many as it likes.
+/// The limit does not apply to root.
 #[cfg(target_os = "linux")]
 #[test]
-fn a_limit_of_threads_is_named_or_done_without() {
+fn a_limit_of_threads_is_named_or_tolerated() {
     use std::os::unix::fs::PermissionsExt;
     use std::os::unix::process::CommandExt;
-    if !test_machine::Need::Root.met("a_limit_of_threads_is_named_or_done_without") {
+    if !test_machine::Need::Root.met("a_limit_of_threads_is_named_or_tolerated") {
         return;
     }
     const USER: u32 = 1_234_567;

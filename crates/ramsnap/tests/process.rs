@@ -25,17 +25,17 @@ use support::held::Held;
 use support::{Ended, PAGE, RAM, Work};
 use test_machine::{LoopFs, LoopMount, Need, Overlay, TinyTmpfs};
 
-/// The file whose bytes the other process has as its guest's RAM.
+/// The file whose bytes are the RAM of the guest in the other process.
 const ROLE: &str = "RAMSNAP_TEST_RAM";
 
-/// It does not stop: one of its threads waits for a child that it made by vfork.
+/// Set if the process must not stop: one of its threads waits for a child made by vfork.
 const HANGS: &str = "RAMSNAP_TEST_HANGS";
 
-/// The file that it maps as the RAM; a memfd unless set.
+/// The file that the other process maps as the RAM; a memfd if unset.
 const FILE: &str = "RAMSNAP_TEST_FILE";
 
-/// No test: what the other process does here. Maps a memfd with the bytes, says where, and waits to
-/// be killed.
+/// Not a test: runs as the other process. Maps a memfd with the bytes, prints its address, and
+/// waits to be killed.
 #[test]
 fn a_vmm() {
     let Some(path) = std::env::var_os(ROLE) else {
@@ -76,7 +76,7 @@ fn a_vmm() {
     }
 }
 
-/// Ended when this is dropped.
+/// The other process, which is killed on drop.
 struct Vmm {
     child: Child,
     address: String,
@@ -150,10 +150,10 @@ fn ram_is_captured_from_a_process_by_name_address_or_range() {
         ));
         work.good(&format!("diff {number}.mem --ram ram"));
     }
-    // Untouched RAM was not touched, nor saved.
+    // Untouched RAM is neither touched nor saved.
     let info = work.good("info 0.mem full.mem --json").json();
     assert!(info[0]["present"]["bytes"].as_u64() <= Some(120 * PAGE));
-    // It goes on.
+    // The process runs again.
     assert!(!vmm.is_stopped());
 
     work.good(&format!(
@@ -178,7 +178,7 @@ fn held_on_terminal(work: &Work, arguments: &str, to: &impl AsFd, call: &str) ->
     Held::before(&command, &(call.to_owned(), 1)).expect("held")
 }
 
-/// Ctrl-S, or an ssh that stalls.
+/// As with Ctrl-S, or a stalled ssh connection.
 #[rstest]
 #[case::full("full")]
 #[case::diff("diff full.mem d1.mem")]
@@ -245,8 +245,8 @@ fn a_diff_is_captured_from_a_process() {
 }
 
 #[test]
-fn what_is_not_there_is_named_and_the_process_goes_on() {
-    if !Need::Ptrace.met("what_is_not_there_is_named_and_the_process_goes_on") {
+fn missing_regions_are_named_and_the_process_resumes() {
+    if !Need::Ptrace.met("missing_regions_are_named_and_the_process_resumes") {
         return;
     }
     let work = Work::with_chain();
@@ -275,7 +275,7 @@ fn what_is_not_there_is_named_and_the_process_goes_on() {
     let diff = format!("diff full.mem --ram ram --pid {pid} --region guest-ram -o out");
     work.fails(&diff, 2, &["once"]);
     assert!(!vmm.is_stopped());
-    // The id of a process that has ended, and isn't anybody's.
+    // The id of a process that has ended, which no other process has.
     drop(vmm);
     work.fails(&full, 3, &["does not exist"]);
 }
@@ -304,7 +304,7 @@ fn without_permission_to_trace_the_error_says_how_to_get_it() {
     assert_eq!(work.files(), ["ramsnap", "ram"]);
 }
 
-/// The writer of the metadata may be the process that is to be stopped.
+/// The process to stop may be the writer of the metadata.
 #[rstest]
 #[case::full("full")]
 #[case::diff("diff full.mem d1.mem")]
@@ -335,7 +335,7 @@ fn the_process_runs_while_metadata_is_waited_for(#[case] verb: &str) {
     assert_eq!(info[0]["metadata_bytes"], 5, "{info}");
 }
 
-/// Traced by this process: stopping it is what fails last.
+/// The test traces the process, so stopping it fails, which is the last possible error.
 #[test]
 fn all_that_can_fail_is_found_before_the_process_is_stopped() {
     if !Need::Ptrace.met("all_that_can_fail_is_found_before_the_process_is_stopped") {
@@ -400,7 +400,8 @@ fn a_file_that_the_process_has_as_ram_is_not_the_output() {
     }
 }
 
-/// There it is listed by another device than the file has, and has a second one in the layer.
+/// An overlay lists the mapping with another device than that of the file. The file has a second
+/// device in the layer.
 #[test]
 fn a_file_on_an_overlay_that_the_process_has_as_ram_is_not_the_output() {
     const TEST: &str = "a_file_on_an_overlay_that_the_process_has_as_ram_is_not_the_output";
@@ -428,7 +429,7 @@ fn a_file_on_an_overlay_that_the_process_has_as_ram_is_not_the_output() {
     }
 }
 
-/// On btrfs, mappings are listed by another device than files have.
+/// On btrfs, mappings are listed with another device than files.
 #[test]
 fn a_file_on_btrfs_that_the_process_has_as_ram_is_not_the_output() {
     const TEST: &str = "a_file_on_btrfs_that_the_process_has_as_ram_is_not_the_output";
@@ -452,7 +453,7 @@ fn a_file_on_btrfs_that_the_process_has_as_ram_is_not_the_output() {
     }
 }
 
-/// The image would have the RAM twice.
+/// Otherwise the image would contain the RAM twice.
 #[test]
 fn ram_that_is_named_twice_is_refused() {
     if !Need::Ptrace.met("ram_that_is_named_twice_is_refused") {
@@ -471,7 +472,7 @@ fn ram_that_is_named_twice_is_refused() {
     }
 }
 
-/// Suspended, it would keep the guest from running for as long.
+/// A suspended ramsnap would keep the guest stopped.
 #[test]
 fn ctrl_z_waits_until_the_process_runs_again() {
     let test = "ctrl_z_waits_until_the_process_runs_again";
@@ -511,7 +512,7 @@ fn a_signal_ends_the_wait_for_a_process_that_does_not_stop() {
     let before = work.files();
     let full = format!("full --pid {} --region guest-ram -o out", vmm.pid());
     let mut child = work.command(&full).spawn().unwrap();
-    // It is tried, and will not be stopped before the time is up.
+    // ramsnap tries to stop the process, which does not stop before the timeout.
     let status = format!("/proc/{}/status", vmm.pid());
     while fs::read_to_string(&status)
         .unwrap()

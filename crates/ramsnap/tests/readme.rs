@@ -1,4 +1,4 @@
-//! The session in the README is what the tool says.
+//! The session in the README equals the output of the tool.
 
 mod support;
 
@@ -9,7 +9,7 @@ use support::{RAMSNAP, Work};
 
 const README: &str = include_str!("../README.md");
 
-/// What is printed after each command of the session.
+/// Returns each command of the session with its output.
 fn session() -> Vec<(String, String)> {
     let blocks = README.split("```console\n").skip(1);
     let session: String = blocks
@@ -24,7 +24,7 @@ fn session() -> Vec<(String, String)> {
         .collect()
 }
 
-/// Without what is never the same twice: ids, and what a file system allocates.
+/// Returns the text without values that differ between runs: ids and allocated sizes.
 fn comparable(text: &str) -> Vec<String> {
     let is_id = |word: &str| word.len() == 32 && word.bytes().all(|it| it.is_ascii_hexdigit());
     let line = |line: &str| {
@@ -61,7 +61,7 @@ fn the_session_in_the_readme_is_what_happens() {
     }
 }
 
-/// What is seen in a terminal without colours.
+/// Returns the output of a command in a terminal without colours.
 fn shell(command: &str, dir: &Path) -> String {
     let tool = Path::new(RAMSNAP).parent().unwrap();
     let path = format!("{}:{}", tool.display(), std::env::var("PATH").unwrap());

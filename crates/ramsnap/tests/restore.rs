@@ -1,4 +1,4 @@
-//! Restoring into RAM that exists.
+//! Restoring into existing RAM.
 
 #![cfg(target_os = "linux")]
 
@@ -45,7 +45,7 @@ fn a_guests_memfd_is_captured_and_another_one_restored_in_place() {
     let (new, path) = memfd(RAM);
     work.good(&format!("restore full2.mem d.mem -o {path}"));
     assert!(bytes(&new) == work.read("ram"));
-    // What is zero takes no memory.
+    // Zero pages take no memory.
     assert!(new.metadata().unwrap().blocks() * 512 < RAM / 2);
 }
 
@@ -82,7 +82,7 @@ fn ram_of_another_size_stays_as_it_is() {
     assert_eq!(ten, [7; 10]);
 }
 
-/// From the fifth write on: the first two are to see whether there is any.
+/// Writes fail from the fifth on. The first two only test whether the RAM is writable.
 #[test]
 fn a_restore_that_fails_in_the_middle_leaves_the_ram_empty() {
     if !Need::Strace.met("a_restore_that_fails_in_the_middle_leaves_the_ram_empty") {
@@ -108,7 +108,7 @@ fn ram_stays_as_it_is_where_there_is_no_room() {
         return;
     }
     let work = Work::with_chain();
-    // Room for a part of what is present.
+    // Room for a part of the present pages.
     let disk = TinyTmpfs::new(128 << 10).unwrap();
     let path = disk.path().join("ram");
     let guest = create(&path);
@@ -119,7 +119,7 @@ fn ram_stays_as_it_is_where_there_is_no_room() {
     assert!((bytes(&guest), guest.metadata().unwrap().blocks()) == before);
 }
 
-/// What it has itself is room.
+/// The pages of the old RAM count as room.
 #[test]
 fn ram_that_fills_its_file_system_is_overwritten() {
     if !Need::Root.met("ram_that_fills_its_file_system_is_overwritten") {
@@ -150,7 +150,7 @@ fn ram_that_is_sealed_against_writing_stays_as_it_is() {
     assert!(bytes(&guest) == before);
 }
 
-/// RLIMIT_FSIZE: in blocks of 512 bytes.
+/// RLIMIT_FSIZE, which the shell takes in blocks of 512 bytes.
 #[test]
 fn ram_larger_than_a_file_may_be_stays_as_it_is() {
     let work = Work::with_chain();
@@ -172,7 +172,7 @@ fn ram_stays_as_it_is_where_an_image_is_damaged() {
     let work = Work::with_chain();
     let (guest, path) = memfd(RAM);
     work.rot("full.mem", 5000);
-    // Empty, and not.
+    // First empty RAM, then RAM in use.
     for force in ["", " --force"] {
         let restore = format!("restore full.mem -o {path}{force}");
         work.fails(&restore, 1, &["damaged"]);
@@ -184,7 +184,7 @@ fn ram_stays_as_it_is_where_an_image_is_damaged() {
     assert_eq!(ten, [7; 10]);
 }
 
-/// It has no write(2).
+/// hugetlbfs has no write(2).
 #[test]
 fn ram_of_huge_pages_is_restored() {
     if !Need::HugePages.met("ram_of_huge_pages_is_restored") {
@@ -224,7 +224,7 @@ fn ram_of_huge_pages_stays_as_it_is_where_there_are_too_few() {
         return;
     }
     let work = Work::with_chain();
-    // Two of the four.
+    // Two of the four pages.
     let huge = HugeFs::new(Some(4 << 20)).unwrap();
     let path = huge.path().join("ram");
     let guest = create(&path);
@@ -238,9 +238,9 @@ fn ram_of_huge_pages_stays_as_it_is_where_there_are_too_few() {
 }
 
 #[test]
-fn no_ram_goes_into_what_another_user_put_in_place() {
+fn ram_is_not_restored_to_files_of_another_user() {
     use std::os::unix::fs::{PermissionsExt, chown, lchown, symlink};
-    if !Need::Root.met("no_ram_goes_into_what_another_user_put_in_place") {
+    if !Need::Root.met("ram_is_not_restored_to_files_of_another_user") {
         return;
     }
     let work = Work::with_chain();
@@ -271,7 +271,7 @@ fn no_ram_goes_into_what_another_user_put_in_place() {
         assert!(matches!(code, Some(2 | 3)), "{code:?}");
         assert_eq!(roots.metadata().unwrap().blocks(), 0);
     }
-    // Nor where a group may write.
+    // Directories that a group may write to are refused as well.
     chown(shared.path(), None, Some(812_345)).unwrap();
     for dir in [0o2775, 0o3775] {
         mode(shared.path(), dir);
@@ -286,7 +286,7 @@ fn no_ram_goes_into_what_another_user_put_in_place() {
         assert_ne!(work.run(&save).code, Some(0));
         assert_eq!(roots.metadata().unwrap().blocks(), 0);
     }
-    // One's own are followed.
+    // Links of this user are followed.
     mode(shared.path(), 0o1777);
     lchown(&path, Some(0), None).unwrap();
     work.good(&restore);
@@ -321,7 +321,7 @@ fn ram_that_is_replaced_during_a_restore_is_an_error() {
     let work = Work::with_chain();
     let guest = work.create("guest", RAM);
     let command = work.command("restore full.mem -o guest");
-    // All is written, and about to be brought to the disk.
+    // All data is written, and the sync is about to begin.
     let held = Held::before(&command, &("fsync".to_owned(), 1)).expect("held");
     assert!(bytes(&guest) == work.read("first"));
     let other = work.create("other", RAM);
@@ -337,13 +337,13 @@ fn ram_that_is_replaced_during_a_restore_is_an_error() {
     assert!(work.read("guest") == before);
 }
 
-/// The call that makes holes, and that reserves room.
+/// The system call that makes holes and reserves room.
 const EMPTYING: &str = "fallocate";
 
-/// A restore that is held when it has written a part of the RAM.
+/// Returns a restore that is held after it has written a part of the RAM.
 fn half_restored(work: &Work) -> Held {
     let command = work.command("restore full.mem -o guest");
-    // The first two writes are to see whether there can be any.
+    // The first two writes only test whether the RAM is writable.
     Held::before(&command, &("pwrite64".to_owned(), 4)).expect("held")
 }
 
@@ -367,7 +367,8 @@ fn ram_that_is_being_restored_is_not_read(#[case] command: &str) {
     assert!(matches!(code, Some(0 | 1)), "{code:?}");
 }
 
-/// Through a mapping of the process. On btrfs, mappings are listed by another device than files.
+/// The RAM is read through a mapping of the process. On btrfs, mappings are listed with another
+/// device than files.
 #[rstest]
 #[case::here(false)]
 #[case::btrfs(true)]
@@ -429,14 +430,14 @@ fn ram_that_is_read_is_not_restored_to() {
     let restore = "restore full.mem -o guest --force";
     work.fails(restore, 3, &["reads the RAM", "nothing was written"]);
     work.assert_same("guest", "ram");
-    // Readers don't mind each other.
+    // Several readers are allowed at once.
     work.good("full guest -o again");
     assert_eq!(held.release().0.code(), Some(0));
     work.good("diff out --ram guest");
     work.good(restore);
 }
 
-/// A VMM may lock its RAM as it likes.
+/// A VMM may lock its RAM in any way.
 #[rstest]
 #[case::flock(false)]
 #[case::all_of_it_by_fcntl(true)]
@@ -466,15 +467,15 @@ fn ram_that_its_vmm_has_locked_is_read_and_restored(#[case] by_fcntl: bool) {
     assert!(bytes(&guest) == work.read("first"));
 }
 
-/// People press Ctrl-C twice.
+/// Users press Ctrl-C twice.
 #[test]
 fn a_second_signal_does_not_leave_a_part_of_the_ram() {
     if !Need::Strace.met("a_second_signal_does_not_leave_a_part_of_the_ram") {
         return;
     }
     let work = Work::with_chain();
-    // On tmpfs, where what is stored is reserved, a run at a time, once it is known that the last
-    // page can be written.
+    // tmpfs reserves the stored pages run by run, after the check that the last page can be
+    // written.
     let guest = tempfile::NamedTempFile::new_in("/dev/shm").unwrap();
     let path = guest.path().display().to_string();
     let guest = guest.as_file();
@@ -516,7 +517,7 @@ fn a_third_signal_says_that_a_part_of_the_ram_is_left() {
     assert!(bytes(&guest).iter().any(|byte| *byte != 0));
 }
 
-/// Signals that would end a process without a word.
+/// Signals that end a process without a message by default.
 #[rstest]
 fn other_deadly_signals_leave_no_part_of_the_ram(
     #[values(
@@ -540,7 +541,7 @@ fn other_deadly_signals_leave_no_part_of_the_ram(
     assert!(bytes(&guest).iter().all(|byte| *byte == 0));
 }
 
-/// As large as the RAM.
+/// Creates a file as large as the RAM.
 fn create(path: &Path) -> File {
     let options = File::options()
         .read(true)

@@ -1,4 +1,4 @@
-//! Room for RAM that is restored: in place it is taken before anything is lost.
+//! Room for restored RAM: a restore in place reserves it before any data is lost.
 
 #![cfg(target_os = "linux")]
 
@@ -17,7 +17,7 @@ use test_machine::{HugeFs, LoopFs, LoopMount, Need, TinyTmpfs, tool};
 /// The RAM that is restored, all of it noise.
 const LARGE: u64 = 16 << 20;
 
-/// An ext4 of 32 MiB that keeps some percent back for root.
+/// An ext4 of 32 MiB that reserves some percent for root.
 struct Ext4 {
     dir: tempfile::TempDir,
     _image: tempfile::NamedTempFile,
@@ -94,15 +94,15 @@ fn fill(dir: &Path, left: u64) {
     assert!(available() <= left, "{} of {left}", available());
 }
 
-/// What the file holds, and the MiB that it takes: a file system may keep a block or two for its
-/// own.
+/// Returns the contents of the file and its allocated size in MiB, as a file system may allocate a
+/// few blocks for itself.
 fn bytes(file: &File) -> (Vec<u8>, u64) {
     let mut bytes = vec![0; LARGE as usize];
     file.read_exact_at(&mut bytes, 0).unwrap();
     (bytes, file.metadata().unwrap().blocks() / 2048)
 }
 
-/// What the kernel keeps for itself is no room, although it is called free.
+/// Blocks that the kernel reserves for itself are reported as free, and are not usable.
 #[test]
 fn ram_on_ext4_stays_where_only_reserved_blocks_are_left() {
     if !(Need::Root.met("ram_on_ext4_stays_where_only_reserved_blocks_are_left")
@@ -119,7 +119,7 @@ fn ram_on_ext4_stays_where_only_reserved_blocks_are_left() {
     let restore = format!("restore large.mem --force -o {}", path.display());
     work.fails(&restore, 3, &["set them aside", "nothing was written"]);
     assert!(bytes(&file) == before);
-    // What it has already counts where it is overwritten.
+    // The blocks of the file itself count if they are overwritten.
     drop(file);
     fs::remove_file(disk.path().join("ballast")).unwrap();
     work.good(&restore);
@@ -128,7 +128,7 @@ fn ram_on_ext4_stays_where_only_reserved_blocks_are_left() {
     work.good(&restore);
 }
 
-/// What is kept for root is no room for others.
+/// Blocks that are reserved for root are not usable for other users.
 #[test]
 fn ram_of_a_user_stays_where_only_roots_blocks_are_left() {
     if !(Need::Root.met("ram_of_a_user_stays_where_only_roots_blocks_are_left")
@@ -138,7 +138,7 @@ fn ram_of_a_user_stays_where_only_roots_blocks_are_left() {
     }
     let work = Work::empty();
     large(&work);
-    // Where the user can read them.
+    // A directory that the user can read.
     let public = tempfile::tempdir().unwrap();
     fs::set_permissions(public.path(), fs::Permissions::from_mode(0o755)).unwrap();
     for (from, to) in [
@@ -162,7 +162,7 @@ fn ram_of_a_user_stays_where_only_roots_blocks_are_left() {
     assert!(bytes(&file) == before);
 }
 
-/// A hole gives back no block that a copy shares.
+/// A hole does not free blocks that are shared with a copy.
 #[test]
 fn ram_on_xfs_stays_where_its_blocks_are_shared() {
     if !(Need::Root.met("ram_on_xfs_stays_where_its_blocks_are_shared")
@@ -191,7 +191,7 @@ fn ram_on_xfs_stays_where_its_blocks_are_shared() {
     assert!(bytes(&copy).0 == before);
 }
 
-/// Where nothing can be reserved, as much as is needed must be free, and a warning says the rest.
+/// If room cannot be reserved, the needed room must be free, and a warning is printed.
 #[test]
 fn ram_on_btrfs_is_overwritten_with_a_warning() {
     if !(Need::Root.met("ram_on_btrfs_is_overwritten_with_a_warning")
@@ -209,14 +209,14 @@ fn ram_on_btrfs_is_overwritten_with_a_warning() {
     work.fails(&restore, 3, &["make room", "nothing was written"]);
     assert!(bytes(&file).0 == before);
     fs::remove_file(disk.path().join("ballast")).unwrap();
-    // Blocks are free once that is committed.
+    // Blocks are free once the transaction is committed.
     nix::unistd::syncfs(&file).unwrap();
     let ended = work.good(&restore);
     assert!(ended.err.contains("cannot reserve room"), "{}", ended.err);
     assert!(bytes(&file).0 == work.read("large"));
 }
 
-/// What was reserved is given back where the restore ends before it begins.
+/// Reserved blocks are released if the restore fails before it writes.
 #[test]
 fn a_refused_restore_gives_back_what_it_reserved() {
     let work = Work::empty();
@@ -260,7 +260,7 @@ fn stored_zeros_are_restored_as_holes() {
         assert!(blocks(&path) < 1 << 20);
         file.write_all_at(&noise(2, 4 * PAGE), 0).unwrap();
     }
-    // What is not zeros does not fit.
+    // Data that is not zeros does not fit.
     let noise = work.create("noise", LARGE);
     noise.write_all_at(&support::noise(1, 2 << 20), 0).unwrap();
     work.good("full noise -o noise.mem --keep-zeros");
@@ -289,11 +289,11 @@ fn zeros_restored_to_huge_pages_take_none() {
 }
 
 #[test]
-fn huge_pages_that_are_sealed_are_not_called_too_few() {
+fn sealed_huge_pages_are_not_reported_as_too_few() {
     use nix::fcntl::{FcntlArg, SealFlag, fcntl};
     use nix::sys::memfd::{MFdFlags, memfd_create};
     use std::os::fd::AsRawFd;
-    if !Need::HugePages.met("huge_pages_that_are_sealed_are_not_called_too_few") {
+    if !Need::HugePages.met("sealed_huge_pages_are_not_reported_as_too_few") {
         return;
     }
     let work = Work::empty();

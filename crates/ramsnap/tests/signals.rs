@@ -1,4 +1,4 @@
-//! Signals at any moment of a verb: it has done all, or nothing.
+//! Signals at any moment of a verb: it has done all of its work, or none.
 
 mod support;
 
@@ -14,15 +14,15 @@ use rstest::rstest;
 use support::{RAMSNAP, Work, noise};
 use test_machine::{not_run, thorough};
 
-/// Sparse, and with enough in it that work on it takes a while.
+/// The size of the RAM, which is sparse and has enough data for the work to take a while.
 const SIZE: u64 = 4 << 30;
 const DATA: u64 = 128 << 20;
 
-/// When the signal comes.
+/// The moment of the signal.
 #[derive(Clone, Copy, Debug)]
 enum Moment {
     After(Duration),
-    /// As soon as there is a file more than before.
+    /// As soon as a new file exists.
     Staged,
 }
 
@@ -56,11 +56,12 @@ fn large() -> Work {
 }
 
 fn signal(child: &Child, signal: Signal) {
-    // It may have ended: it is not waited for yet, so its id is still its own.
+    // The process may have ended. It was not waited for, so its id is not reused.
     kill(Pid::from_raw(child.id().cast_signed()), signal).unwrap();
 }
 
-/// Whether tests that depend on when a signal comes run; says that `test` does not, where not.
+/// Returns whether tests that depend on the time of a signal run; if not, prints that `test` is
+/// skipped.
 fn may_race(test: &str) -> bool {
     if !thorough() {
         not_run(
@@ -71,7 +72,7 @@ fn may_race(test: &str) -> bool {
     thorough()
 }
 
-/// Signals at `moment`, and waits for the end.
+/// Sends the signal at `moment`, and waits for the process to end.
 fn interrupted(work: &Work, command: &mut Command, moment: Moment, with: Signal) -> ExitStatus {
     let before = work.files().len();
     let mut child = command
@@ -94,7 +95,7 @@ fn interrupted(work: &Work, command: &mut Command, moment: Moment, with: Signal)
     child.wait().unwrap()
 }
 
-/// Waits until it heeds SIGINT itself.
+/// Waits until the process handles SIGINT.
 #[cfg(target_os = "linux")]
 fn until_it_listens(child: &Child) {
     let status = format!("/proc/{}/status", child.id());
@@ -109,12 +110,12 @@ fn until_it_listens(child: &Child) {
     }
 }
 
-/// Ended by the tool itself, or before it had begun to listen.
+/// Returns whether the tool handled the signal, or was ended by it before it began to listen.
 fn was_interrupted(status: ExitStatus, with: Signal) -> bool {
     status.code() == code_of(with) || status.signal() == Some(with as i32)
 }
 
-/// As a shell has it.
+/// Returns the exit code of a shell for the signal.
 fn code_of(signal: Signal) -> Option<i32> {
     Some(128 + signal as i32)
 }
@@ -196,7 +197,7 @@ fn a_signal_at_any_time_leaves_all_ram_or_none() {
                 was_interrupted(status, Signal::SIGINT),
                 "{moment:?}: {status:?}"
             );
-            // A file system may keep a block or two for its own.
+            // A file system may allocate a few blocks for itself.
             assert!(target.metadata().unwrap().blocks() < 100, "{moment:?}");
         }
         sparse_file::punch_hole(&target, 0..SIZE).unwrap();
@@ -262,7 +263,7 @@ fn a_demo_signalled_at_any_time_removes_its_files() {
     }
 }
 
-/// Signals before chosen calls of the main thread, or before each call where tests are thorough.
+/// Signals before chosen calls of the main thread, or before each call if tests are thorough.
 #[cfg(target_os = "linux")]
 mod at_calls {
     use test_machine::Need;
@@ -271,7 +272,7 @@ mod at_calls {
     use support::held::{Call, Held, SHARED, calls};
 
     /// Runs `command` once for each call, with a signal before it. `check` gets the exit status.
-    /// `reset` undoes what a run that came to its end has done.
+    /// `reset` undoes the changes of a completed run.
     fn signalled(
         command: &Command,
         with: Signal,
@@ -371,7 +372,7 @@ mod at_calls {
                 work.good("diff full.mem d1.mem --ram target");
             } else {
                 assert_eq!(status.code(), Some(130), "{call:?}");
-                // A file system may keep a block or two for its own.
+                // A file system may allocate a few blocks for itself.
                 assert!(target.metadata().unwrap().blocks() < 100, "{call:?}");
             }
             seen[usize::from(done)] += 1;
@@ -449,7 +450,7 @@ mod at_calls {
         assert_eq!(work.files(), ["out", "ram"]);
     }
 
-    /// The default action of a signal, before the tool listens.
+    /// The default action of a signal applies before the tool listens.
     #[test]
     fn a_signal_before_it_listens_ends_the_process() {
         if !Need::Strace.met("a_signal_before_it_listens_ends_the_process") {
@@ -467,8 +468,8 @@ mod at_calls {
 
     /// The first signal is handled by the main thread, which can be late.
     #[test]
-    fn what_a_second_signal_leaves_the_next_writer_removes() {
-        if !Need::Strace.met("what_a_second_signal_leaves_the_next_writer_removes") {
+    fn the_next_writer_removes_files_left_by_a_second_signal() {
+        if !Need::Strace.met("the_next_writer_removes_files_left_by_a_second_signal") {
             return;
         }
         let work = Work::with_ram();

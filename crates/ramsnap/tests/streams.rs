@@ -42,7 +42,7 @@ fn a_packed_image_and_a_diff_arrive_byte_for_byte() {
         work.assert_same("arrived", name);
         fs::remove_file(work.path("arrived")).unwrap();
     }
-    // It is zstd's own format.
+    // The stream has the format of zstd.
     assert_eq!(work.read("stream")[..4], [0x28, 0xb5, 0x2f, 0xfd]);
 }
 
@@ -77,7 +77,7 @@ fn a_stream_that_is_not_whole_is_refused_before_the_output_appears(
     assert_eq!(work.files(), before);
 }
 
-/// Sent with --no-verify, say: the stream is whole, the image in it isn't.
+/// For example, sent with --no-verify: the stream is whole, and the image in it is damaged.
 #[test]
 fn a_damaged_image_in_a_whole_stream_is_refused() {
     let work = Work::with_chain();
@@ -90,7 +90,7 @@ fn a_damaged_image_in_a_whole_stream_is_refused() {
     assert_eq!(work.files(), before);
 }
 
-/// A pipe that nothing reads any more.
+/// Returns a pipe whose reader is closed.
 fn closed() -> std::io::PipeWriter {
     std::io::pipe().unwrap().1
 }
@@ -164,7 +164,7 @@ fn no_name_in_the_temporary_directory_blocks_a_stream() {
     assert_eq!(support::list(&work.path("tmp")), ["ramsnap-stream"]);
 }
 
-/// The stream is not read: it may take hours to come.
+/// The stream must not be read first, as it may take hours to arrive.
 #[rstest]
 #[case::no_metadata("-o out --metadata none", 3, &["cannot read the metadata", "none"])]
 #[case::large_metadata("-o out --metadata large", 2, &["large", "more than 16 MiB"])]
@@ -175,7 +175,7 @@ fn no_name_in_the_temporary_directory_blocks_a_stream() {
 #[case::a_directory("-o dir --force", 3, &["dir"])]
 #[case::a_dangling_link("-o link --force", 3, &["link"])]
 #[case::a_file_that_exists("-o ram", 2, &["ram", "--force"])]
-fn what_is_known_in_advance_is_said_before_the_stream_is_read(
+fn errors_known_in_advance_precede_reading_the_stream(
     #[case] arguments: &str,
     #[case] code: i32,
     #[case] words: &[&str],
@@ -194,7 +194,7 @@ fn what_is_known_in_advance_is_said_before_the_stream_is_read(
     assert_eq!(work.files(), before);
 }
 
-/// A stream that has not come to its end, compressed.
+/// Writes a compressed stream without its end.
 fn begun(work: &Work, bytes: &[u8]) {
     let mut encoder = zstd::Encoder::new(Vec::new(), 1).unwrap();
     encoder.write_all(bytes).unwrap();
@@ -202,13 +202,13 @@ fn begun(work: &Work, bytes: &[u8]) {
     fs::write(work.path("stream"), encoder.get_ref()).unwrap();
 }
 
-/// A whole stream.
+/// Writes a complete compressed stream.
 fn compressed(work: &Work, bytes: &[u8]) {
     let stream = zstd::encode_all(bytes, 1).unwrap();
     fs::write(work.path("stream"), stream).unwrap();
 }
 
-/// With a limit of the file size, in KiB.
+/// Receives the stream with a limit of the file size in KiB.
 fn receive_limited(work: &Work, kib: usize, arguments: &str) -> Ended {
     let script = format!(
         "ulimit -f {}; exec {RAMSNAP} convert - --zstd {arguments} < stream",
@@ -260,7 +260,7 @@ fn the_first_page_of_a_stream_says_that_there_is_no_room(#[case] more: &str, #[c
     bytes
 })]
 #[case::less_than_a_page(|work: &Work| work.read("full.mem")[..4000].to_vec())]
-fn what_is_no_packed_image_is_refused_by_its_first_page(
+fn a_stream_of_another_format_is_refused_by_its_first_page(
     #[case] bytes: fn(&Work) -> Vec<u8>,
     #[values("", " --layout raw")] more: &str,
 ) {
@@ -288,7 +288,7 @@ fn a_stream_that_goes_on_is_written_no_further_than_its_image(
 }
 
 #[test]
-fn a_stream_of_less_than_its_image_says_how_much_there_is() {
+fn a_truncated_stream_is_refused_with_its_length() {
     let work = Work::with_chain();
     let bytes = work.read("full.mem");
     compressed(&work, &bytes[..bytes.len() - 100]);
@@ -313,8 +313,8 @@ fn a_limit_of_the_file_size_is_known_by_the_first_page() {
 
 #[cfg(target_os = "linux")]
 #[test]
-fn where_a_stream_fills_the_disk_the_error_says_which() {
-    let test = "where_a_stream_fills_the_disk_the_error_says_which";
+fn if_a_stream_fills_the_disk_the_error_names_it() {
+    let test = "if_a_stream_fills_the_disk_the_error_names_it";
     if !Need::Strace.met(test) {
         return;
     }
@@ -322,7 +322,7 @@ fn where_a_stream_fills_the_disk_the_error_says_which() {
     send(&work, "full.mem");
     let len = work.read("full.mem").len();
     let before = work.files();
-    // The first page is written, and no more.
+    // Only the first page is written.
     let inject = "inject=write:error=ENOSPC:when=2";
     let mut strace = Command::new("strace");
     strace
@@ -346,10 +346,10 @@ fn where_a_stream_fills_the_disk_the_error_says_which() {
     assert_eq!(work.files(), before);
 }
 
-/// The stream has begun, and does not go on.
+/// The stream has begun, and stalls.
 #[cfg(target_os = "linux")]
 #[test]
-fn what_has_come_of_a_stream_has_no_name_and_is_private() {
+fn a_partly_received_stream_has_no_name_and_is_private() {
     use std::os::unix::fs::MetadataExt;
     use std::time::{Duration, Instant};
 

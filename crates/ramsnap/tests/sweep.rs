@@ -1,4 +1,4 @@
-//! `ramsnap sweep`, and what a replaced file passes on.
+//! `ramsnap sweep`, and the attributes of replaced files.
 
 mod support;
 
@@ -14,7 +14,8 @@ const IN_USE: &str = ".atomic-file-00000000-0123456789abcde0.stage";
 const NO_FILE: &str = ".atomic-file-00000000-0123456789abcde1.stage";
 const RECYCLED: &str = ".atomic-file-00000000.spare";
 
-/// A directory `dir` with all that a sweep may find. The file is locked until it is dropped.
+/// Returns a directory `dir` with every kind of file that a sweep may find. The returned file is
+/// locked until it is dropped.
 fn found() -> (Work, File) {
     let work = Work::empty();
     fs::create_dir(work.path("dir")).unwrap();
@@ -75,7 +76,7 @@ fn a_sweep_speaks_json_and_takes_several_directories() {
         .fails(2, &["--dry-run"]);
 }
 
-/// A record of version 1 with one member.
+/// Returns a group record of version 1 with one member.
 fn record(stage: &str, dest: &str, inode: u64, size: u64) -> Vec<u8> {
     let mut bytes = b"ATOMGRP\n\x01\0\0\0\x01\0\0\0".to_vec();
     bytes.extend(inode.to_le_bytes());
@@ -99,7 +100,7 @@ fn an_interrupted_group_is_kept_unless_it_is_to_be_recovered() {
     fs::write(&group, record(ORPHAN, "full.mem", inode, 3)).unwrap();
     let out = work.good("sweep dir").out;
     assert!(out.contains("0 files removed, 0 in use, 1 kept"), "{out}");
-    // Someone has to decide about the directory; the other one is swept all the same.
+    // The first directory needs a decision of the user; the other one is swept nevertheless.
     fs::create_dir(path("full.mem")).unwrap();
     fs::create_dir(work.path("other")).unwrap();
     fs::write(work.path("other").join(ORPHAN), "").unwrap();
@@ -112,7 +113,7 @@ fn an_interrupted_group_is_kept_unless_it_is_to_be_recovered() {
     assert_eq!(support::list(&work.path("dir")), ["full.mem"]);
 }
 
-/// The group's file for the output is gone: someone has to know that the other files lack it.
+/// The file of the group for the output is gone. The user must know that the group is incomplete.
 #[test]
 fn a_superseded_file_of_a_group_is_reported() {
     let work = Work::empty();
@@ -137,8 +138,8 @@ fn a_superseded_file_of_a_group_is_reported() {
 #[case::merge_in_place("merge --in-place out d1.mem")]
 #[case::convert("convert full.mem -o out --force")]
 #[case::map("map full.mem -o out.svg --force")]
-fn a_replaced_file_passes_on_whose_it_is(#[case] arguments: &str) {
-    if !Need::Root.met("a_replaced_file_passes_on_whose_it_is") {
+fn the_attributes_of_a_replaced_file_are_kept(#[case] arguments: &str) {
+    if !Need::Root.met("the_attributes_of_a_replaced_file_are_kept") {
         return;
     }
     let work = Work::with_chain();

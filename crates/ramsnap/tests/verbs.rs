@@ -1,4 +1,4 @@
-//! Each verb does what it says, to the byte.
+//! The results of every verb, byte for byte.
 
 mod support;
 
@@ -103,7 +103,7 @@ fn results_keep_regions_and_the_metadata_of_their_state() {
     }
     assert_eq!(info[0]["metadata_bytes"], 9);
     assert_eq!(info[1]["metadata_bytes"], 9);
-    // That of the newest state.
+    // The metadata of the newest state, which has none.
     assert_eq!(info[3]["metadata_bytes"], 0);
     assert_eq!(info[1]["id"], info[0]["id"]);
     assert_eq!(info[3]["id"], info[2]["id"]);
@@ -145,7 +145,11 @@ fn verify_names_the_damage_and_goes_on_with_the_other_files() {
 #[rstest]
 #[case::between_the_pages("sealed", 5 << 20, "0x500000 in the file: not zero")]
 #[case::in_the_footer("packed", usize::MAX, "UNUSABLE")]
-fn verify_finds_what_is_in_no_page(#[case] layout: &str, #[case] at: usize, #[case] says: &str) {
+fn verify_finds_damage_outside_of_pages(
+    #[case] layout: &str,
+    #[case] at: usize,
+    #[case] says: &str,
+) {
     let work = Work::with_ram();
     work.good(&format!("full ram -o full.mem --layout {layout}"));
     let at = at.min(work.read("full.mem").len() - 100);
@@ -188,7 +192,7 @@ fn diffs_alone_become_one_diff() {
 }
 
 #[test]
-fn raw_chains_merge_where_holes_can_be_believed_and_on_request_elsewhere() {
+fn raw_chains_merge_if_holes_are_reliable_or_trusted() {
     let work = Work::with_ram();
     work.good("full ram -o full.raw --layout raw");
     work.change(10, 5);
@@ -229,7 +233,7 @@ fn an_image_is_the_same_in_every_layout(
     assert_eq!(info[1]["layout"], to);
     match (from, to) {
         (_, "raw") => work.assert_same("other", "ram"),
-        // A new name for what had none.
+        // A raw image has no id, so the result gets a new one.
         ("raw", _) => assert!(info[1]["id"].is_string()),
         _ => assert_eq!(info[0]["id"], info[1]["id"]),
     }
@@ -269,14 +273,14 @@ fn a_raw_diff_is_sealed_onto_its_parent() {
 fn a_diff_leads_from_any_state_to_any_other() {
     let work = Work::with_chain();
     work.good("merge full.mem d1.mem d2.mem -o now.mem");
-    // One image to one, and back to an older state by a chain.
+    // From one image to another, and back to an older state through a chain.
     work.good("diff full.mem now.mem -o there.mem");
     work.good("diff now.mem --to full.mem --to d1.mem -o back.mem");
     work.good("restore full.mem there.mem -o one");
     work.assert_same("one", "ram");
     work.good("restore now.mem back.mem -o other");
     work.assert_same("other", "second");
-    // A diff on top of the old state is a new one too.
+    // The new state may also be a diff on top of the old state.
     work.good("diff full.mem d1.mem -o again.mem");
     work.good("restore full.mem again.mem -o third");
     work.assert_same("third", "second");
@@ -303,7 +307,7 @@ fn quiet_verbs_print_nothing() {
     let work = Work::with_ram();
     let quiet = work.good("-q full ram -o full.mem");
     assert_eq!((quiet.out.as_str(), quiet.err.as_str()), ("", ""));
-    // What was asked for is printed all the same.
+    // Requested output is printed nevertheless.
     assert!(
         work.good("info full.mem --quiet")
             .out
@@ -312,7 +316,7 @@ fn quiet_verbs_print_nothing() {
 }
 
 #[test]
-fn the_demo_is_as_it_should_be_and_leaves_nothing() {
+fn the_demo_succeeds_and_removes_its_files() {
     let work = Work::empty();
     let tmp = work.path("");
     let demo = support::Ended::of(work.command("demo").env("TMPDIR", &tmp)).good();

@@ -12,8 +12,8 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tempfile::NamedTempFile;
 
-/// The calls that change files, or end a part of the work. No `write`: the listener's first one
-/// would be held, too.
+/// The calls that change files, or end a part of the work. `write` is excluded, as the first one of
+/// the listener would be held too.
 const CALLS: &str = "openat,mkdir,flock,ftruncate,fallocate,pread64,pwrite64,fsync,fdatasync,\
     renameat,renameat2,linkat,unlinkat,rmdir,close";
 
@@ -62,7 +62,7 @@ pub(crate) fn calls(command: &Command, all: bool) -> Vec<Call> {
         .collect()
 }
 
-/// Returns what a line of the log says of the thread `id`, which is padded there.
+/// Returns the text of a log line about the thread `id`, which is padded there.
 fn call_of<'l>(line: &'l str, id: &str) -> Option<&'l str> {
     let (thread, call) = line.split_once(' ')?;
     (thread == id).then(|| call.trim_start())
@@ -94,7 +94,7 @@ pub(crate) struct Held {
 }
 
 impl Held {
-    /// Runs `command` up to the call. `None` if it has ended without it.
+    /// Runs `command` up to the call. Returns `None` if it ends without the call.
     pub(crate) fn before(command: &Command, (name, number): &Call) -> Option<Self> {
         let log = NamedTempFile::new().unwrap();
         let trace = format!("trace={name}");
@@ -163,13 +163,13 @@ impl Held {
         blocked.reduce(|all, one| all & one).unwrap()
     }
 
-    /// Lets it go on, and does not wait for its end.
+    /// Lets the process continue, and does not wait for its end.
     pub(crate) fn let_go_on(self) -> Self {
         self.end_strace();
         self
     }
 
-    /// Waits until it is stopped by a signal, and traced no more.
+    /// Waits until a signal has stopped the process, and it is no longer traced.
     pub(crate) fn wait_until_suspended(&self) {
         let status = format!("/proc/{}/status", self.child.id());
         while !fs::read_to_string(&status).unwrap().contains("State:\tT ") {
@@ -177,7 +177,7 @@ impl Held {
         }
     }
 
-    /// Waits until its main thread waits in a `write`, of which the output takes nothing.
+    /// Waits until the main thread blocks in a `write` to an output that takes nothing.
     pub(crate) fn wait_until_it_writes(&mut self) {
         let call = format!("/proc/{}/syscall", self.child.id());
         let write = format!("{} ", nix::libc::SYS_write);
@@ -206,7 +206,7 @@ impl Held {
         }
     }
 
-    /// Lets it go on, and returns how it ended, and its standard error.
+    /// Lets the process continue, and returns its exit status and its standard error.
     pub(crate) fn release(mut self) -> (ExitStatus, String) {
         self.end_strace();
         let mut error = String::new();

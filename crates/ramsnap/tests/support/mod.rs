@@ -1,4 +1,4 @@
-//! The built tool in a directory of its own, with a guest's RAM.
+//! Runs the built tool in a temporary directory with the RAM of a guest.
 
 #![allow(dead_code, reason = "each test binary uses its part")]
 
@@ -20,7 +20,7 @@ pub(crate) const RAMSNAP: &str = env!("CARGO_BIN_EXE_ramsnap");
 pub(crate) const PAGE: u64 = 4096;
 pub(crate) const RAM: u64 = 8 << 20;
 
-/// What no message says: names of functions, types and libraries.
+/// Words that no message contains: names of functions, types and libraries.
 const NOT_FOR_OPERATORS: [&str; 12] = [
     "panicked",
     "::",
@@ -36,7 +36,7 @@ const NOT_FOR_OPERATORS: [&str; 12] = [
     "Flock",
 ];
 
-/// How it ended, and what it said.
+/// The exit status and output of a run.
 #[derive(Debug)]
 pub(crate) struct Ended {
     pub(crate) code: Option<i32>,
@@ -68,7 +68,7 @@ impl Ended {
         self
     }
 
-    /// With that exit code, and an error that says all of `words`.
+    /// Asserts the exit code, and that the error contains all of `words`.
     #[track_caller]
     pub(crate) fn fails(self, code: i32, words: &[&str]) -> Self {
         assert_eq!(self.code, Some(code), "{self:?}");
@@ -84,13 +84,13 @@ impl Ended {
     }
 }
 
-/// A directory to work in.
+/// A temporary working directory.
 pub(crate) struct Work {
     dir: TempDir,
 }
 
 impl Work {
-    /// With the file `ram`: 8 MiB, of which three ranges were written.
+    /// Creates the file `ram`: 8 MiB, of which three ranges were written.
     pub(crate) fn with_ram() -> Self {
         let work = Self::empty();
         let ram = work.create("ram", RAM);
@@ -101,8 +101,8 @@ impl Work {
         work
     }
 
-    /// And `full.mem`, `d1.mem` and `d2.mem`, a packed chain whose last state `ram` is; `first` and
-    /// `second` are the states before.
+    /// Creates `ram`, and `full.mem`, `d1.mem` and `d2.mem`, a packed chain whose last state is
+    /// `ram`. `first` and `second` are the states before.
     pub(crate) fn with_chain() -> Self {
         let work = Self::with_ram();
         work.good("full ram -o full.mem");
@@ -126,7 +126,7 @@ impl Work {
         self.dir.path().join(name)
     }
 
-    /// A sparse file.
+    /// Creates a sparse file.
     pub(crate) fn create(&self, name: &str, len: u64) -> File {
         let file = File::options()
             .read(true)
@@ -170,12 +170,12 @@ impl Work {
         assert!(self.read(one) == self.read(other), "{one} is not {other}");
     }
 
-    /// Names of all files, hidden ones too.
+    /// Returns the names of all files, including hidden ones.
     pub(crate) fn files(&self) -> Vec<String> {
         list(self.dir.path())
     }
 
-    /// The tool with `arguments`, separated by single spaces.
+    /// Returns a command that runs the tool with `arguments`, separated by single spaces.
     pub(crate) fn command(&self, arguments: &str) -> Command {
         let mut command = Command::new(RAMSNAP);
         command
@@ -195,7 +195,7 @@ impl Work {
         self.run(arguments).good()
     }
 
-    /// A failure that leaves every file as it was, and none more.
+    /// Asserts a failure that changes and adds no file.
     #[track_caller]
     pub(crate) fn fails(&self, arguments: &str, code: i32, words: &[&str]) {
         let before = self.contents();
@@ -221,7 +221,7 @@ pub(crate) fn list(dir: &Path) -> Vec<String> {
     names
 }
 
-/// Bytes that don't repeat, nor compress.
+/// Returns bytes that neither repeat nor compress.
 pub(crate) fn noise(seed: u64, len: u64) -> Vec<u8> {
     let mut state = seed;
     let mut next = || {
