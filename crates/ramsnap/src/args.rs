@@ -310,7 +310,9 @@ pub fn size(text: &str) -> Result<u64, String> {
     parse_size::Config::new()
         .with_binary()
         .parse_size(text)
-        .map_err(|_| "no size: give bytes below 2^64, or a size such as 16KiB or 1.5GiB".to_owned())
+        .map_err(|_| {
+            "invalid size: give bytes below 2^64, or a size such as 16KiB or 1.5GiB".to_owned()
+        })
 }
 
 pub fn page_size(text: &str) -> Result<u64, String> {

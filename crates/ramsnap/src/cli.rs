@@ -8,8 +8,7 @@ use crate::verbs::{
     completions, convert, demo, diff, full, info, man, map, merge, restore, sweep, verify,
 };
 
-/// Snapshots of virtual-machine memory: look at them, check them, put them together, take them and
-/// bring them back.
+/// Snapshots of virtual-machine memory: inspect, check, merge, convert, take and restore them.
 ///
 /// A snapshot is a file: a full image holds all of a guest's RAM, a diff the pages that changed
 /// since. A full image and its diffs, oldest first, are a chain. Files are raw (bytes at their
@@ -19,7 +18,7 @@ use crate::verbs::{
 #[derive(Debug, Parser)]
 #[command(name = "ramsnap", version, after_long_help = AFTER, max_term_width = 100)]
 pub struct Cli {
-    /// Say nothing but errors, warnings and what was asked for; no progress bar
+    /// Print only errors, warnings and requested output; no progress bar
     #[arg(short, long, global = true)]
     pub quiet: bool,
     #[command(subcommand)]
@@ -63,7 +62,7 @@ impl Verb {
 
 const AFTER: &str = "\
 A tour:
-  ramsnap demo                                       all of it on a small guest that is made up
+  ramsnap demo                                       all of this on a small simulated guest
   ramsnap full /dev/shm/ram -o full.mem              take a full image of paused RAM
   ramsnap diff full.mem --ram /dev/shm/ram -o d1.mem later: the pages that changed since
   ramsnap info full.mem d1.mem                       what the files are
@@ -71,11 +70,11 @@ A tour:
   ramsnap map full.mem d1.mem                        which pages each holds
   ramsnap merge full.mem d1.mem -o new.mem           one full image of both
   ramsnap convert full.mem -o - --zstd | ssh host ramsnap convert - --zstd -o full.mem
-  ramsnap restore full.mem d1.mem -o /dev/shm/ram2   the RAM as it was, for a new guest
-  ramsnap sweep --dry-run .                          what killed writers left here
+  ramsnap restore full.mem d1.mem -o /dev/shm/ram2   restore the RAM for a new guest
+  ramsnap sweep --dry-run .                          list the files that killed writers left
 
 Exit status:
-  0    done; the check came out well
+  0    done; the check passed
   1    the check failed: damaged, not linked, different, or no image that can be checked
   2    wrong usage: nothing was written
   3    anything else: an I/O error, no permission, no room

@@ -38,12 +38,13 @@ pub enum Failure {
     )]
     RawHasNoSeal { path: PathBuf },
     #[error(
-        "a diff in larger pages would hold bytes that it doesn't know: choose no page larger than {page_size}, or merge it first"
+        "a diff in larger pages would need bytes that the diff does not hold: choose a page size of at most {page_size}, or \
+         merge it first"
     )]
     DiffInLargerPages { page_size: u64 },
     #[error(
         "its pages have {page_size} bytes, as those of version 1 may, and an image is written in pages of 512 or more: \
-         merge diffs with their full image, or restore RAM of no whole number of 512 bytes into a file that exists"
+         merge diffs with their full image, or if the size of the RAM is not a multiple of 512 bytes, restore it into an existing file"
     )]
     OldPages { page_size: u64 },
     #[error(
@@ -59,11 +60,11 @@ pub enum Failure {
     #[error("{path:?} is empty: no guest has RAM of 0 bytes")]
     NoBytes { path: PathBuf },
     #[error(
-        "{path:?} is not RAM: {size} bytes are no whole number of pages; if it is a sealed or packed image, use `ramsnap convert`"
+        "{path:?} is not RAM: {size} bytes are not a whole number of pages; if it is a sealed or packed image, use `ramsnap convert`"
     )]
     RamIsImage { path: PathBuf, size: u64 },
     #[error(
-        "{path:?} is sealed or packed, and says itself whose diff it is: leave out --raw-diff and --parent"
+        "{path:?} is sealed or packed, and records its own parent: leave out --raw-diff and --parent"
     )]
     NotARawDiff { path: PathBuf },
     #[error("{path:?} is raw and has no id: seal it by `ramsnap convert`, or leave out --parent")]
@@ -82,9 +83,7 @@ pub enum Failure {
     #[error("process {pid} has nothing mapped at {address:#x}: see /proc/{pid}/maps")]
     NothingMapped { pid: u32, address: u64 },
     #[cfg(target_os = "linux")]
-    #[error(
-        "where the RAM is in process {pid} is not said: add --region; its largest mappings are:{proposed}"
-    )]
+    #[error("--region is required for process {pid}; its largest mappings are:{proposed}")]
     NoRegion { pid: u32, proposed: String },
     #[cfg(target_os = "linux")]
     #[error(
@@ -148,7 +147,7 @@ pub enum Failure {
     #[error("the stream ends after {received} bytes of an image of {len}: send it again")]
     StreamCut { received: u64, len: u64 },
     #[error(
-        "a stream is a packed image that says itself what it is: leave out --raw-diff, --parent, and any format but packed"
+        "a stream is a packed image, which records its own format and parent: leave out --raw-diff, --parent, and any format but packed"
     )]
     StreamFormat,
     #[error(
@@ -244,7 +243,7 @@ pub enum Failure {
         path: PathBuf,
         source: std::io::Error,
     },
-    #[error("{path:?} is no picture that can be drawn: let its name end in .svg or .png")]
+    #[error("{path:?} cannot be drawn in this format: name a file that ends in .svg or .png")]
     NoSuchPicture { path: PathBuf },
     #[error("interrupted: {left}")]
     Interrupted { left: &'static str },

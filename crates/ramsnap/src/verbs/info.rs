@@ -13,7 +13,7 @@ use crate::args::{Formats, ImageFile, Layout};
 use crate::print::{self, JsonPath, count, size};
 use crate::{Verdict, words};
 
-/// Say what files are: full or diff, of which guest, which pages they hold
+/// Show whether files are full images or diffs, of which guest, and which pages they hold
 #[derive(Debug, Args)]
 #[command(after_help = "Example:\n  ramsnap info full.mem d1.mem raw:/dev/shm/guest")]
 pub struct InfoArgs {
@@ -269,14 +269,14 @@ impl Holes {
         match self.tell_clean_from_zero {
             Some(true) => {
                 format!(
-                    "on {file_system}, holes tell what was never written, unless a copy dug or filled them"
+                    "on {file_system}, holes are exactly the unwritten pages, unless a copy punched or filled holes"
                 )
             }
             Some(false) => {
-                format!("on {file_system}, holes don't tell what was never written")
+                format!("on {file_system}, holes do not identify unwritten pages")
             }
             None => {
-                "what holes tell is not known: the directory can't be written to, to try".to_owned()
+                "it is unknown whether holes identify unwritten pages: the directory is not writable, so this was not probed".to_owned()
             }
         }
     }

@@ -1,4 +1,4 @@
-//! `ramsnap restore`: a chain's RAM, for a guest to go on with.
+//! `ramsnap restore`: restores the RAM of a chain for a guest.
 
 mod in_place;
 #[cfg(target_os = "linux")]
@@ -18,7 +18,7 @@ use crate::session::Session;
 use crate::{input, save};
 use in_place::{Begun, InPlace};
 
-/// Bring the RAM back as it was: into a new file, or into RAM that is there
+/// Restore the RAM: into a new file, or into existing RAM
 ///
 /// A new file appears once it is whole, and is sparse where the RAM is zero. A file or memfd that
 /// exists (/proc/PID/fd/N) is written in place, where a VMM has it mapped; it must be as large
