@@ -224,7 +224,7 @@ fn the_first_page_of_a_stream_says_that_pages_are_too_large() {
     begun(&work, &work.read("d1.mem")[..4096]);
     let mut receive = receive(&work);
     let ended = Ended::of(receive.args(["-o", "out", "--page-size", "16K"]));
-    ended.fails(2, &["no page larger than 4096"]);
+    ended.fails(2, &["at most 4096"]);
 }
 
 #[cfg(target_os = "linux")]
