@@ -38,13 +38,14 @@ pub enum Failure {
     )]
     RawHasNoSeal { path: PathBuf },
     #[error(
-        "a diff in larger pages would need bytes that the diff does not hold: choose a page size of at most {page_size}, or \
-         merge it first"
+        "a diff in larger pages would need bytes that the diff does not hold: choose \
+         a page size of at most {page_size}, or merge it first"
     )]
     DiffInLargerPages { page_size: u64 },
     #[error(
         "its pages have {page_size} bytes, as those of version 1 may, and an image is written in pages of 512 or more: \
-         merge diffs with their full image, or if the size of the RAM is not a multiple of 512 bytes, restore it into an existing file"
+         merge diffs with their full image, or if the size of the RAM is not a multiple of 512 \
+         bytes, restore it into an existing file"
     )]
     OldPages { page_size: u64 },
     #[error(
@@ -60,7 +61,8 @@ pub enum Failure {
     #[error("{path:?} is empty: no guest has RAM of 0 bytes")]
     NoBytes { path: PathBuf },
     #[error(
-        "{path:?} is not RAM: {size} bytes are not a whole number of pages; if it is a sealed or packed image, use `ramsnap convert`"
+        "{path:?} is not RAM: {size} bytes are not a whole number of pages; \
+         if it is a sealed or packed image, use `ramsnap convert`"
     )]
     RamIsImage { path: PathBuf, size: u64 },
     #[error(
@@ -72,7 +74,8 @@ pub enum Failure {
     #[error("{path:?} is not a regular file or memfd: give the file that the guest's RAM is in")]
     NotRam { path: PathBuf },
     #[error(
-        "{path:?} changed its size from {before} to {now} bytes while it was read: stop the program that resizes it, and try again"
+        "{path:?} changed its size from {before} to {now} bytes while it was read: \
+         stop the program that resizes it, and try again"
     )]
     RamResized {
         path: PathBuf,
@@ -147,7 +150,8 @@ pub enum Failure {
     #[error("the stream ends after {received} bytes of an image of {len}: send it again")]
     StreamCut { received: u64, len: u64 },
     #[error(
-        "a stream is a packed image, which records its own format and parent: leave out --raw-diff, --parent, and any format but packed"
+        "a stream is a packed image, which records its own format and parent: \
+         leave out --raw-diff, --parent, and any format but packed"
     )]
     StreamFormat,
     #[error(
@@ -200,7 +204,8 @@ pub enum Failure {
     )]
     SentResized { path: PathBuf },
     #[error(
-        "{path:?} was replaced or resized while RAM was restored to it: stop the program that does so, and restore again"
+        "{path:?} was replaced or resized while RAM was restored to it: \
+         stop the program that does so, and restore again"
     )]
     TargetReplaced { path: PathBuf },
     #[error("{path:?} is not empty: add --force to overwrite it in place")]

@@ -250,7 +250,8 @@ impl Diff {
         } else {
             seal = seal.on_raw_image();
             session.warn(
-                "the old state is raw and has no id: it cannot be checked later whether the diff follows it",
+                "the old state is raw and has no id: \
+                 it cannot be checked later whether the diff follows it",
             );
         }
         if let Some(regions) = input::regions(old) {

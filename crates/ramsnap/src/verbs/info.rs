@@ -269,15 +269,16 @@ impl Holes {
         match self.tell_clean_from_zero {
             Some(true) => {
                 format!(
-                    "on {file_system}, holes are exactly the unwritten pages, unless a copy punched or filled holes"
+                    "on {file_system}, holes are exactly the unwritten pages, \
+                     unless a copy punched or filled holes"
                 )
             }
             Some(false) => {
                 format!("on {file_system}, holes do not identify unwritten pages")
             }
-            None => {
-                "it is unknown whether holes identify unwritten pages: the directory is not writable, so this was not probed".to_owned()
-            }
+            None => "it is unknown whether holes identify unwritten pages: \
+                 the directory is not writable, so this was not probed"
+                .to_owned(),
         }
     }
 }
