@@ -29,9 +29,10 @@ use verify::Proof;
 /// QEMU emulates a machine whose RAM is a file. In it, Debian's kernel runs a loop that writes
 /// files of random bytes to a tmpfs and checks the files of earlier rounds. Raw, sealed and packed,
 /// a full snapshot and two diffs of the RAM are taken with `ramsnap`, while QEMU saves the devices.
-/// Each chain is verified, merged and restored, and a second QEMU goes on from it: its rounds must
-/// follow the last snapshot's, and find all files whole. Then the same with one page spoilt, and
-/// with the last diff left out: that must be found. Exit code 0 says that all of this held.
+/// Each chain is verified, merged and restored, and a second QEMU resumes from it. Its rounds must
+/// follow those of the last snapshot, and find all files whole. The same is done with one page
+/// corrupted, and with the last diff left out; both must be detected. Exit code 0 means that all of
+/// this held.
 ///
 /// On Debian, for x86-64: installs QEMU where it is missing (as root), and downloads Debian's
 /// kernel.
@@ -42,7 +43,7 @@ struct QemuE2e {
     /// [default: target/qemu-e2e]
     #[arg(long)]
     dir: Option<PathBuf>,
-    /// Keep the RAM, the snapshots and what the consoles said
+    /// Keep the RAM, the snapshots and the output of the consoles
     #[arg(long)]
     keep: bool,
     #[command(flatten)]
@@ -123,7 +124,7 @@ fn prove(room: &Room<'_>, ramsnap: &Ramsnap) -> anyhow::Result<()> {
         guest.work(BETWEEN)?;
         snapshots.take(&mut guest)?;
     }
-    // Paused as it was, it leaves in its file the RAM that the last snapshot is of.
+    // The guest is still paused, so its file holds the RAM of the last snapshot.
     let place = guest.kill()?;
     let proof = Proof {
         room,
@@ -133,8 +134,9 @@ fn prove(room: &Room<'_>, ramsnap: &Ramsnap) -> anyhow::Result<()> {
     };
     proof.carry_out()?;
     println!(
-        "proven in {:.0} s: a Linux guest in QEMU, restored from a full snapshot and {DIFFS} diffs into another QEMU, goes on in the round it \
-         was in and finds every file whole, in the layouts {}; with one page spoilt, or the last diff left out, it does not",
+        "proven in {:.0} s: a Linux guest in QEMU, restored from a full snapshot and {DIFFS} diffs \
+         into another QEMU, resumes in its round and finds every file whole, in the layouts {}; \
+         with one page corrupted, or the last diff left out, it does not",
         start.elapsed().as_secs_f64(),
         LAYOUTS.join(", "),
     );

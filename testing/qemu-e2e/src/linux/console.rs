@@ -126,7 +126,8 @@ mod tests {
 
     use super::*;
 
-    /// What becomes of the pieces, told to the console of a guest that goes on from `place`.
+    /// Passes `pieces` to the console of a guest that resumes from `place`. Returns the rounds
+    /// or the fault, and the new place.
     fn hear(place: Place, pieces: &[&str]) -> (Result<Vec<u64>, Fault>, Place) {
         let mut console = Console::new(Path::new("/dev/null"), place).expect("a log");
         let rounds = pieces

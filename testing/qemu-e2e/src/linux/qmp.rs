@@ -150,7 +150,7 @@ mod tests {
     }
 
     #[test]
-    fn the_greeting_tells_the_version() {
+    fn the_greeting_contains_the_version() {
         let (qmp, _there) = with(&[GREETING, r#"{"return": {}, "id": 1}"#]);
         assert_eq!(qmp.expect("a greeting").version, "7.2.22");
     }
@@ -207,7 +207,7 @@ mod tests {
         let (here, there) = UnixStream::pair().expect("a socket");
         drop(there);
         let error = Qmp::greet(here, &Interrupt::default()).err();
-        let error = error.expect("nobody there").to_string();
+        let error = error.expect("a closed socket").to_string();
         assert!(error.contains("closed its monitor"), "{error}");
     }
 

@@ -1,5 +1,5 @@
-//! That a second QEMU goes on where the first one stopped, and that a snapshot that is not right
-//! would not pass for one that is.
+//! Checks that a second QEMU resumes where the first one stopped, and that a wrong snapshot is
+//! detected.
 
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
@@ -16,11 +16,11 @@ use super::{Chain, name, paths, seconds};
 /// Rounds that a restored guest must work.
 const AFTER: u64 = 8;
 
-/// A guest without its last diff counts as dead once it is silent for so many times what [`AFTER`]
-/// rounds of the right one took.
+/// A guest without its last diff counts as dead once it is silent for this multiple of the time
+/// that the correct guest took for [`AFTER`] rounds.
 const DEAD: u32 = 2;
 
-/// A guest that was killed, and all that is left of it.
+/// The files and the console state of a guest that was killed.
 pub(super) struct Proof<'a> {
     pub room: &'a Room<'a>,
     /// In each layout.
@@ -37,11 +37,11 @@ impl Proof<'_> {
             slowest = slowest.max(self.restored_guest_goes_on(chain)?);
         }
         let newest = self.chains.last().context("there are layouts")?;
-        self.spoilt_page_is_found(newest)?;
-        self.missing_diff_is_found(newest, slowest * DEAD)
+        self.corrupted_page_is_detected(newest)?;
+        self.missing_diff_is_detected(newest, slowest * DEAD)
     }
 
-    /// How long the restored guest took to come up and to work.
+    /// Returns the time that the restored guest took to start and to work its rounds.
     fn restored_guest_goes_on(&self, Chain { tool, files }: &Chain) -> anyhow::Result<Duration> {
         let (chain, layout) = (paths(files), tool.layout);
         let start = Instant::now();
@@ -83,29 +83,28 @@ impl Proof<'_> {
         guest.work(AFTER)
     }
 
-    /// What is wrong with a guest that can't be right, each of whose rounds may take as long as
-    /// `within`.
+    /// Returns the fault of a guest whose RAM is wrong. Each of its rounds may take up to `within`.
     fn fault(&self, ram: &str, within: Duration) -> anyhow::Result<Fault> {
         let mut guest = self
             .room
             .bring_back(ram, &self.devices, self.place.clone())?;
         match guest.watch(AFTER, within)? {
             Err(fault) => Ok(fault),
-            Ok(_) => bail!("not proven: the guest with {ram} goes on all the same"),
+            Ok(_) => bail!("not proven: the guest with {ram} resumes nevertheless"),
         }
     }
 
-    fn spoilt_page_is_found(&self, Chain { tool, files }: &Chain) -> anyhow::Result<()> {
-        let ram = self.restore("spoilt", tool, &paths(files))?;
-        let page = spoil(&ram, self.place.round)?;
-        match self.fault("spoilt", PATIENCE)? {
-            fault @ Fault::Broken(_) => println!("page {page} spoilt: found out, {fault}"),
-            fault => bail!("not proven: page {page} of a file was spoilt, but {fault}"),
+    fn corrupted_page_is_detected(&self, Chain { tool, files }: &Chain) -> anyhow::Result<()> {
+        let ram = self.restore("corrupted", tool, &paths(files))?;
+        let page = corrupt(&ram, self.place.round)?;
+        match self.fault("corrupted", PATIENCE)? {
+            fault @ Fault::Broken(_) => println!("page {page} corrupted: detected, {fault}"),
+            fault => bail!("not proven: page {page} of a file was corrupted, but {fault}"),
         }
         Ok(())
     }
 
-    fn missing_diff_is_found(
+    fn missing_diff_is_detected(
         &self,
         Chain { tool, files }: &Chain,
         dead: Duration,
@@ -113,14 +112,14 @@ impl Proof<'_> {
         let (_, older) = files.split_last().context("a chain has a last image")?;
         self.restore("left-out", tool, &paths(older))?;
         let fault = self.fault("left-out", dead)?;
-        println!("{} left out: found out, {fault}", name(older.len()));
+        println!("{} left out: detected, {fault}", name(older.len()));
         Ok(())
     }
 }
 
-/// Flips a byte of the page that begins the first file of `round`, and of what a move of that page
-/// may have left; returns the first.
-fn spoil(ram: &Path, round: u64) -> anyhow::Result<u64> {
+/// Flips a byte of each page that begins the first file of `round`. A move of that page may have
+/// left a second copy. Returns the first of these pages.
+fn corrupt(ram: &Path, round: u64) -> anyhow::Result<u64> {
     let mark = format!("ramsnap round {round} part 1\n");
     let bytes = fs::read(ram)?;
     let pages = (0..).zip(bytes.chunks(PAGE as usize));
@@ -164,24 +163,24 @@ mod tests {
     }
 
     #[test]
-    fn one_page_is_spoilt_and_is_the_first_difference() {
+    fn a_corrupted_page_is_the_first_difference() {
         let dir = tempfile::tempdir().expect("a directory");
         let (ram, copy) = (ram(dir.path()), dir.path().join("copy"));
         fs::copy(&ram, &copy).expect("a copy");
         assert_eq!(first_difference(&ram, &copy).expect("two files"), None);
-        assert_eq!(spoil(&copy, 7).expect("a page"), 2);
+        assert_eq!(corrupt(&copy, 7).expect("a page"), 2);
         assert_eq!(first_difference(&ram, &copy).expect("two files"), Some(2));
     }
 
     #[test]
-    fn a_page_that_was_moved_is_spoilt_where_it_was_and_where_it_is() {
+    fn a_moved_page_is_corrupted_at_both_places() {
         let dir = tempfile::tempdir().expect("a directory");
         let ram = ram(dir.path());
         let file = File::options().write(true).open(&ram).expect("a file");
         file.write_all_at(b"ramsnap round 7 part 1\n", 3 * PAGE)
             .expect("a copy");
         let before = fs::read(&ram).expect("a file");
-        assert_eq!(spoil(&ram, 7).expect("a page"), 2);
+        assert_eq!(corrupt(&ram, 7).expect("a page"), 2);
         let after = fs::read(&ram).expect("a file");
         let pages = before
             .chunks(PAGE as usize)
@@ -191,9 +190,9 @@ mod tests {
     }
 
     #[test]
-    fn nothing_is_spoilt_where_no_page_is_known_to_be_a_files() {
+    fn corrupting_without_a_known_page_is_an_error() {
         let dir = tempfile::tempdir().expect("a directory");
-        let error = spoil(&ram(dir.path()), 70).expect_err("there is none");
+        let error = corrupt(&ram(dir.path()), 70).expect_err("there is none");
         assert!(error.to_string().starts_with("no page"), "{error}");
     }
 
