@@ -54,20 +54,20 @@ fn promises(kind: Kind) -> bool {
 const STUCK: Duration = Duration::from_secs(40);
 const STUCK_AFTER_OOPS: Duration = Duration::from_secs(4);
 
-/// What is known of one disk.
+/// The state of one disk.
 struct State {
     kind: Kind,
-    /// What survived the last cut, written by the next guest to a copy.
+    /// The bytes that survived the last cut. The next guest writes to a copy of them.
     image: Disk,
     said: Said,
-    /// Whether the next guest is to make the file system anew, as the last one did not come back
-    /// from looking at it.
-    anew: bool,
+    /// Whether the next guest creates the file system again, because the last one did not return
+    /// from checking it.
+    recreate: bool,
     flushed: usize,
     dropped: usize,
 }
 
-/// What the guests said of one disk.
+/// The guests' reports about one disk.
 #[derive(Clone, Debug, Default)]
 struct Said {
     /// The last commit that was acknowledged, if any was since the file system was made.
@@ -141,7 +141,7 @@ impl PowerLoss<'_> {
                 kind,
                 image: Disk::new(path, size, self.keep)?,
                 said: Said::default(),
-                anew: true,
+                recreate: true,
                 flushed: 0,
                 dropped: 0,
             });
@@ -215,14 +215,14 @@ impl PowerLoss<'_> {
                 .map(|state| format!("--kind={}", state.kind.name())),
         );
         arguments.extend(self.options.iter().cloned());
-        let anew = states.iter().filter(|state| state.anew);
-        arguments.extend(anew.map(|state| format!("--new={}", state.kind.name())));
+        let recreated = states.iter().filter(|state| state.recreate);
+        arguments.extend(recreated.map(|state| format!("--new={}", state.kind.name())));
         let mut qemu = guest::boot_with(self.kit, "power", drives, &arguments, self.interrupt)?;
         let cache_before = Cache::of_cut(round.saturating_sub(1));
         let mut waiting: Vec<Kind> = states.iter().map(|state| state.kind).collect();
         let mut looked: Vec<Kind> = states
             .iter()
-            .filter(|state| state.anew)
+            .filter(|state| state.recreate)
             .map(|state| state.kind)
             .collect();
         let mut cut_at: Option<Instant> = None;
@@ -275,7 +275,7 @@ impl PowerLoss<'_> {
             take(states, line, cache_before)?;
         }
         for state in states.iter_mut() {
-            state.anew = waiting.contains(&state.kind);
+            state.recreate = waiting.contains(&state.kind);
             if !looked.contains(&state.kind) {
                 let tally = state.said.after.entry(cache_before).or_default();
                 let what = "the driver does not come back from mounting it".into();
@@ -424,13 +424,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_commit_that_fails_after_a_cut_is_told_of_a_driver_that_promises_nothing_and_ends_the_run_of_others()
-     {
+    fn a_failed_commit_counts_for_exfat_and_ends_the_run_of_ext4() {
         let state = |kind| State {
             kind,
             image: Disk::existing(PathBuf::new(), true),
             said: Said::default(),
-            anew: false,
+            recreate: false,
             flushed: 0,
             dropped: 0,
         };
@@ -442,6 +441,7 @@ mod tests {
         let error =
             take(&mut states, failed(Kind::Ext4), Cache::Volatile).expect_err("it promises");
         assert_eq!(error.to_string(), "ext4: no space");
-        take(&mut states, Line::Failed("no port".into()), Cache::None).expect_err("nobody's");
+        take(&mut states, Line::Failed("no port".into()), Cache::None)
+            .expect_err("a line of no disk");
     }
 }

@@ -257,7 +257,7 @@ mod tests {
     }
 
     #[test]
-    fn whatever_does_not_hold_is_listed_with_what_was_expected_and_seen() {
+    fn failed_checks_are_listed_with_expected_and_seen() {
         let text = report().text();
         assert!(text.contains("1 ✓ 1 ≠ 1 ✗"), "{text}");
         for line in [

@@ -147,7 +147,7 @@ fn symlinked_destination(fixture: &Fixture) -> anyhow::Result<Outcome> {
 }
 
 fn planted_symlink(fixture: &Fixture) -> anyhow::Result<Outcome> {
-    const PRECIOUS: &[u8] = b"somebody else's file";
+    const PRECIOUS: &[u8] = b"another user's file";
     let expected = "what the link leads to is not written";
     let (dest, victim) = (fixture.path(DEST), fixture.path("victim"));
     fs::write(&victim, PRECIOUS)?;
@@ -262,11 +262,11 @@ fn two_writers(fixture: &Fixture) -> anyhow::Result<Outcome> {
 /// One look at a file that others replace meanwhile.
 enum Look {
     Found(Content),
-    /// The file had no name any more when it was read, and its driver did not keep its bytes for
-    /// whoever had it open: Linux's HFS+ driver empties a replaced file when somebody is just
-    /// opening it.
+    /// The file was replaced before it was read, and the driver did not keep its bytes for open
+    /// descriptors. Linux's HFS+ driver empties a replaced file while another process opens it.
     Emptied(Content),
-    /// On NFS a replaced file may be gone while it is read: a look that says nothing.
+    /// The file was removed while it was read, as NFS allows for a replaced file. This look proves
+    /// nothing.
     Gone,
 }
 

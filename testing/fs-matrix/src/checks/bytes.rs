@@ -162,7 +162,7 @@ fn pre_copy(fixture: &Fixture) -> anyhow::Result<Outcome> {
 
 /// A full image and two diffs on it.
 fn chain(fixture: &Fixture) -> anyhow::Result<Outcome> {
-    let expected = "the chain's bytes are the RAM's, the diffs' pages told by the file system";
+    let expected = "the chain's bytes are the RAM's; the file system identifies the diffs' pages";
     let base = fixture.path("base.mem");
     fixture
         .target

@@ -71,7 +71,8 @@ fn disk_full(fixture: &Fixture) -> anyhow::Result<Outcome> {
             Outcome::differs(
                 expected,
                 format!(
-                    "{found}; the driver goes read-only while somebody else fills the disk, {free} being free by its account"
+                    "{found}; the driver goes read-only while the check fills the disk, and \
+                     reports {free} free"
                 ),
             )
         } else {

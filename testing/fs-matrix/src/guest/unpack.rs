@@ -22,8 +22,8 @@ const UNPACKED: [&str; 11] = [
     "busybox-static",
 ];
 
-/// The modules that a guest may load, each with what it depends on. crc32c_generic is nobody's
-/// dependency and libcrc32c's need.
+/// The modules that a guest may load, each with its dependencies. No module lists crc32c_generic as
+/// a dependency, but libcrc32c needs it.
 const MODULES: [&str; 19] = [
     "virtio_pci",
     "virtio_blk",
