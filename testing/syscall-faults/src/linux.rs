@@ -58,13 +58,13 @@ struct Faults {
     /// At most so many faults of each scenario, chosen by --seed
     #[arg(long, value_name = "NUMBER", value_parser = clap::value_parser!(u32).range(1..))]
     sample: Option<u32>,
-    /// What faults are chosen by [default: another one each time, which is printed]
+    /// The seed of the choice of faults [default: another one each time, which is printed]
     #[arg(long)]
     seed: Option<u64>,
     /// No scenarios whose threads make other calls each time
     #[arg(long)]
     repeatable: bool,
-    /// In this directory, whatever its file system is [default: a tmpfs for root]
+    /// The directory to work in, on any file system [default: a tmpfs for root]
     #[arg(long, value_name = "DIRECTORY")]
     dir: Option<PathBuf>,
     /// List the scenarios, the mutants and how each call can fail, and do nothing

@@ -11,13 +11,13 @@ pub(super) struct Kind {
     number: c_long,
     /// Which calls of that number.
     of: Of,
-    /// What it fails with when it has done nothing.
+    /// The errors of a call that did nothing.
     pub errors: &'static [Errno],
-    /// What it fails with when it has done all, and the answer was lost. Over NFS the client then
-    /// asks again, and is told that a file that it moved is not there, or that one which it made is
-    /// there already; on a soft mount it gives up.
+    /// The errors of a call that was carried out and whose answer was lost. An NFS client repeats
+    /// the request, and the server answers that a moved file does not exist, or that a created one
+    /// exists already. On a soft mount the client gives up.
     pub lost: &'static [Errno],
-    /// Whether it may do a part of what it was asked for: its third argument is how many bytes.
+    /// Whether the call may do a part of the request. Its third argument is the number of bytes.
     pub short: bool,
 }
 
@@ -69,8 +69,7 @@ pub(super) static KINDS: &[Kind] = &[
         libc::SYS_openat,
         &[EIO, EINTR, ESTALE, EMFILE, ENFILE, ENOMEM],
     ),
-    // The descriptor is gone whatever it says: NFS tells of writes that failed. That it were not
-    // gone can't be.
+    // The descriptor is closed in any case, also if the call fails: NFS reports failed writes here.
     Kind {
         lost: &[EIO, EINTR, ENOSPC, EDQUOT],
         ..kind("close", libc::SYS_close, &[])
@@ -366,7 +365,7 @@ mod tests {
     }
 
     #[test]
-    fn calls_of_one_number_are_told_apart_by_what_they_are_asked_for() {
+    fn calls_of_one_number_are_distinguished_by_their_arguments() {
         let open = |flags: libc::c_int| name(libc::SYS_openat, [0, 0, flags as u64, 0, 0, 0]);
         assert_eq!(open(libc::O_RDONLY), Some("openat"));
         assert_eq!(

@@ -196,7 +196,7 @@ const RECOVER: Scenario = Scenario {
         atomic_file::recover(dir)?;
         observer.returned()
     },
-    // Whatever it said: the next recovery goes on where it stopped.
+    // Regardless of the result: the next recovery continues where this one stopped.
     check: |after| {
         (commits::GROUP.check)(&PostCrashState {
             returned: 1,

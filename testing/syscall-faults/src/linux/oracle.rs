@@ -129,7 +129,8 @@ impl Run<'_> {
         }
     }
 
-    /// Of a file that was made, and said not to be, nobody but the kernel knows the descriptor.
+    /// Returns whether the injected fault itself leaks `held`. When `creat` succeeds but reports an
+    /// error, only the kernel knows the descriptor.
     fn is_the_faults(&self, held: &str) -> bool {
         let at = self.fault.and_then(InjectedFault::at);
         let made = at.is_some_and(|at| at.kind.name == "creat" && matches!(at.how, How::Lost(_)));
@@ -137,8 +138,7 @@ impl Run<'_> {
     }
 }
 
-/// Whether a sync says that it failed, other than by having been interrupted, when it is made
-/// again.
+/// Returns whether a sync reports a failure. An interrupted sync is repeated, and does not count.
 fn fails_a_sync(fault: &InjectedFault) -> bool {
     use nix::errno::Errno::EINTR;
     fault.at().is_some_and(|at| {
@@ -147,8 +147,8 @@ fn fails_a_sync(fault: &InjectedFault) -> bool {
     })
 }
 
-/// Whether it is the removal of a stage itself that fails: where a writer is dropped there is
-/// nobody to tell.
+/// Returns whether the removal of a staged file fails. A writer that is dropped cannot report such
+/// an error.
 fn fails_clearing_up(fault: &InjectedFault) -> bool {
     matches!(fault, InjectedFault::Twice(..)) || fault.at().is_some_and(|at| at.kind.removes())
 }
@@ -183,7 +183,7 @@ mod tests {
     }
 
     #[test]
-    fn a_sync_that_failed_must_be_told_and_one_that_was_interrupted_is_made_again() {
+    fn a_failed_sync_is_reported_and_an_interrupted_one_repeated() {
         assert!(fails_a_sync(&fault("fsync#1:EIO")));
         assert!(fails_a_sync(&fault("fsync#2:lost:EIO")));
         assert!(!fails_a_sync(&fault("fsync#1:EINTR")));

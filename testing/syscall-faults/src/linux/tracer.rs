@@ -416,7 +416,7 @@ mod tests {
     }
 
     #[test]
-    fn how_a_child_ends_is_told() {
+    fn a_trace_reports_how_the_child_ended() {
         let of = |script: &str| {
             let mut command = Command::new("sh");
             command.args(["-c", script]);
