@@ -40,15 +40,15 @@ use stats::{Held, Tally};
 /// Save guests again and again while things go wrong, and compare everything that was saved
 ///
 /// Several guests run at a time: KVM's virtual machines, and threads of this process whose writes
-/// userfaultfd or mprotect tracks. Each is saved in ways chosen by lot: full or as a diff, stopped
-/// or while it runs, in any layout, page size, engine and durability. A third of the saves has
-/// something go wrong: cancelled, unreadable, out of space, in the way, killed. After each, the
-/// images are verified, the RAM is had back from them in one of six ways, and compared with a copy
-/// that was taken while the guest stood still. After a failure the next save is a diff: no mark may
-/// be lost. Once a minute, with no guest alive, descriptors, threads and mappings are counted.
+/// userfaultfd or mprotect tracks. Each save is chosen at random: full or a diff, of a stopped or a
+/// running guest, in any layout, page size, engine and durability. A third of the saves has an
+/// injected fault: cancelled, unreadable, out of space, in the way, killed. After each save, the
+/// images are verified, the RAM is restored from them in one of six ways, and compared with a copy
+/// that was taken while the guest was stopped. After a failure the next save is a diff: no mark may
+/// be lost. Once a minute, while no guest runs, descriptors, threads and mappings are counted.
 ///
-/// The first difference ends it, keeps the files, and says the seed, the guest and the round. The
-/// same seed makes the same choices; how far the threads come in the meantime is up to the machine.
+/// The first difference ends the run, keeps the files, and prints the seed, the guest and the
+/// round. The same seed makes the same choices. The progress of the threads depends on the machine.
 /// Disk: at most 12 files of 16 MiB for each guest.
 #[derive(Parser)]
 #[command(name = "cargo xtask soak", bin_name = "cargo xtask soak")]
@@ -136,11 +136,11 @@ impl Settings {
     }
 }
 
-/// How long guests come and go before what is held is counted.
+/// The time for which guests run before held resources are counted.
 const SHIFT: Duration = Duration::from_secs(60);
 
-/// glibc keeps the large pieces of memory that it gets back, more of them as time goes by, and
-/// leaks would not show. Told from which size on, it returns them.
+/// A setting by which glibc returns freed allocations from this size on to the kernel. By default,
+/// it keeps more and more of the large ones, which would hide leaks.
 const MAPPED_FROM: (&str, &str) = ("MALLOC_MMAP_THRESHOLD_", "262144");
 
 pub(crate) fn main() -> ExitCode {

@@ -288,7 +288,7 @@ impl Save<'_> {
                 let found = fs::read(dest)?;
                 ensure!(
                     found == ON_PURPOSE.as_bytes(),
-                    "somebody's file was replaced"
+                    "a file that appeared at the destination was replaced"
                 );
                 fs::remove_file(dest)?;
             }

@@ -24,16 +24,16 @@ pub(super) trait SavedGuest {
 
     fn tracker(&self) -> Arc<dyn Tracker>;
 
-    /// Runs while `work` is done, and stops at whatever instruction it then is.
+    /// Runs the guest during `work`, and then stops it at an arbitrary instruction.
     fn run(&mut self, work: &mut dyn FnMut() -> anyhow::Result<()>) -> anyhow::Result<()>;
 
-    /// What the guest itself finds wrong with its memory.
+    /// Returns the error that the guest itself found in its memory.
     fn fault(&mut self) -> anyhow::Result<Option<String>> {
         Ok(None)
     }
 }
 
-/// All that is decided of a guest before it is made.
+/// The properties of a guest that are chosen before it is created.
 #[derive(Clone, Debug)]
 pub(super) struct Shape {
     pub kind: Kind,

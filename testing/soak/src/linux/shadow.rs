@@ -60,8 +60,8 @@ impl Shadow {
         &self.0
     }
 
-    /// Compares all that `restored` reads, and tells by the shadow before this one, if there is
-    /// one, what any difference is.
+    /// Compares all bytes of `restored` with this shadow. The error describes the first difference
+    /// with the help of the shadow before this one, if there is one.
     pub(super) fn compare(
         &self,
         restored: &dyn PageReader,
