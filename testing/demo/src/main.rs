@@ -99,7 +99,7 @@ impl Demo {
             (None, snapshots.close())
         };
         progress.finish();
-        // Whatever that made of what was under way.
+        // An interruption takes precedence over the result of the work that it stopped.
         progress.interrupted()?;
         let story = story?;
 

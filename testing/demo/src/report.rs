@@ -8,8 +8,9 @@ use comfy_table::{CellAlignment, Table, presets};
 use harness::interrupt::Interrupt;
 use indicatif::{BinaryBytes, HumanCount, ProgressBar, ProgressStyle};
 
-/// One progress bar for all phases, on the standard error; silent where that is no terminal.
-/// Whoever tells it of progress is told where somebody wants to go on no further.
+/// One progress bar for all phases, on standard error. Prints nothing if that is not a terminal.
+/// [`at`](Self::at) and [`interrupted`](Self::interrupted) return an error once the user has
+/// interrupted the program.
 #[derive(Clone)]
 pub(crate) struct Progress {
     bar: ProgressBar,
@@ -24,7 +25,7 @@ impl Progress {
         Self { bar, interrupt }
     }
 
-    /// Shows nothing.
+    /// Returns a progress bar that prints nothing.
     #[cfg(test)]
     pub(crate) fn hidden() -> Self {
         Self {
@@ -40,7 +41,7 @@ impl Progress {
         self.bar.set_position(0);
     }
 
-    /// That much of the phase is done. An error if it's to be broken off.
+    /// Sets the position in the phase. Returns an error if the demo was asked to end.
     pub(crate) fn at(&self, done: u64) -> anyhow::Result<()> {
         self.bar.set_position(done);
         self.interrupted()
@@ -56,8 +57,7 @@ impl Progress {
     }
 }
 
-/// Prints a line. Whoever closed the pipe has read enough (`| head`): the exit code tells them the
-/// rest.
+/// Prints a line. A closed pipe (`| head`) is not an error; the exit code still reports the result.
 pub(crate) fn say(line: impl Display) -> io::Result<()> {
     match writeln!(io::stdout(), "{line}") {
         Err(error) if error.kind() == ErrorKind::BrokenPipe => Ok(()),

@@ -35,12 +35,12 @@ pub(crate) struct Snapshots<'a> {
     pub files: Files,
     pub table: Vec<Snapshot>,
     pub picture: Picture,
-    /// The last one, on its way to the medium.
+    /// The last snapshot, while it is committed.
     committing: Committing,
 }
 
-/// A commit under way, if one is. Dropped, it's waited for: whoever removes the directory then has
-/// it alone.
+/// The commit in progress, if any. Dropping it waits for the commit, so that no writer is left when
+/// the directory is removed.
 #[derive(Default)]
 struct Committing(Option<JoinHandle<anyhow::Result<Snapshot>>>);
 

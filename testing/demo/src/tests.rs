@@ -181,7 +181,7 @@ fn a_guest_notices_a_page_that_is_not_what_it_wrote(
     assert_eq!(
         (verdict.faults, verdict.first_fault),
         (3, 7),
-        "and a spoilt checksum"
+        "and a corrupted checksum"
     );
 }
 

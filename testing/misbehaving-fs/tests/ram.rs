@@ -125,7 +125,7 @@ fn a_page_written_through_a_mapping_is_data_at_once(
         }
         _ => return,
     };
-    let tells = disk.is_some() || !overlay;
+    let reports_holes = disk.is_some() || !overlay;
     let merged = overlay.then(|| Overlay::within(&dir).unwrap());
     let dir = merged
         .as_ref()
@@ -156,7 +156,8 @@ fn a_page_written_through_a_mapping_is_data_at_once(
     assert!(is_populated(&mapping.reader(), WRITTEN));
     // The page of an unwritten extent that was read is in the page cache, and therefore data.
     assert!(
-        over == "unwritten extent" || tells != is_populated(&FileReader::new(&file), 2 * WRITTEN),
+        over == "unwritten extent"
+            || reports_holes != is_populated(&FileReader::new(&file), 2 * WRITTEN),
         "an untouched page is skipped where holes are reported"
     );
     assert!(dump(&FileReader::new(&file)) == expected());

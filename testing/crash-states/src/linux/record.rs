@@ -27,16 +27,17 @@ use sparse_file::{Kind, extents};
 use super::disk::{FileSystem, Journal, Loop, Mounted};
 use super::states::{Log, MARKS, STEP};
 
-/// The directories that a scenario is carried out in, one after the other: nobody else syncs
-/// anything; and a neighbour syncs all the time, so that names may get to the disk at any moment.
+/// The directories in which a scenario runs, one after the other. In the first, only the scenario
+/// syncs. In the second, a neighbour syncs all the time, so names can reach the disk at any moment.
 pub(super) const PHASES: [&str; 2] = ["alone", "in-company"];
 
-/// When the kernel commits the journal of what a scenario leaves without a sync: soon, as that is
-/// waited for.
+/// The journal interval for changes that a scenario leaves without a sync. It is short because the
+/// check waits for the commit of the journal.
 const SOON: Journal = Journal::CommittedAfter(1);
-/// A mutant shows what it lacks before the kernel makes good for it.
+/// The journal interval for mutants. It is long, so that a missing sync is found before the kernel
+/// commits the journal.
 const NOT_YET: Journal = Journal::CommittedAfter(300);
-/// Between two syncs of the neighbour's.
+/// The pause between two syncs of the neighbour.
 const NEIGHBOUR: Duration = Duration::from_millis(7);
 /// The name of the log, which stays in the room.
 pub(super) const LOG: &str = "log";
