@@ -1,4 +1,4 @@
-//! `cargo xtask mutants`: change the code in small ways, one at a time, and see the tests notice.
+//! `cargo xtask mutants`: makes small changes to the code, and checks that the tests detect them.
 
 use std::fs::File;
 use std::io::BufReader;
@@ -144,19 +144,19 @@ pub(crate) fn crates() -> [&'static str; 4] {
     CRATES.map(|(name, _)| name)
 }
 
-/// Of a hundred mutants, so many are to be caught.
+/// The percentage of mutants that must be caught.
 const GOAL: usize = 90;
 
-/// The one part that there is unless more are asked for.
+/// The default shard: all mutants.
 const ALL: &str = "0/1";
 
-/// Change the code in small ways, one at a time, and see the tests notice
+/// Make small changes to the code, one at a time, and check that the tests detect them
 ///
-/// cargo-mutants makes the changes, in a copy of the workspace; each is tested by the tests of its
-/// own crate. .cargo/mutants.toml tells which changes are not made, each with the reason why no
-/// test could notice. Exit code 0 says that of every crate 90 % were noticed at least; those that
-/// were not are listed, in target/mutants. All of them take hours: --shard 0/20 takes one
-/// twentieth, of every file some.
+/// cargo-mutants makes the changes in a copy of the workspace. Each is tested by the tests of its
+/// own crate. .cargo/mutants.toml lists the changes that are not made, each with the reason why no
+/// test can detect it. Exit code 0 means that at least 90 % were detected in every crate. The
+/// others are listed in target/mutants. All changes take hours: --shard 0/20 makes one twentieth,
+/// with some of every file.
 #[derive(clap::Args)]
 pub(crate) struct Mutants {
     #[command(flatten)]
@@ -174,14 +174,14 @@ pub(crate) struct Mutants {
     jobs: usize,
 }
 
-/// What became of the mutants of a crate, as cargo-mutants writes it to outcomes.json.
+/// The results for the mutants of a crate, as cargo-mutants writes them to outcomes.json.
 #[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Eq)]
 struct Outcomes {
     caught: usize,
     /// The tests did not end: as good as caught.
     timeout: usize,
     missed: usize,
-    /// No program at all.
+    /// The change does not compile.
     unviable: usize,
 }
 
