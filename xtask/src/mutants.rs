@@ -19,10 +19,10 @@ const TOOL: CargoTool = CargoTool {
     wheel: None,
 };
 
-/// What of a crate is tried with the same test files, in tiers: those first that notice most
-/// mutants and take a moment. Only mutants that a tier does not notice are tried with the next.
+/// The part of a crate that is tested with the same test files, in tiers. The first tier detects
+/// most mutants in little time. Mutants that a tier does not detect are tested with the next one.
 struct Part {
-    /// Only what is in these files of its `src`, or with `except` all but that.
+    /// Only these files of its `src`, or with `except` all but these.
     files: &'static [&'static str],
     except: bool,
     tests: &'static [&'static [&'static str]],
@@ -279,8 +279,8 @@ impl Mutants {
         Ok(all)
     }
 
-    /// Tries `mutants` with the tests of `targets`: what became of them, and the names of those
-    /// that nothing noticed.
+    /// Tests `mutants` with the tests of `targets`. Returns the results, and the names of the
+    /// mutants that no test detected.
     fn pass(
         &self,
         sh: &Shell,

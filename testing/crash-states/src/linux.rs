@@ -46,12 +46,12 @@ const PACKAGES: &[Package] = &[
 
 /// Check what a loss of power at any moment leaves on real file systems
 ///
-/// Carries out scenarios of this workspace on mounted file systems while every write and flush of
-/// their disks is logged. Then makes disks out of the log as a loss of power may leave them: every
-/// prefix, and prefixes with writes that no flush has followed dropped or torn. Each is mounted,
-/// recovered and looked at. At the end, commits that lack a step show that this finds what it is
-/// for. Exit code 0 says that no state had lost or torn anything, and that each of those commits
-/// was found out.
+/// Runs scenarios of this workspace on mounted file systems while every write and flush of their
+/// disks is logged. Then makes disks from the log as a loss of power may leave them: every prefix,
+/// and prefixes in which writes that no flush has followed are dropped or torn. Each is mounted,
+/// recovered and checked. At the end, commits that lack a step show that the check detects errors.
+/// Exit code 0 means that no state had lost or torn anything, and that each of these commits was
+/// detected.
 ///
 /// On Linux, as root. The recording of a scenario with a state that fails stays under target/crash.
 #[derive(Parser)]

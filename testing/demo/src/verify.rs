@@ -1,4 +1,4 @@
-//! The proof: the restored guest is the original, and goes on like it.
+//! Checks that the restored guest is identical to the original, and continues like it.
 
 use std::thread;
 

@@ -70,7 +70,8 @@ pub const NO_CLOBBER: Scenario = Scenario {
     },
     check: |after| {
         if after.tidying == Tidying::NextWriter {
-            // They may replace, and so rehearse nothing, nor look where a rehearsal was.
+            // These writers may replace the file. They need no preflight, and do not search for
+            // files that one left.
             after.next_writers(&[DEST; 2])?;
         }
         let recovered = PostCrashState {
@@ -97,8 +98,8 @@ pub const GROUP: Scenario = Scenario {
     },
     check: |after| {
         if after.tidying == Tidying::NextWriter {
-            // It completes the group. The stage of a record that was never published is for
-            // sweepers, or the next group.
+            // The next writer completes the group. A sweep or the next group removes the staged
+            // file of a record that was never published.
             after.next_writers(&[DEST])?;
         }
         let recovered = PostCrashState {
@@ -234,7 +235,7 @@ pub fn full(dir: &Path, stamp: u32) -> anyhow::Result<()> {
     Target(None).full(&dest, &Stamped::new(stamp, RAM), RAM, PAGE)
 }
 
-/// Whether the stage was the file that an earlier commit had replaced.
+/// Writes a full image with recycling. Returns whether the staged file was a recycled one.
 pub fn recycling(dir: &Path, stamp: u32) -> anyhow::Result<bool> {
     let options = MemoryWriter::options().recycle(RAM * 2);
     let mut writer = options.open(dir.join(DEST), RAM, PAGE)?;

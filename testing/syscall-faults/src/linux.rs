@@ -35,14 +35,14 @@ use report::Report;
 
 /// Make every system call of every scenario go wrong, once in each way it can
 ///
-/// Carries out the scenarios of `cargo xtask crash`, and some more, in a child process that is
-/// traced. Then once more for each of its calls and each error that the call can give: the call
-/// fails; or it does what it was asked for and its answer is lost; or it does a part; or the
-/// process is killed there; or, after the first failure, a second one comes while the writer clears
-/// up. And with file systems that fill up and limits that are reached at any byte. After each, what
-/// is on disk must be whole and what the returned error says, no mark may be lost, and nothing held
-/// or left behind. At the end, libraries with a mistake show that this finds what it is for. Exit
-/// code 0 says that no fault did any harm, and that each of those was found out.
+/// Runs the scenarios of `cargo xtask crash`, and some more, in a traced child process. Then runs
+/// them once more for each call and each error that the call can return. The call fails; or it is
+/// carried out and its answer is lost; or it does a part; or the process is killed there; or a
+/// second call fails while the writer cleans up after the first failure. Other runs fill the file
+/// system or reach a limit at any byte. After each run, the files must be whole and as the returned
+/// error states, no mark may be lost, and nothing may be held or left behind. At the end, mutants
+/// of the library show that the check detects errors. Exit code 0 means that no fault caused a
+/// violation, and that each mutant was detected.
 ///
 /// On Linux on x86-64.
 #[derive(Parser)]

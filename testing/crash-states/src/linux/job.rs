@@ -123,7 +123,7 @@ impl Job {
     }
 }
 
-/// The library found out that the file system can't do it.
+/// Returns whether the library refused because the file system does not support the operation.
 fn is_refusal(error: &anyhow::Error) -> bool {
     let open = error.downcast_ref();
     matches!(open, Some(OpenError::NoClobberUnsupported { .. })) || error.is::<AddError>()

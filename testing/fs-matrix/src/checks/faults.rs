@@ -307,7 +307,7 @@ fn name(fixture: &Fixture, name: &OsStr) -> anyhow::Result<Outcome> {
     })
 }
 
-/// The path goes away while the stage is open: everything is held by descriptors.
+/// Unmounts the path while the staged file is open. All files are used by descriptor.
 #[cfg(target_os = "linux")]
 fn lazy_unmount(fixture: &Fixture) -> anyhow::Result<Outcome> {
     use nix::mount::{MntFlags, MsFlags, mount, umount2};

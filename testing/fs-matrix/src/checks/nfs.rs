@@ -31,7 +31,7 @@ pub(super) const CHECKS: &[Check] = &[
 const RAM: u64 = 4 << 20;
 const DEST: &str = "vm.mem";
 
-/// The one call that names both a stage and the destination.
+/// The only call that names both a staged file and the destination.
 fn rename() -> Vec<Vec<u8>> {
     vec![b".atomic-file-".into(), DEST.into()]
 }

@@ -76,7 +76,7 @@ impl PageReader for Pieces {
     }
 }
 
-/// How writes are noticed.
+/// The mechanism that detects writes.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Guarded {
     Userfaultfd,

@@ -79,7 +79,7 @@ impl Child {
 
     pub(super) fn run(&self) -> anyhow::Result<()> {
         let case = cases::named(&self.scenario).context("a scenario that is known")?;
-        // What a monitor does too, whose death by this signal would be the guest's.
+        // As a VMM does: its guest would die with it by this signal.
         signal_hook::flag::register(SIGXFSZ, Arc::new(AtomicBool::new(false)))?;
         let (soft, hard) = getrlimit(Resource::RLIMIT_FSIZE)?;
         let eyes = Eyes::default();

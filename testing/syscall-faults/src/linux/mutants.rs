@@ -1,4 +1,4 @@
-//! Commits with a mutant in them, which must be found out, and one with none, which must not.
+//! Commits with a mutant, which must be detected, and one without, which must pass.
 
 use std::fs::{self, File};
 use std::io;

@@ -93,8 +93,9 @@ impl Run<'_> {
         if let Some(held) = report.held.iter().find(|held| !self.is_the_faults(held)) {
             return Err(FaultViolation::Leaked(format!("{held}, after: {text}")));
         }
-        // One who meets another in the moment between making a stage and locking it leaves it to
-        // that one, whose look may be what fails: then it is the next writer's, as `check` sees.
+        // A writer that finds another's staged file between its creation and its lock leaves it to
+        // that other writer. If the other's own look at the file fails, the next writer removes it,
+        // as `check` verifies.
         let may_stay = said.left || self.case.threads;
         if !may_stay && !self.fault.is_some_and(fails_clearing_up) {
             self.nothing_left(text)?;
@@ -102,7 +103,7 @@ impl Run<'_> {
         let Err(harm) = self.check(said.next()) else {
             return Ok(());
         };
-        // What is whole and right, but not as it was said to be.
+        // The files are whole, but not as the error states.
         match self.check(Next::Unknown) {
             Ok(()) => Err(FaultViolation::Untrue(format!("{harm}, after: {text}"))),
             Err(_) => Err(harm.when(text).into()),
@@ -118,7 +119,7 @@ impl Run<'_> {
         })
     }
 
-    /// A spare is not left: it is the next writer's.
+    /// Checks that no staged file is left. A recycled file does not count: the next writer uses it.
     fn nothing_left(&self, text: &str) -> Result<(), FaultViolation> {
         let before: Vec<_> = self.before.iter().map(String::as_str).collect();
         let mut left = names(self.dir, &before).map_err(check::lost("can't list the directory"))?;
