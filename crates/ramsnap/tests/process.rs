@@ -301,7 +301,7 @@ fn without_permission_to_trace_the_error_says_how_to_get_it() {
     let full = format!("full --pid {} --region guest-ram -o out", vmm.pid());
     command.args(full.split(' ')).current_dir(work.path(""));
     Ended::of(command.uid(65534).gid(65534)).fails(3, &["may trace", "CAP_SYS_PTRACE"]);
-    assert_eq!(work.files(), ["ramsnap", "ram"]);
+    assert_eq!(work.files(), ["ram", "ramsnap"]);
 }
 
 /// The process to stop may be the writer of the metadata.
