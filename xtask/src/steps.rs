@@ -7,6 +7,7 @@ mod ci;
 mod durations;
 mod left_out;
 mod page;
+mod prose;
 mod prove;
 mod signals;
 mod test;

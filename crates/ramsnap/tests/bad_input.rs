@@ -402,21 +402,21 @@ fn without_permission_the_error_names_the_file() {
         .status();
     assert!(copied.unwrap().success());
     fs::set_permissions(work.path(""), Permissions::from_mode(0o755)).unwrap();
-    let nobody = |arguments: &str| {
+    let as_other_user = |arguments: &str| {
         let mut command = Command::new(work.path("ramsnap"));
         command
             .args(arguments.split(' '))
             .current_dir(work.path(""));
         Ended::of(command.uid(65534).gid(65534))
     };
-    nobody("info full.mem").fails(3, &["full.mem", "Permission denied"]);
+    as_other_user("info full.mem").fails(3, &["full.mem", "Permission denied"]);
     fs::set_permissions(work.path("full.mem"), Permissions::from_mode(0o644)).unwrap();
-    nobody("info full.mem").good();
-    nobody("verify full.mem").good();
-    nobody("convert full.mem -o out").fails(3, &["cannot stage", "Permission denied"]);
+    as_other_user("info full.mem").good();
+    as_other_user("verify full.mem").good();
+    as_other_user("convert full.mem -o out").fails(3, &["cannot stage", "Permission denied"]);
     // RAM that is readable and not writable.
     let before = work.read("ram");
-    nobody("restore full.mem -o ram --force").fails(3, &["ram", "Permission denied"]);
+    as_other_user("restore full.mem -o ram --force").fails(3, &["ram", "Permission denied"]);
     assert!(work.read("ram") == before);
 }
 

@@ -3,7 +3,7 @@
 use harness::packages::{Install, Package};
 use xshell::{Shell, cmd};
 
-use super::{Context, Options, Step, Suite, is_installed};
+use super::{Context, Options, Step, Suite, is_installed, prose};
 
 /// What the tests use besides the Rust toolchain.
 const PACKAGES: &[Package] = &[
@@ -26,6 +26,12 @@ pub(super) const SUITE: Suite = Suite {
             proves: "all code is formatted by rustfmt",
             paths: &[],
             run: formatting,
+        },
+        Step {
+            name: "prose",
+            proves: "texts and names use the project's terms, and text wraps at 100 columns",
+            paths: &[],
+            run: check_prose,
         },
         Step {
             name: "lints",
@@ -77,6 +83,10 @@ fn formatting(context: &Context<'_>) -> anyhow::Result<()> {
     cmd!(sh, "cargo fmt --all --check").run()?;
     cmd!(sh, "cargo fmt --manifest-path fuzz/Cargo.toml --check").run()?;
     Ok(())
+}
+
+fn check_prose(context: &Context<'_>) -> anyhow::Result<()> {
+    prose::check(context.sh)
 }
 
 fn lints(context: &Context<'_>) -> anyhow::Result<()> {

@@ -1,5 +1,6 @@
 #!/bin/busybox sh
-# The guest's first process: lays the unpacked packages over the host's root, and runs what the kernel's command line says.
+# The guest's first process: lays the unpacked packages over the host's root, and runs what the
+# kernel's command line says.
 b=/bin/busybox
 $b mount -t proc proc /proc
 $b mount -t sysfs sys /sys

@@ -1,5 +1,6 @@
 #!/bin/busybox sh
-# The guest's only process. Each round it writes files of random bytes to a tmpfs, and checks all the files that the last rounds left there.
+# The guest's only process. Each round it writes files of random bytes to a tmpfs, and checks all
+# the files that the last rounds left there.
 b=/bin/busybox
 $b mount -t devtmpfs dev /dev
 $b mount -t tmpfs work /work
