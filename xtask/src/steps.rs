@@ -238,6 +238,9 @@ mod tests {
     #[test]
     fn an_unknown_step_is_an_error_that_lists_the_steps() {
         let error = test::SUITE.step("none").expect_err("no such step");
-        assert!(error.to_string().contains("formatting, prose, lints"), "{error}");
+        assert!(
+            error.to_string().contains("formatting, prose, lints"),
+            "{error}"
+        );
     }
 }
