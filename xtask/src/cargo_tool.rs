@@ -8,7 +8,7 @@ use xshell::{Shell, cmd};
 
 use crate::python::{Build, Wheel};
 
-/// A program from crates.io.
+/// A program from the Rust registry.
 pub(crate) struct CargoTool {
     /// Of the crate and of the program.
     pub name: &'static str,
