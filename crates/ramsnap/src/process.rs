@@ -248,9 +248,7 @@ fn file_behind(pid: u32, region: &ProcessRegion) -> Option<File> {
         let file = file.ok()?;
         file.metadata().ok()?.is_file().then_some(file)
     };
-    let Range { start, end } = region.addresses;
-    let mapping = format!("/proc/{pid}/map_files/{start:x}-{end:x}");
-    open(Path::new(&mapping)).or_else(|| {
+    open(&link_of_mapping(pid, region)).or_else(|| {
         let descriptors = fs::read_dir(format!("/proc/{pid}/fd")).ok()?;
         let mut paths = descriptors.flatten().map(|descriptor| descriptor.path());
         paths.find_map(|path| {
@@ -259,6 +257,12 @@ fn file_behind(pid: u32, region: &ProcessRegion) -> Option<File> {
             same.then(|| open(&path))?
         })
     })
+}
+
+/// Returns the path by which the kernel leads to the file of a mapping.
+fn link_of_mapping(pid: u32, region: &ProcessRegion) -> PathBuf {
+    let Range { start, end } = region.addresses;
+    format!("/proc/{pid}/map_files/{start:x}-{end:x}").into()
 }
 
 fn find_all(named: &[Region], maps: &ProcessMaps) -> anyhow::Result<Vec<Range<u64>>> {
@@ -303,8 +307,7 @@ fn regions_in<'m>(
 /// `CAP_CHECKPOINT_RESTORE`, and the file that has the name of the mapping now. On overlayfs,
 /// mappings are listed with other numbers than files.
 fn mapped_files(pid: u32, region: &ProcessRegion) -> impl Iterator<Item = FileIdentity> {
-    let Range { start, end } = region.addresses;
-    let by_kernel = format!("/proc/{pid}/map_files/{start:x}-{end:x}").into();
+    let by_kernel = link_of_mapping(pid, region);
     let mut by_name = format!("/proc/{pid}/root").into_bytes();
     by_name.extend(&region.name);
     let by_name = region
