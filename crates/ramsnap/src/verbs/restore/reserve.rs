@@ -4,12 +4,11 @@
 //! enough to compare the needed space with the free space that a file system reports: ext4 reserves
 //! blocks for root and for itself, and a hole does not free blocks that files share.
 //!
-//! | file system | how |
-//! |---|---|
-//! | ext4, tmpfs | `fallocate` of missing blocks; existing blocks are overwritten in place |
-//! | XFS | `fallocate` with `FALLOC_FL_UNSHARE_RANGE`, as blocks may be shared with a copy |
-//! | hugetlbfs | the mapping reserves its pages |
-//! | others | nothing: btrfs writes overwritten data to other blocks. As much as the RAM needs must be free, and a warning says that this may not be enough |
+//! - ext4, tmpfs: `fallocate` of missing blocks; existing blocks are overwritten in place.
+//! - XFS: `fallocate` with `FALLOC_FL_UNSHARE_RANGE`, as blocks may be shared with a copy.
+//! - hugetlbfs: the mapping reserves its pages.
+//! - others: nothing, as btrfs writes overwritten data to other blocks. As much as the RAM needs
+//!   must be free, and a warning says that this may not be enough.
 //!
 //! On tmpfs, which counts exactly, the old RAM's own pages count as room if nothing else is left.
 
@@ -72,7 +71,7 @@ pub(super) struct Reserved {
 impl Reserved {
     /// Keeps the blocks: they are about to be written.
     pub(super) fn keep(mut self) {
-        self.blocks_before = u64::MAX;
+        self.holes.clear();
     }
 }
 
