@@ -4,9 +4,8 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Context;
 use harness::packages::Install;
+use harness::python::{Build, Wheel};
 use xshell::{Shell, cmd};
-
-use crate::python::{Build, Wheel};
 
 /// A program from the Rust registry.
 pub(crate) struct CargoTool {

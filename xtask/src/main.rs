@@ -5,15 +5,10 @@
 
 mod bench;
 mod cargo_tool;
-mod check_macos;
-mod debian_rust;
-#[cfg(target_os = "linux")]
-mod fresh;
 mod fuzz;
 mod interleavings;
 mod mutants;
 mod program;
-mod python;
 #[cfg(target_os = "linux")]
 mod sanitize;
 mod steps;
@@ -40,7 +35,9 @@ enum Task {
     #[command(disable_help_flag = true)]
     Adaptive(Arguments),
     Bench(bench::Bench),
-    CheckMacos(check_macos::CheckMacos),
+    /// Lint everything for Apple silicon, and link what uses the hypervisor, also on Linux
+    #[command(disable_help_flag = true)]
+    CheckMacos(Arguments),
     Ci(steps::Ci),
     /// Check what a loss of power at any moment leaves on real file systems
     #[cfg(target_os = "linux")]
@@ -53,6 +50,10 @@ enum Task {
     #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
     #[command(disable_help_flag = true)]
     Faults(Arguments),
+    /// Run the README's two commands on a minimal Debian with stale package lists
+    #[cfg(target_os = "linux")]
+    #[command(disable_help_flag = true)]
+    Fresh(Arguments),
     /// Mount each file system for real, run the library on it, and say what holds
     #[command(disable_help_flag = true)]
     FsMatrix(Arguments),
@@ -94,13 +95,15 @@ fn run(sh: &Shell, task: Task) -> anyhow::Result<()> {
     match task {
         Task::Adaptive(arguments) => arguments.run("adaptive"),
         Task::Bench(bench) => bench.run(sh),
-        Task::CheckMacos(check) => check.run(sh),
+        Task::CheckMacos(arguments) => arguments.run("check-macos"),
         Task::Ci(ci) => ci.run(sh),
         #[cfg(target_os = "linux")]
         Task::Crash(arguments) => arguments.run("crash-states"),
         Task::Demo(arguments) => arguments.run("demo"),
         #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
         Task::Faults(arguments) => arguments.run("syscall-faults"),
+        #[cfg(target_os = "linux")]
+        Task::Fresh(arguments) => arguments.run("fresh-machine"),
         Task::FsMatrix(arguments) => arguments.run("fs-matrix"),
         Task::Fuzz(fuzz) => fuzz.run(sh),
         Task::Mutants(mutants) => mutants.run(sh),

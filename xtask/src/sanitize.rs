@@ -6,12 +6,12 @@ use std::time::Instant;
 
 use anyhow::{bail, ensure};
 use clap::ValueEnum;
+use harness::debian_rust;
 use harness::packages::{Install, Package};
 use harness::record::Record;
 use test_machine::not_run;
 use xshell::{Cmd, PushEnv, Shell, cmd};
 
-use crate::debian_rust;
 use skipped::{LEFT_OUT, SKIPPED};
 
 /// What names the functions of a report, and the sanitizer's own library with a linker that knows

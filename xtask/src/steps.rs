@@ -162,6 +162,7 @@ impl Suite {
         if ci && sh.var_os(REQUIRE).is_none() {
             sh.set_var(REQUIRE, "all");
         }
+        options.install.pass_on(sh);
         let left_out = LeftOut::begin(sh)?;
         let context = Context {
             sh,

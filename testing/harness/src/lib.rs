@@ -2,7 +2,7 @@
 //!
 //! `cargo xtask NAME` runs most of these programs. Each has a `main` that calls [`run`]. Their
 //! children and their cleanup on Ctrl-C are in [`process`] and [`interrupt`]; the Debian packages
-//! that they install are in [`packages`]; the figures that `--record` keeps are in [`record`].
+//! that they install are in [`packages`], and other tools in [`python`] and [`debian_rust`]; the figures that `--record` keeps are in [`record`].
 //!
 //! This crate links no crate under `crates/`, and neither does `xtask`, which depends on it.
 
@@ -13,18 +13,20 @@
     reason = "for the workspace's own programs"
 )]
 
+pub mod debian_rust;
 pub mod interrupt;
 #[cfg(target_os = "linux")]
 pub mod namespace;
 pub mod packages;
 pub mod process;
+pub mod python;
 pub mod record;
 
 use std::path::Path;
 use std::process::ExitCode;
 
 use anyhow::{Context, ensure};
-use test_machine::{Need, not_run};
+use test_machine::{NOT_RUN, Need, not_run};
 use xshell::Shell;
 
 /// The features that the tests select, as far as they change a dependency: programs that are built
@@ -64,6 +66,19 @@ pub fn kernel() -> String {
         |_| "an unknown kernel".into(),
         |name| format!("{} {}", name.sysname().display(), name.release().display()),
     )
+}
+
+/// Returns whether this program is a step of `cargo xtask test`, `ci` or `prove`.
+pub fn is_step() -> bool {
+    std::env::var_os(NOT_RUN).is_some()
+}
+
+/// Reports that `what` is not run. An error in CI.
+pub fn leave_out(what: &str, why: &str) -> anyhow::Result<()> {
+    let ci = std::env::var_os("CI").is_some_and(|ci| ci == "true");
+    ensure!(!ci, "{what} was not run: {why}");
+    not_run(what, why);
+    Ok(())
 }
 
 /// Returns whether this machine has `need`. Reports that `what` is not run where it has not, which

@@ -89,10 +89,20 @@ pub fn patiently(mut download: impl FnMut() -> anyhow::Result<()>) -> anyhow::Re
     download()
 }
 
+/// The environment variable that forbids installations, as `--no-install` does.
+const NO_INSTALL: &str = "RAMSNAP_NO_INSTALL";
+
 impl Install {
     /// Whether anything may be installed or downloaded.
     pub fn allowed(self) -> bool {
-        !self.no_install
+        !self.no_install && std::env::var_os(NO_INSTALL).is_none()
+    }
+
+    /// Makes every program that `sh` runs from now on install nothing, if this one must not.
+    pub fn pass_on(self, sh: &Shell) {
+        if !self.allowed() {
+            sh.set_var(NO_INSTALL, "1");
+        }
     }
 
     /// Installs or upgrades what is missing or too old of `packages` if this is a Debian machine

@@ -16,12 +16,6 @@ pub struct Record {
     record: bool,
 }
 
-impl From<bool> for Record {
-    fn from(record: bool) -> Self {
-        Self { record }
-    }
-}
-
 impl Record {
     /// Prints `said`, the closing line of `run`, and keeps it where that was asked for. `how` is
     /// what else the figures depend on: a seed, a time.

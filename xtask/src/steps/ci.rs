@@ -1,12 +1,11 @@
 //! `cargo xtask ci`: what else must hold before a change lands, in minutes and the same each time.
 
+use harness::debian_rust::OLDEST_RUST;
 use test_machine::Need;
 use xshell::{Shell, cmd};
 
 use super::{Context, Options, Step, Suite, is_installed};
 use crate::cargo_tool::CARGO_DENY;
-use crate::check_macos::CheckMacos;
-use crate::debian_rust::OLDEST_RUST;
 use crate::interleavings::{self, Bound};
 
 pub(super) const SUITE: Suite = Suite {
@@ -172,16 +171,7 @@ fn crates_alone(context: &Context<'_>) -> anyhow::Result<()> {
 }
 
 fn macos(context: &Context<'_>) -> anyhow::Result<()> {
-    check_macos(context, true)
-}
-
-/// Checks for macOS, or reports that this machine cannot. `quick` as in `cargo xtask check-macos`.
-pub(super) fn check_macos(context: &Context<'_>, quick: bool) -> anyhow::Result<()> {
-    let install = context.install;
-    if (CheckMacos { install, quick }).check(context.sh)? {
-        return Ok(());
-    }
-    context.leave_out("macos", "the packages that it needs are not installed")
+    Ok(context.xtask("check-macos --quick").run()?)
 }
 
 fn interleavings(context: &Context<'_>) -> anyhow::Result<()> {

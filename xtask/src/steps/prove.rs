@@ -2,7 +2,7 @@
 
 use xshell::{Shell, cmd};
 
-use super::{Context, Options, Step, Suite, busy, changed, ci, test};
+use super::{Context, Options, Step, Suite, busy, changed, test};
 use crate::interleavings;
 
 pub(super) const SUITE: Suite = Suite {
@@ -28,12 +28,7 @@ pub(super) const SUITE: Suite = Suite {
         Step {
             name: "macos",
             proves: "as in ci; and the example links with the fewest and the most features, for macOS 11 and 26",
-            paths: &[
-                "crates",
-                "testing",
-                "xtask/src/check_macos",
-                "xtask/src/check_macos.rs",
-            ],
+            paths: &["crates", "testing", "testing/check-macos"],
             run: macos,
         },
         Step {
@@ -227,7 +222,7 @@ fn interleavings(context: &Context<'_>) -> anyhow::Result<()> {
 }
 
 fn macos(context: &Context<'_>) -> anyhow::Result<()> {
-    ci::check_macos(context, false)
+    Ok(context.xtask("check-macos").run()?)
 }
 
 fn demo(context: &Context<'_>) -> anyhow::Result<()> {
@@ -284,9 +279,5 @@ fn fresh(context: &Context<'_>) -> anyhow::Result<()> {
 
 #[cfg(target_os = "linux")]
 fn fresh(context: &Context<'_>) -> anyhow::Result<()> {
-    let times = crate::fresh::run(context.sh, context.install)?;
-    let cores = std::thread::available_parallelism()?;
-    let record = harness::record::Record::from(context.record);
-    let how = format!("{cores} cores");
-    record.conclude(context.sh, "cargo xtask prove fresh", &times, &how)
+    context.recorded("fresh")
 }

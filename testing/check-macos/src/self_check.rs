@@ -8,7 +8,7 @@ use anyhow::{Context, bail, ensure};
 use serde_json::Value;
 use xshell::{Shell, cmd};
 
-use super::Toolchain;
+use crate::toolchain::Toolchain;
 
 /// The crate that is copied and broken. None of its dependencies is a crate of this workspace.
 const CRATE: &str = "crates/sparse-file";
@@ -42,7 +42,7 @@ const BREAKS: [Break; 2] = [
 ];
 
 /// Lints a copy of a crate as it is, then with one line broken at a time.
-pub(super) fn run(sh: &Shell, toolchain: Toolchain, dir: &Path) -> anyhow::Result<()> {
+pub(crate) fn run(sh: &Shell, toolchain: Toolchain, dir: &Path) -> anyhow::Result<()> {
     let copy = dir.join("self-check");
     let file = copy.join(CRATE).join(FILE);
     copy_crate(sh, &copy)?;

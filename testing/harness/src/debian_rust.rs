@@ -1,14 +1,14 @@
 //! Debian's Rust toolchain, with the standard library's source for targets it must be built for.
 
-use harness::packages::Package;
+use crate::packages::Package;
 use xshell::{PushEnv, Shell};
 
 /// The oldest compiler of this workspace: `rust-version` in Cargo.toml.
-pub(crate) const OLDEST_RUST: &str = env!("CARGO_PKG_RUST_VERSION");
+pub const OLDEST_RUST: &str = env!("CARGO_PKG_RUST_VERSION");
 
 /// A compiler, its lints, and the standard library: all of one version, which is at least the
 /// workspace's `rust-version`.
-pub(crate) const PACKAGES: [Package; 4] = [
+pub const PACKAGES: [Package; 4] = [
     package("rustc-web", "/var/lib/dpkg/info/rustc-web.list"),
     package("cargo-web", "/var/lib/dpkg/info/cargo-web.list"),
     package("rust-web-clippy", "/var/lib/dpkg/info/rust-web-clippy.list"),
@@ -20,10 +20,10 @@ const fn package(name: &'static str, shows: &'static str) -> Package {
 }
 
 /// Its cargo, by the path: another comes first where rustup is.
-pub(crate) const CARGO: &str = "/usr/bin/cargo";
+pub const CARGO: &str = "/usr/bin/cargo";
 
 /// For every command alike.
-pub(crate) fn env(sh: &Shell) -> [PushEnv<'_>; 4] {
+pub fn env(sh: &Shell) -> [PushEnv<'_>; 4] {
     [
         sh.push_env("CARGO", CARGO),
         sh.push_env("RUSTC", "/usr/bin/rustc"),

@@ -4,10 +4,10 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, ensure};
+use harness::debian_rust;
 use xshell::{Shell, cmd};
 
-use super::{TARGET, UNOPTIMISED};
-use crate::debian_rust;
+use crate::{TARGET, UNOPTIMISED};
 
 /// `test` is the harness that test targets link.
 const BUILD: [&str; 6] = [
@@ -23,7 +23,7 @@ const BUILD: [&str; 6] = [
 const MANIFEST: &str = "[package]\nname = \"empty\"\nedition = \"2024\"\n[workspace]\n";
 
 /// Returns a directory for rustc's `--sysroot`. Builds it if `dir` has none of this compiler.
-pub(super) fn sysroot(sh: &Shell, dir: &Path) -> anyhow::Result<PathBuf> {
+pub(crate) fn sysroot(sh: &Shell, dir: &Path) -> anyhow::Result<PathBuf> {
     let version = cmd!(sh, "/usr/bin/rustc -vV").quiet().read()?;
     let mut key = DefaultHasher::new();
     (version, BUILD, UNOPTIMISED).hash(&mut key);

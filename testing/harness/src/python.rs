@@ -4,12 +4,12 @@ use std::env::consts::{ARCH, OS};
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use crate::packages::{Install, Package, patiently};
 use anyhow::{Context, ensure};
-use harness::packages::{Install, Package, patiently};
 use xshell::{Shell, cmd};
 
 /// A Python package that has a program for each platform.
-pub(crate) struct Wheel {
+pub struct Wheel {
     pub package: &'static str,
     pub version: &'static str,
     /// The path of the program in the package.
@@ -20,7 +20,7 @@ pub(crate) struct Wheel {
 }
 
 /// The package for one platform, pinned.
-pub(crate) struct Build {
+pub struct Build {
     /// As in [`std::env::consts::OS`].
     pub os: &'static str,
     /// As in [`std::env::consts::ARCH`].
@@ -31,7 +31,7 @@ pub(crate) struct Build {
 impl Wheel {
     /// Returns the path of the program, which is downloaded into `dir` where it is missing. Prints
     /// why there is none.
-    pub(crate) fn ensure(
+    pub fn ensure(
         &self,
         sh: &Shell,
         install: Install,

@@ -7,12 +7,13 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, ensure};
 use harness::packages::Install;
+use harness::python::{Build, Wheel};
 use serde_json::Value;
 use xshell::{PushEnv, Shell, cmd};
 
-use super::mach_o::{self, HYPERVISOR, MacOs};
-use super::{TARGET, Toolchain};
-use crate::python::{Build, Wheel};
+use crate::TARGET;
+use crate::mach_o::{self, HYPERVISOR, MacOs};
+use crate::toolchain::Toolchain;
 
 /// One version, so that an upgrade is a change like any other.
 const ZIG: Wheel = Wheel {
@@ -67,7 +68,7 @@ const SELECTIONS: [Linked; 2] = [
 ];
 
 /// The linker and the C compiler for cargo: crates bring some C.
-pub(super) fn env<'sh>(sh: &'sh Shell, dir: &Path) -> Vec<PushEnv<'sh>> {
+pub(crate) fn env<'sh>(sh: &'sh Shell, dir: &Path) -> Vec<PushEnv<'sh>> {
     if cfg!(target_os = "macos") {
         return Vec::new();
     }
@@ -99,7 +100,7 @@ fn sdk(dir: &Path) -> PathBuf {
 }
 
 /// Makes what compiles and links ready, or says what is missing: false.
-pub(super) fn prepare(sh: &Shell, install: Install, dir: &Path) -> anyhow::Result<bool> {
+pub(crate) fn prepare(sh: &Shell, install: Install, dir: &Path) -> anyhow::Result<bool> {
     if cfg!(target_os = "macos") {
         return Ok(true);
     }
@@ -112,7 +113,7 @@ pub(super) fn prepare(sh: &Shell, install: Install, dir: &Path) -> anyhow::Resul
 }
 
 /// Links programs and checks them. With `quick`, those of one selection of features.
-pub(super) fn link(sh: &Shell, toolchain: Toolchain, quick: bool) -> anyhow::Result<()> {
+pub(crate) fn link(sh: &Shell, toolchain: Toolchain, quick: bool) -> anyhow::Result<()> {
     let since = framework(sh)?;
     let built_for = oldest_macos(sh)?;
     let selections = SELECTIONS.iter().filter(|_| !quick);

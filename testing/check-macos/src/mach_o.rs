@@ -12,12 +12,12 @@ use object::{BigEndian, LittleEndian, Object, ObjectSection};
 
 /// `dyld` looks libraries up by these names.
 const SYSTEM: &str = "/usr/lib/libSystem.B.dylib";
-pub(super) const HYPERVISOR: &str =
+pub(crate) const HYPERVISOR: &str =
     "/System/Library/Frameworks/Hypervisor.framework/Versions/A/Hypervisor";
 
 /// A version of macOS: major and minor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) struct MacOs(pub u16, pub u8);
+pub(crate) struct MacOs(pub u16, pub u8);
 
 impl fmt::Display for MacOs {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -33,7 +33,7 @@ impl From<Version> for MacOs {
 
 /// An executable that would start.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) struct Executable {
+pub(crate) struct Executable {
     /// The oldest macOS that it says it is for.
     pub built_for: MacOs,
     /// The oldest that has every function it calls of the hypervisor framework.
@@ -45,7 +45,7 @@ pub(super) struct Executable {
 /// Checks the load commands of an executable. `hypervisor` has the functions of the hypervisor
 /// framework and the macOS that each came with, for a program that uses it; `None` for a program
 /// that must not load it.
-pub(super) fn check(
+pub(crate) fn check(
     bytes: &[u8],
     hypervisor: Option<&BTreeMap<String, MacOs>>,
 ) -> anyhow::Result<Executable> {
