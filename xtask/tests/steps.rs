@@ -1,11 +1,14 @@
 //! `cargo xtask test`, `ci` and `prove` as their user meets them: lists, errors, signals.
 #![cfg(target_os = "linux")]
 
+use std::fs;
 use std::io::{BufRead, BufReader, Read};
+use std::os::unix::fs::PermissionsExt;
 use std::process::{Command, Output, Stdio};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use rstest::rstest;
 
 fn command(arguments: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_xtask"));
@@ -39,6 +42,37 @@ fn what_is_no_revision_is_not_taken_for_an_option() {
         let expected = format!("error: {revision:?} is not a revision;");
         assert!(errors.starts_with(&expected), "{errors}");
     }
+}
+
+/// Runs `cargo xtask ci macos` with a program in the place of cargo. Returns what the program saw.
+fn macos_step(options: &[&str]) -> (Output, String) {
+    let dir = tempfile::tempdir().expect("a directory");
+    let cargo = dir.path().join("cargo");
+    let script = "#!/bin/sh\necho \"$* no-install=$RAMSNAP_NO_INSTALL\" > \"$SEEN\"\n";
+    fs::write(&cargo, script).expect("written");
+    fs::set_permissions(&cargo, fs::Permissions::from_mode(0o755)).expect("executable");
+    let path = std::env::var("PATH").expect("a path");
+    let seen = dir.path().join("seen");
+    let not_run = dir.path().join("not-run.txt");
+    fs::write(&not_run, "").expect("written");
+    let output = command(&[&["ci", "macos"], options].concat())
+        .env("PATH", format!("{}:{path}", dir.path().display()))
+        .env("SEEN", &seen)
+        .env("RAMSNAP_NOT_RUN", not_run)
+        .env_remove("RAMSNAP_NO_INSTALL")
+        .output()
+        .expect("it runs");
+    (output, fs::read_to_string(&seen).expect("it was run"))
+}
+
+#[rstest]
+#[case::may_install(&[], "no-install=\n")]
+#[case::must_not_install(&["--no-install"], "no-install=1\n")]
+fn no_install_reaches_the_programs_of_steps(#[case] options: &[&str], #[case] end: &str) {
+    let (output, seen) = macos_step(options);
+    assert!(output.status.success(), "{output:?}");
+    assert!(seen.contains("--bin check-macos "), "{seen}");
+    assert!(seen.ends_with(end), "{seen}");
 }
 
 /// The step takes an hour.

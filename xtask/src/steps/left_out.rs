@@ -12,8 +12,12 @@ pub(super) struct LeftOut {
 }
 
 impl LeftOut {
-    /// Begins an empty list. Processes that `sh` starts from now on append to it.
+    /// Begins an empty list, or continues that of the suite that this process is part of. Processes
+    /// that `sh` starts from now on append to it.
     pub(super) fn begin(sh: &Shell) -> anyhow::Result<Self> {
+        if let Some(path) = sh.var_os(NOT_RUN) {
+            return Ok(Self { path: path.into() });
+        }
         let path = sh.current_dir().join("target/xtask/not-run.txt");
         sh.write_file(&path, "")
             .context("can't begin the list of what is not run")?;
