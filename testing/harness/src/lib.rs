@@ -1,8 +1,9 @@
 //! What `xtask` and the programs under `testing/` share.
 //!
 //! `cargo xtask NAME` runs most of these programs. Each has a `main` that calls [`run`]. Their
-//! children and their cleanup on Ctrl-C are in [`process`] and [`interrupt`]; the Debian packages
-//! that they install are in [`packages`], and other tools in [`python`] and [`debian_rust`]; the figures that `--record` keeps are in [`record`].
+//! children and their cleanup on Ctrl-C are in [`process`] and [`interrupt`]; the Debian
+//! packages that they install are in [`packages`], and other tools in [`python`] and
+//! [`debian_rust`]; the figures that `--record` keeps are in [`record`].
 //!
 //! This crate links no crate under `crates/`, and neither does `xtask`, which depends on it.
 
