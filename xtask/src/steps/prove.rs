@@ -139,7 +139,13 @@ pub(super) const SUITE: Suite = Suite {
         Step {
             name: "fresh",
             proves: "the README's two commands pass on a minimal Debian with stale package lists",
-            paths: &["testing/demo", "testing/harness", "xtask", "README.md"],
+            paths: &[
+                "testing/demo",
+                "testing/fresh-machine",
+                "testing/harness",
+                "xtask",
+                "README.md",
+            ],
             run: fresh,
         },
     ],
