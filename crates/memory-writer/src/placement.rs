@@ -7,7 +7,7 @@ use std::ops::Range;
 
 use image_format::{Checksums, Placement};
 use page_reader::PageReader;
-use sparse_file::{Source, grow};
+use sparse_file::{RunSource, grow};
 
 /// Bytes by which a packed file grows: direct writes inside its size are faster than those that
 /// extend it.
@@ -264,7 +264,7 @@ impl NewExtents {
 }
 
 /// Reads bytes by their offset in the file, in the order of the file's runs.
-impl<R: PageReader + ?Sized> Source for WritePass<'_, R> {
+impl<R: PageReader + ?Sized> RunSource for WritePass<'_, R> {
     fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
         let written = self.written.borrow();
         let mut checksums = self.checksums.borrow_mut();

@@ -5,7 +5,7 @@ use std::io;
 use std::ops::{ControlFlow, Range};
 
 use page_reader::PageReader;
-use sparse_file::{Source, SpaceError, WriteError, WriteOptions, punch_hole, write_runs};
+use sparse_file::{RunSource, SpaceError, WriteError, WriteOptions, punch_hole, write_runs};
 
 use crate::page_set::PageSet;
 
@@ -64,7 +64,7 @@ pub(crate) enum WipeError {
 /// A reader that returns zeros at every offset.
 pub(crate) struct Zeros;
 
-impl Source for Zeros {
+impl RunSource for Zeros {
     fn read_at(&self, _: u64, buf: &mut [u8]) -> io::Result<()> {
         buf.fill(0);
         Ok(())
@@ -87,7 +87,7 @@ mod tests {
     #[test]
     fn reader_of_zeros_overwrites_the_buffer() {
         let mut buf = [7; 9];
-        Source::read_at(&Zeros, 3, &mut buf).unwrap();
+        RunSource::read_at(&Zeros, 3, &mut buf).unwrap();
         assert_eq!(buf, [0; 9]);
     }
 

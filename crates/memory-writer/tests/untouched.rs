@@ -337,7 +337,7 @@ fn memory_that_cannot_be_provided_is_an_error(
         .as_ref()
         .map(|huge| sized(create(&huge.path().join("other"))));
     if let Some(other) = &other {
-        let _ = other.host_memory(0, 1).unwrap().fault_in();
+        let _ = page_reader::fault_in(other.host_memory(0, 1).unwrap());
     }
     let (ram, place) = (KnowsNothing(ram), Place::new());
     ways(|options, way| {

@@ -2,8 +2,8 @@
 
 use std::io;
 
-use crate::host_memory::HostMemory;
-use crate::range;
+use host_memory::{HostMemory, available_len, check_range};
+
 use crate::reader::PageReader;
 
 /// A guest's RAM, or an image of it, in ordinary memory.
@@ -12,7 +12,7 @@ use crate::reader::PageReader;
 /// [`MappedMemory`](crate::MappedMemory) for that.
 impl PageReader for [u8] {
     fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
-        range::check(offset, buf.len(), self.len() as u64)?;
+        check_range(offset, buf.len(), self.len() as u64)?;
         // The range is inside the slice, so the offset fits in usize.
         let start = offset as usize;
         buf.copy_from_slice(&self[start..start + buf.len()]);
@@ -20,7 +20,7 @@ impl PageReader for [u8] {
     }
 
     fn host_memory(&self, offset: u64, len: usize) -> Option<HostMemory<'_>> {
-        let len = range::available(offset, len, self.len() as u64)?;
+        let len = available_len(offset, len, self.len() as u64)?;
         let start = offset as usize;
         Some(HostMemory::from(&self[start..start + len]))
     }

@@ -6,8 +6,9 @@ use std::io;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 
+use host_memory::check_range;
+
 use crate::populated::{PopulatedRanges, unknown};
-use crate::range;
 use crate::reader::PageReader;
 
 /// A guest's RAM in a file: a memfd or file that the VMM maps shared, or an image on disk.
@@ -85,7 +86,7 @@ impl<F: Borrow<File>> FileReader<F> {
 
 impl<F: Borrow<File>> PageReader for FileReader<F> {
     fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
-        range::check(offset, buf.len(), self.size)?;
+        check_range(offset, buf.len(), self.size)?;
         let len = buf.len();
         let position = self.start.saturating_add(offset);
         let end = position.saturating_add(len as u64);

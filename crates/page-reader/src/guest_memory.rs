@@ -5,14 +5,13 @@
 use std::io;
 use std::ops::Deref;
 
+use host_memory::{HostMemory, available_len, check_range};
 use vm_memory::volatile_memory::PtrGuard;
 use vm_memory::{
     Address, GuestAddress, GuestMemoryBackend, GuestMemoryError, GuestMemoryRegion, bitmap::MS,
 };
 
-use crate::host_memory::HostMemory;
 use crate::layout::{LayoutError, RamLayout};
-use crate::range;
 use crate::reader::PageReader;
 
 /// A guest's RAM in one of `vm-memory`'s types, such as `GuestMemoryMmap`, borrowed or shared.
@@ -97,7 +96,7 @@ where
     P::Target: GuestMemoryBackend,
 {
     fn read_at(&self, offset: u64, mut buf: &mut [u8]) -> io::Result<()> {
-        range::check(offset, buf.len(), self.layout.ram_size())?;
+        check_range(offset, buf.len(), self.layout.ram_size())?;
         for piece in self.layout.pieces(offset, buf.len() as u64) {
             // At most the length of buf, so it fits in usize.
             let (now, later) = buf.split_at_mut(piece.size as usize);
@@ -118,7 +117,7 @@ where
         if const { std::mem::needs_drop::<PtrGuard>() } {
             return None;
         }
-        let len = range::available(offset, len, self.layout.ram_size())?;
+        let len = available_len(offset, len, self.layout.ram_size())?;
         let piece = self.layout.pieces(offset, len as u64).next()?;
         let slice = slice(&*self.memory, piece.guest_start, piece.size as usize).ok()?;
         let start = slice.ptr_guard().as_ptr();

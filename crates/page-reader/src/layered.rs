@@ -3,9 +3,9 @@
 use std::io;
 use std::ops::Range;
 
-use crate::host_memory::HostMemory;
+use host_memory::{HostMemory, available_len, check_range};
+
 use crate::populated::{PopulatedRanges, unknown};
-use crate::range;
 use crate::reader::PageReader;
 
 /// A source composed of others: adjacent parts, and overlays that replace ranges of them.
@@ -221,7 +221,7 @@ impl<R> Layered<R> {
 
 impl<R: PageReader> PageReader for Layered<R> {
     fn read_at(&self, offset: u64, mut buf: &mut [u8]) -> io::Result<()> {
-        range::check(offset, buf.len(), self.size())?;
+        check_range(offset, buf.len(), self.size())?;
         for piece in self.pieces(offset, buf.len()) {
             // At most the length of buf, so it fits in usize.
             let (now, later) = buf.split_at_mut((piece.end - piece.start) as usize);
@@ -232,7 +232,7 @@ impl<R: PageReader> PageReader for Layered<R> {
     }
 
     fn host_memory(&self, offset: u64, len: usize) -> Option<HostMemory<'_>> {
-        let len = range::available(offset, len, self.size())?;
+        let len = available_len(offset, len, self.size())?;
         let piece = self.pieces(offset, len).next()?;
         let len = (piece.end - piece.start) as usize;
         self.sources[piece.source].host_memory(piece.source_start, len)

@@ -140,7 +140,7 @@
 //!   Pause the vCPUs, stop the other process, or read again the pages that a dirty log reports.
 //! - A load from a mapped file that was truncated raises `SIGBUS`; seal memfds against shrinking.
 //!   So does a load of a page that cannot be allocated, on a full tmpfs or without a free huge
-//!   page. [`HostMemory::fault_in`] reports this as an error beforehand.
+//!   page. [`fault_in`](fault_in()) reports this as an error beforehand.
 //! - Shared memory is reported as populated everywhere if this process has no descriptor of its
 //!   file and may not open its mapping (`CAP_CHECKPOINT_RESTORE`). Reading pages of it that were
 //!   never touched allocates them.
@@ -163,27 +163,26 @@
 //! - `vm-memory`: `GuestMemoryReader`, a source for the guest memory of the `vm-memory` crate.
 
 mod bytes;
+mod fault_in;
 mod file;
 #[cfg(feature = "vm-memory")]
 mod guest_memory;
-mod host_memory;
 mod layered;
 mod layout;
 mod mapped;
 mod populated;
 #[cfg(target_os = "linux")]
 mod process;
-mod range;
 mod reader;
-mod secret;
 #[cfg(target_os = "linux")]
 mod sys;
 mod touched;
 
+pub use fault_in::fault_in;
 pub use file::FileReader;
 #[cfg(feature = "vm-memory")]
 pub use guest_memory::GuestMemoryReader;
-pub use host_memory::HostMemory;
+pub use host_memory::{HostMemory, SecretBuffer};
 pub use layered::{Layered, LayeredError};
 pub use layout::{LayoutError, OutsideRam, RamLayout, RamRange};
 pub use mapped::{MappedMemory, MappedMemoryError};
@@ -195,7 +194,6 @@ pub use process::{
     UnexaminedProcess, Unresponsive, check_filled,
 };
 pub use reader::PageReader;
-pub use secret::SecretBuffer;
 pub use touched::Touched;
 
 /// Compiles the README's example as a test.

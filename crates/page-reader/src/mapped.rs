@@ -2,9 +2,9 @@
 
 use std::io;
 
-use crate::host_memory::HostMemory;
+use host_memory::{HostMemory, available_len, check_range};
+
 use crate::layout::RamLayout;
-use crate::range;
 use crate::reader::PageReader;
 
 /// A guest's RAM as mapped in this process: the memory that a VMM gives to KVM or the Hypervisor
@@ -136,7 +136,7 @@ impl<'a> MappedMemory<'a> {
 
 impl PageReader for MappedMemory<'_> {
     fn read_at(&self, offset: u64, mut buf: &mut [u8]) -> io::Result<()> {
-        range::check(offset, buf.len(), self.layout.ram_size())?;
+        check_range(offset, buf.len(), self.layout.ram_size())?;
         for memory in self.pieces(offset, buf.len()) {
             let (now, later) = buf.split_at_mut(memory.len());
             memory.copy_to(now);
@@ -146,7 +146,7 @@ impl PageReader for MappedMemory<'_> {
     }
 
     fn host_memory(&self, offset: u64, len: usize) -> Option<HostMemory<'_>> {
-        let len = range::available(offset, len, self.layout.ram_size())?;
+        let len = available_len(offset, len, self.layout.ram_size())?;
         self.pieces(offset, len).next()
     }
 }

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use crate::host_memory::HostMemory;
+use host_memory::HostMemory;
 
 /// The ranges of byte offsets that [`PageReader::populated`](crate::PageReader::populated) returns.
 ///

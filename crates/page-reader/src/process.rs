@@ -11,6 +11,7 @@ use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
+use host_memory::check_range;
 use nix::errno::Errno;
 
 pub use lazy_fill::{LazyFillError, UnexaminedProcess, check_filled};
@@ -22,7 +23,6 @@ pub use stop::{ProcessStopError, StoppedProcess, Unresponsive};
 use crate::file::FileReader;
 use crate::layered::{Layered, LayeredError};
 use crate::populated::PopulatedRanges;
-use crate::range;
 use crate::reader::PageReader;
 use crate::sys::{AddressSpace, MemoryFiles};
 
@@ -183,7 +183,7 @@ impl ProcessMemory {
 
 impl PageReader for ProcessMemory {
     fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
-        range::check(offset, buf.len(), self.memory.size())?;
+        check_range(offset, buf.len(), self.memory.size())?;
         let pid = self.pid;
         self.memory.read_at(offset, buf).map_err(|source| {
             // Inside the ranges, mem ends only if no memory is left. An unmapped address is EIO.

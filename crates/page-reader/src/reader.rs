@@ -4,7 +4,8 @@ use std::io;
 use std::ops::Range;
 use std::sync::Arc;
 
-use crate::host_memory::HostMemory;
+use host_memory::HostMemory;
+
 use crate::populated::{PopulatedRanges, in_host_memory};
 
 /// A source of a guest's RAM, addressed by the byte offset in the memory file.

@@ -3,8 +3,10 @@
 use std::io;
 use std::ops::Range;
 
+use host_memory::HostMemory;
+
 use self::units::UnitSet;
-use crate::host_memory::HostMemory;
+use crate::fault_in::fault_in;
 use crate::populated::PopulatedRanges;
 use crate::reader::PageReader;
 
@@ -17,7 +19,7 @@ const UNIT: u64 = 4 << 10;
 ///
 /// Reading such a page makes the host allocate one: a page for a memfd or tmpfs, a huge page for
 /// hugetlbfs. If none is left, a load raises `SIGBUS`. This reader makes the kernel map memory
-/// before it is read ([`HostMemory::fault_in`]), which reports an error instead.
+/// before it is read ([`fault_in`](crate::fault_in())), which reports an error instead.
 ///
 /// The written pages are [determined](PageReader::populated) once, on construction. Pages that a
 /// running guest writes later for the first time are not included in reads.
@@ -94,13 +96,13 @@ impl<'r, R: PageReader + ?Sized> Touched<'r, R> {
     }
 
     /// Maps memory that this reader returned, unless this is [disabled](Self::without_faulting_in).
-    /// See [`HostMemory::fault_in`].
+    /// See [`fault_in`](crate::fault_in()).
     ///
     /// # Errors
-    /// As for [`HostMemory::fault_in`].
+    /// As for [`fault_in`](crate::fault_in()).
     pub fn fault_in(&self, memory: HostMemory<'_>) -> io::Result<()> {
         match self.faults_in {
-            true => memory.fault_in(),
+            true => fault_in(memory),
             false => Ok(()),
         }
     }
@@ -132,7 +134,7 @@ impl<'r, R: PageReader + ?Sized> Touched<'r, R> {
             && let Some(memory) = self.reader.host_memory(at, (end - at) as usize)
             && !memory.is_empty()
         {
-            memory.fault_in()?;
+            fault_in(memory)?;
             at += memory.len() as u64;
         }
         self.reader.read_at(offset, buf)

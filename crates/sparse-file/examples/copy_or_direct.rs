@@ -7,12 +7,12 @@ use std::ops::ControlFlow;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use sparse_file::{Engine, Source, WriteOptions, grow, write_runs};
+use sparse_file::{Engine, RunSource, WriteOptions, grow, write_runs};
 
 /// The same bytes without their addresses.
 struct Copied<'a>(&'a [u8]);
 
-impl Source for Copied<'_> {
+impl RunSource for Copied<'_> {
     fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
         self.0.read_at(offset, buf)
     }
@@ -26,7 +26,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         None => 256,
     };
     let ram: Vec<u8> = (0..mib << 20).map(|at| (at >> 12) as u8 | 1).collect();
-    let time = |source: &dyn Source| -> Result<Duration, Box<dyn std::error::Error>> {
+    let time = |source: &dyn RunSource| -> Result<Duration, Box<dyn std::error::Error>> {
         let file = tempfile::tempfile_in(&dir)?;
         grow(&file, ram.len() as u64)?;
         let start = Instant::now();
@@ -57,12 +57,12 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
 /// A sized wrapper, because a slice cannot be a trait object.
 struct Direct<'a>(&'a [u8]);
 
-impl Source for Direct<'_> {
+impl RunSource for Direct<'_> {
     fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
         self.0.read_at(offset, buf)
     }
 
-    fn memory_at(&self, offset: u64, len: usize) -> Option<sparse_file::Memory<'_>> {
-        self.0.memory_at(offset, len)
+    fn host_memory(&self, offset: u64, len: usize) -> Option<sparse_file::HostMemory<'_>> {
+        self.0.host_memory(offset, len)
     }
 }

@@ -25,19 +25,19 @@
 //!
 //! # Write the pages that changed
 //!
-//! [`write_runs`] reads the bytes of each run from a [`Source`] and writes them at their offsets.
-//! If a source provides the [`Memory`] that holds its bytes, the kernel reads it directly: without
+//! [`write_runs`] reads the bytes of each run from a [`RunSource`] and writes them at their offsets.
+//! If a source provides the [`HostMemory`] that holds its bytes, the kernel reads it directly: without
 //! a copy, and without a Rust reference, so that vCPUs may write to it concurrently. [`grow`] sets
 //! the length of the file, including trailing clean pages.
 //!
 //! ```
-//! use sparse_file::{Source, WriteError, WriteOptions, grow, write_runs};
+//! use sparse_file::{RunSource, WriteError, WriteOptions, grow, write_runs};
 //! use std::{io, ops::ControlFlow};
 //!
 //! /// A guest of 1 GiB that answers for its memory over some protocol.
 //! struct Remote;
 //!
-//! impl Source for Remote {
+//! impl RunSource for Remote {
 //!     fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
 //!         buf.fill((offset >> 12) as u8);
 //!         Ok(())
@@ -169,12 +169,10 @@
 //!
 //! There are no cargo features.
 
-mod buffer;
 mod extents;
 mod holes;
 mod identity;
 mod limit;
-mod memory;
 mod probe;
 mod space;
 mod sys;
@@ -184,13 +182,13 @@ pub use extents::{Extent, Extents, Kind, Knowledge, extents, extents_in, reporte
 pub use holes::{
     HolesUnknown, PageHoles, PagesUnknown, check_holes_are_zeros, file_system_name, is_on_disk,
 };
+pub use host_memory::HostMemory;
 pub use identity::FileIdentity;
-pub use memory::Memory;
 pub use probe::{
     AlignmentBasis, Capabilities, DirectIo, HoleSupport, ProbeError, Punch, SeekHole, WrittenZeros,
 };
 pub use space::{SpaceError, allocated_bytes, grow, punch_hole, reserve, share_blocks};
-pub use write::{Engine, Source, WriteError, WriteOptions, write_runs};
+pub use write::{Engine, RunSource, WriteError, WriteOptions, write_runs};
 
 #[cfg(doctest)]
 #[doc = include_str!("../README.md")]

@@ -15,17 +15,20 @@ use std::fs::File;
 use std::io;
 use std::ops::{ControlFlow, Range};
 
+use host_memory::{HostMemory, available_len, check_range};
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 
 pub use options::{Engine, WriteOptions};
 
-use crate::Memory;
 use crate::limit::SizeLimit;
 use chunks::Chunks;
 use progress::Progress;
 
-/// A source of bytes, addressed by their offset in the file.
-pub trait Source {
+/// A source of the bytes of runs, addressed by their offset in the file.
+///
+/// The methods are those of the trait `PageReader` of the crate `page-reader`, of which this crate
+/// needs a part.
+pub trait RunSource {
     /// Fills all of `buf` with the bytes from `offset` on. Previous contents of `buf` are ignored.
     ///
     /// # Errors
@@ -35,33 +38,25 @@ pub trait Source {
     /// Returns the memory of this process that holds the bytes from `offset` on: at least 1 and at
     /// most `len` bytes. Returns `None` if they must be [read](Self::read_at). The kernel reads the
     /// memory directly, without a copy.
-    fn memory_at(&self, offset: u64, len: usize) -> Option<Memory<'_>> {
+    fn host_memory(&self, offset: u64, len: usize) -> Option<HostMemory<'_>> {
         let _ = (offset, len);
         None
     }
 }
 
 /// Bytes in memory, the first of which belongs at offset 0.
-impl Source for [u8] {
+impl RunSource for [u8] {
     fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
-        let bytes = rest(self, offset)
-            .get(..buf.len())
-            .ok_or(io::ErrorKind::UnexpectedEof)?;
-        buf.copy_from_slice(bytes);
+        check_range(offset, buf.len(), self.len() as u64)?;
+        // The range is inside the slice, so the offset fits in usize.
+        buf.copy_from_slice(&self[offset as usize..][..buf.len()]);
         Ok(())
     }
 
-    fn memory_at(&self, offset: u64, len: usize) -> Option<Memory<'_>> {
-        let bytes = rest(self, offset);
-        Some(Memory::from(&bytes[..bytes.len().min(len)])).filter(|memory| !memory.is_empty())
+    fn host_memory(&self, offset: u64, len: usize) -> Option<HostMemory<'_>> {
+        let len = available_len(offset, len, self.len() as u64)?;
+        Some(HostMemory::from(&self[offset as usize..][..len]))
     }
-}
-
-fn rest(bytes: &[u8], offset: u64) -> &[u8] {
-    usize::try_from(offset)
-        .ok()
-        .and_then(|offset| bytes.get(offset..))
-        .unwrap_or_default()
 }
 
 /// An error of writing runs. The chunks before it were written; no request is in flight.
@@ -180,7 +175,7 @@ fn advice(error: &io::Error) -> &'static str {
 /// assert_eq!(written, 12288);
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
-pub fn write_runs<S: Source + ?Sized>(
+pub fn write_runs<S: RunSource + ?Sized>(
     file: &File,
     runs: impl IntoIterator<Item = Range<u64>>,
     source: &S,

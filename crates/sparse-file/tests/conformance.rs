@@ -13,7 +13,7 @@ use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
 use rstest::rstest;
 use sparse_file::{
-    Capabilities, Engine, Extent, HoleSupport, Kind, Source, WriteError, WriteOptions,
+    Capabilities, Engine, Extent, HoleSupport, Kind, RunSource, WriteError, WriteOptions,
     allocated_bytes, extents, grow, write_runs,
 };
 use support::{Copied, Fs, Pieces, Shifted, contents, go_on, ram, union};
@@ -113,7 +113,7 @@ fn written_bytes_match_a_naive_writer(
 type Write<'a> = dyn Fn(&File, &[Range<u64>], &WriteOptions) -> u64 + 'a;
 
 /// Writes and checks the reported progress.
-fn checked_write<S: Source + ?Sized>(
+fn checked_write<S: RunSource + ?Sized>(
     file: &File,
     runs: &[Range<u64>],
     source: &S,
@@ -255,7 +255,7 @@ struct Failing<'a> {
     fail: fn() -> io::Error,
 }
 
-impl Source for Failing<'_> {
+impl RunSource for Failing<'_> {
     fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
         if offset >= self.fails_at {
             return Err((self.fail)());

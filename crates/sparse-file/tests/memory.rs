@@ -9,7 +9,7 @@ use std::ptr;
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::thread;
 
-use sparse_file::{Engine, Memory, Source, WriteError, WriteOptions, write_runs};
+use sparse_file::{Engine, HostMemory, RunSource, WriteError, WriteOptions, write_runs};
 use support::{contents, go_on};
 
 const ENGINES: [Engine; 4] = [
@@ -60,16 +60,16 @@ impl Drop for Mapping {
     }
 }
 
-impl Source for Mapping {
+impl RunSource for Mapping {
     fn read_at(&self, _: u64, _: &mut [u8]) -> io::Result<()> {
         unreachable!("all of it is memory")
     }
 
-    fn memory_at(&self, offset: u64, len: usize) -> Option<Memory<'_>> {
+    fn host_memory(&self, offset: u64, len: usize) -> Option<HostMemory<'_>> {
         let offset = offset as usize;
         assert!(offset + len <= LEN);
         // SAFETY: inside the mapping, which lives as long as `self`.
-        Some(unsafe { Memory::new(self.0.add(offset), len) })
+        Some(unsafe { HostMemory::new(self.0.add(offset), len) })
     }
 }
 

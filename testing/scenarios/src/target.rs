@@ -9,7 +9,7 @@ use anyhow::Context;
 use dirty_bitmap::DirtyBitmap;
 use memory_writer::{Durability, MemoryWriter};
 use page_reader::PageReader;
-use sparse_file::{Source, WriteError, WriteOptions, write_runs};
+use sparse_file::{RunSource, WriteError, WriteOptions, write_runs};
 
 /// Which library is checked.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -70,7 +70,7 @@ impl Target {
         self,
         file: &File,
         runs: &[Range<u64>],
-        source: &dyn Source,
+        source: &dyn RunSource,
         options: &WriteOptions,
     ) -> Result<u64, WriteError> {
         let runs = runs.iter().cloned().map(|run| match self.0 {

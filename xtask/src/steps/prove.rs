@@ -42,6 +42,7 @@ pub(super) const SUITE: Suite = Suite {
             proves: "no state that a power loss can leave has lost or torn anything; commits without a sync are detected",
             paths: &[
                 "crates/atomic-file",
+                "crates/host-memory",
                 "crates/image-format",
                 "crates/memory-image",
                 "crates/memory-writer",
@@ -57,6 +58,7 @@ pub(super) const SUITE: Suite = Suite {
             paths: &[
                 "crates/atomic-file",
                 "crates/dirty-bitmap",
+                "crates/host-memory",
                 "crates/image-format",
                 "crates/memory-image",
                 "crates/memory-writer",
@@ -72,6 +74,7 @@ pub(super) const SUITE: Suite = Suite {
             paths: &[
                 "crates/atomic-file",
                 "crates/dirty-bitmap",
+                "crates/host-memory",
                 "crates/image-format",
                 "crates/kvm-backend",
                 "crates/memory-image",
@@ -89,6 +92,7 @@ pub(super) const SUITE: Suite = Suite {
             proves: "the library's promises hold on ten file systems, with power cuts where there is a disk",
             paths: &[
                 "crates/atomic-file",
+                "crates/host-memory",
                 "crates/image-format",
                 "crates/memory-image",
                 "crates/memory-writer",
@@ -104,6 +108,7 @@ pub(super) const SUITE: Suite = Suite {
             proves: "footers, chains, dirty logs and RAM layouts from libFuzzer are read or refused",
             paths: &[
                 "crates/dirty-bitmap",
+                "crates/host-memory",
                 "crates/image-format",
                 "crates/memory-image",
                 "crates/page-reader",

@@ -9,11 +9,10 @@ use std::iter;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 
+use host_memory::{HostMemory, SecretBuffer};
 use nix::sys::statfs::{HUGETLBFS_MAGIC, fstatfs};
 
-use crate::host_memory::HostMemory;
 use crate::populated::PopulatedRanges;
-use crate::secret::SecretBuffer;
 
 /// The granularity of the result in bytes: the smallest huge page of common machines.
 const BLOCK_SIZE: u64 = 2 << 20;

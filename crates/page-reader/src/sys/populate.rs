@@ -5,13 +5,13 @@
 use std::io;
 use std::ptr::NonNull;
 
+use host_memory::HostMemory;
 use nix::errno::Errno;
 use nix::libc;
 use nix::sys::mman::{MmapAdvise, madvise};
 
 use super::page_size;
 use super::userfaultfd::Userfaultfd;
-use crate::host_memory::HostMemory;
 
 /// Maps the pages of `memory`, which must not be empty.
 pub(crate) fn fault_in(memory: HostMemory<'_>) -> io::Result<()> {

@@ -4,8 +4,9 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 
+use host_memory::AlignedBuffer;
+
 use super::sample::{NOISE, noise};
-use crate::buffer::AlignedBuffer;
 use crate::sys;
 
 /// The largest alignment to try: no disk has larger sectors, and no file system requires more.
@@ -125,7 +126,7 @@ impl<'f> Attempt<'f> {
     fn round_trips(&mut self, start: usize, offset: usize, len: usize) -> io::Result<bool> {
         let at = NOISE.start + offset as u64;
         let wanted = &self.noise[..len];
-        let piece = &mut self.buffer.bytes()[start..start + len];
+        let piece = &mut self.buffer.bytes_mut()[start..start + len];
         piece.copy_from_slice(wanted);
         let written = accepted(self.file.write_at(piece, at))?;
         piece.fill(0);

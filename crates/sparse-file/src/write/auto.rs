@@ -1,12 +1,12 @@
 //! Selects the engine for the file, the job and the machine.
 
-use super::{Job, Pieces, Source, WriteError, positioned};
+use super::{Job, Pieces, RunSource, WriteError, positioned};
 
 /// Maximum size in bytes of a job that is written through the page cache: including the sync
 /// afterwards, that was not slower than a ring on ext4.
 const SMALL: u64 = 1 << 20;
 
-pub(super) fn write<I: Pieces, S: Source + ?Sized>(
+pub(super) fn write<I: Pieces, S: RunSource + ?Sized>(
     mut job: Job<'_, '_, I, S>,
 ) -> Result<u64, WriteError> {
     let mut bytes = 0;
@@ -33,7 +33,7 @@ pub(super) fn write<I: Pieces, S: Source + ?Sized>(
 }
 
 #[cfg(target_os = "linux")]
-fn large<I: Pieces, S: Source + ?Sized>(job: Job<'_, '_, I, S>) -> Result<u64, WriteError> {
+fn large<I: Pieces, S: RunSource + ?Sized>(job: Job<'_, '_, I, S>) -> Result<u64, WriteError> {
     use std::thread;
 
     use super::pipeline;
@@ -56,7 +56,7 @@ fn large<I: Pieces, S: Source + ?Sized>(job: Job<'_, '_, I, S>) -> Result<u64, W
 /// macOS writes a file under a lock, so threads would wait for each other. Bypassing the page cache
 /// is faster.
 #[cfg(not(target_os = "linux"))]
-fn large<I: Pieces, S: Source + ?Sized>(job: Job<'_, '_, I, S>) -> Result<u64, WriteError> {
+fn large<I: Pieces, S: RunSource + ?Sized>(job: Job<'_, '_, I, S>) -> Result<u64, WriteError> {
     let _uncached = crate::sys::Uncached::new(job.file);
     positioned::write(job)
 }

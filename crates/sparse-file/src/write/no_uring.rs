@@ -2,9 +2,9 @@
 
 use std::io;
 
-use super::{Engine, Job, Pieces, Source, WriteError, unavailable};
+use super::{Engine, Job, Pieces, RunSource, WriteError, unavailable};
 
-pub(super) fn write<I: Pieces, S: Source + ?Sized>(
+pub(super) fn write<I: Pieces, S: RunSource + ?Sized>(
     _: Job<'_, '_, I, S>,
 ) -> Result<u64, WriteError> {
     let missing = io::Error::from_raw_os_error(libc::ENOSYS);

@@ -4,12 +4,12 @@
 use std::io;
 use std::ops::Range;
 
+use host_memory::{AlignedBuffer, HostMemory};
+
 use super::positioned::{self, Positioned};
 use super::progress::Progress;
 use super::target::Alignment;
-use super::{Job, Pieces, Source, WriteError};
-use crate::Memory;
-use crate::buffer::{ALIGNMENT, AlignedBuffer};
+use super::{Job, Pieces, RunSource, WriteError};
 use crate::limit::SizeLimit;
 
 /// Maximum size of a request in bytes: larger ones were not faster.
@@ -29,7 +29,7 @@ pub(super) struct Request<'m> {
 
 #[derive(Debug)]
 enum Bytes<'m> {
-    Source(Memory<'m>),
+    Source(HostMemory<'m>),
     Copy { buffer: AlignedBuffer, len: usize },
 }
 
@@ -40,7 +40,7 @@ impl Request<'_> {
 
     /// Returns the memory to write. Not empty, and at most [`REQUEST`] bytes. Its address does not
     /// change when the request is moved.
-    pub(super) fn memory(&self) -> Memory<'_> {
+    pub(super) fn memory(&self) -> HostMemory<'_> {
         match &self.bytes {
             Bytes::Source(memory) => *memory,
             Bytes::Copy { buffer, len } => buffer.memory(*len),
@@ -76,7 +76,7 @@ pub(super) fn write<'m, Q, I, S>(
 where
     Q: Queue<'m>,
     I: Pieces,
-    S: Source + ?Sized,
+    S: RunSource + ?Sized,
 {
     let mut pipeline = Pipeline {
         queue,
@@ -135,7 +135,7 @@ struct Pipeline<'a, Q> {
 }
 
 impl<'m, Q: Queue<'m>> Pipeline<'_, Q> {
-    fn chunk<S: Source + ?Sized>(
+    fn chunk<S: RunSource + ?Sized>(
         &mut self,
         source: &'m S,
         chunk: Range<u64>,
@@ -161,7 +161,7 @@ impl<'m, Q: Queue<'m>> Pipeline<'_, Q> {
     }
 
     /// Submits whole blocks.
-    fn direct<S: Source + ?Sized>(
+    fn direct<S: RunSource + ?Sized>(
         &mut self,
         source: &'m S,
         blocks: Range<u64>,
@@ -169,7 +169,9 @@ impl<'m, Q: Queue<'m>> Pipeline<'_, Q> {
         let mut at = blocks.start;
         while at < blocks.end {
             let left = usize::try_from(blocks.end - at).map_or(REQUEST, |left| left.min(REQUEST));
-            let memory = source.memory_at(at, left).map(|memory| memory.first(left));
+            let memory = source
+                .host_memory(at, left)
+                .map(|memory| memory.first(left));
             let bytes = match memory.and_then(|memory| self.alignment.suitable(memory)) {
                 Some(memory) => Bytes::Source(memory),
                 None => self.copy(source, at, left)?,
@@ -184,7 +186,7 @@ impl<'m, Q: Queue<'m>> Pipeline<'_, Q> {
         Ok(())
     }
 
-    fn copy<S: Source + ?Sized>(
+    fn copy<S: RunSource + ?Sized>(
         &mut self,
         source: &S,
         offset: u64,
@@ -197,12 +199,12 @@ impl<'m, Q: Queue<'m>> Pipeline<'_, Q> {
             };
         };
         let len = len.min(self.buffers.size);
-        positioned::read(source, offset, &mut buffer.bytes()[..len])?;
+        positioned::read(source, offset, &mut buffer.bytes_mut()[..len])?;
         Ok(Bytes::Copy { buffer, len })
     }
 
     /// Writes parts of blocks on this thread.
-    fn cached<S: Source + ?Sized>(
+    fn cached<S: RunSource + ?Sized>(
         &mut self,
         source: &S,
         range: Range<u64>,
@@ -293,7 +295,7 @@ impl Buffers {
         Self {
             size,
             free: Vec::new(),
-            remaining: BUFFERS / (size + ALIGNMENT),
+            remaining: BUFFERS / (size + AlignedBuffer::ALIGNMENT),
         }
     }
 

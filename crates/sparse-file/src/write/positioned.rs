@@ -4,13 +4,13 @@ use std::fs::File;
 use std::io;
 use std::ops::Range;
 
+use host_memory::{AlignedBuffer, HostMemory};
+
 use super::progress::Progress;
-use super::{Job, Pieces, Source, WriteError};
-use crate::Memory;
-use crate::buffer::AlignedBuffer;
+use super::{Job, Pieces, RunSource, WriteError};
 use crate::limit::SizeLimit;
 
-pub(super) fn write<I: Pieces, S: Source + ?Sized>(
+pub(super) fn write<I: Pieces, S: RunSource + ?Sized>(
     mut job: Job<'_, '_, I, S>,
 ) -> Result<u64, WriteError> {
     let mut positioned = Positioned::new(job.file, job.limit, job.chunk_size);
@@ -45,7 +45,7 @@ impl<'f> Positioned<'f> {
     /// Writes `range`, which is at most a chunk. The kernel reads memory directly: that took 0.7 to
     /// 0.8 of the time of a copy through the buffer (256 MiB in chunks of 1 MiB, buffered, on ext4
     /// and tmpfs; `examples/copy_or_direct.rs`).
-    pub(super) fn write<S: Source + ?Sized>(
+    pub(super) fn write<S: RunSource + ?Sized>(
         &mut self,
         source: &S,
         range: Range<u64>,
@@ -55,13 +55,13 @@ impl<'f> Positioned<'f> {
         while at < range.end {
             #[allow(clippy::cast_possible_truncation, reason = "at most one chunk")]
             let left = (range.end - at) as usize;
-            let memory = match source.memory_at(at, left) {
+            let memory = match source.host_memory(at, left) {
                 Some(memory) if !memory.is_empty() => memory.first(left),
                 _ => {
                     let buffer = self
                         .buffer
                         .get_or_insert_with(|| AlignedBuffer::new(self.chunk_size));
-                    read(source, at, &mut buffer.bytes()[..left])?;
+                    read(source, at, &mut buffer.bytes_mut()[..left])?;
                     buffer.memory(left)
                 }
             };
@@ -74,7 +74,7 @@ impl<'f> Positioned<'f> {
     /// Writes the part of `memory` that another engine did not write.
     pub(super) fn finish(
         &self,
-        memory: Memory<'_>,
+        memory: HostMemory<'_>,
         offset: u64,
         progress: &mut Progress<'_>,
     ) -> Result<(), WriteError> {
@@ -85,11 +85,11 @@ impl<'f> Positioned<'f> {
 fn write_memory(
     file: &File,
     limit: SizeLimit,
-    memory: Memory<'_>,
+    memory: HostMemory<'_>,
     offset: u64,
     progress: &mut Progress<'_>,
 ) -> Result<(), WriteError> {
-    let sink = |memory: Memory<'_>, offset| {
+    let sink = |memory: HostMemory<'_>, offset| {
         limit.allow_write_at(offset)?;
         memory.write_at(file, offset)
     };
@@ -97,7 +97,7 @@ fn write_memory(
 }
 
 /// Fills `buffer` with the source's bytes from `offset` on.
-pub(super) fn read<S: Source + ?Sized>(
+pub(super) fn read<S: RunSource + ?Sized>(
     source: &S,
     offset: u64,
     buffer: &mut [u8],
@@ -110,9 +110,9 @@ pub(super) fn read<S: Source + ?Sized>(
 /// Calls `sink` until all of `memory` is written at `offset`. Calls `wait` before a retry of a sink
 /// that was not ready.
 fn write_all(
-    mut sink: impl FnMut(Memory<'_>, u64) -> io::Result<usize>,
+    mut sink: impl FnMut(HostMemory<'_>, u64) -> io::Result<usize>,
     mut wait: impl FnMut() -> Result<(), WriteError>,
-    mut memory: Memory<'_>,
+    mut memory: HostMemory<'_>,
     mut offset: u64,
 ) -> Result<(), WriteError> {
     while !memory.is_empty() {
@@ -159,7 +159,7 @@ mod tests {
         let bytes: Vec<u8> = (0..100).collect();
         let file = tempfile::tempfile().expect("temporary file");
         let mut script = script.iter();
-        let sink = |memory: Memory<'_>, offset| match script.next() {
+        let sink = |memory: HostMemory<'_>, offset| match script.next() {
             Some(Err(errno)) => Err(io::Error::from_raw_os_error(*errno)),
             Some(Ok(0)) => Ok(0),
             Some(Ok(most)) => memory.first(*most).write_at(&file, offset),
@@ -173,7 +173,7 @@ mod tests {
             }
             Ok(())
         };
-        let result = write_all(sink, wait, Memory::from(bytes.as_slice()), 7);
+        let result = write_all(sink, wait, HostMemory::from(bytes.as_slice()), 7);
         let mut stored = vec![0; 107];
         let len = std::os::unix::fs::FileExt::read_at(&file, &mut stored, 0).expect("read");
         stored.truncate(len);

@@ -5,7 +5,9 @@ use std::io;
 use std::ops::Range;
 use std::os::unix::fs::MetadataExt;
 
-use crate::{Memory, sys};
+use host_memory::HostMemory;
+
+use crate::sys;
 
 /// The largest block size that is used: no file system in use has larger blocks, and network file
 /// systems report the size of their transfers.
@@ -81,7 +83,7 @@ impl Alignment {
     }
 
     /// Returns the longest prefix of `memory` that can be written directly.
-    pub(super) fn suitable(self, memory: Memory<'_>) -> Option<Memory<'_>> {
+    pub(super) fn suitable(self, memory: HostMemory<'_>) -> Option<HostMemory<'_>> {
         let blocks = memory.first(memory.len() - memory.len() % self.block);
         (!blocks.is_empty() && blocks.as_ptr().addr().is_multiple_of(self.memory)).then_some(blocks)
     }
@@ -126,9 +128,9 @@ mod tests {
 
     #[test]
     fn suitable_memory_is_aligned_and_in_whole_blocks() {
-        let buffer = crate::buffer::AlignedBuffer::new(16384);
+        let buffer = host_memory::AlignedBuffer::new(16384);
         let memory = buffer.memory(10_000);
-        let len = |memory| SECTORS.suitable(memory).map(Memory::len);
+        let len = |memory| SECTORS.suitable(memory).map(HostMemory::len);
         assert_eq!(len(memory), Some(8192));
         assert_eq!(len(memory.after(512)), Some(8192));
         assert_eq!(len(memory.after(1)), None);

@@ -8,13 +8,13 @@ use std::thread::{self, Builder, Scope};
 
 use super::pipeline::{self, Queue, Request};
 use super::target::Target;
-use super::{Engine, Job, Pieces, Source, WriteError, unavailable};
+use super::{Engine, Job, Pieces, RunSource, WriteError, unavailable};
 
 const THREADS: usize = 8;
 /// Stack size of a thread, which only makes system calls.
 const STACK: usize = 64 << 10;
 
-pub(super) fn write<I: Pieces, S: Source + ?Sized>(
+pub(super) fn write<I: Pieces, S: RunSource + ?Sized>(
     job: Job<'_, '_, I, S>,
 ) -> Result<u64, WriteError> {
     let target = Target::of(job.file).map_err(unavailable(Engine::Threads))?;

@@ -12,7 +12,7 @@ use io_uring::{IoUring, opcode, types};
 
 use super::pipeline::{self, Queue, Request};
 use super::target::Target;
-use super::{Engine, Job, Pieces, Source, WriteError, unavailable};
+use super::{Engine, Job, Pieces, RunSource, WriteError, unavailable};
 
 const ENTRIES: u32 = 64;
 /// Number of queued bytes after which requests are submitted, so that small ones share a system
@@ -21,7 +21,7 @@ const BATCH: usize = 256 << 10;
 /// Pause before a retry after the kernel had no resources for a request.
 const PAUSE: Duration = Duration::from_millis(1);
 
-pub(super) fn write<I: Pieces, S: Source + ?Sized>(
+pub(super) fn write<I: Pieces, S: RunSource + ?Sized>(
     job: Job<'_, '_, I, S>,
 ) -> Result<u64, WriteError> {
     let target = Target::of(job.file).map_err(unavailable(Engine::IoUring))?;

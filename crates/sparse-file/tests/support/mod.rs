@@ -9,7 +9,7 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use sparse_file::{Memory, Source};
+use sparse_file::{HostMemory, RunSource};
 use test_machine::{LoopFs, LoopMount, Need, TinyTmpfs};
 
 /// A file system to run a test on.
@@ -83,7 +83,7 @@ pub fn contents(file: &File) -> Vec<u8> {
 /// A source that is read and does not expose its address.
 pub struct Copied<'a>(pub &'a [u8]);
 
-impl Source for Copied<'_> {
+impl RunSource for Copied<'_> {
     fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
         self.0.read_at(offset, buf)
     }
@@ -122,15 +122,15 @@ impl std::ops::Deref for Shifted {
 /// chunk, of both kinds.
 pub struct Pieces<'a>(pub &'a [u8]);
 
-impl Source for Pieces<'_> {
+impl RunSource for Pieces<'_> {
     fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
         self.0.read_at(offset, buf)
     }
 
-    fn memory_at(&self, offset: u64, len: usize) -> Option<Memory<'_>> {
+    fn host_memory(&self, offset: u64, len: usize) -> Option<HostMemory<'_>> {
         let end = (offset / 5000 + 1) * 5000;
         (!(offset / 5000).is_multiple_of(3))
-            .then(|| self.0.memory_at(offset, len.min((end - offset) as usize)))
+            .then(|| self.0.host_memory(offset, len.min((end - offset) as usize)))
             .flatten()
     }
 }

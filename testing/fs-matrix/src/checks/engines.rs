@@ -7,7 +7,7 @@ use std::path::Path;
 
 use scenarios::ram::{Stamped, first_difference};
 use scenarios::target::Target;
-use sparse_file::{Capabilities, Engine, Source, WriteError, WriteOptions, grow};
+use sparse_file::{Capabilities, Engine, RunSource, WriteError, WriteOptions, grow};
 
 use super::Check;
 use crate::finding::Family::Bytes;
@@ -37,7 +37,7 @@ const ALIGNMENT: usize = 64 << 10;
 fn check(fixture: &Fixture, engine: Engine) -> anyhow::Result<Outcome> {
     let ram = Stamped::new(1, LEN).bytes(0..LEN);
     let (aligned, odd) = (Shifted::new(&ram, 0), Shifted::new(&ram, 1));
-    let sources: [(&str, &dyn Source); 3] = [
+    let sources: [(&str, &dyn RunSource); 3] = [
         ("memory at a block", &aligned),
         ("memory beside one", &odd),
         ("bytes that are read", &Read(&ram)),
@@ -117,7 +117,7 @@ fn write(
     target: Target,
     path: &Path,
     runs: &[Range<u64>],
-    source: &dyn Source,
+    source: &dyn RunSource,
     options: &WriteOptions,
     wanted: &[u8],
 ) -> Result<Option<u64>, Failure> {
@@ -157,20 +157,20 @@ impl Shifted {
     }
 }
 
-impl Source for Shifted {
+impl RunSource for Shifted {
     fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
         self.memory[self.range.clone()].read_at(offset, buf)
     }
 
-    fn memory_at(&self, offset: u64, len: usize) -> Option<sparse_file::Memory<'_>> {
-        self.memory[self.range.clone()].memory_at(offset, len)
+    fn host_memory(&self, offset: u64, len: usize) -> Option<sparse_file::HostMemory<'_>> {
+        self.memory[self.range.clone()].host_memory(offset, len)
     }
 }
 
 /// Bytes that have no address.
 struct Read<'a>(&'a [u8]);
 
-impl Source for Read<'_> {
+impl RunSource for Read<'_> {
     fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
         self.0.read_at(offset, buf)
     }

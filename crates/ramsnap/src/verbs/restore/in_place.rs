@@ -12,7 +12,7 @@ use memory_image::{Chain, RamTarget};
 #[cfg(target_os = "linux")]
 use nix::errno::Errno;
 use page_reader::{FileReader, HostMemory, PageReader, SecretBuffer};
-use sparse_file::{Source, SpaceError, WriteOptions, punch_hole, write_runs};
+use sparse_file::{RunSource, SpaceError, WriteOptions, punch_hole, write_runs};
 
 use crate::failure::Failure;
 use crate::interrupt::Overwriting;
@@ -371,7 +371,7 @@ impl RamTarget for InPlace<'_> {
 
 struct Zeros;
 
-impl Source for Zeros {
+impl RunSource for Zeros {
     fn read_at(&self, _: u64, buf: &mut [u8]) -> io::Result<()> {
         buf.fill(0);
         Ok(())

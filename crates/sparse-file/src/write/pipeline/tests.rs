@@ -109,7 +109,7 @@ const CHUNK: usize = 16 << 10;
 /// Returns bytes of which none is zero. All chunks differ.
 fn ram(len: usize) -> AlignedBuffer {
     let mut ram = AlignedBuffer::new(len);
-    for (at, byte) in ram.bytes().iter_mut().enumerate() {
+    for (at, byte) in ram.bytes_mut().iter_mut().enumerate() {
         *byte = (at.wrapping_mul(31) ^ (at >> 12).wrapping_mul(97)) as u8 | 1;
     }
     ram
@@ -118,13 +118,13 @@ fn ram(len: usize) -> AlignedBuffer {
 /// A source that must be copied.
 struct Copied<'a>(&'a [u8]);
 
-impl Source for Copied<'_> {
+impl RunSource for Copied<'_> {
     fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
         self.0.read_at(offset, buf)
     }
 }
 
-fn through<S: Source + ?Sized>(
+fn through<S: RunSource + ?Sized>(
     kind: EngineKind,
     script: &[Completion],
     runs: &[Range<u64>],
@@ -185,7 +185,7 @@ fn rest_of_an_incomplete_request_is_written(
     #[values(true, false)] in_place: bool,
 ) {
     let mut ram = ram(LEN);
-    let ram = &ram.bytes()[..LEN];
+    let ram = &ram.bytes_mut()[..LEN];
     let all = [0..LEN as u64];
     let (stored, result, log) = match in_place {
         true => through(kind, script, &all, CHUNK, ram),
@@ -202,7 +202,7 @@ fn lowest_failure_in_flight_is_reported(
     #[values(libc::ENOSPC, libc::EDQUOT, libc::EIO, libc::EFBIG)] errno: i32,
 ) {
     let mut ram = ram(160 * CHUNK);
-    let ram = &ram.bytes()[..160 * CHUNK];
+    let ram = &ram.bytes_mut()[..160 * CHUNK];
     // The end first, so that the first failure, chunk 153, does not have the lowest offset.
     let (middle, end) = (150 * CHUNK as u64, 160 * CHUNK as u64);
     let runs = [middle..end, 0..middle];
@@ -233,7 +233,7 @@ fn any_failed_completion_is_never_counted_as_written(
     const SECTOR: usize = 512;
     const LEN: usize = REQUESTS * CHUNK;
     let mut ram = ram(LEN);
-    let ram = &ram.bytes()[..LEN];
+    let ram = &ram.bytes_mut()[..LEN];
     let at = |number: usize, step| {
         let mut script = vec![Completion::Whole; number];
         script.push(step);
@@ -271,7 +271,7 @@ fn writes_to_one_block_are_never_in_flight_together(
     #[values(EngineKind::Ring, EngineKind::Threads)] kind: EngineKind,
 ) {
     let mut ram = ram(LEN);
-    let ram = &ram.bytes()[..LEN];
+    let ram = &ram.bytes_mut()[..LEN];
     let runs: Vec<_> = (0..200u64)
         .map(|n| n * 7919 % (LEN as u64 - 9000))
         .map(|start| start..start + 9000)
@@ -287,7 +287,7 @@ fn requests_in_flight_are_bounded(
     #[values(EngineKind::Ring, EngineKind::Threads)] kind: EngineKind,
 ) {
     let mut ram = ram(64 << 20);
-    let ram = &ram.bytes()[..64 << 20];
+    let ram = &ram.bytes_mut()[..64 << 20];
     let (stored, result, log) = through(kind, &[], &[0..64 << 20], 64 << 20, ram);
     result.expect("written");
     assert!(stored == ram);
@@ -295,6 +295,6 @@ fn requests_in_flight_are_bounded(
     let (stored, result, log) = through(kind, &[], &[0..64 << 20], 1 << 20, &Copied(ram));
     result.expect("written");
     assert!(stored == ram);
-    let buffers = log.most_copied * (REQUEST + ALIGNMENT);
+    let buffers = log.most_copied * (REQUEST + AlignedBuffer::ALIGNMENT);
     assert!(log.most_copied > 1 && buffers <= BUFFERS, "{log:?}");
 }

@@ -2,8 +2,11 @@
 
 #![allow(unsafe_code)]
 
+use std::fs::File;
+use std::io;
 use std::marker::PhantomData;
 use std::ops::Range;
+use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering::Relaxed};
 
 /// The size of a machine word, the unit in which guest memory is loaded.
@@ -20,7 +23,7 @@ const BLOCK: usize = 32;
 ///
 /// # Examples
 /// ```
-/// use page_reader::HostMemory;
+/// use host_memory::HostMemory;
 ///
 /// let memory = HostMemory::from(&b"guest"[..]);
 /// let mut copy = [0; 2];
@@ -113,6 +116,18 @@ impl<'a> HostMemory<'a> {
         (self.slice(0..mid), self.slice(mid..self.len))
     }
 
+    /// Returns the first `len` bytes, or all bytes if there are fewer.
+    #[must_use]
+    pub fn first(self, len: usize) -> Self {
+        self.slice(0..self.len.min(len))
+    }
+
+    /// Returns the bytes after the first `len`. The result is empty if there are none.
+    #[must_use]
+    pub fn after(self, len: usize) -> Self {
+        self.slice(self.len.min(len)..self.len)
+    }
+
     /// Copies the bytes to `buf`. Other threads, vCPUs and processes may write them meanwhile.
     ///
     /// Each aligned machine word is loaded once, as a whole. A word that is written with single
@@ -164,40 +179,34 @@ impl<'a> HostMemory<'a> {
         }
     }
 
-    /// Maps the pages of the range, as a load of each page would.
+    /// Writes the range to `offset` of `file` by one `pwrite(2)`, and returns the number of bytes
+    /// written. The kernel reads the memory directly.
     ///
-    /// A load of a page that cannot be provided raises `SIGBUS`, which ends the process: on a full
-    /// tmpfs, without a free huge page, past the end of a truncated file, or in memory with a
-    /// hardware error. This method returns an error instead. Later changes to the pages, such as a
-    /// punched hole or a truncation, are not covered.
-    ///
-    /// Memory that is filled by userfaultfd is waited for, unless the userfaultfd serves user-mode
-    /// faults only; such memory is left unchanged. On systems other than Linux, and before Linux
-    /// 5.14, the method does nothing.
+    /// The call may write fewer bytes than requested, and may be interrupted (`EINTR`).
     ///
     /// # Errors
-    /// Returns `EFAULT` if a load would raise `SIGBUS`, `EHWPOISON` for memory with a hardware
-    /// error, and `ENOMEM` if memory or the mapping is missing.
-    pub fn fault_in(self) -> std::io::Result<()> {
-        if self.is_empty() {
-            return Ok(());
-        }
-        #[cfg(target_os = "linux")]
-        return crate::sys::fault_in(self);
-        #[cfg(not(target_os = "linux"))]
-        Ok(())
+    /// Returns the error of the system, `EFAULT` if the kernel cannot read the memory, and `EFBIG`
+    /// if `offset` is past the largest file offset.
+    pub fn write_at(self, file: &File, offset: u64) -> io::Result<usize> {
+        let offset =
+            libc::off_t::try_from(offset).map_err(|_| io::Error::from_raw_os_error(libc::EFBIG))?;
+        // SAFETY: pwrite only reads memory, through the kernel, which returns EFAULT for an
+        // unreadable address. `new` requires that the range may be read. `file` is borrowed, so the
+        // descriptor is open.
+        let written =
+            unsafe { libc::pwrite(file.as_raw_fd(), self.start.cast(), self.len, offset) };
+        usize::try_from(written).map_err(|_| io::Error::last_os_error())
     }
 
     /// Returns `true` if every byte was zero when it was loaded. Other threads, vCPUs and processes
     /// may write them meanwhile.
     ///
     /// The method stops at most a few words after the first nonzero byte. It touches memory that
-    /// was never touched before; [`PageReader::populated`](crate::PageReader::populated) finds such
-    /// memory without touching it.
+    /// was never touched before, for which the host allocates a page.
     ///
     /// # Examples
     /// ```
-    /// use page_reader::HostMemory;
+    /// use host_memory::HostMemory;
     ///
     /// let mut page = vec![0; 4096];
     /// assert!(HostMemory::from(&page[..]).is_zero());
@@ -247,8 +256,11 @@ impl<'a> From<&'a [u8]> for HostMemory<'a> {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use std::os::unix::fs::FileExt;
+
     use rstest::rstest;
+
+    use super::*;
 
     #[test]
     fn copies_of_every_start_and_length_are_exact() {
@@ -300,6 +312,53 @@ mod tests {
         );
         let (all, nothing) = memory.split_at(6);
         assert!(!all.is_empty() && nothing.is_empty());
+    }
+
+    #[rstest]
+    #[case::nothing(0, b"", b"memory")]
+    #[case::a_part(2, b"me", b"mory")]
+    #[case::everything(6, b"memory", b"")]
+    #[case::more_than_there_is(usize::MAX, b"memory", b"")]
+    fn first_and_after_are_limited_to_the_range(
+        #[case] len: usize,
+        #[case] first: &[u8],
+        #[case] after: &[u8],
+    ) {
+        let memory = HostMemory::from(&b"memory"[..]);
+        let bytes = |memory: HostMemory<'_>| {
+            let mut copy = vec![0; memory.len()];
+            memory.copy_to(&mut copy);
+            copy
+        };
+        assert_eq!(bytes(memory.first(len)), first);
+        assert_eq!(bytes(memory.after(len)), after);
+    }
+
+    #[test]
+    fn bytes_are_written_at_their_offset() {
+        let file = tempfile::tempfile().unwrap();
+        let memory = HostMemory::from(&b"memory"[..]);
+        assert_eq!(memory.write_at(&file, 2).unwrap(), 6);
+        let mut stored = [1; 8];
+        file.read_exact_at(&mut stored, 0).unwrap();
+        assert_eq!(&stored, b"\0\0memory");
+    }
+
+    #[test]
+    fn an_offset_past_the_largest_is_refused() {
+        let file = tempfile::tempfile().unwrap();
+        let memory = HostMemory::from(&b"memory"[..]);
+        let error = memory.write_at(&file, 1 << 63).unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(libc::EFBIG));
+    }
+
+    #[test]
+    fn memory_that_the_kernel_cannot_read_is_an_error() {
+        let file = tempfile::tempfile().unwrap();
+        // SAFETY: never loaded by this process, and the kernel refuses the address.
+        let memory = unsafe { HostMemory::new(std::ptr::without_provenance(16), 8) };
+        let error = memory.write_at(&file, 0).unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(libc::EFAULT));
     }
 
     #[rstest]

@@ -1,26 +1,21 @@
-//! Reading guest memory while other threads write it like vCPUs.
+//! Copying memory while other threads write it like vCPUs.
 
 #![allow(unsafe_code)]
-
-mod support;
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::thread;
 
-use page_reader::{MappedMemory, PageReader, RamLayout};
-use support::{Mapping, PAGE};
+use host_memory::HostMemory;
 use test_machine::rounds;
 
-const SIZE: usize = 4 * PAGE;
-const WORDS: usize = SIZE / 8;
+const WORDS: usize = 2048;
+const SIZE: usize = WORDS * 8;
 
-/// Returns the words of a mapping, which are written like a guest writes: with single machine
+/// Returns the memory of `words`, which are written like a guest writes: with single machine
 /// stores.
-fn words(memory: &Mapping) -> impl Iterator<Item = &AtomicU64> {
-    let first = memory.as_ptr().cast::<AtomicU64>();
-    // SAFETY: whole words of a page-aligned mapping that the borrow keeps, accessed as atomics
-    // only.
-    (0..WORDS).map(move |word| unsafe { &*first.add(word) })
+fn memory_of(words: &[AtomicU64]) -> HostMemory<'_> {
+    // SAFETY: the borrow keeps the words allocated, and atomics are only written atomically.
+    unsafe { HostMemory::new(words.as_ptr().cast(), size_of_val(words)) }
 }
 
 /// Returns a word with two equal halves, so that a torn word is detected.
@@ -31,15 +26,14 @@ fn word_of(round: u32) -> u64 {
 #[test]
 #[cfg(target_pointer_width = "64")]
 fn words_written_during_a_copy_are_neither_torn_nor_stale() {
-    let memory = Mapping::shared(SIZE);
-    let layout = RamLayout::single(0, SIZE as u64).unwrap();
-    let guest = MappedMemory::new(layout, [memory.memory()]).unwrap();
+    let words: Vec<AtomicU64> = (0..WORDS).map(|_| AtomicU64::new(0)).collect();
+    let memory = memory_of(&words);
     let stop = AtomicBool::new(false);
     thread::scope(|scope| {
         scope.spawn(|| {
             let rounds = 1..;
             for round in rounds.take_while(|_| !stop.load(Relaxed)) {
-                for word in words(&memory) {
+                for word in &words {
                     word.store(word_of(round), Relaxed);
                 }
             }
@@ -50,7 +44,7 @@ fn words_written_during_a_copy_are_neither_torn_nor_stale() {
         let mut last = vec![0; WORDS];
         // A byte-wise copy tears a word well before that many rounds.
         for _ in 0..rounds(10_000, 500_000) {
-            guest.read_at(0, &mut buf[1..]).unwrap();
+            memory.copy_to(&mut buf[1..]);
             let copy: Vec<u64> = buf[1..]
                 .chunks_exact(8)
                 .map(|word| u64::from_ne_bytes(word.try_into().unwrap()))
@@ -69,18 +63,18 @@ fn words_written_during_a_copy_are_neither_torn_nor_stale() {
 }
 
 #[test]
-fn several_threads_read_unchanging_memory() {
-    let bytes = support::pattern(SIZE);
-    let memory = Mapping::private_with(&bytes);
-    let layout = RamLayout::single(0, SIZE as u64).unwrap();
-    let guest = MappedMemory::new(layout, [memory.memory()]).unwrap();
+fn several_threads_copy_unchanging_memory() {
+    let bytes: Vec<u8> = (0..SIZE)
+        .map(|at| (at.wrapping_mul(31) >> 3) as u8)
+        .collect();
+    let memory = HostMemory::from(&bytes[..]);
     thread::scope(|scope| {
         for start in 0..4_usize {
-            let (guest, bytes) = (&guest, &bytes);
+            let bytes = &bytes;
             scope.spawn(move || {
                 for _ in 0..200 {
                     let mut buf = vec![0; SIZE - start];
-                    guest.read_at(start as u64, &mut buf).unwrap();
+                    memory.slice(start..SIZE).copy_to(&mut buf);
                     assert!(buf == bytes[start..]);
                 }
             });

@@ -12,14 +12,13 @@ use zeroize::Zeroizing;
 ///
 /// # Examples
 /// ```
-/// use page_reader::{PageReader, SecretBuffer};
+/// use host_memory::{HostMemory, SecretBuffer};
 ///
-/// let ram = vec![7; 1 << 20];
+/// let ram = vec![7; 4096];
 /// let mut buffer = SecretBuffer::new();
 /// let page = buffer.sized(4096);
-/// ram.read_at(8192, page)?;
+/// HostMemory::from(&ram[..]).copy_to(page);
 /// assert_eq!(page, [7; 4096]);
-/// # Ok::<(), std::io::Error>(())
 /// ```
 #[derive(Default)]
 pub struct SecretBuffer(Zeroizing<Vec<u8>>);
