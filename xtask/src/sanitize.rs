@@ -54,13 +54,7 @@ const CRATES: [(&str, &[&str]); 9] = [
     ("memory-writer", ALL),
     (
         "page-reader",
-        &[
-            "--lib",
-            "--test",
-            "conformance",
-            "--test",
-            "layout",
-        ],
+        &["--lib", "--test", "conformance", "--test", "layout"],
     ),
     ("image-format", ALL),
     ("memory-image", ALL),

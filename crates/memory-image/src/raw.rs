@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io;
 use std::ops::Range;
 
-use sparse_file::{Extents, Kind, Knowledge, PageHoles, extents, reported_extents};
+use sparse_file::{ExtentKind, ExtentSource, Extents, PageHoles, extents, reported_extents};
 
 use crate::error::{ImageError, Unclear};
 use crate::image::Image;
@@ -34,7 +34,7 @@ impl Image {
         for extent in reported_extents(&file).map_err(failed)? {
             let extent = extent.map_err(failed)?;
             end = extent.range.end;
-            if extent.kind == Kind::Data {
+            if extent.kind == ExtentKind::Data {
                 data.push(extent.range);
             }
         }
@@ -64,7 +64,7 @@ impl Image {
             .check(&file, &dir, page_size)
             .map_err(|why| self.ambiguous(Unclear::Holes(why)))?;
         let mut pages = PageSet::new(page_size);
-        let knowledge = self.each_data_extent(extents, |data| {
+        let source = self.each_data_extent(extents, |data| {
             let unaligned = [data.start, data.end]
                 .into_iter()
                 .find(|offset| !offset.is_multiple_of(page_size));
@@ -74,9 +74,9 @@ impl Image {
             pages.add(&data);
             Ok(())
         })?;
-        match knowledge {
-            Knowledge::Reported => Ok(pages),
-            Knowledge::CutShort => Err(self.ambiguous(Unclear::Changed)),
+        match source {
+            ExtentSource::Reported => Ok(pages),
+            ExtentSource::CutShort => Err(self.ambiguous(Unclear::Changed)),
             _ => Err(self.ambiguous(Unclear::NoHoles)),
         }
     }
@@ -85,7 +85,7 @@ impl Image {
         &self,
         list: List,
         mut each: impl FnMut(Range<u64>) -> Result<(), ImageError>,
-    ) -> Result<Knowledge, ImageError> {
+    ) -> Result<ExtentSource, ImageError> {
         let failed = |offset, source| self.read_error(offset, source);
         let file = self.file()?;
         let mut listing = list(&file).map_err(|source| failed(0, source))?;
@@ -96,14 +96,14 @@ impl Image {
                 return Err(failed(self.size, io::Error::other("the file has grown")));
             }
             at = extent.range.end;
-            if extent.kind == Kind::Data {
+            if extent.kind == ExtentKind::Data {
                 each(extent.range)?;
             }
         }
         if at < self.size {
             return Err(failed(at, io::Error::other("the file has shrunk")));
         }
-        Ok(listing.knowledge())
+        Ok(listing.source())
     }
 
     fn ambiguous(&self, why: Unclear) -> ImageError {

@@ -7,7 +7,7 @@ use std::thread;
 
 use image_format::{Chunk, ChunkSum, Footer, packed_start};
 use page_reader::{HostMemory, SecretBuffer};
-use sparse_file::{Kind, extents};
+use sparse_file::{ExtentKind, extents};
 
 use crate::error::ImageError;
 use crate::image::Image;
@@ -178,7 +178,7 @@ impl Image {
         let file = self.file()?;
         for extent in extents(&file).map_err(failed)? {
             let extent = extent.map_err(failed)?;
-            if extent.kind != Kind::Data {
+            if extent.kind != ExtentKind::Data {
                 continue;
             }
             let mut at = extent.range.start.max(all.start);

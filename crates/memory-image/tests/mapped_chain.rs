@@ -208,7 +208,7 @@ fn data(path: &Path) -> Vec<Range<u64>> {
     let extents = sparse_file::reported_extents(&file).unwrap();
     extents
         .map(Result::unwrap)
-        .filter(|extent| extent.kind == sparse_file::Kind::Data)
+        .filter(|extent| extent.kind == sparse_file::ExtentKind::Data)
         .map(|extent| extent.range)
         .collect()
 }

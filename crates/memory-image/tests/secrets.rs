@@ -145,7 +145,7 @@ fn saves_and_restores_leave_no_guest_bytes_in_buffers() {
     one.set(first.unwrap()).unwrap();
     sched_setaffinity(this, &one).unwrap();
     let dir = tempfile::tempdir().unwrap();
-    for engine in [Engine::Auto, Engine::Threads, Engine::Positioned] {
+    for engine in [Engine::Auto, Engine::Threads, Engine::Pwrite] {
         for (name, layout) in [
             ("sealed", Layout::Sealed as fn(Seal) -> Layout),
             ("packed", Layout::Packed),

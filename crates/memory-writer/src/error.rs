@@ -7,12 +7,11 @@ use std::path::PathBuf;
 use atomic_file::{CommitError, OpenError};
 use dirty_bitmap::EpochReclaimed;
 use image_format::FooterError;
-use sparse_file::{SpaceError, WriteError};
+use sparse_file::{SpaceError, WriteError, ZeroError};
 use thiserror::Error;
 
 use crate::footer_builder::SealError;
 use crate::raw_diff::AmbiguousDiff;
-use crate::stale_pages::WipeError;
 
 /// An error of taking a snapshot. The destination is unchanged, except after
 /// [`Commit`](Self::Commit), which states what is there.
@@ -310,10 +309,11 @@ impl SnapshotError {
         }
     }
 
-    pub(crate) fn from_wipe(dest: PathBuf, error: WipeError) -> Self {
+    pub(crate) fn from_wipe(dest: PathBuf, error: ZeroError) -> Self {
         let (offset, source) = match error {
-            WipeError::Punch(range, source) => (range.start, source),
-            WipeError::Zero(error) => match Self::from_write(dest.clone(), error) {
+            ZeroError::Punch(SpaceError::Io { range, source, .. }) => (range.start, source),
+            ZeroError::Punch(other) => (0, io_error(other)),
+            ZeroError::Write(error) => match Self::from_write(dest.clone(), error) {
                 Self::MemoryIo { offset, source, .. } => (offset, source),
                 other => return other,
             },

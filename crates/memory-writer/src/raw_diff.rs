@@ -4,7 +4,7 @@ use std::fs::File;
 use std::ops::Range;
 
 use nix::unistd::fsync;
-use sparse_file::{HolesUnknown, Kind, PageHoles, PagesUnknown, extents};
+use sparse_file::{ExtentKind, HolesUnknown, PageHoles, PagesUnknown, extents};
 use thiserror::Error;
 
 use crate::page_set::PageSet;
@@ -101,8 +101,8 @@ impl RawDiff {
                 return Ok(Some(end - end % self.page_size));
             }
             let other = match extent.kind {
-                Kind::Data => self.pages.first_missing(&(start..end)),
-                Kind::Hole => self.pages.first_in(&(start..end)),
+                ExtentKind::Data => self.pages.first_missing(&(start..end)),
+                ExtentKind::Hole => self.pages.first_in(&(start..end)),
             };
             if other.is_some() {
                 return Ok(other);

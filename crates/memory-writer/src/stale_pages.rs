@@ -2,10 +2,10 @@
 
 use std::fs::File;
 use std::io;
-use std::ops::{ControlFlow, Range};
+use std::ops::Range;
 
 use page_reader::PageReader;
-use sparse_file::{RunSource, SpaceError, WriteError, WriteOptions, punch_hole, write_runs};
+use sparse_file::{WriteOptions, ZeroError, zero_ranges};
 
 use crate::page_set::PageSet;
 
@@ -36,40 +36,13 @@ impl StalePages {
     }
 
     /// Punches holes as in a new file, or writes zeros where the file system has no holes.
-    pub(crate) fn wipe(&self, file: &File, options: &WriteOptions) -> Result<(), WipeError> {
-        for run in self.runs() {
-            match punch_hole(file, run.clone()) {
-                Ok(()) => {}
-                Err(SpaceError::Unsupported { .. }) => return self.zero(file, options),
-                Err(SpaceError::Io { source, .. }) => return Err(WipeError::Punch(run, source)),
-                Err(other) => return Err(WipeError::Punch(run, io::Error::other(other))),
-            }
-        }
-        Ok(())
+    pub(crate) fn wipe(&self, file: &File, options: &WriteOptions) -> Result<(), ZeroError> {
+        zero_ranges(file, self.runs(), options)
     }
-
-    fn zero(&self, file: &File, options: &WriteOptions) -> Result<(), WipeError> {
-        let go_on = &mut |_| ControlFlow::Continue(());
-        write_runs(file, self.runs(), &Zeros, options, go_on).map_err(WipeError::Zero)?;
-        Ok(())
-    }
-}
-
-/// The step that failed to remove old bytes.
-pub(crate) enum WipeError {
-    Punch(Range<u64>, io::Error),
-    Zero(WriteError),
 }
 
 /// A reader that returns zeros at every offset.
 pub(crate) struct Zeros;
-
-impl RunSource for Zeros {
-    fn read_at(&self, _: u64, buf: &mut [u8]) -> io::Result<()> {
-        buf.fill(0);
-        Ok(())
-    }
-}
 
 impl PageReader for Zeros {
     fn read_at(&self, _: u64, buf: &mut [u8]) -> io::Result<()> {
@@ -87,7 +60,7 @@ mod tests {
     #[test]
     fn reader_of_zeros_overwrites_the_buffer() {
         let mut buf = [7; 9];
-        RunSource::read_at(&Zeros, 3, &mut buf).unwrap();
+        Zeros.read_at(3, &mut buf).unwrap();
         assert_eq!(buf, [0; 9]);
     }
 

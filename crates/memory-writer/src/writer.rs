@@ -8,7 +8,7 @@ use atomic_file::{AtomicWriter, NotPreserved};
 use dirty_bitmap::{Coverage, DirtyBitmap, Epoch, ReleaseError};
 use image_format::{ImageId, MAX_RAM_SIZE, Placement, RAW_UNIT, packed_start};
 use page_reader::{PageReader, Touched};
-use sparse_file::{SpaceError, WriteOptions, grow, punch_hole, share_blocks};
+use sparse_file::{SpaceError, WriteOptions, ZeroError, grow, punch_hole, share_blocks};
 
 use crate::error::{RamError, SnapshotError};
 use crate::footer_builder::FooterBuilder;
@@ -18,7 +18,7 @@ use crate::options::Options;
 use crate::page_record::PageRecord;
 use crate::progress::{Observer, ProgressCounter};
 use crate::raw_diff::RawDiff;
-use crate::stale_pages::{StalePages, WipeError, Zeros};
+use crate::stale_pages::{StalePages, Zeros};
 use crate::whole_pages::WholePages;
 use crate::write_target::WriteTarget;
 
@@ -765,7 +765,7 @@ fn resize(file: &File, len: u64) -> Result<(), SpaceError> {
 }
 
 /// Overwrites a recycled file with zeros between the header of a packed image and its first page.
-fn wipe_header(file: &File, data_start: u64, options: &WriteOptions) -> Result<(), WipeError> {
+fn wipe_header(file: &File, data_start: u64, options: &WriteOptions) -> Result<(), ZeroError> {
     if data_start > packed_start(0) {
         let mut rest = StalePages::all(data_start, packed_start(0));
         rest.remove(&(0..packed_start(0)));

@@ -13,7 +13,7 @@ use dirty_bitmap::DirtyBitmap;
 use memory_writer::{AmbiguousDiff, MemoryIoStep, MemoryWriter, Options, SnapshotError};
 use proptest::prelude::*;
 use rstest::rstest;
-use sparse_file::Kind;
+use sparse_file::ExtentKind;
 use support::{Until, pattern};
 use test_machine::{LoopFs, LoopMount, Need, TinyTmpfs, recycling_dir, rounds};
 
@@ -33,7 +33,7 @@ fn data(path: &Path) -> Vec<Range<u64>> {
     let extents = sparse_file::extents(&file).unwrap();
     extents
         .map(Result::unwrap)
-        .filter(|extent| extent.kind == Kind::Data)
+        .filter(|extent| extent.kind == ExtentKind::Data)
         .map(|extent| extent.range)
         .collect()
 }

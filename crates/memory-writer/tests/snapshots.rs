@@ -144,7 +144,7 @@ fn diff_has_the_size_of_the_ram_and_the_dirty_pages() {
     let file = std::fs::File::open(&place.dest).unwrap();
     let extents = sparse_file::extents(&file).unwrap().map(Result::unwrap);
     let data: Vec<_> = extents
-        .filter(|extent| extent.kind == sparse_file::Kind::Data)
+        .filter(|extent| extent.kind == sparse_file::ExtentKind::Data)
         .map(|extent| extent.range)
         .collect();
     assert_eq!(data, [0..PAGE, 7 * PAGE..9 * PAGE]);

@@ -181,12 +181,7 @@ fn ways(mut save: impl FnMut(Options, &str)) {
         || Layout::Sealed(Seal::new().on_raw_image()),
         || Layout::Packed(Seal::new().on_raw_image()),
     ];
-    for engine in [
-        Engine::Auto,
-        Engine::Positioned,
-        Engine::Threads,
-        Engine::IoUring,
-    ] {
+    for engine in Engine::ALL.iter().copied() {
         for layout in layouts {
             for (zeros, untouched) in [(false, false), (true, false), (false, true), (true, true)] {
                 let way = format!("{engine:?} {:?} {zeros} {untouched}", layout());

@@ -31,7 +31,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         grow(&file, ram.len() as u64)?;
         let start = Instant::now();
         let all = std::iter::once(0..ram.len() as u64);
-        let options = WriteOptions::new().engine(Engine::Positioned);
+        let options = WriteOptions::new().engine(Engine::Pwrite);
         write_runs(&file, all, source, &options, &mut |_| {
             ControlFlow::Continue(())
         })?;

@@ -14,7 +14,7 @@ use crate::sys;
 
 /// The kind of a range: stored, or a hole that reads as zeros without being stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Kind {
+pub enum ExtentKind {
     /// Stored, or not known to be a hole. The bytes may have any value, including zero.
     Data,
     /// Reads as zeros. A range that was reserved (`fallocate`) and never written counts as a hole.
@@ -27,13 +27,13 @@ pub struct Extent {
     /// The range in bytes. Never empty.
     pub range: Range<u64>,
     /// Data or hole.
-    pub kind: Kind,
+    pub kind: ExtentKind,
 }
 
 /// The source of the information in [`Extents`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
-pub enum Knowledge {
+pub enum ExtentSource {
     /// The file system reported holes and data.
     Reported,
     /// The file system reported that the whole range is data: it has no hole, or this file system
@@ -70,7 +70,7 @@ pub enum Knowledge {
 ///
 /// # Examples
 /// ```
-/// use sparse_file::{Kind, extents};
+/// use sparse_file::{ExtentKind, extents};
 /// use std::os::unix::fs::FileExt;
 ///
 /// let file = tempfile::tempfile()?;
@@ -80,7 +80,7 @@ pub enum Knowledge {
 /// let extents = extents(&file)?;
 /// if extents.are_exact() {
 ///     let stored: u64 = extents
-///         .filter_map(|extent| extent.ok().filter(|extent| extent.kind == Kind::Data))
+///         .filter_map(|extent| extent.ok().filter(|extent| extent.kind == ExtentKind::Data))
 ///         .map(|extent| extent.range.end - extent.range.start)
 ///         .sum();
 ///     assert!((4..1 << 20).contains(&stored));
@@ -107,7 +107,7 @@ pub fn extents_in<F: Borrow<File>>(file: F, range: Range<u64>) -> io::Result<Ext
         Err(HolesUnknown::Io(error)) => Err(error),
         Err(_) => {
             let mut extents = Extents::new(file, range)?;
-            extents.ahead = extents.rest_is_data(Knowledge::NotUsed).map(Ok);
+            extents.ahead = extents.rest_is_data(ExtentSource::NotUsed).map(Ok);
             Ok(extents)
         }
     }
@@ -133,19 +133,19 @@ fn reported_extents_in<F: Borrow<File>>(
 ) -> io::Result<Extents<F>> {
     let mut extents = Extents::new(file, range)?;
     extents.confirm = confirm;
-    // Find the first boundary here, so that `knowledge` is valid before the first extent is taken.
+    // Find the first boundary here, so that `source` is valid before the first extent is taken.
     extents.ahead = match extents.find() {
-        Err(error) if is_unsupported(&error) => {
-            extents.rest_is_data(Knowledge::Unsupported).map(Ok)
+        Err(error) if sys::is_unsupported_argument(&error) => {
+            extents.rest_is_data(ExtentSource::Unsupported).map(Ok)
         }
         found => found.transpose(),
     };
     if let Some(Ok(first)) = &extents.ahead
-        && first.kind == Kind::Data
+        && first.kind == ExtentKind::Data
         && first.range.end >= extents.end
-        && extents.knowledge == Knowledge::Reported
+        && extents.source == ExtentSource::Reported
     {
-        extents.knowledge = Knowledge::NoHoleReported;
+        extents.source = ExtentSource::NoHoleReported;
     }
     Ok(extents)
 }
@@ -162,8 +162,8 @@ pub struct Extents<F: Borrow<File> = File> {
     at: u64,
     /// The kind of the range from `at` to the next boundary. A hole only if `SEEK_HOLE` has just
     /// returned `at`.
-    kind: Kind,
-    knowledge: Knowledge,
+    kind: ExtentKind,
+    source: ExtentSource,
     /// Whether the file may have been moved to another file system before a hole was reported
     /// (overlayfs). If set, check again after each hole.
     confirm: bool,
@@ -183,8 +183,8 @@ impl<F: Borrow<File>> Extents<F> {
             len,
             end: range.end.max(range.start),
             at: range.start,
-            kind: Kind::Data,
-            knowledge: Knowledge::Reported,
+            kind: ExtentKind::Data,
+            source: ExtentSource::Reported,
             confirm: false,
             calls_left: u64::MAX,
             ahead: None,
@@ -192,21 +192,21 @@ impl<F: Borrow<File>> Extents<F> {
         })
     }
 
-    /// Returns the source of the listing so far. Can still change to [`Knowledge::CutShort`].
+    /// Returns the source of the listing so far. Can still change to [`ExtentSource::CutShort`].
     #[must_use]
-    pub fn knowledge(&self) -> Knowledge {
-        self.knowledge
+    pub fn source(&self) -> ExtentSource {
+        self.source
     }
 
     /// Returns whether the file system reported holes and data. If not, an extent of data may
     /// contain holes.
     #[must_use]
     pub fn are_exact(&self) -> bool {
-        self.knowledge == Knowledge::Reported
+        self.source == ExtentSource::Reported
     }
 
     /// Limits the listing to `calls` more calls of `lseek(2)`. When they are used up, the rest of
-    /// the file is listed as data and [`knowledge`](Self::knowledge) is [`Knowledge::CutShort`].
+    /// the file is listed as data and [`source`](Self::source) is [`ExtentSource::CutShort`].
     ///
     /// Suits file systems where the call is slow and reading data takes less time than finding
     /// holes.
@@ -238,21 +238,21 @@ impl<F: Borrow<File>> Extents<F> {
                 break;
             }
             let (next, found) = match self.kind {
-                Kind::Data => (Kind::Hole, self.seek(Whence::SeekHole)?),
-                Kind::Hole => (Kind::Data, self.seek(Whence::SeekData)?),
+                ExtentKind::Data => (ExtentKind::Hole, self.seek(Whence::SeekHole)?),
+                ExtentKind::Hole => (ExtentKind::Data, self.seek(Whence::SeekData)?),
             };
             let end = match (self.kind, found) {
                 // Not a valid answer for the bytes from `at` on.
                 (_, Some(end)) if end < self.at => break,
                 (_, Some(end)) => end.min(self.len),
                 // No more data. The hole ends at the end of the file, which may have shrunk.
-                (Kind::Hole, None) => self.file.borrow().metadata()?.len().min(self.len),
+                (ExtentKind::Hole, None) => self.file.borrow().metadata()?.len().min(self.len),
                 // A hole follows the end of every file, so `at` is past the end of a file that
                 // shrank, or the answer is wrong: APFS returns this for clones although data
                 // follows.
-                (Kind::Data, None) => break,
+                (ExtentKind::Data, None) => break,
             };
-            if self.kind == Kind::Hole && self.confirm && !self.are_holes_zeros()? {
+            if self.kind == ExtentKind::Hole && self.confirm && !self.are_holes_zeros()? {
                 break;
             }
             let end = end.min(self.end);
@@ -261,7 +261,7 @@ impl<F: Borrow<File>> Extents<F> {
                 return Ok(Some(self.advance(end, kind)));
             }
         }
-        Ok(self.rest_is_data(Knowledge::CutShort))
+        Ok(self.rest_is_data(ExtentSource::CutShort))
     }
 
     fn are_holes_zeros(&self) -> io::Result<bool> {
@@ -272,12 +272,12 @@ impl<F: Borrow<File>> Extents<F> {
         }
     }
 
-    fn rest_is_data(&mut self, knowledge: Knowledge) -> Option<Extent> {
-        self.knowledge = knowledge;
-        (self.at < self.end).then(|| self.advance(self.end, Kind::Data))
+    fn rest_is_data(&mut self, source: ExtentSource) -> Option<Extent> {
+        self.source = source;
+        (self.at < self.end).then(|| self.advance(self.end, ExtentKind::Data))
     }
 
-    fn advance(&mut self, end: u64, kind: Kind) -> Extent {
+    fn advance(&mut self, end: u64, kind: ExtentKind) -> Extent {
         let range = self.at..end;
         self.at = end;
         Extent { range, kind }
@@ -316,17 +316,4 @@ impl<F: Borrow<File>> Drop for Extents<F> {
         // closed elsewhere.
         let _ = lseek(self.file.borrow(), self.position, Whence::SeekSet);
     }
-}
-
-/// Returns whether the file system does not support `SEEK_HOLE`. `lseek(2)` returns EINVAL for a
-/// `whence` that it does not support. The other errors come from network and FUSE file systems.
-fn is_unsupported(error: &io::Error) -> bool {
-    let Some(errno) = error.raw_os_error().map(Errno::from_raw) else {
-        return false;
-    };
-    errno == Errno::EOPNOTSUPP
-        || matches!(
-            errno,
-            Errno::EINVAL | Errno::ENOTSUP | Errno::ENOTTY | Errno::ENOSYS
-        )
 }

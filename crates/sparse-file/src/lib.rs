@@ -65,9 +65,9 @@
 //! - [`Engine::Threads`]: the same, if io_uring is missing or forbidden (old kernels,
 //!   `kernel.io_uring_disabled`, seccomp in containers). 8 threads make direct `pwrite` calls for
 //!   ranges of 256 KiB and more. Smaller ranges go through the page cache.
-//! - [`Engine::Positioned`]: without direct I/O, for jobs up to 1 MiB, and if no thread can be
+//! - [`Engine::Pwrite`]: without direct I/O, for jobs up to 1 MiB, and if no thread can be
 //!   created. Makes one `pwrite` after another, through the page cache.
-//! - On macOS always [`Engine::Positioned`], with `F_NOCACHE` for jobs of more than 1 MiB.
+//! - On macOS always [`Engine::Pwrite`], with `F_NOCACHE` for jobs of more than 1 MiB.
 //!
 //! Direct I/O requires whole aligned blocks. Other data is written separately, range by range:
 //!
@@ -115,7 +115,8 @@
 //! # Allocate and free blocks
 //!
 //! [`reserve`] allocates blocks in advance, [`punch_hole`] frees them, [`share_blocks`] shares
-//! those of another file (reflink), and [`allocated_bytes`] counts them.
+//! those of another file (reflink), and [`allocated_bytes`] counts them. [`zero_range`] punches a
+//! hole, or writes zeros where there are no holes.
 //!
 //! # Measured behaviour of file systems
 //!
@@ -177,8 +178,11 @@ mod probe;
 mod space;
 mod sys;
 mod write;
+mod zero;
 
-pub use extents::{Extent, Extents, Kind, Knowledge, extents, extents_in, reported_extents};
+pub use extents::{
+    Extent, ExtentKind, ExtentSource, Extents, extents, extents_in, reported_extents,
+};
 pub use holes::{
     HolesUnknown, PageHoles, PagesUnknown, check_holes_are_zeros, file_system_name, is_on_disk,
 };
@@ -189,6 +193,7 @@ pub use probe::{
 };
 pub use space::{SpaceError, allocated_bytes, grow, punch_hole, reserve, share_blocks};
 pub use write::{Engine, RunSource, WriteError, WriteOptions, write_runs};
+pub use zero::{ZeroError, zero_range, zero_ranges};
 
 #[cfg(doctest)]
 #[doc = include_str!("../README.md")]

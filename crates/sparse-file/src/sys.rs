@@ -1,6 +1,8 @@
 //! System calls that differ by platform. The callers have checked that lengths and offsets fit
 //! `off_t`.
 
+use std::io;
+
 use nix::unistd::{SysconfVar, sysconf};
 
 #[cfg(target_os = "linux")]
@@ -32,8 +34,24 @@ pub(crate) fn page_size() -> usize {
 }
 
 /// Returns whether an error number means that the file system or the kernel does not support an
-/// operation.
+/// operation. This is the only list of these numbers in the crate:
+///
+/// - `EOPNOTSUPP` and `ENOTSUP` (one number on Linux, two on macOS): the file system does not
+///   support the operation.
+/// - `ENOSYS`: the kernel, or a FUSE server, does not support the call.
+/// - `ENOTTY`: the file system does not support the `ioctl`.
 pub(crate) fn is_unsupported(errno: i32) -> bool {
-    // ENOTSUP and EOPNOTSUPP are one number on Linux and two on macOS.
-    errno == libc::EOPNOTSUPP || [libc::ENOTSUP, libc::ENOSYS, libc::ENOTTY].contains(&errno)
+    let unsupported = [libc::EOPNOTSUPP, libc::ENOTSUP, libc::ENOSYS, libc::ENOTTY];
+    unsupported.contains(&errno)
+}
+
+/// Returns whether an error means that the file system or the kernel does not support an argument
+/// of a call: [`is_unsupported`], or `EINVAL`.
+///
+/// `EINVAL` is ambiguous. Use this only where all other arguments are known to be valid: for
+/// `O_DIRECT` and the alignments of direct I/O, and for `SEEK_HOLE`.
+pub(crate) fn is_unsupported_argument(error: &io::Error) -> bool {
+    error
+        .raw_os_error()
+        .is_some_and(|errno| errno == libc::EINVAL || is_unsupported(errno))
 }

@@ -4,8 +4,8 @@ mod auto;
 mod chunks;
 mod options;
 mod pipeline;
-mod positioned;
 mod progress;
+mod pwrite;
 mod target;
 mod threads;
 #[cfg_attr(not(target_os = "linux"), path = "write/no_uring.rs")]
@@ -201,7 +201,7 @@ pub fn write_runs<S: RunSource + ?Sized>(
     };
     match options.engine {
         Engine::Auto => auto::write(job),
-        Engine::Positioned => positioned::write(job),
+        Engine::Pwrite => pwrite::write(job),
         Engine::Threads => threads::write(job),
         Engine::IoUring => uring::write(job),
     }

@@ -13,25 +13,18 @@ use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
 use rstest::rstest;
 use sparse_file::{
-    Capabilities, Engine, Extent, HoleSupport, Kind, RunSource, WriteError, WriteOptions,
+    Capabilities, Engine, Extent, ExtentKind, HoleSupport, RunSource, WriteError, WriteOptions,
     allocated_bytes, extents, grow, write_runs,
 };
 use support::{Copied, Fs, Pieces, Shifted, contents, go_on, ram, union};
 use test_machine::rounds;
-
-const ENGINES: [Engine; 4] = [
-    Engine::Auto,
-    Engine::Positioned,
-    Engine::Threads,
-    Engine::IoUring,
-];
 
 const PAGE: u64 = 4096;
 /// Ends with a partial page.
 const LEN: u64 = 256 * PAGE + 1234;
 
 fn every_option() -> impl Iterator<Item = WriteOptions> {
-    ENGINES.into_iter().flat_map(|engine| {
+    Engine::ALL.iter().copied().flat_map(|engine| {
         [4 << 10, 64 << 10, 1 << 20]
             .map(|chunk| WriteOptions::new().engine(engine).chunk_size(chunk))
     })
@@ -175,7 +168,10 @@ fn with_holes(data: &[Range<u64>]) -> Vec<Extent> {
     let mut at = 0;
     let mut all = Vec::new();
     for data in data.iter().cloned().chain(std::iter::once(LEN..LEN)) {
-        for (range, kind) in [(at..data.start, Kind::Hole), (data.clone(), Kind::Data)] {
+        for (range, kind) in [
+            (at..data.start, ExtentKind::Hole),
+            (data.clone(), ExtentKind::Data),
+        ] {
             if !range.is_empty() {
                 all.push(Extent { range, kind });
             }
@@ -272,7 +268,7 @@ fn failing_source_is_reported_with_its_offset() {
         fails_at: 64 << 10,
         fail: || io::Error::other("the process that owns the memory is gone"),
     };
-    for engine in ENGINES {
+    for engine in Engine::ALL.iter().copied() {
         let options = WriteOptions::new().engine(engine).chunk_size(16 << 10);
         let file = tempfile::tempfile().expect("file");
         let result = write_runs(&file, [0..LEN], &source, &options, &mut go_on);
@@ -296,7 +292,7 @@ fn panicking_source_leaves_nothing_in_flight() {
         fails_at: 64 << 10,
         fail: || panic!("the source panics"),
     };
-    for engine in ENGINES {
+    for engine in Engine::ALL.iter().copied() {
         let options = WriteOptions::new().engine(engine).chunk_size(16 << 10);
         let file = tempfile::tempfile().expect("file");
         let write = || write_runs(&file, [0..LEN], &source, &options, &mut go_on);
@@ -311,7 +307,7 @@ fn panicking_source_leaves_nothing_in_flight() {
 #[test]
 fn cancellation_counts_the_requests_in_flight() {
     let ram = Shifted::new(&ram(LEN as usize), 0);
-    for engine in ENGINES {
+    for engine in Engine::ALL.iter().copied() {
         let options = WriteOptions::new().engine(engine).chunk_size(16 << 10);
         let file = tempfile::tempfile().expect("file");
         let mut calls = 0;
@@ -327,7 +323,7 @@ fn cancellation_counts_the_requests_in_flight() {
             panic!("{engine:?}: {result:?}");
         };
         assert_eq!(calls, 3, "{engine:?}");
-        if engine == Engine::Positioned {
+        if engine == Engine::Pwrite {
             assert_eq!(written, 48 << 10);
         }
         // No byte of the source is zero.
@@ -339,7 +335,7 @@ fn cancellation_counts_the_requests_in_flight() {
 #[test]
 fn panicking_progress_function_leaves_nothing_in_flight() {
     let ram = Shifted::new(&ram(LEN as usize), 0);
-    for engine in ENGINES {
+    for engine in Engine::ALL.iter().copied() {
         let options = WriteOptions::new().engine(engine).chunk_size(16 << 10);
         let file = tempfile::tempfile().expect("file");
         grow(&file, LEN).expect("grown");

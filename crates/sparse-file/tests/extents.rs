@@ -12,8 +12,8 @@ use std::thread;
 
 use rstest::rstest;
 use sparse_file::{
-    Extent, Extents, Kind, Knowledge, allocated_bytes, extents, extents_in, grow, punch_hole,
-    reported_extents, reserve,
+    Extent, ExtentKind, ExtentSource, Extents, allocated_bytes, extents, extents_in, grow,
+    punch_hole, reported_extents, reserve,
 };
 use support::{Fs, child_task, contents, expect_success, strace_child};
 
@@ -47,7 +47,7 @@ fn covering(listed: impl Iterator<Item = std::io::Result<Extent>>, len: u64) -> 
     listed
 }
 
-fn one(range: Range<u64>, kind: Kind) -> Vec<Extent> {
+fn one(range: Range<u64>, kind: ExtentKind) -> Vec<Extent> {
     vec![Extent { range, kind }]
 }
 
@@ -69,14 +69,14 @@ fn listing_at_its_call_limit_reports_the_rest_as_data() {
     };
     let mut few: Extents<&File> = extents(&file).expect("listed").limit_calls(11);
     let listed = covering(few.by_ref(), PAGES * PAGE);
-    assert_eq!(few.knowledge(), Knowledge::CutShort);
+    assert_eq!(few.source(), ExtentSource::CutShort);
     assert!(!few.are_exact());
     assert_eq!(listed.len(), 12);
     assert_eq!(
         listed[11],
         Extent {
             range: 11 * PAGE..PAGES * PAGE,
-            kind: Kind::Data
+            kind: ExtentKind::Data
         }
     );
 }
@@ -96,7 +96,7 @@ fn posix_fallocated_ranges_are_holes_until_written(
     assert!(allocated_bytes(&file).expect("allocated") >= len);
     assert_eq!(
         covering(extents(&file).expect("listed"), len),
-        one(0..len, Kind::Hole)
+        one(0..len, ExtentKind::Hole)
     );
     file.write_all_at(&[7; PAGE as usize], 9 * PAGE)
         .expect("written");
@@ -105,7 +105,7 @@ fn posix_fallocated_ranges_are_holes_until_written(
         listed[1],
         Extent {
             range: 9 * PAGE..10 * PAGE,
-            kind: Kind::Data
+            kind: ExtentKind::Data
         }
     );
 }
@@ -119,17 +119,17 @@ fn file_system_without_holes_yields_one_data_extent() {
         return;
     };
     let mut listed = extents(&file).expect("listed");
-    assert_eq!(listed.knowledge(), Knowledge::NotUsed);
+    assert_eq!(listed.source(), ExtentSource::NotUsed);
     assert!(!listed.are_exact());
     assert_eq!(
         covering(listed.by_ref(), PAGES * PAGE),
-        one(0..PAGES * PAGE, Kind::Data)
+        one(0..PAGES * PAGE, ExtentKind::Data)
     );
     let reported = reported_extents(&file).expect("listed");
-    assert_eq!(reported.knowledge(), Knowledge::NoHoleReported);
+    assert_eq!(reported.source(), ExtentSource::NoHoleReported);
     assert_eq!(
         covering(reported, PAGES * PAGE),
-        one(0..PAGES * PAGE, Kind::Data)
+        one(0..PAGES * PAGE, ExtentKind::Data)
     );
     assert_eq!(contents(&file)[PAGE as usize], 7);
 }
@@ -144,8 +144,11 @@ fn kernel_without_seek_hole_yields_one_data_extent(#[case] errno: &str) {
     if child_task().is_some() {
         grow(&file, PAGE).expect("grown");
         let mut listed = extents(&file).expect("listed");
-        assert_eq!(listed.knowledge(), Knowledge::Unsupported);
-        return assert_eq!(covering(listed.by_ref(), PAGE), one(0..PAGE, Kind::Data));
+        assert_eq!(listed.source(), ExtentSource::Unsupported);
+        return assert_eq!(
+            covering(listed.by_ref(), PAGE),
+            one(0..PAGE, ExtentKind::Data)
+        );
     }
     if test_machine::Need::Strace.met(TEST) {
         let number = if errno == "EINVAL" { 1 } else { 2 };
@@ -165,8 +168,11 @@ fn listing_ends_if_seek_makes_no_progress() {
         let file = tempfile::tempfile().expect("file");
         grow(&file, PAGE).expect("grown");
         let mut listed = extents(&file).expect("listed");
-        assert_eq!(covering(listed.by_ref(), PAGE), one(0..PAGE, Kind::Data));
-        return assert_eq!(listed.knowledge(), Knowledge::CutShort);
+        assert_eq!(
+            covering(listed.by_ref(), PAGE),
+            one(0..PAGE, ExtentKind::Data)
+        );
+        return assert_eq!(listed.source(), ExtentSource::CutShort);
     }
     if test_machine::Need::Strace.met(TEST) {
         expect_success(strace_child("lseek", "retval=0", None, TEST, "list"));
@@ -179,7 +185,7 @@ fn dense_file_is_one_data_extent() {
     file.write_all_at(&[7; 10_000], 0).expect("written");
     assert_eq!(
         covering(extents(&file).expect("listed"), 10_000),
-        one(0..10_000, Kind::Data)
+        one(0..10_000, ExtentKind::Data)
     );
 }
 
@@ -208,9 +214,13 @@ fn data_that_a_shrinking_file_loses_is_data() {
     file.set_len(30 * PAGE).expect("shrunk");
     let listed = covering(first.into_iter().chain(listing.by_ref()), PAGES * PAGE);
     let last = listed.last().expect("some");
-    assert_eq!(last.kind, Kind::Data, "reading it fails, and is not zeros");
+    assert_eq!(
+        last.kind,
+        ExtentKind::Data,
+        "reading it fails, and is not zeros"
+    );
     assert!(last.range.start <= 30 * PAGE, "{last:?}");
-    assert_eq!(listing.knowledge(), Knowledge::CutShort);
+    assert_eq!(listing.source(), ExtentSource::CutShort);
 }
 
 #[test]
@@ -227,9 +237,9 @@ fn hole_that_a_shrinking_file_loses_is_data() {
     assert_eq!(
         kinds,
         [
-            (0..PAGE, Kind::Data),
-            (PAGE..50 * PAGE, Kind::Hole),
-            (50 * PAGE..100 * PAGE, Kind::Data),
+            (0..PAGE, ExtentKind::Data),
+            (PAGE..50 * PAGE, ExtentKind::Hole),
+            (50 * PAGE..100 * PAGE, ExtentKind::Data),
         ]
     );
 }
@@ -247,8 +257,8 @@ fn range_past_the_end_of_the_file_is_data() {
     assert_eq!(
         listed,
         [
-            (10 * PAGE..100 * PAGE, Kind::Hole),
-            (100 * PAGE..300 * PAGE, Kind::Data),
+            (10 * PAGE..100 * PAGE, ExtentKind::Hole),
+            (100 * PAGE..300 * PAGE, ExtentKind::Data),
         ]
     );
 }
@@ -265,11 +275,11 @@ fn enxio_from_seek_hole_is_not_a_hole(#[case] call: u32, #[case] page: u64) {
         file.write_all_at(&[7; PAGE as usize], 0).expect("written");
         let mut listing = extents(&file).expect("listed");
         let listed = covering(listing.by_ref(), PAGES * PAGE);
-        assert_eq!(listing.knowledge(), Knowledge::CutShort);
+        assert_eq!(listing.source(), ExtentSource::CutShort);
         let last = listed.last().expect("some");
         let expected = Extent {
             range: page * PAGE..PAGES * PAGE,
-            kind: Kind::Data,
+            kind: ExtentKind::Data,
         };
         return assert_eq!(*last, expected);
     }
@@ -297,7 +307,7 @@ fn enxio_from_seek_data_after_an_invalid_answer_is_not_a_hole() {
             listing
                 .map(|extent| extent.expect("listed"))
                 .collect::<Vec<_>>(),
-            one(4096..8192, Kind::Data)
+            one(4096..8192, ExtentKind::Data)
         );
     }
     if test_machine::Need::Strace.met(TEST) {

@@ -21,17 +21,8 @@ use test_machine::{Need, TinyTmpfs};
 const LEN: u64 = 1 << 20;
 const CHUNK: usize = 64 << 10;
 
-const ENGINES: [Engine; 4] = [
-    Engine::Auto,
-    Engine::Positioned,
-    Engine::Threads,
-    Engine::IoUring,
-];
-
 fn options() -> WriteOptions {
-    WriteOptions::new()
-        .engine(Engine::Positioned)
-        .chunk_size(CHUNK)
+    WriteOptions::new().engine(Engine::Pwrite).chunk_size(CHUNK)
 }
 
 /// Returns the offset, length and error of a refused write.
@@ -56,13 +47,13 @@ fn full_disk_is_enospc_at_the_first_byte_that_does_not_fit() {
     let tmpfs = TinyTmpfs::new(300 << 10).expect("mounted");
     let file = tempfile::tempfile_in(tmpfs.path()).expect("file");
     let ram = ram(LEN as usize);
-    for engine in ENGINES {
+    for engine in Engine::ALL.iter().copied() {
         let options = options().engine(engine);
         let result = write_runs(&file, [0..LEN], ram.as_slice(), &options, &mut go_on);
         let (offset, len, source) = refused(result);
         assert_eq!(source.kind(), ErrorKind::StorageFull);
         // With requests in flight, a later chunk may have used the space of an earlier one.
-        let room = if engine == Engine::Positioned {
+        let room = if engine == Engine::Pwrite {
             256 << 10
         } else {
             0
@@ -87,8 +78,9 @@ fn write_past_rlimit_fsize_is_efbig_without_sigxfsz() {
     let file = tempfile::tempfile().expect("file");
     let ram = Shifted::new(&ram(LEN as usize), 0);
     setrlimit(Resource::RLIMIT_FSIZE, LIMIT, LIMIT).expect("limit");
-    for (engine, offered) in ENGINES
-        .into_iter()
+    for (engine, offered) in Engine::ALL
+        .iter()
+        .copied()
         .flat_map(|one| [(one, true), (one, false)])
     {
         let options = options().engine(engine);

@@ -169,7 +169,7 @@ fn aligned_memory_bypasses_the_page_cache() {
         return expect_success(child("aligned_memory_bypasses_the_page_cache", "forbidden"));
     }
     forbid(&[(SYS_pwrite64, libc::EIO)]);
-    let error = write_by(Engine::Positioned).expect_err("forbidden");
+    let error = write_by(Engine::Pwrite).expect_err("forbidden");
     assert!(matches!(error, WriteError::Destination { offset: 0, .. }));
     write_by(Engine::IoUring).expect("by the ring alone");
 }

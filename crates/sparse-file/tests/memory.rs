@@ -12,13 +12,6 @@ use std::thread;
 use sparse_file::{Engine, HostMemory, RunSource, WriteError, WriteOptions, write_runs};
 use support::{contents, go_on};
 
-const ENGINES: [Engine; 4] = [
-    Engine::Auto,
-    Engine::Positioned,
-    Engine::Threads,
-    Engine::IoUring,
-];
-
 const PAGE: usize = 4096;
 const LEN: usize = 256 * PAGE;
 
@@ -88,7 +81,7 @@ fn concurrently_changed_memory_is_written_as_it_was_once() {
             }
         });
         let all = 0..LEN as u64;
-        for engine in ENGINES.into_iter().cycle().take(40) {
+        for engine in Engine::ALL.iter().copied().cycle().take(40) {
             let options = WriteOptions::new().engine(engine);
             write_runs(&file, [all.clone()], &ram, &options, &mut go_on).expect("written");
         }
@@ -104,7 +97,7 @@ fn unreadable_memory_is_a_source_error_at_its_page() {
     let ram = Mapping::new();
     (0..LEN).for_each(|at| ram.store(at, 1));
     ram.forbid(100);
-    for engine in ENGINES {
+    for engine in Engine::ALL.iter().copied() {
         let file = tempfile::tempfile().expect("file");
         let all = 0..LEN as u64;
         let options = WriteOptions::new().engine(engine);

@@ -9,8 +9,8 @@ use std::path::Path;
 
 use rstest::rstest;
 use sparse_file::{
-    HolesUnknown, Kind, Knowledge, PageHoles, PagesUnknown, check_holes_are_zeros, extents, grow,
-    reserve,
+    ExtentKind, ExtentSource, HolesUnknown, PageHoles, PagesUnknown, check_holes_are_zeros,
+    extents, grow, reserve,
 };
 use support::Fs;
 use test_machine::{LoopFs, LoopMount, Need, Overlay, TinyTmpfs};
@@ -105,7 +105,7 @@ fn file_with_reserved_blocks_is_refused(#[values(Fs::Ext4, Fs::Xfs)] fs: Fs) {
     let listed = sparse_file::extents(&file).expect("listed");
     let data = listed.map(|extent| extent.expect("listed"));
     let reported = data
-        .filter(|extent| extent.kind == sparse_file::Kind::Data)
+        .filter(|extent| extent.kind == sparse_file::ExtentKind::Data)
         .any(|extent| extent.range.contains(&(100 * PAGE)));
     assert!(reported, "a page that was not written");
     let error = PageHoles::new().check(&file, place.path(), PAGE);
@@ -271,15 +271,15 @@ fn file_moved_to_another_layer_during_the_listing_is_data() {
 
     let mut listed = extents(&file).expect("listed");
     let first = listed.next().expect("some").expect("listed");
-    assert_eq!((first.range, first.kind), (0..PAGE, Kind::Hole));
+    assert_eq!((first.range, first.kind), (0..PAGE, ExtentKind::Hole));
     File::options().write(true).open(&path).expect("moved");
     let rest: Vec<_> = listed.by_ref().map(|it| it.expect("listed")).collect();
     assert_eq!(rest.len(), 1);
     assert_eq!(
         (rest[0].range.clone(), rest[0].kind),
-        (PAGE..64 * PAGE, Kind::Data)
+        (PAGE..64 * PAGE, ExtentKind::Data)
     );
-    assert_eq!(listed.knowledge(), Knowledge::CutShort);
+    assert_eq!(listed.source(), ExtentSource::CutShort);
     drop(listed);
     assert_eq!(data(&file), [0..64 * PAGE]);
 }
@@ -288,7 +288,7 @@ fn data(file: &File) -> Vec<std::ops::Range<u64>> {
     let listed = extents(file).expect("listed");
     let listed = listed.map(|extent| extent.expect("listed"));
     listed
-        .filter(|extent| extent.kind == Kind::Data)
+        .filter(|extent| extent.kind == ExtentKind::Data)
         .map(|extent| extent.range)
         .collect()
 }

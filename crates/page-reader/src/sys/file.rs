@@ -9,7 +9,7 @@ use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 
 use nix::errno::Errno;
 use nix::fcntl::OFlag;
-use sparse_file::Kind;
+use sparse_file::ExtentKind;
 
 use super::mappings::Mapping;
 use super::{huge_pages, is_behind};
@@ -95,10 +95,10 @@ fn data_ranges(file: File, range: Range<u64>) -> PopulatedRanges<'static> {
             let (found, kind) = match extents.next() {
                 Some(Ok(extent)) => (extent.range, extent.kind),
                 // Nothing is known about ranges for which the call failed.
-                Some(Err(_)) | None => (left.clone(), Kind::Data),
+                Some(Err(_)) | None => (left.clone(), ExtentKind::Data),
             };
             left.start = found.end;
-            if kind == Kind::Data {
+            if kind == ExtentKind::Data {
                 return Some(found);
             }
         }

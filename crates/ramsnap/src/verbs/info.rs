@@ -169,8 +169,8 @@ impl Info {
             let extent = extent.with_context(listing)?;
             let len = extent.range.end - extent.range.start;
             match extent.kind {
-                sparse_file::Kind::Data => self.present.add(len),
-                sparse_file::Kind::Hole => hole.add(len),
+                sparse_file::ExtentKind::Data => self.present.add(len),
+                sparse_file::ExtentKind::Hole => hole.add(len),
             }
         }
         let dir = image.directory()?;

@@ -178,8 +178,8 @@ impl Run {
 fn holes(path: &Path) -> anyhow::Result<Vec<Run>> {
     let list = || {
         let run = |extent: sparse_file::Extent| match extent.kind {
-            sparse_file::Kind::Data => Run::new(extent.range, State::Present),
-            sparse_file::Kind::Hole => Run::new(extent.range, State::Hole),
+            sparse_file::ExtentKind::Data => Run::new(extent.range, State::Present),
+            sparse_file::ExtentKind::Hole => Run::new(extent.range, State::Hole),
         };
         extents(&File::open(path)?)?
             .map(|extent| extent.map(run))

@@ -43,7 +43,7 @@ pub enum AlignmentBasis {
 pub(super) fn probe(file: &File, block: Option<u64>) -> io::Result<Option<DirectIo>> {
     match sys::set_direct(file, true) {
         Ok(()) => {}
-        Err(error) if refused(&error) => return Ok(None),
+        Err(error) if sys::is_unsupported_argument(&error) => return Ok(None),
         Err(error) => return Err(error),
     }
     let found = alignment(file, block)?;
@@ -138,15 +138,9 @@ impl<'f> Attempt<'f> {
 fn accepted(result: io::Result<usize>) -> io::Result<Option<usize>> {
     match result {
         Ok(len) => Ok(Some(len)),
-        Err(error) if refused(&error) => Ok(None),
+        Err(error) if sys::is_unsupported_argument(&error) => Ok(None),
         Err(error) => Err(error),
     }
-}
-
-fn refused(error: &io::Error) -> bool {
-    error
-        .raw_os_error()
-        .is_some_and(|errno| errno == libc::EINVAL || sys::is_unsupported(errno))
 }
 
 #[cfg(all(test, target_os = "linux"))]

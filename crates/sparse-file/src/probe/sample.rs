@@ -9,7 +9,7 @@ use nix::unistd::fsync;
 
 use super::{Punch, SeekHole, WrittenZeros};
 use crate::extents::reported_extents;
-use crate::{Extent, Kind, Knowledge, SpaceError, allocated_bytes, grow, punch_hole};
+use crate::{Extent, ExtentKind, ExtentSource, SpaceError, allocated_bytes, grow, punch_hole};
 
 pub(super) const LEN: u64 = 16 << 20;
 pub(super) const HALF: u64 = LEN / 2;
@@ -63,15 +63,15 @@ impl<'f> Sample<'f> {
 
     pub(super) fn seek_hole(&self) -> io::Result<SeekHole> {
         let mut listing = reported_extents(self.file)?;
-        match listing.knowledge() {
-            Knowledge::Unsupported | Knowledge::NotUsed => return Ok(SeekHole::Unsupported),
-            Knowledge::NoHoleReported => return Ok(SeekHole::AllData),
-            Knowledge::Reported | Knowledge::CutShort => {}
+        match listing.source() {
+            ExtentSource::Unsupported | ExtentSource::NotUsed => return Ok(SeekHole::Unsupported),
+            ExtentSource::NoHoleReported => return Ok(SeekHole::AllData),
+            ExtentSource::Reported | ExtentSource::CutShort => {}
         }
         let mut data = Vec::new();
         for extent in listing.by_ref() {
             let extent = extent?;
-            if extent.kind == Kind::Data {
+            if extent.kind == ExtentKind::Data {
                 data.push(extent.range);
             }
         }
@@ -103,7 +103,7 @@ impl<'f> Sample<'f> {
         }
         for extent in reported_extents(self.file)? {
             let Extent { range, kind } = extent?;
-            if kind == Kind::Hole && range.start < ZEROS.end && ZEROS.start < range.end {
+            if kind == ExtentKind::Hole && range.start < ZEROS.end && ZEROS.start < range.end {
                 return Ok(WrittenZeros::Hole);
             }
         }

@@ -1,6 +1,6 @@
 //! Selects the engine for the file, the job and the machine.
 
-use super::{Job, Pieces, RunSource, WriteError, positioned};
+use super::{Job, Pieces, RunSource, WriteError, pwrite};
 
 /// Maximum size in bytes of a job that is written through the page cache: including the sync
 /// afterwards, that was not slower than a ring on ext4.
@@ -26,7 +26,7 @@ pub(super) fn write<I: Pieces, S: RunSource + ?Sized>(
         progress: job.progress,
     };
     if bytes <= SMALL {
-        positioned::write(job)
+        pwrite::write(job)
     } else {
         large(job)
     }
@@ -42,13 +42,13 @@ fn large<I: Pieces, S: RunSource + ?Sized>(job: Job<'_, '_, I, S>) -> Result<u64
     use super::uring::Ring;
 
     let Some(target) = Target::direct(job.file) else {
-        return positioned::write(job);
+        return pwrite::write(job);
     };
     match Ring::new(&target.file) {
         Ok(ring) => pipeline::write(ring, target.alignment, job),
         Err(_) => thread::scope(|scope| match Pool::start(scope, &target.file) {
             Ok(pool) => pipeline::write(pool, target.alignment, job),
-            Err(_) => positioned::write(job),
+            Err(_) => pwrite::write(job),
         }),
     }
 }
@@ -58,5 +58,5 @@ fn large<I: Pieces, S: RunSource + ?Sized>(job: Job<'_, '_, I, S>) -> Result<u64
 #[cfg(not(target_os = "linux"))]
 fn large<I: Pieces, S: RunSource + ?Sized>(job: Job<'_, '_, I, S>) -> Result<u64, WriteError> {
     let _uncached = crate::sys::Uncached::new(job.file);
-    positioned::write(job)
+    pwrite::write(job)
 }

@@ -15,12 +15,12 @@ pub enum Engine {
     ///
     /// On Linux, for a file that supports direct I/O, this is [`IoUring`](Self::IoUring), or
     /// [`Threads`](Self::Threads) if no ring can be created (old kernels, containers that forbid
-    /// it, memory limits). In other cases, and for small jobs, [`Positioned`](Self::Positioned). On
+    /// it, memory limits). In other cases, and for small jobs, [`Pwrite`](Self::Pwrite). On
     /// macOS always the latter, with `F_NOCACHE` during a large job.
     #[default]
     Auto,
     /// Makes one `pwrite(2)` after another on the calling thread. Works on every file.
-    Positioned,
+    Pwrite,
     /// Uses 8 threads for the duration of the call. Each makes one `pwrite(2)` after another for
     /// ranges of 256 KiB and more. Smaller ranges go through the page cache, because the threads
     /// would wait for each other.
@@ -32,6 +32,12 @@ pub enum Engine {
     /// calling thread once for it. This ends an interruptible wait of the thread early: `EINTR`
     /// from `epoll_wait` or `KVM_RUN` without a signal.
     IoUring,
+}
+
+impl Engine {
+    /// All engines, on every system. One that is not available returns
+    /// [`WriteError::Engine`](crate::WriteError::Engine).
+    pub const ALL: &[Self] = &[Self::Auto, Self::Pwrite, Self::Threads, Self::IoUring];
 }
 
 /// Options of [`write_runs`](crate::write_runs()). The defaults suit every file system.
@@ -87,6 +93,20 @@ mod tests {
     use rstest::rstest;
 
     use super::*;
+
+    #[test]
+    fn every_engine_is_listed_once() {
+        for (index, engine) in Engine::ALL.iter().enumerate() {
+            let expected = match engine {
+                Engine::Auto => 0,
+                Engine::Pwrite => 1,
+                Engine::Threads => 2,
+                Engine::IoUring => 3,
+            };
+            assert_eq!(index, expected);
+        }
+        assert_eq!(Engine::ALL.len(), 4);
+    }
 
     #[rstest]
     #[case(0, 4096)]

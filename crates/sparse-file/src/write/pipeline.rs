@@ -6,11 +6,12 @@ use std::ops::Range;
 
 use host_memory::{AlignedBuffer, HostMemory};
 
-use super::positioned::{self, Positioned};
 use super::progress::Progress;
+use super::pwrite::{self, Pwrite};
 use super::target::Alignment;
 use super::{Job, Pieces, RunSource, WriteError};
 use crate::limit::SizeLimit;
+use crate::sys;
 
 /// Maximum size of a request in bytes: larger ones were not faster.
 const REQUEST: usize = 1 << 20;
@@ -82,7 +83,7 @@ where
         queue,
         alignment,
         limit: job.limit,
-        rest: Positioned::new(job.file, job.limit, job.chunk_size),
+        rest: Pwrite::new(job.file, job.limit, job.chunk_size),
         in_flight: Vec::with_capacity(Q::DEPTH),
         buffers: Buffers::new(job.chunk_size.min(REQUEST)),
         progress: job.progress,
@@ -127,7 +128,7 @@ struct Pipeline<'a, Q> {
     alignment: Alignment,
     limit: SizeLimit,
     /// Writes the parts that cannot be written directly.
-    rest: Positioned<'a>,
+    rest: Pwrite<'a>,
     /// The blocks that are being written. They do not overlap.
     in_flight: Vec<Range<u64>>,
     buffers: Buffers,
@@ -199,7 +200,7 @@ impl<'m, Q: Queue<'m>> Pipeline<'_, Q> {
             };
         };
         let len = len.min(self.buffers.size);
-        positioned::read(source, offset, &mut buffer.bytes_mut()[..len])?;
+        pwrite::read(source, offset, &mut buffer.bytes_mut()[..len])?;
         Ok(Bytes::Copy { buffer, len })
     }
 
@@ -262,10 +263,8 @@ impl<'m, Q: Queue<'m>> Pipeline<'_, Q> {
             // system refuses direct I/O for it, or a part of the memory is unreadable. The retry
             // finds the exact offset of the failure.
             Err(error)
-                if error.raw_os_error().is_some_and(|errno| {
-                    [libc::EINTR, libc::EAGAIN, libc::ECANCELED].contains(&errno)
-                        || [libc::EINVAL, libc::EOPNOTSUPP, libc::EFAULT].contains(&errno)
-                }) =>
+                if sys::is_unsupported_argument(&error)
+                    || error.raw_os_error().is_some_and(is_retried) =>
             {
                 0
             }
@@ -281,6 +280,11 @@ impl<'m, Q: Queue<'m>> Pipeline<'_, Q> {
         self.rest
             .finish(memory.after(taken), offset, &mut self.progress)
     }
+}
+
+/// Returns whether a request that failed with this error number is repeated through the page cache.
+fn is_retried(errno: i32) -> bool {
+    [libc::EINTR, libc::EAGAIN, libc::ECANCELED, libc::EFAULT].contains(&errno)
 }
 
 /// A bounded number of buffers, created on first use.

@@ -22,7 +22,7 @@ use nix::mount::{MntFlags, umount2};
 use scenarios::start;
 use scenarios::write_log;
 use scenarios::{CommitObserver, Scenario};
-use sparse_file::{Kind, extents};
+use sparse_file::{ExtentKind, extents};
 
 use super::disk::{FileSystem, Journal, Loop, Mounted};
 use super::states::{Log, MARKS, STEP};
@@ -66,7 +66,7 @@ impl Base {
         let mut runs = Vec::new();
         for extent in extents(&file)? {
             let extent = extent?;
-            if extent.kind == Kind::Hole {
+            if extent.kind == ExtentKind::Hole {
                 continue;
             }
             for offset in extent.range.clone().step_by(PIECE) {

@@ -22,12 +22,15 @@ pub(super) const CHECKS: &[Check] = &[
         check(fixture, Engine::Threads)
     }),
     Check::new(Bytes, "written by positioned writes", |fixture| {
-        check(fixture, Engine::Positioned)
+        check(fixture, Engine::Pwrite)
     }),
     Check::new(Bytes, "written by the engine that is chosen", |fixture| {
         check(fixture, Engine::Auto)
     }),
 ];
+
+/// A new engine needs a check of its own.
+const _: () = assert!(CHECKS.len() == Engine::ALL.len());
 
 /// With a tail that is no block.
 const LEN: u64 = (4 << 20) + 1234;

@@ -174,12 +174,7 @@ impl Plan {
             passes: [0, 0, 1, 2, 3][random.below(5) as usize],
             place: [Place::Raw, Place::Sealed, Place::Packed][random.below(3) as usize],
             page: [4096, 4096, 16384, UNIT][random.below(4) as usize],
-            engine: [
-                Engine::Auto,
-                Engine::Positioned,
-                Engine::Threads,
-                Engine::IoUring,
-            ][random.below(4) as usize],
+            engine: Engine::ALL[random.below(Engine::ALL.len() as u64) as usize],
             chunk: 4096 << random.below(10),
             durability: [
                 Durability::Full,

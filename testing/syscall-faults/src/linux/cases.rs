@@ -58,7 +58,7 @@ pub(super) static ALL: &[Case] = &[
     case(Scenario {
         name: "by-calls",
         about: "a full dump by one call after the other",
-        act: |dir, observer| save(dir, observer, engine(Engine::Positioned)),
+        act: |dir, observer| save(dir, observer, engine(Engine::Pwrite)),
         ..ENGINE
     }),
     case(Scenario {

@@ -12,7 +12,7 @@ use memory_image::{Chain, RamTarget};
 #[cfg(target_os = "linux")]
 use nix::errno::Errno;
 use page_reader::{FileReader, HostMemory, PageReader, SecretBuffer};
-use sparse_file::{RunSource, SpaceError, WriteOptions, punch_hole, write_runs};
+use sparse_file::{WriteOptions, punch_hole, zero_range};
 
 use crate::failure::Failure;
 use crate::interrupt::Overwriting;
@@ -291,13 +291,7 @@ impl<'s> InPlace<'s> {
 
     /// Makes a hole, or writes zeros if the file system does not support holes.
     fn make_zeros(&self, range: Range<u64>) -> anyhow::Result<()> {
-        match punch_hole(&self.file, range.clone()) {
-            Err(SpaceError::Unsupported { .. }) => {}
-            punched => return Ok(punched?),
-        }
-        let on = &mut |_| std::ops::ControlFlow::Continue(());
-        write_runs(&self.file, [range], &Zeros, &WriteOptions::new(), on)?;
-        Ok(())
+        Ok(zero_range(&self.file, range, &WriteOptions::new())?)
     }
 
     /// Writes bytes of the RAM to an emptied or reserved range. Long runs of zeros become holes.
@@ -365,15 +359,6 @@ impl RamTarget for InPlace<'_> {
         }
         self.write_sparse(offset, bytes)?;
         self.bar.set_position(offset);
-        Ok(())
-    }
-}
-
-struct Zeros;
-
-impl RunSource for Zeros {
-    fn read_at(&self, _: u64, buf: &mut [u8]) -> io::Result<()> {
-        buf.fill(0);
         Ok(())
     }
 }

@@ -25,7 +25,7 @@ use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, fallocate};
 use nix::sys::statfs::{EXT4_SUPER_MAGIC, TMPFS_MAGIC, XFS_SUPER_MAGIC, fstatfs};
 use page_reader::{HostMemory, SecretBuffer};
-use sparse_file::{Kind, extents, file_system_name, punch_hole};
+use sparse_file::{ExtentKind, extents, file_system_name, punch_hole};
 
 use crate::failure::Failure;
 use crate::room;
@@ -152,7 +152,7 @@ pub(super) fn reserve(
     }
     let holes = || -> io::Result<Vec<Range<u64>>> {
         let listed =
-            extents(file)?.filter(|it| it.as_ref().map_or(true, |it| it.kind == Kind::Hole));
+            extents(file)?.filter(|it| it.as_ref().map_or(true, |it| it.kind == ExtentKind::Hole));
         listed.map(|extent| Ok(extent?.range)).collect()
     };
     let holes = holes().with_context(looking)?;

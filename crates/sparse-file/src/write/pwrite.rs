@@ -13,11 +13,11 @@ use crate::limit::SizeLimit;
 pub(super) fn write<I: Pieces, S: RunSource + ?Sized>(
     mut job: Job<'_, '_, I, S>,
 ) -> Result<u64, WriteError> {
-    let mut positioned = Positioned::new(job.file, job.limit, job.chunk_size);
+    let mut writer = Pwrite::new(job.file, job.limit, job.chunk_size);
     for chunk in job.chunks {
         let chunk = chunk?;
         let len = chunk.end - chunk.start;
-        positioned.write(job.source, chunk, &mut job.progress)?;
+        writer.write(job.source, chunk, &mut job.progress)?;
         job.progress.advance(len)?;
     }
     Ok(job.progress.written())
@@ -25,14 +25,14 @@ pub(super) fn write<I: Pieces, S: RunSource + ?Sized>(
 
 /// Writes on the calling thread, through the page cache unless the file was opened for direct I/O.
 #[derive(Debug)]
-pub(super) struct Positioned<'f> {
+pub(super) struct Pwrite<'f> {
     file: &'f File,
     limit: SizeLimit,
     chunk_size: usize,
     buffer: Option<AlignedBuffer>,
 }
 
-impl<'f> Positioned<'f> {
+impl<'f> Pwrite<'f> {
     pub(super) fn new(file: &'f File, limit: SizeLimit, chunk_size: usize) -> Self {
         Self {
             file,
