@@ -13,7 +13,7 @@ use memory_image::{Chain, Image, ImageId, LazyRam, RamTarget, compare};
 use memory_writer::{Durability, Engine, Layout, MemoryWriter, Seal};
 use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
 use nix::unistd::Pid;
-use page_reader::{PageReader, ProcessMaps, SecretBuffer};
+use page_reader::{PageReader, ProcessRegion, SecretBuffer};
 use test_machine::Need;
 
 const PAGE: u64 = 4096;
@@ -61,7 +61,7 @@ fn found() -> Vec<u64> {
     let own = buffer.sized(1 << 20).as_ptr_range();
     let own = own.start as u64..own.end as u64;
     let mut found = Vec::new();
-    for region in ProcessMaps::of(std::process::id()).unwrap().regions() {
+    for region in ProcessRegion::of_this_process().unwrap() {
         let range = region.addresses.clone();
         if !region.permissions.write || range.contains(&on_stack) {
             continue;

@@ -8,7 +8,8 @@ use std::ops::Range;
 use std::process::{Child, Command};
 
 use memory_writer::{MemoryIoStep, MemoryWriter, Options, SnapshotError};
-use page_reader::{PageReader, PopulatedRanges, ProcessMaps, ProcessMemory, ProcessMemoryError};
+use page_reader::{PageReader, PopulatedRanges};
+use process_memory::{ProcessMaps, ProcessMemory, ProcessMemoryError};
 use rstest::rstest;
 
 /// Kills the process on the query for populated pages, or on the second read.

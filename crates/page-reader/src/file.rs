@@ -22,7 +22,8 @@ use crate::reader::PageReader;
 /// to the file. Use [`MappedMemory`](crate::MappedMemory) or `ProcessMemory` for such a guest.
 ///
 /// Shared memory that a process still fills by userfaultfd reads as zeros where pages are missing.
-/// On Linux, `FileReader::check_filled` finds such a process; call it before and after the copy.
+/// On Linux, `check_lazy_fill` of the crate `process-memory` finds such a process; call it before and
+/// after the copy.
 ///
 /// # Examples
 /// The high region of a guest whose `memory-backend-file` has the low RAM first:
@@ -72,14 +73,8 @@ impl<F: Borrow<File>> FileReader<F> {
         Self { file, start, size }
     }
 
-    #[cfg(target_os = "linux")]
-    pub(crate) fn file(&self) -> &File {
-        self.file.borrow()
-    }
-
-    /// Returns the position in the file of offset 0.
-    #[cfg(target_os = "linux")]
-    pub(crate) const fn start(&self) -> u64 {
+    /// Returns the position of offset 0 in the file, in bytes.
+    pub const fn start(&self) -> u64 {
         self.start
     }
 }

@@ -202,7 +202,24 @@ impl<R> Layered<R> {
 
     /// Returns the ranges that `query` finds in each source, as offsets in the result. `query`
     /// receives a source and a range of its offsets.
-    pub(crate) fn populated_by<'a>(
+    ///
+    /// Suits a reader that wraps this one and knows more than its sources, as in
+    /// [`populated`](PageReader::populated). The part of `range` past the end is returned too.
+    ///
+    /// # Examples
+    /// ```
+    /// use page_reader::Layered;
+    ///
+    /// let guest = Layered::concat([(vec![0; 4096], 4096), (vec![1; 4096], 4096)])?;
+    /// let mut nonzero = guest.populated_by(0..8192, |bytes, range| {
+    ///     let is_zero = bytes.iter().all(|byte| *byte == 0);
+    ///     Box::new(Some(range).filter(|_| !is_zero).into_iter())
+    /// });
+    /// assert_eq!(nonzero.next(), Some(4096..8192));
+    /// assert_eq!(nonzero.next(), None);
+    /// # Ok::<(), page_reader::LayeredError>(())
+    /// ```
+    pub fn populated_by<'a>(
         &'a self,
         range: Range<u64>,
         query: impl Fn(&'a R, Range<u64>) -> PopulatedRanges<'a> + 'a,

@@ -1,4 +1,4 @@
-//! Reads a virtual machine's RAM from mapped memory, files, memfds or another process.
+//! Reads a virtual machine's RAM from mapped memory, files, memfds and images.
 //!
 //! Code that saves, migrates or inspects a virtual machine reads its RAM, often while vCPUs write
 //! it. The RAM is in a different place in each VMM. This crate provides one trait for all of them,
@@ -29,7 +29,7 @@
 //! | mapped in this process, vCPUs may write it | [`MappedMemory`] |
 //! | the types of the `vm-memory` crate | `GuestMemoryReader` (feature `vm-memory`) |
 //! | a file or memfd that the VMM maps shared, an image on disk | [`FileReader`] |
-//! | another process (Linux) | `ProcessMemory`, with `ProcessMaps` and `StoppedProcess` |
+//! | another process (Linux) | `ProcessMemory` of the crate `process-memory` |
 //! | ordinary memory | `[u8]`, `[u8; N]`, `Vec<u8>` |
 //! | several of these, adjacent or overlaid | [`Layered`] |
 //! | any of these, without touching pages that were never written | [`Touched`] |
@@ -117,10 +117,6 @@
 //!   unchanged, because vCPUs write them.
 //! - Files are read with `pread`, which is repeated after `EINTR` and short reads. The position of
 //!   the file is not used.
-//! - The memory of another process is read with `pread` of `/proc/<pid>/mem`. The file is opened
-//!   once and stays bound to that process even if its id is reused. The process is stopped by
-//!   `PTRACE_SEIZE` and `PTRACE_INTERRUPT` of every thread, from a dedicated thread. When that
-//!   thread ends, or is killed with its process, the kernel resumes all of them.
 //! - Layouts and layers use binary search. A read that crosses regions is split into one read for
 //!   each.
 //! - Pages that were never written are found without reading them. `/proc/self/maps` (`smaps` for
@@ -151,9 +147,10 @@
 //! - For mapped memory, `populated` calls `userfaultfd(2)`. A seccomp filter may reject the call,
 //!   but must not kill the process for it.
 //! - Shared memory that a process still fills by userfaultfd reads as zeros where pages are
-//!   missing. `check_filled` (Linux) finds such a process; call it before and after a copy.
-//! - `ProcessMemory`, `ProcessMaps`, `StoppedProcess` and `check_filled` exist on Linux only.
-//!   Everything else supports Linux and macOS.
+//!   missing. `check_lazy_fill` of the crate `process-memory` (Linux) finds such a process; call it
+//!   before and after a copy.
+//! - The mappings of a process (`ProcessRegion`, `FlaggedRegion`) and their populated addresses
+//!   (`AddressSpace`) exist on Linux only. Everything else supports Linux and macOS.
 //!
 //! # Features
 //!
@@ -162,6 +159,8 @@
 //! - `serde`: [`RamLayout`] is serialized as its regions, and validated when deserialized.
 //! - `vm-memory`: `GuestMemoryReader`, a source for the guest memory of the `vm-memory` crate.
 
+#[cfg(target_os = "linux")]
+mod address_space;
 mod bytes;
 mod fault_in;
 mod file;
@@ -170,14 +169,16 @@ mod guest_memory;
 mod layered;
 mod layout;
 mod mapped;
-mod populated;
 #[cfg(target_os = "linux")]
-mod process;
+mod mappings;
+mod populated;
 mod reader;
 #[cfg(target_os = "linux")]
 mod sys;
 mod touched;
 
+#[cfg(target_os = "linux")]
+pub use address_space::{AddressSpace, MemoryFiles};
 pub use fault_in::fault_in;
 pub use file::FileReader;
 #[cfg(feature = "vm-memory")]
@@ -186,13 +187,11 @@ pub use host_memory::{HostMemory, SecretBuffer};
 pub use layered::{Layered, LayeredError};
 pub use layout::{LayoutError, OutsideRam, RamLayout, RamRange};
 pub use mapped::{MappedMemory, MappedMemoryError};
-pub use populated::PopulatedRanges;
 #[cfg(target_os = "linux")]
-pub use process::{
-    FlaggedRegion, LazyFillError, Permissions, ProcessMaps, ProcessMapsError, ProcessMemory,
-    ProcessMemoryError, ProcessRegion, ProcessStopError, RegionFlags, StoppedProcess,
-    UnexaminedProcess, Unresponsive, check_filled,
+pub use mappings::{
+    FlaggedRegion, MappingsError, Permissions, ProcessRegion, RegionFlags, printable,
 };
+pub use populated::PopulatedRanges;
 pub use reader::PageReader;
 pub use touched::Touched;
 

@@ -23,7 +23,7 @@ pub(crate) fn in_host_memory<'a>(
 ) -> PopulatedRanges<'a> {
     use std::iter;
 
-    use crate::sys::AddressSpace;
+    use crate::address_space::AddressSpace;
 
     let mut left = range;
     let pieces = iter::from_fn(move || {

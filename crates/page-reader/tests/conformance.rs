@@ -1,13 +1,11 @@
 //! The contract of `PageReader`, checked for every source.
 
-mod support;
-
 use std::fs::File;
 use std::io::{ErrorKind, Write};
 use std::sync::Arc;
 
 use page_reader::{FileReader, HostMemory, Layered, MappedMemory, PageReader, RamLayout};
-use support::{Mapping, PAGE, pattern};
+use test_memory::{Mapping, PAGE, pattern};
 
 /// The sizes of the regions of sources with regions.
 const REGIONS: [usize; 3] = [2 * PAGE, PAGE, 3 * PAGE];
@@ -237,17 +235,6 @@ fn mapped_memory_at_odd_host_addresses_conforms() {
     let padded: [Vec<u8>; 3] = regions(&bytes).map(|region| [b"odd", region].concat());
     let memory = padded.iter().map(|region| HostMemory::from(&region[3..]));
     conforms(&MappedMemory::new(layout(), memory).unwrap(), &bytes);
-}
-
-#[cfg(target_os = "linux")]
-#[test]
-fn the_memory_of_a_process_conforms() {
-    let bytes = pattern(SIZE);
-    let mappings = regions(&bytes).map(Mapping::private_with);
-    let ranges = mappings.iter().zip(REGIONS);
-    let ranges = ranges.map(|(mapping, size)| (mapping.address(), size as u64));
-    let guest = page_reader::ProcessMemory::open(std::process::id(), ranges).unwrap();
-    conforms(&guest, &bytes);
 }
 
 #[test]

@@ -15,12 +15,12 @@ use nix::sys::mman::MmapAdvise;
 use page_reader::{FileReader, HostMemory, MappedMemory, PageReader, RamLayout};
 use proptest::prelude::*;
 use rstest::rstest;
-use support::Mapping;
 use support::populated::{
     Flags, PAGE, PAGES, SIZE, SOME, checked, count, guest, may_open_mappings, memfd, populated,
     touch, untouched,
 };
 use test_machine::Need;
+use test_memory::Mapping;
 
 #[rstest]
 fn exactly_the_written_anonymous_pages_are_populated(
@@ -88,7 +88,7 @@ fn memory_filled_by_userfaultfd_may_be_populated_everywhere(
         return;
     }
     let mapping = untouched(flags);
-    let fault = support::uffd::register_missing(&mapping, SIZE as usize / 2);
+    let fault = test_memory::register_missing(&mapping, SIZE as usize / 2);
     let pages = populated(&guest(&mapping), SIZE);
     assert_eq!(count(&pages[..PAGES as usize / 2]), PAGES as usize / 2);
     assert_eq!(count(&pages[PAGES as usize / 2..]), 0);
@@ -117,7 +117,7 @@ fn growing_mappings_do_not_reduce_the_knowledge() {
         let growing = scope.spawn(grow);
         let mapping = untouched(Flags::Private);
         // Makes queries read the list of mappings with flags.
-        let _fault = support::uffd::register_missing(&mapping, SIZE as usize / 2);
+        let _fault = test_memory::register_missing(&mapping, SIZE as usize / 2);
         while !growing.is_finished() {
             assert_eq!(
                 count(&populated(&guest(&mapping), SIZE)),
@@ -132,10 +132,10 @@ fn swapped_out_pages_are_populated() {
     if !Need::Root.met("swapped_out_pages_are_populated") {
         return;
     }
-    let Some(_swap) = support::Swap::on(64 << 20, "swapped_out_pages_are_populated") else {
+    let Some(_swap) = test_memory::Swap::on(64 << 20, "swapped_out_pages_are_populated") else {
         return;
     };
-    support::stay_on_this_processor();
+    test_memory::stay_on_this_processor();
     for flags in [Flags::Private, Flags::Shared] {
         let mapping = untouched(flags);
         let touched = touch(&mapping, SOME);
@@ -184,10 +184,6 @@ fn unknown_sources_may_be_populated_everywhere() {
         .open("/dev/null")
         .unwrap();
     assert_eq!(checked(&FileReader::new(&null), 5..50), [5..50]);
-    let bytes = [0_u8; 100];
-    let memory =
-        page_reader::ProcessMemory::open(std::process::id(), [(bytes.as_ptr() as u64, 100)]);
-    assert_eq!(checked(&memory.unwrap(), 5..50), [5..50]);
     // SAFETY: never read; the kernel is queried about unmapped addresses.
     let unmapped = unsafe { HostMemory::new(std::ptr::without_provenance(PAGE as usize), 8192) };
     let layout = RamLayout::single(0, 8192).unwrap();

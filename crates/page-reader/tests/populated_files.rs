@@ -12,11 +12,11 @@ use std::sync::Arc;
 
 use nix::sys::memfd::MFdFlags;
 use page_reader::{FileReader, Layered, PageReader};
-use support::Mapping;
 use support::populated::{
     Flags, PAGE, PAGES, SIZE, SOME, count, guest, joined, memfd, populated, touch, untouched,
 };
 use test_machine::Need;
+use test_memory::Mapping;
 
 #[test]
 fn memfd_pages_written_by_others_are_populated() {
@@ -48,7 +48,7 @@ fn an_unprivileged_process_finds_pages_of_its_open_memfd() {
         return;
     }
     use std::os::unix::process::CommandExt;
-    let program = support::world_executable();
+    let program = test_memory::world_executable();
     let output = Command::new(program.path())
         .args(["--exact", NAME])
         .env(INSIDE, "1")

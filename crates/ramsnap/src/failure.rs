@@ -335,7 +335,7 @@ fn code_of(cause: &(dyn std::error::Error + 'static)) -> Option<u8> {
         return Some(interrupt::exit_code());
     }
     #[cfg(target_os = "linux")]
-    if let Some(page_reader::ProcessStopError::Cancelled { .. }) = cause.downcast_ref() {
+    if let Some(process_memory::ProcessStopError::Cancelled { .. }) = cause.downcast_ref() {
         return Some(interrupt::exit_code());
     }
     match cause.downcast_ref()? {

@@ -12,11 +12,11 @@ use std::time::Duration;
 use anyhow::Context;
 use nix::fcntl::OFlag;
 use nix::sys::stat::makedev;
-use page_reader::{
-    PageReader, ProcessMaps, ProcessMemory, ProcessMemoryError, ProcessRegion, StoppedProcess,
-    UnexaminedProcess,
+use page_reader::PageReader;
+use process_memory::{
+    ProcessMaps, ProcessMemory, ProcessMemoryError, ProcessRegion, StoppedProcess,
+    UnexaminedProcess, check_lazy_fill_of_region,
 };
-
 use sparse_file::FileIdentity;
 
 use crate::args;
@@ -218,7 +218,7 @@ impl ProcessRam {
             ram.any(|ram| addresses.start < ram.end && ram.start < addresses.end)
         };
         for region in maps.regions().iter().filter(mapped) {
-            let found = region.check_filled();
+            let found = check_lazy_fill_of_region(region);
             let found = found.with_context(|| format!("cannot capture {region}"))?;
             unexamined.extend(found.into_iter().filter(|process| process.pid != self.pid));
         }

@@ -9,9 +9,9 @@ use image_format::RAW_UNIT;
 use memory_writer::SnapshotError;
 use nix::fcntl::OFlag;
 use nix::unistd::{SysconfVar, sysconf};
-#[cfg(target_os = "linux")]
-use page_reader::UnexaminedProcess;
 use page_reader::{FileReader, PageReader};
+#[cfg(target_os = "linux")]
+use process_memory::UnexaminedProcess;
 
 use crate::failure::Failure;
 #[cfg(target_os = "linux")]
@@ -151,7 +151,7 @@ impl RamFile {
     #[cfg(target_os = "linux")]
     fn check_filled(&self, warn: bool) -> anyhow::Result<()> {
         let path = &self.path;
-        let unexamined = page_reader::check_filled(&self.file)
+        let unexamined = process_memory::check_lazy_fill(&self.file)
             .with_context(|| format!("cannot capture the RAM {path:?}"))?;
         if warn {
             warn_of_unexamined(&format!("{path:?}"), &unexamined);
@@ -221,9 +221,9 @@ mod tests {
         ram.check().unwrap();
         let fault = missing::register(file.as_file(), 1 << 20);
         let error = ram.check().unwrap_err();
-        let found = error.downcast_ref::<page_reader::LazyFillError>();
+        let found = error.downcast_ref::<process_memory::LazyFillError>();
         assert!(
-            matches!(found, Some(page_reader::LazyFillError::InProgress { pid, .. }) if *pid == std::process::id()),
+            matches!(found, Some(process_memory::LazyFillError::InProgress { pid, .. }) if *pid == std::process::id()),
             "{error:?}"
         );
         drop(fault);

@@ -1,18 +1,18 @@
 //! Detection of the written parts of a file.
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::{File, OpenOptions};
 use std::io;
 use std::iter;
 use std::ops::Range;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::path::Path;
 
 use nix::errno::Errno;
 use nix::fcntl::OFlag;
 use sparse_file::ExtentKind;
 
-use super::mappings::Mapping;
-use super::{huge_pages, is_behind};
+use super::huge_pages;
 use crate::populated::{PopulatedRanges, unknown};
 
 /// Returns the parts of `range`, positions in `file`, that may hold nonzero bytes. The part past
@@ -25,7 +25,7 @@ pub(crate) fn data(file: &File, range: Range<u64>) -> PopulatedRanges<'static> {
 }
 
 /// Returns the same as [`data`] for a file whose position has no other users.
-pub(super) fn data_of(file: File, range: Range<u64>) -> PopulatedRanges<'static> {
+pub(crate) fn data_of(file: File, range: Range<u64>) -> PopulatedRanges<'static> {
     if huge_pages::is_on_hugetlbfs(&file) {
         huge_pages::data(file, range)
     } else {
@@ -40,7 +40,7 @@ fn reopen(file: &File) -> io::Result<File> {
     if !metadata.is_file() {
         return Err(Errno::ESPIPE.into());
     }
-    let own = open(&format!("/proc/self/fd/{}", file.as_raw_fd()))?;
+    let own = open(format!("/proc/self/fd/{}", file.as_raw_fd()))?;
     let reopened = own.metadata()?;
     // Another file system may be mounted at /proc.
     if (reopened.dev(), reopened.ino()) == (metadata.dev(), metadata.ino()) {
@@ -50,31 +50,8 @@ fn reopen(file: &File) -> io::Result<File> {
     }
 }
 
-/// Opens the file of a shared mapping of `process`.
-///
-/// The file is opened through the mapping, which requires `CAP_CHECKPOINT_RESTORE`, or through a
-/// descriptor of the process. If `process` denotes another program by now, none of its files is the
-/// file of the mapping.
-pub(super) fn file_behind(mapping: &Mapping, process: &str) -> Option<File> {
-    let Range { start, end } = mapping.addresses;
-    let of_mapping = open(&format!("{process}/map_files/{start:x}-{end:x}"));
-    of_mapping
-        .ok()
-        .filter(|file| is_behind(file, mapping))
-        .or_else(|| {
-            let descriptors = fs::read_dir(format!("{process}/fd")).ok()?;
-            descriptors.flatten().find_map(|descriptor| {
-                let path = descriptor.path();
-                let metadata = fs::metadata(&path).ok()?;
-                let same = (metadata.dev(), metadata.ino()) == (mapping.device, mapping.inode);
-                let file = open(path.to_str().filter(|_| same && metadata.is_file())?).ok()?;
-                is_behind(&file, mapping).then_some(file)
-            })
-        })
-}
-
 /// Opens a file without blocking if it has become a pipe.
-fn open(path: &str) -> io::Result<File> {
+pub(crate) fn open(path: impl AsRef<Path>) -> io::Result<File> {
     let flags = (OFlag::O_NONBLOCK | OFlag::O_NOCTTY).bits();
     OpenOptions::new().read(true).custom_flags(flags).open(path)
 }

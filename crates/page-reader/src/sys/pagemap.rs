@@ -20,7 +20,7 @@ const ENTRIES: usize = 512;
 /// An iterator over the addresses of populated pages: those in memory, except for the zero page,
 /// and those swapped out.
 #[derive(Debug)]
-pub(super) struct Scan {
+pub(crate) struct Scan {
     pagemap: Arc<File>,
     within: Range<u64>,
     page_size: u64,
@@ -35,7 +35,7 @@ type Found = (Vec<Range<u64>>, u64);
 
 impl Scan {
     /// Creates an iterator over `within`, a range of bytes in private anonymous mappings.
-    pub(super) fn new(pagemap: Arc<File>, within: Range<u64>) -> Self {
+    pub(crate) fn new(pagemap: Arc<File>, within: Range<u64>) -> Self {
         Self::with_query(scan_ioctl, pagemap, within)
     }
 

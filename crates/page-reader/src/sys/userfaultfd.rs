@@ -21,7 +21,7 @@ use super::page_size;
 
 /// A userfaultfd for queries.
 #[derive(Debug)]
-pub(super) struct Userfaultfd {
+pub(crate) struct Userfaultfd {
     fault: OwnedFd,
     source: Unreadable,
 }
@@ -29,7 +29,7 @@ pub(super) struct Userfaultfd {
 impl Userfaultfd {
     /// Creates a userfaultfd, or returns `None` if the process may not have one, or if the kernel
     /// does not detect mappings of another userfaultfd.
-    pub(super) fn probe() -> Option<Self> {
+    pub(crate) fn probe() -> Option<Self> {
         let uffd = Self {
             fault: open().ok()?,
             source: Unreadable::new().ok()?,
@@ -42,7 +42,7 @@ impl Userfaultfd {
 
     /// Returns `true` if the mapping of the page at `address` is registered with no userfaultfd, of
     /// this process or another. An unmapped page is not registered.
-    pub(super) fn is_unregistered(&self, address: u64) -> bool {
+    pub(crate) fn is_unregistered(&self, address: u64) -> bool {
         let mut copy = ioctl::Copy {
             to: address,
             from: self.source.address(),
@@ -167,7 +167,7 @@ mod ioctl {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::sys::AddressSpace;
+    use crate::address_space::AddressSpace;
     use std::sync::Mutex;
     use test_machine::Need;
 
@@ -230,9 +230,9 @@ mod tests {
             space.populated(range).count()
         };
         assert_eq!(populated(&free), 0);
-        assert!(space.thorough.get().is_none());
+        assert!(!space.has_flags());
         assert_eq!(populated(&taken), 1);
-        assert!(space.thorough.get().is_some());
+        assert!(space.has_flags());
         assert_eq!(populated(&free), 0);
     }
 }

@@ -8,7 +8,7 @@ use nix::sys::mman::MmapAdvise;
 use page_reader::{MappedMemory, PageReader, RamLayout};
 use test_machine::Need;
 
-use super::Mapping;
+use test_memory::Mapping;
 
 pub(crate) const PAGE: u64 = 4096;
 pub(crate) const PAGES: u64 = 2048;

@@ -766,7 +766,7 @@ fn still_registered(addresses: Range<u64>) -> Vec<Range<u64>> {
     };
     let registered = mappings
         .iter()
-        .filter(|mapping| mapping.flags.filled_on_fault);
+        .filter(|mapping| mapping.flags.is_some_and(|flags| flags.filled_on_fault));
     let parts = registered.map(|mapping| {
         let Range { start, end } = mapping.region.addresses;
         start.max(addresses.start)..end.min(addresses.end)

@@ -74,6 +74,7 @@ impl Memory {
                 if last <= at || end <= first {
                     continue;
                 }
+                let flags = flags.unwrap_or_default();
                 if flags.huge_pages {
                     return Err(UserfaultfdError::HugePages { start, len });
                 }

@@ -9,7 +9,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd};
 
 use nix::errno::Errno;
 use nix::libc;
-use page_reader::ProcessMapsError;
+use page_reader::MappingsError;
 use thiserror::Error;
 
 /// The kernel's interface: Linux `include/uapi/linux/userfaultfd.h`.
@@ -408,7 +408,7 @@ pub enum UserfaultfdError {
     },
     /// The check that the memory is private failed.
     #[error("failed to check that the memory is private: mount /proc")]
-    Unchecked(#[source] ProcessMapsError),
+    Unchecked(#[source] MappingsError),
     /// The memory cannot be discarded, or cannot be excluded from forked children.
     #[error("failed to prepare {len:#x} bytes at {start:#x}: {what}")]
     Prepare {

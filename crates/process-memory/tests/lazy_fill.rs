@@ -14,15 +14,15 @@ use nix::libc;
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::signal::Signal;
 use nix::unistd::{ForkResult, fork};
-use page_reader::{
-    FileReader, LazyFillError, MappedMemory, ProcessMaps, RamLayout, UnexaminedProcess,
-    check_filled,
+use page_reader::{MappedMemory, RamLayout};
+use process_memory::{
+    LazyFillError, ProcessMaps, UnexaminedProcess, check_lazy_fill, check_lazy_fill_of_memory,
+    check_lazy_fill_of_region,
 };
 use rstest::rstest;
-use support::Mapping;
 use support::child::Child;
-use support::uffd::{Registered, register_minor, register_missing};
 use test_machine::{LoopFs, LoopMount, Need, Overlay, TinyTmpfs};
+use test_memory::{Mapping, Registered, register_minor, register_missing};
 
 const SIZE: usize = 2 << 20;
 
@@ -100,26 +100,25 @@ fn memory_that_a_process_fills_is_refused(
         return;
     }
     let file = file();
-    check_filled(&file).unwrap();
+    check_lazy_fill(&file).unwrap();
     let child = child(|| register(&file));
-    assert_filled_in(check_filled(&file), child.pid());
-    assert_filled_in(FileReader::new(&file).check_filled(), child.pid());
+    assert_filled_in(check_lazy_fill(&file), child.pid());
     // A mapping of this process, in which missing pages are zeros.
     let mapping = whole(&file);
     let layout = RamLayout::single(0, SIZE as u64).unwrap();
     // SAFETY: mapped until the end of the test.
     let memory = unsafe { page_reader::HostMemory::new(mapping.as_ptr(), SIZE) };
     let guest = MappedMemory::new(layout, [memory]).unwrap();
-    assert_filled_in(guest.check_filled(), child.pid());
+    assert_filled_in(check_lazy_fill_of_memory(&guest), child.pid());
     let maps = ProcessMaps::of_this_process().unwrap();
     let region = maps.at(mapping.address()).unwrap();
-    assert_filled_in(region.check_filled(), child.pid());
+    assert_filled_in(check_lazy_fill_of_region(region), child.pid());
 
     // Mappings of another file do not matter, and an ended process fills nothing.
-    check_filled(&small_pages()).unwrap();
+    check_lazy_fill(&small_pages()).unwrap();
     drop(child);
-    check_filled(&file).unwrap();
-    guest.check_filled().unwrap();
+    check_lazy_fill(&file).unwrap();
+    check_lazy_fill_of_memory(&guest).unwrap();
 }
 
 #[test]
@@ -131,9 +130,9 @@ fn memory_filled_in_this_process_is_refused() {
     let file = small_pages();
     let mapping = whole(&file);
     let registered = register_missing(&mapping, SIZE / 2);
-    assert_filled_in(check_filled(&file), std::process::id());
+    assert_filled_in(check_lazy_fill(&file), std::process::id());
     drop(registered);
-    check_filled(&file).unwrap();
+    check_lazy_fill(&file).unwrap();
 }
 
 /// The mappings are listed with a device other than that of `fstat`, because the lower and upper
@@ -158,15 +157,15 @@ fn a_file_on_overlayfs_that_is_filled_is_refused() {
         file
     };
     let (file, other) = (open("ram"), open("other"));
-    check_filled(&file).unwrap();
+    check_lazy_fill(&file).unwrap();
     let child = child(|| missing(&file));
-    assert_filled_in(check_filled(&file), child.pid());
+    assert_filled_in(check_lazy_fill(&file), child.pid());
     // Opened again, for reading.
     let again = File::open(overlay.path().join("ram")).unwrap();
-    assert_filled_in(FileReader::new(&again).check_filled(), child.pid());
-    check_filled(&other).unwrap();
+    assert_filled_in(check_lazy_fill(&again), child.pid());
+    check_lazy_fill(&other).unwrap();
     drop(child);
-    check_filled(&file).unwrap();
+    check_lazy_fill(&file).unwrap();
     // The check has allocated no page.
     let blocks = std::os::unix::fs::MetadataExt::blocks(&file.metadata().unwrap());
     assert_eq!(blocks, 0);
@@ -186,7 +185,10 @@ fn a_file_on_overlayfs_that_cannot_be_read_is_an_error() {
     }
     let overlay = Overlay::of(&lower, &changed, &work).unwrap();
     let file = File::create(overlay.path().join("ram")).unwrap();
-    assert!(matches!(check_filled(&file), Err(LazyFillError::File(_))));
+    assert!(matches!(
+        check_lazy_fill(&file),
+        Err(LazyFillError::File(_))
+    ));
 }
 
 /// Pages that are filled in a private mapping do not reach the file.
@@ -199,7 +201,7 @@ fn a_private_mapping_that_is_filled_does_not_matter() {
     let file = small_pages();
     let mapping = Mapping::of_file(file.as_fd(), SIZE, false);
     let _registered = register_missing(&mapping, SIZE);
-    check_filled(&file).unwrap();
+    check_lazy_fill(&file).unwrap();
 }
 
 /// `/proc/<pid>/maps` is empty for such a process, those of its threads are not.
@@ -233,14 +235,14 @@ fn a_process_whose_first_thread_ended_is_found() {
         }
     };
     std::io::Read::read_exact(&mut ready, &mut [0]).unwrap();
-    assert_filled_in(check_filled(&file), child.pid());
+    assert_filled_in(check_lazy_fill(&file), child.pid());
 }
 
 #[test]
 fn a_file_on_disk_is_not_searched_for() {
     let file = tempfile::tempfile_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
-    check_filled(&file).unwrap();
-    check_filled(&File::open("/dev/null").unwrap()).unwrap();
+    check_lazy_fill(&file).unwrap();
+    check_lazy_fill(&File::open("/dev/null").unwrap()).unwrap();
 }
 
 /// Runs `work` in a thread that has dropped its privileges. The process keeps them.
@@ -266,7 +268,7 @@ fn an_unexaminable_process_of_the_owner_is_returned() {
     const USER: u32 = 1_948_211;
     let file = small_pages();
     let child = child(|| missing(&file));
-    let unexamined = without_privilege(USER, || check_filled(&file)).unwrap();
+    let unexamined = without_privilege(USER, || check_lazy_fill(&file)).unwrap();
     assert!(unexamined.iter().any(|process| process.pid == child.pid()));
     let text = unexamined[0].to_string();
     assert!(
@@ -277,5 +279,8 @@ fn an_unexaminable_process_of_the_owner_is_returned() {
     // Processes of users other than the owner are not returned, as documented.
     let file = small_pages();
     fchown(&file, Some(USER), None).unwrap();
-    assert_eq!(without_privilege(USER, || check_filled(&file)).unwrap(), []);
+    assert_eq!(
+        without_privilege(USER, || check_lazy_fill(&file)).unwrap(),
+        []
+    );
 }

@@ -11,9 +11,9 @@ use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use page_reader::{
-    PageReader, ProcessMaps, ProcessMapsError, ProcessMemory, ProcessMemoryError, ProcessStopError,
-    StoppedProcess,
+use page_reader::{MappingsError, PageReader};
+use process_memory::{
+    ProcessMaps, ProcessMemory, ProcessMemoryError, ProcessStopError, StoppedProcess,
 };
 use support::need;
 use support::target::{
@@ -194,7 +194,7 @@ fn a_process_killed_while_stopped_is_gone() {
     let error: ProcessMemoryError = error.downcast().unwrap();
     assert!(matches!(error, ProcessMemoryError::Gone { .. }));
     let pid = target.pid();
-    let gone = |error| matches!(error, ProcessMapsError::Gone { pid: gone } if gone == pid);
+    let gone = |error| matches!(error, MappingsError::Gone { pid: gone } if gone == pid);
     assert!(gone(ProcessMaps::of(pid).unwrap_err()));
     drop(stopped);
     let error = StoppedProcess::stop(pid, PATIENCE).unwrap_err();

@@ -10,16 +10,16 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
-use page_reader::StoppedProcess;
+use process_memory::StoppedProcess;
 use test_machine::rounds;
 
-use super::{Mapping, PAGE};
+use test_memory::{Mapping, PAGE};
 
 /// A limit that ends a hanging test.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(120);
 /// The variable that names the role of a process, and the one that names its file of counters.
-const ROLE: &str = "PAGE_READER_TEST_ROLE";
-const COUNTS: &str = "PAGE_READER_TEST_COUNTS";
+const ROLE: &str = "PROCESS_MEMORY_TEST_ROLE";
+const COUNTS: &str = "PROCESS_MEMORY_TEST_COUNTS";
 pub(crate) const THREADS: usize = 4;
 /// The counters of the threads come first.
 pub(crate) const SIGNALS: usize = THREADS;

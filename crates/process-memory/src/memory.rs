@@ -1,9 +1,4 @@
-//! The memory of another process. Linux only.
-
-mod lazy_fill;
-mod maps;
-mod smaps;
-mod stop;
+//! The memory of another process as a source of pages.
 
 use std::fs::File;
 use std::io;
@@ -12,19 +7,9 @@ use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
 use host_memory::check_range;
-use nix::errno::Errno;
-
-pub use lazy_fill::{LazyFillError, UnexaminedProcess, check_filled};
-pub(crate) use maps::merge_newer;
-pub use maps::{Permissions, ProcessMaps, ProcessMapsError, ProcessRegion};
-pub use smaps::{FlaggedRegion, RegionFlags};
-pub use stop::{ProcessStopError, StoppedProcess, Unresponsive};
-
-use crate::file::FileReader;
-use crate::layered::{Layered, LayeredError};
-use crate::populated::PopulatedRanges;
-use crate::reader::PageReader;
-use crate::sys::{AddressSpace, MemoryFiles};
+use page_reader::{
+    AddressSpace, FileReader, Layered, LayeredError, MemoryFiles, PageReader, PopulatedRanges,
+};
 
 /// A guest's RAM in the VMM's process, read from another process through `/proc/<pid>/mem`.
 ///
@@ -35,7 +20,7 @@ use crate::sys::{AddressSpace, MemoryFiles};
 ///
 /// Opening requires permission to trace the process: the same user and no Yama restriction, or
 /// `CAP_SYS_PTRACE`. The process keeps running. For bytes of a single point in time, stop it first
-/// ([`StoppedProcess`]). There is no host memory.
+/// ([`StoppedProcess`](crate::StoppedProcess)). There is no host memory.
 ///
 /// Reading RAM that was never touched allocates memory in the other process: a page of shared
 /// memory, page tables for private memory. Skip the ranges that
@@ -47,14 +32,15 @@ use crate::sys::{AddressSpace, MemoryFiles};
 /// does not return zeros.
 ///
 /// Shared memory that a *third* process fills on first touch reads as zeros where it is not filled
-/// yet. [`ProcessRegion::check_filled`] finds such a process; call it for each region, before and
-/// after the copy.
+/// yet. [`check_lazy_fill_of_region`](crate::check_lazy_fill_of_region) finds such a process; call it
+/// for each region, before and after the copy.
 ///
 /// # Examples
 /// A region of the guest, here of this process. Its address comes from the VMM or from
-/// [`ProcessMaps`]:
+/// [`ProcessMaps`](crate::ProcessMaps):
 /// ```
-/// use page_reader::{PageReader, ProcessMemory};
+/// use page_reader::PageReader;
+/// use process_memory::ProcessMemory;
 ///
 /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
 /// let region = vec![5_u8; 8192];
@@ -149,7 +135,7 @@ impl ProcessMemory {
     ) -> Result<Self, ProcessMemoryError> {
         let memory = File::open(format!("/proc/{pid}/mem"))
             .map_err(|source| ProcessMemoryError::Open { pid, source })?;
-        let files = MemoryFiles::open(format!("/proc/{pid}")).ok();
+        let files = MemoryFiles::open(pid).ok();
         // The memory still exists, so the files opened after it belong to the same program.
         if is_gone(&memory) {
             return Err(ProcessMemoryError::Gone { pid });
@@ -219,10 +205,4 @@ impl PageReader for ProcessMemory {
 /// file later.
 fn is_gone(mem: &File) -> bool {
     matches!(mem.read_at(&mut [0], 0), Ok(0))
-}
-
-/// Returns `true` for an error that `/proc` returns for a process that has ended, by path or by an
-/// open file.
-fn is_not_found(error: &io::Error) -> bool {
-    error.kind() == io::ErrorKind::NotFound || error.raw_os_error() == Some(Errno::ESRCH as i32)
 }

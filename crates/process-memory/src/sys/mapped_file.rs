@@ -11,8 +11,7 @@ use std::ptr::NonNull;
 use nix::errno::Errno;
 use nix::libc;
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
-
-use super::page_size;
+use nix::unistd::{SysconfVar, sysconf};
 
 /// A mapping of the first block of a file.
 ///
@@ -29,7 +28,8 @@ impl MappedFile {
         // The block size of a file in huge pages is that of a huge page, the smallest possible
         // mapping.
         let block = file.metadata().map_or(0, |metadata| metadata.blksize());
-        let len = usize::try_from(block.max(1).next_multiple_of(page_size()));
+        let page_size = sysconf(SysconfVar::PAGE_SIZE)?.ok_or(Errno::ENOSYS)? as u64;
+        let len = usize::try_from(block.max(1).next_multiple_of(page_size));
         let len = len
             .ok()
             .and_then(NonZeroUsize::new)

@@ -14,10 +14,11 @@ use std::time::{Duration, Instant};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::mman::MmapAdvise;
 use nix::sys::signal::{Signal, kill};
-use page_reader::{PageReader, ProcessMaps, ProcessMemory, ProcessMemoryError};
+use page_reader::PageReader;
+use process_memory::{ProcessMaps, ProcessMemory, ProcessMemoryError};
 use support::child::Child;
-use support::{Mapping, PAGE};
 use test_machine::Need;
+use test_memory::{Mapping, PAGE};
 
 const PAGES: usize = 2048;
 
@@ -53,6 +54,14 @@ fn populated(guest: &ProcessMemory) -> Vec<usize> {
 
 fn all() -> Vec<usize> {
     (0..PAGES).collect()
+}
+
+#[test]
+fn a_part_of_a_touched_page_is_populated() {
+    let bytes = [0_u8; 100];
+    let range = (bytes.as_ptr() as u64, 100);
+    let memory = ProcessMemory::open(std::process::id(), [range]).unwrap();
+    assert_eq!(memory.populated(5..50).collect::<Vec<_>>(), [5..50]);
 }
 
 #[test]
@@ -148,7 +157,7 @@ fn memory_filled_by_userfaultfd_is_not_read_as_zeros() {
         return;
     }
     let mapping = untouched();
-    let register = || std::mem::forget(support::uffd::register_missing(&mapping, PAGES * PAGE));
+    let register = || std::mem::forget(test_memory::register_missing(&mapping, PAGES * PAGE));
     // SAFETY: system calls; the paths are too short for an allocation.
     let child = unsafe { Child::stopped_after(register) };
     let guest = guest(&child, &mapping);
@@ -164,12 +173,12 @@ fn swapped_out_pages_of_the_process_are_populated() {
     if !Need::Root.met(test) {
         return;
     }
-    let Some(_swap) = support::Swap::on(64 << 20, test) else {
+    let Some(_swap) = test_memory::Swap::on(64 << 20, test) else {
         return;
     };
     let mapping = untouched();
     let swap_out = || {
-        support::stay_on_this_processor();
+        test_memory::stay_on_this_processor();
         mapping.write_at(5 * PAGE, b"!");
         mapping.write_at(1000 * PAGE, b"!");
         // Repeated, because the kernel keeps pages that are in use.

@@ -12,7 +12,7 @@ use nix::libc;
 use nix::unistd::Pid;
 
 use super::{ProcessStopError, TRIES, Unresponsive};
-use crate::process::is_not_found;
+use crate::proc_error::is_not_found;
 use crate::sys::ptrace;
 
 /// The initial interval between two polls.

@@ -9,12 +9,64 @@ use std::io::{self, ErrorKind};
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill};
-use page_reader::{LayeredError, PageReader, ProcessMemory, ProcessMemoryError};
+use page_reader::{LayeredError, PageReader};
+use process_memory::{ProcessMemory, ProcessMemoryError};
 use support::child::Child;
-use support::{Mapping, PAGE, pattern};
+use test_memory::{Mapping, PAGE, pattern};
 
 fn downcast(error: io::Error) -> ProcessMemoryError {
     error.downcast().unwrap()
+}
+
+/// Checks the contract of `PageReader` at and around the borders of regions.
+#[test]
+fn several_regions_are_read_like_one_source() {
+    const SIZES: [usize; 3] = [2 * PAGE, PAGE, 3 * PAGE];
+    let bytes = pattern(SIZES.iter().sum());
+    let (mut rest, mut mappings) = (&bytes[..], Vec::new());
+    for size in SIZES {
+        let (region, later) = rest.split_at(size);
+        mappings.push(Mapping::private_with(region));
+        rest = later;
+    }
+    let ranges = mappings.iter().zip(SIZES);
+    let ranges = ranges.map(|(mapping, size)| (mapping.address(), size as u64));
+    let guest = ProcessMemory::open(std::process::id(), ranges).unwrap();
+
+    let borders = (0..=bytes.len()).step_by(PAGE);
+    let edges: Vec<usize> = borders
+        .flat_map(|border| {
+            [
+                border.saturating_sub(3),
+                border,
+                (border + 5).min(bytes.len()),
+            ]
+        })
+        .collect();
+    for &start in &edges {
+        for &end in edges.iter().filter(|&&end| end >= start) {
+            // One byte more on both sides, to check that only the buffer is written.
+            let mut buf = vec![0xee; end - start + 2];
+            let inner = 1..end - start + 1;
+            guest
+                .read_at(start as u64, &mut buf[inner.clone()])
+                .unwrap();
+            assert!(buf[inner] == bytes[start..end], "{start}..{end}");
+            assert_eq!((buf[0], *buf.last().unwrap()), (0xee, 0xee));
+        }
+        assert!(guest.host_memory(start as u64, PAGE).is_none());
+    }
+    let end = bytes.len() as u64;
+    guest.read_at(end, &mut []).unwrap();
+    for (offset, len) in [
+        (end, 1),
+        (end - 1, 2),
+        (i64::MAX as u64, PAGE),
+        (u64::MAX, 1),
+    ] {
+        let error = guest.read_at(offset, &mut vec![0; len]).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::UnexpectedEof, "{len} at {offset}");
+    }
 }
 
 #[test]

@@ -14,7 +14,8 @@ use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use page_reader::{ProcessMaps, ProcessMapsError, ProcessStopError, StoppedProcess, Unresponsive};
+use page_reader::MappingsError;
+use process_memory::{ProcessMaps, ProcessStopError, StoppedProcess, Unresponsive};
 use support::need;
 use support::target::{
     CHILD, PATIENCE, ROLE_THREAD, THREADS, Target, is_free, play_role, states, wait_until,
@@ -123,7 +124,10 @@ fn a_cancelled_stop_leaves_the_process_running() {
 #[test]
 fn stopping_the_calling_process_is_refused() {
     let error = StoppedProcess::stop(std::process::id(), PATIENCE).unwrap_err();
-    assert!(matches!(error, ProcessStopError::Itself { .. }), "{error}");
+    assert!(
+        matches!(error, ProcessStopError::CurrentProcess { .. }),
+        "{error}"
+    );
 }
 
 #[test]
@@ -132,7 +136,7 @@ fn a_nonexistent_process_is_gone() {
         let error = StoppedProcess::stop(pid, PATIENCE).unwrap_err();
         assert!(matches!(error, ProcessStopError::Gone { .. }), "{error}");
         let error = ProcessMaps::of(pid).unwrap_err();
-        assert!(matches!(error, ProcessMapsError::Gone { .. }), "{error}");
+        assert!(matches!(error, MappingsError::Gone { .. }), "{error}");
     }
 }
 
@@ -140,7 +144,7 @@ fn a_nonexistent_process_is_gone() {
 #[test]
 fn a_process_of_another_user_is_refused_with_a_remedy() {
     const NAME: &str = "a_process_of_another_user_is_refused_with_a_remedy";
-    const INSIDE: &str = "PAGE_READER_TEST_FOREIGN_PROCESS";
+    const INSIDE: &str = "PROCESS_MEMORY_TEST_FOREIGN_PROCESS";
     if let Ok(pid) = std::env::var(INSIDE) {
         let pid = pid.parse().unwrap();
         let error = StoppedProcess::stop(pid, PATIENCE).unwrap_err();
@@ -150,12 +154,12 @@ fn a_process_of_another_user_is_refused_with_a_remedy() {
         );
         assert!(error.to_string().contains("CAP_SYS_PTRACE"), "{error}");
         let error = ProcessMaps::of(pid).unwrap_err();
-        assert!(matches!(error, ProcessMapsError::Read { .. }), "{error}");
+        assert!(matches!(error, MappingsError::Read { .. }), "{error}");
         return;
     }
     need!(Root, "a_process_of_another_user_is_refused_with_a_remedy");
     let target = Target::that("counts");
-    let program = support::world_executable();
+    let program = test_memory::world_executable();
     let output = Command::new(program.path())
         .args(["--exact", NAME])
         .env(INSIDE, target.pid().to_string())

@@ -3,11 +3,11 @@
 use std::fs::File;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
-use super::Mapping;
+use crate::mapping::Mapping;
 
 /// `struct uffdio_api`, from Linux `include/uapi/linux/userfaultfd.h`.
 #[repr(C)]
-pub(crate) struct Api {
+struct Api {
     api: u64,
     features: u64,
     ioctls: u64,
@@ -15,7 +15,7 @@ pub(crate) struct Api {
 
 /// `struct uffdio_register`
 #[repr(C)]
-pub(crate) struct Register {
+struct Register {
     start: u64,
     len: u64,
     mode: u64,
@@ -24,7 +24,7 @@ pub(crate) struct Register {
 
 /// `struct uffdio_range`
 #[repr(C)]
-pub(crate) struct Range {
+struct Range {
     start: u64,
     len: u64,
 }
@@ -37,7 +37,7 @@ mod ioctl {
 }
 
 /// Memory that is registered for page faults until this value is dropped.
-pub(crate) struct Registered {
+pub struct Registered {
     fault: OwnedFd,
     range: Range,
 }
@@ -52,13 +52,13 @@ impl Drop for Registered {
 }
 
 /// Registers the first `len` bytes for missing pages. Their faults are not handled.
-pub(crate) fn register_missing(mapping: &Mapping, len: usize) -> Registered {
+pub fn register_missing(mapping: &Mapping, len: usize) -> Registered {
     register(mapping, len, 1, 0)
 }
 
 /// Registers the first `len` bytes of shared memory for pages that the file has and the mapping
 /// does not have.
-pub(crate) fn register_minor(mapping: &Mapping, len: usize) -> Registered {
+pub fn register_minor(mapping: &Mapping, len: usize) -> Registered {
     // UFFDIO_REGISTER_MODE_MINOR, UFFD_FEATURE_MINOR_SHMEM
     register(mapping, len, 4, 1 << 10)
 }

@@ -37,7 +37,8 @@ use threads::{Threads, failed, status};
 /// # Examples
 /// ```
 /// use std::time::Duration;
-/// use page_reader::{PageReader, ProcessMaps, ProcessMemory, StoppedProcess};
+/// use page_reader::PageReader;
+/// use process_memory::{ProcessMaps, ProcessMemory, StoppedProcess};
 ///
 /// fn top_of_stack(pid: u32) -> Result<[u8; 8], Box<dyn std::error::Error>> {
 ///     let stopped = StoppedProcess::stop(pid, Duration::from_secs(5))?;
@@ -81,7 +82,7 @@ pub enum ProcessStopError {
     #[error(
         "process {pid} is this process, which cannot stop itself: give the process id of the VMM"
     )]
-    Itself {
+    CurrentProcess {
         /// The process id.
         pid: u32,
     },
@@ -282,7 +283,7 @@ impl StoppedProcess {
         // The id of the process, if `pid` is that of one of its other threads.
         let pid = status(pid, None)?.group;
         if pid == process::id() {
-            return Err(ProcessStopError::Itself { pid });
+            return Err(ProcessStopError::CurrentProcess { pid });
         }
         let (tracer, threads) = Tracer::start(pid, within, deadline)?;
         Ok(Self {

@@ -1,6 +1,5 @@
 //! Detection of shared memory that a userfaultfd still fills.
 
-use std::borrow::Borrow;
 use std::fmt;
 use std::fs::{self, File};
 use std::io;
@@ -9,13 +8,9 @@ use std::os::unix::fs::MetadataExt;
 use nix::sys::stat::makedev;
 use nix::sys::statfs::{FsType, HUGETLBFS_MAGIC, OVERLAYFS_SUPER_MAGIC, TMPFS_MAGIC, fstatfs};
 use nix::unistd::geteuid;
+use page_reader::{FlaggedRegion, MappingsError, PageReader, ProcessRegion, printable};
 
-use super::is_not_found;
-use super::maps::{ProcessMaps, ProcessMapsError, ProcessRegion, printable};
-use super::smaps::FlaggedRegion;
-use crate::file::FileReader;
-use crate::mapped::MappedMemory;
-use crate::reader::PageReader;
+use crate::proc_error::is_not_found;
 use crate::sys::mapped_file::MappedFile;
 
 /// Checks that no process fills the shared memory `file` page by page as it is accessed.
@@ -55,14 +50,14 @@ use crate::sys::mapped_file::MappedFile;
 /// # Examples
 /// ```
 /// let ram = tempfile::tempfile()?;
-/// for process in page_reader::check_filled(&ram)? {
+/// for process in process_memory::check_lazy_fill(&ram)? {
 ///     eprintln!("warning: {process} may still be filling the memory");
 /// }
 /// // Copy the memory here.
-/// page_reader::check_filled(&ram)?;
+/// process_memory::check_lazy_fill(&ram)?;
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
-pub fn check_filled(file: &File) -> Result<Vec<UnexaminedProcess>, LazyFillError> {
+pub fn check_lazy_fill(file: &File) -> Result<Vec<UnexaminedProcess>, LazyFillError> {
     let metadata = file.metadata().map_err(LazyFillError::File)?;
     if !metadata.is_file() {
         return Ok(Vec::new());
@@ -118,7 +113,7 @@ pub enum LazyFillError {
         "failed to check whether the memory is still being filled: the mappings of a process \
          cannot be listed"
     )]
-    Mappings(#[from] ProcessMapsError),
+    Mappings(#[from] MappingsError),
 }
 
 /// A process that could not be examined, and that runs as the owner of the memory.
@@ -140,70 +135,56 @@ impl fmt::Display for UnexaminedProcess {
     }
 }
 
-impl<F: Borrow<File>> FileReader<F> {
-    /// Checks that no process fills the file page by page as it is accessed. See [`check_filled`].
-    ///
-    /// Reads do not include this check: it takes milliseconds, and a check before the read alone is
-    /// not sufficient.
-    ///
-    /// # Errors
-    /// As for [`check_filled`].
-    pub fn check_filled(&self) -> Result<Vec<UnexaminedProcess>, LazyFillError> {
-        check_filled(self.file())
-    }
-}
-
-impl MappedMemory<'_> {
-    /// Checks that no process fills the files behind this memory page by page as they are accessed.
-    ///
-    /// Private anonymous memory passes: reads wait for the pages that a userfaultfd fills. See
-    /// [`check_filled`] for the limits of the check, and why to call it before and after a copy.
-    ///
-    /// # Errors
-    /// As for [`check_filled`].
-    pub fn check_filled(&self) -> Result<Vec<UnexaminedProcess>, LazyFillError> {
-        let maps = ProcessMaps::of_this_process()?;
-        let (mut offset, mut unexamined) = (0, Vec::new());
-        while let Some(memory) = self.host_memory(offset, usize::MAX) {
-            let start = memory.as_ptr().addr() as u64;
-            let end = start + memory.len() as u64;
-            let inside = |region: &&ProcessRegion| {
-                region.addresses.start < end && start < region.addresses.end
-            };
-            let regions = maps.regions().iter().filter(inside);
-            for region in regions {
-                for process in region.check_filled()? {
-                    if !unexamined.contains(&process) {
-                        unexamined.push(process);
-                    }
+/// Checks that no process fills the files behind the host memory of `reader` page by page as they
+/// are accessed, from offset 0 to the first offset without host memory.
+///
+/// Private anonymous memory passes: reads wait for the pages that a userfaultfd fills. See
+/// [`check_lazy_fill`] for the limits of the check, and why to call it before and after a copy.
+///
+/// # Errors
+/// As for [`check_lazy_fill`].
+pub fn check_lazy_fill_of_memory(
+    reader: &(impl PageReader + ?Sized),
+) -> Result<Vec<UnexaminedProcess>, LazyFillError> {
+    let regions = ProcessRegion::of_this_process()?;
+    let (mut offset, mut unexamined) = (0, Vec::new());
+    while let Some(memory) = reader.host_memory(offset, usize::MAX) {
+        let start = memory.as_ptr().addr() as u64;
+        let end = start + memory.len() as u64;
+        let inside =
+            |region: &&ProcessRegion| region.addresses.start < end && start < region.addresses.end;
+        for region in regions.iter().filter(inside) {
+            for process in check_lazy_fill_of_region(region)? {
+                if !unexamined.contains(&process) {
+                    unexamined.push(process);
                 }
             }
-            offset += memory.len() as u64;
         }
-        Ok(unexamined)
+        offset += memory.len() as u64;
     }
+    Ok(unexamined)
 }
 
-impl ProcessRegion {
-    /// Checks that no process fills the file behind this mapping page by page as it is accessed.
-    ///
-    /// A mapping without a file passes. See [`check_filled`] for the limits of the check, and why
-    /// to call it before and after a copy. A process that cannot be examined is returned if it runs
-    /// as the same user as the caller.
-    ///
-    /// # Errors
-    /// As for [`check_filled`].
-    pub fn check_filled(&self) -> Result<Vec<UnexaminedProcess>, LazyFillError> {
-        if self.inode == 0 {
-            return Ok(Vec::new());
-        }
-        Backing {
-            device: device_of(self),
-            inode: self.inode,
-            owner: geteuid().as_raw(),
-        }
-        .check()
+/// Checks that no process fills the file behind the mapping `region` page by page as it is accessed.
+///
+/// A mapping without a file passes. See [`check_lazy_fill`] for the limits of the check, and why to
+/// call it before and after a copy. A process that cannot be examined is returned if it runs as the
+/// same user as the caller.
+///
+/// # Errors
+/// As for [`check_lazy_fill`].
+pub fn check_lazy_fill_of_region(
+    region: &ProcessRegion,
+) -> Result<Vec<UnexaminedProcess>, LazyFillError> {
+    if region.inode == 0 {
+        return Ok(Vec::new());
     }
+    Backing {
+        device: device_of(region),
+        inode: region.inode,
+        owner: geteuid().as_raw(),
+    }
+    .check()
 }
 
 fn file_system(file: &File) -> Result<FsType, LazyFillError> {
@@ -223,13 +204,14 @@ impl Backing {
     /// overlayfs may be a file on tmpfs, and `fstat` returns the device and inode of neither.
     fn as_mapped(file: &File, owner: u32) -> Result<Self, LazyFillError> {
         let mapped = MappedFile::new(file).map_err(|errno| LazyFillError::File(errno.into()))?;
-        let maps = ProcessMaps::of_this_process()?;
-        let region = maps.at(mapped.address());
+        let regions = ProcessRegion::of_this_process()?.into_iter();
+        let mut behind = regions.filter(|region| region.addresses.contains(&mapped.address()));
         // The procfs of this process is not mounted at /proc.
-        let region =
-            region.ok_or_else(|| LazyFillError::Processes(io::ErrorKind::NotFound.into()))?;
+        let region = behind
+            .next()
+            .ok_or_else(|| LazyFillError::Processes(io::ErrorKind::NotFound.into()))?;
         Ok(Self {
-            device: device_of(region),
+            device: device_of(&region),
             inode: region.inode,
             owner,
         })
@@ -260,13 +242,13 @@ impl Backing {
             found => found,
         };
         match found {
-            Ok(Some(FillState::NotFilled) | None) | Err(ProcessMapsError::Gone { .. }) => Ok(None),
+            Ok(Some(FillState::NotFilled) | None) | Err(MappingsError::Gone { .. }) => Ok(None),
             Ok(Some(FillState::Filled(region))) => Err(LazyFillError::InProgress {
                 pid,
                 command: command(&process),
                 region,
             }),
-            Err(ProcessMapsError::Read { .. }) => {
+            Err(MappingsError::Read { .. }) => {
                 let unexamined = || UnexaminedProcess {
                     pid,
                     command: command(&process),
@@ -278,19 +260,23 @@ impl Backing {
     }
 
     /// Returns whether `process` fills a mapping of the file, or `None` if it has no memory.
-    fn mapping_in(&self, process: &str, pid: u32) -> Result<Option<FillState>, ProcessMapsError> {
-        let maps = match ProcessMaps::list(process, pid) {
-            Ok(maps) => maps,
-            Err(ProcessMapsError::Gone { .. }) => return Ok(None),
+    fn mapping_in(&self, process: &str, pid: u32) -> Result<Option<FillState>, MappingsError> {
+        let regions = match ProcessRegion::list(process, pid) {
+            Ok(regions) => regions,
+            Err(MappingsError::Gone { .. }) => return Ok(None),
             Err(other) => return Err(other),
         };
         // smaps takes the kernel far longer to list.
-        if !maps.regions().iter().any(|region| self.is_behind(region)) {
+        if !regions.iter().any(|region| self.is_behind(region)) {
             return Ok(Some(FillState::NotFilled));
         }
+        let is_filled = |mapping: &FlaggedRegion| {
+            mapping.flags.is_some_and(|flags| flags.filled_on_fault)
+                && self.is_behind(&mapping.region)
+        };
         let filled = FlaggedRegion::list(process, pid)?
             .into_iter()
-            .find(|mapping| mapping.flags.filled_on_fault && self.is_behind(&mapping.region));
+            .find(is_filled);
         Ok(Some(filled.map_or(FillState::NotFilled, |mapping| {
             FillState::Filled(Box::new(mapping.region))
         })))
@@ -300,7 +286,7 @@ impl Backing {
         &self,
         process: &str,
         pid: u32,
-    ) -> Result<Option<FillState>, ProcessMapsError> {
+    ) -> Result<Option<FillState>, MappingsError> {
         let Ok(threads) = fs::read_dir(format!("{process}/task")) else {
             return Ok(None);
         };

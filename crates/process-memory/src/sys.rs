@@ -1,0 +1,4 @@
+//! System calls about other processes.
+
+pub(crate) mod mapped_file;
+pub(crate) mod ptrace;

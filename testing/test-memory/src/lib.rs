@@ -1,0 +1,24 @@
+//! Memory for tests: mappings of every kind, swap, registrations with a userfaultfd, and copies of
+//! the test program.
+
+#![allow(unsafe_code)]
+#![allow(
+    clippy::missing_panics_doc,
+    reason = "a preparation that fails is a failed test"
+)]
+
+mod mapping;
+#[cfg(target_os = "linux")]
+mod program;
+#[cfg(target_os = "linux")]
+mod swap;
+#[cfg(target_os = "linux")]
+mod uffd;
+
+pub use mapping::{Mapping, PAGE, pattern};
+#[cfg(target_os = "linux")]
+pub use program::{Program, world_executable};
+#[cfg(target_os = "linux")]
+pub use swap::{Swap, stay_on_this_processor};
+#[cfg(target_os = "linux")]
+pub use uffd::{Registered, register_minor, register_missing};
