@@ -9,7 +9,7 @@ pub(super) const LEFT_OUT: [(&str, &str); 5] = [
         "they are about what system calls say and who else is there: its library's, groups, recycling and replacing are run",
     ),
     (
-        "page-reader's tests of other processes",
+        "page-reader's tests of populated pages, and process-memory",
         "a sanitizer adds to the memory and the threads that they look into",
     ),
     (
