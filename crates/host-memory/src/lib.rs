@@ -33,8 +33,8 @@
 //! # How it works
 //!
 //! Two accesses race if neither happens before the other and one of them is a store. Such a race is
-//! undefined unless both are atomic. vCPUs and devices use machine stores, which are atomic for each
-//! aligned word. This crate loads each aligned word once, by a relaxed atomic load.
+//! undefined unless both are atomic. vCPUs and devices use machine stores, which are atomic for
+//! each aligned word. This crate loads each aligned word once, by a relaxed atomic load.
 //!
 //! # Limitations
 //!

@@ -22,8 +22,8 @@ use crate::reader::PageReader;
 /// to the file. Use [`MappedMemory`](crate::MappedMemory) or `ProcessMemory` for such a guest.
 ///
 /// Shared memory that a process still fills by userfaultfd reads as zeros where pages are missing.
-/// On Linux, `check_lazy_fill` of the crate `process-memory` finds such a process; call it before and
-/// after the copy.
+/// On Linux, `check_lazy_fill` of the crate `process-memory` finds such a process; call it before
+/// and after the copy.
 ///
 /// # Examples
 /// The high region of a guest whose `memory-backend-file` has the low RAM first:

@@ -165,7 +165,8 @@ pub fn check_lazy_fill_of_memory(
     Ok(unexamined)
 }
 
-/// Checks that no process fills the file behind the mapping `region` page by page as it is accessed.
+/// Checks that no process fills the file behind the mapping `region` page by page as it is
+/// accessed.
 ///
 /// A mapping without a file passes. See [`check_lazy_fill`] for the limits of the check, and why to
 /// call it before and after a copy. A process that cannot be examined is returned if it runs as the

@@ -1,4 +1,5 @@
-//! Reads the memory of another process on Linux: the RAM of a guest in a VMM that does not cooperate.
+//! Reads the memory of another process on Linux: the RAM of a guest in a VMM that does not
+//! cooperate.
 //!
 //! A VMM without a snapshot command still has the guest's RAM mapped. This crate finds it among the
 //! mappings of the process ([`ProcessMaps`]), stops the process ([`StoppedProcess`]), and reads the
@@ -27,8 +28,8 @@
 //!
 //! # How it works
 //!
-//! - Mappings are those of `/proc/<pid>/maps`. Adjacent lines with consecutive parts of one file are
-//!   joined.
+//! - Mappings are those of `/proc/<pid>/maps`. Adjacent lines with consecutive parts of one file
+//!   are joined.
 //! - Memory is read with `pread` of `/proc/<pid>/mem`. The file is opened once and stays bound to
 //!   that process even if its id is reused.
 //! - The process is stopped by `PTRACE_SEIZE` and `PTRACE_INTERRUPT` of every thread, from a
@@ -41,8 +42,8 @@
 //!
 //! - This process must be permitted to trace the other one: the same user and no Yama restriction,
 //!   or `CAP_SYS_PTRACE`.
-//! - Stopping a process does not stop other writers of its memory: a process that shares it, requests
-//!   in the kernel, devices.
+//! - Stopping a process does not stop other writers of its memory: a process that shares it,
+//!   requests in the kernel, devices.
 //!
 //! Linux only; on other systems the crate is empty. There are no cargo features.
 

@@ -81,8 +81,8 @@ impl ProcessMaps {
 
     /// Returns all regions, ascending by address.
     ///
-    /// A region is a line of `/proc/<pid>/maps`, or several adjacent lines with consecutive parts of
-    /// one file: the kernel splits a mapping when a part of it is treated differently. Anonymous
+    /// A region is a line of `/proc/<pid>/maps`, or several adjacent lines with consecutive parts
+    /// of one file: the kernel splits a mapping when a part of it is treated differently. Anonymous
     /// memory is not joined.
     #[must_use]
     pub fn regions(&self) -> &[ProcessRegion] {

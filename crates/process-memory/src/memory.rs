@@ -32,8 +32,8 @@ use page_reader::{
 /// does not return zeros.
 ///
 /// Shared memory that a *third* process fills on first touch reads as zeros where it is not filled
-/// yet. [`check_lazy_fill_of_region`](crate::check_lazy_fill_of_region) finds such a process; call it
-/// for each region, before and after the copy.
+/// yet. [`check_lazy_fill_of_region`](crate::check_lazy_fill_of_region) finds such a process; call
+/// it for each region, before and after the copy.
 ///
 /// # Examples
 /// A region of the guest, here of this process. Its address comes from the VMM or from

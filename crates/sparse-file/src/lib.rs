@@ -25,10 +25,10 @@
 //!
 //! # Write the pages that changed
 //!
-//! [`write_runs`] reads the bytes of each run from a [`RunSource`] and writes them at their offsets.
-//! If a source provides the [`HostMemory`] that holds its bytes, the kernel reads it directly: without
-//! a copy, and without a Rust reference, so that vCPUs may write to it concurrently. [`grow`] sets
-//! the length of the file, including trailing clean pages.
+//! [`write_runs`] reads the bytes of each run from a [`RunSource`] and writes them at their
+//! offsets. If a source provides the [`HostMemory`] that holds its bytes, the kernel reads it
+//! directly: without a copy, and without a Rust reference, so that vCPUs may write to it
+//! concurrently. [`grow`] sets the length of the file, including trailing clean pages.
 //!
 //! ```
 //! use sparse_file::{RunSource, WriteError, WriteOptions, grow, write_runs};

@@ -40,7 +40,8 @@ fn parse(mut list: impl BufRead, has_flags: bool) -> Result<Vec<FlaggedRegion>, 
             break;
         }
         let line = bytes.strip_suffix(b"\n").unwrap_or(&bytes);
-        // The first line of a mapping starts with a digit, the following ones with a capital letter.
+        // The first line of a mapping starts with a digit, the following ones with a capital
+        // letter.
         if has_flags && line.first().is_some_and(u8::is_ascii_uppercase) {
             if let Some(words) = line.strip_prefix(b"VmFlags:")
                 && let Some(mapping) = mappings.last_mut()

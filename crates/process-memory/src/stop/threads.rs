@@ -11,7 +11,8 @@ use nix::errno::Errno;
 use nix::libc;
 use nix::unistd::Pid;
 
-use super::{ProcessStopError, TRIES, Unresponsive};
+use super::TRIES;
+use super::error::{ProcessStopError, Unresponsive};
 use crate::proc_error::is_not_found;
 use crate::sys::ptrace;
 
