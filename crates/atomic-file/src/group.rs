@@ -171,7 +171,17 @@ impl AtomicGroup {
         let dir = Arc::clone(&first.dest.dir);
         let durability = self.members.iter().map(|member| member.durability).max();
         let durability = durability.unwrap_or_default();
-        let id = new_id();
+        let id = match new_id() {
+            Ok(id) => id,
+            Err(source) => {
+                return Err(GroupCommitError::NothingReplaced {
+                    step: CommitStep::Record,
+                    path: dir.path().to_owned(),
+                    source,
+                    leftovers: discard_all(self.members),
+                });
+            }
+        };
         Commit {
             id,
             record: dir.path_of(&record_name(id)),

@@ -71,6 +71,7 @@
 //! openat(3, "."), getdents64              no interrupted group commit, and
 //!                                         no orphaned staged file of "vm.mem"
 //! newfstatat(3, ".atomic-file-2670fefa.spare")  ENOENT: no recycled file
+//! getrandom(…, 8)                        the ID in the name of the staged file
 //! openat(3, ".atomic-file-2670fefa-ebd32fc78d6c5729.stage",
 //!        O_RDWR|O_CREAT|O_EXCL|O_NOFOLLOW|O_CLOEXEC, 0600) = 4
 //! flock(4, LOCK_EX|LOCK_NB)               marks the staged file as in use

@@ -1,7 +1,7 @@
 //! The names of this crate's files in a directory.
 
 use std::ffi::{OsStr, OsString};
-use std::hash::{BuildHasher as _, Hasher as _, RandomState};
+use std::io;
 use std::os::unix::ffi::OsStrExt as _;
 
 pub(crate) const PREFIX: &str = ".atomic-file-";
@@ -26,8 +26,21 @@ pub(crate) enum NameKind {
 }
 
 /// Returns a random ID, which other processes cannot predict.
-pub(crate) fn new_id() -> u64 {
-    RandomState::new().build_hasher().finish()
+///
+/// There is no fallback to a clock or a counter: another user could predict such an ID and occupy
+/// its name. `std`'s `RandomState` is not used, because it panics if the system call fails.
+///
+/// # Errors
+/// Fails if the system returns no random numbers.
+pub(crate) fn new_id() -> io::Result<u64> {
+    let mut id = [0; size_of::<u64>()];
+    getrandom::fill(&mut id).map_err(|error| {
+        io::Error::other(format!(
+            "the system returned no random number for the name of a new file ({error}): permit \
+             getrandom(2), or make /dev/urandom readable"
+        ))
+    })?;
+    Ok(u64::from_ne_bytes(id))
 }
 
 /// Returns whether `text` is an ID of [`new_id`] in hexadecimal digits.

@@ -34,7 +34,7 @@ pub(crate) fn preflight(
     } else {
         NameKind::Unlocked
     };
-    let name = protocol_name(dest_name, new_id(), kind);
+    let name = protocol_name(dest_name, new_id().map_err(PreflightError::Io)?, kind);
     let published = probe.publish(dest, &name, no_clobber);
     let second_name = published.map_err(|error| PreflightError::Io(error.of_rename()))?;
     probe.moved_to(dest, name);

@@ -1,6 +1,6 @@
 //! The group records in a directory: which are trusted, and which staged files they protect.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::io::{self, Read as _, Seek as _};
@@ -43,22 +43,24 @@ pub(crate) fn no_trusted_record(dir: &Directory) -> io::Result<bool> {
 /// A foreign record protects the files of its own user only: otherwise any user could block all
 /// sweeps. A record of root protects all: when owners are preserved, root's staged files change
 /// their owner before they are renamed, and only root can write such a record.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Protects {
     All,
     FilesOf(u32),
 }
 
 /// The staged files that the published records of a directory name. Each record is read once.
+///
+/// The sets are ordered: hashed ones need random numbers, and panic if the system returns none.
 #[derive(Debug, Default)]
 pub(crate) struct Records {
-    seen: HashSet<OsString>,
-    named: HashSet<(OsString, Protects)>,
+    seen: BTreeSet<OsString>,
+    named: BTreeSet<(OsString, Protects)>,
     /// Protection by records that may name any file: damaged records, and records that were not
     /// read.
-    unknown: HashSet<Protects>,
+    unknown: BTreeSet<Protects>,
     /// Bytes read so far of the records of each other user.
-    read: HashMap<u32, u64>,
+    read: BTreeMap<u32, u64>,
 }
 
 impl Records {

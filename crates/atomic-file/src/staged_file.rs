@@ -75,7 +75,7 @@ impl StagedFile {
     pub(crate) fn create(dir: &Arc<Directory>, dest: &OsStr) -> io::Result<Self> {
         let mut kind = NameKind::Locked;
         loop {
-            let name = protocol_name(dest, new_id(), kind);
+            let name = protocol_name(dest, new_id()?, kind);
             let file = match dir.create_new(&name) {
                 Ok(file) => file,
                 Err(error) if error.kind() == ErrorKind::AlreadyExists => {
@@ -149,7 +149,7 @@ impl StagedFile {
 
     /// Renames the file within its directory to a new staged name for `dest`.
     pub(crate) fn move_to_staged_name(&mut self, dest: &OsStr) -> io::Result<()> {
-        self.move_to(&protocol_name(dest, new_id(), NameKind::Locked))
+        self.move_to(&protocol_name(dest, new_id()?, NameKind::Locked))
     }
 
     /// Renames the file within its directory to the random name `name`.

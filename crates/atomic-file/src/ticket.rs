@@ -55,7 +55,8 @@ pub(crate) fn acquire_ticket(
             .iter()
             .any(|rival| !is_record_name(rival) && *rival < ticket);
         if shown && withdraws {
-            let name = protocol_name(OsStr::new(""), new_id(), NameKind::Locked);
+            let id = new_id().map_err(of_record)?;
+            let name = protocol_name(OsStr::new(""), id, NameKind::Locked);
             let withdraw = record.rename_to(name);
             withdraw.map_err(|error| of_record(error.of_rename()))?;
             shown = false;

@@ -139,6 +139,34 @@ fn a_recycled_file_is_used_only_if_it_equals_a_new_one(
     assert_eq!(report, Some(recycles.to_string()));
 }
 
+/// A staged file without a random name could be occupied by another user.
+#[rstest]
+#[case::not_ready("EAGAIN")]
+#[case::failed("EIO")]
+fn without_random_numbers_open_fails(#[case] errno: &str) {
+    if !Need::Strace.met("without_random_numbers_open_fails") {
+        return;
+    }
+    let calls = calls_of("replace", &one_old_file);
+    let Some((_, number)) = calls.iter().rfind(|(call, _)| call == "getrandom") else {
+        return test_machine::not_run(
+            "without_random_numbers_open_fails",
+            "random numbers come without a system call",
+        );
+    };
+    let scratch = tempfile::tempdir().unwrap();
+    one_old_file(scratch.path());
+    let log = tempfile::NamedTempFile::new().unwrap();
+    let fault = format!("inject=getrandom:error={errno}:when={number}+");
+    let report = strace("replace", scratch.path(), log.path(), &[fault]).unwrap();
+    assert!(
+        report.starts_with("not opened") && report.contains("no random number"),
+        "{report}"
+    );
+    assert_eq!(text(scratch.path()), "old");
+    assert_only_dest(scratch.path(), "no random number");
+}
+
 #[test]
 fn a_group_without_locks_is_refused() {
     if !Need::Strace.met("a_group_without_locks_is_refused") {

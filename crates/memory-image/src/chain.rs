@@ -3,7 +3,7 @@
 mod extents;
 pub(crate) mod segments;
 
-use std::collections::HashSet;
+use std::collections::BTreeSet;
 use std::io;
 use std::ops::Range;
 use std::path::Path;
@@ -70,9 +70,9 @@ pub struct Chain {
 /// Identities of a chain's images, to which a new image is compared.
 #[derive(Debug, Default)]
 pub(crate) struct Members {
-    ids: HashSet<ImageId>,
+    ids: BTreeSet<ImageId>,
     /// Pairs of device and inode.
-    files: HashSet<(u64, u64)>,
+    files: BTreeSet<(u64, u64)>,
     /// The oldest layer that has a footer.
     sealed: Option<usize>,
 }

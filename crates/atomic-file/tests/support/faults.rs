@@ -15,7 +15,7 @@ pub(crate) const FILES: [&str; 3] = ["memory", "vcpu", "devices"];
 
 pub(crate) const CALLS: &str = "trace=?open,openat,?fstat,?newfstatat,?fstatat64,?statx,flock,\
     fchmod,fsync,fdatasync,?rename,renameat,renameat2,linkat,?unlink,unlinkat,write,pwrite64,read,getdents64,\
-    ?fstatfs,?statfs,?lseek,close,fcntl,flistxattr,ftruncate";
+    ?fstatfs,?statfs,?lseek,close,fcntl,flistxattr,ftruncate,getrandom";
 
 pub(crate) fn strace(job: &str, dir: &Path, log: &Path, tampering: &[String]) -> Option<String> {
     let log = log.to_str().expect("a plain path");

@@ -237,6 +237,7 @@ pub(crate) fn traced(dir: &Path, job: impl FnOnce() -> String) {
         nix::sys::stat::stat("/dev/null").expect("stat");
         (&null).write_all(b"x").expect("write");
         let _ = (&null).read(&mut [0]).expect("read");
+        getrandom::fill(&mut [0]).expect("getrandom");
     }
     let open = open_descriptors();
     mark("mark-begin");

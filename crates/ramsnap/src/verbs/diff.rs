@@ -1,6 +1,6 @@
 //! `ramsnap diff`: the changes between two states.
 
-use std::collections::HashSet;
+use std::collections::BTreeSet;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
@@ -339,7 +339,7 @@ impl New {
             Self::Ram(_) => None,
             Self::Images(chain) => Some(chain),
         };
-        let known: HashSet<&Path> = old.paths().collect();
+        let known: BTreeSet<&Path> = old.paths().collect();
         let new = new.into_iter().flat_map(Chain::images);
         let beside = new.filter(move |image| !known.contains(image.path()));
         old.images().chain(beside)
