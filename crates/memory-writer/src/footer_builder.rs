@@ -16,6 +16,9 @@ use sparse_file::{SpaceError, grow};
 use crate::layout::{Parent, Seal};
 use crate::placement::{Extent, ExtentMap};
 
+/// The maximum length of a footer. The tests of this crate can reach theirs.
+const MAX_LEN: u64 = if cfg!(test) { 24 * 1000 } else { MAX_FOOTER };
+
 /// Reasons why the footer cannot be written.
 pub(crate) enum SealError {
     /// The system provided no random numbers.
@@ -159,7 +162,7 @@ impl FooterBuilder {
     /// Returns the maximum number of extents that the footer has room for. A full image has runs of
     /// zeros between them.
     pub(crate) fn max_extents(&self) -> usize {
-        let most = MAX_FOOTER / 24;
+        let most = MAX_LEN / 24;
         let first = self.map.extents().is_empty();
         // Less than 2^26.
         (if first && self.is_full() {
@@ -171,9 +174,7 @@ impl FooterBuilder {
 
     /// Returns the error for more runs than the footer has room for.
     pub(crate) fn too_many_runs(&self) -> FooterError {
-        FooterError::TooLarge {
-            len: MAX_FOOTER + 24,
-        }
+        FooterError::TooLarge { len: MAX_LEN + 24 }
     }
 
     /// Writes the footer after the pages.

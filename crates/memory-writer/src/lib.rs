@@ -108,6 +108,8 @@
 
 mod error;
 mod footer_builder;
+#[cfg(test)]
+mod footer_limit;
 mod layout;
 mod nonzero_runs;
 mod options;

@@ -1,0 +1,61 @@
+//! Tests of the limit of runs in the footer, which is lower here than in programs.
+
+use std::{fs, io};
+
+use image_format::FooterError;
+use page_reader::PageReader;
+use rstest::rstest;
+
+use crate::error::SnapshotError;
+use crate::layout::{Layout, Seal};
+use crate::writer::MemoryWriter;
+
+const PAGE: u64 = 512;
+
+/// RAM in which every other page has data.
+struct EveryOtherPage;
+
+impl PageReader for EveryOtherPage {
+    fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
+        for (at, byte) in (offset..).zip(buf) {
+            *byte = u8::from(at / PAGE % 2 == 0);
+        }
+        Ok(())
+    }
+}
+
+/// A full image has a run of zeros after each of data, so a footer of 1000 runs has 500 of data.
+#[rstest]
+fn full_dump_over_the_limit_of_runs_is_refused(
+    #[values(Layout::Sealed(Seal::new()), Layout::Packed(Seal::new()))] layout: Layout,
+    #[values((500, true), (501, false))] (runs, fits): (u64, bool),
+) {
+    let dir = tempfile::tempdir().unwrap();
+    let dest = dir.path().join("dest");
+    fs::write(&dest, "old").unwrap();
+    let options = MemoryWriter::options().layout(layout).skip_zeros(true);
+    let mut writer = options.open(&dest, runs * 2 * PAGE, PAGE).unwrap();
+    let written = writer.write_full(&EveryOtherPage);
+    if fits {
+        written.unwrap();
+        return writer.commit().unwrap();
+    }
+    let error = written.unwrap_err();
+    assert!(
+        matches!(
+            error,
+            SnapshotError::Seal {
+                source: FooterError::TooLarge { .. },
+                ..
+            }
+        ),
+        "{error:?}"
+    );
+    let error = writer.commit().unwrap_err();
+    assert!(
+        matches!(error, SnapshotError::Incomplete { .. }),
+        "{error:?}"
+    );
+    assert_eq!(fs::read(&dest).unwrap(), b"old");
+    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
+}
