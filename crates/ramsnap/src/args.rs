@@ -42,6 +42,16 @@ impl Layout {
         }
     }
 
+    /// Refuses a raw image at `output` if it is to record `more` than pages.
+    pub fn check_records(self, more: bool, output: &Path) -> Result<(), Failure> {
+        match (self, more) {
+            (Self::Raw, true) => Err(Failure::RawHasNoSeal {
+                path: output.to_owned(),
+            }),
+            (Self::Raw | Self::Sealed | Self::Packed, _) => Ok(()),
+        }
+    }
+
     pub fn with(self, seal: Seal) -> memory_writer::Layout {
         match self {
             Self::Raw => memory_writer::Layout::Raw,

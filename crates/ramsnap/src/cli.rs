@@ -5,7 +5,7 @@ use clap::{Parser, Subcommand};
 use crate::Verdict;
 use crate::session::Session;
 use crate::verbs::{
-    completions, convert, demo, diff, full, info, man, map, merge, restore, sweep, verify,
+    completions, convert, demo, diff, dump, info, man, map, merge, restore, sweep, verify,
 };
 
 /// Snapshots of virtual-machine memory: inspect, check, merge, convert, take and restore them.
@@ -30,7 +30,9 @@ pub enum Verb {
     Info(info::InfoArgs),
     Verify(verify::Verify),
     Map(map::Map),
-    Full(full::Full),
+    // The former name of the verb.
+    #[command(alias = "full")]
+    Dump(dump::Dump),
     Diff(diff::Diff),
     Merge(merge::Merge),
     Convert(convert::Convert),
@@ -42,12 +44,24 @@ pub enum Verb {
 }
 
 impl Verb {
+    /// Returns whether the verb prints to stdout.
+    pub fn prints(&self, quiet: bool) -> bool {
+        match self {
+            Self::Info(_) | Self::Verify(_) | Self::Demo(_) | Self::Completions(_) => true,
+            Self::Map(map) => map.prints_map() || !quiet,
+            Self::Diff(diff) => diff.prints_differences() || !quiet,
+            Self::Convert(convert) => convert.sends() || !quiet,
+            Self::Sweep(sweep) => sweep.json || !quiet,
+            Self::Dump(_) | Self::Merge(_) | Self::Restore(_) | Self::Man(_) => !quiet,
+        }
+    }
+
     pub fn run(&self, session: &Session) -> anyhow::Result<Verdict> {
         match self {
             Self::Info(info) => info.run(),
             Self::Verify(verify) => verify.run(session),
             Self::Map(map) => map.run(session),
-            Self::Full(full) => full.run(session),
+            Self::Dump(dump) => dump.run(session),
             Self::Diff(diff) => diff.run(session),
             Self::Merge(merge) => merge.run(session),
             Self::Convert(convert) => convert.run(session),
@@ -63,7 +77,7 @@ impl Verb {
 const AFTER: &str = "\
 A tour:
   ramsnap demo                                       all of this on a small simulated guest
-  ramsnap full /dev/shm/ram -o full.mem              take a full image of paused RAM
+  ramsnap dump /dev/shm/ram -o full.mem              take a full image of paused RAM
   ramsnap diff full.mem --ram /dev/shm/ram -o d1.mem later: the pages that changed since
   ramsnap info full.mem d1.mem                       what the files are
   ramsnap verify full.mem d1.mem                     whether they are whole and follow each other

@@ -31,6 +31,14 @@ pub enum Failure {
     NoStream,
     #[error("a stream is packed: leave out --layout, or say --layout packed")]
     StreamLayout,
+    #[error(
+        "stdout is closed or cannot be written: redirect it, or add --quiet to a verb that writes a file; nothing was done"
+    )]
+    NoStdout,
+    #[error(
+        "stdin is closed or cannot be read, and `-` reads a stream from it: redirect it; nothing was done"
+    )]
+    NoStdin,
     #[error("the stream would go to the terminal: redirect it to a file or a pipe")]
     StreamToTerminal,
     #[error(
@@ -294,7 +302,9 @@ impl Failure {
             | Self::StreamTooLong { .. }
             | Self::StreamCut { .. }
             | Self::TargetSize { .. } => NEGATIVE,
-            Self::NotRam { .. }
+            Self::NoStdout
+            | Self::NoStdin
+            | Self::NotRam { .. }
             | Self::NoBytes { .. }
             | Self::RamResized { .. }
             | Self::NoRoom { .. }

@@ -9,10 +9,11 @@
 //! plus the number of the first signal, as in a shell. A signal that was ignored when the
 //! process started, as SIGHUP is by `nohup`, stays ignored.
 //!
-//! While existing RAM is [partly restored](Interrupt::overwrite), a second signal does not end the
+//! While existing RAM is [overwritten](Interrupt::overwrite), a second signal does not end the
 //! process either: a guest must not start with half of its RAM, and users press Ctrl-C twice. The
 //! second signal prints that a third one ends the process. The third signal prints what is left,
-//! and the exit code is that of a failure.
+//! and the exit code is that of a failure. What is left is a part of the RAM, or all of it once
+//! [everything is written](Overwriting::written) and only has to reach the disk.
 //!
 //! The thread that handles signals prints nothing else, and prints these messages only if the
 //! terminal accepts them at once. It therefore ends the process even if the terminal takes no
@@ -67,15 +68,56 @@ enum Work {
 #[derive(Debug)]
 struct State {
     work: Work,
-    /// Existing RAM that is partly restored.
-    part: Option<Part>,
+    /// Existing RAM that is being overwritten.
+    ram: Option<OverwrittenRam>,
 }
 
 #[derive(Debug)]
-struct Part {
+struct OverwrittenRam {
     path: PathBuf,
+    written: Written,
     /// Whether a second signal has come.
     warned: bool,
+}
+
+/// How much of the RAM is written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Written {
+    Part,
+    /// All of it, but it may not be on its disk.
+    Whole,
+}
+
+impl OverwrittenRam {
+    /// Returns the message for the second signal.
+    fn warning(&self) -> String {
+        let path = &self.path;
+        match self.written {
+            Written::Part => format!(
+                "{path:?} holds a part of the RAM and is being emptied: one more signal ends ramsnap \
+                 and leaves that part in it"
+            ),
+            Written::Whole => format!(
+                "{path:?} holds all of the RAM, which is being brought to its disk: one more signal \
+                 ends ramsnap before that is done"
+            ),
+        }
+    }
+
+    /// Returns the message for the third signal.
+    fn remains(&self) -> String {
+        let path = &self.path;
+        match self.written {
+            Written::Part => format!(
+                "error: {path:?} holds a part of the RAM, as ramsnap was interrupted while it emptied \
+                 it: start no guest with it, and restore again"
+            ),
+            Written::Whole => format!(
+                "error: {path:?} holds all of the RAM, but ramsnap was interrupted while it brought it \
+                 to its disk: run `sync`, as a power failure may damage it until then, or restore again"
+            ),
+        }
+    }
 }
 
 /// The signal handler, and the state that decides what a signal does.
@@ -93,7 +135,7 @@ impl Interrupt {
         let interrupt = Self {
             state: Arc::new(Mutex::new(State {
                 work: Work::Reading,
-                part: None,
+                ram: None,
             })),
             cancel: CancelToken::new(),
             waiting: Arc::default(),
@@ -123,24 +165,16 @@ impl Interrupt {
             return;
         }
         // The lock is held, so no thread stages a file or finishes restoring RAM in between. A
-        // message is printed only for partly restored RAM: a terminal that takes no output would
+        // message is printed only for overwritten RAM: a terminal that takes no output would
         // block this process, and a process that it has stopped.
-        match &mut state.part {
+        match &mut state.ram {
             None => process::exit(exit_code().into()),
-            Some(part) if !part.warned => {
-                part.warned = true;
-                print::complain_at_once(&format!(
-                    "{:?} holds a part of the RAM and is being emptied: one more signal ends ramsnap \
-                     and leaves that part in it",
-                    part.path
-                ));
+            Some(ram) if !ram.warned => {
+                ram.warned = true;
+                print::complain_at_once(&ram.warning());
             }
-            Some(part) => {
-                print::complain_at_once(&format!(
-                    "error: {:?} holds a part of the RAM, as ramsnap was interrupted while it emptied it: \
-                     start no guest with it, and restore again",
-                    part.path
-                ));
+            Some(ram) => {
+                print::complain_at_once(&ram.remains());
                 process::exit(failure::FAILED.into());
             }
         }
@@ -150,10 +184,11 @@ impl Interrupt {
         locked(&self.state)
     }
 
-    /// Records that the RAM at `path` is partly restored, until the returned value is dropped.
+    /// Records that the RAM at `path` is being overwritten, until the returned value is dropped.
     pub fn overwrite(&self, path: &Path) -> Overwriting {
-        self.locked().part = Some(Part {
+        self.locked().ram = Some(OverwrittenRam {
             path: path.to_owned(),
+            written: Written::Part,
             warned: false,
         });
         Overwriting(self.clone())
@@ -193,13 +228,31 @@ impl Interrupt {
     }
 }
 
-/// Partly restored RAM, until this is dropped. See [`Interrupt::overwrite`].
+/// RAM that is being overwritten, until this is dropped. See [`Interrupt::overwrite`].
 #[derive(Debug)]
 pub struct Overwriting(Interrupt);
 
+impl Overwriting {
+    /// Records that all of the RAM is written, and only has to reach its disk.
+    pub fn written(&self) {
+        self.set(Written::Whole);
+    }
+
+    /// Records that the RAM is being emptied.
+    pub fn emptying(&self) {
+        self.set(Written::Part);
+    }
+
+    fn set(&self, written: Written) {
+        if let Some(ram) = &mut self.0.locked().ram {
+            ram.written = written;
+        }
+    }
+}
+
 impl Drop for Overwriting {
     fn drop(&mut self) {
-        self.0.locked().part = None;
+        self.0.locked().ram = None;
     }
 }
 

@@ -45,10 +45,25 @@ impl Verdict {
     }
 }
 
+fn run() -> anyhow::Result<Verdict> {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(other) => {
+            // The help and the version, or else wrong usage, whose message goes to stderr.
+            if !other.use_stderr() {
+                print::check_stdout()?;
+            }
+            other.exit()
+        }
+    };
+    // Before any work, which would have to be done again for its output.
+    if cli.verb.prints(cli.quiet) {
+        print::check_stdout()?;
+    }
+    cli.verb.run(&Session::begin(cli.quiet)?)
+}
+
 fn main() -> ExitCode {
-    // Exits with status 2 if the usage is wrong.
-    let cli = Cli::parse();
-    let run = || cli.verb.run(&Session::begin(cli.quiet)?);
     match run() {
         Ok(Verdict::Good) => ExitCode::SUCCESS,
         Ok(Verdict::Bad) => failure::NEGATIVE.into(),

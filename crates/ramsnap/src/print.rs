@@ -1,6 +1,7 @@
 //! Text on stdout and stderr.
 
 use std::fmt::Write as _;
+use std::fs::File;
 use std::io::{self, Write};
 #[cfg(target_os = "linux")]
 use std::mem;
@@ -12,8 +13,12 @@ use std::sync::{Mutex, PoisonError};
 
 use anyhow::Context;
 use indicatif::BinaryBytes;
+use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use serde::ser::{Serialize, SerializeStruct, Serializer};
+
+use crate::failure::Failure;
+use crate::sys;
 
 /// Prints a line to stdout. It is not an error if the reader has closed the pipe (`| head`): the
 /// exit code still reports the result.
@@ -21,10 +26,25 @@ pub fn line(text: &str) -> anyhow::Result<()> {
     try_line(text).context("cannot write to stdout")
 }
 
+/// Fails if the process was started with a stdout that is closed, or not open for writing.
+pub fn check_stdout() -> Result<(), Failure> {
+    match sys::stdout_was_open() {
+        true => Ok(()),
+        false => Err(Failure::NoStdout),
+    }
+}
+
+/// Returns stdout without the buffer of std, which hides that a stream is closed.
+pub fn stdout() -> io::Result<File> {
+    match sys::stdout_was_open() {
+        true => Ok(io::stdout().as_fd().try_clone_to_owned()?.into()),
+        false => Err(Errno::EBADF.into()),
+    }
+}
+
 /// Prints a line to stdout, and returns the error of the system.
 pub fn try_line(text: &str) -> io::Result<()> {
-    let mut out = io::stdout().lock();
-    match writeln!(out, "{text}").and_then(|()| out.flush()) {
+    match stdout()?.write_all(format!("{text}\n").as_bytes()) {
         Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
         written => written,
     }

@@ -106,6 +106,9 @@ pub struct Free {
     /// The total size in bytes; 0 if the file system does not report it.
     #[cfg(target_os = "linux")]
     pub of: u64,
+    /// The free bytes, including the blocks that are reserved for root.
+    #[cfg(target_os = "linux")]
+    pub with_reserves: u64,
 }
 
 #[cfg(target_os = "linux")]
@@ -129,6 +132,7 @@ mod sys {
             bytes: found.blocks_available().saturating_mul(block),
             block,
             of: found.blocks().saturating_mul(block),
+            with_reserves: found.blocks_free().saturating_mul(block),
         })
     }
 
@@ -148,6 +152,7 @@ mod sys {
             bytes: found.blocks_free().saturating_mul(block),
             block,
             of: found.blocks().saturating_mul(block),
+            with_reserves: found.blocks_free().saturating_mul(block),
         })
     }
 

@@ -45,7 +45,7 @@ pub fn stage(
     ram_size: u64,
     page_size: u64,
 ) -> anyhow::Result<MemoryWriter> {
-    let options = options.no_clobber(!output.force).preserve(preserve());
+    let options = for_output(options, output);
     let staged = stage_with(session, output, &options)?;
     Ok(options.open_on(staged, ram_size, page_size)?)
 }
@@ -53,9 +53,13 @@ pub fn stage(
 /// Stages a file at the output, for an image whose RAM size is not known yet. Errors of the commit
 /// that can be foreseen are returned here.
 pub fn stage_early(session: &Session, output: &Output) -> anyhow::Result<AtomicWriter> {
-    let options = MemoryWriter::options();
-    let options = options.no_clobber(!output.force).preserve(preserve());
+    let options = for_output(MemoryWriter::options(), output);
     stage_with(session, output, &options)
+}
+
+/// Adds the options that decide which file is replaced, and which of its attributes are kept.
+fn for_output(options: Options, output: &Output) -> Options {
+    options.no_clobber(!output.force).preserve(preserve())
 }
 
 fn stage_with(

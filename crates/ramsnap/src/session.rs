@@ -73,7 +73,7 @@ impl Session {
         self.interrupt.hold();
     }
 
-    /// Records that the RAM at `path` is partly restored, until the returned value is dropped. A
+    /// Records that the RAM at `path` is being overwritten, until the returned value is dropped. A
     /// signal in that time does not end the process before a message says so.
     pub fn overwrite(&self, path: &Path) -> Overwriting {
         self.interrupt.overwrite(path)

@@ -19,6 +19,7 @@ use zstd::stream::{read::Decoder, write::Encoder};
 use crate::failure::Failure;
 use crate::room::Place;
 use crate::session::Session;
+use crate::{print, sys};
 
 /// The path that stands for stdin or stdout.
 pub const STREAM: &str = "-";
@@ -216,8 +217,17 @@ pub fn path_of(file: &File) -> PathBuf {
     format!("/dev/fd/{}", file.as_raw_fd()).into()
 }
 
-/// Refuses a terminal, before anything is read.
+/// Refuses a closed stdin, before a file is staged.
+pub fn check_stdin() -> Result<(), Failure> {
+    match sys::stdin_was_open() {
+        true => Ok(()),
+        false => Err(Failure::NoStdin),
+    }
+}
+
+/// Refuses a closed stdout and a terminal, before anything is read.
 pub fn check_stdout() -> Result<(), Failure> {
+    print::check_stdout()?;
     match io::stdout().is_terminal() {
         true => Err(Failure::StreamToTerminal),
         false => Ok(()),
@@ -263,7 +273,7 @@ pub fn to_stdout(session: &Session, mut image: File, path: &Path) -> anyhow::Res
     let bar = session.bar("sending");
     bar.set_length(len);
     let send = || -> anyhow::Result<()> {
-        let mut stream = Encoder::new(io::stdout().lock(), LEVEL)?;
+        let mut stream = Encoder::new(print::stdout()?, LEVEL)?;
         stream.include_checksum(true)?;
         stream.set_pledged_src_size(Some(len))?;
         let threads = thread::available_parallelism().map_or(1, NonZeroUsize::get);

@@ -1,12 +1,51 @@
-//! Operations that neither std nor nix offers as safe functions: the action of a signal, and writes
-//! through a mapping.
+//! Operations that neither std nor nix offers as safe functions: the action of a signal, the standard
+//! streams as the process got them, and writes through a mapping.
 
 #![allow(unsafe_code)]
 
 use std::mem::MaybeUninit;
 use std::ptr;
+use std::sync::atomic::{AtomicU8, Ordering};
 
 use nix::libc;
+
+/// A bit for each standard stream that this process was started with and that can be used: stdin for
+/// reading, stdout and stderr for writing.
+static USABLE: AtomicU8 = AtomicU8::new(0);
+
+/// Runs [`look_at_streams`] before `main`: the runtime of Rust opens `/dev/null` in the place of a
+/// closed stream, and so hides it.
+// SAFETY: the section lists functions of this type, which the C runtime calls once before `main`. The
+// function needs nothing that is initialized later.
+#[used]
+#[cfg_attr(target_os = "macos", unsafe(link_section = "__DATA,__mod_init_func"))]
+#[cfg_attr(not(target_os = "macos"), unsafe(link_section = ".init_array"))]
+static AT_START: extern "C" fn() = look_at_streams;
+
+extern "C" fn look_at_streams() {
+    let mut usable = 0;
+    for (stream, unusable) in [libc::O_WRONLY, libc::O_RDONLY, libc::O_RDONLY]
+        .into_iter()
+        .enumerate()
+    {
+        // SAFETY: reads the flags of a descriptor, and fails if it is closed.
+        let flags = unsafe { libc::fcntl(stream as libc::c_int, libc::F_GETFL) };
+        if flags != -1 && flags & libc::O_ACCMODE != unusable {
+            usable |= 1 << stream;
+        }
+    }
+    USABLE.store(usable, Ordering::Relaxed);
+}
+
+/// Returns whether stdin was open for reading when the process started.
+pub fn stdin_was_open() -> bool {
+    USABLE.load(Ordering::Relaxed) & 1 << libc::STDIN_FILENO != 0
+}
+
+/// Returns whether stdout was open for writing when the process started.
+pub fn stdout_was_open() -> bool {
+    USABLE.load(Ordering::Relaxed) & 1 << libc::STDOUT_FILENO != 0
+}
 
 /// Returns whether this process was started with `signal` ignored, as `nohup` does, or a shell that
 /// starts a job in the background.

@@ -4,7 +4,7 @@ pub mod completions;
 pub mod convert;
 pub mod demo;
 pub mod diff;
-pub mod full;
+pub mod dump;
 pub mod info;
 pub mod man;
 pub mod map;

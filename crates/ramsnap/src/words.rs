@@ -3,6 +3,8 @@
 //! The errors of the libraries are written for programs. If one names a function or type to use,
 //! ramsnap prints another message, or adds the command to type.
 
+use std::io;
+
 use atomic_file::RecoverError;
 use image_format::FooterError;
 use memory_image::{ImageError, Link};
@@ -114,6 +116,9 @@ pub fn advice(error: &anyhow::Error) -> Option<&'static str> {
         if let Some(SnapshotError::AmbiguousDiff { .. }) = cause.downcast_ref() {
             return Some("add --layout packed or --layout sealed");
         }
+        if is_locked(cause) {
+            return Some(LOCKED);
+        }
         if let Some(SnapshotError::Open(error)) = cause.downcast_ref() {
             return match error {
                 OpenError::DestinationChanged { .. } => Some(AFTER_ANOTHER_WRITER),
@@ -153,5 +158,18 @@ pub fn advice(error: &anyhow::Error) -> Option<&'static str> {
         }
     })
 }
+
+/// Returns whether `cause` is that a process holds a lock on the file to be replaced.
+fn is_locked(cause: &(dyn std::error::Error + 'static)) -> bool {
+    let Some(SnapshotError::Open(_) | SnapshotError::Commit(_)) = cause.downcast_ref() else {
+        return false;
+    };
+    std::iter::successors(cause.source(), |cause| cause.source())
+        .filter_map(|cause| cause.downcast_ref::<io::Error>())
+        .any(|error| error.kind() == io::ErrorKind::WouldBlock)
+}
+
+const LOCKED: &str = "a process holds an flock on this file, which keeps writers from replacing it: wait for its end, or \
+     end it (`lslocks` lists it); `flock FILE ramsnap ...` locks the file against ramsnap itself: lock another file";
 
 const AFTER_ANOTHER_WRITER: &str = "nothing was replaced; look at the file with `ramsnap info`, and run this again if it still applies";

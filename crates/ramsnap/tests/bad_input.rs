@@ -17,25 +17,25 @@ use test_machine::Need;
 #[case::no_place("merge full.mem d1.mem", "--output")]
 #[case::two_places("merge full.mem d1.mem -o out --in-place", "cannot be used with")]
 #[case::no_layout("convert full.mem -o out --layout tar", "possible values")]
-#[case::page_of_no_power("full ram -o out --page-size 5000", "power of two")]
-#[case::no_size("full ram -o out --page-size huge", "give bytes")]
+#[case::page_of_no_power("dump ram -o out --page-size 5000", "power of two")]
+#[case::no_size("dump ram -o out --page-size huge", "give bytes")]
 #[case::no_new_state("diff full.mem -o out", "name the new state")]
-#[case::an_image_is_no_ram("full full.mem -o out", "use `ramsnap convert`")]
-#[case::raw_with_metadata("full ram -o out --layout raw --metadata vcpus", "--layout sealed")]
-#[case::too_much_metadata("full ram -o out --metadata huge", "16 MiB")]
-#[case::regions_of_other_ram("full ram -o out --region-at 0:4MiB", "4194304 bytes")]
-#[case::regions_that_overlap("full ram -o out --region-at 0:4MiB --region-at 4096:4MiB", "apart")]
+#[case::an_image_is_no_ram("dump full.mem -o out", "use `ramsnap convert`")]
+#[case::raw_with_metadata("dump ram -o out --layout raw --metadata vcpus", "--layout sealed")]
+#[case::too_much_metadata("dump ram -o out --metadata huge", "16 MiB")]
+#[case::regions_of_other_ram("dump ram -o out --region-at 0:4MiB", "4194304 bytes")]
+#[case::regions_that_overlap("dump ram -o out --region-at 0:4MiB --region-at 4096:4MiB", "apart")]
 #[case::regions_in_disorder(
-    "full ram -o out --region-at 8388608:4MiB --region-at 0:4MiB",
+    "dump ram -o out --region-at 8388608:4MiB --region-at 0:4MiB",
     "ascending"
 )]
 #[case::stream_not_compressed("convert full.mem -o -", "add --zstd")]
 #[case::no_stream("convert full.mem -o out --zstd", "name `-`")]
 #[case::stream_of_other_layout("convert full.mem -o - --zstd --layout raw", "packed")]
 #[case::picture_of_no_kind("map full.mem -o map.gif", ".svg or .png")]
-#[case::output_is_there("full ram -o d1.mem", "--force")]
+#[case::output_is_there("dump ram -o d1.mem", "--force")]
 #[case::picture_is_there("map full.mem -o there.svg", "--force")]
-#[case::full_onto_the_ram("full ram -o ram --force", "one of the inputs")]
+#[case::dump_onto_the_ram("dump ram -o ram --force", "one of the inputs")]
 #[case::merged_onto_an_input("merge full.mem d1.mem -o full.mem", "--in-place")]
 #[case::merged_onto_the_last("merge full.mem d1.mem -o d1.mem --force", "--in-place")]
 #[case::converted_onto_itself("convert full.mem -o ./full.mem --force", "one of the inputs")]
@@ -63,11 +63,11 @@ fn wrong_usage_is_refused_before_anything_is_written(#[case] command: &str, #[ca
 #[case::diff_first("d1.mem full.mem", &["full.mem", "is a full image"])]
 fn images_that_form_no_chain_are_refused_by_every_verb(#[case] files: &str, #[case] says: &[&str]) {
     let work = Work::with_chain();
-    work.good("full ram -o full2.mem");
+    work.good("dump ram -o full2.mem");
     work.good("diff full2.mem --ram first -o other.mem");
     work.create("small", RAM / 2);
-    work.good("full small -o small.mem");
-    work.good("full first -o moved-full.mem --region-at 0x40000000:8MiB");
+    work.good("dump small -o small.mem");
+    work.good("dump first -o moved-full.mem --region-at 0x40000000:8MiB");
     work.good("diff moved-full.mem --ram ram -o moved.mem");
     work.fails(&format!("merge {files} -o out"), 1, says);
     work.fails(&format!("restore {files} -o out"), 1, says);
@@ -90,21 +90,21 @@ fn images_that_form_no_chain_are_refused_by_every_verb(#[case] files: &str, #[ca
 #[case::maps_of_two_guests("map full.mem raw:small", 1, &["of different guests"])]
 #[case::same_state("diff full.mem full.mem -o out", 1, &["the same one"])]
 #[case::no_file("info none.mem", 3, &["none.mem", "No such file"])]
-#[case::no_directory("full ram -o none/out", 3, &["none", "No such file"])]
-#[case::a_directory("full . -o out", 3, &["not a regular file"])]
+#[case::no_directory("dump ram -o none/out", 3, &["none", "No such file"])]
+#[case::a_directory("dump . -o out", 3, &["not a regular file"])]
 #[case::a_device("info /dev/null", 3, &["/dev/null", "not a regular file"])]
 #[case::empty("info empty", 1, &["empty"])]
-#[case::empty_ram("full empty -o out", 3, &["empty"])]
-#[case::no_whole_pages("full odd -o out", 2, &["whole number of pages"])]
+#[case::empty_ram("dump empty -o out", 3, &["empty"])]
+#[case::no_whole_pages("dump odd -o out", 2, &["whole number of pages"])]
 #[case::no_pages("restore raw:odd -o out", 1, &["odd", "is not a raw image"])]
 #[case::of_unknown_format("restore small -o out", 1, &["small", "neither sealed nor packed", "raw:FILE"])]
 #[case::of_another_format("restore sealed:full.mem -o out", 1, &["full.mem", "is packed"])]
 #[case::a_raw_parent("convert full.raw --raw-diff --parent raw:full.raw -o out --layout sealed", 2, &["full.raw", "no id"])]
 #[case::a_parent_of_another_size("convert small --raw-diff --parent full.mem -o out --layout sealed", 1, &["of different guests"])]
-#[case::metadata_missing("full ram -o out --metadata none", 3, &["metadata", "none"])]
+#[case::metadata_missing("dump ram -o out --metadata none", 3, &["metadata", "none"])]
 fn other_bad_input_is_named(#[case] command: &str, #[case] code: i32, #[case] says: &[&str]) {
     let work = Work::with_chain();
-    work.good("full ram -o full.raw --layout raw");
+    work.good("dump ram -o full.raw --layout raw");
     work.create("small", RAM / 2);
     work.create("empty", 0);
     work.create("odd", RAM + 5);
@@ -115,8 +115,8 @@ fn other_bad_input_is_named(#[case] command: &str, #[case] code: i32, #[case] sa
 #[test]
 fn images_without_checksums_are_refused_with_verify() {
     let work = Work::with_chain();
-    work.good("full ram -o full.raw --layout raw");
-    work.good("full ram -o sealed.mem --layout sealed");
+    work.good("dump ram -o full.raw --layout raw");
+    work.good("dump ram -o sealed.mem --layout sealed");
     fs::write(
         work.path("cut.mem"),
         &work.read("sealed.mem")[..RAM as usize / 2],
@@ -133,7 +133,7 @@ fn an_output_that_is_a_dangling_link_is_explained() {
     let work = Work::with_chain();
     std::os::unix::fs::symlink("away", work.path("link")).unwrap();
     let says = ["link", "away", "with ramsnap: name the file"];
-    work.run("full ram --force -o link").fails(3, &says);
+    work.run("dump ram --force -o link").fails(3, &says);
 }
 
 #[rstest]
@@ -148,7 +148,7 @@ fn an_output_that_is_a_dangling_link_is_explained() {
 #[case::restored_in_place("restore full.mem d1.mem -o second --force")]
 fn damaged_pages_do_not_get_valid_checksums(#[case] command: &str) {
     let work = Work::with_chain();
-    work.good("full ram -o other.mem");
+    work.good("dump ram -o other.mem");
     work.rot("full.mem", 5000);
     work.fails(command, 1, &["full.mem", "damaged", "ramsnap verify"]);
 }
@@ -179,8 +179,8 @@ fn a_place_for_the_output_is_made_before_sums_are_checked(#[case] command: &str)
 
 /// The output is the same name, a hard link, or a symbolic link.
 #[rstest]
-#[case::full("full ram -o OUT --force", "ram")]
-#[case::metadata("full ram -o OUT --force --metadata full.mem", "full.mem")]
+#[case::dump("dump ram -o OUT --force", "ram")]
+#[case::metadata("dump ram -o OUT --force --metadata full.mem", "full.mem")]
 #[case::old("diff full.mem --ram ram -o OUT --force", "full.mem")]
 #[case::new("diff full.mem --ram ram -o OUT --force", "ram")]
 #[case::state("diff full.mem --to first -o OUT --force", "first")]
@@ -213,7 +213,7 @@ fn an_output_that_is_an_input_is_refused(#[case] command: &str, #[case] input: &
 #[rstest]
 #[case::the_layer("restore raw:LAYER -o MERGED --force")]
 #[case::the_overlay("restore raw:MERGED -o LAYER --force")]
-#[case::a_dump("full LAYER -o MERGED --force")]
+#[case::a_dump("dump LAYER -o MERGED --force")]
 #[case::merged("merge LAYER d1.mem -o MERGED --force")]
 fn an_output_that_is_an_input_on_an_overlay_is_refused(
     #[case] command: &str,
@@ -297,7 +297,7 @@ fn ram_that_changes_its_size_meanwhile_is_an_error(#[case] by: i64) {
         return;
     }
     let work = Work::with_ram();
-    let command = work.command("full ram -o out");
+    let command = work.command("dump ram -o out");
     let held = support::held::Held::before(&command, &("pwrite64".to_owned(), 1)).expect("held");
     assert_eq!(work.files().len(), 2, "there is a stage");
     let ram = fs::File::options().write(true).open(work.path("ram"));
@@ -311,8 +311,8 @@ fn ram_that_changes_its_size_meanwhile_is_an_error(#[case] by: i64) {
 
 #[cfg(target_os = "linux")]
 #[rstest]
-#[case::full("full ../ram -o out")]
-#[case::raw("full ../ram -o out --layout raw --keep-zeros")]
+#[case::dump("dump ../ram -o out")]
+#[case::raw("dump ../ram -o out --layout raw --keep-zeros")]
 #[case::merged("merge ../full.mem ../d1.mem -o out")]
 #[case::restored("restore ../full.mem -o out")]
 #[case::received("convert ../sealed.mem -o out --layout packed")]
@@ -380,7 +380,7 @@ fn a_raw_diff_of_zeros_without_room_is_refused_before_it_is_written() {
 #[case::footer(460)]
 fn a_limit_of_the_file_size_is_an_error_and_no_signal(#[case] kib: u64) {
     let work = Work::with_ram();
-    let script = format!("ulimit -f {}; exec {RAMSNAP} full ram -o out", kib * 2);
+    let script = format!("ulimit -f {}; exec {RAMSNAP} dump ram -o out", kib * 2);
     let mut shell = Command::new("sh");
     // POSIX counts in blocks of 512 bytes; so does bash if it is run as sh.
     shell.args(["-c", &script]).current_dir(work.path(""));
@@ -427,7 +427,7 @@ fn without_permission_the_error_names_the_file() {
 #[case::verified("verify full.mem", 0)]
 #[case::damaged("verify rotten.mem", 1)]
 #[case::different("diff full.mem --ram ram", 1)]
-#[case::written("full ram -o out", 0)]
+#[case::written("dump ram -o out", 0)]
 #[case::stream("convert full.mem -o - --zstd", 3)]
 fn a_closed_pipe_causes_no_panic_and_changes_no_answer(#[case] command: &str, #[case] code: i32) {
     let work = Work::with_chain();
@@ -463,9 +463,9 @@ fn a_full_stdout_is_an_error() {
 fn ram_that_is_no_whole_number_of_pages_takes_smaller_ones() {
     let work = Work::empty();
     work.create("ram", RAM + PAGE);
-    work.good("full ram -o full.mem --page-size 4KiB");
+    work.good("dump ram -o full.mem --page-size 4KiB");
     work.fails(
-        "full ram -o out --page-size 8KiB",
+        "dump ram -o out --page-size 8KiB",
         3,
         &["not a multiple of the page size", "smaller page"],
     );

@@ -89,7 +89,7 @@ fn bytes_in_ram_never_change_the_detected_format(
     let ram = fs::File::options().write(true).open(work.path("ram"));
     ram.unwrap().write_all_at(&bytes, at as u64).unwrap();
 
-    work.good(&format!("full ram -o new.mem --layout {layout}"));
+    work.good(&format!("dump ram -o new.mem --layout {layout}"));
     let new = if layout == "raw" {
         "raw:new.mem"
     } else {
@@ -113,7 +113,7 @@ fn bytes_in_ram_never_change_the_detected_format(
 #[test]
 fn formats_may_differ_within_a_chain() {
     let work = Work::with_ram();
-    work.good("full ram -o full.raw --layout raw");
+    work.good("dump ram -o full.raw --layout raw");
     work.change(10, 5);
     work.good("diff raw:full.raw --ram ram -o d1.mem");
     work.good("restore raw:full.raw d1.mem -o out");
@@ -130,7 +130,7 @@ fn formats_may_differ_within_a_chain() {
 #[test]
 fn a_sealed_diff_keeps_its_parent() {
     let work = Work::with_chain();
-    work.good("full first -o other.mem");
+    work.good("dump first -o other.mem");
     for layout in ["sealed", "packed"] {
         work.good(&format!(
             "convert d2.mem -o d.mem --layout {layout} --force"

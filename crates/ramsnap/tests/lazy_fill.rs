@@ -97,7 +97,7 @@ fn a_memfd_that_is_still_filled_is_not_captured() {
     let filling = Other::that("fill");
     let (pid, descriptor) = (filling.pid(), &filling.descriptor);
     let named = format!("in process {pid} (");
-    work.run(&format!("full /proc/{pid}/fd/{descriptor} -o full.mem"))
+    work.run(&format!("dump /proc/{pid}/fd/{descriptor} -o full.mem"))
         .fails(3, &[&named, "still being filled", "wait until"]);
     assert_nothing_at(&work.path("full.mem"));
 }
@@ -114,7 +114,7 @@ fn a_file_that_is_still_filled_is_not_captured() {
     let filling = Other::that(&format!("fill {path}"));
     let named = format!("in process {} (", filling.pid());
     for verb in [
-        format!("full {path} -o new.mem"),
+        format!("dump {path} -o new.mem"),
         format!("diff full.mem d1.mem d2.mem --ram {path} -o new.mem"),
         format!("diff full.mem d1.mem d2.mem --ram {path}"),
     ] {
@@ -122,7 +122,7 @@ fn a_file_that_is_still_filled_is_not_captured() {
         assert_nothing_at(&work.path("new.mem"));
     }
     drop(filling);
-    work.good(&format!("full {path} -o new.mem"));
+    work.good(&format!("dump {path} -o new.mem"));
     work.good(&format!("diff new.mem --ram {path}"));
 }
 
@@ -139,7 +139,7 @@ fn ram_that_another_process_fills_is_not_captured() {
     let path = ram.path().to_str().unwrap();
     let mapped = Other::that(&format!("map {path}"));
     let filling = Other::that(&format!("fill {path}"));
-    let capture = format!("full --pid {} --region {path} -o full.mem", mapped.pid());
+    let capture = format!("dump --pid {} --region {path} -o full.mem", mapped.pid());
     let named = format!("in process {} (", filling.pid());
     work.run(&capture).fails(3, &[&named]);
     assert_nothing_at(&work.path("full.mem"));

@@ -10,7 +10,7 @@ use support::{PAGE, RAM, Work};
 #[test]
 fn one_image_fills_lines_and_distinguishes_present_from_zero() {
     let work = Work::with_ram();
-    work.good("full ram -o full.mem");
+    work.good("dump ram -o full.mem");
     let map = work.good("map full.mem --width 80").out;
     let lines: Vec<_> = map.lines().collect();
     // 2048 pages: 16 lines of 64 cells, two pages a cell.
@@ -79,7 +79,7 @@ fn an_svg_is_well_formed_and_labels_every_image() {
 #[test]
 fn a_png_has_the_colours_of_the_page_states() {
     let work = Work::with_ram();
-    work.good("full ram -o full.mem");
+    work.good("dump ram -o full.mem");
     work.good("map full.mem -o map.png");
     let file = BufReader::new(File::open(work.path("map.png")).unwrap());
     let mut reader = png::Decoder::new(file).read_info().unwrap();

@@ -75,7 +75,7 @@ fn regions(work: &Work, file: &str) -> serde_json::Value {
 
 fn with_regions() -> Work {
     let work = with_raw_diff();
-    work.good(&format!("full first -o two.mem {REGIONS}"));
+    work.good(&format!("dump first -o two.mem {REGIONS}"));
     work
 }
 
@@ -105,7 +105,7 @@ fn regions_are_those_of_any_image_that_is_not_raw(#[case] command: &str) {
 #[case::of_a_parent("convert raw:diff.raw --raw-diff --parent two.mem -o out --layout packed --region-at 0:8MiB", 2, &["--region-at"])]
 fn other_regions_are_refused(#[case] command: &str, #[case] code: i32, #[case] words: &[&str]) {
     let work = with_regions();
-    work.good("full changed -o other.mem");
+    work.good("dump changed -o other.mem");
     work.fails(command, code, words);
 }
 
@@ -113,7 +113,7 @@ fn other_regions_are_refused(#[case] command: &str, #[case] code: i32, #[case] w
 fn metadata_of_an_older_state_is_not_kept_in_silence() {
     let work = with_raw_diff();
     fs::write(work.path("vcpus"), b"state").unwrap();
-    work.good("full first -o with.mem --metadata vcpus");
+    work.good("dump first -o with.mem --metadata vcpus");
     for command in [
         "merge with.mem raw:diff.raw -o out",
         "diff full.mem --to with.mem --to raw:diff.raw -o out --force",

@@ -17,9 +17,7 @@ use test_machine::Need;
 /// Holds a verb at the first write of its output. The images are checked by then, and none of their
 /// pages is written.
 fn writing(work: &Work, command: &str) -> Held {
-    // In existing RAM, the first two writes only test whether it is writable.
-    let number = if command.ends_with("target") { 3 } else { 1 };
-    let write = ("pwrite64".to_owned(), number);
+    let write = ("pwrite64".to_owned(), 1);
     Held::before(&work.command(command), &write).expect("held")
 }
 
@@ -58,6 +56,27 @@ fn a_merge_in_place_does_not_undo_another_writer() {
     // Another merge reads the file that is there now.
     work.good("merge --in-place full.mem d1.mem");
     work.good("verify full.mem d2.mem");
+}
+
+/// Anybody who may read a file may lock it. `flock full.mem ramsnap ...` does so, too.
+#[test]
+fn a_merge_onto_a_locked_file_names_the_lock() {
+    let work = Work::with_chain();
+    let locked = File::open(work.path("full.mem")).unwrap();
+    locked.try_lock().unwrap();
+    let merge = "merge --in-place full.mem d1.mem";
+    let words = [
+        "full.mem",
+        "a process holds an flock",
+        "`flock FILE ramsnap",
+    ];
+    work.fails(merge, 3, &words);
+    let mut flock = Command::new("flock");
+    flock.args(["full.mem", support::RAMSNAP]);
+    flock.args(merge.split(' ')).current_dir(work.path(""));
+    locked.unlock().unwrap();
+    support::Ended::of(&mut flock).fails(3, &words);
+    work.good(merge);
 }
 
 /// A change to an image while it is read.
@@ -107,7 +126,7 @@ fn an_image_that_changes_while_it_is_read_is_an_error(
     }
     let work = Work::with_chain();
     let target = work.create("target", RAM);
-    work.good("full ram -o full.raw --layout raw");
+    work.good("dump ram -o full.raw --layout raw");
     let before = work.files();
     let image = match command.contains("raw:") {
         true => "full.raw",

@@ -78,14 +78,14 @@ fn full_saves_ram_that_a_guest_wrote_through_a_mapping(
     let work = work(&fs);
     let ram = work.create("fuse/ram", RAM);
     let _dirty = DirtyPage::write(&ram, 5 * PAGE, 0x5a);
-    work.good(&format!("full fuse/ram -o full.mem --layout {layout}"));
+    work.good(&format!("dump fuse/ram -o full.mem --layout {layout}"));
     work.good(&format!("restore {layout}:full.mem -o restored"));
     let mut expected = vec![0; RAM as usize];
     expected[5 * PAGE as usize..6 * PAGE as usize].fill(0x5a);
     assert!(work.read("restored") == expected);
     // The page differs from that of the snapshot before.
     work.create("before", RAM);
-    work.good("full before -o before.mem");
+    work.good("dump before -o before.mem");
     let found = work.run("diff before.mem --ram fuse/ram --json").json();
     assert_eq!(found["pages"], 1);
 }
@@ -98,10 +98,10 @@ fn every_verb_reads_raw_images_despite_false_holes(
         return;
     };
     let work = work(&fs);
-    work.good("full ram -o fuse/full.raw --layout raw");
+    work.good("dump ram -o fuse/full.raw --layout raw");
     work.copy("ram", "old");
     work.change(100, 3);
-    work.good("full ram -o new.mem");
+    work.good("dump ram -o new.mem");
     lie(&fs, answers);
 
     work.good("restore raw:fuse/full.raw -o restored");
@@ -135,7 +135,7 @@ fn restore_does_not_take_written_ram_for_empty() {
         return;
     };
     let work = work(&fs);
-    work.good("full ram -o full.mem");
+    work.good("dump ram -o full.mem");
     let target = work.create("fuse/target", RAM);
     target.write_all_at(&noise(9, PAGE), 77 * PAGE).unwrap();
     lie(&fs, Lseek::AllHole);
@@ -155,7 +155,7 @@ fn a_raw_diff_is_not_written_where_it_cannot_be_read() {
         return;
     };
     let work = work(&fs);
-    work.good("full ram -o full.mem");
+    work.good("dump ram -o full.mem");
     work.change(100, 3);
     let says = &["fuse", "could not be read back", "--layout packed"];
     work.run("diff full.mem --ram ram -o fuse/d1.raw --layout raw")
@@ -180,8 +180,8 @@ fn a_raw_diff_is_not_read_by_holes_that_are_not_known_to_be_right() {
         return;
     };
     let work = work(&fs);
-    work.good("full ram -o full.raw --layout raw");
-    work.good("full ram -o full.mem");
+    work.good("dump ram -o full.raw --layout raw");
+    work.good("dump ram -o full.mem");
     work.change(100, 3);
     work.good("diff full.mem --ram ram -o d1.raw --layout raw");
     Command::new("cp")
@@ -217,7 +217,7 @@ fn enxio_from_seek_hole_loses_no_page_of_a_restore() {
         return;
     }
     let work = Work::with_ram();
-    work.good("full ram -o full.raw --layout raw");
+    work.good("dump ram -o full.raw --layout raw");
     // The first call queries the position. Every second call after it looks for a hole.
     for call in [2, 4, 6] {
         let _ = fs::remove_file(work.path("out"));

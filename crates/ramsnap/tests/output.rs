@@ -18,7 +18,7 @@ const ORPHAN: &str = ".atomic-file-00000000-0123456789abcdef.stage";
 
 /// Runs the command with a standard output that is full.
 #[rstest]
-#[case::full("full ram -o out", "out", "out: packed full image")]
+#[case::dump("dump ram -o out", "out", "out: packed full image")]
 #[case::diff("diff full.mem --ram ram -o out", "out", "out: packed diff image")]
 #[case::merged("merge full.mem d1.mem -o out", "out", "out: packed full image")]
 #[case::converted("convert full.mem -o out --layout raw", "out", "out: raw image")]
@@ -190,7 +190,7 @@ fn errors_name_commands_and_options_not_functions() {
     }
     // An invalid number, a page size larger than that of an image, metadata that a raw image would
     // lose.
-    work.fails("full ram -o out --region-at 0x:4KiB", 2, &["give a number"]);
+    work.fails("dump ram -o out --region-at 0x:4KiB", 2, &["give a number"]);
     work.fails(
         "merge full.mem d1.mem -o out --page-size 8KiB",
         1,
@@ -210,7 +210,7 @@ fn raw_outputs_where_no_absolute_path_leads_are_described_and_read() {
     let script = format!(
         "set -e; cd {dir}; name=$(printf 'd%.0s' $(seq 250)); \
          for level in $(seq 20); do mkdir $name; cd -P $name; done; \
-         {ramsnap} full {ram} -o x.raw --layout raw; \
+         {ramsnap} dump {ram} -o x.raw --layout raw; \
          {ramsnap} diff {dir}/full.mem --ram {ram} -o d.raw --layout raw; \
          {ramsnap} restore {dir}/full.mem -o new; \
          {ramsnap} restore {dir}/full.mem raw:d.raw -o again; \

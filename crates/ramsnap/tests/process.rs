@@ -146,7 +146,7 @@ fn ram_is_captured_from_a_process_by_name_address_or_range() {
     .enumerate()
     {
         work.good(&format!(
-            "full --pid {pid} --region {region} -o {number}.mem"
+            "dump --pid {pid} --region {region} -o {number}.mem"
         ));
         work.good(&format!("diff {number}.mem --ram ram"));
     }
@@ -157,7 +157,7 @@ fn ram_is_captured_from_a_process_by_name_address_or_range() {
     assert!(!vmm.is_stopped());
 
     work.good(&format!(
-        "full --pid {pid} --region guest-ram --live -o live.mem"
+        "dump --pid {pid} --region guest-ram --live -o live.mem"
     ));
     work.good("diff live.mem --ram ram");
 }
@@ -180,7 +180,7 @@ fn held_on_terminal(work: &Work, arguments: &str, to: &impl AsFd, call: &str) ->
 
 /// As with Ctrl-S, or a stalled ssh connection.
 #[rstest]
-#[case::full("full")]
+#[case::dump("dump")]
 #[case::diff("diff full.mem d1.mem")]
 fn a_terminal_that_takes_no_output_keeps_no_process_stopped(#[case] verb: &str) {
     let test = "a_terminal_that_takes_no_output_keeps_no_process_stopped";
@@ -216,7 +216,7 @@ fn a_second_signal_ends_a_capture_whose_terminal_is_stopped() {
     let work = Work::with_chain();
     let vmm = Vmm::with(&work, "ram");
     let terminal = openpty(None, None).unwrap();
-    let command = format!("full --pid {} --region guest-ram -o out", vmm.pid());
+    let command = format!("dump --pid {} --region guest-ram -o out", vmm.pid());
     let mut held = held_on_terminal(&work, &command, &terminal.slave, "pwrite64");
     assert!(vmm.is_stopped());
     tcflow(&terminal.slave, FlowArg::TCOOFF).unwrap();
@@ -252,7 +252,7 @@ fn missing_regions_are_named_and_the_process_resumes() {
     let work = Work::with_chain();
     let vmm = Vmm::with(&work, "ram");
     let pid = vmm.pid();
-    let full = format!("full --pid {pid} -o out");
+    let full = format!("dump --pid {pid} -o out");
     work.fails(&full, 2, &["--region", "guest-ram"]);
     work.fails(
         &format!("{full} --region other-ram"),
@@ -270,8 +270,8 @@ fn missing_regions_are_named_and_the_process_resumes() {
         &["0x1000", "nothing mapped"],
     );
     work.fails(&format!("{full} ram"), 2, &["once"]);
-    work.fails("full -o out", 2, &["name the guest's RAM"]);
-    work.fails("full ram --region guest-ram -o out", 2, &["--pid"]);
+    work.fails("dump -o out", 2, &["name the guest's RAM"]);
+    work.fails("dump ram --region guest-ram -o out", 2, &["--pid"]);
     let diff = format!("diff full.mem --ram ram --pid {pid} --region guest-ram -o out");
     work.fails(&diff, 2, &["once"]);
     assert!(!vmm.is_stopped());
@@ -298,7 +298,7 @@ fn without_permission_to_trace_the_error_says_how_to_get_it() {
     assert!(copied.unwrap().success());
     fs::set_permissions(work.path(""), fs::Permissions::from_mode(0o777)).unwrap();
     let mut command = Command::new(work.path("ramsnap"));
-    let full = format!("full --pid {} --region guest-ram -o out", vmm.pid());
+    let full = format!("dump --pid {} --region guest-ram -o out", vmm.pid());
     command.args(full.split(' ')).current_dir(work.path(""));
     Ended::of(command.uid(65534).gid(65534)).fails(3, &["may trace", "CAP_SYS_PTRACE"]);
     assert_eq!(work.files(), ["ram", "ramsnap"]);
@@ -306,7 +306,7 @@ fn without_permission_to_trace_the_error_says_how_to_get_it() {
 
 /// The process to stop may be the writer of the metadata.
 #[rstest]
-#[case::full("full")]
+#[case::dump("dump")]
 #[case::diff("diff full.mem d1.mem")]
 fn the_process_runs_while_metadata_is_waited_for(#[case] verb: &str) {
     if !Need::Ptrace.met("the_process_runs_while_metadata_is_waited_for") {
@@ -343,21 +343,21 @@ fn all_that_can_fail_is_found_before_the_process_is_stopped() {
     }
     let work = Work::with_chain();
     work.create("small", RAM / 2);
-    work.good("full small -o small.mem");
+    work.good("dump small -o small.mem");
     let vmm = Vmm::with(&work, "ram");
     let stopped = StoppedProcess::stop(vmm.pid(), Duration::from_secs(120)).unwrap();
     let ram = format!("--pid {} --region guest-ram", vmm.pid());
-    work.fails(&format!("full {ram} -o none/out"), 3, &["none"]);
-    work.fails(&format!("full {ram} -o out --metadata none"), 3, &["none"]);
-    let regions = format!("full {ram} -o out --region-at 0:4MiB");
+    work.fails(&format!("dump {ram} -o none/out"), 3, &["none"]);
+    work.fails(&format!("dump {ram} -o out --metadata none"), 3, &["none"]);
+    let regions = format!("dump {ram} -o out --region-at 0:4MiB");
     work.fails(&regions, 2, &["4194304"]);
     work.fails(
-        &format!("full {ram} -o out --page-size 3GiB"),
+        &format!("dump {ram} -o out --page-size 3GiB"),
         2,
         &["power"],
     );
     work.fails(
-        &format!("full {ram} -o out --page-size 16MiB"),
+        &format!("dump {ram} -o out --page-size 16MiB"),
         3,
         &["16777216"],
     );
@@ -372,9 +372,9 @@ fn all_that_can_fail_is_found_before_the_process_is_stopped() {
         1,
         &["different guests"],
     );
-    work.fails(&format!("full {ram} -o out"), 3, &["already traced"]);
+    work.fails(&format!("dump {ram} -o out"), 3, &["already traced"]);
     drop(stopped);
-    work.good(&format!("full {ram} -o out"));
+    work.good(&format!("dump {ram} -o out"));
 }
 
 #[test]
@@ -391,7 +391,7 @@ fn a_file_that_the_process_has_as_ram_is_not_the_output() {
         target.to_string_lossy().contains("guest-ram")
     });
     let path = path.unwrap();
-    for verb in ["full", "diff full.mem"] {
+    for verb in ["dump", "diff full.mem"] {
         let command = format!(
             "{verb} --pid {pid} --region guest-ram --force -o {}",
             path.display()
@@ -421,7 +421,7 @@ fn a_file_on_an_overlay_that_the_process_has_as_ram_is_not_the_output() {
     let pid = vmm.pid();
     for path in [&ram, &upper.join("guest-ram")] {
         let command = format!(
-            "full --pid {pid} --region guest-ram --force -o {}",
+            "dump --pid {pid} --region guest-ram --force -o {}",
             path.display()
         );
         work.fails(&command, 2, &["one of the inputs"]);
@@ -445,7 +445,7 @@ fn a_file_on_btrfs_that_the_process_has_as_ram_is_not_the_output() {
     let (pid, address) = (vmm.pid(), vmm.address.clone());
     for region in ["guest-ram", &address] {
         let full = format!(
-            "full --pid {pid} --region {region} --force -o {}",
+            "dump --pid {pid} --region {region} --force -o {}",
             ram.display()
         );
         work.fails(&full, 2, &["one of the inputs"]);
@@ -467,7 +467,7 @@ fn ram_that_is_named_twice_is_refused() {
         ("guest-ram", &**address),
         (&*format!("{address}:1MiB"), &*format!("{address}:4KiB")),
     ] {
-        let full = format!("full --pid {pid} --region {one} --region {other} -o out");
+        let full = format!("dump --pid {pid} --region {one} --region {other} -o out");
         work.fails(&full, 2, &["the same memory", "once"]);
     }
 }
@@ -482,7 +482,7 @@ fn ctrl_z_waits_until_the_process_runs_again() {
     let work = Work::with_chain();
     let vmm = Vmm::with(&work, "ram");
     let command = work.command(&format!(
-        "full --pid {} --region guest-ram -o out",
+        "dump --pid {} --region guest-ram -o out",
         vmm.pid()
     ));
     let held = Held::before(&command, &("pwrite64".to_owned(), 1)).expect("held");
@@ -510,7 +510,7 @@ fn a_signal_ends_the_wait_for_a_process_that_does_not_stop() {
         command.env(HANGS, "1");
     });
     let before = work.files();
-    let full = format!("full --pid {} --region guest-ram -o out", vmm.pid());
+    let full = format!("dump --pid {} --region guest-ram -o out", vmm.pid());
     let mut child = work.command(&full).spawn().unwrap();
     // ramsnap tries to stop the process, which does not stop before the timeout.
     let status = format!("/proc/{}/status", vmm.pid());
@@ -548,7 +548,7 @@ fn capturing_a_process_gives_it_no_memory() {
     for layout in ["raw", "sealed", "packed"] {
         for zeros in ["", " --keep-zeros"] {
             work.good(&format!(
-                "full {ram} --layout {layout}{zeros} --force -o out"
+                "dump {ram} --layout {layout}{zeros} --force -o out"
             ));
             assert_eq!(resident(), before, "{layout}{zeros}");
         }

@@ -5,6 +5,7 @@
 mod support;
 
 use std::fs::File;
+use std::io::{BufRead, BufReader, Read};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
@@ -38,7 +39,7 @@ fn a_guests_memfd_is_captured_and_another_one_restored_in_place() {
     let work = Work::with_chain();
     let (guest, path) = memfd(RAM);
     guest.write_all_at(&work.read("first"), 0).unwrap();
-    work.good(&format!("full {path} -o full2.mem"));
+    work.good(&format!("dump {path} -o full2.mem"));
     guest.write_all_at(&work.read("ram"), 0).unwrap();
     work.good(&format!("diff full2.mem --ram {path} -o d.mem"));
 
@@ -82,7 +83,7 @@ fn ram_of_another_size_stays_as_it_is() {
     assert_eq!(ten, [7; 10]);
 }
 
-/// Writes fail from the fifth on. The first two only test whether the RAM is writable.
+/// Writes fail from the third on. The first only tests whether the RAM is writable.
 #[test]
 fn a_restore_that_fails_in_the_middle_leaves_the_ram_empty() {
     if !Need::Strace.met("a_restore_that_fails_in_the_middle_leaves_the_ram_empty") {
@@ -94,7 +95,7 @@ fn a_restore_that_fails_in_the_middle_leaves_the_ram_empty() {
     let mut strace = Command::new("strace");
     strace
         .args(["-f", "-qq", "-o", "/dev/null", "-e", "trace=pwrite64"])
-        .args(["-e", "inject=pwrite64:error=EIO:when=4+", support::RAMSNAP])
+        .args(["-e", "inject=pwrite64:error=EIO:when=3+", support::RAMSNAP])
         .args(["restore", "full.mem", "--force", "-o", "guest"])
         .current_dir(work.path(""));
     Ended::of(&mut strace).fails(3, &["Input/output error", "was emptied"]);
@@ -211,7 +212,7 @@ fn a_new_file_of_huge_pages_is_refused_before_images_are_read() {
     work.rot("full.mem", 5000);
     let huge = HugeFs::new(None).unwrap();
     let out = huge.path().join("out");
-    for verb in ["restore full.mem", "full ram", "merge full.mem d1.mem"] {
+    for verb in ["restore full.mem", "dump ram", "merge full.mem d1.mem"] {
         let command = format!("{verb} -o {}", out.display());
         work.fails(&command, 3, &["hugetlbfs", "write(2)"]);
     }
@@ -279,7 +280,7 @@ fn ram_is_not_restored_to_files_of_another_user() {
             work.fails(restore, 2, &["link", "another user"]);
         }
         let save = format!(
-            "full {} -o {} --force",
+            "dump {} -o {} --force",
             work.path("full.mem").display(),
             path.display()
         );
@@ -293,23 +294,73 @@ fn ram_is_not_restored_to_files_of_another_user() {
     work.assert_same("roots", "first");
 }
 
+/// A guest is started with the file while the images are checked, and uses its first, last and
+/// other pages.
 #[test]
-fn ram_written_by_another_during_a_restore_is_kept() {
-    if !Need::Strace.met("ram_written_by_another_during_a_restore_is_kept") {
+fn ram_of_a_guest_started_during_the_checks_is_kept() {
+    if !Need::Strace.met("ram_of_a_guest_started_during_the_checks_is_kept") {
         return;
     }
     let work = Work::with_chain();
     let guest = work.create("guest", RAM);
     let restore = "restore full.mem -o guest";
-    let emptying = ("fallocate".to_owned(), 1);
-    let held = support::held::Held::before(&work.command(restore), &emptying).expect("held");
+    // The room is reserved last.
+    let reserving = (ALLOCATING.to_owned(), 1);
+    let held = support::held::Held::before(&work.command(restore), &reserving).expect("held");
     work.fails(restore, 3, &["another restore"]);
-    guest.write_all_at(&[7; 10], 900 * PAGE).unwrap();
+    for page in [0, 900, RAM / PAGE - 1] {
+        guest.write_all_at(&[7; 10], page * PAGE).unwrap();
+    }
     let before = bytes(&guest);
     let (status, error) = held.release();
     assert_eq!(status.code(), Some(2), "{error}");
     assert!(error.contains("not empty"), "{error}");
     assert!(bytes(&guest) == before);
+}
+
+/// The guest begins to write to its RAM after the room for the RAM is reserved.
+#[test]
+fn reserved_room_is_left_to_a_guest_that_was_started() {
+    if !Need::Strace.met("reserved_room_is_left_to_a_guest_that_was_started") {
+        return;
+    }
+    let work = Work::with_chain();
+    let guest = tempfile::NamedTempFile::new_in("/dev/shm").unwrap();
+    let path = guest.path().display().to_string();
+    let guest = guest.as_file();
+    guest.set_len(RAM).unwrap();
+    let chain = memory_image::Chain::open_sealed(&[work.path("full.mem")]).unwrap();
+    let last = (ALLOCATING.to_owned(), chain.stored_runs().count());
+    let command = work.command(&format!("restore full.mem -o {path}"));
+    let held = Held::before(&command, &last).expect("held");
+    guest.write_all_at(&[7; 10], 900 * PAGE).unwrap();
+    let before = bytes(guest);
+    let (status, error) = held.release();
+    assert_eq!(status.code(), Some(2), "{error}");
+    assert!(bytes(guest) == before);
+    assert!(guest.metadata().unwrap().blocks() * 512 > PAGE, "{error}");
+}
+
+/// Any write, and any hole, would set the time of modification.
+#[rstest]
+#[case::empty("restore full.mem -o guest", false, 1)]
+#[case::in_use("restore full.mem -o guest --force", true, 1)]
+#[case::not_forced("restore full.mem -o guest", true, 2)]
+fn a_refused_restore_does_not_write(
+    #[case] restore: &str,
+    #[case] in_use: bool,
+    #[case] code: i32,
+) {
+    let work = Work::with_chain();
+    work.rot("full.mem", 5000);
+    let guest = work.create("guest", RAM);
+    if in_use {
+        guest.write_all_at(&[7; 10], 0).unwrap();
+    }
+    let long_ago = std::time::SystemTime::UNIX_EPOCH + std::time::Duration::from_secs(1_000_000);
+    guest.set_modified(long_ago).unwrap();
+    work.fails(restore, code, &[]);
+    assert_eq!(guest.metadata().unwrap().modified().unwrap(), long_ago);
 }
 
 /// The file is replaced before the last check: the path now leads to another file.
@@ -337,18 +388,17 @@ fn ram_that_is_replaced_during_a_restore_is_an_error() {
     assert!(work.read("guest") == before);
 }
 
-/// The system call that makes holes and reserves room.
-const EMPTYING: &str = "fallocate";
+/// The system call that reserves room and makes holes.
+const ALLOCATING: &str = "fallocate";
 
 /// Returns a restore that is held after it has written a part of the RAM.
 fn half_restored(work: &Work) -> Held {
     let command = work.command("restore full.mem -o guest");
-    // The first two writes only test whether the RAM is writable.
-    Held::before(&command, &("pwrite64".to_owned(), 4)).expect("held")
+    Held::before(&command, &("pwrite64".to_owned(), 2)).expect("held")
 }
 
 #[rstest]
-#[case::full("full guest -o out")]
+#[case::dump("dump guest -o out")]
 #[case::diff("diff full.mem --ram guest -o out")]
 #[case::compared("diff full.mem --ram guest")]
 #[case::raw_image("convert raw:guest -o out")]
@@ -365,6 +415,21 @@ fn ram_that_is_being_restored_is_not_read(#[case] command: &str) {
     assert_eq!(held.release().0.code(), Some(0));
     let code = work.run(command).code;
     assert!(matches!(code, Some(0 | 1)), "{code:?}");
+}
+
+/// The file that [`a_vmm`] maps.
+const MAPPED: &str = "RAMSNAP_TEST_MAPPED";
+
+/// Not a test: runs as another process. Maps a file, and ends when its stdin does.
+#[test]
+fn a_vmm() {
+    let Some(path) = std::env::var_os(MAPPED) else {
+        return;
+    };
+    let file = File::options().read(true).write(true).open(path).unwrap();
+    support::mapped::map(&file, RAM);
+    println!("\nmapped");
+    std::io::stdin().read_to_end(&mut Vec::new()).unwrap();
 }
 
 /// The RAM is read through a mapping of the process. On btrfs, mappings are listed with another
@@ -390,32 +455,30 @@ fn a_process_whose_ram_is_being_restored_is_not_read(#[case] on_btrfs: bool) {
     let guest = File::create_new(&ram).unwrap();
     guest.set_len(RAM).unwrap();
     let guest = File::options().read(true).write(true).open(&ram).unwrap();
-    let mut monitor = Command::new("python3");
-    let script = "import mmap, sys\n\
-        file = open('guest', 'r+b'); ram = mmap.mmap(file.fileno(), 0)\n\
-        print('mapped', flush=True); sys.stdin.read()";
-    monitor
-        .args(["-c", script])
-        .current_dir(work.path(""))
+    let mut vmm = Command::new(std::env::current_exe().unwrap());
+    let mut vmm = vmm
+        .args(["--exact", "a_vmm", "--nocapture"])
+        .env(MAPPED, &ram)
         .stdin(std::process::Stdio::piped())
-        .stdout(std::process::Stdio::piped());
-    let Ok(mut monitor) = monitor.spawn() else {
-        return test_machine::not_run(TEST, "there is no python3");
-    };
-    let mut mapped = [0; 6];
-    std::io::Read::read_exact(monitor.stdout.as_mut().unwrap(), &mut mapped).unwrap();
+        .stdout(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    // Open until the end: the other process prints more.
+    let mut output = BufReader::new(vmm.stdout.take().unwrap());
+    let mut lines = output.by_ref().lines();
+    assert!(lines.any(|line| line.unwrap() == "mapped"));
     let held = half_restored(&work);
     let full = format!(
-        "full --pid {} --live --region {} -o out",
-        monitor.id(),
+        "dump --pid {} --live --region {} -o out",
+        vmm.id(),
         ram.display()
     );
     work.fails(&full, 3, &["ramsnap restore", "wait"]);
     assert_eq!(held.release().0.code(), Some(0));
     assert!(bytes(&guest) == work.read("first"));
     work.good(&full);
-    drop(monitor.stdin.take());
-    monitor.wait().unwrap();
+    drop(vmm.stdin.take());
+    vmm.wait().unwrap();
 }
 
 #[test]
@@ -425,13 +488,13 @@ fn ram_that_is_read_is_not_restored_to() {
     }
     let work = Work::with_chain();
     work.copy("ram", "guest");
-    let command = work.command("full guest -o out");
+    let command = work.command("dump guest -o out");
     let held = Held::before(&command, &("pwrite64".to_owned(), 1)).expect("held");
     let restore = "restore full.mem -o guest --force";
     work.fails(restore, 3, &["reads the RAM", "nothing was written"]);
     work.assert_same("guest", "ram");
     // Several readers are allowed at once.
-    work.good("full guest -o again");
+    work.good("dump guest -o again");
     assert_eq!(held.release().0.code(), Some(0));
     work.good("diff out --ram guest");
     work.good(restore);
@@ -461,7 +524,7 @@ fn ram_that_its_vmm_has_locked_is_read_and_restored(#[case] by_fcntl: bool) {
     } else {
         guest.try_lock().unwrap();
     }
-    work.good("full guest -o out");
+    work.good("dump guest -o out");
     work.good("diff full.mem --ram guest -o d.mem");
     work.good("restore full.mem -o guest --force");
     assert!(bytes(&guest) == work.read("first"));
@@ -474,15 +537,14 @@ fn a_second_signal_does_not_leave_a_part_of_the_ram() {
         return;
     }
     let work = Work::with_chain();
-    // tmpfs reserves the stored pages run by run, after the check that the last page can be
-    // written.
+    // tmpfs reserves the stored pages run by run.
     let guest = tempfile::NamedTempFile::new_in("/dev/shm").unwrap();
     let path = guest.path().display().to_string();
     let guest = guest.as_file();
     guest.set_len(RAM).unwrap();
     let chain = memory_image::Chain::open_sealed(&[work.path("full.mem")]).unwrap();
-    let reserving = 1 + chain.stored_runs().count();
-    for call in [("pwrite64", 4), (EMPTYING, reserving as u64 + 1)] {
+    let reserving = chain.stored_runs().count();
+    for call in [("pwrite64", 3), (ALLOCATING, reserving as u64 + 1)] {
         guest.write_all_at(&[7; 10], 0).unwrap();
         let command = work.command(&format!("restore full.mem -o {path} --force"));
         let call = (call.0.to_owned(), call.1.try_into().unwrap());
@@ -496,6 +558,49 @@ fn a_second_signal_does_not_leave_a_part_of_the_ram() {
         }
         assert!(bytes(guest).iter().all(|byte| *byte == 0));
     }
+}
+
+/// Returns a restore that is held before all of the RAM, which is written, goes to its disk.
+fn before_the_sync(work: &Work) -> Held {
+    let command = work.command("restore full.mem -o guest");
+    Held::before(&command, &("fsync".to_owned(), 1)).expect("held")
+}
+
+#[test]
+fn two_signals_during_the_sync_let_it_end() {
+    if !Need::Strace.met("two_signals_during_the_sync_let_it_end") {
+        return;
+    }
+    let work = Work::with_chain();
+    let guest = work.create("guest", RAM);
+    let mut held = before_the_sync(&work);
+    assert!(!held.signal(Signal::SIGINT));
+    assert!(!held.signal(Signal::SIGINT));
+    let (status, error) = held.release();
+    assert_eq!(status.code(), Some(0), "{error}");
+    assert!(error.contains("all of the RAM") && error.contains("one more signal"));
+    assert!(!error.contains("part of the RAM"), "{error}");
+    assert!(bytes(&guest) == work.read("first"));
+}
+
+#[test]
+fn a_third_signal_during_the_sync_says_that_the_ram_is_whole() {
+    if !Need::Strace.met("a_third_signal_during_the_sync_says_that_the_ram_is_whole") {
+        return;
+    }
+    let work = Work::with_chain();
+    let guest = work.create("guest", RAM);
+    let mut held = before_the_sync(&work);
+    assert!(!held.signal(Signal::SIGINT));
+    assert!(!held.signal(Signal::SIGTERM));
+    assert!(held.signal(Signal::SIGTERM), "the third ends it");
+    let (status, error) = held.release();
+    assert_eq!(status.code(), Some(3), "{error}");
+    for words in ["error: ", "guest", "all of the RAM", "`sync`"] {
+        assert!(error.contains(words), "{error}");
+    }
+    assert!(!error.contains("part of the RAM"), "{error}");
+    assert!(bytes(&guest) == work.read("first"));
 }
 
 #[test]

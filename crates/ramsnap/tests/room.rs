@@ -62,7 +62,7 @@ fn done(command: &mut Command) {
 fn large(work: &Work) {
     let ram = work.create("large", LARGE);
     ram.write_all_at(&noise(1, LARGE), 0).unwrap();
-    work.good("full large -o large.mem");
+    work.good("dump large -o large.mem");
 }
 
 /// A guest's RAM: the first pages are in use.
@@ -241,7 +241,7 @@ fn stored_zeros_are_restored_as_holes() {
     let work = Work::empty();
     let ram = work.create("ram", LARGE);
     ram.write_all_at(&noise(1, 8 * PAGE), 100 * PAGE).unwrap();
-    work.good("full ram -o zeros.mem --keep-zeros");
+    work.good("dump ram -o zeros.mem --keep-zeros");
     work.good("restore zeros.mem -o new");
     work.assert_same("new", "ram");
     let blocks = |path: &Path| path.metadata().unwrap().blocks() * 512;
@@ -263,7 +263,7 @@ fn stored_zeros_are_restored_as_holes() {
     // Data that is not zeros does not fit.
     let noise = work.create("noise", LARGE);
     noise.write_all_at(&support::noise(1, 2 << 20), 0).unwrap();
-    work.good("full noise -o noise.mem --keep-zeros");
+    work.good("dump noise -o noise.mem --keep-zeros");
     let before = bytes(&file);
     for output in ["guest --force", "new"] {
         let restore = format!("restore noise.mem -o {}/{output}", disk.path().display());
@@ -279,7 +279,7 @@ fn zeros_restored_to_huge_pages_take_none() {
     }
     let work = Work::empty();
     work.create("zeros", 8 << 20);
-    work.good("full zeros -o zeros.mem");
+    work.good("dump zeros -o zeros.mem");
     let huge = HugeFs::new(None).unwrap();
     let path = huge.path().join("ram");
     let file = File::create(&path).unwrap();
@@ -298,7 +298,7 @@ fn sealed_huge_pages_are_not_reported_as_too_few() {
     }
     let work = Work::empty();
     work.create("zeros", 8 << 20);
-    work.good("full zeros -o zeros.mem");
+    work.good("dump zeros -o zeros.mem");
     let flags = MFdFlags::MFD_ALLOW_SEALING | MFdFlags::MFD_HUGETLB;
     let file = File::from(memfd_create("ram", flags).unwrap());
     file.set_len(8 << 20).unwrap();

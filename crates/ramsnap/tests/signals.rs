@@ -49,7 +49,7 @@ fn large() -> Work {
         }
     };
     fill(1);
-    work.good("full ram -o full.mem");
+    work.good("dump ram -o full.mem");
     fill(2);
     work.good("diff full.mem --ram ram -o d1.mem");
     work
@@ -121,8 +121,8 @@ fn code_of(signal: Signal) -> Option<i32> {
 }
 
 #[rstest]
-#[case::full("full ram -o out", Signal::SIGINT)]
-#[case::full_by_sigterm("full ram -o out --layout sealed", Signal::SIGTERM)]
+#[case::dump("dump ram -o out", Signal::SIGINT)]
+#[case::dump_by_sigterm("dump ram -o out --layout sealed", Signal::SIGTERM)]
 #[case::diff("diff full.mem --ram ram -o out", Signal::SIGINT)]
 #[case::merge("merge full.mem d1.mem -o out", Signal::SIGINT)]
 #[case::convert("convert full.mem -o out --layout sealed", Signal::SIGTERM)]
@@ -294,13 +294,13 @@ mod at_calls {
     }
 
     #[rstest]
-    #[case::full("full ram -o out", Signal::SIGINT)]
-    #[case::full_by_sigterm("full ram -o out --layout sealed", Signal::SIGTERM)]
+    #[case::dump("dump ram -o out", Signal::SIGINT)]
+    #[case::dump_by_sigterm("dump ram -o out --layout sealed", Signal::SIGTERM)]
     #[case::diff("diff full.mem d1.mem --ram ram -o out", Signal::SIGINT)]
     #[case::merge("merge full.mem d1.mem -o out", Signal::SIGINT)]
     #[case::convert("convert full.mem -o out --layout sealed", Signal::SIGTERM)]
     #[case::restore("restore full.mem d1.mem -o out", Signal::SIGINT)]
-    #[case::hangup("full ram -o out", Signal::SIGHUP)]
+    #[case::hangup("dump ram -o out", Signal::SIGHUP)]
     #[case::quit("merge full.mem d1.mem -o out", Signal::SIGQUIT)]
     #[case::alarm("restore full.mem d1.mem -o out", Signal::SIGALRM)]
     fn a_signal_leaves_all_or_nothing(#[case] command: &str, #[case] with: Signal) {
@@ -437,7 +437,7 @@ mod at_calls {
             let mut command = Command::new("env");
             command
                 .arg(format!("--ignore-signal={}", ignored.as_str()))
-                .args([RAMSNAP, "full", "ram", "-o", "out", "--force"])
+                .args([RAMSNAP, "dump", "ram", "-o", "out", "--force"])
                 .current_dir(work.path(""));
             let write = ("pwrite64".to_owned(), 1);
             let held = Held::before(&command, &write).expect("held");
@@ -458,7 +458,7 @@ mod at_calls {
         }
         let work = Work::with_ram();
         let before = work.files();
-        let command = work.command("full ram -o out");
+        let command = work.command("dump ram -o out");
         let held = Held::before(&command, &("openat".to_owned(), 1)).expect("held");
         held.send(Signal::SIGINT);
         let status = held.release().0;
@@ -473,14 +473,14 @@ mod at_calls {
             return;
         }
         let work = Work::with_ram();
-        let command = work.command("full ram -o out");
+        let command = work.command("dump ram -o out");
         let mut held = Held::before(&command, &("pwrite64".to_owned(), 1)).expect("held");
         assert!(!held.signal(Signal::SIGINT), "it cleans up");
         // The main thread is held still.
         assert!(held.signal(Signal::SIGTERM), "the second signal ends it");
         assert_eq!(held.release().0.code(), Some(130));
         assert_eq!(work.files().len(), 2, "the stage is left");
-        work.good("full ram -o out");
+        work.good("dump ram -o out");
         assert_eq!(work.files(), ["out", "ram"]);
     }
 }

@@ -17,7 +17,7 @@ fn an_image_of_any_layout_arrives_as_it_was_sent(
     #[values("raw", "sealed", "packed")] to: &str,
 ) {
     let work = Work::with_ram();
-    work.good(&format!("full ram -o one --layout {from}"));
+    work.good(&format!("dump ram -o one --layout {from}"));
     let one = if from == "raw" { "raw:one" } else { "one" };
     let other = if to == "raw" { "raw:other" } else { "other" };
     let script = format!(
@@ -108,7 +108,7 @@ fn a_stream_whose_reader_has_gone_is_an_error(#[case] command: &str) {
 }
 
 #[rstest]
-#[case::full("full ram -o out", 0)]
+#[case::dump("dump ram -o out", 0)]
 #[case::info("info full.mem d1.mem", 0)]
 #[case::compare("diff full.mem --ram ram", 1)]
 #[case::completions("completions bash", 0)]
@@ -136,7 +136,7 @@ fn an_image_whose_description_cannot_be_printed_is_in_place() {
         );
         return;
     };
-    let mut command = work.command("full ram -o out");
+    let mut command = work.command("dump ram -o out");
     Ended::of(command.stdout(full)).fails(3, &["in place"]);
     work.good("diff out --ram ram");
 }

@@ -132,7 +132,7 @@ fn a_superseded_file_of_a_group_is_reported() {
 }
 
 #[rstest]
-#[case::full("full ram -o out --force")]
+#[case::dump("dump ram -o out --force")]
 #[case::diff("diff full.mem --ram ram -o out --force")]
 #[case::merge("merge full.mem d1.mem -o out --force")]
 #[case::merge_in_place("merge --in-place out d1.mem")]

@@ -13,7 +13,7 @@ fn a_full_image_and_two_diffs_restore_to_the_ram_in_every_layout(
     #[values("raw", "sealed", "packed")] layout: &str,
 ) {
     let work = Work::with_ram();
-    work.good(&format!("full ram -o full.mem --layout {layout}"));
+    work.good(&format!("dump ram -o full.mem --layout {layout}"));
     work.change(10, 5);
     work.zero(20);
     let format = match layout {
@@ -35,8 +35,8 @@ fn a_full_image_and_two_diffs_restore_to_the_ram_in_every_layout(
 #[test]
 fn a_full_image_omits_zeros_unless_keep_zeros_is_given() {
     let work = Work::with_ram();
-    work.good("full ram -o sparse.mem");
-    work.good("full ram -o dense.mem --keep-zeros");
+    work.good("dump ram -o sparse.mem");
+    work.good("dump ram -o dense.mem --keep-zeros");
     let present = |name| {
         let info = work.good(&format!("info {name} --json")).json();
         info[0]["present"]["bytes"].as_u64().unwrap()
@@ -90,7 +90,7 @@ fn results_keep_regions_and_the_metadata_of_their_state() {
     let work = Work::with_ram();
     fs::write(work.path("vcpus"), "registers").unwrap();
     let regions = "--region-at 0:2MiB --region-at 0x100000000:6MiB";
-    work.good(&format!("full ram -o full.mem --metadata vcpus {regions}"));
+    work.good(&format!("dump ram -o full.mem --metadata vcpus {regions}"));
     work.good("convert full.mem -o sealed.mem --layout sealed");
     work.change(3, 1);
     work.good("diff sealed.mem --ram ram -o d1.mem");
@@ -151,7 +151,7 @@ fn verify_finds_damage_outside_of_pages(
     #[case] says: &str,
 ) {
     let work = Work::with_ram();
-    work.good(&format!("full ram -o full.mem --layout {layout}"));
+    work.good(&format!("dump ram -o full.mem --layout {layout}"));
     let at = at.min(work.read("full.mem").len() - 100);
     work.rot("full.mem", at);
     let found = work.run("verify full.mem");
@@ -194,7 +194,7 @@ fn diffs_alone_become_one_diff() {
 #[test]
 fn raw_chains_merge_if_holes_are_reliable_or_trusted() {
     let work = Work::with_ram();
-    work.good("full ram -o full.raw --layout raw");
+    work.good("dump ram -o full.raw --layout raw");
     work.change(10, 5);
     work.good("diff raw:full.raw --ram ram -o d1.raw --layout raw");
     work.change(1500, 1);
@@ -222,7 +222,7 @@ fn an_image_is_the_same_in_every_layout(
     #[values("raw", "sealed", "packed")] to: &str,
 ) {
     let work = Work::with_ram();
-    work.good(&format!("full ram -o one --layout {from}"));
+    work.good(&format!("dump ram -o one --layout {from}"));
     let prefix = |layout| if layout == "raw" { "raw:" } else { "" };
     let (one, other) = (prefix(from), prefix(to));
     work.good(&format!("convert {one}one -o other --layout {to}"));
@@ -259,7 +259,7 @@ fn pages_become_larger_or_smaller_and_those_of_a_diff_only_smaller() {
 #[test]
 fn a_raw_diff_is_sealed_onto_its_parent() {
     let work = Work::with_ram();
-    work.good("full ram -o full.raw --layout raw");
+    work.good("dump ram -o full.raw --layout raw");
     work.change(10, 5);
     work.good("diff raw:full.raw --ram ram -o d1.raw --layout raw");
     work.good("convert raw:full.raw -o full.mem --layout sealed");
@@ -303,9 +303,20 @@ fn without_an_output_a_diff_says_what_differs() {
 }
 
 #[test]
+fn the_former_name_of_dump_works_and_is_hidden() {
+    let work = Work::with_ram();
+    work.good("full ram -o full.mem");
+    work.good("diff full.mem --ram ram");
+    let help = work.good("--help").out;
+    let is_verb = |name: &str| help.lines().any(|line| line.trim_start().starts_with(name));
+    assert!(is_verb("dump ") && !is_verb("full "), "{help}");
+    assert!(!help.contains("alias"), "{help}");
+}
+
+#[test]
 fn quiet_verbs_print_nothing() {
     let work = Work::with_ram();
-    let quiet = work.good("-q full ram -o full.mem");
+    let quiet = work.good("-q dump ram -o full.mem");
     assert_eq!((quiet.out.as_str(), quiet.err.as_str()), ("", ""));
     // Requested output is printed nevertheless.
     assert!(
@@ -336,7 +347,7 @@ fn manual_pages_and_completions_know_every_verb() {
     let pages = support::list(&work.path("pages/man1"));
     let completions = work.good("completions bash").out;
     for verb in [
-        "info", "verify", "map", "full", "diff", "merge", "convert", "restore", "sweep", "demo",
+        "info", "verify", "map", "dump", "diff", "merge", "convert", "restore", "sweep", "demo",
     ] {
         assert!(pages.contains(&format!("ramsnap-{verb}.1")), "{pages:?}");
         assert!(completions.contains(verb));

@@ -181,7 +181,7 @@ impl Snapshots<'_> {
                 .file(&format!("{}.{}", name(snapshot), tool.layout));
             let start = Instant::now();
             if files.is_empty() {
-                tool.full(&ram, &out)?;
+                tool.dump(&ram, &out)?;
             } else {
                 tool.diff(&paths(files), &ram, &out)?;
             }

@@ -98,6 +98,11 @@ impl Convert {
         self.pack_and_send(session, &chain, extras, check)
     }
 
+    /// Returns whether the result is sent to stdout.
+    pub fn sends(&self) -> bool {
+        is_stream(&self.output.path)
+    }
+
     /// Makes all checks that do not need the stream before its first byte is read, and all checks
     /// that need only its first page before the rest is read.
     fn receive(&self, session: &Session, extras: ReadExtras) -> anyhow::Result<Verdict> {
@@ -195,8 +200,11 @@ impl Convert {
         }
         let format = self.input.format(self.formats.format);
         let is_packed = matches!(format, Format::Auto | Format::Packed) && !self.raw_diff;
-        if streams[0] && !is_packed {
-            return Err(Failure::StreamFormat);
+        if streams[0] {
+            stream::check_stdin()?;
+            if !is_packed {
+                return Err(Failure::StreamFormat);
+            }
         }
         if streams[1] {
             if self.layout.is_some_and(|layout| layout != Layout::Packed) {
@@ -205,14 +213,19 @@ impl Convert {
             stream::check_stdout()?;
             return stream::check_is_not_stdout(&self.inputs());
         }
-        if self.layout == Some(Layout::Raw) && !(self.extras.is_empty() && self.parent.is_none()) {
-            let path = self.output.path.clone();
-            return Err(Failure::RawHasNoSeal { path });
+        if let Some(layout) = self.layout {
+            self.check_records(layout)?;
         }
         if streams[0] {
             stream::check_is_not_stdin(&self.output.path)?;
         }
         save::check_output(&self.output, &self.inputs())
+    }
+
+    /// Refuses a layout that does not record what the command line adds.
+    fn check_records(&self, layout: Layout) -> Result<(), Failure> {
+        let more = !self.extras.is_empty() || self.parent.is_some();
+        layout.check_records(more, &self.output.path)
     }
 
     /// Returns all files that are read.
@@ -256,11 +269,7 @@ impl Convert {
     ) -> anyhow::Result<Verdict> {
         let (size, page_size) = (chain.size(), self.page_size_of(chain)?);
         let layout = self.layout.unwrap_or_else(|| layout_of_first(chain));
-        let says_more = !self.extras.is_empty() || self.parent.is_some();
-        if layout == Layout::Raw && says_more {
-            let path = self.output.path.clone();
-            return Err(Failure::RawHasNoSeal { path }.into());
-        }
+        self.check_records(layout)?;
         let options = self.options(session, chain, layout, extras)?;
         let mut writer = match staged {
             Some(staged) => options.open_on(staged, size, page_size)?,

@@ -57,7 +57,7 @@ impl Show<'_> {
     fn run(&self) -> anyhow::Result<()> {
         let mut guest = Guest::boot(Path::new("ram"))?;
         self.say("A guest with 64 MiB of RAM, in the file `ram`. It has used a quarter of it. A full image:")?;
-        self.good("full ram -o full.mem")?;
+        self.good("dump ram -o full.mem")?;
         self.say("It works on: 300 pages change, and some become zero. What changed since:")?;
         guest.work(300)?;
         self.good("diff full.mem --ram ram -o d1.mem")?;

@@ -45,7 +45,7 @@ pub struct Diff {
     /// new state
     #[arg(required = true, value_name = "FILE", value_parser = ImageFile::parser())]
     files: Vec<ImageFile>,
-    /// The new state: the RAM itself, a file or memfd as for `ramsnap full`
+    /// The new state: the RAM itself, a file or memfd as for `ramsnap dump`
     #[arg(long, value_name = "RAMFILE")]
     ram: Option<PathBuf>,
     /// The new state: an image; repeat it for a chain, oldest first
@@ -95,10 +95,8 @@ impl Diff {
             let images = [input::paths(old_files), input::paths(new_files)].concat();
             let files = images.into_iter().chain(self.ram.clone());
             save::check_output(output, &self.extras.and_inputs(files))?;
-            if self.layout == Layout::Raw && !self.extras.is_empty() {
-                let path = output.path.clone();
-                return Err(Failure::RawHasNoSeal { path }.into());
-            }
+            let more = !self.extras.is_empty();
+            self.layout.check_records(more, &output.path)?;
         }
         let old = input::full_chain(session, old_files, self.formats, &self.raw)?;
         let mut new = match (&self.ram, self.process.find()?) {
@@ -133,6 +131,11 @@ impl Diff {
             }
             Some(writer) => self.save(session, writer, &old, new, &changed),
         }
+    }
+
+    /// Returns whether the differences are printed, rather than saved.
+    pub fn prints_differences(&self) -> bool {
+        self.output.is_none()
     }
 
     fn page_size(&self, old: &Chain) -> u64 {

@@ -67,6 +67,11 @@ impl Map {
         Ok(Verdict::Good)
     }
 
+    /// Returns whether the map is printed, rather than drawn to a file.
+    pub fn prints_map(&self) -> bool {
+        self.output.is_none()
+    }
+
     fn maps(&self) -> anyhow::Result<Vec<PageMap>> {
         let maps = self
             .files

@@ -16,18 +16,26 @@ use crate::failure::Failure;
 use crate::print::size;
 use crate::session::Session;
 use crate::{input, save};
+#[cfg(not(target_os = "linux"))]
+use in_place::Plan;
 use in_place::{Begun, InPlace};
+#[cfg(target_os = "linux")]
+use reserve::Plan;
 
 /// Restore the RAM: into a new file, or into existing RAM
 ///
 /// A new file appears once it is whole, and is sparse where the RAM is zero. A file or memfd that
 /// exists (/proc/PID/fd/N) is written in place, where a VMM has it mapped; it must be as large
-/// as the RAM and empty, or --force be given. It is checked before anything of it is overwritten:
+/// as the RAM and empty, or --force be given. No byte of it changes before all checks have passed:
 /// the images' checksums, whether it can be written, and the room, which is reserved on ext4, XFS,
 /// tmpfs and hugetlbfs. Other file systems (btrfs) cannot do that: as much as the RAM needs must be
 /// free, and a warning is given. If writing fails after that or is interrupted, it is left empty.
-/// RAM that ramsnap is reading is refused, and ramsnap refuses to read RAM that is being restored;
-/// a VMM's own locks of the file are no hindrance.
+///
+/// Start the guest once ramsnap has ended. RAM is refused if it is not empty at the last check, so
+/// RAM of a guest that was started during the earlier ones stays as it is. A guest that first
+/// writes to its RAM after the last check is not noticed, and its RAM is overwritten. RAM that
+/// ramsnap is reading is refused, and ramsnap refuses to read RAM that is being restored; a VMM's
+/// own locks of the file are no hindrance.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  \
     ramsnap restore full.mem d1.mem -o /dev/shm/guest\n  \
@@ -97,31 +105,51 @@ impl Restore {
         save::commit(session, writer)
     }
 
+    /// Nothing of the RAM changes before the last look at it. A guest that begins to write after
+    /// that look cannot be noticed: no system call compares a file and writes to it in one step.
     fn in_place(&self, session: &Session, chain: &Chain) -> anyhow::Result<()> {
         let path = &self.output;
-        let mut target = InPlace::open(session, path, chain, self.force)?;
-        let check_use = |target: &InPlace<'_>| match !self.force && target.holds_anything()? {
-            true => Err(Failure::TargetInUse { path: path.clone() }.into()),
-            false => anyhow::Ok(()),
-        };
-        let in_use = self.force && target.holds_anything()?;
-        check_use(&target)?;
+        let target = InPlace::open(session, path, chain, self.force)?;
+        target.check_writable()?;
+        let holds = target.holds_anything()?;
+        let refused = || Failure::TargetInUse { path: path.clone() };
+        if holds && !self.force {
+            return Err(refused().into());
+        }
         // A signal gives back what is reserved.
         session.hold();
-        target.check_writing()?;
-        let plan = target.reserve(chain, in_use)?;
+        target.check_room(chain, holds)?;
         self.check(session, chain)?;
-        // That took its time, and a guest may have been started with the file meanwhile.
-        check_use(&target)?;
         session.check("the output was not written to")?;
+        let plan = target.reserve(chain, holds)?;
+        // The checks took their time, and a guest may have been started with the file meanwhile.
+        if !self.force && target.holds_anything()? {
+            plan.leave_reserved();
+            return Err(refused().into());
+        }
+        session.check("the output was not written to")?;
+        if holds {
+            target.try_writing()?;
+        }
+        self.overwrite(session, chain, target, plan)
+    }
+
+    fn overwrite(
+        &self,
+        session: &Session,
+        chain: &Chain,
+        mut target: InPlace<'_>,
+        plan: Plan,
+    ) -> anyhow::Result<()> {
+        let path = &self.output;
         let begun = Begun::now(&mut target);
-        let target = &mut *begun.target;
-        let restored = target.begin(plan).and_then(|runs| {
-            chain.restore_runs(target, runs.into_iter())?;
-            let synced = target.file.sync_all();
-            synced.with_context(|| format!("cannot bring {path:?} to its disk"))?;
+        let restored = begun.target.begin(plan).and_then(|runs| {
+            chain.restore_runs(&mut *begun.target, runs.into_iter())?;
             chain.check_unchanged()?;
-            Ok(target.check_in_place()?)
+            begun.written();
+            let synced = begun.target.file.sync_all();
+            synced.with_context(|| format!("cannot bring {path:?} to its disk"))?;
+            Ok(begun.target.check_in_place()?)
         });
         match restored {
             Ok(()) => begun.end(),

@@ -34,7 +34,7 @@ pub struct Sweep {
     recover: bool,
     /// As JSON: an object of lists. A path that is not UTF-8 is an object: text, and bytes_hex
     #[arg(long)]
-    json: bool,
+    pub json: bool,
 }
 
 /// The files that were found in the directories.

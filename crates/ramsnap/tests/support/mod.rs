@@ -6,6 +6,9 @@
 pub(crate) mod held;
 #[cfg(target_os = "linux")]
 #[allow(unsafe_code)]
+pub(crate) mod mapped;
+#[cfg(target_os = "linux")]
+#[allow(unsafe_code)]
 pub(crate) mod missing;
 
 use std::fs::{self, File};
@@ -105,7 +108,7 @@ impl Work {
     /// `ram`. `first` and `second` are the states before.
     pub(crate) fn with_chain() -> Self {
         let work = Self::with_ram();
-        work.good("full ram -o full.mem");
+        work.good("dump ram -o full.mem");
         work.copy("ram", "first");
         work.change(10, 5);
         work.zero(20);
@@ -207,7 +210,7 @@ impl Work {
         );
     }
 
-    fn contents(&self) -> Vec<(String, Vec<u8>)> {
+    pub(crate) fn contents(&self) -> Vec<(String, Vec<u8>)> {
         let files = self.files().into_iter();
         files.map(|name| (name.clone(), self.read(&name))).collect()
     }

@@ -39,8 +39,8 @@ pub(super) struct Tool {
 
 impl Tool {
     /// Writes all of the file `ram` to `out`.
-    pub(super) fn full(&self, ram: &Path, out: &Path) -> anyhow::Result<()> {
-        let mut command = self.command("full");
+    pub(super) fn dump(&self, ram: &Path, out: &Path) -> anyhow::Result<()> {
+        let mut command = self.command("dump");
         command.arg(ram).arg("-o").arg(out);
         run(command.args(["--layout", self.layout]))
     }

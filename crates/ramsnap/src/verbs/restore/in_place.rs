@@ -9,8 +9,12 @@ use std::path::Path;
 use anyhow::Context;
 use indicatif::ProgressBar;
 use memory_image::{Chain, RamTarget};
-#[cfg(target_os = "linux")]
 use nix::errno::Errno;
+#[cfg(target_os = "linux")]
+use nix::fcntl::{FcntlArg, fcntl};
+#[cfg(target_os = "linux")]
+use nix::libc;
+use nix::sys::resource::{Resource, getrlimit};
 use page_reader::{FileReader, HostMemory, PageReader, SecretBuffer};
 use sparse_file::{WriteOptions, punch_hole, zero_range};
 
@@ -37,6 +41,12 @@ pub(super) struct Plan {
     runs: Vec<Range<u64>>,
 }
 
+#[cfg(not(target_os = "linux"))]
+impl Plan {
+    /// Does nothing, as nothing is reserved.
+    pub(super) fn leave_reserved(self) {}
+}
+
 /// Partly restored RAM. No guest must start with it, so it is emptied if a panic drops this.
 pub(super) struct Begun<'t, 's> {
     pub(super) target: &'t mut InPlace<'s>,
@@ -52,6 +62,13 @@ impl<'t, 's> Begun<'t, 's> {
         }
     }
 
+    /// Marks the RAM as whole, and not yet on its disk.
+    pub(super) fn written(&self) {
+        if let Some(overwriting) = &self.overwriting {
+            overwriting.written();
+        }
+    }
+
     /// Marks the RAM as completely restored.
     pub(super) fn end(mut self) {
         self.overwriting = None;
@@ -59,6 +76,9 @@ impl<'t, 's> Begun<'t, 's> {
 
     /// Empties the RAM, and adds to `error` whether it is empty.
     pub(super) fn give_up(mut self, error: anyhow::Error) -> anyhow::Error {
+        if let Some(overwriting) = &self.overwriting {
+            overwriting.emptying();
+        }
         let emptied = self.target.empty();
         self.overwriting = None;
         let path = self.target.path;
@@ -156,6 +176,22 @@ impl<'s> InPlace<'s> {
         Ok(false)
     }
 
+    /// Refuses images for which there cannot be enough room, before they are read. Nothing of the
+    /// file changes.
+    #[cfg(target_os = "linux")]
+    pub(super) fn check_room(&self, chain: &Chain, holds: bool) -> anyhow::Result<()> {
+        match self.mapping {
+            Some(_) => Ok(()),
+            None => reserve::check_room(self.session, self.path, &self.file, chain, holds),
+        }
+    }
+
+    /// Checks nothing, as room is not reserved on other systems.
+    #[cfg(not(target_os = "linux"))]
+    pub(super) fn check_room(&self, _: &Chain, _: bool) -> anyhow::Result<()> {
+        Ok(())
+    }
+
     /// Reserves the room for the stored pages, or refuses. Huge pages were reserved before.
     #[cfg(target_os = "linux")]
     pub(super) fn reserve(&self, chain: &Chain, holds: bool) -> anyhow::Result<Plan> {
@@ -202,48 +238,48 @@ impl<'s> InPlace<'s> {
         Ok(plan.runs)
     }
 
-    /// Checks that the first and the last byte can be written, by writing their current values.
-    /// This detects a seal, a limit on the size of files, or a file system that fails every write
-    /// before any data is lost.
+    /// Refuses a file that the system never lets this process write in full: one with a seal, or
+    /// one larger than files may be. Nothing of it changes.
+    pub(super) fn check_writable(&self) -> Result<(), Failure> {
+        let unwritable = |errno: Errno| Failure::TargetNotWritable {
+            path: self.path.to_owned(),
+            source: errno.into(),
+        };
+        // Only memfds have seals. hugetlbfs was mapped, which a seal forbids, too.
+        #[cfg(target_os = "linux")]
+        if let Ok(seals) = fcntl(&self.file, FcntlArg::F_GET_SEALS)
+            && seals & (libc::F_SEAL_WRITE | libc::F_SEAL_FUTURE_WRITE) != 0
+        {
+            return Err(unwritable(Errno::EPERM));
+        }
+        match getrlimit(Resource::RLIMIT_FSIZE) {
+            Ok((most, _)) if most < self.size => Err(unwritable(Errno::EFBIG)),
+            _ => Ok(()),
+        }
+    }
+
+    /// Checks that old RAM can be overwritten, by writing its last byte as it is. This detects a
+    /// file system that fails every write before any data is lost.
     ///
-    /// Holes are still holes afterwards.
-    pub(super) fn check_writing(&mut self) -> anyhow::Result<()> {
-        let looking = || format!("cannot look at {:?}", self.path);
-        let metadata = self.file.metadata().with_context(looking)?;
-        let block = metadata.blksize().max(4096);
-        let rewrite = |at: u64| -> io::Result<()> {
-            let around = at / block * block..self.size.min((at / block + 1) * block);
-            let reader = FileReader::new(&self.file);
-            let is_hole = reader.populated(around.clone()).next().is_none();
+    /// A guest's own write of that byte may be undone, so this is the first step of overwriting the
+    /// RAM: if it succeeds, the RAM is lost in the next moment.
+    pub(super) fn try_writing(&self) -> Result<(), Failure> {
+        let at = self.size - 1;
+        let rewrite = || {
             let mut byte = [0];
             self.file.read_exact_at(&mut byte, at)?;
-            self.write(&byte, at)?;
-            if is_hole {
-                // Zeros are correct as well.
-                let _ = punch_hole(&self.file, around);
-            }
-            Ok(())
+            self.write(&byte, at)
         };
-        match rewrite(0).and_then(|()| rewrite(self.size - 1)) {
+        match rewrite() {
             // The space of the file itself may be enough for the RAM.
-            Err(error) if error.kind() != io::ErrorKind::StorageFull => {
-                return Err(Failure::TargetNotWritable {
+            Err(source) if source.kind() != io::ErrorKind::StorageFull => {
+                Err(Failure::TargetNotWritable {
                     path: self.path.to_owned(),
-                    source: error,
-                }
-                .into());
+                    source,
+                })
             }
-            _ => {}
+            _ => Ok(()),
         }
-        #[cfg(target_os = "linux")]
-        if self.mapping.is_some() && metadata.blocks() == 0 {
-            // Frees the pages, and reserves them again like the others.
-            let given_up = punch_hole(&self.file, 0..self.size);
-            given_up.with_context(|| format!("cannot make zeros of {:?}", self.path))?;
-            self.mapping = None;
-            self.mapping = huge_pages(self.path, &self.file, self.size)?;
-        }
-        Ok(())
     }
 
     /// Returns whether the path still leads to this file, and its size is unchanged.

@@ -11,6 +11,11 @@
 //!   must be free, and a warning says that this may not be enough.
 //!
 //! On tmpfs, which counts exactly, the old RAM's own pages count as room if nothing else is left.
+//!
+//! Room is reserved once all other checks have passed, just before the RAM is overwritten. If that
+//! fails, the reserved blocks that are still zeros become holes again. A guest that first writes to
+//! such a block between the read and the hole loses what it wrote: no system call makes a hole only
+//! of zeros. So a guest must not be started before ramsnap has ended.
 
 use std::fs::File;
 use std::io;
@@ -28,7 +33,7 @@ use page_reader::{HostMemory, SecretBuffer};
 use sparse_file::{ExtentKind, extents, file_system_name, punch_hole};
 
 use crate::failure::Failure;
-use crate::room;
+use crate::room::{self, Free};
 use crate::session::Session;
 use crate::zeros::without_zeros;
 
@@ -57,6 +62,14 @@ impl Plan {
             reserved: None,
         }
     }
+
+    /// Leaves the reserved blocks to a guest that was started with the file: they are zeros until
+    /// it writes to them, and a hole could destroy what it writes.
+    pub(super) fn leave_reserved(self) {
+        if let Some(reserved) = self.reserved {
+            reserved.keep();
+        }
+    }
 }
 
 /// Blocks that were allocated in holes of a file. They become holes again on drop.
@@ -69,7 +82,7 @@ pub(super) struct Reserved {
 }
 
 impl Reserved {
-    /// Keeps the blocks: they are about to be written.
+    /// Keeps the blocks.
     pub(super) fn keep(mut self) {
         self.holes.clear();
     }
@@ -134,6 +147,61 @@ impl Method {
     }
 }
 
+/// Refuses a `chain` that cannot fit, even if all blocks of `file` are used again and all free
+/// blocks can be had. The file does not change.
+pub(super) fn check_room(
+    session: &Session,
+    path: &Path,
+    file: &File,
+    chain: &Chain,
+    holds: bool,
+) -> anyhow::Result<()> {
+    let looking = || format!("cannot look at {path:?}");
+    let free = room::free_for(file).with_context(looking)?;
+    // Memfds and some network file systems have no size.
+    if free.of == 0 {
+        return Ok(());
+    }
+    let method = Method::of(file);
+    let stored: Vec<_> = chain.stored_runs().collect();
+    let in_blocks = |runs: &[Range<u64>]| room::in_blocks(runs.iter().cloned(), free.block);
+    if method == Method::Unknown {
+        return match holds {
+            true => Ok(room::compare(path, in_blocks(&stored), free.bytes)?),
+            false => Ok(()),
+        };
+    }
+    let own = file.metadata().with_context(looking)?.blocks() * 512;
+    let most = free.with_reserves.saturating_add(own);
+    if in_blocks(&stored) <= most {
+        return Ok(());
+    }
+    // Stored zeros need no room.
+    let needed = in_blocks(&without_zeros(session, chain, &stored)?);
+    match needed <= most {
+        true => Ok(()),
+        false => Err(no_room(method, path, needed, &free, own).into()),
+    }
+}
+
+/// Returns the error for a file system that does not have the `needed` bytes for a file that has
+/// `own` bytes.
+fn no_room(method: Method, path: &Path, needed: u64, free: &Free, own: u64) -> Failure {
+    let path = path.to_owned();
+    match method {
+        Method::AllocateOrCount => Failure::NoRoom {
+            path,
+            needed,
+            available: free.bytes.saturating_add(own),
+        },
+        Method::Allocate | Method::Unshare | Method::Unknown => Failure::NoRoomOver {
+            path,
+            needed,
+            available: free.bytes,
+        },
+    }
+}
+
 /// Ensures that the stored pages of `chain` can be written to `file`, at `path`. The file has RAM
 /// if `holds` is set, and only zeros otherwise. No byte of the file changes.
 pub(super) fn reserve(
@@ -195,22 +263,15 @@ pub(super) fn reserve(
     }
     let free = room::free_for(file).with_context(looking)?;
     let bytes = room::in_blocks(needed.iter().cloned(), free.block);
-    if method == Method::AllocateOrCount {
-        room::compare(path, bytes, free.bytes.saturating_add(blocks_before * 512))?;
+    let own = blocks_before * 512;
+    if method == Method::AllocateOrCount && bytes <= free.bytes.saturating_add(own) {
         return Ok(Plan {
             runs: needed,
             empty_first: true,
             reserved: None,
         });
     }
-    let path = path.to_owned();
-    let available = free.bytes;
-    Err(Failure::NoRoomOver {
-        path,
-        needed: bytes,
-        available,
-    }
-    .into())
+    Err(no_room(method, path, bytes, &free, own).into())
 }
 
 /// Handles file systems on which blocks cannot be reserved: requires as much free space as the RAM

@@ -1,4 +1,4 @@
-//! `ramsnap full`: a full image of a guest's RAM.
+//! `ramsnap dump`: a full image of a guest's RAM.
 
 use std::path::PathBuf;
 
@@ -21,10 +21,10 @@ use crate::session::Session;
 /// writing to is refused; a VMM's own locks of the file are no hindrance.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  \
-    ramsnap full /dev/shm/guest -o full.mem\n  \
-    ramsnap full /proc/4242/fd/17 -o full.mem --layout sealed --metadata vcpus.bin\n  \
-    ramsnap full --pid 4242 --region /memfd:ram -o full.mem")]
-pub struct Full {
+    ramsnap dump /dev/shm/guest -o full.mem\n  \
+    ramsnap dump /proc/4242/fd/17 -o full.mem --layout sealed --metadata vcpus.bin\n  \
+    ramsnap dump --pid 4242 --region /memfd:ram -o full.mem")]
+pub struct Dump {
     /// The file or memfd that the guest's RAM is in
     #[arg(value_name = "RAMFILE")]
     ram: Option<PathBuf>,
@@ -45,15 +45,13 @@ pub struct Full {
     extras: Extras,
 }
 
-impl Full {
+impl Dump {
     pub fn run(&self, session: &Session) -> anyhow::Result<Verdict> {
         let session = &self.process.session(session);
         let inputs = self.extras.and_inputs(self.ram.clone());
         save::check_output(&self.output, &inputs)?;
-        if self.layout == Layout::Raw && !self.extras.is_empty() {
-            let path = self.output.path.clone();
-            return Err(Failure::RawHasNoSeal { path }.into());
-        }
+        let more = !self.extras.is_empty();
+        self.layout.check_records(more, &self.output.path)?;
         let mut ram = self.open()?;
         ram.check_output(&self.output.path)?;
         let page_size = self.page_size.unwrap_or_else(ram::host_page);
