@@ -234,10 +234,10 @@ fn an_image_of_version_1_is_sent_as_one_of_version_2() {
 #[test]
 fn manual_pages_replace_nothing_unless_forced() {
     let work = Work::empty();
-    let own = work.path("man/ramsnap-full.1");
+    let own = work.path("man/ramsnap-dump.1");
     fs::create_dir(work.path("man")).unwrap();
     fs::write(&own, b"mine").unwrap();
-    work.run("man man").fails(2, &["ramsnap-full.1", "--force"]);
+    work.run("man man").fails(2, &["ramsnap-dump.1", "--force"]);
     assert_eq!(fs::read(&own).unwrap(), b"mine");
     assert_eq!(support::list(&work.path("man")).len(), 1);
     work.good("man man --force");
