@@ -9,11 +9,10 @@
 //! plus the number of the first signal, as in a shell. A signal that was ignored when the
 //! process started, as SIGHUP is by `nohup`, stays ignored.
 //!
-//! While existing RAM is [overwritten](Interrupt::overwrite), a second signal does not end the
-//! process either: a guest must not start with half of its RAM, and users press Ctrl-C twice. The
-//! second signal prints that a third one ends the process. The third signal prints what is left,
-//! and the exit code is that of a failure. What is left is a part of the RAM, or all of it once
-//! [everything is written](Overwriting::written) and only has to reach the disk.
+//! In a [critical section](Critical) a second signal does not end the process either: a guest must
+//! not start with half of its RAM, and users press Ctrl-C twice. The second signal prints that a third
+//! one ends the process. The third signal prints what is left, and the exit code is that of a
+//! failure. Once the result is in place, any signal after the first prints that, and ends the process.
 //!
 //! The thread that handles signals prints nothing else, and prints these messages only if the
 //! terminal accepts them at once. It therefore ends the process even if the terminal takes no
@@ -68,54 +67,79 @@ enum Work {
 #[derive(Debug)]
 struct State {
     work: Work,
-    /// Existing RAM that is being overwritten.
-    ram: Option<OverwrittenRam>,
+    /// The file that is being changed.
+    changed: Option<Changed>,
 }
 
+/// A file that is overwritten or replaced.
 #[derive(Debug)]
-struct OverwrittenRam {
+struct Changed {
     path: PathBuf,
-    written: Written,
+    stage: Stage,
     /// Whether a second signal has come.
     warned: bool,
 }
 
-/// How much of the RAM is written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Written {
+enum Stage {
+    /// Existing RAM is overwritten, or emptied.
     Part,
-    /// All of it, but it may not be on its disk.
+    /// All of the RAM is written, but it may not be on its disk.
     Whole,
+    /// A staged file is put in place.
+    Commit,
+    /// The result is in place, and on its disk.
+    Done,
 }
 
-impl OverwrittenRam {
-    /// Returns the message for the second signal.
-    fn warning(&self) -> String {
+impl Changed {
+    /// Returns the message for the second signal, or `None` if that ends the process.
+    fn warning(&self) -> Option<String> {
         let path = &self.path;
-        match self.written {
-            Written::Part => format!(
+        match self.stage {
+            Stage::Part => Some(format!(
                 "{path:?} holds a part of the RAM and is being emptied: one more signal ends ramsnap \
                  and leaves that part in it"
-            ),
-            Written::Whole => format!(
+            )),
+            Stage::Whole => Some(format!(
                 "{path:?} holds all of the RAM, which is being brought to its disk: one more signal \
                  ends ramsnap before that is done"
+            )),
+            Stage::Commit => Some(format!(
+                "{path:?} is being put in place: one more signal ends ramsnap before that is done"
+            )),
+            Stage::Done => None,
+        }
+    }
+
+    /// Returns the message of a signal that ends the process.
+    fn remains(&self) -> String {
+        let path = &self.path;
+        match self.stage {
+            Stage::Part => format!(
+                "error: {path:?} holds a part of the RAM, as ramsnap was interrupted while it emptied \
+                 it: start no guest with it, and restore again"
+            ),
+            Stage::Whole => format!(
+                "error: {path:?} holds all of the RAM, but ramsnap was interrupted while it brought it \
+                 to its disk: run `sync`, as a power failure may damage it until then, or restore again"
+            ),
+            Stage::Commit => format!(
+                "error: ramsnap was interrupted while it put {path:?} in place: the old file is there \
+                 whole, or the new one; look at it with `ramsnap info`, and run this again if it is \
+                 the old one"
+            ),
+            Stage::Done => format!(
+                "error: {path:?} is in place, and ramsnap was interrupted before it reported that"
             ),
         }
     }
 
-    /// Returns the message for the third signal.
-    fn remains(&self) -> String {
-        let path = &self.path;
-        match self.written {
-            Written::Part => format!(
-                "error: {path:?} holds a part of the RAM, as ramsnap was interrupted while it emptied \
-                 it: start no guest with it, and restore again"
-            ),
-            Written::Whole => format!(
-                "error: {path:?} holds all of the RAM, but ramsnap was interrupted while it brought it \
-                 to its disk: run `sync`, as a power failure may damage it until then, or restore again"
-            ),
+    /// Returns the exit code for a signal that ends the process.
+    fn exit_code(&self) -> u8 {
+        match self.stage {
+            Stage::Part | Stage::Whole | Stage::Commit => failure::FAILED,
+            Stage::Done => exit_code(),
         }
     }
 }
@@ -135,7 +159,7 @@ impl Interrupt {
         let interrupt = Self {
             state: Arc::new(Mutex::new(State {
                 work: Work::Reading,
-                ram: None,
+                changed: None,
             })),
             cancel: CancelToken::new(),
             waiting: Arc::default(),
@@ -164,18 +188,20 @@ impl Interrupt {
             drop(locked(&self.waiting).take());
             return;
         }
-        // The lock is held, so no thread stages a file or finishes restoring RAM in between. A
-        // message is printed only for overwritten RAM: a terminal that takes no output would
+        // The lock is held, so no thread stages a file or leaves a critical section in between. A
+        // message is printed only in a critical section: a terminal that takes no output would
         // block this process, and a process that it has stopped.
-        match &mut state.ram {
-            None => process::exit(exit_code().into()),
-            Some(ram) if !ram.warned => {
-                ram.warned = true;
-                print::complain_at_once(&ram.warning());
+        let Some(changed) = &mut state.changed else {
+            process::exit(exit_code().into())
+        };
+        match changed.warning() {
+            Some(warning) if !changed.warned => {
+                changed.warned = true;
+                print::complain_at_once(&warning);
             }
-            Some(ram) => {
-                print::complain_at_once(&ram.remains());
-                process::exit(failure::FAILED.into());
+            _ => {
+                print::complain_at_once(&changed.remains());
+                process::exit(changed.exit_code().into());
             }
         }
     }
@@ -185,13 +211,23 @@ impl Interrupt {
     }
 
     /// Records that the RAM at `path` is being overwritten, until the returned value is dropped.
-    pub fn overwrite(&self, path: &Path) -> Overwriting {
-        self.locked().ram = Some(OverwrittenRam {
+    pub fn overwrite(&self, path: &Path) -> Critical {
+        self.enter(path, Stage::Part)
+    }
+
+    /// Records that a staged file is being put in place at `path`, until the returned value is
+    /// dropped.
+    pub fn commit(&self, path: &Path) -> Critical {
+        self.enter(path, Stage::Commit)
+    }
+
+    fn enter(&self, path: &Path, stage: Stage) -> Critical {
+        self.locked().changed = Some(Changed {
             path: path.to_owned(),
-            written: Written::Part,
+            stage,
             warned: false,
         });
-        Overwriting(self.clone())
+        Critical(self.clone())
     }
 
     /// Records that a file is staged: the next signal cancels the work and does not end the
@@ -228,31 +264,37 @@ impl Interrupt {
     }
 }
 
-/// RAM that is being overwritten, until this is dropped. See [`Interrupt::overwrite`].
+/// A section in which a file is changed, until this is dropped. See [`Interrupt::overwrite`] and
+/// [`Interrupt::commit`].
 #[derive(Debug)]
-pub struct Overwriting(Interrupt);
+pub struct Critical(Interrupt);
 
-impl Overwriting {
+impl Critical {
     /// Records that all of the RAM is written, and only has to reach its disk.
     pub fn written(&self) {
-        self.set(Written::Whole);
+        self.set(Stage::Whole);
     }
 
     /// Records that the RAM is being emptied.
     pub fn emptying(&self) {
-        self.set(Written::Part);
+        self.set(Stage::Part);
     }
 
-    fn set(&self, written: Written) {
-        if let Some(ram) = &mut self.0.locked().ram {
-            ram.written = written;
+    /// Records that the result is in place, and only has to be reported.
+    pub fn done(&self) {
+        self.set(Stage::Done);
+    }
+
+    fn set(&self, stage: Stage) {
+        if let Some(changed) = &mut self.0.locked().changed {
+            changed.stage = stage;
         }
     }
 }
 
-impl Drop for Overwriting {
+impl Drop for Critical {
     fn drop(&mut self) {
-        self.0.locked().ram = None;
+        self.0.locked().changed = None;
     }
 }
 

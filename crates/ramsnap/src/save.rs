@@ -151,19 +151,33 @@ pub fn write_chain(writer: &mut MemoryWriter, chain: &Chain) -> anyhow::Result<(
 /// Commits the image unless a signal came before, and reports what it is.
 pub fn commit(session: &Session, writer: MemoryWriter) -> anyhow::Result<()> {
     session.check("nothing was written")?;
-    let path = writer.dest_path().to_owned();
     let raw = writer.image_id().is_none();
-    writer.commit()?;
-    report(session, &path, raw)
+    let path = writer.dest_path().to_owned();
+    put_in_place(session, writer.finish()?, || report(session, &path, raw))
 }
 
 /// Commits a sealed or packed image that was not written by a [`MemoryWriter`], unless a signal
 /// came before, and reports what it is.
 pub fn commit_staged(session: &Session, staged: AtomicWriter) -> anyhow::Result<()> {
-    session.check("nothing was written")?;
     let path = staged.dest_path().to_owned();
+    put_in_place(session, staged, || report(session, &path, false))
+}
+
+/// Commits a complete staged file unless a signal came before, and calls `report`.
+pub fn put_in_place(
+    session: &Session,
+    staged: AtomicWriter,
+    report: impl FnOnce() -> anyhow::Result<()>,
+) -> anyhow::Result<()> {
+    let path = staged.dest_path().to_owned();
+    // The sync may take long. The commit, which signals do not end, syncs only the rest.
+    let synced = staged.file().sync_all();
+    synced.with_context(|| format!("cannot bring {path:?} to its disk; nothing was replaced"))?;
+    session.check("nothing was written")?;
+    let critical = session.commit(&path);
     staged.commit().map_err(SnapshotError::from)?;
-    report(session, &path, false)
+    critical.done();
+    report()
 }
 
 fn report(session: &Session, path: &Path, raw: bool) -> anyhow::Result<()> {

@@ -9,7 +9,7 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressFinish, ProgressStyle};
 use memory_writer::{MemoryWriter, Options};
 
 use crate::failure::Failure;
-use crate::interrupt::{Interrupt, Overwriting};
+use crate::interrupt::{Critical, Interrupt};
 use crate::print;
 
 #[derive(Clone, Debug)]
@@ -75,8 +75,14 @@ impl Session {
 
     /// Records that the RAM at `path` is being overwritten, until the returned value is dropped. A
     /// signal in that time does not end the process before a message says so.
-    pub fn overwrite(&self, path: &Path) -> Overwriting {
+    pub fn overwrite(&self, path: &Path) -> Critical {
         self.interrupt.overwrite(path)
+    }
+
+    /// Records that a staged file is being put in place at `path`, until the returned value is
+    /// dropped. A signal in that time does not end the process before a message says so.
+    pub fn commit(&self, path: &Path) -> Critical {
+        self.interrupt.commit(path)
     }
 
     /// Returns the value that progress callbacks return.

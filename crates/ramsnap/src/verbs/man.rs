@@ -40,6 +40,7 @@ impl Man {
             }
         }
         session.hold();
+        let critical = session.commit(dir);
         let options = AtomicWriter::options().mode(0o644).no_clobber(!self.force);
         for (name, text) in &pages {
             session.check("some of the pages were not written")?;
@@ -47,6 +48,7 @@ impl Man {
             writer.write_all(text).with_context(failed)?;
             writer.commit()?;
         }
+        critical.done();
         let pages = count(pages.len() as u64, "page");
         session.report(&format!("{}: {pages}", dir.display()))?;
         Ok(Verdict::Good)

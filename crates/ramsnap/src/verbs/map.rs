@@ -114,9 +114,9 @@ impl Map {
         save::warn_of_lost(session, path, writer.not_preserved());
         let written = writer.write_all(&bytes);
         written.with_context(|| format!("cannot write the picture {path:?}"))?;
-        session.check("nothing was written")?;
-        writer.commit()?;
-        Ok(session.report(&format!("{}: {}", path.display(), picture.title()))?)
+        save::put_in_place(session, writer, || {
+            Ok(session.report(&format!("{}: {}", path.display(), picture.title()))?)
+        })
     }
 }
 

@@ -151,10 +151,10 @@ impl Restore {
             synced.with_context(|| format!("cannot bring {path:?} to its disk"))?;
             Ok(begun.target.check_in_place()?)
         });
-        match restored {
+        let _until_reported = match restored {
             Ok(()) => begun.end(),
             Err(error) => return Err(begun.give_up(error)),
-        }
+        };
         let ram = size(chain.size());
         Ok(session.report(&format!("{}: {ram} of RAM", path.display()))?)
     }

@@ -19,7 +19,7 @@ use page_reader::{FileReader, HostMemory, PageReader, SecretBuffer};
 use sparse_file::{WriteOptions, punch_hole, zero_range};
 
 use crate::failure::Failure;
-use crate::interrupt::Overwriting;
+use crate::interrupt::Critical;
 use crate::session::Session;
 #[cfg(target_os = "linux")]
 use crate::verbs::restore::reserve::{self, Plan};
@@ -50,37 +50,39 @@ impl Plan {
 /// Partly restored RAM. No guest must start with it, so it is emptied if a panic drops this.
 pub(super) struct Begun<'t, 's> {
     pub(super) target: &'t mut InPlace<'s>,
-    overwriting: Option<Overwriting>,
+    critical: Option<Critical>,
 }
 
 impl<'t, 's> Begun<'t, 's> {
     pub(super) fn now(target: &'t mut InPlace<'s>) -> Self {
-        let overwriting = Some(target.session.overwrite(target.path));
-        Self {
-            target,
-            overwriting,
-        }
+        let critical = Some(target.session.overwrite(target.path));
+        Self { target, critical }
     }
 
     /// Marks the RAM as whole, and not yet on its disk.
     pub(super) fn written(&self) {
-        if let Some(overwriting) = &self.overwriting {
-            overwriting.written();
+        if let Some(critical) = &self.critical {
+            critical.written();
         }
     }
 
-    /// Marks the RAM as completely restored.
-    pub(super) fn end(mut self) {
-        self.overwriting = None;
+    /// Marks the RAM as completely restored. The caller drops the returned value once it has
+    /// reported that.
+    pub(super) fn end(mut self) -> Option<Critical> {
+        let critical = self.critical.take();
+        if let Some(critical) = &critical {
+            critical.done();
+        }
+        critical
     }
 
     /// Empties the RAM, and adds to `error` whether it is empty.
     pub(super) fn give_up(mut self, error: anyhow::Error) -> anyhow::Error {
-        if let Some(overwriting) = &self.overwriting {
-            overwriting.emptying();
+        if let Some(critical) = &self.critical {
+            critical.emptying();
         }
         let emptied = self.target.empty();
-        self.overwriting = None;
+        self.critical = None;
         let path = self.target.path;
         if let Err(why) = emptied {
             let why = words::text(&why);
@@ -97,7 +99,7 @@ impl<'t, 's> Begun<'t, 's> {
 
 impl Drop for Begun<'_, '_> {
     fn drop(&mut self) {
-        if self.overwriting.is_none() {
+        if self.critical.is_none() {
             return;
         }
         let path = self.target.path;
@@ -261,7 +263,7 @@ impl<'s> InPlace<'s> {
     /// Checks that old RAM can be overwritten, by writing its last byte as it is. This detects a
     /// file system that fails every write before any data is lost.
     ///
-    /// A guest's own write of that byte may be undone, so this is the first step of overwriting the
+    /// A guest's own write of that byte may be undone, so this is the first step of critical the
     /// RAM: if it succeeds, the RAM is lost in the next moment.
     pub(super) fn try_writing(&self) -> Result<(), Failure> {
         let at = self.size - 1;
