@@ -108,13 +108,13 @@ fn epoch(c: &mut Criterion) {
                 (0..times).map(once).sum()
             });
         });
-        group.bench_function(BenchmarkId::new("take_more", name), |b| {
+        group.bench_function(BenchmarkId::new("extend", name), |b| {
             b.iter_custom(|times| {
                 let mut epoch = ours.begin_epoch().unwrap();
                 let once = |_| {
                     mark();
                     let start = Instant::now();
-                    black_box(epoch.take_more().unwrap());
+                    black_box(epoch.extend().unwrap());
                     start.elapsed()
                 };
                 (0..times).map(once).sum()

@@ -20,7 +20,7 @@ fuzz_target!(|log: (u64, u8, Vec<u64>)| {
     let page_size = 1_u64.checked_shl(u32::from(shift % 70)).unwrap_or(3);
     let words = &words[..words.len().min(64)];
     let bitmap = DirtyBitmap::new(START, SIZE, PAGE).expect("a bitmap");
-    let result = bitmap.mark_log(address, page_size, words);
+    let result = bitmap.mark_dirty_log(address, page_size, words);
     if !page_size.is_power_of_two() {
         assert!(result.is_err() && bitmap.is_clean());
         return;

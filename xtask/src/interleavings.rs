@@ -108,26 +108,27 @@ const MUTANTS: [Mutant; 21] = [
         model: "a_mark_racing_a_drain_is_kept",
     },
     Mutant {
-        what: "a fault marks before it lifts the protection",
+        what: "a fault marks before it unprotects the page",
         of: DIRTY_BITMAP,
         file: "tracker.rs",
-        right: "            let unprotected = protection.lift(range.clone());",
+        right: "            let unprotected = protection.unprotect(range.clone());",
         wrong: "            self.bitmap.marks.mark_offsets(offsets.clone());
-            let unprotected = protection.lift(range.clone());
+            let unprotected = protection.unprotect(range.clone());
             return unprotected
                 .map(|()| range.clone())
-                .map_err(|source| FaultError::Lift { range, source });",
+                .map_err(|source| FaultError::Unprotect { range, source });",
         model: "a_fault_racing_a_checkpoint_is_kept",
     },
     Mutant {
         what: "a checkpoint protects before it takes the marks",
         of: DIRTY_BITMAP,
         file: "tracker.rs",
-        right:
-            "        let epoch = Epoch::begin_any_kind(Arc::clone(&self.bitmap)).map_err(ArmError::Epoch)?;
+        right: "        let epoch =
+            Epoch::begin_any_kind(Arc::clone(&self.bitmap)).map_err(CheckpointError::Epoch)?;
         self.protect_taken(epoch.bitmap().runs(), protection)?;",
         wrong: "        self.protect_taken(self.bitmap.runs(), protection)?;
-        let epoch = Epoch::begin_any_kind(Arc::clone(&self.bitmap)).map_err(ArmError::Epoch)?;",
+        let epoch =
+            Epoch::begin_any_kind(Arc::clone(&self.bitmap)).map_err(CheckpointError::Epoch)?;",
         model: "a_fault_racing_a_checkpoint_is_kept",
     },
     Mutant {

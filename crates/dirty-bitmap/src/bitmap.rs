@@ -6,7 +6,7 @@ use std::sync::{Mutex, PoisonError};
 
 use crate::coverage::TakeRange;
 use crate::epoch::{BeginEpochError, Epoch, EpochCommitting, Epochs};
-use crate::geometry::{DifferentRam, GeometryError, OutOfRange, RamRange};
+use crate::geometry::{GeometryError, OutOfRange, RamRange, RangeMismatch};
 use crate::kind::{Markable, Taken, Tracked, Untracked};
 use crate::marks::Marks;
 use crate::runs::Runs;
@@ -79,7 +79,7 @@ use crate::runs::Runs;
 /// earlier granule, because a marker may still hold them. Together they are less than twice the
 /// bits of the finest granule.
 ///
-/// An epoch has as many bits as the bitmap, and so has each [`take_more`](crate::Epoch::take_more).
+/// An epoch has as many bits as the bitmap, and so has each [`extend`](crate::Epoch::extend).
 /// The host provides memory only for the parts that had marks. Up to two of these bitmaps are kept
 /// for the next epoch, so that it does not allocate while the guest is paused.
 ///
@@ -138,11 +138,11 @@ impl DirtyBitmap {
     /// Moves all marks to `other`, which may have any granule.
     ///
     /// # Errors
-    /// Returns [`DifferentRam`] if `other` covers other addresses. Nothing was moved.
-    pub fn drain_into<K: Markable>(&self, other: &DirtyBitmap<K>) -> Result<(), DifferentRam> {
+    /// Returns [`RangeMismatch`] if `other` covers other addresses. Nothing was moved.
+    pub fn drain_into<K: Markable>(&self, other: &DirtyBitmap<K>) -> Result<(), RangeMismatch> {
         let (this, that) = (self.marks.ram, other.marks.ram);
         if this != that {
-            return Err(DifferentRam {
+            return Err(RangeMismatch {
                 this_start: this.start,
                 this_size: this.size,
                 other_start: that.start,

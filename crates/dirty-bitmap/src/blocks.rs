@@ -340,7 +340,7 @@ mod tests {
     fn blocks(count: u64) -> Blocks {
         let costs = Costs {
             fault: Duration::from_nanos(1000),
-            mebibyte: Duration::from_nanos(100 * 256),
+            write_mib: Duration::from_nanos(100 * 256),
         };
         Blocks::new(count, 4096, Policy::Cost(costs)).unwrap()
     }
@@ -353,7 +353,7 @@ mod tests {
         assert_eq!(blocks.gain(1, 0), -512 * 100);
         let costly = Costs {
             fault: Duration::from_secs(3600),
-            mebibyte: Duration::ZERO,
+            write_mib: Duration::ZERO,
         };
         let costly = Blocks::new(1, 4096, Policy::Cost(costly)).unwrap();
         assert_eq!(costly.gain(512, 512), i32::MAX / 4);

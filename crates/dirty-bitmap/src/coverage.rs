@@ -65,7 +65,7 @@ impl TakeRange {
 /// marked later may have been copied before that.
 ///
 /// A diff covers the marks of the bitmap it was written from, if that bitmap belongs to an epoch:
-/// [`Epoch::bitmap`], or the return value of [`Epoch::take_more`]. A diff of the bitmap that the
+/// [`Epoch::bitmap`], or the return value of [`Epoch::extend`]. A diff of the bitmap that the
 /// guest marks covers nothing, because marks may be added and taken after the write.
 ///
 /// # Examples
@@ -80,7 +80,7 @@ impl TakeRange {
 /// assert!(written.covers(&epoch));
 ///
 /// bitmap.set_dirty(4096)?;
-/// epoch.take_more()?; // not written
+/// epoch.extend()?; // not written
 /// assert!(!written.covers(&epoch));
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```

@@ -26,11 +26,11 @@ impl<K: Markable> DirtyBitmap<K> {
     /// ```
     /// let bitmap = dirty_bitmap::DirtyBitmap::new(0, 1 << 20, 16384)?;
     /// let log = [0b1_0001u64.to_le(), 0, 0, 0];
-    /// assert_eq!(bitmap.mark_log(0, 4096, &log)?, 2);
+    /// assert_eq!(bitmap.mark_dirty_log(0, 4096, &log)?, 2);
     /// assert_eq!(bitmap.runs().collect::<Vec<_>>(), [0..32768]);
     /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
-    pub fn mark_log(
+    pub fn mark_dirty_log(
         &self,
         address: u64,
         page_size: u64,

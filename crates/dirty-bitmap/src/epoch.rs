@@ -15,7 +15,7 @@ use crate::marks::Marks;
 use crate::sync::{Mutex, MutexGuard};
 
 /// The number of bitmaps that are kept for the next epoch: one for its marks, one for those of
-/// [`take_more`](Epoch::take_more).
+/// [`extend`](Epoch::extend).
 const MAX_RECYCLED: usize = 2;
 
 /// The marks that one save has taken out of a bitmap.
@@ -28,7 +28,7 @@ const MAX_RECYCLED: usize = 2;
 ///
 /// A bitmap has one epoch at a time. With two, the later one could become durable while the earlier
 /// one fails, and no diff of the chain would contain the earlier one's pages.
-/// [`take_more`](Self::take_more) adds the pages that are dirtied during a save to its epoch.
+/// [`extend`](Self::extend) adds the pages that are dirtied during a save to its epoch.
 ///
 /// An epoch that never ends, because it was leaked by [`std::mem::forget`] or its thread is stuck,
 /// prevents later epochs until [`DirtyBitmap::reclaim_epoch`] restores its marks.
@@ -45,7 +45,7 @@ const MAX_RECYCLED: usize = 2;
 /// let mut epoch = bitmap.begin_epoch()?; // a full save covers all marks so far
 /// save_full(); // the guest runs, and marks pages
 /// bitmap.set_dirty(0x3000)?;
-/// let meanwhile = epoch.take_more()?; // the guest is paused
+/// let meanwhile = epoch.extend()?; // the guest is paused
 /// save_diff(meanwhile);
 /// epoch.release_after(commit)?; // on an error, all marks return
 /// assert!(bitmap.is_clean());
@@ -54,11 +54,11 @@ const MAX_RECYCLED: usize = 2;
 ///
 /// # Tracked bitmaps
 /// The epoch of a [`TrackedBitmap`](crate::TrackedBitmap) is a [`TrackedEpoch`], which only
-/// [`WriteTracker::arm_more`](crate::WriteTracker::arm_more) extends. Taking marks without
-/// protecting their pages again would lose the next write to them:
+/// [`WriteTracker::checkpoint_incremental`](crate::WriteTracker::checkpoint_incremental) extends.
+/// Taking marks without protecting their pages again would lose the next write to them:
 /// ```compile_fail,E0599
 /// # fn example(mut epoch: dirty_bitmap::TrackedEpoch) {
-/// epoch.take_more(); // of a TrackedEpoch
+/// epoch.extend(); // of a TrackedEpoch
 /// # }
 /// ```
 #[derive(Debug)]
@@ -93,8 +93,8 @@ impl<B: Deref<Target = DirtyBitmap>> Epoch<B> {
     /// them.
     ///
     /// # Errors
-    /// Returns [`TakeMoreError`]. No mark was taken.
-    pub fn take_more(&mut self) -> Result<&TakenBitmap, TakeMoreError> {
+    /// Returns [`ExtendError`]. No mark was taken.
+    pub fn extend(&mut self) -> Result<&TakenBitmap, ExtendError> {
         self.extend_any_kind()
     }
 }
@@ -133,7 +133,7 @@ impl<K, B: Deref<Target = DirtyBitmap<K>>> Epoch<B, K> {
     /// Discards the marks, because the pages are durable.
     ///
     /// The caller ensures that every page of [`bitmap`](Self::bitmap) was written after its mark
-    /// was taken. This includes the pages that [`take_more`](Epoch::take_more) took last. A full
+    /// was taken. This includes the pages that [`extend`](Epoch::extend) took last. A full
     /// save must have begun after the epoch. This method does not check it. A save that may be
     /// reclaimed must commit in [`release_after`](Self::release_after) instead.
     ///
@@ -164,7 +164,7 @@ impl<K, B: Deref<Target = DirtyBitmap<K>>> Epoch<B, K> {
     }
 
     /// Extends an epoch of a bitmap of any kind.
-    pub(crate) fn extend_any_kind(&mut self) -> Result<&TakenBitmap, TakeMoreError> {
+    pub(crate) fn extend_any_kind(&mut self) -> Result<&TakenBitmap, ExtendError> {
         // Held until the marks are in `taken`: a reclaim in between would miss them.
         let mut epochs = self.source.epochs.lock();
         if !epochs.is_open(&self.taken) {
@@ -329,7 +329,7 @@ pub enum BeginEpochError {
 /// An error for an epoch that could not be extended. No mark was taken.
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
 #[non_exhaustive]
-pub enum TakeMoreError {
+pub enum ExtendError {
     /// The epoch was reclaimed.
     #[error(transparent)]
     Reclaimed(#[from] EpochReclaimed),

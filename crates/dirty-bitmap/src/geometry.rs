@@ -163,7 +163,7 @@ pub struct OutOfRange {
      bytes at {other_start:#x}: make both with the same start and size"
 )]
 #[non_exhaustive]
-pub struct DifferentRam {
+pub struct RangeMismatch {
     /// The first guest-physical address of the bitmap to drain.
     pub this_start: u64,
     /// Its size in bytes.

@@ -25,8 +25,8 @@
 //! - **Mark a write**: [`set_dirty`](DirtyBitmap::set_dirty) marks an address,
 //!   [`set_range`](DirtyBitmap::set_range) a range,
 //!   [`set_dirty_by_index`](DirtyBitmap::set_dirty_by_index) a page, and
-//!   [`mark_log`](DirtyBitmap::mark_log) the pages in a hypervisor's dirty log. A mark outside the
-//!   RAM is an error, because an ignored mark would be a lost page.
+//!   [`mark_dirty_log`](DirtyBitmap::mark_dirty_log) the pages in a hypervisor's dirty log. A mark
+//!   outside the RAM is an error, because an ignored mark would be a lost page.
 //! - **Save the marked pages**: [`begin_epoch`](DirtyBitmap::begin_epoch), as above.
 //! - **Change the page size** while the guest runs: [`rebuild`](DirtyBitmap::rebuild). Coarse pages
 //!   cause fewer write faults where tracking costs a fault. Fine pages make smaller diffs.
@@ -85,16 +85,16 @@ pub use blocks::BLOCK_SIZE;
 pub use coverage::{Coverage, FullBegan};
 pub use dirty_log::DirtyLogError;
 pub use epoch::{
-    BeginEpochError, Epoch, EpochCommitting, EpochReclaimed, ReleaseError, TakeMoreError,
+    BeginEpochError, Epoch, EpochCommitting, EpochReclaimed, ExtendError, ReleaseError,
     TrackedEpoch,
 };
-pub use geometry::{DifferentRam, GeometryError, MAX_RAM_SIZE, OutOfRange};
+pub use geometry::{GeometryError, MAX_RAM_SIZE, OutOfRange, RangeMismatch};
 pub use kind::{Markable, Taken, Tracked, Untracked};
 pub use page_set::{PageSet, PageSetError};
 pub use policy::{Costs, Policy};
 pub use protection::WriteProtection;
 pub use runs::Runs;
-pub use tracker::{ArmError, FaultError, TrackerError, WriteTracker};
+pub use tracker::{CheckpointError, FaultError, TrackerError, WriteTracker};
 
 #[cfg(doctest)]
 #[doc = include_str!("../README.md")]

@@ -51,7 +51,7 @@ pub struct Costs {
     /// The additional time of the first write to a protected page.
     pub fault: Duration,
     /// The time to write 1 MiB to the snapshot.
-    pub mebibyte: Duration,
+    pub write_mib: Duration,
 }
 
 impl Default for Costs {
@@ -69,7 +69,7 @@ impl Costs {
     /// virtio disk.
     pub const DEFAULT: Self = Self {
         fault: Duration::from_nanos(4_900),
-        mebibyte: Duration::from_micros(625),
+        write_mib: Duration::from_micros(625),
     };
 
     /// Measures the costs as the medians of several calls of `fault` and `write`.
@@ -87,20 +87,20 @@ impl Costs {
             let start = Instant::now();
             fault().map(|()| start.elapsed())
         })?;
-        let mebibyte = median(5, || {
+        let write_mib = median(5, || {
             let start = Instant::now();
             let bytes = write()?;
             Ok(start
                 .elapsed()
                 .mul_f64(f64::from(1 << 20) / bytes.max(1) as f64))
         })?;
-        Ok(Self { fault, mebibyte })
+        Ok(Self { fault, write_mib })
     }
 
     /// Returns the costs of a fault and of writing `bytes`, in nanoseconds.
     pub(crate) fn in_nanos(self, bytes: u64) -> (i64, i64) {
         let nanos = |time: Duration| u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
-        let write = (u128::from(nanos(self.mebibyte)) * u128::from(bytes)) >> 20;
+        let write = (u128::from(nanos(self.write_mib)) * u128::from(bytes)) >> 20;
         // Saturate at one hour.
         let max = u64::pow(10, 9) * 3600;
         let signed = |nanos: u64| i64::try_from(nanos.min(max)).expect("at most an hour");
@@ -136,9 +136,9 @@ mod tests {
 
     #[test]
     fn costs_saturate_at_an_hour() {
-        let seconds = |fault, mebibyte| Costs {
+        let seconds = |fault, write_mib| Costs {
             fault: Duration::from_secs(fault),
-            mebibyte: Duration::from_secs(mebibyte),
+            write_mib: Duration::from_secs(write_mib),
         };
         assert_eq!(
             seconds(90, 4).in_nanos(1 << 18),

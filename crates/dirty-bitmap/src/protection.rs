@@ -28,5 +28,5 @@ pub trait WriteProtection {
     ///
     /// # Errors
     /// After an error, any part of `range` may be unprotected.
-    fn lift(&self, range: Range<u64>) -> Result<(), Self::Error>;
+    fn unprotect(&self, range: Range<u64>) -> Result<(), Self::Error>;
 }

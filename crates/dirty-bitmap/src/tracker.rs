@@ -10,7 +10,7 @@ use thiserror::Error;
 
 use crate::bitmap::{TakenBitmap, TrackedBitmap};
 use crate::blocks::{BLOCK_SIZE, Blocks, Unprotect};
-use crate::epoch::{BeginEpochError, Epoch, EpochCommitting, TakeMoreError, TrackedEpoch};
+use crate::epoch::{BeginEpochError, Epoch, EpochCommitting, ExtendError, TrackedEpoch};
 use crate::geometry::{GeometryError, OutOfRange};
 use crate::policy::Policy;
 use crate::protection::WriteProtection;
@@ -36,9 +36,9 @@ const MAX_BRIDGED_PAGES: u64 = 16;
 /// # Order
 /// A fault is handled by unprotecting the pages, *then* marking them, *then* resuming the vCPU
 /// ([`on_write_fault`](Self::on_write_fault), and its caller). A checkpoint takes the marks, *then*
-/// protects their pages ([`arm`](Self::arm)), *then* the caller copies the pages. Either the
-/// checkpoint takes the mark, and its protection makes the next write fault again; or the mark
-/// stays for the next checkpoint. Marking first loses a page: see
+/// protects their pages ([`checkpoint`](Self::checkpoint)), *then* the caller copies the pages.
+/// Either the checkpoint takes the mark, and its protection makes the next write fault again; or
+/// the mark stays for the next checkpoint. Marking first loses a page: see
 /// [`DirtyBitmap`](crate::DirtyBitmap#mark-last).
 ///
 /// The types enforce this order. The bitmap is a [`TrackedBitmap`], which other code can mark and
@@ -70,7 +70,7 @@ const MAX_BRIDGED_PAGES: u64 = 16;
 /// impl WriteProtection for Stage2 {
 ///     type Error = Infallible;
 ///     fn protect(&self, range: Range<u64>) -> Result<(), Infallible> { Ok(()) }
-///     fn lift(&self, range: Range<u64>) -> Result<(), Infallible> { Ok(()) }
+///     fn unprotect(&self, range: Range<u64>) -> Result<(), Infallible> { Ok(()) }
 /// }
 /// # fn write_full() -> std::io::Result<()> { Ok(()) }
 /// # fn write_diff(_: &TakenBitmap) -> std::io::Result<()> { Ok(()) }
@@ -79,7 +79,7 @@ const MAX_BRIDGED_PAGES: u64 = 16;
 /// let tracker = WriteTracker::new(bitmap, Policy::default())?;
 ///
 /// // The first checkpoint has all pages, because no page was protected before.
-/// let epoch = tracker.arm(&Stage2)?;
+/// let epoch = tracker.checkpoint(&Stage2)?;
 /// write_full()?;
 /// epoch.release()?;
 ///
@@ -88,7 +88,7 @@ const MAX_BRIDGED_PAGES: u64 = 16;
 /// // Host writes never fault. The host writes, then marks.
 /// tracker.bitmap().set_range(0x8000_0000, 512)?;
 ///
-/// let epoch = tracker.arm(&Stage2)?;
+/// let epoch = tracker.checkpoint(&Stage2)?;
 /// write_diff(epoch.bitmap())?; // on an error, the marks return
 /// epoch.release()?;
 /// # Ok::<(), Box<dyn std::error::Error>>(())
@@ -203,12 +203,12 @@ impl WriteTracker {
         let (page, block) = (around(page_size), around(BLOCK_SIZE));
         let unprotect = |offsets: Range<u64>| {
             let range = start + offsets.start..start + offsets.end;
-            let unprotected = protection.lift(range.clone());
+            let unprotected = protection.unprotect(range.clone());
             // Mark even after an error, because some of the pages may be unprotected.
             self.bitmap.marks.mark_offsets(offsets);
             match unprotected {
                 Ok(()) => Ok(range),
-                Err(source) => Err(FaultError::Lift { range, source }),
+                Err(source) => Err(FaultError::Unprotect { range, source }),
             }
         };
         let in_block = (page.start - block.start) / page_size;
@@ -248,13 +248,14 @@ impl WriteTracker {
     /// vCPUs may run. For a point-in-time image, they must be stopped until the pages are copied.
     ///
     /// # Errors
-    /// Returns [`ArmError`] if a save is in progress or the protection failed. All marks are in the
-    /// bitmap.
-    pub fn arm<P: WriteProtection>(
+    /// Returns [`CheckpointError`] if a save is in progress or the protection failed. All marks are
+    /// in the bitmap.
+    pub fn checkpoint<P: WriteProtection>(
         &self,
         protection: &P,
-    ) -> Result<TrackedEpoch, ArmError<P::Error>> {
-        let epoch = Epoch::begin_any_kind(Arc::clone(&self.bitmap)).map_err(ArmError::Epoch)?;
+    ) -> Result<TrackedEpoch, CheckpointError<P::Error>> {
+        let epoch =
+            Epoch::begin_any_kind(Arc::clone(&self.bitmap)).map_err(CheckpointError::Epoch)?;
         self.protect_taken(epoch.bitmap().runs(), protection)?;
         Ok(epoch)
     }
@@ -265,17 +266,17 @@ impl WriteTracker {
     /// This is for pre-copy: the guest runs while most pages are saved, and is paused for the rest.
     ///
     /// # Errors
-    /// Returns [`ArmError`]. Every page that is not protected is marked for the next epoch too. The
-    /// epoch of another bitmap is refused, because this tracker can't protect its pages.
-    pub fn arm_more<'e, P: WriteProtection>(
+    /// Returns [`CheckpointError`]. Every page that is not protected is marked for the next epoch
+    /// too. The epoch of another bitmap is refused, because this tracker can't protect its pages.
+    pub fn checkpoint_incremental<'e, P: WriteProtection>(
         &self,
         epoch: &'e mut TrackedEpoch,
         protection: &P,
-    ) -> Result<&'e TakenBitmap, ArmError<P::Error>> {
+    ) -> Result<&'e TakenBitmap, CheckpointError<P::Error>> {
         if !Arc::ptr_eq(epoch.source(), &self.bitmap) {
-            return Err(ArmError::OtherBitmap);
+            return Err(CheckpointError::OtherBitmap);
         }
-        let extension = epoch.extend_any_kind().map_err(ArmError::More)?;
+        let extension = epoch.extend_any_kind().map_err(CheckpointError::Extend)?;
         if let Err(error) = self.protect_taken(extension.runs(), protection) {
             self.bitmap.marks.add(&extension.marks);
             return Err(error);
@@ -298,7 +299,7 @@ impl WriteTracker {
         &self,
         taken: Runs<'_>,
         protection: &P,
-    ) -> Result<(), ArmError<P::Error>> {
+    ) -> Result<(), CheckpointError<P::Error>> {
         let start = self.bitmap.ram_start();
         let page_size = self.bitmap.page_size();
         // The current block and its number of dirty pages.
@@ -313,7 +314,7 @@ impl WriteTracker {
             // single range.
             let all = start..start + self.bitmap.ram_size();
             let retried = protection.protect(all);
-            retried.map_err(|_| ArmError::Protect { range, source })
+            retried.map_err(|_| CheckpointError::Protect { range, source })
         };
         for run in taken {
             // The granule of the bitmap may be finer than the pages that can be protected.
@@ -398,7 +399,7 @@ pub enum FaultError<E: Error + 'static> {
     OutOfRange(#[source] OutOfRange),
     /// The platform failed to unprotect the pages. Every page that may be unprotected is marked.
     #[error("failed to unprotect {:#x}..{:#x}: stop the vCPU", range.start, range.end)]
-    Lift {
+    Unprotect {
         /// The addresses to unprotect.
         range: Range<u64>,
         /// The error of the platform.
@@ -409,13 +410,13 @@ pub enum FaultError<E: Error + 'static> {
 /// An error for a checkpoint that failed.
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
 #[non_exhaustive]
-pub enum ArmError<E: Error + 'static> {
+pub enum CheckpointError<E: Error + 'static> {
     /// An epoch could not begin. No mark was taken.
     #[error("failed to begin a checkpoint")]
     Epoch(#[source] BeginEpochError),
     /// The epoch could not be extended. No mark was taken.
     #[error("failed to extend the checkpoint")]
-    More(#[source] TakeMoreError),
+    Extend(#[source] ExtendError),
     /// The epoch belongs to another bitmap. No mark was taken.
     #[error("the epoch belongs to the bitmap of another tracker: extend it with that tracker")]
     OtherBitmap,

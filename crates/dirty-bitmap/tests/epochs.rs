@@ -3,7 +3,7 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
-use dirty_bitmap::{BeginEpochError, Coverage, DirtyBitmap, Epoch, ReleaseError, TakeMoreError};
+use dirty_bitmap::{BeginEpochError, Coverage, DirtyBitmap, Epoch, ExtendError, ReleaseError};
 
 fn marked() -> DirtyBitmap {
     let bitmap = DirtyBitmap::new(0, 1 << 20, 4096).unwrap();
@@ -78,12 +78,12 @@ fn take_more_adds_new_marks_to_the_epoch() {
     let bitmap = marked();
     let mut epoch = bitmap.begin_epoch().unwrap();
     bitmap.set_dirty(0xf000).unwrap();
-    assert_eq!(runs(epoch.take_more().unwrap()), [0xf000..0x10000]);
+    assert_eq!(runs(epoch.extend().unwrap()), [0xf000..0x10000]);
     assert_eq!(runs(epoch.bitmap()), [0x3000..0xc000, 0xf000..0x10000]);
     assert!(bitmap.is_clean());
     bitmap.rebuild(32768).unwrap();
     bitmap.set_dirty(0x2_0000).unwrap();
-    assert_eq!(runs(epoch.take_more().unwrap()), [0x2_0000..0x2_8000]);
+    assert_eq!(runs(epoch.extend().unwrap()), [0x2_0000..0x2_8000]);
     drop(epoch);
     assert_eq!(
         runs(&bitmap),
@@ -105,7 +105,7 @@ fn reclaim_restores_all_marks_of_a_leaked_epoch() {
     let bitmap = marked();
     let mut epoch = bitmap.begin_epoch().unwrap();
     bitmap.set_dirty(0xf000).unwrap();
-    epoch.take_more().unwrap();
+    epoch.extend().unwrap();
     std::mem::forget(epoch);
     assert_eq!(
         bitmap.begin_epoch().unwrap_err(),
@@ -137,10 +137,7 @@ fn a_reclaimed_epoch_does_not_affect_the_next_one() {
     bitmap.reclaim_epoch().unwrap();
     let next = bitmap.begin_epoch().unwrap();
     bitmap.set_dirty(0xf000).unwrap();
-    assert!(matches!(
-        stuck.take_more(),
-        Err(TakeMoreError::Reclaimed(_))
-    ));
+    assert!(matches!(stuck.extend(), Err(ExtendError::Reclaimed(_))));
     assert_eq!(
         runs(&bitmap),
         [0xf000..0x10000],
@@ -179,9 +176,9 @@ fn an_epoch_has_no_marks_of_earlier_epochs() {
         assert_eq!(runs(epoch.bitmap()), [page..page + granule]);
         assert_eq!(epoch.bitmap().granule(), granule);
         bitmap.set_dirty(page + 0x4000).unwrap();
-        let more = epoch.take_more().unwrap();
+        let more = epoch.extend().unwrap();
         assert_eq!(runs(more), [page + 0x4000..page + 0x4000 + granule]);
-        assert_eq!(runs(epoch.take_more().unwrap()), []);
+        assert_eq!(runs(epoch.extend().unwrap()), []);
         if round % 3 == 0 {
             bitmap.reclaim_epoch().unwrap();
             epoch.release().unwrap_err();
@@ -256,7 +253,7 @@ fn a_full_write_covers_only_earlier_takes() {
     assert!(!written.covers(&epoch), "the write began before the epoch");
     let began = Coverage::begin_full();
     bitmap.set_dirty(0).unwrap();
-    epoch.take_more().unwrap();
+    epoch.extend().unwrap();
     written.add_full(began);
     assert!(
         !written.covers(&epoch),
@@ -274,29 +271,29 @@ fn diffs_cover_an_epoch_if_no_take_is_missing() {
     let mut epoch = bitmap.begin_epoch().unwrap();
     let mut written = Coverage::new();
     bitmap.set_dirty(0).unwrap();
-    written.add_diff(epoch.take_more().unwrap());
+    written.add_diff(epoch.extend().unwrap());
     assert!(!written.covers(&epoch), "the first take is missing");
     written.add_diff(epoch.bitmap());
     assert!(written.covers(&epoch));
-    assert!(epoch.take_more().unwrap().is_clean());
+    assert!(epoch.extend().unwrap().is_clean());
     assert!(
         written.covers(&epoch),
         "a take without marks needs no write"
     );
     for address in [0, 0x10_000] {
         bitmap.set_dirty(address).unwrap();
-        let more = epoch.take_more().unwrap();
+        let more = epoch.extend().unwrap();
         written.add_diff(more);
         assert!(written.covers(&epoch));
     }
     bitmap.set_dirty(0).unwrap();
-    epoch.take_more().unwrap();
+    epoch.extend().unwrap();
     assert!(
         !written.covers(&epoch),
         "a page written before is marked again"
     );
     bitmap.set_dirty(0x20_000).unwrap();
-    written.add_diff(epoch.take_more().unwrap());
+    written.add_diff(epoch.extend().unwrap());
     assert!(!written.covers(&epoch), "the take before is missing");
 }
 

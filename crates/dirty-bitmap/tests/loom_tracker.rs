@@ -60,7 +60,7 @@ impl WriteProtection for Mmu<'_> {
         failing.map_or(Ok(()), |_| Err(io::ErrorKind::OutOfMemory.into()))
     }
 
-    fn lift(&self, range: Range<u64>) -> io::Result<()> {
+    fn unprotect(&self, range: Range<u64>) -> io::Result<()> {
         self.set(range, false);
         Ok(())
     }
@@ -79,7 +79,7 @@ impl Guest {
         };
         guest
             .tracker
-            .arm(&Mmu(&guest, None))
+            .checkpoint(&Mmu(&guest, None))
             .unwrap()
             .release()
             .unwrap();
@@ -127,7 +127,7 @@ impl Guest {
     }
 
     fn save(&self, image: &mut [u64]) {
-        let epoch = self.tracker.arm(&Mmu(self, None)).unwrap();
+        let epoch = self.tracker.checkpoint(&Mmu(self, None)).unwrap();
         self.copy(epoch.bitmap(), image);
         epoch.release().unwrap();
     }
@@ -238,11 +238,11 @@ fn a_fault_racing_an_extended_save_is_kept() {
         let guest = Guest::new(1, Policy::Pages);
         let vcpu = guest.vcpu(&[(0, 1)]);
         let mut image = vec![0];
-        let mut epoch = guest.tracker.arm(&Mmu(&guest, None)).unwrap();
+        let mut epoch = guest.tracker.checkpoint(&Mmu(&guest, None)).unwrap();
         guest.copy(epoch.bitmap(), &mut image);
         let more = guest
             .tracker
-            .arm_more(&mut epoch, &Mmu(&guest, None))
+            .checkpoint_incremental(&mut epoch, &Mmu(&guest, None))
             .unwrap();
         guest.copy(more, &mut image);
         epoch.release().unwrap();
@@ -257,7 +257,7 @@ fn a_fault_racing_a_failed_checkpoint_is_kept() {
         let guest = Guest::new(2, Policy::Pages);
         let vcpu = guest.vcpu(&[(0, 1), (1, 2)]);
         let mut image = vec![0; 2];
-        if let Ok(epoch) = guest.tracker.arm(&Mmu(&guest, Some(1))) {
+        if let Ok(epoch) = guest.tracker.checkpoint(&Mmu(&guest, Some(1))) {
             guest.copy(epoch.bitmap(), &mut image);
             epoch.release().unwrap();
         }

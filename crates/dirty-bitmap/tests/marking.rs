@@ -267,7 +267,9 @@ fn a_dirty_log_of_any_page_size_is_imported(
 ) {
     let bitmap = bitmap();
     assert_eq!(
-        bitmap.mark_log(START, page_size, &[word.to_le()]).unwrap(),
+        bitmap
+            .mark_dirty_log(START, page_size, &[word.to_le()])
+            .unwrap(),
         pages
     );
     assert_eq!(runs(&bitmap), expected);
@@ -277,7 +279,7 @@ fn a_dirty_log_of_any_page_size_is_imported(
 fn a_dirty_log_is_marked_at_the_address_of_its_slot() {
     let bitmap = bitmap();
     bitmap
-        .mark_log(START + 0x4_0000, 4096, &[0, (1u64 << 63).to_le()])
+        .mark_dirty_log(START + 0x4_0000, 4096, &[0, (1u64 << 63).to_le()])
         .unwrap();
     let page = 0x4_0000 + 127 * 4096;
     assert_eq!(runs(&bitmap), [page..page + 4096]);
@@ -287,12 +289,12 @@ fn a_dirty_log_is_marked_at_the_address_of_its_slot() {
 fn a_dirty_log_may_have_padding_but_no_pages_outside_the_ram() {
     let bitmap = bitmap();
     bitmap
-        .mark_log(START + SIZE - 4096, 4096, &[1u64.to_le(), 0, 0])
+        .mark_dirty_log(START + SIZE - 4096, 4096, &[1u64.to_le(), 0, 0])
         .unwrap();
     assert!(bitmap.drain().unwrap().is_dirty(START + SIZE - 1).unwrap());
 
     let error = bitmap
-        .mark_log(START + SIZE - 4096, 4096, &[0b11u64.to_le()])
+        .mark_dirty_log(START + SIZE - 4096, 4096, &[0b11u64.to_le()])
         .unwrap_err();
     assert!(matches!(error, DirtyLogError::OutOfRange(_)));
     assert_eq!(
@@ -302,11 +304,11 @@ fn a_dirty_log_may_have_padding_but_no_pages_outside_the_ram() {
     );
 
     for page_size in [0, 4097] {
-        let error = bitmap.mark_log(START, page_size, &[1]).unwrap_err();
+        let error = bitmap.mark_dirty_log(START, page_size, &[1]).unwrap_err();
         assert_eq!(error, DirtyLogError::PageSizeNotPowerOfTwo { page_size });
     }
     bitmap
-        .mark_log(u64::MAX, 1 << 63, &[u64::MAX; 3])
+        .mark_dirty_log(u64::MAX, 1 << 63, &[u64::MAX; 3])
         .unwrap_err();
 }
 

@@ -115,7 +115,7 @@ proptest! {
                     let pages: Vec<_> = set.map(|bit| at + bit * page..at + (bit + 1) * page).collect();
                     pages.iter().for_each(|page| oracle.mark(page.clone()));
                     let log: Vec<u64> = words.iter().map(|word| word.to_le()).collect();
-                    match bitmap.mark_log(START + at, page, &log) {
+                    match bitmap.mark_dirty_log(START + at, page, &log) {
                         Ok(reported) => prop_assert_eq!(reported, pages.len() as u64),
                         Err(_) => prop_assert!(pages.iter().any(|page| page.end > size)),
                     }

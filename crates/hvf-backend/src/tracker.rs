@@ -38,7 +38,7 @@ use vcpus::Vcpus;
 /// # impl WriteProtection for NoProtection {
 /// #     type Error = Infallible;
 /// #     fn protect(&self, _: Range<u64>) -> Result<(), Infallible> { Ok(()) }
-/// #     fn lift(&self, _: Range<u64>) -> Result<(), Infallible> { Ok(()) }
+/// #     fn unprotect(&self, _: Range<u64>) -> Result<(), Infallible> { Ok(()) }
 /// # }
 /// # let stage2 = NoProtection;
 /// # let mut exits = [(0x9200_004f, 0x8012_3456), (0x5a00_0000, 0)].into_iter();
@@ -268,7 +268,7 @@ impl<P: WriteProtection> Stage2Tracker<P> {
     /// # Errors
     /// Returns the same errors as [`arm`](Self::arm), except for a running vCPU.
     pub fn arm_running(&self) -> Result<TrackedEpoch, ArmError<P::Error>> {
-        Ok(self.tracker.arm(&self.protection)?)
+        Ok(self.tracker.checkpoint(&self.protection)?)
     }
 
     /// Extends the epoch of a save in progress by the pages written since, while the guest may run.
@@ -281,7 +281,9 @@ impl<P: WriteProtection> Stage2Tracker<P> {
         &self,
         epoch: &'e mut TrackedEpoch,
     ) -> Result<&'e TakenBitmap, ArmError<P::Error>> {
-        Ok(self.tracker.arm_more(epoch, &self.protection)?)
+        Ok(self
+            .tracker
+            .checkpoint_incremental(epoch, &self.protection)?)
     }
 
     /// Extends the epoch of a save in progress as [`arm_more`](Self::arm_more) does, with a stopped
@@ -323,7 +325,7 @@ impl<P: WriteProtection> Stage2Tracker<P> {
     )]
     pub fn stop(self) -> Result<P, P::Error> {
         let ram = 0..self.layout.ram_size();
-        let lifted = self.protection.lift(ram.clone());
+        let lifted = self.protection.unprotect(ram.clone());
         let marked = self.bitmap().set_range(ram.start, ram.end);
         assert!(
             marked.is_ok(),

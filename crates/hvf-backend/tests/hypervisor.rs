@@ -95,7 +95,7 @@ fn a_write_faults_until_the_page_is_unprotected() {
         // The guest repeats the instruction.
         assert_eq!(vcpu.register(Register::PC).unwrap(), PROGRAM);
     }
-    stage2.lift(page).unwrap();
+    stage2.unprotect(page).unwrap();
     assert!(is_hvc(vcpu.run().unwrap()));
     let mut word = [0; 8];
     stage2.ram().read_at(DATA - RAM + 8, &mut word).unwrap();

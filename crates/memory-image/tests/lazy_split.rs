@@ -148,7 +148,7 @@ impl WriteProtection for ByMprotect {
         )
     }
 
-    fn lift(&self, range: Range<u64>) -> io::Result<()> {
+    fn unprotect(&self, range: Range<u64>) -> io::Result<()> {
         let read_write = libc::PROT_READ | libc::PROT_WRITE;
         protect(self.0, range.start / PAGE..range.end / PAGE, read_write)
     }
@@ -164,7 +164,7 @@ fn memory_whose_writes_are_tracked_by_mprotect_is_filled() {
     let bitmap = Arc::new(TrackedBitmap::tracked(0, 4 * MIB, PAGE).unwrap());
     let tracker = WriteTracker::new(bitmap, Policy::Pages).unwrap();
     let protection = ByMprotect(ram.as_ptr());
-    tracker.arm(&protection).unwrap().release().unwrap();
+    tracker.checkpoint(&protection).unwrap().release().unwrap();
     for page in [FIRST, LAST, LAST + 1] {
         tracker.on_write_fault(page * PAGE, &protection).unwrap();
     }

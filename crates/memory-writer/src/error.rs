@@ -160,7 +160,7 @@ pub enum SnapshotError {
     /// taken. Nothing was committed.
     #[error(
         "the snapshot {dest:?} was not committed, because it lacks pages of the epoch to release: pass \
-         the epoch's bitmap, or what each take_more returns, to write_diff, and begin a full write \
+         the epoch's bitmap, or what each extend returns, to write_diff, and begin a full write \
          after the epoch"
     )]
     EpochNotWritten {

@@ -44,7 +44,7 @@
 //! let mut writer = MemoryWriter::open(&dest, 1 << 20, 4096)?;
 //! writer.write_full(&ram)?; // the guest runs and marks the pages that it writes
 //! pause();
-//! let dirtied = epoch.take_more()?;
+//! let dirtied = epoch.extend()?;
 //! writer.write_diff(&ram, dirtied)?;
 //! resume();
 //! writer.commit_and_release(epoch)?;

@@ -672,7 +672,7 @@ impl MemoryWriter {
     ///
     /// Only writes of this writer count: a [full write](Self::write_full) that began after the
     /// marks were taken, and [diffs](Self::write_diff) of [`Epoch::bitmap`] or of a bitmap that
-    /// [`Epoch::take_more`] returned. A diff of the bitmap that the guest marks does not count.
+    /// [`Epoch::extend`] returned. A diff of the bitmap that the guest marks does not count.
     /// [`share_full`](Self::share_full) does not count and undoes the writes before it. A
     /// [clean](DirtyBitmap::is_clean) part needs no write.
     ///

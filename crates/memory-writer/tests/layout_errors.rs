@@ -121,7 +121,7 @@ fn footer_over_its_limit_is_refused_before_writes() {
     let (size, page) = (46 << 30, 512);
     let dirty = DirtyBitmap::new(0, size, page).unwrap();
     let words = vec![0x5555_5555_5555_5555; (size / page / 64) as usize];
-    dirty.mark_log(0, page, &words).unwrap();
+    dirty.mark_dirty_log(0, page, &words).unwrap();
     let mut writer = options(Layout::Packed(Seal::new().on_raw_image()))
         .open(&place.dest, size, page)
         .unwrap();

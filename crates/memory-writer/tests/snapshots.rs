@@ -92,7 +92,7 @@ fn pre_copy_snapshot_equals_the_ram_at_the_pause() {
             ram[page * 4096 + 17] ^= 0xff;
             dirty.set_dirty(START + page as u64 * 4096).unwrap();
         }
-        let dirtied = epoch.take_more().unwrap();
+        let dirtied = epoch.extend().unwrap();
         assert_eq!(writer.write_diff(&ram, dirtied).unwrap(), 3);
     }
     writer.commit_and_release(epoch).unwrap();

@@ -128,10 +128,10 @@ impl Report {
 
     fn page(&self) -> String {
         let mut page = String::from(HEAD);
-        let (fault, mebibyte) = (COSTS.fault, COSTS.mebibyte);
+        let (fault, write_mib) = (COSTS.fault, COSTS.write_mib);
         _ = write!(
             page,
-            "Total time with the default costs, {fault:?} for a fault and {mebibyte:?} for 1 MiB \
+            "Total time with the default costs, {fault:?} for a fault and {write_mib:?} for 1 MiB \
              written:\n\n"
         );
         page += "| trace | ";

@@ -55,7 +55,7 @@ impl WriteProtection for Memory {
         Ok(())
     }
 
-    fn lift(&self, range: Range<u64>) -> Result<(), Infallible> {
+    fn unprotect(&self, range: Range<u64>) -> Result<(), Infallible> {
         self.set(range, false);
         Ok(())
     }
@@ -74,7 +74,11 @@ pub(crate) fn run(trace: &Trace, policy: Policy, costs: Costs) -> Cost {
     let bitmap = Arc::new(bitmap.expect("a trace has pages"));
     let tracker = WriteTracker::new(bitmap, policy).expect("whole pages");
     let release = |epoch: TrackedEpoch| epoch.release().expect("no thread reclaims this epoch");
-    let checkpoint = || tracker.arm(&memory).expect("no other save is in progress");
+    let checkpoint = || {
+        tracker
+            .checkpoint(&memory)
+            .expect("no other save is in progress")
+    };
     release(checkpoint());
     memory.calls.set(0);
     let mut cost = Cost::default();
@@ -104,7 +108,7 @@ pub(crate) fn run(trace: &Trace, policy: Policy, costs: Costs) -> Cost {
     cost.faulting =
         costs.fault * u32::try_from(cost.faults).expect("the number of faults fits 32 bits");
     cost.writing = costs
-        .mebibyte
+        .write_mib
         .mul_f64(cost.bytes as f64 / f64::from(1 << 20));
     cost
 }

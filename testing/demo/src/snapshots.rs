@@ -89,7 +89,7 @@ impl<'a> Snapshots<'a> {
             // pause.
             let (mut again, mut before) = (0, size);
             loop {
-                let more = tracker.take_more(&mut epoch)?;
+                let more = tracker.extend(&mut epoch)?;
                 let bytes = more.dirty_bytes();
                 progress.phase(phase, bytes);
                 again += writer.write_diff(&ram, more)?;
@@ -114,7 +114,7 @@ impl<'a> Snapshots<'a> {
         let paused = Instant::now();
         // First: to capture it may write to the guest's memory.
         let processor = guest.processor()?;
-        let rest = tracker.take_more(&mut epoch)?;
+        let rest = tracker.extend(&mut epoch)?;
         let last = writer.write_diff(&ram, rest)?;
         let written = size + (again + last) * page;
         let snapshot = self.snapshot("full", epoch.bitmap(), written, paused);

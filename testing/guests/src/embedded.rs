@@ -44,7 +44,7 @@ impl<P: PageFaults> Watch<P> {
             }
         })?;
         // Clear the marks: the first snapshot is a full one, so no diff needs the earlier writes.
-        tracker.arm(&protection)?.release()?;
+        tracker.checkpoint(&protection)?.release()?;
         Ok(Self {
             tracker,
             protection,
@@ -59,12 +59,14 @@ impl<P: PageFaults> Tracker for Watch<P> {
     }
 
     fn begin(&self) -> anyhow::Result<Epoch> {
-        Ok(Epoch::Tracked(self.tracker.arm(&self.protection)?))
+        Ok(Epoch::Tracked(self.tracker.checkpoint(&self.protection)?))
     }
 
-    fn take_more<'e>(&self, epoch: &'e mut Epoch) -> anyhow::Result<&'e TakenBitmap> {
+    fn extend<'e>(&self, epoch: &'e mut Epoch) -> anyhow::Result<&'e TakenBitmap> {
         let epoch = epoch.tracked()?;
-        Ok(self.tracker.arm_more(epoch, &self.protection)?)
+        Ok(self
+            .tracker
+            .checkpoint_incremental(epoch, &self.protection)?)
     }
 }
 

@@ -73,7 +73,7 @@ pub trait Tracker: Send + Sync {
 
     /// Adds the pages written since to the save, tracks the next writes to them again, and returns
     /// these pages.
-    fn take_more<'e>(&self, epoch: &'e mut Epoch) -> anyhow::Result<&'e TakenBitmap>;
+    fn extend<'e>(&self, epoch: &'e mut Epoch) -> anyhow::Result<&'e TakenBitmap>;
 }
 
 /// The pages that a guest wrote, for reading and marking. The method of tracking determines how

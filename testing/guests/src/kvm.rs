@@ -184,10 +184,10 @@ impl Tracker for LogTracker {
         Ok(Epoch::Logged(LoggedEpoch::begin(dirty)?))
     }
 
-    fn take_more<'e>(&self, epoch: &'e mut Epoch) -> anyhow::Result<&'e TakenBitmap> {
+    fn extend<'e>(&self, epoch: &'e mut Epoch) -> anyhow::Result<&'e TakenBitmap> {
         self.harvest()?;
         match epoch {
-            Epoch::Logged(epoch) => Ok(epoch.take_more()?),
+            Epoch::Logged(epoch) => Ok(epoch.extend()?),
             Epoch::Tracked(_) => bail!("the epoch belongs to another tracker"),
         }
     }

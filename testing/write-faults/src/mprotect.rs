@@ -44,7 +44,7 @@ impl WriteProtection for Mprotect {
     }
 
     /// Linux refuses if the process would have too many mappings (`vm.max_map_count`).
-    fn lift(&self, range: Range<u64>) -> io::Result<()> {
+    fn unprotect(&self, range: Range<u64>) -> io::Result<()> {
         Ok(self.memory.set_writable(range, true)?)
     }
 }

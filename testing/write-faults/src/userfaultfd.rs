@@ -188,7 +188,7 @@ impl WriteProtection for Userfaultfd {
         self.inner.set(range, abi::WRITEPROTECT_MODE_WP)
     }
 
-    fn lift(&self, range: Range<u64>) -> io::Result<()> {
+    fn unprotect(&self, range: Range<u64>) -> io::Result<()> {
         self.inner.set(range, abi::WRITEPROTECT_MODE_DONTWAKE)
     }
 }

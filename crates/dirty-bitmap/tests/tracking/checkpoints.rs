@@ -4,12 +4,14 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use dirty_bitmap::{
-    ArmError, BLOCK_SIZE, BeginEpochError, Policy, TakeMoreError, TrackedBitmap, TrackerError,
+    BLOCK_SIZE, BeginEpochError, CheckpointError, ExtendError, Policy, TrackedBitmap, TrackerError,
     WriteTracker,
 };
 use rstest::rstest;
 
-use crate::machine::{Call, Machine, PAGE, PAGES_PER_BLOCK, Refusing, START, armed, checkpoint};
+use crate::machine::{
+    Call, Machine, PAGE, PAGES_PER_BLOCK, Refusing, START, checkpoint, protected,
+};
 
 #[test]
 fn the_first_checkpoint_takes_and_protects_all_ram() {
@@ -24,7 +26,7 @@ fn the_first_checkpoint_takes_and_protects_all_ram() {
 
 #[test]
 fn a_checkpoint_protects_nearby_runs_in_one_call() {
-    let (machine, tracker) = armed(2, Policy::Pages);
+    let (machine, tracker) = protected(2, Policy::Pages);
     for page in [3, 10, 100, 101] {
         machine.write(&tracker, page, 1);
     }
@@ -42,21 +44,21 @@ fn a_checkpoint_protects_nearby_runs_in_one_call() {
 
 #[test]
 fn a_host_write_is_in_the_checkpoint() {
-    let (machine, tracker) = armed(1, Policy::default());
+    let (machine, tracker) = protected(1, Policy::default());
     machine.host_write(&tracker, 7, 1);
     assert_eq!(checkpoint(&machine, &tracker), [7..8]);
 }
 
 #[test]
 fn a_checkpoint_during_a_save_is_an_error_and_has_no_effect() {
-    let (machine, tracker) = armed(1, Policy::Pages);
-    let epoch = tracker.arm(&machine).unwrap();
+    let (machine, tracker) = protected(1, Policy::Pages);
+    let epoch = tracker.checkpoint(&machine).unwrap();
     machine.write(&tracker, 3, 1);
     machine.calls();
-    let second = tracker.arm(&machine);
+    let second = tracker.checkpoint(&machine);
     assert!(matches!(
         second,
-        Err(ArmError::Epoch(BeginEpochError::AlreadyOpen))
+        Err(CheckpointError::Epoch(BeginEpochError::AlreadyOpen))
     ));
     assert_eq!(machine.calls(), []);
     epoch.release().unwrap();
@@ -65,9 +67,9 @@ fn a_checkpoint_during_a_save_is_an_error_and_has_no_effect() {
 
 #[test]
 fn the_marks_of_a_failed_save_are_in_the_next_checkpoint() {
-    let (machine, tracker) = armed(1, Policy::Pages);
+    let (machine, tracker) = protected(1, Policy::Pages);
     machine.write(&tracker, 3, 1);
-    drop(tracker.arm(&machine).unwrap());
+    drop(tracker.checkpoint(&machine).unwrap());
     machine.write(&tracker, 5, 1);
     machine.calls();
     assert_eq!(checkpoint(&machine, &tracker), [3..4, 5..6]);
@@ -77,14 +79,14 @@ fn the_marks_of_a_failed_save_are_in_the_next_checkpoint() {
 
 #[test]
 fn pages_of_a_failed_checkpoint_stay_dirty() {
-    let (machine, tracker) = armed(1, Policy::Pages);
+    let (machine, tracker) = protected(1, Policy::Pages);
     for page in [0, 1, 120, 121] {
         machine.write(&tracker, page, 1);
     }
     // The second call fails half-way, and protecting all RAM fails too.
     machine.calls_left.store(1, Ordering::SeqCst);
-    let failed = tracker.arm(&machine);
-    assert!(matches!(failed, Err(ArmError::Protect { .. })));
+    let failed = tracker.checkpoint(&machine);
+    assert!(matches!(failed, Err(CheckpointError::Protect { .. })));
     machine.calls_left.store(u64::MAX, Ordering::SeqCst);
     // Page 121 was never protected.
     assert_eq!(machine.write(&tracker, 121, 2), 0);
@@ -94,12 +96,12 @@ fn pages_of_a_failed_checkpoint_stay_dirty() {
 
 #[test]
 fn pages_of_a_failed_extension_are_in_the_next_checkpoint() {
-    let (machine, tracker) = armed(1, Policy::Pages);
-    let mut epoch = tracker.arm(&machine).unwrap();
+    let (machine, tracker) = protected(1, Policy::Pages);
+    let mut epoch = tracker.checkpoint(&machine).unwrap();
     machine.write(&tracker, 60, 1);
     machine.calls_left.store(0, Ordering::SeqCst);
-    let failed = tracker.arm_more(&mut epoch, &machine);
-    assert!(matches!(failed, Err(ArmError::Protect { .. })));
+    let failed = tracker.checkpoint_incremental(&mut epoch, &machine);
+    assert!(matches!(failed, Err(CheckpointError::Protect { .. })));
     machine.calls_left.store(u64::MAX, Ordering::SeqCst);
     epoch.release().unwrap();
     assert_eq!(checkpoint(&machine, &tracker), [60..61]);
@@ -107,14 +109,14 @@ fn pages_of_a_failed_extension_are_in_the_next_checkpoint() {
 
 #[test]
 fn a_refused_small_range_protects_all_ram() {
-    let (machine, tracker) = armed(2, Policy::Pages);
+    let (machine, tracker) = protected(2, Policy::Pages);
     machine.write(&tracker, 60, 1);
     machine.calls();
     let refusing = Refusing(
         &machine,
         |call: &Call| matches!(call, Call::Protect(range) if range.end - range.start < BLOCK_SIZE),
     );
-    tracker.arm(&refusing).unwrap().release().unwrap();
+    tracker.checkpoint(&refusing).unwrap().release().unwrap();
     assert_eq!(
         machine.calls(),
         [Call::Protect(START..START + 2 * BLOCK_SIZE)]
@@ -139,7 +141,7 @@ fn ram_that_cannot_be_protected_is_an_error(
 
 #[test]
 fn a_bitmap_has_one_tracker_at_a_time() {
-    let (_machine, tracker) = armed(1, Policy::Pages);
+    let (_machine, tracker) = protected(1, Policy::Pages);
     let bitmap = Arc::clone(tracker.bitmap());
     let second = WriteTracker::new(Arc::clone(&bitmap), Policy::Pages);
     assert_eq!(second.unwrap_err(), TrackerError::AlreadyTracked);
@@ -152,12 +154,12 @@ fn a_bitmap_has_one_tracker_at_a_time() {
 
 #[test]
 fn the_epoch_of_another_tracker_is_an_error() {
-    let (machine, tracker) = armed(1, Policy::Pages);
-    let (other_machine, other) = armed(1, Policy::Pages);
-    let mut epoch = other.arm(&other_machine).unwrap();
+    let (machine, tracker) = protected(1, Policy::Pages);
+    let (other_machine, other) = protected(1, Policy::Pages);
+    let mut epoch = other.checkpoint(&other_machine).unwrap();
     other_machine.write(&other, 3, 1);
-    let refused = tracker.arm_more(&mut epoch, &machine);
-    assert!(matches!(refused, Err(ArmError::OtherBitmap)));
+    let refused = tracker.checkpoint_incremental(&mut epoch, &machine);
+    assert!(matches!(refused, Err(CheckpointError::OtherBitmap)));
     // The failed call took no mark: the page is still in the next checkpoint.
     other_machine.write(&other, 3, 2);
     epoch.release().unwrap();
@@ -166,14 +168,17 @@ fn the_epoch_of_another_tracker_is_an_error() {
 
 #[test]
 fn a_reclaimed_checkpoint_is_in_the_next_one() {
-    let (machine, tracker) = armed(1, Policy::Pages);
+    let (machine, tracker) = protected(1, Policy::Pages);
     machine.write(&tracker, 3, 1);
-    let mut stuck = tracker.arm(&machine).unwrap();
+    let mut stuck = tracker.checkpoint(&machine).unwrap();
     assert!(tracker.reclaim_epoch().unwrap());
     machine.write(&tracker, 5, 1);
     machine.calls();
-    let more = tracker.arm_more(&mut stuck, &machine);
-    let reclaimed = matches!(more, Err(ArmError::More(TakeMoreError::Reclaimed(_))));
+    let more = tracker.checkpoint_incremental(&mut stuck, &machine);
+    let reclaimed = matches!(
+        more,
+        Err(CheckpointError::Extend(ExtendError::Reclaimed(_)))
+    );
     assert!(reclaimed);
     assert_eq!(machine.calls(), []);
     assert_eq!(checkpoint(&machine, &tracker), [3..4, 5..6]);

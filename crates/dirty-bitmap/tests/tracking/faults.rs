@@ -6,13 +6,15 @@ use std::sync::atomic::Ordering;
 use dirty_bitmap::{BLOCK_SIZE, FaultError, Policy};
 use rstest::rstest;
 
-use crate::machine::{Call, Machine, PAGE, PAGES_PER_BLOCK, Refusing, START, armed, checkpoint};
+use crate::machine::{
+    Call, Machine, PAGE, PAGES_PER_BLOCK, Refusing, START, checkpoint, protected,
+};
 
 #[rstest]
 #[case::a_page(Policy::Pages, 5..6)]
 #[case::a_block(Policy::Blocks, 0..PAGES_PER_BLOCK)]
 fn a_fault_unprotects_and_marks(#[case] policy: Policy, #[case] pages: Range<u64>) {
-    let (machine, tracker) = armed(2, policy);
+    let (machine, tracker) = protected(2, policy);
     let unprotected = tracker
         .on_write_fault(START + 5 * PAGE + 77, &machine)
         .unwrap();
@@ -20,7 +22,7 @@ fn a_fault_unprotects_and_marks(#[case] policy: Policy, #[case] pages: Range<u64
         unprotected,
         START + pages.start * PAGE..START + pages.end * PAGE
     );
-    assert_eq!(machine.calls(), [Call::Lift(unprotected)]);
+    assert_eq!(machine.calls(), [Call::Unprotect(unprotected)]);
     assert_eq!(checkpoint(&machine, &tracker), [pages]);
 }
 
@@ -28,7 +30,7 @@ fn a_fault_unprotects_and_marks(#[case] policy: Policy, #[case] pages: Range<u64
 fn the_last_block_ends_where_the_ram_ends() {
     let machine = Machine::new(START, PAGES_PER_BLOCK + 3, PAGE);
     let tracker = machine.tracked(Policy::Blocks);
-    tracker.arm(&machine).unwrap().release().unwrap();
+    tracker.checkpoint(&machine).unwrap().release().unwrap();
     machine.write(&tracker, PAGES_PER_BLOCK + 1, 1);
     assert_eq!(
         checkpoint(&machine, &tracker),
@@ -38,7 +40,7 @@ fn the_last_block_ends_where_the_ram_ends() {
 
 #[test]
 fn the_fault_past_the_limit_unprotects_the_block() {
-    let (machine, tracker) = armed(1, Policy::FaultLimit(4));
+    let (machine, tracker) = protected(1, Policy::FaultLimit(4));
     for _ in 0..3 {
         let faults: u64 = (0..PAGES_PER_BLOCK)
             .map(|page| machine.write(&tracker, page, 1))
@@ -52,7 +54,7 @@ fn the_fault_past_the_limit_unprotects_the_block() {
 
 #[test]
 fn a_fault_outside_the_ram_is_an_error_and_has_no_effect() {
-    let (machine, tracker) = armed(1, Policy::Blocks);
+    let (machine, tracker) = protected(1, Policy::Blocks);
     for address in [0, START - 1, START + BLOCK_SIZE, u64::MAX] {
         let refused = tracker.on_write_fault(address, &machine);
         assert!(matches!(refused, Err(FaultError::OutOfRange(_))));
@@ -67,10 +69,10 @@ fn a_refused_page_unprotects_its_block_or_all_ram() {
         (BLOCK_SIZE, 0..PAGES_PER_BLOCK),
         (2 * BLOCK_SIZE, 0..2 * PAGES_PER_BLOCK),
     ] {
-        let (machine, tracker) = armed(2, Policy::Pages);
+        let (machine, tracker) = protected(2, Policy::Pages);
         let refusing = Refusing(
             &machine,
-            |call: &Call| matches!(call, Call::Lift(range) if range.end - range.start < smallest),
+            |call: &Call| matches!(call, Call::Unprotect(range) if range.end - range.start < smallest),
         );
         tracker.on_write_fault(START + 9 * PAGE, &refusing).unwrap();
         assert_eq!(checkpoint(&machine, &tracker), [pages]);
@@ -79,11 +81,11 @@ fn a_refused_page_unprotects_its_block_or_all_ram() {
 
 #[test]
 fn pages_of_a_failed_unprotect_are_dirty() {
-    let (machine, tracker) = armed(1, Policy::Blocks);
+    let (machine, tracker) = protected(1, Policy::Blocks);
     machine.calls_left.store(0, Ordering::SeqCst);
     let failed = tracker.on_write_fault(START + 9 * PAGE, &machine);
     assert!(
-        matches!(failed, Err(FaultError::Lift { range, .. }) if range == (START..START + BLOCK_SIZE))
+        matches!(failed, Err(FaultError::Unprotect { range, .. }) if range == (START..START + BLOCK_SIZE))
     );
     machine.calls_left.store(u64::MAX, Ordering::SeqCst);
     // Half of the block is unprotected, so a write there causes no fault.

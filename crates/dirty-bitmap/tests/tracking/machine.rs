@@ -17,7 +17,7 @@ pub(crate) const START: u64 = 0x8000_0000;
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Call {
     Protect(Range<u64>),
-    Lift(Range<u64>),
+    Unprotect(Range<u64>),
 }
 
 pub(crate) struct Machine {
@@ -134,24 +134,27 @@ impl WriteProtection for Machine {
         self.set(range, true)
     }
 
-    fn lift(&self, range: Range<u64>) -> io::Result<()> {
-        self.calls.lock().unwrap().push(Call::Lift(range.clone()));
+    fn unprotect(&self, range: Range<u64>) -> io::Result<()> {
+        self.calls
+            .lock()
+            .unwrap()
+            .push(Call::Unprotect(range.clone()));
         self.set(range, false)
     }
 }
 
 /// Creates a machine of `blocks` blocks, all protected and clean.
-pub(crate) fn armed(blocks: u64, policy: Policy) -> (Machine, WriteTracker) {
+pub(crate) fn protected(blocks: u64, policy: Policy) -> (Machine, WriteTracker) {
     let machine = Machine::new(START, blocks * PAGES_PER_BLOCK, PAGE);
     let tracker = machine.tracked(policy);
-    tracker.arm(&machine).unwrap().release().unwrap();
+    tracker.checkpoint(&machine).unwrap().release().unwrap();
     machine.calls();
     (machine, tracker)
 }
 
 /// Makes a checkpoint. Returns the marked runs, in pages from the start of the RAM.
 pub(crate) fn checkpoint(machine: &Machine, tracker: &WriteTracker) -> Vec<Range<u64>> {
-    let epoch = tracker.arm(machine).unwrap();
+    let epoch = tracker.checkpoint(machine).unwrap();
     let runs = epoch.bitmap().runs();
     let runs = runs.map(|run| run.start / PAGE..run.end / PAGE).collect();
     epoch.release().unwrap();
@@ -178,8 +181,8 @@ impl<F: Fn(&Call) -> bool> WriteProtection for Refusing<'_, F> {
         self.0.protect(range)
     }
 
-    fn lift(&self, range: Range<u64>) -> io::Result<()> {
-        self.check(Call::Lift(range.clone()))?;
-        self.0.lift(range)
+    fn unprotect(&self, range: Range<u64>) -> io::Result<()> {
+        self.check(Call::Unprotect(range.clone()))?;
+        self.0.unprotect(range)
     }
 }

@@ -68,10 +68,10 @@ fn save(
     fails: bool,
 ) -> Option<()> {
     let mut next = image.clone();
-    let mut epoch = tracker.arm(machine).ok()?;
+    let mut epoch = tracker.checkpoint(machine).ok()?;
     machine.copy(epoch.bitmap(), &mut next);
     meanwhile();
-    let more = tracker.arm_more(&mut epoch, machine).ok()?;
+    let more = tracker.checkpoint_incremental(&mut epoch, machine).ok()?;
     machine.copy(more, &mut next);
     if fails {
         return None;

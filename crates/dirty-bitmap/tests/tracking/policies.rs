@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use dirty_bitmap::{Costs, Policy, WriteTracker};
 
-use crate::machine::{Machine, PAGES_PER_BLOCK, armed, checkpoint};
+use crate::machine::{Machine, PAGES_PER_BLOCK, checkpoint, protected};
 
 /// Writes the first `pages` pages of block 0 and makes a checkpoint. Returns the numbers of faults
 /// and of marked pages.
@@ -19,7 +19,7 @@ fn interval(machine: &Machine, tracker: &WriteTracker, pages: u64) -> (u64, u64)
 
 #[test]
 fn a_densely_written_block_converges_to_one_fault() {
-    let (machine, tracker) = armed(1, Policy::default());
+    let (machine, tracker) = protected(1, Policy::default());
     let faults = || interval(&machine, &tracker, PAGES_PER_BLOCK).0;
     assert_eq!(faults(), PAGES_PER_BLOCK);
     // The faults before the block is unprotected, and those in the sample, which is a sixteenth of
@@ -36,7 +36,7 @@ fn a_densely_written_block_converges_to_one_fault() {
 
 #[test]
 fn a_sparsely_written_block_stays_in_pages() {
-    let (machine, tracker) = armed(1, Policy::default());
+    let (machine, tracker) = protected(1, Policy::default());
     for _ in 0..20 {
         assert_eq!(interval(&machine, &tracker, 9), (9, 9));
     }
@@ -44,7 +44,7 @@ fn a_sparsely_written_block_stays_in_pages() {
 
 #[test]
 fn a_sparsely_written_last_block_stays_in_pages() {
-    let (machine, tracker) = armed(4, Policy::default());
+    let (machine, tracker) = protected(4, Policy::default());
     let pages = [3, 50, 51].map(|page| 3 * PAGES_PER_BLOCK + page);
     for _ in 0..20 {
         let faults: u64 = pages
@@ -59,7 +59,7 @@ fn a_sparsely_written_last_block_stays_in_pages() {
 
 #[test]
 fn a_block_returns_to_pages_when_writes_become_sparse() {
-    let (machine, tracker) = armed(1, Policy::default());
+    let (machine, tracker) = protected(1, Policy::default());
     for _ in 0..40 {
         interval(&machine, &tracker, PAGES_PER_BLOCK);
     }
@@ -74,7 +74,7 @@ fn a_block_returns_to_pages_when_writes_become_sparse() {
 
 #[test]
 fn a_single_write_after_a_dense_interval_unprotects_a_page() {
-    let (machine, tracker) = armed(1, Policy::default());
+    let (machine, tracker) = protected(1, Policy::default());
     interval(&machine, &tracker, PAGES_PER_BLOCK);
     assert_eq!(tracker.whole_blocks(), 1);
     assert_eq!(interval(&machine, &tracker, 1), (1, 1));
@@ -83,7 +83,7 @@ fn a_single_write_after_a_dense_interval_unprotects_a_page() {
 /// The guest may write the pages of the sample and no others.
 #[test]
 fn faults_in_a_sample_alone_keep_a_block_in_pages() {
-    let (machine, tracker) = armed(1, Policy::default());
+    let (machine, tracker) = protected(1, Policy::default());
     for _ in 0..64 {
         assert_eq!(interval(&machine, &tracker, 8), (8, 8));
     }
@@ -91,13 +91,13 @@ fn faults_in_a_sample_alone_keep_a_block_in_pages() {
 
 #[test]
 fn a_sweep_takes_one_fault_per_block_after_the_first() {
-    let (machine, tracker) = armed(8, Policy::default());
+    let (machine, tracker) = protected(8, Policy::default());
     let faults: u64 = (0..8 * PAGES_PER_BLOCK)
         .map(|page| machine.write(&tracker, page, 1))
         .sum();
     assert_eq!(faults, PAGES_PER_BLOCK + 7);
 
-    let (machine, tracker) = armed(8, Policy::default());
+    let (machine, tracker) = protected(8, Policy::default());
     let down = (0..8 * PAGES_PER_BLOCK).rev();
     let faults: u64 = down.map(|page| machine.write(&tracker, page, 1)).sum();
     assert_eq!(faults, PAGES_PER_BLOCK + 7);
@@ -106,14 +106,14 @@ fn a_sweep_takes_one_fault_per_block_after_the_first() {
 #[test]
 fn the_costs_decide_between_pages_and_the_block() {
     let half = PAGES_PER_BLOCK / 2;
-    let policy = |fault, mebibyte| {
+    let policy = |fault, write_mib| {
         Policy::Cost(Costs {
             fault: Duration::from_micros(fault),
-            mebibyte: Duration::from_micros(mebibyte),
+            write_mib: Duration::from_micros(write_mib),
         })
     };
     let whole = |policy| {
-        let (machine, tracker) = armed(1, policy);
+        let (machine, tracker) = protected(1, policy);
         interval(&machine, &tracker, half);
         tracker.whole_blocks()
     };
@@ -123,12 +123,12 @@ fn the_costs_decide_between_pages_and_the_block() {
 
 #[test]
 fn extreme_costs_do_not_overflow() {
-    for (fault, mebibyte) in [
+    for (fault, write_mib) in [
         (Duration::MAX, Duration::ZERO),
         (Duration::ZERO, Duration::MAX),
         (Duration::MAX, Duration::MAX),
     ] {
-        let (machine, tracker) = armed(1, Policy::Cost(Costs { fault, mebibyte }));
+        let (machine, tracker) = protected(1, Policy::Cost(Costs { fault, write_mib }));
         for _ in 0..5 {
             interval(&machine, &tracker, 3);
         }
@@ -151,13 +151,13 @@ fn measured_costs_are_medians() {
     };
     let costs = Costs::measure(fault, write).unwrap();
     assert!(costs.fault >= millisecond, "{costs:?}");
-    assert!(costs.mebibyte >= 1024 * millisecond, "{costs:?}");
+    assert!(costs.write_mib >= 1024 * millisecond, "{costs:?}");
     assert!(
         faults % 2 == 1 && writes % 2 == 1,
         "even numbers have no middle: {faults}, {writes}"
     );
     // For a huge number of bytes, the time for 1 MiB is almost 0, however long the call takes.
     let costs = Costs::measure(|| Ok::<(), ()>(()), || Ok(1 << 60)).unwrap();
-    assert!(costs.mebibyte < millisecond, "{costs:?}");
+    assert!(costs.write_mib < millisecond, "{costs:?}");
     assert_eq!(Costs::measure(|| Err("no"), || Ok(1)), Err("no"));
 }

@@ -163,7 +163,7 @@ impl WriteProtection for Stage2 {
         self.set_permissions(range, PROTECTED)
     }
 
-    fn lift(&self, range: Range<u64>) -> Result<(), ProtectError> {
+    fn unprotect(&self, range: Range<u64>) -> Result<(), ProtectError> {
         self.set_permissions(range, UNPROTECTED)
     }
 }

@@ -73,7 +73,7 @@ pub enum ArmError<E: Error + 'static> {
     },
     /// Another save is in progress, or the protection failed.
     #[error(transparent)]
-    Tracker(#[from] dirty_bitmap::ArmError<E>),
+    Tracker(#[from] dirty_bitmap::CheckpointError<E>),
 }
 
 impl<E: Error> ArmError<E> {

@@ -52,7 +52,7 @@ fn a_partly_failed_protection_loses_no_page(
         };
         let message = error.to_string();
         assert!(message.contains("its pages stay dirty"), "{message}");
-        let Some(dirty_bitmap::ArmError::Protect { .. }) = tracker_error(&error) else {
+        let Some(dirty_bitmap::CheckpointError::Protect { .. }) = tracker_error(&error) else {
             panic!("{error:?}");
         };
         let covered = |run: &std::ops::Range<u64>| {
@@ -77,7 +77,7 @@ fn pages_of(pages: &[u64], step: usize) -> Vec<u64> {
     pages.iter().step_by(step).copied().collect()
 }
 
-fn tracker_error(error: &ArmError<io::Error>) -> Option<&dirty_bitmap::ArmError<io::Error>> {
+fn tracker_error(error: &ArmError<io::Error>) -> Option<&dirty_bitmap::CheckpointError<io::Error>> {
     match error {
         ArmError::Tracker(error) => Some(error),
         _ => None,
@@ -242,7 +242,7 @@ fn a_stopped_checkpoint_is_refused_while_a_vcpu_runs(
     let error = machine.tracker.arm().unwrap_err();
     let expected = dirty_bitmap::BeginEpochError::AlreadyOpen;
     assert!(
-        matches!(tracker_error(&error), Some(dirty_bitmap::ArmError::Epoch(open)) if *open == expected),
+        matches!(tracker_error(&error), Some(dirty_bitmap::CheckpointError::Epoch(open)) if *open == expected),
         "{error:?}"
     );
     epoch.release().unwrap();

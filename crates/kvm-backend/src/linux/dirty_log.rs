@@ -274,7 +274,7 @@ impl DirtyLog {
         }
         let mark = || {
             bitmap
-                .mark_log(bitmap.ram_start() + region.offset, sys::page_size(), &words)
+                .mark_dirty_log(bitmap.ram_start() + region.offset, sys::page_size(), &words)
                 .map_err(|source| HarvestError::Mark { slot, source })
         };
         // With `WhenRead` the log is empty now, and only the marks remain: nothing may come in

@@ -116,7 +116,7 @@ fn copying_marked_pages_during_writes_misses_no_write(#[case] tracking: Tracking
     let mut epoch = tracker.begin().unwrap();
     let copy: Vec<_> = (0..PAGES).map(|_| AtomicU64::new(0)).collect();
     let mut copy_marked = || {
-        for run in tracker.take_more(&mut epoch).unwrap().runs() {
+        for run in tracker.extend(&mut epoch).unwrap().runs() {
             for number in run.start / page..run.end / page {
                 copy[number as usize].store(memory.load(number * page), Ordering::Relaxed);
             }

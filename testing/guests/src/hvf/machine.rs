@@ -180,7 +180,7 @@ impl Tracker for StageTracker {
         Ok(Epoch::Tracked(self.tracker()?.arm_running()?))
     }
 
-    fn take_more<'e>(&self, epoch: &'e mut Epoch) -> anyhow::Result<&'e TakenBitmap> {
+    fn extend<'e>(&self, epoch: &'e mut Epoch) -> anyhow::Result<&'e TakenBitmap> {
         Ok(self.tracker()?.arm_more(epoch.tracked()?)?)
     }
 }

@@ -120,9 +120,11 @@ impl WriteProtection for OptionalStage {
             .map_or(Ok(()), |stage2| stage2.protect(range))
     }
 
-    fn lift(&self, range: std::ops::Range<u64>) -> Result<(), ProtectError> {
+    fn unprotect(&self, range: std::ops::Range<u64>) -> Result<(), ProtectError> {
         let stage = lock(&self.0);
-        stage.as_ref().map_or(Ok(()), |stage2| stage2.lift(range))
+        stage
+            .as_ref()
+            .map_or(Ok(()), |stage2| stage2.unprotect(range))
     }
 }
 

@@ -113,7 +113,7 @@ impl Save<'_> {
             anyhow::Ok(begun)
         };
         let write_more = |writer: &mut MemoryWriter, begun: &mut Begun| {
-            let more = tracker.take_more(&mut begun.epoch)?;
+            let more = tracker.extend(&mut begun.epoch)?;
             writer.write_diff(&reader, more)?;
             add(&begun.pages, more)
         };

@@ -73,7 +73,7 @@ impl Shape {
             2 => Policy::FaultLimit(1 + random.below(64) as u32),
             _ => Policy::Cost(Costs {
                 fault: Duration::from_nanos(100 << random.below(8)),
-                mebibyte: Duration::from_micros(625),
+                write_mib: Duration::from_micros(625),
             }),
         };
         Self {

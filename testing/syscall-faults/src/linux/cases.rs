@@ -137,7 +137,7 @@ const PRECOPY: Scenario = Scenario {
         let mut writer = MemoryWriter::open(dir.join(DEST), RAM, PAGE)?;
         writer.write_full(&Stamped::new(9, RAM))?;
         live.set_range(0, RAM)?;
-        let meanwhile = epoch.take_more()?;
+        let meanwhile = epoch.extend()?;
         writer.write_diff(&Stamped::new(2, RAM), meanwhile)?;
         writer.commit()?;
         epoch.release()?;

@@ -224,7 +224,7 @@ impl WriteProtection for ReadOnly {
         self.0.set(range, true)
     }
 
-    fn lift(&self, range: Range<u64>) -> io::Result<()> {
+    fn unprotect(&self, range: Range<u64>) -> io::Result<()> {
         self.0.set(range, false)
     }
 }

@@ -115,11 +115,11 @@ impl WriteProtection for Protection {
         end
     }
 
-    fn lift(&self, range: Range<u64>) -> io::Result<()> {
+    fn unprotect(&self, range: Range<u64>) -> io::Result<()> {
         let (range, end) = half_way(&self.refuse_lift, range);
         self.let_others_run();
         if !range.is_empty() {
-            self.inner.lift(range.clone())?;
+            self.inner.unprotect(range.clone())?;
         }
         self.hold_lift.pass(&range);
         self.let_others_run();
