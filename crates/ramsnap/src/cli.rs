@@ -91,15 +91,22 @@ Exit status:
   0    done; the check passed
   1    the check failed: damaged, not linked, different, or no image that can be checked
   2    wrong usage: nothing was written
-  3    anything else: an I/O error, no permission, no room
+  3    anything else: an I/O error, no permission, no room, no stdout to print to
   128 and the number of a signal: interrupted by SIGINT (130), SIGTERM (143), SIGHUP (129), SIGQUIT (131),
        SIGALRM (142), SIGUSR1, SIGUSR2, SIGXCPU, SIGVTALRM or SIGPROF, unless it was ignored from the start, as SIGHUP is under nohup
 
-If the exit status is not 0, the named output is unchanged unless the message says that it is in place: files are \
-staged beside it and put in place when they are whole and on the disk. Restoring into RAM that exists is the exception: once writing \
-has begun, a failure leaves it empty. A second signal does not end the emptying; a third one does, with exit status 3, and ramsnap says that a \
-part of the RAM is left. A process whose RAM is read by --pid is stopped last, when all else is prepared, and goes on before \
-the image is committed; meanwhile ramsnap is not suspended by SIGTSTP (Ctrl-Z). Otherwise a second signal ends ramsnap at \
-once; what it had staged is removed by the next one that writes the same output, or by `ramsnap sweep`.
+If the exit status is not 0, the named output is unchanged unless the message says that it is in place or may be: files are \
+staged beside it and put in place when they are whole and on the disk. The first signal removes what is staged; a second one ends ramsnap at \
+once, and what it had staged is removed by the next ramsnap that writes the same output, or by `ramsnap sweep`. While a file is put in \
+place, a second signal only prints a warning, and a third one ends ramsnap with exit status 3.
+
+Restoring into RAM that exists is the exception: once writing has begun, a failure or a signal leaves it empty. A second signal does not \
+end the emptying; a third one does, with exit status 3, and ramsnap says that a part of the RAM is left. Signals while the RAM, which is \
+whole then, is brought to its disk do not empty it; a third one ends ramsnap before the RAM is on its disk, with exit status 3. A process \
+whose RAM is read by --pid is stopped last, when all else is prepared, and goes on before the image is committed; meanwhile ramsnap is \
+not suspended by SIGTSTP (Ctrl-Z).
+
+A verb that prints is refused before any work if stdout is closed, and so is `-` if stdin is. Without stderr, messages are lost, and the exit \
+status remains.
 
 JSON: a path is a string or, where it is not UTF-8, an object: `text`, with U+FFFD for what is not, and `bytes_hex`, all of its bytes.";

@@ -10,9 +10,10 @@
 //! process started, as SIGHUP is by `nohup`, stays ignored.
 //!
 //! In a [critical section](Critical) a second signal does not end the process either: a guest must
-//! not start with half of its RAM, and users press Ctrl-C twice. The second signal prints that a third
-//! one ends the process. The third signal prints what is left, and the exit code is that of a
-//! failure. Once the result is in place, any signal after the first prints that, and ends the process.
+//! not start with half of its RAM, and users press Ctrl-C twice. The second signal prints that a
+//! third one ends the process. The third signal prints what is left, and the exit code is that of a
+//! failure. Once the result is in place, any signal after the first prints that, and ends the
+//! process.
 //!
 //! The thread that handles signals prints nothing else, and prints these messages only if the
 //! terminal accepts them at once. It therefore ends the process even if the terminal takes no

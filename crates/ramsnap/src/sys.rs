@@ -1,5 +1,5 @@
-//! Operations that neither std nor nix offers as safe functions: the action of a signal, the standard
-//! streams as the process got them, and writes through a mapping.
+//! Operations that neither std nor nix offers as safe functions: the action of a signal, the
+//! standard streams as the process got them, and writes through a mapping.
 
 #![allow(unsafe_code)]
 
@@ -9,14 +9,14 @@ use std::sync::atomic::{AtomicU8, Ordering};
 
 use nix::libc;
 
-/// A bit for each standard stream that this process was started with and that can be used: stdin for
-/// reading, stdout and stderr for writing.
+/// A bit for each standard stream that this process was started with and that can be used: stdin
+/// for reading, stdout and stderr for writing.
 static USABLE: AtomicU8 = AtomicU8::new(0);
 
 /// Runs [`look_at_streams`] before `main`: the runtime of Rust opens `/dev/null` in the place of a
 /// closed stream, and so hides it.
-// SAFETY: the section lists functions of this type, which the C runtime calls once before `main`. The
-// function needs nothing that is initialized later.
+// SAFETY: the section lists functions of this type, which the C runtime calls once before `main`.
+// The function needs nothing that is initialized later.
 #[used]
 #[cfg_attr(target_os = "macos", unsafe(link_section = "__DATA,__mod_init_func"))]
 #[cfg_attr(not(target_os = "macos"), unsafe(link_section = ".init_array"))]

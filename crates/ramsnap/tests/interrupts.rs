@@ -1,4 +1,5 @@
-//! What signals do to each verb in each phase of its work: a table of exit codes, messages and files.
+//! What signals do to each verb in each phase of its work: a table of exit codes, messages and
+//! files.
 //!
 //! The tool is held before a system call of the phase, so nothing depends on time.
 
