@@ -2,7 +2,7 @@
 
 use clap::{Parser, Subcommand};
 
-use crate::Verdict;
+use crate::exit_status::ExitStatus;
 use crate::session::Session;
 use crate::verbs::{
     completions, convert, demo, diff, dump, info, man, map, merge, restore, sweep, verify,
@@ -56,7 +56,7 @@ impl Verb {
         }
     }
 
-    pub fn run(&self, session: &Session) -> anyhow::Result<Verdict> {
+    pub fn run(&self, session: &Session) -> anyhow::Result<ExitStatus> {
         match self {
             Self::Info(info) => info.run(),
             Self::Verify(verify) => verify.run(session),

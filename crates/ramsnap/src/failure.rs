@@ -1,4 +1,4 @@
-//! Errors of the tool itself, and the exit codes of failures.
+//! Errors of the tool itself, and the exit statuses of failures.
 
 use std::path::PathBuf;
 
@@ -7,18 +7,13 @@ use memory_image::{CompareError, ImageError};
 use memory_writer::SnapshotError;
 use thiserror::Error;
 
+use crate::exit_status::ExitStatus;
 use crate::interrupt;
-
-/// A check failed: damaged, not linked, different.
-pub const NEGATIVE: u8 = 1;
-/// The command line is not valid.
-const USAGE: u8 = 2;
-/// Everything else.
-pub const FAILED: u8 = 3;
 
 /// An error of the tool itself.
 #[derive(Debug, Error)]
 pub enum Failure {
+    // Usage: change the command line. Nothing was written.
     #[error("{path:?} exists: name another file, or add --force to replace it")]
     OutputExists { path: PathBuf },
     #[error("the output {path:?} is one of the inputs: name another file")]
@@ -31,14 +26,6 @@ pub enum Failure {
     NoStream,
     #[error("a stream is packed: leave out --layout, or say --layout packed")]
     StreamLayout,
-    #[error(
-        "stdout is closed or cannot be written: redirect it, or add --quiet to a verb that writes a file; nothing was done"
-    )]
-    NoStdout,
-    #[error(
-        "stdin is closed or cannot be read, and `-` reads a stream from it: redirect it; nothing was done"
-    )]
-    NoStdin,
     #[error("the stream would go to the terminal: redirect it to a file or a pipe")]
     StreamToTerminal,
     #[error(
@@ -66,8 +53,6 @@ pub enum Failure {
         "the regions have {sum} bytes in all, the RAM has {ram_bytes}: give all of them, ascending and apart"
     )]
     NoLayout { ram_bytes: u64, sum: u128 },
-    #[error("{path:?} is empty: no guest has RAM of 0 bytes")]
-    NoBytes { path: PathBuf },
     #[error(
         "{path:?} is not RAM: {size} bytes are not a whole number of pages; \
          if it is a sealed or packed image, use `ramsnap convert`"
@@ -79,28 +64,9 @@ pub enum Failure {
     NotARawDiff { path: PathBuf },
     #[error("{path:?} is raw and has no id: seal it by `ramsnap convert`, or leave out --parent")]
     ParentIsRaw { path: PathBuf },
-    #[error("{path:?} is not a regular file or memfd: give the file that the guest's RAM is in")]
-    NotRam { path: PathBuf },
-    #[error(
-        "{path:?} changed its size from {before} to {now} bytes while it was read: \
-         stop the program that resizes it, and try again"
-    )]
-    RamResized {
-        path: PathBuf,
-        before: u64,
-        now: u64,
-    },
-    #[cfg(target_os = "linux")]
-    #[error("process {pid} has nothing mapped at {address:#x}: see /proc/{pid}/maps")]
-    NothingMapped { pid: u32, address: u64 },
     #[cfg(target_os = "linux")]
     #[error("--region is required for process {pid}; its largest mappings are:{proposed}")]
     NoRegion { pid: u32, proposed: String },
-    #[cfg(target_os = "linux")]
-    #[error(
-        "the RAM of process {pid} was mapped elsewhere while the snapshot was prepared: try again"
-    )]
-    RamMoved { pid: u32 },
     #[cfg(target_os = "linux")]
     #[error(
         "--region {one} and --region {other} name the same memory, which would be saved twice: name each region once"
@@ -108,12 +74,6 @@ pub enum Failure {
     RegionTwice { one: String, other: String },
     #[error("name the guest's RAM, once: its file, or a process by --pid")]
     NoRam,
-    #[error("the two states have {old} and {new} bytes of RAM: they are of different guests")]
-    OtherGuest { old: u64, new: u64 },
-    #[error(
-        "the two states are of guests whose RAM is at other addresses: at {old}, and at {new}; name states of one guest"
-    )]
-    OtherRegions { old: String, new: String },
     #[error(
         "the image's guest has its RAM at {regions}, and the image would not fit with other regions: leave out --region-at"
     )]
@@ -127,12 +87,38 @@ pub enum Failure {
         "--raw-full and --raw-diff are for a new state whose first image is raw: leave them out"
     )]
     NoRawNewState,
-    #[error("both states have the id {id}: they are the same one")]
-    SameState { id: memory_image::ImageId },
     #[error(
         "name the new state, once: an image last, after the old one, or by --to; or RAM, by --ram or --pid"
     )]
     NoNewState,
+    #[error(
+        "a stream is a packed image, which records its own format and parent: \
+         leave out --raw-diff, --parent, and any format but packed"
+    )]
+    StreamFormat,
+    #[error(
+        "{path:?} leads over the link {link:?}, which another user may have put there: name the file itself, or remove the link"
+    )]
+    ForeignLink { path: PathBuf, link: PathBuf },
+    #[error(
+        "{path:?} belongs to user {owner}, and others may access the RAM in it: name another file, make it \
+         this user's and private (chown, chmod 600), or add --force"
+    )]
+    TargetNotPrivate { path: PathBuf, owner: u32 },
+    #[error("{path:?} is not empty: add --force to overwrite it in place")]
+    TargetInUse { path: PathBuf },
+    #[error("{path:?} cannot be drawn in this format: name a file that ends in .svg or .png")]
+    UnsupportedImageExtension { path: PathBuf },
+
+    // A check failed: name or send other files.
+    #[error("the two states have {old} and {new} bytes of RAM: they are of different guests")]
+    OtherGuest { old: u64, new: u64 },
+    #[error(
+        "the two states are of guests whose RAM is at other addresses: at {old}, and at {new}; name states of one guest"
+    )]
+    OtherRegions { old: String, new: String },
+    #[error("both states have the id {id}: they are the same one")]
+    SameState { id: memory_image::ImageId },
     #[error(
         "{path:?} is damaged in {found} places: `ramsnap verify` lists them; take it again, or go on with --no-verify"
     )]
@@ -157,11 +143,43 @@ pub enum Failure {
     StreamTooLong { len: u64 },
     #[error("the stream ends after {received} bytes of an image of {len}: send it again")]
     StreamCut { received: u64, len: u64 },
+    #[error("the image has {image} bytes of RAM, {path:?} has {target}: they must be equal")]
+    TargetSize {
+        path: PathBuf,
+        image: u64,
+        target: u64,
+    },
+
+    // Other failures: change what the message names, and try again.
     #[error(
-        "a stream is a packed image, which records its own format and parent: \
-         leave out --raw-diff, --parent, and any format but packed"
+        "stdout is closed or cannot be written: redirect it, or add --quiet to a verb that writes a file; nothing was done"
     )]
-    StreamFormat,
+    NoStdout,
+    #[error(
+        "stdin is closed or cannot be read, and `-` reads a stream from it: redirect it; nothing was done"
+    )]
+    NoStdin,
+    #[error("{path:?} is empty: no guest has RAM of 0 bytes")]
+    NoBytes { path: PathBuf },
+    #[error("{path:?} is not a regular file or memfd: give the file that the guest's RAM is in")]
+    NotRam { path: PathBuf },
+    #[error(
+        "{path:?} changed its size from {before} to {now} bytes while it was read: \
+         stop the program that resizes it, and try again"
+    )]
+    RamResized {
+        path: PathBuf,
+        before: u64,
+        now: u64,
+    },
+    #[cfg(target_os = "linux")]
+    #[error("process {pid} has nothing mapped at {address:#x}: see /proc/{pid}/maps")]
+    NothingMapped { pid: u32, address: u64 },
+    #[cfg(target_os = "linux")]
+    #[error(
+        "the RAM of process {pid} was mapped elsewhere while the snapshot was prepared: try again"
+    )]
+    RamMoved { pid: u32 },
     #[error(
         "the file system {mount:?} ({file_system}) is full: {written} of {len} bytes of the stream were written in {dir:?}, and \
          {available} more are available; make room there, or name an output elsewhere"
@@ -175,21 +193,6 @@ pub enum Failure {
         available: u64,
         source: std::io::Error,
     },
-    #[error("the image has {image} bytes of RAM, {path:?} has {target}: they must be equal")]
-    TargetSize {
-        path: PathBuf,
-        image: u64,
-        target: u64,
-    },
-    #[error(
-        "{path:?} leads over the link {link:?}, which another user may have put there: name the file itself, or remove the link"
-    )]
-    ForeignLink { path: PathBuf, link: PathBuf },
-    #[error(
-        "{path:?} belongs to user {owner}, and others may access the RAM in it: name another file, make it \
-         this user's and private (chown, chmod 600), or add --force"
-    )]
-    TargetNotPrivate { path: PathBuf, owner: u32 },
     #[error("another restore writes to {path:?}: wait for its end, or name another file")]
     TargetBusy { path: PathBuf },
     #[error(
@@ -216,8 +219,6 @@ pub enum Failure {
          stop the program that does so, and restore again"
     )]
     TargetReplaced { path: PathBuf },
-    #[error("{path:?} is not empty: add --force to overwrite it in place")]
-    TargetInUse { path: PathBuf },
     #[error(
         "the RAM needs {needed} bytes of {path:?}, and {available} are available: make room on its file system; \
          nothing was written"
@@ -256,14 +257,14 @@ pub enum Failure {
         path: PathBuf,
         source: std::io::Error,
     },
-    #[error("{path:?} cannot be drawn in this format: name a file that ends in .svg or .png")]
-    NoSuchPicture { path: PathBuf },
+
+    // A signal.
     #[error("interrupted: {left}")]
     Interrupted { left: &'static str },
 }
 
 impl Failure {
-    fn exit_code(&self) -> u8 {
+    fn exit_status(&self) -> ExitStatus {
         match self {
             Self::OutputExists { .. }
             | Self::OutputIsInput { .. }
@@ -287,10 +288,10 @@ impl Failure {
             | Self::NoRawNewState
             | Self::NoNewState
             | Self::NoRam
-            | Self::NoSuchPicture { .. }
+            | Self::UnsupportedImageExtension { .. }
             | Self::ForeignLink { .. }
             | Self::TargetNotPrivate { .. }
-            | Self::TargetInUse { .. } => USAGE,
+            | Self::TargetInUse { .. } => ExitStatus::Usage,
             Self::OtherGuest { .. }
             | Self::OtherRegions { .. }
             | Self::SameState { .. }
@@ -301,7 +302,7 @@ impl Failure {
             | Self::StreamNotPacked
             | Self::StreamTooLong { .. }
             | Self::StreamCut { .. }
-            | Self::TargetSize { .. } => NEGATIVE,
+            | Self::TargetSize { .. } => ExitStatus::CheckFailed,
             Self::NoStdout
             | Self::NoStdin
             | Self::NotRam { .. }
@@ -316,40 +317,43 @@ impl Failure {
             | Self::SentResized { .. }
             | Self::TargetReplaced { .. }
             | Self::TargetNotWritable { .. }
-            | Self::NoWritesThere { .. } => FAILED,
+            | Self::NoWritesThere { .. } => ExitStatus::Failed,
             #[cfg(target_os = "linux")]
             Self::NothingMapped { .. }
             | Self::RamMoved { .. }
             | Self::NoRoomOver { .. }
-            | Self::NoHugePages { .. } => FAILED,
+            | Self::NoHugePages { .. } => ExitStatus::Failed,
             #[cfg(target_os = "linux")]
-            Self::NoRegion { .. } | Self::RegionTwice { .. } => USAGE,
-            Self::Interrupted { .. } => interrupt::exit_code(),
+            Self::NoRegion { .. } | Self::RegionTwice { .. } => ExitStatus::Usage,
+            Self::Interrupted { .. } => interrupt::exit_status(),
         }
     }
 }
 
-/// Returns the exit code for `error`: that of the first cause that has one.
-pub fn exit_code(error: &anyhow::Error) -> u8 {
-    error.chain().find_map(code_of).unwrap_or(FAILED)
+/// Returns the exit status for `error`: that of the first cause that has one.
+pub fn exit_status(error: &anyhow::Error) -> ExitStatus {
+    error
+        .chain()
+        .find_map(code_of)
+        .unwrap_or(ExitStatus::Failed)
 }
 
-fn code_of(cause: &(dyn std::error::Error + 'static)) -> Option<u8> {
+fn code_of(cause: &(dyn std::error::Error + 'static)) -> Option<ExitStatus> {
     if let Some(failure) = cause.downcast_ref::<Failure>() {
-        return Some(failure.exit_code());
+        return Some(failure.exit_status());
     }
     if let Some(SnapshotError::Cancelled { .. }) = cause.downcast_ref() {
-        return Some(interrupt::exit_code());
+        return Some(interrupt::exit_status());
     }
     if let Some(CompareError::Cancelled { .. }) = cause.downcast_ref() {
-        return Some(interrupt::exit_code());
+        return Some(interrupt::exit_status());
     }
     #[cfg(target_os = "linux")]
     if let Some(process_memory::ProcessStopError::Cancelled { .. }) = cause.downcast_ref() {
-        return Some(interrupt::exit_code());
+        return Some(interrupt::exit_status());
     }
     match cause.downcast_ref()? {
-        ImageError::Cancelled => Some(interrupt::exit_code()),
+        ImageError::Cancelled => Some(interrupt::exit_status()),
         // Properties of an image.
         ImageError::Empty { .. }
         | ImageError::NotWholePages { .. }
@@ -359,10 +363,10 @@ fn code_of(cause: &(dyn std::error::Error + 'static)) -> Option<u8> {
         | ImageError::PageSizeDiffers { .. }
         | ImageError::RegionsDiffer { .. }
         | ImageError::Link { .. }
-        | ImageError::UnclearDiff { .. } => Some(NEGATIVE),
+        | ImageError::UnclearDiff { .. } => Some(ExitStatus::CheckFailed),
         ImageError::Footer { source, .. } => match source {
-            FooterError::Io { .. } | FooterError::Append => Some(FAILED),
-            _ => Some(NEGATIVE),
+            FooterError::Io { .. } | FooterError::Append => Some(ExitStatus::Failed),
+            _ => Some(ExitStatus::CheckFailed),
         },
         _ => None,
     }

@@ -39,7 +39,8 @@ use signal_hook::consts::{
 use signal_hook::flag;
 use signal_hook::iterator::Signals;
 
-use crate::{failure, print, sys};
+use crate::exit_status::ExitStatus;
+use crate::{print, sys};
 
 const SIGNALS: [i32; 10] = [
     SIGINT, SIGTERM, SIGHUP, SIGQUIT, SIGALRM, SIGUSR1, SIGUSR2, SIGXCPU, SIGVTALRM, SIGPROF,
@@ -48,13 +49,12 @@ const SIGNALS: [i32; 10] = [
 /// The first signal that came.
 static SIGNAL: AtomicI32 = AtomicI32::new(0);
 
-/// Returns the exit code of a process that a signal ended: 128 plus the number of the signal.
-pub fn exit_code() -> u8 {
-    let signal = match SIGNAL.load(Ordering::Relaxed) {
+/// Returns the exit status of a process that a signal ended.
+pub fn exit_status() -> ExitStatus {
+    ExitStatus::Interrupted(match SIGNAL.load(Ordering::Relaxed) {
         0 => SIGINT,
         signal => signal,
-    };
-    u8::try_from(128 + signal).unwrap_or(u8::MAX)
+    })
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -136,11 +136,11 @@ impl Changed {
         }
     }
 
-    /// Returns the exit code for a signal that ends the process.
-    fn exit_code(&self) -> u8 {
+    /// Returns the exit status for a signal that ends the process.
+    fn exit_status(&self) -> ExitStatus {
         match self.stage {
-            Stage::Part | Stage::Whole | Stage::Commit => failure::FAILED,
-            Stage::Done => exit_code(),
+            Stage::Part | Stage::Whole | Stage::Commit => ExitStatus::Failed,
+            Stage::Done => exit_status(),
         }
     }
 }
@@ -193,16 +193,16 @@ impl Interrupt {
         // message is printed only in a critical section: a terminal that takes no output would
         // block this process, and a process that it has stopped.
         let Some(changed) = &mut state.changed else {
-            process::exit(exit_code().into())
+            process::exit(exit_status().code().into())
         };
         match changed.warning() {
             Some(warning) if !changed.warned => {
                 changed.warned = true;
-                print::complain_at_once(&warning);
+                print::to_stderr_at_once(&warning);
             }
             _ => {
-                print::complain_at_once(&changed.remains());
-                process::exit(changed.exit_code().into());
+                print::to_stderr_at_once(&changed.remains());
+                process::exit(changed.exit_status().code().into());
             }
         }
     }

@@ -7,6 +7,7 @@
 
 mod args;
 mod cli;
+mod exit_status;
 mod failure;
 mod input;
 mod interrupt;
@@ -30,22 +31,10 @@ use std::process::ExitCode;
 use clap::Parser;
 
 use crate::cli::Cli;
+use crate::exit_status::ExitStatus;
 use crate::session::Session;
 
-/// The result of a verb: the answer of a check, or success.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Verdict {
-    Good,
-    Bad,
-}
-
-impl Verdict {
-    fn of(good: bool) -> Self {
-        if good { Self::Good } else { Self::Bad }
-    }
-}
-
-fn run() -> anyhow::Result<Verdict> {
+fn run() -> anyhow::Result<ExitStatus> {
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(other) => {
@@ -64,12 +53,9 @@ fn run() -> anyhow::Result<Verdict> {
 }
 
 fn main() -> ExitCode {
-    match run() {
-        Ok(Verdict::Good) => ExitCode::SUCCESS,
-        Ok(Verdict::Bad) => failure::NEGATIVE.into(),
-        Err(error) => {
-            words::complain(&error);
-            failure::exit_code(&error).into()
-        }
-    }
+    let status = run().unwrap_or_else(|error| {
+        words::print_error(&error);
+        failure::exit_status(&error)
+    });
+    status.into()
 }

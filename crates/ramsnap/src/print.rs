@@ -97,7 +97,7 @@ impl Serialize for JsonPath {
 static KEPT: Mutex<Option<Vec<String>>> = Mutex::new(None);
 
 /// Prints a line to stderr. Errors are ignored.
-pub fn complain(text: &str) {
+pub fn to_stderr(text: &str) {
     if let Some(kept) = &mut *KEPT.lock().unwrap_or_else(PoisonError::into_inner) {
         kept.push(text.to_owned());
         return;
@@ -106,7 +106,7 @@ pub fn complain(text: &str) {
 }
 
 /// Prints a line to stderr if it accepts output within a second, for a thread that must not block.
-pub fn complain_at_once(text: &str) {
+pub fn to_stderr_at_once(text: &str) {
     const PATIENCE: u16 = 1000;
     let stderr = io::stderr();
     let mut ready = [PollFd::new(stderr.as_fd(), PollFlags::POLLOUT)];
@@ -136,7 +136,7 @@ impl Drop for Kept {
     fn drop(&mut self) {
         let kept = mem::take(&mut *KEPT.lock().unwrap_or_else(PoisonError::into_inner));
         for text in kept.into_iter().flatten() {
-            complain(&text);
+            to_stderr(&text);
         }
     }
 }

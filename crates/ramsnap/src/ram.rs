@@ -185,7 +185,7 @@ pub fn warn_of_unexamined(ram: &str, unexamined: &[UnexaminedProcess]) {
             0 => String::new(),
             others => format!(" and {others} more"),
         };
-        print::complain(&format!(
+        print::to_stderr(&format!(
             "warning: {first}{others} could not be examined: if it is still filling {ram} by userfaultfd, missing pages \
              are saved as zeros"
         ));

@@ -122,7 +122,7 @@ impl Session {
 
     /// Prints a warning.
     pub fn warn(&self, text: &str) {
-        print::complain(&format!("warning: {text}"));
+        print::to_stderr(&format!("warning: {text}"));
     }
 
     /// Prints a message about the progress to stdout, unless quiet.

@@ -26,10 +26,10 @@ pub fn text(error: &anyhow::Error) -> String {
 }
 
 /// Prints to stderr what failed, and what to do about it.
-pub fn complain(error: &anyhow::Error) {
-    print::complain(&format!("error: {}", text(error)));
+pub fn print_error(error: &anyhow::Error) {
+    print::to_stderr(&format!("error: {}", text(error)));
     if let Some(advice) = advice(error) {
-        print::complain(&format!("with ramsnap: {advice}"));
+        print::to_stderr(&format!("with ramsnap: {advice}"));
     }
 }
 

@@ -3,8 +3,8 @@
 use clap::{Args, CommandFactory};
 use clap_complete::Shell;
 
-use crate::Verdict;
 use crate::cli::Cli;
+use crate::exit_status::ExitStatus;
 use crate::print;
 
 /// Print the completion script for a shell
@@ -18,10 +18,10 @@ pub struct Completions {
 }
 
 impl Completions {
-    pub fn run(&self) -> anyhow::Result<Verdict> {
+    pub fn run(&self) -> anyhow::Result<ExitStatus> {
         let mut script = Vec::new();
         clap_complete::generate(self.shell, &mut Cli::command(), "ramsnap", &mut script);
         print::line(String::from_utf8_lossy(&script).trim_end())?;
-        Ok(Verdict::Good)
+        Ok(ExitStatus::Success)
     }
 }

@@ -10,8 +10,8 @@ use memory_image::{Chain, Image};
 use memory_writer::{Options, SnapshotError};
 use sparse_file::PageHoles;
 
-use crate::Verdict;
 use crate::args::{Extras, Format, Formats, ImageFile, Layout, Output, RawImages, ReadExtras};
+use crate::exit_status::ExitStatus;
 use crate::failure::Failure;
 use crate::session::Session;
 use crate::stream::{self, Incoming, is_stream};
@@ -67,7 +67,7 @@ pub struct Convert {
 }
 
 impl Convert {
-    pub fn run(&self, session: &Session) -> anyhow::Result<Verdict> {
+    pub fn run(&self, session: &Session) -> anyhow::Result<ExitStatus> {
         self.check()?;
         let extras = self.extras.read()?;
         if is_stream(&self.input.path) {
@@ -93,7 +93,7 @@ impl Convert {
             stream::to_stdout(session, file, &self.input.path)?;
             // The receiver finds the damage by the checksums; the sender fails too.
             chain.check_unchanged()?;
-            return Ok(Verdict::Good);
+            return Ok(ExitStatus::Success);
         }
         self.pack_and_send(session, &chain, extras, check)
     }
@@ -105,7 +105,7 @@ impl Convert {
 
     /// Makes all checks that do not need the stream before its first byte is read, and all checks
     /// that need only its first page before the rest is read.
-    fn receive(&self, session: &Session, extras: ReadExtras) -> anyhow::Result<Verdict> {
+    fn receive(&self, session: &Session, extras: ReadExtras) -> anyhow::Result<ExitStatus> {
         let staged = match is_stream(&self.output.path) {
             true => None,
             false => Some(save::stage_early(session, &self.output)?),
@@ -134,11 +134,11 @@ impl Convert {
             Some(staged) if as_it_is => {
                 drop((image, file));
                 save::commit_staged(session, staged)?;
-                Ok(Verdict::Good)
+                Ok(ExitStatus::Success)
             }
             None if as_it_is => {
                 stream::to_stdout(session, file, &self.input.path)?;
-                Ok(Verdict::Good)
+                Ok(ExitStatus::Success)
             }
             Some(_) => {
                 let chain = self.open(session, image)?;
@@ -266,7 +266,7 @@ impl Convert {
         extras: ReadExtras,
         staged: Option<AtomicWriter>,
         check: impl FnOnce() -> anyhow::Result<()>,
-    ) -> anyhow::Result<Verdict> {
+    ) -> anyhow::Result<ExitStatus> {
         let (size, page_size) = (chain.size(), self.page_size_of(chain)?);
         let layout = self.layout.unwrap_or_else(|| layout_of_first(chain));
         self.check_records(layout)?;
@@ -279,7 +279,7 @@ impl Convert {
         check()?;
         save::write_chain(&mut writer, chain)?;
         save::commit(session, writer)?;
-        Ok(Verdict::Good)
+        Ok(ExitStatus::Success)
     }
 
     fn page_size_of(&self, chain: &Chain) -> Result<u64, Failure> {
@@ -333,7 +333,7 @@ impl Convert {
         chain: &Chain,
         extras: ReadExtras,
         check: impl FnOnce() -> anyhow::Result<()>,
-    ) -> anyhow::Result<Verdict> {
+    ) -> anyhow::Result<ExitStatus> {
         let options = self.options(session, chain, Layout::Packed, extras)?;
         // Another user could create a file of a fixed name first.
         let dir = tempfile::Builder::new()
@@ -355,6 +355,6 @@ impl Convert {
             .context("cannot remove the directory that the stream was packed in")?;
         session.release()?;
         stream::to_stdout(session, file, &self.input.path)?;
-        Ok(Verdict::Good)
+        Ok(ExitStatus::Success)
     }
 }

@@ -7,8 +7,8 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, ensure};
 use clap::{Args, Parser};
 
-use crate::Verdict;
 use crate::cli::Cli;
+use crate::exit_status::ExitStatus;
 use crate::session::Session;
 
 const PAGE: u64 = 4096;
@@ -26,7 +26,7 @@ pub struct Demo {
 }
 
 impl Demo {
-    pub fn run(&self, session: &Session) -> anyhow::Result<Verdict> {
+    pub fn run(&self, session: &Session) -> anyhow::Result<ExitStatus> {
         // The directory is removed in every case.
         session.hold();
         let temporary;
@@ -44,7 +44,7 @@ impl Demo {
         let entered = std::env::set_current_dir(dir);
         entered.with_context(|| format!("cannot work in the directory {dir:?}"))?;
         Show { session }.run()?;
-        Ok(Verdict::Good)
+        Ok(ExitStatus::Success)
     }
 }
 
@@ -90,15 +90,15 @@ impl Show<'_> {
     }
 
     fn good(&self, command: &str) -> anyhow::Result<()> {
-        self.command(command, Verdict::Good)
+        self.command(command, ExitStatus::Success)
     }
 
     fn bad(&self, command: &str) -> anyhow::Result<()> {
-        self.command(command, Verdict::Bad)
+        self.command(command, ExitStatus::CheckFailed)
     }
 
     /// Runs a command as a shell would.
-    fn command(&self, command: &str, expected: Verdict) -> anyhow::Result<()> {
+    fn command(&self, command: &str, expected: ExitStatus) -> anyhow::Result<()> {
         self.session.check("the demo ends here")?;
         self.session.say(&format!("\n$ ramsnap {command}"))?;
         let words = ["ramsnap"].into_iter().chain(command.split(' '));

@@ -1,5 +1,7 @@
 //! `ramsnap diff`: the changes between two states.
 
+mod difference;
+
 use std::collections::BTreeSet;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -10,17 +12,17 @@ use dirty_bitmap::DirtyBitmap;
 use memory_image::{Chain, Image, compare};
 use memory_writer::{ImageId, MemoryWriter, Seal, SnapshotError};
 use page_reader::{PageReader, Touched};
-use serde::Serialize;
 
-use crate::Verdict;
 use crate::args::{
     Extras, Format, Formats, ImageFile, InProcess, Layout, Output, RawImages, text_of,
 };
+use crate::exit_status::ExitStatus;
 use crate::failure::Failure;
 use crate::print::{self, count, size};
 use crate::ram::{Ram, RamFile};
 use crate::session::Session;
 use crate::{input, save};
+use difference::Difference;
 
 /// Take a diff: the pages of a new state of the RAM that differ from an old one
 ///
@@ -83,7 +85,7 @@ pub struct Diff {
 }
 
 impl Diff {
-    pub fn run(&self, session: &Session) -> anyhow::Result<Verdict> {
+    pub fn run(&self, session: &Session) -> anyhow::Result<ExitStatus> {
         let session = &self.process.session(session);
         let (old_files, new_files) = self.states()?;
         let new_is_diff = self.new_is_diff(new_files)?;
@@ -216,7 +218,7 @@ impl Diff {
         compared.context("the two states can't be compared")
     }
 
-    fn tell(&self, changed: &DirtyBitmap) -> anyhow::Result<Verdict> {
+    fn tell(&self, changed: &DirtyBitmap) -> anyhow::Result<ExitStatus> {
         let found = Difference::of(changed);
         if self.json {
             print::json(&found)?;
@@ -230,7 +232,7 @@ impl Diff {
             let bytes = size(found.bytes);
             print::line(&format!("{pages} differ: {bytes} in {runs}"))?;
         }
-        Ok(Verdict::of(found.pages == 0))
+        Ok(ExitStatus::of_check(found.pages == 0))
     }
 
     /// Makes a place for the diff, and reads all that it says beside its pages.
@@ -278,7 +280,7 @@ impl Diff {
         old: &Chain,
         new: New,
         changed: &DirtyBitmap,
-    ) -> anyhow::Result<Verdict> {
+    ) -> anyhow::Result<ExitStatus> {
         let reader = new.reader();
         // A page may differ because the guest gave it back: reading it would allocate it again.
         let written = writer.write_diff(&Touched::new(&reader, new.size()), changed);
@@ -289,7 +291,7 @@ impl Diff {
         // A stopped process resumes.
         drop(new);
         save::commit(session, writer)?;
-        Ok(Verdict::Good)
+        Ok(ExitStatus::Success)
     }
 }
 
@@ -366,37 +368,6 @@ impl New {
         match self {
             Self::Ram(ram) => ram.explain(error),
             Self::Images(_) => error.into(),
-        }
-    }
-}
-
-#[derive(Debug, Serialize)]
-struct Difference {
-    page_bytes: u64,
-    pages: u64,
-    bytes: u64,
-    runs: Vec<Run>,
-}
-
-#[derive(Debug, Serialize)]
-struct Run {
-    offset: u64,
-    bytes: u64,
-}
-
-impl Difference {
-    fn of(changed: &DirtyBitmap) -> Self {
-        let runs = changed.runs().map(|run| Run {
-            offset: run.start,
-            bytes: run.end - run.start,
-        });
-        let runs: Vec<_> = runs.collect();
-        let bytes = runs.iter().map(|run| run.bytes).sum();
-        Self {
-            page_bytes: changed.page_size(),
-            pages: bytes / changed.page_size(),
-            bytes,
-            runs,
         }
     }
 }

@@ -5,8 +5,8 @@ use std::path::PathBuf;
 use clap::Args;
 use memory_writer::Seal;
 
-use crate::Verdict;
 use crate::args::{Extras, InProcess, Layout, Output};
+use crate::exit_status::ExitStatus;
 use crate::failure::Failure;
 use crate::ram::{self, Ram, RamFile};
 use crate::save;
@@ -46,7 +46,7 @@ pub struct Dump {
 }
 
 impl Dump {
-    pub fn run(&self, session: &Session) -> anyhow::Result<Verdict> {
+    pub fn run(&self, session: &Session) -> anyhow::Result<ExitStatus> {
         let session = &self.process.session(session);
         let inputs = self.extras.and_inputs(self.ram.clone());
         save::check_output(&self.output, &inputs)?;
@@ -69,7 +69,7 @@ impl Dump {
         // A stopped process resumes.
         drop(ram);
         save::commit(session, writer)?;
-        Ok(Verdict::Good)
+        Ok(ExitStatus::Success)
     }
 
     fn open(&self) -> anyhow::Result<Ram> {

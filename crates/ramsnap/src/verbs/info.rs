@@ -11,7 +11,7 @@ use sparse_file::{PageHoles, PagesUnknown, allocated_bytes, extents, file_system
 
 use crate::args::{Formats, ImageFile, Layout};
 use crate::print::{self, JsonPath, count, size};
-use crate::{Verdict, words};
+use crate::{ExitStatus, words};
 
 /// Show whether files are full images or diffs, of which guest, and which pages they hold
 #[derive(Debug, Args)]
@@ -29,7 +29,7 @@ pub struct InfoArgs {
 }
 
 impl InfoArgs {
-    pub fn run(&self) -> anyhow::Result<Verdict> {
+    pub fn run(&self) -> anyhow::Result<ExitStatus> {
         let mut probed = PageHoles::new();
         let mut info = |file: &ImageFile| Info::with(&file.open(self.formats.format)?, &mut probed);
         let (mut infos, mut failures) = (Vec::new(), Vec::new());
@@ -49,9 +49,9 @@ impl InfoArgs {
         // A failure does not prevent the other files from being inspected.
         let last = failures.pop();
         for other in failures {
-            words::complain(&other);
+            words::print_error(&other);
         }
-        last.map_or(Ok(Verdict::Good), Err)
+        last.map_or(Ok(ExitStatus::Success), Err)
     }
 }
 

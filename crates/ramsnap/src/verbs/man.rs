@@ -9,8 +9,8 @@ use anyhow::Context;
 use atomic_file::AtomicWriter;
 use clap::{Args, CommandFactory};
 
-use crate::Verdict;
 use crate::cli::Cli;
+use crate::exit_status::ExitStatus;
 use crate::failure::Failure;
 use crate::print::count;
 use crate::session::Session;
@@ -28,7 +28,7 @@ pub struct Man {
 }
 
 impl Man {
-    pub fn run(&self, session: &Session) -> anyhow::Result<Verdict> {
+    pub fn run(&self, session: &Session) -> anyhow::Result<ExitStatus> {
         let dir = &self.dir;
         let failed = || format!("cannot write manual pages to {dir:?}");
         fs::create_dir_all(dir).with_context(failed)?;
@@ -51,7 +51,7 @@ impl Man {
         critical.done();
         let pages = count(pages.len() as u64, "page");
         session.report(&format!("{}: {pages}", dir.display()))?;
-        Ok(Verdict::Good)
+        Ok(ExitStatus::Success)
     }
 }
 

@@ -16,8 +16,8 @@ use image_format::Stored;
 use serde::Serialize;
 use sparse_file::extents;
 
-use crate::Verdict;
 use crate::args::{Formats, ImageFile};
+use crate::exit_status::ExitStatus;
 use crate::failure::Failure;
 use crate::print::JsonPath;
 use crate::session::Session;
@@ -53,10 +53,10 @@ pub struct Map {
 }
 
 impl Map {
-    pub fn run(&self, session: &Session) -> anyhow::Result<Verdict> {
+    pub fn run(&self, session: &Session) -> anyhow::Result<ExitStatus> {
         if let Some(path) = &self.output {
             self.draw(session, path)?;
-            return Ok(Verdict::Good);
+            return Ok(ExitStatus::Success);
         }
         let maps = self.maps()?;
         if self.json {
@@ -64,7 +64,7 @@ impl Map {
         } else {
             print::line(&terminal::text(&maps, self.width.map(usize::from)))?;
         }
-        Ok(Verdict::Good)
+        Ok(ExitStatus::Success)
     }
 
     /// Returns whether the map is printed, rather than drawn to a file.
@@ -94,7 +94,7 @@ impl Map {
             Some("png") => drawing::png,
             _ => {
                 let path = path.to_owned();
-                return Err(Failure::NoSuchPicture { path }.into());
+                return Err(Failure::UnsupportedImageExtension { path }.into());
             }
         };
         save::check_is_no_input(path, &input::paths(&self.files))?;

@@ -4,8 +4,8 @@ use std::path::PathBuf;
 
 use clap::{ArgGroup, Args};
 
-use crate::Verdict;
 use crate::args::{Formats, ImageFile, Layout, Output, RawImages};
+use crate::exit_status::ExitStatus;
 use crate::failure::Failure;
 use crate::session::Session;
 use crate::{input, save};
@@ -58,7 +58,7 @@ pub struct Merge {
 }
 
 impl Merge {
-    pub fn run(&self, session: &Session) -> anyhow::Result<Verdict> {
+    pub fn run(&self, session: &Session) -> anyhow::Result<ExitStatus> {
         let output = self.checked_output()?;
         let chain = match self.raw_diffs {
             true => input::raw_diffs(session, &self.files, &self.raw)?,
@@ -86,7 +86,7 @@ impl Merge {
         }
         save::write_chain(&mut writer, &chain)?;
         save::commit(session, writer)?;
-        Ok(Verdict::Good)
+        Ok(ExitStatus::Success)
     }
 
     fn checked_output(&self) -> Result<Output, Failure> {

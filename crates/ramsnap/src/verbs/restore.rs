@@ -1,8 +1,11 @@
 //! `ramsnap restore`: restores the RAM of a chain for a guest.
 
+#[cfg(target_os = "linux")]
+mod huge_pages;
 mod in_place;
 #[cfg(target_os = "linux")]
 mod reserve;
+mod writable;
 
 use std::path::PathBuf;
 
@@ -10,8 +13,8 @@ use anyhow::Context;
 use clap::Args;
 use memory_image::Chain;
 
-use crate::Verdict;
 use crate::args::{Formats, ImageFile, Output, RawImages};
+use crate::exit_status::ExitStatus;
 use crate::failure::Failure;
 use crate::print::size;
 use crate::session::Session;
@@ -64,7 +67,7 @@ pub struct Restore {
 }
 
 impl Restore {
-    pub fn run(&self, session: &Session) -> anyhow::Result<Verdict> {
+    pub fn run(&self, session: &Session) -> anyhow::Result<ExitStatus> {
         save::check_is_no_input(&self.output, &input::paths(&self.files))?;
         let chain = input::full_chain(session, &self.files, self.formats, &self.raw)?;
         if self.verify
@@ -78,7 +81,7 @@ impl Restore {
         } else {
             self.new_file(session, &chain)?;
         }
-        Ok(Verdict::Good)
+        Ok(ExitStatus::Success)
     }
 
     /// Compares the images with their checksums: once there is a place for the RAM, and before it

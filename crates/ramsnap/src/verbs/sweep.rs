@@ -8,7 +8,7 @@ use serde::Serialize;
 
 use crate::print::{self, JsonPath, count};
 use crate::session::Session;
-use crate::{Verdict, words};
+use crate::{ExitStatus, words};
 
 /// Remove the staged files that killed writers left in directories
 ///
@@ -63,7 +63,7 @@ struct Failed {
 }
 
 impl Sweep {
-    pub fn run(&self, session: &Session) -> anyhow::Result<Verdict> {
+    pub fn run(&self, session: &Session) -> anyhow::Result<ExitStatus> {
         let mut found = Found {
             dry_run: self.dry_run,
             ..Found::default()
@@ -105,14 +105,14 @@ impl Sweep {
         let mut failures = failures.into_iter().map(|(_, error)| error);
         let first = failures.next();
         for other in failures {
-            words::complain(&other);
+            words::print_error(&other);
         }
         let reported = self.report(session, &found);
         match (first, reported) {
-            (None, reported) => reported.map(|()| Verdict::Good),
+            (None, reported) => reported.map(|()| ExitStatus::Success),
             (Some(error), Ok(())) => Err(error),
             (Some(error), Err(unreported)) => {
-                words::complain(&error);
+                words::print_error(&error);
                 Err(unreported)
             }
         }

@@ -5,10 +5,11 @@ use memory_image::{Damage, ImageError, Verified};
 use serde::Serialize;
 
 use crate::args::{Formats, ImageFile, RawImages};
+use crate::exit_status::ExitStatus;
 use crate::input;
 use crate::print::{self, JsonPath, count, size};
 use crate::session::Session;
-use crate::{Verdict, failure, words};
+use crate::{failure, words};
 
 /// Check that images are whole and, if there are several, that each follows the one before
 ///
@@ -34,7 +35,7 @@ pub struct Verify {
 }
 
 impl Verify {
-    pub fn run(&self, session: &Session) -> anyhow::Result<Verdict> {
+    pub fn run(&self, session: &Session) -> anyhow::Result<ExitStatus> {
         let mut failed = None;
         let mut files = Vec::new();
         for file in &self.files {
@@ -43,7 +44,7 @@ impl Verify {
                 // A failure does not prevent the other files from being checked.
                 let why = words::text(&error);
                 if let Some(other) = failed.replace(error) {
-                    words::complain(&other);
+                    words::print_error(&other);
                 }
                 let file = file.path.clone().into();
                 let state = State::Unreadable { why };
@@ -66,7 +67,7 @@ impl Verify {
             print::line(&report.text())?;
         }
         match failed {
-            None => Ok(Verdict::of(report.good)),
+            None => Ok(ExitStatus::of_check(report.good)),
             Some(error) => Err(error),
         }
     }
@@ -85,7 +86,7 @@ impl Verify {
         };
         match input::chain(session, &self.files, self.formats, &raw) {
             Ok(_) => Ok(Some(Links::Good)),
-            Err(error) if failure::exit_code(&error) == failure::NEGATIVE => {
+            Err(error) if failure::exit_status(&error) == ExitStatus::CheckFailed => {
                 let why = words::text(&error);
                 Ok(Some(Links::Broken { why }))
             }
@@ -168,7 +169,7 @@ impl Checked {
             Ok(image) => State::of(input::sum(session, &image)?),
             Err(error) => match error.downcast_ref() {
                 Some(ImageError::Footer { .. } | ImageError::NotRaw { .. })
-                    if failure::exit_code(&error) == failure::NEGATIVE =>
+                    if failure::exit_status(&error) == ExitStatus::CheckFailed =>
                 {
                     let why = words::text(&error);
                     State::Unusable { why }

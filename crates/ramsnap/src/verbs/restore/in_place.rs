@@ -9,12 +9,6 @@ use std::path::Path;
 use anyhow::Context;
 use indicatif::ProgressBar;
 use memory_image::{Chain, RamTarget};
-use nix::errno::Errno;
-#[cfg(target_os = "linux")]
-use nix::fcntl::{FcntlArg, fcntl};
-#[cfg(target_os = "linux")]
-use nix::libc;
-use nix::sys::resource::{Resource, getrlimit};
 use page_reader::{FileReader, HostMemory, PageReader, SecretBuffer};
 use sparse_file::{WriteOptions, punch_hole, zero_range};
 
@@ -22,12 +16,15 @@ use crate::failure::Failure;
 use crate::interrupt::Critical;
 use crate::session::Session;
 #[cfg(target_os = "linux")]
+use crate::sys::Mapping;
+#[cfg(target_os = "linux")]
+use crate::verbs::restore::huge_pages;
+#[cfg(target_os = "linux")]
 use crate::verbs::restore::reserve::{self, Plan};
+use crate::verbs::restore::writable;
 #[cfg(target_os = "linux")]
 use crate::zeros;
 use crate::{print, target, words};
-#[cfg(target_os = "linux")]
-use crate::{room, sys::Mapping};
 
 /// Bytes read, or zeros written, at a time.
 const CHUNK: usize = 1 << 20;
@@ -103,7 +100,7 @@ impl Drop for Begun<'_, '_> {
             return;
         }
         let path = self.target.path;
-        print::complain(&match self.target.empty() {
+        print::to_stderr(&match self.target.empty() {
             Ok(()) => format!("{path:?} was emptied"),
             Err(why) => format!(
                 "{path:?} holds a part of the RAM and can't be emptied ({}): start no guest with it",
@@ -151,7 +148,7 @@ impl<'s> InPlace<'s> {
             session,
             path,
             #[cfg(target_os = "linux")]
-            mapping: huge_pages(path, &file, size)?,
+            mapping: huge_pages::map(path, &file, size)?,
             file,
             size,
             bar,
@@ -240,24 +237,9 @@ impl<'s> InPlace<'s> {
         Ok(plan.runs)
     }
 
-    /// Refuses a file that the system never lets this process write in full: one with a seal, or
-    /// one larger than files may be. Nothing of it changes.
+    /// Refuses a file that the system never lets this process write in full. Nothing of it changes.
     pub(super) fn check_writable(&self) -> Result<(), Failure> {
-        let unwritable = |errno: Errno| Failure::TargetNotWritable {
-            path: self.path.to_owned(),
-            source: errno.into(),
-        };
-        // Only memfds have seals. hugetlbfs was mapped, which a seal forbids, too.
-        #[cfg(target_os = "linux")]
-        if let Ok(seals) = fcntl(&self.file, FcntlArg::F_GET_SEALS)
-            && seals & (libc::F_SEAL_WRITE | libc::F_SEAL_FUTURE_WRITE) != 0
-        {
-            return Err(unwritable(Errno::EPERM));
-        }
-        match getrlimit(Resource::RLIMIT_FSIZE) {
-            Ok((most, _)) if most < self.size => Err(unwritable(Errno::EFBIG)),
-            _ => Ok(()),
-        }
+        writable::check(self.path, &self.file, self.size)
     }
 
     /// Checks that old RAM can be overwritten, by writing its last byte as it is. This detects a
@@ -362,27 +344,6 @@ impl<'s> InPlace<'s> {
     #[cfg(not(target_os = "linux"))]
     fn write_sparse(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
         self.write(bytes, offset)
-    }
-}
-
-/// Maps a file on hugetlbfs, which has no `write(2)`. Reserves all missing pages, or refuses the
-/// file.
-#[cfg(target_os = "linux")]
-fn huge_pages(path: &Path, file: &File, size: u64) -> anyhow::Result<Option<Mapping>> {
-    if !room::is_on_hugetlbfs(path) {
-        return Ok(None);
-    }
-    match Mapping::of(file, size) {
-        Ok(mapping) => Ok(Some(mapping)),
-        Err(source) if source.raw_os_error() == Some(Errno::ENOMEM as i32) => {
-            let path = path.to_owned();
-            Err(Failure::NoHugePages { path, source }.into())
-        }
-        // For example, a seal.
-        Err(source) => {
-            let path = path.to_owned();
-            Err(Failure::TargetNotWritable { path, source }.into())
-        }
     }
 }
 

@@ -1,0 +1,64 @@
+//! Arguments for RAM in the memory of a process.
+
+use clap::Args;
+
+#[cfg(target_os = "linux")]
+use crate::process::{ProcessRam, Region};
+use crate::ram::Ram;
+use crate::session::Session;
+
+/// RAM in the memory of a process.
+#[derive(Clone, Debug, Default, Args)]
+pub struct InProcess {
+    /// The process whose memory the guest's RAM is in: it is stopped meanwhile, by ptrace
+    #[cfg(target_os = "linux")]
+    #[arg(long)]
+    pub pid: Option<u32>,
+    /// Where in the process: a mapping's name or a part of it, an address in it, or ADDRESS:SIZE;
+    /// repeat it for RAM in several
+    #[cfg(target_os = "linux")]
+    #[arg(long, value_name = "NAME|ADDRESS", requires = "pid", value_parser = Region::parse)]
+    pub region: Vec<Region>,
+    /// Don't stop the process: its guest is paused
+    #[cfg(target_os = "linux")]
+    #[arg(long, requires = "pid")]
+    pub live: bool,
+}
+
+#[cfg(target_os = "linux")]
+impl InProcess {
+    pub fn is_given(&self) -> bool {
+        self.pid.is_some()
+    }
+
+    /// Returns the session without what may block while a process is stopped, if one will be.
+    pub fn session(&self, session: &Session) -> Session {
+        match self.pid.is_some() && !self.live {
+            true => session.without_bars(),
+            false => session.clone(),
+        }
+    }
+
+    /// Returns the RAM of the process, which runs until [`Ram::hold`].
+    pub fn find(&self) -> anyhow::Result<Option<Ram>> {
+        let find = |pid| ProcessRam::find(pid, &self.region, self.live);
+        let ram = self.pid.map(find).transpose()?;
+        Ok(ram.map(|ram| Ram::Process(Box::new(ram))))
+    }
+}
+
+/// Reading the memory of a process is supported on Linux only.
+#[cfg(not(target_os = "linux"))]
+impl InProcess {
+    pub fn is_given(&self) -> bool {
+        false
+    }
+
+    pub fn session(&self, session: &Session) -> Session {
+        session.clone()
+    }
+
+    pub fn find(&self) -> anyhow::Result<Option<Ram>> {
+        Ok(None)
+    }
+}
