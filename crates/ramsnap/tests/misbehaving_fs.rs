@@ -175,8 +175,8 @@ fn a_raw_diff_is_not_written_where_it_cannot_be_read() {
 }
 
 #[test]
-fn a_raw_diff_is_not_read_by_holes_that_are_not_known_to_be_right() {
-    let Some(fs) = mount("a_raw_diff_is_not_read_by_holes_that_are_not_known_to_be_right") else {
+fn a_raw_diff_is_not_read_by_holes_that_are_not_reliable() {
+    let Some(fs) = mount("a_raw_diff_is_not_read_by_holes_that_are_not_reliable") else {
         return;
     };
     let work = work(&fs);

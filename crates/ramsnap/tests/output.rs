@@ -203,7 +203,7 @@ fn errors_name_commands_and_options_not_functions() {
 
 /// The path of the working directory is longer than the limit for absolute paths.
 #[test]
-fn raw_outputs_where_no_absolute_path_leads_are_described_and_read() {
+fn raw_outputs_beyond_absolute_paths_are_described_and_read() {
     let work = Work::with_chain();
     let dir = work.path("").display().to_string();
     let (ramsnap, ram) = (support::RAMSNAP, work.path("ram").display().to_string());

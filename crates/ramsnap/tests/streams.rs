@@ -64,9 +64,7 @@ fn a_stream_is_passed_on() {
 #[case::flipped(|bytes: &mut Vec<u8>| { let middle = bytes.len() / 2; bytes[middle] ^= 1; })]
 #[case::nothing(|bytes: &mut Vec<u8>| bytes.clear())]
 #[case::something_else(|bytes: &mut Vec<u8>| *bytes = b"not a stream".to_vec())]
-fn a_stream_that_is_not_whole_is_refused_before_the_output_appears(
-    #[case] spoil: fn(&mut Vec<u8>),
-) {
+fn an_incomplete_stream_is_refused_before_the_output_appears(#[case] spoil: fn(&mut Vec<u8>)) {
     let work = Work::with_chain();
     send(&work, "full.mem");
     let mut bytes = work.read("stream");

@@ -9,9 +9,7 @@ use rstest::rstest;
 use support::{PAGE, RAM, Work};
 
 #[rstest]
-fn a_full_image_and_two_diffs_restore_to_the_ram_in_every_layout(
-    #[values("raw", "sealed", "packed")] layout: &str,
-) {
+fn a_chain_restores_to_the_ram_in_every_layout(#[values("raw", "sealed", "packed")] layout: &str) {
     let work = Work::with_ram();
     work.good(&format!("dump ram -o full.mem --layout {layout}"));
     work.change(10, 5);
@@ -169,7 +167,7 @@ fn a_raw_image_cannot_be_verified_unless_that_is_allowed() {
 }
 
 #[test]
-fn merging_in_place_replaces_the_first_file_and_the_next_diff_still_fits() {
+fn the_next_diff_fits_on_the_result_of_a_merge_in_place() {
     let work = Work::with_chain();
     work.good("merge --in-place full.mem d1.mem");
     work.good("verify full.mem d2.mem");
@@ -240,7 +238,7 @@ fn an_image_is_the_same_in_every_layout(
 }
 
 #[test]
-fn pages_become_larger_or_smaller_and_those_of_a_diff_only_smaller() {
+fn pages_of_a_full_image_may_grow_and_those_of_a_diff_may_not() {
     let work = Work::with_chain();
     work.good("convert full.mem -o large.mem --page-size 16KiB");
     work.good("convert large.mem -o small.mem --page-size 4KiB");

@@ -12,6 +12,8 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tempfile::NamedTempFile;
 
+use crate::support::Work;
+
 /// The calls that change files, or end a part of the work. `write` is excluded, as the first one of
 /// the listener would be held too.
 const CALLS: &str = "openat,mkdir,flock,ftruncate,fallocate,pread64,pwrite64,fsync,fdatasync,\
@@ -214,6 +216,12 @@ impl Held {
         std::io::Read::read_to_string(stderr, &mut error).unwrap();
         (self.child.wait().unwrap(), error)
     }
+}
+
+/// Returns a restore to `guest` that is held after it has written a part of the RAM.
+pub(crate) fn half_restored(work: &Work) -> Held {
+    let command = work.command("restore full.mem -o guest");
+    Held::before(&command, &("pwrite64".to_owned(), 2)).expect("held")
 }
 
 impl Drop for Held {

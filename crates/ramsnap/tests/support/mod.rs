@@ -10,6 +10,11 @@ pub(crate) mod mapped;
 #[cfg(target_os = "linux")]
 #[allow(unsafe_code)]
 pub(crate) mod missing;
+#[cfg(target_os = "linux")]
+pub(crate) mod ram_file;
+#[cfg(target_os = "linux")]
+#[allow(unsafe_code)]
+pub(crate) mod vmm;
 
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
@@ -233,4 +238,9 @@ pub(crate) fn noise(seed: u64, len: u64) -> Vec<u8> {
         (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb)
     };
     (0..len / 8).flat_map(|_| next().to_le_bytes()).collect()
+}
+
+/// Returns the exit code of a shell for the signal.
+pub(crate) fn code_of(signal: nix::sys::signal::Signal) -> Option<i32> {
+    Some(128 + signal as i32)
 }

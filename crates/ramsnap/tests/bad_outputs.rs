@@ -1,0 +1,207 @@
+//! Outputs that cannot or must not be written: links, inputs, full disks, limits.
+
+mod support;
+
+use std::fs::{self};
+use std::process::Command;
+
+use rstest::rstest;
+use support::{Ended, RAMSNAP, Work};
+use test_machine::Need;
+
+#[test]
+fn an_output_that_is_a_dangling_link_is_explained() {
+    let work = Work::with_chain();
+    std::os::unix::fs::symlink("away", work.path("link")).unwrap();
+    let says = ["link", "away", "with ramsnap: name the file"];
+    work.run("dump ram --force -o link").fails(3, &says);
+}
+
+/// Verifying checksums takes as long as the rest: all checks that can precede it must do so.
+#[rstest]
+#[case::merged("merge full.mem d1.mem -o none/out")]
+#[case::converted("convert full.mem -o none/out")]
+#[case::compared("diff raw:second full.mem -o none/out")]
+#[case::restored("restore full.mem d1.mem -o none/out")]
+fn a_place_for_the_output_is_made_before_sums_are_checked(#[case] command: &str) {
+    let work = Work::with_chain();
+    work.rot("full.mem", 5000);
+    work.fails(command, 3, &["none"]);
+}
+
+/// The output is the same name, a hard link, or a symbolic link.
+#[rstest]
+#[case::dump("dump ram -o OUT --force", "ram")]
+#[case::metadata("dump ram -o OUT --force --metadata full.mem", "full.mem")]
+#[case::old("diff full.mem --ram ram -o OUT --force", "full.mem")]
+#[case::new("diff full.mem --ram ram -o OUT --force", "ram")]
+#[case::state("diff full.mem --to first -o OUT --force", "first")]
+#[case::metadata_of_a_diff("diff full.mem --ram ram -o OUT --force --metadata first", "first")]
+#[case::merged("merge full.mem d1.mem -o OUT --force", "d1.mem")]
+#[case::converted("convert full.mem -o OUT --force", "full.mem")]
+#[case::parent("convert ram --raw-diff --parent full.mem -o OUT --force", "full.mem")]
+#[case::metadata_of_an_image("convert full.mem --metadata d1.mem -o OUT --force", "d1.mem")]
+#[case::restored("restore full.mem d1.mem -o OUT --force", "d1.mem")]
+#[case::picture("map OUT full.mem -o OUT --force", "full.mem")]
+fn an_output_that_is_an_input_is_refused(#[case] command: &str, #[case] input: &str) {
+    let work = Work::with_chain();
+    fs::hard_link(work.path(input), work.path("hard.svg")).unwrap();
+    std::os::unix::fs::symlink(input, work.path("soft.svg")).unwrap();
+    let names = match command.starts_with("map") {
+        true => ["hard.svg", "soft.svg", "hard.svg"],
+        false => ["hard.svg", "soft.svg", input],
+    };
+    for name in names {
+        let says = match command.starts_with("merge") {
+            true => "would replace one of its inputs",
+            false => "is one of the inputs",
+        };
+        work.fails(&command.replace("OUT", name), 2, &[name, says]);
+    }
+}
+
+/// A file has different device and inode numbers in the layer and in the overlay.
+#[cfg(target_os = "linux")]
+#[rstest]
+#[case::the_layer("restore raw:LAYER -o MERGED --force")]
+#[case::the_overlay("restore raw:MERGED -o LAYER --force")]
+#[case::a_dump("dump LAYER -o MERGED --force")]
+#[case::merged("merge LAYER d1.mem -o MERGED --force")]
+fn an_output_that_is_an_input_on_an_overlay_is_refused(
+    #[case] command: &str,
+    #[values("lower", "upper")] layer: &str,
+) {
+    use test_machine::{Overlay, TinyTmpfs};
+
+    if !Need::Root.met("an_output_that_is_an_input_on_an_overlay_is_refused") {
+        return;
+    }
+    let work = Work::with_chain();
+    let layers = TinyTmpfs::new(64 << 20).unwrap();
+    let [lower, upper, inside] = ["lower", "upper", "work"].map(|name| layers.path().join(name));
+    for dir in [&lower, &upper, &inside] {
+        fs::create_dir(dir).unwrap();
+    }
+    fs::copy(work.path("first"), layers.path().join(layer).join("image")).unwrap();
+    let overlay = Overlay::of(&lower, &upper, &inside).unwrap();
+    let stored = layers.path().join(layer).join("image");
+    let merged = overlay.path().join("image");
+    let says = match command.starts_with("merge") {
+        true => "would replace one of its inputs",
+        false => "is one of the inputs",
+    };
+    let command = command
+        .replace("LAYER", stored.to_str().unwrap())
+        .replace("MERGED", merged.to_str().unwrap());
+    work.fails(&command, 2, &["image", says]);
+    for path in [&stored, &merged] {
+        assert!(fs::read(path).unwrap() == work.read("first"), "{path:?}");
+    }
+    if command.starts_with("restore") {
+        let mut send = work.command(&format!("convert {} -o - --zstd", stored.display()));
+        let stdout = fs::File::options().append(true).open(&merged).unwrap();
+        // If the file was copied up to the upper layer, it is another file.
+        if layer == "upper" {
+            send.stdout(stdout);
+            Ended::of(&mut send).fails(2, &["image", "one of the inputs"]);
+        }
+    }
+}
+
+#[test]
+fn a_stream_is_not_written_to_the_file_it_comes_from() {
+    let work = Work::with_chain();
+    let open = || {
+        fs::File::options()
+            .read(true)
+            .append(true)
+            .open(work.path("full.mem"))
+    };
+    let before = work.read("full.mem");
+    let mut receive = work.command("convert - --zstd -o full.mem --force");
+    receive.stdin(open().unwrap());
+    Ended::of(&mut receive).fails(2, &["full.mem", "one of the inputs"]);
+    let mut send = work.command("convert full.mem -o - --zstd");
+    send.stdout(open().unwrap());
+    Ended::of(&mut send).fails(2, &["full.mem", "one of the inputs"]);
+    assert!(work.read("full.mem") == before);
+}
+
+#[cfg(target_os = "linux")]
+#[rstest]
+#[case::dump("dump ../ram -o out")]
+#[case::raw("dump ../ram -o out --layout raw --keep-zeros")]
+#[case::merged("merge ../full.mem ../d1.mem -o out")]
+#[case::restored("restore ../full.mem -o out")]
+#[case::received("convert ../sealed.mem -o out --layout packed")]
+fn a_full_disk_is_an_error_that_says_so_and_leaves_nothing(#[case] command: &str) {
+    if !Need::Root.met("a_full_disk_is_an_error_that_says_so_and_leaves_nothing") {
+        return;
+    }
+    let work = Work::with_chain();
+    work.good("convert full.mem -o sealed.mem --layout sealed");
+    let disk = test_machine::TinyTmpfs::new(128 << 10).unwrap();
+    let command = command.replace("../", &format!("{}/", work.path("").display()));
+    let mut command = work.command(&command);
+    let ended = Ended::of(command.current_dir(disk.path()));
+    ended.fails(3, &["make room"]);
+    assert_eq!(support::list(disk.path()), [""; 0]);
+}
+
+/// The damage would be found only after the images were read.
+#[cfg(target_os = "linux")]
+#[rstest]
+#[case::merged("merge ../full.mem ../d1.mem -o out")]
+#[case::restored("restore ../full.mem -o out")]
+#[case::converted("convert ../full.mem -o out --layout raw")]
+fn a_disk_without_room_is_noticed_before_images_are_read(#[case] command: &str) {
+    if !Need::Root.met("a_disk_without_room_is_noticed_before_images_are_read") {
+        return;
+    }
+    let work = Work::with_chain();
+    work.rot("full.mem", 5000);
+    let disk = test_machine::TinyTmpfs::new(128 << 10).unwrap();
+    let command = command.replace("../", &format!("{}/", work.path("").display()));
+    let mut command = work.command(&command);
+    let ended = Ended::of(command.current_dir(disk.path()));
+    ended.fails(3, &["make room", "131072 are available"]);
+    assert_eq!(support::list(disk.path()), [""; 0]);
+}
+
+/// A raw diff stores zeros that other images do not store.
+#[cfg(target_os = "linux")]
+#[test]
+fn a_raw_diff_of_zeros_without_room_is_refused_before_writes() {
+    use memory_writer::{Layout, MemoryWriter, Seal};
+
+    if !Need::Root.met("a_raw_diff_of_zeros_without_room_is_refused_before_writes") {
+        return;
+    }
+    let work = Work::empty();
+    let zeros = work.path("zeros.mem");
+    let options = MemoryWriter::options().layout(Layout::Packed(Seal::new().on_raw_image()));
+    let mut writer = options.open(&zeros, 1 << 40, 4096).unwrap();
+    writer
+        .write_zeros(|| std::iter::once(4096..1 << 40))
+        .unwrap();
+    writer.commit().unwrap();
+    let disk = test_machine::TinyTmpfs::new(128 << 10).unwrap();
+    let mut command = work.command(&format!("convert {} -o out --layout raw", zeros.display()));
+    let ended = Ended::of(command.current_dir(disk.path()));
+    let needed = format!("needs {} bytes", (1_u64 << 40) - 4096);
+    ended.fails(3, &[&needed, "131072 are available"]);
+    assert_eq!(support::list(disk.path()), [""; 0]);
+}
+
+#[rstest]
+#[case::pages(8)]
+#[case::footer(460)]
+fn a_limit_of_the_file_size_is_an_error_and_no_signal(#[case] kib: u64) {
+    let work = Work::with_ram();
+    let script = format!("ulimit -f {}; exec {RAMSNAP} dump ram -o out", kib * 2);
+    let mut shell = Command::new("sh");
+    // POSIX counts in blocks of 512 bytes; so does bash if it is run as sh.
+    shell.args(["-c", &script]).current_dir(work.path(""));
+    Ended::of(&mut shell).fails(3, &["out", "File too large"]);
+    assert_eq!(work.files(), ["ram"]);
+}

@@ -1,0 +1,247 @@
+//! Guests, VMMs and other runs of the tool that use RAM while it is restored.
+
+#![cfg(target_os = "linux")]
+
+mod support;
+
+use std::fs::File;
+use std::io::{BufRead, BufReader, Read};
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::process::Command;
+
+use nix::fcntl::{FcntlArg, fcntl};
+use rstest::rstest;
+use support::held::{Held, half_restored};
+use support::ram_file::bytes;
+use support::{PAGE, RAM, Work};
+use test_machine::{LoopFs, LoopMount, Need};
+
+/// The system call that reserves room and makes holes.
+const ALLOCATING: &str = "fallocate";
+
+/// A guest is started with the file while the images are checked, and uses its first, last and
+/// other pages.
+#[test]
+fn ram_of_a_guest_started_during_the_checks_is_kept() {
+    if !Need::Strace.met("ram_of_a_guest_started_during_the_checks_is_kept") {
+        return;
+    }
+    let work = Work::with_chain();
+    let guest = work.create("guest", RAM);
+    let restore = "restore full.mem -o guest";
+    // The room is reserved last.
+    let reserving = (ALLOCATING.to_owned(), 1);
+    let held = support::held::Held::before(&work.command(restore), &reserving).expect("held");
+    work.fails(restore, 3, &["another restore"]);
+    for page in [0, 900, RAM / PAGE - 1] {
+        guest.write_all_at(&[7; 10], page * PAGE).unwrap();
+    }
+    let before = bytes(&guest);
+    let (status, error) = held.release();
+    assert_eq!(status.code(), Some(2), "{error}");
+    assert!(error.contains("not empty"), "{error}");
+    assert!(bytes(&guest) == before);
+}
+
+/// The guest begins to write to its RAM after the room for the RAM is reserved.
+#[test]
+fn reserved_room_is_left_to_a_guest_that_was_started() {
+    if !Need::Strace.met("reserved_room_is_left_to_a_guest_that_was_started") {
+        return;
+    }
+    let work = Work::with_chain();
+    let guest = tempfile::NamedTempFile::new_in("/dev/shm").unwrap();
+    let path = guest.path().display().to_string();
+    let guest = guest.as_file();
+    guest.set_len(RAM).unwrap();
+    let chain = memory_image::Chain::open_sealed(&[work.path("full.mem")]).unwrap();
+    let last = (ALLOCATING.to_owned(), chain.stored_runs().count());
+    let command = work.command(&format!("restore full.mem -o {path}"));
+    let held = Held::before(&command, &last).expect("held");
+    guest.write_all_at(&[7; 10], 900 * PAGE).unwrap();
+    let before = bytes(guest);
+    let (status, error) = held.release();
+    assert_eq!(status.code(), Some(2), "{error}");
+    assert!(bytes(guest) == before);
+    assert!(guest.metadata().unwrap().blocks() * 512 > PAGE, "{error}");
+}
+
+/// Any write, and any hole, would set the time of modification.
+#[rstest]
+#[case::empty("restore full.mem -o guest", false, 1)]
+#[case::in_use("restore full.mem -o guest --force", true, 1)]
+#[case::not_forced("restore full.mem -o guest", true, 2)]
+fn a_refused_restore_does_not_write(
+    #[case] restore: &str,
+    #[case] in_use: bool,
+    #[case] code: i32,
+) {
+    let work = Work::with_chain();
+    work.rot("full.mem", 5000);
+    let guest = work.create("guest", RAM);
+    if in_use {
+        guest.write_all_at(&[7; 10], 0).unwrap();
+    }
+    let long_ago = std::time::SystemTime::UNIX_EPOCH + std::time::Duration::from_secs(1_000_000);
+    guest.set_modified(long_ago).unwrap();
+    work.fails(restore, code, &[]);
+    assert_eq!(guest.metadata().unwrap().modified().unwrap(), long_ago);
+}
+
+/// The file is replaced before the last check: the path now leads to another file.
+#[test]
+fn ram_that_is_replaced_during_a_restore_is_an_error() {
+    if !Need::Strace.met("ram_that_is_replaced_during_a_restore_is_an_error") {
+        return;
+    }
+    let work = Work::with_chain();
+    let guest = work.create("guest", RAM);
+    let command = work.command("restore full.mem -o guest");
+    // All data is written, and the sync is about to begin.
+    let held = Held::before(&command, &("fsync".to_owned(), 1)).expect("held");
+    assert!(bytes(&guest) == work.read("first"));
+    let other = work.create("other", RAM);
+    other.write_all_at(&[7; 10], 0).unwrap();
+    let before = bytes(&other);
+    std::fs::rename(work.path("other"), work.path("guest")).unwrap();
+    let (status, error) = held.release();
+    assert_eq!(status.code(), Some(3), "{error}");
+    for words in ["guest", "was replaced or resized", "was emptied"] {
+        assert!(error.contains(words), "{error}");
+    }
+    assert!(bytes(&guest).iter().all(|byte| *byte == 0));
+    assert!(work.read("guest") == before);
+}
+
+#[rstest]
+#[case::dump("dump guest -o out")]
+#[case::diff("diff full.mem --ram guest -o out")]
+#[case::compared("diff full.mem --ram guest")]
+#[case::raw_image("convert raw:guest -o out")]
+#[case::raw_base("merge raw:guest -o out")]
+fn ram_that_is_being_restored_is_not_read(#[case] command: &str) {
+    if !Need::Strace.met("ram_that_is_being_restored_is_not_read") {
+        return;
+    }
+    let work = Work::with_chain();
+    let guest = work.create("guest", RAM);
+    let held = half_restored(&work);
+    assert!(bytes(&guest) != work.read("first"));
+    work.fails(command, 3, &["ramsnap restore", "guest", "wait"]);
+    assert_eq!(held.release().0.code(), Some(0));
+    let code = work.run(command).code;
+    assert!(matches!(code, Some(0 | 1)), "{code:?}");
+}
+
+/// The file that [`a_vmm`] maps.
+const MAPPED: &str = "RAMSNAP_TEST_MAPPED";
+
+/// Not a test: runs as another process. Maps a file, and ends when its stdin does.
+#[test]
+fn a_vmm() {
+    let Some(path) = std::env::var_os(MAPPED) else {
+        return;
+    };
+    let file = File::options().read(true).write(true).open(path).unwrap();
+    support::mapped::map(&file, RAM);
+    println!("\nmapped");
+    std::io::stdin().read_to_end(&mut Vec::new()).unwrap();
+}
+
+/// The RAM is read through a mapping of the process. On btrfs, mappings are listed with another
+/// device than files.
+#[rstest]
+#[case::here(false)]
+#[case::btrfs(true)]
+fn a_process_whose_ram_is_being_restored_is_not_read(#[case] on_btrfs: bool) {
+    const TEST: &str = "a_process_whose_ram_is_being_restored_is_not_read";
+    if !Need::Strace.met(TEST) || on_btrfs && !(Need::Root.met(TEST) && Need::Btrfs.met(TEST)) {
+        return;
+    }
+    let work = Work::with_chain();
+    let disk = on_btrfs.then(|| LoopMount::new(LoopFs::Btrfs).unwrap());
+    let ram = match &disk {
+        None => work.path("guest"),
+        Some(disk) => {
+            let ram = disk.path().join("guest");
+            std::os::unix::fs::symlink(&ram, work.path("guest")).unwrap();
+            ram
+        }
+    };
+    let guest = File::create_new(&ram).unwrap();
+    guest.set_len(RAM).unwrap();
+    let guest = File::options().read(true).write(true).open(&ram).unwrap();
+    let mut vmm = Command::new(std::env::current_exe().unwrap());
+    let mut vmm = vmm
+        .args(["--exact", "a_vmm", "--nocapture"])
+        .env(MAPPED, &ram)
+        .stdin(std::process::Stdio::piped())
+        .stdout(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    // Open until the end: the other process prints more.
+    let mut output = BufReader::new(vmm.stdout.take().unwrap());
+    let mut lines = output.by_ref().lines();
+    assert!(lines.any(|line| line.unwrap() == "mapped"));
+    let held = half_restored(&work);
+    let full = format!(
+        "dump --pid {} --live --region {} -o out",
+        vmm.id(),
+        ram.display()
+    );
+    work.fails(&full, 3, &["ramsnap restore", "wait"]);
+    assert_eq!(held.release().0.code(), Some(0));
+    assert!(bytes(&guest) == work.read("first"));
+    work.good(&full);
+    drop(vmm.stdin.take());
+    vmm.wait().unwrap();
+}
+
+#[test]
+fn ram_that_is_read_is_not_restored_to() {
+    if !Need::Strace.met("ram_that_is_read_is_not_restored_to") {
+        return;
+    }
+    let work = Work::with_chain();
+    work.copy("ram", "guest");
+    let command = work.command("dump guest -o out");
+    let held = Held::before(&command, &("pwrite64".to_owned(), 1)).expect("held");
+    let restore = "restore full.mem -o guest --force";
+    work.fails(restore, 3, &["reads the RAM", "nothing was written"]);
+    work.assert_same("guest", "ram");
+    // Several readers are allowed at once.
+    work.good("dump guest -o again");
+    assert_eq!(held.release().0.code(), Some(0));
+    work.good("diff out --ram guest");
+    work.good(restore);
+}
+
+/// A VMM may lock its RAM in any way.
+#[rstest]
+#[case::flock(false)]
+#[case::all_of_it_by_fcntl(true)]
+fn ram_that_its_vmm_has_locked_is_read_and_restored(#[case] by_fcntl: bool) {
+    let work = Work::with_chain();
+    work.copy("ram", "guest");
+    let guest = File::options()
+        .read(true)
+        .write(true)
+        .open(work.path("guest"))
+        .unwrap();
+    if by_fcntl {
+        let all = nix::libc::flock {
+            l_type: nix::libc::F_WRLCK as nix::libc::c_short,
+            l_whence: nix::libc::SEEK_SET as nix::libc::c_short,
+            l_start: 0,
+            l_len: 0,
+            l_pid: 0,
+        };
+        fcntl(&guest, FcntlArg::F_OFD_SETLK(&all)).unwrap();
+    } else {
+        guest.try_lock().unwrap();
+    }
+    work.good("dump guest -o out");
+    work.good("diff full.mem --ram guest -o d.mem");
+    work.good("restore full.mem -o guest --force");
+    assert!(bytes(&guest) == work.read("first"));
+}
