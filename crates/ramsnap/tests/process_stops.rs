@@ -15,7 +15,7 @@ use nix::sys::signal::Signal;
 use nix::sys::stat::Mode;
 use nix::sys::termios::{FlowArg, tcflow};
 use nix::unistd::{Pid, mkfifo};
-use page_reader::StoppedProcess;
+use process_memory::StoppedProcess;
 use rstest::rstest;
 use support::held::Held;
 use support::vmm::{HANGS, Vmm};

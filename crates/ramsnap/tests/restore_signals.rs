@@ -8,8 +8,7 @@ use std::os::unix::fs::FileExt;
 
 use nix::sys::signal::Signal;
 use rstest::rstest;
-use support::held::Held;
-use support::held::half_restored;
+use support::held::{Held, half_restored};
 use support::ram_file::bytes;
 use support::{RAM, Work};
 use test_machine::Need;
