@@ -73,7 +73,7 @@ pub use maps::{FindRegionError, ProcessMaps};
 #[cfg(target_os = "linux")]
 pub use memory::{ProcessMemory, ProcessMemoryError};
 #[cfg(target_os = "linux")]
-pub use page_reader::{FlaggedRegion, MappingsError, Permissions, ProcessRegion, RegionFlags};
+pub use page_reader::{MappingsError, Permissions, ProcessRegion};
 #[cfg(target_os = "linux")]
 pub use stop::{ProcessStopError, StoppedProcess, Unresponsive};
 

@@ -8,8 +8,8 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 use nix::unistd::fsync;
 
 use super::{Punch, SeekHole, WrittenZeros};
-use crate::extents::reported_extents;
-use crate::{Extent, ExtentKind, ExtentSource, SpaceError, allocated_bytes, grow, punch_hole};
+use crate::extents::{Extent, ExtentKind, ExtentSource, reported_extents};
+use crate::space::{SpaceError, allocated_bytes, grow, punch_hole};
 
 pub(super) const LEN: u64 = 16 << 20;
 pub(super) const HALF: u64 = LEN / 2;
