@@ -66,6 +66,7 @@ fn raw_snapshot_takes_memory_for_written_pages_only() {
     write(true, 0);
     // The first recyclable file is left for the next one, where the file system can.
     let _ = (write(false, 1 << 30), write(false, 1 << 30));
-    let taken = peak() - before;
+    // The kernel counts pages approximately: the peak may be below the earlier one.
+    let taken = peak().saturating_sub(before);
     assert!(taken < 64 << 20, "{taken} bytes");
 }

@@ -37,7 +37,8 @@ fn untouched() {
         let file = std::fs::File::open(&dest).unwrap();
         assert!(sparse_file::allocated_bytes(&file).unwrap() <= 64 << 10);
     }
-    let grown = peak() - before;
+    // The kernel counts pages approximately: the peak may be below the earlier one.
+    let grown = peak().saturating_sub(before);
     assert!(grown <= 4 << 20, "{grown} bytes more");
 }
 
@@ -75,6 +76,7 @@ fn written() {
             writer.commit().unwrap();
         }
     }
-    let grown = peak() - before;
+    // The kernel counts pages approximately: the peak may be below the earlier one.
+    let grown = peak().saturating_sub(before);
     assert!(grown <= 24 << 20, "{grown} bytes more");
 }
