@@ -1,0 +1,139 @@
+//! Errors of opening a userfaultfd and of registering memory.
+
+use std::io;
+use std::ops::Range;
+
+use nix::errno::Errno;
+use thiserror::Error;
+
+use crate::flags::{Features, Modes};
+
+/// Errors of [opening a userfaultfd](crate::UserfaultfdOptions::open).
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum OpenError {
+    /// The kernel was built without userfaultfd.
+    #[error("this kernel has no userfaultfd: use a kernel that is built with CONFIG_USERFAULTFD")]
+    Unsupported,
+    /// The process may use neither the system call nor the device.
+    #[error(
+        "userfaultfd is not permitted: the system call failed ({call}), and so did \
+         /dev/userfaultfd ({device}): let the process open /dev/userfaultfd (Linux 6.1), give it \
+         CAP_SYS_PTRACE, or set the sysctl vm.unprivileged_userfaultfd to 1"
+    )]
+    NotPermitted {
+        /// The error of the system call.
+        call: io::Error,
+        /// The error of `/dev/userfaultfd`.
+        device: io::Error,
+    },
+    /// The kernel returned no descriptor for another reason, such as too many open files.
+    #[error("failed to open a userfaultfd")]
+    Open(#[source] io::Error),
+    /// The kernel lacks required features.
+    #[error("this kernel lacks the userfaultfd features {missing:?}: use a newer kernel")]
+    Features {
+        /// The required features that the kernel lacks.
+        missing: Features,
+    },
+    /// The process may not receive fork events.
+    #[error("userfaultfd events of forks are not permitted: give the process CAP_SYS_PTRACE")]
+    ForkNotPermitted,
+    /// The kernel refused the features for another reason.
+    #[error("failed to agree with the kernel on the userfaultfd features {features:?}")]
+    Negotiate {
+        /// The requested features.
+        features: Features,
+        /// The error of the operating system.
+        source: io::Error,
+    },
+}
+
+impl OpenError {
+    /// Returns the error for a refused system call and a failure of the device.
+    pub(crate) fn refused(call: Errno, device: io::Error) -> Self {
+        if call == Errno::ENOSYS && device.kind() == io::ErrorKind::NotFound {
+            return Self::Unsupported;
+        }
+        let call = call.into();
+        Self::NotPermitted { call, device }
+    }
+}
+
+/// The error of [registering memory](crate::Userfaultfd::register).
+#[derive(Debug, Error)]
+#[error(
+    "failed to register {:#x} bytes at {:#x} with userfaultfd for {modes:?}: {}",
+    range.end.saturating_sub(range.start), range.start, remedy(source)
+)]
+pub struct RegisterError {
+    /// The addresses.
+    pub range: Range<u64>,
+    /// The kinds of faults.
+    pub modes: Modes,
+    /// The error of the operating system.
+    pub source: io::Error,
+}
+
+fn remedy(source: &io::Error) -> &'static str {
+    match source.raw_os_error().map(Errno::from_raw) {
+        Some(Errno::EBUSY) => {
+            "another userfaultfd has it: unregister it there, or register it once only"
+        }
+        Some(Errno::EINVAL) => {
+            "give whole pages of mapped memory of a kind that supports these modes, and request \
+             the features for this kind"
+        }
+        Some(Errno::EPERM) => "its file was opened for reading only: open it for writing",
+        _ => "check that the memory is mapped and that the host has free memory",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use rstest::rstest;
+
+    use super::*;
+
+    #[test]
+    fn refusals_distinguish_missing_from_forbidden() {
+        let device = |kind: io::ErrorKind| io::Error::from(kind);
+        let missing = OpenError::refused(Errno::ENOSYS, device(io::ErrorKind::NotFound));
+        assert!(matches!(missing, OpenError::Unsupported), "{missing:?}");
+        for (call, kind) in [
+            (Errno::EPERM, io::ErrorKind::NotFound),
+            (Errno::EPERM, io::ErrorKind::PermissionDenied),
+            (Errno::ENOSYS, io::ErrorKind::PermissionDenied),
+        ] {
+            let error = OpenError::refused(call, device(kind));
+            assert!(matches!(error, OpenError::NotPermitted { .. }), "{error:?}");
+            let text = error.to_string();
+            assert!(text.contains(&io::Error::from(call).to_string()), "{text}");
+            assert!(text.contains(&device(kind).to_string()), "{text}");
+            for remedy in [
+                "/dev/userfaultfd",
+                "CAP_SYS_PTRACE",
+                "unprivileged_userfaultfd",
+            ] {
+                assert!(text.contains(remedy), "{text}");
+            }
+        }
+    }
+
+    #[rstest]
+    #[case::busy(Errno::EBUSY, "another userfaultfd")]
+    #[case::invalid(Errno::EINVAL, "whole pages")]
+    #[case::read_only(Errno::EPERM, "for writing")]
+    #[case::other(Errno::ENOMEM, "free memory")]
+    fn register_errors_name_memory_modes_and_remedy(#[case] errno: Errno, #[case] remedy: &str) {
+        let error = RegisterError {
+            range: 0x1000..0x3000,
+            modes: Modes::MISSING,
+            source: errno.into(),
+        };
+        let text = error.to_string();
+        for part in ["0x2000 bytes at 0x1000", "MISSING", remedy] {
+            assert!(text.contains(part), "{text}");
+        }
+    }
+}

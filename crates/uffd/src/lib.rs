@@ -1,0 +1,88 @@
+//! Linux's userfaultfd: page faults of a process, handled in user space.
+//!
+//! A program that restores, migrates or tracks memory must act when a page is first touched or
+//! written: read the page from a file, receive it from another host, or record that it is dirty.
+//! `SIGSEGV` handlers do not see the accesses of system calls and vCPUs. The kernel's
+//! [userfaultfd](https://docs.kernel.org/admin-guide/mm/userfaultfd.html) does: the access waits,
+//! any thread of the program receives an event and resolves the fault, and the access continues.
+//!
+//! [`Userfaultfd`] is one type for the whole interface of the kernel, with the structures that
+//! `linux-raw-sys` generates from its headers. Requests return what they did and why they stopped
+//! ([`Filled`], [`Stop`]): the kernel does them in part when mappings change meanwhile.
+//!
+//! # Example
+//! A page that is filled when it is touched:
+//! ```
+//! # #![allow(unsafe_code)]
+//! # if !test_machine::Need::Userfaultfd.met("the example of uffd") { return Ok(()); }
+//! use std::num::NonZeroUsize;
+//! use nix::sys::mman::{MapFlags, ProtFlags, mmap_anonymous};
+//! use uffd::{Event, FillFlags, Modes, Userfaultfd};
+//!
+//! let access = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
+//! let size = NonZeroUsize::new(0x1_0000).ok_or("no bytes")?;
+//! let fault = Userfaultfd::options().open()?;
+//! // SAFETY: a new mapping, which nothing else uses.
+//! let memory = unsafe { mmap_anonymous(None, size, access, MapFlags::MAP_PRIVATE) }?;
+//! let start = memory.expose_provenance().get() as u64;
+//! // SAFETY: the mapping was just made.
+//! unsafe { fault.register(start..start + 0x1_0000, Modes::MISSING) }?;
+//!
+//! // SAFETY: mapped, and accessed by raw pointers only.
+//! let reader = std::thread::spawn(move || unsafe {
+//!     std::ptr::with_exposed_provenance::<u8>(start as usize + 5).read_volatile()
+//! });
+//! let address = loop {
+//!     match fault.read_event()? {
+//!         Some(Event::PageFault { address, .. }) => break address,
+//!         _ => std::thread::yield_now(), // or wait with poll(2)
+//!     }
+//! };
+//! assert_eq!(address, start);
+//! fault.copy_bytes(start, &[7; 0x1_0000], FillFlags::empty()).complete()?;
+//! assert_eq!(reader.join().unwrap(), 7);
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+//!
+//! # By task
+//! **Open a descriptor**: [`Userfaultfd::options`]. It uses the system call, or `/dev/userfaultfd`
+//! if the call is not permitted. [`Features`] are requested when it is opened.
+//! [`Userfaultfd::from_fd`] accepts one from another process.
+//!
+//! **Receive events**: [`Userfaultfd::read_event`] and [`read_events`](Userfaultfd::read_events).
+//! The descriptor is non-blocking, and `poll` reports it as readable.
+//!
+//! **Fill missing pages**: [`copy_bytes`](Userfaultfd::copy_bytes),
+//! [`copy`](Userfaultfd::copy), [`zeropage`](Userfaultfd::zeropage),
+//! [`move_`](Userfaultfd::move_), [`poison`](Userfaultfd::poison), and for pages of a file
+//! [`continue_`](Userfaultfd::continue_).
+//!
+//! **Track writes**: [`write_protect`](Userfaultfd::write_protect) and
+//! [`write_unprotect`](Userfaultfd::write_unprotect).
+//!
+//! # Limitations
+//! - Memory is given by address. No reference may cover a registered missing page: the compiler
+//!   assumes that a reference can be read at any time, and the read would wait.
+//! - A thread that resolves faults must not touch the memory itself. It would wait for itself.
+//! - Linux only: on other systems the crate is empty.
+#![cfg(target_os = "linux")]
+
+mod abi;
+mod error;
+mod event;
+mod filled;
+mod flags;
+mod options;
+mod sys;
+mod userfaultfd;
+
+pub use error::{OpenError, RegisterError};
+pub use event::Event;
+pub use filled::{Filled, Stop};
+pub use flags::{FaultFlags, Features, FillFlags, Modes, MoveFlags, Operations};
+pub use options::UserfaultfdOptions;
+pub use userfaultfd::Userfaultfd;
+
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;
