@@ -12,7 +12,7 @@ use image_format::ImageId;
 use page_reader::{PageReader, PopulatedRanges};
 use sparse_file::PageHoles;
 
-use crate::error::{ImageError, Unclear};
+use crate::error::{AmbiguousDiff, ChainError, NotFullError, ReadImageError};
 use crate::image::Image;
 use crate::page_set::{PageSet, coalesce};
 use extents::ExtentMap;
@@ -24,7 +24,7 @@ use segments::{Segment, Source};
 /// A chain may also consist of diffs alone, to be merged into one diff.
 ///
 /// A chain of diffs alone holds only the pages in its diffs ([`known_runs`](Self::known_runs)).
-/// Reading any other page is [`ImageError::NotInDiffs`]: the page was clean, and its bytes are in
+/// Reading any other page is [`ReadImageError::NotInDiffs`]: the page was clean, and its bytes are in
 /// an older image.
 ///
 /// The images are opened and indexed once. Their bytes are read on demand. The files must not
@@ -49,7 +49,7 @@ use segments::{Segment, Source};
 /// for images. While all images fit, a file may be replaced by a commit, or removed: the chain
 /// continues to read the old file. Beyond the limit the file that was opened first is closed. It is
 /// opened again by its absolute path when it is read. If the path leads to another file by then, or
-/// the file was written to, the read fails with [`ImageError::Replaced`]. It never returns other
+/// the file was written to, the read fails with [`ReadImageError::Replaced`]. It never returns other
 /// bytes. Leave the images of a long chain in place while the chain is in use, [merge](Self::merge)
 /// the chain, or raise the limit before opening it. This matters most in a process that drops the
 /// permission to open files. An image that cannot be found by its path (a memfd, an unlinked file)
@@ -100,9 +100,8 @@ impl Chain {
     /// `page_size` bytes.
     ///
     /// # Errors
-    /// Fails with the errors of [`Image::open`], and if the image is a diff or not a whole number
-    /// of pages.
-    pub fn open(base: impl AsRef<Path>, page_size: u64) -> Result<Self, ImageError> {
+    /// [`ChainError`], such as [`NotFull`](ChainError::NotFull) for a diff.
+    pub fn open(base: impl AsRef<Path>, page_size: u64) -> Result<Self, ChainError> {
         let chain = Self::empty(page_size, true)?;
         chain.with_base(Image::open(base)?)
     }
@@ -110,8 +109,8 @@ impl Chain {
     /// Opens the full raw image `base`, as [`open`](Self::open) opens a sealed one.
     ///
     /// # Errors
-    /// Fails with the errors of [`Image::open_raw`]; otherwise as [`open`](Self::open).
-    pub fn open_raw(base: impl AsRef<Path>, page_size: u64) -> Result<Self, ImageError> {
+    /// [`ChainError`], such as [`NotWholePages`](ChainError::NotWholePages).
+    pub fn open_raw(base: impl AsRef<Path>, page_size: u64) -> Result<Self, ChainError> {
         let chain = Self::empty(page_size, true)?;
         chain.with_base(Image::open_raw(base)?)
     }
@@ -120,8 +119,8 @@ impl Chain {
     /// A raw image is treated as full.
     ///
     /// # Errors
-    /// As [`open`](Self::open) and [`open_diff`](Self::open_diff).
-    pub fn from_image(oldest: Image, page_size: u64) -> Result<Self, ImageError> {
+    /// [`ChainError`].
+    pub fn from_image(oldest: Image, page_size: u64) -> Result<Self, ChainError> {
         let chain = Self::empty(page_size, !oldest.is_diff())?;
         chain.with_base(oldest)
     }
@@ -130,15 +129,15 @@ impl Chain {
     /// image is treated as a diff.
     ///
     /// # Errors
-    /// As [`open_diff`](Self::open_diff).
-    pub fn from_diff(oldest: Image, page_size: u64) -> Result<Self, ImageError> {
+    /// [`ChainError`], such as [`AmbiguousDiff`](ChainError::AmbiguousDiff).
+    pub fn from_diff(oldest: Image, page_size: u64) -> Result<Self, ChainError> {
         Self::empty(page_size, false)?.with_base(oldest)
     }
 
     /// Adds the first image to an empty chain.
-    fn with_base(mut self, image: Image) -> Result<Self, ImageError> {
+    fn with_base(mut self, image: Image) -> Result<Self, ChainError> {
         if self.full && image.is_diff() {
-            return Err(ImageError::NotFull { path: image.path });
+            return Err(NotFullError::new(image.path).into());
         }
         self.check_pages(&image)?;
         let raw_and_full = image.footer.is_none() && self.full;
@@ -154,17 +153,16 @@ impl Chain {
     /// chain uses the smallest of their page sizes.
     ///
     /// # Errors
-    /// Fails as [`open`](Self::open) and [`push`](Self::push) do, and with [`ImageError::NoImages`]
-    /// for an empty list.
-    pub fn open_sealed<P: AsRef<Path>>(paths: &[P]) -> Result<Self, ImageError> {
+    /// [`ChainError`], such as [`NoImages`](ChainError::NoImages) for an empty list.
+    pub fn open_sealed<P: AsRef<Path>>(paths: &[P]) -> Result<Self, ChainError> {
         let images = paths.iter().map(Image::open);
         let images = images.collect::<Result<Vec<_>, _>>()?;
         let page_sizes = images
             .iter()
             .filter_map(|image| Some(image.footer()?.page_size));
-        let page_size = page_sizes.min().ok_or(ImageError::NoImages)?;
+        let page_size = page_sizes.min().ok_or(ChainError::NoImages)?;
         let mut images = images.into_iter();
-        let oldest = images.next().ok_or(ImageError::NoImages)?;
+        let oldest = images.next().ok_or(ChainError::NoImages)?;
         let mut chain = Self::empty(page_size, !oldest.is_diff())?.with_base(oldest)?;
         for image in images {
             chain.push_image(image)?;
@@ -174,11 +172,11 @@ impl Chain {
 
     /// Opens the diff `oldest`, sealed or packed, as the first image of a chain of diffs that are
     /// to be merged into one. Reading a page that none of the diffs holds is
-    /// [`ImageError::NotInDiffs`].
+    /// [`ReadImageError::NotInDiffs`].
     ///
     /// # Errors
-    /// As [`push`](Self::push).
-    pub fn open_diff(oldest: impl AsRef<Path>, page_size: u64) -> Result<Self, ImageError> {
+    /// [`ChainError`].
+    pub fn open_diff(oldest: impl AsRef<Path>, page_size: u64) -> Result<Self, ChainError> {
         let chain = Self::empty(page_size, false)?;
         chain.with_base(Image::open(oldest)?)
     }
@@ -187,11 +185,11 @@ impl Chain {
     /// [`push_by_holes`](Self::push_by_holes) does. Also returns why the holes may be wrong.
     ///
     /// # Errors
-    /// Fails as [`from_diff`](Self::from_diff) does, except with [`ImageError::UnclearDiff`].
+    /// [`ChainError`], except [`AmbiguousDiff`](ChainError::AmbiguousDiff).
     pub fn from_diff_by_holes(
         oldest: Image,
         page_size: u64,
-    ) -> Result<(Self, Option<Unclear>), ImageError> {
+    ) -> Result<(Self, Option<AmbiguousDiff>), ChainError> {
         let mut chain = Self::empty(page_size, false)?;
         chain.check_pages(&oldest)?;
         let (pages, unclear) = chain.pages_by_holes(&oldest)?;
@@ -199,9 +197,9 @@ impl Chain {
         Ok((chain, unclear))
     }
 
-    fn empty(page_size: u64, full: bool) -> Result<Self, ImageError> {
+    fn empty(page_size: u64, full: bool) -> Result<Self, ChainError> {
         if !page_size.is_power_of_two() {
-            return Err(ImageError::PageSizeNotPowerOfTwo { page_size });
+            return Err(ChainError::PageSizeNotPowerOfTwo { page_size });
         }
         Ok(Self {
             page_size,
@@ -217,10 +215,8 @@ impl Chain {
     /// parent, which must be the newest image of the chain.
     ///
     /// # Errors
-    /// [`ImageError::Link`] for a diff that does not follow the newest image;
-    /// [`ImageError::SizeDiffers`] or [`ImageError::RegionsDiffer`] for a diff of another guest;
-    /// the errors of [`open`](Self::open). The chain is unchanged on error.
-    pub fn push(&mut self, diff: impl AsRef<Path>) -> Result<(), ImageError> {
+    /// [`ChainError`], such as [`Link`](ChainError::Link). The chain is unchanged on error.
+    pub fn push(&mut self, diff: impl AsRef<Path>) -> Result<(), ChainError> {
         self.push_image(Image::open(diff)?)
     }
 
@@ -229,9 +225,9 @@ impl Chain {
     /// documentation](crate#pages-and-gaps-of-a-raw-diff)).
     ///
     /// # Errors
-    /// [`ImageError::UnclearDiff`] if the holes do not show which pages the diff holds; otherwise
-    /// as [`push`](Self::push).
-    pub fn push_raw(&mut self, diff: impl AsRef<Path>) -> Result<(), ImageError> {
+    /// [`ChainError`], such as [`AmbiguousDiff`](ChainError::AmbiguousDiff). The chain is unchanged
+    /// on error.
+    pub fn push_raw(&mut self, diff: impl AsRef<Path>) -> Result<(), ChainError> {
         self.push_image(Image::open_raw(diff)?)
     }
 
@@ -239,8 +235,8 @@ impl Chain {
     /// [`push_raw`](Self::push_raw) does.
     ///
     /// # Errors
-    /// Fails as [`push`](Self::push) and [`push_raw`](Self::push_raw) do.
-    pub fn push_image(&mut self, image: Image) -> Result<(), ImageError> {
+    /// [`ChainError`]. The chain is unchanged on error.
+    pub fn push_image(&mut self, image: Image) -> Result<(), ChainError> {
         self.check_follows(&image)?;
         let pages = self.pages_of_diff(&image)?;
         self.add(image, pages);
@@ -252,8 +248,12 @@ impl Chain {
     /// confused with each other.
     ///
     /// # Errors
-    /// Fails as [`push_raw`](Self::push_raw) does, except with [`ImageError::UnclearDiff`].
-    pub fn push_by_holes(&mut self, diff: impl AsRef<Path>) -> Result<Option<Unclear>, ImageError> {
+    /// [`ChainError`], except [`AmbiguousDiff`](ChainError::AmbiguousDiff). The chain is unchanged
+    /// on error.
+    pub fn push_by_holes(
+        &mut self,
+        diff: impl AsRef<Path>,
+    ) -> Result<Option<AmbiguousDiff>, ChainError> {
         let image = Image::open_raw(diff)?;
         self.check_follows(&image)?;
         let (pages, unclear) = self.pages_by_holes(&image)?;
@@ -262,10 +262,13 @@ impl Chain {
     }
 
     /// Returns the pages of a diff by its holes, and why these may be wrong.
-    fn pages_by_holes(&mut self, image: &Image) -> Result<(Pages, Option<Unclear>), ImageError> {
+    fn pages_by_holes(
+        &mut self,
+        image: &Image,
+    ) -> Result<(Pages, Option<AmbiguousDiff>), ChainError> {
         match self.pages_of_diff(image) {
             Ok(pages) => Ok((pages, None)),
-            Err(ImageError::UnclearDiff { why, .. }) => {
+            Err(ChainError::AmbiguousDiff { why, .. }) => {
                 let pages = image.pages_by_reported_holes(self.page_size)?;
                 Ok((Pages::Listed(pages), Some(why)))
             }
@@ -278,20 +281,19 @@ impl Chain {
     /// from. `once(0..size)` is a diff of every page.
     ///
     /// # Errors
-    /// [`ImageError::BadRun`] for a run that is not inside the image; otherwise as
-    /// [`push_raw`](Self::push_raw). The chain is unchanged on error.
+    /// [`ChainError`], such as [`BadRun`](ChainError::BadRun). The chain is unchanged on error.
     pub fn push_pages(
         &mut self,
         diff: impl AsRef<Path>,
         runs: impl IntoIterator<Item = Range<u64>>,
-    ) -> Result<(), ImageError> {
+    ) -> Result<(), ChainError> {
         let image = Image::open_raw(diff)?;
         self.check_follows(&image)?;
         let size = image.size;
         let mut pages = PageSet::new(self.page_size);
         for Range { start, end } in runs {
             if start > end || end > size {
-                return Err(ImageError::BadRun { start, end, size });
+                return Err(ChainError::BadRun { start, end, size });
             }
             pages.add(&(start..end));
         }
@@ -299,7 +301,7 @@ impl Chain {
         Ok(())
     }
 
-    fn pages_of_diff(&mut self, image: &Image) -> Result<Pages, ImageError> {
+    fn pages_of_diff(&mut self, image: &Image) -> Result<Pages, ChainError> {
         match &image.footer {
             None => {
                 let pages = image.diff_pages(self.page_size, &mut self.holes)?;
@@ -429,7 +431,7 @@ impl Chain {
     }
 
     /// Reads the bytes from `offset` on into `buf`. The error names the image.
-    pub(crate) fn read(&self, offset: u64, buf: &mut [u8]) -> Result<(), ImageError> {
+    pub(crate) fn read(&self, offset: u64, buf: &mut [u8]) -> Result<(), ReadImageError> {
         let mut rest = buf;
         for Segment { range, source } in self.segments(offset..offset + rest.len() as u64) {
             let (piece, later) = rest.split_at_mut((range.end - range.start) as usize);
@@ -443,8 +445,8 @@ impl Chain {
         Ok(())
     }
 
-    fn not_in_diffs(&self, offset: u64) -> ImageError {
-        ImageError::NotInDiffs {
+    fn not_in_diffs(&self, offset: u64) -> ReadImageError {
+        ReadImageError::NotInDiffs {
             offset: offset - offset % self.page_size,
             oldest: self.base().path.clone(),
         }
@@ -461,7 +463,7 @@ enum Pages {
 
 /// Reads the guest's RAM, each page from the newest image that holds it.
 ///
-/// Reading a page that is in no image of a chain of diffs fails with [`ImageError::NotInDiffs`].
+/// Reading a page that is in no image of a chain of diffs fails with [`ReadImageError::NotInDiffs`].
 impl PageReader for Chain {
     fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
         let inside = offset
@@ -471,7 +473,7 @@ impl PageReader for Chain {
             return Err(io::ErrorKind::UnexpectedEof.into());
         }
         self.read(offset, buf).map_err(|error| match error {
-            ImageError::Read { ref source, .. } => io::Error::new(source.kind(), error),
+            ReadImageError::Read { ref source, .. } => io::Error::new(source.kind(), error),
             other => io::Error::other(other),
         })
     }

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use image_format::{Footer, FooterError, ImageId, Kind, Placement, RAW_UNIT};
 use memory_writer::FileVersion;
 
-use crate::error::ImageError;
+use crate::error::{OpenImageError, ReadImageError};
 use crate::image_file::{ImageFile, ReopenError};
 
 /// The layout of the pages in an image's file.
@@ -64,11 +64,10 @@ impl Image {
     /// Opens the sealed or packed image at `path`.
     ///
     /// # Errors
-    /// [`ImageError`] if `path` is not a regular file or is empty. [`ImageError::Footer`] if the
-    /// file is neither sealed nor packed, is truncated, damaged or of a later version, or may also
-    /// be raw (an image of version 1 whose length is a multiple of 512: pass its format to
-    /// [`open_as`](Self::open_as)).
-    pub fn open(path: impl AsRef<Path>) -> Result<Self, ImageError> {
+    /// [`OpenImageError`]. [`OpenImageError::Footer`] includes an image of version 1 whose length is
+    /// a multiple of 512, because it may also be raw: pass its format to
+    /// [`open_as`](Self::open_as).
+    pub fn open(path: impl AsRef<Path>) -> Result<Self, OpenImageError> {
         Self::open_file(path.as_ref(), |file| Footer::read(file).map(Some))
     }
 
@@ -76,8 +75,7 @@ impl Image {
     /// guest wrote to its RAM affects the result.
     ///
     /// # Errors
-    /// [`ImageError`] if `path` is not a regular file or is empty; [`ImageError::NotRaw`] if its
-    /// length is not valid for a raw image.
+    /// [`OpenImageError`], such as [`NotRaw`](OpenImageError::NotRaw) for an invalid length.
     ///
     /// # Examples
     /// ```
@@ -90,11 +88,11 @@ impl Image {
     /// assert_eq!(Image::open_raw(&path)?.ram_size(), 4096);
     /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
-    pub fn open_raw(path: impl AsRef<Path>) -> Result<Self, ImageError> {
+    pub fn open_raw(path: impl AsRef<Path>) -> Result<Self, OpenImageError> {
         Self::open_file(path.as_ref(), |_| Ok(None)).and_then(|image| {
             match image.size.is_multiple_of(RAW_UNIT) {
                 true => Ok(image),
-                false => Err(ImageError::NotRaw {
+                false => Err(OpenImageError::NotRaw {
                     path: image.path,
                     size: image.size,
                 }),
@@ -105,9 +103,8 @@ impl Image {
     /// Opens the image at `path` in the given format.
     ///
     /// # Errors
-    /// Fails as [`open`](Self::open) and [`open_raw`](Self::open_raw) do, and with
-    /// [`ImageError::Footer`] for an image of another format.
-    pub fn open_as(path: impl AsRef<Path>, format: Format) -> Result<Self, ImageError> {
+    /// [`OpenImageError`], such as [`Footer`](OpenImageError::Footer) for another format.
+    pub fn open_as(path: impl AsRef<Path>, format: Format) -> Result<Self, OpenImageError> {
         let placement = match format {
             Format::Raw => return Self::open_raw(path),
             Format::Sealed => Placement::InPlace,
@@ -121,21 +118,21 @@ impl Image {
     fn open_file(
         path: &Path,
         footer: impl FnOnce(&File) -> Result<Option<Footer>, FooterError>,
-    ) -> Result<Self, ImageError> {
+    ) -> Result<Self, OpenImageError> {
         let path = path.to_owned();
-        let failed = |source| ImageError::Open {
+        let failed = |source| OpenImageError::Open {
             path: path.clone(),
             source,
         };
         let file = ImageFile::open(&path).map_err(failed)?;
         let metadata = file.metadata().map_err(failed)?;
         if !metadata.is_file() {
-            return Err(ImageError::NotAFile { path });
+            return Err(OpenImageError::NotAFile { path });
         }
         if metadata.len() == 0 {
-            return Err(ImageError::Empty { path });
+            return Err(OpenImageError::Empty { path });
         }
-        let mut footer = footer(&file).map_err(|source| ImageError::Footer {
+        let mut footer = footer(&file).map_err(|source| OpenImageError::Footer {
             path: path.clone(),
             source,
         })?;
@@ -166,12 +163,12 @@ impl Image {
     /// directory.
     ///
     /// # Errors
-    /// [`ImageError::Open`] if the path no longer leads anywhere.
-    pub fn directory(&self) -> Result<PathBuf, ImageError> {
+    /// [`OpenImageError::Open`] if the path does not exist any more.
+    pub fn directory(&self) -> Result<PathBuf, OpenImageError> {
         let path = match fs::canonicalize(&self.path) {
             // The working directory may be nested deeper than an absolute path can express.
             Err(error) if is_too_long(&error) && !self.path.is_symlink() => self.path.clone(),
-            found => found.map_err(|source| ImageError::Open {
+            found => found.map_err(|source| OpenImageError::Open {
                 path: self.path.clone(),
                 source,
             })?,
@@ -229,9 +226,8 @@ impl Image {
     /// only](memory_writer::Options::replace_only) this version. The value keeps the file open.
     ///
     /// # Errors
-    /// [`ImageError::Replaced`] or [`ImageError::Open`] if the file was closed meanwhile and cannot
-    /// be opened again.
-    pub fn version(&self) -> Result<FileVersion, ImageError> {
+    /// [`ReadImageError`] if the file was closed meanwhile and cannot be opened again.
+    pub fn version(&self) -> Result<FileVersion, ReadImageError> {
         Ok(FileVersion::new(self.file()?, &self.opened))
     }
 
@@ -240,13 +236,13 @@ impl Image {
     /// unchanged.
     ///
     /// # Errors
-    /// [`ImageError::Changed`]; otherwise as [`version`](Self::version).
-    pub fn check_unchanged(&self) -> Result<(), ImageError> {
+    /// [`ReadImageError`], such as [`Changed`](ReadImageError::Changed).
+    pub fn check_unchanged(&self) -> Result<(), ReadImageError> {
         let path = || self.path.clone();
         match self.version()?.is_current() {
             Ok(true) => Ok(()),
-            Ok(false) => Err(ImageError::Changed { path: path() }),
-            Err(source) => Err(ImageError::Open {
+            Ok(false) => Err(ReadImageError::Changed { path: path() }),
+            Err(source) => Err(ReadImageError::Reopen {
                 path: path(),
                 source,
             }),
@@ -254,14 +250,11 @@ impl Image {
     }
 
     /// Returns the file, which is opened again if it was closed meanwhile.
-    ///
-    /// # Errors
-    /// [`ImageError::Replaced`], or [`ImageError::Open`].
-    pub(crate) fn file(&self) -> Result<Arc<File>, ImageError> {
+    pub(crate) fn file(&self) -> Result<Arc<File>, ReadImageError> {
         let path = || self.path.clone();
         self.file.get().map_err(|error| match error {
-            ReopenError::Replaced => ImageError::Replaced { path: path() },
-            ReopenError::Io(source) => ImageError::Open {
+            ReopenError::Replaced => ReadImageError::Replaced { path: path() },
+            ReopenError::Io(source) => ReadImageError::Reopen {
                 path: path(),
                 source,
             },
@@ -283,14 +276,14 @@ impl Image {
         }
     }
 
-    pub(crate) fn read_file(&self, offset: u64, buf: &mut [u8]) -> Result<(), ImageError> {
+    pub(crate) fn read_file(&self, offset: u64, buf: &mut [u8]) -> Result<(), ReadImageError> {
         self.file()?
             .read_exact_at(buf, offset)
             .map_err(|source| self.read_error(offset, source))
     }
 
-    pub(crate) fn read_error(&self, offset: u64, source: io::Error) -> ImageError {
-        ImageError::Read {
+    pub(crate) fn read_error(&self, offset: u64, source: io::Error) -> ReadImageError {
+        ReadImageError::Read {
             path: self.path.clone(),
             offset,
             source,

@@ -122,12 +122,15 @@ mod working_set;
 
 pub use chain::Chain;
 pub use compare::{CompareError, compare};
-pub use error::{ImageError, Link, Unclear};
+pub use error::{
+    AmbiguousDiff, ChainError, LinkError, MapError, MergeError, NotFullError, OpenImageError,
+    ReadImageError, RestoreError, VerifyError,
+};
 pub use image::{Format, Image};
 pub use image_format::{Footer, FooterError, ImageId};
 pub use map::{MappedChain, MappedChainOptions, MappedImage};
 #[cfg(target_os = "linux")]
-pub use restore::lazy::{LazyRam, LazyRamOptions, Progress, UserfaultfdError};
+pub use restore::lazy::{LazyError, LazyRam, LazyRamOptions, Progress, UserfaultfdError};
 pub use restore::{HostRam, RamTarget};
 pub use verify::{Damage, Verified};
 #[cfg(target_os = "linux")]

@@ -3,22 +3,22 @@
 use image_format::ImageId;
 
 use crate::chain::Chain;
-use crate::error::{ImageError, Link};
+use crate::error::{ChainError, LinkError, NotFullError};
 use crate::image::Image;
 
 impl Chain {
     /// Checks that `image` fits the chain's page size.
-    pub(crate) fn check_pages(&self, image: &Image) -> Result<(), ImageError> {
+    pub(crate) fn check_pages(&self, image: &Image) -> Result<(), ChainError> {
         let (path, page_size) = (image.path.clone(), self.page_size());
         match &image.footer {
             Some(footer) if !footer.page_size.is_multiple_of(page_size) => {
-                Err(ImageError::PageSizeDiffers {
+                Err(ChainError::PageSizeDiffers {
                     path,
                     image: footer.page_size,
                     chain: page_size,
                 })
             }
-            None if !image.size.is_multiple_of(page_size) => Err(ImageError::NotWholePages {
+            None if !image.size.is_multiple_of(page_size) => Err(ChainError::NotWholePages {
                 path,
                 size: image.size,
                 page_size,
@@ -28,20 +28,19 @@ impl Chain {
     }
 
     /// Checks that the chain has a full base.
-    pub(crate) fn check_full(&self) -> Result<(), ImageError> {
+    pub(crate) fn check_full(&self) -> Result<(), NotFullError> {
         if self.is_full() {
             return Ok(());
         }
-        let path = self.base().path.clone();
-        Err(ImageError::NotFull { path })
+        Err(NotFullError::new(self.base().path.clone()))
     }
 
     /// Checks that `image` is the diff taken after the newest image of the chain.
-    pub(crate) fn check_follows(&self, image: &Image) -> Result<(), ImageError> {
+    pub(crate) fn check_follows(&self, image: &Image) -> Result<(), ChainError> {
         let base = self.base();
         let path = || image.path.clone();
         if image.size != base.size {
-            return Err(ImageError::SizeDiffers {
+            return Err(ChainError::SizeDiffers {
                 path: path(),
                 size: image.size,
                 base: base.path.clone(),
@@ -53,21 +52,21 @@ impl Chain {
             (image.footer(), self.oldest_sealed().and_then(Image::footer))
             && theirs.regions != ours.regions
         {
-            return Err(ImageError::RegionsDiffer {
+            return Err(ChainError::RegionsDiffer {
                 path: path(),
                 base: base.path.clone(),
             });
         }
-        self.check_link(image).map_err(|why| ImageError::Link {
+        self.check_link(image).map_err(|why| ChainError::Link {
             path: path(),
             newest: self.newest().path.clone(),
             why,
         })
     }
 
-    fn check_link(&self, image: &Image) -> Result<(), Link> {
+    fn check_link(&self, image: &Image) -> Result<(), LinkError> {
         if self.members.has_file_of(image) {
-            return Err(Link::Repeated);
+            return Err(LinkError::Repeated);
         }
         let Some(footer) = image.footer() else {
             // A raw diff has no parent.
@@ -76,23 +75,23 @@ impl Chain {
         match (footer.parent(), self.newest().id()) {
             // Its id may be in the chain: the guest is in an older state again.
             (Some(parent), Some(newest)) if parent == newest => Ok(()),
-            _ if self.members.has_id_of(image) => Err(Link::Repeated),
-            _ if !image.is_diff() => Err(Link::Full),
+            _ if self.members.has_id_of(image) => Err(LinkError::Repeated),
+            _ if !image.is_diff() => Err(LinkError::Full),
             (None, None) => Ok(()),
-            (None, Some(_)) => Err(Link::NoParent),
+            (None, Some(_)) => Err(LinkError::NoParent),
             (Some(parent), newest) => Err(self.classify_parent(parent, newest)),
         }
     }
 
     /// Explains why `parent` is not the newest image.
-    fn classify_parent(&self, parent: ImageId, newest: Option<ImageId>) -> Link {
+    fn classify_parent(&self, parent: ImageId, newest: Option<ImageId>) -> LinkError {
         let below = self.images().find(|image| image.id() == Some(parent));
         match (below, newest) {
-            (Some(image), _) => Link::Reordered {
+            (Some(image), _) => LinkError::Reordered {
                 parent: image.path.clone(),
             },
-            (None, Some(newest)) => Link::Missing { parent, newest },
-            (None, None) => Link::OnRaw { parent },
+            (None, Some(newest)) => LinkError::Missing { parent, newest },
+            (None, None) => LinkError::OnRaw { parent },
         }
     }
 

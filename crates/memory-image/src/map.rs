@@ -12,7 +12,7 @@ use page_reader::{HostMemory, PageReader};
 pub use chain::{MappedChain, MappedChainOptions};
 pub(crate) use region::{Region, host_page};
 
-use crate::error::ImageError;
+use crate::error::{MapError, NotFullError};
 use crate::image::Image;
 
 /// A full image, raw or sealed, mapped copy-on-write (`MAP_PRIVATE`): RAM for a guest that starts
@@ -54,29 +54,28 @@ impl MappedImage {
     /// Maps the full sealed image at `path`, readable and writable.
     ///
     /// # Errors
-    /// [`ImageError::NotFull`] for a diff, [`ImageError::Packed`] for a packed image,
-    /// [`ImageError::Map`], and the errors of [`Image::open`].
-    pub fn open(path: impl AsRef<Path>) -> Result<Self, ImageError> {
+    /// [`MapError`], such as [`Packed`](MapError::Packed) for a packed image.
+    pub fn open(path: impl AsRef<Path>) -> Result<Self, MapError> {
         Self::of(Image::open(path)?)
     }
 
     /// Maps the raw image at `path`, readable and writable.
     ///
     /// # Errors
-    /// [`ImageError::Map`], and the errors of [`Image::open_raw`].
-    pub fn open_raw(path: impl AsRef<Path>) -> Result<Self, ImageError> {
+    /// [`MapError`].
+    pub fn open_raw(path: impl AsRef<Path>) -> Result<Self, MapError> {
         Self::of(Image::open_raw(path)?)
     }
 
-    fn of(image: Image) -> Result<Self, ImageError> {
+    fn of(image: Image) -> Result<Self, MapError> {
         if image.is_diff() {
-            return Err(ImageError::NotFull { path: image.path });
+            return Err(NotFullError::new(image.path).into());
         }
         if !image.in_place() {
-            return Err(ImageError::Packed { path: image.path });
+            return Err(MapError::Packed { path: image.path });
         }
         let ram = Region::of_file(&*image.file()?, image.size);
-        let ram = ram.map_err(|source| ImageError::Map {
+        let ram = ram.map_err(|source| MapError::Map {
             path: image.path,
             source,
         })?;

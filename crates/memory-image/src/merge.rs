@@ -7,7 +7,7 @@ use image_format::RAW_UNIT;
 use memory_writer::{MemoryWriter, Options, Seal};
 
 use crate::chain::Chain;
-use crate::error::ImageError;
+use crate::error::{MergeError, ReadImageError};
 use crate::image::Image;
 
 impl Chain {
@@ -17,9 +17,8 @@ impl Chain {
     /// the pages that the images store.
     ///
     /// # Errors
-    /// [`ImageError::NotFull`] for a chain of diffs; [`ImageError::Merge`], which says what `dest`
-    /// is. Nothing is left behind but what the error names.
-    pub fn flatten(&self, dest: impl AsRef<Path>) -> Result<u64, ImageError> {
+    /// [`MergeError`]. Nothing but the files that the error names is left behind.
+    pub fn flatten(&self, dest: impl AsRef<Path>) -> Result<u64, MergeError> {
         self.check_full()?;
         self.merge(MemoryWriter::options(), dest)
     }
@@ -33,8 +32,7 @@ impl Chain {
     /// [`FileVersion`](memory_writer::FileVersion).
     ///
     /// # Errors
-    /// [`ImageError::Merge`], which says what `dest` is; [`ImageError::Changed`] if an image was
-    /// written to meanwhile: `dest` is as it was. Nothing is left behind but what the error names.
+    /// [`MergeError`]. Nothing but the files that the error names is left behind.
     ///
     /// # Examples
     /// ```
@@ -54,7 +52,7 @@ impl Chain {
     /// chain.merge(options, &merged)?;
     /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
-    pub fn merge(&self, options: Options, dest: impl AsRef<Path>) -> Result<u64, ImageError> {
+    pub fn merge(&self, options: Options, dest: impl AsRef<Path>) -> Result<u64, MergeError> {
         let dest = dest.as_ref();
         let mut options = options.ram_start(0).skip_untouched(true);
         let resolved = fs::canonicalize(dest).ok();
@@ -80,13 +78,12 @@ impl Chain {
     /// larger page would also hold clean memory, whose bytes no diff has.
     ///
     /// # Errors
-    /// [`ImageError::LargerPages`] for a chain of diffs and a writer of larger pages: nothing was
-    /// written, and the writer stays as it was. [`ImageError::Merge`]; the writer can't be
-    /// committed then.
-    pub fn write_to(&self, writer: &mut MemoryWriter) -> Result<u64, ImageError> {
+    /// [`MergeError`]. After [`LargerPages`](MergeError::LargerPages) nothing was written. After
+    /// another error the writer cannot be committed.
+    pub fn write_to(&self, writer: &mut MemoryWriter) -> Result<u64, MergeError> {
         if !self.is_full() {
             if writer.page_size() > self.page_size() {
-                return Err(ImageError::LargerPages {
+                return Err(MergeError::LargerPages {
                     writer: writer.page_size(),
                     chain: self.page_size(),
                 });
@@ -120,8 +117,8 @@ impl Chain {
     /// read, before what was made of it is put to use.
     ///
     /// # Errors
-    /// As [`Image::check_unchanged`].
-    pub fn check_unchanged(&self) -> Result<(), ImageError> {
+    /// [`ReadImageError`], such as [`Changed`](ReadImageError::Changed).
+    pub fn check_unchanged(&self) -> Result<(), ReadImageError> {
         self.images().try_for_each(Image::check_unchanged)
     }
 
@@ -150,7 +147,7 @@ impl Chain {
 
     /// Makes the image that `writer` writes share the blocks of a raw base, if these can be had:
     /// then only what newer images have is written.
-    fn shares_base(&self, writer: &mut MemoryWriter) -> Result<bool, ImageError> {
+    fn shares_base(&self, writer: &mut MemoryWriter) -> Result<bool, MergeError> {
         let base = self.base();
         // In larger pages, what became zeros need not be whole pages.
         let pages_fit = writer.page_size() <= self.page_size();

@@ -6,7 +6,7 @@ use std::ops::Range;
 
 use sparse_file::{ExtentKind, ExtentSource, Extents, PageHoles, extents, reported_extents};
 
-use crate::error::{ImageError, Unclear};
+use crate::error::{AmbiguousDiff, ChainError, ReadImageError};
 use crate::image::Image;
 use crate::page_set::{PageSet, coalesce};
 
@@ -16,18 +16,21 @@ type List = fn(&File) -> io::Result<Extents<&File>>;
 impl Image {
     /// Returns the pages of a full image that may be nonzero: all pages, if holes are not known to
     /// be reported correctly.
-    pub(crate) fn stored_pages(&self, page_size: u64) -> Result<PageSet, ImageError> {
+    pub(crate) fn stored_pages(&self, page_size: u64) -> Result<PageSet, ReadImageError> {
         self.pages_of(extents, page_size)
     }
 
     /// Returns the pages of a diff by its reported holes, which may be wrong.
-    pub(crate) fn pages_by_reported_holes(&self, page_size: u64) -> Result<PageSet, ImageError> {
+    pub(crate) fn pages_by_reported_holes(
+        &self,
+        page_size: u64,
+    ) -> Result<PageSet, ReadImageError> {
         self.pages_of(reported_extents, page_size)
     }
 
     /// Returns the ranges of the file that are reported as data, ascending, in bytes. Bytes past
     /// the end count as data.
-    pub(crate) fn reported_data(&self) -> Result<Vec<Range<u64>>, ImageError> {
+    pub(crate) fn reported_data(&self) -> Result<Vec<Range<u64>>, ReadImageError> {
         let failed = |source| self.read_error(0, source);
         let file = self.file()?;
         let (mut data, mut end) = (Vec::new(), 0);
@@ -42,7 +45,7 @@ impl Image {
         Ok(coalesce(data.into_iter()).collect())
     }
 
-    fn pages_of(&self, list: List, page_size: u64) -> Result<PageSet, ImageError> {
+    fn pages_of(&self, list: List, page_size: u64) -> Result<PageSet, ReadImageError> {
         let mut pages = PageSet::new(page_size);
         self.each_data_extent(list, |data| {
             pages.add(&data);
@@ -56,36 +59,36 @@ impl Image {
         &self,
         page_size: u64,
         holes: &mut PageHoles,
-    ) -> Result<PageSet, ImageError> {
+    ) -> Result<PageSet, ChainError> {
         // Probe the directory of the file itself: a link to it may be on another file system.
         let dir = self.directory()?;
         let file = self.file()?;
         holes
             .check(&file, &dir, page_size)
-            .map_err(|why| self.ambiguous(Unclear::Holes(why)))?;
+            .map_err(|why| self.ambiguous(AmbiguousDiff::Holes(why)))?;
         let mut pages = PageSet::new(page_size);
         let source = self.each_data_extent(extents, |data| {
             let unaligned = [data.start, data.end]
                 .into_iter()
                 .find(|offset| !offset.is_multiple_of(page_size));
             if let Some(offset) = unaligned {
-                return Err(self.ambiguous(Unclear::TornPage { offset }));
+                return Err(self.ambiguous(AmbiguousDiff::TornPage { offset }));
             }
             pages.add(&data);
             Ok(())
         })?;
         match source {
             ExtentSource::Reported => Ok(pages),
-            ExtentSource::CutShort => Err(self.ambiguous(Unclear::Changed)),
-            _ => Err(self.ambiguous(Unclear::NoHoles)),
+            ExtentSource::CutShort => Err(self.ambiguous(AmbiguousDiff::Changed)),
+            _ => Err(self.ambiguous(AmbiguousDiff::NoHoles)),
         }
     }
 
-    fn each_data_extent(
+    fn each_data_extent<E: From<ReadImageError>>(
         &self,
         list: List,
-        mut each: impl FnMut(Range<u64>) -> Result<(), ImageError>,
-    ) -> Result<ExtentSource, ImageError> {
+        mut each: impl FnMut(Range<u64>) -> Result<(), E>,
+    ) -> Result<ExtentSource, E> {
         let failed = |offset, source| self.read_error(offset, source);
         let file = self.file()?;
         let mut listing = list(&file).map_err(|source| failed(0, source))?;
@@ -93,7 +96,7 @@ impl Image {
         for extent in listing.by_ref() {
             let extent = extent.map_err(|source| failed(at, source))?;
             if extent.range.end > self.size {
-                return Err(failed(self.size, io::Error::other("the file has grown")));
+                return Err(failed(self.size, io::Error::other("the file has grown")).into());
             }
             at = extent.range.end;
             if extent.kind == ExtentKind::Data {
@@ -101,13 +104,13 @@ impl Image {
             }
         }
         if at < self.size {
-            return Err(failed(at, io::Error::other("the file has shrunk")));
+            return Err(failed(at, io::Error::other("the file has shrunk")).into());
         }
         Ok(listing.source())
     }
 
-    fn ambiguous(&self, why: Unclear) -> ImageError {
-        ImageError::UnclearDiff {
+    fn ambiguous(&self, why: AmbiguousDiff) -> ChainError {
+        ChainError::AmbiguousDiff {
             path: self.path.clone(),
             why,
         }

@@ -12,7 +12,7 @@ use page_reader::SecretBuffer;
 pub use host_ram::HostRam;
 
 use crate::chain::Chain;
-use crate::error::ImageError;
+use crate::error::RestoreError;
 
 /// Bytes copied at a time.
 pub(crate) const CHUNK: u64 = 1 << 20;
@@ -50,10 +50,8 @@ impl Chain {
     /// Writes all of the RAM to `target`, including zeros, regardless of its previous content.
     ///
     /// # Errors
-    /// [`ImageError::NotFull`], [`ImageError::TargetSize`], [`ImageError::Read`],
-    /// [`ImageError::Replaced`] or [`ImageError::Target`]. After an error the target may hold a
-    /// part of the RAM.
-    pub fn restore<T: RamTarget + ?Sized>(&self, target: &mut T) -> Result<(), ImageError> {
+    /// [`RestoreError`]. After an error the target may hold a part of the RAM.
+    pub fn restore<T: RamTarget + ?Sized>(&self, target: &mut T) -> Result<(), RestoreError> {
         self.restore_runs(target, std::iter::once(0..self.size()))
     }
 
@@ -62,8 +60,11 @@ impl Chain {
     /// no memory.
     ///
     /// # Errors
-    /// Fails as [`restore`](Self::restore) does.
-    pub fn restore_zeroed<T: RamTarget + ?Sized>(&self, target: &mut T) -> Result<(), ImageError> {
+    /// [`RestoreError`]. After an error the target may hold a part of the RAM.
+    pub fn restore_zeroed<T: RamTarget + ?Sized>(
+        &self,
+        target: &mut T,
+    ) -> Result<(), RestoreError> {
         self.restore_runs(target, self.stored_runs())
     }
 
@@ -71,15 +72,15 @@ impl Chain {
     /// previous content. The rest of the target is unchanged.
     ///
     /// # Errors
-    /// Fails as [`restore`](Self::restore) does.
+    /// [`RestoreError`]. After an error the target may hold a part of the RAM.
     pub fn restore_runs<T: RamTarget + ?Sized>(
         &self,
         target: &mut T,
         runs: impl Iterator<Item = Range<u64>>,
-    ) -> Result<(), ImageError> {
+    ) -> Result<(), RestoreError> {
         self.check_full()?;
         if target.size() != self.size() {
-            return Err(ImageError::TargetSize {
+            return Err(RestoreError::TargetSize {
                 image: self.size(),
                 target: target.size(),
             });
@@ -92,7 +93,7 @@ impl Chain {
                 self.read(offset, bytes)?;
                 target
                     .write_at(offset, bytes)
-                    .map_err(|source| ImageError::Target { offset, source })?;
+                    .map_err(|source| RestoreError::Target { offset, source })?;
             }
         }
         Ok(())

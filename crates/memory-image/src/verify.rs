@@ -9,7 +9,7 @@ use image_format::{Chunk, ChunkSum, Footer, packed_start};
 use page_reader::{HostMemory, SecretBuffer};
 use sparse_file::{ExtentKind, extents};
 
-use crate::error::ImageError;
+use crate::error::{ReadImageError, VerifyError};
 use crate::image::Image;
 
 /// Bytes read at a time.
@@ -81,8 +81,7 @@ impl Image {
     /// the number of processors, at most 8.
     ///
     /// # Errors
-    /// [`ImageError::Footer`] for a raw image, [`ImageError::Read`] if the file cannot be read,
-    /// [`ImageError::Cancelled`]. Damage is not an error.
+    /// [`VerifyError`]. Damage is not an error.
     ///
     /// # Examples
     /// ```
@@ -104,11 +103,10 @@ impl Image {
     pub fn verify(
         &self,
         progress: &(dyn Fn(u64, u64) -> ControlFlow<()> + Sync),
-    ) -> Result<Verified, ImageError> {
+    ) -> Result<Verified, VerifyError> {
         let Some(footer) = &self.footer else {
-            return Err(ImageError::Footer {
+            return Err(VerifyError::NotSealed {
                 path: self.path.clone(),
-                source: image_format::FooterError::NotSealed,
             });
         };
         let gaps = self.gaps(footer)?;
@@ -138,7 +136,7 @@ impl Image {
             }
         };
         if progress(0, total).is_break() {
-            return Err(ImageError::Cancelled);
+            return Err(VerifyError::Cancelled);
         }
         thread::scope(|scope| {
             for _ in 1..threads.min(THREADS).min(most) {
@@ -159,7 +157,7 @@ impl Image {
     /// Returns the ranges of the file that are data and in no present run. They are zeros unless
     /// the file was modified. A packed image has such bytes only between its header, which was read
     /// with the footer, and its first page.
-    fn gaps(&self, footer: &Footer) -> Result<Vec<Range<u64>>, ImageError> {
+    fn gaps(&self, footer: &Footer) -> Result<Vec<Range<u64>>, ReadImageError> {
         let all = match self.in_place() {
             true => 0..self.size,
             false => packed_start(0).min(footer.data_start())..footer.data_start(),
@@ -196,7 +194,7 @@ impl Image {
         Ok(gaps)
     }
 
-    fn check(&self, work: &Work<'_>, buffer: &mut SecretBuffer) -> Result<Checked, ImageError> {
+    fn check(&self, work: &Work<'_>, buffer: &mut SecretBuffer) -> Result<Checked, ReadImageError> {
         match work {
             Work::Chunk(chunk) => {
                 let mut sum = ChunkSum::new();
@@ -256,13 +254,13 @@ struct State {
     found: Verified,
     /// Bytes of chunks and gaps.
     done: u64,
-    failed: Option<ImageError>,
+    failed: Option<VerifyError>,
 }
 
 impl State {
     fn record(
         &mut self,
-        result: Result<Checked, ImageError>,
+        result: Result<Checked, ReadImageError>,
         total: u64,
         progress: &(dyn Fn(u64, u64) -> ControlFlow<()> + Sync),
     ) -> ControlFlow<()> {
@@ -272,7 +270,7 @@ impl State {
         let checked = match result {
             Ok(checked) => checked,
             Err(error) => {
-                self.failed = Some(error);
+                self.failed = Some(error.into());
                 return ControlFlow::Break(());
             }
         };
@@ -289,7 +287,7 @@ impl State {
         }
         let flow = progress(self.done, total);
         if flow.is_break() {
-            self.failed = Some(ImageError::Cancelled);
+            self.failed = Some(VerifyError::Cancelled);
         }
         flow
     }

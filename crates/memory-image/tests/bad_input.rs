@@ -5,7 +5,7 @@ mod support;
 use std::ops::Range;
 use std::path::Path;
 
-use memory_image::{Chain, ImageError, MappedImage};
+use memory_image::{Chain, ChainError, MappedImage, OpenImageError, ReadImageError, RestoreError};
 use rstest::rstest;
 use support::raw_guest::{Guest, PAGE, SIZE, whole};
 
@@ -22,55 +22,61 @@ fn diff_of_another_ram_size_is_refused(#[case] size: u64) {
     let mut chain = guest.chain();
     let error = chain.push_raw(&other).unwrap_err();
     assert!(
-        matches!(&error, ImageError::SizeDiffers { path, base, .. } if (path, base) == (&other, &guest.snapshots[0])),
+        matches!(&error, ChainError::SizeDiffers { path, base, .. } if (path, base) == (&other, &guest.snapshots[0])),
         "{error:?}"
     );
     assert!(matches!(
         chain.push_pages(&other, []).unwrap_err(),
-        ImageError::SizeDiffers { .. }
+        ChainError::SizeDiffers { .. }
     ));
     assert!(whole(&chain) == guest.ram, "the chain is unchanged");
 }
 
-fn opened(make: impl FnOnce(&Path)) -> ImageError {
+fn opened(make: impl FnOnce(&Path)) -> ChainError {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("image");
     make(&path);
     let error = Chain::open_raw(&path, PAGE).unwrap_err();
     assert!(
-        MappedImage::open_raw(&path).is_err() || matches!(error, ImageError::NotWholePages { .. })
+        MappedImage::open_raw(&path).is_err() || matches!(error, ChainError::NotWholePages { .. })
     );
     error
 }
 
 #[test]
 fn file_that_is_not_an_image_is_refused() {
-    assert!(matches!(opened(|_| ()), ImageError::Open { .. }));
+    assert!(matches!(
+        opened(|_| ()),
+        ChainError::Open(OpenImageError::Open { .. })
+    ));
     assert!(matches!(
         opened(|path| std::fs::create_dir(path).unwrap()),
-        ImageError::NotAFile { .. }
+        ChainError::Open(OpenImageError::NotAFile { .. })
     ));
     assert!(matches!(
         opened(|path| drop(std::fs::File::create(path).unwrap())),
-        ImageError::Empty { .. }
+        ChainError::Open(OpenImageError::Empty { .. })
     ));
     assert!(matches!(
         opened(|path| std::fs::write(path, [0; 4096 + 512]).unwrap()),
-        ImageError::NotWholePages { .. }
+        ChainError::NotWholePages { .. }
     ));
     assert!(matches!(
         opened(|path| std::fs::write(path, [0; 4097]).unwrap()),
-        ImageError::NotRaw { size: 4097, .. }
+        ChainError::Open(OpenImageError::NotRaw { size: 4097, .. })
     ));
     let fifo = |path: &Path| nix::unistd::mkfifo(path, nix::sys::stat::Mode::S_IRWXU).unwrap();
     assert!(
-        matches!(opened(fifo), ImageError::NotAFile { .. }),
+        matches!(
+            opened(fifo),
+            ChainError::Open(OpenImageError::NotAFile { .. })
+        ),
         "opening a FIFO does not block"
     );
     let error = Chain::open_raw("/", 0).unwrap_err();
     assert!(matches!(
         error,
-        ImageError::PageSizeNotPowerOfTwo { page_size: 0 }
+        ChainError::PageSizeNotPowerOfTwo { page_size: 0 }
     ));
 }
 
@@ -98,7 +104,7 @@ fn error_names_the_image_truncated_after_open() {
     let mut ram = vec![0; SIZE as usize];
     let error = chain.restore(ram.as_mut_slice()).unwrap_err();
     assert!(
-        matches!(&error, ImageError::Read { path, .. } if *path == guest.snapshots[0]),
+        matches!(&error, RestoreError::Read(ReadImageError::Read { path, .. }) if *path == guest.snapshots[0]),
         "{error:?}"
     );
 }
@@ -112,7 +118,7 @@ fn run_outside_the_image_is_refused(#[case] run: Range<u64>) {
     let next = guest.save();
     let error = chain.push_pages(&next, [0..PAGE, run.clone()]).unwrap_err();
     assert!(
-        matches!(error, ImageError::BadRun { start, end, .. } if (start..end) == run),
+        matches!(error, ChainError::BadRun { start, end, .. } if (start..end) == run),
         "{error:?}"
     );
     assert!(whole(&chain) == guest.ram);

@@ -6,7 +6,10 @@ use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use atomic_file::{AtomicWriter, CommitError};
-use memory_image::{Chain, HostRam, ImageError, MappedImage, RamTarget, Unclear};
+use memory_image::{
+    AmbiguousDiff, Chain, ChainError, HostRam, MappedImage, MergeError, RamTarget, ReadImageError,
+    RestoreError,
+};
 use memory_writer::{CancelToken, MemoryWriter, SnapshotError};
 use page_reader::PageReader;
 use proptest::prelude::*;
@@ -120,7 +123,7 @@ fn chain_may_be_flattened_onto_its_own_base() {
 }
 
 /// Merges to `dest`, and calls `act` once the merge has begun to write.
-fn merged_while(guest: &Guest, dest: &Path, mut act: impl FnMut() + Send + 'static) -> ImageError {
+fn merged_while(guest: &Guest, dest: &Path, mut act: impl FnMut() + Send + 'static) -> MergeError {
     let options = MemoryWriter::options().progress(move |_| act());
     let before = std::fs::read_dir(guest.dir.path()).unwrap().count();
     let error = guest.chain().merge(options, dest).unwrap_err();
@@ -143,7 +146,7 @@ fn merge_onto_its_base_keeps_the_file_of_another_writer() {
             writer.write_all_at(b"another writer's", 0).unwrap();
             writer.commit().unwrap();
         });
-        let ImageError::Merge(SnapshotError::Commit(why)) = &error else {
+        let MergeError::Write(SnapshotError::Commit(why)) = &error else {
             panic!("{error:?}");
         };
         assert!(
@@ -171,7 +174,7 @@ fn image_written_during_a_merge_is_an_error(#[case] changed: usize) {
         file.set_modified(later).unwrap();
     });
     assert!(
-        matches!(&error, ImageError::Changed { path } if *path == image),
+        matches!(&error, MergeError::Read(ReadImageError::Changed { path }) if *path == image),
         "{error:?}"
     );
     assert!(!dest.exists());
@@ -194,7 +197,7 @@ fn cancelled_flatten_keeps_the_destination_and_no_other_file() {
         written: 0,
     };
     assert!(
-        matches!(&error, ImageError::Merge(why) if why.to_string() == cancelled.to_string()),
+        matches!(&error, MergeError::Write(why) if why.to_string() == cancelled.to_string()),
         "{error:?}"
     );
     assert_eq!(std::fs::read(&flat).unwrap(), b"old");
@@ -267,7 +270,7 @@ fn restore_to_memory_of_another_size_is_refused() {
         .restore(ram.as_mut_slice())
         .unwrap_err();
     assert!(
-        matches!(error, ImageError::TargetSize { image: SIZE, target } if target == SIZE / 2),
+        matches!(error, RestoreError::TargetSize { image: SIZE, target } if target == SIZE / 2),
         "{error:?}"
     );
     assert!(ram.iter().all(|byte| *byte == 7));
@@ -331,7 +334,7 @@ proptest! {
             match chain.push_raw(diff) {
                 Ok(()) => {}
                 // Every page was dirty.
-                Err(ImageError::UnclearDiff { why: Unclear::NoHoles, .. }) => chain.push_pages(diff, std::iter::once(0..SIZE)).unwrap(),
+                Err(ChainError::AmbiguousDiff { why: AmbiguousDiff::NoHoles, .. }) => chain.push_pages(diff, std::iter::once(0..SIZE)).unwrap(),
                 Err(error) => panic!("{error:?}"),
             }
         }

@@ -5,11 +5,12 @@
 use std::fs::{self, File};
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
+use std::sync::Mutex;
 
 use image_format::{Footer, ImageId, Kind, Placement, Run, Version};
 use memory_image::{
-    Chain, CompareError, Image, ImageError, LazyRam, MappedChain, UserfaultfdError, WorkingSet,
-    compare,
+    Chain, CompareError, Image, LazyError, LazyRam, MapError, MappedChain, MergeError,
+    UserfaultfdError, WorkingSet, compare,
 };
 use memory_writer::{Durability, Layout, MemoryWriter, Options};
 use page_reader::PageReader;
@@ -70,18 +71,28 @@ fn options(layout: Layout) -> Options {
 }
 
 /// Mapping this much may exceed the address space or the machine's settings.
-fn is_mapped_or_refused(result: Result<(), ImageError>) {
+fn is_mapped_or_refused(result: Result<(), MapError>) {
     match result {
-        Ok(())
-        | Err(ImageError::Reserve { .. } | ImageError::Map { .. })
-        | Err(ImageError::Userfaultfd(UserfaultfdError::Register { .. })) => {}
+        Ok(()) | Err(MapError::Reserve { .. } | MapError::Map { .. }) => {}
         Err(other) => panic!("{other:?}"),
     }
 }
 
-/// One test, because nothing else of the process may take memory at the same time.
+fn is_registered_or_refused(result: Result<(), LazyError>) {
+    match result {
+        Ok(())
+        | Err(LazyError::Reserve { .. })
+        | Err(LazyError::Userfaultfd(UserfaultfdError::Register { .. })) => {}
+        Err(other) => panic!("{other:?}"),
+    }
+}
+
+/// Held by each test, because nothing else of the process may take memory at the same time.
+static ALONE: Mutex<()> = Mutex::new(());
+
 #[test]
 fn claimed_ram_takes_no_memory() {
+    let _alone = ALONE.lock().unwrap();
     let dir = tempfile::tempdir().unwrap();
     let out = dir.path().join("out");
     for ram_size in [40, 44, 46, 48, 52].map(|bits| 1 << bits) {
@@ -119,7 +130,7 @@ fn claimed_ram_takes_no_memory() {
                     fs::remove_file(&out).unwrap();
                 }
                 // This file system has no files of this size.
-                Err(ImageError::Merge(error)) => assert!(!out.exists(), "{error:?}"),
+                Err(MergeError::Write(error)) => assert!(!out.exists(), "{error:?}"),
                 Err(other) => panic!("{other:?}"),
             }
         }
@@ -145,7 +156,7 @@ fn claimed_ram_takes_no_memory() {
             MappedChain::open(&chain).map(drop)
         }));
         if Need::Userfaultfd.met("claimed_ram_takes_no_memory") {
-            is_mapped_or_refused(little("restoring", ram_size, || {
+            is_registered_or_refused(little("restoring", ram_size, || {
                 LazyRam::options().start(chain).map(drop)
             }));
         }
@@ -154,6 +165,7 @@ fn claimed_ram_takes_no_memory() {
 
 #[test]
 fn comparison_without_reads_can_be_cancelled() {
+    let _alone = ALONE.lock().unwrap();
     let dir = tempfile::tempdir().unwrap();
     let chain = Chain::open_sealed(&[image(dir.path(), 1 << 40)]).unwrap();
     let error = compare(&chain, &chain, 1 << 40, PAGE, &|_| ControlFlow::Break(())).unwrap_err();
@@ -178,6 +190,7 @@ fn working_set_of_claimed_ram_maps_no_zeros() {
     if !Need::Userfaultfd.met("working_set_of_claimed_ram_maps_no_zeros") {
         return;
     }
+    let _alone = ALONE.lock().unwrap();
     let dir = tempfile::tempdir().unwrap();
     let mut body = RAM.to_le_bytes().to_vec();
     body.extend([0, RAM].iter().flat_map(|word| word.to_le_bytes()));
@@ -195,7 +208,7 @@ fn working_set_of_claimed_ram_maps_no_zeros() {
         Ok(ram) => ram,
         // The machine has no address space for it.
         Err(
-            ImageError::Reserve { .. } | ImageError::Userfaultfd(UserfaultfdError::Register { .. }),
+            LazyError::Reserve { .. } | LazyError::Userfaultfd(UserfaultfdError::Register { .. }),
         ) => return,
         Err(other) => panic!("{other:?}"),
     };

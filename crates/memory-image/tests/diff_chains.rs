@@ -4,7 +4,7 @@ use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
 use dirty_bitmap::DirtyBitmap;
-use memory_image::{Chain, CompareError, Image, ImageError, compare};
+use memory_image::{Chain, CompareError, Image, MergeError, ReadImageError, compare};
 use memory_writer::{Durability, Layout, MemoryWriter, Options, Seal, SnapshotError};
 use page_reader::PageReader;
 use rstest::rstest;
@@ -78,10 +78,10 @@ fn page_in_no_diff_is_an_error_and_not_zeros(#[case] make: Make) {
     }
     let unknown = |offset: u64, len: u64| {
         let error = chain.read_at(offset, &mut vec![0; len as usize]);
-        let error = error.unwrap_err().downcast::<ImageError>().unwrap();
+        let error = error.unwrap_err().downcast::<ReadImageError>().unwrap();
         assert!(error.to_string().contains("none of the diffs"), "{error}");
         match error {
-            ImageError::NotInDiffs { offset, .. } => offset / PAGE,
+            ReadImageError::NotInDiffs { offset, .. } => offset / PAGE,
             other => panic!("{other:?}"),
         }
     };
@@ -161,7 +161,7 @@ fn chain_of_diffs_is_not_written_in_larger_pages(
     assert!(
         matches!(
             error,
-            ImageError::LargerPages {
+            MergeError::LargerPages {
                 writer: 65536,
                 chain: 4096
             }

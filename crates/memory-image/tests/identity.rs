@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use dirty_bitmap::DirtyBitmap;
 use image_format::{Footer, Placement, Version};
-use memory_image::{Chain, Damage, Format, Image, ImageError, compare};
+use memory_image::{Chain, Damage, Format, Image, OpenImageError, compare};
 use memory_writer::{Durability, FooterError, Layout, MemoryWriter, Seal};
 use page_reader::PageReader;
 use proptest::prelude::*;
@@ -56,7 +56,7 @@ fn an_image_cut_at_a_page_is_neither_opened_nor_taken_for_ram(
                 Some(format) => Image::open_as(&path, format),
             };
             let error = opened.unwrap_err();
-            let ImageError::Footer { source, .. } = &error else {
+            let OpenImageError::Footer { source, .. } = &error else {
                 panic!("{error:?}");
             };
             let reported = match source {
@@ -104,7 +104,7 @@ fn an_image_of_version_1_as_long_as_raw_ram_opens_if_it_is_named() {
     assert!(len.is_multiple_of(4096));
     let error = Image::open(&path).unwrap_err();
     assert!(
-        matches!(&error, ImageError::Footer { source: FooterError::Ambiguous { len: of }, .. } if *of == len),
+        matches!(&error, OpenImageError::Footer { source: FooterError::Ambiguous { len: of }, .. } if *of == len),
         "{error:?}"
     );
     assert_eq!(

@@ -7,7 +7,7 @@ mod support;
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use memory_image::{ImageError, LazyRam, UserfaultfdError, WorkingSet};
+use memory_image::{LazyError, LazyRam, UserfaultfdError, WorkingSet};
 use nix::libc;
 use nix::sys::mman::{MapFlags, ProtFlags, mmap_anonymous, munmap};
 use page_reader::PageReader;
@@ -180,8 +180,8 @@ fn blocked_discard_continues_when_filling_ends(#[case] all_in: bool) {
     }
 }
 
-fn assert_unmapped(error: &ImageError, offset: u64, len: u64) {
-    let ImageError::Userfaultfd(UserfaultfdError::Unmapped {
+fn assert_unmapped(error: &LazyError, offset: u64, len: u64) {
+    let LazyError::Userfaultfd(UserfaultfdError::Unmapped {
         offset: at,
         len: bytes,
     }) = error

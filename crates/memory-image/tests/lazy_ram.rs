@@ -8,7 +8,7 @@ use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
-use memory_image::{ImageError, LazyRam, LazyRamOptions, UserfaultfdError};
+use memory_image::{LazyError, LazyRam, LazyRamOptions, ReadImageError, UserfaultfdError};
 use page_reader::PageReader;
 use proptest::prelude::*;
 use rstest::rstest;
@@ -203,7 +203,7 @@ fn unreadable_page_is_an_error_and_never_zeros() {
     }
     let error = ram.error().unwrap();
     assert!(
-        matches!(error, ImageError::Read { path, offset, .. } if path == images.path(0) && *offset == 35 * PAGE),
+        matches!(error, LazyError::Read(ReadImageError::Read { path, offset, .. }) if path == images.path(0) && *offset == 35 * PAGE),
         "{error:?}"
     );
     assert!(ram.wait().is_err());
@@ -222,7 +222,7 @@ fn prefetch_read_error_is_reported_and_pages_are_not_zeros() {
     let ram = LazyRam::options().start(chain).unwrap();
     let error = ram.wait().unwrap_err();
     assert!(
-        matches!(&*error, ImageError::Read { path, .. } if path == images.path(2)),
+        matches!(&*error, LazyError::Read(ReadImageError::Read { path, .. }) if path == images.path(2)),
         "{error:?}"
     );
     assert_unreadable(page(&ram, 2001 * PAGE));
@@ -274,7 +274,7 @@ fn memory_that_cannot_be_filled_is_refused_unchanged() {
     let regions = Regions::new(&[5 * MIB, 10 * MIB]);
     let error = regions.adopt(on_demand(), images.chain()).unwrap_err();
     assert!(
-        matches!(error, ImageError::TargetSize { target, .. } if target == 15 * MIB),
+        matches!(error, LazyError::TargetSize { target, .. } if target == 15 * MIB),
         "{error:?}"
     );
 
@@ -284,7 +284,7 @@ fn memory_that_cannot_be_filled_is_refused_unchanged() {
     assert!(
         matches!(
             error,
-            ImageError::Userfaultfd(UserfaultfdError::Register { .. })
+            LazyError::Userfaultfd(UserfaultfdError::Register { .. })
         ),
         "{error:?}"
     );

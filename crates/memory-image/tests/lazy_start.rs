@@ -7,7 +7,7 @@ mod support;
 use std::io::{self, Write};
 use std::sync::Arc;
 
-use memory_image::{ImageError, LazyRam, UserfaultfdError, WorkingSet, WorkingSetError};
+use memory_image::{LazyError, LazyRam, UserfaultfdError, WorkingSet, WorkingSetError};
 use nix::libc;
 use support::lazy_images::on_demand;
 use support::regions::page_at;
@@ -109,7 +109,7 @@ fn working_set_of_another_ram_size_is_refused() {
         .start(full_and_two_diffs().chain())
         .unwrap_err();
     assert!(
-        matches!(error, ImageError::WorkingSetSize { working_set, .. } if working_set == 2 * MIB),
+        matches!(error, LazyError::WorkingSetSize { working_set, .. } if working_set == 2 * MIB),
         "{error:?}"
     );
     let unwritable = dir.path().join("none").join("set");
@@ -144,7 +144,7 @@ fn missing_userfaultfd_permission_error_names_the_remedies() {
         assert_eq!(changed, 0);
     };
     let error = in_thread(as_another_user, || on_demand().start(chain)).unwrap_err();
-    let ImageError::Userfaultfd(why @ UserfaultfdError::NotPermitted(_)) = error else {
+    let LazyError::Userfaultfd(why @ UserfaultfdError::NotPermitted(_)) = error else {
         panic!("{error:?}");
     };
     assert!(why.to_string().contains("/dev/userfaultfd"), "{why}");

@@ -5,7 +5,9 @@ mod support;
 use std::path::{Path, PathBuf};
 
 use image_format::Placement;
-use memory_image::{Chain, FooterError, Image, ImageError, Link, MappedImage};
+use memory_image::{
+    Chain, ChainError, FooterError, Image, LinkError, MapError, MappedImage, OpenImageError,
+};
 use memory_writer::{Layout, Seal};
 use support::sealed_guest::{Guest, PAGE, SIZE, diff_with_zeros, options, raw, whole};
 
@@ -16,34 +18,37 @@ fn link_error_names_the_diff_and_the_reason() {
         panic!("four snapshots");
     };
     let why = |paths: &[&PathBuf]| match Chain::open_sealed(paths) {
-        Err(ImageError::Link { path, newest, why }) => {
+        Err(ChainError::Link { path, newest, why }) => {
             assert_eq!(&path, *paths.last().unwrap());
             assert_eq!(&newest, paths[paths.len() - 2]);
             why
         }
         other => panic!("{other:?}"),
     };
-    assert!(matches!(why(&[base, two]), Link::Missing { .. }));
-    assert!(matches!(why(&[base, one, one]), Link::Repeated));
-    assert!(matches!(why(&[base, one, two, base]), Link::Repeated));
-    assert!(matches!(why(&[base, one, three]), Link::Missing { .. }));
-    assert!(matches!(why(&[one, two, base]), Link::Full));
+    assert!(matches!(why(&[base, two]), LinkError::Missing { .. }));
+    assert!(matches!(why(&[base, one, one]), LinkError::Repeated));
+    assert!(matches!(why(&[base, one, two, base]), LinkError::Repeated));
+    assert!(matches!(
+        why(&[base, one, three]),
+        LinkError::Missing { .. }
+    ));
+    assert!(matches!(why(&[one, two, base]), LinkError::Full));
 
     // A branch: a second diff with the same parent.
     let branch = guest.path("branch");
     diff_with_zeros(&branch, Image::open(base).unwrap().id(), Placement::Packed);
     let parent = base.clone();
-    assert_eq!(why(&[base, one, &branch]), Link::Reordered { parent });
+    assert_eq!(why(&[base, one, &branch]), LinkError::Reordered { parent });
 
     let orphan = guest.path("orphan");
     diff_with_zeros(&orphan, None, Placement::Packed);
-    assert_eq!(why(&[base, &orphan]), Link::NoParent);
+    assert_eq!(why(&[base, &orphan]), LinkError::NoParent);
 
     // The base was taken again: another state and another id.
     let again = Guest::with_history(Layout::Sealed);
     assert!(matches!(
         why(&[&again.snapshots[0], one]),
-        Link::Missing { .. }
+        LinkError::Missing { .. }
     ));
 }
 
@@ -60,7 +65,7 @@ fn images_of_other_guests_are_refused() {
     writer.commit().unwrap();
     let error = guest.chain().push(&other).unwrap_err();
     assert!(
-        matches!(error, ImageError::RegionsDiffer { .. }),
+        matches!(error, ChainError::RegionsDiffer { .. }),
         "{error:?}"
     );
 
@@ -74,7 +79,7 @@ fn images_of_other_guests_are_refused() {
     assert!(
         matches!(
             error,
-            ImageError::PageSizeDiffers {
+            ChainError::PageSizeDiffers {
                 image: 2048,
                 chain: PAGE,
                 ..
@@ -94,7 +99,7 @@ fn raw_file_is_not_sealed_and_diff_is_not_a_base() {
     let raw_file = guest.save(raw);
     assert!(matches!(
         Image::open(&raw_file),
-        Err(ImageError::Footer {
+        Err(OpenImageError::Footer {
             source: FooterError::NotSealed,
             ..
         })
@@ -103,14 +108,11 @@ fn raw_file_is_not_sealed_and_diff_is_not_a_base() {
     let diff = &sealed.snapshots[1];
     assert!(matches!(
         Chain::open(diff, PAGE),
-        Err(ImageError::NotFull { .. })
+        Err(ChainError::NotFull(_))
     ));
-    assert!(matches!(
-        MappedImage::open(diff),
-        Err(ImageError::NotFull { .. })
-    ));
+    assert!(matches!(MappedImage::open(diff), Err(MapError::NotFull(_))));
     assert!(matches!(
         Chain::open_sealed::<&Path>(&[]),
-        Err(ImageError::NoImages)
+        Err(ChainError::NoImages)
     ));
 }

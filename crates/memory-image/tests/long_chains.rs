@@ -11,7 +11,10 @@ use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use dirty_bitmap::DirtyBitmap;
-use memory_image::{Chain, Image, ImageError, ImageId, LazyRam, MappedChain, MappedImage, compare};
+use memory_image::{
+    Chain, Image, ImageId, LazyError, LazyRam, MapError, MappedChain, MappedImage, MergeError,
+    ReadImageError, RestoreError, compare,
+};
 use memory_writer::{Durability, Layout, MemoryWriter, Seal};
 use nix::sys::resource::{Resource, setrlimit};
 use nix::sys::stat::{UtimensatFlags, utimensat};
@@ -283,9 +286,9 @@ fn write_over(path: &Path, bytes: &[u8]) {
     assert_eq!(fs::metadata(path).unwrap().len(), before.len());
 }
 
-fn assert_replaced(error: &ImageError, expected: &Path) {
+fn assert_replaced(error: &ReadImageError, expected: &Path) {
     assert!(
-        matches!(error, ImageError::Replaced { path } if path == expected),
+        matches!(error, ReadImageError::Replaced { path } if path == expected),
         "{error:?}"
     );
 }
@@ -335,20 +338,28 @@ fn replaced_closed_image_is_an_error_and_never_other_bytes() {
                 guest.read(&chain, STILL_OPEN).unwrap();
             }
             let mut restored = vec![0; guest.ram.len()];
-            let error = chain.restore(restored.as_mut_slice()).unwrap_err();
+            let Err(RestoreError::Read(error)) = chain.restore(restored.as_mut_slice()) else {
+                panic!("{name} {way}: restored, or another error");
+            };
             assert_replaced(&error, &guest.paths[CLOSED]);
-            let error = MappedChain::open(&chain).unwrap_err();
+            let Err(MapError::Read(error)) = MappedChain::open(&chain) else {
+                panic!("{name} {way}: mapped, or another error");
+            };
             assert_replaced(&error, &guest.paths[CLOSED]);
             let merged = guest.dir.path().join("merged");
             let error = chain.flatten(&merged).unwrap_err();
             assert!(
-                matches!(error, ImageError::Merge(_)),
+                matches!(error, MergeError::Write(_)),
                 "{name} {way}: {error:?}"
             );
             assert!(!merged.exists());
             if Need::Userfaultfd.met("a replaced image of a chain that fills memory lazily") {
                 let lazy = LazyRam::options().prefetch(false).start(chain).unwrap();
-                assert_replaced(&lazy.wait().unwrap_err(), &guest.paths[CLOSED]);
+                let error = lazy.wait().unwrap_err();
+                let LazyError::Read(error) = &*error else {
+                    panic!("{name} {way}: {error:?}");
+                };
+                assert_replaced(error, &guest.paths[CLOSED]);
             }
         }
     }

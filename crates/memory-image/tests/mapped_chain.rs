@@ -10,7 +10,7 @@ use std::ops::Range;
 use std::path::Path;
 
 use dirty_bitmap::DirtyBitmap;
-use memory_image::{Chain, ImageError, MappedChain};
+use memory_image::{Chain, MapError, MappedChain, ReadImageError};
 use memory_writer::{Durability, Layout, MemoryWriter, Seal};
 use page_reader::PageReader;
 use proptest::prelude::*;
@@ -145,8 +145,8 @@ fn error_names_the_image_truncated_after_open(#[case] max_mappings: usize) {
         .map(&chain)
         .unwrap_err();
     let path = match &error {
-        ImageError::Map { path, .. } if max_mappings > 1 => path,
-        ImageError::Read { path, .. } if max_mappings == 1 => path,
+        MapError::Map { path, .. } if max_mappings > 1 => path,
+        MapError::Read(ReadImageError::Read { path, .. }) if max_mappings == 1 => path,
         other => panic!("{other:?}"),
     };
     assert_eq!(path, images.path(2));
@@ -189,7 +189,7 @@ fn exhausted_mappings_error_names_the_remedies() {
     (split - 60..=split).for_each(|page| protect(page, ProtFlags::PROT_NONE).unwrap());
     let error = MappedChain::open(&chain).unwrap_err();
     assert!(
-        matches!(error, ImageError::TooManyMappings { .. }),
+        matches!(error, MapError::TooManyMappings { .. }),
         "{error:?}"
     );
     let text = error.to_string();

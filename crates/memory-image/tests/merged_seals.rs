@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use dirty_bitmap::DirtyBitmap;
 use image_format::{Checksums, Footer, Kind, Placement, Run, Version};
-use memory_image::{Chain, Image, ImageError, ImageId};
+use memory_image::{Chain, ChainError, Image, ImageId, MergeError};
 use memory_writer::{Durability, Layout, MemoryWriter, Options, Seal};
 use page_reader::PageReader;
 
@@ -131,12 +131,12 @@ fn a_diff_may_lead_back_to_an_older_state() {
     std::fs::copy(&there, &copy).unwrap();
     assert!(Chain::open_sealed(&[&full, &there, &back, &copy]).is_ok());
     let error = Chain::open_sealed(&[&full, &there, &back, &there]).unwrap_err();
-    assert!(matches!(error, ImageError::Link { .. }), "{error:?}");
+    assert!(matches!(error, ChainError::Link { .. }), "{error:?}");
     // A copy that does not follow is refused as repeated.
     let error = Chain::open_sealed(&[&full, &there, &copy]).unwrap_err();
-    let repeated = memory_image::Link::Repeated;
+    let repeated = memory_image::LinkError::Repeated;
     assert!(
-        matches!(&error, ImageError::Link { why, .. } if *why == repeated),
+        matches!(&error, ChainError::Link { why, .. } if *why == repeated),
         "{error:?}"
     );
 }
@@ -196,7 +196,7 @@ fn images_of_version_1_in_small_pages_are_merged_and_flattened() {
     assert!(
         matches!(
             error,
-            ImageError::LargerPages {
+            MergeError::LargerPages {
                 writer: 512,
                 chain: 256
             }

@@ -9,7 +9,8 @@ use std::path::{Path, PathBuf};
 use dirty_bitmap::DirtyBitmap;
 use image_format::{Checksums, Footer, Kind, Placement, Run, Version, packed_start};
 use memory_image::{
-    Chain, HostRam, Image, ImageError, ImageId, MappedChain, MappedImage, RamTarget, compare,
+    Chain, ChainError, HostRam, Image, ImageId, MapError, MappedChain, MappedImage, RamTarget,
+    compare,
 };
 use memory_writer::{Durability, Layout, MemoryWriter, Options, Seal};
 use page_reader::PageReader;
@@ -232,7 +233,7 @@ impl Guest {
         for (path, runs) in &self.images[1..] {
             match chain.push_image(open(path).unwrap()) {
                 // Every page was dirty.
-                Err(ImageError::UnclearDiff { .. }) => {
+                Err(ChainError::AmbiguousDiff { .. }) => {
                     chain.push_pages(path, runs.iter().cloned()).unwrap();
                 }
                 pushed => pushed.unwrap(),
@@ -395,7 +396,7 @@ proptest! {
             _ => MappedImage::open(path),
         };
         match mapped {
-            Err(ImageError::Packed { .. }) => prop_assert_eq!(base.form, Form::Packed),
+            Err(MapError::Packed { .. }) => prop_assert_eq!(base.form, Form::Packed),
             mapped => prop_assert!(whole(&mapped.unwrap(), ram.len()) == first),
         }
         for layout in [Layout::Raw, Layout::Sealed(chain.seal()), Layout::Packed(chain.seal())] {

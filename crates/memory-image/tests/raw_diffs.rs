@@ -2,13 +2,13 @@
 
 mod support;
 
-use memory_image::{Chain, ImageError, Link, Unclear};
+use memory_image::{AmbiguousDiff, Chain, ChainError, LinkError, MapError, MergeError};
 use sparse_file::PagesUnknown;
 use support::raw_guest::{Guest, PAGE, whole};
 
-fn ambiguity(error: ImageError) -> Unclear {
+fn ambiguity(error: ChainError) -> AmbiguousDiff {
     match error {
-        ImageError::UnclearDiff { why, .. } => why,
+        ChainError::AmbiguousDiff { why, .. } => why,
         other => panic!("{other:?}"),
     }
 }
@@ -20,7 +20,7 @@ fn copied_diff_without_holes_requires_its_pages() {
     let mut chain = guest.chain();
     assert!(matches!(
         ambiguity(chain.push_raw(guest.path("dense")).unwrap_err()),
-        Unclear::NoHoles
+        AmbiguousDiff::NoHoles
     ));
     chain
         .push_pages(guest.path("dense"), [7 * PAGE..8 * PAGE])
@@ -37,8 +37,8 @@ fn raw_image_is_accepted_only_once() {
         assert!(
             matches!(
                 error,
-                ImageError::Link {
-                    why: Link::Repeated,
+                ChainError::Link {
+                    why: LinkError::Repeated,
                     ..
                 }
             ),
@@ -59,7 +59,7 @@ fn push_by_holes_returns_the_ambiguity_reason() {
     std::fs::write(guest.path("dense"), &dense).unwrap();
     let mut chain = guest.chain();
     let why = chain.push_by_holes(guest.path("dense")).unwrap();
-    assert!(matches!(why, Some(Unclear::NoHoles)), "{why:?}");
+    assert!(matches!(why, Some(AmbiguousDiff::NoHoles)), "{why:?}");
     assert!(whole(&chain) == dense, "clean pages are taken for zeros");
 }
 
@@ -70,7 +70,7 @@ fn diff_with_a_hole_inside_a_page_is_refused() {
     sparse_file::punch_hole(&file, 7 * PAGE + 4096..8 * PAGE).unwrap();
     let why = ambiguity(guest.chain().push_raw(&diff).unwrap_err());
     assert!(
-        matches!(why, Unclear::TornPage { offset } if offset == 7 * PAGE + 4096),
+        matches!(why, AmbiguousDiff::TornPage { offset } if offset == 7 * PAGE + 4096),
         "{why:?}"
     );
 }
@@ -83,7 +83,7 @@ fn raw_diff_with_pages_smaller_than_holes_is_refused() {
     assert!(
         matches!(
             why,
-            Unclear::Holes(PagesUnknown::Coarse { page_size: 512, .. })
+            AmbiguousDiff::Holes(PagesUnknown::Coarse { page_size: 512, .. })
         ),
         "{why:?}"
     );
@@ -108,7 +108,7 @@ fn raw_diff_on_a_file_system_with_larger_blocks_is_refused() {
     assert!(
         matches!(
             why,
-            Unclear::Holes(PagesUnknown::Coarse {
+            AmbiguousDiff::Holes(PagesUnknown::Coarse {
                 page_size: 4096,
                 ..
             })
@@ -177,7 +177,7 @@ mod names_and_mounts {
         assert!(
             matches!(
                 why,
-                Unclear::Holes(PagesUnknown::Coarse { .. } | PagesUnknown::MountedAlone)
+                AmbiguousDiff::Holes(PagesUnknown::Coarse { .. } | PagesUnknown::MountedAlone)
             ),
             "{why:?}"
         );
@@ -231,11 +231,11 @@ mod names_and_mounts {
         assert_eq!(chain.known_runs().count(), 0);
         let error = memory_image::MappedChain::open(&chain).unwrap_err();
         assert!(
-            matches!(error, ImageError::Reserve { size: HUGE, .. }),
+            matches!(error, MapError::Reserve { size: HUGE, .. }),
             "{error:?}"
         );
         let flat = tempfile::tempdir().unwrap();
         let error = chain.flatten(flat.path().join("flat")).unwrap_err();
-        assert!(matches!(error, ImageError::Merge(_)), "{error:?}");
+        assert!(matches!(error, MergeError::Write(_)), "{error:?}");
     }
 }

@@ -8,7 +8,10 @@ use std::path::Path;
 use std::process::Command;
 
 use image_format::Placement;
-use memory_image::{Chain, Image, ImageError, Link, MappedChain, MappedImage, compare};
+use memory_image::{
+    Chain, ChainError, Image, LinkError, MapError, MappedChain, MappedImage, MergeError,
+    RestoreError, compare,
+};
 use memory_writer::Layout;
 use page_reader::PageReader;
 use proptest::prelude::*;
@@ -162,8 +165,8 @@ fn merged_chain_keeps_its_id_and_accepts_the_next_diff(#[case] make: Make) {
             assert!(
                 matches!(
                     error,
-                    ImageError::Link {
-                        why: Link::OnRaw { .. },
+                    ChainError::Link {
+                        why: LinkError::OnRaw { .. },
                         ..
                     }
                 ),
@@ -199,9 +202,9 @@ fn merged_diff_replaces_all_its_diffs(#[case] make: Make) {
     let error = diffs
         .restore(vec![0; SIZE as usize].as_mut_slice())
         .unwrap_err();
-    assert!(matches!(error, ImageError::NotFull { .. }));
+    assert!(matches!(error, RestoreError::NotFull(_)));
     let error = diffs.flatten(guest.path("flat")).unwrap_err();
-    assert!(matches!(error, ImageError::NotFull { .. }));
+    assert!(matches!(error, MergeError::NotFull(_)));
     // Pages that no diff holds are not known to be zeros.
     assert!(diffs.populated(PAGE..SIZE).eq([PAGE..SIZE]));
     assert_eq!(diffs.populated(PAGE..PAGE).count(), 0);
@@ -223,7 +226,7 @@ fn full_sealed_image_maps_and_packed_image_does_not() {
         .unwrap();
     assert!(matches!(
         MappedImage::open(&flat),
-        Err(ImageError::Packed { .. })
+        Err(MapError::Packed { .. })
     ));
 }
 

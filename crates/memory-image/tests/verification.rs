@@ -6,7 +6,7 @@ use std::fs::File;
 use std::ops::ControlFlow;
 use std::os::unix::fs::FileExt;
 
-use memory_image::{Damage, Image, ImageError};
+use memory_image::{Damage, Image, VerifyError};
 use memory_writer::{Layout, Seal};
 use rstest::rstest;
 use support::sealed_guest::{Guest, Make, PAGE, options, verify};
@@ -86,7 +86,7 @@ fn verification_reports_progress_and_can_be_cancelled() {
     let total = seen[0].1;
     assert_eq!((seen[0].0, seen.last().unwrap().0), (0, total));
     let error = image.verify(&|_, _| ControlFlow::Break(())).unwrap_err();
-    assert!(matches!(error, ImageError::Cancelled));
+    assert!(matches!(error, VerifyError::Cancelled));
 }
 
 /// Each page that is nonzero and in no run is one damage.

@@ -3,7 +3,9 @@
 use std::path::PathBuf;
 
 use image_format::FooterError;
-use memory_image::{CompareError, ImageError};
+use memory_image::{
+    ChainError, CompareError, MergeError, NotFullError, OpenImageError, VerifyError,
+};
 use memory_writer::SnapshotError;
 use thiserror::Error;
 
@@ -352,19 +354,37 @@ fn code_of(cause: &(dyn std::error::Error + 'static)) -> Option<ExitStatus> {
     if let Some(process_memory::ProcessStopError::Cancelled { .. }) = cause.downcast_ref() {
         return Some(interrupt::exit_status());
     }
+    if let Some(VerifyError::Cancelled) = cause.downcast_ref() {
+        return Some(interrupt::exit_status());
+    }
+    if cause.is::<NotFullError>() {
+        return Some(ExitStatus::CheckFailed);
+    }
+    if let Some(MergeError::NotFull(_)) = cause.downcast_ref() {
+        return Some(ExitStatus::CheckFailed);
+    }
+    if let Some(error) = cause.downcast_ref() {
+        return of_opening(error);
+    }
     match cause.downcast_ref()? {
-        ImageError::Cancelled => Some(interrupt::exit_status()),
+        ChainError::Open(error) => of_opening(error),
         // Properties of an image.
-        ImageError::Empty { .. }
-        | ImageError::NotWholePages { .. }
-        | ImageError::NotRaw { .. }
-        | ImageError::SizeDiffers { .. }
-        | ImageError::NotFull { .. }
-        | ImageError::PageSizeDiffers { .. }
-        | ImageError::RegionsDiffer { .. }
-        | ImageError::Link { .. }
-        | ImageError::UnclearDiff { .. } => Some(ExitStatus::CheckFailed),
-        ImageError::Footer { source, .. } => match source {
+        ChainError::NotFull(_)
+        | ChainError::NotWholePages { .. }
+        | ChainError::SizeDiffers { .. }
+        | ChainError::PageSizeDiffers { .. }
+        | ChainError::RegionsDiffer { .. }
+        | ChainError::Link { .. }
+        | ChainError::AmbiguousDiff { .. } => Some(ExitStatus::CheckFailed),
+        _ => None,
+    }
+}
+
+/// Returns the exit status for an image that cannot be opened.
+fn of_opening(error: &OpenImageError) -> Option<ExitStatus> {
+    match error {
+        OpenImageError::Empty { .. } | OpenImageError::NotRaw { .. } => Some(ExitStatus::CheckFailed),
+        OpenImageError::Footer { source, .. } => match source {
             FooterError::Io { .. } | FooterError::Append => Some(ExitStatus::Failed),
             _ => Some(ExitStatus::CheckFailed),
         },

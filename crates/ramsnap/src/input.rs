@@ -3,7 +3,7 @@
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-use memory_image::{Chain, Image, ImageError, Unclear};
+use memory_image::{AmbiguousDiff, Chain, ChainError, Image, NotFullError, VerifyError};
 use sparse_file::FileIdentity;
 
 use crate::args::{Format, Formats, ImageFile, RawImages};
@@ -37,7 +37,7 @@ pub fn full_chain(
         return Ok(chain);
     }
     let path = files[0].path.clone();
-    Err(ImageError::NotFull { path }.into())
+    Err(NotFullError::new(path).into())
 }
 
 /// Opens raw diffs as one chain. A raw diff does not record that it is a diff.
@@ -58,9 +58,9 @@ pub fn put_together(
     diffs: bool,
 ) -> anyhow::Result<Chain> {
     let page = |image: &Image| image.footer().map_or(RAW_PAGE, |footer| footer.page_size);
-    let smallest = images.iter().map(page).min().ok_or(ImageError::NoImages)?;
+    let smallest = images.iter().map(page).min().ok_or(ChainError::NoImages)?;
     let page_size = raw.page_size.unwrap_or(smallest);
-    let warn = |path: &Path, unclear: Option<Unclear>| {
+    let warn = |path: &Path, unclear: Option<AmbiguousDiff>| {
         if let Some(why) = unclear {
             let why = words::text(&why.into());
             session.warn(&format!(
@@ -69,7 +69,7 @@ pub fn put_together(
         }
     };
     let mut images = images.into_iter();
-    let first = images.next().ok_or(ImageError::NoImages)?;
+    let first = images.next().ok_or(ChainError::NoImages)?;
     let by_holes = |image: &Image| image.footer().is_none() && raw.trust_holes;
     let mut chain = match diffs {
         true if by_holes(&first) => {
@@ -135,7 +135,7 @@ pub fn check_sums<'i>(
 }
 
 /// Runs [`Image::verify`] with a progress bar.
-pub fn sum(session: &Session, image: &Image) -> Result<memory_image::Verified, ImageError> {
+pub fn sum(session: &Session, image: &Image) -> Result<memory_image::Verified, VerifyError> {
     let name = image.path().file_name().unwrap_or_default().display();
     let bar = session.bar(&format!("checking {name}"));
     image.verify(&|done, total| {

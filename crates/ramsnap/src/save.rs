@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Context;
 use atomic_file::AtomicWriter;
-use memory_image::{Chain, Image, ImageError};
+use memory_image::{Chain, Image, MergeError};
 use memory_writer::{MemoryWriter, NotPreserved, OpenError, Options, Preserve, SnapshotError};
 
 use crate::args::Output;
@@ -143,7 +143,7 @@ pub fn dir_of(path: &Path) -> &Path {
 pub fn write_chain(writer: &mut MemoryWriter, chain: &Chain) -> anyhow::Result<()> {
     match chain.write_to(writer) {
         Ok(_) => Ok(chain.check_unchanged()?),
-        Err(ImageError::Merge(why)) => Err(why.into()),
+        Err(MergeError::Write(why)) => Err(why.into()),
         Err(other) => Err(other.into()),
     }
 }

@@ -7,7 +7,7 @@ use std::io;
 
 use atomic_file::RecoverError;
 use image_format::FooterError;
-use memory_image::{ImageError, Link};
+use memory_image::{ChainError, LinkError, OpenImageError};
 use memory_writer::{CommitError, OpenError, SnapshotError};
 
 use crate::failure::Failure;
@@ -45,9 +45,9 @@ fn own_words(cause: &(dyn std::error::Error + 'static)) -> Option<String> {
         return of_snapshot(error);
     }
     if let Some(error) = cause.downcast_ref() {
-        return of_image(error);
+        return of_chain(error);
     }
-    if let Some(Link::NoParent) = cause.downcast_ref() {
+    if let Some(LinkError::NoParent) = cause.downcast_ref() {
         return Some("it names no parent".to_owned());
     }
     match cause.downcast_ref()? {
@@ -92,12 +92,12 @@ fn of_snapshot(error: &SnapshotError) -> Option<String> {
     }
 }
 
-fn of_image(error: &ImageError) -> Option<String> {
+fn of_chain(error: &ChainError) -> Option<String> {
     match error {
-        ImageError::UnclearDiff { path, .. } => {
+        ChainError::AmbiguousDiff { path, .. } => {
             Some(format!("cannot tell which pages the diff {path:?} holds"))
         }
-        ImageError::PageSizeDiffers { path, image, chain } => Some(format!(
+        ChainError::PageSizeDiffers { path, image, chain } => Some(format!(
             "{path:?} has pages of {image} bytes, smaller than the {chain} of --page-size: give {image} or \
              less, or leave it out"
         )),
@@ -135,23 +135,25 @@ pub fn advice(error: &anyhow::Error) -> Option<&'static str> {
         {
             return Some(AFTER_ANOTHER_WRITER);
         }
+        if let Some(OpenImageError::Footer { source, .. }) = cause.downcast_ref() {
+            return match source {
+                FooterError::NotSealed
+                | FooterError::Truncated { .. }
+                | FooterError::Trailing { .. } => {
+                    Some("give a raw image as raw:FILE, and RAM to `diff` by --ram")
+                }
+                FooterError::Ambiguous { .. } => {
+                    Some("give it as raw:FILE, sealed:FILE or packed:FILE")
+                }
+                _ => None,
+            };
+        }
         match cause.downcast_ref()? {
-            ImageError::Footer {
-                source:
-                    FooterError::NotSealed
-                    | FooterError::Truncated { .. }
-                    | FooterError::Trailing { .. },
-                ..
-            } => Some("give a raw image as raw:FILE, and RAM to `diff` by --ram"),
-            ImageError::Footer {
-                source: FooterError::Ambiguous { .. },
-                ..
-            } => Some("give it as raw:FILE, sealed:FILE or packed:FILE"),
-            ImageError::UnclearDiff { .. } => {
+            ChainError::AmbiguousDiff { .. } => {
                 Some("add --trust-holes to take the holes for clean pages all the same")
             }
-            ImageError::Link {
-                why: Link::NoParent,
+            ChainError::Link {
+                why: LinkError::NoParent,
                 ..
             } => Some("`ramsnap convert --raw-diff --parent` seals a raw diff with its parent"),
             _ => None,

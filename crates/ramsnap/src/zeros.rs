@@ -48,7 +48,7 @@ pub fn without_zeros(
 
 /// Returns the error that a chain wraps in an I/O error.
 fn unwrapped(error: io::Error) -> anyhow::Error {
-    match error.downcast::<memory_image::ImageError>() {
+    match error.downcast::<memory_image::ReadImageError>() {
         Ok(error) => error.into(),
         Err(error) => error.into(),
     }

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 
 use anyhow::Context;
 use guests::guest::Guest;
-use memory_image::{Chain, ImageError, RamTarget};
+use memory_image::{Chain, ChainError, RamTarget};
 
 use super::report::Progress;
 
@@ -41,7 +41,7 @@ impl Files {
         for Diff { path, pages } in &self.diffs {
             match chain.push_raw(path) {
                 // A file system without holes: the file alone does not say which pages it holds.
-                Err(ImageError::UnclearDiff { .. }) => {
+                Err(ChainError::AmbiguousDiff { .. }) => {
                     chain.push_pages(path, pages.iter().cloned())?
                 }
                 pushed => pushed?,

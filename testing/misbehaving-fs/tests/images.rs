@@ -9,7 +9,9 @@ use std::ops::ControlFlow;
 use std::path::Path;
 
 use dirty_bitmap::DirtyBitmap;
-use memory_image::{Chain, Image, ImageError, MappedChain, Unclear, compare};
+use memory_image::{
+    AmbiguousDiff, Chain, ChainError, Image, MappedChain, ReadImageError, RestoreError, compare,
+};
 use memory_writer::{AmbiguousDiff, Layout, MemoryWriter, Seal, SnapshotError};
 use misbehaving_fs::{Behaviour, Lseek, MisbehavingFs, Reads};
 use page_reader::{HostMemory, PageReader};
@@ -208,8 +210,8 @@ fn a_raw_diff_on_fuse_is_not_read_by_its_holes() {
         assert!(
             matches!(
                 error,
-                ImageError::UnclearDiff {
-                    why: Unclear::Holes(PagesUnknown::Holes(HolesUnknown::FileSystem { .. })),
+                ChainError::AmbiguousDiff {
+                    why: AmbiguousDiff::Holes(PagesUnknown::Holes(HolesUnknown::FileSystem { .. })),
                     ..
                 }
             ),
@@ -294,7 +296,7 @@ fn a_read_error_inside_an_image_is_reported_with_its_offset() {
     for_each_layout(&fs, Reads::FailAt(bad), |chain, name| {
         let mut ram = vec![0; RAM as usize];
         let error = chain.restore_zeroed(ram.as_mut_slice()).unwrap_err();
-        let ImageError::Read { offset, source, .. } = &error else {
+        let RestoreError::Read(ReadImageError::Read { offset, source, .. }) = &error else {
             panic!("{name}: {error:?}");
         };
         assert_eq!(source.raw_os_error(), Some(libc::EIO), "{name}");

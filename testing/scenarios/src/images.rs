@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use anyhow::Context;
 use dirty_bitmap::DirtyBitmap;
-use memory_image::{Chain, Image, ImageError, ImageId};
+use memory_image::{Chain, ChainError, Image, ImageId};
 use memory_writer::{Layout, MemoryWriter, Seal};
 
 use super::commits::RAM;
@@ -181,7 +181,7 @@ fn raw_chain(after: &PostCrashState, allowed: &[u32]) -> Result<(), Violation> {
     match chain.push_raw(after.dir.join(DIFF_NAME)) {
         Ok(()) => restored(&chain, allowed),
         // Compare all of its bytes: they are zeros where it has no page.
-        Err(ImageError::UnclearDiff { .. }) => {
+        Err(ChainError::AmbiguousDiff { .. }) => {
             let bytes = std::fs::read(after.dir.join(DIFF_NAME)).map_err(lost("the diff"))?;
             let is = |stamp: &u32| bytes == with_diff(vec![0; RAM as usize], *stamp);
             match allowed.iter().any(is) {

@@ -11,7 +11,7 @@ use super::data::FileData;
 use super::{Region, host_page};
 use crate::chain::Chain;
 use crate::chain::segments::{Segment, Source};
-use crate::error::ImageError;
+use crate::error::{MapError, ReadImageError};
 use crate::restore::{CHUNK, HostRam, RamTarget};
 
 /// A chain mapped copy-on-write (`MAP_PRIVATE`) as one range of host memory: RAM for a guest that
@@ -73,8 +73,8 @@ impl MappedChain {
     /// Maps the chain, readable and writable.
     ///
     /// # Errors
-    /// See [`MappedChainOptions::map`].
-    pub fn open(chain: &Chain) -> Result<Self, ImageError> {
+    /// [`MapError`].
+    pub fn open(chain: &Chain) -> Result<Self, MapError> {
         Self::options().map(chain)
     }
 
@@ -124,17 +124,11 @@ impl MappedChainOptions {
     /// Maps the chain, readable and writable.
     ///
     /// # Errors
-    /// - [`ImageError::NotFull`] for a chain of diffs
-    /// - [`ImageError::Reserve`] if there is no address space for the RAM
-    /// - [`ImageError::TooManyMappings`] if the process has fewer mappings left than the RAM may
-    ///   take
-    /// - [`ImageError::Map`], also for an image that was truncated since it was opened
-    /// - [`ImageError::Replaced`]
-    /// - [`ImageError::Read`] if a copied run cannot be read
-    pub fn map(&self, chain: &Chain) -> Result<MappedChain, ImageError> {
+    /// [`MapError`].
+    pub fn map(&self, chain: &Chain) -> Result<MappedChain, MapError> {
         chain.check_full()?;
         let (size, page) = (chain.size(), host_page());
-        let ram = Region::zeros(size).map_err(|source| ImageError::Reserve { size, source })?;
+        let ram = Region::zeros(size).map_err(|source| MapError::Reserve { size, source })?;
         let plan = Plan::new(chain, page, self.max_mappings)?;
         let mut ram = plan.map_over(ram, chain, page)?;
 
@@ -142,9 +136,8 @@ impl MappedChainOptions {
         let copied = copies.iter().map(|copy| len(&copy.range)).sum();
         // Copying over mapped pages makes the kernel read them first. Disable reading of
         // neighbouring pages.
-        let advised = |advised: io::Result<()>| {
-            advised.map_err(|source| ImageError::Reserve { size, source })
-        };
+        let advised =
+            |advised: io::Result<()>| advised.map_err(|source| MapError::Reserve { size, source });
         advised(ram.read_single_pages(true))?;
         copy(chain, copies, &mut ram.as_target(size))?;
         advised(ram.read_single_pages(false))?;
@@ -204,7 +197,7 @@ struct Copy {
 }
 
 /// Copies in file order, so that each file is opened once, independent of the limit of open files.
-fn copy(chain: &Chain, mut copies: Vec<Copy>, ram: &mut HostRam<'_>) -> Result<(), ImageError> {
+fn copy(chain: &Chain, mut copies: Vec<Copy>, ram: &mut HostRam<'_>) -> Result<(), ReadImageError> {
     copies.sort_unstable_by_key(|copy| (copy.layer, copy.offset));
     let mut buffer = SecretBuffer::new();
     for Copy {
@@ -217,8 +210,7 @@ fn copy(chain: &Chain, mut copies: Vec<Copy>, ram: &mut HostRam<'_>) -> Result<(
             let bytes = buffer.sized(CHUNK.min(range.end - at) as usize);
             let image = chain.image(layer);
             image.read_file(offset + (at - range.start), bytes)?;
-            let copied = ram.write_at(at, bytes);
-            copied.map_err(|source| ImageError::Target { offset: at, source })?;
+            ram.write_at(at, bytes).expect("the run is inside the RAM");
         }
     }
     Ok(())
@@ -231,7 +223,7 @@ struct Plan {
 }
 
 impl Plan {
-    fn new(chain: &Chain, page: u64, max_mappings: usize) -> Result<Self, ImageError> {
+    fn new(chain: &Chain, page: u64, max_mappings: usize) -> Result<Self, ReadImageError> {
         // Each mapping may split another one.
         let most = max_mappings.saturating_sub(1) / 2;
         if most == 0 {
@@ -255,10 +247,10 @@ impl Plan {
         Ok(Self { spans, data })
     }
 
-    fn map_over(&self, mut ram: Region, chain: &Chain, page: u64) -> Result<Region, ImageError> {
+    fn map_over(&self, mut ram: Region, chain: &Chain, page: u64) -> Result<Region, MapError> {
         for span in &self.spans {
             let image = chain.image(span.layer);
-            let failed = |source| ImageError::Map {
+            let failed = |source| MapError::Map {
                 path: image.path.clone(),
                 source,
             };
@@ -277,7 +269,7 @@ impl Plan {
             ram = mapped.map_err(|source| match source.kind() {
                 // The address space is reserved and uses no memory, so this error means that the
                 // limit of mappings is reached.
-                io::ErrorKind::OutOfMemory => ImageError::TooManyMappings {
+                io::ErrorKind::OutOfMemory => MapError::TooManyMappings {
                     path: image.path.clone(),
                     source,
                 },

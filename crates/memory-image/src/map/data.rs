@@ -9,7 +9,7 @@ use std::ops::Range;
 
 use crate::chain::Chain;
 use crate::chain::segments::{Segment, Source};
-use crate::error::ImageError;
+use crate::error::ReadImageError;
 
 /// The data of a chain's files, by layer, as the file systems report it. A full base counts
 /// entirely as data: its holes are zeros, whether or not they are filled.
@@ -28,7 +28,7 @@ impl FileData {
     }
 
     /// Lists the data of the diffs that hold any page of the RAM. Opens each file once.
-    pub(super) fn list(chain: &Chain) -> Result<Self, ImageError> {
+    pub(super) fn list(chain: &Chain) -> Result<Self, ReadImageError> {
         let mut data = Self::all(chain);
         let mut used = vec![false; chain.len()];
         for Segment { source, .. } in chain.segments(0..chain.size()) {

@@ -1,5 +1,6 @@
 //! RAM that is read from a chain when the guest touches it.
 
+mod error;
 mod filler;
 mod memory;
 mod options;
@@ -17,12 +18,12 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use page_reader::{HostMemory, PageReader, SecretBuffer};
 
-use crate::error::ImageError;
 use crate::map::Region;
 use crate::working_set::WorkingSet;
 use filler::{Filler, Phase, locked, wait_error};
 use options::AbortOnPanic;
 
+pub use error::LazyError;
 pub use options::LazyRamOptions;
 pub use userfaultfd::UserfaultfdError;
 
@@ -152,7 +153,7 @@ impl LazyRam {
     ///
     /// # Errors
     /// Returns the first error since the start, as [`error`](Self::error) does.
-    pub fn wait(&self) -> Result<(), Arc<ImageError>> {
+    pub fn wait(&self) -> Result<(), Arc<LazyError>> {
         let filler = &self.filler;
         let mut phase = locked(&filler.phase);
         if *phase == Phase::Idle {
@@ -172,11 +173,9 @@ impl LazyRam {
         filler.failure.get().cloned().map_or(Ok(()), Err)
     }
 
-    /// Returns the first error since the start, after which some page was not read:
-    /// [`ImageError::Read`], [`ImageError::Replaced`] (for a chain [with very many
-    /// images](crate::Chain#many-images)), or [`ImageError::Userfaultfd`].
+    /// Returns the first error since the start, after which some page was not read.
     #[must_use]
-    pub fn error(&self) -> Option<&ImageError> {
+    pub fn error(&self) -> Option<&LazyError> {
         self.filler.failure.get().map(Arc::as_ref)
     }
 
@@ -233,7 +232,7 @@ impl PageReader for LazyRam {
 }
 
 /// Handles faults until stopped.
-fn handle_faults(filler: &Filler) -> Result<(), ImageError> {
+fn handle_faults(filler: &Filler) -> Result<(), LazyError> {
     let mut buffer = SecretBuffer::new();
     loop {
         let mut ready = [

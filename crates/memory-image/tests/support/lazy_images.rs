@@ -1,7 +1,7 @@
 //! Images for lazily filled memory.
 
 use super::Images;
-use memory_image::{ImageError, LazyRam, LazyRamOptions, UserfaultfdError};
+use memory_image::{LazyError, LazyRam, LazyRamOptions, UserfaultfdError};
 
 pub const PAGE: u64 = 4096;
 
@@ -22,9 +22,9 @@ pub fn bytes(images: &Images, page: u64) -> &[u8] {
     &images.ram[(page * PAGE) as usize..][..PAGE as usize]
 }
 
-pub fn userfaultfd_error(error: ImageError) -> UserfaultfdError {
+pub fn userfaultfd_error(error: LazyError) -> UserfaultfdError {
     match error {
-        ImageError::Userfaultfd(error) => error,
+        LazyError::Userfaultfd(error) => error,
         other => panic!("{other:?}"),
     }
 }

@@ -7,7 +7,7 @@ use std::num::NonZeroUsize;
 use std::os::fd::{AsFd, AsRawFd};
 use std::ptr::NonNull;
 
-use memory_image::{Chain, ImageError, LazyRam, LazyRamOptions};
+use memory_image::{Chain, LazyError, LazyRam, LazyRamOptions};
 use nix::errno::Errno;
 use nix::libc;
 use nix::sys::mman::{self, MapFlags, ProtFlags};
@@ -42,7 +42,7 @@ impl Regions {
         Self(vec![(start.unwrap().as_ptr().cast(), len as usize)])
     }
 
-    pub fn adopt(&self, options: LazyRamOptions, chain: Chain) -> Result<LazyRam, ImageError> {
+    pub fn adopt(&self, options: LazyRamOptions, chain: Chain) -> Result<LazyRam, LazyError> {
         // SAFETY: the memory is unmapped after the `LazyRam` is dropped. Only system calls and
         // `read_at` read it.
         unsafe { options.adopt(chain, self.0.iter().copied()) }

@@ -1,7 +1,7 @@
 //! `ramsnap verify`: checks that images are whole and follow each other.
 
 use clap::Args;
-use memory_image::{Damage, ImageError, Verified};
+use memory_image::{Damage, OpenImageError, Verified};
 use serde::Serialize;
 
 use crate::args::{Formats, ImageFile, RawImages};
@@ -168,7 +168,7 @@ impl Checked {
             Ok(image) if image.footer().is_none() => State::Raw,
             Ok(image) => State::of(input::sum(session, &image)?),
             Err(error) => match error.downcast_ref() {
-                Some(ImageError::Footer { .. } | ImageError::NotRaw { .. })
+                Some(OpenImageError::Footer { .. } | OpenImageError::NotRaw { .. })
                     if failure::exit_status(&error) == ExitStatus::CheckFailed =>
                 {
                     let why = words::text(&error);

@@ -6,7 +6,7 @@ use std::path::Path;
 
 use anyhow::Context;
 use dirty_bitmap::DirtyBitmap;
-use memory_image::{Chain, ImageError};
+use memory_image::{Chain, ChainError};
 use memory_writer::{MemoryWriter, SnapshotError};
 use page_reader::PageReader;
 use scenarios::ram::{Stamped, Zeros, content, first_difference};
@@ -186,7 +186,7 @@ fn chain(fixture: &Fixture) -> anyhow::Result<Outcome> {
             .diff(&diff, &Stamped::new(stamp, RAM), &dirty, PAGE)?;
         match chain.push_raw(&diff) {
             Ok(()) => {}
-            Err(ImageError::UnclearDiff { why, .. }) => {
+            Err(ChainError::AmbiguousDiff { why, .. }) => {
                 unclear = Some(why.to_string());
                 chain.push_pages(&diff, runs)?;
             }

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Context;
 use dirty_bitmap::DirtyBitmap;
-use memory_image::{Chain, Image, ImageError, ImageId};
+use memory_image::{Chain, ChainError, Image, ImageId};
 use memory_writer::{Layout, MemoryWriter, Seal};
 use scenarios::ram::Stamped;
 use tempfile::TempDir;
@@ -164,7 +164,7 @@ fn raw(fixture: &Fixture) -> anyhow::Result<Outcome> {
         let [full, diff] = carry(fixture, &made, back.path(), how)?;
         let mut chain = Chain::open_raw(full, PAGE)?;
         match chain.push_raw(diff) {
-            Err(ImageError::UnclearDiff { why, .. }) => {
+            Err(ChainError::AmbiguousDiff { why, .. }) => {
                 seen.push(format!("{what}: refused ({why})"))
             }
             Err(error) => return Err(error.into()),

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::thread;
 
 use anyhow::{Context, ensure};
-use memory_image::{Chain, Image, ImageError, LazyRam, MappedChain, MappedImage};
+use memory_image::{Chain, ChainError, Image, LazyRam, MappedChain, MappedImage, OpenImageError};
 use memory_writer::ImageId;
 use page_reader::PageReader;
 use scenarios::random::Random;
@@ -30,7 +30,7 @@ pub(super) struct Saved {
 }
 
 impl Saved {
-    pub(super) fn open(&self) -> Result<Image, ImageError> {
+    pub(super) fn open(&self) -> Result<Image, OpenImageError> {
         match self.id {
             None => Image::open_raw(&self.path),
             Some(_) => Image::open(&self.path),
@@ -97,7 +97,7 @@ impl Images {
         let mut chain = Chain::from_image(full.open()?, page)?;
         for diff in diffs {
             match chain.push_image(diff.open()?) {
-                Err(ImageError::UnclearDiff { .. }) => {
+                Err(ChainError::AmbiguousDiff { .. }) => {
                     chain.push_pages(&diff.path, diff.pages.iter().cloned())?;
                 }
                 pushed => pushed?,
@@ -257,8 +257,8 @@ fn written(
     writer.commit()?;
     let compared = plan
         .open(scratch)
-        .and_then(|image| Chain::from_image(image, chain.page_size()))
         .map_err(anyhow::Error::from)
+        .and_then(|image| Ok(Chain::from_image(image, chain.page_size())?))
         .and_then(|written| expected.compare(&written));
     fs::remove_file(scratch)?;
     compared

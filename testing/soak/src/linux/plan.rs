@@ -6,7 +6,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use guests::guest::Ram;
-use memory_image::{Image, ImageError};
+use memory_image::{Image, OpenImageError};
 use memory_writer::{
     CancelToken, Durability, Engine, ImageId, Layout, MemoryWriter, Options, Seal,
 };
@@ -212,7 +212,7 @@ impl Plan {
     }
 
     /// Opens an image that was written in this layout.
-    pub(super) fn open(&self, path: &Path) -> Result<Image, ImageError> {
+    pub(super) fn open(&self, path: &Path) -> Result<Image, OpenImageError> {
         match self.place {
             Place::Raw => Image::open_raw(path),
             Place::Sealed | Place::Packed => Image::open(path),

@@ -1,7 +1,9 @@
 //! What the library said of a commit that failed, in the words of the check.
 
 use atomic_file::{AddError, CommitError, GroupCommitError, OpenError, RecoverError};
-use memory_image::ImageError;
+use memory_image::{
+    ChainError, MapError, MergeError, OpenImageError, ReadImageError, RestoreError, VerifyError,
+};
 use memory_writer::SnapshotError;
 use scenarios::check::Next;
 use serde::{Deserialize, Serialize};
@@ -73,9 +75,9 @@ fn of_any(error: &anyhow::Error) -> Option<Verdict> {
     if let Some(error) = error.downcast_ref::<SnapshotError>() {
         return Some(of_snapshot(error));
     }
-    if let Some(error) = error.downcast_ref::<ImageError>() {
+    if let Some(error) = error.downcast_ref::<MergeError>() {
         return Some(match error {
-            ImageError::Merge(error) => of_snapshot(error),
+            MergeError::Write(error) => of_snapshot(error),
             _ => NOT,
         });
     }
@@ -83,7 +85,17 @@ fn of_any(error: &anyhow::Error) -> Option<Verdict> {
         // The next recovery goes on where it stopped.
         return Some((ReportedNext::Unknown, true));
     }
-    (error.is::<AddError>() || error.is::<std::io::Error>()).then_some(NOT)
+    (is_of_reading(error) || error.is::<AddError>() || error.is::<std::io::Error>()).then_some(NOT)
+}
+
+/// Returns whether the error is one of an operation that only reads images.
+fn is_of_reading(error: &anyhow::Error) -> bool {
+    error.is::<OpenImageError>()
+        || error.is::<ChainError>()
+        || error.is::<ReadImageError>()
+        || error.is::<MapError>()
+        || error.is::<RestoreError>()
+        || error.is::<VerifyError>()
 }
 
 fn of_snapshot(error: &SnapshotError) -> Verdict {
@@ -161,7 +173,7 @@ mod tests {
             let of = |error: anyhow::Error| Reported::of(&error.context("a save")).next();
             assert_eq!(of(error().into()), next);
             assert_eq!(of(snapshot().into()), next);
-            assert_eq!(of(ImageError::Merge(snapshot()).into()), next);
+            assert_eq!(of(MergeError::Write(snapshot()).into()), next);
         }
     }
 

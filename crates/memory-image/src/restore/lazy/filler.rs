@@ -10,13 +10,13 @@ use nix::errno::Errno;
 use nix::sys::eventfd::EventFd;
 use page_reader::{FlaggedRegion, SecretBuffer};
 
+use super::error::LazyError;
 use super::memory::Memory;
 use super::page_bits::PageBits;
 use super::turns::Turns;
 use super::userfaultfd::{Filled, Message, Userfaultfd, UserfaultfdError};
 use crate::chain::Chain;
 use crate::chain::segments::Source;
-use crate::error::ImageError;
 use crate::working_set::WorkingSet;
 
 /// Bytes that the prefetcher reads at a time.
@@ -65,7 +65,7 @@ pub(crate) struct Filler {
     /// Bytes that the images store, counted on first use.
     pub(crate) stored_bytes: OnceLock<u64>,
     /// The first error.
-    pub(crate) failure: OnceLock<Arc<ImageError>>,
+    pub(crate) failure: OnceLock<Arc<LazyError>>,
     pub(crate) phase: Mutex<Phase>,
     pub(crate) ended: Condvar,
     /// Set to stop the prefetcher.
@@ -116,7 +116,7 @@ pub(crate) enum Phase {
 impl Filler {
     /// Returns the address of the next page that an access waits for, if there is one. Records all
     /// changes of the memory before the access.
-    pub(crate) fn next_fault(&self) -> Result<Option<u64>, ImageError> {
+    pub(crate) fn next_fault(&self) -> Result<Option<u64>, LazyError> {
         let mut ledger = self.read_messages()?;
         let prefetcher_waits = self.prefetcher_waits.load(Ordering::Relaxed) && !self.stopped();
         if !ledger.waiting.is_empty() && ledger.turns.begin_prefetch(prefetcher_waits) {
@@ -167,7 +167,7 @@ impl Filler {
     }
 
     /// Reads and records all messages.
-    fn read_messages(&self) -> Result<MutexGuard<'_, Ledger>, ImageError> {
+    fn read_messages(&self) -> Result<MutexGuard<'_, Ledger>, LazyError> {
         loop {
             // A page must not be filled after the message that it is discarded is read and before
             // this is recorded: the discarding thread continues as soon as the message is read.
@@ -186,7 +186,7 @@ impl Filler {
     }
 
     /// Reads and records all messages. Returns the number of messages other than faults.
-    fn record_messages(&self, ledger: &mut Ledger) -> Result<u32, ImageError> {
+    fn record_messages(&self, ledger: &mut Ledger) -> Result<u32, LazyError> {
         let mut changes = 0;
         while let Some(message) = self.fault.next_message().map_err(wait_error)? {
             changes += u32::from(!matches!(message, Message::Fault(_)));
@@ -272,7 +272,7 @@ impl Filler {
         &self,
         address: u64,
         buffer: &mut SecretBuffer,
-    ) -> Result<(), ImageError> {
+    ) -> Result<(), LazyError> {
         self.faults.fetch_add(1, Ordering::Relaxed);
         let Some(page) = self.memory.offset_of(address) else {
             return self.handle_settled(address, None);
@@ -306,7 +306,7 @@ impl Filler {
     /// Handles a fault on a page that is not filled from the images: a page that was discarded,
     /// which is zeros now; a page that was filled after the fault was received; or a page outside
     /// the guest's RAM, by which its mapping has grown.
-    fn handle_settled(&self, address: u64, page: Option<u64>) -> Result<(), ImageError> {
+    fn handle_settled(&self, address: u64, page: Option<u64>) -> Result<(), LazyError> {
         loop {
             let ledger = locked(&self.ledger);
             let is_inaccessible = page.is_some_and(|page| ledger.inaccessible.contains(&page));
@@ -330,7 +330,7 @@ impl Filler {
 
     /// Lets a thread in `madvise`, `munmap` or `mremap` continue. The handler also reads its
     /// message. No page can be filled until the thread has continued.
-    fn let_changes_continue(&self, by: Role) -> Result<(), ImageError> {
+    fn let_changes_continue(&self, by: Role) -> Result<(), LazyError> {
         if by == Role::Handler {
             drop(self.read_messages()?);
         }
@@ -338,7 +338,7 @@ impl Filler {
         Ok(())
     }
 
-    fn fill_around(&self, page: &Range<u64>, buffer: &mut SecretBuffer) -> Result<(), ImageError> {
+    fn fill_around(&self, page: &Range<u64>, buffer: &mut SecretBuffer) -> Result<(), LazyError> {
         let start = page.start - page.start % self.around;
         let around = start..self.clip(start + self.around);
         let in_page = |range: &Range<u64>| range.contains(&page.start);
@@ -362,7 +362,7 @@ impl Filler {
         }
     }
 
-    fn fill_page(&self, page: &Range<u64>, buffer: &mut SecretBuffer) -> Result<(), ImageError> {
+    fn fill_page(&self, page: &Range<u64>, buffer: &mut SecretBuffer) -> Result<(), LazyError> {
         let bytes = self.read(page, buffer)?;
         self.put(page, bytes, Role::Handler)
     }
@@ -383,7 +383,7 @@ impl Filler {
     /// zeros, up to the number of bytes that the images store. The limit exists because a page of
     /// zeros takes an entry in the page table, and the working set may contain all of the RAM that
     /// an image merely claims. The other pages become zeros on access.
-    fn fill_working_set(&self) -> Result<(), ImageError> {
+    fn fill_working_set(&self) -> Result<(), LazyError> {
         let Some(working_set) = &self.working_set else {
             return Ok(());
         };
@@ -416,7 +416,7 @@ impl Filler {
         Ok(())
     }
 
-    fn fill_stored(&self) -> Result<(), ImageError> {
+    fn fill_stored(&self) -> Result<(), LazyError> {
         let mut buffer = SecretBuffer::new();
         let mut advised = 0;
         let stored = self.stored_pages(0..self.memory.len());
@@ -437,8 +437,8 @@ impl Filler {
     fn in_pieces(
         &self,
         run: Range<u64>,
-        mut each: impl FnMut(Range<u64>) -> Result<(), ImageError>,
-    ) -> Result<(), ImageError> {
+        mut each: impl FnMut(Range<u64>) -> Result<(), LazyError>,
+    ) -> Result<(), LazyError> {
         let starts = run.clone().step_by(PIECE as usize);
         for start in starts.take_while(|_| !self.stopped()) {
             each(start..run.end.min(start + PIECE))?;
@@ -477,7 +477,7 @@ impl Filler {
         pages: Range<u64>,
         buffer: &mut SecretBuffer,
         by: Role,
-    ) -> Result<(), ImageError> {
+    ) -> Result<(), LazyError> {
         let mut rest = pages;
         while let Some(missing) = self.settled.first_missing(rest.clone()) {
             rest.start = missing.end;
@@ -491,7 +491,7 @@ impl Filler {
         &self,
         pages: &Range<u64>,
         buffer: &'b mut SecretBuffer,
-    ) -> Result<&'b [u8], ImageError> {
+    ) -> Result<&'b [u8], LazyError> {
         let bytes = buffer.sized((pages.end - pages.start) as usize);
         let (stored, past_the_ram) =
             bytes.split_at_mut((self.clip(pages.end) - pages.start) as usize);
@@ -500,7 +500,7 @@ impl Filler {
         Ok(bytes)
     }
 
-    fn put(&self, pages: &Range<u64>, bytes: &[u8], by: Role) -> Result<(), ImageError> {
+    fn put(&self, pages: &Range<u64>, bytes: &[u8], by: Role) -> Result<(), LazyError> {
         self.settle(pages.clone(), by, |address, part| {
             let from = (part.start - pages.start) as usize..(part.end - pages.start) as usize;
             let filled = self.fault.copy(address, &bytes[from]);
@@ -509,7 +509,7 @@ impl Filler {
         })
     }
 
-    fn zero(&self, pages: Range<u64>, by: Role) -> Result<(), ImageError> {
+    fn zero(&self, pages: Range<u64>, by: Role) -> Result<(), LazyError> {
         self.settle(pages, by, |address, part| {
             self.fault.zero(address, part.end - part.start)
         })
@@ -526,7 +526,7 @@ impl Filler {
         pages: Range<u64>,
         by: Role,
         fill: impl Fn(u64, &Range<u64>) -> Filled,
-    ) -> Result<(), ImageError> {
+    ) -> Result<(), LazyError> {
         let settled = self.settle_in_turns(pages, by, fill);
         if by == Role::Prefetcher {
             // The turn may not have ended yet: there was nothing left to fill, or an error.
@@ -540,7 +540,7 @@ impl Filler {
         pages: Range<u64>,
         by: Role,
         fill: impl Fn(u64, &Range<u64>) -> Filled,
-    ) -> Result<(), ImageError> {
+    ) -> Result<(), LazyError> {
         let mut rest = pages;
         // The handler does not stop, because an access waits.
         while by == Role::Handler || !self.stopped() {
@@ -593,7 +593,7 @@ impl Filler {
     }
 
     /// Makes one page inaccessible, regardless of its content, and wakes accesses that wait for it.
-    fn make_inaccessible(&self, ledger: &mut Ledger, page: u64) -> Result<(), ImageError> {
+    fn make_inaccessible(&self, ledger: &mut Ledger, page: u64) -> Result<(), LazyError> {
         let failed = |errno| fill_error(page, errno);
         self.memory
             .make_inaccessible(page..page + self.page)
@@ -633,13 +633,13 @@ impl Filler {
     }
 
     /// Records an error. Only the first one is kept.
-    pub(crate) fn record_error(&self, error: ImageError) {
+    pub(crate) fn record_error(&self, error: LazyError) {
         let _ = self.failure.set(Arc::new(error));
     }
 
     /// Makes accesses to a page that cannot be filled fail, instead of waiting forever or finding
     /// zeros.
-    fn poison(&self, page: Range<u64>) -> Result<(), ImageError> {
+    fn poison(&self, page: Range<u64>) -> Result<(), LazyError> {
         loop {
             let mut ledger = locked(&self.ledger);
             let Some((address, _)) = self.memory.parts(page.clone()).next() else {
@@ -709,7 +709,7 @@ impl Filler {
 
     /// Aborts filling. Every later access to the memory fails, so that none waits forever or finds
     /// zeros.
-    pub(crate) fn abort(&self, why: ImageError) {
+    pub(crate) fn abort(&self, why: LazyError) {
         self.record_error(why);
         self.revoke();
         *locked(&self.phase) = Phase::Ended;
@@ -775,11 +775,11 @@ fn still_registered(addresses: Range<u64>) -> Vec<Range<u64>> {
 }
 
 /// Returns the error for a failure to read messages.
-pub(crate) fn wait_error(error: std::io::Error) -> ImageError {
+pub(crate) fn wait_error(error: std::io::Error) -> LazyError {
     UserfaultfdError::Wait(error).into()
 }
 
-fn fill_error(offset: u64, errno: Errno) -> ImageError {
+fn fill_error(offset: u64, errno: Errno) -> LazyError {
     let source = errno.into();
     UserfaultfdError::Fill { offset, source }.into()
 }

@@ -9,13 +9,13 @@ use std::thread;
 
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
+use super::error::LazyError;
 use super::filler::{Filler, Ledger, Phase};
 use super::memory::Memory;
 use super::page_bits::PageBits;
 use super::userfaultfd::{Userfaultfd, UserfaultfdError};
 use super::{LazyRam, handle_faults};
 use crate::chain::Chain;
-use crate::error::ImageError;
 use crate::map::{Region, host_page};
 use crate::working_set::WorkingSet;
 
@@ -77,15 +77,11 @@ impl LazyRamOptions {
     /// Maps memory for the chain's RAM, as one range, and starts to fill it.
     ///
     /// # Errors
-    /// - [`ImageError::NotFull`] for a chain of diffs
-    /// - [`ImageError::Reserve`] if there is no address space
-    /// - [`ImageError::Userfaultfd`] if userfaultfd is not available to this process; the message
-    ///   says how to permit it
-    /// - [`ImageError::WorkingSetSize`] for a working set of another RAM size
-    pub fn start(self, chain: impl Into<Arc<Chain>>) -> Result<LazyRam, ImageError> {
+    /// [`LazyError`].
+    pub fn start(self, chain: impl Into<Arc<Chain>>) -> Result<LazyRam, LazyError> {
         let chain = chain.into();
         let size = chain.size();
-        let failed = |source| ImageError::Reserve { size, source };
+        let failed = |source| LazyError::Reserve { size, source };
         let len = size.checked_next_multiple_of(host_page());
         let region = Region::zeros(len.unwrap_or(u64::MAX)).map_err(failed)?;
         // SAFETY: the region is new and owned by the `LazyRam`. It is dropped after the threads
@@ -109,14 +105,9 @@ impl LazyRamOptions {
     /// This check reads `/proc/self/smaps`. The time for it grows with the memory of the process.
     ///
     /// # Errors
-    /// - [`ImageError::TargetSize`] if the regions are not as large as the RAM
-    /// - [`UserfaultfdError::Shared`], [`UserfaultfdError::HugePages`] or
-    ///   [`UserfaultfdError::Unchecked`]
-    /// - the errors of [`start`](Self::start)
-    ///
-    /// The memory is unchanged on error, with two exceptions. After [`UserfaultfdError::Prepare`] a
-    /// part of it may have been discarded. If the second thread cannot be started, it is
-    /// inaccessible.
+    /// [`LazyError`]. The memory is unchanged on error, with two exceptions. After
+    /// [`UserfaultfdError::Prepare`] a part of it may have been discarded. If the second thread
+    /// cannot be started, it is inaccessible.
     ///
     /// # Safety
     /// As long as the value lives:
@@ -130,12 +121,12 @@ impl LazyRamOptions {
         self,
         chain: impl Into<Arc<Chain>>,
         regions: impl IntoIterator<Item = (*mut u8, usize)>,
-    ) -> Result<LazyRam, ImageError> {
+    ) -> Result<LazyRam, LazyError> {
         let chain = chain.into();
         // SAFETY: the caller of this function promises what `Memory::new` requires.
         let mut memory = unsafe { Memory::new(regions) };
         if memory.len() != chain.size() {
-            return Err(ImageError::TargetSize {
+            return Err(LazyError::TargetSize {
                 image: chain.size(),
                 target: memory.len(),
             });
@@ -149,14 +140,14 @@ impl LazyRamOptions {
         chain: Arc<Chain>,
         memory: Memory,
         region: Option<Region>,
-    ) -> Result<LazyRam, ImageError> {
+    ) -> Result<LazyRam, LazyError> {
         chain.check_full()?;
         let (image, page) = (chain.size(), host_page());
         let ram_size = self.working_set.as_ref().map(WorkingSet::ram_size);
         if let Some(working_set) = ram_size.filter(|size| *size != image) {
-            return Err(ImageError::WorkingSetSize { image, working_set });
+            return Err(LazyError::WorkingSetSize { image, working_set });
         }
-        let settled = PageBits::none(memory.len(), page).map_err(|source| ImageError::Reserve {
+        let settled = PageBits::none(memory.len(), page).map_err(|source| LazyError::Reserve {
             size: image,
             source,
         })?;
@@ -255,7 +246,7 @@ impl LazyRam {
         &mut self,
         name: &str,
         work: impl FnOnce(&Filler) + Send + 'static,
-    ) -> Result<(), ImageError> {
+    ) -> Result<(), LazyError> {
         let filler = Arc::clone(&self.filler);
         let thread = thread::Builder::new().name(name.into());
         let thread = thread.spawn(move || {
@@ -323,7 +314,7 @@ mod tests {
         file.as_file().set_len(0).unwrap();
         assert_eq!(read(&ram, 0), Err(Errno::EFAULT));
         assert_eq!(read(&ram, 1), Ok(()));
-        assert!(matches!(*ram.wait().unwrap_err(), ImageError::Read { .. }));
+        assert!(matches!(*ram.wait().unwrap_err(), LazyError::Read { .. }));
         assert_eq!(read(&ram, 0), Err(Errno::EFAULT));
     }
 
@@ -348,7 +339,7 @@ mod tests {
         }
         let why = ram.wait().unwrap_err();
         assert!(
-            matches!(*why, ImageError::Userfaultfd(UserfaultfdError::Occupied { offset }) if offset == 2 * page),
+            matches!(*why, LazyError::Userfaultfd(UserfaultfdError::Occupied { offset }) if offset == 2 * page),
             "{why:?}"
         );
         assert_eq!(read(&ram, 2), Err(Errno::EFAULT));
@@ -380,7 +371,7 @@ mod tests {
         assert!(
             matches!(
                 *why,
-                ImageError::Userfaultfd(UserfaultfdError::Unmapped { offset: 0, .. })
+                LazyError::Userfaultfd(UserfaultfdError::Unmapped { offset: 0, .. })
             ),
             "{why:?}"
         );
@@ -397,7 +388,7 @@ mod tests {
         assert_eq!(read(&ram, 0), Err(Errno::EFAULT));
         let why = ram.wait().unwrap_err();
         assert!(
-            matches!(*why, ImageError::Userfaultfd(UserfaultfdError::Thread(_))),
+            matches!(*why, LazyError::Userfaultfd(UserfaultfdError::Thread(_))),
             "{why:?}"
         );
     }

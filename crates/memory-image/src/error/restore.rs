@@ -1,0 +1,38 @@
+//! Errors of restoring a chain to memory.
+
+use std::io;
+
+use thiserror::Error;
+
+use super::{NotFullError, ReadImageError};
+
+/// Why a chain could not be restored.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum RestoreError {
+    /// The chain has no full base.
+    #[error(transparent)]
+    NotFull(#[from] NotFullError),
+    /// The memory to restore to is smaller or larger than the image.
+    #[error(
+        "the image has {image} bytes, and the memory to restore it to has {target}: \
+         give memory of the same size"
+    )]
+    TargetSize {
+        /// The size of the chain's images in bytes.
+        image: u64,
+        /// The size of the target in bytes.
+        target: u64,
+    },
+    /// An image could not be read.
+    #[error(transparent)]
+    Read(#[from] ReadImageError),
+    /// The target failed to write the bytes.
+    #[error("failed to write the restored bytes at offset {offset:#x}")]
+    Target {
+        /// Where, in bytes from the start of the memory file.
+        offset: u64,
+        /// The error of the target.
+        source: io::Error,
+    },
+}

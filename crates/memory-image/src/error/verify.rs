@@ -1,0 +1,25 @@
+//! Errors of verifying an image.
+
+use std::path::PathBuf;
+
+use thiserror::Error;
+
+use super::ReadImageError;
+
+/// Why an image could not be verified.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum VerifyError {
+    /// The image is raw.
+    #[error("{path:?} is a raw image, which has no checksums: verify a sealed or packed image")]
+    NotSealed {
+        /// The path of the image.
+        path: PathBuf,
+    },
+    /// The file could not be read.
+    #[error(transparent)]
+    Read(#[from] ReadImageError),
+    /// The progress function returned [`ControlFlow::Break`](std::ops::ControlFlow::Break).
+    #[error("cancelled")]
+    Cancelled,
+}

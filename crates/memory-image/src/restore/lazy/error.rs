@@ -1,0 +1,53 @@
+//! Errors of filling memory on demand.
+
+use std::io;
+
+use thiserror::Error;
+
+use super::userfaultfd::UserfaultfdError;
+use crate::error::{NotFullError, ReadImageError};
+
+/// Why a guest's RAM cannot be filled on demand, or can no longer be filled.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum LazyError {
+    /// The chain has no full base.
+    #[error(transparent)]
+    NotFull(#[from] NotFullError),
+    /// The memory to fill is smaller or larger than the image.
+    #[error(
+        "the image has {image} bytes, and the memory to restore it to has {target}: \
+         give memory of the same size"
+    )]
+    TargetSize {
+        /// The size of the chain's images in bytes.
+        image: u64,
+        /// The size of the memory in bytes.
+        target: u64,
+    },
+    /// The working set belongs to another guest.
+    #[error(
+        "the working set belongs to a guest with {working_set} bytes of RAM, and the image to one \
+         with {image}: record the working set of this guest"
+    )]
+    WorkingSetSize {
+        /// The size of the chain's images in bytes.
+        image: u64,
+        /// The size of the RAM that the working set was recorded of, in bytes.
+        working_set: u64,
+    },
+    /// There is no address space for the guest's RAM.
+    #[error("failed to reserve {size} bytes of address space for the guest's RAM")]
+    Reserve {
+        /// The size of the RAM in bytes.
+        size: u64,
+        /// The error of the operating system.
+        source: io::Error,
+    },
+    /// A page could not be read from the images.
+    #[error(transparent)]
+    Read(#[from] ReadImageError),
+    /// The kernel does not fill memory on demand here, or no longer does.
+    #[error("failed to fill the guest's RAM on demand")]
+    Userfaultfd(#[from] UserfaultfdError),
+}
