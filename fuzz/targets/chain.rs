@@ -110,13 +110,13 @@ fuzz_target!(|bytes: &[u8]| {
     for pair in ids.windows(2) {
         assert_eq!(pair[1].parent(), Some(pair[0].id));
     }
-    if chain.size() > SMALL {
+    if chain.ram_size() > SMALL {
         return;
     }
-    let mut expected = vec![0; chain.size() as usize];
+    let mut expected = vec![0; chain.ram_size() as usize];
     images.iter().for_each(|image| apply(image, &mut expected));
     let mut known = 0;
-    for run in chain.known_runs() {
+    for run in chain.covered_runs() {
         let mut read = vec![0xee; (run.end - run.start) as usize];
         known += run.end - run.start;
         chain
@@ -127,7 +127,7 @@ fuzz_target!(|bytes: &[u8]| {
     let mut read = vec![0xee; expected.len()];
     let all = chain.read_at(0, &mut read);
     // Memory that no diff holds is an error, and not zeros.
-    assert_eq!(all.is_ok(), chain.is_full() || known == chain.size());
+    assert_eq!(all.is_ok(), chain.is_full() || known == chain.ram_size());
     if chain.is_full() {
         assert!(read == expected);
         let mut restored = vec![0; expected.len()];

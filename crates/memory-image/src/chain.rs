@@ -23,7 +23,7 @@ use segments::{Segment, Source};
 ///
 /// A chain may also consist of diffs alone, to be merged into one diff.
 ///
-/// A chain of diffs alone holds only the pages in its diffs ([`known_runs`](Self::known_runs)).
+/// A chain of diffs alone holds only the pages in its diffs ([`covered_runs`](Self::covered_runs)).
 /// Reading any other page is [`ReadImageError::NotInDiffs`]: the page was clean, and its bytes are in
 /// an older image.
 ///
@@ -182,19 +182,19 @@ impl Chain {
     }
 
     /// Creates a chain of diffs from an opened raw diff whose holes are taken for clean pages, as
-    /// [`push_by_holes`](Self::push_by_holes) does. Also returns why the holes may be wrong.
+    /// [`push_trusting_holes`](Self::push_trusting_holes) does. Also returns why the holes may be wrong.
     ///
     /// # Errors
     /// [`ChainError`], except [`AmbiguousDiff`](ChainError::AmbiguousDiff).
-    pub fn from_diff_by_holes(
+    pub fn from_diff_trusting_holes(
         oldest: Image,
         page_size: u64,
     ) -> Result<(Self, Option<AmbiguousDiff>), ChainError> {
         let mut chain = Self::empty(page_size, false)?;
         chain.check_pages(&oldest)?;
-        let (pages, unclear) = chain.pages_by_holes(&oldest)?;
+        let (pages, ambiguity) = chain.pages_trusting_holes(&oldest)?;
         chain.add(oldest, pages);
-        Ok((chain, unclear))
+        Ok((chain, ambiguity))
     }
 
     fn empty(page_size: u64, full: bool) -> Result<Self, ChainError> {
@@ -250,19 +250,19 @@ impl Chain {
     /// # Errors
     /// [`ChainError`], except [`AmbiguousDiff`](ChainError::AmbiguousDiff). The chain is unchanged
     /// on error.
-    pub fn push_by_holes(
+    pub fn push_trusting_holes(
         &mut self,
         diff: impl AsRef<Path>,
     ) -> Result<Option<AmbiguousDiff>, ChainError> {
         let image = Image::open_raw(diff)?;
         self.check_follows(&image)?;
-        let (pages, unclear) = self.pages_by_holes(&image)?;
+        let (pages, ambiguity) = self.pages_trusting_holes(&image)?;
         self.add(image, pages);
-        Ok(unclear)
+        Ok(ambiguity)
     }
 
     /// Returns the pages of a diff by its holes, and why these may be wrong.
-    fn pages_by_holes(
+    fn pages_trusting_holes(
         &mut self,
         image: &Image,
     ) -> Result<(Pages, Option<AmbiguousDiff>), ChainError> {
@@ -313,7 +313,7 @@ impl Chain {
 
     /// Returns the size of the guest's RAM in bytes.
     #[must_use]
-    pub fn size(&self) -> u64 {
+    pub fn ram_size(&self) -> u64 {
         self.base().size
     }
 
@@ -355,14 +355,14 @@ impl Chain {
 
     /// Returns the runs of pages that any of the images covers, ascending, in bytes. The gaps
     /// between them are zeros. In a chain of diffs, the gaps are clean pages.
-    pub fn known_runs(&self) -> impl Iterator<Item = Range<u64>> {
-        self.runs(0..self.size(), |source| source != Source::Hole)
+    pub fn covered_runs(&self) -> impl Iterator<Item = Range<u64>> {
+        self.runs(0..self.ram_size(), |source| source != Source::Hole)
     }
 
     /// Returns the runs of pages that are stored in any of the images, ascending, in bytes. The
     /// gaps between them are zeros. In a chain of diffs, the gaps may also be clean pages.
     pub fn stored_runs(&self) -> impl Iterator<Item = Range<u64>> {
-        self.stored_in(0..self.size())
+        self.stored_in(0..self.ram_size())
     }
 
     fn stored_in(&self, within: Range<u64>) -> impl Iterator<Item = Range<u64>> + use<'_> {
@@ -372,7 +372,7 @@ impl Chain {
     /// Returns the runs of pages that are stored in images above the base.
     pub(crate) fn newer_runs(&self) -> impl Iterator<Item = Range<u64>> {
         self.runs(
-            0..self.size(),
+            0..self.ram_size(),
             |source| matches!(source, Source::Stored { layer, .. } if layer > 0),
         )
     }
@@ -380,7 +380,7 @@ impl Chain {
     /// Returns the runs of pages that an image records as zeros. They do not include the zeros of a
     /// full base.
     pub(crate) fn zero_runs(&self) -> impl Iterator<Item = Range<u64>> {
-        self.runs(0..self.size(), |source| source == Source::Zero)
+        self.runs(0..self.ram_size(), |source| source == Source::Zero)
     }
 
     fn runs(
@@ -468,7 +468,7 @@ impl PageReader for Chain {
     fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
         let inside = offset
             .checked_add(buf.len() as u64)
-            .is_some_and(|end| end <= self.size());
+            .is_some_and(|end| end <= self.ram_size());
         if !inside {
             return Err(io::ErrorKind::UnexpectedEof.into());
         }
@@ -485,9 +485,9 @@ impl PageReader for Chain {
             return Box::new(std::iter::once(range).filter(|range| !range.is_empty()));
         }
         // Included, so that reading past the end reports the error.
-        let past = self.size().max(range.start)..range.end;
+        let past = self.ram_size().max(range.start)..range.end;
         let past = std::iter::once(past).filter(|past| !past.is_empty());
-        let stored = self.stored_in(range.start..range.end.min(self.size()));
+        let stored = self.stored_in(range.start..range.end.min(self.ram_size()));
         Box::new(stored.chain(past))
     }
 }

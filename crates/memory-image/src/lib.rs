@@ -132,7 +132,7 @@ pub use map::{MappedChain, MappedChainOptions, MappedImage};
 #[cfg(target_os = "linux")]
 pub use restore::lazy::{LazyError, LazyRam, LazyRamOptions, Progress, UserfaultfdError};
 pub use restore::{HostRam, RamTarget};
-pub use verify::{Damage, Verified};
+pub use verify::{Damage, VerifyReport};
 #[cfg(target_os = "linux")]
 pub use working_set::{WorkingSet, WorkingSetError};
 

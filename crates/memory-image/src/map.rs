@@ -39,7 +39,7 @@ use crate::image::Image;
 /// # std::fs::write(&path, vec![7; 1 << 20])?;
 ///
 /// let ram = MappedImage::open_raw(&path)?;
-/// println!("a guest of {} bytes at {:p}", ram.len(), ram.as_ptr());
+/// println!("a guest of {} bytes at {:p}", ram.ram_size(), ram.as_ptr());
 /// let mut byte = [0];
 /// ram.read_at(4096, &mut byte)?; // the current byte of a running guest
 /// assert_eq!(byte, [7]);
@@ -91,9 +91,8 @@ impl MappedImage {
 
     /// Returns the size of the RAM in bytes. For a raw file this is the size when it was mapped.
     #[must_use]
-    #[expect(clippy::len_without_is_empty, reason = "a mapping is never empty")]
-    pub fn len(&self) -> usize {
-        self.ram.len()
+    pub fn ram_size(&self) -> u64 {
+        self.ram.len() as u64
     }
 }
 

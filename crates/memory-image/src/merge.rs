@@ -63,7 +63,7 @@ impl Chain {
         if let Some(replaced) = self.images().find(is_dest) {
             options = options.replace_only(replaced.version()?);
         }
-        let mut writer = options.open(dest, self.size(), self.writable_page_size())?;
+        let mut writer = options.open(dest, self.ram_size(), self.writable_page_size())?;
         let bytes = self.write_to(&mut writer)?;
         self.check_unchanged()?;
         writer.commit()?;
@@ -71,7 +71,7 @@ impl Chain {
     }
 
     /// Writes all that the chain holds by a writer that was just opened, for RAM of
-    /// [`size`](Self::size) bytes from address 0 on: what [`merge`](Self::merge) does before it
+    /// [`ram_size`](Self::ram_size) bytes from address 0 on: what [`merge`](Self::merge) does before it
     /// commits. Returns the bytes of the pages that the images store.
     ///
     /// A chain of diffs is written in pages of its own [size](Self::page_size) or smaller ones: a
@@ -93,7 +93,7 @@ impl Chain {
                 writer.write_runs(self, || self.stored_runs())?;
             } else {
                 // In a raw diff, a page that is not written is clean.
-                writer.write_runs(self, || self.known_runs())?;
+                writer.write_runs(self, || self.covered_runs())?;
             }
         } else if self.shares_base(writer)? {
             writer.write_zeros(|| self.zero_runs())?;

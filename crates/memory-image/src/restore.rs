@@ -20,7 +20,7 @@ pub(crate) const CHUNK: u64 = 1 << 20;
 /// Memory that a guest's RAM can be restored to, addressed by the offset in the memory file.
 pub trait RamTarget {
     /// Returns the size of the memory in bytes.
-    fn size(&self) -> u64;
+    fn ram_size(&self) -> u64;
 
     /// Writes `bytes` at `offset`.
     ///
@@ -30,7 +30,7 @@ pub trait RamTarget {
 }
 
 impl RamTarget for [u8] {
-    fn size(&self) -> u64 {
+    fn ram_size(&self) -> u64 {
         self.len() as u64
     }
 
@@ -52,7 +52,7 @@ impl Chain {
     /// # Errors
     /// [`RestoreError`]. After an error the target may hold a part of the RAM.
     pub fn restore<T: RamTarget + ?Sized>(&self, target: &mut T) -> Result<(), RestoreError> {
-        self.restore_runs(target, std::iter::once(0..self.size()))
+        self.restore_runs(target, std::iter::once(0..self.ram_size()))
     }
 
     /// Writes the stored pages to `target`, which must hold only zeros, such as newly mapped
@@ -79,14 +79,14 @@ impl Chain {
         runs: impl Iterator<Item = Range<u64>>,
     ) -> Result<(), RestoreError> {
         self.check_full()?;
-        if target.size() != self.size() {
+        if target.ram_size() != self.ram_size() {
             return Err(RestoreError::TargetSize {
-                image: self.size(),
-                target: target.size(),
+                image: self.ram_size(),
+                target: target.ram_size(),
             });
         }
         let mut buffer = SecretBuffer::new();
-        let buffer = buffer.sized(CHUNK.min(self.size()) as usize);
+        let buffer = buffer.sized(CHUNK.min(self.ram_size()) as usize);
         for run in runs {
             for offset in run.clone().step_by(CHUNK as usize) {
                 let bytes = &mut buffer[..CHUNK.min(run.end - offset) as usize];

@@ -16,28 +16,28 @@ use crate::image::Image;
 const PIECE: u64 = 1 << 20;
 /// More threads do not increase the throughput of any device.
 const THREADS: usize = 8;
-/// Maximum number of listed damages. Further damages are only counted.
+/// Maximum number of listed damaged places. Further ones are only counted.
 const LISTED: usize = 1000;
 
 /// The result of [`Image::verify`].
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
-pub struct Verified {
+pub struct VerifyReport {
     /// Bytes of pages that were checksummed.
     pub bytes: u64,
     /// Chunks that were checksummed.
     pub chunks: u64,
-    /// The damages, ascending by offset in the file: at most the first thousand that were found.
-    pub damages: Vec<Damage>,
-    /// The number of damages that were found.
-    pub found: u64,
+    /// The damaged places, ascending by offset in the file: at most the first thousand found.
+    pub damage: Vec<Damage>,
+    /// The number of damaged places found.
+    pub damage_count: u64,
 }
 
-impl Verified {
+impl VerifyReport {
     /// Returns whether no damage was found.
     #[must_use]
-    pub fn is_whole(&self) -> bool {
-        self.found == 0
+    pub fn is_ok(&self) -> bool {
+        self.damage_count == 0
     }
 }
 
@@ -97,13 +97,13 @@ impl Image {
     /// # writer.commit()?;
     ///
     /// let found = Image::open(&path)?.verify(&|_done, _total| ControlFlow::Continue(()))?;
-    /// assert!(found.is_whole());
+    /// assert!(found.is_ok());
     /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
     pub fn verify(
         &self,
         progress: &(dyn Fn(u64, u64) -> ControlFlow<()> + Sync),
-    ) -> Result<Verified, VerifyError> {
+    ) -> Result<VerifyReport, VerifyError> {
         let Some(footer) = &self.footer else {
             return Err(VerifyError::NotSealed {
                 path: self.path.clone(),
@@ -150,7 +150,7 @@ impl Image {
             return Err(error);
         }
         let mut found = state.found;
-        found.damages.sort_by_key(Damage::offset);
+        found.damage.sort_by_key(Damage::offset);
         Ok(found)
     }
 
@@ -251,7 +251,7 @@ struct Checked {
 
 #[derive(Default)]
 struct State {
-    found: Verified,
+    found: VerifyReport,
     /// Bytes of chunks and gaps.
     done: u64,
     failed: Option<VerifyError>,
@@ -280,9 +280,9 @@ impl State {
             self.found.bytes += checked.bytes;
         }
         if let Some(damage) = checked.damage {
-            self.found.found += 1;
-            if self.found.damages.len() < LISTED {
-                self.found.damages.push(damage);
+            self.found.damage_count += 1;
+            if self.found.damage.len() < LISTED {
+                self.found.damage.push(damage);
             }
         }
         let flow = progress(self.done, total);

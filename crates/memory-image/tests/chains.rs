@@ -22,7 +22,7 @@ fn chain_reads_as_the_ram_at_its_last_snapshot() {
     let chain = guest.chain();
     assert!(whole(&chain) == guest.ram);
     assert_eq!(
-        (chain.len(), chain.size(), chain.page_size()),
+        (chain.len(), chain.ram_size(), chain.page_size()),
         (4, SIZE, PAGE)
     );
     assert!(
@@ -216,7 +216,7 @@ fn restore_overwrites_previous_bytes_with_zeros() {
 fn restore_to_zeroed_memory_writes_only_stored_pages() {
     struct Counting(Vec<u8>, u64);
     impl RamTarget for Counting {
-        fn size(&self) -> u64 {
+        fn ram_size(&self) -> u64 {
             SIZE
         }
         fn write_at(&mut self, offset: u64, bytes: &[u8]) -> std::io::Result<()> {
@@ -253,7 +253,7 @@ fn guest_of_two_regions_is_restored_in_place() {
             (high.as_mut_ptr(), high.len()),
         ])
     };
-    assert_eq!(target.size(), SIZE);
+    assert_eq!(target.ram_size(), SIZE);
     guest.chain().restore(&mut target).unwrap();
     // Only in the second region.
     target.write_at(9 * PAGE, &[7; 3]).unwrap();
@@ -284,7 +284,7 @@ fn mapped_image_is_private_and_survives_the_next_snapshot() {
     guest.write(0, SIZE, 1);
     let path = guest.save();
     let mapped = MappedImage::open_raw(&path).unwrap();
-    assert_eq!(mapped.len() as u64, SIZE);
+    assert_eq!(mapped.ram_size(), SIZE);
     assert!(whole(&mapped) == guest.ram);
 
     // SAFETY: inside the mapping, which nothing else accesses at the time.

@@ -50,7 +50,7 @@ fn is_detected(path: &Path) -> bool {
         return true;
     };
     let found = image.verify(&|_, _| ControlFlow::Continue(()));
-    found.map_or(true, |found| !found.is_whole())
+    found.map_or(true, |found| !found.is_ok())
 }
 
 fn flip(file: &File, at: u64, bits: u8) {

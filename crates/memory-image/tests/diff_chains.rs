@@ -50,9 +50,9 @@ fn diffs(dir: &Path, make: Make) -> Chain {
         return Chain::open_sealed(&[path("first"), path("zeros"), path("last")]).unwrap();
     }
     let first = Image::open_raw(path("first")).unwrap();
-    let (mut chain, _) = Chain::from_diff_by_holes(first, PAGE).unwrap();
-    chain.push_by_holes(path("zeros")).unwrap();
-    chain.push_by_holes(path("last")).unwrap();
+    let (mut chain, _) = Chain::from_diff_trusting_holes(first, PAGE).unwrap();
+    chain.push_trusting_holes(path("zeros")).unwrap();
+    chain.push_trusting_holes(path("last")).unwrap();
     chain
 }
 
@@ -133,12 +133,12 @@ fn merged_diff_holds_the_pages_of_its_diffs(
     let merged = match to(Seal::new()) {
         Layout::Raw => {
             let image = Image::open_raw(&merged).unwrap();
-            Chain::from_diff_by_holes(image, PAGE).unwrap().0
+            Chain::from_diff_trusting_holes(image, PAGE).unwrap().0
         }
         _ => Chain::open_diff(&merged, page).unwrap(),
     };
-    assert!(merged.known_runs().eq(chain.known_runs()));
-    for run in chain.known_runs() {
+    assert!(merged.covered_runs().eq(chain.covered_runs()));
+    for run in chain.covered_runs() {
         let mut bytes = [0, 1].map(|byte| vec![byte; (run.end - run.start) as usize]);
         chain.read_at(run.start, &mut bytes[0]).unwrap();
         merged.read_at(run.start, &mut bytes[1]).unwrap();

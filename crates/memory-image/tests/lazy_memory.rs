@@ -68,7 +68,7 @@ fn discarded_page_is_zeros(
     unsafe { address(700).write(7) };
     images.ram[(700 * PAGE) as usize] = 7;
     ram.wait().unwrap();
-    let mut found = whole(&ram, ram.len());
+    let mut found = whole(&ram, ram.ram_size() as usize);
     if advice == libc::MADV_FREE && ahead {
         // They may have been filled before, and the kernel may keep them.
         for page in [300, 1023] {
@@ -104,7 +104,7 @@ fn discarding_during_prefetch_leaves_zeros() {
             assert_eq!(page_at(address).unwrap(), ZEROS, "{page}");
         }
         ram.wait().unwrap();
-        assert!(whole(&ram, ram.len()) == images.ram);
+        assert!(whole(&ram, ram.ram_size() as usize) == images.ram);
     }
 }
 
@@ -146,7 +146,7 @@ fn filling_completes_while_threads_discard_and_touch(#[case] ahead: bool) {
         advise(ram.as_ptr().wrapping_add(start), PAGE, libc::MADV_DONTNEED).unwrap();
         images.ram[start..start + PAGE as usize].fill(0);
     }
-    assert!(whole(&ram, ram.len()) == images.ram);
+    assert!(whole(&ram, ram.ram_size() as usize) == images.ram);
 }
 
 /// The kernel blocks `madvise` until its message is read: the reader must not end before.
@@ -319,7 +319,7 @@ fn memory_added_by_mapping_growth_is_zeros() {
     assert_eq!(grown, regions.address(0).cast());
     assert_eq!(page_at(end.as_ptr()).unwrap(), ZEROS);
     ram.wait().unwrap();
-    assert!(whole(&ram, ram.len()) == images.ram);
+    assert!(whole(&ram, ram.ram_size() as usize) == images.ram);
     drop(ram);
     regions.0[0].1 = new;
 }
@@ -347,7 +347,7 @@ fn working_set_that_ends_inside_a_page_is_loaded() {
         .start(images.chain())
         .unwrap();
     ram.wait().unwrap();
-    assert!(whole(&ram, ram.len()) == images.ram);
+    assert!(whole(&ram, ram.ram_size() as usize) == images.ram);
 }
 
 /// A page that cannot be read, is discarded and touched again has only one first touch.

@@ -58,7 +58,7 @@ fn threads_touching_random_pages_read_the_images_bytes(#[case] options: LazyRamO
             let (ram, images) = (&ram, &images);
             scope.spawn(move || {
                 for offset in random(seed * 0x1234_5678_9abc).take(2000) {
-                    let offset = offset % (ram.len() as u64 - 100);
+                    let offset = offset % (ram.ram_size() - 100);
                     let mut bytes = [0xee; 100];
                     ram.read_at(offset, &mut bytes).unwrap();
                     assert!(bytes == images.ram[offset as usize..][..100], "{offset:#x}");
@@ -67,8 +67,11 @@ fn threads_touching_random_pages_read_the_images_bytes(#[case] options: LazyRamO
         }
     });
     ram.wait().unwrap();
-    assert!(whole(&ram, ram.len()) == images.ram);
-    assert_eq!(whole(&ram, ram.len()), whole(&images.chain(), ram.len()));
+    assert!(whole(&ram, ram.ram_size() as usize) == images.ram);
+    assert_eq!(
+        whole(&ram, ram.ram_size() as usize),
+        whole(&images.chain(), ram.ram_size() as usize)
+    );
     let progress = ram.progress();
     assert_eq!(progress.loaded, progress.stored);
 }
@@ -81,13 +84,16 @@ fn prefetch_does_not_overwrite_guest_writes() {
     let mut images = full_and_two_diffs();
     let before = std::fs::read(images.path(0)).unwrap();
     let ram = LazyRam::options().start(images.chain()).unwrap();
-    for offset in (0..ram.len()).rev().step_by(3 * PAGE as usize) {
+    for offset in (0..ram.ram_size() as usize)
+        .rev()
+        .step_by(3 * PAGE as usize)
+    {
         // SAFETY: inside the memory, which nothing else accesses at the time.
         unsafe { ram.as_ptr().add(offset).write(99) };
         images.ram[offset] = 99;
     }
     ram.wait().unwrap();
-    assert!(whole(&ram, ram.len()) == images.ram);
+    assert!(whole(&ram, ram.ram_size() as usize) == images.ram);
     assert!(std::fs::read(images.path(0)).unwrap() == before);
 }
 
@@ -103,7 +109,7 @@ fn completed_memory_is_ordinary_memory() {
     let faults = ram.progress().faults;
     images.cut(0, 0);
     // Zeros are in no image, so these pages were never filled.
-    assert!(whole(&ram, ram.len()) == images.ram);
+    assert!(whole(&ram, ram.ram_size() as usize) == images.ram);
     assert_eq!(ram.progress().faults, faults);
     assert!(!flags(address).contains(&"um".to_owned()));
     assert!(!flags(address).contains(&"dc".to_owned()));
@@ -172,15 +178,15 @@ proptest! {
         let options = LazyRam::options().prefetch(prefetch).record(record);
         let ram = options.start(images.chain()).unwrap();
         for index in touched {
-            let offset = index.index(ram.len());
+            let offset = index.index(ram.ram_size() as usize);
             let mut byte = [0];
             ram.read_at(offset as u64, &mut byte).unwrap();
             prop_assert_eq!(byte[0], images.ram[offset]);
         }
         ram.wait().unwrap();
-        prop_assert!(whole(&ram, ram.len()) == images.ram);
-        prop_assert!(ram.read_at(ram.len() as u64, &mut [0]).is_err());
-        prop_assert!(ram.host_memory(ram.len() as u64, 1).is_none());
+        prop_assert!(whole(&ram, ram.ram_size() as usize) == images.ram);
+        prop_assert!(ram.read_at(ram.ram_size(), &mut [0]).is_err());
+        prop_assert!(ram.host_memory(ram.ram_size(), 1).is_none());
     }
 }
 
@@ -243,7 +249,7 @@ fn adopted_regions_are_filled(#[case] options: LazyRamOptions) {
     let regions = Regions::new(&[5 * MIB + 4096, 11 * MIB - 4096]);
     let ram = regions.adopt(options, images.chain()).unwrap();
     assert_eq!(ram.as_ptr(), regions.0[0].0);
-    assert!(whole(&ram, ram.len()) == images.ram);
+    assert!(whole(&ram, ram.ram_size() as usize) == images.ram);
     ram.wait().unwrap();
     drop(ram);
     let last = regions.0[1].0.wrapping_add(11 * MIB as usize - 8192);
@@ -319,7 +325,7 @@ fn no_access_hangs_while_the_last_page_is_filled() {
         let chain = Arc::new(Images::new(MIB, PAGE).with([0..1]).chain());
         for _ in 0..rounds(200, 3000) {
             let ram = LazyRam::options().start(Arc::clone(&chain)).unwrap();
-            for offset in (0..ram.len() as u64).step_by(4096) {
+            for offset in (0..ram.ram_size()).step_by(4096) {
                 ram.read_at(offset, &mut [0]).unwrap();
             }
         }

@@ -231,5 +231,5 @@ fn previous_content_of_adopted_memory_is_discarded(#[case] hold: fn(*mut u8, usi
     hold(start, len);
     let ram = regions.adopt(LazyRam::options(), images.chain()).unwrap();
     ram.wait().unwrap();
-    assert!(whole(&ram, ram.len()) == images.ram);
+    assert!(whole(&ram, ram.ram_size() as usize) == images.ram);
 }

@@ -77,7 +77,7 @@ fn make_every_second_page_read_only(start: *mut u8) {
 /// Returns the working set of a guest that touched all of its memory.
 fn all_touched(images: &Images) -> WorkingSet {
     let ram = on_demand().record(true).start(images.chain()).unwrap();
-    whole(&ram, ram.len());
+    whole(&ram, ram.ram_size() as usize);
     ram.recorded()
 }
 
@@ -131,7 +131,7 @@ fn memory_of_several_mappings_is_filled(
     ram.wait().unwrap();
     let progress = ram.progress();
     assert_eq!(progress.loaded, progress.stored);
-    assert!(whole(&ram, ram.len()) == images.ram);
+    assert!(whole(&ram, ram.ram_size() as usize) == images.ram);
 }
 
 /// Protects memory, starting at a host address.
@@ -169,5 +169,5 @@ fn memory_whose_writes_are_tracked_by_mprotect_is_filled() {
         tracker.on_write_fault(page * PAGE, &protection).unwrap();
     }
     ram.wait().unwrap();
-    assert!(whole(&ram, ram.len()) == images.ram);
+    assert!(whole(&ram, ram.ram_size() as usize) == images.ram);
 }

@@ -72,7 +72,7 @@ fn working_set_pages_do_not_fault_again() {
     }
     assert_eq!(touch(&ram), 0);
     ram.wait().unwrap();
-    assert!(whole(&ram, ram.len()) == images.ram);
+    assert!(whole(&ram, ram.ram_size() as usize) == images.ram);
 }
 
 /// The set may have been recorded on a machine with smaller pages.
@@ -93,7 +93,7 @@ fn working_set_may_have_partial_pages() {
         .start(images.chain())
         .unwrap();
     ram.wait().unwrap();
-    assert!(whole(&ram, ram.len()) == images.ram);
+    assert!(whole(&ram, ram.ram_size() as usize) == images.ram);
 }
 
 #[test]

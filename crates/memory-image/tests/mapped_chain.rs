@@ -32,8 +32,8 @@ fn scattered() -> Images {
 fn mapped_chain_reads_as_the_ram_at_its_last_snapshot() {
     let images = scattered();
     let ram = MappedChain::open(&images.chain()).unwrap();
-    assert_eq!(ram.len(), images.ram.len());
-    assert!(whole(&ram, ram.len()) == images.ram);
+    assert_eq!(ram.ram_size() as usize, images.ram.len());
+    assert!(whole(&ram, ram.ram_size() as usize) == images.ram);
     assert_eq!((ram.mapped(), ram.copied()), (64 * PAGE, 0));
     assert_eq!(ram.host_memory(64 * PAGE - 10, 100).unwrap().len(), 10);
     assert!(ram.host_memory(64 * PAGE, 1).is_none());
@@ -56,7 +56,7 @@ fn longest_runs_are_mapped_and_others_are_copied(#[case] max_mappings: usize, #[
         .max_mappings(max_mappings)
         .map(&images.chain())
         .unwrap();
-    assert!(whole(&ram, ram.len()) == images.ram);
+    assert!(whole(&ram, ram.ram_size() as usize) == images.ram);
     assert_eq!(ram.copied(), copied * PAGE);
     assert_eq!(ram.mapped(), (64 - copied) * PAGE);
 }
@@ -71,7 +71,7 @@ fn base_full_of_holes_takes_one_mapping() {
         .max_mappings(3)
         .map(&images.chain())
         .unwrap();
-    assert!(whole(&ram, ram.len()) == images.ram);
+    assert!(whole(&ram, ram.ram_size() as usize) == images.ram);
     assert_eq!((ram.mapped(), ram.copied()), (38 * PAGE, PAGE));
 }
 
@@ -118,7 +118,7 @@ fn guest_writes_stay_private_and_images_may_be_replaced() {
         .map(&images.chain())
         .unwrap();
     let before = std::fs::read(images.path(0)).unwrap();
-    for offset in (0..ram.len()).step_by(PAGE as usize) {
+    for offset in (0..ram.ram_size() as usize).step_by(PAGE as usize) {
         // SAFETY: inside the mapping, which nothing else accesses at the time.
         #[allow(unsafe_code)]
         unsafe {
@@ -130,7 +130,7 @@ fn guest_writes_stay_private_and_images_may_be_replaced() {
     let new = images.dir().join("new");
     std::fs::write(&new, b"new").unwrap();
     std::fs::rename(new, images.path(0)).unwrap();
-    assert!(whole(&ram, ram.len()) == images.ram);
+    assert!(whole(&ram, ram.ram_size() as usize) == images.ram);
 }
 
 #[rstest]
@@ -198,7 +198,7 @@ fn exhausted_mappings_error_names_the_remedies() {
         "{text}"
     );
     let few = MappedChain::options().max_mappings(5).map(&chain).unwrap();
-    assert!(whole(&few, few.len()) == images.ram);
+    assert!(whole(&few, few.ram_size() as usize) == images.ram);
 }
 
 /// Returns the ranges that the file system reports as data.
@@ -216,7 +216,7 @@ fn data(path: &Path) -> Vec<Range<u64>> {
 /// Writes to every `step`th byte.
 #[cfg(target_os = "linux")]
 fn touch(ram: &MappedChain, step: usize) {
-    for offset in (0..ram.len()).step_by(step) {
+    for offset in (0..ram.ram_size() as usize).step_by(step) {
         // SAFETY: inside the mapping, which nothing else accesses at the time.
         #[allow(unsafe_code)]
         unsafe {
@@ -248,7 +248,7 @@ fn mapping_a_chain_on_tmpfs_fills_no_hole_of_a_raw_diff(
         .max_mappings(max_mappings)
         .map(&chain())
         .unwrap();
-    assert!(whole(&ram, ram.len()) == images.ram);
+    assert!(whole(&ram, ram.ram_size() as usize) == images.ram);
     if write {
         touch(&ram, PAGE as usize);
     }
@@ -277,7 +277,7 @@ fn diff_pages_that_are_holes_of_the_file_stay_holes(
         .max_mappings(max_mappings)
         .map(&chain)
         .unwrap();
-    assert!(whole(&ram, ram.len()) == images.ram);
+    assert!(whole(&ram, ram.ram_size() as usize) == images.ram);
     touch(&ram, 4096);
     drop(ram);
     assert_eq!(data(images.path(1)), before);
@@ -310,13 +310,13 @@ proptest! {
         }
         let chain = images.chain();
         let ram = MappedChain::options().max_mappings(max_mappings).map(&chain).unwrap();
-        prop_assert!(whole(&ram, ram.len()) == images.ram);
+        prop_assert!(whole(&ram, ram.ram_size() as usize) == images.ram);
         let stored: u64 = chain.stored_runs().map(|run| run.end - run.start).sum();
         prop_assert_eq!(ram.mapped() + ram.copied(), stored);
         #[cfg(target_os = "linux")]
         {
             let start = ram.as_ptr().addr();
-            let taken = mappings(start..start + ram.len());
+            let taken = mappings(start..start + ram.ram_size() as usize);
             prop_assert!(taken <= max_mappings.max(1), "{} of {}", taken, max_mappings);
         }
     }
@@ -345,7 +345,7 @@ proptest! {
         let extents = || [1, 2, 3].map(|layer| data(images.path(layer)));
         let before = extents();
         let ram = MappedChain::options().max_mappings(max_mappings).map(&images.chain()).unwrap();
-        prop_assert!(whole(&ram, ram.len()) == images.ram);
+        prop_assert!(whole(&ram, ram.ram_size() as usize) == images.ram);
         touch(&ram, PAGE as usize);
         drop(ram);
         prop_assert_eq!(extents(), before);

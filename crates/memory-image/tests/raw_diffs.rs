@@ -49,16 +49,16 @@ fn raw_image_is_accepted_only_once() {
 }
 
 #[test]
-fn push_by_holes_returns_the_ambiguity_reason() {
+fn push_trusting_holes_returns_the_ambiguity_reason() {
     let (guest, diff) = Guest::with_pending_diff(1);
     let mut chain = guest.chain();
-    assert!(chain.push_by_holes(&diff).unwrap().is_none());
+    assert!(chain.push_trusting_holes(&diff).unwrap().is_none());
     assert!(whole(&chain) == guest.ram);
 
     let dense = std::fs::read(&diff).unwrap();
     std::fs::write(guest.path("dense"), &dense).unwrap();
     let mut chain = guest.chain();
-    let why = chain.push_by_holes(guest.path("dense")).unwrap();
+    let why = chain.push_trusting_holes(guest.path("dense")).unwrap();
     assert!(matches!(why, Some(AmbiguousDiff::NoHoles)), "{why:?}");
     assert!(whole(&chain) == dense, "clean pages are taken for zeros");
 }
@@ -228,7 +228,7 @@ mod names_and_mounts {
         let mut end = [0xee; 10];
         chain.read_at(HUGE - 10, &mut end).unwrap();
         assert_eq!(end, [0; 10]);
-        assert_eq!(chain.known_runs().count(), 0);
+        assert_eq!(chain.covered_runs().count(), 0);
         let error = memory_image::MappedChain::open(&chain).unwrap_err();
         assert!(
             matches!(error, MapError::Reserve { size: HUGE, .. }),

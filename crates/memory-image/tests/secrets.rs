@@ -42,7 +42,7 @@ impl PageReader for Guest {
 struct Elsewhere;
 
 impl RamTarget for Elsewhere {
-    fn size(&self) -> u64 {
+    fn ram_size(&self) -> u64 {
         SIZE
     }
 

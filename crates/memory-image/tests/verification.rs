@@ -25,11 +25,11 @@ fn flipped_bits_are_detected_throughout_a_large_image(#[case] make: Make) {
             file.read_exact_at(&mut byte, at).unwrap();
             let flipped = [byte[0] ^ 1 << (at % 8)];
             file.write_all_at(&flipped, at).unwrap();
-            let detected = verify(path).is_ok_and(|found| !found.is_whole());
+            let detected = verify(path).is_ok_and(|found| !found.is_ok());
             assert!(detected, "byte {at} of {len} in {path:?}");
             file.write_all_at(&byte, at).unwrap();
         }
-        assert!(verify(path).unwrap().is_whole());
+        assert!(verify(path).unwrap().is_ok());
     }
 }
 
@@ -43,19 +43,19 @@ fn damage_is_named_by_chunk_and_offset() {
     let file = File::options().write(true).open(path).unwrap();
     file.write_all_at(&[0xff; 3], at).unwrap();
     let found = verify(path).unwrap();
-    assert_eq!(found.found, 1);
+    assert_eq!(found.damage_count, 1);
     let [
         Damage::Chunk {
             number: 1,
             guest: range,
             ..
         },
-    ] = &found.damages[..]
+    ] = &found.damage[..]
     else {
         panic!("{found:?}");
     };
     assert_eq!(*range, 1 << 20..2 << 20);
-    assert_eq!(Some(found.damages[0].offset()), run.stored_at(1 << 20));
+    assert_eq!(Some(found.damage[0].offset()), run.stored_at(1 << 20));
 
     let sealed = Guest::with_history(Layout::Sealed);
     let path = &sealed.snapshots[1];
@@ -63,12 +63,12 @@ fn damage_is_named_by_chunk_and_offset() {
     file.write_all_at(&[1], 100 * PAGE + 77).unwrap();
     let found = verify(path).unwrap();
     assert_eq!(
-        found.damages,
+        found.damage,
         [Damage::NotZero {
             offset: 100 * PAGE + 77
         }]
     );
-    assert_eq!(found.damages[0].offset(), 100 * PAGE + 77);
+    assert_eq!(found.damage[0].offset(), 100 * PAGE + 77);
 }
 
 #[test]
@@ -115,7 +115,7 @@ fn a_thousand_damages_are_listed_and_all_are_counted() {
             ControlFlow::Continue(())
         })
         .unwrap();
-    assert_eq!((found.found, found.damages.len()), (DAMAGES, 1000));
+    assert_eq!((found.damage_count, found.damage.len()), (DAMAGES, 1000));
     let (done, total) = seen.into_inner().unwrap();
     assert_eq!(done, total);
     assert!(total >= PAGE + DAMAGES * PAGE, "{total}");

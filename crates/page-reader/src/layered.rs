@@ -151,12 +151,12 @@ impl<R> Layered<R> {
             return Err(LayeredError::Empty { offset });
         }
         let end = match offset.checked_add(size) {
-            Some(end) if end <= self.size() => end,
+            Some(end) if end <= self.ram_size() => end,
             _ => {
                 return Err(LayeredError::PastEnd {
                     offset,
                     overlay_size: size,
-                    size: self.size(),
+                    size: self.ram_size(),
                 });
             }
         };
@@ -178,7 +178,7 @@ impl<R> Layered<R> {
 
     /// Returns the size of all layers together, in bytes.
     #[must_use]
-    pub fn size(&self) -> u64 {
+    pub fn ram_size(&self) -> u64 {
         self.spans.last().map_or(0, |span| span.end)
     }
 
@@ -232,13 +232,13 @@ impl<R> Layered<R> {
             let offset_of = move |at: u64| piece.start + (at - first);
             found.map(move |found| offset_of(found.start)..offset_of(found.end))
         });
-        Box::new(inside.chain(unknown(range.start.max(self.size())..range.end)))
+        Box::new(inside.chain(unknown(range.start.max(self.ram_size())..range.end)))
     }
 }
 
 impl<R: PageReader> PageReader for Layered<R> {
     fn read_at(&self, offset: u64, mut buf: &mut [u8]) -> io::Result<()> {
-        check_range(offset, buf.len(), self.size())?;
+        check_range(offset, buf.len(), self.ram_size())?;
         for piece in self.pieces(offset, buf.len()) {
             // At most the length of buf, so it fits in usize.
             let (now, later) = buf.split_at_mut((piece.end - piece.start) as usize);
@@ -249,7 +249,7 @@ impl<R: PageReader> PageReader for Layered<R> {
     }
 
     fn host_memory(&self, offset: u64, len: usize) -> Option<HostMemory<'_>> {
-        let len = available_len(offset, len, self.size())?;
+        let len = available_len(offset, len, self.ram_size())?;
         let piece = self.pieces(offset, len).next()?;
         let len = (piece.end - piece.start) as usize;
         self.sources[piece.source].host_memory(piece.source_start, len)
@@ -266,7 +266,7 @@ mod tests {
     use proptest::prelude::*;
 
     fn all_of<R: PageReader>(source: &Layered<R>) -> Vec<u8> {
-        let mut all = vec![0; source.size() as usize];
+        let mut all = vec![0; source.ram_size() as usize];
         source.read_at(0, &mut all).unwrap();
         all
     }

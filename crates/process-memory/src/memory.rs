@@ -169,7 +169,7 @@ impl ProcessMemory {
 
 impl PageReader for ProcessMemory {
     fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
-        check_range(offset, buf.len(), self.memory.size())?;
+        check_range(offset, buf.len(), self.memory.ram_size())?;
         let pid = self.pid;
         self.memory.read_at(offset, buf).map_err(|source| {
             // Inside the ranges, mem ends only if no memory is left. An unmapped address is EIO.

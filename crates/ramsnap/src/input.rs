@@ -60,8 +60,8 @@ pub fn put_together(
     let page = |image: &Image| image.footer().map_or(RAW_PAGE, |footer| footer.page_size);
     let smallest = images.iter().map(page).min().ok_or(ChainError::NoImages)?;
     let page_size = raw.page_size.unwrap_or(smallest);
-    let warn = |path: &Path, unclear: Option<AmbiguousDiff>| {
-        if let Some(why) = unclear {
+    let warn = |path: &Path, ambiguity: Option<AmbiguousDiff>| {
+        if let Some(why) = ambiguity {
             let why = words::text(&why.into());
             session.warn(&format!(
                 "{path:?}: its clean and zero pages may be taken for each other: {why}"
@@ -74,8 +74,8 @@ pub fn put_together(
     let mut chain = match diffs {
         true if by_holes(&first) => {
             let path = first.path().to_owned();
-            let (chain, unclear) = Chain::from_diff_by_holes(first, page_size)?;
-            warn(&path, unclear);
+            let (chain, ambiguity) = Chain::from_diff_trusting_holes(first, page_size)?;
+            warn(&path, ambiguity);
             chain
         }
         true => Chain::from_diff(first, page_size)?,
@@ -83,8 +83,8 @@ pub fn put_together(
     };
     for image in images {
         if by_holes(&image) {
-            let unclear = chain.push_by_holes(image.path())?;
-            warn(image.path(), unclear);
+            let ambiguity = chain.push_trusting_holes(image.path())?;
+            warn(image.path(), ambiguity);
         } else {
             chain.push_image(image)?;
         }
@@ -125,9 +125,9 @@ pub fn check_sums<'i>(
             continue;
         }
         let found = sum(session, image)?;
-        if !found.is_whole() {
+        if !found.is_ok() {
             let path = image.path().to_owned();
-            let found = found.found;
+            let found = found.damage_count;
             return Err(Failure::Damaged { path, found }.into());
         }
     }
@@ -135,7 +135,7 @@ pub fn check_sums<'i>(
 }
 
 /// Runs [`Image::verify`] with a progress bar.
-pub fn sum(session: &Session, image: &Image) -> Result<memory_image::Verified, VerifyError> {
+pub fn sum(session: &Session, image: &Image) -> Result<memory_image::VerifyReport, VerifyError> {
     let name = image.path().file_name().unwrap_or_default().display();
     let bar = session.bar(&format!("checking {name}"));
     image.verify(&|done, total| {

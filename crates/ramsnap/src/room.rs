@@ -20,7 +20,7 @@ pub fn check_new(path: &Path, dir: &Path, chain: &Chain, raw_diff: bool) -> Resu
     // The holes of a raw image are left out as it is read.
     let known = chain.images().all(|image| image.footer().is_some());
     match sys::free_in(dir) {
-        Some(free) if known && raw_diff => check(path, chain.known_runs(), &free),
+        Some(free) if known && raw_diff => check(path, chain.covered_runs(), &free),
         Some(free) if known => check(path, chain.stored_runs(), &free),
         _ => Ok(()),
     }

@@ -124,7 +124,7 @@ pub fn check_room_but_zeros(
 pub fn page_size(chain: &Chain) -> Result<u64, Failure> {
     let page_size = chain.writable_page_size();
     let of_diffs = !chain.is_full() && page_size > chain.page_size();
-    if of_diffs || !chain.size().is_multiple_of(page_size) {
+    if of_diffs || !chain.ram_size().is_multiple_of(page_size) {
         let page_size = chain.page_size();
         return Err(Failure::OldPages { page_size });
     }

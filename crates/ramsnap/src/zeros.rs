@@ -22,7 +22,7 @@ pub fn without_zeros(
     let mut found = Vec::<Range<u64>>::new();
     let mut buffer = SecretBuffer::new();
     let bar = session.bar("looking for zeros");
-    bar.set_length(chain.size());
+    bar.set_length(chain.ram_size());
     for run in runs {
         let mut at = run.start;
         while at < run.end {

@@ -47,10 +47,10 @@ impl Files {
                 pushed => pushed?,
             }
         }
-        progress.phase("restoring into a new guest", chain.size());
+        progress.phase("restoring into a new guest", chain.ram_size());
         chain.restore_zeroed(&mut NewGuest {
             guest,
-            size: chain.size(),
+            size: chain.ram_size(),
             progress,
         })?;
         let state = fs::read(&self.processor);
@@ -67,7 +67,7 @@ struct NewGuest<'a> {
 }
 
 impl RamTarget for NewGuest<'_> {
-    fn size(&self) -> u64 {
+    fn ram_size(&self) -> u64 {
         self.size
     }
 

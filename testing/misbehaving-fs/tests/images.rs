@@ -9,9 +9,7 @@ use std::ops::ControlFlow;
 use std::path::Path;
 
 use dirty_bitmap::DirtyBitmap;
-use memory_image::{
-    AmbiguousDiff, Chain, ChainError, Image, MappedChain, ReadImageError, RestoreError, compare,
-};
+use memory_image::{Chain, ChainError, Image, MappedChain, ReadImageError, RestoreError, compare};
 use memory_writer::{AmbiguousDiff, Layout, MemoryWriter, Seal, SnapshotError};
 use misbehaving_fs::{Behaviour, Lseek, MisbehavingFs, Reads};
 use page_reader::{HostMemory, PageReader};
@@ -65,7 +63,7 @@ fn mapped(chain: &Chain) -> Vec<u8> {
     let mapped = MappedChain::open(chain).unwrap();
     let mut bytes = vec![0; RAM as usize];
     // SAFETY: mapped for the lifetime of `mapped`, which outlives the copy.
-    let memory = unsafe { HostMemory::new(mapped.as_ptr(), mapped.len()) };
+    let memory = unsafe { HostMemory::new(mapped.as_ptr(), mapped.ram_size() as usize) };
     memory.copy_to(&mut bytes);
     bytes
 }
@@ -127,9 +125,9 @@ fn verify_finds_bytes_between_pages_with_any_holes() {
     for report in REPORTS {
         fs.set(with_lseek(report));
         let found = Image::open(&image).unwrap().verify(&|_, _| ALL);
-        let damages = found.unwrap().damages;
-        assert_eq!(damages.len(), 1, "{report:?}");
-        assert_eq!(damages[0].offset(), RAM - PAGE, "{report:?}");
+        let damage = found.unwrap().damage;
+        assert_eq!(damage.len(), 1, "{report:?}");
+        assert_eq!(damage[0].offset(), RAM - PAGE, "{report:?}");
     }
 }
 
@@ -211,7 +209,9 @@ fn a_raw_diff_on_fuse_is_not_read_by_its_holes() {
             matches!(
                 error,
                 ChainError::AmbiguousDiff {
-                    why: AmbiguousDiff::Holes(PagesUnknown::Holes(HolesUnknown::FileSystem { .. })),
+                    why: memory_image::AmbiguousDiff::Holes(PagesUnknown::Holes(
+                        HolesUnknown::FileSystem { .. }
+                    )),
                     ..
                 }
             ),

@@ -225,7 +225,7 @@ fn verified(paths: &[&PathBuf]) -> Result<(), Violation> {
         let found = image
             .verify(&|_, _| ControlFlow::Continue(()))
             .map_err(lost("a sealed image"))?;
-        if let Some(damage) = found.damages.first() {
+        if let Some(damage) = found.damage.first() {
             return Err(Violation::Torn(format!("{}: {damage:?}", path.display())));
         }
     }

@@ -48,7 +48,7 @@ use crate::restore::{CHUNK, HostRam, RamTarget};
 /// let mut chain = Chain::open_raw(&full, 4096)?;
 /// chain.push_pages(&diff, [65536..131072])?;
 /// let ram = MappedChain::open(&chain)?;
-/// println!("RAM of {} bytes at {:p}", ram.len(), ram.as_ptr());
+/// println!("RAM of {} bytes at {:p}", ram.ram_size(), ram.as_ptr());
 /// println!("{} bytes were copied", ram.copied());
 /// let mut bytes = [0; 2];
 /// ram.read_at(65535, &mut bytes)?; // the current bytes of a running guest
@@ -94,9 +94,8 @@ impl MappedChain {
 
     /// Returns the size of the RAM in bytes.
     #[must_use]
-    #[expect(clippy::len_without_is_empty, reason = "a mapping is never empty")]
-    pub fn len(&self) -> usize {
-        self.ram.len()
+    pub fn ram_size(&self) -> u64 {
+        self.ram.len() as u64
     }
 
     /// Returns the number of bytes of the RAM that are mapped from the images' files.
@@ -127,7 +126,7 @@ impl MappedChainOptions {
     /// [`MapError`].
     pub fn map(&self, chain: &Chain) -> Result<MappedChain, MapError> {
         chain.check_full()?;
-        let (size, page) = (chain.size(), host_page());
+        let (size, page) = (chain.ram_size(), host_page());
         let ram = Region::zeros(size).map_err(|source| MapError::Reserve { size, source })?;
         let plan = Plan::new(chain, page, self.max_mappings)?;
         let mut ram = plan.map_over(ram, chain, page)?;

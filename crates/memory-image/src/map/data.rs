@@ -31,7 +31,7 @@ impl FileData {
     pub(super) fn list(chain: &Chain) -> Result<Self, ReadImageError> {
         let mut data = Self::all(chain);
         let mut used = vec![false; chain.len()];
-        for Segment { source, .. } in chain.segments(0..chain.size()) {
+        for Segment { source, .. } in chain.segments(0..chain.ram_size()) {
             if let Source::Stored { layer, .. } = source {
                 used[layer] = true;
             }
@@ -56,30 +56,32 @@ impl FileData {
         &'c self,
         chain: &'c Chain,
     ) -> impl Iterator<Item = (Segment, bool)> + use<'c> {
-        chain.segments(0..chain.size()).flat_map(move |segment| {
-            let mut rest = Some(segment);
-            std::iter::from_fn(move || {
-                let Segment { range, source } = rest.take()?;
-                let Source::Stored { layer, offset } = source else {
-                    return Some((Segment { range, source }, false));
-                };
-                let (is_data, end) = match self.run_at(layer, offset) {
-                    Some(run) if run.start <= offset => (true, run.end),
-                    Some(run) => (false, run.start),
-                    None => (false, u64::MAX),
-                };
-                let cut = range.end.min(range.start.saturating_add(end - offset));
-                if cut < range.end {
-                    let offset = offset + (cut - range.start);
-                    rest = Some(Segment {
-                        range: cut..range.end,
-                        source: Source::Stored { layer, offset },
-                    });
-                }
-                let range = range.start..cut;
-                Some((Segment { range, source }, is_data))
+        chain
+            .segments(0..chain.ram_size())
+            .flat_map(move |segment| {
+                let mut rest = Some(segment);
+                std::iter::from_fn(move || {
+                    let Segment { range, source } = rest.take()?;
+                    let Source::Stored { layer, offset } = source else {
+                        return Some((Segment { range, source }, false));
+                    };
+                    let (is_data, end) = match self.run_at(layer, offset) {
+                        Some(run) if run.start <= offset => (true, run.end),
+                        Some(run) => (false, run.start),
+                        None => (false, u64::MAX),
+                    };
+                    let cut = range.end.min(range.start.saturating_add(end - offset));
+                    if cut < range.end {
+                        let offset = offset + (cut - range.start);
+                        rest = Some(Segment {
+                            range: cut..range.end,
+                            source: Source::Stored { layer, offset },
+                        });
+                    }
+                    let range = range.start..cut;
+                    Some((Segment { range, source }, is_data))
+                })
             })
-        })
     }
 
     /// Returns the first run of data that ends after this offset of a layer's file.

@@ -45,7 +45,7 @@ impl HostRam<'_> {
 }
 
 impl RamTarget for HostRam<'_> {
-    fn size(&self) -> u64 {
+    fn ram_size(&self) -> u64 {
         self.regions.iter().map(|(_, len)| *len as u64).sum()
     }
 

@@ -90,7 +90,7 @@ pub use userfaultfd::UserfaultfdError;
 /// // Later starts read these pages first.
 /// let options = LazyRam::options().working_set(WorkingSet::load(&set)?);
 /// let ram = options.start(Chain::open_raw(&full, 4096)?)?;
-/// println!("a guest of {} bytes at {:p}", ram.len(), ram.as_ptr());
+/// println!("a guest of {} bytes at {:p}", ram.ram_size(), ram.as_ptr());
 /// ram.wait()?; // until all pages are in memory
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
@@ -133,9 +133,8 @@ impl LazyRam {
 
     /// Returns the size of the RAM in bytes.
     #[must_use]
-    #[expect(clippy::len_without_is_empty, reason = "a guest's RAM is never empty")]
-    pub fn len(&self) -> usize {
-        self.filler.chain.size() as usize
+    pub fn ram_size(&self) -> u64 {
+        self.filler.chain.ram_size()
     }
 
     /// Returns the progress of filling.
@@ -185,7 +184,7 @@ impl LazyRam {
     pub fn recorded(&self) -> WorkingSet {
         match &self.filler.recorded {
             Some(recorded) => locked(recorded).clone(),
-            None => WorkingSet::of(self.filler.chain.size()),
+            None => WorkingSet::of(self.filler.chain.ram_size()),
         }
     }
 }
@@ -213,7 +212,7 @@ impl Drop for LazyRam {
 impl PageReader for LazyRam {
     fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
         let end = offset.checked_add(buf.len() as u64);
-        end.filter(|end| *end <= self.filler.chain.size())
+        end.filter(|end| *end <= self.filler.chain.ram_size())
             .ok_or(io::ErrorKind::UnexpectedEof)?;
         let (mut offset, mut rest) = (offset, buf);
         while let Some(memory) = self.host_memory(offset, rest.len()) {
@@ -226,7 +225,7 @@ impl PageReader for LazyRam {
 
     fn host_memory(&self, offset: u64, len: usize) -> Option<HostMemory<'_>> {
         let end = offset.saturating_add(len as u64);
-        let end = end.min(self.filler.chain.size());
+        let end = end.min(self.filler.chain.ram_size());
         self.filler.memory.host_memory(offset..end)
     }
 }

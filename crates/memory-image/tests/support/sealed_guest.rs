@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use dirty_bitmap::DirtyBitmap;
 use image_format::{Checksums, Footer, Kind, Placement, Run, Version, packed_start};
-use memory_image::{Chain, Image, ImageId, Verified, VerifyError};
+use memory_image::{Chain, Image, ImageId, VerifyError, VerifyReport};
 use memory_writer::{Durability, Layout, MemoryWriter, Options, Seal};
 use page_reader::PageReader;
 
@@ -106,7 +106,7 @@ pub fn whole(reader: &impl PageReader) -> Vec<u8> {
     bytes
 }
 
-pub fn verify(path: &Path) -> Result<Verified, VerifyError> {
+pub fn verify(path: &Path) -> Result<VerifyReport, VerifyError> {
     Image::open(path)
         .unwrap()
         .verify(&|_, _| ControlFlow::Continue(()))

@@ -126,7 +126,9 @@ impl Convert {
         let from_stdin = || "the image that came by stdin is not usable";
         let image = Image::open_as(stream::path_of(&file), memory_image::Format::Packed);
         let image = image.with_context(from_stdin)?;
-        let found = input::sum(session, &image).with_context(from_stdin)?.found;
+        let found = input::sum(session, &image)
+            .with_context(from_stdin)?
+            .damage_count;
         if found > 0 {
             return Err(Failure::StreamDamaged { found }.into());
         }
@@ -267,7 +269,7 @@ impl Convert {
         staged: Option<AtomicWriter>,
         check: impl FnOnce() -> anyhow::Result<()>,
     ) -> anyhow::Result<ExitStatus> {
-        let (size, page_size) = (chain.size(), self.page_size_of(chain)?);
+        let (size, page_size) = (chain.ram_size(), self.page_size_of(chain)?);
         let layout = self.layout.unwrap_or_else(|| layout_of_first(chain));
         self.check_records(layout)?;
         let options = self.options(session, chain, layout, extras)?;
@@ -297,7 +299,7 @@ impl Convert {
         let mut seal = chain.seal();
         if let Some(file) = &self.parent {
             let parent = file.open(Format::Auto)?;
-            let (old, new) = (parent.ram_size(), chain.size());
+            let (old, new) = (parent.ram_size(), chain.ram_size());
             if old != new {
                 return Err(Failure::OtherGuest { old, new }.into());
             }
@@ -312,7 +314,7 @@ impl Convert {
                 .parent(id)
                 .regions(regions.unwrap_or_default().iter().cloned());
         }
-        let seal = extras.add_to(seal, chain.size())?;
+        let seal = extras.add_to(seal, chain.ram_size())?;
         Ok(session
             .options("converting")
             .layout(layout.with(seal))
@@ -341,7 +343,7 @@ impl Convert {
             .tempdir_in(std::env::temp_dir())
             .context("cannot make a directory to pack the stream in")?;
         let dest = dir.path().join("image");
-        let mut writer = options.open(dest, chain.size(), self.page_size_of(chain)?)?;
+        let mut writer = options.open(dest, chain.ram_size(), self.page_size_of(chain)?)?;
         save::check_room(&writer, chain)?;
         check()?;
         save::write_chain(&mut writer, chain)?;

@@ -108,8 +108,8 @@ impl Diff {
                 New::Images(self.new_chain(session, old_files, new_files, new_is_diff)?)
             }
         };
-        if old.size() != new.size() {
-            let (old, new) = (old.size(), new.size());
+        if old.ram_size() != new.size() {
+            let (old, new) = (old.ram_size(), new.size());
             return Err(Failure::OtherGuest { old, new }.into());
         }
         self.check_regions(&old, &new)?;
@@ -208,13 +208,13 @@ impl Diff {
 
     fn changed(&self, session: &Session, old: &Chain, new: &New) -> anyhow::Result<DirtyBitmap> {
         let bar = session.bar("comparing");
-        bar.set_length(old.size());
+        bar.set_length(old.ram_size());
         let page_size = self.page_size(old);
         let progress = |done| {
             bar.set_position(done);
             session.flow()
         };
-        let compared = compare(old, &new.reader(), old.size(), page_size, &progress);
+        let compared = compare(old, &new.reader(), old.ram_size(), page_size, &progress);
         compared.context("the two states can't be compared")
     }
 
@@ -265,12 +265,18 @@ impl Diff {
         if let (New::Images(chain), true) = (new, self.layout != Layout::Raw) {
             input::warn_of_old_metadata(session, chain);
         }
-        let seal = self.extras.add_to(seal, old.size())?;
+        let seal = self.extras.add_to(seal, old.ram_size())?;
         let options = session
             .options("saving")
             .layout(self.layout.with(seal))
             .ram_start(0);
-        save::stage(session, output, options, old.size(), self.page_size(old))
+        save::stage(
+            session,
+            output,
+            options,
+            old.ram_size(),
+            self.page_size(old),
+        )
     }
 
     fn save(
@@ -305,7 +311,7 @@ impl New {
     fn size(&self) -> u64 {
         match self {
             Self::Ram(ram) => ram.size(),
-            Self::Images(chain) => chain.size(),
+            Self::Images(chain) => chain.ram_size(),
         }
     }
 

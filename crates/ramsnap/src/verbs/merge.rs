@@ -78,7 +78,7 @@ impl Merge {
         if layout != Layout::Raw {
             input::warn_of_old_metadata(session, &chain);
         }
-        let mut writer = save::stage(session, &output, options, chain.size(), page_size)?;
+        let mut writer = save::stage(session, &output, options, chain.ram_size(), page_size)?;
         save::check_room(&writer, &chain)?;
         // Once there is a place for the result: this takes as long as the rest.
         if !self.no_verify {

@@ -101,7 +101,7 @@ impl Restore {
         let options = session.options("restoring");
         let options = options.skip_untouched(true).skip_zeros(true);
         let page_size = save::page_size(chain)?;
-        let mut writer = save::stage(session, &output, options, chain.size(), page_size)?;
+        let mut writer = save::stage(session, &output, options, chain.ram_size(), page_size)?;
         save::check_room_but_zeros(session, &writer, chain)?;
         self.check(session, chain)?;
         save::write_chain(&mut writer, chain)?;
@@ -158,7 +158,7 @@ impl Restore {
             Ok(()) => begun.end(),
             Err(error) => return Err(begun.give_up(error)),
         };
-        let ram = size(chain.size());
+        let ram = size(chain.ram_size());
         Ok(session.report(&format!("{}: {ram} of RAM", path.display()))?)
     }
 }

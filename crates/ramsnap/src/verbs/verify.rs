@@ -1,7 +1,7 @@
 //! `ramsnap verify`: checks that images are whole and follow each other.
 
 use clap::Args;
-use memory_image::{Damage, OpenImageError, Verified};
+use memory_image::{Damage, OpenImageError, VerifyReport};
 use serde::Serialize;
 
 use crate::args::{Formats, ImageFile, RawImages};
@@ -227,15 +227,15 @@ impl Checked {
 }
 
 impl State {
-    fn of(found: Verified) -> Self {
+    fn of(found: VerifyReport) -> Self {
         let (bytes, chunks) = (found.bytes, found.chunks);
-        if found.is_whole() {
+        if found.is_ok() {
             return Self::Whole { bytes, chunks };
         }
         Self::Damaged {
             chunks,
-            found: found.found,
-            damages: found.damages.iter().map(Place::of).collect(),
+            found: found.damage_count,
+            damages: found.damage.iter().map(Place::of).collect(),
         }
     }
 }

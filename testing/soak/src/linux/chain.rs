@@ -128,7 +128,7 @@ impl Images {
                 saved.path.display()
             );
             let verified = image.verify(&|_, _| ControlFlow::Continue(()))?;
-            if let Some(damage) = verified.damages.first() {
+            if let Some(damage) = verified.damage.first() {
                 let torn = Difference {
                     at: damage.offset(),
                     what: Harm::Torn,
@@ -196,7 +196,7 @@ impl Way {
 /// Fills memory while a thread touches it here and there.
 fn lazily(chain: Chain, expected: &Expected<'_>, random: &mut Random) -> anyhow::Result<()> {
     const TOUCHED: usize = 4096;
-    let pages = chain.size() / TOUCHED as u64;
+    let pages = chain.ram_size() / TOUCHED as u64;
     let options = LazyRam::options().prefetch(random.below(2) == 0);
     let around = 4096 << random.below(8);
     let ram = options.fault_around(around).start(Arc::new(chain))?;
@@ -238,7 +238,7 @@ fn merged(
 }
 
 fn restored(chain: &Chain, expected: &Expected<'_>) -> anyhow::Result<()> {
-    let mut ram = vec![0; usize::try_from(chain.size())?];
+    let mut ram = vec![0; usize::try_from(chain.ram_size())?];
     chain.restore_zeroed(ram.as_mut_slice())?;
     expected.compare(&ram)
 }
@@ -252,7 +252,7 @@ fn written(
 ) -> anyhow::Result<()> {
     let layout = plan.layout(|| chain.seal());
     let options = plan.tuned().layout(layout);
-    let mut writer = options.open(scratch, chain.size(), chain.page_size())?;
+    let mut writer = options.open(scratch, chain.ram_size(), chain.page_size())?;
     chain.write_to(&mut writer)?;
     writer.commit()?;
     let compared = plan

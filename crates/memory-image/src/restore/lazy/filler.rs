@@ -349,7 +349,7 @@ impl Filler {
         // Whole pages of the segment, including the last page of the RAM if the RAM ends inside it.
         let start = segment.range.start.next_multiple_of(self.page);
         let end = match segment.range.end {
-            end if end == self.chain.size() => end.next_multiple_of(self.page),
+            end if end == self.chain.ram_size() => end.next_multiple_of(self.page),
             end => end - end % self.page,
         };
         let whole = start..end;
@@ -606,7 +606,7 @@ impl Filler {
 
     /// Clips an offset to the RAM: the images end with the RAM, the memory with a page.
     fn clip(&self, end: u64) -> u64 {
-        end.min(self.chain.size())
+        end.min(self.chain.ram_size())
     }
 
     /// Requests read-ahead of these bytes.

@@ -80,7 +80,7 @@ impl LazyRamOptions {
     /// [`LazyError`].
     pub fn start(self, chain: impl Into<Arc<Chain>>) -> Result<LazyRam, LazyError> {
         let chain = chain.into();
-        let size = chain.size();
+        let size = chain.ram_size();
         let failed = |source| LazyError::Reserve { size, source };
         let len = size.checked_next_multiple_of(host_page());
         let region = Region::zeros(len.unwrap_or(u64::MAX)).map_err(failed)?;
@@ -125,9 +125,9 @@ impl LazyRamOptions {
         let chain = chain.into();
         // SAFETY: the caller of this function promises what `Memory::new` requires.
         let mut memory = unsafe { Memory::new(regions) };
-        if memory.len() != chain.size() {
+        if memory.len() != chain.ram_size() {
             return Err(LazyError::TargetSize {
-                image: chain.size(),
+                image: chain.ram_size(),
                 target: memory.len(),
             });
         }
@@ -142,7 +142,7 @@ impl LazyRamOptions {
         region: Option<Region>,
     ) -> Result<LazyRam, LazyError> {
         chain.check_full()?;
-        let (image, page) = (chain.size(), host_page());
+        let (image, page) = (chain.ram_size(), host_page());
         let ram_size = self.working_set.as_ref().map(WorkingSet::ram_size);
         if let Some(working_set) = ram_size.filter(|size| *size != image) {
             return Err(LazyError::WorkingSetSize { image, working_set });

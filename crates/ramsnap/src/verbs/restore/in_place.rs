@@ -134,10 +134,10 @@ impl<'s> InPlace<'s> {
         let metadata = file.metadata();
         let metadata = metadata.with_context(|| format!("cannot look at {path:?}"))?;
         let size = metadata.len();
-        if size != chain.size() {
+        if size != chain.ram_size() {
             return Err(Failure::TargetSize {
                 path: path.to_owned(),
-                image: chain.size(),
+                image: chain.ram_size(),
                 target: size,
             }
             .into());
@@ -348,7 +348,7 @@ impl<'s> InPlace<'s> {
 }
 
 impl RamTarget for InPlace<'_> {
-    fn size(&self) -> u64 {
+    fn ram_size(&self) -> u64 {
         self.size
     }
 
