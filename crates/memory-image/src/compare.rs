@@ -1,21 +1,15 @@
 //! Finds the pages in which two sources differ.
 
 use std::io;
-use std::num::NonZeroUsize;
 use std::ops::{ControlFlow, Range};
-use std::sync::{Mutex, PoisonError};
-use std::thread;
 
 use dirty_bitmap::{DirtyBitmap, GeometryError};
 use page_reader::{PageReader, SecretBuffer, Touched};
 use thiserror::Error;
 
+use crate::image::READ_SIZE;
 use crate::page_set::coalesce;
-
-/// Bytes of each source that are compared at a time, between two calls of the progress function.
-const CHUNK: u64 = 1 << 20;
-/// More threads do not increase the memory throughput.
-const THREADS: usize = 8;
+use crate::parallel;
 
 /// Upper bound on the number of pages, at one bit each. 2^33 pages, 32 TiB in pages of 4 KiB, take
 /// 1 GiB. The limit exists because an image may claim any RAM size: pages of zeros take no space in
@@ -113,55 +107,33 @@ where
     let runs = populated_by_either(older, newer, ram_size);
     let read: u64 = runs.iter().map(|run| run.end - run.start).sum();
     let chunks = runs.iter().flat_map(|run| {
-        let starts = run.clone().step_by(CHUNK as usize);
-        starts.map(|start| start..run.end.min(start.saturating_add(CHUNK)))
+        let starts = run.clone().step_by(READ_SIZE as usize);
+        starts.map(|start| start..run.end.min(start.saturating_add(READ_SIZE)))
     });
-    let work = Mutex::new(chunks);
     // Ranges that neither source has count as compared.
-    let state = Mutex::new((ram_size - read, None));
-    if progress(ram_size - read).is_break() {
-        let compared = ram_size - read;
+    let mut compared = ram_size - read;
+    if progress(compared).is_break() {
         return Err(CompareError::Cancelled { compared });
     }
-    let compare_chunks = || {
-        let (mut before, mut after) = (SecretBuffer::new(), SecretBuffer::new());
-        loop {
-            let next = work.lock().unwrap_or_else(PoisonError::into_inner).next();
-            let Some(range) = next else { return };
+    parallel::for_each(
+        usize::MAX,
+        chunks,
+        |range, [before, after]: &mut [SecretBuffer; 2]| {
             let len = (range.end - range.start) as usize;
             let (before, after) = (before.sized(len), after.sized(len));
-            let read = read_both(older, newer, range.start, before, after);
-            if read.is_ok() {
-                mark(&changed, page_size, range.start, before, after);
+            read_both(older, newer, range.start, before, after)?;
+            mark(&changed, page_size, range.start, before, after);
+            Ok(range.end - range.start)
+        },
+        |bytes: Result<u64, CompareError>| {
+            compared += bytes?;
+            match progress(compared) {
+                ControlFlow::Continue(()) => Ok(()),
+                ControlFlow::Break(()) => Err(CompareError::Cancelled { compared }),
             }
-            let mut state = state.lock().unwrap_or_else(PoisonError::into_inner);
-            let (compared, failed) = &mut *state;
-            *compared += range.end - range.start;
-            let cancelled = progress(*compared)
-                .is_break()
-                .then_some(CompareError::Cancelled {
-                    compared: *compared,
-                });
-            if failed.is_none() {
-                *failed = read.err().or(cancelled);
-            }
-            if failed.is_some() {
-                return;
-            }
-        }
-    };
-    let threads = thread::available_parallelism().map_or(1, NonZeroUsize::get);
-    thread::scope(|scope| {
-        for _ in 1..threads.min(THREADS) {
-            // With fewer threads the comparison only takes longer.
-            let _ = thread::Builder::new().spawn_scoped(scope, compare_chunks);
-        }
-        compare_chunks();
-    });
-    match state.into_inner().unwrap_or_else(PoisonError::into_inner) {
-        (_, Some(error)) => Err(error),
-        (_, None) => Ok(changed),
-    }
+        },
+    )?;
+    Ok(changed)
 }
 
 fn read_both<A: PageReader + ?Sized, B: PageReader + ?Sized>(
@@ -219,8 +191,8 @@ fn populated_by_either<A: PageReader + ?Sized, B: PageReader + ?Sized>(
         }
     });
     let chunks = ascending.map(|range| {
-        let start = range.start - range.start % CHUNK;
-        start..range.end.next_multiple_of(CHUNK).min(ram_size)
+        let start = range.start - range.start % READ_SIZE;
+        start..range.end.next_multiple_of(READ_SIZE).min(ram_size)
     });
     coalesce(chunks).collect()
 }

@@ -12,6 +12,9 @@ use memory_writer::FileVersion;
 use crate::error::{OpenImageError, ReadImageError};
 use crate::image_file::{ImageFile, ReopenError};
 
+/// Bytes that are read, compared or copied at a time.
+pub(crate) const READ_SIZE: u64 = 1 << 20;
+
 /// The layout of the pages in an image's file.
 ///
 /// A raw image consists of the guest's bytes alone: bytes that look like a footer at its end may

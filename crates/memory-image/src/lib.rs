@@ -114,6 +114,7 @@ mod link;
 mod map;
 mod merge;
 mod page_set;
+mod parallel;
 mod raw;
 mod restore;
 mod verify;
@@ -131,7 +132,7 @@ pub use image_format::{Footer, FooterError, ImageId};
 pub use map::{MappedChain, MappedChainOptions, MappedImage};
 #[cfg(target_os = "linux")]
 pub use restore::lazy::{LazyError, LazyRam, LazyRamOptions, Progress, UserfaultfdError};
-pub use restore::{HostRam, RamTarget};
+pub use restore::{HostRam, RamTarget, TargetMemory};
 pub use verify::{Damage, VerifyReport};
 #[cfg(target_os = "linux")]
 pub use working_set::{WorkingSet, WorkingSetError};

@@ -3,19 +3,21 @@
 mod host_ram;
 #[cfg(target_os = "linux")]
 pub(crate) mod lazy;
+mod target_memory;
 
 use std::io;
 use std::ops::Range;
 
+use nix::errno::Errno;
 use page_reader::SecretBuffer;
 
 pub use host_ram::HostRam;
+pub use target_memory::TargetMemory;
 
 use crate::chain::Chain;
+use crate::chain::segments::{Segment, Source};
 use crate::error::RestoreError;
-
-/// Bytes copied at a time.
-pub(crate) const CHUNK: u64 = 1 << 20;
+use crate::image::READ_SIZE;
 
 /// Memory that a guest's RAM can be restored to, addressed by the offset in the memory file.
 pub trait RamTarget {
@@ -27,6 +29,14 @@ pub trait RamTarget {
     /// # Errors
     /// Fails if the bytes cannot be written there.
     fn write_at(&mut self, offset: u64, bytes: &[u8]) -> io::Result<()>;
+
+    /// Returns the memory that holds the bytes from `offset` on, at most `len` and at least one, if
+    /// they are in this process. The images are then read into it directly, which saves a copy.
+    /// The default is `None`: the bytes are passed to [`write_at`](Self::write_at).
+    fn memory_mut(&mut self, offset: u64, len: usize) -> Option<TargetMemory<'_>> {
+        let _ = (offset, len);
+        None
+    }
 }
 
 impl RamTarget for [u8] {
@@ -43,6 +53,12 @@ impl RamTarget for [u8] {
             .ok_or(io::ErrorKind::WriteZero)?
             .copy_from_slice(bytes);
         Ok(())
+    }
+
+    fn memory_mut(&mut self, offset: u64, len: usize) -> Option<TargetMemory<'_>> {
+        let rest = self.get_mut(usize::try_from(offset).ok()?..)?;
+        let len = len.min(rest.len());
+        (len > 0).then(|| TargetMemory::from(&mut rest[..len]))
     }
 }
 
@@ -86,15 +102,54 @@ impl Chain {
             });
         }
         let mut buffer = SecretBuffer::new();
-        let buffer = buffer.sized(CHUNK.min(self.ram_size()) as usize);
         for run in runs {
-            for offset in run.clone().step_by(CHUNK as usize) {
-                let bytes = &mut buffer[..CHUNK.min(run.end - offset) as usize];
-                self.read(offset, bytes)?;
-                target
-                    .write_at(offset, bytes)
-                    .map_err(|source| RestoreError::Target { offset, source })?;
+            let mut at = run.start;
+            while at < run.end {
+                let len = READ_SIZE.min(run.end - at) as usize;
+                let memory = target.memory_mut(at, len);
+                if let Some(mut memory) = memory.filter(|it| (1..=len).contains(&it.len())) {
+                    self.read_to_memory(at, &mut memory)?;
+                    at += memory.len() as u64;
+                    continue;
+                }
+                let bytes = buffer.sized(len);
+                self.read(at, bytes)?;
+                let written = target.write_at(at, bytes);
+                written.map_err(|source| RestoreError::Target { offset: at, source })?;
+                at += len as u64;
             }
+        }
+        Ok(())
+    }
+
+    /// Reads the bytes from `offset` on into `memory`.
+    fn read_to_memory(
+        &self,
+        offset: u64,
+        memory: &mut TargetMemory<'_>,
+    ) -> Result<(), RestoreError> {
+        let end = offset + memory.len() as u64;
+        for Segment { range, source } in self.segments(offset..end) {
+            let part = (range.start - offset) as usize..(range.end - offset) as usize;
+            let (layer, at) = match source {
+                Source::Stored { layer, offset } => (layer, offset),
+                Source::Hole | Source::Zero => {
+                    memory.fill_zeros(part);
+                    continue;
+                }
+            };
+            let image = self.image(layer);
+            let file = image.file()?;
+            memory.read_from(part, &file, at).map_err(|(at, source)| {
+                match source.raw_os_error() {
+                    // The memory is not writable. The file is not at fault.
+                    Some(errno) if errno == Errno::EFAULT as i32 => RestoreError::Target {
+                        offset: range.start,
+                        source,
+                    },
+                    _ => image.read_error(at, source).into(),
+                }
+            })?;
         }
         Ok(())
     }

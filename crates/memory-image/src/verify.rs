@@ -1,21 +1,15 @@
 //! Verifies the bytes of an image against its checksums.
 
-use std::num::NonZeroUsize;
 use std::ops::{ControlFlow, Range};
-use std::sync::{Mutex, PoisonError};
-use std::thread;
 
 use image_format::{Chunk, ChunkSum, Footer, packed_start};
 use page_reader::{HostMemory, SecretBuffer};
 use sparse_file::{ExtentKind, extents};
 
 use crate::error::{ReadImageError, VerifyError};
-use crate::image::Image;
+use crate::image::{Image, READ_SIZE};
+use crate::parallel;
 
-/// Bytes read at a time.
-const PIECE: u64 = 1 << 20;
-/// More threads do not increase the throughput of any device.
-const THREADS: usize = 8;
 /// Maximum number of listed damaged places. Further ones are only counted.
 const LISTED: usize = 1000;
 
@@ -38,6 +32,19 @@ impl VerifyReport {
     #[must_use]
     pub fn is_ok(&self) -> bool {
         self.damage_count == 0
+    }
+
+    fn add(&mut self, checked: Checked) {
+        if checked.chunk {
+            self.chunks += 1;
+            self.bytes += checked.bytes;
+        }
+        if let Some(damage) = checked.damage {
+            self.damage_count += 1;
+            if self.damage.len() < LISTED {
+                self.damage.push(damage);
+            }
+        }
     }
 }
 
@@ -113,43 +120,32 @@ impl Image {
         let gap_bytes: u64 = gaps.iter().map(|gap| gap.end - gap.start).sum();
         // A chain may have thousands of images with one or two pages each: start no thread without
         // work.
-        let most = footer.checksums.len() + (gap_bytes / PIECE) as usize + gaps.len();
+        let most = footer.checksums.len() + (gap_bytes / READ_SIZE) as usize + gaps.len();
         let total = footer.present_bytes() + gap_bytes;
         let pieces = gaps.into_iter().flat_map(|gap| {
             let end = gap.end;
-            let starts = gap.step_by(PIECE as usize);
-            starts.map(move |start| Work::Gap(start..end.min(start + PIECE)))
+            let starts = gap.step_by(READ_SIZE as usize);
+            starts.map(move |start| Work::Gap(start..end.min(start + READ_SIZE)))
         });
-        let work = Mutex::new(footer.chunks().map(Work::Chunk).chain(pieces));
-        let state = Mutex::new(State::default());
-        let threads = thread::available_parallelism().map_or(1, NonZeroUsize::get);
-        let check_work = || {
-            let mut buffer = SecretBuffer::new();
-            loop {
-                let next = work.lock().unwrap_or_else(PoisonError::into_inner).next();
-                let Some(next) = next else { return };
-                let result = self.check(&next, &mut buffer);
-                let mut state = state.lock().unwrap_or_else(PoisonError::into_inner);
-                if state.record(result, total, progress).is_break() {
-                    return;
-                }
-            }
-        };
+        let work = footer.chunks().map(Work::Chunk).chain(pieces);
         if progress(0, total).is_break() {
             return Err(VerifyError::Cancelled);
         }
-        thread::scope(|scope| {
-            for _ in 1..threads.min(THREADS).min(most) {
-                // With fewer threads the verification only takes longer.
-                let _ = thread::Builder::new().spawn_scoped(scope, check_work);
-            }
-            check_work();
-        });
-        let state = state.into_inner().unwrap_or_else(PoisonError::into_inner);
-        if let Some(error) = state.failed {
-            return Err(error);
-        }
-        let mut found = state.found;
+        let (mut found, mut done) = (VerifyReport::default(), 0);
+        parallel::for_each(
+            most,
+            work,
+            |work, buffer| self.check(&work, buffer),
+            |checked| {
+                let checked = checked?;
+                done += checked.bytes;
+                found.add(checked);
+                match progress(done, total) {
+                    ControlFlow::Continue(()) => Ok(()),
+                    ControlFlow::Break(()) => Err(VerifyError::Cancelled),
+                }
+            },
+        )?;
         found.damage.sort_by_key(Damage::offset);
         Ok(found)
     }
@@ -247,48 +243,4 @@ struct Checked {
     chunk: bool,
     bytes: u64,
     damage: Option<Damage>,
-}
-
-#[derive(Default)]
-struct State {
-    found: VerifyReport,
-    /// Bytes of chunks and gaps.
-    done: u64,
-    failed: Option<VerifyError>,
-}
-
-impl State {
-    fn record(
-        &mut self,
-        result: Result<Checked, ReadImageError>,
-        total: u64,
-        progress: &(dyn Fn(u64, u64) -> ControlFlow<()> + Sync),
-    ) -> ControlFlow<()> {
-        if self.failed.is_some() {
-            return ControlFlow::Break(());
-        }
-        let checked = match result {
-            Ok(checked) => checked,
-            Err(error) => {
-                self.failed = Some(error.into());
-                return ControlFlow::Break(());
-            }
-        };
-        self.done += checked.bytes;
-        if checked.chunk {
-            self.found.chunks += 1;
-            self.found.bytes += checked.bytes;
-        }
-        if let Some(damage) = checked.damage {
-            self.found.damage_count += 1;
-            if self.found.damage.len() < LISTED {
-                self.found.damage.push(damage);
-            }
-        }
-        let flow = progress(self.done, total);
-        if flow.is_break() {
-            self.failed = Some(VerifyError::Cancelled);
-        }
-        flow
-    }
 }

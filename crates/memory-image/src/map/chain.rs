@@ -5,14 +5,15 @@ use std::collections::BinaryHeap;
 use std::io;
 use std::ops::Range;
 
-use page_reader::{HostMemory, PageReader, SecretBuffer};
+use page_reader::{HostMemory, PageReader};
 
 use super::data::FileData;
 use super::{Region, host_page};
 use crate::chain::Chain;
 use crate::chain::segments::{Segment, Source};
 use crate::error::{MapError, ReadImageError};
-use crate::restore::{CHUNK, HostRam, RamTarget};
+use crate::image::READ_SIZE;
+use crate::restore::{HostRam, RamTarget};
 
 /// A chain mapped copy-on-write (`MAP_PRIVATE`) as one range of host memory: RAM for a guest that
 /// starts at once and reads its pages when it touches them. The guest's writes never change the
@@ -198,18 +199,19 @@ struct Copy {
 /// Copies in file order, so that each file is opened once, independent of the limit of open files.
 fn copy(chain: &Chain, mut copies: Vec<Copy>, ram: &mut HostRam<'_>) -> Result<(), ReadImageError> {
     copies.sort_unstable_by_key(|copy| (copy.layer, copy.offset));
-    let mut buffer = SecretBuffer::new();
     for Copy {
         layer,
         offset,
         range,
     } in copies
     {
-        for at in range.clone().step_by(CHUNK as usize) {
-            let bytes = buffer.sized(CHUNK.min(range.end - at) as usize);
+        for at in range.clone().step_by(READ_SIZE as usize) {
+            let bytes = READ_SIZE.min(range.end - at) as usize;
             let image = chain.image(layer);
-            image.read_file(offset + (at - range.start), bytes)?;
-            ram.write_at(at, bytes).expect("the run is inside the RAM");
+            let memory = ram.memory_mut(at, bytes);
+            let mut memory = memory.expect("the run is inside the RAM");
+            let read = memory.read_from(0..bytes, &*image.file()?, offset + (at - range.start));
+            read.map_err(|(at, source)| image.read_error(at, source))?;
         }
     }
     Ok(())

@@ -6,7 +6,7 @@ use std::io;
 use std::marker::PhantomData;
 use std::ptr;
 
-use super::RamTarget;
+use super::{RamTarget, TargetMemory};
 
 /// The mapped RAM of a guest that does not run yet: its regions in the order of the memory file.
 ///
@@ -71,5 +71,22 @@ impl RamTarget for HostRam<'_> {
         } else {
             Err(io::ErrorKind::WriteZero.into())
         }
+    }
+
+    fn memory_mut(&mut self, offset: u64, len: usize) -> Option<TargetMemory<'_>> {
+        let mut offset = usize::try_from(offset).ok()?;
+        for (start, region) in &self.regions {
+            if offset < *region {
+                // SAFETY: `offset` is inside the region.
+                let start = unsafe { start.add(offset) };
+                let len = len.min(region - offset);
+                // SAFETY: the range is inside the region, which is mapped, writable and not
+                // otherwise accessed, by the contract of `new`. The value borrows `self`
+                // exclusively.
+                return Some(unsafe { TargetMemory::new(start, len) });
+            }
+            offset -= region;
+        }
+        None
     }
 }

@@ -1,0 +1,133 @@
+//! Memory of this process that restored bytes are read into without a copy.
+
+#![allow(unsafe_code)]
+
+use std::fs::File;
+use std::io;
+use std::marker::PhantomData;
+use std::ops::Range;
+use std::os::fd::AsRawFd;
+use std::ptr;
+
+use nix::errno::Errno;
+use nix::libc;
+
+/// Writable memory of a restore target, by address. No Rust reference covers it.
+#[derive(Debug)]
+pub struct TargetMemory<'a> {
+    start: *mut u8,
+    len: usize,
+    memory: PhantomData<&'a mut ()>,
+}
+
+impl TargetMemory<'_> {
+    /// Creates the memory from its address and its length in bytes.
+    ///
+    /// # Safety
+    /// For the lifetime of the value the memory must stay mapped and writable, and nothing else may
+    /// read or write it.
+    #[must_use]
+    pub unsafe fn new(start: *mut u8, len: usize) -> Self {
+        Self {
+            start,
+            len,
+            memory: PhantomData,
+        }
+    }
+
+    /// Returns its length in bytes.
+    #[must_use]
+    #[expect(
+        clippy::len_without_is_empty,
+        reason = "a target returns `None` instead"
+    )]
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Writes zeros to a range of it.
+    pub(super) fn fill_zeros(&mut self, range: Range<usize>) {
+        let (at, len) = self.part(&range);
+        // SAFETY: `part` returns memory inside the value, which is mapped, writable and not
+        // otherwise accessed, by the contract of `new`.
+        unsafe { ptr::write_bytes(at, 0, len) };
+    }
+
+    /// Reads the bytes of `file` from `offset` on into a range of it. The error is that of one
+    /// `pread`, with the offset at which it began.
+    pub(crate) fn read_from(
+        &mut self,
+        range: Range<usize>,
+        file: &File,
+        offset: u64,
+    ) -> Result<(), (u64, io::Error)> {
+        let (start, len) = self.part(&range);
+        let mut done = 0;
+        while done < len {
+            let at = offset + done as u64;
+            let failed = |error: io::Error| (at, error);
+            let position = libc::off_t::try_from(at);
+            let position = position.map_err(|_| failed(io::ErrorKind::UnexpectedEof.into()))?;
+            // SAFETY: `done` is less than `len`, so the address is inside the part.
+            let to = unsafe { start.add(done) };
+            // SAFETY: the kernel writes at most `len - done` bytes from `to` on, which are inside
+            // the part. The part is mapped, writable and not otherwise accessed, by the contract of
+            // `new`.
+            let read = unsafe { libc::pread(file.as_raw_fd(), to.cast(), len - done, position) };
+            match Errno::result(read) {
+                Ok(0) => return Err(failed(io::ErrorKind::UnexpectedEof.into())),
+                Ok(read) => done += read as usize,
+                Err(Errno::EINTR) => {}
+                Err(errno) => return Err(failed(errno.into())),
+            }
+        }
+        Ok(())
+    }
+
+    fn part(&self, range: &Range<usize>) -> (*mut u8, usize) {
+        assert!(range.start <= range.end && range.end <= self.len);
+        // SAFETY: the start of the range is inside the memory, or its end.
+        let at = unsafe { self.start.add(range.start) };
+        (at, range.end - range.start)
+    }
+}
+
+impl<'a> From<&'a mut [u8]> for TargetMemory<'a> {
+    fn from(bytes: &'a mut [u8]) -> Self {
+        // SAFETY: the slice is mapped and writable, and borrowed exclusively for the lifetime of
+        // the value.
+        unsafe { Self::new(bytes.as_mut_ptr(), bytes.len()) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use super::*;
+
+    #[test]
+    fn only_the_range_is_written() {
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(b"0123456789").unwrap();
+        let mut bytes = *b"..........";
+        let mut memory = TargetMemory::from(&mut bytes[1..9]);
+        assert_eq!(memory.len(), 8);
+        memory.read_from(1..5, &file, 3).unwrap();
+        memory.fill_zeros(6..7);
+        memory.fill_zeros(8..8);
+        assert_eq!(bytes, *b"..3456.\0..");
+    }
+
+    #[test]
+    fn short_file_is_an_error_with_its_end() {
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(b"0123456789").unwrap();
+        let mut bytes = [0; 8];
+        let mut memory = TargetMemory::from(&mut bytes[..]);
+        let (at, error) = memory.read_from(0..8, &file, 4).unwrap_err();
+        assert_eq!((at, error.kind()), (10, io::ErrorKind::UnexpectedEof));
+        let (_, error) = memory.read_from(0..8, &file, u64::MAX - 8).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof);
+    }
+}
