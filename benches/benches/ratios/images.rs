@@ -7,7 +7,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use memory_image::{Chain, Image, LazyRam, MappedChain};
+use lazy_restore::LazyRam;
+use memory_image::{Chain, Image, MappedChain};
 use memory_writer::{ImageId, Layout, MemoryWriter, Options, Seal};
 use page_reader::PageReader;
 

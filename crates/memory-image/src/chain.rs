@@ -16,7 +16,7 @@ use crate::error::{AmbiguousDiff, ChainError, NotFullError, ReadImageError};
 use crate::image::Image;
 use crate::page_set::{PageSet, coalesce};
 use extents::ExtentMap;
-use segments::{Segment, Source};
+use segments::{Segment, SegmentSource};
 
 /// A full image and the diffs taken after it, oldest first, read as one image of the guest's RAM at
 /// the last snapshot.
@@ -356,7 +356,7 @@ impl Chain {
     /// Returns the runs of pages that any of the images covers, ascending, in bytes. The gaps
     /// between them are zeros. In a chain of diffs, the gaps are clean pages.
     pub fn covered_runs(&self) -> impl Iterator<Item = Range<u64>> {
-        self.runs(0..self.ram_size(), |source| source != Source::Hole)
+        self.runs(0..self.ram_size(), |source| source != SegmentSource::Hole)
     }
 
     /// Returns the runs of pages that are stored in any of the images, ascending, in bytes. The
@@ -366,27 +366,29 @@ impl Chain {
     }
 
     fn stored_in(&self, within: Range<u64>) -> impl Iterator<Item = Range<u64>> + use<'_> {
-        self.runs(within, |source| matches!(source, Source::Stored { .. }))
+        self.runs(within, |source| {
+            matches!(source, SegmentSource::Stored { .. })
+        })
     }
 
     /// Returns the runs of pages that are stored in images above the base.
     pub(crate) fn newer_runs(&self) -> impl Iterator<Item = Range<u64>> {
         self.runs(
             0..self.ram_size(),
-            |source| matches!(source, Source::Stored { layer, .. } if layer > 0),
+            |source| matches!(source, SegmentSource::Stored { layer, .. } if layer > 0),
         )
     }
 
     /// Returns the runs of pages that an image records as zeros. They do not include the zeros of a
     /// full base.
     pub(crate) fn zero_runs(&self) -> impl Iterator<Item = Range<u64>> {
-        self.runs(0..self.ram_size(), |source| source == Source::Zero)
+        self.runs(0..self.ram_size(), |source| source == SegmentSource::Zero)
     }
 
     fn runs(
         &self,
         within: Range<u64>,
-        wanted: impl Fn(Source) -> bool,
+        wanted: impl Fn(SegmentSource) -> bool,
     ) -> impl Iterator<Item = Range<u64>> {
         let segments = self.segments(within);
         let wanted = segments.filter(move |segment| wanted(segment.source));
@@ -406,10 +408,12 @@ impl Chain {
         let layer = self.layers.len();
         let omit_zeros = layer == 0 && self.full;
         let mut add = |range: Range<u64>, stored: Option<u64>| match stored {
-            Some(offset) => self.extents.add(range, Source::Stored { layer, offset }),
+            Some(offset) => self
+                .extents
+                .add(range, SegmentSource::Stored { layer, offset }),
             // Pages that are in no layer are zeros.
             None if omit_zeros => {}
-            None => self.extents.add(range, Source::Zero),
+            None => self.extents.add(range, SegmentSource::Zero),
         };
         match pages {
             Pages::InFooter => {
@@ -430,15 +434,29 @@ impl Chain {
         self.layers.push(newest);
     }
 
-    /// Reads the bytes from `offset` on into `buf`. The error names the image.
-    pub(crate) fn read(&self, offset: u64, buf: &mut [u8]) -> Result<(), ReadImageError> {
+    /// Reads the bytes from `offset` on into `buf`, as [`read_at`](PageReader::read_at) does, with
+    /// an error that names the image.
+    ///
+    /// # Errors
+    /// [`ReadImageError`].
+    ///
+    /// # Panics
+    /// Panics if the range is not inside the RAM.
+    pub fn read(&self, offset: u64, buf: &mut [u8]) -> Result<(), ReadImageError> {
+        let left = self.ram_size().checked_sub(offset);
+        assert!(
+            left.is_some_and(|left| left >= buf.len() as u64),
+            "the range is inside the RAM"
+        );
         let mut rest = buf;
         for Segment { range, source } in self.segments(offset..offset + rest.len() as u64) {
             let (piece, later) = rest.split_at_mut((range.end - range.start) as usize);
             match source {
-                Source::Stored { layer, offset } => self.layers[layer].read_file(offset, piece)?,
-                Source::Hole if !self.full => return Err(self.not_in_diffs(range.start)),
-                Source::Hole | Source::Zero => piece.fill(0),
+                SegmentSource::Stored { layer, offset } => {
+                    self.layers[layer].read_file(offset, piece)?
+                }
+                SegmentSource::Hole if !self.full => return Err(self.not_in_diffs(range.start)),
+                SegmentSource::Hole | SegmentSource::Zero => piece.fill(0),
             }
             rest = later;
         }

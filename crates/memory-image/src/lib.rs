@@ -51,14 +51,8 @@
 //! - [`MappedImage`] maps a full image copy-on-write. The guest starts after one `mmap`.
 //! - [`MappedChain`] maps the longest runs of a chain's images and copies the others. The time
 //!   grows with the number of runs: about 10 us each.
-//! - `LazyRam` (Linux, userfaultfd) reads a page of a chain when it is first touched, and the other
-//!   pages in the background, those of a `WorkingSet` first. The guest starts in less than a
-//!   millisecond.
-//!
-//! `LazyRamOptions::adopt` fills private anonymous memory that the VMM has mapped itself. Shared
-//! memory is refused: its other users would find zeros in missing pages. Restore a chain into
-//! shared memory ([`Chain::restore`]) before others use it. `examples/lazy_restore.rs` starts
-//! guests in each of these ways.
+//! - The crate `lazy-restore` (Linux, userfaultfd) reads a page of a chain when it is first touched,
+//!   and the other pages in the background. The guest starts in less than a millisecond.
 //!
 //! # Image formats
 //! [`Image::open`] opens sealed and packed images only. A truncated or damaged file, or a file of
@@ -97,10 +91,6 @@
 //! - `MappedChain`: `lseek` (`SEEK_DATA`, `SEEK_HOLE`) on the diffs; `mmap` of anonymous memory,
 //!   then `MAP_PRIVATE`, `MAP_FIXED` mappings of files over it, the oldest first; `pread` of the
 //!   copied bytes.
-//! - `LazyRam`: `userfaultfd`, or `USERFAULTFD_IOC_NEW` of `/dev/userfaultfd`; `MADV_DONTFORK`,
-//!   `UFFDIO_REGISTER` and `MADV_DONTNEED` of anonymous memory; for each fault `pread` and
-//!   `UFFDIO_COPY`, or `UFFDIO_ZEROPAGE`, or `UFFDIO_POISON` (Linux 6.6); at the end
-//!   `UFFDIO_UNREGISTER`, `UFFDIO_WAKE` and `MADV_DOFORK`.
 //!
 //! # Limitations
 //! Reading a chain does not verify checksums: [`Image::verify`] does.
@@ -118,10 +108,9 @@ mod parallel;
 mod raw;
 mod restore;
 mod verify;
-#[cfg(target_os = "linux")]
-mod working_set;
 
 pub use chain::Chain;
+pub use chain::segments::{Segment, SegmentSource};
 pub use compare::{CompareError, compare};
 pub use error::{
     AmbiguousDiff, ChainError, LinkError, MapError, MergeError, NotFullError, OpenImageError,
@@ -130,12 +119,8 @@ pub use error::{
 pub use image::{Format, Image};
 pub use image_format::{Footer, FooterError, ImageId};
 pub use map::{MappedChain, MappedChainOptions, MappedImage};
-#[cfg(target_os = "linux")]
-pub use restore::lazy::{LazyError, LazyRam, LazyRamOptions, Progress, UserfaultfdError};
 pub use restore::{HostRam, RamTarget, TargetMemory};
 pub use verify::{Damage, VerifyReport};
-#[cfg(target_os = "linux")]
-pub use working_set::{WorkingSet, WorkingSetError};
 
 #[cfg(doctest)]
 #[doc = include_str!("../README.md")]

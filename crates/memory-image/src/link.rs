@@ -28,7 +28,10 @@ impl Chain {
     }
 
     /// Checks that the chain has a full base.
-    pub(crate) fn check_full(&self) -> Result<(), NotFullError> {
+    ///
+    /// # Errors
+    /// [`NotFullError`] names the oldest diff.
+    pub fn check_full(&self) -> Result<(), NotFullError> {
         if self.is_full() {
             return Ok(());
         }

@@ -1,8 +1,6 @@
 //! Restores a chain to memory.
 
 mod host_ram;
-#[cfg(target_os = "linux")]
-pub(crate) mod lazy;
 mod target_memory;
 
 use std::io;
@@ -15,7 +13,7 @@ pub use host_ram::HostRam;
 pub use target_memory::TargetMemory;
 
 use crate::chain::Chain;
-use crate::chain::segments::{Segment, Source};
+use crate::chain::segments::{Segment, SegmentSource};
 use crate::error::RestoreError;
 use crate::image::READ_SIZE;
 
@@ -132,8 +130,8 @@ impl Chain {
         for Segment { range, source } in self.segments(offset..end) {
             let part = (range.start - offset) as usize..(range.end - offset) as usize;
             let (layer, at) = match source {
-                Source::Stored { layer, offset } => (layer, offset),
-                Source::Hole | Source::Zero => {
+                SegmentSource::Stored { layer, offset } => (layer, offset),
+                SegmentSource::Hole | SegmentSource::Zero => {
                     memory.fill_zeros(part);
                     continue;
                 }

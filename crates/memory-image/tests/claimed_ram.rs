@@ -8,13 +8,9 @@ use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
 use image_format::{Footer, ImageId, Kind, Placement, Run, Version};
-use memory_image::{
-    Chain, CompareError, Image, LazyError, LazyRam, MapError, MappedChain, MergeError,
-    UserfaultfdError, WorkingSet, compare,
-};
+use memory_image::{Chain, CompareError, Image, MapError, MappedChain, MergeError, compare};
 use memory_writer::{Durability, Layout, MemoryWriter, Options};
 use page_reader::PageReader;
-use test_machine::Need;
 
 const PAGE: u64 = 4096;
 const MOST: u64 = 64 << 20;
@@ -74,15 +70,6 @@ fn options(layout: Layout) -> Options {
 fn is_mapped_or_refused(result: Result<(), MapError>) {
     match result {
         Ok(()) | Err(MapError::Reserve { .. } | MapError::Map { .. }) => {}
-        Err(other) => panic!("{other:?}"),
-    }
-}
-
-fn is_registered_or_refused(result: Result<(), LazyError>) {
-    match result {
-        Ok(())
-        | Err(LazyError::Reserve { .. })
-        | Err(LazyError::Userfaultfd(UserfaultfdError::Register { .. })) => {}
         Err(other) => panic!("{other:?}"),
     }
 }
@@ -155,11 +142,6 @@ fn claimed_ram_takes_no_memory() {
         is_mapped_or_refused(little("mapping", ram_size, || {
             MappedChain::open(&chain).map(drop)
         }));
-        if Need::Userfaultfd.met("claimed_ram_takes_no_memory") {
-            is_registered_or_refused(little("restoring", ram_size, || {
-                LazyRam::options().start(chain).map(drop)
-            }));
-        }
     }
 }
 
@@ -173,50 +155,4 @@ fn comparison_without_reads_can_be_cancelled() {
         matches!(error, CompareError::Cancelled { compared } if compared == 1 << 40),
         "{error:?}"
     );
-}
-
-/// Returns the size of the page tables of this process, in bytes.
-fn page_tables() -> u64 {
-    let status = fs::read_to_string("/proc/self/status").unwrap();
-    let line = status.lines().find(|line| line.starts_with("VmPTE:"));
-    let kib = line.and_then(|line| line.split_whitespace().nth(1));
-    1024 * kib.unwrap().parse::<u64>().unwrap()
-}
-
-/// A working set of all the RAM that an image of zeros merely claims.
-#[test]
-fn working_set_of_claimed_ram_maps_no_zeros() {
-    const RAM: u64 = 64 << 30;
-    if !Need::Userfaultfd.met("working_set_of_claimed_ram_maps_no_zeros") {
-        return;
-    }
-    let _alone = ALONE.lock().unwrap();
-    let dir = tempfile::tempdir().unwrap();
-    let mut body = RAM.to_le_bytes().to_vec();
-    body.extend([0, RAM].iter().flat_map(|word| word.to_le_bytes()));
-    let mut bytes = b"RAMSNAPW\x01\0\0\0".to_vec();
-    bytes.extend(crc32fast::hash(&body).to_le_bytes());
-    bytes.extend(body);
-    let set = dir.path().join("set");
-    fs::write(&set, bytes).unwrap();
-    let working_set = WorkingSet::load(&set).unwrap();
-    assert_eq!(working_set.bytes(), RAM);
-    let chain = Chain::open_sealed(&[image(dir.path(), RAM)]).unwrap();
-    let before = page_tables();
-    let options = LazyRam::options().working_set(working_set);
-    let ram = match options.start(chain) {
-        Ok(ram) => ram,
-        // The machine has no address space for it.
-        Err(
-            LazyError::Reserve { .. } | LazyError::Userfaultfd(UserfaultfdError::Register { .. }),
-        ) => return,
-        Err(other) => panic!("{other:?}"),
-    };
-    ram.wait().unwrap();
-    // Mapping all of the RAM would take two bytes for each KiB: 128 MiB.
-    let taken = page_tables().saturating_sub(before);
-    assert!(taken < 8 << 20, "{taken} bytes of page tables");
-    let mut last = [1; 4096];
-    ram.read_at(RAM - 4096, &mut last).unwrap();
-    assert_eq!(last, [0; 4096]);
 }

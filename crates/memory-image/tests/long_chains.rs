@@ -12,8 +12,8 @@ use std::path::{Path, PathBuf};
 
 use dirty_bitmap::DirtyBitmap;
 use memory_image::{
-    Chain, Image, ImageId, LazyError, LazyRam, MapError, MappedChain, MappedImage, MergeError,
-    ReadImageError, RestoreError, compare,
+    Chain, Image, ImageId, MapError, MappedChain, MappedImage, MergeError, ReadImageError,
+    RestoreError, compare,
 };
 use memory_writer::{Durability, Layout, MemoryWriter, Seal};
 use nix::sys::resource::{Resource, setrlimit};
@@ -21,7 +21,7 @@ use nix::sys::stat::{UtimensatFlags, utimensat};
 use nix::sys::time::TimeSpec;
 use page_reader::PageReader;
 use support::{is_alone, whole, write_packed};
-use test_machine::{Need, rounds};
+use test_machine::rounds;
 
 const PAGE: u64 = 4096;
 const PAGES: u64 = 256;
@@ -192,14 +192,6 @@ fn more_layers_than_descriptors_are_read_in_every_way() {
         let found = image.verify(&|_, _| ControlFlow::Continue(())).unwrap();
         assert!(found.is_ok());
     }
-    if Need::Userfaultfd.met("more_layers_than_descriptors_are_read_in_every_way, filled lazily") {
-        for prefetch in [false, true] {
-            let options = LazyRam::options().prefetch(prefetch).fault_around(1);
-            let lazy = options.start(guest.chain()).unwrap();
-            assert!(whole(&lazy, ram.len()) == *ram);
-            lazy.wait().unwrap();
-        }
-    }
     drop((chain, sealed));
     assert!(
         open_descriptors() < 10,
@@ -353,14 +345,6 @@ fn replaced_closed_image_is_an_error_and_never_other_bytes() {
                 "{name} {way}: {error:?}"
             );
             assert!(!merged.exists());
-            if Need::Userfaultfd.met("a replaced image of a chain that fills memory lazily") {
-                let lazy = LazyRam::options().prefetch(false).start(chain).unwrap();
-                let error = lazy.wait().unwrap_err();
-                let LazyError::Read(error) = &*error else {
-                    panic!("{name} {way}: {error:?}");
-                };
-                assert_replaced(error, &guest.paths[CLOSED]);
-            }
         }
     }
 }

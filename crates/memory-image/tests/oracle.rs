@@ -321,25 +321,6 @@ fn merged(guest: &Guest, chain: &Chain, layout: Layout) -> Vec<u8> {
     whole(&merged, chain.ram_size() as usize)
 }
 
-#[cfg(target_os = "linux")]
-fn lazily(guest: &Guest, prefetch: bool, around: u64) -> Option<Vec<u8>> {
-    use memory_image::LazyRam;
-    if !test_machine::Need::Userfaultfd.met("a random chain in LazyRam") {
-        return None;
-    }
-    let options = LazyRam::options().prefetch(prefetch).fault_around(around);
-    let ram = options.start(guest.chain()).unwrap();
-    let found = whole(&ram, ram.ram_size() as usize);
-    ram.wait().unwrap();
-    assert!(whole(&ram, ram.ram_size() as usize) == found);
-    Some(found)
-}
-
-#[cfg(not(target_os = "linux"))]
-fn lazily(_: &Guest, _: bool, _: u64) -> Option<Vec<u8>> {
-    None
-}
-
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(test_machine::rounds(128, 1000)))]
 
@@ -351,8 +332,6 @@ proptest! {
         diffs in prop::collection::vec(layer(false), 0..5),
         reads in prop::collection::vec(any::<[prop::sample::Index; 2]>(), 8),
         most in prop::sample::select(vec![2, 3, 5, 9_usize]),
-        prefetch in any::<bool>(),
-        around in prop::sample::select(vec![1, 8192, 65536_u64]),
     ) {
         // Whole pages of every layer, but not always of the host.
         let size = pages * (page << 2);
@@ -402,9 +381,6 @@ proptest! {
         for layout in [Layout::Raw, Layout::Sealed(chain.seal()), Layout::Packed(chain.seal())] {
             let how = format!("merged: {layout:?}");
             assert_ram(&how, &merged(&guest, &chain, layout))?;
-        }
-        if let Some(found) = lazily(&guest, prefetch, around) {
-            assert_ram("filled on demand", &found)?;
         }
 
         let changed = compare(&first, &chain, size, page, &|_| ControlFlow::Continue(())).unwrap();

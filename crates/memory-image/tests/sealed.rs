@@ -100,16 +100,6 @@ fn assert_starts_as(chain: &Chain, ram: &[u8]) {
             .unwrap();
         assert!(whole(&mapped) == ram, "at most {most} mappings");
     }
-    #[cfg(target_os = "linux")]
-    if test_machine::Need::Userfaultfd.met("a sealed chain in LazyRam") {
-        let paths: Vec<_> = chain.paths().collect();
-        let lazy = memory_image::LazyRam::options()
-            .start(Chain::open_sealed(&paths).unwrap())
-            .unwrap();
-        assert!(whole(&lazy) == ram);
-        lazy.wait().unwrap();
-        assert!(whole(&lazy) == ram);
-    }
 }
 
 #[rstest]

@@ -9,12 +9,11 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use dirty_bitmap::DirtyBitmap;
-use memory_image::{Chain, Image, ImageId, LazyRam, RamTarget, compare};
+use memory_image::{Chain, Image, ImageId, RamTarget, compare};
 use memory_writer::{Durability, Engine, Layout, MemoryWriter, Seal};
 use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
 use nix::unistd::Pid;
 use page_reader::{PageReader, ProcessRegion, SecretBuffer};
-use test_machine::Need;
 
 const PAGE: u64 = 4096;
 const SIZE: u64 = 4 << 20;
@@ -129,10 +128,6 @@ fn restored([full, diff]: [PathBuf; 2]) {
     chain
         .merge(MemoryWriter::options(), full.with_extension("merged"))
         .unwrap();
-    if Need::Userfaultfd.met("restored") {
-        let ram = LazyRam::options().start(chain).unwrap();
-        ram.wait().unwrap();
-    }
 }
 
 #[test]

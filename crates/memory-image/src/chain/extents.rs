@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::ops::Range;
 
-use super::segments::Source;
+use super::segments::SegmentSource;
 
 /// The extents of a chain, keyed by their start in the RAM. Extents do not overlap. The gaps
 /// between them are in no layer.
@@ -28,14 +28,14 @@ struct Extent {
 const ZEROS: u64 = u64::MAX;
 
 impl Extent {
-    fn new(end: u64, source: Source) -> Self {
+    fn new(end: u64, source: SegmentSource) -> Self {
         match source {
-            Source::Stored { layer, offset } => Self {
+            SegmentSource::Stored { layer, offset } => Self {
                 end,
                 layer: u32::try_from(layer).expect("no process has so many images"),
                 offset,
             },
-            Source::Zero | Source::Hole => Self {
+            SegmentSource::Zero | SegmentSource::Hole => Self {
                 end,
                 layer: 0,
                 offset: ZEROS,
@@ -44,10 +44,10 @@ impl Extent {
     }
 
     /// Returns the source of the bytes from `len` bytes after the start on.
-    fn source(&self, len: u64) -> Source {
+    fn source(&self, len: u64) -> SegmentSource {
         match self.offset {
-            ZEROS => Source::Zero,
-            offset => Source::Stored {
+            ZEROS => SegmentSource::Zero,
+            offset => SegmentSource::Stored {
                 layer: self.layer as usize,
                 offset: offset + len,
             },
@@ -57,7 +57,7 @@ impl Extent {
 
 impl ExtentMap {
     /// Adds `range` of a newer layer, which replaces older extents.
-    pub(crate) fn add(&mut self, range: Range<u64>, source: Source) {
+    pub(crate) fn add(&mut self, range: Range<u64>, source: SegmentSource) {
         if range.is_empty() {
             return;
         }
@@ -96,7 +96,7 @@ impl ExtentMap {
     pub(crate) fn within(
         &self,
         within: Range<u64>,
-    ) -> impl Iterator<Item = (Range<u64>, Source)> + use<'_> {
+    ) -> impl Iterator<Item = (Range<u64>, SegmentSource)> + use<'_> {
         let Range { start, end } = within;
         let first = self.extents.range(..=start).next_back();
         let first = first.filter(|(_, extent)| extent.end > start && start < end);
@@ -134,8 +134,8 @@ mod tests {
                 for (start, len, offset, zeroed) in extents {
                     let end = SIZE.min(start + len);
                     let source = |at| match zeroed {
-                        true => Source::Zero,
-                        false => Source::Stored { layer, offset: offset + at - start },
+                        true => SegmentSource::Zero,
+                        false => SegmentSource::Stored { layer, offset: offset + at - start },
                     };
                     map.add(start..end, source(start));
                     (start..end).for_each(|at| oracle[at as usize] = Some(source(at)));
@@ -149,7 +149,7 @@ mod tests {
                 last = range.end;
                 for at in range.clone() {
                     found[at as usize] = Some(match source {
-                        Source::Stored { layer, offset } => Source::Stored { layer, offset: offset + at - range.start },
+                        SegmentSource::Stored { layer, offset } => SegmentSource::Stored { layer, offset: offset + at - range.start },
                         other => other,
                     });
                 }
@@ -167,7 +167,7 @@ mod tests {
             for page in 0..10 {
                 let offset = 4096 * (9 - page);
                 let range = page * 4096..(page + 1) * 4096;
-                map.add(range, Source::Stored { layer, offset });
+                map.add(range, SegmentSource::Stored { layer, offset });
             }
         }
         assert_eq!(map.extents.len(), 10);

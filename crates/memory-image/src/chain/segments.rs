@@ -1,5 +1,6 @@
 //! Segments: runs of RAM that are contiguous in one image's file, or zeros.
 
+use std::fs::File;
 use std::ops::Range;
 
 use super::Chain;
@@ -7,27 +8,34 @@ use crate::image::Image;
 
 /// A run of the guest's RAM that is contiguous in one image's file, or all zeros.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Segment {
+pub struct Segment {
     /// Offsets in the guest's RAM, in bytes.
-    pub(crate) range: Range<u64>,
-    pub(crate) source: Source,
+    pub range: Range<u64>,
+    /// Where its bytes are.
+    pub source: SegmentSource,
 }
 
 /// The location of a segment's bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Source {
-    /// In a layer's file, starting at this offset.
-    Stored { layer: usize, offset: u64 },
-    /// Zeros, because no layer has the pages.
+pub enum SegmentSource {
+    /// In an image's file.
+    Stored {
+        /// The number of the image in the chain. The base has number 0.
+        layer: usize,
+        /// The offset of the first byte in the file.
+        offset: u64,
+    },
+    /// In no image: zeros, or clean memory in a chain of diffs.
     Hole,
-    /// Zeros, because a diff records them as zeros, regardless of older layers.
+    /// Zeros, because a diff records them as zeros, regardless of older images.
     Zero,
 }
 
 impl Chain {
-    /// Returns the segments of `within`, which must end inside the RAM: ascending, without gaps,
-    /// each as long as possible.
-    pub(crate) fn segments(&self, within: Range<u64>) -> impl Iterator<Item = Segment> + use<'_> {
+    /// Returns the segments of the part of `within` that is inside the RAM: ascending, without
+    /// gaps, each as long as possible.
+    pub fn segments(&self, within: Range<u64>) -> impl Iterator<Item = Segment> + use<'_> {
+        let within = within.start..within.end.min(self.ram_size());
         let Range { start: mut at, end } = within;
         let mut extents = self.extents.within(within).peekable();
         std::iter::from_fn(move || {
@@ -38,12 +46,24 @@ impl Chain {
                 Some(extent) => extent,
                 None => {
                     let next = extents.peek().map_or(end, |(range, _)| range.start);
-                    (at..next, Source::Hole)
+                    (at..next, SegmentSource::Hole)
                 }
             };
             at = range.end;
             Some(Segment { range, source })
         })
+    }
+
+    /// Advises the kernel to read the stored bytes of `range` into its cache. Errors are ignored:
+    /// the bytes are read on demand then. Only Linux takes the advice.
+    pub fn read_ahead(&self, range: Range<u64>) {
+        for Segment { range, source } in self.segments(range) {
+            if let SegmentSource::Stored { layer, offset } = source
+                && let Ok(file) = self.image(layer).file()
+            {
+                will_need(&file, offset, range.end - range.start);
+            }
+        }
     }
 
     /// Returns the image of a layer.
@@ -52,9 +72,18 @@ impl Chain {
     }
 }
 
+#[cfg(target_os = "linux")]
+fn will_need(file: &File, offset: u64, len: u64) {
+    let advice = nix::fcntl::PosixFadviseAdvice::POSIX_FADV_WILLNEED;
+    // A file system without support for the advice reads on demand.
+    let _ = nix::fcntl::posix_fadvise(file, offset as i64, len as i64, advice);
+}
+
+#[cfg(not(target_os = "linux"))]
+fn will_need(_: &File, _: u64, _: u64) {}
+
 #[cfg(test)]
 mod tests {
-    use std::fs::File;
     use std::os::unix::fs::FileExt;
 
     use super::*;
@@ -93,11 +122,11 @@ mod tests {
         let expected = expected.map(|(pages, layer): (Range<u64>, _)| Segment {
             range: pages.start * PAGE..pages.end * PAGE,
             source: match layer {
-                Some(layer) => Source::Stored {
+                Some(layer) => SegmentSource::Stored {
                     layer,
                     offset: pages.start * PAGE,
                 },
-                None => Source::Hole,
+                None => SegmentSource::Hole,
             },
         });
         let chain = chain(&dir);
@@ -115,14 +144,14 @@ mod tests {
             [
                 Segment {
                     range: within.start..4 * PAGE,
-                    source: Source::Stored {
+                    source: SegmentSource::Stored {
                         layer: 0,
                         offset: within.start
                     }
                 },
                 Segment {
                     range: 4 * PAGE..within.end,
-                    source: Source::Stored {
+                    source: SegmentSource::Stored {
                         layer: 1,
                         offset: 4 * PAGE
                     }
@@ -130,5 +159,8 @@ mod tests {
             ]
         );
         assert_eq!(chain.segments(PAGE..PAGE).count(), 0);
+        assert_eq!(chain.segments(12 * PAGE..u64::MAX).count(), 0);
+        let last = chain.segments(11 * PAGE..u64::MAX).last().unwrap();
+        assert_eq!(last.range, 11 * PAGE..12 * PAGE);
     }
 }

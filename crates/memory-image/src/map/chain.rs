@@ -10,7 +10,7 @@ use page_reader::{HostMemory, PageReader};
 use super::data::FileData;
 use super::{Region, host_page};
 use crate::chain::Chain;
-use crate::chain::segments::{Segment, Source};
+use crate::chain::segments::{Segment, SegmentSource};
 use crate::error::{MapError, ReadImageError};
 use crate::image::READ_SIZE;
 use crate::restore::{HostRam, RamTarget};
@@ -31,7 +31,7 @@ use crate::restore::{HostRam, RamTarget};
 /// Each run takes about 10 us, mapped or copied. This suits a chain whose diffs are clustered, or
 /// few. While the chain is being mapped, 48 bytes are allocated for each copied run, and 16 bytes
 /// for each run of data in a diff's file. [`copied`](Self::copied) shows whether a chain is too
-/// scattered. `LazyRam` (on Linux) starts as fast on such a chain as on any other.
+/// scattered. The crate `lazy-restore` starts as fast on such a chain as on any other.
 ///
 /// The files must not be truncated while they are mapped: touching a page past the end raises
 /// `SIGBUS`. A commit may replace a file, because the mapping keeps the old file. The chain may be
@@ -285,7 +285,7 @@ impl Plan {
     fn copies(&self, chain: &Chain, page: u64) -> (u64, Vec<Copy>) {
         let (mut stored, mut copies) = (0, Vec::new());
         for (Segment { range, source }, _) in self.data.segments(chain) {
-            let Source::Stored { layer, offset } = source else {
+            let SegmentSource::Stored { layer, offset } = source else {
                 continue;
             };
             stored += len(&range);
@@ -323,15 +323,15 @@ fn each_span(chain: &Chain, data: &FileData, mut each: impl FnMut(Span)) {
     let mut open: Vec<Span> = Vec::new();
     for (Segment { range, source }, is_data) in data.segments(chain) {
         let continuing = match source {
-            Source::Stored { layer, .. } => layer + 1,
-            Source::Hole if zeros_are_in_the_base => 1,
+            SegmentSource::Stored { layer, .. } => layer + 1,
+            SegmentSource::Hole if zeros_are_in_the_base => 1,
             // No older layer is mapped beneath zeros that its file does not have.
-            Source::Hole | Source::Zero => 0,
+            SegmentSource::Hole | SegmentSource::Zero => 0,
         };
         while let Some(span) = open.pop_if(|span| span.layer >= continuing) {
             each(span);
         }
-        let Source::Stored { layer, offset } = source else {
+        let SegmentSource::Stored { layer, offset } = source else {
             continue;
         };
         if !is_data {

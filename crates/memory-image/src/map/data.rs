@@ -8,7 +8,7 @@
 use std::ops::Range;
 
 use crate::chain::Chain;
-use crate::chain::segments::{Segment, Source};
+use crate::chain::segments::{Segment, SegmentSource};
 use crate::error::ReadImageError;
 
 /// The data of a chain's files, by layer, as the file systems report it. A full base counts
@@ -32,7 +32,7 @@ impl FileData {
         let mut data = Self::all(chain);
         let mut used = vec![false; chain.len()];
         for Segment { source, .. } in chain.segments(0..chain.ram_size()) {
-            if let Source::Stored { layer, .. } = source {
+            if let SegmentSource::Stored { layer, .. } = source {
                 used[layer] = true;
             }
         }
@@ -62,7 +62,7 @@ impl FileData {
                 let mut rest = Some(segment);
                 std::iter::from_fn(move || {
                     let Segment { range, source } = rest.take()?;
-                    let Source::Stored { layer, offset } = source else {
+                    let SegmentSource::Stored { layer, offset } = source else {
                         return Some((Segment { range, source }, false));
                     };
                     let (is_data, end) = match self.run_at(layer, offset) {
@@ -75,7 +75,7 @@ impl FileData {
                         let offset = offset + (cut - range.start);
                         rest = Some(Segment {
                             range: cut..range.end,
-                            source: Source::Stored { layer, offset },
+                            source: SegmentSource::Stored { layer, offset },
                         });
                     }
                     let range = range.start..cut;

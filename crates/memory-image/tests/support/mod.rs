@@ -3,11 +3,7 @@
 // Every test file compiles its own copy of this module and uses a part of it.
 #![allow(dead_code, unreachable_pub)]
 
-#[cfg(target_os = "linux")]
-pub mod lazy_images;
 pub mod raw_guest;
-#[cfg(target_os = "linux")]
-pub mod regions;
 pub mod sealed_guest;
 
 use std::fs::File;

@@ -8,7 +8,8 @@ use std::sync::Arc;
 use std::thread;
 
 use anyhow::{Context, ensure};
-use memory_image::{Chain, ChainError, Image, LazyRam, MappedChain, MappedImage, OpenImageError};
+use lazy_restore::LazyRam;
+use memory_image::{Chain, ChainError, Image, MappedChain, MappedImage, OpenImageError};
 use memory_writer::ImageId;
 use page_reader::PageReader;
 use scenarios::random::Random;

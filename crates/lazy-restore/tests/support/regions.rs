@@ -7,7 +7,8 @@ use std::num::NonZeroUsize;
 use std::os::fd::{AsFd, AsRawFd};
 use std::ptr::NonNull;
 
-use memory_image::{Chain, LazyError, LazyRam, LazyRamOptions};
+use lazy_restore::{LazyError, LazyRam, LazyRamOptions};
+use memory_image::Chain;
 use nix::errno::Errno;
 use nix::libc;
 use nix::sys::mman::{self, MapFlags, ProtFlags};

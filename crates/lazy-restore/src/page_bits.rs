@@ -29,6 +29,11 @@ impl PageBits {
         Ok(Self { words, page })
     }
 
+    /// Returns the size of a page in bytes.
+    pub(crate) fn page_size(&self) -> u64 {
+        self.page
+    }
+
     /// Adds a range of whole pages, after they were filled, poisoned or discarded. Returns the
     /// number of bytes that were not in the set before.
     pub(crate) fn add(&self, bytes: Range<u64>) -> u64 {

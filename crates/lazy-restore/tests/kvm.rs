@@ -10,7 +10,8 @@ use std::sync::Arc;
 
 use kvm_backend::{GuestRam, RamSlots, long_mode, open_kvm};
 use kvm_ioctls::VcpuExit;
-use memory_image::{LazyRam, LazyRamOptions, MappedChain};
+use lazy_restore::{LazyRam, LazyRamOptions};
+use memory_image::MappedChain;
 use page_reader::RamLayout;
 use rstest::rstest;
 use support::{Images, whole};

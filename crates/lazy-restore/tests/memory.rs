@@ -7,7 +7,7 @@ mod support;
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use memory_image::{LazyError, LazyRam, UserfaultfdError, WorkingSet};
+use lazy_restore::{LazyError, LazyRam, UserfaultfdError, WorkingSet};
 use nix::libc;
 use nix::sys::mman::{MapFlags, ProtFlags, mmap_anonymous, munmap};
 use page_reader::PageReader;

@@ -6,12 +6,13 @@ use std::ffi::c_void;
 use std::ops::Range;
 use std::ptr::NonNull;
 
+use host_memory::HostMemory;
 use nix::errno::Errno;
 use nix::libc;
 use nix::sys::mman::{MmapAdvise, ProtFlags, madvise, mprotect};
-use page_reader::{FlaggedRegion, HostMemory, ProcessRegion};
+use page_reader::{FlaggedRegion, ProcessRegion};
 
-use super::userfaultfd::{Userfaultfd, UserfaultfdError};
+use crate::userfaultfd::{Userfaultfd, UserfaultfdError};
 
 /// The regions of a guest's RAM in the order of the memory file.
 #[derive(Debug)]

@@ -1,7 +1,7 @@
 //! Starts simulated guests on an unmerged chain: mapped, and filled on demand, without and with a
 //! recorded working set.
 //!
-//! `cargo run --release -p ramsnap-memory-image --example lazy_restore [MIB]`
+//! `cargo run --release -p ramsnap-lazy-restore --example lazy_restore [MIB]`
 
 #[cfg(target_os = "linux")]
 fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -20,7 +20,8 @@ mod linux {
     use std::time::Instant;
 
     use dirty_bitmap::DirtyBitmap;
-    use memory_image::{Chain, LazyRam, MappedChain, WorkingSet};
+    use lazy_restore::{LazyRam, WorkingSet};
+    use memory_image::{Chain, MappedChain};
     use memory_writer::{Durability, MemoryWriter};
     use page_reader::PageReader;
 

@@ -1,31 +1,20 @@
 //! RAM that is read from a chain when the guest touches it.
 
-mod error;
-mod filler;
-mod memory;
-mod options;
-mod page_bits;
-mod turns;
-mod userfaultfd;
-
 use std::io;
-use std::os::fd::AsFd;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
-use std::thread::JoinHandle;
+use std::thread::{self, JoinHandle};
 
-use nix::errno::Errno;
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use page_reader::{HostMemory, PageReader, SecretBuffer};
+use host_memory::HostMemory;
+use page_reader::PageReader;
 
-use crate::map::Region;
+use crate::error::LazyError;
+use crate::fault_handler::PageFaultHandler;
+use crate::options::LazyRamOptions;
+use crate::pages::Pages;
+use crate::prefetcher::Prefetcher;
+use crate::region::Region;
+use crate::userfaultfd::UserfaultfdError;
 use crate::working_set::WorkingSet;
-use filler::{Filler, Phase, locked, wait_error};
-use options::AbortOnPanic;
-
-pub use error::LazyError;
-pub use options::LazyRamOptions;
-pub use userfaultfd::UserfaultfdError;
 
 /// Guest RAM that is filled from a chain on demand, so that a guest starts at once, for any size of
 /// the RAM and any layout of the chain (Linux, userfaultfd).
@@ -42,7 +31,7 @@ pub use userfaultfd::UserfaultfdError;
 ///
 /// Until filling has completed, forked children do not get the memory (`MADV_DONTFORK`): they would
 /// find zeros in missing pages. Afterwards children get it again, except for parts that the VMM had
-/// excluded itself. Images of a chain [with very many images](crate::Chain#many-images) that are
+/// excluded itself. Images of a chain [with very many images](memory_image::Chain#many-images) that are
 /// not kept open must stay in place until then.
 ///
 /// # Read errors
@@ -73,7 +62,8 @@ pub use userfaultfd::UserfaultfdError;
 ///
 /// # Examples
 /// ```
-/// use memory_image::{Chain, LazyRam, WorkingSet};
+/// use lazy_restore::{LazyRam, WorkingSet};
+/// use memory_image::Chain;
 /// use page_reader::PageReader;
 /// # if !test_machine::Need::Userfaultfd.met("the example of LazyRam") { return Ok(()); }
 /// # let dir = tempfile::tempdir()?;
@@ -96,11 +86,13 @@ pub use userfaultfd::UserfaultfdError;
 /// ```
 #[derive(Debug)]
 pub struct LazyRam {
-    filler: Arc<Filler>,
-    /// The fault handler and the prefetcher.
+    pages: Arc<Pages>,
+    handler: Arc<PageFaultHandler>,
+    prefetcher: Arc<Prefetcher>,
+    /// The threads of both.
     threads: Vec<JoinHandle<()>>,
     /// Unmapped last. `None` for memory that a VMM has mapped.
-    _region: Option<Region>,
+    region: Option<Region>,
 }
 
 /// The progress of a [`LazyRam`].
@@ -122,28 +114,62 @@ impl LazyRam {
         LazyRamOptions::default()
     }
 
+    /// Starts the fault handler, and the prefetcher if `prefetching`.
+    pub(crate) fn run(
+        pages: Arc<Pages>,
+        handler: PageFaultHandler,
+        prefetcher: Prefetcher,
+        prefetching: bool,
+        region: Option<Region>,
+    ) -> Result<Self, LazyError> {
+        let mut ram = Self {
+            pages,
+            handler: Arc::new(handler),
+            prefetcher: Arc::new(prefetcher),
+            threads: Vec::new(),
+            region,
+        };
+        let handler = Arc::clone(&ram.handler);
+        ram.spawn("lazy-ram-faults", move || handler.run())?;
+        if prefetching {
+            let prefetcher = Arc::clone(&ram.prefetcher);
+            ram.spawn("lazy-ram-ahead", move || prefetcher.run())?;
+        }
+        Ok(ram)
+    }
+
+    fn spawn(&mut self, name: &str, work: impl FnOnce() + Send + 'static) -> Result<(), LazyError> {
+        let pages = Arc::clone(&self.pages);
+        let thread = thread::Builder::new().name(name.into());
+        let thread = thread.spawn(move || {
+            let _guard = AbortOnPanic(&pages);
+            work();
+        });
+        self.threads.push(thread.map_err(UserfaultfdError::Thread)?);
+        Ok(())
+    }
+
     /// Returns the address of the first byte, aligned to the host's page. For
     /// [adopted](LazyRamOptions::adopt) memory it is the address of the first region. It is valid
     /// for reads and writes as long as this value lives.
     #[must_use]
     pub fn as_ptr(&self) -> *mut u8 {
-        let first = self.filler.memory.regions().next();
-        first.map_or(std::ptr::null_mut(), |(start, _)| start)
+        self.pages.start()
     }
 
     /// Returns the size of the RAM in bytes.
     #[must_use]
     pub fn ram_size(&self) -> u64 {
-        self.filler.chain.ram_size()
+        self.pages.chain().ram_size()
     }
 
     /// Returns the progress of filling.
     #[must_use]
     pub fn progress(&self) -> Progress {
         Progress {
-            loaded: self.filler.loaded.load(Ordering::Relaxed),
-            stored: self.filler.stored_bytes(),
-            faults: self.filler.faults.load(Ordering::Relaxed),
+            loaded: self.pages.loaded(),
+            stored: self.prefetcher.stored_bytes(),
+            faults: self.handler.faults(),
         }
     }
 
@@ -153,55 +179,45 @@ impl LazyRam {
     /// # Errors
     /// Returns the first error since the start, as [`error`](Self::error) does.
     pub fn wait(&self) -> Result<(), Arc<LazyError>> {
-        let filler = &self.filler;
-        let mut phase = locked(&filler.phase);
-        if *phase == Phase::Idle {
-            *phase = Phase::Running;
-            drop(phase);
-            let guard = AbortOnPanic(filler);
-            filler.fill_everything();
-            std::mem::forget(guard);
-            phase = locked(&filler.phase);
+        let status = self.pages.status();
+        if status.begin_prefetch() {
+            let guard = AbortOnPanic(&self.pages);
+            self.prefetcher.run();
+            drop(guard);
         }
-        while *phase != Phase::Ended {
-            phase = filler
-                .ended
-                .wait(phase)
-                .unwrap_or_else(std::sync::PoisonError::into_inner);
-        }
-        filler.failure.get().cloned().map_or(Ok(()), Err)
+        status.wait();
+        status.failure().cloned().map_or(Ok(()), Err)
     }
 
     /// Returns the first error since the start, after which some page was not read.
     #[must_use]
     pub fn error(&self) -> Option<&LazyError> {
-        self.filler.failure.get().map(Arc::as_ref)
+        self.pages.status().failure().map(Arc::as_ref)
     }
 
     /// Returns the pages touched so far, in the order of their first touch. It is empty without
     /// [`record`](LazyRamOptions::record).
     #[must_use]
     pub fn recorded(&self) -> WorkingSet {
-        match &self.filler.recorded {
-            Some(recorded) => locked(recorded).clone(),
-            None => WorkingSet::of(self.filler.chain.ram_size()),
-        }
+        let recorded = self.handler.recorded();
+        recorded.unwrap_or_else(|| WorkingSet::of(self.ram_size()))
     }
 }
 
 impl Drop for LazyRam {
     fn drop(&mut self) {
-        self.filler.stop_prefetch.store(true, Ordering::Relaxed);
-        self.filler.stop_handler();
+        let status = self.pages.status();
+        status.stop_prefetch();
+        status.stop_handler();
         for thread in self.threads.drain(..) {
             // The panic, if any, was reported as an error.
             _ = thread.join();
         }
-        match self.filler.finished.load(Ordering::Acquire) {
-            true => {}
-            false if self.filler.own => self.filler.unregister_all(),
+        match (status.is_finished(), &self.region) {
+            (true, _) => {}
+            (false, Some(_)) => self.pages.unregister_all(),
             // The VMM's memory stays mapped.
-            false => self.filler.revoke(),
+            (false, None) => self.pages.revoke(),
         }
     }
 }
@@ -212,7 +228,7 @@ impl Drop for LazyRam {
 impl PageReader for LazyRam {
     fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
         let end = offset.checked_add(buf.len() as u64);
-        end.filter(|end| *end <= self.filler.chain.ram_size())
+        end.filter(|end| *end <= self.ram_size())
             .ok_or(io::ErrorKind::UnexpectedEof)?;
         let (mut offset, mut rest) = (offset, buf);
         while let Some(memory) = self.host_memory(offset, rest.len()) {
@@ -225,56 +241,22 @@ impl PageReader for LazyRam {
 
     fn host_memory(&self, offset: u64, len: usize) -> Option<HostMemory<'_>> {
         let end = offset.saturating_add(len as u64);
-        let end = end.min(self.filler.chain.ram_size());
-        self.filler.memory.host_memory(offset..end)
+        let end = end.min(self.ram_size());
+        self.pages.host_memory(offset..end)
     }
 }
 
-/// Handles faults until stopped.
-fn handle_faults(filler: &Filler) -> Result<(), LazyError> {
-    let mut buffer = SecretBuffer::new();
-    loop {
-        let mut ready = [
-            PollFd::new(filler.fault.as_fd(), PollFlags::POLLIN),
-            PollFd::new(filler.stopping.as_fd(), PollFlags::POLLIN),
-        ];
-        match poll(&mut ready, PollTimeout::NONE) {
-            Err(Errno::EINTR) => continue,
-            polled => _ = polled.map_err(|errno| wait_error(errno.into()))?,
-        }
-        // Handle all faults: a fault that was read does not make the descriptor readable again.
-        while let Some(address) = filler.next_fault()? {
-            filler.handle_fault(address, &mut buffer)?;
-        }
-        if ready[1].any() == Some(true) {
-            // Continue while a thread waits for its message to be read.
-            if !filler.fault.is_changing() {
-                return Ok(());
-            }
-            std::thread::yield_now();
+/// Aborts filling on drop if the thread panics, to unblock waiting accesses.
+struct AbortOnPanic<'p>(&'p Pages);
+
+impl Drop for AbortOnPanic<'_> {
+    fn drop(&mut self) {
+        if thread::panicking() {
+            let panicked = io::Error::other("a thread panicked");
+            self.0.abort(UserfaultfdError::Thread(panicked).into());
         }
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use test_machine::Need;
-
-    use super::*;
-    use crate::chain::Chain;
-
-    #[test]
-    fn stopped_prefetch_is_not_reported_as_complete() {
-        if !Need::Userfaultfd.met("stopped_prefetch_is_not_reported_as_complete") {
-            return;
-        }
-        let file = tempfile::NamedTempFile::new().unwrap();
-        std::fs::write(file.path(), vec![1; 4 << 20]).unwrap();
-        let chain = Chain::open_raw(file.path(), 4096).unwrap();
-        let ram = LazyRam::options().prefetch(false).start(chain).unwrap();
-        ram.filler.stop_prefetch.store(true, Ordering::Relaxed);
-        ram.wait().unwrap();
-        assert_eq!(ram.progress().loaded, 0);
-        assert!(!ram.filler.finished.load(Ordering::Acquire));
-    }
-}
+mod tests;

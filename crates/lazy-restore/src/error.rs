@@ -2,10 +2,10 @@
 
 use std::io;
 
+use memory_image::{NotFullError, ReadImageError};
 use thiserror::Error;
 
-use super::userfaultfd::UserfaultfdError;
-use crate::error::{NotFullError, ReadImageError};
+use crate::userfaultfd::UserfaultfdError;
 
 /// Why a guest's RAM cannot be filled on demand, or can no longer be filled.
 #[derive(Debug, Error)]

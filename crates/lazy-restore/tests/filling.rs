@@ -8,7 +8,8 @@ use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
-use memory_image::{LazyError, LazyRam, LazyRamOptions, ReadImageError, UserfaultfdError};
+use lazy_restore::{LazyError, LazyRam, LazyRamOptions, UserfaultfdError};
+use memory_image::ReadImageError;
 use page_reader::PageReader;
 use proptest::prelude::*;
 use rstest::rstest;

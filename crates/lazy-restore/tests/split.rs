@@ -9,7 +9,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use dirty_bitmap::{Policy, TrackedBitmap, WriteProtection, WriteTracker};
-use memory_image::{LazyRam, WorkingSet};
+use lazy_restore::{LazyRam, WorkingSet};
 use nix::errno::Errno;
 use nix::libc;
 use rstest::rstest;

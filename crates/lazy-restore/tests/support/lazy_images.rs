@@ -1,7 +1,7 @@
 //! Images for lazily filled memory.
 
 use super::Images;
-use memory_image::{LazyError, LazyRam, LazyRamOptions, UserfaultfdError};
+use lazy_restore::{LazyError, LazyRam, LazyRamOptions, UserfaultfdError};
 
 pub const PAGE: u64 = 4096;
 

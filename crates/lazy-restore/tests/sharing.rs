@@ -10,7 +10,8 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::ptr::NonNull;
 
-use memory_image::{HostRam, LazyRam, LazyRamOptions, UserfaultfdError};
+use lazy_restore::{LazyRam, LazyRamOptions, UserfaultfdError};
+use memory_image::HostRam;
 use nix::libc;
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::mman::{MapFlags, MmapAdvise, madvise};

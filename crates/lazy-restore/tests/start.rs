@@ -7,7 +7,7 @@ mod support;
 use std::io::{self, Write};
 use std::sync::Arc;
 
-use memory_image::{LazyError, LazyRam, UserfaultfdError, WorkingSet, WorkingSetError};
+use lazy_restore::{LazyError, LazyRam, UserfaultfdError, WorkingSet, WorkingSetError};
 use nix::libc;
 use support::lazy_images::on_demand;
 use support::regions::page_at;

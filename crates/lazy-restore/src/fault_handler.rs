@@ -1,0 +1,147 @@
+//! The page fault handler: fills the page that an access waits for, and its neighbours.
+
+use std::ops::Range;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+
+use host_memory::SecretBuffer;
+use memory_image::SegmentSource;
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+
+use crate::error::LazyError;
+use crate::ledger::{Role, locked};
+use crate::pages::{Pages, wait_error};
+use crate::working_set::WorkingSet;
+
+/// Handles page faults in a thread of its own.
+#[derive(Debug)]
+pub(crate) struct PageFaultHandler {
+    pages: Arc<Pages>,
+    /// Maximum number of bytes that one fault reads, aligned to their length.
+    around: u64,
+    recorded: Option<Mutex<WorkingSet>>,
+    faults: AtomicU64,
+}
+
+impl PageFaultHandler {
+    /// Returns a handler that reads at most `around` bytes for a fault, or that records the
+    /// touched pages and reads each alone.
+    pub(crate) fn new(pages: Arc<Pages>, around: u64, record: bool) -> Self {
+        let page_size = pages.page_size();
+        let ram_size = pages.chain().ram_size();
+        Self {
+            around: match record {
+                true => page_size,
+                false => around.clamp(page_size, 1 << 30).next_power_of_two(),
+            },
+            recorded: record.then(|| Mutex::new(WorkingSet::of(ram_size))),
+            faults: AtomicU64::new(0),
+            pages,
+        }
+    }
+
+    /// Returns the number of handled faults.
+    pub(crate) fn faults(&self) -> u64 {
+        self.faults.load(Ordering::Relaxed)
+    }
+
+    /// Returns the pages touched so far, if they are recorded.
+    pub(crate) fn recorded(&self) -> Option<WorkingSet> {
+        let recorded = self.recorded.as_ref();
+        recorded.map(|recorded| locked(recorded).clone())
+    }
+
+    /// Handles faults until stopped. Aborts filling on an error.
+    pub(crate) fn run(&self) {
+        if let Err(error) = self.handle_faults() {
+            self.pages.abort(error);
+        }
+    }
+
+    fn handle_faults(&self) -> Result<(), LazyError> {
+        let mut buffer = SecretBuffer::new();
+        loop {
+            let mut ready = [
+                PollFd::new(self.pages.messages(), PollFlags::POLLIN),
+                PollFd::new(self.pages.status().stopping(), PollFlags::POLLIN),
+            ];
+            match poll(&mut ready, PollTimeout::NONE) {
+                Err(Errno::EINTR) => continue,
+                polled => _ = polled.map_err(|errno| wait_error(errno.into()))?,
+            }
+            // Handle all faults: a fault that was read does not make the descriptor readable again.
+            while let Some(address) = self.pages.next_fault()? {
+                self.handle_fault(address, &mut buffer)?;
+            }
+            if ready[1].any() == Some(true) {
+                // Continue while a thread waits for its message to be read.
+                if !self.pages.is_changing() {
+                    return Ok(());
+                }
+                std::thread::yield_now();
+            }
+        }
+    }
+
+    /// Handles a fault: fills the page and the bytes around it that are adjacent in the same image.
+    /// A page that cannot be read is poisoned.
+    ///
+    /// # Errors
+    /// Fails if the page can be neither filled nor poisoned.
+    fn handle_fault(&self, address: u64, buffer: &mut SecretBuffer) -> Result<(), LazyError> {
+        self.faults.fetch_add(1, Ordering::Relaxed);
+        let Some(page) = self.pages.offset_of(address) else {
+            return self.pages.handle_settled(address, None);
+        };
+        let page = page..page + self.pages.page_size();
+        if self.pages.is_settled(page.start) {
+            return self.pages.handle_settled(address, Some(page.start));
+        }
+        if let Some(recorded) = &self.recorded {
+            locked(recorded).touch(page.clone());
+        }
+        let before = self.pages.changes();
+        let filled = self
+            .fill_around(&page, buffer)
+            // Perhaps only the neighbours cannot be read.
+            .or_else(|_| self.pages.load_all(&page, buffer, Role::Handler));
+        match filled {
+            // The last page was filled, or filling was aborted, after the fault was received.
+            _ if self.pages.status().is_finished() => Ok(()),
+            // Filling the page has woken the access.
+            Ok(()) if self.pages.changes() == before => Ok(()),
+            // The page may have been discarded instead of filled.
+            Ok(()) => self.pages.handle_settled(address, Some(page.start)),
+            Err(error) => {
+                self.pages.status().record_error(error);
+                self.pages.poison(page)
+            }
+        }
+    }
+
+    fn fill_around(&self, page: &Range<u64>, buffer: &mut SecretBuffer) -> Result<(), LazyError> {
+        let (pages, page_size) = (&self.pages, self.pages.page_size());
+        let start = page.start - page.start % self.around;
+        let around = start..pages.clip(start + self.around);
+        let in_page = |range: &Range<u64>| range.contains(&page.start);
+        let mut segments = pages.chain().segments(around);
+        let Some(segment) = segments.find(|segment| in_page(&segment.range)) else {
+            return pages.load_all(page, buffer, Role::Handler);
+        };
+        // Whole pages of the segment, including the last page of the RAM if the RAM ends inside it.
+        let start = segment.range.start.next_multiple_of(page_size);
+        let end = match segment.range.end {
+            end if end == pages.chain().ram_size() => end.next_multiple_of(page_size),
+            end => end - end % page_size,
+        };
+        let whole = start..end;
+        if !in_page(&whole) {
+            return pages.load_all(page, buffer, Role::Handler);
+        }
+        match segment.source {
+            SegmentSource::Stored { .. } => pages.load(whole, buffer, Role::Handler),
+            SegmentSource::Hole | SegmentSource::Zero => pages.zero(whole, Role::Handler),
+        }
+    }
+}

@@ -1,0 +1,102 @@
+//! What is known about the memory besides its settled pages, and the lock that protects it.
+
+use std::collections::{BTreeSet, VecDeque};
+use std::ops::Range;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+
+use crate::turns::Turns;
+
+/// The thread that fills pages.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Role {
+    /// The thread that handles faults. It reads the messages, except in turns of the prefetcher.
+    Handler,
+    /// A thread that fills pages in the background.
+    Prefetcher,
+}
+
+/// State of messages and pages.
+#[derive(Debug, Default)]
+pub(crate) struct Ledger {
+    /// Addresses of faults that are not handled yet.
+    pub(crate) waiting: VecDeque<u64>,
+    /// Schedules the handler and the prefetcher.
+    pub(crate) turns: Turns,
+    /// Pages that could not be read, and were poisoned or made inaccessible.
+    pub(crate) inaccessible: BTreeSet<u64>,
+    /// Ranges that were unmapped or moved.
+    pub(crate) unmapped: Vec<Range<u64>>,
+    /// Addresses from and to which parts of the memory were moved. They are to be made
+    /// inaccessible.
+    pub(crate) moved: Vec<Range<u64>>,
+}
+
+/// The lock of the [`Ledger`], which the handler gets before the prefetcher.
+#[derive(Debug, Default)]
+pub(crate) struct LedgerLock {
+    ledger: Mutex<Ledger>,
+    /// Set while the handler waits for the lock. The lock is not fair, so the prefetcher waits
+    /// until the handler has it.
+    handler_waits: AtomicBool,
+    /// Set while the prefetcher waits for the lock, or for its turn. Cleared under the lock.
+    prefetcher_waits: AtomicBool,
+    /// Signalled when no fault is being handled any more, and when a turn of the prefetcher begins
+    /// or ends.
+    turn: Condvar,
+}
+
+impl LedgerLock {
+    /// Takes the lock for changes that need no turn.
+    pub(crate) fn lock(&self) -> MutexGuard<'_, Ledger> {
+        locked(&self.ledger)
+    }
+
+    /// Takes the lock, the handler first. The prefetcher gets it once it may fill pages, or once
+    /// `stopped` returns true and [`notify`](Self::notify) was called.
+    pub(crate) fn lock_for(&self, by: Role, stopped: impl Fn() -> bool) -> MutexGuard<'_, Ledger> {
+        match by {
+            Role::Handler => {
+                self.handler_waits.store(true, Ordering::Relaxed);
+                let ledger = self.lock();
+                self.handler_waits.store(false, Ordering::Relaxed);
+                ledger
+            }
+            Role::Prefetcher => {
+                // Set before it waits for anything, so that the handler gives it a turn.
+                self.prefetcher_waits.store(true, Ordering::Relaxed);
+                while self.handler_waits.load(Ordering::Relaxed) {
+                    std::thread::yield_now();
+                }
+                let mut ledger = self.lock();
+                while !ledger.turns.may_prefetch() && !stopped() {
+                    ledger = self.wait(ledger);
+                }
+                self.prefetcher_waits.store(false, Ordering::Relaxed);
+                ledger
+            }
+        }
+    }
+
+    /// Returns whether the prefetcher waits for the lock, or for its turn.
+    pub(crate) fn prefetcher_waits(&self) -> bool {
+        self.prefetcher_waits.load(Ordering::Relaxed)
+    }
+
+    /// Waits until [`notify`](Self::notify) is called.
+    pub(crate) fn wait<'l>(&self, ledger: MutexGuard<'l, Ledger>) -> MutexGuard<'l, Ledger> {
+        let waited = self.turn.wait(ledger);
+        waited.unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Wakes the threads that wait for a turn.
+    pub(crate) fn notify(&self) {
+        self.turn.notify_all();
+    }
+}
+
+/// Locks a mutex. Poisoning is ignored: no code panics while it leaves the protected state
+/// inconsistent.
+pub(crate) fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

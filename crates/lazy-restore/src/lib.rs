@@ -1,0 +1,80 @@
+//! Fills a guest's RAM from a snapshot when the guest touches it.
+//!
+//! A guest with gigabytes of RAM is ready only after all of it was read, if it is restored before
+//! it runs. It touches few of these pages in its first seconds. [`LazyRam`] starts the guest in
+//! less than a millisecond, for any size of the RAM: a page of the [chain](memory_image::Chain) is
+//! read when it is first touched, and the other pages are read in the background. A
+//! [`WorkingSet`] records the pages that a guest touches, so that later starts read these first.
+//!
+//! ```
+//! # #[cfg(target_os = "linux")]
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! use lazy_restore::LazyRam;
+//! use memory_image::Chain;
+//! use page_reader::PageReader;
+//! # if !test_machine::Need::Userfaultfd.met("the example of lazy-restore") { return Ok(()); }
+//! # let dir = tempfile::tempdir()?;
+//! # let full = dir.path().join("full.mem");
+//! # std::fs::write(&full, vec![7; 1 << 20])?;
+//!
+//! let ram = LazyRam::options().start(Chain::open_raw(&full, 4096)?)?;
+//! // The guest runs on `ram.ram_size()` bytes at `ram.as_ptr()`.
+//! let mut byte = [0];
+//! ram.read_at(70_000, &mut byte)?;
+//! assert_eq!(byte, [7]);
+//! ram.wait()?; // until all pages are in memory
+//! # Ok(())
+//! # }
+//! # #[cfg(not(target_os = "linux"))]
+//! # fn main() {}
+//! ```
+//!
+//! [`LazyRamOptions::adopt`] fills private anonymous memory that the VMM has mapped itself. Shared
+//! memory is refused: its other users would find zeros in missing pages. Restore a chain into
+//! shared memory ([`Chain::restore`](memory_image::Chain::restore)) before others use it.
+//!
+//! # How it works
+//! The page fault handler, a thread, receives each fault and fills the page, with the bytes around
+//! it that are adjacent in the same image. The prefetcher, another thread, fills all other pages.
+//! Faults have priority.
+//!
+//! A page is filled, and a message about discarded or moved memory is recorded, only under one
+//! lock. So a page that was discarded is never filled with its old content, and no missing page is
+//! ever taken for zeros.
+//!
+//! # System calls
+//! `userfaultfd`, or `USERFAULTFD_IOC_NEW` of `/dev/userfaultfd`; `MADV_DONTFORK`,
+//! `UFFDIO_REGISTER` and `MADV_DONTNEED` of anonymous memory; for each fault `pread` and
+//! `UFFDIO_COPY`, or `UFFDIO_ZEROPAGE`, or `UFFDIO_POISON` (Linux 6.6); at the end
+//! `UFFDIO_UNREGISTER`, `UFFDIO_WAKE` and `MADV_DOFORK`.
+//!
+//! Linux only; on other systems the crate is empty.
+
+// Elsewhere the links above have no targets.
+#![cfg_attr(not(target_os = "linux"), allow(rustdoc::broken_intra_doc_links))]
+#![cfg(target_os = "linux")]
+
+mod error;
+mod fault_handler;
+mod lazy_ram;
+mod ledger;
+mod memory;
+mod options;
+mod page_bits;
+mod pages;
+mod prefetcher;
+mod region;
+mod status;
+mod turns;
+mod userfaultfd;
+mod working_set;
+
+pub use error::LazyError;
+pub use lazy_ram::{LazyRam, Progress};
+pub use options::LazyRamOptions;
+pub use userfaultfd::UserfaultfdError;
+pub use working_set::{WorkingSet, WorkingSetError};
+
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

@@ -1,0 +1,298 @@
+//! The pages of the memory: filled from the images, made zeros, or made inaccessible.
+//!
+//! The page fault handler and the prefetcher fill pages through this type. A page is filled only
+//! under the lock of the ledger, which also covers the messages about discarded, unmapped and moved
+//! memory.
+
+mod messages;
+mod poison;
+mod teardown;
+
+use std::ops::Range;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use host_memory::{HostMemory, SecretBuffer};
+use memory_image::{Chain, SegmentSource};
+use nix::errno::Errno;
+
+use crate::error::LazyError;
+use crate::ledger::{Ledger, LedgerLock, Role};
+use crate::memory::Memory;
+use crate::page_bits::PageBits;
+use crate::status::Status;
+use crate::userfaultfd::{Filled, Userfaultfd, UserfaultfdError};
+
+/// Bytes that are filled at a time, so that a fault need not wait for a whole piece.
+const STEP: u64 = 64 << 10;
+
+/// The memory to fill, the chain that it is filled from, and the state of its pages.
+#[derive(Debug)]
+pub(crate) struct Pages {
+    chain: Arc<Chain>,
+    memory: Memory,
+    fault: Userfaultfd,
+    /// Whether the kernel can poison pages (Linux 6.6).
+    can_poison: bool,
+    page_size: u64,
+    /// Pages that are no longer filled from the images: filled, unreadable, discarded, or unmapped.
+    ///
+    /// Changed only under the lock of `ledger`, together with the pages themselves. A page that is
+    /// missing and settled was discarded, and is zeros.
+    settled: PageBits,
+    ledger: LedgerLock,
+    /// Number of messages other than faults that were read.
+    changes: AtomicU64,
+    /// Bytes of the images that were filled.
+    loaded: AtomicU64,
+    status: Status,
+}
+
+impl Pages {
+    /// Returns the pages of `memory`, which is registered with `fault`, all of them missing.
+    pub(crate) fn new(
+        chain: Arc<Chain>,
+        memory: Memory,
+        fault: Userfaultfd,
+        can_poison: bool,
+        settled: PageBits,
+        status: Status,
+    ) -> Self {
+        Self {
+            page_size: settled.page_size(),
+            chain,
+            memory,
+            fault,
+            can_poison,
+            settled,
+            ledger: LedgerLock::default(),
+            changes: AtomicU64::new(0),
+            loaded: AtomicU64::new(0),
+            status,
+        }
+    }
+
+    pub(crate) fn chain(&self) -> &Chain {
+        &self.chain
+    }
+
+    pub(crate) fn status(&self) -> &Status {
+        &self.status
+    }
+
+    pub(crate) fn page_size(&self) -> u64 {
+        self.page_size
+    }
+
+    /// Returns the size of the memory: that of the RAM, in whole pages.
+    pub(crate) fn memory_size(&self) -> u64 {
+        self.memory.len()
+    }
+
+    /// Returns the address of the first region.
+    pub(crate) fn start(&self) -> *mut u8 {
+        let first = self.memory.regions().next();
+        first.map_or(std::ptr::null_mut(), |(start, _)| start)
+    }
+
+    pub(crate) fn host_memory(&self, range: Range<u64>) -> Option<HostMemory<'_>> {
+        self.memory.host_memory(range)
+    }
+
+    /// Returns the number of bytes of the images that were filled.
+    pub(crate) fn loaded(&self) -> u64 {
+        self.loaded.load(Ordering::Relaxed)
+    }
+
+    /// Returns the number of messages other than faults that were read.
+    pub(crate) fn changes(&self) -> u64 {
+        self.changes.load(Ordering::Relaxed)
+    }
+
+    /// Returns a descriptor that is readable while a message is unread.
+    pub(crate) fn messages(&self) -> BorrowedFd<'_> {
+        self.fault.as_fd()
+    }
+
+    /// Returns the offset in the RAM of an address.
+    pub(crate) fn offset_of(&self, address: u64) -> Option<u64> {
+        self.memory.offset_of(address)
+    }
+
+    /// Returns whether the page at an offset is no longer filled from the images.
+    pub(crate) fn is_settled(&self, offset: u64) -> bool {
+        self.settled.contains(offset)
+    }
+
+    /// Clips an offset to the RAM: the images end with the RAM, the memory with a page.
+    pub(crate) fn clip(&self, end: u64) -> u64 {
+        end.min(self.chain.ram_size())
+    }
+
+    /// Returns the runs of pages of which an image stores any byte.
+    pub(crate) fn stored(&self, within: Range<u64>) -> impl Iterator<Item = Range<u64>> {
+        let bytes = within.start..self.clip(within.end);
+        let mut stored = self
+            .chain
+            .segments(bytes)
+            .filter(|segment| matches!(segment.source, SegmentSource::Stored { .. }))
+            .map(|segment| {
+                let Range { start, end } = segment.range;
+                start - start % self.page_size..end.next_multiple_of(self.page_size)
+            })
+            .peekable();
+        std::iter::from_fn(move || {
+            let mut run = stored.next()?;
+            while let Some(next) = stored.next_if(|next| next.start <= run.end) {
+                run.end = next.end;
+            }
+            Some(run)
+        })
+    }
+
+    /// Reads the missing pages of the range and fills them.
+    pub(crate) fn load(
+        &self,
+        pages: Range<u64>,
+        buffer: &mut SecretBuffer,
+        by: Role,
+    ) -> Result<(), LazyError> {
+        let mut rest = pages;
+        while let Some(missing) = self.settled.first_missing(rest.clone()) {
+            rest.start = missing.end;
+            self.load_all(&missing, buffer, by)?;
+        }
+        Ok(())
+    }
+
+    /// Reads all pages of the range, and fills those that are missing.
+    pub(crate) fn load_all(
+        &self,
+        pages: &Range<u64>,
+        buffer: &mut SecretBuffer,
+        by: Role,
+    ) -> Result<(), LazyError> {
+        let bytes = buffer.sized((pages.end - pages.start) as usize);
+        let in_the_ram = (self.clip(pages.end) - pages.start) as usize;
+        let (stored, past_the_ram) = bytes.split_at_mut(in_the_ram);
+        past_the_ram.fill(0);
+        self.chain.read(pages.start, stored)?;
+        self.settle(pages.clone(), by, |address, part| {
+            let from = (part.start - pages.start) as usize..(part.end - pages.start) as usize;
+            let filled = self.fault.copy(address, &bytes[from]);
+            self.loaded.fetch_add(filled.bytes, Ordering::Relaxed);
+            filled
+        })
+    }
+
+    /// Fills the missing pages of the range with zeros.
+    pub(crate) fn zero(&self, pages: Range<u64>, by: Role) -> Result<(), LazyError> {
+        self.settle(pages, by, |address, part| {
+            self.fault.zero(address, part.end - part.start)
+        })
+    }
+
+    /// Fills the pages of `pages` that are not settled by `fill`, which gets an address and the
+    /// range at that address.
+    ///
+    /// # Errors
+    /// [`UserfaultfdError::Fill`]. [`UserfaultfdError::Occupied`] if a page that is not settled is
+    /// present: something else filled it.
+    fn settle(
+        &self,
+        pages: Range<u64>,
+        by: Role,
+        fill: impl Fn(u64, &Range<u64>) -> Filled,
+    ) -> Result<(), LazyError> {
+        let settled = self.settle_in_turns(pages, by, fill);
+        if by == Role::Prefetcher {
+            // The turn may not have ended yet: there was nothing left to fill, or an error.
+            self.end_turn(&mut self.ledger.lock());
+        }
+        settled
+    }
+
+    fn settle_in_turns(
+        &self,
+        pages: Range<u64>,
+        by: Role,
+        fill: impl Fn(u64, &Range<u64>) -> Filled,
+    ) -> Result<(), LazyError> {
+        let mut rest = pages;
+        // The handler does not stop, because an access waits.
+        while by == Role::Handler || !self.status.is_stopped() {
+            if self.settled.first_missing(rest.clone()).is_none() {
+                break;
+            }
+            let mut ledger = self.ledger.lock_for(by, || self.status.is_stopped());
+            if by == Role::Prefetcher && self.status.is_stopped() {
+                break;
+            }
+            let Some(missing) = self.settled.first_missing(rest.clone()) else {
+                break;
+            };
+            let step = missing.start..missing.end.min(missing.start + STEP);
+            let part = self.memory.parts(step).next();
+            let (address, part) = part.expect("what is missing is a part of the memory");
+            let Filled { bytes, stop } = fill(address, &part);
+            let done = part.start..part.start + bytes;
+            rest.start = done.end;
+            let next = done.end;
+            self.settled.add(done);
+            if by == Role::Prefetcher && bytes > 0 {
+                self.end_turn(&mut ledger);
+            }
+            match stop {
+                None => {}
+                Some(Errno::EAGAIN) => {
+                    // The handler reads no messages in a turn of the prefetcher, which would
+                    // otherwise wait forever.
+                    if by == Role::Prefetcher && ledger.turns.is_prefetching() {
+                        let changes = self.record_messages(&mut ledger)?;
+                        if ledger.turns.changed(changes) {
+                            self.ledger.notify();
+                        }
+                    }
+                    drop(ledger);
+                    self.let_changes_continue(by)?;
+                }
+                Some(Errno::EEXIST) => {
+                    self.make_inaccessible(&mut ledger, next)?;
+                    let occupied = || UserfaultfdError::Occupied { offset: next }.into();
+                    // Record it even if the page is only a neighbour of the faulting page.
+                    self.status.record_error(occupied());
+                    return Err(occupied());
+                }
+                Some(errno) => return Err(fill_error(next, errno)),
+            }
+        }
+        Ok(())
+    }
+
+    /// Ends the prefetcher's turn, if it has one.
+    fn end_turn(&self, ledger: &mut Ledger) {
+        if ledger.turns.stepped() {
+            self.ledger.notify();
+        }
+    }
+}
+
+/// Returns the error for a failure to read messages.
+pub(crate) fn wait_error(error: std::io::Error) -> LazyError {
+    UserfaultfdError::Wait(error).into()
+}
+
+fn fill_error(offset: u64, errno: Errno) -> LazyError {
+    let source = errno.into();
+    UserfaultfdError::Fill { offset, source }.into()
+}
+
+#[cfg(test)]
+impl Pages {
+    /// Fills a page as something else would. No other descriptor can.
+    pub(crate) fn occupy(&self, offset: u64) -> Filled {
+        let (address, _) = self.memory.parts(offset..offset + 1).next().unwrap();
+        self.fault.zero(address, self.page_size)
+    }
+}

@@ -1,0 +1,170 @@
+//! Messages of the kernel: faults, and changes of the memory.
+
+use std::ops::Range;
+use std::sync::MutexGuard;
+use std::sync::atomic::Ordering;
+
+use nix::errno::Errno;
+use page_reader::FlaggedRegion;
+
+use super::{Pages, wait_error};
+use crate::error::LazyError;
+use crate::ledger::{Ledger, Role};
+use crate::memory::Memory;
+use crate::userfaultfd::{Message, UserfaultfdError};
+
+impl Pages {
+    /// Returns the address of the next page that an access waits for, if there is one. Records all
+    /// changes of the memory before the access.
+    pub(crate) fn next_fault(&self) -> Result<Option<u64>, LazyError> {
+        let mut ledger = self.read_messages()?;
+        let prefetcher_waits = self.ledger.prefetcher_waits() && !self.status.is_stopped();
+        if !ledger.waiting.is_empty() && ledger.turns.begin_prefetch(prefetcher_waits) {
+            self.ledger.notify();
+            while ledger.turns.is_prefetching() && !self.status.is_stopped() {
+                ledger = self.ledger.wait(ledger);
+            }
+            drop(ledger);
+            ledger = self.read_messages()?;
+        }
+        let next = ledger.waiting.pop_front();
+        ledger.turns.handle(next.is_some());
+        if next.is_none() {
+            self.ledger.notify();
+        }
+        Ok(next)
+    }
+
+    /// Returns whether the cause of a message is still in progress. See
+    /// [`Userfaultfd::is_changing`](crate::userfaultfd::Userfaultfd::is_changing).
+    pub(crate) fn is_changing(&self) -> bool {
+        self.fault.is_changing()
+    }
+
+    /// Lets a thread in `madvise`, `munmap` or `mremap` continue. The handler also reads its
+    /// message. No page can be filled until the thread has continued.
+    pub(super) fn let_changes_continue(&self, by: Role) -> Result<(), LazyError> {
+        if by == Role::Handler {
+            drop(self.read_messages()?);
+        }
+        std::thread::yield_now();
+        Ok(())
+    }
+
+    /// Lets every thread continue that waits for its message to be read. Nothing is registered any
+    /// more.
+    pub(super) fn drain_changes(&self) {
+        while self.fault.is_changing() {
+            if let Err(error) = self.let_changes_continue(Role::Handler) {
+                return self.status.record_error(error);
+            }
+        }
+    }
+
+    /// Reads and records all messages.
+    fn read_messages(&self) -> Result<MutexGuard<'_, Ledger>, LazyError> {
+        loop {
+            // A page must not be filled after the message that it is discarded is read and before
+            // this is recorded: the discarding thread continues as soon as the message is read.
+            let mut ledger = self.ledger.lock_for(Role::Handler, || false);
+            self.record_messages(&mut ledger)?;
+            let Some(moved) = ledger.moved.pop() else {
+                return Ok(ledger);
+            };
+            drop(ledger);
+            // After MREMAP_DONTUNMAP the old addresses are still mapped. After another move they
+            // often are not, and another mapping may be there now.
+            for registered in still_registered(moved) {
+                self.revoke_moved_pages(registered);
+            }
+        }
+    }
+
+    /// Reads and records all messages. Returns the number of messages other than faults.
+    pub(super) fn record_messages(&self, ledger: &mut Ledger) -> Result<u32, LazyError> {
+        let mut changes = 0;
+        while let Some(message) = self.fault.next_message().map_err(wait_error)? {
+            changes += u32::from(!matches!(message, Message::Fault(_)));
+            self.record_message(ledger, message);
+        }
+        Ok(changes)
+    }
+
+    fn record_message(&self, ledger: &mut Ledger, message: Message) {
+        if let Message::Fault(address) = message {
+            return ledger.waiting.push_back(address);
+        }
+        self.changes.fetch_add(1, Ordering::Relaxed);
+        let removed = match message {
+            Message::Fault(_) => unreachable!("returned above"),
+            Message::Removed(addresses) => {
+                for pages in self.memory.at(addresses) {
+                    ledger.inaccessible.retain(|page| !pages.contains(page));
+                    self.settled.add(pages);
+                }
+                return;
+            }
+            Message::Unmapped(addresses) => addresses,
+            Message::Moved { from, to } => {
+                ledger.moved.push(to..to + (from.end - from.start));
+                ledger.moved.push(from.clone());
+                from
+            }
+        };
+        for pages in self.memory.at(removed) {
+            let (offset, len) = (pages.start, pages.end - pages.start);
+            self.settled.add(pages.clone());
+            ledger.unmapped.push(pages);
+            self.status
+                .record_error(UserfaultfdError::Unmapped { offset, len }.into());
+        }
+    }
+
+    /// Makes accesses to missing pages fail where memory was moved to or from. Their faults are not
+    /// handled: the pages at the new address are not part of the guest's RAM, and the pages at the
+    /// old address have lost their content.
+    fn revoke_moved_pages(&self, moved: Range<u64>) {
+        let mut at = moved.start;
+        while at < moved.end && self.can_poison {
+            let poisoned = self.fault.poison(at, moved.end - at);
+            at += poisoned.bytes;
+            match poisoned.stop {
+                None => {}
+                Some(Errno::EEXIST) => at += self.page_size,
+                Some(Errno::EAGAIN) => {
+                    // Other changes of this range affect only the VMM's own memory.
+                    let mut ledger = self.ledger.lock();
+                    match self.fault.next_message() {
+                        Ok(Some(message)) => self.record_message(&mut ledger, message),
+                        Ok(None) => std::thread::yield_now(),
+                        Err(_) => return,
+                    }
+                }
+                // This page was unmapped.
+                Some(_) => at += self.page_size,
+            }
+        }
+        let inaccessible = match self.can_poison {
+            true => self.fault.unregister(moved.start, moved.end - moved.start),
+            false => Memory::revoke_moved(&self.fault, &moved),
+        };
+        // It fails only if the range was unmapped meanwhile.
+        let _ = inaccessible;
+    }
+}
+
+/// Returns the parts of a range of addresses that are registered with a userfaultfd, or all of it
+/// if the kernel does not report this.
+fn still_registered(addresses: Range<u64>) -> Vec<Range<u64>> {
+    let Ok(mappings) = FlaggedRegion::of_this_process() else {
+        return vec![addresses];
+    };
+    let registered = mappings
+        .iter()
+        .filter(|mapping| mapping.flags.is_some_and(|flags| flags.filled_on_fault));
+    let parts = registered.map(|mapping| {
+        let Range { start, end } = mapping.region.addresses;
+        start.max(addresses.start)..end.min(addresses.end)
+    });
+    parts.filter(|part| !part.is_empty()).collect()
+}

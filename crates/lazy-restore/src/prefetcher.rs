@@ -1,0 +1,130 @@
+//! The prefetcher: fills the pages of a working set, and then all other pages.
+
+use std::ops::Range;
+use std::sync::{Arc, OnceLock};
+
+use host_memory::SecretBuffer;
+
+use crate::error::LazyError;
+use crate::ledger::Role;
+use crate::pages::Pages;
+use crate::working_set::WorkingSet;
+
+/// Bytes that are read at a time.
+const READ_SIZE: u64 = 1 << 20;
+/// Distance of the read-ahead advice, so that the disk reads while bytes are copied.
+const READ_AHEAD: u64 = 4 << 20;
+/// Runs of a working set for which read-ahead is requested at once. The runs are small, and a disk
+/// is fast only with many requests in flight.
+const RUNS_AHEAD: usize = 256;
+
+/// Fills pages in the background.
+#[derive(Debug)]
+pub(crate) struct Prefetcher {
+    pages: Arc<Pages>,
+    working_set: Option<WorkingSet>,
+    /// Bytes that the images store, counted on first use.
+    stored_bytes: OnceLock<u64>,
+}
+
+impl Prefetcher {
+    /// Returns a prefetcher that fills the pages of `working_set` first.
+    pub(crate) fn new(pages: Arc<Pages>, working_set: Option<WorkingSet>) -> Self {
+        Self {
+            pages,
+            working_set,
+            stored_bytes: OnceLock::new(),
+        }
+    }
+
+    /// Returns the number of bytes that the images store, in whole pages.
+    pub(crate) fn stored_bytes(&self) -> u64 {
+        *self.stored_bytes.get_or_init(|| {
+            let runs = self.pages.stored(0..self.pages.memory_size());
+            runs.map(|run| run.end - run.start).sum()
+        })
+    }
+
+    /// Fills all pages.
+    pub(crate) fn run(&self) {
+        match self.fill_working_set().and_then(|()| self.fill_stored()) {
+            Err(error) => self.pages.status().record_error(error),
+            // Pages that are missing now are zeros in the images, and become zeros on access.
+            Ok(()) if !self.is_stopped() => self.pages.finish(),
+            Ok(()) => {}
+        }
+        self.pages.status().end_prefetch();
+    }
+
+    fn is_stopped(&self) -> bool {
+        self.pages.status().is_stopped()
+    }
+
+    /// Fills the pages of the working set. Pages of it that the images do not store are filled with
+    /// zeros, up to the number of bytes that the images store. The limit exists because a page of
+    /// zeros takes an entry in the page table, and the working set may contain all of the RAM that
+    /// an image merely claims. The other pages become zeros on access.
+    fn fill_working_set(&self) -> Result<(), LazyError> {
+        let Some(working_set) = &self.working_set else {
+            return Ok(());
+        };
+        let page_size = self.pages.page_size();
+        let mut zeros_left = self.stored_bytes();
+        let mut buffer = SecretBuffer::new();
+        let (mut advised, mut ahead) = (0, working_set.runs());
+        for (index, run) in working_set.runs().enumerate() {
+            if self.is_stopped() {
+                break;
+            }
+            if index == advised {
+                let next = ahead.by_ref().take(RUNS_AHEAD);
+                next.for_each(|run| self.pages.chain().read_ahead(run));
+                advised += RUNS_AHEAD;
+            }
+            let start = run.start - run.start % page_size;
+            let end = run.end.next_multiple_of(page_size);
+            let mut at = start;
+            let no_more = end..end;
+            for stored in self.pages.stored(start..end).chain([no_more]) {
+                let gap = at..stored.start.min(at.saturating_add(zeros_left));
+                zeros_left -= gap.end - gap.start;
+                self.in_pieces(gap, |piece| self.pages.zero(piece, Role::Prefetcher))?;
+                at = stored.end;
+                self.in_pieces(stored, |piece| {
+                    self.pages.load(piece, &mut buffer, Role::Prefetcher)
+                })?;
+            }
+        }
+        Ok(())
+    }
+
+    fn fill_stored(&self) -> Result<(), LazyError> {
+        let mut buffer = SecretBuffer::new();
+        let mut advised = 0;
+        let stored = self.pages.stored(0..self.pages.memory_size());
+        for run in stored.take_while(|_| !self.is_stopped()) {
+            self.in_pieces(run, |piece| {
+                advised = piece.start.max(advised);
+                while advised < self.pages.clip(piece.end + READ_AHEAD) {
+                    self.pages.chain().read_ahead(advised..advised + READ_SIZE);
+                    advised += READ_SIZE;
+                }
+                self.pages.load(piece, &mut buffer, Role::Prefetcher)
+            })?;
+        }
+        Ok(())
+    }
+
+    /// Calls `each` for the pieces of a run until an error, or until stopped.
+    fn in_pieces(
+        &self,
+        run: Range<u64>,
+        mut each: impl FnMut(Range<u64>) -> Result<(), LazyError>,
+    ) -> Result<(), LazyError> {
+        let starts = run.clone().step_by(READ_SIZE as usize);
+        for start in starts.take_while(|_| !self.is_stopped()) {
+            each(start..run.end.min(start + READ_SIZE))?;
+        }
+        Ok(())
+    }
+}

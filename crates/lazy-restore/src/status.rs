@@ -1,0 +1,119 @@
+//! How far filling is, and requests to stop it.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError};
+
+use nix::sys::eventfd::{EfdFlags, EventFd};
+
+use crate::error::LazyError;
+use crate::ledger::locked;
+
+/// The state of filling, shared by all threads.
+#[derive(Debug)]
+pub(crate) struct Status {
+    /// The first error.
+    failure: OnceLock<Arc<LazyError>>,
+    phase: Mutex<Phase>,
+    ended: Condvar,
+    /// Set to stop the prefetcher.
+    stop_prefetch: AtomicBool,
+    /// Set once fault handling has ended: all pages were filled, or the memory is inaccessible.
+    finished: AtomicBool,
+    /// Readable once the fault handler is to end. A pipe would not work: a forked child may keep
+    /// its other end open.
+    stopping: EventFd,
+}
+
+/// The state of prefetching.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Phase {
+    /// Not requested yet.
+    Idle,
+    /// In progress.
+    Running,
+    /// Complete, or failed.
+    Ended,
+}
+
+impl Status {
+    /// Returns the state before the threads run. `prefetching` is whether a prefetcher will run.
+    pub(crate) fn new(prefetching: bool) -> io::Result<Self> {
+        Ok(Self {
+            failure: OnceLock::new(),
+            phase: Mutex::new(match prefetching {
+                true => Phase::Running,
+                false => Phase::Idle,
+            }),
+            ended: Condvar::new(),
+            stop_prefetch: AtomicBool::new(false),
+            finished: AtomicBool::new(false),
+            stopping: EventFd::from_flags(EfdFlags::EFD_CLOEXEC)?,
+        })
+    }
+
+    /// Records an error. Only the first one is kept.
+    pub(crate) fn record_error(&self, error: LazyError) {
+        let _ = self.failure.set(Arc::new(error));
+    }
+
+    /// Returns the first error.
+    pub(crate) fn failure(&self) -> Option<&Arc<LazyError>> {
+        self.failure.get()
+    }
+
+    /// Returns whether the caller is to prefetch, because no thread has begun to.
+    pub(crate) fn begin_prefetch(&self) -> bool {
+        let mut phase = locked(&self.phase);
+        let idle = *phase == Phase::Idle;
+        if idle {
+            *phase = Phase::Running;
+        }
+        idle
+    }
+
+    /// Records that prefetching has ended, and wakes those that wait for it.
+    pub(crate) fn end_prefetch(&self) {
+        *locked(&self.phase) = Phase::Ended;
+        self.ended.notify_all();
+    }
+
+    /// Waits until prefetching has ended.
+    pub(crate) fn wait(&self) {
+        let phase = locked(&self.phase);
+        let ended = self.ended.wait_while(phase, |phase| *phase != Phase::Ended);
+        drop(ended.unwrap_or_else(PoisonError::into_inner));
+    }
+
+    /// Requests that the prefetcher stops.
+    pub(crate) fn stop_prefetch(&self) {
+        self.stop_prefetch.store(true, Ordering::Relaxed);
+    }
+
+    /// Returns whether the prefetcher is to stop.
+    pub(crate) fn is_stopped(&self) -> bool {
+        self.stop_prefetch.load(Ordering::Relaxed)
+    }
+
+    /// Sets whether fault handling has ended.
+    pub(crate) fn set_finished(&self, finished: bool) {
+        self.finished.store(finished, Ordering::Release);
+    }
+
+    /// Returns whether fault handling has ended.
+    pub(crate) fn is_finished(&self) -> bool {
+        self.finished.load(Ordering::Acquire)
+    }
+
+    /// Stops the fault handler.
+    pub(crate) fn stop_handler(&self) {
+        // It cannot fail: the counter is far from its limit.
+        let _ = self.stopping.write(1);
+    }
+
+    /// Returns a descriptor that is readable once the fault handler is to end.
+    pub(crate) fn stopping(&self) -> BorrowedFd<'_> {
+        self.stopping.as_fd()
+    }
+}
