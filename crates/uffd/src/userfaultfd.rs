@@ -275,15 +275,18 @@ impl Userfaultfd {
     /// Appends the events that are there to `events`, up to 32, and returns their number.
     ///
     /// # Errors
-    /// As [`read_event`](Self::read_event). Events before an unknown one are appended; those after
-    /// it are lost.
+    /// As [`read_event`](Self::read_event). The other events of the call are appended nevertheless.
     pub fn read_events(&self, events: &mut Vec<Event>) -> io::Result<usize> {
         let mut messages = [[0; MESSAGE]; BATCH];
         let count = self.read_messages(&mut messages)?;
+        let mut failed = None;
         for message in &messages[..count] {
-            events.push(self.event(message)?);
+            match self.event(message) {
+                Ok(event) => events.push(event),
+                Err(error) => failed = failed.or(Some(error)),
+            }
         }
-        Ok(count)
+        failed.map_or(Ok(count), Err)
     }
 
     /// Reads messages, and returns their number: 0 if there are none.

@@ -3,7 +3,7 @@
 use super::Sanitizer;
 
 /// What is run with neither.
-pub(super) const LEFT_OUT: [(&str, &str); 5] = [
+pub(super) const LEFT_OUT: [(&str, &str); 6] = [
     (
         "most of atomic-file's tests",
         "they are about what system calls say and who else is there: its library's, groups, recycling and replacing are run",
@@ -17,6 +17,10 @@ pub(super) const LEFT_OUT: [(&str, &str); 5] = [
         "it is about when threads and virtual machines have their page faults, of which a sanitizer has many more",
     ),
     ("kvm-backend", "what it does is a virtual machine's"),
+    (
+        "uffd",
+        "it is about when threads have page faults, of which a sanitizer has many more",
+    ),
     ("ramsnap", "it is a program, and tested from outside"),
 ];
 

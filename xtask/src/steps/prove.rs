@@ -81,6 +81,7 @@ pub(super) const SUITE: Suite = Suite {
                 "crates/memory-writer",
                 "crates/page-reader",
                 "crates/sparse-file",
+                "crates/uffd",
                 "testing/guests",
                 "testing/soak",
                 "testing/write-faults",

@@ -13,6 +13,7 @@ use std::num::NonZeroUsize;
 use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd};
 use std::ptr::NonNull;
+use std::sync::atomic::{AtomicU8, Ordering::Relaxed};
 use std::thread::{self, JoinHandle};
 
 use nix::errno::Errno;
@@ -20,7 +21,7 @@ use nix::libc;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap, mmap_anonymous, munmap};
-use nix::unistd::{SysconfVar, gettid, sysconf};
+use nix::unistd::{SysconfVar, sysconf};
 use uffd::{Event, FaultFlags, Userfaultfd};
 
 /// Returns from the test `$test` if the machine lacks `$need`.
@@ -125,14 +126,15 @@ pub(crate) fn pointer(address: u64) -> NonNull<libc::c_void> {
 
 /// Reads a byte of mapped memory.
 pub(crate) fn load(address: u64) -> u8 {
-    // SAFETY: the tests pass addresses of their mappings, to which no reference exists.
-    unsafe { pointer(address).cast::<u8>().read_volatile() }
+    // SAFETY: the tests pass addresses of their mappings, which other threads access in this way
+    // too.
+    unsafe { AtomicU8::from_ptr(pointer(address).cast().as_ptr()) }.load(Relaxed)
 }
 
 /// Writes a byte of mapped memory.
 pub(crate) fn store(address: u64, byte: u8) {
     // SAFETY: as for `load`.
-    unsafe { pointer(address).cast::<u8>().write_volatile(byte) }
+    unsafe { AtomicU8::from_ptr(pointer(address).cast().as_ptr()) }.store(byte, Relaxed)
 }
 
 /// Lets the kernel read a byte of memory.
