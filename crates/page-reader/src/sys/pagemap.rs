@@ -10,6 +10,10 @@ use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::vec;
 
+use linux_raw_sys::general::{
+    PAGE_IS_PFNZERO, PAGE_IS_PRESENT, PAGE_IS_SWAPPED, page_region, pm_scan_arg,
+};
+
 use super::page_size;
 
 /// The number of ranges in one `PAGEMAP_SCAN`: 6 KiB.
@@ -109,18 +113,27 @@ fn validated(queried: &Range<u64>) -> impl Fn(Found) -> io::Result<Found> {
 
 /// Queries with `PAGEMAP_SCAN` (Linux 6.7), which skips empty page tables.
 fn scan_ioctl(pagemap: &File, queried: Range<u64>, _: u64) -> io::Result<Found> {
-    let mut regions = [ioctl::Region::default(); REGIONS];
-    let mut scan = ioctl::Scan {
-        size: size_of::<ioctl::Scan>() as u64,
+    const POPULATED: u64 = (PAGE_IS_PRESENT | PAGE_IS_SWAPPED) as u64;
+    const EMPTY: page_region = page_region {
+        start: 0,
+        end: 0,
+        categories: 0,
+    };
+
+    let mut regions = [EMPTY; REGIONS];
+    let mut scan = pm_scan_arg {
+        size: size_of::<pm_scan_arg>() as u64,
+        flags: 0,
         start: queried.start,
         end: queried.end,
+        walk_end: 0,
         vec: regions.as_mut_ptr().expose_provenance() as u64,
         vec_len: REGIONS as u64,
-        category_mask: ioctl::ZERO_PAGE,
-        category_inverted: ioctl::ZERO_PAGE,
-        category_anyof_mask: ioctl::PRESENT | ioctl::SWAPPED,
-        return_mask: ioctl::PRESENT | ioctl::SWAPPED,
-        ..Default::default()
+        max_pages: 0,
+        category_inverted: PAGE_IS_PFNZERO.into(),
+        category_mask: PAGE_IS_PFNZERO.into(),
+        category_anyof_mask: POPULATED,
+        return_mask: POPULATED,
     };
     // SAFETY: the kernel reads and writes the structure, which has the layout of the kernel's
     // (asserted below) and states its size. It writes at most `vec_len` regions to `vec`, a live
@@ -159,43 +172,14 @@ fn read_entries(pagemap: &File, queried: Range<u64>, page_size: u64) -> io::Resu
     Ok((found, address))
 }
 
-/// From Linux `include/uapi/linux/fs.h`.
 mod ioctl {
-    pub(super) const PRESENT: u64 = 1 << 3;
-    pub(super) const SWAPPED: u64 = 1 << 4;
-    pub(super) const ZERO_PAGE: u64 = 1 << 5;
+    use linux_raw_sys::general::{page_region, pm_scan_arg};
 
-    /// `struct page_region`
-    #[derive(Clone, Copy, Debug, Default)]
-    #[repr(C)]
-    pub(super) struct Region {
-        pub(super) start: u64,
-        pub(super) end: u64,
-        pub(super) categories: u64,
-    }
+    const _: () = assert!(size_of::<page_region>() == 24 && size_of::<pm_scan_arg>() == 96);
 
-    /// `struct pm_scan_arg`
-    #[derive(Clone, Copy, Debug, Default)]
-    #[repr(C)]
-    pub(super) struct Scan {
-        pub(super) size: u64,
-        pub(super) flags: u64,
-        pub(super) start: u64,
-        pub(super) end: u64,
-        pub(super) walk_end: u64,
-        pub(super) vec: u64,
-        pub(super) vec_len: u64,
-        pub(super) max_pages: u64,
-        pub(super) category_inverted: u64,
-        pub(super) category_mask: u64,
-        pub(super) category_anyof_mask: u64,
-        pub(super) return_mask: u64,
-    }
-
-    const _: () = assert!(size_of::<Region>() == 24 && size_of::<Scan>() == 96);
-
-    // _IOWR('f', 16, struct pm_scan_arg)
-    nix::ioctl_readwrite!(pagemap_scan, b'f', 16, Scan);
+    // `PAGEMAP_SCAN` in Linux `include/uapi/linux/fs.h`: _IOWR('f', 16, struct pm_scan_arg). The
+    // generated bindings lack this number.
+    nix::ioctl_readwrite!(pagemap_scan, b'f', 16, pm_scan_arg);
 }
 
 #[cfg(test)]

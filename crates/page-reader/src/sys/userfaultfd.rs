@@ -10,19 +10,19 @@
 #![allow(unsafe_code)]
 
 use std::num::NonZeroUsize;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::ops::Range;
 use std::ptr::NonNull;
 
-use nix::errno::Errno;
 use nix::libc;
 use nix::sys::mman::{MapFlags, ProtFlags, mmap_anonymous, munmap};
+use uffd::{FillFlags, Modes, Stop};
 
 use super::page_size;
 
 /// A userfaultfd for queries.
 #[derive(Debug)]
 pub(crate) struct Userfaultfd {
-    fault: OwnedFd,
+    fault: uffd::Userfaultfd,
     source: Unreadable,
 }
 
@@ -34,60 +34,31 @@ impl Userfaultfd {
             fault: open().ok()?,
             source: Unreadable::new().ok()?,
         };
-        let address = uffd.source.address();
         let other = open().ok()?;
-        register(&other, address).ok()?;
-        (!uffd.is_unregistered(address)).then_some(uffd)
+        register(&other, &uffd.source).ok()?;
+        (!uffd.is_unregistered(uffd.source.address())).then_some(uffd)
     }
 
     /// Returns `true` if the mapping of the page at `address` is registered with no userfaultfd, of
     /// this process or another. An unmapped page is not registered.
     pub(crate) fn is_unregistered(&self, address: u64) -> bool {
-        let mut copy = ioctl::Copy {
-            to: address,
-            from: self.source.address(),
-            len: page_size(),
-            ..Default::default()
-        };
-        // SAFETY: the kernel reads and writes the structure, which has the layout of the kernel's
-        // (asserted below). It writes nothing to `to`, because `from` is unreadable: `source` is
-        // mapped without access.
-        let copied = unsafe { ioctl::copy(self.fault.as_raw_fd(), &raw mut copy) };
-        copied == Err(Errno::ENOENT)
+        let (source, len) = (self.source.address(), page_size());
+        // SAFETY: no code writes `source`, which is mapped without access. Because the kernel
+        // cannot read it, it writes nothing to the address.
+        let copied = unsafe { self.fault.copy(address, source, len, FillFlags::empty()) };
+        copied.stop == Some(Stop::NotRegistered)
     }
 }
 
 /// Opens a userfaultfd for user-mode faults only, which needs no privilege (Linux 5.11).
-fn open() -> nix::Result<OwnedFd> {
-    /// `UFFD_USER_MODE_ONLY`
-    const USER_MODE_ONLY: libc::c_int = 1;
-    let flags = libc::O_CLOEXEC | libc::O_NONBLOCK | USER_MODE_ONLY;
-    // SAFETY: the call takes flags only.
-    let opened = Errno::result(unsafe { libc::syscall(libc::SYS_userfaultfd, flags) })?;
-    // SAFETY: a new descriptor, which has no other owner.
-    let fault = unsafe { OwnedFd::from_raw_fd(opened as libc::c_int) };
-    let mut api = ioctl::Api {
-        api: ioctl::API,
-        ..Default::default()
-    };
-    // SAFETY: the kernel reads and writes the structure, which has the layout of the kernel's. No
-    // feature is requested.
-    unsafe { ioctl::api(fault.as_raw_fd(), &raw mut api) }?;
-    Ok(fault)
+fn open() -> Result<uffd::Userfaultfd, uffd::OpenError> {
+    uffd::Userfaultfd::options().user_mode_only(true).open()
 }
 
-fn register(fault: &OwnedFd, address: u64) -> nix::Result<()> {
-    let mut register = ioctl::Register {
-        start: address,
-        len: page_size(),
-        mode: ioctl::MISSING,
-        ..Default::default()
-    };
-    // SAFETY: the kernel reads and writes the structure, which has the layout of the kernel's. No
-    // access waits for the page: only `Unreadable` is registered, whose accesses fail before they
-    // are page faults.
-    unsafe { ioctl::register(fault.as_raw_fd(), &raw mut register) }?;
-    Ok(())
+fn register(fault: &uffd::Userfaultfd, page: &Unreadable) -> Result<(), uffd::RegisterError> {
+    // SAFETY: mapped, and nothing accesses the page: accesses would fail before they are page
+    // faults.
+    unsafe { fault.register(page.range(), Modes::MISSING) }.map(drop)
 }
 
 /// A page without access permissions.
@@ -104,6 +75,10 @@ impl Unreadable {
     fn address(&self) -> u64 {
         self.0.addr().get() as u64
     }
+
+    fn range(&self) -> Range<u64> {
+        self.address()..self.address() + page_size()
+    }
 }
 
 impl Drop for Unreadable {
@@ -119,51 +94,6 @@ fn len() -> NonZeroUsize {
     size.and_then(NonZeroUsize::new).expect("a page has a size")
 }
 
-/// From Linux `include/uapi/linux/userfaultfd.h`.
-mod ioctl {
-    pub(super) const API: u64 = 0xaa;
-    /// `UFFDIO_REGISTER_MODE_MISSING`
-    pub(super) const MISSING: u64 = 1;
-
-    /// `struct uffdio_api`
-    #[derive(Debug, Default)]
-    #[repr(C)]
-    pub(super) struct Api {
-        pub(super) api: u64,
-        pub(super) features: u64,
-        pub(super) ioctls: u64,
-    }
-
-    /// `struct uffdio_register`
-    #[derive(Debug, Default)]
-    #[repr(C)]
-    pub(super) struct Register {
-        pub(super) start: u64,
-        pub(super) len: u64,
-        pub(super) mode: u64,
-        pub(super) ioctls: u64,
-    }
-
-    /// `struct uffdio_copy`
-    #[derive(Debug, Default)]
-    #[repr(C)]
-    pub(super) struct Copy {
-        pub(super) to: u64,
-        pub(super) from: u64,
-        pub(super) len: u64,
-        pub(super) mode: u64,
-        pub(super) copied: i64,
-    }
-
-    const _: () =
-        assert!(size_of::<Api>() == 24 && size_of::<Register>() == 32 && size_of::<Copy>() == 40);
-
-    // _IOWR(UFFDIO, _UFFDIO_..., struct uffdio_...)
-    nix::ioctl_readwrite!(api, 0xaa, 0x3f, Api);
-    nix::ioctl_readwrite!(register, 0xaa, 0x00, Register);
-    nix::ioctl_readwrite!(copy, 0xaa, 0x03, Copy);
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -174,15 +104,6 @@ mod tests {
     /// Serializes the tests: the kernel merges two adjacent pages, neither of which is registered,
     /// and registers them as one.
     static TURN: Mutex<()> = Mutex::new(());
-
-    /// `struct uffdio_range`
-    #[repr(C)]
-    struct Range {
-        start: u64,
-        len: u64,
-    }
-
-    nix::ioctl_read!(unregister, 0xaa, 0x01, Range);
 
     fn uffd(test: &str) -> Option<Userfaultfd> {
         let uffd = Userfaultfd::probe();
@@ -202,15 +123,10 @@ mod tests {
         let page = Unreadable::new().unwrap();
         assert!(uffd.is_unregistered(page.address()));
         let other = open().unwrap();
-        register(&other, page.address()).unwrap();
+        register(&other, &page).unwrap();
         assert!(!uffd.is_unregistered(page.address()));
         // Closing is not sufficient: a child that another test forks may inherit the descriptor.
-        let mut range = Range {
-            start: page.address(),
-            len: page_size(),
-        };
-        // SAFETY: the kernel reads the structure, which has the layout of the kernel's.
-        unsafe { unregister(other.as_raw_fd(), &raw mut range) }.unwrap();
+        other.unregister(page.range()).unwrap();
         assert!(uffd.is_unregistered(page.address()));
     }
 
@@ -223,12 +139,9 @@ mod tests {
         }
         let (free, taken) = (Unreadable::new().unwrap(), Unreadable::new().unwrap());
         let other = open().unwrap();
-        register(&other, taken.address()).unwrap();
+        register(&other, &taken).unwrap();
         let space = AddressSpace::of_this_process();
-        let populated = |page: &Unreadable| {
-            let range = page.address()..page.address() + page_size();
-            space.populated(range).count()
-        };
+        let populated = |page: &Unreadable| space.populated(page.range()).count();
         assert_eq!(populated(&free), 0);
         assert!(!space.has_flags());
         assert_eq!(populated(&taken), 1);
