@@ -2,84 +2,14 @@
 
 #![allow(unsafe_code)]
 
-use std::fs::File;
-use std::io::{self, Read};
+use std::io;
 use std::ops::Range;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd};
+use std::os::fd::{AsFd, BorrowedFd};
 
 use nix::errno::Errno;
-use nix::libc;
 use page_reader::MappingsError;
 use thiserror::Error;
-
-/// The kernel's interface: Linux `include/uapi/linux/userfaultfd.h`.
-mod abi {
-    pub(super) const API: u64 = 0xaa;
-    pub(super) const REGISTER_MODE_MISSING: u64 = 1;
-    /// Bits of the operations that a registered range supports.
-    pub(super) const OFFERS_COPY: u64 = 1 << 0x03;
-    pub(super) const OFFERS_ZEROPAGE: u64 = 1 << 0x04;
-    pub(super) const OFFERS_POISON: u64 = 1 << 0x08;
-    pub(super) const FEATURE_EVENT_REMAP: u64 = 1 << 2;
-    pub(super) const FEATURE_EVENT_REMOVE: u64 = 1 << 3;
-    pub(super) const FEATURE_EVENT_UNMAP: u64 = 1 << 6;
-    pub(super) const EVENT_PAGEFAULT: u8 = 0x12;
-    pub(super) const EVENT_REMAP: u8 = 0x14;
-    pub(super) const EVENT_REMOVE: u8 = 0x15;
-    pub(super) const EVENT_UNMAP: u8 = 0x16;
-    /// `struct uffd_msg`: the event in byte 0, its arguments from byte 8 on. The arguments of a
-    /// page fault are flags and an address; of a removal or unmapping, a start and an end; of a
-    /// move, the old start, the new start and the length.
-    pub(super) const MESSAGE: usize = 32;
-
-    #[repr(C)]
-    pub(super) struct Api {
-        pub(super) api: u64,
-        pub(super) features: u64,
-        pub(super) ioctls: u64,
-    }
-
-    #[repr(C)]
-    pub(super) struct Register {
-        pub(super) start: u64,
-        pub(super) len: u64,
-        pub(super) mode: u64,
-        pub(super) ioctls: u64,
-    }
-
-    #[repr(C)]
-    pub(super) struct Range {
-        pub(super) start: u64,
-        pub(super) len: u64,
-    }
-
-    #[repr(C)]
-    pub(super) struct Copy {
-        pub(super) to: u64,
-        pub(super) from: u64,
-        pub(super) len: u64,
-        pub(super) mode: u64,
-        pub(super) done: i64,
-    }
-
-    /// `struct uffdio_zeropage` and `struct uffdio_poison`.
-    #[repr(C)]
-    pub(super) struct Set {
-        pub(super) start: u64,
-        pub(super) len: u64,
-        pub(super) mode: u64,
-        pub(super) done: i64,
-    }
-
-    nix::ioctl_write_int_bad!(new, nix::request_code_none!(0xaa, 0x00));
-    nix::ioctl_readwrite!(api, 0xaa, 0x3f, Api);
-    nix::ioctl_readwrite!(register, 0xaa, 0x00, Register);
-    nix::ioctl_read!(unregister, 0xaa, 0x01, Range);
-    nix::ioctl_read!(wake, 0xaa, 0x02, Range);
-    nix::ioctl_readwrite!(copy, 0xaa, 0x03, Copy);
-    nix::ioctl_readwrite!(zeropage, 0xaa, 0x04, Set);
-    nix::ioctl_readwrite!(poison, 0xaa, 0x08, Set);
-}
+use uffd::{Event, Features, FillFlags, Modes, OpenError, Operations, Stop};
 
 /// A message from the kernel.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -110,7 +40,7 @@ pub(crate) struct Filled {
 /// it, and fills only these pages.
 #[derive(Debug)]
 pub(crate) struct Userfaultfd {
-    descriptor: File,
+    fault: uffd::Userfaultfd,
     page: u64,
 }
 
@@ -118,45 +48,17 @@ impl Userfaultfd {
     /// Opens a descriptor for faults of this process in pages of `page` bytes, including faults
     /// that the kernel takes on behalf of a vCPU or a system call.
     pub(crate) fn open(page: u64) -> Result<Self, UserfaultfdError> {
-        let flags = libc::O_CLOEXEC | libc::O_NONBLOCK;
-        // SAFETY: the call takes flags and no address.
-        let opened = unsafe { libc::syscall(libc::SYS_userfaultfd, flags) };
-        let descriptor = match Errno::result(opened) {
-            // SAFETY: a new descriptor, which nothing else owns.
-            Ok(descriptor) => unsafe { File::from_raw_fd(descriptor as i32) },
-            Err(Errno::EPERM) => Self::from_device(flags)?,
-            Err(Errno::ENOSYS) => return Err(UserfaultfdError::Missing),
-            Err(errno) => return Err(UserfaultfdError::Open(errno.into())),
-        };
-        let mut api = abi::Api {
-            api: abi::API,
-            // Without these features, memory that is moved loses its registration, and its missing
-            // pages are zeros. Discarded pages could not be distinguished from missing ones.
-            features: abi::FEATURE_EVENT_REMAP
-                | abi::FEATURE_EVENT_REMOVE
-                | abi::FEATURE_EVENT_UNMAP,
-            ioctls: 0,
-        };
-        // SAFETY: `Api` has the layout of the kernel's struct and outlives the call.
-        let agreed = unsafe { abi::api(descriptor.as_raw_fd(), &raw mut api) };
-        agreed.map_err(|errno| UserfaultfdError::Open(errno.into()))?;
-        Ok(Self { descriptor, page })
-    }
-
-    /// Opens the device, which requires file permissions, where the system call requires a
-    /// privilege.
-    fn from_device(flags: i32) -> Result<File, UserfaultfdError> {
-        let device = File::options()
-            .read(true)
-            .write(true)
-            .open("/dev/userfaultfd");
-        let device = device.map_err(UserfaultfdError::NotPermitted)?;
-        // SAFETY: the request takes flags and returns a new descriptor, which nothing else owns.
-        unsafe {
-            let opened = abi::new(device.as_raw_fd(), flags);
-            let opened = opened.map_err(|errno| UserfaultfdError::NotPermitted(errno.into()))?;
-            Ok(File::from_raw_fd(opened))
-        }
+        // Without these features, memory that is moved loses its registration, and its missing
+        // pages are zeros. Discarded pages could not be distinguished from missing ones.
+        let features = Features::EVENT_REMAP | Features::EVENT_REMOVE | Features::EVENT_UNMAP;
+        let fault = uffd::Userfaultfd::options().features(features).open();
+        let fault = fault.map_err(|error| match error {
+            OpenError::Unsupported => UserfaultfdError::Missing,
+            OpenError::NotPermitted { device, .. } => UserfaultfdError::NotPermitted(device),
+            OpenError::Open(source) => UserfaultfdError::Open(source),
+            other => UserfaultfdError::Open(io::Error::other(other)),
+        })?;
+        Ok(Self { fault, page })
     }
 
     /// Registers a range, so that every access to a missing page waits until the page is filled.
@@ -165,66 +67,37 @@ impl Userfaultfd {
     /// # Safety
     /// The range must be mapped, and only the caller may fill its missing pages.
     pub(crate) unsafe fn register(&self, start: u64, len: u64) -> Result<bool, UserfaultfdError> {
-        let mut register = abi::Register {
+        // SAFETY: the contract is the same.
+        let registered = unsafe { self.fault.register(range(start, len), Modes::MISSING) };
+        let operations = registered.map_err(|error| UserfaultfdError::Register {
             start,
             len,
-            mode: abi::REGISTER_MODE_MISSING,
-            ioctls: 0,
-        };
-        // SAFETY: `Register` has the layout of the kernel's struct. The caller vouches for the
-        // range.
-        let registered = unsafe { abi::register(self.descriptor.as_raw_fd(), &raw mut register) };
-        registered.map_err(|errno| UserfaultfdError::Register {
-            start,
-            len,
-            source: errno.into(),
+            source: error.source,
         })?;
-        let needed = abi::OFFERS_COPY | abi::OFFERS_ZEROPAGE;
-        if register.ioctls & needed != needed {
+        if !operations.contains(Operations::COPY | Operations::ZEROPAGE) {
             return Err(UserfaultfdError::HugePages { start, len });
         }
-        Ok(register.ioctls & abi::OFFERS_POISON != 0)
+        Ok(operations.contains(Operations::POISON))
     }
 
     /// Unregisters a range, after which missing pages are zeros, and wakes waiting accesses.
     pub(crate) fn unregister(&self, start: u64, len: u64) -> nix::Result<()> {
-        let mut range = abi::Range { start, len };
-        // SAFETY: `Range` has the layout of the kernel's struct; the call touches no memory.
-        unsafe { abi::unregister(self.descriptor.as_raw_fd(), &raw mut range) }?;
-        // The kernel (6.18) wakes before it locks the mapping. Since 6.7 a fault holds only the
-        // lock of its mapping, so a thread that faults in between would sleep forever without this
-        // call.
-        self.wake(start, len)
+        errno(self.fault.unregister(range(start, len)))
     }
 
     /// Returns the next message, if there is one. Faults come before other messages, regardless of
     /// the order of events.
     pub(crate) fn next_message(&self) -> io::Result<Option<Message>> {
-        let mut message = [0; abi::MESSAGE];
-        match (&self.descriptor).read(&mut message) {
-            Ok(abi::MESSAGE) => {
-                let [event, first, second, third] = message.as_chunks::<8>().0 else {
-                    unreachable!("32 bytes are four words")
-                };
-                let [first, second, third] =
-                    [first, second, third].map(|word| u64::from_ne_bytes(*word));
-                match event[0] {
-                    abi::EVENT_PAGEFAULT => Ok(Some(Message::Fault(second & !(self.page - 1)))),
-                    abi::EVENT_REMOVE => Ok(Some(Message::Removed(first..second))),
-                    abi::EVENT_UNMAP => Ok(Some(Message::Unmapped(first..second))),
-                    abi::EVENT_REMAP => Ok(Some(Message::Moved {
-                        from: first..first.saturating_add(third),
-                        to: second,
-                    })),
-                    event => Err(io::Error::other(format!("unknown event {event:#x}"))),
-                }
+        Ok(match self.fault.read_event()? {
+            None => None,
+            Some(Event::PageFault { address, .. }) => {
+                Some(Message::Fault(address & !(self.page - 1)))
             }
-            Ok(len) => Err(io::Error::other(format!("a message of {len} bytes"))),
-            Err(error) => match error.kind() {
-                io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted => Ok(None),
-                _ => Err(error),
-            },
-        }
+            Some(Event::Remove { range }) => Some(Message::Removed(range)),
+            Some(Event::Unmap { range }) => Some(Message::Unmapped(range)),
+            Some(Event::Remap { from, to }) => Some(Message::Moved { from, to }),
+            Some(other) => return Err(io::Error::other(format!("unexpected event {other:?}"))),
+        })
     }
 
     /// Returns whether the cause of a message other than a fault is still in progress: a thread in
@@ -233,80 +106,53 @@ impl Userfaultfd {
     /// After a range is unregistered, no further message is about it. After this call has returned
     /// `false`, no such message is pending.
     pub(crate) fn is_changing(&self) -> bool {
-        let mut nothing = abi::Set {
-            start: 0,
-            len: 0,
-            mode: 0,
-            done: 0,
-        };
-        // SAFETY: `Set` has the layout of the kernel's struct. An empty range is invalid, so
-        // nothing is filled. The kernel returns EAGAIN before it checks the range.
-        let answer = unsafe { abi::zeropage(self.descriptor.as_raw_fd(), &raw mut nothing) };
-        answer == Err(Errno::EAGAIN)
+        self.fault.is_changing()
     }
 
     /// Fills the missing pages at `to` with `bytes`, whole pages, and wakes the accesses that wait
     /// for them.
     pub(crate) fn copy(&self, to: u64, bytes: &[u8]) -> Filled {
         fill(self.page, bytes.len() as u64, |done, len| {
-            let mut copy = abi::Copy {
-                to: to + done,
-                from: bytes[done as usize..][..len as usize].as_ptr() as u64,
-                len,
-                mode: 0,
-                done: 0,
-            };
-            // SAFETY: `Copy` has the layout of the kernel's struct. The kernel reads `len` bytes of
-            // `bytes`, as sliced above, and writes only to missing pages of ranges registered with
-            // this descriptor.
-            let answer = unsafe { abi::copy(self.descriptor.as_raw_fd(), &raw mut copy) };
-            (answer, copy.done)
+            let bytes = &bytes[done as usize..][..len as usize];
+            self.fault.copy_bytes(to + done, bytes, FillFlags::empty())
         })
     }
 
     /// Fills missing pages with zeros, which takes no memory, and wakes waiting accesses.
     pub(crate) fn zero(&self, start: u64, len: u64) -> Filled {
-        self.set(abi::zeropage, start, len)
+        fill(self.page, len, |done, len| {
+            let pages = range(start + done, len);
+            self.fault.zeropage(pages, FillFlags::empty())
+        })
     }
 
     /// Poisons missing pages and wakes waiting accesses. An access then gets `SIGBUS`, or `EFAULT`
     /// if the kernel makes it.
     pub(crate) fn poison(&self, start: u64, len: u64) -> Filled {
-        self.set(abi::poison, start, len)
-    }
-
-    fn set(
-        &self,
-        request: unsafe fn(i32, *mut abi::Set) -> nix::Result<i32>,
-        start: u64,
-        len: u64,
-    ) -> Filled {
         fill(self.page, len, |done, len| {
-            let mut set = abi::Set {
-                start: start + done,
-                len,
-                mode: 0,
-                done: 0,
-            };
-            // SAFETY: `Set` has the layout of the structs of both requests, which change only
-            // missing pages of ranges registered with this descriptor.
-            let answer = unsafe { request(self.descriptor.as_raw_fd(), &raw mut set) };
-            (answer, set.done)
+            let pages = range(start + done, len);
+            self.fault.poison(pages, FillFlags::empty())
         })
     }
 
     /// Keeps the userfaultfd open until the process ends: missing pages would become zeros once it
     /// is closed.
     pub(crate) fn leave_open(&self) -> io::Result<()> {
-        self.descriptor.try_clone().map(std::mem::forget)
+        self.fault.try_clone().map(std::mem::forget)
     }
 
     /// Wakes accesses that wait for a page of the range. They fault again if the page is missing.
     pub(crate) fn wake(&self, start: u64, len: u64) -> nix::Result<()> {
-        let mut range = abi::Range { start, len };
-        // SAFETY: `Range` has the layout of the kernel's struct; the call touches no memory.
-        unsafe { abi::wake(self.descriptor.as_raw_fd(), &raw mut range) }.map(drop)
+        errno(self.fault.wake(range(start, len)))
     }
+}
+
+fn range(start: u64, len: u64) -> Range<u64> {
+    start..start.saturating_add(len)
+}
+
+fn errno(result: io::Result<()>) -> nix::Result<()> {
+    result.map_err(|error| Errno::from_raw(error.raw_os_error().unwrap_or_default()))
 }
 
 /// Repeats `request` after partial results. It gets the bytes done so far and the bytes to do,
@@ -317,25 +163,21 @@ impl Userfaultfd {
 /// mapping where a part of it becomes different. For a request across mappings the kernel fills
 /// nothing and returns ENOENT, as for memory that is not registered. A refused range is therefore
 /// halved, down to one page.
-fn fill(
-    page: u64,
-    len: u64,
-    mut request: impl FnMut(u64, u64) -> (nix::Result<i32>, i64),
-) -> Filled {
+fn fill(page: u64, len: u64, mut request: impl FnMut(u64, u64) -> uffd::Filled) -> Filled {
     let (mut bytes, mut step) = (0, len);
     while bytes < len {
         let asked = step.min(len - bytes);
-        match request(bytes, asked) {
-            (Ok(_), _) => {
-                bytes += asked;
-                step = len.min(2 * asked);
+        let filled = request(bytes, asked);
+        bytes += filled.bytes;
+        match filled.stop {
+            None => step = len.min(2 * asked),
+            Some(Stop::NotRegistered) if asked > page => {
+                step = (asked / 2).next_multiple_of(page);
             }
-            (Err(Errno::ENOENT), _) if asked > page => step = (asked / 2).next_multiple_of(page),
-            // A part was done. The next request returns the reason for stopping
-            // (ioctl_userfaultfd(2)).
-            (Err(Errno::EAGAIN), done) if done > 0 => bytes += done as u64,
-            (Err(stop), _) => {
-                let stop = Some(stop);
+            // The next request returns the reason for stopping.
+            Some(Stop::Partial) => {}
+            Some(stop) => {
+                let stop = Some(Errno::from_raw(stop.raw_os_error()));
                 return Filled { bytes, stop };
             }
         }
@@ -345,7 +187,7 @@ fn fill(
 
 impl AsFd for Userfaultfd {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.descriptor.as_fd()
+        self.fault.as_fd()
     }
 }
 
@@ -466,26 +308,31 @@ mod tests {
 
     use super::*;
 
-    const AGAIN: Errno = Errno::EAGAIN;
+    fn stopped(bytes: u64, stop: Stop) -> uffd::Filled {
+        let stop = Some(stop);
+        uffd::Filled { bytes, stop }
+    }
 
     /// Requests four pages, of which the first request fills one.
     #[rstest]
-    #[case::all(Ok(0), 0, 4, None)]
-    #[case::changing(Err(AGAIN), -i64::from(AGAIN as i32), 1, Some(AGAIN))]
-    #[case::changing_in_older_kernels(Err(AGAIN), 0, 1, Some(AGAIN))]
-    #[case::occupied(Err(Errno::EEXIST), -i64::from(Errno::EEXIST as i32), 1, Some(Errno::EEXIST))]
+    #[case::all(None, 4, None)]
+    #[case::changing(Some(Stop::Changing), 1, Some(Errno::EAGAIN))]
+    #[case::occupied(Some(Stop::Present), 1, Some(Errno::EEXIST))]
     fn fill_continues_after_a_partial_result(
-        #[case] answer: nix::Result<i32>,
-        #[case] done: i64,
+        #[case] second: Option<Stop>,
         #[case] pages: u64,
         #[case] stop: Option<Errno>,
     ) {
         let mut asked = Vec::new();
         let filled = fill(4096, 4 * 4096, |at, len| {
             asked.push((at, len));
-            match at {
-                0 => (Err(AGAIN), 4096),
-                _ => (answer, done),
+            match (at, second) {
+                (0, _) => stopped(4096, Stop::Partial),
+                (_, Some(stop)) => stopped(0, stop),
+                (_, None) => uffd::Filled {
+                    bytes: len,
+                    stop: None,
+                },
             }
         });
         let bytes = pages * 4096;
@@ -517,10 +364,13 @@ mod tests {
             });
             let absent = missing.is_some_and(|page| pages.contains(&page));
             if !fits || absent {
-                return (Err(Errno::ENOENT), -i64::from(Errno::ENOENT as i32));
+                return stopped(0, Stop::NotRegistered);
             }
             filled_pages.extend(pages);
-            (Ok(0), len as i64)
+            uffd::Filled {
+                bytes: len,
+                stop: None,
+            }
         });
         let pages = missing.unwrap_or(11);
         let (bytes, stop) = (pages * 4096, missing.map(|_| Errno::ENOENT));
