@@ -4,10 +4,9 @@
 
 #![allow(unsafe_code)]
 
-use std::fs::File;
-use std::io::{self, PipeReader, PipeWriter, Read};
+use std::io::{self, PipeReader, PipeWriter};
 use std::ops::Range;
-use std::os::fd::{AsFd, AsRawFd, FromRawFd};
+use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 use std::thread::{self, JoinHandle};
@@ -16,93 +15,18 @@ use dirty_bitmap::WriteProtection;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use page_reader::PageReader;
+use uffd::{Event, FaultFlags, Features, Modes, OpenError, Stop};
 
 use super::{FaultHandler, OnWrite, PageFaults, page_size};
 
-/// The kernel's interface: Linux `include/uapi/linux/userfaultfd.h`.
-mod abi {
-    pub(super) const API: u64 = 0xaa;
-    pub(super) const FEATURE_PAGEFAULT_FLAG_WP: u64 = 1 << 0;
-    /// Shared memory too (Linux 5.19).
-    pub(super) const FEATURE_WP_HUGETLBFS_SHMEM: u64 = 1 << 12;
-    /// Untouched pages are protected as well (Linux 6.4).
-    pub(super) const FEATURE_WP_UNPOPULATED: u64 = 1 << 13;
-    pub(super) const REGISTER_MODE_WP: u64 = 1 << 1;
-    pub(super) const WRITEPROTECT_MODE_WP: u64 = 1 << 0;
-    pub(super) const WRITEPROTECT_MODE_DONTWAKE: u64 = 1 << 1;
-    pub(super) const EVENT_PAGEFAULT: u8 = 0x12;
-    pub(super) const PAGEFAULT_FLAG_WP: u64 = 1 << 1;
-    /// `struct uffd_msg`: the event in byte 0, a page fault's flags in bytes 8..16, its address in
-    /// 16..24.
-    pub(super) const MESSAGE: usize = 32;
-
-    #[repr(C)]
-    pub(super) struct Api {
-        pub(super) api: u64,
-        pub(super) features: u64,
-        pub(super) ioctls: u64,
-    }
-
-    #[repr(C)]
-    pub(super) struct Register {
-        pub(super) start: u64,
-        pub(super) len: u64,
-        pub(super) mode: u64,
-        pub(super) ioctls: u64,
-    }
-
-    #[repr(C)]
-    pub(super) struct Range {
-        pub(super) start: u64,
-        pub(super) len: u64,
-    }
-
-    #[repr(C)]
-    pub(super) struct WriteProtect {
-        pub(super) start: u64,
-        pub(super) len: u64,
-        pub(super) mode: u64,
-    }
-
-    nix::ioctl_write_int_bad!(new, nix::request_code_none!(0xaa, 0x00));
-    nix::ioctl_readwrite!(api, 0xaa, 0x3f, Api);
-    nix::ioctl_readwrite!(register, 0xaa, 0x00, Register);
-    nix::ioctl_read!(wake, 0xaa, 0x02, Range);
-    nix::ioctl_readwrite!(write_protect, 0xaa, 0x06, WriteProtect);
-}
-
-/// Opens a userfaultfd that write-protects any memory, touched or not.
+/// Opens a userfaultfd that write-protects any memory, touched or not (Linux 6.4).
 ///
 /// # Errors
 /// The reason why the kernel or the permissions do not allow it.
-pub fn open_userfaultfd() -> io::Result<File> {
-    let failed =
-        |what: &str, source: io::Error| io::Error::new(source.kind(), format!("{what}: {source}"));
-    let device = File::options()
-        .read(true)
-        .write(true)
-        .open("/dev/userfaultfd")
-        .map_err(|error| failed("/dev/userfaultfd does not open", error))?;
-    // SAFETY: the request takes flags and returns a new descriptor, which has no other owner.
-    let descriptor = unsafe {
-        let flags = libc::O_CLOEXEC | libc::O_NONBLOCK;
-        let descriptor = abi::new(device.as_raw_fd(), flags)
-            .map_err(|error| failed("/dev/userfaultfd gives no descriptor", error.into()))?;
-        File::from_raw_fd(descriptor)
-    };
-    let mut api = abi::Api {
-        api: abi::API,
-        features: abi::FEATURE_PAGEFAULT_FLAG_WP
-            | abi::FEATURE_WP_HUGETLBFS_SHMEM
-            | abi::FEATURE_WP_UNPOPULATED,
-        ioctls: 0,
-    };
-    // SAFETY: `Api` is laid out as the kernel's struct and outlives the call.
-    unsafe { abi::api(descriptor.as_raw_fd(), &raw mut api) }.map_err(|error| {
-        let what = "userfaultfd does not write-protect untouched pages: that takes Linux 6.4";
-        failed(what, error.into())
-    })?;
-    Ok(descriptor)
+pub fn open_userfaultfd() -> Result<uffd::Userfaultfd, OpenError> {
+    let features =
+        Features::PAGEFAULT_FLAG_WP | Features::WP_HUGETLBFS_SHMEM | Features::WP_UNPOPULATED;
+    uffd::Userfaultfd::options().features(features).open()
 }
 
 /// Protects memory by userfaultfd: a [`Memory`](super::Memory), or any other that is mapped in this
@@ -113,7 +37,7 @@ pub struct Userfaultfd {
 }
 
 struct Inner {
-    descriptor: File,
+    fault: uffd::Userfaultfd,
     pieces: Vec<Piece>,
     page: u64,
     threads: usize,
@@ -143,7 +67,7 @@ impl Userfaultfd {
         len: u64,
         threads: usize,
     ) -> io::Result<Self> {
-        let descriptor = open_userfaultfd()?;
+        let fault = open_userfaultfd().map_err(io::Error::other)?;
         let mut pieces = Vec::new();
         let mut offset = 0;
         while offset < len {
@@ -151,24 +75,20 @@ impl Userfaultfd {
             let piece = memory.host_memory(offset, rest);
             let piece = piece
                 .ok_or_else(|| io::Error::other("the memory does not expose its host address"))?;
-            let mut register = abi::Register {
-                start: piece.as_ptr() as u64,
-                len: piece.len() as u64,
-                mode: abi::REGISTER_MODE_WP,
-                ioctls: 0,
-            };
-            // SAFETY: `Register` is laid out as the kernel's struct; the range is mapped as long as
-            // `memory` is kept.
-            unsafe { abi::register(descriptor.as_raw_fd(), &raw mut register) }?;
+            let (address, len) = (piece.as_ptr() as u64, piece.len() as u64);
+            let range = address..address + len;
+            // SAFETY: mapped as long as `memory` is kept. No missing page waits.
+            let registered = unsafe { fault.register(range, Modes::WRITE_PROTECT) };
+            registered.map_err(io::Error::other)?;
             pieces.push(Piece {
                 offset,
-                address: register.start,
-                len: register.len,
+                address,
+                len,
             });
-            offset += register.len;
+            offset += len;
         }
         let inner = Inner {
-            descriptor,
+            fault,
             pieces,
             page: page_size()?,
             threads,
@@ -185,11 +105,11 @@ impl WriteProtection for Userfaultfd {
     type Error = io::Error;
 
     fn protect(&self, range: Range<u64>) -> io::Result<()> {
-        self.inner.set(range, abi::WRITEPROTECT_MODE_WP)
+        self.inner.set(range, Set::Protect)
     }
 
     fn unprotect(&self, range: Range<u64>) -> io::Result<()> {
-        self.inner.set(range, abi::WRITEPROTECT_MODE_DONTWAKE)
+        self.inner.set(range, Set::Unprotect)
     }
 }
 
@@ -236,7 +156,7 @@ impl Drop for Threads {
         // Make the memory writable first, which wakes waiting threads: a fault without a handler
         // would wait forever.
         let len = self.inner.pieces.iter().map(|piece| piece.len).sum();
-        let writable = self.inner.set(0..len, 0);
+        let writable = self.inner.set(0..len, Set::UnprotectAndWake);
         debug_assert!(writable.is_ok());
         drop(self.hang_up.take());
         for thread in self.running.drain(..) {
@@ -258,10 +178,9 @@ impl Inner {
     }
 
     fn answer(&self, closed: &PipeReader, on_write: &OnWrite) -> io::Result<()> {
-        let mut message = [0; abi::MESSAGE];
         loop {
             let mut ready = [
-                PollFd::new(self.descriptor.as_fd(), PollFlags::POLLIN),
+                PollFd::new(self.fault.as_fd(), PollFlags::POLLIN),
                 PollFd::new(closed.as_fd(), PollFlags::POLLIN),
             ];
             match poll(&mut ready, PollTimeout::NONE) {
@@ -270,84 +189,72 @@ impl Inner {
             }
             // Count first, so that every taken fault is counted.
             self.answering.fetch_add(1, SeqCst);
-            let taken = (&self.descriptor).read(&mut message);
-            let answered = match taken {
-                Ok(abi::MESSAGE) => self.handle_write(&message, on_write),
+            let taken = self.fault.read_event();
+            let answered = match &taken {
+                Ok(Some(event)) => self.handle_write(event, on_write),
                 _ => Ok(()),
             };
             self.answering.fetch_sub(1, SeqCst);
             answered?;
-            match taken {
-                Ok(abi::MESSAGE) => {}
-                Ok(short) => {
-                    return Err(io::Error::other(format!(
-                        "short userfaultfd message of {short} bytes"
-                    )));
-                }
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    if ready[1].any() == Some(true) {
-                        return Ok(());
-                    }
-                }
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(error),
+            if taken?.is_none() && ready[1].any() == Some(true) {
+                return Ok(());
             }
         }
     }
 
     /// Calls back for a waiting write, and then lets it continue.
-    fn handle_write(&self, message: &[u8; abi::MESSAGE], on_write: &OnWrite) -> io::Result<()> {
-        let word = |at: usize| {
-            u64::from_ne_bytes(
-                message[at..at + 8]
-                    .try_into()
-                    .expect("the slice has eight bytes"),
-            )
+    fn handle_write(&self, event: &Event, on_write: &OnWrite) -> io::Result<()> {
+        let address = match event {
+            Event::PageFault { address, flags, .. }
+                if flags.contains(FaultFlags::WRITE_PROTECT) =>
+            {
+                *address
+            }
+            other => return Err(io::Error::other(format!("unexpected event {other:?}"))),
         };
-        let (flags, address) = (word(8), word(16));
-        if message[0] != abi::EVENT_PAGEFAULT || flags & abi::PAGEFAULT_FLAG_WP == 0 {
-            return Err(io::Error::other(format!(
-                "unexpected event {:#x} with flags {flags:#x}",
-                message[0]
-            )));
-        }
         let piece = |piece: &&Piece| (piece.address..piece.address + piece.len).contains(&address);
         let piece = self.pieces.iter().find(piece);
         let piece =
             piece.ok_or_else(|| io::Error::other("fault at an address outside the memory"))?;
         on_write(piece.offset + (address - piece.address))?;
-        let mut waiting = abi::Range {
-            start: address & !(self.page - 1),
-            len: self.page,
-        };
-        // SAFETY: `Range` is laid out as the kernel's struct; a thread that is woken without need
-        // checks the page again.
-        unsafe { abi::wake(self.descriptor.as_raw_fd(), &raw mut waiting) }?;
-        Ok(())
+        // A thread that is woken without need checks the page again.
+        let page = address & !(self.page - 1);
+        self.fault.wake(page..page + self.page)
     }
 
-    fn set(&self, range: Range<u64>, mode: u64) -> io::Result<()> {
+    fn set(&self, range: Range<u64>, set: Set) -> io::Result<()> {
         for piece in &self.pieces {
             let start = range.start.max(piece.offset);
             let end = range.end.min(piece.offset + piece.len);
             if start < end {
-                self.set_in_piece(piece.address + (start - piece.offset), end - start, mode)?;
+                let address = piece.address + (start - piece.offset);
+                self.set_in_piece(&(address..address + (end - start)), set)?;
             }
         }
         Ok(())
     }
 
-    fn set_in_piece(&self, start: u64, len: u64, mode: u64) -> io::Result<()> {
+    fn set_in_piece(&self, range: &Range<u64>, set: Set) -> io::Result<()> {
         loop {
-            let mut request = abi::WriteProtect { start, len, mode };
-            // SAFETY: `WriteProtect` is laid out as the kernel's struct; the range is inside a
-            // piece, which is kept mapped.
-            match unsafe { abi::write_protect(self.descriptor.as_raw_fd(), &raw mut request) } {
-                // The address space is being changed: try again (userfaultfd_writeprotect(2),
-                // EAGAIN).
-                Err(Errno::EAGAIN) => {}
-                done => return done.map(drop).map_err(io::Error::from),
+            let range = range.clone();
+            let done = match set {
+                Set::Protect => self.fault.write_protect(range),
+                Set::Unprotect => self.fault.write_unprotect(range, false),
+                Set::UnprotectAndWake => self.fault.write_unprotect(range, true),
+            };
+            match done {
+                // The address space is being changed: try again.
+                Err(Stop::Changing) => {}
+                done => return Ok(done?),
             }
         }
     }
+}
+
+/// What happens to the protection of pages.
+#[derive(Clone, Copy)]
+enum Set {
+    Protect,
+    Unprotect,
+    UnprotectAndWake,
 }
