@@ -1,13 +1,16 @@
 //! The io_uring of a child that is traced: its requests and their completions are read, and
 //! changed, in the memory that it shares with the kernel.
-//!
-//! Offsets and numbers are those of Linux's `include/uapi/linux/io_uring.h`.
 
 use std::collections::HashMap;
 use std::fs::File;
 use std::io;
+use std::mem::offset_of;
 use std::os::unix::fs::FileExt as _;
 
+use linux_raw_sys::io_uring::{
+    IORING_FEAT_SINGLE_MMAP, IORING_OFF_CQ_RING, IORING_OFF_SQ_RING, IORING_OFF_SQES, io_uring_cqe,
+    io_uring_op, io_uring_params, io_uring_sqe,
+};
 use nix::errno::Errno;
 use nix::unistd::Pid;
 
@@ -15,22 +18,30 @@ use super::calls::Kind;
 use super::injected_fault::How;
 
 /// What `mmap` of a ring's descriptor is asked for, as an offset.
-const SUBMISSIONS: u64 = 0;
-const COMPLETIONS: u64 = 0x800_0000;
-const ENTRIES: u64 = 0x1000_0000;
-/// Both rings lie in the first mapping.
-const SINGLE_MMAP: u32 = 1;
+const SUBMISSIONS: u64 = IORING_OFF_SQ_RING as u64;
+const COMPLETIONS: u64 = IORING_OFF_CQ_RING as u64;
+const ENTRIES: u64 = IORING_OFF_SQES as u64;
 
-const ENTRY: u64 = 64;
-const COMPLETION: u64 = 16;
-const NOP: u8 = 0;
-const WRITE: u8 = 23;
+const ENTRY: u64 = size_of::<io_uring_sqe>() as u64;
+const ENTRY_LEN: u64 = offset_of!(io_uring_sqe, len) as u64;
+const ENTRY_USER_DATA: u64 = offset_of!(io_uring_sqe, user_data) as u64;
+const COMPLETION: u64 = size_of::<io_uring_cqe>() as u64;
+const COMPLETION_RESULT: u64 = offset_of!(io_uring_cqe, res) as u64;
+const NOP: u8 = io_uring_op::IORING_OP_NOP as u8;
+const WRITE: u8 = io_uring_op::IORING_OP_WRITE as u8;
+const PARAMETERS: usize = size_of::<io_uring_params>();
+
+// Of rings without larger entries or completions (`IORING_SETUP_SQE128`, `CQE32`). The opcode is the
+// first byte of an entry, and the number of a request the first word of its completion.
+const _: () = assert!(ENTRY == 64 && COMPLETION == 16 && PARAMETERS == 120);
+const _: () = assert!(offset_of!(io_uring_sqe, opcode) == 0);
+const _: () = assert!(offset_of!(io_uring_cqe, user_data) == 0);
 
 /// A ring, once it is set up and mapped.
 pub(super) struct Ring {
     memory: File,
     descriptor: u64,
-    parameters: [u32; 30],
+    parameters: [u32; PARAMETERS / 4],
     submissions: u64,
     completions: u64,
     entries: u64,
@@ -49,14 +60,16 @@ struct Request {
 
 /// What `io_uring_params` has where, in words.
 mod word {
-    pub(super) const FEATURES: usize = 5;
-    pub(super) const SQ_HEAD: usize = 10;
-    pub(super) const SQ_TAIL: usize = 11;
-    pub(super) const SQ_MASK: usize = 12;
-    pub(super) const SQ_ARRAY: usize = 16;
-    pub(super) const CQ_TAIL: usize = 21;
-    pub(super) const CQ_MASK: usize = 22;
-    pub(super) const CQ_CQES: usize = 25;
+    use super::{io_uring_params, offset_of};
+
+    pub(super) const FEATURES: usize = offset_of!(io_uring_params, features) / 4;
+    pub(super) const SQ_HEAD: usize = offset_of!(io_uring_params, sq_off.head) / 4;
+    pub(super) const SQ_TAIL: usize = offset_of!(io_uring_params, sq_off.tail) / 4;
+    pub(super) const SQ_MASK: usize = offset_of!(io_uring_params, sq_off.ring_mask) / 4;
+    pub(super) const SQ_ARRAY: usize = offset_of!(io_uring_params, sq_off.array) / 4;
+    pub(super) const CQ_TAIL: usize = offset_of!(io_uring_params, cq_off.tail) / 4;
+    pub(super) const CQ_MASK: usize = offset_of!(io_uring_params, cq_off.ring_mask) / 4;
+    pub(super) const CQ_CQES: usize = offset_of!(io_uring_params, cq_off.cqes) / 4;
 }
 
 impl Ring {
@@ -66,9 +79,9 @@ impl Ring {
             .read(true)
             .write(true)
             .open(format!("/proc/{pid}/mem"))?;
-        let mut bytes = [0; 120];
+        let mut bytes = [0; PARAMETERS];
         memory.read_exact_at(&mut bytes, parameters)?;
-        let mut words = [0; 30];
+        let mut words = [0; PARAMETERS / 4];
         for (word, bytes) in words.iter_mut().zip(bytes.as_chunks().0) {
             *word = u32::from_ne_bytes(*bytes);
         }
@@ -93,7 +106,7 @@ impl Ring {
         match offset {
             SUBMISSIONS => {
                 self.submissions = address;
-                if self.parameters[word::FEATURES] & SINGLE_MMAP != 0 {
+                if self.parameters[word::FEATURES] & IORING_FEAT_SINGLE_MMAP != 0 {
                     self.completions = address;
                 }
             }
@@ -120,7 +133,7 @@ impl Ring {
             let mut opcode = [0];
             self.memory.read_exact_at(&mut opcode, entry)?;
             if opcode == [WRITE] {
-                writes.push((entry, u64::from(self.u32(entry + 24)?)));
+                writes.push((entry, u64::from(self.u32(entry + ENTRY_LEN)?)));
             }
             self.submitted = self.submitted.wrapping_add(1);
         }
@@ -138,11 +151,12 @@ impl Ring {
             Some(How::Lost(errno)) => answer = Some(errno),
             Some(How::Short(bytes)) => {
                 let bytes = u32::try_from(bytes).map_err(io::Error::other)?;
-                self.memory.write_all_at(&bytes.to_ne_bytes(), entry + 24)?;
+                self.memory
+                    .write_all_at(&bytes.to_ne_bytes(), entry + ENTRY_LEN)?;
             }
             Some(How::Kill) | None => {}
         }
-        let user_data = self.u64(entry + 32)?;
+        let user_data = self.u64(entry + ENTRY_USER_DATA)?;
         self.in_flight.insert(user_data, Request { call, answer });
         Ok(())
     }
@@ -158,14 +172,14 @@ impl Ring {
         let (tail, mask) = (self.u32(at(word::CQ_TAIL))?, self.u32(at(word::CQ_MASK))?);
         while self.completed != tail {
             let completion = at(word::CQ_CQES) + COMPLETION * u64::from(self.completed & mask);
-            let result = self.u32(completion + 8)?.cast_signed();
+            let result = self.u32(completion + COMPLETION_RESULT)?.cast_signed();
             // Others are of no write: the one by which a ring is tried out.
             if let Some(request) = self.in_flight.remove(&self.u64(completion)?) {
                 completed.push((request.call, i64::from(result)));
                 if let Some(errno) = request.answer.filter(|_| result >= 0) {
                     let answer = -(errno as i32);
                     self.memory
-                        .write_all_at(&answer.to_ne_bytes(), completion + 8)?;
+                        .write_all_at(&answer.to_ne_bytes(), completion + COMPLETION_RESULT)?;
                 }
             }
             self.completed = self.completed.wrapping_add(1);
