@@ -11,14 +11,14 @@ mod mapping;
 #[cfg(target_os = "linux")]
 mod program;
 #[cfg(target_os = "linux")]
-mod swap;
+mod registered;
 #[cfg(target_os = "linux")]
-mod uffd;
+mod swap;
 
 pub use mapping::{Mapping, PAGE, pattern};
 #[cfg(target_os = "linux")]
 pub use program::{Program, world_executable};
 #[cfg(target_os = "linux")]
-pub use swap::{Swap, stay_on_this_processor};
+pub use registered::{Registered, register_minor, register_missing};
 #[cfg(target_os = "linux")]
-pub use uffd::{Registered, register_minor, register_missing};
+pub use swap::{Swap, stay_on_this_processor};

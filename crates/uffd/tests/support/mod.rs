@@ -55,7 +55,7 @@ impl Memory {
         let size = NonZeroUsize::new((pages * page) as usize).unwrap();
         // SAFETY: a new mapping at an address that the kernel chooses.
         let start = unsafe { mmap_anonymous(None, size, ACCESS, MapFlags::MAP_PRIVATE) }.unwrap();
-        // SAFETY: the new mapping. A kernel without huge pages refuses the call, to the same effect.
+        // SAFETY: the new mapping. Kernels without huge pages refuse the call, to the same effect.
         let _ = unsafe { madvise(start, size.get(), MmapAdvise::MADV_NOHUGEPAGE) };
         Self::at(start, page, pages)
     }
@@ -210,8 +210,8 @@ pub(crate) fn register(
     range: Range<u64>,
     modes: uffd::Modes,
 ) -> uffd::Operations {
-    // SAFETY: the tests pass ranges of their mappings, to which no reference exists, and decide what
-    // missing pages contain.
+    // SAFETY: the tests pass ranges of their mappings, to which no reference exists, and decide
+    // what missing pages contain.
     unsafe { fault.register(range, modes) }.unwrap()
 }
 
