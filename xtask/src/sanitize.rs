@@ -56,6 +56,7 @@ const CRATES: [(&str, &[&str]); 9] = [
         "page-reader",
         &["--lib", "--test", "conformance", "--test", "layout"],
     ),
+    ("guest-ram", ALL),
     ("image-format", ALL),
     ("memory-image", ALL),
     ("hvf-backend", &["--lib", "--test", "exits"]),

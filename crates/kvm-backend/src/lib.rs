@@ -108,20 +108,14 @@
 //!
 //! # Limitations
 //! - The VMM saves the devices that it emulates itself, and marks what they write to guest memory:
-//!   [`GuestRam::mark`].
+//!   [`GuestRam::mark`](guest_ram::GuestRam::mark).
 //! - Not captured: the page-directory pointers of 32-bit PAE guests (KVM reads them from RAM
 //!   again), machine-check banks, Xen and SEV state, and the time for which the guest was saved.
 //! - Dirty rings, read-only slots and `guest_memfd` are not used. The log of a virtual machine
 //!   whose dirty ring was enabled is incomplete: on x86-64 KVM refuses to read it, on arm64 it
 //!   lacks the writes of the vCPUs.
 
-// Elsewhere the links above have no targets.
-#![cfg_attr(
-    not(all(target_os = "linux", target_arch = "x86_64")),
-    allow(rustdoc::broken_intra_doc_links)
-)]
-
-#[cfg(all(
+#![cfg(all(
     target_os = "linux",
     any(
         target_arch = "x86_64",
@@ -129,25 +123,20 @@
         target_arch = "riscv64"
     )
 ))]
+// On the other two, some links above have no targets.
+#![cfg_attr(not(target_arch = "x86_64"), allow(rustdoc::broken_intra_doc_links))]
+
 mod linux;
 
-#[cfg(all(
-    target_os = "linux",
-    any(
-        target_arch = "x86_64",
-        target_arch = "aarch64",
-        target_arch = "riscv64"
-    )
-))]
 pub use linux::{
-    dirty_log::{DirtyLog, Harvest, HarvestError, PausedHarvest, Reprotect, StartError},
+    dirty_log::{DirtyLog, HarvestError, HarvestStats, PausedHarvest, Reprotect, StartError},
     open::{OpenKvmError, create_vm, open_kvm, open_kvm_at},
-    ram::{BitmapMismatch, GuestRam, GuestRamError, GuestRamOptions},
+    ram::{GuestRam, GuestRamOptions},
     slots::{RamSlots, SlotError},
     vcpus::{PauseError, Paused, Vcpu, Vcpus},
 };
 
-#[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+#[cfg(target_arch = "x86_64")]
 pub use linux::x86_64::{
     capture::CaptureError,
     long_mode,
@@ -157,6 +146,6 @@ pub use linux::x86_64::{
 };
 
 /// Runs the example of the README as a test.
-#[cfg(all(doctest, target_os = "linux", target_arch = "x86_64"))]
+#[cfg(all(doctest, target_arch = "x86_64"))]
 #[doc = include_str!("../README.md")]
 struct Readme;

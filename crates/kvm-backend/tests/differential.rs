@@ -172,7 +172,7 @@ fn image_of_every_pause_of_several_vcpus_equals_the_ram(
             let mut epoch = bitmap.begin_epoch().unwrap();
             copy(&ram, epoch.bitmap(), &mut image);
             for _ in 0..random.below(3) {
-                log.harvest_running().unwrap();
+                log.harvest_live().unwrap();
                 copy(&ram, epoch.extend().unwrap(), &mut image);
             }
             drop(other);

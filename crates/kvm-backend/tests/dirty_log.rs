@@ -29,13 +29,13 @@ fn log_has_exactly_the_written_pages_of_both_slots(
     guest.touch(&TOUCHED);
     let marks = guest.ram.dirty_bitmap();
     marks.drain().unwrap();
-    let harvest = log.harvest_running().unwrap();
+    let harvest = log.harvest_live().unwrap();
     assert_eq!(pages(marks), pages_of(&TOUCHED));
     assert_eq!(harvest.pages * harvest.page_size, marks.dirty_bytes());
 
     // Without writes nothing is found; a page written again is found again.
     marks.drain().unwrap();
-    assert_eq!(log.harvest_running().unwrap().pages, 0);
+    assert_eq!(log.harvest_live().unwrap().pages, 0);
     assert!(marks.is_clean());
     guest.touch(&TOUCHED[3..4]);
     assert_eq!(pages(&logged(&guest, &log)), pages_of(&TOUCHED[3..4]));
@@ -74,7 +74,7 @@ fn slot_of_several_gib_is_logged_and_protected_to_its_end() {
     guest.touch(&touched);
     let log = guest.log(Reprotect::WhenMarked);
     for _ in 0..2 {
-        assert_eq!(log.harvest_running().unwrap().pages, 0);
+        assert_eq!(log.harvest_live().unwrap().pages, 0);
         guest.touch(&touched);
         let written = touched.iter().map(|address| address / PAGE).collect();
         assert_eq!(pages(&logged(&guest, &log)), written);
@@ -93,17 +93,17 @@ fn failed_save_keeps_its_pages_for_the_next_save(
     let marks = Arc::clone(guest.ram.dirty_bitmap());
 
     guest.touch(&TOUCHED[..3]);
-    log.harvest_running().unwrap();
+    log.harvest_live().unwrap();
     let epoch = marks.begin_epoch().unwrap();
     guest.touch(&TOUCHED[2..5]); // while the save is under way
     drop(epoch); // the save fails
 
-    log.harvest_running().unwrap();
+    log.harvest_live().unwrap();
     let epoch = marks.begin_epoch().unwrap();
     let list = pages_of(&[INPUT]); // the host's
     assert_eq!(pages(epoch.bitmap()), &pages_of(&TOUCHED[..5]) | &list);
     epoch.release().unwrap();
-    log.harvest_running().unwrap();
+    log.harvest_live().unwrap();
     assert!(marks.is_clean());
 }
 
@@ -121,7 +121,7 @@ fn harvest_that_fails_at_the_second_slot_loses_no_page(
     log_high_slot(&guest, false);
     let marks = Arc::clone(guest.ram.dirty_bitmap());
     marks.drain().unwrap();
-    let error = log.harvest_running().unwrap_err();
+    let error = log.harvest_live().unwrap_err();
     assert!(matches!(error, HarvestError::Get { slot: 1, .. }));
     assert!(error.source().is_some() && error.to_string().contains("slot 1"));
     assert_eq!(pages(&marks), pages_of(&TOUCHED[..2]));
@@ -129,7 +129,7 @@ fn harvest_that_fails_at_the_second_slot_loses_no_page(
     // Now the log of the second slot is off, and that of the first is on.
     guest.touch(&TOUCHED[4..]);
     log_high_slot(&guest, true);
-    log.harvest_running().unwrap();
+    log.harvest_live().unwrap();
     let low = [&TOUCHED[..2], &[INPUT]].concat();
     let high = LOW_SIZE / PAGE..(LOW_SIZE + HIGH_SIZE) / PAGE;
     assert_eq!(pages(&marks), &pages_of(&low) | &high.collect());
@@ -139,7 +139,7 @@ fn harvest_that_fails_at_the_second_slot_loses_no_page(
 
     // A log that was found off does not count as having stayed on.
     log_high_slot(&guest, false);
-    log.harvest_running().unwrap_err();
+    log.harvest_live().unwrap_err();
     drop(log);
     drop(DirtyLog::start(&guest.slots).unwrap());
     assert_eq!(marks.dirty_bytes(), LOW_SIZE + HIGH_SIZE);
@@ -173,7 +173,7 @@ fn host_writes_are_marked_with_guest_writes() {
     guest.ram.mark(0x90000, 1).unwrap(); // a device wrote there
 
     let marks = guest.ram.dirty_bitmap();
-    log.harvest_running().unwrap();
+    log.harvest_live().unwrap();
     let written = [
         TOUCHED[0],
         INPUT,
@@ -227,20 +227,20 @@ fn harvesting_a_running_guest_loses_no_page(
                 }
             });
             while more(pages) {
-                pages += log.harvest_running().unwrap().pages;
+                pages += log.harvest_live().unwrap().pages;
             }
             harvested.store(true, Ordering::Release);
             copier.join().unwrap();
         } else {
             while more(pages) {
-                pages += log.harvest_running().unwrap().pages;
+                pages += log.harvest_live().unwrap().pages;
                 save();
             }
         }
         ram.write(INPUT, &[1]).unwrap();
         running.join().unwrap();
     });
-    pages += log.harvest_running().unwrap().pages;
+    pages += log.harvest_live().unwrap().pages;
     save();
     assert!(pages >= enough, "the guest ended by itself");
     let lost: Vec<_> = std::iter::zip(copy.chunks(4096), guest.image().chunks(4096))
@@ -275,7 +275,7 @@ fn page_copied_and_rewritten_during_a_harvest_is_found_again(
     for trial in 0..rounds(2, trials) {
         guest.touch(&scattered);
         let copied = std::thread::scope(|threads| {
-            let harvest = threads.spawn(|| log.harvest_running().unwrap());
+            let harvest = threads.spawn(|| log.harvest_live().unwrap());
             while !marks.is_dirty(scattered[0]).unwrap() {
                 std::hint::spin_loop();
             }
@@ -286,7 +286,7 @@ fn page_copied_and_rewritten_during_a_harvest_is_found_again(
             copied
         });
         assert_eq!(word(&guest, scattered[0]), copied + 1);
-        log.harvest_running().unwrap();
+        log.harvest_live().unwrap();
         let found = marks.drain().unwrap();
         assert!(found.is_dirty(scattered[0]).unwrap(), "trial {trial}");
     }

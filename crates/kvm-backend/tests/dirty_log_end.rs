@@ -95,7 +95,7 @@ fn pages_of_a_log_that_ends_are_marked(
     let marks = Arc::clone(guest.ram.dirty_bitmap());
     let start = |slots: &Arc<RamSlots>| {
         let log = DirtyLog::start_with(slots, reprotect).unwrap();
-        log.harvest_running().unwrap();
+        log.harvest_live().unwrap();
         marks.drain().unwrap();
         log
     };

@@ -156,13 +156,13 @@ fn pause_is_refused_after_a_drop_with_pending_io() {
     assert_eq!(vcpus.pause().unwrap_err(), refused);
 
     // The reason: a harvest now would lack the write through the other descriptor.
-    log.harvest_running().unwrap();
+    log.harvest_live().unwrap();
     ram.dirty_bitmap().drain().unwrap();
     // SAFETY: it is a descriptor of a vCPU of this virtual machine, and has no other owner.
     let other = unsafe { vm.create_vcpu_from_rawfd(other.into_raw_fd()) };
     let mut other = vcpus.adopt(other.unwrap());
     other.complete_io(answer).unwrap();
-    assert!(log.harvest_running().unwrap().pages > 0);
+    assert!(log.harvest_live().unwrap().pages > 0);
     let mut written = [0; 1];
     ram.read(TARGET, &mut written).unwrap();
     assert_eq!(written, [ANSWER]);
@@ -295,7 +295,7 @@ fn vcpu_threads_wait_for_the_end_of_the_pause() {
         thread::yield_now();
         assert_eq!(turns.load(Ordering::SeqCst), 1);
     }
-    assert!(harvest.found().page_size > 0);
+    assert!(harvest.stats().page_size > 0);
     drop(harvest);
     assert_eq!(answers.recv().unwrap(), first + 1);
     drop(go);

@@ -165,7 +165,7 @@ impl LogTracker {
             // The guest runs, or is about to. A consistent image includes the state of the
             // processor, which only a paused guest has.
             Err(PauseError::Running { .. } | PauseError::IoPending { .. }) => {
-                self.log.harvest_running()?;
+                self.log.harvest_live()?;
             }
             Err(error) => return Err(error.into()),
         }

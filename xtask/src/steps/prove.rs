@@ -74,6 +74,7 @@ pub(super) const SUITE: Suite = Suite {
             paths: &[
                 "crates/atomic-file",
                 "crates/dirty-bitmap",
+                "crates/guest-ram",
                 "crates/host-memory",
                 "crates/image-format",
                 "crates/kvm-backend",

@@ -3,6 +3,7 @@
 use std::io;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use guest_ram::host_page_size;
 use kvm_bindings::{
     KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE, kvm_enable_cap,
 };
@@ -19,8 +20,8 @@ const CLEAR_PAGES: usize = 1 << 18;
 
 /// KVM's log of the pages that a guest writes.
 ///
-/// A harvest moves the log into the [bitmap of the guest's RAM](crate::GuestRam::dirty_bitmap), in
-/// which the host's writes are marked too.
+/// A harvest moves the log into the [bitmap of the guest's RAM][bitmap], in which the host's writes
+/// are marked too.
 ///
 /// The log is on from [`start`](Self::start) until [`stop`](Self::stop). Dropping the value leaves
 /// the log on, and the next `start` finds its contents. No log has what was written before the
@@ -33,7 +34,7 @@ const CLEAR_PAGES: usize = 1 << 18;
 /// the RAM. To have only the written pages in the last snapshot, harvest before.
 ///
 /// # Running vCPUs
-/// [`harvest_running`](Self::harvest_running) may be called at any time. When it returns, every
+/// [`harvest_live`](Self::harvest_live) may be called at any time. When it returns, every
 /// page that was written before the call is marked in the bitmap. Each page that it marked is
 /// write-protected again, so a later write is in a later harvest. The order for a copy of a
 /// *running* guest is therefore: harvest, take the marks, copy those pages, repeat. A page that is
@@ -49,7 +50,9 @@ const CLEAR_PAGES: usize = 1 << 18;
 /// The log has the guest's writes, the processor's own writes to the guest's page tables (accessed
 /// and dirty bits), and KVM's writes (the page of kvmclock). It may also have a page that the guest
 /// reads for the first time, since KVM maps that page writable at once. It does not have the host's
-/// writes: [`GuestRam::write`](crate::GuestRam::write) marks them itself.
+/// writes: [`GuestRam::write`](guest_ram::GuestRam::write) marks them itself.
+///
+/// [bitmap]: guest_ram::GuestRam::dirty_bitmap
 #[derive(Debug)]
 pub struct DirtyLog {
     slots: Arc<RamSlots>,
@@ -86,10 +89,10 @@ pub enum Reprotect {
     WhenMarked,
 }
 
-/// The result of one harvest.
+/// The numbers of one harvest.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
-pub struct Harvest {
+pub struct HarvestStats {
     /// The number of pages that the log reported, including those that were marked already.
     pub pages: u64,
     /// The size of such a page in bytes: the page size of the host.
@@ -101,15 +104,15 @@ pub struct Harvest {
 #[derive(Debug)]
 #[must_use = "the vCPUs may run when this is dropped"]
 pub struct PausedHarvest {
-    found: Harvest,
+    stats: HarvestStats,
     _paused: Paused,
 }
 
 impl PausedHarvest {
-    /// Returns the result of the harvest.
+    /// Returns the numbers of the harvest.
     #[must_use]
-    pub fn found(&self) -> Harvest {
-        self.found
+    pub fn stats(&self) -> HarvestStats {
+        self.stats
     }
 }
 
@@ -195,13 +198,13 @@ impl DirtyLog {
     /// The vCPUs stay paused until the returned value is dropped. On an error they may run at once.
     ///
     /// # Errors
-    /// As [`harvest_running`](Self::harvest_running), and [`HarvestError::OtherMachine`].
+    /// As [`harvest_live`](Self::harvest_live), and [`HarvestError::OtherMachine`].
     pub fn harvest(&self, paused: Paused) -> Result<PausedHarvest, HarvestError> {
         if !Arc::ptr_eq(paused.vm(), self.slots.vm()) {
             return Err(HarvestError::OtherMachine);
         }
         Ok(PausedHarvest {
-            found: self.harvest_running()?,
+            stats: self.harvest_live()?,
             _paused: paused,
         })
     }
@@ -215,14 +218,14 @@ impl DirtyLog {
     /// slot could not be read because the VMM had switched it off, all pages of the slot are marked
     /// once it can be read again. A save that fails after the harvest keeps its marks through the
     /// bitmap's [epoch](dirty_bitmap::Epoch).
-    pub fn harvest_running(&self) -> Result<Harvest, HarvestError> {
+    pub fn harvest_live(&self) -> Result<HarvestStats, HarvestError> {
         let mut unreadable = self
             .harvesting
             .lock()
             .unwrap_or_else(PoisonError::into_inner);
-        let mut harvest = Harvest {
+        let mut harvest = HarvestStats {
             pages: 0,
-            page_size: sys::page_size(),
+            page_size: host_page_size(),
         };
         for region in self.slots.ram().layout().regions() {
             harvest.pages += self.harvest_region(region, &mut unreadable[region.region])?;
@@ -270,11 +273,11 @@ impl DirtyLog {
             })?;
         // The log was off, or the slot was removed: no log has the writes of that time.
         if std::mem::take(unreadable) {
-            self.slots.ram().mark_all_of(region);
+            self.slots.ram().mark_region(region);
         }
         let mark = || {
             bitmap
-                .mark_dirty_log(bitmap.ram_start() + region.offset, sys::page_size(), &words)
+                .mark_dirty_log(bitmap.ram_start() + region.offset, host_page_size(), &words)
                 .map_err(|source| HarvestError::Mark { slot, source })
         };
         // With `WhenRead` the log is empty now, and only the marks remain: nothing may come in
@@ -293,7 +296,7 @@ impl DirtyLog {
 
     /// Clears the pages in `words` in KVM's log, no others, and protects them.
     fn clear(&self, region: &RamRange, slot: u32, words: &[u64]) -> Result<(), HarvestError> {
-        let pages = region.size / sys::page_size();
+        let pages = region.size / host_page_size();
         for (chunk, words) in words.chunks(CLEAR_PAGES / 64).enumerate() {
             if words.iter().all(|word| *word == 0) {
                 continue;

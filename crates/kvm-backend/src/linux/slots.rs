@@ -37,7 +37,7 @@ use super::ram::GuestRam;
 /// let slots = Arc::new(RamSlots::register(&vm, &ram, 0)?); // slots 0 and 1
 /// let log = DirtyLog::start(&slots)?;
 /// // ... run vCPUs ...
-/// log.harvest_running()?; // marks in `ram.dirty_bitmap()`
+/// log.harvest_live()?; // marks in `ram.dirty_bitmap()`
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 #[derive(Debug)]
@@ -158,7 +158,7 @@ impl RamSlots {
             flags,
             guest_phys_addr: region.guest_start,
             memory_size: size,
-            userspace_addr: self.ram.host_address(region.region) as u64,
+            userspace_addr: self.ram.host_address(region.region).addr().get() as u64,
         };
         // SAFETY: the address is that of the region's mapping, which is as large as the region (by
         // construction of GuestRam, or by the contract of its adopter). `self.ram` keeps it mapped,

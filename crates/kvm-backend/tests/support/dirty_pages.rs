@@ -22,7 +22,7 @@ pub const TOUCHED: [u64; 7] = [
 pub fn logged(guest: &Guest, log: &DirtyLog) -> DirtyBitmap {
     let marks = guest.ram.dirty_bitmap();
     marks.drain().unwrap();
-    log.harvest_running().unwrap();
+    log.harvest_live().unwrap();
     marks.drain().unwrap()
 }
 

@@ -259,7 +259,7 @@ impl Guest {
     /// Starts a log, and empties it and the bitmap.
     pub fn log(&self, reprotect: Reprotect) -> DirtyLog {
         let log = DirtyLog::start_with(&self.slots, reprotect).unwrap();
-        log.harvest_running().unwrap();
+        log.harvest_live().unwrap();
         self.ram.dirty_bitmap().drain().unwrap();
         log
     }

@@ -1,0 +1,104 @@
+//! The errors of creating guest RAM.
+
+use std::io;
+
+use dirty_bitmap::GeometryError;
+use thiserror::Error;
+
+/// An error for a bitmap that does not cover the guest's RAM.
+#[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
+#[error(
+    "the bitmap covers {bitmap_size:#x} bytes from {bitmap_start:#x} on, but the guest has \
+     {ram_size:#x} bytes of RAM: create it with start 0 and the size of the RAM \
+     (`layout.ram_size()`)"
+)]
+#[allow(clippy::exhaustive_structs)]
+pub struct BitmapMismatch {
+    /// The start of the bitmap.
+    pub bitmap_start: u64,
+    /// The number of bytes that the bitmap covers.
+    pub bitmap_size: u64,
+    /// The size of the guest's RAM in bytes.
+    pub ram_size: u64,
+}
+
+/// An error for a RAM region that does not consist of whole pages.
+#[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
+#[error(
+    "the RAM region of {size:#x} bytes at {guest_start:#x} does not start and end at a multiple of \
+     the page size of {page_size} bytes: align it"
+)]
+#[allow(clippy::exhaustive_structs)]
+pub struct MisalignedRegion {
+    /// The guest-physical start of the region.
+    pub guest_start: u64,
+    /// The size of the region in bytes.
+    pub size: u64,
+    /// The page size in bytes: of the host, or of what protects the RAM.
+    pub page_size: u64,
+}
+
+/// An error for guest RAM that could not be created. No memory stays mapped.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum GuestRamError {
+    /// A region does not consist of whole pages of the host.
+    #[error(transparent)]
+    MisalignedRegion(#[from] MisalignedRegion),
+    /// The given bitmap does not cover the RAM.
+    #[error(transparent)]
+    BitmapMismatch(#[from] BitmapMismatch),
+    /// The bitmap of the RAM could not be created.
+    #[error("failed to create the dirty bitmap of the RAM")]
+    Bitmap(#[source] GeometryError),
+    /// The host did not provide the memory.
+    #[error(
+        "{call} failed for {size:#x} bytes of guest RAM: check the address-space limit \
+         (ulimit -v), the overcommit policy, and, for a memory file, the file-size limit \
+         (ulimit -f)"
+    )]
+    Allocate {
+        /// The system call.
+        call: &'static str,
+        /// The size of the memory in bytes.
+        size: u64,
+        /// The error of the system call.
+        #[source]
+        source: io::Error,
+    },
+    /// The number of host addresses is not the number of regions.
+    #[error(
+        "{given} host addresses were passed for {regions} RAM regions: pass one for each region, \
+         in the order of the layout"
+    )]
+    AddressCount {
+        /// The number of host addresses passed.
+        given: usize,
+        /// The number of regions in the layout.
+        regions: usize,
+    },
+    /// A host address is not at a page boundary.
+    #[error(
+        "the host address {address:#x} is not a multiple of the page size of {page_size} bytes: a \
+         hypervisor maps whole pages only"
+    )]
+    MisalignedAddress {
+        /// The host address.
+        address: usize,
+        /// The host's page size in bytes.
+        page_size: u64,
+    },
+    /// A mapping is not as large as its region.
+    #[error(
+        "a mapping of {mapped:#x} bytes was made for the RAM region of {size:#x} bytes at \
+         {guest_start:#x}: map as many bytes as the region has"
+    )]
+    MappingSize {
+        /// The guest-physical start of the region.
+        guest_start: u64,
+        /// The size of the region in bytes.
+        size: u64,
+        /// The size of the mapping in bytes.
+        mapped: usize,
+    },
+}

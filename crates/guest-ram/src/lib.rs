@@ -1,0 +1,63 @@
+//! Guest RAM mapped in this process, with the bitmap of its written pages.
+//!
+//! A VMM that takes snapshots has to know every page that was written since the last one. The
+//! hypervisor reports the guest's writes only: a write of the host, such as a loader or an emulated
+//! device, is in no dirty log and causes no write fault. A write that is not marked is missing from
+//! the next snapshot, and nothing reports it. [`GuestRam`] marks what the host writes through it.
+//!
+//! ```
+//! use guest_ram::GuestRam;
+//! use page_reader::{PageReader, RamLayout};
+//!
+//! // 1 MiB at 0, and 1 MiB above the MMIO gap.
+//! let layout = RamLayout::new([(0, 1 << 20), (4 << 30, 1 << 20)])?;
+//! let ram: GuestRam = GuestRam::new(layout)?;
+//! ram.write(4 << 30, b"kernel")?; // by guest-physical address
+//!
+//! let mut copy = [0; 6];
+//! ram.read_at(1 << 20, &mut copy)?; // by offset in the memory file
+//! assert_eq!(&copy, b"kernel");
+//! assert!(ram.dirty_bitmap().is_dirty(1 << 20)?);
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+//!
+//! # By task
+//! - **Allocate RAM**: [`GuestRam::new`], or [`GuestRam::options`] with an existing bitmap.
+//! - **Allocate it in a special way**, for example in a memory file or in huge pages: make a
+//!   [`Mapping`] for each region, and pass them to [`map`](GuestRamOptions::map).
+//! - **Use memory that the VMM has mapped**: [`adopt`](GuestRamOptions::adopt).
+//! - **Register it with a hypervisor**: [`GuestRam::host_address`]. Keep the `GuestRam` until the
+//!   hypervisor has confirmed the removal of the memory.
+//! - **Save it**: `GuestRam` is a [`PageReader`](page_reader::PageReader) that provides host
+//!   addresses, so a writer needs no copy.
+//!
+//! `kvm-backend` and `hvf-backend` use this crate: they add the allocation and the registration of
+//! their hypervisor. [`GuestRam`] marks a [`DirtyBitmap`](dirty_bitmap::DirtyBitmap), into which
+//! KVM's dirty log is moved, and [`TrackedRam`] one whose marks a
+//! [`WriteTracker`](dirty_bitmap::WriteTracker) takes.
+//!
+//! # How it works
+//! - No Rust reference covers guest memory. The host stores each aligned machine word with one
+//!   relaxed atomic store, and reads in the same way. vCPUs may run meanwhile.
+//! - A write stores the bytes, *then* marks their pages. A save that runs meanwhile copies the new
+//!   bytes or leaves the mark to the next save.
+//! - Every address is checked against the layout before memory is accessed.
+//!
+//! # Limitations
+//! - A write through a [host address](GuestRam::host_address), by a device or by the kernel, is not
+//!   seen here: call [`GuestRam::mark`] after it.
+//! - The regions of a layout must consist of whole pages of the host.
+
+mod errors;
+mod mapping;
+mod options;
+mod ram;
+
+pub use errors::{BitmapMismatch, GuestRamError, MisalignedRegion};
+pub use mapping::{Mapping, host_page_size};
+pub use options::{BitmapKind, GuestRamOptions};
+pub use ram::{GuestRam, TrackedRam};
+
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;
