@@ -12,7 +12,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
 
     use dirty_bitmap::Policy;
     use hvf_backend::el1::{self, Start};
-    use hvf_backend::{Answer, Exit, GuestRam, Register, Stage2, Stage2Tracker, Vcpu, Vm};
+    use hvf_backend::{Exit, ExitAction, GuestRam, Register, Stage2, Stage2Tracker, Vcpu, Vm};
     use memory_writer::{Layout, MemoryWriter, Seal};
     use page_reader::{PageReader, RamLayout};
 
@@ -41,12 +41,12 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         tracker: &Stage2Tracker<Stage2>,
     ) -> Result<(), Box<dyn std::error::Error>> {
         loop {
-            let in_guest = tracker.enter();
+            let run_guard = tracker.enter();
             let exit = vcpu.run()?;
-            if tracker.handle_exit(&in_guest, &exit)? == Answer::Handled {
+            if tracker.handle_exit(&run_guard, &exit)? == ExitAction::Resume {
                 continue;
             }
-            drop(in_guest);
+            drop(run_guard);
             return match exit {
                 Exit::Exception(exception) if exception.syndrome >> 26 & 0x3f == HVC => Ok(()),
                 exit => Err(format!("the guest stopped by {exit:x?}").into()),
@@ -74,7 +74,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let _ = state.restore(&vcpu, 0)?;
     run(&mut vcpu, &tracker)?;
 
-    let epoch = tracker.arm()?;
+    let epoch = tracker.checkpoint()?;
     let full = dir.join("guest.mem");
     let sealed = Layout::Sealed(Seal::new());
     let mut writer = MemoryWriter::options()
@@ -88,7 +88,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     vcpu.set_register(Register::X3, 111)?; // ten more
     run(&mut vcpu, &tracker)?;
 
-    let epoch = tracker.arm()?;
+    let epoch = tracker.checkpoint()?;
     let diff = dir.join("guest-1.mem");
     // A packed image, because holes on macOS do not identify the pages of a raw diff.
     let packed = Layout::Packed(Seal::new().parent(parent));

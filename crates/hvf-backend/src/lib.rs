@@ -8,7 +8,7 @@
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {
 //! use std::sync::Arc;
 //! use dirty_bitmap::Policy;
-//! use hvf_backend::{Answer, GuestRam, Stage2, VcpuState, Vm};
+//! use hvf_backend::{ExitAction, GuestRam, Stage2, VcpuState, Vm};
 //! use page_reader::RamLayout;
 //!
 //! let vm = Vm::new()?;
@@ -20,17 +20,17 @@
 //! let mut vcpu = vm.create_vcpu()?;
 //! // ... load the guest with `ram.write`, set its registers ...
 //! loop {
-//!     let in_guest = tracker.enter();
+//!     let run_guard = tracker.enter();
 //!     let exit = vcpu.run()?;
-//!     if tracker.handle_exit(&in_guest, &exit)? == Answer::Handled {
+//!     if tracker.handle_exit(&run_guard, &exit)? == ExitAction::Resume {
 //!         continue; // the program counter is unchanged, so the guest repeats the write
 //!     }
-//!     drop(in_guest);
+//!     drop(run_guard);
 //!     // ... a device, a hypercall ...
 //!     # break;
 //! }
 //!
-//! let epoch = tracker.arm()?; // all pages the first time, later those written since
+//! let epoch = tracker.checkpoint()?; // all pages the first time, later those written since
 //! let state = VcpuState::capture(&vcpu)?;
 //! // ... write the state and, from `ram`, the pages of `epoch.bitmap()` ...
 //! epoch.release()?; // everything is durable; `release_after` commits and releases in one call
@@ -56,8 +56,8 @@
 //! - **Track the guest's writes**: [`Stage2Tracker`] write-protects the RAM and handles the faults.
 //!   At each fault it unprotects a page or a block of 2 MiB, whichever was cheaper so far. Pass
 //!   every exit of a vCPU to the tracker first.
-//! - **Save**: stop the vCPUs, call [`arm`](Stage2Tracker::arm), write the pages of the epoch, and
-//!   release the epoch once the file is durable. `GuestRam` is a
+//! - **Save**: stop the vCPUs, call [`checkpoint`](Stage2Tracker::checkpoint), write the pages of
+//!   the epoch, and release the epoch once the file is durable. `GuestRam` is a
 //!   [`PageReader`](page_reader::PageReader) that provides host addresses.
 //! - **Save and restore vCPUs**: [`VcpuState`], captured and restored on the thread of the vCPU,
 //!   and [`GicState`] for the framework's interrupt controller. Both are serde types.
@@ -96,8 +96,8 @@
 //!   run: the tracker with real faults of other platforms; the demo's arm64 program, page table and
 //!   initial processor state in an emulator.
 //! - A process has one virtual machine at a time. This is a limit of the framework.
-//! - The VMM saves the state of its devices. It must call [`GuestRam::mark`] for every write of a
-//!   device to guest memory.
+//! - The VMM saves the state of its devices. It must call
+//!   [`GuestRam::mark`](guest_ram::GuestRam::mark) for every write of a device to guest memory.
 //! - Some state is not captured: SME (a guest that has switched it on is [an
 //!   error](CaptureError::Sme)), exception level 2 of a guest with nested virtualization, and the
 //!   registers that need macOS 15.2 (SCXTNUM, TPIDR2).
@@ -122,6 +122,7 @@ pub mod el1;
 mod exit;
 #[cfg(all(target_os = "macos", target_arch = "aarch64"))]
 mod macos;
+mod ram;
 mod state;
 mod syndrome;
 mod tracker;
@@ -129,15 +130,18 @@ mod tracker;
 pub use exit::{Exception, Exit};
 #[cfg(all(target_os = "macos", target_arch = "aarch64"))]
 pub use macos::{
-    Canceller, CaptureError, CreateVmError, GuestRam, GuestRamError, HvError, MapError, PAGE_SIZE,
-    ProtectError, Register, RestoreError, Restored, Stage2, SysReg, Vcpu, Vm, VmOptions,
-    has_hypervisor,
+    Canceller, CaptureError, CreateVmError, HvError, MapError, PAGE_SIZE, ProtectError, Register,
+    RestoreError, Restored, Stage2, SysReg, Vcpu, Vm, VmOptions, has_hypervisor,
 };
 #[cfg(all(target_os = "macos", target_arch = "aarch64", feature = "macos-15"))]
 pub use macos::{GicError, GicPlace};
+pub use ram::GuestRam;
 pub use state::{Encoding, GicState, SystemRegister, VcpuState, VirtualTimer};
 pub use syndrome::Access;
-pub use tracker::{Answer, ArmError, FaultError, InGuest, Stage2Tracker, TrackError};
+pub use tracker::{
+    ExitAction, RunGuard, Stage2CheckpointError, Stage2FaultError, Stage2Tracker,
+    Stage2TrackerError,
+};
 
 #[cfg(doctest)]
 #[doc = include_str!("../README.md")]

@@ -1,6 +1,6 @@
 //! The modules that use the framework, on macOS on Apple silicon.
 
-mod error;
+mod errors;
 #[cfg(feature = "macos-15")]
 mod gic;
 #[cfg(feature = "macos-15")]
@@ -8,7 +8,8 @@ mod gic_cpu;
 #[cfg(not(feature = "macos-15"))]
 #[path = "macos/no_gic_cpu.rs"]
 mod gic_cpu;
-mod ram;
+#[cfg(feature = "macos-15")]
+mod gic_place;
 mod registers;
 mod stage2;
 mod sys;
@@ -20,11 +21,12 @@ mod vm;
 pub use applevisor_sys::hv_reg_t as Register;
 /// A system register.
 pub use applevisor_sys::hv_sys_reg_t as SysReg;
-pub use error::HvError;
+pub use errors::{CaptureError, HvError, RestoreError};
 #[cfg(feature = "macos-15")]
-pub use gic::{GicError, GicPlace};
-pub use ram::{GuestRam, GuestRamError};
+pub use gic::GicError;
+#[cfg(feature = "macos-15")]
+pub use gic_place::GicPlace;
 pub use stage2::{MapError, ProtectError, Stage2};
 pub use vcpu::{Canceller, Vcpu};
-pub use vcpu_state::{CaptureError, RestoreError, Restored};
+pub use vcpu_state::Restored;
 pub use vm::{CreateVmError, PAGE_SIZE, Vm, VmOptions, has_hypervisor};

@@ -10,10 +10,11 @@ use dirty_bitmap::{
     EpochCommitting, Policy, TakenBitmap, TrackedBitmap, TrackedEpoch, WriteProtection,
     WriteTracker,
 };
+use guest_ram::{BitmapMismatch, MisalignedRegion};
 use page_reader::{OutsideRam, RamLayout};
 
-pub use errors::{ArmError, FaultError, TrackError};
-pub use vcpus::InGuest;
+pub use errors::{Stage2CheckpointError, Stage2FaultError, Stage2TrackerError};
+pub use vcpus::RunGuard;
 
 use crate::exit::{Exception, Exit};
 use crate::syndrome::Access;
@@ -27,13 +28,13 @@ use vcpus::Vcpus;
 ///
 /// # vCPU threads
 /// Call [`enter`](Self::enter) before each run of a vCPU, and pass the exit to
-/// [`handle_exit`](Self::handle_exit) first. After [`Handled`](Answer::Handled), run the vCPU again
-/// without changes. The program counter is unchanged, so the guest repeats the write.
+/// [`handle_exit`](Self::handle_exit) first. After [`Resume`](ExitAction::Resume), run the vCPU
+/// again without changes. The program counter is unchanged, so the guest repeats the write.
 /// ```
 /// # use std::{convert::Infallible, ops::Range, sync::Arc};
 /// # use dirty_bitmap::{Policy, TrackedBitmap, WriteProtection};
 /// # use page_reader::RamLayout;
-/// use hvf_backend::{Answer, Exception, Exit, Stage2Tracker};
+/// use hvf_backend::{Exception, Exit, ExitAction, Stage2Tracker};
 /// # struct NoProtection;
 /// # impl WriteProtection for NoProtection {
 /// #     type Error = Infallible;
@@ -49,29 +50,30 @@ use vcpus::Vcpus;
 /// let layout = RamLayout::single(0x8000_0000, 64 << 20)?;
 /// let bitmap = Arc::new(TrackedBitmap::tracked(0, layout.ram_size(), 16 << 10)?);
 /// let tracker = Stage2Tracker::new(layout, &bitmap, Policy::default(), stage2)?;
-/// tracker.arm()?.release()?; // a full save goes between the two
+/// tracker.checkpoint()?.release()?; // a full save goes between the two
 ///
 /// loop {
-///     let in_guest = tracker.enter();
+///     let run_guard = tracker.enter();
 ///     # let Some(exit) = run() else { break };
 ///     # /*
 ///     let exit = vcpu.run()?;
 ///     # */
-///     if tracker.handle_exit(&in_guest, &exit)? == Answer::Handled {
+///     if tracker.handle_exit(&run_guard, &exit)? == ExitAction::Resume {
 ///         continue;
 ///     }
-///     drop(in_guest);
+///     drop(run_guard);
 ///     // a hypercall, a device, ...
 /// }
 /// assert!(bitmap.is_dirty(0x12_3456)?);
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 /// # Saves
-/// With a stopped guest: call [`arm`](Self::arm), copy the pages of the epoch, resume the guest,
-/// and release the epoch once the pages are durable.
+/// With a stopped guest: call [`checkpoint`](Self::checkpoint), copy the pages of the epoch, resume
+/// the guest, and release the epoch once the pages are durable.
 ///
-/// With a shorter pause: call [`arm_running`](Self::arm_running) and [`arm_more`](Self::arm_more)
-/// and copy most pages while the guest runs, then stop it for [`arm_last`](Self::arm_last).
+/// With a shorter pause: call [`checkpoint_live`](Self::checkpoint_live) and
+/// [`checkpoint_incremental`](Self::checkpoint_incremental) and copy most pages while the guest
+/// runs, then stop it for [`checkpoint_final`](Self::checkpoint_final).
 ///
 /// # Host writes
 /// Host writes don't fault. After each, call [`mark_host_write`](Self::mark_host_write) or mark the
@@ -83,16 +85,16 @@ pub struct Stage2Tracker<P> {
     vcpus: Vcpus,
 }
 
-/// The result of passing an exit to the tracker.
+/// What the VMM does with an exit that it has passed to the tracker.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[must_use = "an exit that the tracker did not handle must be handled by the VMM"]
-pub enum Answer {
+pub enum ExitAction {
     /// The exit was a write to tracked RAM. The page is unprotected and marked. Run the vCPU again
     /// without changes.
-    Handled,
+    Resume,
     /// The exit was something else, such as a device access, a hypercall or a fetch. The VMM
     /// handles it.
-    NotOurs,
+    Forward,
 }
 
 impl<P: WriteProtection> Stage2Tracker<P> {
@@ -107,30 +109,33 @@ impl<P: WriteProtection> Stage2Tracker<P> {
     /// no save. `Stage2::track` uses the bitmap of its RAM.
     ///
     /// # Errors
-    /// Returns [`TrackError`]. No page was marked.
+    /// Returns [`Stage2TrackerError`]. No page was marked.
     pub fn new(
         layout: RamLayout,
         bitmap: &Arc<TrackedBitmap>,
         policy: Policy,
         protection: P,
-    ) -> Result<Self, TrackError> {
+    ) -> Result<Self, Stage2TrackerError> {
         let ram = (bitmap.ram_start(), bitmap.ram_size());
         if ram != (0, layout.ram_size()) {
-            return Err(TrackError::BitmapMismatch {
-                bitmap_start: ram.0,
-                bitmap_size: ram.1,
+            let (bitmap_start, bitmap_size) = ram;
+            let mismatch = BitmapMismatch {
+                bitmap_start,
+                bitmap_size,
                 ram_size: layout.ram_size(),
-            });
+            };
+            return Err(mismatch.into());
         }
         let page_size = bitmap.page_size();
         let aligned = |start: u64, size: u64| (start | size).is_multiple_of(page_size);
         let mut regions = layout.regions().iter();
         if let Some(region) = regions.find(|region| !aligned(region.guest_start, region.size)) {
-            return Err(TrackError::MisalignedRegion {
+            let misaligned = MisalignedRegion {
                 guest_start: region.guest_start,
                 size: region.size,
                 page_size,
-            });
+            };
+            return Err(misaligned.into());
         }
         Ok(Self {
             layout,
@@ -161,9 +166,10 @@ impl<P: WriteProtection> Stage2Tracker<P> {
 
     /// Counts a vCPU as running in the guest until the returned guard is dropped.
     ///
-    /// This waits while [`arm`](Self::arm) or [`arm_last`](Self::arm_last) protects pages.
-    /// Otherwise it is one atomic update.
-    pub fn enter(&self) -> InGuest<'_> {
+    /// This waits while [`checkpoint`](Self::checkpoint) or
+    /// [`checkpoint_final`](Self::checkpoint_final) protects pages. Otherwise it is one atomic
+    /// update.
+    pub fn enter(&self) -> RunGuard<'_> {
         self.vcpus.enter()
     }
 
@@ -180,27 +186,27 @@ impl<P: WriteProtection> Stage2Tracker<P> {
     /// ```
     ///
     /// # Errors
-    /// Returns [`FaultError`] if the page could not be unprotected. The vCPU must not resume,
+    /// Returns [`Stage2FaultError`] if the page could not be unprotected. The vCPU must not resume,
     /// because it would fault again at once.
     pub fn handle_exit(
         &self,
-        _in_guest: &InGuest<'_>,
+        _running: &RunGuard<'_>,
         exit: &Exit,
-    ) -> Result<Answer, FaultError<P::Error>> {
+    ) -> Result<ExitAction, Stage2FaultError<P::Error>> {
         let Exit::Exception(Exception {
             syndrome,
             physical_address,
             ..
         }) = *exit
         else {
-            return Ok(Answer::NotOurs);
+            return Ok(ExitAction::Forward);
         };
         let write = Access::of(syndrome).is_some_and(Access::may_write);
         if !write || self.layout.offset_of(physical_address).is_none() {
-            return Ok(Answer::NotOurs);
+            return Ok(ExitAction::Forward);
         }
         self.on_write_fault(physical_address)?;
-        Ok(Answer::Handled)
+        Ok(ExitAction::Resume)
     }
 
     /// Handles a write fault at a guest-physical address. The write may resume after this returns.
@@ -208,17 +214,17 @@ impl<P: WriteProtection> Stage2Tracker<P> {
     /// This is for faults that are not reported as an [`Exit`].
     ///
     /// # Errors
-    /// Returns [`FaultError`] if the address is not RAM or the page could not be unprotected. The
-    /// write must not resume.
-    pub fn on_write_fault(&self, guest_address: u64) -> Result<(), FaultError<P::Error>> {
+    /// Returns [`Stage2FaultError`] if the address is not RAM or the page could not be unprotected.
+    /// The write must not resume.
+    pub fn on_write_fault(&self, guest_address: u64) -> Result<(), Stage2FaultError<P::Error>> {
         let offset = self
             .layout
             .offset_of(guest_address)
-            .ok_or(FaultError::OutsideRam { guest_address })?;
+            .ok_or(Stage2FaultError::OutsideRam { guest_address })?;
         // This counts as a running vCPU, even if the vCPU itself has left the guest. Otherwise a
         // checkpoint could run after the page was unprotected, when other vCPUs may write it, and
         // before it is marked.
-        let _in_guest = self.vcpus.enter();
+        let _running = self.vcpus.enter();
         self.tracker.on_write_fault(offset, &self.protection)?;
         Ok(())
     }
@@ -252,12 +258,15 @@ impl<P: WriteProtection> Stage2Tracker<P> {
     /// time.
     ///
     /// # Errors
-    /// Returns [`ArmError`] if a vCPU is running or its exit is not handled yet, if another save is
-    /// in progress, or if the protection failed. All marks are in the bitmap, including those of
-    /// all unprotected pages.
-    pub fn arm(&self) -> Result<TrackedEpoch, ArmError<P::Error>> {
-        let _stopped = self.vcpus.stop().map_err(ArmError::vcpu_running)?;
-        self.arm_running()
+    /// Returns [`Stage2CheckpointError`] if a vCPU is running or its exit is not handled yet, if
+    /// another save is in progress, or if the protection failed. All marks are in the bitmap,
+    /// including those of all unprotected pages.
+    pub fn checkpoint(&self) -> Result<TrackedEpoch, Stage2CheckpointError<P::Error>> {
+        let _stopped = self
+            .vcpus
+            .stop()
+            .map_err(Stage2CheckpointError::vcpu_running)?;
+        self.checkpoint_live()
     }
 
     /// Makes a checkpoint of a guest that may run.
@@ -266,8 +275,8 @@ impl<P: WriteProtection> Stage2Tracker<P> {
     /// the checkpoint.
     ///
     /// # Errors
-    /// Returns the same errors as [`arm`](Self::arm), except for a running vCPU.
-    pub fn arm_running(&self) -> Result<TrackedEpoch, ArmError<P::Error>> {
+    /// Returns the same errors as [`checkpoint`](Self::checkpoint), except for a running vCPU.
+    pub fn checkpoint_live(&self) -> Result<TrackedEpoch, Stage2CheckpointError<P::Error>> {
         Ok(self.tracker.checkpoint(&self.protection)?)
     }
 
@@ -275,31 +284,34 @@ impl<P: WriteProtection> Stage2Tracker<P> {
     /// Returns only these pages.
     ///
     /// # Errors
-    /// Returns the same errors as [`arm_running`](Self::arm_running). Pages that could not be
-    /// protected are marked for the next epoch too.
-    pub fn arm_more<'e>(
+    /// Returns the same errors as [`checkpoint_live`](Self::checkpoint_live). Pages that could not
+    /// be protected are marked for the next epoch too.
+    pub fn checkpoint_incremental<'e>(
         &self,
         epoch: &'e mut TrackedEpoch,
-    ) -> Result<&'e TakenBitmap, ArmError<P::Error>> {
+    ) -> Result<&'e TakenBitmap, Stage2CheckpointError<P::Error>> {
         Ok(self
             .tracker
             .checkpoint_incremental(epoch, &self.protection)?)
     }
 
-    /// Extends the epoch of a save in progress as [`arm_more`](Self::arm_more) does, with a stopped
-    /// guest.
+    /// Extends the epoch of a save in progress as
+    /// [`checkpoint_incremental`](Self::checkpoint_incremental) does, with a stopped guest.
     ///
     /// Once these pages are copied too, the image is of one point in time.
     ///
     /// # Errors
-    /// Returns the same errors as [`arm`](Self::arm). Pages that could not be protected are marked
-    /// for the next epoch too.
-    pub fn arm_last<'e>(
+    /// Returns the same errors as [`checkpoint`](Self::checkpoint). Pages that could not be
+    /// protected are marked for the next epoch too.
+    pub fn checkpoint_final<'e>(
         &self,
         epoch: &'e mut TrackedEpoch,
-    ) -> Result<&'e TakenBitmap, ArmError<P::Error>> {
-        let _stopped = self.vcpus.stop().map_err(ArmError::vcpu_running)?;
-        self.arm_more(epoch)
+    ) -> Result<&'e TakenBitmap, Stage2CheckpointError<P::Error>> {
+        let _stopped = self
+            .vcpus
+            .stop()
+            .map_err(Stage2CheckpointError::vcpu_running)?;
+        self.checkpoint_incremental(epoch)
     }
 
     /// Restores the marks of the open epoch. Returns whether there was one.

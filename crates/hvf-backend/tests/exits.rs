@@ -4,7 +4,9 @@
 use std::sync::Arc;
 
 use dirty_bitmap::{Policy, TrackedBitmap};
-use hvf_backend::{Answer, Exception, Exit, FaultError, Stage2Tracker, TrackError};
+use hvf_backend::{
+    Exception, Exit, ExitAction, Stage2FaultError, Stage2Tracker, Stage2TrackerError,
+};
 use page_reader::{OutsideRam, RamLayout};
 use rstest::rstest;
 use write_faults::{Memory, Mprotect, page_size};
@@ -18,7 +20,10 @@ fn layout() -> RamLayout {
     RamLayout::new([(LOW, 2 * MIB), (HIGH, MIB)]).unwrap()
 }
 
-fn tracker(layout: RamLayout, page_size: u64) -> Result<Stage2Tracker<Mprotect>, TrackError> {
+fn tracker(
+    layout: RamLayout,
+    page_size: u64,
+) -> Result<Stage2Tracker<Mprotect>, Stage2TrackerError> {
     let memory = Arc::new(Memory::new(layout.ram_size()).unwrap());
     let bitmap = Arc::new(TrackedBitmap::tracked(0, layout.ram_size(), page_size).unwrap());
     Stage2Tracker::new(layout, &bitmap, Policy::Pages, Mprotect::new(&memory))
@@ -27,7 +32,7 @@ fn tracker(layout: RamLayout, page_size: u64) -> Result<Stage2Tracker<Mprotect>,
 /// Returns a tracker whose RAM is protected and clean.
 fn armed() -> Stage2Tracker<Mprotect> {
     let tracker = tracker(layout(), page_size().unwrap()).unwrap();
-    tracker.arm().unwrap().release().unwrap();
+    tracker.checkpoint().unwrap().release().unwrap();
     tracker
 }
 
@@ -61,10 +66,10 @@ fn a_write_to_ram_is_handled_and_marked_by_offset(#[case] syndrome: u64) {
         let answer = tracker
             .handle_exit(&tracker.enter(), &exception(syndrome, address))
             .unwrap();
-        assert_eq!(answer, Answer::Handled);
+        assert_eq!(answer, ExitAction::Resume);
         let dirty: Vec<_> = tracker.bitmap().runs().collect();
         assert_eq!(dirty, [offset..offset + page], "{address:#x}");
-        tracker.arm().unwrap().release().unwrap();
+        tracker.checkpoint().unwrap().release().unwrap();
     }
 }
 
@@ -85,7 +90,7 @@ fn other_exits_are_left_to_the_vmm(#[case] exit: Exit) {
     let tracker = armed();
     assert_eq!(
         tracker.handle_exit(&tracker.enter(), &exit).unwrap(),
-        Answer::NotOurs
+        ExitAction::Forward
     );
     assert!(tracker.bitmap().is_clean());
 }
@@ -95,7 +100,9 @@ fn on_write_fault_outside_the_ram_is_an_error() {
     let tracker = armed();
     let error = tracker.on_write_fault(LOW + 2 * MIB).unwrap_err();
     let address = LOW + 2 * MIB;
-    assert!(matches!(error, FaultError::OutsideRam { guest_address } if guest_address == address));
+    assert!(
+        matches!(error, Stage2FaultError::OutsideRam { guest_address } if guest_address == address)
+    );
     assert_eq!(
         error.to_string(),
         "write fault at guest-physical address 0x40200000, which is not tracked RAM: \
@@ -109,7 +116,7 @@ fn a_host_write_is_marked_in_every_region_or_not_at_all() {
     let touching = RamLayout::new([(LOW, 2 * MIB), (LOW + 2 * MIB, MIB)]).unwrap();
     let page = page_size().unwrap();
     let tracker = tracker(touching, page).unwrap();
-    tracker.arm().unwrap().release().unwrap();
+    tracker.checkpoint().unwrap().release().unwrap();
     tracker.mark_host_write(LOW + 2 * MIB - 1, 2).unwrap();
     let dirty: Vec<_> = tracker.bitmap().runs().collect();
     assert_eq!(dirty, [2 * MIB - page..2 * MIB + page]);
@@ -122,7 +129,7 @@ fn a_host_write_is_marked_in_every_region_or_not_at_all() {
 
 #[rstest]
 #[case::begins((LOW + 0x1000, MIB), 0x4000, "at 0x40001000")]
-#[case::ends((LOW, MIB + 0x1000), 0x4000, "does not consist of whole pages of 16384 bytes")]
+#[case::ends((LOW, MIB + 0x1000), 0x4000, "a multiple of the page size of 16384 bytes")]
 fn a_region_of_partial_pages_is_an_error(
     #[case] region: (u64, u64),
     #[case] page_size: u64,
@@ -130,7 +137,7 @@ fn a_region_of_partial_pages_is_an_error(
 ) {
     let layout = RamLayout::new([region, (HIGH, 0x3000)]).unwrap();
     let error = tracker(layout, page_size).unwrap_err();
-    assert!(matches!(error, TrackError::MisalignedRegion { .. }));
+    assert!(matches!(error, Stage2TrackerError::MisalignedRegion { .. }));
     assert!(error.to_string().contains(message), "{error}");
 }
 
@@ -140,10 +147,9 @@ fn a_bitmap_of_other_ram_is_an_error() {
     let bitmap = Arc::new(TrackedBitmap::tracked(LOW, 3 * MIB, 0x4000).unwrap());
     let refused = Stage2Tracker::new(layout(), &bitmap, Policy::Pages, Mprotect::new(&memory));
     let error = refused.err().unwrap();
+    assert!(matches!(error, Stage2TrackerError::BitmapMismatch(_)));
     assert!(
-        error
-            .to_string()
-            .contains("TrackedBitmap::tracked(0, layout.ram_size(), page_size)"),
+        error.to_string().contains("create it with start 0"),
         "{error}"
     );
     assert!(bitmap.is_clean());
@@ -155,7 +161,7 @@ fn stop_unprotects_and_marks_all_ram() {
     let bitmap = Arc::new(TrackedBitmap::tracked(0, 3 * MIB, page_size().unwrap()).unwrap());
     let tracker =
         Stage2Tracker::new(layout(), &bitmap, Policy::Pages, Mprotect::new(&memory)).unwrap();
-    tracker.arm().unwrap().release().unwrap();
+    tracker.checkpoint().unwrap().release().unwrap();
     assert!(bitmap.is_clean());
     tracker.stop().unwrap();
     // Later writes are not tracked.

@@ -10,8 +10,8 @@ use std::time::Duration;
 use dirty_bitmap::{Policy, TrackedBitmap, WriteProtection};
 use hvf_backend::el1::{self, Start};
 use hvf_backend::{
-    Access, Answer, CreateVmError, Exit, GuestRam, MapError, PAGE_SIZE, Register, Stage2, SysReg,
-    Vcpu, VcpuState, Vm,
+    Access, CreateVmError, Exit, ExitAction, GuestRam, MapError, PAGE_SIZE, Register, Stage2,
+    SysReg, Vcpu, VcpuState, Vm,
 };
 use page_reader::{PageReader, RamLayout};
 use test_machine::Need;
@@ -109,7 +109,7 @@ fn the_tracker_marks_exactly_the_written_pages() {
     };
     let (_vm, stage2, mut vcpu) = machine(&STORE);
     let tracker = stage2.track(Policy::Pages).unwrap();
-    tracker.arm().unwrap().release().unwrap();
+    tracker.checkpoint().unwrap().release().unwrap();
     let written: Vec<u64> = (0..16).map(|n| DATA - RAM + n * n * PAGE_SIZE).collect();
     let written: Vec<u64> = written
         .into_iter()
@@ -118,15 +118,15 @@ fn the_tracker_marks_exactly_the_written_pages() {
     for offset in &written {
         vcpu.set_register(Register::X1, RAM + offset).unwrap();
         loop {
-            let in_guest = tracker.enter();
+            let run_guard = tracker.enter();
             let exit = vcpu.run().unwrap();
-            if tracker.handle_exit(&in_guest, &exit).unwrap() == Answer::NotOurs {
+            if tracker.handle_exit(&run_guard, &exit).unwrap() == ExitAction::Forward {
                 assert!(is_hvc(exit), "{exit:x?}");
                 break;
             }
         }
     }
-    let epoch = tracker.arm().unwrap();
+    let epoch = tracker.checkpoint().unwrap();
     let pages: Vec<u64> = (0..SIZE)
         .step_by(PAGE_SIZE as usize)
         .filter(|offset| epoch.bitmap().is_dirty(*offset).unwrap())
@@ -255,7 +255,12 @@ fn pages_smaller_than_those_of_stage_2_are_an_error() {
     };
     let vm = Vm::new().unwrap();
     let bitmap = Arc::new(TrackedBitmap::tracked(0, SIZE, 4096).unwrap());
-    let ram = Arc::new(GuestRam::with_dirty_bitmap(layout(), bitmap).unwrap());
+    let ram = Arc::new(
+        GuestRam::options()
+            .dirty_bitmap(bitmap)
+            .allocate(layout())
+            .unwrap(),
+    );
     let error = Stage2::map(&vm, &ram).unwrap_err();
     assert!(
         matches!(

@@ -13,7 +13,7 @@ pub(super) const LEFT_OUT: [(&str, &str); 6] = [
         "a sanitizer adds to the memory and the threads that they look into",
     ),
     (
-        "hvf-backend's conformance",
+        "the conformance suite of write-tracking",
         "it is about when threads and virtual machines have their page faults, of which a sanitizer has many more",
     ),
     ("kvm-backend", "what it does is a virtual machine's"),

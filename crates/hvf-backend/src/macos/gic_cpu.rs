@@ -4,9 +4,8 @@
 
 use applevisor_sys::{hv_gic_get_icc_reg, hv_gic_icc_reg_t as Icc, hv_gic_set_icc_reg};
 
-use super::error::HvError;
+use super::errors::{CaptureError, HvError, RestoreError};
 use super::vcpu::Vcpu;
-use super::vcpu_state::{CaptureError, RestoreError};
 use super::vm::Instance;
 use crate::state::{Encoding, SystemRegister};
 

@@ -1,8 +1,8 @@
 //! The replacement of `gic_cpu` without the feature `macos-15`, where no machine has an interrupt
 //! controller of the framework.
 
+use super::errors::{CaptureError, RestoreError};
 use super::vcpu::Vcpu;
-use super::vcpu_state::{CaptureError, RestoreError};
 use crate::state::SystemRegister;
 
 #[allow(clippy::unnecessary_wraps, reason = "the signature of `gic_cpu`")]

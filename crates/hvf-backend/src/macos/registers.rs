@@ -2,7 +2,7 @@
 
 use applevisor_sys::{hv_reg_t as G, hv_simd_fp_reg_t as Q, hv_sys_reg_t as R};
 
-use super::error::HvError;
+use super::errors::HvError;
 use super::vcpu::Vcpu;
 
 /// The general registers X0 to X30.

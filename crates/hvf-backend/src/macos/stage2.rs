@@ -17,10 +17,10 @@ use dirty_bitmap::{Policy, WriteProtection};
 use page_reader::{OutsideRam, RamRange};
 use thiserror::Error;
 
-use super::error::HvError;
-use super::ram::GuestRam;
+use super::errors::HvError;
 use super::vm::Vm;
-use crate::tracker::{Stage2Tracker, TrackError};
+use crate::ram::GuestRam;
+use crate::tracker::{Stage2Tracker, Stage2TrackerError};
 
 /// The permissions of an unprotected page.
 ///
@@ -52,7 +52,7 @@ const PROTECTED: hv_memory_flags_t = HV_MEMORY_READ | HV_MEMORY_EXEC;
 /// let ram = Arc::new(GuestRam::new(RamLayout::single(0x8000_0000, 1 << 30)?)?);
 /// let stage2 = Stage2::map(&vm, &ram)?;
 /// let tracker = stage2.track(Policy::default())?;
-/// let epoch = tracker.arm()?; // from now on, the guest's first write to each page exits
+/// let epoch = tracker.checkpoint()?; // from now on, the guest's first write to each page exits
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 #[derive(Debug)]
@@ -83,9 +83,9 @@ impl Stage2 {
             vm: vm.clone(),
         };
         for region in ram.layout().regions() {
-            let host = ram.host_address(region.region).cast_const().cast();
+            let host = ram.host_address(region.region).as_ptr().cast_const().cast();
             // SAFETY: the address is that of the region's mapping, which is as large as the region
-            // (by construction of GuestRam, or by the contract of `GuestRam::adopt`). `stage2.ram`
+            // (checked when the RAM was created, or by the contract of `adopt`). `stage2.ram`
             // keeps it mapped, and `drop` releases it only after the framework has.
             let code =
                 unsafe { hv_vm_map(host, region.guest_start, region.size as usize, UNPROTECTED) };
@@ -105,8 +105,8 @@ impl Stage2 {
     /// See [`Stage2Tracker::new`].
     ///
     /// # Errors
-    /// Returns [`TrackError`]. No page was marked.
-    pub fn track(self, policy: Policy) -> Result<Stage2Tracker<Self>, TrackError> {
+    /// Returns [`Stage2TrackerError`]. No page was marked.
+    pub fn track(self, policy: Policy) -> Result<Stage2Tracker<Self>, Stage2TrackerError> {
         let ram = Arc::clone(&self.ram);
         Stage2Tracker::new(ram.layout().clone(), ram.dirty_bitmap(), policy, self)
     }
@@ -189,7 +189,8 @@ pub enum MapError {
     /// The pages of the bitmap are smaller than those of stage 2.
     #[error(
         "the bitmap has pages of {page_size} bytes, but stage 2 has pages of {granule} bytes: \
-         create the bitmap with pages of stage 2, or the machine with `Vm::options().small_pages()`"
+         create the bitmap with pages of stage 2, or the machine with \
+         `Vm::options().small_pages(true)`"
     )]
     PageBelowGranule {
         /// The bitmap's page size in bytes.

@@ -12,7 +12,7 @@ use applevisor_sys::{
     hv_vcpu_t, hv_vcpus_exit,
 };
 
-use super::error::HvError;
+use super::errors::HvError;
 use super::vm::Vm;
 use crate::exit::{Exception, Exit};
 

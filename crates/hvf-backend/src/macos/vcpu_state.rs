@@ -9,9 +9,8 @@ use applevisor_sys::{
     hv_vcpu_set_pending_interrupt, hv_vcpu_set_trap_debug_exceptions,
     hv_vcpu_set_trap_debug_reg_accesses, hv_vcpu_set_vtimer_mask, hv_vcpu_set_vtimer_offset,
 };
-use thiserror::Error;
 
-use super::error::HvError;
+use super::errors::{CaptureError, HvError, RestoreError};
 use super::vcpu::Vcpu;
 use super::{gic_cpu, registers, sys};
 use crate::state::{Encoding, SystemRegister, VcpuState, VirtualTimer};
@@ -19,6 +18,12 @@ use crate::state::{Encoding, SystemRegister, VcpuState, VirtualTimer};
 /// The lower bit of CPACR_EL1.SMEN: the guest has switched on the scalable matrix extension (Arm
 /// ARM, CPACR_EL1).
 const SME_ON: u64 = 1 << 24;
+
+/// The kinds of interrupts as the framework numbers them (`Hypervisor/hv_vcpu_types.h`): IRQ is 0,
+/// FIQ is 1. `applevisor-sys` has the names the other way round.
+const IRQ: hv_interrupt_type_t = hv_interrupt_type_t::FIQ;
+const FIQ: hv_interrupt_type_t = hv_interrupt_type_t::IRQ;
+const _: () = assert!(IRQ as u32 == 0 && FIQ as u32 == 1);
 
 /// The differences of a restored vCPU from the captured one.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -84,8 +89,8 @@ impl VcpuState {
             counter: sys::host_counter().wrapping_sub(offset),
             masked: get(vcpu, "hv_vcpu_get_vtimer_mask", hv_vcpu_get_vtimer_mask)?,
         };
-        state.pending_irq = pending(vcpu, hv_interrupt_type_t::IRQ)?;
-        state.pending_fiq = pending(vcpu, hv_interrupt_type_t::FIQ)?;
+        state.pending_irq = pending(vcpu, IRQ)?;
+        state.pending_fiq = pending(vcpu, FIQ)?;
         state.trap_debug_exceptions = get(
             vcpu,
             "hv_vcpu_get_trap_debug_exceptions",
@@ -136,10 +141,7 @@ impl VcpuState {
             HvError::check("hv_vcpu_set_simd_fp_reg", code)?;
             check_read_back(|| format!("{register:?}"), value, simd(vcpu, register)?)?;
         }
-        for (interrupt, pending) in [
-            (hv_interrupt_type_t::IRQ, self.pending_irq),
-            (hv_interrupt_type_t::FIQ, self.pending_fiq),
-        ] {
+        for (interrupt, pending) in [(IRQ, self.pending_irq), (FIQ, self.pending_fiq)] {
             // SAFETY: the vCPU exists and belongs to this thread.
             let code = unsafe { hv_vcpu_set_pending_interrupt(vcpu.id, interrupt, pending) };
             HvError::check("hv_vcpu_set_pending_interrupt", code)?;
@@ -250,72 +252,4 @@ fn check_read_back(
         written,
         found,
     })
-}
-
-/// An error for capturing the state of a vCPU. No part of the state is returned.
-#[derive(Debug, Error)]
-#[non_exhaustive]
-pub enum CaptureError {
-    /// The framework refused to read a register that every vCPU should have.
-    #[error("failed to read {register}, without which the guest could not resume")]
-    Register {
-        /// The name of the register.
-        register: String,
-        /// The error of the framework.
-        #[source]
-        source: HvError,
-    },
-    /// The guest uses the scalable matrix extension.
-    #[error(
-        "the guest uses SME (CPACR_EL1.SMEN), whose registers can't be captured: hide SME in \
-         ID_AA64PFR1_EL1 before the guest starts"
-    )]
-    Sme,
-    /// The framework refused.
-    #[error("failed to capture the state of a vCPU")]
-    Refused(#[from] HvError),
-}
-
-/// An error for restoring the state of a vCPU. The vCPU is unusable.
-#[derive(Debug, Error)]
-#[non_exhaustive]
-pub enum RestoreError {
-    /// The state has a register unknown to this version of the crate.
-    #[error(
-        "the state has the register {0}, which is unknown to this build: use the version of \
-         hvf-backend that captured it, or the feature `macos-15`"
-    )]
-    UnknownRegister(Encoding),
-    /// The framework refused a register, or its value.
-    #[error("failed to restore {register} to its captured value")]
-    Register {
-        /// The name of the register.
-        register: String,
-        /// The error of the framework.
-        #[source]
-        source: HvError,
-    },
-    /// A register that was read back differs from the written value.
-    #[error("{register} was set to {written:#x}, but reads {found:#x}: restore into a new vCPU")]
-    NotTaken {
-        /// The name of the register.
-        register: String,
-        /// The written value.
-        written: u128,
-        /// The value that was read back.
-        found: u128,
-    },
-    /// Only one of the state and the machine has an interrupt controller.
-    #[error(
-        "the state was captured {} the framework's interrupt controller, but this machine was \
-         created {} it: create the machine like the captured one (`Vm::options().gic(..)`)",
-        if *.captured { "with" } else { "without" }, if *.captured { "without" } else { "with" }
-    )]
-    Gic {
-        /// Whether the captured machine had an interrupt controller.
-        captured: bool,
-    },
-    /// The framework refused.
-    #[error("failed to restore the state of a vCPU")]
-    Refused(#[from] HvError),
 }

@@ -6,7 +6,9 @@ use applevisor::vm::{GicDisabled, VirtualMachine, VirtualMachineInstance};
 use applevisor_sys::hv_error_t;
 use thiserror::Error;
 
-use super::error::HvError;
+use super::errors::HvError;
+#[cfg(feature = "macos-15")]
+use super::gic_place::GicPlace;
 use super::sys;
 
 /// The default page size of stage 2 in bytes. It is also the page size of the host.
@@ -49,7 +51,7 @@ pub struct VmOptions {
     #[cfg(feature = "macos-13")]
     address_bits: Option<u32>,
     #[cfg(feature = "macos-15")]
-    gic: Option<super::gic::GicPlace>,
+    gic: Option<GicPlace>,
     #[cfg(feature = "macos-26")]
     small_pages: bool,
 }
@@ -92,16 +94,16 @@ impl VmOptions {
     /// Adds the framework's interrupt controller, a GICv3 (macOS 15). Its addresses must not be
     /// RAM.
     #[cfg(feature = "macos-15")]
-    pub fn gic(mut self, place: super::gic::GicPlace) -> Self {
+    pub fn gic(mut self, place: GicPlace) -> Self {
         self.gic = Some(place);
         self
     }
 
-    /// Sets the page size of stage 2 to 4 KiB (macOS 26). Compared with 16 KiB, this can take four
-    /// times the faults and a quarter of the bytes.
+    /// Sets whether the page size of stage 2 is 4 KiB (macOS 26). Compared with 16 KiB, this can
+    /// take four times the faults and a quarter of the bytes.
     #[cfg(feature = "macos-26")]
-    pub fn small_pages(mut self) -> Self {
-        self.small_pages = true;
+    pub fn small_pages(mut self, small_pages: bool) -> Self {
+        self.small_pages = small_pages;
         self
     }
 
@@ -109,7 +111,7 @@ impl VmOptions {
     ///
     /// # Errors
     /// Returns the same errors as [`Vm::new`].
-    pub fn create(self) -> Result<Vm, CreateVmError> {
+    pub fn create(&self) -> Result<Vm, CreateVmError> {
         if !sys::hypervisor_support().map_err(CreateVmError::Sysctl)? {
             return Err(CreateVmError::NoHypervisor);
         }
@@ -118,13 +120,13 @@ impl VmOptions {
     }
 
     #[cfg(not(feature = "macos-13"))]
-    fn instance(self) -> Result<(Instance, u64), CreateVmError> {
+    fn instance(&self) -> Result<(Instance, u64), CreateVmError> {
         let instance = VirtualMachine::new().map_err(HvError::in_call("hv_vm_create"))?;
         Ok((Instance::Plain(instance), PAGE_SIZE))
     }
 
     #[cfg(feature = "macos-13")]
-    fn instance(self) -> Result<(Instance, u64), CreateVmError> {
+    fn instance(&self) -> Result<(Instance, u64), CreateVmError> {
         let mut config = applevisor::vm::VirtualMachineConfig::new();
         if let Some(bits) = self.address_bits {
             let set = config.set_ipa_size(bits);

@@ -29,7 +29,7 @@ pub(super) struct Vcpus(AtomicU32);
 /// While it exists, a checkpoint of a stopped guest is refused.
 #[derive(Debug)]
 #[must_use = "the vCPU counts as running only while this guard exists"]
-pub struct InGuest<'a>(&'a Vcpus);
+pub struct RunGuard<'a>(&'a Vcpus);
 
 /// A guard that excludes running vCPUs.
 pub(super) struct Stopped<'a>(&'a Vcpus);
@@ -37,9 +37,9 @@ pub(super) struct Stopped<'a>(&'a Vcpus);
 impl Vcpus {
     /// Counts a vCPU as running. Waits while a checkpoint excludes vCPUs.
     ///
-    /// If the thread already holds an [`InGuest`], this never waits and may be called in a signal
+    /// If the thread already holds a [`RunGuard`], this never waits and may be called in a signal
     /// handler.
-    pub(super) fn enter(&self) -> InGuest<'_> {
+    pub(super) fn enter(&self) -> RunGuard<'_> {
         let mut seen = self.0.load(Ordering::Relaxed);
         loop {
             if seen & CLOSED != 0 {
@@ -55,7 +55,7 @@ impl Vcpus {
                 .0
                 .compare_exchange_weak(seen, seen + 1, success, failure)
             {
-                Ok(_) => return InGuest(self),
+                Ok(_) => return RunGuard(self),
                 Err(now) => seen = now,
             }
         }
@@ -77,7 +77,7 @@ impl Vcpus {
     }
 }
 
-impl Drop for InGuest<'_> {
+impl Drop for RunGuard<'_> {
     fn drop(&mut self) {
         self.0.0.fetch_sub(1, Ordering::Release);
     }
@@ -116,7 +116,7 @@ mod tests {
         let stops = std::thread::scope(|scope| {
             let vcpu = || {
                 for _ in 0..TURNS {
-                    let _in_guest = vcpus.enter();
+                    let _running = vcpus.enter();
                     inside.fetch_add(1, Ordering::Relaxed);
                     std::hint::spin_loop();
                     inside.fetch_sub(1, Ordering::Relaxed);
@@ -171,7 +171,7 @@ mod interleavings {
         fn vcpu(self: &Arc<Self>, value: u64) -> thread::JoinHandle<()> {
             let guest = Arc::clone(self);
             thread::spawn(move || {
-                let _in_guest = guest.vcpus.enter();
+                let _running = guest.vcpus.enter();
                 let protected = guest.protected.load(Ordering::Relaxed);
                 guest.written.store(value, Ordering::Relaxed);
                 let still = guest.protected.load(Ordering::Relaxed);

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use anyhow::{Context, bail};
 use dirty_bitmap::TakenBitmap;
-use hvf_backend::{Answer, Canceller, Exit, GuestRam, HvError, Stage2Tracker, Vcpu, VcpuState};
+use hvf_backend::{Canceller, Exit, ExitAction, GuestRam, HvError, Stage2Tracker, Vcpu, VcpuState};
 use page_reader::PageReader;
 
 use super::shared_vm::{OptionalStage, SharedVmGuest};
@@ -121,14 +121,14 @@ impl Drop for Machine {
 fn run(shared: &SharedVmGuest, vcpu: &mut Vcpu) -> anyhow::Result<StopReason> {
     let tracker = shared.tracker.get();
     loop {
-        let in_guest = tracker.map(|tracker| (tracker, tracker.enter()));
+        let run_guard = tracker.map(|tracker| (tracker, tracker.enter()));
         let exit = vcpu.run()?;
-        if let Some((tracker, in_guest)) = &in_guest
-            && tracker.handle_exit(in_guest, &exit)? == Answer::Handled
+        if let Some((tracker, run_guard)) = &run_guard
+            && tracker.handle_exit(run_guard, &exit)? == ExitAction::Resume
         {
             continue;
         }
-        drop(in_guest);
+        drop(run_guard);
         return match exit {
             Exit::Exception(exception) if exception.syndrome >> 26 & 0x3f == HVC => {
                 Ok(StopReason::Doorbell(exception.syndrome as u16))
@@ -177,11 +177,11 @@ impl Tracker for StageTracker {
     }
 
     fn begin(&self) -> anyhow::Result<Epoch> {
-        Ok(Epoch::Tracked(self.tracker()?.arm_running()?))
+        Ok(Epoch::Tracked(self.tracker()?.checkpoint_live()?))
     }
 
     fn extend<'e>(&self, epoch: &'e mut Epoch) -> anyhow::Result<&'e TakenBitmap> {
-        Ok(self.tracker()?.arm_more(epoch.tracked()?)?)
+        Ok(self.tracker()?.checkpoint_incremental(epoch.tracked()?)?)
     }
 }
 

@@ -1,37 +1,23 @@
 //! Saves of a stopped guest, of a running guest, and with pre-copy.
 
+#![allow(clippy::missing_panics_doc, reason = "a panic is a failed test")]
+
 use std::sync::mpsc;
 use std::thread;
 
 use dirty_bitmap::Policy;
 use page_reader::PageReader;
-use rstest::rstest;
 use test_machine::rounds;
 
+use crate::backend::Backend;
 use crate::images::{Images, saved_whole};
-use crate::machine::{HIGH, Kind, Machine};
-use crate::{all_write, arm, arm_last};
+use crate::machine::{HIGH, Machine};
 
-#[rstest]
-fn the_images_equal_the_ram_at_every_checkpoint(
-    #[values(
-        Kind::Mprotect,
-        Kind::Userfaultfd,
-        Kind::KvmUserfaultfd,
-        Kind::KvmReadOnly
-    )]
-    kind: Kind,
-    #[values(4096, 16384)] page_size: u64,
-    #[values(
-        Policy::Pages,
-        Policy::Blocks,
-        Policy::FaultLimit(3),
-        Policy::default()
-    )]
-    policy: Policy,
-) {
+/// Checks that a save of a stopped guest, after each of several rounds of writes, has the contents
+/// of the RAM.
+pub fn images_equal_the_ram<B: Backend>(page_size: u64, policy: Policy) {
     let test = "the_images_equal_the_ram_at_every_checkpoint";
-    let Some(machine) = Machine::new(kind, page_size, policy, test) else {
+    let Some(machine) = Machine::<B>::new(page_size, policy, test) else {
         return;
     };
     let mut images = saved_whole(&machine);
@@ -45,16 +31,14 @@ fn the_images_equal_the_ram_at_every_checkpoint(
                 (page * 7 + round * 3 + vcpu).is_multiple_of(2 + page / 97 % 40)
             })
         };
-        all_write(&machine, |vcpu| {
-            chosen(vcpu).map(|(_, page)| *page).collect()
-        });
+        machine.all_write(|vcpu| chosen(vcpu).map(|(_, page)| *page).collect());
         for (vcpu, written) in written.iter_mut().enumerate() {
             chosen(vcpu).for_each(|(page, _)| written[page] += 1);
         }
         machine.host_write(pages[round * 5 % pages.len()] + 128, &[round as u8; 300]);
         machine.host_write(HIGH + 256, &[round as u8; 8]);
 
-        let epoch = arm(&machine).unwrap();
+        let epoch = machine.checkpoint().unwrap();
         if round % 3 == 1 {
             images.fail(&machine, epoch);
         } else {
@@ -67,26 +51,25 @@ fn the_images_equal_the_ram_at_every_checkpoint(
         for (page, times) in pages.iter().zip(written) {
             let offset = machine.offset_of(page + 8 * vcpu as u64);
             let mut word = [0; 8];
-            machine.ram.read_at(offset, &mut word).unwrap();
+            machine.ram().read_at(offset, &mut word).unwrap();
             assert_eq!(u64::from_ne_bytes(word), *times, "vCPU {vcpu} at {page:#x}");
         }
     }
 }
 
-#[rstest]
-fn saves_while_all_vcpus_write_lose_no_page(
-    #[values(Kind::Mprotect, Kind::Userfaultfd, Kind::KvmUserfaultfd)] kind: Kind,
-    #[values(4096, 16384)] page_size: u64,
-    #[values(Policy::Pages, Policy::Blocks, Policy::FaultLimit(3))] policy: Policy,
-) {
+/// Checks that saves of a running guest lose no page.
+pub fn saves_while_all_vcpus_write<B: Backend>(page_size: u64, policy: Policy) {
     let test = "saves_while_all_vcpus_write_lose_no_page";
-    let Some(machine) = Machine::new(kind, page_size, policy, test) else {
+    let Some(machine) = Machine::<B>::new(page_size, policy, test) else {
         return;
     };
     let mut images = saved_whole(&machine);
     let pages = machine.pages();
     let vcpus = machine.vcpus();
-    assert_eq!(vcpus, 8);
+    assert!(
+        vcpus > 1,
+        "the suite for running guests needs several vCPUs"
+    );
     let mut saves = 0;
     for round in 0..rounds(3, 20) {
         // Each page is written once a round, by one vCPU or by all, so that a later write does not
@@ -117,7 +100,7 @@ fn saves_while_all_vcpus_write_lose_no_page(
                     // A vCPU that panicked is reported when its thread is joined.
                     let _ = go.send(pages.to_vec());
                 }
-                let epoch = machine.tracker.arm_running().unwrap();
+                let epoch = machine.tracker.checkpoint_live().unwrap();
                 saves += 1;
                 if saves % 3 == 0 && !epoch.bitmap().is_clean() {
                     images.fail(machine, epoch);
@@ -128,19 +111,16 @@ fn saves_while_all_vcpus_write_lose_no_page(
                 machine.host_write(at, &saves.to_ne_bytes());
             }
         });
-        let epoch = arm(&machine).unwrap();
+        let epoch = machine.checkpoint().unwrap();
         images.save(&machine, epoch);
         images.assert_same_as(&machine, &format!("round {round}, after {saves} saves"));
     }
 }
 
-#[rstest]
-fn a_precopy_save_equals_the_ram_of_the_stopped_guest(
-    #[values(Kind::Mprotect, Kind::Userfaultfd, Kind::KvmUserfaultfd)] kind: Kind,
-    #[values(4096, 16384)] page_size: u64,
-) {
+/// Checks that a save that ends with a short pause has the contents of the RAM at the pause.
+pub fn precopy_save<B: Backend>(page_size: u64) {
     let test = "a_precopy_save_equals_the_ram_of_the_stopped_guest";
-    let Some(machine) = Machine::new(kind, page_size, Policy::default(), test) else {
+    let Some(machine) = Machine::<B>::new(page_size, Policy::default(), test) else {
         return;
     };
     let mut images = Images::new(&machine);
@@ -155,15 +135,15 @@ fn a_precopy_save_equals_the_ram_of_the_stopped_guest(
                 scope.spawn(move || (0..4).for_each(|_| machine.write_pages(vcpu, of_vcpu.clone())))
             };
             let running: Vec<_> = vcpus.map(vcpu).collect();
-            let mut epoch = machine.tracker.arm_running().unwrap();
-            writer.write_diff(&*machine.ram, epoch.bitmap()).unwrap();
+            let mut epoch = machine.tracker.checkpoint_live().unwrap();
+            writer.write_diff(machine.ram(), epoch.bitmap()).unwrap();
             while !running.iter().all(|vcpu| vcpu.is_finished()) {
-                let more = machine.tracker.arm_more(&mut epoch).unwrap();
-                writer.write_diff(&*machine.ram, more).unwrap();
+                let more = machine.tracker.checkpoint_incremental(&mut epoch).unwrap();
+                writer.write_diff(machine.ram(), more).unwrap();
             }
             machine.host_write(pages[round] + 512, b"host");
-            let last = arm_last(machine, &mut epoch).unwrap();
-            writer.write_diff(&*machine.ram, last).unwrap();
+            let last = machine.checkpoint_final(&mut epoch).unwrap();
+            writer.write_diff(machine.ram(), last).unwrap();
             let pause = last.dirty_bytes();
             (epoch, pause)
         });
@@ -176,6 +156,6 @@ fn a_precopy_save_equals_the_ram_of_the_stopped_guest(
         epoch.release().unwrap();
         images.assert_same_as(&machine, &format!("round {round}"));
         // A fault that is handled late marks its page once more.
-        assert!(machine.bitmap().is_clean() || kind != Kind::Mprotect);
+        assert!(machine.bitmap().is_clean() || B::LATE_FAULTS);
     }
 }

@@ -2,7 +2,7 @@
 
 #![allow(unsafe_code)]
 
-#[path = "../../../../kvm-backend/tests/support/mod.rs"]
+#[path = "../../../../crates/kvm-backend/tests/support/mod.rs"]
 mod support;
 
 use std::fs::File;
@@ -11,61 +11,120 @@ use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::sync::{Arc, Mutex};
 
-use dirty_bitmap::{Policy, WriteProtection};
+use dirty_bitmap::WriteProtection;
 use kvm_backend::{GuestRam, RamSlots, long_mode, open_kvm};
 use kvm_bindings::{KVM_MEM_READONLY, kvm_userspace_memory_region};
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
 use page_reader::{PageReader, RamLayout};
 use support::{CODE, DONE, INPUT, INPUT_SIZE, Program, STACK, TABLES};
-use write_faults::{PageFaults, Userfaultfd};
+use test_machine::Need;
+use write_faults::{FaultHandler, PageFaults, Userfaultfd};
+use write_tracking::{Backend, HIGH, HIGH_SIZE, LOW_SIZE, Tracker, handle_fault};
 
-use super::{
-    Guest, HIGH, HIGH_SIZE, LOW_SIZE, Machine, Protection, Tracker, handle_fault, new_tracker,
-};
-
-struct Vm {
+/// A virtual machine whose slots belong to an `S`.
+struct Vm<S> {
     vcpus: Vec<Mutex<VcpuFd>>,
     /// The owner of the memory slots. It removes the RAM from the VM before the RAM is unmapped.
-    _slots: Box<dyn Send + Sync>,
+    slots: S,
     ram: Arc<GuestRam>,
     /// The memory file, for host writes that bypass the mapping.
     file: File,
 }
 
-pub(super) fn by_userfaultfd(page_size: u64, policy: Policy) -> Machine {
-    let regions = [(0, LOW_SIZE), (HIGH, HIGH_SIZE)];
-    let (kvm, vm, ram) = new_vm(regions);
-    let slots = RamSlots::register(&vm, &ram, 0).unwrap();
-    let guest = Vm::new(&kvm, &vm, ram, 8, slots);
+/// A KVM guest whose RAM is protected by userfaultfd.
+pub(super) struct UserfaultedVm {
+    vm: Vm<RamSlots>,
+    userfaultfd: Userfaultfd,
+}
 
-    let userfaultfd = Userfaultfd::new(&guest.ram, LOW_SIZE + HIGH_SIZE, 3).unwrap();
-    let by = Protection::new(userfaultfd.clone());
-    let tracker = new_tracker(regions, page_size, policy, by);
-    let of_handler = Arc::clone(&tracker);
-    let handler = userfaultfd.answer(move |offset| handle_fault(&of_handler, offset));
-    Machine {
-        _handler: Some(handler.unwrap()),
-        wait_until_handled: Box::new(move || userfaultfd.wait_until_answered()),
-        tracker,
-        ram: Arc::clone(&guest.ram) as _,
-        guest: Box::new(guest),
+/// A KVM guest with a memory slot for each page, which is made read-only.
+///
+/// The RAM is small, because slots are few. There is one vCPU, because a slot can't be changed
+/// while a vCPU runs.
+pub(super) struct ReadOnlyVm {
+    vm: Vm<Arc<Slots>>,
+}
+
+impl Backend for UserfaultedVm {
+    type Protection = Userfaultfd;
+
+    const NEEDS: &'static [Need] = &[Need::Kvm, Need::Userfaultfd];
+    const LATE_FAULTS: bool = true;
+
+    fn new(_page_size: u64) -> Self {
+        let (kvm, vm, ram) = new_vm(Self::REGIONS);
+        let slots = RamSlots::register(&vm, &ram, 0).unwrap();
+        let vm = Vm::new(&kvm, &vm, ram, 8, slots);
+        let userfaultfd = Userfaultfd::new(&vm.ram, LOW_SIZE + HIGH_SIZE, 3).unwrap();
+        Self { vm, userfaultfd }
+    }
+
+    fn protection(&self) -> Userfaultfd {
+        self.userfaultfd.clone()
+    }
+
+    fn serve_faults(&self, tracker: &Arc<Tracker>) -> Option<FaultHandler> {
+        let tracker = Arc::clone(tracker);
+        let handler = self
+            .userfaultfd
+            .answer(move |offset| handle_fault(&tracker, offset));
+        Some(handler.unwrap())
+    }
+
+    fn wait_until_handled(&self) {
+        self.userfaultfd.wait_until_answered();
+    }
+
+    fn ram(&self) -> &(impl PageReader + Send + Sync) {
+        &*self.vm.ram
+    }
+
+    fn vcpus(&self) -> usize {
+        self.vm.vcpus.len()
+    }
+
+    fn increment(&self, tracker: &Tracker, vcpu: usize, addresses: &[u64]) {
+        self.vm.increment(tracker, vcpu, addresses);
+    }
+
+    fn host_write(&self, guest_start: u64, bytes: &[u8]) {
+        self.vm.host_write(guest_start, bytes);
     }
 }
 
-/// Each page has its own slot, so the RAM is small. There is one vCPU, because a slot can't be
-/// changed while a vCPU runs.
-pub(super) fn by_read_only_slots(page_size: u64, policy: Policy) -> Machine {
-    let regions = [(0, 0x60000), (HIGH, 0x20000)];
-    let (kvm, vm, ram) = new_vm(regions);
-    let slots = Arc::new(Slots::new(&vm, &ram, page_size));
-    let guest = Vm::new(&kvm, &vm, ram, 1, Arc::clone(&slots));
-    let tracker = new_tracker(regions, page_size, policy, Protection::new(ReadOnly(slots)));
-    Machine {
-        _handler: None,
-        wait_until_handled: Box::new(|| ()),
-        tracker,
-        ram: Arc::clone(&guest.ram) as _,
-        guest: Box::new(guest),
+impl Backend for ReadOnlyVm {
+    type Protection = ReadOnly;
+
+    const NEEDS: &'static [Need] = &[Need::Kvm];
+    const REGIONS: [(u64, u64); 2] = [(0, 0x60000), (HIGH, 0x20000)];
+    const LATE_FAULTS: bool = false;
+
+    fn new(page_size: u64) -> Self {
+        let (kvm, vm, ram) = new_vm(Self::REGIONS);
+        let slots = Arc::new(Slots::new(&vm, &ram, page_size));
+        Self {
+            vm: Vm::new(&kvm, &vm, ram, 1, slots),
+        }
+    }
+
+    fn protection(&self) -> ReadOnly {
+        ReadOnly(Arc::clone(&self.vm.slots))
+    }
+
+    fn ram(&self) -> &(impl PageReader + Send + Sync) {
+        &*self.vm.ram
+    }
+
+    fn vcpus(&self) -> usize {
+        self.vm.vcpus.len()
+    }
+
+    fn increment(&self, tracker: &Tracker, vcpu: usize, addresses: &[u64]) {
+        self.vm.increment(tracker, vcpu, addresses);
+    }
+
+    fn host_write(&self, guest_start: u64, bytes: &[u8]) {
+        self.vm.host_write(guest_start, bytes);
     }
 }
 
@@ -77,14 +136,8 @@ fn new_vm(regions: [(u64, u64); 2]) -> (Kvm, Arc<VmFd>, Arc<GuestRam>) {
     (kvm, vm, Arc::new(ram.unwrap()))
 }
 
-impl Vm {
-    fn new(
-        kvm: &Kvm,
-        vm: &VmFd,
-        ram: Arc<GuestRam>,
-        vcpus: u64,
-        slots: impl Send + Sync + 'static,
-    ) -> Self {
+impl<S> Vm<S> {
+    fn new(kvm: &Kvm, vm: &VmFd, ram: Arc<GuestRam>, vcpus: u64, slots: S) -> Self {
         ram.write(CODE, Program::Touch.bytes()).unwrap();
         let vcpu = |number| {
             let vcpu = vm.create_vcpu(number).unwrap();
@@ -98,16 +151,10 @@ impl Vm {
         };
         Self {
             vcpus: (0..vcpus).map(vcpu).collect(),
-            _slots: Box::new(slots),
+            slots,
             file: File::from(ram.memfd().unwrap().try_clone_to_owned().unwrap()),
             ram,
         }
-    }
-}
-
-impl Guest for Vm {
-    fn vcpus(&self) -> usize {
-        self.vcpus.len()
     }
 
     fn increment(&self, tracker: &Tracker, vcpu: usize, addresses: &[u64]) {
@@ -116,13 +163,13 @@ impl Guest for Vm {
         let mut vcpu = self.vcpus[vcpu].lock().unwrap();
         for addresses in addresses.chunks((space / 8) as usize) {
             let list: Vec<u8> = addresses.iter().flat_map(|a| a.to_le_bytes()).collect();
-            self.host_write(tracker.layout(), input, &list);
+            self.host_write(input, &list);
             tracker.mark_host_write(input, list.len() as u64).unwrap();
             let mut regs = vcpu.get_regs().unwrap();
             (regs.rip, regs.rsi, regs.rcx) = (CODE, input, addresses.len() as u64);
             vcpu.set_regs(&regs).unwrap();
             loop {
-                let in_guest = tracker.enter();
+                let run_guard = tracker.enter();
                 let exit = match vcpu.run() {
                     // The kernel may interrupt a vCPU that waits for the handling of a fault.
                     Err(error) if io::Error::from(error).kind() == io::ErrorKind::Interrupted => {
@@ -135,10 +182,10 @@ impl Guest for Vm {
                     // A write to a read-only slot. KVM leaves the write to the VMM, and resumes
                     // after the instruction.
                     VcpuExit::MmioWrite(address, data) => {
-                        drop(in_guest);
+                        drop(run_guard);
                         let offset = tracker.layout().offset_of(address).unwrap();
                         handle_fault(tracker, offset).unwrap();
-                        self.host_write(tracker.layout(), address, data);
+                        self.host_write(address, data);
                     }
                     other => panic!("{other:?}"),
                 }
@@ -146,14 +193,14 @@ impl Guest for Vm {
         }
     }
 
-    fn host_write(&self, layout: &RamLayout, guest_start: u64, bytes: &[u8]) {
-        let offset = layout.offset_of(guest_start).unwrap();
+    fn host_write(&self, guest_start: u64, bytes: &[u8]) {
+        let offset = self.ram.layout().offset_of(guest_start).unwrap();
         self.file.write_all_at(bytes, offset).unwrap();
     }
 }
 
 /// A memory slot for each page.
-struct Slots {
+pub(super) struct Slots {
     vm: Arc<VmFd>,
     ram: Arc<GuestRam>,
     page_size: u64,
@@ -162,7 +209,7 @@ struct Slots {
     read_only: Mutex<Vec<bool>>,
 }
 
-struct ReadOnly(Arc<Slots>);
+pub(super) struct ReadOnly(Arc<Slots>);
 
 impl Slots {
     fn new(vm: &Arc<VmFd>, ram: &Arc<GuestRam>, page_size: u64) -> Self {

@@ -7,7 +7,7 @@ use dirty_bitmap::{TakenBitmap, TrackedEpoch};
 use memory_writer::{Durability, MemoryWriter, SnapshotError};
 use page_reader::PageReader;
 
-use crate::arm;
+use crate::backend::Backend;
 use crate::machine::Machine;
 
 /// Images on disk, one for each save, and the contents of all of them together.
@@ -18,7 +18,7 @@ pub(crate) struct Images {
 }
 
 impl Images {
-    pub(crate) fn new(machine: &Machine) -> Self {
+    pub(crate) fn new(machine: &Machine<impl Backend>) -> Self {
         Self {
             dir: tempfile::tempdir().unwrap(),
             saved: vec![0; machine.layout().ram_size() as usize],
@@ -26,7 +26,7 @@ impl Images {
         }
     }
 
-    pub(crate) fn writer(&mut self, machine: &Machine) -> MemoryWriter {
+    pub(crate) fn writer(&mut self, machine: &Machine<impl Backend>) -> MemoryWriter {
         self.count += 1;
         let path = self.dir.path().join(self.count.to_string());
         MemoryWriter::options()
@@ -42,9 +42,9 @@ impl Images {
     }
 
     /// Saves the pages of an epoch.
-    pub(crate) fn save(&mut self, machine: &Machine, epoch: TrackedEpoch) {
+    pub(crate) fn save(&mut self, machine: &Machine<impl Backend>, epoch: TrackedEpoch) {
         let mut writer = self.writer(machine);
-        writer.write_diff(&*machine.ram, epoch.bitmap()).unwrap();
+        writer.write_diff(machine.ram(), epoch.bitmap()).unwrap();
         self.commit(writer, epoch.bitmap());
         epoch.release().unwrap();
     }
@@ -65,16 +65,16 @@ impl Images {
     }
 
     /// Makes a save that fails half-way.
-    pub(crate) fn fail(&mut self, machine: &Machine, epoch: TrackedEpoch) {
+    pub(crate) fn fail(&mut self, machine: &Machine<impl Backend>, epoch: TrackedEpoch) {
         let middle = epoch.bitmap().runs().map(|run| run.start).last();
-        let reader = UpTo(&*machine.ram, middle.unwrap_or(0));
+        let reader = UpTo(machine.ram(), middle.unwrap_or(0));
         let mut writer = self.writer(machine);
         let failed = writer.write_diff(&reader, epoch.bitmap());
         let error = failed.unwrap_err();
         assert!(matches!(error, SnapshotError::MemoryIo { .. }), "{error}");
     }
 
-    pub(crate) fn assert_same_as(&self, machine: &Machine, when: &str) {
+    pub(crate) fn assert_same_as(&self, machine: &Machine<impl Backend>, when: &str) {
         let page_size = machine.bitmap().page_size() as usize;
         let ram = machine.image();
         let pages = self.saved.chunks(page_size).zip(ram.chunks(page_size));
@@ -101,9 +101,9 @@ impl PageReader for UpTo<'_> {
 }
 
 /// Makes the first checkpoint and its image.
-pub(crate) fn saved_whole(machine: &Machine) -> Images {
+pub(crate) fn saved_whole(machine: &Machine<impl Backend>) -> Images {
     let mut images = Images::new(machine);
-    let epoch = arm(machine).unwrap();
+    let epoch = machine.checkpoint().unwrap();
     assert_eq!(epoch.bitmap().dirty_bytes(), machine.layout().ram_size());
     images.save(machine, epoch);
     images.assert_same_as(machine, "first save");

@@ -13,18 +13,18 @@ use dirty_bitmap::WriteProtection;
 pub struct Protection {
     inner: Box<dyn WriteProtection<Error = io::Error> + Send + Sync>,
     /// The number of following calls that fail half-way.
-    pub refuse_protect: AtomicU32,
+    pub(crate) refuse_protect: AtomicU32,
     /// The same for calls that unprotect.
-    pub refuse_lift: AtomicU32,
-    pub hold_protect: Hold,
-    pub hold_lift: Hold,
+    pub(crate) refuse_unprotect: AtomicU32,
+    pub(crate) hold_protect: Hold,
+    pub(crate) hold_unprotect: Hold,
     /// Whether each call yields to other threads, which reveals steps in the wrong order.
     yields: bool,
 }
 
 /// A block on one call after it has done its work.
 #[derive(Default)]
-pub struct Hold {
+pub(crate) struct Hold {
     /// The offset of the call to hold. The next call whose range contains it is held.
     offset: AtomicU64,
     wanted: AtomicBool,
@@ -33,13 +33,15 @@ pub struct Hold {
 }
 
 impl Protection {
-    pub fn new(inner: impl WriteProtection<Error = io::Error> + Send + Sync + 'static) -> Self {
+    pub(crate) fn new(
+        inner: impl WriteProtection<Error = io::Error> + Send + Sync + 'static,
+    ) -> Self {
         Self {
             inner: Box::new(inner),
             refuse_protect: AtomicU32::new(0),
-            refuse_lift: AtomicU32::new(0),
+            refuse_unprotect: AtomicU32::new(0),
             hold_protect: Hold::default(),
-            hold_lift: Hold::default(),
+            hold_unprotect: Hold::default(),
             yields: test_machine::thorough(),
         }
     }
@@ -54,10 +56,10 @@ impl Protection {
 /// A guard that resumes the held call when it is dropped, also in a panic. Otherwise joining the
 /// thread of the call would never return.
 #[must_use]
-pub struct Held<'h>(&'h Hold);
+pub(crate) struct Held<'h>(&'h Hold);
 
 impl Hold {
-    pub fn next_call_for(&self, offset: u64) -> Held<'_> {
+    pub(crate) fn next_call_for(&self, offset: u64) -> Held<'_> {
         self.offset.store(offset, SeqCst);
         self.wanted.store(true, SeqCst);
         Held(self)
@@ -74,7 +76,7 @@ impl Hold {
 }
 
 impl Held<'_> {
-    pub fn wait_until_held(&self) {
+    pub(crate) fn wait_until_held(&self) {
         let start = Instant::now();
         while !self.0.held.load(SeqCst) {
             assert!(start.elapsed() < Duration::from_secs(60), "no call came");
@@ -116,12 +118,12 @@ impl WriteProtection for Protection {
     }
 
     fn unprotect(&self, range: Range<u64>) -> io::Result<()> {
-        let (range, end) = half_way(&self.refuse_lift, range);
+        let (range, end) = half_way(&self.refuse_unprotect, range);
         self.let_others_run();
         if !range.is_empty() {
             self.inner.unprotect(range.clone())?;
         }
-        self.hold_lift.pass(&range);
+        self.hold_unprotect.pass(&range);
         self.let_others_run();
         end
     }

@@ -1,0 +1,128 @@
+//! The errors of the framework's calls, and of capturing and restoring a vCPU.
+
+use applevisor::error::HypervisorError;
+use applevisor_sys::{hv_error_t, hv_return_t};
+use thiserror::Error;
+
+use crate::state::Encoding;
+
+/// An error of a call to the framework.
+#[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
+#[error("{call} failed with {} ({:#x})", self.name(), self.code)]
+#[non_exhaustive]
+pub struct HvError {
+    /// The name of the C function.
+    pub call: &'static str,
+    /// The code that the framework returned (`hv_return_t`).
+    pub code: i32,
+}
+
+/// The framework's codes and their names, from `Hypervisor/hv_error.h`.
+const NAMES: [(hv_error_t, &str); 9] = [
+    (hv_error_t::HV_ERROR, "HV_ERROR"),
+    (hv_error_t::HV_BUSY, "HV_BUSY"),
+    (hv_error_t::HV_BAD_ARGUMENT, "HV_BAD_ARGUMENT"),
+    (hv_error_t::HV_ILLEGAL_GUEST_STATE, "HV_ILLEGAL_GUEST_STATE"),
+    (hv_error_t::HV_NO_RESOURCES, "HV_NO_RESOURCES"),
+    (hv_error_t::HV_NO_DEVICE, "HV_NO_DEVICE"),
+    (hv_error_t::HV_DENIED, "HV_DENIED"),
+    (hv_error_t::HV_FAULT, "HV_FAULT"),
+    (hv_error_t::HV_UNSUPPORTED, "HV_UNSUPPORTED"),
+];
+
+impl HvError {
+    /// Converts the return code of a call to a result.
+    pub(crate) fn check(call: &'static str, code: hv_return_t) -> Result<(), Self> {
+        match code {
+            0 => Ok(()),
+            code => Err(Self { call, code }),
+        }
+    }
+
+    /// Returns a function that converts an error of `applevisor`, for a call made through that
+    /// crate.
+    pub(crate) fn in_call(call: &'static str) -> impl Fn(HypervisorError) -> Self {
+        move |error| Self {
+            call,
+            code: error.into(),
+        }
+    }
+
+    /// Returns whether the code is that of `error`.
+    pub(crate) fn is(&self, error: hv_error_t) -> bool {
+        self.code == error as hv_return_t
+    }
+
+    fn name(&self) -> &'static str {
+        let known = NAMES.iter().find(|(error, _)| self.is(*error));
+        known.map_or("an unknown error", |(_, name)| name)
+    }
+}
+
+/// An error for capturing the state of a vCPU. No part of the state is returned.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum CaptureError {
+    /// The framework refused to read a register that every vCPU should have.
+    #[error("failed to read {register}, without which the guest could not resume")]
+    Register {
+        /// The name of the register.
+        register: String,
+        /// The error of the framework.
+        #[source]
+        source: HvError,
+    },
+    /// The guest uses the scalable matrix extension.
+    #[error(
+        "the guest uses SME (CPACR_EL1.SMEN), whose registers can't be captured: hide SME in \
+         ID_AA64PFR1_EL1 before the guest starts"
+    )]
+    Sme,
+    /// The framework refused.
+    #[error("failed to capture the state of a vCPU")]
+    Refused(#[from] HvError),
+}
+
+/// An error for restoring the state of a vCPU. The vCPU is unusable.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum RestoreError {
+    /// The state has a register unknown to this version of the crate.
+    #[error(
+        "the state has the register {0}, which is unknown to this build: use the version of \
+         hvf-backend that captured it, or the feature `macos-15`"
+    )]
+    UnknownRegister(Encoding),
+    /// The framework refused a register, or its value.
+    #[error("failed to restore {register} to its captured value")]
+    Register {
+        /// The name of the register.
+        register: String,
+        /// The error of the framework.
+        #[source]
+        source: HvError,
+    },
+    /// A register that was read back differs from the written value.
+    #[error("{register} was set to {written:#x}, but reads {found:#x}: restore into a new vCPU")]
+    NotTaken {
+        /// The name of the register.
+        register: String,
+        /// The written value.
+        written: u128,
+        /// The value that was read back.
+        found: u128,
+    },
+    /// Only one of the state and the machine has an interrupt controller.
+    #[error(
+        "the state was captured {} the framework's interrupt controller, but this machine was \
+         created {} it: create the machine like the captured one (`Vm::options().gic(..)`)",
+        if *.captured { "with" } else { "without" }, if *.captured { "without" } else { "with" }
+    )]
+    Gic {
+        /// Whether the captured machine had an interrupt controller.
+        captured: bool,
+    },
+    /// The framework refused.
+    #[error("failed to restore the state of a vCPU")]
+    Refused(#[from] HvError),
+}
