@@ -550,10 +550,10 @@ mod tests {
         for (one, other, _) in NAMES {
             assert!(!same(dir.path(), one, other), "{one} {other}");
         }
-        if !test_machine::Need::Exfat.met(TEST) {
+        if !test_machine::Need::Mount(test_machine::FileSystem::EXFAT).met(TEST) {
             return;
         }
-        let disk = test_machine::LoopMount::new(test_machine::LoopFs::Exfat).unwrap();
+        let disk = test_machine::LoopMount::new(test_machine::FileSystem::EXFAT).unwrap();
         for (one, other, expected) in NAMES {
             assert_eq!(same(disk.path(), one, other), expected, "{one} {other}");
         }

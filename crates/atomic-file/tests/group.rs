@@ -10,7 +10,7 @@ use rstest::rstest;
 use support::groups::{FILES, old_files};
 use support::{assert_names, group, same_text};
 #[cfg(target_os = "linux")]
-use test_machine::Need;
+use test_machine::{FileSystem, Need};
 
 #[test]
 fn a_group_replaces_all_files_and_leaves_no_other_file() {
@@ -69,10 +69,11 @@ fn an_ineligible_writer_is_returned(#[case] who: &str, #[case] expected: Refusal
 #[cfg(target_os = "linux")]
 #[test]
 fn a_file_system_without_lasting_inode_numbers_is_refused() {
-    if !Need::Exfat.met("a_file_system_without_lasting_inode_numbers_is_refused") {
+    if !Need::Mount(FileSystem::EXFAT).met("a_file_system_without_lasting_inode_numbers_is_refused")
+    {
         return;
     }
-    let disk = test_machine::LoopMount::new(test_machine::LoopFs::Exfat).unwrap();
+    let disk = test_machine::LoopMount::new(test_machine::FileSystem::EXFAT).unwrap();
     let writer = AtomicWriter::open(disk.path().join("memory")).unwrap();
     let error = AtomicGroup::new().add(writer).unwrap_err();
     assert_eq!(error.refusal, Refusal::NoInodeNumbers);

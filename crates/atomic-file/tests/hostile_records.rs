@@ -17,7 +17,7 @@ use support::hostile::{
     open_to_all, plant, set_mode, staged_files,
 };
 use support::{Held, commit};
-use test_machine::{LoopFs, LoopMount, Need};
+use test_machine::{FileSystem, LoopMount, Need};
 
 /// Runs the job of `support::command` as a user other than root; not a test by itself.
 #[test]
@@ -467,10 +467,11 @@ fn assert_root_commit_stays(dir: &Path, old: u64) {
 #[test]
 fn a_commit_to_a_used_inode_number_is_not_undone() {
     const TEST: &str = "a_commit_to_a_used_inode_number_is_not_undone";
-    if !(Need::Root.met(TEST) && Need::Strace.met(TEST) && Need::Ext4.met(TEST)) {
+    if !(Need::Root.met(TEST) && Need::Strace.met(TEST) && Need::Mount(FileSystem::EXT4).met(TEST))
+    {
         return;
     }
-    let disk = LoopMount::new(LoopFs::Ext4SmallInodes).unwrap();
+    let disk = LoopMount::new(FileSystem::EXT4_SMALL_INODES).unwrap();
     let dir = disk.path().join("dir");
     fs::create_dir(&dir).unwrap();
     set_mode(disk.path(), 0o755);

@@ -14,7 +14,7 @@ use support::recycling::{
     SIZE, inode, one_at_a_time, recycled_files, recycling, save, with_recycled_file,
 };
 use support::{assert_names, names, same_text};
-use test_machine::{LoopFs, LoopMount, Need, recycling_dir, rounds};
+use test_machine::{FileSystem, LoopMount, Need, recycling_dir, rounds};
 
 /// Runs the job of `support::command`; not a test by itself.
 #[test]
@@ -124,10 +124,10 @@ fn io_uring_can_write_a_recycled_file() {
 #[test]
 fn without_exchange_a_commit_renames() {
     let _turn = one_at_a_time();
-    if !Need::Exfat.met("without_exchange_a_commit_renames") {
+    if !Need::Mount(FileSystem::EXFAT).met("without_exchange_a_commit_renames") {
         return;
     }
-    let mount = LoopMount::new(LoopFs::Exfat).unwrap();
+    let mount = LoopMount::new(FileSystem::EXFAT).unwrap();
     // The file system has no modes either: it gives every file the same one.
     let any = mount.path().join("any");
     fs::write(&any, "").unwrap();

@@ -12,7 +12,7 @@ use support::names;
 use support::recycling::{
     MIB, SIZE, one_at_a_time, recycled_files, recycling, save, with_recycled_file,
 };
-use test_machine::{LoopFs, LoopMount, Need, TinyTmpfs, recycling_dir};
+use test_machine::{FileSystem, LoopMount, Need, TinyTmpfs, recycling_dir};
 
 /// A way of using a file and reading its bytes later.
 type Hold = fn(&Path) -> Box<dyn Fn() -> Vec<u8>>;
@@ -126,12 +126,12 @@ fn users_of_the_recycled_file_keep_its_bytes(#[case] hold: Hold) {
 
 /// Leases count all users of a file on each file system that supports recycling.
 #[rstest]
-#[case::ext4(Need::Ext4, LoopFs::Ext4)]
-#[case::xfs(Need::Xfs, LoopFs::Xfs)]
-#[case::btrfs(Need::Btrfs, LoopFs::Btrfs)]
-fn files_on_disk_are_recycled_unless_in_use(#[case] need: Need, #[case] fs: LoopFs) {
+#[case::ext4(FileSystem::EXT4)]
+#[case::xfs(FileSystem::XFS)]
+#[case::btrfs(FileSystem::BTRFS)]
+fn files_on_disk_are_recycled_unless_in_use(#[case] fs: &'static FileSystem) {
     let _turn = one_at_a_time();
-    if need.met("files_on_disk_are_recycled_unless_in_use") {
+    if Need::Mount(fs).met("files_on_disk_are_recycled_unless_in_use") {
         let mount = LoopMount::new(fs).unwrap();
         assert_recycles_unless_in_use(mount.path());
     }

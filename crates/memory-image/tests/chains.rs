@@ -351,12 +351,12 @@ proptest! {
 #[test]
 fn flattening_with_reflinks_allocates_only_the_diffs() {
     use dirty_bitmap::DirtyBitmap;
-    use test_machine::{LoopFs, LoopMount, Need};
+    use test_machine::{FileSystem, LoopMount, Need};
 
-    if !Need::Xfs.met("flattening_with_reflinks_allocates_only_the_diffs") {
+    if !Need::Mount(FileSystem::XFS).met("flattening_with_reflinks_allocates_only_the_diffs") {
         return;
     }
-    let mount = LoopMount::new(LoopFs::Xfs).unwrap();
+    let mount = LoopMount::new(FileSystem::XFS).unwrap();
     let path = |name: &str| mount.path().join(name);
     let free = || {
         nix::unistd::sync();

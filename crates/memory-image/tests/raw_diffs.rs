@@ -93,13 +93,15 @@ fn raw_diff_with_pages_smaller_than_holes_is_refused() {
 #[test]
 fn raw_diff_on_a_file_system_with_larger_blocks_is_refused() {
     use support::raw_guest::SIZE;
-    use test_machine::{LoopFs, LoopMount, Need};
+    use test_machine::{FileSystem, LoopMount, Need};
 
-    if !Need::Xfs16k.met("raw_diff_on_a_file_system_with_larger_blocks_is_refused") {
+    if !Need::Mount(FileSystem::XFS_16K)
+        .met("raw_diff_on_a_file_system_with_larger_blocks_is_refused")
+    {
         return;
     }
     let guest = Guest::with_history();
-    let mount = LoopMount::new(LoopFs::Xfs16k).unwrap();
+    let mount = LoopMount::new(FileSystem::XFS_16K).unwrap();
     let copy = mount.path().join("diff");
     std::fs::File::create(&copy).unwrap().set_len(SIZE).unwrap();
     let mut chain = Chain::open_raw(&guest.snapshots[0], 4096).unwrap();
@@ -143,7 +145,7 @@ mod names_and_mounts {
 
     use page_reader::PageReader;
     use rstest::rstest;
-    use test_machine::{LoopFs, LoopMount, Need};
+    use test_machine::{FileSystem, LoopMount, Need};
 
     use super::support::raw_guest::SIZE;
     use super::*;
@@ -161,11 +163,13 @@ mod names_and_mounts {
     fn holes_are_judged_by_the_file_system_of_the_file_itself(
         #[case] name_it: fn(&Path, &Path) -> Option<FileMount>,
     ) {
-        if !Need::Xfs16k.met("holes_are_judged_by_the_file_system_of_the_file_itself") {
+        if !Need::Mount(FileSystem::XFS_16K)
+            .met("holes_are_judged_by_the_file_system_of_the_file_itself")
+        {
             return;
         }
         let guest = Guest::with_history();
-        let large_blocks = LoopMount::new(LoopFs::Xfs16k).unwrap();
+        let large_blocks = LoopMount::new(FileSystem::XFS_16K).unwrap();
         let (diff, name) = (large_blocks.path().join("diff"), guest.path("diff"));
         let file = std::fs::File::create(&diff).unwrap();
         file.set_len(SIZE).unwrap();

@@ -10,7 +10,7 @@ use memory_writer::{AmbiguousDiff, ImageId, Layout, MemoryWriter, Seal, Snapshot
 use page_reader::PageReader;
 use rstest::rstest;
 use sparse_file::PagesUnknown;
-use test_machine::{LoopFs, LoopMount, Need};
+use test_machine::{FileSystem, LoopMount, Need};
 
 const RAM: u64 = 1 << 20;
 
@@ -71,16 +71,16 @@ fn accepted(dir: &Path, page_size: u64, layout: Layout, marks: &DirtyBitmap) {
 }
 
 #[rstest]
+#[case::ext4(FileSystem::EXT4, 1024, 4096)]
+#[case::xfs(FileSystem::XFS_16K, 4096, 16384)]
 fn raw_diff_in_pages_smaller_than_a_block_is_refused(
-    #[values(Need::Ext4, Need::Xfs16k)] need: Need,
+    #[case] fs: &'static FileSystem,
+    #[case] page_size: u64,
+    #[case] block: u64,
 ) {
-    if !need.met("raw_diff_in_pages_smaller_than_a_block_is_refused") {
+    if !Need::Mount(fs).met("raw_diff_in_pages_smaller_than_a_block_is_refused") {
         return;
     }
-    let (fs, page_size, block) = match need {
-        Need::Ext4 => (LoopFs::Ext4, 1024, 4096),
-        _ => (LoopFs::Xfs16k, 4096, 16384),
-    };
     let mount = LoopMount::new(fs).unwrap();
     let dir = mount.path();
     let why = refused(dir, page_size, &dirty([5 * page_size]));

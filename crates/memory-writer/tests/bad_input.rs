@@ -44,13 +44,13 @@ fn invalid_size_is_refused(
 #[cfg(target_os = "linux")]
 #[test]
 fn size_beyond_the_file_system_limit_is_refused() {
-    use test_machine::{LoopFs, LoopMount, Need};
+    use test_machine::{FileSystem, LoopMount, Need};
 
-    if !Need::Ext4.met("size_beyond_the_file_system_limit_is_refused") {
+    if !Need::Mount(FileSystem::EXT4).met("size_beyond_the_file_system_limit_is_refused") {
         return;
     }
     // The maximum file size is 16 TiB here; tmpfs accepts any size.
-    let ext4 = LoopMount::new(LoopFs::Ext4).unwrap();
+    let ext4 = LoopMount::new(FileSystem::EXT4).unwrap();
     let place = Place::on(ext4.path());
     let error = MemoryWriter::open(&place.dest, 1 << 52, PAGE).unwrap_err();
     assert!(

@@ -15,7 +15,7 @@ use proptest::prelude::*;
 use rstest::rstest;
 use sparse_file::ExtentKind;
 use support::{Until, pattern};
-use test_machine::{LoopFs, LoopMount, Need, TinyTmpfs, recycling_dir, rounds};
+use test_machine::{FileSystem, LoopMount, Need, TinyTmpfs, recycling_dir, rounds};
 
 const SIZE: u64 = 1 << 20;
 
@@ -110,12 +110,12 @@ fn assert_all_equal_new_files(dir: &Path) {
 }
 
 #[rstest]
-#[case::ext4(Need::Ext4, LoopFs::Ext4)]
-#[case::xfs(Need::Xfs, LoopFs::Xfs)]
-#[case::btrfs(Need::Btrfs, LoopFs::Btrfs)]
-fn recycled_diff_has_the_bytes_and_holes_of_a_new_one(#[case] need: Need, #[case] fs: LoopFs) {
+#[case::ext4(FileSystem::EXT4)]
+#[case::xfs(FileSystem::XFS)]
+#[case::btrfs(FileSystem::BTRFS)]
+fn recycled_diff_has_the_bytes_and_holes_of_a_new_one(#[case] fs: &'static FileSystem) {
     let _turn = one_at_a_time();
-    if need.met("recycled_diff_has_the_bytes_and_holes_of_a_new_one") {
+    if Need::Mount(fs).met("recycled_diff_has_the_bytes_and_holes_of_a_new_one") {
         let mount = LoopMount::new(fs).unwrap();
         assert_all_equal_new_files(mount.path());
     }

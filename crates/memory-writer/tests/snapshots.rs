@@ -317,20 +317,19 @@ mod sharing {
     use std::fs::File;
 
     use memory_writer::{Layout, Seal};
-    use test_machine::{LoopFs, LoopMount, Need};
+    use test_machine::{FileSystem, LoopMount, Need};
 
     use super::*;
 
     /// Btrfs shares blocks. The others report that they cannot, and can still be written to.
     #[rstest]
-    #[case::shared(Need::Btrfs, LoopFs::Btrfs, true)]
-    #[case::unsupported(Need::Ext4, LoopFs::Ext4, false)]
+    #[case::shared(FileSystem::BTRFS, true)]
+    #[case::unsupported(FileSystem::EXT4, false)]
     fn full_snapshot_can_share_the_blocks_of_an_image(
-        #[case] need: Need,
-        #[case] fs: LoopFs,
+        #[case] fs: &'static FileSystem,
         #[case] shared: bool,
     ) {
-        if !need.met("full_snapshot_can_share_the_blocks_of_an_image") {
+        if !Need::Mount(fs).met("full_snapshot_can_share_the_blocks_of_an_image") {
             return;
         }
         let mount = LoopMount::new(fs).unwrap();

@@ -21,7 +21,7 @@ use process_memory::{
 };
 use rstest::rstest;
 use support::child::Child;
-use test_machine::{LoopFs, LoopMount, Need, Overlay, TinyTmpfs};
+use test_machine::{FileSystem, LoopMount, Need, Overlay, TinyTmpfs};
 use test_memory::{Mapping, Registered, register_minor, register_missing};
 
 const SIZE: usize = 2 << 20;
@@ -140,10 +140,10 @@ fn memory_filled_in_this_process_is_refused() {
 #[test]
 fn a_file_on_overlayfs_that_is_filled_is_refused() {
     let test = "a_file_on_overlayfs_that_is_filled_is_refused";
-    if !Need::Userfaultfd.met(test) || !Need::Ext4.met(test) {
+    if !Need::Userfaultfd.met(test) || !Need::Mount(FileSystem::EXT4).met(test) {
         return;
     }
-    let lower = LoopMount::new(LoopFs::Ext4).unwrap();
+    let lower = LoopMount::new(FileSystem::EXT4).unwrap();
     let upper = TinyTmpfs::new(2 * SIZE as u64).unwrap();
     let [changed, work] = ["upper", "work"].map(|name| upper.path().join(name));
     std::fs::create_dir(&changed).unwrap();

@@ -9,7 +9,7 @@ use std::process::Command;
 
 use support::vmm::{FILE, Vmm};
 use support::{Ended, PAGE, Work};
-use test_machine::{LoopFs, LoopMount, Need, Overlay, TinyTmpfs};
+use test_machine::{FileSystem, LoopMount, Need, Overlay, TinyTmpfs};
 
 /// Not a test: runs as the other process. See [`Vmm`].
 #[test]
@@ -185,11 +185,11 @@ fn a_file_on_an_overlay_that_is_mapped_as_ram_is_not_the_output() {
 #[test]
 fn a_file_on_btrfs_that_is_mapped_as_ram_is_not_the_output() {
     const TEST: &str = "a_file_on_btrfs_that_is_mapped_as_ram_is_not_the_output";
-    if !Need::Ptrace.met(TEST) || !Need::Root.met(TEST) || !Need::Btrfs.met(TEST) {
+    if !Need::Ptrace.met(TEST) || !Need::Root.met(TEST) || !Need::Mount(FileSystem::BTRFS).met(TEST) {
         return;
     }
     let work = Work::with_chain();
-    let disk = LoopMount::new(LoopFs::Btrfs).unwrap();
+    let disk = LoopMount::new(FileSystem::BTRFS).unwrap();
     let ram = disk.path().join("guest-ram");
     let vmm = Vmm::set_up(&work, "ram", |command| {
         command.env(FILE, &ram);

@@ -14,7 +14,7 @@ use rstest::rstest;
 use support::held::{Held, half_restored};
 use support::ram_file::bytes;
 use support::{PAGE, RAM, Work};
-use test_machine::{LoopFs, LoopMount, Need};
+use test_machine::{FileSystem, LoopMount, Need};
 
 /// The system call that reserves room and makes holes.
 const ALLOCATING: &str = "fallocate";
@@ -155,11 +155,11 @@ fn a_vmm() {
 #[case::btrfs(true)]
 fn a_process_whose_ram_is_being_restored_is_not_read(#[case] on_btrfs: bool) {
     const TEST: &str = "a_process_whose_ram_is_being_restored_is_not_read";
-    if !Need::Strace.met(TEST) || on_btrfs && !(Need::Root.met(TEST) && Need::Btrfs.met(TEST)) {
+    if !Need::Strace.met(TEST) || on_btrfs && !(Need::Root.met(TEST) && Need::Mount(FileSystem::BTRFS).met(TEST)) {
         return;
     }
     let work = Work::with_chain();
-    let disk = on_btrfs.then(|| LoopMount::new(LoopFs::Btrfs).unwrap());
+    let disk = on_btrfs.then(|| LoopMount::new(FileSystem::BTRFS).unwrap());
     let ram = match &disk {
         None => work.path("guest"),
         Some(disk) => {

@@ -12,7 +12,7 @@ use std::process::Command;
 
 use nix::sys::statvfs::statvfs;
 use support::{Ended, PAGE, Work, noise};
-use test_machine::{HugeFs, LoopFs, LoopMount, Need, TinyTmpfs, tool};
+use test_machine::{FileSystem, HugeFs, LoopMount, Need, TinyTmpfs, tool};
 
 /// The RAM that is restored, all of it noise.
 const LARGE: u64 = 16 << 20;
@@ -106,7 +106,8 @@ fn bytes(file: &File) -> (Vec<u8>, u64) {
 #[test]
 fn ram_on_ext4_stays_where_only_reserved_blocks_are_left() {
     if !(Need::Root.met("ram_on_ext4_stays_where_only_reserved_blocks_are_left")
-        && Need::Ext4.met("ram_on_ext4_stays_where_only_reserved_blocks_are_left"))
+        && Need::Mount(FileSystem::EXT4)
+            .met("ram_on_ext4_stays_where_only_reserved_blocks_are_left"))
     {
         return;
     }
@@ -132,7 +133,8 @@ fn ram_on_ext4_stays_where_only_reserved_blocks_are_left() {
 #[test]
 fn ram_of_a_user_stays_where_only_roots_blocks_are_left() {
     if !(Need::Root.met("ram_of_a_user_stays_where_only_roots_blocks_are_left")
-        && Need::Ext4.met("ram_of_a_user_stays_where_only_roots_blocks_are_left"))
+        && Need::Mount(FileSystem::EXT4)
+            .met("ram_of_a_user_stays_where_only_roots_blocks_are_left"))
     {
         return;
     }
@@ -166,13 +168,13 @@ fn ram_of_a_user_stays_where_only_roots_blocks_are_left() {
 #[test]
 fn ram_on_xfs_stays_where_its_blocks_are_shared() {
     if !(Need::Root.met("ram_on_xfs_stays_where_its_blocks_are_shared")
-        && Need::Xfs.met("ram_on_xfs_stays_where_its_blocks_are_shared"))
+        && Need::Mount(FileSystem::XFS).met("ram_on_xfs_stays_where_its_blocks_are_shared"))
     {
         return;
     }
     let work = Work::empty();
     large(&work);
-    let disk = LoopMount::new(LoopFs::Xfs).unwrap();
+    let disk = LoopMount::new(FileSystem::XFS).unwrap();
     let (path, file) = guest(disk.path(), LARGE / PAGE);
     let mut options = File::options();
     let options = options.read(true).write(true).create_new(true);
@@ -195,13 +197,13 @@ fn ram_on_xfs_stays_where_its_blocks_are_shared() {
 #[test]
 fn ram_on_btrfs_is_overwritten_with_a_warning() {
     if !(Need::Root.met("ram_on_btrfs_is_overwritten_with_a_warning")
-        && Need::Btrfs.met("ram_on_btrfs_is_overwritten_with_a_warning"))
+        && Need::Mount(FileSystem::BTRFS).met("ram_on_btrfs_is_overwritten_with_a_warning"))
     {
         return;
     }
     let work = Work::empty();
     large(&work);
-    let disk = LoopMount::new(LoopFs::Btrfs).unwrap();
+    let disk = LoopMount::new(FileSystem::BTRFS).unwrap();
     let (path, file) = guest(disk.path(), LARGE / PAGE);
     let restore = format!("restore large.mem --force -o {}", path.display());
     fill(disk.path(), LARGE / 2);

@@ -13,7 +13,7 @@ use sparse_file::{
     extents, grow, reserve,
 };
 use support::Fs;
-use test_machine::{LoopFs, LoopMount, Need, Overlay, TinyTmpfs};
+use test_machine::{FileSystem, LoopMount, Need, Overlay, TinyTmpfs};
 
 const PAGE: u64 = 4096;
 
@@ -49,10 +49,10 @@ fn pages_are_identified_where_a_block_is_a_page(
 
 #[test]
 fn pages_smaller_than_a_block_are_refused() {
-    if !Need::Xfs16k.met("pages_smaller_than_a_block_are_refused") {
+    if !Need::Mount(FileSystem::XFS_16K).met("pages_smaller_than_a_block_are_refused") {
         return;
     }
-    let mount = LoopMount::new(LoopFs::Xfs16k).expect("mounted");
+    let mount = LoopMount::new(FileSystem::XFS_16K).expect("mounted");
     let file = tempfile::tempfile_in(mount.path()).expect("file");
     let mut holes = PageHoles::new();
     let error = holes.check(&file, mount.path(), PAGE).expect_err("coarse");
@@ -118,10 +118,10 @@ fn file_with_reserved_blocks_is_refused(#[values(Fs::Ext4, Fs::Xfs)] fs: Fs) {
 /// The rest of a small reserved extent becomes zeros that count as written.
 #[test]
 fn ext4_that_writes_zeros_around_pages_is_refused() {
-    if !Need::Ext4.met("ext4_that_writes_zeros_around_pages_is_refused") {
+    if !Need::Mount(FileSystem::EXT4).met("ext4_that_writes_zeros_around_pages_is_refused") {
         return;
     }
-    let mount = LoopMount::new(LoopFs::Ext4).expect("mounted");
+    let mount = LoopMount::new(FileSystem::EXT4).expect("mounted");
     let remount = |option: &str| {
         let mut command = test_machine::tool("mount");
         let status = command.args(["-o", option]).arg(mount.path()).status();

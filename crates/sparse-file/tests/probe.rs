@@ -12,7 +12,7 @@ use sparse_file::{
     AlignmentBasis, Capabilities, HoleSupport, ProbeError, Punch, SeekHole, WrittenZeros,
 };
 use support::{Fs, child_task, expect_success, strace_child};
-use test_machine::{LoopFs, LoopMount, Need, ReadOnlyBind};
+use test_machine::{FileSystem, LoopMount, Need, ReadOnlyBind};
 
 const EXACT: SeekHole = SeekHole::Exact { granularity: 4096 };
 
@@ -143,10 +143,10 @@ fn direct_io_works_at_the_probed_alignment(
 }
 
 #[rstest]
-#[case::ext4(Need::Ext4, LoopFs::Ext4)]
-#[case::xfs(Need::Xfs, LoopFs::Xfs)]
-fn disk_of_4_kib_sectors_requires_offsets_of_4_kib(#[case] need: Need, #[case] fs: LoopFs) {
-    if !need.met("disk_of_4_kib_sectors_requires_offsets_of_4_kib") {
+#[case::ext4(FileSystem::EXT4)]
+#[case::xfs(FileSystem::XFS)]
+fn disk_of_4_kib_sectors_requires_offsets_of_4_kib(#[case] fs: &'static FileSystem) {
+    if !Need::Mount(fs).met("disk_of_4_kib_sectors_requires_offsets_of_4_kib") {
         return;
     }
     let mount = LoopMount::with_sectors(fs, 4096).expect("mounted");
@@ -159,10 +159,10 @@ fn disk_of_4_kib_sectors_requires_offsets_of_4_kib(#[case] need: Need, #[case] f
 /// If a block is larger than the gaps of a diff, those gaps are stored as zeros.
 #[test]
 fn granularity_of_holes_is_at_least_a_block() {
-    if !Need::Xfs16k.met("granularity_of_holes_is_at_least_a_block") {
+    if !Need::Mount(FileSystem::XFS_16K).met("granularity_of_holes_is_at_least_a_block") {
         return;
     }
-    let mount = LoopMount::new(LoopFs::Xfs16k).expect("mounted");
+    let mount = LoopMount::new(FileSystem::XFS_16K).expect("mounted");
     let here = Capabilities::probe(mount.path()).expect("probed");
     assert_eq!(here.seek_hole, SeekHole::Exact { granularity: 16384 });
 }

@@ -19,6 +19,8 @@ use std::time::Instant;
 
 use anyhow::{Context, bail, ensure};
 use clap::Parser;
+use file_systems::{CrashStates, FileSystem};
+use harness::file_systems::parser;
 use harness::interrupt::Interrupt;
 use harness::namespace::keep_private;
 use harness::packages::{Install, Package};
@@ -29,20 +31,19 @@ use scenarios::child::Child;
 use test_machine::{Need, TinyTmpfs};
 use xshell::Shell;
 
-use disk::FileSystem;
 use job::{Done, Job, Settings};
 use replay::Replay;
 use report::Report;
 use saved_recording::SavedRecording;
 
-const PACKAGES: &[Package] = &[
-    Package::new("qemu-system-common", "qemu-storage-daemon"),
-    Package::new("e2fsprogs", "mkfs.ext4"),
-    Package::new("xfsprogs", "mkfs.xfs"),
-    Package::new("btrfs-progs", "mkfs.btrfs"),
-    Package::new("exfatprogs", "mkfs.exfat"),
-    Package::new("exfat-fuse", "mount.exfat-fuse"),
-];
+/// Returns what this program takes.
+fn packages() -> Vec<Package> {
+    let mut packages = vec![Package::new("qemu-system-common", "qemu-storage-daemon")];
+    packages.extend(harness::file_systems::packages(
+        FileSystem::in_crash_states(),
+    ));
+    packages
+}
 
 /// Check what a loss of power at any moment leaves on real file systems
 ///
@@ -62,8 +63,9 @@ struct Crash {
     #[arg(long, value_delimiter = ',', value_name = "SCENARIO", value_parser = known)]
     only: Vec<String>,
     /// Only these file systems, comma-separated
-    #[arg(long, value_enum, value_delimiter = ',', value_name = "FS")]
-    fs: Vec<FileSystem>,
+    #[arg(long, value_delimiter = ',', value_name = "FS")]
+    #[arg(value_parser = parser(FileSystem::in_crash_states()))]
+    fs: Vec<&'static FileSystem>,
     /// At most so many states of each scenario on each file system
     #[arg(long, default_value_t = 300, value_parser = clap::value_parser!(u32).range(1..))]
     states: u32,
@@ -103,12 +105,11 @@ pub(crate) fn main() -> ExitCode {
     harness::run(|sh| crash.run(sh))
 }
 
-/// Where the mutants must be found, on one at least: the others hide some mistakes.
-const REVEALING: [FileSystem; 3] = [
-    FileSystem::Ext4NoAutoDaAlloc,
-    FileSystem::Ext4Writeback,
-    FileSystem::Xfs,
-];
+/// Returns whether the mutants are looked for on `fs`. They must be found on one such file system at
+/// least: the others hide some mistakes.
+fn reveals(fs: &FileSystem) -> bool {
+    fs.crash_states == Some(CrashStates::ScenariosAndMutants)
+}
 
 /// Scenarios at a time: recording waits for the kernel most of the time, and checking for its
 /// mounts.
@@ -147,19 +148,21 @@ impl Crash {
             return Ok(());
         }
         let ci = sh.var_os("CI").is_some_and(|ci| ci == "true");
-        self.install.ensure(sh, PACKAGES, "crash")?;
+        self.install.ensure(sh, &packages(), "crash")?;
         if !runs_here(Need::LoggedDisk, "crash", TAKES, ci)? {
             return Ok(());
         }
         let mut file_systems = Vec::new();
-        for fs in FileSystem::ALL {
+        for fs in FileSystem::in_crash_states() {
             let wanted = self.fs.is_empty() || self.fs.contains(&fs);
-            if wanted && runs_here(fs.need(), fs.name(), TAKES, ci)? {
+            if wanted && runs_here(Need::Mount(fs), fs.name, TAKES, ci)? {
                 file_systems.push(fs);
             }
         }
-        if !file_systems.iter().any(|fs| REVEALING.contains(fs)) {
-            let on = REVEALING.map(FileSystem::name).join(", ");
+        if !file_systems.iter().any(|fs| reveals(fs)) {
+            let on = FileSystem::in_crash_states().filter(|fs| reveals(fs));
+            let on: Vec<_> = on.map(|fs| fs.name).collect();
+            let on = on.join(", ");
             ensure!(self.mutant.is_empty(), "mutants are looked for on {on}");
         }
         let interrupt = Interrupt::catch()?;
@@ -188,7 +191,7 @@ impl Crash {
         .conclude(sh, self.record, settings.seed)
     }
 
-    fn jobs(&self, file_systems: &[FileSystem]) -> VecDeque<Job> {
+    fn jobs(&self, file_systems: &[&'static FileSystem]) -> VecDeque<Job> {
         let mut jobs = VecDeque::new();
         let mut add = |fs, scenario, mutant| {
             jobs.push_back(Job {
@@ -204,7 +207,7 @@ impl Crash {
                 add(*fs, scenario, false);
             }
         }
-        for fs in file_systems.iter().filter(|fs| REVEALING.contains(fs)) {
+        for fs in file_systems.iter().filter(|fs| reveals(fs)) {
             let wanted = |name| all || self.mutant.iter().any(|mutant| mutant == name);
             let mutants = mutants::ALL.iter().filter(|mutant| wanted(mutant.name));
             mutants.for_each(|mutant| add(*fs, mutant, true));
@@ -221,11 +224,11 @@ impl Crash {
             bail!("--state takes one scenario and one file system: --only SCENARIO --fs FS");
         };
         let scenario = scenario(name).context("a scenario that is known")?;
-        let (recording, states) = SavedRecording::new(home, *fs, name).load()?;
+        let (recording, states) = SavedRecording::new(home, fs, name).load()?;
         let state = states.get(number);
         let state = state.with_context(|| format!("there are {} states", states.len()))?;
         println!("{}", recording.log.describe(state));
-        let replay = Replay::new(*fs, scenario, &recording, room)?;
+        let replay = Replay::new(fs, scenario, &recording, room)?;
         let tidying = job::tidying(number);
         if let Err(violation) = replay.look(state, tidying)? {
             bail!("{violation}");
@@ -254,7 +257,7 @@ fn work(jobs: VecDeque<Job>, settings: &Settings, room: &Path) -> anyhow::Result
                     done.extend(this);
                 }
                 (Ok(_), Err(error)) => {
-                    let of = format!("{} on {}", job.scenario.name, job.fs.name());
+                    let of = format!("{} on {}", job.scenario.name, job.fs.name);
                     *done = Err(error.context(of));
                     settings.interrupt.ask();
                 }
@@ -278,7 +281,7 @@ fn list() {
         }
     }
     println!("file systems:");
-    for fs in FileSystem::ALL {
-        println!("  {}", fs.name());
+    for fs in FileSystem::in_crash_states() {
+        println!("  {}", fs.name);
     }
 }

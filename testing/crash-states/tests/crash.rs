@@ -12,7 +12,7 @@ use std::time::Duration;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use rstest::rstest;
-use test_machine::Need;
+use test_machine::{FileSystem, Need};
 
 fn command(arguments: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_crash-states"));
@@ -28,7 +28,7 @@ fn crash(arguments: &[&str]) -> (Output, String) {
 }
 
 fn runs_here(test: &str) -> bool {
-    Need::LoggedDisk.met(test) && Need::Ext4.met(test)
+    Need::LoggedDisk.met(test) && Need::Mount(FileSystem::EXT4).met(test)
 }
 
 #[test]

@@ -17,6 +17,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
+use file_systems::SlowCheck;
 
 use super::finding::{Family, Finding, Line, Outcome};
 use super::fixture::Fixture;
@@ -97,6 +98,14 @@ pub(crate) const LARGE_FILE: &str = "file over 4 GiB";
 
 /// The check that fills a small file system.
 pub(crate) const DISK_FULL: &str = "disk full in the middle";
+
+/// Returns the name of a check that takes a minute on some file systems in an emulated guest.
+pub(crate) fn slow(check: SlowCheck) -> &'static str {
+    match check {
+        SlowCheck::LargeFile => LARGE_FILE,
+        SlowCheck::DiskFull => DISK_FULL,
+    }
+}
 
 /// Runs all checks of the fixture, or those with a name in `only`, and sends what they find. Those
 /// with a name in `skip` are reported as not run.

@@ -60,10 +60,10 @@ impl Drop for Disk {
 /// The disks of a mount to check: one with room for a file over 4 GiB, and a small one.
 pub(crate) fn disks(kind: Kind, dir: &Path, keep: bool) -> anyhow::Result<Vec<Disk>> {
     let disk =
-        |size: u64, name| Disk::new(dir.join(format!("{}-{name}.img", kind.name())), size, keep);
-    // mkapfs makes nothing smaller than 512 MiB.
-    let small = if kind == Kind::Apfs { 513 } else { 64 };
-    Ok(vec![disk(6 << 30, "main")?, disk(small << 20, "small")?])
+        |size: u64, name| Disk::new(dir.join(format!("{}-{name}.img", kind.name)), size, keep);
+    let below = kind.disk_below();
+    let small = below.with_context(|| format!("{kind} is not on a disk"))?;
+    Ok(vec![disk(6 << 30, "main")?, disk(small.min_size, "small")?])
 }
 
 /// Boots a guest that runs this program with `arguments`.

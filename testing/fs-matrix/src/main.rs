@@ -30,13 +30,15 @@ use std::time::Instant;
 
 use anyhow::bail;
 use clap::Parser;
+use file_systems::FileSystem;
+use harness::file_systems::parser;
 use harness::interrupt::Interrupt;
 use harness::packages::Install;
 use scenarios::child::Child;
 use scenarios::target::Mutant;
 use xshell::Shell;
 
-use kind::{Kind, Place};
+use kind::{Kind, Place, place};
 use report::Report;
 use run::{Job, Run};
 use worker::Worker;
@@ -51,7 +53,8 @@ use worker::Worker;
 #[command(args_conflicts_with_subcommands = true)]
 struct FsMatrix {
     /// Only these mounts, comma-separated
-    #[arg(long, value_enum, value_delimiter = ',', value_name = "MOUNT")]
+    #[arg(long, value_delimiter = ',', value_name = "MOUNT")]
+    #[arg(value_parser = parser(FileSystem::in_matrix()))]
     only: Vec<Kind>,
     /// List the mounts and the checks, and do nothing
     #[arg(long)]
@@ -134,9 +137,9 @@ impl FsMatrix {
         let start = Instant::now();
         let interrupt = Interrupt::catch()?;
         let jobs = self.jobs()?;
-        let here = |job: &Job| matches!(job, Job::Here(kind) if kind.place() == Place::Here);
+        let here = |job: &Job| matches!(job, Job::Here(kind) if place(kind) == Place::Here);
         if jobs.iter().any(here) {
-            self.install.ensure(sh, mounts::PACKAGES, "fs-matrix")?;
+            self.install.ensure(sh, &mounts::packages(), "fs-matrix")?;
             #[cfg(target_os = "linux")]
             harness::namespace::keep_private()?;
         }
@@ -156,10 +159,10 @@ impl FsMatrix {
 
     fn jobs(&self) -> anyhow::Result<Vec<Job>> {
         let kinds: Vec<Kind> = match (self.only.as_slice(), self.mounts.as_slice()) {
-            ([], []) => Kind::here().collect(),
+            ([], []) => kind::here().collect(),
             (only, _) => only.to_vec(),
         };
-        if let Some(kind) = kinds.iter().find(|kind| kind.place() == Place::Nowhere) {
+        if let Some(kind) = kinds.iter().find(|kind| place(kind) == Place::Nowhere) {
             bail!("{kind} can't be mounted on this system");
         }
         if !kinds.is_empty() && !nix::unistd::geteuid().is_root() {
@@ -180,7 +183,7 @@ impl FsMatrix {
         let kinds: Vec<_> = kinds
             .iter()
             .copied()
-            .filter(|kind| power::applies(*kind))
+            .filter(|kind| power::applies(kind))
             .collect();
         (wanted && self.cuts > 0 && !kinds.is_empty()).then_some(Job::PowerLoss(kinds))
     }
@@ -189,7 +192,7 @@ impl FsMatrix {
     #[cfg(target_os = "linux")]
     fn kit(&self, sh: &Shell, jobs: &[Job]) -> anyhow::Result<Option<guest::Kit>> {
         let in_guest = |job: &Job| match job {
-            Job::Here(kind) => kind.place() == Place::Guest,
+            Job::Here(kind) => place(kind) == Place::Guest,
             Job::PowerLoss(_) => true,
             Job::User(..) => false,
         };
@@ -231,12 +234,12 @@ impl FsMatrix {
 
 fn list() {
     println!("mounts:");
-    for kind in Kind::here() {
-        let place = match kind.place() {
+    for kind in kind::here() {
+        let place = match place(kind) {
             Place::Guest => "by Debian's kernel in QEMU",
             _ => "by this machine's kernel",
         };
-        println!("  {:10} {kind}, {place}", kind.name());
+        println!("  {:10} {kind}, {place}", kind.name);
     }
     println!("checks:");
     for check in checks::everywhere() {

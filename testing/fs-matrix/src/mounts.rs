@@ -13,9 +13,9 @@ use harness::kernel;
 use tempfile::NamedTempFile;
 
 #[cfg(target_os = "macos")]
-pub(crate) use macos::{PACKAGES, mount};
+pub(crate) use macos::{mount, packages};
 #[cfg(target_os = "linux")]
-pub(crate) use native::{PACKAGES, mount};
+pub(crate) use native::{mount, packages};
 
 /// A mounted directory; unmounted when dropped.
 pub(crate) struct Mount {

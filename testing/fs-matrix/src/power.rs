@@ -33,20 +33,13 @@ pub(crate) fn applies(kind: Kind) -> bool {
 }
 
 fn disk_size(kind: Kind) -> Option<u64> {
-    Some(match kind {
-        Kind::Ext4 | Kind::Hfsplus | Kind::Exfat => 64 << 20,
-        Kind::Btrfs => 128 << 20,
-        // The smallest that their tools make.
-        Kind::Xfs => 320 << 20,
-        Kind::Apfs => 513 << 20,
-        _ => return None,
-    })
+    let disk = kind.disk().filter(|disk| disk.guest.is_some());
+    disk.map(|disk| disk.min_size)
 }
 
-/// Whether a rename on it is atomic over a loss of power: by a journal, or because blocks in use
-/// are never written.
+/// Whether a rename on it is atomic over a loss of power.
 fn promises(kind: Kind) -> bool {
-    matches!(kind, Kind::Ext4 | Kind::Xfs | Kind::Btrfs)
+    kind.disk().is_some_and(|disk| disk.survives_power_loss)
 }
 
 /// A driver that promises nothing and has not come so far as a commit for this long, while others
@@ -174,7 +167,7 @@ impl PowerLoss<'_> {
     }
 
     fn path(&self, kind: Kind, what: &str) -> PathBuf {
-        let name = format!("power-{}-{what}.img", kind.name());
+        let name = format!("power-{}-{what}.img", kind.name);
         self.kit.run_dir().join(name)
     }
 
@@ -212,11 +205,11 @@ impl PowerLoss<'_> {
         arguments.extend(
             states
                 .iter()
-                .map(|state| format!("--kind={}", state.kind.name())),
+                .map(|state| format!("--kind={}", state.kind.name)),
         );
         arguments.extend(self.options.iter().cloned());
         let recreated = states.iter().filter(|state| state.recreate);
-        arguments.extend(recreated.map(|state| format!("--new={}", state.kind.name())));
+        arguments.extend(recreated.map(|state| format!("--new={}", state.kind.name)));
         let mut qemu = guest::boot_with(self.kit, "power", drives, &arguments, self.interrupt)?;
         let cache_before = Cache::of_cut(round.saturating_sub(1));
         let mut waiting: Vec<Kind> = states.iter().map(|state| state.kind).collect();
@@ -252,7 +245,7 @@ impl PowerLoss<'_> {
                     states
                         .iter()
                         .map(|state| state.kind)
-                        .filter(|kind| kind.name() == name),
+                        .filter(|kind| kind.name == name),
                 );
             }
             if let Some(kind) = take(states, line, cache_before)? {
@@ -381,13 +374,13 @@ fn take(states: &mut [State], line: Line, cache: Cache) -> anyhow::Result<Option
 }
 
 fn of<'s>(states: &'s mut [State], name: &str) -> anyhow::Result<&'s mut State> {
-    let found = states.iter_mut().find(|state| state.kind.name() == name);
+    let found = states.iter_mut().find(|state| state.kind.name == name);
     found.with_context(|| format!("a line about {name}, which has no disk"))
 }
 
 /// A disk with a volatile cache, everything it is given logged.
 fn logged_drive(kind: Kind, image: &Path, log: &Path) -> [String; 8] {
-    let name = kind.name();
+    let name = kind.name;
     let file = |node: String, path: &Path| {
         let path = escaped(path);
         format!("driver=file,node-name={node},filename={path},cache.no-flush=on")
@@ -421,6 +414,8 @@ fn copy_sparse(from: &Path, to: &Path) -> anyhow::Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use file_systems::FileSystem;
+
     use super::*;
 
     #[test]
@@ -433,13 +428,13 @@ mod tests {
             flushed: 0,
             dropped: 0,
         };
-        let mut states = [Kind::Exfat, Kind::Ext4].map(state);
+        let mut states = [FileSystem::EXFAT, FileSystem::EXT4].map(state);
         let failed = |kind: Kind| Line::Failed(format!("{kind}: no space"));
-        let taken = take(&mut states, failed(Kind::Exfat), Cache::Volatile);
+        let taken = take(&mut states, failed(FileSystem::EXFAT), Cache::Volatile);
         assert_eq!(taken.expect("it is booked"), None);
         assert_eq!(states[0].said.after[&Cache::Volatile].lost(), 1);
         let error =
-            take(&mut states, failed(Kind::Ext4), Cache::Volatile).expect_err("it promises");
+            take(&mut states, failed(FileSystem::EXT4), Cache::Volatile).expect_err("it promises");
         assert_eq!(error.to_string(), "ext4: no space");
         take(&mut states, Line::Failed("no port".into()), Cache::None)
             .expect_err("a line of no disk");

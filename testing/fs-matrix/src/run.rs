@@ -8,12 +8,13 @@ use std::sync::Mutex;
 use std::time::Duration;
 
 use anyhow::{Context, anyhow, bail};
+use file_systems::Storage;
 use harness::interrupt::Interrupt;
 use harness::process::{Process, this_program};
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 
 use super::finding::{Finding, Line, Verdict};
-use super::kind::{Kind, Place};
+use super::kind::{Kind, Place, place};
 use super::mounts::{self, Images, Mount};
 use super::report::MountReport;
 use super::{FsMatrix, checks};
@@ -43,9 +44,12 @@ impl Job {
         match self {
             #[cfg(target_os = "linux")]
             Self::PowerLoss(_) => 3,
-            Self::Here(Kind::Nfs3 | Kind::Nfs4) => 2,
-            Self::Here(kind) if kind.place() == Place::Guest => 1,
-            Self::Here(_) | Self::User(..) => 0,
+            Self::Here(kind) => match (place(kind), kind.storage) {
+                (Place::Guest, Storage::Nfs { .. }) => 2,
+                (Place::Guest, _) => 1,
+                (Place::Here | Place::Nowhere, _) => 0,
+            },
+            Self::User(..) => 0,
         }
     }
 }
@@ -166,12 +170,12 @@ impl<'a> Run<'a> {
         }
         #[cfg(target_os = "linux")]
         if let (Job::Here(kind), Some(kit)) = (job, &self.kit)
-            && kind.place() == Place::Guest
+            && place(kind) == Place::Guest
         {
-            return self.check_in_guest(*kind, kit, report, bar);
+            return self.check_in_guest(kind, kit, report, bar);
         }
         let mount = match job {
-            Job::Here(kind) => mounts::mount(*kind, &self.images)?,
+            Job::Here(kind) => mounts::mount(kind, &self.images)?,
             Job::User(_, dir) => {
                 Mount::of_user(dir).with_context(|| format!("can't use {}", dir.display()))?
             }
@@ -206,7 +210,7 @@ impl<'a> Run<'a> {
     ) -> anyhow::Result<()> {
         report.driver = kit.driver(kind);
         let say = |text: &str| self.progress.say(&format!("{kind}: {text}"));
-        kit.console(kind.name()).heard_out(say, || {
+        kit.console(kind.name).heard_out(say, || {
             report.findings.clear();
             bar.set_position(0);
             self.boot_and_follow(kind, kit, report, bar)
@@ -222,15 +226,15 @@ impl<'a> Run<'a> {
         bar: &ProgressBar,
     ) -> anyhow::Result<()> {
         let disks = guest::disks(kind, &kit.run_dir(), self.options.keep)?;
-        let mut arguments = vec!["guest".to_owned(), format!("--kind={}", kind.name())];
+        let mut arguments = vec!["guest".to_owned(), format!("--kind={}", kind.name)];
         arguments.extend(self.selection(Some(kind)));
-        let qemu = guest::boot(kit, kind.name(), &disks, &arguments, &self.interrupt)?;
+        let qemu = guest::boot(kit, kind.name, &disks, &arguments, &self.interrupt)?;
         let result = self.follow(&qemu, report, bar);
         drop(qemu);
         result.with_context(|| {
             format!(
                 "the console's last lines: {}",
-                kit.console(kind.name()).tail()
+                kit.console(kind.name).tail()
             )
         })
     }
@@ -261,8 +265,12 @@ impl<'a> Run<'a> {
 
     /// The options that the checking side gets too.
     fn selection(&self, kind: Option<Kind>) -> Vec<String> {
-        let slow = kind.filter(|_| self.options.quick).map_or(&[][..], slow);
-        let skip = slow.iter().map(|name| format!("--skip={name}"));
+        let slow = kind
+            .filter(|_| self.options.quick)
+            .map_or(&[][..], |kind| kind.slow);
+        let skip = slow
+            .iter()
+            .map(|check| format!("--skip={}", checks::slow(*check)));
         let mutant = self.options.mutant.as_ref();
         let mutant = mutant.and_then(clap::ValueEnum::to_possible_value);
         let checks = self.options.check.iter();
@@ -303,17 +311,6 @@ impl<'a> Run<'a> {
                 Some(Line::Failed(why)) => bail!("during: {}: {why}", doing()),
             }
         }
-    }
-}
-
-/// Returns the checks that take a minute in an emulated guest.
-fn slow(kind: Kind) -> &'static [&'static str] {
-    match kind {
-        // The driver takes that long to allocate 100 MB, and its smallest disk has 512 MiB.
-        Kind::Apfs => &[checks::LARGE_FILE, checks::DISK_FULL],
-        // No holes.
-        Kind::Exfat | Kind::Hfsplus => &[checks::LARGE_FILE],
-        _ => &[],
     }
 }
 

@@ -15,6 +15,7 @@
 )]
 
 pub mod debian_rust;
+pub mod file_systems;
 pub mod interrupt;
 #[cfg(target_os = "linux")]
 pub mod namespace;

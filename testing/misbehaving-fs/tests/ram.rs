@@ -104,18 +104,18 @@ fn ram_is_dumped_with_any_reported_holes(
 
 /// The file systems whose reports are used, as far as this machine supports them.
 #[rstest]
-#[case::ext4(Some((test_machine::Need::Ext4, test_machine::LoopFs::Ext4)))]
-#[case::xfs(Some((test_machine::Need::Xfs, test_machine::LoopFs::Xfs)))]
-#[case::btrfs(Some((test_machine::Need::Btrfs, test_machine::LoopFs::Btrfs)))]
+#[case::ext4(Some(test_machine::FileSystem::EXT4))]
+#[case::xfs(Some(test_machine::FileSystem::XFS))]
+#[case::btrfs(Some(test_machine::FileSystem::BTRFS))]
 #[case::tmpfs(None)]
 fn a_page_written_through_a_mapping_is_data_at_once(
-    #[case] disk: Option<(test_machine::Need, test_machine::LoopFs)>,
+    #[case] disk: Option<&'static test_machine::FileSystem>,
     #[values("hole", "unwritten extent", "reflinked data", "punched hole")] over: &str,
     #[values(false, true)] overlay: bool,
 ) {
     const TEST: &str = "a_page_written_through_a_mapping_is_data_at_once";
     let (dir, _mounts): (_, (Option<_>, Option<_>)) = match disk {
-        Some((need, fs)) if need.met(TEST) => {
+        Some(fs) if test_machine::Need::Mount(fs).met(TEST) => {
             let mount = test_machine::LoopMount::new(fs).unwrap();
             (mount.path().to_owned(), (Some(mount), None))
         }

@@ -22,7 +22,6 @@ pub mod directory;
 pub mod images;
 pub mod ram;
 pub mod random;
-pub mod start;
 pub mod target;
 pub mod write_log;
 
@@ -30,6 +29,8 @@ use std::path::Path;
 use std::sync::Arc;
 
 use dirty_bitmap::DirtyBitmap;
+
+pub use file_systems::start;
 
 use check::{PostCrashState, Violation};
 

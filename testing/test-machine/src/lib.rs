@@ -8,15 +8,9 @@
 //! A test repeats its work a few times, and many times if [`thorough`] returns true: `cargo xtask
 //! prove`.
 
+pub use file_systems::FileSystem;
 #[cfg(target_os = "linux")]
-mod loop_mount;
-#[cfg(target_os = "linux")]
-mod mounts;
-
-#[cfg(target_os = "linux")]
-pub use loop_mount::{LoopFs, LoopMount, tool};
-#[cfg(target_os = "linux")]
-pub use mounts::{HugeFs, Overlay, ReadOnlyBind, TinyTmpfs};
+pub use file_systems::{HugeFs, LoopMount, Overlay, ReadOnlyBind, TinyTmpfs, tool};
 
 use std::fmt;
 use std::io::Write as _;
@@ -64,18 +58,9 @@ pub enum Need {
     Ptrace,
     /// A FUSE file system of a process can be mounted: privilege, `/dev/fuse`.
     Fuse,
-    /// An ext4 image can be created and loop-mounted: privilege, loop devices, e2fsprogs.
-    Ext4,
-    /// An XFS image can be created and loop-mounted: privilege, loop devices, xfsprogs.
-    Xfs,
-    /// An XFS image in blocks of 16 KiB can be created and loop-mounted: as `Xfs`, and Linux 6.12
-    /// or newer.
-    Xfs16k,
-    /// A btrfs image can be created and loop-mounted: privilege, loop devices, btrfs-progs.
-    Btrfs,
-    /// An exFAT image can be created and loop-mounted: privilege, loop devices, FUSE, exfatprogs,
-    /// exfat-fuse.
-    Exfat,
+    /// An image of the file system can be created and loop-mounted: privilege, loop devices, the
+    /// file system's tools and, for a FUSE driver, FUSE.
+    Mount(&'static FileSystem),
     /// A Mac of Apple silicon runs virtual machines for processes: `kern.hv_support` is 1.
     Hypervisor,
     /// A program for arm64 can be assembled and emulated: LLVM's tools, QEMU.
@@ -91,26 +76,6 @@ pub enum Need {
 }
 
 impl Need {
-    /// All needs.
-    pub const ALL: [Self; 16] = [
-        Self::Kvm,
-        Self::Root,
-        Self::Userfaultfd,
-        Self::Strace,
-        Self::Ptrace,
-        Self::Fuse,
-        Self::Ext4,
-        Self::Xfs,
-        Self::Xfs16k,
-        Self::Btrfs,
-        Self::Exfat,
-        Self::Hypervisor,
-        Self::Aarch64,
-        Self::LinuxGuest,
-        Self::LoggedDisk,
-        Self::HugePages,
-    ];
-
     /// Returns the name used in `RAMSNAP_REQUIRE`.
     #[must_use]
     pub fn name(self) -> &'static str {
@@ -121,11 +86,7 @@ impl Need {
             Self::Strace => "strace",
             Self::Ptrace => "ptrace",
             Self::Fuse => "fuse",
-            Self::Ext4 => "ext4",
-            Self::Xfs => "xfs",
-            Self::Xfs16k => "xfs16k",
-            Self::Btrfs => "btrfs",
-            Self::Exfat => "exfat",
+            Self::Mount(fs) => fs.name,
             Self::Hypervisor => "hypervisor",
             Self::Aarch64 => "aarch64",
             Self::LinuxGuest => "linux-guest",
@@ -174,9 +135,7 @@ impl Need {
             Self::Ptrace => can_trace(),
             Self::Fuse => cfg!(target_os = "linux") && Self::Root.is_met() && opens("/dev/fuse"),
             Self::Root => nix::unistd::geteuid().is_root() && can_mount(),
-            Self::Ext4 | Self::Xfs | Self::Xfs16k | Self::Btrfs | Self::Exfat => {
-                Self::Root.is_met() && self.has_tools()
-            }
+            Self::Mount(fs) => Self::Root.is_met() && can_loop_mount(fs),
         }
     }
 
@@ -276,25 +235,18 @@ fn run(tools: &[&str]) -> bool {
     })
 }
 
+/// Returns whether the tools are there and, if the kernel may be too old, whether it mounts the
+/// file system.
 #[cfg(target_os = "linux")]
-impl Need {
-    fn has_tools(self) -> bool {
-        match self {
-            Self::Ext4 => LoopFs::Ext4.has_tools(),
-            Self::Xfs => LoopFs::Xfs.has_tools(),
-            Self::Xfs16k => LoopFs::Xfs16k.has_tools() && LoopMount::new(LoopFs::Xfs16k).is_ok(),
-            Self::Btrfs => LoopFs::Btrfs.has_tools(),
-            Self::Exfat => LoopFs::Exfat.has_tools(),
-            _ => true,
-        }
-    }
+fn can_loop_mount(fs: &FileSystem) -> bool {
+    let Some(disk) = fs.disk() else { return false };
+    let any_kernel = disk.local.is_some_and(|local| local.since.is_none());
+    disk.has_tools() && (any_kernel || LoopMount::new(fs).is_ok())
 }
 
 #[cfg(not(target_os = "linux"))]
-impl Need {
-    fn has_tools(self) -> bool {
-        false
-    }
+fn can_loop_mount(_: &FileSystem) -> bool {
+    false
 }
 
 #[cfg(target_os = "linux")]
@@ -335,7 +287,7 @@ fn gives_huge_pages() -> bool {
         let _ = std::fs::write(ON_DEMAND, ENOUGH.to_string());
     }
     // A mapping reserves its pages by default.
-    allowed() >= Some(ENOUGH) && mounts::HugeFs::new(None).is_ok_and(|fs| fs.has_pages(8))
+    allowed() >= Some(ENOUGH) && HugeFs::new(None).is_ok_and(|fs| fs.has_pages(8))
 }
 
 #[cfg(not(target_os = "linux"))]

@@ -1,17 +1,16 @@
 //! `cargo xtask test`: what a contributor runs before each push.
 
+use ::file_systems::FileSystem;
+use harness::file_systems;
 use harness::packages::{Install, Package};
 use xshell::{Shell, cmd};
 
 use super::{Context, Options, Step, Suite, is_installed, prose};
 
-/// What the tests use besides the Rust toolchain.
+/// What the tests use besides the Rust toolchain,
+/// beside the tools of the file systems.
 const PACKAGES: &[Package] = &[
     Package::new("strace", "strace"),
-    Package::new("xfsprogs", "mkfs.xfs"),
-    Package::new("btrfs-progs", "mkfs.btrfs"),
-    Package::new("exfatprogs", "mkfs.exfat"),
-    Package::new("exfat-fuse", "mount.exfat-fuse"),
     Package::new("llvm", "llvm-mc"),
     Package::new("qemu-system-arm", "qemu-system-aarch64"),
     Package::new("qemu-system-x86", "qemu-system-x86_64"),
@@ -105,7 +104,9 @@ fn tests(context: &Context<'_>) -> anyhow::Result<()> {
 
 /// Installs the packages that tests use, or prints what is missing.
 pub(super) fn install_packages(sh: &Shell, install: Install) -> anyhow::Result<()> {
-    install.ensure(sh, PACKAGES, "the tests")?;
+    let mut packages = file_systems::packages(FileSystem::ALL.into_iter());
+    packages.extend(PACKAGES);
+    install.ensure(sh, &packages, "the tests")?;
     Ok(())
 }
 

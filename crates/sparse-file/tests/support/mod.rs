@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use sparse_file::{HostMemory, RunSource};
-use test_machine::{LoopFs, LoopMount, Need, TinyTmpfs};
+use test_machine::{FileSystem, LoopMount, Need, TinyTmpfs};
 
 /// A file system to run a test on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -43,10 +43,10 @@ impl Fs {
                     .met(test)
                     .then(|| Place::Tmpfs(TinyTmpfs::new(64 << 20).expect("tmpfs mounted")));
             }
-            Self::Ext4 => (Need::Ext4, LoopFs::Ext4),
-            Self::Xfs => (Need::Xfs, LoopFs::Xfs),
-            Self::Btrfs => (Need::Btrfs, LoopFs::Btrfs),
-            Self::Exfat => (Need::Exfat, LoopFs::Exfat),
+            Self::Ext4 => (Need::Mount(FileSystem::EXT4), FileSystem::EXT4),
+            Self::Xfs => (Need::Mount(FileSystem::XFS), FileSystem::XFS),
+            Self::Btrfs => (Need::Mount(FileSystem::BTRFS), FileSystem::BTRFS),
+            Self::Exfat => (Need::Mount(FileSystem::EXFAT), FileSystem::EXFAT),
         };
         need.met(test)
             .then(|| Place::Loop(LoopMount::new(fs).expect("image mounted")))

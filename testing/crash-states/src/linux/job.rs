@@ -5,11 +5,12 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use atomic_file::{AddError, OpenError};
+use file_systems::FileSystem;
 use harness::interrupt::Interrupt;
 use scenarios::Scenario;
 use scenarios::check::{Tidying, Violation};
 
-use super::disk::FileSystem;
+use super::disk::promises;
 use super::record::{self, record};
 use super::replay::Replay;
 use super::saved_recording::SavedRecording;
@@ -24,7 +25,7 @@ pub(super) struct Settings<'a> {
 }
 
 pub(super) struct Job {
-    pub fs: FileSystem,
+    pub fs: &'static FileSystem,
     pub scenario: &'static Scenario,
     /// The first violation is enough.
     pub mutant: bool,
@@ -32,7 +33,7 @@ pub(super) struct Job {
 
 /// What came of a job.
 pub(super) struct Done {
-    pub fs: FileSystem,
+    pub fs: &'static FileSystem,
     pub scenario: &'static str,
     pub mutant: bool,
     /// Entries of the log, and how many of them are flushes.
@@ -60,8 +61,8 @@ impl Job {
     pub(super) fn run(&self, settings: &Settings, room: &Path) -> anyhow::Result<Option<Done>> {
         fs::create_dir(room)?;
         let done = match self.run_in(settings, room) {
-            Err(error) if !self.fs.promises() && is_refusal(&error) => {
-                println!("{} on {}: {error}", self.scenario.name, self.fs.name());
+            Err(error) if !promises(self.fs) && is_refusal(&error) => {
+                println!("{} on {}: {error}", self.scenario.name, self.fs.name);
                 None
             }
             done => Some(done?),
@@ -113,7 +114,7 @@ impl Job {
             }
         }
         done.checking = start.elapsed() - recorded;
-        let failed = done.violations() > 0 && self.fs.promises() && !self.mutant;
+        let failed = done.violations() > 0 && promises(self.fs) && !self.mutant;
         if failed || settings.keep {
             let kept = SavedRecording::new(settings.home, self.fs, self.scenario.name);
             let log = room.join(record::LOG);

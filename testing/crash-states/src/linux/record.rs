@@ -15,6 +15,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
+use file_systems::{FileSystem, Journal, LoopDevice};
 use harness::interrupt::Interrupt;
 use harness::process::Process;
 use linux_guest::escaped;
@@ -24,7 +25,7 @@ use scenarios::write_log;
 use scenarios::{CommitObserver, Scenario};
 use sparse_file::{ExtentKind, extents};
 
-use super::disk::{FileSystem, Journal, Loop, Mounted};
+use super::disk::{Mounted, disk};
 use super::states::{Log, MARKS, STEP};
 
 /// The directories in which a scenario runs, one after the other. In the first, only the scenario
@@ -94,30 +95,31 @@ impl Base {
 /// Carries `scenario` out on a new file system, with files of its own in `room`. That of a `mutant`
 /// is unmounted at once.
 pub(super) fn record(
-    fs: FileSystem,
+    fs: &'static FileSystem,
     scenario: &Scenario,
     mutant: bool,
     room: &Path,
     interrupt: &Interrupt,
 ) -> anyhow::Result<Recording> {
+    let on = disk(fs)?;
     let (image, point) = (room.join("disk.img"), room.join("recorded"));
     fs::create_dir(&point)?;
-    File::create(&image)?.set_len(fs.size() + MARKS)?;
+    File::create(&image)?.set_len(on.min_size + MARKS)?;
     prepare(fs, scenario, &image, &point)?;
     let base = Base::of(&image)?;
 
-    let disk = LoggedDisk::start(&image, room, interrupt)?;
-    let device = Loop::over(&disk.export, fs.size())?;
+    let log = LoggedDisk::start(&image, room, interrupt)?;
+    let device = LoopDevice::over(&log.export, Some(on.min_size))?;
     let journal = if mutant { NOT_YET } else { SOON };
     let mounted = Mounted::with(fs, journal, &device, &point)?;
-    let export = File::options().write(true).open(&disk.export)?;
+    let export = File::options().write(true).open(&log.export)?;
     let marks = Marks {
         export: &export,
-        at: fs.size(),
+        at: on.min_size,
     };
     let [alone, in_company] = PHASES.map(|dir| point.join(dir));
     (scenario.act)(&alone, &Alone(marks))?;
-    if !mutant && fs.commits_by_itself() {
+    if !mutant && on.commits_by_itself {
         settle(&device, &point, interrupt)?;
     }
     with_neighbour(&point, |syncs| {
@@ -130,12 +132,12 @@ pub(super) fn record(
     })?;
     mounted.unmount()?;
     drop((device, export));
-    let log = disk.end()?;
+    let log = log.end()?;
     let entries = write_log::read(&File::open(&log)?)?;
     fs::remove_file(&image)?;
     Ok(Recording {
         base,
-        log: Log::new(entries, fs.size()),
+        log: Log::new(entries, on.min_size),
     })
 }
 
@@ -188,9 +190,16 @@ impl CommitObserver for InCompany<'_> {
     }
 }
 
-fn prepare(fs: FileSystem, scenario: &Scenario, image: &Path, point: &Path) -> anyhow::Result<()> {
-    let device = Loop::over(image, fs.size())?;
-    fs.make(&device)?;
+fn prepare(
+    fs: &'static FileSystem,
+    scenario: &Scenario,
+    image: &Path,
+    point: &Path,
+) -> anyhow::Result<()> {
+    let on = disk(fs)?;
+    let device = LoopDevice::over(image, Some(on.min_size))?;
+    // Nothing that the driver would do later, of itself.
+    on.make(&device, true)?;
     let mounted = Mounted::new(fs, &device, point)?;
     for dir in PHASES {
         let dir = mounted.dir().join(dir);
@@ -202,7 +211,7 @@ fn prepare(fs: FileSystem, scenario: &Scenario, image: &Path, point: &Path) -> a
 
 /// Waits until the kernel has committed the journal of ext4 by itself, so that it happens in the
 /// log.
-fn settle(device: &Loop, point: &Path, interrupt: &Interrupt) -> anyhow::Result<()> {
+fn settle(device: &LoopDevice, point: &Path, interrupt: &Interrupt) -> anyhow::Result<()> {
     let info = format!("/proc/fs/jbd2/{}-8/info", device.name());
     let commits = || -> anyhow::Result<u64> {
         let text = fs::read_to_string(&info).with_context(|| info.clone())?;

@@ -6,17 +6,18 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use anyhow::Context;
+use file_systems::{FileSystem, LoopDevice};
 use nix::fcntl::{FallocateFlags, fallocate};
 use scenarios::Scenario;
 use scenarios::check::{Next, PostCrashState, Tidying, Violation};
 
-use super::disk::{FileSystem, Loop, Mounted};
+use super::disk::{Mounted, disk};
 use super::record::{PHASES, Recording};
 use super::states::State;
 
 /// A disk that is given one crash state after the other.
 pub(super) struct Replay<'a> {
-    fs: FileSystem,
+    fs: &'static FileSystem,
     scenario: &'a Scenario,
     recording: &'a Recording,
     image: File,
@@ -26,7 +27,7 @@ pub(super) struct Replay<'a> {
 
 impl<'a> Replay<'a> {
     pub(super) fn new(
-        fs: FileSystem,
+        fs: &'static FileSystem,
         scenario: &'a Scenario,
         recording: &'a Recording,
         room: &Path,
@@ -54,7 +55,7 @@ impl<'a> Replay<'a> {
         self.make(state).context("can't make the state")?;
         // Another one for each state: a device that stays open keeps what it read of the state
         // before.
-        let device = Loop::over(&self.path, self.fs.size())?;
+        let device = LoopDevice::over(&self.path, Some(disk(self.fs)?.min_size))?;
         let mounted = match Mounted::new(self.fs, &device, &self.point) {
             Ok(mounted) => mounted,
             Err(error) => {

@@ -3,17 +3,18 @@
 use std::time::Duration;
 
 use anyhow::bail;
+use file_systems::FileSystem;
 use harness::record::Record;
 use indicatif::HumanCount;
 use xshell::Shell;
 
-use super::disk::FileSystem;
+use super::disk::promises;
 use super::job::Done;
 use super::mutants;
 
 pub(super) struct Report {
     pub done: Vec<Done>,
-    pub file_systems: Vec<FileSystem>,
+    pub file_systems: Vec<&'static FileSystem>,
     pub time: Duration,
 }
 
@@ -48,7 +49,7 @@ impl Sum {
 
 /// Said when a job is done.
 pub(super) fn line(done: &Done) {
-    let what = format!("{} on {}", done.scenario, done.fs.name());
+    let what = format!("{} on {}", done.scenario, done.fs.name);
     if done.mutant {
         let found = done.first.as_ref().map_or_else(
             || format!("not found out in {} states", done.states),
@@ -67,11 +68,10 @@ pub(super) fn line(done: &Done) {
     );
     if let Some((number, violation)) = &done.first {
         println!("  state {number}: {violation}");
-        if done.fs.promises() {
+        if promises(done.fs) {
             println!(
                 "  again: cargo xtask crash --only {} --fs {} --state {number}",
-                done.scenario,
-                done.fs.name()
+                done.scenario, done.fs.name
             );
         }
     }
@@ -88,16 +88,16 @@ impl Report {
             if sum.states == 0 {
                 continue;
             }
-            match fs.promises() {
-                true => println!("{}: {}", fs.name(), sum.text()),
+            match promises(fs) {
+                true => println!("{}: {}", fs.name, sum.text()),
                 false => println!(
                     "{}: {} (it has no journal: nothing is promised, and nothing of it counts below)",
-                    fs.name(),
+                    fs.name,
                     sum.text()
                 ),
             }
         }
-        let sum = Sum::of(scenarios().filter(|done| done.fs.promises()));
+        let sum = Sum::of(scenarios().filter(|done| promises(done.fs)));
         let how = format!("seed {seed}, {} s", self.time.as_secs());
         println!("in {} s", self.time.as_secs());
         record.conclude(sh, "cargo xtask crash", &sum.text(), &how)?;
@@ -122,8 +122,8 @@ impl Report {
                 continue;
             }
             let mut on: Vec<_> = tried().filter(|done| done.violations() > 0).collect();
-            on.sort_by_key(|done| done.fs.name());
-            let on: Vec<_> = on.iter().map(|done| done.fs.name()).collect();
+            on.sort_by_key(|done| done.fs.name);
+            let on: Vec<_> = on.iter().map(|done| done.fs.name).collect();
             if on.is_empty() {
                 missed.push(mutant.name);
             } else {

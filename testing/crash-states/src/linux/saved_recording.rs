@@ -4,22 +4,23 @@ use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
 use anyhow::Context;
+use file_systems::FileSystem;
 use scenarios::write_log;
 
-use super::disk::FileSystem;
+use super::disk::disk;
 use super::record::{Base, Recording};
 use super::states::{Log, State};
 
 /// Where a recording of a scenario on a file system stays.
 pub(super) struct SavedRecording {
     dir: PathBuf,
-    fs: FileSystem,
+    fs: &'static FileSystem,
 }
 
 impl SavedRecording {
-    pub(super) fn new(home: &Path, fs: FileSystem, scenario: &str) -> Self {
+    pub(super) fn new(home: &Path, fs: &'static FileSystem, scenario: &str) -> Self {
         Self {
-            dir: home.join(format!("{}-{scenario}", fs.name())),
+            dir: home.join(format!("{}-{scenario}", fs.name)),
             fs,
         }
     }
@@ -53,7 +54,7 @@ impl SavedRecording {
         let entries = write_log::read(&File::open(self.dir.join("log"))?)?;
         let recording = Recording {
             base: Base::of(&self.dir.join("disk.img"))?,
-            log: Log::new(entries, self.fs.size()),
+            log: Log::new(entries, disk(self.fs)?.min_size),
         };
         let states = recording.log.states(seed.parse()?, limit.parse()?);
         Ok((recording, states))

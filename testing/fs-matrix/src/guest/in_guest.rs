@@ -7,6 +7,8 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, bail};
+use file_systems::{Disk, FileSystem, InGuest, Storage};
+use harness::file_systems::parser;
 use scenarios::target::{Mutant, Target};
 
 use super::PORT;
@@ -17,10 +19,16 @@ use crate::kind::Kind;
 use crate::nfs::{self, Server, run};
 use crate::proxy::Proxy;
 
+/// The modules of the client and the server of NFS.
+pub(super) const NFS_MODULES: [&str; 4] = ["nfsd", "nfs", "nfsv3", "nfsv4"];
+
+/// A module that libcrc32c needs, although no module lists it as a dependency.
+pub(super) const CRC32C: &str = "crc32c_generic";
+
 /// Mounts the kind on the guest's disks and checks it.
 #[derive(clap::Args, Clone, Debug)]
 pub(crate) struct Guest {
-    #[arg(long, value_enum)]
+    #[arg(long, value_parser = parser(FileSystem::in_matrix()))]
     kind: Kind,
     #[arg(long, value_enum)]
     mutant: Option<Mutant>,
@@ -45,13 +53,12 @@ impl Guest {
         fs::create_dir(&elsewhere)?;
         let (main, small) = (PathBuf::from("/mnt/main"), PathBuf::from("/mnt/small"));
         let disks = [("/dev/vda", &main), ("/dev/vdb", &small)];
-        let server = match self.kind {
-            Kind::Nfs3 => Some(serve(disks, "vers=3")?),
-            Kind::Nfs4 => Some(serve(disks, "vers=4.2")?),
-            kind => {
+        let server = match self.kind.storage {
+            Storage::Nfs { exports, version } => Some(serve(exports, disks, version)?),
+            Storage::Disk(_) | Storage::Memory | Storage::Overlay(_) => {
                 for (disk, point) in disks {
-                    make(kind, disk)?;
-                    mount(kind, disk, point, true)?;
+                    make(self.kind, disk)?;
+                    mount(self.kind, disk, point, true)?;
                 }
                 None
             }
@@ -83,36 +90,28 @@ pub(crate) fn findings() -> anyhow::Result<File> {
 
 /// Makes an empty file system of `kind` on `disk`.
 pub(crate) fn make(kind: Kind, disk: &str) -> anyhow::Result<()> {
-    match kind {
-        Kind::Ext4 => run("mkfs.ext4", &["-q", "-F", "-b", "4096", disk]),
-        Kind::Xfs => run("mkfs.xfs", &["-q", "-f", disk]),
-        Kind::Btrfs => run("mkfs.btrfs", &["-q", "-f", disk]),
-        Kind::Apfs => run("mkapfs", &[disk]),
-        Kind::Hfsplus => run("mkfs.hfsplus", &[disk]),
-        Kind::Exfat => run("mkfs.exfat", &[disk]),
-        _ => bail!("{kind} is on no disk"),
-    }
+    let (of_kind, _) = on_disk(kind)?;
+    let (program, arguments) = of_kind.mkfs.split_first().context("a program makes it")?;
+    run(program, &[arguments, &[disk]].concat())
 }
 
 /// Mounts `disk` at `point`, which is made.
 pub(crate) fn mount(kind: Kind, disk: &str, point: &Path, writable: bool) -> anyhow::Result<()> {
-    let (modules, name, options): (&[&str], _, _) = match kind {
-        Kind::Ext4 => (&["ext4"], "ext4", "noatime"),
-        Kind::Xfs => (&["xfs"], "xfs", "noatime"),
-        Kind::Btrfs => (&["btrfs"], "btrfs", "noatime"),
-        // Without the option this driver mounts for reading only.
-        Kind::Apfs if writable => (&["apfs"], "apfs", "readwrite"),
-        Kind::Apfs => (&["apfs"], "apfs", "noatime"),
-        Kind::Hfsplus => (&["nls_utf8", "hfsplus"], "hfsplus", "nls=utf8"),
-        Kind::Exfat => (&["exfat"], "exfat", "iocharset=utf8"),
-        _ => bail!("{kind} is on no disk"),
-    };
-    for module in ["crc32c_generic"].iter().chain(modules) {
+    let (of_kind, guest) = on_disk(kind)?;
+    for module in [CRC32C].iter().chain(guest.modules) {
         modprobe(module)?;
     }
-    let access = if writable { "rw" } else { "ro" };
-    let options = format!("{access},{options}");
-    attach(name, &options, disk, point)
+    let options = match writable {
+        true => format!("rw,{}", guest.options),
+        false => format!("ro,{}", guest.read_only),
+    };
+    attach(of_kind.driver, &options, disk, point)
+}
+
+fn on_disk(kind: Kind) -> anyhow::Result<(&'static Disk, InGuest)> {
+    let disk = kind.disk();
+    let found = disk.and_then(|disk| Some((disk, disk.guest?)));
+    found.with_context(|| format!("{kind} is not on a disk of a guest"))
 }
 
 fn modprobe(module: &str) -> anyhow::Result<()> {
@@ -125,9 +124,9 @@ fn attach(name: &str, options: &str, source: &str, point: &Path) -> anyhow::Resu
     run("mount", &["-t", name, "-o", options, source, &point])
 }
 
-/// Exports an ext4 on each disk and mounts the exports through one proxy.
-fn serve(disks: [(&str, &PathBuf); 2], version: &str) -> anyhow::Result<Server> {
-    for module in ["nfsd", "nfs", "nfsv3", "nfsv4"] {
+/// Exports a file system on each disk and mounts the exports through one proxy.
+fn serve(exported: Kind, disks: [(&str, &PathBuf); 2], version: &str) -> anyhow::Result<Server> {
+    for module in NFS_MODULES {
         modprobe(module)?;
     }
     attach("nfsd", "rw", "nfsd", Path::new("/proc/fs/nfsd"))?;
@@ -146,8 +145,8 @@ fn serve(disks: [(&str, &PathBuf); 2], version: &str) -> anyhow::Result<Server> 
     for (n, (disk, point)) in disks.iter().enumerate() {
         let name = point.file_name().context("a mount point has a name")?;
         let export = Path::new("/srv").join(name);
-        make(Kind::Ext4, disk)?;
-        mount(Kind::Ext4, disk, &export, true)?;
+        make(exported, disk)?;
+        mount(exported, disk, &export, true)?;
         export_to_self(&export, &format!("rw,fsid={}", n + 1))?;
     }
     // The root of version 4's name space. An overlay, as this machine's root is, can't be exported.

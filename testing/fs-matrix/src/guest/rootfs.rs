@@ -6,6 +6,7 @@ use std::io::BufWriter;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
+use file_systems::{Disk, InGuest, Storage};
 use harness::packages::Package;
 use linux_guest::archive::Archive;
 use linux_guest::console::Console;
@@ -113,12 +114,17 @@ impl Kit {
     /// Whose code runs when `kind` is mounted in the guest.
     pub(crate) fn driver(&self, kind: Kind) -> String {
         let kernel = format!("Debian's Linux {} ({})", self.release, self.debian);
-        match kind {
-            Kind::Apfs => format!("{}, in {kernel}, QEMU", self.apfs),
-            Kind::Nfs3 | Kind::Nfs4 => format!(
-                "client and knfsd over ext4 through a TCP proxy on the loopback, both in {kernel}, QEMU"
+        match kind.storage {
+            Storage::Nfs { exports, .. } => format!(
+                "client and knfsd over {exports} through a TCP proxy on the loopback, both in {kernel}, QEMU"
             ),
-            _ => format!("{kernel}, QEMU"),
+            Storage::Disk(Disk {
+                guest: Some(InGuest {
+                    out_of_tree: true, ..
+                }),
+                ..
+            }) => format!("{}, in {kernel}, QEMU", self.apfs),
+            Storage::Disk(_) | Storage::Memory | Storage::Overlay(_) => format!("{kernel}, QEMU"),
         }
     }
 

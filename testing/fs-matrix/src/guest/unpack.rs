@@ -4,47 +4,48 @@ use std::fs;
 use std::path::Path;
 
 use anyhow::{Context, bail};
+use file_systems::{FileSystem, InGuest};
 use linux_guest::debian::{download, only_entry, only_entry_with, unpack_package};
 use xshell::{Shell, cmd};
 
-/// What is unpacked and not installed. `hfsprogs` is in the component non-free.
-const UNPACKED: [&str; 11] = [
+use super::in_guest::{CRC32C, NFS_MODULES};
+
+/// What is unpacked and not installed, beside the file systems' packages.
+const UNPACKED: [&str; 4] = [
     "linux-image-amd64",
     "linux-headers-amd64",
-    "apfs-dkms",
-    "apfsprogs",
-    "hfsprogs",
-    "exfatprogs",
-    "e2fsprogs",
-    "xfsprogs",
-    "btrfs-progs",
     "nfs-kernel-server",
     "busybox-static",
 ];
 
-/// The modules that a guest may load, each with its dependencies. No module lists crc32c_generic as
-/// a dependency, but libcrc32c needs it.
-const MODULES: [&str; 19] = [
+/// The modules that a guest may load, each with its dependencies, beside those of the file systems.
+const MODULES: [&str; 8] = [
     "virtio_pci",
     "virtio_blk",
     "virtio_console",
     "9pnet_virtio",
     "9p",
     "overlay",
-    "crc32c_generic",
-    "nls_utf8",
-    "ext4",
-    "xfs",
-    "btrfs",
-    "apfs",
-    "hfsplus",
-    "exfat",
-    "nfsd",
-    "nfs",
-    "nfsv3",
-    "nfsv4",
     "loop",
+    CRC32C,
 ];
+
+/// Returns `first`, and those of `of` that each file system of a guest has, each once.
+fn with_file_systems(
+    first: impl IntoIterator<Item = &'static str>,
+    of: fn(InGuest) -> &'static [&'static str],
+) -> Vec<&'static str> {
+    let mut names: Vec<_> = first.into_iter().collect();
+    let guests = FileSystem::ALL
+        .into_iter()
+        .filter_map(|fs| fs.disk()?.guest);
+    for name in guests.flat_map(of) {
+        if !names.contains(name) {
+            names.push(name);
+        }
+    }
+    names
+}
 
 /// Fills the empty or stale `dir`.
 pub(super) fn make(sh: &Shell, dir: &Path, say: &dyn Fn(&str)) -> anyhow::Result<()> {
@@ -52,7 +53,11 @@ pub(super) fn make(sh: &Shell, dir: &Path, say: &dyn Fn(&str)) -> anyhow::Result
         let _ = fs::remove_dir_all(dir.join(stale));
     }
     say("downloading Debian's kernel and file system tools");
-    download(sh, dir, &UNPACKED)?;
+    download(
+        sh,
+        dir,
+        &with_file_systems(UNPACKED, |guest| guest.packages),
+    )?;
     say("unpacking them");
     unpack(sh, dir)?;
     say("building the module of APFS");
@@ -139,7 +144,9 @@ fn pick_modules(sh: &Shell, dir: &Path) -> anyhow::Result<()> {
     for list in ["modules.dep", "modules.alias", "modules.symbols"] {
         fs::copy(from.join(list), to.join(list))?;
     }
-    for module in MODULES {
+    for module in with_file_systems(MODULES.into_iter().chain(NFS_MODULES), |guest| {
+        guest.modules
+    }) {
         let line = dependencies.lines().find(|line| {
             line.split(':')
                 .next()

@@ -7,6 +7,7 @@ use std::path::Path;
 use std::process::Command;
 
 use anyhow::{Context, bail};
+use file_systems::MacOs;
 use harness::kernel;
 use harness::packages::Package;
 use tempfile::{NamedTempFile, TempDir};
@@ -14,17 +15,16 @@ use tempfile::{NamedTempFile, TempDir};
 use super::{Images, Mount, elsewhere};
 use crate::kind::Kind;
 
-/// macOS has all of it on board.
-pub(crate) const PACKAGES: &[Package] = &[];
+/// Returns nothing: macOS has all of it on board.
+pub(crate) fn packages() -> Vec<Package> {
+    Vec::new()
+}
 
 pub(crate) fn mount(kind: Kind, images: &Images) -> anyhow::Result<Mount> {
-    let fs = match kind {
-        Kind::Apfs => "APFS",
-        Kind::ApfsCase => "Case-sensitive APFS",
-        Kind::Hfsplus => "HFS+J",
-        Kind::Exfat => "ExFAT",
-        Kind::Nfs3 => return nfs(),
-        _ => bail!("{kind} can't be mounted on macOS"),
+    let fs = match kind.macos {
+        Some(MacOs::Image(fs)) => fs,
+        Some(MacOs::Nfs) => return nfs(),
+        None => bail!("{kind} cannot be mounted on macOS"),
     };
     let (main, small) = (
         Image::new(images, fs, "8g")?,

@@ -2,39 +2,35 @@
 
 use std::path::Path;
 
+use ::file_systems::{LoopMount, Overlay, Storage, TinyTmpfs};
 use anyhow::{Context, bail};
-use harness::kernel;
 use harness::packages::Package;
-use test_machine::{LoopFs, LoopMount, Overlay, TinyTmpfs};
+use harness::{file_systems, kernel};
 
 use super::{Images, Mount, elsewhere};
-use crate::kind::Kind;
+use crate::kind::{self, Kind, Place, place};
 
-/// What it takes to make the images and to look at the checks' system calls.
-pub(crate) const PACKAGES: &[Package] = &[
-    Package::new("e2fsprogs", "mkfs.ext4"),
-    Package::new("xfsprogs", "mkfs.xfs"),
-    Package::new("btrfs-progs", "mkfs.btrfs"),
-    Package::new("strace", "strace"),
-];
+/// Returns what it takes to make the images and to look at the checks' system calls.
+pub(crate) fn packages() -> Vec<Package> {
+    let here = kind::here().filter(|kind| place(kind) == Place::Here);
+    let mut packages = file_systems::packages(here);
+    packages.push(Package::new("strace", "strace"));
+    packages
+}
 
 pub(crate) fn mount(kind: Kind, images: &Images) -> anyhow::Result<Mount> {
-    let fs = match kind {
-        Kind::Ext4 => LoopFs::Ext4,
-        Kind::Xfs => LoopFs::Xfs,
-        Kind::Btrfs => LoopFs::Btrfs,
-        Kind::Tmpfs => return of(TinyTmpfs::new(512 << 20)?, TinyTmpfs::new(24 << 20)?),
-        Kind::Overlay => LoopFs::Ext4,
-        _ => bail!("{kind} is mounted in the guest"),
-    };
-    let image = |name| {
-        let image = images.file(&format!("{}-{name}", kind.name()))?;
+    let image = |fs, name| {
+        let image = images.file(&format!("{}-{name}", kind.name))?;
         LoopMount::on_image(fs, image).with_context(|| format!("can't mount {kind}"))
     };
-    let (main, small) = (image("main")?, image("small")?);
-    match kind {
-        Kind::Overlay => of(Stacked::on(main)?, Stacked::on(small)?),
-        _ => of(main, small),
+    match kind.storage {
+        Storage::Disk(_) => of(image(kind, "main")?, image(kind, "small")?),
+        Storage::Memory => of(TinyTmpfs::new(512 << 20)?, TinyTmpfs::new(24 << 20)?),
+        Storage::Overlay(below) => {
+            let [main, small] = ["main", "small"].map(|name| image(below, name));
+            of(Stacked::on(main?)?, Stacked::on(small?)?)
+        }
+        Storage::Nfs { .. } => bail!("{kind} is mounted in the guest"),
     }
 }
 

@@ -4,6 +4,8 @@ use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
+use file_systems::FileSystem;
+use harness::file_systems::parser;
 use scenarios::child::PAGE;
 use scenarios::ram::{Content, Stamped, content};
 use scenarios::target::{Mutant, Target};
@@ -19,10 +21,10 @@ const RAM: u64 = 8 * PAGE;
 #[derive(clap::Args, Clone, Debug)]
 pub(crate) struct Power {
     /// One for each disk, in the order of the disks
-    #[arg(long, value_enum)]
+    #[arg(long, value_parser = parser(FileSystem::in_matrix()))]
     kind: Vec<Kind>,
     /// Nothing worth looking at is on the disks of these kinds
-    #[arg(long, value_enum)]
+    #[arg(long, value_parser = parser(FileSystem::in_matrix()))]
     new: Vec<Kind>,
     #[arg(long, value_enum)]
     mutant: Option<Mutant>,
@@ -36,7 +38,7 @@ impl Power {
                 let (out, this) = (&out, &self);
                 scope.spawn(move || {
                     let disk = format!("/dev/vd{letter}");
-                    if let Err(error) = this.work(*kind, &disk, out) {
+                    if let Err(error) = this.work(kind, &disk, out) {
                         send(out, &Line::Failed(format!("{kind}: {error:#}")));
                     }
                 });
@@ -46,8 +48,8 @@ impl Power {
     }
 
     fn work(&self, kind: Kind, disk: &str, out: &Mutex<File>) -> anyhow::Result<()> {
-        let point = PathBuf::from(format!("/mnt/{}", kind.name()));
-        let name = || kind.name().to_owned();
+        let point = PathBuf::from(format!("/mnt/{}", kind.name));
+        let name = || kind.name.to_owned();
         let mut stamp = 1;
         let mut mounted = false;
         if !self.new.contains(&kind) {

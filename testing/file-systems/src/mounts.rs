@@ -82,7 +82,8 @@ impl HugeFs {
     }
 
     /// Returns whether this number of pages can be allocated now.
-    pub(crate) fn has_pages(&self, pages: u64) -> bool {
+    #[must_use]
+    pub fn has_pages(&self, pages: u64) -> bool {
         let path = self.path().join("probe");
         let allocated = File::create(&path).and_then(|file| {
             let len = i64::try_from(pages << 21).map_err(io::Error::other)?;

@@ -8,6 +8,9 @@ use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 static STARTS: RwLock<()> = RwLock::new(());
 
 /// Starts a process, and returns when it runs its program.
+///
+/// # Errors
+/// As [`Command::spawn`].
 pub fn start(command: &mut Command) -> io::Result<Child> {
     let _starting = one();
     command.spawn()
