@@ -67,7 +67,7 @@ mod tests {
 
     use super::*;
     use rstest::rstest;
-    use test_machine::Need;
+    use test_machine::needs;
 
     /// Users and groups without names.
     const USER: u32 = 812_345;
@@ -96,9 +96,7 @@ mod tests {
         #[case] group: u32,
         #[case] expected: bool,
     ) {
-        if !Need::Root.met("others_may_write_by_mode_or_shared_group") {
-            return;
-        }
+        needs!(Root);
         let (_dir, open) = directory(0o700);
         fchown(&open, Some(owner), Some(group)).unwrap();
         open.set_permissions(Permissions::from_mode(mode)).unwrap();
@@ -118,9 +116,7 @@ mod tests {
             (0x10, 7, u32::MAX),
             (0x20, 0, u32::MAX),
         ];
-        if !Need::Root.met(TEST) {
-            return;
-        }
+        needs!(Root);
         let (dir, open) = directory(0o770);
         fchown(&open, Some(USER), Some(USER)).unwrap();
         assert!(!others_may_write(&open).unwrap());

@@ -15,7 +15,7 @@ use atomic_file::{AtomicWriter, Options, recover, sweep};
 use nix::unistd::ForkResult;
 use rstest::rstest;
 use support::{Held, assert_names, commit, group, group_state_of};
-use test_machine::{Need, not_run, thorough};
+use test_machine::{needs, not_run, thorough};
 
 /// The published record of a group in progress.
 const RECORD: &str = ".atomic-file-0123456789abcdef.group";
@@ -44,9 +44,7 @@ fn child() {
 /// A sweeper that inspects a new staged file holds its lock briefly.
 #[test]
 fn a_writer_waits_for_a_sweeper_to_unlock_its_file() {
-    if !Need::Strace.met("a_writer_waits_for_a_sweeper_to_unlock_its_file") {
-        return;
-    }
+    needs!(Strace);
     let dir = tempfile::tempdir().unwrap();
     let log = dir.path().join("log");
     let taken = "inject=flock:error=EAGAIN:when=1..3";
@@ -71,10 +69,7 @@ fn a_writer_waits_for_a_sweeper_to_unlock_its_file() {
 /// A sweeper keeps all staged files while a record exists.
 #[test]
 fn sweepers_keep_unlocked_new_files_while_a_record_exists() {
-    const TEST: &str = "sweepers_keep_unlocked_new_files_while_a_record_exists";
-    if !Need::Strace.met(TEST) {
-        return;
-    }
+    needs!(Strace);
     let dir = tempfile::tempdir().unwrap();
     let record = File::create(dir.path().join(RECORD)).unwrap();
     record.lock().unwrap();
@@ -129,10 +124,7 @@ fn old_files(dir: &Path) {
 #[case::of_an_old_file(true)]
 #[case::of_no_file(false)]
 fn a_commit_is_not_undone_by_an_interrupted_group(#[case] existed: bool) {
-    const TEST: &str = "a_commit_is_not_undone_by_an_interrupted_group";
-    if !Need::Strace.met(TEST) {
-        return;
-    }
+    needs!(Strace);
     let dir = tempfile::tempdir().unwrap();
     old_files(dir.path());
     if !existed {
@@ -159,10 +151,7 @@ fn a_commit_is_not_undone_by_an_interrupted_group(#[case] existed: bool) {
 /// after. The commit has not returned yet.
 #[test]
 fn a_commit_waits_for_a_recovery_that_checked_earlier() {
-    const TEST: &str = "a_commit_waits_for_a_recovery_that_checked_earlier";
-    if !Need::Strace.met(TEST) {
-        return;
-    }
+    needs!(Strace);
     let dir = tempfile::tempdir().unwrap();
     old_files(dir.path());
     let mut single = Held::start("single", dir.path(), "renameat", "delay_enter", 1);
@@ -200,10 +189,7 @@ fn is_waited_for(inode: u64) -> bool {
 /// Groups with common files are serialized; others do not wait.
 #[test]
 fn a_stopped_group_blocks_only_groups_with_common_files() {
-    const TEST: &str = "a_stopped_group_blocks_only_groups_with_common_files";
-    if !Need::Strace.met(TEST) {
-        return;
-    }
+    needs!(Strace);
     let dir = tempfile::tempdir().unwrap();
     old_files(dir.path());
     // Its ticket exists, and its record is about to be published.
@@ -247,9 +233,7 @@ fn half_done(dir: &Path) {
 /// The recovery has checked the remaining members, and is about to rename them.
 #[test]
 fn a_recovery_keeps_files_committed_during_it() {
-    if !Need::Strace.met("what_is_committed_while_a_dead_group_is_completed_is_not_replaced") {
-        return;
-    }
+    needs!(Strace);
     let dir = tempfile::tempdir().unwrap();
     half_done(dir.path());
     let mut completing = Held::start("recover", dir.path(), "renameat", "delay_enter", 1);

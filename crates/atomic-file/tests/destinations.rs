@@ -9,7 +9,7 @@ use std::path::Path;
 use atomic_file::{AtomicWriter, CommitError, CommitStep, OpenError, Symlinks};
 use rstest::rstest;
 use support::{assert_names, commit, dir_with_old};
-use test_machine::Need;
+use test_machine::needs;
 
 #[test]
 fn no_clobber_open_refuses_an_existing_destination() {
@@ -92,10 +92,7 @@ fn a_staging_directory_of_the_same_file_system_works() {
 #[cfg(target_os = "linux")]
 #[test]
 fn staging_on_another_file_system_is_refused_at_open() {
-    const TEST: &str = "staging_on_another_file_system_is_refused_at_open";
-    if !Need::Root.met(TEST) {
-        return;
-    }
+    needs!(Root);
     let elsewhere = test_machine::TinyTmpfs::new(1 << 20).unwrap();
     let (dir, dest) = dir_with_old();
     let error = AtomicWriter::options()
@@ -122,10 +119,7 @@ fn staging_on_another_file_system_is_refused_at_open() {
 #[test]
 fn staging_behind_a_bind_mount_is_refused_at_open() {
     use nix::mount::{MntFlags, MsFlags, mount, umount2};
-    const TEST: &str = "staging_behind_a_bind_mount_is_refused_at_open";
-    if !Need::Root.met(TEST) {
-        return;
-    }
+    needs!(Root);
     let (dir, dest) = dir_with_old();
     let (staging, view) = (dir.path().join("staging"), dir.path().join("view"));
     fs::create_dir(&staging).unwrap();
@@ -217,9 +211,7 @@ fn a_loop_of_symlinks_is_an_error() {
 
 #[test]
 fn another_users_symlink_in_a_shared_directory_is_refused() {
-    if !Need::Root.met("another_users_symlink_in_a_shared_directory_is_refused") {
-        return;
-    }
+    needs!(Root);
     let dir = tempfile::tempdir().unwrap();
     fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o1777)).unwrap();
     let (victim, link) = (dir.path().join("victim"), dir.path().join("link"));
@@ -324,9 +316,7 @@ fn a_missing_directory_is_named() {
 #[cfg(target_os = "linux")]
 #[test]
 fn a_read_only_directory_is_an_error() {
-    if !Need::Root.met("a_read_only_directory_is_an_error") {
-        return;
-    }
+    needs!(Root);
     let (dir, dest) = dir_with_old();
     let view = test_machine::ReadOnlyBind::of(dir.path()).unwrap();
     let error = AtomicWriter::open(view.path().join("dest")).unwrap_err();

@@ -16,7 +16,7 @@ use support::faults::{
     old_file_and_spare, old_files, one_old_file, recorded, strace, tamper, text,
 };
 use support::{Held, assert_names, commit, group, names, same_text};
-use test_machine::{Need, recycling_dir};
+use test_machine::{needs, recycling_dir};
 
 /// Runs the job of `support::command`; not a test by itself.
 #[test]
@@ -60,10 +60,7 @@ fn child() {
 #[case::elsewhere("elsewhere", one_old_file)]
 #[case::recycle("recycle", old_file_and_spare)]
 fn errors_state_the_result_and_no_file_is_left(#[case] job: &str, #[case] prepare: fn(&Path)) {
-    const TEST: &str = "errors_state_the_result_and_no_file_is_left";
-    if !Need::Strace.met(TEST) {
-        return;
-    }
+    needs!(Strace);
     fail_each(
         job,
         prepare,
@@ -88,9 +85,7 @@ fn errors_state_the_result_and_no_file_is_left(#[case] job: &str, #[case] prepar
 /// The removal fails as well: the error must name the file.
 #[test]
 fn errors_name_files_that_could_not_be_removed() {
-    if !Need::Strace.met("errors_name_files_that_could_not_be_removed") {
-        return;
-    }
+    needs!(Strace);
     let how = |call: &str, number| {
         let mut both = error(call, number, "EIO")?;
         both.push("inject=unlinkat:error=EIO".into());
@@ -128,9 +123,7 @@ fn a_recycled_file_is_used_only_if_it_equals_a_new_one(
     #[case] fault: &str,
     #[case] recycles: bool,
 ) {
-    if !Need::Strace.met("a_recycled_file_is_used_only_if_it_equals_a_new_one") {
-        return;
-    }
+    needs!(Strace);
     let scratch = recycling_dir();
     let (dir, log) = (scratch.path().join("dir"), scratch.path().join("log"));
     fs::create_dir(&dir).unwrap();
@@ -169,9 +162,7 @@ fn without_random_numbers_open_fails(#[case] errno: &str) {
 
 #[test]
 fn a_group_without_locks_is_refused() {
-    if !Need::Strace.met("a_group_without_locks_is_refused") {
-        return;
-    }
+    needs!(Strace);
     let scratch = tempfile::tempdir().unwrap();
     old_files(scratch.path());
     let log = tempfile::NamedTempFile::new().unwrap();
@@ -189,9 +180,7 @@ fn a_group_without_locks_is_refused() {
 #[case("discard", 1)]
 #[case("discard group", FILES.len())]
 fn discard_names_files_that_it_cannot_remove(#[case] job: &str, #[case] count: usize) {
-    if !Need::Strace.met("discard_names_files_that_it_cannot_remove") {
-        return;
-    }
+    needs!(Strace);
     let scratch = tempfile::tempdir().unwrap();
     let (dir, log) = (scratch.path().join("dir"), scratch.path().join("log"));
     fs::create_dir(&dir).unwrap();
@@ -213,9 +202,7 @@ fn discard_names_files_that_it_cannot_remove(#[case] job: &str, #[case] count: u
 #[case::group("group", old_files)]
 #[case::recycle("recycle", old_file_and_spare)]
 fn interrupted_calls_are_repeated(#[case] job: &str, #[case] prepare: fn(&Path)) {
-    if !Need::Strace.met("interrupted_calls_are_repeated") {
-        return;
-    }
+    needs!(Strace);
     // Calls that POSIX lets a signal interrupt; stat and lseek are not among them.
     let may_be = |call: &str| !(call.contains("stat") || matches!(call, "lseek" | "getdents64"));
     let how = |call: &str, number| error(call, number, "EINTR").filter(|_| may_be(call));
@@ -230,9 +217,7 @@ fn interrupted_calls_are_repeated(#[case] job: &str, #[case] prepare: fn(&Path))
 #[case::no_such_call("ENOSYS")]
 #[case::not_supported("EOPNOTSUPP")]
 fn no_clobber_falls_back_to_links(#[case] errno: &str) {
-    if !Need::Strace.met("no_clobber_falls_back_to_links") {
-        return;
-    }
+    needs!(Strace);
     let scratch = tempfile::tempdir().unwrap();
     no_file(scratch.path());
     let log = tempfile::NamedTempFile::new().unwrap();
@@ -248,10 +233,7 @@ fn no_clobber_falls_back_to_links(#[case] errno: &str) {
 /// A link keeps the old name, so that name does not show whether the link was made.
 #[test]
 fn an_unverifiable_link_is_reported_as_unknown() {
-    const TEST: &str = "an_unverifiable_link_is_reported_as_unknown";
-    if !Need::Strace.met(TEST) {
-        return;
-    }
+    needs!(Strace);
     let scratch = tempfile::tempdir().unwrap();
     let log = scratch.path().join("log");
     let run = |name: &str, tampering: &[String]| {
@@ -277,9 +259,7 @@ fn an_unverifiable_link_is_reported_as_unknown() {
 #[case("EPERM")]
 #[case("EOPNOTSUPP")]
 fn open_refuses_no_clobber_without_support(#[case] errno: &str) {
-    if !Need::Strace.met("open_refuses_no_clobber_without_support") {
-        return;
-    }
+    needs!(Strace);
     let scratch = tempfile::tempdir().unwrap();
     no_file(scratch.path());
     let log = tempfile::NamedTempFile::new().unwrap();
@@ -302,10 +282,7 @@ fn killed_at_any_call_the_file_is_complete_and_sweep_cleans_up(
     #[case] job: &str,
     #[case] prepare: fn(&Path),
 ) {
-    const TEST: &str = "killed_at_any_call_the_file_is_complete_and_sweep_cleans_up";
-    if !Need::Strace.met(TEST) {
-        return;
-    }
+    needs!(Strace);
     let seen = std::cell::RefCell::new(std::collections::BTreeSet::new());
     tamper(job, prepare, kill, |dir, report, context| {
         assert_eq!(report, None, "the job was not killed: {context}");
@@ -323,10 +300,7 @@ fn killed_at_any_call_the_file_is_complete_and_sweep_cleans_up(
 /// The file of the preflight, which has a second name briefly, is removed too.
 #[test]
 fn open_succeeds_after_a_no_clobber_writer_was_killed() {
-    const TEST: &str = "open_succeeds_after_a_no_clobber_writer_was_killed";
-    if !Need::Strace.met(TEST) {
-        return;
-    }
+    needs!(Strace);
     tamper("no clobber", no_file, kill, |dir, report, context| {
         assert_eq!(report, None, "the job was not killed: {context}");
         let dest = dir.join("dest");
@@ -341,10 +315,7 @@ fn open_succeeds_after_a_no_clobber_writer_was_killed() {
 
 #[test]
 fn open_succeeds_after_a_recycling_writer_was_killed() {
-    const TEST: &str = "open_succeeds_after_a_recycling_writer_was_killed";
-    if !Need::Strace.met(TEST) {
-        return;
-    }
+    needs!(Strace);
     tamper(
         "recycle",
         old_file_and_spare,
@@ -366,9 +337,7 @@ fn open_succeeds_after_a_recycling_writer_was_killed() {
 
 #[test]
 fn a_failed_sync_is_never_repeated() {
-    if !Need::Strace.met("a_failed_sync_is_never_repeated") {
-        return;
-    }
+    needs!(Strace);
     let scratch = tempfile::tempdir().unwrap();
     one_old_file(scratch.path());
     let log = tempfile::NamedTempFile::new().unwrap();
@@ -394,10 +363,7 @@ fn an_exchange_replaces_the_entries_that_a_rename_would(
     #[case] replace: fn(&Path),
     #[case] expected: &str,
 ) {
-    const TEST: &str = "an_exchange_replaces_the_entries_that_a_rename_would";
-    if !Need::Strace.met(TEST) {
-        return;
-    }
+    needs!(Strace);
     let dir = recycling_dir();
     let dest = dir.path().join("dest");
     fs::write(&dest, "old").unwrap();
@@ -430,10 +396,7 @@ fn lock_briefly(dest: &Path) {
 /// The default signal of a broken lease would kill the holder.
 #[test]
 fn opening_the_recycled_file_during_the_lease_is_harmless() {
-    const TEST: &str = "opening_the_recycled_file_during_the_lease_is_harmless";
-    if !Need::Strace.met(TEST) {
-        return;
-    }
+    needs!(Strace);
     let calls = calls_of("recycle", &old_file_and_spare);
     let mut fcntls = calls.iter().filter(|(call, _)| call == "fcntl");
     // F_GETFL and F_SETFD of each of two listings, F_SETFL, F_SETSIG, F_SETLEASE.

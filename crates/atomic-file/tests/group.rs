@@ -10,7 +10,7 @@ use rstest::rstest;
 use support::groups::{FILES, old_files};
 use support::{assert_names, group, same_text};
 #[cfg(target_os = "linux")]
-use test_machine::{FileSystem, Need};
+use test_machine::{FileSystem, needs};
 
 #[test]
 fn a_group_replaces_all_files_and_leaves_no_other_file() {
@@ -69,10 +69,7 @@ fn an_ineligible_writer_is_returned(#[case] who: &str, #[case] expected: Refusal
 #[cfg(target_os = "linux")]
 #[test]
 fn a_file_system_without_lasting_inode_numbers_is_refused() {
-    if !Need::Mount(FileSystem::EXFAT).met("a_file_system_without_lasting_inode_numbers_is_refused")
-    {
-        return;
-    }
+    needs!(Mount(FileSystem::EXFAT));
     let disk = test_machine::LoopMount::new(test_machine::FileSystem::EXFAT).unwrap();
     let writer = AtomicWriter::open(disk.path().join("memory")).unwrap();
     let error = AtomicGroup::new().add(writer).unwrap_err();
@@ -149,9 +146,7 @@ fn racing_groups_over_the_same_files_never_mix() {
 #[test]
 fn a_file_system_without_generations_is_refused() {
     use nix::mount::{MntFlags, MsFlags, mount, umount2};
-    if !Need::Root.met("a_file_system_without_generations_is_refused") {
-        return;
-    }
+    needs!(Root);
     let dir = tempfile::tempdir().unwrap();
     let (ramfs, none) = (Some("ramfs"), None::<&str>);
     mount(ramfs, dir.path(), ramfs, MsFlags::empty(), none).unwrap();

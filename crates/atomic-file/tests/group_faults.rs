@@ -7,7 +7,7 @@ use std::path::Path;
 use atomic_file::recover;
 use support::faults::{FILES, error, fail_each, kill, old_files, strace, tamper};
 use support::{assert_names, group, names, same_text};
-use test_machine::Need;
+use test_machine::needs;
 
 /// Runs the job of `support::command`; not a test by itself.
 #[test]
@@ -30,9 +30,7 @@ fn child() {
 
 #[test]
 fn group_errors_state_the_result_for_any_failed_call() {
-    if !Need::Strace.met("group_errors_state_the_result_for_any_failed_call") {
-        return;
-    }
+    needs!(Strace);
     let seen = std::cell::RefCell::new(std::collections::BTreeSet::new());
     fail_each(
         "group",
@@ -68,9 +66,7 @@ fn group_errors_state_the_result_for_any_failed_call() {
 
 #[test]
 fn a_group_killed_at_any_call_recovers_to_old_or_new() {
-    if !Need::Strace.met("a_group_killed_at_any_call_recovers_to_old_or_new") {
-        return;
-    }
+    needs!(Strace);
     let seen = std::cell::RefCell::new(Vec::new());
     tamper("group", old_files, kill, |dir, report, context| {
         assert_eq!(report, None, "the job was not killed: {context}");
@@ -100,9 +96,7 @@ fn half_done(dir: &Path) {
 
 #[test]
 fn a_killed_recovery_is_completed_by_the_next() {
-    if !Need::Strace.met("a_killed_recovery_is_completed_by_the_next") {
-        return;
-    }
+    needs!(Strace);
     tamper("recover", half_done, kill, |dir, report, context| {
         assert_eq!(report, None, "the job was not killed: {context}");
         recover(dir).unwrap();
@@ -113,9 +107,7 @@ fn a_killed_recovery_is_completed_by_the_next() {
 
 #[test]
 fn a_failed_recovery_is_completed_by_the_next() {
-    if !Need::Strace.met("a_failed_recovery_is_completed_by_the_next") {
-        return;
-    }
+    needs!(Strace);
     let how = |call: &str, number| error(call, number, "EIO");
     tamper("recover", half_done, how, |dir, report, context| {
         if report == Some("ok") {

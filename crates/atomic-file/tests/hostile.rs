@@ -22,7 +22,7 @@ use support::hostile::{
     OTHER_USER, Place, SECRET, as_other_user, become_other_user, become_user, hash_of, open_to_all,
     plant, set_mode, staged_files,
 };
-use test_machine::{Need, rounds};
+use test_machine::{needs, rounds};
 
 fn saves() -> usize {
     rounds(20, 100)
@@ -90,9 +90,7 @@ fn replaced_names_disclose_no_secret(
     #[values("a link", "a hard link", "a file", "a fifo")] what: &str,
     #[values(0, 1 << 20)] recycle: u64,
 ) {
-    if !Need::Root.met("replaced_names_disclose_no_secret") {
-        return;
-    }
+    needs!(Root);
     let place = Place::new(0o777);
     let attack = |place: &Place| {
         let names = of(place);
@@ -126,9 +124,7 @@ fn replaced_names_disclose_no_secret(
 
 #[test]
 fn a_directory_replaced_by_a_link_is_harmless() {
-    if !Need::Root.met("a_directory_replaced_by_a_link_is_harmless") {
-        return;
-    }
+    needs!(Root);
     let place = Place::new(0o755);
     let saved = under_attack(&place, swap_directory, || {
         let mut saved = 0;
@@ -155,9 +151,7 @@ fn a_directory_replaced_by_a_link_is_harmless() {
 fn saves_in_a_sticky_directory_always_succeed(
     #[values("a link", "a hard link", "a file", "a fifo")] what: &str,
 ) {
-    if !Need::Root.met("saves_in_a_sticky_directory_always_succeed") {
-        return;
-    }
+    needs!(Root);
     let place = Place::new(0o1777);
     let dest = place.path("dir/dest");
     fs::write(&dest, "old").unwrap();
@@ -179,9 +173,7 @@ fn saves_in_a_sticky_directory_always_succeed(
 #[case::a_link("a link")]
 #[case::a_fifo("a fifo")]
 fn a_destination_of_another_user_is_refused(#[case] what: &str) {
-    if !Need::Root.met("a_destination_of_another_user_is_refused") {
-        return;
-    }
+    needs!(Root);
     let place = Place::new(0o1777);
     let dest = place.path("dir/dest");
     thread::scope(|scope| {
@@ -213,9 +205,7 @@ fn attributes_of_a_planted_file_are_not_preserved(
     #[values("a file", "a hard link")] what: &str,
     #[values(0o1777, 0o777)] mode: u32,
 ) {
-    if !Need::Root.met("attributes_of_a_planted_file_are_not_preserved") {
-        return;
-    }
+    needs!(Root);
     let place = Place::new(mode);
     open_to_all(&place.path("ours/victim")).unwrap();
     let dest = place.path("dir/dest");
@@ -250,9 +240,7 @@ fn attributes_of_a_planted_file_are_not_preserved(
 /// In a directory that is not sticky, another user may replace a file of this user.
 #[test]
 fn attributes_of_a_replaced_file_are_not_preserved() {
-    if !Need::Root.met("attributes_of_a_replaced_file_are_not_preserved") {
-        return;
-    }
+    needs!(Root);
     let place = Place::new(0o777);
     open_to_all(&place.path("ours/victim")).unwrap();
     let dest = place.path("dir/dest");
@@ -279,9 +267,7 @@ fn attributes_of_a_replaced_file_are_not_preserved() {
 
 #[test]
 fn other_users_cannot_occupy_staged_names() {
-    if !Need::Root.met("other_users_cannot_occupy_staged_names") {
-        return;
-    }
+    needs!(Root);
     let place = Place::new(0o1777);
     let dest = place.path("dir/dest");
     let hash = hash_of(&dest);
@@ -326,9 +312,7 @@ fn staged_names_are_unique() {
 /// A process that waits for the lock of an orphaned file could keep it from being swept.
 #[test]
 fn other_users_cannot_lock_a_staged_file() {
-    if !Need::Root.met("other_users_cannot_lock_a_staged_file") {
-        return;
-    }
+    needs!(Root);
     let place = Place::new(0o1777);
     let writer = AtomicWriter::options()
         .mode(0o666)
@@ -350,9 +334,7 @@ fn a_link_is_not_followed_if_a_group_may_write(
     #[case] gid: u32,
     #[case] followed: bool,
 ) {
-    if !Need::Root.met("a_link_is_not_followed_if_a_group_may_write") {
-        return;
-    }
+    needs!(Root);
     let place = Place::new(0o755);
     let dir = place.path("dir");
     std::os::unix::fs::chown(&dir, None, Some(gid)).unwrap();

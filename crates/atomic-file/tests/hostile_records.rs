@@ -17,7 +17,7 @@ use support::hostile::{
     open_to_all, plant, set_mode, staged_files,
 };
 use support::{Held, commit};
-use test_machine::{FileSystem, LoopMount, Need};
+use test_machine::{FileSystem, LoopMount, needs};
 
 /// Runs the job of `support::command` as a user other than root; not a test by itself.
 #[test]
@@ -72,9 +72,7 @@ fn a_planted_record_blocks_no_writer(
     #[values(".atomic-file-group", ".atomic-file-0123456789abcdef.group")] name: &str,
     #[values(false, true)] locked: bool,
 ) {
-    if !Need::Root.met("a_planted_record_blocks_no_writer") {
-        return;
-    }
+    needs!(Root);
     let place = Place::new(0o1777);
     let (dir, record) = (place.path("dir"), place.path("dir").join(name));
     let planted = as_other_user(|| {
@@ -122,9 +120,7 @@ fn forged(dir: &Path, dest: &str) -> Vec<u8> {
 #[case::a_file_of_their_own(false)]
 #[case::a_hard_link_to_another_users_file(true)]
 fn a_forged_record_renames_no_file(#[case] linked: bool, #[values(0o1777, 0o777)] mode: u32) {
-    if !Need::Root.met("a_forged_record_renames_no_file") {
-        return;
-    }
+    needs!(Root);
     let place = Place::new(mode);
     let dir = place.path("dir");
     fs::write(dir.join("dest"), PRECIOUS).unwrap();
@@ -149,10 +145,7 @@ fn a_forged_record_renames_no_file(#[case] linked: bool, #[values(0o1777, 0o777)
 
 #[test]
 fn planting_a_destination_does_not_split_a_group() {
-    const TEST: &str = "planting_a_destination_does_not_split_a_group";
-    if !Need::Root.met(TEST) || !Need::Strace.met(TEST) {
-        return;
-    }
+    needs!(Root, Strace);
     let place = Place::new(0o1777);
     let dir = place.path("dir");
     let [memory, state] = MEMBERS.map(|name| dir.join(name));
@@ -191,9 +184,7 @@ fn planting_a_destination_does_not_split_a_group() {
 /// files that the user could rename.
 #[test]
 fn a_trusted_record_renames_only_in_its_directory() {
-    if !Need::Root.met("a_trusted_record_renames_only_in_its_directory") {
-        return;
-    }
+    needs!(Root);
     let place = Place::new(0o1777);
     let home = place.path("dir/home");
     let record = home.join(".atomic-file-0123456789abcdef.group");
@@ -216,9 +207,7 @@ fn a_trusted_record_renames_only_in_its_directory() {
 /// A process can be stopped, so root's commits must not wait for another user's process.
 #[test]
 fn another_users_group_in_progress_is_not_waited_for() {
-    if !Need::Root.met("another_users_group_in_progress_is_not_waited_for") {
-        return;
-    }
+    needs!(Root);
     let place = Place::new(0o1777);
     let home = place.path("dir/home");
     let record = home.join(".atomic-file-0123456789abcdef.group");
@@ -243,9 +232,7 @@ fn another_users_group_in_progress_is_not_waited_for() {
 /// Root sweeps /tmp: another user's interrupted group must stay complete.
 #[test]
 fn a_sweep_by_root_keeps_files_of_another_users_group() {
-    if !Need::Root.met("a_sweep_by_root_keeps_files_of_another_users_group") {
-        return;
-    }
+    needs!(Root);
     let place = Place::new(0o1777);
     let dir = place.path("dir");
     as_other_user(|| {
@@ -272,10 +259,7 @@ fn a_sweep_by_root_keeps_files_of_another_users_group() {
 #[case::that_name_nothing(b"", "200 removed, 0 kept")]
 #[case::that_are_damaged(b"junk", "0 removed, 200 kept")]
 fn a_sweep_limits_reads_of_other_users_records(#[case] begin: &[u8], #[case] expected: &str) {
-    const TEST: &str = "a_sweep_limits_reads_of_other_users_records";
-    if !Need::Root.met(TEST) || !Need::Strace.met(TEST) {
-        return;
-    }
+    needs!(Root, Strace);
     let place = Place::new(0o1777);
     let dir = place.path("dir");
     let trace = place.path("trace");
@@ -356,10 +340,7 @@ fn other_users_place(names: &[&str]) -> Place {
 /// Root's staged files belong to the preserved owner before they are renamed.
 #[rstest]
 fn an_owners_sweep_keeps_the_files_of_roots_group(#[values(0, 1)] renamed: usize) {
-    const TEST: &str = "an_owners_sweep_keeps_the_files_of_roots_group";
-    if !Need::Root.met(TEST) || !Need::Strace.met(TEST) {
-        return;
-    }
+    needs!(Root, Strace);
     let place = other_users_place(&MEMBERS);
     let dir = place.path("dir");
     let nth = support::RENAMES_BEFORE_MEMBERS + 1 + renamed;
@@ -389,9 +370,7 @@ fn an_owners_sweep_keeps_the_files_of_roots_group(#[values(0, 1)] renamed: usize
 #[case::where_others_may_write(0o1777, false)]
 #[case::where_its_record_is_obeyed_by_all(0o755, true)]
 fn a_group_that_could_not_protect_its_files_is_refused(#[case] mode: u32, #[case] taken: bool) {
-    if !Need::Root.met("a_group_that_could_not_protect_its_files_is_refused") {
-        return;
-    }
+    needs!(Root);
     let place = Place::new(mode);
     let dir = place.path("dir");
     if mode == 0o755 {
@@ -421,10 +400,7 @@ fn the_next_writer_removes_a_file_given_to_another_user(
     #[case] sync: usize,
     #[case] expected: (u32, u32),
 ) {
-    const TEST: &str = "the_next_writer_removes_a_file_given_to_another_user";
-    if !Need::Root.met(TEST) || !Need::Strace.met(TEST) {
-        return;
-    }
+    needs!(Root, Strace);
     let place = other_users_place(&["dest"]);
     let dir = place.path("dir");
     for _ in 0..3 {
@@ -466,11 +442,7 @@ fn assert_root_commit_stays(dir: &Path, old: u64) {
 /// This file system stores no time of creation.
 #[test]
 fn a_commit_to_a_used_inode_number_is_not_undone() {
-    const TEST: &str = "a_commit_to_a_used_inode_number_is_not_undone";
-    if !(Need::Root.met(TEST) && Need::Strace.met(TEST) && Need::Mount(FileSystem::EXT4).met(TEST))
-    {
-        return;
-    }
+    needs!(Root, Strace, Mount(FileSystem::EXT4));
     let disk = LoopMount::new(FileSystem::EXT4_SMALL_INODES).unwrap();
     let dir = disk.path().join("dir");
     fs::create_dir(&dir).unwrap();
@@ -498,10 +470,7 @@ fn a_commit_to_a_used_inode_number_is_not_undone() {
 /// A recycled old file keeps its time of creation.
 #[test]
 fn a_recycled_file_does_not_match_a_pending_record() {
-    const TEST: &str = "a_recycled_file_does_not_match_a_pending_record";
-    if !Need::Root.met(TEST) || !Need::Strace.met(TEST) {
-        return;
-    }
+    needs!(Root, Strace);
     let place = Place::new(0o777);
     let dir = place.path("dir");
     killed_group_of_another_user(&dir);

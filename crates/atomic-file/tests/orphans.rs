@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use atomic_file::{AtomicWriter, Options, preview_sweep, sweep};
 use rstest::rstest;
 use support::{assert_names, commit, dir_with_old, names};
-use test_machine::{Need, rounds};
+use test_machine::{needs, rounds};
 
 /// Runs the job of `support::command`; not a test by itself.
 #[test]
@@ -168,9 +168,7 @@ fn sweeping_a_missing_directory_is_an_error_that_names_it() {
 /// As on an NFS mount without a lock daemon.
 #[test]
 fn without_locks_orphaned_files_are_kept_and_reported() {
-    if !Need::Strace.met("without_locks_orphaned_files_are_kept_and_reported") {
-        return;
-    }
+    needs!(Strace);
     let (dir, dest) = dir_with_old();
     let without_locks = |more: &[&str]| {
         let mut args = vec!["-o", "/dev/null", "-e", "inject=flock:error=ENOLCK"];

@@ -16,7 +16,7 @@ use std::path::Path;
 use atomic_file::{AtomicWriter, recover};
 use rstest::rstest;
 use support::{assert_names, group, same_text};
-use test_machine::{Need, recycling_dir};
+use test_machine::{needs, recycling_dir};
 
 fn files(job: &str) -> &'static [&'static str] {
     match job {
@@ -260,9 +260,7 @@ fn build(
 #[case("replace", 10)]
 #[case("group", 60)]
 fn a_power_loss_leaves_all_files_old_or_all_new(#[case] job: &str, #[case] least: usize) {
-    if !Need::Strace.met("a_power_loss_leaves_all_files_old_or_all_new") {
-        return;
-    }
+    needs!(Strace);
     let (steps, files) = (traced_steps(job, old_files(job).path()), files(job));
     let mut states = 0;
     for crash in 0..=steps.len() {
@@ -322,10 +320,7 @@ fn the_model_finds_a_commit_that_does_not_sync() {
 
 #[test]
 fn recovery_syncs_before_and_after_removing_the_record() {
-    const TEST: &str = "recovery_syncs_before_and_after_removing_the_record";
-    if !Need::Strace.met(TEST) {
-        return;
-    }
+    needs!(Strace);
     let dir = old_files("group");
     let kill = [
         "-o",
@@ -387,10 +382,7 @@ fn contents_after(steps: &[Step]) -> BTreeMap<File, Option<String>> {
 
 #[test]
 fn a_power_loss_during_recycling_leaves_a_complete_file() {
-    const TEST: &str = "a_power_loss_during_recycling_leaves_a_complete_file";
-    if !Need::Strace.met(TEST) {
-        return;
-    }
+    needs!(Strace);
     let dir = old_files_in(recycling_dir(), "replace");
     fs::write(dir.path().join(RECYCLED), "older").unwrap();
     let steps = traced_steps("recycle", dir.path());

@@ -13,7 +13,7 @@ use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::unistd::{Gid, Uid, setfsgid, setfsuid};
 use rstest::rstest;
 use support::{assert_names, commit, dir_with_old};
-use test_machine::Need;
+use test_machine::needs;
 
 /// An attribute of `chattr` that is cleared on drop.
 struct Attribute(&'static str, PathBuf);
@@ -54,9 +54,7 @@ fn attributes_that_forbid_a_rename_are_found_at_open(
     #[case] expected: Obstacle,
 ) {
     const TEST: &str = "attributes_that_forbid_a_rename_are_found_at_open";
-    if !Need::Root.met(TEST) {
-        return;
-    }
+    needs!(Root);
     let (dir, dest) = dir_with_old();
     let Some(set) = Attribute::set(attribute, &dir.path().join(of)) else {
         return test_machine::not_run(TEST, "no chattr, or a file system without attributes");
@@ -70,9 +68,7 @@ fn attributes_that_forbid_a_rename_are_found_at_open(
 #[test]
 fn an_append_only_staging_directory_is_found_at_open() {
     const TEST: &str = "an_append_only_staging_directory_is_found_at_open";
-    if !Need::Root.met(TEST) {
-        return;
-    }
+    needs!(Root);
     let (dir, dest) = dir_with_old();
     let staging = dir.path().join("staging");
     fs::create_dir(&staging).unwrap();
@@ -96,9 +92,7 @@ fn an_append_only_staging_directory_is_found_at_open() {
 
 #[test]
 fn a_mount_point_is_found_at_open() {
-    if !Need::Root.met("a_mount_point_is_found_at_open") {
-        return;
-    }
+    needs!(Root);
     let (dir, dest) = dir_with_old();
     let other = dir.path().join("other");
     fs::write(&other, "other").unwrap();
@@ -133,9 +127,7 @@ fn as_other_user<T: Send>(job: impl FnOnce() -> T + Send) -> T {
 /// Root and the owners may replace files that the sticky bit protects.
 #[test]
 fn a_sticky_directory_is_found_at_open() {
-    if !Need::Root.met("a_sticky_directory_is_found_at_open") {
-        return;
-    }
+    needs!(Root);
     let (dir, dest) = dir_with_old();
     fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o1777)).unwrap();
     let owner = OTHER_USER + 1;
@@ -158,9 +150,7 @@ fn a_sticky_directory_is_found_at_open() {
 
 #[test]
 fn a_directory_without_write_permission_is_named_at_open() {
-    if !Need::Root.met("a_directory_without_write_permission_is_named_at_open") {
-        return;
-    }
+    needs!(Root);
     let (dir, dest) = dir_with_old();
     fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o755)).unwrap();
     let error = as_other_user(|| AtomicWriter::open(&dest).unwrap_err());
@@ -189,9 +179,7 @@ fn a_name_that_is_too_long_is_found_at_open() {
 /// The kernel drops the bit silently.
 #[test]
 fn a_set_group_id_bit_that_cannot_be_set_is_found_at_open() {
-    if !Need::Root.met("a_set_group_id_bit_that_cannot_be_set_is_found_at_open") {
-        return;
-    }
+    needs!(Root);
     let (dir, dest) = dir_with_old();
     fs::remove_file(&dest).unwrap();
     // New files there have the directory's group, and the other user is not a member of it.
@@ -215,9 +203,7 @@ fn a_set_group_id_bit_that_cannot_be_set_is_found_at_open() {
 #[case(0o444)]
 #[case(0o000)]
 fn a_file_has_its_mode_after_the_last_write(#[case] mode: u32, #[values(false, true)] group: bool) {
-    if !Need::Root.met("a_file_has_its_mode_after_the_last_write") {
-        return;
-    }
+    needs!(Root);
     let dir = tempfile::tempdir().unwrap();
     fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o777)).unwrap();
     let dest = dir.path().join("dest");
@@ -256,9 +242,7 @@ impl Drop for Swap {
 #[test]
 fn swap_space_in_use_is_found_at_open() {
     const TEST: &str = "swap_space_in_use_is_found_at_open";
-    if !Need::Root.met(TEST) {
-        return;
-    }
+    needs!(Root);
     let dir = tempfile::tempdir().unwrap();
     // The kernel escapes these characters in octal.
     let dest = dir.path().join("a swap\\file");

@@ -11,7 +11,7 @@ use atomic_file::{AtomicGroup, AtomicWriter, Attribute, OpenError, Preserve};
 use nix::unistd::{Gid, Uid, setfsgid, setfsuid};
 use rstest::rstest;
 use support::{assert_names, commit, dir_with_old};
-use test_machine::Need;
+use test_machine::{Need, needs};
 
 const OWNER: u32 = 12345;
 const GROUP: u32 = 23456;
@@ -265,9 +265,7 @@ fn a_new_destination_preserves_nothing() {
 #[test]
 fn a_file_without_an_acl_is_replaced_by_one_without() {
     const TEST: &str = "a_file_without_an_acl_is_replaced_by_one_without";
-    if !Need::Root.met(TEST) {
-        return;
-    }
+    needs!(Root);
     let (dir, dest) = dir_with_old();
     set_mode(&dest, 0o640);
     if xattr::set(dir.path(), "system.posix_acl_default", &acl()).is_err() {
@@ -286,9 +284,7 @@ fn a_file_without_an_acl_is_replaced_by_one_without() {
 #[case::asked_for(Preserve::nothing(), 0o640)]
 fn an_inherited_acl_does_not_extend_the_mode(#[case] preserve: Preserve, #[case] mode: u32) {
     const TEST: &str = "an_inherited_acl_does_not_extend_the_mode";
-    if !Need::Root.met(TEST) {
-        return;
-    }
+    needs!(Root);
     let (dir, dest) = dir_with_old();
     set_mode(&dest, 0o640);
     set_mode(dir.path(), 0o755);
@@ -322,10 +318,7 @@ fn child() {
 /// The destination is replaced between the commit's `stat` and `open`.
 #[test]
 fn replacing_the_destination_does_not_fail_if_permitted() {
-    const TEST: &str = "replacing_the_destination_does_not_fail_if_permitted";
-    if !Need::Strace.met(TEST) {
-        return;
-    }
+    needs!(Strace);
     let (dir, dest) = dir_with_old();
     let log = tempfile::NamedTempFile::new().unwrap();
     let path = log.path().to_str().unwrap();

@@ -10,7 +10,7 @@ use atomic_file::{RecoverError, recover, sweep};
 use rstest::rstest;
 use support::groups::{FILES, die_at_rename, killed_after, old_files, staged_files, stuck};
 use support::{assert_names, commit, group, names, record, same_text};
-use test_machine::Need;
+use test_machine::needs;
 
 /// Runs the job of `support::command`; not a test by itself.
 #[test]
@@ -29,9 +29,7 @@ fn child() {
 
 #[rstest]
 fn recover_completes_a_published_group(#[values(0, 1)] renamed: usize) {
-    if !Need::Strace.met("recover_completes_a_published_group") {
-        return;
-    }
+    needs!(Strace);
     let dir = killed_after(renamed);
     let report = recover(dir.path()).unwrap();
     assert_eq!(
@@ -46,9 +44,7 @@ fn recover_completes_a_published_group(#[values(0, 1)] renamed: usize) {
 
 #[test]
 fn open_completes_a_published_group() {
-    if !Need::Strace.met("open_completes_a_published_group") {
-        return;
-    }
+    needs!(Strace);
     let dir = killed_after(1);
     let writer = AtomicWriter::open(dir.path().join("third")).unwrap();
     assert_eq!(same_text(dir.path(), &FILES), "new");
@@ -58,9 +54,7 @@ fn open_completes_a_published_group() {
 
 #[test]
 fn a_group_commit_completes_a_published_group() {
-    if !Need::Strace.met("a_group_commit_completes_a_published_group") {
-        return;
-    }
+    needs!(Strace);
     let dir = old_files();
     // Opened before the other process dies, committed afterwards.
     let ours = group(dir.path(), &FILES, "newer").unwrap();
@@ -73,10 +67,7 @@ fn a_group_commit_completes_a_published_group() {
 /// A later recovery would replace the newer file by the group's older one.
 #[test]
 fn a_commit_first_completes_an_interrupted_group() {
-    const TEST: &str = "a_commit_first_completes_an_interrupted_group";
-    if !Need::Strace.met(TEST) {
-        return;
-    }
+    needs!(Strace);
     let dir = old_files();
     let writer = AtomicWriter::open(dir.path().join("memory")).unwrap();
     writer.write_all_at(b"newest", 0).unwrap();
@@ -90,9 +81,7 @@ fn a_commit_first_completes_an_interrupted_group() {
 
 #[test]
 fn a_sweep_keeps_the_files_of_a_published_group() {
-    if !Need::Strace.met("a_sweep_keeps_the_files_of_a_published_group") {
-        return;
-    }
+    needs!(Strace);
     let dir = killed_after(0);
     let report = sweep(dir.path()).unwrap();
     assert_eq!((report.removed.len(), report.kept.len()), (0, 2));
@@ -102,9 +91,7 @@ fn a_sweep_keeps_the_files_of_a_published_group() {
 
 #[test]
 fn a_replaced_staged_file_is_not_renamed_by_recovery() {
-    if !Need::Strace.met("a_replaced_staged_file_is_not_renamed_by_recovery") {
-        return;
-    }
+    needs!(Strace);
     let dir = killed_after(0);
     let staged = staged_files(dir.path()).remove(1);
     // Create the replacement first, so that it gets another inode number.
@@ -135,9 +122,7 @@ fn a_replaced_staged_file_is_not_renamed_by_recovery() {
 /// In a copy, no inode number matches the record, so old and new files cannot be distinguished.
 #[rstest]
 fn recovery_never_guesses_in_a_copied_directory(#[values(0, 1)] renamed: usize) {
-    if !Need::Strace.met("recovery_never_guesses_in_a_copied_directory") {
-        return;
-    }
+    needs!(Strace);
     let dir = killed_after(renamed);
     let copy = tempfile::tempdir().unwrap();
     for name in names(dir.path()) {
@@ -157,9 +142,7 @@ fn recovery_never_guesses_in_a_copied_directory(#[values(0, 1)] renamed: usize) 
 #[case::junk(|bytes: &mut Vec<u8>| bytes.clone_from(&b"junk".to_vec()))]
 #[case::of_a_later_version(|bytes: &mut Vec<u8>| bytes[8] = 4)]
 fn a_damaged_record_is_reported_and_blocks_no_writer(#[case] damage: fn(&mut Vec<u8>)) {
-    if !Need::Strace.met("a_damaged_record_is_reported_and_blocks_no_writer") {
-        return;
-    }
+    needs!(Strace);
     let dir = killed_after(1);
     let path = record(dir.path());
     let mut bytes = fs::read(&path).unwrap();
@@ -202,9 +185,7 @@ fn a_torn_record_is_removed(
     #[case] tear: fn(&mut Vec<u8>),
     #[values(false, true)] by_recover: bool,
 ) {
-    if !Need::Strace.met("a_torn_record_is_removed") {
-        return;
-    }
+    needs!(Strace);
     let dir = killed_after(0);
     let path = record(dir.path());
     let mut bytes = fs::read(&path).unwrap();
@@ -223,9 +204,7 @@ fn a_torn_record_is_removed(
 
 #[test]
 fn a_directory_at_a_destination_blocks_only_its_group() {
-    if !Need::Strace.met("a_directory_at_a_destination_blocks_only_its_group") {
-        return;
-    }
+    needs!(Strace);
     let dir = killed_after(1);
     let [memory, vcpu] = FILES.map(|name| dir.path().join(name));
     fs::remove_file(&vcpu).unwrap();
@@ -261,9 +240,7 @@ fn a_directory_at_a_destination_blocks_only_its_group() {
 
 #[test]
 fn a_stuck_group_blocks_writers_opened_earlier() {
-    if !Need::Strace.met("a_stuck_group_blocks_writers_opened_earlier") {
-        return;
-    }
+    needs!(Strace);
     let dir = old_files();
     let memory = AtomicWriter::open(dir.path().join("memory")).unwrap();
     let ours = group(dir.path(), &["memory", "third"], "ours").unwrap();
@@ -308,10 +285,7 @@ fn an_entry_that_is_not_a_file_is_not_a_record(
 #[test]
 fn another_users_record_in_a_shared_directory_is_ignored() {
     use std::os::unix::fs::PermissionsExt as _;
-    const TEST: &str = "another_users_record_in_a_shared_directory_is_ignored";
-    if !(Need::Root.met(TEST) && Need::Strace.met(TEST)) {
-        return;
-    }
+    needs!(Root, Strace);
     let dir = killed_after(0);
     let record = record(dir.path());
     fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o1777)).unwrap();
@@ -335,9 +309,7 @@ fn another_users_record_in_a_shared_directory_is_ignored() {
 #[test]
 fn an_own_record_in_a_shared_directory_is_trusted() {
     use std::os::unix::fs::PermissionsExt as _;
-    if !Need::Strace.met("an_own_record_in_a_shared_directory_is_trusted") {
-        return;
-    }
+    needs!(Strace);
     let dir = killed_after(0);
     fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o1777)).unwrap();
     recover(dir.path()).unwrap();
@@ -346,9 +318,7 @@ fn an_own_record_in_a_shared_directory_is_trusted() {
 
 #[test]
 fn a_member_replaced_later_stays_and_is_reported() {
-    if !Need::Strace.met("a_member_replaced_later_stays_and_is_reported") {
-        return;
-    }
+    needs!(Strace);
     let dir = killed_after(1);
     let newer = dir.path().join("newer");
     fs::write(&newer, "newer").unwrap();
@@ -372,9 +342,7 @@ fn recovering_an_ordinary_directory_changes_nothing() {
 /// The protocol never removes a file that a record names.
 #[rstest]
 fn a_missing_staged_file_is_reported(#[values(0, 1)] renamed: usize) {
-    if !Need::Strace.met("a_missing_staged_file_is_reported") {
-        return;
-    }
+    needs!(Strace);
     let dir = old_files();
     die_at_rename(dir.path(), renamed + 1);
     let [memory, vcpu] = FILES.map(|name| dir.path().join(name));
@@ -420,9 +388,7 @@ fn a_missing_staged_file_is_reported(#[values(0, 1)] renamed: usize) {
 
 #[test]
 fn a_group_without_staged_files_is_abandoned() {
-    if !Need::Strace.met("a_group_without_staged_files_is_abandoned") {
-        return;
-    }
+    needs!(Strace);
     let dir = killed_after(0);
     for staged in staged_files(dir.path()) {
         fs::remove_file(staged).unwrap();
@@ -437,9 +403,7 @@ fn a_group_without_staged_files_is_abandoned() {
 /// A member that was renamed and then removed is not a missing staged file.
 #[test]
 fn a_committed_member_may_be_removed_later() {
-    if !Need::Strace.met("a_committed_member_may_be_removed_later") {
-        return;
-    }
+    needs!(Strace);
     let dir = killed_after(1);
     fs::remove_file(dir.path().join("memory")).unwrap();
     let report = recover(dir.path()).unwrap();

@@ -14,7 +14,7 @@ use support::recycling::{
     SIZE, inode, one_at_a_time, recycled_files, recycling, save, with_recycled_file,
 };
 use support::{assert_names, names, same_text};
-use test_machine::{FileSystem, LoopMount, Need, recycling_dir, rounds};
+use test_machine::{FileSystem, LoopMount, needs, recycling_dir, rounds};
 
 /// Runs the job of `support::command`; not a test by itself.
 #[test]
@@ -84,9 +84,7 @@ fn a_recycled_file_takes_no_name_of_another_writer(#[values(true, false)] in_use
 #[case::the_directorys(0o2755)]
 fn a_file_with_the_group_of_a_new_file_is_recycled(#[case] mode: u32) {
     use std::os::unix::fs::PermissionsExt as _;
-    if !Need::Root.met("a_file_with_the_group_of_a_new_file_is_recycled") {
-        return;
-    }
+    needs!(Root);
     let _turn = one_at_a_time();
     let dir = recycling_dir();
     std::os::unix::fs::chown(dir.path(), None, Some(12345)).unwrap();
@@ -124,9 +122,7 @@ fn io_uring_can_write_a_recycled_file() {
 #[test]
 fn without_exchange_a_commit_renames() {
     let _turn = one_at_a_time();
-    if !Need::Mount(FileSystem::EXFAT).met("without_exchange_a_commit_renames") {
-        return;
-    }
+    needs!(Mount(FileSystem::EXFAT));
     let mount = LoopMount::new(FileSystem::EXFAT).unwrap();
     // The file system has no modes either: it gives every file the same one.
     let any = mount.path().join("any");
@@ -257,9 +253,7 @@ fn a_link_at_the_recycled_name_is_not_followed() {
 #[test]
 fn a_file_that_differs_from_a_new_one_is_not_reused() {
     let _turn = one_at_a_time();
-    if !Need::Root.met("a_file_that_differs_from_a_new_one_is_not_reused") {
-        return;
-    }
+    needs!(Root);
     let of_user = |path: &Path| std::os::unix::fs::chown(path, Some(12345), None).unwrap();
     let of_group = |path: &Path| std::os::unix::fs::chown(path, None, Some(12345)).unwrap();
     let attribute = |path: &Path| {

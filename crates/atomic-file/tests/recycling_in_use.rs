@@ -12,7 +12,7 @@ use support::names;
 use support::recycling::{
     MIB, SIZE, one_at_a_time, recycled_files, recycling, save, with_recycled_file,
 };
-use test_machine::{FileSystem, LoopMount, Need, TinyTmpfs, recycling_dir};
+use test_machine::{FileSystem, LoopMount, Need, TinyTmpfs, needs, recycling_dir};
 
 /// A way of using a file and reading its bytes later.
 type Hold = fn(&Path) -> Box<dyn Fn() -> Vec<u8>>;
@@ -166,9 +166,7 @@ fn assert_recycles_unless_in_use(dir: &Path) {
 #[test]
 fn a_stacked_file_system_does_not_recycle() {
     let _turn = one_at_a_time();
-    if !Need::Root.met("a_stacked_file_system_does_not_recycle") {
-        return;
-    }
+    needs!(Root);
     let below = TinyTmpfs::new(8 * MIB).unwrap();
     for name in ["lower", "upper", "work", "merged"] {
         fs::create_dir(below.path().join(name)).unwrap();

@@ -15,7 +15,7 @@ use atomic_file::{AtomicWriter, CommitError, CommitStep, Durability};
 use rstest::rstest;
 use support::{assert_names, command, commit, dir_with_old, names, report};
 #[cfg(target_os = "linux")]
-use test_machine::Need;
+use test_machine::needs;
 use test_machine::rounds;
 
 /// Runs the job of `support::command`; not a test by itself.
@@ -361,9 +361,7 @@ fn a_replaced_file_object_is_not_committed() {
 #[cfg(target_os = "linux")]
 #[test]
 fn a_full_disk_leaves_only_the_old_file() {
-    if !Need::Root.met("a_full_disk_leaves_only_the_old_file") {
-        return;
-    }
+    needs!(Root);
     let disk = test_machine::TinyTmpfs::new(64 << 10).unwrap();
     let dest = disk.path().join("dest");
     fs::write(&dest, "old").unwrap();

@@ -14,7 +14,7 @@ use atomic_file::{
 };
 use rstest::rstest;
 use support::{Held, assert_names, commit, dir_with_old};
-use test_machine::Need;
+use test_machine::needs;
 
 /// Runs the job of `support::command`; not a test by itself.
 #[test]
@@ -223,9 +223,7 @@ fn one_of_several_writers_replaces_a_version() {
 /// Another such writer that compares now would see the old file, and replace the new one.
 #[test]
 fn the_old_file_is_locked_while_it_is_compared() {
-    if !Need::Strace.met("the_old_file_is_locked_while_it_is_compared") {
-        return;
-    }
+    needs!(Strace);
     let (dir, dest) = dir_with_old();
     let mut held = Held::start("replace only", dir.path(), "renameat", "delay_enter", 1);
     held.wait_for_a_call();

@@ -14,7 +14,7 @@ use hvf_backend::{
     SysReg, Vcpu, VcpuState, Vm,
 };
 use page_reader::{PageReader, RamLayout};
-use test_machine::Need;
+use test_machine::{Need, needs};
 
 const RAM: u64 = 0x8000_0000;
 const SIZE: u64 = 8 << 20;
@@ -314,9 +314,7 @@ fn a_missing_entitlement_is_an_error_with_the_fix() {
         return;
     }
     let test = "a_missing_entitlement_is_an_error_with_the_fix";
-    if !Need::Hypervisor.met(test) {
-        return;
-    }
+    needs!(Hypervisor);
     let dir = tempfile::tempdir().unwrap();
     let copy = dir.path().join("not-entitled");
     std::fs::copy(std::env::current_exe().unwrap(), &copy).unwrap();

@@ -7,7 +7,7 @@ use std::thread;
 
 use nix::sys::pthread::{pthread_kill, pthread_self};
 use nix::sys::signal::Signal;
-use test_machine::Need;
+use test_machine::needs;
 
 /// Threads, each with its own stack mapping. KVM locks all mappings, and can be interrupted
 /// meanwhile: more mappings take longer.
@@ -17,9 +17,7 @@ const CREATED: usize = 30;
 
 #[test]
 fn create_vm_retries_when_a_signal_interrupts_it() {
-    if !Need::Kvm.met("create_vm_retries_when_a_signal_interrupts_it") {
-        return;
-    }
+    needs!(Kvm);
     let kvm = kvm_backend::open_kvm().unwrap();
     let came = Arc::new(AtomicUsize::new(0));
     signal_hook::flag::register_usize(Signal::SIGUSR2 as i32, Arc::clone(&came), 1).unwrap();

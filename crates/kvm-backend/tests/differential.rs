@@ -14,7 +14,7 @@ use kvm_bindings::{Msrs, kvm_msr_entry, kvm_regs};
 use page_reader::{PageReader, RamLayout};
 use rstest::rstest;
 use support::{CODE, Guest, HIGH, INPUT, PAGE, Program, STACK, TABLES};
-use test_machine::{Need, rounds};
+use test_machine::{needs, rounds};
 
 const REGION: u64 = 2 << 20;
 const VCPUS: u64 = 3;
@@ -108,9 +108,7 @@ fn assert_same(image: &[u8], ram: &[u8], round: usize) {
 fn image_of_every_pause_of_several_vcpus_equals_the_ram(
     #[values(Reprotect::WhenRead, Reprotect::WhenMarked)] reprotect: Reprotect,
 ) {
-    if !Need::Kvm.met("image_of_every_pause_of_several_vcpus_equals_the_ram") {
-        return;
-    }
+    needs!(Kvm);
     let mut random = Random(0x9e37_79b9_7f4a_7c15);
     let guest = Guest::with_ram([(0, REGION), (HIGH, REGION)], |_| ());
     guest.boot(Program::Touch);
@@ -270,9 +268,7 @@ fn fingerprint(state: &VcpuState) -> serde_json::Value {
 
 #[test]
 fn restored_random_state_runs_like_the_original() {
-    if !Need::Kvm.met("restored_random_state_runs_like_the_original") {
-        return;
-    }
+    needs!(Kvm);
     let mut random = Random(0x0123_4567_89ab_cdef);
     for case in 0..rounds(10, 1000) {
         let regions = [(0, REGION), (HIGH, REGION)];

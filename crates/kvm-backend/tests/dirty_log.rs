@@ -13,15 +13,13 @@ use page_reader::PageReader;
 use rstest::rstest;
 use support::dirty_pages::{TOUCHED, logged, pages, pages_of};
 use support::{Guest, HIGH, HIGH_SIZE, INPUT, INPUT_SIZE, LOW_SIZE, PAGE, Program, offset};
-use test_machine::{Need, rounds};
+use test_machine::{needs, rounds};
 
 #[rstest]
 fn log_has_exactly_the_written_pages_of_both_slots(
     #[values(Reprotect::WhenRead, Reprotect::WhenMarked)] reprotect: Reprotect,
 ) {
-    if !Need::Kvm.met("log_has_exactly_the_written_pages_of_both_slots") {
-        return;
-    }
+    needs!(Kvm);
     let mut guest = Guest::touching();
     let log = guest.log(reprotect);
     assert_eq!(log.reprotect(), reprotect);
@@ -45,9 +43,7 @@ fn log_has_exactly_the_written_pages_of_both_slots(
 #[case::coarser(16384)]
 #[case::finer(512)]
 fn bitmap_of_another_page_size_covers_the_written_pages(#[case] page_size: u64) {
-    if !Need::Kvm.met("bitmap_of_another_page_size_covers_the_written_pages") {
-        return;
-    }
+    needs!(Kvm);
     let mut guest = Guest::touching();
     let log = guest.log(Reprotect::WhenRead);
     guest.touch(&TOUCHED);
@@ -63,9 +59,7 @@ fn bitmap_of_another_page_size_covers_the_written_pages(#[case] page_size: u64) 
 /// KVM protects one GiB per call, and the last part has an odd number of pages.
 #[test]
 fn slot_of_several_gib_is_logged_and_protected_to_its_end() {
-    if !Need::Kvm.met("slot_of_several_gib_is_logged_and_protected_to_its_end") {
-        return;
-    }
+    needs!(Kvm);
     const GIB: u64 = 1 << 30;
     let size = 2 * GIB + 5 * PAGE;
     let mut guest = Guest::with_ram([(0, size)], |_| ());
@@ -85,9 +79,7 @@ fn slot_of_several_gib_is_logged_and_protected_to_its_end() {
 fn failed_save_keeps_its_pages_for_the_next_save(
     #[values(Reprotect::WhenRead, Reprotect::WhenMarked)] reprotect: Reprotect,
 ) {
-    if !Need::Kvm.met("failed_save_keeps_its_pages_for_the_next_save") {
-        return;
-    }
+    needs!(Kvm);
     let mut guest = Guest::touching();
     let log = guest.log(reprotect);
     let marks = Arc::clone(guest.ram.dirty_bitmap());
@@ -111,9 +103,7 @@ fn failed_save_keeps_its_pages_for_the_next_save(
 fn harvest_that_fails_at_the_second_slot_loses_no_page(
     #[values(Reprotect::WhenRead, Reprotect::WhenMarked)] reprotect: Reprotect,
 ) {
-    if !Need::Kvm.met("harvest_that_fails_at_the_second_slot_loses_no_page") {
-        return;
-    }
+    needs!(Kvm);
     let mut guest = Guest::touching();
     let log = guest.log(reprotect);
     guest.touch(&TOUCHED[..2]);
@@ -162,9 +152,7 @@ fn log_high_slot(guest: &Guest, on: bool) {
 
 #[test]
 fn host_writes_are_marked_with_guest_writes() {
-    if !Need::Kvm.met("host_writes_are_marked_with_guest_writes") {
-        return;
-    }
+    needs!(Kvm);
     let mut guest = Guest::touching();
     let log = guest.log(Reprotect::WhenRead);
     guest.touch(&TOUCHED[..1]); // writes its list at INPUT from the host
@@ -193,9 +181,7 @@ fn harvesting_a_running_guest_loses_no_page(
     #[values(Reprotect::WhenRead, Reprotect::WhenMarked)] reprotect: Reprotect,
     #[values(false, true)] apart: bool,
 ) {
-    if !Need::Kvm.met("harvesting_a_running_guest_loses_no_page") {
-        return;
-    }
+    needs!(Kvm);
     let enough: u64 = rounds(2000, 10_000);
     let mut guest = Guest::booted(Program::Scatter);
     let log = guest.log(reprotect);
@@ -260,9 +246,7 @@ fn page_copied_and_rewritten_during_a_harvest_is_found_again(
     #[case] reprotect: Reprotect,
     #[case] trials: u32,
 ) {
-    if !Need::Kvm.met("page_copied_and_rewritten_during_a_harvest_is_found_again") {
-        return;
-    }
+    needs!(Kvm);
     const RAM: u64 = 64 << 20;
     let mut guest = Guest::with_ram([(0, RAM)], |_| ());
     guest.boot(Program::Touch);

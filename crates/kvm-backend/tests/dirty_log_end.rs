@@ -10,13 +10,11 @@ use kvm_backend::{DirtyLog, RamSlots, Reprotect, SlotError, StartError};
 use rstest::rstest;
 use support::dirty_pages::{TOUCHED, logged, pages, pages_of};
 use support::{Guest, HIGH_SIZE, LOW_SIZE};
-use test_machine::Need;
+use test_machine::needs;
 
 #[test]
 fn log_started_again_has_the_writes_since_its_drop() {
-    if !Need::Kvm.met("log_started_again_has_the_writes_since_its_drop") {
-        return;
-    }
+    needs!(Kvm);
     let mut guest = Guest::touching();
     drop(guest.log(Reprotect::WhenRead));
     guest.touch(&TOUCHED);
@@ -26,9 +24,7 @@ fn log_started_again_has_the_writes_since_its_drop() {
 
 #[test]
 fn stopped_log_logs_nothing() {
-    if !Need::Kvm.met("stopped_log_logs_nothing") {
-        return;
-    }
+    needs!(Kvm);
     let mut guest = Guest::touching();
     guest.log(Reprotect::WhenRead).stop().unwrap();
     assert!(guest.vm.get_dirty_log(0, LOW_SIZE as usize).is_err());
@@ -39,9 +35,7 @@ fn stopped_log_logs_nothing() {
 
 #[test]
 fn start_marks_all_ram_unless_the_log_stayed_on() {
-    if !Need::Kvm.met("start_marks_all_ram_unless_the_log_stayed_on") {
-        return;
-    }
+    needs!(Kvm);
     let mut guest = Guest::touching();
     let marks = Arc::clone(guest.ram.dirty_bitmap());
     let all = |marks: &DirtyBitmap| marks.drain().unwrap().dirty_bytes() == LOW_SIZE + HIGH_SIZE;
@@ -88,9 +82,7 @@ fn pages_of_a_log_that_ends_are_marked(
     end: End,
     #[values(Reprotect::WhenRead, Reprotect::WhenMarked)] reprotect: Reprotect,
 ) {
-    if !Need::Kvm.met("pages_of_a_log_that_ends_are_marked") {
-        return;
-    }
+    needs!(Kvm);
     let mut guest = Guest::touching();
     let marks = Arc::clone(guest.ram.dirty_bitmap());
     let start = |slots: &Arc<RamSlots>| {
@@ -139,9 +131,7 @@ fn pages_of_a_log_that_ends_are_marked(
 
 #[test]
 fn dropping_slots_that_were_never_logged_marks_nothing() {
-    if !Need::Kvm.met("dropping_slots_that_were_never_logged_marks_nothing") {
-        return;
-    }
+    needs!(Kvm);
     let guest = Guest::new();
     let marks = Arc::clone(guest.ram.dirty_bitmap());
     marks.drain().unwrap();
@@ -151,9 +141,7 @@ fn dropping_slots_that_were_never_logged_marks_nothing() {
 
 #[test]
 fn second_registration_is_refused_and_the_log_keeps_its_pages() {
-    if !Need::Kvm.met("second_registration_is_refused_and_the_log_keeps_its_pages") {
-        return;
-    }
+    needs!(Kvm);
     let mut guest = Guest::touching();
     let log = guest.log(Reprotect::WhenRead);
     guest.touch(&TOUCHED);
@@ -171,9 +159,7 @@ fn second_registration_is_refused_and_the_log_keeps_its_pages() {
 /// Two logs would take pages from each other, through one value of the slots or through two.
 #[test]
 fn second_log_of_the_same_ram_is_refused() {
-    if !Need::Kvm.met("second_log_of_the_same_ram_is_refused") {
-        return;
-    }
+    needs!(Kvm);
     let mut guest = Guest::touching();
     let log = guest.log(Reprotect::WhenRead);
     // SAFETY: `guest.slots` are these very slots, and outlive what is made here.

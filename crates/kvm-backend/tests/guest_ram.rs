@@ -15,7 +15,7 @@ use kvm_ioctls::VcpuExit;
 use page_reader::{PageReader, RamLayout};
 use rstest::rstest;
 use support::{DONE, Guest, HIGH, HIGH_SIZE, INPUT, LOW_SIZE, PAGE, Program};
-use test_machine::{Need, ReadOnlyBind};
+use test_machine::{Need, ReadOnlyBind, needs};
 
 fn layout() -> RamLayout {
     RamLayout::new([(0, LOW_SIZE), (HIGH, HIGH_SIZE)]).unwrap()
@@ -157,9 +157,7 @@ fn ram_larger_than_the_address_space_is_an_allocation_error() {
 
 #[test]
 fn failed_registration_removes_the_slots_of_the_call() {
-    if !Need::Kvm.met("failed_registration_removes_the_slots_of_the_call") {
-        return;
-    }
+    needs!(Kvm);
     let guest = Guest::new();
     // The first region is free, the second overlaps one of the guest's.
     let layout = RamLayout::new([(1 << 33, 1 << 20), (HIGH + PAGE, 1 << 20)]).unwrap();
@@ -189,9 +187,7 @@ fn failed_registration_removes_the_slots_of_the_call() {
 
 #[test]
 fn slot_number_above_the_limit_of_kvm_is_refused() {
-    if !Need::Kvm.met("slot_number_above_the_limit_of_kvm_is_refused") {
-        return;
-    }
+    needs!(Kvm);
     let guest = Guest::new();
     for first in [u32::MAX, guest.kvm.get_nr_memslots() as u32 - 1] {
         let error = RamSlots::register(&guest.vm, &guest.ram, first).unwrap_err();
@@ -201,9 +197,7 @@ fn slot_number_above_the_limit_of_kvm_is_refused() {
 
 #[test]
 fn guest_without_its_slots_finds_no_memory() {
-    if !Need::Kvm.met("guest_without_its_slots_finds_no_memory") {
-        return;
-    }
+    needs!(Kvm);
     let mut guest = Guest::touching();
     guest.touch(&[HIGH]);
     let Guest {
@@ -225,9 +219,7 @@ fn guest_without_its_slots_finds_no_memory() {
 
 #[test]
 fn adopted_slots_are_logged_and_stay_registered() {
-    if !Need::Kvm.met("adopted_slots_are_logged_and_stay_registered") {
-        return;
-    }
+    needs!(Kvm);
     let mut guest = Guest::touching();
     // SAFETY: `guest.slots` are these very slots, and outlive what is made here.
     #[allow(unsafe_code)]
@@ -251,9 +243,7 @@ fn error_without_kvm_says_what_to_do(#[case] device: &str, #[case] says: &str) {
 
 #[test]
 fn device_without_permission_is_reported_as_not_permitted() {
-    if !Need::Root.met("device_without_permission_is_reported_as_not_permitted") {
-        return;
-    }
+    needs!(Root);
     let dir = tempfile::tempdir().unwrap();
     std::fs::write(dir.path().join("kvm"), "").unwrap();
     let read_only = ReadOnlyBind::of(dir.path()).unwrap();
@@ -274,9 +264,7 @@ fn kvm_opens() {
 
 #[test]
 fn running_guest_sees_a_host_write() {
-    if !Need::Kvm.met("running_guest_sees_a_host_write") {
-        return;
-    }
+    needs!(Kvm);
     let mut guest = Guest::booted(Program::Scatter);
     guest.set_regs(|regs| {
         regs.rdi = LOW_SIZE;

@@ -11,7 +11,7 @@ use kvm_ioctls::VcpuExit;
 use page_reader::RamLayout;
 use rstest::rstest;
 use support::{CODE, Guest, HIGH, HIGH_SIZE, LOW_SIZE, Program, STACK, TABLES};
-use test_machine::Need;
+use test_machine::needs;
 
 const GIB: u64 = 1 << 30;
 
@@ -36,9 +36,7 @@ fn ram_above_the_lower_half_is_refused() {
 /// Uses 4 GiB with an MMIO gap, and an unaligned region. The guest writes at every border.
 #[test]
 fn program_reaches_all_of_its_ram_and_nothing_else() {
-    if !Need::Kvm.met("program_reaches_all_of_its_ram_and_nothing_else") {
-        return;
-    }
+    needs!(Kvm);
     let regions = [(0, 3 * GIB), (4 * GIB, GIB), (6 * GIB + 0x5000, 0x403000)];
     let mut guest = Guest::with_ram(regions, |_| ());
     guest.boot(Program::Touch);
@@ -66,9 +64,7 @@ fn program_reaches_all_of_its_ram_and_nothing_else() {
 
 #[test]
 fn several_vcpus_share_the_page_tables() {
-    if !Need::Kvm.met("several_vcpus_share_the_page_tables") {
-        return;
-    }
+    needs!(Kvm);
     let guest = Guest::booted(Program::TwoOuts);
     let second = guest.vcpus.create(1).unwrap();
     let start = Start {
@@ -102,9 +98,7 @@ fn several_vcpus_share_the_page_tables() {
     "give them `page_table_bytes` of RAM"
 )]
 fn bad_start_is_refused_before_any_write(#[case] start: Start, #[case] says: &str) {
-    if !Need::Kvm.met("bad_start_is_refused_before_any_write") {
-        return;
-    }
+    needs!(Kvm);
     let guest = Guest::new();
     let error = long_mode::boot(&guest.kvm, &guest.ram, &guest.vcpu, &start).unwrap_err();
     assert!(error.to_string().contains(says), "{error}");
@@ -119,9 +113,7 @@ const GOOD: Start = Start {
 
 #[test]
 fn stack_may_end_at_the_end_of_the_ram() {
-    if !Need::Kvm.met("stack_may_end_at_the_end_of_the_ram") {
-        return;
-    }
+    needs!(Kvm);
     let kvm = open_kvm().unwrap();
     let vm = Arc::new(kvm_backend::create_vm(&kvm).unwrap());
     let ram = Arc::new(GuestRam::new(RamLayout::single(0, 1 << 20).unwrap()).unwrap());

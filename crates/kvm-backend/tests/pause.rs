@@ -17,7 +17,7 @@ use kvm_ioctls::VcpuExit;
 use page_reader::PageReader;
 use rstest::rstest;
 use support::{DONE, Guest, LOW_SIZE, PAGE, Program};
-use test_machine::Need;
+use test_machine::needs;
 
 /// The address to which a program makes KVM write, on a page that nothing else writes.
 const TARGET: u64 = 0x30000;
@@ -60,9 +60,7 @@ fn pending_read_is_in_the_image_and_the_state(
     #[case] bytes: u64,
     #[values(Reprotect::WhenRead, Reprotect::WhenMarked)] reprotect: Reprotect,
 ) {
-    if !Need::Kvm.met("pending_read_is_in_the_image_and_the_state") {
-        return;
-    }
+    needs!(Kvm);
     let mut guest = Guest::booted(program);
     guest.map_devices_up_to(2 * LOW_SIZE);
     let log = guest.log(reprotect);
@@ -103,9 +101,7 @@ fn pending_read_is_in_the_image_and_the_state(
 
 #[test]
 fn pause_requires_completed_io_of_every_vcpu() {
-    if !Need::Kvm.met("pause_requires_completed_io_of_every_vcpu") {
-        return;
-    }
+    needs!(Kvm);
     let mut guest = Guest::booted(Program::TwoOuts);
     let mut second = guest.vcpus.create(1).unwrap();
     drop(guest.vcpus.pause().unwrap());
@@ -133,9 +129,7 @@ fn pause_requires_completed_io_of_every_vcpu() {
 /// KVM keeps a vCPU that has another descriptor.
 #[test]
 fn pause_is_refused_after_a_drop_with_pending_io() {
-    if !Need::Kvm.met("pause_is_refused_after_a_drop_with_pending_io") {
-        return;
-    }
+    needs!(Kvm);
     let mut guest = Guest::booted(Program::Ins);
     let log = guest.log(Reprotect::WhenRead);
     guest.set_regs(|regs| (regs.rdi, regs.rcx, regs.rdx) = (TARGET, 5, u64::from(PORT)));
@@ -171,9 +165,7 @@ fn pause_is_refused_after_a_drop_with_pending_io() {
 
 #[test]
 fn vcpu_dropped_without_pending_io_permits_a_pause() {
-    if !Need::Kvm.met("vcpu_dropped_without_pending_io_permits_a_pause") {
-        return;
-    }
+    needs!(Kvm);
     let mut guest = Guest::booted(Program::TwoOuts);
     drop(guest.vcpus.create(1).unwrap());
     drop(guest.vcpus.pause().unwrap());
@@ -189,9 +181,7 @@ fn vcpu_dropped_without_pending_io_permits_a_pause() {
 
 #[test]
 fn adopted_vcpu_completes_after_a_failed_completion() {
-    if !Need::Kvm.met("adopted_vcpu_completes_after_a_failed_completion") {
-        return;
-    }
+    needs!(Kvm);
     let guest = Guest::booted(Program::TwoOuts);
     let mut adopted = guest.vcpus.adopt(guest.vm.create_vcpu(1).unwrap());
     // KVM_RUN fails, as it does without memory.
@@ -207,9 +197,7 @@ fn adopted_vcpu_completes_after_a_failed_completion() {
 
 #[test]
 fn vcpu_continues_after_a_panic_of_its_exit_handler() {
-    if !Need::Kvm.met("vcpu_continues_after_a_panic_of_its_exit_handler") {
-        return;
-    }
+    needs!(Kvm);
     // A store to a device in two exits.
     let mut guest = Guest::booted(Program::WideStore);
     guest.map_devices_up_to(2 * LOW_SIZE);
@@ -231,9 +219,7 @@ fn vcpu_continues_after_a_panic_of_its_exit_handler() {
 
 #[test]
 fn pause_is_refused_while_a_vcpu_is_in_the_guest() {
-    if !Need::Kvm.met("pause_is_refused_while_a_vcpu_is_in_the_guest") {
-        return;
-    }
+    needs!(Kvm);
     let mut guest = Guest::booted(Program::Scatter);
     guest.set_regs(|regs| {
         regs.rdi = LOW_SIZE;
@@ -265,9 +251,7 @@ fn pause_is_refused_while_a_vcpu_is_in_the_guest() {
 /// last harvest is dropped.
 #[test]
 fn vcpu_threads_wait_for_the_end_of_the_pause() {
-    if !Need::Kvm.met("vcpu_threads_wait_for_the_end_of_the_pause") {
-        return;
-    }
+    needs!(Kvm);
     let guest = Guest::booted(Program::TwoOuts);
     let log = guest.log(Reprotect::WhenMarked);
     let Guest { vcpu, vcpus, .. } = guest;
@@ -304,9 +288,7 @@ fn vcpu_threads_wait_for_the_end_of_the_pause() {
 
 #[test]
 fn vcpus_of_another_vm_are_refused() {
-    if !Need::Kvm.met("vcpus_of_another_vm_are_refused") {
-        return;
-    }
+    needs!(Kvm);
     let (guest, other) = (Guest::booted(Program::Mix), Guest::booted(Program::Mix));
     let log = guest.log(Reprotect::WhenRead);
     let paused = other.vcpus.pause().unwrap();

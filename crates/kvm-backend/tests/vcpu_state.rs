@@ -12,7 +12,7 @@ use kvm_ioctls::{Cap, VcpuExit, VmFd};
 use rstest::rstest;
 use support::state::{MSRS, capture, with_devices};
 use support::{DONE, Guest, HIGH, INPUT, LOW_SIZE, Program, run};
-use test_machine::Need;
+use test_machine::needs;
 
 const IA32_TSC: u32 = 0x10;
 const IA32_TSC_DEADLINE: u32 = 0x6e0;
@@ -102,9 +102,7 @@ fn restored_state_is_captured_unchanged(
     #[case] through: fn(&VcpuState) -> VcpuState,
     #[values(|_: &VmFd| (), with_devices)] prepare: fn(&VmFd),
 ) {
-    if !Need::Kvm.met("restored_state_is_captured_unchanged") {
-        return;
-    }
+    needs!(Kvm);
     let mut old = full_of_state(prepare);
     old.vcpu.complete_io(|exit| panic!("{exit:?}")).unwrap();
     interrupt(&old);
@@ -126,9 +124,7 @@ fn restored_state_is_captured_unchanged(
 
 #[test]
 fn vector_registers_are_restored() {
-    if !Need::Kvm.met("vector_registers_are_restored") {
-        return;
-    }
+    needs!(Kvm);
     let mut old = full_of_state(|_| ());
     let state = through_postcard(&capture(&mut old));
     let mut new = with_ram_of(&old, |_| ());
@@ -144,9 +140,7 @@ fn vector_registers_are_restored() {
 
 #[test]
 fn time_stamp_counter_continues_or_is_reported() {
-    if !Need::Kvm.met("time_stamp_counter_continues_or_is_reported") {
-        return;
-    }
+    needs!(Kvm);
     let mut old = Guest::booted(Program::TwoOuts);
     let mut state = capture(&mut old);
     for msr in &mut state.msrs {
@@ -175,9 +169,7 @@ fn time_stamp_counter_continues_or_is_reported() {
 
 #[test]
 fn restored_guest_reaches_the_same_result() {
-    if !Need::Kvm.met("restored_guest_reaches_the_same_result") {
-        return;
-    }
+    needs!(Kvm);
     let mut old = Guest::booted(Program::Mix);
     old.set_regs(|regs| {
         regs.rdi = HIGH;
@@ -201,9 +193,7 @@ fn restored_guest_reaches_the_same_result() {
 
 #[test]
 fn completed_instruction_is_not_executed_twice() {
-    if !Need::Kvm.met("completed_instruction_is_not_executed_twice") {
-        return;
-    }
+    needs!(Kvm);
     let mut old = Guest::booted(Program::TwoOuts);
     old.set_regs(|regs| regs.rax = 1);
     assert_eq!(old.run(), 1);
@@ -215,9 +205,7 @@ fn completed_instruction_is_not_executed_twice() {
 
 #[test]
 fn result_of_an_in_instruction_is_in_the_state() {
-    if !Need::Kvm.met("result_of_an_in_instruction_is_in_the_state") {
-        return;
-    }
+    needs!(Kvm);
     let mut old = Guest::booted(Program::In);
     match old.vcpu.run().unwrap() {
         VcpuExit::IoIn(DONE, answer) => answer[0] = 42,
@@ -231,9 +219,7 @@ fn result_of_an_in_instruction_is_in_the_state() {
 
 #[test]
 fn complete_io_passes_the_second_exit_to_the_handler() {
-    if !Need::Kvm.met("complete_io_passes_the_second_exit_to_the_handler") {
-        return;
-    }
+    needs!(Kvm);
     let guest = Guest::booted(Program::WideStore);
     guest.map_devices_up_to(2 * LOW_SIZE);
     let device = LOW_SIZE + 0x1000;
@@ -260,9 +246,7 @@ fn complete_io_passes_the_second_exit_to_the_handler() {
 
 #[test]
 fn refused_msrs_are_reported_and_the_others_written() {
-    if !Need::Kvm.met("refused_msrs_are_reported_and_the_others_written") {
-        return;
-    }
+    needs!(Kvm);
     let mut old = full_of_state(|_| ());
     let mut state = capture(&mut old);
     let refused = [0x4b56_4dff, 0x4b56_4dfe].map(|index| Msr { index, value: 7 });
@@ -279,9 +263,7 @@ fn refused_msrs_are_reported_and_the_others_written() {
 
 #[test]
 fn expired_deadline_is_rearmed_and_fires() {
-    if !Need::Kvm.met("expired_deadline_is_rearmed_and_fires") {
-        return;
-    }
+    needs!(Kvm);
     const VECTOR: u8 = 0x40;
     let mut old = Guest::with(with_devices);
     old.boot(Program::TwoOuts);
@@ -316,9 +298,7 @@ fn expired_deadline_is_rearmed_and_fires() {
 
 #[test]
 fn counter_with_another_rate_is_scaled_or_refused() {
-    if !Need::Kvm.met("counter_with_another_rate_is_scaled_or_refused") {
-        return;
-    }
+    needs!(Kvm);
     let mut guest = Guest::booted(Program::Mix);
     let mut state = capture(&mut guest);
     let here = state.tsc_khz.unwrap();

@@ -6,13 +6,11 @@ mod support;
 use kvm_backend::{RestoreError, VmState, VmStateError};
 use support::state::{capture, with_devices};
 use support::{Guest, Program};
-use test_machine::Need;
+use test_machine::needs;
 
 #[test]
 fn vm_without_the_captured_devices_is_refused() {
-    if !Need::Kvm.met("vm_without_the_captured_devices_is_refused") {
-        return;
-    }
+    needs!(Kvm);
     let (mut bare, mut full) = (Guest::booted(Program::Mix), Guest::with(with_devices));
     full.boot(Program::Mix);
     let (bare_state, full_state) = (capture(&mut bare), capture(&mut full));
@@ -43,9 +41,7 @@ fn vm_without_the_captured_devices_is_refused() {
 
 #[test]
 fn interrupt_controllers_timer_and_clock_are_restored() {
-    if !Need::Kvm.met("interrupt_controllers_timer_and_clock_are_restored") {
-        return;
-    }
+    needs!(Kvm);
     let old = Guest::with(with_devices);
     let mut pit = old.vm.get_pit2().unwrap();
     // Not the first channel, which raises interrupts by itself.
@@ -74,9 +70,7 @@ fn interrupt_controllers_timer_and_clock_are_restored() {
 
 #[test]
 fn state_of_a_vm_without_devices_has_only_a_clock() {
-    if !Need::Kvm.met("state_of_a_vm_without_devices_has_only_a_clock") {
-        return;
-    }
+    needs!(Kvm);
     let guest = Guest::new();
     let state = VmState::capture(&guest.vm).unwrap();
     assert!(state.irqchips.is_empty() && state.pit.is_none());

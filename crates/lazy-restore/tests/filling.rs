@@ -16,7 +16,7 @@ use rstest::rstest;
 use support::lazy_images::on_demand;
 use support::regions::{Regions, assert_unreadable, flags, page_at};
 use support::{Images, whole};
-use test_machine::{Need, rounds};
+use test_machine::{needs, rounds};
 
 const PAGE: u64 = 4096;
 
@@ -49,9 +49,7 @@ fn random(seed: u64) -> impl Iterator<Item = u64> {
 #[case::a_page_a_fault(on_demand().fault_around(1))]
 #[case::many_pages_a_fault(on_demand().fault_around(MIB + 1))]
 fn threads_touching_random_pages_read_the_images_bytes(#[case] options: LazyRamOptions) {
-    if !Need::Userfaultfd.met("threads_touching_random_pages_read_the_images_bytes") {
-        return;
-    }
+    needs!(Userfaultfd);
     let images = full_and_two_diffs();
     let ram = options.start(images.chain()).unwrap();
     std::thread::scope(|scope| {
@@ -79,9 +77,7 @@ fn threads_touching_random_pages_read_the_images_bytes(#[case] options: LazyRamO
 
 #[test]
 fn prefetch_does_not_overwrite_guest_writes() {
-    if !Need::Userfaultfd.met("prefetch_does_not_overwrite_guest_writes") {
-        return;
-    }
+    needs!(Userfaultfd);
     let mut images = full_and_two_diffs();
     let before = std::fs::read(images.path(0)).unwrap();
     let ram = LazyRam::options().start(images.chain()).unwrap();
@@ -100,9 +96,7 @@ fn prefetch_does_not_overwrite_guest_writes() {
 
 #[test]
 fn completed_memory_is_ordinary_memory() {
-    if !Need::Userfaultfd.met("completed_memory_is_ordinary_memory") {
-        return;
-    }
+    needs!(Userfaultfd);
     let images = full_and_two_diffs();
     let ram = LazyRam::options().start(images.chain()).unwrap();
     let address = ram.as_ptr().addr();
@@ -120,9 +114,7 @@ fn completed_memory_is_ordinary_memory() {
 /// A child would find zeros in missing pages.
 #[test]
 fn forked_child_does_not_inherit_incomplete_memory() {
-    if !Need::Userfaultfd.met("forked_child_does_not_inherit_incomplete_memory") {
-        return;
-    }
+    needs!(Userfaultfd);
     let ram = on_demand().start(full_and_two_diffs().chain()).unwrap();
     assert!(flags(ram.as_ptr().addr()).contains(&"dc".to_owned()));
 }
@@ -132,9 +124,7 @@ fn forked_child_does_not_inherit_incomplete_memory() {
 #[case::while_it_is_filled(false)]
 #[case::when_all_is_in(true)]
 fn surviving_forked_child_does_not_block_filling(#[case] all_in: bool) {
-    if !Need::Userfaultfd.met("surviving_forked_child_does_not_block_filling") {
-        return;
-    }
+    needs!(Userfaultfd);
     let ram = on_demand().start(full_and_two_diffs().chain()).unwrap();
     // SAFETY: the child makes system calls only.
     let child = unsafe { nix::unistd::fork() }.unwrap();
@@ -169,9 +159,7 @@ proptest! {
         prefetch in any::<bool>(),
         record in any::<bool>(),
     ) {
-        if !Need::Userfaultfd.met("any_chain_is_filled_completely") {
-            return Ok(());
-        }
+        needs!(Userfaultfd => Ok(()));
         let mut images = Images::new(pages * page, page);
         for runs in layers {
             images = images.with(runs.into_iter().map(|(start, len)| start.min(pages)..pages.min(start + len)));
@@ -193,9 +181,7 @@ proptest! {
 
 #[test]
 fn unreadable_page_is_an_error_and_never_zeros() {
-    if !Need::Userfaultfd.met("unreadable_page_is_an_error_and_never_zeros") {
-        return;
-    }
+    needs!(Userfaultfd);
     let images = Images::new(MIB, PAGE).with([0..256]);
     let ram = on_demand().start(images.chain()).unwrap();
     // In the middle of the range that one fault fills.
@@ -220,9 +206,7 @@ fn unreadable_page_is_an_error_and_never_zeros() {
 
 #[test]
 fn prefetch_read_error_is_reported_and_pages_are_not_zeros() {
-    if !Need::Userfaultfd.met("prefetch_read_error_is_reported_and_pages_are_not_zeros") {
-        return;
-    }
+    needs!(Userfaultfd);
     let images = full_and_two_diffs();
     let chain = images.chain();
     images.cut(2, 2000 * PAGE);
@@ -243,9 +227,7 @@ fn prefetch_read_error_is_reported_and_pages_are_not_zeros() {
 #[case::ahead(LazyRam::options())]
 #[case::on_demand(on_demand())]
 fn adopted_regions_are_filled(#[case] options: LazyRamOptions) {
-    if !Need::Userfaultfd.met("adopted_regions_are_filled") {
-        return;
-    }
+    needs!(Userfaultfd);
     let images = full_and_two_diffs();
     let regions = Regions::new(&[5 * MIB + 4096, 11 * MIB - 4096]);
     let ram = regions.adopt(options, images.chain()).unwrap();
@@ -259,9 +241,7 @@ fn adopted_regions_are_filled(#[case] options: LazyRamOptions) {
 
 #[test]
 fn incomplete_adopted_memory_is_inaccessible_after_drop() {
-    if !Need::Userfaultfd.met("incomplete_adopted_memory_is_inaccessible_after_drop") {
-        return;
-    }
+    needs!(Userfaultfd);
     let images = full_and_two_diffs();
     let regions = Regions::new(&[5 * MIB, 11 * MIB]);
     let ram = regions.adopt(on_demand(), images.chain()).unwrap();
@@ -274,9 +254,7 @@ fn incomplete_adopted_memory_is_inaccessible_after_drop() {
 
 #[test]
 fn memory_that_cannot_be_filled_is_refused_unchanged() {
-    if !Need::Userfaultfd.met("memory_that_cannot_be_filled_is_refused_unchanged") {
-        return;
-    }
+    needs!(Userfaultfd);
     let images = full_and_two_diffs();
     let regions = Regions::new(&[5 * MIB, 10 * MIB]);
     let error = regions.adopt(on_demand(), images.chain()).unwrap_err();
@@ -300,9 +278,7 @@ fn memory_that_cannot_be_filled_is_refused_unchanged() {
 
 #[test]
 fn lazy_ram_may_be_dropped_at_any_time() {
-    if !Need::Userfaultfd.met("lazy_ram_may_be_dropped_at_any_time") {
-        return;
-    }
+    needs!(Userfaultfd);
     let images = full_and_two_diffs();
     let chain = Arc::new(images.chain());
     for round in (0..100).step_by(rounds(7, 1)) {
@@ -318,9 +294,7 @@ fn lazy_ram_may_be_dropped_at_any_time() {
 /// sleep on, unless it is woken afterwards.
 #[test]
 fn no_access_hangs_while_the_last_page_is_filled() {
-    if !Need::Userfaultfd.met("no_access_hangs_while_the_last_page_is_filled") {
-        return;
-    }
+    needs!(Userfaultfd);
     let (done, finished) = std::sync::mpsc::channel();
     std::thread::spawn(move || {
         let chain = Arc::new(Images::new(MIB, PAGE).with([0..1]).chain());

@@ -15,7 +15,7 @@ use memory_image::MappedChain;
 use page_reader::RamLayout;
 use rstest::rstest;
 use support::{Images, whole};
-use test_machine::Need;
+use test_machine::needs;
 
 const MIB: u64 = 1 << 20;
 const SIZE: u64 = 32 * MIB;
@@ -87,10 +87,7 @@ fn expected(images: &Images) -> u64 {
 #[case::ahead(LazyRam::options())]
 #[case::on_demand(LazyRam::options().prefetch(false))]
 fn vcpu_reads_the_images_bytes_in_missing_pages(#[case] options: LazyRamOptions) {
-    let test = "vcpu_reads_the_images_bytes_in_missing_pages";
-    if !Need::Userfaultfd.met(test) || !Need::Kvm.met(test) {
-        return;
-    }
+    needs!(Userfaultfd, Kvm);
     let mut images = images();
     let ram = options.start(images.chain()).unwrap();
     let sum = sum(ram.as_ptr());
@@ -104,10 +101,7 @@ fn vcpu_reads_the_images_bytes_in_missing_pages(#[case] options: LazyRamOptions)
 /// Like a balloon device: discards pages that were filled, and pages that were not.
 #[test]
 fn vcpu_reads_zeros_in_discarded_pages() {
-    let test = "vcpu_reads_zeros_in_discarded_pages";
-    if !Need::Userfaultfd.met(test) || !Need::Kvm.met(test) {
-        return;
-    }
+    needs!(Userfaultfd, Kvm);
     let mut images = images();
     let ram = LazyRam::options().prefetch(false);
     let ram = ram.start(images.chain()).unwrap();
@@ -124,9 +118,7 @@ fn vcpu_reads_zeros_in_discarded_pages() {
 
 #[test]
 fn vcpu_reads_the_images_bytes_in_a_mapped_chain() {
-    if !Need::Kvm.met("vcpu_reads_the_images_bytes_in_a_mapped_chain") {
-        return;
-    }
+    needs!(Kvm);
     let images = images();
     let before = std::fs::read(images.path(0)).unwrap();
     let ram = MappedChain::options()

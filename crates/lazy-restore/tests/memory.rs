@@ -15,7 +15,7 @@ use rstest::rstest;
 use support::lazy_images::{MIB, PAGE, bytes, images, on_demand};
 use support::regions::{Regions, advise, assert_unreadable, page_at};
 use support::{Images, whole};
-use test_machine::{Need, rounds};
+use test_machine::{needs, rounds};
 
 const ZEROS: [u8; PAGE as usize] = [0; PAGE as usize];
 
@@ -32,9 +32,7 @@ fn discarded_page_is_zeros(
     #[values(libc::MADV_DONTNEED, libc::MADV_FREE)] advice: libc::c_int,
     #[values(false, true)] ahead: bool,
 ) {
-    if !Need::Userfaultfd.met("discarded_page_is_zeros") {
-        return;
-    }
+    needs!(Userfaultfd);
     let mut images = images();
     let original = images.ram.clone();
     let options = LazyRam::options().prefetch(ahead);
@@ -91,9 +89,7 @@ fn discarded_page_is_zeros(
 
 #[test]
 fn discarding_during_prefetch_leaves_zeros() {
-    if !Need::Userfaultfd.met("discarding_during_prefetch_leaves_zeros") {
-        return;
-    }
+    needs!(Userfaultfd);
     for round in 0..rounds(5, 50) {
         let mut images = images();
         let ram = LazyRam::options().start(images.chain()).unwrap();
@@ -115,9 +111,7 @@ fn discarding_during_prefetch_leaves_zeros() {
 #[case::read_by_the_waiting_thread(false)]
 fn filling_completes_while_threads_discard_and_touch(#[case] ahead: bool) {
     const THREADS: u64 = 12;
-    if !Need::Userfaultfd.met("filling_completes_while_threads_discard_and_touch") {
-        return;
-    }
+    needs!(Userfaultfd);
     let pages = 32 * MIB / PAGE;
     let mut images = Images::new(32 * MIB, PAGE).with([0..pages]);
     let ram = LazyRam::options().prefetch(ahead);
@@ -154,9 +148,7 @@ fn filling_completes_while_threads_discard_and_touch(#[case] ahead: bool) {
 #[case::all_in(true)]
 #[case::dropped(false)]
 fn blocked_discard_continues_when_filling_ends(#[case] all_in: bool) {
-    if !Need::Userfaultfd.met("blocked_discard_continues_when_filling_ends") {
-        return;
-    }
+    needs!(Userfaultfd);
     let chain = std::sync::Arc::new(images().chain());
     for _ in 0..rounds(50, 1000) {
         let regions = Regions::new(&[4 * MIB]);
@@ -195,9 +187,7 @@ fn assert_unmapped(error: &LazyError, offset: u64, len: u64) {
 #[case::all_in(true)]
 #[case::dropped(false)]
 fn mapping_that_replaces_unmapped_memory_is_untouched(#[case] all_in: bool) {
-    if !Need::Userfaultfd.met("mapping_that_replaces_unmapped_memory_is_untouched") {
-        return;
-    }
+    needs!(Userfaultfd);
     let images = images();
     let regions = Regions::new(&[4 * MIB]);
     let ram = regions.adopt(on_demand(), images.chain()).unwrap();
@@ -234,9 +224,7 @@ fn mapping_that_replaces_unmapped_memory_is_untouched(#[case] all_in: bool) {
 /// Without the remap event, moved memory loses its userfaultfd.
 #[test]
 fn moved_memory_never_shows_zeros() {
-    if !Need::Userfaultfd.met("moved_memory_never_shows_zeros") {
-        return;
-    }
+    needs!(Userfaultfd);
     let images = images();
     let regions = Regions::new(&[2 * MIB, 2 * MIB]);
     let elsewhere = Regions::new(&[4 * PAGE]);
@@ -266,9 +254,7 @@ fn moved_memory_never_shows_zeros() {
 #[case::touched_before_all_is_in(true)]
 #[case::touched_after_all_is_in(false)]
 fn memory_moved_without_unmapping_never_shows_zeros(#[case] before: bool) {
-    if !Need::Userfaultfd.met("memory_moved_without_unmapping_never_shows_zeros") {
-        return;
-    }
+    needs!(Userfaultfd);
     let images = images();
     let regions = Regions::new(&[4 * MIB]);
     let elsewhere = Regions::new(&[4 * PAGE]);
@@ -303,9 +289,7 @@ fn memory_moved_without_unmapping_never_shows_zeros(#[case] before: bool) {
 
 #[test]
 fn memory_added_by_mapping_growth_is_zeros() {
-    if !Need::Userfaultfd.met("memory_added_by_mapping_growth_is_zeros") {
-        return;
-    }
+    needs!(Userfaultfd);
     let images = images();
     let mut regions = Regions::new(&[5 * MIB]);
     let end = NonNull::new(regions.address(4 * MIB)).unwrap();
@@ -327,9 +311,7 @@ fn memory_added_by_mapping_growth_is_zeros() {
 /// RAM of 9 pages of 512 bytes: 4608 bytes.
 #[test]
 fn working_set_that_ends_inside_a_page_is_loaded() {
-    if !Need::Userfaultfd.met("working_set_that_ends_inside_a_page_is_loaded") {
-        return;
-    }
+    needs!(Userfaultfd);
     let images = Images::new(9 * 512, 512).with([0..9]);
     let ram = LazyRam::options()
         .record(true)
@@ -353,9 +335,7 @@ fn working_set_that_ends_inside_a_page_is_loaded() {
 /// A page that cannot be read, is discarded and touched again has only one first touch.
 #[test]
 fn page_is_recorded_once_after_errors_and_discards() {
-    if !Need::Userfaultfd.met("page_is_recorded_once_after_errors_and_discards") {
-        return;
-    }
+    needs!(Userfaultfd);
     let images = Images::new(2 * PAGE, PAGE).with([0..2]);
     let ram = LazyRam::options()
         .record(true)

@@ -21,7 +21,7 @@ use rstest::rstest;
 use support::lazy_images::{MIB, PAGE, bytes, images, on_demand, userfaultfd_error};
 use support::regions::{Regions, advise, flags};
 use support::whole;
-use test_machine::Need;
+use test_machine::needs;
 
 const ZEROS: [u8; PAGE as usize] = [0; PAGE as usize];
 
@@ -43,9 +43,7 @@ fn on(path: &str) -> OwnedFd {
 #[case::shared_tmpfs(on("/dev/shm"), MapFlags::MAP_SHARED)]
 #[case::private_disk_file(on(env!("CARGO_TARGET_TMPDIR")), MapFlags::MAP_PRIVATE)]
 fn memory_of_a_file_is_refused(#[case] file: OwnedFd, #[case] kind: MapFlags) {
-    if !Need::Userfaultfd.met("memory_of_a_file_is_refused") {
-        return;
-    }
+    needs!(Userfaultfd);
     let file = File::from(file);
     file.write_all_at(b"back end", 5 * PAGE).unwrap();
     let regions = Regions::of_file(&file, 4 * MIB, kind);
@@ -62,9 +60,7 @@ fn memory_of_a_file_is_refused(#[case] file: OwnedFd, #[case] kind: MapFlags) {
 
 #[test]
 fn shared_anonymous_memory_is_refused() {
-    if !Need::Userfaultfd.met("shared_anonymous_memory_is_refused") {
-        return;
-    }
+    needs!(Userfaultfd);
     // In the second region, and in a part of it.
     let regions = Regions::with(&[2 * MIB], MapFlags::MAP_PRIVATE);
     let shared = Regions::with(&[2 * MIB], MapFlags::MAP_SHARED);
@@ -80,9 +76,7 @@ fn shared_anonymous_memory_is_refused() {
 
 #[test]
 fn huge_pages_of_hugetlbfs_are_refused() {
-    if !Need::Userfaultfd.met("huge_pages_of_hugetlbfs_are_refused") {
-        return;
-    }
+    needs!(Userfaultfd);
     // Without a reservation, so that no huge page need be available.
     let flags = MapFlags::MAP_PRIVATE | MapFlags::MAP_HUGETLB | MapFlags::MAP_NORESERVE;
     let regions = Regions::with(&[4 * MIB], flags);
@@ -97,9 +91,7 @@ fn huge_pages_of_hugetlbfs_are_refused() {
 /// notified.
 #[test]
 fn shared_memory_back_end_never_reads_zeros() {
-    if !Need::Userfaultfd.met("shared_memory_back_end_never_reads_zeros") {
-        return;
-    }
+    needs!(Userfaultfd);
     let images = images();
     let file = memfd();
     let regions = Regions::of_file(&file, 4 * MIB, MapFlags::MAP_SHARED);
@@ -157,9 +149,7 @@ fn errno_of(pipe: i32, address: *const u8) -> i32 {
 #[case::on_demand(on_demand())]
 #[case::ahead(LazyRam::options())]
 fn forked_child_never_reads_zeros(#[case] options: LazyRamOptions) {
-    if !Need::Userfaultfd.met("forked_child_never_reads_zeros") {
-        return;
-    }
+    needs!(Userfaultfd);
     let images = images();
     let regions = Regions::new(&[2 * MIB, 2 * MIB]);
     // The VMM has excluded a part itself.
@@ -223,9 +213,7 @@ fn write_huge_pages(start: *mut u8, len: usize) {
 #[case::locked(lock)]
 #[case::of_huge_pages(write_huge_pages)]
 fn previous_content_of_adopted_memory_is_discarded(#[case] hold: fn(*mut u8, usize)) {
-    if !Need::Userfaultfd.met("previous_content_of_adopted_memory_is_discarded") {
-        return;
-    }
+    needs!(Userfaultfd);
     let images = images();
     let regions = Regions::new(&[4 * MIB]);
     let (start, len) = regions.0[0];

@@ -16,7 +16,7 @@ use rstest::rstest;
 use support::lazy_images::on_demand;
 use support::regions::{Regions, advise};
 use support::{Images, whole};
-use test_machine::Need;
+use test_machine::needs;
 
 const PAGE: u64 = 4096;
 const MIB: u64 = 1 << 20;
@@ -104,9 +104,7 @@ fn memory_of_several_mappings_is_filled(
     #[values(false, true)] before: bool,
     #[values(By::Wait, By::Prefetch, By::WorkingSet, By::Faults)] by: By,
 ) {
-    if !Need::Userfaultfd.met("memory_of_several_mappings_is_filled") {
-        return;
-    }
+    needs!(Userfaultfd);
     let images = images();
     let regions = Regions::new(&[4 * MIB]);
     if before {
@@ -156,9 +154,7 @@ impl WriteProtection for ByMprotect {
 
 #[test]
 fn memory_whose_writes_are_tracked_by_mprotect_is_filled() {
-    if !Need::Userfaultfd.met("memory_whose_writes_are_tracked_by_mprotect_is_filled") {
-        return;
-    }
+    needs!(Userfaultfd);
     let images = images();
     let ram = on_demand().start(images.chain()).unwrap();
     let bitmap = Arc::new(TrackedBitmap::tracked(0, 4 * MIB, PAGE).unwrap());

@@ -12,7 +12,7 @@ use nix::libc;
 use support::lazy_images::on_demand;
 use support::regions::page_at;
 use support::{Images, whole};
-use test_machine::Need;
+use test_machine::{Need, needs};
 
 const PAGE: u64 = 4096;
 
@@ -32,9 +32,7 @@ fn page(ram: &LazyRam, offset: u64) -> io::Result<Vec<u8>> {
 
 #[test]
 fn working_set_pages_do_not_fault_again() {
-    if !Need::Userfaultfd.met("working_set_pages_do_not_fault_again") {
-        return;
-    }
+    needs!(Userfaultfd);
     let images = full_and_two_diffs();
     let chain = Arc::new(images.chain());
     let touch = |ram: &LazyRam| {
@@ -78,9 +76,7 @@ fn working_set_pages_do_not_fault_again() {
 /// The set may have been recorded on a machine with smaller pages.
 #[test]
 fn working_set_may_have_partial_pages() {
-    if !Need::Userfaultfd.met("working_set_may_have_partial_pages") {
-        return;
-    }
+    needs!(Userfaultfd);
     let images = full_and_two_diffs();
     let runs = [7, 20, 905, 1205, 3105, 4000].map(|page| [page * PAGE + 512, 1024]);
     let body = [&[16 * MIB], runs.as_flattened()].concat();
@@ -100,9 +96,7 @@ fn working_set_may_have_partial_pages() {
 fn working_set_of_another_ram_size_is_refused() {
     let dir = tempfile::tempdir().unwrap();
     let other = Images::new(2 * MIB, PAGE).with([0..1]);
-    if !Need::Userfaultfd.met("working_set_of_another_ram_size_is_refused") {
-        return;
-    }
+    needs!(Userfaultfd);
     let recorded = LazyRam::options().start(other.chain()).unwrap().recorded();
     let error = LazyRam::options()
         .working_set(recorded.clone())
@@ -152,10 +146,7 @@ fn missing_userfaultfd_permission_error_names_the_remedies() {
 
 #[test]
 fn device_permission_suffices_without_privilege() {
-    let test = "device_permission_suffices_without_privilege";
-    if !Need::Root.met(test) || !Need::Userfaultfd.met(test) {
-        return;
-    }
+    needs!(Root, Userfaultfd);
     let images = full_and_two_diffs();
     let no_capabilities = || {
         // capset(2): version 3, this thread; two sets of effective, permitted and inheritable

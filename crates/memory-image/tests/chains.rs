@@ -351,11 +351,9 @@ proptest! {
 #[test]
 fn flattening_with_reflinks_allocates_only_the_diffs() {
     use dirty_bitmap::DirtyBitmap;
-    use test_machine::{FileSystem, LoopMount, Need};
+    use test_machine::{FileSystem, LoopMount, needs};
 
-    if !Need::Mount(FileSystem::XFS).met("flattening_with_reflinks_allocates_only_the_diffs") {
-        return;
-    }
+    needs!(Mount(FileSystem::XFS));
     let mount = LoopMount::new(FileSystem::XFS).unwrap();
     let path = |name: &str| mount.path().join(name);
     let free = || {

@@ -93,13 +93,9 @@ fn raw_diff_with_pages_smaller_than_holes_is_refused() {
 #[test]
 fn raw_diff_on_a_file_system_with_larger_blocks_is_refused() {
     use support::raw_guest::SIZE;
-    use test_machine::{FileSystem, LoopMount, Need};
+    use test_machine::{FileSystem, LoopMount, needs};
 
-    if !Need::Mount(FileSystem::XFS_16K)
-        .met("raw_diff_on_a_file_system_with_larger_blocks_is_refused")
-    {
-        return;
-    }
+    needs!(Mount(FileSystem::XFS_16K));
     let guest = Guest::with_history();
     let mount = LoopMount::new(FileSystem::XFS_16K).unwrap();
     let copy = mount.path().join("diff");
@@ -145,7 +141,7 @@ mod names_and_mounts {
 
     use page_reader::PageReader;
     use rstest::rstest;
-    use test_machine::{FileSystem, LoopMount, Need};
+    use test_machine::{FileSystem, LoopMount, needs};
 
     use super::support::raw_guest::SIZE;
     use super::*;
@@ -163,11 +159,7 @@ mod names_and_mounts {
     fn holes_are_judged_by_the_file_system_of_the_file_itself(
         #[case] name_it: fn(&Path, &Path) -> Option<FileMount>,
     ) {
-        if !Need::Mount(FileSystem::XFS_16K)
-            .met("holes_are_judged_by_the_file_system_of_the_file_itself")
-        {
-            return;
-        }
+        needs!(Mount(FileSystem::XFS_16K));
         let guest = Guest::with_history();
         let large_blocks = LoopMount::new(FileSystem::XFS_16K).unwrap();
         let (diff, name) = (large_blocks.path().join("diff"), guest.path("diff"));

@@ -10,7 +10,7 @@ use memory_writer::{AmbiguousDiff, ImageId, Layout, MemoryWriter, Seal, Snapshot
 use page_reader::PageReader;
 use rstest::rstest;
 use sparse_file::PagesUnknown;
-use test_machine::{FileSystem, LoopMount, Need};
+use test_machine::{FileSystem, LoopMount, needs};
 
 const RAM: u64 = 1 << 20;
 
@@ -78,9 +78,7 @@ fn raw_diff_in_pages_smaller_than_a_block_is_refused(
     #[case] page_size: u64,
     #[case] block: u64,
 ) {
-    if !Need::Mount(fs).met("raw_diff_in_pages_smaller_than_a_block_is_refused") {
-        return;
-    }
+    needs!(Mount(fs));
     let mount = LoopMount::new(fs).unwrap();
     let dir = mount.path();
     let why = refused(dir, page_size, &dirty([5 * page_size]));

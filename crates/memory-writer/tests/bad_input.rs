@@ -44,11 +44,9 @@ fn invalid_size_is_refused(
 #[cfg(target_os = "linux")]
 #[test]
 fn size_beyond_the_file_system_limit_is_refused() {
-    use test_machine::{FileSystem, LoopMount, Need};
+    use test_machine::{FileSystem, LoopMount, needs};
 
-    if !Need::Mount(FileSystem::EXT4).met("size_beyond_the_file_system_limit_is_refused") {
-        return;
-    }
+    needs!(Mount(FileSystem::EXT4));
     // The maximum file size is 16 TiB here; tmpfs accepts any size.
     let ext4 = LoopMount::new(FileSystem::EXT4).unwrap();
     let place = Place::on(ext4.path());
@@ -256,11 +254,9 @@ fn page_dirty_at_a_failed_save_is_in_the_next_diff() {
 #[cfg(target_os = "linux")]
 #[test]
 fn full_disk_is_reported_and_keeps_the_old_snapshot() {
-    use test_machine::{Need, TinyTmpfs};
+    use test_machine::{TinyTmpfs, needs};
 
-    if !Need::Root.met("full_disk_is_reported_and_keeps_the_old_snapshot") {
-        return;
-    }
+    needs!(Root);
     let tiny = TinyTmpfs::new(SIZE / 2).unwrap();
     let dest = tiny.path().join("guest.mem");
     std::fs::write(&dest, support::OLD).unwrap();

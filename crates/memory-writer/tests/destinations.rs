@@ -54,11 +54,9 @@ fn dangling_symlink_as_destination_is_refused() {
 #[cfg(target_os = "linux")]
 #[test]
 fn destination_in_a_read_only_directory_is_refused() {
-    use test_machine::{Need, ReadOnlyBind};
+    use test_machine::{ReadOnlyBind, needs};
 
-    if !Need::Root.met("destination_in_a_read_only_directory_is_refused") {
-        return;
-    }
+    needs!(Root);
     let place = Place::new();
     let read_only = ReadOnlyBind::of(place.path()).unwrap();
     let error = MemoryWriter::open(read_only.path().join("guest.mem"), SIZE, PAGE).unwrap_err();

@@ -15,7 +15,7 @@ use proptest::prelude::*;
 use rstest::rstest;
 use sparse_file::ExtentKind;
 use support::{Until, pattern};
-use test_machine::{FileSystem, LoopMount, Need, TinyTmpfs, recycling_dir, rounds};
+use test_machine::{FileSystem, LoopMount, Need, TinyTmpfs, needs, recycling_dir, rounds};
 
 const SIZE: u64 = 1 << 20;
 
@@ -252,9 +252,7 @@ fn under_strace(dir: &Path, tampering: &str, any_diff: bool) -> String {
 #[test]
 fn pages_are_zeroed_where_holes_cannot_be_punched() {
     let _turn = one_at_a_time();
-    if !Need::Strace.met("pages_are_zeroed_where_holes_cannot_be_punched") {
-        return;
-    }
+    needs!(Strace);
     // Punching fails at the first or at the second call.
     for when in ["1+", "2+"] {
         let dir = recycling_dir();
@@ -273,9 +271,7 @@ fn pages_are_zeroed_where_holes_cannot_be_punched() {
 #[test]
 fn raw_diff_with_zeros_in_place_of_holes_is_refused() {
     let _turn = one_at_a_time();
-    if !Need::Strace.met("raw_diff_with_zeros_in_place_of_holes_is_refused") {
-        return;
-    }
+    needs!(Strace);
     let dir = recycling_dir();
     let dest = dir.path().join("mem");
     leave_recyclable_file(&dest, SIZE);
@@ -291,9 +287,7 @@ fn raw_diff_with_zeros_in_place_of_holes_is_refused() {
 #[test]
 fn file_that_cannot_be_wiped_is_not_committed() {
     let _turn = one_at_a_time();
-    if !Need::Strace.met("file_that_cannot_be_wiped_is_not_committed") {
-        return;
-    }
+    needs!(Strace);
     let dir = recycling_dir();
     let dest = dir.path().join("mem");
     leave_recyclable_file(&dest, SIZE);

@@ -146,11 +146,9 @@ fn first_part_that_was_not_written_is_not_released() {
 #[cfg(target_os = "linux")]
 #[test]
 fn shared_image_discards_the_writes_of_the_epoch() {
-    use test_machine::{FileSystem, LoopMount, Need};
+    use test_machine::{FileSystem, LoopMount, needs};
 
-    if !Need::Mount(FileSystem::BTRFS).met("shared_image_discards_the_writes_of_the_epoch") {
-        return;
-    }
+    needs!(Mount(FileSystem::BTRFS));
     let mount = LoopMount::new(FileSystem::BTRFS).unwrap();
     let (place, dirty) = (Place::on(mount.path()), marked(&[0]));
     let image = tempfile::tempfile_in(mount.path()).unwrap();

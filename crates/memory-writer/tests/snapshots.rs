@@ -317,7 +317,7 @@ mod sharing {
     use std::fs::File;
 
     use memory_writer::{Layout, Seal};
-    use test_machine::{FileSystem, LoopMount, Need};
+    use test_machine::{FileSystem, LoopMount, needs};
 
     use super::*;
 
@@ -329,9 +329,7 @@ mod sharing {
         #[case] fs: &'static FileSystem,
         #[case] shared: bool,
     ) {
-        if !Need::Mount(fs).met("full_snapshot_can_share_the_blocks_of_an_image") {
-            return;
-        }
+        needs!(Mount(fs));
         let mount = LoopMount::new(fs).unwrap();
         let place = Place::on(mount.path());
         let (base, mut after) = (ram(1), ram(1));

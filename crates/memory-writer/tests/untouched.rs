@@ -21,7 +21,7 @@ use nix::sys::mman::{MapFlags, ProtFlags, mmap, mmap_anonymous, mprotect, munmap
 use page_reader::{HostMemory, PageReader};
 use rstest::rstest;
 use support::Place;
-use test_machine::{HugeFs, Need, TinyTmpfs};
+use test_machine::{HugeFs, TinyTmpfs, needs};
 
 const PAGE: u64 = 4096;
 const SIZE: u64 = 8 << 20;
@@ -208,9 +208,7 @@ fn full_dump_does_not_touch_ram(
     )]
     kind: Ram,
 ) {
-    if !Need::Root.met("full_dump_does_not_touch_ram") {
-        return;
-    }
+    needs!(Root);
     let (ram, _tmpfs, _huge) = ram(kind);
     let place = Place::new();
     let before = ram.resident();
@@ -235,9 +233,7 @@ fn full_dump_does_not_touch_ram(
 fn diff_of_all_pages_does_not_touch_ram(
     #[values(Ram::Memfd, Ram::FullTmpfs, Ram::NoHugePages)] kind: Ram,
 ) {
-    if !Need::Root.met("diff_of_all_pages_does_not_touch_ram") {
-        return;
-    }
+    needs!(Root);
     let (ram, _tmpfs, _huge) = ram(kind);
     let place = Place::new();
     let dirty = DirtyBitmap::new(0, SIZE, PAGE).unwrap();
@@ -323,9 +319,7 @@ impl PageReader for KnowsNothing {
 fn memory_that_cannot_be_provided_is_an_error(
     #[values(Ram::FullTmpfs, Ram::NoHugePages)] kind: Ram,
 ) {
-    if !Need::Root.met("memory_that_cannot_be_provided_is_an_error") {
-        return;
-    }
+    needs!(Root);
     let (ram, _tmpfs, _huge) = ram(kind);
     // The one huge page that may exist.
     let other = _huge

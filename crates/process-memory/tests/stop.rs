@@ -15,7 +15,6 @@ use page_reader::{MappingsError, PageReader};
 use process_memory::{
     ProcessMaps, ProcessMemory, ProcessMemoryError, ProcessStopError, StoppedProcess,
 };
-use support::need;
 use support::target::{
     CHILD, PATIENCE, ROLE_THREAD, SIGNALS, THREADS, Target, is_free, play_role, states, wait_until,
 };
@@ -29,7 +28,7 @@ fn role() {
 
 #[test]
 fn the_guard_stops_every_thread_until_it_is_dropped() {
-    need!(Ptrace, "the_guard_stops_every_thread_until_it_is_dropped");
+    test_machine::needs!(Ptrace);
     let target = Target::that("counts");
     let stopped = target.stop();
     assert_eq!(stopped.pid(), target.pid());
@@ -45,7 +44,7 @@ fn the_guard_stops_every_thread_until_it_is_dropped() {
 
 #[test]
 fn threads_created_meanwhile_are_stopped() {
-    need!(Ptrace, "threads_created_meanwhile_are_stopped");
+    test_machine::needs!(Ptrace);
     let target = Target::that("changes its threads");
     for _ in 0..rounds(10, 50) {
         let stopped = target.stop();
@@ -57,7 +56,7 @@ fn threads_created_meanwhile_are_stopped() {
 
 #[test]
 fn a_process_that_execs_repeatedly_is_stopped() {
-    need!(Ptrace, "a_process_that_execs_repeatedly_is_stopped");
+    test_machine::needs!(Ptrace);
     let target = Target::that("runs itself again");
     for _ in 0..rounds(10, 100) {
         let stopped = target.stop();
@@ -72,10 +71,7 @@ fn a_process_that_execs_repeatedly_is_stopped() {
 /// traced.
 #[test]
 fn an_exec_while_threads_are_traced_is_stopped_in_time() {
-    need!(
-        Ptrace,
-        "an_exec_while_threads_are_traced_is_stopped_in_time"
-    );
+    test_machine::needs!(Ptrace);
     for round in (0..30).step_by(rounds(10, 1)) {
         let target = Target::that("executes a program on request");
         target.counts.get(CHILD).store(1 + round * 100, SeqCst);
@@ -87,7 +83,7 @@ fn an_exec_while_threads_are_traced_is_stopped_in_time() {
 
 #[test]
 fn a_process_whose_first_thread_has_ended_is_stopped() {
-    need!(Ptrace, "a_process_whose_first_thread_has_ended_is_stopped");
+    test_machine::needs!(Ptrace);
     let target = Target::that("has no first thread");
     wait_until("the first thread has ended", || {
         states(target.pid()).contains('Z')
@@ -105,7 +101,7 @@ fn a_process_whose_first_thread_has_ended_is_stopped() {
 
 #[test]
 fn repeated_stops_lose_no_signal() {
-    need!(Ptrace, "repeated_stops_lose_no_signal");
+    test_machine::needs!(Ptrace);
     let target = Target::that("counts");
     let signals = target.counts.get(SIGNALS);
     let signals_sent: u64 = rounds(300, 3000);
@@ -129,7 +125,7 @@ fn repeated_stops_lose_no_signal() {
 
 #[test]
 fn a_signal_to_a_stopped_process_arrives_on_resume() {
-    need!(Ptrace, "a_signal_to_a_stopped_process_arrives_on_resume");
+    test_machine::needs!(Ptrace);
     let target = Target::that("counts");
     let stopped = target.stop();
     target.signal(libc::SIGRTMIN());
@@ -143,7 +139,7 @@ fn a_signal_to_a_stopped_process_arrives_on_resume() {
 
 #[test]
 fn a_process_stopped_by_sigstop_stays_stopped() {
-    need!(Ptrace, "a_process_stopped_by_sigstop_stays_stopped");
+    test_machine::needs!(Ptrace);
     let target = Target::that("counts");
     target.signal(libc::SIGSTOP);
     wait_until("the process stops", || is_free(target.pid(), &['T']));
@@ -160,7 +156,7 @@ fn a_process_stopped_by_sigstop_stays_stopped() {
 /// A capture may be killed at any time, without leaving the guest stopped.
 #[test]
 fn killing_the_tracer_resumes_the_process() {
-    need!(Ptrace, "killing_the_tracer_resumes_the_process");
+    test_machine::needs!(Ptrace);
     let mut stopper = Target::that("stops its child");
     let child = stopper.counts.get(CHILD);
     wait_until("the process is stopped", || child.load(SeqCst) != 0);
@@ -178,7 +174,7 @@ fn killing_the_tracer_resumes_the_process() {
 
 #[test]
 fn a_process_killed_while_stopped_is_gone() {
-    need!(Ptrace, "a_process_killed_while_stopped_is_gone");
+    test_machine::needs!(Ptrace);
     let mut target = Target::that("counts");
     let stopped = target.stop();
     let maps = ProcessMaps::of(target.pid()).unwrap();

@@ -205,16 +205,13 @@ mod missing;
 
 #[cfg(all(test, target_os = "linux"))]
 mod tests {
-    use test_machine::Need;
+    use test_machine::needs;
 
     use super::*;
 
     #[test]
     fn filling_that_begins_after_the_file_was_opened_is_found() {
-        let test = "filling_that_begins_after_the_file_was_opened_is_found";
-        if !Need::Userfaultfd.met(test) || !Need::Root.met(test) {
-            return;
-        }
+        needs!(Userfaultfd, Root);
         let file = tempfile::NamedTempFile::new_in("/dev/shm").unwrap();
         file.as_file().set_len(1 << 20).unwrap();
         let ram = RamFile::open(file.path()).unwrap();

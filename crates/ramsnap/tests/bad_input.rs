@@ -10,7 +10,7 @@ use std::process::Command;
 
 use rstest::rstest;
 use support::{Ended, PAGE, RAM, RAMSNAP, Work};
-use test_machine::Need;
+use test_machine::needs;
 
 #[rstest]
 #[case::nothing_named("merge -o out", "required")]
@@ -175,9 +175,7 @@ fn a_truncated_image_is_refused() {
 #[case::grows(1 << 20)]
 #[case::shrinks(-(1 << 20))]
 fn ram_that_changes_its_size_meanwhile_is_an_error(#[case] by: i64) {
-    if !Need::Strace.met("ram_that_changes_its_size_meanwhile_is_an_error") {
-        return;
-    }
+    needs!(Strace);
     let work = Work::with_ram();
     let command = work.command("dump ram -o out");
     let held = support::held::Held::before(&command, &("pwrite64".to_owned(), 1)).expect("held");
@@ -193,9 +191,7 @@ fn ram_that_changes_its_size_meanwhile_is_an_error(#[case] by: i64) {
 
 #[test]
 fn without_permission_the_error_names_the_file() {
-    if !Need::Root.met("without_permission_the_error_names_the_file") {
-        return;
-    }
+    needs!(Root);
     let work = Work::with_chain();
     // Any user may run the copy. `cp` makes it, so that no child of another test has it open for
     // writing, which would make it busy.

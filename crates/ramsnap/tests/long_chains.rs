@@ -103,9 +103,7 @@ fn many_small_images_take_no_more_calls_than_one(
     #[case] traced: &str,
     #[case] packed: bool,
 ) {
-    if !test_machine::Need::Strace.met("many_small_images_take_no_more_calls_than_one") {
-        return;
-    }
+    test_machine::needs!(Strace);
     let work = Work::empty();
     let images = chain(&work, 13, packed);
     let calls = |images: &[String]| {

@@ -12,7 +12,7 @@ use std::time::{Duration, SystemTime};
 use rstest::rstest;
 use support::held::Held;
 use support::{PAGE, RAM, Work};
-use test_machine::Need;
+use test_machine::needs;
 
 /// Holds a verb at the first write of its output. The images are checked by then, and none of their
 /// pages is written.
@@ -23,9 +23,7 @@ fn writing(work: &Work, command: &str) -> Held {
 
 #[test]
 fn a_merge_in_place_does_not_undo_another_writer() {
-    if !Need::Strace.met("a_merge_in_place_does_not_undo_another_writer") {
-        return;
-    }
+    needs!(Strace);
     let work = Work::with_chain();
     work.good("convert full.mem -o theirs.mem --layout sealed");
     let held = writing(&work, "merge --in-place full.mem d1.mem");
@@ -121,9 +119,7 @@ fn an_image_that_changes_while_it_is_read_is_an_error(
     command: &str,
     #[values(Fate::Cut, Fate::Overwritten, Fate::WrittenTo)] fate: Fate,
 ) {
-    if !Need::Strace.met("an_image_that_changes_while_it_is_read_is_an_error") {
-        return;
-    }
+    needs!(Strace);
     let work = Work::with_chain();
     let target = work.create("target", RAM);
     work.good("dump ram -o full.raw --layout raw");
@@ -168,9 +164,7 @@ fn an_image_that_is_replaced_while_it_is_read_is_as_it_was(
     #[case] command: &str,
     #[case] is_right: &str,
 ) {
-    if !Need::Strace.met("an_image_that_is_replaced_while_it_is_read_is_as_it_was") {
-        return;
-    }
+    needs!(Strace);
     let work = Work::with_chain();
     work.create("target", RAM);
     let held = writing(&work, command);
@@ -184,9 +178,7 @@ fn an_image_that_is_replaced_while_it_is_read_is_as_it_was(
 /// Otherwise the bytes of another file could be sent as verified ones.
 #[test]
 fn an_image_that_is_sent_is_opened_once() {
-    if !Need::Strace.met("an_image_that_is_sent_is_opened_once") {
-        return;
-    }
+    needs!(Strace);
     let work = Work::with_chain();
     let mut strace = Command::new("strace");
     strace

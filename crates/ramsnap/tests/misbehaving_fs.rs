@@ -11,7 +11,7 @@ use std::process::{Command, Stdio};
 use misbehaving_fs::{Behaviour, Lseek, MisbehavingFs};
 use rstest::rstest;
 use support::{Ended, PAGE, RAM, RAMSNAP, Work, noise};
-use test_machine::Need;
+use test_machine::{Need, needs};
 
 fn mount(test: &str) -> Option<MisbehavingFs> {
     Need::Fuse
@@ -213,9 +213,7 @@ fn a_raw_diff_is_not_read_by_holes_that_are_not_reliable() {
 /// APFS returns this for clones. The test uses a file system whose reports are trusted.
 #[test]
 fn enxio_from_seek_hole_loses_no_page_of_a_restore() {
-    if !Need::Strace.met("enxio_from_seek_hole_loses_no_page_of_a_restore") {
-        return;
-    }
+    needs!(Strace);
     let work = Work::with_ram();
     work.good("dump ram -o full.raw --layout raw");
     // The first call queries the position. Every second call after it looks for a hole.

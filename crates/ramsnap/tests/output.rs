@@ -225,9 +225,7 @@ fn raw_outputs_beyond_absolute_paths_are_described_and_read() {
 fn a_limit_of_threads_is_named_or_tolerated() {
     use std::os::unix::fs::PermissionsExt;
     use std::os::unix::process::CommandExt;
-    if !test_machine::Need::Root.met("a_limit_of_threads_is_named_or_tolerated") {
-        return;
-    }
+    test_machine::needs!(Root);
     const USER: u32 = 1_234_567;
     let work = Work::with_chain();
     let public = tempfile::tempdir().unwrap();

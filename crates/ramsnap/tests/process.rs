@@ -19,9 +19,7 @@ fn a_vmm() {
 
 #[test]
 fn ram_is_captured_from_a_process_by_name_address_or_range() {
-    if !Need::Ptrace.met("ram_is_captured_from_a_process_by_name_address_or_range") {
-        return;
-    }
+    needs!(Ptrace);
     let work = Work::with_chain();
     let vmm = Vmm::with(&work, "ram");
     let (pid, address) = (vmm.pid(), &vmm.address);
@@ -53,9 +51,7 @@ fn ram_is_captured_from_a_process_by_name_address_or_range() {
 
 #[test]
 fn a_diff_is_captured_from_a_process() {
-    if !Need::Ptrace.met("a_diff_is_captured_from_a_process") {
-        return;
-    }
+    needs!(Ptrace);
     let work = Work::with_chain();
     let vmm = Vmm::with(&work, "ram");
     let pid = vmm.pid();
@@ -71,9 +67,7 @@ fn a_diff_is_captured_from_a_process() {
 
 #[test]
 fn missing_regions_are_named_and_the_process_resumes() {
-    if !Need::Ptrace.met("missing_regions_are_named_and_the_process_resumes") {
-        return;
-    }
+    needs!(Ptrace);
     let work = Work::with_chain();
     let vmm = Vmm::with(&work, "ram");
     let pid = vmm.pid();
@@ -110,10 +104,7 @@ fn without_permission_to_trace_the_error_says_how_to_get_it() {
     use std::os::unix::fs::PermissionsExt;
     use std::os::unix::process::CommandExt;
 
-    let test = "without_permission_to_trace_the_error_says_how_to_get_it";
-    if !Need::Root.met(test) || !Need::Ptrace.met(test) {
-        return;
-    }
+    needs!(Root, Ptrace);
     let work = Work::with_ram();
     let vmm = Vmm::with(&work, "ram");
     let copied = Command::new("cp")
@@ -131,9 +122,7 @@ fn without_permission_to_trace_the_error_says_how_to_get_it() {
 
 #[test]
 fn a_file_that_the_process_has_as_ram_is_not_the_output() {
-    if !Need::Ptrace.met("a_file_that_the_process_has_as_ram_is_not_the_output") {
-        return;
-    }
+    needs!(Ptrace);
     let work = Work::with_chain();
     let vmm = Vmm::with(&work, "ram");
     let pid = vmm.pid();
@@ -208,9 +197,7 @@ fn a_file_on_btrfs_that_is_mapped_as_ram_is_not_the_output() {
 /// Otherwise the image would contain the RAM twice.
 #[test]
 fn ram_that_is_named_twice_is_refused() {
-    if !Need::Ptrace.met("ram_that_is_named_twice_is_refused") {
-        return;
-    }
+    needs!(Ptrace);
     let work = Work::with_chain();
     let vmm = Vmm::with(&work, "ram");
     let (pid, address) = (vmm.pid(), &vmm.address);
@@ -227,9 +214,7 @@ fn ram_that_is_named_twice_is_refused() {
 /// Reading a page of a memfd that was never touched would allocate it.
 #[test]
 fn capturing_a_process_gives_it_no_memory() {
-    if !Need::Ptrace.met("capturing_a_process_gives_it_no_memory") {
-        return;
-    }
+    needs!(Ptrace);
     let work = Work::with_chain();
     let vmm = Vmm::with(&work, "ram");
     let resident = || {

@@ -12,7 +12,7 @@ use std::process::Command;
 
 use nix::sys::statvfs::statvfs;
 use support::{Ended, PAGE, Work, noise};
-use test_machine::{FileSystem, HugeFs, LoopMount, Need, TinyTmpfs, tool};
+use test_machine::{FileSystem, HugeFs, LoopMount, TinyTmpfs, needs, tool};
 
 /// The RAM that is restored, all of it noise.
 const LARGE: u64 = 16 << 20;
@@ -105,12 +105,7 @@ fn bytes(file: &File) -> (Vec<u8>, u64) {
 /// Blocks that the kernel reserves for itself are reported as free, and are not usable.
 #[test]
 fn ram_on_ext4_stays_where_only_reserved_blocks_are_left() {
-    if !(Need::Root.met("ram_on_ext4_stays_where_only_reserved_blocks_are_left")
-        && Need::Mount(FileSystem::EXT4)
-            .met("ram_on_ext4_stays_where_only_reserved_blocks_are_left"))
-    {
-        return;
-    }
+    needs!(Root, Mount(FileSystem::EXT4));
     let work = Work::empty();
     large(&work);
     let disk = Ext4::new("0");
@@ -132,12 +127,7 @@ fn ram_on_ext4_stays_where_only_reserved_blocks_are_left() {
 /// Blocks that are reserved for root are not usable for other users.
 #[test]
 fn ram_of_a_user_stays_where_only_roots_blocks_are_left() {
-    if !(Need::Root.met("ram_of_a_user_stays_where_only_roots_blocks_are_left")
-        && Need::Mount(FileSystem::EXT4)
-            .met("ram_of_a_user_stays_where_only_roots_blocks_are_left"))
-    {
-        return;
-    }
+    needs!(Root, Mount(FileSystem::EXT4));
     let work = Work::empty();
     large(&work);
     // A directory that the user can read.
@@ -167,11 +157,7 @@ fn ram_of_a_user_stays_where_only_roots_blocks_are_left() {
 /// A hole does not free blocks that are shared with a copy.
 #[test]
 fn ram_on_xfs_stays_where_its_blocks_are_shared() {
-    if !(Need::Root.met("ram_on_xfs_stays_where_its_blocks_are_shared")
-        && Need::Mount(FileSystem::XFS).met("ram_on_xfs_stays_where_its_blocks_are_shared"))
-    {
-        return;
-    }
+    needs!(Root, Mount(FileSystem::XFS));
     let work = Work::empty();
     large(&work);
     let disk = LoopMount::new(FileSystem::XFS).unwrap();
@@ -196,11 +182,7 @@ fn ram_on_xfs_stays_where_its_blocks_are_shared() {
 /// If room cannot be reserved, the needed room must be free, and a warning is printed.
 #[test]
 fn ram_on_btrfs_is_overwritten_with_a_warning() {
-    if !(Need::Root.met("ram_on_btrfs_is_overwritten_with_a_warning")
-        && Need::Mount(FileSystem::BTRFS).met("ram_on_btrfs_is_overwritten_with_a_warning"))
-    {
-        return;
-    }
+    needs!(Root, Mount(FileSystem::BTRFS));
     let work = Work::empty();
     large(&work);
     let disk = LoopMount::new(FileSystem::BTRFS).unwrap();
@@ -237,9 +219,7 @@ fn a_refused_restore_gives_back_what_it_reserved() {
 /// Zeros that an image stores take no room where they are restored.
 #[test]
 fn stored_zeros_are_restored_as_holes() {
-    if !Need::Root.met("stored_zeros_are_restored_as_holes") {
-        return;
-    }
+    needs!(Root);
     let work = Work::empty();
     let ram = work.create("ram", LARGE);
     ram.write_all_at(&noise(1, 8 * PAGE), 100 * PAGE).unwrap();
@@ -276,9 +256,7 @@ fn stored_zeros_are_restored_as_holes() {
 
 #[test]
 fn zeros_restored_to_huge_pages_take_none() {
-    if !Need::HugePages.met("zeros_restored_to_huge_pages_take_none") {
-        return;
-    }
+    needs!(HugePages);
     let work = Work::empty();
     work.create("zeros", 8 << 20);
     work.good("dump zeros -o zeros.mem");
@@ -295,9 +273,7 @@ fn sealed_huge_pages_are_not_reported_as_too_few() {
     use nix::fcntl::{FcntlArg, SealFlag, fcntl};
     use nix::sys::memfd::{MFdFlags, memfd_create};
     use std::os::fd::AsRawFd;
-    if !Need::HugePages.met("sealed_huge_pages_are_not_reported_as_too_few") {
-        return;
-    }
+    needs!(HugePages);
     let work = Work::empty();
     work.create("zeros", 8 << 20);
     work.good("dump zeros -o zeros.mem");

@@ -9,7 +9,7 @@ use std::process::{Command, Stdio};
 use rstest::rstest;
 use support::{Ended, RAMSNAP, Work};
 #[cfg(target_os = "linux")]
-use test_machine::Need;
+use test_machine::needs;
 
 #[rstest]
 fn an_image_of_any_layout_arrives_as_it_was_sent(
@@ -230,9 +230,7 @@ fn the_first_page_of_a_stream_says_that_pages_are_too_large() {
 #[case::as_it_is("", 1)]
 #[case::written_twice(" --layout sealed", 2)]
 fn the_first_page_of_a_stream_says_that_there_is_no_room(#[case] more: &str, #[case] times: u64) {
-    if !Need::Root.met("the_first_page_of_a_stream_says_that_there_is_no_room") {
-        return;
-    }
+    needs!(Root);
     let work = Work::with_chain();
     let bytes = work.read("full.mem");
     begun(&work, &bytes[..4096]);
@@ -312,10 +310,7 @@ fn a_limit_of_the_file_size_is_known_by_the_first_page() {
 #[cfg(target_os = "linux")]
 #[test]
 fn if_a_stream_fills_the_disk_the_error_names_it() {
-    let test = "if_a_stream_fills_the_disk_the_error_names_it";
-    if !Need::Strace.met(test) {
-        return;
-    }
+    needs!(Strace);
     let work = Work::with_chain();
     send(&work, "full.mem");
     let len = work.read("full.mem").len();

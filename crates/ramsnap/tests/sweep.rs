@@ -7,7 +7,7 @@ use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _, symlink};
 
 use rstest::rstest;
 use support::Work;
-use test_machine::Need;
+use test_machine::needs;
 
 const ORPHAN: &str = ".atomic-file-00000000-0123456789abcdef.stage";
 const IN_USE: &str = ".atomic-file-00000000-0123456789abcde0.stage";
@@ -139,9 +139,7 @@ fn a_superseded_file_of_a_group_is_reported() {
 #[case::convert("convert full.mem -o out --force")]
 #[case::map("map full.mem -o out.svg --force")]
 fn the_attributes_of_a_replaced_file_are_kept(#[case] arguments: &str) {
-    if !Need::Root.met("the_attributes_of_a_replaced_file_are_kept") {
-        return;
-    }
+    needs!(Root);
     let work = Work::with_chain();
     work.copy("full.mem", "out");
     work.copy("full.mem", "out.svg");

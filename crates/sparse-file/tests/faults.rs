@@ -16,7 +16,7 @@ use sparse_file::{
 use support::{
     Copied, Shifted, child, child_task, contents, expect_success, go_on, ram, strace_child,
 };
-use test_machine::{Need, TinyTmpfs};
+use test_machine::{Need, TinyTmpfs, needs};
 
 const LEN: u64 = 1 << 20;
 const CHUNK: usize = 64 << 10;
@@ -40,9 +40,7 @@ fn refused<T: std::fmt::Debug>(result: Result<T, WriteError>) -> (u64, usize, st
 
 #[test]
 fn full_disk_is_enospc_at_the_first_byte_that_does_not_fit() {
-    if !Need::Root.met("full_disk_is_enospc_at_the_first_byte_that_does_not_fit") {
-        return;
-    }
+    needs!(Root);
     // Not a multiple of the chunk: the last write that fits in part is short.
     let tmpfs = TinyTmpfs::new(300 << 10).expect("mounted");
     let file = tempfile::tempfile_in(tmpfs.path()).expect("file");
@@ -186,9 +184,7 @@ fn failed_write_is_reported_with_its_errno_and_offset(
 /// full disk.
 #[test]
 fn probe_of_a_full_disk_is_enospc_and_leaves_no_file() {
-    if !Need::Root.met("probe_of_a_full_disk_is_enospc_and_leaves_no_file") {
-        return;
-    }
+    needs!(Root);
     let tmpfs = TinyTmpfs::new(32 << 10).expect("mounted");
     let error = Capabilities::probe(tmpfs.path()).expect_err("no room");
     assert!(

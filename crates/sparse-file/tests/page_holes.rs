@@ -13,7 +13,7 @@ use sparse_file::{
     extents, grow, reserve,
 };
 use support::Fs;
-use test_machine::{FileSystem, LoopMount, Need, Overlay, TinyTmpfs};
+use test_machine::{FileSystem, LoopMount, Overlay, TinyTmpfs, needs};
 
 const PAGE: u64 = 4096;
 
@@ -49,9 +49,7 @@ fn pages_are_identified_where_a_block_is_a_page(
 
 #[test]
 fn pages_smaller_than_a_block_are_refused() {
-    if !Need::Mount(FileSystem::XFS_16K).met("pages_smaller_than_a_block_are_refused") {
-        return;
-    }
+    needs!(Mount(FileSystem::XFS_16K));
     let mount = LoopMount::new(FileSystem::XFS_16K).expect("mounted");
     let file = tempfile::tempfile_in(mount.path()).expect("file");
     let mut holes = PageHoles::new();
@@ -67,9 +65,7 @@ fn pages_smaller_than_a_block_are_refused() {
 #[test]
 fn pages_of_a_tmpfs_of_huge_pages_are_refused() {
     const TEST: &str = "pages_of_a_tmpfs_of_huge_pages_are_refused";
-    if !Need::Root.met(TEST) {
-        return;
-    }
+    needs!(Root);
     let Ok(mount) = TinyTmpfs::of_huge_pages(64 << 20) else {
         test_machine::not_run(TEST, "this kernel has no huge pages for tmpfs");
         return;
@@ -118,9 +114,7 @@ fn file_with_reserved_blocks_is_refused(#[values(Fs::Ext4, Fs::Xfs)] fs: Fs) {
 /// The rest of a small reserved extent becomes zeros that count as written.
 #[test]
 fn ext4_that_writes_zeros_around_pages_is_refused() {
-    if !Need::Mount(FileSystem::EXT4).met("ext4_that_writes_zeros_around_pages_is_refused") {
-        return;
-    }
+    needs!(Mount(FileSystem::EXT4));
     let mount = LoopMount::new(FileSystem::EXT4).expect("mounted");
     let remount = |option: &str| {
         let mut command = test_machine::tool("mount");

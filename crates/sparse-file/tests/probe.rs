@@ -12,7 +12,7 @@ use sparse_file::{
     AlignmentBasis, Capabilities, HoleSupport, ProbeError, Punch, SeekHole, WrittenZeros,
 };
 use support::{Fs, child_task, expect_success, strace_child};
-use test_machine::{FileSystem, LoopMount, Need, ReadOnlyBind};
+use test_machine::{FileSystem, LoopMount, Need, ReadOnlyBind, needs};
 
 const EXACT: SeekHole = SeekHole::Exact { granularity: 4096 };
 
@@ -146,9 +146,7 @@ fn direct_io_works_at_the_probed_alignment(
 #[case::ext4(FileSystem::EXT4)]
 #[case::xfs(FileSystem::XFS)]
 fn disk_of_4_kib_sectors_requires_offsets_of_4_kib(#[case] fs: &'static FileSystem) {
-    if !Need::Mount(fs).met("disk_of_4_kib_sectors_requires_offsets_of_4_kib") {
-        return;
-    }
+    needs!(Mount(fs));
     let mount = LoopMount::with_sectors(fs, 4096).expect("mounted");
     let here = Capabilities::probe(mount.path()).expect("probed");
     let direct = here.direct_io.expect("direct I/O");
@@ -159,9 +157,7 @@ fn disk_of_4_kib_sectors_requires_offsets_of_4_kib(#[case] fs: &'static FileSyst
 /// If a block is larger than the gaps of a diff, those gaps are stored as zeros.
 #[test]
 fn granularity_of_holes_is_at_least_a_block() {
-    if !Need::Mount(FileSystem::XFS_16K).met("granularity_of_holes_is_at_least_a_block") {
-        return;
-    }
+    needs!(Mount(FileSystem::XFS_16K));
     let mount = LoopMount::new(FileSystem::XFS_16K).expect("mounted");
     let here = Capabilities::probe(mount.path()).expect("probed");
     assert_eq!(here.seek_hole, SeekHole::Exact { granularity: 16384 });
@@ -198,9 +194,7 @@ fn alignment_that_the_kernel_does_not_report_is_measured() {
         assert_eq!(direct.basis, AlignmentBasis::Measured);
         return assert_eq!((direct.memory_align, direct.offset_align), (4096, 4096));
     }
-    if !Need::Strace.met(TEST) {
-        return;
-    }
+    needs!(Strace);
     let Some(place) = Fs::Ext4.mount(TEST) else {
         return;
     };
@@ -229,9 +223,7 @@ fn missing_directory_is_named() {
 
 #[test]
 fn read_only_directory_is_an_error() {
-    if !Need::Root.met("read_only_directory_is_an_error") {
-        return;
-    }
+    needs!(Root);
     let dir = tempfile::tempdir().expect("dir");
     let bind = ReadOnlyBind::of(dir.path()).expect("bound");
     let error = Capabilities::probe(bind.path()).expect_err("read-only");

@@ -98,9 +98,7 @@ fn length_of_2_to_the_63_is_refused() {
 
 #[test]
 fn reserving_more_than_the_free_space_is_an_error() {
-    if !test_machine::Need::Root.met("reserving_more_than_the_free_space_is_an_error") {
-        return;
-    }
+    test_machine::needs!(Root);
     let tmpfs = test_machine::TinyTmpfs::new(64 << 10).expect("mounted");
     let file = tempfile::tempfile_in(tmpfs.path()).expect("file");
     let error = reserve(&file, 1 << 20).expect_err("no room");

@@ -6,7 +6,7 @@ use std::process::{Command, Output};
 
 use rstest::rstest;
 use serde_json::Value;
-use test_machine::Need;
+use test_machine::needs;
 
 fn matrix(arguments: &[&str]) -> Output {
     Command::new(env!("CARGO_BIN_EXE_fs-matrix"))
@@ -66,9 +66,7 @@ fn a_broken_library_is_caught_by_the_check_named_for_it_and_by_no_other(
     #[case] mutant: &str,
     #[case] caught_by: &[&str],
 ) {
-    if !Need::Strace.met("a_broken_library_is_caught_by_the_check_named_for_it_and_by_no_other") {
-        return;
-    }
+    needs!(Strace);
     let dir = tempfile::tempdir().expect("a directory");
     let mut arguments = selection(caught_by);
     arguments.push(format!("--mutant={mutant}"));

@@ -8,7 +8,7 @@ use std::process::{Command, Stdio};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use test_machine::Need;
+use test_machine::needs;
 
 fn command(dir: &Path) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_qemu-e2e"));
@@ -31,9 +31,7 @@ fn interrupted_it_leaves_no_file_and_no_qemu() {
     if !test_machine::thorough() {
         return test_machine::not_run(name, "it downloads and boots a guest");
     }
-    if !Need::LinuxGuest.met(name) {
-        return;
-    }
+    needs!(LinuxGuest);
     let dir = tempfile::tempdir().expect("a directory");
     let mut e2e = command(dir.path())
         .stdout(Stdio::piped())

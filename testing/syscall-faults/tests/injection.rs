@@ -10,7 +10,7 @@ use std::time::Duration;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use rstest::rstest;
-use test_machine::Need;
+use test_machine::needs;
 
 fn command(arguments: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_syscall-faults"));
@@ -50,9 +50,7 @@ fn what_goes_wrong_is_what_was_asked_for(
     #[case] fault: &str,
     #[case] expected: &str,
 ) {
-    if !Need::Ptrace.met("what_goes_wrong_is_what_was_asked_for") {
-        return;
-    }
+    needs!(Ptrace);
     let (output, said) = faults(&["--only", scenario, "--fault", fault]);
     assert!(output.status.success(), "{said}");
     assert!(said.contains("no harm"), "{said}");
@@ -61,11 +59,7 @@ fn what_goes_wrong_is_what_was_asked_for(
 
 #[test]
 fn a_disk_with_room_for_a_part_says_so() {
-    if !Need::Ptrace.met("a_disk_with_room_for_a_part_says_so")
-        || !Need::Root.met("a_disk_with_room_for_a_part_says_so")
-    {
-        return;
-    }
+    needs!(Ptrace, Root);
     let (output, said) = faults(&["--only=full", "--fault=room:100000"]);
     assert!(output.status.success(), "{said}");
     assert!(said.contains("failed at offset 0x18000"), "{said}");
@@ -73,9 +67,7 @@ fn a_disk_with_room_for_a_part_says_so() {
 
 #[test]
 fn a_mistake_is_found_out_and_the_fault_that_shows_it_can_be_had_again() {
-    if !Need::Ptrace.met("a_mistake_is_found_out_and_the_fault_that_shows_it_can_be_had_again") {
-        return;
-    }
+    needs!(Ptrace);
     let (output, said) = faults(&["--only=denies-rename", "--sample=40", "--seed=1"]);
     assert_eq!(output.status.code(), Some(1), "{said}");
     assert!(!said.contains(" 0 untrue"), "{said}");
@@ -89,9 +81,7 @@ fn a_mistake_is_found_out_and_the_fault_that_shows_it_can_be_had_again() {
 
 #[test]
 fn the_library_passes_and_the_control_too() {
-    if !Need::Ptrace.met("the_library_passes_and_the_control_too") {
-        return;
-    }
+    needs!(Ptrace);
     let (output, said) = faults(&["--only=replace,by-hand", "--sample=10", "--seed=1"]);
     assert!(output.status.success(), "{said}");
     let last = said.lines().last().expect("lines");
@@ -105,9 +95,7 @@ fn the_library_passes_and_the_control_too() {
 #[case(&["--fault=fsync#1:EIO"], "--fault takes one scenario")]
 #[case(&["--only=nothing"], "--list lists the scenarios")]
 fn what_can_not_be_done_is_refused(#[case] arguments: &[&str], #[case] expected: &str) {
-    if !Need::Ptrace.met("what_can_not_be_done_is_refused") {
-        return;
-    }
+    needs!(Ptrace);
     let (output, said) = faults(arguments);
     assert!(!output.status.success(), "{said}");
     assert!(said.contains(expected), "{said}");
@@ -115,9 +103,7 @@ fn what_can_not_be_done_is_refused(#[case] arguments: &[&str], #[case] expected:
 
 #[test]
 fn interrupted_it_leaves_nothing_behind() {
-    if !Need::Ptrace.met("interrupted_it_leaves_nothing_behind") {
-        return;
-    }
+    needs!(Ptrace);
     let dir = tempfile::tempdir().expect("a directory");
     let names = || std::fs::read_dir(dir.path()).expect("a directory").count();
     let mut faults = command(&[])

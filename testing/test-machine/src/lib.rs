@@ -1,8 +1,7 @@
 //! Test support: checks of the machine's capabilities, and small file systems that tests run on.
 //!
-//! A test that needs a capability that a machine may lack calls [`Need::met`] first. If the
-//! capability is missing, the call prints one line past the test harness's capture, and the test
-//! returns. The test fails instead if `RAMSNAP_REQUIRE` lists the capability (comma-separated, or
+//! A test that needs a capability that a machine may lack begins with [`needs!`]. If the capability
+//! is missing, the macro prints one line past the test harness's capture, and the test returns. The test fails instead if `RAMSNAP_REQUIRE` lists the capability (comma-separated, or
 //! `all`; `cargo xtask test` sets `all` in CI).
 //!
 //! A test repeats its work a few times, and many times if [`thorough`] returns true: `cargo xtask
@@ -40,6 +39,53 @@ pub fn thorough() -> bool {
 #[must_use]
 pub fn rounds<T>(few: T, many: T) -> T {
     if thorough() { many } else { few }
+}
+
+/// Returns from the calling test unless this machine meets all of its needs.
+///
+/// Takes variants of [`Need`], and prints the name of the calling function. `=> VALUE` is what the
+/// function returns.
+///
+/// # Examples
+/// ```
+/// # use test_machine::FileSystem;
+/// fn a_page_is_unprotected() {
+///     test_machine::needs!(Userfaultfd);
+/// }
+///
+/// fn a_file_on_xfs_has_holes() -> std::io::Result<()> {
+///     test_machine::needs!(Root, Mount(FileSystem::XFS) => Ok(()));
+///     Ok(())
+/// }
+/// ```
+///
+/// # Panics
+/// As [`Need::met`].
+#[macro_export]
+macro_rules! needs {
+    ($($need:expr),+ $(,)?) => {
+        $crate::needs!($($need),+ => ())
+    };
+    ($($need:expr),+ => $value:expr) => {
+        {
+            #[allow(unused_imports)]
+            use $crate::Need::*;
+            fn here() {}
+            let test = $crate::enclosing(here);
+            if !([$($need),+].into_iter().all(|need: $crate::Need| need.met(test))) {
+                return $value;
+            }
+        }
+    };
+}
+
+/// Returns the path of the function that `here` is declared in.
+#[doc(hidden)]
+#[must_use]
+pub fn enclosing<F>(_here: F) -> &'static str {
+    let path = std::any::type_name::<F>();
+    let path = path.strip_suffix("::here").unwrap_or(path);
+    path.trim_end_matches("::{{closure}}")
 }
 
 /// A capability that a test needs and a machine may lack.
@@ -298,4 +344,50 @@ fn gives_huge_pages() -> bool {
 #[cfg(not(target_os = "linux"))]
 fn can_mount() -> bool {
     true
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_name_of_a_test_is_its_path() {
+        fn here() {}
+        let inside = || {
+            fn here() {}
+            enclosing(here)
+        };
+        let path = "test_machine::tests::the_name_of_a_test_is_its_path";
+        assert_eq!(enclosing(here), path);
+        assert_eq!(inside(), path);
+    }
+
+    /// For `a_test_returns_unless_its_needs_are_met`, which runs it.
+    #[test]
+    #[ignore = "run by another test"]
+    fn a_test_with_an_unmet_need() {
+        // No machine mounts it by a loop device: it is not on a disk.
+        needs!(Root, Mount(FileSystem::TMPFS));
+        unreachable!("the need cannot be met");
+    }
+
+    #[test]
+    fn a_test_returns_unless_its_needs_are_met() {
+        let run = |required: Option<&str>| {
+            let mut test = std::process::Command::new(std::env::current_exe().expect("its path"));
+            test.args(["--exact", "tests::a_test_with_an_unmet_need", "--ignored"]);
+            test.env_remove(NOT_RUN).env_remove(REQUIRE);
+            if let Some(required) = required {
+                test.env(REQUIRE, required);
+            }
+            test.output().expect("the test runs")
+        };
+        let returned = run(None);
+        let line = "NOT RUN test_machine::tests::a_test_with_an_unmet_need: this machine has no ";
+        let stderr = String::from_utf8_lossy(&returned.stderr);
+        assert!(returned.status.success(), "{returned:?}");
+        assert!(stderr.contains(line), "{stderr}");
+        assert!(!run(Some("all")).status.success());
+        assert!(run(Some("kvm")).status.success());
+    }
 }

@@ -106,7 +106,7 @@ mod tests {
     use std::thread;
     use std::time::{Duration, Instant};
 
-    use test_machine::Need;
+    use test_machine::needs;
 
     use super::*;
 
@@ -134,9 +134,7 @@ mod tests {
 
     #[test]
     fn detaching_delivers_the_signal_of_the_stop() {
-        if !Need::Ptrace.met("detaching_delivers_the_signal_of_the_stop") {
-            return;
-        }
+        needs!(Ptrace);
         let (mut child, signal) = stopped_at_a_signal();
         detach(Pid::from_raw(child.id() as i32), signal).unwrap();
         assert_eq!(child.wait().unwrap().signal(), Some(signal));
@@ -144,9 +142,7 @@ mod tests {
 
     #[test]
     fn the_end_of_the_tracer_delivers_the_pending_signal() {
-        if !Need::Ptrace.met("the_end_of_the_tracer_delivers_the_pending_signal") {
-            return;
-        }
+        needs!(Ptrace);
         let (mut child, signal) = thread::spawn(stopped_at_a_signal).join().unwrap();
         // The join returns shortly before the kernel detaches the traced threads.
         let mut end = Vec::new();

@@ -145,16 +145,14 @@ fn accepted(result: io::Result<usize>) -> io::Result<Option<usize>> {
 
 #[cfg(all(test, target_os = "linux"))]
 mod tests {
-    use test_machine::{FileSystem, LoopMount, Need};
+    use test_machine::{FileSystem, LoopMount, needs};
 
     use super::*;
 
     /// Linux 6.18 accepts this for a piece of a single page.
     #[test]
     fn alignment_unsuitable_for_many_pages_is_refused() {
-        if !Need::Mount(FileSystem::EXT4).met("alignment_unsuitable_for_many_pages_is_refused") {
-            return;
-        }
+        needs!(Mount(FileSystem::EXT4));
         let mount = LoopMount::new(FileSystem::EXT4).expect("mounted");
         let file = tempfile::tempfile_in(mount.path()).expect("file");
         sys::set_direct(&file, true).expect("direct");

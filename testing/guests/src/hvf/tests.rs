@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use page_reader::RamLayout;
 use rstest::rstest;
-use test_machine::Need;
+use test_machine::needs;
 
 use super::*;
 use crate::ledger::{self, Layout, PAGE, Registers, WORD, Words, front};
@@ -257,9 +257,7 @@ fn emulate(
 )]
 #[case::that_is_empty(&[(start::LOW, 8 << 20)], 0)]
 fn arm64_program_keeps_the_same_ledger(#[case] ram: &[(u64, u64)], #[case] steps: u64) {
-    if !Need::Aarch64.met("arm64_program_keeps_the_same_ledger") {
-        return;
-    }
+    needs!(Aarch64);
     let regions = RamLayout::new(ram.iter().copied()).unwrap();
     let mut model = PlainMemory(vec![0; LAYOUT.ram as usize]);
     let mut registers = Registers::default();
@@ -293,9 +291,7 @@ fn arm64_program_keeps_the_same_ledger(#[case] ram: &[(u64, u64)], #[case] steps
 
 #[test]
 fn arm64_program_detects_a_changed_page() {
-    if !Need::Aarch64.met("arm64_program_detects_a_changed_page") {
-        return;
-    }
+    needs!(Aarch64);
     let regions = RamLayout::single(start::LOW, LAYOUT.ram).unwrap();
     // None of these few steps writes this page, so only the check reads it.
     let corrupt = |ram: &mut Ram<'_>| ram.store(LAYOUT.page(LAYOUT.pages - 3) + ledger::ENTRY, 1);

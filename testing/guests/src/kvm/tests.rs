@@ -1,7 +1,7 @@
 //! Properties of virtual machines: pauses in the middle of a step, vector registers, a hole in the
 //! addresses.
 
-use test_machine::Need;
+use test_machine::needs;
 
 use super::*;
 use crate::oracle;
@@ -29,9 +29,7 @@ fn successor(old: &mut Machine, change: impl FnOnce(&mut VcpuState)) -> Machine 
 
 #[test]
 fn vm_paused_in_a_step_continues_as_another() {
-    if !Need::Kvm.met("vm_paused_in_a_step_continues_as_another") {
-        return;
-    }
+    needs!(Kvm);
     let mut machine = machine();
     let mut inside = 0;
     // On a busy host every pause may come at the end of the last step: only a thorough run waits
@@ -53,9 +51,7 @@ fn vm_paused_in_a_step_continues_as_another() {
 
 #[test]
 fn vm_without_its_vector_registers_is_detected() {
-    if !Need::Kvm.met("vm_without_its_vector_registers_is_detected") {
-        return;
-    }
+    needs!(Kvm);
     // XMM0 in an XSAVE area: Intel SDM vol. 1, table 13-1.
     const XMM0: std::ops::Range<usize> = 160..176;
     let mut machine = machine();
@@ -71,9 +67,7 @@ fn vm_without_its_vector_registers_is_detected() {
 
 #[test]
 fn ledger_continues_above_a_hole_in_the_addresses() {
-    if !Need::Kvm.met("ledger_continues_above_a_hole_in_the_addresses") {
-        return;
-    }
+    needs!(Kvm);
     // The hole is in the middle of a small ledger, instead of at 3 GiB of a large one.
     let regions = [(0, 5 << 20), (64 << 20, 3 << 20)];
     let mut machine = Machine::with_regions(RamLayout::new(regions).unwrap(), LAYOUT).unwrap();
@@ -88,9 +82,7 @@ fn ledger_continues_above_a_hole_in_the_addresses() {
 
 #[test]
 fn guest_that_leaves_its_ram_is_an_error() {
-    if !Need::Kvm.met("guest_that_leaves_its_ram_is_an_error") {
-        return;
-    }
+    needs!(Kvm);
     let mut machine = machine();
     machine.front().store(front::CURSOR, 1 << 40);
     let error = machine.work_until(1000).unwrap_err().to_string();

@@ -61,13 +61,11 @@ fn entries(msrs: impl Iterator<Item = (u32, u64)>) -> Msrs {
 #[cfg(all(test, not(ramsnap_loom)))]
 mod tests {
     use super::*;
-    use test_machine::Need;
+    use test_machine::needs;
 
     #[test]
     fn read_skips_and_reports_the_msrs_that_kvm_refuses() {
-        if !Need::Kvm.met("read_skips_and_reports_the_msrs_that_kvm_refuses") {
-            return;
-        }
+        needs!(Kvm);
         let vm = crate::create_vm(&crate::open_kvm().unwrap()).unwrap();
         let vcpu = vm.create_vcpu(0).unwrap();
         let (pat, none) = (0x277, 0x4b56_4dff);
