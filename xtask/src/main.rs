@@ -8,6 +8,7 @@ mod cargo_tool;
 mod fuzz;
 mod interleavings;
 mod mutants;
+mod packages;
 mod program;
 #[cfg(target_os = "linux")]
 mod sanitize;

@@ -7,6 +7,7 @@ use xshell::{Shell, cmd};
 use super::{Context, Options, Step, Suite, is_installed};
 use crate::cargo_tool::CARGO_DENY;
 use crate::interleavings::{self, Bound};
+use crate::packages;
 
 pub(super) const SUITE: Suite = Suite {
     name: "ci",
@@ -34,6 +35,12 @@ pub(super) const SUITE: Suite = Suite {
             proves: "each crate builds by itself, with no feature that another crate turns on",
             paths: &[],
             run: crates_alone,
+        },
+        Step {
+            name: "packages",
+            proves: "each crate's archive has its README and both licences, and its manifest is complete",
+            paths: &[],
+            run: check_packages,
         },
         Step {
             name: "macos",
@@ -168,6 +175,10 @@ fn crates_alone(context: &Context<'_>) -> anyhow::Result<()> {
         check.run()?;
     }
     Ok(())
+}
+
+fn check_packages(context: &Context<'_>) -> anyhow::Result<()> {
+    packages::check_archives(context.sh)
 }
 
 fn macos(context: &Context<'_>) -> anyhow::Result<()> {

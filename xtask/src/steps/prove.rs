@@ -3,7 +3,7 @@
 use xshell::{Shell, cmd};
 
 use super::{Context, Options, Step, Suite, busy, changed, test};
-use crate::interleavings;
+use crate::{interleavings, packages};
 
 pub(super) const SUITE: Suite = Suite {
     name: "prove",
@@ -13,6 +13,12 @@ pub(super) const SUITE: Suite = Suite {
             proves: "all tests pass with many more rounds, new random cases, and races that must occur",
             paths: &["crates", "testing", "xtask"],
             run: tests,
+        },
+        Step {
+            name: "packages",
+            proves: "each crate builds from its archive, and with the oldest dependencies that its manifest accepts",
+            paths: &["crates", "xtask/src/packages.rs"],
+            run: check_packages,
         },
         Step {
             name: "interleavings",
@@ -228,6 +234,11 @@ fn tests(context: &Context<'_>) -> anyhow::Result<()> {
     let _cases = sh.push_env("PROPTEST_CASES", "2048");
     let _thorough = sh.push_env(test_machine::THOROUGH, "1");
     test::run_tests(sh)
+}
+
+fn check_packages(context: &Context<'_>) -> anyhow::Result<()> {
+    packages::build_archives(context.sh)?;
+    packages::check_oldest_dependencies(context.sh)
 }
 
 fn interleavings(context: &Context<'_>) -> anyhow::Result<()> {
