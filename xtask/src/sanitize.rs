@@ -70,7 +70,7 @@ pub(crate) fn crates() -> [&'static str; 9] {
 /// Run the tests with every access to memory watched: data races, use after free, out of bounds
 ///
 /// Builds the crates with ThreadSanitizer (and the standard library, whose locks it must see) or
-/// AddressSanitizer, and runs their tests. First it shows that mistakes made on purpose are found.
+/// AddressSanitizer, and runs their tests. First it shows that mutants are found.
 /// What a sanitizer can't follow is not run, and said with the reason. Linux on x86-64.
 ///
 /// It takes Debian's packages of a Rust toolchain with the standard library's source, and of clang
@@ -97,9 +97,9 @@ pub(crate) enum Sanitizer {
     Address,
 }
 
-/// What is made on purpose, and what the sanitizer calls it.
-struct Planted {
-    mistake: &'static str,
+/// A deliberate memory error, and what the sanitizer reports for it.
+struct Mutant {
+    name: &'static str,
     found_as: &'static str,
 }
 
@@ -139,8 +139,8 @@ impl Sanitize {
         let start = Instant::now();
         let name = sanitizer.name();
         let _env = sanitizer.env(sh);
-        for planted in sanitizer.planted() {
-            find(sh, sanitizer, planted)?;
+        for mutant in sanitizer.mutants() {
+            find(sh, sanitizer, mutant)?;
         }
         let mut all = Sum::default();
         for (name, targets) in CRATES {
@@ -159,12 +159,12 @@ impl Sanitize {
         ensure!(reports == 0, "{reports} reports, which are above");
         ensure!(tests > 0, "no test was run");
         let found: Vec<_> = sanitizer
-            .planted()
+            .mutants()
             .iter()
-            .map(|planted| planted.mistake)
+            .map(|mutant| mutant.name)
             .collect();
         Ok(format!(
-            "{name}: {tests} tests, {reports} reports; planted and found: {} ({} s)",
+            "{name}: {tests} tests, {reports} reports; mutants found: {} ({} s)",
             found.join(", "),
             start.elapsed().as_secs(),
         ))
@@ -225,19 +225,19 @@ impl Sanitizer {
         }
     }
 
-    fn planted(self) -> &'static [Planted] {
+    fn mutants(self) -> &'static [Mutant] {
         match self {
-            Self::Thread => &[Planted {
-                mistake: "race",
+            Self::Thread => &[Mutant {
+                name: "race",
                 found_as: "WARNING: ThreadSanitizer: data race",
             }],
             Self::Address => &[
-                Planted {
-                    mistake: "use-after-free",
+                Mutant {
+                    name: "use-after-free",
                     found_as: "ERROR: AddressSanitizer: heap-use-after-free",
                 },
-                Planted {
-                    mistake: "out-of-bounds",
+                Mutant {
+                    name: "out-of-bounds",
                     found_as: "ERROR: AddressSanitizer: heap-buffer-overflow",
                 },
             ],
@@ -253,9 +253,9 @@ impl Sanitizer {
     }
 }
 
-/// Has a mistake made, which must be found.
-fn find(sh: &Shell, sanitizer: Sanitizer, planted: &Planted) -> anyhow::Result<()> {
-    let mistake = planted.mistake;
+/// Runs a mutant, which must be found.
+fn find(sh: &Shell, sanitizer: Sanitizer, mutant: &Mutant) -> anyhow::Result<()> {
+    let name = mutant.name;
     let made = sanitizer
         .cargo(sh, "run")
         .args([
@@ -265,14 +265,14 @@ fn find(sh: &Shell, sanitizer: Sanitizer, planted: &Planted) -> anyhow::Result<(
             "memory_mutants",
             "--",
         ])
-        .arg(mistake)
+        .arg(name)
         .ignore_status()
         .output()?;
     let said = String::from_utf8_lossy(&made.stderr);
-    if !said.contains(planted.found_as) {
-        bail!("the planted mistake is not found: {mistake}\n{said}");
+    if !said.contains(mutant.found_as) {
+        bail!("the mutant {name} is not found\n{said}");
     }
-    println!("found: {mistake}");
+    println!("found: {name}");
     Ok(())
 }
 

@@ -27,7 +27,8 @@ pub use loop_mount::LoopMount;
 #[cfg(target_os = "linux")]
 pub use mounts::{HugeFs, Overlay, ReadOnlyBind, TinyTmpfs};
 pub use table::{
-    CrashStates, Disk, FileSystem, InGuest, LinuxHost, Local, MacOs, Package, SlowCheck, Storage,
+    CrashStates, Disk, FileSystem, InGuest, LinuxHost, Local, MacOs, SlowCheck, Storage,
+    ToolPackage,
 };
 #[cfg(target_os = "linux")]
 pub use tool::tool;

@@ -70,7 +70,7 @@ pub struct Disk {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Local {
     /// What its tools are in.
-    pub packages: &'static [Package],
+    pub packages: &'static [ToolPackage],
     /// The program that mounts it by FUSE; `None` for the kernel's driver.
     pub fuse: Option<&'static str>,
     /// The first Linux that mounts it; `None` if every one in use does.
@@ -94,7 +94,7 @@ pub struct InGuest {
 
 /// A Debian package.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Package {
+pub struct ToolPackage {
     /// The name of the package.
     pub name: &'static str,
     /// A program that is there once it is installed.
@@ -140,23 +140,23 @@ pub enum CrashStates {
 
 const MIB: u64 = 1 << 20;
 
-const E2FSPROGS: Package = Package {
+const E2FSPROGS: ToolPackage = ToolPackage {
     name: "e2fsprogs",
     program: "mkfs.ext4",
 };
-const XFSPROGS: Package = Package {
+const XFSPROGS: ToolPackage = ToolPackage {
     name: "xfsprogs",
     program: "mkfs.xfs",
 };
-const BTRFS_PROGS: Package = Package {
+const BTRFS_PROGS: ToolPackage = ToolPackage {
     name: "btrfs-progs",
     program: "mkfs.btrfs",
 };
-const EXFATPROGS: Package = Package {
+const EXFATPROGS: ToolPackage = ToolPackage {
     name: "exfatprogs",
     program: "mkfs.exfat",
 };
-const EXFAT_FUSE: Package = Package {
+const EXFAT_FUSE: ToolPackage = ToolPackage {
     name: "exfat-fuse",
     program: "mount.exfat-fuse",
 };

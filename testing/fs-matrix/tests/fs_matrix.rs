@@ -87,8 +87,13 @@ fn the_library_as_it_is_passes_on_any_directory() {
 
 #[test]
 fn a_directory_that_is_not_there_is_no_pass() {
-    let output = matrix(&["--no-install", "--mount=gone=/nonexistent"]);
+    let dir = tempfile::tempdir().expect("a directory");
+    let json = dir.path().join("findings.json");
+    let save = format!("--json={}", json.display());
+    let output = matrix(&["--no-install", "--mount=gone=/nonexistent", &save]);
     assert!(!output.status.success());
-    let text = String::from_utf8_lossy(&output.stdout);
-    assert!(text.contains("gone was not checked to the end"), "{text}");
+    let text = std::fs::read_to_string(json).expect("the findings");
+    let report: Value = serde_json::from_str(&text).expect("JSON");
+    assert_eq!(report["mounts"][0]["mount"], "gone");
+    assert!(report["mounts"][0]["failed"].is_string(), "{report}");
 }

@@ -15,8 +15,8 @@ use sparse_file::{RunSource, WriteError, WriteOptions, write_runs};
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Target(pub Option<Mutant>);
 
-/// A mistake that libraries make. Each is the real library but for that mistake, so that no other
-/// check stumbles.
+/// The library with one error that libraries make. Nothing else differs, so that no other check
+/// fails.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub enum Mutant {
     /// Renames the staged file without syncing it.

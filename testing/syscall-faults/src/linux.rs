@@ -139,7 +139,7 @@ impl Faults {
             let [case] = named.as_slice() else {
                 bail!("--fault takes one scenario: --only SCENARIO");
             };
-            println!("no harm; it said: {}", again(case, fault, &settings)?);
+            println!("no violation; it said: {}", again(case, fault, &settings)?);
             return Ok(());
         }
         if settings.sample.is_some() {

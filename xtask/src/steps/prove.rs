@@ -127,7 +127,7 @@ pub(super) const SUITE: Suite = Suite {
         },
         Step {
             name: "sanitize",
-            proves: "ThreadSanitizer and AddressSanitizer report nothing, and find what is planted",
+            proves: "ThreadSanitizer and AddressSanitizer report nothing, and find mutants",
             paths: &["crates", "xtask/src/sanitize", "xtask/src/sanitize.rs"],
             run: sanitize,
         },

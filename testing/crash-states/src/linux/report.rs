@@ -102,7 +102,7 @@ impl Report {
         println!("in {} s", self.time.as_secs());
         record.conclude(sh, "cargo xtask crash", &sum.text(), &how)?;
         if sum.lost + sum.torn + sum.left > 0 {
-            bail!("a loss of power does harm");
+            bail!("a loss of power violates an invariant");
         }
         if !missed.is_empty() {
             bail!("not found out: {}", missed.join(", "));

@@ -16,7 +16,7 @@ use scenarios::random::Random;
 use test_machine::Need;
 
 use super::plan::{Place, Plan};
-use super::shadow::{Difference, Harm, Shadow};
+use super::shadow::{Difference, PageViolation, Shadow};
 
 /// An image that was committed.
 #[derive(Clone, Debug)]
@@ -132,7 +132,7 @@ impl Images {
             if let Some(damage) = verified.damage.first() {
                 let torn = Difference {
                     at: damage.offset(),
-                    what: Harm::Torn,
+                    what: PageViolation::Torn,
                 };
                 let context = format!("{}: {damage:?}", saved.path.display());
                 return Err(anyhow::Error::from(torn).context(context));

@@ -18,7 +18,7 @@ use super::chain::{Images, Saved};
 use super::child::{self, Order};
 use super::plan::{Flaky, InjectedFault, Kind, ON_PURPOSE, Plan};
 use super::saved_guest::{SavedGuest, Shape};
-use super::shadow::{Difference, Harm, Shadow};
+use super::shadow::{Difference, PageViolation, Shadow};
 use super::{Mutant, Settings};
 
 /// What a tmpfs has room for that a save is to fill.
@@ -224,7 +224,7 @@ impl Save<'_> {
             _ => {
                 let half = Difference {
                     at: 0,
-                    what: Harm::Torn,
+                    what: PageViolation::Torn,
                 };
                 return Err(anyhow::Error::from(half).context("of two files, one was committed"));
             }

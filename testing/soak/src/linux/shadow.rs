@@ -19,11 +19,11 @@ pub(super) struct Shadow(Vec<u8>);
 pub(super) struct Difference {
     /// The first byte in the RAM that differs.
     pub at: u64,
-    pub what: Harm,
+    pub what: PageViolation,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Harm {
+pub(super) enum PageViolation {
     /// The page is what an older save has of it, or is about to be.
     Lost,
     /// The page is nothing that was saved.
@@ -33,8 +33,8 @@ pub(super) enum Harm {
 impl fmt::Display for Difference {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let what = match self.what {
-            Harm::Lost => "a page is lost",
-            Harm::Torn => "a page is torn",
+            PageViolation::Lost => "a page is lost",
+            PageViolation::Torn => "a page is torn",
         };
         write!(
             f,
@@ -98,7 +98,11 @@ impl Shadow {
         let is_older = older.is_some_and(|older| older.0[at..at + found.len()] == *found);
         Err(Difference {
             at: at as u64,
-            what: if is_older { Harm::Lost } else { Harm::Torn },
+            what: if is_older {
+                PageViolation::Lost
+            } else {
+                PageViolation::Torn
+            },
         })
     }
 
@@ -117,7 +121,7 @@ impl Shadow {
             let sectors = now.chunks(FINEST).zip(then.chunks(FINEST));
             for ((now, then), at) in sectors.zip((start..).step_by(FINEST)) {
                 if now != then && !dirty.is_dirty(at)? {
-                    let what = Harm::Lost;
+                    let what = PageViolation::Lost;
                     return Err(Difference { at, what }.into());
                 }
             }
@@ -132,7 +136,7 @@ mod tests {
 
     const SIZE: u64 = 8192;
 
-    fn harm(found: anyhow::Result<()>) -> Option<(u64, Harm)> {
+    fn violation(found: anyhow::Result<()>) -> Option<(u64, PageViolation)> {
         let error = found.err()?;
         let Difference { at, what } = error.downcast_ref().expect("a difference");
         Some((*at, *what))
@@ -143,14 +147,14 @@ mod tests {
         let [older, now] = [1_u8, 2].map(|byte| vec![byte; SIZE as usize]);
         let shadow = |ram: &Vec<u8>| Shadow::take(ram, SIZE).expect("a copy");
         let (before, expected) = (shadow(&older), shadow(&now));
-        let compare = |found: &Vec<u8>| harm(expected.compare(found, Some(&before)));
+        let compare = |found: &Vec<u8>| violation(expected.compare(found, Some(&before)));
         assert_eq!(compare(&now), None);
-        assert_eq!(compare(&older), Some((0, Harm::Lost)));
+        assert_eq!(compare(&older), Some((0, PageViolation::Lost)));
         let mut found = now.clone();
         found[5000] = 1;
-        assert_eq!(compare(&found), Some((4608, Harm::Torn)));
+        assert_eq!(compare(&found), Some((4608, PageViolation::Torn)));
         found[4608..5120].fill(1);
-        assert_eq!(compare(&found), Some((4608, Harm::Lost)));
+        assert_eq!(compare(&found), Some((4608, PageViolation::Lost)));
     }
 
     #[test]
@@ -160,8 +164,8 @@ mod tests {
         now[4100] = 1;
         let shadow = |ram: &Vec<u8>| Shadow::take(ram, SIZE).expect("a copy");
         let dirty = DirtyBitmap::new(0, SIZE, 4096).expect("a bitmap");
-        let check = || harm(shadow(&now).check_marks(&shadow(&then), &dirty));
-        assert_eq!(check(), Some((4096, Harm::Lost)));
+        let check = || violation(shadow(&now).check_marks(&shadow(&then), &dirty));
+        assert_eq!(check(), Some((4096, PageViolation::Lost)));
         dirty.set_dirty(4096).expect("inside");
         assert_eq!(check(), None);
     }

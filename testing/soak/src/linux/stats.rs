@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, ensure};
 use indicatif::HumanCount;
 
-use super::shadow::{Difference, Harm};
+use super::shadow::{Difference, PageViolation};
 
 /// Counted by all guests.
 #[derive(Default)]
@@ -67,8 +67,8 @@ impl Tally {
     pub(super) fn failed(&self, error: &anyhow::Error) {
         if let Some(Difference { what, .. }) = error.downcast_ref() {
             let count = match what {
-                Harm::Lost => &self.lost,
-                Harm::Torn => &self.torn,
+                PageViolation::Lost => &self.lost,
+                PageViolation::Torn => &self.torn,
             };
             count.fetch_add(1, Ordering::Relaxed);
         }

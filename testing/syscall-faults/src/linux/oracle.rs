@@ -100,13 +100,15 @@ impl Run<'_> {
         if !may_stay && !self.fault.is_some_and(fails_clearing_up) {
             self.nothing_left(text)?;
         }
-        let Err(harm) = self.check(said.next()) else {
+        let Err(violation) = self.check(said.next()) else {
             return Ok(());
         };
         // The files are whole, but not as the error states.
         match self.check(Next::Unknown) {
-            Ok(()) => Err(FaultViolation::Untrue(format!("{harm}, after: {text}"))),
-            Err(_) => Err(harm.when(text).into()),
+            Ok(()) => Err(FaultViolation::Untrue(format!(
+                "{violation}, after: {text}"
+            ))),
+            Err(_) => Err(violation.when(text).into()),
         }
     }
 

@@ -117,7 +117,7 @@ impl Report {
         let how = format!("{chosen}, {} s", self.time.as_secs());
         record.conclude(sh, "cargo xtask faults", &said, &how)?;
         if self.done.iter().any(|done| !done.violations.is_empty()) {
-            bail!("a fault does harm");
+            bail!("a fault violates an invariant");
         }
         let missed = self
             .mutants
