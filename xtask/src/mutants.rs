@@ -47,7 +47,7 @@ const CRATES: [(&str, &[Part]); 4] = [
             &["destinations", "group", "power_loss", "recovery"],
             &["recycling", "recycling_in_use", "replace"],
             &["concurrency", "hostile", "hostile_records", "orphans"],
-            &["preflight", "preserve", "replace_only"],
+            &["preflight", "preserve", "preserve_access", "replace_only"],
             &["faults"],
             &["group_faults"],
         ])],

@@ -290,6 +290,7 @@
 //!
 //! None. This crate supports Linux and macOS, and compiles on other Unix systems.
 
+mod acl;
 mod attribute;
 mod destination;
 mod directory;

@@ -1,6 +1,8 @@
 //! Copying attributes of the replaced file to the new file: owner, group, mode, access control
 //! list, extended attributes.
 
+mod narrow;
+
 use std::ffi::OsStr;
 use std::fs::File;
 use std::io;
@@ -9,12 +11,15 @@ use nix::fcntl::OFlag;
 use nix::unistd::{Gid, Uid, fchown};
 use xattr::FileExt as _;
 
+use crate::acl::Acl;
 use crate::attribute::{Attribute, NotPreserved};
 use crate::destination::Destination;
 use crate::directory::Directory;
 use crate::retry::retry;
 use crate::stat::{Stat, stat_of};
 use crate::sys;
+
+use narrow::narrowed;
 
 /// The attributes of the replaced file that the new file receives.
 ///
@@ -42,10 +47,16 @@ use crate::sys;
 /// [`if_permitted`](Self::if_permitted) the attribute is omitted, and
 /// [`AtomicWriter::not_preserved`](crate::AtomicWriter::not_preserved) lists it.
 ///
-/// **A preserved mode never grants more than before.** If the owner differs, the set-user-id bit is
-/// dropped. If the group differs, or an access control list was omitted, the group receives only
-/// the permissions of all other users, and the set-group-id bit is dropped. A list that the new
-/// file inherits from its directory is removed, because it would grant more.
+/// **A preserved mode never grants more than before**: a user who could not read or write the old
+/// file cannot read or write the new one, unless that user is its new owner.
+/// - If the owner differs, the set-user-id bit is dropped. The old owner now counts as a member of
+///   the group or as another user, so both receive only permissions that the owner had.
+/// - If the group differs, the set-group-id bit is dropped. The new group and all other users
+///   receive only the permissions that the old group and all other users had: with the mode 0604,
+///   the members of the old group would otherwise become other users, who may read.
+/// - If an access control list was omitted, the group and all other users receive only permissions
+///   that every entry of it granted. If it cannot be read, they receive none.
+/// - A list that the new file inherits from its directory is removed, because it would grant more.
 ///
 /// # Examples
 /// ```
@@ -183,13 +194,14 @@ pub(crate) fn apply(
         return Ok(copy.lost);
     }
     copy.ownership(&old)?;
-    let has_acl = match opened {
-        Some(opened) => copy.extended(opened)?,
-        None => false,
-    };
-    let mode = match preserve.mode {
-        true => narrowed(&old, &stat_of(file).map_err(mode_of)?, has_acl),
-        false => mode,
+    let new = stat_of(file).map_err(mode_of)?;
+    // The file is opened if the mode is to be preserved.
+    let mode = match opened {
+        Some(opened) => copy.extended(opened, |acl, kept| match preserve.mode {
+            true => narrowed(&old, &new, acl, kept),
+            false => mode,
+        })?,
+        None => mode,
     };
     sys::set_mode(file, mode).map_err(mode_of)?;
     Ok(copy.lost)
@@ -232,26 +244,6 @@ fn is_untrusted(old: &Stat, dir: &Directory) -> bool {
     const ROOT: u32 = 0;
     let trusted = [sys::file_owner(), ROOT, dir.stat.uid];
     dir.others_may_create() && (!trusted.contains(&old.uid) || old.links != 1)
-}
-
-/// Returns the old file's permission bits without those that would grant more to another owner or
-/// group.
-fn narrowed(old: &Stat, new: &Stat, acl_left_out: bool) -> u32 {
-    const SET_USER_ID: u32 = 0o4000;
-    const SET_GROUP_ID: u32 = 0o2000;
-    const GROUP: u32 = 0o070;
-    let mut mode = old.mode & 0o7777;
-    if old.uid != new.uid {
-        mode &= !SET_USER_ID;
-    }
-    if old.gid != new.gid {
-        mode &= !SET_GROUP_ID;
-    }
-    // With a list, the group bits are the upper bound of all its entries.
-    if old.gid != new.gid || acl_left_out {
-        mode &= !GROUP | (mode & 0o007) << 3;
-    }
-    mode
 }
 
 struct AttributeCopy<'f> {
@@ -328,8 +320,13 @@ impl AttributeCopy<'_> {
         Ok(())
     }
 
-    /// Returns whether the old file has an access control list that the new file did not receive.
-    fn extended(&mut self, opened: io::Result<File>) -> Result<bool, NotPreserved> {
+    /// Copies the access control list and the extended attributes. Returns the permission bits of
+    /// the new file, which `mode` returns for the old list and whether the new file has it.
+    fn extended(
+        &mut self,
+        opened: io::Result<File>,
+        mode: impl Fn(&Acl, bool) -> u32,
+    ) -> Result<u32, NotPreserved> {
         let Preserve { acl, xattrs, .. } = self.preserve;
         let listed = opened.and_then(|old| {
             let names: Vec<_> = match old.list_xattr() {
@@ -337,25 +334,30 @@ impl AttributeCopy<'_> {
                 Err(error) if error.kind() == io::ErrorKind::Unsupported => Vec::new(),
                 Err(error) => return Err(error),
             };
-            Ok((old, names))
+            let list = sys::acl_of(&old)?;
+            Ok((old, names, list))
         });
-        let (old, names) = match listed {
+        let (old, names, list) = match listed {
             Ok(listed) => listed,
             Err(error) => {
                 if acl || xattrs {
                     self.result(Attribute::Xattrs, Err(error))?;
                 }
-                // The file may have a list.
-                return Ok(true);
+                return Ok(mode(&Acl::Unknown, false));
             }
         };
-        let mut acl_left_out = false;
+        let mut mode_now = mode(&list, list == Acl::Absent);
         if acl {
+            let with_list = mode(&list, true);
             let before = self.lost.len();
-            self.result(Attribute::Acl, sys::copy_acl(&old, self.file))?;
-            acl_left_out = self.lost.len() > before;
-        } else {
-            acl_left_out |= names.iter().any(|name| sys::is_acl(name));
+            // The list has the bits of the mode: it grants nothing else until the mode is set.
+            self.result(
+                Attribute::Acl,
+                sys::copy_acl(&old, &list, self.file, with_list),
+            )?;
+            if self.lost.len() == before {
+                mode_now = with_list;
+            }
         }
         for name in names {
             if xattrs && !sys::is_acl(&name) && !describes_contents(&name) {
@@ -363,42 +365,11 @@ impl AttributeCopy<'_> {
                 self.result(Attribute::Xattr(name), copied)?;
             }
         }
-        Ok(acl_left_out)
+        Ok(mode_now)
     }
 }
 
 /// Returns whether an extended attribute depends on the contents of the file.
 fn describes_contents(name: &OsStr) -> bool {
     name == "security.ima" || name == "security.evm"
-}
-
-#[cfg(test)]
-mod tests {
-    use std::path::Path;
-
-    use super::*;
-    use rstest::rstest;
-
-    #[rstest]
-    #[case::same_owner_and_group(0o6775, false, false, false, 0o6775)]
-    #[case::another_owner(0o6775, true, false, false, 0o2775)]
-    #[case::another_group(0o6774, false, true, false, 0o4744)]
-    #[case::list_omitted(0o2771, false, false, true, 0o2711)]
-    #[case::others_have_more_than_the_group(0o0607, false, true, false, 0o0607)]
-    fn a_preserved_mode_never_grants_more(
-        #[case] mode: u32,
-        #[case] other_owner: bool,
-        #[case] other_group: bool,
-        #[case] acl_left_out: bool,
-        #[case] expected: u32,
-    ) {
-        let here = Directory::open(Path::new("/")).unwrap().stat;
-        let old = Stat { mode, ..here };
-        let new = Stat {
-            uid: here.uid + u32::from(other_owner),
-            gid: here.gid + u32::from(other_group),
-            ..here
-        };
-        assert_eq!(narrowed(&old, &new, acl_left_out), expected);
-    }
 }

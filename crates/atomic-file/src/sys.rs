@@ -25,9 +25,9 @@ mod platform;
 
 use platform::flush;
 pub(crate) use platform::{
-    copy_acl, exchange, file_owner, generation, has_acl, has_attributes, has_lasting_inode_numbers,
-    is_acl, is_exclusively_open, is_swap, may_act_for, remove_acl, rename_new, restrictions,
-    supports_leases,
+    acl_of, copy_acl, exchange, file_owner, generation, has_acl, has_attributes,
+    has_lasting_inode_numbers, is_acl, is_exclusively_open, is_swap, may_act_for, remove_acl,
+    rename_new, restrictions, supports_leases,
 };
 
 /// Attributes that forbid replacing a file.

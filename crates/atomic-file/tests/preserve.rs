@@ -201,8 +201,8 @@ fn if_permitted_omits_and_reports_attributes() {
     let after = found(&dest);
     assert_eq!((after.owner, after.group), (uid, uid));
     assert_eq!(
-        after.mode, 0o755,
-        "neither set-id bit, and for the group what all others have"
+        after.mode, 0o750,
+        "neither set-id bit, for the group what all others had, for others what the group had"
     );
     assert!(after.acl && after.note);
 }

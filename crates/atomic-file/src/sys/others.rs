@@ -14,6 +14,7 @@ use nix::unistd::geteuid;
 
 use super::Restrictions;
 
+use crate::acl::Acl;
 use crate::durability::Durability;
 use crate::retry::retry;
 use crate::stat::FileId;
@@ -84,9 +85,46 @@ pub(crate) fn is_acl(_: &OsStr) -> bool {
     false
 }
 
-/// Copies the access control list of `from` to `to`. Removes it if `from` has none.
+/// Returns whether `file` has an access control list. It is not read: its entries may deny what the
+/// mode grants.
 #[cfg(target_vendor = "apple")]
-pub(crate) fn copy_acl(from: &File, to: &File) -> io::Result<()> {
+pub(crate) fn acl_of(file: &File) -> io::Result<Acl> {
+    use std::ffi::{c_int, c_void};
+    use std::os::fd::AsRawFd;
+    /// `ACL_TYPE_EXTENDED` of the system's `sys/acl.h`.
+    const EXTENDED: c_int = 0x100;
+    unsafe extern "C" {
+        fn acl_get_fd_np(fd: c_int, kind: c_int) -> *mut c_void;
+        fn acl_free(list: *mut c_void) -> c_int;
+    }
+    loop {
+        // SAFETY: acl_get_fd_np(3) takes a descriptor, which the borrowed file keeps open, and a
+        // number. It returns null, or a list that it allocated.
+        let list = unsafe { acl_get_fd_np(file.as_raw_fd(), EXTENDED) };
+        if !list.is_null() {
+            // SAFETY: acl_get_fd_np(3) returned the list, and it is not used after this.
+            unsafe { acl_free(list) };
+            return Ok(Acl::Unknown);
+        }
+        match Errno::last() {
+            Errno::EINTR => {}
+            // No list, or no lists on this file system.
+            Errno::ENOENT | Errno::ENOTSUP => return Ok(Acl::Absent),
+            errno => return Err(errno.into()),
+        }
+    }
+}
+
+/// Returns [`Acl::Unknown`]: not implemented for these systems.
+#[cfg(not(target_vendor = "apple"))]
+pub(crate) fn acl_of(_: &File) -> io::Result<Acl> {
+    Ok(Acl::Unknown)
+}
+
+/// Copies the access control list of `from` to `to`. Removes it if `from` has none. The list does
+/// not include the permission bits here.
+#[cfg(target_vendor = "apple")]
+pub(crate) fn copy_acl(from: &File, _: &Acl, to: &File, _: u32) -> io::Result<()> {
     use std::os::fd::AsRawFd;
     let (from, to) = (from.as_raw_fd(), to.as_raw_fd());
     // SAFETY: fcopyfile(3) takes two descriptors, which the borrowed files keep open, and no state.
@@ -96,7 +134,7 @@ pub(crate) fn copy_acl(from: &File, to: &File) -> io::Result<()> {
 
 /// Fails: not implemented for these systems.
 #[cfg(not(target_vendor = "apple"))]
-pub(crate) fn copy_acl(_: &File, _: &File) -> io::Result<()> {
+pub(crate) fn copy_acl(_: &File, _: &Acl, _: &File, _: u32) -> io::Result<()> {
     Err(io::ErrorKind::Unsupported.into())
 }
 
