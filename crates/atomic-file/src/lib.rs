@@ -215,8 +215,10 @@
 //! fsync(4)
 //! openat(3, "."), getdents64              no pending group commit includes "vm.mem"
 //! flock(5, LOCK_EX|LOCK_NB)               the file that was read: excludes other such writers
+//! fcntl(5, F_SETLEASE, F_RDLCK)           no program can open it for writing
 //! newfstatat(3, "vm.mem")                 is it that file, unchanged?
 //! renameat(3, ".atomic-file-2670fefa-….stage", 3, "vm.mem")
+//! fcntl(5, F_SETLEASE, F_UNLCK)
 //! flock(5, LOCK_UN)
 //! ```
 //! If several such writers have read the same file, one of them replaces it (on file systems with
@@ -268,6 +270,8 @@
 //! - Locks are advisory. Another user who may write to the directory can remove or exchange a
 //!   staged file. The commit detects that its staged file was replaced, except in the instant of
 //!   the rename.
+//! - Any process that may read a destination can hold a `flock` on it. This makes commits with
+//!   [`Options::replace_only`] fail, and the file is not recycled. It affects nothing else.
 //! - A directory without read permission cannot be synced, so it cannot be used.
 //! - Groups need locks, and inode numbers that are stable across mounts. FAT, exFAT and FUSE file
 //!   systems are [refused](Refusal). A file system that cannot sync a directory fails every commit

@@ -102,10 +102,11 @@ impl Options {
     ///
     /// If several writers with this option have the same version, one of them replaces it, on file
     /// systems with locks: they hold a `flock` on the old file from the comparison to the rename.
-    /// If another program holds such a lock for more than about a second, `open` and the commit
-    /// fail. The commit of a writer *without* this option is detected until the comparison just
+    /// **Any process that may read the file can hold such a lock**, also the command `flock FILE`.
+    /// If one holds it for more than about a second, `open` and the commit fail with an error that
+    /// states this. The commit of a writer *without* this option is detected until the comparison just
     /// before the rename. If it falls between the two, it is replaced, because no system call
-    /// compares and renames in one step.
+    /// compares and renames in one step. [`FileVersion`] lists the writes in place that are missed.
     ///
     /// With [`Symlinks::Replace`], a link never matches the version of its target. The old file
     /// stays open, so it is not kept for [recycling](Self::recycle). A writer with this option
@@ -149,6 +150,7 @@ impl Options {
     /// file that differs from a new one in owner, group or extended attributes is not reused
     /// either. In these cases the old file is removed as without this option, which is not an
     /// error. The same applies:
+    /// - to a file on which another process holds a `flock`,
     /// - on file systems other than ext4, XFS, btrfs and tmpfs, and on systems other than Linux,
     /// - with a durability weaker than [`Full`](Durability::Full), because a power loss must not
     ///   restore the old file,

@@ -26,8 +26,8 @@ mod platform;
 use platform::flush;
 pub(crate) use platform::{
     acl_of, copy_acl, exchange, file_owner, generation, has_acl, has_attributes,
-    has_lasting_inode_numbers, is_acl, is_exclusively_open, is_swap, may_act_for, remove_acl,
-    rename_new, restrictions, supports_leases,
+    has_lasting_inode_numbers, is_acl, is_exclusively_open, is_swap, lease_for_reading,
+    may_act_for, release_lease, remove_acl, rename_new, restrictions, supports_leases,
 };
 
 /// Attributes that forbid replacing a file.

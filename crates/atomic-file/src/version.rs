@@ -11,7 +11,7 @@ use nix::fcntl::OFlag;
 
 use crate::destination::Destination;
 use crate::stat::{FileId, Stat, stat_of};
-use crate::sys::{Lock, Unlock, try_lock};
+use crate::sys::{self, Lock, Unlock, try_lock};
 
 /// A version of a file: its identity and its state when it was read.
 ///
@@ -21,6 +21,24 @@ use crate::sys::{Lock, Unlock, try_lock};
 /// A version is identified by device, inode, size and time of modification. The file is kept open,
 /// so that its inode number is not reused and no writer [recycles](crate::Options::recycle) it.
 /// Changes of its mode, owner, attributes and links do not make it another version.
+///
+/// # Limitations
+///
+/// A file that is replaced by another one is always detected. A write to the same file in place
+/// that keeps its size is detected by the time of modification only, because the kernel does not
+/// report its change counter (`STATX_CHANGE_COOKIE`) to programs. The following writes in place
+/// are therefore missed:
+/// - One in the same step of the file system's clock as the previous write. On ext4, XFS, btrfs
+///   and tmpfs since Linux 6.13, a write after the time was read always changes it. Before, and on
+///   other file systems, a step is 1 to 10 milliseconds; it is a second or two on FAT, ext3 and
+///   some network file systems.
+/// - One after which the program restores the time of modification (`utimensat(2)`).
+/// - A store to a shared mapping whose page was already writable: the kernel sets the time at the
+///   first store after the page was written back.
+/// - On Linux, one between the comparison and the rename by a program that already had the file
+///   open for writing. Other programs cannot open it for writing between the two: the commit holds
+///   a read lease, if it may (the user owns the file or has `CAP_LEASE`, and the file system has
+///   leases). Without a lease, and on other systems, any write between the two calls is missed.
 ///
 /// # Examples
 /// ```
@@ -116,8 +134,8 @@ impl FileVersion {
     /// `dest` is another file.
     ///
     /// # Errors
-    /// Returns [`WouldBlock`](io::ErrorKind::WouldBlock) if another program holds the lock for
-    /// longer.
+    /// Returns [`WouldBlock`](io::ErrorKind::WouldBlock) if another process holds the lock for
+    /// longer. Every user who may read the file can hold it.
     pub(crate) fn lock_for_commit(&self, dest: &Destination) -> io::Result<Option<CommitLock>> {
         const TRIES: u32 = 1000;
         const PAUSE: Duration = Duration::from_millis(1);
@@ -135,7 +153,12 @@ impl FileVersion {
         }
         for _ in 0..TRIES {
             match try_lock(&file) {
-                Ok(Lock::Held) => return Ok(Some(CommitLock(file))),
+                Ok(Lock::Held) => {
+                    return Ok(Some(CommitLock {
+                        file,
+                        leased: false,
+                    }));
+                }
                 Ok(Lock::Taken) => thread::sleep(PAUSE),
                 // Over NFS, a file must be open for writing to be locked.
                 Ok(Lock::Unsupported(_)) | Err(_) => return Ok(None),
@@ -143,19 +166,34 @@ impl FileVersion {
         }
         Err(io::Error::new(
             io::ErrorKind::WouldBlock,
-            "another program holds a lock on the file to be replaced; end that program, or make it \
-             unlock the file",
+            "another process holds a lock (flock) on the file to be replaced: end that process, or \
+             make it unlock the file (`lslocks` lists it); a command that `flock FILE` runs cannot \
+             replace that FILE, so let `flock` lock another file",
         ))
     }
 }
 
 /// The lock of a file that is about to be replaced; released on drop.
 #[derive(Debug)]
-pub(crate) struct CommitLock(File);
+pub(crate) struct CommitLock {
+    file: File,
+    leased: bool,
+}
+
+impl CommitLock {
+    /// Keeps other programs from opening the file for writing, if this process may. Not possible if
+    /// a program already has it open for writing.
+    pub(crate) fn exclude_writers(&mut self) {
+        self.leased = sys::lease_for_reading(&self.file);
+    }
+}
 
 impl Drop for CommitLock {
     fn drop(&mut self) {
-        drop(Unlock(&self.0));
+        if self.leased {
+            sys::release_lease(&self.file);
+        }
+        drop(Unlock(&self.file));
     }
 }
 

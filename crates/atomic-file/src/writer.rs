@@ -262,7 +262,10 @@ impl AtomicWriter {
             .and_then(|max_bytes| recycle::lock_old(&dest.dir, &dest.name, max_bytes));
         // From here to the rename, the lock excludes other writers that have read the same file.
         let compare = |version| -> io::Result<_> {
-            let turn = FileVersion::lock_for_commit(version, &dest)?;
+            let mut turn = FileVersion::lock_for_commit(version, &dest)?;
+            if let Some(turn) = &mut turn {
+                turn.exclude_writers();
+            }
             Ok((turn, version.is_at(&dest)?))
         };
         let turn = match replace_only.as_ref().map(compare) {

@@ -3,7 +3,7 @@
 mod support;
 
 use std::fs::{self, File, Permissions};
-use std::os::unix::fs::PermissionsExt as _;
+use std::os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _};
 use std::path::Path;
 use std::sync::Arc;
 use std::thread;
@@ -14,7 +14,7 @@ use atomic_file::{
 };
 use rstest::rstest;
 use support::{Held, assert_names, commit, dir_with_old};
-use test_machine::needs;
+use test_machine::{needs, recycling_dir};
 
 /// Runs the job of `support::command`; not a test by itself.
 #[test]
@@ -224,7 +224,10 @@ fn one_of_several_writers_replaces_a_version() {
 #[test]
 fn the_old_file_is_locked_while_it_is_compared() {
     needs!(Strace);
-    let (dir, dest) = dir_with_old();
+    // Its file system has leases.
+    let dir = recycling_dir();
+    let dest = dir.path().join("dest");
+    fs::write(&dest, "old").unwrap();
     let mut held = Held::start("replace only", dir.path(), "renameat", "delay_enter", 1);
     held.wait_for_a_call();
     let old = File::open(&dest).unwrap();
@@ -233,8 +236,14 @@ fn the_old_file_is_locked_while_it_is_compared() {
         matches!(locked, Err(fs::TryLockError::WouldBlock)),
         "{locked:?}"
     );
+    // No program can open it for writing, either.
+    let mut for_writing = File::options();
+    for_writing.write(true).custom_flags(libc::O_NONBLOCK);
+    let opened = for_writing.open(&dest).unwrap_err();
+    assert_eq!(opened.kind(), std::io::ErrorKind::WouldBlock);
     assert_eq!(held.release().as_deref(), Some("ok"));
     old.try_lock().unwrap();
+    for_writing.open(&dest).unwrap();
     assert_eq!(fs::read(&dest).unwrap(), b"new");
 }
 
@@ -248,7 +257,7 @@ fn a_file_locked_by_another_program_is_not_replaced() {
     let error = writer.commit().unwrap_err();
     assert!(
         matches!(&error, CommitError::NotReplaced { step: CommitStep::Compare, source, .. }
-            if source.to_string().contains("holds a lock")),
+            if source.to_string().contains("flock")),
         "{error:?}"
     );
     let error = options.open(&dest).unwrap_err();

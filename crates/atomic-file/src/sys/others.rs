@@ -224,6 +224,16 @@ pub(crate) fn is_exclusively_open(_: &File) -> bool {
     false
 }
 
+/// Returns `false`: these systems have no leases.
+pub(crate) fn lease_for_reading(_: &File) -> bool {
+    false
+}
+
+/// Returns `false`: these systems have no leases.
+pub(crate) fn release_lease(_: &File) -> bool {
+    false
+}
+
 /// Returns `true`, so that no file is recycled.
 pub(crate) fn has_attributes(_: &File) -> io::Result<bool> {
     Ok(true)
