@@ -7,7 +7,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::time::SystemTime;
 
-use crate::sys;
+use crate::sys::{self, StoredHandle};
 
 /// The identity of a file.
 ///
@@ -32,6 +32,8 @@ pub struct FileIdentity {
     inode: u64,
     /// Whether the file is on overlayfs.
     layered: bool,
+    /// The handle of the file that is stored, if known.
+    handle: Option<StoredHandle>,
     stored: Stored,
 }
 
@@ -52,7 +54,9 @@ impl FileIdentity {
     /// # Errors
     /// Those of `stat(2)` and `statfs(2)`.
     pub fn at(path: &Path) -> io::Result<Self> {
-        Ok(Self::new(&fs::metadata(path)?, sys::is_layered_at(path)?))
+        let (metadata, layered) = (fs::metadata(path)?, sys::is_layered_at(path)?);
+        let handle = sys::stored_handle_at(path, layered);
+        Ok(Self::new(&metadata, layered, handle))
     }
 
     /// Returns the identity of an open file.
@@ -62,16 +66,19 @@ impl FileIdentity {
     pub fn of(file: impl AsFd) -> io::Result<Self> {
         let of = |fd: BorrowedFd<'_>| {
             let file = File::from(fd.try_clone_to_owned()?);
-            Ok(Self::new(&file.metadata()?, sys::is_layered(&file)?))
+            let (metadata, layered) = (file.metadata()?, sys::is_layered(&file)?);
+            let handle = sys::stored_handle(&file, layered);
+            Ok(Self::new(&metadata, layered, handle))
         };
         of(file.as_fd())
     }
 
-    fn new(metadata: &Metadata, layered: bool) -> Self {
+    fn new(metadata: &Metadata, layered: bool, handle: Option<StoredHandle>) -> Self {
         Self {
             device: metadata.dev(),
             inode: metadata.ino(),
             layered,
+            handle,
             stored: Stored {
                 kind: metadata.file_type(),
                 len: metadata.len(),
@@ -85,19 +92,30 @@ impl FileIdentity {
 
     /// Returns whether both refer to one file, as far as this can be determined.
     ///
-    /// They do if device and inode number are equal. They also do if at least one of them is on
-    /// overlayfs and both have the same length, blocks, and times of creation, modification and
-    /// change to the nanosecond: overlayfs takes these from the stored file.
+    /// They do if device and inode number are equal. If at least one of them is on overlayfs, the
+    /// handles of the stored files are compared (Linux 6.6 and later, for files that were created
+    /// on the overlay). If one of these is not known, the files count as one if they have the same
+    /// length, blocks, and times of creation, modification and change to the nanosecond: overlayfs
+    /// takes these from the stored file.
     ///
-    /// In rare cases this is wrong: two files of the same length that one program created on
-    /// different mounts at the same time count as one, and a file that is written between the two
-    /// queries is not recognized.
+    /// Without handles, and for a file that the lower layer stores or stored, this is wrong in rare
+    /// cases: two files of the same length that one program created on different mounts at the same
+    /// time count as one, and a file that is written between the two queries is not recognized.
     #[must_use]
     pub fn may_be(&self, other: &Self) -> bool {
         if self.device == other.device {
             return self.inode == other.inode;
         }
-        (self.layered || other.layered) && self.stored == other.stored
+        if !self.layered && !other.layered {
+            return false;
+        }
+        match (&self.handle, &other.handle) {
+            // A handle is unique in one file system only; the time of creation never changes.
+            (Some(one), Some(another)) => {
+                one == another && self.stored.created == other.stored.created
+            }
+            _ => self.stored == other.stored,
+        }
     }
 
     /// Returns whether the file is a regular one.

@@ -86,6 +86,72 @@ fn file_of_a_layer_is_the_same_as_on_the_overlay(
     assert!(are_same(&layers.upper.join("low"), &merged("low")));
 }
 
+/// Returns whether overlayfs reports handles, and reports the test as not run if not.
+fn has_handles(test: &str) -> bool {
+    let release = fs::read_to_string("/proc/sys/kernel/osrelease").expect("a release");
+    let mut numbers = release
+        .split(['.', '-'])
+        .map_while(|part| part.parse().ok());
+    let release: (u32, u32) = (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0));
+    if release < (6, 6) {
+        test_machine::not_run(test, "overlayfs reports handles since Linux 6.6");
+    }
+    release >= (6, 6)
+}
+
+/// The clock of the file system may not tick between two of them.
+#[rstest]
+fn new_files_are_distinguished_by_their_handles(
+    #[values(Fs::Ext4, Fs::Xfs, Fs::Btrfs, Fs::Tmpfs)] fs: Fs,
+) {
+    const TEST: &str = "new_files_are_distinguished_by_their_handles";
+    let Some(layers) = has_handles(TEST)
+        .then(|| Layers::on(fs, false, TEST))
+        .flatten()
+    else {
+        return;
+    };
+    let merged = |name: &str| layers.merged.path().join(name);
+    // Files with the same times, so that only their handles differ.
+    let mut found_equal_times = false;
+    for number in 0..200 {
+        let [one, other] = ["one", "other"].map(|name| format!("{name}{number}"));
+        File::create(merged(&one)).expect("made");
+        File::create(merged(&other)).expect("made");
+        let times = |path: &Path| {
+            let found = fs::metadata(path).expect("metadata");
+            (
+                found.created().ok(),
+                found.modified().ok(),
+                found.ctime_nsec(),
+            )
+        };
+        found_equal_times |= times(&merged(&one)) == times(&merged(&other));
+        assert!(!are_same(&layers.upper.join(&one), &merged(&other)));
+        assert!(are_same(&layers.upper.join(&one), &merged(&one)));
+    }
+    if !found_equal_times {
+        test_machine::not_run(TEST, "the clock ticked between all files");
+    }
+}
+
+#[test]
+fn a_file_written_between_the_queries_is_recognized() {
+    const TEST: &str = "a_file_written_between_the_queries_is_recognized";
+    let Some(layers) = has_handles(TEST)
+        .then(|| Layers::on(Fs::Ext4, false, TEST))
+        .flatten()
+    else {
+        return;
+    };
+    let merged = layers.merged.path().join("new");
+    fs::write(&merged, b"bytes").expect("written");
+    let before = FileIdentity::at(&merged).expect("identified");
+    fs::write(&merged, b"more bytes").expect("written");
+    let stored = FileIdentity::at(&layers.upper.join("new")).expect("identified");
+    assert!(before.may_be(&stored));
+}
+
 #[test]
 fn files_of_one_mount_are_compared_by_their_numbers() {
     const TEST: &str = "files_of_one_mount_are_compared_by_their_numbers";

@@ -2,6 +2,7 @@
 
 #![allow(unsafe_code)]
 
+mod handle;
 mod overlay;
 
 use std::fs::{File, OpenOptions};
@@ -15,6 +16,8 @@ use std::path::Path;
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, FcntlArg, OFlag, fallocate, fcntl};
 use nix::sys::statfs::{Statfs, fstatfs, statfs};
+
+pub(crate) use handle::{StoredHandle, stored_handle, stored_handle_at};
 
 pub(crate) fn punch_hole(file: &File, range: Range<u64>) -> io::Result<()> {
     let mode = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;

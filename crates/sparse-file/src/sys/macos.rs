@@ -147,6 +147,20 @@ pub(crate) fn is_layered_at(_path: &std::path::Path) -> io::Result<bool> {
     Ok(false)
 }
 
+/// Has no values: no file system of macOS is layered.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum StoredHandle {}
+
+/// Returns `None`: device and inode number identify a file.
+pub(crate) fn stored_handle(_file: &File, _layered: bool) -> Option<StoredHandle> {
+    None
+}
+
+/// Returns `None`: device and inode number identify a file.
+pub(crate) fn stored_handle_at(_path: &std::path::Path, _layered: bool) -> Option<StoredHandle> {
+    None
+}
+
 /// Not called, because no file is layered.
 #[allow(clippy::unnecessary_wraps, reason = "the signature is Linux's")]
 pub(crate) fn on_one_layer(_one: &File, _other: &File) -> io::Result<bool> {
