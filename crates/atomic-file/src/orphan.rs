@@ -6,7 +6,7 @@ use std::io::{self, ErrorKind};
 
 use crate::directory::Directory;
 use crate::records::Records;
-use crate::stat::stat_of;
+use crate::stat::{FileId, stat_of};
 use crate::sys::{Lock, Unlock, try_lock};
 
 /// The result of inspecting a staged file that may be orphaned.
@@ -45,6 +45,7 @@ fn or_retained(result: io::Result<Inspection>) -> Inspection {
 #[derive(Debug)]
 pub(crate) struct Orphan {
     file: File,
+    id: FileId,
 }
 
 impl Drop for Orphan {
@@ -68,13 +69,19 @@ impl Orphan {
                 Some(_) => {}
             }
             let file = dir.open_file(name)?;
+            let id = stat_of(&file)?.id;
             Ok(match try_lock(&file)? {
-                Lock::Held => Ok(Self { file }),
+                Lock::Held => Ok(Self { file, id }),
                 Lock::Taken => Err(Inspection::InUse),
                 Lock::Unsupported(error) => Err(Inspection::Retained(error)),
             })
         };
         attempt().unwrap_or_else(|error| Err(or_retained(Err(error))))
+    }
+
+    /// Returns the identity of the file.
+    pub(crate) fn id(&self) -> FileId {
+        self.id
     }
 
     /// Removes the staged file if `remove` is set, and returns the result that removing it has or

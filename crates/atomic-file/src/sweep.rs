@@ -1,5 +1,6 @@
 //! Sweeping: removal of orphaned staged files.
 
+use std::collections::VecDeque;
 use std::ffi::{OsStr, OsString};
 use std::io;
 use std::path::Path;
@@ -10,6 +11,7 @@ use crate::names::{NameKind, PREFIX, is_staged_for, kind_of_name};
 use crate::orphan::{Inspection, Orphan};
 use crate::records::Records;
 use crate::report::{Kept, SweepReport};
+use crate::stat::FileId;
 use crate::sys::file_owner;
 
 /// Number of files that are locked at a time. The records are listed once per batch: one listing
@@ -82,7 +84,9 @@ pub(crate) fn sweep_names(
     let mut records = Records::default();
     // Read the records before locking, so that locks are held only briefly.
     let _ = records.refresh(dir, None);
-    for batch in staged.chunks(BATCH) {
+    let mut left: VecDeque<_> = staged.iter().copied().collect();
+    while !left.is_empty() {
+        let batch: Vec<_> = left.drain(..left.len().min(BATCH)).collect();
         let locked: Vec<_> = batch
             .iter()
             .map(|(name, kind)| match kind {
@@ -93,20 +97,26 @@ pub(crate) fn sweep_names(
                 ))),
             })
             .collect();
+        let own_locks: Vec<_> = locked.iter().flatten().map(Orphan::id).collect();
         records.refresh(dir, None).map_err(|source| SweepError {
             operation: "look for group records in",
             path: dir.path().to_owned(),
             source,
         })?;
-        for ((name, kind), orphan) in batch.iter().zip(locked) {
+        for ((name, kind), orphan) in batch.into_iter().zip(locked) {
             let inspected = match orphan {
                 Ok(orphan) => orphan.resolve(dir, name, &records, remove),
                 Err(inspected) => inspected,
             };
             let path = dir.path_of(name);
             match inspected {
-                Inspection::Removed if *kind == NameKind::Recycled => report.spares.push(path),
+                Inspection::Removed if kind == NameKind::Recycled => report.spares.push(path),
                 Inspection::Removed => report.removed.push(path),
+                // A writer that was killed between `link` and `unlink` leaves two names of one
+                // file, and this sweep holds its lock by the other name.
+                Inspection::InUse if is_one_of(dir, name, &own_locks) => {
+                    left.push_back((name, kind));
+                }
                 Inspection::InUse => report.living.push(path),
                 Inspection::Retained(reason) => report.kept.push(Kept { path, reason }),
                 Inspection::Missing => {}
@@ -114,6 +124,11 @@ pub(crate) fn sweep_names(
         }
     }
     Ok(report)
+}
+
+fn is_one_of(dir: &Directory, name: &OsStr, files: &[FileId]) -> bool {
+    let entry = dir.entry(name).ok().flatten();
+    entry.is_some_and(|entry| files.contains(&entry.id))
 }
 
 /// Removes the orphaned staged files of `dest` among the `names` in `dir`.

@@ -96,6 +96,31 @@ fn a_sweep_removes_only_orphaned_files() {
     assert_names(dir.path(), &[".atomic-file-notes", "dest", "other", link]);
 }
 
+/// A `no_clobber` writer that was killed between `link` and `unlink` leaves two names.
+#[test]
+fn every_name_of_an_orphaned_file_is_removed() {
+    let (dir, dest) = dir_with_old();
+    let orphaned = orphaned_file(dir.path());
+    let name = orphaned.to_str().unwrap();
+    let (stem, _) = name.rsplit_once('-').unwrap();
+    let more: Vec<_> = (0..3)
+        .map(|id| PathBuf::from(format!("{stem}-{id}.stage")))
+        .collect();
+    for link in &more {
+        fs::hard_link(&orphaned, link).unwrap();
+    }
+    let report = preview_sweep(dir.path()).unwrap();
+    assert_eq!((report.removed.len(), report.living.len()), (4, 0));
+    let report = sweep(dir.path()).unwrap();
+    assert_eq!((report.removed.len(), report.living.len()), (4, 0));
+    assert_names(dir.path(), &["dest"]);
+
+    let in_use = AtomicWriter::open(&dest).unwrap();
+    fs::hard_link(in_use.temp_path(), &more[0]).unwrap();
+    let report = sweep(dir.path()).unwrap();
+    assert_eq!((report.removed.len(), report.living.len()), (0, 2));
+}
+
 #[test]
 fn a_sweep_keeps_files_in_use_by_other_processes() {
     use std::io::{BufRead as _, BufReader};
