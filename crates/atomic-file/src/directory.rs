@@ -61,7 +61,10 @@ impl Directory {
         } else {
             path
         };
-        let fd = retry(|| openat(base, at, OPEN_DIR, Mode::empty()))?;
+        let fd = match steps(at) {
+            (first, None) => retry(|| openat(base, first, OPEN_DIR, Mode::empty()))?,
+            (first, Some(rest)) => open_by_steps(base, first, rest)?,
+        };
         let stat = stat_of(&fd)?;
         Ok(Self {
             fd,
@@ -189,10 +192,91 @@ impl Directory {
     }
 }
 
+/// The longest path of a system call, in bytes: `PATH_MAX` without the final NUL.
+const MAX_PATH: usize = libc::PATH_MAX as usize - 1;
+
+/// Splits a path that is too long for one system call into a first part that is not, and the rest.
+fn steps(path: &Path) -> (&Path, Option<&Path>) {
+    let bytes = path.as_os_str().as_bytes();
+    if bytes.len() <= MAX_PATH {
+        return (path, None);
+    }
+    let of = |bytes| Path::new(OsStr::from_bytes(bytes));
+    match bytes[..=MAX_PATH].iter().rposition(|byte| *byte == b'/') {
+        // A slash at the start is part of the first step; those after it are not of the rest.
+        Some(slash) => {
+            let rest = &bytes[slash..];
+            let skipped = rest.iter().take_while(|byte| **byte == b'/').count();
+            match (&bytes[..slash.max(1)], &rest[skipped..]) {
+                (first, []) => (of(first), None),
+                (first, rest) => (of(first), Some(of(rest))),
+            }
+        }
+        // One name is too long: the system call fails.
+        None => (path, None),
+    }
+}
+
+/// Opens a directory whose path is too long for one system call.
+fn open_by_steps(base: BorrowedFd<'_>, first: &Path, mut rest: &Path) -> io::Result<OwnedFd> {
+    // Only search permission is needed on the directories in between.
+    #[cfg(any(target_os = "linux", target_os = "android"))]
+    const THROUGH: OFlag = OFlag::O_PATH.union(OPEN_DIR);
+    #[cfg(not(any(target_os = "linux", target_os = "android")))]
+    const THROUGH: OFlag = OPEN_DIR;
+    let mut dir = retry(|| openat(base, first, THROUGH, Mode::empty()))?;
+    loop {
+        let (next, after) = steps(rest);
+        let flags = if after.is_some() { THROUGH } else { OPEN_DIR };
+        dir = retry(|| openat(&dir, next, flags, Mode::empty()))?;
+        match after {
+            Some(after) => rest = after,
+            None => return Ok(dir),
+        }
+    }
+}
+
 fn os_string(name: &CStr) -> OsString {
     OsStr::from_bytes(name.to_bytes()).to_owned()
 }
 
 fn c_string(name: &OsStr) -> nix::Result<CString> {
     CString::new(name.as_bytes()).map_err(|_| Errno::EINVAL)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rstest::rstest;
+
+    #[rstest]
+    fn a_long_path_is_split_between_names(
+        #[values(9, 255)] name: usize,
+        #[values(1, 15, 16, 100, 4096)] count: usize,
+        #[values("/", "/./")] separator: &str,
+        #[values("", "//")] start: &str,
+    ) {
+        let names = vec!["n".repeat(name); count];
+        let path = format!("{start}{}", names.join(separator));
+        let mut found = Vec::new();
+        let (mut parts, mut rest) = (0, Some(Path::new(&path)));
+        while let Some(path) = rest {
+            let (first, after) = steps(path);
+            assert!(first.as_os_str().len() <= MAX_PATH);
+            assert_eq!(first.is_absolute(), parts == 0 && !start.is_empty());
+            let names = first.iter().map(|name| name.to_str().unwrap().to_owned());
+            found.extend(names.filter(|name| name != "/" && name != "."));
+            parts += 1;
+            rest = after;
+        }
+        assert_eq!(found, names);
+        assert_eq!(parts > 1, path.len() > MAX_PATH);
+    }
+
+    #[test]
+    fn a_name_that_is_too_long_is_an_error() {
+        let long = "n".repeat(2 * MAX_PATH);
+        let error = Directory::open(Path::new(&long)).unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(libc::ENAMETOOLONG));
+    }
 }

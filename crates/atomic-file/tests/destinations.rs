@@ -7,6 +7,8 @@ use std::os::unix::fs::{PermissionsExt as _, symlink};
 use std::path::Path;
 
 use atomic_file::{AtomicWriter, CommitError, CommitStep, OpenError, Symlinks};
+use nix::fcntl::{OFlag, openat};
+use nix::sys::stat::{Mode, mkdirat};
 use rstest::rstest;
 use support::{assert_names, commit, dir_with_old};
 use test_machine::needs;
@@ -66,6 +68,36 @@ fn of_many_no_clobber_writers_exactly_one_wins() {
     });
     assert_eq!(won, 1);
     assert_names(dir.path(), &["dest"]);
+}
+
+/// A path of more than `PATH_MAX` bytes.
+#[test]
+fn a_destination_may_have_any_long_path() {
+    let dir = tempfile::tempdir().unwrap();
+    let name = "n".repeat(200);
+    let mut long = dir.path().to_owned();
+    let mut inner = fs::File::open(dir.path()).unwrap();
+    while long.as_os_str().len() < 2 * libc::PATH_MAX as usize {
+        mkdirat(&inner, name.as_str(), Mode::S_IRWXU).unwrap();
+        let opened = openat(&inner, name.as_str(), OFlag::O_DIRECTORY, Mode::empty());
+        inner = opened.unwrap().into();
+        long.push(&name);
+    }
+    let dest = long.join("dest");
+    for (bytes, options) in [
+        (b"one", AtomicWriter::options()),
+        (b"two", AtomicWriter::options().staging_dir(&long)),
+    ] {
+        let writer = options.open(&dest).unwrap();
+        assert_eq!(writer.dest_path(), dest);
+        writer.write_all_at(bytes, 0).unwrap();
+        writer.commit().unwrap();
+    }
+    assert_eq!(atomic_file::sweep(&long).unwrap().removed.len(), 0);
+    atomic_file::recover(&long).unwrap();
+    let written = openat(&inner, "dest", OFlag::O_RDONLY, Mode::empty()).unwrap();
+    let written = std::io::read_to_string(fs::File::from(written)).unwrap();
+    assert_eq!(written, "two");
 }
 
 #[test]
