@@ -1,5 +1,6 @@
 //! Group commits: several files replaced together.
 
+use std::collections::BTreeMap;
 use std::ffi::{OsStr, OsString};
 use std::io;
 use std::os::unix::fs::FileExt as _;
@@ -41,6 +42,12 @@ use crate::writer::AtomicWriter;
 /// destination belongs to a user other than the group's user and root, it is not considered a
 /// commit. The staged files of the group then remain, and recovery fails until that file is
 /// removed.
+///
+/// **Each file must be a member once.** [`add`](Self::add) and the commit refuse two names of one
+/// existing file, and names that differ only in case if the directory ignores case. Two names that
+/// differ only in Unicode composition cannot be recognised while neither file exists. In a
+/// directory that ignores composition (APFS, HFS+, directories of ext4 and tmpfs that ignore case),
+/// the later one of them then replaces the earlier one.
 ///
 /// # Examples
 /// ```
@@ -111,7 +118,7 @@ impl AtomicGroup {
             Some(Refusal::OtherDirectory)
         } else if others().any(|other| other.name == writer.dest.name) {
             Some(Refusal::SameDestination)
-        } else if others().any(|other| is_same_file(writer, other)) {
+        } else if others().any(|other| names_same_file(writer, other)) {
             Some(Refusal::SameFile)
         } else if self.record_len + len_in_record(writer) > MAX_RECORD_LEN {
             Some(Refusal::TooManyMembers)
@@ -197,9 +204,12 @@ fn len_in_record(writer: &AtomicWriter) -> u64 {
     record::len_of_member(writer.staged.name(), &writer.dest.name)
 }
 
-/// Returns whether the destinations, which have different names in one directory, are the same
-/// file.
-fn is_same_file(writer: &AtomicWriter, other: &Destination) -> bool {
+/// Returns whether the destinations, which have different names in one directory, are known to be
+/// the same file: by the inode number of an existing file, or by case.
+///
+/// Names that differ only in Unicode composition ("é" as one or two code points) are not recognised
+/// while neither file exists. The commit compares the files again.
+fn names_same_file(writer: &AtomicWriter, other: &Destination) -> bool {
     let dest = &writer.dest;
     let ids = [dest, other].map(|dest| dest.entry.map(|entry| (entry.id, entry.links)));
     // Two names of a file with several links are different destinations.
@@ -308,6 +318,15 @@ struct Commit {
     members: Vec<AtomicWriter>,
 }
 
+/// Two members with names of one file, created or renamed since they were added.
+fn same_file_error(other: &OsStr) -> io::Error {
+    let reason = format!(
+        "the directory takes it and {other:?}, another member, for names of one file; add each file \
+         once"
+    );
+    io::Error::new(io::ErrorKind::InvalidInput, reason)
+}
+
 /// The failed step, the affected path, and the error.
 type Failure = (CommitStep, PathBuf, io::Error);
 
@@ -371,6 +390,7 @@ impl Commit {
     /// Syncs every member and checks its destination.
     fn prepare(&self) -> Result<Vec<Member>, Failure> {
         let mut intents = Vec::with_capacity(self.members.len());
+        let mut old_files = BTreeMap::new();
         for writer in &self.members {
             let at = |step| move |error| (step, writer.dest.path.clone(), error);
             writer
@@ -382,6 +402,12 @@ impl Commit {
             if in_the_way.is_some_and(|entry| entry.is_dir()) {
                 let error = io::Error::from(io::ErrorKind::IsADirectory);
                 return Err(at(CommitStep::Check)(error));
+            }
+            // A file with several links may have both names.
+            if let Some(entry) = in_the_way.filter(|entry| entry.links == 1)
+                && let Some(other) = old_files.insert(entry.id.inode, &writer.dest.name)
+            {
+                return Err(at(CommitStep::Check)(same_file_error(other)));
             }
             intents.push(Member {
                 inode: stat.id.inode,
@@ -543,7 +569,7 @@ mod tests {
         ];
         let same = |dir: &std::path::Path, one: &str, other: &str| {
             let open = |name| AtomicWriter::open(dir.join(name)).unwrap();
-            is_same_file(&open(one), &open(other).dest)
+            names_same_file(&open(one), &open(other).dest)
         };
         let dir = tempfile::tempdir().unwrap();
         for (one, other, _) in NAMES {
@@ -564,6 +590,6 @@ mod tests {
         std::fs::write(&one, "").unwrap();
         std::fs::hard_link(&one, &other).unwrap();
         let open = |path| AtomicWriter::open(path).unwrap();
-        assert!(!is_same_file(&open(&one), &open(&other).dest));
+        assert!(!names_same_file(&open(&one), &open(&other).dest));
     }
 }

@@ -311,7 +311,7 @@ fn member_state(
         None if member.old == Old::Unknown => return Ok(MemberState::Superseded),
         None => {
             let now = old_file(dir, &member.dest).map_err(inspect(&member.dest))?;
-            return match is_same_file(member.old, now).map_err(inspect(&member.dest))? {
+            return match is_same_generation(member.old, now).map_err(inspect(&member.dest))? {
                 true => Ok(MemberState::Lost),
                 false => Ok(MemberState::Superseded),
             };
@@ -333,7 +333,7 @@ fn member_state(
         (None, _) | (_, Old::Unknown) => false,
         (Some(_), old) => {
             let now = old_file(dir, &member.dest).map_err(inspect(&member.dest))?;
-            !is_same_file(old, now).map_err(inspect(&member.dest))?
+            !is_same_generation(old, now).map_err(inspect(&member.dest))?
         }
     };
     match dest {
@@ -377,7 +377,7 @@ pub(crate) fn old_file(dir: &Directory, dest: &OsStr) -> io::Result<Old> {
 /// # Errors
 /// Fails if the inode numbers are equal and the generations cannot be compared: they are of
 /// different kinds, or this process cannot read one. A sandbox may forbid one of the system calls.
-fn is_same_file(recorded: Old, now: Old) -> io::Result<bool> {
+fn is_same_generation(recorded: Old, now: Old) -> io::Result<bool> {
     let (
         Old::File { inode, generation },
         Old::File {
@@ -451,6 +451,6 @@ mod tests {
         #[case] now: Old,
         #[case] same: Option<bool>,
     ) {
-        assert_eq!(is_same_file(recorded, now).ok(), same);
+        assert_eq!(is_same_generation(recorded, now).ok(), same);
     }
 }

@@ -2,11 +2,12 @@
 
 mod support;
 
+use std::fs;
 use std::path::Path;
 
 use atomic_file::recover;
 use support::faults::{FILES, error, fail_each, kill, old_files, strace, tamper};
-use support::{assert_names, group, names, same_text};
+use support::{Held, assert_names, group, names, same_text};
 use test_machine::needs;
 
 /// Runs the job of `support::command`; not a test by itself.
@@ -117,4 +118,45 @@ fn a_failed_recovery_is_completed_by_the_next() {
         assert_eq!(same_text(dir, &FILES), "new", "{context}");
         assert_names(dir, &FILES);
     });
+}
+
+/// While the members are prepared, two destinations become names of one file. A rename shows this
+/// on any file system; a directory that ignores case or composition shows it for new names.
+#[test]
+fn a_group_refuses_two_names_of_one_file() {
+    const TEST: &str = "a_group_refuses_two_names_of_one_file";
+    if !Need::Strace.met(TEST) {
+        return;
+    }
+    let stats = |log: &str| {
+        let calls = log.lines().filter(|line| line.contains("fstatat"));
+        let calls: Vec<_> = calls.map(str::to_owned).collect();
+        let thread = |line: &str| line.split(' ').next().unwrap().to_owned();
+        let of_second = |line: &String| line.contains("\"vcpu\"");
+        let job = thread(calls.iter().find(|line| of_second(line)).unwrap());
+        let own = calls.into_iter().filter(|line| thread(line) == job);
+        own.collect::<Vec<_>>()
+    };
+    let scratch = tempfile::tempdir().unwrap();
+    old_files(scratch.path());
+    let log = tempfile::NamedTempFile::new().unwrap();
+    let report = strace("group", scratch.path(), log.path(), &[]);
+    assert_eq!(report.as_deref(), Some("ok"));
+    let calls = stats(&fs::read_to_string(log.path()).unwrap());
+    // The last one is that for the record, the one before it is that of the comparison.
+    let of_second = |line: &&String| line.contains("\"vcpu\"");
+    let looks = calls.iter().filter(of_second).count();
+    let last = calls.iter().rposition(|line| of_second(&line)).unwrap();
+    let before = calls[..last].iter().rposition(|line| of_second(&line));
+    let number = before.unwrap() + 1;
+
+    let scratch = tempfile::tempdir().unwrap();
+    old_files(scratch.path());
+    let mut held = Held::start("group", scratch.path(), "newfstatat", "delay_enter", number);
+    held.wait_for_calls("\"vcpu\"", looks - 1);
+    let [one, other] = ["memory", "vcpu"].map(|name| scratch.path().join(name));
+    fs::rename(one, &other).unwrap();
+    assert_eq!(held.release().as_deref(), Some("not replaced"));
+    assert_eq!(fs::read(other).unwrap(), b"old");
+    assert_names(scratch.path(), &["devices", "vcpu"]);
 }
