@@ -319,7 +319,7 @@ pub enum CommitError {
     /// file could not be removed. It refers to the new file after `no_clobber` by `link`, and to
     /// the old file after recycling.
     #[error("{dest:?} was replaced, but the name of its staged file remains; sweep the directory")]
-    ReplacedStageLeft {
+    ReplacedCleanupFailed {
         /// The destination.
         dest: PathBuf,
         /// The remaining file, and why it could not be removed.
@@ -376,7 +376,7 @@ pub enum GroupCommitError {
         "the group is only partly replaced: {path:?} failed; call `recover` on the directory to \
          complete it"
     )]
-    WillBeCompleted {
+    RollForwardPending {
         /// The path that failed.
         path: PathBuf,
         /// The error of the step.

@@ -94,47 +94,47 @@ impl AtomicGroup {
     /// writer.
     ///
     /// # Errors
-    /// Returns an [`AddError`] with the writer if it cannot be a member: see [`Refusal`].
+    /// Returns an [`AddError`] with the writer if it cannot be a member: see [`Ineligible`].
     pub fn add(&mut self, writer: AtomicWriter) -> Result<(), AddError> {
-        match self.refuse(&writer) {
+        match self.ineligible(&writer) {
             None => {
                 self.record_len += len_in_record(&writer);
                 self.members.push(writer);
                 Ok(())
             }
-            Some(refusal) => Err(AddError {
-                refusal,
+            Some(reason) => Err(AddError {
+                reason,
                 writer: Box::new(writer),
             }),
         }
     }
 
-    fn refuse(&self, writer: &AtomicWriter) -> Option<Refusal> {
+    fn ineligible(&self, writer: &AtomicWriter) -> Option<Ineligible> {
         let dir = &writer.dest.dir;
         let others = || self.members.iter().map(|member| &member.dest);
         if writer.staged.dir().stat.id != dir.stat.id {
-            Some(Refusal::StagedElsewhere)
+            Some(Ineligible::StagedElsewhere)
         } else if others().any(|other| other.dir.stat.id != dir.stat.id) {
-            Some(Refusal::OtherDirectory)
+            Some(Ineligible::OtherDirectory)
         } else if others().any(|other| other.name == writer.dest.name) {
-            Some(Refusal::SameDestination)
+            Some(Ineligible::SameDestination)
         } else if others().any(|other| names_same_file(writer, other)) {
-            Some(Refusal::SameFile)
+            Some(Ineligible::SameFile)
         } else if self.record_len + len_in_record(writer) > MAX_RECORD_LEN {
-            Some(Refusal::TooManyMembers)
+            Some(Ineligible::TooManyMembers)
         } else if writer.no_clobber {
-            Some(Refusal::NoClobber)
+            Some(Ineligible::NoClobber)
         } else if writer.replace_only.is_some() {
-            Some(Refusal::ReplaceOnly)
+            Some(Ineligible::ReplaceOnly)
         } else if !writer.staged.is_locked() {
-            Some(Refusal::NoLocks)
+            Some(Ineligible::NoLocks)
         } else if !sys::has_lasting_inode_numbers(dir).unwrap_or(false) {
-            Some(Refusal::NoInodeNumbers)
+            Some(Ineligible::NoInodeNumbers)
         } else if dir
             .generation(writer.staged.name())
             .is_ok_and(|found| found == 0)
         {
-            Some(Refusal::NoGenerations)
+            Some(Ineligible::NoGenerations)
         } else {
             None
         }
@@ -247,10 +247,10 @@ fn discard_all(members: Vec<AtomicWriter>) -> Vec<Leftover> {
 
 /// An error of adding a writer to an [`AtomicGroup`](crate::AtomicGroup). Returns the writer.
 #[derive(Debug, Error)]
-#[error("{:?} cannot join the group: {refusal}", writer.dest_path())]
+#[error("{:?} cannot join the group: {reason}", writer.dest_path())]
 pub struct AddError {
     /// The reason.
-    pub refusal: Refusal,
+    pub reason: Ineligible,
     /// The unchanged writer.
     pub writer: Box<AtomicWriter>,
 }
@@ -258,7 +258,7 @@ pub struct AddError {
 /// A reason why a writer cannot be a member of a group.
 #[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
 #[non_exhaustive]
-pub enum Refusal {
+pub enum Ineligible {
     /// It is staged in another directory than the group's first member.
     #[error(
         "it is staged in another directory than the other members; use one directory per group"
@@ -343,7 +343,7 @@ impl Commit {
         // Hold the record's lock to the end: it keeps other processes from recovering this group.
         let record = self.publish(record)?;
 
-        let stopped = |path, source| GroupCommitError::WillBeCompleted { path, source };
+        let stopped = |path, source| GroupCommitError::RollForwardPending { path, source };
         self.dir
             .sync(self.durability)
             .map_err(|source| stopped(self.record.clone(), source))?;
@@ -533,7 +533,7 @@ mod tests {
         group.add(open("memory")).unwrap();
         assert_eq!(group.record_len, MAX_RECORD_LEN);
         let error = group.add(open("vcpu")).unwrap_err();
-        assert_eq!(error.refusal, Refusal::TooManyMembers);
+        assert_eq!(error.reason, Ineligible::TooManyMembers);
     }
 
     #[test]

@@ -178,7 +178,7 @@
 //! - Otherwise the staged file is renamed.
 //!
 //! The generation is the time of creation. On a file system without that time, it is a digest of
-//! the file's handle. On a file system with neither, groups are [refused](Refusal). A recycled file
+//! the file's handle. On a file system with neither, groups are [refused](Ineligible). A recycled file
 //! keeps its generation, so it is not reused while a group of any user is in progress. A commit of
 //! a single file looks for group records before its rename and again after it. Therefore a recovery
 //! that checked the destination before the rename has ended when the commit returns.
@@ -278,7 +278,7 @@
 //!   bytes) is an error.
 //! - A directory without read permission cannot be synced, so it cannot be used.
 //! - Groups need locks, and inode numbers that are stable across mounts. FAT, exFAT and FUSE file
-//!   systems are [refused](Refusal). A file system that cannot sync a directory fails every commit
+//!   systems are [refused](Ineligible). A file system that cannot sync a directory fails every commit
 //!   with [`Full`](Durability::Full); choose a weaker durability there.
 //! - A lease does not detect these users of the old file, which may see new bytes in it: a process
 //!   inside `open(2)` that has looked up the destination's name and opens the file only after a
@@ -306,6 +306,7 @@ mod directory;
 mod durability;
 mod error;
 mod group;
+mod locked_file;
 mod names;
 mod options;
 mod orphan;
@@ -334,12 +335,12 @@ pub use error::{
     CommitError, CommitStep, GroupCommitError, Leftover, Obstacle, OpenError, RecoverError,
     SweepError,
 };
-pub use group::{AddError, AtomicGroup, Refusal};
+pub use group::{AddError, AtomicGroup, Ineligible};
 pub use options::Options;
 pub use permissions::others_may_write;
 pub use preserve::Preserve;
 pub use recover::recover;
-pub use report::{Kept, RecoverReport, SweepReport};
+pub use report::{RecoverReport, Skipped, SweepReport};
 pub use sweep::{preview_sweep, sweep};
 pub use version::FileVersion;
 pub use writer::AtomicWriter;

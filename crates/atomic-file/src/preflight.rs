@@ -37,7 +37,7 @@ pub(crate) fn preflight(
     let name = protocol_name(dest_name, new_id().map_err(PreflightError::Io)?, kind);
     let published = probe.publish(dest, &name, no_clobber);
     let second_name = published.map_err(|error| PreflightError::Io(error.of_rename()))?;
-    probe.moved_to(dest, name);
+    probe.moved_to(dest, &name);
     probe
         .discard()
         .and(second_name.map_or(Ok(()), Err))

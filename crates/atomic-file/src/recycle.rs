@@ -25,8 +25,8 @@
 //! staged file of that group.
 
 use std::ffi::OsStr;
+use std::fs::File;
 use std::io;
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
@@ -36,6 +36,7 @@ use nix::unistd::{getegid, geteuid};
 
 use crate::directory::Directory;
 use crate::error::Leftover;
+use crate::locked_file::LockedFile;
 use crate::names::recycled_name;
 use crate::orphan::{Inspection, remove_if_orphaned};
 use crate::records::no_trusted_record;
@@ -50,13 +51,13 @@ use crate::sys;
 ///
 /// An unusable file is removed, unless another writer has taken it or it is not a regular file.
 pub(crate) fn reuse(dir: &Arc<Directory>, dest: &OsStr, max_bytes: u64) -> Option<StagedFile> {
-    let mut recycled = adopt(dir, &recycled_name(dest), OFlag::O_RDWR).ok()??;
-    recycled.arm();
+    let recycled = lock_file(dir, &recycled_name(dest), OFlag::O_RDWR).ok()??;
+    let mut recycled = StagedFile::from(recycled);
     let ready = || -> io::Result<bool> {
         // Clear O_NONBLOCK, which was set on open: io_uring honours it for regular files.
         retry(|| fcntl(recycled.file(), FcntlArg::F_SETFL(OFlag::empty())))?;
         Ok(
-            is_like_new(&recycled, max_bytes)? && no_group_in_progress(dir)? && {
+            is_like_new(dir, recycled.file(), max_bytes)? && no_group_in_progress(dir)? && {
                 sys::set_mode(recycled.file(), STAGED_MODE)?;
                 sys::is_exclusively_open(recycled.file()) && stat_of(recycled.file())?.links == 1
             },
@@ -68,17 +69,17 @@ pub(crate) fn reuse(dir: &Arc<Directory>, dest: &OsStr, max_bytes: u64) -> Optio
 }
 
 /// Locks the file at `dest` for the exchange; `None` if it cannot be recycled.
-pub(crate) fn lock_old(dir: &Arc<Directory>, dest: &OsStr, max_bytes: u64) -> Option<StagedFile> {
-    let lock = || -> io::Result<Option<StagedFile>> {
+pub(crate) fn lock_old(dir: &Arc<Directory>, dest: &OsStr, max_bytes: u64) -> Option<LockedFile> {
+    let lock = || -> io::Result<Option<LockedFile>> {
         if !sys::supports_leases(dir)? {
             return Ok(None);
         }
-        let Some(old) = adopt(dir, dest, OFlag::O_RDONLY)? else {
+        let Some(old) = lock_file(dir, dest, OFlag::O_RDONLY)? else {
             return Ok(None);
         };
         // Check this after the lock: if a group renamed the file here, its record exists until the
         // group is complete.
-        let usable = is_like_new(&old, max_bytes)? && no_trusted_record(dir)?;
+        let usable = is_like_new(dir, old.file(), max_bytes)? && no_trusted_record(dir)?;
         Ok(usable.then_some(old))
     };
     lock().ok()?
@@ -107,7 +108,7 @@ pub(crate) fn remove_replaced(old: StagedFile) -> Result<(), Leftover> {
         return old.discard();
     }
     let (dir, name) = (Arc::clone(old.dir()), old.name().to_owned());
-    let path: PathBuf = old.path().clone();
+    let path = old.path().to_owned();
     // Release the lock before waiting for another one.
     drop(old);
     let removed = match dir.entry(&name) {
@@ -146,29 +147,28 @@ pub(crate) fn remove(dir: &Directory, dest: &OsStr) {
     let _: Inspection = remove_if_orphaned(dir, &recycled_name(dest));
 }
 
-fn adopt(dir: &Arc<Directory>, name: &OsStr, access: OFlag) -> io::Result<Option<StagedFile>> {
+fn lock_file(dir: &Arc<Directory>, name: &OsStr, access: OFlag) -> io::Result<Option<LockedFile>> {
     match dir.entry(name)? {
-        Some(entry) if entry.is_file() => StagedFile::adopt(dir, name, dir.open_for(access, name)?),
+        Some(entry) if entry.is_file() => LockedFile::lock(dir, name, dir.open_for(access, name)?),
         _ => Ok(None),
     }
 }
 
 /// Returns whether the file equals a new one except for its bytes, length and mode, and has at most
 /// `max_bytes` allocated.
-fn is_like_new(staged: &StagedFile, max_bytes: u64) -> io::Result<bool> {
+fn is_like_new(dir: &Directory, file: &File, max_bytes: u64) -> io::Result<bool> {
     /// On a directory: new files receive its group.
     const SET_GROUP_ID: u32 = 0o2000;
-    let dir = staged.dir();
-    let file = stat_of(staged.file())?;
+    let stat = stat_of(file)?;
     let gid = if dir.stat.mode & SET_GROUP_ID == 0 {
         getegid().as_raw()
     } else {
         dir.stat.gid
     };
-    Ok(file.is_file()
-        && file.links == 1
-        && file.allocated <= max_bytes
-        && (file.uid, file.gid) == (geteuid().as_raw(), gid)
-        && sys::supports_leases(staged.file())?
-        && !sys::has_attributes(staged.file())?)
+    Ok(stat.is_file()
+        && stat.links == 1
+        && stat.allocated <= max_bytes
+        && (stat.uid, stat.gid) == (geteuid().as_raw(), gid)
+        && sys::supports_leases(file)?
+        && !sys::has_attributes(file)?)
 }

@@ -38,21 +38,21 @@ pub struct SweepReport {
     /// Orphaned staged files that were removed.
     pub removed: Vec<PathBuf>,
     /// Staged files in use by this or another process. They were not changed.
-    pub living: Vec<PathBuf>,
+    pub in_use: Vec<PathBuf>,
     /// Recycled files (see [`Options::recycle`](crate::Options::recycle)) that were removed. The
     /// next writer creates a new file.
-    pub spares: Vec<PathBuf>,
-    /// Files with the name of a staged file that were kept for another reason.
-    pub kept: Vec<Kept>,
+    pub recycled: Vec<PathBuf>,
+    /// Files with the name of a staged file that were not removed for another reason.
+    pub skipped: Vec<Skipped>,
 }
 
 /// A directory entry with the name of a staged file that was not removed.
 #[derive(Debug)]
 #[non_exhaustive]
-pub struct Kept {
+pub struct Skipped {
     /// Its path.
     pub path: PathBuf,
-    /// Why it was kept: no permission to open it, no locks on its file system, a pending group
+    /// The reason: no permission to open it, no locks on its file system, a pending group
     /// commit, or not a regular file.
     pub reason: io::Error,
 }

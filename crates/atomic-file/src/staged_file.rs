@@ -28,18 +28,19 @@
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::io::{self, ErrorKind};
-use std::path::PathBuf;
+use std::path::Path;
 use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
 use crate::directory::Directory;
 use crate::error::Leftover;
+use crate::locked_file::{LockedFile, NamedFile};
 use crate::names::{NameKind, new_id, protocol_name};
 use crate::orphan::{Inspection, remove_if_orphaned};
 use crate::rename::{PublishError, confirm_rename, has_no_such_call};
-use crate::stat::{FileId, Stat, stat_of};
-use crate::sys::{Lock, Unlock, try_lock};
+use crate::stat::Stat;
+use crate::sys::{Lock, try_lock};
 
 /// The mode of every staged file until the commit: no other user can open it.
 pub(crate) const STAGED_MODE: u32 = 0o600;
@@ -58,16 +59,31 @@ fn lock_new(file: &File) -> io::Result<Lock> {
     Ok(Lock::Taken)
 }
 
+/// Whether drop removes the name of a staged file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum OnDrop {
+    /// The name belongs to the staged file.
+    Remove,
+    /// The file was renamed to its destination, is left for a recovery, or the name belongs to
+    /// another process.
+    Keep,
+}
+
+/// A file under a staged name of its own, which drop removes.
 #[derive(Debug)]
 pub(crate) struct StagedFile {
-    dir: Arc<Directory>,
-    name: OsString,
-    path: PathBuf,
-    file: File,
-    id: FileId,
-    locked: bool,
-    /// Whether `name` belongs to this object, so that drop removes it.
-    unlink_on_drop: bool,
+    named: NamedFile,
+    on_drop: OnDrop,
+}
+
+impl From<LockedFile> for StagedFile {
+    /// Takes over the name: drop removes it.
+    fn from(locked: LockedFile) -> Self {
+        Self {
+            named: locked.into_named(),
+            on_drop: OnDrop::Remove,
+        }
+    }
 }
 
 impl StagedFile {
@@ -92,59 +108,27 @@ impl StagedFile {
             };
             // The file's identity is unknown only here. Its name was just created, so it refers to
             // it.
-            let id = stat_of(&file).inspect_err(|_| drop(dir.remove(&name)))?.id;
+            let named =
+                NamedFile::new(dir, &name, file).inspect_err(|_| drop(dir.remove(&name)))?;
             let mut staged = Self {
-                dir: Arc::clone(dir),
-                path: dir.path_of(&name),
-                name,
-                id,
-                file,
-                locked: false,
-                unlink_on_drop: true,
+                named,
+                on_drop: OnDrop::Remove,
             };
             if kind == NameKind::Unlocked {
                 return Ok(staged);
             }
-            match lock_new(&staged.file)? {
-                Lock::Held if staged.check_linked()? => {
-                    staged.locked = true;
+            match lock_new(staged.file())? {
+                Lock::Held if staged.named.check_linked()? => {
+                    staged.named.set_locked();
                     return Ok(staged);
                 }
                 // A sweeper locked the file first, or another program holds the lock: the name no
                 // longer belongs to this writer.
-                Lock::Held | Lock::Taken => staged.unlink_on_drop = false,
+                Lock::Held | Lock::Taken => staged.on_drop = OnDrop::Keep,
                 // Dropping the staged file removes it.
                 Lock::Unsupported(_) => kind = NameKind::Unlocked,
             }
         }
-    }
-
-    /// Locks an existing file, which was opened by `name`, as a staged file. Returns `None` if
-    /// another process holds the lock or the name refers to another file by now. Drop keeps the
-    /// name until [`arm`](Self::arm) is called.
-    pub(crate) fn adopt(
-        dir: &Arc<Directory>,
-        name: &OsStr,
-        file: File,
-    ) -> io::Result<Option<Self>> {
-        if !matches!(try_lock(&file)?, Lock::Held) {
-            return Ok(None);
-        }
-        let staged = Self {
-            dir: Arc::clone(dir),
-            path: dir.path_of(name),
-            name: name.to_owned(),
-            id: stat_of(&file)?.id,
-            file,
-            locked: true,
-            unlink_on_drop: false,
-        };
-        Ok(staged.check_linked()?.then_some(staged))
-    }
-
-    /// Makes drop remove the file's name.
-    pub(crate) fn arm(&mut self) {
-        self.unlink_on_drop = true;
     }
 
     /// Renames the file within its directory to a new staged name for `dest`.
@@ -154,19 +138,19 @@ impl StagedFile {
 
     /// Renames the file within its directory to the random name `name`.
     pub(crate) fn rename_to(&mut self, name: OsString) -> Result<(), PublishError> {
-        let dir = Arc::clone(&self.dir);
+        let dir = Arc::clone(self.dir());
         self.publish(&dir, &name, false)?;
-        self.moved_to(&dir, name);
+        self.moved_to(&dir, &name);
         Ok(())
     }
 
     /// Renames the file within its directory to `name`, which must not exist.
     pub(crate) fn move_to(&mut self, name: &OsStr) -> io::Result<()> {
-        let dir = Arc::clone(&self.dir);
-        self.attempt(&dir, name, |from, own| from.rename_new(own, &dir, name))
+        let dir = Arc::clone(self.dir());
+        self.named
+            .attempt(&dir, name, |from, own| from.rename_new(own, &dir, name))
             .map_err(PublishError::of_rename)?;
-        self.path = dir.path_of(name);
-        self.name = name.to_owned();
+        self.named.set_name(&dir, name);
         Ok(())
     }
 
@@ -175,19 +159,20 @@ impl StagedFile {
     ///
     /// The name may refer to a file other than `old`, if that was replaced just before the call.
     /// [`is_linked`](Self::is_linked) detects this.
-    pub(crate) fn exchange(&mut self, mut old: Self) -> Result<Self, PublishError> {
-        let (dir, dest) = (Arc::clone(&self.dir), old.name.clone());
-        self.attempt(&dir, &dest, |_, own| dir.exchange(own, &dest))?;
-        self.unlink_on_drop = false;
+    pub(crate) fn exchange(&mut self, old: LockedFile) -> Result<Self, PublishError> {
+        let (dir, dest) = (Arc::clone(self.dir()), old.name().to_owned());
+        self.named
+            .attempt(&dir, &dest, |_, own| dir.exchange(own, &dest))?;
+        self.on_drop = OnDrop::Keep;
         // The destination became a directory just before the call, which rename(2) would have
         // refused.
-        if let Ok(Some(there)) = dir.entry(&self.name)
+        if let Ok(Some(there)) = dir.entry(self.name())
             && there.is_dir()
         {
             let is_dir = || io::Error::from(ErrorKind::IsADirectory);
-            return Err(match dir.exchange(&self.name, &dest) {
+            return Err(match dir.exchange(self.name(), &dest) {
                 Ok(()) => {
-                    self.unlink_on_drop = true;
+                    self.on_drop = OnDrop::Remove;
                     PublishError::NotPublished(is_dir())
                 }
                 Err(errno) => PublishError::Unknown {
@@ -196,60 +181,45 @@ impl StagedFile {
                 },
             });
         }
-        old.path.clone_from(&self.path);
-        old.name.clone_from(&self.name);
-        old.unlink_on_drop = true;
+        let mut old = Self::from(old);
+        old.named.set_name(&dir, self.name());
         Ok(old)
     }
 
     pub(crate) fn dir(&self) -> &Arc<Directory> {
-        &self.dir
+        self.named.dir()
     }
 
     pub(crate) fn name(&self) -> &OsStr {
-        &self.name
+        self.named.name()
     }
 
-    pub(crate) fn path(&self) -> &PathBuf {
-        &self.path
+    pub(crate) fn path(&self) -> &Path {
+        self.named.path()
     }
 
     pub(crate) fn file(&self) -> &File {
-        &self.file
+        self.named.file()
     }
 
     pub(crate) fn file_mut(&mut self) -> &mut File {
-        &mut self.file
+        self.named.file_mut()
     }
 
+    /// Returns whether the file system has locks, so that a sweep can tell whether the file is in
+    /// use.
     pub(crate) fn is_locked(&self) -> bool {
-        self.locked
+        self.named.is_locked()
     }
 
     /// Returns whether the name still refers to this file. Errors count as `false`.
     pub(crate) fn is_linked(&self) -> bool {
-        self.check_linked().is_ok_and(|ours| ours)
-    }
-
-    fn check_linked(&self) -> io::Result<bool> {
-        Ok(self.dir.entry(&self.name)?.map(|entry| entry.id) == Some(self.id))
+        self.named.is_linked()
     }
 
     /// Fails unless both the descriptor and the name still refer to the file that was created.
     pub(crate) fn check(&self) -> io::Result<Stat> {
-        let stat = stat_of(&self.file)?;
-        if stat.id != self.id {
-            return Err(io::Error::other(
-                "the writer's `File` was replaced by another one",
-            ));
-        }
-        if !self.check_linked()? {
-            return Err(io::Error::new(
-                ErrorKind::NotFound,
-                "another program removed or replaced the staged file",
-            ));
-        }
-        Ok(stat)
+        self.named.check()
     }
 
     /// Renames the staged file to `name` in `dir`. Replaces an existing file unless `no_clobber` is
@@ -264,54 +234,38 @@ impl StagedFile {
         no_clobber: bool,
     ) -> Result<Option<Leftover>, PublishError> {
         if !no_clobber {
-            self.attempt(dir, name, |from, own| from.rename(own, dir, name))?;
-            self.unlink_on_drop = false;
+            self.named
+                .attempt(dir, name, |from, own| from.rename(own, dir, name))?;
+            self.on_drop = OnDrop::Keep;
             return Ok(None);
         }
-        match self.attempt(dir, name, |from, own| from.rename_new(own, dir, name)) {
+        match self
+            .named
+            .attempt(dir, name, |from, own| from.rename_new(own, dir, name))
+        {
             Ok(()) => {
-                self.unlink_on_drop = false;
+                self.on_drop = OnDrop::Keep;
                 Ok(None)
             }
             Err(PublishError::NotPublished(error)) if has_no_such_call(&error) => {
-                let link = || self.dir.link(&self.name, dir, name);
+                let link = || self.dir().link(self.name(), dir, name);
                 // The old name exists in any case, so it does not show whether the link was made.
-                confirm_rename(link, || self.is_at(dir, name), || false)?;
+                confirm_rename(link, || self.named.is_at(dir, name), || false)?;
                 Ok(self.remove().err())
             }
             Err(error) => Err(error),
         }
     }
 
-    fn attempt(
-        &self,
-        dir: &Directory,
-        name: &OsStr,
-        call: impl Fn(&Directory, &OsStr) -> nix::Result<()>,
-    ) -> Result<(), PublishError> {
-        let moved = || call(&self.dir, &self.name);
-        confirm_rename(moved, || self.is_at(dir, name), || self.is_linked())
-    }
-
-    fn is_at(&self, dir: &Directory, name: &OsStr) -> io::Result<bool> {
-        let Some(entry) = dir.entry(name)? else {
-            return Ok(false);
-        };
-        let own = stat_of(&self.file)?;
-        Ok((entry.id, entry.size) == (own.id, own.size))
-    }
-
     /// Records that the file was renamed to `name` in `dir`, and makes drop remove that name.
-    pub(crate) fn moved_to(&mut self, dir: &Arc<Directory>, name: OsString) {
-        self.dir = Arc::clone(dir);
-        self.path = dir.path_of(&name);
-        self.name = name;
-        self.unlink_on_drop = true;
+    pub(crate) fn moved_to(&mut self, dir: &Arc<Directory>, name: &OsStr) {
+        self.named.set_name(dir, name);
+        self.on_drop = OnDrop::Remove;
     }
 
     /// Makes drop keep the file's name, for a recovery.
     pub(crate) fn disarm(&mut self) {
-        self.unlink_on_drop = false;
+        self.on_drop = OnDrop::Keep;
     }
 
     /// Removes the staged file.
@@ -320,28 +274,17 @@ impl StagedFile {
     }
 
     fn remove(&mut self) -> Result<(), Leftover> {
-        if !std::mem::take(&mut self.unlink_on_drop) {
-            return Ok(());
+        match std::mem::replace(&mut self.on_drop, OnDrop::Keep) {
+            OnDrop::Keep => Ok(()),
+            OnDrop::Remove => self.named.remove(),
         }
-        let removed = match self.check_linked() {
-            // Another program replaced the staged file: the name is not this writer's any more.
-            Ok(false) => Ok(()),
-            // If the check fails, rely on the protocol: this writer holds the lock.
-            Ok(true) | Err(_) => self.dir.remove(&self.name),
-        };
-        removed.map_err(|source| Leftover {
-            path: self.path.clone(),
-            source,
-        })
     }
 }
 
 impl Drop for StagedFile {
+    /// Removes the name while the lock is held, which is released after this.
     fn drop(&mut self) {
         // `discard` reports errors. A sweep removes a file that remains.
         let _ = self.remove();
-        if self.locked {
-            drop(Unlock(&self.file));
-        }
     }
 }

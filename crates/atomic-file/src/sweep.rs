@@ -10,7 +10,7 @@ use crate::error::SweepError;
 use crate::names::{NameKind, PREFIX, is_staged_for, kind_of_name};
 use crate::orphan::{Inspection, Orphan};
 use crate::records::Records;
-use crate::report::{Kept, SweepReport};
+use crate::report::{Skipped, SweepReport};
 use crate::stat::FileId;
 use crate::sys::file_owner;
 
@@ -46,7 +46,7 @@ pub fn sweep(dir: impl AsRef<Path>) -> Result<SweepReport, SweepError> {
 }
 
 /// Returns the report that [`sweep`] would return, but removes nothing: [`SweepReport::removed`]
-/// and [`SweepReport::spares`] list the files that it would remove.
+/// and [`SweepReport::recycled`] list the files that it would remove.
 ///
 /// # Errors
 /// Returns the errors of [`sweep`].
@@ -110,15 +110,15 @@ pub(crate) fn sweep_names(
             };
             let path = dir.path_of(name);
             match inspected {
-                Inspection::Removed if kind == NameKind::Recycled => report.spares.push(path),
+                Inspection::Removed if kind == NameKind::Recycled => report.recycled.push(path),
                 Inspection::Removed => report.removed.push(path),
                 // A writer that was killed between `link` and `unlink` leaves two names of one
                 // file, and this sweep holds its lock by the other name.
                 Inspection::InUse if is_one_of(dir, name, &own_locks) => {
                     left.push_back((name, kind));
                 }
-                Inspection::InUse => report.living.push(path),
-                Inspection::Retained(reason) => report.kept.push(Kept { path, reason }),
+                Inspection::InUse => report.in_use.push(path),
+                Inspection::Retained(reason) => report.skipped.push(Skipped { path, reason }),
                 Inspection::Missing => {}
             }
         }

@@ -13,6 +13,7 @@ use crate::destination::{Destination, check_directory, check_replaceable};
 use crate::directory::Directory;
 use crate::durability::Durability;
 use crate::error::{CommitError, CommitStep, Leftover, OpenError};
+use crate::locked_file::LockedFile;
 use crate::names::PREFIX;
 use crate::options::Options;
 use crate::preflight::{PreflightError, preflight};
@@ -308,7 +309,7 @@ impl AtomicWriter {
         };
         match (synced, leftover) {
             (Ok(()), None) => Ok(()),
-            (Ok(()), Some(source)) => Err(CommitError::ReplacedStageLeft {
+            (Ok(()), Some(source)) => Err(CommitError::ReplacedCleanupFailed {
                 dest: dest.path,
                 source,
             }),
@@ -393,7 +394,7 @@ fn publish(
     staged: &mut StagedFile,
     dest: &Destination,
     no_clobber: bool,
-    old: Option<StagedFile>,
+    old: Option<LockedFile>,
 ) -> Result<Replaced, PublishError> {
     if let Some(old) = old {
         match staged.exchange(old) {

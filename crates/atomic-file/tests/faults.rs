@@ -168,9 +168,9 @@ fn a_group_without_locks_is_refused() {
     let log = tempfile::NamedTempFile::new().unwrap();
     let fault = "inject=flock:error=ENOLCK".into();
     let report = strace("group", scratch.path(), log.path(), &[fault]).unwrap();
-    let refusal = atomic_file::Refusal::NoLocks.to_string();
+    let reason = atomic_file::Ineligible::NoLocks.to_string();
     assert!(
-        report.starts_with("not opened") && report.contains(&refusal),
+        report.starts_with("not opened") && report.contains(&reason),
         "{report}"
     );
     assert_eq!(same_text(scratch.path(), &FILES), "old");

@@ -5,7 +5,7 @@ mod support;
 use std::fs;
 
 use atomic_file::{AtomicGroup, AtomicWriter, CommitStep, GroupCommitError};
-use atomic_file::{Refusal, recover, sweep};
+use atomic_file::{Ineligible, recover, sweep};
 use rstest::rstest;
 use support::groups::{FILES, old_files};
 use support::{assert_names, group, same_text};
@@ -40,11 +40,11 @@ fn a_dropped_or_discarded_group_leaves_no_file() {
 }
 
 #[rstest]
-#[case::other_directory("other", Refusal::OtherDirectory)]
-#[case::staged_elsewhere("elsewhere", Refusal::StagedElsewhere)]
-#[case::the_same_destination("same", Refusal::SameDestination)]
-#[case::no_clobber("no clobber", Refusal::NoClobber)]
-fn an_ineligible_writer_is_returned(#[case] who: &str, #[case] expected: Refusal) {
+#[case::other_directory("other", Ineligible::OtherDirectory)]
+#[case::staged_elsewhere("elsewhere", Ineligible::StagedElsewhere)]
+#[case::the_same_destination("same", Ineligible::SameDestination)]
+#[case::no_clobber("no clobber", Ineligible::NoClobber)]
+fn an_ineligible_writer_is_returned(#[case] who: &str, #[case] expected: Ineligible) {
     let dir = tempfile::tempdir().unwrap();
     let other = dir.path().join("other");
     fs::create_dir(&other).unwrap();
@@ -61,7 +61,7 @@ fn an_ineligible_writer_is_returned(#[case] who: &str, #[case] expected: Refusal
         _ => options.no_clobber(true).open(&dest),
     };
     let error = group.add(writer.unwrap()).unwrap_err();
-    assert_eq!(error.refusal, expected);
+    assert_eq!(error.reason, expected);
     error.writer.commit().expect("the directory is unchanged");
     assert_eq!(group.len(), 1);
 }
@@ -73,7 +73,7 @@ fn a_file_system_without_lasting_inode_numbers_is_refused() {
     let disk = test_machine::LoopMount::new(test_machine::FileSystem::EXFAT).unwrap();
     let writer = AtomicWriter::open(disk.path().join("memory")).unwrap();
     let error = AtomicGroup::new().add(writer).unwrap_err();
-    assert_eq!(error.refusal, Refusal::NoInodeNumbers);
+    assert_eq!(error.reason, Ineligible::NoInodeNumbers);
 }
 
 #[test]
@@ -152,7 +152,7 @@ fn a_file_system_without_generations_is_refused() {
     mount(ramfs, dir.path(), ramfs, MsFlags::empty(), none).unwrap();
     let writer = AtomicWriter::open(dir.path().join("memory")).unwrap();
     let refused = AtomicGroup::new().add(writer).unwrap_err();
-    assert_eq!(refused.refusal, Refusal::NoGenerations);
+    assert_eq!(refused.reason, Ineligible::NoGenerations);
     let committed = refused.writer.commit();
     umount2(dir.path(), MntFlags::MNT_DETACH).unwrap();
     committed.unwrap();

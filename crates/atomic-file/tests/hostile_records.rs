@@ -31,7 +31,7 @@ fn child() {
             format!(
                 "{} removed, {} kept",
                 report.removed.len(),
-                report.kept.len()
+                report.skipped.len()
             )
         });
     }
@@ -244,12 +244,12 @@ fn a_sweep_by_root_keeps_files_of_another_users_group() {
     fs::write(dir.join(".atomic-file-01234567-2.stage"), "an orphan").unwrap();
     let report = sweep(&dir).unwrap();
     assert_eq!(
-        (report.removed.len(), report.kept.len()),
+        (report.removed.len(), report.skipped.len()),
         (2, 1),
         "{report:?}"
     );
     assert!(
-        report.kept[0]
+        report.skipped[0]
             .path
             .ends_with(".atomic-file-01234567-0123456789abcdef.stage")
     );

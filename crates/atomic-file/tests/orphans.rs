@@ -86,9 +86,9 @@ fn a_sweep_removes_only_orphaned_files() {
     for (preview, sweep) in [(true, preview_sweep as fn(_) -> _), (false, sweep)] {
         let report = sweep(dir.path()).unwrap();
         assert_eq!(report.removed, std::slice::from_ref(&orphaned));
-        assert_eq!(report.living, [in_use.temp_path()]);
-        assert_eq!(report.kept.len(), 1);
-        assert_eq!(report.kept[0].path, link);
+        assert_eq!(report.in_use, [in_use.temp_path()]);
+        assert_eq!(report.skipped.len(), 1);
+        assert_eq!(report.skipped[0].path, link);
         assert_eq!(orphaned.exists(), preview);
     }
     in_use.commit().unwrap();
@@ -110,15 +110,15 @@ fn every_name_of_an_orphaned_file_is_removed() {
         fs::hard_link(&orphaned, link).unwrap();
     }
     let report = preview_sweep(dir.path()).unwrap();
-    assert_eq!((report.removed.len(), report.living.len()), (4, 0));
+    assert_eq!((report.removed.len(), report.in_use.len()), (4, 0));
     let report = sweep(dir.path()).unwrap();
-    assert_eq!((report.removed.len(), report.living.len()), (4, 0));
+    assert_eq!((report.removed.len(), report.in_use.len()), (4, 0));
     assert_names(dir.path(), &["dest"]);
 
     let in_use = AtomicWriter::open(&dest).unwrap();
     fs::hard_link(in_use.temp_path(), &more[0]).unwrap();
     let report = sweep(dir.path()).unwrap();
-    assert_eq!((report.removed.len(), report.living.len()), (0, 2));
+    assert_eq!((report.removed.len(), report.in_use.len()), (0, 2));
 }
 
 #[test]
@@ -139,7 +139,7 @@ fn a_sweep_keeps_files_in_use_by_other_processes() {
         .unwrap();
     let report = sweep(dir.path()).unwrap();
     assert_eq!(
-        (report.removed.len(), report.living),
+        (report.removed.len(), report.in_use),
         (0, vec![staged.clone()])
     );
     commit(&AtomicWriter::options(), &dest, b"early").unwrap();
@@ -209,10 +209,19 @@ fn without_locks_orphaned_files_are_kept_and_reported() {
     // A sweeper with locks cannot determine whether the writer is running.
     let report = sweep(dir.path()).unwrap();
     assert_eq!(
-        (report.removed.len(), report.living.len(), report.kept.len()),
+        (
+            report.removed.len(),
+            report.in_use.len(),
+            report.skipped.len()
+        ),
         (0, 0, 1)
     );
-    let name = report.kept[0].path.file_name().unwrap().to_str().unwrap();
+    let name = report.skipped[0]
+        .path
+        .file_name()
+        .unwrap()
+        .to_str()
+        .unwrap();
     assert!(name.ends_with(".unlocked-stage"), "{name}");
     commit(&AtomicWriter::options(), &dest, b"newer").unwrap();
     assert_eq!(without_locks(&[]).as_deref(), Some("ok"));

@@ -351,9 +351,9 @@ fn a_sweep_reports_recycled_files_separately() {
     let (dir, dest, recycled_file) = with_recycled_file();
     let staged = recycling().open(dir.path().join("other")).unwrap();
     let report = sweep(dir.path()).unwrap();
-    assert_eq!(report.spares, [recycled_file]);
-    assert!(report.removed.is_empty() && report.kept.is_empty());
-    assert_eq!(report.living, [staged.temp_path()]);
+    assert_eq!(report.recycled, [recycled_file]);
+    assert!(report.removed.is_empty() && report.skipped.is_empty());
+    assert_eq!(report.in_use, [staged.temp_path()]);
     drop(staged);
     assert_names(dir.path(), &["dest"]);
     assert!(!save(&recycling(), &dest, 3));
@@ -440,7 +440,7 @@ fn racing_recycling_writers_never_show_a_torn_file() {
     });
     let report = sweep(dir.path()).unwrap();
     assert!(
-        report.removed.is_empty() && report.spares.len() <= 1,
+        report.removed.is_empty() && report.recycled.len() <= 1,
         "{report:?}"
     );
     assert_names(dir.path(), &["dest"]);

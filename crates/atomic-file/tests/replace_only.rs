@@ -10,7 +10,7 @@ use std::thread;
 use std::time::{Duration, SystemTime};
 
 use atomic_file::{
-    AtomicGroup, AtomicWriter, CommitError, CommitStep, FileVersion, OpenError, Options, Refusal,
+    AtomicGroup, AtomicWriter, CommitError, CommitStep, FileVersion, Ineligible, OpenError, Options,
 };
 use rstest::rstest;
 use support::{Held, assert_names, commit, dir_with_old};
@@ -282,5 +282,5 @@ fn a_group_refuses_replace_only() {
     let (_dir, dest) = dir_with_old();
     let mut group = AtomicGroup::new();
     let error = group.add(only(&dest).open(&dest).unwrap()).unwrap_err();
-    assert_eq!(error.refusal, Refusal::ReplaceOnly);
+    assert_eq!(error.reason, Ineligible::ReplaceOnly);
 }

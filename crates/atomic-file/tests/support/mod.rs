@@ -256,7 +256,7 @@ pub(crate) fn state_of(result: Result<(), CommitError>) -> String {
         Err(CommitError::NotReplaced { .. }) => "not replaced, left".into(),
         Err(CommitError::ReplacedDurabilityUnknown { leftover: None, .. }) => "replaced".into(),
         Err(CommitError::ReplacedDurabilityUnknown { .. }) => "replaced, left".into(),
-        Err(CommitError::ReplacedStageLeft { .. }) => "replaced, left".into(),
+        Err(CommitError::ReplacedCleanupFailed { .. }) => "replaced, left".into(),
         Err(CommitError::Unknown { .. }) => "unknown".into(),
         Err(other) => format!("{other:?}"),
     }
@@ -288,7 +288,7 @@ pub(crate) fn group_state_of(result: Result<(), GroupCommitError>) -> String {
             "not replaced".into()
         }
         Err(GroupCommitError::NothingReplaced { .. }) => "not replaced, left".into(),
-        Err(GroupCommitError::WillBeCompleted { .. }) => "will be completed".into(),
+        Err(GroupCommitError::RollForwardPending { .. }) => "will be completed".into(),
         Err(GroupCommitError::Unknown { .. }) => "unknown".into(),
         Err(GroupCommitError::ReplacedDurabilityUnknown { .. }) => "replaced, record left".into(),
         Err(GroupCommitError::ReplacedRecordLeft { .. }) => "replaced, record left".into(),

@@ -184,9 +184,9 @@ impl Found {
         self.lost.extend(paths(report.lost));
         let swept = report.swept;
         self.removed.extend(paths(swept.removed));
-        self.removed.extend(paths(swept.spares));
-        self.in_use.extend(paths(swept.living));
-        self.kept.extend(swept.kept.into_iter().map(|kept| Kept {
+        self.removed.extend(paths(swept.recycled));
+        self.in_use.extend(paths(swept.in_use));
+        self.kept.extend(swept.skipped.into_iter().map(|kept| Kept {
             file: kept.path.into(),
             reason: words::recovering(&kept.reason.to_string()),
         }));

@@ -122,7 +122,7 @@ fn of_commit(error: &CommitError) -> Verdict {
         CommitError::ReplacedDurabilityUnknown { leftover, .. } => {
             (ReportedNext::Done, leftover.is_some())
         }
-        CommitError::ReplacedStageLeft { .. } => (ReportedNext::Done, true),
+        CommitError::ReplacedCleanupFailed { .. } => (ReportedNext::Done, true),
         CommitError::Unknown { .. } => (ReportedNext::Unknown, true),
         _ => (ReportedNext::Strange, false),
     }
@@ -134,7 +134,7 @@ fn of_group(error: &GroupCommitError) -> Verdict {
         GroupCommitError::NothingReplaced { leftovers, .. } => {
             (ReportedNext::Not, !leftovers.is_empty())
         }
-        GroupCommitError::WillBeCompleted { .. }
+        GroupCommitError::RollForwardPending { .. }
         | GroupCommitError::ReplacedDurabilityUnknown { .. }
         | GroupCommitError::ReplacedRecordLeft { .. } => (ReportedNext::Done, true),
         GroupCommitError::Unknown { .. } => (ReportedNext::Unknown, true),
