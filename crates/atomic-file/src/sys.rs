@@ -17,11 +17,14 @@ use crate::retry::retry;
 use crate::stat::stat_of;
 
 #[cfg(any(target_os = "linux", target_os = "android"))]
-#[path = "sys/linux.rs"]
-mod platform;
+mod linux;
 #[cfg(not(any(target_os = "linux", target_os = "android")))]
-#[path = "sys/others.rs"]
-mod platform;
+mod others;
+
+#[cfg(any(target_os = "linux", target_os = "android"))]
+use linux as platform;
+#[cfg(not(any(target_os = "linux", target_os = "android")))]
+use others as platform;
 
 use platform::flush;
 pub(crate) use platform::{

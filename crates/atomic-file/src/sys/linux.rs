@@ -2,6 +2,9 @@
 
 #![allow(unsafe_code)]
 
+mod acl;
+mod lease;
+
 use std::ffi::{CStr, OsStr, OsString};
 use std::fs::File;
 use std::io;
@@ -15,14 +18,15 @@ use nix::errno::Errno;
 use nix::fcntl::{OFlag, openat};
 use nix::sys::stat::Mode;
 use nix::unistd::{Uid, geteuid, setfsuid};
-use xattr::FileExt as _;
 
-use super::{Restrictions, copy_xattr};
+use super::Restrictions;
 
-use crate::acl::{Acl, PosixAcl};
 use crate::durability::Durability;
 use crate::retry::retry;
 use crate::stat::{FROM_HANDLE, FileId};
+
+pub(crate) use acl::{acl_of, copy_acl, has_acl, is_acl, remove_acl};
+pub(crate) use lease::{is_exclusively_open, lease_for_reading, release_lease, supports_leases};
 
 /// Syncs `fd` to the medium. Linux has no weaker call that orders writes.
 pub(super) fn flush(fd: BorrowedFd<'_>, _: Durability) -> io::Result<()> {
@@ -68,73 +72,6 @@ fn renameat2(
         )
     };
     Errno::result(result).map(drop)
-}
-
-/// Returns whether an extended attribute is an access control list.
-pub(crate) fn is_acl(name: &OsStr) -> bool {
-    ACLS.iter().any(|acl| name == *acl)
-}
-
-/// The lists of POSIX and of NFS version 4.
-const ACLS: [&str; 2] = ["system.posix_acl_access", "system.nfs4_acl"];
-
-/// Returns the access control list of `file`.
-pub(crate) fn acl_of(file: &File) -> io::Result<Acl> {
-    let [posix, nfs4] = ACLS.map(|name| match file.get_xattr(name) {
-        // The file system does not support such lists.
-        Err(error) if error.kind() == io::ErrorKind::Unsupported => Ok(None),
-        result => result,
-    });
-    Ok(match (posix?, nfs4?) {
-        (Some(list), _) => PosixAcl::decode(&list).map_or(Acl::Unknown, Acl::Posix),
-        // Over NFS version 4, every file has a list. Most have the entries of the mode only.
-        (None, Some(list)) if !has_entries_of_mode_only(&list) => Acl::Unknown,
-        (None, _) => Acl::Absent,
-    })
-}
-
-/// Returns whether a list of NFS version 4 has only entries for the owner, the group and everyone.
-///
-/// RFC 7530, section 6.2.1: the number of entries, and for each of them its type, flags, mask, and
-/// the length and text of the name, padded to 4 bytes. All numbers are big-endian.
-fn has_entries_of_mode_only(list: &[u8]) -> bool {
-    fn number(rest: &mut &[u8]) -> Option<u32> {
-        let (number, tail) = rest.split_first_chunk()?;
-        *rest = tail;
-        Some(u32::from_be_bytes(*number))
-    }
-    let all = || {
-        let mut rest = list;
-        for _ in 0..number(&mut rest)? {
-            for _type_flags_mask in 0..3 {
-                number(&mut rest)?;
-            }
-            let length = number(&mut rest)? as usize;
-            let name = rest.get(..length)?;
-            if !matches!(name, b"OWNER@" | b"GROUP@" | b"EVERYONE@") {
-                return Some(false);
-            }
-            rest = rest.get(length.next_multiple_of(4)..)?;
-        }
-        Some(true)
-    };
-    all().unwrap_or(false)
-}
-
-/// Copies the access control list of `from`, which is `list`, to `to`, with the permission bits of
-/// `mode`. Removes it if `from` has none.
-pub(crate) fn copy_acl(from: &File, list: &Acl, to: &File, mode: u32) -> io::Result<()> {
-    if let Acl::Posix(list) = list {
-        return to.set_xattr(ACLS[0], &list.with_mode(mode).encode());
-    }
-    for acl in ACLS {
-        match copy_xattr(from, to, OsStr::new(acl)) {
-            // The file system does not support such lists.
-            Err(error) if error.kind() == io::ErrorKind::Unsupported => {}
-            result => result?,
-        }
-    }
-    Ok(())
 }
 
 /// Returns the attributes that forbid replacing `name` in `dir`. The empty name is `dir` itself.
@@ -248,30 +185,6 @@ fn generation_of_handle(file: &File) -> io::Result<u64> {
     Ok(digest | FROM_HANDLE)
 }
 
-/// Removes the access control list that a file inherited from its directory.
-pub(crate) fn remove_acl(file: &File) -> io::Result<()> {
-    let list = ACLS[0];
-    match file.get_xattr(list) {
-        Ok(Some(_)) => file.remove_xattr(list),
-        Ok(None) => Ok(()),
-        Err(error) if error.kind() == io::ErrorKind::Unsupported => Ok(()),
-        Err(error) => Err(error),
-    }
-}
-
-/// Returns whether `dir` has or may have an access control list. The lists of NFS version 4 are
-/// ignored, because every directory has one there.
-pub(crate) fn has_acl(dir: impl AsFd) -> bool {
-    let listed = dir
-        .as_fd()
-        .try_clone_to_owned()
-        .and_then(|dir| File::from(dir).get_xattr(ACLS[0]));
-    match listed {
-        Ok(list) => list.is_some(),
-        Err(error) => error.kind() != io::ErrorKind::Unsupported,
-    }
-}
-
 /// Returns whether the file with this device and inode number is known to be in use as swap space.
 pub(crate) fn is_swap(id: FileId) -> bool {
     let Ok(table) = std::fs::read("/proc/swaps") else {
@@ -327,60 +240,6 @@ fn magic_of(fd: impl AsFd) -> io::Result<u32> {
     Ok(statfs.filesystem_type().0 as u32)
 }
 
-/// Returns whether the kernel counts all users of a file of this file system, open or mapped, so
-/// that [`is_exclusively_open`] is reliable. This crate's tests run on each file system in the
-/// list.
-///
-/// A stacked file system (overlayfs, FUSE) maps files of the lower one instead of its own. A
-/// network file system does not count the users on other machines.
-pub(crate) fn supports_leases(fd: impl AsFd) -> io::Result<bool> {
-    const EXT: u32 = libc::EXT4_SUPER_MAGIC as u32;
-    const XFS: u32 = libc::XFS_SUPER_MAGIC as u32;
-    const BTRFS: u32 = libc::BTRFS_SUPER_MAGIC as u32;
-    const TMPFS: u32 = libc::TMPFS_MAGIC as u32;
-    Ok(matches!(magic_of(fd)?, EXT | XFS | BTRFS | TMPFS))
-}
-
-/// Returns whether no other open file or mapping refers to the file of `file`.
-///
-/// The kernel grants a write lease only in this case. The lease is released at once, because it
-/// would delay every process that opens the file, including this one.
-pub(crate) fn is_exclusively_open(file: &File) -> bool {
-    lease(file, libc::c_int::from(libc::F_WRLCK)) && release_lease(file)
-}
-
-/// Acquires a read lease on `file`, which must be open for reading only. Until the lease is
-/// [released](release_lease), an `open(2)` for writing by another process waits. Returns whether
-/// the kernel granted it: no process has the file open for writing, and this one may hold leases on
-/// it.
-pub(crate) fn lease_for_reading(file: &File) -> bool {
-    lease(file, libc::c_int::from(libc::F_RDLCK))
-}
-
-/// Returns whether the lease was released.
-pub(crate) fn release_lease(file: &File) -> bool {
-    set_lease(file, libc::F_SETLEASE, libc::c_int::from(libc::F_UNLCK))
-}
-
-fn lease(file: &File, kind: libc::c_int) -> bool {
-    /// Linux's `include/uapi/asm-generic/fcntl.h`; libc has no constant for it.
-    const F_SETSIG: libc::c_int = 10;
-    // A process that opens the file in between makes the kernel send a signal, by default SIGIO,
-    // which kills this process. SIGURG is ignored by default, and handlers of it expect spurious
-    // signals.
-    set_lease(file, F_SETSIG, libc::SIGURG) && set_lease(file, libc::F_SETLEASE, kind)
-}
-
-fn set_lease(file: &File, command: libc::c_int, argument: libc::c_int) -> bool {
-    let fd = file.as_raw_fd();
-    let set = retry(|| {
-        // SAFETY: F_SETSIG and F_SETLEASE take an integer and no memory. `file` is borrowed, so it
-        // is open.
-        Errno::result(unsafe { libc::fcntl(fd, command, argument) })
-    });
-    set.is_ok()
-}
-
 /// Returns whether `file` has extended attributes that a new file would lack, including an access
 /// control list. Fails with `ERANGE` if their list is too long.
 pub(crate) fn has_attributes(file: &File) -> io::Result<bool> {
@@ -401,44 +260,4 @@ pub(crate) fn has_attributes(file: &File) -> io::Result<bool> {
     Ok(names[..length]
         .split(|byte| *byte == 0)
         .any(|name| !name.is_empty() && !name.starts_with(b"security.")))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use rstest::rstest;
-
-    /// Otherwise the list would grant its own permissions until the mode is set.
-    #[test]
-    fn a_list_is_copied_with_the_bits_of_the_mode() {
-        let [old, new] = [(); 2].map(|()| tempfile::tempfile().unwrap());
-        let list = crate::acl::tests::list(4, 6, 6);
-        if old.set_xattr(ACLS[0], &list.encode()).is_err() {
-            return test_machine::not_run(
-                "a_list_is_copied_with_the_bits_of_the_mode",
-                "a file system without lists",
-            );
-        }
-        let found = acl_of(&old).unwrap();
-        assert_eq!(found, Acl::Posix(list));
-        copy_acl(&old, &found, &new, 0o610).unwrap();
-        assert_eq!(crate::stat::stat_of(&new).unwrap().mode & 0o7777, 0o610);
-        assert_eq!(acl_of(&new).unwrap().grants(0).members, 0);
-    }
-
-    #[rstest]
-    #[case::of_the_mode(&["OWNER@", "GROUP@", "EVERYONE@"], true)]
-    #[case::denies_a_user(&["OWNER@", "guest@example.org", "GROUP@", "EVERYONE@"], false)]
-    #[case::empty(&[], true)]
-    fn lists_of_nfs_are_compared_with_the_mode(#[case] names: &[&str], #[case] of_mode: bool) {
-        let mut list = (names.len() as u32).to_be_bytes().to_vec();
-        for name in names {
-            list.extend([0; 12]);
-            list.extend((name.len() as u32).to_be_bytes());
-            list.extend(name.as_bytes());
-            list.resize(list.len().next_multiple_of(4), 0);
-        }
-        assert_eq!(has_entries_of_mode_only(&list), of_mode);
-        assert!(!has_entries_of_mode_only(&list[..list.len() - 1]), "cut");
-    }
 }

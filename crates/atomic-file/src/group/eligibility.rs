@@ -1,0 +1,187 @@
+//! Which writers can be members of a group.
+
+use std::ffi::{OsStr, OsString};
+
+use thiserror::Error;
+
+use super::{AtomicGroup, len_in_record};
+use crate::destination::Destination;
+use crate::directory::Directory;
+use crate::records::MAX_RECORD_LEN;
+use crate::sys;
+use crate::writer::AtomicWriter;
+
+/// An error of adding a writer to an [`AtomicGroup`](crate::AtomicGroup). Returns the writer.
+#[derive(Debug, Error)]
+#[error("{:?} cannot join the group: {reason}", writer.dest_path())]
+pub struct AddError {
+    /// The reason.
+    pub reason: Ineligible,
+    /// The unchanged writer.
+    pub writer: Box<AtomicWriter>,
+}
+
+/// A reason why a writer cannot be a member of a group.
+#[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Ineligible {
+    /// It is staged in another directory than the group's first member.
+    #[error(
+        "it is staged in another directory than the other members; use one directory per group"
+    )]
+    OtherDirectory,
+    /// It is not staged in the directory of its destination.
+    #[error("it is not staged in the directory of its destination; open it without `staging_dir`")]
+    StagedElsewhere,
+    /// A member has the same destination.
+    #[error("another member has the same destination; add each destination once")]
+    SameDestination,
+    /// It was opened with `no_clobber`.
+    #[error("a recovery after a crash cannot guarantee `no_clobber`; open it without that option")]
+    NoClobber,
+    /// It was opened with `replace_only`.
+    #[error(
+        "a recovery after a crash cannot guarantee `replace_only`; open it without that option"
+    )]
+    ReplaceOnly,
+    /// The file system has no working `flock`.
+    #[error(
+        "its file system cannot lock files, and recovery could not detect interrupted groups; \
+         commit the files one by one"
+    )]
+    NoLocks,
+    /// The destination's name and that of a member refer to the same file, or differ only in case
+    /// in a directory that ignores case.
+    #[error(
+        "the name of another member refers to the same file: the directory ignores \
+         case; add each file once"
+    )]
+    SameFile,
+    /// The record of the group would exceed the maximum length that recoveries read.
+    #[error("the group has too many members for its record; commit it in parts")]
+    TooManyMembers,
+    /// The file system stores neither a time of creation nor a file handle, so a recovery could not
+    /// detect that a later commit replaced the destination.
+    #[error(
+        "its file system provides neither a time of creation nor a file handle, and recovery could \
+         undo a later commit; commit the files one by one"
+    )]
+    NoGenerations,
+    /// The file system does not keep inode numbers across mounts (FAT, exFAT), or may not (FUSE).
+    #[error(
+        "its file system may not keep inode numbers, and recovery could not recognise the staged \
+         files; commit the files one by one"
+    )]
+    NoInodeNumbers,
+}
+
+impl AtomicGroup {
+    /// Returns the reason why `writer` cannot be a member; `None` if it can.
+    pub(super) fn ineligible(&self, writer: &AtomicWriter) -> Option<Ineligible> {
+        let dir = &writer.dest.dir;
+        let others = || self.members.iter().map(|member| &member.dest);
+        if writer.staged.dir().stat.id != dir.stat.id {
+            Some(Ineligible::StagedElsewhere)
+        } else if others().any(|other| other.dir.stat.id != dir.stat.id) {
+            Some(Ineligible::OtherDirectory)
+        } else if others().any(|other| other.name == writer.dest.name) {
+            Some(Ineligible::SameDestination)
+        } else if others().any(|other| names_same_file(writer, other)) {
+            Some(Ineligible::SameFile)
+        } else if self.record_len + len_in_record(writer) > MAX_RECORD_LEN {
+            Some(Ineligible::TooManyMembers)
+        } else if writer.no_clobber {
+            Some(Ineligible::NoClobber)
+        } else if writer.replace_only.is_some() {
+            Some(Ineligible::ReplaceOnly)
+        } else if !writer.staged.is_locked() {
+            Some(Ineligible::NoLocks)
+        } else if !sys::has_lasting_inode_numbers(dir).unwrap_or(false) {
+            Some(Ineligible::NoInodeNumbers)
+        } else if dir
+            .generation(writer.staged.name())
+            .is_ok_and(|found| found == 0)
+        {
+            Some(Ineligible::NoGenerations)
+        } else {
+            None
+        }
+    }
+}
+
+/// Returns whether the destinations, which have different names in one directory, are known to be
+/// the same file: by the inode number of an existing file, or by case.
+///
+/// Names that differ only in Unicode composition ("é" as one or two code points) are not recognised
+/// while neither file exists. The commit compares the files again.
+fn names_same_file(writer: &AtomicWriter, other: &Destination) -> bool {
+    let dest = &writer.dest;
+    let ids = [dest, other].map(|dest| dest.entry.map(|entry| (entry.id, entry.links)));
+    // Two names of a file with several links are different destinations.
+    if let [Some((one, 1)), Some((another, 1))] = ids
+        && one == another
+    {
+        return true;
+    }
+    case_folded(&dest.name) == case_folded(&other.name)
+        && ignores_case(&dest.dir, writer.staged.name())
+}
+
+/// Looks up the staged file's name, which is random and lower-case, in upper case. Inode numbers
+/// are not compared: a FUSE server may return a different one for each spelling.
+fn ignores_case(dir: &Directory, staged: &OsStr) -> bool {
+    dir.entry(&staged.to_ascii_uppercase())
+        .is_ok_and(|entry| entry.is_some())
+}
+
+/// Returns the name as a case-insensitive directory compares it.
+fn case_folded(name: &OsStr) -> OsString {
+    match name.to_str() {
+        // Convert to upper case first: some lower-case letters become several upper-case ones.
+        Some(name) => name.to_uppercase().to_lowercase().into(),
+        None => name.to_ascii_lowercase(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    #[cfg(target_os = "linux")]
+    fn names_of_one_file_match_if_the_directory_ignores_case() {
+        const TEST: &str = "names_of_one_file_match_if_the_directory_ignores_case";
+        const NAMES: [(&str, &str, bool); 4] = [
+            ("vm.mem", "VM.MEM", true),
+            ("\u{e9}tat", "\u{c9}tat", true),
+            ("vm.mem", "vm.state", false),
+            ("vm.mem", "vm-mem", false),
+        ];
+        let same = |dir: &std::path::Path, one: &str, other: &str| {
+            let open = |name| AtomicWriter::open(dir.join(name)).unwrap();
+            names_same_file(&open(one), &open(other).dest)
+        };
+        let dir = tempfile::tempdir().unwrap();
+        for (one, other, _) in NAMES {
+            assert!(!same(dir.path(), one, other), "{one} {other}");
+        }
+        if !test_machine::Need::Mount(FileSystem::EXFAT).met(TEST) {
+            return;
+        }
+        let disk = test_machine::LoopMount::new(test_machine::FileSystem::EXFAT).unwrap();
+        for (one, other, expected) in NAMES {
+            assert_eq!(same(disk.path(), one, other), expected, "{one} {other}");
+        }
+    }
+
+    /// A file with several links may have both names.
+    #[test]
+    fn hard_links_are_different_destinations() {
+        let dir = tempfile::tempdir().unwrap();
+        let [one, other] = ["one", "other"].map(|name| dir.path().join(name));
+        std::fs::write(&one, "").unwrap();
+        std::fs::hard_link(&one, &other).unwrap();
+        let open = |path| AtomicWriter::open(path).unwrap();
+        assert!(!names_same_file(&open(&one), &open(&other).dest));
+    }
+}
