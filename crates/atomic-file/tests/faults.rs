@@ -137,9 +137,7 @@ fn a_recycled_file_is_used_only_if_it_equals_a_new_one(
 #[case::not_ready("EAGAIN")]
 #[case::failed("EIO")]
 fn without_random_numbers_open_fails(#[case] errno: &str) {
-    if !Need::Strace.met("without_random_numbers_open_fails") {
-        return;
-    }
+    needs!(Strace);
     let calls = calls_of("replace", &one_old_file);
     let Some((_, number)) = calls.iter().rfind(|(call, _)| call == "getrandom") else {
         return test_machine::not_run(

@@ -124,10 +124,7 @@ fn a_failed_recovery_is_completed_by_the_next() {
 /// on any file system; a directory that ignores case or composition shows it for new names.
 #[test]
 fn a_group_refuses_two_names_of_one_file() {
-    const TEST: &str = "a_group_refuses_two_names_of_one_file";
-    if !Need::Strace.met(TEST) {
-        return;
-    }
+    needs!(Strace);
     let stats = |log: &str| {
         let calls = log.lines().filter(|line| line.contains("fstatat"));
         let calls: Vec<_> = calls.map(str::to_owned).collect();

@@ -11,7 +11,7 @@ use atomic_file::{AtomicWriter, Preserve};
 use nix::unistd::{Gid, Uid, setfsgid, setfsuid};
 use rstest::rstest;
 use support::{assert_names, commit, dir_with_old};
-use test_machine::Need;
+use test_machine::needs;
 
 const OWNER: u32 = 12345;
 const GROUP: u32 = 23456;
@@ -87,9 +87,7 @@ fn no_user_gains_access_by_a_replacement(
     #[values(OWNER + 2, GROUP)] group: u32,
 ) {
     const TEST: &str = "no_user_gains_access_by_a_replacement";
-    if !Need::Root.met(TEST) {
-        return;
-    }
+    needs!(Root);
     let (dir, dest) = dir_with_old();
     if xattr::set(&dest, ACL, &list(6, 6, 6, 6, 6)).is_err() {
         return test_machine::not_run(TEST, "a file system without lists");

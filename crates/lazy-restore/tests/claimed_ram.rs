@@ -10,7 +10,7 @@ use image_format::{Footer, ImageId, Kind, Placement, Run, Version};
 use lazy_restore::{LazyError, LazyRam, UserfaultfdError, WorkingSet};
 use memory_image::Chain;
 use page_reader::PageReader;
-use test_machine::Need;
+use test_machine::needs;
 
 const PAGE: u64 = 4096;
 const MOST: u64 = 64 << 20;
@@ -66,9 +66,7 @@ static ALONE: Mutex<()> = Mutex::new(());
 
 #[test]
 fn claimed_ram_takes_no_memory() {
-    if !Need::Userfaultfd.met("claimed_ram_takes_no_memory") {
-        return;
-    }
+    needs!(Userfaultfd);
     let _alone = ALONE.lock().unwrap();
     let dir = tempfile::tempdir().unwrap();
     for ram_size in [40, 44, 46, 48, 52].map(|bits| 1 << bits) {
@@ -97,9 +95,7 @@ fn page_tables() -> u64 {
 #[test]
 fn working_set_of_claimed_ram_maps_no_zeros() {
     const RAM: u64 = 64 << 30;
-    if !Need::Userfaultfd.met("working_set_of_claimed_ram_maps_no_zeros") {
-        return;
-    }
+    needs!(Userfaultfd);
     let _alone = ALONE.lock().unwrap();
     let dir = tempfile::tempdir().unwrap();
     let mut body = RAM.to_le_bytes().to_vec();

@@ -11,7 +11,7 @@ use memory_image::{Chain, ChainError, Image};
 use memory_writer::{Durability, Layout, MemoryWriter, Seal};
 use page_reader::PageReader;
 use proptest::prelude::*;
-use test_machine::Need;
+use test_machine::{Need, needs};
 
 #[derive(Clone, Copy, Debug)]
 enum Form {
@@ -102,9 +102,7 @@ fn images(dir: &Path, size: u64, page: u64, layers: &[(Form, Writes)]) -> (Chain
 fn zeros_of_a_diff_hide_the_pages_of_its_base() {
     const PAGE: u64 = 4096;
     const SIZE: u64 = 8 * PAGE;
-    if !Need::Userfaultfd.met("zeros_of_a_diff_hide_the_pages_of_its_base") {
-        return;
-    }
+    needs!(Userfaultfd);
     let dir = tempfile::tempdir().unwrap();
     let (base, diff) = (dir.path().join("base"), dir.path().join("diff"));
     std::fs::write(&base, [7; SIZE as usize]).unwrap();

@@ -13,7 +13,7 @@ use memory_writer::{Durability, Layout, MemoryWriter, Seal};
 use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
 use nix::unistd::Pid;
 use page_reader::{PageReader, ProcessRegion, SecretBuffer};
-use test_machine::Need;
+use test_machine::needs;
 
 const PAGE: u64 = 4096;
 const SIZE: u64 = 4 << 20;
@@ -110,9 +110,7 @@ fn filled([full, diff]: [PathBuf; 2]) {
 
 #[test]
 fn filling_leaves_no_guest_bytes_in_buffers() {
-    if !Need::Userfaultfd.met("filling_leaves_no_guest_bytes_in_buffers") {
-        return;
-    }
+    needs!(Userfaultfd);
     // One processor, so that this thread does all the checksumming.
     let this = Pid::from_raw(0);
     let allowed = sched_getaffinity(this).unwrap();

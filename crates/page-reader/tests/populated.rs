@@ -19,7 +19,7 @@ use support::populated::{
     Flags, PAGE, PAGES, SIZE, SOME, checked, count, guest, may_open_mappings, memfd, populated,
     touch, untouched,
 };
-use test_machine::Need;
+use test_machine::{Need, needs};
 use test_memory::Mapping;
 
 #[rstest]
@@ -100,10 +100,7 @@ fn memory_filled_by_userfaultfd_may_be_populated_everywhere(
 /// with two sizes.
 #[test]
 fn growing_mappings_do_not_reduce_the_knowledge() {
-    let name = "growing_mappings_do_not_reduce_the_knowledge";
-    if !Need::Userfaultfd.met(name) {
-        return;
-    }
+    needs!(Userfaultfd);
     let grow = || {
         for _ in 0..20 {
             let mappings = [(); 40].map(|()| Mapping::inaccessible(64 * PAGE as usize));
@@ -129,9 +126,7 @@ fn growing_mappings_do_not_reduce_the_knowledge() {
 
 #[test]
 fn swapped_out_pages_are_populated() {
-    if !Need::Root.met("swapped_out_pages_are_populated") {
-        return;
-    }
+    needs!(Root);
     let Some(_swap) = test_memory::Swap::on(64 << 20, "swapped_out_pages_are_populated") else {
         return;
     };

@@ -15,7 +15,7 @@ use page_reader::{FileReader, Layered, PageReader};
 use support::populated::{
     Flags, PAGE, PAGES, SIZE, SOME, count, guest, joined, memfd, populated, touch, untouched,
 };
-use test_machine::Need;
+use test_machine::needs;
 use test_memory::Mapping;
 
 #[test]
@@ -44,9 +44,7 @@ fn an_unprivileged_process_finds_pages_of_its_open_memfd() {
         assert_eq!(count(&populated(&guest(&mapping), SIZE)), PAGES as usize);
         return;
     }
-    if !Need::Root.met(NAME) {
-        return;
-    }
+    needs!(Root);
     use std::os::unix::process::CommandExt;
     let program = test_memory::world_executable();
     let output = Command::new(program.path())
@@ -84,9 +82,7 @@ fn missing_huge_pages_of_a_memfd_are_not_populated() {
 
 #[test]
 fn a_huge_page_that_was_written_is_populated() {
-    if !Need::HugePages.met("a_huge_page_that_was_written_is_populated") {
-        return;
-    }
+    needs!(HugePages);
     let memfd = memfd(MFdFlags::MFD_HUGETLB);
     let mapping = Mapping::of_file(memfd.as_fd(), SIZE as usize, true);
     let page = (SIZE / 2) as usize;

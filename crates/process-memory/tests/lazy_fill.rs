@@ -21,7 +21,7 @@ use process_memory::{
 };
 use rstest::rstest;
 use support::child::Child;
-use test_machine::{FileSystem, LoopMount, Need, Overlay, TinyTmpfs};
+use test_machine::{FileSystem, LoopMount, Overlay, TinyTmpfs, needs};
 use test_memory::{Mapping, Registered, register_minor, register_missing};
 
 const SIZE: usize = 2 << 20;
@@ -94,11 +94,7 @@ fn memory_that_a_process_fills_is_refused(
     #[case] file: fn() -> File,
     #[case] register: fn(&File) -> Option<Registered>,
 ) {
-    if !Need::Userfaultfd.met("memory_that_a_process_fills_is_refused")
-        || !Need::Root.met("memory_that_a_process_fills_is_refused")
-    {
-        return;
-    }
+    needs!(Userfaultfd, Root);
     let file = file();
     check_lazy_fill(&file).unwrap();
     let child = child(|| register(&file));
@@ -123,10 +119,7 @@ fn memory_that_a_process_fills_is_refused(
 
 #[test]
 fn memory_filled_in_this_process_is_refused() {
-    let test = "memory_filled_in_this_process_is_refused";
-    if !Need::Userfaultfd.met(test) || !Need::Root.met(test) {
-        return;
-    }
+    needs!(Userfaultfd, Root);
     let file = small_pages();
     let mapping = whole(&file);
     let registered = register_missing(&mapping, SIZE / 2);
@@ -139,10 +132,7 @@ fn memory_filled_in_this_process_is_refused() {
 /// file systems differ.
 #[test]
 fn a_file_on_overlayfs_that_is_filled_is_refused() {
-    let test = "a_file_on_overlayfs_that_is_filled_is_refused";
-    if !Need::Userfaultfd.met(test) || !Need::Mount(FileSystem::EXT4).met(test) {
-        return;
-    }
+    needs!(Userfaultfd, Mount(FileSystem::EXT4));
     let lower = LoopMount::new(FileSystem::EXT4).unwrap();
     let upper = TinyTmpfs::new(2 * SIZE as u64).unwrap();
     let [changed, work] = ["upper", "work"].map(|name| upper.path().join(name));
@@ -174,10 +164,7 @@ fn a_file_on_overlayfs_that_is_filled_is_refused() {
 /// A file that cannot be mapped is not reported as complete.
 #[test]
 fn a_file_on_overlayfs_that_cannot_be_read_is_an_error() {
-    let test = "a_file_on_overlayfs_that_cannot_be_read_is_an_error";
-    if !Need::Root.met(test) {
-        return;
-    }
+    needs!(Root);
     let upper = TinyTmpfs::new(2 * SIZE as u64).unwrap();
     let [lower, changed, work] = ["lower", "upper", "work"].map(|name| upper.path().join(name));
     for dir in [&lower, &changed, &work] {
@@ -194,10 +181,7 @@ fn a_file_on_overlayfs_that_cannot_be_read_is_an_error() {
 /// Pages that are filled in a private mapping do not reach the file.
 #[test]
 fn a_private_mapping_that_is_filled_does_not_matter() {
-    let test = "a_private_mapping_that_is_filled_does_not_matter";
-    if !Need::Userfaultfd.met(test) || !Need::Root.met(test) {
-        return;
-    }
+    needs!(Userfaultfd, Root);
     let file = small_pages();
     let mapping = Mapping::of_file(file.as_fd(), SIZE, false);
     let _registered = register_missing(&mapping, SIZE);
@@ -207,10 +191,7 @@ fn a_private_mapping_that_is_filled_does_not_matter() {
 /// `/proc/<pid>/maps` is empty for such a process, those of its threads are not.
 #[test]
 fn a_process_whose_first_thread_ended_is_found() {
-    let test = "a_process_whose_first_thread_ended_is_found";
-    if !Need::Userfaultfd.met(test) || !Need::Root.met(test) {
-        return;
-    }
+    needs!(Userfaultfd, Root);
     let file = small_pages();
     let (mut ready, done) = std::io::pipe().unwrap();
     // SAFETY: as in `child`.
@@ -260,10 +241,7 @@ fn without_privilege<T: Send>(user: u32, work: impl FnOnce() -> T + Send) -> T {
 
 #[test]
 fn an_unexaminable_process_of_the_owner_is_returned() {
-    let test = "an_unexaminable_process_of_the_owner_is_returned";
-    if !Need::Userfaultfd.met(test) || !Need::Root.met(test) {
-        return;
-    }
+    needs!(Userfaultfd, Root);
     // A user id without other processes on this machine.
     const USER: u32 = 1_948_211;
     let file = small_pages();

@@ -17,7 +17,7 @@ use nix::sys::signal::{Signal, kill};
 use page_reader::PageReader;
 use process_memory::{ProcessMaps, ProcessMemory, ProcessMemoryError};
 use support::child::Child;
-use test_machine::Need;
+use test_machine::{Need, needs};
 use test_memory::{Mapping, PAGE};
 
 const PAGES: usize = 2048;
@@ -153,9 +153,7 @@ fn a_privately_mapped_file_may_be_populated_everywhere() {
 /// A guest that is being restored.
 #[test]
 fn memory_filled_by_userfaultfd_is_not_read_as_zeros() {
-    if !Need::Userfaultfd.met("memory_filled_by_userfaultfd_is_not_read_as_zeros") {
-        return;
-    }
+    needs!(Userfaultfd);
     let mapping = untouched();
     let register = || std::mem::forget(test_memory::register_missing(&mapping, PAGES * PAGE));
     // SAFETY: system calls; the paths are too short for an allocation.
@@ -170,9 +168,7 @@ fn memory_filled_by_userfaultfd_is_not_read_as_zeros() {
 #[test]
 fn swapped_out_pages_of_the_process_are_populated() {
     let test = "swapped_out_pages_of_the_process_are_populated";
-    if !Need::Root.met(test) {
-        return;
-    }
+    needs!(Root);
     let Some(_swap) = test_memory::Swap::on(64 << 20, test) else {
         return;
     };

@@ -383,7 +383,9 @@ fn code_of(cause: &(dyn std::error::Error + 'static)) -> Option<ExitStatus> {
 /// Returns the exit status for an image that cannot be opened.
 fn of_opening(error: &OpenImageError) -> Option<ExitStatus> {
     match error {
-        OpenImageError::Empty { .. } | OpenImageError::NotRaw { .. } => Some(ExitStatus::CheckFailed),
+        OpenImageError::Empty { .. } | OpenImageError::NotRaw { .. } => {
+            Some(ExitStatus::CheckFailed)
+        }
         OpenImageError::Footer { source, .. } => match source {
             FooterError::Io { .. } | FooterError::Append => Some(ExitStatus::Failed),
             _ => Some(ExitStatus::CheckFailed),

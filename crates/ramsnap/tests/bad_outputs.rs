@@ -7,7 +7,8 @@ use std::process::Command;
 
 use rstest::rstest;
 use support::{Ended, RAMSNAP, Work};
-use test_machine::Need;
+#[cfg(target_os = "linux")]
+use test_machine::needs;
 
 #[test]
 fn an_output_that_is_a_dangling_link_is_explained() {
@@ -73,9 +74,7 @@ fn an_output_that_is_an_input_on_an_overlay_is_refused(
 ) {
     use test_machine::{Overlay, TinyTmpfs};
 
-    if !Need::Root.met("an_output_that_is_an_input_on_an_overlay_is_refused") {
-        return;
-    }
+    needs!(Root);
     let work = Work::with_chain();
     let layers = TinyTmpfs::new(64 << 20).unwrap();
     let [lower, upper, inside] = ["lower", "upper", "work"].map(|name| layers.path().join(name));
@@ -135,9 +134,7 @@ fn a_stream_is_not_written_to_the_file_it_comes_from() {
 #[case::restored("restore ../full.mem -o out")]
 #[case::received("convert ../sealed.mem -o out --layout packed")]
 fn a_full_disk_is_an_error_that_says_so_and_leaves_nothing(#[case] command: &str) {
-    if !Need::Root.met("a_full_disk_is_an_error_that_says_so_and_leaves_nothing") {
-        return;
-    }
+    needs!(Root);
     let work = Work::with_chain();
     work.good("convert full.mem -o sealed.mem --layout sealed");
     let disk = test_machine::TinyTmpfs::new(128 << 10).unwrap();
@@ -155,9 +152,7 @@ fn a_full_disk_is_an_error_that_says_so_and_leaves_nothing(#[case] command: &str
 #[case::restored("restore ../full.mem -o out")]
 #[case::converted("convert ../full.mem -o out --layout raw")]
 fn a_disk_without_room_is_noticed_before_images_are_read(#[case] command: &str) {
-    if !Need::Root.met("a_disk_without_room_is_noticed_before_images_are_read") {
-        return;
-    }
+    needs!(Root);
     let work = Work::with_chain();
     work.rot("full.mem", 5000);
     let disk = test_machine::TinyTmpfs::new(128 << 10).unwrap();
@@ -174,9 +169,7 @@ fn a_disk_without_room_is_noticed_before_images_are_read(#[case] command: &str) 
 fn a_raw_diff_of_zeros_without_room_is_refused_before_writes() {
     use memory_writer::{Layout, MemoryWriter, Seal};
 
-    if !Need::Root.met("a_raw_diff_of_zeros_without_room_is_refused_before_writes") {
-        return;
-    }
+    needs!(Root);
     let work = Work::empty();
     let zeros = work.path("zeros.mem");
     let options = MemoryWriter::options().layout(Layout::Packed(Seal::new().on_raw_image()));

@@ -13,7 +13,7 @@ use nix::sys::signal::Signal::{self, SIGHUP, SIGINT, SIGTERM};
 use rstest::rstest;
 use support::held::{Call, Held, calls};
 use support::{RAM, Work};
-use test_machine::Need;
+use test_machine::needs;
 
 /// A verb, the file that it writes, and the system call that replaces that file.
 #[derive(Clone, Copy, Debug)]
@@ -145,9 +145,7 @@ fn signals_to_a_verb_that_stages_its_output(
     )]
     phase: Phase,
 ) {
-    if !Need::Strace.met("signals_to_a_verb_that_stages_its_output") {
-        return;
-    }
+    needs!(Strace);
     // Raw images are read for the report, which brings files of its own to the disk.
     if verb.output == "new" && phase == Phase::SyncingDirectory {
         return;
@@ -242,9 +240,7 @@ fn signals_to_a_restore_in_place(
     #[case] phase: InPlacePhase,
     #[case] (name, number): (&str, usize),
 ) {
-    if !Need::Strace.met("signals_to_a_restore_in_place") {
-        return;
-    }
+    needs!(Strace);
     let work = Work::with_chain();
     let restore = "restore full.mem d1.mem -o guest --force";
     fs::write(work.path("guest"), vec![7; RAM as usize]).unwrap();

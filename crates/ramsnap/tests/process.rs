@@ -9,7 +9,7 @@ use std::process::Command;
 
 use support::vmm::{FILE, Vmm};
 use support::{Ended, PAGE, Work};
-use test_machine::{FileSystem, LoopMount, Need, Overlay, TinyTmpfs};
+use test_machine::{FileSystem, LoopMount, Overlay, TinyTmpfs, needs};
 
 /// Not a test: runs as the other process. See [`Vmm`].
 #[test]
@@ -145,10 +145,7 @@ fn a_file_that_the_process_has_as_ram_is_not_the_output() {
 /// device in the layer.
 #[test]
 fn a_file_on_an_overlay_that_is_mapped_as_ram_is_not_the_output() {
-    const TEST: &str = "a_file_on_an_overlay_that_is_mapped_as_ram_is_not_the_output";
-    if !Need::Ptrace.met(TEST) || !Need::Root.met(TEST) {
-        return;
-    }
+    needs!(Ptrace, Root);
     let work = Work::with_chain();
     let [below, above] = [64 << 20; 2].map(|size| TinyTmpfs::new(size).unwrap());
     let [upper, inside] = ["upper", "work"].map(|name| above.path().join(name));
@@ -173,10 +170,7 @@ fn a_file_on_an_overlay_that_is_mapped_as_ram_is_not_the_output() {
 /// On btrfs, mappings are listed with another device than files.
 #[test]
 fn a_file_on_btrfs_that_is_mapped_as_ram_is_not_the_output() {
-    const TEST: &str = "a_file_on_btrfs_that_is_mapped_as_ram_is_not_the_output";
-    if !Need::Ptrace.met(TEST) || !Need::Root.met(TEST) || !Need::Mount(FileSystem::BTRFS).met(TEST) {
-        return;
-    }
+    needs!(Ptrace, Root, Mount(FileSystem::BTRFS));
     let work = Work::with_chain();
     let disk = LoopMount::new(FileSystem::BTRFS).unwrap();
     let ram = disk.path().join("guest-ram");

@@ -20,7 +20,7 @@ use rstest::rstest;
 use support::held::Held;
 use support::vmm::{HANGS, Vmm};
 use support::{RAM, Work};
-use test_machine::Need;
+use test_machine::needs;
 
 /// Not a test: runs as the other process. See [`Vmm`].
 #[test]
@@ -50,9 +50,7 @@ fn held_on_terminal(work: &Work, arguments: &str, to: &impl AsFd, call: &str) ->
 #[case::diff("diff full.mem d1.mem")]
 fn a_terminal_that_takes_no_output_keeps_no_process_stopped(#[case] verb: &str) {
     let test = "a_terminal_that_takes_no_output_keeps_no_process_stopped";
-    if !Need::Ptrace.met(test) || !Need::Strace.met(test) {
-        return;
-    }
+    needs!(Ptrace, Strace);
     let work = Work::with_chain();
     let vmm = Vmm::with(&work, "ram");
     let terminal = openpty(None, None).unwrap();
@@ -76,9 +74,7 @@ fn a_terminal_that_takes_no_output_keeps_no_process_stopped(#[case] verb: &str) 
 #[test]
 fn a_second_signal_ends_a_capture_whose_terminal_is_stopped() {
     let test = "a_second_signal_ends_a_capture_whose_terminal_is_stopped";
-    if !Need::Ptrace.met(test) || !Need::Strace.met(test) {
-        return;
-    }
+    needs!(Ptrace, Strace);
     let work = Work::with_chain();
     let vmm = Vmm::with(&work, "ram");
     let terminal = openpty(None, None).unwrap();
@@ -97,9 +93,7 @@ fn a_second_signal_ends_a_capture_whose_terminal_is_stopped() {
 #[case::dump("dump")]
 #[case::diff("diff full.mem d1.mem")]
 fn the_process_runs_while_metadata_is_waited_for(#[case] verb: &str) {
-    if !Need::Ptrace.met("the_process_runs_while_metadata_is_waited_for") {
-        return;
-    }
+    needs!(Ptrace);
     let work = Work::with_chain();
     let vmm = Vmm::with(&work, "ram");
     mkfifo(&work.path("fifo"), Mode::S_IRWXU).unwrap();
@@ -126,9 +120,7 @@ fn the_process_runs_while_metadata_is_waited_for(#[case] verb: &str) {
 /// The test traces the process, so stopping it fails, which is the last possible error.
 #[test]
 fn all_that_can_fail_is_found_before_the_process_is_stopped() {
-    if !Need::Ptrace.met("all_that_can_fail_is_found_before_the_process_is_stopped") {
-        return;
-    }
+    needs!(Ptrace);
     let work = Work::with_chain();
     work.create("small", RAM / 2);
     work.good("dump small -o small.mem");
@@ -169,9 +161,7 @@ fn all_that_can_fail_is_found_before_the_process_is_stopped() {
 #[test]
 fn ctrl_z_waits_until_the_process_runs_again() {
     let test = "ctrl_z_waits_until_the_process_runs_again";
-    if !Need::Ptrace.met(test) || !Need::Strace.met(test) {
-        return;
-    }
+    needs!(Ptrace, Strace);
     let work = Work::with_chain();
     let vmm = Vmm::with(&work, "ram");
     let command = work.command(&format!(
@@ -195,9 +185,7 @@ fn ctrl_z_waits_until_the_process_runs_again() {
 
 #[test]
 fn a_signal_ends_the_wait_for_a_process_that_does_not_stop() {
-    if !Need::Ptrace.met("a_signal_ends_the_wait_for_a_process_that_does_not_stop") {
-        return;
-    }
+    needs!(Ptrace);
     let work = Work::with_chain();
     let vmm = Vmm::set_up(&work, "ram", |command| {
         command.env(HANGS, "1");

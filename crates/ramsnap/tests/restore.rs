@@ -14,7 +14,7 @@ use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use support::ram_file::{bytes, create, memfd};
 use support::{Ended, PAGE, RAM, Work};
-use test_machine::{HugeFs, Need, TinyTmpfs};
+use test_machine::{HugeFs, TinyTmpfs, needs};
 
 #[test]
 fn a_guests_memfd_is_captured_and_another_one_restored_in_place() {
@@ -68,9 +68,7 @@ fn ram_of_another_size_stays_as_it_is() {
 /// Writes fail from the third on. The first only tests whether the RAM is writable.
 #[test]
 fn a_restore_that_fails_in_the_middle_leaves_the_ram_empty() {
-    if !Need::Strace.met("a_restore_that_fails_in_the_middle_leaves_the_ram_empty") {
-        return;
-    }
+    needs!(Strace);
     let work = Work::with_chain();
     let guest = work.create("guest", RAM);
     guest.write_all_at(&[7; 10], 0).unwrap();
@@ -87,9 +85,7 @@ fn a_restore_that_fails_in_the_middle_leaves_the_ram_empty() {
 
 #[test]
 fn ram_stays_as_it_is_where_there_is_no_room() {
-    if !Need::Root.met("ram_stays_as_it_is_where_there_is_no_room") {
-        return;
-    }
+    needs!(Root);
     let work = Work::with_chain();
     // Room for a part of the present pages.
     let disk = TinyTmpfs::new(128 << 10).unwrap();
@@ -105,9 +101,7 @@ fn ram_stays_as_it_is_where_there_is_no_room() {
 /// The pages of the old RAM count as room.
 #[test]
 fn ram_that_fills_its_file_system_is_overwritten() {
-    if !Need::Root.met("ram_that_fills_its_file_system_is_overwritten") {
-        return;
-    }
+    needs!(Root);
     let work = Work::with_chain();
     let disk = TinyTmpfs::new(512 << 10).unwrap();
     let path = disk.path().join("ram");
@@ -170,9 +164,7 @@ fn ram_stays_as_it_is_where_an_image_is_damaged() {
 /// hugetlbfs has no write(2).
 #[test]
 fn ram_of_huge_pages_is_restored() {
-    if !Need::HugePages.met("ram_of_huge_pages_is_restored") {
-        return;
-    }
+    needs!(HugePages);
     let work = Work::with_chain();
     let huge = HugeFs::new(None).unwrap();
     let path = huge.path().join("ram");
@@ -187,9 +179,7 @@ fn ram_of_huge_pages_is_restored() {
 
 #[test]
 fn a_new_file_of_huge_pages_is_refused_before_images_are_read() {
-    if !Need::HugePages.met("a_new_file_of_huge_pages_is_refused_before_images_are_read") {
-        return;
-    }
+    needs!(HugePages);
     let work = Work::with_chain();
     work.rot("full.mem", 5000);
     let huge = HugeFs::new(None).unwrap();
@@ -203,9 +193,7 @@ fn a_new_file_of_huge_pages_is_refused_before_images_are_read() {
 
 #[test]
 fn ram_of_huge_pages_stays_as_it_is_where_there_are_too_few() {
-    if !Need::HugePages.met("ram_of_huge_pages_stays_as_it_is_where_there_are_too_few") {
-        return;
-    }
+    needs!(HugePages);
     let work = Work::with_chain();
     // Two of the four pages.
     let huge = HugeFs::new(Some(4 << 20)).unwrap();
@@ -223,9 +211,7 @@ fn ram_of_huge_pages_stays_as_it_is_where_there_are_too_few() {
 #[test]
 fn ram_is_not_restored_to_files_of_another_user() {
     use std::os::unix::fs::{PermissionsExt, chown, lchown, symlink};
-    if !Need::Root.met("ram_is_not_restored_to_files_of_another_user") {
-        return;
-    }
+    needs!(Root);
     let work = Work::with_chain();
     let shared = tempfile::tempdir().unwrap();
     let mode = |path: &Path, mode| {

@@ -14,7 +14,7 @@ use rstest::rstest;
 use support::held::{Held, half_restored};
 use support::ram_file::bytes;
 use support::{PAGE, RAM, Work};
-use test_machine::{FileSystem, LoopMount, Need};
+use test_machine::{FileSystem, LoopMount, Need, needs};
 
 /// The system call that reserves room and makes holes.
 const ALLOCATING: &str = "fallocate";
@@ -23,9 +23,7 @@ const ALLOCATING: &str = "fallocate";
 /// other pages.
 #[test]
 fn ram_of_a_guest_started_during_the_checks_is_kept() {
-    if !Need::Strace.met("ram_of_a_guest_started_during_the_checks_is_kept") {
-        return;
-    }
+    needs!(Strace);
     let work = Work::with_chain();
     let guest = work.create("guest", RAM);
     let restore = "restore full.mem -o guest";
@@ -46,9 +44,7 @@ fn ram_of_a_guest_started_during_the_checks_is_kept() {
 /// The guest begins to write to its RAM after the room for the RAM is reserved.
 #[test]
 fn reserved_room_is_left_to_a_guest_that_was_started() {
-    if !Need::Strace.met("reserved_room_is_left_to_a_guest_that_was_started") {
-        return;
-    }
+    needs!(Strace);
     let work = Work::with_chain();
     let guest = tempfile::NamedTempFile::new_in("/dev/shm").unwrap();
     let path = guest.path().display().to_string();
@@ -91,9 +87,7 @@ fn a_refused_restore_does_not_write(
 /// The file is replaced before the last check: the path now leads to another file.
 #[test]
 fn ram_that_is_replaced_during_a_restore_is_an_error() {
-    if !Need::Strace.met("ram_that_is_replaced_during_a_restore_is_an_error") {
-        return;
-    }
+    needs!(Strace);
     let work = Work::with_chain();
     let guest = work.create("guest", RAM);
     let command = work.command("restore full.mem -o guest");
@@ -120,9 +114,7 @@ fn ram_that_is_replaced_during_a_restore_is_an_error() {
 #[case::raw_image("convert raw:guest -o out")]
 #[case::raw_base("merge raw:guest -o out")]
 fn ram_that_is_being_restored_is_not_read(#[case] command: &str) {
-    if !Need::Strace.met("ram_that_is_being_restored_is_not_read") {
-        return;
-    }
+    needs!(Strace);
     let work = Work::with_chain();
     let guest = work.create("guest", RAM);
     let held = half_restored(&work);
@@ -155,7 +147,9 @@ fn a_vmm() {
 #[case::btrfs(true)]
 fn a_process_whose_ram_is_being_restored_is_not_read(#[case] on_btrfs: bool) {
     const TEST: &str = "a_process_whose_ram_is_being_restored_is_not_read";
-    if !Need::Strace.met(TEST) || on_btrfs && !(Need::Root.met(TEST) && Need::Mount(FileSystem::BTRFS).met(TEST)) {
+    if !Need::Strace.met(TEST)
+        || on_btrfs && !(Need::Root.met(TEST) && Need::Mount(FileSystem::BTRFS).met(TEST))
+    {
         return;
     }
     let work = Work::with_chain();
@@ -199,9 +193,7 @@ fn a_process_whose_ram_is_being_restored_is_not_read(#[case] on_btrfs: bool) {
 
 #[test]
 fn ram_that_is_read_is_not_restored_to() {
-    if !Need::Strace.met("ram_that_is_read_is_not_restored_to") {
-        return;
-    }
+    needs!(Strace);
     let work = Work::with_chain();
     work.copy("ram", "guest");
     let command = work.command("dump guest -o out");

@@ -11,7 +11,7 @@ use rstest::rstest;
 use support::held::{Held, half_restored};
 use support::ram_file::bytes;
 use support::{RAM, Work};
-use test_machine::Need;
+use test_machine::needs;
 
 /// The system call that reserves room and makes holes.
 const ALLOCATING: &str = "fallocate";
@@ -19,9 +19,7 @@ const ALLOCATING: &str = "fallocate";
 /// Users press Ctrl-C twice.
 #[test]
 fn a_second_signal_does_not_leave_a_part_of_the_ram() {
-    if !Need::Strace.met("a_second_signal_does_not_leave_a_part_of_the_ram") {
-        return;
-    }
+    needs!(Strace);
     let work = Work::with_chain();
     // tmpfs reserves the stored pages run by run.
     let guest = tempfile::NamedTempFile::new_in("/dev/shm").unwrap();
@@ -54,9 +52,7 @@ fn before_the_sync(work: &Work) -> Held {
 
 #[test]
 fn two_signals_during_the_sync_let_it_end() {
-    if !Need::Strace.met("two_signals_during_the_sync_let_it_end") {
-        return;
-    }
+    needs!(Strace);
     let work = Work::with_chain();
     let guest = work.create("guest", RAM);
     let mut held = before_the_sync(&work);
@@ -71,9 +67,7 @@ fn two_signals_during_the_sync_let_it_end() {
 
 #[test]
 fn a_third_signal_during_the_sync_says_that_the_ram_is_whole() {
-    if !Need::Strace.met("a_third_signal_during_the_sync_says_that_the_ram_is_whole") {
-        return;
-    }
+    needs!(Strace);
     let work = Work::with_chain();
     let guest = work.create("guest", RAM);
     let mut held = before_the_sync(&work);
@@ -91,9 +85,7 @@ fn a_third_signal_during_the_sync_says_that_the_ram_is_whole() {
 
 #[test]
 fn a_third_signal_says_that_a_part_of_the_ram_is_left() {
-    if !Need::Strace.met("a_third_signal_says_that_a_part_of_the_ram_is_left") {
-        return;
-    }
+    needs!(Strace);
     let work = Work::with_chain();
     let guest = work.create("guest", RAM);
     let mut held = half_restored(&work);
@@ -120,9 +112,7 @@ fn other_deadly_signals_leave_no_part_of_the_ram(
     )]
     signal: Signal,
 ) {
-    if !Need::Strace.met("other_deadly_signals_leave_no_part_of_the_ram") {
-        return;
-    }
+    needs!(Strace);
     let work = Work::with_chain();
     let guest = work.create("guest", RAM);
     let mut held = half_restored(&work);

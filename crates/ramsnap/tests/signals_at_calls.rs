@@ -13,7 +13,7 @@ use nix::sys::signal::Signal;
 use rstest::rstest;
 use support::held::{Call, Held, SHARED, calls};
 use support::{RAMSNAP, Work, code_of};
-use test_machine::{Need, thorough};
+use test_machine::{needs, thorough};
 
 /// Runs `command` once for each call, with a signal before it. `check` gets the exit status.
 /// `reset` undoes the changes of a completed run.
@@ -48,9 +48,7 @@ fn signalled(
 #[case::quit("merge full.mem d1.mem -o out", Signal::SIGQUIT)]
 #[case::alarm("restore full.mem d1.mem -o out", Signal::SIGALRM)]
 fn a_signal_leaves_all_or_nothing(#[case] command: &str, #[case] with: Signal) {
-    if !Need::Strace.met("a_signal_leaves_all_or_nothing") {
-        return;
-    }
+    needs!(Strace);
     let work = Work::with_chain();
     let before = work.files();
     let of_out = match command.split(' ').next() {
@@ -77,9 +75,7 @@ fn a_signal_leaves_all_or_nothing(#[case] command: &str, #[case] with: Signal) {
 
 #[test]
 fn a_signal_to_a_merge_in_place_leaves_one_of_the_bases() {
-    if !Need::Strace.met("a_signal_to_a_merge_in_place_leaves_one_of_the_bases") {
-        return;
-    }
+    needs!(Strace);
     let work = Work::with_chain();
     work.copy("full.mem", "old.mem");
     work.good("merge full.mem d1.mem -o new.mem");
@@ -102,9 +98,7 @@ fn a_signal_to_a_merge_in_place_leaves_one_of_the_bases() {
 
 #[test]
 fn a_signal_to_a_restore_in_place_leaves_all_ram_or_none() {
-    if !Need::Strace.met("a_signal_to_a_restore_in_place_leaves_all_ram_or_none") {
-        return;
-    }
+    needs!(Strace);
     let work = Work::with_chain();
     let target = work.create("target", support::RAM);
     let command = work.command("restore full.mem d1.mem -o target --force");
@@ -130,9 +124,7 @@ fn a_signal_to_a_restore_in_place_leaves_all_ram_or_none() {
 #[case::send("convert full.mem -o - --zstd")]
 #[case::pack_and_send("convert raw:ram -o - --zstd")]
 fn a_verb_that_only_reads_ends_at_once(#[case] command: &str) {
-    if !Need::Strace.met("a_verb_that_only_reads_ends_at_once") {
-        return;
-    }
+    needs!(Strace);
     let work = Work::with_chain();
     let before = work.files();
     let mut command = work.command(command);
@@ -154,9 +146,7 @@ fn a_verb_that_only_reads_ends_at_once(#[case] command: &str) {
 
 #[test]
 fn the_demo_removes_its_directory() {
-    if !Need::Strace.met("the_demo_removes_its_directory") {
-        return;
-    }
+    needs!(Strace);
     let work = Work::empty();
     let mut command = work.command("demo");
     command.env("TMPDIR", work.path(""));
@@ -170,9 +160,7 @@ fn the_demo_removes_its_directory() {
 
 #[test]
 fn a_signal_that_nohup_ignores_stays_ignored() {
-    if !Need::Strace.met("a_signal_that_nohup_ignores_stays_ignored") {
-        return;
-    }
+    needs!(Strace);
     let work = Work::with_ram();
     for (ignored, heeded) in [
         (Signal::SIGHUP, Signal::SIGTERM),
@@ -197,9 +185,7 @@ fn a_signal_that_nohup_ignores_stays_ignored() {
 /// The default action of a signal applies before the tool listens.
 #[test]
 fn a_signal_before_it_listens_ends_the_process() {
-    if !Need::Strace.met("a_signal_before_it_listens_ends_the_process") {
-        return;
-    }
+    needs!(Strace);
     let work = Work::with_ram();
     let before = work.files();
     let command = work.command("dump ram -o out");
@@ -213,9 +199,7 @@ fn a_signal_before_it_listens_ends_the_process() {
 /// The first signal is handled by the main thread, which can be late.
 #[test]
 fn the_next_writer_removes_files_left_by_a_second_signal() {
-    if !Need::Strace.met("the_next_writer_removes_files_left_by_a_second_signal") {
-        return;
-    }
+    needs!(Strace);
     let work = Work::with_ram();
     let command = work.command("dump ram -o out");
     let mut held = Held::before(&command, &("pwrite64".to_owned(), 1)).expect("held");

@@ -150,7 +150,6 @@ mod tests {
     #[test]
     #[cfg(target_os = "linux")]
     fn names_of_one_file_match_if_the_directory_ignores_case() {
-        const TEST: &str = "names_of_one_file_match_if_the_directory_ignores_case";
         const NAMES: [(&str, &str, bool); 4] = [
             ("vm.mem", "VM.MEM", true),
             ("\u{e9}tat", "\u{c9}tat", true),
@@ -165,9 +164,7 @@ mod tests {
         for (one, other, _) in NAMES {
             assert!(!same(dir.path(), one, other), "{one} {other}");
         }
-        if !test_machine::Need::Mount(FileSystem::EXFAT).met(TEST) {
-            return;
-        }
+        test_machine::needs!(Mount(FileSystem::EXFAT));
         let disk = test_machine::LoopMount::new(test_machine::FileSystem::EXFAT).unwrap();
         for (one, other, expected) in NAMES {
             assert_eq!(same(disk.path(), one, other), expected, "{one} {other}");

@@ -6,7 +6,7 @@ use memory_image::Chain;
 use nix::errno::Errno;
 use nix::libc;
 use rstest::rstest;
-use test_machine::Need;
+use test_machine::needs;
 
 use super::*;
 use crate::region::host_page;
@@ -35,9 +35,7 @@ fn byte_at(address: *const u8) -> nix::Result<()> {
 
 #[test]
 fn without_poison_an_unreadable_page_is_made_inaccessible() {
-    if !Need::Userfaultfd.met("without_poison_an_unreadable_page_is_made_inaccessible") {
-        return;
-    }
+    needs!(Userfaultfd);
     let mut options = LazyRam::options().prefetch(false);
     options.poison = false;
     let (ram, file) = start(options);
@@ -53,9 +51,7 @@ fn without_poison_an_unreadable_page_is_made_inaccessible() {
 #[case::touched(true)]
 #[case::ahead(false)]
 fn page_filled_by_something_else_is_an_error(#[case] touched: bool) {
-    if !Need::Userfaultfd.met("page_filled_by_something_else_is_an_error") {
-        return;
-    }
+    needs!(Userfaultfd);
     let file = tempfile::NamedTempFile::new().unwrap();
     std::fs::write(file.path(), vec![7; 4 * host_page() as usize]).unwrap();
     let chain = Chain::open_raw(file.path(), host_page()).unwrap();
@@ -79,9 +75,7 @@ fn page_filled_by_something_else_is_an_error(#[case] touched: bool) {
 #[case::unmapped(0)]
 #[case::mapped_still(libc::MREMAP_DONTUNMAP)]
 fn without_poison_moved_memory_is_inaccessible(#[case] more_flags: libc::c_int) {
-    if !Need::Userfaultfd.met("without_poison_moved_memory_is_inaccessible") {
-        return;
-    }
+    needs!(Userfaultfd);
     let mut options = LazyRam::options().prefetch(false);
     options.poison = false;
     let (ram, _file) = start(options);
@@ -108,9 +102,7 @@ fn without_poison_moved_memory_is_inaccessible(#[case] more_flags: libc::c_int) 
 
 #[test]
 fn panic_of_a_thread_unblocks_waiters() {
-    if !Need::Userfaultfd.met("panic_of_a_thread_unblocks_waiters") {
-        return;
-    }
+    needs!(Userfaultfd);
     let (mut ram, _file) = start(LazyRam::options().prefetch(false));
     ram.spawn("panics", || panic!("on purpose")).unwrap();
     ram.threads.pop().unwrap().join().unwrap_err();
@@ -124,9 +116,7 @@ fn panic_of_a_thread_unblocks_waiters() {
 
 #[test]
 fn stopped_prefetch_is_not_reported_as_complete() {
-    if !Need::Userfaultfd.met("stopped_prefetch_is_not_reported_as_complete") {
-        return;
-    }
+    needs!(Userfaultfd);
     let file = tempfile::NamedTempFile::new().unwrap();
     std::fs::write(file.path(), vec![1; 4 << 20]).unwrap();
     let chain = Chain::open_raw(file.path(), 4096).unwrap();
