@@ -49,7 +49,6 @@ fn held_on_terminal(work: &Work, arguments: &str, to: &impl AsFd, call: &str) ->
 #[case::dump("dump")]
 #[case::diff("diff full.mem d1.mem")]
 fn a_terminal_that_takes_no_output_keeps_no_process_stopped(#[case] verb: &str) {
-    let test = "a_terminal_that_takes_no_output_keeps_no_process_stopped";
     needs!(Ptrace, Strace);
     let work = Work::with_chain();
     let vmm = Vmm::with(&work, "ram");
@@ -73,7 +72,6 @@ fn a_terminal_that_takes_no_output_keeps_no_process_stopped(#[case] verb: &str) 
 
 #[test]
 fn a_second_signal_ends_a_capture_whose_terminal_is_stopped() {
-    let test = "a_second_signal_ends_a_capture_whose_terminal_is_stopped";
     needs!(Ptrace, Strace);
     let work = Work::with_chain();
     let vmm = Vmm::with(&work, "ram");
@@ -160,7 +158,6 @@ fn all_that_can_fail_is_found_before_the_process_is_stopped() {
 /// A suspended ramsnap would keep the guest stopped.
 #[test]
 fn ctrl_z_waits_until_the_process_runs_again() {
-    let test = "ctrl_z_waits_until_the_process_runs_again";
     needs!(Ptrace, Strace);
     let work = Work::with_chain();
     let vmm = Vmm::with(&work, "ram");

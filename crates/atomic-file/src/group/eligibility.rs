@@ -164,7 +164,7 @@ mod tests {
         for (one, other, _) in NAMES {
             assert!(!same(dir.path(), one, other), "{one} {other}");
         }
-        test_machine::needs!(Mount(FileSystem::EXFAT));
+        test_machine::needs!(Mount(test_machine::FileSystem::EXFAT));
         let disk = test_machine::LoopMount::new(test_machine::FileSystem::EXFAT).unwrap();
         for (one, other, expected) in NAMES {
             assert_eq!(same(disk.path(), one, other), expected, "{one} {other}");
