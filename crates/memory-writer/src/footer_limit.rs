@@ -10,15 +10,17 @@ use crate::error::SnapshotError;
 use crate::layout::{Layout, Seal};
 use crate::writer::MemoryWriter;
 
-const PAGE: u64 = 512;
+const PAGE: u64 = 4096;
+/// The shortest run of zeros that a full dump leaves out. Shorter ones are written as data.
+const BLOCK: u64 = 32 << 10;
 
-/// RAM in which every other page has data.
-struct EveryOtherPage;
+/// RAM in which every other block has data.
+struct EveryOtherBlock;
 
-impl PageReader for EveryOtherPage {
+impl PageReader for EveryOtherBlock {
     fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
         for (at, byte) in (offset..).zip(buf) {
-            *byte = u8::from(at / PAGE % 2 == 0);
+            *byte = u8::from(at / BLOCK % 2 == 0);
         }
         Ok(())
     }
@@ -34,8 +36,8 @@ fn full_dump_over_the_limit_of_runs_is_refused(
     let dest = dir.path().join("dest");
     fs::write(&dest, "old").unwrap();
     let options = MemoryWriter::options().layout(layout).skip_zeros(true);
-    let mut writer = options.open(&dest, runs * 2 * PAGE, PAGE).unwrap();
-    let written = writer.write_full(&EveryOtherPage);
+    let mut writer = options.open(&dest, runs * 2 * BLOCK, PAGE).unwrap();
+    let written = writer.write_full(&EveryOtherBlock);
     if fits {
         written.unwrap();
         return writer.commit().unwrap();
