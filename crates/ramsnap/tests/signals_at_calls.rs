@@ -1,5 +1,5 @@
-//! Signals before chosen calls of the main thread, or before each call if tests are thorough: a verb
-//! has done all of its work, or none.
+//! Signals before chosen calls of the main thread, or before each call if tests are thorough: a
+//! verb has done all of its work, or none.
 
 #![cfg(target_os = "linux")]
 
