@@ -3,6 +3,8 @@
 // Every test file compiles its own copy of this module and uses a part of it.
 #![allow(dead_code, unreachable_pub)]
 
+#[cfg(target_os = "linux")]
+pub mod many_images;
 pub mod raw_guest;
 pub mod sealed_guest;
 

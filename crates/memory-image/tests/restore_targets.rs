@@ -1,0 +1,105 @@
+//! Targets that hand out their memory, so that images are read into it without a copy.
+
+#![allow(unsafe_code)]
+
+mod support;
+
+use std::io;
+use std::num::NonZeroUsize;
+
+use memory_image::{Chain, HostRam, RamTarget, RestoreError, TargetMemory};
+use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
+use support::raw_guest::{Guest, PAGE, SIZE};
+
+/// A target that hands out the memory of every second page, and counts the written bytes.
+struct EverySecondPage {
+    ram: Vec<u8>,
+    written: u64,
+}
+
+impl RamTarget for EverySecondPage {
+    fn ram_size(&self) -> u64 {
+        self.ram.len() as u64
+    }
+
+    fn write_at(&mut self, offset: u64, bytes: &[u8]) -> io::Result<()> {
+        self.written += bytes.len() as u64;
+        self.ram.as_mut_slice().write_at(offset, bytes)
+    }
+
+    fn memory_mut(&mut self, offset: u64, len: usize) -> Option<TargetMemory<'_>> {
+        let page = &mut self.ram[offset as usize..][..len.min(PAGE as usize)];
+        (offset / PAGE % 2 == 0).then(|| page.into())
+    }
+}
+
+#[test]
+fn memory_is_read_into_and_the_rest_is_written() {
+    let guest = Guest::with_history();
+    let mut target = EverySecondPage {
+        ram: vec![0xee; SIZE as usize],
+        written: 0,
+    };
+    let pages = (0..SIZE).step_by(PAGE as usize).map(|at| at..at + PAGE);
+    guest.chain().restore_runs(&mut target, pages).unwrap();
+    assert!(target.ram == guest.ram);
+    assert_eq!(target.written, SIZE / 2);
+}
+
+/// A target that hands out more memory than was requested, or none.
+struct WrongLength(Vec<u8>, usize);
+
+impl RamTarget for WrongLength {
+    fn ram_size(&self) -> u64 {
+        self.0.len() as u64
+    }
+
+    fn write_at(&mut self, offset: u64, bytes: &[u8]) -> io::Result<()> {
+        self.0.as_mut_slice().write_at(offset, bytes)
+    }
+
+    fn memory_mut(&mut self, _: u64, _: usize) -> Option<TargetMemory<'_>> {
+        let len = self.1;
+        Some((&mut self.0[..len]).into())
+    }
+}
+
+#[test]
+fn memory_of_a_wrong_length_is_not_used() {
+    let guest = Guest::with_history();
+    let run = 0..SIZE / 2;
+    for len in [0, SIZE as usize] {
+        let mut target = WrongLength(vec![0; SIZE as usize], len);
+        let runs = std::iter::once(run.clone());
+        guest.chain().restore_runs(&mut target, runs).unwrap();
+        assert!(target.0[..SIZE as usize / 2] == guest.ram[..SIZE as usize / 2]);
+        assert!(target.0[SIZE as usize / 2..].iter().all(|byte| *byte == 0));
+    }
+}
+
+/// The RAM is a file that another process has truncated.
+#[test]
+fn memory_that_the_kernel_cannot_write_is_an_error_of_the_target() {
+    let dir = tempfile::tempdir().unwrap();
+    let full = dir.path().join("full");
+    std::fs::write(&full, [7; SIZE as usize]).unwrap();
+    let chain = Chain::open_raw(&full, PAGE).unwrap();
+    let file = tempfile::tempfile().unwrap();
+    file.set_len(SIZE).unwrap();
+    let len = NonZeroUsize::new(SIZE as usize).unwrap();
+    let protection = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
+    // SAFETY: a new mapping, at an address that the kernel picks.
+    let start = unsafe { mmap(None, len, protection, MapFlags::MAP_SHARED, &file, 0) }.unwrap();
+    file.set_len(SIZE / 2).unwrap();
+    // SAFETY: the memory is mapped until after the last use of the target, and nothing else
+    // accesses it. The kernel reports that a part of it cannot be written.
+    let mut target = unsafe { HostRam::new([(start.as_ptr().cast(), SIZE as usize)]) };
+    let error = chain.restore(&mut target).unwrap_err();
+    let RestoreError::Target { offset, source } = &error else {
+        panic!("{error:?}");
+    };
+    assert!(*offset < SIZE, "{offset}");
+    assert_eq!(source.raw_os_error(), Some(nix::libc::EFAULT));
+    // SAFETY: mapped above, and not used any more.
+    unsafe { munmap(start, SIZE as usize) }.unwrap();
+}
