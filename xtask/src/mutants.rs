@@ -19,42 +19,26 @@ const TOOL: CargoTool = CargoTool {
     wheel: None,
 };
 
-/// The part of a crate that is tested with the same test files, in tiers. The first tier detects
-/// most mutants in little time. Mutants that a tier does not detect are tested with the next one.
-struct Part {
-    /// Only these files of its `src`, or with `except` all but these.
-    files: &'static [&'static str],
-    except: bool,
-    tests: &'static [&'static [&'static str]],
-}
+/// The test files of a crate, in tiers. The first tier detects most mutants in little time. Mutants
+/// that a tier does not detect are tested with the next one.
+type Tiers = &'static [&'static [&'static str]];
 
-const fn whole(tests: &'static [&'static [&'static str]]) -> Part {
-    Part {
-        files: &[],
-        except: true,
-        tests,
-    }
-}
-
-/// The part of memory-image that fills memory on demand: other tests cover it.
-const LAZY: &[&str] = &["restore/lazy.rs", "restore/lazy/*.rs", "working_set.rs"];
-
-/// The crates that a lost page would be lost in, and their parts.
-const CRATES: [(&str, &[Part]); 4] = [
+/// The crates that a lost page would be lost in, and their test files.
+const CRATES: [(&str, Tiers); 5] = [
     (
         "atomic-file",
-        &[whole(&[
+        &[
             &["destinations", "group", "power_loss", "recovery"],
             &["recycling", "recycling_in_use", "replace"],
             &["concurrency", "hostile", "hostile_records", "orphans"],
             &["preflight", "preserve", "preserve_access", "replace_only"],
             &["faults"],
             &["group_faults"],
-        ])],
+        ],
     ),
     (
         "dirty-bitmap",
-        &[whole(&[&[
+        &[&[
             "allocations",
             "epochs",
             "loom",
@@ -64,83 +48,44 @@ const CRATES: [(&str, &[Part]); 4] = [
             "oracle",
             "rebuild",
             "tracking",
-        ]])],
+        ]],
     ),
     (
         "memory-writer",
-        &[whole(&[
+        &[
             &["bad_input", "destinations", "layout_errors", "layouts"],
             &["oracle", "process", "progress", "snapshots"],
             &["ambiguous", "recycling", "resident", "skipping"],
             &["claimed_ram", "memory", "releasing", "untouched", "zeros"],
-        ])],
+        ],
     ),
     (
         "memory-image",
         &[
-            Part {
-                files: LAZY,
-                except: true,
-                tests: &[
-                    &[
-                        "mapped_chain",
-                        "sealed",
-                        "identity",
-                        "links",
-                        "verification",
-                    ],
-                    &["chains", "damage", "lazy_kvm", "lazy_memory", "raw_diffs"],
-                    &["bad_input", "comparison", "lazy_ram", "oracle", "secrets"],
-                    &["chain_memory", "claimed_ram", "diff_chains", "long_chains"],
-                    &[
-                        "lazy_sharing",
-                        "lazy_split",
-                        "lazy_start",
-                        "merged_seals",
-                        "ram_start",
-                    ],
-                ],
-            },
-            Part {
-                files: LAZY,
-                except: false,
-                tests: &[
-                    &[
-                        "lazy_memory",
-                        "lazy_ram",
-                        "lazy_sharing",
-                        "lazy_split",
-                        "lazy_start",
-                    ],
-                    &[
-                        "bad_input",
-                        "chain_memory",
-                        "chains",
-                        "claimed_ram",
-                        "comparison",
-                        "damage",
-                        "diff_chains",
-                        "identity",
-                        "lazy_kvm",
-                        "links",
-                        "long_chains",
-                        "mapped_chain",
-                        "merged_seals",
-                        "oracle",
-                        "ram_start",
-                        "raw_diffs",
-                        "sealed",
-                        "secrets",
-                        "verification",
-                    ],
-                ],
-            },
+            &[
+                "mapped_chain",
+                "sealed",
+                "identity",
+                "links",
+                "verification",
+            ],
+            &["chains", "damage", "raw_diffs", "restore_targets"],
+            &["bad_input", "comparison", "oracle", "secrets"],
+            &["chain_memory", "claimed_ram", "diff_chains", "long_chains"],
+            &["merged_seals", "ram_start", "replaced_images"],
+        ],
+    ),
+    (
+        "lazy-restore",
+        &[
+            &["filling", "memory", "sharing", "split", "start"],
+            &["claimed_ram", "kvm", "long_chains", "oracle", "secrets"],
         ],
     ),
 ];
 
 /// Returns the names of the crates of which mutants are made.
-pub(crate) fn crates() -> [&'static str; 4] {
+pub(crate) fn crates() -> [&'static str; 5] {
     CRATES.map(|(name, _)| name)
 }
 
@@ -227,11 +172,8 @@ impl Mutants {
             ALL => "all".into(),
             shard => format!("part {shard}"),
         };
-        for (name, parts) in CRATES.into_iter().filter(|(name, _)| wanted(name)) {
-            let mut outcomes = Outcomes::default();
-            for part in parts {
-                outcomes += self.of(sh, &tool, name, part)?;
-            }
+        for (name, tiers) in CRATES.into_iter().filter(|(name, _)| wanted(name)) {
+            let outcomes = self.of(sh, &tool, name, tiers)?;
             self.record.conclude(
                 sh,
                 &format!("cargo xtask mutants --only {name}"),
@@ -252,15 +194,12 @@ impl Mutants {
         Ok(())
     }
 
-    fn of(&self, sh: &Shell, tool: &Path, name: &str, part: &Part) -> anyhow::Result<Outcomes> {
+    fn of(&self, sh: &Shell, tool: &Path, name: &str, tiers: Tiers) -> anyhow::Result<Outcomes> {
         let shard = ["--shard", &self.shard, "--sharding", "round-robin"];
-        let option = if part.except { "--exclude" } else { "--file" };
-        let file = |file| format!("{option}=crates/{name}/src/{file}");
-        let files = part.files.iter().map(file);
-        let mut mutants: Vec<_> = shard.map(str::to_owned).into_iter().chain(files).collect();
+        let mut mutants = shard.map(str::to_owned).to_vec();
         let mut targets = vec!["--lib"];
         let mut all = Outcomes::default();
-        for files in part.tests {
+        for files in tiers {
             targets.extend(files.iter().flat_map(|file| ["--test", file]));
             let (outcomes, missed) = self.pass(sh, tool, name, &mutants, &targets)?;
             let again = std::mem::take(&mut all.missed);
@@ -351,7 +290,7 @@ mod tests {
     fn all_test_files_are_run() {
         let sh = Shell::new().expect("a shell");
         let crates = concat!(env!("CARGO_MANIFEST_DIR"), "/../crates");
-        for (name, parts) in CRATES {
+        for (name, tiers) in CRATES {
             let files = sh.read_dir(format!("{crates}/{name}/tests"));
             let mut files: Vec<_> = files
                 .expect("tests")
@@ -362,11 +301,9 @@ mod tests {
                 .filter_map(|file| Some(file.file_stem()?.to_str()?.to_owned()))
                 .collect();
             files.sort();
-            for part in parts {
-                let mut run = part.tests.concat();
-                run.sort_unstable();
-                assert_eq!(run, files, "{name}");
-            }
+            let mut run = tiers.concat();
+            run.sort_unstable();
+            assert_eq!(run, files, "{name}");
         }
     }
 

@@ -35,7 +35,7 @@ const TARGET: &str = "x86_64-unknown-linux-gnu";
 const ALL: &[&str] = &["--lib", "--tests"];
 
 /// The crates whose tests are run, and which of them: [`LEFT_OUT`] says why not all.
-const CRATES: [(&str, &[&str]); 10] = [
+const CRATES: [(&str, &[&str]); 11] = [
     (
         "atomic-file",
         &[
@@ -59,11 +59,12 @@ const CRATES: [(&str, &[&str]); 10] = [
     ("guest-ram", ALL),
     ("image-format", ALL),
     ("memory-image", ALL),
+    ("lazy-restore", ALL),
     ("hvf-backend", &["--lib", "--test", "exits"]),
 ];
 
 /// Returns the names of the crates whose tests are run.
-pub(crate) fn crates() -> [&'static str; 10] {
+pub(crate) fn crates() -> [&'static str; 11] {
     CRATES.map(|(name, _)| name)
 }
 

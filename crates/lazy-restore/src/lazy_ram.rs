@@ -31,8 +31,8 @@ use crate::working_set::WorkingSet;
 ///
 /// Until filling has completed, forked children do not get the memory (`MADV_DONTFORK`): they would
 /// find zeros in missing pages. Afterwards children get it again, except for parts that the VMM had
-/// excluded itself. Images of a chain [with very many images](memory_image::Chain#many-images) that are
-/// not kept open must stay in place until then.
+/// excluded itself. Images of a chain [with very many images](memory_image::Chain#many-images) that
+/// are not kept open must stay in place until then.
 ///
 /// # Read errors
 /// A page that cannot be read never becomes zeros. [`error`](Self::error) and [`wait`](Self::wait)

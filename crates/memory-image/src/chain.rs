@@ -25,8 +25,8 @@ use segments::{Segment, SegmentSource};
 /// A chain may also consist of diffs alone, to be merged into one diff.
 ///
 /// A chain of diffs alone holds only the pages in its diffs ([`covered_runs`](Self::covered_runs)).
-/// Reading any other page is [`ReadImageError::NotInDiffs`]: the page was clean, and its bytes are in
-/// an older image.
+/// Reading any other page is [`ReadImageError::NotInDiffs`]: the page was clean, and its bytes are
+/// in an older image.
 ///
 /// The images are opened and indexed once. Their bytes are read on demand. The files must not
 /// change while the chain is open.
@@ -50,8 +50,8 @@ use segments::{Segment, SegmentSource};
 /// for images. While all images fit, a file may be replaced by a commit, or removed: the chain
 /// continues to read the old file. Beyond the limit the file that was opened first is closed. It is
 /// opened again by its absolute path when it is read. If the path leads to another file by then, or
-/// the file was written to, the read fails with [`ReadImageError::Replaced`]. It never returns other
-/// bytes. Leave the images of a long chain in place while the chain is in use, [merge](Self::merge)
+/// the file was written to, the read fails with [`ReadImageError::Replaced`]. It never returns
+/// other bytes. Leave the images of a long chain in place while the chain is in use, [merge](Self::merge)
 /// the chain, or raise the limit before opening it. This matters most in a process that drops the
 /// permission to open files. An image that cannot be found by its path (a memfd, an unlinked file)
 /// stays open.
@@ -229,7 +229,8 @@ impl Chain {
 
 /// Reads the guest's RAM, each page from the newest image that holds it.
 ///
-/// Reading a page that is in no image of a chain of diffs fails with [`ReadImageError::NotInDiffs`].
+/// Reading a page that is in no image of a chain of diffs fails with
+/// [`ReadImageError::NotInDiffs`].
 impl PageReader for Chain {
     fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
         let inside = offset

@@ -51,8 +51,8 @@
 //! - [`MappedImage`] maps a full image copy-on-write. The guest starts after one `mmap`.
 //! - [`MappedChain`] maps the longest runs of a chain's images and copies the others. The time
 //!   grows with the number of runs: about 10 us each.
-//! - The crate `lazy-restore` (Linux, userfaultfd) reads a page of a chain when it is first touched,
-//!   and the other pages in the background. The guest starts in less than a millisecond.
+//! - The crate `lazy-restore` (Linux, userfaultfd) reads a page of a chain when it is first
+//!   touched, and the other pages in the background. The guest starts in less than a millisecond.
 //!
 //! # Image formats
 //! [`Image::open`] opens sealed and packed images only. A truncated or damaged file, or a file of

@@ -65,6 +65,12 @@ pub(super) const SKIPPED: &[Skipped] = &[
     },
     Skipped {
         sanitizer: None,
+        of: "lazy-restore",
+        test: "filling_leaves_no_guest_bytes_in_buffers",
+        why: "it looks through all memory of the process, of which a sanitizer has terabytes",
+    },
+    Skipped {
+        sanitizer: None,
         of: "sparse-file",
         test: "Fs__Ext4",
         why: KERNELS,

@@ -84,6 +84,7 @@ pub(super) const SUITE: Suite = Suite {
                 "crates/host-memory",
                 "crates/image-format",
                 "crates/kvm-backend",
+                "crates/lazy-restore",
                 "crates/memory-image",
                 "crates/memory-writer",
                 "crates/page-reader",
@@ -133,10 +134,11 @@ pub(super) const SUITE: Suite = Suite {
         },
         Step {
             name: "mutants",
-            proves: "the tests detect small changes to the four crates that could lose a page",
+            proves: "the tests detect small changes to the five crates that could lose a page",
             paths: &[
                 "crates/atomic-file",
                 "crates/dirty-bitmap",
+                "crates/lazy-restore",
                 "crates/memory-image",
                 "crates/memory-writer",
                 "xtask/src/mutants.rs",
