@@ -125,11 +125,15 @@ impl Package {
         let library = |target: &Target| target.kind.iter().any(|kind| kind == "lib");
         if self.targets.iter().any(library) {
             let version: Vec<_> = self.version.split('.').take(2).collect();
-            let line = format!("{} = \"{}\"", self.name, version.join("."));
-            let usage = readme.lines().any(|text| text == "[dependencies]");
+            let version = format!("\"{}\"", version.join("."));
+            // By its own name, or renamed to that of the library.
+            let names = [format!("{} = ", self.name), format!("\"{}\"", self.name)];
+            let usage = |line: &str| {
+                line.contains(&version) && names.iter().any(|name| line.contains(name))
+            };
             check(
-                usage && readme.lines().any(|text| text == line),
-                &format!("README.md does not have the lines [dependencies] and {line}"),
+                readme.lines().any(|line| line == "[dependencies]") && readme.lines().any(usage),
+                &format!("README.md has no [dependencies] with version {version} of the crate"),
             );
         }
         missing
@@ -286,6 +290,8 @@ mod tests {
     #[test]
     fn a_complete_package_has_no_problem() {
         assert_eq!(package().problems(&FILES, README), [""; 0]);
+        let renamed = "[dependencies]\nsome = { package = \"some-crate\", version = \"0.1\" }\n";
+        assert_eq!(package().problems(&FILES, renamed), [""; 0]);
     }
 
     #[test]

@@ -11,7 +11,7 @@ use memory_image::{Chain, ChainError, Image};
 use memory_writer::{Durability, Layout, MemoryWriter, Seal};
 use page_reader::PageReader;
 use proptest::prelude::*;
-use test_machine::{Need, needs};
+use test_machine::needs;
 
 #[derive(Clone, Copy, Debug)]
 enum Form {
@@ -143,9 +143,7 @@ proptest! {
         prefetch in any::<bool>(),
         around in prop::sample::select(vec![1, 8192, 65536_u64]),
     ) {
-        if !Need::Userfaultfd.met("filled_memory_is_the_ram_of_any_chain") {
-            return Ok(());
-        }
+        needs!(Userfaultfd => Ok(()));
         let dir = tempfile::tempdir().unwrap();
         // Whole pages of the images, but not always of the host.
         let (chain, expected) = images(dir.path(), pages * page, page, &layers);

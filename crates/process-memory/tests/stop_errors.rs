@@ -16,7 +16,6 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use page_reader::MappingsError;
 use process_memory::{ProcessMaps, ProcessStopError, StoppedProcess, Unresponsive};
-use support::need;
 use support::target::{
     CHILD, PATIENCE, ROLE_THREAD, THREADS, Target, is_free, play_role, states, wait_until,
 };
@@ -29,7 +28,7 @@ fn role() {
 
 #[test]
 fn a_traced_process_is_refused_and_keeps_its_tracer() {
-    need!(Ptrace, "a_traced_process_is_refused_and_keeps_its_tracer");
+    test_machine::needs!(Ptrace);
     let target = Target::that("counts");
     let stopped = target.stop();
     let error = StoppedProcess::stop(target.pid(), PATIENCE).unwrap_err();
@@ -48,10 +47,7 @@ fn a_traced_process_is_refused_and_keeps_its_tracer() {
 
 #[test]
 fn an_unresponsive_thread_is_named_and_the_process_runs() {
-    need!(
-        Ptrace,
-        "an_unresponsive_thread_is_named_and_the_process_runs"
-    );
+    test_machine::needs!(Ptrace);
     let target = Target::that("waits for a child to run a program");
     wait_until("the child exists", || {
         target.counts.get(CHILD).load(SeqCst) != 0
@@ -82,7 +78,7 @@ fn an_unresponsive_thread_is_named_and_the_process_runs() {
 /// A thread that does not stop does not block the others between attempts.
 #[test]
 fn an_unresponsive_process_runs_between_attempts() {
-    need!(Ptrace, "an_unresponsive_process_runs_between_attempts");
+    test_machine::needs!(Ptrace);
     let target = Target::that("waits for a child to run a program");
     let child = target.counts.get(CHILD);
     wait_until("the child exists", || child.load(SeqCst) != 0);
@@ -104,7 +100,7 @@ fn an_unresponsive_process_runs_between_attempts() {
 
 #[test]
 fn a_cancelled_stop_leaves_the_process_running() {
-    need!(Ptrace, "a_cancelled_stop_leaves_the_process_running");
+    test_machine::needs!(Ptrace);
     let target = Target::that("waits for a child to run a program");
     let child = target.counts.get(CHILD);
     wait_until("the child exists", || child.load(SeqCst) != 0);
@@ -157,7 +153,7 @@ fn a_process_of_another_user_is_refused_with_a_remedy() {
         assert!(matches!(error, MappingsError::Read { .. }), "{error}");
         return;
     }
-    need!(Root, "a_process_of_another_user_is_refused_with_a_remedy");
+    test_machine::needs!(Root);
     let target = Target::that("counts");
     let program = test_memory::world_executable();
     let output = Command::new(program.path())

@@ -9,17 +9,15 @@ mod support;
 use nix::libc;
 use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::{ForkResult, fork};
-use support::{
-    Memory, in_thread, load, need, next_event, next_fault, page_of, page_size, register,
-};
+use support::{Memory, in_thread, load, next_event, next_fault, page_of, page_size, register};
 use uffd::{Event, FaultFlags, Features, FillFlags, Modes, Stop, Userfaultfd};
 
 /// Fills the same page with other bytes in a process and in its child.
 #[test]
 fn the_memory_of_a_forked_child_has_its_own_descriptor() {
     const TEST: &str = "the_memory_of_a_forked_child_has_its_own_descriptor";
-    need!(Userfaultfd, TEST);
-    need!(Root, TEST);
+    test_machine::needs!(Userfaultfd);
+    test_machine::needs!(Root);
     let fault = Userfaultfd::options()
         .features(Features::EVENT_FORK)
         .open()

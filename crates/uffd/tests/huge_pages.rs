@@ -5,7 +5,7 @@
 mod support;
 
 use nix::errno::Errno;
-use support::{Memory, in_thread, load, need, next_fault, register};
+use support::{Memory, in_thread, load, next_fault, register};
 use uffd::{FaultFlags, FillFlags, Modes, Operations, Stop, Userfaultfd};
 
 /// The size of huge pages by default.
@@ -21,8 +21,8 @@ fn huge_page_size() -> u64 {
 #[test]
 fn huge_pages_are_filled_as_a_whole() {
     const TEST: &str = "huge_pages_are_filled_as_a_whole";
-    need!(Userfaultfd, TEST);
-    need!(HugePages, TEST);
+    test_machine::needs!(Userfaultfd);
+    test_machine::needs!(HugePages);
     let page = huge_page_size();
     let Ok(memory) = Memory::huge(page, 2) else {
         test_machine::not_run(TEST, "this machine has no free huge pages");

@@ -24,17 +24,6 @@ use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap, mmap_anonym
 use nix::unistd::{SysconfVar, sysconf};
 use uffd::{Event, FaultFlags, Userfaultfd};
 
-/// Returns from the test `$test` if the machine lacks `$need`.
-macro_rules! need {
-    ($need:ident, $test:expr) => {
-        if !test_machine::Need::$need.met($test) {
-            return;
-        }
-    };
-}
-
-pub(crate) use need;
-
 pub(crate) fn page_size() -> u64 {
     sysconf(SysconfVar::PAGE_SIZE).unwrap().unwrap() as u64
 }
