@@ -23,8 +23,8 @@ pub use eligibility::{AddError, Ineligible};
 /// rename, or between a crash and the recovery, a reader that opens the files by name may find some
 /// new and some old. Such a reader must call `recover` first, or store an identifier in each file.
 ///
-/// The group uses the strongest [`Durability`] of its members. Two groups of one user with a common
-/// destination are serialized, so that their files never mix.
+/// The group uses the strongest [`Durability`](crate::Durability) of its members. Two groups of one
+/// user with a common destination are serialized, so that their files never mix.
 ///
 /// A recovery never undoes a commit of one file that returned `Ok`: the record identifies each
 /// destination's old file, and a destination that was replaced since stays. If the file at a
