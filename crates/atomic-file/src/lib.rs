@@ -178,10 +178,10 @@
 //! - Otherwise the staged file is renamed.
 //!
 //! The generation is the time of creation. On a file system without that time, it is a digest of
-//! the file's handle. On a file system with neither, groups are [refused](Ineligible). A recycled file
-//! keeps its generation, so it is not reused while a group of any user is in progress. A commit of
-//! a single file looks for group records before its rename and again after it. Therefore a recovery
-//! that checked the destination before the rename has ended when the commit returns.
+//! the file's handle. On a file system with neither, groups are [refused](Ineligible). A recycled
+//! file keeps its generation, so it is not reused while a group of any user is in progress. A
+//! commit of a single file looks for group records before its rename and again after it. Therefore
+//! a recovery that checked the destination before the rename has ended when the commit returns.
 //!
 //! **A record affects only its own members.** A record cannot be completed if a staged file was
 //! replaced by another file or a destination is now a directory. Writers to its members then fail
@@ -278,8 +278,8 @@
 //!   bytes) is an error.
 //! - A directory without read permission cannot be synced, so it cannot be used.
 //! - Groups need locks, and inode numbers that are stable across mounts. FAT, exFAT and FUSE file
-//!   systems are [refused](Ineligible). A file system that cannot sync a directory fails every commit
-//!   with [`Full`](Durability::Full); choose a weaker durability there.
+//!   systems are [refused](Ineligible). A file system that cannot sync a directory fails every
+//!   commit with [`Full`](Durability::Full); choose a weaker durability there.
 //! - A lease does not detect these users of the old file, which may see new bytes in it: a process
 //!   inside `open(2)` that has looked up the destination's name and opens the file only after a
 //!   recycling commit and the next `open`; an NFS client that this machine serves; `sendfile` and

@@ -104,8 +104,8 @@ impl Options {
     /// systems with locks: they hold a `flock` on the old file from the comparison to the rename.
     /// **Any process that may read the file can hold such a lock**, also the command `flock FILE`.
     /// If one holds it for more than about a second, `open` and the commit fail with an error that
-    /// states this. The commit of a writer *without* this option is detected until the comparison just
-    /// before the rename. If it falls between the two, it is replaced, because no system call
+    /// states this. The commit of a writer *without* this option is detected until the comparison
+    /// just before the rename. If it falls between the two, it is replaced, because no system call
     /// compares and renames in one step. [`FileVersion`] lists the writes in place that are missed.
     ///
     /// With [`Symlinks::Replace`], a link never matches the version of its target. The old file
