@@ -56,7 +56,8 @@ pub enum ProcessStopError {
         /// The activity of the thread.
         reason: Unresponsive,
     },
-    /// The function passed to [`StoppedProcess::stop_unless`](crate::StoppedProcess::stop_unless) returned `true`.
+    /// The function passed to [`StoppedProcess::stop_unless`](crate::StoppedProcess::stop_unless)
+    /// returned `true`.
     #[error("stopping process {pid} was cancelled")]
     Cancelled {
         /// The process id.
