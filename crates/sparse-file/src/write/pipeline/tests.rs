@@ -227,7 +227,8 @@ fn any_failed_completion_is_never_counted_as_written(
     #[values(true, false)] in_place: bool,
 ) {
     use libc::{
-        EAGAIN, ECANCELED, EDQUOT, EFAULT, EFBIG, EINTR, EINVAL, EIO, ENOSPC, EOPNOTSUPP, ESTALE,
+        EAGAIN, ECANCELED, EDQUOT, EFAULT, EFBIG, EINTR, EINVAL, EIO, ENOSPC, ENOSYS, ENOTTY,
+        EOPNOTSUPP, ESTALE,
     };
     const REQUESTS: usize = 8;
     const SECTOR: usize = 512;
@@ -243,10 +244,16 @@ fn any_failed_completion_is_never_counted_as_written(
             false => through(kind, &script, &all, CHUNK, &Copied(ram)),
         }
     };
-    let retried = [EINTR, EAGAIN, ECANCELED, EINVAL, EOPNOTSUPP, EFAULT].map(Completion::Error);
+    let retried = [EINTR, EAGAIN, ECANCELED, EFAULT].map(Completion::Error);
+    let unsupported = [EINVAL, EOPNOTSUPP, ENOSYS, ENOTTY].map(Completion::Error);
     let short = (0..CHUNK).step_by(SECTOR).map(Completion::Short);
     let odd = [1, SECTOR - 1, CHUNK - 1].map(Completion::Short);
-    let recoverable: Vec<_> = retried.into_iter().chain(short).chain(odd).collect();
+    let recoverable: Vec<_> = retried
+        .into_iter()
+        .chain(unsupported)
+        .chain(short)
+        .chain(odd)
+        .collect();
     for number in 0..REQUESTS {
         for step in &recoverable {
             let (stored, result, _) = at(number, *step);
