@@ -31,8 +31,9 @@ const NOP: u8 = io_uring_op::IORING_OP_NOP as u8;
 const WRITE: u8 = io_uring_op::IORING_OP_WRITE as u8;
 const PARAMETERS: usize = size_of::<io_uring_params>();
 
-// Of rings without larger entries or completions (`IORING_SETUP_SQE128`, `CQE32`). The opcode is the
-// first byte of an entry, and the number of a request the first word of its completion.
+// Entries and completions have these sizes in rings without `IORING_SETUP_SQE128` and `CQE32`. The
+// opcode is the first byte of an entry, and the number of a request the first word of its
+// completion.
 const _: () = assert!(ENTRY == 64 && COMPLETION == 16 && PARAMETERS == 120);
 const _: () = assert!(offset_of!(io_uring_sqe, opcode) == 0);
 const _: () = assert!(offset_of!(io_uring_cqe, user_data) == 0);
