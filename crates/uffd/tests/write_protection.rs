@@ -111,6 +111,28 @@ fn shared_memory_is_protected_with_its_feature() {
     assert_eq!(load(address), 5);
 }
 
+#[test]
+fn pages_of_the_file_can_be_mapped_protected() {
+    let features = FEATURES | Features::WP_HUGETLBFS_SHMEM | Features::MINOR_SHMEM;
+    let Some(fault) = open(features, "pages_of_the_file_can_be_mapped_protected") else {
+        return;
+    };
+    let (memory, file) = Memory::shared(1);
+    register(&fault, memory.range(), Modes::MINOR | Modes::WRITE_PROTECT);
+    let other = Memory::of(&file, 1);
+    store(other.address(0), 3);
+    let mapped = fault.continue_(memory.range(), FillFlags::WRITE_PROTECTED);
+    assert_eq!(mapped.complete(), Ok(page_size()));
+    let address = memory.address(0);
+    assert_eq!(load(address), 3);
+    let writer = in_thread(move || store(address, 4));
+    assert_eq!(next_fault(&fault), (address, WRITE));
+    assert_eq!(load(other.address(0)), 3);
+    fault.write_unprotect(memory.range(), true).unwrap();
+    writer.join().unwrap();
+    assert_eq!(load(other.address(0)), 4);
+}
+
 /// The kernel permits the write itself.
 #[test]
 fn asynchronous_protection_reports_no_event() {
