@@ -15,6 +15,7 @@ use std::path::Path;
 
 use atomic_file::{AtomicWriter, recover};
 use rstest::rstest;
+use support::power_loss::{File, Step, apply, names_after, traced_steps};
 use support::{assert_names, group, same_text};
 use test_machine::{needs, recycling_dir};
 
@@ -50,18 +51,6 @@ fn child() {
     });
 }
 
-/// The effect of a call on the directory.
-#[derive(Clone, Debug, PartialEq)]
-enum Step {
-    Create(String),
-    SyncFile(String),
-    Write(String, String),
-    Rename(String, String),
-    Exchange(String, String),
-    Remove(String),
-    SyncDir,
-}
-
 /// A directory with the old files.
 fn old_files(job: &str) -> tempfile::TempDir {
     old_files_in(tempfile::tempdir().unwrap(), job)
@@ -72,84 +61,6 @@ fn old_files_in(dir: tempfile::TempDir, job: &str) -> tempfile::TempDir {
         fs::write(dir.path().join(name), "old").unwrap();
     }
     dir
-}
-
-fn traced_steps(job: &str, dir: &Path) -> Vec<Step> {
-    let log = tempfile::NamedTempFile::new().unwrap();
-    let calls = "trace=openat,pwrite64,fsync,fdatasync,renameat,renameat2,linkat,unlinkat";
-    let args = ["-y", "-e", calls, "-o", log.path().to_str().unwrap()];
-    assert_eq!(
-        support::under_strace(job, dir, &args).as_deref(),
-        Some("ok")
-    );
-    let log = fs::read_to_string(log.path()).unwrap();
-    let inside = log
-        .split_once("mark-begin")
-        .unwrap()
-        .1
-        .split_once("mark-end")
-        .unwrap()
-        .0;
-    inside
-        .lines()
-        .filter(|line| {
-            line.contains(" = 0") || line.contains("O_CREAT") || line.contains("pwrite64")
-        })
-        .map(|line| step(line, dir))
-        .collect()
-}
-
-fn step(line: &str, dir: &Path) -> Step {
-    let names: Vec<_> = line
-        .split('"')
-        .skip(1)
-        .step_by(2)
-        .map(str::to_owned)
-        .collect();
-    let call = line.split_once(' ').unwrap().1.trim_start();
-    let name_of_open = || {
-        let path = call.split_once('<').unwrap().1.split_once('>').unwrap().0;
-        let name = Path::new(path).strip_prefix(dir).unwrap();
-        name.to_str().unwrap().to_owned()
-    };
-    match call.split_once('(').unwrap().0 {
-        "openat" => Step::Create(names[0].clone()),
-        "pwrite64" => Step::Write(name_of_open(), names[0].clone()),
-        "renameat2" if call.contains("RENAME_EXCHANGE") => {
-            Step::Exchange(names[0].clone(), names[1].clone())
-        }
-        "renameat" | "renameat2" => Step::Rename(names[0].clone(), names[1].clone()),
-        "unlinkat" => Step::Remove(names[0].clone()),
-        "fsync" => match name_of_open() {
-            dir if dir.is_empty() => Step::SyncDir,
-            name => Step::SyncFile(name),
-        },
-        other => panic!("the model does not know {other}: {line}"),
-    }
-}
-
-/// A file, identified by the name of its creation; `None` for the file that existed before.
-type File = Option<String>;
-
-fn apply(names: &mut BTreeMap<String, File>, step: &Step) {
-    match step {
-        Step::Create(name) => drop(names.insert(name.clone(), Some(name.clone()))),
-        Step::Rename(from, to) => {
-            if let Some(file) = names.remove(from) {
-                names.insert(to.clone(), file);
-            }
-        }
-        Step::Exchange(one, other) => {
-            if let (Some(first), Some(second)) =
-                (names.get(one).cloned(), names.get(other).cloned())
-            {
-                names.insert(one.clone(), second);
-                names.insert(other.clone(), first);
-            }
-        }
-        Step::Remove(name) => drop(names.remove(name)),
-        Step::Write(..) | Step::SyncFile(_) | Step::SyncDir => {}
-    }
 }
 
 /// Returns every state of the directory that a power loss after `steps` may leave, with its
@@ -169,31 +80,6 @@ fn states_after(steps: &[Step], files: &[&str]) -> Vec<(BTreeMap<String, File>, 
     }
     let names = names_after(steps, base).into_iter();
     names.map(|names| (names, whole.clone())).collect()
-}
-
-/// Returns every set of names that a power loss after `steps` may leave, starting from `base`.
-fn names_after(steps: &[Step], mut base: BTreeMap<String, File>) -> Vec<BTreeMap<String, File>> {
-    let synced = steps
-        .iter()
-        .rposition(|step| *step == Step::SyncDir)
-        .unwrap_or(0);
-    let (certain, open) = steps.split_at(synced);
-    certain.iter().for_each(|step| apply(&mut base, step));
-    let open: Vec<_> = open
-        .iter()
-        .filter(|step| !matches!(step, Step::Write(..) | Step::SyncFile(_) | Step::SyncDir))
-        .collect();
-    (0..1u32 << open.len())
-        .map(|subset| {
-            let mut names = base.clone();
-            let arrived = open
-                .iter()
-                .enumerate()
-                .filter(|(at, _)| subset & (1 << at) != 0);
-            arrived.for_each(|(_, step)| apply(&mut names, step));
-            names
-        })
-        .collect()
 }
 
 /// Builds the directory. The record is rewritten according to the documented format, because it

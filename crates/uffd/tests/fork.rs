@@ -15,7 +15,6 @@ use uffd::{Event, FaultFlags, Features, FillFlags, Modes, Stop, Userfaultfd};
 /// Fills the same page with other bytes in a process and in its child.
 #[test]
 fn the_memory_of_a_forked_child_has_its_own_descriptor() {
-    const TEST: &str = "the_memory_of_a_forked_child_has_its_own_descriptor";
     test_machine::needs!(Userfaultfd);
     test_machine::needs!(Root);
     let fault = Userfaultfd::options()

@@ -66,7 +66,6 @@ fn descriptors_do_not_block_and_close_on_exec() {
 
 #[test]
 fn without_permission_the_error_names_the_remedies() {
-    const TEST: &str = "without_permission_the_error_names_the_remedies";
     test_machine::needs!(Root);
     if everyone_may() {
         test_machine::not_run(TEST, "every user may use userfaultfd");
@@ -90,7 +89,6 @@ fn without_permission_the_error_names_the_remedies() {
 
 #[test]
 fn permission_for_the_device_suffices() {
-    const TEST: &str = "permission_for_the_device_suffices";
     test_machine::needs!(Root);
     test_machine::needs!(Userfaultfd);
     let memory = Memory::private(1);
@@ -107,7 +105,6 @@ fn permission_for_the_device_suffices() {
 
 #[test]
 fn user_mode_faults_need_no_privilege() {
-    const TEST: &str = "user_mode_faults_need_no_privilege";
     test_machine::needs!(Root);
     test_machine::needs!(Userfaultfd);
     let memory = Memory::private(1);
@@ -146,7 +143,6 @@ fn required_features_must_exist_and_optional_ones_may() {
 
 #[test]
 fn fork_events_need_a_capability() {
-    const TEST: &str = "fork_events_need_a_capability";
     test_machine::needs!(Root);
     test_machine::needs!(Userfaultfd);
     let required = || Userfaultfd::options().features(Features::EVENT_FORK).open();

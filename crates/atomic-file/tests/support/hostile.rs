@@ -127,3 +127,38 @@ pub(crate) fn hash_of(dest: &Path) -> String {
     let name = writer.temp_path().file_name().unwrap().to_str().unwrap();
     name.split('-').nth(2).unwrap().to_owned()
 }
+
+/// Runs `job`, and kills it at its `nth` call of `call`.
+pub(crate) fn die_at(job: &str, dir: &Path, call: &str, nth: usize) {
+    let kill = format!("inject={call}:signal=KILL:when={nth}");
+    let args = ["-o", "/dev/null", "-e", &kill];
+    assert_eq!(super::under_strace(job, dir, &args), None);
+}
+
+/// A directory of the other user with the file `dir/dest`.
+pub(crate) fn other_users_place(names: &[&str]) -> Place {
+    let place = Place::new(0o755);
+    let dir = place.path("dir");
+    for name in names {
+        fs::write(dir.join(name), "old").unwrap();
+        set_mode(&dir.join(name), 0o644);
+        std::os::unix::fs::chown(dir.join(name), Some(OTHER_USER), None).unwrap();
+    }
+    std::os::unix::fs::chown(&dir, Some(OTHER_USER), None).unwrap();
+    place
+}
+
+/// Returns a record for files that the other user staged.
+pub(crate) fn forged(dir: &Path, dest: &str) -> Vec<u8> {
+    let staged = ".atomic-file-01234567-0123456789abcdef.stage";
+    fs::write(dir.join(staged), "forged").unwrap();
+    let mut bytes = b"ATOMGRP\n\x01\0\0\0\x01\0\0\0".to_vec();
+    bytes.extend(fs::metadata(dir.join(staged)).unwrap().ino().to_le_bytes());
+    bytes.extend(6u64.to_le_bytes());
+    for name in [staged, dest] {
+        bytes.extend((name.len() as u16).to_le_bytes());
+        bytes.extend(name.as_bytes());
+    }
+    bytes.extend(crc32fast::hash(&bytes).to_le_bytes());
+    bytes
+}

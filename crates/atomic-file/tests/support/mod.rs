@@ -6,6 +6,7 @@ pub(crate) mod faults;
 pub(crate) mod groups;
 #[cfg(target_os = "linux")]
 pub(crate) mod hostile;
+pub(crate) mod power_loss;
 pub(crate) mod recycling;
 
 use std::ffi::{OsStr, OsString};
