@@ -27,13 +27,7 @@ type Tiers = &'static [&'static [&'static str]];
 const CRATES: [(&str, Tiers); 5] = [
     (
         "atomic-file",
-<<<<<<< HEAD
         &[
-            &["destinations", "group", "power_loss", "recovery"],
-            &["recycling", "recycling_in_use", "replace"],
-            &["concurrency", "hostile", "hostile_records", "orphans"],
-=======
-        &[whole(&[
             &["destinations", "group", "power_loss", "records", "recovery"],
             &[
                 "recycling",
@@ -48,7 +42,6 @@ const CRATES: [(&str, Tiers); 5] = [
                 "hostile_sweeps",
             ],
             &["orphans", "staged_files"],
->>>>>>> 5d36468 (atomic-file: split long tests by operation)
             &["preflight", "preserve", "preserve_access", "replace_only"],
             &["faults", "kills"],
             &["group_faults"],
