@@ -126,6 +126,6 @@ impl<'a> Sealed<'a> {
 /// A chunk's sum is a hash of its bytes; what is hashed here is shorter than one.
 fn hash(bytes: &[u8]) -> [u8; 32] {
     let mut sum = Checksums::new(1);
-    sum.feed(0, bytes);
+    sum.update(0, bytes);
     sum.finish().first().copied().unwrap_or_default()
 }

@@ -6,14 +6,14 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 
-use image_format::{CHUNK_SIZE, Footer, Placement, RAW_UNIT, Stored};
+use image_format::{CHUNK_SIZE, Footer, Layout, RAW_UNIT, Storage};
 use libfuzzer_sys::fuzz_target;
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use ramsnap_fuzz::Sealed;
 
 fuzz_target!(|bytes: &[u8]| {
     // As a whole file.
-    for format in [None, Some(Placement::InPlace), Some(Placement::Packed)] {
+    for format in [None, Some(Layout::Sealed), Some(Layout::Packed)] {
         let read = Footer::read_from(bytes.len() as u64, format, |buf, offset| {
             let from = bytes
                 .get(offset as usize..)
@@ -24,7 +24,7 @@ fuzz_target!(|bytes: &[u8]| {
         if let Ok(footer) = read {
             // Nothing that may be raw RAM, unless it was named.
             assert!(format.is_some() || bytes.len() as u64 % RAW_UNIT != 0);
-            assert!(format.is_none_or(|format| format == footer.placement));
+            assert!(format.is_none_or(|format| format == footer.layout));
         }
     }
     if bytes.is_empty() || bytes.len() as u64 > CHUNK_SIZE {
@@ -62,7 +62,7 @@ fuzz_target!(|bytes: &[u8]| {
         assert_eq!(footer.run_at(run.start), Some(run));
         assert_eq!(footer.run_at(run.range().end - 1), Some(run));
         assert_eq!(
-            run.stored == Stored::Zeros,
+            run.stored == Storage::Zeros,
             run.stored_at(run.start).is_none()
         );
     }

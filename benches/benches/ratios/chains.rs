@@ -49,7 +49,7 @@ impl Comparison<'_> {
         }
         let name = "open a chain of 2,000 raw diffs of 4 GiB";
         if self.wants(name) {
-            let paths = self.many(raw, 4 * self.gib, 1, |_| Layout::Raw);
+            let paths = self.many(raw, 4 * self.gib, 1, Layout::Raw);
             let open = |_: &Path| {
                 let mut chain = Chain::open_raw(&paths[0], PAGE).unwrap();
                 for path in &paths[1..] {
@@ -101,20 +101,15 @@ impl Comparison<'_> {
     }
 
     /// Writes a full image of zeros, and diffs of `pages` pages each.
-    fn many(
-        &self,
-        diffs: u64,
-        ram_size: u64,
-        pages: u64,
-        layout: fn(Seal) -> Layout,
-    ) -> Vec<PathBuf> {
+    fn many(&self, diffs: u64, ram_size: u64, pages: u64, layout: Layout) -> Vec<PathBuf> {
         let mut paths = Vec::new();
         let mut parent: Option<ImageId> = None;
         for number in 0..=diffs {
             let path = self.place.join(format!("{number}.mem"));
             let seal = parent.map_or(Seal::new(), |id| Seal::new().parent(id));
             let mut writer = MemoryWriter::options()
-                .layout(layout(seal))
+                .layout(layout)
+                .seal(seal)
                 .durability(Durability::None)
                 .skip_untouched(true)
                 .open(&path, ram_size, PAGE)

@@ -30,6 +30,7 @@ impl Comparison<'_> {
         let mut writer = MemoryWriter::options()
             .progress(move |_| {
                 seen.fetch_max(resident(), std::sync::atomic::Ordering::Relaxed);
+                std::ops::ControlFlow::Continue(())
             })
             .open(&dest, ram.size, 16 << 10)
             .unwrap();
@@ -75,7 +76,7 @@ impl Comparison<'_> {
         }
     }
 
-    fn dump(&self, ram: &dyn PageReader, size: u64, options: memory_writer::Options) -> f64 {
+    fn dump(&self, ram: &dyn PageReader, size: u64, options: memory_writer::WriterOptions) -> f64 {
         let dest = self.place.join("guest.mem");
         let start = Instant::now();
         let mut writer = options.open(&dest, size, 16 << 10).unwrap();

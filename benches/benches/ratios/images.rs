@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use lazy_restore::LazyRam;
 use memory_image::{Chain, Image, MappedChain};
-use memory_writer::{ImageId, Layout, MemoryWriter, Options, Seal};
+use memory_writer::{ImageId, Layout, MemoryWriter, Seal, WriterOptions};
 use page_reader::PageReader;
 
 use crate::cases::SQUIB;
@@ -27,12 +27,12 @@ const READER: &str = "bare reader";
 
 const PAGE: u64 = 4096;
 
-fn packed() -> Options {
-    MemoryWriter::options().layout(Layout::Packed(Seal::new()))
+fn packed() -> WriterOptions {
+    MemoryWriter::options().layout(Layout::Packed)
 }
 
-fn sealed() -> Options {
-    MemoryWriter::options().layout(Layout::Sealed(Seal::new()))
+fn sealed() -> WriterOptions {
+    MemoryWriter::options().layout(Layout::Sealed)
 }
 
 impl Comparison<'_> {
@@ -45,7 +45,10 @@ impl Comparison<'_> {
         let name = "diff 1 % of 1 GiB, 4 KiB random, packed over the previous";
         let case = packed_diff(&ram, &dirty, name, Before::Previous);
         self.run(&case, &[(SQUIB, 6.0), (LIMIT, 0.85)]);
-        for (what, options) in [("sealed", sealed as fn() -> Options), ("packed", packed)] {
+        for (what, options) in [
+            ("sealed", sealed as fn() -> WriterOptions),
+            ("packed", packed),
+        ] {
             let name = format!("full 1 GiB, random bytes, {what}");
             let mut case = full(&ram, &name, options);
             let mut plain = full(&ram, &name, MemoryWriter::options)
@@ -100,8 +103,9 @@ impl Comparison<'_> {
         for number in 1..=10 {
             // Each diff has different pages.
             let dirty = Dirty::new(ram.size, PAGE, one_in + number, pattern);
-            let layout = Layout::Packed(Seal::new().parent(parent));
-            let options = MemoryWriter::options().layout(layout);
+            let options = MemoryWriter::options()
+                .layout(Layout::Packed)
+                .seal(Seal::new().parent(parent));
             parent = write(&path(number), options, ram, Some(&dirty));
             paths.push(path(number));
         }
@@ -152,7 +156,7 @@ impl Comparison<'_> {
     /// Compares merging ten diffs onto their base.
     fn merge(&mut self, ram: &Ram) {
         let paths = self.chain(ram, 100, Pattern::Random);
-        let merged = |options: Options, dest: &Path, paths: &[PathBuf]| {
+        let merged = |options: WriterOptions, dest: &Path, paths: &[PathBuf]| {
             let chain = Chain::open_sealed(paths).unwrap();
             chain.merge(options, dest).unwrap();
         };
@@ -177,6 +181,7 @@ impl Comparison<'_> {
             let seen = Arc::clone(&peak);
             let options = MemoryWriter::options().progress(move |_| {
                 seen.fetch_max(resident(), Ordering::Relaxed);
+                std::ops::ControlFlow::Continue(())
             });
             let dest = self.place.join("merged.mem");
             merged(options, &dest, &paths);
@@ -198,7 +203,7 @@ fn packed_diff<'a>(ram: &'a Ram, dirty: &'a Dirty, name: &str, before: Before) -
     case.contenders.retain(|contender| contender.name == SQUIB);
     let ours = contender(OURS, move |dest| {
         let seal = Seal::new().parent(ImageId::from_bytes([1; 16]));
-        let options = MemoryWriter::options().layout(Layout::Packed(seal));
+        let options = MemoryWriter::options().layout(Layout::Packed).seal(seal);
         let options = match before {
             Before::Nothing => options,
             Before::Previous => options.recycle(u64::MAX),
@@ -220,7 +225,7 @@ fn packed_diff<'a>(ram: &'a Ram, dirty: &'a Dirty, name: &str, before: Before) -
 
 fn write(
     path: &Path,
-    options: Options,
+    options: WriterOptions,
     ram: &Ram,
     dirty: Option<&Dirty>,
 ) -> memory_writer::ImageId {

@@ -283,7 +283,11 @@ fn named_goals(goals: &[(&str, f64)]) -> Vec<(String, f64)> {
 }
 
 /// Returns the case of a full dump without the limit, which does not skip pages.
-fn skipping<'a>(ram: &'a Ram, name: &str, options: fn() -> memory_writer::Options) -> Case<'a> {
+fn skipping<'a>(
+    ram: &'a Ram,
+    name: &str,
+    options: fn() -> memory_writer::WriterOptions,
+) -> Case<'a> {
     let mut case = full(ram, name, options);
     case.contenders.retain(|contender| contender.name != LIMIT);
     case

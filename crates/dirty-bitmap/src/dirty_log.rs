@@ -5,6 +5,7 @@ use thiserror::Error;
 use crate::bitmap::DirtyBitmap;
 use crate::geometry::OutOfRange;
 use crate::kind::Markable;
+use crate::ranges::runs_of_word;
 
 impl<K: Markable> DirtyBitmap<K> {
     /// Marks the pages in a dirty log that begins at the guest-physical `address`. Returns the
@@ -42,16 +43,13 @@ impl<K: Markable> DirtyBitmap<K> {
         let mut pages = 0;
         let mut outside = None;
         for (word, bits) in words.iter().enumerate() {
-            let mut bits = u64::from_le(*bits);
-            pages += u64::from(bits.count_ones());
-            while bits != 0 {
-                let first = bits.trailing_zeros();
-                let count = (bits >> first).trailing_ones();
-                bits &= !(u64::MAX >> (u64::BITS - count) << first);
+            for run in runs_of_word(u64::from_le(*bits)) {
+                let count = run.end - run.start;
+                pages += count;
                 // A run past the last address is outside the RAM, and saturation keeps it there.
-                let first = word as u64 * 64 + u64::from(first);
+                let first = word as u64 * 64 + run.start;
                 let start = address.saturating_add(first.saturating_mul(page_size));
-                let marked = self.set_range(start, u64::from(count).saturating_mul(page_size));
+                let marked = self.set_range(start, count.saturating_mul(page_size));
                 outside = outside.or(marked.err());
             }
         }

@@ -39,8 +39,10 @@
 //!   [`Epoch::release_after`] prevents a save from replacing a later one after its epoch was
 //!   reclaimed.
 //! - **Check that everything was written** before marks are discarded: [`Coverage`].
-//! - **Combine sets of pages**: [`page_set`](DirtyBitmap::page_set) returns a `bitvec`, and
-//!   [`mark_bits`](DirtyBitmap::mark_bits) takes one.
+//! - **Combine sets of pages**: [`page_set`](DirtyBitmap::page_set) returns a [`PageSet`], and
+//!   [`mark_pages`](DirtyBitmap::mark_pages) takes one.
+//! - **Join and widen ranges** of addresses: [`coalesce`], [`whole_pages`], and [`runs_of`] a bit
+//!   slice.
 //!
 //! # How it works
 //! There is a table for each page size. It is allocated when it is first needed, and never freed. A
@@ -75,6 +77,7 @@ mod marks;
 mod page_set;
 mod policy;
 mod protection;
+mod ranges;
 mod runs;
 mod sync;
 mod table;
@@ -90,9 +93,10 @@ pub use epoch::{
 };
 pub use geometry::{GeometryError, MAX_RAM_SIZE, OutOfRange, RangeMismatch};
 pub use kind::{Markable, Taken, Tracked, Untracked};
-pub use page_set::{PageSet, PageSetError};
+pub use page_set::PageSet;
 pub use policy::{Costs, Policy};
 pub use protection::WriteProtection;
+pub use ranges::{Coalesce, coalesce, coalesce_within, runs_of, whole_pages};
 pub use runs::Runs;
 pub use tracker::{CheckpointError, FaultError, TrackerError, WriteTracker};
 

@@ -4,6 +4,7 @@ use std::ops::Range;
 use std::sync::{OnceLock, PoisonError};
 
 use crate::geometry::{GeometryError, OutOfRange, RamRange};
+use crate::ranges::runs_of_word;
 use crate::runs::Runs;
 use crate::sync::{AtomicU64, Mutex, MutexGuard, Ordering};
 use crate::table::Table;
@@ -189,18 +190,12 @@ impl Marks {
         &self,
         shift: u32,
         word: usize,
-        mut bits: u64,
+        bits: u64,
         mut each: impl FnMut(Range<u64>),
     ) {
         let base = word as u64 * u64::from(u64::BITS);
-        while bits != 0 {
-            let start = bits.trailing_zeros();
-            let len = (bits >> start).trailing_ones();
-            each(self.offsets_of(
-                base + u64::from(start)..base + u64::from(start + len),
-                shift,
-            ));
-            bits &= !(u64::MAX >> (u64::BITS - len) << start);
+        for run in runs_of_word(bits) {
+            each(self.offsets_of(base + run.start..base + run.end, shift));
         }
     }
 

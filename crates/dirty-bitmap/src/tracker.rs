@@ -14,6 +14,7 @@ use crate::epoch::{BeginEpochError, Epoch, EpochCommitting, ExtendError, Tracked
 use crate::geometry::{GeometryError, OutOfRange};
 use crate::policy::Policy;
 use crate::protection::WriteProtection;
+use crate::ranges::{coalesce_within, widen};
 use crate::runs::Runs;
 
 /// The most clean pages between two runs that are protected in one call. They are protected
@@ -304,21 +305,7 @@ impl WriteTracker {
         let page_size = self.bitmap.page_size();
         // The current block and its number of dirty pages.
         let mut dirty = (0, 0);
-        let mut pending: Option<Range<u64>> = None;
-        let protect = |range: Range<u64>| {
-            let range = start + range.start..start + range.end;
-            let Err(source) = protection.protect(range.clone()) else {
-                return Ok(());
-            };
-            // The platform may refuse a further small range. Protecting all of the RAM needs a
-            // single range.
-            let all = start..start + self.bitmap.ram_size();
-            let retried = protection.protect(all);
-            retried.map_err(|_| CheckpointError::Protect { range, source })
-        };
-        for run in taken {
-            // The granule of the bitmap may be finer than the pages that can be protected.
-            let run = run.start / page_size * page_size..run.end.next_multiple_of(page_size);
+        let mut count_dirty = |run: &Range<u64>| {
             let mut at = run.start;
             while at < run.end {
                 let block = at / BLOCK_SIZE;
@@ -330,19 +317,24 @@ impl WriteTracker {
                 dirty.1 += u32::try_from((end - at) / page_size).unwrap_or(u32::MAX);
                 at = end;
             }
-            let max_gap = MAX_BRIDGED_PAGES * page_size;
-            let near = |before: &Range<u64>| run.start <= before.end + max_gap;
-            pending = Some(match pending {
-                Some(before) if near(&before) => before.start..run.end,
-                Some(before) => {
-                    protect(before)?;
-                    run
-                }
-                None => run,
-            });
+        };
+        // The granule of the bitmap may be finer than the pages that can be protected.
+        let runs = taken
+            .map(|run| widen(&run, page_size))
+            .inspect(&mut count_dirty);
+        for range in coalesce_within(runs, MAX_BRIDGED_PAGES * page_size) {
+            let range = start + range.start..start + range.end;
+            let Err(source) = protection.protect(range.clone()) else {
+                continue;
+            };
+            // The platform may refuse a further small range. Protecting all of the RAM needs a
+            // single range.
+            let all = start..start + self.bitmap.ram_size();
+            let retried = protection.protect(all);
+            retried.map_err(|_| CheckpointError::Protect { range, source })?;
         }
         self.blocks.on_checkpoint(dirty.0 as usize, dirty.1);
-        pending.map_or(Ok(()), protect)
+        Ok(())
     }
 }
 

@@ -74,7 +74,7 @@ fn a_second_concurrent_epoch_is_an_error() {
 }
 
 #[test]
-fn take_more_adds_new_marks_to_the_epoch() {
+fn extending_adds_new_marks_to_the_epoch() {
     let bitmap = marked();
     let mut epoch = bitmap.begin_epoch().unwrap();
     bitmap.set_dirty(0xf000).unwrap();

@@ -317,22 +317,17 @@ fn a_page_set_is_a_copy_that_can_be_marked_again() {
     let bitmap = bitmap();
     bitmap.set_range(START + 0x3000, 0x9000).unwrap();
     let set = bitmap.page_set();
-    assert_eq!(
-        (set.granule, set.bits.len(), set.bits.count_ones()),
-        (4096, 256, 9)
-    );
+    assert_eq!((set.page_size(), set.page_count()), (4096, 9));
+    assert_eq!(set.range(), START..START + SIZE);
     assert!(!bitmap.is_clean());
 
     let coarse = DirtyBitmap::new(START, SIZE, 32768).unwrap();
-    coarse.mark_bits(4096, &set.bits).unwrap();
+    coarse.mark_pages(&set).unwrap();
     assert_eq!(runs(&coarse), [0..0x10000]);
-    coarse.mark_bits(0, &set.bits).unwrap_err();
-    coarse.mark_bits(8192, &set.bits).unwrap();
-    assert_eq!(runs(&coarse), [0..0x18000]);
 
-    let mut far = set.bits.clone();
-    far.set(255, true);
-    let clean = DirtyBitmap::new(START, SIZE, 32768).unwrap();
-    clean.mark_bits(8192, &far).unwrap_err();
-    assert!(clean.is_clean());
+    // RAM that ends inside the set.
+    let smaller = DirtyBitmap::new(START, 0x8000, 4096).unwrap();
+    let error = smaller.mark_pages(&set).unwrap_err();
+    assert_eq!((error.start, error.end), (START + 0x3000, START + 0xc000));
+    assert_eq!(runs(&smaller), [0x3000..0x8000]);
 }

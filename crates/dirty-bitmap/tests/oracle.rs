@@ -138,8 +138,8 @@ proptest! {
             prop_assert_eq!(bitmap.dirty_bytes(), runs.iter().map(|run| run.end - run.start).sum::<u64>());
             prop_assert_eq!(bitmap.is_clean(), runs.is_empty());
             let set = bitmap.page_set();
-            let again = DirtyBitmap::new(START, size, set.granule).unwrap();
-            again.mark_bits(set.granule, &set.bits).unwrap();
+            let again = DirtyBitmap::new(START, size, set.page_size()).unwrap();
+            again.mark_pages(&set).unwrap();
             prop_assert_eq!(again.runs().collect::<Vec<_>>(), runs.clone());
             prop_assert_eq!(bitmap.runs().collect::<Vec<_>>(), runs);
         }

@@ -76,9 +76,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
 
     let epoch = tracker.checkpoint()?;
     let full = dir.join("guest.mem");
-    let sealed = Layout::Sealed(Seal::new());
     let mut writer = MemoryWriter::options()
-        .layout(sealed)
+        .layout(Layout::Sealed)
         .open(&full, SIZE, PAGE)?;
     let parent = writer.image_id().ok_or("a sealed image has an id")?;
     writer.write_full(&ram)?;
@@ -91,9 +90,9 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let epoch = tracker.checkpoint()?;
     let diff = dir.join("guest-1.mem");
     // A packed image, because holes on macOS do not identify the pages of a raw diff.
-    let packed = Layout::Packed(Seal::new().parent(parent));
     let mut writer = MemoryWriter::options()
-        .layout(packed)
+        .layout(Layout::Packed)
+        .seal(Seal::new().parent(parent))
         .open(&diff, SIZE, PAGE)?;
     let pages = writer.write_diff(&ram, epoch.bitmap())?;
     writer.commit_and_release(epoch)?;

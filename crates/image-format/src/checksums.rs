@@ -109,18 +109,18 @@ impl Checksums {
     ///
     /// # Panics
     /// Panics if the bytes end past the last chunk.
-    pub fn feed(&mut self, offset: u64, bytes: &[u8]) {
+    pub fn update(&mut self, offset: u64, bytes: &[u8]) {
         let (mut offset, mut bytes) = (offset, bytes);
         while !bytes.is_empty() {
             let left = (CHUNK_SIZE - offset % CHUNK_SIZE) as usize;
             let (now, later) = bytes.split_at(bytes.len().min(left));
-            self.feed_chunk(offset, now);
+            self.update_chunk(offset, now);
             offset += now.len() as u64;
             bytes = later;
         }
     }
 
-    fn feed_chunk(&mut self, offset: u64, bytes: &[u8]) {
+    fn update_chunk(&mut self, offset: u64, bytes: &[u8]) {
         let chunk = offset / CHUNK_SIZE;
         let end = offset + bytes.len() as u64;
         match &mut self.current {
@@ -207,9 +207,9 @@ mod tests {
     #[test]
     fn checksums_cover_the_present_bytes_in_order() {
         let mut sums = Checksums::new(4 * CHUNK_SIZE);
-        sums.feed(4096, &[1; 4096]);
-        sums.feed(16384, &[2; 4096]);
-        sums.feed(3 * CHUNK_SIZE - 10, &[3; 20]);
+        sums.update(4096, &[1; 4096]);
+        sums.update(16384, &[2; 4096]);
+        sums.update(3 * CHUNK_SIZE - 10, &[3; 20]);
         assert_eq!(sums.stale().count(), 0);
         assert_eq!(
             sums.finish(),
@@ -228,9 +228,9 @@ mod tests {
             Checksums::new(4 * CHUNK_SIZE),
             Checksums::new(4 * CHUNK_SIZE),
         );
-        one.feed(0, &bytes);
+        one.update(0, &bytes);
         for (i, piece) in bytes.chunks(4096).enumerate() {
-            many.feed(i as u64 * 4096, piece);
+            many.update(i as u64 * 4096, piece);
         }
         assert_eq!(one.stale().count() + many.stale().count(), 0);
         assert_eq!(one.finish(), many.finish());
@@ -239,12 +239,12 @@ mod tests {
     #[test]
     fn late_and_repeated_bytes_make_a_chunk_stale() {
         let mut sums = Checksums::new(3 * CHUNK_SIZE);
-        sums.feed(8192, &[1; 4096]);
-        sums.feed(0, &[2; 4096]); // late
-        sums.feed(CHUNK_SIZE, &[3; 4096]);
+        sums.update(8192, &[1; 4096]);
+        sums.update(0, &[2; 4096]); // late
+        sums.update(CHUNK_SIZE, &[3; 4096]);
         assert_eq!(sums.stale().collect::<Vec<_>>(), [0..CHUNK_SIZE]);
-        sums.feed(8192, &[4; 4096]); // again
-        sums.feed(CHUNK_SIZE + 4096, &[5; 4096]); // beside
+        sums.update(8192, &[4; 4096]); // again
+        sums.update(CHUNK_SIZE + 4096, &[5; 4096]); // beside
         assert_eq!(
             sums.stale().collect::<Vec<_>>(),
             [0..CHUNK_SIZE, CHUNK_SIZE..2 * CHUNK_SIZE]

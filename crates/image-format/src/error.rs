@@ -4,7 +4,7 @@ use std::io;
 
 use thiserror::Error;
 
-use crate::footer::Placement;
+use crate::layout::Layout;
 
 /// An error of reading or writing a footer.
 #[derive(Debug, Error)]
@@ -51,9 +51,9 @@ pub enum FooterError {
     },
     /// The format of the image differs from the one that the caller named.
     #[error("the file is {}: name that format, or none", found.name())]
-    OtherPlacement {
-        /// The placement according to the footer.
-        found: Placement,
+    OtherLayout {
+        /// The layout according to the footer.
+        found: Layout,
     },
     /// The version of the footer is not supported.
     #[error(
@@ -70,11 +70,11 @@ pub enum FooterError {
         /// The file offset of the first invalid field, in bytes.
         offset: u64,
         /// The inconsistency, or `None` if a magic number or checksum is wrong.
-        source: Option<Invalid>,
+        source: Option<InvalidFooter>,
     },
     /// The footer is inconsistent although its checksum is correct, or the footer to be written is.
     #[error("the footer is inconsistent")]
-    Invalid(#[from] Invalid),
+    Invalid(#[from] InvalidFooter),
     /// The footer exceeds the maximum length.
     #[error("a footer of {len} bytes is too large: use larger pages, which result in fewer runs")]
     TooLarge {
@@ -102,7 +102,7 @@ pub enum FooterError {
 /// An inconsistency of a footer.
 #[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
 #[non_exhaustive]
-pub enum Invalid {
+pub enum InvalidFooter {
     /// The size of the RAM or of a page is not supported.
     #[error(
         "a RAM size of {ram_size:#x} bytes with pages of {page_size:#x} bytes is not supported: \
@@ -122,6 +122,9 @@ pub enum Invalid {
         /// The value of the field.
         value: u8,
     },
+    /// The layout is raw.
+    #[error("a raw image has no footer: choose the sealed or the packed layout")]
+    Raw,
     /// A full image names a parent.
     #[error("a full image has no parent")]
     FullWithParent,

@@ -2,8 +2,9 @@
 
 use std::ops::Range;
 
-use crate::footer::{Footer, Kind, MAX_RAM_SIZE, MIN_HEADER, RAW_UNIT, Version};
+use crate::footer::{Footer, ImageKind};
 use crate::id::ImageId;
+use crate::version::{MAX_RAM_SIZE, MIN_HEADER, RAW_UNIT, Version};
 use crate::wire::{HEADER, MAX_FOOTER, TRAILER};
 
 pub(crate) const HEADER_MAGIC: &[u8; 8] = b"memsnap\x01";
@@ -95,7 +96,7 @@ impl Header {
     /// bytes.
     pub(crate) fn new(footer: &Footer, at: u64, len: u64) -> Self {
         Self {
-            diff: footer.kind != Kind::Full,
+            diff: footer.kind != ImageKind::Full,
             id: footer.id,
             data_start: footer.data_start(),
             footer: at,

@@ -8,15 +8,15 @@
 //!
 //! ```
 //! use std::fs::File;
-//! use image_format::{Footer, ImageId, Kind, Placement, Run, Version};
+//! use image_format::{Footer, ImageId, ImageKind, Layout, Run, Version};
 //!
 //! # let dir = tempfile::tempdir()?;
 //! # let path = dir.path().join("full.mem");
 //! # let footer = Footer {
 //! #     version: Version::CURRENT,
 //! #     id: ImageId::random()?,
-//! #     kind: Kind::Full,
-//! #     placement: Placement::Packed,
+//! #     kind: ImageKind::Full,
+//! #     layout: Layout::Packed,
 //! #     ram_size: 1 << 20,
 //! #     page_size: 4096,
 //! #     regions: vec![0..1 << 20],
@@ -49,7 +49,7 @@
 //! use std::fs::File;
 //! use std::os::unix::fs::FileExt;
 //!
-//! use image_format::{Checksums, Footer, ImageId, Kind, Placement, Run, Version, packed_start};
+//! use image_format::{Checksums, Footer, ImageId, ImageKind, Layout, Run, Version, packed_start};
 //!
 //! # let dir = tempfile::tempdir()?;
 //! # let path = dir.path().join("diff.mem");
@@ -60,12 +60,12 @@
 //! file.write_all_at(&page, start)?;
 //!
 //! let mut checksums = Checksums::new(ram_size);
-//! checksums.feed(8192, &page); // at a guest offset
+//! checksums.update(8192, &page); // at a guest offset
 //! let footer = Footer {
 //!     version: Version::CURRENT,
 //!     id: ImageId::random()?,
-//!     kind: Kind::Diff { parent: None },
-//!     placement: Placement::Packed,
+//!     kind: ImageKind::Diff { parent: None },
+//!     layout: Layout::Packed,
 //!     ram_size,
 //!     page_size,
 //!     regions: vec![0..ram_size],
@@ -94,23 +94,30 @@
 #![doc = include_str!("../FORMAT.md")]
 #![forbid(unsafe_code)]
 
+mod check;
 mod checksums;
 mod error;
+mod extents;
 mod footer;
 mod header;
 mod id;
+mod layout;
 mod read;
+mod run;
+mod version;
 mod wire;
 mod write;
 
+pub use check::{check_metadata, check_regions};
 pub use checksums::{CHUNK_SIZE, Checksum, Checksums, ChunkSum};
-pub use error::{FooterError, Invalid};
-pub use footer::{
-    Chunk, Footer, Kind, MAX_RAM_SIZE, Placement, RAW_UNIT, Run, Stored, Version, check_metadata,
-    check_regions, packed_start,
-};
+pub use error::{FooterError, InvalidFooter};
+pub use extents::{Extent, ExtentMap, WritePlan};
+pub use footer::{Chunk, Footer, ImageKind};
 pub use header::{HEADER_PAGE, Header};
 pub use id::{ImageId, ParseIdError};
+pub use layout::{Layout, packed_start};
+pub use run::{Run, Storage};
+pub use version::{MAX_RAM_SIZE, RAW_UNIT, Version};
 pub use wire::MAX_FOOTER;
 
 /// Compiles the README's example as a test.

@@ -1,6 +1,6 @@
 //! Constants and lengths of the footer's encoding.
 
-use crate::footer::{RAW_UNIT, Version};
+use crate::version::{RAW_UNIT, Version};
 
 /// The maximum length of a footer without its last 64 bytes: 1 GiB, for more than 40 million runs.
 pub const MAX_FOOTER: u64 = 1 << 30;

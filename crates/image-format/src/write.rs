@@ -6,9 +6,12 @@ use std::os::unix::fs::FileExt;
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 
+use crate::check::RunTotals;
 use crate::error::FooterError;
-use crate::footer::{Footer, Kind, Placement, Run, RunTotals, Stored};
+use crate::footer::{Footer, ImageKind};
 use crate::header::Header;
+use crate::layout::Layout;
+use crate::run::{Run, Storage};
 use crate::wire::{END_MAGIC, MAGIC, MAX_FOOTER, PADDING, PartCounts, TRAILER, ZERO_RUN, padding};
 
 impl Footer {
@@ -149,8 +152,11 @@ impl Footer {
         out.write_all(MAGIC)?;
         out.write_all(&self.version.to_wire().to_le_bytes())?;
         out.write_all(&[
-            u8::from(self.placement == Placement::Packed),
-            u8::from(self.kind != Kind::Full),
+            match self.layout {
+                Layout::Raw | Layout::Sealed => 0,
+                Layout::Packed => 1,
+            },
+            u8::from(self.kind != ImageKind::Full),
             u8::from(parent.is_some()),
             0,
         ])?;
@@ -171,8 +177,8 @@ impl Footer {
             number(run.start)?;
             number(run.len)?;
             number(match run.stored {
-                Stored::At(offset) => offset,
-                Stored::Zeros => ZERO_RUN,
+                Storage::At(offset) => offset,
+                Storage::Zeros => ZERO_RUN,
             })?;
         }
         for checksum in &self.checksums {

@@ -6,7 +6,8 @@ mod support;
 use std::os::unix::fs::FileExt;
 
 use image_format::{
-    Checksums, Footer, FooterError, ImageId, Kind, Placement, RAW_UNIT, Run, Version, packed_start,
+    Checksums, Footer, FooterError, ImageId, ImageKind, Layout, RAW_UNIT, Run, Version,
+    packed_start,
 };
 use proptest::prelude::*;
 use rstest::rstest;
@@ -16,19 +17,19 @@ use support::read_as;
 const PAGE: u64 = 512;
 
 /// Returns a full image of `ram`, with every page in the file.
-fn image(version: Version, placement: Placement, ram: &[u8], metadata: usize) -> Vec<u8> {
+fn image(version: Version, layout: Layout, ram: &[u8], metadata: usize) -> Vec<u8> {
     let ram_size = ram.len() as u64;
-    let at = match (version, placement) {
-        (Version::V2, Placement::Packed) => packed_start(PAGE),
+    let at = match (version, layout) {
+        (Version::V2, Layout::Packed) => packed_start(PAGE),
         _ => 0,
     };
     let mut checksums = Checksums::new(ram_size);
-    checksums.feed(0, ram);
+    checksums.update(0, ram);
     let footer = Footer {
         version,
         id: ImageId::from_bytes([7; 16]),
-        kind: Kind::Full,
-        placement,
+        kind: ImageKind::Full,
+        layout,
         ram_size,
         page_size: PAGE,
         regions: vec![0..ram_size],
@@ -50,24 +51,22 @@ fn read(bytes: &[u8]) -> Result<Footer, FooterError> {
 
 /// Returns an image of version 1 with metadata of such a length that raw RAM can have the length of
 /// the file.
-fn aligned(placement: Placement, ram: &[u8]) -> Vec<u8> {
-    let images = (0..RAW_UNIT as usize).map(|len| image(Version::V1, placement, ram, len));
+fn aligned(layout: Layout, ram: &[u8]) -> Vec<u8> {
+    let images = (0..RAW_UNIT as usize).map(|len| image(Version::V1, layout, ram, len));
     let mut aligned = images.filter(|bytes| (bytes.len() as u64).is_multiple_of(RAW_UNIT));
     aligned.next().unwrap()
 }
 
 #[rstest]
-fn no_image_has_a_length_of_raw_ram(
-    #[values(Placement::InPlace, Placement::Packed)] placement: Placement,
-) {
+fn no_image_has_a_length_of_raw_ram(#[values(Layout::Sealed, Layout::Packed)] layout: Layout) {
     let mut padded = 0;
     for metadata in 0..2 * RAW_UNIT as usize {
-        let bytes = image(Version::V2, placement, &[3; 1024], metadata);
+        let bytes = image(Version::V2, layout, &[3; 1024], metadata);
         assert_ne!(bytes.len() as u64 % RAW_UNIT, 0, "{metadata}");
         let footer = read(&bytes).unwrap();
         assert_eq!(footer.metadata.len(), metadata);
         assert_eq!(footer.file_len(), bytes.len() as u64);
-        let unpadded = image(Version::V1, placement, &[3; 1024], metadata).len() as u64;
+        let unpadded = image(Version::V1, layout, &[3; 1024], metadata).len() as u64;
         padded += footer.file_len() - footer.data_start() - unpadded;
     }
     assert_eq!(padded, 2 * 8);
@@ -75,9 +74,9 @@ fn no_image_has_a_length_of_raw_ram(
 
 #[test]
 fn a_packed_image_cut_anywhere_is_reported_as_truncated() {
-    let bytes = image(Version::V2, Placement::Packed, &[3; 8192], 100);
+    let bytes = image(Version::V2, Layout::Packed, &[3; 8192], 100);
     for cut in 8..bytes.len() {
-        for format in [None, Some(Placement::Packed)] {
+        for format in [None, Some(Layout::Packed)] {
             let error = read_as(&bytes[..cut], format).unwrap_err();
             let whole = (cut >= 4096).then_some(bytes.len() as u64);
             assert!(
@@ -94,7 +93,7 @@ fn a_packed_image_cut_anywhere_is_reported_as_truncated() {
 
 #[test]
 fn bytes_appended_to_a_packed_image_are_reported() {
-    let mut bytes = image(Version::V2, Placement::Packed, &[3; 8192], 100);
+    let mut bytes = image(Version::V2, Layout::Packed, &[3; 8192], 100);
     let claimed_len = bytes.len() as u64;
     bytes.push(0);
     let error = read(&bytes).unwrap_err();
@@ -110,7 +109,7 @@ fn bytes_appended_to_a_packed_image_are_reported() {
 
 #[test]
 fn every_flipped_bit_of_a_header_is_detected() {
-    let mut bytes = image(Version::V2, Placement::Packed, &[3; 8192], 100);
+    let mut bytes = image(Version::V2, Layout::Packed, &[3; 8192], 100);
     for bit in 0..8 * 4096 {
         bytes[bit / 8] ^= 1 << (bit % 8);
         assert!(read(&bytes).is_err(), "bit {bit}");
@@ -121,8 +120,8 @@ fn every_flipped_bit_of_a_header_is_detected() {
 
 #[test]
 fn the_header_of_another_image_is_refused() {
-    let mut bytes = image(Version::V2, Placement::Packed, &[3; 8192], 100);
-    let other = image(Version::V2, Placement::Packed, &[3; 8192 - 512], 101);
+    let mut bytes = image(Version::V2, Layout::Packed, &[3; 8192], 100);
+    let other = image(Version::V2, Layout::Packed, &[3; 8192 - 512], 101);
     bytes[..4096].copy_from_slice(&other[..4096]);
     assert!(read(&bytes).is_err());
 }
@@ -130,10 +129,10 @@ fn the_header_of_another_image_is_refused() {
 #[rstest]
 fn raw_ram_that_ends_like_an_image_is_refused(
     #[values(Version::V1, Version::V2)] version: Version,
-    #[values(Placement::InPlace, Placement::Packed)] placement: Placement,
+    #[values(Layout::Sealed, Layout::Packed)] layout: Layout,
 ) {
     // A complete image at the end of the RAM.
-    let image = image(version, placement, &[3; 2048], 0);
+    let image = image(version, layout, &[3; 2048], 0);
     for before in [0, 512, 4096] {
         let len = (before + image.len()).next_multiple_of(512);
         let mut ram = vec![0; len - image.len()];
@@ -141,23 +140,20 @@ fn raw_ram_that_ends_like_an_image_is_refused(
         assert!(read(&ram).is_err());
     }
     // An image of version 1 that is also valid raw RAM.
-    let whole = aligned(placement, &[3; 2048]);
+    let whole = aligned(layout, &[3; 2048]);
     let error = read(&whole).unwrap_err();
     assert!(matches!(error, FooterError::Ambiguous { len } if len == whole.len() as u64));
 }
 
 #[rstest]
-#[case::in_place(Placement::InPlace, Placement::Packed)]
-#[case::packed(Placement::Packed, Placement::InPlace)]
-fn an_ambiguous_image_opens_if_its_format_is_named(
-    #[case] placement: Placement,
-    #[case] other: Placement,
-) {
-    let bytes = aligned(placement, &[3; 2048]);
-    let footer = read_as(&bytes, Some(placement)).unwrap();
-    assert_eq!((footer.version, footer.placement), (Version::V1, placement));
+#[case::in_place(Layout::Sealed, Layout::Packed)]
+#[case::packed(Layout::Packed, Layout::Sealed)]
+fn an_ambiguous_image_opens_if_its_format_is_named(#[case] layout: Layout, #[case] other: Layout) {
+    let bytes = aligned(layout, &[3; 2048]);
+    let footer = read_as(&bytes, Some(layout)).unwrap();
+    assert_eq!((footer.version, footer.layout), (Version::V1, layout));
     let error = read_as(&bytes, Some(other)).unwrap_err();
-    assert!(matches!(error, FooterError::OtherPlacement { found } if found == placement));
+    assert!(matches!(error, FooterError::OtherLayout { found } if found == layout));
 }
 
 #[rstest]
@@ -173,19 +169,19 @@ fn a_magic_number_at_the_end_of_ram_is_ambiguous(#[values(0, 1, 2, 3, u32::MAX)]
 
 #[test]
 fn a_header_in_the_ram_of_a_sealed_image_is_ignored() {
-    let forged = image(Version::V2, Placement::Packed, &[5; 4096], 0);
-    let sealed = image(Version::V2, Placement::InPlace, &forged[..8192], 30);
-    assert_eq!(read(&sealed).unwrap().placement, Placement::InPlace);
+    let forged = image(Version::V2, Layout::Packed, &[5; 4096], 0);
+    let sealed = image(Version::V2, Layout::Sealed, &forged[..8192], 30);
+    assert_eq!(read(&sealed).unwrap().layout, Layout::Sealed);
     assert_eq!(read(&sealed).unwrap().ram_size, 8192);
 }
 
 #[test]
 fn a_sealed_image_in_the_ram_of_a_packed_one_is_ignored() {
-    let inner = image(Version::V2, Placement::InPlace, &[5; 1024], 0);
+    let inner = image(Version::V2, Layout::Sealed, &[5; 1024], 0);
     let mut ram = vec![0; 4096 - inner.len()];
     ram.extend(&inner);
-    let packed = image(Version::V2, Placement::Packed, &ram, 30);
-    assert_eq!(read(&packed).unwrap().placement, Placement::Packed);
+    let packed = image(Version::V2, Layout::Packed, &ram, 30);
+    assert_eq!(read(&packed).unwrap().layout, Layout::Packed);
     // Cut after the inner image.
     assert!(read(&packed[..8192]).is_err());
 }
@@ -198,14 +194,14 @@ fn planted_footer(version: Version, ram: &[u8], runs: Vec<Run>) -> Vec<u8> {
     for run in &runs {
         if let Some(at) = run.stored_at(run.start) {
             let end = at + (run.range().end - run.start);
-            checksums.feed(at, &ram[at as usize..end as usize]);
+            checksums.update(at, &ram[at as usize..end as usize]);
         }
     }
     let footer = Footer {
         version,
         id: ImageId::from_bytes([8; 16]),
-        kind: Kind::Full,
-        placement: Placement::InPlace,
+        kind: ImageKind::Full,
+        layout: Layout::Sealed,
         ram_size,
         page_size: if version == Version::V1 { 8 } else { PAGE },
         regions: vec![0..ram_size],
@@ -229,14 +225,14 @@ fn planted_footer(version: Version, ram: &[u8], runs: Vec<Run>) -> Vec<u8> {
 fn a_packed_image_cut_at_a_planted_footer_is_reported(
     #[case] version: Version,
     #[case] runs: Vec<Run>,
-    #[values(None, Some(Placement::InPlace), Some(Placement::Packed))] format: Option<Placement>,
+    #[values(None, Some(Layout::Sealed), Some(Layout::Packed))] format: Option<Layout>,
 ) {
-    let guess = image(Version::V2, Placement::Packed, &[5; 4096], 0);
+    let guess = image(Version::V2, Layout::Packed, &[5; 4096], 0);
     let planted = planted_footer(version, &guess[..8192], runs);
     let mut ram = vec![5; 4096];
     ram.extend(&planted);
     ram.resize(ram.len().next_multiple_of(512) + 512, 5);
-    let mut packed = image(Version::V2, Placement::Packed, &ram, 30);
+    let mut packed = image(Version::V2, Layout::Packed, &ram, 30);
     let cut = 8192 + planted.len();
     assert_eq!(packed[8192..cut], planted);
     assert_ne!(cut % 512, 0);
@@ -253,16 +249,16 @@ fn a_packed_image_cut_at_a_planted_footer_is_reported(
 #[test]
 fn a_sealed_image_of_ram_with_a_planted_header_is_opened() {
     for forged in [1024, 4096, 1 << 20] {
-        let forged = image(Version::V2, Placement::Packed, &vec![5; forged], 0);
+        let forged = image(Version::V2, Layout::Packed, &vec![5; forged], 0);
         for (ram, metadata) in [(8192, 30), (4096, 0), (4096, 1000)] {
             let mut ram_bytes = forged[..ram.min(forged.len() / 512 * 512)].to_vec();
             ram_bytes.resize(ram, 3);
-            let sealed = image(Version::V2, Placement::InPlace, &ram_bytes, metadata);
-            for format in [None, Some(Placement::InPlace)] {
+            let sealed = image(Version::V2, Layout::Sealed, &ram_bytes, metadata);
+            for format in [None, Some(Layout::Sealed)] {
                 let footer = read_as(&sealed, format).unwrap();
                 assert_eq!(footer.ram_size, ram as u64);
             }
-            assert!(read_as(&sealed, Some(Placement::Packed)).is_err());
+            assert!(read_as(&sealed, Some(Layout::Packed)).is_err());
             // Pages of zeros inside the planted header are not in the file.
             let zeros = vec![
                 Run::present(0..512, 0),
@@ -271,7 +267,7 @@ fn a_sealed_image_of_ram_with_a_planted_header_is_opened() {
             ];
             let mut sealed = ram_bytes.clone();
             sealed.extend(planted_footer(Version::V2, &ram_bytes, zeros));
-            assert_eq!(read(&sealed).unwrap().placement, Placement::InPlace);
+            assert_eq!(read(&sealed).unwrap().layout, Layout::Sealed);
         }
     }
 }
@@ -282,12 +278,12 @@ fn the_header_is_as_long_as_a_large_page() {
     let file = tempfile::tempfile().unwrap();
     file.write_all_at(&vec![4; page as usize], page).unwrap();
     let mut checksums = Checksums::new(2 * page);
-    checksums.feed(page, &vec![4; page as usize]);
+    checksums.update(page, &vec![4; page as usize]);
     let footer = Footer {
         version: Version::CURRENT,
         id: ImageId::from_bytes([7; 16]),
-        kind: Kind::Diff { parent: None },
-        placement: Placement::Packed,
+        kind: ImageKind::Diff { parent: None },
+        layout: Layout::Packed,
         ram_size: 2 * page,
         page_size: page,
         regions: vec![0..2 * page],
@@ -318,11 +314,11 @@ fn any_ram() -> impl Strategy<Value = Vec<u8>> {
     )
         .prop_map(|(old, packed, pages, metadata, before)| {
             let version = if old { Version::V1 } else { Version::V2 };
-            let placement = match packed {
-                true => Placement::Packed,
-                false => Placement::InPlace,
+            let layout = match packed {
+                true => Layout::Packed,
+                false => Layout::Sealed,
             };
-            let image = image(version, placement, &vec![6; pages * 512], metadata);
+            let image = image(version, layout, &vec![6; pages * 512], metadata);
             let mut ram = vec![0; before * 512];
             ram.extend(image);
             // The image is at the end of the RAM.
@@ -337,7 +333,7 @@ proptest! {
     #[test]
     fn raw_ram_with_any_contents_is_refused(ram in any_ram()) {
         prop_assert!(read(&ram).is_err());
-        let packed = read_as(&ram, Some(Placement::Packed));
+        let packed = read_as(&ram, Some(Layout::Packed));
         prop_assert!(packed.is_err() || ram.ends_with(b"memsnap\xff"));
     }
 
@@ -347,10 +343,10 @@ proptest! {
         packed in any::<bool>(),
         metadata in 0..600_usize,
     ) {
-        let placement = if packed { Placement::Packed } else { Placement::InPlace };
-        let bytes = image(Version::V2, placement, &ram, metadata);
+        let layout = if packed { Layout::Packed } else { Layout::Sealed };
+        let bytes = image(Version::V2, layout, &ram, metadata);
         let footer = read(&bytes).unwrap();
-        prop_assert_eq!((footer.placement, footer.ram_size), (placement, ram.len() as u64));
+        prop_assert_eq!((footer.layout, footer.ram_size), (layout, ram.len() as u64));
         for cut in (0..bytes.len()).step_by(512) {
             prop_assert!(read(&bytes[..cut]).is_err(), "cut to {}", cut);
         }
@@ -363,8 +359,8 @@ proptest! {
         packed in any::<bool>(),
         metadata in 0..600_usize,
     ) {
-        let placement = if packed { Placement::Packed } else { Placement::InPlace };
-        let bytes = image(Version::V2, placement, &vec![seed; pages * 512], metadata);
+        let layout = if packed { Layout::Packed } else { Layout::Sealed };
+        let bytes = image(Version::V2, layout, &vec![seed; pages * 512], metadata);
         for cut in 0..bytes.len() {
             prop_assert!(read(&bytes[..cut]).is_err(), "cut to {}", cut);
         }

@@ -4,7 +4,7 @@
 use std::os::unix::fs::FileExt;
 
 use image_format::{
-    CHUNK_SIZE, Checksums, Footer, ImageId, Kind, MAX_RAM_SIZE, Placement, Run, Version,
+    CHUNK_SIZE, Checksums, Footer, ImageId, ImageKind, Layout, MAX_RAM_SIZE, Run, Version,
 };
 use peak_alloc::PeakAlloc;
 
@@ -33,8 +33,8 @@ fn claimed_checksums() {
     let footer = Footer {
         version: Version::V1,
         id: ImageId::from_bytes([1; 16]),
-        kind: Kind::Full,
-        placement: Placement::Packed,
+        kind: ImageKind::Full,
+        layout: Layout::Packed,
         ram_size: 4096,
         page_size: 4096,
         regions: vec![0..4096],
@@ -53,7 +53,7 @@ fn claimed_checksums() {
     file.write_all_at(body, 0).unwrap();
     file.write_all_at(trailer, claimed).unwrap();
 
-    let (read, peak) = peak(|| Footer::read_as(&file, Placement::Packed));
+    let (read, peak) = peak(|| Footer::read_as(&file, Layout::Packed));
     assert!(read.is_err());
     assert!(peak < 1 << 20, "{peak} bytes");
 }
@@ -62,8 +62,8 @@ fn claimed_checksums() {
 fn largest_ram() {
     let (sums, peak) = peak(|| {
         let mut sums = Checksums::new(MAX_RAM_SIZE);
-        sums.feed(0, &[1; 4096]);
-        sums.feed(MAX_RAM_SIZE - 4096, &[1; 4096]);
+        sums.update(0, &[1; 4096]);
+        sums.update(MAX_RAM_SIZE - 4096, &[1; 4096]);
         sums.finish()
     });
     assert_eq!(sums.len(), 2);
@@ -79,8 +79,8 @@ fn runs_of_a_footer() {
     let footer = Footer {
         version: Version::CURRENT,
         id: ImageId::from_bytes([1; 16]),
-        kind: Kind::Diff { parent: None },
-        placement: Placement::Packed,
+        kind: ImageKind::Diff { parent: None },
+        layout: Layout::Packed,
         ram_size,
         page_size: 4096,
         regions: vec![0..ram_size],

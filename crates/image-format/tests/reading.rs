@@ -5,8 +5,8 @@ mod support;
 use std::os::unix::fs::FileExt;
 
 use image_format::{
-    CHUNK_SIZE, Checksums, Footer, FooterError, ImageId, Invalid, Kind, Placement, Run, Stored,
-    Version, packed_start,
+    CHUNK_SIZE, Checksums, Footer, FooterError, ImageId, ImageKind, InvalidFooter, Layout, Run,
+    Storage, Version, packed_start,
 };
 use proptest::prelude::*;
 use rstest::rstest;
@@ -25,36 +25,36 @@ fn blake3_of(bytes: &[u8]) -> [u8; 32] {
     // The checksum of a chunk is the hash of its bytes, and a footer of these tests is shorter than
     // a chunk.
     let mut sums = Checksums::new(CHUNK_SIZE);
-    sums.feed(0, bytes);
+    sums.update(0, bytes);
     sums.finish()[0]
 }
 
 #[rstest]
-#[case::in_place(Placement::InPlace)]
-#[case::packed(Placement::Packed)]
-fn a_written_footer_is_read_back(#[case] placement: Placement) {
-    let footer = diff(placement);
+#[case::in_place(Layout::Sealed)]
+#[case::packed(Layout::Packed)]
+fn a_written_footer_is_read_back(#[case] layout: Layout) {
+    let footer = diff(layout);
     let bytes = sealed(&footer);
     assert_eq!(read(&bytes).unwrap(), footer);
     let chunks: Vec<_> = footer.chunks().collect();
     assert_eq!(chunks.len(), 3);
     let second: Vec<_> = chunks[1].pieces().collect();
-    let at = match placement {
-        Placement::InPlace => CHUNK_SIZE,
-        Placement::Packed => 4 * PAGE,
+    let at = match layout {
+        Layout::Raw | Layout::Sealed => CHUNK_SIZE,
+        Layout::Packed => 4 * PAGE,
     };
     assert_eq!(second, [(CHUNK_SIZE..CHUNK_SIZE + PAGE, at)]);
-    assert_eq!(footer.run_at(5 * PAGE).unwrap().stored, Stored::Zeros);
+    assert_eq!(footer.run_at(5 * PAGE).unwrap().stored, Storage::Zeros);
     assert_eq!(footer.run_at(3 * PAGE), None);
     assert_eq!(footer.zero_bytes(), 2 * PAGE);
 }
 
 #[rstest]
-#[case::in_place(Placement::InPlace)]
-#[case::packed(Placement::Packed)]
-fn a_file_cut_anywhere_in_its_footer_is_refused(#[case] placement: Placement) {
-    let bytes = sealed(&diff(placement));
-    let data = diff(placement).data_end() as usize;
+#[case::in_place(Layout::Sealed)]
+#[case::packed(Layout::Packed)]
+fn a_file_cut_anywhere_in_its_footer_is_refused(#[case] layout: Layout) {
+    let bytes = sealed(&diff(layout));
+    let data = diff(layout).data_end() as usize;
     for len in data..bytes.len() {
         assert!(read(&bytes[..len]).is_err(), "cut to {len}");
     }
@@ -64,11 +64,11 @@ fn a_file_cut_anywhere_in_its_footer_is_refused(#[case] placement: Placement) {
 }
 
 #[rstest]
-#[case::in_place(Placement::InPlace)]
-#[case::packed(Placement::Packed)]
-fn every_flipped_bit_of_a_footer_is_detected(#[case] placement: Placement) {
-    let mut bytes = sealed(&diff(placement));
-    for at in diff(placement).data_end() as usize..bytes.len() {
+#[case::in_place(Layout::Sealed)]
+#[case::packed(Layout::Packed)]
+fn every_flipped_bit_of_a_footer_is_detected(#[case] layout: Layout) {
+    let mut bytes = sealed(&diff(layout));
+    for at in diff(layout).data_end() as usize..bytes.len() {
         for bit in 0..8 {
             bytes[at] ^= 1 << bit;
             assert!(read(&bytes).is_err(), "bit {bit} of byte {at}");
@@ -84,9 +84,9 @@ const NUMBERS: [usize; 6] = [48, 56, 64, 72, 80, 88];
 #[rstest]
 fn extreme_numbers_with_a_valid_checksum_are_refused(
     #[values(0, 1, 7, 1 << 20, 1 << 40, i64::MAX as u64, 1 << 63, u64::MAX)] extreme: u64,
-    #[values(Placement::InPlace, Placement::Packed)] placement: Placement,
+    #[values(Layout::Sealed, Layout::Packed)] layout: Layout,
 ) {
-    let footer = diff(placement);
+    let footer = diff(layout);
     let start = footer.data_end() as usize;
     for at in NUMBERS.map(|at| start + at) {
         let mut bytes = sealed(&footer);
@@ -120,7 +120,7 @@ fn extreme_numbers_with_a_valid_checksum_are_refused(
 
 #[test]
 fn a_file_of_one_large_hole_is_refused_at_its_first_run() {
-    let mut footer = diff(Placement::Packed);
+    let mut footer = diff(Layout::Packed);
     footer.version = Version::V1;
     footer.runs.clear();
     footer.checksums.clear();
@@ -137,7 +137,7 @@ fn a_file_of_one_large_hole_is_refused_at_its_first_run() {
     let Err(FooterError::Damaged { source, .. }) = Footer::read(&file) else {
         panic!("it is refused");
     };
-    assert_eq!(source, Some(Invalid::Run { index: 0 }));
+    assert_eq!(source, Some(InvalidFooter::Run { index: 0 }));
 }
 
 #[rstest]
@@ -150,7 +150,7 @@ fn a_file_without_footer_is_not_sealed(#[case] bytes: &[u8]) {
 
 #[test]
 fn an_unknown_version_is_reported() {
-    let mut bytes = sealed(&diff(Placement::InPlace));
+    let mut bytes = sealed(&diff(Layout::Sealed));
     let at = bytes.len() - 16;
     bytes[at..at + 4].copy_from_slice(&3_u32.to_le_bytes());
     assert!(matches!(
@@ -182,7 +182,7 @@ fn any_footer() -> impl Strategy<Value = Footer> {
                     0 => {}
                     1 => runs.push(Run::zeros(range)),
                     _ => {
-                        checksums.feed(range.start, &[page as u8; PAGE as usize]);
+                        checksums.update(range.start, &[page as u8; PAGE as usize]);
                         let at = if packed { stored } else { range.start };
                         runs.push(Run::present(range, at));
                         stored += PAGE;
@@ -193,12 +193,12 @@ fn any_footer() -> impl Strategy<Value = Footer> {
                 version: Version::CURRENT,
                 id: ImageId::from_bytes([3; 16]),
                 kind: match full {
-                    true => Kind::Full,
-                    false => Kind::Diff { parent: None },
+                    true => ImageKind::Full,
+                    false => ImageKind::Diff { parent: None },
                 },
-                placement: match packed {
-                    true => Placement::Packed,
-                    false => Placement::InPlace,
+                layout: match packed {
+                    true => Layout::Packed,
+                    false => Layout::Sealed,
                 },
                 ram_size,
                 page_size: PAGE,

@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 
-use image_format::{Checksums, Footer, ImageId, Kind, Version};
+use image_format::{Checksums, Footer, ImageId, ImageKind, Version};
 use rstest::rstest;
 
 /// Files that each version wrote when it was current.
@@ -35,13 +35,13 @@ fn files_of_all_versions_are_readable(
                     .zip(range.start / 4096 + 1..)
                     .all(|(page, number)| page.iter().all(|byte| u64::from(*byte) == number))
             );
-            sums.feed(range.start, &bytes);
+            sums.update(range.start, &bytes);
         }
         assert_eq!(sums.finish(), [chunk.checksum]);
     }
     let (id, parent) = (ImageId::from_bytes([1; 16]), ImageId::from_bytes([2; 16]));
     if what == "full" {
-        assert_eq!((footer.id, footer.kind), (parent, Kind::Full));
+        assert_eq!((footer.id, footer.kind), (parent, ImageKind::Full));
     } else {
         assert_eq!((footer.id, footer.parent()), (id, Some(parent)));
     }

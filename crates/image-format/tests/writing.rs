@@ -6,7 +6,7 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 
 use image_format::{
-    CHUNK_SIZE, Footer, FooterError, Invalid, Kind, MAX_RAM_SIZE, Placement, Run, Stored,
+    CHUNK_SIZE, Footer, FooterError, ImageKind, InvalidFooter, Layout, MAX_RAM_SIZE, Run, Storage,
 };
 use rstest::rstest;
 use support::{PAGE, RAM, diff, read, sealed};
@@ -16,74 +16,74 @@ fn a_file_open_for_appending_is_refused_unchanged() {
     let file = tempfile::NamedTempFile::new().unwrap();
     file.as_file().write_all_at(&[7; 100], 0).unwrap();
     let appending = File::options().append(true).open(file.path()).unwrap();
-    let error = diff(Placement::Packed).write(&appending).unwrap_err();
+    let error = diff(Layout::Packed).write(&appending).unwrap_err();
     assert!(matches!(error, FooterError::Append), "{error}");
     assert_eq!(std::fs::read(file.path()).unwrap(), [7; 100]);
 }
 
-/// Invalid changes, each made to a valid footer.
+/// InvalidFooter changes, each made to a valid footer.
 #[rstest]
-#[case::overlapping(|f: &mut Footer| f.runs[1].start -= 2 * PAGE, Invalid::Order { index: 1 })]
-#[case::unsorted(|f: &mut Footer| f.runs.swap(0, 1), Invalid::Order { index: 1 })]
-#[case::beyond_the_ram(|f: &mut Footer| f.runs[3].len += PAGE, Invalid::Run { index: 3 })]
+#[case::overlapping(|f: &mut Footer| f.runs[1].start -= 2 * PAGE, InvalidFooter::Order { index: 1 })]
+#[case::unsorted(|f: &mut Footer| f.runs.swap(0, 1), InvalidFooter::Order { index: 1 })]
+#[case::beyond_the_ram(|f: &mut Footer| f.runs[3].len += PAGE, InvalidFooter::Run { index: 3 })]
 #[case::around_the_address_space(
     |f: &mut Footer| f.runs[3].len = u64::MAX - PAGE + 1,
-    Invalid::Run { index: 3 }
+    InvalidFooter::Run { index: 3 }
 )]
-#[case::empty(|f: &mut Footer| f.runs[0].len = 0, Invalid::Run { index: 0 })]
-#[case::part_of_a_page(|f: &mut Footer| f.runs[0].len -= 1, Invalid::Run { index: 0 })]
+#[case::empty(|f: &mut Footer| f.runs[0].len = 0, InvalidFooter::Run { index: 0 })]
+#[case::part_of_a_page(|f: &mut Footer| f.runs[0].len -= 1, InvalidFooter::Run { index: 0 })]
 #[case::misaligned_file_offset(
-    |f: &mut Footer| f.runs[0].stored = Stored::At(100),
-    Invalid::StoredAt { index: 0, offset: 100 }
+    |f: &mut Footer| f.runs[0].stored = Storage::At(100),
+    InvalidFooter::StoredAt { index: 0, offset: 100 }
 )]
 #[case::stored_twice(
-    |f: &mut Footer| f.runs[2].stored = Stored::At(PAGE),
-    Invalid::Packing { expected: 3 * PAGE, offset: PAGE }
+    |f: &mut Footer| f.runs[2].stored = Storage::At(PAGE),
+    InvalidFooter::Packing { expected: 3 * PAGE, offset: PAGE }
 )]
 #[case::in_the_header(
-    |f: &mut Footer| f.runs[0].stored = Stored::At(0),
-    Invalid::StoredAt { index: 0, offset: 0 }
+    |f: &mut Footer| f.runs[0].stored = Storage::At(0),
+    InvalidFooter::StoredAt { index: 0, offset: 0 }
 )]
 #[case::too_much_ram(
     |f: &mut Footer| f.ram_size = MAX_RAM_SIZE + PAGE,
-    Invalid::Sizes { ram_size: MAX_RAM_SIZE + PAGE, page_size: PAGE }
+    InvalidFooter::Sizes { ram_size: MAX_RAM_SIZE + PAGE, page_size: PAGE }
 )]
 #[case::too_small_a_page(
     |f: &mut Footer| f.page_size = 256,
-    Invalid::Sizes { ram_size: RAM, page_size: 256 }
+    InvalidFooter::Sizes { ram_size: RAM, page_size: 256 }
 )]
 #[case::a_gap(
-    |f: &mut Footer| f.runs[3].stored = Stored::At(64 * PAGE),
-    Invalid::Packing { expected: 5 * PAGE, offset: 64 * PAGE }
+    |f: &mut Footer| f.runs[3].stored = Storage::At(64 * PAGE),
+    InvalidFooter::Packing { expected: 5 * PAGE, offset: 64 * PAGE }
 )]
 #[case::one_checksum_too_many(
     |f: &mut Footer| f.checksums.push([0; 32]),
-    Invalid::Checksums { checksums: 4, chunks: 3 }
+    InvalidFooter::Checksums { checksums: 4, chunks: 3 }
 )]
 #[case::one_checksum_too_few(
     |f: &mut Footer| f.checksums.truncate(2),
-    Invalid::Checksums { checksums: 2, chunks: 3 }
+    InvalidFooter::Checksums { checksums: 2, chunks: 3 }
 )]
-#[case::full_with_gaps(|f: &mut Footer| f.kind = Kind::Full, Invalid::Order { index: 0 })]
-#[case::no_ram(|f: &mut Footer| f.ram_size = 0, Invalid::Sizes { ram_size: 0, page_size: PAGE })]
+#[case::full_with_gaps(|f: &mut Footer| f.kind = ImageKind::Full, InvalidFooter::Order { index: 0 })]
+#[case::no_ram(|f: &mut Footer| f.ram_size = 0, InvalidFooter::Sizes { ram_size: 0, page_size: PAGE })]
 #[case::odd_page_size(
     |f: &mut Footer| f.page_size = 3000,
-    Invalid::Sizes { ram_size: RAM, page_size: 3000 }
+    InvalidFooter::Sizes { ram_size: RAM, page_size: 3000 }
 )]
 #[case::regions_too_small(
     |f: &mut Footer| f.regions.truncate(1),
-    Invalid::RegionsSum { sum: CHUNK_SIZE, ram_size: RAM }
+    InvalidFooter::RegionsSum { sum: CHUNK_SIZE, ram_size: RAM }
 )]
-#[case::regions_overlapping(|f: &mut Footer| f.regions[1].start = 0, Invalid::Region { index: 1 })]
+#[case::regions_overlapping(|f: &mut Footer| f.regions[1].start = 0, InvalidFooter::Region { index: 1 })]
 #[case::too_much_metadata(
     |f: &mut Footer| f.metadata = vec![0; Footer::MAX_METADATA + 1],
-    Invalid::Metadata { len: Footer::MAX_METADATA as u64 + 1 }
+    InvalidFooter::Metadata { len: Footer::MAX_METADATA as u64 + 1 }
 )]
 fn an_inconsistent_footer_is_not_written(
     #[case] corrupt: fn(&mut Footer),
-    #[case] expected: Invalid,
+    #[case] expected: InvalidFooter,
 ) {
-    let mut footer = diff(Placement::Packed);
+    let mut footer = diff(Layout::Packed);
     footer.check().expect("a valid footer");
     corrupt(&mut footer);
     assert_eq!(footer.check(), Err(expected));
@@ -95,12 +95,12 @@ fn an_inconsistent_footer_is_not_written(
 
 #[test]
 fn a_full_image_covers_every_page() {
-    let mut footer = diff(Placement::Packed);
-    footer.kind = Kind::Full;
+    let mut footer = diff(Layout::Packed);
+    footer.kind = ImageKind::Full;
     footer.runs = vec![Run::zeros(0..RAM)];
     footer.checksums.clear();
     assert_eq!(read(&sealed(&footer)).unwrap(), footer);
     footer.runs = vec![Run::zeros(0..RAM - PAGE)];
     let offset = RAM - PAGE;
-    assert_eq!(footer.check(), Err(Invalid::NotFull { offset }));
+    assert_eq!(footer.check(), Err(InvalidFooter::NotFull { offset }));
 }

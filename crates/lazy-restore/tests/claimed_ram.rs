@@ -6,7 +6,7 @@ use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
-use image_format::{Footer, ImageId, Kind, Placement, Run, Version};
+use image_format::{Footer, ImageId, ImageKind, Layout, Run, Version};
 use lazy_restore::{LazyError, LazyRam, UserfaultfdError, WorkingSet};
 use memory_image::Chain;
 use page_reader::PageReader;
@@ -20,8 +20,8 @@ fn image(dir: &Path, ram_size: u64) -> PathBuf {
     let footer = Footer {
         version: Version::CURRENT,
         id: ImageId::from_bytes([1; 16]),
-        kind: Kind::Full,
-        placement: Placement::Packed,
+        kind: ImageKind::Full,
+        layout: Layout::Packed,
         ram_size,
         page_size: PAGE,
         regions: vec![0..ram_size],

@@ -5,7 +5,7 @@ use std::fs::File;
 use std::path::Path;
 
 use dirty_bitmap::DirtyBitmap;
-use image_format::{Footer, ImageId, Kind, Placement, Run, Version};
+use image_format::{Footer, ImageId, ImageKind, Run, Version};
 use lazy_restore::LazyRam;
 use memory_image::{Chain, ChainError, Image};
 use memory_writer::{Durability, Layout, MemoryWriter, Seal};
@@ -57,18 +57,19 @@ fn images(dir: &Path, size: u64, page: u64, layers: &[(Form, Writes)]) -> (Chain
                 dirty.set_dirty(at).unwrap();
             }
         }
-        let seal = || match newest {
+        let seal = match newest {
             Some(id) => Seal::new().parent(id),
             None => Seal::new().on_raw_image(),
         };
         let layout = match form {
             Form::Raw => Layout::Raw,
-            Form::Sealed => Layout::Sealed(seal()),
-            Form::Packed => Layout::Packed(seal()),
+            Form::Sealed => Layout::Sealed,
+            Form::Packed => Layout::Packed,
         };
         let path = dir.join(format!("{number}.mem"));
         let options = MemoryWriter::options()
             .layout(layout)
+            .seal(seal)
             .durability(Durability::None);
         let options = options.skip_zeros(true).allow_ambiguous_diff(true);
         let mut writer = options.open(&path, size, page).unwrap();
@@ -109,8 +110,8 @@ fn zeros_of_a_diff_hide_the_pages_of_its_base() {
     let footer = Footer {
         version: Version::CURRENT,
         id: ImageId::random().unwrap(),
-        kind: Kind::Diff { parent: None },
-        placement: Placement::Packed,
+        kind: ImageKind::Diff { parent: None },
+        layout: Layout::Packed,
         ram_size: SIZE,
         page_size: PAGE,
         regions: vec![0..SIZE],

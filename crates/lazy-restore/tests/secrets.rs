@@ -80,11 +80,14 @@ fn found() -> Vec<u64> {
 }
 
 /// Saves a full image and a diff of a few pages.
-fn saved(dir: &Path, layout: fn(Seal) -> Layout) -> [PathBuf; 2] {
+fn saved(dir: &Path, layout: Layout) -> [PathBuf; 2] {
     let [full, diff] = ["full", "diff"].map(|name| dir.join(name));
     let options = |seal| {
         let options = MemoryWriter::options().skip_zeros(true);
-        options.layout(layout(seal)).durability(Durability::None)
+        options
+            .layout(layout)
+            .seal(seal)
+            .durability(Durability::None)
     };
     let id = ImageId::random().unwrap();
     let mut writer = options(Seal::new().id(id)).open(&full, SIZE, PAGE).unwrap();
@@ -119,10 +122,7 @@ fn filling_leaves_no_guest_bytes_in_buffers() {
     one.set(first.unwrap()).unwrap();
     sched_setaffinity(this, &one).unwrap();
     let dir = tempfile::tempdir().unwrap();
-    for (name, layout) in [
-        ("sealed", Layout::Sealed as fn(Seal) -> Layout),
-        ("packed", Layout::Packed),
-    ] {
+    for (name, layout) in [("sealed", Layout::Sealed), ("packed", Layout::Packed)] {
         filled(saved(dir.path(), layout));
         let now = found();
         assert!(now.is_empty(), "{name}: {now:x?}");

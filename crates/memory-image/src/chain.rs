@@ -9,13 +9,13 @@ use std::io;
 use std::ops::Range;
 use std::path::Path;
 
+use dirty_bitmap::coalesce;
 use image_format::ImageId;
 use page_reader::{PageReader, PopulatedRanges};
 use sparse_file::PageHoles;
 
 use crate::error::ReadImageError;
 use crate::image::Image;
-use crate::page_set::coalesce;
 use extents::ExtentMap;
 use segments::{Segment, SegmentSource};
 

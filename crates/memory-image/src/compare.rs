@@ -3,12 +3,11 @@
 use std::io;
 use std::ops::{ControlFlow, Range};
 
-use dirty_bitmap::{DirtyBitmap, GeometryError};
+use dirty_bitmap::{DirtyBitmap, GeometryError, coalesce};
 use page_reader::{PageReader, SecretBuffer, Touched};
 use thiserror::Error;
 
 use crate::image::READ_SIZE;
-use crate::page_set::coalesce;
 use crate::parallel;
 
 /// Upper bound on the number of pages, at one bit each. 2^33 pages, 32 TiB in pages of 4 KiB, take

@@ -6,7 +6,7 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use image_format::{Footer, FooterError, ImageId, Kind, Placement, RAW_UNIT};
+use image_format::{Footer, FooterError, ImageId, ImageKind, Layout, RAW_UNIT};
 use memory_writer::FileVersion;
 
 use crate::error::{OpenImageError, ReadImageError};
@@ -15,20 +15,6 @@ use crate::image_file::{ImageFile, ReopenError};
 /// Bytes that are read, compared or copied at a time.
 pub(crate) const READ_SIZE: u64 = 1 << 20;
 
-/// The layout of the pages in an image's file.
-///
-/// A raw image consists of the guest's bytes alone: bytes that look like a footer at its end may
-/// have been written by the guest. A file is therefore read as a raw image only on request.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Format {
-    /// Pages at their guest offsets, without a footer.
-    Raw,
-    /// Pages at their guest offsets, and a footer.
-    Sealed,
-    /// A header, consecutive pages, and a footer.
-    Packed,
-}
-
 /// An open memory image. If the image is sealed, its [`Footer`] was read and is consistent.
 ///
 /// Pages are read on demand. [`verify`](Self::verify) checks them.
@@ -36,10 +22,10 @@ pub enum Format {
 /// # Examples
 /// ```
 /// use memory_image::Image;
-/// # use memory_writer::{Layout, MemoryWriter, Seal};
+/// # use memory_writer::{Layout, MemoryWriter};
 /// # let dir = tempfile::tempdir()?;
 /// # let path = dir.path().join("full.mem");
-/// # let options = MemoryWriter::options().layout(Layout::Sealed(Seal::new()));
+/// # let options = MemoryWriter::options().layout(Layout::Sealed);
 /// # let mut writer = options.open(&path, 1 << 20, 4096)?;
 /// # writer.write_full(&vec![1; 1 << 20])?;
 /// # writer.commit()?;
@@ -107,14 +93,13 @@ impl Image {
     ///
     /// # Errors
     /// [`OpenImageError`], such as [`Footer`](OpenImageError::Footer) for another format.
-    pub fn open_as(path: impl AsRef<Path>, format: Format) -> Result<Self, OpenImageError> {
-        let placement = match format {
-            Format::Raw => return Self::open_raw(path),
-            Format::Sealed => Placement::InPlace,
-            Format::Packed => Placement::Packed,
-        };
+    pub fn open_as(path: impl AsRef<Path>, layout: Layout) -> Result<Self, OpenImageError> {
+        match layout {
+            Layout::Raw => return Self::open_raw(path),
+            Layout::Sealed | Layout::Packed => {}
+        }
         Self::open_file(path.as_ref(), |file| {
-            Footer::read_as(file, placement).map(Some)
+            Footer::read_as(file, layout).map(Some)
         })
     }
 
@@ -190,12 +175,10 @@ impl Image {
 
     /// Returns the layout of its pages.
     #[must_use]
-    pub fn format(&self) -> Format {
-        match self.footer.as_ref().map(|footer| footer.placement) {
-            None => Format::Raw,
-            Some(Placement::InPlace) => Format::Sealed,
-            Some(Placement::Packed) => Format::Packed,
-        }
+    pub fn layout(&self) -> Layout {
+        self.footer
+            .as_ref()
+            .map_or(Layout::Raw, |footer| footer.layout)
     }
 
     /// Returns its footer, or `None` for a raw image.
@@ -215,18 +198,20 @@ impl Image {
     pub fn is_diff(&self) -> bool {
         self.footer
             .as_ref()
-            .is_some_and(|footer| footer.kind != Kind::Full)
+            .is_some_and(|footer| footer.kind != ImageKind::Full)
     }
 
     /// Returns whether present pages are at their guest offsets in the file.
     pub(crate) fn in_place(&self) -> bool {
-        self.footer
-            .as_ref()
-            .is_none_or(|footer| footer.placement == Placement::InPlace)
+        match self.layout() {
+            Layout::Raw | Layout::Sealed => true,
+            Layout::Packed => false,
+        }
     }
 
     /// Returns the version of its file that was opened, for a writer that may [replace
-    /// only](memory_writer::Options::replace_only) this version. The value keeps the file open.
+    /// only](memory_writer::WriterOptions::replace_only) this version. The value keeps the file
+    /// open.
     ///
     /// # Errors
     /// [`ReadImageError`] if the file was closed meanwhile and cannot be opened again.

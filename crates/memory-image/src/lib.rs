@@ -103,7 +103,6 @@ mod image_file;
 mod link;
 mod map;
 mod merge;
-mod page_set;
 mod parallel;
 mod raw;
 mod restore;
@@ -116,8 +115,8 @@ pub use error::{
     AmbiguousDiff, ChainError, LinkError, MapError, MergeError, NotFullError, OpenImageError,
     ReadImageError, RestoreError, VerifyError,
 };
-pub use image::{Format, Image};
-pub use image_format::{Footer, FooterError, ImageId};
+pub use image::Image;
+pub use image_format::{Footer, FooterError, ImageId, Layout};
 pub use map::{MappedChain, MappedChainOptions, MappedImage};
 pub use restore::{HostRam, RamTarget, TargetMemory};
 pub use verify::{Damage, VerifyReport};

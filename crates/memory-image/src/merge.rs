@@ -4,7 +4,7 @@ use std::fs;
 use std::path::Path;
 
 use image_format::RAW_UNIT;
-use memory_writer::{MemoryWriter, Options, Seal};
+use memory_writer::{MemoryWriter, Seal, WriterOptions};
 
 use crate::chain::Chain;
 use crate::error::{MergeError, ReadImageError};
@@ -38,21 +38,21 @@ impl Chain {
     /// ```
     /// use memory_image::Chain;
     /// use memory_writer::{Layout, MemoryWriter};
-    /// # use memory_writer::Seal;
     /// # let dir = tempfile::tempdir()?;
     /// # let (full, merged) = (dir.path().join("full"), dir.path().join("merged"));
-    /// # let mut writer = MemoryWriter::options().layout(Layout::Sealed(Seal::new())).open(&full, 1 << 20, 4096)?;
+    /// # let sealed = MemoryWriter::options().layout(Layout::Sealed);
+    /// # let mut writer = sealed.open(&full, 1 << 20, 4096)?;
     /// # writer.write_full(&vec![1; 1 << 20])?;
     /// # writer.commit()?;
     /// # let diff = full.clone();
     ///
     /// let chain = Chain::open_sealed(&[&full])?; // and its diffs
     /// // The seal of the merged image says that it stands for the same state as the last diff.
-    /// let options = MemoryWriter::options().layout(Layout::Packed(chain.seal()));
+    /// let options = MemoryWriter::options().layout(Layout::Packed).seal(chain.seal());
     /// chain.merge(options, &merged)?;
     /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
-    pub fn merge(&self, options: Options, dest: impl AsRef<Path>) -> Result<u64, MergeError> {
+    pub fn merge(&self, options: WriterOptions, dest: impl AsRef<Path>) -> Result<u64, MergeError> {
         let dest = dest.as_ref();
         let mut options = options.ram_start(0).skip_untouched(true);
         let resolved = fs::canonicalize(dest).ok();

@@ -4,11 +4,11 @@ use std::fs::File;
 use std::io;
 use std::ops::Range;
 
+use dirty_bitmap::{PageSet, coalesce};
 use sparse_file::{ExtentKind, ExtentSource, Extents, PageHoles, extents, reported_extents};
 
 use crate::error::{AmbiguousDiff, ChainError, ReadImageError};
 use crate::image::Image;
-use crate::page_set::{PageSet, coalesce};
 
 /// A way to list the extents of a file.
 type List = fn(&File) -> io::Result<Extents<&File>>;
@@ -42,11 +42,11 @@ impl Image {
             }
         }
         data.push(end..u64::MAX);
-        Ok(coalesce(data.into_iter()).collect())
+        Ok(coalesce(data).collect())
     }
 
     fn pages_of(&self, list: List, page_size: u64) -> Result<PageSet, ReadImageError> {
-        let mut pages = PageSet::new(page_size);
+        let mut pages = PageSet::new(0..self.size, page_size);
         self.each_data_extent(list, |data| {
             pages.add(&data);
             Ok(())
@@ -66,7 +66,7 @@ impl Image {
         holes
             .check(&file, &dir, page_size)
             .map_err(|why| self.ambiguous(AmbiguousDiff::Holes(why)))?;
-        let mut pages = PageSet::new(page_size);
+        let mut pages = PageSet::new(0..self.size, page_size);
         let source = self.each_data_extent(extents, |data| {
             let unaligned = [data.start, data.end]
                 .into_iter()

@@ -95,10 +95,10 @@ impl Image {
     /// use std::ops::ControlFlow;
     ///
     /// use memory_image::Image;
-    /// # use memory_writer::{Layout, MemoryWriter, Seal};
+    /// # use memory_writer::{Layout, MemoryWriter};
     /// # let dir = tempfile::tempdir()?;
     /// # let path = dir.path().join("full.mem");
-    /// # let options = MemoryWriter::options().layout(Layout::Sealed(Seal::new()));
+    /// # let options = MemoryWriter::options().layout(Layout::Sealed);
     /// # let mut writer = options.open(&path, 1 << 20, 4096)?;
     /// # writer.write_full(&vec![1; 1 << 20])?;
     /// # writer.commit()?;

@@ -10,9 +10,7 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use image_format::{
-    Checksums, Footer, ImageId, Kind, Placement, Run, Stored, Version, packed_start,
-};
+use image_format::{Checksums, Footer, ImageId, ImageKind, Run, Storage, Version, packed_start};
 use memory_image::{Chain, Image};
 use memory_writer::MemoryWriter;
 use page_reader::PageReader;
@@ -126,19 +124,19 @@ fn write_diff(path: &std::path::Path, [parent, id]: [u8; 2], runs: Vec<Run>, pag
     let file = File::create(path).unwrap();
     let mut checksums = Checksums::new(CLAIMED);
     for run in &runs {
-        if let Stored::At(offset) = run.stored {
+        if let Storage::At(offset) = run.stored {
             file.write_all_at(page, offset).unwrap();
-            checksums.feed(run.start, page);
+            checksums.update(run.start, page);
         }
     }
     let [parent, id] = [parent, id].map(|byte| ImageId::from_bytes([byte; 16]));
     let footer = Footer {
         version: Version::CURRENT,
         id,
-        kind: Kind::Diff {
+        kind: ImageKind::Diff {
             parent: Some(parent),
         },
-        placement: Placement::Packed,
+        layout: memory_writer::Layout::Packed,
         ram_size: CLAIMED,
         page_size: PAGE,
         regions: vec![0..CLAIMED],
@@ -158,10 +156,10 @@ fn merging_claimed_zeros_takes_no_memory(dir: &std::path::Path) {
     let one = vec![Run::present(at..at + PAGE, packed_start(PAGE))];
     write_diff(&paths[1], [2, 3], one, &page);
     let merged = dir.join("merged.mem");
-    for make in [memory_writer::Layout::Packed, memory_writer::Layout::Sealed] {
+    for layout in [memory_writer::Layout::Packed, memory_writer::Layout::Sealed] {
         let (bytes, _, peak) = counted(|| {
             let chain = Chain::open_sealed(&paths).unwrap();
-            let options = MemoryWriter::options().layout(make(chain.seal()));
+            let options = MemoryWriter::options().layout(layout).seal(chain.seal());
             chain.merge(options, &merged).unwrap()
         });
         assert_eq!(bytes, PAGE);
@@ -170,7 +168,10 @@ fn merging_claimed_zeros_takes_no_memory(dir: &std::path::Path) {
         let image = Image::open(&merged).unwrap();
         let footer = image.footer().unwrap();
         assert_eq!(footer.present_bytes(), PAGE);
-        let zeros = footer.runs.iter().filter(|run| run.stored == Stored::Zeros);
+        let zeros = footer
+            .runs
+            .iter()
+            .filter(|run| run.stored == Storage::Zeros);
         let zeros: Vec<_> = zeros.map(Run::range).collect();
         assert_eq!(zeros, [PAGE..at, at + PAGE..CLAIMED]);
         assert!(fs::metadata(&merged).unwrap().blocks() < 4096);

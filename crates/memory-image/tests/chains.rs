@@ -80,18 +80,21 @@ fn flattened_chain_is_one_full_image_and_keeps_holes() {
     let guest = Guest::with_history();
     let flat = guest.path("flat.mem");
     let (progress, reports) = std::sync::mpsc::channel();
-    let options = MemoryWriter::options().progress(move |now| progress.send(now).unwrap());
+    let options = MemoryWriter::options().progress(move |now| {
+        progress.send(now).unwrap();
+        std::ops::ControlFlow::Continue(())
+    });
     guest.chain().merge(options, &flat).unwrap();
     assert!(std::fs::read(&flat).unwrap() == guest.ram);
     let last = reports.iter().last().unwrap();
-    assert_eq!(last.bytes_done, last.bytes_total);
+    assert_eq!(last.done, last.total);
     // On XFS and btrfs, the blocks of the base are shared, and only the diffs are written.
     let base = std::fs::File::open(&guest.snapshots[0]).unwrap();
     let copy = std::fs::File::create_new(guest.path("copy")).unwrap();
     copy.set_len(SIZE).unwrap();
     match sparse_file::share_blocks(&base, &copy, SIZE) {
-        Ok(()) => assert!((1..SIZE).contains(&last.bytes_done), "{last:?}"),
-        Err(_) => assert_eq!(last.bytes_done, SIZE),
+        Ok(()) => assert!((1..SIZE).contains(&last.done), "{last:?}"),
+        Err(_) => assert_eq!(last.done, SIZE),
     }
     assert_eq!(
         std::fs::metadata(&flat).unwrap().permissions().mode() & 0o777,
@@ -124,7 +127,10 @@ fn chain_may_be_flattened_onto_its_own_base() {
 
 /// Merges to `dest`, and calls `act` once the merge has begun to write.
 fn merged_while(guest: &Guest, dest: &Path, mut act: impl FnMut() + Send + 'static) -> MergeError {
-    let options = MemoryWriter::options().progress(move |_| act());
+    let options = MemoryWriter::options().progress(move |_| {
+        act();
+        std::ops::ControlFlow::Continue(())
+    });
     let before = std::fs::read_dir(guest.dir.path()).unwrap().count();
     let error = guest.chain().merge(options, dest).unwrap_err();
     let after = std::fs::read_dir(guest.dir.path()).unwrap().count();
@@ -385,9 +391,9 @@ fn flattening_with_reflinks_allocates_only_the_diffs() {
     assert!(std::fs::read(path("flat")).unwrap() == ram);
 
     // Zeros that a diff records take no space either.
-    let options = MemoryWriter::options().layout(memory_writer::Layout::Packed(
-        memory_writer::Seal::new().on_raw_image(),
-    ));
+    let options = MemoryWriter::options()
+        .layout(memory_writer::Layout::Packed)
+        .seal(memory_writer::Seal::new().on_raw_image());
     let mut writer = options.open(path("zeros"), size, PAGE).unwrap();
     writer
         .write_zeros(|| std::iter::once(8 << 20..24 << 20))

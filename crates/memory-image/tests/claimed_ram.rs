@@ -7,9 +7,9 @@ use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
-use image_format::{Footer, ImageId, Kind, Placement, Run, Version};
+use image_format::{Footer, ImageId, ImageKind, Run, Version};
 use memory_image::{Chain, CompareError, Image, MapError, MappedChain, MergeError, compare};
-use memory_writer::{Durability, Layout, MemoryWriter, Options};
+use memory_writer::{Durability, Layout, MemoryWriter, Seal, WriterOptions};
 use page_reader::PageReader;
 
 const PAGE: u64 = 4096;
@@ -20,8 +20,8 @@ fn image(dir: &Path, ram_size: u64) -> PathBuf {
     let footer = Footer {
         version: Version::CURRENT,
         id: ImageId::from_bytes([1; 16]),
-        kind: Kind::Full,
-        placement: Placement::Packed,
+        kind: ImageKind::Full,
+        layout: Layout::Packed,
         ram_size,
         page_size: PAGE,
         regions: vec![0..ram_size],
@@ -61,9 +61,12 @@ fn little<T>(what: &str, ram_size: u64, work: impl FnOnce() -> T) -> T {
     result
 }
 
-fn options(layout: Layout) -> Options {
+fn options(layout: Layout, seal: Seal) -> WriterOptions {
     let options = MemoryWriter::options();
-    options.layout(layout).durability(Durability::None)
+    options
+        .layout(layout)
+        .seal(seal)
+        .durability(Durability::None)
 }
 
 /// Mapping this much may exceed the address space or the machine's settings.
@@ -101,15 +104,15 @@ fn claimed_ram_takes_no_memory() {
         assert!(verified.is_ok());
         for zeros in [false, true] {
             little("merging", ram_size, || {
-                let options = options(Layout::Packed(chain.seal())).skip_zeros(zeros);
+                let options = options(Layout::Packed, chain.seal()).skip_zeros(zeros);
                 assert_eq!(chain.merge(options, &out).unwrap(), 0);
             });
             assert_eq!(Image::open(&out).unwrap().ram_size(), ram_size);
             fs::remove_file(&out).unwrap();
         }
-        for layout in [Layout::Raw, Layout::Sealed(chain.seal())] {
+        for layout in [Layout::Raw, Layout::Sealed] {
             let merged = little("merging in place", ram_size, || {
-                chain.merge(options(layout), &out)
+                chain.merge(options(layout, chain.seal()), &out)
             });
             match merged {
                 Ok(bytes) => {

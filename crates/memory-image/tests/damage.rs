@@ -11,10 +11,8 @@ use memory_writer::{Durability, Layout, MemoryWriter, Seal};
 use rstest::rstest;
 use test_machine::rounds;
 
-type Make = fn(Seal) -> Layout;
-
 /// Writes a full image with few small pages, and a diff with written pages, zeros and gaps.
-fn small(make: Make) -> (tempfile::TempDir, [PathBuf; 2]) {
+fn small(layout: Layout) -> (tempfile::TempDir, [PathBuf; 2]) {
     const PAGE: u64 = 512;
     const RAM: u64 = 5 * PAGE;
     let dir = tempfile::tempdir().unwrap();
@@ -31,7 +29,10 @@ fn small(make: Make) -> (tempfile::TempDir, [PathBuf; 2]) {
             Some(parent) => Seal::new().parent(parent),
             None => Seal::new(),
         };
-        let options = MemoryWriter::options().layout(make(seal)).skip_zeros(true);
+        let options = MemoryWriter::options()
+            .layout(layout)
+            .seal(seal)
+            .skip_zeros(true);
         let options = options.durability(Durability::None);
         let mut writer = options.open(path, RAM, PAGE).unwrap();
         match parent {
@@ -62,8 +63,8 @@ fn flip(file: &File, at: u64, bits: u8) {
 #[rstest]
 #[case::sealed(Layout::Sealed)]
 #[case::packed(Layout::Packed)]
-fn every_flipped_bit_is_detected(#[case] make: Make) {
-    let (_dir, paths) = small(make);
+fn every_flipped_bit_is_detected(#[case] layout: Layout) {
+    let (_dir, paths) = small(layout);
     for path in &paths {
         let file = File::options().read(true).write(true).open(path).unwrap();
         let len = file.metadata().unwrap().len();
@@ -81,8 +82,8 @@ fn every_flipped_bit_is_detected(#[case] make: Make) {
 #[rstest]
 #[case::sealed(Layout::Sealed)]
 #[case::packed(Layout::Packed)]
-fn every_truncation_is_detected(#[case] make: Make) {
-    let (_dir, paths) = small(make);
+fn every_truncation_is_detected(#[case] layout: Layout) {
+    let (_dir, paths) = small(layout);
     for path in &paths {
         let file = File::options().write(true).open(path).unwrap();
         let len = file.metadata().unwrap().len();

@@ -5,33 +5,28 @@ use std::path::{Path, PathBuf};
 
 use dirty_bitmap::DirtyBitmap;
 use memory_image::{Chain, CompareError, Image, MergeError, ReadImageError, compare};
-use memory_writer::{Durability, Layout, MemoryWriter, Options, Seal, SnapshotError};
+use memory_writer::{Durability, Layout, MemoryWriter, Seal, SnapshotError, WriterOptions};
 use page_reader::PageReader;
 use rstest::rstest;
 
 const PAGE: u64 = 4096;
 const SIZE: u64 = 1 << 20;
 
-type Make = fn(Seal) -> Layout;
-
-fn raw(_: Seal) -> Layout {
-    Layout::Raw
-}
-
-fn options(layout: Layout) -> Options {
+fn options(layout: Layout, seal: Seal) -> WriterOptions {
     MemoryWriter::options()
         .layout(layout)
+        .seal(seal)
         .durability(Durability::None)
         .allow_ambiguous_diff(true)
 }
 
 /// Writes a diff of these pages, filled with `value`.
-fn diff(path: &Path, layout: Layout, value: u8, pages: &[u64]) {
+fn diff(path: &Path, layout: Layout, seal: Seal, value: u8, pages: &[u64]) {
     let dirty = DirtyBitmap::new(0, SIZE, PAGE).unwrap();
     for page in pages {
         dirty.set_dirty(page * PAGE).unwrap();
     }
-    let mut writer = options(layout).open(path, SIZE, PAGE).unwrap();
+    let mut writer = options(layout, seal).open(path, SIZE, PAGE).unwrap();
     writer
         .write_diff(&vec![value; SIZE as usize], &dirty)
         .unwrap();
@@ -39,13 +34,22 @@ fn diff(path: &Path, layout: Layout, value: u8, pages: &[u64]) {
 }
 
 /// Returns a chain of two diffs: page 1 is 2, pages 2 and 9 are 3, page 3 is zeros.
-fn diffs(dir: &Path, make: Make) -> Chain {
+fn diffs(dir: &Path, layout: Layout) -> Chain {
     let path = |name: &str| -> PathBuf { dir.join(name) };
-    let sealed = !matches!(make(Seal::new()), Layout::Raw);
+    let sealed = match layout {
+        Layout::Raw => false,
+        Layout::Sealed | Layout::Packed => true,
+    };
     let parent = Seal::new().on_raw_image();
-    diff(&path("first"), make(parent), 2, &[1, 2]);
-    diff(&path("zeros"), make(on(&path("first"), sealed)), 0, &[3]);
-    diff(&path("last"), make(on(&path("zeros"), sealed)), 3, &[2, 9]);
+    diff(&path("first"), layout, parent, 2, &[1, 2]);
+    diff(&path("zeros"), layout, on(&path("first"), sealed), 0, &[3]);
+    diff(
+        &path("last"),
+        layout,
+        on(&path("zeros"), sealed),
+        3,
+        &[2, 9],
+    );
     if sealed {
         return Chain::open_sealed(&[path("first"), path("zeros"), path("last")]).unwrap();
     }
@@ -65,12 +69,12 @@ fn on(parent: &Path, sealed: bool) -> Seal {
 }
 
 #[rstest]
-#[case::raw_diffs(raw)]
+#[case::raw_diffs(Layout::Raw)]
 #[case::sealed_diffs(Layout::Sealed)]
 #[case::packed_diffs(Layout::Packed)]
-fn page_in_no_diff_is_an_error_and_not_zeros(#[case] make: Make) {
+fn page_in_no_diff_is_an_error_and_not_zeros(#[case] layout: Layout) {
     let dir = tempfile::tempdir().unwrap();
-    let chain = diffs(dir.path(), make);
+    let chain = diffs(dir.path(), layout);
     for (page, value) in [(1, 2), (2, 3), (3, 0), (9, 3)] {
         let mut bytes = [0xee; PAGE as usize];
         chain.read_at(page * PAGE, &mut bytes).unwrap();
@@ -105,9 +109,11 @@ fn chain_of_diffs_is_not_treated_as_full() {
             "{compared:?}"
         );
     }
-    for make in [raw, Layout::Sealed, Layout::Packed] as [Make; 3] {
+    for layout in Layout::ALL {
         let path = dir.path().join("full");
-        let mut writer = options(make(Seal::new())).open(&path, SIZE, PAGE).unwrap();
+        let mut writer = options(layout, Seal::new())
+            .open(&path, SIZE, PAGE)
+            .unwrap();
         let written = writer.write_full(&chain);
         assert!(
             matches!(written, Err(SnapshotError::MemoryIo { .. })),
@@ -120,22 +126,22 @@ fn chain_of_diffs_is_not_treated_as_full() {
 
 #[rstest]
 fn merged_diff_holds_the_pages_of_its_diffs(
-    #[values(raw, Layout::Sealed, Layout::Packed)] from: Make,
-    #[values(raw, Layout::Sealed, Layout::Packed)] to: Make,
+    #[values(Layout::Raw, Layout::Sealed, Layout::Packed)] from: Layout,
+    #[values(Layout::Raw, Layout::Sealed, Layout::Packed)] to: Layout,
     #[values(512, PAGE)] page: u64,
 ) {
     let dir = tempfile::tempdir().unwrap();
     let chain = diffs(dir.path(), from);
     let merged = dir.path().join("merged");
-    let mut writer = options(to(chain.seal())).open(&merged, SIZE, page).unwrap();
+    let mut writer = options(to, chain.seal()).open(&merged, SIZE, page).unwrap();
     assert_eq!(chain.write_to(&mut writer).unwrap(), 4 * PAGE);
     writer.commit().unwrap();
-    let merged = match to(Seal::new()) {
+    let merged = match to {
         Layout::Raw => {
             let image = Image::open_raw(&merged).unwrap();
             Chain::from_diff_trusting_holes(image, PAGE).unwrap().0
         }
-        _ => Chain::open_diff(&merged, page).unwrap(),
+        Layout::Sealed | Layout::Packed => Chain::open_diff(&merged, page).unwrap(),
     };
     assert!(merged.covered_runs().eq(chain.covered_runs()));
     for run in chain.covered_runs() {
@@ -148,13 +154,13 @@ fn merged_diff_holds_the_pages_of_its_diffs(
 
 #[rstest]
 fn chain_of_diffs_is_not_written_in_larger_pages(
-    #[values(raw, Layout::Sealed, Layout::Packed)] from: Make,
-    #[values(raw, Layout::Sealed, Layout::Packed)] to: Make,
+    #[values(Layout::Raw, Layout::Sealed, Layout::Packed)] from: Layout,
+    #[values(Layout::Raw, Layout::Sealed, Layout::Packed)] to: Layout,
 ) {
     let dir = tempfile::tempdir().unwrap();
     let chain = diffs(dir.path(), from);
     let merged = dir.path().join("merged");
-    let mut writer = options(to(chain.seal()))
+    let mut writer = options(to, chain.seal())
         .open(&merged, SIZE, 16 * PAGE)
         .unwrap();
     let error = chain.write_to(&mut writer).unwrap_err();
@@ -180,31 +186,32 @@ fn chain_of_diffs_is_not_written_in_larger_pages(
 /// A full chain knows all of the memory, so no page size is too large.
 #[rstest]
 fn full_chain_is_written_in_larger_pages(
-    #[values(raw, Layout::Sealed, Layout::Packed)] make: Make,
+    #[values(Layout::Raw, Layout::Sealed, Layout::Packed)] layout: Layout,
 ) {
     let dir = tempfile::tempdir().unwrap();
     let path = |name: &str| dir.path().join(name);
     let seal = Seal::new();
-    let mut writer = options(Layout::Packed(seal))
+    let mut writer = options(Layout::Packed, seal)
         .open(path("full"), SIZE, PAGE)
         .unwrap();
     writer.write_full(&vec![1; SIZE as usize]).unwrap();
     writer.commit().unwrap();
     diff(
         &path("diff"),
-        Layout::Packed(on(&path("full"), true)),
+        Layout::Packed,
+        on(&path("full"), true),
         2,
         &[1],
     );
     let chain = Chain::open_sealed(&[path("full"), path("diff")]).unwrap();
-    let mut writer = options(make(chain.seal()))
+    let mut writer = options(layout, chain.seal())
         .open(path("merged"), SIZE, 16 * PAGE)
         .unwrap();
     chain.write_to(&mut writer).unwrap();
     writer.commit().unwrap();
-    let merged = match make(Seal::new()) {
+    let merged = match layout {
         Layout::Raw => Chain::open_raw(path("merged"), PAGE).unwrap(),
-        _ => Chain::open(path("merged"), PAGE).unwrap(),
+        Layout::Sealed | Layout::Packed => Chain::open(path("merged"), PAGE).unwrap(),
     };
     let byte = |page: u64| {
         let mut byte = [0];

@@ -6,8 +6,8 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use dirty_bitmap::DirtyBitmap;
-use image_format::{Footer, Placement, Version};
-use memory_image::{Chain, Damage, Format, Image, OpenImageError, compare};
+use image_format::{Footer, Version};
+use memory_image::{Chain, Damage, Image, OpenImageError, compare};
 use memory_writer::{Durability, FooterError, Layout, MemoryWriter, Seal};
 use page_reader::PageReader;
 use proptest::prelude::*;
@@ -15,10 +15,8 @@ use rstest::rstest;
 
 const PAGE: u64 = 512;
 
-type Make = fn(Seal) -> Layout;
-
-fn save(path: &Path, layout: Layout, ram: &Vec<u8>, page: u64) {
-    let options = MemoryWriter::options().layout(layout);
+fn save(path: &Path, layout: Layout, seal: Seal, ram: &Vec<u8>, page: u64) {
+    let options = MemoryWriter::options().layout(layout).seal(seal);
     let options = options.durability(Durability::None);
     let mut writer = options.open(path, ram.len() as u64, page).unwrap();
     writer.write_full(ram).unwrap();
@@ -42,15 +40,15 @@ fn ram_of(image: &Path, page: u64) -> Vec<u8> {
 #[case::sealed(Layout::Sealed, 0)]
 #[case::packed(Layout::Packed, 4096)]
 fn an_image_cut_at_a_page_is_neither_opened_nor_taken_for_ram(
-    #[case] make: Make,
+    #[case] layout: Layout,
     #[case] start: usize,
 ) {
     let (_dir, path) = dir();
-    save(&path, make(Seal::new()), &vec![5; 64 << 10], 4096);
+    save(&path, layout, Seal::new(), &vec![5; 64 << 10], 4096);
     let bytes = fs::read(&path).unwrap();
     for pages in 1..=(start + (64 << 10)) / 4096 {
         fs::write(&path, &bytes[..pages * 4096]).unwrap();
-        for format in [None, Some(Format::Sealed), Some(Format::Packed)] {
+        for format in [None, Some(Layout::Sealed), Some(Layout::Packed)] {
             let opened = match format {
                 None => Image::open(&path),
                 Some(format) => Image::open_as(&path, format),
@@ -74,27 +72,27 @@ fn an_image_cut_at_a_page_is_neither_opened_nor_taken_for_ram(
 }
 
 #[rstest]
-#[case::raw(Format::Raw, |_| Layout::Raw)]
-#[case::sealed(Format::Sealed, Layout::Sealed)]
-#[case::packed(Format::Packed, Layout::Packed)]
-fn an_image_opens_as_its_own_format_alone(#[case] own: Format, #[case] make: Make) {
+#[case::raw(Layout::Raw)]
+#[case::sealed(Layout::Sealed)]
+#[case::packed(Layout::Packed)]
+fn an_image_opens_as_its_own_format_alone(#[case] own: Layout) {
     let (_dir, path) = dir();
-    save(&path, make(Seal::new()), &vec![5; 64 << 10], 4096);
-    for format in [Format::Raw, Format::Sealed, Format::Packed] {
+    save(&path, own, Seal::new(), &vec![5; 64 << 10], 4096);
+    for format in Layout::ALL {
         let opened = Image::open_as(&path, format);
         assert_eq!(opened.is_ok(), format == own, "{opened:?}");
         if let Ok(image) = opened {
-            assert_eq!((image.format(), image.ram_size()), (own, 64 << 10));
+            assert_eq!((image.layout(), image.ram_size()), (own, 64 << 10));
         }
     }
-    assert_eq!(Image::open(&path).is_ok(), own != Format::Raw);
-    assert_eq!(Image::open_raw(&path).is_ok(), own == Format::Raw);
+    assert_eq!(Image::open(&path).is_ok(), own != Layout::Raw);
+    assert_eq!(Image::open_raw(&path).is_ok(), own == Layout::Raw);
 }
 
 #[test]
 fn an_image_of_version_1_as_long_as_raw_ram_opens_if_it_is_named() {
     let (_dir, path) = dir();
-    save(&path, Layout::Sealed(Seal::new()), &vec![5; 64 << 10], 4096);
+    save(&path, Layout::Sealed, Seal::new(), &vec![5; 64 << 10], 4096);
     let mut footer = Image::open(&path).unwrap().footer().cloned().unwrap();
     footer.version = Version::V1;
     let short = footer.file_len();
@@ -108,7 +106,7 @@ fn an_image_of_version_1_as_long_as_raw_ram_opens_if_it_is_named() {
         "{error:?}"
     );
     assert_eq!(
-        Image::open_as(&path, Format::Sealed).unwrap().footer(),
+        Image::open_as(&path, Layout::Sealed).unwrap().footer(),
         Some(&footer)
     );
 }
@@ -118,7 +116,8 @@ fn bytes_between_the_header_and_a_large_page_are_damage() {
     let (_dir, path) = dir();
     save(
         &path,
-        Layout::Packed(Seal::new()),
+        Layout::Packed,
+        Seal::new(),
         &vec![5; 256 << 10],
         64 << 10,
     );
@@ -136,13 +135,15 @@ fn a_sealed_diff_of_raw_images_says_so_again_when_it_is_merged() {
     let dirty = DirtyBitmap::new(0, 1 << 20, 4096).unwrap();
     dirty.set_dirty(8192).unwrap();
     let seal = Seal::new().on_raw_image();
-    let options = MemoryWriter::options().layout(Layout::Packed(seal));
+    let options = MemoryWriter::options().layout(Layout::Packed).seal(seal);
     let mut writer = options.open(&path, 1 << 20, 4096).unwrap();
     writer.write_diff(&vec![3; 1 << 20], &dirty).unwrap();
     writer.commit().unwrap();
     let diffs = Chain::open_diff(&path, 4096).unwrap();
     let merged = path.with_extension("merged");
-    let options = MemoryWriter::options().layout(Layout::Sealed(diffs.seal()));
+    let options = MemoryWriter::options()
+        .layout(Layout::Sealed)
+        .seal(diffs.seal());
     diffs.merge(options, &merged).unwrap();
     assert!(Image::open(&merged).unwrap().is_diff());
 }
@@ -152,8 +153,8 @@ fn image_of_zeros(path: &Path, ram_size: u64) {
     let footer = Footer {
         version: Version::CURRENT,
         id: image_format::ImageId::from_bytes([1; 16]),
-        kind: image_format::Kind::Full,
-        placement: Placement::Packed,
+        kind: image_format::ImageKind::Full,
+        layout: Layout::Packed,
         ram_size,
         page_size: 4096,
         regions: vec![0..ram_size],
@@ -197,13 +198,13 @@ fn planted() -> impl Strategy<Value = Vec<u8>> {
     let image = (any::<bool>(), any::<bool>(), 1..6_usize, 0..700_usize).prop_map(
         |(packed, old, pages, metadata)| {
             let (_dir, path) = dir();
-            let make = if packed {
+            let layout = if packed {
                 Layout::Packed
             } else {
                 Layout::Sealed
             };
             let seal = Seal::new().metadata(vec![1; metadata]);
-            save(&path, make(seal), &vec![6; pages * 512], PAGE);
+            save(&path, layout, seal, &vec![6; pages * 512], PAGE);
             let image = Image::open(&path).unwrap();
             let mut bytes = fs::read(&path).unwrap();
             if old && !packed {
@@ -238,7 +239,7 @@ proptest! {
         let mut ram = vec![3; len];
         let at = if at_end { len - planted.len() } else { 0 };
         ram[at..at + planted.len()].copy_from_slice(&planted);
-        save(&path, Layout::Raw, &ram, PAGE);
+        save(&path, Layout::Raw, Seal::new(), &ram, PAGE);
         prop_assert!(Image::open(&path).is_err());
         prop_assert!(ram_of(&path, PAGE) == ram);
     }
@@ -254,11 +255,11 @@ proptest! {
         let mut ram = vec![3; len];
         let at = if at_end { len - planted.len() } else { 0 };
         ram[at..at + planted.len()].copy_from_slice(&planted);
-        let make = if packed { Layout::Packed } else { Layout::Sealed };
-        save(&path, make(Seal::new()), &ram, PAGE);
+        let layout = if packed { Layout::Packed } else { Layout::Sealed };
+        save(&path, layout, Seal::new(), &ram, PAGE);
         let image = Image::open(&path).unwrap();
         prop_assert_eq!(image.ram_size(), len as u64);
-        prop_assert_eq!(image.format(), if packed { Format::Packed } else { Format::Sealed });
+        prop_assert_eq!(image.layout(), if packed { Layout::Packed } else { Layout::Sealed });
         let bytes = fs::read(&path).unwrap();
         for cut in (512..bytes.len()).step_by(512) {
             fs::write(&path, &bytes[..cut]).unwrap();

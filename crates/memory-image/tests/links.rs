@@ -4,12 +4,11 @@ mod support;
 
 use std::path::{Path, PathBuf};
 
-use image_format::Placement;
 use memory_image::{
     Chain, ChainError, FooterError, Image, LinkError, MapError, MappedImage, OpenImageError,
 };
 use memory_writer::{Layout, Seal};
-use support::sealed_guest::{Guest, PAGE, SIZE, diff_with_zeros, options, raw, whole};
+use support::sealed_guest::{Guest, PAGE, SIZE, diff_with_zeros, options, whole};
 
 #[test]
 fn link_error_names_the_diff_and_the_reason() {
@@ -36,12 +35,12 @@ fn link_error_names_the_diff_and_the_reason() {
 
     // A branch: a second diff with the same parent.
     let branch = guest.path("branch");
-    diff_with_zeros(&branch, Image::open(base).unwrap().id(), Placement::Packed);
+    diff_with_zeros(&branch, Image::open(base).unwrap().id(), Layout::Packed);
     let parent = base.clone();
     assert_eq!(why(&[base, one, &branch]), LinkError::Reordered { parent });
 
     let orphan = guest.path("orphan");
-    diff_with_zeros(&orphan, None, Placement::Packed);
+    diff_with_zeros(&orphan, None, Layout::Packed);
     assert_eq!(why(&[base, &orphan]), LinkError::NoParent);
 
     // The base was taken again: another state and another id.
@@ -58,7 +57,7 @@ fn images_of_other_guests_are_refused() {
     let other = guest.path("other");
     let regions = [0..PAGE, 1 << 32..(1 << 32) + SIZE - PAGE];
     let seal = Seal::new().parent(guest.newest.unwrap()).regions(regions);
-    let mut writer = options(Layout::Packed(seal))
+    let mut writer = options(Layout::Packed, seal)
         .open(&other, SIZE, PAGE)
         .unwrap();
     writer.write_diff(&guest.ram, &guest.dirty).unwrap();
@@ -70,7 +69,7 @@ fn images_of_other_guests_are_refused() {
     );
 
     let seal = Seal::new().parent(guest.newest.unwrap());
-    let mut writer = options(Layout::Packed(seal))
+    let mut writer = options(Layout::Packed, seal)
         .open(&other, SIZE, 2048)
         .unwrap();
     writer.write_diff(&guest.ram, &guest.dirty).unwrap();
@@ -96,7 +95,7 @@ fn images_of_other_guests_are_refused() {
 #[test]
 fn raw_file_is_not_sealed_and_diff_is_not_a_base() {
     let mut guest = Guest::new();
-    let raw_file = guest.save(raw);
+    let raw_file = guest.save(Layout::Raw);
     assert!(matches!(
         Image::open(&raw_file),
         Err(OpenImageError::Footer {

@@ -118,7 +118,9 @@ fn chain_of_ten_thousand_layers_is_opened_and_read() {
     let mapped = MappedChain::open(&chain).unwrap();
     assert!(whole(&mapped, guest.ram.len()) == guest.ram);
     let merged = guest.dir.path().join("merged");
-    let options = MemoryWriter::options().layout(Layout::Packed(chain.seal()));
+    let options = MemoryWriter::options()
+        .layout(Layout::Packed)
+        .seal(chain.seal());
     chain.merge(options, &merged).unwrap();
     let merged = Chain::open_sealed(&[merged]).unwrap();
     assert_eq!(merged.id(), chain.id());

@@ -11,7 +11,7 @@ use std::path::Path;
 
 use dirty_bitmap::DirtyBitmap;
 use memory_image::{Chain, MapError, MappedChain, ReadImageError};
-use memory_writer::{Durability, Layout, MemoryWriter, Seal};
+use memory_writer::{Durability, Layout, MemoryWriter};
 use page_reader::PageReader;
 use proptest::prelude::*;
 use rstest::rstest;
@@ -83,7 +83,7 @@ fn zeros_of_a_packed_base_are_zeros_when_it_is_mapped() {
     let path = dir.path().join("base");
     let mut ram = vec![0; 64 * PAGE as usize];
     let mut writer = MemoryWriter::options()
-        .layout(Layout::Packed(Seal::new()))
+        .layout(Layout::Packed)
         .durability(Durability::None)
         .skip_zeros(true)
         .open(&path, ram.len() as u64, PAGE)

@@ -6,9 +6,9 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use dirty_bitmap::DirtyBitmap;
-use image_format::{Checksums, Footer, Kind, Placement, Run, Version};
+use image_format::{Checksums, Footer, ImageKind, Run, Version};
 use memory_image::{Chain, ChainError, Image, ImageId, MergeError};
-use memory_writer::{Durability, Layout, MemoryWriter, Options, Seal};
+use memory_writer::{Durability, Layout, MemoryWriter, Seal, WriterOptions};
 use page_reader::PageReader;
 
 const PAGE: u64 = 4096;
@@ -34,7 +34,7 @@ impl Guest {
 
     fn full(&self, name: &str, seal: Seal) -> PathBuf {
         let path = self.path(name);
-        let mut writer = options(Layout::Packed(seal))
+        let mut writer = options(Layout::Packed, seal)
             .open(&path, SIZE, PAGE)
             .unwrap();
         writer.write_full(&self.ram).unwrap();
@@ -43,22 +43,23 @@ impl Guest {
     }
 
     /// Takes a diff of one page, which becomes `value`.
-    fn diff(&mut self, name: &str, layout: Layout, page: u64, value: u8) -> PathBuf {
+    fn diff(&mut self, name: &str, layout: Layout, seal: Seal, page: u64, value: u8) -> PathBuf {
         let path = self.path(name);
         let at = page * PAGE;
         self.ram[at as usize..][..PAGE as usize].fill(value);
         let dirty = DirtyBitmap::new(0, SIZE, PAGE).unwrap();
         dirty.set_dirty(at).unwrap();
-        let mut writer = options(layout).open(&path, SIZE, PAGE).unwrap();
+        let mut writer = options(layout, seal).open(&path, SIZE, PAGE).unwrap();
         writer.write_diff(&self.ram, &dirty).unwrap();
         writer.commit().unwrap();
         path
     }
 }
 
-fn options(layout: Layout) -> Options {
+fn options(layout: Layout, seal: Seal) -> WriterOptions {
     MemoryWriter::options()
         .layout(layout)
+        .seal(seal)
         .durability(Durability::None)
 }
 
@@ -78,12 +79,12 @@ fn merging_with_a_raw_newest_image_keeps_the_regions_alone() {
     let mut guest = Guest::new();
     let seal = Seal::new().regions(REGIONS).metadata([7; 10]);
     let full = guest.full("full", seal);
-    let raw = guest.diff("raw", Layout::Raw, 3, 2);
+    let raw = guest.diff("raw", Layout::Raw, Seal::new(), 3, 2);
     let mut chain = Chain::open(&full, PAGE).unwrap();
     chain.push_pages(&raw, [3 * PAGE..4 * PAGE]).unwrap();
     let merged = guest.path("merged");
     chain
-        .merge(options(Layout::Packed(chain.seal())), &merged)
+        .merge(options(Layout::Packed, chain.seal()), &merged)
         .unwrap();
     let footer = Image::open(&merged).unwrap().footer().cloned().unwrap();
     assert_eq!(footer.regions, REGIONS);
@@ -97,13 +98,13 @@ fn merging_diffs_with_a_raw_newest_one_makes_a_diff_that_fits() {
     let mut guest = Guest::new();
     let full = guest.full("full", Seal::new().regions(REGIONS));
     let seal = Seal::new().regions(REGIONS).parent(id(&full));
-    let diff = guest.diff("diff", Layout::Packed(seal), 1, 2);
-    let raw = guest.diff("raw", Layout::Raw, 3, 2);
+    let diff = guest.diff("diff", Layout::Packed, seal, 1, 2);
+    let raw = guest.diff("raw", Layout::Raw, Seal::new(), 3, 2);
     let mut chain = Chain::open_diff(&diff, PAGE).unwrap();
     chain.push_pages(&raw, [3 * PAGE..4 * PAGE]).unwrap();
     let merged = guest.path("merged");
     chain
-        .merge(options(Layout::Packed(chain.seal())), &merged)
+        .merge(options(Layout::Packed, chain.seal()), &merged)
         .unwrap();
     let chain = Chain::open_sealed(&[full, merged]).unwrap();
     assert!(whole(&chain) == guest.ram);
@@ -115,15 +116,15 @@ fn a_diff_may_lead_back_to_an_older_state() {
     let mut guest = Guest::new();
     let full = guest.full("full", Seal::new());
     let seal = Seal::new().parent(id(&full));
-    let there = guest.diff("there", Layout::Packed(seal), 3, 2);
+    let there = guest.diff("there", Layout::Packed, seal, 3, 2);
     let seal = Seal::new().parent(id(&there)).id(id(&full));
-    let back = guest.diff("back", Layout::Packed(seal), 3, 1);
+    let back = guest.diff("back", Layout::Packed, seal, 3, 1);
     let chain = Chain::open_sealed(&[&full, &there, &back]).unwrap();
     assert_eq!(chain.id(), Some(id(&full)));
     assert!(whole(&chain) == vec![1; SIZE as usize]);
     let merged = guest.path("merged");
     chain
-        .merge(options(Layout::Packed(chain.seal())), &merged)
+        .merge(options(Layout::Packed, chain.seal()), &merged)
         .unwrap();
     assert_eq!(id(&merged), id(&full));
     // Forward again, by a copy. The same file twice is refused.
@@ -142,15 +143,15 @@ fn a_diff_may_lead_back_to_an_older_state() {
 }
 
 /// Writes a packed image of version 1, in pages of 256 bytes.
-fn old_image(path: &Path, kind: Kind, ram: &[u8]) {
+fn old_image(path: &Path, kind: ImageKind, ram: &[u8]) {
     let len = ram.len() as u64;
     let mut checksums = Checksums::new(len);
-    checksums.feed(0, ram);
+    checksums.update(0, ram);
     let footer = Footer {
         version: Version::V1,
         id: ImageId::from_bytes([9; 16]),
         kind,
-        placement: Placement::Packed,
+        layout: Layout::Packed,
         ram_size: len,
         page_size: 256,
         regions: vec![0..len],
@@ -172,13 +173,13 @@ fn old_image(path: &Path, kind: Kind, ram: &[u8]) {
 fn images_of_version_1_in_small_pages_are_merged_and_flattened() {
     let guest = Guest::new();
     let old = guest.path("old");
-    old_image(&old, Kind::Full, &guest.ram);
-    let open = || Image::open_as(&old, memory_image::Format::Packed).unwrap();
+    old_image(&old, ImageKind::Full, &guest.ram);
+    let open = || Image::open_as(&old, Layout::Packed).unwrap();
     let chain = Chain::from_image(open(), 256).unwrap();
     assert_eq!((chain.page_size(), chain.writable_page_size()), (256, 512));
     let merged = guest.path("merged");
     chain
-        .merge(options(Layout::Packed(chain.seal())), &merged)
+        .merge(options(Layout::Packed, chain.seal()), &merged)
         .unwrap();
     let image = Image::open(&merged).unwrap();
     assert_eq!(image.footer().unwrap().page_size, 512);
@@ -187,11 +188,11 @@ fn images_of_version_1_in_small_pages_are_merged_and_flattened() {
     assert!(std::fs::read(guest.path("flat")).unwrap() == guest.ram);
     // A diff in these pages cannot be written in larger ones.
     let diff = guest.path("diff");
-    old_image(&diff, Kind::Diff { parent: None }, &guest.ram);
-    let image = Image::open_as(&diff, memory_image::Format::Packed).unwrap();
+    old_image(&diff, ImageKind::Diff { parent: None }, &guest.ram);
+    let image = Image::open_as(&diff, Layout::Packed).unwrap();
     let chain = Chain::from_image(image, 256).unwrap();
     let error = chain
-        .merge(options(Layout::Packed(chain.seal())), guest.path("d"))
+        .merge(options(Layout::Packed, chain.seal()), guest.path("d"))
         .unwrap_err();
     assert!(
         matches!(

@@ -7,12 +7,12 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use dirty_bitmap::DirtyBitmap;
-use image_format::{Checksums, Footer, Kind, Placement, Run, Version, packed_start};
+use image_format::{Checksums, Footer, ImageKind, Run, Version, packed_start};
 use memory_image::{
     Chain, ChainError, HostRam, Image, ImageId, MapError, MappedChain, MappedImage, RamTarget,
     compare,
 };
-use memory_writer::{Durability, Layout, MemoryWriter, Options, Seal};
+use memory_writer::{Durability, Layout, MemoryWriter, Seal, WriterOptions};
 use page_reader::PageReader;
 use proptest::prelude::*;
 
@@ -24,7 +24,7 @@ enum Form {
     Packed,
     /// A hand-made footer that records zeros, which no writer of diffs does. In a packed file the
     /// pages are in reverse order.
-    ByHand(Placement),
+    ByHand(Layout),
 }
 
 /// The guest's writes before a pass: fills these pages with the value, which may be 0.
@@ -46,8 +46,8 @@ fn layer(base: bool) -> impl Strategy<Value = Layer> {
         Form::Packed,
         Form::Sealed,
         Form::Raw,
-        Form::ByHand(Placement::Packed),
-        Form::ByHand(Placement::InPlace),
+        Form::ByHand(Layout::Packed),
+        Form::ByHand(Layout::Sealed),
     ];
     let forms = &forms[..if base { 4 } else { 6 }];
     // Mostly single pages, so that adjacent pages of the RAM are scattered in a packed file.
@@ -123,12 +123,12 @@ impl Guest {
         let path = self.path(&format!("{}.mem", self.images.len()));
         let page = self.page << layer.coarser;
         let runs = match layer.form {
-            Form::Raw => self.take_in_passes(layer, &path, page, Layout::Raw),
-            Form::Sealed => self.take_in_passes(layer, &path, page, Layout::Sealed(self.seal())),
-            Form::Packed => self.take_in_passes(layer, &path, page, Layout::Packed(self.seal())),
-            Form::ByHand(placement) => {
+            Form::Raw => self.take_in_passes(layer, &path, page, (Layout::Raw, self.seal())),
+            Form::Sealed => self.take_in_passes(layer, &path, page, (Layout::Sealed, self.seal())),
+            Form::Packed => self.take_in_passes(layer, &path, page, (Layout::Packed, self.seal())),
+            Form::ByHand(layout) => {
                 layer.passes.iter().for_each(|writes| self.write(writes));
-                self.take_by_hand(&path, placement)
+                self.take_by_hand(&path, layout)
             }
         };
         self.images.push((path, runs));
@@ -146,13 +146,13 @@ impl Guest {
         layer: &Layer,
         path: &Path,
         page: u64,
-        layout: Layout,
+        (layout, seal): (Layout, Seal),
     ) -> Vec<Range<u64>> {
         let full = self
             .images
             .is_empty()
             .then(|| layer.full.index(layer.passes.len()));
-        let mut writer = options(layout)
+        let mut writer = options(layout, seal)
             .skip_zeros(true)
             .allow_ambiguous_diff(true)
             .open(path, self.ram.len() as u64, page)
@@ -173,7 +173,7 @@ impl Guest {
         runs
     }
 
-    fn take_by_hand(&mut self, path: &Path, placement: Placement) -> Vec<Range<u64>> {
+    fn take_by_hand(&mut self, path: &Path, layout: Layout) -> Vec<Range<u64>> {
         let (size, page) = (self.ram.len() as u64, self.page);
         let file = File::create(path).unwrap();
         file.set_len(size).unwrap();
@@ -196,24 +196,24 @@ impl Guest {
                 continue;
             }
             present -= 1;
-            let offset = match placement {
-                Placement::InPlace => at,
-                Placement::Packed => start + present * page,
+            let offset = match layout {
+                Layout::Raw | Layout::Sealed => at,
+                Layout::Packed => start + present * page,
             };
             file.write_all_at(bytes(at), offset).unwrap();
-            checksums.feed(at, bytes(at));
+            checksums.update(at, bytes(at));
             described.push(Run::present(at..at + page, offset));
         }
-        if placement == Placement::Packed {
+        if layout == Layout::Packed {
             file.set_len(end).unwrap();
         }
         let footer = Footer {
             version: Version::CURRENT,
             id: ImageId::random().unwrap(),
-            kind: Kind::Diff {
+            kind: ImageKind::Diff {
                 parent: self.newest,
             },
-            placement,
+            layout,
             ram_size: size,
             page_size: page,
             regions: vec![0..size],
@@ -243,9 +243,10 @@ impl Guest {
     }
 }
 
-fn options(layout: Layout) -> Options {
+fn options(layout: Layout, seal: Seal) -> WriterOptions {
     MemoryWriter::options()
         .layout(layout)
+        .seal(seal)
         .durability(Durability::None)
 }
 
@@ -307,7 +308,7 @@ fn restored_to_file(guest: &Guest, chain: &Chain) -> Vec<u8> {
 fn merged(guest: &Guest, chain: &Chain, layout: Layout) -> Vec<u8> {
     let path = guest.path("merged");
     let _ = fs::remove_file(&path);
-    chain.merge(options(layout.clone()), &path).unwrap();
+    chain.merge(options(layout, chain.seal()), &path).unwrap();
     let image = match layout {
         Layout::Raw => Image::open_raw(&path),
         _ => Image::open(&path),
@@ -378,7 +379,7 @@ proptest! {
             Err(MapError::Packed { .. }) => prop_assert_eq!(base.form, Form::Packed),
             mapped => prop_assert!(whole(&mapped.unwrap(), ram.len()) == first),
         }
-        for layout in [Layout::Raw, Layout::Sealed(chain.seal()), Layout::Packed(chain.seal())] {
+        for layout in Layout::ALL {
             let how = format!("merged: {layout:?}");
             assert_ram(&how, &merged(&guest, &chain, layout))?;
         }

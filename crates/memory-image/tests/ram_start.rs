@@ -10,21 +10,6 @@ const START: u64 = 0x4000_0000;
 const SIZE: u64 = 1 << 20;
 const PAGE: u64 = 4096;
 
-#[derive(Clone, Copy)]
-enum Kind {
-    Sealed,
-    Packed,
-}
-
-impl Kind {
-    fn of(self, seal: Seal) -> Layout {
-        match self {
-            Self::Sealed => Layout::Sealed(seal),
-            Self::Packed => Layout::Packed(seal),
-        }
-    }
-}
-
 /// Commits a single file, or a group.
 fn commit(mut writer: MemoryWriter, epoch: Epoch<&DirtyBitmap>, in_a_group: bool) {
     if !in_a_group {
@@ -38,8 +23,8 @@ fn commit(mut writer: MemoryWriter, epoch: Epoch<&DirtyBitmap>, in_a_group: bool
 
 #[rstest]
 fn diff_and_full_image_of_one_bitmap_cover_the_same_ram(
-    #[values(Kind::Sealed, Kind::Packed)] full: Kind,
-    #[values(Kind::Sealed, Kind::Packed)] diff: Kind,
+    #[values(Layout::Sealed, Layout::Packed)] full: Layout,
+    #[values(Layout::Sealed, Layout::Packed)] diff: Layout,
     #[values(false, true)] in_a_group: bool,
 ) {
     let directory = tempfile::tempdir().unwrap();
@@ -50,7 +35,7 @@ fn diff_and_full_image_of_one_bitmap_cover_the_same_ram(
 
     let epoch = bitmap.begin_epoch().unwrap();
     let mut writer = MemoryWriter::options()
-        .layout(full.of(Seal::new()))
+        .layout(full)
         .open(path("full"), SIZE, PAGE)
         .unwrap();
     let id: ImageId = writer.image_id().unwrap();
@@ -61,7 +46,8 @@ fn diff_and_full_image_of_one_bitmap_cover_the_same_ram(
     bitmap.set_dirty(START + 5000).unwrap();
     let epoch = bitmap.begin_epoch().unwrap();
     let mut writer = MemoryWriter::options()
-        .layout(diff.of(Seal::new().parent(id)))
+        .layout(diff)
+        .seal(Seal::new().parent(id))
         .open(path("diff"), SIZE, PAGE)
         .unwrap();
     writer.write_diff(&ram, epoch.bitmap()).unwrap();

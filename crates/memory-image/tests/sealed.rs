@@ -7,7 +7,6 @@ use std::ops::ControlFlow;
 use std::path::Path;
 use std::process::Command;
 
-use image_format::Placement;
 use memory_image::{
     Chain, ChainError, Image, LinkError, MapError, MappedChain, MappedImage, MergeError,
     RestoreError, compare,
@@ -16,15 +15,13 @@ use memory_writer::Layout;
 use page_reader::PageReader;
 use proptest::prelude::*;
 use rstest::rstest;
-use support::sealed_guest::{
-    Guest, Make, PAGE, SIZE, diff_with_zeros, options, raw, verify, whole,
-};
+use support::sealed_guest::{Guest, PAGE, SIZE, diff_with_zeros, options, verify, whole};
 
 #[rstest]
 #[case::sealed(Layout::Sealed)]
 #[case::packed(Layout::Packed)]
-fn sealed_chain_reads_and_restores_as_its_last_ram(#[case] make: Make) {
-    let guest = Guest::with_history(make);
+fn sealed_chain_reads_and_restores_as_its_last_ram(#[case] layout: Layout) {
+    let guest = Guest::with_history(layout);
     let chain = guest.chain();
     assert_eq!(
         (chain.len(), chain.page_size(), chain.is_full()),
@@ -51,11 +48,11 @@ fn sealed_chain_reads_and_restores_as_its_last_ram(#[case] make: Make) {
 #[rstest]
 #[case::sealed(Layout::Sealed)]
 #[case::packed(Layout::Packed)]
-fn pages_that_were_dirty_together_may_be_zeros_in_part(#[case] make: Make) {
-    let mut guest = Guest::with_history(make);
+fn pages_that_were_dirty_together_may_be_zeros_in_part(#[case] layout: Layout) {
+    let mut guest = Guest::with_history(layout);
     guest.write(10 * PAGE, 3 * PAGE, 6);
     guest.write(12 * PAGE, PAGE, 0);
-    guest.save(make);
+    guest.save(layout);
     let chain = guest.chain();
     assert!(whole(&chain) == guest.ram);
     assert_starts_as(&chain, &guest.ram);
@@ -64,11 +61,11 @@ fn pages_that_were_dirty_together_may_be_zeros_in_part(#[case] make: Make) {
 #[rstest]
 #[case::sealed(Layout::Sealed)]
 #[case::packed(Layout::Packed)]
-fn full_image_may_have_zeros_between_its_pages(#[case] make: Make) {
+fn full_image_may_have_zeros_between_its_pages(#[case] layout: Layout) {
     let mut guest = Guest::new();
     guest.write(PAGE, 4 * PAGE, 1);
     guest.write(9 * PAGE, 3 * PAGE, 2);
-    guest.save(make);
+    guest.save(layout);
     let chain = guest.chain();
     assert!(whole(&chain) == guest.ram);
     assert_starts_as(&chain, &guest.ram);
@@ -84,7 +81,7 @@ fn chain_may_mix_layouts_with_raw_diffs_on_top() {
     guest.write(SIZE / 2, 9000, 3);
     guest.save(Layout::Packed);
     guest.write(SIZE / 2, 100, 0);
-    guest.save(raw);
+    guest.save(Layout::Raw);
     let mut chain = Chain::open_sealed(&guest.snapshots[..3]).unwrap();
     chain.push_raw(&guest.snapshots[3]).unwrap();
     assert!(whole(&chain) == guest.ram);
@@ -103,12 +100,12 @@ fn assert_starts_as(chain: &Chain, ram: &[u8]) {
 }
 
 #[rstest]
-#[case::in_place(Placement::InPlace)]
-#[case::packed(Placement::Packed)]
-fn zeros_of_a_diff_are_neither_clean_nor_read(#[case] placement: Placement) {
+#[case::in_place(Layout::Sealed)]
+#[case::packed(Layout::Packed)]
+fn zeros_of_a_diff_are_neither_clean_nor_read(#[case] layout: Layout) {
     let guest = Guest::with_history(Layout::Sealed);
     let diff = guest.path("zeros");
-    diff_with_zeros(&diff, guest.newest, placement);
+    diff_with_zeros(&diff, guest.newest, layout);
     let mut chain = guest.chain();
     chain.push(&diff).unwrap();
     let mut expected = guest.ram.clone();
@@ -127,14 +124,14 @@ fn zeros_of_a_diff_are_neither_clean_nor_read(#[case] placement: Placement) {
 }
 
 #[rstest]
-#[case::to_raw(raw)]
+#[case::to_raw(Layout::Raw)]
 #[case::to_sealed(Layout::Sealed)]
 #[case::to_packed(Layout::Packed)]
-fn merged_chain_keeps_its_id_and_accepts_the_next_diff(#[case] make: Make) {
+fn merged_chain_keeps_its_id_and_accepts_the_next_diff(#[case] layout: Layout) {
     let mut guest = Guest::with_history(Layout::Packed);
     let chain = guest.chain();
     let merged = guest.path("merged");
-    let bytes = chain.merge(options(make(chain.seal())), &merged).unwrap();
+    let bytes = chain.merge(options(layout, chain.seal()), &merged).unwrap();
     assert_eq!(
         bytes,
         386 * PAGE,
@@ -169,12 +166,12 @@ fn merged_chain_keeps_its_id_and_accepts_the_next_diff(#[case] make: Make) {
 #[rstest]
 #[case::to_sealed(Layout::Sealed)]
 #[case::to_packed(Layout::Packed)]
-fn merged_diff_replaces_all_its_diffs(#[case] make: Make) {
+fn merged_diff_replaces_all_its_diffs(#[case] layout: Layout) {
     let mut guest = Guest::with_history(Layout::Sealed);
     let diffs = Chain::open_sealed(&guest.snapshots[1..]).unwrap();
     assert!(!diffs.is_full());
     let merged = guest.path("merged");
-    let bytes = diffs.merge(options(make(diffs.seal())), &merged).unwrap();
+    let bytes = diffs.merge(options(layout, diffs.seal()), &merged).unwrap();
     assert_eq!(bytes, 7 * PAGE);
     let footer = Image::open(&merged).unwrap().footer().cloned().unwrap();
     assert_eq!(
@@ -206,13 +203,13 @@ fn full_sealed_image_maps_and_packed_image_does_not() {
     let flat = guest.path("flat");
     let chain = guest.chain();
     chain
-        .merge(options(Layout::Sealed(chain.seal())), &flat)
+        .merge(options(Layout::Sealed, chain.seal()), &flat)
         .unwrap();
     let mapped = MappedImage::open(&flat).unwrap();
     assert_eq!(mapped.ram_size(), SIZE);
     assert!(whole(&mapped) == guest.ram);
     chain
-        .merge(options(Layout::Packed(chain.seal())), &flat)
+        .merge(options(Layout::Packed, chain.seal()), &flat)
         .unwrap();
     assert!(matches!(
         MappedImage::open(&flat),
@@ -228,8 +225,8 @@ fn full_sealed_image_maps_and_packed_image_does_not() {
 #[case::archived(&["tar"])]
 #[case::archived_sparse(&["tar", "-S"])]
 fn copies_of_sealed_images_restore_to_the_same_ram(#[case] tool: &[&str]) {
-    for make in [raw, Layout::Sealed as Make, Layout::Packed as Make] {
-        let guest = Guest::with_history(make);
+    for layout in Layout::ALL {
+        let guest = Guest::with_history(layout);
         let name = |path: &Path| path.file_name().unwrap().to_owned();
         let copies = guest.path("copies");
         fs::create_dir(&copies).unwrap();
@@ -314,7 +311,7 @@ proptest! {
         let merged = guest.path("merged");
         let part = Chain::open_sealed(&guest.snapshots[split..]).unwrap();
         let seal = part.seal();
-        part.merge(options(if packed { Layout::Packed(seal) } else { Layout::Sealed(seal) }), &merged).unwrap();
+        part.merge(options(if packed { Layout::Packed } else { Layout::Sealed }, seal), &merged).unwrap();
         prop_assert!(verify(&merged).unwrap().is_ok());
         let paths = [&guest.snapshots[..split], &[merged]].concat();
         let again = Chain::open_sealed(&paths).unwrap();

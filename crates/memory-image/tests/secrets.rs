@@ -93,11 +93,14 @@ fn found() -> Vec<u64> {
 }
 
 /// Saves a full image and a diff of a few pages.
-fn saved(dir: &Path, engine: Engine, layout: fn(Seal) -> Layout) -> [PathBuf; 2] {
+fn saved(dir: &Path, engine: Engine, layout: Layout) -> [PathBuf; 2] {
     let [full, diff] = ["full", "diff"].map(|name| dir.join(name));
     let options = |seal| {
         let options = MemoryWriter::options().engine(engine).skip_zeros(true);
-        options.layout(layout(seal)).durability(Durability::None)
+        options
+            .layout(layout)
+            .seal(seal)
+            .durability(Durability::None)
     };
     let id = ImageId::random().unwrap();
     let mut writer = options(Seal::new().id(id)).open(&full, SIZE, PAGE).unwrap();
@@ -141,10 +144,7 @@ fn saves_and_restores_leave_no_guest_bytes_in_buffers() {
     sched_setaffinity(this, &one).unwrap();
     let dir = tempfile::tempdir().unwrap();
     for engine in [Engine::Auto, Engine::Threads, Engine::Pwrite] {
-        for (name, layout) in [
-            ("sealed", Layout::Sealed as fn(Seal) -> Layout),
-            ("packed", Layout::Packed),
-        ] {
+        for (name, layout) in [("sealed", Layout::Sealed), ("packed", Layout::Packed)] {
             let files = saved(dir.path(), engine, layout);
             let now = found();
             assert!(now.is_empty(), "{engine:?}, {name}, saved: {now:x?}");

@@ -9,13 +9,13 @@ use std::os::unix::fs::FileExt;
 use memory_image::{Damage, Image, VerifyError};
 use memory_writer::{Layout, Seal};
 use rstest::rstest;
-use support::sealed_guest::{Guest, Make, PAGE, options, verify};
+use support::sealed_guest::{Guest, PAGE, options, verify};
 
 #[rstest]
 #[case::sealed(Layout::Sealed)]
 #[case::packed(Layout::Packed)]
-fn flipped_bits_are_detected_throughout_a_large_image(#[case] make: Make) {
-    let guest = Guest::with_history(make);
+fn flipped_bits_are_detected_throughout_a_large_image(#[case] layout: Layout) {
+    let guest = Guest::with_history(layout);
     for path in &guest.snapshots[..2] {
         let file = File::options().read(true).write(true).open(path).unwrap();
         let len = file.metadata().unwrap().len();
@@ -96,7 +96,7 @@ fn a_thousand_damages_are_listed_and_all_are_counted() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("full");
     let size = 2 * DAMAGES * PAGE;
-    let sealed = options(Layout::Sealed(Seal::new())).skip_zeros(true);
+    let sealed = options(Layout::Sealed, Seal::new()).skip_zeros(true);
     let mut writer = sealed.open(&path, size, PAGE).unwrap();
     let mut ram = vec![0; size as usize];
     ram[0] = 1;

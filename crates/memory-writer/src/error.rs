@@ -10,8 +10,8 @@ use image_format::FooterError;
 use sparse_file::{SpaceError, WriteError, ZeroError};
 use thiserror::Error;
 
-use crate::footer_builder::SealError;
 use crate::raw_diff::AmbiguousDiff;
+use crate::sealing::SealError;
 
 /// An error of taking a snapshot. The destination is unchanged, except after
 /// [`Commit`](Self::Commit), which states what is there.
@@ -49,7 +49,7 @@ pub enum SnapshotError {
         file: u64,
     },
     /// The bitmap starts at another guest-physical address than
-    /// [`Options::ram_start`](crate::Options::ram_start) or the previous bitmap.
+    /// [`WriterOptions::ram_start`](crate::WriterOptions::ram_start) or the previous bitmap.
     #[error(
         "the bitmap starts at {bitmap:#x}, but this guest's RAM starts at {ram:#x}: pass the bitmap of \
          this guest's RAM"
@@ -243,7 +243,7 @@ pub enum MemoryIoStep {
     /// Writing the staged file.
     Write,
     /// Wiping the bytes of a recycled file that were not overwritten; see
-    /// [`Options::recycle`](crate::Options::recycle).
+    /// [`WriterOptions::recycle`](crate::WriterOptions::recycle).
     Wipe,
     /// Reading chunks back that were written in several passes, for their checksums.
     ReadBack,

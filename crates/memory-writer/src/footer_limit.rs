@@ -2,12 +2,12 @@
 
 use std::{fs, io};
 
-use image_format::FooterError;
+use image_format::{FooterError, Layout};
 use page_reader::PageReader;
 use rstest::rstest;
 
 use crate::error::SnapshotError;
-use crate::layout::{Layout, Seal};
+
 use crate::writer::MemoryWriter;
 
 const PAGE: u64 = 4096;
@@ -29,7 +29,7 @@ impl PageReader for EveryOtherBlock {
 /// A full image has a run of zeros after each of data, so a footer of 1000 runs has 500 of data.
 #[rstest]
 fn full_dump_over_the_limit_of_runs_is_refused(
-    #[values(Layout::Sealed(Seal::new()), Layout::Packed(Seal::new()))] layout: Layout,
+    #[values(Layout::Sealed, Layout::Packed)] layout: Layout,
     #[values((500, true), (501, false))] (runs, fits): (u64, bool),
 ) {
     let dir = tempfile::tempdir().unwrap();

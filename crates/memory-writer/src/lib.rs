@@ -55,22 +55,23 @@
 //! refuses to commit if a page of the epoch was not written after its mark was taken. For files
 //! that are committed as a group, [`check_epoch`](MemoryWriter::check_epoch) makes the same check.
 //!
-//! **A snapshot with checksums, an id and its parent's id**: [`Options::layout`] and [`Seal`].
+//! **A snapshot with checksums, an id and its parent's id**: [`WriterOptions::layout`] and
+//! [`Seal`].
 //!
 //! **Memory and vCPU state committed together**: store the state in the image with
 //! [`MemoryWriter::set_metadata`], or in a file of its own:
 //! [`finish`](MemoryWriter::finish) returns the staged file for an [`atomic_file::AtomicGroup`].
 //!
-//! **A snapshot that is replaced repeatedly**: [`Options::recycle`] overwrites the blocks of the
-//! snapshot before the last one.
+//! **A snapshot that is replaced repeatedly**: [`WriterOptions::recycle`] overwrites the blocks of
+//! the snapshot before the last one.
 //!
-//! **A guest that used little of its RAM**: [`Options::skip_untouched`] and
-//! [`Options::skip_zeros`] make a full dump sparse and fast.
+//! **A guest that used little of its RAM**: [`WriterOptions::skip_untouched`] and
+//! [`WriterOptions::skip_zeros`] make a full dump sparse and fast.
 //!
-//! **Progress and cancellation**, durability, file mode, staging elsewhere: [`Options`].
+//! **Progress and cancellation**, durability, file mode, staging elsewhere: [`WriterOptions`].
 //!
-//! **A VMM with a seccomp filter**: [`Options::read_untouched`] avoids the system calls that find
-//! untouched RAM.
+//! **A VMM with a seccomp filter**: [`WriterOptions::read_untouched`] avoids the system calls that
+//! find untouched RAM.
 //!
 //! # How it works
 //! `open` creates the staged file and sets its size. A full dump is one run of bytes. A diff
@@ -79,8 +80,8 @@
 //! [`atomic_file`]: sync, rename, sync of the directory.
 //!
 //! The memory used depends on the amount written, not on the size of the RAM: a bit per page, in
-//! blocks of 4096, for a raw diff and where a file is recycled or pages are skipped, and the footer
-//! of a sealed or packed image. See [`Options::layout`].
+//! blocks of 4096, for a raw file, for one that is recycled and where pages are skipped, and the
+//! footer of a sealed or packed image. See [`WriterOptions::layout`].
 //!
 //! A recycled file contains the bytes of an older snapshot. Pages that were not overwritten are
 //! punched out before the commit. A bit per page records which were written.
@@ -107,33 +108,29 @@
 //! A raw diff does not record its page size: read it in pages of the size that it was written in.
 
 mod error;
-mod footer_builder;
 #[cfg(test)]
 mod footer_limit;
-mod layout;
-mod nonzero_runs;
+mod geometry;
 mod options;
 mod page_record;
-mod page_set;
-mod placement;
 mod progress;
 mod raw_diff;
 mod reader_source;
+mod seal;
+mod sealing;
 mod stale_pages;
-mod whole_pages;
-mod write_target;
+mod write_pass;
 mod writer;
 
 pub use atomic_file::{
     CommitError, Durability, FileVersion, NotPreserved, OpenError, Preserve, Symlinks,
 };
 pub use error::{MemoryIoStep, RamError, SnapshotError};
-pub use image_format::{FooterError, ImageId};
-pub use layout::{Layout, Seal};
-pub use options::Options;
-pub use progress::{CancelToken, Progress};
+pub use image_format::{FooterError, ImageId, Layout};
+pub use options::WriterOptions;
 pub use raw_diff::AmbiguousDiff;
-pub use sparse_file::Engine;
+pub use seal::Seal;
+pub use sparse_file::{CancelToken, Engine, Progress};
 pub use writer::MemoryWriter;
 
 #[cfg(doctest)]

@@ -1,22 +1,39 @@
 //! Options of snapshots.
 
-use std::fmt;
-use std::path::{Path, PathBuf};
+use std::ops::ControlFlow;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex};
 
 use atomic_file::{AtomicWriter, Durability, FileVersion, Preserve, Symlinks};
-use sparse_file::{Engine, WriteOptions};
+use image_format::Layout;
+use sparse_file::{CancelToken, Engine, Progress, WriteOptions};
 
-use crate::error::SnapshotError;
-use crate::layout::Layout;
-use crate::nonzero_runs::Skip;
-use crate::progress::{CancelToken, Observer, Progress};
-use crate::writer::MemoryWriter;
+use crate::progress::Reporter;
+use crate::seal::Seal;
 
-/// Options for a [`MemoryWriter`], created by [`MemoryWriter::options`]. The defaults are those of
-/// [`MemoryWriter::open`].
+/// The pages that a full dump may skip, where they read as zeros without being written.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Skip {
+    /// Pages of zeros, found by reading them.
+    pub(crate) zeros: bool,
+    /// Pages that the reader knows to be untouched.
+    pub(crate) untouched: bool,
+}
+
+impl Skip {
+    pub(crate) fn is_enabled(self) -> bool {
+        self.zeros || self.untouched
+    }
+}
+
+/// Options for a [`MemoryWriter`](crate::MemoryWriter), created by
+/// [`MemoryWriter::options`](crate::MemoryWriter::options). The defaults are those of
+/// [`MemoryWriter::open`](crate::MemoryWriter::open).
 ///
 /// # Examples
 /// ```
+/// use std::ops::ControlFlow;
+///
 /// use memory_writer::{CancelToken, MemoryWriter};
 ///
 /// # let dir = tempfile::tempdir()?;
@@ -24,27 +41,32 @@ use crate::writer::MemoryWriter;
 /// let (progress, seen) = std::sync::mpsc::channel();
 /// let cancel = CancelToken::new(); // clone it for the thread that may cancel
 /// let mut writer = MemoryWriter::options()
-///     .progress(move |progress_now| drop(progress.send(progress_now)))
+///     .progress(move |progress_now| match progress.send(progress_now) {
+///         Ok(()) => ControlFlow::Continue(()),
+///         Err(_) => ControlFlow::Break(()), // cancel without a receiver
+///     })
 ///     .cancel(cancel.clone())
 ///     .open(&dest, 8 << 20, 4096)?;
 /// writer.write_full(&vec![7; 8 << 20])?;
 /// writer.commit()?;
-/// assert_eq!(seen.iter().last().map(|last| last.pages_done()), Some(2048));
+/// assert_eq!(seen.try_iter().last().map(|last| last.done), Some(8 << 20));
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
+#[derive(Clone, Debug)]
 #[must_use]
-pub struct Options {
-    stage: atomic_file::Options,
+pub struct WriterOptions {
+    pub(crate) stage: atomic_file::Options,
     pub(crate) write: WriteOptions,
     pub(crate) skip: Skip,
     pub(crate) read_untouched: bool,
     pub(crate) layout: Layout,
+    pub(crate) seal: Seal,
     pub(crate) ram_start: Option<u64>,
     pub(crate) allow_ambiguous: bool,
-    pub(crate) observer: Observer,
+    pub(crate) reporter: Reporter,
 }
 
-impl Options {
+impl WriterOptions {
     pub(crate) fn new() -> Self {
         Self {
             stage: AtomicWriter::options(),
@@ -52,19 +74,17 @@ impl Options {
             skip: Skip::default(),
             read_untouched: false,
             layout: Layout::Raw,
+            seal: Seal::new(),
             ram_start: None,
             allow_ambiguous: false,
-            observer: Observer {
-                progress: None,
-                cancel: CancelToken::new(),
-            },
+            reporter: Reporter::default(),
         }
     }
 
     /// Sets the guest-physical address of the first byte of the memory file. Every bitmap that is
-    /// passed to [`write_diff`](MemoryWriter::write_diff) and every epoch that is released must
-    /// start there. The default is the start of the first such bitmap, and 0 for a file that is
-    /// committed without one.
+    /// passed to [`write_diff`](crate::MemoryWriter::write_diff) and every epoch that is released
+    /// must start there. The default is the start of the first such bitmap, and 0 for a file that
+    /// is committed without one.
     pub fn ram_start(mut self, address: u64) -> Self {
         self.ram_start = Some(address);
         self
@@ -73,11 +93,19 @@ impl Options {
     /// Sets the order of the pages in the file, and whether a footer seals it. The default is
     /// [`Layout::Raw`].
     ///
-    /// FooterBuilder computes a checksum of every byte, from the copy that is written. It uses 24
-    /// bytes of memory for each run of pages, up to three times that while the list of a full dump
-    /// grows, and 32 bytes for each MiB of RAM that is written, twice that during the commit.
+    /// A sealed or packed file has a checksum of every byte, from the copy that is written. It uses
+    /// 24 bytes of memory for each run of pages, up to three times that while the list of a full
+    /// dump grows, and 32 bytes for each MiB of RAM that is written, twice that during the commit.
     pub fn layout(mut self, layout: Layout) -> Self {
         self.layout = layout;
+        self
+    }
+
+    /// Sets the metadata in the footer of a sealed or packed file. The default is [`Seal::new`]. A
+    /// raw file has no footer: it stores no id, parent and regions, and a seal with
+    /// [metadata](Seal::metadata) is refused.
+    pub fn seal(mut self, seal: Seal) -> Self {
+        self.seal = seal;
         self
     }
 
@@ -87,9 +115,9 @@ impl Options {
     /// `memory-image` derives the pages of a raw diff from its holes, and only where holes are
     /// known to be reported correctly: on ext4, XFS, btrfs and tmpfs of Linux, and on overlayfs
     /// over the first three, in pages of at least a block, if at least one page is clean. On other
-    /// file systems (FUSE, network file systems, macOS) [`write_diff`](MemoryWriter::write_diff)
-    /// refuses to write a raw diff. [`Layout::Sealed`] and [`Layout::Packed`] list their pages and
-    /// can be used instead.
+    /// file systems (FUSE, network file systems, macOS)
+    /// [`write_diff`](crate::MemoryWriter::write_diff) refuses to write a raw diff.
+    /// [`Layout::Sealed`] and [`Layout::Packed`] list their pages and can be used instead.
     ///
     /// Suits callers that keep the list of the pages themselves and read the diff with
     /// `memory_image::Chain::push_pages`. The bytes of the pages are correct in either case.
@@ -154,9 +182,9 @@ impl Options {
     /// error. See [`atomic_file::Options::recycle`] for the conditions.
     ///
     /// Recycling is faster where a large snapshot is replaced repeatedly, and takes twice the
-    /// space. The old bytes are never visible: `commit` or [`finish`](MemoryWriter::finish) wipes
-    /// what was not overwritten, and a diff is as sparse as in a new file. Uses a bit of memory per
-    /// page, where pages are written.
+    /// space. The old bytes are never visible: `commit` or [`finish`](crate::MemoryWriter::finish)
+    /// wipes what was not overwritten, and a diff is as sparse as in a new file. Uses a bit of
+    /// memory per page, where pages are written.
     pub fn recycle(mut self, max_bytes: u64) -> Self {
         self.stage = self.stage.recycle(max_bytes);
         self
@@ -170,8 +198,8 @@ impl Options {
     /// them takes longer. RAM that the reader knows to be untouched is skipped without being read.
     /// Pages that are not zero are read twice from a reader that does not expose its memory.
     ///
-    /// Applies to [`write_full`](MemoryWriter::write_full) only. A diff records a page that became
-    /// zero as written: a skipped page would count as unchanged.
+    /// Applies to [`write_full`](crate::MemoryWriter::write_full) only. A diff records a page that
+    /// became zero as written: a skipped page would count as unchanged.
     pub fn skip_zeros(mut self, skip: bool) -> Self {
         self.skip.zeros = skip;
         self
@@ -181,8 +209,8 @@ impl Options {
     /// [`PageReader::populated`](page_reader::PageReader::populated) for the RAM whose state is
     /// known.
     ///
-    /// Applies to [`write_full`](MemoryWriter::write_full) only. If the guest runs during the dump,
-    /// its writes must be tracked from before the call.
+    /// Applies to [`write_full`](crate::MemoryWriter::write_full) only. If the guest runs during
+    /// the dump, its writes must be tracked from before the call.
     ///
     /// # Examples
     /// ```
@@ -231,97 +259,24 @@ impl Options {
         self
     }
 
-    /// Calls `callback` on the writing thread before the first byte and after each chunk.
-    pub fn progress(mut self, callback: impl FnMut(Progress) + Send + 'static) -> Self {
-        self.observer.progress = Some(Box::new(callback));
+    /// Calls `callback` on the writing thread before the first byte and after each chunk. It
+    /// cancels the write by returning [`ControlFlow::Break`].
+    pub fn progress(
+        mut self,
+        callback: impl FnMut(Progress) -> ControlFlow<()> + Send + 'static,
+    ) -> Self {
+        self.reporter.callback = Some(Arc::new(Mutex::new(callback)));
         self
     }
 
     /// Lets `token` cancel writes.
+    ///
+    /// A write that is under way ends with
+    /// [`SnapshotError::Cancelled`](crate::SnapshotError::Cancelled) once the chunks in flight are
+    /// complete; a later write fails immediately. The writer then refuses to commit, and dropping
+    /// it removes the staged file. A commit that is under way is not interrupted.
     pub fn cancel(mut self, token: CancelToken) -> Self {
-        self.observer.cancel = token;
+        self.reporter.cancel = token;
         self
-    }
-
-    /// Stages a memory file of `ram_size` bytes in pages of `page_size` bytes. The file replaces or
-    /// creates `dest` when it is committed.
-    ///
-    /// # Errors
-    /// - [`SnapshotError::Ram`] if a size is invalid.
-    /// - [`SnapshotError::Open`] if the file cannot be staged.
-    /// - [`SnapshotError::MemoryIo`] if the staged file cannot get its size.
-    /// - [`SnapshotError::Seal`] if regions or metadata do not fit the footer.
-    ///
-    /// No file is left behind.
-    pub fn open(
-        self,
-        dest: impl AsRef<Path>,
-        ram_size: u64,
-        page_size: u64,
-    ) -> Result<MemoryWriter, SnapshotError> {
-        MemoryWriter::open_with(dest.as_ref(), ram_size, page_size, self)
-    }
-
-    /// Stages a file for `dest` before the size of the RAM is known, for an image that is still to
-    /// be received. [`open_on`](Self::open_on) turns it into a memory file.
-    ///
-    /// # Errors
-    /// [`SnapshotError::Open`] if the file cannot be staged. No file is left behind.
-    ///
-    /// # Examples
-    /// ```
-    /// use memory_writer::MemoryWriter;
-    ///
-    /// # let dir = tempfile::tempdir()?;
-    /// # let dest = dir.path().join("full.mem");
-    /// // What is known to fail at the commit fails here.
-    /// let stage = MemoryWriter::options().stage(&dest)?;
-    /// let ram = vec![7; 1 << 20]; // comes by the network, say
-    /// let mut writer = MemoryWriter::options().open_on(stage, 1 << 20, 4096)?;
-    /// writer.write_full(&ram)?;
-    /// writer.commit()?;
-    /// # Ok::<(), Box<dyn std::error::Error>>(())
-    /// ```
-    pub fn stage(&self, dest: impl AsRef<Path>) -> Result<AtomicWriter, SnapshotError> {
-        Ok(self.stage.open(dest)?)
-    }
-
-    /// Opens a memory file like [`open`](Self::open), on a file that was [staged](Self::stage) and
-    /// is not written. The options of staging and of the commit (durability, mode, links) are those
-    /// that were passed to `stage`.
-    ///
-    /// # Errors
-    /// As [`open`](Self::open), except [`SnapshotError::Open`].
-    pub fn open_on(
-        self,
-        stage: AtomicWriter,
-        ram_size: u64,
-        page_size: u64,
-    ) -> Result<MemoryWriter, SnapshotError> {
-        MemoryWriter::open_on(stage, ram_size, page_size, self)
-    }
-}
-
-impl fmt::Debug for Options {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Options")
-            .field("stage", &self.stage)
-            .field("write", &self.write)
-            .field("skip", &self.skip)
-            .field("read_untouched", &self.read_untouched)
-            .field("layout", &self.layout)
-            .field("ram_start", &self.ram_start)
-            .field("allow_ambiguous", &self.allow_ambiguous)
-            .field("observer", &self.observer)
-            .finish()
-    }
-}
-
-impl fmt::Debug for Observer {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Observer")
-            .field("progress", &self.progress.is_some())
-            .field("cancel", &self.cancel)
-            .finish()
     }
 }

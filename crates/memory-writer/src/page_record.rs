@@ -1,7 +1,7 @@
 //! Identifies the pages that the staged file holds.
 
-use crate::footer_builder::FooterBuilder;
 use crate::raw_diff::RawDiff;
+use crate::sealing::FooterBuilder;
 
 /// The record of the pages that the staged file holds.
 #[derive(Debug)]
@@ -12,7 +12,7 @@ pub(crate) enum PageRecord {
     /// The holes of a raw diff.
     Holes(RawDiff),
     /// The caller of a raw diff whose holes may be unreliable:
-    /// [`Options::allow_ambiguous_diff`](crate::Options::allow_ambiguous_diff).
+    /// [`WriterOptions::allow_ambiguous_diff`](crate::WriterOptions::allow_ambiguous_diff).
     Caller,
     /// All pages: a raw file that holds all of the RAM.
     All,

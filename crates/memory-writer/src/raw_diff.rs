@@ -3,11 +3,12 @@
 use std::fs::File;
 use std::ops::Range;
 
+use dirty_bitmap::PageSet;
 use nix::unistd::fsync;
 use sparse_file::{ExtentKind, HolesUnknown, PageHoles, PagesUnknown, extents};
 use thiserror::Error;
 
-use crate::page_set::PageSet;
+use crate::geometry::Geometry;
 
 /// The reason why a raw diff could not be read back: its pages cannot be distinguished from its
 /// holes.
@@ -32,43 +33,34 @@ pub enum AmbiguousDiff {
 #[derive(Debug)]
 pub(crate) struct RawDiff {
     pages: PageSet,
-    page_size: u64,
 }
 
 impl RawDiff {
     /// Creates a diff without pages in `file`.
-    pub(crate) fn begin(file: &File, ram_size: u64, page_size: u64) -> Result<Self, AmbiguousDiff> {
-        PageHoles::check_new(file, page_size)?;
+    pub(crate) fn begin(file: &File, geometry: Geometry) -> Result<Self, AmbiguousDiff> {
+        PageHoles::check_new(file, geometry.page_size)?;
         Ok(Self {
-            pages: PageSet::new(ram_size, page_size),
-            page_size,
+            pages: geometry.no_pages(),
         })
     }
 
-    /// Checks that a hole remains after `runs` of whole pages, which ascend, are written too.
-    pub(crate) fn check_hole_is_left(
-        &self,
-        runs: impl Iterator<Item = Range<u64>>,
-    ) -> Result<(), AmbiguousDiff> {
-        let size = self.pages.size();
-        let mut at = 0;
-        for run in runs.chain([size..size]) {
-            if self.pages.first_missing(&(at..run.start)).is_some() {
-                return Ok(());
-            }
-            at = run.end;
+    /// Checks that a hole remains after `pages` are written too.
+    pub(crate) fn check_hole_is_left(&self, pages: &PageSet) -> Result<(), AmbiguousDiff> {
+        let left = |gap| self.pages.gaps_in(gap).next().is_some();
+        match pages.gaps().any(left) {
+            true => Ok(()),
+            false => Err(AmbiguousDiff::EveryPage),
         }
-        Err(AmbiguousDiff::EveryPage)
     }
 
-    /// Records that a run of whole pages is being written.
-    pub(crate) fn add(&mut self, run: &Range<u64>) {
-        self.pages.add(run);
+    /// Records that pages are being written.
+    pub(crate) fn add(&mut self, pages: &PageSet) {
+        self.pages.union(pages);
     }
 
     /// Checks that the holes of the written file are the pages that were not written.
     pub(crate) fn check_written(&self, file: &File) -> Result<(), AmbiguousDiff> {
-        if self.pages.missing().next().is_none() {
+        if self.pages.gaps().next().is_none() {
             // Pages were marked during the write.
             return Err(AmbiguousDiff::EveryPage);
         }
@@ -93,24 +85,27 @@ impl RawDiff {
     /// Returns the offset of the first page whose reported state is wrong.
     fn first_difference(&self, file: &File) -> Result<Option<u64>, AmbiguousDiff> {
         let failed = |error| PagesUnknown::from(HolesUnknown::Io(error));
+        let (size, page_size) = (self.pages.range().end, self.pages.page_size());
         let mut at = 0;
         for extent in extents(file).map_err(failed)? {
             let extent = extent.map_err(failed)?;
             let Range { start, end } = extent.range;
-            if !end.is_multiple_of(self.page_size) {
-                return Ok(Some(end - end % self.page_size));
+            if end > size {
+                return Ok(Some(size));
+            }
+            if !end.is_multiple_of(page_size) {
+                return Ok(Some(end - end % page_size));
             }
             let other = match extent.kind {
-                ExtentKind::Data => self.pages.first_missing(&(start..end)),
-                ExtentKind::Hole => self.pages.first_in(&(start..end)),
+                ExtentKind::Data => self.pages.gaps_in(start..end).next(),
+                ExtentKind::Hole => self.pages.runs_in(start..end).next(),
             };
-            if other.is_some() {
-                return Ok(other);
+            if let Some(other) = other {
+                return Ok(Some(other.start));
             }
             at = end;
         }
-        debug_assert_eq!(at, self.pages.size());
-        Ok(None)
+        Ok((at < size).then_some(at))
     }
 }
 
@@ -124,14 +119,21 @@ mod tests {
 
     const PAGE: u64 = 4096;
 
+    fn set(pages: &[u64]) -> PageSet {
+        let mut set = PageSet::new(0..8 * PAGE, PAGE);
+        for page in pages {
+            set.add(&(page * PAGE..(page + 1) * PAGE));
+        }
+        set
+    }
+
     fn diff(pages: &[u64]) -> (tempfile::TempDir, File, RawDiff) {
         let dir = tempfile::tempdir().unwrap();
         let file = tempfile::tempfile_in(dir.path()).unwrap();
         file.set_len(8 * PAGE).unwrap();
-        let mut diff = RawDiff::begin(&file, 8 * PAGE, PAGE).unwrap();
-        for page in pages {
-            diff.add(&(page * PAGE..(page + 1) * PAGE));
-        }
+        let geometry = Geometry::new(8 * PAGE, PAGE).unwrap();
+        let mut diff = RawDiff::begin(&file, geometry).unwrap();
+        diff.add(&set(pages));
         (dir, file, diff)
     }
 
@@ -196,9 +198,8 @@ mod tests {
     #[test]
     fn passes_that_together_leave_no_hole_are_refused() {
         let (.., diff) = diff(&[0, 1, 2, 3]);
-        diff.check_hole_is_left([4 * PAGE..7 * PAGE].into_iter())
-            .unwrap();
-        let error = diff.check_hole_is_left([3 * PAGE..8 * PAGE].into_iter());
+        diff.check_hole_is_left(&set(&[4, 5, 6])).unwrap();
+        let error = diff.check_hole_is_left(&set(&[3, 4, 5, 6, 7]));
         assert!(matches!(error, Err(AmbiguousDiff::EveryPage)));
     }
 }

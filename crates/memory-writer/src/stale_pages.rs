@@ -4,10 +4,9 @@ use std::fs::File;
 use std::io;
 use std::ops::Range;
 
+use dirty_bitmap::PageSet;
 use page_reader::PageReader;
 use sparse_file::{WriteOptions, ZeroError, zero_ranges};
-
-use crate::page_set::PageSet;
 
 /// The pages of a file whose old bytes are not overwritten yet.
 #[derive(Debug)]
@@ -17,10 +16,10 @@ pub(crate) struct StalePages {
 }
 
 impl StalePages {
-    /// Creates a set of all pages of a file of `ram_size` bytes.
-    pub(crate) fn all(ram_size: u64, page_size: u64) -> Self {
+    /// Creates a set of all pages in `range` of a file.
+    pub(crate) fn all(range: Range<u64>, page_size: u64) -> Self {
         Self {
-            written: PageSet::new(ram_size, page_size),
+            written: PageSet::new(range, page_size),
         }
     }
 
@@ -29,10 +28,15 @@ impl StalePages {
         self.written.add(run);
     }
 
+    /// Removes pages that are being written.
+    pub(crate) fn remove_pages(&mut self, pages: &PageSet) {
+        self.written.union(pages);
+    }
+
     /// Returns the maximal runs of bytes that were not written, in ascending order. A block that
     /// several pages share is freed if none of them is written.
     fn runs(&self) -> impl Iterator<Item = Range<u64>> {
-        self.written.missing()
+        self.written.gaps()
     }
 
     /// Punches holes as in a new file, or writes zeros where the file system has no holes.
@@ -74,7 +78,7 @@ mod tests {
         #[case] written: &[Range<u64>],
         #[case] left: &[Range<u64>],
     ) {
-        let mut stale = StalePages::all(65536, 4096);
+        let mut stale = StalePages::all(0..65536, 4096);
         written.iter().for_each(|run| stale.remove(run));
         assert_eq!(stale.runs().collect::<Vec<_>>(), left);
     }

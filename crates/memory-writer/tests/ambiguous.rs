@@ -61,9 +61,9 @@ fn refused(dir: &Path, page_size: u64, marks: &DirtyBitmap) -> AmbiguousDiff {
 }
 
 /// Asserts that the same diff is accepted in a layout that lists its pages.
-fn accepted(dir: &Path, page_size: u64, layout: Layout, marks: &DirtyBitmap) {
+fn accepted(dir: &Path, page_size: u64, layout: Layout, seal: Seal, marks: &DirtyBitmap) {
     let dest = dir.join("diff.mem");
-    let options = MemoryWriter::options().layout(layout);
+    let options = MemoryWriter::options().layout(layout).seal(seal);
     let mut writer = options.open(&dest, RAM, page_size).unwrap();
     writer.write_diff(&Ones::default(), marks).unwrap();
     writer.commit().unwrap();
@@ -89,9 +89,9 @@ fn raw_diff_in_pages_smaller_than_a_block_is_refused(
         ),
         "{why:?}"
     );
-    accepted(dir, page_size, Layout::Sealed(seal()), &dirty([0]));
-    accepted(dir, page_size, Layout::Packed(seal()), &dirty([0]));
-    accepted(dir, block, Layout::Raw, &dirty([5 * page_size]));
+    accepted(dir, page_size, Layout::Sealed, seal(), &dirty([0]));
+    accepted(dir, page_size, Layout::Packed, seal(), &dirty([0]));
+    accepted(dir, block, Layout::Raw, seal(), &dirty([5 * page_size]));
 }
 
 #[test]
@@ -103,8 +103,8 @@ fn raw_diff_of_every_page_is_refused() {
     // A mark in each page is enough.
     let why = refused(dir.path(), 65536, &dirty((0..RAM).step_by(65536)));
     assert!(matches!(why, AmbiguousDiff::EveryPage), "{why:?}");
-    accepted(dir.path(), 4096, Layout::Packed(seal()), &all);
-    accepted(dir.path(), 4096, Layout::Sealed(seal()), &all);
+    accepted(dir.path(), 4096, Layout::Packed, seal(), &all);
+    accepted(dir.path(), 4096, Layout::Sealed, seal(), &all);
 }
 
 #[test]

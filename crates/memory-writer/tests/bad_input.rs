@@ -6,7 +6,7 @@ use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use dirty_bitmap::DirtyBitmap;
-use memory_writer::{Layout, MemoryIoStep, MemoryWriter, RamError, Seal, SnapshotError};
+use memory_writer::{Layout, MemoryIoStep, MemoryWriter, RamError, SnapshotError};
 use rstest::rstest;
 use support::{Place, Until, pattern};
 
@@ -308,9 +308,9 @@ fn file_size_limit_is_an_error_and_no_signal() {
             writer.commit()
         };
         for (layout, size) in [
-            (Layout::Packed(Seal::new()), SIZE),
-            (Layout::Packed(Seal::new()), SIZE / 2),
-            (Layout::Sealed(Seal::new()), SIZE / 2),
+            (Layout::Packed, SIZE),
+            (Layout::Packed, SIZE / 2),
+            (Layout::Sealed, SIZE / 2),
         ] {
             let error = full(layout, size).unwrap_err();
             assert!(error.to_string().contains("RLIMIT_FSIZE"), "{error}");

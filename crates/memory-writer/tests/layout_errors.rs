@@ -5,33 +5,40 @@ mod support;
 use std::io;
 
 use dirty_bitmap::DirtyBitmap;
-use image_format::Kind;
+use image_format::ImageKind;
 use memory_writer::{FooterError, ImageId, Layout, MemoryIoStep, Seal, SnapshotError};
 use rstest::rstest;
-use support::images::{Make, PAGE, applied, dirty, options};
+use support::images::{PAGE, applied, dirty, options};
 use support::{Place, Until, pattern};
 
 #[test]
 fn raw_layout_refuses_metadata_and_full_refuses_a_parent() {
     let place = Place::new();
-    let open = |layout| options(layout).open(&place.dest, 1 << 20, PAGE).unwrap();
+    let open = |layout, seal| {
+        options(layout, seal)
+            .open(&place.dest, 1 << 20, PAGE)
+            .unwrap()
+    };
     let ram = vec![0; 1 << 20];
 
     let parent = Seal::new().parent(ImageId::from_bytes([1; 16]));
-    let mut writer = open(Layout::Sealed(parent));
+    let mut writer = open(Layout::Sealed, parent);
     let error = writer
         .write_full(&ram)
         .expect_err("a full snapshot has no parent");
     assert!(matches!(error, SnapshotError::FullWithParent { .. }));
     drop(writer);
 
-    let mut writer = open(Layout::Raw);
+    let mut writer = open(Layout::Raw, Seal::new());
     assert_eq!(writer.image_id(), None);
     let error = writer
         .set_metadata(b"state".to_vec())
         .expect_err("no place for it");
     assert!(matches!(error, SnapshotError::NotSealed { .. }));
     drop(writer);
+    let seal = Seal::new().metadata(b"state".to_vec());
+    let refused = options(Layout::Raw, seal).open(&place.dest, 1 << 20, PAGE);
+    assert!(matches!(refused, Err(SnapshotError::NotSealed { .. })));
 
     place.assert_untouched();
 }
@@ -43,10 +50,10 @@ fn raw_layout_refuses_metadata_and_full_refuses_a_parent() {
 #[case::too_much_metadata(Seal::new().metadata(vec![0; (16 << 20) + 1]))]
 fn invalid_seal_is_refused_at_open(
     #[case] seal: Seal,
-    #[values(Layout::Sealed, Layout::Packed)] make: Make,
+    #[values(Layout::Sealed, Layout::Packed)] layout: Layout,
 ) {
     let place = Place::new();
-    let error = options(make(seal))
+    let error = options(layout, seal)
         .open(&place.dest, 1 << 20, PAGE)
         .unwrap_err();
     assert!(
@@ -66,7 +73,7 @@ fn invalid_seal_is_refused_at_open(
 fn too_much_metadata_leaves_the_writer_usable() {
     let place = Place::new();
     let seal = Seal::new().metadata(b"before".to_vec());
-    let mut writer = options(Layout::Packed(seal))
+    let mut writer = options(Layout::Packed, seal)
         .open(&place.dest, 1 << 20, PAGE)
         .unwrap();
     let error = writer.set_metadata(vec![0; (16 << 20) + 1]).unwrap_err();
@@ -80,11 +87,11 @@ fn too_much_metadata_leaves_the_writer_usable() {
 #[rstest]
 #[case::sealed(Layout::Sealed)]
 #[case::packed(Layout::Packed)]
-fn sealed_diff_without_a_parent_is_refused_before_writes(#[case] make: Make) {
+fn sealed_diff_without_a_parent_is_refused_before_writes(#[case] layout: Layout) {
     let place = Place::new();
     let ram = pattern(1 << 20, 1);
     let open = |seal| {
-        options(make(seal))
+        options(layout, seal)
             .open(&place.dest, 1 << 20, PAGE)
             .unwrap()
     };
@@ -99,12 +106,15 @@ fn sealed_diff_without_a_parent_is_refused_before_writes(#[case] make: Make) {
     writer.write_full(&ram).unwrap();
     writer.write_diff(&ram, &dirty(1 << 20, &[3])).unwrap();
     writer.commit().unwrap();
-    assert_eq!(applied(&place.dest, vec![0; 1 << 20]).0.kind, Kind::Full);
+    assert_eq!(
+        applied(&place.dest, vec![0; 1 << 20]).0.kind,
+        ImageKind::Full
+    );
 
     let mut writer = open(Seal::new().on_raw_image());
     writer.write_diff(&ram, &dirty(1 << 20, &[3])).unwrap();
     writer.commit().unwrap();
-    let kind = Kind::Diff { parent: None };
+    let kind = ImageKind::Diff { parent: None };
     assert_eq!(applied(&place.dest, vec![0; 1 << 20]).0.kind, kind);
 }
 
@@ -122,7 +132,7 @@ fn footer_over_its_limit_is_refused_before_writes() {
     let dirty = DirtyBitmap::new(0, size, page).unwrap();
     let words = vec![0x5555_5555_5555_5555; (size / page / 64) as usize];
     dirty.mark_dirty_log(0, page, &words).unwrap();
-    let mut writer = options(Layout::Packed(Seal::new().on_raw_image()))
+    let mut writer = options(Layout::Packed, Seal::new().on_raw_image())
         .open(&place.dest, size, page)
         .unwrap();
     let error = writer.write_diff(&Unread, &dirty).unwrap_err();
@@ -151,7 +161,7 @@ fn read_error_of_a_packed_diff_names_the_offset_in_ram() {
         offset: 200 * PAGE,
         then: || io::Error::other("planted"),
     };
-    let mut writer = options(Layout::Packed(Seal::new().on_raw_image()))
+    let mut writer = options(Layout::Packed, Seal::new().on_raw_image())
         .open(&place.dest, 1 << 20, PAGE)
         .unwrap();
     let error = writer

@@ -5,20 +5,20 @@ mod support;
 use std::io;
 
 use dirty_bitmap::DirtyBitmap;
-use image_format::{Kind, Placement};
+use image_format::ImageKind;
 use memory_writer::{Durability, ImageId, Layout, MemoryWriter, Seal, SnapshotError};
 use proptest::prelude::*;
 use rstest::rstest;
-use support::images::{Make, PAGE, applied, dirty, options};
+use support::images::{PAGE, applied, dirty, options};
 use support::{Place, Until, pattern};
 
 #[rstest]
-#[case::sealed(Layout::Sealed, Placement::InPlace)]
-#[case::packed(Layout::Packed, Placement::Packed)]
-fn footer_of_a_full_snapshot_lists_every_page(#[case] make: Make, #[case] placement: Placement) {
+#[case::sealed(Layout::Sealed)]
+#[case::packed(Layout::Packed)]
+fn footer_of_a_full_snapshot_lists_every_page(#[case] layout: Layout) {
     let place = Place::new();
     let ram = pattern(3 << 20, 1);
-    let mut writer = options(make(Seal::new()))
+    let mut writer = options(layout, Seal::new())
         .open(&place.dest, 3 << 20, PAGE)
         .unwrap();
     let id = writer.image_id().expect("it is sealed");
@@ -27,8 +27,8 @@ fn footer_of_a_full_snapshot_lists_every_page(#[case] make: Make, #[case] placem
 
     let (footer, restored) = applied(&place.dest, vec![0xaa; 3 << 20]);
     assert_eq!(
-        (footer.id, footer.kind, footer.placement),
-        (id, Kind::Full, placement)
+        (footer.id, footer.kind, footer.layout),
+        (id, ImageKind::Full, layout)
     );
     assert_eq!(footer.regions, [0..3 << 20]);
     assert!(restored == ram);
@@ -43,7 +43,7 @@ fn footer_of_a_full_snapshot_lists_every_page(#[case] make: Make, #[case] placem
 #[rstest]
 #[case::sealed(Layout::Sealed)]
 #[case::packed(Layout::Packed)]
-fn footer_of_a_diff_separates_zeros_from_clean_pages(#[case] make: Make) {
+fn footer_of_a_diff_separates_zeros_from_clean_pages(#[case] layout: Layout) {
     let place = Place::new();
     let size = 4 << 20;
     let mut ram = pattern(size as usize, 2);
@@ -56,7 +56,7 @@ fn footer_of_a_diff_separates_zeros_from_clean_pages(#[case] make: Make) {
         .parent(parent)
         .regions([0..1 << 20, 1 << 32..(1 << 32) + (3 << 20)])
         .metadata(b"vcpu".to_vec());
-    let mut writer = options(make(seal)).open(&place.dest, size, PAGE).unwrap();
+    let mut writer = options(layout, seal).open(&place.dest, size, PAGE).unwrap();
     assert_eq!(writer.write_diff(&ram, &dirty(size, &[2, 256])).unwrap(), 2);
     writer.commit().unwrap();
 
@@ -66,7 +66,7 @@ fn footer_of_a_diff_separates_zeros_from_clean_pages(#[case] make: Make) {
     assert_eq!(footer.regions[1].start, 1 << 32);
     assert_eq!(footer.present_bytes(), 2 * PAGE);
     assert!(restored == ram);
-    if footer.placement == Placement::Packed {
+    if footer.layout == Layout::Packed {
         assert_eq!(footer.data_end(), 3 * PAGE);
         assert!(
             place.read().len() < 4 * PAGE as usize,
@@ -78,9 +78,9 @@ fn footer_of_a_diff_separates_zeros_from_clean_pages(#[case] make: Make) {
 #[rstest]
 #[case::sealed(Layout::Sealed)]
 #[case::packed(Layout::Packed)]
-fn diff_without_pages_is_a_footer(#[case] make: Make) {
+fn diff_without_pages_is_a_footer(#[case] layout: Layout) {
     let place = Place::new();
-    let mut writer = options(make(Seal::new().on_raw_image()))
+    let mut writer = options(layout, Seal::new().on_raw_image())
         .open(&place.dest, 1 << 20, PAGE)
         .unwrap();
     writer
@@ -94,12 +94,12 @@ fn diff_without_pages_is_a_footer(#[case] make: Make) {
 #[rstest]
 #[case::sealed(Layout::Sealed)]
 #[case::packed(Layout::Packed)]
-fn pages_that_a_full_dump_skips_are_zeros_in_the_footer(#[case] make: Make) {
+fn pages_that_a_full_dump_skips_are_zeros_in_the_footer(#[case] layout: Layout) {
     let place = Place::new();
     let size = 4 << 20;
     let mut ram = vec![0; size as usize];
     ram[1 << 20..(1 << 20) + 100].fill(5);
-    let mut writer = options(make(Seal::new().on_raw_image()))
+    let mut writer = options(layout, Seal::new().on_raw_image())
         .skip_zeros(true)
         .open(&place.dest, size, PAGE)
         .unwrap();
@@ -110,7 +110,7 @@ fn pages_that_a_full_dump_skips_are_zeros_in_the_footer(#[case] make: Make) {
     writer.write_full(&ram).unwrap();
     writer.commit().unwrap();
     let (footer, restored) = applied(&place.dest, vec![0xaa; size as usize]);
-    assert_eq!(footer.kind, Kind::Full);
+    assert_eq!(footer.kind, ImageKind::Full);
     assert!(
         footer.zero_bytes() > size - (64 << 10),
         "{} are zero",
@@ -124,7 +124,7 @@ fn recycled_packed_file_contains_no_old_bytes() {
     let place = Place::recycling();
     let size = 4 << 20;
     let save = |ram: &Vec<u8>, pages: &[u64]| {
-        let mut writer = options(Layout::Packed(Seal::new().on_raw_image()))
+        let mut writer = options(Layout::Packed, Seal::new().on_raw_image())
             .recycle(1 << 30)
             .open(&place.dest, size, PAGE)
             .unwrap();
@@ -155,7 +155,7 @@ fn checksums_match_the_file_while_the_guest_writes() {
         }
     }
     let place = Place::new();
-    let mut writer = options(Layout::Sealed(Seal::new()))
+    let mut writer = options(Layout::Sealed, Seal::new())
         .open(&place.dest, 8 << 20, PAGE)
         .unwrap();
     let running = Running(std::cell::Cell::new(0));
@@ -172,7 +172,7 @@ fn recycled_file_is_wiped_between_header_and_first_page() {
     let place = Place::recycling();
     let (size, page) = (4 << 20, 64 << 10);
     let save = |pages: &[u64]| {
-        let mut writer = options(Layout::Packed(Seal::new().on_raw_image()))
+        let mut writer = options(Layout::Packed, Seal::new().on_raw_image())
             .recycle(1 << 30)
             .open(&place.dest, size, page)
             .unwrap();
@@ -205,7 +205,7 @@ fn long_packed_runs_match_and_report_the_failed_offset() {
     let ram = pattern(size as usize, 4);
     let pages: Vec<_> = (0..200).chain(256..1280).chain(1400..1500).collect();
     let open = || {
-        let packed = options(Layout::Packed(Seal::new().on_raw_image()));
+        let packed = options(Layout::Packed, Seal::new().on_raw_image());
         packed.open(&place.dest, size, PAGE).unwrap()
     };
     let until = |offset| Until {
@@ -263,9 +263,8 @@ proptest! {
     ) {
         let dir = tempfile::tempdir().unwrap();
         let dest = dir.path().join("mem");
-        let make = if packed { Layout::Packed } else { Layout::Sealed };
-        let layout = make(Seal::new().on_raw_image());
-        let mut writer = options(layout)
+        let layout = if packed { Layout::Packed } else { Layout::Sealed };
+        let mut writer = options(layout, Seal::new().on_raw_image())
             .durability(Durability::None)
             .skip_zeros(skip)
             .open(&dest, size, PAGE)
@@ -303,7 +302,7 @@ proptest! {
         }
         writer.commit().unwrap();
         let (footer, restored) = applied(&dest, base);
-        prop_assert_eq!(footer.kind == Kind::Full, full);
+        prop_assert_eq!(footer.kind == ImageKind::Full, full);
         prop_assert!(restored == expected);
     }
 }

@@ -29,6 +29,7 @@ fn peaks(layout: Layout, dirty: &DirtyBitmap) -> (usize, usize, usize) {
     MEMORY.reset_peak_usage();
     let mut writer = MemoryWriter::options()
         .layout(layout)
+        .seal(Seal::new().on_raw_image())
         .durability(Durability::None)
         .open(dir.path().join("mem"), SIZE, PAGE)
         .unwrap();
@@ -47,11 +48,10 @@ fn diff_takes_24_bytes_a_run_and_its_footer_no_more() {
         scattered.set_dirty(2 * PAGE * run).unwrap();
     }
     one_run.set_range(0, RUNS * PAGE).unwrap();
-    for make in [Layout::Sealed, Layout::Packed] {
-        let layout = || make(Seal::new().on_raw_image());
+    for layout in [Layout::Sealed, Layout::Packed] {
         // Both use the same buffers of the engine.
-        let (buffers, _, _) = peaks(layout(), &one_run);
-        let (writing, kept, sealing) = peaks(layout(), &scattered);
+        let (buffers, _, _) = peaks(layout, &one_run);
+        let (writing, kept, sealing) = peaks(layout, &scattered);
         let runs = 24 * RUNS as usize;
         let grown = writing.saturating_sub(buffers);
         assert!(kept <= runs + (1 << 20), "{kept} bytes kept");

@@ -116,11 +116,11 @@ proptest! {
                     writer.commit().unwrap();
                     let diff = std::fs::read(dir.path().join("mem")).unwrap();
                     prop_assert_eq!(diff.len() as u64, size);
-                    let is_dirty = |page: &u64| epoch.bitmap().page_set().bits.iter_ones().any(|granule| {
-                        let granule_size = epoch.bitmap().page_set().granule;
-                        let start = granule as u64 * granule_size;
-                        start < (page + 1) * PAGE && page * PAGE < start + granule_size
-                    });
+                    let marked = epoch.bitmap().page_set();
+                    let is_dirty = |page: &u64| {
+                        let page = marked.range().start + page * PAGE;
+                        marked.runs_in(page..page + PAGE).next().is_some()
+                    };
                     let written: Vec<u64> = (0..size / PAGE).filter(is_dirty).collect();
                     prop_assert_eq!(pages, written.len() as u64);
                     for page in 0..size / PAGE {

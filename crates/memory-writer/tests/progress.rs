@@ -2,6 +2,7 @@
 
 mod support;
 
+use std::ops::ControlFlow;
 use std::sync::mpsc;
 
 use dirty_bitmap::DirtyBitmap;
@@ -23,37 +24,30 @@ fn bitmap(page_size: u64) -> DirtyBitmap {
 fn reporting_progress(place: &Place) -> (MemoryWriter, mpsc::Receiver<Progress>) {
     let (send, receive) = mpsc::channel();
     let writer = MemoryWriter::options()
-        .progress(move |progress| send.send(progress).unwrap())
+        .progress(move |progress| {
+            send.send(progress).unwrap();
+            ControlFlow::Continue(())
+        })
         .open(&place.dest, SIZE, PAGE)
         .unwrap();
     (writer, receive)
 }
 
 #[test]
-fn progress_counts_bytes_and_pages_up_to_the_total() {
+fn progress_counts_bytes_up_to_the_total() {
     let (place, dirty) = (Place::new(), bitmap(4096));
     dirty.set_range(START, 2 << 20).unwrap();
     let (mut writer, receive) = reporting_progress(&place);
     writer.write_diff(&ram(1), &dirty).unwrap();
     let seen: Vec<_> = receive.try_iter().collect();
-    assert!(seen.is_sorted_by(|a, b| a.bytes_done < b.bytes_done) && seen.len() >= 3);
-    assert_eq!(
-        (
-            seen[0].bytes_done,
-            seen[0].bytes_total,
-            seen[0].pages_total()
-        ),
-        (0, 2 << 20, 128)
-    );
+    assert!(seen.is_sorted_by(|a, b| a.done < b.done) && seen.len() >= 3);
+    assert_eq!((seen[0].done, seen[0].total), (0, 2 << 20));
     let last = seen.last().unwrap();
-    assert_eq!(
-        (last.bytes_done, last.pages_done(), last.pages_total()),
-        (2 << 20, 128, 128)
-    );
+    assert_eq!((last.done, last.total), (2 << 20, 2 << 20));
     writer.write_full(&ram(1)).unwrap();
     assert_eq!(
-        receive.try_iter().last().unwrap().pages_done(),
-        SIZE / PAGE,
+        receive.try_iter().last().unwrap().done,
+        SIZE,
         "each write counts from zero"
     );
 }
@@ -66,12 +60,12 @@ fn progress_of_a_diff_counts_the_dirty_pages() {
     let (mut writer, receive) = reporting_progress(&place);
     writer.write_diff(&ram(1), &dirty).unwrap();
     let seen: Vec<_> = receive.try_iter().collect();
-    assert!(seen.iter().all(|progress| progress.bytes_total == 3 * PAGE));
-    assert_eq!(seen.last().unwrap().bytes_done, 3 * PAGE);
+    assert!(seen.iter().all(|progress| progress.total == 3 * PAGE));
+    assert_eq!(seen.last().unwrap().done, 3 * PAGE);
 }
 
 #[test]
-fn progress_never_exceeds_the_total_while_pages_are_marked() {
+fn pages_marked_during_a_write_are_not_part_of_it() {
     let (place, dirty) = (Place::new(), std::sync::Arc::new(bitmap(PAGE)));
     dirty.set_dirty_by_index(0).unwrap();
     let (send, receive) = mpsc::channel();
@@ -80,17 +74,53 @@ fn progress_never_exceeds_the_total_while_pages_are_marked() {
         .progress(move |progress| {
             marked.set_dirty_by_index(200).unwrap();
             send.send(progress).unwrap();
+            ControlFlow::Continue(())
         })
         .open(&place.dest, SIZE, PAGE)
         .unwrap();
-    assert_eq!(writer.write_diff(&ram(1), &dirty).unwrap(), 2);
+    assert_eq!(writer.write_diff(&ram(1), &dirty).unwrap(), 1);
     let seen: Vec<_> = receive.try_iter().collect();
-    assert_eq!(seen[0].pages_total(), 1);
     assert!(
-        seen.iter()
-            .all(|progress| progress.bytes_done <= progress.bytes_total),
+        seen.iter().all(|progress| progress.total == PAGE),
         "{seen:?}"
     );
+    assert!(dirty.is_dirty(START + 200 * PAGE).unwrap());
+}
+
+#[test]
+fn a_progress_function_can_cancel_the_write() {
+    let place = Place::new();
+    let mut writer = MemoryWriter::options()
+        .progress(|progress| match progress.done {
+            0 => ControlFlow::Continue(()),
+            _ => ControlFlow::Break(()),
+        })
+        .chunk_size(4096)
+        .open(&place.dest, SIZE, PAGE)
+        .unwrap();
+    let error = writer.write_full(&ram(1)).unwrap_err();
+    assert!(
+        matches!(error, SnapshotError::Cancelled { written, .. } if written < SIZE),
+        "{error}"
+    );
+    drop(writer);
+    place.assert_untouched();
+}
+
+#[test]
+fn options_open_several_writers() {
+    let (place, other) = (Place::new(), Place::new());
+    let (send, receive) = mpsc::channel();
+    let options = MemoryWriter::options().progress(move |progress| {
+        send.send(progress).unwrap();
+        ControlFlow::Continue(())
+    });
+    for place in [&place, &other] {
+        let mut writer = options.open(&place.dest, SIZE, PAGE).unwrap();
+        writer.write_full(&ram(1)).unwrap();
+        writer.commit().unwrap();
+        assert_eq!(receive.try_iter().last().unwrap().done, SIZE);
+    }
 }
 
 #[test]
@@ -99,14 +129,17 @@ fn another_thread_cancels_a_running_write() {
     let (cancel, (send, receive)) = (CancelToken::new(), mpsc::sync_channel(0));
     let mut writer = MemoryWriter::options()
         .cancel(cancel.clone())
-        .progress(move |progress| send.send(progress).unwrap_or_default())
+        .progress(move |progress| {
+            send.send(progress).unwrap_or_default();
+            ControlFlow::Continue(())
+        })
         // Many more chunks than are ever in flight at once.
         .chunk_size(4096)
         .open(&place.dest, SIZE, PAGE)
         .unwrap();
     let canceller = std::thread::spawn(move || {
         // The write waits for each of its reports to be received, so it is still under way here.
-        while receive.recv().unwrap().bytes_done == 0 {}
+        while receive.recv().unwrap().done == 0 {}
         cancel.cancel();
         // Receives until the writer is dropped.
         while receive.recv().is_ok() {}

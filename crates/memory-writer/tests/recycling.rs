@@ -10,7 +10,7 @@ use std::path::Path;
 use std::process::Command;
 
 use dirty_bitmap::DirtyBitmap;
-use memory_writer::{AmbiguousDiff, MemoryIoStep, MemoryWriter, Options, SnapshotError};
+use memory_writer::{AmbiguousDiff, MemoryIoStep, MemoryWriter, SnapshotError, WriterOptions};
 use proptest::prelude::*;
 use rstest::rstest;
 use sparse_file::ExtentKind;
@@ -20,11 +20,11 @@ use test_machine::{FileSystem, LoopMount, Need, TinyTmpfs, needs, recycling_dir,
 const SIZE: u64 = 1 << 20;
 
 /// The tests include diffs of every page and pages smaller than a block.
-fn recycling() -> Options {
+fn recycling() -> WriterOptions {
     any_diff().recycle(1 << 30)
 }
 
-fn any_diff() -> Options {
+fn any_diff() -> WriterOptions {
     MemoryWriter::options().allow_ambiguous_diff(true)
 }
 
@@ -46,7 +46,7 @@ fn dirty(size: u64, page: u64, pages: &[u64]) -> DirtyBitmap {
     dirty
 }
 
-fn full(options: Options, dest: &Path, ram: &[u8]) -> bool {
+fn full(options: WriterOptions, dest: &Path, ram: &[u8]) -> bool {
     let mut writer = options.open(dest, ram.len() as u64, 4096).unwrap();
     let recycled = writer.recycled();
     writer.write_full(ram).unwrap();

@@ -237,7 +237,8 @@ fn reclaimed_save_does_not_replace_the_next_one() {
     let save = || {
         let parent = memory_writer::ImageId::from_bytes([7; 16]);
         MemoryWriter::options()
-            .layout(Layout::Sealed(Seal::new().parent(parent)))
+            .layout(Layout::Sealed)
+            .seal(Seal::new().parent(parent))
             .open(&place.dest, SIZE, PAGE)
             .unwrap()
     };

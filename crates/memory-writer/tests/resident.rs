@@ -45,11 +45,6 @@ fn untouched() {
 fn written() {
     // Larger than the limit below.
     const SIZE: u64 = 40 << 20;
-    let layouts = [
-        || Layout::Raw,
-        || Layout::Sealed(Seal::new().on_raw_image()),
-        || Layout::Packed(Seal::new().on_raw_image()),
-    ];
     let dir = tempfile::tempdir().unwrap();
     let ram = Memory::new(SIZE).unwrap();
     let words: Vec<u8> = (0..1 << 20).map(|at: u32| (at % 251) as u8).collect();
@@ -62,10 +57,11 @@ fn written() {
     }
     let taken = dirty.drain().unwrap();
     let before = peak();
-    for layout in layouts {
+    for layout in Layout::ALL {
         for full in [true, false] {
             let options = MemoryWriter::options()
-                .layout(layout())
+                .layout(layout)
+                .seal(Seal::new().on_raw_image())
                 .durability(Durability::None);
             let mut writer = options.open(dir.path().join("mem"), SIZE, 4096).unwrap();
             if full {

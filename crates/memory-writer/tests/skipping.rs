@@ -9,7 +9,9 @@ use std::path::Path;
 use std::sync::mpsc;
 
 use dirty_bitmap::DirtyBitmap;
-use memory_writer::{CancelToken, Durability, MemoryIoStep, MemoryWriter, Options, SnapshotError};
+use memory_writer::{
+    CancelToken, Durability, MemoryIoStep, MemoryWriter, SnapshotError, WriterOptions,
+};
 use page_reader::{PageReader, PopulatedRanges};
 use proptest::prelude::*;
 use rstest::rstest;
@@ -21,7 +23,7 @@ const KIB: u64 = 1 << 10;
 const SIZE: u64 = 4 << 20;
 const PAGE: u64 = 4096;
 
-fn skipping() -> Options {
+fn skipping() -> WriterOptions {
     MemoryWriter::options()
         .skip_zeros(true)
         .skip_untouched(true)
@@ -60,7 +62,7 @@ fn without_memory(ram: &[u8]) -> impl PageReader + use<> {
     }
 }
 
-fn dump(options: Options, dest: &Path, reader: &(impl PageReader + ?Sized), page: u64) {
+fn dump(options: WriterOptions, dest: &Path, reader: &(impl PageReader + ?Sized), page: u64) {
     let mut writer = options.open(dest, SIZE, page).unwrap();
     writer.write_full(reader).unwrap();
     writer.commit().unwrap();
@@ -94,7 +96,7 @@ fn nothing_is_skipped_by_default() {
 #[case::zeros(MemoryWriter::options().skip_zeros(true))]
 #[case::untouched(MemoryWriter::options().skip_untouched(true))]
 #[case::both(skipping())]
-fn guest_of_zeros_is_a_hole(#[case] options: Options) {
+fn guest_of_zeros_is_a_hole(#[case] options: WriterOptions) {
     let (place, ram) = (Place::new(), Memory::new(SIZE).unwrap());
     dump(options, &place.dest, &ram, PAGE);
     assert!(place.read() == sparse(&[]));
@@ -254,15 +256,15 @@ fn descending_ranges_of_a_reader_are_harmless() {
 fn progress_ends_at_the_total(#[case] data: &[Range<u64>]) {
     let place = Place::new();
     let (send, receive) = mpsc::channel();
-    let options = skipping().progress(move |progress| send.send(progress).unwrap());
+    let options = skipping().progress(move |progress| {
+        send.send(progress).unwrap();
+        std::ops::ControlFlow::Continue(())
+    });
     dump(options, &place.dest, &sparse(data), PAGE);
     let seen: Vec<_> = receive.try_iter().collect();
-    assert!(
-        seen.is_sorted_by(|a, b| a.bytes_done < b.bytes_done),
-        "{seen:?}"
-    );
-    assert!(seen.iter().all(|progress| progress.bytes_total == SIZE));
-    assert_eq!(seen.last().unwrap().bytes_done, SIZE);
+    assert!(seen.is_sorted_by(|a, b| a.done < b.done), "{seen:?}");
+    assert!(seen.iter().all(|progress| progress.total == SIZE));
+    assert_eq!(seen.last().unwrap().done, SIZE);
 }
 
 #[test]
@@ -273,10 +275,11 @@ fn scan_of_zeros_can_be_cancelled() {
         .skip_zeros(true)
         .cancel(cancel)
         .progress(move |progress| {
-            if progress.bytes_done > 0 {
-                assert!(progress.bytes_done < SIZE);
+            if progress.done > 0 {
+                assert!(progress.done < SIZE);
                 token.cancel();
             }
+            std::ops::ControlFlow::Continue(())
         })
         .open(&place.dest, SIZE, PAGE)
         .unwrap();

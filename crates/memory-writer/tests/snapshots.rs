@@ -316,7 +316,7 @@ fn concurrent_writers_commit_and_the_last_one_wins() {
 mod sharing {
     use std::fs::File;
 
-    use memory_writer::{Layout, Seal};
+    use memory_writer::Layout;
     use test_machine::{FileSystem, LoopMount, needs};
 
     use super::*;
@@ -347,7 +347,7 @@ mod sharing {
         writer.write_diff(&after, &dirty).unwrap();
         writer.commit().unwrap();
         assert!(place.read() == after);
-        let sealed = MemoryWriter::options().layout(Layout::Sealed(Seal::new()));
+        let sealed = MemoryWriter::options().layout(Layout::Sealed);
         let mut writer = sealed.open(&place.dest, SIZE, PAGE).unwrap();
         assert!(
             !writer.share_full(&image).unwrap(),

@@ -13,7 +13,7 @@ use std::ptr::NonNull;
 
 use dirty_bitmap::DirtyBitmap;
 use memory_writer::{
-    Durability, Engine, Layout, MemoryIoStep, MemoryWriter, Options, Seal, SnapshotError,
+    Durability, Engine, Layout, MemoryIoStep, MemoryWriter, Seal, SnapshotError, WriterOptions,
 };
 use nix::libc::c_void;
 use nix::sys::memfd::{MFdFlags, memfd_create};
@@ -175,19 +175,15 @@ fn sized(file: File) -> Mapped {
 }
 
 /// Calls `save` with every engine and combination of skip options.
-fn ways(mut save: impl FnMut(Options, &str)) {
-    let layouts = [
-        || Layout::Raw,
-        || Layout::Sealed(Seal::new().on_raw_image()),
-        || Layout::Packed(Seal::new().on_raw_image()),
-    ];
+fn ways(mut save: impl FnMut(WriterOptions, &str)) {
     for engine in Engine::ALL.iter().copied() {
-        for layout in layouts {
+        for layout in Layout::ALL {
             for (zeros, untouched) in [(false, false), (true, false), (false, true), (true, true)] {
-                let way = format!("{engine:?} {:?} {zeros} {untouched}", layout());
+                let way = format!("{engine:?} {layout} {zeros} {untouched}");
                 let options = MemoryWriter::options()
                     .engine(engine)
-                    .layout(layout())
+                    .layout(layout)
+                    .seal(Seal::new().on_raw_image())
                     .skip_zeros(zeros)
                     .skip_untouched(untouched)
                     .durability(Durability::None);
@@ -221,7 +217,7 @@ fn full_dump_does_not_touch_ram(
     ways(|options, way| {
         let mut writer = options.open(&place.dest, SIZE, PAGE).unwrap();
         writer.write_full(&ram).unwrap();
-        let packed = way.contains("Packed");
+        let packed = way.contains("packed");
         writer.commit().unwrap();
         assert_eq!(ram.resident(), before, "{way}");
         // Packed pages have other offsets.
@@ -240,7 +236,7 @@ fn diff_of_all_pages_does_not_touch_ram(
     dirty.set_range(0, SIZE).unwrap();
     let before = ram.resident();
     ways(|options, way| {
-        if way.contains("Raw") {
+        if way.contains("raw") {
             let options = options.allow_ambiguous_diff(true);
             let mut writer = options.open(&place.dest, SIZE, PAGE).unwrap();
             assert_eq!(writer.write_diff(&ram, &dirty).unwrap(), SIZE / PAGE);

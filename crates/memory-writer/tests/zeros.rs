@@ -7,7 +7,7 @@ use std::ops::Range;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
 
-use image_format::{Footer, Run, Stored};
+use image_format::{Footer, Run, Storage};
 use memory_writer::{Durability, Layout, MemoryWriter, Seal, SnapshotError};
 use proptest::prelude::*;
 use rstest::rstest;
@@ -17,15 +17,10 @@ const PAGE: u64 = 4096;
 const PAGES: u64 = 24;
 const SIZE: u64 = PAGES * PAGE;
 
-type Make = fn(Seal) -> Layout;
-
-fn raw(_: Seal) -> Layout {
-    Layout::Raw
-}
-
-fn open(dest: &Path, layout: Layout, ambiguous: bool) -> MemoryWriter {
+fn open(dest: &Path, layout: Layout, seal: Seal, ambiguous: bool) -> MemoryWriter {
     let options = MemoryWriter::options()
         .layout(layout)
+        .seal(seal)
         .allow_ambiguous_diff(ambiguous)
         .durability(Durability::None);
     options.open(dest, SIZE, PAGE).unwrap()
@@ -37,8 +32,8 @@ fn apply(path: &Path, ram: &mut [u8]) {
     for run in Footer::read(&file).unwrap().runs {
         let bytes = &mut ram[run.start as usize..run.range().end as usize];
         match run.stored {
-            Stored::Zeros => bytes.fill(0),
-            Stored::At(offset) => file.read_exact_at(bytes, offset).unwrap(),
+            Storage::Zeros => bytes.fill(0),
+            Storage::At(offset) => file.read_exact_at(bytes, offset).unwrap(),
         }
     }
 }
@@ -46,9 +41,9 @@ fn apply(path: &Path, ram: &mut [u8]) {
 #[rstest]
 #[case::sealed(Layout::Sealed)]
 #[case::packed(Layout::Packed)]
-fn zeros_of_a_diff_take_no_space(#[case] make: Make) {
+fn zeros_of_a_diff_take_no_space(#[case] layout: Layout) {
     let place = Place::new();
-    let mut writer = open(&place.dest, make(Seal::new().on_raw_image()), false);
+    let mut writer = open(&place.dest, layout, Seal::new().on_raw_image(), false);
     writer.write_zeros(|| [PAGE..9 * PAGE].into_iter()).unwrap();
     let ram = pattern(SIZE as usize, 3);
     let pages = writer.write_runs(&ram, || {
@@ -57,7 +52,10 @@ fn zeros_of_a_diff_take_no_space(#[case] make: Make) {
     assert_eq!(pages.unwrap(), 3);
     writer.commit().unwrap();
     let footer = Footer::read(&File::open(&place.dest).unwrap()).unwrap();
-    let zeros = footer.runs.iter().filter(|run| run.stored == Stored::Zeros);
+    let zeros = footer
+        .runs
+        .iter()
+        .filter(|run| run.stored == Storage::Zeros);
     let zeros: Vec<_> = zeros.map(Run::range).collect();
     assert_eq!(zeros, [PAGE..4 * PAGE, 5 * PAGE..9 * PAGE]);
     assert_eq!(footer.present_bytes(), 3 * PAGE);
@@ -67,7 +65,7 @@ fn zeros_of_a_diff_take_no_space(#[case] make: Make) {
 #[test]
 fn zeros_of_a_full_raw_file_take_no_space() {
     let place = Place::new();
-    let mut writer = open(&place.dest, Layout::Raw, false);
+    let mut writer = open(&place.dest, Layout::Raw, Seal::new(), false);
     let mut ram = pattern(SIZE as usize, 3);
     writer.write_full(&ram).unwrap();
     writer.write_zeros(|| [0..20 * PAGE].into_iter()).unwrap();
@@ -86,10 +84,10 @@ fn zeros_of_a_full_raw_file_take_no_space() {
 #[case::overlapping(&[0..2 * PAGE, PAGE..3 * PAGE])]
 fn invalid_runs_are_refused(
     #[case] runs: &[Range<u64>],
-    #[values(raw, Layout::Sealed, Layout::Packed)] make: Make,
+    #[values(Layout::Raw, Layout::Sealed, Layout::Packed)] layout: Layout,
 ) {
     let place = Place::new();
-    let mut writer = open(&place.dest, make(Seal::new().on_raw_image()), false);
+    let mut writer = open(&place.dest, layout, Seal::new().on_raw_image(), false);
     let ram = pattern(SIZE as usize, 1);
     let written = writer.write_runs(&ram, || runs.iter().cloned());
     assert!(matches!(written, Err(SnapshotError::Run { .. })));
@@ -106,9 +104,9 @@ fn invalid_runs_are_refused(
 #[rstest]
 #[case::sealed(Layout::Sealed)]
 #[case::packed(Layout::Packed)]
-fn diff_of_zeros_has_a_parent(#[case] make: Make) {
+fn diff_of_zeros_has_a_parent(#[case] layout: Layout) {
     let place = Place::new();
-    let mut writer = open(&place.dest, make(Seal::new()), false);
+    let mut writer = open(&place.dest, layout, Seal::new(), false);
     let error = writer.write_zeros(|| std::iter::once(0..PAGE)).unwrap_err();
     assert!(
         matches!(error, SnapshotError::DiffWithoutParent { .. }),
@@ -152,7 +150,7 @@ proptest! {
         recycle in any::<bool>(),
     ) {
         let before = vec![0xee; SIZE as usize];
-        for make in [raw, Layout::Sealed, Layout::Packed] as [Make; 3] {
+        for layout in Layout::ALL {
             let place = Place::new();
             if recycle {
                 for seed in 0..2 {
@@ -162,7 +160,7 @@ proptest! {
                 }
             }
             let options = MemoryWriter::options()
-                .layout(make(Seal::new().on_raw_image()))
+                .layout(layout).seal(Seal::new().on_raw_image())
                 .allow_ambiguous_diff(true)
                 .recycle(1 << 30);
             let mut writer = options.open(&place.dest, SIZE, PAGE).unwrap();

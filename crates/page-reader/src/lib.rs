@@ -171,6 +171,7 @@ mod layout;
 mod mapped;
 #[cfg(target_os = "linux")]
 mod mappings;
+mod nonzero_runs;
 mod populated;
 mod reader;
 #[cfg(target_os = "linux")]
@@ -191,6 +192,7 @@ pub use mapped::{MappedMemory, MappedMemoryError};
 pub use mappings::{
     FlaggedRegion, MappingsError, Permissions, ProcessRegion, RegionFlags, printable,
 };
+pub use nonzero_runs::NonzeroRuns;
 pub use populated::PopulatedRanges;
 pub use reader::PageReader;
 pub use touched::Touched;

@@ -36,10 +36,10 @@ pub enum Layout {
 
 impl Layout {
     pub fn of(image: &Image) -> Self {
-        match image.format() {
-            memory_image::Format::Raw => Self::Raw,
-            memory_image::Format::Sealed => Self::Sealed,
-            memory_image::Format::Packed => Self::Packed,
+        match image.layout() {
+            memory_image::Layout::Raw => Self::Raw,
+            memory_image::Layout::Sealed => Self::Sealed,
+            memory_image::Layout::Packed => Self::Packed,
         }
     }
 
@@ -53,11 +53,21 @@ impl Layout {
         }
     }
 
-    pub fn with(self, seal: Seal) -> memory_writer::Layout {
+    /// Returns `seal`, or the default one for a raw file, which stores none.
+    pub fn kept(self, seal: Seal) -> Seal {
         match self {
-            Self::Raw => memory_writer::Layout::Raw,
-            Self::Sealed => memory_writer::Layout::Sealed(seal),
-            Self::Packed => memory_writer::Layout::Packed(seal),
+            Self::Raw => Seal::new(),
+            Self::Sealed | Self::Packed => seal,
+        }
+    }
+}
+
+impl From<Layout> for memory_writer::Layout {
+    fn from(layout: Layout) -> Self {
+        match layout {
+            Layout::Raw => Self::Raw,
+            Layout::Sealed => Self::Sealed,
+            Layout::Packed => Self::Packed,
         }
     }
 }
@@ -87,9 +97,9 @@ impl Format {
     fn open(self, path: &Path) -> anyhow::Result<Image> {
         let image = match self {
             Self::Auto => Image::open(path)?,
-            Self::Raw => Image::open_as(path, memory_image::Format::Raw)?,
-            Self::Sealed => Image::open_as(path, memory_image::Format::Sealed)?,
-            Self::Packed => Image::open_as(path, memory_image::Format::Packed)?,
+            Self::Raw => Image::open_as(path, memory_image::Layout::Raw)?,
+            Self::Sealed => Image::open_as(path, memory_image::Layout::Sealed)?,
+            Self::Packed => Image::open_as(path, memory_image::Layout::Packed)?,
         };
         if image.footer().is_none() {
             // It may be RAM.

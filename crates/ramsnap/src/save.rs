@@ -5,7 +5,9 @@ use std::path::{Path, PathBuf};
 use anyhow::Context;
 use atomic_file::AtomicWriter;
 use memory_image::{Chain, Image, MergeError};
-use memory_writer::{MemoryWriter, NotPreserved, OpenError, Options, Preserve, SnapshotError};
+use memory_writer::{
+    MemoryWriter, NotPreserved, OpenError, Preserve, SnapshotError, WriterOptions,
+};
 
 use crate::args::Output;
 use crate::failure::Failure;
@@ -41,7 +43,7 @@ pub fn check_is_no_input(path: &Path, inputs: &[PathBuf]) -> Result<(), Failure>
 pub fn stage(
     session: &Session,
     output: &Output,
-    options: Options,
+    options: WriterOptions,
     ram_size: u64,
     page_size: u64,
 ) -> anyhow::Result<MemoryWriter> {
@@ -58,14 +60,14 @@ pub fn stage_early(session: &Session, output: &Output) -> anyhow::Result<AtomicW
 }
 
 /// Adds the options that decide which file is replaced, and which of its attributes are kept.
-fn for_output(options: Options, output: &Output) -> Options {
+fn for_output(options: WriterOptions, output: &Output) -> WriterOptions {
     options.no_clobber(!output.force).preserve(preserve())
 }
 
 fn stage_with(
     session: &Session,
     output: &Output,
-    options: &Options,
+    options: &WriterOptions,
 ) -> anyhow::Result<AtomicWriter> {
     if room::is_on_hugetlbfs(dir_of(&output.path)) {
         let path = output.path.clone();

@@ -6,7 +6,7 @@ use std::path::Path;
 
 use anyhow::Context;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressFinish, ProgressStyle};
-use memory_writer::{MemoryWriter, Options};
+use memory_writer::{MemoryWriter, WriterOptions};
 
 use crate::failure::Failure;
 use crate::interrupt::{Critical, Interrupt};
@@ -58,13 +58,14 @@ impl Session {
 
     /// Returns options of a writer with a progress bar, which a signal cancels. From now on,
     /// signals do not end the process at once.
-    pub fn options(&self, what: &str) -> Options {
+    pub fn options(&self, what: &str) -> WriterOptions {
         let bar = self.bar(what);
         MemoryWriter::options()
             .cancel(self.interrupt.hold())
             .progress(move |progress| {
-                bar.set_length(progress.bytes_total);
-                bar.set_position(progress.bytes_done);
+                bar.set_length(progress.total);
+                bar.set_position(progress.done);
+                std::ops::ControlFlow::Continue(())
             })
     }
 

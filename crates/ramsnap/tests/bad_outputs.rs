@@ -172,7 +172,9 @@ fn a_raw_diff_of_zeros_without_room_is_refused_before_writes() {
     needs!(Root);
     let work = Work::empty();
     let zeros = work.path("zeros.mem");
-    let options = MemoryWriter::options().layout(Layout::Packed(Seal::new().on_raw_image()));
+    let options = MemoryWriter::options()
+        .layout(Layout::Packed)
+        .seal(Seal::new().on_raw_image());
     let mut writer = options.open(&zeros, 1 << 40, 4096).unwrap();
     writer
         .write_zeros(|| std::iter::once(4096..1 << 40))

@@ -147,15 +147,15 @@ fn a_sealed_diff_keeps_its_parent() {
 /// A file of some hundred bytes that claims 512 TiB of RAM.
 #[test]
 fn memory_is_not_taken_for_ram_that_a_small_file_claims() {
-    use image_format::{Footer, ImageId, Kind, Placement, Run, Version};
+    use image_format::{Footer, ImageId, ImageKind, Layout, Run, Version};
 
     let work = Work::empty();
     let ram_size = 1_u64 << 49;
     let footer = Footer {
         version: Version::V1,
         id: ImageId::from_bytes([1; 16]),
-        kind: Kind::Full,
-        placement: Placement::Packed,
+        kind: ImageKind::Full,
+        layout: Layout::Packed,
         ram_size,
         page_size: PAGE,
         regions: vec![0..ram_size],

@@ -22,11 +22,12 @@ fn chain(work: &Work, count: usize, packed: bool) -> Vec<String> {
         let name = format!("{number:04}.mem");
         let seal = parent.map_or(Seal::new(), |id| Seal::new().parent(id));
         let layout = match packed {
-            true => Layout::Packed(seal),
+            true => Layout::Packed,
             false => Layout::Raw,
         };
         let mut writer = MemoryWriter::options()
             .layout(layout)
+            .seal(seal)
             .durability(Durability::None)
             .open(work.path(&name), RAM, PAGE)
             .unwrap();

@@ -6,7 +6,7 @@ use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
-use image_format::{Checksums, Footer, ImageId, Kind, Placement, Run, Version};
+use image_format::{Checksums, Footer, ImageId, ImageKind, Layout, Run, Version};
 use rstest::rstest;
 use support::{PAGE, Work};
 
@@ -159,15 +159,15 @@ fn a_diff_back_to_an_older_state_follows_the_newer_one() {
 }
 
 /// A packed image of version 1 in pages of 256 bytes.
-fn old_image(path: &Path, kind: Kind, ram: &[u8]) {
+fn old_image(path: &Path, kind: ImageKind, ram: &[u8]) {
     let len = ram.len() as u64;
     let mut checksums = Checksums::new(len);
-    checksums.feed(0, ram);
+    checksums.update(0, ram);
     let footer = Footer {
         version: Version::V1,
         id: ImageId::from_bytes([9; 16]),
         kind,
-        placement: Placement::Packed,
+        layout: Layout::Packed,
         ram_size: len,
         page_size: 256,
         regions: vec![0..len],
@@ -184,7 +184,7 @@ fn old_image(path: &Path, kind: Kind, ram: &[u8]) {
 #[test]
 fn images_of_version_1_in_small_pages_stay_usable() {
     let work = Work::with_chain();
-    old_image(&work.path("old.mem"), Kind::Full, &work.read("first"));
+    old_image(&work.path("old.mem"), ImageKind::Full, &work.read("first"));
     for command in [
         "restore old.mem -o out",
         "convert old.mem -o out --layout raw",
@@ -200,7 +200,7 @@ fn images_of_version_1_in_small_pages_stay_usable() {
     work.good("diff old.mem d.mem --ram second");
     old_image(
         &work.path("diff.mem"),
-        Kind::Diff { parent: None },
+        ImageKind::Diff { parent: None },
         &work.read("first"),
     );
     for command in [
@@ -218,7 +218,7 @@ fn images_of_version_1_in_small_pages_stay_usable() {
 #[test]
 fn an_image_of_version_1_is_sent_as_one_of_version_2() {
     let work = Work::with_chain();
-    old_image(&work.path("old.mem"), Kind::Full, &work.read("first"));
+    old_image(&work.path("old.mem"), ImageKind::Full, &work.read("first"));
     let send = work
         .command("convert packed:old.mem -o - --zstd")
         .output()

@@ -175,6 +175,7 @@ mod holes;
 mod identity;
 mod limit;
 mod probe;
+mod progress;
 mod space;
 mod sys;
 mod write;
@@ -191,6 +192,7 @@ pub use identity::FileIdentity;
 pub use probe::{
     AlignmentBasis, Capabilities, DirectIo, HoleSupport, ProbeError, Punch, SeekHole, WrittenZeros,
 };
+pub use progress::{CancelToken, Progress};
 pub use space::{SpaceError, allocated_bytes, grow, punch_hole, reserve, share_blocks};
 pub use write::{Engine, RunSource, WriteError, WriteOptions, write_runs};
 pub use zero::{ZeroError, zero_range, zero_ranges};

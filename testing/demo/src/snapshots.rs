@@ -160,9 +160,10 @@ impl<'a> Snapshots<'a> {
             .allow_ambiguous_diff(true)
             .cancel(cancel.clone())
             .progress(move |done| {
-                if progress.at(done.bytes_done).is_err() {
+                if progress.at(done.done).is_err() {
                     cancel.cancel();
                 }
+                std::ops::ControlFlow::Continue(())
             })
             .open(&path, size, page)?;
         Ok(writer)

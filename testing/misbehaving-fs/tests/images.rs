@@ -75,17 +75,17 @@ const REPORTS: [Lseek; 4] = [
     Lseek::DataIsEnxio,
 ];
 
-fn open_chain(path: &Path, layout: &Layout) -> Chain {
+fn open_chain(path: &Path, layout: Layout) -> Chain {
     match layout {
         Layout::Raw => Chain::open_raw(path, PAGE).unwrap(),
-        _ => Chain::open(path, PAGE).unwrap(),
+        Layout::Sealed | Layout::Packed => Chain::open(path, PAGE).unwrap(),
     }
 }
 
 #[rstest]
 #[case::raw(Layout::Raw)]
-#[case::sealed(Layout::Sealed(Seal::new()))]
-#[case::packed(Layout::Packed(Seal::new()))]
+#[case::sealed(Layout::Sealed)]
+#[case::packed(Layout::Packed)]
 fn full_images_are_read_with_any_reported_holes(#[case] layout: Layout) {
     let Some(fs) = mount(
         "full_images_are_read_with_any_reported_holes",
@@ -94,18 +94,18 @@ fn full_images_are_read_with_any_reported_holes(#[case] layout: Layout) {
         return;
     };
     let (image, other) = (fs.path().join("full.mem"), fs.path().join("other.mem"));
-    full(&image, layout.clone(), &ram(1));
-    full(&other, layout.clone(), &ram(2));
+    full(&image, layout, &ram(1));
+    full(&other, layout, &ram(2));
     for report in REPORTS {
         fs.set(with_lseek(report));
-        let chain = open_chain(&image, &layout);
+        let chain = open_chain(&image, layout);
         assert!(restored(&chain) == ram(1), "{report:?}");
         assert!(mapped(&chain) == ram(1), "{report:?}");
         let flat = fs.path().join("flat.mem");
         chain.flatten(&flat).unwrap();
         assert!(std::fs::read(&flat).unwrap() == ram(1), "{report:?}");
         // All pages differ, except for the zeros of both.
-        let later = open_chain(&other, &layout);
+        let later = open_chain(&other, layout);
         let changed = compare(&chain, &later, RAM, PAGE, &|_| ALL).unwrap();
         assert_eq!(pages(&changed), RAM / 8 * 7 / PAGE, "{report:?}");
     }
@@ -119,7 +119,7 @@ fn verify_finds_bytes_between_pages_with_any_holes() {
         return;
     };
     let image = fs.path().join("full.mem");
-    full(&image, Layout::Sealed(Seal::new()), &ram(1));
+    full(&image, Layout::Sealed, &ram(1));
     let file = std::fs::File::options().write(true).open(&image).unwrap();
     std::os::unix::fs::FileExt::write_all_at(&file, &[9], RAM - PAGE).unwrap();
     for report in REPORTS {
@@ -231,9 +231,9 @@ fn a_raw_diff_on_fuse_is_not_read_by_its_holes() {
 }
 
 #[rstest]
-#[case::sealed(|seal| Layout::Sealed(seal))]
-#[case::packed(|seal| Layout::Packed(seal))]
-fn sealed_and_packed_diffs_need_no_holes(#[case] layout: fn(Seal) -> Layout) {
+#[case::sealed(Layout::Sealed)]
+#[case::packed(Layout::Packed)]
+fn sealed_and_packed_diffs_need_no_holes(#[case] layout: Layout) {
     let Some(fs) = mount(
         "sealed_and_packed_diffs_need_no_holes",
         with_lseek(Lseek::AllHole),
@@ -241,10 +241,11 @@ fn sealed_and_packed_diffs_need_no_holes(#[case] layout: fn(Seal) -> Layout) {
         return;
     };
     let (base, diff) = (fs.path().join("full.mem"), fs.path().join("diff.mem"));
-    full(&base, layout(Seal::new()), &ram(1));
+    full(&base, layout, &ram(1));
     let parent = Image::open(&base).unwrap().id().unwrap();
     let mut writer = MemoryWriter::options()
-        .layout(layout(Seal::new().parent(parent)))
+        .layout(layout)
+        .seal(Seal::new().parent(parent))
         .open(&diff, RAM, PAGE)
         .unwrap();
     writer.write_diff(&ram(2), &dirty(&[3, 9])).unwrap();
@@ -260,17 +261,13 @@ fn sealed_and_packed_diffs_need_no_holes(#[case] layout: fn(Seal) -> Layout) {
 
 /// Runs `check` for every layout, on a file system with the given results of reads.
 fn for_each_layout(fs: &MisbehavingFs, reads: Reads, check: impl Fn(Chain, &str)) {
-    let layouts = [
-        ("raw", Layout::Raw),
-        ("sealed", Layout::Sealed(Seal::new())),
-        ("packed", Layout::Packed(Seal::new())),
-    ];
-    for (name, layout) in layouts {
+    for layout in Layout::ALL {
+        let name = layout.name();
         fs.set(Behaviour::default());
         let path = fs.path().join(name);
-        full(&path, layout.clone(), &ram(1));
+        full(&path, layout, &ram(1));
         fs.set(with_reads(reads));
-        check(open_chain(&path, &layout), name);
+        check(open_chain(&path, layout), name);
     }
 }
 

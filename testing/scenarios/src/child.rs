@@ -121,9 +121,10 @@ impl Child {
         let mut writer = MemoryWriter::options()
             .chunk_size(PAGE as usize)
             .progress(move |progress| {
-                if progress.bytes_done >= after {
+                if progress.done >= after {
                     let _ = raise(Signal::SIGKILL);
                 }
+                std::ops::ControlFlow::Continue(())
             })
             .open(&self.dest, self.size, PAGE)?;
         writer.write_full(ram)?;

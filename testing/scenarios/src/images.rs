@@ -25,12 +25,17 @@ pub const DIFF: Scenario = Scenario {
     name: "diff",
     about: "a raw diff over another",
     prepare: |dir| {
-        write_full(&dir.join(FULL), 1, Layout::Raw)?;
-        write_diff(&dir.join(DIFF_NAME), 2, Layout::Raw, UNSEEN)
+        write_full(&dir.join(FULL), 1, Layout::Raw, Seal::new())?;
+        write_diff(&dir.join(DIFF_NAME), 2, (Layout::Raw, Seal::new()), UNSEEN)
     },
     act: |dir, observer| {
         for stamp in [3, 4] {
-            write_diff(&dir.join(DIFF_NAME), stamp, Layout::Raw, observer)?;
+            write_diff(
+                &dir.join(DIFF_NAME),
+                stamp,
+                (Layout::Raw, Seal::new()),
+                observer,
+            )?;
             observer.returned()?;
         }
         Ok(())
@@ -61,8 +66,8 @@ pub const MERGE: Scenario = Scenario {
     name: "merge",
     about: "a chain merged onto its own base",
     prepare: |dir| {
-        write_full(&dir.join(FULL), 1, Layout::Raw)?;
-        write_diff(&dir.join(DIFF_NAME), 2, Layout::Raw, UNSEEN)
+        write_full(&dir.join(FULL), 1, Layout::Raw, Seal::new())?;
+        write_diff(&dir.join(DIFF_NAME), 2, (Layout::Raw, Seal::new()), UNSEEN)
     },
     act: |dir, observer| {
         let mut chain = Chain::open_raw(dir.join(FULL), PAGE)?;
@@ -96,28 +101,30 @@ pub fn chain_in(dir: &Path) -> [PathBuf; 2] {
     [dir.join(FULL), dir.join(DIFF_NAME)]
 }
 
-fn prepare(dir: &Path, layout: fn(Seal) -> Layout) -> anyhow::Result<()> {
-    let parent = write_full(&dir.join(FULL), 1, layout(Seal::new()))?;
+fn prepare(dir: &Path, layout: Layout) -> anyhow::Result<()> {
+    let parent = write_full(&dir.join(FULL), 1, layout, Seal::new())?;
     let seal = Seal::new().parent(parent.context("it is sealed")?);
-    write_diff(&dir.join(DIFF_NAME), 2, layout(seal), UNSEEN)
+    write_diff(&dir.join(DIFF_NAME), 2, (layout, seal), UNSEEN)
 }
 
-fn act(
-    dir: &Path,
-    observer: &dyn CommitObserver,
-    layout: fn(Seal) -> Layout,
-) -> anyhow::Result<()> {
+fn act(dir: &Path, observer: &dyn CommitObserver, layout: Layout) -> anyhow::Result<()> {
     let parent = Image::open(dir.join(FULL))?.id();
     let seal = Seal::new().parent(parent.context("it is sealed")?);
-    write_diff(&dir.join(DIFF_NAME), 3, layout(seal), observer)?;
+    write_diff(&dir.join(DIFF_NAME), 3, (layout, seal), observer)?;
     observer.returned()?;
-    write_full(&dir.join(NEXT), 4, layout(Seal::new()))?;
+    write_full(&dir.join(NEXT), 4, layout, Seal::new())?;
     observer.returned()
 }
 
-fn write_full(dest: &Path, stamp: u32, layout: Layout) -> anyhow::Result<Option<ImageId>> {
+fn write_full(
+    dest: &Path,
+    stamp: u32,
+    layout: Layout,
+    seal: Seal,
+) -> anyhow::Result<Option<ImageId>> {
     let mut writer = MemoryWriter::options()
         .layout(layout)
+        .seal(seal)
         .open(dest, RAM, PAGE)?;
     let id = writer.image_id();
     writer.write_full(&Stamped::new(stamp, RAM))?;
@@ -131,7 +138,7 @@ const UNSEEN: &dyn CommitObserver = &|| Ok(());
 fn write_diff(
     dest: &Path,
     stamp: u32,
-    layout: Layout,
+    (layout, seal): (Layout, Seal),
     observer: &dyn CommitObserver,
 ) -> anyhow::Result<()> {
     let live = Arc::new(dirty(stamp)?);
@@ -140,6 +147,7 @@ fn write_diff(
     // The pages of each diff are known here.
     let mut writer = MemoryWriter::options()
         .layout(layout)
+        .seal(seal)
         .allow_ambiguous_diff(true)
         .open(dest, RAM, PAGE)?;
     writer.write_diff(&Stamped::new(stamp, RAM), epoch.bitmap())?;

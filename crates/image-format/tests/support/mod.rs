@@ -6,7 +6,7 @@ use std::io;
 use std::os::unix::fs::FileExt;
 
 use image_format::{
-    CHUNK_SIZE, Checksums, Footer, FooterError, ImageId, Kind, Placement, Run, Version,
+    CHUNK_SIZE, Checksums, Footer, FooterError, ImageId, ImageKind, Layout, Run, Version,
     packed_start,
 };
 
@@ -14,7 +14,7 @@ pub(crate) const PAGE: u64 = 4096;
 pub(crate) const RAM: u64 = 2 * CHUNK_SIZE + 4 * PAGE;
 
 /// Reads the footer of the image `bytes`.
-pub(crate) fn read_as(bytes: &[u8], format: Option<Placement>) -> Result<Footer, FooterError> {
+pub(crate) fn read_as(bytes: &[u8], format: Option<Layout>) -> Result<Footer, FooterError> {
     Footer::read_from(bytes.len() as u64, format, |buf, offset| {
         let from = bytes.get(offset as usize..).unwrap_or_default();
         let from = from.get(..buf.len()).ok_or(io::ErrorKind::UnexpectedEof)?;
@@ -29,7 +29,7 @@ pub(crate) fn read(bytes: &[u8]) -> Result<Footer, FooterError> {
 }
 
 /// Returns a diff of four runs, which overlap all chunks.
-pub(crate) fn diff(placement: Placement) -> Footer {
+pub(crate) fn diff(layout: Layout) -> Footer {
     let present = [
         PAGE..3 * PAGE,
         CHUNK_SIZE - PAGE..CHUNK_SIZE + PAGE,
@@ -39,22 +39,22 @@ pub(crate) fn diff(placement: Placement) -> Footer {
     let mut runs = vec![];
     let mut checksums = Checksums::new(RAM);
     for range in present {
-        let at = match placement {
-            Placement::InPlace => range.start,
-            Placement::Packed => packed,
+        let at = match layout {
+            Layout::Raw | Layout::Sealed => range.start,
+            Layout::Packed => packed,
         };
         packed += range.end - range.start;
-        checksums.feed(range.start, &vec![9; (range.end - range.start) as usize]);
+        checksums.update(range.start, &vec![9; (range.end - range.start) as usize]);
         runs.push(Run::present(range, at));
     }
     runs.insert(1, Run::zeros(4 * PAGE..6 * PAGE));
     Footer {
         version: Version::CURRENT,
         id: ImageId::from_bytes([1; 16]),
-        kind: Kind::Diff {
+        kind: ImageKind::Diff {
             parent: Some(ImageId::from_bytes([2; 16])),
         },
-        placement,
+        layout,
         ram_size: RAM,
         page_size: PAGE,
         regions: vec![0..CHUNK_SIZE, 1 << 32..(1 << 32) + RAM - CHUNK_SIZE],

@@ -3,6 +3,7 @@
 use std::ops::Range;
 use std::path::Path;
 
+use dirty_bitmap::PageSet;
 use sparse_file::PageHoles;
 
 use super::extents::ExtentMap;
@@ -10,7 +11,6 @@ use super::segments::SegmentSource;
 use super::{Chain, Members};
 use crate::error::{AmbiguousDiff, ChainError, NotFullError};
 use crate::image::Image;
-use crate::page_set::PageSet;
 
 impl Chain {
     /// Opens the full image `base`, sealed or packed, as the base of a chain with pages of
@@ -207,7 +207,7 @@ impl Chain {
         let image = Image::open_raw(diff)?;
         self.check_follows(&image)?;
         let size = image.size;
-        let mut pages = PageSet::new(self.page_size);
+        let mut pages = PageSet::new(0..size, self.page_size);
         for Range { start, end } in runs {
             if start > end || end > size {
                 return Err(ChainError::BadRun { start, end, size });
@@ -245,7 +245,7 @@ impl Chain {
                 runs.for_each(|run| add(run.range(), run.stored_at(run.start)));
             }
             Pages::Listed(pages) => {
-                for Range { start: mut at, end } in pages.into_runs() {
+                for Range { start: mut at, end } in pages.runs() {
                     while at < end {
                         let (stored, next) = newest.locate(at);
                         add(at..next.min(end), stored);

@@ -92,14 +92,15 @@ impl Guest {
         };
         let layout = match form {
             Form::Raw => Layout::Raw,
-            Form::Sealed => Layout::Sealed(seal),
-            Form::Packed => Layout::Packed(seal),
+            Form::Sealed => Layout::Sealed,
+            Form::Packed => Layout::Packed,
         };
         let size = self.ram.len() as u64;
         let dirty = DirtyBitmap::new(0, size, PAGE).unwrap();
         dirty.set_dirty(page * PAGE).unwrap();
         let mut writer = MemoryWriter::options()
             .layout(layout)
+            .seal(seal)
             .durability(Durability::None)
             .open(&path, size, PAGE)
             .unwrap();

@@ -13,7 +13,7 @@ use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-use image_format::{Checksums, Footer, Kind, Placement, Run, Version, packed_start};
+use image_format::{Checksums, Footer, ImageKind, Layout, Run, Version, packed_start};
 use memory_image::{Chain, ImageId};
 use page_reader::PageReader;
 
@@ -130,7 +130,7 @@ pub fn write_packed(
     for (number, bytes) in pages {
         let range = number * page..(number + 1) * page;
         file.write_all_at(bytes, offset).unwrap();
-        checksums.feed(range.start, bytes);
+        checksums.update(range.start, bytes);
         zeros(&mut runs, end..range.start);
         end = range.end;
         runs.push(Run::present(range, offset));
@@ -141,10 +141,10 @@ pub fn write_packed(
         version: Version::CURRENT,
         id: ImageId::random().unwrap(),
         kind: match parent {
-            None => Kind::Full,
-            parent => Kind::Diff { parent },
+            None => ImageKind::Full,
+            parent => ImageKind::Diff { parent },
         },
-        placement: Placement::Packed,
+        layout: Layout::Packed,
         ram_size,
         page_size: page,
         regions: vec![0..ram_size],

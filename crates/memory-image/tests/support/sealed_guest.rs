@@ -6,20 +6,14 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use dirty_bitmap::DirtyBitmap;
-use image_format::{Checksums, Footer, Kind, Placement, Run, Version, packed_start};
+use image_format::{Checksums, Footer, ImageKind, Run, Version, packed_start};
 use memory_image::{Chain, Image, ImageId, VerifyError, VerifyReport};
-use memory_writer::{Durability, Layout, MemoryWriter, Options, Seal};
+use memory_writer::{Durability, Layout, MemoryWriter, Seal, WriterOptions};
 use page_reader::PageReader;
 
 pub const PAGE: u64 = 4096;
 
 pub const SIZE: u64 = 3 << 20;
-
-pub type Make = fn(Seal) -> Layout;
-
-pub fn raw(_: Seal) -> Layout {
-    Layout::Raw
-}
 
 /// A guest with dirty tracking, and its snapshots.
 pub struct Guest {
@@ -30,9 +24,10 @@ pub struct Guest {
     pub newest: Option<ImageId>,
 }
 
-pub fn options(layout: Layout) -> Options {
+pub fn options(layout: Layout, seal: Seal) -> WriterOptions {
     MemoryWriter::options()
         .layout(layout)
+        .seal(seal)
         .durability(Durability::None)
 }
 
@@ -57,14 +52,14 @@ impl Guest {
         self.dirty.set_range(at, end - at).unwrap();
     }
 
-    pub fn save(&mut self, make: Make) -> PathBuf {
+    pub fn save(&mut self, layout: Layout) -> PathBuf {
         let path = self.path(&format!("{}.mem", self.snapshots.len()));
         let taken = self.dirty.drain().unwrap();
         let seal = match self.newest {
             Some(parent) => Seal::new().parent(parent),
             None => Seal::new(),
         };
-        let mut writer = options(make(seal))
+        let mut writer = options(layout, seal)
             .skip_zeros(true)
             .open(&path, SIZE, PAGE)
             .unwrap();
@@ -80,18 +75,18 @@ impl Guest {
     }
 
     /// Takes a full image and three diffs. The second diff zeroes what the first wrote.
-    pub fn with_history(make: Make) -> Self {
+    pub fn with_history(layout: Layout) -> Self {
         let mut guest = Self::new();
         guest.write(PAGE, SIZE / 2, 1);
-        guest.save(make);
+        guest.save(layout);
         guest.write(3 * PAGE + 100, 5000, 2);
         guest.write(SIZE - 1, 1, 2);
-        guest.save(make);
+        guest.save(layout);
         guest.write(3 * PAGE, PAGE, 0);
-        guest.save(make);
+        guest.save(layout);
         guest.write(40 * PAGE, 2 * PAGE, 4);
         guest.write(255 * PAGE, 2 * PAGE, 5);
-        guest.save(make);
+        guest.save(layout);
         guest
     }
 
@@ -113,21 +108,21 @@ pub fn verify(path: &Path) -> Result<VerifyReport, VerifyError> {
 }
 
 /// Writes a diff with a hand-made footer: pages 1 and 2 are zeros, page 5 is present.
-pub fn diff_with_zeros(path: &Path, parent: Option<ImageId>, placement: Placement) -> Footer {
+pub fn diff_with_zeros(path: &Path, parent: Option<ImageId>, layout: Layout) -> Footer {
     let file = File::create(path).unwrap();
-    let at = match placement {
-        Placement::InPlace => 5 * PAGE,
-        Placement::Packed => packed_start(PAGE),
+    let at = match layout {
+        Layout::Raw | Layout::Sealed => 5 * PAGE,
+        Layout::Packed => packed_start(PAGE),
     };
     let bytes = [9; PAGE as usize];
     file.write_all_at(&bytes, at).unwrap();
     let mut checksums = Checksums::new(SIZE);
-    checksums.feed(5 * PAGE, &bytes);
+    checksums.update(5 * PAGE, &bytes);
     let footer = Footer {
         version: Version::CURRENT,
         id: ImageId::random().unwrap(),
-        kind: Kind::Diff { parent },
-        placement,
+        kind: ImageKind::Diff { parent },
+        layout,
         ram_size: SIZE,
         page_size: PAGE,
         regions: vec![0..SIZE],

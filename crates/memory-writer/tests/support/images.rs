@@ -5,14 +5,11 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use dirty_bitmap::DirtyBitmap;
-use image_format::{ChunkSum, Footer, Stored};
-use memory_writer::{Layout, MemoryWriter, Options, Seal};
+use image_format::{ChunkSum, Footer, Storage};
+use memory_writer::{Layout, MemoryWriter, Seal, WriterOptions};
 
 /// The page size of the images.
 pub(crate) const PAGE: u64 = 4096;
-
-/// Returns a sealed or a packed layout.
-pub(crate) type Make = fn(Seal) -> Layout;
 
 /// Applies the image at `path` to `ram`, after checking every checksum in it.
 pub(crate) fn applied(path: &Path, mut ram: Vec<u8>) -> (Footer, Vec<u8>) {
@@ -28,16 +25,16 @@ pub(crate) fn applied(path: &Path, mut ram: Vec<u8>) -> (Footer, Vec<u8>) {
         assert_eq!(sum.finish(), chunk.checksum, "chunk {}", chunk.number);
     }
     for run in &footer.runs {
-        if run.stored == Stored::Zeros {
+        if run.stored == Storage::Zeros {
             ram[run.start as usize..run.range().end as usize].fill(0);
         }
     }
     (footer, ram)
 }
 
-/// Returns options for an image with this layout.
-pub(crate) fn options(layout: Layout) -> Options {
-    MemoryWriter::options().layout(layout)
+/// Returns options for an image with this layout and seal.
+pub(crate) fn options(layout: Layout, seal: Seal) -> WriterOptions {
+    MemoryWriter::options().layout(layout).seal(seal)
 }
 
 /// Returns a bitmap for RAM of `size` bytes in which `pages` are marked.

@@ -7,7 +7,7 @@ use atomic_file::AtomicWriter;
 use clap::Args;
 use image_format::{Footer, Header, Version};
 use memory_image::{Chain, Image};
-use memory_writer::{Options, SnapshotError};
+use memory_writer::{SnapshotError, WriterOptions};
 use sparse_file::PageHoles;
 
 use crate::args::{Extras, Format, Formats, ImageFile, Layout, Output, RawImages, ReadExtras};
@@ -124,7 +124,7 @@ impl Convert {
         incoming.write_to(&file, &dir)?;
 
         let from_stdin = || "the image that came by stdin is not usable";
-        let image = Image::open_as(stream::path_of(&file), memory_image::Format::Packed);
+        let image = Image::open_as(stream::path_of(&file), memory_image::Layout::Packed);
         let image = image.with_context(from_stdin)?;
         let found = input::sum(session, &image)
             .with_context(from_stdin)?
@@ -295,7 +295,7 @@ impl Convert {
         chain: &Chain,
         layout: Layout,
         extras: ReadExtras,
-    ) -> anyhow::Result<Options> {
+    ) -> anyhow::Result<WriterOptions> {
         let mut seal = chain.seal();
         if let Some(file) = &self.parent {
             let parent = file.open(Format::Auto)?;
@@ -317,7 +317,8 @@ impl Convert {
         let seal = extras.add_to(seal, chain.ram_size())?;
         Ok(session
             .options("converting")
-            .layout(layout.with(seal))
+            .layout(layout.into())
+            .seal(layout.kept(seal))
             .skip_untouched(true)
             .ram_start(0))
     }

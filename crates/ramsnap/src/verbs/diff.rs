@@ -268,7 +268,8 @@ impl Diff {
         let seal = self.extras.add_to(seal, old.ram_size())?;
         let options = session
             .options("saving")
-            .layout(self.layout.with(seal))
+            .layout(self.layout.into())
+            .seal(self.layout.kept(seal))
             .ram_start(0);
         save::stage(
             session,

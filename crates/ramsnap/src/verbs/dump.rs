@@ -58,7 +58,8 @@ impl Dump {
         let seal = self.extras.add_to(Seal::new(), ram.size())?;
         let options = session
             .options("saving")
-            .layout(self.layout.with(seal))
+            .layout(self.layout.into())
+            .seal(self.layout.kept(seal))
             .skip_zeros(!self.keep_zeros)
             .skip_untouched(!self.keep_zeros);
         let mut writer = save::stage(session, &self.output, options, ram.size(), page_size)?;

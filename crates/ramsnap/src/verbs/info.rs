@@ -4,7 +4,7 @@ use std::fs::File;
 
 use anyhow::Context;
 use clap::Args;
-use image_format::{Footer, Kind, Stored};
+use image_format::{Footer, ImageKind, Storage};
 use memory_image::Image;
 use serde::Serialize;
 use sparse_file::{PageHoles, PagesUnknown, allocated_bytes, extents, file_system_name};
@@ -137,7 +137,7 @@ impl Info {
         let pages = |zero| {
             let mut pages = Pages::default();
             for run in &footer.runs {
-                if (run.stored == Stored::Zeros) == zero {
+                if (run.stored == Storage::Zeros) == zero {
                     pages.add(run.len);
                 }
             }
@@ -146,8 +146,8 @@ impl Info {
         let (present, zero) = (pages(false), pages(true));
         Self {
             kind: Some(match footer.kind {
-                Kind::Full => "full",
-                Kind::Diff { .. } => "diff",
+                ImageKind::Full => "full",
+                ImageKind::Diff { .. } => "diff",
             }),
             id: Some(footer.id.to_string()),
             parent: footer.parent().map(|parent| parent.to_string()),

@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use anyhow::Context;
 use atomic_file::AtomicWriter;
 use clap::Args;
-use image_format::Stored;
+use image_format::Storage;
 use serde::Serialize;
 use sparse_file::extents;
 
@@ -154,8 +154,8 @@ impl PageMap {
         let (page_bytes, runs) = match image.footer() {
             Some(footer) => {
                 let run = |run: &image_format::Run| match run.stored {
-                    Stored::At(_) => Run::new(run.range(), State::Present),
-                    Stored::Zeros => Run::new(run.range(), State::Zero),
+                    Storage::At(_) => Run::new(run.range(), State::Present),
+                    Storage::Zeros => Run::new(run.range(), State::Zero),
                 };
                 (footer.page_size, footer.runs.iter().map(run).collect())
             }

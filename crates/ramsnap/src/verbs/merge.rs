@@ -67,7 +67,8 @@ impl Merge {
         let layout = self.layout.unwrap_or_else(|| layout_of_first(&chain));
         let mut options = session
             .options("merging")
-            .layout(layout.with(chain.seal()))
+            .layout(layout.into())
+            .seal(layout.kept(chain.seal()))
             .skip_untouched(true)
             .ram_start(0);
         if let (true, Some(first)) = (self.in_place, chain.images().next()) {

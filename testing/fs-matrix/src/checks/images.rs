@@ -39,13 +39,13 @@ struct Made {
     ram: Vec<u8>,
 }
 
-fn make(dir: &Path, layout: impl Fn(Seal) -> Layout) -> anyhow::Result<Made> {
+fn make(dir: &Path, layout: Layout) -> anyhow::Result<Made> {
     let paths = [dir.join("full.mem"), dir.join("diff.mem")];
     let mut ram = Stamped::new(1, RAM).bytes(0..RAM);
     let mut parent: Option<ImageId> = None;
     for path in &paths {
         let seal = parent.map_or_else(Seal::new, |parent| Seal::new().parent(parent));
-        let options = MemoryWriter::options().layout(layout(seal));
+        let options = MemoryWriter::options().layout(layout).seal(seal);
         let mut writer = options.open(path, RAM, PAGE)?;
         let first = path == &paths[0];
         parent = writer.image_id();
@@ -119,7 +119,7 @@ fn carry(
     Ok(paths)
 }
 
-fn carried(fixture: &Fixture, layout: fn(Seal) -> Layout) -> anyhow::Result<Outcome> {
+fn carried(fixture: &Fixture, layout: Layout) -> anyhow::Result<Outcome> {
     let expected =
         "verified, and the RAM's bytes: where made, and after copies that dig holes and fill them";
     let wrong = |paths: &[PathBuf], ram: &[u8]| -> anyhow::Result<bool> {
@@ -155,7 +155,7 @@ fn carried(fixture: &Fixture, layout: fn(Seal) -> Layout) -> anyhow::Result<Outc
 fn raw(fixture: &Fixture) -> anyhow::Result<Outcome> {
     let expected = "the RAM's bytes after copies that dig holes and fill them";
     let (dir, back) = (room(fixture)?, room(fixture)?);
-    let made = make(dir.path(), |_| Layout::Raw)?;
+    let made = make(dir.path(), Layout::Raw)?;
     let mut seen = Vec::new();
     for (how, what) in [
         (Copying::DigsHoles, "holes dug, then filled"),

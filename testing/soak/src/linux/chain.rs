@@ -10,12 +10,12 @@ use std::thread;
 use anyhow::{Context, ensure};
 use lazy_restore::LazyRam;
 use memory_image::{Chain, ChainError, Image, MappedChain, MappedImage, OpenImageError};
-use memory_writer::ImageId;
+use memory_writer::{ImageId, Layout};
 use page_reader::PageReader;
 use scenarios::random::Random;
 use test_machine::Need;
 
-use super::plan::{Place, Plan};
+use super::plan::Plan;
 use super::shadow::{Difference, PageViolation, Shadow};
 
 /// An image that was committed.
@@ -227,12 +227,12 @@ fn merged(
     plan: &Plan,
     scratch: &Path,
 ) -> anyhow::Result<()> {
-    let options = plan.tuned().layout(plan.layout(|| chain.seal()));
+    let options = plan.tuned().layout(plan.layout).seal(chain.seal());
     chain.merge(options, scratch)?;
-    let compared = match plan.place {
-        Place::Raw => expected.compare(&MappedImage::open_raw(scratch)?),
-        Place::Sealed => expected.compare(&MappedImage::open(scratch)?),
-        Place::Packed => expected.compare(&Chain::open(scratch, chain.page_size())?),
+    let compared = match plan.layout {
+        Layout::Raw => expected.compare(&MappedImage::open_raw(scratch)?),
+        Layout::Sealed => expected.compare(&MappedImage::open(scratch)?),
+        Layout::Packed => expected.compare(&Chain::open(scratch, chain.page_size())?),
     };
     fs::remove_file(scratch)?;
     compared
@@ -251,8 +251,7 @@ fn written(
     plan: &Plan,
     scratch: &Path,
 ) -> anyhow::Result<()> {
-    let layout = plan.layout(|| chain.seal());
-    let options = plan.tuned().layout(layout);
+    let options = plan.tuned().layout(plan.layout).seal(chain.seal());
     let mut writer = options.open(scratch, chain.ram_size(), chain.page_size())?;
     chain.write_to(&mut writer)?;
     writer.commit()?;

@@ -51,13 +51,16 @@ pub(super) fn save(order: &Path) -> anyhow::Result<()> {
     let mut options = MemoryWriter::options()
         .allow_ambiguous_diff(true)
         .chunk_size(UNHURRIED)
-        .progress(|_| thread::sleep(Duration::from_micros(50)));
+        .progress(|_| {
+            thread::sleep(Duration::from_micros(50));
+            std::ops::ControlFlow::Continue(())
+        });
     if order.sealed {
         let seal = Seal::new().regions(order.regions);
-        options = options.layout(Layout::Sealed(match order.parent {
+        options = options.layout(Layout::Sealed).seal(match order.parent {
             Some(parent) => seal.parent(ImageId::from_bytes(parent)),
             None => seal.on_raw_image(),
-        }));
+        });
     }
     let mut writer = options.open(&order.dest, order.size, order.page)?;
     print!("{BEGUN}");

@@ -215,7 +215,7 @@ impl<'s> Life<'s> {
     fn cut(&mut self, plan: &Plan, round: u64, random: &mut Random) -> anyhow::Result<()> {
         let chain = self.images.open()?;
         let regions = &self.shape.regions;
-        let layout = plan.layout(|| chain.seal().regions(regions.iter().cloned()));
+        let seal = chain.seal().regions(regions.iter().cloned());
         let path = match random.below(2) {
             0 => self.images.0[0].path.clone(),
             _ => self.room.dir.join(format!("merged-{round}.mem")),
@@ -225,7 +225,7 @@ impl<'s> Life<'s> {
             Some(tiny) if path.starts_with(tiny) => self.room.dir.join("merged.mem"),
             _ => path,
         };
-        chain.merge(plan.tuned().layout(layout), &path)?;
+        chain.merge(plan.tuned().layout(plan.layout).seal(seal), &path)?;
         let id = plan.open(&path)?.id();
         let merged = Saved {
             path,

@@ -8,7 +8,7 @@ use std::time::Duration;
 use guests::guest::Ram;
 use memory_image::{Image, OpenImageError};
 use memory_writer::{
-    CancelToken, Durability, Engine, ImageId, Layout, MemoryWriter, Options, Seal,
+    CancelToken, Durability, Engine, ImageId, Layout, MemoryWriter, Seal, WriterOptions,
 };
 use page_reader::{HostMemory, PageReader, PopulatedRanges};
 use scenarios::random::Random;
@@ -19,13 +19,6 @@ use super::saved_guest::UNIT;
 pub(super) enum Kind {
     Full,
     Diff,
-}
-
-#[derive(Clone, Copy, Debug)]
-pub(super) enum Place {
-    Raw,
-    Sealed,
-    Packed,
 }
 
 /// What goes wrong.
@@ -143,7 +136,7 @@ pub(super) struct Plan {
     pub kind: Kind,
     /// How often pages are written while the guest runs, before it is stopped for the last.
     pub passes: u64,
-    pub place: Place,
+    pub layout: Layout,
     pub page: u64,
     engine: Engine,
     chunk: usize,
@@ -172,7 +165,7 @@ impl Plan {
         Self {
             kind,
             passes: [0, 0, 1, 2, 3][random.below(5) as usize],
-            place: [Place::Raw, Place::Sealed, Place::Packed][random.below(3) as usize],
+            layout: Layout::ALL[random.below(3) as usize],
             page: [4096, 4096, 16384, UNIT][random.below(4) as usize],
             engine: Engine::ALL[random.below(Engine::ALL.len() as u64) as usize],
             chunk: 4096 << random.below(10),
@@ -202,25 +195,16 @@ impl Plan {
         }
     }
 
-    /// A seal, for images that have one.
-    pub(super) fn layout(&self, seal: impl FnOnce() -> Seal) -> Layout {
-        match self.place {
-            Place::Raw => Layout::Raw,
-            Place::Sealed => Layout::Sealed(seal()),
-            Place::Packed => Layout::Packed(seal()),
-        }
-    }
-
     /// Opens an image that was written in this layout.
     pub(super) fn open(&self, path: &Path) -> Result<Image, OpenImageError> {
-        match self.place {
-            Place::Raw => Image::open_raw(path),
-            Place::Sealed | Place::Packed => Image::open(path),
+        match self.layout {
+            Layout::Raw => Image::open_raw(path),
+            Layout::Sealed | Layout::Packed => Image::open(path),
         }
     }
 
     /// With the RAM of a guest of these `regions`, whose newest image is `parent`.
-    pub(super) fn options(&self, regions: &[Range<u64>], parent: Option<ImageId>) -> Options {
+    pub(super) fn options(&self, regions: &[Range<u64>], parent: Option<ImageId>) -> WriterOptions {
         let seal = || {
             let seal = Seal::new().regions(regions.iter().cloned());
             match (self.kind, parent) {
@@ -229,21 +213,22 @@ impl Plan {
                 _ => seal,
             }
         };
-        let options = self.tuned().layout(self.layout(seal));
+        let options = self.tuned().layout(self.layout).seal(seal());
         let options = options.no_clobber(self.fault == Some(InjectedFault::Appeared));
         let Some(InjectedFault::Cancelled(thousandths)) = self.fault else {
             return options;
         };
         let token = CancelToken::new();
         options.cancel(token.clone()).progress(move |done| {
-            if done.bytes_done * 1000 >= done.bytes_total * thousandths {
+            if done.done * 1000 >= done.total * thousandths {
                 token.cancel();
             }
+            std::ops::ControlFlow::Continue(())
         })
     }
 
     /// All but the layout.
-    pub(super) fn tuned(&self) -> Options {
+    pub(super) fn tuned(&self) -> WriterOptions {
         let options = MemoryWriter::options()
             // The pages of each diff are listed, also of one that holds all of them.
             .allow_ambiguous_diff(true)

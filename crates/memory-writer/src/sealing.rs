@@ -5,19 +5,27 @@ use std::io;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 
+use dirty_bitmap::{PageSet, coalesce};
 use image_format::{
-    Checksums, ChunkSum, Footer, FooterError, ImageId, Invalid, Kind, MAX_FOOTER, Placement, Run,
-    Version, check_metadata,
+    Checksums, ChunkSum, Extent, ExtentMap, Footer, FooterError, ImageId, ImageKind, InvalidFooter,
+    Layout, MAX_FOOTER, Version, WritePlan, check_metadata,
 };
+use page_reader::{PageReader, SecretBuffer};
+use sparse_file::{SpaceError, WriteError, grow};
 
-use page_reader::SecretBuffer;
-use sparse_file::{SpaceError, grow};
+use crate::geometry::Geometry;
+use crate::seal::{Parent, Seal};
+use crate::write_pass::WritePass;
 
-use crate::layout::{Parent, Seal};
-use crate::placement::{Extent, ExtentMap};
+/// The length of a run in a footer, in bytes.
+const RUN_LEN: u64 = 24;
 
 /// The maximum length of a footer. The tests of this crate can reach theirs.
-const MAX_LEN: u64 = if cfg!(test) { 24 * 1000 } else { MAX_FOOTER };
+const MAX_LEN: u64 = if cfg!(test) {
+    RUN_LEN * 1000
+} else {
+    MAX_FOOTER
+};
 
 /// Reasons why the footer cannot be written.
 pub(crate) enum SealError {
@@ -30,8 +38,8 @@ pub(crate) enum SealError {
     Footer(FooterError),
 }
 
-impl From<Invalid> for SealError {
-    fn from(invalid: Invalid) -> Self {
+impl From<InvalidFooter> for SealError {
+    fn from(invalid: InvalidFooter) -> Self {
         Self::Footer(invalid.into())
     }
 }
@@ -44,10 +52,10 @@ pub(crate) struct FooterBuilder {
     parent: Parent,
     /// Whether the footer has the default region, which begins at the start of the RAM.
     one_region: bool,
-    pub(crate) map: ExtentMap,
+    map: ExtentMap,
     /// Pages that are zeros unless the map contains them. Ascending and not overlapping.
     zeros: Vec<Range<u64>>,
-    pub(crate) checksums: Checksums,
+    checksums: Checksums,
 }
 
 impl FooterBuilder {
@@ -56,11 +64,14 @@ impl FooterBuilder {
     /// written.
     pub(crate) fn new(
         seal: Seal,
-        placement: Placement,
-        ram_size: u64,
-        page_size: u64,
+        layout: Layout,
+        geometry: Geometry,
         ram_start: u64,
     ) -> Result<Self, SealError> {
+        let Geometry {
+            ram_size,
+            page_size,
+        } = geometry;
         let one_region = seal.regions.is_none();
         let default = || vec![ram_start..ram_start.saturating_add(ram_size)];
         let parent = match seal.parent {
@@ -73,8 +84,8 @@ impl FooterBuilder {
                 .id
                 .map_or_else(ImageId::random, Ok)
                 .map_err(SealError::Id)?,
-            kind: Kind::Diff { parent },
-            placement,
+            kind: ImageKind::Diff { parent },
+            layout,
             ram_size,
             page_size,
             regions: seal.regions.unwrap_or_else(default),
@@ -84,7 +95,7 @@ impl FooterBuilder {
         };
         footer.check_head()?;
         Ok(Self {
-            map: ExtentMap::new(placement, footer.data_start()),
+            map: ExtentMap::new(layout, footer.data_start()),
             zeros: Vec::new(),
             footer,
             parent: seal.parent,
@@ -102,7 +113,7 @@ impl FooterBuilder {
     }
 
     pub(crate) fn is_full(&self) -> bool {
-        self.footer.kind == Kind::Full
+        self.footer.kind == ImageKind::Full
     }
 
     pub(crate) fn set_metadata(&mut self, bytes: Vec<u8>) -> Result<(), FooterError> {
@@ -122,8 +133,8 @@ impl FooterBuilder {
 
     /// Prepares for a write of all of the RAM: discards all earlier writes.
     pub(crate) fn begin_full(&mut self) {
-        self.footer.kind = Kind::Full;
-        self.map = ExtentMap::new(self.map.placement(), self.footer.data_start());
+        self.footer.kind = ImageKind::Full;
+        self.map = ExtentMap::new(self.map.layout(), self.footer.data_start());
         // Pages that are not in the map are zeros.
         self.zeros = vec![0..self.footer.ram_size];
         self.checksums = Checksums::new(self.footer.ram_size);
@@ -138,21 +149,67 @@ impl FooterBuilder {
     /// Adds runs of pages that are zeros unless the map contains them. The runs ascend and do not
     /// overlap.
     pub(crate) fn add_zeros(&mut self, runs: impl Iterator<Item = Range<u64>>) {
-        self.zeros.extend(runs);
-        self.zeros.sort_unstable_by_key(|run| run.start);
-        self.zeros.dedup_by(|next, last| {
-            let touches = next.start <= last.end;
-            if touches {
-                last.end = last.end.max(next.end);
-            }
-            touches
-        });
+        let mut zeros = std::mem::take(&mut self.zeros);
+        zeros.extend(runs);
+        zeros.sort_unstable_by_key(|run| run.start);
+        self.zeros = coalesce(zeros).collect();
+    }
+
+    /// Plans a write of pages. Checks that the footer has room for them.
+    pub(crate) fn plan(&self, pages: &PageSet) -> Result<WritePlan, FooterError> {
+        let count = pages.runs().count() as u64;
+        self.check_room(count)?;
+        let plan = self.map.plan(count, pages.runs());
+        self.check_extents(&plan)?;
+        Ok(plan)
+    }
+
+    /// Writes the pages of a plan. Returns the number of bytes written.
+    pub(crate) fn write_plan<R: PageReader + ?Sized>(
+        &mut self,
+        pass: &WritePass<'_>,
+        reader: &R,
+        plan: WritePlan,
+    ) -> Result<u64, WriteError> {
+        let written = pass.write_plan(reader, &plan, &mut self.checksums)?;
+        self.map.merge(plan);
+        Ok(written)
+    }
+
+    /// Writes runs that are found during the write. Returns the number of bytes written, or the
+    /// error of a footer that has no room for more runs.
+    pub(crate) fn write_found<R: PageReader + ?Sized>(
+        &mut self,
+        pass: &WritePass<'_>,
+        reader: &R,
+        runs: impl Iterator<Item = Range<u64>>,
+    ) -> Result<Result<u64, FooterError>, WriteError> {
+        let mut plan = self.map.plan(0, []);
+        let limits = (
+            self.max_extents(),
+            self.footer.data_start() + self.footer.ram_size,
+        );
+        let written = pass.write_found(reader, runs, &mut plan, &mut self.checksums, limits)?;
+        let room = self.check_extents(&plan);
+        self.map.merge(plan);
+        Ok(room.map(|()| written))
+    }
+
+    /// Checks that the footer has room for the extents of a plan and of earlier writes.
+    fn check_extents(&self, plan: &WritePlan) -> Result<(), FooterError> {
+        let extents = self.map.extents().len() + plan.new_extents();
+        if extents > self.max_extents() {
+            return Err(FooterError::TooLarge {
+                len: MAX_LEN + RUN_LEN,
+            });
+        }
+        Ok(())
     }
 
     /// Checks that the footer has room for `runs` runs of a first diff, and for the checksums of
     /// its first bytes.
     pub(crate) fn check_room(&self, runs: u64) -> Result<(), FooterError> {
-        if self.map.extents().is_empty() {
+        if self.map.is_empty() {
             let runs = runs.saturating_add(self.zeros.len() as u64);
             self.footer.planned_len(runs, u64::from(runs > 0), 0)?;
         }
@@ -161,20 +218,13 @@ impl FooterBuilder {
 
     /// Returns the maximum number of extents that the footer has room for. A full image has runs of
     /// zeros between them.
-    pub(crate) fn max_extents(&self) -> usize {
-        let most = MAX_LEN / 24;
-        let first = self.map.extents().is_empty();
+    fn max_extents(&self) -> usize {
         // Less than 2^26.
-        (if first && self.is_full() {
-            most / 2
-        } else {
-            most
-        }) as usize
-    }
-
-    /// Returns the error for more runs than the footer has room for.
-    pub(crate) fn too_many_runs(&self) -> FooterError {
-        FooterError::TooLarge { len: MAX_LEN + 24 }
+        let most = (MAX_LEN / RUN_LEN) as usize;
+        match self.map.is_empty() && self.is_full() {
+            true => most / 2,
+            false => most,
+        }
     }
 
     /// Writes the footer after the pages.
@@ -188,11 +238,10 @@ impl FooterBuilder {
             ..
         } = self;
         footer.checksums = checksums.finish();
-        let runs = runs(map.extents(), &zeros, footer.ram_size);
-        let present = map.extents().iter().map(|extent| extent.len).sum();
+        let runs = map.runs(&zeros, footer.ram_size);
         let (count, sums) = (runs.clone().count() as u64, footer.checksums.len() as u64);
         let len = footer
-            .planned_len(count, sums, present)
+            .planned_len(count, sums, map.len())
             .map_err(SealError::Footer)?;
         grow(file, len).map_err(|error| SealError::Grow(len, error))?;
         footer.write_with(file, runs).map_err(SealError::Footer)?;
@@ -218,68 +267,5 @@ impl FooterBuilder {
             self.checksums.replace(chunk.start, sum.finish());
         }
         Ok(())
-    }
-}
-
-/// Returns the runs of an image with these extents and with `zeros` between the extents, in
-/// ascending order. Lazy: for a large guest, a list would take more memory than the extents.
-fn runs<'a>(
-    extents: &'a [Extent],
-    zeros: &'a [Range<u64>],
-    ram_size: u64,
-) -> impl Iterator<Item = Run> + Clone + 'a {
-    let (mut extents, mut zeros, mut at) = (extents, zeros, 0);
-    std::iter::from_fn(move || {
-        let end = extents.first().map_or(ram_size, |extent| extent.guest);
-        while let [first, rest @ ..] = zeros
-            && first.end <= at
-        {
-            zeros = rest;
-        }
-        if let Some(run) = zeros.first().filter(|run| run.start.max(at) < end) {
-            let run = run.start.max(at)..run.end.min(end);
-            at = run.end;
-            return Some(Run::zeros(run));
-        }
-        let (first, rest) = extents.split_first()?;
-        (extents, at) = (rest, first.guest_range().end);
-        Some(Run::present(first.guest_range(), first.file))
-    })
-}
-
-#[cfg(test)]
-mod tests {
-    use rstest::rstest;
-
-    use super::*;
-
-    /// Extents as guest offset and length.
-    #[rstest]
-    #[case::none(&[], &[], &[])]
-    #[case::zeros_only(&[], &[2..4], &[(2..4, false)])]
-    #[case::extents_only(&[(2, 2)], &[], &[(2..4, true)])]
-    #[case::all(&[(2, 2)], &[0..10], &[(0..2, false), (2..4, true), (4..10, false)])]
-    #[case::extent_inside(&[(3, 1)], &[2..6], &[(2..3, false), (3..4, true), (4..6, false)])]
-    #[case::extent_around(&[(1, 8)], &[2..4, 5..6], &[(1..9, true)])]
-    #[case::ends_overlap(&[(2, 2), (6, 2)], &[3..7], &[(2..4, true), (4..6, false), (6..8, true)])]
-    #[case::adjacent(&[(2, 2)], &[0..2, 4..5], &[(0..2, false), (2..4, true), (4..5, false)])]
-    #[case::several_in_a_gap(&[(8, 1)], &[0..1, 3..4, 7..10], &[(0..1, false), (3..4, false), (7..8, false), (8..9, true), (9..10, false)])]
-    fn zeros_are_listed_outside_extents(
-        #[case] extents: &[(u64, u64)],
-        #[case] zeros: &[Range<u64>],
-        #[case] expected: &[(Range<u64>, bool)],
-    ) {
-        let extent = |(guest, len): &(u64, u64)| Extent {
-            guest: *guest,
-            file: 100 + guest,
-            len: *len,
-        };
-        let extents: Vec<_> = extents.iter().map(extent).collect();
-        let run = |(range, present): &(Range<u64>, bool)| match present {
-            true => Run::present(range.clone(), 100 + range.start),
-            false => Run::zeros(range.clone()),
-        };
-        let expected: Vec<_> = expected.iter().map(run).collect();
-        assert_eq!(runs(&extents, zeros, 10).collect::<Vec<_>>(), expected);
     }
 }

@@ -1,28 +1,13 @@
-//! Finds the runs of a full dump that must be written, while it is being written.
-//!
-//! The reader is a [`Touched`]: RAM that is known to be untouched is never read.
+//! Finds the runs of RAM that hold data, for copies without zeros.
 
+use std::fmt;
 use std::ops::{ControlFlow, Range};
 
-use page_reader::{HostMemory, PageReader, PopulatedRanges, SecretBuffer, Touched};
+use host_memory::{HostMemory, SecretBuffer};
 
-use crate::progress::ProgressCounter;
-use crate::whole_pages::WholePages;
-
-/// The pages that a full dump may skip, where they read as zeros without being written.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) struct Skip {
-    /// Pages of zeros, found by reading them.
-    pub(crate) zeros: bool,
-    /// Pages that the reader knows to be untouched.
-    pub(crate) untouched: bool,
-}
-
-impl Skip {
-    pub(crate) fn is_enabled(self) -> bool {
-        self.zeros || self.untouched
-    }
-}
+use crate::populated::PopulatedRanges;
+use crate::reader::PageReader;
+use crate::touched::Touched;
 
 /// Minimum length of zeros to skip. Shorter ones are written with the data around them: another
 /// extent in the file takes longer.
@@ -35,59 +20,88 @@ const MAX_RUN: u64 = 1 << 20;
 /// Bytes read at a time from a reader that does not expose its memory.
 const WINDOW: u64 = 256 << 10;
 
-/// Iterator over ascending runs of whole pages that must be written. The pages between the runs may
-/// be skipped.
-pub(crate) struct NonzeroRuns<'a, 'w, R: ?Sized> {
+/// An iterator over the runs of whole pages that may hold nonzero bytes, ascending.
+///
+/// A full copy of a guest's RAM may skip the pages between the runs, where they read as zeros
+/// without being written. RAM that the reader [knows](PageReader::populated) to be untouched is
+/// never read. Runs end at multiples of 1 MiB, so that memory can be copied soon after it was
+/// examined. Zeros of less than 32 KiB are part of the run around them.
+///
+/// # Examples
+/// ```
+/// use page_reader::{NonzeroRuns, Touched};
+///
+/// let mut ram = vec![0_u8; 1 << 20];
+/// ram[500_000] = 7;
+/// let reader = Touched::new(&ram, 1 << 20);
+/// let runs = NonzeroRuns::new(&reader, 1 << 20, 4096).find_zeros(true);
+/// assert!(runs.eq([499_712..503_808]));
+/// ```
+pub struct NonzeroRuns<'a, R: ?Sized> {
     reader: &'a Touched<'a, R>,
-    zeros: bool,
+    find_zeros: bool,
     page_size: u64,
     ram_size: u64,
     /// Ranges after `left` that may hold data.
-    populated: WholePages<PopulatedRanges<'a>>,
+    populated: PopulatedRanges<'a>,
     /// The part of the current range that is not examined yet.
     left: Range<u64>,
     /// The run that was found and not returned yet. If empty, its position is the end of the last
     /// run.
     run: Range<u64>,
-    /// Offset up to which skipped bytes are reported as progress.
+    /// Offset up to which skipped bytes are reported.
     reported: u64,
     window: Window,
     /// Memory that the kernel has faulted in.
     mapped: Range<u64>,
-    progress: &'a ProgressCounter<'w>,
+    on_skip: Box<dyn FnMut(u64) -> ControlFlow<()> + 'a>,
 }
 
-impl<'a, 'w, R: PageReader + ?Sized> NonzeroRuns<'a, 'w, R> {
-    /// Creates an iterator. `ram_size` is a multiple of `page_size`, which is a power of two.
-    pub(crate) fn new(
-        reader: &'a Touched<'a, R>,
-        skip: Skip,
-        ram_size: u64,
-        page_size: u64,
-        progress: &'a ProgressCounter<'w>,
-    ) -> Self {
-        let page_size = page_size.max(MIN_PAGE_SIZE);
-        // Option `zeros` includes untouched pages.
-        let populated = reader.populated(0..ram_size);
+impl<'a, R: PageReader + ?Sized> NonzeroRuns<'a, R> {
+    /// Creates an iterator that skips the pages which the reader knows to be untouched. `ram_size`
+    /// is a multiple of `page_size`, which is a power of two. Pages of less than 4 KiB are examined
+    /// together.
+    #[must_use]
+    pub fn new(reader: &'a Touched<'a, R>, ram_size: u64, page_size: u64) -> Self {
         Self {
             reader,
-            zeros: skip.zeros,
-            page_size,
+            find_zeros: false,
+            page_size: page_size.max(MIN_PAGE_SIZE),
             ram_size,
-            populated: WholePages::new(populated, page_size),
+            populated: reader.populated(0..ram_size),
             left: 0..0,
             run: 0..0,
             reported: 0,
             window: Window::default(),
             mapped: 0..0,
-            progress,
+            on_skip: Box::new(|_| ControlFlow::Continue(())),
         }
+    }
+
+    /// Sets whether to read the other pages, and to skip those that hold only zeros. The default is
+    /// false.
+    #[must_use]
+    pub fn find_zeros(mut self, find: bool) -> Self {
+        self.find_zeros = find;
+        self
+    }
+
+    /// Calls `callback` with the number of bytes of each part that is skipped. The iterator ends
+    /// early if it returns [`ControlFlow::Break`].
+    #[must_use]
+    pub fn on_skip(mut self, callback: impl FnMut(u64) -> ControlFlow<()> + 'a) -> Self {
+        self.on_skip = Box::new(callback);
+        self
     }
 
     /// Returns the next part to examine. It is written or skipped as a whole.
     fn next_part(&self) -> Range<u64> {
         let Range { start, end } = self.left;
-        let step = if self.zeros { self.page_size } else { MAX_RUN };
+        let step = if self.find_zeros {
+            self.page_size
+        } else {
+            MAX_RUN
+        };
         start..(start / step + 1).saturating_mul(step).min(end)
     }
 
@@ -139,22 +153,27 @@ impl<'a, 'w, R: PageReader + ?Sized> NonzeroRuns<'a, 'w, R> {
     fn report_skipped(&mut self, end: u64) -> ControlFlow<()> {
         let bytes = end - self.reported.max(self.run.end).min(end);
         self.reported = end;
-        self.progress.skipped(bytes)
+        match bytes {
+            0 => ControlFlow::Continue(()),
+            bytes => (self.on_skip)(bytes),
+        }
     }
 }
 
-impl<R: PageReader + ?Sized> Iterator for NonzeroRuns<'_, '_, R> {
+impl<R: PageReader + ?Sized> Iterator for NonzeroRuns<'_, R> {
     type Item = Range<u64>;
 
-    /// Returns `None` early if the progress report requests it.
     fn next(&mut self) -> Option<Range<u64>> {
         loop {
             if self.left.is_empty() {
                 match self.populated.next() {
-                    // The last page may be smaller. A reader whose ranges descend breaks its
-                    // contract; skip what was examined before.
+                    // Widened to whole pages, the range may overlap what was examined already. The
+                    // last page may be smaller.
                     Some(range) => {
-                        self.left = range.start.max(self.run.end)..range.end.min(self.ram_size);
+                        let start = range.start & !(self.page_size - 1);
+                        let end = range.end.next_multiple_of(self.page_size);
+                        self.left = start.max(self.left.end)..end.min(self.ram_size);
+                        self.left.end = self.left.end.max(self.left.start);
                         continue;
                     }
                     None if self.run.is_empty() => {
@@ -169,7 +188,7 @@ impl<R: PageReader + ?Sized> Iterator for NonzeroRuns<'_, '_, R> {
                 return Some(self.take_run());
             }
             let part = self.next_part();
-            let skipped = self.zeros && self.is_zero(part.clone());
+            let skipped = self.find_zeros && self.is_zero(part.clone());
             self.left.start = part.end;
             if skipped {
                 let at_border = part.end.is_multiple_of(MAX_RUN);
@@ -189,6 +208,18 @@ impl<R: PageReader + ?Sized> Iterator for NonzeroRuns<'_, '_, R> {
                 return Some(self.take_run());
             }
         }
+    }
+}
+
+impl<R: ?Sized> fmt::Debug for NonzeroRuns<'_, R> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("NonzeroRuns")
+            .field("find_zeros", &self.find_zeros)
+            .field("page_size", &self.page_size)
+            .field("ram_size", &self.ram_size)
+            .field("left", &self.left)
+            .field("run", &self.run)
+            .finish_non_exhaustive()
     }
 }
 
@@ -222,5 +253,70 @@ impl Window {
         }
         let bytes = self.buffer.sized((range.end - self.range.start) as usize);
         HostMemory::from(&bytes[(range.start - self.range.start) as usize..]).is_zero()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use rstest::rstest;
+
+    use super::*;
+
+    const KIB: u64 = 1 << 10;
+
+    fn runs(ram: &[u8], page_size: u64, find_zeros: bool) -> (Vec<Range<u64>>, u64) {
+        let size = ram.len() as u64;
+        let (reader, mut skipped) = (Touched::unknown(ram, size), 0);
+        let found = NonzeroRuns::new(&reader, size, page_size)
+            .find_zeros(find_zeros)
+            .on_skip(|bytes| {
+                skipped += bytes;
+                ControlFlow::Continue(())
+            })
+            .collect();
+        (found, skipped)
+    }
+
+    #[rstest]
+    #[case::all_zeros(&[], 4096, &[])]
+    #[case::one_page(&[100 * KIB], 4096, &[100 * KIB..104 * KIB])]
+    #[case::larger_pages(&[100 * KIB], 16384, &[96 * KIB..112 * KIB])]
+    #[case::small_pages_are_examined_together(&[100 * KIB], 512, &[100 * KIB..104 * KIB])]
+    #[case::short_zeros_are_kept(&[0, 32 * KIB], 4096, &[0..36 * KIB])]
+    #[case::zeros_of_32_kib_are_skipped(&[0, 36 * KIB], 4096, &[0..4 * KIB, 36 * KIB..40 * KIB])]
+    #[case::runs_end_at_whole_mebibytes(
+        &[1020 * KIB, 1024 * KIB],
+        4096,
+        &[1020 * KIB..1024 * KIB, 1024 * KIB..1028 * KIB]
+    )]
+    fn runs_hold_every_nonzero_page(
+        #[case] nonzero: &[u64],
+        #[case] page_size: u64,
+        #[case] expected: &[Range<u64>],
+    ) {
+        let mut ram = vec![0; 2 << 20];
+        nonzero.iter().for_each(|at| ram[*at as usize] = 1);
+        let (found, skipped) = runs(&ram, page_size, true);
+        assert_eq!(found, expected);
+        let kept: u64 = found.iter().map(|run| run.end - run.start).sum();
+        assert_eq!(kept + skipped, 2 << 20);
+    }
+
+    #[test]
+    fn zeros_are_kept_unless_they_are_looked_for() {
+        let (found, skipped) = runs(&vec![0; 3 << 20], 4096, false);
+        assert_eq!(found, [0..1 << 20, 1 << 20..2 << 20, 2 << 20..3 << 20]);
+        assert_eq!(skipped, 0);
+    }
+
+    #[test]
+    fn a_break_ends_the_runs() {
+        let mut ram = vec![0; 2 << 20];
+        ram[(2 << 20) - 1] = 1;
+        let reader = Touched::unknown(&ram, 2 << 20);
+        let mut runs = NonzeroRuns::new(&reader, 2 << 20, 4096)
+            .find_zeros(true)
+            .on_skip(|_| ControlFlow::Break(()));
+        assert_eq!(runs.next(), None);
     }
 }

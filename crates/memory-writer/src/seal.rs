@@ -1,26 +1,8 @@
-//! Layouts of memory files.
+//! The metadata in the footer of a sealed or packed file.
 
 use std::ops::Range;
 
 use image_format::ImageId;
-
-/// The order of the pages in the file, and whether a footer describes them.
-#[derive(Clone, Debug, Default)]
-#[non_exhaustive]
-pub enum Layout {
-    /// Pages at their guest offsets and nothing else. Any program that maps or merges raw memory
-    /// files can use it. Only the holes of the file record which pages a diff holds.
-    #[default]
-    Raw,
-    /// The same, with a footer after the last page of the RAM: the pages that are present, zero or
-    /// clean, the parent of a diff, and checksums. The first `ram_size` bytes are those of a raw
-    /// file. See [`image_format`].
-    Sealed(Seal),
-    /// A header that contains the length of the file, the pages that are present, one after
-    /// another, and the same footer. It needs no holes, and scattered pages of a diff are written
-    /// several times faster. `memory-image` reads it; it cannot be mapped directly.
-    Packed(Seal),
-}
 
 /// Metadata stored in the footer.
 ///
@@ -35,7 +17,7 @@ pub enum Layout {
 /// # let (ram, dirty) = (vec![0_u8; 1 << 20], DirtyBitmap::new(0, 1 << 20, 4096)?);
 /// # let vcpu_state = Vec::new();
 /// let mut writer = MemoryWriter::options()
-///     .layout(Layout::Sealed(Seal::new()))
+///     .layout(Layout::Sealed)
 ///     .open(&full, 1 << 20, 4096)?;
 /// let parent = writer.image_id().expect("it is sealed");
 /// writer.write_full(&ram)?;
@@ -44,7 +26,8 @@ pub enum Layout {
 /// dirty.set_dirty(0x5000)?;
 /// let epoch = dirty.begin_epoch()?;
 /// let mut writer = MemoryWriter::options()
-///     .layout(Layout::Packed(Seal::new().parent(parent)))
+///     .layout(Layout::Packed)
+///     .seal(Seal::new().parent(parent))
 ///     .open(&diff, 1 << 20, 4096)?;
 /// writer.write_diff(&ram, epoch.bitmap())?;
 /// writer.set_metadata(vcpu_state)?; // as it is now, with the guest paused
@@ -101,7 +84,7 @@ impl Seal {
 
     /// Sets the guest-physical address ranges of the RAM, ascending, in the order of the memory
     /// file. The default is one range that starts at
-    /// [`Options::ram_start`](crate::Options::ram_start).
+    /// [`WriterOptions::ram_start`](crate::WriterOptions::ram_start).
     pub fn regions(mut self, regions: impl IntoIterator<Item = Range<u64>>) -> Self {
         self.regions = Some(regions.into_iter().collect());
         self

@@ -1,0 +1,429 @@
+//! The positions of pages in an image file, while it is written.
+
+use std::ops::Range;
+
+use crate::layout::Layout;
+use crate::run::Run;
+
+/// Bytes that are contiguous in RAM and in the file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Extent {
+    /// The guest offset of the first byte.
+    pub guest: u64,
+    /// The file offset of the first byte.
+    pub file: u64,
+    /// The length in bytes.
+    pub len: u64,
+}
+
+impl Extent {
+    /// Returns the guest offsets of the extent.
+    #[must_use]
+    pub fn guest_range(&self) -> Range<u64> {
+        self.guest..self.guest + self.len
+    }
+
+    /// Returns the file offsets of the extent.
+    #[must_use]
+    pub fn file_range(&self) -> Range<u64> {
+        self.file..self.file + self.len
+    }
+
+    /// Returns the part of the extent inside `range` of guest offsets.
+    fn within(&self, range: &Range<u64>) -> Option<Self> {
+        let start = self.guest.max(range.start);
+        let end = (self.guest + self.len).min(range.end);
+        (start < end).then(|| Self {
+            guest: start,
+            file: self.file + (start - self.guest),
+            len: end - start,
+        })
+    }
+
+    /// Appends `next` if it follows in RAM and in the file. Returns whether it did.
+    fn try_append(&mut self, next: &Self) -> bool {
+        let follows = self.guest + self.len == next.guest && self.file + self.len == next.file;
+        if follows {
+            self.len += next.len;
+        }
+        follows
+    }
+}
+
+fn push(extents: &mut Vec<Extent>, next: Extent) {
+    if !extents
+        .last_mut()
+        .is_some_and(|last| last.try_append(&next))
+    {
+        extents.push(next);
+    }
+}
+
+/// The extents of the pages that are in an image file.
+///
+/// A write of pages has three steps. [`plan`](Self::plan) assigns an offset in the file to each
+/// page: that of its earlier copy, or a new one. The caller writes the
+/// [extents](WritePlan::extents) of the plan. [`merge`](Self::merge) adds them to the map.
+///
+/// # Examples
+/// ```
+/// use image_format::{ExtentMap, Layout, packed_start};
+///
+/// let mut map = ExtentMap::new(Layout::Packed, packed_start(4096));
+/// let plan = map.plan(2, [8192..12288, 32768..36864]);
+/// assert_eq!(plan.guest_offset(8192 + 5), Some(32768 + 5));
+/// // Write the bytes of `plan.extents()`.
+/// map.merge(plan);
+/// assert_eq!(map.extents().len(), 2);
+/// ```
+#[derive(Clone, Debug)]
+pub struct ExtentMap {
+    layout: Layout,
+    /// In ascending order of guest offsets, not overlapping.
+    extents: Vec<Extent>,
+    /// The offset of the next page in a packed file.
+    next: u64,
+}
+
+impl ExtentMap {
+    /// Creates an empty map. The first page of a packed file is placed at `start`.
+    #[must_use]
+    pub fn new(layout: Layout, start: u64) -> Self {
+        Self {
+            layout,
+            extents: Vec::new(),
+            next: start,
+        }
+    }
+
+    /// Returns the layout of the file.
+    #[must_use]
+    pub fn layout(&self) -> Layout {
+        self.layout
+    }
+
+    /// Returns the extents in ascending order of guest offsets.
+    #[must_use]
+    pub fn extents(&self) -> &[Extent] {
+        &self.extents
+    }
+
+    /// Returns the number of bytes in all extents.
+    #[must_use]
+    pub fn len(&self) -> u64 {
+        self.extents.iter().map(|extent| extent.len).sum()
+    }
+
+    /// Returns whether no page is in the file.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.extents.is_empty()
+    }
+
+    /// Returns the parts of the extents that overlap `range` of guest offsets, ascending.
+    pub fn within<'m>(&'m self, range: &'m Range<u64>) -> impl Iterator<Item = Extent> + 'm {
+        let first = self
+            .extents
+            .partition_point(|extent| extent.guest_range().end <= range.start);
+        self.extents[first..]
+            .iter()
+            .map_while(move |extent| extent.within(range))
+    }
+
+    /// Plans a write of `runs` of pages, which are ascending ranges of guest offsets. Reserves
+    /// memory for `count` extents: with the number of runs, the list does not grow beyond its need.
+    #[must_use]
+    pub fn plan(&self, count: u64, runs: impl IntoIterator<Item = Range<u64>>) -> WritePlan {
+        let mut extents = Vec::new();
+        // If this allocation fails, the list grows as runs are added.
+        let _ = extents.try_reserve_exact(usize::try_from(count).unwrap_or(0));
+        let mut plan = WritePlan {
+            layout: self.layout,
+            extents,
+            next: self.next,
+            last_new: None,
+            new: 0,
+        };
+        for run in runs {
+            let mut at = run.start;
+            for old in self.within(&run) {
+                plan.append(at..old.guest);
+                push(&mut plan.extents, old);
+                at = old.guest_range().end;
+            }
+            plan.append(at..run.end);
+        }
+        if !plan.extents.is_sorted_by_key(|extent| extent.file) {
+            plan.extents.sort_unstable_by_key(|extent| extent.file);
+        }
+        plan
+    }
+
+    /// Adds the extents of a plan, which were written.
+    pub fn merge(&mut self, plan: WritePlan) {
+        self.next = plan.next;
+        if self.extents.is_empty() {
+            self.extents = plan.extents;
+        } else {
+            // Sorts in place: the list of a large guest is large.
+            self.extents.extend_from_slice(&plan.extents);
+            drop(plan);
+        }
+        self.extents.sort_unstable_by_key(|extent| extent.guest);
+        // Pages that were in the file before have the same place in both lists.
+        self.extents.dedup_by(|next, last| {
+            let end = last.guest + last.len;
+            let same = next.guest.wrapping_sub(next.file) == last.guest.wrapping_sub(last.file);
+            let joined = next.guest <= end && same;
+            if joined {
+                last.len = end.max(next.guest + next.len) - last.guest;
+            }
+            joined
+        });
+    }
+
+    /// Returns the runs of an image with these extents and with `zeros` between the extents, in
+    /// ascending order. `zeros` ascend and do not overlap; their parts inside extents do not count.
+    ///
+    /// Lazy: for a large guest, a list would take more memory than the extents.
+    pub fn runs<'a>(
+        &'a self,
+        zeros: &'a [Range<u64>],
+        ram_size: u64,
+    ) -> impl Iterator<Item = Run> + Clone + 'a {
+        let (mut extents, mut zeros, mut at) = (&self.extents[..], zeros, 0);
+        std::iter::from_fn(move || {
+            let end = extents.first().map_or(ram_size, |extent| extent.guest);
+            while let [first, rest @ ..] = zeros
+                && first.end <= at
+            {
+                zeros = rest;
+            }
+            if let Some(run) = zeros.first().filter(|run| run.start.max(at) < end) {
+                let run = run.start.max(at)..run.end.min(end);
+                at = run.end;
+                return Some(Run::zeros(run));
+            }
+            let (first, rest) = extents.split_first()?;
+            (extents, at) = (rest, first.guest_range().end);
+            Some(Run::present(first.guest_range(), first.file))
+        })
+    }
+}
+
+/// The offsets in the file of the pages of one write.
+///
+/// Takes 24 bytes for each extent.
+#[derive(Clone, Debug)]
+pub struct WritePlan {
+    layout: Layout,
+    /// In ascending order of file offsets.
+    extents: Vec<Extent>,
+    /// The offset of the next new page in a packed file.
+    next: u64,
+    /// The last extent that the map does not have.
+    last_new: Option<Extent>,
+    /// The number of extents that the map does not have.
+    new: usize,
+}
+
+impl WritePlan {
+    /// Adds pages that are not in the file and after all pages of the plan. Returns their place.
+    ///
+    /// Suits a write whose pages are found while others are written: it begins with a plan of no
+    /// runs.
+    pub fn append(&mut self, pages: Range<u64>) -> Extent {
+        let len = pages.end.saturating_sub(pages.start);
+        let file = match self.layout {
+            Layout::Raw | Layout::Sealed => pages.start,
+            Layout::Packed => self.next,
+        };
+        let extent = Extent {
+            guest: pages.start,
+            file,
+            len,
+        };
+        if len > 0 {
+            self.next += len;
+            let last = self.last_new.as_mut();
+            if !last.is_some_and(|last| last.try_append(&extent)) {
+                self.last_new = Some(extent);
+                self.new += 1;
+            }
+            push(&mut self.extents, extent);
+        }
+        extent
+    }
+
+    /// Returns the extents to write, in ascending order of file offsets.
+    #[must_use]
+    pub fn extents(&self) -> &[Extent] {
+        &self.extents
+    }
+
+    /// Returns the number of extents that the map does not have.
+    #[must_use]
+    pub fn new_extents(&self) -> usize {
+        self.new
+    }
+
+    /// Returns the number of bytes to write.
+    #[must_use]
+    pub fn len(&self) -> u64 {
+        self.extents.iter().map(|extent| extent.len).sum()
+    }
+
+    /// Returns whether there is nothing to write.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.extents.is_empty()
+    }
+
+    /// Returns the file offset after the last byte to write.
+    #[must_use]
+    pub fn file_end(&self) -> u64 {
+        self.extents
+            .last()
+            .map_or(0, |extent| extent.file_range().end)
+    }
+
+    /// Returns the part of an extent from the file offset `file` on, or `None` if no extent has
+    /// that byte.
+    #[must_use]
+    pub fn extent_at(&self, file: u64) -> Option<Extent> {
+        let after = self.extents.partition_point(|extent| extent.file <= file);
+        let extent = self.extents[after.checked_sub(1)?];
+        let skipped = file - extent.file;
+        (skipped < extent.len).then(|| Extent {
+            guest: extent.guest + skipped,
+            file,
+            len: extent.len - skipped,
+        })
+    }
+
+    /// Returns the guest offset of the byte at the file offset `file`, or `None` if no extent has
+    /// that byte.
+    #[must_use]
+    pub fn guest_offset(&self, file: u64) -> Option<u64> {
+        self.extent_at(file).map(|extent| extent.guest)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use rstest::rstest;
+
+    use super::*;
+
+    #[rstest]
+    #[case::in_both(14, 104, 1)]
+    #[case::in_ram_only(14, 105, 2)]
+    #[case::in_the_file_only(15, 104, 2)]
+    fn contiguous_extents_are_joined(
+        #[case] guest: u64,
+        #[case] file: u64,
+        #[case] extents: usize,
+    ) {
+        let mut all = Vec::new();
+        for (guest, file, len) in [(10, 100, 4), (guest, file, 3)] {
+            push(&mut all, Extent { guest, file, len });
+        }
+        assert_eq!(all.len(), extents);
+        assert_eq!(all.iter().map(|extent| extent.len).sum::<u64>(), 7);
+    }
+
+    /// Extents as guest offset, file offset and length.
+    fn extents(all: &[Extent]) -> Vec<(u64, u64, u64)> {
+        let extent = |extent: &Extent| (extent.guest, extent.file, extent.len);
+        all.iter().map(extent).collect()
+    }
+
+    #[test]
+    fn pages_written_again_keep_their_packed_place() {
+        let mut map = ExtentMap::new(Layout::Packed, 100);
+        map.merge(map.plan(2, [20..30, 40..50]));
+        let plan = map.plan(2, [15..25, 45..60]);
+        // In the order of the file: the old pages first.
+        assert_eq!(
+            extents(plan.extents()),
+            [(20, 100, 5), (45, 115, 5), (15, 120, 5), (50, 125, 10)]
+        );
+        assert_eq!(
+            (plan.len(), plan.new_extents(), plan.file_end()),
+            (25, 2, 135)
+        );
+        let guest = [
+            (99, None),
+            (104, Some(24)),
+            (105, None),
+            (125, Some(50)),
+            (135, None),
+        ];
+        for (file, guest) in guest {
+            assert_eq!(plan.guest_offset(file), guest, "{file}");
+        }
+        map.merge(plan);
+        assert_eq!(
+            extents(map.extents()),
+            [(15, 120, 5), (20, 100, 10), (40, 110, 10), (50, 125, 10)]
+        );
+        assert_eq!(map.len(), 35);
+    }
+
+    #[rstest]
+    #[case(Layout::Raw)]
+    #[case(Layout::Sealed)]
+    fn pages_in_place_are_at_their_guest_offsets(#[case] layout: Layout) {
+        let mut map = ExtentMap::new(layout, 0);
+        map.merge(map.plan(2, [20..30, 40..50]));
+        let plan = map.plan(2, [0..2, 25..45]);
+        assert_eq!(extents(plan.extents()), [(0, 0, 2), (25, 25, 20)]);
+        assert_eq!(plan.new_extents(), 2);
+        map.merge(plan);
+        assert_eq!(extents(map.extents()), [(0, 0, 2), (20, 20, 30)]);
+    }
+
+    #[test]
+    fn appended_pages_follow_each_other_in_a_packed_file() {
+        let map = ExtentMap::new(Layout::Packed, 100);
+        let mut plan = map.plan(0, []);
+        assert_eq!(plan.append(8..16).file_range(), 100..108);
+        assert_eq!(plan.append(16..20).file_range(), 108..112);
+        assert_eq!(plan.append(40..44).file_range(), 112..116);
+        assert_eq!((plan.extents().len(), plan.new_extents()), (2, 2));
+    }
+
+    /// Extents as guest offset and length.
+    #[rstest]
+    #[case::none(&[], &[], &[])]
+    #[case::zeros_only(&[], &[2..4], &[(2..4, false)])]
+    #[case::extents_only(&[(2, 2)], &[], &[(2..4, true)])]
+    #[case::all(&[(2, 2)], &[0..10], &[(0..2, false), (2..4, true), (4..10, false)])]
+    #[case::extent_inside(&[(3, 1)], &[2..6], &[(2..3, false), (3..4, true), (4..6, false)])]
+    #[case::extent_around(&[(1, 8)], &[2..4, 5..6], &[(1..9, true)])]
+    #[case::ends_overlap(
+        &[(2, 2), (6, 2)],
+        &[3..7],
+        &[(2..4, true), (4..6, false), (6..8, true)]
+    )]
+    #[case::adjacent(&[(2, 2)], &[0..2, 4..5], &[(0..2, false), (2..4, true), (4..5, false)])]
+    #[case::several_in_a_gap(
+        &[(8, 1)],
+        &[0..1, 3..4, 7..10],
+        &[(0..1, false), (3..4, false), (7..8, false), (8..9, true), (9..10, false)]
+    )]
+    fn zeros_are_listed_outside_extents(
+        #[case] extents: &[(u64, u64)],
+        #[case] zeros: &[Range<u64>],
+        #[case] expected: &[(Range<u64>, bool)],
+    ) {
+        let mut map = ExtentMap::new(Layout::Sealed, 0);
+        map.merge(map.plan(0, extents.iter().map(|(guest, len)| *guest..guest + len)));
+        let run = |(range, present): &(Range<u64>, bool)| match present {
+            true => Run::present(range.clone(), range.start),
+            false => Run::zeros(range.clone()),
+        };
+        let expected: Vec<_> = expected.iter().map(run).collect();
+        assert_eq!(map.runs(zeros, 10).collect::<Vec<_>>(), expected);
+    }
+}

@@ -1,0 +1,78 @@
+//! Sizes of a memory file and of its pages.
+
+use std::ops::Range;
+
+use dirty_bitmap::PageSet;
+use image_format::{MAX_RAM_SIZE, RAW_UNIT};
+
+use crate::error::{RamError, SnapshotError};
+
+/// The valid sizes of a memory file and of its pages, in bytes.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Geometry {
+    /// A multiple of the page size, and at most 2^52.
+    pub(crate) ram_size: u64,
+    /// A power of two, and at least 512.
+    pub(crate) page_size: u64,
+}
+
+impl Geometry {
+    pub(crate) fn new(ram_size: u64, page_size: u64) -> Result<Self, RamError> {
+        if ram_size == 0 {
+            return Err(RamError::NoRam);
+        }
+        if ram_size > MAX_RAM_SIZE {
+            return Err(RamError::TooLarge { ram_size });
+        }
+        if !page_size.is_power_of_two() {
+            return Err(RamError::PageSizeNotPowerOfTwo { page_size });
+        }
+        if page_size < RAW_UNIT {
+            return Err(RamError::PageTooSmall { page_size });
+        }
+        if page_size > ram_size {
+            return Err(RamError::PageLargerThanRam {
+                page_size,
+                ram_size,
+            });
+        }
+        if !ram_size.is_multiple_of(page_size) {
+            return Err(RamError::NotWholePages {
+                ram_size,
+                page_size,
+            });
+        }
+        Ok(Self {
+            ram_size,
+            page_size,
+        })
+    }
+
+    /// Returns an empty set of pages of the memory file.
+    pub(crate) fn no_pages(self) -> PageSet {
+        PageSet::new(0..self.ram_size, self.page_size)
+    }
+
+    /// Checks that runs ascend, do not overlap, are inside the RAM, and begin and end at multiples
+    /// of `unit`.
+    pub(crate) fn check_runs(
+        self,
+        runs: impl Iterator<Item = Range<u64>>,
+        unit: u64,
+    ) -> Result<(), SnapshotError> {
+        let mut last = 0;
+        for Range { start, end } in runs {
+            let whole = start.is_multiple_of(unit) && end.is_multiple_of(unit);
+            if !whole || start < last || start >= end || end > self.ram_size {
+                return Err(SnapshotError::Run {
+                    start,
+                    end,
+                    page_size: self.page_size,
+                    ram_size: self.ram_size,
+                });
+            }
+            last = end;
+        }
+        Ok(())
+    }
+}

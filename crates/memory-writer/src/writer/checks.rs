@@ -1,0 +1,102 @@
+//! Checks before pages are written.
+
+use dirty_bitmap::DirtyBitmap;
+use image_format::FooterError;
+
+use super::{MemoryWriter, State};
+use crate::error::SnapshotError;
+use crate::page_record::PageRecord;
+use crate::raw_diff::RawDiff;
+use crate::seal::Parent;
+use crate::sealing::FooterBuilder;
+use crate::write_pass::Plan;
+
+impl MemoryWriter {
+    /// Checks that all of the RAM may be written.
+    pub(super) fn check_full(&self) -> Result<(), SnapshotError> {
+        match self.pages.footer().map(FooterBuilder::parent) {
+            Some(Parent::Image(_)) => Err(SnapshotError::FullWithParent {
+                dest: self.staged.dest_path().to_owned(),
+            }),
+            Some(Parent::Unnamed | Parent::Raw) | None => Ok(()),
+        }
+    }
+
+    /// Checks that a bitmap covers this RAM, as far as the RAM's range is known.
+    pub(super) fn check_bitmap<K>(&self, bitmap: &DirtyBitmap<K>) -> Result<(), SnapshotError> {
+        if bitmap.ram_size() != self.geometry.ram_size {
+            return Err(SnapshotError::BitmapSize {
+                bitmap: bitmap.ram_size(),
+                file: self.geometry.ram_size,
+            });
+        }
+        match self.ram_start {
+            Some(ram) if ram != bitmap.ram_start() => Err(SnapshotError::BitmapStart {
+                bitmap: bitmap.ram_start(),
+                ram,
+            }),
+            _ => Ok(()),
+        }
+    }
+
+    /// Sets the start of the RAM to that of a bitmap that was [checked](Self::check_bitmap).
+    pub(super) fn set_ram_start(&mut self, ram_start: u64) {
+        self.ram_start = Some(ram_start);
+        if let PageRecord::Footer(footer) = &mut self.pages {
+            footer.set_ram_start(ram_start);
+        }
+    }
+
+    /// Checks that a chain accepts a sealed or packed diff.
+    pub(super) fn check_parent(&self) -> Result<(), SnapshotError> {
+        match self.pages.footer() {
+            Some(footer) if footer.parent() == Parent::Unnamed && !footer.is_full() => {
+                Err(SnapshotError::DiffWithoutParent {
+                    dest: self.staged.dest_path().to_owned(),
+                })
+            }
+            Some(_) | None => Ok(()),
+        }
+    }
+
+    /// Checks that a footer can list `runs` runs.
+    pub(super) fn check_room(&self, runs: u64) -> Result<(), SnapshotError> {
+        let footer = self.pages.footer();
+        let room = footer.map_or(Ok(()), |footer| footer.check_room(runs));
+        room.map_err(|source| self.cannot_seal(source))
+    }
+
+    pub(super) fn cannot_seal(&self, source: FooterError) -> SnapshotError {
+        SnapshotError::Seal {
+            dest: self.staged.dest_path().to_owned(),
+            source,
+        }
+    }
+
+    /// Checks that a raw diff with the pages of `plan` can be read back.
+    pub(super) fn check_raw_diff(&mut self, plan: &Plan) -> Result<(), SnapshotError> {
+        let Plan::Raw(pages) = plan else {
+            return Ok(());
+        };
+        if self.state == State::Incomplete {
+            return Ok(());
+        }
+        let mut check = || {
+            if matches!(self.pages, PageRecord::Empty) {
+                let begun = RawDiff::begin(self.staged.file(), self.geometry)?;
+                self.pages = PageRecord::Holes(begun);
+            }
+            match &self.pages {
+                PageRecord::Holes(diff) => diff.check_hole_is_left(pages),
+                PageRecord::Empty
+                | PageRecord::All
+                | PageRecord::Caller
+                | PageRecord::Footer(_) => Ok(()),
+            }
+        };
+        check().map_err(|source| SnapshotError::AmbiguousDiff {
+            dest: self.staged.dest_path().to_owned(),
+            source,
+        })
+    }
+}

@@ -1,0 +1,136 @@
+//! Completes and commits the staged file.
+
+use std::ops::Deref;
+
+use atomic_file::AtomicWriter;
+use dirty_bitmap::{DirtyBitmap, Epoch, ReleaseError};
+
+use super::{MemoryWriter, State};
+use crate::error::SnapshotError;
+use crate::page_record::PageRecord;
+
+impl MemoryWriter {
+    /// Syncs the file, renames it to its destination, and syncs the directory. Once this has
+    /// returned, the snapshot survives a power loss (see
+    /// [`WriterOptions::durability`](crate::WriterOptions::durability)).
+    ///
+    /// # Errors
+    /// - [`SnapshotError::NothingWritten`], [`SnapshotError::Incomplete`],
+    ///   [`SnapshotError::MemoryIo`] (a recycled file could not be wiped),
+    ///   [`SnapshotError::AmbiguousDiff`] and [`SnapshotError::Seal`]: the destination is
+    ///   unchanged.
+    /// - [`SnapshotError::Commit`] states whether the old or the new file is at the destination.
+    ///
+    /// No file is left behind except those that the error names.
+    pub fn commit(self) -> Result<(), SnapshotError> {
+        Ok(self.finish()?.commit()?)
+    }
+
+    /// Commits as [`commit`](Self::commit) does, and then releases the epoch whose pages were
+    /// written. On any error, the marks are restored to the bitmap.
+    ///
+    /// First [checks](Self::check_epoch) that every page of the epoch was written. Commits nothing
+    /// if the epoch was [reclaimed](DirtyBitmap::reclaim_epoch): a later save may have committed
+    /// its own file. The epoch cannot be reclaimed while the commit runs.
+    ///
+    /// The marks are released when the commit returns, at any
+    /// [durability](crate::WriterOptions::durability). With
+    /// [`Durability::Full`](crate::Durability::Full) the file then survives a power loss. With less
+    /// durability a power loss may remove it: later snapshots that are durable then lack its pages,
+    /// and a chain that contains an empty or torn raw file restores wrong memory without an error.
+    ///
+    /// # Errors
+    /// - [`SnapshotError::BitmapSize`], [`SnapshotError::BitmapStart`],
+    ///   [`SnapshotError::EpochNotWritten`] and [`SnapshotError::EpochReclaimed`]: nothing was
+    ///   committed.
+    /// - Otherwise as [`commit`](Self::commit).
+    pub fn commit_and_release<K, B: Deref<Target = DirtyBitmap<K>>>(
+        mut self,
+        epoch: Epoch<B, K>,
+    ) -> Result<(), SnapshotError> {
+        self.check_epoch(&epoch)?;
+        let dest = self.staged.dest_path().to_owned();
+        epoch
+            .release_after(|| self.commit())
+            .map_err(|error| match error {
+                ReleaseError::Commit(error) => error,
+                ReleaseError::Reclaimed(source) => SnapshotError::EpochReclaimed { dest, source },
+            })
+    }
+
+    /// Checks that every page whose mark `epoch` holds was written after the mark was taken.
+    ///
+    /// [`commit_and_release`](Self::commit_and_release) includes this check. Call it where the file
+    /// is committed as part of a group: before [`finish`](Self::finish), which
+    /// [`Epoch::release_after`] may run together with the commit of the group.
+    ///
+    /// If neither [`WriterOptions::ram_start`](crate::WriterOptions::ram_start) nor a diff has set
+    /// the start of the RAM, the check takes it from the epoch's bitmap, so that a full image and
+    /// the diffs on top of it name the same addresses. `finish` writes the addresses, so the check
+    /// must come first.
+    ///
+    /// Only writes of this writer count: a [full write](Self::write_full) that began after the
+    /// marks were taken, and [diffs](Self::write_diff) of [`Epoch::bitmap`] or of a bitmap that
+    /// [`Epoch::extend`] returned. A diff of the bitmap that the guest marks does not count.
+    /// [`share_full`](Self::share_full) does not count and undoes the writes before it. A
+    /// [clean](DirtyBitmap::is_clean) part needs no write.
+    ///
+    /// The check compares the size and the known start of the RAM. It cannot determine whether a
+    /// full write read the RAM that the epoch's bitmap covers.
+    ///
+    /// # Errors
+    /// [`SnapshotError::EpochNotWritten`], [`SnapshotError::BitmapSize`] and
+    /// [`SnapshotError::BitmapStart`].
+    pub fn check_epoch<K, B: Deref<Target = DirtyBitmap<K>>>(
+        &mut self,
+        epoch: &Epoch<B, K>,
+    ) -> Result<(), SnapshotError> {
+        self.check_bitmap(epoch.bitmap())?;
+        if !self.written.covers(epoch) {
+            return Err(SnapshotError::EpochNotWritten {
+                dest: self.staged.dest_path().to_owned(),
+            });
+        }
+        self.set_ram_start(epoch.bitmap().ram_start());
+        Ok(())
+    }
+
+    /// Completes the staged file and returns it, for a commit as part of an
+    /// [`atomic_file::AtomicGroup`]: for example together with the state of the vCPUs.
+    ///
+    /// # Errors
+    /// [`SnapshotError::NothingWritten`], [`SnapshotError::Incomplete`],
+    /// [`SnapshotError::MemoryIo`] (a recycled file could not be wiped),
+    /// [`SnapshotError::AmbiguousDiff`] and [`SnapshotError::Seal`]: the destination is unchanged
+    /// and no file is left behind.
+    pub fn finish(self) -> Result<AtomicWriter, SnapshotError> {
+        let dest = || self.staged.dest_path().to_owned();
+        match self.state {
+            State::Complete => {}
+            State::Incomplete => return Err(self.incomplete()),
+            State::Empty => return Err(SnapshotError::NothingWritten { dest: dest() }),
+        }
+        let file = self.staged.file();
+        if let Some(stale_pages) = &self.stale_pages {
+            stale_pages
+                .wipe(file, &self.write)
+                .map_err(|error| SnapshotError::from_wipe(dest(), error))?;
+        }
+        match self.pages {
+            PageRecord::Holes(diff) => {
+                diff.check_written(file)
+                    .map_err(|source| SnapshotError::AmbiguousDiff {
+                        dest: dest(),
+                        source,
+                    })?;
+            }
+            PageRecord::Footer(footer) => {
+                footer
+                    .seal(file)
+                    .map_err(|error| SnapshotError::from_seal(dest(), error))?;
+            }
+            PageRecord::Empty | PageRecord::All | PageRecord::Caller => {}
+        }
+        Ok(self.staged)
+    }
+}

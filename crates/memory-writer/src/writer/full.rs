@@ -1,0 +1,140 @@
+//! Writes of all of the RAM.
+
+use std::cell::RefCell;
+use std::fs::File;
+
+use dirty_bitmap::Coverage;
+use image_format::Layout;
+use page_reader::{NonzeroRuns, PageReader, Touched};
+use sparse_file::{SpaceError, share_blocks};
+
+use super::{MemoryWriter, State};
+use crate::error::SnapshotError;
+use crate::geometry::Geometry;
+use crate::page_record::PageRecord;
+use crate::stale_pages::StalePages;
+use crate::write_pass::WritePass;
+
+impl MemoryWriter {
+    /// Writes all of the RAM: every byte of `[0, ram_size)`. Pages of zeros are written too, unless
+    /// [`WriterOptions::skip_zeros`](crate::WriterOptions::skip_zeros) or
+    /// [`WriterOptions::skip_untouched`](crate::WriterOptions::skip_untouched) skips them.
+    ///
+    /// RAM that the reader [knows](page_reader::PageReader::populated) to be untouched is not read,
+    /// because a read would make the host allocate it. Zeros are written in its place.
+    ///
+    /// # Errors
+    /// - [`SnapshotError::FullWithParent`]: nothing was written.
+    /// - [`SnapshotError::MemoryIo`] or [`SnapshotError::Cancelled`]: the writer can no longer be
+    ///   committed.
+    pub fn write_full<R: PageReader + ?Sized>(&mut self, reader: &R) -> Result<(), SnapshotError> {
+        self.check_full()?;
+        let written_before = self.state != State::Empty;
+        self.begin()?;
+        let began = Coverage::begin_full();
+        self.pages.begin_full();
+        let skip = self.skip;
+        if skip.is_enabled() && written_before && self.in_place() {
+            // A full dump that skips zeros must not leave bytes of an earlier write.
+            let Geometry {
+                ram_size,
+                page_size,
+            } = self.geometry;
+            self.stale_pages = Some(StalePages::all(0..ram_size, page_size));
+        }
+        let ram_size = self.geometry.ram_size;
+        let reader = &match self.read_untouched && !skip.untouched {
+            true => Touched::unknown(reader, ram_size).without_faulting_in(),
+            false => Touched::new(reader, ram_size),
+        };
+        match skip.is_enabled() {
+            true => self.write_nonzero(reader)?,
+            false => {
+                let all = std::iter::once(0..ram_size);
+                let plan = self.plan(all)?;
+                self.write_plan(reader, plan)?;
+            }
+        }
+        self.written.add_full(began);
+        self.state = State::Complete;
+        Ok(())
+    }
+
+    /// Copies a raw image into the snapshot by sharing its blocks, where [the file system
+    /// can](sparse_file::share_blocks). This takes no time, and no space until a page is written.
+    ///
+    /// Returns false and writes nothing where the file system cannot share blocks, and for a layout
+    /// that is not raw. [Write](Self::write_full) the bytes of the image in that case.
+    ///
+    /// # Errors
+    /// [`SnapshotError::MemoryIo`]: the writer can no longer be committed.
+    pub fn share_full(&mut self, image: &File) -> Result<bool, SnapshotError> {
+        if self.pages.footer().is_some() {
+            return Ok(false);
+        }
+        let before = self.state;
+        self.begin()?;
+        match share_blocks(image, self.staged.file(), self.geometry.ram_size) {
+            Ok(()) => {}
+            Err(SpaceError::Unsupported { .. }) => {
+                self.state = before;
+                return Ok(false);
+            }
+            Err(error) => {
+                let dest = self.staged.dest_path().to_owned();
+                return Err(SnapshotError::from_share(dest, error));
+            }
+        }
+        self.stale_pages = None;
+        self.pages.begin_full();
+        // The image has replaced all pages of the RAM that were written.
+        self.written.clear();
+        self.state = State::Complete;
+        Ok(true)
+    }
+
+    /// Writes the pages of a full dump that may hold nonzero bytes, while it finds them.
+    fn write_nonzero<R: PageReader + ?Sized>(
+        &mut self,
+        reader: &Touched<'_, R>,
+    ) -> Result<(), SnapshotError> {
+        let Geometry {
+            ram_size,
+            page_size,
+        } = self.geometry;
+        self.report_start(ram_size)?;
+        let reporter = RefCell::new(&mut self.reporter);
+        let stale_pages = &mut self.stale_pages;
+        let runs = NonzeroRuns::new(reader, ram_size, page_size)
+            .find_zeros(self.skip.zeros)
+            .on_skip(|bytes| reporter.borrow_mut().skipped(bytes))
+            .inspect(|run| {
+                if let Some(stale_pages) = stale_pages {
+                    stale_pages.remove(run);
+                }
+            });
+        let pass = WritePass {
+            file: self.staged.file(),
+            options: &self.write,
+            reporter: &reporter,
+        };
+        let written = match &mut self.pages {
+            PageRecord::Footer(footer) => footer.write_found(&pass, reader, runs),
+            PageRecord::Empty | PageRecord::Holes(_) | PageRecord::Caller | PageRecord::All => {
+                pass.write_raw(reader, runs).map(Ok)
+            }
+        };
+        match written {
+            Ok(Err(source)) => Err(self.cannot_seal(source)),
+            Ok(Ok(written)) => self.finish_pass(Ok(written)).map(drop),
+            Err(error) => self.finish_pass(Err(error)).map(drop),
+        }
+    }
+
+    fn in_place(&self) -> bool {
+        match self.layout {
+            Layout::Raw | Layout::Sealed => true,
+            Layout::Packed => false,
+        }
+    }
+}

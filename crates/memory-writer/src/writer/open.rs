@@ -1,0 +1,164 @@
+//! Stages memory files.
+
+use std::fs::File;
+use std::path::Path;
+
+use atomic_file::AtomicWriter;
+use dirty_bitmap::Coverage;
+use image_format::{Layout, packed_start};
+use sparse_file::{SpaceError, WriteOptions, ZeroError, grow};
+
+use super::{MemoryWriter, State};
+use crate::error::SnapshotError;
+use crate::geometry::Geometry;
+use crate::options::WriterOptions;
+use crate::page_record::PageRecord;
+use crate::sealing::FooterBuilder;
+use crate::stale_pages::StalePages;
+
+impl WriterOptions {
+    /// Stages a memory file of `ram_size` bytes in pages of `page_size` bytes. The file replaces or
+    /// creates `dest` when it is committed.
+    ///
+    /// # Errors
+    /// - [`SnapshotError::Ram`] if a size is invalid.
+    /// - [`SnapshotError::Open`] if the file cannot be staged.
+    /// - [`SnapshotError::MemoryIo`] if the staged file cannot get its size.
+    /// - [`SnapshotError::Seal`] if regions or metadata do not fit the footer.
+    ///
+    /// No file is left behind.
+    pub fn open(
+        &self,
+        dest: impl AsRef<Path>,
+        ram_size: u64,
+        page_size: u64,
+    ) -> Result<MemoryWriter, SnapshotError> {
+        let geometry = Geometry::new(ram_size, page_size)?;
+        self.open_file(self.stage(dest)?, geometry)
+    }
+
+    /// Stages a file for `dest` before the size of the RAM is known, for an image that is still to
+    /// be received. [`open_on`](Self::open_on) turns it into a memory file.
+    ///
+    /// # Errors
+    /// [`SnapshotError::Open`] if the file cannot be staged. No file is left behind.
+    ///
+    /// # Examples
+    /// ```
+    /// use memory_writer::MemoryWriter;
+    ///
+    /// # let dir = tempfile::tempdir()?;
+    /// # let dest = dir.path().join("full.mem");
+    /// // What is known to fail at the commit fails here.
+    /// let stage = MemoryWriter::options().stage(&dest)?;
+    /// let ram = vec![7; 1 << 20]; // comes by the network, say
+    /// let mut writer = MemoryWriter::options().open_on(stage, 1 << 20, 4096)?;
+    /// writer.write_full(&ram)?;
+    /// writer.commit()?;
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    pub fn stage(&self, dest: impl AsRef<Path>) -> Result<AtomicWriter, SnapshotError> {
+        Ok(self.stage.open(dest)?)
+    }
+
+    /// Opens a memory file like [`open`](Self::open), on a file that was [staged](Self::stage) and
+    /// is not written. The options of staging and of the commit (durability, mode, links) are those
+    /// that were passed to `stage`.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open), except [`SnapshotError::Open`].
+    pub fn open_on(
+        &self,
+        stage: AtomicWriter,
+        ram_size: u64,
+        page_size: u64,
+    ) -> Result<MemoryWriter, SnapshotError> {
+        self.open_file(stage, Geometry::new(ram_size, page_size)?)
+    }
+
+    fn open_file(
+        &self,
+        staged: AtomicWriter,
+        geometry: Geometry,
+    ) -> Result<MemoryWriter, SnapshotError> {
+        let Geometry {
+            ram_size,
+            page_size,
+        } = geometry;
+        let layout = self.layout;
+        let dest = || staged.dest_path().to_owned();
+        let footer = match layout {
+            Layout::Raw if self.seal.metadata.is_empty() => None,
+            Layout::Raw => return Err(SnapshotError::NotSealed { dest: dest() }),
+            Layout::Sealed | Layout::Packed => {
+                let ram_start = self.ram_start.unwrap_or(0);
+                Some(FooterBuilder::new(
+                    self.seal.clone(),
+                    layout,
+                    geometry,
+                    ram_start,
+                ))
+            }
+        };
+        let footer = footer
+            .transpose()
+            .map_err(|error| SnapshotError::from_seal(dest(), error))?;
+        let pages = match footer {
+            Some(footer) => PageRecord::Footer(footer),
+            None if self.allow_ambiguous => PageRecord::Caller,
+            None => PageRecord::Empty,
+        };
+        let stale_pages = match layout {
+            Layout::Raw | Layout::Sealed => {
+                resize(staged.file(), ram_size)
+                    .map_err(|error| SnapshotError::from_grow(dest(), ram_size, error))?;
+                let all = || StalePages::all(0..ram_size, page_size);
+                staged.recycled().then(all)
+            }
+            Layout::Packed => {
+                if staged.recycled() {
+                    // Packed pages leave one gap: between the header and the first page.
+                    wipe_header(staged.file(), packed_start(page_size), &self.write)
+                        .map_err(|error| SnapshotError::from_wipe(dest(), error))?;
+                }
+                None
+            }
+        };
+        Ok(MemoryWriter {
+            staged,
+            geometry,
+            layout,
+            ram_start: self.ram_start,
+            write: self.write.clone(),
+            skip: self.skip,
+            read_untouched: self.read_untouched,
+            reporter: self.reporter.clone(),
+            state: State::Empty,
+            stale_pages,
+            pages,
+            written: Coverage::new(),
+        })
+    }
+}
+
+/// Sets the length of a staged file: grows a new file, and shrinks a recycled file that is longer.
+fn resize(file: &File, len: u64) -> Result<(), SpaceError> {
+    let shrink = || {
+        if file.metadata()?.len() > len {
+            file.set_len(len)?;
+        }
+        Ok(())
+    };
+    shrink().map_err(|source| SpaceError::Io {
+        operation: "shrink the file",
+        range: 0..len,
+        source,
+    })?;
+    grow(file, len)
+}
+
+/// Overwrites a recycled file with zeros between the header of a packed image and its first page.
+fn wipe_header(file: &File, data_start: u64, options: &WriteOptions) -> Result<(), ZeroError> {
+    let header = packed_start(0);
+    StalePages::all(header..data_start.max(header), header).wipe(file, options)
+}

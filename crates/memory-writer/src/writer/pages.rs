@@ -1,0 +1,259 @@
+//! Writes of some pages: diffs, runs and zeros.
+
+use std::cell::RefCell;
+use std::ops::Range;
+
+use dirty_bitmap::{DirtyBitmap, whole_pages};
+use page_reader::{PageReader, Touched};
+use sparse_file::{SpaceError, punch_hole};
+
+use super::{MemoryWriter, State};
+use crate::error::SnapshotError;
+use crate::geometry::Geometry;
+use crate::page_record::PageRecord;
+use crate::stale_pages::Zeros;
+use crate::write_pass::{Plan, WritePass};
+
+/// A diff of at least 1 / `SKIP_FRACTION` of the RAM does not read pages that are known to be
+/// untouched.
+const SKIP_FRACTION: u64 = 64;
+
+impl MemoryWriter {
+    /// Writes the pages that `dirty` marks. Returns the number of pages of the memory file that
+    /// were written.
+    ///
+    /// The bitmap may be of any kind and have any page size: its marks are widened to whole pages
+    /// of the file. It is not changed: pass the bitmap of an [`Epoch`](dirty_bitmap::Epoch), and
+    /// [commit and release](Self::commit_and_release) the epoch. A diff without a dirty page is a
+    /// file of one hole and can be committed.
+    ///
+    /// Marked pages that are [known](page_reader::PageReader::populated) to be untouched are
+    /// written as zeros without being read if at least 1/64 of the RAM is marked. Pass a
+    /// [`Touched`] to get this in every case, for a guest that returns pages to the host (a
+    /// balloon) after it wrote them.
+    ///
+    /// Only the holes of the file record which pages a raw diff holds. Where holes are not
+    /// reliable, the diff is refused before anything is written: see
+    /// [`WriterOptions::allow_ambiguous_diff`](crate::WriterOptions::allow_ambiguous_diff). Before
+    /// the commit, the holes of the file are compared with what was written. After
+    /// [`write_full`](Self::write_full) the file is a full image that holds every page, and is not
+    /// checked.
+    ///
+    /// # Errors
+    /// Nothing was written and the writer is unchanged after:
+    ///
+    /// - [`SnapshotError::BitmapSize`] or [`SnapshotError::BitmapStart`] if the bitmap covers other
+    ///   RAM.
+    /// - [`SnapshotError::AmbiguousDiff`] if a raw diff could not be read back.
+    /// - [`SnapshotError::DiffWithoutParent`] for a sealed diff that no chain accepts.
+    /// - [`SnapshotError::Seal`] for more runs than a footer can list.
+    ///
+    /// The writer can no longer be committed after [`SnapshotError::MemoryIo`] or
+    /// [`SnapshotError::Cancelled`].
+    pub fn write_diff<R: PageReader + ?Sized>(
+        &mut self,
+        reader: &R,
+        dirty: &DirtyBitmap<impl Sized>,
+    ) -> Result<u64, SnapshotError> {
+        self.check_bitmap(dirty)?;
+        let ram = dirty.ram_start();
+        let pages = self.write_pages(reader, dirty.runs(), Some(ram))?;
+        self.written.add_diff(dirty);
+        Ok(pages)
+    }
+
+    /// Writes the pages that overlap the given runs of bytes. Returns the number of pages of the
+    /// memory file that were written. Like [`write_diff`](Self::write_diff), for callers that know
+    /// runs and need no bitmap of all the RAM.
+    ///
+    /// `runs` is called more than once and returns the same runs each time: ranges of bytes of the
+    /// RAM that ascend and do not overlap. Does not count as a write of any mark of an epoch.
+    ///
+    /// # Errors
+    /// [`SnapshotError::Run`] for a run that is empty, ends past the RAM or begins before the
+    /// previous run ended: nothing was written and the writer is unchanged. Otherwise as
+    /// `write_diff`.
+    ///
+    /// # Examples
+    /// ```
+    /// use memory_writer::{Layout, MemoryWriter, Seal};
+    ///
+    /// # let dir = tempfile::tempdir()?;
+    /// # let dest = dir.path().join("diff.mem");
+    /// let ram = vec![7; 1 << 20];
+    /// let mut writer = MemoryWriter::options()
+    ///     .layout(Layout::Packed)
+    ///     .seal(Seal::new().on_raw_image())
+    ///     .open(&dest, 1 << 20, 4096)?;
+    /// writer.write_zeros(|| [65536..131072].into_iter())?;
+    /// assert_eq!(writer.write_runs(&ram, || [0..4096, 8192..8193].into_iter())?, 2);
+    /// writer.commit()?;
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    pub fn write_runs<R: PageReader + ?Sized, I: Iterator<Item = Range<u64>>>(
+        &mut self,
+        reader: &R,
+        runs: impl Fn() -> I,
+    ) -> Result<u64, SnapshotError> {
+        self.geometry.check_runs(runs(), 1)?;
+        self.write_pages(reader, runs(), None)
+    }
+
+    /// Records pages as zeros without reading them. The pages take no space in the footer of a
+    /// sealed or packed diff, and become holes in a raw file that holds all of the RAM. In a raw
+    /// diff, whose holes are clean pages, zeros are written.
+    ///
+    /// `runs` is called more than once and returns the same runs each time: ranges of bytes of the
+    /// RAM that ascend, do not overlap and consist of whole pages of the memory file. Uses 16 bytes
+    /// of memory a run.
+    ///
+    /// # Errors
+    /// [`SnapshotError::Run`] for a run that is empty, is not of whole pages, ends past the RAM or
+    /// begins before the previous run ended. Otherwise as [`write_diff`](Self::write_diff).
+    pub fn write_zeros<I: Iterator<Item = Range<u64>>>(
+        &mut self,
+        runs: impl Fn() -> I,
+    ) -> Result<(), SnapshotError> {
+        self.geometry.check_runs(runs(), self.geometry.page_size)?;
+        match &self.pages {
+            PageRecord::Footer(_) => self.list_zeros(&runs),
+            PageRecord::All => self.punch_zeros(&runs),
+            PageRecord::Empty | PageRecord::Holes(_) | PageRecord::Caller => {
+                self.write_pages(&Zeros, runs(), None).map(drop)
+            }
+        }
+    }
+
+    /// Lists runs of zeros in the footer. Overwrites pages that are already in the file with zeros.
+    fn list_zeros<I: Iterator<Item = Range<u64>>>(
+        &mut self,
+        runs: &impl Fn() -> I,
+    ) -> Result<(), SnapshotError> {
+        self.check_parent()?;
+        self.check_room(runs().count() as u64)?;
+        let placed = self.pages.footer().map_or_else(Vec::new, |footer| {
+            let placed = runs().flat_map(|run| footer.placed(run));
+            placed.collect()
+        });
+        match placed.is_empty() {
+            true => self.begin()?,
+            false => _ = self.write_pages(&Zeros, placed.into_iter(), None)?,
+        }
+        if let PageRecord::Footer(footer) = &mut self.pages {
+            footer.add_zeros(runs());
+        }
+        self.state = State::Complete;
+        Ok(())
+    }
+
+    /// Punches holes in a raw file that holds all of the RAM, or writes zeros where the file system
+    /// has no holes.
+    fn punch_zeros<I: Iterator<Item = Range<u64>>>(
+        &mut self,
+        runs: &impl Fn() -> I,
+    ) -> Result<(), SnapshotError> {
+        self.begin()?;
+        for run in runs() {
+            match punch_hole(self.staged.file(), run.clone()) {
+                Ok(()) => {}
+                Err(SpaceError::Unsupported { .. }) => {
+                    self.state = State::Complete;
+                    return self.write_pages(&Zeros, runs(), None).map(drop);
+                }
+                Err(error) => {
+                    let dest = self.staged.dest_path().to_owned();
+                    return Err(SnapshotError::from_punch(dest, run.start, error));
+                }
+            }
+        }
+        self.state = State::Complete;
+        Ok(())
+    }
+
+    /// Writes the pages of the memory file that overlap `runs`. `ram` is the guest-physical start
+    /// address of the RAM, if a bitmap provides it. Returns the number of pages written.
+    fn write_pages<R: PageReader + ?Sized>(
+        &mut self,
+        reader: &R,
+        runs: impl Iterator<Item = Range<u64>>,
+        ram: Option<u64>,
+    ) -> Result<u64, SnapshotError> {
+        let Geometry {
+            ram_size,
+            page_size,
+        } = self.geometry;
+        self.check_parent()?;
+        let plan = self.plan(whole_pages(runs, page_size))?;
+        self.check_raw_diff(&plan)?;
+        if let Some(ram) = ram {
+            self.set_ram_start(ram);
+        }
+        self.begin()?;
+        // Marked pages were written, so they are populated. Many marks may mean that all of the RAM
+        // is marked, touched or not: then the query takes less time than the writes it saves.
+        let reader = &if self.read_untouched {
+            Touched::unknown(reader, ram_size).without_faulting_in()
+        } else if plan.len() >= ram_size / SKIP_FRACTION {
+            Touched::new(reader, ram_size)
+        } else {
+            Touched::unknown(reader, ram_size)
+        };
+        let written = self.write_plan(reader, plan)?;
+        self.state = State::Complete;
+        Ok(written / page_size)
+    }
+
+    /// Finds the pages to write and their place in the file. Writes nothing.
+    pub(super) fn plan(
+        &self,
+        pages: impl Iterator<Item = Range<u64>>,
+    ) -> Result<Plan, SnapshotError> {
+        let mut set = self.geometry.no_pages();
+        pages.for_each(|run| set.add(&run));
+        match self.pages.footer() {
+            Some(footer) => {
+                let plan = footer.plan(&set);
+                plan.map(Plan::Placed)
+                    .map_err(|source| self.cannot_seal(source))
+            }
+            None => Ok(Plan::Raw(set)),
+        }
+    }
+
+    /// Writes the pages of a plan. Returns the number of bytes written.
+    pub(super) fn write_plan<R: PageReader + ?Sized>(
+        &mut self,
+        reader: &R,
+        plan: Plan,
+    ) -> Result<u64, SnapshotError> {
+        self.report_start(plan.len())?;
+        if let Some(stale_pages) = &mut self.stale_pages {
+            match &plan {
+                Plan::Raw(pages) => stale_pages.remove_pages(pages),
+                Plan::Placed(plan) => {
+                    let extents = plan.extents().iter();
+                    extents.for_each(|extent| stale_pages.remove(&extent.guest_range()));
+                }
+            }
+        }
+        let reporter = RefCell::new(&mut self.reporter);
+        let pass = WritePass {
+            file: self.staged.file(),
+            options: &self.write,
+            reporter: &reporter,
+        };
+        let written = match (plan, &mut self.pages) {
+            (Plan::Placed(plan), PageRecord::Footer(footer)) => {
+                footer.write_plan(&pass, reader, plan)
+            }
+            (Plan::Raw(pages), record) => {
+                if let PageRecord::Holes(diff) = record {
+                    diff.add(&pages);
+                }
+                pass.write_raw(reader, pages.runs())
+            }
+            (Plan::Placed(_), _) => unreachable!("only a footer places pages"),
+        };
+        self.finish_pass(written)
+    }
+}
