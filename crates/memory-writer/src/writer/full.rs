@@ -25,8 +25,8 @@ impl MemoryWriter {
     ///
     /// # Errors
     /// - [`SnapshotError::FullWithParent`]: nothing was written.
-    /// - [`SnapshotError::MemoryIo`] or [`SnapshotError::Cancelled`]: the writer can no longer be
-    ///   committed.
+    /// - [`SnapshotError::MemoryIo`], [`SnapshotError::Cancelled`] or, for more runs than a footer
+    ///   can list, [`SnapshotError::Seal`]: the writer can no longer be committed.
     pub fn write_full<R: PageReader + ?Sized>(&mut self, reader: &R) -> Result<(), SnapshotError> {
         self.check_full()?;
         let written_before = self.state != State::Empty;
