@@ -45,7 +45,8 @@ impl<B: Backend> Machine<B> {
     /// Returns `None` if the backend needs what this machine does not offer, and reports that for
     /// `test`.
     pub(crate) fn new(page_size: u64, policy: Policy, test: &str) -> Option<Self> {
-        if !B::NEEDS.iter().all(|need| need.met(test)) {
+        let test = format!("{}::{test}", std::any::type_name::<B>());
+        if !B::NEEDS.iter().all(|need| need.met(&test)) {
             return None;
         }
         let page_size = page_size.max(host_page_size());
