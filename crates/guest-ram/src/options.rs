@@ -233,7 +233,7 @@ fn check_mapping(
     Ok(())
 }
 
-/// The checks on hosts with pages of 4 and of 16 KiB, whatever this host has.
+/// The checks on hosts with pages of 4 and of 16 KiB, independent of the pages of this host.
 #[cfg(all(test, not(ramsnap_loom)))]
 mod tests {
     use rstest::rstest;

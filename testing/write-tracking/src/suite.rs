@@ -1,5 +1,4 @@
-//! The tests of the suite, as functions over a backend. [`conformance!`](crate::conformance) calls
-//! them.
+//! The tests of the suite, as functions over a backend, for [`conformance!`](crate::conformance!).
 
 pub mod faults;
 pub mod saves;

@@ -99,9 +99,9 @@ impl Reservation {
 
 impl Drop for Reservation {
     fn drop(&mut self) {
-        // SAFETY: the reservation that `new` made. A `Mapping` in it owns the value, and a slot that
-        // maps it for a guest holds the RAM until KVM has removed the slot. A failure leaves it
-        // mapped, which is harmless.
+        // SAFETY: the reservation that `new` made. A `Mapping` in it owns the value, and a slot
+        // that maps it for a guest holds the RAM until KVM has removed the slot. A failure leaves
+        // it mapped, which is harmless.
         let _ = unsafe { munmap(self.start.cast(), self.len.get()) };
     }
 }
