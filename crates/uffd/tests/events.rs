@@ -11,6 +11,7 @@ use support::{
     Memory, discard, in_thread, load, next_event, next_fault, page_of, page_size, pointer,
     register, store, wait_for_pending,
 };
+use test_machine::needs;
 use uffd::{Event, FaultFlags, Features, FillFlags, Modes, Stop, Userfaultfd};
 
 fn open(features: Features) -> Userfaultfd {
@@ -19,7 +20,7 @@ fn open(features: Features) -> Userfaultfd {
 
 #[test]
 fn no_event_is_none_at_once() {
-    test_machine::needs!(Userfaultfd);
+    needs!(Userfaultfd);
     let fault = open(Features::empty());
     assert!(fault.read_event().unwrap().is_none());
     let mut events = Vec::new();
@@ -32,7 +33,7 @@ fn a_batch_has_all_faults_up_to_its_limit() {
     const BATCH: usize = 32;
     const FAULTS: usize = BATCH + 3;
 
-    test_machine::needs!(Userfaultfd);
+    needs!(Userfaultfd);
     let (fault, memory) = (open(Features::empty()), Memory::private(FAULTS as u64));
     register(&fault, memory.range(), Modes::MISSING);
     let readers: Vec<_> = (0..FAULTS as u64)
@@ -69,7 +70,7 @@ fn a_batch_has_all_faults_up_to_its_limit() {
 
 #[test]
 fn faults_name_address_and_thread_if_requested() {
-    test_machine::needs!(Userfaultfd);
+    needs!(Userfaultfd);
     for features in [
         Features::empty(),
         Features::THREAD_ID,
@@ -107,7 +108,7 @@ fn faults_name_address_and_thread_if_requested() {
 /// A thread that moves memory continues when the event is read.
 #[test]
 fn moved_memory_stays_registered_at_its_new_address() {
-    test_machine::needs!(Userfaultfd);
+    needs!(Userfaultfd);
     let (memory, place) = (Memory::private(2), Memory::private(2));
     // Dropped first: unmapping registered memory waits until the event is read.
     let fault = open(Features::EVENT_REMAP | Features::EVENT_UNMAP);
@@ -144,7 +145,7 @@ fn moved_memory_stays_registered_at_its_new_address() {
 
 #[test]
 fn discarded_pages_are_reported_and_missing_again() {
-    test_machine::needs!(Userfaultfd);
+    needs!(Userfaultfd);
     let (fault, memory) = (open(Features::EVENT_REMOVE), Memory::private(3));
     register(&fault, memory.range(), Modes::MISSING);
     let zeros = fault.zeropage(memory.range(), FillFlags::empty());
@@ -165,7 +166,7 @@ fn discarded_pages_are_reported_and_missing_again() {
 
 #[test]
 fn unmapped_memory_is_reported() {
-    test_machine::needs!(Userfaultfd);
+    needs!(Userfaultfd);
     let memory = Memory::private(2);
     let fault = open(Features::EVENT_UNMAP);
     register(&fault, memory.range(), Modes::MISSING);
@@ -187,7 +188,7 @@ fn unmapped_memory_is_reported() {
 /// With this feature, the kernel sends a signal to the thread, or fails its system call.
 #[test]
 fn with_the_signal_feature_no_event_is_reported() {
-    test_machine::needs!(Userfaultfd);
+    needs!(Userfaultfd);
     let (fault, memory) = (open(Features::SIGBUS), Memory::private(1));
     register(&fault, memory.range(), Modes::MISSING);
     let read = support::load_by_kernel(memory.address(0));

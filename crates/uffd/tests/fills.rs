@@ -11,6 +11,7 @@ use support::{
     Memory, discard, in_thread, load, load_by_kernel, next_event, next_fault, page_of, page_size,
     pointer, register, store, waiting,
 };
+use test_machine::needs;
 use uffd::{
     Event, FaultFlags, Features, FillFlags, Filled, Modes, MoveFlags, Operations, Stop, Userfaultfd,
 };
@@ -32,7 +33,7 @@ fn stopped(bytes: u64, stop: Stop) -> Filled {
 
 #[test]
 fn copied_bytes_end_the_wait_of_a_reader() {
-    test_machine::needs!(Userfaultfd);
+    needs!(Userfaultfd);
     let (fault, memory) = (open(Features::empty()), Memory::private(2));
     let operations = register(&fault, memory.range(), Modes::MISSING);
     assert!(operations.contains(Operations::COPY | Operations::ZEROPAGE | Operations::WAKE));
@@ -46,7 +47,7 @@ fn copied_bytes_end_the_wait_of_a_reader() {
 
 #[test]
 fn copies_by_address_read_the_source() {
-    test_machine::needs!(Userfaultfd);
+    needs!(Userfaultfd);
     let (fault, memory, source) = (
         open(Features::empty()),
         Memory::private(1),
@@ -62,7 +63,7 @@ fn copies_by_address_read_the_source() {
 
 #[test]
 fn zeros_end_the_wait_of_a_writer() {
-    test_machine::needs!(Userfaultfd);
+    needs!(Userfaultfd);
     let (fault, memory) = (open(Features::empty()), Memory::private(1));
     register(&fault, memory.range(), Modes::MISSING);
     let address = memory.address(0);
@@ -75,7 +76,7 @@ fn zeros_end_the_wait_of_a_writer() {
 
 #[test]
 fn without_waking_a_reader_waits_for_wake() {
-    test_machine::needs!(Userfaultfd);
+    needs!(Userfaultfd);
     let (fault, memory) = (open(Features::empty()), Memory::private(1));
     register(&fault, memory.range(), Modes::MISSING);
     let address = memory.address(0);
@@ -90,7 +91,7 @@ fn without_waking_a_reader_waits_for_wake() {
 
 #[test]
 fn unregistered_memory_is_zeros_and_its_readers_wake() {
-    test_machine::needs!(Userfaultfd);
+    needs!(Userfaultfd);
     let (fault, memory) = (open(Features::empty()), Memory::private(1));
     register(&fault, memory.range(), Modes::MISSING);
     let address = memory.address(0);
@@ -105,7 +106,7 @@ fn unregistered_memory_is_zeros_and_its_readers_wake() {
 #[test]
 fn poisoned_pages_fail_when_they_are_read() {
     const TEST: &str = "poisoned_pages_fail_when_they_are_read";
-    test_machine::needs!(Userfaultfd);
+    needs!(Userfaultfd);
     if !supports(Features::POISON, TEST) {
         return;
     }
@@ -128,7 +129,7 @@ fn poisoned_pages_fail_when_they_are_read() {
 #[test]
 fn moved_pages_are_missing_at_their_source() {
     const TEST: &str = "moved_pages_are_missing_at_their_source";
-    test_machine::needs!(Userfaultfd);
+    needs!(Userfaultfd);
     if !supports(Features::MOVE, TEST) {
         return;
     }
@@ -156,7 +157,7 @@ fn moved_pages_are_missing_at_their_source() {
 #[test]
 fn moves_without_waking_leave_the_reader_waiting() {
     const TEST: &str = "moves_without_waking_leave_the_reader_waiting";
-    test_machine::needs!(Userfaultfd);
+    needs!(Userfaultfd);
     if !supports(Features::MOVE, TEST) {
         return;
     }
@@ -176,7 +177,7 @@ fn moves_without_waking_leave_the_reader_waiting() {
 
 #[test]
 fn a_present_page_ends_a_request_after_a_part() {
-    test_machine::needs!(Userfaultfd);
+    needs!(Userfaultfd);
     let (fault, memory, page) = (open(Features::empty()), Memory::private(4), page_size());
     register(&fault, memory.range(), Modes::MISSING);
     assert_eq!(
@@ -201,7 +202,7 @@ fn a_present_page_ends_a_request_after_a_part() {
 
 #[test]
 fn a_request_across_two_mappings_is_refused() {
-    test_machine::needs!(Userfaultfd);
+    needs!(Userfaultfd);
     let (fault, memory, page) = (open(Features::empty()), Memory::private(2), page_size());
     register(&fault, memory.range(), Modes::MISSING);
     // SAFETY: the test's own mapping, which stays readable.
@@ -221,7 +222,7 @@ fn a_request_across_two_mappings_is_refused() {
 
 #[test]
 fn unreadable_sources_and_partial_pages_are_errors() {
-    test_machine::needs!(Userfaultfd);
+    needs!(Userfaultfd);
     let (fault, memory, source) = (
         open(Features::empty()),
         Memory::private(1),
@@ -249,7 +250,7 @@ fn unreadable_sources_and_partial_pages_are_errors() {
 
 #[test]
 fn no_page_is_filled_while_a_removal_is_unread() {
-    test_machine::needs!(Userfaultfd);
+    needs!(Userfaultfd);
     let (fault, memory) = (open(Features::EVENT_REMOVE), Memory::private(2));
     register(&fault, memory.range(), Modes::MISSING);
     assert!(!fault.is_changing());
@@ -277,7 +278,7 @@ fn no_page_is_filled_while_a_removal_is_unread() {
 #[test]
 fn pages_of_the_file_are_mapped_by_continuing() {
     const TEST: &str = "pages_of_the_file_are_mapped_by_continuing";
-    test_machine::needs!(Userfaultfd);
+    needs!(Userfaultfd);
     if !supports(Features::MINOR_SHMEM, TEST) {
         return;
     }

@@ -10,13 +10,13 @@ use nix::libc;
 use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::{ForkResult, fork};
 use support::{Memory, in_thread, load, next_event, next_fault, page_of, page_size, register};
+use test_machine::needs;
 use uffd::{Event, FaultFlags, Features, FillFlags, Modes, Stop, Userfaultfd};
 
 /// Fills the same page with other bytes in a process and in its child.
 #[test]
 fn the_memory_of_a_forked_child_has_its_own_descriptor() {
-    test_machine::needs!(Userfaultfd);
-    test_machine::needs!(Root);
+    needs!(Userfaultfd, Root);
     let fault = Userfaultfd::options()
         .features(Features::EVENT_FORK)
         .open()

@@ -6,6 +6,7 @@ mod support;
 
 use nix::errno::Errno;
 use support::{Memory, in_thread, load, next_fault, register};
+use test_machine::needs;
 use uffd::{FaultFlags, FillFlags, Modes, Operations, Stop, Userfaultfd};
 
 /// The size of huge pages by default.
@@ -21,8 +22,7 @@ fn huge_page_size() -> u64 {
 #[test]
 fn huge_pages_are_filled_as_a_whole() {
     const TEST: &str = "huge_pages_are_filled_as_a_whole";
-    test_machine::needs!(Userfaultfd);
-    test_machine::needs!(HugePages);
+    needs!(Userfaultfd, HugePages);
     let page = huge_page_size();
     let Ok(memory) = Memory::huge(page, 2) else {
         test_machine::not_run(TEST, "this machine has no free huge pages");

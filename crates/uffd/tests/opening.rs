@@ -13,6 +13,7 @@ use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, FdFlag, OFlag, fcntl};
 use nix::libc;
 use support::{Memory, in_thread, load, next_fault, page_of, register};
+use test_machine::needs;
 use uffd::{Features, FillFlags, Modes, OpenError, RegisterError, Userfaultfd};
 
 /// A bit that no kernel uses so far.
@@ -55,7 +56,7 @@ fn everyone_may() -> bool {
 
 #[test]
 fn descriptors_do_not_block_and_close_on_exec() {
-    test_machine::needs!(Userfaultfd);
+    needs!(Userfaultfd);
     let fault = Userfaultfd::options().open().unwrap();
     let status = fcntl(&fault, FcntlArg::F_GETFL).unwrap();
     assert!(OFlag::from_bits_retain(status).contains(OFlag::O_NONBLOCK));
@@ -66,7 +67,8 @@ fn descriptors_do_not_block_and_close_on_exec() {
 
 #[test]
 fn without_permission_the_error_names_the_remedies() {
-    test_machine::needs!(Root);
+    const TEST: &str = "without_permission_the_error_names_the_remedies";
+    needs!(Root);
     if everyone_may() {
         test_machine::not_run(TEST, "every user may use userfaultfd");
         return;
@@ -89,8 +91,7 @@ fn without_permission_the_error_names_the_remedies() {
 
 #[test]
 fn permission_for_the_device_suffices() {
-    test_machine::needs!(Root);
-    test_machine::needs!(Userfaultfd);
+    needs!(Root, Userfaultfd);
     let memory = Memory::private(1);
     let range = memory.range();
     let fault = without_privilege(drop_capabilities, || Userfaultfd::options().open()).unwrap();
@@ -105,8 +106,7 @@ fn permission_for_the_device_suffices() {
 
 #[test]
 fn user_mode_faults_need_no_privilege() {
-    test_machine::needs!(Root);
-    test_machine::needs!(Userfaultfd);
+    needs!(Root, Userfaultfd);
     let memory = Memory::private(1);
     let open = || Userfaultfd::options().user_mode_only(true).open();
     let fault = without_privilege(become_another_user, open).unwrap();
@@ -122,7 +122,7 @@ fn user_mode_faults_need_no_privilege() {
 
 #[test]
 fn required_features_must_exist_and_optional_ones_may() {
-    test_machine::needs!(Userfaultfd);
+    needs!(Userfaultfd);
     let supported = Userfaultfd::options().supported().unwrap();
     assert!(supported.contains(Features::EVENT_REMAP), "{supported:?}");
     assert!(!supported.contains(UNKNOWN), "{supported:?}");
@@ -143,8 +143,7 @@ fn required_features_must_exist_and_optional_ones_may() {
 
 #[test]
 fn fork_events_need_a_capability() {
-    test_machine::needs!(Root);
-    test_machine::needs!(Userfaultfd);
+    needs!(Root, Userfaultfd);
     let required = || Userfaultfd::options().features(Features::EVENT_FORK).open();
     let error = without_privilege(drop_capabilities, required).unwrap_err();
     assert!(matches!(error, OpenError::ForkNotPermitted), "{error:?}");
@@ -160,7 +159,7 @@ fn fork_events_need_a_capability() {
 
 #[test]
 fn other_descriptors_are_refused() {
-    test_machine::needs!(Userfaultfd);
+    needs!(Userfaultfd);
     let refuse = |descriptor: OwnedFd| {
         let error = Userfaultfd::from_fd(descriptor).unwrap_err();
         assert_eq!(error.kind(), std::io::ErrorKind::InvalidInput);
@@ -175,7 +174,7 @@ fn other_descriptors_are_refused() {
 /// A descriptor that another library opened: blocking, and with features that it requested.
 #[test]
 fn adopted_descriptors_are_made_non_blocking() {
-    test_machine::needs!(Userfaultfd);
+    needs!(Userfaultfd);
     let opened = Userfaultfd::options().open().unwrap();
     fcntl(&opened, FcntlArg::F_SETFL(OFlag::O_RDONLY)).unwrap();
     let fault = Userfaultfd::from_fd(opened.into()).unwrap();
@@ -195,7 +194,7 @@ fn adopted_descriptors_are_made_non_blocking() {
 
 #[test]
 fn duplicates_keep_the_registration() {
-    test_machine::needs!(Userfaultfd);
+    needs!(Userfaultfd);
     let fault = Userfaultfd::options()
         .features(Features::THREAD_ID)
         .open()
@@ -217,7 +216,7 @@ fn duplicates_keep_the_registration() {
 
 #[test]
 fn memory_has_at_most_one_userfaultfd() {
-    test_machine::needs!(Userfaultfd);
+    needs!(Userfaultfd);
     let memory = Memory::private(1);
     let (first, second) = (
         Userfaultfd::options().open().unwrap(),

@@ -1,11 +1,6 @@
 //! Memory for tests, by address, and waiting for events.
 
-#![allow(
-    dead_code,
-    unused_imports,
-    unused_macros,
-    reason = "each test binary uses a part"
-)]
+#![allow(dead_code, reason = "each test binary uses a part")]
 #![allow(unsafe_code)]
 
 use std::fs::File;
