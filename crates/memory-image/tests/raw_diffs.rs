@@ -2,7 +2,9 @@
 
 mod support;
 
-use memory_image::{AmbiguousDiff, Chain, ChainError, LinkError, MapError, MergeError};
+use memory_image::{AmbiguousDiff, Chain, ChainError, LinkError};
+#[cfg(target_os = "linux")]
+use memory_image::{MapError, MergeError};
 use sparse_file::PagesUnknown;
 use support::raw_guest::{Guest, PAGE, whole};
 

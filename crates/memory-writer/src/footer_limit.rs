@@ -20,7 +20,7 @@ struct EveryOtherBlock;
 impl PageReader for EveryOtherBlock {
     fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
         for (at, byte) in (offset..).zip(buf) {
-            *byte = u8::from(at / BLOCK % 2 == 0);
+            *byte = u8::from((at / BLOCK).is_multiple_of(2));
         }
         Ok(())
     }

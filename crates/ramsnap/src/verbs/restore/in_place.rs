@@ -10,7 +10,9 @@ use anyhow::Context;
 use indicatif::ProgressBar;
 use memory_image::{Chain, RamTarget};
 use page_reader::{FileReader, HostMemory, PageReader, SecretBuffer};
-use sparse_file::{WriteOptions, punch_hole, zero_range};
+#[cfg(target_os = "linux")]
+use sparse_file::punch_hole;
+use sparse_file::{WriteOptions, zero_range};
 
 use crate::failure::Failure;
 use crate::interrupt::Critical;
