@@ -29,7 +29,7 @@ impl RamTarget for EverySecondPage {
 
     fn memory_mut(&mut self, offset: u64, len: usize) -> Option<TargetMemory<'_>> {
         let page = &mut self.ram[offset as usize..][..len.min(PAGE as usize)];
-        (offset / PAGE % 2 == 0).then(|| page.into())
+        (offset / PAGE).is_multiple_of(2).then(|| page.into())
     }
 }
 
