@@ -90,7 +90,7 @@ fn an_image_opens_as_its_own_format_alone(#[case] own: Layout) {
 }
 
 #[test]
-fn an_image_of_version_1_as_long_as_raw_ram_opens_if_it_is_named() {
+fn image_of_version_1_as_long_as_raw_ram_opens_if_named() {
     let (_dir, path) = dir();
     save(&path, Layout::Sealed, Seal::new(), &vec![5; 64 << 10], 4096);
     let mut footer = Image::open(&path).unwrap().footer().cloned().unwrap();

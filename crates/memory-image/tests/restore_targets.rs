@@ -79,7 +79,7 @@ fn memory_of_a_wrong_length_is_not_used() {
 
 /// The RAM is a file that another process has truncated.
 #[test]
-fn memory_that_the_kernel_cannot_write_is_an_error_of_the_target() {
+fn memory_that_cannot_be_written_is_an_error_of_the_target() {
     let dir = tempfile::tempdir().unwrap();
     let full = dir.path().join("full");
     std::fs::write(&full, [7; SIZE as usize]).unwrap();
