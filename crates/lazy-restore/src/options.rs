@@ -79,7 +79,7 @@ impl LazyRamOptions {
     ///
     /// # Errors
     /// [`LazyError`].
-    pub fn start(self, chain: impl Into<Arc<Chain>>) -> Result<LazyRam, LazyError> {
+    pub fn start(&self, chain: impl Into<Arc<Chain>>) -> Result<LazyRam, LazyError> {
         let chain = chain.into();
         let size = chain.ram_size();
         let failed = |source| LazyError::Reserve { size, source };
@@ -119,7 +119,7 @@ impl LazyRamOptions {
     /// After the value is dropped, the memory may be accessed only if [`wait`](LazyRam::wait) has
     /// returned `Ok`.
     pub unsafe fn adopt(
-        self,
+        &self,
         chain: impl Into<Arc<Chain>>,
         regions: impl IntoIterator<Item = (*mut u8, usize)>,
     ) -> Result<LazyRam, LazyError> {
@@ -137,7 +137,7 @@ impl LazyRamOptions {
     }
 
     fn fill(
-        self,
+        &self,
         chain: Arc<Chain>,
         memory: Memory,
         region: Option<Region>,
@@ -152,6 +152,8 @@ impl LazyRamOptions {
             size: image,
             source,
         })?;
+        let prefetching = self.prefetch && !self.record;
+        let status = Status::new(prefetching).map_err(UserfaultfdError::Thread)?;
         let fault = Userfaultfd::open(page)?;
         memory.exclude_from_children()?;
         let registered = memory.register(&fault).and_then(|can_poison| {
@@ -167,12 +169,10 @@ impl LazyRamOptions {
                 return Err(error.into());
             }
         };
-        let prefetching = self.prefetch && !self.record;
-        let status = Status::new(prefetching).map_err(UserfaultfdError::Thread)?;
         let pages = Pages::new(chain, memory, fault, can_poison, settled, status);
         let pages = Arc::new(pages);
         let handler = PageFaultHandler::new(Arc::clone(&pages), self.fault_around, self.record);
-        let prefetcher = Prefetcher::new(Arc::clone(&pages), self.working_set);
+        let prefetcher = Prefetcher::new(Arc::clone(&pages), self.working_set.clone());
         LazyRam::run(pages, handler, prefetcher, prefetching, region)
     }
 }
