@@ -89,7 +89,7 @@ impl Chain {
 
     /// Opens the diff `oldest`, sealed or packed, as the first image of a chain of diffs that are
     /// to be merged into one. Reading a page that none of the diffs holds is
-    /// [`ReadImageError::NotInDiffs`].
+    /// [`ReadImageError::NotInDiffs`](crate::ReadImageError::NotInDiffs).
     ///
     /// # Errors
     /// [`ChainError`].
