@@ -4,7 +4,7 @@ use std::hash::{BuildHasher, Hasher, RandomState};
 
 use crate::write_log::Fate;
 
-/// A small generator (xorshift, Marsaglia 2003): the same numbers for the same seed.
+/// A small generator (SplitMix64, Steele et al. 2014): the same numbers for the same seed.
 pub struct Random(u64);
 
 impl Random {
@@ -16,9 +16,7 @@ impl Random {
 
     /// One that always gives the same.
     pub fn seeded(seed: u64) -> Self {
-        // Of neighbouring seeds, such as counts, the first numbers must not be alike; and zero
-        // would stay zero.
-        Self((seed ^ 0x9e37_79b9_7f4a_7c15).wrapping_mul(0xbf58_476d_1ce4_e5b9) | 1)
+        Self(seed)
     }
 
     /// What becomes of a write of so many blocks that no flush has followed.
@@ -30,11 +28,33 @@ impl Random {
         }
     }
 
+    /// The next number. Those of neighboring seeds, such as counts, are not alike.
+    pub fn number(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mixed = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        let mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        mixed ^ (mixed >> 31)
+    }
+
     /// A number below `end`.
     pub fn below(&mut self, end: u64) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0 % end
+        self.number() % end
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_numbers_are_those_of_splitmix64() {
+        let mut random = Random::seeded(1_234_567);
+        let numbers = [random.number(), random.number(), random.number()];
+        let published = [
+            6_457_827_717_110_365_317,
+            3_203_168_211_198_807_973,
+            9_817_491_932_198_370_423,
+        ];
+        assert_eq!(numbers, published);
     }
 }

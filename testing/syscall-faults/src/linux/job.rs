@@ -15,6 +15,7 @@ use nix::sys::statvfs::statvfs;
 use scenarios::check::Tidying;
 use scenarios::commits::RAM;
 use scenarios::directory::names;
+use scenarios::random::Random;
 use test_machine::TinyTmpfs;
 
 use super::cases::Case;
@@ -171,24 +172,15 @@ fn plan(case: &Case, calls: &[Call], settings: &Settings) -> Vec<Vec<InjectedFau
 /// So many of `all`, in their order.
 fn chosen<T>(all: Vec<T>, sample: usize, seed: u64) -> Vec<T> {
     let mut numbered: Vec<_> = all.into_iter().enumerate().collect();
-    let mut random = Random(seed);
-    let mut keyed: Vec<_> = numbered.drain(..).map(|one| (random.next(), one)).collect();
+    let mut random = Random::seeded(seed);
+    let mut keyed: Vec<_> = numbered
+        .drain(..)
+        .map(|one| (random.number(), one))
+        .collect();
     keyed.sort_by_key(|(key, _)| *key);
     keyed.truncate(sample);
     keyed.sort_by_key(|(_, (number, _))| *number);
     keyed.into_iter().map(|(_, (_, one))| one).collect()
-}
-
-/// SplitMix64.
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mixed = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        let mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        mixed ^ (mixed >> 31)
-    }
 }
 
 fn once(
