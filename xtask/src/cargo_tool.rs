@@ -17,7 +17,7 @@ pub(crate) struct CargoTool {
     pub wheel: Option<Wheel>,
 }
 
-/// Checks licences, bans and sources of dependencies.
+/// Checks licenses, bans and sources of dependencies.
 pub(crate) const CARGO_DENY: CargoTool = CargoTool {
     name: "cargo-deny",
     version: "0.20.2",

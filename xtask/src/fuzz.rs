@@ -39,7 +39,7 @@ pub(crate) struct Fuzz {
     /// Derive new inputs from this number, the same ones each time [default: another one each time]
     #[arg(long)]
     seed: Option<u32>,
-    /// Optimise less: builds in half the time, and runs at half the speed
+    /// Optimize less: builds in half the time, and runs at half the speed
     #[arg(long)]
     quick_build: bool,
     /// Take what was found into fuzz/corpus, as few inputs as cover all of it

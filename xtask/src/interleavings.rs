@@ -17,14 +17,14 @@ pub(crate) enum Bound {
 
 /// A crate with models, and the targets that have them.
 #[derive(Debug)]
-struct Modelled {
+struct Modeled {
     name: &'static str,
     targets: &'static [&'static str],
     /// What is in the names of the models alone.
     filter: &'static str,
 }
 
-const DIRTY_BITMAP: Modelled = Modelled {
+const DIRTY_BITMAP: Modeled = Modeled {
     name: "dirty-bitmap",
     targets: &[
         "--test",
@@ -37,13 +37,13 @@ const DIRTY_BITMAP: Modelled = Modelled {
     filter: "",
 };
 
-const HVF_BACKEND: Modelled = Modelled {
+const HVF_BACKEND: Modeled = Modeled {
     name: "hvf-backend",
     targets: &["--lib"],
     filter: "interleavings",
 };
 
-const KVM_BACKEND: Modelled = Modelled {
+const KVM_BACKEND: Modeled = Modeled {
     name: "kvm-backend",
     targets: &["--lib"],
     filter: "interleavings",
@@ -52,7 +52,7 @@ const KVM_BACKEND: Modelled = Modelled {
 /// One line of a crate, made wrong.
 struct Mutant {
     what: &'static str,
-    of: Modelled,
+    of: Modeled,
     file: &'static str,
     right: &'static str,
     wrong: &'static str,
@@ -272,7 +272,7 @@ pub(crate) fn run(sh: &Shell, bound: Bound) -> anyhow::Result<()> {
     let _bound = sh.push_env(test_machine::THOROUGH, thorough);
     {
         let _dir = sh.push_env("CARGO_TARGET_DIR", "target/loom");
-        for Modelled {
+        for Modeled {
             name,
             targets,
             filter,
@@ -329,7 +329,7 @@ impl<'a> Copy<'a> {
     /// Has the mutant's model fail, and nothing else stop it.
     fn kill(&self, mutant: &Mutant) -> anyhow::Result<()> {
         let (sh, model) = (self.sh, mutant.model);
-        let Modelled { name, targets, .. } = mutant.of;
+        let Modeled { name, targets, .. } = mutant.of;
         let file = format!("crates/{name}/src/{}", mutant.file);
         let right = sh.read_file(&file)?;
         ensure!(

@@ -55,7 +55,7 @@ fn xtask_links_no_crate_of_the_product() {
 }
 
 #[test]
-fn a_program_that_links_the_product_is_recognised() {
+fn a_program_that_links_the_product_is_recognized() {
     let linked = linked_by("demo");
     let below = Path::new("crates/sparse-file");
     assert!(linked.contains(below), "{linked:?}");

@@ -34,7 +34,7 @@ pub use eligibility::{AddError, Ineligible};
 ///
 /// **Each file must be a member once.** [`add`](Self::add) and the commit refuse two names of one
 /// existing file, and names that differ only in case if the directory ignores case. Two names that
-/// differ only in Unicode composition cannot be recognised while neither file exists. In a
+/// differ only in Unicode composition cannot be recognized while neither file exists. In a
 /// directory that ignores composition (APFS, HFS+, directories of ext4 and tmpfs that ignore case),
 /// the later one of them then replaces the earlier one.
 ///

@@ -286,7 +286,7 @@
 //!   `splice` in progress.
 //! - In a directory that ignores case, names of one file that differ in case (or in Unicode
 //!   composition) count as different destinations for waiting and serialization. A group does not
-//!   recognise two new names that differ in Unicode composition only: see [`AtomicGroup`].
+//!   recognize two new names that differ in Unicode composition only: see [`AtomicGroup`].
 //! - Readers see the files of a group change one by one.
 //! - Groups of different users with common destinations do not wait for each other, and their files
 //!   may mix.

@@ -113,7 +113,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn protocol_names_are_short_and_recognised(
+        fn protocol_names_are_short_and_recognized(
             dest in proptest::collection::vec(1u8.., 1..=255),
             id: u64,
             kind in prop_oneof![
@@ -143,7 +143,7 @@ mod tests {
     #[case(".atomic-file-01234567-0.spare")]
     #[case(".atomic-file-01234567.intent")]
     #[case(".atomic-file-0123456789abcdef.group")]
-    fn other_names_are_not_recognised(#[case] name: &str) {
+    fn other_names_are_not_recognized(#[case] name: &str) {
         assert_eq!(kind_of_name(OsStr::new(name)), None);
     }
 
@@ -154,7 +154,7 @@ mod tests {
     #[case(".atomic-file-0123456789ABCDEF.group", false)]
     #[case(".atomic-file-0123456789abcdef.intent", false)]
     #[case("atomic-file-0123456789abcdef.group", false)]
-    fn record_names_are_recognised(#[case] name: &str, #[case] is_record: bool) {
+    fn record_names_are_recognized(#[case] name: &str, #[case] is_record: bool) {
         assert_eq!(is_record_name(OsStr::new(name)), is_record);
     }
 }

@@ -54,7 +54,7 @@ pub(crate) fn reuse(dir: &Arc<Directory>, dest: &OsStr, max_bytes: u64) -> Optio
     let recycled = lock_file(dir, &recycled_name(dest), OFlag::O_RDWR).ok()??;
     let mut recycled = StagedFile::from(recycled);
     let ready = || -> io::Result<bool> {
-        // Clear O_NONBLOCK, which was set on open: io_uring honours it for regular files.
+        // Clear O_NONBLOCK, which was set on open: io_uring honors it for regular files.
         retry(|| fcntl(recycled.file(), FcntlArg::F_SETFL(OFlag::empty())))?;
         Ok(
             is_like_new(dir, recycled.file(), max_bytes)? && no_group_in_progress(dir)? && {

@@ -1,7 +1,7 @@
 //! Recovery from every state that a power loss may leave, under the assumptions of the crate's
 //! documentation.
 //!
-//! One real commit is traced. A power loss is then modelled after each of its calls, for every
+//! One real commit is traced. A power loss is then modeled after each of its calls, for every
 //! subset of the names created, renamed and removed since the last sync of the directory. The
 //! directory is built in that state, with every file that was not synced torn, and the real
 //! `recover` runs on it.

@@ -164,7 +164,7 @@ impl Plan {
     /// without a sample.
     fn after_no_observation(self) -> Self {
         Self {
-            // A block that was unprotected because of its neighbour is evaluated on its own next.
+            // A block that was unprotected because of its neighbor is evaluated on its own next.
             whole: self.whole || !self.observed,
             observed: true,
             until_sample: self.until_sample.saturating_sub(1),
@@ -243,7 +243,7 @@ impl Blocks {
     }
 
     /// Returns whether a sequential writer, upward or downward, has just entered the block from its
-    /// neighbour.
+    /// neighbor.
     fn continues_sweep(&self, block: usize, page: u32) -> bool {
         let up = page == 0 && block > 0 && self.is_full(block - 1);
         let down = page + 1 == self.pages_per_block && self.is_full(block + 1);

@@ -3,7 +3,7 @@
 //! Run with `RUSTFLAGS="--cfg ramsnap_loom" cargo test -p ramsnap-dirty-bitmap --test loom_tracker
 //! --release`.
 //!
-//! The machine is modelled like a hypervisor: a store checks the protection and writes in one step,
+//! The machine is modeled like a hypervisor: a store checks the protection and writes in one step,
 //! because protecting waits until no CPU holds the old translation. The contents of the pages are
 //! relaxed atomics, so a checkpoint that takes a mark without the write before it is detected too.
 //!

@@ -145,7 +145,7 @@ impl<'a> HostMemory<'a> {
             buf.len(),
             "a host memory range is copied to a buffer of the same length"
         );
-        // Atomics: a load that races with a store is undefined behaviour if either is
+        // Atomics: a load that races with a store is undefined behavior if either is
         // plain, volatile or part of a memcpy, and defined if both are atomic. vCPUs and
         // devices use machine stores, which are atomic for each aligned word.
         //

@@ -1,4 +1,4 @@
-//! The page fault handler: fills the page that an access waits for, and its neighbours.
+//! The page fault handler: fills the page that an access waits for, and its neighbors.
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -104,7 +104,7 @@ impl PageFaultHandler {
         let before = self.pages.changes();
         let filled = self
             .fill_around(&page, buffer)
-            // Perhaps only the neighbours cannot be read.
+            // Perhaps only the neighbors cannot be read.
             .or_else(|_| self.pages.load_all(&page, buffer, Role::Handler));
         match filled {
             // The last page was filled, or filling was aborted, after the fault was received.

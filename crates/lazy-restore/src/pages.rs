@@ -260,7 +260,7 @@ impl Pages {
                 Some(Errno::EEXIST) => {
                     self.make_inaccessible(&mut ledger, next)?;
                     let occupied = || UserfaultfdError::Occupied { offset: next }.into();
-                    // Record it even if the page is only a neighbour of the faulting page.
+                    // Record it even if the page is only a neighbor of the faulting page.
                     self.status.record_error(occupied());
                     return Err(occupied());
                 }

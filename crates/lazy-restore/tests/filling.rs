@@ -189,7 +189,7 @@ fn unreadable_page_is_an_error_and_never_zeros() {
     assert!(page(&ram, 34 * PAGE).unwrap() == images.ram[34 * PAGE as usize..][..4096]);
     assert!(
         ram.error().is_none(),
-        "unrequested neighbours are no error yet"
+        "unrequested neighbors are no error yet"
     );
     for _ in 0..2 {
         assert_unreadable(page(&ram, 35 * PAGE));

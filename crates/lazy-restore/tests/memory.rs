@@ -45,7 +45,7 @@ fn discarded_page_is_zeros(
         let memory = ram.host_memory(page * PAGE, 1).unwrap();
         memory.as_ptr().cast_mut()
     };
-    // A filled page, and a neighbour that the same fault fills; an untouched page; a page discarded
+    // A filled page, and a neighbor that the same fault fills; an untouched page; a page discarded
     // twice.
     assert_eq!(page_at(address(20)).unwrap(), bytes(&images, 20));
     for page in [20, 21, 300, 300, 700, 1023] {

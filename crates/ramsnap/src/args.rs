@@ -151,7 +151,7 @@ pub struct Formats {
     /// packed:FILE)
     ///
     /// Raw images say nothing of themselves, and all that they hold was written by the guest, so
-    /// they are never recognised. The first image of a chain is taken for a full one if it is raw,
+    /// they are never recognized. The first image of a chain is taken for a full one if it is raw,
     /// unless an option says that it is a diff, and every later one for a diff.
     #[arg(long, default_value = "auto")]
     pub format: Format,

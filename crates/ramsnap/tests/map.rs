@@ -26,7 +26,7 @@ fn one_image_fills_lines_and_distinguishes_present_from_zero() {
     assert!(lines[17].contains("present") && lines[17].contains("clean"));
     assert!(
         !map.contains('\x1b'),
-        "no colours where there is no terminal"
+        "no colors where there is no terminal"
     );
 }
 
@@ -42,7 +42,7 @@ fn a_chain_has_a_line_an_image_and_a_single_page_shows() {
 }
 
 #[test]
-fn colours_are_printed_on_request() {
+fn colors_are_printed_on_request() {
     let work = Work::with_ram();
     let mut command = work.command("map raw:ram --width 80");
     let map = support::Ended::of(command.env("CLICOLOR_FORCE", "1"))
@@ -77,7 +77,7 @@ fn an_svg_is_well_formed_and_labels_every_image() {
 }
 
 #[test]
-fn a_png_has_the_colours_of_the_page_states() {
+fn a_png_has_the_colors_of_the_page_states() {
     let work = Work::with_ram();
     work.good("dump ram -o full.mem");
     work.good("map full.mem -o map.png");
@@ -95,10 +95,10 @@ fn a_png_has_the_colours_of_the_page_states() {
     let present = [pixel(0), pixel(63), pixel(701), pixel(2047)];
     let zero = [pixel(64), pixel(699), pixel(703), pixel(1999)];
     assert!(
-        present.iter().all(|colour| *colour == present[0]),
+        present.iter().all(|color| *color == present[0]),
         "{present:?}"
     );
-    assert!(zero.iter().all(|colour| *colour == zero[0]), "{zero:?}");
+    assert!(zero.iter().all(|color| *color == zero[0]), "{zero:?}");
     assert_ne!(present[0], zero[0]);
     let written = fs::metadata(work.path("map.png")).unwrap().len();
     assert!(written < 10_000);

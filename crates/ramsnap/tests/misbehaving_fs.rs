@@ -8,7 +8,7 @@ use std::num::NonZeroUsize;
 use std::os::unix::fs::FileExt;
 use std::process::{Command, Stdio};
 
-use misbehaving_fs::{Behaviour, Lseek, MisbehavingFs};
+use misbehaving_fs::{Behavior, Lseek, MisbehavingFs};
 use rstest::rstest;
 use support::{Ended, PAGE, RAM, RAMSNAP, Work, noise};
 use test_machine::{Need, needs};
@@ -16,13 +16,13 @@ use test_machine::{Need, needs};
 fn mount(test: &str) -> Option<MisbehavingFs> {
     Need::Fuse
         .met(test)
-        .then(|| MisbehavingFs::mount(Behaviour::default()).unwrap())
+        .then(|| MisbehavingFs::mount(Behavior::default()).unwrap())
 }
 
 fn lie(fs: &MisbehavingFs, lseek: Lseek) {
-    fs.set(Behaviour {
+    fs.set(Behavior {
         lseek,
-        ..Behaviour::default()
+        ..Behavior::default()
     });
 }
 

@@ -61,7 +61,7 @@ fn the_session_in_the_readme_is_what_happens() {
     }
 }
 
-/// Returns the output of a command in a terminal without colours.
+/// Returns the output of a command in a terminal without colors.
 fn shell(command: &str, dir: &Path) -> String {
     let tool = Path::new(RAMSNAP).parent().unwrap();
     let path = format!("{}:{}", tool.display(), std::env::var("PATH").unwrap());

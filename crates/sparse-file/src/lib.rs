@@ -118,7 +118,7 @@
 //! those of another file (reflink), and [`allocated_bytes`] counts them. [`zero_range`] punches a
 //! hole, or writes zeros where there are no holes.
 //!
-//! # Measured behaviour of file systems
+//! # Measured behavior of file systems
 //!
 //! Results for a sparse file with a few pages, after `fsync`. The tests of this crate check ext4,
 //! XFS, btrfs, tmpfs and exFAT (FUSE). The others were measured once with the drivers of Linux 6.1.

@@ -16,7 +16,7 @@ use test_machine::{FileSystem, LoopMount, Need, ReadOnlyBind, needs};
 
 const EXACT: SeekHole = SeekHole::Exact { granularity: 4096 };
 
-/// HFS+ and exFAT have been documented as having holes. The measured behaviour of the driver
+/// HFS+ and exFAT have been documented as having holes. The measured behavior of the driver
 /// counts.
 #[rstest]
 #[case::ext4(

@@ -23,7 +23,7 @@ const TARGET: &str = "aarch64-apple-darwin";
 const TARGET_DIR: &str = "target/macos";
 
 /// Nothing is run: speed is the compiler's own, not the program's.
-const UNOPTIMISED: [&str; 4] = [
+const UNOPTIMIZED: [&str; 4] = [
     "--config",
     "profile.dev.opt-level=0",
     // Without any debug information cargo strips executables, with a tool that Debian's rustc comes

@@ -7,7 +7,7 @@ use anyhow::{Context, ensure};
 use harness::debian_rust;
 use xshell::{Shell, cmd};
 
-use crate::{TARGET, UNOPTIMISED};
+use crate::{TARGET, UNOPTIMIZED};
 
 /// `test` is the harness that test targets link.
 const BUILD: [&str; 6] = [
@@ -26,7 +26,7 @@ const MANIFEST: &str = "[package]\nname = \"empty\"\nedition = \"2024\"\n[worksp
 pub(crate) fn sysroot(sh: &Shell, dir: &Path) -> anyhow::Result<PathBuf> {
     let version = cmd!(sh, "/usr/bin/rustc -vV").quiet().read()?;
     let mut key = DefaultHasher::new();
-    (version, BUILD, UNOPTIMISED).hash(&mut key);
+    (version, BUILD, UNOPTIMIZED).hash(&mut key);
     let sysroot = dir.join(format!("sysroot-{:016x}", key.finish()));
     if !sh.path_exists(&sysroot) {
         println!(
@@ -58,7 +58,7 @@ fn build(sh: &Shell, dir: &Path, sysroot: &Path) -> anyhow::Result<()> {
         sh,
         "{cargo} build --manifest-path {manifest} --target {TARGET}"
     )
-    .args(UNOPTIMISED)
+    .args(UNOPTIMIZED)
     .args(BUILD)
     .run()
     .context("the standard library for macOS can't be built with this toolchain")?;

@@ -7,7 +7,7 @@ use harness::debian_rust::{self, OLDEST_RUST};
 use harness::packages::Install;
 use xshell::{Cmd, PushEnv, Shell, cmd};
 
-use crate::{TARGET, UNOPTIMISED, link, standard_library};
+use crate::{TARGET, UNOPTIMIZED, link, standard_library};
 
 /// What compiles for macOS on this machine.
 #[derive(Clone, Copy)]
@@ -80,7 +80,7 @@ impl Toolchain {
                 cmd!(sh, "{cargo} {command}")
             }
         };
-        cargo.args(["--target", TARGET]).args(UNOPTIMISED)
+        cargo.args(["--target", TARGET]).args(UNOPTIMIZED)
     }
 }
 

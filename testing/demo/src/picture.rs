@@ -11,7 +11,7 @@ use svg::node::element::{Group, Line, Rectangle, Text, Title};
 const SLICES: usize = 512;
 const PER_CELL: usize = 8;
 
-/// The dirty shares that the SVG explains the colours of.
+/// The dirty shares that the SVG explains the colors of.
 const SCALE: [f64; 4] = [0.01, 0.1, 0.5, 1.0];
 
 /// The dirty pages of all snapshots of a guest.
@@ -106,7 +106,7 @@ impl Picture {
             .set("font-family", "sans-serif")
             .set("font-size", 12)
             .add(text(
-                "Dirty pages of each snapshot, by their place in the RAM. The colour is the share that is dirty:".into(),
+                "Dirty pages of each snapshot, by their place in the RAM. The color is the share that is dirty:".into(),
                 LEFT,
                 24,
                 "start",
@@ -122,7 +122,7 @@ impl Picture {
             let x = right - (SCALE.len() - number) * 64;
             let swatch = Rectangle::new().set("x", x).set("y", 15).set("width", 16);
             all = all
-                .add(swatch.set("height", 10).set("fill", colour(share)))
+                .add(swatch.set("height", 10).set("fill", color(share)))
                 .add(text(format!("{:.0} %", share * 100.0), x + 22, 24, "start"));
         }
         for (number, row) in self.rows.iter().enumerate() {
@@ -143,7 +143,7 @@ impl Picture {
                 let width = same.len() * CELL;
                 if same[0] > 0.0 {
                     let share = Title::new(format!("{:.1} % dirty", same[0] * 100.0));
-                    all = all.add(rectangle(x, width, colour(same[0])).add(share));
+                    all = all.add(rectangle(x, width, color(same[0])).add(share));
                 }
                 x += width;
             }
@@ -182,7 +182,7 @@ fn cell(shares: &[f64]) -> char {
 }
 
 /// From a light orange to a dark red.
-fn colour(share: f64) -> String {
+fn color(share: f64) -> String {
     let strength = visible(share);
     let fade = |from: f64, to: f64| from + (to - from) * strength;
     let (red, green, blue) = (fade(255.0, 150.0), fade(215.0, 10.0), fade(160.0, 20.0));
@@ -226,7 +226,7 @@ mod tests {
         assert!(content.contains("round 1") && content.contains("hole"));
         assert!(content.contains("% dirty"));
         for share in SCALE {
-            assert!(content.contains(&colour(share)), "{share} is explained");
+            assert!(content.contains(&color(share)), "{share} is explained");
         }
     }
 }

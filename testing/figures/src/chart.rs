@@ -5,8 +5,8 @@ use plotters::prelude::*;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
 
 const SIZE: (u32, u32) = (960, 480);
-/// Colours that also differ in lightness (Okabe and Ito).
-const COLOURS: [RGBColor; 4] = [
+/// Colors that also differ in lightness (Okabe and Ito).
+const COLORS: [RGBColor; 4] = [
     RGBColor(86, 180, 233),
     RGBColor(230, 159, 0),
     RGBColor(150, 150, 150),
@@ -69,7 +69,7 @@ impl Bars {
             .light_line_style(TRANSPARENT)
             .draw()?;
         for (series, name) in self.series.iter().enumerate() {
-            let colour = COLOURS[series % COLOURS.len()];
+            let color = COLORS[series % COLORS.len()];
             let mut bars = Vec::new();
             let mut cut = Vec::new();
             for (at, group) in self.groups.iter().enumerate() {
@@ -80,7 +80,7 @@ impl Bars {
                     let shade = if part == 0 { 1.0 } else { 0.45 };
                     bars.push(Rectangle::new(
                         [(left, corners[0]), (left + 0.9, corners[1])],
-                        colour.mix(shade).filled(),
+                        color.mix(shade).filled(),
                     ));
                     from += value;
                 }
@@ -89,7 +89,7 @@ impl Bars {
                 }
             }
             chart.draw_series(bars)?.label(name).legend(move |(x, y)| {
-                Rectangle::new([(x, y - 5), (x + 14, y + 5)], colour.filled())
+                Rectangle::new([(x, y - 5), (x + 14, y + 5)], color.filled())
             });
             let above = Pos::new(HPos::Center, VPos::Bottom);
             let style = ("sans-serif", 13).into_font().color(&BLACK).pos(above);

@@ -70,7 +70,7 @@ struct FsMatrix {
     markdown: Option<PathBuf>,
     /// Check a directory that is mounted already, under this label; again for more. Only these,
     /// unless --only names others
-    #[arg(long = "mount", value_name = "LABEL=PATH", value_parser = labelled)]
+    #[arg(long = "mount", value_name = "LABEL=PATH", value_parser = labeled)]
     mounts: Vec<(String, PathBuf)>,
     /// Only the checks of these names
     #[arg(long, value_name = "NAME")]
@@ -105,7 +105,7 @@ enum Part {
     Power(power::in_guest::Power),
 }
 
-fn labelled(text: &str) -> Result<(String, PathBuf), String> {
+fn labeled(text: &str) -> Result<(String, PathBuf), String> {
     match text.split_once('=') {
         Some((label, path)) if !label.is_empty() && !path.is_empty() => {
             Ok((label.into(), path.into()))

@@ -6,7 +6,7 @@
 //! without a guest.
 //!
 //! `demo`, `soak` and `adaptive` run these guests. The crate is separate from them because its
-//! loops read every word of the RAM: it is compiled with optimisation, and they are not.
+//! loops read every word of the RAM: it is compiled with optimization, and they are not.
 
 #![allow(
     missing_docs,

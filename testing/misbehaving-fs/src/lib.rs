@@ -6,13 +6,13 @@
 //! subdirectories.
 //!
 //! ```no_run
-//! use misbehaving_fs::{Behaviour, Lseek, MisbehavingFs};
+//! use misbehaving_fs::{Behavior, Lseek, MisbehavingFs};
 //!
-//! let fs = MisbehavingFs::mount(Behaviour::default())?;
+//! let fs = MisbehavingFs::mount(Behavior::default())?;
 //! std::fs::write(fs.path().join("image"), [7; 8192])?;
-//! fs.set(Behaviour {
+//! fs.set(Behavior {
 //!     lseek: Lseek::AllHole,
-//!     ..Behaviour::default()
+//!     ..Behavior::default()
 //! });
 //! // From now on, lseek(SEEK_DATA) of the image fails with ENXIO.
 //! # Ok::<(), std::io::Error>(())
@@ -61,7 +61,7 @@ pub enum Reads {
 
 /// The behavior of the file system.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Behaviour {
+pub struct Behavior {
     /// The results of `SEEK_HOLE` and `SEEK_DATA`.
     pub lseek: Lseek,
     /// The results of reads, for files that are opened from now on.
@@ -74,7 +74,7 @@ pub struct Behaviour {
 /// A mounted file system, unmounted and removed on drop.
 #[derive(Debug)]
 pub struct MisbehavingFs {
-    behaviour: Arc<Mutex<Behaviour>>,
+    behavior: Arc<Mutex<Behavior>>,
     _session: BackgroundSession,
     mount_point: TempDir,
     below: TempDir,
@@ -86,15 +86,15 @@ impl MisbehavingFs {
     /// # Errors
     /// Returns an error if FUSE is missing or the process may not mount. Check
     /// `test_machine::Need::Fuse` first.
-    pub fn mount(behaviour: Behaviour) -> io::Result<Self> {
+    pub fn mount(behavior: Behavior) -> io::Result<Self> {
         let (below, mount_point) = (tempfile::tempdir()?, tempfile::tempdir()?);
-        let shared = Arc::new(Mutex::new(behaviour));
-        let server = Server::new(below.path(), Arc::clone(&shared), behaviour.writeback_cache)?;
+        let shared = Arc::new(Mutex::new(behavior));
+        let server = Server::new(below.path(), Arc::clone(&shared), behavior.writeback_cache)?;
         let mut config = Config::default();
         config.mount_options = vec![MountOption::FSName("misbehaving-fs".into())];
         let session = fuser::spawn_mount(server, mount_point.path(), &config)?;
         Ok(Self {
-            behaviour: shared,
+            behavior: shared,
             _session: session,
             mount_point,
             below,
@@ -102,11 +102,8 @@ impl MisbehavingFs {
     }
 
     /// Changes the behavior from now on, except for the writeback cache.
-    pub fn set(&self, behaviour: Behaviour) {
-        *self
-            .behaviour
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner) = behaviour;
+    pub fn set(&self, behavior: Behavior) {
+        *self.behavior.lock().unwrap_or_else(PoisonError::into_inner) = behavior;
     }
 
     /// Returns the mounted directory.

@@ -19,7 +19,7 @@ use fuser::{
 use nix::fcntl::{AT_FDCWD, FallocateFlags, fallocate, renameat2};
 use nix::unistd::{Whence, lseek};
 
-use crate::{Behaviour, Lseek, Reads};
+use crate::{Behavior, Lseek, Reads};
 
 /// The kernel does not cache names and attributes.
 const TTL: Duration = Duration::ZERO;
@@ -28,7 +28,7 @@ const SHORT_READ: usize = 1000;
 
 pub(crate) struct Server {
     dir: PathBuf,
-    behaviour: Arc<Mutex<Behaviour>>,
+    behavior: Arc<Mutex<Behavior>>,
     writeback_cache: bool,
     root: u64,
     /// Open files by inode number, kept until unmount, even without a name.
@@ -38,23 +38,20 @@ pub(crate) struct Server {
 impl Server {
     pub(crate) fn new(
         dir: &Path,
-        behaviour: Arc<Mutex<Behaviour>>,
+        behavior: Arc<Mutex<Behavior>>,
         writeback_cache: bool,
     ) -> io::Result<Self> {
         Ok(Self {
             root: dir.metadata()?.ino(),
             dir: dir.to_owned(),
-            behaviour,
+            behavior,
             writeback_cache,
             files: Mutex::default(),
         })
     }
 
-    fn behaviour(&self) -> Behaviour {
-        *self
-            .behaviour
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
+    fn behavior(&self) -> Behavior {
+        *self.behavior.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn files(&self) -> MutexGuard<'_, HashMap<u64, Arc<File>>> {
@@ -93,7 +90,7 @@ impl Server {
     /// flags keep dirty pages in the cache: without them, the kernel writes back on each `open` and
     /// `close`.
     fn open_flags(&self) -> FopenFlags {
-        match self.behaviour().reads {
+        match self.behavior().reads {
             Reads::Whole => FopenFlags::FOPEN_KEEP_CACHE | FopenFlags::FOPEN_NOFLUSH,
             Reads::Short | Reads::FailAt(_) => FopenFlags::FOPEN_DIRECT_IO,
         }
@@ -102,7 +99,7 @@ impl Server {
     fn read(&self, ino: INodeNo, offset: u64, size: u32) -> Result<Vec<u8>, Errno> {
         let file = self.file(ino)?;
         let mut bytes = vec![0; size as usize];
-        match self.behaviour().reads {
+        match self.behavior().reads {
             Reads::Whole => {}
             Reads::Short => bytes.truncate(SHORT_READ),
             Reads::FailAt(at) if (offset..offset + u64::from(size)).contains(&at) => {
@@ -139,7 +136,7 @@ impl Server {
             _ => return Err(Errno::EINVAL),
         };
         let inside = u64::try_from(offset).is_ok_and(|offset| offset < len);
-        match (self.behaviour().lseek, whence) {
+        match (self.behavior().lseek, whence) {
             (Lseek::AllHole, Whence::SeekHole) if inside => return Ok(offset),
             (Lseek::AllHole | Lseek::DataIsEnxio, Whence::SeekData)
             | (Lseek::HoleIsEnxio, Whence::SeekHole) => return Err(Errno::ENXIO),

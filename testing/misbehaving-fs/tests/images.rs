@@ -11,7 +11,7 @@ use std::path::Path;
 use dirty_bitmap::DirtyBitmap;
 use memory_image::{Chain, ChainError, Image, MappedChain, ReadImageError, RestoreError, compare};
 use memory_writer::{AmbiguousDiff, Layout, MemoryWriter, Seal, SnapshotError};
-use misbehaving_fs::{Behaviour, Lseek, MisbehavingFs, Reads};
+use misbehaving_fs::{Behavior, Lseek, MisbehavingFs, Reads};
 use page_reader::{HostMemory, PageReader};
 use rstest::rstest;
 use sparse_file::{HolesUnknown, PagesUnknown};
@@ -89,7 +89,7 @@ fn open_chain(path: &Path, layout: Layout) -> Chain {
 fn full_images_are_read_with_any_reported_holes(#[case] layout: Layout) {
     let Some(fs) = mount(
         "full_images_are_read_with_any_reported_holes",
-        Behaviour::default(),
+        Behavior::default(),
     ) else {
         return;
     };
@@ -115,7 +115,7 @@ fn full_images_are_read_with_any_reported_holes(#[case] layout: Layout) {
 #[test]
 fn verify_finds_bytes_between_pages_with_any_holes() {
     const TEST: &str = "verify_finds_bytes_between_pages_with_any_holes";
-    let Some(fs) = mount(TEST, Behaviour::default()) else {
+    let Some(fs) = mount(TEST, Behavior::default()) else {
         return;
     };
     let image = fs.path().join("full.mem");
@@ -153,7 +153,7 @@ fn names(dir: &Path) -> Vec<String> {
 fn a_raw_diff_on_fuse_is_refused_before_ram_is_read() {
     let Some(fs) = mount(
         "a_raw_diff_on_fuse_is_refused_before_ram_is_read",
-        Behaviour::default(),
+        Behavior::default(),
     ) else {
         return;
     };
@@ -189,7 +189,7 @@ fn a_raw_diff_on_fuse_is_refused_before_ram_is_read() {
 fn a_raw_diff_on_fuse_is_not_read_by_its_holes() {
     let Some(fs) = mount(
         "a_raw_diff_on_fuse_is_not_read_by_its_holes",
-        Behaviour::default(),
+        Behavior::default(),
     ) else {
         return;
     };
@@ -263,7 +263,7 @@ fn sealed_and_packed_diffs_need_no_holes(#[case] layout: Layout) {
 fn for_each_layout(fs: &MisbehavingFs, reads: Reads, check: impl Fn(Chain, &str)) {
     for layout in Layout::ALL {
         let name = layout.name();
-        fs.set(Behaviour::default());
+        fs.set(Behavior::default());
         let path = fs.path().join(name);
         full(&path, layout, &ram(1));
         fs.set(with_reads(reads));
@@ -273,7 +273,7 @@ fn for_each_layout(fs: &MisbehavingFs, reads: Reads, check: impl Fn(Chain, &str)
 
 #[test]
 fn short_reads_are_continued() {
-    let Some(fs) = mount("short_reads_are_continued", Behaviour::default()) else {
+    let Some(fs) = mount("short_reads_are_continued", Behavior::default()) else {
         return;
     };
     for_each_layout(&fs, Reads::Short, |chain, name| {
@@ -285,7 +285,7 @@ fn short_reads_are_continued() {
 fn a_read_error_inside_an_image_is_reported_with_its_offset() {
     let Some(fs) = mount(
         "a_read_error_inside_an_image_is_reported_with_its_offset",
-        Behaviour::default(),
+        Behavior::default(),
     ) else {
         return;
     };

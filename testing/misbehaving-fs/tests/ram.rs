@@ -7,7 +7,7 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 
 use memory_writer::MemoryWriter;
-use misbehaving_fs::{Behaviour, Lseek};
+use misbehaving_fs::{Behavior, Lseek};
 use nix::errno::Errno;
 use nix::unistd::{Whence, lseek};
 use page_reader::{FileReader, PageReader};
@@ -49,7 +49,7 @@ fn dump(reader: &(impl PageReader + ?Sized)) -> Vec<u8> {
 fn ram_written_through_a_mapping_on_fuse_is_dumped() {
     let Some(fs) = mount(
         "ram_written_through_a_mapping_on_fuse_is_dumped",
-        Behaviour::default(),
+        Behavior::default(),
     ) else {
         return;
     };
@@ -69,9 +69,9 @@ fn ram_written_through_a_mapping_on_fuse_is_dumped() {
 fn ram_in_the_writeback_cache_of_fuse_is_dumped() {
     let Some(fs) = mount(
         "ram_in_the_writeback_cache_of_fuse_is_dumped",
-        Behaviour {
+        Behavior {
             writeback_cache: true,
-            ..Behaviour::default()
+            ..Behavior::default()
         },
     ) else {
         return;
@@ -171,7 +171,7 @@ fn a_page_written_through_a_mapping_is_data_at_once(
 /// The overlay passes on the reports of the FUSE server.
 #[test]
 fn ram_in_a_layer_on_fuse_is_dumped() {
-    let Some(fs) = mount("ram_in_a_layer_on_fuse_is_dumped", Behaviour::default()) else {
+    let Some(fs) = mount("ram_in_a_layer_on_fuse_is_dumped", Behavior::default()) else {
         return;
     };
     let file = sparse(&fs.path().join("ram"));

@@ -20,7 +20,7 @@ pub(super) const SUITE: Suite = Suite {
         },
         Step {
             name: "dependencies",
-            proves: "licences, sources and versions of all dependencies are as deny.toml allows",
+            proves: "licenses, sources and versions of all dependencies are as deny.toml allows",
             paths: &[],
             run: dependencies,
         },
@@ -38,7 +38,7 @@ pub(super) const SUITE: Suite = Suite {
         },
         Step {
             name: "packages",
-            proves: "each crate's archive has its README and both licences, and its manifest is complete",
+            proves: "each crate's archive has its README and both licenses, and its manifest is complete",
             paths: &[],
             run: check_packages,
         },
@@ -198,7 +198,7 @@ fn fuzzing(context: &Context<'_>) -> anyhow::Result<()> {
         .run()?)
 }
 
-/// Built with the features that the tests are built with, and not optimised once more: nothing is
+/// Built with the features that the tests are built with, and not optimized once more: nothing is
 /// timed.
 fn benchmarks(context: &Context<'_>) -> anyhow::Result<()> {
     let sh = context.sh;

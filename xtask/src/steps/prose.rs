@@ -14,7 +14,7 @@ const WIDTH: usize = 100;
 
 /// Words that make a text vague, and what to write instead. A space also matches the `_` of an
 /// identifier.
-const WORDS: [(&str, &str); 17] = [
+const WORDS: [(&str, &str); 19] = [
     ("told|tells", "name what is passed, set or reported"),
     (
         "somebody|nobody|whoever",
@@ -35,6 +35,14 @@ const WORDS: [(&str, &str); 17] = [
     ("the living", "in use"),
     ("the dead", "orphaned"),
     ("unless said", "by default"),
+    (
+        r"\w*(behavior|colour|neighbour|honour|favour|modelled|labelled|licence|artefact)\w*",
+        "the American spelling",
+    ),
+    (
+        r"\w*(general|initial|minim|normal|optim|organ|recogn|serial|summar|synchron|virtual)is(ation|e|ed|es|ing)",
+        "the American spelling",
+    ),
 ];
 
 /// This file, which quotes the words, and pages that programs write from a run.
@@ -43,6 +51,9 @@ const ALLOWED: [&str; 3] = [
     "docs/fs-matrix.md",
     "xtask/src/steps/prose.rs",
 ];
+
+/// Pages that name files of the workspace by their path.
+const PAGES: [&str; 2] = ["ARCHITECTURE.md", "CONTRIBUTING.md"];
 
 /// Fails if a file under version control breaks a rule.
 pub(super) fn check(sh: &Shell) -> anyhow::Result<()> {
@@ -57,6 +68,10 @@ pub(super) fn check(sh: &Shell) -> anyhow::Result<()> {
             Err(error) => return Err(error).with_context(|| format!("failed to read {path}")),
         };
         rules.check(path, &text, &mut findings);
+    }
+    for page in PAGES {
+        let text = fs::read_to_string(page).with_context(|| format!("failed to read {page}"))?;
+        check_paths(page, &text, &|path| Path::new(path).exists(), &mut findings);
     }
     for finding in &findings {
         println!("{finding}");
@@ -136,6 +151,37 @@ impl Rules {
     }
 }
 
+/// Finds the paths in `text` that name nothing. `NAME` and `*` stand for several.
+fn check_paths(page: &str, text: &str, exists: &dyn Fn(&str) -> bool, findings: &mut Vec<Finding>) {
+    let path = r"`((?:benches|crates|docs|fuzz|testing|xtask)/[^`\s]*)`";
+    let path = Regex::new(path).expect("a valid pattern");
+    for (index, line) in text.lines().enumerate() {
+        let named = path.captures_iter(line).map(|found| found[1].to_owned());
+        let paths = named.flat_map(|path| alternatives(&path));
+        let fixed = paths.filter(|path| !path.contains("NAME") && !path.contains('*'));
+        findings.extend(fixed.filter(|path| !exists(path)).map(|path| Finding {
+            path: page.to_owned(),
+            line: index + 1,
+            problem: format!("there is no {path}"),
+        }));
+    }
+}
+
+/// Returns the paths that one with braces stands for.
+fn alternatives(path: &str) -> Vec<String> {
+    let braces = path.split_once('{').and_then(|(before, rest)| {
+        let (names, after) = rest.split_once('}')?;
+        Some((before, names, after))
+    });
+    let Some((before, names, after)) = braces else {
+        return vec![path.to_owned()];
+    };
+    let paths = names
+        .split(',')
+        .map(|name| format!("{before}{name}{after}"));
+    paths.flat_map(|path| alternatives(&path)).collect()
+}
+
 /// Returns the text of a line that is a comment.
 fn comment(line: &str) -> Option<&str> {
     let line = line.trim_start();
@@ -165,6 +211,10 @@ mod tests {
         let text = "fn the_page_is_told() {}\nlet tolded = 1;\n// Nobody reads it.\n\"for ever\"\n";
         assert_eq!(problems("a.rs", text), [1, 3, 4]);
         assert_eq!(problems("a.md", "It is\nmended.\n"), [2]);
+        assert_eq!(
+            problems("a.rs", "struct Behaviors;\n// recognise\n// modeled\n"),
+            [1, 2]
+        );
     }
 
     #[test]
@@ -190,5 +240,19 @@ mod tests {
         let address = format!("- https://example.org/{}", "a".repeat(120));
         let text = format!("| {words} |\n```text\n{words}\n```\n{address}\n{words}\n");
         assert_eq!(problems("a.md", &text), [6]);
+    }
+
+    #[test]
+    fn paths_that_name_nothing_are_found() {
+        let mut findings = Vec::new();
+        let text = "`crates/a/src/{one,two}.rs`\n`crates/NAME/x`, `testing/*`, `gone.rs`\n";
+        let exists = |path: &str| path == "crates/a/src/one.rs";
+        check_paths("a.md", text, &exists, &mut findings);
+        let problems: Vec<_> = findings
+            .iter()
+            .map(|found| found.problem.as_str())
+            .collect();
+        assert_eq!(problems, ["there is no crates/a/src/two.rs"]);
+        assert_eq!(findings[0].line, 1);
     }
 }

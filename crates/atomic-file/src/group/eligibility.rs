@@ -69,7 +69,7 @@ pub enum Ineligible {
     NoGenerations,
     /// The file system does not keep inode numbers across mounts (FAT, exFAT), or may not (FUSE).
     #[error(
-        "its file system may not keep inode numbers, and recovery could not recognise the staged \
+        "its file system may not keep inode numbers, and recovery could not recognize the staged \
          files; commit the files one by one"
     )]
     NoInodeNumbers,
@@ -112,7 +112,7 @@ impl AtomicGroup {
 /// Returns whether the destinations, which have different names in one directory, are known to be
 /// the same file: by the inode number of an existing file, or by case.
 ///
-/// Names that differ only in Unicode composition ("é" as one or two code points) are not recognised
+/// Names that differ only in Unicode composition ("é" as one or two code points) are not recognized
 /// while neither file exists. The commit compares the files again.
 fn names_same_file(writer: &AtomicWriter, other: &Destination) -> bool {
     let dest = &writer.dest;

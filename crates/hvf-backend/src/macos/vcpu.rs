@@ -19,7 +19,7 @@ use crate::exit::{Exception, Exit};
 /// `hv_vcpu_exit_t` with the reason as a number.
 ///
 /// `applevisor` reads the reason as a Rust enum, for which a reason of a later macOS is undefined
-/// behaviour.
+/// behavior.
 #[repr(C)]
 #[derive(Clone, Copy)]
 struct RawExit {

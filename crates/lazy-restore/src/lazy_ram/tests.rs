@@ -59,7 +59,7 @@ fn page_filled_by_something_else_is_an_error(#[case] touched: bool) {
     let page = host_page();
     assert_eq!(ram.pages.occupy(2 * page).stop, None);
     if touched {
-        // The fault is about its neighbour.
+        // The fault is about its neighbor.
         assert_eq!(read(&ram, 1), Ok(()));
     }
     let why = ram.wait().unwrap_err();

@@ -135,7 +135,7 @@ impl MappedChainOptions {
         let (stored, copies) = plan.copies(chain, page);
         let copied = copies.iter().map(|copy| len(&copy.range)).sum();
         // Copying over mapped pages makes the kernel read them first. Disable reading of
-        // neighbouring pages.
+        // neighboring pages.
         let advised =
             |advised: io::Result<()>| advised.map_err(|source| MapError::Reserve { size, source });
         advised(ram.read_single_pages(true))?;

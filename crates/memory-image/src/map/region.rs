@@ -86,7 +86,7 @@ impl Region {
         }
     }
 
-    /// Selects whether touching a page reads it alone or with its neighbours.
+    /// Selects whether touching a page reads it alone or with its neighbors.
     pub(crate) fn read_single_pages(&self, single: bool) -> io::Result<()> {
         let advice = match single {
             true => MmapAdvise::MADV_RANDOM,

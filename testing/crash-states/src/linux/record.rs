@@ -29,7 +29,7 @@ use super::disk::{Mounted, disk};
 use super::states::{Log, MARKS, STEP};
 
 /// The directories in which a scenario runs, one after the other. In the first, only the scenario
-/// syncs. In the second, a neighbour syncs all the time, so names can reach the disk at any moment.
+/// syncs. In the second, a neighbor syncs all the time, so names can reach the disk at any moment.
 pub(super) const PHASES: [&str; 2] = ["alone", "in-company"];
 
 /// The journal interval for changes that a scenario leaves without a sync. It is short because the
@@ -38,8 +38,8 @@ const SOON: Journal = Journal::CommittedAfter(1);
 /// The journal interval for mutants. It is long, so that a missing sync is found before the kernel
 /// commits the journal.
 const NOT_YET: Journal = Journal::CommittedAfter(300);
-/// The pause between two syncs of the neighbour.
-const NEIGHBOUR: Duration = Duration::from_millis(7);
+/// The pause between two syncs of the neighbor.
+const NEIGHBOR: Duration = Duration::from_millis(7);
 /// The name of the log, which stays in the room.
 pub(super) const LOG: &str = "log";
 /// In which the daemon exports the disk, and the kernel commits its journal.
@@ -122,7 +122,7 @@ pub(super) fn record(
     if !mutant && on.commits_by_itself {
         settle(&device, &point, interrupt)?;
     }
-    with_neighbour(&point, |syncs| {
+    with_neighbor(&point, |syncs| {
         let observer = InCompany {
             marks,
             syncs,
@@ -168,7 +168,7 @@ impl CommitObserver for Alone<'_> {
 
 struct InCompany<'a> {
     marks: Marks<'a>,
-    /// How often the neighbour has synced.
+    /// How often the neighbor has synced.
     syncs: &'a AtomicU64,
     interrupt: &'a Interrupt,
 }
@@ -178,7 +178,7 @@ impl CommitObserver for InCompany<'_> {
         self.marks.write(1)
     }
 
-    /// The neighbour syncs in between: the second sync from now on began after the step.
+    /// The neighbor syncs in between: the second sync from now on began after the step.
     fn between(&self) -> anyhow::Result<()> {
         let syncs = || self.syncs.load(Ordering::Relaxed);
         let end = syncs().saturating_add(2);
@@ -233,11 +233,11 @@ fn settle(device: &LoopDevice, point: &Path, interrupt: &Interrupt) -> anyhow::R
 
 /// Does `act` while another thread writes and syncs a file of its own, until once after the end.
 /// `act` is given how often it has synced.
-fn with_neighbour(
+fn with_neighbor(
     point: &Path,
     act: impl FnOnce(&AtomicU64) -> anyhow::Result<()>,
 ) -> anyhow::Result<()> {
-    let file = File::create(point.join("neighbour"))?;
+    let file = File::create(point.join("neighbor"))?;
     let (over, syncs) = (AtomicBool::new(false), AtomicU64::new(0));
     let sync = || -> io::Result<()> {
         for n in 0_u64.. {
@@ -248,12 +248,12 @@ fn with_neighbour(
             if last {
                 break;
             }
-            thread::sleep(NEIGHBOUR);
+            thread::sleep(NEIGHBOR);
         }
         Ok(())
     };
     thread::scope(|scope| {
-        let neighbour = scope.spawn(|| {
+        let neighbor = scope.spawn(|| {
             let synced = sync();
             // No thread waits for another sync.
             syncs.store(u64::MAX, Ordering::Relaxed);
@@ -261,9 +261,9 @@ fn with_neighbour(
         });
         let done = act(&syncs);
         over.store(true, Ordering::Relaxed);
-        let neighbour = neighbour.join();
+        let neighbor = neighbor.join();
         done?;
-        Ok(neighbour.expect("no panic")?)
+        Ok(neighbor.expect("no panic")?)
     })
 }
 

@@ -60,7 +60,7 @@ fn full(fixture: &Fixture) -> anyhow::Result<Outcome> {
     ))
 }
 
-/// Addresses that are dirtied: pages alone, neighbours, a run, the last page.
+/// Addresses that are dirtied: pages alone, neighbors, a run, the last page.
 fn dirtied(size: u64) -> Vec<u64> {
     let mut pages = vec![0, 3, 4, 5, 17, 64, 65, 130];
     pages.push(size / PAGE - 1);

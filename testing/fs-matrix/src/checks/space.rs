@@ -139,7 +139,7 @@ fn punching(fixture: &Fixture) -> anyhow::Result<Outcome> {
     let file = sparse_diff(fixture)?;
     let before = file.metadata()?.blocks();
     let page = 4 << 20..(4 << 20) + PAGE;
-    let neighbours = |file: &File| -> anyhow::Result<bool> {
+    let neighbors = |file: &File| -> anyhow::Result<bool> {
         let ram = Stamped::new(1, RAM);
         let others = [0..PAGE, 8 << 20..(8 << 20) + PAGE];
         Ok(others
@@ -152,14 +152,14 @@ fn punching(fixture: &Fixture) -> anyhow::Result<Outcome> {
     match punch_hole(&file, page.clone()) {
         Err(SpaceError::Unsupported { .. }) => {
             let kept = first_difference(&file, page, &Stamped::new(1, RAM))?.is_none();
-            Ok(if kept && neighbours(&file)? {
+            Ok(if kept && neighbors(&file)? {
                 Outcome::differs(expected, "no such call; the bytes stay")
             } else {
                 Outcome::broken(expected, "refused, and the bytes changed")
             })
         }
         Err(error) => Err(error.into()),
-        Ok(()) if first_difference(&file, page, &Zeros)?.is_some() || !neighbours(&file)? => {
+        Ok(()) if first_difference(&file, page, &Zeros)?.is_some() || !neighbors(&file)? => {
             Ok(Outcome::broken(expected, "wrong bytes after punching"))
         }
         Ok(()) => {

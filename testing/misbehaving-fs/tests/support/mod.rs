@@ -8,7 +8,7 @@ use std::num::NonZeroUsize;
 use std::path::Path;
 use std::ptr::NonNull;
 
-use misbehaving_fs::{Behaviour, Lseek, MisbehavingFs, Reads};
+use misbehaving_fs::{Behavior, Lseek, MisbehavingFs, Reads};
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
 use page_reader::{HostMemory, MappedMemory, RamLayout};
 use test_machine::Need;
@@ -17,23 +17,23 @@ pub(crate) const PAGE: u64 = 4096;
 pub(crate) const RAM: u64 = 4 << 20;
 
 /// Mounts the file system for `test`, or returns `None` if the machine does not support it.
-pub(crate) fn mount(test: &str, behaviour: Behaviour) -> Option<MisbehavingFs> {
+pub(crate) fn mount(test: &str, behavior: Behavior) -> Option<MisbehavingFs> {
     Need::Fuse
         .met(test)
-        .then(|| MisbehavingFs::mount(behaviour).expect("mounted"))
+        .then(|| MisbehavingFs::mount(behavior).expect("mounted"))
 }
 
-pub(crate) fn with_lseek(lseek: Lseek) -> Behaviour {
-    Behaviour {
+pub(crate) fn with_lseek(lseek: Lseek) -> Behavior {
+    Behavior {
         lseek,
-        ..Behaviour::default()
+        ..Behavior::default()
     }
 }
 
-pub(crate) fn with_reads(reads: Reads) -> Behaviour {
-    Behaviour {
+pub(crate) fn with_reads(reads: Reads) -> Behavior {
+    Behavior {
         reads,
-        ..Behaviour::default()
+        ..Behavior::default()
     }
 }
 

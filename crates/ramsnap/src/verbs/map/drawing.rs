@@ -18,12 +18,12 @@ const LEFT: usize = 130;
 const TOP: usize = 48;
 const BELOW: usize = 16;
 
-type Colour = [u8; 3];
-const CLEAN: Colour = [242, 242, 242];
-const ZERO: Colour = [190, 210, 232];
-/// The colours of a cell with a few pages, and with all pages.
-const FEW: Colour = [255, 215, 160];
-const ALL: Colour = [150, 10, 20];
+type Color = [u8; 3];
+const CLEAN: Color = [242, 242, 242];
+const ZERO: Color = [190, 210, 232];
+/// The colors of a cell with a few pages, and with all pages.
+const FEW: Color = [255, 215, 160];
+const ALL: Color = [150, 10, 20];
 
 pub(super) fn fit(maps: &[PageMap]) -> Picture {
     match maps {
@@ -43,7 +43,7 @@ pub(super) fn svg(picture: &Picture) -> anyhow::Result<Vec<u8>> {
     for (number, (name, cell)) in legend().into_iter().enumerate() {
         let x = LEFT + number * 130;
         all = all
-            .add(rectangle(x, 24, 16, 10, colour(&cell)))
+            .add(rectangle(x, 24, 16, 10, color(&cell)))
             .add(text(name, x + 22, 33));
     }
     for (number, line) in picture.lines.iter().enumerate() {
@@ -56,7 +56,7 @@ pub(super) fn svg(picture: &Picture) -> anyhow::Result<Vec<u8>> {
             let (present, zero) = (present * 100.0, zero * 100.0);
             let what = Title::new(format!("{present:.1} % present, {zero:.1} % zero"));
             let (x, width) = (LEFT + at * WIDTH, same.len() * WIDTH);
-            all = all.add(rectangle(x, y, width, HEIGHT, colour(&same[0])).add(what));
+            all = all.add(rectangle(x, y, width, HEIGHT, color(&same[0])).add(what));
             at += same.len();
         }
     }
@@ -84,8 +84,8 @@ fn legend() -> [(&'static str, Cell); 5] {
     ]
 }
 
-fn rectangle(x: usize, y: usize, width: usize, height: usize, colour: Colour) -> Rectangle {
-    let [red, green, blue] = colour;
+fn rectangle(x: usize, y: usize, width: usize, height: usize, color: Color) -> Rectangle {
+    let [red, green, blue] = color;
     Rectangle::new()
         .set("x", x)
         .set("y", y)
@@ -104,7 +104,7 @@ pub(super) fn png(picture: &Picture) -> anyhow::Result<Vec<u8>> {
             let row = (number * (HEIGHT + GAP) + y) * width;
             for (column, cell) in line.cells.iter().enumerate() {
                 let at = (row + column * WIDTH) * 3;
-                let cell = colour(cell).repeat(WIDTH);
+                let cell = color(cell).repeat(WIDTH);
                 pixels[at..at + cell.len()].copy_from_slice(&cell);
             }
         }
@@ -119,14 +119,14 @@ pub(super) fn png(picture: &Picture) -> anyhow::Result<Vec<u8>> {
     Ok(bytes)
 }
 
-fn colour(cell: &Cell) -> Colour {
+fn color(cell: &Cell) -> Color {
     if cell.present > 0.0 {
         return blend(FEW, ALL, visible(cell.present));
     }
     blend(CLEAN, ZERO, visible(cell.zero))
 }
 
-fn blend(from: Colour, to: Colour, share: f64) -> Colour {
+fn blend(from: Color, to: Color, share: f64) -> Color {
     let fade = |index: usize| {
         let (from, to) = (f64::from(from[index]), f64::from(to[index]));
         (from + (to - from) * share).round() as u8
@@ -139,11 +139,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn present_zero_and_clean_are_of_different_colours_and_a_page_shows() {
-        let colours = legend().map(|(_, cell)| colour(&cell));
-        for (index, one) in colours.iter().enumerate() {
-            assert!(!colours[index + 1..].contains(one), "{one:?}");
+    fn present_zero_and_clean_are_of_different_colors_and_a_page_shows() {
+        let colors = legend().map(|(_, cell)| color(&cell));
+        for (index, one) in colors.iter().enumerate() {
+            assert!(!colors[index + 1..].contains(one), "{one:?}");
         }
-        assert_eq!((colours[0], colours[4]), (ALL, CLEAN));
+        assert_eq!((colors[0], colors[4]), (ALL, CLEAN));
     }
 }

@@ -11,11 +11,11 @@ const LINES: u64 = 16;
 const COLUMNS: usize = 80;
 /// The characters for the levels of a cell.
 const LEVELS: [char; 9] = [' ', '▁', '▂', '▃', '▄', '▅', '▆', '▇', '█'];
-/// The colours for the levels, from pale yellow to red, of the 256 colours of terminals.
-const COLOURS: [u8; 9] = [230, 229, 222, 216, 215, 209, 203, 197, 196];
+/// The colors for the levels, from pale yellow to red, of the 256 colors of terminals.
+const COLORS: [u8; 9] = [230, 229, 222, 216, 215, 209, 203, 197, 196];
 const ZERO: char = '·';
 /// A steel blue.
-const ZERO_COLOUR: u8 = 67;
+const ZERO_COLOR: u8 = 67;
 
 pub(super) fn text(maps: &[PageMap], width: Option<usize>) -> String {
     let terminal = || Term::stdout().size_checked();
@@ -28,10 +28,10 @@ pub(super) fn text(maps: &[PageMap], width: Option<usize>) -> String {
         let blank = " ".repeat(picture.columns() - line.cells.len());
         text += &format!("{:>margin$} │{cells}{blank}│\n", line.label);
     }
-    let zero = style(ZERO).color256(ZERO_COLOUR);
-    let levels = LEVELS.iter().zip(COLOURS).skip(1);
+    let zero = style(ZERO).color256(ZERO_COLOR);
+    let levels = LEVELS.iter().zip(COLORS).skip(1);
     let levels: String = levels
-        .map(|(level, colour)| style(level).color256(colour).to_string())
+        .map(|(level, color)| style(level).color256(color).to_string())
         .collect();
     text + &format!(
         "{:margin$}  {}\n{:margin$}  {} a page to all present, {zero} zero (raw: a hole), blank clean",
@@ -60,28 +60,28 @@ fn margin(picture: &Picture) -> usize {
     labels.max().unwrap_or(0)
 }
 
-/// Returns the character and colour of a cell: its share of present pages, or a mark for zeros.
+/// Returns the character and color of a cell: its share of present pages, or a mark for zeros.
 fn glyph(cell: &Cell) -> (char, Option<u8>) {
     if cell.present > 0.0 {
         // Rounded up: one page of a terabyte shows.
         let level = (visible(cell.present) * 8.0).ceil() as usize;
-        return (LEVELS[level], Some(COLOURS[level]));
+        return (LEVELS[level], Some(COLORS[level]));
     }
     match cell.zero > 0.0 {
-        true => (ZERO, Some(ZERO_COLOUR)),
+        true => (ZERO, Some(ZERO_COLOR)),
         false => (' ', None),
     }
 }
 
 fn row(cells: &[Cell]) -> String {
     let glyphs: Vec<_> = cells.iter().map(glyph).collect();
-    let same_colour = glyphs.chunk_by(|a, b| a.1 == b.1);
+    let same_color = glyphs.chunk_by(|a, b| a.1 == b.1);
     let piece = |same: &[(char, Option<u8>)]| {
         let text: String = same.iter().map(|(glyph, _)| glyph).collect();
         match same[0].1 {
-            Some(colour) => style(text).color256(colour).to_string(),
+            Some(color) => style(text).color256(color).to_string(),
             None => text,
         }
     };
-    same_colour.map(piece).collect()
+    same_color.map(piece).collect()
 }
