@@ -42,7 +42,7 @@ fn a_mutant_is_found_named_and_found_again(#[case] mutant: &str, #[case] violati
     let of = ["--rounds=48", &flag];
     let (output, said) = soak(
         room.path(),
-        &[&["--seed=2", "--only=0.0"], &of[..]].concat(),
+        &[&["--seed=1", "--only=0.0"], &of[..]].concat(),
     );
     assert_eq!(output.status.code(), Some(1), "{said}");
     assert!(said.contains(violation), "{said}");
