@@ -51,10 +51,10 @@ use segments::{Segment, SegmentSource};
 /// continues to read the old file. Beyond the limit the file that was opened first is closed. It is
 /// opened again by its absolute path when it is read. If the path leads to another file by then, or
 /// the file was written to, the read fails with [`ReadImageError::Replaced`]. It never returns
-/// other bytes. Leave the images of a long chain in place while the chain is in use, [merge](Self::merge)
-/// the chain, or raise the limit before opening it. This matters most in a process that drops the
-/// permission to open files. An image that cannot be found by its path (a memfd, an unlinked file)
-/// stays open.
+/// other bytes. Leave the images of a long chain in place while the chain is in use,
+/// [merge](Self::merge) the chain, or raise the limit before opening it. This matters most in a
+/// process that drops the permission to open files. An image that cannot be found by its path (a
+/// memfd, an unlinked file) stays open.
 #[derive(Debug)]
 pub struct Chain {
     page_size: u64,

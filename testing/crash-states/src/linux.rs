@@ -105,8 +105,8 @@ pub(crate) fn main() -> ExitCode {
     harness::run(|sh| crash.run(sh))
 }
 
-/// Returns whether the mutants are looked for on `fs`. They must be found on one such file system at
-/// least: the others hide some mistakes.
+/// Returns whether the mutants are looked for on `fs`. They must be found on one such file system
+/// at least: the others hide some mistakes.
 fn reveals(fs: &FileSystem) -> bool {
     fs.crash_states == Some(CrashStates::ScenariosAndMutants)
 }

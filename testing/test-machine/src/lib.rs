@@ -1,8 +1,10 @@
-//! Test support: checks of the machine's capabilities, and small file systems that tests run on.
+//! Checks of the machine's capabilities, for tests. The file systems that tests run on are in
+//! `file_systems`, and are exported here too.
 //!
 //! A test that needs a capability that a machine may lack begins with [`needs!`]. If the capability
-//! is missing, the macro prints one line past the test harness's capture, and the test returns. The test fails instead if `RAMSNAP_REQUIRE` lists the capability (comma-separated, or
-//! `all`; `cargo xtask test` sets `all` in CI).
+//! is missing, the macro prints one line past the test harness's capture, and the test returns. The
+//! test fails instead if `RAMSNAP_REQUIRE` lists the capability (comma-separated, or `all`; `cargo
+//! xtask test` sets `all` in CI).
 //!
 //! A test repeats its work a few times, and many times if [`thorough`] returns true: `cargo xtask
 //! prove`.
