@@ -36,7 +36,7 @@ const WORDS: [(&str, &str); 19] = [
     ("the dead", "orphaned"),
     ("unless said", "by default"),
     (
-        r"\w*(behavior|colour|neighbour|honour|favour|modelled|labelled|licence|artefact)\w*",
+        r"\w*(behaviour|colour|neighbour|honour|favour|modelled|labelled|licence|artefact)\w*",
         "the American spelling",
     ),
     (
@@ -212,7 +212,7 @@ mod tests {
         assert_eq!(problems("a.rs", text), [1, 3, 4]);
         assert_eq!(problems("a.md", "It is\nmended.\n"), [2]);
         assert_eq!(
-            problems("a.rs", "struct Behaviors;\n// recognise\n// modeled\n"),
+            problems("a.rs", "struct Behaviours;\n// recognise\n// modeled\n"),
             [1, 2]
         );
     }
