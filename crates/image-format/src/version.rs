@@ -6,7 +6,7 @@
 pub enum Version {
     /// Packed images have no header, and a file may have any length. If the length is a multiple of
     /// 512, the file cannot be distinguished from raw RAM to which a guest wrote a footer, and
-    /// [`Footer::read`] refuses it.
+    /// [`Footer::read`](crate::Footer::read) refuses it.
     V1,
     /// Packed images start with a header. The length of a file is never a multiple of 512.
     #[default]

@@ -145,7 +145,7 @@ impl<R> Layered<R> {
     ///
     /// # Errors
     /// Returns an error, and changes nothing, if the size is 0 or the end is past
-    /// [`size`](Self::size).
+    /// [`ram_size`](Self::ram_size).
     pub fn overlay(&mut self, offset: u64, size: u64, source: R) -> Result<(), LayeredError> {
         if size == 0 {
             return Err(LayeredError::Empty { offset });
