@@ -42,6 +42,18 @@ const MAX_BRIDGED_PAGES: u64 = 16;
 /// the mark stays for the next checkpoint. Marking first loses a page: see
 /// [`DirtyBitmap`](crate::DirtyBitmap#mark-last).
 ///
+/// If a step of a save is skipped:
+/// - **Take**: no page is lost. The marks stay in the bitmap, and the save has no pages.
+/// - **Protect**: later writes to the pages do not fault and set no marks, so the next save lacks
+///   them. Protecting before the take has the same result for a page that is written in between:
+///   its fault unprotects it, and then its mark is taken.
+/// - **Copy**: the release discards the marks of pages that are in no image.
+/// - **Release**: no page is lost. A dropped epoch restores its marks. A leaked one blocks the next
+///   checkpoint until it is [reclaimed](Self::reclaim_epoch). A release before the image is durable
+///   loses the pages in a crash.
+///
+/// [`checkpoint`](Self::checkpoint) takes and protects. The caller copies and releases.
+///
 /// The types enforce this order. The bitmap is a [`TrackedBitmap`], which other code can mark and
 /// read. Only the tracker takes its marks, and it has one tracker at a time.
 /// ```compile_fail,E0599

@@ -32,6 +32,16 @@ use run_states::{RunState, RunStates};
 ///    keeps the vCPUs out of the guest.
 /// 5. The pages are copied, and the returned value is dropped: the vCPUs may run.
 ///
+/// If a step is skipped:
+/// - **Complete I/O**: KVM writes the bytes after the pages were copied, and the image lacks them.
+///   `pause` therefore fails.
+/// - **Capture**: the image has no vCPU state. A capture after the harvest may let KVM write a page
+///   that the image then lacks. The harvest therefore consumes the pause that the capture needs.
+/// - **Harvest**: the pages that were written since the last harvest are still in KVM's log. This
+///   image lacks them, and the next diff has them.
+/// - **Copy**: releasing the epoch discards the marks of pages that are in no image. All later
+///   diffs lack these pages too, until the guest writes them again.
+///
 /// # Examples
 /// Each vCPU has its own thread:
 /// ```no_run
