@@ -24,6 +24,26 @@ impl AtomicWriter {
     /// the last one wins. Waits while a group that includes the destination is being completed.
     /// Empty files are committed like any other.
     ///
+    /// # Order
+    /// 1. The bytes are synced while the file has mode 0600. This step is omitted if the file keeps
+    ///    that mode and no attributes are preserved.
+    /// 2. The mode and the attributes are set, and the file is synced.
+    /// 3. The name of the staged file is checked. Interrupted groups that include the destination
+    ///    are recovered.
+    /// 4. The old file is locked, if it will be recycled or must be a certain
+    ///    [version](crate::Options::replace_only). The version is compared, as before step 1.
+    /// 5. The staged file is renamed onto the destination. If the old file will be recycled, the
+    ///    two names are exchanged.
+    /// 6. The locks are released. Groups that were published during steps 3 to 5 are recovered.
+    /// 7. The directory is synced, with [`Durability::Full`].
+    /// 8. The old file gets the name of a recycled file, if it will be recycled.
+    ///
+    /// If the process is killed, the destination is the old file before step 5, and the new file
+    /// after it. If the power fails, it is either of the two between steps 5 and 7, and the new
+    /// file after step 7. Before step 5, the staged file may remain in both cases. The
+    /// [crate](crate#what-may-be-on-the-medium-after-a-crash) describes what is left in the
+    /// directory.
+    ///
     /// # Errors
     /// Returns a [`CommitError`] that states which of the two files the destination is now. It is
     /// never a mixture.
