@@ -161,7 +161,7 @@
 //! 1. Sync every staged file. Wait while another group of this user with a common destination is in
 //!    progress (`src/ticket.rs`). Write and sync the group record: the names, inode numbers and
 //!    sizes of the staged files, the names of the destinations and what they are now, and a CRC-32.
-//!    `S`, so that no record survives that names a staged file which does not.
+//!    `S`, so that a record that survives a crash never names a staged file that did not survive.
 //! 2. Rename the record to `.atomic-file-ID.group`. `S`. **This is the commit point**: after an
 //!    earlier crash all destinations are old, after a later crash all become new.
 //! 3. Rename every staged file to its destination. `S`.
@@ -223,8 +223,8 @@
 //! ```
 //! If several such writers have read the same file, one of them replaces it (on file systems with
 //! locks). No system call compares and renames in one step, and other writers do not take that
-//! lock. Therefore the commit of a writer *without* `replace_only` between the comparison and the
-//! rename, two consecutive system calls, is replaced.
+//! lock. The comparison and the rename are two consecutive system calls. If a writer *without*
+//! `replace_only` commits between them, its file is replaced.
 //!
 //! # What may be on the medium after a crash
 //!

@@ -4,7 +4,27 @@
 //! the last snapshot, a moment at which no vCPU writes memory, and the state of the vCPUs at that
 //! moment. KVM offers each of them, but in the wrong order they lose pages: KVM completes pending
 //! I/O, and writes guest memory, only when a vCPU runs again. The types of this crate permit the
-//! right order only.
+//! right order only:
+//! ```no_run
+//! # #[cfg(target_os = "linux")]
+//! # fn save(
+//! #     vcpus: &kvm_backend::Vcpus,
+//! #     log: &kvm_backend::DirtyLog,
+//! #     ram: &kvm_backend::GuestRam,
+//! #     commit: impl FnOnce() -> std::io::Result<()>,
+//! # ) -> Result<(), Box<dyn std::error::Error>> {
+//! // Each vCPU has left the guest, and its thread has called `Vcpu::complete_io`.
+//! let paused = vcpus.pause()?; // an error while a vCPU runs or has I/O pending
+//! // ... capture the vCPUs with `VcpuState::capture` ...
+//! let harvest = log.harvest(paused)?; // moves KVM's dirty log into the bitmap of the RAM
+//! let epoch = ram.dirty_bitmap().begin_epoch()?;
+//! // ... copy the pages of `epoch.bitmap()` to a file ...
+//! drop(harvest); // the vCPUs may run
+//! epoch.release_after(commit)?; // restores the marks if `commit` fails
+//! # Ok(())
+//! # }
+//! # fn main() {}
+//! ```
 //!
 //! # Example
 //! A guest that writes a page, saved and restored in a new virtual machine:
@@ -90,7 +110,7 @@
 //! # Platforms
 //! Linux only; on other systems this crate is empty. RAM and the dirty log work on x86-64, arm64
 //! and RISC-V, the state of vCPUs on x86-64. The user must be permitted to open `/dev/kvm`: the
-//! error of [`open_kvm`] says what is missing.
+//! error of [`open_kvm`] states what is missing.
 //!
 //! # How it works
 //! - **RAM**: `mmap` of address space, then of the RAM in it (`MAP_SHARED`, `MAP_NORESERVE`), each
@@ -110,7 +130,8 @@
 //! - The VMM saves the devices that it emulates itself, and marks what they write to guest memory:
 //!   [`GuestRam::mark`](guest_ram::GuestRam::mark).
 //! - Not captured: the page-directory pointers of 32-bit PAE guests (KVM reads them from RAM
-//!   again), machine-check banks, Xen and SEV state, and the time for which the guest was saved.
+//!   again), machine-check banks, Xen and SEV state, and the time that passed while the guest was
+//!   saved.
 //! - Dirty rings, read-only slots and `guest_memfd` are not used. The log of a virtual machine
 //!   whose dirty ring was enabled is incomplete: on x86-64 KVM refuses to read it, on arm64 it
 //!   lacks the writes of the vCPUs.

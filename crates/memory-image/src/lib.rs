@@ -1,11 +1,9 @@
 //! Reads virtual-machine memory snapshots: full images and chains of diffs.
 //!
-//! A snapshot series is a full image of a guest's RAM and the diffs taken after it. This crate
-//! reads such a chain as one image, checks it, merges it, restores it to memory, and starts guests
-//! on it without reading all of it first.
-//!
-//! # By task
-//! **Read a chain** (a full image and the diffs taken after it, oldest first) as one image:
+//! A diff holds only the pages that changed, so the RAM of a guest is spread over a full image and
+//! all later diffs. A reader that takes a page from the wrong image, or a hole for a page of zeros,
+//! restores a guest with wrong memory, and no error reports it. A [`Chain`] reads a full image and
+//! its diffs, oldest first, as one image:
 //! ```
 //! use memory_image::Chain;
 //! use page_reader::PageReader;
@@ -38,6 +36,10 @@
 //! # assert_eq!(ram[8191..8193], [1, 2]);
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
+//! A chain is checked when it is opened. It can also be mapped, so that a guest starts before all
+//! of it was read.
+//!
+//! # By task
 //! **Sealed and packed images** ([`image_format`]) record which pages they hold and which image
 //! they are a diff of. [`Chain::open_sealed`] opens all of them at once and refuses a diff that
 //! does not follow its predecessor. [`Image::verify`] detects bit rot and truncation.

@@ -79,9 +79,9 @@
 //! writes both, directly from guest memory if the reader exposes it. `commit` is that of
 //! [`atomic_file`]: sync, rename, sync of the directory.
 //!
-//! The memory used depends on the amount written, not on the size of the RAM: a bit per page, in
-//! blocks of 4096, for a raw file, for one that is recycled and where pages are skipped, and the
-//! footer of a sealed or packed image. See [`WriterOptions::layout`].
+//! The memory used depends on the amount written, not on the size of the RAM. A raw file, a
+//! recycled file, and a dump that skips pages need a bit per page, in blocks of 4096 pages. A
+//! sealed or packed image needs memory for its footer: see [`WriterOptions::layout`].
 //!
 //! A recycled file contains the bytes of an older snapshot. Pages that were not overwritten are
 //! punched out before the commit. A bit per page records which were written.
