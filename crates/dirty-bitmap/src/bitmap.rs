@@ -21,11 +21,14 @@ use crate::runs::Runs;
 /// Host code that writes to guest memory writes first and marks *afterwards*. A drain that takes
 /// the mark then sees the write. A drain that does not take it leaves the mark for the next drain.
 ///
-/// A handler of write faults unprotects the page, *then* marks it, *then* resumes the write.
-/// Marking first loses a page: a drain in between takes the mark and protects the page, which is
-/// still protected; the page is copied; and unprotecting it lets the write through without a mark.
-/// The thread that drains protects the pages *after* draining and *before* copying, so that a later
+/// A handler of write faults unprotects the page, *then* marks it, *then* resumes the write. The
+/// thread that drains protects the pages *after* draining and *before* copying, so that a later
 /// write faults and marks again.
+///
+/// Marking before unprotecting loses a page:
+/// 1. The handler marks the page.
+/// 2. Another thread drains the mark, protects the page, and copies it.
+/// 3. The handler unprotects the page and resumes the write. The page changes, and has no mark.
 ///
 /// # Kinds
 /// The type states how the marks are taken:

@@ -228,7 +228,8 @@ pub struct WritePlan {
 }
 
 impl WritePlan {
-    /// Adds pages that are not in the file and after all pages of the plan. Returns their place.
+    /// Adds pages that follow all pages of the plan and that the file does not have yet. Returns
+    /// their place.
     ///
     /// Suits a write whose pages are found while others are written: it begins with a plan of no
     /// runs.

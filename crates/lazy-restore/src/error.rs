@@ -33,7 +33,7 @@ pub enum LazyError {
     WorkingSetSize {
         /// The size of the chain's images in bytes.
         image: u64,
-        /// The size of the RAM that the working set was recorded of, in bytes.
+        /// The size in bytes of the RAM that the working set describes.
         working_set: u64,
     },
     /// There is no address space for the guest's RAM.

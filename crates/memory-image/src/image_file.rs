@@ -51,7 +51,7 @@ struct Slot {
 #[derive(Debug)]
 struct State {
     file: Option<Arc<File>>,
-    /// Its key in the pool, if it is there.
+    /// The key of the file in the pool. `None` while the pool does not have it.
     ticket: Option<u64>,
     /// How to reopen the file. Set when the file is closed for the first time.
     reopen_target: Option<ReopenTarget>,

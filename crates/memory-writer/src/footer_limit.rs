@@ -11,7 +11,8 @@ use crate::error::SnapshotError;
 use crate::writer::MemoryWriter;
 
 const PAGE: u64 = 4096;
-/// The shortest run of zeros that a full dump leaves out. Shorter ones are written as data.
+/// The minimum length in bytes of a run of zeros that a full dump skips. Shorter runs are written
+/// as data.
 const BLOCK: u64 = 32 << 10;
 
 /// RAM in which every other block has data.

@@ -15,7 +15,7 @@ use crate::TARGET;
 use crate::mach_o::{self, HYPERVISOR, MacOs};
 use crate::toolchain::Toolchain;
 
-/// One version, so that an upgrade is a change like any other.
+/// A fixed version, so that an upgrade is a reviewed change.
 const ZIG: Wheel = Wheel {
     package: "ziglang",
     version: "0.17.1",
