@@ -32,8 +32,8 @@
 //!   addresses, so a writer needs no copy.
 //!
 //! `kvm-backend` and `hvf-backend` use this crate: they add the allocation and the registration of
-//! their hypervisor. [`GuestRam`] marks a [`DirtyBitmap`](dirty_bitmap::DirtyBitmap), into which
-//! KVM's dirty log is moved, and [`TrackedRam`] one whose marks a
+//! their hypervisor. [`GuestRam`] has a [`DirtyBitmap`](dirty_bitmap::DirtyBitmap), which suits a
+//! hypervisor with a dirty log, such as KVM. [`TrackedRam`] has a bitmap whose marks only a
 //! [`WriteTracker`](dirty_bitmap::WriteTracker) takes.
 //!
 //! # How it works

@@ -38,9 +38,9 @@
 //! it that are adjacent in the same image. The prefetcher, another thread, fills all other pages.
 //! Faults have priority.
 //!
-//! A page is filled, and a message about discarded or moved memory is recorded, only under one
-//! lock. So a page that was discarded is never filled with its old content, and no missing page is
-//! ever taken for zeros.
+//! One lock is held while a page is filled, and while a message about discarded or moved memory is
+//! recorded. Therefore a discarded page is never filled with its old content, and a missing page is
+//! never read as zeros.
 //!
 //! # System calls
 //! `userfaultfd`, or `USERFAULTFD_IOC_NEW` of `/dev/userfaultfd`; `MADV_DONTFORK`,

@@ -158,9 +158,9 @@
 //! # Limitations
 //!
 //! - Linux and macOS only. The macOS code is type-checked and was never run.
-//! - The crate neither syncs files for durability nor replaces them atomically. Both are for the
-//!   caller.
-//! - If another thread lowers the limit while [`write_runs`] runs, this is not noticed.
+//! - The crate neither syncs files for durability nor replaces them atomically. The caller does
+//!   both.
+//! - If another thread lowers `RLIMIT_FSIZE` while [`write_runs`] runs, this is not noticed.
 //! - Direct I/O needs a second descriptor. A file that is open for appending, that cannot be
 //!   reopened for writing, or that is not reachable at `/proc/self/fd` is written through the page
 //!   cache.

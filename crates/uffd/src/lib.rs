@@ -8,7 +8,7 @@
 //!
 //! [`Userfaultfd`] is one type for the whole interface of the kernel, with the structures that
 //! `linux-raw-sys` generates from its headers. Requests return what they did and why they stopped
-//! ([`Filled`], [`Stop`]): the kernel does them in part when mappings change meanwhile.
+//! ([`Filled`], [`Stop`]): if mappings change during a request, the kernel completes a part of it.
 //!
 //! # Example
 //! A page that is filled when it is touched:
