@@ -47,7 +47,7 @@ impl Chain {
     /// # let diff = full.clone();
     ///
     /// let chain = Chain::open_sealed(&[&full])?; // and its diffs
-    /// // The seal of the merged image says that it stands for the same state as the last diff.
+    /// // The merged image represents the same state as the last diff, so it has the same id.
     /// let options = MemoryWriter::options().layout(Layout::Packed).seal(chain.seal());
     /// chain.merge(options, &merged)?;
     /// # Ok::<(), Box<dyn std::error::Error>>(())
@@ -122,12 +122,12 @@ impl Chain {
         self.images().try_for_each(Image::check_unchanged)
     }
 
-    /// The seal of an image that stands for the same state as this chain: its id, its parent if it
-    /// is a chain of diffs, its regions, and the metadata of its newest image.
+    /// Returns the seal of an image that represents the same state as this chain: its id, its
+    /// parent if it is a chain of diffs, its regions, and the metadata of its newest image.
     ///
-    /// A raw image says none of these. Regions are the guest's, and so those of any sealed or
-    /// packed image of the chain. Id and metadata are of one state: if the newest image is raw, the
-    /// seal has a new id and no metadata, as those of an older image would be of an older state.
+    /// A raw image records none of these. The regions belong to the guest, so they are taken from
+    /// any sealed or packed image of the chain. The id and the metadata belong to one state: if the
+    /// newest image is raw, the seal has a new id and no metadata.
     pub fn seal(&self) -> Seal {
         let newest = self.images().last().and_then(|image| image.footer());
         let mut seal = Seal::new();
@@ -145,8 +145,8 @@ impl Chain {
         }
     }
 
-    /// Makes the image that `writer` writes share the blocks of a raw base, if these can be had:
-    /// then only what newer images have is written.
+    /// Makes the image that `writer` writes share the blocks of a raw base, if the file system can
+    /// share them. Then only the pages of newer images are written. Returns whether it does.
     fn shares_base(&self, writer: &mut MemoryWriter) -> Result<bool, MergeError> {
         let base = self.base();
         // In larger pages, what became zeros need not be whole pages.

@@ -75,13 +75,13 @@ impl Session {
     }
 
     /// Records that the RAM at `path` is being overwritten, until the returned value is dropped. A
-    /// signal in that time does not end the process before a message says so.
+    /// signal during this time does not end the process before a message states it.
     pub fn overwrite(&self, path: &Path) -> Critical {
         self.interrupt.overwrite(path)
     }
 
     /// Records that a staged file is being put in place at `path`, until the returned value is
-    /// dropped. A signal in that time does not end the process before a message says so.
+    /// dropped. A signal during this time does not end the process before a message states it.
     pub fn commit(&self, path: &Path) -> Critical {
         self.interrupt.commit(path)
     }

@@ -157,8 +157,8 @@ impl Diff {
         self.extras.check_regions(old.or(new))
     }
 
-    /// Whether the command line says that a raw first image of the new state is a diff. `None`
-    /// where the image says what it is, or there is none.
+    /// Returns whether the command line declares a raw first image of the new state to be a diff.
+    /// `None` if that image is not raw, or if there is none.
     fn new_is_diff(&self, new: &[ImageFile]) -> Result<Option<bool>, Failure> {
         let is_raw = |file: &&ImageFile| file.format(self.formats.format) == Format::Raw;
         let raw = new.first().filter(is_raw);
@@ -235,7 +235,7 @@ impl Diff {
         Ok(ExitStatus::of_check(found.pages == 0))
     }
 
-    /// Makes a place for the diff, and reads all that it says beside its pages.
+    /// Stages the diff, and reads everything that it records except its pages.
     fn stage(
         &self,
         session: &Session,
