@@ -10,8 +10,11 @@ use xshell::{Shell, cmd};
 
 use crate::toolchain::Toolchain;
 
-/// The crate that is copied and broken. None of its dependencies is a crate of this workspace.
+/// The crate that is copied and broken.
 const CRATE: &str = "crates/sparse-file";
+
+/// Its only dependency that is a crate of this workspace.
+const DEPENDENCY: &str = "crates/host-memory";
 
 /// The file that is broken: no other system compiles it.
 const FILE: &str = "src/sys/macos.rs";
@@ -90,25 +93,27 @@ impl Break {
     }
 }
 
-/// A workspace of the one crate, with this workspace's lints and versions.
+/// A workspace of the crate and its dependency, with this workspace's lints and versions.
 fn copy_crate(sh: &Shell, copy: &Path) -> anyhow::Result<()> {
-    let krate = copy.join(CRATE);
-    sh.remove_path(&krate)?;
-    sh.create_dir(&krate)?;
-    cmd!(sh, "cp -R {CRATE}/src {CRATE}/README.md {krate}")
-        .quiet()
-        .run()?;
     let workspace = format!(
-        "[workspace]\nresolver = \"3\"\nmembers = [{CRATE:?}]\n{}",
+        "[workspace]\nresolver = \"3\"\nmembers = [{CRATE:?}, {DEPENDENCY:?}]\n{}",
         sections(&sh.read_file("Cargo.toml")?, |name| name
             .starts_with("workspace."))
     );
     sh.write_file(copy.join("Cargo.toml"), workspace)?;
-    // Test support is a crate of this workspace, and no test is linted here.
-    let manifest = sections(&sh.read_file(format!("{CRATE}/Cargo.toml"))?, |name| {
-        name != "dev-dependencies"
-    });
-    sh.write_file(krate.join("Cargo.toml"), manifest)?;
+    for name in [CRATE, DEPENDENCY] {
+        let krate = copy.join(name);
+        sh.remove_path(&krate)?;
+        sh.create_dir(&krate)?;
+        cmd!(sh, "cp -R {name}/src {name}/README.md {krate}")
+            .quiet()
+            .run()?;
+        // Test support is a crate of this workspace, and no test is linted here.
+        let manifest = sections(&sh.read_file(format!("{name}/Cargo.toml"))?, |name| {
+            name != "dev-dependencies"
+        });
+        sh.write_file(krate.join("Cargo.toml"), manifest)?;
+    }
     sh.copy_file("Cargo.lock", copy.join("Cargo.lock"))?;
     Ok(())
 }
