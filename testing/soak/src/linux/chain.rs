@@ -227,7 +227,7 @@ fn merged(
     plan: &Plan,
     scratch: &Path,
 ) -> anyhow::Result<()> {
-    let options = plan.tuned().layout(plan.layout).seal(chain.seal());
+    let options = plan.sealed(chain.seal());
     chain.merge(options, scratch)?;
     let compared = match plan.layout {
         Layout::Raw => expected.compare(&MappedImage::open_raw(scratch)?),
@@ -251,7 +251,7 @@ fn written(
     plan: &Plan,
     scratch: &Path,
 ) -> anyhow::Result<()> {
-    let options = plan.tuned().layout(plan.layout).seal(chain.seal());
+    let options = plan.sealed(chain.seal());
     let mut writer = options.open(scratch, chain.ram_size(), chain.page_size())?;
     chain.write_to(&mut writer)?;
     writer.commit()?;

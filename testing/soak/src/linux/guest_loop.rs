@@ -225,7 +225,7 @@ impl<'s> Life<'s> {
             Some(tiny) if path.starts_with(tiny) => self.room.dir.join("merged.mem"),
             _ => path,
         };
-        chain.merge(plan.tuned().layout(plan.layout).seal(seal), &path)?;
+        chain.merge(plan.sealed(seal), &path)?;
         let id = plan.open(&path)?.id();
         let merged = Saved {
             path,

@@ -203,6 +203,15 @@ impl Plan {
         }
     }
 
+    /// Returns the options of a file with `seal`, as far as its layout stores one.
+    pub(super) fn sealed(&self, seal: Seal) -> WriterOptions {
+        let options = self.tuned().layout(self.layout);
+        match self.layout {
+            Layout::Raw => options,
+            Layout::Sealed | Layout::Packed => options.seal(seal),
+        }
+    }
+
     /// With the RAM of a guest of these `regions`, whose newest image is `parent`.
     pub(super) fn options(&self, regions: &[Range<u64>], parent: Option<ImageId>) -> WriterOptions {
         let seal = || {
@@ -213,7 +222,7 @@ impl Plan {
                 _ => seal,
             }
         };
-        let options = self.tuned().layout(self.layout).seal(seal());
+        let options = self.sealed(seal());
         let options = options.no_clobber(self.fault == Some(InjectedFault::Appeared));
         let Some(InjectedFault::Cancelled(thousandths)) = self.fault else {
             return options;
