@@ -1,18 +1,20 @@
-//! The messages of the kernel.
+//! What happens to registered memory, and how it is read.
+
+#![allow(unsafe_code)]
 
 use std::io;
-use std::mem::offset_of;
 use std::ops::Range;
 
-use linux_raw_sys::general::{
-    UFFD_EVENT_FORK, UFFD_EVENT_PAGEFAULT, UFFD_EVENT_REMAP, UFFD_EVENT_REMOVE, UFFD_EVENT_UNMAP,
-    uffd_msg, uffd_msg__bindgen_ty_1__bindgen_ty_1 as fault,
-    uffd_msg__bindgen_ty_1__bindgen_ty_2 as fork, uffd_msg__bindgen_ty_1__bindgen_ty_3 as remap,
-    uffd_msg__bindgen_ty_1__bindgen_ty_4 as remove,
-};
+use nix::errno::Errno;
+use nix::unistd::read;
 
 use crate::flags::FaultFlags;
+use crate::message::{MESSAGE, Message};
+use crate::sys;
 use crate::userfaultfd::Userfaultfd;
+
+/// The number of messages that one call reads at most: 1 KiB.
+const BATCH: usize = 32;
 
 /// What happened to registered memory.
 ///
@@ -58,127 +60,75 @@ pub enum Event {
     },
 }
 
-/// The size of a message.
-pub(crate) const MESSAGE: usize = size_of::<uffd_msg>();
-
-/// A decoded message. The descriptor of a fork is a number that has no owner yet.
-#[derive(Debug, PartialEq, Eq)]
-pub(crate) enum Message {
-    PageFault {
-        address: u64,
-        flags: FaultFlags,
-        thread: Option<u32>,
-    },
-    Fork {
-        descriptor: u32,
-    },
-    Remap {
-        from: Range<u64>,
-        to: u64,
-    },
-    Remove {
-        range: Range<u64>,
-    },
-    Unmap {
-        range: Range<u64>,
-    },
-}
-
-impl Message {
-    /// Decodes a message of the kernel.
-    pub(crate) fn decode(message: &[u8; MESSAGE]) -> io::Result<Self> {
-        let argument = &message[offset_of!(uffd_msg, arg)..];
-        let half = |at: usize| {
-            let bytes = argument[at..].first_chunk();
-            u32::from_ne_bytes(*bytes.expect("the offset is of a field of the message"))
-        };
-        let word = |at: usize| {
-            let bytes = argument[at..].first_chunk();
-            u64::from_ne_bytes(*bytes.expect("the offset is of a field of the message"))
-        };
-        let range = || word(offset_of!(remove, start))..word(offset_of!(remove, end));
-        match u32::from(message[offset_of!(uffd_msg, event)]) {
-            UFFD_EVENT_PAGEFAULT => Ok(Self::PageFault {
-                address: word(offset_of!(fault, address)),
-                flags: FaultFlags::from_bits_retain(word(offset_of!(fault, flags))),
-                // No thread has the id 0, which is there without the feature.
-                thread: Some(half(offset_of!(fault, feat))).filter(|id| *id != 0),
-            }),
-            UFFD_EVENT_FORK => Ok(Self::Fork {
-                descriptor: half(offset_of!(fork, ufd)),
-            }),
-            UFFD_EVENT_REMAP => {
-                let from = word(offset_of!(remap, from));
-                Ok(Self::Remap {
-                    from: from..from.saturating_add(word(offset_of!(remap, len))),
-                    to: word(offset_of!(remap, to)),
-                })
-            }
-            UFFD_EVENT_REMOVE => Ok(Self::Remove { range: range() }),
-            UFFD_EVENT_UNMAP => Ok(Self::Unmap { range: range() }),
-            event => Err(io::Error::new(
-                io::ErrorKind::InvalidData,
-                format!("the kernel sent an unknown userfaultfd event {event:#x}"),
-            )),
+impl Userfaultfd {
+    /// Reads an event, or returns `None` if there is none. Page faults come before other events,
+    /// regardless of their order.
+    ///
+    /// # Errors
+    /// Those of the operating system, and [`InvalidData`](io::ErrorKind::InvalidData) for an event
+    /// of a newer kernel.
+    pub fn read_event(&self) -> io::Result<Option<Event>> {
+        let mut message = [[0; MESSAGE]];
+        match self.read_messages(&mut message)? {
+            0 => Ok(None),
+            _ => self.event(&message[0]).map(Some),
         }
     }
-}
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn message(event: u32, arguments: [u64; 3]) -> [u8; MESSAGE] {
-        let mut message = [0; MESSAGE];
-        message[0] = event as u8;
-        for (at, argument) in arguments.into_iter().enumerate() {
-            message[8 + 8 * at..16 + 8 * at].copy_from_slice(&argument.to_ne_bytes());
+    /// Appends the events that are there to `events`, up to 32, and returns their number.
+    ///
+    /// # Errors
+    /// As [`read_event`](Self::read_event). The other events of the call are appended nevertheless.
+    pub fn read_events(&self, events: &mut Vec<Event>) -> io::Result<usize> {
+        let mut messages = [[0; MESSAGE]; BATCH];
+        let count = self.read_messages(&mut messages)?;
+        let mut failed = None;
+        for message in &messages[..count] {
+            match self.event(message) {
+                Ok(event) => events.push(event),
+                Err(error) => failed = failed.or(Some(error)),
+            }
         }
-        message
+        failed.map_or(Ok(count), Err)
     }
 
-    #[test]
-    fn every_event_is_decoded_from_its_fields() {
-        let decode = |event, arguments| Message::decode(&message(event, arguments)).unwrap();
-        let fault = |thread| Message::PageFault {
-            address: 0x5000,
-            flags: FaultFlags::WRITE | FaultFlags::MINOR,
-            thread,
-        };
-        assert_eq!(decode(UFFD_EVENT_PAGEFAULT, [5, 0x5000, 0]), fault(None));
-        let thread = u64::from_ne_bytes([7_u32.to_ne_bytes(), [0; 4]].concat().try_into().unwrap());
-        assert_eq!(
-            decode(UFFD_EVENT_PAGEFAULT, [5, 0x5000, thread]),
-            fault(Some(7))
-        );
-        assert_eq!(
-            decode(UFFD_EVENT_FORK, [thread, 0, 0]),
-            Message::Fork { descriptor: 7 }
-        );
-        assert_eq!(
-            decode(UFFD_EVENT_REMAP, [0x1000, 0x9000, 0x2000]),
-            Message::Remap {
-                from: 0x1000..0x3000,
-                to: 0x9000
+    /// Reads messages, and returns their number: 0 if there are none.
+    fn read_messages(&self, messages: &mut [[u8; MESSAGE]]) -> io::Result<usize> {
+        loop {
+            match read(self, messages.as_flattened_mut()) {
+                Ok(len) if len > 0 && len.is_multiple_of(MESSAGE) => return Ok(len / MESSAGE),
+                Ok(len) => {
+                    let short = format!("the kernel sent userfaultfd messages of {len} bytes");
+                    return Err(io::Error::new(io::ErrorKind::InvalidData, short));
+                }
+                Err(Errno::EAGAIN) => return Ok(0),
+                Err(Errno::EINTR) => {}
+                Err(errno) => return Err(errno.into()),
             }
-        );
-        let range = 0x1000..0x4000;
-        assert_eq!(
-            decode(UFFD_EVENT_REMOVE, [0x1000, 0x4000, 0]),
-            Message::Remove {
-                range: range.clone()
-            }
-        );
-        assert_eq!(
-            decode(UFFD_EVENT_UNMAP, [0x1000, 0x4000, 0]),
-            Message::Unmap { range }
-        );
+        }
     }
 
-    #[test]
-    fn unknown_events_are_errors_that_name_the_event() {
-        let error = Message::decode(&message(0x17, [0; 3])).unwrap_err();
-        assert_eq!(error.kind(), io::ErrorKind::InvalidData);
-        assert!(error.to_string().contains("0x17"), "{error}");
+    fn event(&self, message: &[u8; MESSAGE]) -> io::Result<Event> {
+        Ok(match Message::decode(message)? {
+            Message::PageFault {
+                address,
+                flags,
+                thread,
+            } => Event::PageFault {
+                address,
+                flags,
+                thread,
+            },
+            Message::Fork { descriptor } => {
+                // SAFETY: the event was just read, and each message is converted once.
+                let child = unsafe { sys::take_forked(descriptor) };
+                Event::Fork {
+                    child: Self::new(child, self.features()),
+                }
+            }
+            Message::Remap { from, to } => Event::Remap { from, to },
+            Message::Remove { range } => Event::Remove { range },
+            Message::Unmap { range } => Event::Unmap { range },
+        })
     }
 }

@@ -72,6 +72,8 @@ mod error;
 mod event;
 mod filled;
 mod flags;
+mod message;
+mod open;
 mod options;
 mod sys;
 mod userfaultfd;

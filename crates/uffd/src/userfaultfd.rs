@@ -13,24 +13,20 @@ use linux_raw_sys::general::{
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::stat::{SFlag, fstat};
-use nix::unistd::read;
 
 use crate::abi::{WRITEPROTECT_MODE_DONTWAKE, WRITEPROTECT_MODE_WP};
 use crate::error::RegisterError;
-use crate::event::{Event, MESSAGE, Message};
 use crate::filled::{Filled, Stop};
 use crate::flags::{Features, FillFlags, Modes, MoveFlags, Operations};
 use crate::options::UserfaultfdOptions;
 use crate::sys;
 
-/// The number of messages that one call reads at most: 1 KiB.
-const BATCH: usize = 32;
-
 /// A userfaultfd: it receives the page faults of the memory that is registered with it, and
 /// resolves them.
 ///
 /// Addresses and lengths are in bytes, and must be of whole pages of the memory. They are those of
-/// the process that opened the descriptor, or for [`Event::Fork`] of the child. All calls may be
+/// the process that opened the descriptor, or for
+/// [`Event::Fork`](crate::Event::Fork) of the child. All calls may be
 /// made by any thread.
 ///
 /// When the last duplicate of the descriptor is closed, all ranges are unregistered: waiting
@@ -256,77 +252,6 @@ impl Userfaultfd {
         // checks the range.
         let nothing = self.zeropage(0..0, FillFlags::empty());
         nothing.stop == Some(Stop::Changing)
-    }
-
-    /// Reads an event, or returns `None` if there is none. Page faults come before other events,
-    /// regardless of their order.
-    ///
-    /// # Errors
-    /// Those of the operating system, and [`InvalidData`](io::ErrorKind::InvalidData) for an event
-    /// of a newer kernel.
-    pub fn read_event(&self) -> io::Result<Option<Event>> {
-        let mut message = [[0; MESSAGE]];
-        match self.read_messages(&mut message)? {
-            0 => Ok(None),
-            _ => self.event(&message[0]).map(Some),
-        }
-    }
-
-    /// Appends the events that are there to `events`, up to 32, and returns their number.
-    ///
-    /// # Errors
-    /// As [`read_event`](Self::read_event). The other events of the call are appended nevertheless.
-    pub fn read_events(&self, events: &mut Vec<Event>) -> io::Result<usize> {
-        let mut messages = [[0; MESSAGE]; BATCH];
-        let count = self.read_messages(&mut messages)?;
-        let mut failed = None;
-        for message in &messages[..count] {
-            match self.event(message) {
-                Ok(event) => events.push(event),
-                Err(error) => failed = failed.or(Some(error)),
-            }
-        }
-        failed.map_or(Ok(count), Err)
-    }
-
-    /// Reads messages, and returns their number: 0 if there are none.
-    fn read_messages(&self, messages: &mut [[u8; MESSAGE]]) -> io::Result<usize> {
-        loop {
-            match read(&self.fault, messages.as_flattened_mut()) {
-                Ok(len) if len > 0 && len.is_multiple_of(MESSAGE) => return Ok(len / MESSAGE),
-                Ok(len) => {
-                    let short = format!("the kernel sent userfaultfd messages of {len} bytes");
-                    return Err(io::Error::new(io::ErrorKind::InvalidData, short));
-                }
-                Err(Errno::EAGAIN) => return Ok(0),
-                Err(Errno::EINTR) => {}
-                Err(errno) => return Err(errno.into()),
-            }
-        }
-    }
-
-    fn event(&self, message: &[u8; MESSAGE]) -> io::Result<Event> {
-        Ok(match Message::decode(message)? {
-            Message::PageFault {
-                address,
-                flags,
-                thread,
-            } => Event::PageFault {
-                address,
-                flags,
-                thread,
-            },
-            Message::Fork { descriptor } => {
-                // SAFETY: the event was just read, and each message is converted once.
-                let child = unsafe { sys::take_forked(descriptor) };
-                Event::Fork {
-                    child: Self::new(child, self.features),
-                }
-            }
-            Message::Remap { from, to } => Event::Remap { from, to },
-            Message::Remove { range } => Event::Remove { range },
-            Message::Unmap { range } => Event::Unmap { range },
-        })
     }
 }
 
