@@ -48,6 +48,7 @@
 //!   seen here: call [`GuestRam::mark`] after it.
 //! - The regions of a layout must consist of whole pages of the host.
 
+mod create;
 mod errors;
 mod mapping;
 mod options;

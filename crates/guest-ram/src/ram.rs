@@ -8,7 +8,6 @@ use std::sync::Arc;
 use dirty_bitmap::{DirtyBitmap, Tracked, Untracked};
 use page_reader::{HostMemory, OutsideRam, PageReader, RamLayout, RamRange};
 
-use crate::errors::GuestRamError;
 use crate::mapping::Mapping;
 use crate::options::{BitmapKind, GuestRamOptions};
 
@@ -50,16 +49,6 @@ pub struct GuestRam<K: BitmapKind = Untracked> {
 pub type TrackedRam = GuestRam<Tracked>;
 
 impl<K: BitmapKind> GuestRam<K> {
-    /// Allocates RAM of this layout with a bitmap in pages of the host's size. The memory is
-    /// anonymous and zero.
-    ///
-    /// # Errors
-    /// Returns [`GuestRamError`] if a region does not consist of whole pages of the host, or if
-    /// memory can't be allocated.
-    pub fn new(layout: RamLayout) -> Result<Self, GuestRamError> {
-        Self::options().allocate(layout)
-    }
-
     /// Returns a builder for non-default options.
     pub fn options() -> GuestRamOptions<K> {
         GuestRamOptions::default()
