@@ -64,6 +64,7 @@ mod page_bits;
 mod pages;
 mod prefetcher;
 mod region;
+mod start;
 mod status;
 mod turns;
 mod userfaultfd;

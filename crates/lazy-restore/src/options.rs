@@ -1,33 +1,15 @@
-//! Options of lazily filled RAM, and its start.
+//! Options of lazily filled RAM.
 
-#![allow(unsafe_code)]
-
-use std::io;
-use std::sync::Arc;
-use std::thread;
-
-use memory_image::Chain;
-
-use crate::error::LazyError;
-use crate::fault_handler::PageFaultHandler;
-use crate::lazy_ram::LazyRam;
-use crate::memory::Memory;
-use crate::page_bits::PageBits;
-use crate::pages::Pages;
-use crate::prefetcher::Prefetcher;
-use crate::region::{Region, host_page};
-use crate::status::Status;
-use crate::userfaultfd::{Userfaultfd, UserfaultfdError};
 use crate::working_set::WorkingSet;
 
-/// Options for filling RAM on demand, created by [`LazyRam::options`].
+/// Options for filling RAM on demand, created by [`LazyRam::options`](crate::LazyRam::options).
 #[derive(Clone, Debug)]
 #[must_use = "options do nothing until `start` or `adopt`"]
 pub struct LazyRamOptions {
-    prefetch: bool,
-    working_set: Option<WorkingSet>,
-    record: bool,
-    fault_around: u64,
+    pub(crate) prefetch: bool,
+    pub(crate) working_set: Option<WorkingSet>,
+    pub(crate) record: bool,
+    pub(crate) fault_around: u64,
     /// Whether to use the kernel's page poisoning.
     pub(crate) poison: bool,
 }
@@ -46,7 +28,8 @@ impl Default for LazyRamOptions {
 
 impl LazyRamOptions {
     /// Sets whether to prefetch all pages while the guest runs. The default is true. With false, a
-    /// page is read when it is touched, and [`LazyRam::wait`] reads the others.
+    /// page is read when it is touched, and [`LazyRam::wait`](crate::LazyRam::wait) reads the
+    /// others.
     pub fn prefetch(mut self, prefetch: bool) -> Self {
         self.prefetch = prefetch;
         self
@@ -60,9 +43,9 @@ impl LazyRamOptions {
         self
     }
 
-    /// Sets whether to [record](LazyRam::recorded) touched pages. Recording disables prefetching,
-    /// and every page faults separately. This makes the start slow: record once for an image, so
-    /// that later starts are faster.
+    /// Sets whether to [record](crate::LazyRam::recorded) touched pages. Recording disables
+    /// prefetching, and every page faults separately. This makes the start slow: record once for
+    /// an image, so that later starts are faster.
     pub fn record(mut self, record: bool) -> Self {
         self.record = record;
         self
@@ -74,128 +57,4 @@ impl LazyRamOptions {
         self.fault_around = bytes;
         self
     }
-
-    /// Maps memory for the chain's RAM, as one range, and starts to fill it.
-    ///
-    /// # Errors
-    /// [`LazyError`].
-    pub fn start(&self, chain: impl Into<Arc<Chain>>) -> Result<LazyRam, LazyError> {
-        let chain = chain.into();
-        let size = chain.ram_size();
-        let failed = |source| LazyError::Reserve { size, source };
-        let len = size.checked_next_multiple_of(host_page());
-        let region = Region::zeros(len.unwrap_or(u64::MAX)).map_err(failed)?;
-        // SAFETY: the region is new and owned by the `LazyRam`. It is dropped after the threads
-        // that fill it have ended.
-        let memory = unsafe { Memory::new([(region.as_ptr(), region.len())]) };
-        self.fill(chain, memory, Some(region))
-    }
-
-    /// Starts to fill memory that the caller has mapped, such as the regions of a guest: address
-    /// and length in bytes of each region, in the order of the memory file.
-    ///
-    /// The previous content of the memory is discarded. If the value is dropped before filling has
-    /// completed, the memory is made inaccessible, because its missing pages would otherwise be
-    /// zeros.
-    ///
-    /// The memory must be private and anonymous. Shared memory, and a privately mapped memory file,
-    /// are refused: another mapping, another process or `read(2)` would find zeros in missing
-    /// pages, and a back end that writes to a page before it is filled would lose its write.
-    /// Restore the chain into such memory ([`Chain::restore`]) before others use it.
-    ///
-    /// This check reads `/proc/self/smaps`. The time for it grows with the memory of the process.
-    ///
-    /// # Errors
-    /// [`LazyError`]. The memory is unchanged on error, with two exceptions. After
-    /// [`UserfaultfdError::Prepare`] a part of it may have been discarded. If the second thread
-    /// cannot be started, it is inaccessible.
-    ///
-    /// # Safety
-    /// As long as the value lives:
-    /// - every region stays mapped, readable and writable; no two overlap;
-    /// - no Rust reference covers any of it, and Rust code of this process accesses it only by
-    ///   atomic or volatile operations on raw pointers.
-    ///
-    /// After the value is dropped, the memory may be accessed only if [`wait`](LazyRam::wait) has
-    /// returned `Ok`.
-    pub unsafe fn adopt(
-        &self,
-        chain: impl Into<Arc<Chain>>,
-        regions: impl IntoIterator<Item = (*mut u8, usize)>,
-    ) -> Result<LazyRam, LazyError> {
-        let chain = chain.into();
-        // SAFETY: the caller of this function promises what `Memory::new` requires.
-        let mut memory = unsafe { Memory::new(regions) };
-        if memory.len() != chain.ram_size() {
-            return Err(LazyError::TargetSize {
-                image: chain.ram_size(),
-                target: memory.len(),
-            });
-        }
-        memory.check_private()?;
-        self.fill(chain, memory, None)
-    }
-
-    fn fill(
-        &self,
-        chain: Arc<Chain>,
-        memory: Memory,
-        region: Option<Region>,
-    ) -> Result<LazyRam, LazyError> {
-        chain.check_full()?;
-        let (image, page) = (chain.ram_size(), host_page());
-        let ram_size = self.working_set.as_ref().map(WorkingSet::ram_size);
-        if let Some(working_set) = ram_size.filter(|size| *size != image) {
-            return Err(LazyError::WorkingSetSize { image, working_set });
-        }
-        let settled = PageBits::none(memory.len(), page).map_err(|source| LazyError::Reserve {
-            size: image,
-            source,
-        })?;
-        let prefetching = self.prefetch && !self.record;
-        let status = Status::new(prefetching).map_err(UserfaultfdError::Thread)?;
-        let fault = Userfaultfd::open(page)?;
-        memory.exclude_from_children()?;
-        let registered = memory.register(&fault).and_then(|can_poison| {
-            discard(&memory, &fault)?;
-            Ok(can_poison)
-        });
-        let can_poison = match registered {
-            Ok(can_poison) => can_poison && self.poison,
-            Err(error) => {
-                // Report the first error.
-                let _ = memory.unregister(&fault, 0..memory.len());
-                let _ = memory.restore_to_children(&[0..memory.len()]);
-                return Err(error.into());
-            }
-        };
-        let pages = Pages::new(chain, memory, fault, can_poison, settled, status);
-        let pages = Arc::new(pages);
-        let handler = PageFaultHandler::new(Arc::clone(&pages), self.fault_around, self.record);
-        let prefetcher = Prefetcher::new(Arc::clone(&pages), self.working_set.clone());
-        LazyRam::run(pages, handler, prefetcher, prefetching, region)
-    }
-}
-
-/// Discards the content of the registered memory. The kernel blocks `madvise` until its message is
-/// read.
-fn discard(memory: &Memory, fault: &Userfaultfd) -> Result<(), UserfaultfdError> {
-    let discarded = thread::scope(|scope| {
-        let thread = thread::Builder::new().name("lazy-ram-discard".into());
-        let discarding = thread.spawn_scoped(scope, || memory.discard());
-        let discarding = discarding.map_err(UserfaultfdError::Thread)?;
-        let mut read = Ok(());
-        while !discarding.is_finished() {
-            // A waiting access is woken below, and faults again.
-            if let Err(error) = fault.next_message() {
-                read = Err(UserfaultfdError::Wait(error));
-            }
-            thread::yield_now();
-        }
-        let panicked = |_| UserfaultfdError::Thread(io::Error::other("a thread panicked"));
-        let discarded = discarding.join().map_err(panicked)?;
-        discarded.and(read)
-    });
-    memory.wake(fault)?;
-    discarded
 }
