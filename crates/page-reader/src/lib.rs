@@ -173,6 +173,7 @@ mod mapped;
 mod mappings;
 mod nonzero_runs;
 mod populated;
+mod populated_memory;
 mod reader;
 #[cfg(target_os = "linux")]
 mod sys;

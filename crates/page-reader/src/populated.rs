@@ -1,8 +1,6 @@
-//! Detection of ranges that may hold nonzero bytes.
+//! Ranges that may hold nonzero bytes.
 
 use std::ops::Range;
-
-use host_memory::HostMemory;
 
 /// The ranges of byte offsets that [`PageReader::populated`](crate::PageReader::populated) returns.
 ///
@@ -12,53 +10,4 @@ pub type PopulatedRanges<'a> = Box<dyn Iterator<Item = Range<u64>> + 'a>;
 /// Returns all of `range` as one range that may be populated, or nothing if it is empty.
 pub(crate) fn unknown(range: Range<u64>) -> impl Iterator<Item = Range<u64>> {
     Some(range).filter(|range| !range.is_empty()).into_iter()
-}
-
-/// Returns the populated ranges of the memory that `host_memory` returns for `range`, according to
-/// the kernel. From the first offset without host memory, everything may be populated.
-#[cfg(target_os = "linux")]
-pub(crate) fn in_host_memory<'a>(
-    host_memory: impl Fn(u64, usize) -> Option<HostMemory<'a>> + 'a,
-    range: Range<u64>,
-) -> PopulatedRanges<'a> {
-    use std::iter;
-
-    use crate::address_space::AddressSpace;
-
-    let mut left = range;
-    let pieces = iter::from_fn(move || {
-        if left.is_empty() {
-            return None;
-        }
-        let offset = left.start;
-        let len = usize::try_from(left.end - offset).unwrap_or(usize::MAX);
-        let memory = host_memory(offset, len).filter(|memory| !memory.is_empty());
-        left.start = memory.map_or(left.end, |memory| offset + memory.len() as u64);
-        Some((offset..left.start, memory))
-    });
-    let mut space = None;
-    Box::new(
-        pieces.flat_map(move |(piece, memory)| -> PopulatedRanges<'a> {
-            let Some(memory) = memory else {
-                return Box::new(unknown(piece));
-            };
-            let start = memory.as_ptr().addr() as u64;
-            let populated = space
-                .get_or_insert_with(AddressSpace::of_this_process)
-                .populated(start..start + memory.len() as u64);
-            let offset_of = move |address: u64| piece.start + (address - start);
-            Box::new(populated.map(move |found| offset_of(found.start)..offset_of(found.end)))
-        }),
-    )
-}
-
-/// Returns all of `range`: no call of macOS distinguishes pages that were swapped out or compressed
-/// from those that were never written.
-#[cfg(not(target_os = "linux"))]
-pub(crate) fn in_host_memory<'a>(
-    host_memory: impl Fn(u64, usize) -> Option<HostMemory<'a>> + 'a,
-    range: Range<u64>,
-) -> PopulatedRanges<'a> {
-    drop(host_memory);
-    Box::new(unknown(range))
 }

@@ -6,7 +6,8 @@ use std::sync::Arc;
 
 use host_memory::HostMemory;
 
-use crate::populated::{PopulatedRanges, in_host_memory};
+use crate::populated::PopulatedRanges;
+use crate::populated_memory::in_host_memory;
 
 /// A source of a guest's RAM, addressed by the byte offset in the memory file.
 ///
