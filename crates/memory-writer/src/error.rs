@@ -1,6 +1,9 @@
 //! Errors of taking snapshots.
 
-use std::fmt;
+mod ambiguous_diff;
+mod memory_io;
+mod ram;
+
 use std::io;
 use std::path::PathBuf;
 
@@ -10,8 +13,9 @@ use image_format::FooterError;
 use sparse_file::{SpaceError, WriteError, ZeroError};
 use thiserror::Error;
 
-use crate::raw_diff::AmbiguousDiff;
-use crate::sealing::SealError;
+pub use ambiguous_diff::AmbiguousDiff;
+pub use memory_io::MemoryIoStep;
+pub use ram::RamError;
 
 /// An error of taking a snapshot. The destination is unchanged, except after
 /// [`Commit`](Self::Commit), which states what is there.
@@ -178,109 +182,6 @@ pub enum SnapshotError {
     },
 }
 
-/// An invalid size of a memory file or of its pages.
-#[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum RamError {
-    /// `ram_size` is 0.
-    #[error("the RAM size is 0: pass the guest's RAM size as ram_size")]
-    NoRam,
-    /// `ram_size` exceeds the address space of every machine.
-    #[error(
-        "the RAM size {ram_size:#x} exceeds the maximum of 2^52 bytes: pass the guest's RAM size as \
-         ram_size"
-    )]
-    TooLarge {
-        /// The requested size in bytes.
-        ram_size: u64,
-    },
-    /// `page_size` is 0 or not a power of two.
-    #[error(
-        "the page size {page_size} is not a power of two: pass 4096, or 16384 on Apple silicon"
-    )]
-    PageSizeNotPowerOfTwo {
-        /// The requested page size in bytes.
-        page_size: u64,
-    },
-    /// `page_size` is below 512: raw RAM is distinguished from images by a size that is a multiple
-    /// of 512.
-    #[error("the page size {page_size} is too small: pass at least 512")]
-    PageTooSmall {
-        /// The requested page size in bytes.
-        page_size: u64,
-    },
-    /// `page_size` is larger than the RAM.
-    #[error(
-        "the page size {page_size} is larger than the RAM of {ram_size} bytes: pass a smaller one"
-    )]
-    PageLargerThanRam {
-        /// The requested page size in bytes.
-        page_size: u64,
-        /// The size of the RAM in bytes.
-        ram_size: u64,
-    },
-    /// `ram_size` is not a multiple of `page_size`.
-    #[error(
-        "the RAM size {ram_size:#x} is not a multiple of the page size {page_size:#x}: pass a smaller \
-         page size"
-    )]
-    NotWholePages {
-        /// The requested size in bytes.
-        ram_size: u64,
-        /// The requested page size in bytes.
-        page_size: u64,
-    },
-}
-
-/// The step that failed in [`SnapshotError::MemoryIo`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum MemoryIoStep {
-    /// Setting the size of the staged file.
-    SetSize,
-    /// Reading guest memory.
-    Read,
-    /// Writing the staged file.
-    Write,
-    /// Wiping the bytes of a recycled file that were not overwritten; see
-    /// [`WriterOptions::recycle`](crate::WriterOptions::recycle).
-    Wipe,
-    /// Reading chunks back that were written in several passes, for their checksums.
-    ReadBack,
-}
-
-impl MemoryIoStep {
-    fn advice(self, error: &io::Error) -> &'static str {
-        match (self, error.kind()) {
-            (Self::Read, io::ErrorKind::UnexpectedEof) => {
-                ": the reader ends there, but must cover all of the RAM"
-            }
-            (Self::Write | Self::SetSize | Self::Wipe, io::ErrorKind::StorageFull) => {
-                ": make room on the file system"
-            }
-            (Self::Write | Self::SetSize | Self::Wipe, io::ErrorKind::QuotaExceeded) => {
-                ": raise the quota or make room within it"
-            }
-            (Self::Write | Self::SetSize, io::ErrorKind::FileTooLarge) => {
-                ": raise RLIMIT_FSIZE, or use a file system that takes files of this size"
-            }
-            _ => "",
-        }
-    }
-}
-
-impl fmt::Display for MemoryIoStep {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::SetSize => "setting the file's size",
-            Self::Read => "reading guest memory",
-            Self::Write => "writing",
-            Self::Wipe => "wiping the bytes of an older snapshot",
-            Self::ReadBack => "reading back the written chunks",
-        })
-    }
-}
-
 impl SnapshotError {
     pub(crate) fn from_grow(dest: PathBuf, len: u64, error: SpaceError) -> Self {
         Self::MemoryIo {
@@ -323,20 +224,6 @@ impl SnapshotError {
             step: MemoryIoStep::Wipe,
             offset,
             source,
-        }
-    }
-
-    pub(crate) fn from_seal(dest: PathBuf, error: SealError) -> Self {
-        match error {
-            SealError::Id(source) => Self::Id { dest, source },
-            SealError::Footer(source) => Self::Seal { dest, source },
-            SealError::Grow(len, error) => Self::from_grow(dest, len, error),
-            SealError::ReadBack(offset, source) => Self::MemoryIo {
-                dest,
-                step: MemoryIoStep::ReadBack,
-                offset,
-                source,
-            },
         }
     }
 

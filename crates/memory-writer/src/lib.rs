@@ -125,10 +125,9 @@ mod writer;
 pub use atomic_file::{
     CommitError, Durability, FileVersion, NotPreserved, OpenError, Preserve, Symlinks,
 };
-pub use error::{MemoryIoStep, RamError, SnapshotError};
+pub use error::{AmbiguousDiff, MemoryIoStep, RamError, SnapshotError};
 pub use image_format::{FooterError, ImageId, Layout};
 pub use options::WriterOptions;
-pub use raw_diff::AmbiguousDiff;
 pub use seal::Seal;
 pub use sparse_file::{CancelToken, Engine, Progress};
 pub use writer::MemoryWriter;

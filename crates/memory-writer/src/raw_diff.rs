@@ -6,28 +6,9 @@ use std::ops::Range;
 use dirty_bitmap::PageSet;
 use nix::unistd::fsync;
 use sparse_file::{ExtentKind, HolesUnknown, PageHoles, PagesUnknown, extents};
-use thiserror::Error;
 
+use crate::error::AmbiguousDiff;
 use crate::geometry::Geometry;
-
-/// The reason why a raw diff could not be read back: its pages cannot be distinguished from its
-/// holes.
-#[derive(Debug, Error)]
-#[non_exhaustive]
-pub enum AmbiguousDiff {
-    /// Holes do not identify written pages on the destination's file system.
-    #[error(transparent)]
-    Holes(#[from] PagesUnknown),
-    /// A diff of every page has no hole, like a copy whose holes were filled with zeros.
-    #[error("every page is dirty, so the file has no hole")]
-    EveryPage,
-    /// The file system reports other pages than those that were written.
-    #[error("the file system reports the wrong state of the page at {offset:#x}")]
-    NotAsWritten {
-        /// The offset of the page in bytes.
-        offset: u64,
-    },
-}
 
 /// The pages of the memory file that were written.
 #[derive(Debug)]

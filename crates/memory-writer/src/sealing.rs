@@ -4,6 +4,7 @@ use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
+use std::path::PathBuf;
 
 use dirty_bitmap::{PageSet, coalesce};
 use image_format::{
@@ -13,6 +14,7 @@ use image_format::{
 use page_reader::{PageReader, SecretBuffer};
 use sparse_file::{SpaceError, WriteError, grow};
 
+use crate::error::{MemoryIoStep, SnapshotError};
 use crate::geometry::Geometry;
 use crate::seal::{Parent, Seal};
 use crate::write_pass::WritePass;
@@ -36,6 +38,23 @@ pub(crate) enum SealError {
     /// The size that the file could not get, and the error.
     Grow(u64, SpaceError),
     Footer(FooterError),
+}
+
+impl SealError {
+    /// Returns the error of the snapshot at `dest`.
+    pub(crate) fn of_snapshot(self, dest: PathBuf) -> SnapshotError {
+        match self {
+            Self::Id(source) => SnapshotError::Id { dest, source },
+            Self::Footer(source) => SnapshotError::Seal { dest, source },
+            Self::Grow(len, error) => SnapshotError::from_grow(dest, len, error),
+            Self::ReadBack(offset, source) => SnapshotError::MemoryIo {
+                dest,
+                step: MemoryIoStep::ReadBack,
+                offset,
+                source,
+            },
+        }
+    }
 }
 
 impl From<InvalidFooter> for SealError {

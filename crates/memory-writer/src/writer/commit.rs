@@ -127,7 +127,7 @@ impl MemoryWriter {
             PageRecord::Footer(footer) => {
                 footer
                     .seal(file)
-                    .map_err(|error| SnapshotError::from_seal(dest(), error))?;
+                    .map_err(|error| error.of_snapshot(dest()))?;
             }
             PageRecord::Empty | PageRecord::All | PageRecord::Caller => {}
         }

@@ -102,7 +102,7 @@ impl WriterOptions {
         };
         let footer = footer
             .transpose()
-            .map_err(|error| SnapshotError::from_seal(dest(), error))?;
+            .map_err(|error| error.of_snapshot(dest()))?;
         let pages = match footer {
             Some(footer) => PageRecord::Footer(footer),
             None if self.allow_ambiguous => PageRecord::Caller,

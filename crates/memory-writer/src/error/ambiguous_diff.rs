@@ -1,0 +1,23 @@
+//! The reason why a raw diff is refused.
+
+use sparse_file::PagesUnknown;
+use thiserror::Error;
+
+/// The reason why a raw diff could not be read back: its pages cannot be distinguished from its
+/// holes.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum AmbiguousDiff {
+    /// Holes do not identify written pages on the destination's file system.
+    #[error(transparent)]
+    Holes(#[from] PagesUnknown),
+    /// A diff of every page has no hole, like a copy whose holes were filled with zeros.
+    #[error("every page is dirty, so the file has no hole")]
+    EveryPage,
+    /// The file system reports other pages than those that were written.
+    #[error("the file system reports the wrong state of the page at {offset:#x}")]
+    NotAsWritten {
+        /// The offset of the page in bytes.
+        offset: u64,
+    },
+}
