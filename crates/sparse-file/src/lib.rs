@@ -174,6 +174,7 @@ mod extents;
 mod holes;
 mod identity;
 mod limit;
+mod page_holes;
 mod probe;
 mod progress;
 mod space;
@@ -184,11 +185,10 @@ mod zero;
 pub use extents::{
     Extent, ExtentKind, ExtentSource, Extents, extents, extents_in, reported_extents,
 };
-pub use holes::{
-    HolesUnknown, PageHoles, PagesUnknown, check_holes_are_zeros, file_system_name, is_on_disk,
-};
+pub use holes::{HolesUnknown, check_holes_are_zeros, file_system_name, is_on_disk};
 pub use host_memory::HostMemory;
 pub use identity::FileIdentity;
+pub use page_holes::{PageHoles, PagesUnknown};
 pub use probe::{
     AlignmentBasis, Capabilities, DirectIo, HoleSupport, ProbeError, Punch, SeekHole, WrittenZeros,
 };
