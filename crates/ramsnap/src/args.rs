@@ -18,7 +18,7 @@ use memory_writer::Seal;
 use serde::Serialize;
 
 use crate::failure::Failure;
-use crate::ram;
+use crate::ram_lock;
 
 pub use in_process::InProcess;
 
@@ -103,7 +103,7 @@ impl Format {
         };
         if image.footer().is_none() {
             // It may be RAM.
-            ram::check_not_restored(image.version()?.file(), &format!("{path:?}"))?;
+            ram_lock::check_not_restored(image.version()?.file(), &format!("{path:?}"))?;
         }
         Ok(image)
     }

@@ -1,6 +1,6 @@
 //! The command line, and the text of `--help` and the man pages.
 
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, Parser, Subcommand};
 
 use crate::exit_status::ExitStatus;
 use crate::session::Session;
@@ -67,9 +67,11 @@ impl Verb {
             Self::Convert(convert) => convert.run(session),
             Self::Restore(restore) => restore.run(session),
             Self::Sweep(sweep) => sweep.run(session),
-            Self::Demo(demo) => demo.run(session),
-            Self::Man(man) => man.run(session),
-            Self::Completions(completions) => completions.run(),
+            Self::Demo(demo) => demo.run(session, &|words| {
+                Cli::try_parse_from(words)?.verb.run(session)
+            }),
+            Self::Man(man) => man.run(session, Cli::command()),
+            Self::Completions(completions) => completions.run(Cli::command()),
         }
     }
 }

@@ -40,7 +40,7 @@ use signal_hook::flag;
 use signal_hook::iterator::Signals;
 
 use crate::exit_status::ExitStatus;
-use crate::{print, sys};
+use crate::{stderr, sys};
 
 const SIGNALS: [i32; 10] = [
     SIGINT, SIGTERM, SIGHUP, SIGQUIT, SIGALRM, SIGUSR1, SIGUSR2, SIGXCPU, SIGVTALRM, SIGPROF,
@@ -198,10 +198,10 @@ impl Interrupt {
         match changed.warning() {
             Some(warning) if !changed.warned => {
                 changed.warned = true;
-                print::to_stderr_at_once(&warning);
+                stderr::line_at_once(&warning);
             }
             _ => {
-                print::to_stderr_at_once(&changed.remains());
+                stderr::line_at_once(&changed.remains());
                 process::exit(changed.exit_status().code().into());
             }
         }

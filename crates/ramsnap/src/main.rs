@@ -19,6 +19,7 @@ mod ram_lock;
 mod room;
 mod save;
 mod session;
+mod stderr;
 mod stream;
 mod sys;
 mod target;

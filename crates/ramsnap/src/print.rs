@@ -1,20 +1,16 @@
-//! Text on stdout and stderr.
+//! Text on stdout, and the format of numbers.
 
 use std::fmt::Write as _;
 use std::fs::File;
 use std::io::{self, Write};
-#[cfg(target_os = "linux")]
-use std::mem;
 use std::ops::Deref;
 use std::os::fd::AsFd;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
 
 use anyhow::Context;
 use indicatif::BinaryBytes;
 use nix::errno::Errno;
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use serde::ser::{Serialize, SerializeStruct, Serializer};
 
 use crate::failure::Failure;
@@ -90,54 +86,6 @@ impl Serialize for JsonPath {
         object.serialize_field("text", &self.0.to_string_lossy())?;
         object.serialize_field("bytes_hex", &hex)?;
         object.end()
-    }
-}
-
-/// The lines that are held back while a [`Kept`] exists.
-static KEPT: Mutex<Option<Vec<String>>> = Mutex::new(None);
-
-/// Prints a line to stderr. Errors are ignored.
-pub fn to_stderr(text: &str) {
-    if let Some(kept) = &mut *KEPT.lock().unwrap_or_else(PoisonError::into_inner) {
-        kept.push(text.to_owned());
-        return;
-    }
-    let _ = writeln!(io::stderr(), "{text}");
-}
-
-/// Prints a line to stderr if it accepts output within a second, for a thread that must not block.
-pub fn to_stderr_at_once(text: &str) {
-    const PATIENCE: u16 = 1000;
-    let stderr = io::stderr();
-    let mut ready = [PollFd::new(stderr.as_fd(), PollFlags::POLLOUT)];
-    if poll(&mut ready, PollTimeout::from(PATIENCE)).is_ok_and(|ready| ready > 0) {
-        // Bypasses the lock of stderr: a thread that waits for the terminal may hold it.
-        let _ = nix::unistd::write(stderr.as_fd(), format!("{text}\n").as_bytes());
-    }
-}
-
-/// Holds back the lines for stderr until this is dropped. Writing blocks while the terminal takes
-/// no output, which would keep a process stopped that this process has stopped.
-#[cfg(target_os = "linux")]
-#[derive(Debug)]
-pub struct Kept(());
-
-#[cfg(target_os = "linux")]
-impl Kept {
-    pub fn from_now_on() -> Self {
-        let mut kept = KEPT.lock().unwrap_or_else(PoisonError::into_inner);
-        kept.get_or_insert_default();
-        Self(())
-    }
-}
-
-#[cfg(target_os = "linux")]
-impl Drop for Kept {
-    fn drop(&mut self) {
-        let kept = mem::take(&mut *KEPT.lock().unwrap_or_else(PoisonError::into_inner));
-        for text in kept.into_iter().flatten() {
-            to_stderr(&text);
-        }
     }
 }
 

@@ -22,9 +22,9 @@ use sparse_file::FileIdentity;
 use crate::args;
 use crate::failure::Failure;
 use crate::interrupt::NotSuspended;
-use crate::print::Kept;
-use crate::ram;
+use crate::ram_lock;
 use crate::session::Session;
+use crate::stderr::{self, Kept};
 
 /// The longest time that a process may take to stop.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -123,7 +123,7 @@ impl ProcessRam {
         ram.check_mapped(&maps)?;
         ram.keep_from_restore(&maps)?;
         let unexamined = ram.check_filled(&maps)?;
-        ram::warn_of_unexamined(&format!("the RAM of process {pid}"), &unexamined);
+        warn_of_unexamined(&format!("the RAM of process {pid}"), &unexamined);
         Ok(ram)
     }
 
@@ -189,7 +189,10 @@ impl ProcessRam {
         for range in &self.regions {
             for region in regions_in(maps, range) {
                 if let Some(file) = file_behind(self.pid, region) {
-                    ram::check_not_restored(&file, &format!("the RAM of process {}", self.pid))?;
+                    ram_lock::check_not_restored(
+                        &file,
+                        &format!("the RAM of process {}", self.pid),
+                    )?;
                     self.files.push(file);
                 }
             }
@@ -318,6 +321,20 @@ fn mapped_files(pid: u32, region: &ProcessRegion) -> impl Iterator<Item = FileId
         .into_iter()
         .flatten()
         .filter_map(|path: PathBuf| FileIdentity::at(&path).ok())
+}
+
+/// Warns of processes that may be filling the RAM and could not be examined.
+pub fn warn_of_unexamined(ram: &str, unexamined: &[UnexaminedProcess]) {
+    if let Some(first) = unexamined.first() {
+        let others = match unexamined.len() - 1 {
+            0 => String::new(),
+            others => format!(" and {others} more"),
+        };
+        stderr::line(&format!(
+            "warning: {first}{others} could not be examined: if it is still filling {ram} by userfaultfd, missing pages \
+             are saved as zeros"
+        ));
+    }
 }
 
 #[cfg(test)]

@@ -10,15 +10,11 @@ use memory_writer::SnapshotError;
 use nix::fcntl::OFlag;
 use nix::unistd::{SysconfVar, sysconf};
 use page_reader::{FileReader, PageReader};
-#[cfg(target_os = "linux")]
-use process_memory::UnexaminedProcess;
 
 use crate::failure::Failure;
 #[cfg(target_os = "linux")]
-use crate::print;
-#[cfg(target_os = "linux")]
-use crate::process::ProcessRam;
-use crate::ram_lock::{self, Holder, Mode};
+use crate::process::{self, ProcessRam};
+use crate::ram_lock;
 use crate::session::Session;
 
 /// A guest's RAM.
@@ -125,7 +121,7 @@ impl RamFile {
         if !size.is_multiple_of(RAW_UNIT) {
             return Err(Failure::RamIsImage { path, size }.into());
         }
-        check_not_restored(&file, &format!("{path:?}"))?;
+        ram_lock::check_not_restored(&file, &format!("{path:?}"))?;
         let ram = Self { path, file, size };
         ram.check_filled(true)?;
         Ok(ram)
@@ -154,7 +150,7 @@ impl RamFile {
         let unexamined = process_memory::check_lazy_fill(&self.file)
             .with_context(|| format!("cannot capture the RAM {path:?}"))?;
         if warn {
-            warn_of_unexamined(&format!("{path:?}"), &unexamined);
+            process::warn_of_unexamined(&format!("{path:?}"), &unexamined);
         }
         Ok(())
     }
@@ -162,33 +158,6 @@ impl RamFile {
     #[cfg(not(target_os = "linux"))]
     fn check_filled(&self, _warn: bool) -> anyhow::Result<()> {
         Ok(())
-    }
-}
-
-/// Refuses RAM that a `ramsnap restore` is writing to. No restore can begin while `file` is open.
-pub fn check_not_restored(file: &File, ram: &str) -> anyhow::Result<()> {
-    let locked = ram_lock::lock(file, Mode::Shared);
-    match locked.with_context(|| format!("cannot lock {ram}"))? {
-        Holder::Restore => Err(Failure::RamBeingRestored {
-            ram: ram.to_owned(),
-        }
-        .into()),
-        Holder::Us | Holder::Reader | Holder::Unknown => Ok(()),
-    }
-}
-
-/// Warns of processes that may be filling the RAM and could not be examined.
-#[cfg(target_os = "linux")]
-pub fn warn_of_unexamined(ram: &str, unexamined: &[UnexaminedProcess]) {
-    if let Some(first) = unexamined.first() {
-        let others = match unexamined.len() - 1 {
-            0 => String::new(),
-            others => format!(" and {others} more"),
-        };
-        print::to_stderr(&format!(
-            "warning: {first}{others} could not be examined: if it is still filling {ram} by userfaultfd, missing pages \
-             are saved as zeros"
-        ));
     }
 }
 

@@ -9,6 +9,12 @@
 //! lock. The VMM owns its RAM, so this is not an error: ramsnap then does not detect that RAM is
 //! read and restored at once.
 
+use std::fs::File;
+
+use anyhow::Context;
+
+use crate::failure::Failure;
+
 #[cfg(target_os = "linux")]
 pub use linux::lock;
 #[cfg(not(target_os = "linux"))]
@@ -37,6 +43,18 @@ pub enum Holder {
     Reader,
     /// A program that has locked all of the file; or the file system has no such locks.
     Unknown,
+}
+
+/// Refuses RAM that a `ramsnap restore` is writing to. No restore can begin while `file` is open.
+pub fn check_not_restored(file: &File, ram: &str) -> anyhow::Result<()> {
+    let locked = lock(file, Mode::Shared);
+    match locked.with_context(|| format!("cannot lock {ram}"))? {
+        Holder::Restore => Err(Failure::RamBeingRestored {
+            ram: ram.to_owned(),
+        }
+        .into()),
+        Holder::Us | Holder::Reader | Holder::Unknown => Ok(()),
+    }
 }
 
 #[cfg(target_os = "linux")]

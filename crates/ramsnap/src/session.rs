@@ -11,6 +11,7 @@ use memory_writer::{MemoryWriter, WriterOptions};
 use crate::failure::Failure;
 use crate::interrupt::{Critical, Interrupt};
 use crate::print;
+use crate::stderr;
 
 #[derive(Clone, Debug)]
 pub struct Session {
@@ -123,7 +124,7 @@ impl Session {
 
     /// Prints a warning.
     pub fn warn(&self, text: &str) {
-        print::to_stderr(&format!("warning: {text}"));
+        stderr::line(&format!("warning: {text}"));
     }
 
     /// Prints a message about the progress to stdout, unless quiet.

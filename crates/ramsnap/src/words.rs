@@ -11,7 +11,7 @@ use memory_image::{ChainError, LinkError, OpenImageError};
 use memory_writer::{CommitError, OpenError, SnapshotError};
 
 use crate::failure::Failure;
-use crate::print;
+use crate::stderr;
 
 /// Returns the message of an error with all of its causes. Messages of libraries that are written
 /// for programs are replaced.
@@ -27,9 +27,9 @@ pub fn text(error: &anyhow::Error) -> String {
 
 /// Prints to stderr what failed, and what to do about it.
 pub fn print_error(error: &anyhow::Error) {
-    print::to_stderr(&format!("error: {}", text(error)));
+    stderr::line(&format!("error: {}", text(error)));
     if let Some(advice) = advice(error) {
-        print::to_stderr(&format!("with ramsnap: {advice}"));
+        stderr::line(&format!("with ramsnap: {advice}"));
     }
 }
 

@@ -1,9 +1,8 @@
 //! `ramsnap completions`: completion scripts for shells.
 
-use clap::{Args, CommandFactory};
+use clap::{Args, Command};
 use clap_complete::Shell;
 
-use crate::cli::Cli;
 use crate::exit_status::ExitStatus;
 use crate::print;
 
@@ -18,9 +17,10 @@ pub struct Completions {
 }
 
 impl Completions {
-    pub fn run(&self) -> anyhow::Result<ExitStatus> {
+    /// Prints the script for the tool's `command`.
+    pub fn run(&self, mut command: Command) -> anyhow::Result<ExitStatus> {
         let mut script = Vec::new();
-        clap_complete::generate(self.shell, &mut Cli::command(), "ramsnap", &mut script);
+        clap_complete::generate(self.shell, &mut command, "ramsnap", &mut script);
         print::line(String::from_utf8_lossy(&script).trim_end())?;
         Ok(ExitStatus::Success)
     }

@@ -10,8 +10,9 @@ use serde::Serialize;
 use sparse_file::{PageHoles, PagesUnknown, allocated_bytes, extents, file_system_name};
 
 use crate::args::{Formats, ImageFile, Layout};
+use crate::exit_status::ExitStatus;
 use crate::print::{self, JsonPath, count, size};
-use crate::{ExitStatus, words};
+use crate::words;
 
 /// Show whether files are full images or diffs, of which guest, and which pages they hold
 #[derive(Debug, Args)]

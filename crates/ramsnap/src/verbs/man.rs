@@ -7,9 +7,8 @@ use std::path::PathBuf;
 
 use anyhow::Context;
 use atomic_file::AtomicWriter;
-use clap::{Args, CommandFactory};
+use clap::{Args, Command};
 
-use crate::cli::Cli;
 use crate::exit_status::ExitStatus;
 use crate::failure::Failure;
 use crate::print::count;
@@ -28,11 +27,12 @@ pub struct Man {
 }
 
 impl Man {
-    pub fn run(&self, session: &Session) -> anyhow::Result<ExitStatus> {
+    /// Writes the pages of the tool's `command`.
+    pub fn run(&self, session: &Session, command: Command) -> anyhow::Result<ExitStatus> {
         let dir = &self.dir;
         let failed = || format!("cannot write manual pages to {dir:?}");
         fs::create_dir_all(dir).with_context(failed)?;
-        let pages = pages()?;
+        let pages = pages(command)?;
         for (name, _) in &pages {
             let path = dir.join(name);
             if !self.force && path.symlink_metadata().is_ok() {
@@ -56,10 +56,10 @@ impl Man {
 }
 
 /// Returns the pages by name: one for the tool and one for each verb.
-fn pages() -> anyhow::Result<Vec<(OsString, Vec<u8>)>> {
+fn pages(command: Command) -> anyhow::Result<Vec<(OsString, Vec<u8>)>> {
     let making = "cannot make the manual pages";
     let dir = tempfile::tempdir().context(making)?;
-    clap_mangen::generate_to(Cli::command(), dir.path()).context(making)?;
+    clap_mangen::generate_to(command, dir.path()).context(making)?;
     let read = |entry: io::Result<DirEntry>| {
         let entry = entry?;
         Ok((entry.file_name(), fs::read(entry.path())?))

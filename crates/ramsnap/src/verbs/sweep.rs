@@ -6,9 +6,10 @@ use atomic_file::{RecoverError, RecoverReport, preview_sweep, recover, sweep};
 use clap::Args;
 use serde::Serialize;
 
+use crate::exit_status::ExitStatus;
 use crate::print::{self, JsonPath, count};
 use crate::session::Session;
-use crate::{ExitStatus, words};
+use crate::words;
 
 /// Remove the staged files that killed writers left in directories
 ///

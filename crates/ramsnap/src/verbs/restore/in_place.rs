@@ -26,7 +26,7 @@ use crate::verbs::restore::reserve::{self, Plan};
 use crate::verbs::restore::writable;
 #[cfg(target_os = "linux")]
 use crate::zeros;
-use crate::{print, target, words};
+use crate::{stderr, target, words};
 
 /// Bytes read, or zeros written, at a time.
 const CHUNK: usize = 1 << 20;
@@ -102,7 +102,7 @@ impl Drop for Begun<'_, '_> {
             return;
         }
         let path = self.target.path;
-        print::to_stderr(&match self.target.empty() {
+        stderr::line(&match self.target.empty() {
             Ok(()) => format!("{path:?} was emptied"),
             Err(why) => format!(
                 "{path:?} holds a part of the RAM and can't be emptied ({}): start no guest with it",
