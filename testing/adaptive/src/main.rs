@@ -76,7 +76,8 @@ mod tests {
     use std::fs;
     use std::path::Path;
 
-    use super::report::{ADAPTIVE, Kind};
+    use super::report::ADAPTIVE;
+    use super::trace::Kind;
     use super::*;
 
     fn root() -> &'static Path {

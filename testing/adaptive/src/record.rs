@@ -1,11 +1,10 @@
 //! Recording of a trace of the demo's KVM guest from KVM's dirty log.
 
 use anyhow::Context;
-use guests::guest;
+use guests::kind;
 use guests::ledger::{Layout, PAGE};
 
-use super::report::Kind;
-use super::trace::Trace;
+use super::trace::{Kind, Trace};
 
 const RAM: u64 = 128 << 20;
 const INTERVALS: u64 = 32;
@@ -18,7 +17,7 @@ const STEPS_PER_READ: u64 = 6;
 /// Runs the guest and reads the log frequently.
 pub(crate) fn kvm_demo() -> anyhow::Result<Trace> {
     let pages = u32::try_from(RAM / PAGE).context("pages of the RAM")?;
-    let mut guest = guest::Kind::Kvm.create(Layout::of(RAM))?;
+    let mut guest = kind::Kind::Kvm.create(Layout::of(RAM))?;
     guest.boot()?;
     guest.work_until(STEPS)?;
     let tracker = guest.track()?;

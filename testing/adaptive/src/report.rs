@@ -9,17 +9,10 @@ use dirty_bitmap::{Costs, Policy};
 use figures::chart::{Bars, Group};
 
 use super::simulate::{self, Cost};
-use super::trace::Trace;
+use super::trace::{Kind, Trace};
 
 pub(crate) const PAGE: &str = "adaptive-tracking.md";
 pub(crate) const CHART: &str = "adaptive-tracking.svg";
-
-/// Whether one granularity suits the whole trace, or different granularities suit different blocks.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
-pub(crate) enum Kind {
-    Plain,
-    Mixed,
-}
 
 /// The policies compared.
 pub(crate) const POLICIES: [(&str, Policy); 4] = [

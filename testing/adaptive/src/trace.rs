@@ -5,7 +5,12 @@ use std::path::Path;
 
 use anyhow::Context;
 
-use super::report::Kind;
+/// Whether one granularity suits the whole trace, or different granularities suit different blocks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub(crate) enum Kind {
+    Plain,
+    Mixed,
+}
 
 /// The writes of a guest.
 ///

@@ -1,7 +1,6 @@
 //! Synthetic traces, which are the same in every run.
 
-use super::report::Kind;
-use super::trace::Trace;
+use super::trace::{Kind, Trace};
 
 /// The page size of Apple silicon.
 const PAGE: u64 = 16 << 10;

@@ -21,7 +21,8 @@ use std::process::ExitCode;
 
 use anyhow::{Context, bail};
 use clap::Parser;
-use guests::guest::{Guest, Kind};
+use guests::guest::Guest;
+use guests::kind::Kind;
 use guests::ledger::Layout;
 use guests::oracle;
 use harness::interrupt::Interrupt;

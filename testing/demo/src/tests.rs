@@ -3,7 +3,8 @@
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 
-use guests::guest::{Guest, Kind};
+use guests::guest::Guest;
+use guests::kind::Kind;
 use guests::ledger::{ENTRY, Layout, NO_PAGE, PAGE};
 use rstest::rstest;
 use test_machine::Need;

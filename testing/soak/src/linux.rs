@@ -4,10 +4,12 @@ mod chain;
 mod child;
 mod embedded;
 mod guest_loop;
+mod ledger;
 mod plan;
 mod save;
 mod saved_guest;
 mod shadow;
+mod shape;
 mod stats;
 
 use std::fs;
@@ -23,7 +25,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, anyhow, ensure};
 use clap::{Parser, ValueEnum};
-use guests::guest::Kind;
+use guests::kind::Kind;
 use harness::interrupt::Interrupt;
 use harness::namespace::keep_private;
 use harness::process::this_program;

@@ -12,8 +12,9 @@ use scenarios::random::Random;
 use super::chain::{Expected, Images, Saved, names};
 use super::plan::{Kind, Plan};
 use super::save::{Done, Room, Save, rebuild};
-use super::saved_guest::{SavedGuest, Shape};
+use super::saved_guest::SavedGuest;
 use super::shadow::Shadow;
+use super::shape::Shape;
 use super::{Mutant, Settings};
 
 /// Rounds of one guest, before another one takes its place.

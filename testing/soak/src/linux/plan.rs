@@ -13,7 +13,7 @@ use memory_writer::{
 use page_reader::{HostMemory, PageReader, PopulatedRanges};
 use scenarios::random::Random;
 
-use super::saved_guest::UNIT;
+use super::shape::UNIT;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Kind {
