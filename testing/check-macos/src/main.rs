@@ -2,10 +2,13 @@
 //!
 //! Run it by `cargo xtask check-macos`.
 
+mod framework;
 mod link;
+mod linker;
 mod mach_o;
 mod self_check;
 mod standard_library;
+mod target;
 mod toolchain;
 
 use std::process::ExitCode;
@@ -15,22 +18,11 @@ use clap::Parser;
 use harness::packages::Install;
 use xshell::Shell;
 
+use target::TARGET;
 use toolchain::Toolchain;
-
-const TARGET: &str = "aarch64-apple-darwin";
 
 /// Apart from the host's: Debian's compiler and the toolchain's don't share.
 const TARGET_DIR: &str = "target/macos";
-
-/// Nothing is run: speed is the compiler's own, not the program's.
-const UNOPTIMIZED: [&str; 4] = [
-    "--config",
-    "profile.dev.opt-level=0",
-    // Without any debug information cargo strips executables, with a tool that Debian's rustc comes
-    // without.
-    "--config",
-    "profile.dev.debug=\"line-directives-only\"",
-];
 
 /// Lint everything for aarch64-apple-darwin, and link what uses the hypervisor
 ///
@@ -83,7 +75,7 @@ impl CheckMacos {
         toolchain.check_version(sh)?;
         let dir = sh.current_dir().join(TARGET_DIR);
         sh.create_dir(&dir)?;
-        if !link::prepare(sh, self.install, &dir)? {
+        if !linker::prepare(sh, self.install, &dir)? {
             println!("NOT RUN: this machine can't compile C or link for macOS");
             return Ok(false);
         }

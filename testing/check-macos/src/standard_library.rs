@@ -7,7 +7,7 @@ use anyhow::{Context, ensure};
 use harness::debian_rust;
 use xshell::{Shell, cmd};
 
-use crate::{TARGET, UNOPTIMIZED};
+use crate::target::{TARGET, UNOPTIMIZED};
 
 /// `test` is the harness that test targets link.
 const BUILD: [&str; 6] = [

@@ -7,7 +7,8 @@ use harness::debian_rust::{self, OLDEST_RUST};
 use harness::packages::Install;
 use xshell::{Cmd, PushEnv, Shell, cmd};
 
-use crate::{TARGET, UNOPTIMIZED, link, standard_library};
+use crate::target::{TARGET, UNOPTIMIZED};
+use crate::{linker, standard_library};
 
 /// What compiles for macOS on this machine.
 #[derive(Clone, Copy)]
@@ -58,7 +59,7 @@ impl Toolchain {
             // A clean build is faster without it.
             sh.push_env("CARGO_INCREMENTAL", "0"),
         ];
-        env.extend(link::env(sh, dir));
+        env.extend(linker::env(sh, dir));
         let mut flags = "-Dwarnings".to_owned();
         if matches!(self, Self::Debian) {
             env.extend(debian_rust::env(sh));

@@ -1,6 +1,7 @@
 //! `cargo xtask faults`.
 
 mod calls;
+mod case;
 mod cases;
 mod child;
 mod injected_fault;
@@ -10,6 +11,7 @@ mod oracle;
 mod outcome;
 mod report;
 mod ring;
+mod traced_call;
 mod tracer;
 
 use std::hash::{BuildHasher, RandomState};
@@ -27,7 +29,7 @@ use scenarios::child::Child as Writer;
 use test_machine::{Need, TinyTmpfs};
 use xshell::Shell;
 
-use cases::Case;
+use case::Case;
 use child::Child;
 use injected_fault::InjectedFault;
 use job::{Settings, again};
@@ -100,7 +102,7 @@ fn known(name: &str) -> Result<String, String> {
 impl Faults {
     fn run(self, sh: &Shell) -> anyhow::Result<()> {
         match &self.part {
-            Some(Part::Child(child)) => return child.run(),
+            Some(Part::Child(child)) => return child.run(cases::named),
             Some(Part::Writer(writer)) => return writer.run(),
             None => {}
         }

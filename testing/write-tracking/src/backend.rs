@@ -4,12 +4,22 @@ use std::io;
 use std::sync::Arc;
 
 use dirty_bitmap::WriteProtection;
-use hvf_backend::{Exception, Exit, ExitAction};
+use hvf_backend::{Exception, Exit, ExitAction, Stage2Tracker};
 use page_reader::PageReader;
 use test_machine::Need;
 use write_faults::FaultHandler;
 
-use crate::machine::{HIGH, HIGH_SIZE, LOW_SIZE, Tracker};
+use crate::protection::Protection;
+
+/// The size of the first region, which starts at 0.
+pub const LOW_SIZE: u64 = 3 << 20;
+/// The guest-physical start of the second region.
+pub const HIGH: u64 = 4 << 30;
+/// The size of the second region.
+pub const HIGH_SIZE: u64 = 2 << 20;
+
+/// The tracker under test. Its protection fails and waits on request.
+pub type Tracker = Stage2Tracker<Protection>;
 
 /// A guest that increments words, with real write faults. Each vCPU has its own word in every page.
 pub trait Backend: Send + Sync + Sized + 'static {

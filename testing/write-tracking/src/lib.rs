@@ -44,6 +44,6 @@ mod machine;
 mod protection;
 pub mod suite;
 
-pub use backend::{Backend, handle_fault};
-pub use machine::{HIGH, HIGH_SIZE, LOW_SIZE, Machine, Tracker};
+pub use backend::{Backend, HIGH, HIGH_SIZE, LOW_SIZE, Tracker, handle_fault};
+pub use machine::Machine;
 pub use protection::Protection;

@@ -10,21 +10,11 @@ use hvf_backend::{Stage2CheckpointError, Stage2Tracker};
 use page_reader::{PageReader, RamLayout};
 use write_faults::FaultHandler;
 
-use crate::backend::Backend;
+use crate::backend::{Backend, Tracker};
 use crate::protection::Protection;
-
-/// The size of the first region, which starts at 0.
-pub const LOW_SIZE: u64 = 3 << 20;
-/// The guest-physical start of the second region.
-pub const HIGH: u64 = 4 << 30;
-/// The size of the second region.
-pub const HIGH_SIZE: u64 = 2 << 20;
 
 /// The end of the programs and tables of those guests that have them. The suite's pages are above.
 const PROGRAM_END: u64 = 0x20000;
-
-/// The tracker under test. Its protection fails and waits on request.
-pub type Tracker = Stage2Tracker<Protection>;
 
 /// The error of a checkpoint.
 pub(crate) type CheckpointError = Stage2CheckpointError<io::Error>;

@@ -26,11 +26,7 @@ use scenarios::{CommitObserver, Scenario};
 use sparse_file::{ExtentKind, extents};
 
 use super::disk::{Mounted, disk};
-use super::states::{Log, MARKS, STEP};
-
-/// The directories in which a scenario runs, one after the other. In the first, only the scenario
-/// syncs. In the second, a neighbor syncs all the time, so names can reach the disk at any moment.
-pub(super) const PHASES: [&str; 2] = ["alone", "in-company"];
+use super::states::{Log, MARKS, PHASES, STEP};
 
 /// The journal interval for changes that a scenario leaves without a sync. It is short because the
 /// check waits for the commit of the journal.

@@ -12,8 +12,8 @@ use scenarios::Scenario;
 use scenarios::check::{Next, PostCrashState, Tidying, Violation};
 
 use super::disk::{Mounted, disk};
-use super::record::{PHASES, Recording};
-use super::states::State;
+use super::record::Recording;
+use super::states::{PHASES, State};
 
 /// A disk that is given one crash state after the other.
 pub(super) struct Replay<'a> {

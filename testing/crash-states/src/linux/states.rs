@@ -6,7 +6,9 @@ use std::io;
 use scenarios::random::Random;
 use scenarios::write_log::{self, Entry, Fate};
 
-use super::record::PHASES;
+/// The directories in which a scenario runs, one after the other. In the first, only the scenario
+/// syncs. In the second, a neighbor syncs all the time, so names can reach the disk at any moment.
+pub(super) const PHASES: [&str; 2] = ["alone", "in-company"];
 
 /// Behind the end of the file system, for marks: a block whose bytes are the number of the phase in
 /// which a commit returned, or [`STEP`].

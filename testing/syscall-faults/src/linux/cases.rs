@@ -17,28 +17,11 @@ use scenarios::ram::Stamped;
 use scenarios::{CommitObserver, Scenario};
 
 use super::calls::Kind;
-use super::child::Child;
+use super::case::{Case, case};
+use super::child::{Child, WITHIN};
 use super::injected_fault::{At, How, InjectedFault};
 use super::mutants;
 use super::tracer::{self, End};
-
-/// A scenario, and what is to be known of its calls.
-pub(super) struct Case {
-    pub scenario: Scenario,
-    /// It starts threads itself: one that can't be started is no failure of the library, and
-    /// numbers mean other calls each time.
-    pub threads: bool,
-    /// A call that always fails, where the file system has none such.
-    pub lacks: Option<(&'static str, Errno)>,
-}
-
-const fn case(scenario: Scenario) -> Case {
-    Case {
-        scenario,
-        threads: false,
-        lacks: None,
-    }
-}
 
 pub(super) static ALL: &[Case] = &[
     case(commits::REPLACE),
@@ -185,7 +168,7 @@ const RECOVER: Scenario = Scenario {
         let report = dir.join("report");
         let command = Child::new(commits::GROUP.name, dir, &report, None).command()?;
         let fault = second.map(InjectedFault::Call);
-        let trace = tracer::trace(command, fault.as_ref(), None, super::job::WITHIN)?;
+        let trace = tracer::trace(command, fault.as_ref(), None, WITHIN)?;
         ensure!(
             trace.met && matches!(trace.end, End::Killed(_)),
             "{trace:?}"

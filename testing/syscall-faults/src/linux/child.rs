@@ -18,8 +18,12 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use scenarios::CommitObserver;
 use serde::{Deserialize, Serialize};
 
+use super::case::Case;
 use super::outcome::Reported;
-use super::{cases, tracer};
+use super::tracer;
+
+/// In which a run ends, also on a machine that is very slow.
+pub(super) const WITHIN: Duration = Duration::from_secs(120);
 
 /// Carries out a scenario that its parent traces.
 #[derive(clap::Args, Clone, Debug)]
@@ -77,8 +81,9 @@ impl Child {
         Ok(command)
     }
 
-    pub(super) fn run(&self) -> anyhow::Result<()> {
-        let case = cases::named(&self.scenario).context("a scenario that is known")?;
+    /// Carries out the case that `named` returns for the name of the scenario.
+    pub(super) fn run(&self, named: impl Fn(&str) -> Option<&'static Case>) -> anyhow::Result<()> {
+        let case = named(&self.scenario).context("a scenario that is known")?;
         // As a VMM does: its guest would die with it by this signal.
         signal_hook::flag::register(SIGXFSZ, Arc::new(AtomicBool::new(false)))?;
         let (soft, hard) = getrlimit(Resource::RLIMIT_FSIZE)?;

@@ -6,7 +6,7 @@ use std::str::FromStr;
 use nix::errno::Errno;
 
 use super::calls::{Kind, errno};
-use super::tracer::Call;
+use super::traced_call::Call;
 
 /// How a call goes wrong.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

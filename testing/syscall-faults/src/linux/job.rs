@@ -18,15 +18,13 @@ use scenarios::directory::names;
 use scenarios::random::Random;
 use test_machine::TinyTmpfs;
 
-use super::cases::Case;
-use super::child::{Child, Report};
+use super::case::Case;
+use super::child::{Child, Report, WITHIN};
 use super::injected_fault::{self, InjectedFault};
 use super::oracle::{FaultViolation, Run};
 use super::outcome::ReportedNext;
-use super::tracer::{self, Call, End, Trace};
-
-/// In which a run ends, also on a machine that is very slow.
-pub(super) const WITHIN: Duration = Duration::from_secs(120);
+use super::traced_call::Call;
+use super::tracer::{self, End, Trace};
 
 /// How runs are chosen, and where they take place.
 pub(super) struct Settings<'a> {

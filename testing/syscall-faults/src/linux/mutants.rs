@@ -15,7 +15,7 @@ use scenarios::commits::{DEST, RAM, full};
 use scenarios::ram::Stamped;
 use scenarios::{CommitObserver, Scenario};
 
-use super::cases::Case;
+use super::case::Case;
 
 /// One without a mutant, which must not be blamed.
 pub(super) static CONTROL: Case = mutant("by-hand", "nothing is wrong", |dir, seen| {

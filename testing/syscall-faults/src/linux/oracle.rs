@@ -6,7 +6,7 @@ use std::path::Path;
 use scenarios::check::{self, Next, PostCrashState, Tidying};
 use scenarios::directory::names;
 
-use super::cases::Case;
+use super::case::Case;
 use super::child::{Report, Save};
 use super::injected_fault::{How, InjectedFault};
 use super::outcome::ReportedNext;

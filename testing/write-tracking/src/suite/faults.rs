@@ -10,9 +10,9 @@ use dirty_bitmap::{BLOCK_SIZE, Policy};
 use hvf_backend::{Stage2CheckpointError, Stage2FaultError};
 use test_machine::rounds;
 
-use crate::backend::Backend;
+use crate::backend::{Backend, HIGH, LOW_SIZE};
 use crate::images::saved_whole;
-use crate::machine::{HIGH, LOW_SIZE, Machine};
+use crate::machine::Machine;
 
 /// Checks that no page is lost when the protection of a checkpoint fails half-way: of the first of
 /// a save, or of one that extends it.

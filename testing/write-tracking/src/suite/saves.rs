@@ -9,9 +9,9 @@ use dirty_bitmap::Policy;
 use page_reader::PageReader;
 use test_machine::rounds;
 
-use crate::backend::Backend;
+use crate::backend::{Backend, HIGH};
 use crate::images::{Images, saved_whole};
-use crate::machine::{HIGH, Machine};
+use crate::machine::Machine;
 
 /// Checks that a save of a stopped guest, after each of several rounds of writes, has the contents
 /// of the RAM.
