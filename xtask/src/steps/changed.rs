@@ -4,7 +4,6 @@ use anyhow::anyhow;
 use xshell::{Shell, cmd};
 
 use super::Step;
-use super::prove::SUITE;
 
 /// A change to one of these may change what any step does.
 const EVERYTHING: [&str; 3] = ["Cargo.toml", "Cargo.lock", ".cargo"];
@@ -19,8 +18,13 @@ pub(super) struct Selection {
     pub crates: Vec<String>,
 }
 
-/// Selects the steps that are about what changed since `rev`, in commits and in the work tree.
-pub(super) fn select(sh: &Shell, rev: Option<&str>) -> anyhow::Result<Selection> {
+/// Selects those of `steps` that are about what changed since `rev`, in commits and in the work
+/// tree.
+pub(super) fn select(
+    sh: &Shell,
+    steps: &'static [Step],
+    rev: Option<&str>,
+) -> anyhow::Result<Selection> {
     let since = match rev {
         Some(rev) => rev.to_owned(),
         None => default_revision(sh),
@@ -38,7 +42,7 @@ pub(super) fn select(sh: &Shell, rev: Option<&str>) -> anyhow::Result<Selection>
     let new = new.quiet().read()?;
     let paths = changed.split('\0').chain(new.split('\0'));
     let paths: Vec<_> = paths.filter(|path| !path.is_empty()).collect();
-    let (steps, crates) = for_paths(&paths);
+    let (steps, crates) = for_paths(steps, &paths);
     Ok(Selection {
         since,
         steps,
@@ -63,13 +67,13 @@ fn is_within(path: &str, place: &str) -> bool {
     rest.is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
 }
 
-fn for_paths(paths: &[&str]) -> (Vec<&'static Step>, Vec<String>) {
+fn for_paths(all: &'static [Step], paths: &[&str]) -> (Vec<&'static Step>, Vec<String>) {
     let everywhere = |path: &&str| EVERYTHING.iter().any(|place| is_within(path, place));
     if paths.iter().any(everywhere) {
-        return (SUITE.steps.iter().collect(), Vec::new());
+        return (all.iter().collect(), Vec::new());
     }
     let wanted = |step: &&Step| paths.iter().any(|path| is_about(step, path));
-    let steps = SUITE.steps.iter().filter(wanted).collect();
+    let steps = all.iter().filter(wanted).collect();
     let task = |path: &&str| is_within(path, "xtask");
     if paths.iter().any(task) {
         return (steps, Vec::new());
@@ -90,6 +94,7 @@ mod tests {
 
     use rstest::rstest;
 
+    use super::super::prove::SUITE;
     use super::*;
 
     #[rstest]
@@ -100,28 +105,37 @@ mod tests {
     #[case::a_page(&["docs/reliability.md"], &[])]
     #[case::the_readme(&["README.md"], &["fresh"])]
     fn a_path_selects_the_steps_about_it(#[case] paths: &[&str], #[case] expected: &[&str]) {
-        let (steps, _) = for_paths(paths);
+        let (steps, _) = for_paths(SUITE.steps, paths);
         let names: Vec<_> = steps.iter().map(|step| step.name).collect();
         assert_eq!(names, expected);
     }
 
     #[test]
     fn a_changed_dependency_selects_every_step_for_all_crates() {
-        let (steps, crates) = for_paths(&["crates/sparse-file/src/lib.rs", "Cargo.lock"]);
+        let (steps, crates) = for_paths(
+            SUITE.steps,
+            &["crates/sparse-file/src/lib.rs", "Cargo.lock"],
+        );
         assert_eq!(steps.len(), SUITE.steps.len());
         assert!(crates.is_empty());
     }
 
     #[test]
     fn a_changed_task_looks_at_all_crates() {
-        let (steps, crates) = for_paths(&["crates/ramsnap/src/main.rs", "xtask/src/mutants.rs"]);
+        let (steps, crates) = for_paths(
+            SUITE.steps,
+            &["crates/ramsnap/src/main.rs", "xtask/src/mutants.rs"],
+        );
         assert!(steps.iter().any(|step| step.name == "mutants"));
         assert!(crates.is_empty());
     }
 
     #[test]
     fn changed_crates_are_named_once() {
-        let (_, crates) = for_paths(&["crates/b/src/x.rs", "crates/a/Cargo.toml", "crates/b/y"]);
+        let (_, crates) = for_paths(
+            SUITE.steps,
+            &["crates/b/src/x.rs", "crates/a/Cargo.toml", "crates/b/y"],
+        );
         assert_eq!(crates, ["a", "b"]);
     }
 
@@ -136,7 +150,7 @@ mod tests {
         for dir in std::fs::read_dir(root.join("crates")).expect("crates") {
             let name = dir.expect("a crate").file_name();
             let file = format!("crates/{}/src/lib.rs", name.display());
-            let (steps, crates) = for_paths(&[&file]);
+            let (steps, crates) = for_paths(SUITE.steps, &[&file]);
             assert!(steps.len() >= 3, "{file}");
             assert_eq!(crates, [name.to_str().expect("a name")]);
         }

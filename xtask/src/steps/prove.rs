@@ -186,7 +186,7 @@ impl Prove {
         let Some(rev) = &self.changed else {
             return SUITE.run(sh, &self.options);
         };
-        let selection = changed::select(sh, rev.as_deref())?;
+        let selection = changed::select(sh, SUITE.steps, rev.as_deref())?;
         let names: Vec<_> = selection.steps.iter().map(|step| step.name).collect();
         if names.is_empty() {
             println!(
