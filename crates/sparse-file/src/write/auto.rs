@@ -1,6 +1,9 @@
 //! Selects the engine for the file, the job and the machine.
 
-use super::{Job, Pieces, RunSource, WriteError, pwrite};
+use super::error::WriteError;
+use super::job::{Job, Pieces};
+use super::pwrite;
+use super::source::RunSource;
 
 /// Maximum size in bytes of a job that is written through the page cache: including the sync
 /// afterwards, that was not slower than a ring on ext4.

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use super::WriteError;
+use super::error::WriteError;
 
 /// An iterator that turns runs into pieces that do not cross a multiple of the chunk size. Reads no
 /// runs beyond the current chunk.

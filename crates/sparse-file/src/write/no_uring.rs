@@ -2,7 +2,10 @@
 
 use std::io;
 
-use super::{Engine, Job, Pieces, RunSource, WriteError, unavailable};
+use super::error::{WriteError, unavailable};
+use super::job::{Job, Pieces};
+use super::options::Engine;
+use super::source::RunSource;
 
 pub(super) fn write<I: Pieces, S: RunSource + ?Sized>(
     _: Job<'_, '_, I, S>,

@@ -6,10 +6,12 @@ use std::ops::Range;
 
 use host_memory::{AlignedBuffer, HostMemory};
 
+use super::error::WriteError;
+use super::job::{Job, Pieces};
 use super::progress::Progress;
 use super::pwrite::{self, Pwrite};
+use super::source::RunSource;
 use super::target::Alignment;
-use super::{Job, Pieces, RunSource, WriteError};
 use crate::limit::SizeLimit;
 use crate::sys;
 

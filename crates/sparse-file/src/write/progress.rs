@@ -5,7 +5,7 @@ use std::ops::ControlFlow;
 use std::thread;
 use std::time::Duration;
 
-use super::WriteError;
+use super::error::WriteError;
 
 /// Pause before a retry of a file that is not ready. The caller is polled before each retry, so
 /// that a wait can be cancelled.

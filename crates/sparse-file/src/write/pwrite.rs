@@ -6,8 +6,10 @@ use std::ops::Range;
 
 use host_memory::{AlignedBuffer, HostMemory};
 
+use super::error::WriteError;
+use super::job::{Job, Pieces};
 use super::progress::Progress;
-use super::{Job, Pieces, RunSource, WriteError};
+use super::source::RunSource;
 use crate::limit::SizeLimit;
 
 pub(super) fn write<I: Pieces, S: RunSource + ?Sized>(
@@ -148,7 +150,7 @@ fn write_all(
 
 #[cfg(test)]
 mod tests {
-    use super::super::refused;
+    use super::super::error::refused;
     use super::*;
 
     /// The result of one system call: the maximum number of bytes that it writes, or its error.

@@ -6,9 +6,12 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, Builder, Scope};
 
+use super::error::{WriteError, unavailable};
+use super::job::{Job, Pieces};
+use super::options::Engine;
 use super::pipeline::{self, Queue, Request};
+use super::source::RunSource;
 use super::target::Target;
-use super::{Engine, Job, Pieces, RunSource, WriteError, unavailable};
 
 const THREADS: usize = 8;
 /// Stack size of a thread, which only makes system calls.

@@ -10,9 +10,12 @@ use std::time::Duration;
 
 use io_uring::{IoUring, opcode, types};
 
+use super::error::{WriteError, unavailable};
+use super::job::{Job, Pieces};
+use super::options::Engine;
 use super::pipeline::{self, Queue, Request};
+use super::source::RunSource;
 use super::target::Target;
-use super::{Engine, Job, Pieces, RunSource, WriteError, unavailable};
 
 const ENTRIES: u32 = 64;
 /// Number of queued bytes after which requests are submitted, so that small ones share a system

@@ -8,7 +8,7 @@ use std::thread;
 use rstest::rstest;
 
 use super::super::chunks::Chunks;
-use super::super::refused;
+use super::super::error::refused;
 use super::super::target::Target;
 use super::super::threads::Pool;
 use super::super::uring::Ring;
