@@ -99,6 +99,25 @@ pub enum FooterError {
     },
 }
 
+impl FooterError {
+    /// Returns the error of a footer that is damaged at `offset`.
+    pub(crate) fn damaged(offset: u64, invalid: InvalidFooter) -> Self {
+        Self::Damaged {
+            offset,
+            source: Some(invalid),
+        }
+    }
+
+    /// Returns the error of bytes at `offset` that cannot be read.
+    pub(crate) fn unreadable(offset: u64, source: io::Error) -> Self {
+        Self::Io {
+            operation: "read",
+            offset,
+            source,
+        }
+    }
+}
+
 /// An inconsistency of a footer.
 #[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
 #[non_exhaustive]

@@ -47,7 +47,7 @@ impl Footer {
     /// As for [`read`](Self::read), except for [`Ambiguous`](FooterError::Ambiguous). Returns
     /// [`OtherLayout`](FooterError::OtherLayout) for an image of another format.
     pub fn read_as(file: &File, format: impl Into<Option<Layout>>) -> Result<Self, FooterError> {
-        let failed = |source| io_error(0, source);
+        let failed = |source| FooterError::unreadable(0, source);
         let len = file.metadata().map_err(failed)?.len();
         Self::read_from(len, format, |buf, offset| file.read_exact_at(buf, offset))
     }
@@ -95,24 +95,9 @@ impl Footer {
                 FileStart::Header(header) if header.len != len => {
                     FileStart::Header(header).into_error(len)
                 }
-                _ => damaged(0, InvalidFooter::Header),
+                _ => FooterError::damaged(0, InvalidFooter::Header),
             });
         }
         Ok(footer)
-    }
-}
-
-fn damaged(offset: u64, invalid: InvalidFooter) -> FooterError {
-    FooterError::Damaged {
-        offset,
-        source: Some(invalid),
-    }
-}
-
-fn io_error(offset: u64, source: io::Error) -> FooterError {
-    FooterError::Io {
-        operation: "read",
-        offset,
-        source,
     }
 }

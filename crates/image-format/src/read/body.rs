@@ -3,7 +3,6 @@
 use std::io;
 use std::ops::Range;
 
-use super::io_error;
 use crate::check::{RunTotals, check_metadata, check_sizes};
 use crate::checksums::Checksum;
 use crate::error::{FooterError, InvalidFooter};
@@ -75,7 +74,7 @@ impl<R: FnMut(&mut [u8], u64) -> io::Result<()>> BodyReader<R> {
         }
         self.buffer.resize(len as usize, 0);
         (self.read_at)(&mut self.buffer, self.offset)
-            .map_err(|source| io_error(self.offset, source))?;
+            .map_err(|source| FooterError::unreadable(self.offset, source))?;
         self.hasher.update(&self.buffer);
         (self.offset, self.left, self.consumed) = (self.offset + len, self.left - len, 0);
         Ok(())

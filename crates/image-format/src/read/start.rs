@@ -2,7 +2,6 @@
 
 use std::io;
 
-use super::io_error;
 use crate::checksums::ChunkSum;
 use crate::error::FooterError;
 use crate::footer::Footer;
@@ -34,7 +33,7 @@ pub(super) fn first_page_is_ram(
         let mut left = range.end - range.start;
         while left > 0 {
             let piece = &mut buffer[..left.min(BUFFER as u64) as usize];
-            read_at(piece, at).map_err(|source| io_error(at, source))?;
+            read_at(piece, at).map_err(|source| FooterError::unreadable(at, source))?;
             sum.update(piece);
             (at, left) = (at + piece.len() as u64, left - piece.len() as u64);
         }
@@ -84,7 +83,7 @@ pub(super) fn read_header(
 ) -> Result<FileStart, FooterError> {
     let mut page = [0; HEADER_PAGE];
     let header_len = len.min(HEADER_PAGE as u64) as usize;
-    read_at(&mut page[..header_len], 0).map_err(|source| io_error(0, source))?;
+    read_at(&mut page[..header_len], 0).map_err(|source| FooterError::unreadable(0, source))?;
     if page[..8] != *HEADER_MAGIC {
         return Ok(FileStart::Other);
     }

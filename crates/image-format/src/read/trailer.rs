@@ -3,7 +3,6 @@
 use std::io;
 
 use super::body::BodyReader;
-use super::{damaged, io_error};
 use crate::error::{FooterError, InvalidFooter};
 use crate::footer::Footer;
 use crate::version::{RAW_UNIT, Version};
@@ -18,7 +17,7 @@ pub(super) fn read_trailer(
         return Ok(None);
     };
     let mut bytes = [0; TRAILER as usize];
-    read_at(&mut bytes, at).map_err(|source| io_error(at, source))?;
+    read_at(&mut bytes, at).map_err(|source| FooterError::unreadable(at, source))?;
     Ok((bytes[56..] == *END_MAGIC).then_some(bytes))
 }
 
@@ -46,7 +45,7 @@ impl Trailer {
             });
         }
         if version != Version::V1 && len.is_multiple_of(RAW_UNIT) {
-            return Err(damaged(at, InvalidFooter::Padding));
+            return Err(FooterError::damaged(at, InvalidFooter::Padding));
         }
         if body > MAX_FOOTER {
             return Err(FooterError::TooLarge { len: body });
