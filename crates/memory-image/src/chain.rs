@@ -2,7 +2,8 @@
 
 mod extents;
 mod open;
-pub(crate) mod segments;
+pub(crate) mod segment;
+mod segments;
 
 use std::collections::BTreeSet;
 use std::io;
@@ -17,7 +18,7 @@ use sparse_file::PageHoles;
 use crate::error::ReadImageError;
 use crate::image::Image;
 use extents::ExtentMap;
-use segments::{Segment, SegmentSource};
+use segment::{Segment, SegmentSource};
 
 /// A full image and the diffs taken after it, oldest first, read as one image of the guest's RAM at
 /// the last snapshot.

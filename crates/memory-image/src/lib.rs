@@ -111,7 +111,7 @@ mod restore;
 mod verify;
 
 pub use chain::Chain;
-pub use chain::segments::{Segment, SegmentSource};
+pub use chain::segment::{Segment, SegmentSource};
 pub use compare::{CompareError, compare};
 pub use error::{
     AmbiguousDiff, ChainError, LinkError, MapError, MergeError, NotFullError, OpenImageError,

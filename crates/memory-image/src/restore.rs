@@ -13,7 +13,7 @@ pub use host_ram::HostRam;
 pub use target_memory::TargetMemory;
 
 use crate::chain::Chain;
-use crate::chain::segments::{Segment, SegmentSource};
+use crate::chain::segment::{Segment, SegmentSource};
 use crate::error::RestoreError;
 use crate::image::READ_SIZE;
 

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::ops::Range;
 
-use super::segments::SegmentSource;
+use super::segment::SegmentSource;
 
 /// The extents of a chain, keyed by their start in the RAM. Extents do not overlap. The gaps
 /// between them are in no layer.

@@ -7,7 +7,7 @@ use dirty_bitmap::PageSet;
 use sparse_file::PageHoles;
 
 use super::extents::ExtentMap;
-use super::segments::SegmentSource;
+use super::segment::SegmentSource;
 use super::{Chain, Members};
 use crate::error::{AmbiguousDiff, ChainError, NotFullError};
 use crate::image::Image;

@@ -10,7 +10,7 @@ use page_reader::{HostMemory, PageReader};
 use super::data::FileData;
 use super::{Region, host_page};
 use crate::chain::Chain;
-use crate::chain::segments::{Segment, SegmentSource};
+use crate::chain::segment::{Segment, SegmentSource};
 use crate::error::{MapError, ReadImageError};
 use crate::image::READ_SIZE;
 use crate::restore::{HostRam, RamTarget};

@@ -8,7 +8,7 @@
 use std::ops::Range;
 
 use crate::chain::Chain;
-use crate::chain::segments::{Segment, SegmentSource};
+use crate::chain::segment::{Segment, SegmentSource};
 use crate::error::ReadImageError;
 
 /// The data of a chain's files, by layer, as the file systems report it. A full base counts
