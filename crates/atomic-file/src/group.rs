@@ -1,5 +1,6 @@
 //! Group commits: several files replaced together.
 
+mod add_error;
 mod commit;
 mod eligibility;
 
@@ -10,8 +11,8 @@ use crate::names::{new_id, record_name};
 use crate::record;
 use crate::writer::AtomicWriter;
 
-use commit::Commit;
-pub use eligibility::{AddError, Ineligible};
+pub use add_error::{AddError, Ineligible};
+use commit::{Commit, discard_all};
 
 /// A group of files of one directory that are replaced together: all new or all old, also after a
 /// crash at any point.
@@ -160,13 +161,6 @@ impl AtomicGroup {
 
 fn len_in_record(writer: &AtomicWriter) -> u64 {
     record::len_of_member(writer.staged.name(), &writer.dest.name)
-}
-
-fn discard_all(members: Vec<AtomicWriter>) -> Vec<Leftover> {
-    members
-        .into_iter()
-        .filter_map(|member| member.discard().err())
-        .collect()
 }
 
 #[cfg(test)]

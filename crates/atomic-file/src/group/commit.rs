@@ -7,10 +7,9 @@ use std::os::unix::fs::FileExt as _;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use super::discard_all;
 use crate::directory::Directory;
 use crate::durability::Durability;
-use crate::error::{CommitStep, GroupCommitError};
+use crate::error::{CommitStep, GroupCommitError, Leftover};
 use crate::names::record_name;
 use crate::record::{self, Member, Old};
 use crate::records::{is_trusted, protects_all};
@@ -29,6 +28,14 @@ pub(super) struct Commit {
     pub(super) record: PathBuf,
     pub(super) durability: Durability,
     pub(super) members: Vec<AtomicWriter>,
+}
+
+/// Discards the staged files. Returns those that could not be removed.
+pub(super) fn discard_all(members: Vec<AtomicWriter>) -> Vec<Leftover> {
+    members
+        .into_iter()
+        .filter_map(|member| member.discard().err())
+        .collect()
 }
 
 /// Two members with names of one file, created or renamed since they were added.
