@@ -5,15 +5,12 @@ use std::ops::Range;
 
 use host_memory::HostMemory;
 
-use self::units::UnitSet;
+use self::units::{UNIT, UnitSet};
 use crate::fault_in::fault_in;
 use crate::populated::PopulatedRanges;
 use crate::reader::PageReader;
 
 mod units;
-
-/// The granularity in bytes at which touched memory is recorded: the smallest page size of a host.
-const UNIT: u64 = 4 << 10;
 
 /// A reader that returns zeros for pages that were never written, without touching them.
 ///

@@ -2,7 +2,8 @@
 
 use std::ops::Range;
 
-use super::UNIT;
+/// The granularity in bytes at which touched memory is recorded: the smallest page size of a host.
+pub(super) const UNIT: u64 = 4 << 10;
 
 const BITS: u64 = u64::BITS as u64;
 
