@@ -15,7 +15,7 @@ use nix::unistd::Pid;
 pub use error::{ProcessStopError, Unresponsive};
 
 use crate::sys::ptrace;
-use threads::{Threads, failed, status};
+use threads::{TRIES, Threads, failed, status};
 
 /// Another process, all of whose threads are stopped while this value exists.
 ///
@@ -75,12 +75,6 @@ const FIRST_ATTEMPT: Duration = Duration::from_millis(100);
 const MAX_ATTEMPT: Duration = Duration::from_secs(1);
 /// The interval at which `cancelled` is called between attempts.
 const CANCEL_INTERVAL: Duration = Duration::from_millis(20);
-
-/// The number of tries for a process that seems to have ended.
-///
-/// A process that starts to execute another program seems to be gone, or out of reach, for a
-/// moment: its first thread has ended, and another takes its place.
-const TRIES: u32 = 3;
 
 /// Longer timeouts are reduced to one day.
 const MAX_TIMEOUT: Duration = Duration::from_secs(24 * 3600);

@@ -11,10 +11,15 @@ use nix::errno::Errno;
 use nix::libc;
 use nix::unistd::Pid;
 
-use super::TRIES;
 use super::error::{ProcessStopError, Unresponsive};
 use crate::proc_error::is_not_found;
 use crate::sys::ptrace;
+
+/// The number of tries for a process that seems to have ended.
+///
+/// A process that starts to execute another program seems to be gone, or out of reach, for a
+/// moment: its first thread has ended, and another takes its place.
+pub(super) const TRIES: u32 = 3;
 
 /// The initial interval between two polls.
 const FIRST_POLL: Duration = Duration::from_micros(20);
