@@ -1,5 +1,6 @@
 //! Debian packages that a task needs: missing and outdated ones are installed or reported.
 
+mod package;
 mod plan;
 mod version;
 
@@ -13,6 +14,7 @@ use std::time::Duration;
 use anyhow::{Context, ensure};
 use xshell::{Shell, cmd};
 
+pub use package::Package;
 use plan::{Lists, Machine, Problem, State, Step};
 
 /// What a task may do to this machine.
@@ -21,53 +23,6 @@ pub struct Install {
     /// Install nothing: do without what is missing, or fail where it can't be done without
     #[arg(long)]
     no_install: bool,
-}
-
-/// A package, and a file that is there once it is installed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Package {
-    pub name: &'static str,
-    /// A path, or the name of a command.
-    pub shows: &'static str,
-    /// The oldest upstream version that will do.
-    oldest: Option<&'static str>,
-    /// All packages of a family must have the same version.
-    family: Option<&'static str>,
-}
-
-impl Package {
-    pub const fn new(name: &'static str, shows: &'static str) -> Self {
-        Self {
-            name,
-            shows,
-            oldest: None,
-            family: None,
-        }
-    }
-
-    /// Requires a version that is at least `oldest` and the same for the whole family.
-    pub const fn of_family(self, family: &'static str, oldest: &'static str) -> Self {
-        Self {
-            oldest: Some(oldest),
-            family: Some(family),
-            ..self
-        }
-    }
-
-    fn is_present(&self) -> bool {
-        const COMMANDS: [&str; 4] = ["/usr/bin", "/usr/sbin", "/bin", "/sbin"];
-        if self.shows.starts_with('/') {
-            return Path::new(self.shows).exists();
-        }
-        COMMANDS
-            .iter()
-            .any(|dir| Path::new(dir).join(self.shows).exists())
-    }
-
-    /// Whether its version matters.
-    fn has_version(&self) -> bool {
-        self.oldest.is_some() || self.family.is_some()
-    }
 }
 
 /// Pauses between attempts to download something.

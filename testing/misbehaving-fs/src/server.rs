@@ -19,7 +19,7 @@ use fuser::{
 use nix::fcntl::{AT_FDCWD, FallocateFlags, fallocate, renameat2};
 use nix::unistd::{Whence, lseek};
 
-use crate::{Behavior, Lseek, Reads};
+use crate::behavior::{Behavior, Lseek, Reads};
 
 /// The kernel does not cache names and attributes.
 const TTL: Duration = Duration::ZERO;

@@ -3,7 +3,7 @@
 use std::fmt::{self, Display, Formatter, Write as _};
 use std::time::Duration;
 
-use super::Package;
+use super::package::Package;
 use super::version::at_least;
 
 /// Lists older than this are updated before anything is installed.
