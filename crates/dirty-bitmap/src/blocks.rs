@@ -4,26 +4,21 @@
 //! page is marked. The hints therefore need no ordering among threads, and are plain atomics under
 //! loom too.
 
+mod plan;
+
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 use crate::geometry::GeometryError;
 use crate::policy::Policy;
 use crate::table::defaults;
+use plan::{Activity, Plan, SAMPLE_PARTS};
 
 /// The size of a block in bytes: 2 MiB.
 ///
 /// An entry of a level-2 page table maps this much, both on x86-64 (4 KiB pages) and in stage 2 on
 /// Arm (4 KiB granule).
 pub const BLOCK_SIZE: u64 = 2 << 20;
-
-/// The number of parts of a block. A sample is one of them.
-const SAMPLE_PARTS: u32 = 16;
-/// The number of consecutive checkpoints at which unprotecting the whole block was cheaper, after
-/// which a single fault unprotects it.
-const MAX_CONFIDENCE: u8 = 4;
-/// The number of checkpoints from one sample to the next, at maximum confidence.
-const SAMPLE_INTERVAL: u8 = 8;
 
 /// The state of all blocks of a tracked RAM.
 pub(crate) struct Blocks {
@@ -52,125 +47,6 @@ pub(crate) enum Unprotect {
     /// The block except for these pages. Their faults are a sample of the pages that the guest
     /// writes.
     BlockExcept(Range<u32>),
-}
-
-/// The events in a block since the last checkpoint.
-///
-/// The low 24 bits count the faults on single pages, the next 24 bits those among them that were in
-/// the sample.
-#[derive(Clone, Copy, Debug)]
-struct Activity(u64);
-
-impl Activity {
-    const FAULT: u64 = 1;
-    const SAMPLE_FAULT: u64 = 1 << 24;
-    /// The block was unprotected as a whole, with or without a sample.
-    const UNPROTECTED: u64 = 1 << 62;
-    /// A sample stayed protected.
-    const SAMPLED: u64 = 1 << 63;
-
-    fn faults(self) -> u32 {
-        (self.0 & 0xff_ffff) as u32
-    }
-
-    fn sample_faults(self) -> u32 {
-        (self.0 >> 24 & 0xff_ffff) as u32
-    }
-
-    fn is_unprotected(self) -> bool {
-        self.0 & Self::UNPROTECTED != 0
-    }
-
-    fn is_sampled(self) -> bool {
-        self.0 & Self::SAMPLED != 0
-    }
-}
-
-/// The plan for the faults in a block. It fits one word.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Plan {
-    /// Whether unprotecting the whole block is estimated to be cheaper.
-    whole: bool,
-    /// Whether the block, or a sample of it, was observed before.
-    observed: bool,
-    /// The number of consecutive observations at which the whole block was cheaper, up to
-    /// [`MAX_CONFIDENCE`].
-    confidence: u8,
-    /// The number of checkpoints until the next sample.
-    until_sample: u8,
-    /// The part of the block that is the next sample.
-    sample_part: u8,
-    /// The moving average of the time that unprotecting the whole block would have saved at a
-    /// checkpoint, in nanoseconds.
-    gain: i32,
-}
-
-impl Plan {
-    fn from_word(word: u64) -> Self {
-        let [flags, confidence, until_sample, sample_part, gain @ ..] = word.to_le_bytes();
-        Self {
-            whole: flags & 1 != 0,
-            observed: flags & 2 != 0,
-            confidence,
-            until_sample,
-            sample_part,
-            gain: i32::from_le_bytes(gain),
-        }
-    }
-
-    fn to_word(self) -> u64 {
-        let flags = u8::from(self.whole) | u8::from(self.observed) << 1;
-        let [a, b, c, d] = self.gain.to_le_bytes();
-        let (confidence, until_sample) = (self.confidence, self.until_sample);
-        u64::from_le_bytes([
-            flags,
-            confidence,
-            until_sample,
-            self.sample_part,
-            a,
-            b,
-            c,
-            d,
-        ])
-    }
-
-    /// Returns the plan after a checkpoint at which unprotecting the whole block would have saved
-    /// `gain`.
-    fn after_observation(self, gain: i32) -> Self {
-        let average = match self.observed {
-            true => self.gain + (gain - self.gain) / 4,
-            false => gain,
-        };
-        let confidence = match gain > 0 {
-            true => MAX_CONFIDENCE.min(self.confidence + 1),
-            false => 0,
-        };
-        Self {
-            whole: average > 0,
-            observed: true,
-            confidence,
-            until_sample: if confidence == MAX_CONFIDENCE {
-                SAMPLE_INTERVAL - 1
-            } else {
-                0
-            },
-            // The step is odd, so that the samples cycle through all parts.
-            sample_part: (self.sample_part + 5) % SAMPLE_PARTS as u8,
-            gain: average,
-        }
-    }
-
-    /// Returns the plan after a checkpoint without an observation: the block was unprotected
-    /// without a sample.
-    fn after_no_observation(self) -> Self {
-        Self {
-            // A block that was unprotected because of its neighbor is evaluated on its own next.
-            whole: self.whole || !self.observed,
-            observed: true,
-            until_sample: self.until_sample.saturating_sub(1),
-            ..self
-        }
-    }
 }
 
 impl Blocks {
@@ -303,25 +179,8 @@ impl Blocks {
 mod tests {
     use std::time::Duration;
 
-    use proptest::prelude::*;
-
     use super::*;
     use crate::policy::Costs;
-
-    proptest! {
-        #[test]
-        fn a_plan_round_trips_through_its_word(
-            whole: bool,
-            observed: bool,
-            confidence: u8,
-            until_sample: u8,
-            sample_part: u8,
-            gain: i32,
-        ) {
-            let plan = Plan { whole, observed, confidence, until_sample, sample_part, gain };
-            prop_assert_eq!(Plan::from_word(plan.to_word()), plan);
-        }
-    }
 
     #[test]
     fn consecutive_samples_cover_each_page_once() {
