@@ -97,7 +97,8 @@
 mod check;
 mod checksums;
 mod error;
-mod extents;
+mod extent;
+mod extent_map;
 mod footer;
 mod header;
 mod id;
@@ -107,11 +108,13 @@ mod run;
 mod version;
 mod wire;
 mod write;
+mod write_plan;
 
 pub use check::{check_metadata, check_regions};
 pub use checksums::{CHUNK_SIZE, Checksum, Checksums, ChunkSum};
 pub use error::{FooterError, InvalidFooter};
-pub use extents::{Extent, ExtentMap, WritePlan};
+pub use extent::Extent;
+pub use extent_map::ExtentMap;
 pub use footer::{Chunk, Footer, ImageKind};
 pub use header::{HEADER_PAGE, Header};
 pub use id::{ImageId, ParseIdError};
@@ -119,6 +122,7 @@ pub use layout::{Layout, packed_start};
 pub use run::{Run, Storage};
 pub use version::{MAX_RAM_SIZE, RAW_UNIT, Version};
 pub use wire::MAX_FOOTER;
+pub use write_plan::WritePlan;
 
 /// Compiles the README's example as a test.
 #[cfg(doctest)]

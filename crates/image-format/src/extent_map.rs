@@ -2,62 +2,10 @@
 
 use std::ops::Range;
 
+use crate::extent::{Extent, push};
 use crate::layout::Layout;
 use crate::run::Run;
-
-/// Bytes that are contiguous in RAM and in the file.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Extent {
-    /// The guest offset of the first byte.
-    pub guest: u64,
-    /// The file offset of the first byte.
-    pub file: u64,
-    /// The length in bytes.
-    pub len: u64,
-}
-
-impl Extent {
-    /// Returns the guest offsets of the extent.
-    #[must_use]
-    pub fn guest_range(&self) -> Range<u64> {
-        self.guest..self.guest + self.len
-    }
-
-    /// Returns the file offsets of the extent.
-    #[must_use]
-    pub fn file_range(&self) -> Range<u64> {
-        self.file..self.file + self.len
-    }
-
-    /// Returns the part of the extent inside `range` of guest offsets.
-    fn within(&self, range: &Range<u64>) -> Option<Self> {
-        let start = self.guest.max(range.start);
-        let end = (self.guest + self.len).min(range.end);
-        (start < end).then(|| Self {
-            guest: start,
-            file: self.file + (start - self.guest),
-            len: end - start,
-        })
-    }
-
-    /// Appends `next` if it follows in RAM and in the file. Returns whether it did.
-    fn try_append(&mut self, next: &Self) -> bool {
-        let follows = self.guest + self.len == next.guest && self.file + self.len == next.file;
-        if follows {
-            self.len += next.len;
-        }
-        follows
-    }
-}
-
-fn push(extents: &mut Vec<Extent>, next: Extent) {
-    if !extents
-        .last_mut()
-        .is_some_and(|last| last.try_append(&next))
-    {
-        extents.push(next);
-    }
-}
+use crate::write_plan::WritePlan;
 
 /// The extents of the pages that are in an image file.
 ///
@@ -211,127 +159,11 @@ impl ExtentMap {
     }
 }
 
-/// The offsets in the file of the pages of one write.
-///
-/// Takes 24 bytes for each extent.
-#[derive(Clone, Debug)]
-pub struct WritePlan {
-    layout: Layout,
-    /// In ascending order of file offsets.
-    extents: Vec<Extent>,
-    /// The offset of the next new page in a packed file.
-    next: u64,
-    /// The last extent that the map does not have.
-    last_new: Option<Extent>,
-    /// The number of extents that the map does not have.
-    new: usize,
-}
-
-impl WritePlan {
-    /// Adds pages that follow all pages of the plan and that the file does not have yet. Returns
-    /// their place.
-    ///
-    /// Suits a write whose pages are found while others are written: it begins with a plan of no
-    /// runs.
-    pub fn append(&mut self, pages: Range<u64>) -> Extent {
-        let len = pages.end.saturating_sub(pages.start);
-        let file = match self.layout {
-            Layout::Raw | Layout::Sealed => pages.start,
-            Layout::Packed => self.next,
-        };
-        let extent = Extent {
-            guest: pages.start,
-            file,
-            len,
-        };
-        if len > 0 {
-            self.next += len;
-            let last = self.last_new.as_mut();
-            if !last.is_some_and(|last| last.try_append(&extent)) {
-                self.last_new = Some(extent);
-                self.new += 1;
-            }
-            push(&mut self.extents, extent);
-        }
-        extent
-    }
-
-    /// Returns the extents to write, in ascending order of file offsets.
-    #[must_use]
-    pub fn extents(&self) -> &[Extent] {
-        &self.extents
-    }
-
-    /// Returns the number of extents that the map does not have.
-    #[must_use]
-    pub fn new_extents(&self) -> usize {
-        self.new
-    }
-
-    /// Returns the number of bytes to write.
-    #[must_use]
-    pub fn len(&self) -> u64 {
-        self.extents.iter().map(|extent| extent.len).sum()
-    }
-
-    /// Returns whether there is nothing to write.
-    #[must_use]
-    pub fn is_empty(&self) -> bool {
-        self.extents.is_empty()
-    }
-
-    /// Returns the file offset after the last byte to write.
-    #[must_use]
-    pub fn file_end(&self) -> u64 {
-        self.extents
-            .last()
-            .map_or(0, |extent| extent.file_range().end)
-    }
-
-    /// Returns the part of an extent from the file offset `file` on, or `None` if no extent has
-    /// that byte.
-    #[must_use]
-    pub fn extent_at(&self, file: u64) -> Option<Extent> {
-        let after = self.extents.partition_point(|extent| extent.file <= file);
-        let extent = self.extents[after.checked_sub(1)?];
-        let skipped = file - extent.file;
-        (skipped < extent.len).then(|| Extent {
-            guest: extent.guest + skipped,
-            file,
-            len: extent.len - skipped,
-        })
-    }
-
-    /// Returns the guest offset of the byte at the file offset `file`, or `None` if no extent has
-    /// that byte.
-    #[must_use]
-    pub fn guest_offset(&self, file: u64) -> Option<u64> {
-        self.extent_at(file).map(|extent| extent.guest)
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use rstest::rstest;
 
     use super::*;
-
-    #[rstest]
-    #[case::in_both(14, 104, 1)]
-    #[case::in_ram_only(14, 105, 2)]
-    #[case::in_the_file_only(15, 104, 2)]
-    fn contiguous_extents_are_joined(
-        #[case] guest: u64,
-        #[case] file: u64,
-        #[case] extents: usize,
-    ) {
-        let mut all = Vec::new();
-        for (guest, file, len) in [(10, 100, 4), (guest, file, 3)] {
-            push(&mut all, Extent { guest, file, len });
-        }
-        assert_eq!(all.len(), extents);
-        assert_eq!(all.iter().map(|extent| extent.len).sum::<u64>(), 7);
-    }
 
     /// Extents as guest offset, file offset and length.
     fn extents(all: &[Extent]) -> Vec<(u64, u64, u64)> {

@@ -1,0 +1,105 @@
+//! The positions of the pages of one write.
+
+use std::ops::Range;
+
+use crate::extent::{Extent, push};
+use crate::layout::Layout;
+
+/// The offsets in the file of the pages of one write.
+///
+/// Takes 24 bytes for each extent.
+#[derive(Clone, Debug)]
+pub struct WritePlan {
+    pub(crate) layout: Layout,
+    /// In ascending order of file offsets.
+    pub(crate) extents: Vec<Extent>,
+    /// The offset of the next new page in a packed file.
+    pub(crate) next: u64,
+    /// The last extent that the map does not have.
+    pub(crate) last_new: Option<Extent>,
+    /// The number of extents that the map does not have.
+    pub(crate) new: usize,
+}
+
+impl WritePlan {
+    /// Adds pages that follow all pages of the plan and that the file does not have yet. Returns
+    /// their place.
+    ///
+    /// Suits a write whose pages are found while others are written: it begins with a plan of no
+    /// runs.
+    pub fn append(&mut self, pages: Range<u64>) -> Extent {
+        let len = pages.end.saturating_sub(pages.start);
+        let file = match self.layout {
+            Layout::Raw | Layout::Sealed => pages.start,
+            Layout::Packed => self.next,
+        };
+        let extent = Extent {
+            guest: pages.start,
+            file,
+            len,
+        };
+        if len > 0 {
+            self.next += len;
+            let last = self.last_new.as_mut();
+            if !last.is_some_and(|last| last.try_append(&extent)) {
+                self.last_new = Some(extent);
+                self.new += 1;
+            }
+            push(&mut self.extents, extent);
+        }
+        extent
+    }
+
+    /// Returns the extents to write, in ascending order of file offsets.
+    #[must_use]
+    pub fn extents(&self) -> &[Extent] {
+        &self.extents
+    }
+
+    /// Returns the number of extents that the map does not have.
+    #[must_use]
+    pub fn new_extents(&self) -> usize {
+        self.new
+    }
+
+    /// Returns the number of bytes to write.
+    #[must_use]
+    pub fn len(&self) -> u64 {
+        self.extents.iter().map(|extent| extent.len).sum()
+    }
+
+    /// Returns whether there is nothing to write.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.extents.is_empty()
+    }
+
+    /// Returns the file offset after the last byte to write.
+    #[must_use]
+    pub fn file_end(&self) -> u64 {
+        self.extents
+            .last()
+            .map_or(0, |extent| extent.file_range().end)
+    }
+
+    /// Returns the part of an extent from the file offset `file` on, or `None` if no extent has
+    /// that byte.
+    #[must_use]
+    pub fn extent_at(&self, file: u64) -> Option<Extent> {
+        let after = self.extents.partition_point(|extent| extent.file <= file);
+        let extent = self.extents[after.checked_sub(1)?];
+        let skipped = file - extent.file;
+        (skipped < extent.len).then(|| Extent {
+            guest: extent.guest + skipped,
+            file,
+            len: extent.len - skipped,
+        })
+    }
+
+    /// Returns the guest offset of the byte at the file offset `file`, or `None` if no extent has
+    /// that byte.
+    #[must_use]
+    pub fn guest_offset(&self, file: u64) -> Option<u64> {
+        self.extent_at(file).map(|extent| extent.guest)
+    }
+}
