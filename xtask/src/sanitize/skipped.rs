@@ -1,6 +1,6 @@
 //! Tests that a sanitizer can't follow, or that show it nothing, by name.
 
-use super::Sanitizer;
+use super::sanitizer::Sanitizer;
 
 /// What is run with neither.
 pub(super) const LEFT_OUT: [(&str, &str); 6] = [
