@@ -15,6 +15,7 @@ mod kind;
 mod mounts;
 #[cfg(target_os = "linux")]
 mod nfs;
+mod options;
 #[cfg(target_os = "linux")]
 mod power;
 #[cfg(target_os = "linux")]
@@ -24,95 +25,18 @@ mod run;
 mod trace;
 mod worker;
 
-use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Instant;
 
 use anyhow::bail;
 use clap::Parser;
-use file_systems::FileSystem;
-use harness::file_systems::parser;
 use harness::interrupt::Interrupt;
-use harness::packages::Install;
-use scenarios::child::Child;
-use scenarios::target::Mutant;
 use xshell::Shell;
 
 use kind::{Kind, Place, place};
+use options::{FsMatrix, Part};
 use report::Report;
 use run::{Job, Run};
-use worker::Worker;
-
-/// Mount each file system for real, run the library on it, and say what holds
-///
-/// On Linux, as root: ext4, XFS, btrfs and tmpfs by this machine's kernel; APFS, HFS+, exFAT, NFS
-/// v3 and NFS v4.2 by Debian's kernel in QEMU. On macOS: APFS, HFS+, exFAT in disk images, and NFS
-/// v3. Exit code 0 says that no promise of the library is broken anywhere.
-#[derive(Parser)]
-#[command(name = "cargo xtask fs-matrix", bin_name = "cargo xtask fs-matrix")]
-#[command(args_conflicts_with_subcommands = true)]
-struct FsMatrix {
-    /// Only these mounts, comma-separated
-    #[arg(long, value_delimiter = ',', value_name = "MOUNT")]
-    #[arg(value_parser = parser(FileSystem::in_matrix()))]
-    only: Vec<Kind>,
-    /// List the mounts and the checks, and do nothing
-    #[arg(long)]
-    list: bool,
-    /// Keep the disk images and logs under target/fs-matrix/run
-    #[arg(long)]
-    keep: bool,
-    /// Write all findings to this file
-    #[arg(long, value_name = "FILE")]
-    json: Option<PathBuf>,
-    /// Write the tables to this file
-    #[arg(long, value_name = "FILE")]
-    markdown: Option<PathBuf>,
-    /// Check a directory that is mounted already, under this label; again for more. Only these,
-    /// unless --only names others
-    #[arg(long = "mount", value_name = "LABEL=PATH", value_parser = labeled)]
-    mounts: Vec<(String, PathBuf)>,
-    /// Only the checks of these names
-    #[arg(long, value_name = "NAME")]
-    check: Vec<String>,
-    #[command(flatten)]
-    install: Install,
-    /// How often the power is lost (Linux); 0 for not at all
-    #[arg(long, default_value_t = 20)]
-    cuts: u32,
-    /// Leave out checks that take a minute on a file system in a guest, and give guests one CPU
-    #[arg(long)]
-    quick: bool,
-    /// Check a deliberately broken library instead: shows that the checks can fail
-    #[arg(long, value_enum, hide = true)]
-    mutant: Option<Mutant>,
-    #[command(subcommand)]
-    part: Option<Part>,
-}
-
-/// What this program does as a child of itself.
-#[derive(clap::Subcommand)]
-enum Part {
-    #[command(hide = true)]
-    Worker(Worker),
-    #[command(hide = true)]
-    Writer(Child),
-    #[cfg(target_os = "linux")]
-    #[command(hide = true)]
-    Guest(guest::in_guest::Guest),
-    #[cfg(target_os = "linux")]
-    #[command(hide = true)]
-    Power(power::in_guest::Power),
-}
-
-fn labeled(text: &str) -> Result<(String, PathBuf), String> {
-    match text.split_once('=') {
-        Some((label, path)) if !label.is_empty() && !path.is_empty() => {
-            Ok((label.into(), path.into()))
-        }
-        _ => Err("write LABEL=PATH".into()),
-    }
-}
 
 fn main() -> ExitCode {
     let matrix = FsMatrix::parse();

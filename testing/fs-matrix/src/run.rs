@@ -13,11 +13,12 @@ use harness::interrupt::Interrupt;
 use harness::process::{Process, this_program};
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 
+use super::checks;
 use super::finding::{Finding, Line, Verdict};
 use super::kind::{Kind, Place, place};
 use super::mounts::{self, Images, Mount};
+use super::options::FsMatrix;
 use super::report::MountReport;
-use super::{FsMatrix, checks};
 #[cfg(target_os = "linux")]
 use super::{guest, power};
 

@@ -1,5 +1,6 @@
 //! `cargo xtask qemu-e2e`.
 
+mod chain;
 mod console;
 mod guest;
 mod qmp;
@@ -10,7 +11,7 @@ use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use anyhow::{Context, bail};
 use clap::Parser;
@@ -19,6 +20,7 @@ use harness::packages::Install;
 use indicatif::BinaryBytes;
 use xshell::Shell;
 
+use chain::{Chain, name, paths, seconds};
 use guest::{Guest, Kit, RAM, Room};
 use tool::{LAYOUTS, Ramsnap, Tool};
 use verify::Proof;
@@ -148,19 +150,6 @@ fn devices(snapshot: usize) -> String {
     format!("{}.devices", name(snapshot))
 }
 
-fn name(snapshot: usize) -> String {
-    match snapshot {
-        0 => "full".into(),
-        diff => format!("diff-{diff}"),
-    }
-}
-
-/// Snapshots of one guest in one layout, the full one first.
-pub(crate) struct Chain {
-    tool: Tool,
-    files: Vec<PathBuf>,
-}
-
 /// The snapshots taken of one guest.
 struct Snapshots<'a> {
     room: &'a Room<'a>,
@@ -201,15 +190,7 @@ impl Snapshots<'_> {
     }
 }
 
-fn paths(chain: &[PathBuf]) -> Vec<&Path> {
-    chain.iter().map(PathBuf::as_path).collect()
-}
-
 /// The bytes that the file system holds for a file.
 fn allocated(path: &Path) -> anyhow::Result<u64> {
     Ok(fs::metadata(path)?.blocks() * 512)
-}
-
-fn seconds(time: Duration) -> String {
-    format!("{:.2} s", time.as_secs_f64())
 }

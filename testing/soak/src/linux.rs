@@ -8,6 +8,7 @@ mod ledger;
 mod plan;
 mod save;
 mod saved_guest;
+mod settings;
 mod shadow;
 mod shape;
 mod stats;
@@ -24,7 +25,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, anyhow, ensure};
-use clap::{Parser, ValueEnum};
+use clap::Parser;
 use guests::kind::Kind;
 use harness::interrupt::Interrupt;
 use harness::namespace::keep_private;
@@ -37,6 +38,7 @@ use xshell::Shell;
 
 use guest_loop::{Life, Limit};
 use plan::Means;
+use settings::{Mutant, Settings};
 use stats::{Held, Tally};
 
 /// Save guests again and again while things go wrong, and compare everything that was saved
@@ -83,19 +85,6 @@ struct Soak {
     child: Option<PathBuf>,
 }
 
-/// A deliberately broken save.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum Mutant {
-    /// A save forgets one of its marks
-    MarkDropped,
-    /// A byte of an image changes once it is committed
-    PageFlipped,
-    /// The marks of a save are released, and then it fails
-    ReleasedEarly,
-    /// A file stays open when a guest is gone
-    FileKept,
-}
-
 /// One life of one guest.
 #[derive(Clone, Copy, Debug)]
 struct One {
@@ -112,29 +101,6 @@ impl FromStr for One {
             numbers.and_then(|(guest, life)| Some((guest.parse().ok()?, life.parse().ok()?)));
         let (guest, life) = numbers.ok_or("two numbers, as in 3.17")?;
         Ok(Self { guest, life })
-    }
-}
-
-/// What all guests share.
-struct Settings {
-    seed: u64,
-    dir: PathBuf,
-    kinds: Vec<Kind>,
-    means: Means,
-    /// What other processes run.
-    program: Option<PathBuf>,
-    mutant: Option<Mutant>,
-    tally: Tally,
-    interrupt: Interrupt,
-}
-
-impl Settings {
-    /// Numbers for what has this number.
-    fn random(&self, of: &[u64]) -> Random {
-        let mixed = of.iter().fold(self.seed, |mixed, number| {
-            (mixed.rotate_left(23) ^ (number + 1)).wrapping_mul(0x9e37_79b9_7f4a_7c15)
-        });
-        Random::seeded(mixed)
     }
 }
 

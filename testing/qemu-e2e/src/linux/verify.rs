@@ -8,10 +8,10 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 
+use super::chain::{Chain, name, paths, seconds};
 use super::console::{Fault, Place};
 use super::guest::{PATIENCE, Room};
 use super::tool::{LAYOUTS, PAGE, Tool};
-use super::{Chain, name, paths, seconds};
 
 /// Rounds that a restored guest must work.
 const AFTER: u64 = 8;

@@ -13,9 +13,9 @@ use super::chain::{Expected, Images, Saved, names};
 use super::plan::{Kind, Plan};
 use super::save::{Done, Room, Save, rebuild};
 use super::saved_guest::SavedGuest;
+use super::settings::{Mutant, Settings};
 use super::shadow::Shadow;
 use super::shape::Shape;
-use super::{Mutant, Settings};
 
 /// Rounds of one guest, before another one takes its place.
 const ROUNDS: u64 = 48;

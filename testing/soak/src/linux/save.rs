@@ -18,9 +18,9 @@ use super::chain::{Images, Saved};
 use super::child::{self, Order};
 use super::plan::{Flaky, InjectedFault, Kind, ON_PURPOSE, Plan};
 use super::saved_guest::SavedGuest;
+use super::settings::{Mutant, Settings};
 use super::shadow::{Difference, PageViolation, Shadow};
 use super::shape::Shape;
-use super::{Mutant, Settings};
 
 /// What a tmpfs has room for that a save is to fill.
 const TINY: u64 = 96 << 10;
