@@ -1,6 +1,6 @@
 //! Probes how a file system treats holes, punching and direct I/O.
 
-mod behaviour;
+mod behavior;
 mod direct;
 mod sample;
 
@@ -8,7 +8,7 @@ use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
 
-pub use behaviour::{HoleSupport, Punch, SeekHole, WrittenZeros};
+pub use behavior::{HoleSupport, Punch, SeekHole, WrittenZeros};
 pub use direct::{AlignmentBasis, DirectIo};
 use sample::Sample;
 

@@ -7,7 +7,7 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 
 use nix::unistd::fsync;
 
-use super::behaviour::{Punch, SeekHole, WrittenZeros};
+use super::behavior::{Punch, SeekHole, WrittenZeros};
 use crate::extents::{Extent, ExtentKind, ExtentSource, reported_extents};
 use crate::space::{SpaceError, allocated_bytes, grow, punch_hole};
 
