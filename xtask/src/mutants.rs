@@ -43,6 +43,7 @@ const CRATES: [(&str, Tiers); 5] = [
             ],
             &["orphans", "staged_files"],
             &["preflight", "preserve", "preserve_access", "replace_only"],
+            &["user_namespaces"],
             &["faults", "kills"],
             &["group_faults"],
         ],

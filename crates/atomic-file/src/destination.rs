@@ -10,6 +10,7 @@ use nix::errno::Errno;
 
 use crate::directory::Directory;
 use crate::error::{Obstacle, OpenError};
+use crate::ids::UserId;
 use crate::names::{is_record_name, kind_of_name};
 use crate::stat::Stat;
 use crate::sys;
@@ -64,7 +65,7 @@ impl Destination {
                     if !may_follow(&link, &dir.stat, dir.others_may_create()) {
                         return Err(OpenError::UntrustedSymlink {
                             path: dir.path_of(&name),
-                            owner: link.uid,
+                            owner: link.uid.raw(),
                         });
                     }
                     let target = dir.read_link(&name).map_err(inspect)?;
@@ -124,8 +125,10 @@ pub(crate) fn check_replaceable(dest: &Destination) -> Result<(), OpenError> {
         return refuse(Obstacle::Swap);
     }
     let dir = &dest.dir.stat;
-    if dir.mode & STICKY != 0 && !sys::may_act_for([entry.uid, dir.uid]) {
-        return refuse(Obstacle::OthersInStickyDirectory { owner: entry.uid });
+    if dir.mode & STICKY != 0 && !sys::may_rename_in_sticky(&entry, dir) {
+        return refuse(Obstacle::OthersInStickyDirectory {
+            owner: entry.uid.raw(),
+        });
     }
     Ok(())
 }
@@ -199,7 +202,8 @@ fn parent_to_show(parent: &Path) -> PathBuf {
 /// was checked, so no link is followed.
 fn may_follow(link: &Stat, dir: &Stat, others_may_write: bool) -> bool {
     const STICKY: u32 = 0o1000;
-    let trusted = || link.uid == nix::unistd::geteuid().as_raw() || link.uid == dir.uid;
+    let me = UserId::new(nix::unistd::geteuid().as_raw());
+    let trusted = || link.uid.is_any_of(&[me, dir.uid]);
     !others_may_write || (dir.mode & STICKY != 0 && trusted())
 }
 
@@ -227,7 +231,7 @@ mod tests {
         let here = Directory::open(Path::new("/")).unwrap().stat;
         let me = nix::unistd::geteuid().as_raw();
         // Three different users; 0 is this one.
-        let uid = |number: u32| me.wrapping_add(number);
+        let uid = |number: u32| UserId::new(me.wrapping_add(number));
         let link = Stat {
             uid: uid(link_of),
             ..here

@@ -306,6 +306,7 @@ mod directory;
 mod durability;
 mod error;
 mod group;
+mod ids;
 mod locked_file;
 mod names;
 mod options;
@@ -336,6 +337,7 @@ pub use error::{
     SweepError,
 };
 pub use group::{AddError, AtomicGroup, Ineligible};
+pub use ids::is_same_user;
 pub use options::Options;
 pub use permissions::others_may_write;
 pub use preserve::Preserve;

@@ -5,6 +5,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 
 use nix::unistd::{Gid, Group, Uid, User};
 
+use crate::ids::{GroupId, UserId, names_apply};
 use crate::stat::{Stat, stat_of};
 use crate::sys;
 
@@ -14,7 +15,9 @@ use crate::sys;
 /// root's or the owner's private group. A private group has the owner's name and lists no other
 /// member; if neither has a name, it has the owner's number. So a directory that a umask of 002
 /// made writable for a user's own group belongs to that user alone. If the directory has an access
-/// control list, the group bits may apply to any user, and the group counts as other users.
+/// control list, the group bits may apply to any user, and the group counts as other users. So does
+/// every group in a user namespace of Linux that does not map all ids, because the lists of users
+/// and groups do not name the members outside it.
 ///
 /// This crate applies this rule to decide which links are followed, which group records are
 /// trusted, and which replaced files are a source of attributes. The access control lists of macOS
@@ -46,16 +49,18 @@ pub(crate) fn others_may_create(dir: BorrowedFd<'_>, stat: &Stat) -> bool {
 
 /// Returns whether the group `gid` has no members except root and the user `owner`, according to
 /// its name and member list.
-fn is_private(gid: u32, owner: u32) -> bool {
-    const ROOT: u32 = 0;
+fn is_private(gid: GroupId, owner: UserId) -> bool {
+    if !names_apply() {
+        return false;
+    }
     let named = |group: &Group, name: &str| group.mem.iter().all(|member| member == name);
-    let group = Group::from_gid(Gid::from_raw(gid));
-    if gid == ROOT {
+    let group = Group::from_gid(Gid::from_raw(gid.raw()));
+    if gid.is(GroupId::ROOT) {
         return group.is_ok_and(|group| group.is_none_or(|group| named(&group, "root")));
     }
-    match (User::from_uid(Uid::from_raw(owner)), group) {
+    match (User::from_uid(Uid::from_raw(owner.raw())), group) {
         (Ok(Some(user)), Ok(Some(group))) => user.name == group.name && named(&group, &user.name),
-        (Ok(None), Ok(None)) => gid == owner,
+        (Ok(None), Ok(None)) => gid.raw() == owner.raw(),
         _ => false,
     }
 }

@@ -15,6 +15,7 @@ use crate::acl::Acl;
 use crate::attribute::{Attribute, NotPreserved};
 use crate::destination::Destination;
 use crate::directory::Directory;
+use crate::ids::UserId;
 use crate::retry::retry;
 use crate::stat::{Stat, stat_of};
 use crate::sys;
@@ -241,9 +242,8 @@ fn look(
 
 /// Returns whether another user may have put the file `old` into `dir`.
 fn is_untrusted(old: &Stat, dir: &Directory) -> bool {
-    const ROOT: u32 = 0;
-    let trusted = [sys::file_owner(), ROOT, dir.stat.uid];
-    dir.others_may_create() && (!trusted.contains(&old.uid) || old.links != 1)
+    let trusted = [sys::file_owner(), UserId::ROOT, dir.stat.uid];
+    dir.others_may_create() && (!old.uid.is_any_of(&trusted) || old.links != 1)
 }
 
 struct AttributeCopy<'f> {
@@ -290,7 +290,7 @@ impl AttributeCopy<'_> {
         ];
         for (_, attribute) in asked_for.into_iter().filter(|(asked_for, _)| *asked_for) {
             let reason = format!(
-                "it belongs to user {} and has {} hard links, in a directory where other users may \
+                "it belongs to {} and has {} hard links, in a directory where other users may \
                  create files: the user who created it could read the new file",
                 old.uid, old.links
             );
@@ -307,14 +307,20 @@ impl AttributeCopy<'_> {
             source,
         })?;
         // Set the group first: after a change of the owner, this process may not set it.
-        if self.preserve.group && own.gid != old.gid {
-            let gid = Gid::from_raw(old.gid);
-            let given = retry(|| fchown(self.file, None, Some(gid)));
+        if self.preserve.group && !own.gid.is(old.gid) {
+            let gid = Gid::from_raw(old.gid.raw());
+            let given = match old.gid.is_mapped() {
+                true => retry(|| fchown(self.file, None, Some(gid))),
+                false => Err(not_mapped("group", gid.as_raw())),
+            };
             self.result(Attribute::Group, given)?;
         }
-        if self.preserve.owner && own.uid != old.uid {
-            let uid = Uid::from_raw(old.uid);
-            let given = retry(|| fchown(self.file, Some(uid), None));
+        if self.preserve.owner && !own.uid.is(old.uid) {
+            let uid = Uid::from_raw(old.uid.raw());
+            let given = match old.uid.is_mapped() {
+                true => retry(|| fchown(self.file, Some(uid), None)),
+                false => Err(not_mapped("user", uid.as_raw())),
+            };
             self.result(Attribute::Owner, given)?;
         }
         Ok(())
@@ -367,6 +373,15 @@ impl AttributeCopy<'_> {
         }
         Ok(mode_now)
     }
+}
+
+/// Returns the error of giving a file to an id that stands for all ids without a mapping: the file
+/// would belong to the one user or group that has this id in the namespace.
+fn not_mapped(what: &str, id: u32) -> io::Error {
+    let reason = format!(
+        "it is shown as {what} {id}, which stands for all ids that this user namespace does not map"
+    );
+    io::Error::new(io::ErrorKind::PermissionDenied, reason)
 }
 
 /// Returns whether an extended attribute depends on the contents of the file.

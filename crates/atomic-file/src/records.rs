@@ -7,6 +7,7 @@ use std::io::{self, Read as _, Seek as _};
 
 use crate::directory::Directory;
 use crate::error::RecoverError;
+use crate::ids::UserId;
 use crate::names::{PREFIX, is_record_name};
 use crate::record::{self, Member, Unreadable};
 use crate::stat::Stat;
@@ -66,7 +67,7 @@ pub(crate) struct Records {
 impl Records {
     /// Reads the records that were published in `dir` since the last call. If a user is given,
     /// reads only those that may protect that user's files.
-    pub(crate) fn refresh(&mut self, dir: &Directory, user: Option<u32>) -> io::Result<()> {
+    pub(crate) fn refresh(&mut self, dir: &Directory, user: Option<UserId>) -> io::Result<()> {
         for name in records(&dir.names(PREFIX)?) {
             if self.seen.contains(name) {
                 continue;
@@ -76,11 +77,13 @@ impl Records {
             };
             // The name is random, so no later record has the same one.
             self.seen.insert(name.clone());
-            let protects = match is_trusted(dir, &entry) || is_root_record(dir, &entry) {
+            let protects = match is_trusted(dir, &entry) || may_be_of_root(dir, &entry) {
                 true => Protects::All,
-                false => Protects::FilesOf(entry.uid),
+                false => Protects::FilesOf(entry.uid.raw()),
             };
-            let concerns = |user| protects == Protects::All || protects == Protects::FilesOf(user);
+            let concerns = |user: UserId| {
+                protects == Protects::All || protects == Protects::FilesOf(user.raw())
+            };
             if entry.is_file() && user.is_none_or(concerns) {
                 self.add(dir, name, entry.uid, protects);
             }
@@ -88,7 +91,7 @@ impl Records {
         Ok(())
     }
 
-    fn add(&mut self, dir: &Directory, name: &OsStr, owner: u32, protects: Protects) {
+    fn add(&mut self, dir: &Directory, name: &OsStr, owner: UserId, protects: Protects) {
         match self.read(dir, name, owner) {
             Ok(Ok(members)) => {
                 let named = members.into_iter().map(|member| (member.staged, protects));
@@ -107,13 +110,13 @@ impl Records {
         &mut self,
         dir: &Directory,
         name: &OsStr,
-        owner: u32,
+        owner: UserId,
     ) -> io::Result<Result<Vec<Member>, Unreadable>> {
         let file = dir.open_file(name)?;
-        if owner == file_owner() {
+        if owner.is(file_owner()) {
             return read(&file);
         }
-        let read = self.read.entry(owner).or_default();
+        let read = self.read.entry(owner.raw()).or_default();
         let Some(bytes) = bytes_of(&file, MAX_RECORD_LEN.min(MAX_FOREIGN_BYTES - *read))? else {
             return Ok(Err(Unreadable::Damaged("too long")));
         };
@@ -121,10 +124,10 @@ impl Records {
         Ok(record::decode(&bytes))
     }
 
-    /// Returns whether a record names the staged file `staged` of the user `uid`, so that it is not
+    /// Returns whether a record names the staged file `staged` of the user `user`, so that it is not
     /// orphaned.
-    pub(crate) fn name(&self, staged: &OsStr, uid: u32) -> bool {
-        [Protects::All, Protects::FilesOf(uid)]
+    pub(crate) fn name(&self, staged: &OsStr, user: UserId) -> bool {
+        [Protects::All, Protects::FilesOf(user.raw())]
             .into_iter()
             .any(|by| self.unknown.contains(&by) || self.named.contains(&(staged.to_owned(), by)))
     }
@@ -132,14 +135,19 @@ impl Records {
 
 /// Returns whether only root can have written a record.
 fn is_root_record(dir: &Directory, record: &Stat) -> bool {
-    const ROOT: u32 = 0;
-    record.uid == ROOT && only_owner_could_write(dir, record)
+    record.uid.is(UserId::ROOT) && only_owner_could_write(dir, record)
+}
+
+/// Returns whether root may have written a record, and no other user than its owner: root outside
+/// this user namespace is one of the users that the namespace does not map.
+fn may_be_of_root(dir: &Directory, record: &Stat) -> bool {
+    (record.uid.is(UserId::ROOT) || !record.uid.is_mapped()) && only_owner_could_write(dir, record)
 }
 
 /// Returns whether a record protects the staged files of all users: one of root, or of the
 /// directory's owner if no other user may create files.
 pub(crate) fn protects_all(dir: &Directory, record: &Stat) -> bool {
-    is_root_record(dir, record) || (record.uid == dir.stat.uid && !dir.others_may_create())
+    is_root_record(dir, record) || (record.uid.is(dir.stat.uid) && !dir.others_may_create())
 }
 
 /// Returns whether no user other than its owner can have created or written to a record.
@@ -154,8 +162,8 @@ fn only_owner_could_write(dir: &Directory, record: &Stat) -> bool {
 /// Another user must not have created it. In a directory where other users may create files, they
 /// may have hard-linked a file of this user to the record's name, or have written to it.
 pub(crate) fn is_trusted(dir: &Directory, record: &Stat) -> bool {
-    let own = record.uid == file_owner();
-    let owners = record.uid == dir.stat.uid && !dir.others_may_create();
+    let own = record.uid.is(file_owner());
+    let owners = record.uid.is(dir.stat.uid) && !dir.others_may_create();
     (own || owners) && only_owner_could_write(dir, record)
 }
 

@@ -10,6 +10,7 @@ use std::path::Path;
 use crate::directory::Directory;
 use crate::durability::Durability;
 use crate::error::RecoverError;
+use crate::ids::UserId;
 use crate::names::{NameKind, PREFIX, is_record_name, kind_of_name};
 use crate::orphan::{Inspection, remove_if_orphaned};
 use crate::record::{Member, Unreadable};
@@ -193,7 +194,7 @@ pub(crate) fn recover_pending(
         match try_lock(&file).map_err(failed("lock"))? {
             Lock::Held => {}
             Lock::Taken => {
-                let own = entry.uid == file_owner();
+                let own = entry.uid.is(file_owner());
                 return Ok(Recovery::InProgress { record: file, own });
             }
             Lock::Unsupported(error) => return Err(failed("lock")(error).into()),
@@ -228,7 +229,7 @@ pub(crate) fn recover_pending(
 fn roll_forward(
     dir: &Directory,
     record: &OsStr,
-    owner: u32,
+    owner: UserId,
     members: &[Member],
     report: &mut RecoverReport,
 ) -> Result<(), RecoverError> {

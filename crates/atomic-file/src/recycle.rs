@@ -36,6 +36,7 @@ use nix::unistd::{getegid, geteuid};
 
 use crate::directory::Directory;
 use crate::error::Leftover;
+use crate::ids::{GroupId, UserId};
 use crate::locked_file::LockedFile;
 use crate::names::recycled_name;
 use crate::orphan::{Inspection, remove_if_orphaned};
@@ -161,14 +162,15 @@ fn is_like_new(dir: &Directory, file: &File, max_bytes: u64) -> io::Result<bool>
     const SET_GROUP_ID: u32 = 0o2000;
     let stat = stat_of(file)?;
     let gid = if dir.stat.mode & SET_GROUP_ID == 0 {
-        getegid().as_raw()
+        GroupId::new(getegid().as_raw())
     } else {
         dir.stat.gid
     };
     Ok(stat.is_file()
         && stat.links == 1
         && stat.allocated <= max_bytes
-        && (stat.uid, stat.gid) == (geteuid().as_raw(), gid)
+        && stat.uid.is(UserId::new(geteuid().as_raw()))
+        && stat.gid.is(gid)
         && sys::supports_leases(file)?
         && !sys::has_attributes(file)?)
 }

@@ -5,6 +5,7 @@ use std::os::fd::AsFd;
 
 use nix::sys::stat::{FileStat, SFlag, fstat};
 
+use crate::ids::{GroupId, UserId};
 use crate::retry::retry;
 
 /// Marks a generation that is a digest of a file handle. No time before the year 2262 has this bit.
@@ -23,8 +24,8 @@ pub(crate) struct Stat {
     pub(crate) id: FileId,
     pub(crate) size: u64,
     pub(crate) mode: u32,
-    pub(crate) uid: u32,
-    pub(crate) gid: u32,
+    pub(crate) uid: UserId,
+    pub(crate) gid: GroupId,
     pub(crate) links: u64,
     /// In bytes.
     pub(crate) allocated: u64,
@@ -61,8 +62,8 @@ impl From<FileStat> for Stat {
             },
             size: stat.st_size as u64,
             mode: stat.st_mode as u32,
-            uid: stat.st_uid as u32,
-            gid: stat.st_gid as u32,
+            uid: UserId::new(stat.st_uid as u32),
+            gid: GroupId::new(stat.st_gid as u32),
             links: stat.st_nlink as u64,
             // In units of 512 bytes, independent of the block size of the file system.
             allocated: (stat.st_blocks as u64).saturating_mul(512),

@@ -7,6 +7,7 @@ use std::path::Path;
 
 use crate::directory::Directory;
 use crate::error::SweepError;
+use crate::ids::UserId;
 use crate::names::{NameKind, PREFIX, is_staged_for, kind_of_name};
 use crate::orphan::{Inspection, Orphan};
 use crate::records::Records;
@@ -138,13 +139,14 @@ fn is_one_of(dir: &Directory, name: &OsStr, files: &[FileId]) -> bool {
 pub(crate) fn remove_leftovers(
     dir: &Directory,
     dest: &OsStr,
-    dest_owner: Option<u32>,
+    dest_owner: Option<UserId>,
     names: &[OsString],
 ) {
-    let owners = [Some(file_owner()), dest_owner];
+    let own = file_owner();
+    let owners = [own, dest_owner.unwrap_or(own)];
     let ours = |name: &OsStr| {
         let entry = dir.entry(name).ok().flatten();
-        entry.is_some_and(|entry| owners.contains(&Some(entry.uid)))
+        entry.is_some_and(|entry| entry.uid.is_any_of(&owners))
     };
     let leftovers: Vec<_> = names
         .iter()

@@ -30,7 +30,7 @@ use platform::flush;
 pub(crate) use platform::{
     acl_of, copy_acl, exchange, file_owner, generation, has_acl, has_attributes,
     has_lasting_inode_numbers, is_acl, is_exclusively_open, is_swap, lease_for_reading,
-    may_act_for, release_lease, remove_acl, rename_new, restrictions, supports_leases,
+    may_rename_in_sticky, release_lease, remove_acl, rename_new, restrictions, supports_leases,
 };
 
 /// Attributes that forbid replacing a file.

@@ -96,7 +96,7 @@ fn rivals(dir: &Directory, own: &OsStr, dests: &[&OsStr]) -> Result<Vec<OsString
 fn is_active_ticket(dir: &Directory, name: &OsStr, dests: &[&OsStr]) -> bool {
     let own_file = |name| {
         let entry = dir.entry(name).ok()??;
-        (entry.is_file() && entry.uid == file_owner()).then_some(())?;
+        (entry.is_file() && entry.uid.is(file_owner())).then_some(())?;
         dir.open_file(name).ok()
     };
     if kind_of_name(name) != Some(NameKind::Ticket) {

@@ -6,6 +6,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use anyhow::Context;
+use atomic_file::is_same_user;
 use nix::errno::Errno;
 use nix::fcntl::{AtFlags, OFlag, open, openat, readlinkat};
 use nix::sys::stat::{FileStat, Mode, SFlag, fstat, fstatat};
@@ -99,14 +100,18 @@ fn is(stat: &FileStat, kind: SFlag) -> bool {
 
 fn may_follow(link: &FileStat, dir: &FileStat, others_may_write: bool) -> bool {
     let mode = Mode::from_bits_truncate(dir.st_mode);
-    let trusted = link.st_uid == geteuid().as_raw() || link.st_uid == dir.st_uid;
+    let trusted = is_of_this_user(link) || is_same_user(link.st_uid, dir.st_uid);
     !others_may_write || (mode.contains(STICKY) && trusted)
 }
 
 fn is_own(file: &FileStat, others_may_write_to_its_dir: bool) -> bool {
     let others = Mode::S_IRWXG | Mode::S_IRWXO;
     let open = Mode::from_bits_truncate(file.st_mode).intersects(others);
-    file.st_uid == geteuid().as_raw() && !(open && others_may_write_to_its_dir)
+    is_of_this_user(file) && !(open && others_may_write_to_its_dir)
+}
+
+fn is_of_this_user(file: &FileStat) -> bool {
+    is_same_user(file.st_uid, geteuid().as_raw())
 }
 
 #[cfg(target_os = "linux")]

@@ -13,6 +13,12 @@ pub use file_systems::FileSystem;
 #[cfg(target_os = "linux")]
 pub use file_systems::{HugeFs, LoopMount, Overlay, ReadOnlyBind, TinyTmpfs, tool};
 
+#[cfg(target_os = "linux")]
+mod user_namespace;
+
+#[cfg(target_os = "linux")]
+pub use user_namespace::in_user_namespace;
+
 use std::fmt;
 use std::io::Write as _;
 
@@ -119,6 +125,8 @@ pub enum Need {
     /// A disk whose every write is logged can be mounted: privilege, loop devices, FUSE, QEMU's
     /// storage daemon.
     LoggedDisk,
+    /// A user namespace can be created and mapped: privilege, `setpriv` and `unshare` installed.
+    UserNamespace,
     /// hugetlbfs can be mounted and provides huge pages on demand: privilege, and memory for them.
     HugePages,
 }
@@ -139,6 +147,7 @@ impl Need {
             Self::Aarch64 => "aarch64",
             Self::LinuxGuest => "linux-guest",
             Self::LoggedDisk => "logged-disk",
+            Self::UserNamespace => "user-namespace",
             Self::HugePages => "huge-pages",
         }
     }
@@ -175,6 +184,7 @@ impl Need {
                     && opens("/dev/loop-control")
                     && run(&["qemu-storage-daemon", "losetup", "setpriv"])
             }
+            Self::UserNamespace => Self::Root.is_met() && has_user_namespaces(),
             Self::HugePages => Self::Root.is_met() && gives_huge_pages(),
             Self::Strace => std::process::Command::new("strace")
                 .args(["-qq", "-e", "trace=none", "true"])
@@ -346,6 +356,20 @@ fn gives_huge_pages() -> bool {
 #[cfg(not(target_os = "linux"))]
 fn can_mount() -> bool {
     true
+}
+
+#[cfg(target_os = "linux")]
+fn has_user_namespaces() -> bool {
+    std::process::Command::new("setpriv")
+        .args(["--reuid=12345", "--regid=12345", "--clear-groups"])
+        .args(["unshare", "-U", "true"])
+        .output()
+        .is_ok_and(|output| output.status.success())
+}
+
+#[cfg(not(target_os = "linux"))]
+fn has_user_namespaces() -> bool {
+    false
 }
 
 #[cfg(test)]

@@ -8,6 +8,7 @@ use thiserror::Error;
 use super::commit::Leftover;
 use super::recover::RecoverError;
 use crate::attribute::NotPreserved;
+use crate::ids::UserId;
 
 /// An error of opening a writer. The destination is unchanged, and no file is left behind except
 /// those that the error names.
@@ -60,8 +61,9 @@ pub enum OpenError {
     /// The destination is a symbolic link in a directory that [others may write
     /// to](crate::others_may_write), and another user may have created it.
     #[error(
-        "{path:?} is a symbolic link of user {owner}, in a directory where others may create \
-         links: name its target, or replace the link itself with `Symlinks::Replace`"
+        "{path:?} is a symbolic link of {}, in a directory where others may create links: name its \
+         target, or replace the link itself with `Symlinks::Replace`",
+        UserId::new(*owner)
     )]
     UntrustedSymlink {
         /// The link.
@@ -210,8 +212,9 @@ pub enum Obstacle {
     AppendOnlyDirectory,
     /// The destination and its directory belong to other users, and the directory is sticky.
     #[error(
-        "it belongs to user {owner}, and its directory is sticky: only that user, the directory's \
-         owner and root can replace it; choose another name"
+        "it belongs to {}, and its directory is sticky: only that user, the directory's owner and \
+         root can replace it; choose another name",
+        UserId::new(*owner)
     )]
     OthersInStickyDirectory {
         /// The user id of the destination's owner.

@@ -104,7 +104,7 @@ impl Commit {
             io::ErrorKind::PermissionDenied | io::ErrorKind::IsADirectory
         );
         let entry = self.dir.entry(dest).ok().flatten()?;
-        (of_a_file && is_foreign(&entry, sys::file_owner())).then_some(entry.uid)
+        (of_a_file && is_foreign(&entry, sys::file_owner())).then_some(entry.uid.raw())
     }
 
     /// Syncs every member and checks its destination.
@@ -143,7 +143,7 @@ impl Commit {
     /// Returns whether a member's staged file belongs to another user.
     fn changes_owners(&self) -> io::Result<bool> {
         for writer in &self.members {
-            if stat_of(writer.file())?.uid != sys::file_owner() {
+            if !stat_of(writer.file())?.uid.is(sys::file_owner()) {
                 return Ok(true);
             }
         }

@@ -26,12 +26,12 @@ pub(super) fn narrowed(old: &Stat, new: &Stat, acl: &Acl, kept: bool) -> u32 {
     };
     let (mut group, mut others) = (old_group, old_others);
     let mut special = old.mode & (SET_USER_ID | SET_GROUP_ID | STICKY);
-    if old.uid != new.uid {
+    if !old.uid.is(new.uid) {
         special &= !SET_USER_ID;
         group &= owner;
         others &= owner;
     }
-    if old.gid != new.gid {
+    if !old.gid.is(new.gid) {
         special &= !SET_GROUP_ID;
         // Members of the new group were other users, or had the entry of another group.
         group &= old_others & groups;
@@ -53,6 +53,7 @@ mod tests {
 
     use super::*;
     use crate::directory::Directory;
+    use crate::ids::{GroupId, UserId};
     use rstest::rstest;
 
     fn list(members: u16, user: u16, group: u16) -> Acl {
@@ -107,8 +108,8 @@ mod tests {
     fn files(mode: u32, other_owner: bool, other_group: bool) -> (Stat, Stat) {
         let here = Directory::open(Path::new("/")).unwrap().stat;
         let new = Stat {
-            uid: here.uid + u32::from(other_owner),
-            gid: here.gid + u32::from(other_group),
+            uid: UserId::new(here.uid.raw() + u32::from(other_owner)),
+            gid: GroupId::new(here.gid.raw() + u32::from(other_group)),
             ..here
         };
         (Stat { mode, ..here }, new)

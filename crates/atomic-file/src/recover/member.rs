@@ -5,6 +5,7 @@ use std::io;
 
 use crate::directory::Directory;
 use crate::error::RecoverError;
+use crate::ids::UserId;
 use crate::record::{Member, Old};
 use crate::rename::{PublishError, confirm_rename};
 use crate::stat::{FROM_HANDLE, Stat};
@@ -21,7 +22,7 @@ pub(super) enum MemberState {
 pub(super) fn member_state(
     dir: &Directory,
     record: &OsStr,
-    owner: u32,
+    owner: UserId,
     member: &Member,
 ) -> Result<MemberState, RecoverError> {
     let inspect = |name: &OsStr| {
@@ -80,7 +81,7 @@ pub(super) fn member_state(
         Some(dest) if replaced_since && is_foreign(&dest, owner) => {
             Err(RecoverError::DestinationTaken {
                 dest: dir.path_of(&member.dest),
-                owner: dest.uid,
+                owner: dest.uid.raw(),
                 record: dir.path_of(record),
             })
         }
@@ -90,9 +91,8 @@ pub(super) fn member_state(
 }
 
 /// Returns whether a file belongs to a user other than `owner` and root.
-pub(crate) fn is_foreign(file: &Stat, owner: u32) -> bool {
-    const ROOT: u32 = 0;
-    file.uid != owner && file.uid != ROOT
+pub(crate) fn is_foreign(file: &Stat, owner: UserId) -> bool {
+    !file.uid.is_any_of(&[owner, UserId::ROOT])
 }
 
 /// Returns the identity of a destination's old file, for the record.

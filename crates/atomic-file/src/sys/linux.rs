@@ -22,8 +22,9 @@ use nix::unistd::{Uid, geteuid, setfsuid};
 use super::Restrictions;
 
 use crate::durability::Durability;
+use crate::ids::UserId;
 use crate::retry::retry;
-use crate::stat::{FROM_HANDLE, FileId};
+use crate::stat::{FROM_HANDLE, FileId, Stat};
 
 pub(crate) use acl::{acl_of, copy_acl, has_acl, is_acl, remove_acl};
 pub(crate) use lease::{is_exclusively_open, lease_for_reading, release_lease, supports_leases};
@@ -99,24 +100,28 @@ pub(crate) fn restrictions(dir: impl AsFd, name: &CStr) -> Restrictions {
 
 /// Returns the user that owns files created by this thread: the effective user, unless
 /// `setfsuid(2)` changed it.
-pub(crate) fn file_owner() -> u32 {
+pub(crate) fn file_owner() -> UserId {
     // No user has this ID, so nothing changes. The call returns the current ID.
-    setfsuid(Uid::from_raw(u32::MAX)).as_raw()
+    UserId::new(setfsuid(Uid::from_raw(u32::MAX)).as_raw())
 }
 
-/// Returns whether this thread may rename files of the users `owners` in a sticky directory: it is
-/// one of them or has the capability `CAP_FOWNER`.
-pub(crate) fn may_act_for(owners: [u32; 2]) -> bool {
+/// Returns whether this thread may rename the file `entry` in the sticky directory `dir`: it is the
+/// owner of one of them, or has the capability `CAP_FOWNER` over the file. A user namespace gives no
+/// capability over a file whose owner or group it does not map.
+pub(crate) fn may_rename_in_sticky(entry: &Stat, dir: &Stat) -> bool {
     const CAP_FOWNER: u64 = 1 << 3;
+    let owners = [entry.uid, dir.uid];
+    let is_mapped = entry.uid.is_mapped() && entry.gid.is_mapped();
     let Ok(status) = std::fs::read_to_string("/proc/thread-self/status") else {
-        return geteuid().is_root() || owners.contains(&geteuid().as_raw());
+        let me = UserId::new(geteuid().as_raw());
+        return me.is_any_of(&owners) || (geteuid().is_root() && is_mapped);
     };
     let field = |name| status.lines().find_map(|line| line.strip_prefix(name));
     // The fields are the real, effective, saved and file system user.
     let uid = || field("Uid:")?.split_whitespace().nth(3)?.parse().ok();
     let capabilities = || u64::from_str_radix(field("CapEff:")?.trim(), 16).ok();
-    uid().is_none_or(|uid: u32| owners.contains(&uid))
-        || capabilities().is_none_or(|found| found & CAP_FOWNER != 0)
+    uid().is_none_or(|uid| UserId::new(uid).is_any_of(&owners))
+        || (is_mapped && capabilities().is_none_or(|found| found & CAP_FOWNER != 0))
 }
 
 /// Returns the generation of the file at `name`: see

@@ -16,8 +16,9 @@ use super::Restrictions;
 
 use crate::acl::Acl;
 use crate::durability::Durability;
+use crate::ids::UserId;
 use crate::retry::retry;
-use crate::stat::FileId;
+use crate::stat::{FileId, Stat};
 
 /// Syncs `fd` to the medium, or orders its writes before later ones.
 #[cfg(target_vendor = "apple")]
@@ -180,13 +181,13 @@ pub(crate) fn restrictions(dir: impl AsFd, name: &CStr) -> Restrictions {
 }
 
 /// Returns the user that owns files created by this process.
-pub(crate) fn file_owner() -> u32 {
-    geteuid().as_raw()
+pub(crate) fn file_owner() -> UserId {
+    UserId::new(geteuid().as_raw())
 }
 
-/// Returns whether this process may rename files of the users `owners` in a sticky directory.
-pub(crate) fn may_act_for(owners: [u32; 2]) -> bool {
-    geteuid().is_root() || owners.contains(&geteuid().as_raw())
+/// Returns whether this process may rename the file `entry` in the sticky directory `dir`.
+pub(crate) fn may_rename_in_sticky(entry: &Stat, dir: &Stat) -> bool {
+    geteuid().is_root() || file_owner().is_any_of(&[entry.uid, dir.uid])
 }
 
 /// Returns the generation of the file at `name`, its time of creation: see

@@ -178,7 +178,7 @@ fn try_attributes(
     let Options { preserve, mode, .. } = *options;
     let path = &dest.path;
     let set_mode = |source| OpenError::io("set the mode of the file staged for", path, source);
-    let owner = stat_of(staged.file()).map_err(set_mode)?.uid;
+    let owner = stat_of(staged.file()).map_err(set_mode)?.uid.raw();
     let given = preserve::apply(staged.file(), dest, preserve, mode);
     let not_preserved = given.map_err(|source| match (&source.attribute, preserve) {
         (Attribute::Mode, _) => set_mode(source.source),
@@ -188,7 +188,8 @@ fn try_attributes(
         },
     })?;
     // Until the commit the file is accessible to this user alone.
-    if stat_of(staged.file()).map_err(set_mode)?.uid != owner {
+    // By number: no attribute is set to an id that is not mapped.
+    if stat_of(staged.file()).map_err(set_mode)?.uid.raw() != owner {
         let owner = Some(Uid::from_raw(owner));
         retry(|| fchown(staged.file(), owner, None)).map_err(set_mode)?;
     }

@@ -211,7 +211,7 @@ pub(crate) fn report(mut command: Command) -> Option<String> {
     report
 }
 
-fn reported(stdout: &str) -> Option<String> {
+pub(crate) fn reported(stdout: &str) -> Option<String> {
     let mut lines = stdout.lines();
     lines.find_map(|line| Some(line.split_once("REPORT ")?.1.to_owned()))
 }
