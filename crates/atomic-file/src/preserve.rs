@@ -42,6 +42,10 @@ use narrow::narrowed;
 /// create files, such a file belongs to a user other than this one, root and the directory's owner,
 /// or has several hard links.
 ///
+/// **In a user namespace of Linux**, an owner or group that the namespace does not map is shown as
+/// the overflow id (65534). Setting that id counts as not permitted: the namespace may map it to
+/// another user. See [`is_same_user`](crate::is_same_user).
+///
 /// **Missing permissions**: an unprivileged process can preserve the owner only of its own files,
 /// and the group only if it is a member. [`Options::open`](crate::Options::open) then fails with
 /// [`OpenError::NotPreserved`](crate::OpenError::NotPreserved). With

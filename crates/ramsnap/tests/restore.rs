@@ -261,3 +261,56 @@ fn ram_is_not_restored_to_files_of_another_user() {
     work.good(&restore);
     work.assert_same("roots", "first");
 }
+
+/// In a user namespace, all users that it does not map have one id.
+#[test]
+fn links_of_users_outside_the_namespace_are_not_followed() {
+    use std::os::unix::fs::{PermissionsExt, chown, lchown, symlink};
+    const USER: u32 = 12345;
+    needs!(Root, UserNamespace);
+    let work = Work::with_chain();
+    let mode = |path: &Path, mode| {
+        std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)).unwrap();
+    };
+    let shared = tempfile::tempdir().unwrap();
+    mode(shared.path(), 0o1777);
+    let program = shared.path().join("ramsnap");
+    for (from, to) in [
+        (support::RAMSNAP.as_ref(), &program),
+        (&*work.path("full.mem"), &shared.path().join("full.mem")),
+    ] {
+        std::fs::copy(from, to).unwrap();
+        mode(to, 0o755);
+    }
+    let home = tempfile::tempdir().unwrap();
+    chown(home.path(), Some(USER), Some(USER)).unwrap();
+    let victim = home.path().join("victim");
+    let ram = create(&victim);
+    mode(&victim, 0o600);
+    chown(&victim, Some(USER), Some(USER)).unwrap();
+    let link = shared.path().join("guest");
+    symlink(&victim, &link).unwrap();
+    let run = |map: &str, verb: &str| {
+        let mut command = Command::new(&program);
+        command.args([verb, "full.mem", "-o", "guest", "--force"]);
+        command.current_dir(shared.path());
+        let output = test_machine::in_user_namespace(&command, USER, map);
+        (
+            output.status.code(),
+            String::from_utf8(output.stderr).unwrap(),
+        )
+    };
+    for map in ["", "0 12345 1", "0 12345 1\n65534 165534 1"] {
+        lchown(&link, Some(USER + 1), Some(USER + 1)).unwrap();
+        let (code, error) = run(map, "restore");
+        assert_eq!(code, Some(2), "{error}");
+        assert!(error.contains("another user"), "{error}");
+        let (code, error) = run(map, "merge");
+        assert_eq!(code, Some(3), "{error}");
+        assert!(error.contains("65534"), "{error}");
+        assert_eq!(ram.metadata().unwrap().blocks(), 0);
+    }
+    lchown(&link, Some(USER), Some(USER)).unwrap();
+    assert_eq!(run("0 12345 1", "restore"), (Some(0), String::new()));
+    assert!(bytes(&ram) == work.read("first"));
+}

@@ -217,7 +217,8 @@ pub enum Obstacle {
         UserId::new(*owner)
     )]
     OthersInStickyDirectory {
-        /// The user id of the destination's owner.
+        /// The user id of the destination's owner; the overflow id if this user namespace
+        /// does not map it.
         owner: u32,
     },
 }
