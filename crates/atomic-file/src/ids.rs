@@ -143,7 +143,7 @@ mod platform {
 
     impl Kind {
         fn overflow(&self) -> u32 {
-            /// `DEFAULT_OVERFLOWUID` and `DEFAULT_OVERFLOWGID` of Linux's `include/linux/highuid.h`.
+            /// The defaults of Linux's `include/linux/highuid.h`.
             const DEFAULT: u32 = 65534;
             *self.overflow.get_or_init(|| {
                 let found = read_to_string(self.overflow_path).ok();

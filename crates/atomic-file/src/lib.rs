@@ -285,16 +285,15 @@
 //!   recycling commit and the next `open`; an NFS client that this machine serves; `sendfile` and
 //!   `splice` in progress; a bind mount of the file itself (a container's file mount); a descriptor
 //!   opened with `O_PATH`, once it is opened again through `/proc`. The kernel does not report bind
-//!   mounts in other mount namespaces. Do not recycle files that are mounted or passed on so: mount
-//!   their directory.
-//! - In a user namespace of Linux, all users and groups that the namespace does not map have one id,
-//!   the overflow id (65534, mostly that of `nobody`). That id counts as [no known
-//!   user](is_same_user), also if the namespace maps it: links of it are not followed in shared
-//!   directories, its files are no source of attributes there, no file is given to it, and its files
-//!   in sticky directories are not replaced. A process whose own user is not mapped is treated the
-//!   same way: its files are not recycled, and it cannot commit groups. The overflow id is read once
-//!   per process. In a namespace that maps all ids, the files on an ID-mapped mount whose owners the
-//!   mount does not map have that id too, and are taken for files of `nobody`.
+//!   mounts in other mount namespaces. Mount the directory instead of a recycled file.
+//! - In a user namespace of Linux, all users and groups that the namespace does not map have one
+//!   id, the overflow id (65534). That id is [the same as no other](is_same_user), also if the
+//!   namespace maps it: links of it are not followed in shared directories, its files are no source
+//!   of attributes there, no file is given to it, and its files in sticky directories are not
+//!   replaced. A process whose own user is not mapped is treated the same way: its files are not
+//!   recycled, and it cannot commit groups. The overflow id is read once per process.
+//! - Where all ids are mapped, the files on an ID-mapped mount whose owners the mount does not map
+//!   also have the overflow id. They are taken for files of one user.
 //! - In a directory that ignores case, names of one file that differ in case (or in Unicode
 //!   composition) count as different destinations for waiting and serialization. A group does not
 //!   recognize two new names that differ in Unicode composition only: see [`AtomicGroup`].

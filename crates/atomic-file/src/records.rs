@@ -124,7 +124,7 @@ impl Records {
         Ok(record::decode(&bytes))
     }
 
-    /// Returns whether a record names the staged file `staged` of the user `user`, so that it is not
+    /// Returns whether a record names the staged file `staged` of this user, so that it is not
     /// orphaned.
     pub(crate) fn name(&self, staged: &OsStr, user: UserId) -> bool {
         [Protects::All, Protects::FilesOf(user.raw())]

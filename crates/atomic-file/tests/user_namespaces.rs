@@ -7,7 +7,9 @@ use std::fs;
 use std::os::unix::fs::{MetadataExt as _, chown, lchown, symlink};
 use std::path::Path;
 
-use atomic_file::{AtomicWriter, Obstacle, OpenError, Preserve, recover, sweep};
+use atomic_file::{
+    AtomicGroup, AtomicWriter, GroupCommitError, Obstacle, OpenError, Preserve, recover, sweep,
+};
 use rstest::rstest;
 use support::hostile::{
     MEMBERS, OTHER_USER, Place, USER, die_at, open_to_all, other_users_place, set_mode,
@@ -39,7 +41,7 @@ fn child() {
     let report = match job.as_str() {
         "group that preserves" => {
             support::traced(&dir, || {
-                let mut group = atomic_file::AtomicGroup::new();
+                let mut group = AtomicGroup::new();
                 for name in MEMBERS {
                     let options = AtomicWriter::options().preserve(Preserve::all());
                     let writer = options.open(dir.join(name)).unwrap();
@@ -49,6 +51,13 @@ fn child() {
                 support::group_state_of(group.commit())
             });
             return;
+        }
+        "group" => {
+            let group = support::group(&dir, &MEMBERS, "new").unwrap();
+            match group.commit() {
+                Err(GroupCommitError::NothingReplaced { source, .. }) => source.to_string(),
+                result => support::group_state_of(result),
+            }
         }
         "replace" => replace(&dest, Preserve::nothing()),
         "preserve" => replace(&dest, Preserve::all().if_permitted(true)),
@@ -211,6 +220,24 @@ fn a_sticky_directory_is_found_at_open(
     assert_eq!(names_the_namespace, is_refused && user == USER, "{result}");
     let expected = if is_refused { "old" } else { "new" };
     assert_eq!(fs::read_to_string(&dest).unwrap(), expected);
+}
+
+/// A record of an unmapped user could be any user's.
+#[rstest]
+#[case::this_user_is_unmapped(NONE, false)]
+#[case::this_user_is_root(SELF, true)]
+#[case::a_container(CONTAINER, true)]
+fn a_group_is_committed_if_its_user_is_mapped(#[case] map: &str, #[case] is_committed: bool) {
+    needs!(Root, UserNamespace);
+    let place = Place::new(0o1777);
+    let result = inside(map, "group", &place);
+    assert_eq!(result == "ok", is_committed, "{result}");
+    if is_committed {
+        assert_eq!(support::same_text(&place.path("dir"), &MEMBERS), "new");
+    } else {
+        assert!(result.contains("namespace"), "{result}");
+        support::assert_names(&place.path("dir"), &[]);
+    }
 }
 
 /// Root outside the namespace is one of the users that it does not map.

@@ -159,6 +159,13 @@ impl Commit {
             if !record.is_locked() {
                 return Err(io::Error::from(io::ErrorKind::Unsupported));
             }
+            if !sys::file_owner().is_mapped() {
+                return Err(io::Error::new(
+                    io::ErrorKind::Unsupported,
+                    "this user namespace does not map this user, so that no recovery could tell \
+                     who wrote the record; commit the files one by one, or map the user",
+                ));
+            }
             if !is_trusted(&self.dir, &stat_of(record.file())?) {
                 return Err(io::Error::new(
                     io::ErrorKind::Unsupported,

@@ -106,8 +106,8 @@ pub(crate) fn file_owner() -> UserId {
 }
 
 /// Returns whether this thread may rename the file `entry` in the sticky directory `dir`: it is the
-/// owner of one of them, or has the capability `CAP_FOWNER` over the file. A user namespace gives no
-/// capability over a file whose owner or group it does not map.
+/// owner of one of them, or has the capability `CAP_FOWNER` over the file. A user namespace gives
+/// no capability over a file whose owner or group it does not map.
 pub(crate) fn may_rename_in_sticky(entry: &Stat, dir: &Stat) -> bool {
     const CAP_FOWNER: u64 = 1 << 3;
     let owners = [entry.uid, dir.uid];
