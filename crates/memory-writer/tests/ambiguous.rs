@@ -9,7 +9,7 @@ use dirty_bitmap::DirtyBitmap;
 use memory_writer::{AmbiguousDiff, ImageId, Layout, MemoryWriter, Seal, SnapshotError};
 use page_reader::PageReader;
 use rstest::rstest;
-use sparse_file::PagesUnknown;
+use sparse_file::{HolesUnknown, PagesUnknown};
 use test_machine::{FileSystem, LoopMount, needs};
 
 const RAM: u64 = 1 << 20;
@@ -92,6 +92,21 @@ fn raw_diff_in_pages_smaller_than_a_block_is_refused(
     accepted(dir, page_size, Layout::Sealed, seal(), &dirty([0]));
     accepted(dir, page_size, Layout::Packed, seal(), &dirty([0]));
     accepted(dir, block, Layout::Raw, seal(), &dirty([5 * page_size]));
+}
+
+#[test]
+fn raw_diff_in_a_file_without_extents_is_refused() {
+    needs!(Mount(FileSystem::EXT4_NO_EXTENTS));
+    let mount = LoopMount::new(FileSystem::EXT4_NO_EXTENTS).unwrap();
+    let why = refused(mount.path(), 4096, &dirty([5 * 4096]));
+    assert!(
+        matches!(
+            why,
+            AmbiguousDiff::Holes(PagesUnknown::Holes(HolesUnknown::NoExtents))
+        ),
+        "{why:?}"
+    );
+    accepted(mount.path(), 4096, Layout::Packed, seal(), &dirty([0]));
 }
 
 #[test]

@@ -217,6 +217,11 @@ pub enum Failure {
     )]
     SentResized { path: PathBuf },
     #[error(
+        "cannot allocate {bytes} bytes of memory to restore the RAM in {path:?}: raise the limits of this process \
+         (ulimit -d, ulimit -v); the RAM is as it was"
+    )]
+    NoMemory { path: PathBuf, bytes: usize },
+    #[error(
         "{path:?} was replaced or resized while RAM was restored to it: \
          stop the program that does so, and restore again"
     )]
@@ -229,6 +234,15 @@ pub enum Failure {
         path: PathBuf,
         needed: u64,
         available: u64,
+    },
+    #[error(
+        "File too large: the RAM needs {needed} bytes of {path:?}, and this process may make no file longer than {limit} \
+         (RLIMIT_FSIZE): raise the limit (ulimit -f); nothing was written"
+    )]
+    FileLimit {
+        path: PathBuf,
+        needed: u64,
+        limit: u64,
     },
     #[cfg(target_os = "linux")]
     #[error(
@@ -311,6 +325,8 @@ impl Failure {
             | Self::NoBytes { .. }
             | Self::RamResized { .. }
             | Self::NoRoom { .. }
+            | Self::FileLimit { .. }
+            | Self::NoMemory { .. }
             | Self::SpoolFull { .. }
             | Self::TargetBusy { .. }
             | Self::TargetRead { .. }

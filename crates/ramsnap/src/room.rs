@@ -10,6 +10,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use memory_image::Chain;
+use nix::sys::resource::{Resource, getrlimit};
 use nix::sys::statvfs::fstatvfs;
 
 use crate::failure::Failure;
@@ -19,15 +20,17 @@ use crate::failure::Failure;
 pub fn check_new(path: &Path, dir: &Path, chain: &Chain, raw_diff: bool) -> Result<(), Failure> {
     // The holes of a raw image are left out as it is read.
     let known = chain.images().all(|image| image.footer().is_some());
-    match sys::free_in(dir) {
-        Some(free) if known && raw_diff => check(path, chain.covered_runs(), &free),
-        Some(free) if known => check(path, chain.stored_runs(), &free),
-        _ => Ok(()),
+    match known {
+        true if raw_diff => check_runs(path, dir, chain.covered_runs().collect()),
+        true => check_runs(path, dir, chain.stored_runs().collect()),
+        false => Ok(()),
     }
 }
 
-/// Refuses to write `runs` to a new file if `dir` does not have the room.
+/// Refuses to write `runs` to a new file if `dir` does not have the room, or if the file would be
+/// longer than this process may make one.
 pub fn check_runs(path: &Path, dir: &Path, runs: Vec<Range<u64>>) -> Result<(), Failure> {
+    check_limit(path, runs.iter().map(|run| run.end - run.start).sum())?;
     match sys::free_in(dir) {
         Some(free) => check(path, runs.into_iter(), &free),
         None => Ok(()),
@@ -40,6 +43,19 @@ pub fn check_bytes(path: &Path, dir: &Path, needed: u64) -> Result<(), Failure> 
     match sys::free_in(dir) {
         Some(free) => compare(path, needed, free.bytes),
         None => Ok(()),
+    }
+}
+
+/// Refuses to write `len` bytes to one new file, for the output `path`, if `RLIMIT_FSIZE` does not
+/// permit it: the write would fail there once the bytes before are written.
+pub fn check_limit(path: &Path, len: u64) -> Result<(), Failure> {
+    match getrlimit(Resource::RLIMIT_FSIZE) {
+        Ok((limit, _)) if limit < len => Err(Failure::FileLimit {
+            path: path.to_owned(),
+            needed: len,
+            limit,
+        }),
+        _ => Ok(()),
     }
 }
 

@@ -46,7 +46,7 @@ pub enum ExtentSource {
     Unsupported,
     /// The rest of the range was listed as data without a query. Possible reasons: the calls that
     /// [`Extents::limit_calls`] permits were used up, the file changed during the listing (on
-    /// overlayfs: or its file system), or the file system returned a position that is invalid for
+    /// overlayfs: or its file system, on ext4: or it lost its extents), or the file system returned a position that is invalid for
     /// the queried offset.
     CutShort,
 }
@@ -101,8 +101,8 @@ pub fn extents(file: &File) -> io::Result<Extents<&File>> {
 pub fn extents_in<F: Borrow<File>>(file: F, range: Range<u64>) -> io::Result<Extents<F>> {
     match check_holes_are_zeros(file.borrow()) {
         Ok(()) => {
-            let layered = sys::is_layered(file.borrow())?;
-            reported_extents_in(file, range, layered)
+            let confirm = sys::may_change_reports(file.borrow())?;
+            reported_extents_in(file, range, confirm)
         }
         Err(HolesUnknown::Io(error)) => Err(error),
         Err(_) => {
@@ -164,8 +164,8 @@ pub struct Extents<F: Borrow<File> = File> {
     /// returned `at`.
     kind: ExtentKind,
     source: ExtentSource,
-    /// Whether the file may have been moved to another file system before a hole was reported
-    /// (overlayfs). If set, check again after each hole.
+    /// Whether the reports for the file may have become unreliable before a hole was reported
+    /// (overlayfs, ext4). If set, check again after each hole.
     confirm: bool,
     calls_left: u64,
     /// The extent that was found last. It may continue, because the next one may be of the same

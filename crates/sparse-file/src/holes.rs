@@ -9,9 +9,10 @@
 //!   the writeback cache.
 //! - OpenZFS before 2.2.2 and 2.1.14 could report a hole for data that was not written out.
 //! - APFS returns ENXIO inside clones.
+//! - ext4 reports holes over delayed blocks of files that are not mapped by extents.
 //!
-//! A report is therefore used only where the implementation is known: ext4, XFS, btrfs and tmpfs of
-//! Linux, and overlayfs where the file is found to be stored on one of the first three. Everywhere
+//! A report is therefore used only where the implementation is known: ext4 (files with extents),
+//! XFS, btrfs and tmpfs of Linux, and overlayfs where the file is found to be stored on one of the first three. Everywhere
 //! else the whole file counts as data. The only cost is that ranges are read that could have been
 //! skipped.
 
@@ -36,6 +37,13 @@ pub enum HolesUnknown {
         /// The name of the file system, or its number in hexadecimal.
         file_system: String,
     },
+    /// The file is on ext4 (or ext2, ext3) and is not stored in extents, or the system does not
+    /// report whether it is.
+    #[error(
+        "the file is not stored in extents, and ext4 may report written data of such a file as a \
+         hole: use a file that was created on ext4 with the feature `extent`, XFS, btrfs or tmpfs"
+    )]
+    NoExtents,
     /// The type of the file or of its file system could not be determined.
     #[error("failed to determine the file system of the file")]
     Io(#[from] io::Error),
@@ -45,12 +53,12 @@ pub enum HolesUnknown {
 /// includes a file that is being written through mappings and was not written back yet.
 ///
 /// [`extents`](crate::extents()) lists holes according to this check. The check makes one
-/// `fstat(2)` and one `fstatfs(2)`, on overlayfs at most four calls more, and neither reads nor
-/// writes data. It is valid for the open file only: repeat it for another file.
+/// `fstat(2)` and one `fstatfs(2)`, on ext4 one call more, on overlayfs at most four, and neither
+/// reads nor writes data. It is valid for the open file only: repeat it for another file.
 ///
 /// | file system | implementation |
 /// |---|---|
-/// | ext4 | `ext4_llseek`, `iomap_seek_data` |
+/// | ext4, files with extents | `ext4_llseek`, `iomap_seek_data` |
 /// | XFS | `xfs_file_llseek`, `iomap_seek_data` |
 /// | btrfs | `find_desired_extent` |
 /// | tmpfs, memfd, shared anonymous memory | `shmem_file_llseek`, `mapping_seek_hole_data` |
@@ -64,8 +72,18 @@ pub enum HolesUnknown {
 ///   data.
 ///
 /// On each of them, the first write to a page of a mapping allocates or reserves the block
-/// (`page_mkwrite`), so that a page that is dirty in memory only is data as well. ext2 and ext3
-/// have the number of ext4; the driver of ext2 reports everything as data.
+/// (`page_mkwrite`), so that a page that is dirty in memory only is data as well.
+///
+/// ext4 does this for files that are mapped by extents (`ext4_ext_map_blocks`). For those mapped by
+/// indirect blocks it reports a hole from an unmapped block to the end of the indirect block, and
+/// delayed blocks may be in it (`ext4_ind_map_blocks`). The mapping is a property of each file, which
+/// `FS_IOC_GETFLAGS` returns. The reports of a file without extents are not used:
+///
+/// - Each file of an ext2 or ext3, which have the number of ext4, whichever driver mounted it, and of
+///   an ext4 made without the feature `extent`.
+/// - A file that was created before ext4 had the feature, or that lost its extents by `chattr -e`.
+/// - A file that is stored in its inode (feature `inline_data`). It gets extents once it grows.
+/// - Any file on ext4 if the call fails.
 ///
 /// overlayfs, on which containers run, forwards the call to the file system that stores the file
 /// (`ovl_llseek`). Reads, writes and maps of a file that is open for writing use the same inode
@@ -81,20 +99,22 @@ pub enum HolesUnknown {
 ///
 /// The results come from the inode that stores the file at that moment. The first open for writing
 /// moves a file from a lower layer to the upper one (`ovl_copy_up`), possibly to another file
-/// system. [`extents`](crate::extents()) therefore checks again after each hole that overlayfs
-/// reported.
+/// system, and `chattr -e` removes the extents of an open file. [`extents`](crate::extents())
+/// therefore checks again after each hole that overlayfs or ext4 reported.
 ///
 /// If a file was mapped through a read-only descriptor before it was moved, the mapping shows the
 /// old file, while reads and reports refer to the new one: overlayfs documents this. With the mount
 /// option `metacopy=on`, a file of which only the attributes were changed has its data in a lower
 /// layer and its attributes in the upper one. Only `FS_IOC_FIEMAP` is then answered by the file
-/// system of the data. A file that is open for writing is never in this state.
+/// system of the data, so a file without extents on an ext4 below is not recognized. A file that is
+/// open for writing is never in this state.
 ///
 /// The reports of these are not used, and everything counts as data:
 ///
 /// - FUSE (including virtiofs) and network file systems, whose server decides.
 /// - OpenZFS, f2fs, bcachefs and others, whose implementations are not examined.
 /// - hugetlbfs, which reports no holes.
+/// - Files without extents on ext4, ext3 and ext2.
 /// - overlayfs over any of these and over tmpfs, which cannot be distinguished from a server.
 /// - Block devices.
 /// - Every file system of macOS.
@@ -117,6 +137,9 @@ pub fn check_holes_are_zeros(file: &File) -> Result<(), HolesUnknown> {
     }
     if sys::reports_holes_correctly(file)? {
         return Ok(());
+    }
+    if sys::lacks_extents(file)? {
+        return Err(HolesUnknown::NoExtents);
     }
     let file_system = file_system_name(file)?;
     Err(HolesUnknown::FileSystem { file_system })

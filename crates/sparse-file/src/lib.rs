@@ -193,7 +193,7 @@ pub use probe::{
     AlignmentBasis, Capabilities, DirectIo, HoleSupport, ProbeError, Punch, SeekHole, WrittenZeros,
 };
 pub use progress::{CancelToken, Progress};
-pub use space::{SpaceError, allocated_bytes, grow, punch_hole, reserve, share_blocks};
+pub use space::{SpaceError, allocated_bytes, check_len, grow, punch_hole, reserve, share_blocks};
 pub use write::{Engine, RunSource, WriteError, WriteOptions, write_runs};
 pub use zero::{ZeroError, zero_range, zero_ranges};
 

@@ -80,6 +80,26 @@ pub fn grow(file: &File, len: u64) -> Result<(), SpaceError> {
     grow().map_err(|source| failed("grow the file", 0..len, source))
 }
 
+/// Checks that this process may write `file` up to `len` bytes: that `RLIMIT_FSIZE` permits it.
+/// Changes nothing. Other limits (of the file system, of its free space, of a quota) are not
+/// checked.
+///
+/// # Errors
+/// [`SpaceError::Io`] with `EFBIG` if the limit is lower.
+///
+/// # Examples
+/// ```
+/// let file = tempfile::tempfile()?;
+/// sparse_file::check_len(&file, 1 << 20)?;
+/// assert_eq!(file.metadata()?.len(), 0);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+pub fn check_len(file: &File, len: u64) -> Result<(), SpaceError> {
+    checked(&(0..len))?;
+    let allowed = SizeLimit::of(file).and_then(|limit| limit.allow_len(len));
+    allowed.map_err(|source| failed("grow the file", 0..len, source))
+}
+
 /// Grows `file` to at least `len` bytes and reserves blocks, so that later writes do not run out of
 /// space.
 ///

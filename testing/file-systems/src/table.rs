@@ -263,6 +263,74 @@ impl FileSystem {
         ..*Self::EXT4
     };
 
+    /// ext4 whose files are mapped by indirect blocks, as on ext3.
+    pub const EXT4_NO_EXTENTS: &'static Self = &Self {
+        name: "ext4-no-extents",
+        title: "ext4 without extents",
+        storage: Storage::Disk(Disk {
+            mkfs: &[
+                "mkfs.ext4",
+                "-q",
+                "-F",
+                "-b",
+                "4096",
+                "-O",
+                "^extents,^64bit",
+            ],
+            guest: None,
+            ..EXT4_DISK
+        }),
+        linux: None,
+        crash_states: None,
+        ..*Self::EXT4
+    };
+
+    /// ext4 that stores small files in their inodes.
+    pub const EXT4_INLINE_DATA: &'static Self = &Self {
+        name: "ext4-inline-data",
+        title: "ext4 that stores small files in their inodes",
+        storage: Storage::Disk(Disk {
+            mkfs: &["mkfs.ext4", "-q", "-F", "-b", "4096", "-O", "inline_data"],
+            guest: None,
+            ..EXT4_DISK
+        }),
+        linux: None,
+        crash_states: None,
+        ..*Self::EXT4
+    };
+
+    /// ext3, mounted as such.
+    pub const EXT3: &'static Self = &Self {
+        name: "ext3",
+        title: "ext3",
+        storage: Storage::Disk(Disk {
+            mkfs: &["mkfs.ext3", "-q", "-F", "-b", "4096"],
+            driver: "ext3",
+            guest: None,
+            ..EXT4_DISK
+        }),
+        linux: None,
+        crash_states: None,
+        ..*Self::EXT4
+    };
+
+    /// ext2, mounted as such.
+    pub const EXT2: &'static Self = &Self {
+        name: "ext2",
+        title: "ext2",
+        storage: Storage::Disk(Disk {
+            mkfs: &["mkfs.ext2", "-q", "-F", "-b", "4096"],
+            mkfs_eager: &["-E", "lazy_itable_init=0"],
+            driver: "ext2",
+            guest: None,
+            survives_power_loss: false,
+            ..EXT4_DISK
+        }),
+        linux: None,
+        crash_states: None,
+        ..*Self::EXT4
+    };
+
     /// XFS.
     pub const XFS: &'static Self = &Self {
         name: "xfs",
@@ -482,11 +550,15 @@ impl FileSystem {
     };
 
     /// The whole table, in the order of reports.
-    pub const ALL: [&'static Self; 15] = [
+    pub const ALL: [&'static Self; 19] = [
         Self::EXT4,
         Self::EXT4_NOAUTO_DA_ALLOC,
         Self::EXT4_WRITEBACK,
         Self::EXT4_SMALL_INODES,
+        Self::EXT4_NO_EXTENTS,
+        Self::EXT4_INLINE_DATA,
+        Self::EXT3,
+        Self::EXT2,
         Self::XFS,
         Self::XFS_16K,
         Self::BTRFS,

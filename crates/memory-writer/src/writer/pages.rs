@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use dirty_bitmap::{DirtyBitmap, whole_pages};
 use page_reader::{PageReader, Touched};
-use sparse_file::{SpaceError, punch_hole};
+use sparse_file::{SpaceError, check_len, punch_hole};
 
 use super::{MemoryWriter, State};
 use crate::error::SnapshotError;
@@ -47,8 +47,10 @@ impl MemoryWriter {
     /// - [`SnapshotError::AmbiguousDiff`] if a raw diff could not be read back.
     /// - [`SnapshotError::DiffWithoutParent`] for a sealed diff that no chain accepts.
     /// - [`SnapshotError::Seal`] for more runs than a footer can list.
+    /// - [`SnapshotError::MemoryIo`] of the step [`SetSize`](crate::MemoryIoStep::SetSize) if the
+    ///   pages of a packed file end past `RLIMIT_FSIZE`.
     ///
-    /// The writer can no longer be committed after [`SnapshotError::MemoryIo`] or
+    /// The writer can no longer be committed after another [`SnapshotError::MemoryIo`] or
     /// [`SnapshotError::Cancelled`].
     pub fn write_diff<R: PageReader + ?Sized>(
         &mut self,
@@ -213,8 +215,13 @@ impl MemoryWriter {
         match self.pages.footer() {
             Some(footer) => {
                 let plan = footer.plan(&set);
-                plan.map(Plan::Placed)
-                    .map_err(|source| self.cannot_seal(source))
+                let plan = plan.map_err(|source| self.cannot_seal(source))?;
+                // The limit of this process is known before the first page is written.
+                let (file, end) = (self.staged.file(), plan.file_end());
+                check_len(file, end).map_err(|error| {
+                    SnapshotError::from_grow(self.staged.dest_path().to_owned(), end, error)
+                })?;
+                Ok(Plan::Placed(plan))
             }
             None => Ok(Plan::Raw(set)),
         }

@@ -3,6 +3,7 @@
 #[cfg(target_os = "linux")]
 mod huge_pages;
 mod in_place;
+mod memory;
 #[cfg(target_os = "linux")]
 mod reserve;
 mod writable;
@@ -22,6 +23,7 @@ use crate::{input, save};
 #[cfg(not(target_os = "linux"))]
 use in_place::Plan;
 use in_place::{Begun, InPlace};
+use memory::MemoryReserve;
 #[cfg(target_os = "linux")]
 use reserve::Plan;
 
@@ -131,10 +133,11 @@ impl Restore {
             return Err(refused().into());
         }
         session.check("the output was not written to")?;
+        let memory = MemoryReserve::take(&self.output)?;
         if holds {
             target.try_writing()?;
         }
-        self.overwrite(session, chain, target, plan)
+        self.overwrite(session, chain, target, plan, memory)
     }
 
     fn overwrite(
@@ -143,9 +146,11 @@ impl Restore {
         chain: &Chain,
         mut target: InPlace<'_>,
         plan: Plan,
+        memory: MemoryReserve,
     ) -> anyhow::Result<()> {
         let path = &self.output;
         let begun = Begun::now(&mut target);
+        memory.give_back();
         let restored = begun.target.begin(plan).and_then(|runs| {
             chain.restore_runs(&mut *begun.target, runs.into_iter())?;
             chain.check_unchanged()?;

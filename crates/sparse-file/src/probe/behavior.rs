@@ -13,11 +13,11 @@ pub enum HoleSupport {
     Unknown,
 }
 
-/// Whether `SEEK_HOLE` and `SEEK_DATA` are reliable.
+/// Whether `SEEK_HOLE` and `SEEK_DATA` are reliable for synced data.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum SeekHole {
-    /// Holes and data are reported correctly.
+    /// Holes and data of a synced file are reported correctly.
     Exact {
         /// The smallest hole in bytes: a written byte turns at most this much into data, and gaps
         /// of this size between data are kept.

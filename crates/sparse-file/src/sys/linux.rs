@@ -2,6 +2,7 @@
 
 #![allow(unsafe_code)]
 
+mod flags;
 mod handle;
 mod overlay;
 
@@ -162,8 +163,8 @@ const NAMES: &[(u32, &str)] = &[
 
 const EXT4: u32 = 0xEF53;
 
-/// ext4, XFS, btrfs. Their reports of holes are used, and those of [`TMPFS`]: see
-/// [`crate::check_holes_are_zeros`].
+/// ext4, XFS, btrfs. Their reports of holes are used, and those of [`TMPFS`], on ext4 only of files
+/// [with extents](flags::has_extents): see [`crate::check_holes_are_zeros`].
 const DISK_FILE_SYSTEMS: [u32; 3] = [EXT4, 0x5846_5342, 0x9123_683E];
 
 /// The number in [`NAMES`].
@@ -175,7 +176,23 @@ const OVERLAY: u32 = 0x794C_7630;
 /// Returns whether every range that the file's file system reports as a hole is known to read as
 /// zeros.
 pub(crate) fn reports_holes_correctly(file: &File) -> io::Result<bool> {
-    Ok(magic(file)? == TMPFS || is_on_disk(file)?)
+    Ok(match magic(file)? {
+        TMPFS => true,
+        EXT4 => flags::has_extents(file),
+        OVERLAY => overlay::layer(file).is_some(),
+        magic => DISK_FILE_SYSTEMS.contains(&magic),
+    })
+}
+
+/// Returns whether the file is on ext4 itself (or ext2, ext3), and not known to have extents.
+pub(crate) fn lacks_extents(file: &File) -> io::Result<bool> {
+    Ok(magic(file)? == EXT4 && !flags::has_extents(file))
+}
+
+/// Returns whether the result of [`reports_holes_correctly`] may change while the file is open: the
+/// file is moved to another layer (overlayfs), or its extents are removed (ext4: `chattr -e`).
+pub(crate) fn may_change_reports(file: &File) -> io::Result<bool> {
+    Ok(matches!(magic(file)?, OVERLAY | EXT4))
 }
 
 /// Returns whether the file is known to be stored on ext4, XFS or btrfs, including under overlayfs.

@@ -129,6 +129,18 @@ pub(crate) fn reports_holes_correctly(_file: &File) -> io::Result<bool> {
     Ok(false)
 }
 
+/// Returns false: no file system of macOS is ext4.
+#[allow(clippy::unnecessary_wraps, reason = "the signature is Linux's")]
+pub(crate) fn lacks_extents(_file: &File) -> io::Result<bool> {
+    Ok(false)
+}
+
+/// Returns false: [`reports_holes_correctly`] is always false.
+#[allow(clippy::unnecessary_wraps, reason = "the signature is Linux's")]
+pub(crate) fn may_change_reports(_file: &File) -> io::Result<bool> {
+    Ok(false)
+}
+
 /// Returns false: unknown for the file systems of macOS.
 #[allow(clippy::unnecessary_wraps, reason = "the signature is Linux's")]
 pub(crate) fn is_on_disk(_file: &File) -> io::Result<bool> {

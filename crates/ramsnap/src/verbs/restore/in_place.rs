@@ -12,7 +12,7 @@ use memory_image::{Chain, RamTarget};
 use page_reader::{FileReader, HostMemory, PageReader, SecretBuffer};
 #[cfg(target_os = "linux")]
 use sparse_file::punch_hole;
-use sparse_file::{WriteOptions, zero_range};
+use sparse_file::{Engine, WriteOptions, zero_range};
 
 use crate::failure::Failure;
 use crate::interrupt::Critical;
@@ -313,7 +313,9 @@ impl<'s> InPlace<'s> {
 
     /// Makes a hole, or writes zeros if the file system does not support holes.
     fn make_zeros(&self, range: Range<u64>) -> anyhow::Result<()> {
-        Ok(zero_range(&self.file, range, &WriteOptions::new())?)
+        // The other engines allocate more than is set aside for this.
+        let options = WriteOptions::new().engine(Engine::Pwrite);
+        Ok(zero_range(&self.file, range, &options)?)
     }
 
     /// Writes bytes of the RAM to an emptied or reserved range. Long runs of zeros become holes.

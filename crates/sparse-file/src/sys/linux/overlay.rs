@@ -10,6 +10,7 @@ use std::os::fd::AsRawFd;
 
 use nix::errno::Errno;
 
+use super::flags::has_extents;
 use super::{FS_IOC_FIEMAP, Fiemap, statx};
 
 /// A file system below an overlayfs whose reports of holes are used.
@@ -35,13 +36,14 @@ pub(crate) enum Layer {
 /// - `getxattr` supports the name space `btrfs.` and no unknown one (`ovl_xattr_get`): excludes all
 ///   but btrfs; ntfs3 and others accept any.
 ///
-/// A file on ext4 without extents (converted from ext3) provides no such evidence.
+/// A file on ext4 without extents provides no such evidence, and its reports are not used on ext4
+/// itself either.
 pub(crate) fn layer(file: &File) -> Option<Layer> {
     if !has_fiemap(file, 0) {
         return None;
     }
     if has_fiemap(file, FIEMAP_FLAG_XATTR) {
-        return match (has_extent_flag(file), has_attributes_of_xfs(file)) {
+        return match (has_extents(file), has_attributes_of_xfs(file)) {
             (true, false) => Some(Layer::Ext4),
             (false, true) => Some(Layer::Xfs),
             _ => None,
@@ -72,18 +74,6 @@ fn has_fiemap(file: &File, flags: u32) -> bool {
             result => return result.is_ok(),
         }
     }
-}
-
-/// `FS_EXTENT_FL` of `include/uapi/linux/fs.h`: ext4 sets it for files that are mapped by extents.
-const FS_EXTENT_FL: libc::c_long = 0x8_0000;
-
-fn has_extent_flag(file: &File) -> bool {
-    // The kernel writes an `int`, although the request number is that of a `long`.
-    let mut flags: libc::c_int = 0;
-    // SAFETY: FS_IOC_GETFLAGS writes an int, which `flags` is for the length of the call; `file` is
-    // borrowed, so open.
-    let result = unsafe { libc::ioctl(file.as_raw_fd(), libc::FS_IOC_GETFLAGS, &raw mut flags) };
-    result == 0 && libc::c_long::from(flags) & FS_EXTENT_FL != 0
 }
 
 /// Returns whether `statx(2)` supports the attributes of XFS, and none of encryption, which ext4
