@@ -6,7 +6,8 @@ use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use dirty_bitmap::DirtyBitmap;
-use memory_writer::{Layout, MemoryIoStep, MemoryWriter, RamError, SnapshotError};
+use memory_writer::{Layout, MemoryIoStep, MemoryWriter, RamError, Seal, SnapshotError};
+use page_reader::PageReader;
 use rstest::rstest;
 use support::{Place, Until, pattern};
 
@@ -284,6 +285,15 @@ fn full_disk_is_reported_and_keeps_the_old_snapshot() {
     support::assert_nothing_but(tiny.path(), &["guest.mem"]);
 }
 
+/// RAM that no test may read.
+struct Unreadable;
+
+impl PageReader for Unreadable {
+    fn read_at(&self, offset: u64, _: &mut [u8]) -> io::Result<()> {
+        panic!("read at {offset:#x}")
+    }
+}
+
 /// Runs in a child process, because the limit applies to the whole process.
 #[test]
 fn file_size_limit_is_an_error_and_no_signal() {
@@ -307,6 +317,35 @@ fn file_size_limit_is_an_error_and_no_signal() {
             writer.write_full(&ram[..size as usize])?;
             writer.commit()
         };
+        // Where the pages end is known before the first one is read.
+        let dest = std::env::var_os(DEST).unwrap();
+        let options = MemoryWriter::options().layout(Layout::Packed);
+        let mut writer = options.open(&dest, SIZE, PAGE).unwrap();
+        let error = writer.write_full(&Unreadable).unwrap_err();
+        assert!(
+            matches!(
+                &error,
+                SnapshotError::MemoryIo {
+                    step: MemoryIoStep::SetSize,
+                    ..
+                }
+            ),
+            "{error:?}"
+        );
+        let diff = || std::iter::once(0..SIZE);
+        let options = MemoryWriter::options()
+            .layout(Layout::Packed)
+            .seal(Seal::new().on_raw_image());
+        let mut writer = options.open(&dest, SIZE, PAGE).unwrap();
+        let error = writer.write_runs(&Unreadable, diff).unwrap_err();
+        assert!(error.to_string().contains("RLIMIT_FSIZE"), "{error}");
+        // The writer is unchanged.
+        let part = || std::iter::once(0..SIZE / 4);
+        writer
+            .write_runs(&vec![7; SIZE as usize][..], part)
+            .unwrap();
+        drop(writer);
+
         for (layout, size) in [
             (Layout::Packed, SIZE),
             (Layout::Packed, SIZE / 2),

@@ -10,8 +10,8 @@ use std::path::Path;
 use nix::sys::resource::{Resource, setrlimit};
 use rstest::rstest;
 use sparse_file::{
-    Capabilities, Engine, ProbeError, SpaceError, WriteError, WriteOptions, grow, reserve,
-    write_runs,
+    Capabilities, Engine, ProbeError, SpaceError, WriteError, WriteOptions, check_len, grow,
+    reserve, write_runs,
 };
 use support::{
     Copied, Shifted, child, child_task, contents, expect_success, go_on, ram, strace_child,
@@ -96,6 +96,11 @@ fn write_past_rlimit_fsize_is_efbig_without_sigxfsz() {
     write_runs(&file, [0..LIMIT], &*ram, &options(), &mut go_on).expect("written");
     grow(&file, LIMIT).expect("the limit itself");
     let error = grow(&file, LIMIT + 1).expect_err("too large");
+    assert!(
+        matches!(error, SpaceError::Io { source, .. } if source.kind() == ErrorKind::FileTooLarge)
+    );
+    check_len(&file, LIMIT).expect("the limit itself");
+    let error = check_len(&file, LIMIT + 1).expect_err("too large");
     assert!(
         matches!(error, SpaceError::Io { source, .. } if source.kind() == ErrorKind::FileTooLarge)
     );
