@@ -188,6 +188,31 @@ fn a_raw_diff_of_zeros_without_room_is_refused_before_writes() {
     assert_eq!(support::list(disk.path()), [""; 0]);
 }
 
+/// The images are damaged: the limit is compared before their checksums.
+#[rstest]
+#[case::merge("merge full.mem d1.mem -o out", 100)]
+#[case::merge_in_place("merge --in-place full.mem d1.mem", 100)]
+#[case::convert("convert full.mem -o out --page-size 4K", 100)]
+#[case::diffs("merge d1.mem d2.mem -o out", 8)]
+fn a_limit_of_the_file_size_is_known_before_an_image_is_read(
+    #[case] command: &str,
+    #[case] kib: u64,
+) {
+    let work = Work::with_chain();
+    for image in ["full.mem", "d1.mem"] {
+        work.rot(image, 5000);
+    }
+    let before = work.contents();
+    let script = format!("ulimit -f {}; exec {RAMSNAP} {command}", kib * 2);
+    let mut shell = Command::new("sh");
+    shell.args(["-c", &script]).current_dir(work.path(""));
+    Ended::of(&mut shell).fails(
+        3,
+        &["File too large", "RLIMIT_FSIZE", "nothing was written"],
+    );
+    assert!(work.contents() == before);
+}
+
 #[rstest]
 #[case::pages(8)]
 #[case::footer(460)]

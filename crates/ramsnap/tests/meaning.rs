@@ -3,7 +3,7 @@
 mod support;
 
 use std::fs::{self, File};
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::path::Path;
 
 use image_format::{Checksums, Footer, ImageId, ImageKind, Layout, Run, Version};
@@ -242,4 +242,47 @@ fn manual_pages_replace_nothing_unless_forced() {
     assert_eq!(support::list(&work.path("man")).len(), 1);
     work.good("man man --force");
     assert_ne!(fs::read(&own).unwrap(), b"mine");
+}
+
+/// ext4 reports pages of such files as a hole until they are written back.
+#[cfg(target_os = "linux")]
+#[test]
+fn ram_in_a_file_without_extents_is_captured_and_not_taken_for_empty() {
+    use test_machine::{FileSystem, LoopMount, needs};
+
+    needs!(Root, Mount(FileSystem::EXT4_NO_EXTENTS));
+    let work = Work::empty();
+    let disk = LoopMount::new(FileSystem::EXT4_NO_EXTENTS).unwrap();
+    let on_disk = |name: &str| disk.path().join(name);
+    let guest = |name: &str| {
+        let guest = File::create_new(on_disk(name)).unwrap();
+        guest
+            .set_permissions(fs::Permissions::from_mode(0o600))
+            .unwrap();
+        guest.set_len(256 * PAGE).unwrap();
+        guest.write_all_at(b"guest", 20 * PAGE).unwrap();
+        guest
+    };
+    let ram = guest("ram");
+    ram.write_all_at(&support::noise(1, 40 * PAGE), 60 * PAGE)
+        .unwrap();
+    let dir = disk.path().display();
+    work.good(&format!("dump {dir}/ram -o {dir}/full"));
+    work.good(&format!("restore {dir}/full -o {dir}/back"));
+    assert!(fs::read(on_disk("back")).unwrap() == fs::read(on_disk("ram")).unwrap());
+
+    drop(guest("other"));
+    let before = fs::read(on_disk("other")).unwrap();
+    work.fails(
+        &format!("restore {dir}/full -o {dir}/other"),
+        2,
+        &["--force"],
+    );
+    assert!(fs::read(on_disk("other")).unwrap() == before);
+    work.fails(
+        &format!("diff {dir}/full --ram {dir}/other -o {dir}/d --layout raw"),
+        3,
+        &["not stored in extents"],
+    );
+    assert!(!on_disk("d").exists());
 }
