@@ -100,6 +100,7 @@
 //!
 //! - On every file system but ext4, XFS, btrfs and tmpfs of Linux, and overlayfs over the first
 //!   three.
+//! - On ext4, ext3 and ext2 if the file gets no extents.
 //! - In pages smaller than a block of the file system.
 //! - If every page is dirty.
 //!

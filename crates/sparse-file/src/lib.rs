@@ -102,8 +102,8 @@
 //! - [`extents`](crate::extents()) and [`extents_in`] skip the parts of a RAM file that a guest
 //!   never touched, even while the guest runs, and the zeros of an image. They use the holes of
 //!   ext4, XFS, btrfs, tmpfs and memfds on Linux, and of overlayfs (containers) over the first
-//!   three. Elsewhere the whole file is data and is read. [`check_holes_are_zeros`] returns the
-//!   reason.
+//!   three; on ext4 of files with extents. Elsewhere the whole file is data and is read.
+//!   [`check_holes_are_zeros`] returns the reason.
 //! - [`PageHoles`] identifies the pages of a diff by the holes between them: on the same file
 //!   systems, in pages of at least a block and 4 KiB, after a sync and a probe of the directory.
 //!   Elsewhere it refuses: keep a list of the pages.
@@ -142,9 +142,9 @@
 //! - Probing: `O_TMPFILE` (or create and unlink), `ftruncate`, some `pwrite`, `fsync`, then
 //!   `fstat`, `lseek`, `statx` (`STATX_DIOALIGN`), `fcntl(F_SETFL, O_DIRECT)` with aligned `pwrite`
 //!   and `pread`, and `fallocate(PUNCH_HOLE)`.
-//! - Extents: one `fstat`, one `fstatfs`, one `lseek` an extent. On overlayfs
-//!   `ioctl(FS_IOC_FIEMAP)`, `FS_IOC_GETFLAGS` and `statx`, or `fgetxattr`, before the first and
-//!   after each hole. `ENXIO` from `SEEK_HOLE` is never a hole, and from `SEEK_DATA` only if
+//! - Extents: one `fstat`, one `fstatfs`, one `lseek` an extent. On ext4 `ioctl(FS_IOC_GETFLAGS)`,
+//!   and on overlayfs `ioctl(FS_IOC_FIEMAP)`, `FS_IOC_GETFLAGS` and `statx`, or `fgetxattr`, before
+//!   the first and after each hole. `ENXIO` from `SEEK_HOLE` is never a hole, and from `SEEK_DATA` only if
 //!   `SEEK_HOLE` has just returned that offset.
 //! - Positioned writes: one `getrlimit`, then one `pwrite` a chunk of at most 1 MiB, cut at
 //!   multiples of 1 MiB. Interrupted and short writes and `EAGAIN` are retried.
