@@ -13,7 +13,7 @@ use std::process::Command;
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use support::ram_file::{bytes, create, memfd};
-use support::{Ended, PAGE, RAM, Work, noise};
+use support::{Ended, PAGE, RAM, Work};
 use test_machine::{HugeFs, TinyTmpfs, needs};
 
 #[test]
@@ -142,50 +142,6 @@ fn ram_larger_than_a_file_may_be_stays_as_it_is() {
     shell.args(["-c", &script]).current_dir(work.path(""));
     Ended::of(&mut shell).fails(3, &["cannot write", "File too large", "as it was"]);
     assert!(bytes(&guest) == before);
-}
-
-/// An allocation that fails ends the process at once.
-#[cfg(target_os = "linux")]
-#[test]
-fn a_limit_of_memory_leaves_no_part_of_the_ram() {
-    let work = Work::with_chain();
-    let guest = work.create("guest", RAM);
-    let old = noise(9, PAGE);
-    let (new, unchanged) = (work.read("first"), {
-        let mut ram = vec![0; RAM as usize];
-        ram[..PAGE as usize].copy_from_slice(&old);
-        ram
-    });
-    let restored = |kib: u64| {
-        sparse_file::punch_hole(&guest, 0..RAM).unwrap();
-        guest.write_all_at(&old, 0).unwrap();
-        let script = format!(
-            "ulimit -d {kib}; exec {} -q restore full.mem --no-verify --force -o guest",
-            support::RAMSNAP
-        );
-        let mut shell = Command::new("sh");
-        let output = shell
-            .args(["-c", &script])
-            .current_dir(work.path(""))
-            .output();
-        let found = bytes(&guest);
-        assert!(found == new || found == unchanged, "{kib}: {output:?}");
-        found == new
-    };
-    // The least memory that is enough.
-    let (mut short, mut enough) = (1 << 10, 256 << 10);
-    assert!(restored(enough));
-    while enough - short > 64 {
-        let kib = short.midpoint(enough);
-        *(if restored(kib) {
-            &mut enough
-        } else {
-            &mut short
-        }) = kib;
-    }
-    for less in (0..6 << 10).step_by(128) {
-        restored(short.saturating_sub(less));
-    }
 }
 
 #[test]

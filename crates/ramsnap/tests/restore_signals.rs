@@ -5,12 +5,13 @@
 mod support;
 
 use std::os::unix::fs::FileExt;
+use std::process::Command;
 
 use nix::sys::signal::Signal;
 use rstest::rstest;
-use support::held::{Held, half_restored};
+use support::held::{Held, SHARED, calls, half_restored};
 use support::ram_file::bytes;
-use support::{RAM, Work};
+use support::{PAGE, RAM, Work, noise};
 use test_machine::needs;
 
 /// The system call that reserves room and makes holes.
@@ -120,4 +121,58 @@ fn other_deadly_signals_leave_no_part_of_the_ram(
     let (status, error) = held.release();
     assert_eq!(status.code(), Some(128 + signal as i32), "{error}");
     assert!(bytes(&guest).iter().all(|byte| *byte == 0));
+}
+
+/// Limits the memory of the held process to what it has, and some more.
+fn limit_memory(held: &Held, more_kib: u64) {
+    let status = std::fs::read_to_string(format!("/proc/{}/status", held.id())).unwrap();
+    let mut lines = status.lines();
+    let data = lines.find_map(|line| line.strip_prefix("VmData:")).unwrap();
+    let kib: u64 = data.trim().trim_end_matches(" kB").parse().unwrap();
+    let mut prlimit = Command::new("prlimit");
+    prlimit.arg(format!("--pid={}", held.id()));
+    prlimit.arg(format!("--data={}", (kib + more_kib) << 10));
+    assert!(prlimit.status().unwrap().success());
+}
+
+/// An allocation that fails ends the process at once, by SIGABRT.
+#[test]
+fn a_limit_of_memory_leaves_no_part_of_the_ram() {
+    needs!(Strace);
+    let work = Work::empty();
+    // Read in the largest pieces.
+    let ram = work.create("ram", RAM);
+    ram.write_all_at(&noise(1, RAM), 0).unwrap();
+    work.good("dump ram -o full.mem");
+    let guest = work.create("guest", RAM);
+    guest.write_all_at(&noise(9, PAGE), 0).unwrap();
+    let restore = work.command("restore full.mem --no-verify --force -o guest");
+    // The first write, of a byte as it is.
+    let held = Held::before(&restore, &("pwrite64".to_owned(), 1)).expect("held");
+    limit_memory(&held, 0);
+    let (status, error) = held.release();
+    assert_eq!(status.code(), Some(0), "{status:?}: {error}");
+    assert!(bytes(&guest) == work.read("ram"));
+}
+
+#[test]
+fn ram_stays_as_it_is_if_there_is_too_little_memory() {
+    needs!(Strace);
+    let work = Work::with_chain();
+    let guest = work.create("guest", RAM);
+    let restore = work.command("restore full.mem --no-verify --force -o guest");
+    let mut calls = calls(&restore, true).into_iter();
+    let read = calls.find(|(name, _)| name == SHARED).unwrap();
+    guest.write_all_at(&noise(9, PAGE), 0).unwrap();
+    let before = bytes(&guest);
+    // The first read of an image. The checks take less than this, and overwriting may take more.
+    let held = Held::before(&restore, &read).expect("held");
+    limit_memory(&held, 2 << 10);
+    let (status, error) = held.release();
+    assert_eq!(status.code(), Some(3), "{error}");
+    assert!(
+        error.contains("memory") && error.contains("as it was"),
+        "{error}"
+    );
+    assert!(bytes(&guest) == before);
 }

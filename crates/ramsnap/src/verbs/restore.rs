@@ -126,6 +126,7 @@ impl Restore {
         target.check_room(chain, holds)?;
         self.check(session, chain)?;
         session.check("the output was not written to")?;
+        let memory = MemoryReserve::take(path)?;
         let plan = target.reserve(chain, holds)?;
         // The checks took their time, and a guest may have been started with the file meanwhile.
         if !self.force && target.holds_anything()? {
@@ -133,7 +134,6 @@ impl Restore {
             return Err(refused().into());
         }
         session.check("the output was not written to")?;
-        let memory = MemoryReserve::take(&self.output)?;
         if holds {
             target.try_writing()?;
         }
