@@ -46,8 +46,8 @@ pub enum ExtentSource {
     Unsupported,
     /// The rest of the range was listed as data without a query. Possible reasons: the calls that
     /// [`Extents::limit_calls`] permits were used up, the file changed during the listing (on
-    /// overlayfs: or its file system, on ext4: or it lost its extents), or the file system returned a position that is invalid for
-    /// the queried offset.
+    /// overlayfs: or its file system, on ext4: or it lost its extents), or the file system returned
+    /// a position that is invalid for the queried offset.
     CutShort,
 }
 

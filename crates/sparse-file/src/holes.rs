@@ -12,9 +12,9 @@
 //! - ext4 reports holes over delayed blocks of files that are not mapped by extents.
 //!
 //! A report is therefore used only where the implementation is known: ext4 (files with extents),
-//! XFS, btrfs and tmpfs of Linux, and overlayfs where the file is found to be stored on one of the first three. Everywhere
-//! else the whole file counts as data. The only cost is that ranges are read that could have been
-//! skipped.
+//! XFS, btrfs and tmpfs of Linux, and overlayfs where the file is found to be stored on one of the
+//! first three. Everywhere else the whole file counts as data. The only cost is that ranges are
+//! read that could have been skipped.
 
 use std::fs::File;
 use std::io;
@@ -76,11 +76,11 @@ pub enum HolesUnknown {
 ///
 /// ext4 does this for files that are mapped by extents (`ext4_ext_map_blocks`). For those mapped by
 /// indirect blocks it reports a hole from an unmapped block to the end of the indirect block, and
-/// delayed blocks may be in it (`ext4_ind_map_blocks`). The mapping is a property of each file, which
-/// `FS_IOC_GETFLAGS` returns. The reports of a file without extents are not used:
+/// delayed blocks may be in it (`ext4_ind_map_blocks`). The mapping is a property of each file,
+/// which `FS_IOC_GETFLAGS` returns. The reports of a file without extents are not used:
 ///
-/// - Each file of an ext2 or ext3, which have the number of ext4, whichever driver mounted it, and of
-///   an ext4 made without the feature `extent`.
+/// - Each file of an ext2 or ext3, which have the number of ext4, whichever driver mounted it, and
+///   of an ext4 made without the feature `extent`.
 /// - A file that was created before ext4 had the feature, or that lost its extents by `chattr -e`.
 /// - A file that is stored in its inode (feature `inline_data`). It gets extents once it grows.
 /// - Any file on ext4 if the call fails.

@@ -312,7 +312,7 @@ fn file_in_its_inode_is_data_until_it_has_extents() {
     small
         .write_all_at(&[7; PAGE as usize], 9 * PAGE)
         .expect("written");
-    // Whatever is used of the reports: both writes are data.
+    // Both writes are data, with or without extents.
     for at in [0, 9 * PAGE] {
         let held = data(&small);
         assert!(held.iter().any(|data| data.contains(&at)), "{held:?}");
