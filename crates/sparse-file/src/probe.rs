@@ -23,8 +23,8 @@ pub struct Capabilities {
     pub file_system: String,
     /// Whether ranges that were never written take space.
     pub holes: HoleSupport,
-    /// Whether `SEEK_HOLE` and `SEEK_DATA` are reliable for synced data. Dirty pages may be reported
-    /// as holes all the same: [`check_holes_are_zeros`](crate::check_holes_are_zeros) decides.
+    /// Whether `SEEK_HOLE` and `SEEK_DATA` are reliable for synced data. Dirty pages may still be
+    /// reported as holes: [`check_holes_are_zeros`](crate::check_holes_are_zeros) decides.
     pub seek_hole: SeekHole,
     /// Whether written zeros are distinguishable from ranges that were never written.
     pub written_zeros: WrittenZeros,
