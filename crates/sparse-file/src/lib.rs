@@ -144,8 +144,8 @@
 //!   and `pread`, and `fallocate(PUNCH_HOLE)`.
 //! - Extents: one `fstat`, one `fstatfs`, one `lseek` an extent. On ext4 `ioctl(FS_IOC_GETFLAGS)`,
 //!   and on overlayfs `ioctl(FS_IOC_FIEMAP)`, `FS_IOC_GETFLAGS` and `statx`, or `fgetxattr`, before
-//!   the first and after each hole. `ENXIO` from `SEEK_HOLE` is never a hole, and from `SEEK_DATA` only if
-//!   `SEEK_HOLE` has just returned that offset.
+//!   the first and after each hole. `ENXIO` from `SEEK_HOLE` is never a hole, and from
+//!   `SEEK_DATA` only if `SEEK_HOLE` has just returned that offset.
 //! - Positioned writes: one `getrlimit`, then one `pwrite` a chunk of at most 1 MiB, cut at
 //!   multiples of 1 MiB. Interrupted and short writes and `EAGAIN` are retried.
 //! - Writes with requests in flight: `open` of `/proc/self/fd/N` with `O_DIRECT`,
