@@ -10,8 +10,9 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 use std::process::Command;
 use std::sync::Arc;
 
+use host_memory::HostMemory;
 use nix::sys::memfd::MFdFlags;
-use page_reader::{FileReader, Layered, PageReader};
+use page_reader::{FileReader, Layered, MappedMemory, PageReader, RamLayout};
 use support::populated::{
     Flags, PAGE, PAGES, SIZE, SOME, count, guest, joined, memfd, populated, touch, untouched,
 };
@@ -53,6 +54,52 @@ fn an_unprivileged_process_finds_pages_of_its_open_memfd() {
         .current_dir("/")
         .uid(65534)
         .gid(65534)
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{output:?}");
+    assert!(
+        String::from_utf8_lossy(&output.stdout).contains("1 passed"),
+        "{output:?}"
+    );
+}
+
+/// A segment is listed on the device of memfds, with its id as inode number.
+#[test]
+fn a_system_v_segment_is_not_taken_for_a_memfd_with_its_number() {
+    const INSIDE: &str = "PAGE_READER_TEST_SEGMENT";
+    const NAME: &str = "a_system_v_segment_is_not_taken_for_a_memfd_with_its_number";
+    if std::env::var_os(INSIDE).is_some() {
+        // SAFETY: the thread gets its own System V segments.
+        assert_eq!(unsafe { libc::unshare(libc::CLONE_NEWIPC) }, 0);
+        let memfd = memfd(MFdFlags::empty());
+        let number = memfd.metadata().unwrap().ino();
+        std::fs::write("/proc/sys/kernel/shm_next_id", number.to_string()).unwrap();
+        // SAFETY: maps a new segment where the kernel chooses. It stays mapped until this process
+        // ends.
+        let memory = unsafe {
+            let id = libc::shmget(libc::IPC_PRIVATE, SIZE as usize, 0o666);
+            assert_eq!(u64::try_from(id).unwrap(), number);
+            let start = libc::shmat(id, std::ptr::null(), 0);
+            assert_ne!(start.addr(), usize::MAX);
+            assert_eq!(libc::shmctl(id, libc::IPC_RMID, std::ptr::null_mut()), 0);
+            HostMemory::new(start.cast(), SIZE as usize)
+        };
+        // Without privileges, no file is opened through a mapping.
+        // SAFETY: changes the user of this process, and lets it examine itself.
+        unsafe {
+            assert_eq!(libc::setresuid(65534, 65534, 65534), 0);
+            assert_eq!(libc::prctl(libc::PR_SET_DUMPABLE, 1), 0);
+        }
+        let layout = RamLayout::single(0, SIZE).unwrap();
+        let ram = MappedMemory::new(layout, [memory]).unwrap();
+        assert_eq!(count(&populated(&ram, SIZE)), PAGES as usize);
+        drop(memfd);
+        return;
+    }
+    needs!(Root);
+    let output = Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", NAME])
+        .env(INSIDE, "1")
         .output()
         .unwrap();
     assert!(output.status.success(), "{output:?}");

@@ -3,6 +3,7 @@
 mod error;
 
 use std::cmp::Reverse;
+use std::ops::Range;
 use std::process;
 
 use page_reader::{MappingsError, ProcessRegion};
@@ -35,7 +36,9 @@ pub use error::FindRegionError;
 #[derive(Clone, Debug)]
 pub struct ProcessMaps {
     pid: u32,
-    /// Ascending by address.
+    /// As listed, ascending by address.
+    lines: Vec<ProcessRegion>,
+    /// Joined lines, ascending by address.
     regions: Vec<ProcessRegion>,
 }
 
@@ -62,15 +65,19 @@ impl ProcessMaps {
 
     fn new(pid: u32, listed: Vec<ProcessRegion>) -> Self {
         let mut regions = Vec::<ProcessRegion>::new();
-        for region in listed {
+        for line in &listed {
             match regions.last_mut() {
-                Some(last) if is_continued_by(last, &region) => {
-                    last.addresses.end = region.addresses.end;
+                Some(last) if is_continued_by(last, line) => {
+                    last.addresses.end = line.addresses.end;
                 }
-                _ => regions.push(region),
+                _ => regions.push(line.clone()),
             }
         }
-        Self { pid, regions }
+        Self {
+            pid,
+            lines: listed,
+            regions,
+        }
     }
 
     /// Returns the process id.
@@ -87,6 +94,22 @@ impl ProcessMaps {
     #[must_use]
     pub fn regions(&self) -> &[ProcessRegion] {
         &self.regions
+    }
+
+    /// Returns the lines of `/proc/<pid>/maps` that overlap `range`, not joined, ascending by
+    /// address.
+    ///
+    /// `/proc/<pid>/map_files` has an entry for each line with a file, and none for a region of
+    /// several lines.
+    #[must_use]
+    pub fn lines_in(&self, range: &Range<u64>) -> &[ProcessRegion] {
+        if range.is_empty() {
+            return &[];
+        }
+        let lines = &self.lines[..];
+        let first = lines.partition_point(|line| line.addresses.end <= range.start);
+        let end = lines.partition_point(|line| line.addresses.start < range.end);
+        &lines[first..end]
     }
 
     /// Returns the region that contains `address`.
@@ -229,6 +252,23 @@ mod tests {
         let anonymous = "1000-2000 rw-p 00000000 00:00 0 \n2000-3000 rw-p 00000000 00:00 0 \n";
         let maps = maps_of(anonymous);
         assert_eq!(maps.regions().len(), 2);
+    }
+
+    #[rstest]
+    #[case::whole(0x7f00_d000_0000..0x7f00_d000_3000, &[0, 0x1000, 0x2000])]
+    #[case::overlapping(0x7f00_d000_0fff..0x7f00_d000_1001, &[0, 0x1000])]
+    #[case::one(0x7f00_d000_1000..0x7f00_d000_2000, &[0x1000])]
+    #[case::gap(0x7f00_d000_3000..0x7f00_e000_0000, &[])]
+    #[case::empty(0x7f00_d000_1001..0x7f00_d000_1001, &[])]
+    #[case::reversed(Range { start: 0x7f00_d000_2000, end: 0x7f00_d000_1000 }, &[])]
+    #[case::past_the_end(u64::MAX - 1..u64::MAX, &[])]
+    fn lines_are_not_joined(#[case] range: Range<u64>, #[case] starts: &[u64]) {
+        let maps = vmm();
+        let lines = maps.lines_in(&range).iter();
+        let found: Vec<_> = lines
+            .map(|line| line.addresses.start - 0x7f00_d000_0000)
+            .collect();
+        assert_eq!(found, starts);
     }
 
     #[rstest]

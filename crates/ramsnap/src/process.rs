@@ -1,18 +1,16 @@
 //! RAM in the memory of another process.
 
-use std::ffi::OsString;
+mod mapped_file;
+
 use std::fmt;
-use std::fs::{self, File};
+use std::fs::File;
 use std::ops::Range;
-use std::os::unix::ffi::OsStringExt;
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Duration;
 
 use anyhow::Context;
-use nix::fcntl::OFlag;
-use nix::sys::stat::makedev;
-use page_reader::PageReader;
+use mapped_file::files_in;
+use page_reader::{PageReader, printable};
 use process_memory::{
     ProcessMaps, ProcessMemory, ProcessMemoryError, ProcessRegion, StoppedProcess,
     UnexaminedProcess, check_lazy_fill_of_region,
@@ -147,7 +145,7 @@ impl ProcessRam {
         Ok(())
     }
 
-    /// Returns whether any of the regions maps the file at `path`.
+    /// Returns whether any of the regions may map the file at `path`.
     pub fn is_mapped_from(&self, path: &Path) -> bool {
         let (Ok(metadata), Ok(file), Ok(maps)) = (
             path.metadata(),
@@ -156,14 +154,9 @@ impl ProcessRam {
         ) else {
             return false;
         };
-        let shows = |region: &ProcessRegion| {
-            is_file_of(region, &metadata)
-                || region.inode != 0
-                    && mapped_files(self.pid, region).any(|mapped| mapped.may_be(&file))
-        };
-        self.regions
+        files_in(&maps, &self.regions)
             .iter()
-            .any(|range| regions_in(&maps, range).any(shows))
+            .any(|mapped| mapped.may_be(self.pid, &metadata, &file))
     }
 
     pub fn size(&self) -> u64 {
@@ -186,15 +179,20 @@ impl ProcessRam {
 
     /// Refuses RAM whose file is being restored to.
     fn keep_from_restore(&mut self, maps: &ProcessMaps) -> anyhow::Result<()> {
-        for range in &self.regions {
-            for region in regions_in(maps, range) {
-                if let Some(file) = file_behind(self.pid, region) {
-                    ram_lock::check_not_restored(
-                        &file,
-                        &format!("the RAM of process {}", self.pid),
-                    )?;
-                    self.files.push(file);
-                }
+        for mapped in files_in(maps, &self.regions) {
+            let (files, is_known) = mapped.open(self.pid);
+            for file in files {
+                ram_lock::check_not_restored(&file, &format!("the RAM of process {}", self.pid))?;
+                self.files.push(file);
+            }
+            if !is_known {
+                stderr::line(&format!(
+                    "warning: cannot open the file {} behind the RAM of process {}: if \
+                     `ramsnap restore` is writing to it, the copy has bytes of both states; \
+                     CAP_CHECKPOINT_RESTORE is needed to find the file",
+                    printable(&mapped.lines[0].name),
+                    self.pid
+                ));
             }
         }
         Ok(())
@@ -229,43 +227,6 @@ impl ProcessRam {
         unexamined.dedup();
         Ok(unexamined)
     }
-}
-
-fn is_file_of(region: &ProcessRegion, file: &fs::Metadata) -> bool {
-    let (major, minor) = region.device;
-    let device = makedev(major.into(), minor.into());
-    region.inode != 0 && (device, region.inode) == (file.dev(), file.ino())
-}
-
-/// Opens the file of a mapping: through the mapping, which requires a privilege, or through a
-/// descriptor that the process still has open. Devices are not compared: on btrfs and overlayfs, a
-/// mapping is listed with another device than its file.
-fn file_behind(pid: u32, region: &ProcessRegion) -> Option<File> {
-    if region.inode == 0 {
-        return None;
-    }
-    let open = |path: &Path| {
-        // O_NONBLOCK: opening a FIFO must not wait for its writer.
-        let flags = (OFlag::O_NONBLOCK | OFlag::O_NOCTTY).bits();
-        let file = File::options().read(true).custom_flags(flags).open(path);
-        let file = file.ok()?;
-        file.metadata().ok()?.is_file().then_some(file)
-    };
-    open(&link_of_mapping(pid, region)).or_else(|| {
-        let descriptors = fs::read_dir(format!("/proc/{pid}/fd")).ok()?;
-        let mut paths = descriptors.flatten().map(|descriptor| descriptor.path());
-        paths.find_map(|path| {
-            let metadata = fs::metadata(&path).ok()?;
-            let same = metadata.is_file() && metadata.ino() == region.inode;
-            same.then(|| open(&path))?
-        })
-    })
-}
-
-/// Returns the path by which the kernel leads to the file of a mapping.
-fn link_of_mapping(pid: u32, region: &ProcessRegion) -> PathBuf {
-    let Range { start, end } = region.addresses;
-    format!("/proc/{pid}/map_files/{start:x}-{end:x}").into()
 }
 
 fn find_all(named: &[Region], maps: &ProcessMaps) -> anyhow::Result<Vec<Range<u64>>> {
@@ -304,23 +265,6 @@ fn regions_in<'m>(
         at = region.addresses.end;
         Some(region)
     })
-}
-
-/// Returns the files that may be mapped: the file that the kernel names, which requires
-/// `CAP_CHECKPOINT_RESTORE`, and the file that has the name of the mapping now. On overlayfs,
-/// mappings are listed with other numbers than files.
-fn mapped_files(pid: u32, region: &ProcessRegion) -> impl Iterator<Item = FileIdentity> {
-    let by_kernel = link_of_mapping(pid, region);
-    let mut by_name = format!("/proc/{pid}/root").into_bytes();
-    by_name.extend(&region.name);
-    let by_name = region
-        .name
-        .starts_with(b"/")
-        .then(|| PathBuf::from(OsString::from_vec(by_name)));
-    [Some(by_kernel), by_name]
-        .into_iter()
-        .flatten()
-        .filter_map(|path: PathBuf| FileIdentity::at(&path).ok())
 }
 
 /// Warns of processes that may be filling the RAM and could not be examined.

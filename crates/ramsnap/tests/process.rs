@@ -7,7 +7,7 @@ mod support;
 use std::fs;
 use std::process::Command;
 
-use support::vmm::{FILE, Vmm};
+use support::vmm::{FILE, SPLIT, Vmm};
 use support::{Ended, PAGE, Work};
 use test_machine::{FileSystem, LoopMount, Overlay, TinyTmpfs, needs};
 
@@ -186,6 +186,33 @@ fn a_file_on_btrfs_that_is_mapped_as_ram_is_not_the_output() {
         work.fails(&full, 2, &["one of the inputs"]);
         assert!(fs::read(&ram).unwrap() == work.read("ram"));
     }
+}
+
+/// The kernel has a link to the file for each part of the mapping. The file has another name by
+/// now.
+#[test]
+fn a_file_that_a_split_mapping_has_is_not_the_output() {
+    needs!(Ptrace, Root, Mount(FileSystem::BTRFS));
+    let work = Work::with_chain();
+    let disk = LoopMount::new(FileSystem::BTRFS).unwrap();
+    let [ram, link] = ["guest-ram", "link"].map(|name| disk.path().join(name));
+    let vmm = Vmm::set_up(&work, "ram", |command| {
+        command.env(FILE, &ram).env(SPLIT, "1");
+    });
+    fs::hard_link(&ram, &link).unwrap();
+    fs::remove_file(&ram).unwrap();
+    let (pid, address) = (vmm.pid(), vmm.address.clone());
+    for region in ["guest-ram", &address] {
+        let full = format!(
+            "dump --pid {pid} --region {region} --force -o {}",
+            link.display()
+        );
+        work.fails(&full, 2, &["one of the inputs"]);
+        assert!(fs::read(&link).unwrap() == work.read("ram"));
+    }
+    // All parts are captured.
+    work.good(&format!("dump --pid {pid} --region guest-ram -o out"));
+    work.good("diff out --ram ram");
 }
 
 /// Otherwise the image would contain the RAM twice.

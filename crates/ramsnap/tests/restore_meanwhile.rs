@@ -128,6 +128,9 @@ fn ram_that_is_being_restored_is_not_read(#[case] command: &str) {
 /// The file that [`a_vmm`] maps.
 const MAPPED: &str = "RAMSNAP_TEST_MAPPED";
 
+/// Set if the mapping is split, and no descriptor of the file stays open.
+const SPLIT: &str = "RAMSNAP_TEST_SPLIT";
+
 /// Not a test: runs as another process. Maps a file, and ends when its stdin does.
 #[test]
 fn a_vmm() {
@@ -135,7 +138,11 @@ fn a_vmm() {
         return;
     };
     let file = File::options().read(true).write(true).open(path).unwrap();
-    support::mapped::map(&file, RAM);
+    let start = support::mapped::map(&file, RAM);
+    if std::env::var_os(SPLIT).is_some() {
+        support::mapped::split(start);
+        drop(file);
+    }
     println!("\nmapped");
     std::io::stdin().read_to_end(&mut Vec::new()).unwrap();
 }
@@ -187,6 +194,38 @@ fn a_process_whose_ram_is_being_restored_is_not_read(#[case] on_btrfs: bool) {
     assert_eq!(held.release().0.code(), Some(0));
     assert!(bytes(&guest) == work.read("first"));
     work.good(&full);
+    drop(vmm.stdin.take());
+    vmm.wait().unwrap();
+}
+
+/// The kernel has a link to the file for each part of the mapping. The file has another name by
+/// now.
+#[test]
+fn a_process_with_a_split_mapping_of_ram_being_restored_is_not_read() {
+    needs!(Strace, Root);
+    let work = Work::with_chain();
+    let guest = work.create("mapped", RAM);
+    let mut vmm = Command::new(std::env::current_exe().unwrap());
+    let mut vmm = vmm
+        .args(["--exact", "a_vmm", "--nocapture"])
+        .env(MAPPED, work.path("mapped"))
+        .env(SPLIT, "1")
+        .stdin(std::process::Stdio::piped())
+        .stdout(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut output = BufReader::new(vmm.stdout.take().unwrap());
+    let mut lines = output.by_ref().lines();
+    assert!(lines.any(|line| line.unwrap() == "mapped"));
+    std::fs::hard_link(work.path("mapped"), work.path("guest")).unwrap();
+    std::fs::remove_file(work.path("mapped")).unwrap();
+    let held = half_restored(&work);
+    let full = format!("dump --pid {} --live --region mapped -o out", vmm.id());
+    work.fails(&full, 3, &["ramsnap restore", "wait"]);
+    assert_eq!(held.release().0.code(), Some(0));
+    assert!(bytes(&guest) == work.read("first"));
+    let dump = work.good(&full);
+    assert!(!dump.err.contains("cannot open"), "{}", dump.err);
     drop(vmm.stdin.take());
     vmm.wait().unwrap();
 }

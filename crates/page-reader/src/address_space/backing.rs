@@ -2,7 +2,9 @@
 
 use std::fs::{self, File};
 use std::ops::Range;
+use std::os::unix::ffi::OsStringExt;
 use std::os::unix::fs::MetadataExt;
+use std::path::Path;
 
 use nix::sys::stat::makedev;
 
@@ -17,6 +19,8 @@ pub(super) struct Mapping {
     /// Device and inode of the file; both 0 without a file.
     device: u64,
     inode: u64,
+    /// As listed; empty unless the backing is a file.
+    name: Vec<u8>,
 }
 
 /// The contents of a page that is accessed for the first time.
@@ -44,15 +48,21 @@ impl Mapping {
             (false, 0, 0) if of_the_process => Backing::Anonymous,
             // A private mapping of a file has pages of the file and copies of the process.
             (false, ..) | (true, 0, _) => Backing::Unknown,
+            _ if is_system_v_segment(name) => Backing::Unknown,
             (true, ..) => Backing::SharedFile {
                 offset: region.offset,
             },
+        };
+        let name = match backing {
+            Backing::SharedFile { .. } => region.name,
+            Backing::Anonymous | Backing::Unknown => Vec::new(),
         };
         Self {
             addresses: region.addresses,
             backing,
             device,
             inode: region.inode,
+            name,
         }
     }
 
@@ -76,11 +86,22 @@ impl Mapping {
     }
 }
 
+/// Returns `true` for the name of a System V segment. Its inode number is its id, counted
+/// independently of the numbers of the files on the same device: memfds, and for segments in huge
+/// pages those of hugetlbfs. Two segments of different IPC namespaces may have one id.
+fn is_system_v_segment(name: &[u8]) -> bool {
+    name.starts_with(b"/SYSV")
+}
+
 /// Opens the file of a shared mapping of `process`.
 ///
 /// The file is opened through the mapping, which requires `CAP_CHECKPOINT_RESTORE`, or through a
 /// descriptor of the process. If `process` denotes another program by now, none of its files is the
 /// file of the mapping.
+///
+/// A descriptor must also have the name of the mapping. The numbers of the other objects in shared
+/// memory, such as `/dev/zero` and buffers of graphics drivers, are unique, but a descriptor may
+/// belong to a System V segment.
 pub(super) fn file_behind(mapping: &Mapping, process: &str) -> Option<File> {
     let Range { start, end } = mapping.addresses;
     let of_mapping = open(format!("{process}/map_files/{start:x}-{end:x}"));
@@ -94,9 +115,17 @@ pub(super) fn file_behind(mapping: &Mapping, process: &str) -> Option<File> {
                 let metadata = fs::metadata(&path).ok()?;
                 let same = (metadata.dev(), metadata.ino()) == (mapping.device, mapping.inode);
                 let file = open(path.to_str().filter(|_| same && metadata.is_file())?).ok()?;
-                is_behind(&file, mapping).then_some(file)
+                let same_name = listed_name(&path)? == mapping.name;
+                (same_name && is_behind(&file, mapping)).then_some(file)
             })
         })
+}
+
+/// Returns the name of an open file as mappings of it are listed.
+fn listed_name(descriptor: &Path) -> Option<Vec<u8>> {
+    let name = fs::read_link(descriptor).ok()?.into_os_string().into_vec();
+    let lines: Vec<_> = name.split(|byte| *byte == b'\n').collect();
+    Some(lines.join(&b"\\012"[..]))
 }
 
 /// Returns `true` if `file` is the file of the mapping.
@@ -149,6 +178,11 @@ mod tests {
     #[case::shared_and_filled_on_first_touch(SHARED, "rd wr sh um", Backing::Unknown)]
     #[case::shared_and_mapped_on_first_touch(SHARED, "rd wr sh ui", Backing::Unknown)]
     #[case::huge_pages(SHARED, "rd wr sh mr mw me ms ht", Backing::SharedFile { offset: 0x3000 })]
+    #[case::a_system_v_segment(
+        "7f0000001000-7f0000002000 rw-s 00000000 00:01 4711   /SYSV0000002a (deleted)",
+        "rd wr sh mr mw me ms",
+        Backing::Unknown
+    )]
     #[case::a_file_mapped_privately(
         "7f0000001000-7f0000002000 rw-p 00000000 fe:00 4711  /image",
         "rd wr mr mw me",

@@ -2,13 +2,26 @@
 
 use std::fs::File;
 use std::num::NonZeroUsize;
+use std::ptr::NonNull;
 
-use nix::sys::mman::{MapFlags, ProtFlags, mmap};
+use nix::libc::c_void;
+use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap};
+
+use crate::support::PAGE;
 
 /// Maps the first `len` bytes of `file` shared, and never unmaps them.
-pub(crate) fn map(file: &File, len: u64) {
+pub(crate) fn map(file: &File, len: u64) -> NonNull<c_void> {
     let len = NonZeroUsize::new(len as usize).unwrap();
     let access = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
     // SAFETY: a new mapping, where the kernel chooses.
-    unsafe { mmap(None, len, access, MapFlags::MAP_SHARED, file, 0) }.unwrap();
+    unsafe { mmap(None, len, access, MapFlags::MAP_SHARED, file, 0) }.unwrap()
+}
+
+/// Splits a mapping of at least three pages: its middle gets a flag.
+pub(crate) fn split(start: NonNull<c_void>) {
+    let page = PAGE as usize;
+    // SAFETY: the page is inside the mapping, and this process does not fork.
+    let middle = unsafe { start.byte_add(page) };
+    // SAFETY: as above.
+    unsafe { madvise(middle, page, MmapAdvise::MADV_DONTFORK) }.unwrap();
 }

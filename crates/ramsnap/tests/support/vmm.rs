@@ -20,6 +20,9 @@ pub(crate) const HANGS: &str = "RAMSNAP_TEST_HANGS";
 /// The file that the other process maps as the RAM; a memfd if unset.
 pub(crate) const FILE: &str = "RAMSNAP_TEST_FILE";
 
+/// Set if the mapping is split into several, and no descriptor of its file stays open.
+pub(crate) const SPLIT: &str = "RAMSNAP_TEST_SPLIT";
+
 /// Runs as the other process, if this is one: maps a memfd with the bytes, prints its address, and
 /// waits to be killed. Called by a test named `a_vmm` in each program of tests that starts one.
 pub(crate) fn run_as_vmm() {
@@ -46,6 +49,10 @@ pub(crate) fn run_as_vmm() {
             // SAFETY: the range is inside the mapping, whose address no other code has yet.
             unsafe { std::ptr::copy_nonoverlapping(page.as_ptr(), to.cast(), page.len()) };
         }
+    }
+    if std::env::var_os(SPLIT).is_some() {
+        super::mapped::split(start);
+        drop(fd);
     }
     println!("\nRAM AT {:#x}", start.as_ptr().addr());
     if std::env::var_os(HANGS).is_some() {
