@@ -91,8 +91,10 @@ pub trait PageReader {
     ///   for the shared zero page, which a read creates.
     /// - A page of shared memory, such as a memfd, is populated if its file has it, regardless of
     ///   the process that wrote it. This requires that the process can open the file (it has a
-    ///   descriptor of it, or `CAP_CHECKPOINT_RESTORE`), and that the file is on ext4, XFS, btrfs
-    ///   or tmpfs.
+    ///   descriptor of it by the name of the mapping, or `CAP_CHECKPOINT_RESTORE`), and that the
+    ///   file is on ext4, XFS, btrfs or tmpfs.
+    /// - A System V segment may be populated everywhere: the kernel lists it with numbers that a
+    ///   memfd may have too.
     /// - hugetlbfs does not report holes, so the file is read. That allocates no huge page.
     /// - Everything else may be populated: memory that userfaultfd fills on first touch, privately
     ///   mapped files, files on FUSE or network file systems, devices.

@@ -29,7 +29,7 @@
 //! # How it works
 //!
 //! - Mappings are those of `/proc/<pid>/maps`. Adjacent lines with consecutive parts of one file
-//!   are joined.
+//!   are joined; [`ProcessMaps::lines_in`] returns them as listed.
 //! - Memory is read with `pread` of `/proc/<pid>/mem`. The file is opened once and stays bound to
 //!   that process even if its id is reused.
 //! - The process is stopped by `PTRACE_SEIZE` and `PTRACE_INTERRUPT` of every thread, from a

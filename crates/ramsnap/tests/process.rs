@@ -215,6 +215,24 @@ fn a_file_that_a_split_mapping_has_is_not_the_output() {
     work.good("diff out --ram ram");
 }
 
+/// A restore may be writing to the file through a descriptor of another process.
+#[test]
+fn ram_whose_file_is_not_found_is_captured_with_a_warning() {
+    needs!(Ptrace, Root);
+    let work = Work::with_chain();
+    let vmm = Vmm::set_up(&work, "ram", |command| {
+        command.env(SPLIT, "1");
+    });
+    let dump = format!("dump --pid {} --region guest-ram --force -o out", vmm.pid());
+    let warning = "cannot open the file /memfd:guest-ram (deleted)";
+    let found = work.good(&dump);
+    assert!(!found.err.contains(warning), "{}", found.err);
+    let not_found = Ended::of(support::vmm::without_links(&mut work.command(&dump)));
+    assert_eq!(not_found.code, Some(0), "{}", not_found.err);
+    assert!(not_found.err.contains(warning), "{}", not_found.err);
+    work.good("diff out --ram ram");
+}
+
 /// Otherwise the image would contain the RAM twice.
 #[test]
 fn ram_that_is_named_twice_is_refused() {

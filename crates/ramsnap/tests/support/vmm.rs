@@ -68,6 +68,24 @@ pub(crate) fn run_as_vmm() {
     }
 }
 
+/// Runs a program of root without the privilege to open files through mappings.
+pub(crate) fn without_links(command: &mut Command) -> &mut Command {
+    use std::os::unix::process::CommandExt;
+
+    const CAP_SYS_ADMIN: nix::libc::c_ulong = 21;
+    const CAP_CHECKPOINT_RESTORE: nix::libc::c_ulong = 40;
+    let drop_privileges = || {
+        for capability in [CAP_SYS_ADMIN, CAP_CHECKPOINT_RESTORE] {
+            // SAFETY: changes an attribute of this process.
+            let dropped = unsafe { nix::libc::prctl(nix::libc::PR_CAPBSET_DROP, capability) };
+            nix::errno::Errno::result(dropped)?;
+        }
+        Ok(())
+    };
+    // SAFETY: after fork, only system calls are made.
+    unsafe { command.pre_exec(drop_privileges) }
+}
+
 /// The other process, which is killed on drop.
 pub(crate) struct Vmm {
     pub(crate) child: Child,
