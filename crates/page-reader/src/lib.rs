@@ -138,8 +138,8 @@
 //!   So does a load of a page that cannot be allocated, on a full tmpfs or without a free huge
 //!   page. [`fault_in`](fault_in()) reports this as an error beforehand.
 //! - Shared memory is reported as populated everywhere if this process has no descriptor of its
-//!   file and may not open its mapping (`CAP_CHECKPOINT_RESTORE`). So are System V segments. Reading
-//!   pages of them that were never touched allocates them.
+//!   file and may not open its mapping (`CAP_CHECKPOINT_RESTORE`). So are System V segments.
+//!   Reading pages of them that were never touched allocates them.
 //! - [`populated`](PageReader::populated) excludes parts of a file only on ext4, XFS, btrfs and
 //!   tmpfs, memfds included, on overlayfs over the first three, and on hugetlbfs, which it reads.
 //!   Elsewhere (FUSE, network file systems, macOS) the whole file is reported as populated.
